@@ -1,0 +1,46 @@
+# One profile and one feature selection for everything (release, the whole workspace), so that
+# RocksDB, 15 minutes on two cores, compiles once on a machine. The build directory lives outside
+# of the checkout, so that a fresh clone does not compile it again.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+export CARGO_TARGET_DIR ?= $(HOME)/.cache/vasto/target
+# Where the tests of the bucket find the S3 server that scripts/setup.sh installs.
+export VASTO_TEST_WEED ?= $(HOME)/.cache/vasto/venv/bin/weed
+
+built := $(abspath $(CARGO_TARGET_DIR))/release
+selection := --release --workspace --locked
+
+.PHONY: help setup build demo test check bench
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what is missing on this machine
+	@scripts/setup.sh all
+
+build: ## build everything; leaves bin/vasto
+	@scripts/setup.sh build
+	cargo build $(selection)
+	@mkdir -p bin && ln -sfn $(built)/vasto bin/vasto
+
+demo: ## a cluster loads real data and grows under load, from nothing, in one command
+	@scripts/setup.sh demo
+	@$(MAKE) --no-print-directory build
+	$(built)/vasto-demo
+
+test: ## the whole test suite
+	@scripts/setup.sh test
+	cargo nextest run $(selection)
+	cargo test --doc $(selection)
+
+check: ## formatting and lints
+	@scripts/setup.sh build
+	cargo fmt --all --check
+	cargo clippy $(selection) --all-targets -- -D warnings
+
+bench: ## throughput and latency, beside embedded RocksDB
+	@scripts/setup.sh bench
+	@$(MAKE) --no-print-directory build
+	scripts/bench.sh $(BENCH_FLAGS)

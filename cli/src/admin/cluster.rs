@@ -1,0 +1,97 @@
+//! `vasto node list` and `vasto cluster status`.
+
+use serde_json::Value;
+
+use super::{bytes, keyspace, list, text};
+use crate::{
+    args::{Cluster, ClusterCommand, Node, NodeCommand},
+    connect,
+    output::{self, OutputFormat, table},
+};
+
+/// Runs one command of `vasto node`.
+///
+/// # Errors
+/// What the cluster says.
+pub async fn node(args: &Node, format: OutputFormat) -> anyhow::Result<()> {
+    let NodeCommand::List = args.command;
+    let nodes = connect::document(connect::connect(&args.connect).await?.list_nodes().await)?;
+    match format {
+        OutputFormat::Json => output::print_json(&nodes)?,
+        OutputFormat::Table => output::print(&listing(&nodes))?,
+    }
+    Ok(())
+}
+
+/// Runs one command of `vasto cluster`.
+///
+/// # Errors
+/// What the cluster says.
+pub async fn cluster(args: &Cluster, format: OutputFormat) -> anyhow::Result<()> {
+    let ClusterCommand::Status = args.command;
+    let status = connect::document(connect::connect(&args.connect).await?.cluster_status().await)?;
+    match format {
+        OutputFormat::Json => output::print_json(&status)?,
+        OutputFormat::Table => output::print(&overview(&status))?,
+    }
+    Ok(())
+}
+
+fn listing(nodes: &Value) -> String {
+    let rows = list(nodes).iter().map(|node| {
+        let column = |name: &str| text(&node[name]);
+        vec![
+            column("node_id"),
+            column("address"),
+            column("zone"),
+            column("state"),
+            column("replicas"),
+            bytes(&node["disk_used"]),
+            bytes(&node["disk_free"]),
+        ]
+    });
+    table(&["NODE", "ADDRESS", "ZONE", "STATE", ">REPLICAS", ">DISK USED", ">DISK FREE"], rows)
+}
+
+fn overview(status: &Value) -> String {
+    let mut out = format!("cluster {}", text(&status["cluster_id"]));
+    if let Some(bucket) = status["master"]["bucket"].as_str() {
+        out += &format!(", bucket {bucket}");
+    }
+    out += &format!("\n\n{}\n{}", listing(&status["nodes"]), keyspace::listing(&status["keyspaces"]));
+    let warnings = list(&status["warnings"]);
+    if warnings.is_empty() {
+        return out + "\nno warnings\n";
+    }
+    out += "\n";
+    warnings.iter().for_each(|warning| out += &format!("warning: {}\n", text(warning)));
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_status_shows_nodes_keyspaces_and_warnings() {
+        let mut status = json!({
+            "cluster_id": "c-1", "term": 0, "master": {"bucket": "file:///b"},
+            "nodes": [{"node_id": "n-1", "address": "127.0.0.1:1", "zone": "a", "state": "alive", "replicas": 2,
+                "disk_used": 1024, "disk_free": null}],
+            "keyspaces": [{"name": "users"}], "warnings": ["n-2 is away"],
+        });
+        let text = overview(&status);
+        for part in [
+            "cluster c-1, bucket file:///b\n",
+            "n-1   127.0.0.1:1  a     alive         2    1.0 KiB          -\n",
+            "users",
+            "\nwarning: n-2 is away\n",
+        ] {
+            assert!(text.contains(part), "{part:?} is not in:\n{text}");
+        }
+        status["warnings"] = json!([]);
+        assert!(overview(&status).ends_with("\nno warnings\n"));
+    }
+}

@@ -1,0 +1,287 @@
+//! The command line: every command, flag and help text of `vasto`.
+//!
+//! Invariant: names and flags are a contract with scripts; they are added to, not changed. Every
+//! example in a help text parses, which a test checks.
+//!
+//! Leaves to others: doing it. Flags that belong to the configuration become [`crate::config::Overrides`], so
+//! that a flag that was not given leaves the file and the environment in force.
+
+mod data;
+mod parse;
+mod server;
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use self::parse::{parse_assignment, parse_duration, parse_ttl};
+pub use self::{data::*, server::*};
+use crate::output::OutputFormat;
+
+/// A distributed key-value store on local RocksDB shards that grows and heals from a bucket.
+#[derive(Debug, Parser)]
+#[command(
+    name = "vasto",
+    version,
+    max_term_width = 100,
+    disable_help_subcommand = true,
+    after_help = "Exit codes: 0 done, 1 failed, 2 not used as intended.\n\n\
+        Examples:\n  \
+        vasto dev\n  \
+        vasto keyspace create users --shards 2\n  \
+        vasto kv put users ada 'Ada Lovelace'\n  \
+        vasto kv get users ada\n  \
+        vasto keyspace resize users --shards 3\n  \
+        vasto cluster status --output json"
+)]
+pub struct Cli {
+    /// Flags that every command takes.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Flags that every command takes.
+#[derive(Debug, Args)]
+pub struct Global {
+    /// Read the configuration from this TOML file
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Global options")]
+    pub config: Option<PathBuf>,
+    /// Print results for people or for scripts
+    #[arg(long, global = true, value_enum, default_value_t, help_heading = "Global options")]
+    pub output: OutputFormat,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a whole cluster in this process, to try things out
+    Dev(Dev),
+    /// Run one server of a cluster
+    #[command(subcommand)]
+    Serve(Serve),
+    /// Create, inspect, grow and delete keyspaces
+    Keyspace(Keyspace),
+    /// Look at the nodes
+    Node(Node),
+    /// Look at the cluster as a whole
+    Cluster(Cluster),
+    /// Follow and cancel long operations
+    Operation(Operation),
+    /// Read and write single keys
+    Kv(Kv),
+    /// Measure throughput and latency
+    Bench(Bench),
+    /// Show and check the configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
+}
+
+// ---------------------------------------------------------------------- administration
+
+/// How to find the cluster.
+#[derive(Debug, Args)]
+pub struct Connect {
+    /// The master of the cluster
+    #[arg(long, global = true, value_name = "URL", env = "VASTO_MASTER", default_value = "http://127.0.0.1:8278")]
+    pub master: String,
+}
+
+/// When a write counts as done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Ack {
+    /// The operating system has it: survives a crash of the process, not a loss of power
+    Os,
+    /// It is on the disk of the node
+    Fsync,
+    /// One more replica has it on disk
+    Replica,
+    /// The bucket has it
+    Bucket,
+}
+
+/// `vasto keyspace`
+#[derive(Debug, Args)]
+pub struct Keyspace {
+    #[command(flatten)]
+    pub connect: Connect,
+    #[command(subcommand)]
+    pub command: KeyspaceCommand,
+}
+
+/// The commands of `vasto keyspace`.
+#[derive(Debug, Subcommand)]
+pub enum KeyspaceCommand {
+    /// Create a keyspace
+    Create(KeyspaceCreate),
+    /// List all keyspaces
+    List,
+    /// Show shards, replicas and the running operation of a keyspace
+    Describe(KeyspaceName),
+    /// Delete a keyspace and its data
+    #[command(after_help = "Examples:\n  vasto keyspace delete users --yes")]
+    Delete(KeyspaceDelete),
+    /// Write a checkpoint of every shard to the bucket now
+    Checkpoint(KeyspaceName),
+    /// Compact every shard now
+    Compact(KeyspaceName),
+    /// Change the number of shards while reads and writes go on
+    Resize(KeyspaceResize),
+}
+
+/// A keyspace by its name.
+#[derive(Debug, Args)]
+pub struct KeyspaceName {
+    /// The keyspace
+    pub name: String,
+}
+
+/// `vasto keyspace create`
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    vasto keyspace create users\n  \
+    vasto keyspace create sessions --shards 4 --ack os --ttl 30d")]
+pub struct KeyspaceCreate {
+    /// A name: a to z first, then a to z, 0 to 9, _ and -, at most 63 in all
+    pub name: String,
+    /// Shards: 1 to 64, then 72, 80 … 128, 144 … 4096
+    #[arg(long, default_value_t = 1)]
+    pub shards: u32,
+    /// Copies of each shard, on distinct nodes
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=7))]
+    pub replicas: u32,
+    /// When a write counts as done
+    #[arg(long, value_enum, default_value_t = Ack::Fsync)]
+    pub ack: Ack,
+    /// Forget every entry this long after it was written, for example 30d [default: never]
+    #[arg(long, value_name = "DURATION", value_parser = parse_ttl)]
+    pub ttl: Option<Duration>,
+    /// How long the old place of moved keys is kept after a resize
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = parse_duration)]
+    pub quarantine: Duration,
+}
+
+/// `vasto keyspace delete`
+#[derive(Debug, Args)]
+pub struct KeyspaceDelete {
+    /// The keyspace
+    pub name: String,
+    /// Say that you mean it
+    #[arg(long, required = true)]
+    pub yes: bool,
+}
+
+/// `vasto keyspace resize`
+#[derive(Debug, Args)]
+#[command(after_help = "The new shards take their keys from the bucket; reads and writes go on.\n\n\
+    Examples:\n  \
+    vasto keyspace resize users --shards 3 --plan\n  \
+    vasto keyspace resize users --shards 3")]
+pub struct KeyspaceResize {
+    /// The keyspace
+    pub name: String,
+    /// The new number of shards
+    #[arg(long)]
+    pub shards: u32,
+    /// Only tell what would move, from where and how long it would take
+    #[arg(long, conflicts_with = "no_wait")]
+    pub plan: bool,
+    /// Start it and return; follow it with `vasto operation show`
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+/// `vasto node`
+#[derive(Debug, Args)]
+pub struct Node {
+    #[command(flatten)]
+    pub connect: Connect,
+    #[command(subcommand)]
+    pub command: NodeCommand,
+}
+
+/// The commands of `vasto node`.
+#[derive(Debug, Subcommand)]
+pub enum NodeCommand {
+    /// List all nodes with their address, zone, state and disk
+    List,
+}
+
+/// `vasto cluster`
+#[derive(Debug, Args)]
+pub struct Cluster {
+    #[command(flatten)]
+    pub connect: Connect,
+    #[command(subcommand)]
+    pub command: ClusterCommand,
+}
+
+/// The commands of `vasto cluster`.
+#[derive(Debug, Subcommand)]
+pub enum ClusterCommand {
+    /// Show nodes, keyspaces and warnings
+    Status,
+}
+
+/// `vasto operation`
+#[derive(Debug, Args)]
+pub struct Operation {
+    #[command(flatten)]
+    pub connect: Connect,
+    #[command(subcommand)]
+    pub command: OperationCommand,
+}
+
+/// The commands of `vasto operation`.
+#[derive(Debug, Subcommand)]
+pub enum OperationCommand {
+    /// List running and recent operations
+    List,
+    /// Show one operation
+    Show(OperationId),
+    /// Cancel an operation that is not committed yet
+    Cancel(OperationId),
+}
+
+/// An operation by its id.
+#[derive(Debug, Args)]
+pub struct OperationId {
+    /// The id, as `vasto operation list` shows it
+    pub id: String,
+}
+
+// ---------------------------------------------------------------------- configuration
+
+/// The commands of `vasto config`.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// Show every value in force and where it comes from; secrets are not shown
+    #[command(after_help = "Defaults < the file of --config < VASTO_SECTION__FIELD < flags.\n\n\
+        Examples:\n  \
+        vasto config show\n  \
+        vasto config show --config /etc/vasto.toml --output json")]
+    Show(ConfigShow),
+    /// Check a file: exit code 0 when every field in it is known and has a good value
+    #[command(after_help = "Examples:\n  vasto config check /etc/vasto.toml")]
+    Check(ConfigCheck),
+}
+
+/// `vasto config show`
+#[derive(Debug, Args)]
+pub struct ConfigShow {
+    /// Show it as if a server had been started with this (repeatable)
+    #[arg(long, value_name = "SECTION.FIELD=VALUE", value_parser = parse_assignment)]
+    pub set: Vec<(String, String)>,
+}
+
+/// `vasto config check`
+#[derive(Debug, Args)]
+pub struct ConfigCheck {
+    /// The TOML file
+    pub file: PathBuf,
+}
+
+#[cfg(test)]
+mod tests;

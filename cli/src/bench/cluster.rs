@@ -1,0 +1,133 @@
+//! The operations of a workload on a keyspace of a running cluster, through the client library:
+//! one task per client, each with one operation under way.
+
+use std::{sync::Arc, time::Instant};
+
+use futures::{StreamExt, TryStreamExt, stream};
+use tokio::task::JoinSet;
+use vasto_client::{Ack, Batch, Bytes, Error, ErrorKind, Keyspace};
+
+use super::{
+    measure::{Found, Run},
+    workload::{Generator, Op, Values, key, neighbourhood},
+};
+
+/// Keys in a batch when loading.
+const LOAD_BATCH: u64 = 500;
+/// Batches under way when loading.
+const LOAD_PARALLEL: usize = 8;
+/// Keys that are looked at to see whether all are there.
+const SAMPLE: u64 = 64;
+
+/// Are the keys `0..keys` there? Looks at some of them, the first and the last included.
+pub async fn loaded(keyspace: &Keyspace, keys: u64) -> Result<bool, Error> {
+    let sample = (0..SAMPLE.min(keys)).map(|step| key(sampled(step, keys)));
+    Ok(keyspace.get_many(sample).await?.iter().all(Option::is_some))
+}
+
+/// Spreads `0..SAMPLE` evenly over `0..keys`, from the first to the last.
+fn sampled(step: u64, keys: u64) -> u64 {
+    let steps = SAMPLE.min(keys).saturating_sub(1).max(1);
+    (u128::from(step) * u128::from(keys - 1) / u128::from(steps)) as u64
+}
+
+/// Writes the keys `0..keys`; `progress` is told how many more are there.
+pub async fn load(keyspace: &Keyspace, keys: u64, values: &Values, progress: impl Fn(u64)) -> Result<(), Error> {
+    let starts = (0..keys).step_by(LOAD_BATCH as usize);
+    let batches = stream::iter(starts).map(|start| async move {
+        let end = keys.min(start + LOAD_BATCH);
+        let batch = (start..end).fold(Batch::new(), |batch, number| batch.put(key(number), values.at(number)));
+        keyspace.write(batch).await.map(|_| end - start)
+    });
+    let mut written = batches.buffer_unordered(LOAD_PARALLEL);
+    while let Some(count) = written.try_next().await? {
+        progress(count);
+    }
+    Ok(())
+}
+
+/// One task per generator, until the run ends.
+pub async fn run(run: &Arc<Run>, keyspace: &Keyspace, generators: Vec<Generator>, values: &Values, ack: Option<Ack>) {
+    let mut clients = JoinSet::new();
+    for (number, generator) in generators.into_iter().enumerate() {
+        let client = Client { keyspace: keyspace.clone(), values: values.clone(), ack };
+        clients.spawn(client.run(number, generator, run.clone()));
+    }
+    while let Some(ended) = clients.join_next().await {
+        if let Err(error) = ended {
+            run.fail(0, format!("a client panicked: {error}"), true);
+        }
+    }
+}
+
+struct Client {
+    keyspace: Keyspace,
+    values: Values,
+    ack: Option<Ack>,
+}
+
+impl Client {
+    async fn run(self, number: usize, mut generator: Generator, run: Arc<Run>) {
+        while run.begin() {
+            let op = generator.next_op();
+            let value = self.values.at(generator.random());
+            let started = Instant::now();
+            match self.perform(op, value).await {
+                Ok(found) => run.record(number, started.elapsed(), found),
+                Err(error) => run.fail(number, error.message(), hopeless(error.kind())),
+            }
+        }
+    }
+
+    async fn perform(&self, op: Op, value: Bytes) -> Result<Found, Error> {
+        match op {
+            Op::Get(number) => self.get(number).await,
+            Op::Put(number) => self.put(number, value).await,
+            Op::Modify(number) => {
+                let found = self.get(number).await?;
+                self.put(number, value).await?;
+                Ok(found)
+            }
+            Op::Scan(number, rows) => {
+                let mut scan = self.keyspace.scan().prefix(neighbourhood(number)).limit(rows).stream();
+                let mut found = Found::No;
+                while scan.try_next().await?.is_some() {
+                    found = Found::Yes;
+                }
+                Ok(found)
+            }
+        }
+    }
+
+    async fn get(&self, number: u64) -> Result<Found, Error> {
+        Ok(if self.keyspace.get(key(number)).await?.is_some() { Found::Yes } else { Found::No })
+    }
+
+    async fn put(&self, number: u64, value: Bytes) -> Result<Found, Error> {
+        let put = self.keyspace.put(key(number), value);
+        match self.ack {
+            Some(ack) => put.ack(ack).await?,
+            None => put.await?,
+        };
+        Ok(Found::Yes)
+    }
+}
+
+/// The same request would fail again, however often.
+fn hopeless(kind: ErrorKind) -> bool {
+    !matches!(kind, ErrorKind::Unavailable | ErrorKind::Overloaded | ErrorKind::DeadlineExceeded | ErrorKind::Unknown)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_sample_holds_the_first_and_the_last_key_and_none_twice() {
+        for keys in [1, 2, SAMPLE - 1, SAMPLE, SAMPLE + 1, 1_000_000, u64::MAX] {
+            let sample: Vec<u64> = (0..SAMPLE.min(keys)).map(|step| sampled(step, keys)).collect();
+            assert_eq!((sample[0], sample[sample.len() - 1]), (0, keys - 1), "{keys}");
+            assert!(sample.windows(2).all(|pair| pair[0] < pair[1]), "{keys}");
+        }
+    }
+}

@@ -1,0 +1,336 @@
+//! The configuration of the servers: defaults < TOML file < environment < flags.
+//!
+//! Invariant: a value that is in force was checked. A field that does not exist is an error that
+//! names the field and the nearest known one, in whichever source it stands, and no message and
+//! no listing ever shows a secret.
+//!
+//! Leaves to others: what the values are used for. Flags become [`Overrides`] in `args`.
+
+mod error;
+mod field;
+mod show;
+mod source;
+mod values;
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use bytesize::ByteSize;
+use figment::{Figment, providers::Serialized, value::Value};
+use serde::{Deserialize, Serialize};
+use vasto_observability::LogFormat;
+
+use self::{error::variable, field::Kind, source::Layer, values::Secret};
+pub use self::{
+    error::{ConfigError, Problem},
+    source::{Overrides, Source},
+};
+
+/// Everything that can be configured.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// `[bucket]`
+    pub bucket: BucketSection,
+    /// `[master]`
+    pub master: MasterSection,
+    /// `[node]`
+    pub node: NodeSection,
+    /// `[log]`
+    pub log: LogSection,
+    /// `[security]`
+    pub security: SecuritySection,
+}
+
+/// The object store. What is not given comes from the standard variables of the cloud.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BucketSection {
+    /// `file:///path`, `s3://bucket/prefix`, `gs://…`, `az://…`
+    pub url: Option<String>,
+    /// The address of an S3-compatible server.
+    pub endpoint: Option<String>,
+    /// The region of the bucket.
+    pub region: Option<String>,
+    /// The id of the access key.
+    pub access_key_id: Option<Secret<String>>,
+    /// The access key.
+    pub secret_access_key: Option<Secret<String>>,
+    /// Whether the endpoint may be reached without TLS.
+    pub allow_http: bool,
+}
+
+/// The master.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MasterSection {
+    /// Where it serves.
+    pub listen: SocketAddr,
+    /// Where `/healthz`, `/readyz` and `/metrics` are.
+    pub admin_listen: SocketAddr,
+    /// A node that says nothing for this long counts as dead.
+    #[serde(with = "values::duration")]
+    pub node_silence: Duration,
+}
+
+impl Default for MasterSection {
+    fn default() -> MasterSection {
+        MasterSection { listen: loopback(8278), admin_listen: loopback(0), node_silence: Duration::from_secs(10) }
+    }
+}
+
+/// A node.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NodeSection {
+    /// The URL of the master.
+    pub master: String,
+    /// The data directory.
+    pub dir: Option<PathBuf>,
+    /// Where it serves.
+    pub listen: SocketAddr,
+    /// HOST:PORT under which others reach it, when that is not `listen`.
+    pub advertise: Option<String>,
+    /// The failure domain; replicas of a shard go to distinct zones.
+    pub zone: Option<String>,
+    /// Where `/healthz`, `/readyz` and `/metrics` are.
+    pub admin_listen: SocketAddr,
+    /// The block cache that all replicas share.
+    #[serde(with = "values::size")]
+    pub cache: ByteSize,
+    /// The memory for unflushed writes that all replicas share.
+    #[serde(with = "values::size")]
+    pub write_buffer: ByteSize,
+    /// Flushes and compactions at the same time.
+    #[serde(with = "values::count")]
+    pub background_jobs: usize,
+    /// Bytes a second that background work may write; 0 is no limit.
+    #[serde(with = "values::size")]
+    pub rate_limit: ByteSize,
+    /// How often what is new is shipped to the bucket.
+    #[serde(with = "values::duration")]
+    pub ship_interval: Duration,
+    /// Threads for reads that have to wait for the disk.
+    #[serde(with = "values::count")]
+    pub read_threads: usize,
+    /// Replicas that it takes at most.
+    #[serde(with = "values::count")]
+    pub max_replicas: usize,
+}
+
+impl Default for NodeSection {
+    fn default() -> NodeSection {
+        NodeSection {
+            master: "http://127.0.0.1:8278".to_owned(),
+            dir: None,
+            listen: loopback(0),
+            advertise: None,
+            zone: None,
+            admin_listen: loopback(0),
+            cache: ByteSize::mib(256),
+            write_buffer: ByteSize::mib(128),
+            background_jobs: 2,
+            rate_limit: ByteSize::b(0),
+            ship_interval: Duration::from_secs(10),
+            read_threads: 4,
+            max_replicas: 256,
+        }
+    }
+}
+
+/// Logs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogSection {
+    /// A filter such as `info,vasto_node=debug`.
+    pub filter: String,
+    /// How log lines look.
+    #[serde(with = "values::word")]
+    pub format: LogFormat,
+}
+
+impl Default for LogSection {
+    fn default() -> LogSection {
+        LogSection { filter: "info".to_owned(), format: LogFormat::Auto }
+    }
+}
+
+/// What is allowed.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SecuritySection {
+    /// Serve on other addresses than loopback without TLS and authentication.
+    pub insecure: bool,
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], port))
+}
+
+/// A configuration in force, and where each of its values came from.
+#[derive(Debug, Clone)]
+pub struct Loaded {
+    /// The values.
+    pub config: Config,
+    origins: Origins,
+}
+
+/// Merges all sources: defaults < `file` < the environment of the process < `flags`.
+///
+/// # Errors
+/// [`ConfigError`] with everything that is wrong, as far as it can be told at once.
+pub fn load(file: Option<&Path>, flags: Overrides) -> Result<Loaded, ConfigError> {
+    let text = |os: std::ffi::OsString| os.to_string_lossy().into_owned();
+    load_from(file, std::env::vars_os().map(|(name, value)| (text(name), text(value))), flags)
+}
+
+fn load_from(
+    file: Option<&Path>,
+    environment: impl IntoIterator<Item = (String, String)>,
+    flags: Overrides,
+) -> Result<Loaded, ConfigError> {
+    let mut layers = Vec::new();
+    if let Some(file) = file {
+        layers.push(source::file(file)?);
+    }
+    layers.push(source::environment(environment));
+    layers.push(flags.layer());
+
+    let unknown: Vec<Problem> = layers.iter().flat_map(unknown_fields).collect();
+    if !unknown.is_empty() {
+        return Err(ConfigError::Invalid(unknown));
+    }
+    let figment = Figment::from(Serialized::defaults(Config::default()));
+    let figment = layers.iter().cloned().fold(figment, Figment::merge);
+    let origins = Origins { figment, layers };
+    let config = origins.figment.extract().map_err(|error| ConfigError::Invalid(origins.bad_values(error)))?;
+    Ok(Loaded { config, origins })
+}
+
+fn unknown_fields(layer: &Layer) -> impl Iterator<Item = Problem> + '_ {
+    let unknown = layer.entries.iter().filter(|entry| field::find(&entry.path).is_none());
+    unknown.map(|entry| {
+        let as_written = |path: &str| match layer.source {
+            Source::Env => variable(path),
+            Source::Flag => format!("--set {path}=..."),
+            Source::File | Source::Default => path.to_owned(),
+        };
+        let advice = match field::nearest(&entry.path) {
+            Some(field) => format!("did you mean {}?", as_written(field.path)),
+            None => format!("known here: {}", field::neighbours(&entry.path).join(", ")),
+        };
+        Problem(match layer.source {
+            Source::Env => format!("unknown field {} in the environment; {advice}", entry.origin),
+            Source::Flag => format!("unknown field {} in a flag; {advice}", entry.path),
+            Source::File | Source::Default => {
+                format!("unknown field {} in {}; {advice}", entry.path, entry.origin)
+            }
+        })
+    })
+}
+
+/// Remembers which source each value came from.
+#[derive(Debug, Clone)]
+struct Origins {
+    figment: Figment,
+    layers: Vec<Layer>,
+}
+
+impl Origins {
+    fn source(&self, path: &str) -> Source {
+        let name = self.figment.find_metadata(path).map(|metadata| metadata.name.as_ref());
+        [Source::File, Source::Env, Source::Flag]
+            .into_iter()
+            .find(|source| name == Some(source.name()))
+            .unwrap_or(Source::Default)
+    }
+
+    /// The file, the variable or the flag; nothing for a default.
+    fn origin(&self, path: &str) -> Option<&str> {
+        let source = self.source(path);
+        let layer = self.layers.iter().find(|layer| layer.source == source)?;
+        let entry = layer.entries.iter().rev().find(|entry| entry.path == path)?;
+        Some(&entry.origin)
+    }
+
+    fn bad_values(&self, errors: figment::Error) -> Vec<Problem> {
+        let problem = |error: figment::Error| {
+            // A whole section may be of the wrong type; then there is no field to name.
+            let path = error.path.iter().take(2).map(String::as_str).collect::<Vec<_>>().join(".");
+            let place = self.origin(&path).map(|origin| format!(" in {origin}"));
+            let place = place.unwrap_or_default();
+            match field::find(&path) {
+                Some(field) => {
+                    let given = match field.kind {
+                        Kind::Secret => "the value".to_owned(),
+                        _ => {
+                            self.figment.find_value(&path).map_or_else(|_| "the value".to_owned(), |value| show(&value))
+                        }
+                    };
+                    Problem(format!("{path}{place}: {given} is not {}", field.kind.expected()))
+                }
+                None => Problem(format!("{path}{place}: {}", error.kind)),
+            }
+        };
+        errors.into_iter().map(problem).collect()
+    }
+}
+
+fn show(value: &Value) -> String {
+    match value {
+        Value::String(_, text) => format!("{text:?}"),
+        Value::Num(..) | Value::Bool(..) => serde_json::to_string(value).unwrap_or_else(|_| "the value".to_owned()),
+        Value::Array(..) => "a list".to_owned(),
+        Value::Dict(..) => "a table".to_owned(),
+        Value::Char(..) | Value::Empty(..) => "the value".to_owned(),
+    }
+}
+
+// ------------------------------------------------------------------- what a server needs
+
+impl Config {
+    /// Checks what `vasto serve master` needs, and returns the URL of the bucket.
+    ///
+    /// # Errors
+    /// [`ConfigError::Missing`] or [`ConfigError::Unprotected`].
+    pub fn check_master(&self) -> Result<&str, ConfigError> {
+        self.check_bind("master.listen", self.master.listen)?;
+        self.check_bind("master.admin_listen", self.master.admin_listen)?;
+        self.bucket.url.as_deref().ok_or(ConfigError::Missing { path: "bucket.url", flag: "--bucket s3://NAME/PREFIX" })
+    }
+
+    /// Checks what `vasto serve node` needs, and returns the data directory.
+    ///
+    /// # Errors
+    /// [`ConfigError::Missing`], [`ConfigError::Unprotected`] or [`ConfigError::NotAdvertised`].
+    pub fn check_node(&self) -> Result<&Path, ConfigError> {
+        self.check_bind("node.listen", self.node.listen)?;
+        self.check_bind("node.admin_listen", self.node.admin_listen)?;
+        if self.node.listen.ip().is_unspecified() && self.node.advertise.is_none() {
+            return Err(ConfigError::NotAdvertised(self.node.listen));
+        }
+        self.node.dir.as_deref().ok_or(ConfigError::Missing { path: "node.dir", flag: "--dir DIR" })
+    }
+
+    /// Refuses an address that is not loopback unless `security.insecure` allows it.
+    fn check_bind(&self, path: &'static str, address: SocketAddr) -> Result<(), ConfigError> {
+        match address.ip().is_loopback() || self.security.insecure {
+            true => Ok(()),
+            false => Err(ConfigError::Unprotected { path, address }),
+        }
+    }
+}
+
+/// Checks one file by itself: `vasto config check FILE`.
+///
+/// # Errors
+/// [`ConfigError`] with what is wrong in it.
+pub fn check_file(file: &Path) -> Result<(), ConfigError> {
+    load_from(Some(file), [], Overrides::new()).map(|_| ())
+}
+
+#[cfg(test)]
+mod tests;

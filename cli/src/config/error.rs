@@ -1,0 +1,109 @@
+//! What can be wrong with a configuration, and what to do about each.
+//!
+//! Invariant: no text here ever holds the value of a secret.
+
+use std::{fmt, io, net::SocketAddr};
+
+/// Why there is no usable configuration. The text says what is wrong, [`ConfigError::hint`] what
+/// to do.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration file {file}: {source}")]
+    Unreadable {
+        /// Its path as given.
+        file: String,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// The file is not TOML.
+    #[error("{file}:{line}:{column}: not valid TOML: {reason}")]
+    Syntax {
+        /// Its path as given.
+        file: String,
+        /// From 1.
+        line: usize,
+        /// In characters, from 1.
+        column: usize,
+        /// What the parser expected.
+        reason: String,
+    },
+    /// Fields that do not exist, or values that do not fit.
+    #[error("{}", Lines(.0))]
+    Invalid(Vec<Problem>),
+    /// A field that this server needs has no value.
+    #[error("{path} is not set")]
+    Missing {
+        /// `section.field`.
+        path: &'static str,
+        /// The flag that sets it, with a sample value.
+        flag: &'static str,
+    },
+    /// An address that other machines can reach, without protection.
+    #[error(
+        "{path} is {address}, which other machines can reach, \
+         but TLS and authentication are not configured"
+    )]
+    Unprotected {
+        /// `section.field`.
+        path: &'static str,
+        /// The address in it.
+        address: SocketAddr,
+    },
+    /// The node listens on all addresses and nobody can guess which one to use.
+    #[error("node.listen is {0}, which is no address that others can connect to")]
+    NotAdvertised(SocketAddr),
+}
+
+impl ConfigError {
+    /// What to do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            ConfigError::Unreadable { .. } => {
+                Some("give the path of a TOML file that you may read with --config".to_owned())
+            }
+            ConfigError::Syntax { .. } => Some("text values stand in double quotes".to_owned()),
+            ConfigError::Invalid(_) => Some("`vasto config show` lists every field with its value".to_owned()),
+            ConfigError::Missing { path, flag } => {
+                Some(format!("give {flag}, set {}, or write it into the file of --config", variable(path)))
+            }
+            ConfigError::Unprotected { .. } => {
+                Some("bind to 127.0.0.1, or, on a network where everybody is trusted, say --insecure".to_owned())
+            }
+            ConfigError::NotAdvertised(address) => Some(format!(
+                "say under which name others reach this node: --advertise HOST:{}",
+                match address.port() {
+                    0 => "PORT, with the same port in --listen".to_owned(),
+                    port => port.to_string(),
+                }
+            )),
+        }
+    }
+}
+
+/// One thing that is wrong in one source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem(pub(super) String);
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+struct Lines<'a>(&'a [Problem]);
+
+impl fmt::Display for Lines<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, problem) in self.0.iter().enumerate() {
+            let separator = if index == 0 { "" } else { "\n       " };
+            write!(f, "{separator}{problem}")?;
+        }
+        Ok(())
+    }
+}
+
+/// `VASTO_SECTION__FIELD` for `section.field`.
+pub(super) fn variable(path: &str) -> String {
+    format!("VASTO_{}", path.to_uppercase().replace('.', "__"))
+}

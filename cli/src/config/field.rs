@@ -1,0 +1,165 @@
+//! The list of all configuration fields: what there is, how its text is read, what to say when
+//! it is wrong, and which field somebody may have meant.
+//!
+//! Invariant: this list and the sections of [`super::Config`] name the same fields; a test
+//! compares them.
+
+use figment::value::Value;
+
+/// What kind of value a field takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Text,
+    Url,
+    Secret,
+    Switch,
+    Count,
+    Size,
+    Duration,
+    Address,
+    LogFormat,
+}
+
+/// One field of one section.
+#[derive(Debug)]
+pub(super) struct Field {
+    /// `section.field`.
+    pub(super) path: &'static str,
+    pub(super) kind: Kind,
+}
+
+const fn field(path: &'static str, kind: Kind) -> Field {
+    Field { path, kind }
+}
+
+/// In the order in which `vasto config show` prints them.
+pub(super) const FIELDS: &[Field] = &[
+    field("bucket.url", Kind::Url),
+    field("bucket.endpoint", Kind::Url),
+    field("bucket.region", Kind::Text),
+    field("bucket.access_key_id", Kind::Secret),
+    field("bucket.secret_access_key", Kind::Secret),
+    field("bucket.allow_http", Kind::Switch),
+    field("master.listen", Kind::Address),
+    field("master.admin_listen", Kind::Address),
+    field("master.node_silence", Kind::Duration),
+    field("node.master", Kind::Url),
+    field("node.dir", Kind::Text),
+    field("node.listen", Kind::Address),
+    field("node.advertise", Kind::Text),
+    field("node.zone", Kind::Text),
+    field("node.admin_listen", Kind::Address),
+    field("node.cache", Kind::Size),
+    field("node.write_buffer", Kind::Size),
+    field("node.background_jobs", Kind::Count),
+    field("node.rate_limit", Kind::Size),
+    field("node.ship_interval", Kind::Duration),
+    field("node.read_threads", Kind::Count),
+    field("node.max_replicas", Kind::Count),
+    field("log.filter", Kind::Text),
+    field("log.format", Kind::LogFormat),
+    field("security.insecure", Kind::Switch),
+];
+
+impl Kind {
+    /// What a good value looks like, to follow the word "expected".
+    pub(super) fn expected(self) -> &'static str {
+        match self {
+            Kind::Text | Kind::Secret => "text in quotes",
+            Kind::Url => "a URL in quotes",
+            Kind::Switch => "true or false",
+            Kind::Count => "a whole number from 1 to 4294967295",
+            Kind::Size => "a size such as \"256MiB\", or a number of bytes",
+            Kind::Duration => "a duration above zero such as \"10s\" or \"1h 30m\"",
+            Kind::Address => "an IP address and a port such as \"127.0.0.1:8278\"",
+            Kind::LogFormat => "\"auto\", \"human\" or \"json\"",
+        }
+    }
+
+    /// The value that a text from the environment or from a flag stands for. Text that does not
+    /// fit stays text, and is refused where every other wrong value is.
+    pub(super) fn value_of(self, text: &str) -> Value {
+        match self {
+            Kind::Switch => match text {
+                "true" | "1" => Value::from(true),
+                "false" | "0" => Value::from(false),
+                other => Value::from(other),
+            },
+            Kind::Count => text.parse::<u64>().map_or_else(|_| Value::from(text), Value::from),
+            _ => Value::from(text),
+        }
+    }
+}
+
+pub(super) fn find(path: &str) -> Option<&'static Field> {
+    FIELDS.iter().find(|field| field.path == path)
+}
+
+/// Below this likeness (0 to 1) a guess confuses more than it helps.
+const LIKENESS_MIN: f64 = 0.6;
+
+/// The field whose path, or whose last part, is most like `path`.
+pub(super) fn nearest(path: &str) -> Option<&'static Field> {
+    let likeness = |field: &Field| {
+        let whole = strsim::normalized_damerau_levenshtein(path, field.path);
+        // The right name in the wrong section, or in none; a little less likely.
+        let last = strsim::normalized_damerau_levenshtein(last_part(path), last_part(field.path));
+        whole.max(0.9 * last)
+    };
+    FIELDS
+        .iter()
+        .map(|field| (likeness(field), field))
+        .filter(|(likeness, _)| *likeness >= LIKENESS_MIN)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, field)| field)
+}
+
+/// The names of the fields of the section that `path` is in, or of all sections.
+pub(super) fn neighbours(path: &str) -> Vec<&'static str> {
+    let section = path.split('.').next().unwrap_or_default();
+    let of = |wanted: &str| {
+        let parts = FIELDS.iter().filter_map(|field| field.path.split_once('.'));
+        parts.filter(|(section, _)| *section == wanted).map(|(_, name)| name).collect::<Vec<_>>()
+    };
+    let fields = of(section);
+    if !fields.is_empty() {
+        return fields;
+    }
+    let mut sections: Vec<_> = FIELDS.iter().filter_map(|field| field.path.split('.').next()).collect();
+    sections.dedup();
+    sections
+}
+
+fn last_part(path: &str) -> &str {
+    path.rsplit('.').next().unwrap_or(path)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn the_nearest_field_is_found_across_sections_and_nonsense_finds_none() {
+        for (given, meant) in [
+            ("node.cahce", "node.cache"),
+            ("node.write_bufer", "node.write_buffer"),
+            ("master.cache", "node.cache"),
+            ("master.zone", "node.zone"),
+            ("nodes.listen", "node.listen"),
+            ("log.fromat", "log.format"),
+            ("ship_interval", "node.ship_interval"),
+        ] {
+            assert_eq!(nearest(given).unwrap().path, meant, "{given}");
+        }
+        assert!(nearest("weather.is_fine").is_none());
+    }
+
+    #[test]
+    fn text_becomes_the_kind_of_its_field() {
+        assert_eq!(Kind::Switch.value_of("true"), Value::from(true));
+        assert_eq!(Kind::Count.value_of("7"), Value::from(7u64));
+        assert_eq!(Kind::Text.value_of("7"), Value::from("7"));
+        assert_eq!(Kind::Count.value_of("seven"), Value::from("seven"));
+    }
+}

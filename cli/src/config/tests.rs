@@ -1,0 +1,238 @@
+//! What the sources do together.
+#![allow(clippy::unwrap_used)]
+
+use std::{collections::BTreeSet, io::Write};
+
+use super::{show::Row, *};
+
+fn file(text: &str) -> tempfile::NamedTempFile {
+    let mut file = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+    file
+}
+
+fn variables(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
+    pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+/// What is wrong, with the hint: all that a user would see.
+fn refusal(text: &str, environment: &[(&str, &str)], flags: Overrides) -> String {
+    let file = file(text);
+    let error = load_from(Some(file.path()), variables(environment), flags).unwrap_err();
+    format!("{error}\n{}", error.hint().unwrap_or_default())
+}
+
+fn row<'a>(rows: &'a [Row], name: &str) -> &'a Row {
+    rows.iter().find(|row| row.name == name).unwrap()
+}
+
+#[test]
+fn the_list_of_fields_and_the_sections_agree() {
+    let config = serde_json::to_value(Config::default()).unwrap();
+    let in_sections: BTreeSet<String> = config
+        .as_object()
+        .unwrap()
+        .iter()
+        .flat_map(|(section, fields)| fields.as_object().unwrap().keys().map(move |name| format!("{section}.{name}")))
+        .collect();
+    let in_list: BTreeSet<String> = field::FIELDS.iter().map(|field| field.path.to_owned()).collect();
+    assert_eq!(in_sections, in_list);
+}
+
+#[test]
+fn flags_beat_the_environment_beats_the_file_beats_the_defaults() {
+    let file = file("[node]\ncache = \"1GiB\"\nwrite_buffer = 1048576\nread_threads = 2\nzone = \"file\"\n");
+    let environment = variables(&[
+        ("VASTO_NODE__WRITE_BUFFER", "2MiB"),
+        ("VASTO_NODE__READ_THREADS", "8"),
+        ("VASTO_NODE__ZONE", "7"),
+        ("VASTO_NODE__ADVERTISE", ""),
+        ("VASTO_HOME", "/not/configuration"),
+    ]);
+    let flags = Overrides::new()
+        .set("node.zone", "--zone", Some("flag"))
+        .set("node.dir", "--dir", None::<String>)
+        .assign(&[("node.read_threads".to_owned(), "16".to_owned())])
+        .switch("security.insecure", "--insecure", true);
+    let loaded = load_from(Some(file.path()), environment, flags).unwrap();
+
+    let node = &loaded.config.node;
+    assert_eq!(node.cache, ByteSize::gib(1));
+    assert_eq!(node.write_buffer, ByteSize::mib(2));
+    assert_eq!(node.read_threads, 16);
+    assert_eq!(node.zone.as_deref(), Some("flag"));
+    assert_eq!(node.advertise, None);
+    assert_eq!(node.ship_interval, Duration::from_secs(10));
+    assert!(loaded.config.security.insecure);
+
+    let rows = loaded.rows();
+    let expected = [
+        ("node.cache", "1GiB".into(), Source::File, file.path().to_str()),
+        ("node.write_buffer", "2MiB".into(), Source::Env, Some("VASTO_NODE__WRITE_BUFFER")),
+        ("node.read_threads", 16.into(), Source::Flag, Some("--set node.read_threads")),
+        ("node.zone", "flag".into(), Source::Flag, Some("--zone")),
+        ("node.ship_interval", "10s".into(), Source::Default, None),
+        ("node.dir", serde_json::Value::Null, Source::Default, None),
+        ("security.insecure", true.into(), Source::Flag, Some("--insecure")),
+    ];
+    for (name, value, source, origin) in expected {
+        let row = row(&rows, name);
+        assert_eq!((&row.value, row.source, row.origin.as_deref()), (&value, source, origin));
+    }
+}
+
+#[test]
+fn numbers_and_words_in_the_environment_are_read_by_the_field() {
+    let environment = variables(&[
+        ("VASTO_NODE__ZONE", "7"),
+        ("VASTO_BUCKET__SECRET_ACCESS_KEY", "0123456789"),
+        ("VASTO_BUCKET__ALLOW_HTTP", "true"),
+        ("VASTO_NODE__CACHE", "1048576"),
+        ("VASTO_LOG__FORMAT", "json"),
+    ]);
+    let config = load_from(None, environment, Overrides::new()).unwrap().config;
+    assert_eq!(config.node.zone.as_deref(), Some("7"));
+    assert_eq!(config.bucket.secret_access_key, Some(Secret::new("0123456789".to_owned())));
+    assert!(config.bucket.allow_http);
+    assert_eq!(config.node.cache, ByteSize::mib(1));
+    assert_eq!(config.log.format, LogFormat::Json);
+}
+
+#[test]
+fn well_known_variables_are_weaker_than_those_of_the_field() {
+    let mut environment = variables(&[("VASTO_MASTER", "http://m:1"), ("VASTO_LOG", "debug"), ("RUST_LOG", "trace")]);
+    let loaded = load_from(None, environment.clone(), Overrides::new()).unwrap();
+    assert_eq!(loaded.config.node.master, "http://m:1");
+    assert_eq!(loaded.config.log.filter, "debug");
+    assert_eq!(row(&loaded.rows(), "log.filter").origin.as_deref(), Some("VASTO_LOG"));
+    environment.extend(variables(&[("VASTO_LOG__FILTER", "warn")]));
+    let loaded = load_from(None, environment, Overrides::new()).unwrap();
+    assert_eq!(loaded.config.log.filter, "warn");
+}
+
+#[test]
+fn unknown_fields_are_all_named_with_the_nearest_known_one() {
+    let text = refusal(
+        "top = 1\n[node]\ncahce = \"1GiB\"\n[mastre]\nlisten = \"127.0.0.1:1\"\n",
+        &[("VASTO_NODE__READ_THREAD", "1")],
+        Overrides::new().assign(&[("log.fromat".to_owned(), "json".to_owned())]),
+    );
+    for part in [
+        "unknown field node.cahce in /",
+        "did you mean node.cache?",
+        "unknown field mastre.listen in /",
+        "did you mean master.listen?",
+        "unknown field VASTO_NODE__READ_THREAD in the environment; \
+         did you mean VASTO_NODE__READ_THREADS?",
+        "unknown field log.fromat in a flag; did you mean --set log.format=...?",
+        "unknown field top in /",
+        "vasto config show",
+    ] {
+        assert!(text.contains(part), "{part:?} is not in: {text}");
+    }
+    let text = refusal("[node]\nqqqqqqqqq = 1\n", &[], Overrides::new());
+    assert!(text.contains("known here: master, dir, listen"), "{text}");
+    let text = refusal("[weather]\nis_fine = true\n", &[], Overrides::new());
+    assert!(text.contains("known here: bucket, master, node, log, security"), "{text}");
+}
+
+#[test]
+fn bad_values_name_the_field_the_place_and_what_is_expected() {
+    for (section, given, parts) in [
+        ("node", "cache = \"12 potatoes\"", ["node.cache", "\"12 potatoes\"", "256MiB"]),
+        ("node", "cache = true", ["node.cache", "true", "256MiB"]),
+        ("node", "cache = { size = 1 }", ["node.cache", "a table", "256MiB"]),
+        ("node", "ship_interval = \"0s\"", ["node.ship_interval", "\"0s\"", "above zero"]),
+        ("node", "ship_interval = 10", ["node.ship_interval", "10", "\"10s\""]),
+        ("node", "read_threads = 0", ["node.read_threads", "0", "from 1"]),
+        ("node", "read_threads = -1", ["node.read_threads", "-1", "from 1"]),
+        ("node", "listen = \"localhost:1\"", ["node.listen", "\"localhost:1\"", "IP address"]),
+        ("node", "zone = 1", ["node.zone", "1", "text in quotes"]),
+        ("log", "format = \"xml\"", ["log.format", "\"xml\"", "human"]),
+        ("security", "insecure = \"yes\"", ["security.insecure", "\"yes\"", "true or false"]),
+    ] {
+        let text = refusal(&format!("[{section}]\n{given}\n"), &[], Overrides::new());
+        for part in parts.into_iter().chain([".toml: "]) {
+            assert!(text.contains(part), "{part:?} is not in: {text}");
+        }
+    }
+    let text = refusal("", &[("VASTO_NODE__READ_THREADS", "many")], Overrides::new());
+    assert!(text.contains("node.read_threads in VASTO_NODE__READ_THREADS: \"many\""), "{text}");
+    let text = refusal("node = 1\n", &[], Overrides::new());
+    assert!(text.contains("unknown field node in /"), "{text}");
+}
+
+#[test]
+fn a_file_that_is_missing_or_not_toml_is_named() {
+    let error = check_file(Path::new("/no/such/vasto.toml")).unwrap_err();
+    assert!(matches!(error, ConfigError::Unreadable { .. }));
+    assert!(error.to_string().contains("/no/such/vasto.toml"));
+
+    let bad = file("[node]\n\nzone = \"a\ncache = 1\n");
+    let error = check_file(bad.path()).unwrap_err();
+    assert!(matches!(error, ConfigError::Syntax { line: 3, .. }), "{error:?}");
+    check_file(file("[node]\nzone = \"a\"\n").path()).unwrap();
+}
+
+#[test]
+fn secrets_are_never_printed() {
+    const CANARY: &str = "canary-7f3a";
+    let good = file(&format!(
+        "[bucket]\naccess_key_id = \"{CANARY}\"\nsecret_access_key = \"{CANARY}\"\n\
+         endpoint = \"http://user:{CANARY}@127.0.0.1:9000/x\"\n"
+    ));
+    let loaded = load_from(Some(good.path()), [], Overrides::new()).unwrap();
+    let bucket = &loaded.config.bucket;
+    assert_eq!(bucket.secret_access_key.as_ref().unwrap().expose(), CANARY);
+    let rows = loaded.rows();
+    assert_eq!(row(&rows, "bucket.secret_access_key").value, "***");
+    assert_eq!(row(&rows, "bucket.endpoint").value, "http://***@127.0.0.1:9000/x");
+    let shown = [
+        serde_json::to_string(&rows).unwrap(),
+        serde_json::to_string(&bucket.secret_access_key).unwrap(),
+        format!("{:?} {:?}", bucket.secret_access_key, bucket.access_key_id),
+        // Wrong in every way that could show the line or the value.
+        refusal(&format!("[bucket]\nsecret_access_key = [\"{CANARY}\"]\n"), &[], Overrides::new()),
+        refusal(&format!("[bucket]\nsecret_access_key = \"{CANARY}\n"), &[], Overrides::new()),
+        refusal(&format!("[bucket]\nsecret_acess_key = \"{CANARY}\"\n"), &[], Overrides::new()),
+        refusal("", &[("VASTO_BUCKET__SECRET_KEY", CANARY)], Overrides::new()),
+    ];
+    for text in shown {
+        assert!(!text.contains(CANARY), "{text}");
+    }
+}
+
+#[test]
+fn servers_refuse_what_is_missing_or_open_to_everybody() {
+    let mut config = Config::default();
+    let error = config.check_master().unwrap_err();
+    assert!(error.hint().unwrap().contains("VASTO_BUCKET__URL"), "{error}");
+    config.bucket.url = Some("file:///b".to_owned());
+    assert_eq!(config.check_master().unwrap(), "file:///b");
+
+    assert!(matches!(config.check_node(), Err(ConfigError::Missing { path: "node.dir", .. })));
+    config.node.dir = Some("/d".into());
+    config.check_node().unwrap();
+    config.node.listen = "0.0.0.0:4000".parse().unwrap();
+    let error = config.check_node().unwrap_err();
+    assert!(matches!(error, ConfigError::Unprotected { path: "node.listen", .. }));
+    assert!(error.hint().unwrap().contains("--insecure"));
+    config.security.insecure = true;
+    let error = config.check_node().unwrap_err();
+    assert!(error.hint().unwrap().contains("--advertise HOST:4000"), "{error}");
+    config.node.advertise = Some("node-1:4000".to_owned());
+    config.check_node().unwrap();
+}
+
+#[test]
+fn what_show_prints_can_be_read_back() {
+    let rows = load_from(None, [], Overrides::new()).unwrap().rows();
+    let text = rows.iter().filter(|row| !row.value.is_null()).fold(Overrides::new(), |all, row| {
+        let text = row.value.as_str().map_or_else(|| row.value.to_string(), str::to_owned);
+        all.set(row.name, "--set", Some(text))
+    });
+    let again = load_from(None, [], text).unwrap().rows();
+    for (row, again) in rows.iter().zip(&again) {
+        assert_eq!(row.value, again.value, "{}", row.name);
+    }
+}

@@ -1,0 +1,67 @@
+//! From `--master` to the cluster, and from the errors of the client library to words and exit
+//! codes: 2 when the request itself is wrong, 1 for everything else.
+
+use anyhow::Context;
+use serde_json::Value;
+use vasto_client::{Ack, Error, ErrorKind, Keyspace, Operation, Vasto};
+
+use crate::{args, output::Failure};
+
+/// Connects to the master.
+///
+/// # Errors
+/// [`Failure`] when nothing answers there, or the URL is none.
+pub async fn connect(to: &args::Connect) -> Result<Vasto, Failure> {
+    Vasto::connect(&to.master).await.map_err(failure)
+}
+
+/// A handle on one keyspace.
+///
+/// # Errors
+/// [`Failure`] also when there is no such keyspace.
+pub async fn keyspace(to: &args::Connect, name: &str) -> Result<Keyspace, Failure> {
+    connect(to).await?.keyspace(name).await.map_err(failure)
+}
+
+/// What the client library says, for the user: with its own advice, or with that of its kind.
+pub fn failure(error: Error) -> Failure {
+    let failure = Failure::with_advice(error.message());
+    match error.kind() {
+        ErrorKind::InvalidArgument => failure.into_usage(),
+        ErrorKind::Unavailable | ErrorKind::DeadlineExceeded | ErrorKind::Overloaded => {
+            failure.or_hint("try again; `vasto cluster status` shows which servers are away")
+        }
+        ErrorKind::Unknown => failure.or_hint("it may have been done: look before trying again"),
+        ErrorKind::Corrupt => failure.or_hint("the log of the node says more; do not delete its directory"),
+        ErrorKind::Internal => failure.or_hint("this is a defect in Vasto: please report it"),
+        _ => failure,
+    }
+}
+
+/// The document that a call of the administration answered.
+///
+/// # Errors
+/// [`Failure`]: the call failed, or it answered no JSON.
+pub fn document(answer: Result<String, Error>) -> anyhow::Result<Value> {
+    let text = answer.map_err(failure)?;
+    serde_json::from_str(&text)
+        .context("the master answered something that is no JSON; is it of the same version as this program?")
+}
+
+/// The document of an operation.
+///
+/// # Errors
+/// As of [`document`].
+pub fn operation(answer: Result<Operation, Error>) -> anyhow::Result<Value> {
+    document(answer.map(|operation| operation.json))
+}
+
+/// The level of the client library.
+pub fn ack(ack: args::Ack) -> Ack {
+    match ack {
+        args::Ack::Os => Ack::Os,
+        args::Ack::Fsync => Ack::Fsync,
+        args::Ack::Replica => Ack::Replica,
+        args::Ack::Bucket => Ack::Bucket,
+    }
+}

@@ -1,0 +1,70 @@
+//! The one binary of Vasto: servers, administration, data and measurements.
+//!
+//! A newcomer's path: `args` has every command, and each of the other modules does one group of
+//! them: `serve`, `admin`, `kv`, `bench`, `config`. `connect` is the way to a cluster, `output` the
+//! way to the user.
+
+mod admin;
+mod args;
+mod bench;
+mod config;
+mod connect;
+mod kv;
+mod output;
+mod serve;
+
+use std::{process::ExitCode, time::Duration};
+
+use anyhow::Context;
+use clap::Parser;
+
+use args::{Cli, Command, ConfigCommand, Serve};
+
+/// What the runtime may still take to drop its threads; everything of worth is done by then.
+const RUNTIME_END: Duration = Duration::from_millis(200);
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => output::report(&error),
+    }
+}
+
+fn run(cli: &Cli) -> anyhow::Result<()> {
+    match &cli.command {
+        Command::Config(ConfigCommand::Show(show)) => {
+            let flags = config::Overrides::new().assign(&show.set);
+            config::load(cli.global.config.as_deref(), flags)?.show(cli.global.output)?;
+            Ok(())
+        }
+        Command::Config(ConfigCommand::Check(check)) => {
+            config::check_file(&check.file).map_err(|error| output::Failure::finding(&error))?;
+            output::print(&format!("{} is good\n", check.file.display()))?;
+            Ok(())
+        }
+        _ => {
+            let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+            let runtime = runtime.context("cannot start the threads of the runtime")?;
+            let result = runtime.block_on(command(cli));
+            runtime.shutdown_timeout(RUNTIME_END);
+            result
+        }
+    }
+}
+
+/// The commands that wait for the network. Their futures are large, and there is one of them.
+async fn command(cli: &Cli) -> anyhow::Result<()> {
+    let (file, format) = (cli.global.config.as_deref(), cli.global.output);
+    match &cli.command {
+        Command::Dev(args) => Box::pin(serve::dev(args, file)).await,
+        Command::Serve(Serve::Master(args)) => Box::pin(serve::master(args, file)).await,
+        Command::Serve(Serve::Node(args)) => Box::pin(serve::node(args, file)).await,
+        Command::Keyspace(args) => Box::pin(admin::keyspace::run(args, format)).await,
+        Command::Node(args) => Box::pin(admin::cluster::node(args, format)).await,
+        Command::Cluster(args) => Box::pin(admin::cluster::cluster(args, format)).await,
+        Command::Operation(args) => Box::pin(admin::operation::run(args, format)).await,
+        Command::Kv(args) => Box::pin(kv::run(args, format)).await,
+        Command::Bench(args) => Box::pin(bench::run(args, format)).await,
+        Command::Config(_) => unreachable!("`run` has done it"),
+    }
+}

@@ -1,0 +1,302 @@
+//! How commands speak: tables and JSON on stdout, progress and errors on stderr, exit codes.
+//!
+//! Invariant: stdout carries only results, so that it can be piped; a reader that goes away
+//! early (`vasto ... | head`) is not an error. Bytes of users never reach a terminal raw.
+//!
+//! Leaves to others: what is printed. Logs are `tracing`'s, not this module's.
+
+mod progress;
+
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+    time::Duration,
+};
+
+use bytesize::ByteSize;
+use clap::ValueEnum;
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use serde::Serialize;
+
+pub use self::progress::{Progress, Unit};
+use crate::config::ConfigError;
+
+/// For people or for scripts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum OutputFormat {
+    /// Aligned columns for people.
+    #[default]
+    Table,
+    /// JSON for scripts; its fields are a contract.
+    Json,
+}
+
+// ---------------------------------------------------------------------------- failures
+
+/// A failure with the words for the user: what happened, and what to do next.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    message: String,
+    hint: Option<String>,
+    usage: bool,
+}
+
+impl Failure {
+    /// The command was understood and did not succeed: exit code 1.
+    pub fn new(message: impl Into<String>) -> Failure {
+        Failure { message: message.into(), hint: None, usage: false }
+    }
+
+    /// The command makes no sense as it was given: exit code 2.
+    pub fn usage(message: impl Into<String>) -> Failure {
+        Failure { usage: true, ..Failure::new(message) }
+    }
+
+    /// What a check of a configuration found. The command did its work, so this is exit code 1,
+    /// where a server that is started with the same configuration gives 2.
+    pub fn finding(error: &ConfigError) -> Failure {
+        Failure { hint: error.hint(), ..Failure::new(error.to_string()) }
+    }
+
+    /// From a text that says what happened and then, after a semicolon, what to do, which is how
+    /// the errors of the servers and of the client library are written.
+    pub fn with_advice(text: &str) -> Failure {
+        match text.split_once("; ") {
+            Some((message, hint)) => Failure::new(message).hint(hint),
+            None => Failure::new(text),
+        }
+    }
+
+    /// The same failure with exit code 2.
+    pub fn into_usage(self) -> Failure {
+        Failure { usage: true, ..self }
+    }
+
+    /// Adds what the user should do next.
+    pub fn hint(self, hint: impl Into<String>) -> Failure {
+        Failure { hint: Some(hint.into()), ..self }
+    }
+
+    /// Adds it when there is none yet.
+    pub fn or_hint(self, hint: &str) -> Failure {
+        Failure { hint: self.hint.or_else(|| Some(hint.to_owned())), ..self }
+    }
+}
+
+/// Prints `error: ...` and, when there is one, `hint: ...` on stderr, and gives the exit code:
+/// 1 for a failure, 2 for a command or a configuration that cannot be used.
+pub fn report(error: &anyhow::Error) -> ExitCode {
+    let (text, code) = describe(error);
+    // Nobody can be told that stderr is gone.
+    let _ = io::stderr().lock().write_all(text.as_bytes());
+    ExitCode::from(code)
+}
+
+fn describe(error: &anyhow::Error) -> (String, u8) {
+    // Many errors repeat their source in their own text; say each thing once.
+    let mut message = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if !message.contains(&cause) {
+            let separator = if message.is_empty() { "" } else { ": " };
+            message = message + separator + &cause;
+        }
+    }
+    let failure = error.chain().find_map(|cause| cause.downcast_ref::<Failure>());
+    let config = error.chain().find_map(|cause| cause.downcast_ref::<ConfigError>());
+    let hint = failure.and_then(|failure| failure.hint.clone()).or_else(|| config.and_then(ConfigError::hint));
+    let usage = failure.map_or(config.is_some(), |failure| failure.usage);
+    let mut text = format!("error: {message}\n");
+    if let Some(hint) = hint {
+        text += &format!("hint: {hint}\n");
+    }
+    (text, if usage { 2 } else { 1 })
+}
+
+// ------------------------------------------------------------------------------ stdout
+
+/// Writes to stdout. A reader that has closed the pipe has seen enough: that is no error.
+///
+/// # Errors
+/// Any other error of the operating system.
+pub fn print(text: &str) -> io::Result<()> {
+    print_bytes(text.as_bytes()).map(|_| ())
+}
+
+/// Writes bytes to stdout; false when the reader has closed the pipe, so that whoever has more to
+/// print can stop.
+///
+/// # Errors
+/// Any other error of the operating system.
+pub fn print_bytes(bytes: &[u8]) -> io::Result<bool> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Prints a result as indented JSON.
+///
+/// # Errors
+/// An error of the operating system.
+pub fn print_json(value: &impl Serialize) -> io::Result<()> {
+    print(&(serde_json::to_string_pretty(value)? + "\n"))
+}
+
+/// Prints one line of JSON: the form of the line that says a server is ready.
+///
+/// # Errors
+/// An error of the operating system.
+pub fn print_json_line(value: &impl Serialize) -> io::Result<()> {
+    print(&(serde_json::to_string(value)? + "\n"))
+}
+
+/// Aligned columns under headings, without lines, so that `awk` can read them as well.
+/// A heading that starts with `>` makes a column of figures, aligned to the right.
+pub fn table(headings: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_content_arrangement(ContentArrangement::Disabled);
+    table.set_header(headings.iter().map(|heading| heading.trim_start_matches('>')));
+    table.add_rows(rows);
+    for (column, heading) in table.column_iter_mut().zip(headings) {
+        column.set_padding((0, 2));
+        if heading.starts_with('>') {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
+}
+
+/// Bytes of a user, safe to show on a terminal: control characters, backslashes and what is not
+/// UTF-8 are escaped.
+pub fn printable(bytes: &[u8]) -> String {
+    match std::str::from_utf8(bytes) {
+        Ok(text) => text
+            .chars()
+            .flat_map(|c| {
+                let plain = (!c.is_control() && c != '\\').then_some(c);
+                let escaped = plain.is_none().then(|| c.escape_default());
+                plain.into_iter().chain(escaped.into_iter().flatten())
+            })
+            .collect(),
+        Err(_) => bytes.escape_ascii().to_string(),
+    }
+}
+
+// ----------------------------------------------------------------------------- figures
+
+/// `1.5 MiB`.
+pub fn format_bytes(bytes: u64) -> String {
+    ByteSize::b(bytes).display().iec().to_string()
+}
+
+/// `1,234,567`.
+pub fn format_count(count: u64) -> String {
+    let digits = count.to_string();
+    let mut text = String::with_capacity(digits.len() * 4 / 3);
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// Three figures with the fitting unit: `350 µs`, `1.24 s`, `2 h 3 min`.
+pub fn format_duration(duration: Duration) -> String {
+    let seconds = duration.as_secs_f64();
+    match duration.as_secs() {
+        0 if duration.is_zero() => "0 s".to_owned(),
+        0 if duration.as_micros() == 0 => format!("{} ns", duration.as_nanos()),
+        0 if duration.as_millis() == 0 => format!("{:.0} µs", seconds * 1e6),
+        0 if duration.as_millis() < 10 => format!("{:.2} ms", seconds * 1e3),
+        0 if duration.as_millis() < 100 => format!("{:.1} ms", seconds * 1e3),
+        0 => format!("{} ms", duration.as_millis()),
+        1..10 => format!("{seconds:.2} s"),
+        10..60 => format!("{seconds:.1} s"),
+        whole @ 60..3_600 => format!("{} min {} s", whole / 60, whole % 60),
+        whole @ 3_600..86_400 => format!("{} h {} min", whole / 3_600, whole % 3_600 / 60),
+        whole => format!("{} d {} h", whole / 86_400, whole % 86_400 / 3_600),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use anyhow::Context;
+
+    use super::*;
+
+    #[test]
+    fn errors_carry_their_hint_and_code_through_context() {
+        let error = Err::<(), _>(Failure::new("no keyspace ks1").hint("see `vasto keyspace list`"))
+            .context("cannot describe it")
+            .unwrap_err();
+        let (text, code) = describe(&error);
+        assert_eq!(text, "error: cannot describe it: no keyspace ks1\nhint: see `vasto keyspace list`\n");
+        assert_eq!(code, 1);
+        let (text, code) = describe(&Failure::usage("--yes is missing").into());
+        assert_eq!((text.as_str(), code), ("error: --yes is missing\n", 2));
+    }
+
+    #[test]
+    fn advice_becomes_the_hint() {
+        let failure = Failure::with_advice("127.0.0.1:1 is in use; stop what listens there; or choose another port");
+        let text = describe(&failure.into()).0;
+        assert_eq!(text, "error: 127.0.0.1:1 is in use\nhint: stop what listens there; or choose another port\n");
+        assert!(describe(&Failure::with_advice("a; b").or_hint("c").into()).0.ends_with("hint: b\n"));
+        assert!(describe(&Failure::with_advice("a").or_hint("c").into()).0.ends_with("hint: c\n"));
+        assert_eq!(describe(&Failure::with_advice("gone").into_usage().into()), ("error: gone\n".to_owned(), 2));
+    }
+
+    #[test]
+    fn a_cause_that_the_outer_text_repeats_is_said_once() {
+        let inner = anyhow::anyhow!("connection refused");
+        let error = inner.context("cannot reach the master: connection refused");
+        assert_eq!(describe(&error).0, "error: cannot reach the master: connection refused\n");
+    }
+
+    #[test]
+    fn tables_align_and_leave_no_blanks_at_the_end() {
+        let text = table(
+            &["NAME", ">BYTES"],
+            [vec!["a".to_owned(), "1".to_owned()], vec!["longer".to_owned(), "1000".to_owned()]],
+        );
+        assert_eq!(text, "NAME    BYTES\na           1\nlonger   1000\n");
+        assert_eq!(table(&["NAME"], []), "NAME\n");
+    }
+
+    #[test]
+    fn bytes_of_users_cannot_drive_the_terminal() {
+        assert_eq!(printable("Ångström 1".as_bytes()), "Ångström 1");
+        assert_eq!(printable(b"a\x1b[31m\n\\"), r"a\u{1b}[31m\n\\");
+        assert_eq!(printable(b"\xff\x00a"), r"\xff\x00a");
+    }
+
+    #[test]
+    fn figures_read_well() {
+        assert_eq!(format_bytes(1_572_864), "1.5 MiB");
+        for (count, text) in [(0, "0"), (999, "999"), (1_000, "1,000"), (1_234_567, "1,234,567")] {
+            assert_eq!(format_count(count), text);
+        }
+        for (micros, text) in [
+            (350, "350 µs"),
+            (1_240, "1.24 ms"),
+            (45_600, "45.6 ms"),
+            (456_000, "456 ms"),
+            (1_240_000, "1.24 s"),
+            (61_000_000, "1 min 1 s"),
+            (7_380_000_000, "2 h 3 min"),
+            (90_000_000_000, "1 d 1 h"),
+        ] {
+            assert_eq!(format_duration(Duration::from_micros(micros)), text);
+        }
+        assert_eq!(format_duration(Duration::from_nanos(12)), "12 ns");
+        assert_eq!(format_duration(Duration::ZERO), "0 s");
+    }
+}

@@ -1,0 +1,113 @@
+//! `vasto dev`: a master and its nodes in one process, to try things out.
+//!
+//! Each node has its own directory below `--dir` and, unless told otherwise, the bucket is a
+//! directory there too; a second start finds everything again. The nodes share the memory that
+//! the configuration gives to one node.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use bytesize::ByteSize;
+use futures::future::{join_all, try_join_all};
+use tokio_util::sync::CancellationToken;
+use vasto_master::{Master, RunningMaster};
+use vasto_node::{Node, RunningNode};
+
+use super::{Ready, ReadyNode, Server, advice, master_config, node_config};
+use crate::{
+    args::Dev,
+    config::{self, Config},
+    output::Failure,
+};
+
+/// A node's least share of the memory.
+const SHARE_MIN: ByteSize = ByteSize::mib(16);
+
+/// `vasto dev`.
+///
+/// # Errors
+/// A configuration that cannot be used, or what keeps one of the servers from starting.
+pub async fn dev(args: &Dev, file: Option<&Path>) -> anyhow::Result<()> {
+    let mut config = config::load(file, args.overrides())?.config;
+    if config.bucket.url.is_none() {
+        let bucket = directory(&args.dir.join("bucket"))?;
+        config.bucket.url = Some(format!("file://{}", bucket.display()));
+    }
+    let settings = master_config(&config)?;
+    if !config.node.listen.ip().is_loopback() || config.node.listen.port() != 0 {
+        let failure = Failure::usage("the nodes of `vasto dev` listen on free ports of 127.0.0.1 only");
+        return Err(failure.hint("leave node.listen out, or run separate servers with `vasto serve`").into());
+    }
+    let server = Server::start("dev", &config, config.master.admin_listen).await?;
+    // The nodes stop first, then the master that they report to.
+    let stop_master = CancellationToken::new();
+    let started = server.starting(start(&config, args, settings, stop_master.clone(), &server)).await;
+    let Some(cluster) = started.inspect_err(|_| stop_master.cancel())? else {
+        stop_master.cancel();
+        return server.end().await;
+    };
+    let cluster_id = cluster.master.cluster_id.clone();
+    let nodes = cluster.nodes.iter().map(|node| ReadyNode { node_id: node.node_id.to_string(), listen: node.listen });
+    let ready = Ready {
+        ready: true,
+        role: "dev",
+        node_id: None,
+        listen: cluster.master.listen,
+        master: format!("http://{}", cluster.master.listen),
+        admin_listen: server.admin.addr(),
+        cluster_id: &cluster_id,
+        nodes: Some(nodes.collect()),
+        pid: std::process::id(),
+    };
+    server.serve(&ready, cluster.stopped(stop_master)).await
+}
+
+struct Cluster {
+    master: RunningMaster,
+    nodes: Vec<RunningNode>,
+}
+
+impl Cluster {
+    /// The first failure of a node, if there was one.
+    async fn stopped(self, stop_master: CancellationToken) -> Result<(), Failure> {
+        let ended = join_all(self.nodes.into_iter().map(RunningNode::stopped)).await;
+        stop_master.cancel();
+        self.master.stopped().await;
+        ended.into_iter().collect::<Result<(), _>>().map_err(advice)
+    }
+}
+
+async fn start(
+    config: &Config,
+    args: &Dev,
+    settings: vasto_master::MasterConfig,
+    stop_master: CancellationToken,
+    server: &Server,
+) -> Result<Cluster, Failure> {
+    let master = Master::start(settings, stop_master).await.map_err(advice)?;
+    let share = |whole: ByteSize| ByteSize::b(whole.as_u64() / u64::from(args.nodes)).max(SHARE_MIN);
+    let mut config = config.clone();
+    config.node.master = format!("http://{}", master.listen);
+    config.node.cache = share(config.node.cache);
+    config.node.write_buffer = share(config.node.write_buffer);
+    let starts = (1..=args.nodes).map(|number| {
+        let mut config = config.clone();
+        config.node.zone.get_or_insert_with(|| format!("zone-{number}"));
+        let stop = server.stop.clone();
+        async move {
+            let dir = directory(&args.dir.join(format!("node-{number}"))).map_err(|error| {
+                Failure::new(format!("{error:#}")).hint("choose a directory that you may write to with --dir")
+            })?;
+            Node::start(node_config(&config, &dir), stop).await.map_err(advice)
+        }
+    });
+    let nodes = try_join_all(starts).await?;
+    Ok(Cluster { master, nodes })
+}
+
+/// Makes the directory and gives its absolute path, which a `file://` URL needs.
+fn directory(dir: &Path) -> anyhow::Result<PathBuf> {
+    let cannot = || format!("cannot make the directory {}", dir.display());
+    std::fs::create_dir_all(dir).with_context(cannot)?;
+    dir.canonicalize().with_context(cannot)
+}

@@ -1,0 +1,289 @@
+//! Carrying one operation to its end: route, send, learn from the failure, try again.
+//!
+//! **Invariant:** every attempt uses one table for routing and epoch; what an attempt learns (a
+//! newer topology, that a write may have been applied) is kept for the next. The decision itself is
+//! [`crate::retry::decide`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use tokio::time::Instant;
+use vasto_core::ids::ShardId;
+use vasto_proto::convert::{error_from_wire, topology_from_wire};
+use vasto_proto::v1;
+use vasto_proto::v1::reply::Result as Reply;
+use vasto_proto::v1::request::Op;
+
+use crate::connection::Answer;
+use crate::error::{Error, ErrorKind};
+use crate::retry::{
+    Action, Budget, Failure, Fewer, Situation, decide, fewer_may_do, give_up, maybe_applied, with_jitter,
+};
+use crate::route::{Routing, Source, Table, group_by_shard};
+
+/// How far an operation is.
+#[derive(Debug, Clone)]
+pub(crate) struct Progress {
+    pub write: bool,
+    pub deadline: Instant,
+    pub attempts: u32,
+    /// Most keys that a request should hold: halved after each failure, so that values which did
+    /// not fit into one reply then do.
+    pub group_most: usize,
+    losses: u32,
+    unreachable: u32,
+    maybe_applied: bool,
+}
+
+impl Progress {
+    /// An operation that begins now and has `time`.
+    pub fn new(write: bool, time: Duration) -> Self {
+        let deadline = Instant::now() + time;
+        Self { write, deadline, attempts: 0, group_most: usize::MAX, losses: 0, unreachable: 0, maybe_applied: false }
+    }
+}
+
+/// A failed attempt.
+pub(crate) struct Failed {
+    failure: Failure,
+    message: String,
+    retry_after: Duration,
+}
+
+impl Failed {
+    fn new(failure: Failure, message: impl Into<String>) -> Self {
+        Self { failure, message: message.into(), retry_after: Duration::ZERO }
+    }
+}
+
+/// What one attempt of a group led to.
+pub(crate) enum Group {
+    /// The answer for these positions.
+    Done(Vec<usize>, Reply),
+    /// These positions failed for good.
+    Failed(Error),
+    /// To be grouped again, perhaps by a newer table.
+    Again(Vec<usize>, Progress),
+}
+
+/// What operations of a handle share.
+pub(crate) struct Executor {
+    pub routing: Arc<Routing>,
+    budget: Budget,
+}
+
+impl Executor {
+    pub fn new(routing: Arc<Routing>) -> Self {
+        Self { routing, budget: Budget::default() }
+    }
+
+    /// The table in force, unless the keyspace is gone.
+    pub fn table(&self, progress: &Progress) -> Result<Arc<Table>, Error> {
+        let table = self.routing.table();
+        if table.topology.active {
+            return Ok(table);
+        }
+        let kind = if progress.maybe_applied { ErrorKind::Unknown } else { ErrorKind::NotFound };
+        Err(Error::new(kind, format!("the keyspace `{}` was deleted", table.topology.name)))
+    }
+
+    /// One operation on one partition.
+    pub async fn run(
+        &self,
+        hash: u64,
+        mut progress: Progress,
+        bytes: usize,
+        op: impl Fn() -> Op,
+    ) -> Result<Reply, Error> {
+        loop {
+            let table = self.table(&progress)?;
+            let shard = table.topology.shard_of(hash);
+            match self.attempt(&table, shard, &progress, op(), bytes).await {
+                Ok(reply) => return Ok(reply),
+                Err(failed) => self.recover(&table, &mut progress, failed).await?,
+            }
+        }
+    }
+
+    /// One operation on many partitions: `split` cuts the positions of a shard into requests, `op`
+    /// makes a request and says how many bytes it has. Answers come for groups, in any order.
+    pub async fn run_many(
+        &self,
+        count: usize,
+        progress: Progress,
+        hash_of: impl Fn(usize) -> u64,
+        split: impl Fn(Vec<usize>, &Progress) -> Vec<Vec<usize>>,
+        op: impl Fn(&[usize]) -> (Op, usize),
+        mut done: impl FnMut(Group),
+    ) {
+        let mut running = FuturesUnordered::new();
+        let mut to_group = vec![((0..count).collect::<Vec<usize>>(), progress)];
+        loop {
+            for (positions, progress) in to_group.drain(..) {
+                let table = match self.table(&progress) {
+                    Ok(table) => table,
+                    Err(error) => {
+                        done(Group::Failed(error));
+                        continue;
+                    }
+                };
+                for (shard, positions) in group_by_shard(&table.topology, &positions, &hash_of) {
+                    for positions in split(positions, &progress) {
+                        let (op, bytes) = op(&positions);
+                        running.push(self.one_group(table.clone(), shard, positions, progress.clone(), op, bytes));
+                    }
+                }
+            }
+            match running.next().await {
+                None => return,
+                Some(Group::Again(positions, progress)) => to_group.push((positions, progress)),
+                Some(finished) => done(finished),
+            }
+        }
+    }
+
+    async fn one_group(
+        &self,
+        table: Arc<Table>,
+        shard: ShardId,
+        positions: Vec<usize>,
+        mut progress: Progress,
+        op: Op,
+        bytes: usize,
+    ) -> Group {
+        let failed = match self.attempt(&table, shard, &progress, op, bytes).await {
+            Ok(reply) => return Group::Done(positions, reply),
+            Err(failed) => failed,
+        };
+        match fewer_may_do(failed.failure, progress.write, positions.len()) {
+            Fewer::No => {}
+            Fewer::AfterPause => progress.group_most = positions.len().div_ceil(2),
+            Fewer::Now => {
+                progress.group_most = positions.len().div_ceil(2);
+                return Group::Again(positions, progress);
+            }
+        }
+        match self.recover(&table, &mut progress, failed).await {
+            Ok(()) => Group::Again(positions, progress),
+            Err(error) => Group::Failed(error),
+        }
+    }
+
+    /// Sends a request once.
+    pub async fn attempt(
+        &self,
+        table: &Table,
+        shard: ShardId,
+        progress: &Progress,
+        op: Op,
+        bytes: usize,
+    ) -> Result<Reply, Failed> {
+        let Some(node) = table.node(shard, progress.unreachable) else {
+            let message = format!(
+                "no running node is known for shard {shard} of `{}`; see `vasto node list`",
+                table.topology.name
+            );
+            return Err(Failed::new(Failure::Unreachable, message));
+        };
+        let connection = match node.connection(progress.deadline).await {
+            Ok(connection) => connection,
+            Err(message) => return Err(Failed::new(Failure::Unreachable, message)),
+        };
+        let request = v1::Request {
+            id: 0,
+            keyspace_id: table.topology.keyspace.0,
+            epoch: table.topology.epoch.0,
+            shard: shard.0,
+            deadline_ms: 0,
+            op: Some(op),
+        };
+        match connection.call(request, bytes, progress.deadline).await {
+            Answer::Reply(Reply::Error(error)) => Err(self.refused(&error)),
+            Answer::Reply(reply) => {
+                self.budget.succeeded();
+                Ok(reply)
+            }
+            Answer::Lost { sent } => {
+                let message = format!("the connection to the node at {} ended before the reply", node.address());
+                Err(Failed::new(Failure::Lost { sent }, message))
+            }
+            Answer::Expired { sent } => {
+                let message = format!("the node at {} did not answer before the deadline", node.address());
+                Err(Failed::new(Failure::Expired { sent }, message))
+            }
+        }
+    }
+
+    /// Reads an error reply and takes over the topology that came with it.
+    fn refused(&self, error: &v1::Error) -> Failed {
+        if let Some(topology) = &error.topology {
+            self.routing.offer(topology_from_wire(topology), Source::Node);
+        }
+        let error = error_from_wire(error);
+        let retry_after = Duration::from_millis(error.retry_after_ms.into());
+        let failure = Failure::Refused { code: error.code, retry_after };
+        Failed { failure, message: error.message, retry_after }
+    }
+
+    /// Waits as [`decide`] says, or says why there is no further attempt.
+    pub async fn recover(&self, table: &Table, progress: &mut Progress, failed: Failed) -> Result<(), Error> {
+        progress.attempts = progress.attempts.saturating_add(1);
+        match failed.failure {
+            Failure::Lost { sent } => {
+                progress.losses += u32::from(sent);
+                progress.unreachable += 1;
+            }
+            Failure::Unreachable => progress.unreachable += 1,
+            Failure::Expired { .. } | Failure::Refused { .. } => {}
+        }
+        let now = self.routing.table();
+        let version = |table: &Table| (table.topology.version, table.topology.epoch);
+        let situation = Situation {
+            write: progress.write,
+            maybe_applied: progress.maybe_applied,
+            attempts: progress.attempts,
+            losses: progress.losses,
+            time_left: progress.deadline.saturating_duration_since(Instant::now()),
+            newer_topology: version(&now) > version(table),
+        };
+        progress.maybe_applied |= maybe_applied(failed.failure);
+        let kind = match decide(failed.failure, situation) {
+            Action::Now => return Ok(()),
+            Action::After { paid: true, .. } if !self.budget.take() => give_up(failed.failure, situation),
+            Action::After { pause, at_least, .. } => {
+                let pause = with_jitter(pause, at_least, rand::random()).min(situation.time_left);
+                let news = async {
+                    if at_least {
+                        std::future::pending().await
+                    } else {
+                        self.routing.newer_than(table.generation).await
+                    }
+                };
+                // Either way the next attempt finds out.
+                let _ = tokio::time::timeout(pause, news).await;
+                if Instant::now() < progress.deadline {
+                    return Ok(());
+                }
+                give_up(failed.failure, situation)
+            }
+            Action::Fail(kind) => kind,
+        };
+        let message = match kind {
+            ErrorKind::Unknown => format!(
+                "the write may or may not have taken effect ({}); read it back, or repeat it if that does no harm",
+                failed.message
+            ),
+            _ if progress.attempts > 1 => format!("{} (gave up after {} attempts)", failed.message, progress.attempts),
+            _ => failed.message,
+        };
+        Err(Error::new(kind, message).with_retry_after(failed.retry_after))
+    }
+}
+
+/// A reply of another type than the request's.
+pub(crate) fn strange_reply(write: bool) -> Error {
+    let kind = if write { ErrorKind::Unknown } else { ErrorKind::Internal };
+    Error::new(kind, "the node answered with something else than was asked; please report it")
+}

@@ -1,0 +1,132 @@
+//! Keys and what can be turned into bytes.
+
+use bytes::Bytes;
+use vasto_core::hash::partition_hash;
+use vasto_core::limits::{LimitError, check_key};
+use vasto_proto::v1;
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// What can be a key, a partition key, a prefix or a value: texts and bytes, owned or borrowed.
+/// [`Bytes`] and owned buffers are taken without a copy.
+pub trait IntoBytes: sealed::Sealed {
+    /// The bytes.
+    fn into_bytes(self) -> Bytes;
+}
+
+macro_rules! into_bytes {
+    ($($type:ty, $self:ident => $body:expr;)*) => {$(
+        impl sealed::Sealed for $type {}
+        impl IntoBytes for $type {
+            fn into_bytes($self) -> Bytes {
+                $body
+            }
+        }
+    )*};
+}
+
+into_bytes! {
+    &str, self => Bytes::copy_from_slice(self.as_bytes());
+    &[u8], self => Bytes::copy_from_slice(self);
+    &Vec<u8>, self => Bytes::copy_from_slice(self);
+    &String, self => Bytes::copy_from_slice(self.as_bytes());
+    &Bytes, self => self.clone();
+    String, self => Bytes::from(self);
+    Vec<u8>, self => Bytes::from(self);
+    Bytes, self => self;
+}
+
+impl<const N: usize> sealed::Sealed for &[u8; N] {}
+impl<const N: usize> IntoBytes for &[u8; N] {
+    fn into_bytes(self) -> Bytes {
+        Bytes::copy_from_slice(self)
+    }
+}
+
+impl<const N: usize> sealed::Sealed for [u8; N] {}
+impl<const N: usize> IntoBytes for [u8; N] {
+    fn into_bytes(self) -> Bytes {
+        Bytes::copy_from_slice(&self)
+    }
+}
+
+/// A user key, with the partition key that decides its shard.
+///
+/// A text or bytes alone are a key whose partition key is the key itself. The partition key must be
+/// a function of the key: the same key under two partition keys is two records.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Key {
+    pub(crate) key: Bytes,
+    pub(crate) partition: Option<Bytes>,
+}
+
+impl Key {
+    /// A key of 1 to 65,536 bytes.
+    pub fn new(key: impl IntoBytes) -> Self {
+        Self { key: key.into_bytes(), partition: None }
+    }
+
+    /// Puts the key beside all others of the same partition key: they share a shard, can be
+    /// scanned by one seek, and written atomically in one batch.
+    pub fn partition(mut self, partition: impl IntoBytes) -> Self {
+        self.partition = Some(partition.into_bytes());
+        self
+    }
+
+    /// The user key.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.key
+    }
+
+    pub(crate) fn check(&self) -> Result<(), LimitError> {
+        check_key(&self.key)?;
+        self.partition.as_deref().map_or(Ok(()), check_key)
+    }
+
+    /// The hash that places the key.
+    pub(crate) fn hash(&self) -> u64 {
+        partition_hash(self.partition.as_ref().unwrap_or(&self.key))
+    }
+
+    /// The key on the wire: the hash only where it is not the key's own.
+    pub(crate) fn to_wire(&self) -> v1::KeyRef {
+        let own = self.partition.as_ref().is_none_or(|partition| *partition == self.key);
+        v1::KeyRef { key: self.key.clone(), partition_hash: if own { None } else { Some(self.hash()) } }
+    }
+}
+
+impl<T: IntoBytes> From<T> for Key {
+    fn from(key: T) -> Self {
+        Key::new(key)
+    }
+}
+
+impl From<&Key> for Key {
+    fn from(key: &Key) -> Self {
+        key.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_partition_that_is_the_key_itself_is_left_out() {
+        assert_eq!(Key::new("a").partition("a").to_wire().partition_hash, None);
+        assert_eq!(Key::new("a").to_wire().partition_hash, None);
+        let other = Key::new("a").partition("p");
+        assert_eq!(other.to_wire().partition_hash, Some(partition_hash(b"p")));
+        assert_eq!(other.hash(), Key::new("p").hash());
+    }
+
+    #[test]
+    fn empty_and_oversized_keys_and_partitions_are_refused() {
+        assert!(Key::new("").check().is_err());
+        assert!(Key::new("a").partition("").check().is_err());
+        assert!(Key::new("a").partition(vec![0; 65_537]).check().is_err());
+        assert!(Key::new(vec![0; 65_536]).check().is_ok());
+    }
+}

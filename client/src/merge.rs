@@ -1,0 +1,246 @@
+//! Merging the pages of several shards into one sequence of rows, in the order of user keys.
+//!
+//! **Invariant:** keys are emitted in strictly rising order, each once. A row is emitted only when
+//! every shard that could hold a smaller key has shown its next row. After a restart with other
+//! shards nothing at or before the last emitted key is asked for or emitted again, and nothing
+//! after it is skipped, so keys that change shards in between are neither lost nor doubled.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+
+use crate::error::{Error, ErrorKind};
+use crate::tuning::PREFETCH_SHARDS_MAX;
+use crate::value::Row;
+
+/// What to do next.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Step {
+    /// The next row.
+    Row(Row),
+    /// A page that was asked for must arrive first.
+    Wait,
+    /// There are no more rows.
+    End,
+}
+
+/// A page to ask for.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Wanted {
+    /// Which of the shards.
+    pub lane: usize,
+    /// Rows after this user key.
+    pub after: Option<Bytes>,
+    /// At most so many.
+    pub rows: usize,
+}
+
+#[derive(Default)]
+struct Lane {
+    rows: VecDeque<Row>,
+    /// Rows of the last page: once only they are left, the next page is due.
+    last_page: usize,
+    after: Option<Bytes>,
+    exhausted: bool,
+    asked: bool,
+}
+
+/// The state of a merged scan.
+pub(crate) struct Merge {
+    lanes: Vec<Lane>,
+    last: Option<Bytes>,
+    remaining: usize,
+    page_rows: usize,
+}
+
+impl Merge {
+    /// Over `lanes` shards, at most `limit` rows, pages of at most `page_rows`.
+    pub fn new(lanes: usize, limit: usize, page_rows: usize) -> Self {
+        let mut merge = Self { lanes: Vec::new(), last: None, remaining: limit, page_rows };
+        merge.restart(lanes, page_rows);
+        merge
+    }
+
+    /// Begins again behind the last emitted row, with other shards. Pages asked for before must not
+    /// be given to [`Merge::page`] any more.
+    pub fn restart(&mut self, lanes: usize, page_rows: usize) {
+        let after = self.last.clone();
+        self.lanes = std::iter::repeat_with(|| Lane { after: after.clone(), ..Lane::default() }).take(lanes).collect();
+        self.page_rows = page_rows;
+    }
+
+    /// The pages to ask for now; each is named once.
+    pub fn wanted(&mut self) -> Vec<Wanted> {
+        let prefetch = self.lanes.len() <= PREFETCH_SHARDS_MAX;
+        let (remaining, page_rows) = (self.remaining, self.page_rows);
+        let mut wanted = Vec::new();
+        for (lane, state) in self.lanes.iter_mut().enumerate() {
+            let due = state.rows.is_empty() || (prefetch && state.rows.len() <= state.last_page);
+            if !state.exhausted && !state.asked && due && state.rows.len() < remaining {
+                state.asked = true;
+                let rows = page_rows.min(remaining - state.rows.len());
+                wanted.push(Wanted { lane, after: state.after.clone(), rows });
+            }
+        }
+        wanted
+    }
+
+    /// A page has arrived. Refuses one that breaks the order, since rows would be lost.
+    pub fn page(&mut self, lane: usize, rows: Vec<Row>, more: bool) -> Result<(), Error> {
+        let Some(lane) = self.lanes.get_mut(lane) else { return Ok(()) };
+        let rising = rows.is_sorted_by(|a, b| a.key <= b.key);
+        let behind = lane.after.as_ref().is_none_or(|after| rows.first().is_none_or(|row| row.key > *after));
+        if !rising || !behind || (more && rows.is_empty()) {
+            return Err(Error::new(ErrorKind::Internal, "a node sent a scan page out of order; please report it"));
+        }
+        lane.asked = false;
+        lane.exhausted = !more;
+        lane.last_page = rows.len();
+        if let Some(row) = rows.last() {
+            lane.after = Some(row.key.clone());
+        }
+        lane.rows.extend(rows);
+        Ok(())
+    }
+
+    /// The next row, if it is known.
+    pub fn step(&mut self) -> Step {
+        loop {
+            if self.remaining == 0 {
+                return Step::End;
+            }
+            let mut least: Option<usize> = None;
+            for (index, lane) in self.lanes.iter().enumerate() {
+                match lane.rows.front() {
+                    None if !lane.exhausted => return Step::Wait,
+                    None => {}
+                    Some(row) => {
+                        let best = least.and_then(|at| self.lanes[at].rows.front());
+                        if best.is_none_or(|best| row.key < best.key) {
+                            least = Some(index);
+                        }
+                    }
+                }
+            }
+            let Some(row) = least.and_then(|at| self.lanes[at].rows.pop_front()) else { return Step::End };
+            if self.last.as_ref().is_some_and(|last| row.key <= *last) {
+                continue;
+            }
+            self.last = Some(row.key.clone());
+            self.remaining -= 1;
+            return Step::Row(row);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use proptest::prelude::*;
+
+    fn row(key: u16) -> Row {
+        Row { key: Bytes::copy_from_slice(&key.to_be_bytes()), value: None }
+    }
+
+    /// Answers one wanted page from the keys of a shard.
+    fn answer(merge: &mut Merge, shards: &[BTreeSet<u16>], wanted: Wanted, page: usize) {
+        let after = wanted.after.map(|key| u16::from_be_bytes([key[0], key[1]]));
+        let mut left = shards[wanted.lane].iter().copied().filter(|key| after.is_none_or(|after| *key > after));
+        let rows: Vec<Row> = left.by_ref().take(page.min(wanted.rows)).map(row).collect();
+        let more = left.next().is_some();
+        merge.page(wanted.lane, rows, more).unwrap();
+    }
+
+    fn split(keys: &BTreeSet<u16>, shards: usize) -> Vec<BTreeSet<u16>> {
+        let mut out = vec![BTreeSet::new(); shards];
+        for key in keys {
+            let hash = vasto_core::hash::partition_hash(&key.to_be_bytes());
+            out[vasto_core::hash::jump(hash, shards as u32).shard.0 as usize].insert(*key);
+        }
+        out
+    }
+
+    #[test]
+    fn pages_out_of_order_are_refused() {
+        let mut merge = Merge::new(1, 10, 10);
+        assert!(merge.page(0, vec![row(2), row(1)], false).is_err());
+        assert!(merge.page(0, vec![], true).is_err());
+        merge.page(0, vec![row(5)], true).unwrap();
+        assert!(merge.page(0, vec![row(5)], false).is_err());
+    }
+
+    #[test]
+    fn a_key_that_two_shards_show_is_given_out_once() {
+        let mut merge = Merge::new(2, 10, 10);
+        merge.page(0, vec![row(1), row(2)], false).unwrap();
+        merge.page(1, vec![row(1), row(1), row(3)], false).unwrap();
+        let steps: Vec<Step> = (0..4).map(|_| merge.step()).collect();
+        assert_eq!(steps, [Step::Row(row(1)), Step::Row(row(2)), Step::Row(row(3)), Step::End]);
+    }
+
+    #[test]
+    fn a_limit_asks_for_no_more_than_it_needs() {
+        let mut merge = Merge::new(1, 3, 100);
+        assert_eq!(merge.wanted(), [Wanted { lane: 0, after: None, rows: 3 }]);
+        assert_eq!(merge.wanted(), []);
+        merge.page(0, vec![row(1), row(2), row(3)], true).unwrap();
+        assert_eq!(merge.wanted(), []);
+        assert_eq!(Merge::new(3, 0, 100).step(), Step::End);
+    }
+
+    #[test]
+    fn one_page_is_fetched_ahead_and_no_more() {
+        let mut merge = Merge::new(1, usize::MAX, 2);
+        merge.wanted();
+        merge.page(0, vec![row(1), row(2)], true).unwrap();
+        assert_eq!(merge.wanted().len(), 1);
+        merge.page(0, vec![row(3), row(4)], true).unwrap();
+        assert_eq!(merge.wanted(), []);
+        assert_eq!((merge.step(), merge.step()), (Step::Row(row(1)), Step::Row(row(2))));
+        assert_eq!(merge.wanted().len(), 1);
+    }
+
+    proptest! {
+        /// The shards change at random points; pages arrive in any order.
+        #[test]
+        fn every_row_once_in_order_across_restarts(
+            keys in proptest::collection::btree_set(0u16..500, 0..200),
+            mut shards in 1usize..5,
+            limit in prop_oneof![Just(usize::MAX), 0usize..250],
+            pages in proptest::collection::vec((1usize..20, 0usize..8, 0u8..10), 1..50),
+        ) {
+            let mut held = split(&keys, shards);
+            let mut merge = Merge::new(shards, limit, 10);
+            let mut open: Vec<Wanted> = Vec::new();
+            let mut seen = Vec::new();
+            let mut turns = pages.into_iter().cycle();
+            let mut restarts = 0;
+            loop {
+                match merge.step() {
+                    Step::Row(row) => seen.push(u16::from_be_bytes([row.key[0], row.key[1]])),
+                    Step::End => break,
+                    Step::Wait => {
+                        let (page, pick, chance) = turns.next().unwrap();
+                        open.extend(merge.wanted());
+                        if chance == 0 && restarts < 20 {
+                            restarts += 1;
+                            shards += 1;
+                            held = split(&keys, shards);
+                            merge.restart(shards, 10);
+                            open.clear();
+                            continue;
+                        }
+                        prop_assert!(!open.is_empty(), "waits for nothing");
+                        let wanted = open.swap_remove(pick % open.len());
+                        answer(&mut merge, &held, wanted, page);
+                    }
+                }
+            }
+            let want: Vec<u16> = keys.into_iter().take(limit).collect();
+            prop_assert_eq!(seen, want);
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! What is asked for when a keyspace is created.
+
+use std::time::Duration;
+
+use vasto_core::band::check_shard_count;
+use vasto_core::catalog::Ack;
+use vasto_core::limits::{LimitError, REPLICAS_MAX};
+
+use crate::error::{Error, ErrorKind};
+
+/// What a keyspace shall be: one shard, one replica and synced acknowledgements unless said
+/// otherwise.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyspaceSpec {
+    pub(crate) shards: u32,
+    pub(crate) replicas: u32,
+    pub(crate) ack: Ack,
+    pub(crate) ttl_ms: Option<u64>,
+    pub(crate) quarantine_ms: Option<u64>,
+}
+
+impl Default for KeyspaceSpec {
+    fn default() -> Self {
+        Self { shards: 1, replicas: 1, ack: Ack::Fsync, ttl_ms: None, quarantine_ms: None }
+    }
+}
+
+impl KeyspaceSpec {
+    /// The number of shards: 1 to 64, then 72, 80 … 128, 144 … up to 4096.
+    pub fn shards(mut self, shards: u32) -> Self {
+        self.shards = shards;
+        self
+    }
+
+    /// Copies of each shard, 1 to 7.
+    pub fn replicas(mut self, replicas: u32) -> Self {
+        self.replicas = replicas;
+        self
+    }
+
+    /// When writes are answered; a request may ask for more.
+    pub fn ack(mut self, ack: Ack) -> Self {
+        self.ack = ack;
+        self
+    }
+
+    /// How long values exist that are put without a time to live of their own; at least 1 ms.
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        self.ttl_ms = Some(u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX));
+        self
+    }
+
+    /// How long keys that moved to another shard are kept on their old one, unserved; 24 h if not
+    /// given.
+    pub fn quarantine(mut self, time: Duration) -> Self {
+        self.quarantine_ms = Some(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+        self
+    }
+
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        check_shard_count(self.shards)?;
+        if !(1..=REPLICAS_MAX).contains(&self.replicas) {
+            let message = format!("{} replicas are not possible; use 1 to {REPLICAS_MAX}", self.replicas);
+            return Err(Error::new(ErrorKind::InvalidArgument, message));
+        }
+        match self.ttl_ms {
+            // Milliseconds become microseconds on the clock.
+            Some(ms) if ms == 0 || ms > u64::MAX / 2_000 => Err(LimitError::BadTtl(ms / 1000).into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn specifications_that_cannot_be() {
+        let spec = KeyspaceSpec::default;
+        assert!(spec().shards(72).replicas(7).ttl(Duration::from_secs(1)).check().is_ok());
+        for bad in [
+            spec().shards(0),
+            spec().shards(65),
+            spec().shards(5000),
+            spec().replicas(0),
+            spec().replicas(8),
+            spec().ttl(Duration::ZERO),
+            spec().ttl(Duration::MAX),
+        ] {
+            assert!(bad.check().is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! Caps and times of the client alone, with the reason beside the number. What servers must agree
+//! with stands in `vasto_core::limits`.
+
+use std::time::Duration;
+
+/// Bytes of requests in flight to one node. Half of what a node allows a connection, so that the
+/// node never has to refuse a client that keeps to it.
+pub(crate) const IN_FLIGHT_BYTES_MAX: usize = vasto_core::limits::CONNECTION_BYTES_MAX / 2;
+/// What a request costs beyond its keys and values; bounds the number of tiny requests in flight.
+pub(crate) const REQUEST_OVERHEAD_BYTES: usize = 128;
+/// A frame is closed once it holds this much: large enough to make framing cheap, small enough that
+/// the first request of the next frame does not wait long.
+pub(crate) const FRAME_BYTES: usize = 256 << 10;
+/// Most requests in a frame.
+pub(crate) const FRAME_REQUESTS_MAX: usize = 2_048;
+/// Frames handed to the transport ahead of it; more would only hide requests from the deadline.
+pub(crate) const FRAMES_AHEAD: usize = 2;
+/// HTTP/2 windows: a whole scan page or many small replies fit without a round trip.
+pub(crate) const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+/// See [`STREAM_WINDOW_BYTES`]; shared by the streams of a connection.
+pub(crate) const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
+/// Keys in one get request. A node that cannot fit the values into a message refuses it, and the
+/// client asks again for half as many.
+pub(crate) const GET_KEYS_MAX: usize = 256;
+/// Bytes of keys in one get request.
+pub(crate) const GET_KEY_BYTES_MAX: usize = 1 << 20;
+
+/// The first pause before a retry; doubled for each further one.
+pub(crate) const BACKOFF_FIRST: Duration = Duration::from_millis(5);
+/// The longest pause between retries of an operation.
+pub(crate) const BACKOFF_MAX: Duration = Duration::from_millis(500);
+/// The longest pause between two attempts to watch a topology again.
+pub(crate) const WATCH_BACKOFF_MAX: Duration = Duration::from_secs(2);
+/// How often a waiting `resize_keyspace` asks how far it is.
+pub(crate) const OPERATION_POLL: Duration = Duration::from_millis(200);
+/// Retries that a handle may make beyond [`RETRY_SHARE`] of its successes.
+pub(crate) const RETRY_BUDGET: u32 = 1_000;
+/// One retry is earned by this many successes: retries add at most a tenth to a sustained load.
+pub(crate) const RETRY_SHARE: u32 = 10;
+/// Shards whose next page a merged scan fetches ahead; more shards are read on demand.
+pub(crate) const PREFETCH_SHARDS_MAX: usize = 64;
+/// A scan over many shards asks each for fewer rows, but never fewer than this.
+pub(crate) const SCAN_ROWS_MIN: usize = 64;

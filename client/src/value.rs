@@ -1,0 +1,120 @@
+//! What is read: values, rows and the outcome of writes.
+
+use std::fmt;
+
+use bytes::Bytes;
+use vasto_proto::v1;
+
+use crate::error::{Error, ErrorKind};
+
+/// The content of a value.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Payload {
+    /// Bytes, as put.
+    Bytes(Bytes),
+    /// A counter.
+    I64(i64),
+    /// A number.
+    F64(f64),
+}
+
+/// A stored value.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Value {
+    /// Its content.
+    pub payload: Payload,
+    /// When it happened: microseconds since 1970, stamped by the replica or given by the writer.
+    pub event_time: u64,
+    /// When it ends to exist, microseconds since 1970.
+    pub expires_at: Option<u64>,
+    /// A hash of the stored entry: the same entry has the same version on every replica.
+    pub version: u64,
+}
+
+impl Value {
+    /// The content as bytes; a number as its decimal text.
+    pub fn bytes(&self) -> Bytes {
+        match &self.payload {
+            Payload::Bytes(bytes) => bytes.clone(),
+            Payload::I64(number) => Bytes::from(number.to_string()),
+            Payload::F64(number) => Bytes::from(number.to_string()),
+        }
+    }
+
+    /// The counter, if it is one.
+    pub fn as_i64(&self) -> Option<i64> {
+        match self.payload {
+            Payload::I64(number) => Some(number),
+            Payload::Bytes(_) | Payload::F64(_) => None,
+        }
+    }
+
+    /// The number, if it is one.
+    pub fn as_f64(&self) -> Option<f64> {
+        match self.payload {
+            Payload::F64(number) => Some(number),
+            Payload::Bytes(_) | Payload::I64(_) => None,
+        }
+    }
+
+    pub(crate) fn from_wire(wire: v1::Value) -> Result<Self, Error> {
+        let payload = match wire.payload {
+            Some(v1::value::Payload::Data(bytes)) => Payload::Bytes(bytes),
+            Some(v1::value::Payload::I64(number)) => Payload::I64(number),
+            Some(v1::value::Payload::F64(number)) => Payload::F64(number),
+            None => {
+                return Err(Error::new(
+                    ErrorKind::Internal,
+                    "the node sent a value of a type that this client does not know; use a newer client",
+                ));
+            }
+        };
+        Ok(Self { payload, event_time: wire.event_time, expires_at: wire.expires_at, version: wire.version })
+    }
+}
+
+impl fmt::Display for Value {
+    /// The content as text; bytes that are no text are replaced.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.payload {
+            Payload::Bytes(bytes) => f.write_str(&String::from_utf8_lossy(bytes)),
+            Payload::I64(number) => number.fmt(f),
+            Payload::F64(number) => number.fmt(f),
+        }
+    }
+}
+
+/// A key and its value, from a scan.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Row {
+    /// The user key.
+    pub key: Bytes,
+    /// Its value; `None` in a scan of keys only.
+    pub value: Option<Value>,
+}
+
+/// What became of a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It stands.
+    Applied {
+        /// Its event time, microseconds since 1970.
+        event_time: u64,
+    },
+    /// An entry with a later event time stood already and still stands.
+    Superseded,
+}
+
+impl Outcome {
+    pub(crate) fn from_wire(wire: &v1::WriteOutcome) -> Result<Self, Error> {
+        match wire.kind() {
+            v1::write_outcome::Kind::Applied => Ok(Outcome::Applied { event_time: wire.event_time }),
+            v1::write_outcome::Kind::Superseded => Ok(Outcome::Superseded),
+            v1::write_outcome::Kind::Unspecified => Err(Error::new(
+                ErrorKind::Unknown,
+                "the node named an outcome that this client does not know; use a newer client, and read the key back",
+            )),
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! Scans over real gRPC: order, paging, limits, and shards that change under a scan.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use futures::StreamExt;
+use support::{Cluster, Fault};
+use vasto_client::{Batch, Key, Keyspace, Rows};
+
+async fn fill(ks: &Keyspace, count: usize) -> Vec<String> {
+    let keys: Vec<String> = (0..count).map(|at| format!("key-{at:05}")).collect();
+    let batch = keys.iter().fold(Batch::new(), |batch, key| batch.put(key, format!("v-{key}")));
+    ks.write(batch).await.unwrap();
+    keys
+}
+
+async fn keys_of(mut rows: Rows) -> Vec<String> {
+    let mut keys = Vec::new();
+    while let Some(row) = rows.try_next().await.unwrap() {
+        keys.push(String::from_utf8(row.key.to_vec()).unwrap());
+    }
+    keys
+}
+
+#[tokio::test]
+async fn all_shards_are_merged_in_the_order_of_keys() {
+    let cluster = Cluster::start(3).await;
+    let ks = cluster.keyspace().await;
+    let keys = fill(&ks, 500).await;
+    cluster.state.lock().page_rows = 7;
+    assert_eq!(keys_of(ks.scan().stream()).await, keys);
+    assert_eq!(keys_of(ks.scan().prefix("key-0012").stream()).await, keys[120..130]);
+    assert_eq!(keys_of(ks.scan().limit(33).stream()).await, keys[..33]);
+    assert_eq!(keys_of(ks.scan().limit(0).stream()).await, Vec::<String>::new());
+    assert_eq!(keys_of(ks.scan().prefix("none").stream()).await, Vec::<String>::new());
+    let rows: Vec<_> = ks.scan().limit(2).stream().collect().await;
+    assert_eq!(rows[1].as_ref().unwrap().value.as_ref().unwrap().to_string(), "v-key-00001");
+    let row = ks.scan().keys_only().stream().try_next().await.unwrap().unwrap();
+    assert_eq!((row.key.as_ref(), row.value), (b"key-00000".as_slice(), None));
+}
+
+#[tokio::test]
+async fn a_partition_is_read_from_one_shard() {
+    let cluster = Cluster::start(3).await;
+    let ks = cluster.keyspace().await;
+    fill(&ks, 50).await;
+    for user in 0..5 {
+        for field in 0..20 {
+            let key = format!("user:{user}:{field:02}");
+            ks.put(Key::new(key).partition(format!("user:{user}")), "x").await.unwrap();
+        }
+    }
+    cluster.state.lock().page_rows = 3;
+    let before = cluster.requests();
+    let rows = keys_of(ks.scan().partition("user:3").prefix("user:3:").limit(10).stream()).await;
+    assert_eq!(rows, (0..10).map(|field| format!("user:3:{field:02}")).collect::<Vec<_>>());
+    assert!(cluster.requests() - before <= 5, "one shard, pages of three");
+    assert_eq!(keys_of(ks.scan().partition("user:4").stream()).await.len(), 20);
+}
+
+#[tokio::test]
+async fn shards_that_change_during_a_scan_lose_and_double_nothing() {
+    let mut cluster = Cluster::start(2).await;
+    for _ in 0..3 {
+        cluster.add_node();
+    }
+    let ks = cluster.keyspace().await;
+    let keys = fill(&ks, 400).await;
+    cluster.state.lock().page_rows = 5;
+    let mut rows = ks.scan().stream();
+    let mut seen = Vec::new();
+    for shards in 3..=5 {
+        for _ in 0..73 {
+            let row = rows.try_next().await.unwrap().unwrap();
+            seen.push(String::from_utf8(row.key.to_vec()).unwrap());
+        }
+        // The nodes know first; the scan hears of it from a refusal.
+        cluster.obey(cluster.topology(shards as u64, shards));
+    }
+    seen.extend(keys_of(rows).await);
+    assert_eq!(seen, keys);
+    assert_eq!(ks.shards(), 5);
+}
+
+#[tokio::test]
+async fn pages_are_asked_for_again_after_a_lost_connection() {
+    let cluster = Cluster::start(2).await;
+    let ks = cluster.keyspace().await;
+    let keys = fill(&ks, 60).await;
+    cluster.state.lock().page_rows = 4;
+    for node in [1, 2, 1] {
+        cluster.fault(node, Fault::DropBefore);
+    }
+    assert_eq!(keys_of(ks.scan().stream()).await, keys);
+}

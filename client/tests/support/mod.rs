@@ -1,0 +1,510 @@
+//! A small cluster behind the real gRPC services, with faults on demand: one master and nodes that
+//! share a store, so that a change of the topology moves keys in an instant.
+
+#![allow(clippy::unwrap_used, dead_code)]
+
+use std::collections::{BTreeMap, VecDeque};
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::{ReceiverStream, WatchStream};
+use tokio_stream::{Stream, StreamExt};
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status, Streaming};
+use vasto_client::{Keyspace, Vasto};
+use vasto_core::catalog::Ack;
+use vasto_core::error::{ErrorCode, VastoError};
+use vasto_core::hash::partition_hash;
+use vasto_core::ids::{CatalogVersion, Epoch, KeyspaceId, NodeId, ReplicaId, ShardId};
+use vasto_core::limits::MESSAGE_BYTES_MAX;
+use vasto_core::topology::{Route, Topology};
+use vasto_proto::convert::{error_to_wire, status_of, topology_to_wire};
+use vasto_proto::v1;
+use vasto_proto::v1::data_server::{Data, DataServer};
+use vasto_proto::v1::master_server::{Master, MasterServer};
+use vasto_proto::v1::reply::Result as Reply;
+use vasto_proto::v1::request::Op;
+
+/// What a node does with the next request.
+#[derive(Clone)]
+pub enum Fault {
+    /// Answers with an error; nothing is done.
+    Refuse(VastoError),
+    /// Ends the stream; nothing is done.
+    DropBefore,
+    /// Does it, then ends the stream without an answer.
+    DropAfter,
+    /// Does it, and never answers.
+    Silent,
+    /// Changes the topology that nodes obey, then goes on with the request.
+    Obey(Topology),
+    /// Refuses every read of more than so many keys with this code.
+    KeysAtMost(usize, ErrorCode),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Entry {
+    pub value: Bytes,
+    pub partition_hash: u64,
+    pub event_time: u64,
+    pub ttl_ms: Option<u64>,
+}
+
+#[derive(Default)]
+pub struct NodeState {
+    /// Consumed one by one, except the last if `sticky`.
+    pub faults: VecDeque<Fault>,
+    pub sticky: bool,
+    pub requests: u64,
+    pub frames: u64,
+    pub bytes: u64,
+    pub streams: u64,
+    pub last_write: Option<v1::WriteRequest>,
+}
+
+pub struct State {
+    /// What the nodes obey.
+    pub topology: Topology,
+    pub store: BTreeMap<Bytes, Entry>,
+    pub nodes: BTreeMap<NodeId, NodeState>,
+    pub clock: u64,
+    pub page_rows: usize,
+    /// Answers of the master's calls, by the call's name.
+    pub json: BTreeMap<&'static str, VecDeque<Result<String, Status>>>,
+    pub calls: Vec<String>,
+}
+
+pub struct Cluster {
+    pub state: Arc<Mutex<State>>,
+    /// What the master tells.
+    pub told: watch::Sender<Topology>,
+    pub changed: watch::Sender<u64>,
+    pub master: Running,
+    pub nodes: Vec<Running>,
+}
+
+/// A server in a runtime of its own, so that stopping it closes its connections as a kill does.
+pub struct Running {
+    pub address: SocketAddr,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Running {
+    fn start<F: Future<Output = ()> + Send + 'static>(
+        address: Option<SocketAddr>,
+        serve: impl FnOnce(TcpListener) -> F + Send + 'static,
+    ) -> Self {
+        let socket = std::net::TcpListener::bind(address.unwrap_or_else(|| "127.0.0.1:0".parse().unwrap())).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let address = socket.local_addr().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        runtime.spawn(async move { serve(TcpListener::from_std(socket).unwrap()).await });
+        Self { address, runtime: Some(runtime) }
+    }
+
+    /// Closes its connections and its port.
+    pub async fn stop(mut self) {
+        let runtime = self.runtime.take().unwrap();
+        tokio::task::spawn_blocking(move || runtime.shutdown_timeout(Duration::from_secs(10))).await.unwrap();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+#[derive(Clone)]
+struct Shared {
+    state: Arc<Mutex<State>>,
+    told: watch::Sender<Topology>,
+    changed: watch::Sender<u64>,
+    me: NodeId,
+}
+
+pub fn topology(version: u64, nodes: &[(NodeId, Option<String>)]) -> Topology {
+    Topology {
+        keyspace: KeyspaceId(7),
+        name: "ks1".into(),
+        version: CatalogVersion(version),
+        epoch: Epoch(version),
+        active: true,
+        ack: Ack::Fsync,
+        ttl_ms: None,
+        shards: nodes
+            .iter()
+            .enumerate()
+            .map(|(shard, (node, address))| {
+                vec![Route { replica: ReplicaId(shard as u64 + 1), node: *node, address: address.clone() }]
+            })
+            .collect(),
+    }
+}
+
+impl Cluster {
+    /// `nodes` nodes, one shard each.
+    pub async fn start(nodes: usize) -> Self {
+        let state = Arc::new(Mutex::new(State {
+            topology: topology(1, &[]),
+            store: BTreeMap::new(),
+            nodes: BTreeMap::new(),
+            clock: 1_000,
+            page_rows: 1_000,
+            json: BTreeMap::new(),
+            calls: Vec::new(),
+        }));
+        let (told, changed) = (watch::Sender::new(topology(0, &[])), watch::Sender::new(0));
+        let master = start_master(&state, &told, &changed, None);
+        let mut cluster = Self { state, told, changed, master, nodes: Vec::new() };
+        for _ in 0..nodes {
+            cluster.add_node();
+        }
+        let first = cluster.topology(1, nodes);
+        cluster.obey(first.clone());
+        cluster.tell(first);
+        cluster
+    }
+
+    pub fn add_node(&mut self) -> NodeId {
+        let id = NodeId(self.nodes.len() as u64 + 1);
+        self.state.lock().nodes.insert(id, NodeState::default());
+        let node = self.serve_node(id);
+        self.nodes.push(node);
+        id
+    }
+
+    /// Starts a node of this id on a new port.
+    pub fn serve_node(&self, id: NodeId) -> Running {
+        let shared =
+            Shared { state: self.state.clone(), told: self.told.clone(), changed: self.changed.clone(), me: id };
+        let service = DataServer::new(shared.clone())
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX);
+        Running::start(None, |listener| async move {
+            let server = Server::builder().initial_stream_window_size(4 << 20).initial_connection_window_size(64 << 20);
+            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            { server }.add_service(service).serve_with_incoming(incoming).await.unwrap();
+        })
+    }
+
+    /// One shard on each of the first `nodes` nodes.
+    pub fn topology(&self, version: u64, nodes: usize) -> Topology {
+        let nodes: Vec<_> = self.nodes[..nodes]
+            .iter()
+            .enumerate()
+            .map(|(at, node)| (NodeId(at as u64 + 1), Some(node.address.to_string())))
+            .collect();
+        topology(version, &nodes)
+    }
+
+    pub fn obey(&self, topology: Topology) {
+        self.state.lock().topology = topology;
+    }
+
+    pub fn tell(&self, topology: Topology) {
+        self.told.send_replace(topology);
+    }
+
+    pub fn fault(&self, node: u64, fault: Fault) {
+        self.state.lock().nodes.get_mut(&NodeId(node)).unwrap().faults.push_back(fault);
+    }
+
+    pub fn always(&self, node: u64, fault: Fault) {
+        let mut state = self.state.lock();
+        let node = state.nodes.get_mut(&NodeId(node)).unwrap();
+        node.faults = VecDeque::from([fault]);
+        node.sticky = true;
+    }
+
+    pub fn answer(&self, call: &'static str, answer: Result<&str, Status>) {
+        self.state.lock().json.entry(call).or_default().push_back(answer.map(str::to_owned));
+    }
+
+    pub fn requests(&self) -> u64 {
+        self.state.lock().nodes.values().map(|node| node.requests).sum()
+    }
+
+    /// Waits until the servers' state satisfies the condition.
+    pub async fn until(&self, what: &str, condition: impl Fn(&State) -> bool) {
+        let mut changed = self.changed.subscribe();
+        let wait = async {
+            while !condition(&self.state.lock()) {
+                changed.changed().await.unwrap();
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), wait).await.unwrap_or_else(|_| panic!("never: {what}"));
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.master.address)
+    }
+
+    pub async fn vasto(&self) -> Vasto {
+        Vasto::connect(&self.url()).await.unwrap()
+    }
+
+    pub async fn keyspace(&self) -> Keyspace {
+        self.vasto().await.keyspace("ks1").await.unwrap()
+    }
+
+    /// Stops the master; [`Cluster::master_back`] starts it again at the address.
+    pub async fn stop_master(&mut self) -> SocketAddr {
+        let address = self.master.address;
+        let placeholder = start_master(&self.state, &self.told, &self.changed, None);
+        std::mem::replace(&mut self.master, placeholder).stop().await;
+        address
+    }
+
+    pub fn master_back(&mut self, address: SocketAddr) {
+        self.master = start_master(&self.state, &self.told, &self.changed, Some(address));
+    }
+}
+
+fn start_master(
+    state: &Arc<Mutex<State>>,
+    told: &watch::Sender<Topology>,
+    changed: &watch::Sender<u64>,
+    address: Option<SocketAddr>,
+) -> Running {
+    let shared = Shared { state: state.clone(), told: told.clone(), changed: changed.clone(), me: NodeId(0) };
+    Running::start(address, |listener| async move {
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        Server::builder().add_service(MasterServer::new(shared)).serve_with_incoming(incoming).await.unwrap();
+    })
+}
+
+enum Did {
+    Answer(Reply),
+    Nothing,
+    End,
+}
+
+fn refuse(code: ErrorCode, message: &str, topology: Option<&Topology>) -> Reply {
+    Reply::Error(error_to_wire(&VastoError::new(code, message), topology))
+}
+
+impl State {
+    fn owns(&self, node: NodeId, shard: u32, hash: u64) -> bool {
+        let here = self.topology.shard_of(hash) == ShardId(shard);
+        here && self.topology.routes(ShardId(shard)).first().is_some_and(|route| route.node == node)
+    }
+
+    fn serve(&mut self, node: NodeId, request: &v1::Request) -> Reply {
+        let wrong = |state: &State| refuse(ErrorCode::WrongEpoch, "not mine", Some(&state.topology));
+        let hash_of = |key: &v1::KeyRef| key.partition_hash.unwrap_or_else(|| partition_hash(&key.key));
+        match request.op.as_ref().unwrap() {
+            Op::Get(get) => {
+                if !get.keys.iter().all(|key| self.owns(node, request.shard, hash_of(key))) {
+                    return wrong(self);
+                }
+                let values = get.keys.iter().map(|key| v1::MaybeValue { value: self.store.get(&key.key).map(to_wire) });
+                Reply::Get(v1::GetReply { values: values.collect() })
+            }
+            Op::Write(write) => {
+                self.nodes.get_mut(&node).unwrap().last_write = Some(write.clone());
+                let keys = || write.ops.iter().map(|op| op.key.as_ref().unwrap());
+                if !keys().all(|key| self.owns(node, request.shard, hash_of(key))) {
+                    return wrong(self);
+                }
+                let outcomes = write.ops.iter().map(|op| self.apply(op, hash_of(op.key.as_ref().unwrap()))).collect();
+                Reply::Write(v1::WriteReply { outcomes })
+            }
+            Op::Scan(scan) => {
+                let mine = self.topology.routes(ShardId(request.shard)).first().is_some_and(|route| route.node == node);
+                if !mine || request.epoch < self.topology.epoch.0 {
+                    return wrong(self);
+                }
+                let limit = self.page_rows.min(if scan.limit == 0 { usize::MAX } else { scan.limit as usize });
+                let mut rows = self.store.iter().filter(|(key, entry)| {
+                    key.starts_with(&scan.prefix)
+                        && scan.after.as_ref().is_none_or(|after| *key > after)
+                        && scan.partition_hash.is_none_or(|hash| hash == entry.partition_hash)
+                        && self.topology.shard_of(entry.partition_hash) == ShardId(request.shard)
+                });
+                let page: Vec<v1::Row> = rows
+                    .by_ref()
+                    .take(limit)
+                    .map(|(key, entry)| v1::Row { key: key.clone(), value: (!scan.keys_only).then(|| to_wire(entry)) })
+                    .collect();
+                let more = rows.next().is_some();
+                Reply::Scan(v1::ScanReply { rows: page, more })
+            }
+        }
+    }
+
+    fn apply(&mut self, op: &v1::WriteOp, partition_hash: u64) -> v1::WriteOutcome {
+        let key = &op.key.as_ref().unwrap().key;
+        self.clock += 1;
+        let event_time = op.event_time.unwrap_or(self.clock);
+        if let Some(stands) = self.store.get(key).filter(|entry| entry.event_time > event_time) {
+            let kind = v1::write_outcome::Kind::Superseded as i32;
+            return v1::WriteOutcome { kind, event_time: stands.event_time };
+        }
+        match op.op.as_ref().unwrap() {
+            v1::write_op::Op::Put(put) => {
+                let (value, ttl_ms) = (put.value.clone(), put.ttl_ms);
+                self.store.insert(key.clone(), Entry { value, partition_hash, event_time, ttl_ms });
+            }
+            v1::write_op::Op::Delete(_) => {
+                self.store.remove(key);
+            }
+        }
+        v1::WriteOutcome { kind: v1::write_outcome::Kind::Applied as i32, event_time }
+    }
+}
+
+fn to_wire(entry: &Entry) -> v1::Value {
+    v1::Value {
+        payload: Some(v1::value::Payload::Data(entry.value.clone())),
+        event_time: entry.event_time,
+        expires_at: entry.ttl_ms.map(|ms| entry.event_time + ms * 1_000),
+        version: 99,
+    }
+}
+
+impl Shared {
+    fn handle(&self, request: v1::Request, bytes: u64) -> Did {
+        let mut state = self.state.lock();
+        let state = &mut *state;
+        let did = {
+            let node = state.nodes.get_mut(&self.me).unwrap();
+            node.requests += 1;
+            node.bytes += bytes;
+            let fault = if node.sticky && node.faults.len() == 1 {
+                node.faults.front().cloned()
+            } else {
+                node.faults.pop_front()
+            };
+            match fault {
+                None => Did::Answer(state.serve(self.me, &request)),
+                Some(Fault::Refuse(error)) => Did::Answer(Reply::Error(error_to_wire(&error, None))),
+                Some(Fault::DropBefore) => Did::End,
+                Some(Fault::DropAfter) => {
+                    state.serve(self.me, &request);
+                    Did::End
+                }
+                Some(Fault::Silent) => {
+                    state.serve(self.me, &request);
+                    Did::Nothing
+                }
+                Some(Fault::Obey(topology)) => {
+                    state.topology = topology;
+                    Did::Answer(state.serve(self.me, &request))
+                }
+                Some(Fault::KeysAtMost(most, code)) => match &request.op {
+                    Some(Op::Get(get)) if get.keys.len() > most => Did::Answer(refuse(code, "too many", None)),
+                    _ => Did::Answer(state.serve(self.me, &request)),
+                },
+            }
+        };
+        self.changed.send_modify(|count| *count += 1);
+        did
+    }
+}
+
+#[tonic::async_trait]
+impl Data for Shared {
+    type StreamStream = ReceiverStream<Result<v1::ReplyFrame, Status>>;
+
+    async fn stream(
+        &self,
+        request: Request<Streaming<v1::RequestFrame>>,
+    ) -> Result<Response<Self::StreamStream>, Status> {
+        let (replies, outgoing) = mpsc::channel(16);
+        let mut frames = request.into_inner();
+        let me = self.clone();
+        me.state.lock().nodes.get_mut(&me.me).unwrap().streams += 1;
+        tokio::spawn(async move {
+            while let Some(Ok(frame)) = frames.next().await {
+                me.state.lock().nodes.get_mut(&me.me).unwrap().frames += 1;
+                let mut answers = Vec::new();
+                for request in frame.requests {
+                    let id = request.id;
+                    let bytes = match &request.op {
+                        Some(Op::Write(write)) => write.ops.iter().map(value_bytes).sum(),
+                        _ => 0,
+                    };
+                    match me.handle(request, bytes) {
+                        Did::Answer(reply) => answers.push(v1::Reply { id, result: Some(reply) }),
+                        Did::Nothing => {}
+                        Did::End => return,
+                    }
+                }
+                if !answers.is_empty() && replies.send(Ok(v1::ReplyFrame { replies: answers })).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(outgoing)))
+    }
+
+    async fn execute(&self, _: Request<v1::Request>) -> Result<Response<v1::Reply>, Status> {
+        Err(Status::unimplemented("not used by the client"))
+    }
+}
+
+fn value_bytes(op: &v1::WriteOp) -> u64 {
+    match &op.op {
+        Some(v1::write_op::Op::Put(put)) => put.value.len() as u64,
+        _ => 0,
+    }
+}
+
+impl Shared {
+    fn json(&self, call: &'static str, about: String) -> Result<Response<v1::JsonReply>, Status> {
+        let mut state = self.state.lock();
+        state.calls.push(format!("{call} {about}"));
+        let answer = state.json.get_mut(call).and_then(VecDeque::pop_front);
+        answer.unwrap_or_else(|| Ok("{}".into())).map(|json| Response::new(v1::JsonReply { json }))
+    }
+}
+
+macro_rules! json_calls {
+    ($($call:ident($request:ty);)*) => {
+        #[tonic::async_trait]
+        impl Master for Shared {
+            type WatchStream = std::pin::Pin<Box<dyn Stream<Item = Result<v1::Topology, Status>> + Send>>;
+
+            async fn watch(
+                &self,
+                request: Request<v1::WatchRequest>,
+            ) -> Result<Response<Self::WatchStream>, Status> {
+                if request.into_inner().keyspace != "ks1" {
+                    let unknown = VastoError::new(ErrorCode::NotFound, "no such keyspace; there is `ks1`");
+                    return Err(status_of(&unknown));
+                }
+                let topologies = WatchStream::new(self.told.subscribe()).map(|one| Ok(topology_to_wire(&one)));
+                Ok(Response::new(Box::pin(topologies)))
+            }
+
+            $(async fn $call(&self, request: Request<$request>) -> Result<Response<v1::JsonReply>, Status> {
+                self.json(stringify!($call), format!("{:?}", request.into_inner()))
+            })*
+        }
+    };
+}
+
+json_calls! {
+    create_keyspace(v1::CreateKeyspaceRequest);
+    list_keyspaces(v1::Empty);
+    describe_keyspace(v1::KeyspaceRequest);
+    delete_keyspace(v1::KeyspaceRequest);
+    checkpoint_keyspace(v1::KeyspaceRequest);
+    compact_keyspace(v1::KeyspaceRequest);
+    resize_keyspace(v1::ResizeRequest);
+    list_operations(v1::Empty);
+    show_operation(v1::OperationRequest);
+    cancel_operation(v1::OperationRequest);
+    list_nodes(v1::Empty);
+    cluster_status(v1::Empty);
+}

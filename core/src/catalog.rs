@@ -1,0 +1,265 @@
+//! The content of one catalog version: a keyspace's spec, placement and running plan.
+//!
+//! **Invariant:** the catalog object with the greatest number is the only truth about ownership.
+//! A version is written once, create-only, and never changed; nodes obey no version lower than one
+//! they have obeyed. Unknown fields of newer versions are tolerated.
+
+use serde::{Deserialize, Serialize};
+
+use crate::band::Band;
+use crate::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
+use crate::plan::{OperationReport, Plan};
+use crate::record::BandRange;
+
+/// When a write is answered.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ack {
+    /// The operating system has it: survives a crash of the process, not a power loss.
+    Os,
+    /// It is synced to the disk (group commit).
+    #[default]
+    Fsync,
+    /// One more replica has synced it.
+    Replica,
+    /// A chunk in the bucket covers it.
+    Bucket,
+}
+
+/// The text names no acknowledgement level.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is not an acknowledgement level; use os, fsync, replica or bucket")]
+pub struct NotAnAck(pub String);
+
+impl std::str::FromStr for Ack {
+    type Err = NotAnAck;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text {
+            "os" => Ack::Os,
+            "fsync" => Ack::Fsync,
+            "replica" => Ack::Replica,
+            "bucket" => Ack::Bucket,
+            other => return Err(NotAnAck(other.to_owned())),
+        })
+    }
+}
+
+impl std::fmt::Display for Ack {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Ack::Os => "os",
+            Ack::Fsync => "fsync",
+            Ack::Replica => "replica",
+            Ack::Bucket => "bucket",
+        })
+    }
+}
+
+/// What its owner wants of a keyspace.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyspaceSpec {
+    /// Number of shards; a legal count.
+    pub shards: u32,
+    /// Copies of each shard.
+    pub replicas: u32,
+    /// Default acknowledgement.
+    pub ack: Ack,
+    /// Default time to live of values, milliseconds.
+    #[serde(default)]
+    pub ttl_ms: Option<u64>,
+    /// How long a moved range stays on its old shard, milliseconds.
+    pub quarantine_ms: u64,
+}
+
+impl Default for KeyspaceSpec {
+    fn default() -> Self {
+        Self {
+            shards: 1,
+            replicas: 1,
+            ack: Ack::Fsync,
+            ttl_ms: None,
+            quarantine_ms: crate::limits::QUARANTINE.as_millis() as u64,
+        }
+    }
+}
+
+/// Whether the keyspace is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KeyspaceState {
+    /// It serves.
+    Active,
+    /// It was deleted: nodes drop their replicas. The objects in the bucket stay.
+    Deleted,
+}
+
+/// A replica and where it lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placed {
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Its node.
+    pub node: NodeId,
+}
+
+/// The placed replicas of one shard; the first is the primary.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardPlacement {
+    /// The shard.
+    pub shard: ShardId,
+    /// Its replicas, primary first.
+    pub replicas: Vec<Placed>,
+}
+
+/// A range that was given away and is not removed yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quarantine {
+    /// The plan that moved it.
+    pub plan: PlanId,
+    /// The bands, the same on every source.
+    pub range: BandRange,
+    /// The replicas that still hold it.
+    pub replicas: Vec<ReplicaId>,
+    /// Each target and the LSN of its log that covers everything up to the seals: the old copy is
+    /// removed only after a manifest of the target covers it.
+    pub targets: Vec<(ReplicaId, Lsn)>,
+    /// Microseconds since 1970.
+    pub until_us: u64,
+    /// The clean-up is allowed: nodes remove the range under the version that says so.
+    pub dropping: bool,
+}
+
+/// One catalog version.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Catalog {
+    /// The keyspace; never reused.
+    pub keyspace: KeyspaceId,
+    /// Its name.
+    pub name: String,
+    /// The number of this version, the same as in its object name.
+    pub version: CatalogVersion,
+    /// Drawn by the writer: tells its own object from a rival's after a lost reply.
+    pub nonce: u64,
+    /// When it was written, microseconds since 1970.
+    pub written_at_us: u64,
+    /// Raised by each version that changes ownership or placement.
+    pub epoch: Epoch,
+    /// Active or deleted.
+    pub state: KeyspaceState,
+    /// What the owner asked for.
+    pub spec: KeyspaceSpec,
+    /// One entry per shard, in order.
+    pub placement: Vec<ShardPlacement>,
+    /// The running structural change.
+    #[serde(default)]
+    pub plan: Option<Plan>,
+    /// Moved ranges that wait for their removal.
+    #[serde(default)]
+    pub quarantines: Vec<Quarantine>,
+    /// Object keys that garbage collection must keep.
+    #[serde(default)]
+    pub pins: Vec<String>,
+    /// The next replica id to give out.
+    pub next_replica: ReplicaId,
+    /// The next plan id to give out.
+    pub next_plan: PlanId,
+    /// The last finished operations, newest last, at most [`OPERATIONS_KEPT`].
+    #[serde(default)]
+    pub operations: Vec<OperationReport>,
+}
+
+/// Finished operations that a catalog version remembers.
+pub const OPERATIONS_KEPT: usize = 16;
+
+impl Catalog {
+    /// The first version of a keyspace.
+    pub fn first(
+        keyspace: KeyspaceId,
+        name: &str,
+        spec: KeyspaceSpec,
+        nodes_of_shards: &[Vec<NodeId>],
+        now_us: u64,
+        nonce: u64,
+    ) -> Self {
+        let mut next_replica = 1;
+        let placement = nodes_of_shards
+            .iter()
+            .enumerate()
+            .map(|(shard, nodes)| ShardPlacement {
+                shard: ShardId(shard as u32),
+                replicas: nodes
+                    .iter()
+                    .map(|node| {
+                        next_replica += 1;
+                        Placed { replica: ReplicaId(next_replica - 1), node: *node }
+                    })
+                    .collect(),
+            })
+            .collect();
+        Self {
+            keyspace,
+            name: name.to_owned(),
+            version: CatalogVersion(1),
+            nonce,
+            written_at_us: now_us,
+            epoch: Epoch(1),
+            state: KeyspaceState::Active,
+            spec,
+            placement,
+            plan: None,
+            quarantines: Vec::new(),
+            pins: Vec::new(),
+            next_replica: ReplicaId(next_replica),
+            next_plan: PlanId(1),
+            operations: Vec::new(),
+        }
+    }
+
+    /// A copy that will be the next version.
+    pub fn next(&self, now_us: u64, nonce: u64) -> Self {
+        Self { version: CatalogVersion(self.version.0 + 1), nonce, written_at_us: now_us, ..self.clone() }
+    }
+
+    /// The bands that a placed replica of any shard owns under this version.
+    pub fn owned_bands(&self) -> BandRange {
+        Band::owned(self.spec.shards).into()
+    }
+
+    /// The placed replicas and the targets under construction on one node: `(shard, replica, placed)`.
+    pub fn members_on(&self, node: NodeId) -> Vec<(ShardId, ReplicaId, bool)> {
+        let placed =
+            self.placement.iter().flat_map(|shard| shard.replicas.iter().map(move |one| (shard.shard, *one, true)));
+        let targets = self
+            .plan
+            .iter()
+            .flat_map(|plan| &plan.targets)
+            .map(|target| (target.shard, Placed { replica: target.replica, node: target.node }, false));
+        let mut out: Vec<(ShardId, ReplicaId, bool)> = Vec::new();
+        for (shard, one, is_placed) in placed.chain(targets) {
+            if one.node == node && self.state == KeyspaceState::Active && !out.iter().any(|(_, r, _)| *r == one.replica)
+            {
+                out.push((shard, one.replica, is_placed));
+            }
+        }
+        out
+    }
+
+    /// The node of a placed replica or target.
+    pub fn node_of(&self, replica: ReplicaId) -> Option<NodeId> {
+        self.placement
+            .iter()
+            .flat_map(|shard| &shard.replicas)
+            .find(|one| one.replica == replica)
+            .map(|one| one.node)
+            .or_else(|| {
+                self.plan.as_ref()?.targets.iter().find(|target| target.replica == replica).map(|target| target.node)
+            })
+    }
+
+    /// Remembers a finished operation, forgetting the oldest beyond [`OPERATIONS_KEPT`].
+    pub fn remember(&mut self, report: OperationReport) {
+        self.operations.push(report);
+        let excess = self.operations.len().saturating_sub(OPERATIONS_KEPT);
+        self.operations.drain(..excess);
+    }
+}

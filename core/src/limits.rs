@@ -1,0 +1,189 @@
+//! All caps and time-outs, in one table, with the reason beside the number.
+//!
+//! **Invariant:** a limit is the same number on every path (client, wire, log, replication), and
+//! it is checked before anything is written.
+
+use std::time::Duration;
+
+const KIB: usize = 1 << 10;
+const MIB: usize = 1 << 20;
+
+/// Longest user key or partition key. A key is copied into every index block it starts.
+pub const KEY_BYTES_MAX: usize = 64 * KIB;
+/// Longest value. Four of them fit into one batch, one into any message.
+pub const VALUE_BYTES_MAX: usize = 4 * MIB;
+/// Largest batch, keys and values together.
+pub const BATCH_BYTES_MAX: usize = 16 * MIB;
+/// Most operations in one batch: bounds the time that one batch holds a replica's writer.
+pub const BATCH_OPS_MAX: usize = 10_000;
+/// A scan page stops after this many bytes: a reader's memory is bounded by it.
+pub const SCAN_PAGE_BYTES_MAX: usize = MIB;
+/// A scan page stops after this many rows, also of tiny ones.
+pub const SCAN_PAGE_ROWS_MAX: usize = 10_000;
+/// Longest keyspace name (it becomes part of an object name).
+pub const KEYSPACE_NAME_MAX: usize = 63;
+/// Most replicas of a shard.
+pub const REPLICAS_MAX: u32 = 7;
+/// Longest record: a whole batch of the largest size plus its framing.
+pub const RECORD_BYTES_MAX: usize = 24 * MIB;
+/// A writer stops adding to a group commit here, so that one sync covers a bounded write.
+pub const GROUP_BYTES_MAX: usize = 4 * MIB;
+/// Most operations in one group commit.
+pub const GROUP_OPS_MAX: usize = 4_096;
+/// Bytes that may wait in one replica's writer queue before writers are pushed back.
+pub const WRITE_QUEUE_BYTES_MAX: usize = 64 * MIB;
+/// Largest gRPC message: a batch plus framing. Ingress limits keep every message below it.
+pub const MESSAGE_BYTES_MAX: usize = 32 * MIB;
+/// Bytes of requests that one connection may have in flight at a node.
+pub const CONNECTION_BYTES_MAX: usize = 64 * MIB;
+/// Replicas that a node takes by default: each is a RocksDB instance with its own files.
+pub const NODE_REPLICAS_MAX: usize = 256;
+/// A binlog file is closed and a new one begun at this size.
+pub const BINLOG_FILE_BYTES: u64 = 64 * MIB as u64;
+/// Most bytes of log a replica keeps. At the cap the bucket's cover is given up first.
+pub const BINLOG_BYTES_MAX: u64 = 4 * 1024 * MIB as u64;
+/// A chunk object holds at most this much log.
+pub const CHUNK_BYTES_MAX: usize = 32 * MIB;
+/// A checkpoint is due when the log since the last one exceeds this: bounds the replay.
+pub const CHECKPOINT_LOG_BYTES: u64 = 512 * MIB as u64;
+
+/// Event times further ahead of the clock than this are refused when a client sends them.
+pub const MAX_CLOCK_AHEAD: Duration = Duration::from_secs(60);
+/// Deletes are remembered at least this long before collection may forget them.
+pub const TOMBSTONE_GRACE: Duration = Duration::from_secs(24 * 3600);
+/// How long a moved range stays on its old shard, unserved, before it is removed.
+pub const QUARANTINE: Duration = Duration::from_secs(24 * 3600);
+/// A node whose stream is silent for longer counts as dead.
+pub const NODE_SILENCE: Duration = Duration::from_secs(10);
+/// How often a node reports to the master when nothing changes.
+pub const REPORT_INTERVAL: Duration = Duration::from_millis(500);
+/// HTTP/2 keepalive: finds half-open connections in seconds instead of 15 minutes.
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
+/// No answer to a keepalive for this long closes the connection.
+pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Connecting to a server.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// One data operation, retries included, unless the caller says otherwise.
+pub const OPERATION_DEADLINE: Duration = Duration::from_secs(10);
+/// One administrative call that does not wait for an operation.
+pub const ADMIN_DEADLINE: Duration = Duration::from_secs(30);
+/// A node that is behind a request's epoch waits this long for the topology.
+pub const EPOCH_WAIT: Duration = Duration::from_secs(1);
+/// Reads of a sealed range go on for this long without word of the outcome.
+pub const SEALED_READS: Duration = Duration::from_secs(2);
+/// Writes to a sealed range wait this long for the outcome before they are sent back to retry.
+pub const SEALED_WRITES_WAIT: Duration = Duration::from_secs(3);
+/// The `sealing` version must be written within this, else the bucket is too slow to seal now.
+pub const SEALING_WRITE_MAX: Duration = Duration::from_millis(200);
+/// All sources must have sealed and all targets caught up within this, else the plan unseals.
+pub const SEAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// A tail whose lag is below this is close enough to seal.
+pub const TAIL_LAG_LSNS_MAX: u64 = 64;
+/// Drains, then exits: the whole of a SIGTERM.
+pub const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
+/// How often unsynced log of `os` acknowledgements is synced in the background.
+pub const OS_SYNC_INTERVAL: Duration = Duration::from_millis(200);
+/// Between two uploads of log chunks of a replica that has something to ship.
+pub const SHIP_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Which limit was exceeded, by how much.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LimitError {
+    /// The empty key is not a key.
+    #[error("the key is empty; a key has 1 to {KEY_BYTES_MAX} bytes")]
+    EmptyKey,
+    /// See [`KEY_BYTES_MAX`].
+    #[error("the key has {0} bytes, over the limit of {KEY_BYTES_MAX}; use a shorter key")]
+    KeyTooLong(usize),
+    /// See [`VALUE_BYTES_MAX`].
+    #[error("the value has {0} bytes, over the limit of {VALUE_BYTES_MAX}; split it over several keys")]
+    ValueTooLong(usize),
+    /// See [`BATCH_BYTES_MAX`].
+    #[error("the batch has {0} bytes, over the limit of {BATCH_BYTES_MAX}; send it in parts")]
+    BatchTooLong(usize),
+    /// See [`BATCH_OPS_MAX`].
+    #[error("the batch has {0} operations, over the limit of {BATCH_OPS_MAX}; send it in parts")]
+    BatchTooMany(usize),
+    /// See [`MAX_CLOCK_AHEAD`].
+    #[error("the event time {event_time} is more than {} s ahead of the clock; is it in microseconds since 1970?", MAX_CLOCK_AHEAD.as_secs())]
+    EventTimeAhead {
+        /// What the caller gave, microseconds.
+        event_time: u64,
+    },
+    /// Zero is reserved.
+    #[error("the event time 0 is reserved; leave it out to have the time stamped by the server")]
+    EventTimeZero,
+    /// A TTL of zero, or one that overflows the clock.
+    #[error("the time to live of {0} s is not usable; it must be at least 1 ms and end before the year 584000")]
+    BadTtl(u64),
+}
+
+/// Checks a user key or partition key.
+pub fn check_key(key: &[u8]) -> Result<(), LimitError> {
+    match key.len() {
+        0 => Err(LimitError::EmptyKey),
+        n if n > KEY_BYTES_MAX => Err(LimitError::KeyTooLong(n)),
+        _ => Ok(()),
+    }
+}
+
+/// Checks a value.
+pub fn check_value(value: &[u8]) -> Result<(), LimitError> {
+    if value.len() > VALUE_BYTES_MAX { Err(LimitError::ValueTooLong(value.len())) } else { Ok(()) }
+}
+
+/// Checks an event time that a client gave, against the clock.
+pub fn check_event_time(event_time: u64, now_us: u64) -> Result<(), LimitError> {
+    if event_time == 0 {
+        Err(LimitError::EventTimeZero)
+    } else if event_time > now_us.saturating_add(MAX_CLOCK_AHEAD.as_micros() as u64) {
+        Err(LimitError::EventTimeAhead { event_time })
+    } else {
+        Ok(())
+    }
+}
+
+/// Why a keyspace name is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{0}` is not a keyspace name: use a letter a-z first, then a-z, 0-9, _ or -, at most {KEYSPACE_NAME_MAX} characters"
+)]
+pub struct BadKeyspaceName(pub String);
+
+/// Checks a keyspace name: `^[a-z][a-z0-9_-]{0,62}$`.
+pub fn check_keyspace_name(name: &str) -> Result<(), BadKeyspaceName> {
+    let mut chars = name.bytes();
+    let good = chars.next().is_some_and(|c| c.is_ascii_lowercase())
+        && chars.all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'_' || c == b'-')
+        && name.len() <= KEYSPACE_NAME_MAX;
+    if good { Ok(()) } else { Err(BadKeyspaceName(name.chars().take(80).collect())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_could_leave_their_place_are_refused() {
+        for good in ["a", "ks1", "a_b-c9", &"a".repeat(63)] {
+            assert!(check_keyspace_name(good).is_ok(), "{good}");
+        }
+        for bad in ["", "A", "1a", "..", "a/b", "a.b", "a b", "ä", "a\0", &"a".repeat(64), "-a", "_a"] {
+            assert!(check_keyspace_name(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn keys_values_and_event_times_at_the_boundary() {
+        assert!(check_key(&vec![0; KEY_BYTES_MAX]).is_ok());
+        assert_eq!(check_key(&vec![0; KEY_BYTES_MAX + 1]), Err(LimitError::KeyTooLong(KEY_BYTES_MAX + 1)));
+        assert_eq!(check_key(b""), Err(LimitError::EmptyKey));
+        assert!(check_value(&vec![0; VALUE_BYTES_MAX]).is_ok());
+        assert!(check_value(&vec![0; VALUE_BYTES_MAX + 1]).is_err());
+        let now = 1_000_000_000;
+        assert!(check_event_time(now + 60_000_000, now).is_ok());
+        assert!(check_event_time(now + 60_000_001, now).is_err());
+        assert!(check_event_time(u64::MAX, now).is_err());
+        assert_eq!(check_event_time(0, now), Err(LimitError::EventTimeZero));
+    }
+}

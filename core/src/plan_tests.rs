@@ -1,0 +1,227 @@
+#![allow(clippy::unwrap_used)]
+use super::*;
+use crate::catalog::KeyspaceSpec;
+
+const NODE: fn(u64) -> NodeId = NodeId;
+
+fn two_shards() -> Catalog {
+    let spec = KeyspaceSpec { shards: 2, quarantine_ms: 1000, ..KeyspaceSpec::default() };
+    Catalog::first(KeyspaceId(7), "ks1", spec, &[vec![NODE(1)], vec![NODE(2)]], 1_000, 1)
+}
+
+fn report(replica: u64) -> ReplicaReport {
+    ReplicaReport {
+        keyspace: KeyspaceId(7),
+        shard: ShardId(replica as u32 - 1),
+        replica: ReplicaId(replica),
+        incarnation: Incarnation(1),
+        version: CatalogVersion(1),
+        phase: ReplicaPhase::Serving,
+        lsn: Lsn(100),
+        shipped_lsn: Lsn(100),
+        manifest_lsn: Lsn(100),
+        keys: 0,
+        bytes: 0,
+        source: None,
+        target: None,
+        cleaned: Vec::new(),
+    }
+}
+
+fn source(replica: u64, progress: SourceProgress) -> (ReplicaId, ReplicaReport) {
+    (ReplicaId(replica), ReplicaReport { source: Some(progress), ..report(replica) })
+}
+
+fn source_progress_of(sealed: Option<Sealed>) -> SourceProgress {
+    SourceProgress {
+        plan: PlanId(1),
+        manifest: Some(PinnedManifest { key: "m".into(), lsn: Lsn(10) }),
+        sealed,
+        released: false,
+        pauses_us: vec![5_000],
+        failed: None,
+    }
+}
+
+fn target(stage: TargetStage, cursors: &[(u64, u64)]) -> (ReplicaId, ReplicaReport) {
+    let progress = TargetProgress {
+        plan: PlanId(1),
+        stage,
+        cursors: cursors.iter().map(|(r, l)| (ReplicaId(*r), Lsn(*l))).collect(),
+        lag_lsns: 0,
+        bytes_total: 10,
+        bytes_done: 10,
+        keys_moved: 3,
+        bytes_moved: 10,
+        bytes_from_bucket: 11,
+        objects_read: 2,
+        bytes_from_peers: 1,
+        manifest_shipped: true,
+        failed: None,
+    };
+    (ReplicaId(3), ReplicaReport { target: Some(progress), ..report(3) })
+}
+
+fn write(advance: Advance) -> Catalog {
+    match advance {
+        Advance::Write(next) => *next,
+        other => panic!("expected a version, got {other:?}"),
+    }
+}
+
+fn at(step: Step) -> Catalog {
+    let mut catalog = start_grow(&two_shards(), 3, Some(NODE(3)), 2_000, 2).unwrap();
+    catalog.plan.as_mut().unwrap().step = step;
+    catalog
+}
+
+#[test]
+fn a_grow_goes_through_every_step_and_ends_with_its_figures() {
+    let catalog = at(Step::Prepare);
+    assert_eq!(catalog.members_on(NODE(3)), vec![(ShardId(2), ReplicaId(3), false)]);
+    let mut reports = Reports::from([source(1, source_progress_of(None)), source(2, source_progress_of(None))]);
+    let tail = write(advance(&catalog, &reports, |_| 0, 3_000, 3));
+    assert_eq!(tail.plan.as_ref().unwrap().step, Step::Tail);
+    assert_eq!(tail.pins.len(), 2);
+    assert!(matches!(advance(&tail, &reports, |_| 0, 3_000, 3), Advance::Wait(_)));
+
+    reports.extend([target(TargetStage::Tailing, &[(1, 10), (2, 10)])]);
+    let sealing = write(advance(&tail, &reports, |_| 0, 4_000, 4));
+    assert_eq!(sealing.plan.as_ref().unwrap().step, Step::Sealing);
+    assert_eq!(sealing.epoch, catalog.epoch, "no epoch before the commit");
+
+    let sealed = Some(Sealed { version: sealing.version, lsn: Lsn(20) });
+    reports.extend([source(1, source_progress_of(sealed)), source(2, source_progress_of(sealed))]);
+    assert!(matches!(advance(&sealing, &reports, |_| 0, 5_000, 5), Advance::Wait(_)), "the target is behind the seal");
+    reports.extend([target(TargetStage::Tailing, &[(1, 20), (2, 19)])]);
+    assert!(matches!(advance(&sealing, &reports, |_| 0, 5_000, 5), Advance::Wait(_)), "one source is not reached");
+    reports.extend([target(TargetStage::Tailing, &[(1, 20), (2, 20)])]);
+    let committed = write(advance(&sealing, &reports, |_| 0, 5_000, 5));
+    assert_eq!((committed.epoch, committed.spec.shards, committed.placement.len()), (Epoch(2), 3, 3));
+    assert_eq!(committed.quarantines.len(), 1);
+
+    assert!(matches!(advance(&committed, &reports, |_| 0, 6_000, 6), Advance::Wait(_)));
+    reports.extend([target(TargetStage::Open, &[(1, 20), (2, 20)])]);
+    for replica in [1, 2] {
+        let released = SourceProgress { released: true, ..source_progress_of(sealed) };
+        reports.extend([source(replica, released)]);
+    }
+    let finished = write(advance(&committed, &reports, |_| 0, 7_000, 7));
+    assert!(finished.plan.is_none() && finished.pins.is_empty());
+    let operation = finished.operations.last().unwrap();
+    assert_eq!((operation.outcome, operation.keys_moved, operation.write_pause_ms.p50), (Outcome::Done, 3, 5.0));
+
+    assert_eq!(advance(&finished, &reports, |_| 0, 8_000, 8), Advance::Idle, "the quarantine runs");
+    let dropping = write(advance(&finished, &reports, |_| 0, 2_000_000, 9));
+    assert!(dropping.quarantines[0].dropping);
+    assert!(matches!(advance(&dropping, &reports, |_| 0, 2_000_000, 9), Advance::Wait(_)));
+    for replica in [1, 2] {
+        reports.get_mut(&ReplicaId(replica)).unwrap().cleaned = vec![PlanId(1)];
+    }
+    let clean = write(advance(&dropping, &reports, |_| 0, 2_000_001, 10));
+    assert!(clean.quarantines.is_empty());
+}
+
+#[test]
+fn seals_of_another_version_or_plan_do_not_count() {
+    let sealing = at(Step::Sealing);
+    let old = Some(Sealed { version: CatalogVersion(sealing.version.0 - 1), lsn: Lsn(20) });
+    let reports = Reports::from([
+        source(1, source_progress_of(old)),
+        source(2, source_progress_of(old)),
+        target(TargetStage::Tailing, &[(1, 99), (2, 99)]),
+    ]);
+    assert!(matches!(advance(&sealing, &reports, |_| 0, 2_001, 3), Advance::Wait(_)));
+    let mut foreign = reports.clone();
+    for report in foreign.values_mut() {
+        if let Some(progress) = &mut report.source {
+            progress.plan = PlanId(99);
+        }
+    }
+    assert!(matches!(advance(&sealing, &foreign, |_| 0, 2_001, 3), Advance::Wait(_)));
+}
+
+#[test]
+fn a_seal_that_takes_too_long_is_undone_and_in_the_end_the_plan_is_aborted() {
+    let mut sealing = at(Step::Sealing);
+    let late = sealing.written_at_us + 1_000_001;
+    let back = write(advance(&sealing, &Reports::new(), |_| 0, late, 3));
+    let plan = back.plan.as_ref().unwrap();
+    assert_eq!((plan.step, plan.seals_undone, back.epoch), (Step::Tail, 1, sealing.epoch));
+    sealing.plan.as_mut().unwrap().seals_undone = SEALS_UNDONE_MAX;
+    let gone = write(advance(&sealing, &Reports::new(), |_| 0, late, 3));
+    assert!(gone.plan.is_none());
+    assert_eq!(gone.operations.last().unwrap().outcome, Outcome::Aborted);
+}
+
+#[test]
+fn a_failure_or_a_lost_node_aborts_before_the_commit_and_never_after_it() {
+    for step in [Step::Prepare, Step::Tail, Step::Sealing] {
+        let catalog = at(step);
+        let gone = write(advance(&catalog, &Reports::new(), |_| NODE_AWAY_MAX_US + 1, 2_001, 3));
+        assert_eq!((gone.spec.shards, gone.plan.is_none()), (2, true), "{step:?}");
+        let failed = SourceProgress { failed: Some("disk full".into()), ..source_progress_of(None) };
+        let gone = write(advance(&catalog, &Reports::from([source(1, failed)]), |_| 0, 2_001, 3));
+        assert_eq!(gone.operations.last().unwrap().reason.as_deref(), Some("disk full"));
+    }
+    let committed = at(Step::Committed);
+    assert!(matches!(advance(&committed, &Reports::new(), |_| u64::MAX, u64::MAX / 2, 3), Advance::Wait(_)));
+    assert_eq!(abort(&committed, "cancelled", &Reports::new(), 1, 1), None);
+}
+
+#[test]
+fn grows_that_cannot_be_are_refused_with_what_to_do() {
+    let catalog = two_shards();
+    let grow = |to| start_grow(&catalog, to, Some(NODE(3)), 1, 1);
+    assert_eq!(grow(2), Err(PlanError::SameCount(2)));
+    assert_eq!(grow(1), Err(PlanError::Shrink { from: 2, to: 1 }));
+    assert_eq!(grow(5), Err(PlanError::ManySteps { from: 2, to: 5, next: 3 }));
+    assert!(matches!(grow(5000), Err(PlanError::Count(_))));
+    assert_eq!(start_grow(&catalog, 3, None, 1, 1), Err(PlanError::NoNode));
+    let running = at(Step::Tail);
+    assert!(matches!(start_grow(&running, 3, Some(NODE(3)), 1, 1), Err(PlanError::Busy(_))));
+}
+
+#[test]
+fn a_quarantine_waits_for_a_manifest_of_the_target() {
+    let mut catalog = two_shards();
+    catalog.quarantines.push(Quarantine {
+        plan: PlanId(1),
+        range: Band::leaving(2, 3).into(),
+        replicas: vec![ReplicaId(1)],
+        targets: vec![(ReplicaId(3), Lsn(101))],
+        until_us: 10,
+        dropping: false,
+    });
+    let mut reports = Reports::from([target(TargetStage::Open, &[])]);
+    assert!(matches!(advance(&catalog, &reports, |_| 0, 11, 3), Advance::Wait(_)));
+    reports.get_mut(&ReplicaId(3)).unwrap().manifest_lsn = Lsn(101);
+    assert!(write(advance(&catalog, &reports, |_| 0, 11, 3)).quarantines[0].dropping);
+}
+
+#[test]
+fn catalogs_survive_unknown_fields_and_round_trip() {
+    let catalog = at(Step::Tail);
+    let mut json: serde_json::Value = serde_json::to_value(&catalog).unwrap();
+    json["from_the_future"] = serde_json::json!({"x": 1});
+    assert_eq!(serde_json::from_value::<Catalog>(json).unwrap(), catalog);
+}
+
+#[test]
+fn pause_percentiles() {
+    assert_eq!(PauseMs::of(vec![]), PauseMs::default());
+    assert_eq!(PauseMs::of(vec![3_000, 1_000, 2_000]), PauseMs { p50: 2.0, p99: 3.0, max: 3.0 });
+}
+
+#[test]
+fn a_member_that_has_failed_aborts_the_plan_and_an_away_node_keeps_it_from_sealing() {
+    let tail = at(Step::Tail);
+    let ready = Reports::from([target(TargetStage::Tailing, &[(1, 10), (2, 10)])]);
+    assert!(matches!(advance(&tail, &ready, |_| 0, 9_000, 3), Advance::Write(_)));
+    let away = |node| if node == NODE(3) { 1 } else { 0 };
+    assert!(matches!(advance(&tail, &ready, away, 9_000, 3), Advance::Wait(_)), "its last report is old");
+    let mut failed = ready.clone();
+    failed.insert(ReplicaId(1), ReplicaReport { phase: ReplicaPhase::Failed("rot".into()), ..report(1) });
+    let gone = write(advance(&tail, &failed, |_| 0, 9_000, 3));
+    assert!(gone.plan.is_none() && gone.operations[0].reason.as_deref().is_some_and(|reason| reason.contains("rot")));
+}

@@ -1,0 +1,344 @@
+//! What people ask for, as functions that answer JSON or one error that says what to do.
+//!
+//! **Invariant:** nothing here writes a catalog version of an existing keyspace; that goes through
+//! the keyspace's driver. A call that only plans changes nothing.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+use vasto_core::band::check_shard_count;
+use vasto_core::catalog::{Ack, Catalog, KeyspaceSpec, KeyspaceState};
+use vasto_core::error::{ErrorCode, VastoError};
+use vasto_core::ids::{KeyspaceId, NodeId};
+use vasto_core::limits::{ADMIN_DEADLINE, LimitError, REPLICAS_MAX, check_keyspace_name};
+use vasto_core::plan::{ReplicaPhase, operation_id};
+use vasto_proto::convert::ack_from_wire;
+use vasto_proto::v1;
+use vasto_shipping::CatalogError;
+
+use crate::cluster::{Cluster, nonce, now_us};
+use crate::document;
+use crate::driver::{Change, Request, changed};
+use crate::placement::{grow_target, place};
+use crate::state::{Delivery, Keyspace, State};
+
+/// The caller's own deadline is [`ADMIN_DEADLINE`]; the answer must be on its way before it.
+const ANSWER_WITHIN: Duration = ADMIN_DEADLINE.saturating_sub(Duration::from_secs(1));
+/// Names that a NotFound lists.
+const NAMES_LISTED: usize = 10;
+/// Longest quarantine and default time to live: ten years, far from any overflow of the clock.
+const DURATION_MS_MAX: u64 = 10 * 365 * 86_400_000;
+
+type Answer = Result<String, VastoError>;
+
+fn error(code: ErrorCode, message: impl Into<String>) -> VastoError {
+    VastoError::new(code, message)
+}
+
+/// The keyspace of that name, or an error that helps to find it.
+pub(crate) fn find<'a>(state: &'a State, name: &str) -> Result<&'a Keyspace, VastoError> {
+    state.named(name).ok_or_else(|| {
+        let mut names: Vec<&str> = state.active().map(|known| known.catalog.name.as_str()).collect();
+        names.sort_unstable();
+        let more = if names.len() > NAMES_LISTED { ", …" } else { "" };
+        names.truncate(NAMES_LISTED);
+        let shown: String = name.chars().take(80).collect();
+        let known = match names.len() {
+            0 => "there is none yet; create one with `vasto keyspace create NAME`".to_owned(),
+            _ => format!("there are: {}{more}", names.join(", ")),
+        };
+        error(ErrorCode::NotFound, format!("no keyspace is called `{shown}`; {known}"))
+    })
+}
+
+/// Checks what a keyspace is asked to be.
+fn spec_of(request: &v1::CreateKeyspaceRequest) -> Result<KeyspaceSpec, VastoError> {
+    check_keyspace_name(&request.name)?;
+    let shards = check_shard_count(request.shards)?;
+    if request.replicas == 0 || request.replicas > REPLICAS_MAX {
+        let message = format!("{} replicas are not possible; use 1 to {REPLICAS_MAX}", request.replicas);
+        return Err(error(ErrorCode::InvalidArgument, message));
+    }
+    if request.replicas > 1 {
+        let message = "replication is not available in this version; use --replicas 1";
+        return Err(error(ErrorCode::FailedPrecondition, message));
+    }
+    let ack = ack_from_wire(request.ack).unwrap_or_default();
+    if matches!(ack, Ack::Replica | Ack::Bucket) {
+        let message = format!("acknowledgement `{ack}` is not available in this version; use --ack os or --ack fsync");
+        return Err(error(ErrorCode::FailedPrecondition, message));
+    }
+    if let Some(ttl_ms) = request.ttl_ms.filter(|ms| *ms == 0 || *ms > DURATION_MS_MAX) {
+        return Err(LimitError::BadTtl(ttl_ms / 1000).into());
+    }
+    let defaults = KeyspaceSpec::default();
+    let quarantine_ms = request.quarantine_ms.unwrap_or(defaults.quarantine_ms);
+    if quarantine_ms > DURATION_MS_MAX {
+        let message = format!("a quarantine of {quarantine_ms} ms is too long; at most {DURATION_MS_MAX} ms");
+        return Err(error(ErrorCode::InvalidArgument, message));
+    }
+    Ok(KeyspaceSpec { shards, replicas: request.replicas, ack, ttl_ms: request.ttl_ms, quarantine_ms })
+}
+
+/// Creates a keyspace and waits until every replica serves.
+pub(crate) async fn create(cluster: &Arc<Cluster>, request: v1::CreateKeyspaceRequest) -> Answer {
+    let spec = spec_of(&request)?;
+    let nodes = {
+        let state = cluster.state();
+        if state.named(&request.name).is_some() {
+            return Err(taken(&request.name));
+        }
+        place(spec.shards, spec.replicas, &state.candidates(None))?
+    };
+    let (now_us, nonce) = (now_us(), nonce());
+    let name = request.name.clone();
+    let build = |id: KeyspaceId| Catalog::first(id, &name, spec.clone(), &nodes, now_us, nonce);
+    let created = match timeout(ANSWER_WITHIN, cluster.store.create_keyspace(build)).await {
+        Ok(Ok(catalog)) => catalog,
+        Ok(Err(CatalogError::NameTaken { .. })) => {
+            learn_all(cluster).await;
+            return Err(taken(&request.name));
+        }
+        Ok(Err(cause)) => return Err(unsure(&format!("creating keyspace {name}"), &cause.to_string())),
+        Err(_) => return Err(unsure(&format!("creating keyspace {name}"), "the bucket did not answer in time")),
+    };
+    let keyspace = created.keyspace;
+    tracing::info!(keyspace = name, id = keyspace.0, shards = spec.shards, ?nodes, "created a keyspace");
+    cluster.metrics.catalog_write("won");
+    cluster.install(created, Delivery::Push);
+    let Ok(served) = timeout(ANSWER_WITHIN, serving(cluster, keyspace)).await else {
+        let missing = {
+            let state = cluster.state();
+            state.keyspaces.get(&keyspace).map(|known| document::not_serving(&state, known)).unwrap_or_default()
+        };
+        let message = format!(
+            "keyspace {name} was created, but does not serve after {} s: {}; see `vasto keyspace describe {name}`",
+            ANSWER_WITHIN.as_secs(),
+            missing.join(", ")
+        );
+        return Err(error(ErrorCode::Unknown, message));
+    };
+    served?;
+    describe(cluster, &name)
+}
+
+fn taken(name: &str) -> VastoError {
+    let message = format!("a keyspace called {name} exists; use it, choose another name, or delete it first");
+    error(ErrorCode::AlreadyExists, message)
+}
+
+fn unsure(what: &str, cause: &str) -> VastoError {
+    let message = format!("{what}: {cause}; it may or may not have taken effect: check with `vasto keyspace list`");
+    error(ErrorCode::Unknown, message)
+}
+
+/// Waits until every replica serves; a failed one ends the wait with its reason.
+async fn serving(cluster: &Arc<Cluster>, keyspace: KeyspaceId) -> Result<(), VastoError> {
+    let gone = || error(ErrorCode::NotFound, "the keyspace was deleted meanwhile");
+    let mut changes = cluster.state().keyspaces.get(&keyspace).map(|known| known.changes()).ok_or_else(gone)?;
+    loop {
+        changes.borrow_and_update();
+        {
+            let state = cluster.state();
+            let known = state.keyspaces.get(&keyspace).ok_or_else(gone)?;
+            if known.catalog.state == KeyspaceState::Deleted {
+                return Err(gone());
+            }
+            let failed = known.reports.values().find_map(|report| match &report.phase {
+                ReplicaPhase::Failed(reason) => Some((report.shard, reason)),
+                _ => None,
+            });
+            if let Some((shard, reason)) = failed {
+                let name = &known.catalog.name;
+                let message = format!("keyspace {name} was created, but its shard {shard} failed: {reason}");
+                return Err(error(ErrorCode::Unknown, message));
+            }
+            if document::not_serving(&state, known).is_empty() {
+                return Ok(());
+            }
+        }
+        if changes.changed().await.is_err() {
+            return Err(gone());
+        }
+    }
+}
+
+/// Learns what other masters made; lists, so only when something is known to be missing.
+async fn learn_all(cluster: &Arc<Cluster>) {
+    match cluster.store.load_all().await {
+        Ok(catalogs) => {
+            for catalog in catalogs {
+                cluster.adopt(catalog);
+            }
+        }
+        Err(error) => tracing::warn!(%error, "cannot read the catalogs of other masters"),
+    }
+}
+
+pub(crate) fn list(cluster: &Cluster) -> String {
+    let state = cluster.state();
+    let mut all: Vec<_> = state.active().collect();
+    all.sort_by(|a, b| a.catalog.name.cmp(&b.catalog.name));
+    document::json(&all.into_iter().map(document::summary).collect::<Vec<_>>())
+}
+
+pub(crate) fn describe(cluster: &Cluster, name: &str) -> Answer {
+    let state = cluster.state();
+    let known = find(&state, name)?;
+    Ok(document::json(&document::keyspace(&state, known)))
+}
+
+/// Deletes a keyspace; its name is free afterwards.
+pub(crate) async fn delete(cluster: &Arc<Cluster>, name: &str) -> Answer {
+    let keyspace = find(&cluster.state(), name)?.catalog.keyspace;
+    let deleted = ask(cluster, keyspace, Change::Delete).await?;
+    tracing::info!(keyspace = name, id = %keyspace, "deleted a keyspace");
+    // The version alone frees the name; the release only makes the next look-up of it cheaper.
+    match timeout(ANSWER_WITHIN, cluster.store.release_name(name, keyspace)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::info!(keyspace = name, %error, "the name of a deleted keyspace is not released yet"),
+        Err(_) => tracing::info!(keyspace = name, "the name of a deleted keyspace is not released yet"),
+    }
+    Ok(document::json(&serde_json::json!({
+        "name": name, "keyspace_id": keyspace.0, "version": deleted.version.0, "state": "deleted",
+    })))
+}
+
+/// Sends a change to the keyspace's driver and waits for its version.
+async fn ask(cluster: &Arc<Cluster>, keyspace: KeyspaceId, change: Change) -> Result<Arc<Catalog>, VastoError> {
+    let stopping = || error(ErrorCode::Unavailable, "this master is stopping; try again");
+    let requests = cluster.state().keyspaces.get(&keyspace).map(|known| known.requests.clone()).ok_or_else(stopping)?;
+    let (reply, answer) = oneshot::channel();
+    let asked = async {
+        requests.send(Request { change, reply }).await.map_err(|_| stopping())?;
+        answer.await.map_err(|_| stopping())?
+    };
+    timeout(ANSWER_WITHIN, asked)
+        .await
+        .unwrap_or_else(|_| Err(unsure("writing the catalog", "the bucket did not answer in time")))
+}
+
+/// Starts a grow, or only says what it would take.
+pub(crate) async fn resize(cluster: &Arc<Cluster>, request: v1::ResizeRequest) -> Answer {
+    let (keyspace, change) = {
+        let state = cluster.state();
+        let known = find(&state, &request.name)?;
+        let change = Change::Grow { to: request.shards };
+        if request.plan_only {
+            let target = grow_target(&state.candidates(Some(known.catalog.keyspace)));
+            changed(&known.catalog, change, target, &known.reports, now_us(), 0)?;
+            return Ok(document::json(&document::estimate(known, request.shards)));
+        }
+        (known.catalog.keyspace, change)
+    };
+    let started = ask(cluster, keyspace, change).await?;
+    Ok(document::json(&document::running_of(&started)))
+}
+
+pub(crate) fn operations(cluster: &Cluster) -> String {
+    let state = cluster.state();
+    let mut all: Vec<_> = state.keyspaces.values().flat_map(document::operations).collect();
+    all.sort_by_key(|one| std::cmp::Reverse(one.started_at_us()));
+    document::json(&all)
+}
+
+fn no_operation(id: &str) -> VastoError {
+    let shown: String = id.chars().take(80).collect();
+    error(ErrorCode::NotFound, format!("no operation `{shown}` is known; see `vasto operation list`"))
+}
+
+pub(crate) fn operation(cluster: &Cluster, id: &str) -> Answer {
+    let state = cluster.state();
+    let mut all = state.keyspaces.values().flat_map(document::operations);
+    all.find(|one| one.id() == id).map(|one| document::json(&one)).ok_or_else(|| no_operation(id))
+}
+
+/// Undoes a running operation that has not changed ownership.
+pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
+    let (keyspace, plan) = {
+        let state = cluster.state();
+        let running = state.keyspaces.values().find_map(|known| {
+            let plan = known.catalog.plan.as_ref()?;
+            (operation_id(known.catalog.keyspace, plan.id) == id).then_some((known.catalog.keyspace, plan.id))
+        });
+        match running {
+            Some(running) => running,
+            None => {
+                let mut ended = state.keyspaces.values().flat_map(|known| &known.catalog.operations);
+                return Err(match ended.any(|one| one.id == id) {
+                    true => error(ErrorCode::FailedPrecondition, format!("operation {id} has ended already")),
+                    false => no_operation(id),
+                });
+            }
+        }
+    };
+    let cancelled = ask(cluster, keyspace, Change::Cancel { plan }).await?;
+    tracing::info!(operation = id, "cancelled an operation");
+    let report = cancelled.operations.iter().rev().find(|one| one.id == id);
+    Ok(document::json(&report.map(document::finished)))
+}
+
+/// Sends a command to every node with replicas of a keyspace and waits for all of them, as long as
+/// they are alive.
+pub(crate) async fn command(cluster: &Arc<Cluster>, name: &str, kind: v1::command::Kind) -> Answer {
+    let waiting: Vec<(NodeId, _)> = {
+        let mut state = cluster.state();
+        let known = find(&state, name)?;
+        let keyspace = known.catalog.keyspace;
+        let mut nodes: Vec<NodeId> =
+            known.catalog.placement.iter().flat_map(|shard| &shard.replicas).map(|one| one.node).collect();
+        nodes.sort_unstable();
+        nodes.dedup();
+        let away: Vec<String> =
+            nodes.iter().filter(|node| state.away_us(**node, u64::MAX) > 0).map(NodeId::to_string).collect();
+        if !away.is_empty() {
+            let message = format!("{} of keyspace {name} is away; start it, then try again", away.join(", "));
+            return Err(error(ErrorCode::Unavailable, message));
+        }
+        let mut waiting = Vec::new();
+        for node in nodes {
+            let Some(done) = state.command(node, kind, keyspace) else {
+                let message = format!("{node} has too many commands to do; try again later");
+                return Err(error(ErrorCode::Overloaded, message).retry_after_ms(1000));
+            };
+            waiting.push((node, done));
+        }
+        waiting
+    };
+    let mut nodes = Vec::new();
+    for (node, done) in waiting {
+        match done.await {
+            Ok(Ok(())) => nodes.push(node),
+            Ok(Err(reason)) => {
+                return Err(error(ErrorCode::Unavailable, format!("{node} could not do it: {reason}")));
+            }
+            Err(_) => {
+                let message = format!("{node} was lost before it was done; try again when it is back");
+                return Err(error(ErrorCode::Unavailable, message));
+            }
+        }
+    }
+    Ok(document::json(&serde_json::json!({ "keyspace": name, "nodes": nodes })))
+}
+
+pub(crate) fn nodes(cluster: &Cluster) -> String {
+    document::json(&document::nodes(&cluster.state(), cluster.mono_us()))
+}
+
+pub(crate) fn status(cluster: &Cluster) -> String {
+    let counts = cluster.bucket.counts();
+    let requests = document::RequestsDoc {
+        get: counts.get,
+        put: counts.put,
+        list: counts.list,
+        head: counts.head,
+        delete: counts.delete,
+        bytes_read: counts.bytes_read,
+        bytes_written: counts.bytes_written,
+    };
+    let mono_us = cluster.mono_us();
+    let state = cluster.state();
+    document::json(&document::cluster(&state, &cluster.cluster_id, cluster.bucket.url(), requests, mono_us))
+}

@@ -1,0 +1,130 @@
+//! The handle that all tasks of a master share: state, catalog store, clock, shutdown.
+//!
+//! **Invariant:** the state's lock is held for synchronous work only, never across an await.
+//! [`Cluster::install`] is the one way in for a catalog version, and it starts the one driver
+//! that a keyspace has.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use parking_lot::{Mutex, MutexGuard};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use vasto_core::catalog::Catalog;
+use vasto_core::ids::{CatalogVersion, KeyspaceId};
+use vasto_core::plan::Step;
+use vasto_shipping::{Bucket, CatalogStore};
+
+use crate::driver::Driver;
+use crate::metrics::Metrics;
+use crate::state::{Delivery, State};
+
+/// A keyspace that nodes name and nobody knows is looked for this often at most.
+const LOOK_UP_INTERVAL: Duration = Duration::from_secs(10);
+/// Unknown keyspaces that are remembered as looked for.
+const LOOK_UPS_MAX: usize = 1024;
+
+/// What the tasks of one master share.
+pub(crate) struct Cluster {
+    pub(crate) cluster_id: String,
+    pub(crate) bucket: Bucket,
+    pub(crate) store: CatalogStore,
+    pub(crate) node_silence: Duration,
+    pub(crate) shutdown: CancellationToken,
+    pub(crate) tasks: TaskTracker,
+    pub(crate) metrics: Metrics,
+    state: Mutex<State>,
+    looked_up: Mutex<HashMap<KeyspaceId, Instant>>,
+    started: Instant,
+}
+
+impl Cluster {
+    pub(crate) fn new(
+        cluster_id: String,
+        bucket: Bucket,
+        node_silence: Duration,
+        shutdown: CancellationToken,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            cluster_id,
+            store: CatalogStore::new(bucket.clone()),
+            bucket,
+            node_silence,
+            shutdown,
+            tasks: TaskTracker::new(),
+            metrics: Metrics::new(),
+            state: Mutex::new(State::default()),
+            looked_up: Mutex::new(HashMap::new()),
+            started: Instant::now(),
+        })
+    }
+
+    /// The state, for synchronous work.
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+
+    /// Microseconds since this master started; never goes back.
+    pub(crate) fn mono_us(&self) -> u64 {
+        self.started.elapsed().as_micros() as u64
+    }
+
+    /// Takes a catalog version that is in the bucket, shows it as `delivery` says, and starts the
+    /// driver of a new keyspace. False when a higher version is known already.
+    pub(crate) fn install(self: &Arc<Self>, catalog: Catalog, delivery: Delivery) -> bool {
+        let keyspace = catalog.keyspace;
+        let mut state = self.state();
+        let (taken, requests) = state.install(catalog, delivery);
+        if let Some(requests) = requests {
+            let wake = state.keyspaces[&keyspace].wake.clone();
+            drop(state);
+            self.tasks.spawn(Driver::new(self.clone(), keyspace, wake, requests).run());
+        }
+        taken
+    }
+
+    /// Takes a version that another master wrote, or that was found at the start.
+    pub(crate) fn adopt(self: &Arc<Self>, catalog: Catalog) -> bool {
+        let sealing = catalog.plan.as_ref().is_some_and(|plan| plan.step == Step::Sealing);
+        self.install(catalog, if sealing { Delivery::Hold } else { Delivery::Push })
+    }
+
+    /// Looks for a keyspace that a node knows and this master does not: another master made it.
+    pub(crate) fn look_up(self: &Arc<Self>, keyspace: KeyspaceId) {
+        {
+            let mut looked_up = self.looked_up.lock();
+            looked_up.retain(|_, at| at.elapsed() < LOOK_UP_INTERVAL);
+            if looked_up.contains_key(&keyspace) || looked_up.len() >= LOOK_UPS_MAX {
+                return;
+            }
+            looked_up.insert(keyspace, Instant::now());
+        }
+        let cluster = self.clone();
+        self.tasks.spawn(async move {
+            let tip = cluster.store.tip(keyspace, CatalogVersion(1));
+            match cluster.shutdown.run_until_cancelled(tip).await {
+                None => {}
+                Some(Ok(Some(catalog))) => {
+                    tracing::info!(%keyspace, name = catalog.name, version = %catalog.version, "learned of a keyspace from a node");
+                    cluster.adopt(catalog);
+                }
+                Some(Ok(None)) => {
+                    tracing::warn!(%keyspace, "a node reports a keyspace that the bucket does not know")
+                }
+                Some(Err(error)) => tracing::warn!(%keyspace, %error, "cannot look for a keyspace that a node reports"),
+            }
+        });
+    }
+}
+
+/// Microseconds since 1970.
+#[expect(clippy::disallowed_methods, reason = "the one place where this service reads the wall clock")]
+pub(crate) fn now_us() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
+}
+
+/// A number that tells one writer's object from a rival's.
+pub(crate) fn nonce() -> u64 {
+    rand::random()
+}

@@ -1,0 +1,470 @@
+//! The JSON that scripts read, exactly as the interface promises it.
+//!
+//! **Invariant:** pure views of the state; fields are added, never renamed or removed. What nobody
+//! has reported is `null`, never a made-up number.
+
+use serde::Serialize;
+use vasto_core::catalog::{Ack, Catalog, KeyspaceState, Quarantine};
+use vasto_core::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, ReplicaId, ShardId};
+use vasto_core::plan::{
+    OperationReport, Outcome, Plan, PlanKind, ReplicaPhase, ReplicaReport, Step, TargetProgress, TargetStage,
+    operation_id,
+};
+use vasto_proto::v1;
+
+use crate::state::{Keyspace, Node, State};
+
+/// Bytes a second that one source's objects are assumed to be read, rewritten and ingested with.
+const ASSUMED_BYTES_PER_SECOND: u64 = 50 << 20;
+/// Fixed costs of a resize: checkpoint, tail, seal.
+const ASSUMED_SECONDS: f64 = 2.0;
+/// A GET takes at most this much of an object.
+const BYTES_PER_GET: u64 = 8 << 20;
+/// A node with less free disk than this is warned about.
+const DISK_FREE_MIN: u64 = 1 << 30;
+
+/// `keyspace describe`.
+#[derive(Serialize)]
+pub(crate) struct KeyspaceDoc {
+    name: String,
+    shards: u32,
+    replicas: u32,
+    epoch: Epoch,
+    ack: Ack,
+    state: KeyspaceState,
+    placement: Vec<ShardDoc>,
+    operation: Option<RunningDoc>,
+    keyspace_id: KeyspaceId,
+    version: CatalogVersion,
+    ttl_ms: Option<u64>,
+    quarantines: Vec<Quarantine>,
+}
+
+#[derive(Serialize)]
+struct ShardDoc {
+    shard: ShardId,
+    replicas: Vec<ReplicaDoc>,
+}
+
+#[derive(Serialize)]
+struct ReplicaDoc {
+    node_id: NodeId,
+    replica_id: ReplicaId,
+    role: &'static str,
+    state: &'static str,
+    lsn: Option<Lsn>,
+    shipped_lsn: Option<Lsn>,
+    lag_ms: Option<u64>,
+    keys: Option<u64>,
+    bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+}
+
+/// One line of `keyspace list`.
+#[derive(Serialize)]
+pub(crate) struct KeyspaceSummary {
+    name: String,
+    keyspace_id: KeyspaceId,
+    shards: u32,
+    replicas: u32,
+    epoch: Epoch,
+    ack: Ack,
+    state: KeyspaceState,
+    version: CatalogVersion,
+    keys: u64,
+    bytes: u64,
+    operation: Option<String>,
+}
+
+/// A running operation.
+#[derive(Serialize)]
+pub(crate) struct RunningDoc {
+    id: String,
+    kind: &'static str,
+    keyspace: String,
+    from: u32,
+    to: u32,
+    state: &'static str,
+    step: Step,
+    waiting_for: Option<String>,
+    bytes_done: u64,
+    bytes_total: u64,
+    keys_moved: u64,
+    started_at_us: u64,
+    targets: Vec<TargetDoc>,
+}
+
+#[derive(Serialize)]
+struct TargetDoc {
+    shard: ShardId,
+    replica_id: ReplicaId,
+    node_id: NodeId,
+    stage: Option<TargetStage>,
+}
+
+/// A finished operation.
+#[derive(Serialize)]
+pub(crate) struct FinishedDoc {
+    #[serde(flatten)]
+    report: OperationReport,
+    state: &'static str,
+}
+
+/// Either, newest first in lists.
+#[derive(Serialize)]
+#[serde(untagged)]
+pub(crate) enum OperationDoc {
+    Running(Box<RunningDoc>),
+    Finished(Box<FinishedDoc>),
+}
+
+/// `keyspace resize --plan`.
+#[derive(Serialize)]
+pub(crate) struct EstimateDoc {
+    keyspace: String,
+    from: u32,
+    to: u32,
+    moving_fraction: f64,
+    sources: Vec<SourceDoc>,
+    requests: u64,
+    seconds: f64,
+}
+
+#[derive(Serialize)]
+struct SourceDoc {
+    shard: ShardId,
+    keys: u64,
+    bytes: u64,
+    bytes_to_read: u64,
+}
+
+/// One node, in `node list` and `cluster status`.
+#[derive(Serialize)]
+pub(crate) struct NodeDoc {
+    node_id: NodeId,
+    address: Option<String>,
+    zone: Option<String>,
+    state: &'static str,
+    disk_used: Option<u64>,
+    disk_free: Option<u64>,
+    pid: Option<u32>,
+    replicas: usize,
+    away_ms: u64,
+    bucket_requests: Option<RequestsDoc>,
+}
+
+/// Requests to the bucket since the process started.
+#[derive(Serialize, Default)]
+pub(crate) struct RequestsDoc {
+    pub(crate) get: u64,
+    pub(crate) put: u64,
+    pub(crate) list: u64,
+    pub(crate) head: u64,
+    pub(crate) delete: u64,
+    pub(crate) bytes_read: u64,
+    pub(crate) bytes_written: u64,
+}
+
+/// `cluster status`.
+#[derive(Serialize)]
+pub(crate) struct ClusterDoc {
+    cluster_id: String,
+    term: u64,
+    nodes: Vec<NodeDoc>,
+    keyspaces: Vec<KeyspaceSummary>,
+    warnings: Vec<String>,
+    master: MasterDoc,
+}
+
+#[derive(Serialize)]
+struct MasterDoc {
+    pid: u32,
+    bucket: String,
+    bucket_requests: RequestsDoc,
+}
+
+/// Writes a document.
+pub(crate) fn json(document: &impl Serialize) -> String {
+    serde_json::to_string(document).expect("documents have only string keys")
+}
+
+/// `keyspace describe`.
+pub(crate) fn keyspace(state: &State, known: &Keyspace) -> KeyspaceDoc {
+    let catalog = &known.catalog;
+    let placement = catalog.placement.iter().map(|shard| ShardDoc {
+        shard: shard.shard,
+        replicas: shard
+            .replicas
+            .iter()
+            .enumerate()
+            .map(|(index, one)| replica(state, known.reports.get(&one.replica), one.replica, one.node, index == 0))
+            .collect(),
+    });
+    KeyspaceDoc {
+        name: catalog.name.clone(),
+        shards: catalog.spec.shards,
+        replicas: catalog.spec.replicas,
+        epoch: catalog.epoch,
+        ack: catalog.spec.ack,
+        state: catalog.state,
+        placement: placement.collect(),
+        operation: running(known).map(|doc| *doc),
+        keyspace_id: catalog.keyspace,
+        version: catalog.version,
+        ttl_ms: catalog.spec.ttl_ms,
+        quarantines: catalog.quarantines.clone(),
+    }
+}
+
+fn replica(state: &State, report: Option<&ReplicaReport>, id: ReplicaId, node: NodeId, primary: bool) -> ReplicaDoc {
+    let (phase, reason) = replica_state(state, report, node);
+    ReplicaDoc {
+        node_id: node,
+        replica_id: id,
+        role: if primary { "primary" } else { "replica" },
+        state: phase,
+        lsn: report.map(|report| report.lsn),
+        shipped_lsn: report.map(|report| report.shipped_lsn),
+        lag_ms: report.filter(|_| primary).map(|_| 0),
+        keys: report.map(|report| report.keys),
+        bytes: report.map(|report| report.bytes),
+        reason,
+    }
+}
+
+fn replica_state(state: &State, report: Option<&ReplicaReport>, node: NodeId) -> (&'static str, Option<String>) {
+    if state.nodes.get(&node).is_none_or(|node| node.session.is_none()) {
+        return ("away", None);
+    }
+    match report.map(|report| &report.phase) {
+        None => ("unknown", None),
+        Some(ReplicaPhase::Opening) => ("opening", None),
+        Some(ReplicaPhase::Building) => ("building", None),
+        Some(ReplicaPhase::Serving) => ("serving", None),
+        Some(ReplicaPhase::Failed(reason)) => ("failed", Some(reason.clone())),
+    }
+}
+
+/// What keeps a keyspace from serving; empty when every replica serves.
+pub(crate) fn not_serving(state: &State, known: &Keyspace) -> Vec<String> {
+    let catalog = &known.catalog;
+    let all = catalog.placement.iter().flat_map(|shard| shard.replicas.iter().map(move |one| (shard.shard, one)));
+    all.filter_map(|(shard, one)| match replica_state(state, known.reports.get(&one.replica), one.node) {
+        ("serving", _) => None,
+        (phase, None) => Some(format!("shard {shard} of {} on {} is {phase}", catalog.name, one.node)),
+        (phase, Some(reason)) => {
+            Some(format!("shard {shard} of {} on {} has {phase}: {reason}", catalog.name, one.node))
+        }
+    })
+    .collect()
+}
+
+/// One line of `keyspace list`.
+pub(crate) fn summary(known: &Keyspace) -> KeyspaceSummary {
+    let catalog = &known.catalog;
+    let placed = catalog.placement.iter().filter_map(|shard| known.reports.get(&shard.replicas.first()?.replica));
+    let (keys, bytes) = placed.fold((0, 0), |(keys, bytes), one| (keys + one.keys, bytes + one.bytes));
+    KeyspaceSummary {
+        name: catalog.name.clone(),
+        keyspace_id: catalog.keyspace,
+        shards: catalog.spec.shards,
+        replicas: catalog.spec.replicas,
+        epoch: catalog.epoch,
+        ack: catalog.spec.ack,
+        state: catalog.state,
+        version: catalog.version,
+        keys,
+        bytes,
+        operation: catalog.plan.as_ref().map(|plan| operation_id(catalog.keyspace, plan.id)),
+    }
+}
+
+/// The running operation of a keyspace.
+pub(crate) fn running(known: &Keyspace) -> Option<Box<RunningDoc>> {
+    let mut doc = running_of(&known.catalog)?;
+    doc.waiting_for = known.waiting_for.clone();
+    let plan = known.catalog.plan.as_ref()?;
+    for (target, described) in plan.targets.iter().zip(&mut doc.targets) {
+        if let Some(progress) = progress_of(known, plan, target.replica) {
+            described.stage = Some(progress.stage);
+            doc.bytes_done += progress.bytes_done;
+            doc.bytes_total += progress.bytes_total;
+            doc.keys_moved += progress.keys_moved;
+        }
+    }
+    Some(doc)
+}
+
+/// The same from a catalog alone, before anything is reported.
+pub(crate) fn running_of(catalog: &Catalog) -> Option<Box<RunningDoc>> {
+    let plan = catalog.plan.as_ref()?;
+    let (from, to) = plan.counts();
+    let target = |target: &vasto_core::plan::Target| TargetDoc {
+        shard: target.shard,
+        replica_id: target.replica,
+        node_id: target.node,
+        stage: None,
+    };
+    Some(Box::new(RunningDoc {
+        id: operation_id(catalog.keyspace, plan.id),
+        kind: match plan.kind {
+            PlanKind::Grow { .. } => "grow",
+        },
+        keyspace: catalog.name.clone(),
+        from,
+        to,
+        state: "running",
+        step: plan.step,
+        waiting_for: None,
+        bytes_done: 0,
+        bytes_total: 0,
+        keys_moved: 0,
+        started_at_us: plan.started_at_us,
+        targets: plan.targets.iter().map(target).collect(),
+    }))
+}
+
+fn progress_of<'a>(known: &'a Keyspace, plan: &Plan, replica: ReplicaId) -> Option<&'a TargetProgress> {
+    known.reports.get(&replica)?.target.as_ref().filter(|progress| progress.plan == plan.id)
+}
+
+/// Running and finished operations of a keyspace, newest first.
+pub(crate) fn operations(known: &Keyspace) -> Vec<OperationDoc> {
+    let finished = known.catalog.operations.iter().rev().map(|report| OperationDoc::Finished(finished(report)));
+    running(known).map(OperationDoc::Running).into_iter().chain(finished).collect()
+}
+
+/// A finished operation.
+pub(crate) fn finished(report: &OperationReport) -> Box<FinishedDoc> {
+    let state = match report.outcome {
+        Outcome::Done => "done",
+        Outcome::Aborted => "aborted",
+    };
+    Box::new(FinishedDoc { report: report.clone(), state })
+}
+
+impl OperationDoc {
+    /// The id that people name it by.
+    pub(crate) fn id(&self) -> &str {
+        match self {
+            OperationDoc::Running(doc) => &doc.id,
+            OperationDoc::Finished(doc) => &doc.report.id,
+        }
+    }
+
+    /// When it started, microseconds since 1970.
+    pub(crate) fn started_at_us(&self) -> u64 {
+        match self {
+            OperationDoc::Running(doc) => doc.started_at_us,
+            OperationDoc::Finished(doc) => doc.report.started_at_us,
+        }
+    }
+}
+
+/// What growing to `to` shards would read and take, from the reports.
+pub(crate) fn estimate(known: &Keyspace, to: u32) -> EstimateDoc {
+    let catalog = &known.catalog;
+    let from = catalog.spec.shards;
+    let moving_fraction = f64::from(to.saturating_sub(from)) / f64::from(to.max(1));
+    let sources: Vec<SourceDoc> = catalog
+        .placement
+        .iter()
+        .map(|shard| {
+            let report = shard.replicas.first().and_then(|one| known.reports.get(&one.replica));
+            let (keys, bytes) = report.map_or((0, 0), |report| (report.keys, report.bytes));
+            // Banded SSTs: what must be read is what moves.
+            SourceDoc { shard: shard.shard, keys, bytes, bytes_to_read: (bytes as f64 * moving_fraction) as u64 }
+        })
+        .collect();
+    let bytes: u64 = sources.iter().map(|source| source.bytes_to_read).sum();
+    // A manifest each, then the bytes in parts; about as many requests again for what sources and
+    // target ship.
+    let gets: u64 = sources.iter().map(|source| 1 + source.bytes_to_read.div_ceil(BYTES_PER_GET)).sum();
+    EstimateDoc {
+        keyspace: catalog.name.clone(),
+        from,
+        to,
+        moving_fraction,
+        requests: 2 * gets,
+        seconds: ASSUMED_SECONDS + bytes as f64 / ASSUMED_BYTES_PER_SECOND as f64,
+        sources,
+    }
+}
+
+/// Every node that registered, and every one that the catalogs name and nobody has seen.
+pub(crate) fn nodes(state: &State, mono_us: u64) -> Vec<NodeDoc> {
+    let mut ids: std::collections::BTreeSet<NodeId> = state.nodes.keys().copied().collect();
+    for known in state.active() {
+        ids.extend(known.catalog.placement.iter().flat_map(|shard| &shard.replicas).map(|one| one.node));
+    }
+    ids.into_iter().map(|id| node(state, id, state.nodes.get(&id), mono_us)).collect()
+}
+
+fn node(state: &State, id: NodeId, known: Option<&Node>, mono_us: u64) -> NodeDoc {
+    let away_us = state.away_us(id, mono_us);
+    NodeDoc {
+        node_id: id,
+        address: known.map(|node| node.address.clone()),
+        zone: known.map(|node| node.zone.clone()),
+        state: if away_us == 0 { "live" } else { "away" },
+        disk_used: known.map(|node| node.disk_used),
+        disk_free: known.map(|node| node.disk_free),
+        pid: known.map(|node| node.pid),
+        replicas: state.active().map(|known| known.catalog.members_on(id).len()).sum(),
+        away_ms: away_us / 1000,
+        bucket_requests: known.map(|node| requests(&node.bucket)),
+    }
+}
+
+fn requests(counts: &v1::BucketRequests) -> RequestsDoc {
+    RequestsDoc {
+        get: counts.get,
+        put: counts.put,
+        list: counts.list,
+        head: counts.head,
+        delete: counts.delete,
+        bytes_read: counts.bytes_read,
+        bytes_written: counts.bytes_written,
+    }
+}
+
+/// `cluster status`.
+pub(crate) fn cluster(
+    state: &State,
+    cluster_id: &str,
+    bucket: &str,
+    bucket_requests: RequestsDoc,
+    mono_us: u64,
+) -> ClusterDoc {
+    let nodes = nodes(state, mono_us);
+    let mut warnings = Vec::new();
+    for node in &nodes {
+        if node.state == "away" {
+            let seconds = node.away_ms / 1000;
+            warnings
+                .push(format!("{} has been away for {seconds} s; it holds {} replicas", node.node_id, node.replicas));
+        }
+        if let (Some(used), Some(free)) = (node.disk_used, node.disk_free)
+            && used + free > 0
+            && (free < DISK_FREE_MIN || free < (used + free) / 20)
+        {
+            warnings.push(format!("{} has only {} MiB of disk left", node.node_id, free >> 20));
+        }
+    }
+    // A node that is away is said once, not once per replica.
+    let replicas = state.active().flat_map(|known| not_serving(state, known));
+    warnings.extend(replicas.filter(|text| !text.ends_with(" is away")));
+    ClusterDoc {
+        cluster_id: cluster_id.to_owned(),
+        term: 0,
+        nodes,
+        keyspaces: state.active().map(summary).collect(),
+        warnings,
+        master: MasterDoc { pid: std::process::id(), bucket: bucket.to_owned(), bucket_requests },
+    }
+}
+
+#[cfg(test)]
+#[path = "document_tests.rs"]
+mod tests;

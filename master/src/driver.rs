@@ -1,0 +1,401 @@
+//! One task per keyspace: the only writer of its catalog in this master.
+//!
+//! It is woken by reports, requests, and a tick while a plan runs; it asks the pure state machine
+//! (`vasto_core::plan::advance`) what comes next and writes it, create-only.
+//!
+//! **Invariant:** a version is installed, and with that shown to nodes and clients, only after its
+//! write is known to have won. A write whose outcome is unknown is followed by reading the tip
+//! before anything else. A version that lost is thrown away, the winner's tip is adopted, and
+//! the decision is made again. A `sealing` version that was slow to write is never shown: it is
+//! undone, so a slow bucket does not pause writers.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rand::RngExt;
+use tokio::sync::{Notify, mpsc, oneshot};
+use vasto_core::catalog::{Catalog, KeyspaceState};
+use vasto_core::error::{ErrorCode, VastoError};
+use vasto_core::ids::{Epoch, KeyspaceId, NodeId, PlanId};
+use vasto_core::limits::SEALING_WRITE_MAX;
+use vasto_core::plan::{Advance, PlanError, Reports, Step, abort, operation_id, start_grow};
+use vasto_shipping::CatalogWrite;
+
+use crate::cluster::{Cluster, nonce, now_us};
+use crate::placement::grow_target;
+use crate::state::Delivery;
+
+/// How often a running plan or a due quarantine is looked at when nothing is reported.
+const TICK: Duration = Duration::from_millis(100);
+/// A sleep until a quarantine ends is cut here, so that a stepped clock is noticed.
+const LOOK_MAX: Duration = Duration::from_secs(60);
+/// First and longest pause between attempts at a bucket that fails.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// The tip is read again at most this often because of what nodes say.
+const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
+/// Lost races after which a request is given up.
+const ATTEMPTS_MAX: usize = 16;
+
+/// What a person can ask of a keyspace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// More shards.
+    Grow { to: u32 },
+    /// Undo the running plan.
+    Cancel { plan: PlanId },
+    /// Drop the keyspace.
+    Delete,
+}
+
+/// A change and who waits for the version that makes it.
+pub(crate) struct Request {
+    pub(crate) change: Change,
+    pub(crate) reply: oneshot::Sender<Result<Arc<Catalog>, VastoError>>,
+}
+
+/// How a write ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Written {
+    /// It is the catalog.
+    Won,
+    /// It is not; the state holds the tip, so decide again.
+    Overtaken,
+    /// The master stops.
+    Stopping,
+}
+
+/// The owner of one keyspace's catalog.
+pub(crate) struct Driver {
+    cluster: Arc<Cluster>,
+    keyspace: KeyspaceId,
+    wake: Arc<Notify>,
+    requests: mpsc::Receiver<Request>,
+    refreshed: Option<Instant>,
+}
+
+enum Event {
+    Stop,
+    Look,
+    Request(Request),
+}
+
+impl Driver {
+    pub(crate) fn new(
+        cluster: Arc<Cluster>,
+        keyspace: KeyspaceId,
+        wake: Arc<Notify>,
+        requests: mpsc::Receiver<Request>,
+    ) -> Self {
+        Self { cluster, keyspace, wake, requests, refreshed: None }
+    }
+
+    /// Runs until the master stops.
+    pub(crate) async fn run(mut self) {
+        loop {
+            if self.refresh().await == Written::Stopping || self.drive().await == Written::Stopping {
+                return;
+            }
+            match self.select().await {
+                Event::Stop => return,
+                Event::Look => {}
+                Event::Request(request) => self.change(request).await,
+            }
+        }
+    }
+
+    async fn select(&mut self) -> Event {
+        let look_in = self.cluster.state().keyspaces.get(&self.keyspace).and_then(|known| match known.behind {
+            true => Some(REFRESH_INTERVAL),
+            false => next_look(&known.catalog, now_us()),
+        });
+        let look = async {
+            match look_in {
+                Some(pause) => tokio::time::sleep(pause).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = self.cluster.shutdown.cancelled() => Event::Stop,
+            Some(request) = self.requests.recv() => Event::Request(request),
+            () = self.wake.notified() => Event::Look,
+            () = look => Event::Look,
+        }
+    }
+
+    /// Reads the tip when a node has obeyed a version that this master does not know.
+    async fn refresh(&mut self) -> Written {
+        let hint = match self.cluster.state().keyspaces.get(&self.keyspace) {
+            Some(known) if known.behind => known.catalog.version,
+            _ => return Written::Overtaken,
+        };
+        if self.refreshed.is_some_and(|at| at.elapsed() < REFRESH_INTERVAL) {
+            return Written::Overtaken;
+        }
+        self.refreshed = Some(Instant::now());
+        match self.cluster.shutdown.run_until_cancelled(self.cluster.store.tip(self.keyspace, hint)).await {
+            None => return Written::Stopping,
+            Some(Ok(Some(tip))) if tip.version > hint => self.adopt(tip),
+            Some(Ok(_)) => {
+                tracing::warn!(keyspace = %self.keyspace, version = %hint, "a node claims a catalog version that is not in the bucket");
+            }
+            Some(Err(error)) => {
+                tracing::warn!(keyspace = %self.keyspace, %error, "cannot read the catalog that a node is ahead with");
+                return Written::Overtaken;
+            }
+        }
+        if let Some(known) = self.cluster.state().keyspaces.get_mut(&self.keyspace) {
+            known.behind = false;
+        }
+        Written::Overtaken
+    }
+
+    /// Writes what comes next until nothing does.
+    async fn drive(&mut self) -> Written {
+        loop {
+            let next = {
+                let mut state = self.cluster.state();
+                match state.decide(self.keyspace, self.cluster.mono_us(), now_us(), nonce()) {
+                    Advance::Write(next) => next,
+                    Advance::Idle => {
+                        self.note_waiting(&mut state, None);
+                        return Written::Won;
+                    }
+                    Advance::Wait(what) => {
+                        self.note_waiting(&mut state, Some(what));
+                        return Written::Won;
+                    }
+                }
+            };
+            if self.write(*next).await == Written::Stopping {
+                return Written::Stopping;
+            }
+        }
+    }
+
+    fn note_waiting(&self, state: &mut crate::state::State, what: Option<String>) {
+        let Some(known) = state.keyspaces.get_mut(&self.keyspace).filter(|known| known.waiting_for != what) else {
+            return;
+        };
+        if let Some(what) = &what {
+            tracing::debug!(keyspace = known.catalog.name, what, "waiting for");
+        }
+        known.waiting_for = what;
+    }
+
+    async fn change(&mut self, request: Request) {
+        for _ in 0..ATTEMPTS_MAX {
+            if request.reply.is_closed() {
+                return;
+            }
+            let next = {
+                let state = self.cluster.state();
+                let Some(known) = state.keyspaces.get(&self.keyspace) else { return };
+                let target = grow_target(&state.candidates(Some(self.keyspace)));
+                changed(&known.catalog, request.change, target, &known.reports, now_us(), nonce())
+            };
+            let next = match next {
+                Ok(next) => next,
+                Err(error) => {
+                    let _ = request.reply.send(Err(error));
+                    return;
+                }
+            };
+            match self.write(next.clone()).await {
+                Written::Won => {
+                    let _ = request.reply.send(Ok(Arc::new(next)));
+                    return;
+                }
+                Written::Overtaken => {}
+                Written::Stopping => return,
+            }
+        }
+        let busy = "other masters keep changing this keyspace; try again";
+        let _ = request.reply.send(Err(VastoError::new(ErrorCode::Unavailable, busy)));
+    }
+
+    /// Writes a version and installs whatever is the tip afterwards. A bucket that fails is tried
+    /// again until the outcome is known or the master stops.
+    async fn write(&mut self, next: Catalog) -> Written {
+        let started = Instant::now();
+        let base = next.version;
+        match self.cluster.shutdown.run_until_cancelled(self.cluster.store.write(&next)).await {
+            None => Written::Stopping,
+            Some(Ok(CatalogWrite::Won)) => {
+                self.cluster.metrics.catalog_write("won");
+                self.won(next, started.elapsed());
+                Written::Won
+            }
+            Some(Ok(CatalogWrite::Lost(other))) => {
+                self.cluster.metrics.catalog_write("lost");
+                tracing::info!(
+                    keyspace = next.name, version = %base, winner = %other.version,
+                    "another master wrote first; going on from its version"
+                );
+                // The hint is what this master knows for certain; the other's may be beyond it.
+                self.settle(&next, *other, started).await
+            }
+            Some(Err(error)) => {
+                self.cluster.metrics.catalog_write("failed");
+                tracing::warn!(keyspace = next.name, version = %base, %error, "a catalog write failed; reading the tip");
+                self.read_tip(&next, started).await
+            }
+        }
+    }
+
+    /// After a lost race: the tip is at or beyond `other`.
+    async fn settle(&mut self, ours: &Catalog, other: Catalog, started: Instant) -> Written {
+        let hint = other.version;
+        let tip = self.cluster.store.tip(self.keyspace, hint);
+        match self.cluster.shutdown.run_until_cancelled(tip).await {
+            None => Written::Stopping,
+            Some(Ok(tip)) => {
+                self.adopt(tip.filter(|tip| tip.version >= hint).unwrap_or(other));
+                Written::Overtaken
+            }
+            Some(Err(error)) => {
+                tracing::warn!(keyspace = ours.name, %error, "cannot read the tip of the catalog");
+                self.read_tip(ours, started).await
+            }
+        }
+    }
+
+    /// The outcome of a write is unknown: reads the tip, as long as that takes.
+    async fn read_tip(&mut self, ours: &Catalog, started: Instant) -> Written {
+        let (mut pause, pause_max) = BACKOFF;
+        let hint = self.cluster.state().keyspaces.get(&self.keyspace).map_or(ours.version, |k| k.catalog.version);
+        loop {
+            let jittered = pause.mul_f64(rand::rng().random_range(0.5..1.0));
+            if self.cluster.shutdown.run_until_cancelled(tokio::time::sleep(jittered)).await.is_none() {
+                return Written::Stopping;
+            }
+            pause = (pause * 2).min(pause_max);
+            match self.cluster.shutdown.run_until_cancelled(self.cluster.store.tip(self.keyspace, hint)).await {
+                None => return Written::Stopping,
+                Some(Ok(Some(tip))) if tip.version == ours.version && tip.nonce == ours.nonce => {
+                    self.won(tip, started.elapsed());
+                    return Written::Won;
+                }
+                Some(Ok(Some(tip))) => {
+                    self.adopt(tip);
+                    return Written::Overtaken;
+                }
+                Some(Ok(None)) => {
+                    tracing::warn!(
+                        keyspace = ours.name,
+                        "the bucket has no catalog of this keyspace; was its prefix deleted?"
+                    );
+                }
+                Some(Err(error)) => {
+                    tracing::warn!(keyspace = ours.name, %error, "cannot read the tip of the catalog; trying again");
+                }
+            }
+        }
+    }
+
+    fn won(&self, next: Catalog, took: Duration) {
+        let delivery = delivery_of(&next, took);
+        log_version(&next, delivery, took);
+        self.cluster.install(next, delivery);
+    }
+
+    fn adopt(&self, tip: Catalog) {
+        let (name, version) = (tip.name.clone(), tip.version);
+        if self.cluster.adopt(tip) {
+            tracing::info!(keyspace = name, %version, "adopted the tip of the catalog");
+        }
+    }
+}
+
+/// How a version that this master wrote may be shown.
+fn delivery_of(next: &Catalog, took: Duration) -> Delivery {
+    let sealing = next.plan.as_ref().is_some_and(|plan| plan.step == Step::Sealing);
+    if sealing && took > SEALING_WRITE_MAX { Delivery::Undo } else { Delivery::Push }
+}
+
+fn log_version(next: &Catalog, delivery: Delivery, took: Duration) {
+    let took_ms = took.as_millis() as u64;
+    match &next.plan {
+        Some(plan) => tracing::info!(
+            keyspace = next.name, version = %next.version, epoch = %next.epoch,
+            operation = operation_id(next.keyspace, plan.id), step = ?plan.step, took_ms,
+            "{}",
+            if delivery == Delivery::Undo { "the bucket was too slow to seal; undoing" } else { "plan goes on" }
+        ),
+        None => tracing::info!(
+            keyspace = next.name, version = %next.version, epoch = %next.epoch, took_ms, "wrote a catalog version"
+        ),
+    }
+}
+
+/// When the keyspace must be looked at although nobody reports anything.
+fn next_look(catalog: &Catalog, now_us: u64) -> Option<Duration> {
+    if catalog.state == KeyspaceState::Deleted {
+        return None;
+    }
+    if catalog.plan.is_some() {
+        return Some(TICK);
+    }
+    let waits = catalog.quarantines.iter().map(|one| match one.dropping {
+        true => TICK,
+        false => Duration::from_micros(one.until_us.saturating_sub(now_us)).clamp(TICK, LOOK_MAX),
+    });
+    waits.min()
+}
+
+/// The version that makes a change.
+pub(crate) fn changed(
+    catalog: &Catalog,
+    change: Change,
+    grow_target: Option<NodeId>,
+    reports: &Reports,
+    now_us: u64,
+    nonce: u64,
+) -> Result<Catalog, VastoError> {
+    let refuse = |message: String| Err(VastoError::new(ErrorCode::FailedPrecondition, message));
+    match change {
+        Change::Grow { to } => start_grow(catalog, to, grow_target, now_us, nonce).map_err(plan_error),
+        Change::Cancel { plan } => {
+            let id = operation_id(catalog.keyspace, plan);
+            match catalog.plan.as_ref().filter(|running| running.id == plan) {
+                None => refuse(format!("operation {id} is not running; it has ended already")),
+                Some(_) => abort(catalog, "cancelled by an administrator", reports, now_us, nonce).map_or_else(
+                    || {
+                        refuse(format!(
+                            "operation {id} has changed ownership already and cannot be cancelled; it ends by itself"
+                        ))
+                    },
+                    Ok,
+                ),
+            }
+        }
+        Change::Delete => {
+            if let Some(plan) = &catalog.plan {
+                return Err(plan_error(PlanError::Busy(operation_id(catalog.keyspace, plan.id))));
+            }
+            if catalog.state == KeyspaceState::Deleted {
+                return Err(plan_error(PlanError::Deleted));
+            }
+            let mut next = catalog.next(now_us, nonce);
+            next.state = KeyspaceState::Deleted;
+            next.epoch = Epoch(catalog.epoch.0 + 1);
+            next.quarantines.clear();
+            next.pins.clear();
+            Ok(next)
+        }
+    }
+}
+
+fn plan_error(error: PlanError) -> VastoError {
+    let code = match &error {
+        PlanError::Count(_) | PlanError::SameCount(_) => ErrorCode::InvalidArgument,
+        PlanError::Shrink { .. } | PlanError::ManySteps { .. } | PlanError::Above64 => ErrorCode::FailedPrecondition,
+        PlanError::Busy(_) | PlanError::NoNode => ErrorCode::FailedPrecondition,
+        PlanError::Deleted => ErrorCode::NotFound,
+    };
+    VastoError::new(code, error.to_string())
+}
+
+#[cfg(test)]
+#[path = "driver_tests.rs"]
+mod tests;

@@ -1,0 +1,380 @@
+#![allow(clippy::unwrap_used)]
+use super::*;
+use futures::stream::BoxStream;
+use object_store::memory::InMemory;
+use object_store::path::Path;
+use object_store::throttle::{ThrottleConfig, ThrottledStore};
+use object_store::{
+    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMultipartOptions,
+    PutOptions, PutPayload, PutResult,
+};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use tokio_util::sync::CancellationToken;
+use vasto_core::catalog::{KeyspaceSpec, Quarantine};
+use vasto_core::ids::{Incarnation, Lsn, ReplicaId, ShardId};
+use vasto_core::plan::{PinnedManifest, ReplicaPhase, ReplicaReport, SourceProgress, TargetProgress, TargetStage};
+use vasto_proto::v1;
+use vasto_shipping::{Bucket, RetryBudget};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+fn first(keyspace: KeyspaceId) -> Catalog {
+    Catalog::first(keyspace, "ks1", KeyspaceSpec::default(), &[vec![NodeId(1)]], 1_000, 1)
+}
+
+fn growing(step: Step) -> Catalog {
+    let mut catalog = start_grow(&first(KeyspaceId(1)), 2, Some(NodeId(1)), 2_000, 2).unwrap();
+    catalog.plan.as_mut().unwrap().step = step;
+    catalog
+}
+
+#[test]
+fn only_a_slow_sealing_version_is_held_back() {
+    let (fast, slow) = (SEALING_WRITE_MAX, SEALING_WRITE_MAX + Duration::from_millis(1));
+    for step in [Step::Prepare, Step::Tail, Step::Committed] {
+        assert_eq!(delivery_of(&growing(step), slow), Delivery::Push, "{step:?}");
+    }
+    assert_eq!(delivery_of(&growing(Step::Sealing), fast), Delivery::Push);
+    assert_eq!(delivery_of(&growing(Step::Sealing), slow), Delivery::Undo);
+    assert_eq!(delivery_of(&first(KeyspaceId(1)), slow), Delivery::Push);
+}
+
+#[test]
+fn idle_keyspaces_are_not_looked_at() {
+    let mut catalog = first(KeyspaceId(1));
+    assert_eq!(next_look(&catalog, 5), None);
+    assert_eq!(next_look(&growing(Step::Tail), 5), Some(TICK));
+    catalog.quarantines.push(Quarantine {
+        plan: PlanId(1),
+        range: catalog.owned_bands(),
+        replicas: vec![ReplicaId(1)],
+        targets: Vec::new(),
+        until_us: 3_000_000,
+        dropping: false,
+    });
+    assert_eq!(next_look(&catalog, 1_000_000), Some(Duration::from_secs(2)));
+    assert_eq!(next_look(&catalog, 9_000_000), Some(TICK), "it is due");
+    catalog.quarantines[0].until_us = u64::MAX;
+    assert_eq!(next_look(&catalog, 0), Some(LOOK_MAX));
+    catalog.quarantines[0].dropping = true;
+    assert_eq!(next_look(&catalog, 0), Some(TICK));
+    catalog.state = KeyspaceState::Deleted;
+    assert_eq!(next_look(&catalog, 0), None);
+}
+
+#[test]
+fn changes_that_are_refused_say_what_to_do() {
+    let reports = Reports::new();
+    let refused = |catalog: &Catalog, change, node| changed(catalog, change, node, &reports, 9, 9).unwrap_err();
+    let idle = first(KeyspaceId(1));
+    assert_eq!(refused(&idle, Change::Grow { to: 1 }, Some(NodeId(1))).code, ErrorCode::InvalidArgument);
+    assert_eq!(refused(&idle, Change::Grow { to: 5000 }, Some(NodeId(1))).code, ErrorCode::InvalidArgument);
+    assert_eq!(refused(&idle, Change::Grow { to: 3 }, Some(NodeId(1))).code, ErrorCode::FailedPrecondition);
+    assert!(refused(&idle, Change::Grow { to: 2 }, None).message.contains("vasto serve node"));
+    assert_eq!(refused(&idle, Change::Cancel { plan: PlanId(1) }, None).code, ErrorCode::FailedPrecondition);
+    let busy = growing(Step::Tail);
+    for change in [Change::Grow { to: 2 }, Change::Grow { to: 3 }, Change::Delete] {
+        assert_eq!(refused(&busy, change, Some(NodeId(1))).code, ErrorCode::FailedPrecondition, "{change:?}");
+    }
+    let committed = growing(Step::Committed);
+    assert!(refused(&committed, Change::Cancel { plan: PlanId(1) }, None).message.contains("changed ownership"));
+    let other = Change::Cancel { plan: PlanId(2) };
+    assert!(refused(&busy, other, None).message.contains("ended"), "only the operation that was named");
+}
+
+#[test]
+fn a_delete_raises_the_epoch_and_forgets_what_waits() {
+    let deleted = changed(&first(KeyspaceId(1)), Change::Delete, None, &Reports::new(), 9, 9).unwrap();
+    assert_eq!((deleted.state, deleted.epoch, deleted.version.0), (KeyspaceState::Deleted, Epoch(2), 2));
+    assert_eq!(deleted.placement.len(), 1, "nodes find their part in it");
+}
+
+struct Fixture {
+    cluster: Arc<Cluster>,
+    keyspace: KeyspaceId,
+    session: u64,
+    store: Arc<ThrottledStore<InMemory>>,
+}
+
+fn throttled() -> Arc<ThrottledStore<InMemory>> {
+    Arc::new(ThrottledStore::new(InMemory::new(), ThrottleConfig::default()))
+}
+
+/// A keyspace in a bucket, driven by a real driver, and one registered node.
+async fn driven() -> Fixture {
+    let store = throttled();
+    driven_in(Bucket::from_store("memory://driver", store.clone()), store).await
+}
+
+async fn driven_in(bucket: Bucket, store: Arc<ThrottledStore<InMemory>>) -> Fixture {
+    let cluster = Cluster::new("c-1".into(), bucket, Duration::from_secs(10), CancellationToken::new());
+    let created = cluster.store.create_keyspace(first).await.unwrap();
+    let keyspace = created.keyspace;
+    let hello = v1::Hello { node_id: 1, address: "a:1".into(), ..v1::Hello::default() };
+    let (session, ..) = cluster.state().connect(&hello, false, 0).unwrap();
+    cluster.install(created, Delivery::Push);
+    Fixture { cluster, keyspace, session, store }
+}
+
+impl Fixture {
+    async fn ask(&self, change: Change) -> Result<Arc<Catalog>, VastoError> {
+        let requests = self.cluster.state().keyspaces[&self.keyspace].requests.clone();
+        let (reply, answer) = oneshot::channel();
+        requests.send(Request { change, reply }).await.unwrap();
+        tokio::time::timeout(DEADLINE, answer).await.unwrap().unwrap()
+    }
+
+    fn report(&self, reports: Vec<ReplicaReport>) {
+        let odd = self.cluster.state().report(NodeId(1), self.session, &v1::Report::default(), reports, 1);
+        assert_eq!(odd, []);
+    }
+
+    async fn until(&self, what: &str, holds: impl Fn(&crate::state::Keyspace) -> bool) {
+        let mut changes = self.cluster.state().keyspaces[&self.keyspace].changes();
+        let wait = async {
+            while !holds(&self.cluster.state().keyspaces[&self.keyspace]) {
+                changes.changed().await.unwrap();
+            }
+        };
+        assert!(tokio::time::timeout(DEADLINE, wait).await.is_ok(), "waited in vain for {what}");
+    }
+
+    fn replica(&self, replica: u64) -> ReplicaReport {
+        ReplicaReport {
+            keyspace: self.keyspace,
+            shard: ShardId(replica as u32 - 1),
+            replica: ReplicaId(replica),
+            incarnation: Incarnation(1),
+            version: vasto_core::ids::CatalogVersion(1),
+            phase: ReplicaPhase::Serving,
+            lsn: Lsn(100),
+            shipped_lsn: Lsn(100),
+            manifest_lsn: Lsn(100),
+            keys: 0,
+            bytes: 0,
+            source: None,
+            target: None,
+            cleaned: Vec::new(),
+        }
+    }
+
+    /// A source with its checkpoint and a target that tails: ready to seal.
+    fn ready_to_seal(&self) -> Vec<ReplicaReport> {
+        let source = SourceProgress {
+            plan: PlanId(1),
+            manifest: Some(PinnedManifest { key: "m".into(), lsn: Lsn(10) }),
+            sealed: None,
+            released: false,
+            pauses_us: Vec::new(),
+            failed: None,
+        };
+        let target = TargetProgress {
+            plan: PlanId(1),
+            stage: TargetStage::Tailing,
+            cursors: BTreeMap::new(),
+            lag_lsns: 0,
+            bytes_total: 0,
+            bytes_done: 0,
+            keys_moved: 0,
+            bytes_moved: 0,
+            bytes_from_bucket: 0,
+            objects_read: 0,
+            bytes_from_peers: 0,
+            manifest_shipped: true,
+            failed: None,
+        };
+        vec![
+            ReplicaReport { source: Some(source), ..self.replica(1) },
+            ReplicaReport { target: Some(target), ..self.replica(2) },
+        ]
+    }
+}
+
+#[tokio::test]
+async fn a_slow_bucket_never_makes_a_node_seal() {
+    let fixture = driven().await;
+    let mut sent = crate::state::Sent::default();
+    let shown = |sent: &mut crate::state::Sent| -> Vec<Catalog> {
+        let messages = fixture.cluster.state().outstanding(NodeId(1), fixture.session, sent);
+        let catalogs = messages.into_iter().filter_map(|message| match message.message? {
+            v1::master_message::Message::Keyspace(version) => {
+                Some(serde_json::from_str(&version.catalog_json).unwrap())
+            }
+            _ => None,
+        });
+        catalogs.collect()
+    };
+    fixture.ask(Change::Grow { to: 2 }).await.unwrap();
+    shown(&mut sent);
+    fixture.store.config_mut(|config| config.wait_put_per_call = SEALING_WRITE_MAX + Duration::from_millis(20));
+    fixture.report(fixture.ready_to_seal());
+    // Two rounds of tail -> sealing -> tail, looked at after each change: no sealing version shows.
+    let seals = |known: &crate::state::Keyspace| known.catalog.plan.as_ref().map_or(0, |plan| plan.seals_undone);
+    let mut changes = fixture.cluster.state().keyspaces[&fixture.keyspace].changes();
+    let rounds = async {
+        while seals(&fixture.cluster.state().keyspaces[&fixture.keyspace]) < 2 {
+            changes.changed().await.unwrap();
+            for catalog in shown(&mut sent) {
+                assert_ne!(catalog.plan.unwrap().step, Step::Sealing, "a node was told to seal");
+            }
+        }
+    };
+    assert!(tokio::time::timeout(DEADLINE, rounds).await.is_ok(), "the slow seals were not undone");
+    // In the bucket the sealing versions are there, each followed by its undoing.
+    fixture.store.config_mut(|config| config.wait_put_per_call = Duration::ZERO);
+    fixture
+        .until("a fast seal", |known| {
+            known
+                .catalog
+                .plan
+                .as_ref()
+                .is_some_and(|plan| plan.step == Step::Sealing && known.delivery == Delivery::Push)
+        })
+        .await;
+    assert!(shown(&mut sent).iter().any(|catalog| catalog.plan.as_ref().unwrap().step == Step::Sealing));
+    fixture.cluster.shutdown.cancel();
+}
+
+#[tokio::test]
+async fn a_lost_race_adopts_the_winners_tip_and_decides_again() {
+    let fixture = driven().await;
+    // Another master changes the time to live three times while this one knows version 1 only.
+    let mut tip = fixture.cluster.state().keyspaces[&fixture.keyspace].catalog.as_ref().clone();
+    for round in 0..3 {
+        tip = tip.next(5_000 + round, 100 + round);
+        tip.spec.ttl_ms = Some(round);
+        assert!(matches!(fixture.cluster.store.write(&tip).await.unwrap(), CatalogWrite::Won));
+    }
+    let grown = fixture.ask(Change::Grow { to: 2 }).await.unwrap();
+    assert_eq!((grown.version.0, grown.spec.ttl_ms), (5, Some(2)), "it went on from the winner's tip");
+    fixture.cluster.shutdown.cancel();
+}
+
+#[tokio::test]
+async fn a_node_that_is_ahead_makes_the_master_read_the_tip() {
+    let fixture = driven().await;
+    let first = fixture.cluster.state().keyspaces[&fixture.keyspace].catalog.as_ref().clone();
+    let second = first.next(5_000, 77);
+    fixture.cluster.store.write(&second).await.unwrap();
+    fixture.report(vec![ReplicaReport { version: second.version, ..fixture.replica(1) }]);
+    fixture.until("version 2", |known| known.catalog.version.0 == 2 && !known.behind).await;
+    fixture.cluster.shutdown.cancel();
+}
+
+#[tokio::test]
+async fn a_cancelled_plan_cannot_be_cancelled_twice() {
+    let fixture = driven().await;
+    fixture.ask(Change::Grow { to: 2 }).await.unwrap();
+    let cancelled = fixture.ask(Change::Cancel { plan: PlanId(1) }).await.unwrap();
+    assert!(cancelled.plan.is_none());
+    assert_eq!(fixture.ask(Change::Cancel { plan: PlanId(1) }).await.unwrap_err().code, ErrorCode::FailedPrecondition);
+    assert_eq!(fixture.ask(Change::Grow { to: 2 }).await.unwrap().plan.as_ref().unwrap().id, PlanId(2));
+    fixture.cluster.shutdown.cancel();
+}
+
+#[tokio::test]
+async fn a_write_whose_outcome_is_unknown_is_settled_by_the_tip() {
+    for arrives in [true, false] {
+        let outage = Arc::new(Outage::default());
+        let patience = RetryBudget { total: Duration::from_millis(20), ..RetryBudget::default() };
+        let bucket = Bucket::from_store("memory://outage", outage.clone()).with_retry(patience);
+        let fixture = driven_in(bucket, throttled()).await;
+        let refused = outage.begin(arrives);
+        let end = async {
+            // Several attempts fail, of the write and of reading the tip; then the bucket is back.
+            while refused.load(Relaxed) < 5 {
+                tokio::task::yield_now().await;
+            }
+            let shown = fixture.cluster.state().keyspaces[&fixture.keyspace].catalog.version.0;
+            assert_eq!(shown, 1, "no version is shown before its write is known to have won");
+            outage.end();
+        };
+        let (grown, ()) = tokio::join!(fixture.ask(Change::Grow { to: 2 }), end);
+        let grown = grown.unwrap();
+        assert_eq!((grown.version.0, grown.plan.as_ref().unwrap().id), (2, PlanId(1)), "arrives: {arrives}");
+        let tip = fixture.cluster.store.tip(fixture.keyspace, grown.version).await.unwrap().unwrap();
+        assert_eq!(tip, *grown, "what is answered is what is in the bucket");
+        fixture.cluster.shutdown.cancel();
+    }
+}
+
+/// A store that can be cut off, with the last write still arriving or not.
+#[derive(Debug, Default)]
+struct Outage {
+    store: InMemory,
+    cut_off: AtomicBool,
+    writes_arrive: AtomicBool,
+    refused: Arc<AtomicUsize>,
+}
+
+impl Outage {
+    fn begin(&self, writes_arrive: bool) -> Arc<AtomicUsize> {
+        self.writes_arrive.store(writes_arrive, Relaxed);
+        self.cut_off.store(true, Relaxed);
+        self.refused.clone()
+    }
+
+    fn end(&self) {
+        self.cut_off.store(false, Relaxed);
+    }
+
+    fn check(&self) -> object_store::Result<()> {
+        if !self.cut_off.load(Relaxed) {
+            return Ok(());
+        }
+        self.refused.fetch_add(1, Relaxed);
+        Err(object_store::Error::Generic { store: "outage", source: "connection reset".into() })
+    }
+}
+
+impl std::fmt::Display for Outage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("outage")
+    }
+}
+
+#[async_trait::async_trait]
+impl ObjectStore for Outage {
+    async fn put_opts(&self, at: &Path, body: PutPayload, options: PutOptions) -> object_store::Result<PutResult> {
+        if self.writes_arrive.load(Relaxed) || !self.cut_off.load(Relaxed) {
+            let result = self.store.put_opts(at, body, options).await;
+            return self.check().and(result);
+        }
+        self.check()?;
+        unreachable!("cut off")
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        at: &Path,
+        options: PutMultipartOptions,
+    ) -> object_store::Result<Box<dyn MultipartUpload>> {
+        self.check()?;
+        self.store.put_multipart_opts(at, options).await
+    }
+
+    async fn get_opts(&self, at: &Path, options: GetOptions) -> object_store::Result<GetResult> {
+        self.check()?;
+        self.store.get_opts(at, options).await
+    }
+
+    fn delete_stream(
+        &self,
+        paths: BoxStream<'static, object_store::Result<Path>>,
+    ) -> BoxStream<'static, object_store::Result<Path>> {
+        self.store.delete_stream(paths)
+    }
+
+    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, object_store::Result<ObjectMeta>> {
+        self.store.list(prefix)
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> object_store::Result<ListResult> {
+        self.store.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> object_store::Result<()> {
+        self.store.copy_opts(from, to, options).await
+    }
+}

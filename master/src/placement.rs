@@ -1,0 +1,142 @@
+//! Which nodes get the replicas of a new keyspace, and which node gets the new shard of a grow.
+//!
+//! **Invariant:** pure and deterministic; the copies of a shard are on distinct nodes, and in
+//! distinct zones while there are enough. No node is given more than
+//! [`NODE_REPLICAS_MAX`](vasto_core::limits::NODE_REPLICAS_MAX) replicas.
+
+use vasto_core::error::{ErrorCode, VastoError};
+use vasto_core::ids::NodeId;
+use vasto_core::limits::NODE_REPLICAS_MAX;
+
+/// A live node that could take a replica.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Candidate {
+    pub(crate) node: NodeId,
+    pub(crate) zone: String,
+    /// Replicas that it has, of all keyspaces.
+    pub(crate) replicas: usize,
+    /// Replicas that it has of the keyspace in question.
+    pub(crate) of_keyspace: usize,
+}
+
+/// Why nobody can be chosen.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum PlacementError {
+    #[error("no live node; start one with `vasto serve node --master URL --dir DIR`, then try again")]
+    NoNode,
+    #[error("{replicas} copies of a shard need {replicas} live nodes, and there are {nodes}; start more nodes")]
+    TooFewNodes { replicas: u32, nodes: usize },
+    #[error(
+        "the live nodes have room for {room} more replicas (at most {NODE_REPLICAS_MAX} each), and {needed} are \
+         needed; start more nodes or use fewer shards"
+    )]
+    Full { room: usize, needed: usize },
+}
+
+impl From<PlacementError> for VastoError {
+    fn from(error: PlacementError) -> Self {
+        VastoError::new(ErrorCode::FailedPrecondition, error.to_string())
+    }
+}
+
+/// The nodes of each shard, primary first: spread evenly, nodes with the fewest replicas first.
+pub(crate) fn place(shards: u32, replicas: u32, candidates: &[Candidate]) -> Result<Vec<Vec<NodeId>>, PlacementError> {
+    if candidates.is_empty() {
+        return Err(PlacementError::NoNode);
+    }
+    if candidates.len() < replicas as usize {
+        return Err(PlacementError::TooFewNodes { replicas, nodes: candidates.len() });
+    }
+    let mut pool = candidates.to_vec();
+    let needed = shards as usize * replicas as usize;
+    let room = pool.iter().map(|one| NODE_REPLICAS_MAX.saturating_sub(one.replicas)).sum();
+    let full = PlacementError::Full { room, needed };
+    if room < needed {
+        return Err(full);
+    }
+    (0..shards)
+        .map(|_| {
+            let mut chosen: Vec<(NodeId, String)> = Vec::new();
+            for _ in 0..replicas {
+                let best = pool
+                    .iter_mut()
+                    .filter(|one| one.replicas < NODE_REPLICAS_MAX && !chosen.iter().any(|(node, _)| *node == one.node))
+                    // Evenly within this keyspace first: its load is what must spread.
+                    .min_by_key(|one| {
+                        let zone_used = chosen.iter().any(|(_, zone)| *zone == one.zone);
+                        (zone_used, one.of_keyspace, one.replicas, one.node)
+                    })
+                    .ok_or_else(|| full.clone())?;
+                best.replicas += 1;
+                best.of_keyspace += 1;
+                chosen.push((best.node, best.zone.clone()));
+            }
+            Ok(chosen.into_iter().map(|(node, _)| node).collect())
+        })
+        .collect()
+}
+
+/// The node for one more shard: fewest replicas of this keyspace, then fewest at all.
+pub(crate) fn grow_target(candidates: &[Candidate]) -> Option<NodeId> {
+    candidates
+        .iter()
+        .filter(|one| one.replicas < NODE_REPLICAS_MAX)
+        .min_by_key(|one| (one.of_keyspace, one.replicas, one.node))
+        .map(|one| one.node)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    fn node(id: u64, zone: &str, replicas: usize, of_keyspace: usize) -> Candidate {
+        Candidate { node: NodeId(id), zone: zone.into(), replicas, of_keyspace }
+    }
+
+    #[test]
+    fn shards_spread_and_the_emptiest_node_comes_first() {
+        let nodes = [node(1, "", 5, 0), node(2, "", 0, 0), node(3, "", 1, 0)];
+        let placed = place(4, 1, &nodes).unwrap();
+        assert_eq!(placed, [[NodeId(2)], [NodeId(3)], [NodeId(1)], [NodeId(2)]]);
+    }
+
+    #[test]
+    fn copies_prefer_other_zones_and_never_share_a_node() {
+        let nodes = [node(1, "a", 0, 0), node(2, "a", 0, 0), node(3, "b", 9, 0)];
+        assert_eq!(place(1, 2, &nodes).unwrap(), [[NodeId(1), NodeId(3)]]);
+        assert_eq!(place(1, 4, &nodes), Err(PlacementError::TooFewNodes { replicas: 4, nodes: 3 }));
+    }
+
+    #[test]
+    fn nobody_and_full_nodes_are_said() {
+        assert_eq!(place(1, 1, &[]), Err(PlacementError::NoNode));
+        let full = [node(1, "", NODE_REPLICAS_MAX - 1, 0)];
+        assert_eq!(place(2, 1, &full), Err(PlacementError::Full { room: 1, needed: 2 }));
+        assert_eq!(place(1, 1, &full).unwrap(), [[NodeId(1)]]);
+    }
+
+    #[test]
+    fn a_grow_goes_to_the_node_with_the_least_of_the_keyspace() {
+        assert_eq!(grow_target(&[node(1, "", 1, 1), node(2, "", 9, 0), node(3, "", 2, 0)]), Some(NodeId(3)));
+        assert_eq!(grow_target(&[node(1, "", NODE_REPLICAS_MAX, 0)]), None);
+        assert_eq!(grow_target(&[]), None);
+    }
+
+    proptest! {
+        #[test]
+        fn a_keyspace_is_spread_within_one(shards in 1u32..65, count in 1usize..12, loads in prop::collection::vec(0usize..90, 12)) {
+            let nodes: Vec<Candidate> = (0..count).map(|i| node(i as u64 + 1, "", loads[i], 0)).collect();
+            let placed = place(shards, 1, &nodes).unwrap();
+            prop_assert_eq!(placed.len(), shards as usize);
+            let mut per_node: BTreeMap<NodeId, usize> = nodes.iter().map(|one| (one.node, 0)).collect();
+            for shard in &placed {
+                *per_node.get_mut(&shard[0]).unwrap() += 1;
+            }
+            let (min, max) = (per_node.values().min().unwrap(), per_node.values().max().unwrap());
+            prop_assert!(max - min <= 1, "{:?}", per_node);
+        }
+    }
+}

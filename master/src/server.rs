@@ -1,0 +1,159 @@
+//! Starts and stops a master.
+//!
+//! **Invariant:** nothing is served before the bucket was probed, the cluster claimed and every
+//! catalog loaded. Stop = the token down, tasks drained, a deadline last.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::server::TcpIncoming;
+use vasto_core::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX, SHUTDOWN_DEADLINE};
+use vasto_proto::v1::master_server::MasterServer;
+use vasto_proto::v1::membership_server::MembershipServer;
+use vasto_shipping::{Bucket, BucketError, BucketOptions, CatalogError};
+
+use crate::cluster::Cluster;
+use crate::metrics;
+use crate::service::MasterService;
+use crate::session::MembershipService;
+
+/// What a master needs to know.
+#[derive(Debug, Clone)]
+pub struct MasterConfig {
+    /// Where the cluster keeps its catalog and data: `file:///path`, `s3://bucket/prefix`, …
+    pub bucket_url: String,
+    /// Endpoint and credentials; the default takes them from the environment.
+    pub bucket_options: BucketOptions,
+    /// Where to listen; port 0 picks a free one.
+    pub listen: SocketAddr,
+    /// A node that is silent for longer is away; [`NODE_SILENCE`](vasto_core::limits::NODE_SILENCE)
+    /// unless there is a reason.
+    pub node_silence: Duration,
+}
+
+/// Why a master does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum MasterError {
+    /// The bucket cannot be used.
+    #[error(transparent)]
+    Bucket(#[from] BucketError),
+    /// The catalog in the bucket cannot be used.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    /// Something listens there already.
+    #[error("{0} is in use; stop what listens there, or choose another port with --listen")]
+    PortInUse(SocketAddr),
+    /// The address cannot be bound.
+    #[error("cannot listen on {address}: {source}; choose an address of this machine with --listen")]
+    Listen {
+        /// What was asked for.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// The coordinating process of a cluster.
+pub struct Master;
+
+/// A master that serves.
+#[derive(Debug)]
+pub struct RunningMaster {
+    /// Where it listens, with the port that was picked.
+    pub listen: SocketAddr,
+    /// The cluster that owns the bucket's prefix.
+    pub cluster_id: String,
+    supervisor: JoinHandle<()>,
+}
+
+impl RunningMaster {
+    /// Ends when the token that [`Master::start`] got is cancelled and everything is drained, at
+    /// the latest [`SHUTDOWN_DEADLINE`] after it.
+    pub async fn stopped(self) {
+        if let Err(error) = self.supervisor.await {
+            tracing::error!(%error, "the master's supervisor panicked");
+        }
+    }
+}
+
+impl Master {
+    /// Opens and probes the bucket, claims the cluster, loads every catalog, and serves until
+    /// `shutdown` is cancelled.
+    ///
+    /// # Errors
+    /// [`MasterError`]: the bucket cannot be used, or the address cannot be bound.
+    pub async fn start(config: MasterConfig, shutdown: CancellationToken) -> Result<RunningMaster, MasterError> {
+        let bucket = Bucket::open(&config.bucket_url, &config.bucket_options)?;
+        bucket.probe().await?;
+        let store = vasto_shipping::CatalogStore::new(bucket.clone());
+        let cluster_id = store.claim_cluster(format!("c-{:016x}", rand::random::<u64>())).await?;
+        let catalogs = store.load_all().await?;
+        let (listener, listen) = bind(config.listen).await?;
+
+        let cluster = Cluster::new(cluster_id.clone(), bucket, config.node_silence, shutdown.clone());
+        let loaded = catalogs.len();
+        for catalog in catalogs {
+            cluster.adopt(catalog);
+        }
+        metrics::observe(&cluster);
+        tracing::info!(%listen, cluster = cluster_id, bucket = cluster.bucket.url(), keyspaces = loaded, "master serves");
+
+        let supervisor = tokio::spawn(supervise(cluster, listener, shutdown));
+        Ok(RunningMaster { listen, cluster_id, supervisor })
+    }
+}
+
+async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), MasterError> {
+    let refused = |source: io::Error| match source.kind() {
+        io::ErrorKind::AddrInUse => MasterError::PortInUse(address),
+        _ => MasterError::Listen { address, source },
+    };
+    let listener = TcpListener::bind(address).await.map_err(refused)?;
+    let listen = listener.local_addr().map_err(refused)?;
+    Ok((listener, listen))
+}
+
+/// Serves until the token is cancelled, then drains.
+async fn supervise(cluster: std::sync::Arc<Cluster>, listener: TcpListener, shutdown: CancellationToken) {
+    let master = MasterServer::new(MasterService { cluster: cluster.clone() })
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let membership = MembershipServer::new(MembershipService { cluster: cluster.clone() })
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let mut serving = tokio::spawn(
+        tonic::transport::Server::builder()
+            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+            .add_service(master)
+            .add_service(membership)
+            .serve_with_incoming_shutdown(
+                TcpIncoming::from(listener).with_nodelay(Some(true)),
+                shutdown.clone().cancelled_owned(),
+            ),
+    );
+    tokio::select! {
+        // Both are ready when an idle server is asked to stop: that is no accident.
+        biased;
+        () = shutdown.cancelled() => {
+            if timeout(SHUTDOWN_DEADLINE, &mut serving).await.is_err() {
+                tracing::warn!("connections were still open at the deadline; closing them");
+                serving.abort();
+            }
+        }
+        ended = &mut serving => {
+            tracing::error!(?ended, "the master's server ended by itself");
+            shutdown.cancelled().await;
+        }
+    }
+    cluster.tasks.close();
+    if timeout(SHUTDOWN_DEADLINE, cluster.tasks.wait()).await.is_err() {
+        tracing::warn!("tasks of the master were still running at the deadline");
+    }
+    tracing::info!("master stopped");
+}

@@ -1,0 +1,231 @@
+//! The `Membership` service: one session per node, from its `Hello` to its end or silence.
+//!
+//! **Invariant:** level-triggered. A session is sent whatever it has not been sent yet (addresses,
+//! catalog versions, commands), each time something changes, and everything again after a
+//! reconnect; a slow node delays only itself and skips versions it would have to catch up to
+//! anyway. A node id belongs to one live session.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use vasto_core::error::ErrorCode;
+use vasto_core::ids::NodeId;
+use vasto_core::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT};
+use vasto_core::plan::ReplicaReport;
+use vasto_proto::PROTOCOL;
+use vasto_proto::v1::{self, master_message, membership_server::Membership, node_message};
+
+use crate::cluster::Cluster;
+use crate::state::{Odd, Sent};
+
+/// Messages that may wait for the transport.
+const OUTBOUND_MAX: usize = 8;
+/// While a node id is disputed, the old session is looked at this often.
+const DISPUTE_LOOK: Duration = Duration::from_millis(20);
+/// An old session that is not heard from for this long loses a disputed node id.
+const DISPUTE_MAX: Duration = KEEPALIVE_INTERVAL.saturating_add(KEEPALIVE_TIMEOUT);
+
+/// Serves nodes.
+pub(crate) struct MembershipService {
+    pub(crate) cluster: Arc<Cluster>,
+}
+
+#[tonic::async_trait]
+impl Membership for MembershipService {
+    type SessionStream = ReceiverStream<Result<v1::MasterMessage, Status>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<v1::NodeMessage>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let (outbound, replies) = mpsc::channel(OUTBOUND_MAX);
+        let cluster = self.cluster.clone();
+        let inbound = request.into_inner();
+        self.cluster.tasks.spawn(async move {
+            let shutdown = cluster.shutdown.clone();
+            let closed = outbound.clone();
+            tokio::select! {
+                () = shutdown.cancelled() => {}
+                () = closed.closed() => {}
+                () = serve(cluster, inbound, outbound) => {}
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(replies)))
+    }
+}
+
+type Outbound = mpsc::Sender<Result<v1::MasterMessage, Status>>;
+
+/// Ends the session in the state however the task ends.
+struct Registered {
+    cluster: Arc<Cluster>,
+    node: NodeId,
+    session: u64,
+    why: String,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        let now_us = self.cluster.mono_us();
+        if self.cluster.state().disconnect(self.node, self.session, now_us) && !self.cluster.shutdown.is_cancelled() {
+            tracing::info!(node = %self.node, why = self.why, "node is away");
+        }
+    }
+}
+
+async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, outbound: Outbound) {
+    let first = timeout(cluster.node_silence, inbound.message()).await;
+    let Ok(Ok(Some(v1::NodeMessage { message: Some(node_message::Message::Hello(hello)) }))) = first else {
+        return reject(&outbound, ErrorCode::InvalidArgument, "a session begins with Hello".into()).await;
+    };
+    if let Err((code, reason)) = check(&hello, &cluster.cluster_id) {
+        tracing::warn!(node = %NodeId(hello.node_id), address = hello.address, reason, "refused a node");
+        return reject(&outbound, code, reason).await;
+    }
+    let (session, replaced, wake) = match register(&cluster, &hello).await {
+        Ok(registered) => registered,
+        Err(reason) => {
+            tracing::warn!(node = %NodeId(hello.node_id), address = hello.address, reason, "refused a node");
+            return reject(&outbound, ErrorCode::AlreadyExists, reason).await;
+        }
+    };
+    let node = NodeId(hello.node_id);
+    let mut registered = Registered { cluster: cluster.clone(), node, session, why: "its connection closed".into() };
+    tracing::info!(%node, address = hello.address, zone = hello.zone, pid = hello.pid, "node registered");
+
+    let welcome = v1::Welcome { cluster_id: cluster.cluster_id.clone(), bucket_url: cluster.bucket.url().to_owned() };
+    if send(&outbound, master_message::Message::Welcome(welcome)).await.is_err() {
+        return;
+    }
+    let reader = read(&cluster, node, session, &mut inbound);
+    let writer = async {
+        let mut sent = Sent::default();
+        loop {
+            let outstanding = cluster.state().outstanding(node, session, &mut sent);
+            for message in outstanding {
+                if outbound.send(Ok(message)).await.is_err() {
+                    return;
+                }
+            }
+            wake.notified().await;
+        }
+    };
+    tokio::select! {
+        why = reader => registered.why = why,
+        () = writer => {}
+        () = replaced.cancelled() => registered.why = "another session replaced it".into(),
+    }
+}
+
+/// Takes what the node says until it is silent or gone; answers why it ended.
+async fn read(cluster: &Arc<Cluster>, node: NodeId, session: u64, inbound: &mut Streaming<v1::NodeMessage>) -> String {
+    let mut complained = false;
+    loop {
+        let message = match timeout(cluster.node_silence, inbound.message()).await {
+            Err(_) => return format!("it was silent for {:?}", cluster.node_silence),
+            Ok(Err(status)) => return format!("its connection failed: {}", status.message()),
+            Ok(Ok(None)) => return "it closed its session".into(),
+            Ok(Ok(Some(message))) => message.message,
+        };
+        let now_us = cluster.mono_us();
+        match message {
+            Some(node_message::Message::Report(report)) => {
+                let (replicas, bad) = decode(&report);
+                let odd = cluster.state().report(node, session, &report, replicas, now_us);
+                for one in &odd {
+                    if let Odd::UnknownKeyspace(keyspace) = one {
+                        cluster.look_up(*keyspace);
+                    }
+                }
+                let misplaced = odd.iter().find(|one| matches!(one, Odd::NotItsReplica(..)));
+                if (bad.is_some() || misplaced.is_some()) && !complained {
+                    complained = true;
+                    tracing::warn!(%node, unreadable = bad, ?misplaced, "ignored a part of a report");
+                }
+            }
+            Some(node_message::Message::Done(done)) => cluster.state().command_done(node, session, &done, now_us),
+            Some(node_message::Message::Hello(_)) => return "it said Hello twice".into(),
+            // A message of a newer node: it is alive, and that is all this master understands.
+            None => {}
+        }
+    }
+}
+
+fn decode(report: &v1::Report) -> (Vec<ReplicaReport>, Option<String>) {
+    let mut bad = None;
+    let replicas = report.replicas.iter().filter_map(|json| match serde_json::from_str(json) {
+        Ok(replica) => Some(replica),
+        Err(error) => {
+            bad = Some(error.to_string());
+            None
+        }
+    });
+    (replicas.collect(), bad)
+}
+
+/// Refuses a node that must not take part.
+fn check(hello: &v1::Hello, cluster_id: &str) -> Result<(), (ErrorCode, String)> {
+    if hello.protocol != PROTOCOL {
+        let reason = format!(
+            "the node speaks protocol {}, this master speaks {PROTOCOL}; run the same version of vasto on both",
+            hello.protocol
+        );
+        return Err((ErrorCode::FailedPrecondition, reason));
+    }
+    if !hello.cluster_id.is_empty() && hello.cluster_id != cluster_id {
+        let reason = format!(
+            "the node's data directory belongs to cluster {}, this master serves cluster {cluster_id}; start the node \
+             with the --master of its own cluster, or with an empty --dir",
+            hello.cluster_id
+        );
+        return Err((ErrorCode::FailedPrecondition, reason));
+    }
+    if hello.node_id == 0 || hello.address.is_empty() {
+        return Err((ErrorCode::InvalidArgument, "a node needs an id other than 0 and an address".into()));
+    }
+    Ok(())
+}
+
+/// Registers the session. When a session from another address has the node id, whether that one is
+/// alive is not guessed: it keeps the id if it is heard from once more.
+async fn register(
+    cluster: &Arc<Cluster>,
+    hello: &v1::Hello,
+) -> Result<(u64, tokio_util::sync::CancellationToken, Arc<tokio::sync::Notify>), String> {
+    let began = tokio::time::Instant::now();
+    let mut disputed: Option<(u64, u64)> = None;
+    loop {
+        let give_up = began.elapsed() > DISPUTE_MAX;
+        let conflict = match cluster.state().connect(hello, give_up, cluster.mono_us()) {
+            Ok(registered) => return Ok(registered),
+            Err(conflict) => conflict,
+        };
+        match disputed {
+            Some((session, heard_us)) if session != conflict.session || conflict.heard_us > heard_us => {
+                return Err(format!(
+                    "node {} is alive at {}; two processes must not share a node id: do not copy a data directory, \
+                     stop the other one first",
+                    NodeId(hello.node_id),
+                    conflict.address
+                ));
+            }
+            Some(_) => {}
+            None => disputed = Some((conflict.session, conflict.heard_us)),
+        }
+        tokio::time::sleep(DISPUTE_LOOK).await;
+    }
+}
+
+async fn reject(outbound: &Outbound, code: ErrorCode, reason: String) {
+    let rejected = v1::Rejected { code: code as u32, reason };
+    // Whoever was refused may be gone already.
+    let _ = send(outbound, master_message::Message::Rejected(rejected)).await;
+}
+
+async fn send(outbound: &Outbound, message: master_message::Message) -> Result<(), ()> {
+    outbound.send(Ok(v1::MasterMessage { message: Some(message) })).await.map_err(|_| ())
+}

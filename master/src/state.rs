@@ -1,0 +1,493 @@
+//! What the master knows: nodes, their reports, and the last catalog version of each keyspace.
+//!
+//! **Invariant:** everything here is synchronous, soft, and rebuilt after a restart from the
+//! catalog and the nodes. A catalog is replaced only by one of a higher version. A session that
+//! was replaced can change nothing any more. Time is an argument: microseconds of a clock that
+//! never goes back, from the master's start.
+//!
+//! It leaves to others: writing versions (`driver`), the wire (`session`, `service`).
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use vasto_core::catalog::{Catalog, KeyspaceState};
+use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId, ReplicaId};
+use vasto_core::plan::{Advance, ReplicaReport, Reports, SEALS_UNDONE_MAX, Step, abort, advance, undo_seal};
+use vasto_core::topology::Topology;
+use vasto_proto::convert::topology_to_wire;
+use vasto_proto::v1;
+
+use crate::driver::Request;
+use crate::placement::Candidate;
+
+/// Commands that may wait for one node at once.
+const COMMANDS_MAX: usize = 64;
+
+/// Everything the master knows.
+#[derive(Default)]
+pub(crate) struct State {
+    pub(crate) nodes: BTreeMap<NodeId, Node>,
+    pub(crate) keyspaces: BTreeMap<KeyspaceId, Keyspace>,
+    /// Raised when a node appears or its address changes.
+    nodes_revision: u64,
+    last_session: u64,
+    last_command: u64,
+}
+
+/// A node that has registered since the master started.
+pub(crate) struct Node {
+    pub(crate) address: String,
+    pub(crate) zone: String,
+    pub(crate) pid: u32,
+    pub(crate) disk_used: u64,
+    pub(crate) disk_free: u64,
+    pub(crate) bucket: v1::BucketRequests,
+    /// When its last message came.
+    pub(crate) heard_us: u64,
+    /// The live session; `None` is away.
+    pub(crate) session: Option<Session>,
+    /// When it went away; meaningless while there is a session.
+    pub(crate) away_since_us: u64,
+}
+
+/// A live session of a node.
+pub(crate) struct Session {
+    pub(crate) id: u64,
+    /// Cancelled when another session replaces it.
+    pub(crate) replaced: CancellationToken,
+    /// There is something to send.
+    pub(crate) wake: Arc<Notify>,
+    commands: VecDeque<v1::Command>,
+    /// Who waits for a command; dropped with the session, which tells them that the node was lost.
+    waiting: HashMap<u64, oneshot::Sender<Result<(), String>>>,
+}
+
+/// How a version may be shown to nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Delivery {
+    /// Nodes get it at once.
+    Push,
+    /// A `sealing` version that this master did not write just now (loaded at start, or another
+    /// master's): it is decided or undone, but no further node is told to seal by it.
+    Hold,
+    /// A `sealing` version that took too long to write: it is undone at once and never shown.
+    Undo,
+}
+
+/// What the master knows of one keyspace.
+pub(crate) struct Keyspace {
+    pub(crate) catalog: Arc<Catalog>,
+    /// Since when this master has known it.
+    installed: Instant,
+    pub(crate) delivery: Delivery,
+    pub(crate) reports: Reports,
+    reporters: BTreeMap<ReplicaId, NodeId>,
+    /// A node has obeyed a version that this master does not know.
+    pub(crate) behind: bool,
+    /// What the plan waits for.
+    pub(crate) waiting_for: Option<String>,
+    topology: watch::Sender<v1::Topology>,
+    /// Raised by every change; for those who wait for a condition.
+    changed: watch::Sender<u64>,
+    /// Wakes the driver.
+    pub(crate) wake: Arc<Notify>,
+    pub(crate) requests: mpsc::Sender<Request>,
+}
+
+/// Why a report was not taken as it is.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Odd {
+    /// No such keyspace is known: another master may have made it.
+    UnknownKeyspace(KeyspaceId),
+    /// The catalog places this replica on another node.
+    NotItsReplica(KeyspaceId, ReplicaId),
+}
+
+/// What a session has sent already.
+#[derive(Default)]
+pub(crate) struct Sent {
+    versions: BTreeMap<KeyspaceId, CatalogVersion>,
+    nodes_revision: Option<u64>,
+}
+
+/// A node id is taken by a session that may be alive.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Conflict {
+    pub(crate) address: String,
+    pub(crate) session: u64,
+    /// When that session was heard last.
+    pub(crate) heard_us: u64,
+}
+
+impl State {
+    /// Starts a session; a session from the same address is replaced, one from another address is
+    /// a [`Conflict`] unless `replace`.
+    pub(crate) fn connect(
+        &mut self,
+        hello: &v1::Hello,
+        replace: bool,
+        now_us: u64,
+    ) -> Result<(u64, CancellationToken, Arc<Notify>), Conflict> {
+        let id = NodeId(hello.node_id);
+        if let Some((node, session)) = self.nodes.get(&id).and_then(|node| Some((node, node.session.as_ref()?)))
+            && node.address != hello.address
+            && !replace
+        {
+            return Err(Conflict { address: node.address.clone(), session: session.id, heard_us: node.heard_us });
+        }
+        self.last_session += 1;
+        let session = Session {
+            id: self.last_session,
+            replaced: CancellationToken::new(),
+            wake: Arc::new(Notify::new()),
+            commands: VecDeque::new(),
+            waiting: HashMap::new(),
+        };
+        let handles = (session.id, session.replaced.clone(), session.wake.clone());
+        let node = self.nodes.entry(id).or_insert_with(|| Node {
+            address: String::new(),
+            zone: String::new(),
+            pid: 0,
+            disk_used: 0,
+            disk_free: 0,
+            bucket: v1::BucketRequests::default(),
+            heard_us: now_us,
+            session: None,
+            away_since_us: now_us,
+        });
+        if let Some(old) = node.session.replace(session) {
+            old.replaced.cancel();
+        }
+        let moved = node.address != hello.address;
+        node.address = hello.address.clone();
+        node.zone = hello.zone.clone();
+        node.pid = hello.pid;
+        node.heard_us = now_us;
+        for keyspace in self.keyspaces.values_mut() {
+            keyspace.forget_reports_of(id);
+        }
+        if moved {
+            self.nodes_revision += 1;
+            self.publish_addresses();
+        }
+        Ok(handles)
+    }
+
+    /// Ends a session, unless it was replaced already. True when the node is away now.
+    pub(crate) fn disconnect(&mut self, node: NodeId, session: u64, now_us: u64) -> bool {
+        let Some(node) = self.nodes.get_mut(&node).filter(|node| node.session_id() == Some(session)) else {
+            return false;
+        };
+        node.session = None;
+        node.away_since_us = now_us;
+        for keyspace in self.keyspaces.values() {
+            keyspace.poke();
+        }
+        true
+    }
+
+    /// How long a node has been unreachable, microseconds; 0 for a live one. A node that has not
+    /// come back since the master started counts from that start.
+    pub(crate) fn away_us(&self, node: NodeId, now_us: u64) -> u64 {
+        match self.nodes.get(&node) {
+            Some(node) if node.session.is_some() => 0,
+            Some(node) => now_us.saturating_sub(node.away_since_us).max(1),
+            None => now_us.max(1),
+        }
+    }
+
+    /// Takes a node's report; a report of a session that was replaced is ignored.
+    pub(crate) fn report(
+        &mut self,
+        node_id: NodeId,
+        session: u64,
+        report: &v1::Report,
+        replicas: Vec<ReplicaReport>,
+        now_us: u64,
+    ) -> Vec<Odd> {
+        let Some(node) = self.nodes.get_mut(&node_id).filter(|node| node.session_id() == Some(session)) else {
+            return Vec::new();
+        };
+        node.heard_us = now_us;
+        node.disk_used = report.disk_used;
+        node.disk_free = report.disk_free;
+        if let Some(bucket) = &report.bucket {
+            node.bucket = *bucket;
+        }
+        let mut odd = Vec::new();
+        let mut touched = Vec::new();
+        for one in replicas {
+            let id = one.keyspace;
+            match self.keyspaces.get_mut(&id) {
+                None => odd.push(Odd::UnknownKeyspace(id)),
+                Some(keyspace) => match keyspace.take(node_id, one) {
+                    Ok(()) => touched.push(id),
+                    Err(replica) => odd.push(Odd::NotItsReplica(id, replica)),
+                },
+            }
+        }
+        touched.dedup();
+        for keyspace in touched {
+            self.keyspaces[&keyspace].poke();
+        }
+        odd
+    }
+
+    /// A command was carried out; a session that was replaced can answer nothing.
+    pub(crate) fn command_done(&mut self, node: NodeId, session: u64, done: &v1::CommandDone, now_us: u64) {
+        let Some(node) = self.nodes.get_mut(&node).filter(|node| node.session_id() == Some(session)) else { return };
+        node.heard_us = now_us;
+        if let Some(waiter) = node.session.as_mut().and_then(|session| session.waiting.remove(&done.id)) {
+            let result = if done.error.is_empty() { Ok(()) } else { Err(done.error.clone()) };
+            // Whoever asked may have gone: then nobody wants to know.
+            let _ = waiter.send(result);
+        }
+    }
+
+    /// Queues a command. `None`: the node is away, or has too many commands already.
+    pub(crate) fn command(
+        &mut self,
+        node: NodeId,
+        kind: v1::command::Kind,
+        keyspace: KeyspaceId,
+    ) -> Option<oneshot::Receiver<Result<(), String>>> {
+        self.last_command += 1;
+        let id = self.last_command;
+        let session = self.nodes.get_mut(&node)?.session.as_mut()?;
+        session.waiting.retain(|_, waiter| !waiter.is_closed());
+        if session.waiting.len() >= COMMANDS_MAX || session.commands.len() >= COMMANDS_MAX {
+            return None;
+        }
+        let (sender, receiver) = oneshot::channel();
+        session.waiting.insert(id, sender);
+        session.commands.push_back(v1::Command { id, kind: kind as i32, keyspace_id: keyspace.0 });
+        session.wake.notify_one();
+        Some(receiver)
+    }
+
+    /// Everything that this session has not been sent: addresses, then versions, then commands.
+    pub(crate) fn outstanding(&mut self, node_id: NodeId, session: u64, sent: &mut Sent) -> Vec<v1::MasterMessage> {
+        use v1::master_message::Message;
+        let mut out = Vec::new();
+        if sent.nodes_revision != Some(self.nodes_revision) {
+            sent.nodes_revision = Some(self.nodes_revision);
+            let nodes = self.nodes.iter();
+            let nodes = nodes.map(|(id, node)| v1::NodeAddress { node_id: id.0, address: node.address.clone() });
+            out.push(Message::Nodes(v1::Nodes { nodes: nodes.collect() }));
+        }
+        for (id, keyspace) in &self.keyspaces {
+            let version = keyspace.catalog.version;
+            if keyspace.delivery != Delivery::Push
+                || sent.versions.get(id).is_some_and(|sent| *sent >= version)
+                || !keyspace.concerns(node_id)
+            {
+                continue;
+            }
+            sent.versions.insert(*id, version);
+            out.push(Message::Keyspace(v1::KeyspaceVersion {
+                keyspace_id: id.0,
+                version: version.0,
+                catalog_json: serde_json::to_string(&*keyspace.catalog)
+                    .expect("a catalog has only string keys and finite numbers"),
+            }));
+        }
+        let commands = self.nodes.get_mut(&node_id).and_then(|node| node.session.as_mut());
+        if let Some(session) = commands.filter(|live| live.id == session) {
+            out.extend(session.commands.drain(..).map(Message::Command));
+        }
+        out.into_iter().map(|message| v1::MasterMessage { message: Some(message) }).collect()
+    }
+
+    /// Takes a catalog version; false when a higher one is known already. A new keyspace answers
+    /// the receiver of its requests, which its driver must own.
+    pub(crate) fn install(&mut self, catalog: Catalog, delivery: Delivery) -> (bool, Option<mpsc::Receiver<Request>>) {
+        let catalog = Arc::new(catalog);
+        let topology = self.topology_of(&catalog);
+        let mut receiver = None;
+        match self.keyspaces.get_mut(&catalog.keyspace) {
+            Some(known) if known.catalog.version >= catalog.version => return (false, None),
+            Some(known) => {
+                known.catalog = catalog;
+                known.installed = Instant::now();
+                known.delivery = delivery;
+                known.behind = false;
+                known.waiting_for = None;
+                known.topology.send_replace(topology);
+                known.poke();
+            }
+            None => {
+                let (requests, waiting) = mpsc::channel(16);
+                receiver = Some(waiting);
+                let keyspace = Keyspace {
+                    installed: Instant::now(),
+                    delivery,
+                    reports: Reports::new(),
+                    reporters: BTreeMap::new(),
+                    behind: false,
+                    waiting_for: None,
+                    topology: watch::Sender::new(topology),
+                    changed: watch::Sender::new(0),
+                    wake: Arc::new(Notify::new()),
+                    requests,
+                    catalog,
+                };
+                self.keyspaces.insert(keyspace.catalog.keyspace, keyspace);
+            }
+        }
+        self.wake_sessions();
+        (true, receiver)
+    }
+
+    /// What the driver of a keyspace does now. Without any live node it waits: a master that hears
+    /// nobody knows nothing, and another one may be driving.
+    pub(crate) fn decide(&self, keyspace: KeyspaceId, mono_us: u64, now_us: u64, nonce: u64) -> Advance {
+        let Some(known) = self.keyspaces.get(&keyspace) else { return Advance::Idle };
+        let catalog = &known.catalog;
+        if catalog.state == KeyspaceState::Deleted {
+            return Advance::Idle;
+        }
+        // A wall clock that was set back must not stretch a seal: time goes on from the version's
+        // own time at least as fast as it has gone on here since.
+        let in_force_us = u64::try_from(known.installed.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let now_us = now_us.max(catalog.written_at_us.saturating_add(in_force_us));
+        if known.delivery == Delivery::Undo
+            && let Some(plan) = catalog.plan.as_ref().filter(|plan| plan.step == Step::Sealing)
+        {
+            let too_often = plan.seals_undone >= SEALS_UNDONE_MAX;
+            let reason = "the bucket was too slow to seal, too many times";
+            let next = match abort(catalog, reason, &known.reports, now_us, nonce).filter(|_| too_often) {
+                Some(next) => next,
+                None => undo_seal(catalog, plan, now_us, nonce),
+            };
+            return Advance::Write(Box::new(next));
+        }
+        if !self.nodes.values().any(|node| node.session.is_some()) {
+            return match catalog.plan {
+                Some(_) => Advance::Wait("a node to report to this master".into()),
+                None => Advance::Idle,
+            };
+        }
+        advance(catalog, &known.reports, |node| self.away_us(node, mono_us), now_us, nonce)
+    }
+
+    /// The live nodes that could take a replica of `keyspace`.
+    pub(crate) fn candidates(&self, keyspace: Option<KeyspaceId>) -> Vec<Candidate> {
+        let live = self.nodes.iter().filter(|(_, node)| node.session.is_some());
+        live.map(|(id, node)| {
+            let members = |keyspace: &Keyspace| keyspace.catalog.members_on(*id).len();
+            Candidate {
+                node: *id,
+                zone: node.zone.clone(),
+                replicas: self.keyspaces.values().map(members).sum(),
+                of_keyspace: keyspace.and_then(|id| self.keyspaces.get(&id)).map_or(0, members),
+            }
+        })
+        .collect()
+    }
+
+    /// The keyspace of that name that serves.
+    pub(crate) fn named(&self, name: &str) -> Option<&Keyspace> {
+        self.active().find(|keyspace| keyspace.catalog.name == name)
+    }
+
+    /// The keyspaces that serve.
+    pub(crate) fn active(&self) -> impl Iterator<Item = &Keyspace> {
+        self.keyspaces.values().filter(|keyspace| keyspace.catalog.state == KeyspaceState::Active)
+    }
+
+    fn topology_of(&self, catalog: &Catalog) -> v1::Topology {
+        let address = |node| self.nodes.get(&node).map(|node: &Node| node.address.clone());
+        topology_to_wire(&Topology::derive(catalog, address))
+    }
+
+    /// Tells nodes and clients where nodes listen now.
+    fn publish_addresses(&self) {
+        for keyspace in self.keyspaces.values() {
+            let topology = self.topology_of(&keyspace.catalog);
+            keyspace.topology.send_if_modified(|known| {
+                let changed = *known != topology;
+                *known = topology;
+                changed
+            });
+        }
+        self.wake_sessions();
+    }
+
+    fn wake_sessions(&self) {
+        for session in self.nodes.values().filter_map(|node| node.session.as_ref()) {
+            session.wake.notify_one();
+        }
+    }
+}
+
+impl Node {
+    pub(crate) fn session_id(&self) -> Option<u64> {
+        self.session.as_ref().map(|session| session.id)
+    }
+}
+
+impl Keyspace {
+    /// The newest topology, and every later one.
+    pub(crate) fn topology(&self) -> watch::Receiver<v1::Topology> {
+        self.topology.subscribe()
+    }
+
+    /// Ticks whenever a report or a version came.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// Wakes the driver and whoever waits for a condition.
+    pub(crate) fn poke(&self) {
+        self.wake.notify_one();
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Is there anything in it for this node? Serving keyspaces concern every node (routing and
+    /// tails need them); a deleted one only those that had a part in it.
+    fn concerns(&self, node: NodeId) -> bool {
+        self.catalog.state == KeyspaceState::Active
+            || self.catalog.node_has_part(node)
+            || self.reporters.values().any(|reporter| *reporter == node)
+    }
+
+    fn take(&mut self, node: NodeId, report: ReplicaReport) -> Result<(), ReplicaId> {
+        let replica = report.replica;
+        if self.catalog.node_of(replica).is_some_and(|placed| placed != node) {
+            return Err(replica);
+        }
+        self.behind |= report.version > self.catalog.version;
+        self.reporters.insert(replica, node);
+        self.reports.insert(replica, report);
+        Ok(())
+    }
+
+    fn forget_reports_of(&mut self, node: NodeId) {
+        let reports = &mut self.reports;
+        self.reporters.retain(|replica, reporter| {
+            let keep = *reporter != node;
+            if !keep {
+                reports.remove(replica);
+            }
+            keep
+        });
+    }
+}
+
+/// Membership of the last placement, also of a deleted keyspace.
+trait HasPart {
+    fn node_has_part(&self, node: NodeId) -> bool;
+}
+
+impl HasPart for Catalog {
+    fn node_has_part(&self, node: NodeId) -> bool {
+        self.placement.iter().flat_map(|shard| &shard.replicas).any(|one| one.node == node)
+    }
+}
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+pub(crate) mod tests;

@@ -1,0 +1,286 @@
+#![allow(clippy::unwrap_used)]
+use super::*;
+use vasto_core::catalog::KeyspaceSpec;
+use vasto_core::ids::{Incarnation, Lsn, PlanId, ShardId};
+use vasto_core::plan::{
+    NODE_AWAY_MAX_US, PinnedManifest, ReplicaPhase, Sealed, SourceProgress, TargetProgress, TargetStage, start_grow,
+};
+
+const KS: KeyspaceId = KeyspaceId(1);
+
+pub(crate) fn hello(node: u64, address: &str) -> v1::Hello {
+    v1::Hello {
+        node_id: node,
+        cluster_id: String::new(),
+        address: address.into(),
+        zone: "z1".into(),
+        pid: 1,
+        protocol: vasto_proto::PROTOCOL,
+    }
+}
+
+pub(crate) fn replica_report(replica: u64, version: u64) -> ReplicaReport {
+    ReplicaReport {
+        keyspace: KS,
+        shard: ShardId(replica as u32 - 1),
+        replica: ReplicaId(replica),
+        incarnation: Incarnation(1),
+        version: CatalogVersion(version),
+        phase: ReplicaPhase::Serving,
+        lsn: Lsn(100),
+        shipped_lsn: Lsn(90),
+        manifest_lsn: Lsn(80),
+        keys: 1000,
+        bytes: 1 << 20,
+        source: None,
+        target: None,
+        cleaned: Vec::new(),
+    }
+}
+
+fn catalog() -> Catalog {
+    let spec = KeyspaceSpec { shards: 2, ..KeyspaceSpec::default() };
+    Catalog::first(KS, "ks1", spec, &[vec![NodeId(1)], vec![NodeId(2)]], 1_000, 1)
+}
+
+/// Nodes 1 and 2 live, keyspace `ks1` with a shard on each.
+pub(crate) fn two_nodes() -> (State, u64, u64) {
+    let mut state = State::default();
+    let one = state.connect(&hello(1, "a:1"), false, 10).unwrap().0;
+    let two = state.connect(&hello(2, "a:2"), false, 10).unwrap().0;
+    state.install(catalog(), Delivery::Push);
+    (state, one, two)
+}
+
+fn report(state: &mut State, node: u64, session: u64, replicas: Vec<ReplicaReport>, now_us: u64) -> Vec<Odd> {
+    state.report(NodeId(node), session, &v1::Report::default(), replicas, now_us)
+}
+
+fn kinds(messages: &[v1::MasterMessage]) -> Vec<&'static str> {
+    use v1::master_message::Message::*;
+    let kind = |message: &v1::MasterMessage| match message.message.as_ref().unwrap() {
+        Nodes(_) => "nodes",
+        Keyspace(_) => "keyspace",
+        Command(_) => "command",
+        Welcome(_) | Rejected(_) => "other",
+    };
+    messages.iter().map(kind).collect()
+}
+
+#[test]
+fn a_session_gets_everything_once_and_everything_again_after_a_reconnect() {
+    let (mut state, one, _) = two_nodes();
+    let mut sent = Sent::default();
+    assert_eq!(kinds(&state.outstanding(NodeId(1), one, &mut sent)), ["nodes", "keyspace"]);
+    assert!(state.outstanding(NodeId(1), one, &mut sent).is_empty());
+    state.install(catalog().next(2_000, 2), Delivery::Push);
+    assert_eq!(kinds(&state.outstanding(NodeId(1), one, &mut sent)), ["keyspace"]);
+    state.connect(&hello(3, "a:3"), false, 20).unwrap();
+    assert_eq!(kinds(&state.outstanding(NodeId(1), one, &mut sent)), ["nodes"]);
+
+    let again = state.connect(&hello(1, "a:1"), false, 30).unwrap().0;
+    let mut sent = Sent::default();
+    assert_eq!(kinds(&state.outstanding(NodeId(1), again, &mut sent)), ["nodes", "keyspace"]);
+}
+
+#[test]
+fn lower_versions_never_replace_higher_ones() {
+    let (mut state, ..) = two_nodes();
+    let third = Catalog { version: CatalogVersion(3), ..catalog() };
+    assert!(state.install(third.clone(), Delivery::Push).0);
+    assert!(!state.install(catalog().next(2_000, 2), Delivery::Push).0);
+    assert!(!state.install(third, Delivery::Push).0);
+    assert_eq!(state.keyspaces[&KS].catalog.version, CatalogVersion(3));
+}
+
+#[test]
+fn a_replaced_session_can_change_nothing() {
+    let (mut state, old, _) = two_nodes();
+    report(&mut state, 1, old, vec![replica_report(1, 1)], 20);
+    assert_eq!(state.keyspaces[&KS].reports.len(), 1);
+    let (new, ..) = state.connect(&hello(1, "a:1"), false, 30).unwrap();
+    assert!(state.keyspaces[&KS].reports.is_empty(), "what the last session said is not news");
+    report(&mut state, 1, old, vec![replica_report(1, 1)], 40);
+    assert!(state.keyspaces[&KS].reports.is_empty());
+    assert!(!state.disconnect(NodeId(1), old, 50));
+    assert_eq!(state.away_us(NodeId(1), 60), 0);
+    assert!(state.disconnect(NodeId(1), new, 50));
+    assert_eq!(state.away_us(NodeId(1), 60), 10);
+    assert_eq!(state.away_us(NodeId(9), 60), 60, "never seen: since the master's start");
+}
+
+#[test]
+fn another_address_is_a_conflict_while_the_session_lives() {
+    let (mut state, one, _) = two_nodes();
+    let conflict = state.connect(&hello(1, "b:1"), false, 20).unwrap_err();
+    assert_eq!(conflict, Conflict { address: "a:1".into(), session: one, heard_us: 10 });
+    let replaced = state.nodes[&NodeId(1)].session.as_ref().unwrap().replaced.clone();
+    assert!(state.connect(&hello(1, "b:1"), true, 20).is_ok());
+    assert!(replaced.is_cancelled());
+    let (two, ..) = state.connect(&hello(2, "a:2"), false, 20).unwrap();
+    state.disconnect(NodeId(2), two, 30);
+    assert!(state.connect(&hello(2, "b:2"), false, 40).is_ok(), "nobody has the id any more");
+}
+
+#[test]
+fn clients_see_a_nodes_new_address_with_the_same_version() {
+    let (mut state, one, _) = two_nodes();
+    let mut topology = state.keyspaces[&KS].topology();
+    assert_eq!(topology.borrow_and_update().shards[0].replicas[0].address, "a:1");
+    state.disconnect(NodeId(1), one, 20);
+    assert!(!topology.has_changed().unwrap(), "the last address of a node that is away stays");
+    state.connect(&hello(1, "b:1"), false, 30).unwrap();
+    let now = topology.borrow_and_update().clone();
+    assert_eq!((now.shards[0].replicas[0].address.as_str(), now.version), ("b:1", 1));
+}
+
+#[test]
+fn odd_reports_are_told_and_not_taken() {
+    let (mut state, one, two) = two_nodes();
+    let foreign = ReplicaReport { keyspace: KeyspaceId(77), ..replica_report(1, 1) };
+    assert_eq!(report(&mut state, 1, one, vec![foreign], 20), [Odd::UnknownKeyspace(KeyspaceId(77))]);
+    assert_eq!(
+        report(&mut state, 2, two, vec![replica_report(1, 1)], 20),
+        [Odd::NotItsReplica(KS, ReplicaId(1))],
+        "replica 1 is placed on node 1"
+    );
+    assert!(state.keyspaces[&KS].reports.is_empty());
+    assert!(!state.keyspaces[&KS].behind);
+    report(&mut state, 1, one, vec![replica_report(1, 5)], 30);
+    assert!(state.keyspaces[&KS].behind, "the node obeys a version that this master does not know");
+}
+
+#[test]
+fn the_end_of_a_session_ends_the_wait_for_its_commands() {
+    let (mut state, one, _) = two_nodes();
+    let mut done = state.command(NodeId(1), v1::command::Kind::Compact, KS).unwrap();
+    let mut lost = state.command(NodeId(1), v1::command::Kind::Compact, KS).unwrap();
+    let mut sent = Sent::default();
+    assert_eq!(kinds(&state.outstanding(NodeId(1), one, &mut sent)), ["nodes", "keyspace", "command", "command"]);
+    state.command_done(NodeId(1), one, &v1::CommandDone { id: 1, error: String::new() }, 20);
+    assert_eq!(done.try_recv().unwrap(), Ok(()));
+    state.disconnect(NodeId(1), one, 30);
+    assert!(matches!(lost.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
+    assert!(state.command(NodeId(1), v1::command::Kind::Compact, KS).is_none(), "nobody is there");
+}
+
+#[test]
+fn commands_that_may_wait_are_bounded() {
+    let (mut state, ..) = two_nodes();
+    let waiting: Vec<_> =
+        std::iter::from_fn(|| state.command(NodeId(1), v1::command::Kind::Compact, KS)).take(1000).collect();
+    assert_eq!(waiting.len(), COMMANDS_MAX);
+}
+
+#[test]
+fn a_deleted_keyspace_concerns_only_who_had_a_part_in_it() {
+    let (mut state, one, _) = two_nodes();
+    let three = state.connect(&hello(3, "a:3"), false, 20).unwrap().0;
+    let deleted = Catalog { state: KeyspaceState::Deleted, ..catalog().next(2_000, 2) };
+    state.install(deleted, Delivery::Push);
+    assert_eq!(kinds(&state.outstanding(NodeId(1), one, &mut Sent::default())), ["nodes", "keyspace"]);
+    assert_eq!(kinds(&state.outstanding(NodeId(3), three, &mut Sent::default())), ["nodes"]);
+    assert!(state.named("ks1").is_none());
+    assert_eq!(state.decide(KS, 0, u64::MAX / 2, 1), Advance::Idle);
+}
+
+fn growing(step: Step, written_at_us: u64) -> Catalog {
+    let mut catalog = start_grow(&catalog(), 3, Some(NodeId(1)), written_at_us, 2).unwrap();
+    catalog.plan.as_mut().unwrap().step = step;
+    catalog
+}
+
+fn write(advance: Advance) -> Catalog {
+    match advance {
+        Advance::Write(next) => *next,
+        other => panic!("expected a version, got {other:?}"),
+    }
+}
+
+#[test]
+fn a_slow_sealing_version_is_never_shown_and_undone_at_once() {
+    let (mut state, one, _) = two_nodes();
+    let mut sent = Sent::default();
+    state.outstanding(NodeId(1), one, &mut sent);
+    state.install(growing(Step::Sealing, 5_000), Delivery::Undo);
+    assert!(state.outstanding(NodeId(1), one, &mut sent).is_empty(), "no node may seal by it");
+    let undone = write(state.decide(KS, 100, 5_001, 3));
+    assert_eq!(undone.plan.as_ref().map(|plan| (plan.step, plan.seals_undone)), Some((Step::Tail, 1)));
+    state.install(undone, Delivery::Push);
+    assert_eq!(kinds(&state.outstanding(NodeId(1), one, &mut sent)), ["keyspace"]);
+}
+
+#[test]
+fn a_bucket_that_is_always_slow_ends_the_plan() {
+    let (mut state, ..) = two_nodes();
+    let mut sealing = growing(Step::Sealing, 5_000);
+    sealing.plan.as_mut().unwrap().seals_undone = SEALS_UNDONE_MAX;
+    state.install(sealing, Delivery::Undo);
+    let aborted = write(state.decide(KS, 100, 5_001, 3));
+    assert!(aborted.plan.is_none());
+    assert!(aborted.operations[0].reason.as_ref().unwrap().contains("too slow"));
+}
+
+fn sealed_reports(sealing: &Catalog) -> Vec<ReplicaReport> {
+    let plan = sealing.plan.as_ref().unwrap();
+    let progress = SourceProgress {
+        plan: PlanId(1),
+        manifest: Some(PinnedManifest { key: "m".into(), lsn: Lsn(10) }),
+        sealed: Some(Sealed { version: sealing.version, lsn: Lsn(20) }),
+        released: false,
+        pauses_us: Vec::new(),
+        failed: None,
+    };
+    let target = TargetProgress {
+        plan: PlanId(1),
+        stage: TargetStage::Tailing,
+        cursors: plan.sources.iter().map(|source| (source.replica, Lsn(20))).collect(),
+        lag_lsns: 0,
+        bytes_total: 0,
+        bytes_done: 0,
+        keys_moved: 0,
+        bytes_moved: 0,
+        bytes_from_bucket: 0,
+        objects_read: 0,
+        bytes_from_peers: 0,
+        manifest_shipped: true,
+        failed: None,
+    };
+    vec![
+        ReplicaReport { source: Some(progress.clone()), ..replica_report(1, 2) },
+        ReplicaReport { source: Some(progress), ..replica_report(2, 2) },
+        ReplicaReport { target: Some(target), ..replica_report(3, 2) },
+    ]
+}
+
+#[test]
+fn a_restarted_master_decides_a_seal_by_reports_and_tells_no_further_node_to_seal() {
+    let (mut state, one, two) = two_nodes();
+    let sealing = growing(Step::Sealing, 5_000);
+    state.install(sealing.clone(), Delivery::Hold);
+    assert_eq!(kinds(&state.outstanding(NodeId(1), one, &mut Sent::default())), ["nodes"]);
+    assert!(matches!(state.decide(KS, 100, 6_000, 3), Advance::Wait(_)), "nothing is reported yet");
+    let mut reports = sealed_reports(&sealing);
+    let of_two = reports.remove(1);
+    report(&mut state, 1, one, reports, 20);
+    assert!(matches!(state.decide(KS, 100, 6_000, 3), Advance::Wait(_)), "one seal is missing");
+    report(&mut state, 2, two, vec![of_two], 20);
+    let committed = write(state.decide(KS, 100, 9_000_000, 3));
+    assert_eq!(committed.epoch.0, 2, "complete seals commit, however late");
+}
+
+#[test]
+fn without_any_node_nothing_is_decided() {
+    let (mut state, one, two) = two_nodes();
+    state.install(growing(Step::Prepare, 5_000), Delivery::Push);
+    state.disconnect(NodeId(1), one, 10);
+    let long = 10 * NODE_AWAY_MAX_US;
+    state.disconnect(NodeId(2), two, 10);
+    assert!(
+        matches!(state.decide(KS, long, long, 3), Advance::Wait(_)),
+        "this master hears nobody, so it knows nothing"
+    );
+    state.connect(&hello(1, "a:1"), false, long).unwrap();
+    let aborted = write(state.decide(KS, long, long, 3));
+    assert!(aborted.operations[0].reason.as_ref().unwrap().contains("away"), "node 2 is a source and gone");
+}

@@ -1,0 +1,276 @@
+//! The write-ahead log of one replica: numbered files of checksummed records.
+//!
+//! Owns the files `<20-digit first LSN>.log` in one directory and nothing else. [`Binlog`] is the
+//! writing end and belongs to the replica's writer thread; [`LogShared`] is what every other thread
+//! may use (positions, sync before a flush, truncation); [`LogReader`] reads synced records.
+//!
+//! **Invariants**
+//! - LSNs are contiguous, in a file and from file to file; only the front is ever truncated.
+//! - A file is created only after everything before it is synced, and no record is written to it
+//!   before its header and its directory entry are durable. Recovery relies on it (`recover`).
+//! - `synced_lsn` never passes what an fdatasync has confirmed, and after one failure nothing is
+//!   confirmed any more: the kernel drops the dirty pages of a failed sync, so that a retry would
+//!   succeed over lost data.
+//!
+//! What the records mean, what `applied_lsn` is and how far may be truncated is left to the replica.
+
+mod file;
+mod reader;
+mod recover;
+mod shared;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use vasto_core::record::{FILE_HEADER_BYTES, FileHeader, RECORD_HEADER_BYTES, positions_at};
+use vasto_core::{Incarnation, KeyspaceId, Lsn, ReplicaId, ShardId};
+
+pub use reader::LogReader;
+pub use shared::LogShared;
+use shared::Segment;
+
+/// Where a log lives, whose it is, and when it changes files.
+#[derive(Debug, Clone)]
+pub struct BinlogConfig {
+    /// The directory; it holds nothing but this log. Created if it is missing.
+    pub dir: PathBuf,
+    /// The keyspace of the replica.
+    pub keyspace: KeyspaceId,
+    /// Its shard.
+    pub shard: ShardId,
+    /// The replica itself.
+    pub replica: ReplicaId,
+    /// A file that would grow beyond this many bytes is closed and a new one begun.
+    pub file_bytes: u64,
+}
+
+/// Why the log could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum BinlogError {
+    /// The file system said no.
+    #[error("cannot {action} {}: {source}; check the disk, its free space and the permissions", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which file or directory.
+        path: PathBuf,
+        /// The answer.
+        source: std::io::Error,
+    },
+    /// The file belongs to something else. Nothing was changed.
+    #[error("{} is not a file of this log ({reason}); move it out of the directory, it was not changed", file.display())]
+    Foreign {
+        /// The file.
+        file: PathBuf,
+        /// What it says instead.
+        reason: String,
+    },
+    /// A newer version wrote the file. Nothing was changed.
+    #[error("{} has binlog format {format}, which this version does not read; use the version that wrote it or a newer one", file.display())]
+    NewerFormat {
+        /// The file.
+        file: PathBuf,
+        /// The format it names.
+        format: u64,
+    },
+    /// A record that was durable is damaged or gone. Nothing was changed.
+    #[error(
+        "{} is damaged at byte {offset}: record {lsn} was synced and cannot be read ({evidence}); \
+         the log was not changed and the replica must be rebuilt from its peers or the bucket",
+        file.display()
+    )]
+    Rot {
+        /// The damaged file.
+        file: PathBuf,
+        /// Where in it, bytes from its start.
+        offset: u64,
+        /// The first record that is lost.
+        lsn: Lsn,
+        /// Why it cannot be an unfinished write.
+        evidence: String,
+    },
+    /// The reader wants what truncation has removed.
+    #[error("record {asked} is no longer in the log, which starts at {first}; start over from a checkpoint")]
+    TooOld {
+        /// The first record that was wanted.
+        asked: Lsn,
+        /// The oldest there is.
+        first: Lsn,
+    },
+    /// The reader claims to have read what was never written here.
+    #[error("the log ends at record {last} and a reader claims to hold {after}; start over from a checkpoint")]
+    Ahead {
+        /// What the reader claims.
+        after: Lsn,
+        /// The last record.
+        last: Lsn,
+    },
+    /// An earlier write or sync failed, and what it left on disk is unknown.
+    #[error(
+        "the log takes no more writes since it failed ({reason}); reopen the replica, which verifies what is on disk"
+    )]
+    Poisoned {
+        /// The first failure.
+        reason: String,
+    },
+}
+
+impl BinlogError {
+    fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> BinlogError {
+        let path = path.to_owned();
+        move |source| BinlogError::Io { action, path, source }
+    }
+}
+
+/// The writing end of a replica's log.
+#[derive(Debug)]
+pub struct Binlog {
+    config: BinlogConfig,
+    incarnation: Incarnation,
+    active: Option<Active>,
+    shared: Arc<LogShared>,
+}
+
+/// The file that is written to. The shared state holds the same handle, for syncing.
+#[derive(Debug)]
+struct Active {
+    file: Arc<File>,
+    path: PathBuf,
+    first: Lsn,
+    bytes: u64,
+}
+
+impl Active {
+    fn holds_records(&self) -> bool {
+        self.bytes > FILE_HEADER_BYTES as u64
+    }
+}
+
+impl Binlog {
+    /// Opens the log of a directory, cuts off what a crash left unfinished, and makes the rest durable.
+    ///
+    /// Creates no file: an empty directory is an empty log. Reads every file once.
+    ///
+    /// # Errors
+    /// [`BinlogError::Rot`], [`BinlogError::Foreign`] and [`BinlogError::NewerFormat`] leave every
+    /// file as it was.
+    pub fn open(config: BinlogConfig) -> Result<Binlog, BinlogError> {
+        let recovered = recover::recover(&config)?;
+        let active = recovered.active.map(|file| {
+            let segment = recovered.segments.back().expect("the active file is the last segment");
+            Active {
+                file: Arc::new(file),
+                path: file::path(&config.dir, segment.first),
+                first: segment.first,
+                bytes: segment.bytes,
+            }
+        });
+        let handle = active.as_ref().map(|active| active.file.clone());
+        let shared = Arc::new(LogShared::new(config.dir.clone(), recovered.segments, handle, recovered.last));
+        Ok(Binlog { config, incarnation: Incarnation(0), active, shared })
+    }
+
+    /// The last record appended; 0 when the log is empty and was given no other start.
+    pub fn last_lsn(&self) -> Lsn {
+        self.shared.appended_lsn()
+    }
+
+    /// Names the incarnation in the headers of files created from now on.
+    pub fn set_incarnation(&mut self, incarnation: Incarnation) {
+        self.incarnation = incarnation;
+    }
+
+    /// Gives an empty log the LSN of its first record; `last_lsn` is then the one before it.
+    ///
+    /// # Panics
+    /// When the log holds a record, or when `next` is 0.
+    pub fn start_at(&mut self, next: Lsn) {
+        assert!(next.0 > 0, "LSN 0 stands before the first record");
+        self.shared.restart_empty_at(Lsn(next.0 - 1));
+    }
+
+    /// Writes one encoded record behind the last one. It is durable after the next [`Self::sync`].
+    ///
+    /// # Errors
+    /// Any failure poisons the log: how much of the record is in the file is not known.
+    ///
+    /// # Panics
+    /// When `lsn` is not the one after [`Self::last_lsn`] or not the one in the record.
+    pub fn append(&mut self, lsn: Lsn, record: &[u8]) -> Result<(), BinlogError> {
+        self.shared.check_failed()?;
+        assert_eq!(lsn, self.last_lsn().next(), "records are appended in order, without gaps");
+        assert!(
+            record.len() >= RECORD_HEADER_BYTES && positions_at(record).is_some_and(|(own, _)| own == lsn),
+            "the bytes to append are not record {lsn}"
+        );
+        self.ready_active(lsn, record.len() as u64)?;
+        let active = self.active.as_mut().expect("ready_active answers with an active file");
+        if let Err(source) = active.file.write_all_at(record, active.bytes) {
+            return Err(self.shared.poison(BinlogError::io("append to", &active.path)(source)));
+        }
+        let offset = active.bytes;
+        active.bytes += record.len() as u64;
+        self.shared.appended(lsn, offset, active.bytes);
+        Ok(())
+    }
+
+    /// Makes everything appended durable and answers with the LSN up to which it is.
+    ///
+    /// # Errors
+    /// A failure poisons the log; it is not retried.
+    pub fn sync(&mut self) -> Result<Lsn, BinlogError> {
+        self.shared.sync_appended()
+    }
+
+    /// What other threads may use.
+    pub fn shared(&self) -> Arc<LogShared> {
+        self.shared.clone()
+    }
+
+    /// Sees to it that the active file can take a record of this length as record `lsn`.
+    fn ready_active(&mut self, lsn: Lsn, record_bytes: u64) -> Result<(), BinlogError> {
+        match &self.active {
+            Some(active) if active.holds_records() => {
+                if active.bytes + record_bytes <= self.config.file_bytes {
+                    return Ok(());
+                }
+                self.shared.sync_appended()?;
+            }
+            Some(active) if active.first == lsn => return Ok(()),
+            // A file without records, and `start_at` has chosen another start.
+            Some(_) => self.discard_empty()?,
+            None => {}
+        }
+        let header = FileHeader {
+            keyspace: self.config.keyspace,
+            shard: self.config.shard,
+            replica: self.config.replica,
+            incarnation: self.incarnation,
+            first_lsn: lsn,
+        };
+        let file = Arc::new(file::create(&self.config.dir, &header).map_err(|e| self.shared.poison(e))?);
+        let bytes = FILE_HEADER_BYTES as u64;
+        self.shared.rotated(Segment::empty(lsn), file.clone());
+        self.active = Some(Active { file, path: file::path(&self.config.dir, lsn), first: lsn, bytes });
+        Ok(())
+    }
+
+    fn discard_empty(&mut self) -> Result<(), BinlogError> {
+        let active = self.active.take().expect("called with an active file");
+        self.shared.forget_empty();
+        file::remove(&active.path).map_err(|e| self.shared.poison(e))?;
+        file::sync_dir(&self.config.dir).map_err(|e| self.shared.poison(e))
+    }
+
+    /// Puts another file in the place of the active one, so that a test sees real IO errors.
+    #[cfg(test)]
+    fn replace_active(&mut self, file: File) {
+        let active = self.active.as_mut().expect("only for logs with records");
+        active.file = Arc::new(file);
+        self.shared.replace_active(active.file.clone());
+    }
+}

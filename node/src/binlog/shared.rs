@@ -1,0 +1,294 @@
+//! The part of a log that all threads share: positions, syncing, truncation.
+//!
+//! **Invariant:** `first_lsn - 1 <= synced <= appended`, and every file but the last is synced as
+//! a whole. Locks are taken in the order truncation, sync, state; the state's is never held over IO.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use vasto_core::Lsn;
+use vasto_core::record::FILE_HEADER_BYTES;
+
+use super::{BinlogError, LogReader, file};
+
+/// Distance of the entries of the sparse index: what a new reader scans at most to find its place,
+/// 16 bytes of memory for each.
+const INDEX_STEP_BYTES: u64 = 256 << 10;
+
+/// What is known of one file.
+#[derive(Debug, Clone)]
+pub(super) struct Segment {
+    /// The first record that it holds or will hold.
+    pub(super) first: Lsn,
+    /// The last record; the one before `first` when there is none.
+    pub(super) last: Lsn,
+    /// Length of header and whole records.
+    pub(super) bytes: u64,
+    /// Some records and where they start, ascending; the first record is always in it.
+    index: Vec<(Lsn, u64)>,
+}
+
+impl Segment {
+    pub(super) fn empty(first: Lsn) -> Self {
+        Segment { first, last: Lsn(first.0 - 1), bytes: FILE_HEADER_BYTES as u64, index: Vec::new() }
+    }
+
+    pub(super) fn push(&mut self, lsn: Lsn, offset: u64, end: u64) {
+        if self.index.last().is_none_or(|(_, indexed)| offset - indexed >= INDEX_STEP_BYTES) {
+            self.index.push((lsn, offset));
+        }
+        (self.last, self.bytes) = (lsn, end);
+    }
+
+    /// The indexed record nearest to `lsn` from below, and where it starts.
+    fn near(&self, lsn: Lsn) -> (Lsn, u64) {
+        let after = self.index.partition_point(|(indexed, _)| *indexed <= lsn);
+        after.checked_sub(1).map_or((self.first, FILE_HEADER_BYTES as u64), |at| self.index[at])
+    }
+}
+
+#[derive(Debug)]
+struct State {
+    segments: VecDeque<Segment>,
+    active: Option<Arc<File>>,
+    appended: Lsn,
+    synced: Lsn,
+    failed: Option<String>,
+}
+
+impl State {
+    fn check_failed(&self) -> Result<(), BinlogError> {
+        match &self.failed {
+            Some(reason) => Err(BinlogError::Poisoned { reason: reason.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    fn first_lsn(&self) -> Lsn {
+        let oldest = self.segments.front().filter(|segment| segment.first <= segment.last);
+        oldest.map_or(self.appended.next(), |segment| segment.first)
+    }
+}
+
+/// The positions of a log, and what may be done to it beside appending. Thread-safe.
+#[derive(Debug)]
+pub struct LogShared {
+    dir: PathBuf,
+    state: Mutex<State>,
+    /// One sync at a time: the kernel reports a failed write-back to one caller per file handle, so
+    /// of two that run at once one would succeed over lost data.
+    sync_turn: Mutex<()>,
+    truncate_turn: Mutex<()>,
+    synced: watch::Sender<Lsn>,
+}
+
+/// What a reader needs to know to go on.
+pub(super) struct ReadView {
+    /// Up to here may be read.
+    pub(super) synced: Lsn,
+    /// Oldest retained record.
+    pub(super) first: Lsn,
+    /// The file of the wanted record, if it is retained.
+    pub(super) place: Option<ReadPlace>,
+}
+
+/// Where to find a record.
+pub(super) struct ReadPlace {
+    /// Names the file.
+    pub(super) file_first: Lsn,
+    /// Length of its whole records.
+    pub(super) file_bytes: u64,
+    /// A record at or before the wanted one, and its offset.
+    pub(super) near: (Lsn, u64),
+}
+
+impl LogShared {
+    /// A log of these files, all of it durable.
+    pub(super) fn new(dir: PathBuf, segments: VecDeque<Segment>, active: Option<Arc<File>>, last: Lsn) -> Self {
+        let state = State { segments, active, appended: last, synced: last, failed: None };
+        LogShared {
+            dir,
+            state: Mutex::new(state),
+            sync_turn: Mutex::new(()),
+            truncate_turn: Mutex::new(()),
+            synced: watch::Sender::new(last),
+        }
+    }
+
+    /// The last record that is known to be durable.
+    pub fn synced_lsn(&self) -> Lsn {
+        self.state.lock().synced
+    }
+
+    /// The last record that was written, durable or not.
+    pub fn appended_lsn(&self) -> Lsn {
+        self.state.lock().appended
+    }
+
+    /// Tells of changes of [`Self::synced_lsn`].
+    pub fn subscribe(&self) -> watch::Receiver<Lsn> {
+        self.synced.subscribe()
+    }
+
+    /// The first failure, after which nothing is written or synced any more.
+    pub fn failed(&self) -> Option<String> {
+        self.state.lock().failed.clone()
+    }
+
+    /// The oldest retained record; the next one to be written when there is none.
+    pub fn first_lsn(&self) -> Lsn {
+        self.state.lock().first_lsn()
+    }
+
+    /// Bytes of all files.
+    pub fn bytes(&self) -> u64 {
+        self.state.lock().segments.iter().map(|segment| segment.bytes).sum()
+    }
+
+    /// Bytes of the records after `lsn`, too high by less than one step of the sparse index and a record.
+    pub fn bytes_after(&self, lsn: Lsn) -> u64 {
+        let state = self.state.lock();
+        let behind = state.segments.iter().rev().take_while(|segment| segment.last > lsn);
+        behind.map(|segment| segment.bytes - segment.near(lsn.next()).1).sum()
+    }
+
+    /// Makes everything appended so far durable and answers with the LSN up to which it is.
+    ///
+    /// From any thread, also while the writer appends or syncs.
+    ///
+    /// # Errors
+    /// A failure poisons the log; it is not retried.
+    pub fn sync_appended(&self) -> Result<Lsn, BinlogError> {
+        let _turn = self.sync_turn.lock();
+        let (target, file, path) = {
+            let state = self.state.lock();
+            state.check_failed()?;
+            match (&state.active, state.segments.back()) {
+                (Some(file), Some(segment)) if state.synced < state.appended => {
+                    (state.appended, file.clone(), file::path(&self.dir, segment.first))
+                }
+                _ => return Ok(state.synced),
+            }
+        };
+        // What stands in earlier files was synced before this one was created.
+        if let Err(source) = file.sync_data() {
+            return Err(self.poison(BinlogError::io("sync", &path)(source)));
+        }
+        let mut state = self.state.lock();
+        state.check_failed()?;
+        state.synced = target;
+        self.synced.send_replace(target);
+        Ok(target)
+    }
+
+    /// Removes the files that hold nothing after `lsn`, oldest first, and answers with the bytes
+    /// freed. The file that is written to always stays.
+    ///
+    /// # Errors
+    /// When a file cannot be removed: it stays in the log. A failed sync of the directory poisons
+    /// the log, since a crash could then leave a gap in it.
+    pub fn truncate_to(&self, lsn: Lsn) -> Result<u64, BinlogError> {
+        let _turn = self.truncate_turn.lock();
+        let mut freed = 0;
+        loop {
+            let segment = {
+                let mut state = self.state.lock();
+                match state.segments.front() {
+                    Some(oldest) if state.segments.len() > 1 && oldest.last <= lsn => state.segments.pop_front(),
+                    _ => None,
+                }
+            };
+            let Some(segment) = segment else { return Ok(freed) };
+            if let Err(error) = file::remove(&file::path(&self.dir, segment.first)) {
+                self.state.lock().segments.push_front(segment);
+                return Err(error);
+            }
+            freed += segment.bytes;
+            // Each removal by itself: a crash must not keep an older file and lose a newer one.
+            file::sync_dir(&self.dir).map_err(|error| self.poison(error))?;
+        }
+    }
+
+    /// Reads the records after `after`.
+    ///
+    /// # Errors
+    /// [`BinlogError::TooOld`] when the next one was truncated, [`BinlogError::Ahead`] when `after`
+    /// was never written.
+    pub fn reader(self: &Arc<Self>, after: Lsn) -> Result<LogReader, BinlogError> {
+        let state = self.state.lock();
+        if after.next() < state.first_lsn() {
+            return Err(BinlogError::TooOld { asked: after.next(), first: state.first_lsn() });
+        }
+        if after > state.appended {
+            return Err(BinlogError::Ahead { after, last: state.appended });
+        }
+        drop(state);
+        Ok(LogReader::new(self.clone(), after))
+    }
+
+    pub(super) fn dir(&self) -> &std::path::Path {
+        &self.dir
+    }
+
+    pub(super) fn view(&self, wanted: Lsn) -> ReadView {
+        let state = self.state.lock();
+        let after = state.segments.partition_point(|segment| segment.first <= wanted);
+        let place = after.checked_sub(1).map(|at| &state.segments[at]).filter(|segment| wanted <= segment.last);
+        let place = place.map(|segment| ReadPlace {
+            file_first: segment.first,
+            file_bytes: segment.bytes,
+            near: segment.near(wanted),
+        });
+        ReadView { synced: state.synced, first: state.first_lsn(), place }
+    }
+
+    pub(super) fn check_failed(&self) -> Result<(), BinlogError> {
+        self.state.lock().check_failed()
+    }
+
+    /// Stops all writes for good; answers with the error for whoever met it.
+    pub(super) fn poison(&self, error: BinlogError) -> BinlogError {
+        self.state.lock().failed.get_or_insert_with(|| error.to_string());
+        error
+    }
+
+    pub(super) fn appended(&self, lsn: Lsn, offset: u64, end: u64) {
+        let mut state = self.state.lock();
+        state.appended = lsn;
+        state.segments.back_mut().expect("a record is appended to the last segment").push(lsn, offset, end);
+    }
+
+    /// A new file is the active one.
+    pub(super) fn rotated(&self, segment: Segment, file: Arc<File>) {
+        let mut state = self.state.lock();
+        assert_eq!(state.synced, state.appended, "everything is synced before a file is created");
+        state.segments.push_back(segment);
+        state.active = Some(file);
+    }
+
+    /// The active file has no record and will be removed.
+    pub(super) fn forget_empty(&self) {
+        let mut state = self.state.lock();
+        let segment = state.segments.pop_back().expect("there is an active file");
+        assert!(segment.last < segment.first && state.segments.is_empty(), "only an empty log starts anew");
+        state.active = None;
+    }
+
+    /// Moves an empty log.
+    pub(super) fn restart_empty_at(&self, last: Lsn) {
+        let mut state = self.state.lock();
+        let empty = state.segments.iter().all(|segment| segment.last < segment.first);
+        assert!(empty, "only an empty log can be given a start");
+        (state.appended, state.synced) = (last, last);
+        self.synced.send_replace(last);
+    }
+
+    #[cfg(test)]
+    pub(super) fn replace_active(&self, file: Arc<File>) {
+        self.state.lock().active = Some(file);
+    }
+}

@@ -1,0 +1,33 @@
+//! The clocks of a node, injected so that tests can set them.
+//!
+//! **Invariant:** this is the only place in the node that reads a clock for stamps. Intervals that
+//! decide safety are measured by the boot-time clock, which goes on while the machine sleeps.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Wall time for stamps.
+pub trait Clock: Send + Sync + 'static {
+    /// Microseconds since 1970.
+    fn now_us(&self) -> u64;
+}
+
+/// The machine's clock.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SystemClock;
+
+impl Clock for SystemClock {
+    #[allow(clippy::disallowed_methods)]
+    fn now_us(&self) -> u64 {
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
+    }
+}
+
+/// A shared clock.
+pub type SharedClock = Arc<dyn Clock>;
+
+/// Time since the machine booted, suspension included.
+pub fn since_boot() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+}

@@ -1,0 +1,146 @@
+//! What the services of a node share: hosted replicas, known catalogs, other nodes' addresses.
+//!
+//! **Invariant:** a catalog is in [`NodeCore::catalog`] before any replica acts on it, so whoever
+//! is sent away with `WrongEpoch` is told where to go.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use tokio::sync::{Notify, Semaphore, watch};
+use vasto_core::catalog::Catalog;
+use vasto_core::ids::{Epoch, KeyspaceId, NodeId, ReplicaId, ShardId};
+use vasto_core::topology::Topology;
+
+use crate::clock::SharedClock;
+use crate::replica::Replica;
+
+type Routes = HashMap<(KeyspaceId, ShardId), Replica>;
+
+/// Shared state; everything in it is cheap to read on the data path.
+pub struct NodeCore {
+    /// This node.
+    pub node_id: NodeId,
+    /// For stamps and expiry.
+    pub clock: SharedClock,
+    /// Reads that may block run at most this many at a time.
+    pub readers: Arc<Semaphore>,
+    /// Wakes the reporter: something the master waits for has happened.
+    pub report: Notify,
+    routes: ArcSwap<Routes>,
+    catalogs: ArcSwap<HashMap<KeyspaceId, Arc<Catalog>>>,
+    addresses: ArcSwap<HashMap<NodeId, String>>,
+    update: Mutex<()>,
+    changed: watch::Sender<u64>,
+}
+
+impl NodeCore {
+    /// A node that hosts nothing yet.
+    pub fn new(node_id: NodeId, clock: SharedClock, read_threads: usize) -> Self {
+        Self {
+            node_id,
+            clock,
+            readers: Arc::new(Semaphore::new(read_threads.max(1))),
+            report: Notify::new(),
+            routes: ArcSwap::default(),
+            catalogs: ArcSwap::default(),
+            addresses: ArcSwap::default(),
+            update: Mutex::new(()),
+            changed: watch::channel(0).0,
+        }
+    }
+
+    /// The replica that serves a shard here.
+    pub fn replica_of(&self, keyspace: KeyspaceId, shard: ShardId) -> Option<Replica> {
+        self.routes.load().get(&(keyspace, shard)).cloned()
+    }
+
+    /// A hosted replica by its id.
+    pub fn replica(&self, keyspace: KeyspaceId, id: ReplicaId) -> Option<Replica> {
+        self.routes.load().values().find(|one| one.keyspace == keyspace && one.id == id).cloned()
+    }
+
+    /// All hosted replicas.
+    pub fn replicas(&self) -> Vec<Replica> {
+        self.routes.load().values().cloned().collect()
+    }
+
+    /// Hosts a replica.
+    pub fn add_replica(&self, replica: Replica) {
+        let _guard = self.update.lock();
+        let mut routes = Routes::clone(&self.routes.load());
+        routes.insert((replica.keyspace, replica.shard), replica);
+        self.routes.store(Arc::new(routes));
+        self.bump();
+    }
+
+    /// Stops hosting a replica; answers its handle.
+    pub fn remove_replica(&self, keyspace: KeyspaceId, id: ReplicaId) -> Option<Replica> {
+        let _guard = self.update.lock();
+        let mut routes = Routes::clone(&self.routes.load());
+        let key = routes.iter().find(|(_, one)| one.keyspace == keyspace && one.id == id).map(|(key, _)| *key)?;
+        let replica = routes.remove(&key);
+        self.routes.store(Arc::new(routes));
+        self.bump();
+        replica
+    }
+
+    /// The last version known of a keyspace.
+    pub fn catalog(&self, keyspace: KeyspaceId) -> Option<Arc<Catalog>> {
+        self.catalogs.load().get(&keyspace).cloned()
+    }
+
+    /// Takes note of a version; false when it is not newer than the known one.
+    pub fn set_catalog(&self, catalog: Arc<Catalog>) -> bool {
+        let _guard = self.update.lock();
+        let catalogs = self.catalogs.load();
+        if catalogs.get(&catalog.keyspace).is_some_and(|known| known.version >= catalog.version) {
+            return false;
+        }
+        let mut next = HashMap::clone(&catalogs);
+        next.insert(catalog.keyspace, catalog);
+        self.catalogs.store(Arc::new(next));
+        self.bump();
+        true
+    }
+
+    /// Where the nodes listen.
+    pub fn set_addresses(&self, addresses: HashMap<NodeId, String>) {
+        self.addresses.store(Arc::new(addresses));
+        self.bump();
+    }
+
+    /// Where a node listens.
+    pub fn address(&self, node: NodeId) -> Option<String> {
+        self.addresses.load().get(&node).cloned()
+    }
+
+    /// The topology of a keyspace as this node knows it.
+    pub fn topology(&self, keyspace: KeyspaceId) -> Option<Topology> {
+        let catalog = self.catalog(keyspace)?;
+        let addresses = self.addresses.load();
+        Some(Topology::derive(&catalog, |node| addresses.get(&node).cloned()))
+    }
+
+    /// The epoch of a keyspace as this node knows it.
+    pub fn known_epoch(&self, keyspace: KeyspaceId) -> Epoch {
+        self.catalogs.load().get(&keyspace).map(|catalog| catalog.epoch).unwrap_or_default()
+    }
+
+    /// True when the shard has a replica on this node by the known catalog, open or not.
+    pub fn is_placed_here(&self, keyspace: KeyspaceId, shard: ShardId) -> bool {
+        self.catalogs.load().get(&keyspace).is_some_and(|catalog| {
+            catalog.members_on(self.node_id).iter().any(|(member, _, placed)| *member == shard && *placed)
+        })
+    }
+
+    /// Changes of anything above.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    fn bump(&self) {
+        self.changed.send_modify(|count| *count += 1);
+    }
+}

@@ -1,0 +1,138 @@
+//! From wire messages to checked operations.
+
+use vasto_core::catalog::{Ack, KeyspaceSpec};
+use vasto_core::limits::{BATCH_BYTES_MAX, BATCH_OPS_MAX, LimitError, check_event_time, check_key, check_value};
+use vasto_core::{ErrorCode, VastoError};
+use vasto_proto::convert::ack_from_wire;
+use vasto_proto::v1;
+
+use crate::replica::job::{Change, WriteOp};
+use crate::replica::read::KeyRef;
+
+fn malformed(what: &str) -> VastoError {
+    VastoError::new(ErrorCode::InvalidArgument, format!("the request is malformed: {what}"))
+}
+
+/// Keys of a get.
+pub(super) fn keys(request: v1::GetRequest) -> Result<Vec<KeyRef>, VastoError> {
+    if request.keys.len() > BATCH_OPS_MAX {
+        return Err(LimitError::BatchTooMany(request.keys.len()).into());
+    }
+    request
+        .keys
+        .into_iter()
+        .map(|key| {
+            check_key(&key.key)?;
+            Ok(KeyRef { key: key.key, partition_hash: key.partition_hash })
+        })
+        .collect()
+}
+
+/// A checked write.
+pub(super) struct Write {
+    pub ops: Vec<WriteOp>,
+    pub ack: Ack,
+    pub bytes: usize,
+}
+
+/// Operations of a write, with the keyspace's defaults filled in.
+pub(super) fn write(request: v1::WriteRequest, spec: &KeyspaceSpec, now_us: u64) -> Result<Write, VastoError> {
+    if request.ops.len() > BATCH_OPS_MAX {
+        return Err(LimitError::BatchTooMany(request.ops.len()).into());
+    }
+    let ack = ack_from_wire(request.ack).unwrap_or(spec.ack);
+    if matches!(ack, Ack::Replica | Ack::Bucket) {
+        return Err(VastoError::new(
+            ErrorCode::FailedPrecondition,
+            format!("the acknowledgement level `{ack}` is not available in this version; use os or fsync"),
+        ));
+    }
+    let mut bytes = 0;
+    let mut ops = Vec::with_capacity(request.ops.len());
+    for op in request.ops {
+        let key = op.key.ok_or_else(|| malformed("an operation without a key"))?;
+        check_key(&key.key)?;
+        bytes += key.key.len();
+        if let Some(event_time) = op.event_time {
+            check_event_time(event_time, now_us)?;
+        }
+        let change = match op.op {
+            Some(v1::write_op::Op::Put(put)) => {
+                check_value(&put.value)?;
+                bytes += put.value.len();
+                let ttl_ms = put.ttl_ms.or(spec.ttl_ms);
+                if ttl_ms.is_some_and(|ms| ms == 0 || ms > u64::MAX / 2000) {
+                    return Err(LimitError::BadTtl(ttl_ms.unwrap_or(0) / 1000).into());
+                }
+                Change::Put { value: put.value, ttl_ms }
+            }
+            Some(v1::write_op::Op::Delete(_)) => Change::Delete,
+            None => return Err(malformed("an operation that says neither put nor delete")),
+        };
+        ops.push(WriteOp { key: key.key, partition_hash: key.partition_hash, event_time: op.event_time, change });
+    }
+    if bytes > BATCH_BYTES_MAX {
+        return Err(LimitError::BatchTooLong(bytes).into());
+    }
+    if ops.is_empty() {
+        return Err(malformed("a write without operations"));
+    }
+    Ok(Write { ops, ack, bytes })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use vasto_core::limits::{KEY_BYTES_MAX, VALUE_BYTES_MAX};
+
+    const NOW: u64 = 1_000_000_000;
+
+    fn put(key: Vec<u8>, value: Vec<u8>) -> v1::WriteOp {
+        v1::WriteOp {
+            key: Some(v1::KeyRef { key: key.into(), partition_hash: None }),
+            event_time: None,
+            op: Some(v1::write_op::Op::Put(v1::Put { value: value.into(), ttl_ms: None })),
+        }
+    }
+
+    fn check(ops: Vec<v1::WriteOp>) -> Result<Write, VastoError> {
+        write(v1::WriteRequest { ops, ack: 0 }, &KeyspaceSpec::default(), NOW)
+    }
+
+    #[test]
+    fn limits_hold_at_the_boundary() {
+        assert!(check(vec![put(vec![1; KEY_BYTES_MAX], vec![])]).is_ok());
+        assert!(check(vec![put(vec![1; KEY_BYTES_MAX + 1], vec![])]).is_err());
+        assert!(check(vec![put(vec![1], vec![0; VALUE_BYTES_MAX])]).is_ok());
+        assert!(check(vec![put(vec![1], vec![0; VALUE_BYTES_MAX + 1])]).is_err());
+        assert!(check(vec![put(vec![], vec![])]).is_err());
+        assert!(check(vec![]).is_err());
+        assert!(check((0..BATCH_OPS_MAX + 1).map(|_| put(vec![1], vec![])).collect()).is_err());
+        assert!(check((0..5).map(|i| put(vec![i], vec![0; VALUE_BYTES_MAX])).collect()).is_err());
+    }
+
+    #[test]
+    fn malformed_requests_and_unavailable_levels_are_typed() {
+        let mut no_key = put(vec![1], vec![]);
+        no_key.key = None;
+        let mut no_op = put(vec![1], vec![]);
+        no_op.op = None;
+        let mut ahead = put(vec![1], vec![]);
+        ahead.event_time = Some(NOW + 61_000_000);
+        for bad in [no_key, no_op, ahead] {
+            assert_eq!(check(vec![bad]).map(|_| ()).unwrap_err().code, ErrorCode::InvalidArgument);
+        }
+        let refused =
+            write(v1::WriteRequest { ops: vec![put(vec![1], vec![])], ack: 4 }, &KeyspaceSpec::default(), NOW);
+        assert_eq!(refused.map(|_| ()).unwrap_err().code, ErrorCode::FailedPrecondition);
+    }
+
+    #[test]
+    fn the_keyspace_gives_its_defaults() {
+        let spec = KeyspaceSpec { ttl_ms: Some(5_000), ack: Ack::Os, ..KeyspaceSpec::default() };
+        let checked = write(v1::WriteRequest { ops: vec![put(vec![1], vec![])], ack: 0 }, &spec, NOW).unwrap();
+        assert_eq!(checked.ack, Ack::Os);
+        assert!(matches!(checked.ops[0].change, Change::Put { ttl_ms: Some(5_000), .. }));
+    }
+}

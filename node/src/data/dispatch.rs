@@ -1,0 +1,203 @@
+//! Where a request goes.
+//!
+//! Requests carry keyspace and epoch. Lower but still owned: served. Not owned: `WrongEpoch` with
+//! the topology. Higher than the node's: the node waits for the topology, then says `NodeBehind`.
+
+use std::sync::Arc;
+
+use vasto_core::ids::{Epoch, KeyspaceId, ShardId};
+use vasto_core::limits::{EPOCH_WAIT, check_key};
+use vasto_core::{ErrorCode, VastoError};
+use vasto_proto::v1;
+use vasto_proto::v1::reply::Result as Answer;
+use vasto_proto::v1::request::Op;
+
+use super::decode;
+use super::reply::ReplySink;
+use crate::core::NodeCore;
+use crate::replica::Replica;
+use crate::replica::job::Outcome;
+use crate::replica::read::{GetResult, KeyRef, ScanPage};
+
+/// Who asks, and for what.
+#[derive(Clone, Copy)]
+struct Caller {
+    id: u64,
+    keyspace: KeyspaceId,
+    epoch: Epoch,
+}
+
+enum Place {
+    Here(Replica),
+    NotYet,
+    Elsewhere,
+}
+
+fn place(core: &NodeCore, caller: Caller, shard: ShardId) -> Place {
+    match core.replica_of(caller.keyspace, shard) {
+        Some(replica) if replica.epoch() >= caller.epoch => Place::Here(replica),
+        Some(_) => Place::NotYet,
+        None if core.known_epoch(caller.keyspace) >= caller.epoch && !core.is_placed_here(caller.keyspace, shard) => {
+            Place::Elsewhere
+        }
+        None => Place::NotYet,
+    }
+}
+
+/// Answers a request, at once or later.
+pub(super) fn dispatch(core: &Arc<NodeCore>, request: v1::Request, sink: ReplySink) {
+    let caller = Caller { id: request.id, keyspace: KeyspaceId(request.keyspace_id), epoch: Epoch(request.epoch) };
+    let shard = ShardId(request.shard);
+    let Some(op) = request.op else {
+        let error = VastoError::new(ErrorCode::InvalidArgument, "the request names no operation");
+        return sink.fail(core, caller.id, caller.keyspace, caller.epoch, &error);
+    };
+    match place(core, caller, shard) {
+        Place::Here(replica) => execute(core, caller, &replica, op, sink),
+        Place::Elsewhere => sink.fail(core, caller.id, caller.keyspace, caller.epoch, &not_here()),
+        Place::NotYet => {
+            let core = core.clone();
+            // Bounded by the connection's byte budget, which the sink holds; ends within EPOCH_WAIT.
+            tokio::spawn(async move { wait_for_topology(core, caller, shard, op, sink).await });
+        }
+    }
+}
+
+async fn wait_for_topology(core: Arc<NodeCore>, caller: Caller, shard: ShardId, op: Op, sink: ReplySink) {
+    let deadline = tokio::time::Instant::now() + EPOCH_WAIT;
+    let mut node_changes = core.changes();
+    loop {
+        let mut replica_changes = core.replica_of(caller.keyspace, shard).map(|replica| replica.changes());
+        match place(&core, caller, shard) {
+            Place::Here(replica) => return execute(&core, caller, &replica, op, sink),
+            Place::Elsewhere => return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &not_here()),
+            Place::NotYet => {}
+        }
+        let replica_changed = async {
+            match &mut replica_changes {
+                Some(changes) => changes.changed().await.is_ok(),
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            _ = node_changes.changed() => {}
+            _ = replica_changed => {}
+            () = tokio::time::sleep_until(deadline) => {
+                let error = VastoError::new(ErrorCode::NodeBehind, "the node has not heard of this epoch yet; try again").retry_after_ms(50);
+                return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &error);
+            }
+        }
+    }
+}
+
+fn not_here() -> VastoError {
+    VastoError::new(ErrorCode::WrongEpoch, "this node does not hold the shard; fetch the topology and go to its owner")
+}
+
+fn execute(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, op: Op, sink: ReplySink) {
+    let result = match op {
+        Op::Get(get) => match decode::keys(get) {
+            Ok(keys) => return execute_get(core, caller, replica, keys, sink),
+            Err(error) => Err(error),
+        },
+        Op::Write(write) => {
+            let Some(catalog) = core.catalog(caller.keyspace) else {
+                return sink.fail(core, caller.id, caller.keyspace, caller.epoch, &not_here());
+            };
+            match decode::write(write, &catalog.spec, core.clock.now_us()) {
+                Ok(checked) => return execute_write(core, caller, replica, checked, sink),
+                Err(error) => Err(error),
+            }
+        }
+        Op::Scan(scan) => match scan_page(scan) {
+            Ok(page) => return execute_scan(core, caller, replica, page, sink),
+            Err(error) => Err(error),
+        },
+    };
+    answer(core, caller, result, sink);
+}
+
+fn answer(core: &NodeCore, caller: Caller, result: Result<Answer, VastoError>, sink: ReplySink) {
+    match result {
+        Ok(answer) => sink.answer(caller.id, answer),
+        Err(error) => sink.fail(core, caller.id, caller.keyspace, caller.epoch, &error),
+    }
+}
+
+fn execute_write(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, write: decode::Write, sink: ReplySink) {
+    let core = core.clone();
+    let done = Box::new(move |result: Result<Vec<Outcome>, VastoError>| {
+        let result = result
+            .map(|outcomes| Answer::Write(v1::WriteReply { outcomes: outcomes.into_iter().map(outcome).collect() }));
+        answer(&core, caller, result, sink);
+    });
+    replica.write(write.ops, write.ack, write.bytes, done);
+}
+
+fn outcome(outcome: Outcome) -> v1::WriteOutcome {
+    let (kind, event_time) = match outcome {
+        Outcome::Applied(event_time) => (v1::write_outcome::Kind::Applied, event_time),
+        Outcome::Superseded(event_time) => (v1::write_outcome::Kind::Superseded, event_time),
+    };
+    v1::WriteOutcome { kind: kind as i32, event_time }
+}
+
+fn execute_get(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, keys: Vec<KeyRef>, sink: ReplySink) {
+    match replica.get_many(&keys, false) {
+        Ok(GetResult::Values(values)) => answer(core, caller, Ok(get_reply(values)), sink),
+        Err(error) => answer(core, caller, Err(error), sink),
+        Ok(GetResult::WouldBlock) => {
+            let replica = replica.clone();
+            blocking(core, caller, sink, move || match replica.get_many(&keys, true)? {
+                GetResult::Values(values) => Ok(get_reply(values)),
+                GetResult::WouldBlock => Err(VastoError::new(ErrorCode::Internal, "a blocking read did not block")),
+            });
+        }
+    }
+}
+
+fn get_reply(values: Vec<Option<v1::Value>>) -> Answer {
+    Answer::Get(v1::GetReply { values: values.into_iter().map(|value| v1::MaybeValue { value }).collect() })
+}
+
+fn scan_page(scan: v1::ScanRequest) -> Result<ScanPage, VastoError> {
+    if !scan.prefix.is_empty() {
+        check_key(&scan.prefix)?;
+    }
+    if let Some(after) = &scan.after {
+        check_key(after)?;
+    }
+    Ok(ScanPage {
+        prefix: scan.prefix,
+        after: scan.after,
+        partition_hash: scan.partition_hash,
+        limit: scan.limit as usize,
+        keys_only: scan.keys_only,
+    })
+}
+
+fn execute_scan(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, page: ScanPage, sink: ReplySink) {
+    let replica = replica.clone();
+    blocking(core, caller, sink, move || replica.scan(caller.epoch, &page).map(Answer::Scan));
+}
+
+/// Runs a read that may block on the bounded pool.
+fn blocking(
+    core: &Arc<NodeCore>,
+    caller: Caller,
+    sink: ReplySink,
+    read: impl FnOnce() -> Result<Answer, VastoError> + Send + 'static,
+) {
+    let core = core.clone();
+    tokio::spawn(async move {
+        sink.room().await;
+        let permit = core.readers.clone().acquire_owned().await;
+        let result = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            read()
+        })
+        .await
+        .unwrap_or_else(|error| Err(VastoError::new(ErrorCode::Internal, format!("a read failed: {error}"))));
+        answer(&core, caller, result, sink);
+    });
+}

@@ -1,0 +1,48 @@
+//! Cursors over one consistent view of the database.
+
+use rocksdb::{DBRawIterator, ReadOptions, Snapshot};
+
+use super::{Engine, EngineError, RowRef, failed};
+
+/// The database as it was at one moment.
+pub struct View<'a> {
+    snapshot: Snapshot<'a>,
+}
+
+/// A position in a [`View`].
+pub struct Cursor<'a> {
+    inner: DBRawIterator<'a>,
+}
+
+impl Engine {
+    /// Pins the present state for several cursors.
+    pub fn view(&self) -> View<'_> {
+        View { snapshot: self.db.snapshot() }
+    }
+}
+
+impl View<'_> {
+    /// A cursor at the first stored key of `[from, to)`.
+    pub fn cursor(&self, from: &[u8], to: Vec<u8>) -> Cursor<'_> {
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound(to);
+        let mut inner = self.snapshot.raw_iterator_opt(options);
+        inner.seek(from);
+        Cursor { inner }
+    }
+}
+
+impl Cursor<'_> {
+    /// The stored key and value here; `None` at the end. A damaged file is an error, not an end.
+    pub fn current(&self) -> Result<Option<RowRef<'_>>, EngineError> {
+        match self.inner.item() {
+            Some(item) => Ok(Some(item)),
+            None => self.inner.status().map(|()| None).map_err(failed("scan")),
+        }
+    }
+
+    /// Moves on.
+    pub fn advance(&mut self) {
+        self.inner.next();
+    }
+}

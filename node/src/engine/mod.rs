@@ -1,0 +1,431 @@
+//! The only code that knows RocksDB: one instance per replica, one column family, no WAL.
+//!
+//! **Invariants**
+//! - All writes go through [`Engine::write`], one batch per log record, with the replica's `Head`
+//!   in the same batch: because there is one column family, whatever RocksDB has flushed is an
+//!   exact prefix of the log.
+//! - Before a flush starts, everything appended to the log so far is synced, so the database on
+//!   disk never runs ahead of the log on disk.
+//! - Compaction outputs do not cross bands (fixed-prefix partitioner, one byte).
+
+mod batch;
+mod cursor;
+mod scratch;
+mod tables;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use rocksdb::checkpoint::Checkpoint;
+use rocksdb::compaction_filter::Decision;
+use rocksdb::event_listener::{EventListener, FlushJobInfo};
+use rocksdb::{
+    BlockBasedOptions, BottommostLevelCompaction, Cache, CompactOptions, DB, DBCompressionType, DBRawIterator,
+    ErrorKind, FlushOptions, IngestExternalFileOptions, LiveFile, Options, ReadOptions, ReadTier,
+    SstPartitionerFactory, WriteBufferManager, WriteOptions,
+};
+use vasto_core::Band;
+use vasto_core::merge::is_collected;
+use vasto_core::record::BandRange;
+use vasto_core::stored_key::{META_PREFIX, split_data_key};
+
+pub use batch::Batch;
+pub use cursor::{Cursor, View};
+pub use scratch::{BandRows, ImportFile, Scratch};
+pub use tables::{TableSet, WrittenTable};
+
+/// RocksDB said no.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum EngineError {
+    /// A RocksDB call failed.
+    #[error("{doing}: {message}")]
+    Rocks {
+        /// What was being done.
+        doing: &'static str,
+        /// RocksDB's words.
+        message: String,
+    },
+    /// Another process has the directory open.
+    #[error("{0} is open in another process; stop it first, or choose another --dir")]
+    Locked(PathBuf),
+}
+
+pub(crate) fn failed(doing: &'static str) -> impl Fn(rocksdb::Error) -> EngineError {
+    move |error| EngineError::Rocks { doing, message: error.to_string() }
+}
+
+/// Memory and background budget of a node, shared by all its replicas.
+#[derive(Clone)]
+pub struct EngineShared {
+    buffers: WriteBufferManager,
+    base: Options,
+}
+
+/// How much of the machine the engines of a node may use together.
+#[derive(Debug, Clone, Copy)]
+pub struct EngineBudget {
+    /// Block cache, bytes.
+    pub cache_bytes: usize,
+    /// All memtables together, bytes.
+    pub write_buffer_bytes: usize,
+    /// Flushes and compactions at a time.
+    pub background_jobs: u32,
+    /// Flush and compaction bytes per second; 0 is no limit.
+    pub rate_limit: u64,
+}
+
+impl Default for EngineBudget {
+    fn default() -> Self {
+        Self { cache_bytes: 256 << 20, write_buffer_bytes: 128 << 20, background_jobs: 2, rate_limit: 0 }
+    }
+}
+
+/// Target size of an SST file.
+const TABLE_BYTES: u64 = 32 << 20;
+
+impl EngineShared {
+    /// The shared parts.
+    pub fn new(budget: EngineBudget) -> Self {
+        let cache = Cache::new_lru_cache(budget.cache_bytes);
+        let buffers = WriteBufferManager::new_write_buffer_manager(budget.write_buffer_bytes, false);
+        let mut base = Options::default();
+        base.create_if_missing(true);
+        base.set_write_buffer_manager(&buffers);
+        base.set_write_buffer_size((budget.write_buffer_bytes / 2).clamp(1 << 20, 64 << 20));
+        base.set_max_write_buffer_number(4);
+        base.set_max_background_jobs(budget.background_jobs.max(2) as i32);
+        base.set_compression_type(DBCompressionType::Lz4);
+        base.set_bottommost_compression_type(DBCompressionType::Zstd);
+        base.set_target_file_size_base(TABLE_BYTES);
+        base.set_max_open_files(4096);
+        base.set_sst_partitioner_factory(&SstPartitionerFactory::fixed_prefix(1));
+        base.set_keep_log_file_num(2);
+        base.set_max_log_file_size(4 << 20);
+        base.set_stats_dump_period_sec(0);
+        base.set_allow_concurrent_memtable_write(false); // one writer per instance
+        base.set_avoid_flush_during_shutdown(true); // the log has it; shutdown flushes explicitly
+        base.set_block_based_table_factory(&table_options(&cache));
+        if budget.rate_limit > 0 {
+            base.set_ratelimiter(budget.rate_limit as i64, 100_000, 10);
+        }
+        Self { buffers, base }
+    }
+
+    /// The part of the memtables' budget that is used; can exceed 1.
+    pub fn memtables_used(&self) -> f64 {
+        self.buffers.get_mutable_memtable_memory_usage() as f64 / self.buffers.get_buffer_size().max(1) as f64
+    }
+}
+
+fn table_options(cache: &Cache) -> BlockBasedOptions {
+    let mut table = BlockBasedOptions::default();
+    table.set_block_cache(cache);
+    table.set_bloom_filter(10.0, false);
+    table.set_block_size(8 << 10);
+    table.set_cache_index_and_filter_blocks(true);
+    table.set_pin_l0_filter_and_index_blocks_in_cache(true);
+    table.set_format_version(6);
+    table
+}
+
+/// Told by RocksDB before it makes a flush; must make the log durable.
+pub trait FlushGuard: Send + Sync + 'static {
+    /// Syncs everything appended to the log so far. A failure poisons the log by itself.
+    fn before_flush(&self);
+}
+
+struct Listener {
+    guard: Arc<dyn FlushGuard>,
+    failed: Arc<AtomicBool>,
+}
+
+impl EventListener for Listener {
+    fn on_flush_begin(&self, _: &FlushJobInfo) {
+        // A panic must not cross into C++.
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.guard.before_flush())).is_err() {
+            std::process::abort();
+        }
+    }
+
+    fn on_background_error(
+        &self,
+        _: rocksdb::event_listener::DBBackgroundErrorReason,
+        _: rocksdb::event_listener::MutableStatus,
+    ) {
+        self.failed.store(true, Ordering::Release);
+    }
+}
+
+/// A stored key and its value.
+pub type Row = (Vec<u8>, Vec<u8>);
+
+/// A stored key and its value, borrowed from a cursor.
+pub type RowRef<'a> = (&'a [u8], &'a [u8]);
+
+/// A point lookup.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Lookup {
+    /// The stored bytes.
+    Found(Vec<u8>),
+    /// Certainly not stored.
+    Missing,
+    /// The answer is not in memory; ask again from a thread that may block.
+    NotCached,
+}
+
+/// One replica's database.
+pub struct Engine {
+    db: Arc<DB>,
+    path: PathBuf,
+    options: Options,
+    floor: Arc<AtomicU64>,
+    failed: Arc<AtomicBool>,
+    write_options: WriteOptions,
+    cached_only: ReadOptions,
+}
+
+impl Engine {
+    /// Opens or creates the database in `path`. `floor` is the collection floor that compactions
+    /// apply; `guard` is called before every flush.
+    pub fn open(
+        shared: &EngineShared,
+        path: &Path,
+        floor: Arc<AtomicU64>,
+        guard: Arc<dyn FlushGuard>,
+    ) -> Result<Self, EngineError> {
+        let failed_flag = Arc::new(AtomicBool::new(false));
+        let mut options = shared.base.clone();
+        let filter_floor = floor.clone();
+        options.set_compaction_filter("vasto-collect", move |_level: u32, key: &[u8], value: &[u8]| {
+            let floor = filter_floor.load(Ordering::Acquire);
+            if floor > 0 && split_data_key(key).is_some() && is_collected(value, floor) {
+                Decision::Remove
+            } else {
+                Decision::Keep
+            }
+        });
+        options.add_event_listener(Listener { guard, failed: failed_flag.clone() });
+        let db = DB::open(&options, path).map_err(|error| match error.kind() {
+            ErrorKind::IOError if error.to_string().contains("lock") => EngineError::Locked(path.to_owned()),
+            _ => EngineError::Rocks { doing: "open the database", message: error.to_string() },
+        })?;
+        let mut write_options = WriteOptions::default();
+        write_options.disable_wal(true);
+        let mut cached_only = ReadOptions::default();
+        cached_only.set_read_tier(ReadTier::BlockCache);
+        Ok(Self {
+            db: Arc::new(db),
+            path: path.to_owned(),
+            options,
+            floor,
+            failed: failed_flag,
+            write_options,
+            cached_only,
+        })
+    }
+
+    /// Where it lives.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// True once a flush or compaction failed: the replica must be closed to writes.
+    pub fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
+    /// Raises the floor that compactions apply.
+    pub fn raise_floor(&self, floor: u64) {
+        self.floor.fetch_max(floor, Ordering::AcqRel);
+    }
+
+    /// Applies a batch to the memtable.
+    pub fn write(&self, batch: Batch) -> Result<(), EngineError> {
+        self.db.write_opt(&batch.inner, &self.write_options).map_err(failed("apply a record"))
+    }
+
+    /// A lookup that never blocks on the disk.
+    pub fn get_cached(&self, key: &[u8]) -> Result<Lookup, EngineError> {
+        match self.db.get_pinned_opt(key, &self.cached_only) {
+            Ok(Some(value)) => Ok(Lookup::Found(value.to_vec())),
+            Ok(None) => Ok(Lookup::Missing),
+            Err(error) if error.kind() == ErrorKind::Incomplete => Ok(Lookup::NotCached),
+            Err(error) => Err(failed("read")(error)),
+        }
+    }
+
+    /// A lookup that may block.
+    pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, EngineError> {
+        self.db.get(key).map_err(failed("read"))
+    }
+
+    /// What would be there if the process died now: the value without the memtables.
+    pub fn get_persisted(&self, key: &[u8]) -> Result<Option<Vec<u8>>, EngineError> {
+        let mut options = ReadOptions::default();
+        options.set_read_tier(ReadTier::Persisted);
+        self.db.get_opt(key, &options).map_err(failed("read"))
+    }
+
+    /// Writes the memtables to SSTs and waits for it.
+    pub fn flush(&self) -> Result<(), EngineError> {
+        let mut options = FlushOptions::default();
+        options.set_wait(true);
+        self.db.flush_opt(&options).map_err(failed("flush"))
+    }
+
+    /// Hard-links a consistent copy into `dir`, which must not exist.
+    pub fn checkpoint(&self, dir: &Path) -> Result<(), EngineError> {
+        Checkpoint::new(&self.db)
+            .and_then(|checkpoint| checkpoint.create_checkpoint(dir))
+            .map_err(failed("make a checkpoint"))
+    }
+
+    /// All SSTs.
+    pub fn live_files(&self) -> Result<Vec<LiveFile>, EngineError> {
+        self.db.live_files().map_err(failed("list the SSTs"))
+    }
+
+    /// Adds finished SSTs in one step; the range they cover must be empty.
+    pub fn ingest(&self, files: Vec<PathBuf>) -> Result<(), EngineError> {
+        if files.is_empty() {
+            return Ok(());
+        }
+        let mut options = IngestExternalFileOptions::default();
+        options.set_move_files(true);
+        options.set_verify_checksums_before_ingest(true);
+        options.set_fail_if_not_bottommost_level(true);
+        self.db.ingest_external_file_opts(&options, files).map_err(failed("ingest SSTs"))
+    }
+
+    /// Drops whole SSTs inside the bands. On its own this is **not** a removal: it skips the
+    /// memtable, L0 and files that cross the edge, and can uncover older versions.
+    pub fn delete_files_in(&self, range: BandRange) -> Result<(), EngineError> {
+        self.db.delete_file_in_range([range.first.0], [range.last.0 + 1]).map_err(failed("drop SSTs"))
+    }
+
+    /// Rewrites the bands down to the bottom level, removing what was deleted.
+    pub fn compact_bands(&self, range: BandRange) {
+        let mut options = CompactOptions::default();
+        options.set_bottommost_level_compaction(BottommostLevelCompaction::Force);
+        options.set_exclusive_manual_compaction(false);
+        self.db.compact_range_opt(Some([range.first.0]), Some([range.last.0 + 1]), &options);
+    }
+
+    /// Rewrites everything.
+    pub fn compact_all(&self) {
+        let mut options = CompactOptions::default();
+        options.set_bottommost_level_compaction(BottommostLevelCompaction::ForceOptimized);
+        options.set_exclusive_manual_compaction(false);
+        self.db.compact_range_opt::<&[u8], &[u8]>(None, None, &options);
+    }
+
+    /// `(files wholly inside the bands, files that reach beyond them)`, bytes.
+    pub fn band_bytes(&self, range: BandRange) -> Result<(u64, u64), EngineError> {
+        let mut inside = 0;
+        let mut crossing = 0;
+        for file in self.live_files()? {
+            let (Some(first), Some(last)) =
+                (first_byte(file.start_key.as_deref()), first_byte(file.end_key.as_deref()))
+            else {
+                continue;
+            };
+            if first <= range.last.0 && last >= range.first.0 {
+                if first >= range.first.0 && last <= range.last.0 && file.level > 0 {
+                    inside += file.size as u64;
+                } else {
+                    crossing += file.size as u64;
+                }
+            }
+        }
+        Ok((inside, crossing))
+    }
+
+    /// `(stored entries, bytes of SSTs)`; an entry counts once for each version that is not compacted
+    /// away yet, and metadata in the memtables counts too.
+    pub fn size(&self) -> (u64, u64) {
+        let number = |name: &'static str| self.db.property_int_value(name).ok().flatten().unwrap_or(0);
+        let in_memory = number("rocksdb.num-entries-active-mem-table") + number("rocksdb.num-entries-imm-mem-tables");
+        let files = self.db.live_files().unwrap_or_default();
+        let data =
+            files.iter().filter(|file| first_byte(file.start_key.as_deref()).is_some_and(|first| first < META_PREFIX));
+        let stored: u64 = data.map(|file| file.num_entries.saturating_sub(2 * file.num_deletions)).sum();
+        (stored + in_memory, number("rocksdb.total-sst-files-size"))
+    }
+
+    /// True when a data key exists in the bands.
+    pub fn any_in(&self, range: BandRange) -> Result<bool, EngineError> {
+        let view = self.view();
+        let cursor = view.cursor(&[range.first.0], vec![range.last.0 + 1]);
+        Ok(cursor.current()?.is_some())
+    }
+
+    /// Stops compactions and flushes; call before dropping the last handle.
+    pub fn close(&self) {
+        self.db.cancel_all_background_work(true);
+    }
+
+    /// The options new SSTs are written with, so that they look like this database's own.
+    pub(crate) fn options(&self) -> &Options {
+        &self.options
+    }
+}
+
+pub(crate) fn first_byte(key: Option<&[u8]>) -> Option<u8> {
+    key?.first().copied()
+}
+
+/// The stored keys of a band: `[band]..[band + 1]`.
+pub fn band_bounds(band: Band) -> ([u8; 1], [u8; 1]) {
+    ([band.0], [band.0 + 1])
+}
+
+/// A checkpoint opened read-only, to read what it really holds.
+pub struct CheckpointView {
+    db: DB,
+}
+
+impl CheckpointView {
+    /// Opens the directory that [`Engine::checkpoint`] made.
+    pub fn open(shared: &EngineShared, dir: &Path) -> Result<Self, EngineError> {
+        let mut options = shared.base.clone();
+        options.create_if_missing(false);
+        DB::open_for_read_only(&options, dir, false).map(|db| Self { db }).map_err(failed("open the checkpoint"))
+    }
+
+    /// A stored value.
+    pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, EngineError> {
+        self.db.get(key).map_err(failed("read the checkpoint"))
+    }
+
+    /// All stored keys with a prefix.
+    pub fn with_prefix(&self, prefix: &[u8]) -> Result<Vec<Row>, EngineError> {
+        collect_prefix(self.db.raw_iterator(), prefix)
+    }
+
+    /// Its SSTs.
+    pub fn files(&self) -> Result<Vec<LiveFile>, EngineError> {
+        self.db.live_files().map_err(failed("list the SSTs of the checkpoint"))
+    }
+}
+
+impl Engine {
+    /// All stored keys with a prefix; for metadata.
+    pub fn with_prefix(&self, prefix: &[u8]) -> Result<Vec<Row>, EngineError> {
+        collect_prefix(self.db.raw_iterator(), prefix)
+    }
+}
+
+fn collect_prefix(mut iterator: DBRawIterator<'_>, prefix: &[u8]) -> Result<Vec<Row>, EngineError> {
+    let mut out = Vec::new();
+    iterator.seek(prefix);
+    while let Some((key, value)) = iterator.item() {
+        if !key.starts_with(prefix) {
+            break;
+        }
+        out.push((key.to_vec(), value.to_vec()));
+        iterator.next();
+    }
+    iterator.status().map_err(failed("read"))?;
+    Ok(out)
+}

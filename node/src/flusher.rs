@@ -1,0 +1,72 @@
+//! Flushes the replica whose unflushed data is oldest when the memtables of the node fill up.
+//!
+//! RocksDB's write-buffer manager makes whoever writes flush its own memtable; without this, a
+//! replica that stopped writing would keep its memory for ever, and the busy ones would flush ever
+//! smaller files. A replica that has waited for very long is flushed too, which bounds its replay.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use vasto_core::ids::{KeyspaceId, ReplicaId};
+
+use crate::core::NodeCore;
+use crate::engine::EngineShared;
+use crate::replica::Replica;
+
+/// Between two looks.
+const LOOK: Duration = Duration::from_secs(1);
+/// Memtables above this part of their budget make the oldest be flushed.
+const FULL: f64 = 0.7;
+/// Unflushed data is never older than this.
+const AGE_MAX: Duration = Duration::from_secs(600);
+
+/// When the data of each replica that is not in an SST yet began to wait.
+#[derive(Default)]
+struct Waiting(HashMap<(KeyspaceId, ReplicaId), Instant>);
+
+impl Waiting {
+    /// Takes note of who has unflushed data; answers the replica to flush now, if any.
+    fn choose<'a>(&mut self, replicas: &'a [Replica], full: bool, now: Instant) -> Option<&'a Replica> {
+        let dirty: Vec<&Replica> = replicas
+            .iter()
+            .filter(|replica| {
+                replica.closed().is_none() && replica.persisted_lsn().is_ok_and(|lsn| lsn < replica.applied_lsn())
+            })
+            .collect();
+        self.0.retain(|key, _| dirty.iter().any(|replica| (replica.keyspace, replica.id) == *key));
+        let oldest =
+            dirty.into_iter().min_by_key(|replica| *self.0.entry((replica.keyspace, replica.id)).or_insert(now))?;
+        let since = self.0.get(&(oldest.keyspace, oldest.id)).copied().unwrap_or(now);
+        (full || now.duration_since(since) > AGE_MAX).then_some(oldest)
+    }
+
+    fn flushed(&mut self, replica: &Replica) {
+        self.0.remove(&(replica.keyspace, replica.id));
+    }
+}
+
+/// Runs until `cancel` fires.
+pub async fn run(core: Arc<NodeCore>, engines: EngineShared, cancel: CancellationToken) {
+    let mut waiting = Waiting::default();
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            () = tokio::time::sleep(LOOK) => {}
+        }
+        let replicas = core.replicas();
+        let Some(replica) = waiting.choose(&replicas, engines.memtables_used() > FULL, Instant::now()).cloned() else {
+            continue;
+        };
+        let flushed = replica.clone();
+        match tokio::task::spawn_blocking(move || flushed.engine().flush()).await {
+            Ok(Ok(())) => waiting.flushed(&replica),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, keyspace = replica.keyspace.0, shard = replica.shard.0, "a flush failed")
+            }
+            Err(_) => {}
+        }
+    }
+}

@@ -1,0 +1,677 @@
+//! One hosted replica: opens it, keeps it in line with the catalog, reports on it.
+//!
+//! **Invariants**
+//! - Level-triggered: what is done depends on the newest catalog version and the replica's own
+//!   durable state, never on which messages arrived. Doing it twice changes nothing.
+//! - Nothing is done for a version lower than one already obeyed.
+//! - Removal of data happens only under a version that names it (`dropping`), after the state says
+//!   that the range was given away.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use vasto_core::Band;
+use vasto_core::catalog::Catalog;
+use vasto_core::ids::{CatalogVersion, Incarnation, KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
+use vasto_core::plan::{Plan, ReplicaPhase, ReplicaReport, Sealed, SourceProgress, Step, TargetProgress, TargetStage};
+use vasto_core::record::{BandRange, RangeState};
+use vasto_shipping::bucket::Bucket;
+
+use crate::clock::SharedClock;
+use crate::core::NodeCore;
+use crate::engine::EngineShared;
+use crate::grow::{Build, fresh_progress};
+use crate::replica::job::{Control, ReplicaError};
+use crate::replica::{OpenOptions, Replica};
+use crate::ship::{self, ShipContext, ShipHandle, blocking};
+
+/// Between attempts of work that may succeed later.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// The reported size of a replica is at most this old.
+const SIZE_AGE: Duration = Duration::from_millis(400);
+
+/// A node that stops waits this long for the bucket to take the last chunks.
+const LAST_CHUNK_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What every host of a node works with.
+pub struct HostContext {
+    /// Shared state.
+    pub core: Arc<NodeCore>,
+    /// Engine budget.
+    pub engines: EngineShared,
+    /// Where to ship.
+    pub bucket: Bucket,
+    /// Between two chunks.
+    pub ship_interval: Duration,
+    /// For stamps.
+    pub clock: SharedClock,
+}
+
+/// Who is hosted, and where.
+#[derive(Clone)]
+pub struct Tenant {
+    /// Its keyspace.
+    pub keyspace: KeyspaceId,
+    /// Its shard.
+    pub shard: ShardId,
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Its directory.
+    pub dir: PathBuf,
+    /// Temporary files on the same file system.
+    pub tmp: PathBuf,
+}
+
+/// What a host tells the reporter.
+#[derive(Default)]
+struct Told {
+    phase: Option<ReplicaPhase>,
+    source: Option<SourceProgress>,
+    cleaned: BTreeSet<PlanId>,
+}
+
+impl Told {
+    /// The progress of a plan as its source; that of an earlier plan is forgotten.
+    fn source_of(&mut self, plan: PlanId) -> &mut SourceProgress {
+        let known = self.source.take().filter(|source| source.plan == plan);
+        self.source.insert(known.unwrap_or_else(|| fresh_source(plan)))
+    }
+}
+
+/// The size of a replica at some moment.
+#[derive(Clone, Copy)]
+struct KnownSize {
+    at: Instant,
+    manifest: Lsn,
+    keys_and_bytes: (u64, u64),
+}
+
+/// A running host.
+pub struct Host {
+    /// Who.
+    pub tenant: Tenant,
+    catalogs: watch::Sender<Arc<Catalog>>,
+    told: Arc<Mutex<Told>>,
+    target: Arc<Mutex<Option<Arc<Mutex<TargetProgress>>>>>,
+    ship: Arc<Mutex<Option<ShipHandle>>>,
+    cancel: CancellationToken,
+    discard: Arc<AtomicBool>,
+    size: Mutex<Option<KnownSize>>,
+    task: Option<JoinHandle<()>>,
+}
+
+impl Host {
+    /// Starts hosting; the replica is opened (or created) in the background.
+    pub fn start(context: Arc<HostContext>, tenant: Tenant, catalog: Arc<Catalog>) -> Self {
+        let (catalogs, receiver) = watch::channel(catalog);
+        let cancel = CancellationToken::new();
+        let mut host = Self {
+            tenant: tenant.clone(),
+            catalogs,
+            told: Arc::default(),
+            target: Arc::default(),
+            ship: Arc::default(),
+            cancel: cancel.clone(),
+            discard: Arc::default(),
+            size: Mutex::default(),
+            task: None,
+        };
+        let runner = Runner {
+            context,
+            tenant,
+            told: host.told.clone(),
+            target: host.target.clone(),
+            ship: host.ship.clone(),
+            cancel,
+            discard: host.discard.clone(),
+        };
+        host.task = Some(tokio::spawn(runner.run(receiver)));
+        host
+    }
+
+    /// A newer version of its keyspace's catalog.
+    pub fn obey(&self, catalog: Arc<Catalog>) {
+        self.catalogs.send_replace(catalog);
+    }
+
+    /// Stops the replica: ships what is due, flushes.
+    pub async fn stop(mut self) {
+        self.cancel.cancel();
+        if let Some(task) = self.task.take() {
+            let _ = task.await;
+        }
+    }
+
+    /// Stops a replica whose files are about to be removed: nothing more is shipped.
+    pub async fn stop_to_discard(self) {
+        self.discard.store(true, Ordering::Release);
+        self.stop().await;
+    }
+
+    /// The shipper, once the replica is open.
+    pub fn shipper(&self) -> Option<ShipHandle> {
+        self.ship.lock().clone()
+    }
+
+    /// Looking through all files is not for every report: a busy tail makes hundreds a second. A new
+    /// checkpoint is always looked at, so that whoever sees it in a report sees its size too.
+    fn size_of(&self, replica: &Replica, manifest: Lsn) -> (u64, u64) {
+        let mut size = self.size.lock();
+        match *size {
+            Some(known) if known.manifest == manifest && known.at.elapsed() < SIZE_AGE => known.keys_and_bytes,
+            _ => {
+                let keys_and_bytes = replica.size();
+                *size = Some(KnownSize { at: Instant::now(), manifest, keys_and_bytes });
+                keys_and_bytes
+            }
+        }
+    }
+
+    /// What the master should know.
+    pub fn report(&self, core: &NodeCore) -> ReplicaReport {
+        let told = self.told.lock();
+        let tenant = &self.tenant;
+        let mut report = ReplicaReport {
+            keyspace: tenant.keyspace,
+            shard: tenant.shard,
+            replica: tenant.replica,
+            incarnation: Incarnation(0),
+            version: CatalogVersion(0),
+            phase: told.phase.clone().unwrap_or(ReplicaPhase::Opening),
+            lsn: Lsn(0),
+            shipped_lsn: Lsn(0),
+            manifest_lsn: Lsn(0),
+            keys: 0,
+            bytes: 0,
+            source: told.source.clone(),
+            target: self.target.lock().as_ref().map(|progress| progress.lock().clone()),
+            cleaned: told.cleaned.iter().copied().collect(),
+        };
+        if let Some(ship) = &*self.ship.lock() {
+            report.shipped_lsn = Lsn(ship.positions.shipped.load(Ordering::Acquire));
+            report.manifest_lsn = Lsn(ship.positions.manifest.load(Ordering::Acquire));
+            if ship.positions.over_cap.load(Ordering::Acquire)
+                && let Some(source) = &mut report.source
+            {
+                source.failed = Some("the log has reached its cap while the plan needed it".into());
+            }
+        }
+        if let Some(replica) = core.replica(tenant.keyspace, tenant.replica) {
+            let (keys, bytes) = self.size_of(&replica, report.manifest_lsn);
+            report.incarnation = replica.incarnation();
+            report.version = replica.version();
+            report.lsn = replica.settled_lsn();
+            (report.keys, report.bytes) = (keys, bytes);
+            if let Some(reason) = replica.closed() {
+                report.phase = ReplicaPhase::Failed(reason);
+            }
+        }
+        report
+    }
+}
+
+struct Runner {
+    context: Arc<HostContext>,
+    tenant: Tenant,
+    told: Arc<Mutex<Told>>,
+    target: Arc<Mutex<Option<Arc<Mutex<TargetProgress>>>>>,
+    ship: Arc<Mutex<Option<ShipHandle>>>,
+    cancel: CancellationToken,
+    discard: Arc<AtomicBool>,
+}
+
+/// Work in the background of one host, at most one of each kind.
+#[derive(Default)]
+struct Background {
+    build: Option<(PlanId, CancellationToken)>,
+    checkpoint: Option<PlanId>,
+    cleaning: BTreeSet<PlanId>,
+    covering: Option<Lsn>,
+}
+
+impl Runner {
+    async fn run(self, mut catalogs: watch::Receiver<Arc<Catalog>>) {
+        let first = catalogs.borrow_and_update().clone();
+        let replica = match self.open(&first).await {
+            Ok(replica) => replica,
+            Err(reason) => {
+                tracing::error!(
+                    keyspace = self.tenant.keyspace.0,
+                    shard = self.tenant.shard.0,
+                    reason,
+                    "the replica does not open"
+                );
+                self.told.lock().phase = Some(ReplicaPhase::Failed(reason));
+                self.context.core.report.notify_one();
+                self.cancel.cancelled().await;
+                return;
+            }
+        };
+        let shipping = CancellationToken::new();
+        let context = ShipContext {
+            replica: replica.clone(),
+            bucket: self.context.bucket.clone(),
+            dir: self.tenant.dir.clone(),
+            tmp: self.tenant.tmp.clone(),
+            engines: self.context.engines.clone(),
+            clock: self.context.clock.clone(),
+            interval: self.context.ship_interval,
+        };
+        let (ship, shipper) = ship::start(context, shipping.clone());
+        let shipper = tokio::spawn(shipper);
+        *self.ship.lock() = Some(ship.clone());
+        self.context.core.add_replica(replica.clone());
+        let this = Arc::new(self);
+        let background = Arc::new(Mutex::new(Background::default()));
+        loop {
+            let catalog = catalogs.borrow_and_update().clone();
+            let again = match this.obey(&replica, &ship, &catalog, &background).await {
+                Ok(()) => false,
+                Err(error) => {
+                    tracing::error!(%error, keyspace = this.tenant.keyspace.0, shard = this.tenant.shard.0, "a version could not be obeyed");
+                    true
+                }
+            };
+            this.context.core.report.notify_one();
+            tokio::select! {
+                () = this.cancel.cancelled() => break,
+                changed = catalogs.changed() => if changed.is_err() { break },
+                () = tokio::time::sleep(RETRY), if again => {}
+            }
+        }
+        if let Some((_, build)) = background.lock().build.take() {
+            build.cancel();
+        }
+        shipping.cancel();
+        let patience = if this.discard.load(Ordering::Acquire) { Duration::ZERO } else { LAST_CHUNK_PATIENCE };
+        let stopper = shipper.abort_handle();
+        if tokio::time::timeout(patience, shipper).await.is_err() {
+            stopper.abort();
+        }
+        this.context.core.remove_replica(replica.keyspace, replica.id);
+        replica.stop().await;
+    }
+
+    async fn open(&self, catalog: &Catalog) -> Result<Replica, String> {
+        let tenant = self.tenant.clone();
+        let (engines, clock) = (self.context.engines.clone(), self.context.clock.clone());
+        // What a replica owns at first: its bands once it is placed, nothing while it is a target.
+        let placed =
+            catalog.placement.iter().flat_map(|shard| &shard.replicas).any(|one| one.replica == tenant.replica);
+        let initial = match (&catalog.plan, placed) {
+            (Some(plan), false) => {
+                (catalog.version, BandRange::from(Band::owned(plan.counts().1)), RangeState::Arriving)
+            }
+            _ => (catalog.version, catalog.owned_bands(), RangeState::Owned),
+        };
+        tokio::task::spawn_blocking(move || open_or_begin_again(&tenant, &engines, &clock, initial))
+            .await
+            .map_err(|error| error.to_string())?
+    }
+
+    async fn obey(
+        self: &Arc<Self>,
+        replica: &Replica,
+        ship: &ShipHandle,
+        catalog: &Arc<Catalog>,
+        background: &Arc<Mutex<Background>>,
+    ) -> Result<(), ReplicaError> {
+        if catalog.version < replica.version() {
+            return Ok(());
+        }
+        let placed = catalog.placement.iter().flat_map(|shard| &shard.replicas).any(|one| one.replica == replica.id);
+        let plan = catalog.plan.as_ref();
+        if placed {
+            self.own_what_is_placed(replica, catalog, plan).await?;
+        }
+        let order = Control::Obey { epoch: catalog.epoch, version: catalog.version };
+        replica.control(order).await?;
+        let building = plan.filter(|plan| plan.targets.iter().any(|target| target.replica == replica.id));
+        self.tell_phase(placed);
+        self.target_duties(replica, ship, catalog, building, placed, background);
+        let giving = plan.filter(|plan| plan.sources.iter().any(|source| source.replica == replica.id));
+        self.source_duties(replica, ship, giving, background);
+        self.quarantine_duties(replica, ship, catalog, background);
+        Ok(())
+    }
+
+    fn tell_phase(&self, placed: bool) {
+        self.told.lock().phase = Some(if placed { ReplicaPhase::Serving } else { ReplicaPhase::Building });
+    }
+
+    /// Brings the recorded range states in line with ownership and seals.
+    async fn own_what_is_placed(
+        &self,
+        replica: &Replica,
+        catalog: &Catalog,
+        plan: Option<&Plan>,
+    ) -> Result<(), ReplicaError> {
+        let owned = catalog.owned_bands();
+        let (epoch, version) = (catalog.epoch, catalog.version);
+        let ranges = replica.ranges();
+        // A target that is placed now opens.
+        if ranges.all_are(owned, RangeState::Arriving) {
+            replica.control(Control::SetRange { epoch, version, range: owned, state: RangeState::Owned }).await?;
+            tracing::info!(keyspace = replica.keyspace.0, shard = replica.shard.0, version = version.0, "opened");
+        }
+        // What it owned and owns no more is given away.
+        let lost: Vec<Band> = ranges.owned().filter(|band| !owned.contains(*band)).collect();
+        if let (Some(first), Some(last)) = (lost.first(), lost.last()) {
+            let range = BandRange { first: *first, last: *last };
+            replica.control(Control::SetRange { epoch, version, range, state: RangeState::Leaving }).await?;
+            tracing::info!(
+                keyspace = replica.keyspace.0,
+                shard = replica.shard.0,
+                version = version.0,
+                "gave its leaving bands away"
+            );
+        }
+        let sealing = plan.filter(|plan| {
+            plan.step == Step::Sealing && plan.sources.iter().any(|source| source.replica == replica.id)
+        });
+        match sealing {
+            Some(plan) => {
+                let range = plan.moving();
+                let lsn = replica.control(Control::Seal { plan: plan.id, version, range }).await?;
+                self.told.lock().source_of(plan.id).sealed = Some(Sealed { version, lsn });
+            }
+            None if replica.ranges().seal.is_some() => {
+                replica.control(Control::Unseal { version }).await?;
+                if let Some(source) = &mut self.told.lock().source {
+                    source.sealed = None;
+                }
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn source_duties(
+        self: &Arc<Self>,
+        replica: &Replica,
+        ship: &ShipHandle,
+        plan: Option<&Plan>,
+        background: &Arc<Mutex<Background>>,
+    ) {
+        let Some(plan) = plan else {
+            self.told.lock().source = None;
+            background.lock().checkpoint = None;
+            ship.positions.needed_after.store(u64::MAX, Ordering::Release);
+            return;
+        };
+        {
+            let mut told = self.told.lock();
+            let source = told.source_of(plan.id);
+            if plan.step == Step::Prepare {
+                let _ = replica.take_pauses(); // those of an earlier plan
+            }
+            if plan.step == Step::Committed && !source.released {
+                source.released = true;
+                source.pauses_us = replica.take_pauses();
+            }
+        }
+        // The targets read the log from the pinned manifest on; before there is one, from anywhere.
+        let pinned =
+            plan.sources.iter().find(|source| source.replica == replica.id).and_then(|source| source.manifest.as_ref());
+        let needed = pinned.map_or(0, |manifest| manifest.lsn.0);
+        ship.positions.needed_after.store(needed, Ordering::Release);
+        if plan.step == Step::Prepare && background.lock().checkpoint.replace(plan.id) != Some(plan.id) {
+            let (this, ship, plan) = (self.clone(), ship.clone(), plan.clone());
+            tokio::spawn(async move {
+                let result = tokio::select! {
+                    () = this.cancel.cancelled() => return,
+                    result = ship.checkpoint(Some(plan.moving())) => result,
+                };
+                if let Some(source) = this.told.lock().source.as_mut().filter(|source| source.plan == plan.id) {
+                    match result {
+                        Ok(manifest) => source.manifest = Some(manifest),
+                        Err(error) => source.failed = Some(format!("the checkpoint failed: {error}")),
+                    }
+                }
+                this.context.core.report.notify_one();
+            });
+        }
+    }
+
+    fn target_duties(
+        self: &Arc<Self>,
+        replica: &Replica,
+        ship: &ShipHandle,
+        catalog: &Arc<Catalog>,
+        plan: Option<&Plan>,
+        placed: bool,
+        background: &Arc<Mutex<Background>>,
+    ) {
+        let mut work = background.lock();
+        if (placed || plan.is_none())
+            && let Some((_, cancel)) = work.build.take()
+        {
+            cancel.cancel();
+        }
+        let Some(plan) = plan else {
+            *self.target.lock() = None;
+            return;
+        };
+        let progress = {
+            let mut target = self.target.lock();
+            match &*target {
+                Some(progress) if progress.lock().plan == plan.id => progress.clone(),
+                _ => {
+                    let progress = Arc::new(Mutex::new(fresh_progress(plan)));
+                    *target = Some(progress.clone());
+                    progress
+                }
+            }
+        };
+        if placed {
+            progress.lock().stage = TargetStage::Open;
+            return;
+        }
+        if plan.step == Step::Prepare || work.build.is_some() {
+            return;
+        }
+        let cancel = self.cancel.child_token();
+        work.build = Some((plan.id, cancel.clone()));
+        let (this, replica, ship, catalog, plan) =
+            (self.clone(), replica.clone(), ship.clone(), catalog.clone(), plan.clone());
+        tokio::spawn(async move { this.build(replica, ship, catalog, plan, progress, cancel).await });
+    }
+
+    async fn build(
+        &self,
+        replica: Replica,
+        ship: ShipHandle,
+        catalog: Arc<Catalog>,
+        plan: Plan,
+        progress: Arc<Mutex<TargetProgress>>,
+        cancel: CancellationToken,
+    ) {
+        while !cancel.is_cancelled() {
+            let build = Build {
+                replica: replica.clone(),
+                ship: ship.clone(),
+                bucket: self.context.bucket.clone(),
+                core: self.context.core.clone(),
+                tmp: self.tenant.tmp.clone(),
+                progress: progress.clone(),
+                cancel: cancel.clone(),
+            };
+            let Err(error) = build.run(catalog.clone(), plan.clone()).await else { return };
+            if cancel.is_cancelled() {
+                return;
+            }
+            if error.is_transient() {
+                tracing::warn!(%error, plan = plan.id.0, "building the target is interrupted; it goes on");
+                tokio::time::sleep(RETRY).await;
+            } else {
+                tracing::error!(%error, plan = plan.id.0, "the target cannot be built");
+                progress.lock().failed = Some(error.to_string());
+                self.context.core.report.notify_one();
+                return;
+            }
+        }
+    }
+
+    fn quarantine_duties(
+        self: &Arc<Self>,
+        replica: &Replica,
+        ship: &ShipHandle,
+        catalog: &Arc<Catalog>,
+        background: &Arc<Mutex<Background>>,
+    ) {
+        let mine: Vec<_> =
+            catalog.quarantines.iter().filter(|one| one.replicas.contains(&replica.id)).cloned().collect();
+        self.told.lock().cleaned.retain(|plan| mine.iter().any(|one| one.plan == *plan));
+        for quarantine in mine.into_iter().filter(|one| one.dropping) {
+            if !background.lock().cleaning.insert(quarantine.plan) {
+                continue;
+            }
+            let (this, replica, background, version) =
+                (self.clone(), replica.clone(), background.clone(), catalog.version);
+            tokio::spawn(async move {
+                while let Err(error) = clean_up(&replica, quarantine.range, version).await {
+                    if this.cancel.is_cancelled() || replica.closed().is_some() {
+                        background.lock().cleaning.remove(&quarantine.plan);
+                        return;
+                    }
+                    tracing::warn!(%error, "removing moved bands failed; it is tried again");
+                    tokio::time::sleep(RETRY).await;
+                }
+                tracing::info!(
+                    keyspace = replica.keyspace.0,
+                    shard = replica.shard.0,
+                    "removed the bands that it gave away"
+                );
+                this.told.lock().cleaned.insert(quarantine.plan);
+                this.context.core.report.notify_one();
+            });
+        }
+        // The old copies go only once a manifest of the new owner covers what it took over.
+        let wanted = catalog
+            .quarantines
+            .iter()
+            .flat_map(|one| &one.targets)
+            .filter(|(id, _)| *id == replica.id)
+            .map(|(_, lsn)| *lsn)
+            .max();
+        if let Some(lsn) = wanted
+            && Lsn(ship.positions.manifest.load(Ordering::Acquire)) < lsn
+            && background.lock().covering.replace(lsn) != Some(lsn)
+        {
+            let (this, ship, background) = (self.clone(), ship.clone(), background.clone());
+            tokio::spawn(async move {
+                loop {
+                    let result = tokio::select! {
+                        () = this.cancel.cancelled() => return,
+                        result = ship.checkpoint(None) => result,
+                    };
+                    match result {
+                        Ok(_) => break,
+                        Err(error) => {
+                            tracing::warn!(%error, "the checkpoint that covers a moved range failed; it is tried again")
+                        }
+                    }
+                    tokio::time::sleep(RETRY).await;
+                }
+                background.lock().covering = None;
+                this.context.core.report.notify_one();
+            });
+        }
+    }
+}
+
+fn fresh_source(plan: PlanId) -> SourceProgress {
+    SourceProgress { plan, manifest: None, sealed: None, released: false, pauses_us: Vec::new(), failed: None }
+}
+
+/// Opens a replica. One that was being filled and has no record of its ingest is thrown away first.
+pub(crate) fn open_or_begin_again(
+    tenant: &Tenant,
+    engines: &EngineShared,
+    clock: &SharedClock,
+    initial: (CatalogVersion, BandRange, RangeState),
+) -> Result<Replica, String> {
+    let open = |initial| {
+        Replica::open(OpenOptions {
+            dir: tenant.dir.clone(),
+            keyspace: tenant.keyspace,
+            shard: tenant.shard,
+            replica: tenant.replica,
+            shared: engines.clone(),
+            clock: clock.clone(),
+            initial,
+        })
+        .map_err(|error| error.to_string())
+    };
+    let is_new = !tenant.dir.join("db").join("CURRENT").exists();
+    let replica = open(is_new.then_some(initial))?;
+    let ranges = replica.ranges();
+    let arriving = Band::all().any(|band| ranges.state(band) == RangeState::Arriving);
+    let untouched = ranges.owned().next().is_none() && !arriving;
+    let interrupted = ranges.is_being_filled() && !is_new;
+    if !interrupted && !untouched {
+        return Ok(replica);
+    }
+    if untouched && initial.2 == RangeState::Owned {
+        // Created before a crash, but its first range record did not get to the disk.
+        drop_blocking(replica);
+        return open(Some(initial));
+    }
+    drop_blocking(replica);
+    std::fs::remove_dir_all(&tenant.dir).map_err(|error| format!("{}: {error}", tenant.dir.display()))?;
+    open(Some(initial))
+}
+
+/// Ends a replica's writer and engine from a blocking thread.
+fn drop_blocking(replica: Replica) {
+    tokio::runtime::Handle::current().block_on(replica.stop());
+}
+
+/// Removes a range that was given away (DESIGN: clean-up).
+///
+/// Whole files first; then one record with the range delete and the state; then a flush and a
+/// forced compaction; only then is the range empty. After the range delete whole files are never
+/// dropped again, because that could uncover what the delete hides.
+pub(crate) async fn clean_up(
+    replica: &Replica,
+    range: BandRange,
+    version: CatalogVersion,
+) -> Result<(), ship::ShipError> {
+    let refused = |error: ReplicaError| ship::ShipError::Checkpoint(error.to_string());
+    let (ranges, epoch) = (replica.ranges(), replica.epoch());
+    if ranges.all_are(range, RangeState::Empty) {
+        return Ok(());
+    }
+    if ranges.all_are(range, RangeState::Leaving) {
+        let files = replica.clone();
+        blocking(move || files.engine().delete_files_in(range)).await?;
+        replica
+            .control(Control::SetRange { epoch, version, range, state: RangeState::Clearing })
+            .await
+            .map_err(refused)?;
+    } else if !ranges.all_are(range, RangeState::Clearing) {
+        return Err(ship::ShipError::Checkpoint("the range to remove is not one that was given away".into()));
+    }
+    let compacted = replica.clone();
+    blocking(move || {
+        compacted.engine().flush()?;
+        compacted.engine().compact_bands(range);
+        // An interrupted compaction reports nothing: look.
+        let (inside, _) = compacted.engine().band_bytes(range)?;
+        if inside > 0 || compacted.engine().any_in(range)? || compacted.closed().is_some() {
+            return Err(ship::ShipError::Checkpoint("something is left in the removed range".into()));
+        }
+        Ok(())
+    })
+    .await?;
+    replica.control(Control::SetRange { epoch, version, range, state: RangeState::Empty }).await.map_err(refused)?;
+    Ok(())
+}

@@ -1,0 +1,21 @@
+//! The serving process: local replicas, their data path, their shipping, and the node's part in
+//! structural changes.
+
+pub mod binlog;
+pub mod clock;
+pub mod core;
+pub mod data;
+pub mod engine;
+pub mod flusher;
+pub mod grow;
+pub mod host;
+pub mod manager;
+pub mod node;
+pub mod node_dir;
+pub mod replica;
+pub mod session;
+pub mod ship;
+pub mod tail;
+
+pub use engine::EngineBudget;
+pub use node::{Node, NodeConfig, NodeError, RunningNode};

@@ -1,0 +1,220 @@
+//! Which replicas this node hosts: brings them in line with the catalog versions it is sent.
+//!
+//! **Invariants**
+//! - A version is remembered durably before it is obeyed; lower ones are refused.
+//! - A replica is registered durably before it serves. What is registered as a member but has lost
+//!   its files is never made anew.
+//! - A replica's files are removed only when the catalog says that the keyspace was deleted, or when
+//!   it was the target of a plan that is over and was never placed.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+use vasto_core::catalog::{Catalog, KeyspaceState};
+use vasto_core::ids::{KeyspaceId, ReplicaId, ShardId};
+use vasto_core::plan::{ReplicaPhase, ReplicaReport};
+
+use crate::host::{Host, HostContext, Tenant};
+use crate::node_dir::{DirError, NodeDir, Registered};
+use crate::ship::ShipHandle;
+
+/// The hosts of a node.
+pub struct Manager {
+    context: Arc<HostContext>,
+    dir: Arc<Mutex<NodeDir>>,
+    hosts: Mutex<HashMap<(KeyspaceId, ReplicaId), Host>>,
+    failed: Mutex<HashMap<(KeyspaceId, ReplicaId), (ShardId, String)>>,
+    replicas_max: usize,
+    stopping: AtomicBool,
+    turns: Mutex<HashMap<KeyspaceId, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+impl Manager {
+    /// A manager of the directory's replicas.
+    pub fn new(context: Arc<HostContext>, dir: Arc<Mutex<NodeDir>>, replicas_max: usize) -> Self {
+        Self {
+            context,
+            dir,
+            hosts: Mutex::default(),
+            failed: Mutex::default(),
+            replicas_max,
+            stopping: AtomicBool::new(false),
+            turns: Mutex::default(),
+        }
+    }
+
+    /// Obeys a catalog version. `remembered` says that it came from this directory.
+    pub async fn obey(&self, catalog: Arc<Catalog>, remembered: bool) -> Result<(), DirError> {
+        // One version of a keyspace at a time; keyspaces do not wait for each other.
+        let turn = self.turns.lock().entry(catalog.keyspace).or_default().clone();
+        let _turn = turn.lock().await;
+        let core = &self.context.core;
+        if core.catalog(catalog.keyspace).is_some_and(|known| known.version > catalog.version) {
+            // Versions travel side by side: one that was overtaken is normal, and so is an old master's.
+            tracing::debug!(keyspace = catalog.keyspace.0, version = catalog.version.0, "a lower version is refused");
+            return Ok(());
+        }
+        let members = catalog.members_on(core.node_id);
+        let concerned =
+            !members.is_empty() || self.dir.lock().replicas().iter().any(|one| one.keyspace == catalog.keyspace);
+        if !remembered && concerned {
+            let (dir, noted) = (self.dir.clone(), catalog.clone());
+            tokio::task::spawn_blocking(move || dir.lock().remember_catalog(&noted)).await.unwrap_or(Ok(()))?;
+        }
+        core.set_catalog(catalog.clone());
+        // First what goes: a new target of a shard takes the place of an aborted one.
+        self.retire(&catalog, &members).await?;
+        for (shard, replica, placed) in &members {
+            self.host(&catalog, *shard, *replica, *placed)?;
+        }
+        Ok(())
+    }
+
+    fn host(&self, catalog: &Arc<Catalog>, shard: ShardId, replica: ReplicaId, placed: bool) -> Result<(), DirError> {
+        let key = (catalog.keyspace, replica);
+        let mut dir = self.dir.lock();
+        let registered = dir.registered(catalog.keyspace, replica);
+        let path = dir.replica_dir(catalog.keyspace, replica);
+        let mut hosts = self.hosts.lock();
+        if self.stopping.load(Ordering::Acquire) {
+            return Ok(()); // a version that arrives while the node stops opens nothing
+        }
+        if registered.is_none() && hosts.len() >= self.replicas_max {
+            self.fail(
+                key,
+                shard,
+                format!("this node holds {} replicas, its limit (node.max_replicas)", self.replicas_max),
+            );
+            return Ok(());
+        }
+        // A member that was created empty by the keyspace's first version may be begun again until it
+        // has been open; one that a plan has filled may not once it is placed.
+        let has_served = registered.is_some_and(|one| !one.building || (placed && one.target));
+        if has_served && !path.join("db").join("CURRENT").exists() && !hosts.contains_key(&key) {
+            self.fail(key, shard, format!("{} has lost its files; put them back, or replace the node", path.display()));
+            return Ok(());
+        }
+        let version = registered.map_or(catalog.version, |one| one.version);
+        if let Some(host) = hosts.get(&key) {
+            host.obey(catalog.clone());
+            return Ok(());
+        }
+        if registered.is_none() {
+            // Until it is open it may be begun again from nothing.
+            dir.register(Registered {
+                keyspace: catalog.keyspace,
+                shard,
+                replica,
+                version,
+                building: true,
+                target: !placed,
+            })?;
+        }
+        let tenant = Tenant { keyspace: catalog.keyspace, shard, replica, dir: path, tmp: dir.tmp() };
+        hosts.insert(key, Host::start(self.context.clone(), tenant, catalog.clone()));
+        Ok(())
+    }
+
+    fn fail(&self, key: (KeyspaceId, ReplicaId), shard: ShardId, reason: String) {
+        if self.failed.lock().insert(key, (shard, reason.clone())).is_none() {
+            tracing::error!(keyspace = key.0.0, replica = key.1.0, reason, "the replica cannot be hosted");
+        }
+    }
+
+    /// Removes what this version takes away.
+    async fn retire(&self, catalog: &Arc<Catalog>, members: &[(ShardId, ReplicaId, bool)]) -> Result<(), DirError> {
+        let gone: Vec<Registered> = {
+            let dir = self.dir.lock();
+            dir.replicas()
+                .into_iter()
+                .filter(|one| one.keyspace == catalog.keyspace && catalog.version >= one.version)
+                .filter(|one| !members.iter().any(|(_, replica, _)| *replica == one.replica))
+                .filter(|one| one.building || catalog.state == KeyspaceState::Deleted)
+                .collect()
+        };
+        for one in gone {
+            let host = self.hosts.lock().remove(&(one.keyspace, one.replica));
+            if let Some(host) = host {
+                host.stop_to_discard().await;
+            }
+            tracing::info!(
+                keyspace = one.keyspace.0,
+                replica = one.replica.0,
+                version = catalog.version.0,
+                "removing a replica"
+            );
+            let dir = self.dir.clone();
+            tokio::task::spawn_blocking(move || dir.lock().discard(one.keyspace, one.replica))
+                .await
+                .unwrap_or(Ok(()))?;
+            self.failed.lock().remove(&(one.keyspace, one.replica));
+        }
+        Ok(())
+    }
+
+    /// Notes that open members are here to stay: from now on their loss is never papered over.
+    pub fn settle(&self) {
+        let hosted: HashSet<(KeyspaceId, ReplicaId)> = self.hosts.lock().keys().copied().collect();
+        // A directory that is busy is settled at the next report.
+        let Some(mut dir) = self.dir.try_lock() else { return };
+        for one in dir.replicas().into_iter().filter(|one| one.building) {
+            let open = self.context.core.replica(one.keyspace, one.replica).is_some();
+            let placed = self.context.core.catalog(one.keyspace).is_some_and(|catalog| {
+                catalog.placement.iter().flat_map(|shard| &shard.replicas).any(|placed| placed.replica == one.replica)
+            });
+            if open
+                && placed
+                && hosted.contains(&(one.keyspace, one.replica))
+                && let Err(error) = dir.register(Registered { building: false, ..one })
+            {
+                tracing::error!(%error, "the register of replicas could not be written");
+            }
+        }
+    }
+
+    /// Reports of all replicas.
+    pub fn reports(&self) -> Vec<ReplicaReport> {
+        self.settle();
+        let core = &self.context.core;
+        let hosts = self.hosts.lock();
+        let mut reports: Vec<ReplicaReport> = hosts.values().map(|host| host.report(core)).collect();
+        for ((keyspace, replica), (shard, reason)) in &*self.failed.lock() {
+            if !hosts.contains_key(&(*keyspace, *replica)) {
+                reports.push(ReplicaReport {
+                    keyspace: *keyspace,
+                    shard: *shard,
+                    replica: *replica,
+                    incarnation: Default::default(),
+                    version: Default::default(),
+                    phase: ReplicaPhase::Failed(reason.clone()),
+                    lsn: Default::default(),
+                    shipped_lsn: Default::default(),
+                    manifest_lsn: Default::default(),
+                    keys: 0,
+                    bytes: 0,
+                    source: None,
+                    target: None,
+                    cleaned: Vec::new(),
+                });
+            }
+        }
+        reports
+    }
+
+    /// The shippers of a keyspace's replicas here.
+    pub fn shippers(&self, keyspace: KeyspaceId) -> Vec<ShipHandle> {
+        self.hosts.lock().iter().filter(|((ks, _), _)| *ks == keyspace).filter_map(|(_, host)| host.shipper()).collect()
+    }
+
+    /// Stops all hosts, in parallel.
+    pub async fn stop(&self) {
+        let hosts: Vec<Host> = {
+            let mut hosts = self.hosts.lock();
+            self.stopping.store(true, Ordering::Release);
+            hosts.drain().map(|(_, host)| host).collect()
+        };
+        futures::future::join_all(hosts.into_iter().map(Host::stop)).await;
+    }
+}

@@ -1,0 +1,246 @@
+//! A whole node: directory, services, session, hosts, in their order of start and stop.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use vasto_core::ids::NodeId;
+use vasto_core::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX};
+use vasto_proto::v1::data_server::DataServer;
+use vasto_proto::v1::replication_server::ReplicationServer;
+use vasto_shipping::bucket::{Bucket, BucketError, BucketOptions};
+
+use crate::clock::{SharedClock, SystemClock};
+use crate::core::NodeCore;
+use crate::data::DataService;
+use crate::engine::{EngineBudget, EngineShared};
+use crate::flusher;
+use crate::host::HostContext;
+use crate::manager::Manager;
+use crate::node_dir::{DirError, NodeDir};
+use crate::session::{Joined, Session, SessionConfig, SessionContext, SessionError, join, keep};
+use crate::tail::TailService;
+
+/// How a node runs.
+#[derive(Debug, Clone)]
+pub struct NodeConfig {
+    /// `http://host:port` of the master.
+    pub master: String,
+    /// The data directory.
+    pub dir: PathBuf,
+    /// Where to listen; port 0 picks a free one.
+    pub listen: SocketAddr,
+    /// What others connect to, when it is not the listen address.
+    pub advertise: Option<String>,
+    /// Where the node stands.
+    pub zone: String,
+    /// Memory and background work.
+    pub budget: EngineBudget,
+    /// Between two uploads of log chunks.
+    pub ship_interval: Duration,
+    /// Reads that may block, at a time.
+    pub read_threads: usize,
+    /// Most replicas here.
+    pub max_replicas: usize,
+    /// Credentials and endpoint of the bucket.
+    pub bucket_options: BucketOptions,
+}
+
+/// Why a node does not start or had to stop.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The data directory.
+    #[error(transparent)]
+    Dir(#[from] DirError),
+    /// The master.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// The bucket.
+    #[error(transparent)]
+    Bucket(#[from] BucketError),
+    /// The listen address.
+    #[error(
+        "cannot listen on {listen}: {source}; stop what uses the port, or choose another --listen (port 0 picks a free one)"
+    )]
+    Listen {
+        /// The address.
+        listen: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// How long a new node waits for its master, and a known one before it serves without it.
+const FIRST_MASTER_WAIT: Duration = Duration::from_secs(10);
+
+/// Starts nodes.
+pub struct Node;
+
+/// A node that serves.
+pub struct RunningNode {
+    /// Its id.
+    pub node_id: NodeId,
+    /// Where it listens.
+    pub listen: SocketAddr,
+    /// Its cluster.
+    pub cluster_id: String,
+    task: JoinHandle<Result<(), NodeError>>,
+}
+
+impl RunningNode {
+    /// Waits for its end: after `shutdown`, or when the master refuses it for good.
+    pub async fn stopped(self) -> Result<(), NodeError> {
+        self.task.await.unwrap_or(Ok(()))
+    }
+}
+
+impl Node {
+    /// Starts a node: opens its directory, joins the master, hosts its replicas, serves. A node that
+    /// has been in a cluster before also starts without its master, from what it remembers.
+    pub async fn start(config: NodeConfig, shutdown: CancellationToken) -> Result<RunningNode, NodeError> {
+        let fresh_id = NodeId(rand::random());
+        let path = config.dir.clone();
+        let dir = tokio::task::spawn_blocking(move || NodeDir::open(&path, fresh_id))
+            .await
+            .unwrap_or_else(|_| Err(DirError::Locked(config.dir.clone())))?;
+        let identity = dir.identity().clone();
+        let node_id = identity.node_id;
+        let dir = Arc::new(Mutex::new(dir));
+        let listen_failed = |source| NodeError::Listen { listen: config.listen, source };
+        let listener = TcpListener::bind(config.listen).await.map_err(listen_failed)?;
+        let listen = listener.local_addr().map_err(listen_failed)?;
+        let session_config = SessionConfig {
+            master: config.master.clone(),
+            address: config.advertise.clone().unwrap_or_else(|| listen.to_string()),
+            zone: config.zone.clone(),
+            node_id,
+        };
+        let (first, joined) =
+            first_session(&session_config, &dir, identity.cluster_id.clone(), identity.bucket_url.clone()).await?;
+        let bucket = Bucket::open(&joined.bucket_url, &config.bucket_options)?;
+        let clock: SharedClock = Arc::new(SystemClock);
+        let core = Arc::new(NodeCore::new(node_id, clock.clone(), config.read_threads));
+        let engines = EngineShared::new(config.budget);
+        let host_context = Arc::new(HostContext {
+            core: core.clone(),
+            engines: engines.clone(),
+            bucket: bucket.clone(),
+            ship_interval: config.ship_interval,
+            clock,
+        });
+        let manager = Arc::new(Manager::new(host_context, dir.clone(), config.max_replicas));
+        let remembered = dir.lock().catalogs()?;
+        for catalog in remembered {
+            manager.obey(Arc::new(catalog), true).await?;
+        }
+        let task = tokio::spawn(serve(Running {
+            core,
+            engines,
+            manager,
+            bucket,
+            dir,
+            session_config,
+            first,
+            listener,
+            data_dir: config.dir,
+            shutdown,
+        }));
+        Ok(RunningNode { node_id, listen, cluster_id: joined.cluster_id, task })
+    }
+}
+
+async fn first_session(
+    config: &SessionConfig,
+    dir: &Mutex<NodeDir>,
+    known_cluster: String,
+    known_bucket: String,
+) -> Result<(Option<Session>, Joined), NodeError> {
+    let deadline = tokio::time::Instant::now() + FIRST_MASTER_WAIT;
+    loop {
+        match join(config, dir).await {
+            Ok(session) => {
+                let joined = session.joined.clone();
+                return Ok((Some(session), joined));
+            }
+            Err(error) if error.is_fatal() => return Err(error.into()),
+            Err(_) if !known_cluster.is_empty() => {
+                tracing::info!("the master is not reachable; serving from what this node remembers");
+                return Ok((None, Joined { cluster_id: known_cluster, bucket_url: known_bucket }));
+            }
+            Err(error) if tokio::time::Instant::now() >= deadline => return Err(error.into()),
+            Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+        }
+    }
+}
+
+struct Running {
+    core: Arc<NodeCore>,
+    engines: EngineShared,
+    manager: Arc<Manager>,
+    bucket: Bucket,
+    dir: Arc<Mutex<NodeDir>>,
+    session_config: SessionConfig,
+    first: Option<Session>,
+    listener: TcpListener,
+    data_dir: PathBuf,
+    shutdown: CancellationToken,
+}
+
+async fn serve(running: Running) -> Result<(), NodeError> {
+    let Running { core, engines, manager, bucket, dir, session_config, first, listener, data_dir, shutdown } = running;
+    let stop_serving = CancellationToken::new();
+    let data = DataServer::new(DataService::new(core.clone()))
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let tails = ReplicationServer::new(TailService::new(core.clone()))
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let server = Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .initial_stream_window_size(Some(4 << 20))
+        .initial_connection_window_size(Some(16 << 20))
+        .add_service(data)
+        .add_service(tails);
+    let server = tokio::spawn({
+        let stop = stop_serving.clone();
+        async move {
+            // The builder's own option does not reach sockets that are accepted here.
+            let serving = server.serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
+            tokio::select! {
+                () = stop.cancelled() => {}
+                result = serving => if let Err(error) = result {
+                    tracing::error!(%error, "the data service ended");
+                }
+            }
+        }
+    });
+    let flusher = tokio::spawn(flusher::run(core.clone(), engines, stop_serving.clone()));
+    let (fatal_sender, fatal) = oneshot::channel();
+    let session_cancel = CancellationToken::new();
+    let context = SessionContext { core, manager: manager.clone(), bucket, dir: data_dir };
+    let session = tokio::spawn(keep(context, session_config, dir, first, session_cancel.clone(), fatal_sender));
+    let end = tokio::select! {
+        () = shutdown.cancelled() => Ok(()),
+        Ok(error) = fatal => {
+            tracing::error!(%error, "the node stops");
+            Err(NodeError::Session(error))
+        }
+    };
+    // Stop taking work, then ship what is due and flush, then leave.
+    stop_serving.cancel();
+    let _ = server.await;
+    let _ = flusher.await;
+    manager.stop().await;
+    session_cancel.cancel();
+    let _ = session.await;
+    end
+}

@@ -1,0 +1,322 @@
+//! A node's data directory: its lock, its identity, the register of its replicas, the catalog
+//! versions it has obeyed.
+//!
+//! ```text
+//! <dir>/LOCK                     held while the node runs
+//! <dir>/node.json                cluster id, node id, format, bucket; written once, then only the bucket changes
+//! <dir>/replicas.json            which replicas this directory holds
+//! <dir>/catalog/<keyspace>.json  the last catalog version obeyed
+//! <dir>/replicas/<keyspace>-<replica>/{db,log,ship.json}
+//! <dir>/tmp/                     emptied at every start
+//! ```
+//!
+//! **Invariants**
+//! - The node id is drawn once per directory: an emptied directory is another node, so nothing is
+//!   ever served from a directory that has lost its data.
+//! - A replica that is registered but missing on disk is never made anew.
+//! - Every file is replaced by write, fsync, rename, fsync of the directory.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use vasto_core::catalog::Catalog;
+use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId, ReplicaId, ShardId};
+
+/// The newest format of the directory that this version reads and the one it writes.
+const FORMAT: u32 = 1;
+
+/// What is wrong with a data directory.
+#[derive(Debug, thiserror::Error)]
+pub enum DirError {
+    /// Another process serves it.
+    #[error("the data directory {0} is in use by another process; stop that one or choose another --dir")]
+    Locked(PathBuf),
+    /// It belongs to another cluster.
+    #[error(
+        "the data directory {dir} belongs to cluster {found}, but the master serves cluster {wanted}; choose another --dir or another --master"
+    )]
+    OtherCluster {
+        /// The directory.
+        dir: PathBuf,
+        /// Its cluster.
+        found: String,
+        /// The master's cluster.
+        wanted: String,
+    },
+    /// A newer version wrote it.
+    #[error("the data directory {dir} has format {found}, this version reads up to {FORMAT}; use a newer vasto")]
+    NewerFormat {
+        /// The directory.
+        dir: PathBuf,
+        /// Its format.
+        found: u32,
+    },
+    /// A file does not hold what it should.
+    #[error("{path} is damaged: {reason}; restore it or replace the node")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The file system says no.
+    #[error("{path}: {source}")]
+    Io {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+fn io(path: &Path) -> impl FnOnce(std::io::Error) -> DirError {
+    let path = path.to_owned();
+    move |source| DirError::Io { path, source }
+}
+
+/// Who a directory is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeIdentity {
+    /// Format of the directory.
+    pub format: u32,
+    /// Its cluster; empty until the first master was met.
+    pub cluster_id: String,
+    /// The node.
+    pub node_id: NodeId,
+    /// Where it ships to.
+    pub bucket_url: String,
+}
+
+/// A replica that the directory holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registered {
+    /// Its keyspace.
+    pub keyspace: KeyspaceId,
+    /// Its shard.
+    pub shard: ShardId,
+    /// The replica.
+    pub replica: ReplicaId,
+    /// The version that brought it here.
+    pub version: CatalogVersion,
+    /// It has not served yet: it may be thrown away and begun again.
+    pub building: bool,
+    /// It came as the target of a plan: once it is placed, it holds what the plan brought.
+    #[serde(default)]
+    pub target: bool,
+}
+
+/// An opened and locked data directory.
+pub struct NodeDir {
+    dir: PathBuf,
+    _lock: File,
+    identity: NodeIdentity,
+    replicas: BTreeMap<(KeyspaceId, ReplicaId), Registered>,
+}
+
+impl NodeDir {
+    /// Opens or creates the directory; `fresh_id` becomes the node id of a new one.
+    pub fn open(dir: &Path, fresh_id: NodeId) -> Result<Self, DirError> {
+        std::fs::create_dir_all(dir).map_err(io(dir))?;
+        let lock_path = dir.join("LOCK");
+        let lock = File::options().create(true).truncate(false).write(true).open(&lock_path).map_err(io(&lock_path))?;
+        if rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Err(DirError::Locked(dir.to_owned()));
+        }
+        let path = dir.join("node.json");
+        let identity = match read_json::<serde_json::Value>(&path)? {
+            Some(value) => {
+                let found = value.get("format").and_then(serde_json::Value::as_u64).unwrap_or(0) as u32;
+                if found > FORMAT {
+                    return Err(DirError::NewerFormat { dir: dir.to_owned(), found });
+                }
+                serde_json::from_value(value).map_err(|error| DirError::Damaged { path, reason: error.to_string() })?
+            }
+            None => {
+                let identity = NodeIdentity {
+                    format: FORMAT,
+                    cluster_id: String::new(),
+                    node_id: fresh_id,
+                    bucket_url: String::new(),
+                };
+                write_json(&path, &identity)?;
+                identity
+            }
+        };
+        let registered: Vec<Registered> = read_json(&dir.join("replicas.json"))?.unwrap_or_default();
+        for sub in ["replicas", "catalog"] {
+            let path = dir.join(sub);
+            std::fs::create_dir_all(&path).map_err(io(&path))?;
+        }
+        let tmp = dir.join("tmp");
+        match std::fs::remove_dir_all(&tmp) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(&tmp)(error)),
+            _ => {}
+        }
+        std::fs::create_dir_all(&tmp).map_err(io(&tmp))?;
+        Ok(Self {
+            dir: dir.to_owned(),
+            _lock: lock,
+            identity,
+            replicas: registered.into_iter().map(|one| ((one.keyspace, one.replica), one)).collect(),
+        })
+    }
+
+    /// Who this is.
+    pub fn identity(&self) -> &NodeIdentity {
+        &self.identity
+    }
+
+    /// Joins the cluster on the first meeting; refuses another one later.
+    pub fn join(&mut self, cluster_id: &str, bucket_url: &str) -> Result<(), DirError> {
+        if !self.identity.cluster_id.is_empty() && self.identity.cluster_id != cluster_id {
+            return Err(DirError::OtherCluster {
+                dir: self.dir.clone(),
+                found: self.identity.cluster_id.clone(),
+                wanted: cluster_id.to_owned(),
+            });
+        }
+        if self.identity.cluster_id != cluster_id || self.identity.bucket_url != bucket_url {
+            self.identity.cluster_id = cluster_id.to_owned();
+            self.identity.bucket_url = bucket_url.to_owned();
+            write_json(&self.dir.join("node.json"), &self.identity)?;
+        }
+        Ok(())
+    }
+
+    /// The replicas that it holds.
+    pub fn replicas(&self) -> Vec<Registered> {
+        self.replicas.values().copied().collect()
+    }
+
+    /// Looks one up.
+    pub fn registered(&self, keyspace: KeyspaceId, replica: ReplicaId) -> Option<Registered> {
+        self.replicas.get(&(keyspace, replica)).copied()
+    }
+
+    /// Registers a replica, durably, before it serves anything.
+    pub fn register(&mut self, one: Registered) -> Result<(), DirError> {
+        if self.replicas.insert((one.keyspace, one.replica), one) != Some(one) {
+            self.write_register()?;
+        }
+        Ok(())
+    }
+
+    /// Forgets a replica and removes its files. The order (register last) makes a crash in between
+    /// show up as a registered replica without files, which is removed again.
+    pub fn discard(&mut self, keyspace: KeyspaceId, replica: ReplicaId) -> Result<(), DirError> {
+        let path = self.replica_dir(keyspace, replica);
+        let grave = self.tmp().join(format!("removed-{keyspace}-{replica}"));
+        match std::fs::rename(&path, &grave) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(&path)(error)),
+            _ => {}
+        }
+        // Gigabytes take a while, and nobody waits for them; what is left goes at the next start.
+        std::thread::spawn(move || std::fs::remove_dir_all(grave));
+        if self.replicas.remove(&(keyspace, replica)).is_some() {
+            self.write_register()?;
+        }
+        Ok(())
+    }
+
+    fn write_register(&self) -> Result<(), DirError> {
+        write_json(&self.dir.join("replicas.json"), &self.replicas())
+    }
+
+    /// Where a replica lives.
+    pub fn replica_dir(&self, keyspace: KeyspaceId, replica: ReplicaId) -> PathBuf {
+        self.dir.join("replicas").join(format!("{keyspace}-{replica}"))
+    }
+
+    /// A place for temporary files on the same file system.
+    pub fn tmp(&self) -> PathBuf {
+        self.dir.join("tmp")
+    }
+
+    /// The directory itself.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Remembers a catalog version before it is obeyed.
+    pub fn remember_catalog(&self, catalog: &Catalog) -> Result<(), DirError> {
+        write_json(&self.dir.join("catalog").join(format!("{}.json", catalog.keyspace)), catalog)
+    }
+
+    /// All remembered catalog versions.
+    pub fn catalogs(&self) -> Result<Vec<Catalog>, DirError> {
+        let dir = self.dir.join("catalog");
+        let mut out = Vec::new();
+        for entry in std::fs::read_dir(&dir).map_err(io(&dir))? {
+            let path = entry.map_err(io(&dir))?.path();
+            if path.extension().is_some_and(|extension| extension == "json")
+                && let Some(catalog) = read_json(&path)?
+            {
+                out.push(catalog);
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// Reads a JSON file; `None` when it is not there.
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, DirError> {
+    match std::fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|error| DirError::Damaged { path: path.to_owned(), reason: error.to_string() }),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(io(path)(error)),
+    }
+}
+
+/// Replaces a JSON file durably.
+pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), DirError> {
+    let bytes = serde_json::to_vec_pretty(value).expect("plain data always has a JSON form");
+    let partial = path.with_extension("json.part");
+    let mut file = File::create(&partial).map_err(io(&partial))?;
+    file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(io(&partial))?;
+    std::fs::rename(&partial, path).map_err(io(path))?;
+    let parent = path.parent().unwrap_or(Path::new("."));
+    File::open(parent).and_then(|dir| dir.sync_all()).map_err(io(parent))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_directory_keeps_its_identity_and_refuses_others() {
+        let temp = tempfile::tempdir().unwrap();
+        let mut dir = NodeDir::open(temp.path(), NodeId(7)).unwrap();
+        assert!(matches!(NodeDir::open(temp.path(), NodeId(8)), Err(DirError::Locked(_))));
+        dir.join("c1", "file:///b").unwrap();
+        assert!(matches!(dir.join("c2", "file:///b"), Err(DirError::OtherCluster { .. })));
+        let one = Registered {
+            keyspace: KeyspaceId(1),
+            shard: ShardId(0),
+            replica: ReplicaId(1),
+            version: CatalogVersion(1),
+            building: false,
+            target: false,
+        };
+        dir.register(one).unwrap();
+        drop(dir);
+        let dir = NodeDir::open(temp.path(), NodeId(8)).unwrap();
+        assert_eq!(dir.identity().node_id, NodeId(7));
+        assert_eq!(dir.replicas(), vec![one]);
+    }
+
+    #[test]
+    fn newer_formats_and_damage_are_typed() {
+        let temp = tempfile::tempdir().unwrap();
+        std::fs::write(temp.path().join("node.json"), r#"{"format":2,"new":"things"}"#).unwrap();
+        assert!(matches!(NodeDir::open(temp.path(), NodeId(7)), Err(DirError::NewerFormat { found: 2, .. })));
+        std::fs::write(temp.path().join("node.json"), "{").unwrap();
+        assert!(matches!(NodeDir::open(temp.path(), NodeId(7)), Err(DirError::Damaged { .. })));
+    }
+}

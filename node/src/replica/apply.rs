@@ -1,0 +1,136 @@
+//! What a log record changes in the database: the one function behind replay and control records.
+//!
+//! **Invariant:** applying a record is a pure function of the record and the metadata before it,
+//! so a replay after a crash gives the same database as the first application did.
+
+use vasto_core::Band;
+use vasto_core::codec::DecodeError;
+use vasto_core::entry::{Entry, event_time_of};
+use vasto_core::hash::partition_hash;
+use vasto_core::ids::{OwnSeq, ShardId};
+use vasto_core::record::{Body, Progress, RangeState, Record};
+use vasto_core::stored_key::{MetaKey, data_key};
+
+use super::state::{Head, Identity, Ranges, Seal};
+use crate::engine::Batch;
+
+/// The metadata that records change.
+#[derive(Debug, Clone)]
+pub struct Meta {
+    /// Who the replica is.
+    pub identity: Identity,
+    /// Where it stands.
+    pub head: Head,
+    /// The state of its bands.
+    pub ranges: Ranges,
+}
+
+/// A record that cannot be applied.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ApplyError {
+    /// An entry does not decode.
+    #[error("an entry of record {lsn} is damaged: {source}")]
+    Entry {
+        /// The record.
+        lsn: u64,
+        /// What is wrong.
+        source: DecodeError,
+    },
+    /// A key can never live in this shard.
+    #[error("record {lsn} holds a key that can never live in shard {shard}")]
+    Foreign {
+        /// The record.
+        lsn: u64,
+        /// This shard.
+        shard: ShardId,
+    },
+}
+
+/// The band of an entry inside a shard; `None` when it can never live there.
+pub fn band_of(shard: ShardId, user_key: &[u8], own_partition: Option<u64>) -> Option<Band> {
+    Band::in_shard(own_partition.unwrap_or_else(|| partition_hash(user_key)), shard)
+}
+
+/// Adds the cursor changes of a record.
+pub fn put_progress(batch: &mut Batch, progress: &[Progress]) {
+    for one in progress {
+        match one {
+            Progress::Tail(replica, lsn) => batch.put_meta(MetaKey::TailCursor(*replica), &lsn.0.to_le_bytes()),
+            Progress::Forward(shard, lsn) => batch.put_meta(MetaKey::ForwardCursor(shard.0), &lsn.0.to_le_bytes()),
+        }
+    }
+}
+
+/// Moves the head past a record and adds it to the batch.
+pub fn put_head(batch: &mut Batch, meta: &mut Meta, record: &Record) {
+    let head = &mut meta.head;
+    head.applied_lsn = record.lsn;
+    head.commit_time = head.commit_time.max(record.commit_time);
+    head.floor = head.floor.max(record.floor);
+    head.epoch = head.epoch.max(record.epoch);
+    if record.own_seq.0 > 0 {
+        if record.origin.replica == meta.identity.replica && record.origin.incarnation == meta.identity.incarnation {
+            head.own_seq = record.own_seq;
+        }
+        batch.put_meta(MetaKey::Vector(record.origin), &record.own_seq.0.to_le_bytes());
+    }
+    batch.put_meta(MetaKey::Head, &head.encode());
+}
+
+/// Builds the batch of a record and moves `meta` past it.
+pub fn apply_record(meta: &mut Meta, record: &Record) -> Result<Batch, ApplyError> {
+    let mut batch = Batch::default();
+    match &record.body {
+        Body::Data { entries, results, progress } => {
+            for one in entries {
+                let entry =
+                    Entry::decode(&one.entry).map_err(|source| ApplyError::Entry { lsn: record.lsn.0, source })?;
+                let band = band_of(meta.identity.shard, &one.key, entry.partition_hash)
+                    .ok_or(ApplyError::Foreign { lsn: record.lsn.0, shard: meta.identity.shard })?;
+                batch.put(&data_key(band, &one.key), &one.entry);
+                let event_time = event_time_of(&one.entry).unwrap_or(0);
+                meta.head.event_time_max = meta.head.event_time_max.max(event_time);
+            }
+            for one in results {
+                batch.put_meta(MetaKey::Result(one.client, one.sequence), &one.outcome);
+            }
+            put_progress(&mut batch, progress);
+        }
+        Body::GcFloor { floor } => meta.head.floor = meta.head.floor.max(*floor),
+        Body::Adopt { .. } => {
+            meta.identity.incarnation = record.origin.incarnation;
+            meta.head.own_seq = OwnSeq(0);
+            batch.put_meta(MetaKey::Identity, &meta.identity.encode());
+        }
+        Body::Seal { plan, version, range } => {
+            meta.ranges.seal =
+                Some(Seal { plan: *plan, version: *version, range: *range, lsn: record.lsn, since: None });
+            meta.head.version = meta.head.version.max(*version);
+        }
+        Body::Unseal { version, .. } => {
+            meta.ranges.seal = None;
+            meta.head.version = meta.head.version.max(*version);
+        }
+        Body::Ingest { plan, event_time_max, progress, .. } => {
+            meta.ranges.ingested = Some(*plan);
+            meta.head.event_time_max = meta.head.event_time_max.max(*event_time_max);
+            put_progress(&mut batch, progress);
+        }
+        Body::RangeState { version, range, state } => {
+            meta.ranges.set(*range, *state);
+            meta.head.version = meta.head.version.max(*version);
+            if *state == RangeState::Clearing {
+                batch.delete_bands(*range);
+            }
+            // Ownership has been decided: a seal of this range has served its purpose.
+            if meta.ranges.seal.is_some_and(|seal| seal.range.overlaps(*range)) {
+                meta.ranges.seal = None;
+            }
+        }
+    }
+    if matches!(record.body, Body::Seal { .. } | Body::Unseal { .. } | Body::Ingest { .. } | Body::RangeState { .. }) {
+        batch.put_meta(MetaKey::RangeStates, &meta.ranges.encode());
+    }
+    put_head(&mut batch, meta, record);
+    Ok(batch)
+}

@@ -1,0 +1,477 @@
+//! One copy of a shard: its engine, its log, its writer, and the handle that others use.
+//!
+//! **Invariants**
+//! - Only the writer thread changes a replica; readers see what it has published.
+//! - Every open is a new incarnation, whose `adopt` record is synced before the first own write.
+//! - Opening replays the log after `applied_lsn`; a log that ends before what the database holds,
+//!   or that has a hole, stops the replica with a named error instead of serving less than was
+//!   acknowledged.
+
+pub mod apply;
+pub mod job;
+mod metrics;
+pub mod read;
+mod slots;
+pub mod state;
+mod writer;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::thread::JoinHandle;
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use parking_lot::Mutex;
+use tokio::sync::{Semaphore, oneshot, watch};
+use vasto_core::catalog::Ack;
+use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, OwnSeq, ReplicaId, ShardId, Vector};
+use vasto_core::limits::{BINLOG_FILE_BYTES, WRITE_QUEUE_BYTES_MAX};
+use vasto_core::record::{BandRange, KeyEntry, Progress, RangeState, Record};
+use vasto_core::stored_key::{META_PREFIX, MetaKey};
+use vasto_core::{ErrorCode, VastoError};
+
+use crate::binlog::{Binlog, BinlogConfig, BinlogError, LogShared};
+use crate::clock::SharedClock;
+use crate::engine::{Engine, EngineError, EngineShared, FlushGuard};
+use apply::{ApplyError, Meta, apply_record};
+use job::{ApplyJob, Completion, Control, Job, ReplicaError, WriteJob, WriteOp};
+use state::{Head, Identity, Ranges};
+use writer::Writer;
+
+/// Why a replica does not open.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The log is damaged, foreign or cannot be read.
+    #[error(transparent)]
+    Log(#[from] BinlogError),
+    /// The database cannot be opened or read.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// A record cannot be applied.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    /// A metadata value cannot be read.
+    #[error("the replica's metadata cannot be read: {0}")]
+    Meta(#[from] vasto_core::codec::DecodeError),
+    /// The directory belongs to another replica.
+    #[error(
+        "{path} holds replica {found} of keyspace {keyspace}, not replica {wanted}; it was moved or copied by hand: put it back"
+    )]
+    Foreign {
+        /// The directory.
+        path: PathBuf,
+        /// Whose it is.
+        found: ReplicaId,
+        /// Its keyspace.
+        keyspace: KeyspaceId,
+        /// Who was to be opened.
+        wanted: ReplicaId,
+    },
+    /// The log misses records that the database has.
+    #[error(
+        "the log ends at LSN {log} but the database holds LSN {database}: log files are missing; restore {path} or replace the node"
+    )]
+    LogBehind {
+        /// Last LSN of the log.
+        log: Lsn,
+        /// What the database holds.
+        database: Lsn,
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The log does not reach back to what the database holds.
+    #[error(
+        "the log begins at LSN {first} but the database holds only LSN {database}: log files are missing; restore {path} or replace the node"
+    )]
+    LogAhead {
+        /// First LSN of the log.
+        first: Lsn,
+        /// What the database holds.
+        database: Lsn,
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The first records could not be written.
+    #[error(transparent)]
+    Replica(#[from] ReplicaError),
+    /// A directory cannot be made.
+    #[error("{path}: {source}")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// How to open a replica.
+pub struct OpenOptions {
+    /// Its directory; `db` and `log` live below it.
+    pub dir: PathBuf,
+    /// Its keyspace.
+    pub keyspace: KeyspaceId,
+    /// Its shard.
+    pub shard: ShardId,
+    /// The replica.
+    pub replica: ReplicaId,
+    /// The node's engine budget.
+    pub shared: EngineShared,
+    /// The clock for stamps.
+    pub clock: SharedClock,
+    /// For a new replica: what it owns at first, and the version that says so.
+    pub initial: Option<(CatalogVersion, BandRange, RangeState)>,
+}
+
+/// What a replica serves and since when, published as one: whoever compares an epoch with a range
+/// state must never see the one without the other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct View {
+    /// The state of its bands.
+    pub ranges: Ranges,
+    /// The epoch that it has obeyed.
+    pub epoch: Epoch,
+    /// The catalog version that it has obeyed.
+    pub version: CatalogVersion,
+}
+
+impl View {
+    fn of(meta: &Meta) -> Self {
+        Self { ranges: meta.ranges.clone(), epoch: meta.head.epoch, version: meta.head.version }
+    }
+
+    fn shows(&self, meta: &Meta) -> bool {
+        self.epoch == meta.head.epoch && self.version == meta.head.version && self.ranges == meta.ranges
+    }
+}
+
+/// What the writer shares with everybody else.
+pub struct Shared {
+    pub(crate) engine: Engine,
+    pub(crate) log: Arc<LogShared>,
+    pub(crate) clock: SharedClock,
+    view: ArcSwap<View>,
+    applied: AtomicU64,
+    incarnation: AtomicU64,
+    closed: ArcSwapOption<String>,
+    changed: watch::Sender<u64>,
+    pauses_us: Mutex<Vec<u64>>,
+    ended: AtomicBool,
+}
+
+/// Pause samples that are kept for a report.
+const PAUSES_MAX: usize = 4_096;
+
+impl Shared {
+    fn publish(&self, meta: &Meta) {
+        if !self.view.load().shows(meta) {
+            self.view.store(Arc::new(View::of(meta)));
+            self.changed.send_modify(|count| *count += 1);
+        }
+        self.incarnation.store(meta.identity.incarnation.0, Ordering::Release);
+        self.applied.store(meta.head.applied_lsn.0, Ordering::Release);
+    }
+
+    fn closed(&self) -> Option<String> {
+        self.closed.load().as_ref().map(|reason| reason.as_ref().clone())
+    }
+
+    fn close(&self, reason: String) {
+        if self.closed.load().is_none() {
+            self.closed.store(Some(Arc::new(reason)));
+            self.changed.send_modify(|count| *count += 1);
+        }
+    }
+
+    fn add_pauses(&self, samples: Vec<u64>) {
+        let mut pauses = self.pauses_us.lock();
+        let room = PAUSES_MAX.saturating_sub(pauses.len());
+        pauses.extend(samples.into_iter().take(room));
+    }
+}
+
+struct LogGuard(Arc<LogShared>);
+
+impl FlushGuard for LogGuard {
+    fn before_flush(&self) {
+        // A failure poisons the log, which closes the replica at its next append.
+        if let Err(error) = self.0.sync_appended() {
+            tracing::error!(%error, "the log could not be synced before a flush");
+        }
+    }
+}
+
+/// A handle to an open replica.
+#[derive(Clone)]
+pub struct Replica {
+    /// Its keyspace.
+    pub keyspace: KeyspaceId,
+    /// Its shard.
+    pub shard: ShardId,
+    /// The replica.
+    pub id: ReplicaId,
+    shared: Arc<Shared>,
+    jobs: Sender<Job>,
+    queue_bytes: Arc<Semaphore>,
+    writer: Arc<Mutex<Option<JoinHandle<()>>>>,
+}
+
+/// A writer that dies leaves a replica that says so.
+struct CloseOnPanic(Arc<Shared>);
+
+impl Drop for CloseOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.close("its writer died; restart the node, and report this defect with the log".into());
+        }
+    }
+}
+
+/// Directory of the database below a replica's directory.
+pub fn database_dir(dir: &Path) -> PathBuf {
+    dir.join("db")
+}
+
+/// Directory of the log below a replica's directory.
+pub fn log_dir(dir: &Path) -> PathBuf {
+    dir.join("log")
+}
+
+impl Replica {
+    /// Opens (or, with `initial`, creates) a replica: recovers its log, replays, begins a new
+    /// incarnation, starts its writer. Blocks on the disk.
+    pub fn open(options: OpenOptions) -> Result<Self, OpenError> {
+        let OpenOptions { dir, keyspace, shard, replica, shared, clock, initial } = options;
+        let (db_dir, log_dir) = (database_dir(&dir), log_dir(&dir));
+        for path in [&db_dir, &log_dir] {
+            std::fs::create_dir_all(path).map_err(|source| OpenError::Io { path: path.clone(), source })?;
+        }
+        let mut log =
+            Binlog::open(BinlogConfig { dir: log_dir, keyspace, shard, replica, file_bytes: BINLOG_FILE_BYTES })?;
+        let floor = Arc::new(AtomicU64::new(0));
+        let engine = Engine::open(&shared, &db_dir, floor, Arc::new(LogGuard(log.shared())))?;
+        let mut meta = read_meta(&engine, keyspace, shard, replica)?;
+        if (meta.identity.keyspace, meta.identity.replica) != (keyspace, replica) {
+            let Identity { keyspace, replica: found, .. } = meta.identity;
+            return Err(OpenError::Foreign { path: dir, found, keyspace, wanted: replica });
+        }
+        engine.raise_floor(meta.head.floor);
+        replay(&engine, &log, &mut meta, &dir)?;
+        log.set_incarnation(meta.identity.incarnation);
+        let (changed, _) = watch::channel(0);
+        let shared = Arc::new(Shared {
+            log: log.shared(),
+            clock,
+            view: ArcSwap::from_pointee(View::of(&meta)),
+            applied: AtomicU64::new(meta.head.applied_lsn.0),
+            incarnation: AtomicU64::new(meta.identity.incarnation.0),
+            closed: ArcSwapOption::empty(),
+            changed,
+            pauses_us: Mutex::default(),
+            ended: AtomicBool::new(false),
+            engine,
+        });
+        let (jobs, receiver) = std::sync::mpsc::channel();
+        let mut writer = Writer::new(shared.clone(), log, meta, receiver);
+        writer.adopt()?;
+        if let Some((version, range, state)) = initial
+            && shared.view.load().ranges.state(range.first) != state
+        {
+            writer.set_range(Epoch(0), version, range, state)?;
+        }
+        let thread = std::thread::Builder::new()
+            .name(format!("writer-{keyspace}-{shard}-{replica}"))
+            .spawn(move || {
+                let _guard = CloseOnPanic(writer.shared.clone());
+                writer.run();
+            })
+            .map_err(|source| OpenError::Io { path: dir, source })?;
+        let writer = Arc::new(Mutex::new(Some(thread)));
+        let queue_bytes = Arc::new(Semaphore::new(WRITE_QUEUE_BYTES_MAX));
+        Ok(Self { keyspace, shard, id: replica, shared, jobs, queue_bytes, writer })
+    }
+
+    /// Queues a client's write; `done` is called exactly once. Refused at once when the queue is full.
+    pub fn write(&self, ops: Vec<WriteOp>, ack: Ack, bytes: usize, done: Completion) {
+        let weight = (bytes + 64).min(WRITE_QUEUE_BYTES_MAX) as u32;
+        let Ok(permit) = self.queue_bytes.clone().try_acquire_many_owned(weight) else {
+            done(Err(VastoError::new(ErrorCode::Overloaded, "the replica's write queue is full; slow down")
+                .retry_after_ms(20)));
+            return;
+        };
+        // A job that is refused because the writer has ended answers for itself when it is dropped.
+        let _ = self.jobs.send(Job::Write(WriteJob::new(ops, ack, done, Some(permit))));
+    }
+
+    /// Merges another log's entries; answers once they are durable here.
+    pub async fn apply(&self, entries: Vec<KeyEntry>, progress: Vec<Progress>) -> Result<Lsn, ReplicaError> {
+        let (done, answer) = oneshot::channel();
+        self.jobs.send(Job::Apply(ApplyJob { entries, progress, done })).map_err(|_| ReplicaError::Stopped)?;
+        answer.await.map_err(|_| ReplicaError::Stopped)?
+    }
+
+    /// Changes the replica itself; answers once it is durable.
+    pub async fn control(&self, order: Control) -> Result<Lsn, ReplicaError> {
+        let (done, answer) = oneshot::channel();
+        self.jobs.send(Job::Control(order, done)).map_err(|_| ReplicaError::Stopped)?;
+        answer.await.map_err(|_| ReplicaError::Stopped)?
+    }
+
+    /// Syncs, flushes and ends the writer, then stops the engine's background work.
+    pub async fn stop(&self) {
+        let _ = self.control(Control::Stop).await;
+        let (shared, writer) = (self.shared.clone(), self.writer.lock().take());
+        let end = move || {
+            if let Some(writer) = writer {
+                let _ = writer.join();
+            }
+            shared.engine.close();
+        };
+        let _ = tokio::task::spawn_blocking(end).await;
+    }
+
+    /// `(estimated keys, bytes of SSTs)`.
+    pub fn size(&self) -> (u64, u64) {
+        let (keys, bytes) = self.shared.engine.size();
+        // The memtables also hold the head and the vector entry that every unflushed record has written.
+        let unflushed = self.applied_lsn().0.saturating_sub(self.persisted_lsn().unwrap_or_default().0);
+        let metadata = self.shared.engine.with_prefix(&[META_PREFIX]).map_or(0, |rows| rows.len() as u64);
+        (keys.saturating_sub(unflushed * 2).saturating_sub(metadata), bytes)
+    }
+
+    /// The database.
+    pub fn engine(&self) -> &Engine {
+        &self.shared.engine
+    }
+
+    /// The log, for readers.
+    pub fn log(&self) -> &Arc<LogShared> {
+        &self.shared.log
+    }
+
+    /// What it serves, and since which epoch.
+    pub fn view(&self) -> Arc<View> {
+        self.shared.view.load_full()
+    }
+
+    /// The state of its bands.
+    pub fn ranges(&self) -> Ranges {
+        self.shared.view.load().ranges.clone()
+    }
+
+    /// The epoch it has obeyed.
+    pub fn epoch(&self) -> Epoch {
+        self.shared.view.load().epoch
+    }
+
+    /// The catalog version it has obeyed.
+    pub fn version(&self) -> CatalogVersion {
+        self.shared.view.load().version
+    }
+
+    /// This opening.
+    pub fn incarnation(&self) -> Incarnation {
+        Incarnation(self.shared.incarnation.load(Ordering::Acquire))
+    }
+
+    /// The last record that readers see.
+    pub fn applied_lsn(&self) -> Lsn {
+        Lsn(self.shared.applied.load(Ordering::Acquire))
+    }
+
+    /// The last record that is both durable and visible: what may be streamed and shipped.
+    pub fn settled_lsn(&self) -> Lsn {
+        self.applied_lsn().min(self.shared.log.synced_lsn())
+    }
+
+    /// The position of the database on disk, without its memtables.
+    pub fn persisted_lsn(&self) -> Result<Lsn, EngineError> {
+        let bytes = self.shared.engine.get_persisted(&writer::head_key())?;
+        Ok(bytes.and_then(|bytes| Head::decode(&bytes).ok()).map(|head| head.applied_lsn).unwrap_or_default())
+    }
+
+    /// Why it takes no writes, if it does not.
+    pub fn closed(&self) -> Option<String> {
+        self.shared.closed()
+    }
+
+    /// Changes of ranges, epoch, version and closure.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.shared.changed.subscribe()
+    }
+
+    /// Takes the pauses that writes of sealed ranges have suffered, microseconds.
+    pub fn take_pauses(&self) -> Vec<u64> {
+        std::mem::take(&mut *self.shared.pauses_us.lock())
+    }
+
+    /// Durable cursors of the tails that feed it.
+    pub fn tail_cursors(&self) -> Result<Vec<(ReplicaId, Lsn)>, EngineError> {
+        let rows = self.shared.engine.with_prefix(&MetaKey::tail_cursor_prefix())?;
+        Ok(rows.iter().filter_map(|(key, value)| parse_cursor(key, value)).collect())
+    }
+}
+
+fn parse_cursor(key: &[u8], value: &[u8]) -> Option<(ReplicaId, Lsn)> {
+    let MetaKey::TailCursor(replica) = MetaKey::decode(key).ok()? else { return None };
+    Some((replica, Lsn(u64::from_le_bytes(value.try_into().ok()?))))
+}
+
+/// Reads a vector out of stored metadata rows.
+pub fn parse_vector(rows: &[(Vec<u8>, Vec<u8>)]) -> Vector {
+    rows.iter()
+        .filter_map(|(key, value)| {
+            let MetaKey::Vector(origin) = MetaKey::decode(key).ok()? else { return None };
+            Some((origin, OwnSeq(u64::from_le_bytes(value.as_slice().try_into().ok()?))))
+        })
+        .collect()
+}
+
+fn read_meta(engine: &Engine, keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId) -> Result<Meta, OpenError> {
+    let value = |key: MetaKey| engine.get(&key.encode());
+    let identity = match value(MetaKey::Identity)? {
+        Some(bytes) => Identity::decode(&bytes)?,
+        None => Identity { keyspace, shard, replica, incarnation: Incarnation(0) },
+    };
+    let head = match value(MetaKey::Head)? {
+        Some(bytes) => Head::decode(&bytes)?,
+        None => Head::default(),
+    };
+    let ranges = match value(MetaKey::RangeStates)? {
+        Some(bytes) => Ranges::decode(&bytes)?,
+        None => Ranges::all(RangeState::Empty),
+    };
+    Ok(Meta { identity, head, ranges })
+}
+
+fn replay(engine: &Engine, log: &Binlog, meta: &mut Meta, dir: &Path) -> Result<(), OpenError> {
+    let applied = meta.head.applied_lsn;
+    if applied > log.last_lsn() {
+        return Err(OpenError::LogBehind { log: log.last_lsn(), database: applied, path: dir.to_owned() });
+    }
+    let first = log.shared().first_lsn();
+    if first > applied.next() {
+        return Err(OpenError::LogAhead { first, database: applied, path: dir.to_owned() });
+    }
+    let mut reader = log.shared().reader(applied)?;
+    let mut replayed = 0u64;
+    loop {
+        let records = reader.next_batch(4 << 20)?;
+        if records.is_empty() {
+            break;
+        }
+        for (_, bytes) in &records {
+            let record = Record::decode(bytes)?;
+            let batch = apply_record(meta, &record)?;
+            engine.write(batch)?;
+            replayed += 1;
+        }
+    }
+    if replayed > 0 {
+        tracing::info!(replayed, from = applied.0 + 1, to = meta.head.applied_lsn.0, "replayed the log");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

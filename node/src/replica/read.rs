@@ -1,0 +1,251 @@
+//! Reads: they never pass through the writer.
+//!
+//! **Invariant:** a read sees owned bands only, and checks the range states again after it has read,
+//! so that an answer given after a seal has aged, or after a hand-over, is refused instead of stale.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use bytes::Bytes;
+use vasto_core::entry::{Entry, Payload, version_of};
+use vasto_core::hash::partition_hash;
+use vasto_core::ids::Epoch;
+use vasto_core::limits::{BATCH_BYTES_MAX, SCAN_PAGE_BYTES_MAX, SCAN_PAGE_ROWS_MAX, SEALED_READS};
+use vasto_core::record::RangeState;
+use vasto_core::stored_key::data_key;
+use vasto_core::{Band, ErrorCode, VastoError};
+use vasto_proto::v1;
+
+use super::Replica;
+use super::apply::band_of;
+use crate::engine::{Cursor, EngineError, Lookup};
+
+/// How a lookup went.
+pub enum GetResult {
+    /// In the order of the keys.
+    Values(Vec<Option<v1::Value>>),
+    /// A key is not in memory; ask again from a thread that may block.
+    WouldBlock,
+}
+
+/// A key to look up.
+pub struct KeyRef {
+    /// The user key.
+    pub key: Bytes,
+    /// Hash of its partition key when that is not the key itself.
+    pub partition_hash: Option<u64>,
+}
+
+/// One page of a scan of one shard.
+#[derive(Debug, Clone, Default)]
+pub struct ScanPage {
+    /// Keys begin with this.
+    pub prefix: Bytes,
+    /// Resume after this user key.
+    pub after: Option<Bytes>,
+    /// Only this partition.
+    pub partition_hash: Option<u64>,
+    /// At most this many rows; 0 is as many as a page holds.
+    pub limit: usize,
+    /// Leave the values out.
+    pub keys_only: bool,
+}
+
+fn wrong_epoch() -> VastoError {
+    VastoError::new(ErrorCode::WrongEpoch, "this node does not own the key; fetch the topology and go to its owner")
+}
+
+fn behind() -> VastoError {
+    VastoError::new(
+        ErrorCode::NodeBehind,
+        "the key is changing its shard and the outcome is not known here yet; try again",
+    )
+    .retry_after_ms(50)
+}
+
+impl From<EngineError> for VastoError {
+    fn from(error: EngineError) -> Self {
+        VastoError::new(ErrorCode::Unavailable, error.to_string())
+    }
+}
+
+/// The value of an encoded entry as clients see it; `None` for tombstones and expired values.
+pub fn visible_value(encoded: &[u8], now_us: u64, keys_only: bool) -> Result<Option<v1::Value>, VastoError> {
+    let entry = Entry::decode(encoded)
+        .map_err(|error| VastoError::new(ErrorCode::Corrupt, format!("a stored entry is damaged: {error}")))?;
+    let Some(payload) = entry.payload.filter(|_| !entry.is_expired(now_us)) else { return Ok(None) };
+    let payload = match payload {
+        Payload::Bytes(_) if keys_only => None,
+        Payload::Bytes(bytes) => Some(v1::value::Payload::Data(Bytes::copy_from_slice(bytes))),
+        Payload::I64(number) => Some(v1::value::Payload::I64(number)),
+        Payload::F64(number) => Some(v1::value::Payload::F64(number)),
+    };
+    Ok(Some(v1::Value {
+        payload,
+        event_time: entry.event_time,
+        expires_at: entry.expires_at,
+        version: version_of(encoded),
+    }))
+}
+
+impl Replica {
+    /// The owned band of a key, or why it cannot be read here.
+    fn readable_band(&self, key: &KeyRef) -> Result<Band, VastoError> {
+        let band = band_of(self.shard, &key.key, key.partition_hash).ok_or_else(wrong_epoch)?;
+        let view = self.shared.view.load();
+        let ranges = &view.ranges;
+        if ranges.state(band) != RangeState::Owned {
+            return Err(wrong_epoch());
+        }
+        if ranges.is_stale(band, SEALED_READS) {
+            return Err(behind());
+        }
+        Ok(band)
+    }
+
+    /// Looks keys up. With `may_block` false it answers only what is in memory.
+    pub fn get_many(&self, keys: &[KeyRef], may_block: bool) -> Result<GetResult, VastoError> {
+        let now_us = self.shared.clock.now_us();
+        let mut values = Vec::with_capacity(keys.len());
+        let mut bytes = 0;
+        for key in keys {
+            let stored_key = data_key(self.readable_band(key)?, &key.key);
+            let found = if may_block {
+                self.shared.engine.get(&stored_key)?
+            } else {
+                match self.shared.engine.get_cached(&stored_key)? {
+                    Lookup::Found(bytes) => Some(bytes),
+                    Lookup::Missing => None,
+                    Lookup::NotCached => return Ok(GetResult::WouldBlock),
+                }
+            };
+            bytes += found.as_ref().map_or(0, Vec::len);
+            if bytes > BATCH_BYTES_MAX {
+                let message =
+                    format!("the values have more than {BATCH_BYTES_MAX} bytes together; ask for fewer keys at once");
+                return Err(VastoError::new(ErrorCode::InvalidArgument, message));
+            }
+            values.push(match found {
+                Some(bytes) => visible_value(&bytes, now_us, false)?,
+                None => None,
+            });
+        }
+        for key in keys {
+            self.readable_band(key)?;
+        }
+        Ok(GetResult::Values(values))
+    }
+
+    /// One page in the order of user keys. The request's epoch must be the one in force here: a
+    /// scan of another epoch would miss or repeat what moved. Blocks on the disk.
+    pub fn scan(&self, epoch: Epoch, page: &ScanPage) -> Result<v1::ScanReply, VastoError> {
+        let view = self.view();
+        let before = &view.ranges;
+        if epoch != view.epoch {
+            return Err(if epoch > view.epoch { behind() } else { wrong_epoch() });
+        }
+        let bands: Vec<Band> = match page.partition_hash {
+            None => before.owned().collect(),
+            Some(hash) => {
+                let band = Band::in_shard(hash, self.shard).ok_or_else(wrong_epoch)?;
+                if before.state(band) != RangeState::Owned {
+                    return Err(wrong_epoch());
+                }
+                vec![band]
+            }
+        };
+        if bands.iter().any(|band| before.is_stale(*band, SEALED_READS)) {
+            return Err(behind());
+        }
+        let reply = self.scan_bands(&bands, page)?;
+        // What was read is the state of one moment in which every band was owned, or it is not answered.
+        let view = self.view();
+        let after = &view.ranges;
+        let still_owned = bands.iter().all(|band| after.state(*band) == RangeState::Owned);
+        if epoch != view.epoch || !still_owned {
+            return Err(wrong_epoch());
+        }
+        if bands.iter().any(|band| after.is_stale(*band, SEALED_READS)) {
+            return Err(behind());
+        }
+        Ok(reply)
+    }
+
+    fn scan_bands(&self, bands: &[Band], page: &ScanPage) -> Result<v1::ScanReply, VastoError> {
+        let now_us = self.shared.clock.now_us();
+        let limit = if page.limit == 0 { SCAN_PAGE_ROWS_MAX } else { page.limit.min(SCAN_PAGE_ROWS_MAX) };
+        // An immediate successor of `after` is `after` with a zero byte.
+        let start = match &page.after {
+            Some(after) if after.as_ref() >= page.prefix.as_ref() => [after.as_ref(), &[0]].concat(),
+            _ => page.prefix.to_vec(),
+        };
+        let view = self.shared.engine.view();
+        let mut cursors: Vec<Cursor<'_>> = Vec::new();
+        let mut heap: BinaryHeap<Reverse<(Vec<u8>, usize)>> = BinaryHeap::new();
+        for band in bands {
+            let cursor = view.cursor(&data_key(*band, &start), upper_bound(*band, &page.prefix));
+            if let Some((stored, _)) = cursor.current()? {
+                heap.push(Reverse((stored[1..].to_vec(), cursors.len())));
+                cursors.push(cursor);
+            }
+        }
+        let mut reply = v1::ScanReply { rows: Vec::new(), more: false };
+        let mut bytes = 0;
+        while let Some(Reverse((key, at))) = heap.pop() {
+            let cursor = &mut cursors[at];
+            let Some((_, encoded)) = cursor.current()? else { continue };
+            let in_partition = match page.partition_hash {
+                None => true,
+                Some(hash) => {
+                    let own = Entry::decode(encoded).ok().and_then(|entry| entry.partition_hash);
+                    own.unwrap_or_else(|| partition_hash(&key)) == hash
+                }
+            };
+            if in_partition && let Some(value) = visible_value(encoded, now_us, page.keys_only)? {
+                let weight = key.len() + 64 + value_bytes(&value);
+                if reply.rows.len() >= limit || (!reply.rows.is_empty() && bytes + weight > SCAN_PAGE_BYTES_MAX) {
+                    reply.more = true;
+                    return Ok(reply);
+                }
+                bytes += weight;
+                reply.rows.push(v1::Row { key: key.into(), value: Some(value) });
+            }
+            cursor.advance();
+            if let Some((stored, _)) = cursor.current()? {
+                heap.push(Reverse((stored[1..].to_vec(), at)));
+            }
+        }
+        Ok(reply)
+    }
+}
+
+fn value_bytes(value: &v1::Value) -> usize {
+    match &value.payload {
+        Some(v1::value::Payload::Data(bytes)) => bytes.len(),
+        _ => 8,
+    }
+}
+
+/// The first stored key behind all keys of the band that begin with the prefix.
+fn upper_bound(band: Band, prefix: &[u8]) -> Vec<u8> {
+    let mut bound = data_key(band, prefix);
+    while let Some(last) = bound.pop() {
+        if last < 0xFF {
+            bound.push(last + 1);
+            return bound;
+        }
+    }
+    unreachable!("the band byte is below 0xFF")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn upper_bounds_end_behind_the_prefix_and_inside_the_band() {
+        assert_eq!(upper_bound(Band(3), b"ab"), vec![3, b'a', b'c']);
+        assert_eq!(upper_bound(Band(3), &[0xFF, 0xFF]), vec![4]);
+        assert_eq!(upper_bound(Band(98), b""), vec![99]);
+    }
+}

@@ -1,0 +1,19 @@
+//! What a replica promises, tried on a real engine and a real log.
+//!
+//! A crash is a copy of the directory that is taken while the replica is open: neither a flush nor
+//! a close has happened there. What survives a power loss is judged by what was synced.
+
+#![allow(clippy::unwrap_used)]
+
+mod clean_up;
+mod crashes;
+mod failures;
+mod grow;
+mod replay;
+mod scans;
+mod seals;
+mod service;
+mod shipping;
+mod support;
+mod ties;
+mod writes;

@@ -1,0 +1,108 @@
+//! Crashes at particular moments: around flushes, in the first records of a replica, again and again.
+
+use vasto_core::ids::{Lsn, ReplicaId};
+use vasto_core::record::{Body, Progress, RangeState};
+
+use super::support::*;
+use crate::replica::OpenError;
+
+#[test]
+fn every_record_is_replayed_whatever_was_flushed() {
+    // The database holds the log up to a different record in each round; nothing around it is lost.
+    for flush_after in 0..6 {
+        let rig = Rig::new();
+        let replica = rig.create();
+        for i in 0..6 {
+            if i == flush_after {
+                replica.engine().flush().unwrap();
+                assert_eq!(replica.persisted_lsn().unwrap(), replica.applied_lsn());
+            }
+            write_one(&replica, put(&format!("k{i}"), "v"));
+        }
+        assert!(replica.persisted_lsn().unwrap() < replica.applied_lsn(), "the memtable does not count");
+        let (_dir, again) = rig.crash(&replica);
+        for i in 0..6 {
+            assert_eq!(get(&again, &format!("k{i}")).as_deref(), Some("v"), "k{i}, flushed before k{flush_after}");
+        }
+        assert_eq!(data_rows(&again), data_rows(&replica));
+        assert_log_is_whole(&records(&again));
+    }
+}
+
+#[test]
+fn a_flush_never_runs_ahead_of_the_synced_log() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    for i in 0..50 {
+        let answer = send(&replica, vec![put(&format!("k{i}"), "v")], vasto_core::catalog::Ack::Os);
+        answer.recv_timeout(DEADLINE).unwrap().unwrap();
+        if i % 7 == 0 {
+            replica.engine().flush().unwrap();
+            assert!(replica.log().synced_lsn() >= replica.persisted_lsn().unwrap());
+        }
+    }
+}
+
+#[test]
+fn fifty_crashes_in_a_row_lose_nothing() {
+    let rig = Rig::new();
+    let mut replica = rig.create();
+    let mut rig = rig;
+    for round in 0..50u64 {
+        write_one(&replica, put(&format!("k{round}"), &round.to_string()));
+        if round % 9 == 0 {
+            replica.engine().flush().unwrap();
+        }
+        let (dir, again) = rig.crash(&replica);
+        (replica, rig.path) = (again, dir);
+    }
+    for round in 0..50u64 {
+        assert_eq!(get(&replica, &format!("k{round}")), Some(round.to_string()));
+    }
+    let log = records(&replica);
+    assert_log_is_whole(&log);
+    assert_eq!(log.iter().filter(|record| matches!(record.body, Body::Adopt { .. })).count(), 51);
+}
+
+#[test]
+fn cursors_are_as_durable_as_what_they_brought() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let source = ReplicaId(44);
+    let lsn = apply(&replica, vec![value_entry("k", START_US, "v")], vec![Progress::Tail(source, Lsn(10))]).unwrap();
+    assert!(replica.log().synced_lsn() >= lsn, "answered once it is durable");
+    // Nothing of interest in it, but the position moves on.
+    apply(&replica, Vec::new(), vec![Progress::Tail(source, Lsn(25))]).unwrap();
+    let (_dir, again) = rig.crash(&replica);
+    assert_eq!(again.tail_cursors().unwrap(), vec![(source, Lsn(25))]);
+    assert_eq!(get(&again, "k").as_deref(), Some("v"));
+}
+
+#[test]
+fn entries_of_a_band_that_is_not_held_are_refused_whole() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let lost = band(&replica, "k");
+    set_range(&replica, (lost..=lost).into(), RangeState::Leaving);
+    let other = keys_in(if lost.0 == 1 { vasto_core::Band(2) } else { vasto_core::Band(1) }, "x", 1).remove(0);
+    let entries = vec![value_entry(&other, START_US, "v"), value_entry("k", START_US, "v")];
+    let progress = vec![Progress::Tail(ReplicaId(3), Lsn(5))];
+    assert!(apply(&replica, entries, progress).is_err());
+    assert!(data_rows(&replica).is_empty() && replica.tail_cursors().unwrap().is_empty());
+}
+
+#[test]
+fn a_directory_of_another_replica_is_refused() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let (dir, again) = rig.crash(&replica);
+    rig.close(again);
+    let mut stranger = Rig::new();
+    stranger.replica = ReplicaId(2);
+    let mut refused = None;
+    wait_for("the lock of the database", || {
+        refused = stranger.open(&dir, false).err();
+        !matches!(refused, Some(OpenError::Engine(_)))
+    });
+    assert!(matches!(refused, Some(OpenError::Foreign { .. } | OpenError::Log(_))), "{refused:?}");
+}

@@ -1,0 +1,291 @@
+//! A target's side of a grow: rewrite, one ingest, the tail; equal to a straightforward model.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+use vasto_core::Band;
+use vasto_core::catalog::{Catalog, KeyspaceSpec};
+use vasto_core::entry::Entry;
+use vasto_core::hash::{jump, partition_hash};
+use vasto_core::ids::{CatalogVersion, Epoch, Lsn, NodeId, PlanId, ReplicaId, ShardId};
+use vasto_core::plan::{PinnedManifest, Plan, PlanKind, Source, Step, Target, TargetProgress, TargetStage};
+use vasto_core::record::{Body, RangeState};
+use vasto_core::stored_key::data_key;
+use vasto_shipping::Bucket;
+
+use super::shipping::{Shipping, bucket};
+use super::support::*;
+use crate::clock::SharedClock;
+use crate::core::NodeCore;
+use crate::engine::TableSet;
+use crate::grow::{Build, BuildError, fresh_progress};
+use crate::host::{Tenant, open_or_begin_again};
+use crate::replica::Replica;
+use crate::replica::job::{Control, WriteOp};
+
+const SHARDS: u32 = 3;
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// The home of a key when there are so many shards.
+fn home(key: &str, shards: u32) -> u32 {
+    jump(partition_hash(key.as_bytes()), shards).shard.0
+}
+
+/// Writes what lives in this source: old versions at the bottom level, newer ones and tombstones in
+/// L0; the same user key under one partition here and another one in the other source.
+fn load(replica: &Replica, round: &str) {
+    let mine: Vec<String> =
+        (0..600).map(|i| format!("key{i}")).filter(|key| home(key, SHARDS - 1) == replica.shard.0).collect();
+    let put_all = |value: &str, step: usize| {
+        write(replica, mine.iter().step_by(step).map(|key| put(key, &format!("{value} {round}"))).collect());
+    };
+    put_all("oldest", 1);
+    replica.engine().flush().unwrap();
+    replica.engine().compact_all();
+    put_all("newer", 3);
+    write(replica, mine.iter().skip(1).step_by(4).map(|key| delete(key)).collect());
+    replica.engine().flush().unwrap();
+    put_all("newest", 7);
+    for i in 0..60u64 {
+        // A partition that has its home here now and moves.
+        let hash = (0u64..).map(|n| partition_hash(&(i * 1_000_000 + n).to_le_bytes()));
+        let moves =
+            |hash: &u64| jump(*hash, SHARDS - 1).shard == replica.shard && jump(*hash, SHARDS).shard.0 == SHARDS - 1;
+        let hash = { hash }.find(moves);
+        write_one(replica, WriteOp { partition_hash: hash, ..put(&format!("twice{i}"), round) });
+    }
+}
+
+/// What must be in the target: every row that moves, in its new band, merged by bytes.
+fn model(sources: &[&Replica]) -> Rows {
+    let mut out = BTreeMap::new();
+    for (stored, entry) in sources.iter().flat_map(|source| data_rows(source)) {
+        let key = &stored[1..];
+        let hash = Entry::decode(&entry).unwrap().partition_hash.unwrap_or_else(|| partition_hash(key));
+        let to = jump(hash, SHARDS);
+        if to.shard.0 == SHARDS - 1 {
+            let held: &mut Vec<u8> = out.entry(data_key(Band::of_next_jump(to.next), key)).or_default();
+            *held = entry.max(held.clone());
+        }
+    }
+    out
+}
+
+struct Grow {
+    sources: [(Rig, Replica); 2],
+    bucket: Bucket,
+    plan: Plan,
+    catalog: Arc<Catalog>,
+}
+
+fn target_rig() -> Rig {
+    Rig::of(ShardId(SHARDS - 1), ReplicaId(3), SHARDS, RangeState::Arriving)
+}
+
+impl Grow {
+    async fn prepare() -> Self {
+        let bucket = bucket();
+        let node = NodeId(1);
+        let sources = [0, 1].map(|shard| {
+            let rig = Rig::of(ShardId(shard), ReplicaId(u64::from(shard) + 1), SHARDS - 1, RangeState::Owned);
+            let replica = rig.create();
+            (rig, replica)
+        });
+        let mut listed = Vec::new();
+        for (rig, replica) in &sources {
+            let loaded = replica.clone();
+            tokio::task::spawn_blocking(move || load(&loaded, "round")).await.unwrap();
+            let manifest = checkpoint(rig, replica, &bucket).await;
+            listed.push(Source { shard: replica.shard, replica: replica.id, node, manifest: Some(manifest) });
+        }
+        let plan = Plan {
+            id: PlanId(4),
+            kind: PlanKind::Grow { from: SHARDS - 1, to: SHARDS },
+            from_epoch: Epoch(1),
+            started_at_us: START_US,
+            step: Step::Tail,
+            sources: listed,
+            targets: vec![Target { shard: ShardId(SHARDS - 1), replica: ReplicaId(3), node }],
+            seals_undone: 0,
+        };
+        let spec = KeyspaceSpec { shards: SHARDS - 1, ..KeyspaceSpec::default() };
+        let mut catalog = Catalog::first(KEYSPACE, "ks", spec, &[vec![node], vec![node]], START_US, 1);
+        catalog.plan = Some(plan.clone());
+        Self { sources, bucket, plan, catalog: Arc::new(catalog) }
+    }
+
+    fn model(&self) -> Rows {
+        model(&[&self.sources[0].1, &self.sources[1].1])
+    }
+
+    /// Builds until the tails have taken what the bucket holds, then cancels; answers the progress.
+    async fn build(&self, rig: &Rig, replica: &Replica, reached: impl Fn(&TargetProgress) -> bool) -> TargetProgress {
+        let shipping = Shipping::start(rig, &rig.path, replica, &self.bucket, HOUR);
+        let tmp = memory_dir();
+        let progress = Arc::new(Mutex::new(fresh_progress(&self.plan)));
+        let clock: SharedClock = rig.clock.clone();
+        let cancel = CancellationToken::new();
+        let build = Build {
+            replica: replica.clone(),
+            ship: shipping.handle.clone(),
+            bucket: self.bucket.clone(),
+            core: Arc::new(NodeCore::new(NodeId(1), clock, 1)),
+            tmp: tmp.path().to_owned(),
+            progress: progress.clone(),
+            cancel: cancel.clone(),
+        };
+        let mut running = tokio::spawn(build.run(self.catalog.clone(), self.plan.clone()));
+        let deadline = tokio::time::Instant::now() + DEADLINE;
+        while !reached(&progress.lock()) {
+            assert!(tokio::time::Instant::now() < deadline, "{:?}", progress.lock());
+            tokio::select! {
+                ended = &mut running => panic!("the build ended: {:?}", ended.unwrap()),
+                () = tokio::time::sleep(Duration::from_millis(2)) => {}
+            }
+        }
+        cancel.cancel();
+        assert!(matches!(running.await.unwrap(), Err(BuildError::Cancelled)));
+        shipping.stop().await;
+        progress.lock().clone()
+    }
+}
+
+async fn checkpoint(rig: &Rig, replica: &Replica, bucket: &Bucket) -> PinnedManifest {
+    let shipping = Shipping::start(rig, &rig.path, replica, bucket, HOUR);
+    let pinned = shipping.handle.checkpoint(None).await.unwrap();
+    shipping.stop().await;
+    pinned
+}
+
+fn tailing(progress: &TargetProgress) -> bool {
+    progress.stage == TargetStage::Tailing
+}
+
+fn ingests(replica: &Replica) -> Vec<Lsn> {
+    let of_ingest = |record: &vasto_core::record::Record| matches!(record.body, Body::Ingest { .. });
+    records(replica).iter().filter(|record| of_ingest(record)).map(|record| record.lsn).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_target_holds_what_the_model_says() {
+    let grow = Grow::prepare().await;
+    let expected = grow.model();
+    assert!(expected.len() > 200);
+    let rig = target_rig();
+    let target = rig.create();
+    let shown = grow.build(&rig, &target, tailing).await;
+    assert_eq!(data_rows(&target), expected);
+    assert_eq!(shown.keys_moved, expected.len() as u64);
+    assert!(shown.manifest_shipped && shown.bytes_from_bucket > 0 && shown.bytes_from_peers == 0);
+    let cursors = target.tail_cursors().unwrap();
+    let pinned: Vec<_> = grow.plan.sources.iter().map(|one| (one.replica, one.manifest.clone().unwrap().lsn)).collect();
+    assert_eq!(cursors, pinned, "the tails begin at the pinned manifests");
+    // It took nothing over before it owns: no read, no write.
+    let key = String::from_utf8(expected.keys().next().unwrap()[1..].to_vec()).unwrap();
+    assert!(try_get(&target, &key).is_err() && try_write(&target, vec![put(&key, "x")]).is_err());
+    // The stamp of a write after the opening is above everything that was moved.
+    set_range(&target, Band::owned(SHARDS).into(), RangeState::Owned);
+    for stored in expected.keys().filter(|stored| stored[1..].starts_with(b"key")) {
+        let key = std::str::from_utf8(&stored[1..]).unwrap();
+        write_one(&target, put(key, "after"));
+        assert_eq!(get(&target, key).as_deref(), Some("after"), "{key}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_tail_brings_what_was_written_behind_the_manifest() {
+    let grow = Grow::prepare().await;
+    let mut heads = BTreeMap::new();
+    for (rig, replica) in &grow.sources {
+        let loaded = replica.clone();
+        tokio::task::spawn_blocking(move || load(&loaded, "later")).await.unwrap();
+        let shipping = Shipping::start(rig, &rig.path, replica, &grow.bucket, Duration::ZERO);
+        shipping.stop().await; // ships the chunks that are due
+        heads.insert(replica.id, replica.settled_lsn());
+    }
+    let rig = target_rig();
+    let target = rig.create();
+    grow.build(&rig, &target, |progress| tailing(progress) && progress.cursors == heads).await;
+    assert_eq!(data_rows(&target), grow.model());
+    let (_dir, again) = rig.crash(&target);
+    assert_eq!(again.tail_cursors().unwrap(), heads.into_iter().collect::<Vec<_>>());
+    assert_eq!(data_rows(&again), grow.model());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_its_record_an_ingest_is_not_made_again() {
+    let grow = Grow::prepare().await;
+    let rig = target_rig();
+    let target = rig.create();
+    grow.build(&rig, &target, tailing).await;
+    assert_eq!(ingests(&target).len(), 1);
+    let (dir, again) = rig.crash(&target);
+    let mut restarted = target_rig();
+    restarted.path = dir;
+    let shown = grow.build(&restarted, &again, tailing).await;
+    assert_eq!(shown.objects_read, 0, "nothing is loaded a second time");
+    assert_eq!(ingests(&again).len(), 1);
+    assert_eq!(data_rows(&again), grow.model());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_build_that_died_between_ingest_and_record_begins_again() {
+    let grow = Grow::prepare().await;
+    let rig = target_rig();
+    let target = rig.create();
+    // As the ingest does, up to the crash: files are in the database, the log does not say so.
+    let dir = memory_dir();
+    let mut tables = TableSet::new(target.engine(), dir.path());
+    tables.put(Band(90), b"left over", &value_entry("left over", START_US, "x").entry).unwrap();
+    let (tables, _) = tables.finish().unwrap();
+    target.engine().flush().unwrap();
+    target.engine().ingest(tables.into_iter().map(|table| table.path).collect()).unwrap();
+    assert_eq!(data_rows(&target).len(), 1);
+    let (crashed, again) = rig.crash(&target);
+    assert_eq!(data_rows(&again).len(), 1, "the ingested file is durable at once");
+    rig.close(again);
+    let tenant = Tenant {
+        keyspace: KEYSPACE,
+        shard: rig.shard,
+        replica: rig.replica,
+        dir: crashed.clone(),
+        tmp: crashed.clone(),
+    };
+    let (engines, clock, initial) = (rig.shared.clone(), rig.clock.clone() as SharedClock, rig.initial);
+    let fresh = tokio::task::spawn_blocking(move || {
+        let mut opened = None;
+        wait_for("the lock of the database", || {
+            opened = open_or_begin_again(&tenant, &engines, &clock, initial).ok();
+            opened.is_some()
+        });
+        opened.unwrap()
+    });
+    let fresh = fresh.await.unwrap();
+    assert!(data_rows(&fresh).is_empty(), "it was thrown away");
+    let mut restarted = target_rig();
+    restarted.path = crashed;
+    grow.build(&restarted, &fresh, tailing).await;
+    assert_eq!(data_rows(&fresh), grow.model());
+    fresh.control(Control::Stop).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_range_that_is_not_arriving_is_never_ingested_into() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    write_one(&replica, put("k", "v"));
+    let order = Control::Ingest {
+        plan: PlanId(1),
+        range: Band::owned(1).into(),
+        files: Vec::new(),
+        objects: Vec::new(),
+        event_time_max: u64::MAX / 4,
+        progress: Vec::new(),
+    };
+    assert!(replica.control(order).await.is_err());
+    assert!(ingests(&replica).is_empty());
+    assert_eq!(replica.version(), CatalogVersion(1));
+}

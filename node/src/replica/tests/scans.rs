@@ -1,0 +1,146 @@
+//! Scans: key order over all bands, pages, and what they must not show.
+
+use bytes::Bytes;
+use vasto_core::hash::partition_hash;
+use vasto_core::ids::{CatalogVersion, Epoch};
+use vasto_core::limits::{SCAN_PAGE_BYTES_MAX, SCAN_PAGE_ROWS_MAX};
+use vasto_core::record::{BandRange, RangeState};
+use vasto_core::{Band, ErrorCode};
+
+use super::support::*;
+use crate::replica::Replica;
+use crate::replica::job::{Change, Control, WriteOp};
+use crate::replica::read::ScanPage;
+
+fn load(replica: &Replica, prefix: &str, count: usize) -> Vec<String> {
+    let mut keys: Vec<String> = (0..count).map(|i| format!("{prefix}{i:05}")).collect();
+    for chunk in keys.chunks(500) {
+        write(replica, chunk.iter().map(|key| put(key, key)).collect());
+    }
+    keys.sort();
+    keys
+}
+
+#[test]
+fn pages_over_many_bands_come_in_key_order_and_complete() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let mut keys = load(&replica, "a", 700);
+    replica.engine().flush().unwrap();
+    keys.extend(load(&replica, "b", 700));
+    let bands: std::collections::BTreeSet<_> = keys.iter().map(|key| band(&replica, key)).collect();
+    assert!(bands.len() > 20, "{bands:?}");
+    for limit in [0, 1, 7, 100, 1400] {
+        assert_eq!(scan_keys(&replica, ScanPage { limit, ..ScanPage::default() }), keys, "limit {limit}");
+    }
+    let page = ScanPage { prefix: Bytes::from_static(b"b000"), limit: 13, ..ScanPage::default() };
+    let with_prefix: Vec<_> = keys.iter().filter(|key| key.starts_with("b000")).cloned().collect();
+    assert_eq!(scan_keys(&replica, page.clone()), with_prefix);
+    // A cursor before, inside and behind the prefix.
+    for (after, expected) in [("a", with_prefix.clone()), ("b00049", with_prefix[50..].to_vec()), ("c", vec![])] {
+        let page = ScanPage { after: Some(Bytes::copy_from_slice(after.as_bytes())), ..page.clone() };
+        assert_eq!(scan_keys(&replica, page), expected, "after {after}");
+    }
+}
+
+#[test]
+fn a_page_says_whether_more_follows_and_holds_at_most_its_limits() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    load(&replica, "k", 10);
+    let page = |limit| replica.scan(Epoch(0), &ScanPage { limit, ..ScanPage::default() }).unwrap();
+    assert_eq!((page(9).rows.len(), page(9).more), (9, true));
+    assert_eq!((page(10).rows.len(), page(10).more), (10, false), "no empty page behind the last");
+    let keys_only = replica.scan(Epoch(0), &ScanPage { keys_only: true, ..ScanPage::default() }).unwrap();
+    assert!(keys_only.rows.iter().all(|row| row.value.as_ref().is_some_and(|value| value.payload.is_none())));
+    load(&replica, "many", SCAN_PAGE_ROWS_MAX + 5);
+    assert_eq!((page(0).rows.len(), page(0).more), (SCAN_PAGE_ROWS_MAX, true));
+}
+
+#[test]
+fn the_bytes_of_a_page_are_bounded_and_a_larger_row_still_comes() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let big = |key: &str, bytes: usize| WriteOp {
+        change: Change::Put { value: vec![1; bytes].into(), ttl_ms: None },
+        ..put(key, "")
+    };
+    for i in 0..8 {
+        write_one(&replica, big(&format!("k{i}"), SCAN_PAGE_BYTES_MAX / 3));
+    }
+    write_one(&replica, big("k9", SCAN_PAGE_BYTES_MAX * 3));
+    let mut after = None;
+    let mut seen = 0;
+    loop {
+        let reply = replica.scan(Epoch(0), &ScanPage { after, ..ScanPage::default() }).unwrap();
+        let bytes: usize = reply.rows.iter().map(prost::Message::encoded_len).sum();
+        assert!(bytes <= SCAN_PAGE_BYTES_MAX || reply.rows.len() == 1, "{bytes} bytes in {} rows", reply.rows.len());
+        seen += reply.rows.len();
+        if !reply.more {
+            break;
+        }
+        after = Some(reply.rows.last().unwrap().key.clone());
+    }
+    assert_eq!(seen, 9);
+}
+
+#[test]
+fn tombstones_and_expired_values_are_skipped() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let keys = load(&replica, "k", 90);
+    for (i, key) in keys.iter().enumerate() {
+        match i % 3 {
+            0 => drop(write_one(&replica, delete(key))),
+            1 => drop(write_one(
+                &replica,
+                WriteOp { change: Change::Put { value: "x".into(), ttl_ms: Some(5) }, ..put(key, "") },
+            )),
+            _ => {}
+        }
+    }
+    rig.clock.set(START_US + 5_000);
+    let alive: Vec<_> = keys.iter().skip(2).step_by(3).cloned().collect();
+    for limit in [0, 1, 30, 31] {
+        assert_eq!(scan_keys(&replica, ScanPage { limit, ..ScanPage::default() }), alive);
+    }
+}
+
+#[test]
+fn a_partition_scan_shows_that_partition_only() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let hash = partition_hash(b"user:1");
+    let here = Band::in_shard(hash, replica.shard).unwrap();
+    for i in 0..20 {
+        write_one(&replica, WriteOp { partition_hash: Some(hash), ..put(&format!("user:1:{i:02}"), "x") });
+    }
+    // Neighbours in the same band, between them in key order.
+    for key in keys_in(here, "user:1:0", 20) {
+        write_one(&replica, put(&key, "another partition"));
+    }
+    let page = ScanPage { partition_hash: Some(hash), limit: 3, ..ScanPage::default() };
+    let expected: Vec<_> = (0..20).map(|i| format!("user:1:{i:02}")).collect();
+    assert_eq!(scan_keys(&replica, page.clone()), expected);
+    let prefixed = ScanPage { prefix: Bytes::from_static(b"user:1:1"), ..page };
+    assert_eq!(scan_keys(&replica, prefixed), expected[10..].to_vec());
+}
+
+#[test]
+fn only_owned_bands_are_read_and_only_at_the_epoch_in_force() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let keys = load(&replica, "k", 300);
+    let moved: BandRange = (Band(1)..=Band(3)).into();
+    set_range(&replica, moved, RangeState::Leaving);
+    let staying: Vec<_> = keys.iter().filter(|key| !moved.contains(band(&replica, key))).cloned().collect();
+    assert!(staying.len() < keys.len());
+    assert_eq!(scan_keys(&replica, ScanPage::default()), staying);
+    let gone = keys.iter().find(|key| moved.contains(band(&replica, key))).unwrap();
+    let page = ScanPage { partition_hash: Some(partition_hash(gone.as_bytes())), ..ScanPage::default() };
+    assert_eq!(replica.scan(Epoch(0), &page).unwrap_err().code, ErrorCode::WrongEpoch);
+    control(&replica, Control::Obey { epoch: Epoch(4), version: CatalogVersion(9) }).unwrap();
+    assert_eq!(replica.scan(Epoch(3), &ScanPage::default()).unwrap_err().code, ErrorCode::WrongEpoch);
+    assert_eq!(replica.scan(Epoch(5), &ScanPage::default()).unwrap_err().code, ErrorCode::NodeBehind);
+    assert_eq!(replica.scan(Epoch(4), &ScanPage::default()).unwrap().rows.len(), staying.len());
+}

@@ -1,0 +1,641 @@
+//! The writer of a replica: the one thread that changes it.
+//!
+//! It drains its queue, builds one log record and one batch from what waits (group commit),
+//! appends, syncs once, applies, answers.
+//!
+//! **Invariants**
+//! - append, then sync (if anybody asked for it), then apply, then answer; nothing is answered
+//!   before it is as durable as it was asked to be.
+//! - A record holds at most one entry per stored key; the second write of a key in one group sees
+//!   the first.
+//! - A failed append, sync or apply closes the replica to writes; the outcome of what was in
+//!   flight is `Unknown`, and nothing is retried as if it had not happened.
+//! - Writes to a sealed range wait for the plan's outcome and are then applied or sent on; none is
+//!   refused as "not applied" and applied later.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry as MapEntry;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+use vasto_core::catalog::Ack;
+use vasto_core::clock::HybridClock;
+use vasto_core::entry::{Entry, Payload, event_time_of};
+use vasto_core::ids::{CatalogVersion, Epoch, Lsn, Origin, OwnSeq};
+use vasto_core::limits::{GROUP_BYTES_MAX, GROUP_OPS_MAX, OS_SYNC_INTERVAL, SEALED_WRITES_WAIT};
+use vasto_core::merge::supersedes;
+use vasto_core::record::{Body, KeyEntry, Progress, RangeState, Record};
+use vasto_core::stored_key::{MetaKey, data_key};
+use vasto_core::{ErrorCode, VastoError};
+
+use super::apply::{Meta, apply_record, band_of, put_head, put_progress};
+use super::job::{ApplyJob, Change, Control, Job, Outcome, ReplicaError, WriteJob, WriteOp};
+use super::slots::SlotTable;
+use super::{Shared, metrics};
+use crate::binlog::Binlog;
+use crate::clock::since_boot;
+use crate::engine::Batch;
+
+/// A write that waits for the outcome of a seal.
+struct Held {
+    job: WriteJob,
+    since: Instant,
+}
+
+/// The state that the writer thread owns.
+pub(super) struct Writer {
+    pub shared: Arc<Shared>,
+    pub log: Binlog,
+    pub meta: Meta,
+    pub slots: SlotTable,
+    pub clock: HybridClock,
+    pub jobs: Receiver<Job>,
+    held: Vec<Held>,
+    sealed_at: Option<Instant>,
+    unsynced_since: Option<Instant>,
+    encoded: Vec<u8>,
+}
+
+/// What is known of a write before it is committed.
+enum Checked {
+    Ready,
+    Sealed,
+    Refused(VastoError),
+}
+
+/// The entries of a group under construction, one per stored key.
+#[derive(Default)]
+struct Group {
+    index: HashMap<Vec<u8>, usize>,
+    entries: Vec<KeyEntry>,
+    stored_keys: Vec<Vec<u8>>,
+}
+
+impl Group {
+    fn get(&self, stored_key: &[u8]) -> Option<&[u8]> {
+        self.index.get(stored_key).map(|at| self.entries[*at].entry.as_slice())
+    }
+
+    fn set(&mut self, stored_key: Vec<u8>, user_key: &[u8], entry: Vec<u8>) {
+        match self.index.entry(stored_key) {
+            MapEntry::Occupied(at) => self.entries[*at.get()].entry = entry,
+            MapEntry::Vacant(slot) => {
+                self.stored_keys.push(slot.key().clone());
+                slot.insert(self.entries.len());
+                self.entries.push(KeyEntry { key: user_key.to_vec(), entry });
+            }
+        }
+    }
+}
+
+impl Writer {
+    pub(super) fn new(shared: Arc<Shared>, log: Binlog, meta: Meta, jobs: Receiver<Job>) -> Self {
+        let event_time_max = meta.head.event_time_max;
+        Self {
+            shared,
+            log,
+            slots: SlotTable::starting_at(event_time_max),
+            clock: HybridClock::starting_after(event_time_max),
+            meta,
+            jobs,
+            held: Vec::new(),
+            sealed_at: None,
+            unsynced_since: None,
+            encoded: Vec::new(),
+        }
+    }
+
+    /// Runs until it is stopped or every handle is gone.
+    pub(super) fn run(mut self) {
+        loop {
+            let first = if self.held.is_empty() && self.unsynced_since.is_none() {
+                match self.jobs.recv() {
+                    Ok(job) => Some(job),
+                    Err(_) => break,
+                }
+            } else {
+                match self.jobs.recv_timeout(Duration::from_millis(50)) {
+                    Ok(job) => Some(job),
+                    Err(RecvTimeoutError::Timeout) => None,
+                    Err(RecvTimeoutError::Disconnected) => break,
+                }
+            };
+            if let Some(first) = first
+                && self.take(first)
+            {
+                return;
+            }
+            self.release_overdue();
+            if self.unsynced_since.is_some_and(|since| since.elapsed() >= OS_SYNC_INTERVAL) {
+                let _ = self.sync();
+            }
+        }
+        self.stop();
+    }
+
+    /// Handles one job and what waits behind it; true when the writer has ended.
+    fn take(&mut self, first: Job) -> bool {
+        let mut writes = Vec::new();
+        let mut applies = Vec::new();
+        let mut weight = 0;
+        let mut count = 0;
+        let mut next = Some(first);
+        let mut control = None;
+        while let Some(job) = next.take() {
+            match job {
+                Job::Write(job) => {
+                    count += job.ops.len();
+                    weight += job.ops.iter().map(op_bytes).sum::<usize>();
+                    writes.push(job);
+                }
+                Job::Apply(job) => {
+                    count += job.entries.len();
+                    weight += job.entries.iter().map(|one| one.key.len() + one.entry.len()).sum::<usize>();
+                    applies.push(job);
+                }
+                Job::Control(order, done) => {
+                    control = Some((order, done));
+                    break;
+                }
+            }
+            if count >= GROUP_OPS_MAX || weight >= GROUP_BYTES_MAX {
+                break;
+            }
+            next = self.jobs.try_recv().ok();
+        }
+        self.commit(writes, applies);
+        match control {
+            Some((order, done)) => self.obey(order, done),
+            None => false,
+        }
+    }
+
+    fn now_us(&self) -> u64 {
+        self.shared.clock.now_us()
+    }
+
+    fn commit_time(&self) -> u64 {
+        self.now_us().max(self.meta.head.commit_time + 1).max(self.meta.head.floor + 1)
+    }
+
+    fn check(&self, job: &WriteJob) -> Checked {
+        if let Some(reason) = self.shared.closed() {
+            return Checked::Refused(ReplicaError::Closed(reason).into());
+        }
+        let mut sealed = false;
+        for op in &job.ops {
+            let Some(band) = band_of(self.meta.identity.shard, &op.key, op.partition_hash) else {
+                return Checked::Refused(wrong_epoch());
+            };
+            match self.meta.ranges.state(band) {
+                RangeState::Owned if self.meta.ranges.is_sealed(band) => sealed = true,
+                RangeState::Owned => {}
+                RangeState::Arriving | RangeState::Empty | RangeState::Leaving | RangeState::Clearing => {
+                    return Checked::Refused(wrong_epoch());
+                }
+            }
+        }
+        if sealed { Checked::Sealed } else { Checked::Ready }
+    }
+
+    fn commit(&mut self, writes: Vec<WriteJob>, applies: Vec<ApplyJob>) {
+        let commit_time = self.commit_time();
+        let mut group = Group::default();
+        let mut answers = Vec::new();
+        let mut must_sync = !applies.is_empty();
+        for job in writes {
+            match self.check(&job) {
+                Checked::Refused(error) => job.answer(Err(error)),
+                Checked::Sealed => self.held.push(Held { job, since: Instant::now() }),
+                Checked::Ready => match self.stamp_all(&job.ops, &mut group, commit_time) {
+                    Ok(outcomes) => {
+                        must_sync |= job.ack != Ack::Os;
+                        answers.push((job, outcomes));
+                    }
+                    Err(error) => job.answer(Err(error)),
+                },
+            }
+        }
+        let mut applied = Vec::new();
+        let mut progress: Vec<Progress> = Vec::new();
+        for job in applies {
+            match self.merge_all(&job.entries, &mut group) {
+                Ok(()) => {
+                    progress.extend(&job.progress);
+                    applied.push(job.done);
+                }
+                Err(error) => drop(job.done.send(Err(error))),
+            }
+        }
+        let ops = answers.len();
+        let result = if group.entries.is_empty() && progress.is_empty() {
+            // Nothing new to store; what stands may have been acknowledged as `os` only.
+            if must_sync && self.unsynced_since.is_some() { self.sync() } else { Ok(()) }
+        } else {
+            self.log_and_apply(group, progress, commit_time, must_sync)
+        };
+        match result {
+            Ok(()) => {
+                metrics::group(ops);
+                for (job, outcomes) in answers {
+                    job.answer(Ok(outcomes));
+                }
+                for done in applied {
+                    let _ = done.send(Ok(self.meta.head.applied_lsn));
+                }
+            }
+            Err(error) => {
+                for (job, _) in answers {
+                    job.answer(Err(VastoError::new(ErrorCode::Unknown, format!("the outcome is not known: {error}"))));
+                }
+                for done in applied {
+                    let _ = done.send(Err(error.clone()));
+                }
+            }
+        }
+    }
+
+    /// Stamps the operations of one request into the group; on an error the group is unchanged.
+    fn stamp_all(&mut self, ops: &[WriteOp], group: &mut Group, commit_time: u64) -> Result<Vec<Outcome>, VastoError> {
+        if let [op] = ops {
+            return Ok(vec![self.stamp(op, &[], group, commit_time)?]);
+        }
+        let mut staged = Group::default();
+        let mut outcomes = Vec::with_capacity(ops.len());
+        for op in ops {
+            outcomes.push(self.stamp(op, &[&*group], &mut staged, commit_time)?);
+        }
+        for (stored_key, one) in staged.stored_keys.into_iter().zip(staged.entries) {
+            group.set(stored_key, &one.key, one.entry);
+        }
+        Ok(outcomes)
+    }
+
+    /// Stamps one operation and adds it to `into`; sees what `into` and `below` already hold.
+    fn stamp(
+        &mut self,
+        op: &WriteOp,
+        below: &[&Group],
+        into: &mut Group,
+        commit_time: u64,
+    ) -> Result<Outcome, VastoError> {
+        let band = band_of(self.meta.identity.shard, &op.key, op.partition_hash).expect("it was checked before");
+        let stored_key = data_key(band, &op.key);
+        let now_us = self.now_us();
+        let stamp = op.event_time.unwrap_or_else(|| self.clock.stamp(now_us));
+        // Above everything that any key of the slot holds: the write wins without a look.
+        let current = if stamp > self.slots.max_of(&op.key) {
+            None
+        } else {
+            match into.get(&stored_key).or_else(|| below.iter().find_map(|group| group.get(&stored_key))) {
+                Some(entry) => Some(entry.to_vec()),
+                None => self.shared.engine.get(&stored_key).map_err(ReplicaError::from)?,
+            }
+        };
+        let standing = match &current {
+            Some(bytes) => Some(Entry::decode(bytes).map_err(damaged)?),
+            None => None,
+        };
+        if standing.is_some_and(|entry| entry.payload.is_some() && entry.partition_hash != op.partition_hash) {
+            return Err(VastoError::new(
+                ErrorCode::InvalidArgument,
+                "the key is stored under another partition key; a key's partition must be a function of the key",
+            ));
+        }
+        let event_time = match (op.event_time, &standing) {
+            (None, Some(entry)) => stamp.max(entry.event_time + 1),
+            _ => stamp,
+        };
+        if op.event_time.is_none() {
+            self.clock.observe(event_time);
+        }
+        let entry = encode_op(op, event_time, commit_time, now_us);
+        if supersedes(self.meta.head.floor, current.as_deref(), &entry) {
+            self.slots.raise(&op.key, event_time);
+            into.set(stored_key, &op.key, entry);
+            Ok(Outcome::Applied(event_time))
+        } else if current.as_deref() == Some(entry.as_slice()) {
+            Ok(Outcome::Applied(event_time))
+        } else {
+            Ok(Outcome::Superseded(standing.map_or(event_time, |entry| entry.event_time)))
+        }
+    }
+
+    /// Merges another log's entries into the group.
+    fn merge_all(&mut self, entries: &[KeyEntry], group: &mut Group) -> Result<(), ReplicaError> {
+        if let Some(reason) = self.shared.closed() {
+            return Err(ReplicaError::Closed(reason));
+        }
+        let mut winners = Vec::new();
+        for one in entries {
+            let entry = Entry::decode(&one.entry)
+                .map_err(|error| ReplicaError::Refused(format!("a streamed entry is damaged: {error}")))?;
+            let band = band_of(self.meta.identity.shard, &one.key, entry.partition_hash)
+                .filter(|band| matches!(self.meta.ranges.state(*band), RangeState::Arriving | RangeState::Owned))
+                .ok_or_else(|| ReplicaError::Refused("a streamed entry belongs to another shard".into()))?;
+            winners.push((data_key(band, &one.key), one, entry.event_time));
+        }
+        for (stored_key, one, event_time) in winners {
+            let blind = event_time > self.slots.max_of(&one.key);
+            let wins = blind || {
+                let current = match group.get(&stored_key) {
+                    Some(entry) => Some(entry.to_vec()),
+                    None => self.shared.engine.get(&stored_key)?,
+                };
+                supersedes(self.meta.head.floor, current.as_deref(), &one.entry)
+            };
+            if wins {
+                self.slots.raise(&one.key, event_time);
+                group.set(stored_key, &one.key, one.entry.clone());
+            }
+        }
+        Ok(())
+    }
+
+    fn log_and_apply(
+        &mut self,
+        group: Group,
+        progress: Vec<Progress>,
+        commit_time: u64,
+        must_sync: bool,
+    ) -> Result<(), ReplicaError> {
+        let own_seq = OwnSeq(self.meta.head.own_seq.0 + 1);
+        let Group { entries, stored_keys, .. } = group;
+        let record = self.record(Body::Data { entries, results: Vec::new(), progress }, own_seq, commit_time);
+        self.append(&record)?;
+        if must_sync {
+            self.sync()?;
+        }
+        let Body::Data { entries, progress, .. } = &record.body else { unreachable!("it was built as data") };
+        let mut batch = Batch::default();
+        for (stored_key, one) in stored_keys.iter().zip(entries) {
+            batch.put(stored_key, &one.entry);
+            let event_time = event_time_of(&one.entry).unwrap_or(0);
+            self.meta.head.event_time_max = self.meta.head.event_time_max.max(event_time);
+        }
+        put_progress(&mut batch, progress);
+        put_head(&mut batch, &mut self.meta, &record);
+        self.write_batch(batch)
+    }
+
+    fn record(&self, body: Body, own_seq: OwnSeq, commit_time: u64) -> Record {
+        Record {
+            lsn: self.log.last_lsn().next(),
+            synced_lsn: self.shared.log.synced_lsn(),
+            commit_time,
+            floor: self.meta.head.floor,
+            epoch: self.meta.head.epoch,
+            origin: Origin { replica: self.meta.identity.replica, incarnation: self.meta.identity.incarnation },
+            own_seq,
+            body,
+        }
+    }
+
+    fn append(&mut self, record: &Record) -> Result<(), ReplicaError> {
+        self.encoded.clear();
+        record.encode_into(&mut self.encoded);
+        self.log.append(record.lsn, &self.encoded).map_err(|error| self.close(error.to_string()))?;
+        self.unsynced_since.get_or_insert_with(Instant::now);
+        if self.encoded.capacity() > GROUP_BYTES_MAX * 2 {
+            self.encoded = Vec::new();
+        }
+        Ok(())
+    }
+
+    fn sync(&mut self) -> Result<(), ReplicaError> {
+        let started = Instant::now();
+        self.log.sync().map_err(|error| self.close(error.to_string()))?;
+        self.unsynced_since = None;
+        metrics::sync(started.elapsed());
+        Ok(())
+    }
+
+    fn write_batch(&mut self, batch: Batch) -> Result<(), ReplicaError> {
+        if self.shared.engine.has_failed() {
+            return Err(self.close("the database could not write to its disk".into()));
+        }
+        self.shared.engine.write(batch).map_err(|error| self.close(error.to_string()))?;
+        self.shared.publish(&self.meta);
+        Ok(())
+    }
+
+    /// Closes the replica to writes for good (until it is opened again).
+    fn close(&self, reason: String) -> ReplicaError {
+        self.shared.close(reason.clone());
+        ReplicaError::Closed(reason)
+    }
+
+    /// Logs a control record durably and applies it.
+    fn log_control(&mut self, body: Body) -> Result<Lsn, ReplicaError> {
+        if let Some(reason) = self.shared.closed() {
+            return Err(ReplicaError::Closed(reason));
+        }
+        let commit_time = self.commit_time();
+        let own_seq = if body.is_streamed() { OwnSeq(self.meta.head.own_seq.0 + 1) } else { OwnSeq(0) };
+        let mut record = self.record(body, own_seq, commit_time);
+        if let Body::Adopt { .. } = record.body {
+            // The first record of the next incarnation.
+            record.origin.incarnation.0 += 1;
+            record.own_seq = OwnSeq(1);
+            self.log.set_incarnation(record.origin.incarnation);
+        }
+        self.append(&record)?;
+        self.sync()?;
+        let batch = apply_record(&mut self.meta, &record).map_err(|error| self.close(error.to_string()))?;
+        if let (Body::Seal { .. }, Some(seal)) = (&record.body, &mut self.meta.ranges.seal) {
+            seal.since = Some(since_boot());
+        }
+        self.write_batch(batch)?;
+        Ok(record.lsn)
+    }
+
+    /// Begins this opening of the replica: ends the previous incarnation where this disk has it.
+    pub(super) fn adopt(&mut self) -> Result<Lsn, ReplicaError> {
+        let body = Body::Adopt { previous: self.meta.identity.incarnation, head: self.meta.head.own_seq };
+        self.log_control(body)
+    }
+
+    /// Gives a range a state, durably; the epoch is published with it.
+    pub(super) fn set_range(
+        &mut self,
+        epoch: Epoch,
+        version: CatalogVersion,
+        range: vasto_core::record::BandRange,
+        state: RangeState,
+    ) -> Result<Lsn, ReplicaError> {
+        self.meta.head.epoch = self.meta.head.epoch.max(epoch);
+        self.log_control(Body::RangeState { version, range, state })
+    }
+
+    fn obey(&mut self, order: Control, done: oneshot::Sender<Result<Lsn, ReplicaError>>) -> bool {
+        let result = match order {
+            Control::Seal { plan, version, range } => self.seal(plan, version, range),
+            Control::Unseal { version } => self.unseal(version),
+            Control::SetRange { epoch, version, range, state } => {
+                let result = self.set_range(epoch, version, range, state);
+                self.outcome_known();
+                result
+            }
+            Control::Ingest { plan, range, files, objects, event_time_max, progress } => {
+                self.ingest(plan, range, files, objects, event_time_max, progress)
+            }
+            Control::Obey { epoch, version } => {
+                self.meta.head.epoch = self.meta.head.epoch.max(epoch);
+                self.meta.head.version = self.meta.head.version.max(version);
+                self.shared.publish(&self.meta);
+                Ok(self.meta.head.applied_lsn)
+            }
+            Control::Sync => self.sync().map(|()| self.meta.head.applied_lsn),
+            Control::Stop => {
+                self.stop();
+                let _ = done.send(Ok(self.meta.head.applied_lsn));
+                return true;
+            }
+        };
+        let _ = done.send(result);
+        false
+    }
+
+    fn seal(
+        &mut self,
+        plan: vasto_core::PlanId,
+        version: CatalogVersion,
+        range: vasto_core::record::BandRange,
+    ) -> Result<Lsn, ReplicaError> {
+        if let Some(seal) = self.meta.ranges.seal
+            && seal.plan == plan
+            && seal.version == version
+        {
+            return Ok(seal.lsn); // asked again, for instance after a restart
+        }
+        let sealed_at = Instant::now();
+        let lsn = self.log_control(Body::Seal { plan, version, range })?;
+        self.sealed_at = Some(sealed_at);
+        Ok(lsn)
+    }
+
+    fn unseal(&mut self, version: CatalogVersion) -> Result<Lsn, ReplicaError> {
+        let Some(seal) = self.meta.ranges.seal else { return Ok(self.meta.head.applied_lsn) };
+        let result = self.log_control(Body::Unseal { plan: seal.plan, version });
+        self.outcome_known();
+        result
+    }
+
+    /// The seal is decided: what waited is tried again, which applies it or sends it on.
+    fn outcome_known(&mut self) {
+        if self.meta.ranges.seal.is_some() {
+            return;
+        }
+        let mut pauses: Vec<u64> = Vec::new();
+        pauses.extend(self.sealed_at.take().map(|at| at.elapsed().as_micros() as u64));
+        let held = std::mem::take(&mut self.held);
+        pauses.extend(held.iter().map(|held| held.since.elapsed().as_micros() as u64));
+        self.shared.add_pauses(pauses);
+        let mut slice = Vec::new();
+        let mut weight = 0;
+        for held in held {
+            weight += held.job.ops.iter().map(op_bytes).sum::<usize>();
+            slice.push(held.job);
+            if weight >= GROUP_BYTES_MAX {
+                self.commit(std::mem::take(&mut slice), Vec::new());
+                weight = 0;
+            }
+        }
+        self.commit(slice, Vec::new());
+    }
+
+    /// Sends writes back that have waited too long; the client tries again.
+    fn release_overdue(&mut self) {
+        if self.held.iter().all(|held| held.since.elapsed() < SEALED_WRITES_WAIT) {
+            return;
+        }
+        let (overdue, held) =
+            std::mem::take(&mut self.held).into_iter().partition(|held| held.since.elapsed() >= SEALED_WRITES_WAIT);
+        self.held = held;
+        let overdue: Vec<Held> = overdue;
+        for held in overdue {
+            held.job.answer(Err(VastoError::new(
+                ErrorCode::NodeBehind,
+                "the key is changing its shard and the outcome is not known yet; try again",
+            )
+            .retry_after_ms(50)));
+        }
+    }
+
+    fn ingest(
+        &mut self,
+        plan: vasto_core::PlanId,
+        range: vasto_core::record::BandRange,
+        files: Vec<std::path::PathBuf>,
+        objects: Vec<vasto_core::record::IngestedObject>,
+        event_time_max: u64,
+        progress: Vec<Progress>,
+    ) -> Result<Lsn, ReplicaError> {
+        if self.meta.ranges.ingested == Some(plan) {
+            return Ok(self.meta.head.applied_lsn);
+        }
+        if !self.meta.ranges.all_are(range, RangeState::Arriving) {
+            return Err(ReplicaError::Refused("only an arriving range can be filled".into()));
+        }
+        // The memtable first: an ingested file is durable at once, and nothing older may come after it.
+        self.sync()?;
+        self.shared.engine.flush()?;
+        self.shared.engine.ingest(files)?;
+        self.slots.raise_all(event_time_max);
+        self.clock.observe(event_time_max);
+        self.log_control(Body::Ingest { plan, range, objects, event_time_max, progress })
+    }
+
+    fn stop(&mut self) {
+        self.held.clear();
+        if self.shared.closed().is_none() {
+            let _ = self.sync();
+            if let Err(error) = self.shared.engine.flush() {
+                tracing::warn!(%error, "the memtable was not flushed at the stop; the log has it");
+            }
+        }
+        self.shared.close("the node is stopping".into());
+        self.shared.ended.store(true, Ordering::Release);
+    }
+}
+
+fn op_bytes(op: &WriteOp) -> usize {
+    op.key.len()
+        + match &op.change {
+            Change::Put { value, .. } => value.len(),
+            Change::Delete => 0,
+        }
+}
+
+fn damaged(error: vasto_core::codec::DecodeError) -> VastoError {
+    VastoError::new(ErrorCode::Corrupt, format!("the stored entry is damaged: {error}"))
+}
+
+fn wrong_epoch() -> VastoError {
+    VastoError::new(ErrorCode::WrongEpoch, "this node does not own the key; fetch the topology and go to its owner")
+}
+
+fn encode_op(op: &WriteOp, event_time: u64, commit_time: u64, now_us: u64) -> Vec<u8> {
+    let (payload, expires_at) = match &op.change {
+        Change::Put { value, ttl_ms } => {
+            (Some(Payload::Bytes(value)), ttl_ms.map(|ms| now_us.saturating_add(ms.saturating_mul(1000))))
+        }
+        Change::Delete => (None, None),
+    };
+    Entry {
+        event_time,
+        expires_at,
+        partition_hash: op.partition_hash,
+        commit_time: (payload.is_none() || expires_at.is_some()).then_some(commit_time),
+        payload,
+    }
+    .encode()
+}
+
+/// The stored key of the head, for the persisted-position read.
+pub(super) fn head_key() -> Vec<u8> {
+    MetaKey::Head.encode()
+}

@@ -1,0 +1,331 @@
+//! The node's session with the master: says what it holds, hears what is wanted.
+//!
+//! **Invariant:** losing the master changes nothing for readers and writers; the session is made
+//! again with jittered pauses, and everything is said and heard again.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Channel, Endpoint};
+use vasto_core::catalog::Catalog;
+use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId};
+use vasto_core::limits::{CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX, REPORT_INTERVAL};
+use vasto_proto::v1;
+use vasto_proto::v1::master_message::Message as FromMaster;
+use vasto_proto::v1::membership_client::MembershipClient;
+use vasto_proto::v1::node_message::Message as ToMaster;
+use vasto_shipping::bucket::Bucket;
+
+use crate::core::NodeCore;
+use crate::manager::Manager;
+use crate::node_dir::{DirError, NodeDir};
+
+/// Longest pause between two attempts to reach the master.
+const RETRY_MAX: Duration = Duration::from_secs(2);
+/// Reports are at least this far apart, so that a busy tail does not flood the master.
+const REPORT_GAP: Duration = Duration::from_millis(2);
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The master is not there; try again.
+    #[error("the master at {master} is not reachable: {reason}; is it running? start one with `vasto serve master`")]
+    Unreachable {
+        /// Its URL.
+        master: String,
+        /// Why.
+        reason: String,
+    },
+    /// The master refuses this node.
+    #[error("the master refused this node: {0}")]
+    Rejected(String),
+    /// The URL is not usable.
+    #[error("`{0}` is not a master URL; it looks like http://127.0.0.1:8278")]
+    BadUrl(String),
+    /// The data directory does not fit.
+    #[error(transparent)]
+    Dir(#[from] DirError),
+}
+
+impl SessionError {
+    /// True when the node must stop instead of trying again.
+    pub fn is_fatal(&self) -> bool {
+        !matches!(self, SessionError::Unreachable { .. })
+    }
+}
+
+/// What the master said when it took the node in.
+#[derive(Debug, Clone)]
+pub struct Joined {
+    /// The cluster.
+    pub cluster_id: String,
+    /// Where to ship.
+    pub bucket_url: String,
+}
+
+/// What a session needs before it can obey.
+pub struct SessionConfig {
+    /// `http://host:port` of the master.
+    pub master: String,
+    /// What clients and other nodes connect to.
+    pub address: String,
+    /// Where the node stands.
+    pub zone: String,
+    /// This node.
+    pub node_id: NodeId,
+}
+
+/// The opened stream of a session.
+pub struct Session {
+    to_master: mpsc::Sender<v1::NodeMessage>,
+    from_master: tonic::Streaming<v1::MasterMessage>,
+    /// Who took us in.
+    pub joined: Joined,
+}
+
+async fn connect(master: &str) -> Result<Channel, SessionError> {
+    let endpoint = Endpoint::from_shared(master.to_owned()).map_err(|_| SessionError::BadUrl(master.to_owned()))?;
+    if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().port_u16().is_none() {
+        return Err(SessionError::BadUrl(master.to_owned()));
+    }
+    endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .keep_alive_while_idle(true)
+        .tcp_nodelay(true)
+        .connect()
+        .await
+        .map_err(|error| unreachable(master, &error))
+}
+
+fn unreachable(master: &str, error: &dyn std::error::Error) -> SessionError {
+    let cause = error.source().map_or_else(|| error.to_string(), |source| source.to_string());
+    SessionError::Unreachable { master: master.to_owned(), reason: cause }
+}
+
+/// Says hello and waits to be taken in.
+pub async fn join(config: &SessionConfig, dir: &Mutex<NodeDir>) -> Result<Session, SessionError> {
+    let channel = connect(&config.master).await?;
+    let mut client = MembershipClient::new(channel)
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let (to_master, receiver) = mpsc::channel(16);
+    let hello = v1::Hello {
+        node_id: config.node_id.0,
+        cluster_id: dir.lock().identity().cluster_id.clone(),
+        address: config.address.clone(),
+        zone: config.zone.clone(),
+        pid: std::process::id(),
+        protocol: vasto_proto::PROTOCOL,
+    };
+    let lost = |reason: String| SessionError::Unreachable { master: config.master.clone(), reason };
+    let first = v1::NodeMessage { message: Some(ToMaster::Hello(hello)) };
+    to_master.send(first).await.map_err(|_| lost("the session ended at once".into()))?;
+    let response = client.session(ReceiverStream::new(receiver)).await.map_err(|status| lost(status.to_string()))?;
+    let mut from_master = response.into_inner();
+    let joined = match from_master.message().await.map_err(|status| lost(status.to_string()))? {
+        Some(v1::MasterMessage { message: Some(FromMaster::Welcome(welcome)) }) => {
+            Joined { cluster_id: welcome.cluster_id, bucket_url: welcome.bucket_url }
+        }
+        Some(v1::MasterMessage { message: Some(FromMaster::Rejected(rejected)) }) => {
+            return Err(SessionError::Rejected(rejected.reason));
+        }
+        _ => return Err(lost("it did not answer the hello".into())),
+    };
+    dir.lock().join(&joined.cluster_id, &joined.bucket_url)?;
+    Ok(Session { to_master, from_master, joined })
+}
+
+/// What a running session works with.
+pub struct SessionContext {
+    /// Shared state.
+    pub core: Arc<NodeCore>,
+    /// Obeys catalog versions.
+    pub manager: Arc<Manager>,
+    /// For the request counts in reports.
+    pub bucket: Bucket,
+    /// For the disk figures.
+    pub dir: std::path::PathBuf,
+}
+
+/// Keeps a session with the master until `cancel` fires; joins again whenever it is lost.
+/// Answers early, through `fatal`, when the master refuses the node for good.
+pub async fn keep(
+    context: SessionContext,
+    config: SessionConfig,
+    dir: Arc<Mutex<NodeDir>>,
+    first: Option<Session>,
+    cancel: CancellationToken,
+    fatal: oneshot::Sender<SessionError>,
+) {
+    let mut next = first;
+    let mut pause = Duration::from_millis(50);
+    loop {
+        let session = match next.take() {
+            Some(session) => Ok(session),
+            None => tokio::select! {
+                () = cancel.cancelled() => return,
+                joined = join(&config, &dir) => joined,
+            },
+        };
+        match session {
+            Ok(session) => {
+                pause = Duration::from_millis(50);
+                tracing::info!(master = config.master, "joined the master");
+                tokio::select! {
+                    () = cancel.cancelled() => return,
+                    reason = run(&context, session) => tracing::info!(reason, "the session with the master ended"),
+                }
+            }
+            Err(error) if error.is_fatal() => {
+                let _ = fatal.send(error);
+                return;
+            }
+            Err(error) => tracing::debug!(%error, "no master"),
+        }
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            () = tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.5))) => {}
+        }
+        pause = (pause * 2).min(RETRY_MAX);
+    }
+}
+
+async fn run(context: &SessionContext, session: Session) -> String {
+    let Session { to_master, mut from_master, .. } = session;
+    let reporter = report(context, to_master.clone());
+    let listener = async {
+        loop {
+            match from_master.message().await {
+                Ok(Some(v1::MasterMessage { message: Some(message) })) => {
+                    if let Err(reason) = hear(context, message, &to_master).await {
+                        return reason;
+                    }
+                }
+                Ok(Some(_)) => {}
+                Ok(None) => return "the master closed it".to_owned(),
+                Err(status) => return status.to_string(),
+            }
+        }
+    };
+    tokio::select! {
+        reason = reporter => reason,
+        reason = listener => reason,
+    }
+}
+
+async fn hear(
+    context: &SessionContext,
+    message: FromMaster,
+    to_master: &mpsc::Sender<v1::NodeMessage>,
+) -> Result<(), String> {
+    match message {
+        FromMaster::Keyspace(version) => {
+            let catalog: Catalog = serde_json::from_str(&version.catalog_json)
+                .map_err(|error| format!("a catalog version cannot be read: {error}"))?;
+            let manager = context.manager.clone();
+            // The manager takes the versions of a keyspace one at a time and refuses lower ones, so
+            // the next message need not wait for this one's disk.
+            tokio::spawn(async move {
+                if let Err(error) = manager.obey(Arc::new(catalog), false).await {
+                    tracing::error!(%error, "a catalog version could not be obeyed");
+                }
+            });
+            Ok(())
+        }
+        FromMaster::Nodes(nodes) => {
+            let addresses: HashMap<NodeId, String> =
+                nodes.nodes.into_iter().map(|one| (NodeId(one.node_id), one.address)).collect();
+            context.core.set_addresses(addresses);
+            Ok(())
+        }
+        FromMaster::Command(command) => {
+            let (manager, core, to_master) = (context.manager.clone(), context.core.clone(), to_master.clone());
+            // Ends with the command; a node that stops answers through its shippers.
+            tokio::spawn(async move {
+                let error = execute(&manager, &core, &command).await.err().unwrap_or_default();
+                let done = v1::CommandDone { id: command.id, error };
+                let _ = to_master.send(v1::NodeMessage { message: Some(ToMaster::Done(done)) }).await;
+            });
+            Ok(())
+        }
+        FromMaster::Rejected(rejected) => Err(format!("the master refused this node: {}", rejected.reason)),
+        FromMaster::Welcome(_) => Ok(()),
+    }
+}
+
+async fn execute(manager: &Manager, core: &NodeCore, command: &v1::Command) -> Result<(), String> {
+    use v1::command::Kind;
+    let keyspace = KeyspaceId(command.keyspace_id);
+    match Kind::try_from(command.kind).unwrap_or_default() {
+        Kind::Checkpoint => {
+            for ship in manager.shippers(keyspace) {
+                ship.checkpoint(None).await.map_err(|error| error.to_string())?;
+            }
+            Ok(())
+        }
+        Kind::Compact => {
+            for replica in core.replicas().into_iter().filter(|replica| replica.keyspace == keyspace) {
+                let work = move || {
+                    replica.engine().flush()?;
+                    replica.engine().compact_all();
+                    Ok::<(), crate::engine::EngineError>(())
+                };
+                crate::ship::blocking(work).await.map_err(|error| error.to_string())?;
+            }
+            Ok(())
+        }
+        Kind::Unspecified => Err("the command is not known to this version of the node".into()),
+    }
+}
+
+/// Reports what changed, at once when something the master waits for has happened.
+async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessage>) -> String {
+    let mut last: HashMap<(KeyspaceId, ReplicaId), String> = HashMap::new();
+    loop {
+        let mut replicas = Vec::new();
+        for report in context.manager.reports() {
+            let json = serde_json::to_string(&report).expect("plain data always has a JSON form");
+            let key = (report.keyspace, report.replica);
+            if last.get(&key) != Some(&json) {
+                replicas.push(json.clone());
+                last.insert(key, json);
+            }
+        }
+        let (disk_used, disk_free) = disk(&context.dir);
+        let counts = context.bucket.counts();
+        let bucket = v1::BucketRequests {
+            get: counts.get,
+            put: counts.put,
+            list: counts.list,
+            head: counts.head,
+            delete: counts.delete,
+            bytes_read: counts.bytes_read,
+            bytes_written: counts.bytes_written,
+        };
+        let report = v1::Report { replicas, disk_used, disk_free, bucket: Some(bucket) };
+        if to_master.send(v1::NodeMessage { message: Some(ToMaster::Report(report)) }).await.is_err() {
+            return "the master is gone".into();
+        }
+        tokio::time::sleep(REPORT_GAP).await;
+        tokio::select! {
+            () = context.core.report.notified() => {}
+            () = tokio::time::sleep(REPORT_INTERVAL) => {}
+        }
+    }
+}
+
+/// `(used, free)` bytes of the file system that holds the directory.
+fn disk(dir: &Path) -> (u64, u64) {
+    match rustix::fs::statvfs(dir) {
+        Ok(stat) => (stat.f_blocks.saturating_sub(stat.f_bfree) * stat.f_frsize, stat.f_bavail * stat.f_frsize),
+        Err(_) => (0, 0),
+    }
+}

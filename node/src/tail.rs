@@ -1,0 +1,181 @@
+//! Streams a replica's log to the replica of another shard that takes over some of its keys.
+//!
+//! **Invariants**
+//! - Only settled records are streamed, in order, without a gap; `covered_lsn` says up to where
+//!   everything that concerns the asking shard has been sent.
+//! - A position that the log no longer reaches is an explicit error, never a silent jump.
+//! - Served in every state of the replica.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::Stream;
+use tokio::sync::mpsc::{Sender, channel};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+use vasto_core::entry::Entry;
+use vasto_core::hash::{jump, partition_hash};
+use vasto_core::ids::{KeyspaceId, Lsn, ReplicaId, ShardId};
+use vasto_core::record::{Body, KeyEntry, Record};
+use vasto_core::{ErrorCode, VastoError};
+use vasto_proto::convert::status_of;
+use vasto_proto::v1;
+use vasto_proto::v1::replication_server::Replication;
+
+use crate::binlog::{BinlogError, LogReader};
+use crate::core::NodeCore;
+use crate::replica::Replica;
+
+/// Bytes read from the log for one frame.
+const FRAME_BYTES: usize = 1 << 20;
+/// Frames that may wait for a slow reader.
+const FRAMES_AHEAD: usize = 4;
+/// Progress that carries no records is announced at most this often.
+const QUIET_FRAME: Duration = Duration::from_millis(10);
+
+/// Serves `vasto.v1.Replication`.
+#[derive(Clone)]
+pub struct TailService {
+    core: Arc<NodeCore>,
+}
+
+impl TailService {
+    /// The service over the node's replicas.
+    pub fn new(core: Arc<NodeCore>) -> Self {
+        Self { core }
+    }
+}
+
+/// The shard whose entries a tail wants.
+#[derive(Debug, Clone, Copy)]
+pub struct Filter {
+    /// The shard ...
+    pub shard: ShardId,
+    /// ... of this many.
+    pub shards: u32,
+}
+
+impl Filter {
+    /// The entries of a record that belong to the shard.
+    pub fn pick(&self, record: Record) -> Vec<KeyEntry> {
+        let Body::Data { entries, .. } = record.body else { return Vec::new() };
+        entries
+            .into_iter()
+            .filter(|one| {
+                let own = Entry::decode(&one.entry).ok().and_then(|entry| entry.partition_hash);
+                jump(own.unwrap_or_else(|| partition_hash(&one.key)), self.shards).shard == self.shard
+            })
+            .collect()
+    }
+}
+
+#[tonic::async_trait]
+impl Replication for TailService {
+    type TailStream = Pin<Box<dyn Stream<Item = Result<v1::TailFrame, Status>> + Send>>;
+
+    async fn tail(&self, request: Request<v1::TailRequest>) -> Result<Response<Self::TailStream>, Status> {
+        let request = request.into_inner();
+        if !vasto_core::band::is_legal_shard_count(request.final_shards) || request.final_shard >= request.final_shards
+        {
+            return Err(status_of(&VastoError::new(ErrorCode::InvalidArgument, "the tail names no legal shard")));
+        }
+        let (keyspace, id) = (KeyspaceId(request.keyspace_id), ReplicaId(request.replica_id));
+        let replica = self.core.replica(keyspace, id).ok_or_else(|| {
+            status_of(&VastoError::new(
+                ErrorCode::Unavailable,
+                format!("replica {id} of keyspace {keyspace} is not open on this node"),
+            ))
+        })?;
+        let reader = replica.log().reader(Lsn(request.after_lsn)).map_err(|error| log_status(&error))?;
+        let filter = Filter { shard: ShardId(request.final_shard), shards: request.final_shards };
+        let (frames, receiver) = channel(FRAMES_AHEAD);
+        // Ends when the reader is gone: sending fails then, also while the log is idle.
+        tokio::spawn(async move {
+            if let Err(status) = stream(replica, reader, filter, &frames).await {
+                let _ = frames.send(Err(status)).await;
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}
+
+fn log_status(error: &BinlogError) -> Status {
+    let code = match error {
+        BinlogError::TooOld { .. } => ErrorCode::FailedPrecondition,
+        _ => ErrorCode::Unavailable,
+    };
+    status_of(&VastoError::new(code, error.to_string()))
+}
+
+async fn stream(
+    replica: Replica,
+    mut reader: LogReader,
+    filter: Filter,
+    frames: &Sender<Result<v1::TailFrame, Status>>,
+) -> Result<(), Status> {
+    let mut synced = replica.log().subscribe();
+    // Says how far behind the reader is, also when the log is idle.
+    let hello =
+        v1::TailFrame { records: Vec::new(), covered_lsn: reader.position().0, head_lsn: replica.log().synced_lsn().0 };
+    if frames.send(Ok(hello)).await.is_err() {
+        return Ok(());
+    }
+    loop {
+        synced.borrow_and_update();
+        let head = replica.log().synced_lsn();
+        let (back, batch) = tokio::task::spawn_blocking(move || {
+            let batch = read_filtered(&mut reader, filter);
+            (reader, batch)
+        })
+        .await
+        .map_err(|error| Status::internal(error.to_string()))?;
+        reader = back;
+        let batch = batch?;
+        if batch.covered > Lsn(0) {
+            let quiet = batch.records.is_empty() && !batch.control;
+            let frame = v1::TailFrame {
+                records: batch.records,
+                covered_lsn: batch.covered.0,
+                head_lsn: head.0.max(batch.covered.0),
+            };
+            if frames.send(Ok(frame)).await.is_err() {
+                return Ok(());
+            }
+            if quiet {
+                tokio::time::sleep(QUIET_FRAME).await;
+            }
+            continue;
+        }
+        tokio::select! {
+            changed = synced.changed() => if changed.is_err() { return Ok(()) },
+            () = frames.closed() => return Ok(()),
+        }
+    }
+}
+
+struct Filtered {
+    records: Vec<Bytes>,
+    covered: Lsn,
+    control: bool,
+}
+
+// A gRPC status is large, and this is not a hot path: one result per megabyte of log.
+#[allow(clippy::result_large_err)]
+fn read_filtered(reader: &mut LogReader, filter: Filter) -> Result<Filtered, Status> {
+    let mut out = Filtered { records: Vec::new(), covered: Lsn(0), control: false };
+    for (lsn, bytes) in reader.next_batch(FRAME_BYTES).map_err(|error| log_status(&error))? {
+        out.covered = lsn;
+        let record = Record::decode(&bytes).map_err(|error| {
+            status_of(&VastoError::new(ErrorCode::Corrupt, format!("record {lsn} of the log is damaged: {error}")))
+        })?;
+        out.control |= !record.body.is_streamed();
+        let (head, entries) = (Record { body: Body::data(Vec::new()), ..record.clone() }, filter.pick(record));
+        if !entries.is_empty() {
+            let own_seq = vasto_core::OwnSeq(head.own_seq.0.max(1));
+            out.records.push(Record { own_seq, body: Body::data(entries), ..head }.encode().into());
+        }
+    }
+    Ok(out)
+}

@@ -1,0 +1,307 @@
+//! One-time set-up of logs, metrics and traces for the process.
+//!
+//! Logs: `tracing` events to stderr, for people on a terminal and JSON otherwise.
+//! Metrics: one OpenTelemetry meter provider, always readable through the Prometheus registry,
+//! and pushed over OTLP as well when an endpoint is given. Traces: only over OTLP.
+//!
+//! Invariant: `init` works once per process, because the subscriber and the providers are
+//! process-wide; what tells the roles of one process apart are attributes.
+
+use std::{
+    io::IsTerminal,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use opentelemetry::{KeyValue, global, metrics::Meter, trace::TracerProvider as _};
+use opentelemetry_otlp::WithExportConfig;
+use opentelemetry_sdk::{
+    Resource, metrics::SdkMeterProvider, propagation::TraceContextPropagator, trace::SdkTracerProvider,
+};
+use prometheus::Registry;
+use tracing_subscriber::{EnvFilter, Layer, filter, layer::SubscriberExt, util::SubscriberInitExt};
+
+use crate::LogFormat;
+
+/// What is logged when nothing else is said.
+const DEFAULT_FILTER: &str = "info";
+
+/// How long the last export may take at the end. A collector that is down must not keep the
+/// process from stopping within its 10 s.
+const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(2);
+
+static INITIALISED: AtomicBool = AtomicBool::new(false);
+
+/// What [`Telemetry::init`] needs to know.
+#[derive(Debug, Clone, Default)]
+pub struct TelemetryConfig {
+    /// `master`, `node`, `dev`, ...: becomes the service name `vasto-<role>`, unless
+    /// `OTEL_SERVICE_NAME` says otherwise.
+    pub role: String,
+    /// The `service.instance.id`: the node id or the address; `<role>-<pid>` when absent.
+    pub instance: Option<String>,
+    /// A `tracing` filter such as `info,vasto_node=debug`. When absent, the environment
+    /// variables `VASTO_LOG`, then `RUST_LOG`, then `info`.
+    pub filter: Option<String>,
+    /// How log lines look.
+    pub format: LogFormat,
+    /// Where metrics and traces go by OTLP over gRPC, such as `http://127.0.0.1:4317`. When
+    /// absent, `OTEL_EXPORTER_OTLP_ENDPOINT`; when that is not set either, nowhere.
+    pub otlp_endpoint: Option<String>,
+}
+
+/// Why telemetry could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum TelemetryError {
+    /// It was set up before, here or by somebody else's subscriber.
+    #[error("telemetry is set up already; a process does it once, before its first server starts")]
+    AlreadyInitialised,
+    /// The filter does not parse.
+    #[error(
+        "the log filter {filter:?} is not valid: {reason}; \
+         write for example `info` or `info,vasto_node=debug`"
+    )]
+    Filter {
+        /// The filter as given.
+        filter: String,
+        /// What the parser said.
+        reason: String,
+    },
+    /// The OTLP exporter refused its settings.
+    #[error(
+        "cannot export telemetry to {endpoint}: {reason}; \
+         correct OTEL_EXPORTER_OTLP_ENDPOINT (for example http://127.0.0.1:4317) or unset it"
+    )]
+    Otlp {
+        /// The endpoint as given.
+        endpoint: String,
+        /// What the exporter said.
+        reason: String,
+    },
+    /// An endpoint with TLS, which this build does not speak towards collectors.
+    #[error(
+        "cannot export telemetry to {endpoint}: export with TLS is not supported; \
+         set OTEL_EXPORTER_OTLP_ENDPOINT to the http:// address of a collector on this machine, \
+         which can forward with TLS"
+    )]
+    OtlpTls {
+        /// The endpoint as given.
+        endpoint: String,
+    },
+    /// OTLP needs the runtime that its connection lives on.
+    #[error("OTLP export needs a Tokio runtime; set up telemetry from inside of it")]
+    NoRuntime,
+    /// The Prometheus reader could not be registered.
+    #[error("cannot set up the Prometheus registry: {reason}; please report this as a bug")]
+    Registry {
+        /// What the exporter said.
+        reason: String,
+    },
+}
+
+/// The telemetry of this process. Keep it until the end and then call [`Telemetry::shutdown`].
+#[derive(Debug)]
+pub struct Telemetry {
+    registry: Registry,
+    meters: SdkMeterProvider,
+    tracers: Option<SdkTracerProvider>,
+}
+
+impl Telemetry {
+    /// Installs the log subscriber and the OpenTelemetry providers of the process.
+    ///
+    /// # Errors
+    /// [`TelemetryError`]; nothing is installed then, except when another subscriber was there
+    /// before.
+    pub fn init(config: TelemetryConfig) -> Result<Telemetry, TelemetryError> {
+        let filter = parse_filter(config.filter.as_deref())?;
+        let endpoint = config.otlp_endpoint.clone().or_else(endpoint_from_environment);
+        if let Some(endpoint) = &endpoint {
+            if endpoint.starts_with("https:") {
+                return Err(TelemetryError::OtlpTls { endpoint: endpoint.clone() });
+            }
+            if tokio::runtime::Handle::try_current().is_err() {
+                return Err(TelemetryError::NoRuntime);
+            }
+        }
+        let resource = resource(&config.role, config.instance.as_deref());
+        let registry = Registry::new();
+        let meters = meter_provider(&registry, resource.clone(), endpoint.as_deref())?;
+        let tracers = match &endpoint {
+            Some(endpoint) => Some(tracer_provider(resource, endpoint)?),
+            None => None,
+        };
+        if INITIALISED.swap(true, Ordering::SeqCst) {
+            return Err(TelemetryError::AlreadyInitialised);
+        }
+
+        // Before the subscriber: the providers announce themselves with an event each.
+        global::set_meter_provider(meters.clone());
+        if let Some(tracers) = &tracers {
+            global::set_text_map_propagator(TraceContextPropagator::new());
+            global::set_tracer_provider(tracers.clone());
+        }
+        // The exporter's own connection would trace itself for ever, so only our spans leave.
+        let spans = tracers.as_ref().map(|tracers| {
+            tracing_opentelemetry::layer()
+                .with_tracer(tracers.tracer("vasto"))
+                .with_filter(filter::filter_fn(|metadata| metadata.target().starts_with("vasto")))
+        });
+        tracing_subscriber::registry()
+            .with(stderr_layer(config.format).with_filter(filter))
+            .with(spans)
+            .try_init()
+            .map_err(|_| TelemetryError::AlreadyInitialised)?;
+        Ok(Telemetry { registry, meters, tracers })
+    }
+
+    /// The registry for [`crate::AdminServer::start`].
+    pub fn registry(&self) -> Registry {
+        self.registry.clone()
+    }
+
+    /// A meter of this process; the same as `opentelemetry::global::meter(name)`.
+    pub fn meter(&self, name: &'static str) -> Meter {
+        global::meter(name)
+    }
+
+    /// Sends what is still buffered and ends the exporters, within about two seconds. A
+    /// collector that cannot be reached is logged, not an error: the work is done by now.
+    pub async fn shutdown(self) {
+        let Telemetry { meters, tracers, .. } = self;
+        let ended = tokio::task::spawn_blocking(move || {
+            let traces = tracers.map(|tracers| tracers.shutdown_with_timeout(SHUTDOWN_DEADLINE));
+            let metrics = meters.shutdown_with_timeout(SHUTDOWN_DEADLINE);
+            for error in traces.into_iter().chain([metrics]).filter_map(Result::err) {
+                tracing::info!(%error, "the last telemetry was not delivered");
+            }
+        });
+        if tokio::time::timeout(2 * SHUTDOWN_DEADLINE, ended).await.is_err() {
+            tracing::info!("the last telemetry was not delivered in time");
+        }
+    }
+}
+
+fn stderr_layer<S>(format: LogFormat) -> Box<dyn Layer<S> + Send + Sync>
+where
+    S: tracing::Subscriber + for<'a> tracing_subscriber::registry::LookupSpan<'a>,
+{
+    let terminal = std::io::stderr().is_terminal();
+    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    if format.is_json(terminal) {
+        layer.json().flatten_event(true).with_span_list(false).boxed()
+    } else {
+        let colour = terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+        layer.with_ansi(colour).boxed()
+    }
+}
+
+fn parse_filter(given: Option<&str>) -> Result<EnvFilter, TelemetryError> {
+    let from_environment = || ["VASTO_LOG", "RUST_LOG"].into_iter().find_map(non_empty_variable);
+    let filter = given.map(str::to_owned).or_else(from_environment).unwrap_or_else(|| DEFAULT_FILTER.to_owned());
+    EnvFilter::try_new(&filter).map_err(|error| TelemetryError::Filter { filter, reason: error.to_string() })
+}
+
+fn endpoint_from_environment() -> Option<String> {
+    non_empty_variable("OTEL_EXPORTER_OTLP_ENDPOINT")
+}
+
+fn non_empty_variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.trim().is_empty())
+}
+
+/// The builder has read `OTEL_RESOURCE_ATTRIBUTES` and `OTEL_SERVICE_NAME`, which win.
+fn resource(role: &str, instance: Option<&str>) -> Resource {
+    let instance = match instance {
+        Some(instance) => instance.to_owned(),
+        None => format!("{role}-{}", std::process::id()),
+    };
+    let builder = Resource::builder().with_attributes([
+        KeyValue::new("service.instance.id", instance),
+        KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
+    ]);
+    match non_empty_variable("OTEL_SERVICE_NAME") {
+        Some(_) => builder.build(),
+        None => builder.with_service_name(format!("vasto-{role}")).build(),
+    }
+}
+
+fn meter_provider(
+    registry: &Registry,
+    resource: Resource,
+    otlp: Option<&str>,
+) -> Result<SdkMeterProvider, TelemetryError> {
+    // The scope would add a label to every series that says what its name says already.
+    let reader = opentelemetry_prometheus::exporter()
+        .with_registry(registry.clone())
+        .scope_info_enabled(false)
+        .build()
+        .map_err(|error| TelemetryError::Registry { reason: error.to_string() })?;
+    let mut builder = SdkMeterProvider::builder().with_resource(resource).with_reader(reader);
+    if let Some(endpoint) = otlp {
+        let exporter = opentelemetry_otlp::MetricExporter::builder()
+            .with_tonic()
+            .with_endpoint(endpoint)
+            .build()
+            .map_err(|error| otlp_error(endpoint, error))?;
+        builder = builder.with_periodic_exporter(exporter);
+    }
+    Ok(builder.build())
+}
+
+fn tracer_provider(resource: Resource, endpoint: &str) -> Result<SdkTracerProvider, TelemetryError> {
+    let exporter = opentelemetry_otlp::SpanExporter::builder()
+        .with_tonic()
+        .with_endpoint(endpoint)
+        .build()
+        .map_err(|error| otlp_error(endpoint, error))?;
+    Ok(SdkTracerProvider::builder().with_resource(resource).with_batch_exporter(exporter).build())
+}
+
+fn otlp_error(endpoint: &str, error: impl std::fmt::Display) -> TelemetryError {
+    TelemetryError::Otlp { endpoint: endpoint.to_owned(), reason: error.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_bad_filter_is_named_and_says_what_to_write() {
+        let error = parse_filter(Some("vasto_node=loud")).unwrap_err().to_string();
+        assert!(error.contains("vasto_node=loud") && error.contains("info,vasto_node=debug"));
+        parse_filter(Some("info,vasto_node=debug")).unwrap();
+    }
+
+    #[test]
+    fn otlp_outside_a_runtime_is_refused() {
+        let config = TelemetryConfig {
+            role: "node".to_owned(),
+            otlp_endpoint: Some("http://127.0.0.1:4317".to_owned()),
+            ..TelemetryConfig::default()
+        };
+        assert!(matches!(Telemetry::init(config), Err(TelemetryError::NoRuntime)));
+    }
+
+    #[test]
+    fn an_endpoint_with_tls_is_refused_with_the_way_out() {
+        let config =
+            TelemetryConfig { otlp_endpoint: Some("https://collector:4317".to_owned()), ..TelemetryConfig::default() };
+        let error = Telemetry::init(config).unwrap_err().to_string();
+        assert!(error.contains("https://collector:4317") && error.contains("http://"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_bad_endpoint_is_named() {
+        let error = tracer_provider(resource("node", None), "not a url").unwrap_err().to_string();
+        assert!(error.contains("not a url") && error.contains("OTEL_EXPORTER_OTLP_ENDPOINT"));
+    }
+
+    #[test]
+    fn the_resource_names_role_and_instance() {
+        let resource = resource("node", Some("n-1"));
+        assert_eq!(resource.get(&"service.name".into()).unwrap().to_string(), "vasto-node");
+        assert_eq!(resource.get(&"service.instance.id".into()).unwrap().to_string(), "n-1");
+    }
+}

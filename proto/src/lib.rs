@@ -1,0 +1,18 @@
+//! The wire: generated messages and services, and their conversions to and from `vasto-core`.
+//!
+//! **Invariant:** nothing but this crate and its users at the edge sees generated types; the
+//! conversions are total, and what a peer sends can at worst become a typed error.
+
+/// Generated from `proto/vasto/v1`.
+#[allow(clippy::all, clippy::unwrap_used, missing_docs)]
+pub mod v1 {
+    tonic::include_proto!("vasto.v1");
+}
+
+pub mod convert;
+
+/// Raised when an old node and a new master would misunderstand each other.
+pub const PROTOCOL: u32 = 1;
+
+/// Name of the metadata entry of a gRPC status that carries the [`vasto_core::ErrorCode`] number.
+pub const CODE_HEADER: &str = "vasto-code";

@@ -1,0 +1,70 @@
+//! How many requests a bucket was sent, and how many body bytes went each way.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Requests sent and body bytes moved since the bucket was opened, every attempt counted.
+/// A listing counts one request for each 1,000 objects.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RequestCounts {
+    /// GET requests.
+    pub get: u64,
+    /// PUT requests, parts of multipart uploads and their begin and end included.
+    pub put: u64,
+    /// LIST requests.
+    pub list: u64,
+    /// HEAD requests.
+    pub head: u64,
+    /// DELETE requests.
+    pub delete: u64,
+    /// Body bytes received.
+    pub bytes_read: u64,
+    /// Body bytes sent.
+    pub bytes_written: u64,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    get: AtomicU64,
+    put: AtomicU64,
+    list: AtomicU64,
+    head: AtomicU64,
+    delete: AtomicU64,
+    bytes_read: AtomicU64,
+    bytes_written: AtomicU64,
+}
+
+impl Counters {
+    pub(crate) fn snapshot(&self) -> RequestCounts {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        RequestCounts {
+            get: read(&self.get),
+            put: read(&self.put),
+            list: read(&self.list),
+            head: read(&self.head),
+            delete: read(&self.delete),
+            bytes_read: read(&self.bytes_read),
+            bytes_written: read(&self.bytes_written),
+        }
+    }
+    pub(crate) fn get(&self) {
+        self.get.fetch_add(1, Ordering::Relaxed);
+    }
+    pub(crate) fn list(&self, pages: u64) {
+        self.list.fetch_add(pages, Ordering::Relaxed);
+    }
+    pub(crate) fn head(&self) {
+        self.head.fetch_add(1, Ordering::Relaxed);
+    }
+    pub(crate) fn delete(&self) {
+        self.delete.fetch_add(1, Ordering::Relaxed);
+    }
+    pub(crate) fn put(&self) {
+        self.put.fetch_add(1, Ordering::Relaxed);
+    }
+    pub(crate) fn sent(&self, bytes: u64) {
+        self.bytes_written.fetch_add(bytes, Ordering::Relaxed);
+    }
+    pub(crate) fn received(&self, bytes: u64) {
+        self.bytes_read.fetch_add(bytes, Ordering::Relaxed);
+    }
+}

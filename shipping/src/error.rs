@@ -1,0 +1,155 @@
+//! What can go wrong with the bucket, in words that say what to do about it.
+//!
+//! Sorting object_store's errors into these is `failure`'s work.
+
+use crate::bucket::GET_BYTES_MAX;
+
+/// Why the bucket could not do it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BucketError {
+    /// The URL names no bucket.
+    #[error(
+        "`{url}` is not a bucket URL: {reason}; use file:///path, s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or memory://name"
+    )]
+    BadUrl {
+        /// What was given, without anything that may be a secret.
+        url: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Options or environment variables do not fit together.
+    #[error("the settings for bucket {url} are not usable: {reason}")]
+    BadOptions {
+        /// The bucket.
+        url: String,
+        /// What is wrong and what to set.
+        reason: String,
+    },
+    /// No answer within the retry budget.
+    #[error(
+        "bucket {url} cannot be reached; check the endpoint (AWS_ENDPOINT_URL), the network and that the server runs: {detail}"
+    )]
+    Unreachable {
+        /// The bucket.
+        url: String,
+        /// The last attempt's error.
+        detail: String,
+    },
+    /// No credentials were found.
+    #[error(
+        "no credentials for bucket {url}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or the GOOGLE_… / AZURE_… variables) or give the machine a role: {detail}"
+    )]
+    NoCredentials {
+        /// The bucket.
+        url: String,
+        /// Where they were looked for.
+        detail: String,
+    },
+    /// The store refuses the credentials or the operation.
+    #[error(
+        "access to bucket {url} was denied; check the credentials, the machine's clock and that they may get, put and list here: {detail}"
+    )]
+    AccessDenied {
+        /// The bucket.
+        url: String,
+        /// What the store said.
+        detail: String,
+    },
+    /// The bucket or container does not exist.
+    #[error("bucket {url} does not exist; create it, or correct the URL or region")]
+    UnknownBucket {
+        /// The bucket.
+        url: String,
+    },
+    /// Two creates of one name both succeeded.
+    #[error(
+        "the store behind {url} ignores create-if-absent (If-None-Match), on which all coordination rests; use another store: S3, GCS, Azure, MinIO, SeaweedFS or a local directory: {detail}"
+    )]
+    IgnoresConditions {
+        /// The bucket.
+        url: String,
+        /// How it showed.
+        detail: String,
+    },
+    /// The store lacks an operation.
+    #[error("the store behind {url} lacks an operation that Vasto needs; use another store: {detail}")]
+    Unsupported {
+        /// The bucket.
+        url: String,
+        /// What the store said.
+        detail: String,
+    },
+    /// The key cannot be an object name.
+    #[error("`{key}` cannot be the name of an object: {reason}")]
+    BadKey {
+        /// The key.
+        key: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// An upload found another object under its name.
+    #[error("object {key} exists already with other content; upload again under a new attempt name")]
+    Exists {
+        /// The key.
+        key: String,
+    },
+    /// The object is not what was written, or too large for what was asked.
+    #[error(
+        "object {key} has {found} bytes instead of {expected}; do not use it, upload again under a new attempt name"
+    )]
+    WrongSize {
+        /// The key.
+        key: String,
+        /// Bytes that it should have.
+        expected: u64,
+        /// Bytes that it has.
+        found: u64,
+    },
+    /// The object does not fit into memory.
+    #[error(
+        "object {key} has {bytes} bytes, over the limit of {GET_BYTES_MAX} for reading at once; it is not one of ours"
+    )]
+    TooLarge {
+        /// The key.
+        key: String,
+        /// Its size.
+        bytes: u64,
+    },
+    /// A local file could not be read.
+    #[error("{path} cannot be read for the upload: {detail}")]
+    LocalFile {
+        /// The file.
+        path: String,
+        /// The system's error.
+        detail: String,
+    },
+    /// Anything else.
+    #[error("the bucket failed on object `{key}`: {detail}")]
+    Store {
+        /// The key, or the prefix of a list.
+        key: String,
+        /// What the store said.
+        detail: String,
+    },
+}
+
+impl BucketError {
+    /// True when the same call may succeed later without anybody changing anything.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            BucketError::Unreachable { .. } | BucketError::NoCredentials { .. } => true,
+            BucketError::BadUrl { .. }
+            | BucketError::BadOptions { .. }
+            | BucketError::AccessDenied { .. }
+            | BucketError::UnknownBucket { .. }
+            | BucketError::IgnoresConditions { .. }
+            | BucketError::Unsupported { .. }
+            | BucketError::BadKey { .. }
+            | BucketError::Exists { .. }
+            | BucketError::WrongSize { .. }
+            | BucketError::TooLarge { .. }
+            | BucketError::LocalFile { .. }
+            | BucketError::Store { .. } => false,
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! Every object key, in one place. Keys are relative to `<root>`, the prefix in the bucket's URL.
+//!
+//! **Invariant:** persisted, never change: numbers have 20 digits, so that the order of names is the
+//! order of numbers, and ids (never names that people choose, but for `names/`) make up the path.
+
+use vasto_core::{CatalogVersion, KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
+
+/// Who owns the prefix.
+pub fn cluster() -> String {
+    "cluster.json".to_owned()
+}
+
+/// Who may collect garbage: the term `n`.
+pub fn gc_term(n: u64) -> String {
+    format!("gc-term/{n:020}")
+}
+
+/// The `n`th binding of a keyspace name, from 1.
+pub fn name_version(name: &str, n: u64) -> String {
+    format!("names/{name}/{n:020}")
+}
+
+/// Everything under `names/`.
+pub fn names_prefix() -> String {
+    "names/".to_owned()
+}
+
+/// One version of a keyspace's catalog.
+pub fn catalog_version(keyspace: KeyspaceId, version: CatalogVersion) -> String {
+    format!("catalog/{:020}/{:020}", keyspace.0, version.0)
+}
+
+/// Everything under `catalog/`.
+pub fn catalog_prefix() -> String {
+    "catalog/".to_owned()
+}
+
+/// Reads a key that [`catalog_version`] made.
+pub fn parse_catalog_version(key: &str) -> Option<(KeyspaceId, CatalogVersion)> {
+    let (keyspace, version) = key.strip_prefix("catalog/")?.split_once('/')?;
+    Some((KeyspaceId(number(keyspace)?), CatalogVersion(number(version)?)))
+}
+
+/// Everything that belongs to a keyspace's data.
+pub fn keyspace_prefix(keyspace: KeyspaceId) -> String {
+    format!("data/{:020}/", keyspace.0)
+}
+
+/// Everything that one replica ships.
+pub fn replica_prefix(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId) -> String {
+    format!("data/{:020}/{:020}/{:020}/", keyspace.0, shard.0, replica.0)
+}
+
+/// An SST. `attempt` is drawn for every upload, because file numbers come again after a restore.
+pub fn sst(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId, file_number: u64, attempt: &str) -> String {
+    format!("{}sst/{file_number:020}-{attempt}.sst", replica_prefix(keyspace, shard, replica))
+}
+
+/// The log chunk that starts with `first`.
+pub fn chunk(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId, first: Lsn) -> String {
+    format!("{}log/{:020}.chunk", replica_prefix(keyspace, shard, replica), first.0)
+}
+
+/// The manifest of the checkpoint at `lsn`.
+pub fn manifest(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId, lsn: Lsn) -> String {
+    format!("{}{:020}.manifest", checkpoint_prefix(keyspace, shard, replica), lsn.0)
+}
+
+/// Everything under one replica's `checkpoint/`.
+pub fn checkpoint_prefix(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId) -> String {
+    format!("{}checkpoint/", replica_prefix(keyspace, shard, replica))
+}
+
+/// Reads the LSN out of a key that [`manifest`] made.
+pub fn parse_manifest_lsn(key: &str) -> Option<Lsn> {
+    number(key.rsplit('/').next()?.strip_suffix(".manifest")?).map(Lsn)
+}
+
+/// The `n`th SST that a plan exports from one shard for another.
+pub fn export(keyspace: KeyspaceId, plan: PlanId, from: ShardId, to: ShardId, n: u64) -> String {
+    format!("{}export/{:020}/{:020}-{:020}/{n:020}.sst", keyspace_prefix(keyspace), plan.0, from.0, to.0)
+}
+
+/// A name that the start-up probe writes and removes.
+pub fn probe(nonce: u128) -> String {
+    format!("probe/{nonce:032x}")
+}
+
+fn number(text: &str) -> Option<u64> {
+    (text.len() == 20 && text.bytes().all(|c| c.is_ascii_digit())).then(|| text.parse().ok())?
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn keys_are_frozen() {
+        let (k, s, r) = (KeyspaceId(1), ShardId(2), ReplicaId(3));
+        assert_eq!(cluster(), "cluster.json");
+        assert_eq!(gc_term(7), "gc-term/00000000000000000007");
+        assert_eq!(name_version("ks1", 1), "names/ks1/00000000000000000001");
+        assert_eq!(catalog_version(k, CatalogVersion(u64::MAX)), "catalog/00000000000000000001/18446744073709551615");
+        let data = "data/00000000000000000001/00000000000000000002/00000000000000000003";
+        assert_eq!(sst(k, s, r, 9, "ab12"), format!("{data}/sst/00000000000000000009-ab12.sst"));
+        assert_eq!(chunk(k, s, r, Lsn(5)), format!("{data}/log/00000000000000000005.chunk"));
+        assert_eq!(manifest(k, s, r, Lsn(6)), format!("{data}/checkpoint/00000000000000000006.manifest"));
+        assert_eq!(
+            export(k, PlanId(4), s, ShardId(5), 6),
+            "data/00000000000000000001/export/00000000000000000004/00000000000000000002-00000000000000000005/00000000000000000006.sst"
+        );
+    }
+
+    #[test]
+    fn what_was_made_is_read_and_nothing_else() {
+        let key = catalog_version(KeyspaceId(3), CatalogVersion(u64::MAX));
+        assert_eq!(parse_catalog_version(&key), Some((KeyspaceId(3), CatalogVersion(u64::MAX))));
+        let key = manifest(KeyspaceId(1), ShardId(0), ReplicaId(1), Lsn(77));
+        assert_eq!(parse_manifest_lsn(&key), Some(Lsn(77)));
+        for bad in ["", "catalog/", "catalog/1/2", "catalog/00000000000000000001/99999999999999999999", "x/y/z"] {
+            assert_eq!(parse_catalog_version(bad), None, "{bad}");
+            assert_eq!(parse_manifest_lsn(bad), None, "{bad}");
+        }
+        assert_eq!(parse_manifest_lsn("checkpoint/+0000000000000000001.manifest"), None);
+    }
+}

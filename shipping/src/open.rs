@@ -1,0 +1,260 @@
+//! From a URL, options and the environment to an object store.
+//!
+//! **Invariant:** options win over environment variables, and nothing that could be a secret gets
+//! into an error or the URL that is shown. Opening sends no request.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::azure::MicrosoftAzureBuilder;
+use object_store::gcp::GoogleCloudStorageBuilder;
+use object_store::local::LocalFileSystem;
+use object_store::memory::InMemory;
+use object_store::{ClientOptions, ObjectStore, RetryConfig};
+use url::Url;
+use vasto_core::limits::CONNECT_TIMEOUT;
+
+use crate::bucket::{BucketError, BucketOptions};
+
+/// One request with its body, whatever its size: 64 MiB in it is 1 MiB/s.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What [`open`] answers.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) url: String,
+    pub(crate) store: Arc<dyn ObjectStore>,
+    pub(crate) root: String,
+}
+
+/// The environment, as `std::env::vars_os` gives it; for S3 alone it is looked at through this.
+pub(crate) type Environment<'a> = &'a mut dyn Iterator<Item = (OsString, OsString)>;
+
+pub(crate) fn open(text: &str, options: &BucketOptions, environment: Environment<'_>) -> Result<Opened, BucketError> {
+    let bad = |reason: &str| BucketError::BadUrl { url: shown(text), reason: reason.to_owned() };
+    let url = Url::parse(text).map_err(|error| bad(&error.to_string()))?;
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(bad("credentials do not belong into the URL, where logs would show them"));
+    }
+    if url.query().is_some() || url.fragment().is_some() {
+        return Err(bad("it has a query or fragment, which mean nothing here"));
+    }
+    let host = url.host_str().unwrap_or_default();
+    let root = url.path().trim_matches('/').to_owned();
+    let shown = text.trim_end_matches('/').to_owned();
+    let store: Arc<dyn ObjectStore> = match url.scheme() {
+        "file" => {
+            let path = url.to_file_path().map_err(|()| bad("a local directory has three slashes and a full path"))?;
+            return Ok(Opened { store: local(&path, &shown)?, url: shown, root: String::new() });
+        }
+        "memory" => memory(&shown),
+        "s3" | "gs" | "az" if host.is_empty() => return Err(bad("it names no bucket")),
+        "s3" => s3(host, &shown, options, environment)?,
+        "gs" => gcs(host, &shown, options)?,
+        "az" => azure(host, &shown, options)?,
+        other => return Err(bad(&format!("the scheme `{other}` is unknown"))),
+    };
+    let root = if url.scheme() == "memory" { String::new() } else { root };
+    if !root.is_empty() && object_store::path::Path::parse(&root).is_err() {
+        return Err(bad("its prefix cannot be part of an object's name"));
+    }
+    Ok(Opened { url: shown, store, root })
+}
+
+/// The URL as errors may show it: without what stands before an `@`.
+fn shown(text: &str) -> String {
+    match (text.find("://"), text.rfind('@')) {
+        (Some(scheme), Some(at)) if at > scheme => format!("{}…{}", &text[..scheme + 3], &text[at..]),
+        (None, Some(at)) => format!("…{}", &text[at..]),
+        _ => text.to_owned(),
+    }
+}
+
+fn local(path: &std::path::Path, url: &str) -> Result<Arc<dyn ObjectStore>, BucketError> {
+    let failed = |detail: String| BucketError::BadOptions {
+        url: url.to_owned(),
+        reason: format!("the directory {} cannot be used: {detail}; create it, or give another one", path.display()),
+    };
+    std::fs::create_dir_all(path).map_err(|error| failed(error.to_string()))?;
+    let store = LocalFileSystem::new_with_prefix(path).map_err(|error| failed(error.to_string()))?;
+    Ok(Arc::new(store.with_fsync(true)))
+}
+
+/// One store per URL and process, so that every handle of a test sees the same objects.
+fn memory(url: &str) -> Arc<dyn ObjectStore> {
+    type Stores = std::sync::Mutex<HashMap<String, Arc<InMemory>>>;
+    static STORES: OnceLock<Stores> = OnceLock::new();
+    let mut stores = STORES.get_or_init(Stores::default).lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    Arc::<InMemory>::clone(stores.entry(url.to_owned()).or_default())
+}
+
+fn client_options(allow_http: bool) -> ClientOptions {
+    ClientOptions::new().with_connect_timeout(CONNECT_TIMEOUT).with_timeout(REQUEST_TIMEOUT).with_allow_http(allow_http)
+}
+
+/// All retries are in [`crate::retry`].
+fn no_retries() -> RetryConfig {
+    RetryConfig { max_retries: 0, ..RetryConfig::default() }
+}
+
+fn s3(
+    bucket: &str,
+    url: &str,
+    options: &BucketOptions,
+    environment: Environment<'_>,
+) -> Result<Arc<dyn ObjectStore>, BucketError> {
+    let mut builder = AmazonS3Builder::new();
+    let mut allow_http = options.allow_http;
+    let mut has_identity = false;
+    for (name, value) in environment {
+        let (Some(name), Some(value)) = (name.to_str(), value.to_str()) else { continue };
+        let Some(key) = name.strip_prefix("AWS_").and_then(|_| name.to_ascii_lowercase().parse().ok()) else {
+            continue;
+        };
+        has_identity |= matches!(
+            key,
+            AmazonS3ConfigKey::WebIdentityTokenFile
+                | AmazonS3ConfigKey::ContainerCredentialsRelativeUri
+                | AmazonS3ConfigKey::ContainerCredentialsFullUri
+                | AmazonS3ConfigKey::MetadataEndpoint
+                | AmazonS3ConfigKey::SkipSignature
+        );
+        if name == "AWS_ALLOW_HTTP" {
+            allow_http |= matches!(value.to_ascii_lowercase().as_str(), "true" | "1" | "yes" | "on");
+            continue;
+        }
+        builder = builder.with_config(key, value);
+    }
+    if let Some(endpoint) = &options.endpoint {
+        builder = builder.with_config(AmazonS3ConfigKey::S3Endpoint, endpoint);
+    }
+    if let Some(region) = &options.region {
+        builder = builder.with_region(region);
+    }
+    if let Some(key) = &options.access_key_id {
+        builder = builder.with_access_key_id(key);
+    }
+    if let Some(secret) = &options.secret_access_key {
+        builder = builder.with_secret_access_key(secret);
+    }
+    let config = |key: AmazonS3ConfigKey| builder.get_config_value(&key);
+    let endpoint = config(AmazonS3ConfigKey::S3Endpoint).or_else(|| config(AmazonS3ConfigKey::Endpoint));
+    let has_id = config(AmazonS3ConfigKey::AccessKeyId).is_some();
+    let has_secret = config(AmazonS3ConfigKey::SecretAccessKey).is_some();
+    if has_id != has_secret {
+        let missing = if has_id { "AWS_SECRET_ACCESS_KEY" } else { "AWS_ACCESS_KEY_ID" };
+        return Err(BucketError::NoCredentials { url: url.to_owned(), detail: format!("{missing} is not set") });
+    }
+    if let Some(endpoint) = endpoint.filter(|endpoint| endpoint.starts_with("http://")) {
+        if !allow_http {
+            let reason = format!("the endpoint {endpoint} is not encrypted; use https, or set AWS_ALLOW_HTTP=true");
+            return Err(BucketError::BadOptions { url: url.to_owned(), reason });
+        }
+        // A plain local server is not AWS: asking the machine's metadata service would only hang.
+        if !has_id && !has_identity {
+            let detail = "neither the options nor the environment name any".to_owned();
+            return Err(BucketError::NoCredentials { url: url.to_owned(), detail });
+        }
+    }
+    builder
+        .with_bucket_name(bucket)
+        .with_client_options(client_options(allow_http))
+        .with_retry(no_retries())
+        .build()
+        .map(|store| Arc::new(store) as _)
+        .map_err(|error| bad_options(url, &error))
+}
+
+fn gcs(bucket: &str, url: &str, options: &BucketOptions) -> Result<Arc<dyn ObjectStore>, BucketError> {
+    let mut builder = GoogleCloudStorageBuilder::from_env().with_bucket_name(bucket);
+    if let Some(endpoint) = &options.endpoint {
+        builder = builder.with_base_url(endpoint);
+    }
+    builder
+        .with_client_options(client_options(options.allow_http))
+        .with_retry(no_retries())
+        .build()
+        .map(|store| Arc::new(store) as _)
+        .map_err(|error| bad_options(url, &error))
+}
+
+fn azure(container: &str, url: &str, options: &BucketOptions) -> Result<Arc<dyn ObjectStore>, BucketError> {
+    let mut builder = MicrosoftAzureBuilder::from_env().with_container_name(container);
+    if let Some(endpoint) = &options.endpoint {
+        builder = builder.with_endpoint(endpoint.clone());
+    }
+    if let Some(account) = &options.access_key_id {
+        builder = builder.with_account(account);
+    }
+    if let Some(key) = &options.secret_access_key {
+        builder = builder.with_access_key(key);
+    }
+    builder
+        .with_client_options(client_options(options.allow_http))
+        .with_retry(no_retries())
+        .build()
+        .map(|store| Arc::new(store) as _)
+        .map_err(|error| bad_options(url, &error))
+}
+
+fn bad_options(url: &str, error: &object_store::Error) -> BucketError {
+    BucketError::BadOptions { url: url.to_owned(), reason: error.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn open_with(url: &str, options: &BucketOptions, environment: &[(&str, &str)]) -> Result<Opened, BucketError> {
+        open(url, options, &mut environment.iter().map(|(name, value)| (name.into(), value.into())))
+    }
+
+    #[test]
+    fn bad_urls_are_refused_with_the_list_of_schemes() {
+        for bad in ["", "x", "/tmp/bucket", "ftp://x/y", "s3://", "s3:///prefix", "file://host/path", "s3://b/p?x=1"] {
+            let error = open_with(bad, &BucketOptions::default(), &[]).unwrap_err();
+            assert!(matches!(error, BucketError::BadUrl { .. }), "{bad}: {error:?}");
+            assert!(error.to_string().contains("s3://bucket/prefix"), "{error}");
+        }
+    }
+
+    #[test]
+    fn secrets_in_a_url_are_refused_and_not_repeated() {
+        let error = open_with("s3://key:canary@bucket/p", &BucketOptions::default(), &[]).unwrap_err();
+        assert!(matches!(error, BucketError::BadUrl { .. }));
+        assert!(!error.to_string().contains("canary"), "{error}");
+    }
+
+    #[test]
+    fn plain_endpoints_need_permission_and_credentials() {
+        let endpoint = ("AWS_ENDPOINT_URL", "http://127.0.0.1:1");
+        let none = BucketOptions::default();
+        let error = open_with("s3://b/p", &none, &[endpoint]).unwrap_err();
+        assert!(error.to_string().contains("AWS_ALLOW_HTTP"), "{error}");
+        let allowed = ("AWS_ALLOW_HTTP", "true");
+        let error = open_with("s3://b/p", &none, &[endpoint, allowed]).unwrap_err();
+        assert!(matches!(error, BucketError::NoCredentials { .. }), "{error}");
+        let half = ("AWS_ACCESS_KEY_ID", "a");
+        let error = open_with("s3://b/p", &none, &[endpoint, allowed, half]).unwrap_err();
+        assert!(error.to_string().contains("AWS_SECRET_ACCESS_KEY"), "{error}");
+        let whole = ("AWS_SECRET_ACCESS_KEY", "b");
+        let opened = open_with("s3://b/p/", &none, &[endpoint, allowed, half, whole]).unwrap();
+        assert_eq!((opened.url.as_str(), opened.root.as_str()), ("s3://b/p", "p"));
+    }
+
+    // A machine without a role: nobody answers where its credentials would come from.
+    #[tokio::test]
+    async fn a_machine_without_a_role_is_told_so_within_seconds() {
+        let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let metadata = format!("http://{closed}");
+        let opened = open_with("s3://b/p", &BucketOptions::default(), &[("AWS_METADATA_ENDPOINT", &metadata)]).unwrap();
+        let began = std::time::Instant::now();
+        let error = crate::Bucket::over(opened.url, opened.store, opened.root).probe().await.unwrap_err();
+        assert!(matches!(error, BucketError::NoCredentials { .. }), "{error:?}");
+        assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
+    }
+}

@@ -1,0 +1,137 @@
+//! One retry policy for every request: jittered backoff inside a total budget.
+//!
+//! object_store's own retries are set to none (`RetryConfig`): they do not cover a conditional create
+//! whose reply was lost, they would hide attempts from the request counts, and a credential or a
+//! signature is rebuilt only by a new attempt.
+
+use std::time::{Duration, Instant};
+
+use object_store::retry::{RetryContext, RetryFailure, RetryPolicy};
+
+/// How long requests to the bucket are tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RetryBudget {
+    /// No further attempt begins when this has passed since the first one began.
+    pub total: Duration,
+    /// A request without a large body that is not answered in this time counts as failed.
+    pub attempt: Duration,
+    /// The same for a request that carries up to 64 MiB, the largest single PUT.
+    pub transfer: Duration,
+    /// The first pause between attempts.
+    pub backoff_first: Duration,
+    /// The longest pause between attempts.
+    pub backoff_max: Duration,
+}
+
+impl Default for RetryBudget {
+    /// Rides out a server's restart (30 s); callers that can wait longer begin again themselves.
+    fn default() -> Self {
+        Self {
+            total: Duration::from_secs(30),
+            attempt: Duration::from_secs(10),
+            transfer: Duration::from_secs(60),
+            backoff_first: Duration::from_millis(50),
+            backoff_max: Duration::from_secs(3),
+        }
+    }
+}
+
+impl RetryBudget {
+    /// For the start-up probe: an unreachable bucket is reported within about 5 s.
+    pub fn probe() -> Self {
+        Self {
+            total: Duration::from_secs(3),
+            attempt: Duration::from_secs(4),
+            backoff_max: Duration::from_millis(500),
+            ..Self::default()
+        }
+    }
+}
+
+/// Counts down one operation's budget.
+#[derive(Debug)]
+pub(crate) struct Retry {
+    budget: RetryBudget,
+    began: Instant,
+    last: Duration,
+}
+
+impl Retry {
+    pub(crate) fn new(budget: RetryBudget) -> Self {
+        Self { budget, began: Instant::now(), last: Duration::ZERO }
+    }
+
+    /// The pause before the next attempt, or `None` when the budget ends before it.
+    ///
+    /// `random` is uniform in `0.0..1.0`: each pause lies between the first one and three times the
+    /// last ("decorrelated jitter").
+    fn next_pause(&mut self, elapsed: Duration, random: f64) -> Option<Duration> {
+        let first = self.budget.backoff_first;
+        let high = (self.last * 3).clamp(first * 2, self.budget.backoff_max.max(first * 2));
+        let pause = (first + (high - first).mul_f64(random)).min(self.budget.backoff_max);
+        self.last = pause;
+        (elapsed + pause < self.budget.total).then_some(pause)
+    }
+
+    /// Waits before the next attempt; `false` when the budget is used up.
+    pub(crate) async fn pause(&mut self) -> bool {
+        match self.next_pause(self.began.elapsed(), rand::random()) {
+            Some(pause) => {
+                tokio::time::sleep(pause).await;
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+/// Repeats single parts of a multipart upload under the same budget.
+#[derive(Debug)]
+pub(crate) struct PartRetry {
+    pub(crate) budget: RetryBudget,
+    pub(crate) counts: std::sync::Arc<crate::counts::Counters>,
+}
+
+#[async_trait::async_trait]
+impl RetryPolicy for PartRetry {
+    async fn retry(&self, context: RetryContext) -> bool {
+        let transient = match context.failure {
+            RetryFailure::Transport(_) => true,
+            RetryFailure::Status(status) => crate::failure::is_transient_status(status.as_u16()),
+            _ => false,
+        };
+        // Elapsed counts from the part's first attempt; the exponent is bounded by the budget's cap.
+        let factor = 1u32 << context.attempt.min(10);
+        let pause = (self.budget.backoff_first * factor)
+            .min(self.budget.backoff_max)
+            .mul_f64(0.5 + 0.5 * rand::random::<f64>());
+        if !transient || context.elapsed + pause >= self.budget.total {
+            return false;
+        }
+        tokio::time::sleep(pause).await;
+        self.counts.put();
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_stay_below_the_cap_and_end_with_the_budget() {
+        for random in [0.0, 0.5, 0.999] {
+            let budget = RetryBudget::default();
+            let mut retry = Retry::new(budget);
+            let mut elapsed = Duration::ZERO;
+            let mut pauses = 0;
+            while let Some(pause) = retry.next_pause(elapsed, random) {
+                assert!(pause >= budget.backoff_first && pause <= budget.backoff_max, "{pause:?}");
+                elapsed += pause;
+                pauses += 1;
+            }
+            assert!(elapsed < budget.total);
+            assert!((10..=600).contains(&pauses), "{pauses} pauses at {random}");
+        }
+    }
+}

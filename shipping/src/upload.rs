@@ -1,0 +1,181 @@
+//! Uploads of whole files.
+//!
+//! Up to [`SINGLE_PUT_BYTES_MAX`] a file goes in one create-only request. Larger ones go in parts:
+//! no store can make that create-only, so the name is looked at first, and it carries an attempt
+//! that nobody else draws. Either way the size is verified at the end; what a crash leaves behind is
+//! named by no manifest and is collected.
+
+use std::io::Read;
+use std::path::Path;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use object_store::{PutMultipartOptions, PutPayload};
+
+use crate::bucket::{Bucket, BucketError, Create, Uploaded, within};
+use crate::failure::Failure;
+use crate::retry::PartRetry;
+
+/// Files up to this size go in one request, and are held in memory for it.
+pub const SINGLE_PUT_BYTES_MAX: u64 = 64 << 20;
+/// Size of the parts of larger ones. 10,000 parts, S3's limit, make 160 GB.
+const PART_BYTES: usize = 16 << 20;
+/// Parts of one file in flight: bounds the memory to 64 MiB, as much as one request.
+const PARTS_IN_FLIGHT: usize = 4;
+
+impl Bucket {
+    /// Uploads a file under a name that nobody has used, and verifies the size in the bucket.
+    /// Holds up to 64 MiB in memory.
+    ///
+    /// # Errors
+    /// `Exists` when other bytes are under the key; `LocalFile`; `WrongSize` when the bucket holds
+    /// something else than was sent. After any error the key must not be used again with other bytes.
+    pub async fn upload_file(&self, key: &str, path: &Path) -> Result<Uploaded, BucketError> {
+        let file = open(path).await?;
+        let uploaded = if file.bytes <= SINGLE_PUT_BYTES_MAX {
+            self.upload_whole(key, file).await?
+        } else {
+            Box::pin(self.upload_in_parts(key, file)).await?
+        };
+        match self.head(key).await? {
+            Some(found) if found == uploaded.bytes => Ok(uploaded),
+            found => {
+                Err(BucketError::WrongSize { key: key.to_owned(), expected: uploaded.bytes, found: found.unwrap_or(0) })
+            }
+        }
+    }
+
+    async fn upload_whole(&self, key: &str, mut file: LocalFile) -> Result<Uploaded, BucketError> {
+        let length = file.bytes as usize;
+        let body = file.next(length).await?;
+        // One byte more would mean that the file grew: not a finished SST.
+        let more = file.next(1).await?;
+        if body.len() != length || !more.is_empty() {
+            return Err(file.changed());
+        }
+        let uploaded = Uploaded { bytes: body.len() as u64, crc32c: crc32c::crc32c(&body) };
+        match self.create_within(key, body, self.budget().transfer).await? {
+            Create::Created => Ok(uploaded),
+            Create::Exists(_) => Err(BucketError::Exists { key: key.to_owned() }),
+        }
+    }
+
+    async fn upload_in_parts(&self, key: &str, mut file: LocalFile) -> Result<Uploaded, BucketError> {
+        if self.head(key).await?.is_some() {
+            return Err(BucketError::Exists { key: key.to_owned() });
+        }
+        let path = self.path(key)?;
+        let failed = |failure: Failure| failure.into_error(self.url(), key);
+        let retry = PartRetry { budget: self.budget(), counts: self.counters().clone() };
+        let options = PutMultipartOptions::default().with_retry_policy(std::sync::Arc::new(retry));
+        self.counters().put();
+        let begun = self.store().put_multipart_opts(&path, options);
+        let mut upload = within(self.budget().attempt, begun).await.map_err(failed)?;
+        let outcome = self.send_parts(key, &mut file, upload.as_mut()).await;
+        let outcome = match outcome {
+            Ok(uploaded) => {
+                self.counters().put();
+                match within(self.budget().transfer, upload.complete()).await {
+                    Ok(_) => return Ok(uploaded),
+                    // The reply may be lost: the object is whole or absent, its size tells.
+                    Err(failure) => match self.head(key).await {
+                        Ok(Some(found)) if found == uploaded.bytes => return Ok(uploaded),
+                        _ => Err(failed(failure)),
+                    },
+                }
+            }
+            Err(error) => Err(error),
+        };
+        // Parts that stay behind cost money until the bucket's lifecycle rule removes them.
+        if let Err(error) = upload.abort().await {
+            tracing::debug!(%error, key, "the parts of a failed upload could not be removed");
+        }
+        outcome
+    }
+
+    async fn send_parts(
+        &self,
+        key: &str,
+        file: &mut LocalFile,
+        upload: &mut dyn object_store::MultipartUpload,
+    ) -> Result<Uploaded, BucketError> {
+        let mut crc = 0;
+        let mut sent = 0u64;
+        let mut in_flight = futures::stream::FuturesUnordered::new();
+        loop {
+            let part = file.next(PART_BYTES).await?;
+            if part.is_empty() {
+                break;
+            }
+            crc = crc32c::crc32c_append(crc, &part);
+            sent += part.len() as u64;
+            if in_flight.len() >= PARTS_IN_FLIGHT {
+                let done: Option<object_store::Result<()>> = in_flight.next().await;
+                done.transpose().map_err(|error| Failure::from(error).into_error(self.url(), key))?;
+            }
+            self.counters().put();
+            self.counters().sent(part.len() as u64);
+            in_flight.push(upload.put_part(PutPayload::from(part)));
+        }
+        while let Some(done) = in_flight.next().await {
+            done.map_err(|error| Failure::from(error).into_error(self.url(), key))?;
+        }
+        if sent != file.bytes {
+            return Err(file.changed());
+        }
+        Ok(Uploaded { bytes: sent, crc32c: crc })
+    }
+}
+
+/// A file that is read from front to back, off the runtime's threads.
+struct LocalFile {
+    file: Option<std::fs::File>,
+    shown: String,
+    bytes: u64,
+}
+
+async fn open(path: &Path) -> Result<LocalFile, BucketError> {
+    let shown = path.display().to_string();
+    let path = path.to_owned();
+    let opened = blocking(move || {
+        let file = std::fs::File::open(path)?;
+        let bytes = file.metadata()?.len();
+        Ok((file, bytes))
+    });
+    match opened.await {
+        Ok((file, bytes)) => Ok(LocalFile { file: Some(file), shown, bytes }),
+        Err(error) => Err(BucketError::LocalFile { path: shown, detail: error.to_string() }),
+    }
+}
+
+impl LocalFile {
+    /// Up to `length` bytes; fewer only at the end.
+    async fn next(&mut self, length: usize) -> Result<Bytes, BucketError> {
+        let Some(mut file) = self.file.take() else { return Err(self.changed()) };
+        let read = blocking(move || {
+            let mut out = Vec::with_capacity(length);
+            (&mut file).take(length as u64).read_to_end(&mut out)?;
+            Ok((file, out))
+        });
+        match read.await {
+            Ok((file, out)) => {
+                self.file = Some(file);
+                Ok(Bytes::from(out))
+            }
+            Err(error) => Err(BucketError::LocalFile { path: self.shown.clone(), detail: error.to_string() }),
+        }
+    }
+
+    fn changed(&self) -> BucketError {
+        BucketError::LocalFile {
+            path: self.shown.clone(),
+            detail: "its size changed while it was read; only finished files can be uploaded".to_owned(),
+        }
+    }
+}
+
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> std::io::Result<T> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(std::io::Error::other(error)))
+}

@@ -1,0 +1,305 @@
+//! The main job from end to end, by itself: a cluster of separate processes comes up on a local
+//! directory as its bucket, takes real and generated data, and grows from two shards to three while
+//! clients write and read. Then every record is verified.
+//!
+//! Exit code 0 only when nothing was lost or stale and the new shard took its bytes from the bucket.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use futures::{StreamExt, TryStreamExt};
+use serde_json::Value;
+use vasto_client::{Batch, Keyspace};
+use vasto_tests::wordnet::{self, Synset};
+use vasto_tests::{Cluster, History, Load, LoadSpec, LoadSummary, Seen, key_of, number_of, records};
+
+/// Generated records.
+const RECORDS: u64 = 1_000_000;
+/// Writes in a batch, keys in a get.
+const BATCH: usize = 500;
+/// Batches under way at the same time.
+const PARALLEL: usize = 8;
+/// How much more than what moves may be read from the bucket.
+const READ_RATIO_MAX: f64 = 1.25;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let done = tokio::select! {
+        done = demo() => done,
+        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("stopped; everything is cleaned up")),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn demo() -> Result<()> {
+    println!("Vasto demo: a keyspace grows from 2 to 3 shards while clients write and read");
+    let start = Instant::now();
+    let synsets = wordnet::load(Path::new(wordnet::DIR))?;
+    step("data");
+    note(&format!("{} synsets: {}", count(synsets.len() as u64), wordnet::ABOUT));
+    note(&format!("{} generated records with values of {} bytes", count(RECORDS), records::VALUE_BYTES));
+
+    let began = Instant::now();
+    let cluster = Cluster::builder().set("node.cache=128MiB").set("node.write_buffer=64MiB").start().await?;
+    step("cluster");
+    note(&format!("1 master and {} nodes as processes of their own, up in {}", cluster.nodes(), secs(began)));
+    note(&format!("bucket {}", cluster.bucket()));
+    vasto(&cluster, &["keyspace", "create", "demo", "--shards", "2", "--quarantine", "5s"]).await?;
+    let keyspace = cluster.keyspace("demo").await?;
+
+    step("load");
+    load(&keyspace, "synsets", synsets.iter().map(|one| (one.key.clone(), one.value.clone().into()))).await?;
+    load(&keyspace, "records", (0..RECORDS).map(|index| (records::key(index), records::value(index)))).await?;
+    vasto(&cluster, &["keyspace", "compact", "demo"]).await?;
+    shards(&cluster).await?;
+
+    let history = Arc::new(History::default());
+    let (report, clients) = grow(&cluster, &history).await?;
+    shards(&cluster).await?;
+
+    step("clean-up");
+    let began = Instant::now();
+    cluster.settled("demo").await?;
+    note(&format!("the quarantine has ended and the sources have removed what moved, after {}", secs(began)));
+    shards(&cluster).await?;
+
+    step("verify");
+    let wrong = verify(&keyspace, &synsets, &history).await?;
+
+    step("result");
+    let bytes = |name: &str| report[name].as_u64().unwrap_or_default();
+    let ratio = bytes("bytes_from_bucket") as f64 / bytes("bytes_moved").max(1) as f64;
+    note(&format!("lost {}, stale {}, strange rows {}", count(wrong.lost), count(wrong.stale), count(wrong.strange)));
+    note(&format!("bytes_from_bucket / bytes_moved = {ratio:.3} (at most {READ_RATIO_MAX})"));
+    note(&format!("all in {}", secs(start)));
+    ensure!(wrong.lost + wrong.stale + wrong.strange == 0, "the data is not what was written: {wrong:?}");
+    ensure!(bytes("bytes_moved") > 0, "nothing moved: {report}");
+    ensure!(ratio <= READ_RATIO_MAX, "the grow read {ratio:.3} times what it moved from the bucket");
+    ensure!(
+        clients.refused + clients.unknown + clients.read_errors == 0,
+        "clients saw errors during the grow: {:?}",
+        clients.errors
+    );
+    cluster.finish().await?;
+    note("the processes have stopped and the temporary directory is removed");
+    Ok(())
+}
+
+/// Grows 2 -> 3 while clients are at work; gives the report and what the clients saw.
+async fn grow(cluster: &Cluster, history: &Arc<History>) -> Result<(Value, LoadSummary)> {
+    step("grow");
+    let spec =
+        LoadSpec { name: "live".to_owned(), writers: 8, readers: 4, overwritten: 200, pace: Duration::from_millis(1) };
+    let clients = Load::start(&cluster.master(), "demo", history, spec).await?;
+    clients.goes_on(50).await?;
+    clients.reset_longest();
+    let (before, began) = (clients.summary(), Instant::now());
+    let report = vasto(cluster, &["keyspace", "resize", "demo", "--shards", "3"]).await?;
+    let during = began.elapsed().as_secs_f64();
+    let after = clients.summary();
+    clients.goes_on(50).await?;
+    let summary = clients.stop().await?;
+    let number = |name: &str| report[name].as_u64().unwrap_or_default();
+    let pause = |name: &str| report["write_pause_ms"][name].as_f64().unwrap_or_default();
+    note(&format!("{} keys moved in {:.1} s", count(number("keys_moved")), number("duration_ms") as f64 / 1000.0));
+    note(&format!(
+        "bytes_moved {}, bytes_from_bucket {} in {} objects, bytes_from_peers {} (log only)",
+        count(number("bytes_moved")),
+        count(number("bytes_from_bucket")),
+        count(number("objects_read")),
+        count(number("bytes_from_peers")),
+    ));
+    note(&format!(
+        "write_pause_ms of moving keys: p50 {:.1}, p99 {:.1}, max {:.1}",
+        pause("p50"),
+        pause("p99"),
+        pause("max")
+    ));
+    note(&format!(
+        "12 paced clients meanwhile: {:.0} writes/s, {:.0} reads/s, {} errors, longest write {:.1} ms, longest read {:.1} ms",
+        (after.acked - before.acked) as f64 / during,
+        (after.reads - before.reads) as f64 / during,
+        summary.refused + summary.unknown + summary.read_errors,
+        after.longest_write.as_secs_f64() * 1000.0,
+        after.longest_read.as_secs_f64() * 1000.0,
+    ));
+    Ok((report, summary))
+}
+
+/// What was not as it should be.
+#[derive(Debug, Default)]
+struct Wrong {
+    lost: u64,
+    stale: u64,
+    strange: u64,
+}
+
+impl Wrong {
+    fn add(&mut self, other: &Wrong) {
+        self.lost += other.lost;
+        self.stale += other.stale;
+        self.strange += other.strange;
+    }
+}
+
+/// Everything by get, then everything by scan.
+async fn verify(keyspace: &Keyspace, synsets: &[Synset], history: &History) -> Result<Wrong> {
+    let mut wrong = Wrong::default();
+    let began = Instant::now();
+    let loaded = synsets
+        .iter()
+        .map(|one| (one.key.clone(), one.value.clone().into()))
+        .chain((0..RECORDS).map(|index| (records::key(index), records::value(index))));
+    let total = synsets.len() as u64 + RECORDS;
+    let found: Vec<Wrong> = batches(loaded)
+        .map(|batch| async move {
+            let mut wrong = Wrong::default();
+            let values = keyspace.get_many(batch.iter().map(|(key, _)| key)).await?;
+            for ((_, wanted), value) in batch.iter().zip(values) {
+                match value {
+                    None => wrong.lost += 1,
+                    Some(value) => wrong.stale += u64::from(value.bytes() != *wanted),
+                }
+            }
+            anyhow::Ok(wrong)
+        })
+        .buffer_unordered(PARALLEL)
+        .try_collect()
+        .await?;
+    found.iter().for_each(|one| wrong.add(one));
+    note(&rate("gets of all loaded records", total, began));
+
+    let began = Instant::now();
+    let written = history.all();
+    let names: Vec<&String> = written.keys().collect();
+    let mut present = 0;
+    for names in names.chunks(BATCH) {
+        let values = keyspace.get_many(names.iter().map(|name| key_of(name))).await?;
+        for (name, value) in names.iter().zip(values) {
+            let seen = value
+                .as_ref()
+                .map_or(Seen::Absent, |value| Seen::Number(number_of(name, &value.bytes()).unwrap_or(u64::MAX)));
+            present += u64::from(seen != Seen::Absent);
+            if !written[*name].allows(seen) {
+                *(if seen == Seen::Absent { &mut wrong.lost } else { &mut wrong.stale }) += 1;
+            }
+        }
+    }
+    let (keys, acked) = history.counts();
+    note(&rate(&format!("gets of the keys of the {} writes during the grow", count(acked)), keys as u64, began));
+
+    let began = Instant::now();
+    let synsets: HashMap<&[u8], &[u8]> = synsets.iter().map(|one| (one.key.as_bytes(), one.value.as_bytes())).collect();
+    let mut rows = std::pin::pin!(keyspace.scan().stream());
+    let mut last = bytes::Bytes::new();
+    let mut scanned = 0;
+    while let Some(row) = rows.next().await {
+        let row = row.context("scanning")?;
+        ensure!(row.key > last, "the scan gives {:?} after {last:?}", row.key);
+        let value = row.value.map(|value| value.bytes()).unwrap_or_default();
+        let name = String::from_utf8_lossy(&row.key);
+        let good = if let Some(index) = name.strip_prefix("record:") {
+            index.parse().is_ok_and(|index| index < RECORDS && records::value(index) == value)
+        } else if let Some(wanted) = synsets.get(&row.key[..]) {
+            *wanted == value
+        } else {
+            number_of(&name, &value).is_some_and(|number| history.get(&name).allows(Seen::Number(number)))
+        };
+        wrong.strange += u64::from(!good);
+        last = row.key;
+        scanned += 1;
+    }
+    note(&rate("rows of one scan of everything", scanned, began));
+    if scanned != total + present {
+        bail!("the scan gives {scanned} rows, gets find {}", total + present);
+    }
+    Ok(wrong)
+}
+
+type Record = (String, bytes::Bytes);
+
+fn batches(records: impl Iterator<Item = Record>) -> impl futures::Stream<Item = Vec<Record>> {
+    let mut records = records.peekable();
+    futures::stream::iter(std::iter::from_fn(move || {
+        records.peek()?;
+        Some(records.by_ref().take(BATCH).collect())
+    }))
+}
+
+async fn load(keyspace: &Keyspace, what: &str, records: impl Iterator<Item = Record>) -> Result<()> {
+    let began = Instant::now();
+    let sizes: Vec<u64> = batches(records)
+        .map(|batch| async move {
+            let size = batch.len() as u64;
+            let writes = batch.into_iter().fold(Batch::new(), |writes, (key, value)| writes.put(key, value));
+            keyspace.write(writes).await?;
+            anyhow::Ok(size)
+        })
+        .buffer_unordered(PARALLEL)
+        .try_collect()
+        .await
+        .with_context(|| format!("loading the {what}"))?;
+    note(&rate(&format!("{what} in batches of {BATCH}, each answered when synced to disk"), sizes.iter().sum(), began));
+    Ok(())
+}
+
+/// Runs a command of `vasto` and shows it.
+async fn vasto(cluster: &Cluster, args: &[&str]) -> Result<Value> {
+    let began = Instant::now();
+    let answer = cluster.json(args).await?;
+    note(&format!("$ vasto {}   ({})", args.join(" "), secs(began)));
+    Ok(answer)
+}
+
+/// Prints what each shard holds.
+async fn shards(cluster: &Cluster) -> Result<()> {
+    let described = cluster.json(&["keyspace", "describe", "demo"]).await?;
+    let of = |shard: &Value, name: &str| shard["replicas"][0][name].as_u64().unwrap_or_default();
+    let placement = described["placement"].as_array().context("no placement")?;
+    let text: Vec<String> = placement
+        .iter()
+        .map(|shard| format!("shard {}: {} bytes", shard["shard"], count(of(shard, "bytes"))))
+        .collect();
+    note(&text.join(", "));
+    Ok(())
+}
+
+fn step(name: &str) {
+    println!("\n{name}");
+}
+
+fn note(text: &str) {
+    println!("  {text}");
+}
+
+fn secs(began: Instant) -> String {
+    format!("{:.1} s", began.elapsed().as_secs_f64())
+}
+
+fn rate(what: &str, number: u64, began: Instant) -> String {
+    let seconds = began.elapsed().as_secs_f64();
+    format!("{} {what}: {seconds:.1} s, {}/s", count(number), count((number as f64 / seconds.max(0.001)) as u64))
+}
+
+/// `1234567` as `1,234,567`.
+fn count(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}

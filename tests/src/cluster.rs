@@ -1,0 +1,496 @@
+//! A cluster of separate processes in a temporary directory, and what can be done to it.
+//!
+//! **Invariant:** a test ends with [`Cluster::finish`], which stops every process gracefully within
+//! the promised 10 s and fails on any log line of level WARN or above that the test did not allow.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+use vasto_client::{Keyspace, Vasto};
+use vasto_core::limits::SHUTDOWN_DEADLINE;
+
+use crate::binary::vasto_binary;
+use crate::catalog::CatalogDir;
+use crate::logs;
+use crate::process::{Process, free_port, run};
+use crate::wait::{DEADLINE, until};
+
+/// Where a restarted server listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Port {
+    /// Where it listened before.
+    Same,
+    /// Somewhere else.
+    New,
+}
+
+/// What to start.
+#[derive(Debug, Clone)]
+pub struct ClusterBuilder {
+    nodes: usize,
+    bucket: Option<String>,
+    env: Vec<(String, String)>,
+    settings: Vec<String>,
+    allowed: Vec<String>,
+    dir: Option<PathBuf>,
+}
+
+impl ClusterBuilder {
+    /// So many nodes; 3 when not said.
+    pub fn nodes(mut self, nodes: usize) -> Self {
+        self.nodes = nodes;
+        self
+    }
+
+    /// This bucket instead of a local directory.
+    pub fn bucket(mut self, url: &str) -> Self {
+        self.bucket = Some(url.to_owned());
+        self
+    }
+
+    /// A variable for all processes.
+    pub fn env(mut self, key: &str, value: &str) -> Self {
+        self.env.push((key.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// `section.field=value` for the nodes.
+    pub fn set(mut self, setting: &str) -> Self {
+        self.settings.push(setting.to_owned());
+        self
+    }
+
+    /// Log lines of level WARN and above that contain this text are expected.
+    pub fn allow(mut self, text: &str) -> Self {
+        self.allowed.push(text.to_owned());
+        self
+    }
+
+    /// Makes the temporary directory in here.
+    pub fn inside(mut self, dir: &Path) -> Self {
+        self.dir = Some(dir.to_owned());
+        self
+    }
+
+    /// Starts the master, then the nodes, and returns when all serve.
+    ///
+    /// # Errors
+    /// When a process does not come up.
+    pub async fn start(self) -> Result<Cluster> {
+        let mut builder = tempfile::Builder::new();
+        builder.prefix("vasto-");
+        let dir = match &self.dir {
+            Some(dir) => builder.tempdir_in(dir)?,
+            None => builder.tempdir()?,
+        };
+        for part in ["bucket", "logs"] {
+            std::fs::create_dir(dir.path().join(part))?;
+        }
+        let bucket = self.bucket.unwrap_or_else(|| format!("file://{}", dir.path().join("bucket").display()));
+        let mut cluster = Cluster {
+            bucket,
+            env: self.env,
+            settings: self.settings,
+            allowed: self.allowed,
+            logs: Vec::new(),
+            master: Server::new("master"),
+            nodes: Vec::new(),
+            finished: false,
+            dir,
+        };
+        cluster.start_master(Port::New).await?;
+        for _ in 0..self.nodes {
+            cluster.add_node().await?;
+        }
+        Ok(cluster)
+    }
+}
+
+#[derive(Debug)]
+struct Server {
+    name: String,
+    starts: u32,
+    port: u16,
+    node_id: Option<String>,
+    process: Option<Process>,
+}
+
+impl Server {
+    fn new(name: &str) -> Self {
+        Self { name: name.to_owned(), starts: 0, port: 0, node_id: None, process: None }
+    }
+}
+
+/// A running cluster. Whatever still runs is killed when it is dropped.
+#[derive(Debug)]
+pub struct Cluster {
+    bucket: String,
+    env: Vec<(String, String)>,
+    settings: Vec<String>,
+    allowed: Vec<String>,
+    logs: Vec<PathBuf>,
+    master: Server,
+    nodes: Vec<Server>,
+    finished: bool,
+    // Last: removed after the processes are gone.
+    dir: TempDir,
+}
+
+/// How a command of `vasto` ended.
+#[derive(Debug, Clone)]
+pub struct Ran {
+    /// The exit code; -1 when a signal ended it.
+    pub code: i32,
+    /// What it printed.
+    pub stdout: String,
+    /// What it said.
+    pub stderr: String,
+}
+
+impl Cluster {
+    /// Three nodes on a local directory, unless told otherwise.
+    pub fn builder() -> ClusterBuilder {
+        ClusterBuilder {
+            nodes: 3,
+            bucket: None,
+            env: Vec::new(),
+            settings: ["node.cache=64MiB", "node.write_buffer=32MiB", "node.ship_interval=1s"]
+                .map(str::to_owned)
+                .to_vec(),
+            allowed: Vec::new(),
+            dir: None,
+        }
+    }
+
+    /// The URL of the master.
+    pub fn master(&self) -> String {
+        format!("http://127.0.0.1:{}", self.master.port)
+    }
+
+    /// The URL of the bucket.
+    pub fn bucket(&self) -> &str {
+        &self.bucket
+    }
+
+    /// The temporary directory: `bucket`, `logs`, `node-<index>`.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The data directory of a node.
+    pub fn node_dir(&self, index: usize) -> PathBuf {
+        self.dir.path().join(format!("node-{index}"))
+    }
+
+    /// How many nodes were started.
+    pub fn nodes(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// The index of a node by its id.
+    ///
+    /// # Errors
+    /// When no node of this cluster has it.
+    pub fn node_of(&self, id: &str) -> Result<usize> {
+        let found = self.nodes.iter().position(|node| node.node_id.as_deref() == Some(id));
+        found.with_context(|| format!("no node is {id}"))
+    }
+
+    /// The process of the master.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn master_process(&mut self) -> Result<&mut Process> {
+        self.master.process.as_mut().context("the master does not run")
+    }
+
+    /// The process of a node.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn node_process(&mut self, index: usize) -> Result<&mut Process> {
+        self.nodes[index].process.as_mut().with_context(|| format!("node {index} does not run"))
+    }
+
+    // ------------------------------------------------------------------ starting, stopping
+
+    /// Starts the master.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn start_master(&mut self, port: Port) -> Result<()> {
+        let port = if port == Port::New { free_port() } else { self.master.port };
+        let listen = format!("127.0.0.1:{port}");
+        let args = ["serve", "master", "--bucket", &self.bucket, "--listen", &listen];
+        let ready = Self::launch(&mut self.master, &args, &self.env, self.dir.path(), &mut self.logs).await?;
+        ensure!(ready["role"] == "master" && ready["listen"] == listen.as_str(), "the ready line is {ready}");
+        self.master.port = port;
+        Ok(())
+    }
+
+    /// Adds a node with an empty data directory; gives its index.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn add_node(&mut self) -> Result<usize> {
+        let index = self.nodes.len();
+        self.nodes.push(Server::new(&format!("node-{index}")));
+        self.start_node(index, Port::New).await?;
+        Ok(index)
+    }
+
+    /// Starts a node on its data directory.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn start_node(&mut self, index: usize, port: Port) -> Result<()> {
+        let master = self.master();
+        let dir = self.node_dir(index).display().to_string();
+        let node = &mut self.nodes[index];
+        let port = if port == Port::New { free_port() } else { node.port };
+        let listen = format!("127.0.0.1:{port}");
+        let mut args = vec!["serve", "node", "--master", &master, "--dir", &dir, "--listen", &listen];
+        args.extend(self.settings.iter().flat_map(|setting| ["--set", setting]));
+        let ready = Self::launch(node, &args, &self.env, self.dir.path(), &mut self.logs).await?;
+        ensure!(ready["role"] == "node" && ready["listen"] == listen.as_str(), "the ready line is {ready}");
+        let id = ready["node_id"].as_str().context("the ready line has no node_id")?.to_owned();
+        ensure!(node.node_id.as_ref().is_none_or(|before| *before == id), "node {index} came back as {id}");
+        node.node_id = Some(id);
+        node.port = port;
+        Ok(())
+    }
+
+    async fn launch(
+        server: &mut Server,
+        args: &[&str],
+        env: &[(String, String)],
+        dir: &Path,
+        all_logs: &mut Vec<PathBuf>,
+    ) -> Result<Value> {
+        ensure!(server.process.is_none(), "{} runs already", server.name);
+        server.starts += 1;
+        let name = format!("{}.{}", server.name, server.starts);
+        let mut process = Process::spawn(&name, vasto_binary(), args, env, &dir.join("logs"))?;
+        all_logs.push(process.log().to_owned());
+        let ready = process.ready_line(DEADLINE).await?;
+        server.process = Some(process);
+        ensure!(ready["ready"] == true, "the ready line of {name} is {ready}");
+        Ok(ready)
+    }
+
+    /// `kill -9` of the master.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub async fn kill9_master(&mut self) -> Result<()> {
+        self.master.process.take().context("the master does not run")?.kill9().await
+    }
+
+    /// `kill -9` of a node.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub async fn kill9_node(&mut self, index: usize) -> Result<()> {
+        self.nodes[index].process.take().with_context(|| format!("node {index} does not run"))?.kill9().await
+    }
+
+    /// SIGTERM to the master: it ends with exit code 0 within 10 s.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub async fn stop_master(&mut self) -> Result<()> {
+        Self::stop(self.master.process.take().context("the master does not run")?).await
+    }
+
+    /// SIGTERM to a node: it ends with exit code 0 within 10 s.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub async fn stop_node(&mut self, index: usize) -> Result<()> {
+        Self::stop(self.nodes[index].process.take().with_context(|| format!("node {index} does not run"))?).await
+    }
+
+    async fn stop(mut process: Process) -> Result<()> {
+        process.signal(Signal::TERM);
+        let status = process.ended(SHUTDOWN_DEADLINE).await?;
+        ensure!(status.success(), "{} ended with {status} after SIGTERM", process.name());
+        Ok(())
+    }
+
+    // ------------------------------------------------------------------------ using it
+
+    /// Runs `vasto <args>` against this cluster.
+    ///
+    /// # Errors
+    /// When it does not end in time.
+    pub async fn vasto(&self, args: &[&str]) -> Result<Ran> {
+        let mut env = self.env.clone();
+        env.push(("VASTO_MASTER".to_owned(), self.master()));
+        Ran::of(args, &env, Duration::from_secs(120)).await
+    }
+
+    /// Runs `vasto <args> --output json`, which must succeed.
+    ///
+    /// # Errors
+    /// When it fails, or does not print JSON.
+    pub async fn json(&self, args: &[&str]) -> Result<Value> {
+        let mut all = args.to_vec();
+        all.extend(["--output", "json"]);
+        let ran = self.vasto(&all).await?;
+        ensure!(ran.code == 0, "vasto {args:?} ended with {}: {}", ran.code, ran.stderr);
+        serde_json::from_str(&ran.stdout).with_context(|| format!("vasto {args:?} printed {:?}", ran.stdout))
+    }
+
+    /// A new client with the keyspace.
+    ///
+    /// # Errors
+    /// When the cluster cannot be reached.
+    pub async fn keyspace(&self, name: &str) -> Result<Keyspace> {
+        Ok(Vasto::connect(&self.master()).await?.keyspace(name).await?)
+    }
+
+    /// Creates a keyspace.
+    ///
+    /// # Errors
+    /// When the command fails.
+    pub async fn create(&self, name: &str, shards: u32, more: &[&str]) -> Result<()> {
+        let shards = shards.to_string();
+        let mut args = vec!["keyspace", "create", name, "--shards", &shards];
+        args.extend(more);
+        self.json(&args).await.map(|_| ())
+    }
+
+    /// `vasto keyspace resize`, to its end; gives the report.
+    ///
+    /// # Errors
+    /// When the command fails.
+    pub async fn resize(&self, name: &str, shards: u32) -> Result<Value> {
+        self.json(&["keyspace", "resize", name, "--shards", &shards.to_string()]).await
+    }
+
+    /// The catalog of a keyspace, in a local bucket.
+    ///
+    /// # Errors
+    /// When the keyspace cannot be described.
+    pub async fn catalog(&self, name: &str) -> Result<CatalogDir> {
+        let described = self.json(&["keyspace", "describe", name]).await?;
+        let id = described["keyspace_id"].as_u64().with_context(|| format!("no keyspace_id in {described}"))?;
+        let root = self.bucket.strip_prefix("file://").context("the bucket is not a local directory")?;
+        Ok(CatalogDir::new(Path::new(root), id))
+    }
+
+    /// Waits until nothing is left of earlier plans of a keyspace: no plan, no quarantined range.
+    ///
+    /// # Errors
+    /// When that takes too long.
+    pub async fn settled(&self, name: &str) -> Result<()> {
+        let catalog = self.catalog(name).await?;
+        until(&format!("plans and quarantines of {name} to end"), DEADLINE, async || {
+            let tip = catalog.tip().ok()?;
+            (tip.plan.is_none() && tip.quarantines.is_empty()).then_some(())
+        })
+        .await
+        .with_context(|| format!("the catalog is {:?}", catalog.tip()))
+    }
+
+    // ------------------------------------------------------------------------- the end
+
+    /// Stops everything gracefully and looks through all logs.
+    ///
+    /// # Errors
+    /// When a process does not stop as promised, or a log holds what was not allowed.
+    pub async fn finish(mut self) -> Result<()> {
+        for index in 0..self.nodes.len() {
+            if self.nodes[index].process.is_some() {
+                self.stop_node(index).await?;
+            }
+        }
+        if self.master.process.is_some() {
+            self.stop_master().await?;
+        }
+        let mut found = Vec::new();
+        for log in &self.logs {
+            let text = std::fs::read_to_string(log)?;
+            let name = log.file_stem().unwrap_or_default().to_string_lossy();
+            found.extend(logs::unexpected(&text, &self.allowed).into_iter().map(|line| format!("{name}: {line}")));
+        }
+        if !found.is_empty() {
+            let count = found.len();
+            found.truncate(20);
+            bail!("{count} log lines that the test does not allow:\n{}", found.join("\n"));
+        }
+        self.finished = true;
+        Ok(())
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if self.finished {
+            return;
+        }
+        eprintln!("the cluster was dropped before its end; the last lines of its logs:");
+        for log in &self.logs {
+            eprintln!("--- {}\n{}", log.display(), logs::tail(log, 25));
+        }
+        if std::env::var_os("VASTO_TEST_KEEP").is_some() {
+            self.dir.disable_cleanup(true);
+            eprintln!("kept: {}", self.dir.path().display());
+        }
+    }
+}
+
+impl Ran {
+    /// Runs `vasto <args>` with nothing but these variables added.
+    ///
+    /// # Errors
+    /// When it does not end in time.
+    pub async fn of(args: &[&str], env: &[(String, String)], deadline: Duration) -> Result<Self> {
+        let output = run(vasto_binary(), args, env, deadline).await?;
+        Ok(Self {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        })
+    }
+
+    /// Demands a refusal: this exit code, nothing on stdout, and an `error:` (with its `hint:`) that
+    /// contains all these texts.
+    ///
+    /// # Errors
+    /// What is different.
+    pub fn refused(&self, code: i32, texts: &[&str]) -> Result<()> {
+        ensure!(self.code == code, "the exit code is {}, not {code}: {self:?}", self.code);
+        ensure!(self.stdout.is_empty(), "a refused command printed a result: {self:?}");
+        ensure!(self.stderr.lines().any(|line| line.starts_with("error: ")), "there is no error: {self:?}");
+        ensure!(!self.stderr.contains("panicked"), "it panicked: {self:?}");
+        for text in texts {
+            ensure!(self.stderr.contains(text), "the message does not say {text:?}: {}", self.stderr);
+        }
+        Ok(())
+    }
+}
+
+/// One line with the figures of a resize.
+pub fn resized(report: &Value) -> String {
+    let number = |name: &str| report[name].as_u64().unwrap_or_default();
+    let pause = |name: &str| report["write_pause_ms"][name].as_f64().unwrap_or_default();
+    format!(
+        "{} -> {}: {} keys, {} bytes moved, {} from the bucket ({} objects), {} from peers, pause {:.1}/{:.1}/{:.1} ms, {} ms",
+        number("from"),
+        number("to"),
+        number("keys_moved"),
+        number("bytes_moved"),
+        number("bytes_from_bucket"),
+        number("objects_read"),
+        number("bytes_from_peers"),
+        pause("p50"),
+        pause("p99"),
+        pause("max"),
+        number("duration_ms"),
+    )
+}

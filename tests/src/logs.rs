@@ -1,0 +1,43 @@
+//! The logs of processes under test: a warning that nobody expected is a failure.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+/// Lines of a JSON log that are warnings, errors or no JSON at all (a panic), unless they contain
+/// one of the allowed texts.
+pub(crate) fn unexpected(log: &str, allowed: &[String]) -> Vec<String> {
+    log.lines()
+        .filter(|line| !line.trim().is_empty())
+        .filter(|line| match serde_json::from_str::<Value>(line) {
+            Ok(event) => !matches!(event["level"].as_str(), Some("INFO" | "DEBUG" | "TRACE")),
+            Err(_) => true,
+        })
+        .filter(|line| !allowed.iter().any(|text| line.contains(text.as_str())))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The last lines of a file.
+pub(crate) fn tail(path: &Path, lines: usize) -> String {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let all: Vec<&str> = text.lines().collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn warnings_and_panics_are_unexpected_unless_allowed() {
+        let log = "{\"level\":\"INFO\",\"message\":\"fine\"}\n\
+                   {\"level\":\"WARN\",\"message\":\"node away\"}\n\
+                   {\"level\":\"ERROR\",\"message\":\"disk\"}\n\
+                   thread 'main' panicked at x.rs:1\n";
+        assert_eq!(unexpected(log, &[]).len(), 3);
+        let left = unexpected(log, &["node away".to_owned()]);
+        assert_eq!(left.len(), 2);
+        assert!(left[0].contains("disk") && left[1].contains("panicked"));
+    }
+}

@@ -1,0 +1,182 @@
+//! One process under test: its output in files, signals by its own id, and no survivors.
+//!
+//! **Invariant:** a process dies with the [`Process`] that owns it, and also when the test is
+//! killed: `setpriv --pdeathsig` (util-linux) has the kernel see to that.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tokio::process::{Child, Command};
+
+use crate::wait::until;
+
+/// A running (or ended) process.
+#[derive(Debug)]
+pub struct Process {
+    name: String,
+    child: Child,
+    pid: u32,
+    stdout: PathBuf,
+    stderr: PathBuf,
+}
+
+impl Process {
+    /// Starts `program` in a process group of its own, with its output in `<dir>/<name>.out` and
+    /// `<dir>/<name>.log`.
+    ///
+    /// # Errors
+    /// When the files cannot be made or the program cannot be started.
+    pub fn spawn<A: AsRef<OsStr>>(
+        name: &str,
+        program: &Path,
+        args: impl IntoIterator<Item = A>,
+        env: &[(String, String)],
+        dir: &Path,
+    ) -> Result<Self> {
+        let stdout = dir.join(format!("{name}.out"));
+        let stderr = dir.join(format!("{name}.log"));
+        let child = command(program)
+            .args(args)
+            .envs(env.iter().map(|(key, value)| (key, value)))
+            .stdin(Stdio::null())
+            .stdout(File::create(&stdout)?)
+            .stderr(File::create(&stderr)?)
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| format!("cannot start {}", program.display()))?;
+        let pid = child.id().context("the process ended before it began")?;
+        Ok(Self { name: name.to_owned(), child, pid, stdout, stderr })
+    }
+
+    /// The name it was started under.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Where its log goes.
+    pub fn log(&self) -> &Path {
+        &self.stderr
+    }
+
+    /// What it has printed so far.
+    pub fn printed(&self) -> String {
+        std::fs::read_to_string(&self.stdout).unwrap_or_default()
+    }
+
+    /// The first line it prints, as JSON.
+    ///
+    /// # Errors
+    /// When it ends first or the deadline passes; the text ends with its log.
+    pub async fn ready_line(&mut self, deadline: Duration) -> Result<Value> {
+        let line = until(&format!("{} to be ready", self.name), deadline, async || {
+            if let Some((line, _)) = self.printed().split_once('\n') {
+                return Some(Ok(line.to_owned()));
+            }
+            let status = self.child.try_wait().ok().flatten()?;
+            Some(Err(format!("{} ended with {status} before it was ready", self.name)))
+        })
+        .await
+        .map_err(|error| error.to_string())
+        .and_then(|line| line);
+        match line {
+            Ok(line) => serde_json::from_str(&line)
+                .with_context(|| format!("{} printed {line:?}, which is not JSON", self.name)),
+            Err(error) => bail!("{error}; its log ends with:\n{}", crate::logs::tail(&self.stderr, 20)),
+        }
+    }
+
+    /// Sends a signal. A process that is gone already is no error.
+    pub fn signal(&self, signal: Signal) {
+        // Without a wait in between, the id cannot have been given to another process.
+        if self.child.id().is_some()
+            && let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw)
+        {
+            let _ = kill_process(pid, signal);
+        }
+    }
+
+    /// `kill -9`, and waits until it is gone.
+    ///
+    /// # Errors
+    /// When the operating system does not let it go.
+    pub async fn kill9(&mut self) -> Result<()> {
+        self.signal(Signal::KILL);
+        self.ended(crate::DEADLINE).await.map(|_| ())
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// When the deadline passes first.
+    pub async fn ended(&mut self, deadline: Duration) -> Result<ExitStatus> {
+        match tokio::time::timeout(deadline, self.child.wait()).await {
+            Ok(status) => Ok(status?),
+            Err(_) => bail!("{} (pid {}) did not end within {deadline:?}", self.name, self.pid),
+        }
+    }
+
+    /// True while it has not ended.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+}
+
+/// Runs a program to its end.
+///
+/// # Errors
+/// When it cannot be started or the deadline passes (it is killed then).
+pub async fn run<A: AsRef<OsStr>>(
+    program: &Path,
+    args: impl IntoIterator<Item = A>,
+    env: &[(String, String)],
+    deadline: Duration,
+) -> Result<std::process::Output> {
+    let mut command = command(program);
+    command.args(args).envs(env.iter().map(|(key, value)| (key, value)));
+    command.stdin(Stdio::null()).kill_on_drop(true);
+    match tokio::time::timeout(deadline, command.output()).await {
+        Ok(output) => output.with_context(|| format!("cannot run {}", program.display())),
+        Err(_) => bail!("{:?} did not end within {deadline:?}", command.as_std()),
+    }
+}
+
+fn command(program: &Path) -> Command {
+    let setpriv = Path::new("/usr/bin/setpriv");
+    if setpriv.exists() {
+        let mut command = Command::new(setpriv);
+        command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+        command
+    } else {
+        Command::new(program)
+    }
+}
+
+/// A port that nobody listens on now. It lies below the range from which the system gives ports to
+/// outgoing connections, so that a server can come back to it after it was killed.
+///
+/// # Panics
+/// When no port is free.
+pub fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    const FIRST: u16 = 12_000;
+    const COUNT: u16 = 18_000;
+    let start = (std::process::id().wrapping_mul(97) % u32::from(COUNT)) as u16;
+    (0..COUNT)
+        .map(|_| FIRST + (start + NEXT.fetch_add(1, Ordering::Relaxed)) % COUNT)
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .expect("a machine has a free port")
+}

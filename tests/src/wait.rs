@@ -1,0 +1,31 @@
+//! Waiting for a condition, with a deadline.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+/// Long enough for anything on a busy machine, short enough to end a hung test.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Between two looks at a condition.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// Looks until `condition` gives a value.
+///
+/// # Errors
+/// When the deadline passes first; the text names what was waited for.
+pub async fn until<T, F>(what: &str, deadline: Duration, mut condition: F) -> Result<T>
+where
+    F: AsyncFnMut() -> Option<T>,
+{
+    let start = Instant::now();
+    loop {
+        if let Some(value) = condition().await {
+            return Ok(value);
+        }
+        if start.elapsed() > deadline {
+            bail!("waited {deadline:?} in vain for {what}");
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}

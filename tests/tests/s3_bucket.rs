@@ -1,0 +1,37 @@
+//! The same on a real S3 server.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+
+use anyhow::{Result, ensure};
+use vasto_tests::{Cluster, History, Load, LoadSpec, Port, S3Server, preload, resized, verify};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn s3_bucket_end_to_end() -> Result<()> {
+    let s3 = S3Server::start().await?;
+    let mut builder = Cluster::builder().bucket(&s3.url("end/to/end"));
+    for (key, value) in s3.env() {
+        builder = builder.env(&key, &value);
+    }
+    let mut cluster = builder.start().await?;
+    cluster.create("s3", 2, &["--quarantine", "1s"]).await?;
+    let history = Arc::new(History::default());
+    preload(&cluster.keyspace("s3").await?, &history, "s:", 20_000).await?;
+    let load = Load::start(&cluster.master(), "s3", &history, LoadSpec { writers: 4, ..LoadSpec::default() }).await?;
+    load.goes_on(20).await?;
+    for shards in [3, 4] {
+        let report = cluster.resize("s3", shards).await?;
+        println!("{}", resized(&report));
+        ensure!(report["bytes_from_bucket"].as_u64().unwrap() > 0 && report["objects_read"].as_u64().unwrap() > 0);
+    }
+    let summary = load.stop().await?;
+    println!("{summary:?}");
+    ensure!(summary.refused + summary.unknown + summary.read_errors == 0, "clients saw errors: {summary:?}");
+    verify(&cluster.master(), "s3", &history).await?;
+    // All that a new master knows is in the bucket.
+    cluster.kill9_master().await?;
+    cluster.start_master(Port::Same).await?;
+    verify(&cluster.master(), "s3", &history).await?;
+    cluster.finish().await?;
+    s3.stop().await
+}
