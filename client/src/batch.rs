@@ -73,8 +73,9 @@ impl Write {
                 value: value.clone(),
                 // `check` refuses what does not fit.
                 ttl_ms: self.options.ttl.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
+                ..Default::default()
             }),
-            None => v1::write_op::Op::Delete(v1::Delete {}),
+            None => v1::write_op::Op::Delete(v1::Delete::default()),
         };
         v1::WriteOp { key: Some(self.key.to_wire()), event_time: self.options.event_time, op: Some(op) }
     }

@@ -84,8 +84,12 @@ pub(crate) fn kind_of(code: ErrorCode) -> ErrorKind {
         ErrorCode::InvalidArgument => ErrorKind::InvalidArgument,
         ErrorCode::NotFound => ErrorKind::NotFound,
         ErrorCode::AlreadyExists => ErrorKind::AlreadyExists,
-        // Both mean that the cluster did not agree with itself in time.
-        ErrorCode::WrongEpoch | ErrorCode::NodeBehind | ErrorCode::Unavailable => ErrorKind::Unavailable,
+        // All mean that the cluster did not agree with itself in time.
+        ErrorCode::WrongEpoch
+        | ErrorCode::NodeBehind
+        | ErrorCode::Unavailable
+        | ErrorCode::NotPrimary
+        | ErrorCode::CatchingUp => ErrorKind::Unavailable,
         ErrorCode::Overloaded => ErrorKind::Overloaded,
         ErrorCode::WrongType => ErrorKind::WrongType,
         ErrorCode::Unknown => ErrorKind::Unknown,

@@ -159,7 +159,8 @@ impl Keyspace {
 
     pub(crate) async fn write_one(&self, write: Write, ack: Option<Ack>) -> Result<Outcome, Error> {
         write.check(now_us())?;
-        let op = || Op::Write(v1::WriteRequest { ops: vec![write.to_wire()], ack: ack_to_wire(ack) });
+        let op =
+            || Op::Write(v1::WriteRequest { ops: vec![write.to_wire()], ack: ack_to_wire(ack), ..Default::default() });
         let progress = Progress::new(true, self.time);
         match self.executor.run(write.key.hash(), progress, write.bytes(), op).await? {
             Reply::Write(v1::WriteReply { outcomes }) if outcomes.len() == 1 => Outcome::from_wire(&outcomes[0]),
@@ -176,7 +177,7 @@ impl Keyspace {
         let op = |positions: &[usize]| {
             let bytes = positions.iter().map(|at| writes[*at].bytes()).sum();
             let ops = positions.iter().map(|at| writes[*at].to_wire()).collect();
-            (Op::Write(v1::WriteRequest { ops, ack: ack_to_wire(ack) }), bytes)
+            (Op::Write(v1::WriteRequest { ops, ack: ack_to_wire(ack), ..Default::default() }), bytes)
         };
         let done = |group| match group {
             Group::Done(positions, Reply::Write(reply)) if reply.outcomes.len() == positions.len() => {

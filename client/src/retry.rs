@@ -116,7 +116,7 @@ pub(crate) fn decide(failure: Failure, now: Situation) -> Action {
         Failure::Refused { code, retry_after } => match code.retry() {
             Retry::Never => give_up,
             Retry::WithNewTopology if now.newer_topology => Action::Now,
-            Retry::WithNewTopology => Action::After { pause, paid: false, at_least: false },
+            Retry::WithNewTopology | Retry::Elsewhere => Action::After { pause, paid: false, at_least: false },
             Retry::Later if retry_after >= now.time_left => give_up,
             Retry::Later => Action::After {
                 pause: pause.max(retry_after),

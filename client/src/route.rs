@@ -167,6 +167,7 @@ mod tests {
                         replica: ReplicaId(shard as u64 + 1),
                         node: NodeId(shard as u64 + 1),
                         address: address.map(str::to_owned),
+                        zone: String::new(),
                     }]
                 })
                 .collect(),

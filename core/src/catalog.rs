@@ -69,6 +69,10 @@ pub struct KeyspaceSpec {
     pub ttl_ms: Option<u64>,
     /// How long a moved range stays on its old shard, milliseconds.
     pub quarantine_ms: u64,
+    /// How long deletes are remembered at least, milliseconds; `None` is
+    /// [`TOMBSTONE_GRACE`](crate::limits::TOMBSTONE_GRACE).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tombstone_grace_ms: Option<u64>,
 }
 
 impl Default for KeyspaceSpec {
@@ -79,7 +83,15 @@ impl Default for KeyspaceSpec {
             ack: Ack::Fsync,
             ttl_ms: None,
             quarantine_ms: crate::limits::QUARANTINE.as_millis() as u64,
+            tombstone_grace_ms: None,
         }
+    }
+}
+
+impl KeyspaceSpec {
+    /// How long deletes are remembered at least, milliseconds.
+    pub fn grace_ms(&self) -> u64 {
+        self.tombstone_grace_ms.unwrap_or(crate::limits::TOMBSTONE_GRACE.as_millis() as u64)
     }
 }
 
@@ -102,13 +114,59 @@ pub struct Placed {
     pub node: NodeId,
 }
 
-/// The placed replicas of one shard; the first is the primary.
+/// The placed replicas of one shard.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShardPlacement {
     /// The shard.
     pub shard: ShardId,
-    /// Its replicas, primary first.
+    /// Its replicas in the order of preference. The first is the home of the primary, and it ships.
     pub replicas: Vec<Placed>,
+    /// The replica that is primary now, when that is not the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub primary: Option<ReplicaId>,
+    /// A planned hand-over is under way: the primary takes no read-modify-writes any more, and this
+    /// replica becomes primary once it holds all that the primary held.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handing_to: Option<ReplicaId>,
+}
+
+impl ShardPlacement {
+    /// A placement whose primary is the first replica.
+    pub fn new(shard: ShardId, replicas: Vec<Placed>) -> Self {
+        Self { shard, replicas, primary: None, handing_to: None }
+    }
+
+    /// The replica that is primary now.
+    pub fn primary(&self) -> Option<Placed> {
+        let acting = self.replicas.iter().find(|one| Some(one.replica) == self.primary);
+        acting.or(self.replicas.first()).copied()
+    }
+
+    /// The replica that ships: the home of the primary, whoever is primary now.
+    pub fn shipper(&self) -> Option<Placed> {
+        self.replicas.first().copied()
+    }
+
+    /// All replicas, the one that is primary now first, the others in the order of preference.
+    pub fn primary_first(&self) -> Vec<Placed> {
+        let primary = self.primary();
+        let others = self.replicas.iter().copied().filter(|one| Some(*one) != primary);
+        primary.into_iter().chain(others).collect()
+    }
+}
+
+/// A replica that left the placement while it may hold writes that no other member has: it is
+/// drained when its node is there, and nothing is collected before.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unsealed {
+    /// Its shard.
+    pub shard: ShardId,
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Its node.
+    pub node: NodeId,
+    /// When it left, microseconds since 1970.
+    pub since_us: u64,
 }
 
 /// A range that was given away and is not removed yet.
@@ -150,6 +208,12 @@ pub struct Catalog {
     pub spec: KeyspaceSpec,
     /// One entry per shard, in order.
     pub placement: Vec<ShardPlacement>,
+    /// Replicas that left the placement and are not drained yet.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unsealed: Vec<Unsealed>,
+    /// Replicas that are gone for good: whoever holds their files removes them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub removed: Vec<ReplicaId>,
     /// The running structural change.
     #[serde(default)]
     pub plan: Option<Plan>,
@@ -185,15 +249,12 @@ impl Catalog {
         let placement = nodes_of_shards
             .iter()
             .enumerate()
-            .map(|(shard, nodes)| ShardPlacement {
-                shard: ShardId(shard as u32),
-                replicas: nodes
-                    .iter()
-                    .map(|node| {
-                        next_replica += 1;
-                        Placed { replica: ReplicaId(next_replica - 1), node: *node }
-                    })
-                    .collect(),
+            .map(|(shard, nodes)| {
+                let replicas = nodes.iter().map(|node| {
+                    next_replica += 1;
+                    Placed { replica: ReplicaId(next_replica - 1), node: *node }
+                });
+                ShardPlacement::new(ShardId(shard as u32), replicas.collect())
             })
             .collect();
         Self {
@@ -206,6 +267,8 @@ impl Catalog {
             state: KeyspaceState::Active,
             spec,
             placement,
+            unsealed: Vec::new(),
+            removed: Vec::new(),
             plan: None,
             quarantines: Vec::new(),
             pins: Vec::new(),
@@ -225,7 +288,8 @@ impl Catalog {
         Band::owned(self.spec.shards).into()
     }
 
-    /// The placed replicas and the targets under construction on one node: `(shard, replica, placed)`.
+    /// The placed replicas, those to be drained and the targets under construction on one node:
+    /// `(shard, replica, placed)`.
     pub fn members_on(&self, node: NodeId) -> Vec<(ShardId, ReplicaId, bool)> {
         let placed =
             self.placement.iter().flat_map(|shard| shard.replicas.iter().map(move |one| (shard.shard, *one, true)));
@@ -234,8 +298,10 @@ impl Catalog {
             .iter()
             .flat_map(|plan| &plan.targets)
             .map(|target| (target.shard, Placed { replica: target.replica, node: target.node }, false));
+        let unsealed =
+            self.unsealed.iter().map(|one| (one.shard, Placed { replica: one.replica, node: one.node }, false));
         let mut out: Vec<(ShardId, ReplicaId, bool)> = Vec::new();
-        for (shard, one, is_placed) in placed.chain(targets) {
+        for (shard, one, is_placed) in placed.chain(targets).chain(unsealed) {
             if one.node == node && self.state == KeyspaceState::Active && !out.iter().any(|(_, r, _)| *r == one.replica)
             {
                 out.push((shard, one.replica, is_placed));
@@ -244,16 +310,52 @@ impl Catalog {
         out
     }
 
-    /// The node of a placed replica or target.
+    /// The node of a placed replica, a target, or one to be drained.
     pub fn node_of(&self, replica: ReplicaId) -> Option<NodeId> {
-        self.placement
-            .iter()
-            .flat_map(|shard| &shard.replicas)
-            .find(|one| one.replica == replica)
-            .map(|one| one.node)
-            .or_else(|| {
-                self.plan.as_ref()?.targets.iter().find(|target| target.replica == replica).map(|target| target.node)
-            })
+        let placed = self.placement.iter().flat_map(|shard| &shard.replicas).map(|one| (one.replica, one.node));
+        let targets = self.plan.iter().flat_map(|plan| &plan.targets).map(|one| (one.replica, one.node));
+        let unsealed = self.unsealed.iter().map(|one| (one.replica, one.node));
+        placed.chain(targets).chain(unsealed).find(|(id, _)| *id == replica).map(|(_, node)| node)
+    }
+
+    /// The placement of a shard.
+    pub fn shard(&self, shard: ShardId) -> Option<&ShardPlacement> {
+        self.placement.iter().find(|one| one.shard == shard)
+    }
+
+    /// True when the replica serves under this version.
+    pub fn is_placed(&self, replica: ReplicaId) -> bool {
+        self.placement.iter().flat_map(|shard| &shard.replicas).any(|one| one.replica == replica)
+    }
+
+    /// True when the replica is primary of its shard under this version.
+    pub fn is_primary(&self, replica: ReplicaId) -> bool {
+        self.placement.iter().any(|shard| shard.primary().is_some_and(|one| one.replica == replica))
+    }
+
+    /// The replicas whose logs a replica of the shard pulls: the other placed ones, and those that
+    /// are to be drained. A replica that is not placed pulls only while a plan builds it from others
+    /// of its own shard.
+    pub fn sources_of(&self, shard: ShardId, replica: ReplicaId) -> Vec<Placed> {
+        let rebuilt = self.plan.as_ref().is_some_and(|plan| {
+            matches!(plan.kind, crate::plan::PlanKind::Replica { .. })
+                && plan.targets.iter().any(|target| target.replica == replica)
+        });
+        if !self.is_placed(replica) && !rebuilt {
+            return Vec::new();
+        }
+        let placed = self.shard(shard).into_iter().flat_map(|one| one.replicas.iter().copied());
+        let unsealed = self.unsealed.iter().filter(|one| one.shard == shard);
+        let unsealed = unsealed.map(|one| Placed { replica: one.replica, node: one.node });
+        placed.chain(unsealed).filter(|one| one.replica != replica).collect()
+    }
+
+    /// The replicas that pull a replica's log, and for which it is kept.
+    pub fn followers_of(&self, shard: ShardId, replica: ReplicaId) -> Vec<ReplicaId> {
+        let placed = self.shard(shard).into_iter().flat_map(|one| &one.replicas).map(|one| one.replica);
+        let rebuilt = self.plan.iter().filter(|plan| matches!(plan.kind, crate::plan::PlanKind::Replica { .. }));
+        let rebuilt = rebuilt.flat_map(|plan| &plan.targets).filter(|one| one.shard == shard).map(|one| one.replica);
+        placed.chain(rebuilt).filter(|one| *one != replica).collect()
     }
 
     /// Remembers a finished operation, forgetting the oldest beyond [`OPERATIONS_KEPT`].

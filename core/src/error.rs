@@ -23,6 +23,8 @@ pub enum Retry {
     Later,
     /// The same request may succeed with a newer topology.
     WithNewTopology,
+    /// Another replica of the shard can do it now.
+    Elsewhere,
 }
 
 /// Wire codes. The numbers are on the wire and in client libraries: never reuse one.
@@ -56,11 +58,15 @@ pub enum ErrorCode {
     DeadlineExceeded = 12,
     /// A defect in Vasto.
     Internal = 13,
+    /// Only the primary of the shard does this, and this replica is not primary, or not yet.
+    NotPrimary = 14,
+    /// The replica has not caught up with the others since it was opened; ask one of them.
+    CatchingUp = 15,
 }
 
 impl ErrorCode {
     /// All codes, for tables and tests.
-    pub const ALL: [ErrorCode; 13] = [
+    pub const ALL: [ErrorCode; 15] = [
         ErrorCode::InvalidArgument,
         ErrorCode::NotFound,
         ErrorCode::AlreadyExists,
@@ -74,6 +80,8 @@ impl ErrorCode {
         ErrorCode::Corrupt,
         ErrorCode::DeadlineExceeded,
         ErrorCode::Internal,
+        ErrorCode::NotPrimary,
+        ErrorCode::CatchingUp,
     ];
 
     /// Reads the number on the wire; a number of a newer version is `Internal`.
@@ -95,14 +103,17 @@ impl ErrorCode {
             | ErrorCode::WrongType
             | ErrorCode::FailedPrecondition
             | ErrorCode::Corrupt
-            | ErrorCode::DeadlineExceeded => Effect::None,
+            | ErrorCode::DeadlineExceeded
+            | ErrorCode::NotPrimary
+            | ErrorCode::CatchingUp => Effect::None,
         }
     }
 
     /// Can a retry help?
     pub fn retry(self) -> Retry {
         match self {
-            ErrorCode::WrongEpoch => Retry::WithNewTopology,
+            ErrorCode::WrongEpoch | ErrorCode::NotPrimary => Retry::WithNewTopology,
+            ErrorCode::CatchingUp => Retry::Elsewhere,
             ErrorCode::NodeBehind | ErrorCode::Overloaded | ErrorCode::Unavailable => Retry::Later,
             ErrorCode::InvalidArgument
             | ErrorCode::NotFound

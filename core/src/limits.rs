@@ -83,6 +83,26 @@ pub const TAIL_LAG_LSNS_MAX: u64 = 64;
 pub const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
 /// How often unsynced log of `os` acknowledgements is synced in the background.
 pub const OS_SYNC_INTERVAL: Duration = Duration::from_millis(200);
+/// A replica that was opened waits this long for its peers to say what they hold; those that are
+/// silent are skipped.
+pub const CATCH_UP_PATIENCE: Duration = Duration::from_secs(2);
+/// An attempt at a replica that has not answered by now is made at another one.
+pub const ATTEMPT_PATIENCE: Duration = Duration::from_secs(1);
+/// A write that wants another replica's sync waits this long for it before its outcome is unknown.
+pub const REPLICA_ACK_TIMEOUT: Duration = Duration::from_secs(5);
+/// A primary whose node is away for longer is replaced by the next replica: long enough for a
+/// process that restarts at once, short enough for read-modify-writes to wait.
+pub const FAILOVER_AWAY: Duration = Duration::from_millis(500);
+/// A planned hand-over that has not ended by now is undone.
+pub const HANDOVER_TIMEOUT: Duration = Duration::from_secs(2);
+/// Results of read-modify-writes are kept this long for retries.
+pub const RESULTS_KEPT: Duration = Duration::from_secs(600);
+/// And at most this many of them for each replica.
+pub const RESULTS_MAX: usize = 100_000;
+/// Bytes of records in one replication frame; at most four frames wait for a slow follower.
+pub const PULL_FRAME_BYTES: usize = MIB;
+/// Data connections that a node takes.
+pub const CONNECTIONS_MAX: usize = 4_096;
 /// Between two uploads of log chunks of a replica that has something to ship.
 pub const SHIP_INTERVAL: Duration = Duration::from_secs(10);
 

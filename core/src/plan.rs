@@ -30,6 +30,11 @@ pub enum PlanKind {
         /// Shards after.
         to: u32,
     },
+    /// One more replica of a shard, as a whole copy of another one.
+    Replica {
+        /// The shard.
+        shard: ShardId,
+    },
 }
 
 /// How far a plan is.
@@ -103,11 +108,10 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The bands that change hands.
-    pub fn moving(&self) -> BandRange {
-        match self.kind {
-            PlanKind::Grow { from, to } => Band::leaving(from, to).into(),
-        }
+    /// The bands that change hands, if any do.
+    pub fn moving(&self) -> Option<BandRange> {
+        let (from, to) = self.growth()?;
+        Some(Band::leaving(from, to).into())
     }
 
     /// The nodes that take part.
@@ -121,10 +125,11 @@ impl Plan {
         sources.chain(self.targets.iter().map(|target| (target.shard, target.replica)))
     }
 
-    /// Shards before and after.
-    pub fn counts(&self) -> (u32, u32) {
+    /// Shards before and after, of a plan that changes their number.
+    pub fn growth(&self) -> Option<(u32, u32)> {
         match self.kind {
-            PlanKind::Grow { from, to } => (from, to),
+            PlanKind::Grow { from, to } => Some((from, to)),
+            PlanKind::Replica { .. } => None,
         }
     }
 }
@@ -183,6 +188,29 @@ pub struct ReplicaReport {
     /// Plans whose quarantined range it has removed.
     #[serde(default)]
     pub cleaned: Vec<PlanId>,
+    /// How it stands beside the other replicas of its shard.
+    #[serde(default)]
+    pub replication: ReplicationReport,
+}
+
+/// How a replica stands beside the others of its shard.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ReplicationReport {
+    /// It has caught up since it was opened and takes requests.
+    pub ready: bool,
+    /// Synced records of its peers that it has not applied, of the peer where that is most.
+    pub lag_lsns: u64,
+    /// Age of the oldest of these, milliseconds.
+    pub lag_ms: u64,
+    /// The version of the hand-over to it under which it holds all that the old primary named.
+    pub took_over: Option<CatalogVersion>,
+    /// It takes no writes any more, and another member holds everything it has.
+    pub drained: bool,
+    /// No peer's log reaches back to where it stands: it must be rebuilt.
+    pub too_old: bool,
+    /// Its log is at the cap because this member does not read it.
+    pub evict: Option<ReplicaId>,
 }
 
 /// A durable seal.
@@ -615,30 +643,35 @@ pub fn undo_seal(catalog: &Catalog, plan: &Plan, now_us: u64, nonce: u64) -> Cat
 }
 
 fn commit(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce: u64) -> Catalog {
-    let (_, to) = plan.counts();
     let mut next = catalog.next(now_us, nonce);
     next.epoch = Epoch(catalog.epoch.0 + 1);
-    next.spec.shards = to;
+    if let Some((_, to)) = plan.growth() {
+        next.spec.shards = to;
+    }
     for target in &plan.targets {
         let placed = Placed { replica: target.replica, node: target.node };
         match next.placement.iter_mut().find(|shard| shard.shard == target.shard) {
             Some(shard) => shard.replicas.push(placed),
-            None => next.placement.push(ShardPlacement { shard: target.shard, replicas: vec![placed] }),
+            None => next.placement.push(ShardPlacement::new(target.shard, vec![placed])),
         }
     }
     next.placement.sort_by_key(|shard| shard.shard);
-    next.quarantines.push(Quarantine {
-        plan: plan.id,
-        range: plan.moving(),
-        replicas: plan.sources.iter().map(|source| source.replica).collect(),
-        targets: plan
-            .targets
-            .iter()
-            .map(|target| (target.replica, reports.get(&target.replica).map(|report| report.lsn).unwrap_or_default()))
-            .collect(),
-        until_us: now_us + catalog.spec.quarantine_ms * 1000,
-        dropping: false,
-    });
+    next.quarantines.extend(plan.moving().map(|range| {
+        Quarantine {
+            plan: plan.id,
+            range,
+            replicas: plan.sources.iter().map(|source| source.replica).collect(),
+            targets: plan
+                .targets
+                .iter()
+                .map(|target| {
+                    (target.replica, reports.get(&target.replica).map(|report| report.lsn).unwrap_or_default())
+                })
+                .collect(),
+            until_us: now_us + catalog.spec.quarantine_ms * 1000,
+            dropping: false,
+        }
+    }));
     next.plan = Some(Plan { step: Step::Committed, ..plan.clone() });
     next
 }
@@ -704,7 +737,7 @@ pub fn report_of(
     reason: Option<String>,
     now_us: u64,
 ) -> OperationReport {
-    let (from, to) = plan.counts();
+    let (from, to) = plan.growth().unwrap_or((catalog.spec.shards, catalog.spec.shards));
     let targets: Vec<&TargetProgress> =
         plan.targets.iter().filter_map(|target| target_progress(plan, target.replica, reports)).collect();
     let sum = |field: fn(&TargetProgress) -> u64| targets.iter().map(|progress| field(progress)).sum();

@@ -25,6 +25,7 @@ fn report(replica: u64) -> ReplicaReport {
         source: None,
         target: None,
         cleaned: Vec::new(),
+        replication: Default::default(),
     }
 }
 

@@ -3,7 +3,7 @@
 //! **Invariant:** a topology is derived from one catalog version and the nodes' present addresses,
 //! never edited. Routing is a pure function of it and a partition hash.
 
-use crate::catalog::{Ack, Catalog, KeyspaceState};
+use crate::catalog::{Ack, Catalog, KeyspaceState, Placed};
 use crate::hash::jump;
 use crate::ids::{CatalogVersion, Epoch, KeyspaceId, NodeId, ReplicaId, ShardId};
 
@@ -16,6 +16,17 @@ pub struct Route {
     pub node: NodeId,
     /// `host:port` of the node's data service; `None` while the master does not know the node.
     pub address: Option<String>,
+    /// Where the node stands; empty when nobody said.
+    pub zone: String,
+}
+
+/// Where a node is reached, and where it stands.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NodeAddress {
+    /// `host:port` of its data service.
+    pub address: String,
+    /// Its zone; empty when nobody said.
+    pub zone: String,
 }
 
 /// Where the shards of a keyspace are.
@@ -41,7 +52,7 @@ pub struct Topology {
 
 impl Topology {
     /// Derives the topology; `address_of` knows where nodes listen now.
-    pub fn derive(catalog: &Catalog, address_of: impl Fn(NodeId) -> Option<String>) -> Self {
+    pub fn derive(catalog: &Catalog, address_of: impl Fn(NodeId) -> Option<NodeAddress>) -> Self {
         Self {
             keyspace: catalog.keyspace,
             name: catalog.name.clone(),
@@ -54,11 +65,14 @@ impl Topology {
                 .placement
                 .iter()
                 .map(|shard| {
-                    shard
-                        .replicas
-                        .iter()
-                        .map(|one| Route { replica: one.replica, node: one.node, address: address_of(one.node) })
-                        .collect()
+                    let route = |one: Placed| {
+                        let (address, zone) = match address_of(one.node) {
+                            Some(known) => (Some(known.address), known.zone),
+                            None => (None, String::new()),
+                        };
+                        Route { replica: one.replica, node: one.node, address, zone }
+                    };
+                    shard.primary_first().into_iter().map(route).collect()
                 })
                 .collect(),
         }

@@ -258,7 +258,14 @@ fn stored_keys_of_data_and_metadata() {
 
 fn catalog() -> Catalog {
     let (one, two) = (NodeId(0x0102_0304_0506_0708), NodeId(0xfff1_f2f3_f4f5_f6f7));
-    let spec = KeyspaceSpec { shards: 2, replicas: 2, ack: Ack::Os, ttl_ms: Some(86_400_000), quarantine_ms: 5_000 };
+    let spec = KeyspaceSpec {
+        shards: 2,
+        replicas: 2,
+        ack: Ack::Os,
+        ttl_ms: Some(86_400_000),
+        quarantine_ms: 5_000,
+        tombstone_grace_ms: None,
+    };
     let mut catalog =
         Catalog::first(KeyspaceId(9), "ks-1", spec, &[vec![one, two], vec![two, one]], 1_700_000_000_000_000, u64::MAX);
     catalog.version = CatalogVersion(12);

@@ -79,7 +79,14 @@ fn spec_of(request: &v1::CreateKeyspaceRequest) -> Result<KeyspaceSpec, VastoErr
         let message = format!("a quarantine of {quarantine_ms} ms is too long; at most {DURATION_MS_MAX} ms");
         return Err(error(ErrorCode::InvalidArgument, message));
     }
-    Ok(KeyspaceSpec { shards, replicas: request.replicas, ack, ttl_ms: request.ttl_ms, quarantine_ms })
+    Ok(KeyspaceSpec {
+        shards,
+        replicas: request.replicas,
+        ack,
+        ttl_ms: request.ttl_ms,
+        quarantine_ms,
+        tombstone_grace_ms: request.tombstone_grace_ms,
+    })
 }
 
 /// Creates a keyspace and waits until every replica serves.
@@ -278,6 +285,11 @@ pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
     tracing::info!(operation = id, "cancelled an operation");
     let report = cancelled.operations.iter().rev().find(|one| one.id == id);
     Ok(document::json(&report.map(document::finished)))
+}
+
+/// Takes a replica out of its placement.
+pub(crate) async fn evict(_cluster: &Cluster, _request: v1::EvictRequest) -> Result<String, VastoError> {
+    Err(VastoError::new(ErrorCode::FailedPrecondition, "evicting is not available in this version"))
 }
 
 /// Sends a command to every node with replicas of a keyspace and waits for all of them, as long as

@@ -299,7 +299,7 @@ pub(crate) fn running(known: &Keyspace) -> Option<Box<RunningDoc>> {
 /// The same from a catalog alone, before anything is reported.
 pub(crate) fn running_of(catalog: &Catalog) -> Option<Box<RunningDoc>> {
     let plan = catalog.plan.as_ref()?;
-    let (from, to) = plan.counts();
+    let (from, to) = plan.growth().unwrap_or((catalog.spec.shards, catalog.spec.shards));
     let target = |target: &vasto_core::plan::Target| TargetDoc {
         shard: target.shard,
         replica_id: target.replica,
@@ -310,6 +310,7 @@ pub(crate) fn running_of(catalog: &Catalog) -> Option<Box<RunningDoc>> {
         id: operation_id(catalog.keyspace, plan.id),
         kind: match plan.kind {
             PlanKind::Grow { .. } => "grow",
+            PlanKind::Replica { .. } => "replica",
         },
         keyspace: catalog.name.clone(),
         from,

@@ -156,6 +156,7 @@ impl Fixture {
             source: None,
             target: None,
             cleaned: Vec::new(),
+            replication: Default::default(),
         }
     }
 

@@ -91,6 +91,10 @@ impl master_server::Master for MasterService {
         self.run(admin::resize(&self.cluster, request.into_inner())).await
     }
 
+    async fn evict_replica(&self, request: Request<v1::EvictRequest>) -> Reply {
+        self.run(admin::evict(&self.cluster, request.into_inner())).await
+    }
+
     async fn list_operations(&self, _: Request<v1::Empty>) -> Reply {
         reply(Ok(admin::operations(&self.cluster)))
     }

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId, ReplicaId};
 use vasto_core::plan::{Advance, ReplicaReport, Reports, SEALS_UNDONE_MAX, Step, abort, advance, undo_seal};
-use vasto_core::topology::Topology;
+use vasto_core::topology::{NodeAddress, Topology};
 use vasto_proto::convert::topology_to_wire;
 use vasto_proto::v1;
 
@@ -275,7 +275,11 @@ impl State {
         if sent.nodes_revision != Some(self.nodes_revision) {
             sent.nodes_revision = Some(self.nodes_revision);
             let nodes = self.nodes.iter();
-            let nodes = nodes.map(|(id, node)| v1::NodeAddress { node_id: id.0, address: node.address.clone() });
+            let nodes = nodes.map(|(id, node)| v1::NodeAddress {
+                node_id: id.0,
+                address: node.address.clone(),
+                zone: node.zone.clone(),
+            });
             out.push(Message::Nodes(v1::Nodes { nodes: nodes.collect() }));
         }
         for (id, keyspace) in &self.keyspaces {
@@ -399,7 +403,10 @@ impl State {
     }
 
     fn topology_of(&self, catalog: &Catalog) -> v1::Topology {
-        let address = |node| self.nodes.get(&node).map(|node: &Node| node.address.clone());
+        let address = |node| {
+            let known = self.nodes.get(&node)?;
+            Some(NodeAddress { address: known.address.clone(), zone: known.zone.clone() })
+        };
         topology_to_wire(&Topology::derive(catalog, address))
     }
 

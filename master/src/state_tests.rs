@@ -35,6 +35,7 @@ pub(crate) fn replica_report(replica: u64, version: u64) -> ReplicaReport {
         source: None,
         target: None,
         cleaned: Vec::new(),
+        replication: Default::default(),
     }
 }
 

@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, watch};
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{Epoch, KeyspaceId, NodeId, ReplicaId, ShardId};
-use vasto_core::topology::Topology;
+use vasto_core::topology::{NodeAddress, Topology};
 
 use crate::clock::SharedClock;
 use crate::replica::Replica;
@@ -30,7 +30,7 @@ pub struct NodeCore {
     pub report: Notify,
     routes: ArcSwap<Routes>,
     catalogs: ArcSwap<HashMap<KeyspaceId, Arc<Catalog>>>,
-    addresses: ArcSwap<HashMap<NodeId, String>>,
+    addresses: ArcSwap<HashMap<NodeId, NodeAddress>>,
     update: Mutex<()>,
     changed: watch::Sender<u64>,
 }
@@ -106,14 +106,14 @@ impl NodeCore {
     }
 
     /// Where the nodes listen.
-    pub fn set_addresses(&self, addresses: HashMap<NodeId, String>) {
+    pub fn set_addresses(&self, addresses: HashMap<NodeId, NodeAddress>) {
         self.addresses.store(Arc::new(addresses));
         self.bump();
     }
 
     /// Where a node listens.
     pub fn address(&self, node: NodeId) -> Option<String> {
-        self.addresses.load().get(&node).cloned()
+        self.addresses.load().get(&node).map(|known| known.address.clone())
     }
 
     /// The topology of a keyspace as this node knows it.

@@ -194,6 +194,7 @@ impl Host {
             source: told.source.clone(),
             target: self.target.lock().as_ref().map(|progress| progress.lock().clone()),
             cleaned: told.cleaned.iter().copied().collect(),
+            replication: Default::default(),
         };
         if let Some(ship) = &*self.ship.lock() {
             report.shipped_lsn = Lsn(ship.positions.shipped.load(Ordering::Acquire));
@@ -306,10 +307,9 @@ impl Runner {
         // What a replica owns at first: its bands once it is placed, nothing while it is a target.
         let placed =
             catalog.placement.iter().flat_map(|shard| &shard.replicas).any(|one| one.replica == tenant.replica);
-        let initial = match (&catalog.plan, placed) {
-            (Some(plan), false) => {
-                (catalog.version, BandRange::from(Band::owned(plan.counts().1)), RangeState::Arriving)
-            }
+        let growth = catalog.plan.as_ref().and_then(Plan::growth);
+        let initial = match growth {
+            Some((_, to)) if !placed => (catalog.version, BandRange::from(Band::owned(to)), RangeState::Arriving),
             _ => (catalog.version, catalog.owned_bands(), RangeState::Owned),
         };
         tokio::task::spawn_blocking(move || open_or_begin_again(&tenant, &engines, &clock, initial))
@@ -377,9 +377,8 @@ impl Runner {
         let sealing = plan.filter(|plan| {
             plan.step == Step::Sealing && plan.sources.iter().any(|source| source.replica == replica.id)
         });
-        match sealing {
-            Some(plan) => {
-                let range = plan.moving();
+        match sealing.and_then(|plan| Some((plan, plan.moving()?))) {
+            Some((plan, range)) => {
                 let lsn = replica.control(Control::Seal { plan: plan.id, version, range }).await?;
                 self.told.lock().source_of(plan.id).sealed = Some(Sealed { version, lsn });
             }
@@ -428,7 +427,7 @@ impl Runner {
             tokio::spawn(async move {
                 let result = tokio::select! {
                     () = this.cancel.cancelled() => return,
-                    result = ship.checkpoint(Some(plan.moving())) => result,
+                    result = ship.checkpoint(plan.moving()) => result,
                 };
                 if let Some(source) = this.told.lock().source.as_mut().filter(|source| source.plan == plan.id) {
                     match result {

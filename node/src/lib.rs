@@ -13,6 +13,7 @@ pub mod manager;
 pub mod node;
 pub mod node_dir;
 pub mod replica;
+pub mod replication;
 pub mod session;
 pub mod ship;
 pub mod tail;

@@ -197,6 +197,7 @@ impl Manager {
                     source: None,
                     target: None,
                     cleaned: Vec::new(),
+                    replication: Default::default(),
                 });
             }
         }

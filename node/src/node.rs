@@ -26,8 +26,8 @@ use crate::flusher;
 use crate::host::HostContext;
 use crate::manager::Manager;
 use crate::node_dir::{DirError, NodeDir};
+use crate::replication::ReplicationService;
 use crate::session::{Joined, Session, SessionConfig, SessionContext, SessionError, join, keep};
-use crate::tail::TailService;
 
 /// How a node runs.
 #[derive(Debug, Clone)]
@@ -200,7 +200,7 @@ async fn serve(running: Running) -> Result<(), NodeError> {
     let data = DataServer::new(DataService::new(core.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let tails = ReplicationServer::new(TailService::new(core.clone()))
+    let tails = ReplicationServer::new(ReplicationService::new(core.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let server = Server::builder()

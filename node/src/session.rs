@@ -16,6 +16,7 @@ use tonic::transport::{Channel, Endpoint};
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId};
 use vasto_core::limits::{CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX, REPORT_INTERVAL};
+use vasto_core::topology::NodeAddress;
 use vasto_proto::v1;
 use vasto_proto::v1::master_message::Message as FromMaster;
 use vasto_proto::v1::membership_client::MembershipClient;
@@ -241,9 +242,9 @@ async fn hear(
             Ok(())
         }
         FromMaster::Nodes(nodes) => {
-            let addresses: HashMap<NodeId, String> =
-                nodes.nodes.into_iter().map(|one| (NodeId(one.node_id), one.address)).collect();
-            context.core.set_addresses(addresses);
+            let known =
+                |one: v1::NodeAddress| (NodeId(one.node_id), NodeAddress { address: one.address, zone: one.zone });
+            context.core.set_addresses(nodes.nodes.into_iter().map(known).collect());
             Ok(())
         }
         FromMaster::Command(command) => {

@@ -7,14 +7,13 @@
 //! - Served in every state of the replica.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::Stream;
 use tokio::sync::mpsc::{Sender, channel};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::Status;
 use vasto_core::entry::Entry;
 use vasto_core::hash::{jump, partition_hash};
 use vasto_core::ids::{KeyspaceId, Lsn, ReplicaId, ShardId};
@@ -22,7 +21,6 @@ use vasto_core::record::{Body, KeyEntry, Record};
 use vasto_core::{ErrorCode, VastoError};
 use vasto_proto::convert::status_of;
 use vasto_proto::v1;
-use vasto_proto::v1::replication_server::Replication;
 
 use crate::binlog::{BinlogError, LogReader};
 use crate::core::NodeCore;
@@ -34,19 +32,6 @@ const FRAME_BYTES: usize = 1 << 20;
 const FRAMES_AHEAD: usize = 4;
 /// Progress that carries no records is announced at most this often.
 const QUIET_FRAME: Duration = Duration::from_millis(10);
-
-/// Serves `vasto.v1.Replication`.
-#[derive(Clone)]
-pub struct TailService {
-    core: Arc<NodeCore>,
-}
-
-impl TailService {
-    /// The service over the node's replicas.
-    pub fn new(core: Arc<NodeCore>) -> Self {
-        Self { core }
-    }
-}
 
 /// The shard whose entries a tail wants.
 #[derive(Debug, Clone, Copy)]
@@ -71,37 +56,36 @@ impl Filter {
     }
 }
 
-#[tonic::async_trait]
-impl Replication for TailService {
-    type TailStream = Pin<Box<dyn Stream<Item = Result<v1::TailFrame, Status>> + Send>>;
+/// The frames of a tail.
+pub type TailStream = Pin<Box<dyn Stream<Item = Result<v1::TailFrame, Status>> + Send>>;
 
-    async fn tail(&self, request: Request<v1::TailRequest>) -> Result<Response<Self::TailStream>, Status> {
-        let request = request.into_inner();
-        if !vasto_core::band::is_legal_shard_count(request.final_shards) || request.final_shard >= request.final_shards
-        {
-            return Err(status_of(&VastoError::new(ErrorCode::InvalidArgument, "the tail names no legal shard")));
-        }
-        let (keyspace, id) = (KeyspaceId(request.keyspace_id), ReplicaId(request.replica_id));
-        let replica = self.core.replica(keyspace, id).ok_or_else(|| {
-            status_of(&VastoError::new(
-                ErrorCode::Unavailable,
-                format!("replica {id} of keyspace {keyspace} is not open on this node"),
-            ))
-        })?;
-        let reader = replica.log().reader(Lsn(request.after_lsn)).map_err(|error| log_status(&error))?;
-        let filter = Filter { shard: ShardId(request.final_shard), shards: request.final_shards };
-        let (frames, receiver) = channel(FRAMES_AHEAD);
-        // Ends when the reader is gone: sending fails then, also while the log is idle.
-        tokio::spawn(async move {
-            if let Err(status) = stream(replica, reader, filter, &frames).await {
-                let _ = frames.send(Err(status)).await;
-            }
-        });
-        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+/// Begins a tail.
+// A gRPC status is large, and this is not a hot path.
+#[allow(clippy::result_large_err)]
+pub fn serve(core: &NodeCore, request: &v1::TailRequest) -> Result<TailStream, Status> {
+    if !vasto_core::band::is_legal_shard_count(request.final_shards) || request.final_shard >= request.final_shards {
+        return Err(status_of(&VastoError::new(ErrorCode::InvalidArgument, "the tail names no legal shard")));
     }
+    let (keyspace, id) = (KeyspaceId(request.keyspace_id), ReplicaId(request.replica_id));
+    let replica = core.replica(keyspace, id).ok_or_else(|| {
+        status_of(&VastoError::new(
+            ErrorCode::Unavailable,
+            format!("replica {id} of keyspace {keyspace} is not open on this node"),
+        ))
+    })?;
+    let reader = replica.log().reader(Lsn(request.after_lsn)).map_err(|error| log_status(&error))?;
+    let filter = Filter { shard: ShardId(request.final_shard), shards: request.final_shards };
+    let (frames, receiver) = channel(FRAMES_AHEAD);
+    // Ends when the reader is gone: sending fails then, also while the log is idle.
+    tokio::spawn(async move {
+        if let Err(status) = stream(replica, reader, filter, &frames).await {
+            let _ = frames.send(Err(status)).await;
+        }
+    });
+    Ok(Box::pin(ReceiverStream::new(receiver)))
 }
 
-fn log_status(error: &BinlogError) -> Status {
+pub(crate) fn log_status(error: &BinlogError) -> Status {
     let code = match error {
         BinlogError::TooOld { .. } => ErrorCode::FailedPrecondition,
         _ => ErrorCode::Unavailable,

@@ -3,7 +3,7 @@
 use tonic::{Code, Status};
 use vasto_core::catalog::Ack;
 use vasto_core::error::{ErrorCode, VastoError};
-use vasto_core::ids::{CatalogVersion, Epoch, KeyspaceId, NodeId, ReplicaId};
+use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, NodeId, Origin, OwnSeq, ReplicaId, Vector};
 use vasto_core::topology::{Route, Topology};
 
 use crate::{CODE_HEADER, v1};
@@ -52,8 +52,8 @@ pub fn status_of(error: &VastoError) -> Status {
         ErrorCode::InvalidArgument | ErrorCode::WrongType => Code::InvalidArgument,
         ErrorCode::NotFound => Code::NotFound,
         ErrorCode::AlreadyExists => Code::AlreadyExists,
-        ErrorCode::WrongEpoch | ErrorCode::FailedPrecondition => Code::FailedPrecondition,
-        ErrorCode::NodeBehind | ErrorCode::Unavailable => Code::Unavailable,
+        ErrorCode::WrongEpoch | ErrorCode::FailedPrecondition | ErrorCode::NotPrimary => Code::FailedPrecondition,
+        ErrorCode::NodeBehind | ErrorCode::Unavailable | ErrorCode::CatchingUp => Code::Unavailable,
         ErrorCode::Overloaded => Code::ResourceExhausted,
         ErrorCode::Unknown => Code::Unknown,
         ErrorCode::Corrupt => Code::DataLoss,
@@ -80,6 +80,25 @@ pub fn error_of(status: &Status) -> VastoError {
     VastoError::new(code, status.message())
 }
 
+/// A vector, or the part of one that changed.
+pub fn vector_to_wire<'a>(vector: impl IntoIterator<Item = (&'a Origin, &'a OwnSeq)>) -> Vec<v1::VectorEntry> {
+    let entry = |(origin, own_seq): (&Origin, &OwnSeq)| v1::VectorEntry {
+        replica_id: origin.replica.0,
+        incarnation: origin.incarnation.0,
+        own_seq: own_seq.0,
+    };
+    vector.into_iter().map(entry).collect()
+}
+
+/// Reads a vector.
+pub fn vector_from_wire(wire: &[v1::VectorEntry]) -> Vector {
+    let entry = |one: &v1::VectorEntry| {
+        let origin = Origin { replica: ReplicaId(one.replica_id), incarnation: Incarnation(one.incarnation) };
+        (origin, OwnSeq(one.own_seq))
+    };
+    wire.iter().map(entry).collect()
+}
+
 /// A topology as clients and nodes exchange it.
 pub fn topology_to_wire(topology: &Topology) -> v1::Topology {
     v1::Topology {
@@ -100,6 +119,7 @@ pub fn topology_to_wire(topology: &Topology) -> v1::Topology {
                         replica_id: route.replica.0,
                         node_id: route.node.0,
                         address: route.address.clone().unwrap_or_default(),
+                        zone: route.zone.clone(),
                     })
                     .collect(),
             })
@@ -128,6 +148,7 @@ pub fn topology_from_wire(wire: &v1::Topology) -> Topology {
                         replica: ReplicaId(route.replica_id),
                         node: NodeId(route.node_id),
                         address: (!route.address.is_empty()).then(|| route.address.clone()),
+                        zone: route.zone.clone(),
                     })
                     .collect()
             })
@@ -160,8 +181,13 @@ mod tests {
             ack: Ack::Os,
             ttl_ms: Some(5),
             shards: vec![
-                vec![Route { replica: ReplicaId(1), node: NodeId(2), address: Some("127.0.0.1:1".into()) }],
-                vec![Route { replica: ReplicaId(2), node: NodeId(3), address: None }],
+                vec![Route {
+                    replica: ReplicaId(1),
+                    node: NodeId(2),
+                    address: Some("127.0.0.1:1".into()),
+                    zone: "a".into(),
+                }],
+                vec![Route { replica: ReplicaId(2), node: NodeId(3), address: None, zone: String::new() }],
             ],
         };
         assert_eq!(topology_from_wire(&topology_to_wire(&topology)), topology);

@@ -145,7 +145,12 @@ pub fn topology(version: u64, nodes: &[(NodeId, Option<String>)]) -> Topology {
             .iter()
             .enumerate()
             .map(|(shard, (node, address))| {
-                vec![Route { replica: ReplicaId(shard as u64 + 1), node: *node, address: address.clone() }]
+                vec![Route {
+                    replica: ReplicaId(shard as u64 + 1),
+                    node: *node,
+                    address: address.clone(),
+                    zone: String::new(),
+                }]
             })
             .collect(),
     }
@@ -348,7 +353,7 @@ impl State {
         let event_time = op.event_time.unwrap_or(self.clock);
         if let Some(stands) = self.store.get(key).filter(|entry| entry.event_time > event_time) {
             let kind = v1::write_outcome::Kind::Superseded as i32;
-            return v1::WriteOutcome { kind, event_time: stands.event_time };
+            return v1::WriteOutcome { kind, event_time: stands.event_time, value: None };
         }
         match op.op.as_ref().unwrap() {
             v1::write_op::Op::Put(put) => {
@@ -358,8 +363,9 @@ impl State {
             v1::write_op::Op::Delete(_) => {
                 self.store.remove(key);
             }
+            other => panic!("this stand-in does not do {other:?}"),
         }
-        v1::WriteOutcome { kind: v1::write_outcome::Kind::Applied as i32, event_time }
+        v1::WriteOutcome { kind: v1::write_outcome::Kind::Applied as i32, event_time, value: None }
     }
 }
 
@@ -496,6 +502,7 @@ macro_rules! json_calls {
 
 json_calls! {
     create_keyspace(v1::CreateKeyspaceRequest);
+    evict_replica(v1::EvictRequest);
     list_keyspaces(v1::Empty);
     describe_keyspace(v1::KeyspaceRequest);
     delete_keyspace(v1::KeyspaceRequest);

@@ -90,7 +90,7 @@ async fn a_silent_node_is_away_and_everything_is_sent_again_when_it_returns() {
 
     let back = Session::join(&master.url, v1::Hello { address: "127.0.0.1:7".into(), ..hello(1) }).await;
     let seen = back.until("everything again", |seen| !seen.catalogs.is_empty()).await;
-    assert_eq!(seen.nodes, [v1::NodeAddress { node_id: 1, address: "127.0.0.1:7".into() }]);
+    assert_eq!(seen.nodes, [v1::NodeAddress { node_id: 1, address: "127.0.0.1:7".into(), ..seen.nodes[0].clone() }]);
     let mut topologies =
         master.client.clone().watch(v1::WatchRequest { keyspace: "ks1".into() }).await.unwrap().into_inner();
     let topology = within("the topology", topologies.message()).await.unwrap().unwrap();

@@ -67,7 +67,7 @@ pub(super) fn write(request: v1::WriteRequest, spec: &KeyspaceSpec, now_us: u64)
                 Change::Put { value: put.value, ttl_ms }
             }
             Some(v1::write_op::Op::Delete(_)) => Change::Delete,
-            None => return Err(malformed("an operation that says neither put nor delete")),
+            _ => return Err(malformed("an operation that says neither put nor delete")),
         };
         ops.push(WriteOp { key: key.key, partition_hash: key.partition_hash, event_time: op.event_time, change });
     }
@@ -92,12 +92,12 @@ mod tests {
         v1::WriteOp {
             key: Some(v1::KeyRef { key: key.into(), partition_hash: None }),
             event_time: None,
-            op: Some(v1::write_op::Op::Put(v1::Put { value: value.into(), ttl_ms: None })),
+            op: Some(v1::write_op::Op::Put(v1::Put { value: value.into(), ..Default::default() })),
         }
     }
 
     fn check(ops: Vec<v1::WriteOp>) -> Result<Write, VastoError> {
-        write(v1::WriteRequest { ops, ack: 0 }, &KeyspaceSpec::default(), NOW)
+        write(v1::WriteRequest { ops, ..Default::default() }, &KeyspaceSpec::default(), NOW)
     }
 
     #[test]
@@ -123,15 +123,19 @@ mod tests {
         for bad in [no_key, no_op, ahead] {
             assert_eq!(check(vec![bad]).map(|_| ()).unwrap_err().code, ErrorCode::InvalidArgument);
         }
-        let refused =
-            write(v1::WriteRequest { ops: vec![put(vec![1], vec![])], ack: 4 }, &KeyspaceSpec::default(), NOW);
+        let refused = write(
+            v1::WriteRequest { ops: vec![put(vec![1], vec![])], ack: 4, ..Default::default() },
+            &KeyspaceSpec::default(),
+            NOW,
+        );
         assert_eq!(refused.map(|_| ()).unwrap_err().code, ErrorCode::FailedPrecondition);
     }
 
     #[test]
     fn the_keyspace_gives_its_defaults() {
         let spec = KeyspaceSpec { ttl_ms: Some(5_000), ack: Ack::Os, ..KeyspaceSpec::default() };
-        let checked = write(v1::WriteRequest { ops: vec![put(vec![1], vec![])], ack: 0 }, &spec, NOW).unwrap();
+        let checked =
+            write(v1::WriteRequest { ops: vec![put(vec![1], vec![])], ..Default::default() }, &spec, NOW).unwrap();
         assert_eq!(checked.ack, Ack::Os);
         assert!(matches!(checked.ops[0].change, Change::Put { ttl_ms: Some(5_000), .. }));
     }

@@ -139,7 +139,7 @@ fn outcome(outcome: Outcome) -> v1::WriteOutcome {
         Outcome::Applied(event_time) => (v1::write_outcome::Kind::Applied, event_time),
         Outcome::Superseded(event_time) => (v1::write_outcome::Kind::Superseded, event_time),
     };
-    v1::WriteOutcome { kind: kind as i32, event_time }
+    v1::WriteOutcome { kind: kind as i32, event_time, value: None }
 }
 
 fn execute_get(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, keys: Vec<KeyRef>, sink: ReplySink) {

@@ -18,7 +18,7 @@ use vasto_proto::v1::replication_client::ReplicationClient;
 use vasto_shipping::chunk::Chunk;
 use vasto_shipping::layout;
 
-use super::{Build, BuildError};
+use super::{Build, BuildError, Shape};
 use crate::tail::Filter;
 
 /// Between two attempts to reach a source.
@@ -28,8 +28,7 @@ const RETRY: Duration = Duration::from_millis(100);
 pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildError> {
     let cursors: BTreeMap<ReplicaId, Lsn> = build.replica.tail_cursors()?.into_iter().collect();
     build.progress.lock().cursors = cursors.clone();
-    let (_, shards) = plan.counts();
-    let filter = Filter { shard: build.replica.shard, shards };
+    let filter = Filter { shard: build.replica.shard, shards: Shape::of(plan)?.shards };
     let lags =
         Arc::new(parking_lot::Mutex::new(plan.sources.iter().map(|source| (source.replica, u64::MAX)).collect()));
     let followers = plan.sources.iter().map(|source| {

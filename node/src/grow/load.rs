@@ -12,7 +12,7 @@ use vasto_shipping::download::{DownloadProgress, Wanted, download};
 use vasto_shipping::manifest::{Manifest, ManifestFile};
 
 use super::rewrite::{Rewritten, SourceFiles, rewrite};
-use super::{Build, BuildError};
+use super::{Build, BuildError, Shape};
 use crate::engine::ImportFile;
 use crate::replica::job::Control;
 
@@ -36,7 +36,7 @@ pub(super) async fn load(build: &Build, catalog: &Arc<Catalog>, plan: &Plan) -> 
 }
 
 async fn load_in(build: &Build, catalog: &Arc<Catalog>, plan: &Plan, work: &Path) -> Result<(), BuildError> {
-    let moving = plan.moving();
+    let moving = Shape::of(plan)?.moving;
     let chosen = choose(build, plan, moving).await?;
     let progress = DownloadProgress::default();
     let total: u64 = chosen.iter().flat_map(|one| &one.files).map(|file| file.bytes).sum();
@@ -143,8 +143,8 @@ async fn rewrite_chosen(
         })
         .collect();
     let floor = chosen.iter().map(|one| one.manifest.floor).max().unwrap_or(0);
-    let (_, shards) = plan.counts();
-    let (replica, out, moving) = (build.replica.clone(), work.join("tables"), plan.moving());
+    let Shape { shards, moving } = Shape::of(plan)?;
+    let (replica, out) = (build.replica.clone(), work.join("tables"));
     let keyspace = catalog.keyspace;
     tokio::task::spawn_blocking(move || rewrite(&replica, &sources, moving, shards, floor, &out))
         .await
@@ -152,7 +152,7 @@ async fn rewrite_chosen(
 }
 
 async fn ingest(build: &Build, plan: &Plan, chosen: &[Chosen], rewritten: Rewritten) -> Result<(), BuildError> {
-    let (_, shards) = plan.counts();
+    let shards = Shape::of(plan)?.shards;
     let objects = chosen
         .iter()
         .flat_map(|one| &one.files)

@@ -20,6 +20,7 @@ use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::Catalog;
 use vasto_core::plan::{Plan, TargetProgress, TargetStage};
+use vasto_core::record::BandRange;
 use vasto_shipping::bucket::{Bucket, BucketError};
 use vasto_shipping::download::DownloadError;
 
@@ -112,6 +113,22 @@ pub fn fresh_progress(plan: &Plan) -> TargetProgress {
         bytes_from_peers: 0,
         manifest_shipped: false,
         failed: None,
+    }
+}
+
+/// What a grow changes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shape {
+    /// Shards afterwards.
+    pub shards: u32,
+    /// The bands that move.
+    pub moving: BandRange,
+}
+
+impl Shape {
+    fn of(plan: &Plan) -> Result<Self, BuildError> {
+        let shape = plan.growth().zip(plan.moving()).map(|((_, shards), moving)| Self { shards, moving });
+        shape.ok_or_else(|| BuildError::Bad("the plan moves no bands".into()))
     }
 }
 

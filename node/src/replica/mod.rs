@@ -12,6 +12,7 @@ pub mod job;
 mod metrics;
 pub mod read;
 mod slots;
+mod stamp;
 pub mod state;
 mod writer;
 

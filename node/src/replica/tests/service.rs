@@ -86,12 +86,12 @@ fn key(key: impl Into<Vec<u8>>) -> v1::KeyRef {
 }
 
 fn put_op(name: impl Into<Vec<u8>>, value: Vec<u8>) -> v1::WriteOp {
-    let put = v1::Put { value: value.into(), ttl_ms: None };
+    let put = v1::Put { value: value.into(), ..Default::default() };
     v1::WriteOp { key: Some(key(name)), event_time: None, op: Some(v1::write_op::Op::Put(put)) }
 }
 
 fn write_of(ops: Vec<v1::WriteOp>) -> Op {
-    Op::Write(v1::WriteRequest { ops, ack: 0 })
+    Op::Write(v1::WriteRequest { ops, ..Default::default() })
 }
 
 fn get_of(keys: Vec<v1::KeyRef>) -> Op {

@@ -1,0 +1,177 @@
+//! What an operation stores: its stamp, and what it wins over.
+//!
+//! **Invariants**
+//! - A stamp given here is above the event time of what stands under the key.
+//! - A group holds one entry per stored key; the second write of a key sees the first.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry as MapEntry;
+
+use vasto_core::entry::{Entry, Payload};
+use vasto_core::merge::supersedes;
+use vasto_core::record::{KeyEntry, RangeState};
+use vasto_core::stored_key::data_key;
+use vasto_core::{ErrorCode, VastoError};
+
+use super::apply::band_of;
+use super::job::{Change, Outcome, ReplicaError, WriteOp};
+use super::writer::Writer;
+
+/// The entries of a group under construction, one per stored key.
+#[derive(Default)]
+pub(super) struct Group {
+    index: HashMap<Vec<u8>, usize>,
+    pub entries: Vec<KeyEntry>,
+    pub stored_keys: Vec<Vec<u8>>,
+}
+
+impl Group {
+    fn get(&self, stored_key: &[u8]) -> Option<&[u8]> {
+        self.index.get(stored_key).map(|at| self.entries[*at].entry.as_slice())
+    }
+
+    fn set(&mut self, stored_key: Vec<u8>, user_key: &[u8], entry: Vec<u8>) {
+        match self.index.entry(stored_key) {
+            MapEntry::Occupied(at) => self.entries[*at.get()].entry = entry,
+            MapEntry::Vacant(slot) => {
+                self.stored_keys.push(slot.key().clone());
+                slot.insert(self.entries.len());
+                self.entries.push(KeyEntry { key: user_key.to_vec(), entry });
+            }
+        }
+    }
+}
+
+impl Writer {
+    /// Stamps the operations of one request into the group; on an error the group is unchanged.
+    pub(super) fn stamp_all(
+        &mut self,
+        ops: &[WriteOp],
+        group: &mut Group,
+        commit_time: u64,
+    ) -> Result<Vec<Outcome>, VastoError> {
+        if let [op] = ops {
+            return Ok(vec![self.stamp(op, &[], group, commit_time)?]);
+        }
+        let mut staged = Group::default();
+        let mut outcomes = Vec::with_capacity(ops.len());
+        for op in ops {
+            outcomes.push(self.stamp(op, &[&*group], &mut staged, commit_time)?);
+        }
+        for (stored_key, one) in staged.stored_keys.into_iter().zip(staged.entries) {
+            group.set(stored_key, &one.key, one.entry);
+        }
+        Ok(outcomes)
+    }
+
+    /// Stamps one operation and adds it to `into`; sees what `into` and `below` already hold.
+    fn stamp(
+        &mut self,
+        op: &WriteOp,
+        below: &[&Group],
+        into: &mut Group,
+        commit_time: u64,
+    ) -> Result<Outcome, VastoError> {
+        let band = band_of(self.meta.identity.shard, &op.key, op.partition_hash).expect("it was checked before");
+        let stored_key = data_key(band, &op.key);
+        let now_us = self.now_us();
+        let stamp = op.event_time.unwrap_or_else(|| self.clock.stamp(now_us));
+        // Above everything that any key of the slot holds: the write wins without a look.
+        let current = if stamp > self.slots.max_of(&op.key) {
+            None
+        } else {
+            match into.get(&stored_key).or_else(|| below.iter().find_map(|group| group.get(&stored_key))) {
+                Some(entry) => Some(entry.to_vec()),
+                None => self.shared.engine.get(&stored_key).map_err(ReplicaError::from)?,
+            }
+        };
+        let standing = match &current {
+            Some(bytes) => Some(Entry::decode(bytes).map_err(damaged)?),
+            None => None,
+        };
+        if standing.is_some_and(|entry| entry.payload.is_some() && entry.partition_hash != op.partition_hash) {
+            return Err(VastoError::new(
+                ErrorCode::InvalidArgument,
+                "the key is stored under another partition key; a key's partition must be a function of the key",
+            ));
+        }
+        let event_time = match (op.event_time, &standing) {
+            (None, Some(entry)) => stamp.max(entry.event_time + 1),
+            _ => stamp,
+        };
+        if op.event_time.is_none() {
+            self.clock.observe(event_time);
+        }
+        let entry = encode_op(op, event_time, commit_time, now_us);
+        if supersedes(self.meta.head.floor, current.as_deref(), &entry) {
+            self.slots.raise(&op.key, event_time);
+            into.set(stored_key, &op.key, entry);
+            Ok(Outcome::Applied(event_time))
+        } else if current.as_deref() == Some(entry.as_slice()) {
+            Ok(Outcome::Applied(event_time))
+        } else {
+            Ok(Outcome::Superseded(standing.map_or(event_time, |entry| entry.event_time)))
+        }
+    }
+
+    /// Merges another log's entries into the group.
+    pub(super) fn merge_all(&mut self, entries: &[KeyEntry], group: &mut Group) -> Result<(), ReplicaError> {
+        if let Some(reason) = self.shared.closed() {
+            return Err(ReplicaError::Closed(reason));
+        }
+        let mut winners = Vec::new();
+        for one in entries {
+            let entry = Entry::decode(&one.entry)
+                .map_err(|error| ReplicaError::Refused(format!("a streamed entry is damaged: {error}")))?;
+            let band = band_of(self.meta.identity.shard, &one.key, entry.partition_hash)
+                .filter(|band| matches!(self.meta.ranges.state(*band), RangeState::Arriving | RangeState::Owned))
+                .ok_or_else(|| ReplicaError::Refused("a streamed entry belongs to another shard".into()))?;
+            winners.push((data_key(band, &one.key), one, entry.event_time));
+        }
+        for (stored_key, one, event_time) in winners {
+            let blind = event_time > self.slots.max_of(&one.key);
+            let wins = blind || {
+                let current = match group.get(&stored_key) {
+                    Some(entry) => Some(entry.to_vec()),
+                    None => self.shared.engine.get(&stored_key)?,
+                };
+                supersedes(self.meta.head.floor, current.as_deref(), &one.entry)
+            };
+            if wins {
+                self.slots.raise(&one.key, event_time);
+                group.set(stored_key, &one.key, one.entry.clone());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of keys and values of an operation.
+pub(super) fn op_bytes(op: &WriteOp) -> usize {
+    op.key.len()
+        + match &op.change {
+            Change::Put { value, .. } => value.len(),
+            Change::Delete => 0,
+        }
+}
+
+fn damaged(error: vasto_core::codec::DecodeError) -> VastoError {
+    VastoError::new(ErrorCode::Corrupt, format!("the stored entry is damaged: {error}"))
+}
+
+fn encode_op(op: &WriteOp, event_time: u64, commit_time: u64, now_us: u64) -> Vec<u8> {
+    let (payload, expires_at) = match &op.change {
+        Change::Put { value, ttl_ms } => {
+            (Some(Payload::Bytes(value)), ttl_ms.map(|ms| now_us.saturating_add(ms.saturating_mul(1000))))
+        }
+        Change::Delete => (None, None),
+    };
+    Entry {
+        event_time,
+        expires_at,
+        partition_hash: op.partition_hash,
+        commit_time: (payload.is_none() || expires_at.is_some()).then_some(commit_time),
+        payload,
+    }
+    .encode()
+}

@@ -1,0 +1,54 @@
+//! Serves `vasto.v1.Replication`: what other nodes ask of the replicas here.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use futures::Stream;
+use tonic::{Request, Response, Status, Streaming};
+use vasto_proto::v1;
+use vasto_proto::v1::replication_server::Replication;
+
+use crate::core::NodeCore;
+use crate::tail::{self, TailStream};
+
+/// The service over the node's replicas.
+#[derive(Clone)]
+pub struct ReplicationService {
+    core: Arc<NodeCore>,
+}
+
+impl ReplicationService {
+    /// The service over the node's replicas.
+    pub fn new(core: Arc<NodeCore>) -> Self {
+        Self { core }
+    }
+}
+
+type Frames<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Replication for ReplicationService {
+    type TailStream = TailStream;
+    type PullStream = Frames<v1::PullFrame>;
+    type CopyStream = Frames<v1::CopyFrame>;
+
+    async fn tail(&self, request: Request<v1::TailRequest>) -> Result<Response<TailStream>, Status> {
+        tail::serve(&self.core, &request.into_inner()).map(Response::new)
+    }
+
+    async fn pull(&self, _: Request<Streaming<v1::PullMessage>>) -> Result<Response<Self::PullStream>, Status> {
+        Err(Status::unimplemented("pull"))
+    }
+
+    async fn position(&self, _: Request<v1::PositionRequest>) -> Result<Response<v1::PositionReply>, Status> {
+        Err(Status::unimplemented("position"))
+    }
+
+    async fn copy(&self, _: Request<v1::CopyRequest>) -> Result<Response<Self::CopyStream>, Status> {
+        Err(Status::unimplemented("copy"))
+    }
+
+    async fn promise(&self, _: Request<v1::PromiseRequest>) -> Result<Response<v1::PositionReply>, Status> {
+        Err(Status::unimplemented("promise"))
+    }
+}
