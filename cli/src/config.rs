@@ -119,6 +119,11 @@ pub struct NodeSection {
     /// Replicas that it takes at most.
     #[serde(with = "values::count")]
     pub max_replicas: usize,
+    /// Bytes of log that a replica keeps for others that have not read it, at most.
+    #[serde(with = "values::size")]
+    pub max_log: ByteSize,
+    /// Added to the machine's clock, milliseconds: to try what wrong clocks do. 0 otherwise.
+    pub clock_shift_ms: i64,
 }
 
 impl Default for NodeSection {
@@ -137,6 +142,8 @@ impl Default for NodeSection {
             ship_interval: Duration::from_secs(10),
             read_threads: 4,
             max_replicas: 256,
+            max_log: ByteSize::b(vasto_core::limits::BINLOG_BYTES_MAX),
+            clock_shift_ms: 0,
         }
     }
 }

@@ -105,6 +105,8 @@ fn show(outcome: Outcome, format: OutputFormat) -> anyhow::Result<()> {
         (OutputFormat::Json, Outcome::Applied { event_time }) => {
             output::print_json(&json!({"outcome": "applied", "event_time": event_time}))?;
         }
+        (OutputFormat::Json, Outcome::NotApplied) => output::print_json(&json!({"outcome": "not_applied"}))?,
+        (OutputFormat::Table, Outcome::NotApplied) => output::print("not applied: the condition does not hold\n")?,
         (OutputFormat::Json, Outcome::Superseded) => output::print_json(&json!({"outcome": "superseded"}))?,
         (OutputFormat::Table, Outcome::Applied { .. }) => output::print("ok\n")?,
         (OutputFormat::Table, Outcome::Superseded) => {

@@ -138,6 +138,8 @@ fn node_config(config: &Config, dir: &Path) -> NodeConfig {
         ship_interval: node.ship_interval,
         read_threads: node.read_threads,
         max_replicas: node.max_replicas,
+        log_cap: node.max_log.as_u64(),
+        clock_shift_ms: node.clock_shift_ms,
         bucket_options: bucket_options(config),
     }
 }

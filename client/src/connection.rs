@@ -9,6 +9,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError, mpsc, oneshot};
@@ -64,6 +65,9 @@ struct Pending {
 pub(crate) struct Connection {
     queue: mpsc::UnboundedSender<Job>,
     in_flight: Arc<Semaphore>,
+    opened: Instant,
+    /// When the last reply came, milliseconds since it was opened.
+    heard_ms: Arc<AtomicU64>,
 }
 
 impl Connection {
@@ -90,14 +94,22 @@ impl Connection {
         let in_flight = Arc::new(Semaphore::new(IN_FLIGHT_BYTES_MAX));
         let address = address.to_owned();
         let permits = in_flight.clone();
+        let (opened, heard_ms) = (Instant::now(), Arc::new(AtomicU64::new(0)));
+        let heard = Heard { opened, ms: heard_ms.clone() };
         tasks.spawn(async move {
             let mut driver = Driver::default();
-            let reason = drive(&mut driver, jobs, frames, replies, cancel).await;
+            let reason = drive(&mut driver, jobs, frames, replies, heard, cancel).await;
             permits.close();
             tracing::debug!(%address, reason, unanswered = driver.pending.len(), "connection ended");
             driver.lose_all();
         });
-        Ok(Self { queue, in_flight })
+        Ok(Self { queue, in_flight, opened, heard_ms })
+    }
+
+    /// True when nothing has come for so long.
+    pub fn is_silent_for(&self, time: Duration) -> bool {
+        let heard = self.opened + Duration::from_millis(self.heard_ms.load(Ordering::Acquire));
+        heard.elapsed() >= time
     }
 
     /// False once the connection has ended.
@@ -157,6 +169,7 @@ async fn drive(
     mut jobs: mpsc::UnboundedReceiver<Job>,
     frames: mpsc::Sender<v1::RequestFrame>,
     mut replies: Streaming<v1::ReplyFrame>,
+    heard: Heard,
     cancel: CancellationToken,
 ) -> String {
     let mut handles_left = true;
@@ -173,7 +186,10 @@ async fn drive(
             biased;
             () = cancel.cancelled() => break "client closed".to_owned(),
             frame = replies.message() => match frame {
-                Ok(Some(frame)) => driver.take_replies(frame),
+                Ok(Some(frame)) => {
+                    heard.ms.store(heard.opened.elapsed().as_millis() as u64, Ordering::Release);
+                    driver.take_replies(frame);
+                }
                 Ok(None) => break "closed by the node".to_owned(),
                 Err(status) => break status.message().to_owned(),
             },
@@ -206,6 +222,12 @@ async fn drive(
         driver.enqueue(job);
     }
     reason
+}
+
+/// Where the loop of a connection notes that the node is alive.
+struct Heard {
+    opened: Instant,
+    ms: Arc<AtomicU64>,
 }
 
 /// The state of a connection.

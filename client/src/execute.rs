@@ -5,12 +5,15 @@
 //! [`crate::retry::decide`].
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::time::Instant;
+use vasto_core::error::ErrorCode;
 use vasto_core::ids::ShardId;
+use vasto_core::limits::ATTEMPT_PATIENCE;
 use vasto_proto::convert::{error_from_wire, topology_from_wire};
 use vasto_proto::v1;
 use vasto_proto::v1::reply::Result as Reply;
@@ -18,10 +21,11 @@ use vasto_proto::v1::request::Op;
 
 use crate::connection::Answer;
 use crate::error::{Error, ErrorKind};
+use crate::node::Node;
 use crate::retry::{
     Action, Budget, Failure, Fewer, Situation, decide, fewer_may_do, give_up, maybe_applied, with_jitter,
 };
-use crate::route::{Routing, Source, Table, group_by_shard};
+use crate::route::{ReadFrom, Routing, Source, Table, group_by_shard};
 
 /// How far an operation is.
 #[derive(Debug, Clone)]
@@ -32,6 +36,8 @@ pub(crate) struct Progress {
     /// Most keys that a request should hold: halved after each failure, so that values which did
     /// not fit into one reply then do.
     pub group_most: usize,
+    /// Which replica is asked first; always the primary for writes.
+    pub from: ReadFrom,
     losses: u32,
     unreachable: u32,
     maybe_applied: bool,
@@ -41,7 +47,22 @@ impl Progress {
     /// An operation that begins now and has `time`.
     pub fn new(write: bool, time: Duration) -> Self {
         let deadline = Instant::now() + time;
-        Self { write, deadline, attempts: 0, group_most: usize::MAX, losses: 0, unreachable: 0, maybe_applied: false }
+        Self {
+            write,
+            deadline,
+            attempts: 0,
+            group_most: usize::MAX,
+            from: ReadFrom::Primary,
+            losses: 0,
+            unreachable: 0,
+            maybe_applied: false,
+        }
+    }
+
+    /// A read that asks this replica first.
+    pub fn from(mut self, from: ReadFrom) -> Self {
+        self.from = from;
+        self
     }
 }
 
@@ -50,11 +71,18 @@ pub(crate) struct Failed {
     failure: Failure,
     message: String,
     retry_after: Duration,
+    /// Another replica can be asked.
+    elsewhere: bool,
 }
 
 impl Failed {
-    fn new(failure: Failure, message: impl Into<String>) -> Self {
-        Self { failure, message: message.into(), retry_after: Duration::ZERO }
+    /// How the attempt failed.
+    pub fn failure(&self) -> Failure {
+        self.failure
+    }
+
+    pub fn new(failure: Failure, message: impl Into<String>) -> Self {
+        Self { failure, message: message.into(), retry_after: Duration::ZERO, elsewhere: false }
     }
 }
 
@@ -72,11 +100,20 @@ pub(crate) enum Group {
 pub(crate) struct Executor {
     pub routing: Arc<Routing>,
     budget: Budget,
+    /// Tells the read-modify-writes of this client from those of others.
+    client_id: u64,
+    sequence: AtomicU64,
 }
 
 impl Executor {
     pub fn new(routing: Arc<Routing>) -> Self {
-        Self { routing, budget: Budget::default() }
+        let client_id = rand::random_range(1..=u64::MAX);
+        Self { routing, budget: Budget::default(), client_id, sequence: AtomicU64::new(1) }
+    }
+
+    /// Id of this client and the number of its next read-modify-write.
+    pub fn next_operation(&self) -> (u64, u64) {
+        (self.client_id, self.sequence.fetch_add(1, Ordering::Relaxed))
     }
 
     /// The table in force, unless the keyspace is gone.
@@ -180,16 +217,43 @@ impl Executor {
         op: Op,
         bytes: usize,
     ) -> Result<Reply, Failed> {
-        let Some(node) = table.node(shard, progress.unreachable) else {
+        let Some(node) = table.node(shard, progress.from.clone(), progress.unreachable) else {
             let message = format!(
                 "no running node is known for shard {shard} of `{}`; see `vasto node list`",
                 table.topology.name
             );
             return Err(Failed::new(Failure::Unreachable, message));
         };
-        let connection = match node.connection(progress.deadline).await {
+        let result = self.attempt_at(table, shard, node, progress.deadline, op, bytes).await;
+        result.map_err(|failed| Failed { elsewhere: table.has_other(shard, node), ..failed })
+    }
+
+    /// Sends a request once, to this node. A node that cannot be reached or stands silent is passed by
+    /// from now on; it is not waited for when another replica can be asked.
+    pub async fn attempt_at(
+        &self,
+        table: &Table,
+        shard: ShardId,
+        node: &Arc<Node>,
+        deadline: Instant,
+        op: Op,
+        bytes: usize,
+    ) -> Result<Reply, Failed> {
+        let probe = || v1::Request {
+            keyspace_id: table.topology.keyspace.0,
+            epoch: table.topology.epoch.0,
+            shard: shard.0,
+            op: Some(Op::Get(v1::GetRequest::default())),
+            ..v1::Request::default()
+        };
+        let impatient = table.topology.routes(shard).len() > 1;
+        let connect_by = if impatient { deadline.min(Instant::now() + ATTEMPT_PATIENCE) } else { deadline };
+        let connection = match node.connection(connect_by).await {
             Ok(connection) => connection,
-            Err(message) => return Err(Failed::new(Failure::Unreachable, message)),
+            Err(message) => {
+                node.suspect(probe());
+                return Err(Failed::new(Failure::Unreachable, message));
+            }
         };
         let request = v1::Request {
             id: 0,
@@ -199,13 +263,33 @@ impl Executor {
             deadline_ms: 0,
             op: Some(op),
         };
-        match connection.call(request, bytes, progress.deadline).await {
-            Answer::Reply(Reply::Error(error)) => Err(self.refused(&error)),
+        let call = connection.call(request, bytes, deadline);
+        tokio::pin!(call);
+        let answer = loop {
+            match tokio::time::timeout(ATTEMPT_PATIENCE, &mut call).await {
+                Ok(answer) => break answer,
+                // Others are answered: this one is only slow.
+                Err(_) if !impatient || !connection.is_silent_for(ATTEMPT_PATIENCE) => {}
+                Err(_) => {
+                    node.suspect(probe());
+                    let message = format!("the node at {} is silent", node.address());
+                    return Err(Failed::new(Failure::Lost { sent: true }, message));
+                }
+            }
+        };
+        match answer {
+            Answer::Reply(Reply::Error(error)) => {
+                if error.code == ErrorCode::CatchingUp as u32 {
+                    node.suspect(probe());
+                }
+                Err(self.refused(&error))
+            }
             Answer::Reply(reply) => {
                 self.budget.succeeded();
                 Ok(reply)
             }
             Answer::Lost { sent } => {
+                node.suspect(probe());
                 let message = format!("the connection to the node at {} ended before the reply", node.address());
                 Err(Failed::new(Failure::Lost { sent }, message))
             }
@@ -224,7 +308,7 @@ impl Executor {
         let error = error_from_wire(error);
         let retry_after = Duration::from_millis(error.retry_after_ms.into());
         let failure = Failure::Refused { code: error.code, retry_after };
-        Failed { failure, message: error.message, retry_after }
+        Failed { failure, message: error.message, retry_after, elsewhere: false }
     }
 
     /// Waits as [`decide`] says, or says why there is no further attempt.
@@ -247,6 +331,7 @@ impl Executor {
             losses: progress.losses,
             time_left: progress.deadline.saturating_duration_since(Instant::now()),
             newer_topology: version(&now) > version(table),
+            elsewhere: failed.elsewhere,
         };
         progress.maybe_applied |= maybe_applied(failed.failure);
         let kind = match decide(failed.failure, situation) {

@@ -17,6 +17,7 @@ use crate::batch::{Batch, Write, WriteOptions};
 use crate::error::{Error, ErrorKind};
 use crate::execute::{Executor, Group, Progress, strange_reply};
 use crate::key::{IntoBytes, Key};
+use crate::route::ReadFrom;
 use crate::requests::{Delete, Put, WriteBatch};
 use crate::scan::Scan;
 use crate::tuning::{GET_KEY_BYTES_MAX, GET_KEYS_MAX};
@@ -29,6 +30,7 @@ use crate::vasto::Client;
 pub struct Keyspace {
     executor: Arc<Executor>,
     time: Duration,
+    from: ReadFrom,
     /// Ends the watch of the topology with the last clone.
     _watch: Arc<DropGuard>,
     /// Keeps the connections.
@@ -37,11 +39,21 @@ pub struct Keyspace {
 
 impl Keyspace {
     pub(crate) fn new(executor: Executor, time: Duration, watch: DropGuard, client: Arc<Client>) -> Self {
-        Self { executor: Arc::new(executor), time, _watch: Arc::new(watch), _client: client }
+        Self { executor: Arc::new(executor), time, from: ReadFrom::Primary, _watch: Arc::new(watch), _client: client }
     }
 
     pub(crate) fn parts(&self) -> (Arc<Executor>, Duration) {
         (self.executor.clone(), self.time)
+    }
+
+    /// A handle whose reads ask this replica first; the primary unless said otherwise.
+    pub fn read_from(mut self, from: ReadFrom) -> Self {
+        self.from = from;
+        self
+    }
+
+    pub(crate) fn reads(&self) -> ReadFrom {
+        self.from.clone()
     }
 
     /// A handle whose operations, retries included, have so much time (10 s unless said otherwise).
@@ -74,7 +86,7 @@ impl Keyspace {
         let key = key.into();
         key.check()?;
         let op = || Op::Get(v1::GetRequest { keys: vec![key.to_wire()] });
-        let reply = self.executor.run(key.hash(), Progress::new(false, self.time), key.key.len(), op).await?;
+        let reply = self.executor.run(key.hash(), Progress::new(false, self.time).from(self.reads()), key.key.len(), op).await?;
         match reply {
             Reply::Get(v1::GetReply { mut values }) if values.len() == 1 => {
                 values.pop().and_then(|one| one.value).map(Value::from_wire).transpose()
@@ -113,7 +125,7 @@ impl Keyspace {
             Group::Failed(error) => failed = Some(error),
             Group::Done(..) | Group::Again(..) => failed = Some(strange_reply(false)),
         };
-        let progress = Progress::new(false, self.time);
+        let progress = Progress::new(false, self.time).from(self.reads());
         self.executor.run_many(keys.len(), progress, |at| hashes[at], split, op, done).await;
         failed.map_or(Ok(values), Err)
     }
@@ -130,7 +142,7 @@ impl Keyspace {
     /// `Unknown` when it may have been written.
     pub fn put(&self, key: impl Into<Key>, value: impl IntoBytes) -> Put<'_> {
         let write = Write { key: key.into(), value: Some(value.into_bytes()), options: WriteOptions::default() };
-        Put { keyspace: self, write, ack: None }
+        Put { keyspace: self, write, ack: None, condition: None }
     }
 
     /// Deletes a key, whether or not it exists; await it.
@@ -139,7 +151,7 @@ impl Keyspace {
     /// As of [`Keyspace::put`].
     pub fn delete(&self, key: impl Into<Key>) -> Delete<'_> {
         let write = Write { key: key.into(), value: None, options: WriteOptions::default() };
-        Delete { keyspace: self, write, ack: None }
+        Delete { keyspace: self, write, ack: None, condition: None }
     }
 
     /// Writes a batch; await it. It is atomic for each partition key; a batch over several shards
@@ -232,7 +244,7 @@ fn split_gets(positions: Vec<usize>, most: usize, bytes_of: impl Fn(usize) -> us
 
 /// Microseconds since 1970.
 #[expect(clippy::disallowed_methods, reason = "the one place where the client reads the wall clock")]
-fn now_us() -> u64 {
+pub(crate) fn now_us() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }

@@ -1,9 +1,14 @@
 //! Nodes by address, each with at most one connection, shared by all keyspaces of a client.
 //!
+//! A node that could not be reached, or stood silent, is *suspect*: operations that another replica
+//! can do pass it by until a probe in the background finds it well. So an outage costs the operations
+//! that meet it first, and no others.
+//!
 //! **Invariant:** at most one attempt to connect to an address is under way; callers that wait for
-//! it share its result, and for a moment also its failure.
+//! it share its result, and for a moment also its failure. A node has at most one probe.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -13,11 +18,18 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::connection::Connection;
+use vasto_core::error::ErrorCode;
+use vasto_core::limits::ATTEMPT_PATIENCE;
+use vasto_proto::v1;
+
+use crate::connection::{Answer, Connection};
 
 /// A failed attempt to connect answers for this long: hundreds of callers that wait for a node to
 /// come back must not become hundreds of connection attempts.
 const FAILURE_STANDS: Duration = Duration::from_millis(20);
+
+/// First and longest pause between two probes of a suspect node.
+const PROBE_PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
 /// The background tasks of a client.
 #[derive(Clone, Default)]
@@ -32,6 +44,7 @@ pub(crate) struct Node {
     tasks: Tasks,
     connection: ArcSwapOption<Connection>,
     connecting: tokio::sync::Mutex<Option<(Instant, String)>>,
+    suspect: AtomicBool,
 }
 
 impl Node {
@@ -40,8 +53,33 @@ impl Node {
         &self.address
     }
 
+    /// True while operations should pass it by.
+    pub fn is_suspect(&self) -> bool {
+        self.suspect.load(Ordering::Acquire)
+    }
+
+    /// Passes it by until `probe`, a request that any healthy node answers, is answered.
+    pub fn suspect(self: &Arc<Self>, probe: v1::Request) {
+        if self.suspect.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        tracing::debug!(address = self.address, "passing a node by until it answers again");
+        let (node, cancel) = (Arc::downgrade(self), self.tasks.cancel.clone());
+        self.tasks.tracker.spawn(async move {
+            let _ = cancel.run_until_cancelled(probe_until_well(node, probe)).await;
+        });
+    }
+
     fn open_connection(&self) -> Option<Arc<Connection>> {
         self.connection.load().as_ref().filter(|connection| connection.is_open()).cloned()
+    }
+
+    /// Forgets a connection, so that the next caller makes a new one.
+    fn drop_connection(&self, connection: &Arc<Connection>) {
+        let known = self.connection.load();
+        if known.as_ref().is_some_and(|known| Arc::ptr_eq(known, connection)) {
+            self.connection.store(None);
+        }
     }
 
     /// The open connection, or a new one; an error says why there is none by the deadline.
@@ -79,6 +117,31 @@ impl Node {
     }
 }
 
+/// Asks until there is an answer; ends also when no topology names the node any more.
+async fn probe_until_well(node: Weak<Node>, probe: v1::Request) {
+    let mut pause = PROBE_PAUSES.0;
+    loop {
+        tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+        pause = (pause * 2).min(PROBE_PAUSES.1);
+        let Some(node) = node.upgrade() else { return };
+        let deadline = Instant::now() + ATTEMPT_PATIENCE;
+        let Ok(connection) = node.connection(deadline).await else { continue };
+        match connection.call(probe.clone(), 0, deadline).await {
+            Answer::Reply(v1::reply::Result::Error(error)) if error.code == ErrorCode::CatchingUp as u32 => {
+                pause = PROBE_PAUSES.0;
+            }
+            Answer::Reply(_) => {
+                tracing::debug!(address = node.address, "the node answers again");
+                node.suspect.store(false, Ordering::Release);
+                return;
+            }
+            // A connection that stands still is of no use to anybody.
+            Answer::Expired { sent: true } => node.drop_connection(&connection),
+            Answer::Lost { .. } | Answer::Expired { .. } => {}
+        }
+    }
+}
+
 /// All nodes that topologies name at present.
 pub(crate) struct Pool {
     nodes: Mutex<HashMap<String, Weak<Node>>>,
@@ -102,6 +165,7 @@ impl Pool {
             tasks: self.tasks.clone(),
             connection: ArcSwapOption::empty(),
             connecting: tokio::sync::Mutex::new(None),
+            suspect: AtomicBool::new(false),
         });
         nodes.insert(address.to_owned(), Arc::downgrade(&node));
         node

@@ -13,6 +13,7 @@ use vasto_core::catalog::Ack;
 use crate::batch::{Batch, Write};
 use crate::error::Error;
 use crate::keyspace::Keyspace;
+use crate::modify::Condition;
 use crate::value::Outcome;
 
 /// A put that is sent when it is awaited; see [`Keyspace::put`].
@@ -21,6 +22,7 @@ pub struct Put<'a> {
     pub(crate) keyspace: &'a Keyspace,
     pub(crate) write: Write,
     pub(crate) ack: Option<Ack>,
+    pub(crate) condition: Option<Condition>,
 }
 
 impl Put<'_> {
@@ -50,7 +52,13 @@ impl<'a> IntoFuture for Put<'a> {
     type IntoFuture = BoxFuture<'a, Self::Output>;
 
     fn into_future(self) -> Self::IntoFuture {
-        async move { self.keyspace.write_one(self.write, self.ack).await }.boxed()
+        async move {
+            match self.condition {
+                None => self.keyspace.write_one(self.write, self.ack).await,
+                Some(condition) => self.keyspace.write_if(self.write, condition, self.ack).await,
+            }
+        }
+        .boxed()
     }
 }
 
@@ -60,6 +68,7 @@ pub struct Delete<'a> {
     pub(crate) keyspace: &'a Keyspace,
     pub(crate) write: Write,
     pub(crate) ack: Option<Ack>,
+    pub(crate) condition: Option<Condition>,
 }
 
 impl Delete<'_> {
@@ -81,7 +90,13 @@ impl<'a> IntoFuture for Delete<'a> {
     type IntoFuture = BoxFuture<'a, Self::Output>;
 
     fn into_future(self) -> Self::IntoFuture {
-        async move { self.keyspace.write_one(self.write, self.ack).await }.boxed()
+        async move {
+            match self.condition {
+                None => self.keyspace.write_one(self.write, self.ack).await,
+                Some(condition) => self.keyspace.write_if(self.write, condition, self.ack).await,
+            }
+        }
+        .boxed()
     }
 }
 

@@ -54,6 +54,8 @@ pub(crate) struct Situation {
     pub time_left: Duration,
     /// The topology is newer than the one the attempt used.
     pub newer_topology: bool,
+    /// Another replica can be asked that is not known to be in trouble.
+    pub elsewhere: bool,
 }
 
 /// What to do.
@@ -101,6 +103,9 @@ pub(crate) fn give_up(failure: Failure, now: Situation) -> ErrorKind {
     }
 }
 
+/// An operation goes from replica to replica without a pause this often.
+const HOPS_MAX: u32 = 8;
+
 /// What to do after a failed attempt.
 pub(crate) fn decide(failure: Failure, now: Situation) -> Action {
     let give_up = Action::Fail(give_up(failure, now));
@@ -108,6 +113,16 @@ pub(crate) fn decide(failure: Failure, now: Situation) -> Action {
         return give_up;
     }
     let pause = backoff(now.attempts);
+    // The first loss of an operation is a node that went away: the next replica takes it at once.
+    let moves_on = match failure {
+        Failure::Unreachable => true,
+        Failure::Lost { sent } => !sent || now.losses <= 1,
+        Failure::Refused { code, .. } => code.retry() == Retry::Elsewhere,
+        Failure::Expired { .. } => false,
+    };
+    if moves_on && now.elsewhere && now.attempts <= HOPS_MAX {
+        return Action::Now;
+    }
     match failure {
         Failure::Expired { .. } => give_up,
         Failure::Unreachable | Failure::Lost { sent: false } => Action::After { pause, paid: false, at_least: false },
@@ -208,6 +223,7 @@ mod tests {
         losses: 0,
         time_left: Duration::from_secs(5),
         newer_topology: false,
+        elsewhere: false,
     };
 
     fn refused(code: ErrorCode) -> Failure {
@@ -235,7 +251,9 @@ mod tests {
                         code: ErrorCode::WrongEpoch
                             | ErrorCode::NodeBehind
                             | ErrorCode::Overloaded
-                            | ErrorCode::Unavailable,
+                            | ErrorCode::Unavailable
+                            | ErrorCode::NotPrimary
+                            | ErrorCode::CatchingUp,
                         ..
                     }
             );
@@ -246,6 +264,17 @@ mod tests {
         assert_eq!(decide(refused(ErrorCode::Unknown), FRESH), Action::Fail(ErrorKind::Unknown));
         assert_eq!(decide(Failure::Expired { sent: true }, FRESH), Action::Fail(ErrorKind::Unknown));
         assert_eq!(decide(Failure::Expired { sent: false }, FRESH), Action::Fail(ErrorKind::DeadlineExceeded));
+    }
+
+    #[test]
+    fn another_replica_takes_over_at_once() {
+        let now = Situation { losses: 1, elsewhere: true, ..FRESH };
+        for failure in [Failure::Unreachable, Failure::Lost { sent: true }, refused(ErrorCode::CatchingUp)] {
+            assert_eq!(decide(failure, now), Action::Now, "{failure:?}");
+        }
+        assert!(matches!(decide(Failure::Lost { sent: true }, Situation { losses: 2, ..now }), Action::After { .. }));
+        assert!(matches!(decide(Failure::Unreachable, Situation { attempts: 9, ..now }), Action::After { .. }));
+        assert!(matches!(decide(refused(ErrorCode::Overloaded), now), Action::After { .. }));
     }
 
     #[test]

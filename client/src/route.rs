@@ -9,10 +9,23 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use vasto_core::ids::ShardId;
+use vasto_core::ids::{ReplicaId, ShardId};
 use vasto_core::topology::Topology;
 
 use crate::node::{Node, Pool};
+
+/// Which replica answers reads.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum ReadFrom {
+    /// The primary, and another replica only when it does not answer. Reads see all earlier writes of
+    /// this client while the primary stands.
+    #[default]
+    Primary,
+    /// Any replica; reads may lag behind by the time of the replication.
+    Any,
+    /// A replica in this zone where there is one, else the primary; reads may lag behind.
+    Zone(String),
+}
 
 /// A topology with the nodes it names.
 pub(crate) struct Table {
@@ -34,12 +47,33 @@ impl Table {
         Self { topology, generation, nodes }
     }
 
-    /// The node to ask for a shard: the primary, then the next replica after each failure to reach one.
-    pub fn node(&self, shard: ShardId, unreachable: u32) -> Option<&Arc<Node>> {
+    /// The node to ask for a shard: the first in the order of preference that is not suspect. When all
+    /// are, another one after each failure.
+    pub fn node(&self, shard: ShardId, from: ReadFrom, unreachable: u32) -> Option<&Arc<Node>> {
         let replicas = self.nodes.get(shard.0 as usize)?;
-        let known = replicas.iter().flatten();
-        let count = known.clone().count().max(1);
-        known.clone().nth(unreachable as usize % count)
+        let routes = self.topology.routes(shard);
+        let known: Vec<(usize, &Arc<Node>)> =
+            replicas.iter().enumerate().filter_map(|(at, node)| Some((at, node.as_ref()?))).collect();
+        let preferred = match &from {
+            ReadFrom::Primary => None,
+            ReadFrom::Any => Some(rand::random_range(0..known.len().max(1))),
+            ReadFrom::Zone(zone) => known.iter().position(|(at, _)| routes.get(*at).is_some_and(|one| one.zone == *zone)),
+        };
+        let ordered = preferred.and_then(|at| known.get(at)).into_iter().chain(&known);
+        let well = ordered.map(|(_, node)| *node).find(|node| !node.is_suspect());
+        well.or_else(|| known.get(unreachable as usize % known.len().max(1)).map(|(_, node)| *node))
+    }
+
+    /// The primary of a shard.
+    pub fn primary(&self, shard: ShardId) -> Option<(ReplicaId, &Arc<Node>)> {
+        let node = self.nodes.get(shard.0 as usize)?.first()?.as_ref()?;
+        Some((self.topology.routes(shard).first()?.replica, node))
+    }
+
+    /// True when a node other than this one can be asked for the shard.
+    pub fn has_other(&self, shard: ShardId, node: &Arc<Node>) -> bool {
+        let replicas = self.nodes.get(shard.0 as usize).map_or(&[][..], Vec::as_slice);
+        replicas.iter().flatten().any(|other| !Arc::ptr_eq(other, node) && !other.is_suspect())
     }
 
     /// True when `other` names the same owners: cursors and groups stay valid.

@@ -26,7 +26,7 @@ use crate::execute::{Executor, Progress, strange_reply};
 use crate::key::IntoBytes;
 use crate::keyspace::Keyspace;
 use crate::merge::{Merge, Step, Wanted};
-use crate::route::Table;
+use crate::route::{ReadFrom, Table};
 use crate::tuning::SCAN_ROWS_MIN;
 use crate::value::{Row, Value};
 
@@ -44,11 +44,13 @@ struct Query {
     partition: Option<Bytes>,
     prefix: Bytes,
     keys_only: bool,
+    from: ReadFrom,
 }
 
 impl Scan {
     pub(crate) fn new(keyspace: Keyspace) -> Self {
-        Self { keyspace, query: Query::default(), limit: usize::MAX }
+        let query = Query { from: keyspace.reads(), ..Query::default() };
+        Self { keyspace, query, limit: usize::MAX }
     }
 
     /// Only keys that were written with this partition key: one shard, one seek.
@@ -256,7 +258,7 @@ async fn fetch(
     query: Arc<Query>,
     wanted: Wanted,
 ) -> Result<Page, Stop> {
-    let mut progress = Progress::new(false, time);
+    let mut progress = Progress::new(false, time).from(query.from.clone());
     let bytes = query.prefix.len() + wanted.after.as_ref().map_or(0, Bytes::len);
     loop {
         let now = executor.table(&progress).map_err(Stop::Failed)?;

@@ -104,6 +104,8 @@ pub enum Outcome {
     },
     /// An entry with a later event time stood already and still stands.
     Superseded,
+    /// The condition did not hold; nothing was changed.
+    NotApplied,
 }
 
 impl Outcome {
@@ -111,8 +113,8 @@ impl Outcome {
         match wire.kind() {
             v1::write_outcome::Kind::Applied => Ok(Outcome::Applied { event_time: wire.event_time }),
             v1::write_outcome::Kind::Superseded => Ok(Outcome::Superseded),
-            // Not asked for yet: only conditional writes are answered so.
-            v1::write_outcome::Kind::NotApplied | v1::write_outcome::Kind::Unspecified => Err(Error::new(
+            v1::write_outcome::Kind::NotApplied => Ok(Outcome::NotApplied),
+            v1::write_outcome::Kind::Unspecified => Err(Error::new(
                 ErrorKind::Unknown,
                 "the node named an outcome that this client does not know; use a newer client, and read the key back",
             )),

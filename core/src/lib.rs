@@ -17,6 +17,7 @@ pub mod ids;
 pub mod limits;
 pub mod merge;
 pub mod plan;
+pub mod primaries;
 pub mod record;
 pub mod stored_key;
 pub mod topology;

@@ -406,15 +406,21 @@ pub enum PlanError {
     #[error("the keyspace was deleted")]
     Deleted,
     /// Nobody could take the new shard.
-    #[error("no live node can take the new shard; start one with `vasto serve node`")]
-    NoNode,
+    #[error("the new shard needs {0} live nodes with room for it; start more with `vasto serve node`")]
+    NoNode(u32),
+    /// A replica has not been drained.
+    #[error(
+        "replica {0} of shard {1} has left its placement and may hold writes that nobody else has; start its node so that it is drained"
+    )]
+    Unsealed(ReplicaId, ShardId),
 }
 
-/// The version that starts growing `catalog` to `to` shards with the new shard on `target_node`.
+/// The version that starts growing `catalog` to `to` shards with the replicas of the new shard on
+/// `target_nodes`, the home of its primary first.
 pub fn start_grow(
     catalog: &Catalog,
     to: u32,
-    target_node: Option<NodeId>,
+    target_nodes: &[NodeId],
     now_us: u64,
     nonce: u64,
 ) -> Result<Catalog, PlanError> {
@@ -438,12 +444,17 @@ pub fn start_grow(
     if to != from + 1 {
         return Err(PlanError::ManySteps { from, to, next: from + 1 });
     }
-    let node = target_node.ok_or(PlanError::NoNode)?;
+    if let Some(one) = catalog.unsealed.first() {
+        return Err(PlanError::Unsealed(one.replica, one.shard));
+    }
+    if target_nodes.len() != catalog.spec.replicas as usize {
+        return Err(PlanError::NoNode(catalog.spec.replicas));
+    }
     let mut next = catalog.next(now_us, nonce);
     let sources = catalog
         .placement
         .iter()
-        .flat_map(|shard| shard.replicas.first().map(|one| (shard.shard, one)))
+        .filter_map(|shard| Some((shard.shard, shard.shipper()?)))
         .map(|(shard, one)| Source { shard, replica: one.replica, node: one.node, manifest: None })
         .collect();
     next.plan = Some(Plan {
@@ -453,11 +464,15 @@ pub fn start_grow(
         started_at_us: now_us,
         step: Step::Prepare,
         sources,
-        targets: vec![Target { shard: ShardId(from), replica: catalog.next_replica, node }],
+        targets: target_nodes
+            .iter()
+            .zip(catalog.next_replica.0..)
+            .map(|(node, id)| Target { shard: ShardId(from), replica: ReplicaId(id), node: *node })
+            .collect(),
         seals_undone: 0,
     });
     next.next_plan = PlanId(catalog.next_plan.0 + 1);
-    next.next_replica = ReplicaId(catalog.next_replica.0 + 1);
+    next.next_replica = ReplicaId(catalog.next_replica.0 + target_nodes.len() as u64);
     Ok(next)
 }
 
@@ -501,6 +516,27 @@ pub fn advance(
     }
 }
 
+/// The placed replicas of the sources' shards that are no sources themselves: they seal too.
+fn others_of_sources(catalog: &Catalog, plan: &Plan) -> Vec<(ShardId, Placed)> {
+    if plan.moving().is_none() {
+        return Vec::new();
+    }
+    let is_source = |id: ReplicaId| plan.sources.iter().any(|source| source.replica == id);
+    let shards = catalog.placement.iter().filter(|shard| plan.sources.iter().any(|one| one.shard == shard.shard));
+    shards
+        .flat_map(|shard| shard.replicas.iter().map(|one| (shard.shard, *one)))
+        .filter(|(_, one)| !is_source(one.replica))
+        .collect()
+}
+
+/// The one target of each shard that ships: the first.
+fn shipping_targets(plan: &Plan) -> impl Iterator<Item = &Target> {
+    plan.targets.iter().enumerate().filter_map(|(index, target)| {
+        let first = plan.targets.iter().position(|one| one.shard == target.shard);
+        (first == Some(index)).then_some(target)
+    })
+}
+
 fn source_progress<'a>(plan: &Plan, replica: ReplicaId, reports: &'a Reports) -> Option<&'a SourceProgress> {
     reports.get(&replica)?.source.as_ref().filter(|progress| progress.plan == plan.id)
 }
@@ -533,19 +569,21 @@ fn advance_plan(
         if let Some(reason) = failed {
             return abort_with(reason);
         }
-        for (shard, replica) in plan.members() {
+        let others = others_of_sources(catalog, plan);
+        for (shard, replica) in plan.members().chain(others.iter().map(|(shard, one)| (*shard, one.replica))) {
             if let Some(ReplicaPhase::Failed(reason)) = reports.get(&replica).map(|report| &report.phase) {
                 return abort_with(format!("the replica of shard {shard} has failed: {reason}"));
             }
         }
-        for node in plan.nodes() {
+        let nodes: Vec<NodeId> = plan.nodes().chain(others.iter().map(|(_, one)| one.node)).collect();
+        for node in nodes.iter().copied() {
             if away_us(node) > NODE_AWAY_MAX_US {
                 return abort_with(format!("node {node} has been away for {} s", away_us(node) / 1_000_000));
             }
         }
         // The last report of a node that is away says nothing about now.
         if plan.step == Step::Tail
-            && let Some(node) = plan.nodes().find(|node| away_us(*node) > 0)
+            && let Some(node) = nodes.into_iter().find(|node| away_us(*node) > 0)
         {
             return Advance::Wait(format!("node {node} to come back"));
         }
@@ -588,7 +626,7 @@ fn advance_tail(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, 
         if progress.stage != TargetStage::Tailing {
             return Advance::Wait(format!("shard {} to load its bands", target.shard));
         }
-        if !progress.manifest_shipped {
+        if !progress.manifest_shipped && shipping_targets(plan).any(|one| one.replica == target.replica) {
             return Advance::Wait(format!("the first manifest of shard {}", target.shard));
         }
         if progress.lag_lsns > TAIL_LAG_LSNS_MAX {
@@ -614,14 +652,20 @@ fn advance_sealing(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u6
     }
 }
 
-/// Every source has sealed under this very version, and every target holds each source's log up
-/// to its seal.
+/// Every placed replica of the sources' shards has sealed under this very version, and every target
+/// holds each source's log up to where it holds all that they had accepted.
 fn sealed_and_caught_up(catalog: &Catalog, plan: &Plan, reports: &Reports) -> Result<(), String> {
-    for source in &plan.sources {
-        let sealed = source_progress(plan, source.replica, reports)
+    let seal_of = |shard: ShardId, replica: ReplicaId| {
+        source_progress(plan, replica, reports)
             .and_then(|progress| progress.sealed)
             .filter(|sealed| sealed.version == catalog.version)
-            .ok_or_else(|| format!("the seal of shard {}", source.shard))?;
+            .ok_or_else(|| format!("replica {replica} of shard {shard} to seal"))
+    };
+    for (shard, one) in others_of_sources(catalog, plan) {
+        seal_of(shard, one.replica)?;
+    }
+    for source in &plan.sources {
+        let sealed = seal_of(source.shard, source.replica)?;
         for target in &plan.targets {
             let cursor = target_progress(plan, target.replica, reports)
                 .and_then(|progress| progress.cursors.get(&source.replica).copied())
@@ -660,10 +704,13 @@ fn commit(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce:
         Quarantine {
             plan: plan.id,
             range,
-            replicas: plan.sources.iter().map(|source| source.replica).collect(),
-            targets: plan
-                .targets
+            replicas: plan
+                .sources
                 .iter()
+                .map(|source| source.replica)
+                .chain(others_of_sources(catalog, plan).into_iter().map(|(_, one)| one.replica))
+                .collect(),
+            targets: shipping_targets(plan)
                 .map(|target| {
                     (target.replica, reports.get(&target.replica).map(|report| report.lsn).unwrap_or_default())
                 })
@@ -682,9 +729,11 @@ fn advance_committed(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: 
             return Advance::Wait(format!("shard {} to open", target.shard));
         }
     }
-    for source in &plan.sources {
-        if source_progress(plan, source.replica, reports).is_none_or(|progress| !progress.released) {
-            return Advance::Wait(format!("shard {} to release its writers", source.shard));
+    let sources = plan.sources.iter().map(|source| (source.shard, source.replica));
+    let others = others_of_sources(catalog, plan).into_iter().map(|(shard, one)| (shard, one.replica));
+    for (shard, replica) in sources.chain(others) {
+        if source_progress(plan, replica, reports).is_none_or(|progress| !progress.released) {
+            return Advance::Wait(format!("replica {replica} of shard {shard} to release its writers"));
         }
     }
     let mut next = catalog.next(now_us, nonce);

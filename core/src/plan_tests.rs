@@ -25,7 +25,7 @@ fn report(replica: u64) -> ReplicaReport {
         source: None,
         target: None,
         cleaned: Vec::new(),
-        replication: Default::default(),
+        replication: ReplicationReport { ready: true, ..Default::default() },
     }
 }
 
@@ -71,7 +71,7 @@ fn write(advance: Advance) -> Catalog {
 }
 
 fn at(step: Step) -> Catalog {
-    let mut catalog = start_grow(&two_shards(), 3, Some(NODE(3)), 2_000, 2).unwrap();
+    let mut catalog = start_grow(&two_shards(), 3, &[NODE(3)], 2_000, 2).unwrap();
     catalog.plan.as_mut().unwrap().step = step;
     catalog
 }
@@ -173,14 +173,14 @@ fn a_failure_or_a_lost_node_aborts_before_the_commit_and_never_after_it() {
 #[test]
 fn grows_that_cannot_be_are_refused_with_what_to_do() {
     let catalog = two_shards();
-    let grow = |to| start_grow(&catalog, to, Some(NODE(3)), 1, 1);
+    let grow = |to| start_grow(&catalog, to, &[NODE(3)], 1, 1);
     assert_eq!(grow(2), Err(PlanError::SameCount(2)));
     assert_eq!(grow(1), Err(PlanError::Shrink { from: 2, to: 1 }));
     assert_eq!(grow(5), Err(PlanError::ManySteps { from: 2, to: 5, next: 3 }));
     assert!(matches!(grow(5000), Err(PlanError::Count(_))));
-    assert_eq!(start_grow(&catalog, 3, None, 1, 1), Err(PlanError::NoNode));
+    assert_eq!(start_grow(&catalog, 3, &[], 1, 1), Err(PlanError::NoNode(1)));
     let running = at(Step::Tail);
-    assert!(matches!(start_grow(&running, 3, Some(NODE(3)), 1, 1), Err(PlanError::Busy(_))));
+    assert!(matches!(start_grow(&running, 3, &[NODE(3)], 1, 1), Err(PlanError::Busy(_))));
 }
 
 #[test]

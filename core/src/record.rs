@@ -480,6 +480,23 @@ pub fn positions_at(bytes: &[u8]) -> Option<(Lsn, Lsn)> {
     Some((Lsn(reader.u64_le().ok()?), Lsn(reader.u64_le().ok()?)))
 }
 
+/// What a follower is asked about a record before it is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peek {
+    /// Who accepted it first.
+    pub origin: Origin,
+    /// Its number there; 0 for local kinds.
+    pub own_seq: OwnSeq,
+}
+
+/// Origin and number of a whole record, checked by nothing but its length.
+pub fn peek(bytes: &[u8]) -> Option<Peek> {
+    let mut reader = Reader::new(bytes.get(48..72)?, "record");
+    let origin =
+        Origin { replica: ReplicaId(reader.u64_le().ok()?), incarnation: Incarnation(reader.u64_le().ok()?) };
+    Some(Peek { origin, own_seq: OwnSeq(reader.u64_le().ok()?) })
+}
+
 /// First bytes of every binlog file.
 pub const FILE_MAGIC: &[u8; 8] = b"VASTOLOG";
 
@@ -647,6 +664,7 @@ mod tests {
             let bytes = record.encode();
             prop_assert_eq!(frame_at(&bytes).unwrap(), bytes.len());
             prop_assert_eq!(positions_at(&bytes), Some((record.lsn, record.synced_lsn)));
+            prop_assert_eq!(peek(&bytes), Some(Peek { origin: record.origin, own_seq: record.own_seq }));
             prop_assert_eq!(Record::decode(&bytes).unwrap(), record);
         }
 

@@ -110,6 +110,11 @@ impl MetaKey {
         [META_PREFIX, 3]
     }
 
+    /// The common prefix of all kept results.
+    pub fn result_prefix() -> [u8; 2] {
+        [META_PREFIX, 6]
+    }
+
     /// The common prefix of all tail cursors.
     pub fn tail_cursor_prefix() -> [u8; 2] {
         [META_PREFIX, 7]

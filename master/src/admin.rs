@@ -21,7 +21,7 @@ use vasto_shipping::CatalogError;
 use crate::cluster::{Cluster, nonce, now_us};
 use crate::document;
 use crate::driver::{Change, Request, changed};
-use crate::placement::{grow_target, place};
+use crate::placement::place;
 use crate::state::{Delivery, Keyspace, State};
 
 /// The caller's own deadline is [`ADMIN_DEADLINE`]; the answer must be on its way before it.
@@ -61,17 +61,21 @@ fn spec_of(request: &v1::CreateKeyspaceRequest) -> Result<KeyspaceSpec, VastoErr
         let message = format!("{} replicas are not possible; use 1 to {REPLICAS_MAX}", request.replicas);
         return Err(error(ErrorCode::InvalidArgument, message));
     }
-    if request.replicas > 1 {
-        let message = "replication is not available in this version; use --replicas 1";
+    let ack = ack_from_wire(request.ack).unwrap_or_default();
+    if ack == Ack::Bucket {
+        let message = "acknowledgement `bucket` is not available in this version; use --ack os, fsync or replica";
         return Err(error(ErrorCode::FailedPrecondition, message));
     }
-    let ack = ack_from_wire(request.ack).unwrap_or_default();
-    if matches!(ack, Ack::Replica | Ack::Bucket) {
-        let message = format!("acknowledgement `{ack}` is not available in this version; use --ack os or --ack fsync");
+    if ack == Ack::Replica && request.replicas == 1 {
+        let message = "acknowledgement `replica` needs a second replica; use --replicas 2 or more, or --ack fsync";
         return Err(error(ErrorCode::FailedPrecondition, message));
     }
     if let Some(ttl_ms) = request.ttl_ms.filter(|ms| *ms == 0 || *ms > DURATION_MS_MAX) {
         return Err(LimitError::BadTtl(ttl_ms / 1000).into());
+    }
+    if let Some(grace_ms) = request.tombstone_grace_ms.filter(|ms| *ms < 1_000 || *ms > DURATION_MS_MAX) {
+        let message = format!("a tombstone grace of {grace_ms} ms is not possible; use 1 s to {DURATION_MS_MAX} ms");
+        return Err(error(ErrorCode::InvalidArgument, message));
     }
     let defaults = KeyspaceSpec::default();
     let quarantine_ms = request.quarantine_ms.unwrap_or(defaults.quarantine_ms);
@@ -234,8 +238,8 @@ pub(crate) async fn resize(cluster: &Arc<Cluster>, request: v1::ResizeRequest) -
         let known = find(&state, &request.name)?;
         let change = Change::Grow { to: request.shards };
         if request.plan_only {
-            let target = grow_target(&state.candidates(Some(known.catalog.keyspace)));
-            changed(&known.catalog, change, target, &known.reports, now_us(), 0)?;
+            let targets = state.grow_targets(known);
+            changed(&known.catalog, change, &targets, &known.reports, now_us(), 0)?;
             return Ok(document::json(&document::estimate(known, request.shards)));
         }
         (known.catalog.keyspace, change)

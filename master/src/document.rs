@@ -197,8 +197,10 @@ pub(crate) fn keyspace(state: &State, known: &Keyspace) -> KeyspaceDoc {
         replicas: shard
             .replicas
             .iter()
-            .enumerate()
-            .map(|(index, one)| replica(state, known.reports.get(&one.replica), one.replica, one.node, index == 0))
+            .map(|one| {
+                let primary = shard.primary() == Some(*one);
+                replica(state, known.reports.get(&one.replica), one.replica, one.node, primary)
+            })
             .collect(),
     });
     KeyspaceDoc {
@@ -226,7 +228,7 @@ fn replica(state: &State, report: Option<&ReplicaReport>, id: ReplicaId, node: N
         state: phase,
         lsn: report.map(|report| report.lsn),
         shipped_lsn: report.map(|report| report.shipped_lsn),
-        lag_ms: report.filter(|_| primary).map(|_| 0),
+        lag_ms: report.map(|report| report.replication.lag_ms),
         keys: report.map(|report| report.keys),
         bytes: report.map(|report| report.bytes),
         reason,
@@ -241,6 +243,7 @@ fn replica_state(state: &State, report: Option<&ReplicaReport>, node: NodeId) ->
         None => ("unknown", None),
         Some(ReplicaPhase::Opening) => ("opening", None),
         Some(ReplicaPhase::Building) => ("building", None),
+        Some(ReplicaPhase::Serving) if report.is_some_and(|report| !report.replication.ready) => ("catching_up", None),
         Some(ReplicaPhase::Serving) => ("serving", None),
         Some(ReplicaPhase::Failed(reason)) => ("failed", Some(reason.clone())),
     }

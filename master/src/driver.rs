@@ -22,7 +22,6 @@ use vasto_core::plan::{Advance, PlanError, Reports, Step, abort, operation_id, s
 use vasto_shipping::CatalogWrite;
 
 use crate::cluster::{Cluster, nonce, now_us};
-use crate::placement::grow_target;
 use crate::state::Delivery;
 
 /// How often a running plan or a due quarantine is looked at when nothing is reported.
@@ -104,10 +103,15 @@ impl Driver {
     }
 
     async fn select(&mut self) -> Event {
-        let look_in = self.cluster.state().keyspaces.get(&self.keyspace).and_then(|known| match known.behind {
-            true => Some(REFRESH_INTERVAL),
-            false => next_look(&known.catalog, now_us()),
-        });
+        let look_in = {
+            let state = self.cluster.state();
+            let unsettled = state.is_unsettled(self.keyspace, self.cluster.mono_us());
+            state.keyspaces.get(&self.keyspace).and_then(|known| match known.behind {
+                true => Some(REFRESH_INTERVAL),
+                false if unsettled => Some(TICK),
+                false => next_look(&known.catalog, now_us()),
+            })
+        };
         let look = async {
             match look_in {
                 Some(pause) => tokio::time::sleep(pause).await,
@@ -191,8 +195,8 @@ impl Driver {
             let next = {
                 let state = self.cluster.state();
                 let Some(known) = state.keyspaces.get(&self.keyspace) else { return };
-                let target = grow_target(&state.candidates(Some(self.keyspace)));
-                changed(&known.catalog, request.change, target, &known.reports, now_us(), nonce())
+                let targets = state.grow_targets(known);
+                changed(&known.catalog, request.change, &targets, &known.reports, now_us(), nonce())
             };
             let next = match next {
                 Ok(next) => next,
@@ -347,14 +351,14 @@ fn next_look(catalog: &Catalog, now_us: u64) -> Option<Duration> {
 pub(crate) fn changed(
     catalog: &Catalog,
     change: Change,
-    grow_target: Option<NodeId>,
+    grow_targets: &[NodeId],
     reports: &Reports,
     now_us: u64,
     nonce: u64,
 ) -> Result<Catalog, VastoError> {
     let refuse = |message: String| Err(VastoError::new(ErrorCode::FailedPrecondition, message));
     match change {
-        Change::Grow { to } => start_grow(catalog, to, grow_target, now_us, nonce).map_err(plan_error),
+        Change::Grow { to } => start_grow(catalog, to, grow_targets, now_us, nonce).map_err(plan_error),
         Change::Cancel { plan } => {
             let id = operation_id(catalog.keyspace, plan);
             match catalog.plan.as_ref().filter(|running| running.id == plan) {
@@ -390,7 +394,7 @@ fn plan_error(error: PlanError) -> VastoError {
     let code = match &error {
         PlanError::Count(_) | PlanError::SameCount(_) => ErrorCode::InvalidArgument,
         PlanError::Shrink { .. } | PlanError::ManySteps { .. } | PlanError::Above64 => ErrorCode::FailedPrecondition,
-        PlanError::Busy(_) | PlanError::NoNode => ErrorCode::FailedPrecondition,
+        PlanError::Busy(_) | PlanError::NoNode(_) | PlanError::Unsealed(..) => ErrorCode::FailedPrecondition,
         PlanError::Deleted => ErrorCode::NotFound,
     };
     VastoError::new(code, error.to_string())

@@ -24,7 +24,7 @@ fn first(keyspace: KeyspaceId) -> Catalog {
 }
 
 fn growing(step: Step) -> Catalog {
-    let mut catalog = start_grow(&first(KeyspaceId(1)), 2, Some(NodeId(1)), 2_000, 2).unwrap();
+    let mut catalog = start_grow(&first(KeyspaceId(1)), 2, &[NodeId(1)], 2_000, 2).unwrap();
     catalog.plan.as_mut().unwrap().step = step;
     catalog
 }
@@ -66,26 +66,26 @@ fn idle_keyspaces_are_not_looked_at() {
 #[test]
 fn changes_that_are_refused_say_what_to_do() {
     let reports = Reports::new();
-    let refused = |catalog: &Catalog, change, node| changed(catalog, change, node, &reports, 9, 9).unwrap_err();
+    let refused = |catalog: &Catalog, change, node: &[NodeId]| changed(catalog, change, node, &reports, 9, 9).unwrap_err();
     let idle = first(KeyspaceId(1));
-    assert_eq!(refused(&idle, Change::Grow { to: 1 }, Some(NodeId(1))).code, ErrorCode::InvalidArgument);
-    assert_eq!(refused(&idle, Change::Grow { to: 5000 }, Some(NodeId(1))).code, ErrorCode::InvalidArgument);
-    assert_eq!(refused(&idle, Change::Grow { to: 3 }, Some(NodeId(1))).code, ErrorCode::FailedPrecondition);
-    assert!(refused(&idle, Change::Grow { to: 2 }, None).message.contains("vasto serve node"));
-    assert_eq!(refused(&idle, Change::Cancel { plan: PlanId(1) }, None).code, ErrorCode::FailedPrecondition);
+    assert_eq!(refused(&idle, Change::Grow { to: 1 }, &[NodeId(1)]).code, ErrorCode::InvalidArgument);
+    assert_eq!(refused(&idle, Change::Grow { to: 5000 }, &[NodeId(1)]).code, ErrorCode::InvalidArgument);
+    assert_eq!(refused(&idle, Change::Grow { to: 3 }, &[NodeId(1)]).code, ErrorCode::FailedPrecondition);
+    assert!(refused(&idle, Change::Grow { to: 2 }, &[]).message.contains("vasto serve node"));
+    assert_eq!(refused(&idle, Change::Cancel { plan: PlanId(1) }, &[]).code, ErrorCode::FailedPrecondition);
     let busy = growing(Step::Tail);
     for change in [Change::Grow { to: 2 }, Change::Grow { to: 3 }, Change::Delete] {
-        assert_eq!(refused(&busy, change, Some(NodeId(1))).code, ErrorCode::FailedPrecondition, "{change:?}");
+        assert_eq!(refused(&busy, change, &[NodeId(1)]).code, ErrorCode::FailedPrecondition, "{change:?}");
     }
     let committed = growing(Step::Committed);
-    assert!(refused(&committed, Change::Cancel { plan: PlanId(1) }, None).message.contains("changed ownership"));
+    assert!(refused(&committed, Change::Cancel { plan: PlanId(1) }, &[]).message.contains("changed ownership"));
     let other = Change::Cancel { plan: PlanId(2) };
-    assert!(refused(&busy, other, None).message.contains("ended"), "only the operation that was named");
+    assert!(refused(&busy, other, &[]).message.contains("ended"), "only the operation that was named");
 }
 
 #[test]
 fn a_delete_raises_the_epoch_and_forgets_what_waits() {
-    let deleted = changed(&first(KeyspaceId(1)), Change::Delete, None, &Reports::new(), 9, 9).unwrap();
+    let deleted = changed(&first(KeyspaceId(1)), Change::Delete, &[], &Reports::new(), 9, 9).unwrap();
     assert_eq!((deleted.state, deleted.epoch, deleted.version.0), (KeyspaceState::Deleted, Epoch(2), 2));
     assert_eq!(deleted.placement.len(), 1, "nodes find their part in it");
 }
@@ -156,7 +156,7 @@ impl Fixture {
             source: None,
             target: None,
             cleaned: Vec::new(),
-            replication: Default::default(),
+            replication: vasto_core::plan::ReplicationReport { ready: true, ..Default::default() },
         }
     }
 

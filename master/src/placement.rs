@@ -4,6 +4,8 @@
 //! distinct zones while there are enough. No node is given more than
 //! [`NODE_REPLICAS_MAX`](vasto_core::limits::NODE_REPLICAS_MAX) replicas.
 
+use std::collections::BTreeMap;
+
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::NodeId;
 use vasto_core::limits::NODE_REPLICAS_MAX;
@@ -54,6 +56,8 @@ pub(crate) fn place(shards: u32, replicas: u32, candidates: &[Candidate]) -> Res
     if room < needed {
         return Err(full);
     }
+    // Primaries of this keyspace on each node: they do the most work, so they spread too.
+    let mut primaries: BTreeMap<NodeId, usize> = BTreeMap::new();
     (0..shards)
         .map(|_| {
             let mut chosen: Vec<(NodeId, String)> = Vec::new();
@@ -71,18 +75,15 @@ pub(crate) fn place(shards: u32, replicas: u32, candidates: &[Candidate]) -> Res
                 best.of_keyspace += 1;
                 chosen.push((best.node, best.zone.clone()));
             }
-            Ok(chosen.into_iter().map(|(node, _)| node).collect())
+            let mut nodes: Vec<NodeId> = chosen.into_iter().map(|(node, _)| node).collect();
+            let fewest = (0..nodes.len()).min_by_key(|at| (primaries.get(&nodes[*at]).copied().unwrap_or(0), *at));
+            if let Some(fewest) = fewest {
+                nodes.swap(0, fewest);
+                *primaries.entry(nodes[0]).or_default() += 1;
+            }
+            Ok(nodes)
         })
         .collect()
-}
-
-/// The node for one more shard: fewest replicas of this keyspace, then fewest at all.
-pub(crate) fn grow_target(candidates: &[Candidate]) -> Option<NodeId> {
-    candidates
-        .iter()
-        .filter(|one| one.replicas < NODE_REPLICAS_MAX)
-        .min_by_key(|one| (one.of_keyspace, one.replicas, one.node))
-        .map(|one| one.node)
 }
 
 #[cfg(test)]
@@ -90,7 +91,6 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use proptest::prelude::*;
-    use std::collections::BTreeMap;
 
     fn node(id: u64, zone: &str, replicas: usize, of_keyspace: usize) -> Candidate {
         Candidate { node: NodeId(id), zone: zone.into(), replicas, of_keyspace }
@@ -120,12 +120,36 @@ mod tests {
 
     #[test]
     fn a_grow_goes_to_the_node_with_the_least_of_the_keyspace() {
-        assert_eq!(grow_target(&[node(1, "", 1, 1), node(2, "", 9, 0), node(3, "", 2, 0)]), Some(NodeId(3)));
-        assert_eq!(grow_target(&[node(1, "", NODE_REPLICAS_MAX, 0)]), None);
-        assert_eq!(grow_target(&[]), None);
+        let nodes = [node(1, "", 1, 1), node(2, "", 9, 0), node(3, "", 2, 0)];
+        assert_eq!(place(1, 1, &nodes).unwrap(), [[NodeId(3)]]);
+        assert_eq!(place(1, 2, &nodes).unwrap(), [[NodeId(3), NodeId(2)]]);
+        assert!(place(1, 1, &[node(1, "", NODE_REPLICAS_MAX, 0)]).is_err());
     }
 
     proptest! {
+        #[test]
+        fn copies_are_apart_and_primaries_are_spread(
+            shards in 1u32..65, replicas in 1u32..8, count in 1usize..12, zones in 1usize..5,
+        ) {
+            let names = ["a", "b", "c", "d"];
+            let nodes: Vec<Candidate> = (0..count).map(|i| node(i as u64 + 1, names[i % zones], 0, 0)).collect();
+            let placed = place(shards, replicas, &nodes);
+            prop_assert_eq!(placed.is_ok(), count >= replicas as usize);
+            let mut primaries: BTreeMap<NodeId, usize> = nodes.iter().map(|one| (one.node, 0)).collect();
+            for shard in placed.unwrap_or_default() {
+                let mut distinct = shard.clone();
+                distinct.sort_unstable();
+                distinct.dedup();
+                prop_assert_eq!(distinct.len(), replicas as usize);
+                let zones_of = |nodes: &[NodeId]| nodes.iter().map(|one| (one.0 as usize - 1) % zones).collect::<std::collections::BTreeSet<_>>();
+                prop_assert_eq!(zones_of(&shard).len(), zones.min(replicas as usize).min(count));
+                *primaries.get_mut(&shard[0]).unwrap() += 1;
+            }
+            let (min, max) = (primaries.values().min().unwrap(), primaries.values().max().unwrap());
+            // With several zones a node may be needed for its zone more often than as a primary.
+            prop_assert!(zones > 1 || max - min <= 1, "{:?}", primaries);
+        }
+
         #[test]
         fn a_keyspace_is_spread_within_one(shards in 1u32..65, count in 1usize..12, loads in prop::collection::vec(0usize..90, 12)) {
             let nodes: Vec<Candidate> = (0..count).map(|i| node(i as u64 + 1, "", loads[i], 0)).collect();

@@ -16,12 +16,14 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId, ReplicaId};
 use vasto_core::plan::{Advance, ReplicaReport, Reports, SEALS_UNDONE_MAX, Step, abort, advance, undo_seal};
+use vasto_core::limits::{FAILOVER_AWAY, NODE_SILENCE};
+use vasto_core::primaries::{Presence, advance_primaries, is_unsettled};
 use vasto_core::topology::{NodeAddress, Topology};
 use vasto_proto::convert::topology_to_wire;
 use vasto_proto::v1;
 
 use crate::driver::Request;
-use crate::placement::Candidate;
+use crate::placement::{Candidate, place};
 
 /// Commands that may wait for one node at once.
 const COMMANDS_MAX: usize = 64;
@@ -49,8 +51,10 @@ pub(crate) struct Node {
     pub(crate) heard_us: u64,
     /// The live session; `None` is away.
     pub(crate) session: Option<Session>,
-    /// When it went away; meaningless while there is a session.
+    /// When its session began, or when it went away.
     pub(crate) away_since_us: u64,
+    /// When its session began; meaningless while there is none.
+    pub(crate) here_since_us: u64,
 }
 
 /// A live session of a node.
@@ -157,7 +161,12 @@ impl State {
             heard_us: now_us,
             session: None,
             away_since_us: now_us,
+            here_since_us: now_us,
         });
+        // A session that only replaces another does not begin anew.
+        if node.session.is_none() {
+            node.here_since_us = now_us;
+        }
         if let Some(old) = node.session.replace(session) {
             old.replaced.cancel();
         }
@@ -197,6 +206,25 @@ impl State {
             Some(node) => now_us.saturating_sub(node.away_since_us).max(1),
             None => now_us.max(1),
         }
+    }
+
+    /// Is the node there? One that was not heard of since the master started may still be about to
+    /// come: it counts as gone only when it would be by silence.
+    pub(crate) fn presence(&self, node: NodeId, now_us: u64) -> Presence {
+        let (away_us, patience) = match self.nodes.get(&node) {
+            Some(node) if node.session.is_some() => {
+                return Presence::Here(now_us.saturating_sub(node.here_since_us));
+            }
+            Some(node) => (now_us.saturating_sub(node.away_since_us), FAILOVER_AWAY),
+            None => (now_us, NODE_SILENCE),
+        };
+        if away_us >= patience.as_micros() as u64 { Presence::Gone } else { Presence::Away }
+    }
+
+    /// True when the primaries of the keyspace need a look soon.
+    pub(crate) fn is_unsettled(&self, keyspace: KeyspaceId, now_us: u64) -> bool {
+        let known = self.keyspaces.get(&keyspace);
+        known.is_some_and(|known| is_unsettled(&known.catalog, |node| self.presence(node, now_us)))
     }
 
     /// Takes a node's report; a report of a session that was replaced is ignored.
@@ -374,6 +402,10 @@ impl State {
                 None => Advance::Idle,
             };
         }
+        let presence = |node| self.presence(node, mono_us);
+        if let Some((next, _)) = advance_primaries(catalog, &known.reports, presence, now_us, nonce) {
+            return Advance::Write(Box::new(next));
+        }
         advance(catalog, &known.reports, |node| self.away_us(node, mono_us), now_us, nonce)
     }
 
@@ -390,6 +422,13 @@ impl State {
             }
         })
         .collect()
+    }
+
+    /// The nodes for the replicas of one more shard; none when there are too few.
+    pub(crate) fn grow_targets(&self, keyspace: &Keyspace) -> Vec<NodeId> {
+        let candidates = self.candidates(Some(keyspace.catalog.keyspace));
+        let placed = place(1, keyspace.catalog.spec.replicas, &candidates).unwrap_or_default();
+        placed.into_iter().next().unwrap_or_default()
     }
 
     /// The keyspace of that name that serves.

@@ -35,7 +35,7 @@ pub(crate) fn replica_report(replica: u64, version: u64) -> ReplicaReport {
         source: None,
         target: None,
         cleaned: Vec::new(),
-        replication: Default::default(),
+        replication: vasto_core::plan::ReplicationReport { ready: true, ..Default::default() },
     }
 }
 
@@ -186,7 +186,7 @@ fn a_deleted_keyspace_concerns_only_who_had_a_part_in_it() {
 }
 
 fn growing(step: Step, written_at_us: u64) -> Catalog {
-    let mut catalog = start_grow(&catalog(), 3, Some(NodeId(1)), written_at_us, 2).unwrap();
+    let mut catalog = start_grow(&catalog(), 3, &[NodeId(1)], written_at_us, 2).unwrap();
     catalog.plan.as_mut().unwrap().step = step;
     catalog
 }

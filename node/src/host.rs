@@ -20,7 +20,9 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::Band;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{CatalogVersion, Incarnation, KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
-use vasto_core::plan::{Plan, ReplicaPhase, ReplicaReport, Sealed, SourceProgress, Step, TargetProgress, TargetStage};
+use vasto_core::plan::{
+    Plan, ReplicaPhase, ReplicaReport, ReplicationReport, Sealed, SourceProgress, Step, TargetProgress, TargetStage,
+};
 use vasto_core::record::{BandRange, RangeState};
 use vasto_shipping::bucket::Bucket;
 
@@ -30,10 +32,15 @@ use crate::engine::EngineShared;
 use crate::grow::{Build, fresh_progress};
 use crate::replica::job::{Control, ReplicaError};
 use crate::replica::{OpenOptions, Replica};
+use crate::replication::duties::Duties;
+use crate::replication::peers::Peers;
 use crate::ship::{self, ShipContext, ShipHandle, blocking};
 
 /// Between attempts of work that may succeed later.
 const RETRY: Duration = Duration::from_millis(500);
+
+/// Between two looks at what has no event of its own.
+const HOUSEKEEPING: Duration = Duration::from_millis(100);
 
 /// The reported size of a replica is at most this old.
 const SIZE_AGE: Duration = Duration::from_millis(400);
@@ -53,6 +60,10 @@ pub struct HostContext {
     pub ship_interval: Duration,
     /// For stamps.
     pub clock: SharedClock,
+    /// Connections to the other nodes.
+    pub peers: Arc<Peers>,
+    /// Bytes of log that a replica keeps for others, at most.
+    pub log_cap: u64,
 }
 
 /// Who is hosted, and where.
@@ -102,6 +113,7 @@ pub struct Host {
     told: Arc<Mutex<Told>>,
     target: Arc<Mutex<Option<Arc<Mutex<TargetProgress>>>>>,
     ship: Arc<Mutex<Option<ShipHandle>>>,
+    duties: Arc<Mutex<Option<Arc<Duties>>>>,
     cancel: CancellationToken,
     discard: Arc<AtomicBool>,
     size: Mutex<Option<KnownSize>>,
@@ -119,6 +131,7 @@ impl Host {
             told: Arc::default(),
             target: Arc::default(),
             ship: Arc::default(),
+            duties: Arc::default(),
             cancel: cancel.clone(),
             discard: Arc::default(),
             size: Mutex::default(),
@@ -130,6 +143,7 @@ impl Host {
             told: host.told.clone(),
             target: host.target.clone(),
             ship: host.ship.clone(),
+            duties: host.duties.clone(),
             cancel,
             discard: host.discard.clone(),
         };
@@ -156,9 +170,9 @@ impl Host {
         self.stop().await;
     }
 
-    /// The shipper, once the replica is open.
+    /// The shipper, once the replica is open and if it is the one of its shard that ships.
     pub fn shipper(&self) -> Option<ShipHandle> {
-        self.ship.lock().clone()
+        self.ship.lock().clone().filter(|ship| ship.positions.ships.load(Ordering::Acquire))
     }
 
     /// Looking through all files is not for every report: a busy tail makes hundreds a second. A new
@@ -194,7 +208,7 @@ impl Host {
             source: told.source.clone(),
             target: self.target.lock().as_ref().map(|progress| progress.lock().clone()),
             cleaned: told.cleaned.iter().copied().collect(),
-            replication: Default::default(),
+            replication: self.duties.lock().as_ref().map(|duties| duties.report()).unwrap_or_default(),
         };
         if let Some(ship) = &*self.ship.lock() {
             report.shipped_lsn = Lsn(ship.positions.shipped.load(Ordering::Acquire));
@@ -225,6 +239,7 @@ struct Runner {
     told: Arc<Mutex<Told>>,
     target: Arc<Mutex<Option<Arc<Mutex<TargetProgress>>>>>,
     ship: Arc<Mutex<Option<ShipHandle>>>,
+    duties: Arc<Mutex<Option<Arc<Duties>>>>,
     cancel: CancellationToken,
     discard: Arc<AtomicBool>,
 }
@@ -265,16 +280,29 @@ impl Runner {
             engines: self.context.engines.clone(),
             clock: self.context.clock.clone(),
             interval: self.context.ship_interval,
+            log_cap: self.context.log_cap,
         };
         let (ship, shipper) = ship::start(context, shipping.clone());
         let shipper = tokio::spawn(shipper);
         *self.ship.lock() = Some(ship.clone());
+        let replicating = self.cancel.child_token();
+        let duties = Duties::new(
+            self.context.core.clone(),
+            self.context.peers.clone(),
+            replica.clone(),
+            replicating.clone(),
+        );
+        *self.duties.lock() = Some(duties.clone());
+        duties.begin_to_catch_up(&first);
         self.context.core.add_replica(replica.clone());
         let this = Arc::new(self);
+        let mut tick = tokio::time::interval(HOUSEKEEPING);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut reported = ReplicationReport::default();
         let background = Arc::new(Mutex::new(Background::default()));
         loop {
             let catalog = catalogs.borrow_and_update().clone();
-            let again = match this.obey(&replica, &ship, &catalog, &background).await {
+            let again = match this.obey(&replica, &ship, &duties, &catalog, &background).await {
                 Ok(()) => false,
                 Err(error) => {
                     tracing::error!(%error, keyspace = this.tenant.keyspace.0, shard = this.tenant.shard.0, "a version could not be obeyed");
@@ -282,12 +310,21 @@ impl Runner {
                 }
             };
             this.context.core.report.notify_one();
-            tokio::select! {
-                () = this.cancel.cancelled() => break,
-                changed = catalogs.changed() => if changed.is_err() { break },
-                () = tokio::time::sleep(RETRY), if again => {}
+            let retry = tokio::time::sleep(RETRY);
+            tokio::pin!(retry);
+            loop {
+                tokio::select! {
+                    () = this.cancel.cancelled() => break,
+                    _ = catalogs.changed() => break,
+                    () = &mut retry, if again => break,
+                    _ = tick.tick() => this.keep_house(&replica, &ship, &duties, &mut reported),
+                }
+            }
+            if this.cancel.is_cancelled() || catalogs.has_changed().is_err() {
+                break;
             }
         }
+        replicating.cancel();
         if let Some((_, build)) = background.lock().build.take() {
             build.cancel();
         }
@@ -321,26 +358,48 @@ impl Runner {
         self: &Arc<Self>,
         replica: &Replica,
         ship: &ShipHandle,
+        duties: &Arc<Duties>,
         catalog: &Arc<Catalog>,
         background: &Arc<Mutex<Background>>,
     ) -> Result<(), ReplicaError> {
         if catalog.version < replica.version() {
             return Ok(());
         }
-        let placed = catalog.placement.iter().flat_map(|shard| &shard.replicas).any(|one| one.replica == replica.id);
+        let placed = catalog.is_placed(replica.id);
         let plan = catalog.plan.as_ref();
+        ship.positions.ships.store(ships(catalog, replica), Ordering::Release);
+        duties.follow(catalog);
         if placed {
-            self.own_what_is_placed(replica, catalog, plan).await?;
+            self.own_what_is_placed(replica, duties, catalog, plan).await?;
         }
-        let order = Control::Obey { epoch: catalog.epoch, version: catalog.version };
+        let role = duties.role(catalog);
+        let order = Control::Obey { epoch: catalog.epoch, version: catalog.version, role };
         replica.control(order).await?;
+        if catalog.unsealed.iter().any(|one| one.replica == replica.id) {
+            duties.detach().await?;
+        }
+        duties.take_over(catalog);
         let building = plan.filter(|plan| plan.targets.iter().any(|target| target.replica == replica.id));
         self.tell_phase(placed);
         self.target_duties(replica, ship, catalog, building, placed, background);
-        let giving = plan.filter(|plan| plan.sources.iter().any(|source| source.replica == replica.id));
+        let giving = plan.filter(|plan| gives(plan, replica) && placed);
         self.source_duties(replica, ship, giving, background);
         self.quarantine_duties(replica, ship, catalog, background);
         Ok(())
+    }
+
+    /// What has no event of its own.
+    fn keep_house(&self, replica: &Replica, ship: &ShipHandle, duties: &Duties, reported: &mut ReplicationReport) {
+        replica.followers().expire();
+        let over_cap = ship.positions.held_back.load(Ordering::Acquire);
+        duties.set_evict(replica.followers().last().filter(|_| over_cap).map(|(follower, _)| follower));
+        let report = duties.report();
+        // The lag changes all the time; it goes with the regular reports.
+        let told = |report: &ReplicationReport| ReplicationReport { lag_lsns: 0, lag_ms: 0, ..report.clone() };
+        if told(&report) != told(reported) {
+            self.context.core.report.notify_one();
+        }
+        *reported = report;
     }
 
     fn tell_phase(&self, placed: bool) {
@@ -349,9 +408,10 @@ impl Runner {
 
     /// Brings the recorded range states in line with ownership and seals.
     async fn own_what_is_placed(
-        &self,
+        self: &Arc<Self>,
         replica: &Replica,
-        catalog: &Catalog,
+        duties: &Arc<Duties>,
+        catalog: &Arc<Catalog>,
         plan: Option<&Plan>,
     ) -> Result<(), ReplicaError> {
         let owned = catalog.owned_bands();
@@ -374,13 +434,23 @@ impl Runner {
                 "gave its leaving bands away"
             );
         }
-        let sealing = plan.filter(|plan| {
-            plan.step == Step::Sealing && plan.sources.iter().any(|source| source.replica == replica.id)
-        });
+        let sealing = plan.filter(|plan| plan.step == Step::Sealing && gives(plan, replica));
         match sealing.and_then(|plan| Some((plan, plan.moving()?))) {
             Some((plan, range)) => {
                 let lsn = replica.control(Control::Seal { plan: plan.id, version, range }).await?;
-                self.told.lock().source_of(plan.id).sealed = Some(Sealed { version, lsn });
+                let is_source = plan.sources.iter().any(|source| source.replica == replica.id);
+                if is_source && catalog.shard(replica.shard).is_some_and(|shard| shard.replicas.len() > 1) {
+                    // The targets read this log: it counts once everything is in it that any replica
+                    // of the shard accepted before its own seal.
+                    let (this, duties, catalog, plan) = (self.clone(), duties.clone(), catalog.clone(), plan.id);
+                    tokio::spawn(async move {
+                        let Some(lsn) = duties.sealed_by_all(&catalog).await else { return };
+                        this.told.lock().source_of(plan).sealed = Some(Sealed { version, lsn });
+                        this.context.core.report.notify_one();
+                    });
+                } else {
+                    self.told.lock().source_of(plan.id).sealed = Some(Sealed { version, lsn });
+                }
             }
             None if replica.ranges().seal.is_some() => {
                 replica.control(Control::Unseal { version }).await?;
@@ -417,9 +487,9 @@ impl Runner {
                 source.pauses_us = replica.take_pauses();
             }
         }
+        let Some(source) = plan.sources.iter().find(|source| source.replica == replica.id) else { return };
         // The targets read the log from the pinned manifest on; before there is one, from anywhere.
-        let pinned =
-            plan.sources.iter().find(|source| source.replica == replica.id).and_then(|source| source.manifest.as_ref());
+        let pinned = source.manifest.as_ref();
         let needed = pinned.map_or(0, |manifest| manifest.lsn.0);
         ship.positions.needed_after.store(needed, Ordering::Release);
         if plan.step == Step::Prepare && background.lock().checkpoint.replace(plan.id) != Some(plan.id) {
@@ -583,6 +653,22 @@ impl Runner {
                 background.lock().covering = None;
                 this.context.core.report.notify_one();
             });
+        }
+    }
+}
+
+/// True when the plan takes bands from the replica's shard.
+fn gives(plan: &Plan, replica: &Replica) -> bool {
+    plan.moving().is_some() && plan.sources.iter().any(|source| source.shard == replica.shard)
+}
+
+/// True for the one replica of a shard that ships, and for the target that will.
+fn ships(catalog: &Catalog, replica: &Replica) -> bool {
+    match catalog.shard(replica.shard).and_then(|shard| shard.shipper()) {
+        Some(shipper) => shipper.replica == replica.id,
+        None => {
+            let first = catalog.plan.iter().flat_map(|plan| &plan.targets).find(|one| one.shard == replica.shard);
+            first.is_some_and(|one| one.replica == replica.id)
         }
     }
 }

@@ -50,6 +50,10 @@ pub struct NodeConfig {
     pub read_threads: usize,
     /// Most replicas here.
     pub max_replicas: usize,
+    /// Bytes of log that a replica keeps for others, at most.
+    pub log_cap: u64,
+    /// Added to the machine's clock, milliseconds: to try what wrong clocks do.
+    pub clock_shift_ms: i64,
     /// Credentials and endpoint of the bucket.
     pub bucket_options: BucketOptions,
 }
@@ -126,7 +130,7 @@ impl Node {
         let (first, joined) =
             first_session(&session_config, &dir, identity.cluster_id.clone(), identity.bucket_url.clone()).await?;
         let bucket = Bucket::open(&joined.bucket_url, &config.bucket_options)?;
-        let clock: SharedClock = Arc::new(SystemClock);
+        let clock: SharedClock = Arc::new(SystemClock { shift_ms: config.clock_shift_ms });
         let core = Arc::new(NodeCore::new(node_id, clock.clone(), config.read_threads));
         let engines = EngineShared::new(config.budget);
         let host_context = Arc::new(HostContext {
@@ -135,6 +139,8 @@ impl Node {
             bucket: bucket.clone(),
             ship_interval: config.ship_interval,
             clock,
+            peers: Arc::default(),
+            log_cap: config.log_cap,
         });
         let manager = Arc::new(Manager::new(host_context, dir.clone(), config.max_replicas));
         let remembered = dir.lock().catalogs()?;

@@ -24,7 +24,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use vasto_core::ids::Lsn;
-use vasto_core::limits::{BINLOG_BYTES_MAX, CHECKPOINT_LOG_BYTES, CHUNK_BYTES_MAX};
+use vasto_core::limits::{CHECKPOINT_LOG_BYTES, CHUNK_BYTES_MAX};
 use vasto_core::plan::PinnedManifest;
 use vasto_core::record::BandRange;
 use vasto_core::stored_key::MetaKey;
@@ -86,6 +86,10 @@ pub struct Positions {
     pub needed_after: AtomicU64,
     /// The log is at its cap and only a running plan keeps it: the plan has to end.
     pub over_cap: AtomicBool,
+    /// The log is at its cap and only a follower keeps it: that one has to go.
+    pub held_back: AtomicBool,
+    /// This replica is the one of its shard that ships.
+    pub ships: AtomicBool,
 }
 
 /// Persisted in `ship.json`; only a hint: what the bucket holds decides.
@@ -141,6 +145,8 @@ pub struct ShipContext {
     pub clock: SharedClock,
     /// Between two chunks.
     pub interval: Duration,
+    /// Bytes of log that are kept, at most.
+    pub log_cap: u64,
 }
 
 struct Shipper {
@@ -203,7 +209,8 @@ impl Shipper {
             }
         }
         // The rest of the log goes out with the node, if the bucket answers.
-        while !self.context.replica.ranges().is_being_filled()
+        while self.ships()
+            && !self.context.replica.ranges().is_being_filled()
             && self.state.shipped_lsn < self.context.replica.settled_lsn()
         {
             if let Err(error) = self.ship_chunk().await {
@@ -222,8 +229,15 @@ impl Shipper {
         Ok(())
     }
 
+    fn ships(&self) -> bool {
+        self.positions.ships.load(Ordering::Acquire)
+    }
+
     async fn ship_log(&mut self) -> Result<(), ShipError> {
         let replica = self.context.replica.clone();
+        if !self.ships() {
+            return Ok(()); // another replica of the shard does
+        }
         if replica.ranges().is_being_filled() {
             return Ok(()); // it may be begun again, under the same names
         }
@@ -307,16 +321,23 @@ impl Shipper {
         let shipped = self.state.shipped_lsn;
         let needed = Lsn(self.positions.needed_after.load(Ordering::Acquire));
         let positions = self.positions.clone();
+        let (cap, ships) = (self.context.log_cap, self.ships());
         blocking(move || {
             let log = replica.log();
-            let full = log.bytes() > BINLOG_BYTES_MAX;
-            positions.over_cap.store(full && needed < replica.persisted_lsn()?, Ordering::Release);
+            let full = log.bytes() > cap;
+            let followed = replica.followers().covered_by_all().unwrap_or(Lsn(u64::MAX));
             if full {
-                tracing::warn!(bytes = log.bytes(), "the log is at its cap: what the bucket does not cover is given up; the next checkpoint supersedes it");
+                if ships && shipped < needed.min(followed) {
+                    tracing::warn!(bytes = log.bytes(), "the log is at its cap: what the bucket does not cover is given up; the next checkpoint supersedes it");
+                }
                 replica.engine().flush()?;
             }
-            let limit = replica.persisted_lsn()?.min(needed);
-            let limit = if full { limit } else { limit.min(shipped) };
+            let persisted = replica.persisted_lsn()?;
+            positions.over_cap.store(full && needed < persisted, Ordering::Release);
+            positions.held_back.store(full && followed < persisted, Ordering::Release);
+            replica.set_shed(log.bytes() > cap.saturating_mul(2));
+            let limit = persisted.min(needed).min(followed);
+            let limit = if full || !ships { limit } else { limit.min(shipped) };
             log.truncate_to(limit)?;
             Ok::<(), ShipError>(())
         })
@@ -405,7 +426,7 @@ impl Shipper {
             lsn,
             vector: described.vector,
             event_time_max: described.head.event_time_max,
-            commit_time_max: described.head.commit_time,
+            commit_time_max: described.head.commit_time_max,
             floor: described.head.floor,
             created_at_us: self.context.clock.now_us(),
             nonce: rand::random(),

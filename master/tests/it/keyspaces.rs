@@ -77,7 +77,7 @@ async fn what_is_not_possible_is_refused_with_what_to_do() {
         (with(|r| r.shards = 4096), FailedPrecondition, "room for"),
         (with(|r| r.replicas = 0), InvalidArgument, "1 to 7"),
         (with(|r| r.replicas = 8), InvalidArgument, "1 to 7"),
-        (with(|r| r.replicas = 2), FailedPrecondition, "use --replicas 1"),
+        (with(|r| r.replicas = 2), FailedPrecondition, "start more nodes"),
         (with(|r| r.ack = v1::Ack::Replica as i32), FailedPrecondition, "--ack"),
         (with(|r| r.ack = v1::Ack::Bucket as i32), FailedPrecondition, "--ack"),
         (with(|r| r.ttl_ms = Some(0)), InvalidArgument, "time to live"),

@@ -233,7 +233,7 @@ pub fn reports(catalog: &Catalog, node: NodeId, hold: Option<Step>) -> Vec<Repli
                 source: plan.and_then(|plan| source(catalog, plan, replica, hold)),
                 target: plan.and_then(|plan| target(plan, replica, hold)),
                 cleaned: catalog.quarantines.iter().filter(|one| one.dropping).map(|one| one.plan).collect(),
-                replication: Default::default(),
+                replication: vasto_core::plan::ReplicationReport { ready: true, ..Default::default() },
             }
         })
         .collect()

@@ -2,11 +2,13 @@
 
 use vasto_core::catalog::{Ack, KeyspaceSpec};
 use vasto_core::limits::{BATCH_BYTES_MAX, BATCH_OPS_MAX, LimitError, check_event_time, check_key, check_value};
+use vasto_core::ids::ReplicaId;
 use vasto_core::{ErrorCode, VastoError};
 use vasto_proto::convert::ack_from_wire;
 use vasto_proto::v1;
 
-use crate::replica::job::{Change, WriteOp};
+use crate::replica::job::{Change, Condition, OpId, WriteOp};
+use crate::replica::metrics::refused_event_time;
 use crate::replica::read::KeyRef;
 
 fn malformed(what: &str) -> VastoError {
@@ -33,6 +35,7 @@ pub(super) struct Write {
     pub ops: Vec<WriteOp>,
     pub ack: Ack,
     pub bytes: usize,
+    pub id: Option<OpId>,
 }
 
 /// Operations of a write, with the keyspace's defaults filled in.
@@ -41,12 +44,22 @@ pub(super) fn write(request: v1::WriteRequest, spec: &KeyspaceSpec, now_us: u64)
         return Err(LimitError::BatchTooMany(request.ops.len()).into());
     }
     let ack = ack_from_wire(request.ack).unwrap_or(spec.ack);
-    if matches!(ack, Ack::Replica | Ack::Bucket) {
-        return Err(VastoError::new(
-            ErrorCode::FailedPrecondition,
-            format!("the acknowledgement level `{ack}` is not available in this version; use os or fsync"),
-        ));
+    // A request may ask for more than the keyspace does, never for less.
+    let ack = ack.max(spec.ack);
+    if ack == Ack::Bucket {
+        let message = "the acknowledgement level `bucket` is not available in this version; use os, fsync or replica";
+        return Err(VastoError::new(ErrorCode::FailedPrecondition, message));
     }
+    if ack == Ack::Replica && spec.replicas < 2 {
+        let message = "the acknowledgement level `replica` needs a second replica, and this keyspace has one";
+        return Err(VastoError::new(ErrorCode::FailedPrecondition, message));
+    }
+    let id = (request.client_id != 0).then(|| OpId {
+        client: request.client_id,
+        sequence: request.sequence,
+        tried: (request.tried_replica != 0).then_some(ReplicaId(request.tried_replica)),
+        age_ms: request.age_ms.into(),
+    });
     let mut bytes = 0;
     let mut ops = Vec::with_capacity(request.ops.len());
     for op in request.ops {
@@ -54,7 +67,7 @@ pub(super) fn write(request: v1::WriteRequest, spec: &KeyspaceSpec, now_us: u64)
         check_key(&key.key)?;
         bytes += key.key.len();
         if let Some(event_time) = op.event_time {
-            check_event_time(event_time, now_us)?;
+            check_event_time(event_time, now_us).inspect_err(|_| refused_event_time())?;
         }
         let change = match op.op {
             Some(v1::write_op::Op::Put(put)) => {
@@ -64,11 +77,27 @@ pub(super) fn write(request: v1::WriteRequest, spec: &KeyspaceSpec, now_us: u64)
                 if ttl_ms.is_some_and(|ms| ms == 0 || ms > u64::MAX / 2000) {
                     return Err(LimitError::BadTtl(ttl_ms.unwrap_or(0) / 1000).into());
                 }
-                Change::Put { value: put.value, ttl_ms }
+                let condition = condition(put.if_absent, put.if_version)?;
+                Change::Put { value: put.value, ttl_ms, condition }
             }
-            Some(v1::write_op::Op::Delete(_)) => Change::Delete,
-            _ => return Err(malformed("an operation that says neither put nor delete")),
+            Some(v1::write_op::Op::Delete(delete)) => {
+                Change::Delete { condition: condition(false, delete.if_version)? }
+            }
+            Some(v1::write_op::Op::AddI64(addend)) => Change::AddI64(addend),
+            Some(v1::write_op::Op::AddF64(addend)) => Change::AddF64(addend),
+            Some(v1::write_op::Op::MaxF64(least)) => Change::MaxF64(least),
+            Some(v1::write_op::Op::MinF64(most)) => Change::MinF64(most),
+            Some(v1::write_op::Op::Append(more)) => {
+                check_value(&more)?;
+                bytes += more.len();
+                Change::Append(more)
+            }
+            None => return Err(malformed("an operation that does not say what to do")),
         };
+        if change.modifies() && op.event_time.is_some() {
+            let message = "a read-modify-write is stamped by the primary; leave the event time out";
+            return Err(VastoError::new(ErrorCode::InvalidArgument, message));
+        }
         ops.push(WriteOp { key: key.key, partition_hash: key.partition_hash, event_time: op.event_time, change });
     }
     if bytes > BATCH_BYTES_MAX {
@@ -77,7 +106,16 @@ pub(super) fn write(request: v1::WriteRequest, spec: &KeyspaceSpec, now_us: u64)
     if ops.is_empty() {
         return Err(malformed("a write without operations"));
     }
-    Ok(Write { ops, ack, bytes })
+    Ok(Write { ops, ack, bytes, id })
+}
+
+fn condition(if_absent: bool, if_version: Option<u64>) -> Result<Option<Condition>, VastoError> {
+    match (if_absent, if_version) {
+        (false, None) => Ok(None),
+        (true, None) => Ok(Some(Condition::Absent)),
+        (false, Some(version)) => Ok(Some(Condition::Version(version))),
+        (true, Some(_)) => Err(malformed("a put with two conditions")),
+    }
 }
 
 #[cfg(test)]

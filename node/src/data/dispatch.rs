@@ -16,7 +16,7 @@ use super::decode;
 use super::reply::ReplySink;
 use crate::core::NodeCore;
 use crate::replica::Replica;
-use crate::replica::job::Outcome;
+use crate::replica::job::{Number, Outcome, Role};
 use crate::replica::read::{GetResult, KeyRef, ScanPage};
 
 /// Who asks, and for what.
@@ -29,13 +29,18 @@ struct Caller {
 
 enum Place {
     Here(Replica),
+    CatchingUp,
     NotYet,
     Elsewhere,
 }
 
 fn place(core: &NodeCore, caller: Caller, shard: ShardId) -> Place {
     match core.replica_of(caller.keyspace, shard) {
-        Some(replica) if replica.epoch() >= caller.epoch => Place::Here(replica),
+        Some(replica) if replica.epoch() >= caller.epoch => match replica.view().role {
+            Role::Detached => Place::Elsewhere,
+            _ if replica.is_ready() => Place::Here(replica),
+            _ => Place::CatchingUp,
+        },
         Some(_) => Place::NotYet,
         None if core.known_epoch(caller.keyspace) >= caller.epoch && !core.is_placed_here(caller.keyspace, shard) => {
             Place::Elsewhere
@@ -55,6 +60,7 @@ pub(super) fn dispatch(core: &Arc<NodeCore>, request: v1::Request, sink: ReplySi
     match place(core, caller, shard) {
         Place::Here(replica) => execute(core, caller, &replica, op, sink),
         Place::Elsewhere => sink.fail(core, caller.id, caller.keyspace, caller.epoch, &not_here()),
+        Place::CatchingUp => sink.fail(core, caller.id, caller.keyspace, caller.epoch, &catching_up()),
         Place::NotYet => {
             let core = core.clone();
             // Bounded by the connection's byte budget, which the sink holds; ends within EPOCH_WAIT.
@@ -71,6 +77,7 @@ async fn wait_for_topology(core: Arc<NodeCore>, caller: Caller, shard: ShardId, 
         match place(&core, caller, shard) {
             Place::Here(replica) => return execute(&core, caller, &replica, op, sink),
             Place::Elsewhere => return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &not_here()),
+            Place::CatchingUp => return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &catching_up()),
             Place::NotYet => {}
         }
         let replica_changed = async {
@@ -88,6 +95,11 @@ async fn wait_for_topology(core: Arc<NodeCore>, caller: Caller, shard: ShardId, 
             }
         }
     }
+}
+
+fn catching_up() -> VastoError {
+    VastoError::new(ErrorCode::CatchingUp, "this replica is catching up with its peers; ask another one")
+        .retry_after_ms(50)
 }
 
 fn not_here() -> VastoError {
@@ -131,15 +143,29 @@ fn execute_write(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, write:
             .map(|outcomes| Answer::Write(v1::WriteReply { outcomes: outcomes.into_iter().map(outcome).collect() }));
         answer(&core, caller, result, sink);
     });
-    replica.write(write.ops, write.ack, write.bytes, done);
+    replica.write_as(write.ops, write.ack, write.bytes, write.id, done);
 }
 
 fn outcome(outcome: Outcome) -> v1::WriteOutcome {
-    let (kind, event_time) = match outcome {
-        Outcome::Applied(event_time) => (v1::write_outcome::Kind::Applied, event_time),
-        Outcome::Superseded(event_time) => (v1::write_outcome::Kind::Superseded, event_time),
+    let value = |event_time, version, number| {
+        let payload = match number {
+            Some(Number::I64(number)) => v1::value::Payload::I64(number),
+            Some(Number::F64(bits)) => v1::value::Payload::F64(f64::from_bits(bits)),
+            None => v1::value::Payload::Data(bytes::Bytes::new()),
+        };
+        Some(v1::Value { payload: Some(payload), event_time, expires_at: None, version })
     };
-    v1::WriteOutcome { kind: kind as i32, event_time, value: None }
+    let (kind, event_time, value) = match outcome {
+        Outcome::Applied(event_time) => (v1::write_outcome::Kind::Applied, event_time, None),
+        Outcome::Superseded(event_time) => (v1::write_outcome::Kind::Superseded, event_time, None),
+        Outcome::Modified { event_time, version, number } => {
+            (v1::write_outcome::Kind::Applied, event_time, value(event_time, version, number))
+        }
+        Outcome::NotApplied { event_time, version } => {
+            (v1::write_outcome::Kind::NotApplied, event_time, value(event_time, version, None))
+        }
+    };
+    v1::WriteOutcome { kind: kind as i32, event_time, value }
 }
 
 fn execute_get(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, keys: Vec<KeyRef>, sink: ReplySink) {

@@ -15,6 +15,7 @@ mod rewrite;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -138,10 +139,14 @@ impl Build {
         if self.replica.ranges().ingested != Some(plan.id) {
             load::load(&self, &catalog, &plan).await?;
         }
-        self.ship.checkpoint(None).await?;
+        // Of the targets of a shard one ships; the others take part without a manifest of their own.
+        let ships = self.ship.positions.ships.load(Ordering::Acquire);
+        if ships {
+            self.ship.checkpoint(None).await?;
+        }
         {
             let mut progress = self.progress.lock();
-            progress.manifest_shipped = true;
+            progress.manifest_shipped = ships;
             progress.stage = TargetStage::Tailing;
             // Not caught up until the followers say so.
             progress.lag_lsns = u64::MAX;

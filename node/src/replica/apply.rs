@@ -7,7 +7,7 @@ use vasto_core::Band;
 use vasto_core::codec::DecodeError;
 use vasto_core::entry::{Entry, event_time_of};
 use vasto_core::hash::partition_hash;
-use vasto_core::ids::{OwnSeq, ShardId};
+use vasto_core::ids::{Origin, OwnSeq, ShardId, Vector};
 use vasto_core::record::{Body, Progress, RangeState, Record};
 use vasto_core::stored_key::{MetaKey, data_key};
 
@@ -23,6 +23,17 @@ pub struct Meta {
     pub head: Head,
     /// The state of its bands.
     pub ranges: Ranges,
+    /// Per origin, the last record that is applied.
+    pub vector: Vector,
+    /// Entries of the vector that have changed and are not published yet.
+    pub news: Vec<(Origin, OwnSeq)>,
+}
+
+impl Meta {
+    /// True when this very replica accepted the record first, in whatever incarnation.
+    pub fn is_own(&self, record: &Record) -> bool {
+        record.origin.replica == self.identity.replica
+    }
 }
 
 /// A record that cannot be applied.
@@ -65,13 +76,19 @@ pub fn put_progress(batch: &mut Batch, progress: &[Progress]) {
 pub fn put_head(batch: &mut Batch, meta: &mut Meta, record: &Record) {
     let head = &mut meta.head;
     head.applied_lsn = record.lsn;
-    head.commit_time = head.commit_time.max(record.commit_time);
+    head.commit_time_max = head.commit_time_max.max(record.commit_time);
     head.floor = head.floor.max(record.floor);
-    head.epoch = head.epoch.max(record.epoch);
+    // What another replica has obeyed or stamped says nothing about this one.
+    if record.origin.replica == meta.identity.replica {
+        head.commit_time = head.commit_time.max(record.commit_time);
+        head.epoch = head.epoch.max(record.epoch);
+    }
     if record.own_seq.0 > 0 {
         if record.origin.replica == meta.identity.replica && record.origin.incarnation == meta.identity.incarnation {
             head.own_seq = record.own_seq;
         }
+        meta.vector.insert(record.origin, record.own_seq);
+        meta.news.push((record.origin, record.own_seq));
         batch.put_meta(MetaKey::Vector(record.origin), &record.own_seq.0.to_le_bytes());
     }
     batch.put_meta(MetaKey::Head, &head.encode());
@@ -80,6 +97,12 @@ pub fn put_head(batch: &mut Batch, meta: &mut Meta, record: &Record) {
 /// Builds the batch of a record and moves `meta` past it.
 pub fn apply_record(meta: &mut Meta, record: &Record) -> Result<Batch, ApplyError> {
     let mut batch = Batch::default();
+    add_record(&mut batch, meta, record)?;
+    Ok(batch)
+}
+
+/// Adds what a record changes to the batch and moves `meta` past it.
+pub fn add_record(batch: &mut Batch, meta: &mut Meta, record: &Record) -> Result<(), ApplyError> {
     match &record.body {
         Body::Data { entries, results, progress } => {
             for one in entries {
@@ -94,9 +117,11 @@ pub fn apply_record(meta: &mut Meta, record: &Record) -> Result<Batch, ApplyErro
             for one in results {
                 batch.put_meta(MetaKey::Result(one.client, one.sequence), &one.outcome);
             }
-            put_progress(&mut batch, progress);
+            put_progress(batch, progress);
         }
         Body::GcFloor { floor } => meta.head.floor = meta.head.floor.max(*floor),
+        // A peer's, or one of this replica's own that was pulled back, changes nothing here.
+        Body::Adopt { .. } if !meta.is_own(record) || record.origin.incarnation <= meta.identity.incarnation => {}
         Body::Adopt { .. } => {
             meta.identity.incarnation = record.origin.incarnation;
             meta.head.own_seq = OwnSeq(0);
@@ -114,7 +139,7 @@ pub fn apply_record(meta: &mut Meta, record: &Record) -> Result<Batch, ApplyErro
         Body::Ingest { plan, event_time_max, progress, .. } => {
             meta.ranges.ingested = Some(*plan);
             meta.head.event_time_max = meta.head.event_time_max.max(*event_time_max);
-            put_progress(&mut batch, progress);
+            put_progress(batch, progress);
         }
         Body::RangeState { version, range, state } => {
             meta.ranges.set(*range, *state);
@@ -131,6 +156,6 @@ pub fn apply_record(meta: &mut Meta, record: &Record) -> Result<Batch, ApplyErro
     if matches!(record.body, Body::Seal { .. } | Body::Unseal { .. } | Body::Ingest { .. } | Body::RangeState { .. }) {
         batch.put_meta(MetaKey::RangeStates, &meta.ranges.encode());
     }
-    put_head(&mut batch, meta, record);
-    Ok(batch)
+    put_head(batch, meta, record);
+    Ok(())
 }

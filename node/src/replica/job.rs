@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use vasto_core::catalog::Ack;
-use vasto_core::ids::{CatalogVersion, Epoch, Lsn, PlanId};
-use vasto_core::record::{BandRange, IngestedObject, KeyEntry, Progress, RangeState};
+use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, Lsn, Origin, OwnSeq, PlanId, ReplicaId, Vector};
+use vasto_core::record::{BandRange, IngestedObject, KeyEntry, Progress, RangeState, Record};
 use vasto_core::{ErrorCode, VastoError};
 
 /// One operation of a write.
@@ -31,9 +31,69 @@ pub enum Change {
         value: Bytes,
         /// Time to live, milliseconds.
         ttl_ms: Option<u64>,
+        /// What must hold; makes it a read-modify-write.
+        condition: Option<Condition>,
     },
     /// Store a tombstone.
-    Delete,
+    Delete {
+        /// As of a put.
+        condition: Option<Condition>,
+    },
+    /// Add to a counter.
+    AddI64(i64),
+    /// Add to a number.
+    AddF64(f64),
+    /// Raise a number to at least this.
+    MaxF64(f64),
+    /// Lower a number to at most this.
+    MinF64(f64),
+    /// Append to bytes.
+    Append(Bytes),
+}
+
+/// What must hold for a conditional write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Condition {
+    /// The key does not exist.
+    Absent,
+    /// This version stands.
+    Version(u64),
+}
+
+/// A number that was stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Number {
+    /// An integer.
+    I64(i64),
+    /// The bits of a float.
+    F64(u64),
+}
+
+/// Which operation of which client a read-modify-write is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OpId {
+    /// The client.
+    pub client: u64,
+    /// Its own number for it.
+    pub sequence: u64,
+    /// The replica that was asked before.
+    pub tried: Option<ReplicaId>,
+    /// Time since the first attempt, milliseconds.
+    pub age_ms: u64,
+}
+
+impl Change {
+    /// True for a read-modify-write, which only the primary does.
+    pub fn modifies(&self) -> bool {
+        match self {
+            Change::Put { condition, .. } | Change::Delete { condition } => condition.is_some(),
+            Change::AddI64(_)
+            | Change::AddF64(_)
+            | Change::MaxF64(_)
+            | Change::MinF64(_)
+            | Change::Append(_) => true,
+        }
+    }
 }
 
 /// What became of one operation.
@@ -43,6 +103,22 @@ pub enum Outcome {
     Applied(u64),
     /// An entry with this later event time stands.
     Superseded(u64),
+    /// A read-modify-write is stored.
+    Modified {
+        /// Its event time.
+        event_time: u64,
+        /// The version of what stands now.
+        version: u64,
+        /// The number that stands now.
+        number: Option<Number>,
+    },
+    /// The condition does not hold.
+    NotApplied {
+        /// Event time of what stands; 0 when nothing does.
+        event_time: u64,
+        /// Its version; 0 when nothing stands.
+        version: u64,
+    },
 }
 
 /// Called exactly once with the result.
@@ -54,6 +130,8 @@ pub struct WriteJob {
     pub ops: Vec<WriteOp>,
     /// When to answer.
     pub ack: Ack,
+    /// Which operation it is, of read-modify-writes.
+    pub id: Option<OpId>,
     done: Option<Completion>,
     /// Room in the queue, given back when the job is dropped.
     _permit: Option<OwnedSemaphorePermit>,
@@ -63,7 +141,18 @@ impl WriteJob {
     /// A write that answers through `done`, exactly once: also when the job is dropped, which
     /// happens before it was begun, or when the writer dies.
     pub fn new(ops: Vec<WriteOp>, ack: Ack, done: Completion, permit: Option<OwnedSemaphorePermit>) -> Self {
-        Self { ops, ack, done: Some(done), _permit: permit }
+        Self { ops, ack, id: None, done: Some(done), _permit: permit }
+    }
+
+    /// Says which operation of which client it is.
+    pub fn with_id(mut self, id: Option<OpId>) -> Self {
+        self.id = id;
+        self
+    }
+
+    /// True when it holds a read-modify-write.
+    pub fn modifies(&self) -> bool {
+        self.ops.iter().any(|op| op.change.modifies())
     }
 
     /// Answers the caller.
@@ -96,6 +185,45 @@ pub struct ApplyJob {
     pub progress: Vec<Progress>,
     /// Answers with the LSN that covers them, synced.
     pub done: oneshot::Sender<Result<Lsn, ReplicaError>>,
+}
+
+/// Records of another replica of the shard, in the order of its log.
+pub struct ReplicateJob {
+    /// Whose log they come from.
+    pub source: ReplicaId,
+    /// Streamed kinds only; those that are here already are skipped.
+    pub records: Vec<Record>,
+    /// Of the source's log: the follower lacks nothing up to here afterwards.
+    pub covered: Lsn,
+    /// Answers once they are durable here.
+    pub done: oneshot::Sender<Result<(), ReplicaError>>,
+}
+
+/// What a replica is to its shard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Role {
+    /// Not placed: a target under construction, or one to be drained. It takes nothing from clients.
+    Detached,
+    /// It takes everything but read-modify-writes.
+    Secondary,
+    /// It hands over: read-modify-writes wait for the outcome.
+    HandingOver,
+    /// It takes everything.
+    #[default]
+    Primary,
+}
+
+/// A consistent look at a replica, everything in it durable.
+#[derive(Debug, Clone)]
+pub struct Position {
+    /// The last record.
+    pub lsn: Lsn,
+    /// Per origin, the last record.
+    pub vector: Vector,
+    /// The collection floor.
+    pub floor: u64,
+    /// This opening.
+    pub incarnation: Incarnation,
 }
 
 /// A change of the replica itself, derived from a catalog version.
@@ -146,6 +274,18 @@ pub enum Control {
         epoch: Epoch,
         /// Its number.
         version: CatalogVersion,
+        /// What the replica is under it.
+        role: Role,
+    },
+    /// Never stamp a commit time at or below this one again.
+    Promise {
+        /// Microseconds.
+        commit_time: u64,
+    },
+    /// The collection floor was agreed.
+    GcFloor {
+        /// Commit time, microseconds.
+        floor: u64,
     },
     /// Make everything appended so far durable.
     Sync,
@@ -159,6 +299,10 @@ pub enum Job {
     Write(WriteJob),
     /// Another log's entries.
     Apply(ApplyJob),
+    /// Another replica's records.
+    Replicate(ReplicateJob),
+    /// A look at where the replica stands.
+    Look(oneshot::Sender<Result<Position, ReplicaError>>),
     /// A change of the replica.
     Control(Control, oneshot::Sender<Result<Lsn, ReplicaError>>),
 }
@@ -172,6 +316,16 @@ pub enum ReplicaError {
     /// A sync, an append or an apply failed: nothing is written until it is opened again.
     #[error("the replica is closed to writes: {0}")]
     Closed(String),
+    /// A record is missing before this one: the source's log does not reach back far enough.
+    #[error("record {next} of origin {origin} was expected, and {got} came: the log of the source begins too late")]
+    Gap {
+        /// Whose record.
+        origin: Origin,
+        /// The one that is missing.
+        next: OwnSeq,
+        /// The one that came.
+        got: OwnSeq,
+    },
     /// The order contradicts the state of the replica.
     #[error("{0}")]
     Refused(String),
@@ -184,7 +338,7 @@ impl From<ReplicaError> for VastoError {
     fn from(error: ReplicaError) -> Self {
         let code = match &error {
             ReplicaError::Stopped | ReplicaError::Closed(_) => ErrorCode::Unavailable,
-            ReplicaError::Refused(_) => ErrorCode::FailedPrecondition,
+            ReplicaError::Refused(_) | ReplicaError::Gap { .. } => ErrorCode::FailedPrecondition,
             ReplicaError::Engine(_) => ErrorCode::Unavailable,
         };
         VastoError::new(code, error.to_string()).retry_after_ms(100)

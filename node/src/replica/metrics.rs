@@ -3,12 +3,19 @@
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use opentelemetry::KeyValue;
 use opentelemetry::metrics::{Counter, Histogram};
 
 struct Instruments {
     groups: Counter<u64>,
     writes: Counter<u64>,
     sync_seconds: Histogram<f64>,
+    sync_errors: Counter<u64>,
+    replicated: Counter<u64>,
+    conflicts: Counter<u64>,
+    given_away: Counter<u64>,
+    ahead: Counter<u64>,
+    refused_times: Counter<u64>,
 }
 
 fn instruments() -> &'static Instruments {
@@ -18,6 +25,30 @@ fn instruments() -> &'static Instruments {
         Instruments {
             groups: meter.u64_counter("vasto_group_commits").with_description("Group commits of all replicas").build(),
             writes: meter.u64_counter("vasto_writes").with_description("Write requests committed").build(),
+            sync_errors: meter
+                .u64_counter("vasto_log_sync_errors")
+                .with_description("Syncs of a log that failed; each closes its replica to writes")
+                .build(),
+            replicated: meter
+                .u64_counter("vasto_replicated_records")
+                .with_description("Records taken from other replicas")
+                .build(),
+            conflicts: meter
+                .u64_counter("vasto_conflicts")
+                .with_description("Entries of other replicas that met another entry of their key")
+                .build(),
+            given_away: meter
+                .u64_counter("vasto_given_away_entries")
+                .with_description("Entries of other replicas for bands that were given away already")
+                .build(),
+            ahead: meter
+                .u64_counter("vasto_event_times_ahead")
+                .with_description("Entries of other replicas that are too far ahead of the clock")
+                .build(),
+            refused_times: meter
+                .u64_counter("vasto_refused_event_times")
+                .with_description("Writes of clients refused because of their event time")
+                .build(),
             sync_seconds: meter
                 .f64_histogram("vasto_log_sync")
                 .with_unit("s")
@@ -39,4 +70,35 @@ pub(super) fn group(requests: usize) {
 /// A sync of the log took this long.
 pub(super) fn sync(duration: Duration) {
     instruments().sync_seconds.record(duration.as_secs_f64(), &[]);
+}
+
+/// A sync of the log failed.
+pub(super) fn sync_error() {
+    instruments().sync_errors.add(1, &[]);
+}
+
+/// Records of other replicas were taken.
+pub(super) fn replicated(records: u64) {
+    instruments().replicated.add(records, &[]);
+}
+
+/// An entry of another replica met a different one, and won or lost.
+pub(super) fn conflict(won: bool) {
+    let winner = if won { "incoming" } else { "stored" };
+    instruments().conflicts.add(1, &[KeyValue::new("winner", winner)]);
+}
+
+/// An entry of another replica belongs to bands that were given away.
+pub(super) fn given_away() {
+    instruments().given_away.add(1, &[]);
+}
+
+/// An entry of another replica is too far ahead of the clock.
+pub(super) fn event_time_ahead() {
+    instruments().ahead.add(1, &[]);
+}
+
+/// A client's event time was refused.
+pub(crate) fn refused_event_time() {
+    instruments().refused_times.add(1, &[]);
 }

@@ -9,8 +9,12 @@
 
 pub mod apply;
 pub mod job;
-mod metrics;
+pub mod followers;
+pub(crate) mod metrics;
 pub mod read;
+mod replicate;
+mod results;
+mod rmw;
 mod slots;
 mod stamp;
 pub mod state;
@@ -26,7 +30,9 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, oneshot, watch};
 use vasto_core::catalog::Ack;
-use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, OwnSeq, ReplicaId, ShardId, Vector};
+use vasto_core::ids::{
+    CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, OwnSeq, ReplicaId, ShardId, Vector, covers,
+};
 use vasto_core::limits::{BINLOG_FILE_BYTES, WRITE_QUEUE_BYTES_MAX};
 use vasto_core::record::{BandRange, KeyEntry, Progress, RangeState, Record};
 use vasto_core::stored_key::{META_PREFIX, MetaKey};
@@ -36,7 +42,9 @@ use crate::binlog::{Binlog, BinlogConfig, BinlogError, LogShared};
 use crate::clock::SharedClock;
 use crate::engine::{Engine, EngineError, EngineShared, FlushGuard};
 use apply::{ApplyError, Meta, apply_record};
-use job::{ApplyJob, Completion, Control, Job, ReplicaError, WriteJob, WriteOp};
+use followers::Followers;
+use job::{ApplyJob, Completion, Control, Job, OpId, Position, ReplicaError, ReplicateJob, Role, WriteJob, WriteOp};
+use results::Results;
 use state::{Head, Identity, Ranges};
 use writer::Writer;
 
@@ -134,15 +142,20 @@ pub struct View {
     pub epoch: Epoch,
     /// The catalog version that it has obeyed.
     pub version: CatalogVersion,
+    /// What it is to its shard under that version.
+    pub role: Role,
 }
 
 impl View {
-    fn of(meta: &Meta) -> Self {
-        Self { ranges: meta.ranges.clone(), epoch: meta.head.epoch, version: meta.head.version }
+    fn of(meta: &Meta, role: Role) -> Self {
+        Self { ranges: meta.ranges.clone(), epoch: meta.head.epoch, version: meta.head.version, role }
     }
 
-    fn shows(&self, meta: &Meta) -> bool {
-        self.epoch == meta.head.epoch && self.version == meta.head.version && self.ranges == meta.ranges
+    fn shows(&self, meta: &Meta, role: Role) -> bool {
+        self.role == role
+            && self.epoch == meta.head.epoch
+            && self.version == meta.head.version
+            && self.ranges == meta.ranges
     }
 }
 
@@ -156,6 +169,17 @@ pub struct Shared {
     incarnation: AtomicU64,
     closed: ArcSwapOption<String>,
     changed: watch::Sender<u64>,
+    /// Durable or about to be: per origin, the last record that is applied.
+    vector: Mutex<Vector>,
+    /// Raised with every change of the vector.
+    vector_changes: AtomicU64,
+    pub(crate) followers: Followers,
+    /// False until the replica has caught up with its peers since it was opened.
+    ready: AtomicBool,
+    /// It is not primary before it has obeyed this version, whatever an older one said.
+    primary_from: AtomicU64,
+    /// The log is far over its cap: writes are refused.
+    shed: AtomicBool,
     pauses_us: Mutex<Vec<u64>>,
     ended: AtomicBool,
 }
@@ -164,10 +188,14 @@ pub struct Shared {
 const PAUSES_MAX: usize = 4_096;
 
 impl Shared {
-    fn publish(&self, meta: &Meta) {
-        if !self.view.load().shows(meta) {
-            self.view.store(Arc::new(View::of(meta)));
+    fn publish(&self, meta: &mut Meta, role: Role) {
+        if !self.view.load().shows(meta, role) {
+            self.view.store(Arc::new(View::of(meta, role)));
             self.changed.send_modify(|count| *count += 1);
+        }
+        if !meta.news.is_empty() {
+            self.vector.lock().extend(meta.news.drain(..));
+            self.vector_changes.fetch_add(1, Ordering::AcqRel);
         }
         self.incarnation.store(meta.identity.incarnation.0, Ordering::Release);
         self.applied.store(meta.head.applied_lsn.0, Ordering::Release);
@@ -260,10 +288,18 @@ impl Replica {
         replay(&engine, &log, &mut meta, &dir)?;
         log.set_incarnation(meta.identity.incarnation);
         let (changed, _) = watch::channel(0);
+        engine.raise_floor(meta.head.floor);
+        meta.news.clear();
         let shared = Arc::new(Shared {
             log: log.shared(),
             clock,
-            view: ArcSwap::from_pointee(View::of(&meta)),
+            view: ArcSwap::from_pointee(View::of(&meta, Role::default())),
+            vector: Mutex::new(meta.vector.clone()),
+            vector_changes: AtomicU64::new(0),
+            followers: Followers::default(),
+            ready: AtomicBool::new(true),
+            primary_from: AtomicU64::new(0),
+            shed: AtomicBool::new(false),
             applied: AtomicU64::new(meta.head.applied_lsn.0),
             incarnation: AtomicU64::new(meta.identity.incarnation.0),
             closed: ArcSwapOption::empty(),
@@ -272,8 +308,9 @@ impl Replica {
             ended: AtomicBool::new(false),
             engine,
         });
+        let results = Results::load(&shared.engine.with_prefix(&MetaKey::result_prefix())?);
         let (jobs, receiver) = std::sync::mpsc::channel();
-        let mut writer = Writer::new(shared.clone(), log, meta, receiver);
+        let mut writer = Writer::new(shared.clone(), log, meta, results, receiver);
         writer.adopt()?;
         if let Some((version, range, state)) = initial
             && shared.view.load().ranges.state(range.first) != state
@@ -294,6 +331,19 @@ impl Replica {
 
     /// Queues a client's write; `done` is called exactly once. Refused at once when the queue is full.
     pub fn write(&self, ops: Vec<WriteOp>, ack: Ack, bytes: usize, done: Completion) {
+        self.write_as(ops, ack, bytes, None, done);
+    }
+
+    /// As [`Self::write`], of an operation that has an id: it is done at most once.
+    pub fn write_as(&self, ops: Vec<WriteOp>, ack: Ack, bytes: usize, id: Option<OpId>, done: Completion) {
+        if self.shared.shed.load(Ordering::Relaxed) {
+            done(Err(VastoError::new(
+                ErrorCode::Overloaded,
+                "the replica's log is full because another replica does not read it; see `vasto cluster status`",
+            )
+            .retry_after_ms(1_000)));
+            return;
+        }
         let weight = (bytes + 64).min(WRITE_QUEUE_BYTES_MAX) as u32;
         let Ok(permit) = self.queue_bytes.clone().try_acquire_many_owned(weight) else {
             done(Err(VastoError::new(ErrorCode::Overloaded, "the replica's write queue is full; slow down")
@@ -301,13 +351,36 @@ impl Replica {
             return;
         };
         // A job that is refused because the writer has ended answers for itself when it is dropped.
-        let _ = self.jobs.send(Job::Write(WriteJob::new(ops, ack, done, Some(permit))));
+        let _ = self.jobs.send(Job::Write(WriteJob::new(ops, ack, done, Some(permit)).with_id(id)));
     }
 
     /// Merges another log's entries; answers once they are durable here.
     pub async fn apply(&self, entries: Vec<KeyEntry>, progress: Vec<Progress>) -> Result<Lsn, ReplicaError> {
         let (done, answer) = oneshot::channel();
         self.jobs.send(Job::Apply(ApplyJob { entries, progress, done })).map_err(|_| ReplicaError::Stopped)?;
+        answer.await.map_err(|_| ReplicaError::Stopped)?
+    }
+
+    /// Takes records of another replica's log; answers once they are durable here.
+    ///
+    /// # Errors
+    /// [`ReplicaError::Gap`] when a record before them is missing: nothing of what follows it is taken.
+    pub async fn replicate(
+        &self,
+        source: ReplicaId,
+        records: Vec<Record>,
+        covered: Lsn,
+    ) -> Result<(), ReplicaError> {
+        let (done, answer) = oneshot::channel();
+        let job = ReplicateJob { source, records, covered, done };
+        self.jobs.send(Job::Replicate(job)).map_err(|_| ReplicaError::Stopped)?;
+        answer.await.map_err(|_| ReplicaError::Stopped)?
+    }
+
+    /// Where the replica stands, with everything durable.
+    pub async fn position(&self) -> Result<Position, ReplicaError> {
+        let (done, answer) = oneshot::channel();
+        self.jobs.send(Job::Look(done)).map_err(|_| ReplicaError::Stopped)?;
         answer.await.map_err(|_| ReplicaError::Stopped)?
     }
 
@@ -391,6 +464,53 @@ impl Replica {
         Ok(bytes.and_then(|bytes| Head::decode(&bytes).ok()).map(|head| head.applied_lsn).unwrap_or_default())
     }
 
+    /// Per origin, the last record that is applied.
+    pub fn vector(&self) -> Vector {
+        self.shared.vector.lock().clone()
+    }
+
+    /// A number that rises with every change of the vector.
+    pub fn vector_changes(&self) -> u64 {
+        self.shared.vector_changes.load(Ordering::Acquire)
+    }
+
+    /// True when it holds at least what the vector names.
+    pub fn covers(&self, vector: &Vector) -> bool {
+        covers(&self.shared.vector.lock(), vector)
+    }
+
+    /// Who pulls its log.
+    pub fn followers(&self) -> &Followers {
+        &self.shared.followers
+    }
+
+    /// False while it has not caught up with its peers since it was opened.
+    pub fn is_ready(&self) -> bool {
+        self.shared.ready.load(Ordering::Acquire)
+    }
+
+    /// Says whether it has caught up; who waits for changes is told.
+    pub fn set_ready(&self, ready: bool) {
+        if self.shared.ready.swap(ready, Ordering::AcqRel) != ready {
+            self.shared.changed.send_modify(|count| *count += 1);
+        }
+    }
+
+    /// It is not primary before it has obeyed this version.
+    pub fn primary_from(&self, version: CatalogVersion) {
+        self.shared.primary_from.fetch_max(version.0, Ordering::AcqRel);
+    }
+
+    /// Refuses writes while the log is far over its cap.
+    pub fn set_shed(&self, shed: bool) {
+        self.shared.shed.store(shed, Ordering::Relaxed);
+    }
+
+    /// Closes it to writes: it must not go on.
+    pub fn close(&self, reason: String) {
+        self.shared.close(reason);
+    }
+
     /// Why it takes no writes, if it does not.
     pub fn closed(&self) -> Option<String> {
         self.shared.closed()
@@ -442,7 +562,8 @@ fn read_meta(engine: &Engine, keyspace: KeyspaceId, shard: ShardId, replica: Rep
         Some(bytes) => Ranges::decode(&bytes)?,
         None => Ranges::all(RangeState::Empty),
     };
-    Ok(Meta { identity, head, ranges })
+    let vector = parse_vector(&engine.with_prefix(&MetaKey::vector_prefix())?);
+    Ok(Meta { identity, head, ranges, vector, news: Vec::new() })
 }
 
 fn replay(engine: &Engine, log: &Binlog, meta: &mut Meta, dir: &Path) -> Result<(), OpenError> {

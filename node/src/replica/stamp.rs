@@ -7,14 +7,15 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as MapEntry;
 
-use vasto_core::entry::{Entry, Payload};
+use vasto_core::entry::{Entry, Payload, version_of};
 use vasto_core::merge::supersedes;
 use vasto_core::record::{KeyEntry, RangeState};
 use vasto_core::stored_key::data_key;
 use vasto_core::{ErrorCode, VastoError};
 
 use super::apply::band_of;
-use super::job::{Change, Outcome, ReplicaError, WriteOp};
+use super::job::{Change, Number, Outcome, ReplicaError, WriteOp};
+use super::rmw::{Content, Modified, modify};
 use super::writer::Writer;
 
 /// The entries of a group under construction, one per stored key.
@@ -23,14 +24,16 @@ pub(super) struct Group {
     index: HashMap<Vec<u8>, usize>,
     pub entries: Vec<KeyEntry>,
     pub stored_keys: Vec<Vec<u8>>,
+    /// Results of read-modify-writes in it.
+    pub results: Vec<((u64, u64), Vec<Outcome>)>,
 }
 
 impl Group {
-    fn get(&self, stored_key: &[u8]) -> Option<&[u8]> {
+    pub fn get(&self, stored_key: &[u8]) -> Option<&[u8]> {
         self.index.get(stored_key).map(|at| self.entries[*at].entry.as_slice())
     }
 
-    fn set(&mut self, stored_key: Vec<u8>, user_key: &[u8], entry: Vec<u8>) {
+    pub fn set(&mut self, stored_key: Vec<u8>, user_key: &[u8], entry: Vec<u8>) {
         match self.index.entry(stored_key) {
             MapEntry::Occupied(at) => self.entries[*at.get()].entry = entry,
             MapEntry::Vacant(slot) => {
@@ -77,7 +80,8 @@ impl Writer {
         let now_us = self.now_us();
         let stamp = op.event_time.unwrap_or_else(|| self.clock.stamp(now_us));
         // Above everything that any key of the slot holds: the write wins without a look.
-        let current = if stamp > self.slots.max_of(&op.key) {
+        let modifies = op.change.modifies();
+        let current = if !modifies && stamp > self.slots.max_of(&op.key) {
             None
         } else {
             match into.get(&stored_key).or_else(|| below.iter().find_map(|group| group.get(&stored_key))) {
@@ -102,13 +106,29 @@ impl Writer {
         if op.event_time.is_none() {
             self.clock.observe(event_time);
         }
-        let entry = encode_op(op, event_time, commit_time, now_us);
+        let live = standing.filter(|entry| entry.payload.is_some() && !entry.is_expired(now_us)).zip(current.as_deref());
+        let (content, expires_at) = match modify(&op.change, live, now_us)? {
+            Modified::Store(content, expires_at) => (content, expires_at),
+            Modified::NotApplied => {
+                let (event_time, version) =
+                    live.map_or((0, 0), |(entry, encoded)| (entry.event_time, version_of(encoded)));
+                return Ok(Outcome::NotApplied { event_time, version });
+            }
+        };
+        let entry = encode(op, &content, expires_at, event_time, commit_time);
+        let applied = match (modifies, &content) {
+            (false, _) => Outcome::Applied(event_time),
+            (true, Content::Number(number)) => {
+                Outcome::Modified { event_time, version: version_of(&entry), number: Some(*number) }
+            }
+            (true, _) => Outcome::Modified { event_time, version: version_of(&entry), number: None },
+        };
         if supersedes(self.meta.head.floor, current.as_deref(), &entry) {
             self.slots.raise(&op.key, event_time);
             into.set(stored_key, &op.key, entry);
-            Ok(Outcome::Applied(event_time))
+            Ok(applied)
         } else if current.as_deref() == Some(entry.as_slice()) {
-            Ok(Outcome::Applied(event_time))
+            Ok(applied)
         } else {
             Ok(Outcome::Superseded(standing.map_or(event_time, |entry| entry.event_time)))
         }
@@ -151,7 +171,12 @@ pub(super) fn op_bytes(op: &WriteOp) -> usize {
     op.key.len()
         + match &op.change {
             Change::Put { value, .. } => value.len(),
-            Change::Delete => 0,
+            Change::Append(more) => more.len(),
+            Change::Delete { .. }
+            | Change::AddI64(_)
+            | Change::AddF64(_)
+            | Change::MaxF64(_)
+            | Change::MinF64(_) => 8,
         }
 }
 
@@ -159,12 +184,12 @@ fn damaged(error: vasto_core::codec::DecodeError) -> VastoError {
     VastoError::new(ErrorCode::Corrupt, format!("the stored entry is damaged: {error}"))
 }
 
-fn encode_op(op: &WriteOp, event_time: u64, commit_time: u64, now_us: u64) -> Vec<u8> {
-    let (payload, expires_at) = match &op.change {
-        Change::Put { value, ttl_ms } => {
-            (Some(Payload::Bytes(value)), ttl_ms.map(|ms| now_us.saturating_add(ms.saturating_mul(1000))))
-        }
-        Change::Delete => (None, None),
+fn encode(op: &WriteOp, content: &Content, expires_at: Option<u64>, event_time: u64, commit_time: u64) -> Vec<u8> {
+    let payload = match content {
+        Content::Bytes(bytes) => Some(Payload::Bytes(bytes)),
+        Content::Number(Number::I64(number)) => Some(Payload::I64(*number)),
+        Content::Number(Number::F64(bits)) => Some(Payload::F64(f64::from_bits(*bits))),
+        Content::Nothing => None,
     };
     Entry {
         event_time,

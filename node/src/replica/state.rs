@@ -70,6 +70,8 @@ pub struct Head {
     pub own_seq: OwnSeq,
     /// The last commit time that this data directory stamped, microseconds.
     pub commit_time: u64,
+    /// The greatest commit time of any record here, whoever stamped it, microseconds.
+    pub commit_time_max: u64,
     /// The greatest event time in the data, microseconds.
     pub event_time_max: u64,
     /// The collection floor, a commit time.
@@ -82,8 +84,8 @@ pub struct Head {
 
 impl Head {
     /// The stored value.
-    pub fn encode(&self) -> [u8; 57] {
-        let mut out = [0u8; 57];
+    pub fn encode(&self) -> [u8; 65] {
+        let mut out = [0u8; 65];
         out[0] = FORMAT;
         let fields = [
             self.applied_lsn.0,
@@ -93,6 +95,7 @@ impl Head {
             self.floor,
             self.epoch.0,
             self.version.0,
+            self.commit_time_max,
         ];
         for (slot, field) in out[1..].chunks_exact_mut(8).zip(fields) {
             slot.copy_from_slice(&field.to_le_bytes());
@@ -104,16 +107,24 @@ impl Head {
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut reader = Reader::new(bytes, "replica head");
         check_format(&mut reader, "replica head format")?;
-        Ok(Self {
+        let mut head = Self {
             applied_lsn: Lsn(reader.u64_le()?),
             own_seq: OwnSeq(reader.u64_le()?),
             commit_time: reader.u64_le()?,
+            commit_time_max: 0,
             event_time_max: reader.u64_le()?,
             floor: reader.u64_le()?,
             epoch: Epoch(reader.u64_le()?),
             version: CatalogVersion(reader.u64_le()?),
-        })
+        };
+        // Heads of replicas that had no peers end here.
+        head.commit_time_max = if reader.rest().is_empty() { head.commit_time } else { u64_at_end(bytes) };
+        Ok(head)
     }
+}
+
+fn u64_at_end(bytes: &[u8]) -> u64 {
+    bytes.last_chunk::<8>().map_or(0, |last| u64::from_le_bytes(*last))
 }
 
 /// A range that accepts no writes until its plan is decided.
@@ -266,6 +277,7 @@ mod tests {
             applied_lsn: Lsn(1),
             own_seq: OwnSeq(2),
             commit_time: 3,
+            commit_time_max: 9,
             event_time_max: 4,
             floor: 5,
             epoch: Epoch(6),

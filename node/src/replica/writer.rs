@@ -24,12 +24,13 @@ use vasto_core::clock::HybridClock;
 use vasto_core::entry::event_time_of;
 use vasto_core::ids::{CatalogVersion, Epoch, Lsn, Origin, OwnSeq};
 use vasto_core::limits::{GROUP_BYTES_MAX, GROUP_OPS_MAX, OS_SYNC_INTERVAL, SEALED_WRITES_WAIT};
-use vasto_core::record::{Body, Progress, RangeState, Record};
+use vasto_core::record::{Body, OpResult, Progress, RangeState, Record};
 use vasto_core::stored_key::MetaKey;
 use vasto_core::{ErrorCode, VastoError};
 
 use super::apply::{Meta, apply_record, band_of, put_head, put_progress};
-use super::job::{ApplyJob, Control, Job, ReplicaError, WriteJob};
+use super::job::{ApplyJob, Control, Job, Outcome, Position, ReplicaError, Role, WriteJob};
+use super::results::{self, Results};
 use super::slots::SlotTable;
 use super::stamp::{Group, op_bytes};
 use super::{Shared, metrics};
@@ -51,9 +52,11 @@ pub(super) struct Writer {
     pub slots: SlotTable,
     pub clock: HybridClock,
     pub jobs: Receiver<Job>,
+    role: Role,
+    results: Results,
     held: Vec<Held>,
     sealed_at: Option<Instant>,
-    unsynced_since: Option<Instant>,
+    pub(super) unsynced_since: Option<Instant>,
     encoded: Vec<u8>,
 }
 
@@ -65,7 +68,7 @@ enum Checked {
 }
 
 impl Writer {
-    pub(super) fn new(shared: Arc<Shared>, log: Binlog, meta: Meta, jobs: Receiver<Job>) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, log: Binlog, meta: Meta, results: Results, jobs: Receiver<Job>) -> Self {
         let event_time_max = meta.head.event_time_max;
         Self {
             shared,
@@ -74,6 +77,8 @@ impl Writer {
             clock: HybridClock::starting_after(event_time_max),
             meta,
             jobs,
+            role: Role::default(),
+            results,
             held: Vec::new(),
             sealed_at: None,
             unsynced_since: None,
@@ -116,7 +121,7 @@ impl Writer {
         let mut weight = 0;
         let mut count = 0;
         let mut next = Some(first);
-        let mut control = None;
+        let mut last = None;
         while let Some(job) = next.take() {
             match job {
                 Job::Write(job) => {
@@ -129,8 +134,8 @@ impl Writer {
                     weight += job.entries.iter().map(|one| one.key.len() + one.entry.len()).sum::<usize>();
                     applies.push(job);
                 }
-                Job::Control(order, done) => {
-                    control = Some((order, done));
+                other => {
+                    last = Some(other);
                     break;
                 }
             }
@@ -140,10 +145,34 @@ impl Writer {
             next = self.jobs.try_recv().ok();
         }
         self.commit(writes, applies);
-        match control {
-            Some((order, done)) => self.obey(order, done),
-            None => false,
+        match last {
+            Some(Job::Control(order, done)) => return self.obey(order, done),
+            Some(Job::Replicate(job)) => {
+                let result = self.take_records(job.source, job.records, job.covered);
+                let _ = job.done.send(result);
+            }
+            Some(Job::Look(done)) => {
+                let _ = done.send(self.look());
+            }
+            Some(Job::Write(_) | Job::Apply(_)) | None => {}
         }
+        false
+    }
+
+    /// Makes everything durable and says where the replica stands.
+    fn look(&mut self) -> Result<Position, ReplicaError> {
+        if let Some(reason) = self.shared.closed() {
+            return Err(ReplicaError::Closed(reason));
+        }
+        if self.unsynced_since.is_some() {
+            self.sync()?;
+        }
+        Ok(Position {
+            lsn: self.meta.head.applied_lsn,
+            vector: self.meta.vector.clone(),
+            floor: self.meta.head.floor,
+            incarnation: self.meta.identity.incarnation,
+        })
     }
 
     pub(super) fn now_us(&self) -> u64 {
@@ -158,7 +187,18 @@ impl Writer {
         if let Some(reason) = self.shared.closed() {
             return Checked::Refused(ReplicaError::Closed(reason).into());
         }
+        if self.role == Role::Detached {
+            return Checked::Refused(wrong_epoch());
+        }
         let mut sealed = false;
+        if job.modifies() {
+            let known = self.meta.head.version.0 >= self.shared.primary_from.load(Ordering::Acquire);
+            match self.role {
+                Role::Primary if known => {}
+                Role::HandingOver => sealed = true,
+                Role::Primary | Role::Secondary | Role::Detached => return Checked::Refused(not_primary()),
+            }
+        }
         for op in &job.ops {
             let Some(band) = band_of(self.meta.identity.shard, &op.key, op.partition_hash) else {
                 return Checked::Refused(wrong_epoch());
@@ -183,7 +223,7 @@ impl Writer {
             match self.check(&job) {
                 Checked::Refused(error) => job.answer(Err(error)),
                 Checked::Sealed => self.held.push(Held { job, since: Instant::now() }),
-                Checked::Ready => match self.stamp_all(&job.ops, &mut group, commit_time) {
+                Checked::Ready => match self.do_once(&job, &mut group, commit_time) {
                     Ok(outcomes) => {
                         must_sync |= job.ack != Ack::Os;
                         answers.push((job, outcomes));
@@ -204,7 +244,7 @@ impl Writer {
             }
         }
         let ops = answers.len();
-        let result = if group.entries.is_empty() && progress.is_empty() {
+        let result = if group.entries.is_empty() && group.results.is_empty() && progress.is_empty() {
             // Nothing new to store; what stands may have been acknowledged as `os` only.
             if must_sync && self.unsynced_since.is_some() { self.sync() } else { Ok(()) }
         } else {
@@ -214,7 +254,12 @@ impl Writer {
             Ok(()) => {
                 metrics::group(ops);
                 for (job, outcomes) in answers {
-                    job.answer(Ok(outcomes));
+                    if job.ack == Ack::Replica {
+                        let (own_seq, epoch) = (self.meta.head.own_seq, self.meta.head.epoch);
+                        self.shared.followers.wait(job, outcomes, own_seq, epoch);
+                    } else {
+                        job.answer(Ok(outcomes));
+                    }
                 }
                 for done in applied {
                     let _ = done.send(Ok(self.meta.head.applied_lsn));
@@ -239,25 +284,60 @@ impl Writer {
         must_sync: bool,
     ) -> Result<(), ReplicaError> {
         let own_seq = OwnSeq(self.meta.head.own_seq.0 + 1);
-        let Group { entries, stored_keys, .. } = group;
-        let record = self.record(Body::Data { entries, results: Vec::new(), progress }, own_seq, commit_time);
+        let Group { entries, stored_keys, results: outcomes, .. } = group;
+        let result = |((client, sequence), outcomes): &((u64, u64), Vec<Outcome>)| OpResult {
+            client: *client,
+            sequence: *sequence,
+            outcome: results::encode(commit_time, outcomes),
+        };
+        let results = outcomes.iter().map(result).collect();
+        let record = self.record(Body::Data { entries, results, progress }, own_seq, commit_time);
         self.append(&record)?;
         if must_sync {
             self.sync()?;
         }
-        let Body::Data { entries, progress, .. } = &record.body else { unreachable!("it was built as data") };
+        let Body::Data { entries, results, progress } = &record.body else { unreachable!("it was built as data") };
         let mut batch = Batch::default();
         for (stored_key, one) in stored_keys.iter().zip(entries) {
             batch.put(stored_key, &one.entry);
             let event_time = event_time_of(&one.entry).unwrap_or(0);
             self.meta.head.event_time_max = self.meta.head.event_time_max.max(event_time);
         }
+        for one in results {
+            batch.put_meta(MetaKey::Result(one.client, one.sequence), &one.outcome);
+        }
+        if !results.is_empty() {
+            for (client, sequence) in self.results.forget(self.now_us()) {
+                batch.delete_meta(MetaKey::Result(client, sequence));
+            }
+        }
         put_progress(&mut batch, progress);
         put_head(&mut batch, &mut self.meta, &record);
-        self.write_batch(batch)
+        self.write_batch(batch)?;
+        for (id, outcomes) in outcomes {
+            self.results.keep(id, commit_time, outcomes);
+        }
+        Ok(())
     }
 
-    fn record(&self, body: Body, own_seq: OwnSeq, commit_time: u64) -> Record {
+    /// Stamps the operations of a request, unless it is a repetition of one whose result is known.
+    fn do_once(&mut self, job: &WriteJob, group: &mut Group, commit_time: u64) -> Result<Vec<Outcome>, VastoError> {
+        let Some(id) = job.id.filter(|_| job.modifies()) else {
+            return self.stamp_all(&job.ops, group, commit_time);
+        };
+        let key = (id.client, id.sequence);
+        if let Some((_, outcomes)) = group.results.iter().find(|(known, _)| *known == key) {
+            return Ok(outcomes.clone());
+        }
+        if let Some(outcomes) = self.results.recall(&id, self.meta.identity.replica, self.now_us())? {
+            return Ok(outcomes.to_vec());
+        }
+        let outcomes = self.stamp_all(&job.ops, group, commit_time)?;
+        group.results.push((key, outcomes.clone()));
+        Ok(outcomes)
+    }
+
+    pub(super) fn record(&self, body: Body, own_seq: OwnSeq, commit_time: u64) -> Record {
         Record {
             lsn: self.log.last_lsn().next(),
             synced_lsn: self.shared.log.synced_lsn(),
@@ -270,7 +350,7 @@ impl Writer {
         }
     }
 
-    fn append(&mut self, record: &Record) -> Result<(), ReplicaError> {
+    pub(super) fn append(&mut self, record: &Record) -> Result<(), ReplicaError> {
         self.encoded.clear();
         record.encode_into(&mut self.encoded);
         self.log.append(record.lsn, &self.encoded).map_err(|error| self.close(error.to_string()))?;
@@ -281,35 +361,42 @@ impl Writer {
         Ok(())
     }
 
-    fn sync(&mut self) -> Result<(), ReplicaError> {
+    pub(super) fn sync(&mut self) -> Result<(), ReplicaError> {
         let started = Instant::now();
-        self.log.sync().map_err(|error| self.close(error.to_string()))?;
+        self.log.sync().map_err(|error| {
+            metrics::sync_error();
+            self.close(error.to_string())
+        })?;
         self.unsynced_since = None;
         metrics::sync(started.elapsed());
         Ok(())
     }
 
-    fn write_batch(&mut self, batch: Batch) -> Result<(), ReplicaError> {
+    pub(super) fn write_batch(&mut self, batch: Batch) -> Result<(), ReplicaError> {
         if self.shared.engine.has_failed() {
             return Err(self.close("the database could not write to its disk".into()));
         }
         self.shared.engine.write(batch).map_err(|error| self.close(error.to_string()))?;
-        self.shared.publish(&self.meta);
+        self.shared.engine.raise_floor(self.meta.head.floor);
+        self.shared.publish(&mut self.meta, self.role);
         Ok(())
     }
 
     /// Closes the replica to writes for good (until it is opened again).
-    fn close(&self, reason: String) -> ReplicaError {
+    pub(super) fn close(&self, reason: String) -> ReplicaError {
         self.shared.close(reason.clone());
         ReplicaError::Closed(reason)
     }
 
     /// Logs a control record durably and applies it.
     fn log_control(&mut self, body: Body) -> Result<Lsn, ReplicaError> {
+        self.log_control_at(body, self.commit_time())
+    }
+
+    fn log_control_at(&mut self, body: Body, commit_time: u64) -> Result<Lsn, ReplicaError> {
         if let Some(reason) = self.shared.closed() {
             return Err(ReplicaError::Closed(reason));
         }
-        let commit_time = self.commit_time();
         let own_seq = if body.is_streamed() { OwnSeq(self.meta.head.own_seq.0 + 1) } else { OwnSeq(0) };
         let mut record = self.record(body, own_seq, commit_time);
         if let Body::Adopt { .. } = record.body {
@@ -358,12 +445,18 @@ impl Writer {
             Control::Ingest { plan, range, files, objects, event_time_max, progress } => {
                 self.ingest(plan, range, files, objects, event_time_max, progress)
             }
-            Control::Obey { epoch, version } => {
+            Control::Obey { epoch, version, role } => {
                 self.meta.head.epoch = self.meta.head.epoch.max(epoch);
                 self.meta.head.version = self.meta.head.version.max(version);
-                self.shared.publish(&self.meta);
+                self.role = role;
+                self.shared.publish(&mut self.meta, role);
+                if role != Role::HandingOver {
+                    self.outcome_known();
+                }
                 Ok(self.meta.head.applied_lsn)
             }
+            Control::Promise { commit_time } => self.promise(commit_time),
+            Control::GcFloor { floor } => self.raise_floor(floor),
             Control::Sync => self.sync().map(|()| self.meta.head.applied_lsn),
             Control::Stop => {
                 self.stop();
@@ -373,6 +466,24 @@ impl Writer {
         };
         let _ = done.send(result);
         false
+    }
+
+    /// A stamp above the commit time, durable: no later one can be at or below it.
+    fn promise(&mut self, commit_time: u64) -> Result<Lsn, ReplicaError> {
+        if self.meta.head.commit_time > commit_time {
+            if self.unsynced_since.is_some() {
+                self.sync()?;
+            }
+            return Ok(self.meta.head.applied_lsn);
+        }
+        self.log_control_at(Body::data(Vec::new()), self.commit_time().max(commit_time + 1))
+    }
+
+    fn raise_floor(&mut self, floor: u64) -> Result<Lsn, ReplicaError> {
+        if floor <= self.meta.head.floor {
+            return Ok(self.meta.head.applied_lsn);
+        }
+        self.log_control(Body::GcFloor { floor })
     }
 
     fn seal(
@@ -467,6 +578,7 @@ impl Writer {
 
     fn stop(&mut self) {
         self.held.clear();
+        self.shared.followers.abandon();
         if self.shared.closed().is_none() {
             let _ = self.sync();
             if let Err(error) = self.shared.engine.flush() {
@@ -480,6 +592,14 @@ impl Writer {
 
 fn wrong_epoch() -> VastoError {
     VastoError::new(ErrorCode::WrongEpoch, "this node does not own the key; fetch the topology and go to its owner")
+}
+
+fn not_primary() -> VastoError {
+    VastoError::new(
+        ErrorCode::NotPrimary,
+        "only the primary of the shard does this, and this replica is not primary now; fetch the topology",
+    )
+    .retry_after_ms(20)
 }
 
 /// The stored key of the head, for the persisted-position read.

@@ -8,6 +8,7 @@ use tonic::{Request, Response, Status, Streaming};
 use vasto_proto::v1;
 use vasto_proto::v1::replication_server::Replication;
 
+use super::{position, pull};
 use crate::core::NodeCore;
 use crate::tail::{self, TailStream};
 
@@ -36,19 +37,20 @@ impl Replication for ReplicationService {
         tail::serve(&self.core, &request.into_inner()).map(Response::new)
     }
 
-    async fn pull(&self, _: Request<Streaming<v1::PullMessage>>) -> Result<Response<Self::PullStream>, Status> {
-        Err(Status::unimplemented("pull"))
+    async fn pull(&self, request: Request<Streaming<v1::PullMessage>>) -> Result<Response<Self::PullStream>, Status> {
+        let frames = pull::serve(&self.core, request.into_inner()).await?;
+        Ok(Response::new(Box::pin(frames)))
     }
 
-    async fn position(&self, _: Request<v1::PositionRequest>) -> Result<Response<v1::PositionReply>, Status> {
-        Err(Status::unimplemented("position"))
+    async fn position(&self, request: Request<v1::PositionRequest>) -> Result<Response<v1::PositionReply>, Status> {
+        position::serve(&self.core, request.into_inner()).await.map(Response::new)
     }
 
     async fn copy(&self, _: Request<v1::CopyRequest>) -> Result<Response<Self::CopyStream>, Status> {
         Err(Status::unimplemented("copy"))
     }
 
-    async fn promise(&self, _: Request<v1::PromiseRequest>) -> Result<Response<v1::PositionReply>, Status> {
-        Err(Status::unimplemented("promise"))
+    async fn promise(&self, request: Request<v1::PromiseRequest>) -> Result<Response<v1::PositionReply>, Status> {
+        position::promise(&self.core, request.into_inner()).await.map(Response::new)
     }
 }

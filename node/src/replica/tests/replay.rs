@@ -9,7 +9,7 @@ use vasto_core::stored_key::MetaKey;
 
 use super::support::*;
 use crate::replica::Replica;
-use crate::replica::job::{Change, Control, WriteOp};
+use crate::replica::job::{Change, Control, Role, WriteOp};
 use crate::replica::state::{Head, Identity};
 
 #[derive(Debug, Clone)]
@@ -46,8 +46,8 @@ fn key(number: u8) -> String {
 
 fn op((number, value, event_time, ttl): (u8, u8, Option<u16>, Option<u16>)) -> WriteOp {
     let change = match value % 4 {
-        0 => Change::Delete,
-        _ => Change::Put { value: vec![value; usize::from(value)].into(), ttl_ms: ttl.map(u64::from) },
+        0 => Change::Delete { condition: None },
+        _ => Change::Put { value: vec![value; usize::from(value)].into(), ttl_ms: ttl.map(u64::from), condition: None },
     };
     let event_time = event_time.map(|time| START_US + u64::from(time));
     WriteOp { key: key(number).into_bytes().into(), partition_hash: None, event_time, change }
@@ -73,7 +73,7 @@ fn take(rig: &Rig, replica: &Replica, step: &Step) {
             let ack = if *synced { Ack::Fsync } else { Ack::Os };
             let answer = send(replica, ops.iter().copied().map(op).collect(), ack);
             // A write to a sealed band is answered later; everything before this order is done after it.
-            control(replica, Control::Obey { epoch: Default::default(), version: Default::default() }).unwrap();
+            control(replica, Control::Obey { epoch: Default::default(), version: Default::default(), role: Role::Primary }).unwrap();
             drop(answer);
         }
         Step::Apply(entries, lsn) => {

@@ -9,7 +9,7 @@ use vasto_core::{Band, ErrorCode};
 
 use super::support::*;
 use crate::replica::Replica;
-use crate::replica::job::{Change, Control, WriteOp};
+use crate::replica::job::{Change, Control, Role, WriteOp};
 use crate::replica::read::ScanPage;
 
 fn load(replica: &Replica, prefix: &str, count: usize) -> Vec<String> {
@@ -62,7 +62,7 @@ fn the_bytes_of_a_page_are_bounded_and_a_larger_row_still_comes() {
     let rig = Rig::new();
     let replica = rig.create();
     let big = |key: &str, bytes: usize| WriteOp {
-        change: Change::Put { value: vec![1; bytes].into(), ttl_ms: None },
+        change: Change::Put { value: vec![1; bytes].into(), ttl_ms: None, condition: None },
         ..put(key, "")
     };
     for i in 0..8 {
@@ -94,7 +94,7 @@ fn tombstones_and_expired_values_are_skipped() {
             0 => drop(write_one(&replica, delete(key))),
             1 => drop(write_one(
                 &replica,
-                WriteOp { change: Change::Put { value: "x".into(), ttl_ms: Some(5) }, ..put(key, "") },
+                WriteOp { change: Change::Put { value: "x".into(), ttl_ms: Some(5), condition: None }, ..put(key, "") },
             )),
             _ => {}
         }
@@ -139,7 +139,7 @@ fn only_owned_bands_are_read_and_only_at_the_epoch_in_force() {
     let gone = keys.iter().find(|key| moved.contains(band(&replica, key))).unwrap();
     let page = ScanPage { partition_hash: Some(partition_hash(gone.as_bytes())), ..ScanPage::default() };
     assert_eq!(replica.scan(Epoch(0), &page).unwrap_err().code, ErrorCode::WrongEpoch);
-    control(&replica, Control::Obey { epoch: Epoch(4), version: CatalogVersion(9) }).unwrap();
+    control(&replica, Control::Obey { epoch: Epoch(4), version: CatalogVersion(9), role: Role::Primary }).unwrap();
     assert_eq!(replica.scan(Epoch(3), &ScanPage::default()).unwrap_err().code, ErrorCode::WrongEpoch);
     assert_eq!(replica.scan(Epoch(5), &ScanPage::default()).unwrap_err().code, ErrorCode::NodeBehind);
     assert_eq!(replica.scan(Epoch(4), &ScanPage::default()).unwrap().rows.len(), staying.len());

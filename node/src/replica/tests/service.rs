@@ -20,7 +20,7 @@ use super::support::*;
 use crate::core::NodeCore;
 use crate::data::DataService;
 use crate::replica::Replica;
-use crate::replica::job::Control;
+use crate::replica::job::{Control, Role};
 
 const NODE: NodeId = NodeId(1);
 
@@ -41,7 +41,7 @@ fn catalog(version: u64, epoch: u64) -> Arc<Catalog> {
 async fn serve() -> Served {
     let rig = Rig::new();
     let replica = rig.create();
-    replica.control(Control::Obey { epoch: Epoch(1), version: CatalogVersion(1) }).await.unwrap();
+    replica.control(Control::Obey { epoch: Epoch(1), version: CatalogVersion(1), role: Role::Primary }).await.unwrap();
     let core = Arc::new(NodeCore::new(NODE, rig.clock.clone(), 2));
     core.set_catalog(catalog(1, 1));
     core.add_replica(replica.clone());
@@ -183,7 +183,7 @@ async fn a_key_that_moved_is_answered_with_the_topology() {
         })
         .await
         .unwrap();
-    served.replica.control(Control::Obey { epoch: Epoch(2), version: CatalogVersion(2) }).await.unwrap();
+    served.replica.control(Control::Obey { epoch: Epoch(2), version: CatalogVersion(2), role: Role::Primary }).await.unwrap();
     for op in [get_of(vec![key(moving.clone())]), write_of(vec![put_op(moving.clone(), vec![])]), scan_of()] {
         let (error, topology) = served.refused_at(1, op).await;
         assert!(is(&error, vasto_core::ErrorCode::WrongEpoch), "{error:?}");
@@ -206,7 +206,7 @@ async fn a_request_of_a_higher_epoch_waits_for_the_topology() {
     let early = tokio::time::timeout(Duration::from_millis(50), &mut asked).await;
     assert!(early.is_err(), "it waits");
     served.core.set_catalog(catalog(2, 2));
-    served.replica.control(Control::Obey { epoch: Epoch(2), version: CatalogVersion(2) }).await.unwrap();
+    served.replica.control(Control::Obey { epoch: Epoch(2), version: CatalogVersion(2), role: Role::Primary }).await.unwrap();
     let started = tokio::time::Instant::now();
     let Answer::Write(_) = asked.await else { panic!("answered once the topology is here") };
     assert!(started.elapsed() < EPOCH_WAIT / 2);

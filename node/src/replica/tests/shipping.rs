@@ -43,9 +43,11 @@ impl Shipping {
             engines: rig.shared.clone(),
             clock: rig.clock.clone(),
             interval,
+            log_cap: vasto_core::limits::BINLOG_BYTES_MAX,
         };
         let cancel = CancellationToken::new();
         let (handle, shipper) = ship::start(context, cancel.clone());
+        handle.positions.ships.store(true, Ordering::Release);
         Self { handle, cancel, task: tokio::spawn(shipper), _tmp: tmp }
     }
 
@@ -278,7 +280,7 @@ async fn a_position_that_the_log_no_longer_reaches_is_replaced_by_a_checkpoint()
 fn fill_a_file(replica: &Replica) {
     use crate::replica::job::{Change, WriteOp};
     for i in 0..18 {
-        let change = Change::Put { value: vec![3u8; 4 << 20].into(), ttl_ms: None };
+        let change = Change::Put { value: vec![3u8; 4 << 20].into(), ttl_ms: None, condition: None };
         write_one(replica, WriteOp { change, ..put(&format!("big{}", i % 2), "") });
     }
 }

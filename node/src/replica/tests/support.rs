@@ -165,12 +165,12 @@ fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
 }
 
 pub fn put(key: &str, value: &str) -> WriteOp {
-    let change = Change::Put { value: Bytes::copy_from_slice(value.as_bytes()), ttl_ms: None };
+    let change = Change::Put { value: Bytes::copy_from_slice(value.as_bytes()), ttl_ms: None, condition: None };
     WriteOp { key: Bytes::copy_from_slice(key.as_bytes()), partition_hash: None, event_time: None, change }
 }
 
 pub fn delete(key: &str) -> WriteOp {
-    WriteOp { change: Change::Delete, ..put(key, "") }
+    WriteOp { change: Change::Delete { condition: None }, ..put(key, "") }
 }
 
 pub fn at(event_time: u64, op: WriteOp) -> WriteOp {
@@ -201,6 +201,7 @@ pub fn write_one(replica: &Replica, op: WriteOp) -> Outcome {
 pub fn applied_at(outcome: Outcome) -> u64 {
     match outcome {
         Outcome::Applied(event_time) => event_time,
+        other @ (Outcome::Modified { .. } | Outcome::NotApplied { .. }) => panic!("{other:?} is no plain write"),
         Outcome::Superseded(event_time) => panic!("superseded by {event_time}"),
     }
 }

@@ -152,7 +152,7 @@ fn expired_values_are_not_visible_and_keep_their_commit_time() {
     let rig = Rig::new();
     let replica = rig.create();
     let mut op = put("k", "short lived");
-    op.change = Change::Put { value: "short lived".into(), ttl_ms: Some(1_000) };
+    op.change = Change::Put { value: "short lived".into(), ttl_ms: Some(1_000), condition: None };
     write_one(&replica, op);
     let bytes = stored(&replica, "k");
     let entry = Entry::decode(&bytes).unwrap();

@@ -1,0 +1,293 @@
+//! Which replica of a shard is primary: replaced when its node is gone, handed back when its home
+//! has returned.
+//!
+//! A replaced primary costs an epoch and nothing else: every replica takes puts and deletes, so only
+//! read-modify-writes wait for it. A hand-over is planned: the primary stops to take
+//! read-modify-writes under one version, its successor brings itself up to all that it holds, and a
+//! second version changes the primary.
+//!
+//! **Invariant:** pure, and at each epoch a shard has one primary. Nobody becomes primary who has not
+//! caught up since it was opened. A hand-over that does not end in time is undone.
+
+use crate::catalog::{Catalog, KeyspaceState, ShardPlacement};
+use crate::ids::{Epoch, NodeId, ReplicaId};
+use crate::limits::{HANDOVER_TIMEOUT, TAIL_LAG_LSNS_MAX};
+use crate::plan::{Reports, Step};
+
+/// What is known of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Presence {
+    /// It has a session, for so many microseconds.
+    Here(u64),
+    /// It has none, but may come back at once.
+    Away,
+    /// It is away for so long that others must do its work.
+    Gone,
+}
+
+/// A node must have been back for so long before a primary goes home, microseconds.
+pub const HOME_FOR_US: u64 = 1_000_000;
+
+/// A keyspace whose catalog has changed within this time is left alone, microseconds: after a
+/// failover or an undone hand-over nothing is handed back at once.
+pub const QUIET_US: u64 = 3_000_000;
+
+/// What became of the primaries in a version.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Moves {
+    /// Primaries that were replaced because their node is gone.
+    pub failovers: u64,
+    /// Hand-overs that ended.
+    pub handovers: u64,
+}
+
+/// The version that brings the primaries in order, if one is due.
+pub fn advance_primaries(
+    catalog: &Catalog,
+    reports: &Reports,
+    presence: impl Fn(NodeId) -> Presence,
+    now_us: u64,
+    nonce: u64,
+) -> Option<(Catalog, Moves)> {
+    let step = catalog.plan.as_ref().map(|plan| plan.step);
+    // A seal is decided first: a version in between would undo it.
+    if catalog.state != KeyspaceState::Active || !matches!(step, None | Some(Step::Prepare | Step::Tail)) {
+        return None;
+    }
+    let mut next = catalog.next(now_us, nonce);
+    let age_us = now_us.saturating_sub(catalog.written_at_us);
+    let mut moves = Moves::default();
+    let mut changed = false;
+    for shard in next.placement.iter_mut().filter(|shard| shard.replicas.len() > 1) {
+        let ready = |id: ReplicaId| {
+            reports.get(&id).is_some_and(|report| report.replication.ready && report.version <= catalog.version)
+        };
+        match decide(shard, catalog, reports, &presence, ready, age_us) {
+            Decision::Keep => {}
+            Decision::Replace(by) => {
+                set_primary(shard, by);
+                moves.failovers += 1;
+                changed = true;
+            }
+            Decision::Begin(to) if step.is_none() => {
+                shard.handing_to = Some(to);
+                changed = true;
+            }
+            Decision::Begin(_) => {}
+            Decision::End(to) => {
+                set_primary(shard, to);
+                moves.handovers += 1;
+                changed = true;
+            }
+            Decision::Undo => {
+                shard.handing_to = None;
+                changed = true;
+            }
+        }
+    }
+    if moves != Moves::default() {
+        next.epoch = Epoch(catalog.epoch.0 + 1);
+    }
+    changed.then_some((next, moves))
+}
+
+/// True when the primaries must be looked at again soon although nobody reports anything.
+pub fn is_unsettled(catalog: &Catalog, presence: impl Fn(NodeId) -> Presence) -> bool {
+    catalog.state == KeyspaceState::Active
+        && catalog.placement.iter().filter(|shard| shard.replicas.len() > 1).any(|shard| {
+            shard.handing_to.is_some()
+                || shard.primary.is_some()
+                || shard.primary().is_some_and(|one| presence(one.node) == Presence::Away)
+        })
+}
+
+fn set_primary(shard: &mut ShardPlacement, id: ReplicaId) {
+    let home = shard.replicas.first().map(|one| one.replica);
+    shard.primary = Some(id).filter(|id| Some(*id) != home);
+    shard.handing_to = None;
+}
+
+enum Decision {
+    Keep,
+    Replace(ReplicaId),
+    Begin(ReplicaId),
+    End(ReplicaId),
+    Undo,
+}
+
+fn decide(
+    shard: &ShardPlacement,
+    catalog: &Catalog,
+    reports: &Reports,
+    presence: impl Fn(NodeId) -> Presence,
+    ready: impl Fn(ReplicaId) -> bool,
+    age_us: u64,
+) -> Decision {
+    let (Some(primary), Some(home)) = (shard.primary(), shard.replicas.first().copied()) else {
+        return Decision::Keep;
+    };
+    let here = |node| matches!(presence(node), Presence::Here(_));
+    if presence(primary.node) == Presence::Gone {
+        let successor = shard.replicas.iter().find(|one| here(one.node) && ready(one.replica));
+        return successor.map_or(Decision::Keep, |one| Decision::Replace(one.replica));
+    }
+    if let Some(to) = shard.handing_to {
+        let took_over = reports.get(&to).and_then(|report| report.replication.took_over);
+        let node = shard.replicas.iter().find(|one| one.replica == to).map(|one| one.node);
+        return match took_over {
+            Some(version) if version == catalog.version => Decision::End(to),
+            _ if node.is_none_or(|node| !here(node)) => Decision::Undo,
+            _ if age_us > HANDOVER_TIMEOUT.as_micros() as u64 => Decision::Undo,
+            _ => Decision::Keep,
+        };
+    }
+    let at_home = primary == home;
+    let back = matches!(presence(home.node), Presence::Here(since_us) if since_us >= HOME_FOR_US);
+    let close = reports.get(&home.replica).is_some_and(|report| report.replication.lag_lsns <= TAIL_LAG_LSNS_MAX);
+    match !at_home && back && close && ready(home.replica) && here(primary.node) && age_us >= QUIET_US {
+        true => Decision::Begin(home.replica),
+        false => Decision::Keep,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::catalog::KeyspaceSpec;
+    use crate::ids::{CatalogVersion, KeyspaceId, ShardId};
+    use crate::plan::{ReplicaPhase, ReplicaReport, ReplicationReport};
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    const NOW: u64 = 1_000_000_000;
+
+    fn catalog() -> Catalog {
+        let spec = KeyspaceSpec { shards: 2, replicas: 3, ..KeyspaceSpec::default() };
+        let nodes = [NodeId(1), NodeId(2), NodeId(3)];
+        let shifted = [NodeId(2), NodeId(3), NodeId(1)];
+        Catalog::first(KeyspaceId(1), "ks", spec, &[nodes.to_vec(), shifted.to_vec()], NOW, 1)
+    }
+
+    fn report(replica: u64, replication: ReplicationReport) -> (ReplicaId, ReplicaReport) {
+        let report = ReplicaReport {
+            keyspace: KeyspaceId(1),
+            shard: ShardId(0),
+            replica: ReplicaId(replica),
+            incarnation: Default::default(),
+            version: CatalogVersion(1),
+            phase: ReplicaPhase::Serving,
+            lsn: Default::default(),
+            shipped_lsn: Default::default(),
+            manifest_lsn: Default::default(),
+            keys: 0,
+            bytes: 0,
+            source: None,
+            target: None,
+            cleaned: Vec::new(),
+            replication,
+        };
+        (ReplicaId(replica), report)
+    }
+
+    fn all_ready() -> Reports {
+        (1..=6).map(|id| report(id, ReplicationReport { ready: true, ..Default::default() })).collect()
+    }
+
+    fn presence(gone: &[u64]) -> impl Fn(NodeId) -> Presence + '_ {
+        |node| if gone.contains(&node.0) { Presence::Gone } else { Presence::Here(u64::MAX) }
+    }
+
+    const HERE: fn(NodeId) -> Presence = |_| Presence::Here(u64::MAX);
+
+    #[test]
+    fn the_next_ready_replica_takes_the_place_of_a_primary_that_is_gone() {
+        let catalog = catalog();
+        assert_eq!(advance_primaries(&catalog, &all_ready(), HERE, NOW + QUIET_US, 2), None);
+        let (next, moves) = advance_primaries(&catalog, &all_ready(), presence(&[1]), NOW, 2).unwrap();
+        assert_eq!(moves, Moves { failovers: 1, handovers: 0 });
+        assert_eq!(next.epoch, Epoch(2));
+        assert_eq!(next.placement[0].primary, Some(ReplicaId(2)));
+        assert_eq!(next.placement[0].replicas, catalog.placement[0].replicas, "the order of preference stays");
+        assert_eq!(next.placement[1], catalog.placement[1]);
+        // One that has not caught up is passed over; with nobody left, nothing happens.
+        let mut reports = all_ready();
+        reports.get_mut(&ReplicaId(2)).unwrap().replication.ready = false;
+        let (next, _) = advance_primaries(&catalog, &reports, presence(&[1]), NOW, 2).unwrap();
+        assert_eq!(next.placement[0].primary, Some(ReplicaId(3)));
+        assert_eq!(advance_primaries(&catalog, &BTreeMap::new(), presence(&[1]), NOW, 2), None);
+        assert_eq!(advance_primaries(&catalog, &all_ready(), |_| Presence::Away, NOW, 2), None);
+    }
+
+    #[test]
+    fn home_gets_the_primary_back_in_two_versions() {
+        let (away, _) = advance_primaries(&catalog(), &all_ready(), presence(&[1]), NOW, 2).unwrap();
+        assert!(is_unsettled(&away, HERE));
+        let mut reports = all_ready();
+        assert_eq!(advance_primaries(&away, &reports, HERE, NOW + QUIET_US - 1, 3), None, "too soon");
+        let (handing, moves) = advance_primaries(&away, &reports, HERE, NOW + QUIET_US, 3).unwrap();
+        assert_eq!((moves, handing.epoch), (Moves::default(), away.epoch));
+        assert_eq!(handing.placement[0].handing_to, Some(ReplicaId(1)));
+        assert_eq!(handing.placement[0].primary().unwrap().replica, ReplicaId(2), "not yet");
+        let at = handing.written_at_us;
+        assert_eq!(advance_primaries(&handing, &reports, HERE, at, 4), None);
+        // What it did for an earlier version does not count.
+        reports.get_mut(&ReplicaId(1)).unwrap().replication.took_over = Some(away.version);
+        assert_eq!(advance_primaries(&handing, &reports, HERE, at, 4), None);
+        reports.get_mut(&ReplicaId(1)).unwrap().replication.took_over = Some(handing.version);
+        let (home, moves) = advance_primaries(&handing, &reports, HERE, at, 4).unwrap();
+        assert_eq!(moves, Moves { failovers: 0, handovers: 1 });
+        assert_eq!((home.epoch, home.placement[0].primary, home.placement[0].handing_to), (Epoch(3), None, None));
+        assert!(!is_unsettled(&home, HERE));
+    }
+
+    #[test]
+    fn a_hand_over_that_does_not_end_is_undone() {
+        let (away, _) = advance_primaries(&catalog(), &all_ready(), presence(&[1]), NOW, 2).unwrap();
+        let (handing, _) = advance_primaries(&away, &all_ready(), HERE, NOW + QUIET_US, 3).unwrap();
+        let late = handing.written_at_us + HANDOVER_TIMEOUT.as_micros() as u64 + 1;
+        for (at, presence) in [(late, presence(&[])), (handing.written_at_us, presence(&[1]))] {
+            let (undone, moves) = advance_primaries(&handing, &all_ready(), presence, at, 4).unwrap();
+            assert_eq!((moves, undone.epoch), (Moves::default(), handing.epoch));
+            assert_eq!(undone.placement[0].handing_to, None);
+            assert_eq!(undone.placement[0].primary, Some(ReplicaId(2)));
+        }
+        // The acting primary dies in the middle of it: whoever is ready goes on.
+        let (next, _) =
+            advance_primaries(&handing, &all_ready(), presence(&[2]), handing.written_at_us, 4).unwrap();
+        assert_eq!((next.placement[0].primary, next.placement[0].handing_to), (None, None));
+    }
+
+    proptest! {
+        // Whatever nodes do, every version has one primary a shard, among its replicas, and a change
+        // of a primary raises the epoch.
+        #[test]
+        fn one_primary_at_each_epoch(steps in proptest::collection::vec((0u8..8, 0u8..8, 0u64..4_000_000, any::<bool>()), 1..40)) {
+            let mut catalog = catalog();
+            let mut now = NOW;
+            for (gone, ready, passed, took) in steps {
+                now += passed;
+                let mut reports = all_ready();
+                for (id, report) in &mut reports {
+                    report.replication.ready = ready & (1 << (id.0 % 3)) != 0;
+                    report.replication.took_over = took.then_some(catalog.version);
+                }
+                let presence = |node: NodeId| match gone & (1 << (node.0 - 1)) {
+                    0 => Presence::Here(u64::MAX),
+                    _ => Presence::Gone,
+                };
+                let Some((next, _)) = advance_primaries(&catalog, &reports, presence, now, 1) else { continue };
+                prop_assert_eq!(next.version.0, catalog.version.0 + 1);
+                let mut moved = false;
+                for (before, after) in catalog.placement.iter().zip(&next.placement) {
+                    prop_assert_eq!(&before.replicas, &after.replicas);
+                    prop_assert!(after.replicas.contains(&after.primary().unwrap()));
+                    prop_assert!(after.handing_to.is_none() || after.handing_to != after.primary().map(|one| one.replica));
+                    moved |= before.primary() != after.primary();
+                }
+                prop_assert_eq!(moved, next.epoch != catalog.epoch);
+                catalog = next;
+            }
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! Taking records of another replica's log.
+//!
+//! **Invariants**
+//! - The records of an origin are taken in order, each once: one that is here already is skipped, one
+//!   that comes too early is an error, never a skip.
+//! - A record keeps its origin, number, commit time and floor; it is logged here, synced, and applied
+//!   in one batch with the vector. Of its entries those are logged that win here, so that a replay
+//!   needs no comparison. Whoever pulls this log meets the winners first, because they stand before it.
+//! - The floor that a record carries is raised before its entries are compared.
+
+use std::time::Duration;
+
+use vasto_core::entry::Entry;
+use vasto_core::ids::{Lsn, OwnSeq, ReplicaId};
+use vasto_core::limits::MAX_CLOCK_AHEAD;
+use vasto_core::merge::supersedes;
+use vasto_core::record::{Body, KeyEntry, Progress, RangeState, Record};
+use vasto_core::stored_key::data_key;
+
+use super::apply::{add_record, band_of};
+use super::job::ReplicaError;
+use super::metrics;
+use super::stamp::Group;
+use super::writer::Writer;
+use crate::engine::Batch;
+
+impl Writer {
+    /// Takes the records; afterwards everything is durable and visible.
+    pub(super) fn take_records(
+        &mut self,
+        source: ReplicaId,
+        records: Vec<Record>,
+        covered: Lsn,
+    ) -> Result<(), ReplicaError> {
+        if let Some(reason) = self.shared.closed() {
+            return Err(ReplicaError::Closed(reason));
+        }
+        let mut batch = Batch::default();
+        let mut group = Group::default();
+        let mut taken = 0u64;
+        let mut failed = None;
+        let last_data = records.iter().rposition(|record| matches!(record.body, Body::Data { .. }));
+        for (index, record) in records.into_iter().enumerate() {
+            let have = self.meta.vector.get(&record.origin).copied().unwrap_or_default();
+            if record.own_seq <= have {
+                continue;
+            }
+            if self.meta.is_own(&record) && record.origin.incarnation >= self.meta.identity.incarnation {
+                failed = Some(self.close(
+                    "others hold records of this replica that it has never written: its directory is an old copy; \
+                     evict the replica (`vasto keyspace evict`), it is rebuilt from the others"
+                        .into(),
+                ));
+                break;
+            }
+            let next = OwnSeq(have.0 + 1);
+            if record.own_seq > next {
+                failed = Some(ReplicaError::Gap { origin: record.origin, next, got: record.own_seq });
+                break;
+            }
+            let progress = if Some(index) == last_data { vec![Progress::Tail(source, covered)] } else { Vec::new() };
+            match self.add_foreign(record, progress, &mut group, &mut batch) {
+                Ok(()) => taken += 1,
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
+            }
+        }
+        if taken > 0 {
+            self.sync()?;
+            self.write_batch(batch)?;
+            metrics::replicated(taken);
+        } else if self.unsynced_since.is_some() {
+            // What is here already may have come by another way a moment ago.
+            self.sync()?;
+        }
+        match failed {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    /// Logs one record as this replica's next and adds it to the batch.
+    fn add_foreign(
+        &mut self,
+        record: Record,
+        progress: Vec<Progress>,
+        group: &mut Group,
+        batch: &mut Batch,
+    ) -> Result<(), ReplicaError> {
+        self.meta.head.floor = self.meta.head.floor.max(record.floor);
+        let body = match record.body {
+            Body::Data { entries, .. } => {
+                Body::Data { entries: self.winners(entries, group)?, results: Vec::new(), progress }
+            }
+            body @ (Body::Adopt { .. } | Body::GcFloor { .. }) => body,
+            Body::Seal { .. } | Body::Unseal { .. } | Body::Ingest { .. } | Body::RangeState { .. } => {
+                return Err(ReplicaError::Refused("a record that concerns another replica alone was streamed".into()));
+            }
+        };
+        let logged =
+            Record { lsn: self.log.last_lsn().next(), synced_lsn: self.shared.log.synced_lsn(), body, ..record };
+        self.append(&logged)?;
+        add_record(batch, &mut self.meta, &logged).map_err(|error| self.close(error.to_string()))
+    }
+
+    /// The entries that win over what stands here.
+    fn winners(&mut self, entries: Vec<KeyEntry>, group: &mut Group) -> Result<Vec<KeyEntry>, ReplicaError> {
+        let ahead = self.now_us().saturating_add(MAX_CLOCK_AHEAD.as_micros() as u64);
+        let mut winners = Vec::with_capacity(entries.len());
+        for one in entries {
+            let entry = Entry::decode(&one.entry)
+                .map_err(|error| ReplicaError::Refused(format!("a streamed entry is damaged: {error}")))?;
+            let event_time = entry.event_time;
+            if event_time > ahead {
+                alarm_ahead(event_time - ahead);
+            }
+            let band = band_of(self.meta.identity.shard, &one.key, entry.partition_hash)
+                .ok_or_else(|| ReplicaError::Refused("a streamed entry can never live in this shard".into()))?;
+            if !matches!(self.meta.ranges.state(band), RangeState::Arriving | RangeState::Owned) {
+                // Given away: before that was decided the new owner had everything that any replica
+                // of this shard had accepted.
+                metrics::given_away();
+                continue;
+            }
+            let stored_key = data_key(band, &one.key);
+            let blind = event_time > self.slots.max_of(&one.key);
+            let wins = blind || {
+                let current = match group.get(&stored_key) {
+                    Some(entry) => Some(entry.to_vec()),
+                    None => self.shared.engine.get(&stored_key)?,
+                };
+                let wins = supersedes(self.meta.head.floor, current.as_deref(), &one.entry);
+                if current.is_some_and(|current| current != one.entry) {
+                    metrics::conflict(wins);
+                }
+                wins
+            };
+            if wins {
+                self.slots.raise(&one.key, event_time);
+                group.set(stored_key, &one.key, one.entry.clone());
+                winners.push(one);
+            }
+        }
+        Ok(winners)
+    }
+}
+
+/// Replication never skips a record: its origin has checked the time. But somebody's clock is wrong.
+fn alarm_ahead(by_us: u64) {
+    metrics::event_time_ahead();
+    static LAST: parking_lot::Mutex<Option<std::time::Instant>> = parking_lot::Mutex::new(None);
+    let mut last = LAST.lock();
+    if last.is_none_or(|at| at.elapsed() > Duration::from_secs(60)) {
+        *last = Some(std::time::Instant::now());
+        tracing::warn!(
+            ahead_ms = by_us / 1000,
+            "a peer sends event times that are too far ahead of this node's clock; check the clocks of both"
+        );
+    }
+}

@@ -1,0 +1,212 @@
+//! Results of read-modify-writes, kept so that a repetition gets the first one.
+//!
+//! **Invariant:** a result becomes durable with its change. Whoever asks again gets it, or is told
+//! that the outcome is not known; never is something done twice because its result was forgotten.
+
+use std::collections::{HashMap, VecDeque};
+
+use vasto_core::codec::{DecodeError, Reader};
+use vasto_core::ids::ReplicaId;
+use vasto_core::limits::{RESULTS_KEPT, RESULTS_MAX};
+use vasto_core::stored_key::MetaKey;
+use vasto_core::{ErrorCode, VastoError};
+
+use super::job::{Number, OpId, Outcome};
+
+const FORMAT: u8 = 1;
+
+/// The stored form: when it was committed, then each outcome.
+pub fn encode(commit_time: u64, outcomes: &[Outcome]) -> Vec<u8> {
+    let mut out = vec![FORMAT];
+    out.extend_from_slice(&commit_time.to_le_bytes());
+    for outcome in outcomes {
+        let (kind, event_time, version, number) = match *outcome {
+            Outcome::Applied(event_time) => (1u8, event_time, 0, None),
+            Outcome::Superseded(event_time) => (2, event_time, 0, None),
+            Outcome::Modified { event_time, version, number } => (3, event_time, version, number),
+            Outcome::NotApplied { event_time, version } => (4, event_time, version, None),
+        };
+        let (number_kind, bits) = match number {
+            None => (0u8, 0),
+            Some(Number::I64(number)) => (1, number as u64),
+            Some(Number::F64(bits)) => (2, bits),
+        };
+        out.push(kind);
+        out.extend_from_slice(&event_time.to_le_bytes());
+        out.extend_from_slice(&version.to_le_bytes());
+        out.push(number_kind);
+        out.extend_from_slice(&bits.to_le_bytes());
+    }
+    out
+}
+
+/// Reads the stored form.
+pub fn decode(bytes: &[u8]) -> Result<(u64, Vec<Outcome>), DecodeError> {
+    let what = "result of a read-modify-write";
+    let mut reader = Reader::new(bytes, what);
+    match reader.u8()? {
+        FORMAT => {}
+        other => return Err(DecodeError::Unknown { what, value: other.into() }),
+    }
+    let commit_time = reader.u64_le()?;
+    let rest = reader.rest();
+    let mut outcomes = Vec::new();
+    for one in rest.chunks(26) {
+        let mut reader = Reader::new(one, what);
+        let (kind, event_time, version) = (reader.u8()?, reader.u64_le()?, reader.u64_le()?);
+        let number = match (reader.u8()?, reader.u64_le()?) {
+            (0, _) => None,
+            (1, bits) => Some(Number::I64(bits as i64)),
+            (2, bits) => Some(Number::F64(bits)),
+            (other, _) => return Err(DecodeError::Unknown { what, value: other.into() }),
+        };
+        outcomes.push(match kind {
+            1 => Outcome::Applied(event_time),
+            2 => Outcome::Superseded(event_time),
+            3 => Outcome::Modified { event_time, version, number },
+            4 => Outcome::NotApplied { event_time, version },
+            other => return Err(DecodeError::Unknown { what, value: other.into() }),
+        });
+    }
+    Ok((commit_time, outcomes))
+}
+
+/// The results that a replica keeps.
+#[derive(Default)]
+pub struct Results {
+    known: HashMap<(u64, u64), Vec<Outcome>>,
+    order: VecDeque<(u64, (u64, u64))>,
+    /// Results from before this time may have been forgotten, microseconds.
+    complete_from: u64,
+    kept_max: usize,
+}
+
+impl Results {
+    /// What was found at the opening.
+    pub fn load(rows: &[(Vec<u8>, Vec<u8>)]) -> Self {
+        let mut all: Vec<(u64, (u64, u64), Vec<Outcome>)> = rows
+            .iter()
+            .filter_map(|(key, value)| {
+                let MetaKey::Result(client, sequence) = MetaKey::decode(key).ok()? else { return None };
+                let (at, outcomes) = decode(value).ok()?;
+                Some((at, (client, sequence), outcomes))
+            })
+            .collect();
+        all.sort_unstable_by_key(|(at, id, _)| (*at, *id));
+        let mut results = Self { kept_max: RESULTS_MAX, ..Self::default() };
+        for (at, id, outcomes) in all {
+            results.order.push_back((at, id));
+            results.known.insert(id, outcomes);
+        }
+        results
+    }
+
+    /// The result of an operation that was asked for before.
+    ///
+    /// # Errors
+    /// `Unknown` when it may have been done elsewhere, or so long ago that its result is forgotten.
+    pub fn recall(&self, id: &OpId, here: ReplicaId, now_us: u64) -> Result<Option<&[Outcome]>, VastoError> {
+        if let Some(outcomes) = self.known.get(&(id.client, id.sequence)) {
+            return Ok(Some(outcomes));
+        }
+        let unknown = |why: &str| {
+            let message = format!("the operation may have taken effect already ({why}); read the value back");
+            Err(VastoError::new(ErrorCode::Unknown, message))
+        };
+        match id.tried {
+            None => Ok(None),
+            Some(tried) if tried != here => unknown("another replica was asked first"),
+            Some(_) => {
+                let first = now_us.saturating_sub(id.age_ms.saturating_mul(1000));
+                let kept_us = RESULTS_KEPT.as_micros() as u64;
+                match first < self.complete_from || id.age_ms.saturating_mul(1000) >= kept_us {
+                    true => unknown("that was too long ago"),
+                    false => Ok(None),
+                }
+            }
+        }
+    }
+
+    /// Keeps a result.
+    pub fn keep(&mut self, id: (u64, u64), commit_time: u64, outcomes: Vec<Outcome>) {
+        self.order.push_back((commit_time, id));
+        self.known.insert(id, outcomes);
+    }
+
+    /// Forgets what is too old or too much; answers what to remove from the database.
+    pub fn forget(&mut self, now_us: u64) -> Vec<(u64, u64)> {
+        let oldest = now_us.saturating_sub(RESULTS_KEPT.as_micros() as u64);
+        let mut gone = Vec::new();
+        while let Some((at, id)) = self.order.front().copied()
+            && (at < oldest || self.order.len() > self.kept_max)
+        {
+            self.order.pop_front();
+            self.known.remove(&id);
+            // Commit times may run ahead of the clock by a little: what is not certain is unknown.
+            self.complete_from = self.complete_from.max(at.saturating_add(1_000_000));
+            gone.push(id);
+        }
+        gone
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use proptest::prelude::*;
+
+    fn id(sequence: u64, tried: Option<u64>, age_ms: u64) -> OpId {
+        OpId { client: 7, sequence, tried: tried.map(ReplicaId), age_ms }
+    }
+
+    const HERE: ReplicaId = ReplicaId(1);
+    const NOW: u64 = 10_000_000_000;
+
+    #[test]
+    fn outcomes_round_trip() {
+        let outcomes = [
+            Outcome::Applied(1),
+            Outcome::Superseded(2),
+            Outcome::Modified { event_time: 3, version: 4, number: Some(Number::I64(-5)) },
+            Outcome::Modified { event_time: 3, version: 4, number: Some(Number::F64(0.5f64.to_bits())) },
+            Outcome::Modified { event_time: 3, version: 4, number: None },
+            Outcome::NotApplied { event_time: 6, version: 7 },
+        ];
+        assert_eq!(decode(&encode(9, &outcomes)).unwrap(), (9, outcomes.to_vec()));
+    }
+
+    #[test]
+    fn a_repetition_gets_the_first_result_or_unknown_never_a_second_effect() {
+        let mut results = Results { kept_max: 2, ..Results::default() };
+        results.keep((7, 1), NOW, vec![Outcome::Applied(1)]);
+        assert_eq!(results.recall(&id(1, Some(1), 5), HERE, NOW).unwrap(), Some(&[Outcome::Applied(1)][..]));
+        assert_eq!(results.recall(&id(2, None, 0), HERE, NOW).unwrap(), None);
+        assert_eq!(results.recall(&id(2, Some(1), 5), HERE, NOW).unwrap(), None, "it never came here");
+        assert_eq!(results.recall(&id(2, Some(9), 5), HERE, NOW).unwrap_err().code, ErrorCode::Unknown);
+        assert_eq!(results.recall(&id(2, Some(1), 600_000), HERE, NOW).unwrap_err().code, ErrorCode::Unknown);
+        // Forgotten because there were too many: nobody can say any more.
+        results.keep((7, 3), NOW + 1, Vec::new());
+        results.keep((7, 4), NOW + 2, Vec::new());
+        assert_eq!(results.forget(NOW + 3), [(7, 1)]);
+        assert_eq!(results.recall(&id(1, Some(1), 100), HERE, NOW + 3).unwrap_err().code, ErrorCode::Unknown);
+        assert_eq!(results.recall(&id(9, Some(1), 100), HERE, NOW + 5_000_000).unwrap(), None);
+        // And because they are old.
+        assert_eq!(results.forget(NOW + RESULTS_KEPT.as_micros() as u64 + 2), [(7, 3)]);
+    }
+
+    #[test]
+    fn what_is_found_at_the_opening_is_known() {
+        let row = |sequence, at| (MetaKey::Result(7, sequence).encode(), encode(at, &[Outcome::Applied(at)]));
+        let mut results = Results::load(&[row(2, NOW + 1), row(1, NOW)]);
+        assert_eq!(results.recall(&id(1, Some(1), 1), HERE, NOW).unwrap(), Some(&[Outcome::Applied(NOW)][..]));
+        assert_eq!(results.forget(NOW + 1 + RESULTS_KEPT.as_micros() as u64), [(7, 1)], "the oldest goes first");
+    }
+
+    proptest! {
+        #[test]
+        fn decoding_is_total(bytes in proptest::collection::vec(any::<u8>(), 0..120)) {
+            let _ = decode(&bytes);
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! Connections to other nodes, one for each, shared by everything that replicates.
+//!
+//! **Invariant:** a connection that stands still is noticed by both ends within seconds (keepalive,
+//! also while nothing is asked), and every call that answers once has a deadline.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tonic::Status;
+use tonic::transport::{Channel, Endpoint};
+use vasto_core::ids::NodeId;
+use vasto_core::limits::{CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX};
+use vasto_core::{ErrorCode, VastoError};
+use vasto_proto::convert::status_of;
+use vasto_proto::v1;
+use vasto_proto::v1::replication_client::ReplicationClient;
+
+use crate::core::NodeCore;
+
+/// Bytes that one stream, and one connection, may have on their way.
+const WINDOWS: (u32, u32) = (4 << 20, 16 << 20);
+
+/// The connections of a node to its peers, by address.
+#[derive(Default)]
+pub struct Peers {
+    channels: Mutex<HashMap<String, Channel>>,
+}
+
+fn unreachable(reason: String) -> Status {
+    status_of(&VastoError::new(ErrorCode::Unavailable, reason))
+}
+
+impl Peers {
+    /// A client of the node's replication service; connecting happens with the first call.
+    // A gRPC status is large, and this is not a hot path.
+    #[allow(clippy::result_large_err)]
+    pub fn client(&self, core: &NodeCore, node: NodeId) -> Result<ReplicationClient<Channel>, Status> {
+        let address =
+            core.address(node).ok_or_else(|| unreachable(format!("where node {node} listens is not known")))?;
+        let mut channels = self.channels.lock();
+        let channel = match channels.get(&address) {
+            Some(channel) => channel.clone(),
+            None => {
+                let endpoint = Endpoint::from_shared(format!("http://{address}"))
+                    .map_err(|error| unreachable(format!("{address}: {error}")))?
+                    .connect_timeout(CONNECT_TIMEOUT)
+                    .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+                    .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+                    .keep_alive_while_idle(true)
+                    .initial_stream_window_size(WINDOWS.0)
+                    .initial_connection_window_size(WINDOWS.1)
+                    .tcp_nodelay(true);
+                let channel = endpoint.connect_lazy();
+                channels.insert(address, channel.clone());
+                channel
+            }
+        };
+        Ok(ReplicationClient::new(channel)
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX))
+    }
+
+    /// Where a replica of another node stands; waits there as long as the request says.
+    pub async fn position(
+        &self,
+        core: &NodeCore,
+        node: NodeId,
+        request: v1::PositionRequest,
+    ) -> Result<v1::PositionReply, Status> {
+        let mut client = self.client(core, node)?;
+        let patience = CONNECT_TIMEOUT + Duration::from_millis(request.wait_ms.into());
+        match tokio::time::timeout(patience, client.position(request)).await {
+            Ok(reply) => Ok(reply?.into_inner()),
+            Err(_) => Err(unreachable(format!("node {node} did not answer within {patience:?}"))),
+        }
+    }
+
+    /// Has a replica of another node promise never to stamp a commit time at or below one again.
+    pub async fn promise(
+        &self,
+        core: &NodeCore,
+        node: NodeId,
+        request: v1::PromiseRequest,
+    ) -> Result<v1::PositionReply, Status> {
+        let mut client = self.client(core, node)?;
+        match tokio::time::timeout(CONNECT_TIMEOUT, client.promise(request)).await {
+            Ok(reply) => Ok(reply?.into_inner()),
+            Err(_) => Err(unreachable(format!("node {node} did not answer within {CONNECT_TIMEOUT:?}"))),
+        }
+    }
+}

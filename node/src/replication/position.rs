@@ -1,0 +1,67 @@
+//! Where a replica stands, for its peers; and promises about its stamps.
+//!
+//! **Invariant:** everything that a reply names is durable.
+
+use std::time::Duration;
+
+use tonic::Status;
+use vasto_core::ids::{CatalogVersion, KeyspaceId, ReplicaId};
+use vasto_core::{ErrorCode, VastoError};
+use vasto_proto::convert::{status_of, vector_to_wire};
+use vasto_proto::v1;
+
+use crate::core::NodeCore;
+use crate::replica::Replica;
+use crate::replica::job::Control;
+
+/// Longest wait that a caller may ask for.
+const WAIT_MAX: Duration = Duration::from_secs(10);
+
+// A gRPC status is large, and this is not a hot path.
+#[allow(clippy::result_large_err)]
+fn find(core: &NodeCore, keyspace: u64, replica: u64) -> Result<Replica, Status> {
+    core.replica(KeyspaceId(keyspace), ReplicaId(replica)).ok_or_else(|| {
+        let reason = format!("replica {replica} of keyspace {keyspace} is not open on this node");
+        status_of(&VastoError::new(ErrorCode::Unavailable, reason))
+    })
+}
+
+/// Answers `Position`: waits for the version and the seal that the caller wants to see.
+pub async fn serve(core: &NodeCore, request: v1::PositionRequest) -> Result<v1::PositionReply, Status> {
+    let replica = find(core, request.keyspace_id, request.replica_id)?;
+    let mut changes = replica.changes();
+    let deadline = tokio::time::Instant::now() + Duration::from_millis(request.wait_ms.into()).min(WAIT_MAX);
+    loop {
+        changes.borrow_and_update();
+        let view = replica.view();
+        let sealed = view.ranges.seal.is_some_and(|seal| seal.version == CatalogVersion(request.sealed_version));
+        let obeyed = view.version >= CatalogVersion(request.min_version);
+        let enough = obeyed && (request.sealed_version == 0 || sealed);
+        if enough || tokio::time::timeout_at(deadline, changes.changed()).await.is_err() {
+            return answer(&replica).await;
+        }
+    }
+}
+
+/// Answers `Promise`.
+pub async fn promise(core: &NodeCore, request: v1::PromiseRequest) -> Result<v1::PositionReply, Status> {
+    let replica = find(core, request.keyspace_id, request.replica_id)?;
+    let order = Control::Promise { commit_time: request.commit_time };
+    replica.control(order).await.map_err(|error| status_of(&error.into()))?;
+    answer(&replica).await
+}
+
+async fn answer(replica: &Replica) -> Result<v1::PositionReply, Status> {
+    // The view first: what it says was so before the position was taken.
+    let view = replica.view();
+    let position = replica.position().await.map_err(|error| status_of(&error.into()))?;
+    Ok(v1::PositionReply {
+        version: view.version.0,
+        epoch: view.epoch.0,
+        lsn: position.lsn.0,
+        vector: vector_to_wire(&position.vector),
+        sealed_version: view.ranges.seal.map_or(0, |seal| seal.version.0),
+        floor: position.floor,
+        incarnation: position.incarnation.0,
+    })
+}

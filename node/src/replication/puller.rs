@@ -1,0 +1,285 @@
+//! The follower's side: pulls every record that this replica lacks from each of its peers.
+//!
+//! **Invariants**
+//! - What is acknowledged to a source is durable here.
+//! - A pull resumes from a durable cursor; what is sent again is skipped by the vector. A record that
+//!   is missing is never skipped: the peer is then of no use any more (`too_old`).
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use vasto_core::catalog::Placed;
+use vasto_core::ids::{Lsn, NodeId, ReplicaId, Vector, covers};
+use vasto_core::record::Record;
+use vasto_proto::convert::{vector_from_wire, vector_to_wire};
+use vasto_proto::v1;
+use vasto_proto::v1::pull_message::Message;
+
+use super::peers::Peers;
+use crate::core::NodeCore;
+use crate::replica::Replica;
+use crate::replica::job::ReplicaError;
+
+/// Between two attempts to reach a peer.
+const RETRY: Duration = Duration::from_millis(100);
+/// What this replica got by other ways is told to each source this often.
+const TELL: Duration = Duration::from_millis(20);
+
+/// How far one pull is.
+#[derive(Debug, Default)]
+pub struct PullState {
+    /// A stream is open.
+    pub connected: AtomicBool,
+    /// Synced records of the peer that are not here.
+    pub lag_lsns: AtomicU64,
+    /// Age of the last record that came, while there are more, milliseconds.
+    pub lag_ms: AtomicU64,
+    /// The peer's log does not reach back to where this replica stands.
+    pub too_old: AtomicBool,
+}
+
+struct Pull {
+    node: NodeId,
+    cancel: CancellationToken,
+    state: Arc<PullState>,
+}
+
+/// The pulls of one replica.
+pub struct Pullers {
+    core: Arc<NodeCore>,
+    peers: Arc<Peers>,
+    replica: Replica,
+    cancel: CancellationToken,
+    pulls: Mutex<HashMap<ReplicaId, Pull>>,
+}
+
+/// The largest lag of a replica behind its peers.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Lag {
+    /// Records.
+    pub lsns: u64,
+    /// Milliseconds.
+    pub ms: u64,
+}
+
+impl Pullers {
+    /// No pulls yet; all end with `cancel`.
+    pub fn new(core: Arc<NodeCore>, peers: Arc<Peers>, replica: Replica, cancel: CancellationToken) -> Self {
+        Self { core, peers, replica, cancel, pulls: Mutex::default() }
+    }
+
+    /// Pulls from exactly these.
+    pub fn follow(&self, sources: &[Placed]) {
+        let mut pulls = self.pulls.lock();
+        pulls.retain(|id, pull| {
+            let keep = sources.iter().any(|one| one.replica == *id && one.node == pull.node);
+            if !keep {
+                pull.cancel.cancel();
+            }
+            keep
+        });
+        for source in sources {
+            pulls.entry(source.replica).or_insert_with(|| {
+                let cancel = self.cancel.child_token();
+                let state = Arc::new(PullState::default());
+                let task = Puller {
+                    core: self.core.clone(),
+                    peers: self.peers.clone(),
+                    replica: self.replica.clone(),
+                    source: *source,
+                    state: state.clone(),
+                };
+                let ended = cancel.clone();
+                // Ends with its token.
+                tokio::spawn(async move { ended.run_until_cancelled(task.run()).await });
+                Pull { node: source.node, cancel, state }
+            });
+        }
+    }
+
+    /// The largest lag behind a peer that is connected.
+    pub fn lag(&self) -> Lag {
+        let pulls = self.pulls.lock();
+        let connected = pulls.values().filter(|pull| pull.state.connected.load(Ordering::Acquire));
+        connected.fold(Lag::default(), |lag, pull| Lag {
+            lsns: lag.lsns.max(pull.state.lag_lsns.load(Ordering::Acquire)),
+            ms: lag.ms.max(pull.state.lag_ms.load(Ordering::Acquire)),
+        })
+    }
+
+    /// True when a peer is connected that cannot bring this replica up to date, and none that can.
+    pub fn is_too_old(&self) -> bool {
+        let pulls = self.pulls.lock();
+        let too_old = |pull: &Pull| pull.state.too_old.load(Ordering::Acquire);
+        pulls.values().any(too_old)
+            && !pulls.values().any(|pull| !too_old(pull) && pull.state.connected.load(Ordering::Acquire))
+    }
+}
+
+struct Puller {
+    core: Arc<NodeCore>,
+    peers: Arc<Peers>,
+    replica: Replica,
+    source: Placed,
+    state: Arc<PullState>,
+}
+
+/// Why a stream ended.
+enum Ended {
+    /// Try again.
+    Interrupted(String),
+    /// The peer's log begins too late.
+    TooOld(String),
+    /// This replica cannot go on.
+    Closed(String),
+}
+
+impl From<tonic::Status> for Ended {
+    fn from(status: tonic::Status) -> Self {
+        Ended::Interrupted(status.message().to_owned())
+    }
+}
+
+impl From<ReplicaError> for Ended {
+    fn from(error: ReplicaError) -> Self {
+        match error {
+            ReplicaError::Gap { .. } => Ended::TooOld(error.to_string()),
+            other => Ended::Closed(other.to_string()),
+        }
+    }
+}
+
+impl Puller {
+    async fn run(self) {
+        let (keyspace, shard, peer) = (self.replica.keyspace.0, self.replica.shard.0, self.source.replica.0);
+        let mut said = String::new();
+        loop {
+            let Err(ended) = self.pull().await;
+            self.state.connected.store(false, Ordering::Release);
+            let mut pause = RETRY;
+            let reason = match ended {
+                Ended::Interrupted(reason) => reason,
+                Ended::TooOld(reason) => {
+                    if !self.state.too_old.swap(true, Ordering::AcqRel) {
+                        tracing::warn!(keyspace, shard, peer, reason, "this replica cannot be brought up to date from a peer's log");
+                    }
+                    pause = Duration::from_secs(2);
+                    reason
+                }
+                Ended::Closed(reason) => {
+                    pause = Duration::from_secs(1);
+                    reason
+                }
+            };
+            self.core.report.notify_one();
+            if said != reason {
+                tracing::info!(keyspace, shard, peer, reason, "a pull is interrupted; it goes on");
+                said = reason;
+            }
+            tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.5))).await;
+        }
+    }
+
+    async fn pull(&self) -> Result<std::convert::Infallible, Ended> {
+        let mut client = self.peers.client(&self.core, self.source.node)?;
+        let cursors = self.replica.tail_cursors().map_err(|error| Ended::Closed(error.to_string()))?;
+        let mut cursor = cursors.into_iter().find(|(id, _)| *id == self.source.replica).map_or(Lsn(0), |(_, lsn)| lsn);
+        let mut changes = self.replica.vector_changes();
+        let mut told = self.replica.vector();
+        let (messages, outgoing) = mpsc::channel(8);
+        let start = v1::PullStart {
+            keyspace_id: self.replica.keyspace.0,
+            replica_id: self.source.replica.0,
+            follower_id: self.replica.id.0,
+            after_lsn: cursor.0,
+            vector: vector_to_wire(&told),
+        };
+        let closed = |_| Ended::Interrupted("the stream ended".into());
+        messages.send(v1::PullMessage { message: Some(Message::Start(start)) }).await.map_err(closed)?;
+        let mut frames = client.pull(ReceiverStream::new(outgoing)).await?.into_inner();
+        let hello = frames.message().await?.ok_or_else(|| Ended::Interrupted("the stream ended".into()))?;
+        let (head, needed) = (Lsn(hello.head_lsn), vector_from_wire(&hello.vector));
+        self.state.connected.store(true, Ordering::Release);
+        cursor = Lsn(hello.from_lsn);
+        self.state.lag_lsns.store(hello.head_lsn.saturating_sub(cursor.0), Ordering::Release);
+        let mut unproven = Some((head, needed));
+        let mut tick = tokio::time::interval(TELL);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            if let Some((head, needed)) = &unproven
+                && cursor >= *head
+            {
+                self.prove(needed)?;
+                unproven = None;
+                self.state.too_old.store(false, Ordering::Release);
+                self.core.report.notify_one();
+            }
+            tokio::select! {
+                frame = frames.message() => {
+                    let frame = frame?.ok_or_else(|| Ended::Interrupted("the peer ended the stream".into()))?;
+                    self.take(frame, &mut cursor).await?;
+                }
+                _ = tick.tick() => {
+                    let now = self.replica.vector_changes();
+                    if now == changes {
+                        continue;
+                    }
+                }
+            }
+            changes = self.replica.vector_changes();
+            let vector = self.replica.vector();
+            let news = vector.iter().filter(|(origin, seq)| told.get(origin) != Some(*seq));
+            let progress = v1::PullProgress {
+                // Until it is proven that nothing is missing, nothing is covered.
+                covered_lsn: if unproven.is_none() { cursor.0 } else { 0 },
+                vector: vector_to_wire(news),
+                // Read after the records were taken: a newer one only makes the source more careful.
+                epoch: self.replica.epoch().0,
+            };
+            messages.send(v1::PullMessage { message: Some(Message::Progress(progress)) }).await.map_err(closed)?;
+            told = vector;
+        }
+    }
+
+    /// All of the peer's log that was there at the beginning has been read: what the peer held then
+    /// must be here, else its log began too late.
+    fn prove(&self, needed: &Vector) -> Result<(), Ended> {
+        let have = self.replica.vector();
+        if covers(&have, needed) {
+            return Ok(());
+        }
+        let missing = needed.iter().find(|(origin, seq)| have.get(origin).is_none_or(|have| have < *seq));
+        let missing = missing.map(|(origin, seq)| format!("{origin} up to {seq}")).unwrap_or_default();
+        Err(Ended::TooOld(format!("the peer's log no longer holds records of {missing}")))
+    }
+
+    async fn take(&self, frame: v1::PullFrame, cursor: &mut Lsn) -> Result<(), Ended> {
+        let covered = Lsn(frame.covered_lsn);
+        let mut records = Vec::with_capacity(frame.records.len());
+        for bytes in &frame.records {
+            let record = Record::decode(bytes)
+                .map_err(|error| Ended::Interrupted(format!("a streamed record is damaged: {error}")))?;
+            records.push(record);
+        }
+        let last = records.last().map(|record| record.commit_time);
+        if !records.is_empty() {
+            self.replica.replicate(self.source.replica, records, covered).await?;
+        }
+        *cursor = (*cursor).max(covered);
+        let lag = frame.head_lsn.saturating_sub(cursor.0);
+        let lag_ms = match last {
+            Some(commit_time) if lag > 0 => self.core.clock.now_us().saturating_sub(commit_time) / 1000,
+            _ if lag == 0 => 0,
+            _ => self.state.lag_ms.load(Ordering::Acquire),
+        };
+        self.state.lag_lsns.store(lag, Ordering::Release);
+        self.state.lag_ms.store(lag_ms, Ordering::Release);
+        Ok(())
+    }
+}
