@@ -14,6 +14,7 @@ use vasto_core::ids::{Epoch, KeyspaceId, NodeId, ReplicaId, ShardId};
 use vasto_core::topology::{NodeAddress, Topology};
 
 use crate::clock::SharedClock;
+use crate::pause::PauseDetector;
 use crate::replica::Replica;
 
 type Routes = HashMap<(KeyspaceId, ShardId), Replica>;
@@ -28,6 +29,8 @@ pub struct NodeCore {
     pub readers: Arc<Semaphore>,
     /// Wakes the reporter: something the master waits for has happened.
     pub report: Notify,
+    /// Notices that the process stood still.
+    pub pause: PauseDetector,
     routes: ArcSwap<Routes>,
     catalogs: ArcSwap<HashMap<KeyspaceId, Arc<Catalog>>>,
     addresses: ArcSwap<HashMap<NodeId, NodeAddress>>,
@@ -43,6 +46,7 @@ impl NodeCore {
             clock,
             readers: Arc::new(Semaphore::new(read_threads.max(1))),
             report: Notify::new(),
+            pause: PauseDetector::default(),
             routes: ArcSwap::default(),
             catalogs: ArcSwap::default(),
             addresses: ArcSwap::default(),
@@ -64,6 +68,13 @@ impl NodeCore {
     /// All hosted replicas.
     pub fn replicas(&self) -> Vec<Replica> {
         self.routes.load().values().cloned().collect()
+    }
+
+    /// The process stood still: what has peers must catch up before it serves again.
+    pub fn stop_serving_what_has_peers(&self) {
+        for replica in self.replicas().into_iter().filter(|replica| replica.followers().has_peers()) {
+            replica.set_ready(false);
+        }
     }
 
     /// Hosts a replica.

@@ -299,6 +299,7 @@ impl Runner {
         let mut tick = tokio::time::interval(HOUSEKEEPING);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut reported = ReplicationReport::default();
+        let mut pauses = this.context.core.pause.pauses();
         let background = Arc::new(Mutex::new(Background::default()));
         loop {
             let catalog = catalogs.borrow_and_update().clone();
@@ -317,6 +318,7 @@ impl Runner {
                     () = this.cancel.cancelled() => break,
                     _ = catalogs.changed() => break,
                     () = &mut retry, if again => break,
+                    _ = pauses.changed() => duties.begin_to_catch_up(&catalog),
                     _ = tick.tick() => this.keep_house(&replica, &ship, &duties, &mut reported),
                 }
             }

@@ -12,6 +12,7 @@ pub mod host;
 pub mod manager;
 pub mod node;
 pub mod node_dir;
+pub mod pause;
 pub mod replica;
 pub mod replication;
 pub mod session;

@@ -26,6 +26,7 @@ use crate::flusher;
 use crate::host::HostContext;
 use crate::manager::Manager;
 use crate::node_dir::{DirError, NodeDir};
+use crate::pause;
 use crate::replication::ReplicationService;
 use crate::session::{Joined, Session, SessionConfig, SessionContext, SessionError, join, keep};
 
@@ -230,6 +231,16 @@ async fn serve(running: Running) -> Result<(), NodeError> {
         }
     });
     let flusher = tokio::spawn(flusher::run(core.clone(), engines, stop_serving.clone()));
+    let watched = (core.clone(), stop_serving.clone());
+    // Ends with the service; a thread of its own, because tasks may all be busy.
+    std::thread::spawn(move || {
+        let (core, stop) = watched;
+        let after_pause = |pause: Duration| {
+            tracing::info!(ms = pause.as_millis() as u64, "the process stood still");
+            core.stop_serving_what_has_peers();
+        };
+        pause::watch(&core.pause, after_pause, || stop.is_cancelled());
+    });
     let (fatal_sender, fatal) = oneshot::channel();
     let session_cancel = CancellationToken::new();
     let context = SessionContext { core, manager: manager.clone(), bucket, dir: data_dir };

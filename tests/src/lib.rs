@@ -16,6 +16,7 @@ mod logs;
 mod process;
 mod proxy;
 pub mod records;
+pub mod replicas;
 mod s3;
 mod verify;
 mod wait;

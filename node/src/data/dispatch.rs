@@ -38,7 +38,9 @@ fn place(core: &NodeCore, caller: Caller, shard: ShardId) -> Place {
     match core.replica_of(caller.keyspace, shard) {
         Some(replica) if replica.epoch() >= caller.epoch => match replica.view().role {
             Role::Detached => Place::Elsewhere,
-            _ if replica.is_ready() => Place::Here(replica),
+            _ if replica.is_ready() && !(core.pause.is_standing() && replica.followers().has_peers()) => {
+                Place::Here(replica)
+            }
             _ => Place::CatchingUp,
         },
         Some(_) => Place::NotYet,

@@ -69,6 +69,11 @@ impl Followers {
         known.retain(|id, _| wanted.contains(id));
     }
 
+    /// True when the shard has other placed replicas.
+    pub fn has_peers(&self) -> bool {
+        !self.inner.lock().placed.is_empty()
+    }
+
     /// A write that is durable here waits for another replica.
     pub fn wait(&self, job: WriteJob, outcomes: Vec<Outcome>, own_seq: OwnSeq, epoch: Epoch) {
         let mut inner = self.inner.lock();

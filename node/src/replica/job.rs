@@ -1,6 +1,7 @@
 //! What a replica's writer is asked to do.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
@@ -8,6 +9,8 @@ use vasto_core::catalog::Ack;
 use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, Lsn, Origin, OwnSeq, PlanId, ReplicaId, Vector};
 use vasto_core::record::{BandRange, IngestedObject, KeyEntry, Progress, RangeState, Record};
 use vasto_core::{ErrorCode, VastoError};
+
+use crate::clock::since_boot;
 
 /// One operation of a write.
 #[derive(Debug, Clone)]
@@ -132,6 +135,8 @@ pub struct WriteJob {
     pub ack: Ack,
     /// Which operation it is, of read-modify-writes.
     pub id: Option<OpId>,
+    /// Boot time when it came.
+    pub came: Duration,
     done: Option<Completion>,
     /// Room in the queue, given back when the job is dropped.
     _permit: Option<OwnedSemaphorePermit>,
@@ -141,7 +146,7 @@ impl WriteJob {
     /// A write that answers through `done`, exactly once: also when the job is dropped, which
     /// happens before it was begun, or when the writer dies.
     pub fn new(ops: Vec<WriteOp>, ack: Ack, done: Completion, permit: Option<OwnedSemaphorePermit>) -> Self {
-        Self { ops, ack, id: None, done: Some(done), _permit: permit }
+        Self { ops, ack, id: None, came: since_boot(), done: Some(done), _permit: permit }
     }
 
     /// Says which operation of which client it is.

@@ -23,7 +23,7 @@ use vasto_core::catalog::Ack;
 use vasto_core::clock::HybridClock;
 use vasto_core::entry::event_time_of;
 use vasto_core::ids::{CatalogVersion, Epoch, Lsn, Origin, OwnSeq};
-use vasto_core::limits::{GROUP_BYTES_MAX, GROUP_OPS_MAX, OS_SYNC_INTERVAL, SEALED_WRITES_WAIT};
+use vasto_core::limits::{ATTEMPT_PATIENCE, GROUP_BYTES_MAX, GROUP_OPS_MAX, OS_SYNC_INTERVAL, SEALED_WRITES_WAIT};
 use vasto_core::record::{Body, OpResult, Progress, RangeState, Record};
 use vasto_core::stored_key::MetaKey;
 use vasto_core::{ErrorCode, VastoError};
@@ -189,6 +189,12 @@ impl Writer {
         }
         if self.role == Role::Detached {
             return Checked::Refused(wrong_epoch());
+        }
+        // Whoever sent it has long gone to another replica: applied now, its stamp would be above what
+        // was written there since.
+        if since_boot().saturating_sub(job.came) >= ATTEMPT_PATIENCE && self.shared.followers.has_peers() {
+            let message = "the replica was too busy to take this in time; another one can";
+            return Checked::Refused(VastoError::new(ErrorCode::CatchingUp, message).retry_after_ms(50));
         }
         let mut sealed = false;
         if job.modifies() {

@@ -51,6 +51,8 @@ struct State {
     /// The log's end when this replica stopped to take writes for good.
     last_lsn: Option<Lsn>,
     evict: Option<vasto_core::ids::ReplicaId>,
+    /// Counts the times it had to catch up: only the last one makes it ready.
+    catching_up: u64,
 }
 
 impl Duties {
@@ -98,11 +100,18 @@ impl Duties {
             return;
         }
         self.replica.set_ready(false);
+        let turn = {
+            let mut state = self.state.lock();
+            state.catching_up += 1;
+            state.catching_up
+        };
         let this = self.clone();
         tokio::spawn(async move {
             let caught_up = this.catch_up(others);
             let Some(()) = this.cancel.run_until_cancelled(caught_up).await else { return };
-            this.replica.set_ready(true);
+            if this.state.lock().catching_up == turn {
+                this.replica.set_ready(true);
+            }
             this.core.report.notify_one();
         });
     }

@@ -1,0 +1,114 @@
+//! Looks at every replica by itself, past the client.
+//!
+//! **Invariant:** two replicas are the same when each key has the same version on both: the hash of
+//! the stored entry with its event time, kind and bytes.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail, ensure};
+use vasto_core::catalog::Catalog;
+use vasto_core::ids::{NodeId, ShardId};
+use vasto_proto::v1;
+use vasto_proto::v1::data_client::DataClient;
+use vasto_proto::v1::reply::Result as Reply;
+use vasto_proto::v1::request::Op;
+
+use crate::cluster::Cluster;
+use crate::wait::{DEADLINE, until};
+
+/// Key to version.
+pub type Contents = BTreeMap<Vec<u8>, u64>;
+
+/// All live rows of one shard as one node has them.
+///
+/// # Errors
+/// When the node cannot be reached or refuses.
+pub async fn contents(address: &str, catalog: &Catalog, shard: ShardId) -> Result<Contents> {
+    let mut client = DataClient::connect(format!("http://{address}"))
+        .await
+        .with_context(|| format!("cannot reach {address}"))?
+        .max_decoding_message_size(64 << 20);
+    let mut rows = Contents::new();
+    let mut after = None;
+    loop {
+        let scan = v1::ScanRequest { after, ..v1::ScanRequest::default() };
+        let request = v1::Request {
+            id: 1,
+            keyspace_id: catalog.keyspace.0,
+            epoch: catalog.epoch.0,
+            shard: shard.0,
+            deadline_ms: 0,
+            op: Some(Op::Scan(scan)),
+        };
+        match client.execute(request).await?.into_inner().result {
+            Some(Reply::Scan(page)) => {
+                after = page.rows.last().map(|row| row.key.clone());
+                for row in page.rows {
+                    rows.insert(row.key.to_vec(), row.value.context("a row without a value")?.version);
+                }
+                if !page.more {
+                    return Ok(rows);
+                }
+            }
+            other => bail!("{address} answered a scan with {other:?}"),
+        }
+    }
+}
+
+/// Waits until all replicas of every shard hold the same; answers the number of keys.
+///
+/// # Errors
+/// When they still differ at the deadline; the text says where.
+pub async fn converged(cluster: &Cluster, keyspace: &str) -> Result<usize> {
+    let catalog_dir = cluster.catalog(keyspace).await?;
+    let mut last = String::new();
+    let outcome = until("all replicas to hold the same", DEADLINE, async || match differences(cluster, &catalog_dir.tip().ok()?).await {
+        Ok(Ok(keys)) => Some(keys),
+        Ok(Err(difference)) => {
+            last = difference;
+            None
+        }
+        Err(error) => {
+            last = format!("{error:#}");
+            None
+        }
+    })
+    .await;
+    outcome.with_context(|| last)
+}
+
+async fn differences(cluster: &Cluster, catalog: &Catalog) -> Result<Result<usize, String>> {
+    let status = cluster.json(&["cluster", "status"]).await?;
+    let address_of = |node: NodeId| -> Result<String> {
+        let nodes = status["nodes"].as_array().context("no nodes")?;
+        let found = nodes.iter().find(|one| one["node_id"] == node.to_string().as_str());
+        Ok(found.and_then(|one| one["address"].as_str()).context("the node has no address")?.to_owned())
+    };
+    let mut keys = 0;
+    for shard in &catalog.placement {
+        ensure!(!shard.replicas.is_empty(), "shard {} has no replica", shard.shard);
+        let mut first: Option<(NodeId, Contents)> = None;
+        for one in &shard.replicas {
+            let rows = contents(&address_of(one.node)?, catalog, shard.shard).await?;
+            let Some((node, expected)) = &first else {
+                keys += rows.len();
+                first = Some((one.node, rows));
+                continue;
+            };
+            if rows != *expected {
+                let differs = expected.iter().find(|(key, version)| rows.get(*key) != Some(version));
+                let differs = differs.or_else(|| rows.iter().find(|(key, _)| !expected.contains_key(*key)));
+                let key = differs.map(|(key, _)| String::from_utf8_lossy(key).into_owned()).unwrap_or_default();
+                return Ok(Err(format!(
+                    "shard {}: {} has {} rows, {} has {}; for instance {key} differs",
+                    shard.shard,
+                    node,
+                    expected.len(),
+                    one.node,
+                    rows.len()
+                )));
+            }
+        }
+    }
+    Ok(Ok(keys))
+}
