@@ -66,6 +66,8 @@ for_bench() {
 }
 
 for_test() {
+    # The tests of network partitions make networks of their own (as root; else they say that they skip).
+    packages iproute2 iptables
     if ! cargo nextest --version >/dev/null 2>&1; then
         say "installing the test runner cargo-nextest (this compiles for some minutes)"
         # Its own build directory, and the compiler that the machine has.

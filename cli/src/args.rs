@@ -161,6 +161,9 @@ pub struct KeyspaceCreate {
     /// How long the old place of moved keys is kept after a resize
     #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = parse_duration)]
     pub quarantine: Duration,
+    /// How long deletes are remembered at least
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = parse_duration)]
+    pub tombstone_grace: Duration,
 }
 
 /// `vasto keyspace delete`

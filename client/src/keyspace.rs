@@ -17,8 +17,8 @@ use crate::batch::{Batch, Write, WriteOptions};
 use crate::error::{Error, ErrorKind};
 use crate::execute::{Executor, Group, Progress, strange_reply};
 use crate::key::{IntoBytes, Key};
-use crate::route::ReadFrom;
 use crate::requests::{Delete, Put, WriteBatch};
+use crate::route::ReadFrom;
 use crate::scan::Scan;
 use crate::tuning::{GET_KEY_BYTES_MAX, GET_KEYS_MAX};
 use crate::value::{Outcome, Value};
@@ -86,7 +86,10 @@ impl Keyspace {
         let key = key.into();
         key.check()?;
         let op = || Op::Get(v1::GetRequest { keys: vec![key.to_wire()] });
-        let reply = self.executor.run(key.hash(), Progress::new(false, self.time).from(self.reads()), key.key.len(), op).await?;
+        let reply = self
+            .executor
+            .run(key.hash(), Progress::new(false, self.time).from(self.reads()), key.key.len(), op)
+            .await?;
         match reply {
             Reply::Get(v1::GetReply { mut values }) if values.len() == 1 => {
                 values.pop().and_then(|one| one.value).map(Value::from_wire).transpose()

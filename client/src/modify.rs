@@ -177,14 +177,8 @@ impl Keyspace {
     ) -> Result<v1::WriteOutcome, Error> {
         let (executor, time) = self.parts();
         let (client_id, sequence) = executor.next_operation();
-        let request = v1::WriteRequest {
-            ops: vec![op],
-            ack: ack_to_wire(ack),
-            client_id,
-            sequence,
-            tried_replica: 0,
-            age_ms: 0,
-        };
+        let request =
+            v1::WriteRequest { ops: vec![op], ack: ack_to_wire(ack), client_id, sequence, tried_replica: 0, age_ms: 0 };
         match executor.run_at_primary(key.hash(), Progress::new(true, time), key.key.len() + bytes, request).await? {
             Reply::Write(v1::WriteReply { mut outcomes }) if outcomes.len() == 1 => {
                 outcomes.pop().ok_or_else(|| strange_reply(true))

@@ -57,7 +57,9 @@ impl Table {
         let preferred = match &from {
             ReadFrom::Primary => None,
             ReadFrom::Any => Some(rand::random_range(0..known.len().max(1))),
-            ReadFrom::Zone(zone) => known.iter().position(|(at, _)| routes.get(*at).is_some_and(|one| one.zone == *zone)),
+            ReadFrom::Zone(zone) => {
+                known.iter().position(|(at, _)| routes.get(*at).is_some_and(|one| one.zone == *zone))
+            }
         };
         let ordered = preferred.and_then(|at| known.get(at)).into_iter().chain(&known);
         let well = ordered.map(|(_, node)| *node).find(|node| !node.is_suspect());

@@ -17,11 +17,12 @@ pub struct KeyspaceSpec {
     pub(crate) ack: Ack,
     pub(crate) ttl_ms: Option<u64>,
     pub(crate) quarantine_ms: Option<u64>,
+    pub(crate) tombstone_grace_ms: Option<u64>,
 }
 
 impl Default for KeyspaceSpec {
     fn default() -> Self {
-        Self { shards: 1, replicas: 1, ack: Ack::Fsync, ttl_ms: None, quarantine_ms: None }
+        Self { shards: 1, replicas: 1, ack: Ack::Fsync, ttl_ms: None, quarantine_ms: None, tombstone_grace_ms: None }
     }
 }
 
@@ -54,6 +55,13 @@ impl KeyspaceSpec {
     /// given.
     pub fn quarantine(mut self, time: Duration) -> Self {
         self.quarantine_ms = Some(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+        self
+    }
+
+    /// How long deletes are remembered at least, so that a replica that was away cannot bring a deleted
+    /// key back; at least 1 s, 24 h if not given.
+    pub fn tombstone_grace(mut self, time: Duration) -> Self {
+        self.tombstone_grace_ms = Some(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
         self
     }
 

@@ -123,7 +123,7 @@ impl Vasto {
             ack: ack_to_wire(Some(spec.ack)),
             ttl_ms: spec.ttl_ms,
             quarantine_ms: spec.quarantine_ms,
-            tombstone_grace_ms: None,
+            tombstone_grace_ms: spec.tombstone_grace_ms,
         };
         self.change(|mut master| async move { master.create_keyspace(request).await }).await
     }

@@ -101,7 +101,7 @@ pub const RESULTS_KEPT: Duration = Duration::from_secs(600);
 pub const RESULTS_MAX: usize = 100_000;
 /// Bytes of records in one replication frame; at most four frames wait for a slow follower.
 pub const PULL_FRAME_BYTES: usize = MIB;
-/// Data connections that a node takes.
+/// Data connections that a node takes; each may hold [`CONNECTION_BYTES_MAX`].
 pub const CONNECTIONS_MAX: usize = 4_096;
 /// Between two uploads of log chunks of a replica that has something to ship.
 pub const SHIP_INTERVAL: Duration = Duration::from_secs(10);

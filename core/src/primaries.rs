@@ -91,6 +91,20 @@ pub fn advance_primaries(
     changed.then_some((next, moves))
 }
 
+/// What became of the primaries from one version to the next.
+pub fn moves_between(before: &Catalog, after: &Catalog) -> Moves {
+    let mut moves = Moves::default();
+    for (old, new) in before.placement.iter().zip(&after.placement) {
+        let Some(primary) = new.primary().filter(|one| Some(*one) != old.primary()) else { continue };
+        if old.handing_to == Some(primary.replica) {
+            moves.handovers += 1;
+        } else {
+            moves.failovers += 1;
+        }
+    }
+    moves
+}
+
 /// True when the primaries must be looked at again soon although nobody reports anything.
 pub fn is_unsettled(catalog: &Catalog, presence: impl Fn(NodeId) -> Presence) -> bool {
     catalog.state == KeyspaceState::Active
@@ -206,6 +220,7 @@ mod tests {
         assert_eq!(advance_primaries(&catalog, &all_ready(), HERE, NOW + QUIET_US, 2), None);
         let (next, moves) = advance_primaries(&catalog, &all_ready(), presence(&[1]), NOW, 2).unwrap();
         assert_eq!(moves, Moves { failovers: 1, handovers: 0 });
+        assert_eq!(moves_between(&catalog, &next), moves);
         assert_eq!(next.epoch, Epoch(2));
         assert_eq!(next.placement[0].primary, Some(ReplicaId(2)));
         assert_eq!(next.placement[0].replicas, catalog.placement[0].replicas, "the order of preference stays");
@@ -237,6 +252,7 @@ mod tests {
         reports.get_mut(&ReplicaId(1)).unwrap().replication.took_over = Some(handing.version);
         let (home, moves) = advance_primaries(&handing, &reports, HERE, at, 4).unwrap();
         assert_eq!(moves, Moves { failovers: 0, handovers: 1 });
+        assert_eq!(moves_between(&handing, &home), moves);
         assert_eq!((home.epoch, home.placement[0].primary, home.placement[0].handing_to), (Epoch(3), None, None));
         assert!(!is_unsettled(&home, HERE));
     }
@@ -253,8 +269,7 @@ mod tests {
             assert_eq!(undone.placement[0].primary, Some(ReplicaId(2)));
         }
         // The acting primary dies in the middle of it: whoever is ready goes on.
-        let (next, _) =
-            advance_primaries(&handing, &all_ready(), presence(&[2]), handing.written_at_us, 4).unwrap();
+        let (next, _) = advance_primaries(&handing, &all_ready(), presence(&[2]), handing.written_at_us, 4).unwrap();
         assert_eq!((next.placement[0].primary, next.placement[0].handing_to), (None, None));
     }
 

@@ -492,8 +492,7 @@ pub struct Peek {
 /// Origin and number of a whole record, checked by nothing but its length.
 pub fn peek(bytes: &[u8]) -> Option<Peek> {
     let mut reader = Reader::new(bytes.get(48..72)?, "record");
-    let origin =
-        Origin { replica: ReplicaId(reader.u64_le().ok()?), incarnation: Incarnation(reader.u64_le().ok()?) };
+    let origin = Origin { replica: ReplicaId(reader.u64_le().ok()?), incarnation: Incarnation(reader.u64_le().ok()?) };
     Some(Peek { origin, own_seq: OwnSeq(reader.u64_le().ok()?) })
 }
 

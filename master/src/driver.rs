@@ -19,6 +19,7 @@ use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::{Epoch, KeyspaceId, NodeId, PlanId};
 use vasto_core::limits::SEALING_WRITE_MAX;
 use vasto_core::plan::{Advance, PlanError, Reports, Step, abort, operation_id, start_grow};
+use vasto_core::primaries::{Moves, moves_between};
 use vasto_shipping::CatalogWrite;
 
 use crate::cluster::{Cluster, nonce, now_us};
@@ -300,6 +301,17 @@ impl Driver {
     fn won(&self, next: Catalog, took: Duration) {
         let delivery = delivery_of(&next, took);
         log_version(&next, delivery, took);
+        let before = self.cluster.state().keyspaces.get(&next.keyspace).map(|known| known.catalog.clone());
+        let moves = before.map(|before| moves_between(&before, &next)).unwrap_or_default();
+        if moves != Moves::default() {
+            tracing::info!(
+                keyspace = next.name,
+                failovers = moves.failovers,
+                handovers = moves.handovers,
+                "primaries have changed"
+            );
+            self.cluster.metrics.primaries_moved(moves);
+        }
         self.cluster.install(next, delivery);
     }
 

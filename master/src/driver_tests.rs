@@ -66,7 +66,8 @@ fn idle_keyspaces_are_not_looked_at() {
 #[test]
 fn changes_that_are_refused_say_what_to_do() {
     let reports = Reports::new();
-    let refused = |catalog: &Catalog, change, node: &[NodeId]| changed(catalog, change, node, &reports, 9, 9).unwrap_err();
+    let refused =
+        |catalog: &Catalog, change, node: &[NodeId]| changed(catalog, change, node, &reports, 9, 9).unwrap_err();
     let idle = first(KeyspaceId(1));
     assert_eq!(refused(&idle, Change::Grow { to: 1 }, &[NodeId(1)]).code, ErrorCode::InvalidArgument);
     assert_eq!(refused(&idle, Change::Grow { to: 5000 }, &[NodeId(1)]).code, ErrorCode::InvalidArgument);

@@ -1,19 +1,22 @@
 //! The master's own figures, through the global OpenTelemetry meter.
 //!
 //! `vasto_master_nodes{state}`, `vasto_master_plan_step{keyspace}` (0 none, 1 prepare, 2 tail,
-//! 3 sealing, 4 committed) and `vasto_catalog_writes{result}` (the Prometheus exporter adds `_total`).
+//! 3 sealing, 4 committed), `vasto_catalog_writes{result}` and `vasto_primary_moves{why}` (the
+//! Prometheus exporter adds `_total`).
 
 use std::sync::{Arc, Weak};
 
 use opentelemetry::KeyValue;
 use opentelemetry::metrics::Counter;
 use vasto_core::plan::Step;
+use vasto_core::primaries::Moves;
 
 use crate::cluster::Cluster;
 
 /// The instruments that are written to; the observed ones hang on the meter.
 pub(crate) struct Metrics {
     catalog_writes: Counter<u64>,
+    primary_moves: Counter<u64>,
 }
 
 impl Metrics {
@@ -23,7 +26,16 @@ impl Metrics {
             .u64_counter("vasto_catalog_writes")
             .with_description("Catalog versions that this master tried to write, by result: won, lost or failed")
             .build();
-        Self { catalog_writes }
+        let primary_moves = meter
+            .u64_counter("vasto_primary_moves")
+            .with_description("Primaries that changed, by why: failover (the node was gone) or handover (planned)")
+            .build();
+        Self { catalog_writes, primary_moves }
+    }
+
+    pub(crate) fn primaries_moved(&self, moves: Moves) {
+        self.primary_moves.add(moves.failovers, &[KeyValue::new("why", "failover")]);
+        self.primary_moves.add(moves.handovers, &[KeyValue::new("why", "handover")]);
     }
 
     pub(crate) fn catalog_write(&self, result: &'static str) {

@@ -286,12 +286,8 @@ impl Runner {
         let shipper = tokio::spawn(shipper);
         *self.ship.lock() = Some(ship.clone());
         let replicating = self.cancel.child_token();
-        let duties = Duties::new(
-            self.context.core.clone(),
-            self.context.peers.clone(),
-            replica.clone(),
-            replicating.clone(),
-        );
+        let duties =
+            Duties::new(self.context.core.clone(), self.context.peers.clone(), replica.clone(), replicating.clone());
         *self.duties.lock() = Some(duties.clone());
         duties.begin_to_catch_up(&first);
         self.context.core.add_replica(replica.clone());
@@ -319,7 +315,10 @@ impl Runner {
                     _ = catalogs.changed() => break,
                     () = &mut retry, if again => break,
                     _ = pauses.changed() => duties.begin_to_catch_up(&catalog),
-                    _ = tick.tick() => this.keep_house(&replica, &ship, &duties, &mut reported),
+                    _ = tick.tick() => {
+                        duties.collect(&catalog);
+                        this.keep_house(&replica, &ship, &duties, &mut reported);
+                    }
                 }
             }
             if this.cancel.is_cancelled() || catalogs.has_changed().is_err() {
@@ -393,6 +392,7 @@ impl Runner {
     /// What has no event of its own.
     fn keep_house(&self, replica: &Replica, ship: &ShipHandle, duties: &Duties, reported: &mut ReplicationReport) {
         replica.followers().expire();
+        duties.measure();
         let over_cap = ship.positions.held_back.load(Ordering::Acquire);
         duties.set_evict(replica.followers().last().filter(|_| over_cap).map(|(follower, _)| follower));
         let report = duties.report();

@@ -117,11 +117,12 @@ struct Server {
     port: u16,
     node_id: Option<String>,
     process: Option<Process>,
+    settings: Vec<String>,
 }
 
 impl Server {
     fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), starts: 0, port: 0, node_id: None, process: None }
+        Self { name: name.to_owned(), starts: 0, port: 0, node_id: None, process: None, settings: Vec::new() }
     }
 }
 
@@ -191,6 +192,11 @@ impl Cluster {
         self.nodes.len()
     }
 
+    /// The port of a node's data service.
+    pub fn port(&self, index: usize) -> u16 {
+        self.nodes[index].port
+    }
+
     /// The index of a node by its id.
     ///
     /// # Errors
@@ -243,6 +249,23 @@ impl Cluster {
         Ok(index)
     }
 
+    /// As [`Self::add_node`], with a setting of its own.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub async fn add_node_with(&mut self, setting: &str) -> Result<usize> {
+        let index = self.nodes.len();
+        self.nodes.push(Server::new(&format!("node-{index}")));
+        self.set_node(index, setting);
+        self.start_node(index, Port::New).await?;
+        Ok(index)
+    }
+
+    /// `section.field=value` for one node, from its next start on.
+    pub fn set_node(&mut self, index: usize, setting: &str) {
+        self.nodes[index].settings.push(setting.to_owned());
+    }
+
     /// Starts a node on its data directory.
     ///
     /// # Errors
@@ -254,7 +277,8 @@ impl Cluster {
         let port = if port == Port::New { free_port() } else { node.port };
         let listen = format!("127.0.0.1:{port}");
         let mut args = vec!["serve", "node", "--master", &master, "--dir", &dir, "--listen", &listen];
-        args.extend(self.settings.iter().flat_map(|setting| ["--set", setting]));
+        let own = node.settings.clone();
+        args.extend(self.settings.iter().chain(&own).flat_map(|setting| ["--set", setting]));
         let ready = Self::launch(node, &args, &self.env, self.dir.path(), &mut self.logs).await?;
         ensure!(ready["role"] == "node" && ready["listen"] == listen.as_str(), "the ready line is {ready}");
         let id = ready["node_id"].as_str().context("the ready line has no node_id")?.to_owned();

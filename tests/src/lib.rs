@@ -13,6 +13,7 @@ mod cluster;
 mod history;
 mod load;
 mod logs;
+pub mod netns;
 mod process;
 mod proxy;
 pub mod records;

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{NodeId, ShardId};
 use vasto_proto::v1;
@@ -13,6 +14,7 @@ use vasto_proto::v1::data_client::DataClient;
 use vasto_proto::v1::reply::Result as Reply;
 use vasto_proto::v1::request::Op;
 
+use crate::catalog::CatalogDir;
 use crate::cluster::Cluster;
 use crate::wait::{DEADLINE, until};
 
@@ -60,9 +62,18 @@ pub async fn contents(address: &str, catalog: &Catalog, shard: ShardId) -> Resul
 /// # Errors
 /// When they still differ at the deadline; the text says where.
 pub async fn converged(cluster: &Cluster, keyspace: &str) -> Result<usize> {
-    let catalog_dir = cluster.catalog(keyspace).await?;
+    let catalog = cluster.catalog(keyspace).await?;
+    converged_by(&catalog, async || cluster.json(&["cluster", "status"]).await).await
+}
+
+/// As [`converged`], for a cluster that is described by its catalog and its `cluster status`.
+///
+/// # Errors
+/// As [`converged`].
+pub async fn converged_by(catalog: &CatalogDir, status: impl AsyncFn() -> Result<Value>) -> Result<usize> {
     let mut last = String::new();
-    let outcome = until("all replicas to hold the same", DEADLINE, async || match differences(cluster, &catalog_dir.tip().ok()?).await {
+    let look = async || differences(&status().await?, &catalog.tip()?).await;
+    let outcome = until("all replicas to hold the same", DEADLINE, async || match look().await {
         Ok(Ok(keys)) => Some(keys),
         Ok(Err(difference)) => {
             last = difference;
@@ -77,8 +88,7 @@ pub async fn converged(cluster: &Cluster, keyspace: &str) -> Result<usize> {
     outcome.with_context(|| last)
 }
 
-async fn differences(cluster: &Cluster, catalog: &Catalog) -> Result<Result<usize, String>> {
-    let status = cluster.json(&["cluster", "status"]).await?;
+async fn differences(status: &Value, catalog: &Catalog) -> Result<Result<usize, String>> {
     let address_of = |node: NodeId| -> Result<String> {
         let nodes = status["nodes"].as_array().context("no nodes")?;
         let found = nodes.iter().find(|one| one["node_id"] == node.to_string().as_str());

@@ -53,7 +53,8 @@ fn spec(create: &KeyspaceCreate) -> KeyspaceSpec {
         .shards(create.shards)
         .replicas(create.replicas)
         .ack(connect::ack(create.ack))
-        .quarantine(create.quarantine);
+        .quarantine(create.quarantine)
+        .tombstone_grace(create.tombstone_grace);
     match create.ttl {
         Some(ttl) => spec.ttl(ttl),
         None => spec,

@@ -1,8 +1,8 @@
 //! From wire messages to checked operations.
 
 use vasto_core::catalog::{Ack, KeyspaceSpec};
-use vasto_core::limits::{BATCH_BYTES_MAX, BATCH_OPS_MAX, LimitError, check_event_time, check_key, check_value};
 use vasto_core::ids::ReplicaId;
+use vasto_core::limits::{BATCH_BYTES_MAX, BATCH_OPS_MAX, LimitError, check_event_time, check_key, check_value};
 use vasto_core::{ErrorCode, VastoError};
 use vasto_proto::convert::ack_from_wire;
 use vasto_proto::v1;

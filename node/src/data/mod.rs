@@ -18,7 +18,9 @@ use prost::Message;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tonic::{Request, Response, Status, Streaming};
-use vasto_core::limits::CONNECTION_BYTES_MAX;
+use vasto_core::limits::{CONNECTION_BYTES_MAX, CONNECTIONS_MAX};
+use vasto_core::{ErrorCode, VastoError};
+use vasto_proto::convert::status_of;
 use vasto_proto::v1;
 use vasto_proto::v1::data_server::Data;
 
@@ -29,12 +31,13 @@ use reply::{Queued, ReplyQueue, ReplySink};
 #[derive(Clone)]
 pub struct DataService {
     core: Arc<NodeCore>,
+    connections: Arc<Semaphore>,
 }
 
 impl DataService {
     /// The service over the node's replicas.
     pub fn new(core: Arc<NodeCore>) -> Self {
-        Self { core }
+        Self { core, connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)) }
     }
 }
 
@@ -51,6 +54,11 @@ impl Data for DataService {
         &self,
         request: Request<Streaming<v1::RequestFrame>>,
     ) -> Result<Response<Self::StreamStream>, Status> {
+        let connection = self.connections.clone().try_acquire_owned().map_err(|_| {
+            let message =
+                format!("this node has {CONNECTIONS_MAX} connections, its limit; use fewer clients, or share one");
+            status_of(&VastoError::new(ErrorCode::Overloaded, message).retry_after_ms(1_000))
+        })?;
         let mut frames = request.into_inner();
         let (queue, receiver) = ReplyQueue::new();
         let core = self.core.clone();
@@ -58,6 +66,7 @@ impl Data for DataService {
         let replies = queue.clone();
         // Ends with the connection: the stream of frames ends or fails when the peer is gone.
         tokio::spawn(async move {
+            let _connection = connection;
             while let Ok(Some(frame)) = frames.message().await {
                 for request in frame.requests {
                     let weight = (request.encoded_len() + 256).min(CONNECTION_BYTES_MAX) as u32;

@@ -25,6 +25,8 @@ pub struct Meta {
     pub ranges: Ranges,
     /// Per origin, the last record that is applied.
     pub vector: Vector,
+    /// Commit time of the last record that stored something.
+    pub data_commit_time: u64,
     /// Entries of the vector that have changed and are not published yet.
     pub news: Vec<(Origin, OwnSeq)>,
 }
@@ -76,6 +78,9 @@ pub fn put_progress(batch: &mut Batch, progress: &[Progress]) {
 pub fn put_head(batch: &mut Batch, meta: &mut Meta, record: &Record) {
     let head = &mut meta.head;
     head.applied_lsn = record.lsn;
+    if matches!(&record.body, Body::Data { entries, .. } if !entries.is_empty()) {
+        meta.data_commit_time = meta.data_commit_time.max(record.commit_time);
+    }
     head.commit_time_max = head.commit_time_max.max(record.commit_time);
     head.floor = head.floor.max(record.floor);
     // What another replica has obeyed or stamped says nothing about this one.

@@ -90,11 +90,7 @@ impl Change {
     pub fn modifies(&self) -> bool {
         match self {
             Change::Put { condition, .. } | Change::Delete { condition } => condition.is_some(),
-            Change::AddI64(_)
-            | Change::AddF64(_)
-            | Change::MaxF64(_)
-            | Change::MinF64(_)
-            | Change::Append(_) => true,
+            Change::AddI64(_) | Change::AddF64(_) | Change::MaxF64(_) | Change::MinF64(_) | Change::Append(_) => true,
         }
     }
 }

@@ -8,8 +8,8 @@
 //!   acknowledged.
 
 pub mod apply;
-pub mod job;
 pub mod followers;
+pub mod job;
 pub(crate) mod metrics;
 pub mod read;
 mod replicate;
@@ -173,6 +173,8 @@ pub struct Shared {
     vector: Mutex<Vector>,
     /// Raised with every change of the vector.
     vector_changes: AtomicU64,
+    floor: AtomicU64,
+    data_commit_time: AtomicU64,
     pub(crate) followers: Followers,
     /// False until the replica has caught up with its peers since it was opened.
     ready: AtomicBool,
@@ -197,6 +199,8 @@ impl Shared {
             self.vector.lock().extend(meta.news.drain(..));
             self.vector_changes.fetch_add(1, Ordering::AcqRel);
         }
+        self.floor.store(meta.head.floor, Ordering::Release);
+        self.data_commit_time.store(meta.data_commit_time, Ordering::Release);
         self.incarnation.store(meta.identity.incarnation.0, Ordering::Release);
         self.applied.store(meta.head.applied_lsn.0, Ordering::Release);
     }
@@ -296,6 +300,8 @@ impl Replica {
             view: ArcSwap::from_pointee(View::of(&meta, Role::default())),
             vector: Mutex::new(meta.vector.clone()),
             vector_changes: AtomicU64::new(0),
+            floor: AtomicU64::new(meta.head.floor),
+            data_commit_time: AtomicU64::new(meta.data_commit_time),
             followers: Followers::default(),
             ready: AtomicBool::new(true),
             primary_from: AtomicU64::new(0),
@@ -365,12 +371,7 @@ impl Replica {
     ///
     /// # Errors
     /// [`ReplicaError::Gap`] when a record before them is missing: nothing of what follows it is taken.
-    pub async fn replicate(
-        &self,
-        source: ReplicaId,
-        records: Vec<Record>,
-        covered: Lsn,
-    ) -> Result<(), ReplicaError> {
+    pub async fn replicate(&self, source: ReplicaId, records: Vec<Record>, covered: Lsn) -> Result<(), ReplicaError> {
         let (done, answer) = oneshot::channel();
         let job = ReplicateJob { source, records, covered, done };
         self.jobs.send(Job::Replicate(job)).map_err(|_| ReplicaError::Stopped)?;
@@ -479,6 +480,16 @@ impl Replica {
         covers(&self.shared.vector.lock(), vector)
     }
 
+    /// The collection floor, a commit time.
+    pub fn floor(&self) -> u64 {
+        self.shared.floor.load(Ordering::Acquire)
+    }
+
+    /// Commit time of the last record that stored something.
+    pub fn data_commit_time(&self) -> u64 {
+        self.shared.data_commit_time.load(Ordering::Acquire)
+    }
+
     /// Who pulls its log.
     pub fn followers(&self) -> &Followers {
         &self.shared.followers
@@ -563,7 +574,9 @@ fn read_meta(engine: &Engine, keyspace: KeyspaceId, shard: ShardId, replica: Rep
         None => Ranges::all(RangeState::Empty),
     };
     let vector = parse_vector(&engine.with_prefix(&MetaKey::vector_prefix())?);
-    Ok(Meta { identity, head, ranges, vector, news: Vec::new() })
+    // What is flushed may hold deletes as late as this.
+    let data_commit_time = head.commit_time_max;
+    Ok(Meta { identity, head, ranges, vector, data_commit_time, news: Vec::new() })
 }
 
 fn replay(engine: &Engine, log: &Binlog, meta: &mut Meta, dir: &Path) -> Result<(), OpenError> {

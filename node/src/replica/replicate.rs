@@ -46,11 +46,13 @@ impl Writer {
                 continue;
             }
             if self.meta.is_own(&record) && record.origin.incarnation >= self.meta.identity.incarnation {
-                failed = Some(self.close(
-                    "others hold records of this replica that it has never written: its directory is an old copy; \
+                failed = Some(
+                    self.close(
+                        "others hold records of this replica that it has never written: its directory is an old copy; \
                      evict the replica (`vasto keyspace evict`), it is rebuilt from the others"
-                        .into(),
-                ));
+                            .into(),
+                    ),
+                );
                 break;
             }
             let next = OwnSeq(have.0 + 1);

@@ -106,7 +106,8 @@ impl Writer {
         if op.event_time.is_none() {
             self.clock.observe(event_time);
         }
-        let live = standing.filter(|entry| entry.payload.is_some() && !entry.is_expired(now_us)).zip(current.as_deref());
+        let live =
+            standing.filter(|entry| entry.payload.is_some() && !entry.is_expired(now_us)).zip(current.as_deref());
         let (content, expires_at) = match modify(&op.change, live, now_us)? {
             Modified::Store(content, expires_at) => (content, expires_at),
             Modified::NotApplied => {
@@ -172,11 +173,7 @@ pub(super) fn op_bytes(op: &WriteOp) -> usize {
         + match &op.change {
             Change::Put { value, .. } => value.len(),
             Change::Append(more) => more.len(),
-            Change::Delete { .. }
-            | Change::AddI64(_)
-            | Change::AddF64(_)
-            | Change::MaxF64(_)
-            | Change::MinF64(_) => 8,
+            Change::Delete { .. } | Change::AddI64(_) | Change::AddF64(_) | Change::MaxF64(_) | Change::MinF64(_) => 8,
         }
 }
 

@@ -10,6 +10,8 @@ mod crashes;
 mod failures;
 mod grow;
 mod replay;
+mod replication;
+mod rmw;
 mod scans;
 mod seals;
 mod service;

@@ -22,6 +22,7 @@ use vasto_core::plan::ReplicationReport;
 use vasto_proto::convert::vector_from_wire;
 use vasto_proto::v1;
 
+use super::floor::{Council, interval};
 use super::peers::Peers;
 use super::puller::Pullers;
 use crate::core::NodeCore;
@@ -51,6 +52,8 @@ struct State {
     /// The log's end when this replica stopped to take writes for good.
     last_lsn: Option<Lsn>,
     evict: Option<vasto_core::ids::ReplicaId>,
+    /// When the last round about the collection floor began, and whether it still runs.
+    floor_round: Option<(Instant, bool)>,
     /// Counts the times it had to catch up: only the last one makes it ready.
     catching_up: u64,
 }
@@ -118,7 +121,8 @@ impl Duties {
 
     async fn catch_up(&self, others: Vec<Placed>) {
         let began = Instant::now();
-        let asked = join_all(others.iter().map(|one| self.ask(*one, CatalogVersion(0), CatalogVersion(0), CATCH_UP_PATIENCE)));
+        let asked =
+            join_all(others.iter().map(|one| self.ask(*one, CatalogVersion(0), CatalogVersion(0), CATCH_UP_PATIENCE)));
         let replies = asked.await;
         let mut needed = Vector::new();
         let mut version = 0;
@@ -281,9 +285,43 @@ impl Duties {
         Ok(())
     }
 
+    /// Begins a round about the collection floor when one is due.
+    pub fn collect(self: &Arc<Self>, catalog: &Arc<Catalog>) {
+        let council = Council { core: self.core.clone(), peers: self.peers.clone(), replica: self.replica.clone() };
+        {
+            let state = self.state.lock();
+            let pause = interval(catalog.spec.grace_ms());
+            if state.floor_round.is_some_and(|(began, runs)| runs || began.elapsed() < pause) {
+                return;
+            }
+        }
+        let Some(floor) = council.candidate(catalog) else { return };
+        self.state.lock().floor_round = Some((Instant::now(), true));
+        let (this, catalog) = (self.clone(), catalog.clone());
+        tokio::spawn(async move {
+            let outcome = this.cancel.run_until_cancelled(council.agree(&catalog, floor)).await;
+            if let Some(Err(status)) = outcome {
+                tracing::debug!(
+                    keyspace = catalog.keyspace.0,
+                    shard = this.replica.shard.0,
+                    reason = status.message(),
+                    "deletes are remembered longer: a round about the collection floor was given up"
+                );
+            }
+            if let Some((_, runs)) = &mut this.state.lock().floor_round {
+                *runs = false;
+            }
+        });
+    }
+
     /// The member that keeps this replica's log at its cap.
     pub fn set_evict(&self, evict: Option<vasto_core::ids::ReplicaId>) {
         self.state.lock().evict = evict;
+    }
+
+    /// Tells the meter how far the pulls are.
+    pub fn measure(&self) {
+        self.pullers.measure();
     }
 
     /// What the master should know.

@@ -1,6 +1,7 @@
 //! Replication between the replicas of a shard: every replica pulls every record that it lacks.
 
 pub mod duties;
+pub mod floor;
 pub mod peers;
 mod position;
 mod pull;

@@ -49,9 +49,7 @@ struct Known {
 impl Known {
     fn lacks(&self, peek: Peek) -> bool {
         let own = peek.origin.replica == self.follower && peek.origin.incarnation >= self.incarnation;
-        peek.own_seq.0 > 0
-            && !own
-            && self.vector.lock().get(&peek.origin).is_none_or(|have| *have < peek.own_seq)
+        peek.own_seq.0 > 0 && !own && self.vector.lock().get(&peek.origin).is_none_or(|have| *have < peek.own_seq)
     }
 }
 

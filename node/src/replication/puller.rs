@@ -6,10 +6,12 @@
 //!   is missing is never skipped: the peer is then of no use any more (`too_old`).
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use opentelemetry::KeyValue;
+use opentelemetry::metrics::Gauge;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -30,6 +32,22 @@ use crate::replica::job::ReplicaError;
 const RETRY: Duration = Duration::from_millis(100);
 /// What this replica got by other ways is told to each source this often.
 const TELL: Duration = Duration::from_millis(20);
+
+/// Lag in records, and in milliseconds.
+fn gauges() -> &'static (Gauge<u64>, Gauge<u64>) {
+    static GAUGES: OnceLock<(Gauge<u64>, Gauge<u64>)> = OnceLock::new();
+    GAUGES.get_or_init(|| {
+        let meter = opentelemetry::global::meter("vasto-node");
+        let lsns = meter
+            .u64_gauge("vasto_replication_lag_lsns")
+            .with_description("Synced records of a peer that a replica has not applied");
+        let ms = meter
+            .u64_gauge("vasto_replication_lag")
+            .with_unit("ms")
+            .with_description("Age of the last record that came, while there are more");
+        (lsns.build(), ms.build())
+    })
+}
 
 /// How far one pull is.
 #[derive(Debug, Default)]
@@ -113,6 +131,20 @@ impl Pullers {
         })
     }
 
+    /// Tells the meter how far each pull is.
+    pub fn measure(&self) {
+        let (keyspace, replica) = (self.replica.keyspace.0 as i64, self.replica.id.0 as i64);
+        for (peer, pull) in &*self.pulls.lock() {
+            let labels = [
+                KeyValue::new("keyspace", keyspace),
+                KeyValue::new("replica", replica),
+                KeyValue::new("peer", peer.0 as i64),
+            ];
+            gauges().0.record(pull.state.lag_lsns.load(Ordering::Acquire), &labels);
+            gauges().1.record(pull.state.lag_ms.load(Ordering::Acquire), &labels);
+        }
+    }
+
     /// True when a peer is connected that cannot bring this replica up to date, and none that can.
     pub fn is_too_old(&self) -> bool {
         let pulls = self.pulls.lock();
@@ -167,7 +199,13 @@ impl Puller {
                 Ended::Interrupted(reason) => reason,
                 Ended::TooOld(reason) => {
                     if !self.state.too_old.swap(true, Ordering::AcqRel) {
-                        tracing::warn!(keyspace, shard, peer, reason, "this replica cannot be brought up to date from a peer's log");
+                        tracing::warn!(
+                            keyspace,
+                            shard,
+                            peer,
+                            reason,
+                            "this replica cannot be brought up to date from a peer's log"
+                        );
                     }
                     pause = Duration::from_secs(2);
                     reason

@@ -1,7 +1,7 @@
 //! A client as a process of its own, for tests that stop it with a signal: writes the keys
-//! `<prefix><n>` with the value `<n>`, n = 0, 1, 2, ..., and prints each n once it is acknowledged.
+//! `<prefix><n>` with the value `<mark><n>`, n = 0, 1, 2, ..., and prints each n once it is acknowledged.
 //!
-//! Usage: `vasto-test-writer MASTER KEYSPACE PREFIX`
+//! Usage: `vasto-test-writer MASTER KEYSPACE PREFIX [MARK]`
 
 use std::io::Write;
 
@@ -13,10 +13,11 @@ async fn main() -> Result<()> {
     let mut args = std::env::args().skip(1);
     let mut next = || args.next().context("usage: vasto-test-writer MASTER KEYSPACE PREFIX");
     let (master, keyspace, prefix) = (next()?, next()?, next()?);
+    let mark = next().unwrap_or_default();
     let keyspace = Vasto::connect(&master).await?.keyspace(&keyspace).await?;
     let mut out = std::io::stdout().lock();
     for n in 0u64.. {
-        keyspace.put(format!("{prefix}{n}"), n.to_string()).await?;
+        keyspace.put(format!("{prefix}{n}"), format!("{mark}{n}")).await?;
         writeln!(out, "{n}")?;
         out.flush()?;
     }

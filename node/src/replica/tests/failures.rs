@@ -65,8 +65,10 @@ fn unsynced_os_writes_are_synced_in_the_background_and_not_streamed_before() {
 }
 
 fn fill(replica: &Replica, from: usize, count: usize) -> Vec<Result<String, ErrorCode>> {
-    let big =
-        |key: &str| WriteOp { change: Change::Put { value: vec![7u8; 4 << 20].into(), ttl_ms: None, condition: None }, ..put(key, "") };
+    let big = |key: &str| WriteOp {
+        change: Change::Put { value: vec![7u8; 4 << 20].into(), ttl_ms: None, condition: None },
+        ..put(key, "")
+    };
     (from..from + count)
         .map(|i| {
             let key = format!("big{i}");

@@ -73,7 +73,11 @@ fn take(rig: &Rig, replica: &Replica, step: &Step) {
             let ack = if *synced { Ack::Fsync } else { Ack::Os };
             let answer = send(replica, ops.iter().copied().map(op).collect(), ack);
             // A write to a sealed band is answered later; everything before this order is done after it.
-            control(replica, Control::Obey { epoch: Default::default(), version: Default::default(), role: Role::Primary }).unwrap();
+            control(
+                replica,
+                Control::Obey { epoch: Default::default(), version: Default::default(), role: Role::Primary },
+            )
+            .unwrap();
             drop(answer);
         }
         Step::Apply(entries, lsn) => {

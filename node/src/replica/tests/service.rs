@@ -183,7 +183,11 @@ async fn a_key_that_moved_is_answered_with_the_topology() {
         })
         .await
         .unwrap();
-    served.replica.control(Control::Obey { epoch: Epoch(2), version: CatalogVersion(2), role: Role::Primary }).await.unwrap();
+    served
+        .replica
+        .control(Control::Obey { epoch: Epoch(2), version: CatalogVersion(2), role: Role::Primary })
+        .await
+        .unwrap();
     for op in [get_of(vec![key(moving.clone())]), write_of(vec![put_op(moving.clone(), vec![])]), scan_of()] {
         let (error, topology) = served.refused_at(1, op).await;
         assert!(is(&error, vasto_core::ErrorCode::WrongEpoch), "{error:?}");
@@ -206,7 +210,11 @@ async fn a_request_of_a_higher_epoch_waits_for_the_topology() {
     let early = tokio::time::timeout(Duration::from_millis(50), &mut asked).await;
     assert!(early.is_err(), "it waits");
     served.core.set_catalog(catalog(2, 2));
-    served.replica.control(Control::Obey { epoch: Epoch(2), version: CatalogVersion(2), role: Role::Primary }).await.unwrap();
+    served
+        .replica
+        .control(Control::Obey { epoch: Epoch(2), version: CatalogVersion(2), role: Role::Primary })
+        .await
+        .unwrap();
     let started = tokio::time::Instant::now();
     let Answer::Write(_) = asked.await else { panic!("answered once the topology is here") };
     assert!(started.elapsed() < EPOCH_WAIT / 2);

@@ -1,0 +1,228 @@
+//! Records of one replica taken by another, on real engines and logs.
+
+use futures::executor::block_on;
+use vasto_core::catalog::Ack;
+use vasto_core::ids::{Incarnation, Lsn, Origin, OwnSeq, ReplicaId, ShardId};
+use vasto_core::record::{Body, RangeState, Record};
+use vasto_core::{Band, ErrorCode};
+
+use super::support::*;
+use crate::replica::Replica;
+use crate::replica::job::{Control, ReplicaError};
+
+fn member(id: u64) -> Rig {
+    Rig::of(ShardId(0), ReplicaId(id), 1, RangeState::Owned)
+}
+
+fn streamed(from: &Replica) -> Vec<Record> {
+    records(from).into_iter().filter(|record| record.body.is_streamed()).collect()
+}
+
+fn take(to: &Replica, from: &Replica, records: Vec<Record>) -> Result<(), ReplicaError> {
+    let covered = records.last().map_or(Lsn(0), |record| record.lsn);
+    block_on(to.replicate(from.id, records, covered))
+}
+
+fn pull(to: &Replica, from: &Replica) {
+    take(to, from, streamed(from)).unwrap();
+}
+
+/// Everything that is stored, as bytes.
+fn rows(replica: &Replica) -> Vec<(Vec<u8>, Vec<u8>)> {
+    let data = Band::all().flat_map(|band| replica.engine().with_prefix(&[band.0]).unwrap());
+    data.collect()
+}
+
+#[test]
+fn two_replicas_that_take_writes_hold_the_same_bytes() {
+    let (one, two) = (member(1), member(2));
+    let (a, b) = (one.create(), two.create());
+    for n in 0..50 {
+        write_one(&a, put(&format!("k{}", n % 20), &format!("a{n}")));
+        write_one(
+            &b,
+            if n % 7 == 0 { delete(&format!("k{}", n % 20)) } else { put(&format!("k{}", n % 20), &format!("b{n}")) },
+        );
+        // The same event time on both sides, and other bytes.
+        write_one(&a, at(START_US + 1, put("tie", "a")));
+        write_one(&b, at(START_US + 1, put("tie", "b")));
+    }
+    pull(&a, &b);
+    pull(&b, &a);
+    pull(&a, &b);
+    assert_eq!(rows(&a), rows(&b));
+    assert_eq!(get(&a, "tie").as_deref(), Some("b"));
+    assert_eq!(a.vector(), b.vector());
+    for (rig, replica) in [(&one, &a), (&two, &b)] {
+        let (_dir, again) = rig.crash(replica);
+        assert_eq!(rows(&again), rows(replica), "a replay gives the same");
+        let old: Vec<Origin> = replica.vector().keys().copied().collect();
+        assert!(old.iter().all(|origin| again.vector()[origin] == replica.vector()[origin]));
+    }
+}
+
+/// Hazards 6, 10, 14: a gap is an error, progress and data are one.
+#[test]
+fn a_record_that_comes_too_early_is_refused_and_one_that_is_there_is_skipped() {
+    let (one, two) = (member(1), member(2));
+    let (a, b) = (one.create(), two.create());
+    for n in 0..5 {
+        write_one(&a, put(&format!("k{n}"), "v"));
+    }
+    let all = streamed(&a);
+    let mut holed = all.clone();
+    holed.remove(2);
+    let refused = take(&b, &a, holed).unwrap_err();
+    assert!(matches!(refused, ReplicaError::Gap { next: OwnSeq(3), got: OwnSeq(4), .. }), "{refused}");
+    let origin = all[0].origin;
+    assert_eq!(b.vector()[&origin], OwnSeq(2), "what came before the hole is here");
+    assert_eq!(get(&b, "k2"), None);
+    let logged = b.log().appended_lsn();
+    take(&b, &a, all[..2].to_vec()).unwrap();
+    assert_eq!(b.log().appended_lsn(), logged, "a repetition is not logged again");
+    take(&b, &a, all.clone()).unwrap();
+    assert_eq!(rows(&a), rows(&b));
+    // Of an origin that nobody has heard of only the first record is taken.
+    let stranger = Origin { replica: ReplicaId(9), incarnation: Incarnation(1) };
+    let unknown = Record { origin: stranger, own_seq: OwnSeq(2), ..all[1].clone() };
+    assert!(matches!(take(&b, &a, vec![unknown]), Err(ReplicaError::Gap { .. })));
+}
+
+#[test]
+fn a_third_replica_gets_everything_through_the_second() {
+    let rigs = [member(1), member(2), member(3)];
+    let [a, b, c] = [&rigs[0], &rigs[1], &rigs[2]].map(Rig::create);
+    write_one(&b, at(START_US + 100, put("k", "newer")));
+    write_one(&a, at(START_US + 50, put("k", "older")));
+    write_one(&a, put("other", "v"));
+    pull(&b, &a);
+    // The first dies: the third never hears of it but through the second.
+    pull(&c, &b);
+    assert_eq!(rows(&c), rows(&b));
+    assert_eq!(get(&c, "k").as_deref(), Some("newer"));
+    assert!(vasto_core::ids::covers(&c.vector(), &a.vector()));
+}
+
+/// Hazard 12, and the power loss that an `os` acknowledgement allows: the tail of an incarnation that
+/// the disk lost comes back from a peer that kept it.
+#[test]
+fn what_this_disk_lost_of_an_earlier_incarnation_is_pulled_back() {
+    let (one, two) = (member(1), member(2));
+    let (a, b) = (one.create(), two.create());
+    write_one(&a, put("kept", "v"));
+    let (_dir, restarted) = one.crash(&a);
+    for n in 0..10 {
+        write_one(&a, put(&format!("lost{n}"), "v"));
+    }
+    pull(&b, &a);
+    one.close(a);
+    assert_eq!(get(&restarted, "lost3"), None);
+    for n in 0..10 {
+        write_one(&restarted, put(&format!("new{n}"), "v"));
+    }
+    pull(&restarted, &b);
+    pull(&b, &restarted);
+    assert_eq!(get(&restarted, "lost3").as_deref(), Some("v"));
+    assert_eq!(rows(&restarted), rows(&b));
+    assert_eq!(restarted.incarnation(), Incarnation(2), "its own old adopt changes nothing");
+}
+
+/// Hazards 25, 42: a directory that was put back from a copy must not count on.
+#[test]
+fn a_directory_that_is_an_old_copy_closes() {
+    let (one, two) = (member(1), member(2));
+    let a = one.create();
+    let (_dir, copy) = one.crash(&a);
+    let b = two.create();
+    // The real one goes on to the same incarnation as the copy, and writes.
+    one.close(a);
+    let real = one.open(&one.path, false).unwrap();
+    assert_eq!(real.incarnation(), copy.incarnation());
+    write_one(&real, put("k", "v"));
+    pull(&b, &real);
+    let refused = take(&copy, &b, streamed(&b)).unwrap_err();
+    assert!(refused.to_string().contains("old copy"), "{refused}");
+    assert!(try_write(&copy, vec![put("k", "other")]).is_err());
+}
+
+#[test]
+fn a_floor_comes_with_the_records_and_hides_what_it_covers() {
+    let (one, two) = (member(1), member(2));
+    let (a, b) = (one.create(), two.create());
+    write_one(&a, put("k", "v"));
+    write_one(&a, delete("k"));
+    let floor = a.data_commit_time();
+    control(&a, Control::Promise { commit_time: floor }).unwrap();
+    control(&a, Control::GcFloor { floor }).unwrap();
+    assert_eq!(a.floor(), floor);
+    pull(&b, &a);
+    assert_eq!(b.floor(), floor);
+    assert_eq!(rows(&b), [], "a collected delete is not taken");
+    a.engine().flush().unwrap();
+    a.engine().compact_all();
+    assert_eq!(rows(&a), [], "and compaction removes it");
+    // On the one that has compacted and on the one that has not, an older write does the same.
+    let (_dir, uncompacted) = two.crash(&b);
+    for replica in [&a, &b, &uncompacted] {
+        write_one(replica, at(START_US - 5, put("k", "revived")));
+        assert_eq!(get(replica, "k").as_deref(), Some("revived"));
+    }
+    let (_dir, again) = one.crash(&a);
+    assert_eq!(again.floor(), floor, "it survives a restart");
+}
+
+#[test]
+fn a_promise_holds_also_for_a_clock_that_is_a_day_slow() {
+    let rig = member(1);
+    let replica = rig.create();
+    write_one(&replica, put("k", "v"));
+    let day_us = 86_400_000_000;
+    control(&replica, Control::Promise { commit_time: START_US + day_us }).unwrap();
+    let (_dir, again) = rig.crash(&replica);
+    write_one(&again, delete("k"));
+    let last = records(&again).pop().unwrap();
+    assert!(last.commit_time > START_US + day_us, "{}", last.commit_time);
+    let logged = again.log().appended_lsn();
+    control(&again, Control::Promise { commit_time: START_US }).unwrap();
+    assert_eq!(again.log().appended_lsn(), logged, "what holds already costs nothing");
+}
+
+#[test]
+fn a_write_that_wants_a_second_copy_is_answered_when_there_is_one() {
+    let rig = member(1);
+    let replica = rig.create();
+    replica.followers().expect([ReplicaId(2)], [ReplicaId(2)]);
+    let answer = send(&replica, vec![put("k", "v")], Ack::Replica);
+    // Durable and visible here, and still not acknowledged.
+    while get(&replica, "k").is_none() {}
+    assert!(answer.try_recv().is_err());
+    let own = Origin { replica: replica.id, incarnation: replica.incarnation() };
+    let (lsn, own_seq) = (replica.applied_lsn(), replica.vector()[&own]);
+    replica.followers().progress(ReplicaId(2), lsn, own_seq, replica.epoch());
+    assert!(answer.recv_timeout(DEADLINE).unwrap().is_ok());
+    // Nobody confirms any more when the replica stops.
+    let answer = send(&replica, vec![put("k", "w")], Ack::Replica);
+    while get(&replica, "k").as_deref() != Some("w") {}
+    rig.close(replica);
+    assert_eq!(answer.recv_timeout(DEADLINE).unwrap().unwrap_err().code, ErrorCode::Unknown);
+}
+
+#[test]
+fn records_keep_what_their_origin_said() {
+    let (one, two) = (member(1), member(2));
+    two.clock.set(START_US + 3_600_000_000);
+    let (a, b) = (one.create(), two.create());
+    write_one(&a, put("k", "v"));
+    pull(&b, &a);
+    let theirs: Vec<Record> = streamed(&b).into_iter().filter(|record| record.origin.replica == a.id).collect();
+    for (here, there) in theirs.iter().zip(streamed(&a)) {
+        assert_eq!(
+            (here.origin, here.own_seq, here.commit_time, here.floor, here.epoch),
+            (there.origin, there.own_seq, there.commit_time, there.floor, there.epoch)
+        );
+        if let (Body::Data { entries, .. }, Body::Data { entries: sent, .. }) = (&here.body, &there.body) {
+            assert_eq!(entries, sent);
+        }
+    }
+    assert_eq!(theirs.len(), streamed(&a).len());
+}

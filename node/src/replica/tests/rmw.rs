@@ -1,0 +1,165 @@
+//! Read-modify-writes on a real replica: done once, whoever asks how often.
+
+use std::sync::mpsc::{Receiver, channel};
+
+use vasto_core::catalog::Ack;
+use vasto_core::ids::{CatalogVersion, Epoch, ReplicaId};
+use vasto_core::{ErrorCode, VastoError};
+
+use super::support::*;
+use crate::replica::Replica;
+use crate::replica::job::{Change, Condition, Control, Number, OpId, Outcome, Role, WriteOp};
+use crate::replica::read::GetResult;
+
+fn add(key: &str, addend: i64) -> WriteOp {
+    WriteOp { change: Change::AddI64(addend), ..put(key, "") }
+}
+
+fn id(sequence: u64, tried: Option<u64>) -> OpId {
+    OpId { client: 77, sequence, tried: tried.map(ReplicaId), age_ms: if tried.is_some() { 10 } else { 0 } }
+}
+
+type Answer = Receiver<Result<Vec<Outcome>, VastoError>>;
+
+fn ask(replica: &Replica, op: WriteOp, id: OpId) -> Answer {
+    let (done, answer) = channel();
+    replica.write_as(vec![op], Ack::Fsync, 0, Some(id), Box::new(move |result| drop(done.send(result))));
+    answer
+}
+
+fn answered(answer: Answer) -> Result<Outcome, VastoError> {
+    answer.recv_timeout(DEADLINE).unwrap().map(|mut outcomes| outcomes.remove(0))
+}
+
+fn number(outcome: Result<Outcome, VastoError>) -> i64 {
+    match outcome.unwrap() {
+        Outcome::Modified { number: Some(Number::I64(number)), .. } => number,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn counter(replica: &Replica, key: &str) -> Option<i64> {
+    let GetResult::Values(mut values) = replica.get_many(&[key_ref(key)], true).unwrap() else {
+        panic!("it may block")
+    };
+    match values.remove(0)?.payload {
+        Some(vasto_proto::v1::value::Payload::I64(number)) => Some(number),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_counter_is_exact_through_crashes_and_replays() {
+    let rig = Rig::new();
+    let mut replica = rig.create();
+    let mut expected = 0;
+    for round in 0..5 {
+        for n in 0..20 {
+            expected += n;
+            assert_eq!(number(answered(ask(&replica, add("c", n), id(round * 100 + n as u64, None)))), expected);
+        }
+        let (_dir, again) = rig.crash(&replica);
+        assert_eq!(counter(&again, "c"), Some(expected));
+        rig.close(again);
+        rig.close(replica);
+        replica = rig.open(&rig.path, false).unwrap();
+        assert_eq!(counter(&replica, "c"), Some(expected));
+    }
+}
+
+/// Hazard 11: a retry gets the first result, in the same group, later, and after a restart.
+#[test]
+fn a_repetition_at_the_same_replica_counts_once() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let release = hold_writer(&replica);
+    let (first, again) = (ask(&replica, add("c", 5), id(1, None)), ask(&replica, add("c", 5), id(1, Some(1))));
+    drop(release);
+    assert_eq!((number(answered(first)), number(answered(again))), (5, 5));
+    assert_eq!(number(answered(ask(&replica, add("c", 1), id(2, None)))), 6);
+    assert_eq!(number(answered(ask(&replica, add("c", 5), id(1, Some(1))))), 5, "the first result");
+    let (_dir, restarted) = rig.crash(&replica);
+    assert_eq!(number(answered(ask(&restarted, add("c", 5), id(1, Some(1))))), 5, "also after a restart");
+    assert_eq!(counter(&restarted, "c"), Some(6));
+    // One that never arrived is done now.
+    assert_eq!(number(answered(ask(&restarted, add("c", 1), id(3, Some(1))))), 7);
+}
+
+#[test]
+fn a_repetition_elsewhere_or_after_too_long_is_unknown() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let elsewhere = answered(ask(&replica, add("c", 5), id(1, Some(9)))).unwrap_err();
+    assert_eq!(elsewhere.code, ErrorCode::Unknown);
+    let late = OpId { age_ms: 700_000, ..id(2, Some(1)) };
+    assert_eq!(answered(ask(&replica, add("c", 5), late)).unwrap_err().code, ErrorCode::Unknown);
+    assert_eq!(counter(&replica, "c"), None, "nothing was done");
+    // A result that was kept for ten minutes is gone, and that is known.
+    number(answered(ask(&replica, add("c", 5), id(3, None))));
+    rig.clock.set(START_US + 601_000_000);
+    number(answered(ask(&replica, add("c", 1), id(4, None))));
+    let forgotten = OpId { age_ms: 590_000, ..id(3, Some(1)) };
+    rig.clock.set(START_US + 590_000_000);
+    assert_eq!(answered(ask(&replica, add("c", 5), forgotten)).unwrap_err().code, ErrorCode::Unknown);
+    assert_eq!(counter(&replica, "c"), Some(6));
+}
+
+#[test]
+fn two_in_one_group_see_each_other() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let release = hold_writer(&replica);
+    let answers: Vec<Answer> = (0..50).map(|n| ask(&replica, add("c", 1), id(n, None))).collect();
+    let put_if_absent = || WriteOp {
+        change: Change::Put { value: "x".into(), ttl_ms: None, condition: Some(Condition::Absent) },
+        ..put("once", "")
+    };
+    let races: Vec<Answer> = (100..110).map(|n| ask(&replica, put_if_absent(), id(n, None))).collect();
+    drop(release);
+    let sums: Vec<i64> = answers.into_iter().map(|answer| number(answered(answer))).collect();
+    assert_eq!(sums, (1..=50).collect::<Vec<i64>>());
+    let outcomes: Vec<Outcome> = races.into_iter().map(|answer| answered(answer).unwrap()).collect();
+    let won = outcomes.iter().filter(|outcome| matches!(outcome, Outcome::Modified { .. })).count();
+    assert_eq!(won, 1, "{outcomes:?}");
+}
+
+#[test]
+fn what_fails_changes_nothing() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    write_one(&replica, put("text", "abc"));
+    let logged = replica.log().appended_lsn();
+    let refused = answered(ask(&replica, add("text", 1), id(1, None))).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::WrongType);
+    assert_eq!(replica.log().appended_lsn(), logged);
+    assert_eq!(get(&replica, "text").as_deref(), Some("abc"));
+}
+
+#[test]
+fn only_the_primary_does_it_and_one_that_hands_over_lets_it_wait() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let obey = |version, role| {
+        control(&replica, Control::Obey { epoch: Epoch(version), version: CatalogVersion(version), role }).unwrap();
+    };
+    obey(2, Role::Secondary);
+    assert_eq!(answered(ask(&replica, add("c", 1), id(1, None))).unwrap_err().code, ErrorCode::NotPrimary);
+    write_one(&replica, put("any", "replica takes puts"));
+    obey(3, Role::HandingOver);
+    let waits = ask(&replica, add("c", 1), id(2, None));
+    write_one(&replica, put("any", "also now"));
+    assert!(waits.try_recv().is_err());
+    obey(4, Role::Secondary);
+    assert_eq!(answered(waits).unwrap_err().code, ErrorCode::NotPrimary);
+    obey(5, Role::HandingOver);
+    let waits = ask(&replica, add("c", 1), id(3, None));
+    obey(6, Role::Primary);
+    assert_eq!(number(answered(waits)), 1, "a hand-over that was undone");
+    // One that was replaced while it was away does nothing before it has heard of that.
+    replica.primary_from(CatalogVersion(9));
+    assert_eq!(answered(ask(&replica, add("c", 1), id(4, None))).unwrap_err().code, ErrorCode::NotPrimary);
+    obey(9, Role::Primary);
+    assert_eq!(number(answered(ask(&replica, add("c", 1), id(5, None)))), 2);
+    obey(10, Role::Detached);
+    assert_eq!(try_write(&replica, vec![put("k", "v")]).unwrap_err().code, ErrorCode::WrongEpoch);
+}

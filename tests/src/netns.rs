@@ -1,0 +1,143 @@
+//! Networks that can be cut: namespaces on a bridge of their own, and ports that fall silent.
+//!
+//! **Invariant:** whatever is made here is removed when its owner is dropped. It needs root; who asks
+//! without is told so and skips.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+fn run(program: &str, args: &[&str]) -> Result<()> {
+    let output = Command::new(program).args(args).output().with_context(|| format!("cannot run {program}"))?;
+    ensure!(
+        output.status.success(),
+        "{program} {} failed: {}",
+        args.join(" "),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(())
+}
+
+/// True when networks can be made and cut here; prints why not otherwise.
+pub fn available() -> bool {
+    let probe = format!("vasto-probe-{}", std::process::id());
+    let made = run("ip", &["netns", "add", &probe]).and_then(|()| {
+        let cut = run("ip", &["netns", "exec", &probe, "iptables", "-A", "INPUT", "-j", "DROP"]);
+        run("ip", &["netns", "del", &probe])?;
+        cut
+    });
+    if let Err(error) = &made {
+        println!("skipped: this test cuts networks, which is not possible here: {error:#}");
+    }
+    made.is_ok()
+}
+
+/// Hosts on a network of their own; the caller is on it too, as the first address.
+#[derive(Debug)]
+pub struct Network {
+    bridge: String,
+    subnet: u32,
+    hosts: usize,
+}
+
+impl Network {
+    /// A network with so many hosts beside the caller.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn new(hosts: usize) -> Result<Self> {
+        let id = std::process::id();
+        let network = Self { bridge: format!("vb{}", id % 1_000_000), subnet: id % 250 + 1, hosts };
+        run("ip", &["link", "add", &network.bridge, "type", "bridge"])?;
+        run("ip", &["addr", "add", &format!("{}/24", network.address(None)), "dev", &network.bridge])?;
+        run("ip", &["link", "set", &network.bridge, "up"])?;
+        for host in 0..hosts {
+            let (namespace, outside, inside) = (network.namespace(host), network.link(host), "eth0");
+            run("ip", &["netns", "add", &namespace])?;
+            run("ip", &["link", "add", &outside, "type", "veth", "peer", "name", inside, "netns", &namespace])?;
+            run("ip", &["link", "set", &outside, "master", &network.bridge])?;
+            run("ip", &["link", "set", &outside, "up"])?;
+            let address = format!("{}/24", network.address(Some(host)));
+            network.inside(host, &["ip", "addr", "add", &address, "dev", inside])?;
+            network.inside(host, &["ip", "link", "set", inside, "up"])?;
+            network.inside(host, &["ip", "link", "set", "lo", "up"])?;
+        }
+        Ok(network)
+    }
+
+    /// The namespace of a host, for `ip netns exec`.
+    pub fn namespace(&self, host: usize) -> String {
+        format!("{}h{host}", self.bridge)
+    }
+
+    fn link(&self, host: usize) -> String {
+        format!("{}e{host}", self.bridge)
+    }
+
+    /// The address of a host, or of the caller.
+    pub fn address(&self, host: Option<usize>) -> String {
+        format!("10.77.{}.{}", self.subnet, host.map_or(1, |host| host + 10))
+    }
+
+    fn inside(&self, host: usize, command: &[&str]) -> Result<()> {
+        let namespace = self.namespace(host);
+        let mut args = vec!["netns", "exec", &namespace];
+        args.extend(command);
+        run("ip", &args)
+    }
+
+    /// Cuts a host off from everybody else; nobody is told.
+    ///
+    /// # Errors
+    /// When the rules cannot be set.
+    pub fn cut(&self, host: usize) -> Result<()> {
+        for (chain, direction) in [("INPUT", "-i"), ("OUTPUT", "-o")] {
+            self.inside(host, &["iptables", "-A", chain, direction, "eth0", "-j", "DROP"])?;
+        }
+        Ok(())
+    }
+
+    /// Ends all cuts of a host.
+    ///
+    /// # Errors
+    /// When the rules cannot be removed.
+    pub fn heal(&self, host: usize) -> Result<()> {
+        self.inside(host, &["iptables", "-F"])
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        for host in 0..self.hosts {
+            let _ = run("ip", &["netns", "del", &self.namespace(host)]);
+            let _ = run("ip", &["link", "del", &self.link(host)]);
+        }
+        let _ = run("ip", &["link", "del", &self.bridge]);
+    }
+}
+
+/// A port of this machine that takes and gives nothing, until it is dropped.
+#[derive(Debug)]
+pub struct SilentPort(String);
+
+impl SilentPort {
+    /// Silences a TCP port on all addresses, in both directions.
+    ///
+    /// # Errors
+    /// When the rules cannot be set.
+    pub fn new(port: u16) -> Result<Self> {
+        let silent = Self(port.to_string());
+        for direction in ["--dport", "--sport"] {
+            run("iptables", &["-A", "INPUT", "-p", "tcp", direction, &silent.0, "-j", "DROP"])?;
+        }
+        Ok(silent)
+    }
+}
+
+impl Drop for SilentPort {
+    fn drop(&mut self) {
+        for direction in ["--dport", "--sport"] {
+            let _ = run("iptables", &["-D", "INPUT", "-p", "tcp", direction, &self.0, "-j", "DROP"]);
+        }
+    }
+}

@@ -1,0 +1,348 @@
+//! Replicas that lose each other, their memory or their sense of time.
+#![allow(clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use futures::{StreamExt, TryStreamExt};
+use vasto_client::{Ack, Keyspace, ReadFrom};
+use vasto_core::record::{FILE_HEADER_BYTES, Record, frame_at, positions_at};
+use vasto_tests::replicas::converged;
+use vasto_tests::{Cluster, DEADLINE, Port, until};
+
+async fn put_all(keyspace: &Keyspace, prefix: &str, count: u64) -> Result<()> {
+    let put = |n: u64| async move { keyspace.put(format!("{prefix}{n}"), format!("v{n}")).await.map(|_| ()) };
+    futures::stream::iter(0..count).map(put).buffer_unordered(64).try_collect::<()>().await?;
+    Ok(())
+}
+
+async fn missing(keyspace: &Keyspace, prefix: &str, count: u64) -> Result<usize> {
+    let names: Vec<String> = (0..count).map(|n| format!("{prefix}{n}")).collect();
+    Ok(keyspace.get_many(&names).await?.iter().filter(|value| value.is_none()).count())
+}
+
+/// The node that is primary of a shard.
+async fn primary(cluster: &Cluster, name: &str, shard: usize) -> Result<usize> {
+    let tip = cluster.catalog(name).await?.tip()?;
+    cluster.node_of(&tip.placement[shard].primary().context("no primary")?.node.to_string())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_origin_that_dies_after_reaching_one_of_two_peers_has_reached_both() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(3).start().await?;
+    cluster.create("relay", 1, &["--replicas", "3"]).await?;
+    let keyspace = cluster.keyspace("relay").await?;
+    put_all(&keyspace, "before", 200).await?;
+    converged(&cluster, "relay").await?;
+    let origin = primary(&cluster, "relay", 0).await?;
+    let (near, far) = ((origin + 1) % 3, (origin + 2) % 3);
+    cluster.kill9_node(far).await?;
+    // One of the two peers has it for certain.
+    for n in 0..200 {
+        keyspace.put(format!("k{n}"), "v").ack(Ack::Replica).await?;
+    }
+    cluster.kill9_node(origin).await?;
+    cluster.start_node(far, Port::Same).await?;
+    until("the far replica to serve what it never got from its origin", DEADLINE, async || {
+        let described = cluster.json(&["keyspace", "describe", "relay"]).await.ok()?;
+        let all = described["placement"][0]["replicas"].as_array()?.clone();
+        (all.iter().filter(|one| one["state"] == "serving").count() == 2).then_some(())
+    })
+    .await?;
+    cluster.kill9_node(near).await?;
+    ensure!(missing(&keyspace, "k", 200).await? == 0);
+    cluster.start_node(near, Port::Same).await?;
+    cluster.start_node(origin, Port::Same).await?;
+    ensure!(converged(&cluster, "relay").await? == 400);
+    cluster.finish().await
+}
+
+/// Cuts what a power loss could take from the logs of a node: records that nothing says were synced.
+fn lose_power(node_dir: &Path) -> Result<usize> {
+    let mut lost = 0;
+    for replica in std::fs::read_dir(node_dir.join("replicas"))? {
+        let log = replica?.path().join("log");
+        let mut files: Vec<PathBuf> = std::fs::read_dir(&log)?.filter_map(|entry| Some(entry.ok()?.path())).collect();
+        files.retain(|path| path.metadata().is_ok_and(|found| found.len() > FILE_HEADER_BYTES as u64));
+        files.sort();
+        let Some(last) = files.last() else { continue };
+        let bytes = std::fs::read(last)?;
+        let mut records = Vec::new();
+        let mut at = FILE_HEADER_BYTES;
+        while let Ok(length) = frame_at(&bytes[at..]) {
+            ensure!(Record::decode(&bytes[at..at + length]).is_ok());
+            records.push((at, positions_at(&bytes[at..]).context("a record without positions")?));
+            at += length;
+        }
+        let Some((_, (_, synced))) = records.last() else { continue };
+        let keep = records.iter().find(|(_, (lsn, _))| lsn > synced).map_or(at, |(offset, _)| *offset);
+        lost += records.iter().filter(|(offset, _)| *offset >= keep).count();
+        std::fs::OpenOptions::new().write(true).open(last)?.set_len(keep as u64)?;
+    }
+    Ok(lost)
+}
+
+/// The primary loses what it had only in memory, writes on, and ends with the same as the others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_power_loss_after_os_acknowledgements_then_writes_then_all_are_the_same() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(3).start().await?;
+    cluster.create("power", 2, &["--replicas", "3", "--ack", "os"]).await?;
+    let keyspace = cluster.keyspace("power").await?;
+    let mut lost = 0;
+    for round in 0..4 {
+        put_all(&keyspace, &format!("r{round}:"), 500).await?;
+        let victim = primary(&cluster, "power", round % 2).await?;
+        cluster.kill9_node(victim).await?;
+        lost += lose_power(&cluster.node_dir(victim))?;
+        cluster.start_node(victim, Port::Same).await?;
+        put_all(&keyspace, &format!("after{round}:"), 1_000).await?;
+        converged(&cluster, "power").await?;
+    }
+    println!("{lost} records were cut from the logs of primaries");
+    ensure!(lost > 0, "the power losses took nothing");
+    cluster.finish().await
+}
+
+/// Each opening is an incarnation of its own, also when the last one wrote next to nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn adopt_write_kill_again_and_again() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(3).start().await?;
+    cluster.create("adopt", 1, &["--replicas", "3", "--ack", "replica"]).await?;
+    let keyspace = cluster.keyspace("adopt").await?;
+    let victim = primary(&cluster, "adopt", 0).await?;
+    for round in 0..8 {
+        keyspace.put(format!("k{round}"), "v").await?;
+        cluster.kill9_node(victim).await?;
+        cluster.start_node(victim, Port::Same).await?;
+        if round % 2 == 0 {
+            cluster.kill9_node(victim).await?;
+            cluster.start_node(victim, Port::New).await?;
+        }
+    }
+    ensure!(converged(&cluster, "adopt").await? == 8);
+    cluster.finish().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_nodes_restart_at_once_and_do_not_wait_in_a_circle() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(3).start().await?;
+    cluster.create("all", 3, &["--replicas", "3"]).await?;
+    let keyspace = cluster.keyspace("all").await?;
+    put_all(&keyspace, "k", 1_000).await?;
+    for node in 0..3 {
+        cluster.kill9_node(node).await?;
+    }
+    for node in 0..3 {
+        cluster.start_node(node, Port::Same).await?;
+    }
+    ensure!(missing(&keyspace, "k", 1_000).await? == 0);
+    ensure!(converged(&cluster, "all").await? == 1_000);
+    cluster.finish().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_delete_with_an_old_event_time_beside_puts_in_flight_hides_nothing_newer() -> Result<()> {
+    let cluster = Cluster::builder().nodes(3).start().await?;
+    cluster.create("late", 1, &["--replicas", "2"]).await?;
+    let keyspace = cluster.keyspace("late").await?;
+    for n in 0..200 {
+        let key = format!("k{n}");
+        let put = async { keyspace.put(key.as_str(), "v").await };
+        let delete = async { keyspace.delete(key.as_str()).event_time(1_000_000).await };
+        let (put, delete) = tokio::join!(put, delete);
+        put?;
+        delete?;
+    }
+    ensure!(missing(&keyspace, "k", 200).await? == 0);
+    ensure!(converged(&cluster, "late").await? == 200);
+    cluster.finish().await
+}
+
+/// The nodes' clocks differ by half a second: what one client writes in order, through whatever
+/// replica, stays in order.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clocks_half_a_second_apart_lose_nothing() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(0).start().await?;
+    for shift in [-250, 0, 250] {
+        let index = cluster.add_node_with(&format!("node.clock_shift_ms={shift}")).await?;
+        ensure!(index < 3);
+    }
+    cluster.create("skew", 3, &["--replicas", "3"]).await?;
+    let keyspace = cluster.keyspace("skew").await?;
+    for round in 0..300 {
+        for key in ["a", "b", "c", "d"] {
+            keyspace.put(key, format!("{round}")).await?;
+        }
+    }
+    for key in ["a", "b", "c", "d"] {
+        ensure!(keyspace.get(key).await?.unwrap().bytes() == "299");
+    }
+    ensure!(converged(&cluster, "skew").await? == 4);
+    cluster.finish().await
+}
+
+async fn floors(cluster: &Cluster, name: &str) -> Result<Vec<u64>> {
+    use vasto_proto::v1::PositionRequest;
+    use vasto_proto::v1::replication_client::ReplicationClient;
+    let tip = cluster.catalog(name).await?.tip()?;
+    let mut floors = Vec::new();
+    for shard in &tip.placement {
+        for one in &shard.replicas {
+            let port = cluster.port(cluster.node_of(&one.node.to_string())?);
+            let mut client = ReplicationClient::connect(format!("http://127.0.0.1:{port}")).await?;
+            let request = PositionRequest {
+                keyspace_id: tip.keyspace.0,
+                replica_id: one.replica.0,
+                ..PositionRequest::default()
+            };
+            floors.push(client.position(request).await?.into_inner().floor);
+        }
+    }
+    Ok(floors)
+}
+
+/// Hazard 21: a replica that is away for long keeps deletes remembered; when it is back, what was
+/// deleted stays deleted, and only then is forgotten.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn deletes_are_forgotten_only_when_every_replica_has_them() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(3).start().await?;
+    cluster.create("graves", 1, &["--replicas", "3", "--tombstone-grace", "1s"]).await?;
+    let keyspace = cluster.keyspace("graves").await?;
+    put_all(&keyspace, "k", 100).await?;
+    converged(&cluster, "graves").await?;
+    let away = (primary(&cluster, "graves", 0).await? + 1) % 3;
+    cluster.kill9_node(away).await?;
+    // A round may have been through already, about what came before.
+    let mut present: Vec<u64> = Vec::new();
+    let before = keyspace.get("k0").await?.unwrap().event_time;
+    for n in 0..100 {
+        keyspace.delete(format!("k{n}")).await?;
+    }
+    // Several rounds long nobody forgets, because one has not answered.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let tip = cluster.catalog("graves").await?.tip()?;
+    for one in &tip.placement[0].replicas {
+        let node = cluster.node_of(&one.node.to_string())?;
+        if node != away {
+            present.push(cluster.port(node).into());
+        }
+    }
+    ensure!(present.len() == 2);
+    cluster.start_node(away, Port::Same).await?;
+    until("the floor to rise everywhere", DEADLINE, async || {
+        let floors = floors(&cluster, "graves").await.ok()?;
+        floors.iter().all(|floor| *floor > before + 1_000_000).then_some(())
+    })
+    .await?;
+    ensure!(cluster.json(&["keyspace", "compact", "graves"]).await.is_ok());
+    ensure!(missing(&keyspace, "k", 100).await? == 100, "a deleted key came back");
+    ensure!(converged(&cluster, "graves").await? == 0);
+    for node in 0..3 {
+        cluster.kill9_node(node).await?;
+        cluster.start_node(node, Port::Same).await?;
+        ensure!(missing(&keyspace, "k", 100).await? == 100, "a deleted key came back after a restart");
+    }
+    // An idle keyspace comes to rest: nothing is written for deletes that are all forgotten.
+    let lsn = async || -> Result<String> {
+        let described = cluster.json(&["keyspace", "describe", "graves"]).await?;
+        Ok(described["placement"][0]["replicas"]
+            .as_array()
+            .context("no replicas")?
+            .iter()
+            .map(|one| one["lsn"].to_string())
+            .collect::<Vec<_>>()
+            .join(","))
+    };
+    let mut last = lsn().await?;
+    until("the logs to come to rest", DEADLINE, async || {
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let now = lsn().await.ok()?;
+        let rests = now == last;
+        last = now;
+        rests.then_some(())
+    })
+    .await?;
+    cluster.finish().await
+}
+
+/// One clock a day slow, one an hour fast, deletes and collection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clock_a_day_slow_and_one_an_hour_fast_converge_with_deletes_and_collection() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(0).allow("too far ahead of this node's clock").start().await?;
+    for shift in ["-86400000", "0", "3600000"] {
+        cluster.add_node_with(&format!("node.clock_shift_ms={shift}")).await?;
+    }
+    cluster.create("clocks", 3, &["--replicas", "3", "--tombstone-grace", "1s"]).await?;
+    let keyspace = cluster.keyspace("clocks").await?;
+    for round in 0..3 {
+        put_all(&keyspace, "k", 300).await?;
+        for n in 0..100 {
+            keyspace.delete(format!("k{n}")).await?;
+        }
+        let victim = round % 3;
+        converged(&cluster, "clocks").await?;
+        cluster.kill9_node(victim).await?;
+        put_all(&keyspace, "while", 100).await?;
+        cluster.start_node(victim, Port::Same).await?;
+        converged(&cluster, "clocks").await?;
+        tokio::time::sleep(Duration::from_millis(1_500)).await;
+        cluster.json(&["keyspace", "compact", "clocks"]).await?;
+        converged(&cluster, "clocks").await?;
+    }
+    ensure!(missing(&keyspace, "k", 100).await? == 100);
+    let names: Vec<String> = (100..300).map(|n| format!("k{n}")).collect();
+    ensure!(keyspace.get_many(&names).await?.iter().all(Option::is_some));
+    cluster.finish().await
+}
+
+/// An origin whose clock jumps a day between two writes: the second wins, and all agree.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_origin_that_was_idle_for_a_day_goes_on() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(0).start().await?;
+    for _ in 0..3 {
+        cluster.add_node_with("node.clock_shift_ms=-86400000").await?;
+    }
+    cluster.create("idle", 1, &["--replicas", "3", "--tombstone-grace", "1s"]).await?;
+    let keyspace = cluster.keyspace("idle").await?;
+    put_all(&keyspace, "k", 50).await?;
+    keyspace.delete("k7").await?;
+    converged(&cluster, "idle").await?;
+    for node in 0..3 {
+        cluster.stop_node(node).await?;
+        cluster.set_node(node, "node.clock_shift_ms=0");
+    }
+    for node in 0..3 {
+        cluster.start_node(node, Port::Same).await?;
+    }
+    keyspace.put("k1", "a day later").await?;
+    ensure!(converged(&cluster, "idle").await? == 49);
+    ensure!(keyspace.get("k1").await?.unwrap().bytes() == "a day later");
+    ensure!(keyspace.get("k7").await?.is_none());
+    cluster.finish().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reads_go_where_they_are_told() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(0).start().await?;
+    for zone in ["a", "b", "c"] {
+        cluster.add_node_with(&format!("node.zone={zone}")).await?;
+    }
+    cluster.create("zones", 2, &["--replicas", "3", "--ack", "replica"]).await?;
+    let keyspace = cluster.keyspace("zones").await?;
+    put_all(&keyspace, "k", 100).await?;
+    converged(&cluster, "zones").await?;
+    for from in [ReadFrom::Any, ReadFrom::Zone("b".into()), ReadFrom::Zone("nowhere".into())] {
+        let reader = keyspace.clone().read_from(from.clone());
+        ensure!(missing(&reader, "k", 100).await? == 0, "{from:?}");
+        ensure!(reader.scan().stream().count().await == 100, "{from:?}");
+    }
+    // With everybody else gone, the zone's own replica answers.
+    cluster.kill9_node(0).await?;
+    cluster.kill9_node(2).await?;
+    let reader = keyspace.clone().read_from(ReadFrom::Zone("b".into()));
+    ensure!(missing(&reader, "k", 100).await? == 0);
+    cluster.start_node(0, Port::Same).await?;
+    cluster.start_node(2, Port::Same).await?;
+    cluster.finish().await
+}
