@@ -19,7 +19,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use vasto_core::Band;
 use vasto_core::catalog::Catalog;
-use vasto_core::ids::{CatalogVersion, Incarnation, KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
+use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
 use vasto_core::plan::{
     Plan, ReplicaPhase, ReplicaReport, ReplicationReport, Sealed, SourceProgress, Step, TargetProgress, TargetStage,
 };
@@ -30,7 +30,7 @@ use crate::clock::SharedClock;
 use crate::core::NodeCore;
 use crate::engine::EngineShared;
 use crate::grow::{Build, fresh_progress};
-use crate::replica::job::{Control, ReplicaError};
+use crate::replica::job::{Control, ReplicaError, Role};
 use crate::replica::{OpenOptions, Replica};
 use crate::replication::duties::Duties;
 use crate::replication::peers::Peers;
@@ -370,10 +370,14 @@ impl Runner {
         let plan = catalog.plan.as_ref();
         ship.positions.ships.store(ships(catalog, replica), Ordering::Release);
         duties.follow(catalog);
+        let role = duties.role(catalog);
         if placed {
+            if replica.view().role == Role::Detached {
+                // From the moment on at which the range is its own, under the new epoch, it serves.
+                replica.control(Control::Obey { epoch: Epoch(0), version: CatalogVersion(0), role }).await?;
+            }
             self.own_what_is_placed(replica, duties, catalog, plan).await?;
         }
-        let role = duties.role(catalog);
         let order = Control::Obey { epoch: catalog.epoch, version: catalog.version, role };
         replica.control(order).await?;
         if catalog.unsealed.iter().any(|one| one.replica == replica.id) {

@@ -14,6 +14,7 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use vasto_core::ids::NodeId;
 use vasto_core::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX};
+use vasto_core::topology::NodeAddress;
 use vasto_proto::v1::data_server::DataServer;
 use vasto_proto::v1::replication_server::ReplicationServer;
 use vasto_shipping::bucket::{Bucket, BucketError, BucketOptions};
@@ -25,10 +26,10 @@ use crate::engine::{EngineBudget, EngineShared};
 use crate::flusher;
 use crate::host::HostContext;
 use crate::manager::Manager;
-use crate::node_dir::{DirError, NodeDir};
+use crate::node_dir::{DirError, NodeDir, read_json};
 use crate::pause;
 use crate::replication::ReplicationService;
-use crate::session::{Joined, Session, SessionConfig, SessionContext, SessionError, join, keep};
+use crate::session::{Joined, NODES_FILE, Session, SessionConfig, SessionContext, SessionError, join, keep};
 
 /// How a node runs.
 #[derive(Debug, Clone)]
@@ -144,6 +145,9 @@ impl Node {
             log_cap: config.log_cap,
         });
         let manager = Arc::new(Manager::new(host_context, dir.clone(), config.max_replicas));
+        let known: Option<Vec<(NodeId, String, String)>> = read_json(&config.dir.join(NODES_FILE)).unwrap_or_default();
+        let known = known.unwrap_or_default().into_iter();
+        core.set_addresses(known.map(|(id, address, zone)| (id, NodeAddress { address, zone })).collect());
         let remembered = dir.lock().catalogs()?;
         for catalog in remembered {
             manager.obey(Arc::new(catalog), true).await?;

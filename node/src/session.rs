@@ -25,12 +25,15 @@ use vasto_shipping::bucket::Bucket;
 
 use crate::core::NodeCore;
 use crate::manager::Manager;
-use crate::node_dir::{DirError, NodeDir};
+use crate::node_dir::{DirError, NodeDir, write_json};
 
 /// Longest pause between two attempts to reach the master.
 const RETRY_MAX: Duration = Duration::from_secs(2);
 /// Reports are at least this far apart, so that a busy tail does not flood the master.
 const REPORT_GAP: Duration = Duration::from_millis(2);
+
+/// Where the nodes listened last, in the data directory.
+pub(crate) const NODES_FILE: &str = "nodes.json";
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -244,7 +247,15 @@ async fn hear(
         FromMaster::Nodes(nodes) => {
             let known =
                 |one: v1::NodeAddress| (NodeId(one.node_id), NodeAddress { address: one.address, zone: one.zone });
-            context.core.set_addresses(nodes.nodes.into_iter().map(known).collect());
+            let nodes: Vec<(NodeId, NodeAddress)> = nodes.nodes.into_iter().map(known).collect();
+            let list: Vec<_> = nodes.iter().map(|(id, one)| (*id, one.address.clone(), one.zone.clone())).collect();
+            context.core.set_addresses(nodes.into_iter().collect());
+            // A hint for a start without the master; the next list replaces it.
+            let path = context.dir.join(NODES_FILE);
+            let written = tokio::task::spawn_blocking(move || write_json(&path, &list)).await;
+            if let Ok(Err(error)) = written {
+                tracing::warn!(%error, "the addresses of the other nodes could not be remembered");
+            }
             Ok(())
         }
         FromMaster::Command(command) => {

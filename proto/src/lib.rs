@@ -12,7 +12,7 @@ pub mod v1 {
 pub mod convert;
 
 /// Raised when an old node and a new master would misunderstand each other.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// Name of the metadata entry of a gRPC status that carries the [`vasto_core::ErrorCode`] number.
 pub const CODE_HEADER: &str = "vasto-code";
