@@ -139,7 +139,6 @@ async fn failover(loss: Loss) -> Result<()> {
     // A node that is silent for its peers is said to be.
     let mut cluster = Cluster::builder().nodes(3).start().await?;
     cluster.create("failover", 1, &["--replicas", "3"]).await?;
-    let keyspace = cluster.keyspace("failover").await?;
     let catalog = cluster.catalog("failover").await?;
     let mut gaps = Vec::new();
     for round in 0..rounds {
@@ -151,6 +150,8 @@ async fn failover(loss: Loss) -> Result<()> {
             (home && replicas.iter().all(|one| one["state"] == "serving")).then_some(())
         })
         .await?;
+        // A client that has passed nobody by yet.
+        let keyspace = cluster.keyspace("failover").await?;
         let primary = cluster.node_of(&catalog.tip()?.placement[0].primary().unwrap().node.to_string())?;
         for n in 0..200 {
             keyspace.put("k", format!("{round}:{n}")).await?;

@@ -89,6 +89,7 @@ impl Kind {
                 "false" | "0" => Value::from(false),
                 other => Value::from(other),
             },
+            Kind::Shift => text.parse::<i64>().map_or_else(|_| Value::from(text), Value::from),
             Kind::Count => text.parse::<u64>().map_or_else(|_| Value::from(text), Value::from),
             _ => Value::from(text),
         }
@@ -162,6 +163,7 @@ mod tests {
     #[test]
     fn text_becomes_the_kind_of_its_field() {
         assert_eq!(Kind::Switch.value_of("true"), Value::from(true));
+        assert_eq!(Kind::Shift.value_of("-250"), Value::from(-250i64));
         assert_eq!(Kind::Count.value_of("7"), Value::from(7u64));
         assert_eq!(Kind::Text.value_of("7"), Value::from("7"));
         assert_eq!(Kind::Count.value_of("seven"), Value::from("seven"));

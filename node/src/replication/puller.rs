@@ -189,14 +189,22 @@ impl From<ReplicaError> for Ended {
 
 impl Puller {
     async fn run(self) {
+        // From the beginning of the peer's log instead of from the cursor: what is here already is
+        // left out by the vector.
+        let mut rescan = false;
         let (keyspace, shard, peer) = (self.replica.keyspace.0, self.replica.shard.0, self.source.replica.0);
         let mut said = String::new();
         loop {
-            let Err(ended) = self.pull().await;
+            let Err(ended) = self.pull(rescan).await;
             self.state.connected.store(false, Ordering::Release);
             let mut pause = RETRY;
             let reason = match ended {
                 Ended::Interrupted(reason) => reason,
+                // A peer whose disk lost what it had called synced has begun its log anew below the cursor.
+                Ended::TooOld(reason) if !rescan => {
+                    rescan = true;
+                    reason
+                }
                 Ended::TooOld(reason) => {
                     if !self.state.too_old.swap(true, Ordering::AcqRel) {
                         tracing::warn!(
@@ -224,10 +232,11 @@ impl Puller {
         }
     }
 
-    async fn pull(&self) -> Result<std::convert::Infallible, Ended> {
+    async fn pull(&self, rescan: bool) -> Result<std::convert::Infallible, Ended> {
         let mut client = self.peers.client(&self.core, self.source.node)?;
         let cursors = self.replica.tail_cursors().map_err(|error| Ended::Closed(error.to_string()))?;
-        let mut cursor = cursors.into_iter().find(|(id, _)| *id == self.source.replica).map_or(Lsn(0), |(_, lsn)| lsn);
+        let cursor = cursors.into_iter().find(|(id, _)| *id == self.source.replica).map_or(Lsn(0), |(_, lsn)| lsn);
+        let mut cursor = if rescan { Lsn(0) } else { cursor };
         let mut changes = self.replica.vector_changes();
         let mut told = self.replica.vector();
         let (messages, outgoing) = mpsc::channel(8);
