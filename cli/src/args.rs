@@ -123,6 +123,12 @@ pub enum KeyspaceCommand {
     /// Delete a keyspace and its data
     #[command(after_help = "Examples:\n  vasto keyspace delete users --yes")]
     Delete(KeyspaceDelete),
+    /// Take a replica out of its placement; another node gets a copy
+    #[command(after_help = "What the replica alone holds is drained once its node is there.\n\n\
+        Examples:\n  \
+        vasto keyspace evict users --replica 3\n  \
+        vasto keyspace evict users --replica 3 --accept-loss --yes")]
+    Evict(KeyspaceEvict),
     /// Write a checkpoint of every shard to the bucket now
     Checkpoint(KeyspaceName),
     /// Compact every shard now
@@ -173,6 +179,22 @@ pub struct KeyspaceDelete {
     pub name: String,
     /// Say that you mean it
     #[arg(long, required = true)]
+    pub yes: bool,
+}
+
+/// `vasto keyspace evict`
+#[derive(Debug, Args)]
+pub struct KeyspaceEvict {
+    /// The keyspace
+    pub name: String,
+    /// The replica, as `vasto keyspace describe` numbers it
+    #[arg(long, value_name = "ID")]
+    pub replica: u64,
+    /// Give up what only this replica holds; its files go when its node is back
+    #[arg(long, requires = "yes")]
+    pub accept_loss: bool,
+    /// Say that you mean it
+    #[arg(long)]
     pub yes: bool,
 }
 

@@ -97,7 +97,7 @@ impl Connection {
         let (opened, heard_ms) = (Instant::now(), Arc::new(AtomicU64::new(0)));
         let heard = Heard { opened, ms: heard_ms.clone() };
         tasks.spawn(async move {
-            let mut driver = Driver::default();
+            let mut driver = Driver::new(opened);
             let reason = drive(&mut driver, jobs, frames, replies, heard, cancel).await;
             permits.close();
             tracing::debug!(%address, reason, unanswered = driver.pending.len(), "connection ended");
@@ -231,8 +231,9 @@ struct Heard {
 }
 
 /// The state of a connection.
-#[derive(Default)]
 struct Driver {
+    /// Once the node had answered: counted from here, a frame looks older to it than it is, never younger.
+    opened: Instant,
     /// Not in a frame yet.
     waiting: VecDeque<Job>,
     /// In a frame, not answered yet.
@@ -243,6 +244,10 @@ struct Driver {
 }
 
 impl Driver {
+    fn new(opened: Instant) -> Self {
+        Self { opened, waiting: VecDeque::new(), pending: HashMap::new(), last_id: 0, expiry: None }
+    }
+
     fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.pending.is_empty()
     }
@@ -282,7 +287,8 @@ impl Driver {
             let pending = Pending { deadline: job.deadline, answer: job.answer, _permit: job.permit };
             self.pending.insert(self.last_id, pending);
         }
-        (!requests.is_empty()).then_some(v1::RequestFrame { requests })
+        let sent_us = ((now - self.opened).as_micros() as u64).max(1);
+        (!requests.is_empty()).then_some(v1::RequestFrame { requests, sent_us })
     }
 
     fn take_replies(&mut self, frame: v1::ReplyFrame) {
@@ -346,7 +352,8 @@ mod tests {
     impl Bench {
         fn new() -> Self {
             let room = Arc::new(Semaphore::new(IN_FLIGHT_BYTES_MAX));
-            Self { driver: Driver::default(), room, now: Instant::now() }
+            let now = Instant::now();
+            Self { driver: Driver::new(now), room, now }
         }
 
         fn enqueue(&mut self, bytes: usize, seconds: u64) -> oneshot::Receiver<Answer> {
@@ -416,6 +423,14 @@ mod tests {
         let mut overdue = bench.enqueue(100, 1);
         assert!(bench.driver.next_frame(after).is_none());
         assert!(matches!(overdue.try_recv().unwrap(), Answer::Expired { sent: false }));
+    }
+
+    #[test]
+    fn a_frame_tells_when_it_was_sent() {
+        let mut bench = Bench::new();
+        let _waits = bench.enqueue(100, 5);
+        let frame = bench.driver.next_frame(bench.now + Duration::from_millis(7)).unwrap();
+        assert_eq!(frame.sent_us, 7_000);
     }
 
     #[test]

@@ -146,6 +146,16 @@ impl Vasto {
         self.ask(|mut master| async move { master.describe_keyspace(request).await }).await
     }
 
+    /// Takes a replica out of its placement. It is drained when its node is there, and a copy is made on
+    /// another node that has none; with `accept_loss` what only it holds is given up. Answers a JSON object.
+    ///
+    /// # Errors
+    /// `NotFound`; `FailedPrecondition` for the last replica of a shard, or while the keyspace changes.
+    pub async fn evict_replica(&self, name: &str, replica: u64, accept_loss: bool) -> Result<String, Error> {
+        let request = v1::EvictRequest { name: name.to_owned(), replica_id: replica, accept_loss };
+        self.change(|mut master| async move { master.evict_replica(request).await }).await
+    }
+
     /// Deletes a keyspace and its data on the nodes; answers a JSON object.
     ///
     /// # Errors

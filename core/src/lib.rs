@@ -15,6 +15,7 @@ pub mod error;
 pub mod hash;
 pub mod ids;
 pub mod limits;
+pub mod members;
 pub mod merge;
 pub mod plan;
 pub mod primaries;

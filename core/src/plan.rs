@@ -589,6 +589,7 @@ fn advance_plan(
         }
     }
     match plan.step {
+        Step::Prepare if plan.moving().is_none() => advance_copy(catalog, plan, reports, now_us, nonce),
         Step::Prepare => advance_prepare(catalog, plan, reports, now_us, nonce),
         Step::Tail => advance_tail(catalog, plan, reports, now_us, nonce),
         Step::Sealing => advance_sealing(catalog, plan, reports, now_us, nonce).unwrap_or_else(|| {
@@ -601,6 +602,19 @@ fn advance_plan(
         }),
         Step::Committed => advance_committed(catalog, plan, reports, now_us, nonce),
     }
+}
+
+/// A copy has no seal: it is placed once it follows the others closely.
+fn advance_copy(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce: u64) -> Advance {
+    for target in &plan.targets {
+        let Some(progress) = target_progress(plan, target.replica, reports) else {
+            return Advance::Wait(format!("the copy on {}", target.node));
+        };
+        if progress.stage != TargetStage::Tailing || progress.lag_lsns > TAIL_LAG_LSNS_MAX {
+            return Advance::Wait(format!("the copy of shard {} to catch up", target.shard));
+        }
+    }
+    Advance::Write(Box::new(commit(catalog, plan, reports, now_us, nonce)))
 }
 
 fn advance_prepare(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce: u64) -> Advance {
@@ -729,7 +743,8 @@ fn advance_committed(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: 
             return Advance::Wait(format!("shard {} to open", target.shard));
         }
     }
-    let sources = plan.sources.iter().map(|source| (source.shard, source.replica));
+    let giving = plan.sources.iter().filter(|_| plan.moving().is_some());
+    let sources = giving.map(|source| (source.shard, source.replica));
     let others = others_of_sources(catalog, plan).into_iter().map(|(shard, one)| (shard, one.replica));
     for (shard, replica) in sources.chain(others) {
         if source_progress(plan, replica, reports).is_none_or(|progress| !progress.released) {
@@ -798,7 +813,10 @@ pub fn report_of(
         .collect();
     OperationReport {
         id: operation_id(catalog.keyspace, plan.id),
-        kind: "grow".into(),
+        kind: match plan.kind {
+            PlanKind::Grow { .. } => "grow".into(),
+            PlanKind::Replica { .. } => "replica".into(),
+        },
         keyspace: catalog.name.clone(),
         from,
         to,

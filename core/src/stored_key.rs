@@ -110,6 +110,11 @@ impl MetaKey {
         [META_PREFIX, 3]
     }
 
+    /// The common prefix of all forward cursors.
+    pub fn forward_cursor_prefix() -> [u8; 2] {
+        [META_PREFIX, 8]
+    }
+
     /// The common prefix of all kept results.
     pub fn result_prefix() -> [u8; 2] {
         [META_PREFIX, 6]

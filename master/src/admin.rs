@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use vasto_core::band::check_shard_count;
 use vasto_core::catalog::{Ack, Catalog, KeyspaceSpec, KeyspaceState};
 use vasto_core::error::{ErrorCode, VastoError};
-use vasto_core::ids::{KeyspaceId, NodeId};
+use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId};
 use vasto_core::limits::{ADMIN_DEADLINE, LimitError, REPLICAS_MAX, check_keyspace_name};
 use vasto_core::plan::{ReplicaPhase, operation_id};
 use vasto_proto::convert::ack_from_wire;
@@ -291,9 +291,19 @@ pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
     Ok(document::json(&report.map(document::finished)))
 }
 
-/// Takes a replica out of its placement.
-pub(crate) async fn evict(_cluster: &Cluster, _request: v1::EvictRequest) -> Result<String, VastoError> {
-    Err(VastoError::new(ErrorCode::FailedPrecondition, "evicting is not available in this version"))
+/// Takes a replica out of its placement; it is drained when its node is there, or given up.
+pub(crate) async fn evict(cluster: &Arc<Cluster>, request: v1::EvictRequest) -> Answer {
+    let keyspace = find(&cluster.state(), &request.name)?.catalog.keyspace;
+    let replica = ReplicaId(request.replica_id);
+    let change = Change::Evict { replica, accept_loss: request.accept_loss };
+    let catalog = ask(cluster, keyspace, change).await?;
+    tracing::info!(keyspace = request.name, %replica, accept_loss = request.accept_loss, "evicted a replica");
+    Ok(document::json(&serde_json::json!({
+        "name": request.name,
+        "replica_id": replica.0,
+        "state": if request.accept_loss { "removed" } else { "draining" },
+        "version": catalog.version.0,
+    })))
 }
 
 /// Sends a command to every node with replicas of a keyspace and waits for all of them, as long as

@@ -201,6 +201,11 @@ pub(crate) fn keyspace(state: &State, known: &Keyspace) -> KeyspaceDoc {
                 let primary = shard.primary() == Some(*one);
                 replica(state, known.reports.get(&one.replica), one.replica, one.node, primary)
             })
+            .chain(catalog.unsealed.iter().filter(|one| one.shard == shard.shard).map(|one| ReplicaDoc {
+                role: "leaving",
+                state: "draining",
+                ..replica(state, known.reports.get(&one.replica), one.replica, one.node, false)
+            }))
             .collect(),
     });
     KeyspaceDoc {
@@ -459,6 +464,27 @@ pub(crate) fn cluster(
     // A node that is away is said once, not once per replica.
     let replicas = state.active().flat_map(|known| not_serving(state, known));
     warnings.extend(replicas.filter(|text| !text.ends_with(" is away")));
+    for known in state.active() {
+        let catalog = &known.catalog;
+        warnings.extend(catalog.unsealed.iter().map(|one| {
+            format!(
+                "replica {} of shard {} of {} has left and may hold writes that nobody else has: start {} so that it \
+                 is drained, or give them up with `vasto keyspace evict {} --replica {} --accept-loss --yes`; deletes \
+                 are remembered until then",
+                one.replica, one.shard, catalog.name, one.node, catalog.name, one.replica
+            )
+        }));
+        let few = catalog.placement.iter().filter(|shard| shard.replicas.len() < catalog.spec.replicas as usize);
+        warnings.extend(few.map(|shard| {
+            format!(
+                "shard {} of {} has {} of {} replicas; a live node without one of it gets a copy",
+                shard.shard,
+                catalog.name,
+                shard.replicas.len(),
+                catalog.spec.replicas
+            )
+        }));
+    }
     ClusterDoc {
         cluster_id: cluster_id.to_owned(),
         term: 0,

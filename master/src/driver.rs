@@ -16,8 +16,9 @@ use rand::RngExt;
 use tokio::sync::{Notify, mpsc, oneshot};
 use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::error::{ErrorCode, VastoError};
-use vasto_core::ids::{Epoch, KeyspaceId, NodeId, PlanId};
+use vasto_core::ids::{Epoch, KeyspaceId, NodeId, PlanId, ReplicaId};
 use vasto_core::limits::SEALING_WRITE_MAX;
+use vasto_core::members::{EvictError, evict};
 use vasto_core::plan::{Advance, PlanError, Reports, Step, abort, operation_id, start_grow};
 use vasto_core::primaries::{Moves, moves_between};
 use vasto_shipping::CatalogWrite;
@@ -43,6 +44,8 @@ pub(crate) enum Change {
     Grow { to: u32 },
     /// Undo the running plan.
     Cancel { plan: PlanId },
+    /// Take a replica out of its placement; with `accept_loss`, for good.
+    Evict { replica: ReplicaId, accept_loss: bool },
     /// Drop the keyspace.
     Delete,
 }
@@ -384,6 +387,15 @@ pub(crate) fn changed(
                     Ok,
                 ),
             }
+        }
+        Change::Evict { replica, accept_loss } => {
+            evict(catalog, replica, accept_loss, now_us, nonce).map_err(|error| {
+                let code = match &error {
+                    EvictError::NotThere(_) | EvictError::Deleted => ErrorCode::NotFound,
+                    EvictError::Last(..) | EvictError::Busy(_) => ErrorCode::FailedPrecondition,
+                };
+                VastoError::new(code, error.to_string())
+            })
         }
         Change::Delete => {
             if let Some(plan) = &catalog.plan {

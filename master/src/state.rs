@@ -14,8 +14,9 @@ use std::time::Instant;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{Catalog, KeyspaceState};
-use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId, ReplicaId};
-use vasto_core::limits::{FAILOVER_AWAY, NODE_SILENCE};
+use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId, ReplicaId, ShardId};
+use vasto_core::limits::{FAILOVER_AWAY, NODE_REPLICAS_MAX, NODE_SILENCE};
+use vasto_core::members::{advance_members, is_incomplete};
 use vasto_core::plan::{Advance, ReplicaReport, Reports, SEALS_UNDONE_MAX, Step, abort, advance, undo_seal};
 use vasto_core::primaries::{Presence, advance_primaries, is_unsettled};
 use vasto_core::topology::{NodeAddress, Topology};
@@ -224,7 +225,9 @@ impl State {
     /// True when the primaries of the keyspace need a look soon.
     pub(crate) fn is_unsettled(&self, keyspace: KeyspaceId, now_us: u64) -> bool {
         let known = self.keyspaces.get(&keyspace);
-        known.is_some_and(|known| is_unsettled(&known.catalog, |node| self.presence(node, now_us)))
+        known.is_some_and(|known| {
+            is_unsettled(&known.catalog, |node| self.presence(node, now_us)) || is_incomplete(&known.catalog)
+        })
     }
 
     /// Takes a node's report; a report of a session that was replaced is ignored.
@@ -403,7 +406,11 @@ impl State {
             };
         }
         let presence = |node| self.presence(node, mono_us);
-        if let Some((next, _)) = advance_primaries(catalog, &known.reports, presence, now_us, nonce) {
+        if let Some((next, _)) = advance_primaries(catalog, &known.reports, &presence, now_us, nonce) {
+            return Advance::Write(Box::new(next));
+        }
+        let room = |catalog: &Catalog, shard| self.copy_target(catalog, shard);
+        if let Some(next) = advance_members(catalog, &known.reports, presence, room, now_us, nonce) {
             return Advance::Write(Box::new(next));
         }
         advance(catalog, &known.reports, |node| self.away_us(node, mono_us), now_us, nonce)
@@ -422,6 +429,22 @@ impl State {
             }
         })
         .collect()
+    }
+
+    /// The live node for one more replica of a shard: one that has none of it, in a zone that has none if
+    /// possible.
+    fn copy_target(&self, catalog: &Catalog, shard: ShardId) -> Option<NodeId> {
+        let has = |node: NodeId| catalog.members_on(node).iter().any(|(one, ..)| *one == shard);
+        let zone_of = |node: NodeId| self.nodes.get(&node).map(|node| node.zone.as_str());
+        let placed = catalog.shard(shard).map(|one| one.replicas.as_slice()).unwrap_or_default();
+        self.candidates(Some(catalog.keyspace))
+            .into_iter()
+            .filter(|one| one.replicas < NODE_REPLICAS_MAX && !has(one.node))
+            .min_by_key(|one| {
+                let zone_used = placed.iter().any(|other| zone_of(other.node) == Some(one.zone.as_str()));
+                (zone_used, one.of_keyspace, one.replicas, one.node)
+            })
+            .map(|one| one.node)
     }
 
     /// The nodes for the replicas of one more shard; none when there are too few.

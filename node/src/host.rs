@@ -21,9 +21,11 @@ use vasto_core::Band;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
 use vasto_core::plan::{
-    Plan, ReplicaPhase, ReplicaReport, ReplicationReport, Sealed, SourceProgress, Step, TargetProgress, TargetStage,
+    Plan, PlanKind, ReplicaPhase, ReplicaReport, ReplicationReport, Sealed, SourceProgress, Step, TargetProgress,
+    TargetStage,
 };
 use vasto_core::record::{BandRange, RangeState};
+use vasto_proto::v1;
 use vasto_shipping::bucket::Bucket;
 
 use crate::clock::SharedClock;
@@ -31,7 +33,8 @@ use crate::core::NodeCore;
 use crate::engine::EngineShared;
 use crate::grow::{Build, fresh_progress};
 use crate::replica::job::{Control, ReplicaError, Role};
-use crate::replica::{OpenOptions, Replica};
+use crate::replica::{OpenOptions, Replica, database_dir};
+use crate::replication::copy::{self, Adoption, CopyError};
 use crate::replication::duties::Duties;
 use crate::replication::peers::Peers;
 use crate::ship::{self, ShipContext, ShipHandle, blocking};
@@ -317,7 +320,7 @@ impl Runner {
                     _ = pauses.changed() => duties.begin_to_catch_up(&catalog),
                     _ = tick.tick() => {
                         duties.collect(&catalog);
-                        this.keep_house(&replica, &ship, &duties, &mut reported);
+                        this.keep_house(&catalog, &replica, &ship, &duties, &mut reported);
                     }
                 }
             }
@@ -339,7 +342,78 @@ impl Runner {
         replica.stop().await;
     }
 
+    /// The running plan, if it makes this replica as a copy of another one.
+    fn copy_plan<'a>(&self, catalog: &'a Catalog) -> Option<&'a Plan> {
+        let plan = catalog.plan.as_ref()?;
+        let mine = plan.targets.iter().any(|target| target.replica == self.tenant.replica);
+        (mine && matches!(plan.kind, PlanKind::Replica { .. })).then_some(plan)
+    }
+
+    /// Takes a whole copy from the plan's source, unless it is here already. Tries again until it is.
+    async fn copy(&self, catalog: &Catalog, plan: &Plan) -> Result<(), String> {
+        let database = database_dir(&self.tenant.dir);
+        let progress = Arc::new(Mutex::new(fresh_progress(plan)));
+        *self.target.lock() = Some(progress.clone());
+        let source = plan.sources.first().ok_or("the plan names no source")?;
+        while !database.join("CURRENT").exists() {
+            match self.copy_once(catalog, source, &database, &progress).await {
+                Ok(()) => break,
+                Err(error) => {
+                    tracing::info!(%error, plan = plan.id.0, "copying a replica is interrupted; it begins again");
+                    let pause = tokio::time::sleep(RETRY);
+                    if self.cancel.run_until_cancelled(pause).await.is_none() {
+                        return Err("the node is stopping".into());
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn copy_once(
+        &self,
+        catalog: &Catalog,
+        source: &vasto_core::plan::Source,
+        database: &std::path::Path,
+        progress: &Mutex<TargetProgress>,
+    ) -> Result<(), CopyError> {
+        let tenant = &self.tenant;
+        let side = tenant.tmp.join(format!("copy-{}-{}", tenant.keyspace, tenant.replica));
+        let mut client = self.context.peers.client(&self.context.core, source.node)?;
+        let request = v1::CopyRequest { keyspace_id: tenant.keyspace.0, replica_id: source.replica.0 };
+        let frames = client.copy(request).await?.into_inner();
+        let shown = |done, total| {
+            let mut progress = progress.lock();
+            (progress.bytes_done, progress.bytes_total) = (done, total);
+            progress.bytes_from_peers = done;
+        };
+        let fetched = self.cancel.run_until_cancelled(copy::fetch(frames, &side, shown)).await;
+        fetched.unwrap_or_else(|| Err(CopyError::Damaged("the node is stopping".into())))?;
+        let adoption = Adoption {
+            keyspace: tenant.keyspace,
+            source: source.replica,
+            replica: tenant.replica,
+            owned: catalog.owned_bands(),
+            version: catalog.version,
+            epoch: catalog.epoch,
+        };
+        let (engines, dir, database) = (self.context.engines.clone(), tenant.dir.clone(), database.to_owned());
+        let work = move || {
+            copy::adopt(&engines, &side, &adoption)?;
+            let io = |path: &std::path::Path, source| CopyError::Io { path: path.to_owned(), source };
+            std::fs::create_dir_all(&dir).map_err(|error| io(&dir, error))?;
+            let _ = std::fs::remove_dir_all(&database);
+            std::fs::rename(&side, &database).map_err(|error| io(&database, error))?;
+            std::fs::File::open(&dir).and_then(|dir| dir.sync_all()).map_err(|error| io(&dir, error))
+        };
+        let done = tokio::task::spawn_blocking(work).await;
+        done.unwrap_or_else(|error| Err(CopyError::Damaged(error.to_string())))
+    }
+
     async fn open(&self, catalog: &Catalog) -> Result<Replica, String> {
+        if let Some(plan) = self.copy_plan(catalog) {
+            self.copy(catalog, plan).await?;
+        }
         let tenant = self.tenant.clone();
         let (engines, clock) = (self.context.engines.clone(), self.context.clock.clone());
         // What a replica owns at first: its bands once it is placed, nothing while it is a target.
@@ -394,7 +468,24 @@ impl Runner {
     }
 
     /// What has no event of its own.
-    fn keep_house(&self, replica: &Replica, ship: &ShipHandle, duties: &Duties, reported: &mut ReplicationReport) {
+    fn keep_house(
+        &self,
+        catalog: &Catalog,
+        replica: &Replica,
+        ship: &ShipHandle,
+        duties: &Duties,
+        reported: &mut ReplicationReport,
+    ) {
+        if let Some(plan) = self.copy_plan(catalog)
+            && let Some(progress) = &*self.target.lock()
+            && let Some(lag) = plan.sources.first().and_then(|source| duties.lag_behind(source.replica))
+        {
+            let mut progress = progress.lock();
+            if progress.plan == plan.id && progress.lag_lsns != lag {
+                progress.lag_lsns = lag;
+                self.context.core.report.notify_one();
+            }
+        }
         replica.followers().expire();
         duties.measure();
         let over_cap = ship.positions.held_back.load(Ordering::Acquire);
@@ -548,6 +639,12 @@ impl Runner {
         };
         if placed {
             progress.lock().stage = TargetStage::Open;
+            return;
+        }
+        if matches!(plan.kind, PlanKind::Replica { .. }) {
+            // It pulls from its peers like any other; `keep_house` tells how far it is.
+            progress.lock().stage = TargetStage::Tailing;
+            progress.lock().lag_lsns = u64::MAX;
             return;
         }
         if plan.step == Step::Prepare || work.build.is_some() {

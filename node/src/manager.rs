@@ -4,8 +4,8 @@
 //! - A version is remembered durably before it is obeyed; lower ones are refused.
 //! - A replica is registered durably before it serves. What is registered as a member but has lost
 //!   its files is never made anew.
-//! - A replica's files are removed only when the catalog says that the keyspace was deleted, or when
-//!   it was the target of a plan that is over and was never placed.
+//! - A replica's files are removed only when the catalog says that the keyspace was deleted, when it
+//!   names the replica as removed, or when it was the target of a plan that is over and was never placed.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -131,7 +131,9 @@ impl Manager {
                 .into_iter()
                 .filter(|one| one.keyspace == catalog.keyspace && catalog.version >= one.version)
                 .filter(|one| !members.iter().any(|(_, replica, _)| *replica == one.replica))
-                .filter(|one| one.building || catalog.state == KeyspaceState::Deleted)
+                .filter(|one| {
+                    one.building || catalog.state == KeyspaceState::Deleted || catalog.removed.contains(&one.replica)
+                })
                 .collect()
         };
         for one in gone {

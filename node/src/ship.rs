@@ -334,8 +334,10 @@ impl Shipper {
             }
             let persisted = replica.persisted_lsn()?;
             positions.over_cap.store(full && needed < persisted, Ordering::Release);
-            positions.held_back.store(full && followed < persisted, Ordering::Release);
-            replica.set_shed(log.bytes() > cap.saturating_mul(2));
+            // Not what the log holds: the file that is written to stays even when everybody has read it.
+            let unread = if full { log.bytes_after(followed) } else { 0 };
+            positions.held_back.store(unread > cap, Ordering::Release);
+            replica.set_shed(unread > cap.saturating_mul(2));
             let limit = persisted.min(needed).min(followed);
             let limit = if full || !ships { limit } else { limit.min(shipped) };
             log.truncate_to(limit)?;

@@ -27,6 +27,17 @@ pub async fn run(args: &Keyspace, format: OutputFormat) -> anyhow::Result<()> {
         KeyspaceCommand::Delete(delete) => (connect::document(vasto.delete_keyspace(&delete.name).await)?, |answer| {
             format!("deleted keyspace {}; its objects stay in the bucket\n", text(&answer["name"]))
         }),
+        KeyspaceCommand::Evict(evict) => {
+            let answer = vasto.evict_replica(&evict.name, evict.replica, evict.accept_loss).await;
+            (connect::document(answer)?, |answer| {
+                format!(
+                    "replica {} of {} is {}\n",
+                    text(&answer["replica_id"]),
+                    text(&answer["name"]),
+                    text(&answer["state"])
+                )
+            })
+        }
         KeyspaceCommand::Checkpoint(which) => {
             let progress = Progress::start(format!("checkpoint of {}", which.name), Unit::Items, None);
             let answer = connect::document(vasto.checkpoint_keyspace(&which.name).await);

@@ -4,6 +4,7 @@
 //! the topology. Higher than the node's: the node waits for the topology, then says `NodeBehind`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use vasto_core::ids::{Epoch, KeyspaceId, ShardId};
 use vasto_core::limits::{EPOCH_WAIT, check_key};
@@ -16,7 +17,7 @@ use super::decode;
 use super::reply::ReplySink;
 use crate::core::NodeCore;
 use crate::replica::Replica;
-use crate::replica::job::{Number, Outcome, Role};
+use crate::replica::job::{Number, Outcome, Role, Told};
 use crate::replica::read::{GetResult, KeyRef, ScanPage};
 
 /// Who asks, and for what.
@@ -25,6 +26,8 @@ struct Caller {
     id: u64,
     keyspace: KeyspaceId,
     epoch: Epoch,
+    /// Boot time when it was sent, as far as the caller tells.
+    sent: Option<Duration>,
 }
 
 enum Place {
@@ -51,9 +54,10 @@ fn place(core: &NodeCore, caller: Caller, shard: ShardId) -> Place {
     }
 }
 
-/// Answers a request, at once or later.
-pub(super) fn dispatch(core: &Arc<NodeCore>, request: v1::Request, sink: ReplySink) {
-    let caller = Caller { id: request.id, keyspace: KeyspaceId(request.keyspace_id), epoch: Epoch(request.epoch) };
+/// Answers a request, at once or later. `sent` is the boot time when its sender let go of it.
+pub(super) fn dispatch(core: &Arc<NodeCore>, request: v1::Request, sent: Option<Duration>, sink: ReplySink) {
+    let keyspace = KeyspaceId(request.keyspace_id);
+    let caller = Caller { id: request.id, keyspace, epoch: Epoch(request.epoch), sent };
     let shard = ShardId(request.shard);
     let Some(op) = request.op else {
         let error = VastoError::new(ErrorCode::InvalidArgument, "the request names no operation");
@@ -145,7 +149,7 @@ fn execute_write(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, write:
             .map(|outcomes| Answer::Write(v1::WriteReply { outcomes: outcomes.into_iter().map(outcome).collect() }));
         answer(&core, caller, result, sink);
     });
-    replica.write_as(write.ops, write.ack, write.bytes, write.id, done);
+    replica.write_as(write.ops, write.ack, write.bytes, Told { id: write.id, sent: caller.sent }, done);
 }
 
 fn outcome(outcome: Outcome) -> v1::WriteOutcome {

@@ -8,10 +8,12 @@
 
 mod decode;
 mod dispatch;
+mod lateness;
 mod reply;
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::Stream;
 use prost::Message;
@@ -24,7 +26,9 @@ use vasto_proto::convert::status_of;
 use vasto_proto::v1;
 use vasto_proto::v1::data_server::Data;
 
+use crate::clock::since_boot;
 use crate::core::NodeCore;
+use lateness::Lateness;
 use reply::{Queued, ReplyQueue, ReplySink};
 
 /// Serves `vasto.v1.Data`.
@@ -64,15 +68,19 @@ impl Data for DataService {
         let core = self.core.clone();
         let room = Arc::new(Semaphore::new(CONNECTION_BYTES_MAX));
         let replies = queue.clone();
+        let (opened, mut lateness) = (since_boot(), Lateness::default());
         // Ends with the connection: the stream of frames ends or fails when the peer is gone.
         tokio::spawn(async move {
             let _connection = connection;
             while let Ok(Some(frame)) = frames.message().await {
+                let now = since_boot();
+                let late = lateness.of(now - opened, Duration::from_micros(frame.sent_us));
+                let sent = (frame.sent_us > 0).then(|| now.saturating_sub(late));
                 for request in frame.requests {
                     let weight = (request.encoded_len() + 256).min(CONNECTION_BYTES_MAX) as u32;
                     let Ok(permit) = room.clone().acquire_many_owned(weight).await else { return };
                     replies.room().await;
-                    dispatch::dispatch(&core, request, ReplySink::new(replies.clone(), Some(permit)));
+                    dispatch::dispatch(&core, request, sent, ReplySink::new(replies.clone(), Some(permit)));
                 }
             }
         });
@@ -81,7 +89,7 @@ impl Data for DataService {
 
     async fn execute(&self, request: Request<v1::Request>) -> Result<Response<v1::Reply>, Status> {
         let (queue, mut receiver) = ReplyQueue::new();
-        dispatch::dispatch(&self.core, request.into_inner(), ReplySink::new(queue, None));
+        dispatch::dispatch(&self.core, request.into_inner(), None, ReplySink::new(queue, None));
         let queued = receiver.recv().await.ok_or_else(|| Status::internal("the request was dropped"))?;
         Ok(Response::new(queued.reply))
     }

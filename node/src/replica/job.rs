@@ -85,6 +85,15 @@ pub struct OpId {
     pub age_ms: u64,
 }
 
+/// What the sender of a write tells of it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Told {
+    /// Which operation it is, of read-modify-writes: done at most once.
+    pub id: Option<OpId>,
+    /// Boot time when the sender let go of it.
+    pub sent: Option<Duration>,
+}
+
 impl Change {
     /// True for a read-modify-write, which only the primary does.
     pub fn modifies(&self) -> bool {
@@ -131,8 +140,8 @@ pub struct WriteJob {
     pub ack: Ack,
     /// Which operation it is, of read-modify-writes.
     pub id: Option<OpId>,
-    /// Boot time when it came.
-    pub came: Duration,
+    /// Boot time when its sender let go of it, or when it came.
+    pub sent: Duration,
     done: Option<Completion>,
     /// Room in the queue, given back when the job is dropped.
     _permit: Option<OwnedSemaphorePermit>,
@@ -142,12 +151,13 @@ impl WriteJob {
     /// A write that answers through `done`, exactly once: also when the job is dropped, which
     /// happens before it was begun, or when the writer dies.
     pub fn new(ops: Vec<WriteOp>, ack: Ack, done: Completion, permit: Option<OwnedSemaphorePermit>) -> Self {
-        Self { ops, ack, id: None, came: since_boot(), done: Some(done), _permit: permit }
+        Self { ops, ack, id: None, sent: since_boot(), done: Some(done), _permit: permit }
     }
 
-    /// Says which operation of which client it is.
-    pub fn with_id(mut self, id: Option<OpId>) -> Self {
-        self.id = id;
+    /// Says what the sender told of it.
+    pub fn told(mut self, told: Told) -> Self {
+        self.id = told.id;
+        self.sent = told.sent.unwrap_or(self.sent);
         self
     }
 

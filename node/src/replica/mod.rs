@@ -43,7 +43,7 @@ use crate::clock::SharedClock;
 use crate::engine::{Engine, EngineError, EngineShared, FlushGuard};
 use apply::{ApplyError, Meta, apply_record};
 use followers::Followers;
-use job::{ApplyJob, Completion, Control, Job, OpId, Position, ReplicaError, ReplicateJob, Role, WriteJob, WriteOp};
+use job::{ApplyJob, Completion, Control, Job, Position, ReplicaError, ReplicateJob, Role, Told, WriteJob, WriteOp};
 use results::Results;
 use state::{Head, Identity, Ranges};
 use writer::Writer;
@@ -337,11 +337,11 @@ impl Replica {
 
     /// Queues a client's write; `done` is called exactly once. Refused at once when the queue is full.
     pub fn write(&self, ops: Vec<WriteOp>, ack: Ack, bytes: usize, done: Completion) {
-        self.write_as(ops, ack, bytes, None, done);
+        self.write_as(ops, ack, bytes, Told::default(), done);
     }
 
-    /// As [`Self::write`], of an operation that has an id: it is done at most once.
-    pub fn write_as(&self, ops: Vec<WriteOp>, ack: Ack, bytes: usize, id: Option<OpId>, done: Completion) {
+    /// As [`Self::write`], with what the sender told of it.
+    pub fn write_as(&self, ops: Vec<WriteOp>, ack: Ack, bytes: usize, told: Told, done: Completion) {
         if self.shared.shed.load(Ordering::Relaxed) {
             done(Err(VastoError::new(
                 ErrorCode::Overloaded,
@@ -357,7 +357,7 @@ impl Replica {
             return;
         };
         // A job that is refused because the writer has ended answers for itself when it is dropped.
-        let _ = self.jobs.send(Job::Write(WriteJob::new(ops, ack, done, Some(permit)).with_id(id)));
+        let _ = self.jobs.send(Job::Write(WriteJob::new(ops, ack, done, Some(permit)).told(told)));
     }
 
     /// Merges another log's entries; answers once they are durable here.

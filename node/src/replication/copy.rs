@@ -238,13 +238,8 @@ fn rewrite(engine: &Engine, adoption: &Adoption) -> Result<Lsn, CopyError> {
     }
     let new = Identity { replica: adoption.replica, incarnation: Incarnation(0), ..identity };
     batch.put_meta(MetaKey::Identity, &new.encode());
-    let head = Head {
-        applied_lsn: Lsn(0),
-        own_seq: OwnSeq(0),
-        epoch: adoption.epoch,
-        version: adoption.version,
-        ..head
-    };
+    let head =
+        Head { applied_lsn: Lsn(0), own_seq: OwnSeq(0), epoch: adoption.epoch, version: adoption.version, ..head };
     batch.put_meta(MetaKey::Head, &head.encode());
     batch.put_meta(MetaKey::RangeStates, &ranges.encode());
     batch.put_meta(MetaKey::TailCursor(adoption.source), &source_lsn.0.to_le_bytes());

@@ -319,6 +319,11 @@ impl Duties {
         self.state.lock().evict = evict;
     }
 
+    /// The lag behind one peer; `None` while nothing is known of it.
+    pub fn lag_behind(&self, peer: vasto_core::ids::ReplicaId) -> Option<u64> {
+        self.pullers.lag_behind(peer)
+    }
+
     /// Tells the meter how far the pulls are.
     pub fn measure(&self) {
         self.pullers.measure();

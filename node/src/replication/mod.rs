@@ -1,5 +1,6 @@
 //! Replication between the replicas of a shard: every replica pulls every record that it lacks.
 
+pub mod copy;
 pub mod duties;
 pub mod floor;
 pub mod peers;

@@ -131,6 +131,13 @@ impl Pullers {
         })
     }
 
+    /// The lag behind one peer; `None` while nothing is known of it.
+    pub fn lag_behind(&self, peer: ReplicaId) -> Option<u64> {
+        let pulls = self.pulls.lock();
+        let pull = pulls.get(&peer).filter(|pull| pull.state.connected.load(Ordering::Acquire))?;
+        Some(pull.state.lag_lsns.load(Ordering::Acquire))
+    }
+
     /// Tells the meter how far each pull is.
     pub fn measure(&self) {
         let (keyspace, replica) = (self.replica.keyspace.0 as i64, self.replica.id.0 as i64);
@@ -187,6 +194,11 @@ impl From<ReplicaError> for Ended {
     }
 }
 
+/// Until it is proven that nothing is missing, nothing is covered.
+fn covered(unproven: &Option<(Lsn, Vector)>, cursor: Lsn) -> Lsn {
+    if unproven.is_none() { cursor } else { Lsn(0) }
+}
+
 impl Puller {
     async fn run(self) {
         // From the beginning of the peer's log instead of from the cursor: what is here already is
@@ -239,6 +251,7 @@ impl Puller {
         let mut cursor = if rescan { Lsn(0) } else { cursor };
         let mut changes = self.replica.vector_changes();
         let mut told = self.replica.vector();
+        let mut told_covered = Lsn(0);
         let (messages, outgoing) = mpsc::channel(8);
         let start = v1::PullStart {
             keyspace_id: self.replica.keyspace.0,
@@ -273,8 +286,7 @@ impl Puller {
                     self.take(frame, &mut cursor).await?;
                 }
                 _ = tick.tick() => {
-                    let now = self.replica.vector_changes();
-                    if now == changes {
+                    if self.replica.vector_changes() == changes && covered(&unproven, cursor) == told_covered {
                         continue;
                     }
                 }
@@ -283,14 +295,14 @@ impl Puller {
             let vector = self.replica.vector();
             let news = vector.iter().filter(|(origin, seq)| told.get(origin) != Some(*seq));
             let progress = v1::PullProgress {
-                // Until it is proven that nothing is missing, nothing is covered.
-                covered_lsn: if unproven.is_none() { cursor.0 } else { 0 },
+                covered_lsn: covered(&unproven, cursor).0,
                 vector: vector_to_wire(news),
                 // Read after the records were taken: a newer one only makes the source more careful.
                 epoch: self.replica.epoch().0,
             };
             messages.send(v1::PullMessage { message: Some(Message::Progress(progress)) }).await.map_err(closed)?;
             told = vector;
+            told_covered = covered(&unproven, cursor);
         }
     }
 

@@ -8,7 +8,7 @@ use tonic::{Request, Response, Status, Streaming};
 use vasto_proto::v1;
 use vasto_proto::v1::replication_server::Replication;
 
-use super::{position, pull};
+use super::{copy, position, pull};
 use crate::core::NodeCore;
 use crate::tail::{self, TailStream};
 
@@ -46,8 +46,9 @@ impl Replication for ReplicationService {
         position::serve(&self.core, request.into_inner()).await.map(Response::new)
     }
 
-    async fn copy(&self, _: Request<v1::CopyRequest>) -> Result<Response<Self::CopyStream>, Status> {
-        Err(Status::unimplemented("copy"))
+    async fn copy(&self, request: Request<v1::CopyRequest>) -> Result<Response<Self::CopyStream>, Status> {
+        let frames = copy::serve(&self.core, request.into_inner()).await?;
+        Ok(Response::new(Box::pin(frames)))
     }
 
     async fn promise(&self, request: Request<v1::PromiseRequest>) -> Result<Response<v1::PositionReply>, Status> {

@@ -8,7 +8,7 @@ use vasto_core::{ErrorCode, VastoError};
 
 use super::support::*;
 use crate::replica::Replica;
-use crate::replica::job::{Change, Condition, Control, Number, OpId, Outcome, Role, WriteOp};
+use crate::replica::job::{Change, Condition, Control, Number, OpId, Outcome, Role, Told, WriteOp};
 use crate::replica::read::GetResult;
 
 fn add(key: &str, addend: i64) -> WriteOp {
@@ -23,7 +23,7 @@ type Answer = Receiver<Result<Vec<Outcome>, VastoError>>;
 
 fn ask(replica: &Replica, op: WriteOp, id: OpId) -> Answer {
     let (done, answer) = channel();
-    replica.write_as(vec![op], Ack::Fsync, 0, Some(id), Box::new(move |result| drop(done.send(result))));
+    replica.write_as(vec![op], Ack::Fsync, 0, Told { id: Some(id), sent: None }, Box::new(move |result| drop(done.send(result))));
     answer
 }
 

@@ -246,7 +246,7 @@ async fn a_stream_answers_every_request_once() {
             deadline_ms: 0,
             op: Some(of(id)),
         });
-        requests.send(v1::RequestFrame { requests: batch.collect() }).await.unwrap();
+        requests.send(v1::RequestFrame { requests: batch.collect(), sent_us: 0 }).await.unwrap();
     }
     while !wanted.is_empty() {
         let frame = tokio::time::timeout(DEADLINE, replies.message()).await.unwrap().unwrap().unwrap();
