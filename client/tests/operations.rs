@@ -40,7 +40,7 @@ async fn options_reach_the_node() {
     let put = ks.put(Key::new("user:1:name").partition("user:1"), "Ada");
     let outcome = put.ttl(Duration::from_secs(60)).event_time(5_000_000).ack(Ack::Os).await.unwrap();
     assert_eq!(outcome, Outcome::Applied { event_time: 5_000_000 });
-    let sent = cluster.state.lock().nodes.values().next().unwrap().last_write.clone().unwrap();
+    let sent = cluster.state.lock().nodes.values().next().unwrap().writes.last().cloned().unwrap();
     assert_eq!(sent.ack, vasto_proto::v1::Ack::Os as i32);
     assert_eq!(sent.ops[0].event_time, Some(5_000_000));
     assert_eq!(sent.ops[0].key.as_ref().unwrap().partition_hash, Some(partition_hash(b"user:1")));
@@ -49,7 +49,7 @@ async fn options_reach_the_node() {
     let older = ks.delete(Key::new("user:1:name").partition("user:1")).event_time(4_000_000).await.unwrap();
     assert_eq!(older, Outcome::Superseded);
     ks.put("plain", "v").await.unwrap();
-    let sent = cluster.state.lock().nodes.values().next().unwrap().last_write.clone().unwrap();
+    let sent = cluster.state.lock().nodes.values().next().unwrap().writes.last().cloned().unwrap();
     assert_eq!((sent.ack, sent.ops[0].event_time), (0, None));
     assert_eq!(cluster.state.lock().store["plain".as_bytes()].ttl_ms, None);
 }

@@ -4,9 +4,11 @@
 //! the stored entry with its event time, kind and bytes.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
+use tonic::transport::Channel;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{NodeId, ShardId};
 use vasto_proto::v1;
@@ -21,29 +23,67 @@ use crate::wait::{DEADLINE, until};
 /// Key to version.
 pub type Contents = BTreeMap<Vec<u8>, u64>;
 
-/// All live rows of one shard as one node has them.
-///
-/// # Errors
-/// When the node cannot be reached or refuses.
-pub async fn contents(address: &str, catalog: &Catalog, shard: ShardId) -> Result<Contents> {
-    let mut client = DataClient::connect(format!("http://{address}"))
-        .await
-        .with_context(|| format!("cannot reach {address}"))?
-        .max_decoding_message_size(64 << 20);
-    let mut rows = Contents::new();
-    let mut after = None;
-    loop {
-        let scan = v1::ScanRequest { after, ..v1::ScanRequest::default() };
+/// A replica that is asked by itself, wherever clients would go.
+pub struct Direct {
+    client: DataClient<Channel>,
+    request: v1::Request,
+}
+
+impl Direct {
+    /// Connects to the node at an address.
+    ///
+    /// # Errors
+    /// When it cannot be reached.
+    pub async fn connect(address: &str, catalog: &Catalog, shard: ShardId) -> Result<Self> {
+        let client = DataClient::connect(format!("http://{address}"));
+        let client = client.await.with_context(|| format!("cannot reach {address}"))?;
         let request = v1::Request {
             id: 1,
             keyspace_id: catalog.keyspace.0,
             epoch: catalog.epoch.0,
             shard: shard.0,
             deadline_ms: 0,
-            op: Some(Op::Scan(scan)),
+            op: None,
         };
-        match client.execute(request).await?.into_inner().result {
-            Some(Reply::Scan(page)) => {
+        Ok(Self { client: client.max_decoding_message_size(64 << 20), request })
+    }
+
+    /// One request, one answer.
+    ///
+    /// # Errors
+    /// When the node is gone.
+    pub async fn ask(&mut self, op: Op) -> Result<Reply> {
+        let request = v1::Request { op: Some(op), ..self.request.clone() };
+        self.client.execute(request).await?.into_inner().result.context("an empty reply")
+    }
+
+    /// A write that was sent `late` before it arrives, over a stream as clients use it.
+    ///
+    /// # Errors
+    /// When the node is gone.
+    pub async fn write_late(&mut self, write: v1::WriteRequest, late: Duration) -> Result<Reply> {
+        let (frames, outgoing) = tokio::sync::mpsc::channel(1);
+        let stream = futures::stream::unfold(outgoing, async |mut outgoing| Some((outgoing.recv().await?, outgoing)));
+        let mut replies = self.client.stream(stream).await?.into_inner();
+        tokio::time::sleep(late).await;
+        let request = v1::Request { op: Some(Op::Write(write)), ..self.request.clone() };
+        frames.send(v1::RequestFrame { requests: vec![request], sent_us: 1 }).await?;
+        let frame = replies.message().await?.context("the stream ended")?;
+        frame.replies.into_iter().next().and_then(|reply| reply.result).context("an empty reply")
+    }
+}
+
+/// All live rows of one shard as one node has them.
+///
+/// # Errors
+/// When the node cannot be reached or refuses.
+pub async fn contents(address: &str, catalog: &Catalog, shard: ShardId) -> Result<Contents> {
+    let mut direct = Direct::connect(address, catalog, shard).await?;
+    let mut rows = Contents::new();
+    let mut after = None;
+    loop {
+        match direct.ask(Op::Scan(v1::ScanRequest { after, ..v1::ScanRequest::default() })).await? {
+            Reply::Scan(page) => {
                 after = page.rows.last().map(|row| row.key.clone());
                 for row in page.rows {
                     rows.insert(row.key.to_vec(), row.value.context("a row without a value")?.version);

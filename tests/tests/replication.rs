@@ -7,8 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use futures::{StreamExt, TryStreamExt};
 use vasto_client::{Ack, Keyspace, ReadFrom};
+use vasto_core::ErrorCode;
+use vasto_core::ids::ShardId;
 use vasto_core::record::{FILE_HEADER_BYTES, Record, frame_at, positions_at};
-use vasto_tests::replicas::converged;
+use vasto_tests::replicas::{Direct, converged};
 use vasto_tests::{Cluster, DEADLINE, Port, until};
 
 async fn put_all(keyspace: &Keyspace, prefix: &str, count: u64) -> Result<()> {
@@ -344,5 +346,32 @@ async fn reads_go_where_they_are_told() -> Result<()> {
     ensure!(missing(&reader, "k", 100).await? == 0);
     cluster.start_node(0, Port::Same).await?;
     cluster.start_node(2, Port::Same).await?;
+    cluster.finish().await
+}
+
+/// The network lets go of what it held back: a write whose sender has long been served elsewhere.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_that_the_network_held_back_hides_nothing_that_was_written_since() -> Result<()> {
+    use vasto_core::limits::ATTEMPT_PATIENCE;
+    use vasto_proto::v1::{KeyRef, Put, WriteOp, WriteRequest, reply, write_op};
+    let cluster = Cluster::builder().nodes(2).start().await?;
+    cluster.create("held", 1, &["--replicas", "2"]).await?;
+    let keyspace = cluster.keyspace("held").await?;
+    keyspace.put("k", "first").await?;
+    let tip = cluster.catalog("held").await?.tip()?;
+    let address = format!("127.0.0.1:{}", cluster.port(primary(&cluster, "held", 0).await?));
+    let mut direct = Direct::connect(&address, &tip, ShardId(0)).await?;
+    let key = || Some(KeyRef { key: "k".into(), partition_hash: None });
+    let put = |value: &'static str| Put { value: value.into(), ..Put::default() };
+    let write = |value| {
+        let op = WriteOp { key: key(), event_time: None, op: Some(write_op::Op::Put(put(value))) };
+        WriteRequest { ops: vec![op], ..WriteRequest::default() }
+    };
+    let soon = direct.write_late(write("soon"), Duration::from_millis(10)).await?;
+    ensure!(matches!(soon, reply::Result::Write(_)), "{soon:?}");
+    keyspace.put("k", "since").await?;
+    let late = direct.write_late(write("late"), ATTEMPT_PATIENCE + Duration::from_millis(100)).await?;
+    ensure!(matches!(&late, reply::Result::Error(error) if error.code == ErrorCode::CatchingUp as u32), "{late:?}");
+    ensure!(keyspace.get("k").await?.unwrap().bytes() == "since");
     cluster.finish().await
 }

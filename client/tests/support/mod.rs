@@ -66,7 +66,7 @@ pub struct NodeState {
     pub frames: u64,
     pub bytes: u64,
     pub streams: u64,
-    pub last_write: Option<v1::WriteRequest>,
+    pub writes: Vec<v1::WriteRequest>,
 }
 
 pub struct State {
@@ -75,6 +75,8 @@ pub struct State {
     pub store: BTreeMap<Bytes, Entry>,
     pub nodes: BTreeMap<NodeId, NodeState>,
     pub clock: u64,
+    /// The only counter.
+    pub sum: i64,
     pub page_rows: usize,
     /// Answers of the master's calls, by the call's name.
     pub json: BTreeMap<&'static str, VecDeque<Result<String, Status>>>,
@@ -164,6 +166,7 @@ impl Cluster {
             store: BTreeMap::new(),
             nodes: BTreeMap::new(),
             clock: 1_000,
+            sum: 0,
             page_rows: 1_000,
             json: BTreeMap::new(),
             calls: Vec::new(),
@@ -210,6 +213,23 @@ impl Cluster {
             .map(|(at, node)| (NodeId(at as u64 + 1), Some(node.address.to_string())))
             .collect();
         topology(version, &nodes)
+    }
+
+    /// One shard with a replica on each node, in this order of preference.
+    pub fn replicated(&self, version: u64, order: &[u64]) -> Topology {
+        let route = |id: &u64| Route {
+            replica: ReplicaId(*id),
+            node: NodeId(*id),
+            address: Some(self.nodes[*id as usize - 1].address.to_string()),
+            zone: format!("zone-{id}"),
+        };
+        Topology { shards: vec![order.iter().map(route).collect()], ..topology(version, &[]) }
+    }
+
+    /// What nodes obey, and what clients are told.
+    pub fn publish(&self, topology: Topology) {
+        self.obey(topology.clone());
+        self.tell(topology);
     }
 
     pub fn obey(&self, topology: Topology) {
@@ -301,7 +321,11 @@ fn refuse(code: ErrorCode, message: &str, topology: Option<&Topology>) -> Reply 
 impl State {
     fn owns(&self, node: NodeId, shard: u32, hash: u64) -> bool {
         let here = self.topology.shard_of(hash) == ShardId(shard);
-        here && self.topology.routes(ShardId(shard)).first().is_some_and(|route| route.node == node)
+        here && self.topology.routes(ShardId(shard)).iter().any(|route| route.node == node)
+    }
+
+    fn is_primary(&self, node: NodeId, shard: u32) -> bool {
+        self.topology.routes(ShardId(shard)).first().is_some_and(|route| route.node == node)
     }
 
     fn serve(&mut self, node: NodeId, request: &v1::Request) -> Reply {
@@ -316,10 +340,14 @@ impl State {
                 Reply::Get(v1::GetReply { values: values.collect() })
             }
             Op::Write(write) => {
-                self.nodes.get_mut(&node).unwrap().last_write = Some(write.clone());
+                self.nodes.get_mut(&node).unwrap().writes.push(write.clone());
                 let keys = || write.ops.iter().map(|op| op.key.as_ref().unwrap());
                 if !keys().all(|key| self.owns(node, request.shard, hash_of(key))) {
                     return wrong(self);
+                }
+                let modifies = |op: &v1::WriteOp| matches!(op.op, Some(v1::write_op::Op::AddI64(_)));
+                if write.ops.iter().any(modifies) && !self.is_primary(node, request.shard) {
+                    return refuse(ErrorCode::NotPrimary, "not the primary", Some(&self.topology));
                 }
                 let outcomes = write.ops.iter().map(|op| self.apply(op, hash_of(op.key.as_ref().unwrap()))).collect();
                 Reply::Write(v1::WriteReply { outcomes })
@@ -362,6 +390,12 @@ impl State {
             }
             v1::write_op::Op::Delete(_) => {
                 self.store.remove(key);
+            }
+            v1::write_op::Op::AddI64(addend) => {
+                self.sum += addend;
+                let payload = Some(v1::value::Payload::I64(self.sum));
+                let value = Some(v1::Value { payload, event_time, expires_at: None, version: 99 });
+                return v1::WriteOutcome { kind: v1::write_outcome::Kind::Applied as i32, event_time, value };
             }
             other => panic!("this stand-in does not do {other:?}"),
         }
