@@ -135,6 +135,8 @@ pub enum KeyspaceCommand {
     Compact(KeyspaceName),
     /// Change the number of shards while reads and writes go on
     Resize(KeyspaceResize),
+    /// Make a new keyspace out of what the bucket holds of another one, now or at a time
+    Restore(KeyspaceRestore),
 }
 
 /// A keyspace by its name.
@@ -218,6 +220,27 @@ pub struct KeyspaceResize {
     pub no_wait: bool,
 }
 
+/// `vasto keyspace restore`
+#[derive(Debug, Args)]
+#[command(after_help = "The source may be deleted, and all its nodes may be gone. The time is compared with the\n\
+    clocks of the nodes that took the writes, each shard by itself.\n\n\
+    Examples:\n  \
+    vasto keyspace restore users --into users-2\n  \
+    vasto keyspace restore users --into users-before --at 2026-11-24T08:30:00Z")]
+pub struct KeyspaceRestore {
+    /// Whose data
+    pub name: String,
+    /// The name of the new keyspace
+    #[arg(long, value_name = "NEW")]
+    pub into: String,
+    /// What was there at this time (RFC 3339) [default: everything]
+    #[arg(long, value_name = "TIME")]
+    pub at: Option<jiff::Timestamp>,
+    /// Start it and return; follow it with `vasto operation show`
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
 /// `vasto node`
 #[derive(Debug, Args)]
 pub struct Node {
@@ -232,6 +255,38 @@ pub struct Node {
 pub enum NodeCommand {
     /// List all nodes with their address, zone, state and disk
     List,
+    /// Give the replicas of a node to others; it may be lost for good
+    #[command(after_help = "What nobody else holds comes from the bucket; should the node return, what was not\n\
+        shipped is drained from it.\n\n\
+        Examples:\n  \
+        vasto node replace n-1f2e3d4c5b6a7988\n  \
+        vasto node replace n-1f2e3d4c5b6a7988 --with n-0a1b2c3d4e5f6071")]
+    Replace(NodeReplace),
+    /// Move all replicas away from a running node
+    Drain(NodeDrain),
+}
+
+/// `vasto node replace`
+#[derive(Debug, Args)]
+pub struct NodeReplace {
+    /// The node, as `vasto node list` names it
+    pub node: String,
+    /// Who takes its replicas [default: whoever has room]
+    #[arg(long, value_name = "NODE")]
+    pub with: Option<String>,
+    /// Start it and return; follow it with `vasto operation show`
+    #[arg(long)]
+    pub no_wait: bool,
+}
+
+/// `vasto node drain`
+#[derive(Debug, Args)]
+pub struct NodeDrain {
+    /// The node, as `vasto node list` names it
+    pub node: String,
+    /// Start it and return; follow it with `vasto operation show`
+    #[arg(long)]
+    pub no_wait: bool,
 }
 
 /// `vasto cluster`

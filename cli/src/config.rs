@@ -74,11 +74,19 @@ pub struct MasterSection {
     /// A node that says nothing for this long counts as dead.
     #[serde(with = "values::duration")]
     pub node_silence: Duration,
+    /// The replicas of a node that is away for this long are made anew on others; 0s: never.
+    #[serde(with = "values::duration")]
+    pub replace_after: Duration,
 }
 
 impl Default for MasterSection {
     fn default() -> MasterSection {
-        MasterSection { listen: loopback(8278), admin_listen: loopback(0), node_silence: Duration::from_secs(10) }
+        MasterSection {
+            listen: loopback(8278),
+            admin_listen: loopback(0),
+            node_silence: Duration::from_secs(10),
+            replace_after: Duration::from_secs(600),
+        }
     }
 }
 

@@ -118,6 +118,7 @@ fn master_config(config: &Config) -> Result<MasterConfig, config::ConfigError> {
         bucket_options: bucket_options(config),
         listen: config.master.listen,
         node_silence: config.master.node_silence,
+        replace_after: config.master.replace_after,
     })
 }
 

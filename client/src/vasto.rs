@@ -156,6 +156,33 @@ impl Vasto {
         self.change(|mut master| async move { master.evict_replica(request).await }).await
     }
 
+    /// Starts to make the new keyspace `into` out of what the bucket holds of another one, which may be
+    /// deleted, and whose nodes may all be lost: everything, or what was there at a time, microseconds
+    /// since 1970. Answers the running operation at once.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such keyspace, or was none at that time; `AlreadyExists`;
+    /// `FailedPrecondition` without nodes to hold it.
+    pub async fn start_restore(&self, name: &str, into: &str, at_us: Option<u64>) -> Result<Operation, Error> {
+        let request = v1::RestoreRequest { name: name.to_owned(), into: into.to_owned(), at_us };
+        let call = |mut master: MasterClient| async move { master.restore_keyspace(request).await };
+        Operation::from_json(self.call(COMMAND_DEADLINE, true, call).await?)
+    }
+
+    /// Starts to move all replicas of a node elsewhere: to node `to`, or to whoever has room. With
+    /// `replace` the node may be gone: what it alone held comes from the bucket. Answers the running
+    /// operation at once.
+    ///
+    /// # Errors
+    /// `NotFound` when the node has no replicas; `FailedPrecondition` when it is away and not to be
+    /// replaced, or nobody has room.
+    pub async fn start_emptying_node(&self, node: &str, to: Option<&str>, replace: bool) -> Result<Operation, Error> {
+        let to_node_id = to.unwrap_or_default().to_owned();
+        let request = v1::EmptyNodeRequest { node_id: node.to_owned(), to_node_id, replace };
+        let json = self.change(|mut master| async move { master.empty_node(request).await }).await?;
+        Operation::from_json(json)
+    }
+
     /// Deletes a keyspace and its data on the nodes; answers a JSON object.
     ///
     /// # Errors

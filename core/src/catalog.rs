@@ -169,6 +169,18 @@ pub struct Unsealed {
     pub since_us: u64,
 }
 
+/// A node that is to have no replicas of the keyspace any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Leaving {
+    /// The node.
+    pub node: NodeId,
+    /// Who takes its replicas; anybody with room when that is not said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<NodeId>,
+    /// Since when, microseconds since 1970: with the node, what the operation is called by.
+    pub since_us: u64,
+}
+
 /// A range that was given away and is not removed yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Quarantine {
@@ -214,6 +226,9 @@ pub struct Catalog {
     /// Replicas that are gone for good: whoever holds their files removes them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub removed: Vec<ReplicaId>,
+    /// Nodes whose replicas move elsewhere.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub leaving: Vec<Leaving>,
     /// The running structural change.
     #[serde(default)]
     pub plan: Option<Plan>,
@@ -269,6 +284,7 @@ impl Catalog {
             placement,
             unsealed: Vec::new(),
             removed: Vec::new(),
+            leaving: Vec::new(),
             plan: None,
             quarantines: Vec::new(),
             pins: Vec::new(),
@@ -337,10 +353,10 @@ impl Catalog {
     /// are to be drained. A replica that is not placed pulls only while a plan builds it from others
     /// of its own shard.
     pub fn sources_of(&self, shard: ShardId, replica: ReplicaId) -> Vec<Placed> {
-        let rebuilt = self.plan.as_ref().is_some_and(|plan| {
-            matches!(plan.kind, crate::plan::PlanKind::Replica { .. })
-                && plan.targets.iter().any(|target| target.replica == replica)
-        });
+        let rebuilt = self
+            .plan
+            .as_ref()
+            .is_some_and(|plan| plan.adds_member() && plan.targets.iter().any(|target| target.replica == replica));
         if !self.is_placed(replica) && !rebuilt {
             return Vec::new();
         }
@@ -353,7 +369,7 @@ impl Catalog {
     /// The replicas that pull a replica's log, and for which it is kept.
     pub fn followers_of(&self, shard: ShardId, replica: ReplicaId) -> Vec<ReplicaId> {
         let placed = self.shard(shard).into_iter().flat_map(|one| &one.replicas).map(|one| one.replica);
-        let rebuilt = self.plan.iter().filter(|plan| matches!(plan.kind, crate::plan::PlanKind::Replica { .. }));
+        let rebuilt = self.plan.iter().filter(|plan| plan.adds_member());
         let rebuilt = rebuilt.flat_map(|plan| &plan.targets).filter(|one| one.shard == shard).map(|one| one.replica);
         placed.chain(rebuilt).filter(|one| *one != replica).collect()
     }

@@ -4,9 +4,9 @@
 //! another member holds everything it has, or until its loss is accepted; only then may its files go.
 //! Nothing of this happens while another plan runs.
 
-use crate::catalog::{Catalog, KeyspaceState, Unsealed};
+use crate::catalog::{Catalog, KeyspaceState, Leaving, Placed, ShardPlacement, Unsealed};
 use crate::ids::{Epoch, NodeId, PlanId, ReplicaId, ShardId};
-use crate::plan::{Outcome, Plan, PlanKind, Reports, Source, Step, Target, operation_id};
+use crate::plan::{OperationReport, Outcome, Plan, PlanKind, Reports, Source, Step, Target, operation_id};
 use crate::primaries::Presence;
 
 /// After a copy that failed the next is begun no sooner than this, microseconds.
@@ -75,14 +75,27 @@ pub fn evict(
     Ok(next)
 }
 
-/// The version that is due because of what the replicas report, if one is.
-///
-/// `room` says which live node could take one more replica of a shard.
+/// What is known around a keyspace.
+pub struct Around<'a> {
+    /// Is a node there?
+    pub presence: &'a dyn Fn(NodeId) -> Presence,
+    /// Is a node away for so long that its replicas are made anew elsewhere without being asked?
+    pub lost: &'a dyn Fn(NodeId) -> bool,
+    /// Which live node could take one more replica of a shard?
+    pub room: &'a dyn Fn(&Catalog, ShardId) -> Option<NodeId>,
+}
+
+impl Around<'_> {
+    fn is_here(&self, node: NodeId) -> bool {
+        matches!((self.presence)(node), Presence::Here(_))
+    }
+}
+
+/// The version that is due because of what the replicas report, or because a node is leaving.
 pub fn advance_members(
     catalog: &Catalog,
     reports: &Reports,
-    presence: impl Fn(NodeId) -> Presence,
-    room: impl Fn(&Catalog, ShardId) -> Option<NodeId>,
+    around: &Around<'_>,
     now_us: u64,
     nonce: u64,
 ) -> Option<Catalog> {
@@ -98,55 +111,144 @@ pub fn advance_members(
         next.unsealed.retain(|one| !drained(one));
         return Some(next);
     }
-    // What cannot catch up, or keeps others' logs from ending, leaves.
+    let ready = |one: &Placed| around.is_here(one.node) && replication(one.replica).is_some_and(|report| report.ready);
     for shard in &catalog.placement {
-        let ready = |id: ReplicaId| replication(id).is_some_and(|report| report.ready);
         for one in &shard.replicas {
+            let another_serves = shard.replicas.iter().any(|other| other.replica != one.replica && ready(other));
+            if !another_serves {
+                continue;
+            }
+            // What cannot catch up, or keeps others' logs from ending, leaves.
             let too_old = replication(one.replica).is_some_and(|report| report.too_old);
             let in_the_way = shard.replicas.iter().any(|other| {
                 other.replica != one.replica
                     && replication(other.replica).is_some_and(|report| report.evict == Some(one.replica))
             });
-            let others = shard.replicas.iter().any(|other| other.replica != one.replica && ready(other.replica));
-            if (too_old || in_the_way) && others {
+            let lost = (around.lost)(one.node) && (around.room)(catalog, shard.shard).is_some();
+            let given_up = catalog.leaving.iter().any(|leaving| leaving.node == one.node) && !around.is_here(one.node);
+            if too_old || in_the_way || lost || given_up {
                 return evict(catalog, one.replica, false, now_us, nonce).ok();
             }
         }
     }
-    start_copy(catalog, reports, presence, room, now_us, nonce)
+    if let Some(next) = start_copy(catalog, reports, around, now_us, nonce) {
+        return Some(next);
+    }
+    empty_leaving(catalog, around, now_us, nonce)
 }
 
-/// The version that begins one more replica of a shard that has too few.
-fn start_copy(
-    catalog: &Catalog,
-    reports: &Reports,
-    presence: impl Fn(NodeId) -> Presence,
-    room: impl Fn(&Catalog, ShardId) -> Option<NodeId>,
-    now_us: u64,
-    nonce: u64,
-) -> Option<Catalog> {
-    let last = catalog.operations.last().filter(|last| last.kind == "replica" && last.outcome == Outcome::Aborted);
-    if last.is_some_and(|last| now_us < last.started_at_us + last.duration_ms * 1000 + COPY_AGAIN_US) {
+/// The version that takes the next replica from a leaving node, or says that nothing is left there.
+fn empty_leaving(catalog: &Catalog, around: &Around<'_>, now_us: u64, nonce: u64) -> Option<Catalog> {
+    let leaves = |one: &Placed| catalog.leaving.iter().any(|leaving| leaving.node == one.node);
+    for shard in &catalog.placement {
+        let staying = shard.replicas.iter().filter(|one| !leaves(one)).count();
+        let Some(one) = shard.replicas.iter().find(|one| leaves(one)) else { continue };
+        if staying >= catalog.spec.replicas as usize {
+            return evict(catalog, one.replica, false, now_us, nonce).ok();
+        }
+        if !around.is_here(one.node) && shard.replicas.len() == 1 && may_copy(catalog, now_us) {
+            let node = (around.room)(catalog, shard.shard)?;
+            let kind = PlanKind::Takeover { shard: shard.shard };
+            return Some(begin(catalog, kind, shard.shard, *one, node, now_us, nonce));
+        }
+    }
+    let is_empty = |leaving: &Leaving| {
+        catalog.placement.iter().all(|shard| shard.replicas.iter().all(|one| one.node != leaving.node))
+    };
+    let complete = catalog.placement.iter().all(|shard| shard.replicas.len() >= catalog.spec.replicas as usize);
+    if complete && catalog.leaving.iter().any(is_empty) {
+        let mut next = catalog.next(now_us, nonce);
+        next.leaving.retain(|leaving| !is_empty(leaving));
+        return Some(next);
+    }
+    None
+}
+
+/// After a copy that failed the next waits a little.
+fn may_copy(catalog: &Catalog, now_us: u64) -> bool {
+    let failed = |last: &&OperationReport| {
+        matches!(last.kind.as_str(), "replica" | "takeover") && last.outcome == Outcome::Aborted
+    };
+    let last = catalog.operations.last().filter(failed);
+    last.is_none_or(|last| now_us >= last.started_at_us + last.duration_ms * 1000 + COPY_AGAIN_US)
+}
+
+/// The version that begins one more replica of a shard that has too few on nodes that stay.
+fn start_copy(catalog: &Catalog, reports: &Reports, around: &Around<'_>, now_us: u64, nonce: u64) -> Option<Catalog> {
+    if !may_copy(catalog, now_us) {
         return None;
     }
-    let shard = catalog.placement.iter().find(|shard| shard.replicas.len() < catalog.spec.replicas as usize)?;
-    let here = |node| matches!(presence(node), Presence::Here(_));
-    let ready = |id: ReplicaId| reports.get(&id).is_some_and(|report| report.replication.ready);
-    let source = shard.primary_first().into_iter().find(|one| here(one.node) && ready(one.replica))?;
-    let node = room(catalog, shard.shard)?;
+    let ready = |one: &Placed| {
+        around.is_here(one.node) && reports.get(&one.replica).is_some_and(|report| report.replication.ready)
+    };
+    let leaves = |one: &Placed| catalog.leaving.iter().any(|leaving| leaving.node == one.node);
+    catalog.placement.iter().find_map(|shard| {
+        let staying = shard.replicas.iter().filter(|one| !leaves(one)).count();
+        if staying >= catalog.spec.replicas as usize {
+            return None;
+        }
+        // The one that ships has most of its files in the bucket already.
+        let shipper = shard.shipper().filter(ready);
+        let source = shipper.or_else(|| shard.primary_first().into_iter().find(ready))?;
+        let node = (around.room)(catalog, shard.shard)?;
+        let kind = PlanKind::Replica { shard: shard.shard };
+        Some(begin(catalog, kind, shard.shard, source, node, now_us, nonce))
+    })
+}
+
+/// The version that begins a plan with one source and one target.
+fn begin(
+    catalog: &Catalog,
+    kind: PlanKind,
+    shard: ShardId,
+    source: Placed,
+    node: NodeId,
+    now_us: u64,
+    nonce: u64,
+) -> Catalog {
     let mut next = catalog.next(now_us, nonce);
     next.plan = Some(Plan {
         id: catalog.next_plan,
-        kind: PlanKind::Replica { shard: shard.shard },
+        kind,
         from_epoch: catalog.epoch,
         started_at_us: now_us,
-        step: Step::Prepare,
-        sources: vec![Source { shard: shard.shard, replica: source.replica, node: source.node, manifest: None }],
-        targets: vec![Target { shard: shard.shard, replica: catalog.next_replica, node }],
+        // Nobody is there who could make a checkpoint for a take-over: it takes the last one.
+        step: if matches!(kind, PlanKind::Takeover { .. }) { Step::Tail } else { Step::Prepare },
+        sources: vec![Source { shard, replica: source.replica, node: source.node, manifest: None }],
+        targets: vec![Target { shard, replica: catalog.next_replica, node }],
         seals_undone: 0,
     });
     next.next_plan = PlanId(catalog.next_plan.0 + 1);
     next.next_replica = ReplicaId(catalog.next_replica.0 + 1);
+    next
+}
+
+/// Takes replicas out of a shard's placement, to be drained; the last one takes the first one's place.
+pub(crate) fn leave(
+    shard: &mut ShardPlacement,
+    unsealed: &mut Vec<Unsealed>,
+    gone: impl Iterator<Item = ReplicaId>,
+    now_us: u64,
+) {
+    for replica in gone {
+        let Some(at) = shard.replicas.iter().position(|one| one.replica == replica) else { continue };
+        let one = shard.replicas.swap_remove(at);
+        unsealed.push(Unsealed { shard: shard.shard, replica, node: one.node, since_us: now_us });
+    }
+    shard.primary = None;
+    shard.handing_to = None;
+}
+
+/// Notes that a node is to have no replicas any more; `None` when it has none.
+pub fn empty_node(catalog: &Catalog, leaving: Leaving, now_us: u64, nonce: u64) -> Option<Catalog> {
+    let node = leaving.node;
+    let has = catalog.placement.iter().any(|shard| shard.replicas.iter().any(|one| one.node == node));
+    if !has || catalog.state == KeyspaceState::Deleted {
+        return None;
+    }
+    let mut next = catalog.next(now_us, nonce);
+    next.leaving.retain(|leaving| leaving.node != node);
+    next.leaving.push(leaving);
     Some(next)
 }
 
@@ -154,6 +256,7 @@ fn start_copy(
 pub fn is_incomplete(catalog: &Catalog) -> bool {
     catalog.state == KeyspaceState::Active
         && (!catalog.unsealed.is_empty()
+            || !catalog.leaving.is_empty()
             || catalog.placement.iter().any(|shard| shard.replicas.len() < catalog.spec.replicas as usize))
 }
 
@@ -167,6 +270,17 @@ mod tests {
 
     const NOW: u64 = 1_000_000_000;
     const HERE: fn(NodeId) -> Presence = |_| Presence::Here(u64::MAX);
+    const NOWHERE: fn(&Catalog, ShardId) -> Option<NodeId> = |_, _| None;
+
+    fn next(
+        catalog: &Catalog,
+        reports: &Reports,
+        presence: impl Fn(NodeId) -> Presence,
+        room: impl Fn(&Catalog, ShardId) -> Option<NodeId>,
+    ) -> Option<Catalog> {
+        let around = Around { presence: &presence, lost: &|_| false, room: &room };
+        advance_members(catalog, reports, &around, NOW, 3)
+    }
 
     fn catalog() -> Catalog {
         let spec = KeyspaceSpec { replicas: 3, ..KeyspaceSpec::default() };
@@ -206,8 +320,7 @@ mod tests {
     #[test]
     fn a_replica_that_leaves_is_drained_removed_and_made_anew() {
         let calm = reports(|_, _| {});
-        let nowhere = |_: &Catalog, _| None;
-        assert_eq!(advance_members(&catalog(), &calm, HERE, nowhere, NOW, 2), None);
+        assert_eq!(next(&catalog(), &calm, HERE, NOWHERE), None);
         let left = evict(&catalog(), ReplicaId(1), false, NOW, 2).unwrap();
         assert_eq!((ids(&left), left.epoch), (vec![2, 3], Epoch(2)));
         assert_eq!(left.unsealed[0].replica, ReplicaId(1));
@@ -215,11 +328,11 @@ mod tests {
         assert_eq!(left.sources_of(ShardId(0), ReplicaId(2)).len(), 2, "the others still pull its log");
         assert_eq!(left.members_on(NodeId(1)), [(ShardId(0), ReplicaId(1), false)]);
         assert!(is_incomplete(&left));
-        assert_eq!(advance_members(&left, &calm, HERE, nowhere, NOW, 3), None);
+        assert_eq!(next(&left, &calm, HERE, NOWHERE), None);
         let drained = reports(|id, report| report.drained = id == 1);
-        let gone = advance_members(&left, &drained, HERE, nowhere, NOW, 3).unwrap();
+        let gone = next(&left, &drained, HERE, NOWHERE).unwrap();
         assert_eq!((gone.unsealed.len(), &gone.removed[..]), (0, &[ReplicaId(1)][..]));
-        let copying = advance_members(&gone, &calm, HERE, |_, _| Some(NodeId(1)), NOW, 4).unwrap();
+        let copying = next(&gone, &calm, HERE, |_, _| Some(NodeId(1))).unwrap();
         let plan = copying.plan.unwrap();
         assert_eq!(plan.kind, PlanKind::Replica { shard: ShardId(0) });
         assert_eq!((plan.sources[0].replica, plan.targets[0].replica), (ReplicaId(2), ReplicaId(4)));
@@ -227,16 +340,15 @@ mod tests {
 
     #[test]
     fn who_cannot_catch_up_or_is_in_the_way_leaves_and_the_last_one_never() {
-        let nowhere = |_: &Catalog, _| None;
         let old = reports(|id, report| report.too_old = id == 2);
-        assert_eq!(ids(&advance_members(&catalog(), &old, HERE, nowhere, NOW, 2).unwrap()), [1, 3]);
+        assert_eq!(ids(&next(&catalog(), &old, HERE, NOWHERE).unwrap()), [1, 3]);
         let slow = reports(|id, report| report.evict = (id == 1).then_some(ReplicaId(3)));
-        assert_eq!(ids(&advance_members(&catalog(), &slow, HERE, nowhere, NOW, 2).unwrap()), [1, 2]);
+        assert_eq!(ids(&next(&catalog(), &slow, HERE, NOWHERE).unwrap()), [1, 2]);
         let nobody = reports(|id, report| {
             report.too_old = id == 2;
             report.ready = id == 2;
         });
-        assert_eq!(advance_members(&catalog(), &nobody, HERE, nowhere, NOW, 2), None, "nobody else serves");
+        assert_eq!(next(&catalog(), &nobody, HERE, NOWHERE), None, "nobody else serves");
         let two = evict(&catalog(), ReplicaId(1), true, NOW, 2).unwrap();
         assert_eq!(two.removed, [ReplicaId(1)]);
         let one = evict(&two, ReplicaId(2), false, NOW, 3).unwrap();
@@ -245,5 +357,70 @@ mod tests {
         // The loss of one that waits to be drained may still be accepted.
         let lost = evict(&one, ReplicaId(2), true, NOW, 4).unwrap();
         assert_eq!((lost.unsealed.len(), lost.removed.len()), (0, 2));
+    }
+
+    fn single() -> Catalog {
+        Catalog::first(KeyspaceId(1), "ks", KeyspaceSpec::default(), &[vec![NodeId(1)]], NOW, 1)
+    }
+
+    fn committed(catalog: &Catalog) -> Catalog {
+        let target = catalog.plan.as_ref().unwrap().targets[0];
+        let mut done = catalog.next(NOW, 9);
+        done.plan = None;
+        done.placement[0].replicas.push(Placed { replica: target.replica, node: target.node });
+        done
+    }
+
+    #[test]
+    fn a_live_node_that_leaves_is_copied_first_and_a_dead_one_is_drained_later() {
+        let calm = reports(|_, _| {});
+        let to_four = |_: &Catalog, _: ShardId| Some(NodeId(4));
+        let leaving =
+            empty_node(&catalog(), Leaving { node: NodeId(1), to: Some(NodeId(4)), since_us: NOW }, NOW, 2).unwrap();
+        assert_eq!(empty_node(&catalog(), Leaving { node: NodeId(9), to: None, since_us: NOW }, NOW, 2), None);
+        let copying = next(&leaving, &calm, HERE, to_four).unwrap();
+        assert_eq!(copying.plan.as_ref().unwrap().kind, PlanKind::Replica { shard: ShardId(0) });
+        let four = committed(&copying);
+        let left = next(&four, &calm, HERE, NOWHERE).unwrap();
+        assert_eq!((ids(&left), left.unsealed[0].replica), (vec![2, 3, 4], ReplicaId(1)));
+        let drained = reports(|id, report| report.drained = id == 1);
+        let gone = next(&left, &drained, HERE, NOWHERE).unwrap();
+        let ended = next(&gone, &calm, HERE, NOWHERE).unwrap();
+        assert!(ended.leaving.is_empty() && ended.removed == [ReplicaId(1)]);
+        // The same of a dead node: the others go on without it at once.
+        let dead = |node: NodeId| if node == NodeId(1) { Presence::Gone } else { Presence::Here(0) };
+        let left = next(&leaving, &calm, dead, to_four).unwrap();
+        assert_eq!((ids(&left), left.unsealed.len()), (vec![2, 3], 1));
+        let copying = next(&left, &calm, dead, to_four).unwrap();
+        assert_eq!(copying.plan.unwrap().targets[0].node, NodeId(4));
+    }
+
+    #[test]
+    fn the_only_replica_is_taken_over_from_the_bucket_only_when_its_node_is_gone() {
+        let calm = reports(|_, _| {});
+        let to_two = |_: &Catalog, _: ShardId| Some(NodeId(2));
+        let dead = |node: NodeId| if node == NodeId(1) { Presence::Gone } else { Presence::Here(0) };
+        assert_eq!(next(&single(), &calm, dead, to_two), None, "nobody said that it does not come back");
+        let leaving = empty_node(&single(), Leaving { node: NodeId(1), to: None, since_us: NOW }, NOW, 2).unwrap();
+        let live = next(&leaving, &calm, HERE, to_two).unwrap().plan.unwrap();
+        assert_eq!((live.kind, live.step), (PlanKind::Replica { shard: ShardId(0) }, Step::Prepare));
+        let plan = next(&leaving, &calm, dead, to_two).unwrap().plan.unwrap();
+        assert_eq!((plan.kind, plan.step), (PlanKind::Takeover { shard: ShardId(0) }, Step::Tail));
+        assert_eq!(plan.nodes().collect::<Vec<_>>(), [NodeId(2)], "the dead one is not waited for");
+        let (mut shard, mut unsealed) = (committed(&next(&leaving, &calm, dead, to_two).unwrap()), Vec::new());
+        leave(&mut shard.placement[0], &mut unsealed, [ReplicaId(1)].into_iter(), NOW);
+        assert_eq!((ids(&shard), unsealed[0].node), (vec![2], NodeId(1)));
+    }
+
+    #[test]
+    fn a_node_that_is_lost_for_long_is_replaced_when_there_is_room() {
+        let calm = reports(|_, _| {});
+        let dead = |node: NodeId| if node == NodeId(3) { Presence::Gone } else { Presence::Here(0) };
+        let room: &dyn Fn(&Catalog, ShardId) -> Option<NodeId> = &|_, _| Some(NodeId(4));
+        for (room, placed) in [(room, Some(vec![1, 2])), (&NOWHERE, None)] {
+            let around = Around { presence: &dead, lost: &|node| node == NodeId(3), room };
+            let next = advance_members(&catalog(), &calm, &around, NOW, 3);
+            assert_eq!(next.as_ref().map(ids), placed);
+        }
     }
 }

@@ -30,10 +30,25 @@ pub enum PlanKind {
         /// Shards after.
         to: u32,
     },
-    /// One more replica of a shard, as a whole copy of another one.
+    /// One more replica of a shard: the checkpoint of another one from the bucket, then its log.
     Replica {
         /// The shard.
         shard: ShardId,
+    },
+    /// A replica in the place of the only one of its shard, whose node is gone: from the bucket alone.
+    Takeover {
+        /// The shard.
+        shard: ShardId,
+    },
+    /// A new keyspace from what the bucket holds of another one.
+    Restore {
+        /// Whose data.
+        keyspace: KeyspaceId,
+        /// The version of its catalog that was in force at that time.
+        version: CatalogVersion,
+        /// The time, microseconds since 1970; `None` takes everything.
+        #[serde(default)]
+        at_us: Option<u64>,
     },
 }
 
@@ -114,9 +129,11 @@ impl Plan {
         Some(Band::leaving(from, to).into())
     }
 
-    /// The nodes that take part.
+    /// The nodes that take part. The source of a take-over does not: it is gone.
     pub fn nodes(&self) -> impl Iterator<Item = NodeId> + '_ {
-        self.sources.iter().map(|source| source.node).chain(self.targets.iter().map(|target| target.node))
+        let gone = matches!(self.kind, PlanKind::Takeover { .. });
+        let sources = self.sources.iter().filter(move |_| !gone).map(|source| source.node);
+        sources.chain(self.targets.iter().map(|target| target.node))
     }
 
     /// The replicas that take part, with their shards.
@@ -129,7 +146,22 @@ impl Plan {
     pub fn growth(&self) -> Option<(u32, u32)> {
         match self.kind {
             PlanKind::Grow { from, to } => Some((from, to)),
-            PlanKind::Replica { .. } => None,
+            PlanKind::Replica { .. } | PlanKind::Takeover { .. } | PlanKind::Restore { .. } => None,
+        }
+    }
+
+    /// True when a target becomes one more member of a shard that exists: it follows the others.
+    pub fn adds_member(&self) -> bool {
+        matches!(self.kind, PlanKind::Replica { .. } | PlanKind::Takeover { .. })
+    }
+
+    /// What the operation is called.
+    pub fn name(&self) -> &'static str {
+        match self.kind {
+            PlanKind::Grow { .. } => "grow",
+            PlanKind::Replica { .. } => "replica",
+            PlanKind::Takeover { .. } => "takeover",
+            PlanKind::Restore { .. } => "restore",
         }
     }
 }
@@ -483,6 +515,11 @@ pub fn abort(catalog: &Catalog, reason: &str, reports: &Reports, now_us: u64, no
     next.plan = None;
     next.pins.clear();
     next.remember(report_of(catalog, plan, reports, Outcome::Aborted, Some(reason.to_owned()), now_us));
+    if matches!(plan.kind, PlanKind::Restore { .. }) {
+        // Half a keyspace must never be taken for a whole one.
+        next.state = KeyspaceState::Deleted;
+        next.epoch = Epoch(catalog.epoch.0 + 1);
+    }
     Some(next)
 }
 
@@ -589,7 +626,10 @@ fn advance_plan(
         }
     }
     match plan.step {
-        Step::Prepare if plan.moving().is_none() => advance_copy(catalog, plan, reports, now_us, nonce),
+        Step::Tail if plan.adds_member() => advance_copy(catalog, plan, reports, now_us, nonce),
+        Step::Tail if matches!(plan.kind, PlanKind::Restore { .. }) => {
+            advance_restore(catalog, plan, reports, now_us, nonce)
+        }
         Step::Prepare => advance_prepare(catalog, plan, reports, now_us, nonce),
         Step::Tail => advance_tail(catalog, plan, reports, now_us, nonce),
         Step::Sealing => advance_sealing(catalog, plan, reports, now_us, nonce).unwrap_or_else(|| {
@@ -615,6 +655,19 @@ fn advance_copy(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, 
         }
     }
     Advance::Write(Box::new(commit(catalog, plan, reports, now_us, nonce)))
+}
+
+/// A restored keyspace is done when every shard is open.
+fn advance_restore(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce: u64) -> Advance {
+    for target in &plan.targets {
+        if target_progress(plan, target.replica, reports).is_none_or(|progress| progress.stage != TargetStage::Open) {
+            return Advance::Wait(format!("shard {} to be restored", target.shard));
+        }
+    }
+    let mut next = catalog.next(now_us, nonce);
+    next.plan = None;
+    next.remember(report_of(catalog, plan, reports, Outcome::Done, None, now_us));
+    Advance::Write(Box::new(next))
 }
 
 fn advance_prepare(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce: u64) -> Advance {
@@ -709,7 +762,13 @@ fn commit(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce:
     for target in &plan.targets {
         let placed = Placed { replica: target.replica, node: target.node };
         match next.placement.iter_mut().find(|shard| shard.shard == target.shard) {
-            Some(shard) => shard.replicas.push(placed),
+            Some(shard) => {
+                shard.replicas.push(placed);
+                if matches!(plan.kind, PlanKind::Takeover { .. }) {
+                    let gone = plan.sources.iter().map(|source| source.replica);
+                    crate::members::leave(shard, &mut next.unsealed, gone, now_us);
+                }
+            }
             None => next.placement.push(ShardPlacement::new(target.shard, vec![placed])),
         }
     }
@@ -813,10 +872,7 @@ pub fn report_of(
         .collect();
     OperationReport {
         id: operation_id(catalog.keyspace, plan.id),
-        kind: match plan.kind {
-            PlanKind::Grow { .. } => "grow".into(),
-            PlanKind::Replica { .. } => "replica".into(),
-        },
+        kind: plan.name().into(),
         keyspace: catalog.name.clone(),
         from,
         to,

@@ -135,12 +135,12 @@ pub(crate) async fn create(cluster: &Arc<Cluster>, request: v1::CreateKeyspaceRe
     describe(cluster, &name)
 }
 
-fn taken(name: &str) -> VastoError {
+pub(crate) fn taken(name: &str) -> VastoError {
     let message = format!("a keyspace called {name} exists; use it, choose another name, or delete it first");
     error(ErrorCode::AlreadyExists, message)
 }
 
-fn unsure(what: &str, cause: &str) -> VastoError {
+pub(crate) fn unsure(what: &str, cause: &str) -> VastoError {
     let message = format!("{what}: {cause}; it may or may not have taken effect: check with `vasto keyspace list`");
     error(ErrorCode::Unknown, message)
 }
@@ -177,7 +177,7 @@ async fn serving(cluster: &Arc<Cluster>, keyspace: KeyspaceId) -> Result<(), Vas
 }
 
 /// Learns what other masters made; lists, so only when something is known to be missing.
-async fn learn_all(cluster: &Arc<Cluster>) {
+pub(crate) async fn learn_all(cluster: &Arc<Cluster>) {
     match cluster.store.load_all().await {
         Ok(catalogs) => {
             for catalog in catalogs {
@@ -218,7 +218,11 @@ pub(crate) async fn delete(cluster: &Arc<Cluster>, name: &str) -> Answer {
 }
 
 /// Sends a change to the keyspace's driver and waits for its version.
-async fn ask(cluster: &Arc<Cluster>, keyspace: KeyspaceId, change: Change) -> Result<Arc<Catalog>, VastoError> {
+pub(crate) async fn ask(
+    cluster: &Arc<Cluster>,
+    keyspace: KeyspaceId,
+    change: Change,
+) -> Result<Arc<Catalog>, VastoError> {
     let stopping = || error(ErrorCode::Unavailable, "this master is stopping; try again");
     let requests = cluster.state().keyspaces.get(&keyspace).map(|known| known.requests.clone()).ok_or_else(stopping)?;
     let (reply, answer) = oneshot::channel();
@@ -261,6 +265,9 @@ fn no_operation(id: &str) -> VastoError {
 }
 
 pub(crate) fn operation(cluster: &Cluster, id: &str) -> Answer {
+    if let Some(answer) = crate::moves::node_operation(cluster, id) {
+        return Ok(answer);
+    }
     let state = cluster.state();
     let mut all = state.keyspaces.values().flat_map(document::operations);
     all.find(|one| one.id() == id).map(|one| document::json(&one)).ok_or_else(|| no_operation(id))

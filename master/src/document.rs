@@ -7,8 +7,7 @@ use serde::Serialize;
 use vasto_core::catalog::{Ack, Catalog, KeyspaceState, Quarantine};
 use vasto_core::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, ReplicaId, ShardId};
 use vasto_core::plan::{
-    OperationReport, Outcome, Plan, PlanKind, ReplicaPhase, ReplicaReport, Step, TargetProgress, TargetStage,
-    operation_id,
+    OperationReport, Outcome, Plan, ReplicaPhase, ReplicaReport, Step, TargetProgress, TargetStage, operation_id,
 };
 use vasto_proto::v1;
 
@@ -316,10 +315,7 @@ pub(crate) fn running_of(catalog: &Catalog) -> Option<Box<RunningDoc>> {
     };
     Some(Box::new(RunningDoc {
         id: operation_id(catalog.keyspace, plan.id),
-        kind: match plan.kind {
-            PlanKind::Grow { .. } => "grow",
-            PlanKind::Replica { .. } => "replica",
-        },
+        kind: plan.name(),
         keyspace: catalog.name.clone(),
         from,
         to,

@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 
 use rand::RngExt;
 use tokio::sync::{Notify, mpsc, oneshot};
-use vasto_core::catalog::{Catalog, KeyspaceState};
+use vasto_core::catalog::{Catalog, KeyspaceState, Leaving};
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::{Epoch, KeyspaceId, NodeId, PlanId, ReplicaId};
 use vasto_core::limits::SEALING_WRITE_MAX;
-use vasto_core::members::{EvictError, evict};
-use vasto_core::plan::{Advance, PlanError, Reports, Step, abort, operation_id, start_grow};
+use vasto_core::members::{EvictError, empty_node, evict};
+use vasto_core::plan::{Advance, Plan, PlanError, PlanKind, Reports, Step, abort, operation_id, start_grow};
 use vasto_core::primaries::{Moves, moves_between};
 use vasto_shipping::CatalogWrite;
 
@@ -46,6 +46,8 @@ pub(crate) enum Change {
     Cancel { plan: PlanId },
     /// Take a replica out of its placement; with `accept_loss`, for good.
     Evict { replica: ReplicaId, accept_loss: bool },
+    /// Move a node's replicas elsewhere.
+    Empty(Leaving),
     /// Drop the keyspace.
     Delete,
 }
@@ -397,8 +399,13 @@ pub(crate) fn changed(
                 VastoError::new(code, error.to_string())
             })
         }
+        Change::Empty(leaving) => empty_node(catalog, leaving, now_us, nonce).ok_or_else(|| {
+            let message = format!("node {} has no replica of keyspace {}", leaving.node, catalog.name);
+            VastoError::new(ErrorCode::NotFound, message)
+        }),
         Change::Delete => {
-            if let Some(plan) = &catalog.plan {
+            let ends = |plan: &&Plan| !matches!(plan.kind, PlanKind::Restore { .. });
+            if let Some(plan) = catalog.plan.as_ref().filter(ends) {
                 return Err(plan_error(PlanError::Busy(operation_id(catalog.keyspace, plan.id))));
             }
             if catalog.state == KeyspaceState::Deleted {

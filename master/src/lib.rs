@@ -16,6 +16,7 @@ mod cluster;
 mod document;
 mod driver;
 mod metrics;
+mod moves;
 mod placement;
 mod server;
 mod service;

@@ -34,6 +34,9 @@ pub struct MasterConfig {
     /// A node that is silent for longer is away; [`NODE_SILENCE`](vasto_core::limits::NODE_SILENCE)
     /// unless there is a reason.
     pub node_silence: Duration,
+    /// Replicas of a node that is away for so long are made anew on others, when others serve and there
+    /// is room; never when it is zero.
+    pub replace_after: Duration,
 }
 
 /// Why a master does not start.
@@ -96,6 +99,7 @@ impl Master {
         let (listener, listen) = bind(config.listen).await?;
 
         let cluster = Cluster::new(cluster_id.clone(), bucket, config.node_silence, shutdown.clone());
+        cluster.state().replace_after_us = Some(config.replace_after.as_micros() as u64).filter(|after| *after > 0);
         let loaded = catalogs.len();
         for catalog in catalogs {
             cluster.adopt(catalog);

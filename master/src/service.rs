@@ -14,6 +14,7 @@ use vasto_proto::v1::{self, command::Kind, master_server};
 
 use crate::admin;
 use crate::cluster::Cluster;
+use crate::moves;
 
 /// Serves people and clients.
 pub(crate) struct MasterService {
@@ -93,6 +94,14 @@ impl master_server::Master for MasterService {
 
     async fn evict_replica(&self, request: Request<v1::EvictRequest>) -> Reply {
         self.run(admin::evict(&self.cluster, request.into_inner())).await
+    }
+
+    async fn restore_keyspace(&self, request: Request<v1::RestoreRequest>) -> Reply {
+        self.run(moves::restore(&self.cluster, request.into_inner())).await
+    }
+
+    async fn empty_node(&self, request: Request<v1::EmptyNodeRequest>) -> Reply {
+        self.run(moves::empty(&self.cluster, request.into_inner())).await
     }
 
     async fn list_operations(&self, _: Request<v1::Empty>) -> Reply {

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId, ReplicaId, ShardId};
 use vasto_core::limits::{FAILOVER_AWAY, NODE_REPLICAS_MAX, NODE_SILENCE};
-use vasto_core::members::{advance_members, is_incomplete};
+use vasto_core::members::{Around, advance_members, is_incomplete};
 use vasto_core::plan::{Advance, ReplicaReport, Reports, SEALS_UNDONE_MAX, Step, abort, advance, undo_seal};
 use vasto_core::primaries::{Presence, advance_primaries, is_unsettled};
 use vasto_core::topology::{NodeAddress, Topology};
@@ -38,6 +38,8 @@ pub(crate) struct State {
     nodes_revision: u64,
     last_session: u64,
     last_command: u64,
+    /// Replicas of a node that is away for so long are made anew elsewhere, microseconds.
+    pub(crate) replace_after_us: Option<u64>,
 }
 
 /// A node that has registered since the master started.
@@ -409,8 +411,12 @@ impl State {
         if let Some((next, _)) = advance_primaries(catalog, &known.reports, &presence, now_us, nonce) {
             return Advance::Write(Box::new(next));
         }
-        let room = |catalog: &Catalog, shard| self.copy_target(catalog, shard);
-        if let Some(next) = advance_members(catalog, &known.reports, presence, room, now_us, nonce) {
+        let around = Around {
+            presence: &presence,
+            lost: &|node| self.replace_after_us.is_some_and(|after| self.away_us(node, mono_us) > after),
+            room: &|catalog, shard| self.copy_target(catalog, shard),
+        };
+        if let Some(next) = advance_members(catalog, &known.reports, &around, now_us, nonce) {
             return Advance::Write(Box::new(next));
         }
         advance(catalog, &known.reports, |node| self.away_us(node, mono_us), now_us, nonce)
@@ -433,16 +439,18 @@ impl State {
 
     /// The live node for one more replica of a shard: one that has none of it, in a zone that has none if
     /// possible.
-    fn copy_target(&self, catalog: &Catalog, shard: ShardId) -> Option<NodeId> {
+    pub(crate) fn copy_target(&self, catalog: &Catalog, shard: ShardId) -> Option<NodeId> {
+        let leaves = |node: NodeId| catalog.leaving.iter().any(|leaving| leaving.node == node);
+        let asked = |node: NodeId| catalog.leaving.iter().any(|leaving| leaving.to == Some(node));
         let has = |node: NodeId| catalog.members_on(node).iter().any(|(one, ..)| *one == shard);
         let zone_of = |node: NodeId| self.nodes.get(&node).map(|node| node.zone.as_str());
         let placed = catalog.shard(shard).map(|one| one.replicas.as_slice()).unwrap_or_default();
         self.candidates(Some(catalog.keyspace))
             .into_iter()
-            .filter(|one| one.replicas < NODE_REPLICAS_MAX && !has(one.node))
+            .filter(|one| one.replicas < NODE_REPLICAS_MAX && !has(one.node) && !leaves(one.node))
             .min_by_key(|one| {
                 let zone_used = placed.iter().any(|other| zone_of(other.node) == Some(one.zone.as_str()));
-                (zone_used, one.of_keyspace, one.replicas, one.node)
+                (!asked(one.node), zone_used, one.of_keyspace, one.replicas, one.node)
             })
             .map(|one| one.node)
     }

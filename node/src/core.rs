@@ -17,9 +17,6 @@ use crate::clock::SharedClock;
 use crate::pause::PauseDetector;
 use crate::replica::Replica;
 
-/// Copies of replicas that a node sends at a time.
-const COPIES_MAX: usize = 2;
-
 type Routes = HashMap<(KeyspaceId, ShardId), Replica>;
 
 /// Shared state; everything in it is cheap to read on the data path.
@@ -30,8 +27,6 @@ pub struct NodeCore {
     pub clock: SharedClock,
     /// Reads that may block run at most this many at a time.
     pub readers: Arc<Semaphore>,
-    /// Copies of replicas that may be sent at a time.
-    pub copies: Arc<Semaphore>,
     /// Wakes the reporter: something the master waits for has happened.
     pub report: Notify,
     /// Notices that the process stood still.
@@ -50,7 +45,6 @@ impl NodeCore {
             node_id,
             clock,
             readers: Arc::new(Semaphore::new(read_threads.max(1))),
-            copies: Arc::new(Semaphore::new(COPIES_MAX)),
             report: Notify::new(),
             pause: PauseDetector::default(),
             routes: ArcSwap::default(),

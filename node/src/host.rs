@@ -25,16 +25,17 @@ use vasto_core::plan::{
     TargetStage,
 };
 use vasto_core::record::{BandRange, RangeState};
-use vasto_proto::v1;
 use vasto_shipping::bucket::Bucket;
+use vasto_shipping::history;
+use vasto_shipping::layout::Owner;
 
+use crate::bootstrap::{self, Adoption, Bootstrap, BootstrapError, Candidate, Log};
 use crate::clock::SharedClock;
 use crate::core::NodeCore;
 use crate::engine::EngineShared;
 use crate::grow::{Build, fresh_progress};
 use crate::replica::job::{Control, ReplicaError, Role};
 use crate::replica::{OpenOptions, Replica, database_dir};
-use crate::replication::copy::{self, Adoption, CopyError};
 use crate::replication::duties::Duties;
 use crate::replication::peers::Peers;
 use crate::ship::{self, ShipContext, ShipHandle, blocking};
@@ -258,9 +259,9 @@ struct Background {
 
 impl Runner {
     async fn run(self, mut catalogs: watch::Receiver<Arc<Catalog>>) {
-        let first = catalogs.borrow_and_update().clone();
-        let replica = match self.open(&first).await {
-            Ok(replica) => replica,
+        let (replica, first) = match self.open(&mut catalogs).await {
+            Ok(Some(opened)) => opened,
+            Ok(None) => return,
             Err(reason) => {
                 tracing::error!(
                     keyspace = self.tenant.keyspace.0,
@@ -342,78 +343,141 @@ impl Runner {
         replica.stop().await;
     }
 
-    /// The running plan, if it makes this replica as a copy of another one.
+    /// The running plan, if it makes this replica one more member of its shard.
     fn copy_plan<'a>(&self, catalog: &'a Catalog) -> Option<&'a Plan> {
         let plan = catalog.plan.as_ref()?;
         let mine = plan.targets.iter().any(|target| target.replica == self.tenant.replica);
-        (mine && matches!(plan.kind, PlanKind::Replica { .. })).then_some(plan)
+        (mine && plan.adds_member()).then_some(plan)
     }
 
-    /// Takes a whole copy from the plan's source, unless it is here already. Tries again until it is.
-    async fn copy(&self, catalog: &Catalog, plan: &Plan) -> Result<(), String> {
-        let database = database_dir(&self.tenant.dir);
+    /// The running plan, if this replica begins with what the bucket holds.
+    fn bucket_plan<'a>(&self, catalog: &'a Catalog) -> Option<&'a Plan> {
+        let plan = catalog.plan.as_ref().filter(|plan| plan.step != Step::Committed)?;
+        let mine = plan.targets.iter().any(|target| target.replica == self.tenant.replica);
+        (mine && plan.growth().is_none()).then_some(plan)
+    }
+
+    /// Opens the replica, from the bucket if the plan says so; `None` when it is to end before.
+    async fn open(
+        &self,
+        catalogs: &mut watch::Receiver<Arc<Catalog>>,
+    ) -> Result<Option<(Replica, Arc<Catalog>)>, String> {
+        let catalog = loop {
+            let catalog = catalogs.borrow_and_update().clone();
+            // The source's checkpoint comes first.
+            if self.bucket_plan(&catalog).is_none_or(|plan| plan.step != Step::Prepare) {
+                break catalog;
+            }
+            match self.cancel.run_until_cancelled(catalogs.changed()).await {
+                Some(Ok(())) => {}
+                Some(Err(_)) | None => return Ok(None),
+            }
+        };
+        let Some(plan) = self.bucket_plan(&catalog) else {
+            return Ok(Some((self.open_local(&catalog).await?, catalog)));
+        };
         let progress = Arc::new(Mutex::new(fresh_progress(plan)));
         *self.target.lock() = Some(progress.clone());
-        let source = plan.sources.first().ok_or("the plan names no source")?;
-        while !database.join("CURRENT").exists() {
-            match self.copy_once(catalog, source, &database, &progress).await {
-                Ok(()) => break,
-                Err(error) => {
-                    tracing::info!(%error, plan = plan.id.0, "copying a replica is interrupted; it begins again");
-                    let pause = tokio::time::sleep(RETRY);
-                    if self.cancel.run_until_cancelled(pause).await.is_none() {
-                        return Err("the node is stopping".into());
+        let tenant = &self.tenant;
+        let bootstrap = Bootstrap {
+            bucket: self.context.bucket.clone(),
+            engines: self.context.engines.clone(),
+            dir: tenant.dir.clone(),
+            side: tenant.tmp.join(format!("bootstrap-{}-{}", tenant.keyspace, tenant.replica)),
+            progress: progress.clone(),
+            core: self.context.core.clone(),
+            cancel: self.cancel.clone(),
+        };
+        let mut opened = None;
+        loop {
+            match self.from_bucket(&bootstrap, &catalog, plan, &mut opened).await {
+                Ok(()) => return Ok(opened.map(|replica| (replica, catalog.clone()))),
+                Err(_) if self.cancel.is_cancelled() => {
+                    if let Some(replica) = opened {
+                        replica.stop().await;
                     }
+                    return Ok(None);
+                }
+                Err(error) if error.is_transient() => {
+                    tracing::warn!(%error, plan = plan.id.0, "building from the bucket is interrupted; it goes on");
+                    tokio::time::sleep(RETRY).await;
+                }
+                Err(error) => {
+                    progress.lock().failed = Some(error.to_string());
+                    return Err(error.to_string());
                 }
             }
         }
+    }
+
+    async fn from_bucket(
+        &self,
+        bootstrap: &Bootstrap,
+        catalog: &Catalog,
+        plan: &Plan,
+        opened: &mut Option<Replica>,
+    ) -> Result<(), BootstrapError> {
+        let (found, log) = self.sources_in_bucket(catalog, plan).await?;
+        let first = found.first();
+        if opened.is_none() {
+            let is_new = !database_dir(&self.tenant.dir).join("CURRENT").exists();
+            if let Some(base) = first.and_then(|first| first.base.as_ref()).filter(|_| is_new) {
+                let adoption = Adoption {
+                    keyspace: self.tenant.keyspace,
+                    replica: self.tenant.replica,
+                    owned: catalog.owned_bands(),
+                    version: catalog.version,
+                    epoch: catalog.epoch,
+                };
+                bootstrap.take(base, adoption, log).await?;
+            }
+            let replica = self.open_local(catalog).await;
+            *opened = Some(replica.map_err(|reason| ReplicaError::Closed(reason.clone()))?);
+        }
+        let Some(replica) = opened.as_ref() else { return Err(BootstrapError::Cancelled) };
+        for (index, one) in found.iter().enumerate() {
+            if index > 0 && matches!(log, Log::Past { .. }) {
+                bootstrap.merge_base(replica, one, first.and_then(|first| first.base.as_ref()), log).await?;
+            }
+            let lsn = bootstrap.replay(replica, one, log).await?;
+            tracing::info!(
+                keyspace = self.tenant.keyspace.0,
+                shard = self.tenant.shard.0,
+                of_keyspace = one.owner.keyspace.0,
+                of_replica = one.owner.replica.0,
+                lsn = lsn.0,
+                "took over what the bucket holds"
+            );
+        }
+        bootstrap.progress.lock().stage = TargetStage::Tailing;
         Ok(())
     }
 
-    async fn copy_once(
-        &self,
-        catalog: &Catalog,
-        source: &vasto_core::plan::Source,
-        database: &std::path::Path,
-        progress: &Mutex<TargetProgress>,
-    ) -> Result<(), CopyError> {
-        let tenant = &self.tenant;
-        let side = tenant.tmp.join(format!("copy-{}-{}", tenant.keyspace, tenant.replica));
-        let mut client = self.context.peers.client(&self.context.core, source.node)?;
-        let request = v1::CopyRequest { keyspace_id: tenant.keyspace.0, replica_id: source.replica.0 };
-        let frames = client.copy(request).await?.into_inner();
-        let shown = |done, total| {
-            let mut progress = progress.lock();
-            (progress.bytes_done, progress.bytes_total) = (done, total);
-            progress.bytes_from_peers = done;
+    /// Whose objects this replica begins with, the best first, and what is made of their logs.
+    async fn sources_in_bucket(&self, catalog: &Catalog, plan: &Plan) -> Result<(Vec<Candidate>, Log), BootstrapError> {
+        let (bucket, shard) = (&self.context.bucket, self.tenant.shard);
+        let found = match (plan.kind, plan.sources.first()) {
+            (PlanKind::Restore { keyspace, at_us, .. }, _) => {
+                let log = Log::Past { shards: catalog.spec.shards, until_us: at_us };
+                return Ok((bootstrap::candidates(bucket, keyspace, shard, &[], at_us).await?, log));
+            }
+            (_, Some(source)) => match &source.manifest {
+                Some(pinned) => {
+                    let base = history::manifest_at(bucket, &pinned.key).await?;
+                    let owner = Owner { keyspace: catalog.keyspace, shard, replica: source.replica };
+                    vec![Candidate { owner, base: Some(base), chunks: Vec::new() }]
+                }
+                None => {
+                    let all = bootstrap::candidates(bucket, catalog.keyspace, shard, &[source.replica], None).await?;
+                    all.into_iter().take(1).collect()
+                }
+            },
+            (_, None) => Vec::new(),
         };
-        let fetched = self.cancel.run_until_cancelled(copy::fetch(frames, &side, shown)).await;
-        fetched.unwrap_or_else(|| Err(CopyError::Damaged("the node is stopping".into())))?;
-        let adoption = Adoption {
-            keyspace: tenant.keyspace,
-            source: source.replica,
-            replica: tenant.replica,
-            owned: catalog.owned_bands(),
-            version: catalog.version,
-            epoch: catalog.epoch,
-        };
-        let (engines, dir, database) = (self.context.engines.clone(), tenant.dir.clone(), database.to_owned());
-        let work = move || {
-            copy::adopt(&engines, &side, &adoption)?;
-            let io = |path: &std::path::Path, source| CopyError::Io { path: path.to_owned(), source };
-            std::fs::create_dir_all(&dir).map_err(|error| io(&dir, error))?;
-            let _ = std::fs::remove_dir_all(&database);
-            std::fs::rename(&side, &database).map_err(|error| io(&database, error))?;
-            std::fs::File::open(&dir).and_then(|dir| dir.sync_all()).map_err(|error| io(&dir, error))
-        };
-        let done = tokio::task::spawn_blocking(work).await;
-        done.unwrap_or_else(|error| Err(CopyError::Damaged(error.to_string())))
+        Ok((found, Log::Joined))
     }
 
-    async fn open(&self, catalog: &Catalog) -> Result<Replica, String> {
-        if let Some(plan) = self.copy_plan(catalog) {
-            self.copy(catalog, plan).await?;
-        }
+    async fn open_local(&self, catalog: &Catalog) -> Result<Replica, String> {
         let tenant = self.tenant.clone();
         let (engines, clock) = (self.context.engines.clone(), self.context.clock.clone());
         // What a replica owns at first: its bands once it is placed, nothing while it is a target.
@@ -478,7 +542,7 @@ impl Runner {
     ) {
         if let Some(plan) = self.copy_plan(catalog)
             && let Some(progress) = &*self.target.lock()
-            && let Some(lag) = plan.sources.first().and_then(|source| duties.lag_behind(source.replica))
+            && let Some(lag) = copy_lag(plan, duties)
         {
             let mut progress = progress.lock();
             if progress.plan == plan.id && progress.lag_lsns != lag {
@@ -641,7 +705,7 @@ impl Runner {
             progress.lock().stage = TargetStage::Open;
             return;
         }
-        if matches!(plan.kind, PlanKind::Replica { .. }) {
+        if plan.adds_member() {
             // It pulls from its peers like any other; `keep_house` tells how far it is.
             progress.lock().stage = TargetStage::Tailing;
             progress.lock().lag_lsns = u64::MAX;
@@ -760,9 +824,22 @@ impl Runner {
     }
 }
 
-/// True when the plan takes bands from the replica's shard.
+/// True when the plan takes bands from the replica's shard, or a copy of the replica.
 fn gives(plan: &Plan, replica: &Replica) -> bool {
-    plan.moving().is_some() && plan.sources.iter().any(|source| source.shard == replica.shard)
+    match plan.kind {
+        PlanKind::Grow { .. } => plan.sources.iter().any(|source| source.shard == replica.shard),
+        PlanKind::Replica { .. } => plan.sources.iter().any(|source| source.replica == replica.id),
+        PlanKind::Takeover { .. } | PlanKind::Restore { .. } => false,
+    }
+}
+
+/// Records that a copy does not have yet; `None` while that is not known.
+fn copy_lag(plan: &Plan, duties: &Duties) -> Option<u64> {
+    match plan.kind {
+        // There is nobody to be behind: the bucket's log has been read.
+        PlanKind::Takeover { .. } => Some(0),
+        _ => plan.sources.first().and_then(|source| duties.lag_behind(source.replica)),
+    }
 }
 
 /// True for the one replica of a shard that ships, and for the target that will.

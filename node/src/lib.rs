@@ -2,6 +2,7 @@
 //! structural changes.
 
 pub mod binlog;
+pub mod bootstrap;
 pub mod clock;
 pub mod core;
 pub mod data;

@@ -31,7 +31,7 @@ use vasto_core::stored_key::MetaKey;
 use vasto_shipping::bucket::{Bucket, BucketError, Create};
 use vasto_shipping::chunk::Chunk;
 use vasto_shipping::layout;
-use vasto_shipping::manifest::{Manifest, ManifestFile};
+use vasto_shipping::manifest::{DatabaseFile, Manifest, ManifestFile};
 
 use crate::binlog::BinlogError;
 use crate::clock::SharedClock;
@@ -98,6 +98,14 @@ struct ShipState {
     shipped_lsn: Lsn,
     manifest: Option<PinnedManifest>,
     previous: Option<String>,
+    /// The log does not hold what the replica began with: a checkpoint comes before the first chunk.
+    #[serde(default)]
+    began_full: bool,
+}
+
+/// Notes for a replica that is not open yet that its log does not hold everything.
+pub(crate) fn begin_with_a_checkpoint(dir: &Path) -> Result<(), DirError> {
+    write_json(&dir.join("ship.json"), &ShipState { began_full: true, ..ShipState::default() })
 }
 
 /// What a shipper is asked for.
@@ -213,7 +221,7 @@ impl Shipper {
             && !self.context.replica.ranges().is_being_filled()
             && self.state.shipped_lsn < self.context.replica.settled_lsn()
         {
-            if let Err(error) = self.ship_chunk().await {
+            if let Err(error) = self.ship_chunk(Lsn(u64::MAX)).await {
                 tracing::warn!(%error, "the last chunk was not shipped");
                 break;
             }
@@ -229,6 +237,11 @@ impl Shipper {
         Ok(())
     }
 
+    /// The replica began with more than its log holds.
+    fn began_full(&self) -> bool {
+        self.state.began_full || self.context.replica.ranges().ingested.is_some()
+    }
+
     fn ships(&self) -> bool {
         self.positions.ships.load(Ordering::Acquire)
     }
@@ -242,12 +255,15 @@ impl Shipper {
             return Ok(()); // it may be begun again, under the same names
         }
         let settled = replica.settled_lsn();
+        if self.began_full() && self.state.manifest.is_none() {
+            self.checkpoint(None).await?;
+        }
         if settled > self.state.shipped_lsn {
             let since = *self.dirty_since.get_or_insert_with(Instant::now);
             let backlog = replica.log().bytes_after(self.state.shipped_lsn);
             if since.elapsed() >= self.context.interval || backlog >= CHUNK_BYTES_MAX as u64 {
                 while self.state.shipped_lsn < settled {
-                    match self.ship_chunk().await {
+                    match self.ship_chunk(Lsn(u64::MAX)).await {
                         Err(ShipError::Log(BinlogError::TooOld { .. })) => {
                             // The log was given up here: a checkpoint supersedes what is missing.
                             self.checkpoint(None).await?;
@@ -265,10 +281,11 @@ impl Shipper {
         Ok(())
     }
 
-    async fn ship_chunk(&mut self) -> Result<(), ShipError> {
+    /// Ships the next chunk, nothing of it behind `limit`.
+    async fn ship_chunk(&mut self, limit: Lsn) -> Result<(), ShipError> {
         let replica = &self.context.replica;
         let after = self.state.shipped_lsn;
-        let settled = replica.settled_lsn();
+        let settled = replica.settled_lsn().min(limit);
         let log = replica.log().clone();
         let records = blocking(move || log.reader(after)?.next_batch(CHUNK_BYTES_MAX)).await?;
         let mut body = Vec::new();
@@ -371,8 +388,18 @@ impl Shipper {
             return Ok(manifest.clone());
         }
         self.load_last().await;
+        // The log up to here too, so that every moment in between can be restored; not what came before
+        // a beginning that the log does not hold.
+        let chained = self.ships() && (self.state.manifest.is_some() || !self.began_full());
+        while chained && self.state.shipped_lsn < described.head.applied_lsn {
+            match self.ship_chunk(described.head.applied_lsn).await {
+                Err(ShipError::Log(BinlogError::TooOld { .. })) => break, // the checkpoint supersedes it
+                other => other?,
+            }
+        }
         let files = self.upload(dir, &described).await?;
-        self.publish(described, files).await
+        let database = self.upload_database(dir, described.head.applied_lsn).await?;
+        self.publish(described, files, database).await
     }
 
     /// The last manifest names the SSTs that need no second upload.
@@ -411,7 +438,24 @@ impl Shipper {
         futures::stream::iter(uploads).buffered(UPLOADS).try_collect().await
     }
 
-    async fn publish(&mut self, described: Described, files: Vec<ManifestFile>) -> Result<PinnedManifest, ShipError> {
+    /// The database's own list of its files: with it they open as they are.
+    async fn upload_database(&self, dir: &Path, lsn: Lsn) -> Result<DatabaseFile, ShipError> {
+        let odd = |what: String| ShipError::Checkpoint(what);
+        let current = tokio::fs::read_to_string(dir.join("CURRENT")).await;
+        let name = current.map_err(|error| odd(format!("its CURRENT cannot be read: {error}")))?.trim().to_owned();
+        let replica = &self.context.replica;
+        let attempt = format!("{:08x}", rand::random::<u32>());
+        let key = layout::database(replica.keyspace, replica.shard, replica.id, lsn, &attempt);
+        let uploaded = self.context.bucket.upload_file(&key, &dir.join(&name)).await?;
+        Ok(DatabaseFile { key, name, bytes: uploaded.bytes, crc32c: uploaded.crc32c })
+    }
+
+    async fn publish(
+        &mut self,
+        described: Described,
+        files: Vec<ManifestFile>,
+        database: DatabaseFile,
+    ) -> Result<PinnedManifest, ShipError> {
         let replica = &self.context.replica;
         let lsn = described.head.applied_lsn;
         if lsn > replica.log().synced_lsn() {
@@ -435,6 +479,7 @@ impl Shipper {
             previous: self.state.manifest.as_ref().map(|manifest| manifest.key.clone()),
             range_states: described.ranges.runs(),
             files,
+            database: Some(database),
         };
         if let Create::Exists(found) = self.context.bucket.create(&key, manifest.encode()).await? {
             // Written by this very opening before ship.json was: the same state, with its own objects.

@@ -145,6 +145,37 @@ impl CatalogStore {
         })
     }
 
+    /// One version of a keyspace; `None`: it has not been written.
+    pub async fn version(
+        &self,
+        keyspace: KeyspaceId,
+        version: CatalogVersion,
+    ) -> Result<Option<Catalog>, CatalogError> {
+        self.read(keyspace, version).await
+    }
+
+    /// The version of a keyspace that was in force at a time, microseconds since 1970; `None` when it
+    /// did not exist yet. `tip` is a version that is known to exist, and to be the last before now.
+    pub async fn at(&self, tip: &Catalog, at_us: u64) -> Result<Option<Catalog>, CatalogError> {
+        if tip.written_at_us <= at_us {
+            return Ok(Some(tip.clone()));
+        }
+        // Versions below `low` were written by then, those from `high` on were not.
+        let (mut low, mut high) = (0, tip.version.0);
+        let mut found = None;
+        while low + 1 < high {
+            let middle = low.midpoint(high);
+            match self.read(tip.keyspace, CatalogVersion(middle)).await? {
+                Some(version) if version.written_at_us <= at_us => {
+                    low = middle;
+                    found = Some(version);
+                }
+                _ => high = middle,
+            }
+        }
+        Ok(found)
+    }
+
     /// The last version of a keyspace, found upward from one that is known to exist (or from 1 when
     /// the hint is too high). `None`: there is no such keyspace. Two requests when the hint is the tip.
     pub async fn tip(&self, keyspace: KeyspaceId, hint: CatalogVersion) -> Result<Option<Catalog>, CatalogError> {

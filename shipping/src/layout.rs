@@ -51,6 +51,16 @@ pub fn replica_prefix(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId) 
     format!("data/{:020}/{:020}/{:020}/", keyspace.0, shard.0, replica.0)
 }
 
+/// Everything that the replicas of one shard ship.
+pub fn shard_prefix(keyspace: KeyspaceId, shard: ShardId) -> String {
+    format!("data/{:020}/{:020}/", keyspace.0, shard.0)
+}
+
+/// The database's own list of files, of the checkpoint at `lsn`.
+pub fn database(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId, lsn: Lsn, attempt: &str) -> String {
+    format!("{}db/{:020}-{attempt}.manifest", replica_prefix(keyspace, shard, replica), lsn.0)
+}
+
 /// An SST. `attempt` is drawn for every upload, because file numbers come again after a restore.
 pub fn sst(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId, file_number: u64, attempt: &str) -> String {
     format!("{}sst/{file_number:020}-{attempt}.sst", replica_prefix(keyspace, shard, replica))
@@ -74,6 +84,47 @@ pub fn checkpoint_prefix(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaI
 /// Reads the LSN out of a key that [`manifest`] made.
 pub fn parse_manifest_lsn(key: &str) -> Option<Lsn> {
     number(key.rsplit('/').next()?.strip_suffix(".manifest")?).map(Lsn)
+}
+
+/// What a key under `data/` belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Owner {
+    /// The keyspace.
+    pub keyspace: KeyspaceId,
+    /// The shard.
+    pub shard: ShardId,
+    /// The replica that shipped it.
+    pub replica: ReplicaId,
+}
+
+/// What an object of a replica is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shipped {
+    /// An SST.
+    Sst,
+    /// A database's list of its files.
+    Database,
+    /// The chunk that starts with this record.
+    Chunk(Lsn),
+    /// The manifest of the checkpoint at this record.
+    Manifest(Lsn),
+}
+
+/// Reads a key of a replica's object; `None` for anything else.
+pub fn parse_shipped(key: &str) -> Option<(Owner, Shipped)> {
+    let mut parts = key.strip_prefix("data/")?.splitn(5, '/');
+    let keyspace = KeyspaceId(number(parts.next()?)?);
+    let shard = ShardId(u32::try_from(number(parts.next()?)?).ok()?);
+    let replica = ReplicaId(number(parts.next()?)?);
+    let (folder, name) = (parts.next()?, parts.next()?);
+    let shipped = match folder {
+        "sst" => name.strip_suffix(".sst").map(|_| Shipped::Sst)?,
+        "db" => name.strip_suffix(".manifest").map(|_| Shipped::Database)?,
+        "log" => Shipped::Chunk(Lsn(number(name.strip_suffix(".chunk")?)?)),
+        "checkpoint" => Shipped::Manifest(Lsn(number(name.strip_suffix(".manifest")?)?)),
+        _ => return None,
+    };
+    Some((Owner { keyspace, shard, replica }, shipped))
 }
 
 /// The `n`th SST that a plan exports from one shard for another.

@@ -50,6 +50,23 @@ pub struct Manifest {
     pub range_states: Vec<(BandRange, u8)>,
     /// The SSTs.
     pub files: Vec<ManifestFile>,
+    /// The database's own list of its files, with which they are opened as they are; manifests of
+    /// before it was shipped have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub database: Option<DatabaseFile>,
+}
+
+/// The database's own list of its files at the checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DatabaseFile {
+    /// Full object key.
+    pub key: String,
+    /// Its file name.
+    pub name: String,
+    /// Size.
+    pub bytes: u64,
+    /// CRC-32C of the whole.
+    pub crc32c: u32,
 }
 
 /// One SST of a checkpoint.
@@ -221,6 +238,12 @@ mod tests {
                 nonce: n[10],
                 previous,
                 range_states,
+                database: files.first().map(|file| DatabaseFile {
+                    key: file.key.clone(),
+                    name: "MANIFEST-000001".into(),
+                    bytes: file.bytes,
+                    crc32c: file.crc32c,
+                }),
                 files,
             },
         )

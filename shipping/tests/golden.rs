@@ -57,6 +57,7 @@ fn manifest() {
         entries: 1_000,
     };
     let manifest = Manifest {
+        database: None,
         keyspace: KeyspaceId(7),
         shard: ShardId(2),
         replica: ReplicaId(5),

@@ -192,6 +192,11 @@ impl Cluster {
         self.nodes.len()
     }
 
+    /// The id of a node, once it has been up.
+    pub fn node_id(&self, index: usize) -> Option<String> {
+        self.nodes[index].node_id.clone()
+    }
+
     /// The port of a node's data service.
     pub fn port(&self, index: usize) -> u16 {
         self.nodes[index].port

@@ -1,8 +1,9 @@
 //! `vasto node list` and `vasto cluster status`.
 
 use serde_json::Value;
+use vasto_client::Vasto;
 
-use super::{bytes, keyspace, list, text};
+use super::{bytes, keyspace, list, resize, text};
 use crate::{
     args::{Cluster, ClusterCommand, Node, NodeCommand},
     connect,
@@ -14,8 +15,19 @@ use crate::{
 /// # Errors
 /// What the cluster says.
 pub async fn node(args: &Node, format: OutputFormat) -> anyhow::Result<()> {
-    let NodeCommand::List = args.command;
-    let nodes = connect::document(connect::connect(&args.connect).await?.list_nodes().await)?;
+    let vasto = connect::connect(&args.connect).await?;
+    let (started, no_wait) = match &args.command {
+        NodeCommand::List => return list_nodes(&vasto, format).await,
+        NodeCommand::Replace(replace) => {
+            (vasto.start_emptying_node(&replace.node, replace.with.as_deref(), true).await, replace.no_wait)
+        }
+        NodeCommand::Drain(drain) => (vasto.start_emptying_node(&drain.node, None, false).await, drain.no_wait),
+    };
+    resize::wait(&vasto, connect::operation(started)?, no_wait, format).await
+}
+
+async fn list_nodes(vasto: &Vasto, format: OutputFormat) -> anyhow::Result<()> {
+    let nodes = connect::document(vasto.list_nodes().await)?;
     match format {
         OutputFormat::Json => output::print_json(&nodes)?,
         OutputFormat::Table => output::print(&listing(&nodes))?,

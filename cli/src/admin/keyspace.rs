@@ -51,6 +51,11 @@ pub async fn run(args: &Keyspace, format: OutputFormat) -> anyhow::Result<()> {
             (answer?, |answer| format!("every shard of {} is compacted\n", text(&answer["keyspace"])))
         }
         KeyspaceCommand::Resize(args) => return resize::run(&vasto, args, format).await,
+        KeyspaceCommand::Restore(restore) => {
+            let at_us = restore.at.map(|at| u64::try_from(at.as_microsecond()).unwrap_or_default());
+            let started = connect::operation(vasto.start_restore(&restore.name, &restore.into, at_us).await)?;
+            return resize::wait(&vasto, started, restore.no_wait, format).await;
+        }
     };
     match format {
         OutputFormat::Json => output::print_json(&answer)?,

@@ -96,7 +96,13 @@ pub fn report(operation: &Value) -> String {
         ("operation", column("id")),
         (
             "what",
-            format!("{} {} from {} to {} shards", column("kind"), column("keyspace"), column("from"), column("to")),
+            match operation["kind"].as_str() {
+                Some("grow") => {
+                    format!("grow {} from {} to {} shards", column("keyspace"), column("from"), column("to"))
+                }
+                Some("replace") => format!("{} replicas of node {}", column("replicas_moved"), column("from")),
+                _ => format!("{} {}", column("kind"), column("keyspace")),
+            },
         ),
         ("state", ended),
         ("duration", milliseconds(&operation["duration_ms"])),

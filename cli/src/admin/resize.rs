@@ -30,8 +30,16 @@ pub async fn run(vasto: &Vasto, args: &KeyspaceResize, format: OutputFormat) -> 
         return show(&plan, format, estimate);
     }
     let started = connect::operation(vasto.start_resize(&args.name, args.shards).await)?;
+    wait(vasto, started, args.no_wait, format).await
+}
+
+/// Follows an operation that was just started to its end, unless nobody wants to wait.
+///
+/// # Errors
+/// What the cluster says; an operation that was aborted.
+pub async fn wait(vasto: &Vasto, started: Value, no_wait: bool, format: OutputFormat) -> anyhow::Result<()> {
     let id = text(&started["id"]);
-    if args.no_wait {
+    if no_wait {
         return show(&started, format, |started| {
             format!("{}\nfollow it with `vasto operation show {}`\n", operation::line(started), text(&started["id"]))
         });
@@ -64,7 +72,11 @@ fn show(document: &Value, format: OutputFormat, shown: fn(&Value) -> String) -> 
 
 /// Shows the progress on stderr until the operation has ended; answers how.
 async fn follow(vasto: &Vasto, id: &str, started: &Value) -> anyhow::Result<Value> {
-    let name = format!("{} {} -> {}", text(&started["keyspace"]), text(&started["from"]), text(&started["to"]));
+    let name = match started["kind"].as_str() {
+        Some("restore") => format!("restore of {}", text(&started["keyspace"])),
+        Some("replace") => format!("replacement of {}", text(&started["from"])),
+        _ => format!("{} {} -> {}", text(&started["keyspace"]), text(&started["from"]), text(&started["to"])),
+    };
     let mut step = text(&started["step"]);
     let mut progress = Progress::start(format!("{name} {step}"), Unit::Bytes, None);
     let mut poll = tokio::time::interval(POLL);

@@ -44,6 +44,7 @@ pub(super) const FIELDS: &[Field] = &[
     field("master.listen", Kind::Address),
     field("master.admin_listen", Kind::Address),
     field("master.node_silence", Kind::Duration),
+    field("master.replace_after", Kind::Duration),
     field("node.master", Kind::Url),
     field("node.dir", Kind::Text),
     field("node.listen", Kind::Address),

@@ -537,6 +537,8 @@ macro_rules! json_calls {
 json_calls! {
     create_keyspace(v1::CreateKeyspaceRequest);
     evict_replica(v1::EvictRequest);
+    restore_keyspace(v1::RestoreRequest);
+    empty_node(v1::EmptyNodeRequest);
     list_keyspaces(v1::Empty);
     describe_keyspace(v1::KeyspaceRequest);
     delete_keyspace(v1::KeyspaceRequest);

@@ -20,6 +20,7 @@ pub fn config(bucket_url: &str) -> MasterConfig {
         bucket_options: BucketOptions::default(),
         listen: "127.0.0.1:0".parse().unwrap(),
         node_silence: Duration::from_secs(10),
+        replace_after: Duration::ZERO,
     }
 }
 

@@ -193,7 +193,8 @@ impl Writer {
         // Whoever sent it has long gone to another replica: applied now, its stamp would be above what
         // was written there since.
         if since_boot().saturating_sub(job.sent) >= ATTEMPT_PATIENCE && self.shared.followers.has_peers() {
-            let message = "the request was under way for too long, its sender has gone to another replica; send it again";
+            let message =
+                "the request was under way for too long, its sender has gone to another replica; send it again";
             return Checked::Refused(VastoError::new(ErrorCode::CatchingUp, message).retry_after_ms(50));
         }
         let mut sealed = false;

@@ -1,6 +1,5 @@
 //! Replication between the replicas of a shard: every replica pulls every record that it lacks.
 
-pub mod copy;
 pub mod duties;
 pub mod floor;
 pub mod peers;

@@ -8,7 +8,7 @@ use tonic::{Request, Response, Status, Streaming};
 use vasto_proto::v1;
 use vasto_proto::v1::replication_server::Replication;
 
-use super::{copy, position, pull};
+use super::{position, pull};
 use crate::core::NodeCore;
 use crate::tail::{self, TailStream};
 
@@ -31,7 +31,6 @@ type Frames<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl Replication for ReplicationService {
     type TailStream = TailStream;
     type PullStream = Frames<v1::PullFrame>;
-    type CopyStream = Frames<v1::CopyFrame>;
 
     async fn tail(&self, request: Request<v1::TailRequest>) -> Result<Response<TailStream>, Status> {
         tail::serve(&self.core, &request.into_inner()).map(Response::new)
@@ -44,11 +43,6 @@ impl Replication for ReplicationService {
 
     async fn position(&self, request: Request<v1::PositionRequest>) -> Result<Response<v1::PositionReply>, Status> {
         position::serve(&self.core, request.into_inner()).await.map(Response::new)
-    }
-
-    async fn copy(&self, request: Request<v1::CopyRequest>) -> Result<Response<Self::CopyStream>, Status> {
-        let frames = copy::serve(&self.core, request.into_inner()).await?;
-        Ok(Response::new(Box::pin(frames)))
     }
 
     async fn promise(&self, request: Request<v1::PromiseRequest>) -> Result<Response<v1::PositionReply>, Status> {

@@ -23,7 +23,13 @@ type Answer = Receiver<Result<Vec<Outcome>, VastoError>>;
 
 fn ask(replica: &Replica, op: WriteOp, id: OpId) -> Answer {
     let (done, answer) = channel();
-    replica.write_as(vec![op], Ack::Fsync, 0, Told { id: Some(id), sent: None }, Box::new(move |result| drop(done.send(result))));
+    replica.write_as(
+        vec![op],
+        Ack::Fsync,
+        0,
+        Told { id: Some(id), sent: None },
+        Box::new(move |result| drop(done.send(result))),
+    );
     answer
 }
 

@@ -114,6 +114,10 @@ impl Rig {
     /// Stops a replica so that its directory can be opened again.
     pub fn close(&self, replica: Replica) {
         let _ = control(&replica, Control::Stop);
+        // The thread lets go of the database only at its end.
+        if let Some(writer) = replica.writer.lock().take() {
+            let _ = writer.join();
+        }
         self.opened.lock().retain(|one| one.engine().path() != replica.engine().path());
     }
 

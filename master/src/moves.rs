@@ -1,0 +1,256 @@
+//! What takes its bytes from the bucket on command: restoring a keyspace, emptying a node.
+//!
+//! **Invariant:** nothing is remembered here. A restore is a plan of the new keyspace, and what leaves a
+//! node is in the catalogs, so any master goes on with both.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::time::timeout;
+use vasto_core::catalog::{Catalog, KeyspaceSpec, KeyspaceState, Leaving};
+use vasto_core::error::{ErrorCode, VastoError};
+use vasto_core::ids::{KeyspaceId, NodeId, PlanId};
+use vasto_core::limits::{ADMIN_DEADLINE, check_keyspace_name};
+use vasto_core::plan::{OperationReport, Outcome, Plan, PlanKind, Step, Target};
+use vasto_proto::v1;
+use vasto_shipping::CatalogError;
+
+use crate::admin::{self, ask, learn_all, taken, unsure};
+use crate::cluster::{Cluster, nonce, now_us};
+use crate::document;
+use crate::driver::Change;
+use crate::placement::place;
+use crate::state::{Delivery, State};
+
+type Answer = Result<String, VastoError>;
+
+/// Before a restore to now the nodes that are there ship what they have, for at most so long.
+const SHIP_FIRST: Duration = Duration::from_secs(20);
+
+fn error(code: ErrorCode, message: impl Into<String>) -> VastoError {
+    VastoError::new(code, message)
+}
+
+/// Starts a new keyspace with what the bucket holds of another one.
+pub(crate) async fn restore(cluster: &Arc<Cluster>, request: v1::RestoreRequest) -> Answer {
+    check_keyspace_name(&request.into).map_err(|cause| error(ErrorCode::InvalidArgument, cause.to_string()))?;
+    if cluster.state().named(&request.into).is_some() {
+        return Err(taken(&request.into));
+    }
+    let tip = last_of(&cluster.state(), &request.name)?;
+    if let Some(at_us) = request.at_us.filter(|at| *at > now_us()) {
+        let message = format!("{at_us} µs since 1970 is in the future; leave out --at to restore what is there now");
+        return Err(error(ErrorCode::InvalidArgument, message));
+    }
+    if tip.state == KeyspaceState::Active {
+        // What is on the nodes only would be missing: in the past too, since it may not be shipped yet.
+        let shipped = timeout(SHIP_FIRST, admin::command(cluster, &request.name, v1::command::Kind::Checkpoint)).await;
+        if !matches!(shipped, Ok(Ok(_))) {
+            tracing::warn!(
+                keyspace = request.name,
+                "not every node shipped what it has; restoring what is in the bucket"
+            );
+        }
+    }
+    let then = match request.at_us {
+        None => before_its_end(cluster, &tip).await?,
+        Some(at_us) => {
+            let found = cluster.store.at(&tip, at_us).await;
+            let found = found.map_err(|cause| error(ErrorCode::Unavailable, cause.to_string()))?;
+            let missing =
+                || error(ErrorCode::NotFound, format!("keyspace {} did not exist at that time", request.name));
+            found.filter(|then| then.state == KeyspaceState::Active).ok_or_else(missing)?
+        }
+    };
+    let nodes = {
+        let state = cluster.state();
+        // One replica of each shard from the bucket; more are copied from it when it serves.
+        place(then.spec.shards, 1, &state.candidates(None))?
+    };
+    let spec = KeyspaceSpec { ..then.spec.clone() };
+    let kind = PlanKind::Restore { keyspace: then.keyspace, version: then.version, at_us: request.at_us };
+    let (started_at_us, drawn) = (now_us(), nonce());
+    let build = |id: KeyspaceId| {
+        let mut catalog = Catalog::first(id, &request.into, spec.clone(), &nodes, started_at_us, drawn);
+        let targets = catalog.placement.iter().flat_map(|shard| {
+            shard.replicas.iter().map(|one| Target { shard: shard.shard, replica: one.replica, node: one.node })
+        });
+        catalog.plan = Some(Plan {
+            id: catalog.next_plan,
+            kind,
+            from_epoch: catalog.epoch,
+            started_at_us,
+            step: Step::Tail,
+            sources: Vec::new(),
+            targets: targets.collect(),
+            seals_undone: 0,
+        });
+        catalog.next_plan = PlanId(catalog.next_plan.0 + 1);
+        catalog
+    };
+    let what = format!("restoring {} into {}", request.name, request.into);
+    let created = match timeout(ADMIN_DEADLINE, cluster.store.create_keyspace(build)).await {
+        Ok(Ok(catalog)) => catalog,
+        Ok(Err(CatalogError::NameTaken { .. })) => {
+            learn_all(cluster).await;
+            return Err(taken(&request.into));
+        }
+        Ok(Err(cause)) => return Err(unsure(&what, &cause.to_string())),
+        Err(_) => return Err(unsure(&what, "the bucket did not answer in time")),
+    };
+    tracing::info!(keyspace = request.into, of = request.name, version = then.version.0, "restoring a keyspace");
+    let started = document::running_of(&created);
+    cluster.install(created, Delivery::Push);
+    Ok(document::json(&started))
+}
+
+/// The keyspace of that name: the one that serves, or the one that was deleted last.
+fn last_of(state: &State, name: &str) -> Result<Arc<Catalog>, VastoError> {
+    let all = state.keyspaces.values().filter(|known| known.catalog.name == name).map(|known| known.catalog.clone());
+    all.max_by_key(|catalog| (catalog.state == KeyspaceState::Active, catalog.keyspace)).ok_or_else(|| {
+        let known: Vec<&str> = state.active().map(|known| known.catalog.name.as_str()).collect();
+        let known =
+            if known.is_empty() { "there is none".to_owned() } else { format!("there is {}", known.join(", ")) };
+        error(ErrorCode::NotFound, format!("no keyspace `{name}` is in the bucket; {known}"))
+    })
+}
+
+/// The last version of a keyspace that was not deleted.
+async fn before_its_end(cluster: &Cluster, tip: &Arc<Catalog>) -> Result<Catalog, VastoError> {
+    if tip.state == KeyspaceState::Active {
+        return Ok(Catalog::clone(tip));
+    }
+    let found = cluster.store.at(tip, tip.written_at_us.saturating_sub(1)).await;
+    let found = found.map_err(|cause| error(ErrorCode::Unavailable, cause.to_string()))?;
+    found.ok_or_else(|| error(ErrorCode::NotFound, format!("keyspace {} never held anything", tip.name)))
+}
+
+fn node_of(text: &str) -> Result<NodeId, VastoError> {
+    text.parse()
+        .map_err(|_| error(ErrorCode::InvalidArgument, format!("`{text}` is not a node id; see `vasto node list`")))
+}
+
+/// Begins to move all replicas of a node elsewhere.
+pub(crate) async fn empty(cluster: &Arc<Cluster>, request: v1::EmptyNodeRequest) -> Answer {
+    let node = node_of(&request.node_id)?;
+    let to = Some(request.to_node_id.as_str()).filter(|id| !id.is_empty()).map(node_of).transpose()?;
+    let leaving = Leaving { node, to, since_us: now_us() };
+    let concerned = {
+        let state = cluster.state();
+        check(&state, leaving, request.replace)?
+    };
+    if concerned.is_empty() {
+        return Err(error(ErrorCode::NotFound, format!("node {node} has no replicas; there is nothing to move")));
+    }
+    for keyspace in concerned {
+        ask(cluster, keyspace, Change::Empty(leaving)).await?;
+    }
+    tracing::info!(%node, ?to, "moving all replicas of a node");
+    let id = operation_id(leaving);
+    node_operation(cluster, &id).ok_or_else(|| error(ErrorCode::Internal, "the operation is not known any more"))
+}
+
+/// The keyspaces with replicas on the node, when there is somebody for each of them.
+fn check(state: &State, leaving: Leaving, replace: bool) -> Result<Vec<KeyspaceId>, VastoError> {
+    let Leaving { node, to, .. } = leaving;
+    let live = |id: NodeId| state.nodes.get(&id).is_some_and(|known| known.session.is_some());
+    if !replace && !live(node) {
+        let message = format!("node {node} is away; replace it with `vasto node replace {node}`");
+        return Err(error(ErrorCode::FailedPrecondition, message));
+    }
+    if let Some(to) = to
+        && (to == node || !live(to))
+    {
+        let message = format!("node {to} cannot take over: it is {}", if to == node { "the same" } else { "away" });
+        return Err(error(ErrorCode::FailedPrecondition, message));
+    }
+    let mut concerned = Vec::new();
+    for known in state.active() {
+        let mut then = Catalog::clone(&known.catalog);
+        then.leaving.push(leaving);
+        let here: Vec<_> =
+            known.catalog.placement.iter().filter(|shard| shard.replicas.iter().any(|one| one.node == node)).collect();
+        for shard in &here {
+            let staying = shard.replicas.iter().filter(|one| one.node != node).count();
+            if staying < then.spec.replicas as usize && state.copy_target(&then, shard.shard).is_none() {
+                let message = format!(
+                    "no other live node has room for shard {} of {}; start one with `vasto serve node`",
+                    shard.shard, then.name
+                );
+                return Err(error(ErrorCode::FailedPrecondition, message));
+            }
+        }
+        if !here.is_empty() {
+            concerned.push(known.catalog.keyspace);
+        }
+    }
+    Ok(concerned)
+}
+
+fn operation_id(leaving: Leaving) -> String {
+    format!("node-{}-{}", leaving.node, leaving.since_us)
+}
+
+/// How far the emptying of a node is; `None` when the id is not of that kind.
+pub(crate) fn node_operation(cluster: &Cluster, id: &str) -> Option<String> {
+    let (node, since) = id.strip_prefix("node-")?.rsplit_once('-')?;
+    let (node, since_us): (NodeId, u64) = (node.parse().ok()?, since.parse().ok()?);
+    let state = cluster.state();
+    let running: Vec<_> = state
+        .active()
+        .filter(|known| known.catalog.leaving.iter().any(|one| (one.node, one.since_us) == (node, since_us)))
+        .collect();
+    let of_it = |report: &&OperationReport| {
+        report.started_at_us >= since_us && matches!(report.kind.as_str(), "replica" | "takeover")
+    };
+    let reports: Vec<&OperationReport> = state
+        .active()
+        .flat_map(|known| known.catalog.operations.iter().filter(of_it))
+        .filter(|report| report.outcome == Outcome::Done)
+        .collect();
+    let sum = |field: fn(&OperationReport) -> u64| reports.iter().map(|report| field(report)).sum::<u64>();
+    let ended_us = |report: &&OperationReport| report.started_at_us + report.duration_ms * 1000;
+    let until = if running.is_empty() { reports.iter().map(ended_us).max().unwrap_or(since_us) } else { now_us() };
+    let mut names: Vec<&str> = reports.iter().map(|report| report.keyspace.as_str()).collect();
+    names.extend(running.iter().map(|known| known.catalog.name.as_str()));
+    names.sort_unstable();
+    names.dedup();
+    let left: usize = running
+        .iter()
+        .flat_map(|known| &known.catalog.placement)
+        .map(|shard| shard.replicas.iter().filter(|one| one.node == node).count())
+        .sum();
+    let plans: Vec<_> = running.iter().filter_map(|known| document::running(known)).collect();
+    let progress = |field: &str| plans.iter().filter_map(|plan| json!(plan)[field].as_u64()).sum::<u64>();
+    let waiting = running.iter().find_map(|known| known.waiting_for.clone());
+    let to = running.iter().flat_map(|known| &known.catalog.leaving).find_map(|one| one.to);
+    let taken: u64 = reports.len() as u64;
+    let mut answer = json!({
+        "id": id,
+        "kind": "replace",
+        "keyspace": names.join(","),
+        "from": node.to_string(),
+        "to": to.map(|to| to.to_string()),
+        "state": if running.is_empty() { "done" } else { "running" },
+        "replicas_moved": taken,
+        "replicas_left": left,
+        "keys_moved": sum(|report| report.keys_moved),
+        "bytes_moved": sum(|report| report.bytes_moved),
+        "bytes_from_bucket": sum(|report| report.bytes_from_bucket),
+        "bytes_from_peers": sum(|report| report.bytes_from_peers),
+        "objects_read": sum(|report| report.objects_read),
+        "write_pause_ms": {"p50": 0.0, "p99": 0.0, "max": 0.0},
+        "duration_ms": until.saturating_sub(since_us) / 1000,
+        "started_at_us": since_us,
+    });
+    if !running.is_empty()
+        && let Value::Object(fields) = &mut answer
+    {
+        fields.insert("step".into(), json!(format!("{left} replicas left")));
+        fields.insert("waiting_for".into(), json!(waiting));
+        fields.insert("bytes_done".into(), json!(progress("bytes_done")));
+        fields.insert("bytes_total".into(), json!(progress("bytes_total")));
+    }
+    Some(answer.to_string())
+}

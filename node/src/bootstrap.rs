@@ -1,0 +1,556 @@
+//! Makes a replica out of what another one has shipped: the files of a checkpoint as they are, then
+//! the chunks of the log behind it.
+//!
+//! **Invariants**
+//! - The database is put together in a directory of its own on the same file system, verified, given
+//!   its new identity, and moved into its place whole. What was downloaded before a crash is kept.
+//! - It takes nothing of the other's identity, seals, cursors and results; its ranges are those of the
+//!   catalog, and what is stored outside of them is gone before it serves.
+//! - What it ships begins with a checkpoint of its own: its log does not hold what it began with.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+use vasto_core::Band;
+use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, OwnSeq, ReplicaId, ShardId, covers};
+use vasto_core::limits::GROUP_BYTES_MAX;
+use vasto_core::plan::{TargetProgress, TargetStage};
+use vasto_core::record::{BandRange, KeyEntry, Progress, RangeState, Record, frame_at};
+use vasto_core::stored_key::MetaKey;
+use vasto_shipping::bucket::{Bucket, BucketError};
+use vasto_shipping::chunk::Chunk;
+use vasto_shipping::download::{DownloadError, DownloadProgress, Wanted, download};
+use vasto_shipping::history::{self, Base, HistoryError};
+use vasto_shipping::layout::Owner;
+use vasto_shipping::manifest::Manifest;
+
+use crate::core::NodeCore;
+use crate::engine::{Batch, Engine, EngineError, EngineShared, FlushGuard, ImportFile, Scratch};
+use crate::node_dir::DirError;
+use crate::replica::Replica;
+use crate::replica::job::ReplicaError;
+use crate::replica::state::{Head, Identity, Ranges};
+use crate::ship;
+use crate::tail::Filter;
+
+/// Ranged requests at a time.
+const PARALLEL: usize = 8;
+
+/// Why a replica cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BootstrapError {
+    /// The bucket failed.
+    #[error(transparent)]
+    Bucket(#[from] BucketError),
+    /// A download failed.
+    #[error(transparent)]
+    Download(#[from] DownloadError),
+    /// What the bucket holds cannot be read.
+    #[error(transparent)]
+    History(#[from] HistoryError),
+    /// What was downloaded is not what the manifest says.
+    #[error("the checkpoint {key} cannot be used: {reason}")]
+    Unusable {
+        /// Its manifest.
+        key: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A local file.
+    #[error("{path}: {source}")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A local document.
+    #[error(transparent)]
+    Dir(#[from] DirError),
+    /// The database.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// The new replica refused.
+    #[error(transparent)]
+    Replica(#[from] ReplicaError),
+    /// The node is stopping, or the plan is over.
+    #[error("the node is stopping")]
+    Cancelled,
+}
+
+impl BootstrapError {
+    /// True when trying again can help.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            BootstrapError::Bucket(_) => true,
+            BootstrapError::Download(error) => matches!(error, DownloadError::Bucket(_)),
+            BootstrapError::History(error) => matches!(error, HistoryError::Bucket(_)),
+            BootstrapError::Unusable { .. }
+            | BootstrapError::Io { .. }
+            | BootstrapError::Dir(_)
+            | BootstrapError::Engine(_)
+            | BootstrapError::Replica(_)
+            | BootstrapError::Cancelled => false,
+        }
+    }
+}
+
+fn io(path: &Path) -> impl FnOnce(std::io::Error) -> BootstrapError + '_ {
+    move |source| BootstrapError::Io { path: path.to_owned(), source }
+}
+
+/// Who a copy becomes.
+#[derive(Debug, Clone, Copy)]
+pub struct Adoption {
+    /// The keyspace.
+    pub keyspace: KeyspaceId,
+    /// The replica.
+    pub replica: ReplicaId,
+    /// What it owns.
+    pub owned: BandRange,
+    /// The version that says so.
+    pub version: CatalogVersion,
+    /// Its epoch.
+    pub epoch: Epoch,
+}
+
+/// What is made of the log behind the checkpoint.
+#[derive(Debug, Clone, Copy)]
+pub enum Log {
+    /// The replica joins the others of its shard: it keeps every record as it is, origin and number.
+    Joined,
+    /// The replica begins a history of its own: it takes the entries that belong to its shard.
+    Past {
+        /// Shards of the keyspace.
+        shards: u32,
+        /// Nothing with a greater commit time, microseconds.
+        until_us: Option<u64>,
+    },
+}
+
+/// Where the cursor of a log is kept that belongs to another keyspace: its replica ids mean others here.
+fn cursor_of(log: Log, replica: ReplicaId) -> ReplicaId {
+    match log {
+        Log::Joined => replica,
+        Log::Past { .. } => ReplicaId(replica.0 | 1 << 63),
+    }
+}
+
+/// What a bootstrap works with.
+pub struct Bootstrap {
+    /// Where the bytes come from.
+    pub bucket: Bucket,
+    /// To open the database.
+    pub engines: EngineShared,
+    /// The new replica's directory.
+    pub dir: PathBuf,
+    /// A place for downloads on the same file system; the same one after a restart.
+    pub side: PathBuf,
+    /// What the master is told.
+    pub progress: Arc<Mutex<TargetProgress>>,
+    /// To tell it.
+    pub core: Arc<NodeCore>,
+    /// Ends it.
+    pub cancel: CancellationToken,
+}
+
+impl Bootstrap {
+    /// Takes over the files of a checkpoint as the database of the new replica.
+    ///
+    /// # Errors
+    /// What was downloaded stays for the next attempt.
+    pub async fn take(&self, base: &Base, adoption: Adoption, log: Log) -> Result<(), BootstrapError> {
+        let wanted = wanted(base)?;
+        let total: u64 = wanted.iter().map(|one| one.bytes).sum();
+        self.progress.lock().bytes_total = total;
+        let progress = DownloadProgress::default();
+        let before = {
+            let shown = self.progress.lock();
+            (shown.bytes_from_bucket, shown.objects_read)
+        };
+        let show = || {
+            let mut shown = self.progress.lock();
+            let bytes = progress.bytes.load(Ordering::Relaxed);
+            shown.bytes_done = bytes.min(total);
+            shown.bytes_from_bucket = before.0 + bytes;
+            shown.objects_read = before.1 + progress.requests.load(Ordering::Relaxed);
+        };
+        {
+            let fetch = download(&self.bucket, &wanted, &self.side, PARALLEL, &progress, &self.cancel);
+            tokio::pin!(fetch);
+            let mut tick = tokio::time::interval(Duration::from_millis(200));
+            loop {
+                tokio::select! {
+                    result = &mut fetch => break result?,
+                    _ = tick.tick() => {
+                        show();
+                        self.core.report.notify_one();
+                    }
+                }
+            }
+        }
+        show();
+        {
+            let mut shown = self.progress.lock();
+            (shown.bytes_done, shown.bytes_moved) = (total, total);
+            shown.keys_moved = base.manifest.files.iter().map(|file| file.entries).sum();
+            shown.stage = TargetStage::Rewriting;
+        }
+        self.core.report.notify_one();
+        let (engines, dir, side, base) = (self.engines.clone(), self.dir.clone(), self.side.clone(), base.clone());
+        let work = move || install(&engines, &dir, &side, &base, adoption, log);
+        match tokio::task::spawn_blocking(work).await {
+            Ok(result) => result,
+            Err(error) => Err(io(&self.side)(std::io::Error::other(error))),
+        }
+    }
+
+    /// Applies the chunks of a replica's log, from where the new replica stands to the last one that is
+    /// there; answers the LSN that was reached.
+    pub async fn replay(&self, replica: &Replica, of: &Candidate, log: Log) -> Result<Lsn, BootstrapError> {
+        let owner = of.owner;
+        let cursor = cursor_of(log, owner.replica);
+        let cursors = replica.tail_cursors()?;
+        let mut at = cursors.into_iter().find(|(id, _)| *id == cursor).map_or(Lsn(0), |(_, lsn)| lsn);
+        loop {
+            let next = history::chunk_after(&self.bucket, owner, &of.chunks, at);
+            let Some(next) = self.cancel.run_until_cancelled(next).await else {
+                return Err(BootstrapError::Cancelled);
+            };
+            let Some((chunk, bytes)) = next? else { return Ok(at) };
+            {
+                let mut shown = self.progress.lock();
+                shown.bytes_from_bucket += bytes;
+                shown.objects_read += 1;
+            }
+            at = chunk.last_lsn;
+            match log {
+                Log::Joined => join(replica, owner.replica, chunk).await?,
+                Log::Past { shards, until_us } => {
+                    merge(replica, chunk, Filter { shard: owner.shard, shards }, until_us, cursor).await?;
+                }
+            }
+            self.core.report.notify_one();
+        }
+    }
+}
+
+impl Bootstrap {
+    /// Merges the checkpoint of another replica of the shard, when the first one does not hold all of it.
+    pub async fn merge_base(
+        &self,
+        replica: &Replica,
+        other: &Candidate,
+        first: Option<&Base>,
+        log: Log,
+    ) -> Result<(), BootstrapError> {
+        let (Some(base), Log::Past { shards, .. }) = (&other.base, log) else { return Ok(()) };
+        let cursor = cursor_of(log, other.owner.replica);
+        if replica.tail_cursors()?.iter().any(|(id, lsn)| *id == cursor && *lsn >= base.manifest.lsn) {
+            return Ok(()); // before a restart
+        }
+        if !first.is_some_and(|first| covers(&first.manifest.vector, &base.manifest.vector)) {
+            self.merge_rows(replica, base, shards).await?;
+        }
+        replica.apply(Vec::new(), vec![Progress::Tail(cursor, base.manifest.lsn)]).await?;
+        Ok(())
+    }
+
+    async fn merge_rows(&self, replica: &Replica, base: &Base, shards: u32) -> Result<(), BootstrapError> {
+        let side = self.side.with_extension(base.manifest.replica.to_string());
+        let progress = DownloadProgress::default();
+        let files = wanted(base)?;
+        download(&self.bucket, &files, &side, PARALLEL, &progress, &self.cancel).await?;
+        {
+            let mut shown = self.progress.lock();
+            shown.bytes_from_bucket += progress.bytes.load(Ordering::Relaxed);
+            shown.objects_read += progress.requests.load(Ordering::Relaxed);
+        }
+        let imported: Vec<ImportFile> = base
+            .manifest
+            .files
+            .iter()
+            .map(|file| ImportFile {
+                name: format!("{:06}.sst", file.file_number),
+                bytes: file.bytes,
+                level: file.level,
+                smallest_seqno: file.smallest_seqno,
+                largest_seqno: file.largest_seqno,
+                first_key: file.first_key.clone(),
+                last_key: file.last_key.clone(),
+                entries: file.entries,
+            })
+            .collect();
+        let (slices, mut received) = tokio::sync::mpsc::channel(2);
+        let from = side.clone();
+        let reading = tokio::task::spawn_blocking(move || read_rows(&from, &imported, shards, &slices));
+        while let Some(slice) = received.recv().await {
+            replica.apply(slice, Vec::new()).await?;
+        }
+        let read = reading
+            .await
+            .unwrap_or_else(|error| Err(EngineError::Rocks { doing: "read a checkpoint", message: error.to_string() }));
+        let _ = tokio::fs::remove_dir_all(&side).await;
+        Ok(read?)
+    }
+}
+
+/// Sends the rows of the owned bands of a downloaded checkpoint, in slices that fit into a record.
+fn read_rows(
+    dir: &Path,
+    files: &[ImportFile],
+    shards: u32,
+    slices: &tokio::sync::mpsc::Sender<Vec<KeyEntry>>,
+) -> Result<(), EngineError> {
+    let scratch = Scratch::import(&dir.join("scratch"), dir, files)?;
+    let owned: BandRange = Band::owned(shards).into();
+    let (mut slice, mut bytes) = (Vec::new(), 0);
+    for band in Band::all().filter(|band| owned.contains(*band)) {
+        let mut rows = scratch.rows(band);
+        while let Some((key, entry)) = rows.current()? {
+            bytes += key.len() + entry.len();
+            slice.push(KeyEntry { key: key.to_vec().into(), entry: entry.to_vec().into() });
+            rows.advance();
+            if bytes >= GROUP_BYTES_MAX {
+                bytes = 0;
+                if slices.blocking_send(std::mem::take(&mut slice)).is_err() {
+                    return Ok(());
+                }
+            }
+        }
+    }
+    let _ = slices.blocking_send(slice);
+    Ok(())
+}
+
+async fn join(replica: &Replica, source: ReplicaId, chunk: Chunk) -> Result<(), ReplicaError> {
+    let mut rest = &chunk.records[..];
+    let mut records = Vec::new();
+    let mut bytes = 0;
+    let mut covered = Lsn(chunk.first_lsn.0 - 1);
+    for record in chunk.records() {
+        let Ok(record) = record else { break }; // a decoded chunk holds whole records only
+        covered = record.lsn;
+        let length = frame_at(rest).unwrap_or(rest.len());
+        rest = &rest[length..];
+        bytes += length;
+        // Those without a number concern the other replica alone.
+        if record.own_seq.0 > 0 {
+            records.push(record);
+        }
+        if bytes >= GROUP_BYTES_MAX {
+            replica.replicate(source, std::mem::take(&mut records), covered).await?;
+            bytes = 0;
+        }
+    }
+    replica.replicate(source, records, covered).await
+}
+
+async fn merge(
+    replica: &Replica,
+    chunk: Chunk,
+    filter: Filter,
+    until_us: Option<u64>,
+    cursor: ReplicaId,
+) -> Result<(), ReplicaError> {
+    let in_time = |record: &Record| until_us.is_none_or(|until| record.commit_time <= until);
+    let records = chunk.records().map_while(Result::ok).filter(in_time);
+    let mut slice: Vec<KeyEntry> = Vec::new();
+    let mut bytes = 0;
+    for one in records.flat_map(|record| filter.pick(record)) {
+        bytes += one.key.len() + one.entry.len();
+        slice.push(one);
+        if bytes >= GROUP_BYTES_MAX {
+            replica.apply(std::mem::take(&mut slice), Vec::new()).await?;
+            bytes = 0;
+        }
+    }
+    replica.apply(slice, vec![Progress::Tail(cursor, chunk.last_lsn)]).await.map(|_| ())
+}
+
+fn wanted(base: &Base) -> Result<Vec<Wanted>, BootstrapError> {
+    let unusable = |reason: &str| BootstrapError::Unusable { key: base.key.clone(), reason: reason.to_owned() };
+    let database = base.manifest.database.as_ref();
+    let database = database.ok_or_else(|| unusable("it was shipped by an older version; make a new checkpoint"))?;
+    let files = base.manifest.files.iter().map(|file| Wanted {
+        key: file.key.clone(),
+        bytes: file.bytes,
+        crc32c: file.crc32c,
+        file_name: format!("{:06}.sst", file.file_number),
+    });
+    let list = Wanted {
+        key: database.key.clone(),
+        bytes: database.bytes,
+        crc32c: database.crc32c,
+        file_name: database.name.clone(),
+    };
+    Ok(files.chain([list]).collect())
+}
+
+struct NoGuard;
+
+impl FlushGuard for NoGuard {
+    fn before_flush(&self) {}
+}
+
+/// Makes the downloaded files the database of the new replica. Blocks on the disk.
+fn install(
+    engines: &EngineShared,
+    dir: &Path,
+    side: &Path,
+    base: &Base,
+    adoption: Adoption,
+    log: Log,
+) -> Result<(), BootstrapError> {
+    let manifest = &base.manifest;
+    let name = manifest.database.as_ref().map(|database| database.name.as_str()).unwrap_or_default();
+    let current = side.join("CURRENT");
+    std::fs::write(&current, format!("{name}\n")).map_err(io(&current))?;
+    let engine = Engine::open(engines, side, Arc::new(AtomicU64::new(0)), Arc::new(NoGuard))?;
+    let adopted = adopt(&engine, manifest, adoption, log);
+    engine.close();
+    drop(engine);
+    adopted.map_err(|error| match error {
+        AdoptError::Engine(error) => error.into(),
+        AdoptError::Odd(reason) => BootstrapError::Unusable { key: base.key.clone(), reason },
+    })?;
+    std::fs::create_dir_all(dir).map_err(io(dir))?;
+    ship::begin_with_a_checkpoint(dir)?;
+    let database = crate::replica::database_dir(dir);
+    let _ = std::fs::remove_dir_all(&database);
+    std::fs::rename(side, &database).map_err(io(&database))?;
+    std::fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(io(dir))
+}
+
+enum AdoptError {
+    Engine(EngineError),
+    Odd(String),
+}
+
+impl From<EngineError> for AdoptError {
+    fn from(error: EngineError) -> Self {
+        AdoptError::Engine(error)
+    }
+}
+
+/// Gives a database the identity of another replica.
+fn adopt(engine: &Engine, manifest: &Manifest, adoption: Adoption, log: Log) -> Result<(), AdoptError> {
+    let odd = |what: &str| AdoptError::Odd(what.to_owned());
+    let read = |key: MetaKey| engine.get(&key.encode());
+    let identity = read(MetaKey::Identity)?.ok_or_else(|| odd("it has no identity"))?;
+    let identity = Identity::decode(&identity).map_err(|error| odd(&error.to_string()))?;
+    // A crash may have come between this and the move.
+    if (identity.keyspace, identity.replica) != (adoption.keyspace, adoption.replica) {
+        rewrite_metadata(engine, manifest, identity, adoption, log)?;
+    }
+    for bands in foreign_bands(adoption.owned) {
+        if engine.band_bytes(bands)? != (0, 0) {
+            engine.compact_bands(bands);
+        }
+        if engine.any_in(bands)? {
+            return Err(odd("something is left of bands that it does not own"));
+        }
+    }
+    Ok(())
+}
+
+fn rewrite_metadata(
+    engine: &Engine,
+    manifest: &Manifest,
+    identity: Identity,
+    adoption: Adoption,
+    log: Log,
+) -> Result<(), AdoptError> {
+    let odd = |what: &str| AdoptError::Odd(what.to_owned());
+    let read = |key: MetaKey| engine.get(&key.encode());
+    if (identity.keyspace, identity.shard, identity.replica) != (manifest.keyspace, manifest.shard, manifest.replica) {
+        return Err(odd(&format!("it is of replica {} of keyspace {}", identity.replica, identity.keyspace)));
+    }
+    let head = read(MetaKey::Head)?.ok_or_else(|| odd("it has no head"))?;
+    let head = Head::decode(&head).map_err(|error| odd(&error.to_string()))?;
+    if head.applied_lsn != manifest.lsn {
+        return Err(odd(&format!("it ends at {} instead of {}", head.applied_lsn, manifest.lsn)));
+    }
+    let foreign = foreign_bands(adoption.owned);
+    for bands in &foreign {
+        // Whole files first; the range delete below hides the rest, and is compacted away.
+        engine.delete_files_in(*bands)?;
+    }
+    let mut batch = Batch::default();
+    for bands in &foreign {
+        batch.delete_bands(*bands);
+    }
+    let mut forgotten = vec![MetaKey::result_prefix(), MetaKey::tail_cursor_prefix(), MetaKey::forward_cursor_prefix()];
+    if matches!(log, Log::Past { .. }) {
+        forgotten.push(MetaKey::vector_prefix());
+    }
+    for prefix in forgotten {
+        for (key, _) in engine.with_prefix(&prefix)? {
+            if let Ok(key) = MetaKey::decode(&key) {
+                batch.delete_meta(key);
+            }
+        }
+    }
+    let identity =
+        Identity { keyspace: adoption.keyspace, replica: adoption.replica, incarnation: Incarnation(0), ..identity };
+    batch.put_meta(MetaKey::Identity, &identity.encode());
+    let head =
+        Head { applied_lsn: Lsn(0), own_seq: OwnSeq(0), epoch: adoption.epoch, version: adoption.version, ..head };
+    batch.put_meta(MetaKey::Head, &head.encode());
+    let mut ranges = Ranges::all(RangeState::Empty);
+    ranges.set(adoption.owned, RangeState::Owned);
+    batch.put_meta(MetaKey::RangeStates, &ranges.encode());
+    batch.put_meta(MetaKey::TailCursor(cursor_of(log, manifest.replica)), &manifest.lsn.0.to_le_bytes());
+    engine.write(batch)?;
+    Ok(engine.flush()?)
+}
+
+fn foreign_bands(owned: BandRange) -> Vec<BandRange> {
+    let mut foreign = Vec::new();
+    if owned.first > Band::FIRST {
+        foreign.push(BandRange { first: Band::FIRST, last: Band(owned.first.0 - 1) });
+    }
+    if owned.last < Band::LAST {
+        foreign.push(BandRange { first: Band(owned.last.0 + 1), last: Band::LAST });
+    }
+    foreign
+}
+
+/// The shard of a keyspace as the bucket has it, most complete replica first.
+#[derive(Debug, Clone)]
+pub struct Candidate {
+    /// Whose objects.
+    pub owner: Owner,
+    /// The checkpoint to begin with; `None` begins with nothing, and the first chunk.
+    pub base: Option<Base>,
+    /// First LSNs of the chunks that were listed, rising.
+    pub chunks: Vec<Lsn>,
+}
+
+/// All replicas whose objects can bring back a shard, the best one first: what it does not hold, the
+/// logs of the others may.
+pub async fn candidates(
+    bucket: &Bucket,
+    keyspace: KeyspaceId,
+    shard: ShardId,
+    preferred: &[ReplicaId],
+    until_us: Option<u64>,
+) -> Result<Vec<Candidate>, BootstrapError> {
+    let mut found = Vec::new();
+    for (replica, folder) in history::folders(bucket, keyspace, shard).await? {
+        let owner = Owner { keyspace, shard, replica };
+        let base = history::newest_base(bucket, owner, &folder.manifests, until_us).await?;
+        // A log whose beginning is not there means nothing without a checkpoint.
+        if base.is_some() || folder.chunks.first() == Some(&Lsn(1)) {
+            found.push(Candidate { owner, base, chunks: folder.chunks });
+        }
+    }
+    let rank = |one: &Candidate| preferred.iter().position(|id| *id == one.owner.replica).unwrap_or(preferred.len());
+    let commit_time = |one: &Candidate| one.base.as_ref().map_or(0, |base| base.manifest.commit_time_max);
+    found.sort_by_key(|one| (rank(one), one.base.is_none(), std::cmp::Reverse(commit_time(one))));
+    Ok(found)
+}

@@ -1,0 +1,334 @@
+//! The bucket brings back replicas, nodes and keyspaces.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use futures::{StreamExt, TryStreamExt};
+use serde_json::Value;
+use vasto_client::{Keyspace, ReadFrom};
+use vasto_tests::replicas::converged;
+use vasto_tests::{Cluster, DEADLINE, History, Load, LoadSpec, Port, preload, until, verify};
+
+async fn put_all(keyspace: &Keyspace, prefix: &str, count: u64) -> Result<()> {
+    let put = |n: u64| async move { keyspace.put(format!("{prefix}{n}"), format!("{prefix}:{n}")).await.map(|_| ()) };
+    futures::stream::iter(0..count).map(put).buffer_unordered(64).try_collect::<()>().await?;
+    Ok(())
+}
+
+async fn missing(keyspace: &Keyspace, prefix: &str, count: u64) -> Result<usize> {
+    let names: Vec<String> = (0..count).map(|n| format!("{prefix}{n}")).collect();
+    Ok(keyspace.get_many(&names).await?.iter().filter(|value| value.is_none()).count())
+}
+
+/// Everything in a keyspace: key to value, event time and expiry.
+async fn rows(keyspace: &Keyspace) -> Result<BTreeMap<Vec<u8>, (Vec<u8>, u64)>> {
+    let mut all = BTreeMap::new();
+    let mut stream = keyspace.scan().stream();
+    while let Some(row) = stream.next().await {
+        let row = row?;
+        let value = row.value.context("a row without a value")?;
+        all.insert(row.key.to_vec(), (value.bytes().to_vec(), value.event_time));
+    }
+    Ok(all)
+}
+
+/// Waits until everything that the nodes hold is in the bucket.
+async fn shipped(cluster: &Cluster, name: &str) -> Result<()> {
+    until("everything to be shipped", DEADLINE, async || {
+        let described = cluster.json(&["keyspace", "describe", name]).await.ok()?;
+        let shards = described["placement"].as_array()?.clone();
+        let done = |shard: &Value| {
+            let replicas = shard["replicas"].as_array().cloned().unwrap_or_default();
+            replicas.first().is_some_and(|one| one["lsn"].as_u64() == one["shipped_lsn"].as_u64())
+        };
+        shards.iter().all(done).then_some(())
+    })
+    .await
+}
+
+fn node_id(cluster: &Cluster, index: usize) -> String {
+    cluster.node_id(index).unwrap()
+}
+
+/// The node that holds the first replica of a shard.
+async fn holder(cluster: &Cluster, name: &str, shard: usize) -> Result<usize> {
+    let tip = cluster.catalog(name).await?.tip()?;
+    cluster.node_of(&tip.placement[shard].replicas[0].node.to_string())
+}
+
+fn check_report(report: &Value) -> Result<()> {
+    for field in ["id", "kind", "keyspace", "from", "keys_moved", "bytes_moved", "bytes_from_bucket", "duration_ms"] {
+        ensure!(!report[field].is_null(), "{field} is missing: {report}");
+    }
+    ensure!(report["state"] == "done", "{report}");
+    println!("{report}");
+    Ok(())
+}
+
+/// One replica, its node lost for good with its disk: everything that was shipped is there again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_node_is_replaced_from_the_bucket_alone() -> Result<()> {
+    for checkpoint in [true, false] {
+        let mut cluster = Cluster::builder().nodes(2).set("node.ship_interval=200ms").start().await?;
+        cluster.create("alone", 2, &[]).await?;
+        let keyspace = cluster.keyspace("alone").await?;
+        put_all(&keyspace, "a", 5_000).await?;
+        if checkpoint {
+            cluster.json(&["keyspace", "checkpoint", "alone"]).await?;
+        }
+        put_all(&keyspace, "b", 500).await?;
+        shipped(&cluster, "alone").await?;
+        let before = rows(&keyspace).await?;
+        let lost = holder(&cluster, "alone", 0).await?;
+        let id = node_id(&cluster, lost);
+        cluster.kill9_node(lost).await?;
+        std::fs::remove_dir_all(cluster.node_dir(lost))?;
+        let drained = cluster.vasto(&["node", "drain", &id]).await?;
+        drained.refused(1, &["is away", "vasto node replace"])?;
+        let report = cluster.json(&["node", "replace", &id]).await?;
+        check_report(&report)?;
+        ensure!(report["bytes_from_peers"] == 0 && report["replicas_left"] == 0, "{report}");
+        ensure!(rows(&keyspace).await? == before, "not everything that was shipped is back");
+        keyspace.put("after", "the loss").await?;
+        // It may come back with something: until somebody says that it does not, that is remembered.
+        let status = cluster.json(&["cluster", "status"]).await?;
+        ensure!(status["warnings"].to_string().contains("may hold writes that nobody else has"), "{status}");
+        let tip = cluster.catalog("alone").await?.tip()?;
+        let gone = tip.unsealed[0].replica.to_string();
+        cluster.json(&["keyspace", "evict", "alone", "--replica", &gone, "--accept-loss", "--yes"]).await?;
+        // The replacement is as good as the first: it can be lost too.
+        shipped(&cluster, "alone").await?;
+        let next = cluster.add_node().await?;
+        let second = node_id(&cluster, 1 - lost);
+        let before = rows(&keyspace).await?;
+        cluster.kill9_node(1 - lost).await?;
+        std::fs::remove_dir_all(cluster.node_dir(1 - lost))?;
+        let report = cluster.json(&["node", "replace", &second, "--with", &node_id(&cluster, next)]).await?;
+        check_report(&report)?;
+        ensure!(rows(&keyspace).await? == before, "not everything survived the second loss");
+        cluster.finish().await?;
+    }
+    Ok(())
+}
+
+/// What was not shipped when its node was replaced is not lost: it is drained when the node returns.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replaced_node_that_returns_is_drained_of_what_was_never_shipped() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(2).set("node.ship_interval=1h").start().await?;
+    cluster.create("tail", 1, &[]).await?;
+    let keyspace = cluster.keyspace("tail").await?;
+    put_all(&keyspace, "shipped", 300).await?;
+    cluster.json(&["keyspace", "checkpoint", "tail"]).await?;
+    put_all(&keyspace, "tail", 300).await?;
+    let lost = holder(&cluster, "tail", 0).await?;
+    cluster.kill9_node(lost).await?;
+    check_report(&cluster.json(&["node", "replace", &node_id(&cluster, lost)]).await?)?;
+    ensure!(missing(&keyspace, "shipped", 300).await? == 0);
+    ensure!(missing(&keyspace, "tail", 300).await? == 300, "nobody else can have it");
+    keyspace.put("tail7", "newer").await?;
+    cluster.start_node(lost, Port::Same).await?;
+    until("the tail to be drained", DEADLINE, async || {
+        (missing(&keyspace, "tail", 300).await.ok()? == 0).then_some(())
+    })
+    .await?;
+    ensure!(keyspace.get("tail7").await?.unwrap().bytes() == "newer");
+    let catalog = cluster.catalog("tail").await?;
+    until("the drained replica to go", DEADLINE, async || catalog.tip().ok()?.unsealed.is_empty().then_some(()))
+        .await?;
+    cluster.finish().await
+}
+
+/// Live nodes are emptied under load; nobody notices.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_running_node_is_drained_under_load() -> Result<()> {
+    for replicas in ["1", "2"] {
+        let cluster = Cluster::builder().nodes(3).start().await?;
+        cluster.create("drain", 3, &["--replicas", replicas]).await?;
+        let history = Arc::new(History::default());
+        preload(&cluster.keyspace("drain").await?, &history, "s:", 10_000).await?;
+        let load = Load::start(&cluster.master(), "drain", &history, LoadSpec::default()).await?;
+        load.goes_on(50).await?;
+        let id = node_id(&cluster, 0);
+        let report = cluster.json(&["node", "drain", &id]).await?;
+        check_report(&report)?;
+        ensure!(report["bytes_from_bucket"].as_u64() > Some(0), "{report}");
+        load.goes_on(50).await?;
+        let summary = load.stop().await?;
+        println!("{summary:?}");
+        ensure!(summary.refused + summary.unknown + summary.read_errors == 0, "{summary:?}");
+        let tip = cluster.catalog("drain").await?.tip()?;
+        ensure!(tip.members_on(id.parse()?).is_empty(), "{tip:?}");
+        verify(&cluster.master(), "drain", &history).await?;
+        converged(&cluster, "drain").await?;
+        cluster.finish().await?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_away_for_long_is_replaced_without_being_asked() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(3).env("VASTO_MASTER__REPLACE_AFTER", "2s").start().await?;
+    cluster.create("auto", 1, &["--replicas", "2"]).await?;
+    let keyspace = cluster.keyspace("auto").await?;
+    put_all(&keyspace, "k", 1_000).await?;
+    converged(&cluster, "auto").await?;
+    let before = cluster.catalog("auto").await?.tip()?.placement[0].clone();
+    let lost = cluster.node_of(&before.replicas[0].node.to_string())?;
+    cluster.kill9_node(lost).await?;
+    let catalog = cluster.catalog("auto").await?;
+    until("a copy elsewhere", DEADLINE, async || {
+        let tip = catalog.tip().ok()?;
+        let placed = &tip.placement[0].replicas;
+        (placed.len() == 2 && tip.plan.is_none() && placed.iter().all(|one| one.node != before.replicas[0].node))
+            .then_some(())
+    })
+    .await?;
+    ensure!(missing(&keyspace, "k", 1_000).await? == 0);
+    ensure!(converged(&cluster, "auto").await? == 1_000);
+    cluster.start_node(lost, Port::Same).await?;
+    until("the old replica to be drained and gone", DEADLINE, async || {
+        catalog.tip().ok()?.unsealed.is_empty().then_some(())
+    })
+    .await?;
+    cluster.finish().await
+}
+
+/// Every node and its disk is lost; the bucket alone brings back what it held, now and at a time before
+/// crashes, a hand-over of shipping, a resize and a bad delete.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_keyspace_is_restored_after_every_node_is_lost() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(3).set("node.ship_interval=200ms").start().await?;
+    cluster.create("source", 2, &["--replicas", "2", "--quarantine", "1s"]).await?;
+    let keyspace = cluster.keyspace("source").await?;
+    put_all(&keyspace, "a", 3_000).await?;
+    cluster.json(&["keyspace", "checkpoint", "source"]).await?;
+    put_all(&keyspace, "b", 1_000).await?;
+    keyspace.put("ttl", "later").ttl(Duration::from_secs(3_600)).await?;
+    keyspace.add_i64("n", 42).await?;
+    let then = rows(&keyspace).await?;
+    converged(&cluster, "source").await?;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let at = now();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    // Crashes, another shipper, another shape, and the bad delete.
+    for node in 0..3 {
+        cluster.kill9_node(node).await?;
+        cluster.start_node(node, Port::Same).await?;
+        until("the replicas to serve", DEADLINE, async || keyspace.get("a1").await.ok().flatten()).await?;
+        put_all(&keyspace, &format!("after{node}"), 200).await?;
+    }
+    let tip = cluster.catalog("source").await?.tip()?;
+    let shipper = tip.placement[0].replicas[0].replica.to_string();
+    cluster.json(&["keyspace", "evict", "source", "--replica", &shipper]).await?;
+    cluster.settled("source").await?;
+    let catalog = cluster.catalog("source").await?;
+    until("the evicted replica to be made anew", DEADLINE, async || {
+        let tip = catalog.tip().ok()?;
+        let whole = tip.placement.iter().all(|shard| shard.replicas.len() == 2);
+        (whole && tip.unsealed.is_empty() && tip.plan.is_none()).then_some(())
+    })
+    .await?;
+    cluster.resize("source", 3).await?;
+    cluster.settled("source").await?;
+    for n in 0..3_000 {
+        keyspace.delete(format!("a{n}")).await?;
+    }
+    put_all(&keyspace, "c", 500).await?;
+    converged(&cluster, "source").await?;
+    shipped(&cluster, "source").await?;
+    let last = rows(&keyspace).await?;
+    ensure!(last.len() == 1_000 + 2 + 600 + 500, "{}", last.len());
+    for node in 0..3 {
+        cluster.kill9_node(node).await?;
+        std::fs::remove_dir_all(cluster.node_dir(node))?;
+    }
+    for _ in 0..2 {
+        cluster.add_node().await?;
+    }
+    let report = cluster.json(&["keyspace", "restore", "source", "--into", "then", "--at", &at]).await?;
+    check_report(&report)?;
+    ensure!(report["kind"] == "restore" && report["bytes_from_bucket"].as_u64() > Some(0), "{report}");
+    same(&rows(&cluster.keyspace("then").await?).await?, &then, "then")?;
+    check_report(&cluster.json(&["keyspace", "restore", "source", "--into", "last"]).await?)?;
+    let restored = cluster.keyspace("last").await?;
+    same(&rows(&restored).await?, &last, "last")?;
+    ensure!(restored.add_i64("n", 1).await? == 43);
+    // What was restored is a keyspace like any other: it gets its second replicas, grows, and can be lost.
+    cluster.settled("last").await?;
+    let catalog = cluster.catalog("last").await?;
+    until("the second replicas", DEADLINE, async || {
+        let tip = catalog.tip().ok()?;
+        (tip.plan.is_none() && tip.placement.iter().all(|shard| shard.replicas.len() == 2)).then_some(())
+    })
+    .await?;
+    converged(&cluster, "last").await?;
+    cluster.resize("last", 4).await?;
+    shipped(&cluster, "last").await?;
+    let again = rows(&restored).await?;
+    cluster.json(&["keyspace", "delete", "last", "--yes"]).await?;
+    check_report(&cluster.json(&["keyspace", "restore", "last", "--into", "undeleted"]).await?)?;
+    let undeleted = cluster.keyspace("undeleted").await?;
+    same(&rows(&undeleted).await?, &again, "undeleted")?;
+    ensure!(missing(&undeleted.read_from(ReadFrom::Any), "b", 1_000).await? == 0);
+    cluster.finish().await
+}
+
+fn now() -> String {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    jiff::Timestamp::from_microsecond(since.as_micros() as i64).unwrap().to_string()
+}
+
+fn same(
+    found: &BTreeMap<Vec<u8>, (Vec<u8>, u64)>,
+    wanted: &BTreeMap<Vec<u8>, (Vec<u8>, u64)>,
+    what: &str,
+) -> Result<()> {
+    let text = |key: &[u8]| String::from_utf8_lossy(key).into_owned();
+    let wrong: Vec<String> = wanted
+        .iter()
+        .filter(|(key, value)| found.get(*key) != Some(value))
+        .map(|(key, value)| format!("{}: {:?} instead of {value:?}", text(key), found.get(key)))
+        .chain(found.keys().filter(|key| !wanted.contains_key(*key)).map(|key| format!("{} is too much", text(key))))
+        .collect();
+    let shown: Vec<&String> = wrong.iter().take(10).collect();
+    ensure!(wrong.is_empty(), "{what}: {} rows are wrong: {shown:?}", wrong.len());
+    println!("{what}: {} rows, byte for byte", found.len());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_restored_or_replaced_is_said_and_changes_nothing() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(2).start().await?;
+    cluster.create("one", 1, &["--replicas", "2"]).await?;
+    cluster.create("two", 1, &[]).await?;
+    let id = node_id(&cluster, 0);
+    let cases: [(&[&str], i32, &[&str]); 8] = [
+        (&["keyspace", "restore", "nothing", "--into", "x"], 1, &["no keyspace `nothing`", "one"]),
+        (&["keyspace", "restore", "one", "--into", "two"], 1, &["two exists"]),
+        (&["keyspace", "restore", "one", "--into", "No!"], 2, &["is not a keyspace name"]),
+        (&["keyspace", "restore", "one", "--into", "x", "--at", "2999-01-01T00:00:00Z"], 1, &["in the future"]),
+        (&["keyspace", "restore", "one", "--into", "x", "--at", "1999-01-01T00:00:00Z"], 1, &["did not exist"]),
+        (&["keyspace", "restore", "one", "--into", "x", "--at", "yesterday"], 2, &["--at"]),
+        (&["node", "drain", &id], 1, &["no other live node has room", "vasto serve node"]),
+        (&["node", "replace", "n-zzz"], 1, &["not a node id", "vasto node list"]),
+    ];
+    for (args, code, texts) in cases {
+        let ran = cluster.vasto(args).await?;
+        ran.refused(code, texts).with_context(|| format!("{args:?}"))?;
+    }
+    let free = cluster.add_node().await?;
+    let nothing = cluster.vasto(&["node", "drain", &node_id(&cluster, free)]).await?;
+    nothing.refused(1, &["has no replicas"])?;
+    let same = cluster.vasto(&["node", "replace", &id, "--with", &id]).await?;
+    same.refused(1, &["the same"])?;
+    let listed = cluster.json(&["keyspace", "list"]).await?;
+    ensure!(listed.as_array().map(Vec::len) == Some(2), "{listed}");
+    // An empty keyspace is restored as one.
+    check_report(&cluster.json(&["keyspace", "restore", "two", "--into", "empty"]).await?)?;
+    ensure!(rows(&cluster.keyspace("empty").await?).await?.is_empty());
+    cluster.keyspace("empty").await?.put("k", "v").await?;
+    cluster.finish().await
+}
