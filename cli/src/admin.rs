@@ -1,6 +1,7 @@
 //! The commands that administer a cluster. Each prints the document of the master as JSON, or as a
 //! table that is made from the same document, so that both say the same.
 
+pub mod bucket;
 pub mod cluster;
 pub mod keyspace;
 pub mod operation;

@@ -70,6 +70,8 @@ pub enum Command {
     Cluster(Cluster),
     /// Follow and cancel long operations
     Operation(Operation),
+    /// Check the bucket, and delete what is not needed any more
+    Bucket(Bucket),
     /// Read and write single keys
     Kv(Kv),
     /// Measure throughput and latency
@@ -303,6 +305,42 @@ pub struct Cluster {
 pub enum ClusterCommand {
     /// Show nodes, keyspaces and warnings
     Status,
+}
+
+/// `vasto bucket`
+#[derive(Debug, Args)]
+pub struct Bucket {
+    #[command(flatten)]
+    pub connect: Connect,
+    #[command(subcommand)]
+    pub command: BucketCommand,
+}
+
+/// The commands of `vasto bucket`.
+#[derive(Debug, Subcommand)]
+pub enum BucketCommand {
+    /// Look for objects that are missing, damaged, or needed by nothing
+    #[command(after_help = "Exits with 1 when anything is missing or damaged.\n\n\
+        Examples:\n  \
+        vasto bucket fsck\n  \
+        vasto bucket fsck --deep")]
+    Fsck {
+        /// Read every byte of every object, not only manifests, logs and sizes
+        #[arg(long)]
+        deep: bool,
+    },
+    /// Delete objects that nothing needs any more
+    #[command(
+        after_help = "What stays is set by bucket.keep_checkpoints, bucket.keep_for and bucket.min_age. The master\n\
+        does this by itself every bucket.gc_interval.\n\n\
+        Examples:\n  \
+        vasto bucket gc --dry-run"
+    )]
+    Gc {
+        /// Only tell what would be deleted
+        #[arg(long)]
+        dry_run: bool,
+    },
 }
 
 /// `vasto operation`

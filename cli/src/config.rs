@@ -46,7 +46,7 @@ pub struct Config {
 }
 
 /// The object store. What is not given comes from the standard variables of the cloud.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BucketSection {
     /// `file:///path`, `s3://bucket/prefix`, `gs://…`, `az://…`
@@ -61,6 +61,36 @@ pub struct BucketSection {
     pub secret_access_key: Option<Secret<String>>,
     /// Whether the endpoint may be reached without TLS.
     pub allow_http: bool,
+    /// Checkpoints of each replica that always stay.
+    #[serde(with = "values::count")]
+    pub keep_checkpoints: usize,
+    /// Every moment of this long a past can be restored.
+    #[serde(with = "values::period")]
+    pub keep_for: Duration,
+    /// Nothing younger is deleted.
+    #[serde(with = "values::period")]
+    pub min_age: Duration,
+    /// Between two collections of what is not needed any more; 0s: never.
+    #[serde(with = "values::period")]
+    pub gc_interval: Duration,
+}
+
+impl Default for BucketSection {
+    fn default() -> BucketSection {
+        let day = Duration::from_secs(24 * 3600);
+        BucketSection {
+            url: None,
+            endpoint: None,
+            region: None,
+            access_key_id: None,
+            secret_access_key: None,
+            allow_http: false,
+            keep_checkpoints: 2,
+            keep_for: 7 * day,
+            min_age: day,
+            gc_interval: day,
+        }
+    }
 }
 
 /// The master.
@@ -75,7 +105,7 @@ pub struct MasterSection {
     #[serde(with = "values::duration")]
     pub node_silence: Duration,
     /// The replicas of a node that is away for this long are made anew on others; 0s: never.
-    #[serde(with = "values::duration")]
+    #[serde(with = "values::period")]
     pub replace_after: Duration,
 }
 

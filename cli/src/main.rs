@@ -62,6 +62,7 @@ async fn command(cli: &Cli) -> anyhow::Result<()> {
         Command::Keyspace(args) => Box::pin(admin::keyspace::run(args, format)).await,
         Command::Node(args) => Box::pin(admin::cluster::node(args, format)).await,
         Command::Cluster(args) => Box::pin(admin::cluster::cluster(args, format)).await,
+        Command::Bucket(args) => Box::pin(admin::bucket::run(args, format)).await,
         Command::Operation(args) => Box::pin(admin::operation::run(args, format)).await,
         Command::Kv(args) => Box::pin(kv::run(args, format)).await,
         Command::Bench(args) => Box::pin(bench::run(args, format)).await,

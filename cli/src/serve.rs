@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use vasto_master::{Master, MasterConfig};
 use vasto_node::{EngineBudget, Node, NodeConfig};
 use vasto_observability::{AdminServer, Readiness, Telemetry, TelemetryConfig};
-use vasto_shipping::BucketOptions;
+use vasto_shipping::{BucketOptions, garbage::Retention};
 
 pub use self::dev::dev;
 use self::signals::Signals;
@@ -119,6 +119,12 @@ fn master_config(config: &Config) -> Result<MasterConfig, config::ConfigError> {
         listen: config.master.listen,
         node_silence: config.master.node_silence,
         replace_after: config.master.replace_after,
+        retention: Retention {
+            keep_checkpoints: config.bucket.keep_checkpoints,
+            keep_for: config.bucket.keep_for,
+            min_age: config.bucket.min_age,
+        },
+        gc_interval: config.bucket.gc_interval,
     })
 }
 

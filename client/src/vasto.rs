@@ -183,6 +183,28 @@ impl Vasto {
         Operation::from_json(json)
     }
 
+    /// Looks for objects that are missing, damaged, or needed by nothing: a JSON object `{objects, bytes,
+    /// referenced, orphans, missing, corrupt}`. With `deep` every byte in the bucket is read.
+    ///
+    /// # Errors
+    /// When the bucket does not answer.
+    pub async fn check_bucket(&self, deep: bool) -> Result<String, Error> {
+        let request = v1::CheckBucketRequest { deep };
+        let call = |mut master: MasterClient| async move { master.check_bucket(request).await };
+        self.call(COMMAND_DEADLINE, false, call).await
+    }
+
+    /// Deletes the objects that nothing needs any more, or only tells which: a JSON object `{dry_run,
+    /// deleted, bytes, young, kept, keys}`.
+    ///
+    /// # Errors
+    /// When the bucket does not answer; what was deleted until then was not needed.
+    pub async fn collect_garbage(&self, dry_run: bool) -> Result<String, Error> {
+        let request = v1::CollectGarbageRequest { dry_run };
+        let call = |mut master: MasterClient| async move { master.collect_garbage(request).await };
+        self.call(COMMAND_DEADLINE, true, call).await
+    }
+
     /// Deletes a keyspace and its data on the nodes; answers a JSON object.
     ///
     /// # Errors

@@ -47,6 +47,12 @@ pub const CHUNK_BYTES_MAX: usize = 32 * MIB;
 /// A checkpoint is due when the log since the last one exceeds this: bounds the replay.
 pub const CHECKPOINT_LOG_BYTES: u64 = 512 * MIB as u64;
 
+/// A write that wants the bucket's confirmation and does not get it in this time is `Unknown`.
+pub const BUCKET_ACK_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// A replica that has been acting as primary for so long ships in the place of the home.
+pub const SHIP_INSTEAD_AFTER: Duration = Duration::from_secs(300);
+
 /// Event times further ahead of the clock than this are refused when a client sends them.
 pub const MAX_CLOCK_AHEAD: Duration = Duration::from_secs(60);
 /// Deletes are remembered at least this long before collection may forget them.

@@ -134,17 +134,38 @@ pub fn advance_members(
     if let Some(next) = start_copy(catalog, reports, around, now_us, nonce) {
         return Some(next);
     }
-    empty_leaving(catalog, around, now_us, nonce)
+    empty_leaving(catalog, reports, around, now_us, nonce)
 }
 
 /// The version that takes the next replica from a leaving node, or says that nothing is left there.
-fn empty_leaving(catalog: &Catalog, around: &Around<'_>, now_us: u64, nonce: u64) -> Option<Catalog> {
+fn empty_leaving(
+    catalog: &Catalog,
+    reports: &Reports,
+    around: &Around<'_>,
+    now_us: u64,
+    nonce: u64,
+) -> Option<Catalog> {
+    let ready = |one: &Placed| {
+        around.is_here(one.node) && reports.get(&one.replica).is_some_and(|report| report.replication.ready)
+    };
     let leaves = |one: &Placed| catalog.leaving.iter().any(|leaving| leaving.node == one.node);
     for shard in &catalog.placement {
         let staying = shard.replicas.iter().filter(|one| !leaves(one)).count();
         let Some(one) = shard.replicas.iter().find(|one| leaves(one)) else { continue };
         if staying >= catalog.spec.replicas as usize {
-            return evict(catalog, one.replica, false, now_us, nonce).ok();
+            // A primary that is there hands over first: what it alone has just taken must not be missed.
+            let heir = shard.replicas.iter().find(|other| !leaves(other) && ready(other));
+            let acts = shard.primary() == Some(*one) && around.is_here(one.node);
+            let Some(heir) = heir.filter(|_| acts) else {
+                return evict(catalog, one.replica, false, now_us, nonce).ok();
+            };
+            if shard.handing_to.is_some() {
+                return None;
+            }
+            let mut next = catalog.next(now_us, nonce);
+            let shard = next.placement.iter_mut().find(|other| other.shard == shard.shard)?;
+            shard.handing_to = Some(heir.replica);
+            return Some(next);
         }
         if !around.is_here(one.node) && shard.replicas.len() == 1 && may_copy(catalog, now_us) {
             let node = (around.room)(catalog, shard.shard)?;
@@ -381,7 +402,11 @@ mod tests {
         let copying = next(&leaving, &calm, HERE, to_four).unwrap();
         assert_eq!(copying.plan.as_ref().unwrap().kind, PlanKind::Replica { shard: ShardId(0) });
         let four = committed(&copying);
-        let left = next(&four, &calm, HERE, NOWHERE).unwrap();
+        let mut handing = next(&four, &calm, HERE, NOWHERE).unwrap();
+        assert_eq!((handing.placement[0].handing_to, ids(&handing)), (Some(ReplicaId(2)), vec![1, 2, 3, 4]));
+        assert_eq!(next(&handing, &calm, HERE, NOWHERE), None, "it is waited for");
+        handing.placement[0].primary = handing.placement[0].handing_to.take();
+        let left = next(&handing, &calm, HERE, NOWHERE).unwrap();
         assert_eq!((ids(&left), left.unsealed[0].replica), (vec![2, 3, 4], ReplicaId(1)));
         let drained = reports(|id, report| report.drained = id == 1);
         let gone = next(&left, &drained, HERE, NOWHERE).unwrap();

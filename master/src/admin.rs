@@ -62,10 +62,6 @@ fn spec_of(request: &v1::CreateKeyspaceRequest) -> Result<KeyspaceSpec, VastoErr
         return Err(error(ErrorCode::InvalidArgument, message));
     }
     let ack = ack_from_wire(request.ack).unwrap_or_default();
-    if ack == Ack::Bucket {
-        let message = "acknowledgement `bucket` is not available in this version; use --ack os, fsync or replica";
-        return Err(error(ErrorCode::FailedPrecondition, message));
-    }
     if ack == Ack::Replica && request.replicas == 1 {
         let message = "acknowledgement `replica` needs a second replica; use --replicas 2 or more, or --ack fsync";
         return Err(error(ErrorCode::FailedPrecondition, message));

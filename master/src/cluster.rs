@@ -14,6 +14,7 @@ use tokio_util::task::TaskTracker;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{CatalogVersion, KeyspaceId};
 use vasto_core::plan::Step;
+use vasto_shipping::garbage::Retention;
 use vasto_shipping::{Bucket, CatalogStore};
 
 use crate::driver::Driver;
@@ -31,6 +32,7 @@ pub(crate) struct Cluster {
     pub(crate) bucket: Bucket,
     pub(crate) store: CatalogStore,
     pub(crate) node_silence: Duration,
+    pub(crate) retention: Retention,
     pub(crate) shutdown: CancellationToken,
     pub(crate) tasks: TaskTracker,
     pub(crate) metrics: Metrics,
@@ -44,6 +46,7 @@ impl Cluster {
         cluster_id: String,
         bucket: Bucket,
         node_silence: Duration,
+        retention: Retention,
         shutdown: CancellationToken,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -51,6 +54,7 @@ impl Cluster {
             store: CatalogStore::new(bucket.clone()),
             bucket,
             node_silence,
+            retention,
             shutdown,
             tasks: TaskTracker::new(),
             metrics: Metrics::new(),

@@ -109,7 +109,8 @@ async fn driven() -> Fixture {
 }
 
 async fn driven_in(bucket: Bucket, store: Arc<ThrottledStore<InMemory>>) -> Fixture {
-    let cluster = Cluster::new("c-1".into(), bucket, Duration::from_secs(10), CancellationToken::new());
+    let cluster =
+        Cluster::new("c-1".into(), bucket, Duration::from_secs(10), Default::default(), CancellationToken::new());
     let created = cluster.store.create_keyspace(first).await.unwrap();
     let keyspace = created.keyspace;
     let hello = v1::Hello { node_id: 1, address: "a:1".into(), ..v1::Hello::default() };

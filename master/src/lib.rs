@@ -22,5 +22,6 @@ mod server;
 mod service;
 mod session;
 mod state;
+mod upkeep;
 
 pub use server::{Master, MasterConfig, MasterError, RunningMaster};

@@ -40,14 +40,15 @@ pub(crate) async fn restore(cluster: &Arc<Cluster>, request: v1::RestoreRequest)
     }
     let tip = last_of(&cluster.state(), &request.name)?;
     if let Some(at_us) = request.at_us.filter(|at| *at > now_us()) {
-        let message = format!("{at_us} µs since 1970 is in the future; leave out --at to restore what is there now");
+        let ahead_s = (at_us - now_us().min(at_us)).div_ceil(1_000_000);
+        let message = format!("that time is {ahead_s} s in the future; leave out --at to restore what is there now");
         return Err(error(ErrorCode::InvalidArgument, message));
     }
     if tip.state == KeyspaceState::Active {
         // What is on the nodes only would be missing: in the past too, since it may not be shipped yet.
         let shipped = timeout(SHIP_FIRST, admin::command(cluster, &request.name, v1::command::Kind::Checkpoint)).await;
         if !matches!(shipped, Ok(Ok(_))) {
-            tracing::warn!(
+            tracing::info!(
                 keyspace = request.name,
                 "not every node shipped what it has; restoring what is in the bucket"
             );

@@ -15,12 +15,14 @@ use tonic::transport::server::TcpIncoming;
 use vasto_core::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX, SHUTDOWN_DEADLINE};
 use vasto_proto::v1::master_server::MasterServer;
 use vasto_proto::v1::membership_server::MembershipServer;
+use vasto_shipping::garbage::Retention;
 use vasto_shipping::{Bucket, BucketError, BucketOptions, CatalogError};
 
 use crate::cluster::Cluster;
 use crate::metrics;
 use crate::service::MasterService;
 use crate::session::MembershipService;
+use crate::upkeep;
 
 /// What a master needs to know.
 #[derive(Debug, Clone)]
@@ -37,6 +39,10 @@ pub struct MasterConfig {
     /// Replicas of a node that is away for so long are made anew on others, when others serve and there
     /// is room; never when it is zero.
     pub replace_after: Duration,
+    /// What stays in the bucket although nothing serves from it any more.
+    pub retention: Retention,
+    /// Between two collections of what does not stay; never when it is zero.
+    pub gc_interval: Duration,
 }
 
 /// Why a master does not start.
@@ -98,7 +104,7 @@ impl Master {
         let catalogs = store.load_all().await?;
         let (listener, listen) = bind(config.listen).await?;
 
-        let cluster = Cluster::new(cluster_id.clone(), bucket, config.node_silence, shutdown.clone());
+        let cluster = Cluster::new(cluster_id.clone(), bucket, config.node_silence, config.retention, shutdown.clone());
         cluster.state().replace_after_us = Some(config.replace_after.as_micros() as u64).filter(|after| *after > 0);
         let loaded = catalogs.len();
         for catalog in catalogs {
@@ -107,6 +113,9 @@ impl Master {
         metrics::observe(&cluster);
         tracing::info!(%listen, cluster = cluster_id, bucket = cluster.bucket.url(), keyspaces = loaded, "master serves");
 
+        if !config.gc_interval.is_zero() {
+            cluster.tasks.spawn(upkeep::collect_regularly(cluster.clone(), config.gc_interval));
+        }
         let supervisor = tokio::spawn(supervise(cluster, listener, shutdown));
         Ok(RunningMaster { listen, cluster_id, supervisor })
     }

@@ -14,7 +14,7 @@ use vasto_proto::v1::{self, command::Kind, master_server};
 
 use crate::admin;
 use crate::cluster::Cluster;
-use crate::moves;
+use crate::{moves, upkeep};
 
 /// Serves people and clients.
 pub(crate) struct MasterService {
@@ -102,6 +102,14 @@ impl master_server::Master for MasterService {
 
     async fn empty_node(&self, request: Request<v1::EmptyNodeRequest>) -> Reply {
         self.run(moves::empty(&self.cluster, request.into_inner())).await
+    }
+
+    async fn check_bucket(&self, request: Request<v1::CheckBucketRequest>) -> Reply {
+        self.run(upkeep::check(&self.cluster, request.into_inner().deep)).await
+    }
+
+    async fn collect_garbage(&self, request: Request<v1::CollectGarbageRequest>) -> Reply {
+        self.run(upkeep::collect(&self.cluster, request.into_inner().dry_run)).await
     }
 
     async fn list_operations(&self, _: Request<v1::Empty>) -> Reply {

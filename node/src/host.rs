@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::Band;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
+use vasto_core::limits::SHIP_INSTEAD_AFTER;
 use vasto_core::plan::{
     Plan, PlanKind, ReplicaPhase, ReplicaReport, ReplicationReport, Sealed, SourceProgress, Step, TargetProgress,
     TargetStage,
@@ -551,6 +552,8 @@ impl Runner {
             }
         }
         replica.followers().expire();
+        replica.bucket_acks().expire();
+        ship.positions.ships.store(self.ships_now(catalog, replica), Ordering::Release);
         duties.measure();
         let over_cap = ship.positions.held_back.load(Ordering::Acquire);
         duties.set_evict(replica.followers().last().filter(|_| over_cap).map(|(follower, _)| follower));
@@ -561,6 +564,13 @@ impl Runner {
             self.context.core.report.notify_one();
         }
         *reported = report;
+    }
+
+    /// Does this replica ship? Also the one that has been acting as primary for long: the home is away.
+    fn ships_now(&self, catalog: &Catalog, replica: &Replica) -> bool {
+        let acting = catalog.shard(replica.shard).is_some_and(|shard| shard.primary == Some(replica.id));
+        let age_us = self.context.clock.now_us().saturating_sub(catalog.written_at_us);
+        ships(catalog, replica) || (acting && age_us >= SHIP_INSTEAD_AFTER.as_micros() as u64)
     }
 
     fn tell_phase(&self, placed: bool) {

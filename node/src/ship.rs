@@ -163,6 +163,8 @@ struct Shipper {
     state: ShipState,
     last: Option<Manifest>,
     dirty_since: Option<Instant>,
+    /// Somebody has wanted the bucket's confirmation from here: from then on it ships too.
+    for_acks: bool,
     pause: Duration,
     not_before: Instant,
 }
@@ -183,8 +185,16 @@ pub fn start(context: ShipContext, cancel: CancellationToken) -> (ShipHandle, im
         positions.shipped.store(state.shipped_lsn.0, Ordering::Release);
         positions.manifest.store(state.manifest.as_ref().map_or(0, |manifest| manifest.lsn.0), Ordering::Release);
         let now = Instant::now();
-        let shipper =
-            Shipper { context, positions, state, last: None, dirty_since: None, pause: TICK, not_before: now };
+        let shipper = Shipper {
+            context,
+            positions,
+            state,
+            last: None,
+            dirty_since: None,
+            for_acks: false,
+            pause: TICK,
+            not_before: now,
+        };
         shipper.run(receiver, cancel).await;
     };
     (handle, shipper)
@@ -194,6 +204,7 @@ impl Shipper {
     async fn run(mut self, mut requests: mpsc::UnboundedReceiver<ShipRequest>, cancel: CancellationToken) {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let wanted = self.context.replica.clone();
         loop {
             tokio::select! {
                 () = cancel.cancelled() => break,
@@ -204,14 +215,19 @@ impl Shipper {
                     }
                     None => break,
                 },
+                () = wanted.bucket_acks().wanted() => {
+                    self.for_acks = true;
+                    if Instant::now() >= self.not_before
+                        && let Err(error) = self.ship_for_acks().await
+                    {
+                        self.fail(&error);
+                    }
+                }
                 _ = tick.tick() => {
                     if Instant::now() >= self.not_before
                         && let Err(error) = self.ship_what_is_due().await
                     {
-                        self.pause = (self.pause * 2).min(BACKOFF_MAX);
-                        self.not_before = Instant::now() + self.pause.mul_f64(rand::random_range(0.5..1.0));
-                        tracing::warn!(%error, keyspace = self.context.replica.keyspace.0, shard = self.context.replica.shard.0,
-                            retry_in_ms = self.pause.as_millis() as u64, "shipping failed");
+                        self.fail(&error);
                     }
                 }
             }
@@ -219,6 +235,7 @@ impl Shipper {
         // The rest of the log goes out with the node, if the bucket answers.
         while self.ships()
             && !self.context.replica.ranges().is_being_filled()
+            && (self.state.manifest.is_some() || !self.began_full())
             && self.state.shipped_lsn < self.context.replica.settled_lsn()
         {
             if let Err(error) = self.ship_chunk(Lsn(u64::MAX)).await {
@@ -226,6 +243,35 @@ impl Shipper {
                 break;
             }
         }
+    }
+
+    /// The next attempt is made a little later each time.
+    fn fail(&mut self, error: &ShipError) {
+        self.pause = (self.pause * 2).min(BACKOFF_MAX);
+        self.not_before = Instant::now() + self.pause.mul_f64(rand::random_range(0.5..1.0));
+        tracing::warn!(
+            %error,
+            keyspace = self.context.replica.keyspace.0,
+            shard = self.context.replica.shard.0,
+            retry_in_ms = self.pause.as_millis() as u64,
+            "shipping failed"
+        );
+    }
+
+    /// Ships until everybody who waits for the bucket is covered.
+    async fn ship_for_acks(&mut self) -> Result<(), ShipError> {
+        while let Some(wanted) = self.context.replica.bucket_acks().last() {
+            if self.state.shipped_lsn >= wanted {
+                self.context.replica.bucket_acks().covered(self.state.shipped_lsn);
+                break;
+            }
+            self.ship_the_log().await?;
+            if self.state.shipped_lsn < wanted {
+                tokio::time::sleep(Duration::from_millis(1)).await; // its record is about to be settled
+            }
+        }
+        self.pause = TICK;
+        Ok(())
     }
 
     async fn ship_what_is_due(&mut self) -> Result<(), ShipError> {
@@ -243,7 +289,7 @@ impl Shipper {
     }
 
     fn ships(&self) -> bool {
-        self.positions.ships.load(Ordering::Acquire)
+        self.positions.ships.load(Ordering::Acquire) || self.for_acks
     }
 
     async fn ship_log(&mut self) -> Result<(), ShipError> {
@@ -255,28 +301,36 @@ impl Shipper {
             return Ok(()); // it may be begun again, under the same names
         }
         let settled = replica.settled_lsn();
-        if self.began_full() && self.state.manifest.is_none() {
-            self.checkpoint(None).await?;
-        }
         if settled > self.state.shipped_lsn {
             let since = *self.dirty_since.get_or_insert_with(Instant::now);
             let backlog = replica.log().bytes_after(self.state.shipped_lsn);
-            if since.elapsed() >= self.context.interval || backlog >= CHUNK_BYTES_MAX as u64 {
-                while self.state.shipped_lsn < settled {
-                    match self.ship_chunk(Lsn(u64::MAX)).await {
-                        Err(ShipError::Log(BinlogError::TooOld { .. })) => {
-                            // The log was given up here: a checkpoint supersedes what is missing.
-                            self.checkpoint(None).await?;
-                        }
-                        other => other?,
-                    }
-                }
+            let waited_for = replica.bucket_acks().last().is_some();
+            if since.elapsed() >= self.context.interval || backlog >= CHUNK_BYTES_MAX as u64 || waited_for {
+                self.ship_the_log().await?;
                 self.dirty_since = None;
             }
         }
         let manifest = Lsn(self.positions.manifest.load(Ordering::Acquire));
         if replica.log().bytes_after(manifest) >= CHECKPOINT_LOG_BYTES {
             self.checkpoint(None).await?;
+        }
+        Ok(())
+    }
+
+    /// Ships everything that is settled now.
+    async fn ship_the_log(&mut self) -> Result<(), ShipError> {
+        if self.began_full() && self.state.manifest.is_none() {
+            self.checkpoint(None).await?;
+        }
+        let settled = self.context.replica.settled_lsn();
+        while self.state.shipped_lsn < settled {
+            match self.ship_chunk(Lsn(u64::MAX)).await {
+                Err(ShipError::Log(BinlogError::TooOld { .. })) => {
+                    // The log was given up here: a checkpoint supersedes what is missing.
+                    self.checkpoint(None).await?;
+                }
+                other => other?,
+            }
         }
         Ok(())
     }
@@ -327,6 +381,7 @@ impl Shipper {
     fn save(&self) -> Result<(), ShipError> {
         write_json(&self.context.dir.join("ship.json"), &self.state)?;
         self.positions.shipped.store(self.state.shipped_lsn.0, Ordering::Release);
+        self.context.replica.bucket_acks().covered(self.state.shipped_lsn);
         if let Some(manifest) = &self.state.manifest {
             self.positions.manifest.store(manifest.lsn.0, Ordering::Release);
         }

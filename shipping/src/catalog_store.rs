@@ -326,6 +326,13 @@ impl CatalogStore {
         })
     }
 
+    /// Checks the bytes of a version under its key.
+    pub(crate) fn decode_version(key: &str, bytes: &[u8]) -> Result<Catalog, CatalogError> {
+        let misplaced = || CatalogError::Misplaced { key: key.to_owned(), found: "no version of a catalog".into() };
+        let (keyspace, version) = layout::parse_catalog_version(key).ok_or_else(misplaced)?;
+        read_catalog(key, bytes, keyspace, version)
+    }
+
     async fn read(&self, keyspace: KeyspaceId, version: CatalogVersion) -> Result<Option<Catalog>, CatalogError> {
         let key = layout::catalog_version(keyspace, version);
         let bytes = self.bucket.get(&key).await?;

@@ -17,6 +17,7 @@ pub mod download;
 pub mod envelope;
 pub mod error;
 mod failure;
+pub mod garbage;
 pub mod history;
 pub mod layout;
 pub mod manifest;

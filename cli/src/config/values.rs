@@ -97,6 +97,19 @@ pub(super) mod duration {
     }
 }
 
+/// Durations that may be zero.
+pub(super) mod period {
+    use super::*;
+
+    pub(in crate::config) fn serialize<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&humantime::format_duration(*duration))
+    }
+
+    pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+        humantime::parse_duration(&String::deserialize(deserializer)?).map_err(D::Error::custom)
+    }
+}
+
 /// Whole numbers from 1.
 pub(super) mod count {
     use super::*;

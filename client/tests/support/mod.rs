@@ -539,6 +539,8 @@ json_calls! {
     evict_replica(v1::EvictRequest);
     restore_keyspace(v1::RestoreRequest);
     empty_node(v1::EmptyNodeRequest);
+    check_bucket(v1::CheckBucketRequest);
+    collect_garbage(v1::CollectGarbageRequest);
     list_keyspaces(v1::Empty);
     describe_keyspace(v1::KeyspaceRequest);
     delete_keyspace(v1::KeyspaceRequest);

@@ -21,6 +21,8 @@ pub fn config(bucket_url: &str) -> MasterConfig {
         listen: "127.0.0.1:0".parse().unwrap(),
         node_silence: Duration::from_secs(10),
         replace_after: Duration::ZERO,
+        retention: Default::default(),
+        gc_interval: Duration::ZERO,
     }
 }
 

@@ -79,7 +79,6 @@ async fn what_is_not_possible_is_refused_with_what_to_do() {
         (with(|r| r.replicas = 8), InvalidArgument, "1 to 7"),
         (with(|r| r.replicas = 2), FailedPrecondition, "start more nodes"),
         (with(|r| r.ack = v1::Ack::Replica as i32), FailedPrecondition, "--ack"),
-        (with(|r| r.ack = v1::Ack::Bucket as i32), FailedPrecondition, "--ack"),
         (with(|r| r.ttl_ms = Some(0)), InvalidArgument, "time to live"),
         (with(|r| r.quarantine_ms = Some(u64::MAX)), InvalidArgument, "quarantine"),
     ];

@@ -46,10 +46,6 @@ pub(super) fn write(request: v1::WriteRequest, spec: &KeyspaceSpec, now_us: u64)
     let ack = ack_from_wire(request.ack).unwrap_or(spec.ack);
     // A request may ask for more than the keyspace does, never for less.
     let ack = ack.max(spec.ack);
-    if ack == Ack::Bucket {
-        let message = "the acknowledgement level `bucket` is not available in this version; use os, fsync or replica";
-        return Err(VastoError::new(ErrorCode::FailedPrecondition, message));
-    }
     if ack == Ack::Replica && spec.replicas < 2 {
         let message = "the acknowledgement level `replica` needs a second replica, and this keyspace has one";
         return Err(VastoError::new(ErrorCode::FailedPrecondition, message));
@@ -162,7 +158,7 @@ mod tests {
             assert_eq!(check(vec![bad]).map(|_| ()).unwrap_err().code, ErrorCode::InvalidArgument);
         }
         let refused = write(
-            v1::WriteRequest { ops: vec![put(vec![1], vec![])], ack: 4, ..Default::default() },
+            v1::WriteRequest { ops: vec![put(vec![1], vec![])], ack: 3, ..Default::default() },
             &KeyspaceSpec::default(),
             NOW,
         );

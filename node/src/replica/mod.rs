@@ -8,6 +8,7 @@
 //!   acknowledged.
 
 pub mod apply;
+pub mod bucket_acks;
 pub mod followers;
 pub mod job;
 pub(crate) mod metrics;
@@ -42,6 +43,7 @@ use crate::binlog::{Binlog, BinlogConfig, BinlogError, LogShared};
 use crate::clock::SharedClock;
 use crate::engine::{Engine, EngineError, EngineShared, FlushGuard};
 use apply::{ApplyError, Meta, apply_record};
+use bucket_acks::BucketAcks;
 use followers::Followers;
 use job::{ApplyJob, Completion, Control, Job, Position, ReplicaError, ReplicateJob, Role, Told, WriteJob, WriteOp};
 use results::Results;
@@ -176,6 +178,7 @@ pub struct Shared {
     floor: AtomicU64,
     data_commit_time: AtomicU64,
     pub(crate) followers: Followers,
+    pub(crate) bucket_acks: BucketAcks,
     /// False until the replica has caught up with its peers since it was opened.
     ready: AtomicBool,
     /// It is not primary before it has obeyed this version, whatever an older one said.
@@ -303,6 +306,7 @@ impl Replica {
             floor: AtomicU64::new(meta.head.floor),
             data_commit_time: AtomicU64::new(meta.data_commit_time),
             followers: Followers::default(),
+            bucket_acks: BucketAcks::default(),
             ready: AtomicBool::new(true),
             primary_from: AtomicU64::new(0),
             shed: AtomicBool::new(false),
@@ -493,6 +497,11 @@ impl Replica {
     /// Who pulls its log.
     pub fn followers(&self) -> &Followers {
         &self.shared.followers
+    }
+
+    /// The writes that wait for the bucket.
+    pub fn bucket_acks(&self) -> &BucketAcks {
+        &self.shared.bucket_acks
     }
 
     /// False while it has not caught up with its peers since it was opened.

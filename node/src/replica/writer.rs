@@ -261,11 +261,13 @@ impl Writer {
             Ok(()) => {
                 metrics::group(ops);
                 for (job, outcomes) in answers {
-                    if job.ack == Ack::Replica {
-                        let (own_seq, epoch) = (self.meta.head.own_seq, self.meta.head.epoch);
-                        self.shared.followers.wait(job, outcomes, own_seq, epoch);
-                    } else {
-                        job.answer(Ok(outcomes));
+                    match job.ack {
+                        Ack::Os | Ack::Fsync => job.answer(Ok(outcomes)),
+                        Ack::Replica => {
+                            let (own_seq, epoch) = (self.meta.head.own_seq, self.meta.head.epoch);
+                            self.shared.followers.wait(job, outcomes, own_seq, epoch);
+                        }
+                        Ack::Bucket => self.shared.bucket_acks.wait(job, outcomes, self.meta.head.applied_lsn),
                     }
                 }
                 for done in applied {
@@ -586,6 +588,7 @@ impl Writer {
     fn stop(&mut self) {
         self.held.clear();
         self.shared.followers.abandon();
+        self.shared.bucket_acks.abandon();
         if self.shared.closed().is_none() {
             let _ = self.sync();
             if let Err(error) = self.shared.engine.flush() {

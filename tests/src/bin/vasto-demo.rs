@@ -1,8 +1,9 @@
 //! The main job from end to end, by itself: a cluster of separate processes comes up on a local
 //! directory as its bucket, takes real and generated data, and grows from two shards to three while
-//! clients write and read. Then every record is verified.
+//! clients write and read. A node is lost with its disk and replaced from the bucket, and what a bad
+//! delete has removed is restored. Every record is verified after each.
 //!
-//! Exit code 0 only when nothing was lost or stale and the new shard took its bytes from the bucket.
+//! Exit code 0 only when nothing was lost or stale and all bulk bytes came from the bucket.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -15,7 +16,7 @@ use futures::{StreamExt, TryStreamExt};
 use serde_json::Value;
 use vasto_client::{Batch, Keyspace};
 use vasto_tests::wordnet::{self, Synset};
-use vasto_tests::{Cluster, History, Load, LoadSpec, LoadSummary, Seen, key_of, number_of, records};
+use vasto_tests::{Cluster, DEADLINE, History, Load, LoadSpec, LoadSummary, Seen, key_of, number_of, records, until};
 
 /// Generated records.
 const RECORDS: u64 = 1_000_000;
@@ -42,7 +43,7 @@ async fn main() -> ExitCode {
 }
 
 async fn demo() -> Result<()> {
-    println!("Vasto demo: a keyspace grows from 2 to 3 shards while clients write and read");
+    println!("Vasto demo: a keyspace grows, loses a node and is restored while clients write and read");
     let start = Instant::now();
     let synsets = wordnet::load(Path::new(wordnet::DIR))?;
     step("data");
@@ -50,7 +51,12 @@ async fn demo() -> Result<()> {
     note(&format!("{} generated records with values of {} bytes", count(RECORDS), records::VALUE_BYTES));
 
     let began = Instant::now();
-    let cluster = Cluster::builder().set("node.cache=128MiB").set("node.write_buffer=64MiB").start().await?;
+    let mut cluster = Cluster::builder()
+        .set("node.cache=128MiB")
+        .set("node.write_buffer=64MiB")
+        .set("node.ship_interval=1s")
+        .start()
+        .await?;
     step("cluster");
     note(&format!("1 master and {} nodes as processes of their own, up in {}", cluster.nodes(), secs(began)));
     note(&format!("bucket {}", cluster.bucket()));
@@ -74,7 +80,15 @@ async fn demo() -> Result<()> {
     shards(&cluster).await?;
 
     step("verify");
-    let wrong = verify(&keyspace, &synsets, &history).await?;
+    let mut wrong = verify(&keyspace, &synsets, &history).await?;
+
+    let lost = lose_a_node(&mut cluster).await?;
+    step("verify");
+    wrong.add(&verify(&keyspace, &synsets, &history).await?);
+
+    let restored = undo_a_bad_delete(&cluster, &keyspace).await?;
+    step("verify what was restored");
+    wrong.add(&verify(&restored, &synsets, &history).await?);
 
     step("result");
     let bytes = |name: &str| report[name].as_u64().unwrap_or_default();
@@ -85,11 +99,13 @@ async fn demo() -> Result<()> {
     ensure!(wrong.lost + wrong.stale + wrong.strange == 0, "the data is not what was written: {wrong:?}");
     ensure!(bytes("bytes_moved") > 0, "nothing moved: {report}");
     ensure!(ratio <= READ_RATIO_MAX, "the grow read {ratio:.3} times what it moved from the bucket");
-    ensure!(
-        clients.refused + clients.unknown + clients.read_errors == 0,
-        "clients saw errors during the grow: {:?}",
-        clients.errors
-    );
+    for (when, clients) in [("the grow", clients), ("the loss of a node", lost)] {
+        ensure!(
+            clients.refused + clients.unknown + clients.read_errors + clients.stale_reads == 0,
+            "clients saw errors during {when}: {:?}",
+            clients.errors
+        );
+    }
     cluster.finish().await?;
     note("the processes have stopped and the temporary directory is removed");
     Ok(())
@@ -134,6 +150,90 @@ async fn grow(cluster: &Cluster, history: &Arc<History>) -> Result<(Value, LoadS
         after.longest_read.as_secs_f64() * 1000.0,
     ));
     Ok((report, summary))
+}
+
+/// A node is lost with its disk while clients work on a keyspace with two replicas; what it alone held
+/// of `demo` comes back from the bucket.
+async fn lose_a_node(cluster: &mut Cluster) -> Result<LoadSummary> {
+    step("node loss");
+    vasto(cluster, &["keyspace", "create", "orders", "--shards", "2", "--replicas", "2"]).await?;
+    let history = Arc::new(History::default());
+    let spec =
+        LoadSpec { name: "order".to_owned(), writers: 4, readers: 2, overwritten: 200, pace: Duration::from_millis(1) };
+    let clients = Load::start(&cluster.master(), "orders", &history, spec).await?;
+    vasto(cluster, &["keyspace", "checkpoint", "demo"]).await?;
+    until("everything to be in the bucket", DEADLINE, async || {
+        let described = cluster.json(&["keyspace", "describe", "demo"]).await.ok()?;
+        let shipped = |shard: &Value| shard["replicas"][0]["lsn"] == shard["replicas"][0]["shipped_lsn"];
+        described["placement"].as_array()?.iter().all(shipped).then_some(())
+    })
+    .await?;
+    clients.goes_on(50).await?;
+    clients.reset_longest();
+    let described = cluster.json(&["keyspace", "describe", "demo"]).await?;
+    let id = described["placement"][0]["replicas"][0]["node_id"].as_str().context("no node")?.to_owned();
+    let index = cluster.node_of(&id)?;
+    cluster.kill9_node(index).await?;
+    std::fs::remove_dir_all(cluster.node_dir(index))?;
+    note(&format!("kill -9 of node {id}, and its data directory is gone"));
+    let report = vasto(cluster, &["node", "replace", &id]).await?;
+    let number = |name: &str| report[name].as_u64().unwrap_or_default();
+    note(&format!(
+        "{} replicas are back after {:.1} s: {} keys, bytes_from_bucket {} in {} objects, bytes_from_peers {}",
+        number("replicas_moved"),
+        number("duration_ms") as f64 / 1000.0,
+        count(number("keys_moved")),
+        count(number("bytes_from_bucket")),
+        count(number("objects_read")),
+        count(number("bytes_from_peers")),
+    ));
+    clients.goes_on(50).await?;
+    let summary = clients.stop().await?;
+    note(&format!(
+        "6 paced clients of `orders` meanwhile: {} writes, {} reads, {} errors, longest write {:.1} ms, longest read {:.1} ms",
+        count(summary.acked),
+        count(summary.reads),
+        summary.refused + summary.unknown + summary.read_errors,
+        summary.longest_write.as_secs_f64() * 1000.0,
+        summary.longest_read.as_secs_f64() * 1000.0,
+    ));
+    let verified = vasto_tests::verify(&cluster.master(), "orders", &history).await?;
+    note(&format!("{} keys of `orders` hold what was acknowledged", count(verified.keys as u64)));
+    ensure!(number("bytes_from_bucket") > 0 && number("bytes_from_peers") == 0, "{report}");
+    Ok(summary)
+}
+
+/// Keys that are deleted by mistake.
+const DELETED: u64 = 100_000;
+
+/// Deletes what should have stayed, and brings back the time before into a keyspace of its own.
+async fn undo_a_bad_delete(cluster: &Cluster, keyspace: &Keyspace) -> Result<Keyspace> {
+    step("restore");
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let at = jiff::Timestamp::now().to_string();
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let began = Instant::now();
+    let keys: Vec<String> = (0..DELETED).map(records::key).collect();
+    futures::stream::iter(keys.chunks(BATCH))
+        .map(|keys| {
+            keyspace.write(keys.iter().fold(Batch::new(), |writes, key| writes.delete(key.as_str()))).into_future()
+        })
+        .buffer_unordered(PARALLEL)
+        .try_collect::<Vec<_>>()
+        .await?;
+    note(&rate("records deleted by mistake", DELETED, began));
+    ensure!(keyspace.get(records::key(7)).await?.is_none(), "the delete has not happened");
+    let report = vasto(cluster, &["keyspace", "restore", "demo", "--into", "before", "--at", &at]).await?;
+    let number = |name: &str| report[name].as_u64().unwrap_or_default();
+    note(&format!(
+        "restored in {:.1} s: bytes_from_bucket {} in {} objects, bytes_from_peers {}",
+        number("duration_ms") as f64 / 1000.0,
+        count(number("bytes_from_bucket")),
+        count(number("objects_read")),
+        count(number("bytes_from_peers")),
+    ));
+    ensure!(number("bytes_from_bucket") > 0 && number("bytes_from_peers") == 0, "{report}");
+    cluster.keyspace("before").await
 }
 
 /// What was not as it should be.

@@ -1,0 +1,115 @@
+//! `vasto bucket`.
+
+use serde_json::Value;
+
+use super::{bytes, count, list, text};
+use crate::{
+    args::{Bucket, BucketCommand},
+    connect,
+    output::{self, Failure, OutputFormat, Progress, Unit, table},
+};
+
+/// Lines of a list that people are shown.
+const SHOWN: usize = 20;
+
+/// Runs one command of `vasto bucket`.
+///
+/// # Errors
+/// What the cluster says; objects that are missing or damaged.
+pub async fn run(args: &Bucket, format: OutputFormat) -> anyhow::Result<()> {
+    let vasto = connect::connect(&args.connect).await?;
+    let progress = Progress::start("looking through the bucket", Unit::Items, None);
+    let (answer, shown): (_, fn(&Value) -> String) = match args.command {
+        BucketCommand::Fsck { deep } => (vasto.check_bucket(deep).await, checked),
+        BucketCommand::Gc { dry_run } => (vasto.collect_garbage(dry_run).await, collected),
+    };
+    progress.clear();
+    let answer = connect::document(answer)?;
+    match format {
+        OutputFormat::Json => output::print_json(&answer)?,
+        OutputFormat::Table => output::print(&shown(&answer))?,
+    }
+    let (missing, corrupt) = (list(&answer["missing"]).len(), list(&answer["corrupt"]).len());
+    if missing + corrupt > 0 {
+        let failure = Failure::new(format!("{missing} objects are missing and {corrupt} are damaged"));
+        let hint = "replicas that serve are not touched by this: make new checkpoints with `vasto keyspace checkpoint`";
+        return Err(failure.hint(hint).into());
+    }
+    Ok(())
+}
+
+fn checked(found: &Value) -> String {
+    let mut out = format!(
+        "{} objects, {}; {} are needed, {} are not\n",
+        count(&found["objects"]),
+        bytes(&found["bytes"]),
+        count(&found["referenced"]),
+        list(&found["orphans"]).len(),
+    );
+    for (what, keys) in [("missing", &found["missing"]), ("damaged", &found["corrupt"])] {
+        for key in list(keys) {
+            out += &format!("{what}: {}\n", text(key));
+        }
+    }
+    let orphans = list(&found["orphans"]);
+    if !orphans.is_empty() {
+        let age = |one: &Value| text(&one["age_s"]) + " s";
+        let rows = orphans.iter().take(SHOWN).map(|one| vec![text(&one["key"]), bytes(&one["bytes"]), age(one)]);
+        out += "\n";
+        out += &table(&["NEEDED BY NOTHING", ">BYTES", ">AGE"], rows);
+        out += &more(orphans.len());
+    }
+    out
+}
+
+fn collected(answer: &Value) -> String {
+    let what = if answer["dry_run"] == true { "would delete" } else { "deleted" };
+    let mut out = format!(
+        "{what} {} objects, {}; {} more are too young, {} stay\n",
+        count(&answer["deleted"]),
+        bytes(&answer["bytes"]),
+        count(&answer["young"]),
+        count(&answer["kept"]),
+    );
+    if let Some(reason) = answer["stopped"].as_str() {
+        out += &format!("stopped early: {reason}\n");
+    }
+    let keys = list(&answer["keys"]);
+    for key in keys.iter().take(SHOWN) {
+        out += &format!("  {}\n", text(key));
+    }
+    out + &more(keys.len())
+}
+
+fn more(all: usize) -> String {
+    if all > SHOWN { format!("  … and {} more; --output json lists them\n", all - SHOWN) } else { String::new() }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_check_names_what_is_wrong_and_what_is_needless() {
+        let text = checked(&json!({"objects": 1200, "bytes": 4096, "referenced": 1199,
+            "orphans": [{"key": "probe/1", "bytes": 9, "age_s": 70}], "missing": ["data/a"], "corrupt": ["data/b"]}));
+        for part in
+            ["1,200 objects, 4.0 KiB; 1,199 are needed, 1 are not", "missing: data/a", "damaged: data/b", "70 s"]
+        {
+            assert!(text.contains(part), "{part:?} is not in:\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_collection_tells_what_it_did() {
+        let keys: Vec<String> = (0..25).map(|n| format!("data/{n}")).collect();
+        let answer = json!({"dry_run": true, "deleted": 25, "bytes": 1024, "young": 3, "kept": 7, "keys": keys});
+        let text = collected(&answer);
+        for part in ["would delete 25 objects, 1.0 KiB; 3 more are too young, 7 stay", "  data/19\n", "… and 5 more"]
+        {
+            assert!(text.contains(part), "{part:?} is not in:\n{text}");
+        }
+    }
+}

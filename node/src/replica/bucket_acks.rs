@@ -1,0 +1,146 @@
+//! Writes that are answered once a chunk in the bucket covers them.
+//!
+//! **Invariant:** each is answered exactly once: as done when the bucket holds the log up to its record,
+//! as `Unknown` when it does not in time. Whoever waits wakes the shipper, and everybody who came while
+//! a chunk was under way shares the next one.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use vasto_core::ids::Lsn;
+use vasto_core::limits::BUCKET_ACK_TIMEOUT;
+use vasto_core::{ErrorCode, VastoError};
+
+use super::job::{Outcome, WriteJob};
+
+struct Waiting {
+    job: WriteJob,
+    outcomes: Vec<Outcome>,
+    lsn: Lsn,
+    until: Instant,
+}
+
+#[derive(Default)]
+struct Inner {
+    waiting: VecDeque<Waiting>,
+    covered: Lsn,
+}
+
+/// The writes of one replica that wait for the bucket.
+#[derive(Default)]
+pub struct BucketAcks {
+    inner: Mutex<Inner>,
+    wanted: Notify,
+}
+
+fn not_in_time() -> VastoError {
+    VastoError::new(
+        ErrorCode::Unknown,
+        "the write is durable here, but the bucket has not confirmed it in time; read it back, or see `vasto cluster status`",
+    )
+}
+
+impl BucketAcks {
+    /// A write that is durable here, with the LSN that covers it.
+    pub fn wait(&self, job: WriteJob, outcomes: Vec<Outcome>, lsn: Lsn) {
+        let mut inner = self.inner.lock();
+        if inner.covered >= lsn {
+            drop(inner);
+            return job.answer(Ok(outcomes));
+        }
+        let until = Instant::now() + BUCKET_ACK_TIMEOUT;
+        inner.waiting.push_back(Waiting { job, outcomes, lsn, until });
+        drop(inner);
+        self.wanted.notify_one();
+    }
+
+    /// The bucket holds the log up to here.
+    pub fn covered(&self, lsn: Lsn) {
+        let mut done = Vec::new();
+        {
+            let mut inner = self.inner.lock();
+            inner.covered = inner.covered.max(lsn);
+            while inner.waiting.front().is_some_and(|one| one.lsn <= lsn) {
+                done.extend(inner.waiting.pop_front());
+            }
+        }
+        for one in done {
+            one.job.answer(Ok(one.outcomes));
+        }
+    }
+
+    /// The last record that somebody waits for.
+    pub fn last(&self) -> Option<Lsn> {
+        self.inner.lock().waiting.back().map(|one| one.lsn)
+    }
+
+    /// Somebody waits.
+    pub async fn wanted(&self) {
+        self.wanted.notified().await;
+    }
+
+    /// Answers what has waited too long.
+    pub fn expire(&self) {
+        let now = Instant::now();
+        let mut late = Vec::new();
+        {
+            let mut inner = self.inner.lock();
+            while inner.waiting.front().is_some_and(|one| one.until <= now) {
+                late.extend(inner.waiting.pop_front());
+            }
+        }
+        for one in late {
+            one.job.answer(Err(not_in_time()));
+        }
+    }
+
+    /// The replica has stopped, and so has its shipper.
+    pub fn abandon(&self) {
+        let waiting = std::mem::take(&mut self.inner.lock().waiting);
+        for one in waiting {
+            one.job.answer(Err(not_in_time()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use bytes::Bytes;
+    use std::sync::mpsc::{Receiver, TryRecvError, channel};
+    use vasto_core::catalog::Ack;
+
+    use crate::replica::job::{Change, WriteOp};
+
+    fn put() -> (WriteJob, Receiver<Result<Vec<Outcome>, VastoError>>) {
+        let (sender, receiver) = channel();
+        let op = WriteOp {
+            key: Bytes::from_static(b"k"),
+            partition_hash: None,
+            event_time: None,
+            change: Change::Delete { condition: None },
+        };
+        let done = Box::new(move |answer| sender.send(answer).unwrap());
+        (WriteJob::new(vec![op], Ack::Bucket, done, None), receiver)
+    }
+
+    #[test]
+    fn a_write_is_answered_once_the_bucket_covers_it() {
+        let acks = BucketAcks::default();
+        let ((first, one), (second, two), (third, three)) = (put(), put(), put());
+        acks.wait(first, Vec::new(), Lsn(5));
+        acks.wait(second, Vec::new(), Lsn(6));
+        acks.covered(Lsn(5));
+        assert!(one.try_recv().unwrap().is_ok());
+        assert_eq!(two.try_recv(), Err(TryRecvError::Empty));
+        acks.expire();
+        assert_eq!((two.try_recv(), acks.last()), (Err(TryRecvError::Empty), Some(Lsn(6))));
+        acks.wait(third, Vec::new(), Lsn(4));
+        assert!(three.try_recv().unwrap().is_ok(), "it is there already");
+        acks.abandon();
+        assert_eq!(two.try_recv().unwrap().unwrap_err().code, ErrorCode::Unknown);
+    }
+}
