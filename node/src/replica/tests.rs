@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod bucket_faults;
 mod clean_up;
 mod crashes;
 mod failures;

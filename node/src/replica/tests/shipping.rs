@@ -56,6 +56,11 @@ impl Shipping {
         self.task.await.unwrap();
     }
 
+    /// Ends at once, as a crash does.
+    pub fn kill(self) {
+        self.task.abort();
+    }
+
     pub fn shipped(&self) -> Lsn {
         Lsn(self.handle.positions.shipped.load(Ordering::Acquire))
     }
