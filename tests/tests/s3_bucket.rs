@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use vasto_tests::{Cluster, History, Load, LoadSpec, Port, S3Server, preload, resized, verify};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -32,6 +32,22 @@ async fn s3_bucket_end_to_end() -> Result<()> {
     cluster.kill9_master().await?;
     cluster.start_master(Port::Same).await?;
     verify(&cluster.master(), "s3", &history).await?;
+    // A lost node, a collection and a restore.
+    cluster.json(&["keyspace", "checkpoint", "s3"]).await?;
+    let described = cluster.json(&["keyspace", "describe", "s3"]).await?;
+    let lost = described["placement"][0]["replicas"][0]["node_id"].as_str().context("no node")?.to_owned();
+    let index = cluster.node_of(&lost)?;
+    cluster.kill9_node(index).await?;
+    std::fs::remove_dir_all(cluster.node_dir(index))?;
+    let replaced = cluster.json(&["node", "replace", &lost]).await?;
+    println!("{replaced}");
+    ensure!(replaced["bytes_from_bucket"].as_u64() > Some(0) && replaced["bytes_from_peers"] == 0, "{replaced}");
+    verify(&cluster.master(), "s3", &history).await?;
+    cluster.json(&["bucket", "gc"]).await?;
+    let checked = cluster.json(&["bucket", "fsck", "--deep"]).await?;
+    ensure!(checked["missing"] == serde_json::json!([]) && checked["corrupt"] == serde_json::json!([]), "{checked}");
+    println!("{}", cluster.json(&["keyspace", "restore", "s3", "--into", "again"]).await?);
+    verify(&cluster.master(), "again", &history).await?;
     cluster.finish().await?;
     s3.stop().await
 }

@@ -1,0 +1,321 @@
+//! What the bucket costs and gives, in one run on one machine: how fast a lost node is replaced beside a
+//! plain download of the same objects, what that does to clients, what is lost without a second replica,
+//! and how many requests it takes.
+//!
+//! `VASTO_BENCH_GIB` (4) is the size of the replica, `VASTO_BENCH_SECONDS` (10) the length of each phase,
+//! `VASTO_BENCH_IDLE_SECONDS` (60) that of the idle one; with `VASTO_BENCH_S3=1` the bucket is on a
+//! SeaweedFS server instead of in a local directory.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use futures::{StreamExt, TryStreamExt};
+use object_store::ObjectStoreExt;
+use serde_json::Value;
+use vasto_client::{Ack, Batch, Keyspace};
+use vasto_core::ids::{KeyspaceId, ReplicaId, ShardId};
+use vasto_shipping::{Bucket, BucketOptions, layout};
+use vasto_tests::{Cluster, DEADLINE, History, Load, LoadSpec, Numbers, S3Server, Seen, key_of, number_of, until};
+
+const VALUE_BYTES: usize = 16 << 10;
+const BATCH: u64 = 64;
+const PARALLEL: usize = 8;
+
+fn number(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise)
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let s3 = match number("VASTO_BENCH_S3", 0) {
+        0 => None,
+        _ => Some(S3Server::start().await?),
+    };
+    println!("bucket: {}\n", if s3.is_some() { "SeaweedFS on this machine" } else { "a local directory" });
+    replacement(s3.as_ref()).await?;
+    for (interval, ack) in [("1s", Ack::Fsync), ("10s", Ack::Fsync), ("10s", Ack::Bucket)] {
+        tail(s3.as_ref(), interval, ack).await?;
+    }
+    match s3 {
+        Some(s3) => s3.stop().await,
+        None => Ok(()),
+    }
+}
+
+async fn cluster(s3: Option<&S3Server>, root: &str, interval: &str) -> Result<Cluster> {
+    let mut builder = Cluster::builder().nodes(2).set(&format!("node.ship_interval={interval}"));
+    if let Some(s3) = s3 {
+        builder = builder.bucket(&s3.url(root));
+        for (key, value) in s3.env() {
+            builder = builder.env(&key, &value);
+        }
+    }
+    builder.start().await
+}
+
+fn bucket(s3: Option<&S3Server>, cluster: &Cluster) -> Result<Bucket> {
+    let mut options = BucketOptions::default();
+    if let Some(s3) = s3 {
+        let env: std::collections::HashMap<String, String> = s3.env().into_iter().collect();
+        let of = |name: &str| env.get(name).cloned();
+        options = BucketOptions {
+            endpoint: of("AWS_ENDPOINT_URL"),
+            region: of("AWS_REGION"),
+            access_key_id: of("AWS_ACCESS_KEY_ID"),
+            secret_access_key: of("AWS_SECRET_ACCESS_KEY"),
+            allow_http: true,
+        };
+    }
+    Ok(Bucket::open(cluster.bucket(), &options)?)
+}
+
+/// 16 KiB that no compression makes smaller.
+fn value(index: u64) -> bytes::Bytes {
+    let mut numbers = Numbers::new(index);
+    (0..VALUE_BYTES / 8).flat_map(|_| numbers.draw().to_le_bytes()).collect()
+}
+
+async fn fill(keyspace: &Keyspace, from: u64, to: u64) -> Result<()> {
+    let batches: Vec<u64> = (from..to).step_by(BATCH as usize).collect();
+    futures::stream::iter(batches)
+        .map(|first| async move {
+            let keys = first..(first + BATCH).min(to);
+            let batch = keys.fold(Batch::new(), |batch, n| batch.put(format!("bulk{n:010}"), value(n)));
+            keyspace.write(batch).await.map(|_| ())
+        })
+        .buffer_unordered(PARALLEL)
+        .try_collect::<()>()
+        .await?;
+    Ok(())
+}
+
+/// Puts and gets in turn by 8 clients until told to stop: p50 and p99 of all, milliseconds.
+struct Front {
+    stop: Arc<AtomicBool>,
+    clients: Vec<tokio::task::JoinHandle<Result<Vec<Duration>>>>,
+}
+
+impl Front {
+    fn start(keyspace: &Keyspace) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let client = |id: u64| {
+            let (stop, keyspace) = (stop.clone(), keyspace.clone());
+            tokio::spawn(async move {
+                let (mut numbers, mut took) = (Numbers::new(id), Vec::new());
+                while !stop.load(Ordering::Relaxed) {
+                    let key = format!("front{}", numbers.below(10_000));
+                    let began = Instant::now();
+                    match numbers.below(2) {
+                        0 => drop(keyspace.put(key, "0123456789".repeat(10)).await?),
+                        _ => drop(keyspace.get(key).await?),
+                    }
+                    took.push(began.elapsed());
+                }
+                Ok(took)
+            })
+        };
+        let clients = (0..8).map(client).collect();
+        Self { stop, clients }
+    }
+
+    async fn end(self) -> Result<(f64, f64)> {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut all = Vec::new();
+        for client in self.clients {
+            all.extend(client.await??);
+        }
+        all.sort_unstable();
+        ensure!(!all.is_empty(), "no operations");
+        let at = |part: f64| all[((all.len() - 1) as f64 * part) as usize].as_secs_f64() * 1000.0;
+        Ok((at(0.5), at(0.99)))
+    }
+}
+
+/// Sums of all nodes: puts, other requests, bytes sent.
+async fn requests(cluster: &Cluster) -> Result<(u64, u64, u64)> {
+    let status = cluster.json(&["cluster", "status"]).await?;
+    let nodes = status["nodes"].as_array().context("no nodes")?.clone();
+    let sum = |name: &str| nodes.iter().map(|node| node["bucket_requests"][name].as_u64().unwrap_or(0)).sum::<u64>();
+    let others = ["get", "head", "list", "delete"].iter().map(|name| sum(name)).sum();
+    Ok((sum("put"), others, sum("bytes_written")))
+}
+
+fn cpu_seconds(pid: u32) -> Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields: Vec<&str> = stat.rsplit_once(')').context("stat")?.1.split_whitespace().collect();
+    let ticks: f64 = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
+    Ok(ticks / 100.0)
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+async fn holder(cluster: &Cluster, name: &str) -> Result<usize> {
+    let described = cluster.json(&["keyspace", "describe", name]).await?;
+    cluster.node_of(described["placement"][0]["replicas"][0]["node_id"].as_str().context("no node")?)
+}
+
+async fn replacement(s3: Option<&S3Server>) -> Result<()> {
+    let gib = number("VASTO_BENCH_GIB", 4);
+    let phase = Duration::from_secs(number("VASTO_BENCH_SECONDS", 10));
+    let records = (gib << 30) / VALUE_BYTES as u64;
+    let mut cluster = cluster(s3, "bench", "1s").await?;
+    cluster.create("bulk", 1, &[]).await?;
+    cluster.create("front", 1, &[]).await?;
+    let (bulk, front) = (cluster.keyspace("bulk").await?, cluster.keyspace("front").await?);
+    let before = requests(&cluster).await?;
+    let began = Instant::now();
+    fill(&bulk, 0, records).await?;
+    println!("loaded {gib} GiB in {:.1} s", began.elapsed().as_secs_f64());
+    let began = Instant::now();
+    cluster.json(&["keyspace", "checkpoint", "bulk"]).await?;
+    println!("and the rest of it is in the bucket {:.1} s later", began.elapsed().as_secs_f64());
+    let after = requests(&cluster).await?;
+    println!(
+        "requests for it: {} PUT, {} others; {:.2} bytes sent per byte written (log and SSTs)\n",
+        after.0 - before.0,
+        after.1 - before.1,
+        (after.2 - before.2) as f64 / (gib << 30) as f64
+    );
+    let idle = Duration::from_secs(number("VASTO_BENCH_IDLE_SECONDS", 60));
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let before = requests(&cluster).await?;
+    tokio::time::sleep(idle).await;
+    let after = requests(&cluster).await?;
+    println!("{} requests in {} idle seconds\n", after.0 + after.1 - before.0 - before.1, idle.as_secs());
+
+    let running = Front::start(&front);
+    tokio::time::sleep(phase).await;
+    let calm = running.end().await?;
+    fill(&bulk, 0, records / 8).await?;
+    let running = Front::start(&front);
+    let began = Instant::now();
+    cluster.json(&["keyspace", "checkpoint", "bulk"]).await?;
+    let took = began.elapsed();
+    let checkpoint = running.end().await?;
+
+    let lost = holder(&cluster, "bulk").await?;
+    let other = 1 - lost;
+    ensure!(holder(&cluster, "front").await? == other, "both keyspaces are on one node");
+    let id = cluster.node_id(lost).context("no id")?;
+    until("everything to be shipped", DEADLINE, async || {
+        let described = cluster.json(&["keyspace", "describe", "bulk"]).await.ok()?;
+        let replica = described["placement"][0]["replicas"][0].clone();
+        (replica["lsn"] == replica["shipped_lsn"]).then_some(())
+    })
+    .await?;
+    cluster.kill9_node(lost).await?;
+    std::fs::remove_dir_all(cluster.node_dir(lost))?;
+    let dead = Instant::now();
+    let pid = cluster.node_process(other)?.pid();
+    let (running, cpu) = (Front::start(&front), cpu_seconds(pid)?);
+    let report: Value = cluster.json(&["node", "replace", &id]).await?;
+    let (bootstrap, cpu) = (running.end().await?, cpu_seconds(pid)? - cpu);
+    let serves =
+        until("the replacement to serve", DEADLINE, async || bulk.get("bulk0000000001").await.ok().flatten()).await?;
+    let serves_after = dead.elapsed();
+    ensure!(serves.bytes() == value(1), "another value came back");
+    let bytes = report["bytes_from_bucket"].as_u64().context("no bytes")?;
+    let seconds = report["duration_ms"].as_u64().context("no duration")? as f64 / 1000.0;
+
+    // The yardstick: the objects of the same checkpoint to files, synced, with as many requests at once.
+    let bucket = bucket(s3, &cluster)?;
+    let dir = tempfile::tempdir()?;
+    let began = Instant::now();
+    let raw = download(&bucket, &cluster, dir.path()).await?;
+    let raw_seconds = began.elapsed().as_secs_f64();
+    let (ours, plain) = (mib(bytes) / seconds, mib(raw) / raw_seconds);
+    println!("replacement of a dead node, {:.0} MiB from the bucket in {seconds:.1} s: {ours:.0} MiB/s", mib(bytes));
+    println!("the same objects to files with object_store alone: {plain:.0} MiB/s; ratio {:.2}", ours / plain);
+    println!("from kill -9 to the first read: {:.1} s", serves_after.as_secs_f64());
+    println!("CPU of the node meanwhile: {:.1} s per GiB (clients' work included)", cpu / (mib(bytes) / 1024.0));
+    println!("\nclients, p50 / p99 in ms: calm {:.2} / {:.2}", calm.0, calm.1);
+    let ratio =
+        |one: (f64, f64)| format!("{:.2} / {:.2}, {:.1} x / {:.1} x", one.0, one.1, one.0 / calm.0, one.1 / calm.1);
+    println!("  during a checkpoint of {:.1} s: {}", took.as_secs_f64(), ratio(checkpoint));
+    println!("  during the replacement, on the same node: {}\n", ratio(bootstrap));
+    for n in (0..records).step_by(997) {
+        let found = bulk.get(format!("bulk{n:010}")).await?.with_context(|| format!("record {n} is gone"))?;
+        ensure!(found.bytes() == value(n), "record {n} is not what was written");
+    }
+    cluster.finish().await
+}
+
+/// Downloads the SSTs of the shard's newest checkpoint that is not the replacement's own.
+async fn download(bucket: &Bucket, cluster: &Cluster, dir: &Path) -> Result<u64> {
+    let described = cluster.json(&["keyspace", "describe", "bulk"]).await?;
+    let keyspace = described["keyspace_id"].as_u64().context("no keyspace_id")?;
+    let all = described["placement"][0]["replicas"].as_array().context("no replicas")?.clone();
+    let left = all.iter().find(|one| one["state"] == "draining").context("nobody has left")?;
+    let source = ReplicaId(left["replica_id"].as_u64().context("no replica_id")?);
+    let prefix = layout::replica_prefix(KeyspaceId(keyspace), ShardId(0), source);
+    let objects = bucket.list(&prefix).await?;
+    let newest = objects.iter().filter(|one| one.key.contains("/checkpoint/")).map(|one| &one.key).max();
+    let manifest = bucket.get(newest.context("no checkpoint")?).await?.context("no manifest")?;
+    let manifest = vasto_shipping::Manifest::decode(&manifest)?;
+    let root =
+        cluster.bucket().strip_prefix("s3://").and_then(|rest| rest.split_once('/')).map_or("", |(_, root)| root);
+    let store = bucket.raw_store();
+    let sizes = futures::stream::iter(manifest.files)
+        .map(|file| {
+            let (store, path) = (store.clone(), dir.join(format!("{}.sst", file.file_number)));
+            let key = if root.is_empty() { file.key } else { format!("{root}/{}", file.key) };
+            async move {
+                let body = store.get(&object_store::path::Path::from(key)).await?.bytes().await?;
+                let bytes = body.len() as u64;
+                let write = move || {
+                    let mut file = std::fs::File::create(path)?;
+                    std::io::Write::write_all(&mut file, &body)?;
+                    file.sync_all()
+                };
+                tokio::task::spawn_blocking(write).await??;
+                anyhow::Ok(bytes)
+            }
+        })
+        .buffer_unordered(PARALLEL)
+        .try_collect::<Vec<u64>>()
+        .await?;
+    Ok(sizes.into_iter().sum())
+}
+
+/// What is lost with the only node while clients write.
+async fn tail(s3: Option<&S3Server>, interval: &str, ack: Ack) -> Result<()> {
+    let name = format!("tail-{interval}-{ack}");
+    let mut cluster = cluster(s3, &name, interval).await?;
+    cluster.create("tail", 1, &["--ack", &ack.to_string()]).await?;
+    let history = Arc::new(History::default());
+    let spec = LoadSpec { readers: 0, ..LoadSpec::default() };
+    let load = Load::start(&cluster.master(), "tail", &history, spec).await?;
+    tokio::time::sleep(Duration::from_secs(14)).await;
+    let described = cluster.json(&["keyspace", "describe", "tail"]).await?;
+    let replica = &described["placement"][0]["replicas"][0];
+    let behind = replica["lsn"].as_u64().unwrap_or(0) - replica["shipped_lsn"].as_u64().unwrap_or(0);
+    let lost = holder(&cluster, "tail").await?;
+    cluster.kill9_node(lost).await?;
+    #[allow(clippy::disallowed_methods)]
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_micros() as u64;
+    std::fs::remove_dir_all(cluster.node_dir(lost))?;
+    let id = cluster.node_id(lost).context("no id")?;
+    let summary = load.stop().await?;
+    cluster.json(&["node", "replace", &id]).await?;
+    let keyspace = cluster.keyspace("tail").await?;
+    let (mut missing, mut newest) = (0, 0);
+    for (name, kept) in history.all() {
+        let found = keyspace.get(key_of(&name)).await?;
+        newest = newest.max(found.as_ref().map_or(0, |value| value.event_time));
+        let seen = found.map_or(Seen::Absent, |value| Seen::Number(number_of(&name, &value.bytes()).unwrap_or(0)));
+        missing += u64::from(!kept.allows(seen));
+    }
+    println!(
+        "the only node is lost under load, ship_interval {interval}, ack {ack}: {} writes acknowledged, {missing} keys \
+         without their last acknowledged write; log {behind} records ahead of the bucket shortly before; the newest \
+         write that survived is {} ms old",
+        summary.acked,
+        now.saturating_sub(newest) / 1000,
+    );
+    cluster.finish().await
+}
