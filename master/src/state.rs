@@ -408,7 +408,7 @@ impl State {
             };
         }
         let presence = |node| self.presence(node, mono_us);
-        if let Some((next, _)) = advance_primaries(catalog, &known.reports, &presence, now_us, nonce) {
+        if let Some((next, _)) = advance_primaries(catalog, &known.reports, presence, now_us, nonce) {
             return Advance::Write(Box::new(next));
         }
         let around = Around {

@@ -313,7 +313,7 @@ fn read_rows(
         let mut rows = scratch.rows(band);
         while let Some((key, entry)) = rows.current()? {
             bytes += key.len() + entry.len();
-            slice.push(KeyEntry { key: key.to_vec().into(), entry: entry.to_vec().into() });
+            slice.push(KeyEntry { key: key.to_vec(), entry: entry.to_vec() });
             rows.advance();
             if bytes >= GROUP_BYTES_MAX {
                 bytes = 0;

@@ -391,7 +391,7 @@ impl Runner {
         };
         let mut opened = None;
         loop {
-            match self.from_bucket(&bootstrap, &catalog, plan, &mut opened).await {
+            match self.take_from_bucket(&bootstrap, &catalog, plan, &mut opened).await {
                 Ok(()) => return Ok(opened.map(|replica| (replica, catalog.clone()))),
                 Err(_) if self.cancel.is_cancelled() => {
                     if let Some(replica) = opened {
@@ -411,7 +411,7 @@ impl Runner {
         }
     }
 
-    async fn from_bucket(
+    async fn take_from_bucket(
         &self,
         bootstrap: &Bootstrap,
         catalog: &Catalog,

@@ -58,6 +58,8 @@ impl PauseDetector {
 }
 
 /// Gives signs of life until `ended` says so; runs on a thread of its own.
+// It has that thread to itself.
+#[allow(clippy::disallowed_methods)]
 pub fn watch(detector: &PauseDetector, after_pause: impl Fn(Duration), ended: impl Fn() -> bool) {
     while !ended() {
         detector.tick(&after_pause);

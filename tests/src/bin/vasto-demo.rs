@@ -210,6 +210,7 @@ const DELETED: u64 = 100_000;
 async fn undo_a_bad_delete(cluster: &Cluster, keyspace: &Keyspace) -> Result<Keyspace> {
     step("restore");
     tokio::time::sleep(Duration::from_millis(20)).await;
+    #[allow(clippy::disallowed_methods)]
     let at = jiff::Timestamp::now().to_string();
     tokio::time::sleep(Duration::from_millis(20)).await;
     let began = Instant::now();
