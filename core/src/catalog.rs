@@ -177,6 +177,9 @@ pub struct Leaving {
     /// Who takes its replicas; anybody with room when that is not said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<NodeId>,
+    /// The node may be gone: what it alone holds is taken from the bucket, without waiting for it.
+    #[serde(default)]
+    pub replace: bool,
     /// Since when, microseconds since 1970: with the node, what the operation is called by.
     pub since_us: u64,
 }

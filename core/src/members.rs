@@ -9,6 +9,12 @@ use crate::ids::{Epoch, NodeId, PlanId, ReplicaId, ShardId};
 use crate::plan::{OperationReport, Outcome, Plan, PlanKind, Reports, Source, Step, Target, operation_id};
 use crate::primaries::Presence;
 
+/// A node that is to be replaced and is gone is not waited for; one that is only to be emptied is.
+fn is_given_up(catalog: &Catalog, around: &Around<'_>, node: NodeId) -> bool {
+    let replaced = catalog.leaving.iter().any(|leaving| leaving.node == node && leaving.replace);
+    replaced && (around.presence)(node) == Presence::Gone
+}
+
 /// After a copy that failed the next is begun no sooner than this, microseconds.
 pub const COPY_AGAIN_US: u64 = 10_000_000;
 
@@ -125,7 +131,7 @@ pub fn advance_members(
                     && replication(other.replica).is_some_and(|report| report.evict == Some(one.replica))
             });
             let lost = (around.lost)(one.node) && (around.room)(catalog, shard.shard).is_some();
-            let given_up = catalog.leaving.iter().any(|leaving| leaving.node == one.node) && !around.is_here(one.node);
+            let given_up = is_given_up(catalog, around, one.node);
             if too_old || in_the_way || lost || given_up {
                 return evict(catalog, one.replica, false, now_us, nonce).ok();
             }
@@ -167,7 +173,7 @@ fn empty_leaving(
             shard.handing_to = Some(heir.replica);
             return Some(next);
         }
-        if !around.is_here(one.node) && shard.replicas.len() == 1 && may_copy(catalog, now_us) {
+        if shard.replicas.len() == 1 && is_given_up(catalog, around, one.node) && may_copy(catalog, now_us) {
             let node = (around.room)(catalog, shard.shard)?;
             let kind = PlanKind::Takeover { shard: shard.shard };
             return Some(begin(catalog, kind, shard.shard, *one, node, now_us, nonce));
@@ -396,9 +402,17 @@ mod tests {
     fn a_live_node_that_leaves_is_copied_first_and_a_dead_one_is_drained_later() {
         let calm = reports(|_, _| {});
         let to_four = |_: &Catalog, _: ShardId| Some(NodeId(4));
-        let leaving =
-            empty_node(&catalog(), Leaving { node: NodeId(1), to: Some(NodeId(4)), since_us: NOW }, NOW, 2).unwrap();
-        assert_eq!(empty_node(&catalog(), Leaving { node: NodeId(9), to: None, since_us: NOW }, NOW, 2), None);
+        let leaving = empty_node(
+            &catalog(),
+            Leaving { node: NodeId(1), to: Some(NodeId(4)), replace: true, since_us: NOW },
+            NOW,
+            2,
+        )
+        .unwrap();
+        assert_eq!(
+            empty_node(&catalog(), Leaving { node: NodeId(9), to: None, replace: true, since_us: NOW }, NOW, 2),
+            None
+        );
         let copying = next(&leaving, &calm, HERE, to_four).unwrap();
         assert_eq!(copying.plan.as_ref().unwrap().kind, PlanKind::Replica { shard: ShardId(0) });
         let four = committed(&copying);
@@ -426,7 +440,11 @@ mod tests {
         let to_two = |_: &Catalog, _: ShardId| Some(NodeId(2));
         let dead = |node: NodeId| if node == NodeId(1) { Presence::Gone } else { Presence::Here(0) };
         assert_eq!(next(&single(), &calm, dead, to_two), None, "nobody said that it does not come back");
-        let leaving = empty_node(&single(), Leaving { node: NodeId(1), to: None, since_us: NOW }, NOW, 2).unwrap();
+        let drained = Leaving { node: NodeId(1), to: None, replace: false, since_us: NOW };
+        let drained = empty_node(&single(), drained, NOW, 2).unwrap();
+        assert_eq!(next(&drained, &calm, dead, to_two), None, "a node that is only emptied is waited for");
+        let leaving =
+            empty_node(&single(), Leaving { node: NodeId(1), to: None, replace: true, since_us: NOW }, NOW, 2).unwrap();
         let live = next(&leaving, &calm, HERE, to_two).unwrap().plan.unwrap();
         assert_eq!((live.kind, live.step), (PlanKind::Replica { shard: ShardId(0) }, Step::Prepare));
         let plan = next(&leaving, &calm, dead, to_two).unwrap().plan.unwrap();

@@ -136,7 +136,7 @@ fn node_of(text: &str) -> Result<NodeId, VastoError> {
 pub(crate) async fn empty(cluster: &Arc<Cluster>, request: v1::EmptyNodeRequest) -> Answer {
     let node = node_of(&request.node_id)?;
     let to = Some(request.to_node_id.as_str()).filter(|id| !id.is_empty()).map(node_of).transpose()?;
-    let leaving = Leaving { node, to, since_us: now_us() };
+    let leaving = Leaving { node, to, replace: request.replace, since_us: now_us() };
     let concerned = {
         let state = cluster.state();
         check(&state, leaving, request.replace)?

@@ -384,7 +384,7 @@ impl Runner {
             bucket: self.context.bucket.clone(),
             engines: self.context.engines.clone(),
             dir: tenant.dir.clone(),
-            side: tenant.tmp.join(format!("bootstrap-{}-{}", tenant.keyspace, tenant.replica)),
+            side: tenant.dir.join("bootstrap"),
             progress: progress.clone(),
             core: self.context.core.clone(),
             cancel: self.cancel.clone(),
