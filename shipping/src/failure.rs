@@ -2,6 +2,7 @@
 //!
 //! **Invariant:** "not found" is only ever about the object. A missing bucket, refused credentials
 //! and an unreachable server are told apart here, once, because each asks something else of a person.
+//! Nothing that is secret stays in what is said: S3 repeats a refused session token in its answer.
 
 use std::error::Error;
 
@@ -20,6 +21,8 @@ pub(crate) enum Kind {
     Taken,
     /// The store knows us and says no, or does not accept our signature.
     Denied,
+    /// The credentials were good until a moment ago; every attempt asks for them anew.
+    Expired,
     /// No credentials could be found.
     NoCredentials,
     /// The store does not implement what was asked.
@@ -38,6 +41,12 @@ pub(crate) struct Failure {
     pub(crate) transient: bool,
     pub(crate) detail: String,
 }
+
+/// What S3, STS and a batch of deletes call it when credentials have run out.
+const EXPIRED: [&str; 3] = ["ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"];
+/// What they call it when they want the request again, also under a status that does not say so:
+/// `RequestTimeout` and `Throttling` come with 400, errors of a batch or of a long request with 200.
+const AGAIN: [&str; 5] = ["SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling"];
 
 /// Statuses that ask to try again. 501 does not: the store lacks the operation.
 pub(crate) fn is_transient_status(status: u16) -> bool {
@@ -71,6 +80,7 @@ impl Failure {
         match self.kind {
             Kind::NoBucket => BucketError::UnknownBucket { url },
             Kind::Denied => BucketError::AccessDenied { url, detail },
+            Kind::Expired => BucketError::ExpiredCredentials { url, detail },
             Kind::NoCredentials => BucketError::NoCredentials { url, detail },
             Kind::Unreachable => BucketError::Unreachable { url, detail },
             Kind::Unsupported => BucketError::Unsupported { url, detail },
@@ -82,16 +92,23 @@ impl Failure {
 impl From<object_store::Error> for Failure {
     fn from(error: object_store::Error) -> Self {
         use object_store::Error as E;
-        let detail = chain(&error);
+        let detail = without_token(chain(&error));
         let status = status_in(&detail);
         let has = |words: &[&str]| words.iter().any(|word| detail.contains(word));
+        let code = |codes: &[&str]| codes.iter().any(|code| names(&detail, code));
         let http = find::<HttpError>(&error).is_some();
         let (kind, transient) = if has(&["/latest/api/token", "/latest/meta-data", "169.254.170.", "computeMetadata"]) {
             (Kind::NoCredentials, http || status.is_none_or(is_transient_status))
         } else if has(&["NoSuchBucket", "The specified bucket does not exist", "ContainerNotFound"]) {
             (Kind::NoBucket, false)
-        } else if has(&["InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"]) {
+        } else if code(&EXPIRED) || (status == Some(400) && has(&["performing HEAD "])) {
+            // The answer to a HEAD has no body to say so. What else is wrong with every request has
+            // shown when the bucket was probed, with a PUT and a GET.
+            (Kind::Expired, true)
+        } else if has(&["InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"]) || code(&["AccessDenied"]) {
             (Kind::Denied, false)
+        } else if code(&AGAIN) {
+            (Kind::Unreachable, true)
         } else {
             match &error {
                 E::NotFound { .. } => (Kind::NotFound, false),
@@ -99,6 +116,8 @@ impl From<object_store::Error> for Failure {
                 E::PermissionDenied { .. } | E::Unauthenticated { .. } => (Kind::Denied, false),
                 E::NotImplemented { .. } | E::NotSupported { .. } => (Kind::Unsupported, false),
                 E::Generic { .. } if status == Some(501) => (Kind::Unsupported, false),
+                // A refused LIST.
+                E::Generic { .. } if matches!(status, Some(401 | 403)) => (Kind::Denied, false),
                 E::Generic { .. } if http || status.is_some_and(is_transient_status) => (Kind::Unreachable, true),
                 _ if find::<std::io::Error>(&error)
                     .is_some_and(|io| io.kind() == std::io::ErrorKind::PermissionDenied) =>
@@ -135,6 +154,23 @@ fn chain(error: &(dyn Error + 'static)) -> String {
     out.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
+/// Whether the store gives this as its code: in an answer of its own, or for one object of a batch.
+fn names(detail: &str, code: &str) -> bool {
+    detail.contains(&format!("<Code>{code}</Code>")) || detail.contains(&format!("(code: {code})"))
+}
+
+/// The text without the session token that S3 repeats when it refuses one.
+fn without_token(detail: String) -> String {
+    const TAGS: (&str, &str) = ("<Token-0>", "</Token-0>");
+    match detail.split_once(TAGS.0) {
+        Some((before, rest)) => {
+            let after = rest.split_once(TAGS.1).map_or("", |(_, after)| after);
+            format!("{before}{}…{}{after}", TAGS.0, TAGS.1)
+        }
+        None => detail,
+    }
+}
+
 /// object_store keeps the type that holds the status to itself; its text is all there is.
 fn status_in(detail: &str) -> Option<u16> {
     let (_, rest) = detail.split_once("status code: ")?;
@@ -164,8 +200,26 @@ mod tests {
         }
         .into();
         assert_eq!(missing.kind, Kind::NoBucket);
-        let expired = generic("Server returned non-2xx status code: 400 Bad Request: <Code>ExpiredToken</Code>");
-        assert_eq!(expired.kind, Kind::Denied);
+        let expired = generic(
+            "Error performing PUT http://x/b/k in 1ms - Server returned non-2xx status code: 400 Bad Request: \
+             <Error><Code>ExpiredToken</Code><Token-0>canary</Token-0><RequestId>1</RequestId></Error>",
+        );
+        assert_eq!((expired.kind, expired.transient), (Kind::Expired, true));
+        assert!(!expired.detail.contains("canary") && expired.detail.contains("<RequestId>1"), "{}", expired.detail);
+        // An object of that name is no reason.
+        let named = generic("Error performing PUT http://x/b/ExpiredToken - status code: 400 Bad Request: x");
+        assert_eq!((named.kind, named.transient), (Kind::Other, false));
+        let bodiless = generic("Error performing HEAD http://x/b/k in 1ms - status code: 400 Bad Request: ");
+        assert_eq!((bodiless.kind, bodiless.transient), (Kind::Expired, true));
+        let unread = generic("status code: 400 Bad Request: <Code>RequestTimeout</Code>");
+        assert_eq!((unread.kind, unread.transient), (Kind::Unreachable, true));
+        let in_a_batch = generic("DeleteObjects request failed for key k: slow down (code: SlowDown)");
+        assert_eq!((in_a_batch.kind, in_a_batch.transient), (Kind::Unreachable, true));
+        let refused = generic("DeleteObjects request failed for key k: Access Denied (code: AccessDenied)");
+        assert_eq!((refused.kind, refused.transient), (Kind::Denied, false));
+        let listing =
+            generic("Error performing list request: status code: 403 Forbidden: <Code>AllAccessDisabled</Code>");
+        assert_eq!((listing.kind, listing.transient), (Kind::Denied, false));
         let cut: Failure = object_store::Error::Generic {
             store: "S3",
             source: Box::new(HttpError::new(HttpErrorKind::Interrupted, std::io::Error::other("reset"))),

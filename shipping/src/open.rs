@@ -17,7 +17,7 @@ use object_store::{ClientOptions, ObjectStore, RetryConfig};
 use url::Url;
 use vasto_core::limits::CONNECT_TIMEOUT;
 
-use crate::bucket::{BucketError, BucketOptions};
+use crate::bucket::{Bucket, BucketError, BucketOptions};
 
 /// One request with its body, whatever its size: 64 MiB in it is 1 MiB/s.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
@@ -32,6 +32,22 @@ pub(crate) struct Opened {
 
 /// The environment, as `std::env::vars_os` gives it; for S3 alone it is looked at through this.
 pub(crate) type Environment<'a> = &'a mut dyn Iterator<Item = (OsString, OsString)>;
+
+impl Bucket {
+    /// Opens a bucket as [`Bucket::open`] does, for S3 with these variables instead of the process's
+    /// own: for several roles in one process, as tests have them.
+    ///
+    /// # Errors
+    /// Those of [`Bucket::open`].
+    pub fn open_in(
+        url: &str,
+        options: &BucketOptions,
+        environment: impl IntoIterator<Item = (OsString, OsString)>,
+    ) -> Result<Bucket, BucketError> {
+        let opened = open(url, options, &mut environment.into_iter())?;
+        Ok(Bucket::over(opened.url, opened.store, opened.root))
+    }
+}
 
 pub(crate) fn open(text: &str, options: &BucketOptions, environment: Environment<'_>) -> Result<Opened, BucketError> {
     let bad = |reason: &str| BucketError::BadUrl { url: shown(text), reason: reason.to_owned() };

@@ -48,6 +48,9 @@ impl RetryBudget {
     }
 }
 
+/// A part that is answered 400 is sent so often again, with credentials asked for anew.
+const UNEXPLAINED_MAX: usize = 5;
+
 /// Counts down one operation's budget.
 #[derive(Debug)]
 pub(crate) struct Retry {
@@ -97,6 +100,9 @@ impl RetryPolicy for PartRetry {
     async fn retry(&self, context: RetryContext) -> bool {
         let transient = match context.failure {
             RetryFailure::Transport(_) => true,
+            // S3 answers 400 to credentials that have expired and to a body that came slowly. Which it
+            // is, only the body of the answer tells, and that is not handed over.
+            RetryFailure::Status(status) if status.as_u16() == 400 => context.attempt <= UNEXPLAINED_MAX,
             RetryFailure::Status(status) => crate::failure::is_transient_status(status.as_u16()),
             _ => false,
         };

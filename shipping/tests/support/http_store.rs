@@ -1,0 +1,348 @@
+//! An S3 server on loopback that answers wrongly where it is told to.
+//!
+//! **Invariant:** a fault that comes before the work leaves the objects alone, one that comes after
+//! it does not undo it. A test knows of every request what was asked and what was answered.
+//!
+//! What a good answer is, is in [`objects`]; who may ask is [`Keys`]' to say.
+
+#[path = "http_objects.rs"]
+pub mod objects;
+
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{JoinHandle, JoinSet};
+use vasto_shipping::{Bucket, BucketOptions};
+
+use super::metadata::Keys;
+use objects::Objects;
+
+pub const BUCKET: &str = "faults";
+/// What the client is configured with when no role gives it its keys.
+const KEY: &str = "AKIAFIXED";
+const SECRET: &str = "fixed-secret";
+pub const SESSION_TOKEN: &str = "session-token-canary";
+
+/// What a request asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Ask {
+    Put,
+    Get,
+    Head,
+    List,
+    Delete,
+    Begin,
+    Part,
+    Complete,
+    Abort,
+}
+
+/// What is answered instead of the truth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// 503; nothing is done.
+    SlowDown,
+    /// 500; nothing is done.
+    InternalError,
+    /// 200 with an error in its body, as S3 does for long requests and batches; nothing is done.
+    ErrorInBody,
+    /// 400; nothing is done.
+    ExpiredToken,
+    /// 403; nothing is done.
+    AccessDenied,
+    /// 403; nothing is done.
+    TimeTooSkewed,
+    /// The connection is reset; nothing is done.
+    ResetBefore,
+    /// It is done, and the connection is reset.
+    ResetAfter,
+    /// It is done, and no answer comes.
+    SilentAfter,
+    /// It is done, and half of the answer comes.
+    EndsEarly,
+}
+
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub ask: Ask,
+    pub method: String,
+    /// Path and query.
+    pub target: String,
+    pub headers: HashMap<String, String>,
+    pub body: Bytes,
+}
+
+impl Request {
+    pub fn key_id(&self) -> &str {
+        let credential = self.headers.get("authorization").and_then(|text| text.split_once("Credential="));
+        credential.and_then(|(_, rest)| rest.split('/').next()).unwrap_or_default()
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: Vec<(&'static str, String)>,
+    pub body: Bytes,
+}
+
+/// A request as it is remembered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Served {
+    pub ask: Ask,
+    pub target: String,
+    pub key_id: String,
+    /// What was answered, or would have been.
+    pub status: u16,
+    pub fault: Option<Fault>,
+}
+
+#[derive(Default)]
+struct Shared {
+    keys: Option<Arc<Keys>>,
+    objects: Mutex<Objects>,
+    faults: Mutex<Vec<(Ask, Fault, u32)>>,
+    everything: Mutex<Option<Fault>>,
+    throttled: Mutex<Option<HashMap<(Ask, String), u32>>>,
+    served: Mutex<Vec<Served>>,
+}
+
+pub struct HttpStore {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    server: JoinHandle<()>,
+}
+
+impl Drop for HttpStore {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+impl HttpStore {
+    /// A store that takes one fixed key.
+    pub async fn start() -> HttpStore {
+        Self::serve(Shared::default()).await
+    }
+
+    /// A store that takes the keys of a role as long as they live.
+    pub async fn with_keys(keys: &Arc<Keys>) -> HttpStore {
+        Self::serve(Shared { keys: Some(Arc::clone(keys)), ..Shared::default() }).await
+    }
+
+    async fn serve(shared: Shared) -> HttpStore {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shared = Arc::new(shared);
+        let of_server = Arc::clone(&shared);
+        let server = tokio::spawn(async move {
+            // Ends its connections when it is dropped.
+            let mut connections = JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                connections.spawn(connection(stream, Arc::clone(&of_server)));
+            }
+        });
+        HttpStore { address, shared, server }
+    }
+
+    /// The bucket, with fixed keys.
+    pub fn bucket(&self) -> Bucket {
+        let options =
+            BucketOptions { access_key_id: Some(KEY.into()), secret_access_key: Some(SECRET.into()), ..self.options() };
+        let environment = [("AWS_SESSION_TOKEN".into(), SESSION_TOKEN.into())];
+        Bucket::open_in(&format!("s3://{BUCKET}/root"), &options, environment).unwrap()
+    }
+
+    /// The bucket, with the keys of the role that this metadata service knows.
+    pub fn bucket_of_role(&self, metadata_endpoint: &str) -> Bucket {
+        let environment = [("AWS_METADATA_ENDPOINT".into(), metadata_endpoint.into())];
+        Bucket::open_in(&format!("s3://{BUCKET}/root"), &self.options(), environment).unwrap()
+    }
+
+    fn options(&self) -> BucketOptions {
+        BucketOptions {
+            endpoint: Some(format!("http://{}", self.address)),
+            region: Some("us-east-1".into()),
+            allow_http: true,
+            ..BucketOptions::default()
+        }
+    }
+
+    /// The next so many requests of the kind are answered so.
+    pub fn fail(&self, ask: Ask, fault: Fault, times: u32) {
+        self.shared.faults.lock().unwrap().push((ask, fault, times));
+    }
+
+    /// Every request is answered so, until told otherwise.
+    pub fn fail_everything(&self, fault: Option<Fault>) {
+        *self.shared.everything.lock().unwrap() = fault;
+    }
+
+    /// From now on, half of all requests are throttled. Which ones depends on what is asked for and
+    /// how often it has been, not on the order in which requests come.
+    pub fn throttle_half(&self) {
+        *self.shared.throttled.lock().unwrap() = Some(HashMap::new());
+    }
+
+    /// The requests since this was asked last.
+    pub fn take_served(&self) -> Vec<Served> {
+        std::mem::take(&mut self.shared.served.lock().unwrap())
+    }
+
+    /// What is under the key.
+    pub fn object(&self, key: &str) -> Option<Bytes> {
+        self.shared.objects.lock().unwrap().object(&format!("root/{key}"))
+    }
+
+    /// Uploads in parts that were neither completed nor aborted.
+    pub fn open_uploads(&self) -> usize {
+        self.shared.objects.lock().unwrap().open_uploads()
+    }
+}
+
+impl Shared {
+    /// What is to go wrong with this request.
+    fn fault(&self, request: &Request) -> Option<Fault> {
+        if let Some(fault) = *self.everything.lock().unwrap() {
+            return Some(fault);
+        }
+        let mut faults = self.faults.lock().unwrap();
+        if let Some(at) = faults.iter().position(|(ask, _, times)| *ask == request.ask && *times > 0) {
+            faults[at].2 -= 1;
+            return Some(faults[at].1);
+        }
+        let mut throttled = self.throttled.lock().unwrap();
+        let asked = throttled.as_mut()?.entry((request.ask, request.target.clone())).or_default();
+        *asked += 1;
+        let mut hasher = DefaultHasher::new();
+        (request.ask, &request.target, *asked).hash(&mut hasher);
+        hasher.finish().is_multiple_of(2).then_some(Fault::SlowDown)
+    }
+
+    /// The answer, and how it is to be spoilt.
+    fn answer(&self, request: &Request) -> (Answer, Option<Fault>) {
+        let fault = self.fault(request);
+        let refused = match fault {
+            Some(Fault::SlowDown) => Some(error(503, "SlowDown", "Please reduce your request rate.", "")),
+            Some(Fault::InternalError) => {
+                Some(error(500, "InternalError", "We encountered an internal error. Please try again.", ""))
+            }
+            Some(Fault::ErrorInBody) => {
+                Some(error(200, "InternalError", "We encountered an internal error. Please try again.", ""))
+            }
+            Some(Fault::ExpiredToken) => Some(expired(request)),
+            Some(Fault::AccessDenied) => Some(error(403, "AccessDenied", "Access Denied", "")),
+            Some(Fault::TimeTooSkewed) => Some(error(
+                403,
+                "RequestTimeTooSkewed",
+                "The difference between the request time and the current time is too large.",
+                "<MaxAllowedSkewMilliseconds>900000</MaxAllowedSkewMilliseconds>",
+            )),
+            Some(Fault::ResetBefore) => Some(error(0, "Unanswered", "", "")),
+            _ => match &self.keys {
+                Some(keys) if !keys.are_good(request.key_id()) => Some(expired(request)),
+                None if request.key_id() != KEY => Some(error(403, "InvalidAccessKeyId", "It does not exist.", "")),
+                _ => None,
+            },
+        };
+        let answer = refused.unwrap_or_else(|| self.objects.lock().unwrap().answer(request));
+        self.served.lock().unwrap().push(Served {
+            ask: request.ask,
+            target: request.target.clone(),
+            key_id: request.key_id().to_owned(),
+            status: answer.status,
+            fault,
+        });
+        (answer, fault)
+    }
+}
+
+/// An error as S3 words it.
+pub fn error(status: u16, code: &str, message: &str, more: &str) -> Answer {
+    let body = format!(
+        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>{code}</Code><Message>{message}</Message>{more}\
+         <RequestId>1234567890ABCDEF</RequestId><HostId>aG9zdA==</HostId></Error>"
+    );
+    Answer { status, headers: vec![("Content-Type", "application/xml".to_owned())], body: body.into() }
+}
+
+/// S3 repeats the token that it refuses.
+fn expired(request: &Request) -> Answer {
+    let token = request.headers.get("x-amz-security-token").map_or("", String::as_str);
+    error(400, "ExpiredToken", "The provided token has expired.", &format!("<Token-0>{token}</Token-0>"))
+}
+
+async fn connection(stream: TcpStream, shared: Arc<Shared>) -> std::io::Result<()> {
+    let mut stream = BufReader::new(stream);
+    while let Some(request) = read(&mut stream).await? {
+        let (answer, fault) = shared.answer(&request);
+        match fault {
+            Some(Fault::ResetBefore | Fault::ResetAfter) => return stream.get_ref().set_zero_linger(),
+            Some(Fault::SilentAfter) => std::future::pending().await,
+            _ => {}
+        }
+        let (head, body) = encode(&request, &answer);
+        if fault == Some(Fault::EndsEarly) {
+            let cut = if body.is_empty() { &head[..head.len() / 2] } else { &head[..] };
+            stream.write_all(cut).await?;
+            stream.write_all(&body[..body.len() / 2]).await?;
+            return stream.shutdown().await;
+        }
+        stream.write_all(&head).await?;
+        stream.write_all(&body).await?;
+        stream.flush().await?;
+    }
+    Ok(())
+}
+
+fn encode(request: &Request, answer: &Answer) -> (Vec<u8>, Bytes) {
+    let mut head = format!("HTTP/1.1 {} Some Reason\r\nContent-Length: {}\r\n", answer.status, answer.body.len());
+    for (name, value) in &answer.headers {
+        head.push_str(&format!("{name}: {value}\r\n"));
+    }
+    head.push_str("\r\n");
+    let body = if request.ask == Ask::Head { Bytes::new() } else { answer.body.clone() };
+    (head.into_bytes(), body)
+}
+
+/// The next request, or `None` when the client is gone.
+pub async fn read(stream: &mut BufReader<TcpStream>) -> std::io::Result<Option<Request>> {
+    let mut line = String::new();
+    if stream.read_line(&mut line).await? == 0 {
+        return Ok(None);
+    }
+    let mut words = line.split(' ');
+    let (method, target) = (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or_default().to_owned());
+    let mut headers = HashMap::new();
+    loop {
+        let mut header = String::new();
+        stream.read_line(&mut header).await?;
+        let Some((name, value)) = header.trim_end().split_once(':') else { break };
+        headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
+    }
+    let length = headers.get("content-length").map_or(0, |length| length.parse().unwrap());
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await?;
+    Ok(Some(Request { ask: ask(&method, &target), method, target, headers, body: body.into() }))
+}
+
+fn ask(method: &str, target: &str) -> Ask {
+    let query = target.split_once('?').map_or("", |(_, query)| query);
+    let has = |name: &str| query.split('&').any(|pair| pair.split('=').next() == Some(name));
+    match method {
+        "PUT" if has("partNumber") => Ask::Part,
+        "PUT" => Ask::Put,
+        "POST" if has("uploads") => Ask::Begin,
+        "POST" if has("uploadId") => Ask::Complete,
+        "POST" | "DELETE" if !has("uploadId") => Ask::Delete,
+        "DELETE" => Ask::Abort,
+        "HEAD" => Ask::Head,
+        _ if has("list-type") => Ask::List,
+        _ => Ask::Get,
+    }
+}
