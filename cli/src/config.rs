@@ -22,6 +22,7 @@ use bytesize::ByteSize;
 use figment::{Figment, providers::Serialized, value::Value};
 use serde::{Deserialize, Serialize};
 use vasto_observability::LogFormat;
+use vasto_shipping::Prices;
 
 use self::{error::variable, field::Kind, source::Layer, values::Secret};
 pub use self::{
@@ -43,6 +44,8 @@ pub struct Config {
     pub log: LogSection,
     /// `[security]`
     pub security: SecuritySection,
+    /// `[prices]`
+    pub prices: PricesSection,
 }
 
 /// The object store. What is not given comes from the standard variables of the cloud.
@@ -209,6 +212,43 @@ impl Default for LogSection {
 pub struct SecuritySection {
     /// Serve on other addresses than loopback without TLS and authentication.
     pub insecure: bool,
+}
+
+/// What the provider of the bucket asks for; `vasto cluster status` estimates the bill from it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PricesSection {
+    /// The currency of all prices.
+    pub currency: String,
+    /// 1,000 PUT requests.
+    #[serde(with = "values::price")]
+    pub put_per_1000: f64,
+    /// 1,000 GET or HEAD requests.
+    #[serde(with = "values::price")]
+    pub get_per_1000: f64,
+    /// 1,000 LIST requests.
+    #[serde(with = "values::price")]
+    pub list_per_1000: f64,
+    /// One GiB stored for a month.
+    #[serde(with = "values::price")]
+    pub gib_month: f64,
+    /// One GiB read from the bucket.
+    #[serde(with = "values::price")]
+    pub egress_gib: f64,
+}
+
+impl Default for PricesSection {
+    fn default() -> PricesSection {
+        let prices = Prices::default();
+        PricesSection {
+            currency: prices.currency,
+            put_per_1000: prices.put_per_1000,
+            get_per_1000: prices.get_per_1000,
+            list_per_1000: prices.list_per_1000,
+            gib_month: prices.gib_month,
+            egress_gib: prices.egress_gib,
+        }
+    }
 }
 
 fn loopback(port: u16) -> SocketAddr {

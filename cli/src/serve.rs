@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use vasto_master::{Master, MasterConfig};
 use vasto_node::{EngineBudget, Node, NodeConfig};
 use vasto_observability::{AdminServer, Readiness, Telemetry, TelemetryConfig};
-use vasto_shipping::{BucketOptions, garbage::Retention};
+use vasto_shipping::{BucketOptions, Prices, garbage::Retention};
 
 pub use self::dev::dev;
 use self::signals::Signals;
@@ -125,6 +125,14 @@ fn master_config(config: &Config) -> Result<MasterConfig, config::ConfigError> {
             min_age: config.bucket.min_age,
         },
         gc_interval: config.bucket.gc_interval,
+        prices: Prices {
+            currency: config.prices.currency.clone(),
+            put_per_1000: config.prices.put_per_1000,
+            get_per_1000: config.prices.get_per_1000,
+            list_per_1000: config.prices.list_per_1000,
+            gib_month: config.prices.gib_month,
+            egress_gib: config.prices.egress_gib,
+        },
     })
 }
 
@@ -311,5 +319,27 @@ mod tests {
         assert_eq!((node.budget.cache_bytes, node.budget.rate_limit), (1 << 30, 5 << 20));
         assert_eq!((node.dir.as_path(), node.zone.as_str()), (Path::new("/d"), ZONE));
         assert_eq!(node.bucket_options.secret_access_key.as_deref(), Some("hidden"));
+    }
+
+    #[test]
+    fn the_prices_reach_the_master() {
+        let flags = Overrides::new().assign(
+            &["currency=EUR", "put_per_1000=1", "get_per_1000=2", "list_per_1000=3", "gib_month=4", "egress_gib=5"]
+                .map(|given| given.split_once('=').unwrap())
+                .map(|(field, value)| (format!("prices.{field}"), value.to_owned())),
+        );
+        let mut config = config::load(None, flags).unwrap().config;
+        config.bucket.url = Some("file:///b".to_owned());
+        let wanted = Prices {
+            currency: "EUR".to_owned(),
+            put_per_1000: 1.0,
+            get_per_1000: 2.0,
+            list_per_1000: 3.0,
+            gib_month: 4.0,
+            egress_gib: 5.0,
+        };
+        assert_eq!(master_config(&config).unwrap().prices, wanted);
+        config.prices = Default::default();
+        assert_eq!(master_config(&config).unwrap().prices, Prices::default());
     }
 }

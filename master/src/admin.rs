@@ -18,6 +18,7 @@ use vasto_proto::convert::ack_from_wire;
 use vasto_proto::v1;
 use vasto_shipping::CatalogError;
 
+use crate::bill;
 use crate::cluster::{Cluster, nonce, now_us};
 use crate::document;
 use crate::driver::{Change, Request, changed};
@@ -357,17 +358,11 @@ pub(crate) fn nodes(cluster: &Cluster) -> String {
 }
 
 pub(crate) fn status(cluster: &Cluster) -> String {
-    let counts = cluster.bucket.counts();
-    let requests = document::RequestsDoc {
-        get: counts.get,
-        put: counts.put,
-        list: counts.list,
-        head: counts.head,
-        delete: counts.delete,
-        bytes_read: counts.bytes_read,
-        bytes_written: counts.bytes_written,
-    };
+    let own = cluster.bucket.usage();
+    let bucket = cluster.bucket.url();
     let mono_us = cluster.mono_us();
+    let stored = cluster.stored();
     let state = cluster.state();
-    document::json(&document::cluster(&state, &cluster.cluster_id, cluster.bucket.url(), requests, mono_us))
+    let bill = bill::bill(&state, own, stored, &cluster.settings.prices, bucket, mono_us);
+    document::json(&document::cluster(&state, &cluster.cluster_id, bucket, own, bill, mono_us))
 }

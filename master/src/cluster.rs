@@ -15,8 +15,9 @@ use vasto_core::catalog::Catalog;
 use vasto_core::ids::{CatalogVersion, KeyspaceId};
 use vasto_core::plan::Step;
 use vasto_shipping::garbage::Retention;
-use vasto_shipping::{Bucket, CatalogStore};
+use vasto_shipping::{Bucket, CatalogStore, Prices};
 
+use crate::bill::Stored;
 use crate::driver::Driver;
 use crate::metrics::Metrics;
 use crate::state::{Delivery, State};
@@ -26,17 +27,24 @@ const LOOK_UP_INTERVAL: Duration = Duration::from_secs(10);
 /// Unknown keyspaces that are remembered as looked for.
 const LOOK_UPS_MAX: usize = 1024;
 
+/// What a master is told and its tasks go by.
+pub(crate) struct Settings {
+    pub(crate) node_silence: Duration,
+    pub(crate) retention: Retention,
+    pub(crate) prices: Prices,
+}
+
 /// What the tasks of one master share.
 pub(crate) struct Cluster {
     pub(crate) cluster_id: String,
     pub(crate) bucket: Bucket,
     pub(crate) store: CatalogStore,
-    pub(crate) node_silence: Duration,
-    pub(crate) retention: Retention,
+    pub(crate) settings: Settings,
     pub(crate) shutdown: CancellationToken,
     pub(crate) tasks: TaskTracker,
     pub(crate) metrics: Metrics,
     state: Mutex<State>,
+    stored: Mutex<Option<Stored>>,
     looked_up: Mutex<HashMap<KeyspaceId, Instant>>,
     started: Instant,
 }
@@ -45,20 +53,19 @@ impl Cluster {
     pub(crate) fn new(
         cluster_id: String,
         bucket: Bucket,
-        node_silence: Duration,
-        retention: Retention,
+        settings: Settings,
         shutdown: CancellationToken,
     ) -> Arc<Self> {
         Arc::new(Self {
             cluster_id,
             store: CatalogStore::new(bucket.clone()),
             bucket,
-            node_silence,
-            retention,
+            settings,
             shutdown,
             tasks: TaskTracker::new(),
             metrics: Metrics::new(),
             state: Mutex::new(State::default()),
+            stored: Mutex::new(None),
             looked_up: Mutex::new(HashMap::new()),
             started: Instant::now(),
         })
@@ -72,6 +79,16 @@ impl Cluster {
     /// Microseconds since this master started; never goes back.
     pub(crate) fn mono_us(&self) -> u64 {
         self.started.elapsed().as_micros() as u64
+    }
+
+    /// Remembers what a look through the whole bucket found. Nothing is listed for this alone.
+    pub(crate) fn bucket_holds(&self, bytes: u64) {
+        *self.stored.lock() = Some(Stored { bytes, at_us: self.mono_us() });
+    }
+
+    /// What the last look through the bucket found, if there was one.
+    pub(crate) fn stored(&self) -> Option<Stored> {
+        *self.stored.lock()
     }
 
     /// Takes a catalog version that is in the bucket, shows it as `delivery` says, and starts the

@@ -3,14 +3,17 @@
 //! **Invariant:** pure views of the state; fields are added, never renamed or removed. What nobody
 //! has reported is `null`, never a made-up number.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 use vasto_core::catalog::{Ack, Catalog, KeyspaceState, Quarantine};
 use vasto_core::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, ReplicaId, ShardId};
 use vasto_core::plan::{
     OperationReport, Outcome, Plan, ReplicaPhase, ReplicaReport, Step, TargetProgress, TargetStage, operation_id,
 };
-use vasto_proto::v1;
+use vasto_shipping::Usage;
 
+use crate::bill::{BillDoc, usage_of};
 use crate::state::{Keyspace, Node, State};
 
 /// Bytes a second that one source's objects are assumed to be read, rewritten and ingested with.
@@ -153,16 +156,17 @@ pub(crate) struct NodeDoc {
     bucket_requests: Option<RequestsDoc>,
 }
 
-/// Requests to the bucket since the process started.
-#[derive(Serialize, Default)]
-pub(crate) struct RequestsDoc {
-    pub(crate) get: u64,
-    pub(crate) put: u64,
-    pub(crate) list: u64,
-    pub(crate) head: u64,
-    pub(crate) delete: u64,
-    pub(crate) bytes_read: u64,
-    pub(crate) bytes_written: u64,
+/// Requests to the bucket since the process opened it.
+#[derive(Serialize)]
+struct RequestsDoc {
+    get: u64,
+    put: u64,
+    list: u64,
+    head: u64,
+    delete: u64,
+    bytes_read: u64,
+    bytes_written: u64,
+    elapsed_s: u64,
 }
 
 /// `cluster status`.
@@ -174,6 +178,7 @@ pub(crate) struct ClusterDoc {
     keyspaces: Vec<KeyspaceSummary>,
     warnings: Vec<String>,
     master: MasterDoc,
+    bill: BillDoc,
 }
 
 #[derive(Serialize)]
@@ -398,12 +403,17 @@ pub(crate) fn estimate(known: &Keyspace, to: u32) -> EstimateDoc {
 }
 
 /// Every node that registered, and every one that the catalogs name and nobody has seen.
-pub(crate) fn nodes(state: &State, mono_us: u64) -> Vec<NodeDoc> {
-    let mut ids: std::collections::BTreeSet<NodeId> = state.nodes.keys().copied().collect();
+pub(crate) fn node_ids(state: &State) -> BTreeSet<NodeId> {
+    let mut ids: BTreeSet<NodeId> = state.nodes.keys().copied().collect();
     for known in state.active() {
         ids.extend(known.catalog.placement.iter().flat_map(|shard| &shard.replicas).map(|one| one.node));
     }
-    ids.into_iter().map(|id| node(state, id, state.nodes.get(&id), mono_us)).collect()
+    ids
+}
+
+/// All of them, with what they have reported.
+pub(crate) fn nodes(state: &State, mono_us: u64) -> Vec<NodeDoc> {
+    node_ids(state).into_iter().map(|id| node(state, id, state.nodes.get(&id), mono_us)).collect()
 }
 
 fn node(state: &State, id: NodeId, known: Option<&Node>, mono_us: u64) -> NodeDoc {
@@ -418,11 +428,12 @@ fn node(state: &State, id: NodeId, known: Option<&Node>, mono_us: u64) -> NodeDo
         pid: known.map(|node| node.pid),
         replicas: state.active().map(|known| known.catalog.members_on(id).len()).sum(),
         away_ms: away_us / 1000,
-        bucket_requests: known.map(|node| requests(&node.bucket)),
+        bucket_requests: known.map(|node| requests(usage_of(&node.bucket))),
     }
 }
 
-fn requests(counts: &v1::BucketRequests) -> RequestsDoc {
+fn requests(usage: Usage) -> RequestsDoc {
+    let Usage { counts, elapsed } = usage;
     RequestsDoc {
         get: counts.get,
         put: counts.put,
@@ -431,6 +442,7 @@ fn requests(counts: &v1::BucketRequests) -> RequestsDoc {
         delete: counts.delete,
         bytes_read: counts.bytes_read,
         bytes_written: counts.bytes_written,
+        elapsed_s: elapsed.as_secs(),
     }
 }
 
@@ -439,7 +451,8 @@ pub(crate) fn cluster(
     state: &State,
     cluster_id: &str,
     bucket: &str,
-    bucket_requests: RequestsDoc,
+    own: Usage,
+    bill: BillDoc,
     mono_us: u64,
 ) -> ClusterDoc {
     let nodes = nodes(state, mono_us);
@@ -487,7 +500,8 @@ pub(crate) fn cluster(
         nodes,
         keyspaces: state.active().map(summary).collect(),
         warnings,
-        master: MasterDoc { pid: std::process::id(), bucket: bucket.to_owned(), bucket_requests },
+        master: MasterDoc { pid: std::process::id(), bucket: bucket.to_owned(), bucket_requests: requests(own) },
+        bill,
     }
 }
 

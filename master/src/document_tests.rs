@@ -1,10 +1,12 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
+use crate::bill::bill;
 use crate::state::Delivery;
 use crate::state::tests::{replica_report, two_nodes};
 use serde_json::{Value, json as value};
 use vasto_core::ids::PlanId;
 use vasto_core::plan::start_grow;
+use vasto_proto::v1;
 
 const KS: KeyspaceId = KeyspaceId(1);
 
@@ -94,9 +96,19 @@ fn the_cluster_warns_of_what_a_person_must_look_at() {
     let broken =
         vasto_core::plan::ReplicaReport { phase: ReplicaPhase::Failed("bad record".into()), ..replica_report(2, 1) };
     state.report(NodeId(2), two, &v1::Report::default(), vec![broken], 20);
-    let status = |state: &State| parsed(&cluster(state, "c-1", "memory://x", RequestsDoc::default(), 5_000_010));
+    let status = |state: &State| {
+        let own = Usage::default();
+        let bill = bill(state, own, None, &Default::default(), "memory://x", 5_000_010);
+        parsed(&cluster(state, "c-1", "memory://x", own, bill, 5_000_010))
+    };
     let document = status(&state);
-    has(&document, &["cluster_id", "term", "nodes", "keyspaces", "warnings", "master"]);
+    has(&document, &["cluster_id", "term", "nodes", "keyspaces", "warnings", "master", "bill"]);
+    has(&document["bill"], &["currency", "per_month", "processes", "measured_s", "stored_bytes", "note"]);
+    has(&document["bill"]["per_month"], &["requests", "storage", "egress", "total"]);
+    for process in [&document["nodes"][0], &document["master"]] {
+        let counts = &process["bucket_requests"];
+        has(counts, &["get", "put", "list", "head", "delete", "bytes_read", "bytes_written", "elapsed_s"]);
+    }
     has(&document["nodes"][0], &["node_id", "address", "zone", "state", "disk_used", "disk_free", "bucket_requests"]);
     let warnings = |document: &Value| -> Vec<String> {
         document["warnings"].as_array().unwrap().iter().map(|text| text.as_str().unwrap().to_owned()).collect()

@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
+use crate::cluster::Settings;
 use futures::stream::BoxStream;
 use object_store::memory::InMemory;
 use object_store::path::Path;
@@ -109,8 +110,9 @@ async fn driven() -> Fixture {
 }
 
 async fn driven_in(bucket: Bucket, store: Arc<ThrottledStore<InMemory>>) -> Fixture {
-    let cluster =
-        Cluster::new("c-1".into(), bucket, Duration::from_secs(10), Default::default(), CancellationToken::new());
+    let settings =
+        Settings { node_silence: Duration::from_secs(10), retention: Default::default(), prices: Default::default() };
+    let cluster = Cluster::new("c-1".into(), bucket, settings, CancellationToken::new());
     let created = cluster.store.create_keyspace(first).await.unwrap();
     let keyspace = created.keyspace;
     let hello = v1::Hello { node_id: 1, address: "a:1".into(), ..v1::Hello::default() };

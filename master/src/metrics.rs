@@ -2,7 +2,7 @@
 //!
 //! `vasto_master_nodes{state}`, `vasto_master_plan_step{keyspace}` (0 none, 1 prepare, 2 tail,
 //! 3 sealing, 4 committed), `vasto_catalog_writes{result}` and `vasto_primary_moves{why}` (the
-//! Prometheus exporter adds `_total`).
+//! Prometheus exporter adds `_total`). What it asks of the bucket is in [`vasto_shipping::metrics`].
 
 use std::sync::{Arc, Weak};
 
@@ -46,6 +46,7 @@ impl Metrics {
 /// Registers what is read when somebody asks. Only a weak handle is kept: a stopped master reports
 /// nothing.
 pub(crate) fn observe(cluster: &Arc<Cluster>) {
+    vasto_shipping::metrics::observe(&cluster.bucket, &[KeyValue::new("role", "master")]);
     let meter = opentelemetry::global::meter("vasto-master");
     let weak = Arc::downgrade(cluster);
     meter

@@ -16,9 +16,9 @@ use vasto_core::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MA
 use vasto_proto::v1::master_server::MasterServer;
 use vasto_proto::v1::membership_server::MembershipServer;
 use vasto_shipping::garbage::Retention;
-use vasto_shipping::{Bucket, BucketError, BucketOptions, CatalogError};
+use vasto_shipping::{Bucket, BucketError, BucketOptions, CatalogError, Prices};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, Settings};
 use crate::metrics;
 use crate::service::MasterService;
 use crate::session::MembershipService;
@@ -43,6 +43,8 @@ pub struct MasterConfig {
     pub retention: Retention,
     /// Between two collections of what does not stay; never when it is zero.
     pub gc_interval: Duration,
+    /// What the bucket's provider asks for, to estimate the bill.
+    pub prices: Prices,
 }
 
 /// Why a master does not start.
@@ -104,7 +106,9 @@ impl Master {
         let catalogs = store.load_all().await?;
         let (listener, listen) = bind(config.listen).await?;
 
-        let cluster = Cluster::new(cluster_id.clone(), bucket, config.node_silence, config.retention, shutdown.clone());
+        let settings =
+            Settings { node_silence: config.node_silence, retention: config.retention, prices: config.prices };
+        let cluster = Cluster::new(cluster_id.clone(), bucket, settings, shutdown.clone());
         cluster.state().replace_after_us = Some(config.replace_after.as_micros() as u64).filter(|after| *after > 0);
         let loaded = catalogs.len();
         for catalog in catalogs {

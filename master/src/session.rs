@@ -78,7 +78,7 @@ impl Drop for Registered {
 }
 
 async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, outbound: Outbound) {
-    let first = timeout(cluster.node_silence, inbound.message()).await;
+    let first = timeout(cluster.settings.node_silence, inbound.message()).await;
     let Ok(Ok(Some(v1::NodeMessage { message: Some(node_message::Message::Hello(hello)) }))) = first else {
         return reject(&outbound, ErrorCode::InvalidArgument, "a session begins with Hello".into()).await;
     };
@@ -125,8 +125,8 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
 async fn read(cluster: &Arc<Cluster>, node: NodeId, session: u64, inbound: &mut Streaming<v1::NodeMessage>) -> String {
     let mut complained = false;
     loop {
-        let message = match timeout(cluster.node_silence, inbound.message()).await {
-            Err(_) => return format!("it was silent for {:?}", cluster.node_silence),
+        let message = match timeout(cluster.settings.node_silence, inbound.message()).await {
+            Err(_) => return format!("it was silent for {:?}", cluster.settings.node_silence),
             Ok(Err(status)) => return format!("its connection failed: {}", status.message()),
             Ok(Ok(None)) => return "it closed its session".into(),
             Ok(Ok(Some(message))) => message.message,

@@ -21,13 +21,15 @@ fn unavailable(error: &CatalogError) -> VastoError {
 /// Looks for missing, damaged and needless objects.
 pub(crate) async fn check(cluster: &Cluster, deep: bool) -> Answer {
     let found = garbage::fsck(&cluster.bucket, deep).await.map_err(|error| unavailable(&error))?;
+    cluster.bucket_holds(found.bytes);
     Ok(document::json(&found))
 }
 
 /// Deletes what is not needed, or only tells what that is.
 pub(crate) async fn collect(cluster: &Cluster, dry_run: bool) -> Answer {
-    let collected = garbage::collect(&cluster.bucket, cluster.retention, dry_run).await;
+    let collected = garbage::collect(&cluster.bucket, cluster.settings.retention, dry_run).await;
     let collected = collected.map_err(|error| unavailable(&error))?;
+    cluster.bucket_holds(collected.stored_bytes);
     tracing::info!(dry_run, deleted = collected.deleted, bytes = collected.bytes, "collected garbage");
     Ok(document::json(&collected))
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use opentelemetry::KeyValue;
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -132,6 +133,8 @@ impl Node {
         let (first, joined) =
             first_session(&session_config, &dir, identity.cluster_id.clone(), identity.bucket_url.clone()).await?;
         let bucket = Bucket::open(&joined.bucket_url, &config.bucket_options)?;
+        let labels = [KeyValue::new("role", "node"), KeyValue::new("node", node_id.to_string())];
+        vasto_shipping::metrics::observe(&bucket, &labels);
         let clock: SharedClock = Arc::new(SystemClock { shift_ms: config.clock_shift_ms });
         let core = Arc::new(NodeCore::new(node_id, clock.clone(), config.read_threads));
         let engines = EngineShared::new(config.budget);

@@ -21,6 +21,7 @@ use vasto_proto::v1;
 use vasto_proto::v1::master_message::Message as FromMaster;
 use vasto_proto::v1::membership_client::MembershipClient;
 use vasto_proto::v1::node_message::Message as ToMaster;
+use vasto_shipping::Usage;
 use vasto_shipping::bucket::Bucket;
 
 use crate::core::NodeCore;
@@ -312,7 +313,7 @@ async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessag
             }
         }
         let (disk_used, disk_free) = disk(&context.dir);
-        let counts = context.bucket.counts();
+        let Usage { counts, elapsed } = context.bucket.usage();
         let bucket = v1::BucketRequests {
             get: counts.get,
             put: counts.put,
@@ -321,6 +322,7 @@ async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessag
             delete: counts.delete,
             bytes_read: counts.bytes_read,
             bytes_written: counts.bytes_written,
+            elapsed_ms: elapsed.as_millis() as u64,
         };
         let report = v1::Report { replicas, disk_used, disk_free, bucket: Some(bucket) };
         if to_master.send(v1::NodeMessage { message: Some(ToMaster::Report(report)) }).await.is_err() {

@@ -9,7 +9,7 @@
 use std::future::Future;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::TryStreamExt;
@@ -19,6 +19,7 @@ use object_store::{GetOptions, GetResult, ObjectStore, ObjectStoreExt, PutMode, 
 pub use crate::counts::RequestCounts;
 pub use crate::error::BucketError;
 
+use crate::bill::Usage;
 use crate::counts::Counters;
 use crate::failure::{Failure, Kind};
 use crate::layout;
@@ -101,6 +102,7 @@ struct Inner {
     /// Without slashes at the ends; may be empty.
     root: String,
     counters: Arc<Counters>,
+    opened: Instant,
 }
 
 impl std::fmt::Debug for Bucket {
@@ -127,7 +129,7 @@ impl Bucket {
     }
 
     pub(crate) fn over(url: String, store: Arc<dyn ObjectStore>, root: String) -> Bucket {
-        let inner = Inner { url, store, root, counters: Arc::default() };
+        let inner = Inner { url, store, root, counters: Arc::default(), opened: Instant::now() };
         Bucket { inner: Arc::new(inner), budget: RetryBudget::default() }
     }
 
@@ -150,6 +152,17 @@ impl Bucket {
     /// Requests and bytes so far.
     pub fn counts(&self) -> RequestCounts {
         self.inner.counters.snapshot()
+    }
+
+    /// The same, with the time since the bucket was opened.
+    pub fn usage(&self) -> Usage {
+        Usage { counts: self.counts(), elapsed: self.inner.opened.elapsed() }
+    }
+
+    /// Answers the counts as long as anybody holds the bucket, and does not hold it.
+    pub(crate) fn counts_while_open(&self) -> impl Fn() -> Option<RequestCounts> + Send + Sync + use<> {
+        let inner = Arc::downgrade(&self.inner);
+        move || inner.upgrade().map(|inner| inner.counters.snapshot())
     }
 
     /// Finds out, with five small requests, that the bucket can be reached, read and written, and
@@ -280,12 +293,12 @@ impl Bucket {
         };
         let folder = folder.map(|folder| parse_path(&folder)).transpose()?;
         let list = || async {
+            self.inner.counters.list(1);
             let found: Vec<_> = self.inner.store.list(folder.as_ref()).try_collect().await?;
+            self.inner.counters.list((found.len() as u64).div_ceil(LIST_PAGE).saturating_sub(1));
             Ok(found)
         };
         let outcome = self.retrying(Duration::from_secs(600), list).await;
-        let pages = outcome.as_ref().map_or(1, |found| (found.len() as u64).div_ceil(LIST_PAGE).max(1));
-        self.inner.counters.list(pages);
         let found = outcome.map_err(|failure| failure.into_error(self.url(), prefix))?;
         let skip = if self.inner.root.is_empty() { 0 } else { self.inner.root.len() + 1 };
         Ok(found
@@ -387,6 +400,20 @@ mod tests {
         };
         let text = format!("{options:?} {options:#?}").to_lowercase();
         assert!(!text.contains("canary"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_listing_counts_its_pages() {
+        let store = Arc::new(object_store::memory::InMemory::new());
+        for n in 0..2_001 {
+            store.put(&ObjectPath::from(format!("some/{n}")), PutPayload::default()).await.expect("memory takes all");
+        }
+        let bucket = Bucket::from_store("memory://pages", store);
+        for (folder, objects, pages) in [("none/", 0, 1), ("some/", 2_001, 3)] {
+            let before = bucket.counts().list;
+            assert_eq!(bucket.list(folder).await.expect("memory answers").len(), objects);
+            assert_eq!(bucket.counts().list - before, pages, "{folder}");
+        }
     }
 
     #[test]

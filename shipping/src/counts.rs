@@ -22,6 +22,13 @@ pub struct RequestCounts {
     pub bytes_written: u64,
 }
 
+impl RequestCounts {
+    /// The requests, each with the name of its kind.
+    pub fn by_kind(&self) -> [(&'static str, u64); 5] {
+        [("put", self.put), ("get", self.get), ("head", self.head), ("list", self.list), ("delete", self.delete)]
+    }
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     get: AtomicU64,

@@ -97,6 +97,8 @@ pub struct Collected {
     pub young: u64,
     /// Objects that stay.
     pub kept: u64,
+    /// Bytes in the bucket when it was done.
+    pub stored_bytes: u64,
     /// Why it ended early.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stopped: Option<String>,
@@ -315,6 +317,8 @@ pub async fn collect(bucket: &Bucket, retention: Retention, dry_run: bool) -> Re
             count(&mut out, object);
         }
     }
+    let found: u64 = survey.objects.iter().map(|object| object.bytes).sum();
+    out.stored_bytes = found - if dry_run { 0 } else { out.bytes };
     Ok(out)
 }
 

@@ -9,6 +9,7 @@
 
 #![warn(missing_docs)]
 
+pub mod bill;
 pub mod bucket;
 pub mod catalog_store;
 pub mod chunk;
@@ -21,10 +22,12 @@ pub mod garbage;
 pub mod history;
 pub mod layout;
 pub mod manifest;
+pub mod metrics;
 mod open;
 mod retry;
 mod upload;
 
+pub use bill::{Prices, Usage};
 pub use bucket::{Bucket, BucketError, BucketOptions, Create, ObjectInfo, RequestCounts, Uploaded};
 pub use catalog_store::{CatalogError, CatalogStore, CatalogWrite};
 pub use chunk::{Chunk, ChunkError};

@@ -1,5 +1,7 @@
 //! `vasto node list` and `vasto cluster status`.
 
+use std::time::Duration;
+
 use serde_json::Value;
 use vasto_client::Vasto;
 
@@ -7,7 +9,7 @@ use super::{bytes, keyspace, list, resize, text};
 use crate::{
     args::{Cluster, ClusterCommand, Node, NodeCommand},
     connect,
-    output::{self, OutputFormat, table},
+    output::{self, OutputFormat, format_duration, table},
 };
 
 /// Runs one command of `vasto node`.
@@ -71,12 +73,35 @@ fn overview(status: &Value) -> String {
         out += &format!(", bucket {bucket}");
     }
     out += &format!("\n\n{}\n{}", listing(&status["nodes"]), keyspace::listing(&status["keyspaces"]));
+    out += &bill(&status["bill"]);
     let warnings = list(&status["warnings"]);
     if warnings.is_empty() {
         return out + "\nno warnings\n";
     }
     out += "\n";
     warnings.iter().for_each(|warning| out += &format!("warning: {}\n", text(warning)));
+    out
+}
+
+/// What a month costs, in one line, and what is to be known about it; nothing from a master that does not say.
+fn bill(bill: &Value) -> String {
+    if bill.is_null() {
+        return String::new();
+    }
+    let amount = |part: &str| bill["per_month"][part].as_f64().map_or("-".to_owned(), |amount| format!("{amount:.2}"));
+    let measured = Duration::from_secs(bill["measured_s"].as_u64().unwrap_or_default());
+    let mut out = format!(
+        "\nestimated bill of the bucket, {} a month: {} (requests {}, storage {}, egress {}), measured over {}\n",
+        text(&bill["currency"]),
+        amount("total"),
+        amount("requests"),
+        amount("storage"),
+        amount("egress"),
+        format_duration(measured),
+    );
+    if let Some(note) = bill["note"].as_str() {
+        out += &format!("  {note}\n");
+    }
     out
 }
 
@@ -103,6 +128,13 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part:?} is not in:\n{text}");
         }
+        assert!(!text.contains("bill"), "{text}");
+        status["bill"] = json!({"currency": "USD", "measured_s": 7_380, "note": "not yet",
+            "per_month": {"requests": 1.204, "storage": null, "egress": 0.0, "total": null}});
+        let text = overview(&status);
+        let line = "\nestimated bill of the bucket, USD a month: - (requests 1.20, storage -, egress 0.00), \
+                    measured over 2 h 3 min\n  not yet\n\nwarning:";
+        assert!(text.contains(line), "{text}");
         status["warnings"] = json!([]);
         assert!(overview(&status).ends_with("\nno warnings\n"));
     }

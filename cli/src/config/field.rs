@@ -16,6 +16,7 @@ pub(super) enum Kind {
     Count,
     Size,
     Shift,
+    Price,
     Duration,
     Period,
     Address,
@@ -68,6 +69,12 @@ pub(super) const FIELDS: &[Field] = &[
     field("log.filter", Kind::Text),
     field("log.format", Kind::LogFormat),
     field("security.insecure", Kind::Switch),
+    field("prices.currency", Kind::Text),
+    field("prices.put_per_1000", Kind::Price),
+    field("prices.get_per_1000", Kind::Price),
+    field("prices.list_per_1000", Kind::Price),
+    field("prices.gib_month", Kind::Price),
+    field("prices.egress_gib", Kind::Price),
 ];
 
 impl Kind {
@@ -79,6 +86,7 @@ impl Kind {
             Kind::Switch => "true or false",
             Kind::Count => "a whole number from 1 to 4294967295",
             Kind::Shift => "a whole number of milliseconds, negative for a slow clock",
+            Kind::Price => "a number from 0 such as 0.005",
             Kind::Size => "a size such as \"256MiB\", or a number of bytes",
             Kind::Duration => "a duration above zero such as \"10s\" or \"1h 30m\"",
             Kind::Period => "a duration such as \"10s\" or \"1h 30m\", or \"0s\"",
@@ -97,6 +105,10 @@ impl Kind {
                 other => Value::from(other),
             },
             Kind::Shift => text.parse::<i64>().map_or_else(|_| Value::from(text), Value::from),
+            Kind::Price => {
+                let price = text.parse::<f64>().ok().filter(|price| price.is_finite());
+                price.map_or_else(|| Value::from(text), Value::from)
+            }
             Kind::Count => text.parse::<u64>().map_or_else(|_| Value::from(text), Value::from),
             _ => Value::from(text),
         }
@@ -172,6 +184,8 @@ mod tests {
         assert_eq!(Kind::Switch.value_of("true"), Value::from(true));
         assert_eq!(Kind::Shift.value_of("-250"), Value::from(-250i64));
         assert_eq!(Kind::Count.value_of("7"), Value::from(7u64));
+        assert_eq!(Kind::Price.value_of("0.005"), Value::from(0.005));
+        assert_eq!(Kind::Price.value_of("NaN"), Value::from("NaN"));
         assert_eq!(Kind::Text.value_of("7"), Value::from("7"));
         assert_eq!(Kind::Count.value_of("seven"), Value::from("seven"));
     }

@@ -149,6 +149,8 @@ fn bad_values_name_the_field_the_place_and_what_is_expected() {
         ("node", "listen = \"localhost:1\"", ["node.listen", "\"localhost:1\"", "IP address"]),
         ("node", "zone = 1", ["node.zone", "1", "text in quotes"]),
         ("log", "format = \"xml\"", ["log.format", "\"xml\"", "human"]),
+        ("prices", "put_per_1000 = -0.005", ["prices.put_per_1000", "-0.005", "number from 0"]),
+        ("prices", "gib_month = \"free\"", ["prices.gib_month", "\"free\"", "number from 0"]),
         ("security", "insecure = \"yes\"", ["security.insecure", "\"yes\"", "true or false"]),
     ] {
         let text = refusal(&format!("[{section}]\n{given}\n"), &[], Overrides::new());
@@ -160,6 +162,40 @@ fn bad_values_name_the_field_the_place_and_what_is_expected() {
     assert!(text.contains("node.read_threads in VASTO_NODE__READ_THREADS: \"many\""), "{text}");
     let text = refusal("node = 1\n", &[], Overrides::new());
     assert!(text.contains("unknown field node in /"), "{text}");
+}
+
+#[test]
+fn prices_are_numbers_from_any_source_and_shown_with_it() {
+    let file = file("[prices]\ncurrency = \"EUR\"\nput_per_1000 = 0.0054\negress_gib = 0\n");
+    let environment = variables(&[("VASTO_PRICES__GIB_MONTH", "0.02"), ("VASTO_PRICES__LIST_PER_1000", "1")]);
+    let flags = Overrides::new().assign(&[("prices.get_per_1000".to_owned(), "4e-4".to_owned())]);
+    let loaded = load_from(Some(file.path()), environment, flags).unwrap();
+    let wanted = PricesSection {
+        currency: "EUR".to_owned(),
+        put_per_1000: 0.0054,
+        get_per_1000: 0.0004,
+        list_per_1000: 1.0,
+        gib_month: 0.02,
+        egress_gib: 0.0,
+    };
+    assert_eq!(loaded.config.prices, wanted);
+    let rows = loaded.rows();
+    for (name, value, source) in [
+        ("prices.put_per_1000", 0.0054, Source::File),
+        ("prices.gib_month", 0.02, Source::Env),
+        ("prices.get_per_1000", 0.0004, Source::Flag),
+    ] {
+        assert_eq!((&row(&rows, name).value, row(&rows, name).source), (&value.into(), source));
+    }
+    let defaults = load_from(None, [], Overrides::new()).unwrap().rows();
+    assert_eq!(
+        (&row(&defaults, "prices.gib_month").value, row(&defaults, "prices.gib_month").source),
+        (&0.023.into(), Source::Default)
+    );
+    let text = refusal("[prices]\nput_per_100 = 1\n", &[("VASTO_PRICES__PUT_PER_1000", "NaN")], Overrides::new());
+    assert!(text.contains("unknown field prices.put_per_100 in /") && text.contains("put_per_1000?"), "{text}");
+    let text = refusal("", &[("VASTO_PRICES__PUT_PER_1000", "NaN")], Overrides::new());
+    assert!(text.contains("\"NaN\" is not a number from 0"), "{text}");
 }
 
 #[test]

@@ -126,6 +126,22 @@ pub(super) mod count {
     }
 }
 
+/// Prices: numbers from 0.
+pub(super) mod price {
+    use super::*;
+
+    pub(in crate::config) fn serialize<S: Serializer>(price: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        price.serialize(serializer)
+    }
+
+    pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        match f64::deserialize(deserializer)? {
+            price if price.is_finite() && price >= 0.0 => Ok(price),
+            _ => Err(D::Error::custom("it is no number from 0")),
+        }
+    }
+}
+
 /// Words that a type knows how to read and write.
 pub(super) mod word {
     use super::*;

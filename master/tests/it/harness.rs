@@ -23,6 +23,7 @@ pub fn config(bucket_url: &str) -> MasterConfig {
         replace_after: Duration::ZERO,
         retention: Default::default(),
         gc_interval: Duration::ZERO,
+        prices: Default::default(),
     }
 }
 
