@@ -14,6 +14,7 @@ pub mod catalog_store;
 pub mod chunk;
 mod counts;
 pub mod download;
+pub mod due;
 pub mod envelope;
 pub mod error;
 mod failure;

@@ -15,7 +15,7 @@ use vasto_shipping::{Bucket, BucketOptions, Chunk, Manifest, layout};
 
 use super::support::*;
 use crate::replica::Replica;
-use crate::ship::{self, ShipContext, ShipHandle};
+use crate::ship::{self, Pace, ShipContext, ShipHandle};
 
 pub fn bucket() -> Bucket {
     static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -44,6 +44,7 @@ impl Shipping {
             clock: rig.clock.clone(),
             interval,
             log_cap: vasto_core::limits::BINLOG_BYTES_MAX,
+            pace: Arc::new(Pace::new(0)),
         };
         let cancel = CancellationToken::new();
         let (handle, shipper) = ship::start(context, cancel.clone());
