@@ -47,7 +47,7 @@ use crate::replica::job::ReplicaError;
 mod checkpoint;
 mod pace;
 
-pub use pace::Pace;
+pub use pace::{Pace, UPLOADS_MAX};
 
 use checkpoint::Making;
 
@@ -438,6 +438,9 @@ impl Shipper {
         let replica = &self.context.replica;
         let after = self.state.shipped_lsn;
         let settled = replica.settled_lsn().min(limit);
+        if self.is_fixing() {
+            return Ok(()); // the chunk would reach into what the checkpoint does not hold
+        }
         let log = replica.log().clone();
         let records = blocking(move || log.reader(after)?.next_batch(CHUNK_BYTES_MAX)).await?;
         let mut body = Vec::new();

@@ -7,6 +7,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
@@ -38,6 +39,8 @@ pub(super) struct Making {
     began: Duration,
     /// Chunks that it supersedes.
     chunks: u64,
+    /// Its LSN is being fixed: no chunk may go beyond what was settled before.
+    fixing: Arc<AtomicBool>,
 }
 
 /// How far it is.
@@ -70,6 +73,12 @@ impl Drop for Folder {
 }
 
 impl Shipper {
+    /// True while nobody knows yet where the checkpoint under way will end. What was settled before this
+    /// was asked is in it.
+    pub(super) fn is_fixing(&self) -> bool {
+        self.making.as_ref().is_some_and(|making| making.fixing.load(Ordering::SeqCst))
+    }
+
     /// Begins with a checkpoint of now unless one is under way.
     pub(super) fn begin_checkpoint(&mut self) {
         if self.making.is_none() {
@@ -89,14 +98,16 @@ impl Shipper {
         let (replica, engines) = (self.context.replica.clone(), self.context.engines.clone());
         let folder = Folder(self.context.tmp.join(format!("checkpoint-{:016x}", rand::random::<u64>())));
         let last = self.state.manifest.as_ref().map(|manifest| manifest.lsn);
+        let fixing = Arc::new(AtomicBool::new(false));
+        let fixes = fixing.clone();
         let task = tokio::spawn(async move {
-            match make(replica, engines, &folder.0, compact, last).await {
+            match make(replica, engines, &folder.0, compact, last, fixes).await {
                 Ok(described) => Made::Described(folder, Box::new(described)),
                 Err(error) => Made::Failed(error),
             }
         });
-        self.making =
-            Some(Making { task: AbortOnDropHandle::new(task), waiters, began: since_boot(), chunks: self.state.chunks });
+        let task = AbortOnDropHandle::new(task);
+        self.making = Some(Making { task, waiters, began: since_boot(), chunks: self.state.chunks, fixing });
     }
 
     /// One step further with the checkpoint under way.
@@ -133,6 +144,9 @@ impl Shipper {
 
     /// Sends the files on their way; answers the last manifest when nothing has changed since.
     async fn upload(&mut self, folder: Folder, described: Box<Described>) -> Result<Option<PinnedManifest>, ShipError> {
+        if let Some(making) = &self.making {
+            making.fixing.store(false, Ordering::SeqCst);
+        }
         let replica = self.context.replica.clone();
         let lsn = described.head.applied_lsn;
         if let Some(manifest) = self.state.manifest.as_ref().filter(|manifest| manifest.lsn == lsn) {
@@ -310,6 +324,7 @@ async fn make(
     dir: &Path,
     compact: Vec<BandRange>,
     last: Option<Lsn>,
+    fixing: Arc<AtomicBool>,
 ) -> Result<Described, ShipError> {
     if replica.ranges().is_being_filled() {
         return Err(ShipError::Filling); // it may be begun again, under the same names
@@ -324,6 +339,7 @@ async fn make(
         replica.apply(Vec::new(), vec![Progress::Tail(replica.id, replica.settled_lsn())]).await?;
     }
     let path = dir.to_owned();
+    fixing.store(true, Ordering::SeqCst);
     blocking(move || {
         replica.engine().checkpoint(&path)?;
         describe(&engines, &path)
