@@ -154,6 +154,9 @@ pub struct NodeSection {
     /// How often what is new is shipped to the bucket.
     #[serde(with = "values::duration")]
     pub ship_interval: Duration,
+    /// Bytes a second that uploads of checkpoints take, all replicas of the node together; 0 sets no limit.
+    #[serde(with = "values::size")]
+    pub ship_rate: ByteSize,
     /// Threads for reads that have to wait for the disk.
     #[serde(with = "values::count")]
     pub read_threads: usize,
@@ -181,6 +184,7 @@ impl Default for NodeSection {
             background_jobs: 2,
             rate_limit: ByteSize::b(0),
             ship_interval: Duration::from_secs(10),
+            ship_rate: ByteSize::b(0),
             read_threads: 4,
             max_replicas: 256,
             max_log: ByteSize::b(vasto_core::limits::BINLOG_BYTES_MAX),

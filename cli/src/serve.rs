@@ -154,6 +154,7 @@ fn node_config(config: &Config, dir: &Path) -> NodeConfig {
         read_threads: node.read_threads,
         max_replicas: node.max_replicas,
         log_cap: node.max_log.as_u64(),
+        ship_rate: node.ship_rate.as_u64(),
         clock_shift_ms: node.clock_shift_ms,
         bucket_options: bucket_options(config),
     }

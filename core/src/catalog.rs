@@ -229,6 +229,9 @@ pub struct Catalog {
     /// Replicas that are gone for good: whoever holds their files removes them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub removed: Vec<ReplicaId>,
+    /// Targets of plans that were undone: nothing that they shipped was ever part of the keyspace.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub discarded: Vec<ReplicaId>,
     /// Nodes whose replicas move elsewhere.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub leaving: Vec<Leaving>,
@@ -287,6 +290,7 @@ impl Catalog {
             placement,
             unsealed: Vec::new(),
             removed: Vec::new(),
+            discarded: Vec::new(),
             leaving: Vec::new(),
             plan: None,
             quarantines: Vec::new(),

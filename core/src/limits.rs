@@ -46,6 +46,11 @@ pub const BINLOG_BYTES_MAX: u64 = 4 * 1024 * MIB as u64;
 pub const CHUNK_BYTES_MAX: usize = 32 * MIB;
 /// A checkpoint is due when the log since the last one exceeds this: bounds the replay.
 pub const CHECKPOINT_LOG_BYTES: u64 = 512 * MIB as u64;
+/// A checkpoint is due when replaying the log since the last one would take longer.
+pub const REPLAY_MAX: Duration = Duration::from_secs(60);
+/// An upload that has stood still for longer starts over: garbage collection does not know of it yet, and
+/// deletes what is older than a day and named by nothing.
+pub const UPLOAD_STALL_MAX: Duration = Duration::from_secs(3_600);
 
 /// A write that wants the bucket's confirmation and does not get it in this time is `Unknown`.
 pub const BUCKET_ACK_TIMEOUT: Duration = Duration::from_secs(8);

@@ -318,9 +318,34 @@ pub struct TargetProgress {
     pub bytes_from_peers: u64,
     /// Its own first manifest is in the bucket and covers the ingest.
     pub manifest_shipped: bool,
+    /// Whose log it has read out of the bucket, and up to where.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reached: Vec<(ReplicaId, Lsn)>,
     /// It cannot go on.
     #[serde(default)]
     pub failed: Option<String>,
+}
+
+impl TargetProgress {
+    /// Nothing done yet.
+    pub fn new(plan: PlanId) -> Self {
+        Self {
+            plan,
+            stage: TargetStage::Downloading,
+            cursors: BTreeMap::new(),
+            lag_lsns: 0,
+            bytes_total: 0,
+            bytes_done: 0,
+            keys_moved: 0,
+            bytes_moved: 0,
+            bytes_from_bucket: 0,
+            objects_read: 0,
+            bytes_from_peers: 0,
+            manifest_shipped: false,
+            reached: Vec::new(),
+            failed: None,
+        }
+    }
 }
 
 /// Percentiles of how long writes of moving keys waited, milliseconds.
@@ -390,9 +415,23 @@ pub struct OperationReport {
     pub duration_ms: u64,
     /// Microseconds since 1970.
     pub started_at_us: u64,
+    /// Up to where the bucket held the log of what was taken over from it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reached: Vec<Reached>,
 }
 
 impl Eq for OperationReport {}
+
+/// The end of a log in the bucket: what came behind it is not in what was made from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reached {
+    /// The shard.
+    pub shard: ShardId,
+    /// Whose log.
+    pub replica: ReplicaId,
+    /// Its last record that was read.
+    pub lsn: Lsn,
+}
 
 /// The id of an operation, as people and scripts see it.
 pub fn operation_id(keyspace: KeyspaceId, plan: PlanId) -> String {
@@ -515,6 +554,10 @@ pub fn abort(catalog: &Catalog, reason: &str, reports: &Reports, now_us: u64, no
     next.plan = None;
     next.pins.clear();
     next.remember(report_of(catalog, plan, reports, Outcome::Aborted, Some(reason.to_owned()), now_us));
+    if plan.moving().is_some() {
+        // Their stale copies of somebody else's rows must not come back with a restore.
+        next.discarded.extend(plan.targets.iter().map(|target| target.replica));
+    }
     if matches!(plan.kind, PlanKind::Restore { .. }) {
         // Half a keyspace must never be taken for a whole one.
         next.state = KeyspaceState::Deleted;
@@ -657,11 +700,18 @@ fn advance_copy(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, 
     Advance::Write(Box::new(commit(catalog, plan, reports, now_us, nonce)))
 }
 
-/// A restored keyspace is done when every shard is open.
+/// A restored keyspace is done when every shard is open and has a checkpoint of its own in the bucket:
+/// until then garbage collection keeps all of the source, whose objects these checkpoints name.
 fn advance_restore(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce: u64) -> Advance {
     for target in &plan.targets {
-        if target_progress(plan, target.replica, reports).is_none_or(|progress| progress.stage != TargetStage::Open) {
+        let Some(progress) = target_progress(plan, target.replica, reports) else {
             return Advance::Wait(format!("shard {} to be restored", target.shard));
+        };
+        if progress.stage != TargetStage::Open {
+            return Advance::Wait(format!("shard {} to be restored", target.shard));
+        }
+        if !progress.manifest_shipped {
+            return Advance::Wait(format!("the first manifest of shard {}", target.shard));
         }
     }
     let mut next = catalog.next(now_us, nonce);
@@ -886,6 +936,13 @@ pub fn report_of(
         write_pause_ms: PauseMs::of(pauses),
         duration_ms: now_us.saturating_sub(plan.started_at_us) / 1000,
         started_at_us: plan.started_at_us,
+        reached: plan
+            .targets
+            .iter()
+            .filter_map(|target| Some((target.shard, target_progress(plan, target.replica, reports)?)))
+            .flat_map(|(shard, progress)| progress.reached.iter().map(move |one| (shard, *one)))
+            .map(|(shard, (replica, lsn))| Reached { shard, replica, lsn })
+            .collect(),
     }
 }
 

@@ -58,6 +58,7 @@ fn target(stage: TargetStage, cursors: &[(u64, u64)]) -> (ReplicaId, ReplicaRepo
         objects_read: 2,
         bytes_from_peers: 1,
         manifest_shipped: true,
+            reached: Vec::new(),
         failed: None,
     };
     (ReplicaId(3), ReplicaReport { target: Some(progress), ..report(3) })

@@ -187,6 +187,7 @@ impl Fixture {
             objects_read: 0,
             bytes_from_peers: 0,
             manifest_shipped: true,
+            reached: Vec::new(),
             failed: None,
         };
         vec![

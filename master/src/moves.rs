@@ -64,6 +64,16 @@ pub(crate) async fn restore(cluster: &Arc<Cluster>, request: v1::RestoreRequest)
             found.filter(|then| then.state == KeyspaceState::Active).ok_or_else(missing)?
         }
     };
+    if then.plan.as_ref().is_some_and(|plan| matches!(plan.kind, PlanKind::Restore { .. })) {
+        let message = format!("keyspace {} was itself being restored at that time; choose a later one", request.name);
+        return Err(error(ErrorCode::FailedPrecondition, message));
+    }
+    if tip.state == KeyspaceState::Deleted {
+        still_there(cluster, &then).await?;
+    }
+    // What is garbage by now may be what is wanted.
+    let interrupted = vasto_shipping::garbage::interrupt(cluster.store.bucket()).await;
+    interrupted.map_err(|cause| error(ErrorCode::Unavailable, cause.to_string()))?;
     let nodes = {
         let state = cluster.state();
         // One replica of each shard from the bucket; more are copied from it when it serves.
@@ -109,12 +119,36 @@ pub(crate) async fn restore(cluster: &Arc<Cluster>, request: v1::RestoreRequest)
 /// The keyspace of that name: the one that serves, or the one that was deleted last.
 fn last_of(state: &State, name: &str) -> Result<Arc<Catalog>, VastoError> {
     let all = state.keyspaces.values().filter(|known| known.catalog.name == name).map(|known| known.catalog.clone());
+    let all = all.filter(|catalog| !never_was(catalog));
     all.max_by_key(|catalog| (catalog.state == KeyspaceState::Active, catalog.keyspace)).ok_or_else(|| {
         let known: Vec<&str> = state.active().map(|known| known.catalog.name.as_str()).collect();
         let known =
             if known.is_empty() { "there is none".to_owned() } else { format!("there is {}", known.join(", ")) };
         error(ErrorCode::NotFound, format!("no keyspace `{name}` is in the bucket; {known}"))
     })
+}
+
+/// A restore that did not end: there was never a keyspace.
+fn never_was(catalog: &Catalog) -> bool {
+    let ended = catalog.operations.last();
+    catalog.state == KeyspaceState::Deleted
+        && ended.is_some_and(|last| last.kind == "restore" && last.outcome == Outcome::Aborted)
+}
+
+/// What a deleted keyspace had shipped may have been collected since. Lists.
+async fn still_there(cluster: &Cluster, then: &Catalog) -> Result<(), VastoError> {
+    for shard in &then.placement {
+        let prefix = vasto_shipping::layout::shard_prefix(then.keyspace, shard.shard);
+        let found = cluster.store.bucket().list(&prefix).await;
+        if found.map_err(|cause| error(ErrorCode::Unavailable, cause.to_string()))?.is_empty() {
+            let message = format!(
+                "keyspace {} was deleted, and the bucket holds nothing of shard {} any more (see bucket.keep_for)",
+                then.name, shard.shard
+            );
+            return Err(error(ErrorCode::NotFound, message));
+        }
+    }
+    Ok(())
 }
 
 /// The last version of a keyspace that was not deleted.

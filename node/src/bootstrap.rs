@@ -16,12 +16,13 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 use vasto_core::Band;
-use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, OwnSeq, ReplicaId, ShardId, covers};
+use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, OwnSeq, ReplicaId, ShardId};
 use vasto_core::limits::GROUP_BYTES_MAX;
 use vasto_core::plan::{TargetProgress, TargetStage};
-use vasto_core::record::{BandRange, KeyEntry, Progress, RangeState, Record, frame_at};
+use vasto_core::record::{BandRange, KeyEntry, RangeState, frame_at};
 use vasto_core::stored_key::MetaKey;
 use vasto_shipping::bucket::{Bucket, BucketError};
+use vasto_shipping::CatalogError;
 use vasto_shipping::chunk::Chunk;
 use vasto_shipping::download::{DownloadError, DownloadProgress, Wanted, download};
 use vasto_shipping::history::{self, Base, HistoryError};
@@ -31,11 +32,11 @@ use vasto_shipping::manifest::Manifest;
 use crate::core::NodeCore;
 use crate::engine::{Batch, Engine, EngineError, EngineShared, FlushGuard, ImportFile, Scratch};
 use crate::node_dir::DirError;
+use crate::past::Candidate;
 use crate::replica::Replica;
 use crate::replica::job::ReplicaError;
 use crate::replica::state::{Head, Identity, Ranges};
 use crate::ship;
-use crate::tail::Filter;
 
 /// Ranged requests at a time.
 const PARALLEL: usize = 8;
@@ -52,6 +53,9 @@ pub enum BootstrapError {
     /// What the bucket holds cannot be read.
     #[error(transparent)]
     History(#[from] HistoryError),
+    /// The catalog of the source cannot be read.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
     /// What was downloaded is not what the manifest says.
     #[error("the checkpoint {key} cannot be used: {reason}")]
     Unusable {
@@ -59,6 +63,37 @@ pub enum BootstrapError {
         key: String,
         /// What is wrong.
         reason: String,
+    },
+    /// There is something of the shard, but nothing that reaches back far enough.
+    #[error(
+        "the bucket does not hold shard {shard} as of that time any more (see bucket.keep_for){}",
+        oldest.as_ref().map(|oldest| format!("; the oldest moment that can be restored is about {oldest}")).unwrap_or_default()
+    )]
+    NotRetained {
+        /// Which.
+        shard: ShardId,
+        /// The first moment that can be restored.
+        oldest: Option<String>,
+    },
+    /// Records are missing that no replica has shipped elsewhere.
+    #[error("records of shard {shard} before {chunk} are missing from the bucket; run `vasto bucket fsck`, or restore to an earlier time with --at")]
+    Gap {
+        /// Which.
+        shard: ShardId,
+        /// The first object behind them.
+        chunk: String,
+    },
+    /// The time lies in a part of the past that was not shipped record by record.
+    #[error(
+        "shard {shard} cannot be restored to that very time: its log in the bucket ends at {reached}, and the next checkpoint holds everything until {next}; restore to one of these with --at"
+    )]
+    NotReached {
+        /// Which.
+        shard: ShardId,
+        /// Until here record by record.
+        reached: String,
+        /// The next moment after the gap.
+        next: String,
     },
     /// A local file.
     #[error("{path}: {source}")]
@@ -89,7 +124,11 @@ impl BootstrapError {
             BootstrapError::Bucket(_) => true,
             BootstrapError::Download(error) => matches!(error, DownloadError::Bucket(_)),
             BootstrapError::History(error) => matches!(error, HistoryError::Bucket(_)),
+            BootstrapError::Catalog(error) => matches!(error, CatalogError::Bucket(_)),
             BootstrapError::Unusable { .. }
+            | BootstrapError::NotRetained { .. }
+            | BootstrapError::Gap { .. }
+            | BootstrapError::NotReached { .. }
             | BootstrapError::Io { .. }
             | BootstrapError::Dir(_)
             | BootstrapError::Engine(_)
@@ -133,7 +172,7 @@ pub enum Log {
 }
 
 /// Where the cursor of a log is kept that belongs to another keyspace: its replica ids mean others here.
-fn cursor_of(log: Log, replica: ReplicaId) -> ReplicaId {
+pub(crate) fn cursor_of(log: Log, replica: ReplicaId) -> ReplicaId {
     match log {
         Log::Joined => replica,
         Log::Past { .. } => ReplicaId(replica.0 | 1 << 63),
@@ -209,58 +248,57 @@ impl Bootstrap {
         }
     }
 
-    /// Applies the chunks of a replica's log, from where the new replica stands to the last one that is
-    /// there; answers the LSN that was reached.
-    pub async fn replay(&self, replica: &Replica, of: &Candidate, log: Log) -> Result<Lsn, BootstrapError> {
-        let owner = of.owner;
-        let cursor = cursor_of(log, owner.replica);
+    /// Applies the chunks of another member's log as they are, from where the new replica stands to the
+    /// last one that is there; answers the LSN that was reached.
+    ///
+    /// # Errors
+    /// When a chunk is missing before the last one that was listed.
+    pub async fn join_log(&self, replica: &Replica, of: &Candidate) -> Result<Lsn, BootstrapError> {
         let cursors = replica.tail_cursors()?;
-        let mut at = cursors.into_iter().find(|(id, _)| *id == cursor).map_or(Lsn(0), |(_, lsn)| lsn);
-        loop {
-            let next = history::chunk_after(&self.bucket, owner, &of.chunks, at);
-            let Some(next) = self.cancel.run_until_cancelled(next).await else {
-                return Err(BootstrapError::Cancelled);
-            };
-            let Some((chunk, bytes)) = next? else { return Ok(at) };
-            {
-                let mut shown = self.progress.lock();
-                shown.bytes_from_bucket += bytes;
-                shown.objects_read += 1;
-            }
+        let mut at = cursors.into_iter().find(|(id, _)| *id == of.owner.replica).map_or(Lsn(0), |(_, lsn)| lsn);
+        while let Some((chunk, _)) = self.next_chunk(of, at).await? {
             at = chunk.last_lsn;
-            match log {
-                Log::Joined => join(replica, owner.replica, chunk).await?,
-                Log::Past { shards, until_us } => {
-                    merge(replica, chunk, Filter { shard: owner.shard, shards }, until_us, cursor).await?;
-                }
-            }
+            join(replica, of.owner.replica, chunk).await?;
             self.core.report.notify_one();
         }
-    }
-}
-
-impl Bootstrap {
-    /// Merges the checkpoint of another replica of the shard, when the first one does not hold all of it.
-    pub async fn merge_base(
-        &self,
-        replica: &Replica,
-        other: &Candidate,
-        first: Option<&Base>,
-        log: Log,
-    ) -> Result<(), BootstrapError> {
-        let (Some(base), Log::Past { shards, .. }) = (&other.base, log) else { return Ok(()) };
-        let cursor = cursor_of(log, other.owner.replica);
-        if replica.tail_cursors()?.iter().any(|(id, lsn)| *id == cursor && *lsn >= base.manifest.lsn) {
-            return Ok(()); // before a restart
-        }
-        if !first.is_some_and(|first| covers(&first.manifest.vector, &base.manifest.vector)) {
-            self.merge_rows(replica, base, shards).await?;
-        }
-        replica.apply(Vec::new(), vec![Progress::Tail(cursor, base.manifest.lsn)]).await?;
-        Ok(())
+        of.ends_at(at)?;
+        Ok(at)
     }
 
-    async fn merge_rows(&self, replica: &Replica, base: &Base, shards: u32) -> Result<(), BootstrapError> {
+    /// Takes what another member of the shard has shipped and this one does not hold.
+    ///
+    /// # Errors
+    /// When records before them are missing here and in the bucket: nothing of what follows is taken.
+    pub async fn join_what_was_shipped(&self, replica: &Replica, source: ReplicaId) -> Result<Lsn, BootstrapError> {
+        let mut folders = history::folders(&self.bucket, replica.keyspace, replica.shard).await?;
+        let chunks = folders.remove(&source).unwrap_or_default().chunks;
+        let Some(first) = chunks.first().copied() else { return Ok(Lsn(0)) };
+        let owner = Owner { keyspace: replica.keyspace, shard: replica.shard, replica: source };
+        let of = Candidate { owner, base: None, chunks, end: Lsn(0) };
+        let cursors = replica.tail_cursors()?;
+        let pulled = cursors.into_iter().find(|(id, _)| *id == source).map_or(Lsn(0), |(_, lsn)| lsn);
+        let mut at = pulled.max(Lsn(first.0.saturating_sub(1)));
+        while let Some((chunk, _)) = self.next_chunk(&of, at).await? {
+            at = chunk.last_lsn;
+            join(replica, source, chunk).await?;
+        }
+        Ok(at)
+    }
+
+    /// The chunk behind an LSN, and the bytes that were read for it.
+    pub(crate) async fn next_chunk(&self, of: &Candidate, at: Lsn) -> Result<Option<(Chunk, u64)>, BootstrapError> {
+        let next = history::chunk_after(&self.bucket, of.owner, &of.chunks, at);
+        let next = self.cancel.run_until_cancelled(next).await.ok_or(BootstrapError::Cancelled)??;
+        if let Some((_, bytes)) = &next {
+            let mut shown = self.progress.lock();
+            shown.bytes_from_bucket += bytes;
+            shown.objects_read += 1;
+        }
+        Ok(next)
+    }
+
+    /// Merges the rows of a checkpoint that belong to the shard.
+    pub(crate) async fn merge_rows(&self, replica: &Replica, base: &Base, shards: u32) -> Result<(), BootstrapError> {
         let side = self.side.with_extension(base.manifest.replica.to_string());
         let progress = DownloadProgress::default();
         let files = wanted(base)?;
@@ -285,6 +323,11 @@ impl Bootstrap {
                 entries: file.entries,
             })
             .collect();
+        // Left-overs of an attempt that was interrupted; the files themselves are still beside it.
+        let scratch = side.join("scratch");
+        if scratch.exists() {
+            std::fs::remove_dir_all(&scratch).map_err(io(&scratch))?;
+        }
         let (slices, mut received) = tokio::sync::mpsc::channel(2);
         let from = side.clone();
         let reading = tokio::task::spawn_blocking(move || read_rows(&from, &imported, shards, &slices));
@@ -350,28 +393,6 @@ async fn join(replica: &Replica, source: ReplicaId, chunk: Chunk) -> Result<(), 
     replica.replicate(source, records, covered).await
 }
 
-async fn merge(
-    replica: &Replica,
-    chunk: Chunk,
-    filter: Filter,
-    until_us: Option<u64>,
-    cursor: ReplicaId,
-) -> Result<(), ReplicaError> {
-    let in_time = |record: &Record| until_us.is_none_or(|until| record.commit_time <= until);
-    let records = chunk.records().map_while(Result::ok).filter(in_time);
-    let mut slice: Vec<KeyEntry> = Vec::new();
-    let mut bytes = 0;
-    for one in records.flat_map(|record| filter.pick(record)) {
-        bytes += one.key.len() + one.entry.len();
-        slice.push(one);
-        if bytes >= GROUP_BYTES_MAX {
-            replica.apply(std::mem::take(&mut slice), Vec::new()).await?;
-            bytes = 0;
-        }
-    }
-    replica.apply(slice, vec![Progress::Tail(cursor, chunk.last_lsn)]).await.map(|_| ())
-}
-
 fn wanted(base: &Base) -> Result<Vec<Wanted>, BootstrapError> {
     let unusable = |reason: &str| BootstrapError::Unusable { key: base.key.clone(), reason: reason.to_owned() };
     let database = base.manifest.database.as_ref();
@@ -419,7 +440,10 @@ fn install(
         AdoptError::Odd(reason) => BootstrapError::Unusable { key: base.key.clone(), reason },
     })?;
     std::fs::create_dir_all(dir).map_err(io(dir))?;
-    ship::begin_with_a_checkpoint(dir)?;
+    match log {
+        Log::Joined => ship::begin_with_a_checkpoint(dir)?,
+        Log::Past { .. } => ship::begin_with_files_of(dir, &base.key)?,
+    }
     let database = crate::replica::database_dir(dir);
     let _ = std::fs::remove_dir_all(&database);
     std::fs::rename(side, &database).map_err(io(&database))?;
@@ -518,39 +542,4 @@ fn foreign_bands(owned: BandRange) -> Vec<BandRange> {
         foreign.push(BandRange { first: Band(owned.last.0 + 1), last: Band::LAST });
     }
     foreign
-}
-
-/// The shard of a keyspace as the bucket has it, most complete replica first.
-#[derive(Debug, Clone)]
-pub struct Candidate {
-    /// Whose objects.
-    pub owner: Owner,
-    /// The checkpoint to begin with; `None` begins with nothing, and the first chunk.
-    pub base: Option<Base>,
-    /// First LSNs of the chunks that were listed, rising.
-    pub chunks: Vec<Lsn>,
-}
-
-/// All replicas whose objects can bring back a shard, the best one first: what it does not hold, the
-/// logs of the others may.
-pub async fn candidates(
-    bucket: &Bucket,
-    keyspace: KeyspaceId,
-    shard: ShardId,
-    preferred: &[ReplicaId],
-    until_us: Option<u64>,
-) -> Result<Vec<Candidate>, BootstrapError> {
-    let mut found = Vec::new();
-    for (replica, folder) in history::folders(bucket, keyspace, shard).await? {
-        let owner = Owner { keyspace, shard, replica };
-        let base = history::newest_base(bucket, owner, &folder.manifests, until_us).await?;
-        // A log whose beginning is not there means nothing without a checkpoint.
-        if base.is_some() || folder.chunks.first() == Some(&Lsn(1)) {
-            found.push(Candidate { owner, base, chunks: folder.chunks });
-        }
-    }
-    let rank = |one: &Candidate| preferred.iter().position(|id| *id == one.owner.replica).unwrap_or(preferred.len());
-    let commit_time = |one: &Candidate| one.base.as_ref().map_or(0, |base| base.manifest.commit_time_max);
-    found.sort_by_key(|one| (rank(one), one.base.is_none(), std::cmp::Reverse(commit_time(one))));
-    Ok(found)
 }

@@ -26,23 +26,27 @@ use vasto_core::plan::{
     TargetStage,
 };
 use vasto_core::record::{BandRange, RangeState};
+use vasto_shipping::CatalogStore;
 use vasto_shipping::bucket::Bucket;
 use vasto_shipping::history;
 use vasto_shipping::layout::Owner;
 
-use crate::bootstrap::{self, Adoption, Bootstrap, BootstrapError, Candidate, Log};
+use crate::bootstrap::{Adoption, Bootstrap, BootstrapError, Log};
 use crate::clock::SharedClock;
 use crate::core::NodeCore;
 use crate::engine::EngineShared;
 use crate::grow::{Build, fresh_progress};
+use crate::past::{self, Candidate, Candidates};
 use crate::replica::job::{Control, ReplicaError, Role};
 use crate::replica::{OpenOptions, Replica, database_dir};
 use crate::replication::duties::Duties;
 use crate::replication::peers::Peers;
-use crate::ship::{self, ShipContext, ShipHandle, blocking};
+use crate::ship::{self, Pace, ShipContext, ShipHandle, blocking};
 
 /// Between attempts of work that may succeed later.
 const RETRY: Duration = Duration::from_millis(500);
+/// And between attempts that keep failing: each looks at what was downloaded before.
+const RETRY_MAX: Duration = Duration::from_secs(15);
 
 /// Between two looks at what has no event of its own.
 const HOUSEKEEPING: Duration = Duration::from_millis(100);
@@ -69,6 +73,8 @@ pub struct HostContext {
     pub peers: Arc<Peers>,
     /// Bytes of log that a replica keeps for others, at most.
     pub log_cap: u64,
+    /// What all uploads share.
+    pub pace: Arc<Pace>,
 }
 
 /// Who is hosted, and where.
@@ -224,6 +230,10 @@ impl Host {
                 source.failed = Some("the log has reached its cap while the plan needed it".into());
             }
         }
+        if let Some(target) = &mut report.target {
+            // While it is being filled it has none.
+            target.manifest_shipped |= report.manifest_lsn.0 > 0;
+        }
         if let Some(replica) = core.replica(tenant.keyspace, tenant.replica) {
             let (keys, bytes) = self.size_of(&replica, report.manifest_lsn);
             report.incarnation = replica.incarnation();
@@ -256,6 +266,7 @@ struct Background {
     checkpoint: Option<PlanId>,
     cleaning: BTreeSet<PlanId>,
     covering: Option<Lsn>,
+    drained: BTreeSet<ReplicaId>,
 }
 
 impl Runner {
@@ -286,6 +297,7 @@ impl Runner {
             clock: self.context.clock.clone(),
             interval: self.context.ship_interval,
             log_cap: self.context.log_cap,
+            pace: self.context.pace.clone(),
         };
         let (ship, shipper) = ship::start(context, shipping.clone());
         let shipper = tokio::spawn(shipper);
@@ -390,6 +402,7 @@ impl Runner {
             cancel: self.cancel.clone(),
         };
         let mut opened = None;
+        let mut pause = RETRY;
         loop {
             match self.take_from_bucket(&bootstrap, &catalog, plan, &mut opened).await {
                 Ok(()) => return Ok(opened.map(|replica| (replica, catalog.clone()))),
@@ -401,7 +414,8 @@ impl Runner {
                 }
                 Err(error) if error.is_transient() => {
                     tracing::warn!(%error, plan = plan.id.0, "building from the bucket is interrupted; it goes on");
-                    tokio::time::sleep(RETRY).await;
+                    let _ = self.cancel.run_until_cancelled(tokio::time::sleep(pause)).await;
+                    pause = (pause * 2).min(RETRY_MAX);
                 }
                 Err(error) => {
                     progress.lock().failed = Some(error.to_string());
@@ -418,64 +432,80 @@ impl Runner {
         plan: &Plan,
         opened: &mut Option<Replica>,
     ) -> Result<(), BootstrapError> {
-        let (found, log) = self.sources_in_bucket(catalog, plan).await?;
-        let first = found.first();
+        let sources = self.tenant.dir.join("sources.json");
+        let found = past::chosen(&self.context.bucket, &sources, self.sources_in_bucket(catalog, plan)).await?;
+        let log = match plan.kind {
+            PlanKind::Restore { at_us, .. } => Log::Past { shards: catalog.spec.shards, until_us: at_us },
+            _ => Log::Joined,
+        };
+        bootstrap.progress.lock().reached.clear();
         if opened.is_none() {
             let is_new = !database_dir(&self.tenant.dir).join("CURRENT").exists();
-            if let Some(base) = first.and_then(|first| first.base.as_ref()).filter(|_| is_new) {
-                let adoption = Adoption {
-                    keyspace: self.tenant.keyspace,
-                    replica: self.tenant.replica,
-                    owned: catalog.owned_bands(),
-                    version: catalog.version,
-                    epoch: catalog.epoch,
-                };
-                bootstrap.take(base, adoption, log).await?;
+            match found.all.first().and_then(|first| first.base.as_ref()) {
+                Some(base) if is_new => {
+                    let adoption = Adoption {
+                        keyspace: self.tenant.keyspace,
+                        replica: self.tenant.replica,
+                        owned: catalog.owned_bands(),
+                        version: catalog.version,
+                        epoch: catalog.epoch,
+                    };
+                    bootstrap.take(base, adoption, log).await?;
+                }
+                // The log of the others is longer than what this one has shipped at any moment.
+                None if is_new => ship::begin_with_a_checkpoint(&self.tenant.dir)?,
+                _ => {}
             }
             let replica = self.open_local(catalog).await;
             *opened = Some(replica.map_err(|reason| ReplicaError::Closed(reason.clone()))?);
         }
         let Some(replica) = opened.as_ref() else { return Err(BootstrapError::Cancelled) };
-        for (index, one) in found.iter().enumerate() {
-            if index > 0 && matches!(log, Log::Past { .. }) {
-                bootstrap.merge_base(replica, one, first.and_then(|first| first.base.as_ref()), log).await?;
+        match log {
+            Log::Past { shards, until_us } => bootstrap.merge_all(replica, &found, shards, until_us).await?,
+            Log::Joined => {
+                for one in &found.all {
+                    let lsn = bootstrap.join_log(replica, one).await?;
+                    bootstrap.progress.lock().reached.push((one.owner.replica, lsn));
+                }
             }
-            let lsn = bootstrap.replay(replica, one, log).await?;
-            tracing::info!(
-                keyspace = self.tenant.keyspace.0,
-                shard = self.tenant.shard.0,
-                of_keyspace = one.owner.keyspace.0,
-                of_replica = one.owner.replica.0,
-                lsn = lsn.0,
-                "took over what the bucket holds"
-            );
         }
+        tracing::info!(
+            keyspace = self.tenant.keyspace.0,
+            shard = self.tenant.shard.0,
+            reached = ?bootstrap.progress.lock().reached,
+            "took over what the bucket holds"
+        );
         bootstrap.progress.lock().stage = TargetStage::Tailing;
         Ok(())
     }
 
-    /// Whose objects this replica begins with, the best first, and what is made of their logs.
-    async fn sources_in_bucket(&self, catalog: &Catalog, plan: &Plan) -> Result<(Vec<Candidate>, Log), BootstrapError> {
+    /// Whose objects this replica begins with, the best first.
+    async fn sources_in_bucket(&self, catalog: &Catalog, plan: &Plan) -> Result<Candidates, BootstrapError> {
         let (bucket, shard) = (&self.context.bucket, self.tenant.shard);
-        let found = match (plan.kind, plan.sources.first()) {
-            (PlanKind::Restore { keyspace, at_us, .. }, _) => {
-                let log = Log::Past { shards: catalog.spec.shards, until_us: at_us };
-                return Ok((bootstrap::candidates(bucket, keyspace, shard, &[], at_us).await?, log));
+        match (plan.kind, plan.sources.first()) {
+            (PlanKind::Restore { keyspace, version, at_us }, _) => {
+                let tip = CatalogStore::new(bucket.clone()).tip(keyspace, version).await?;
+                let discarded = tip.map(|tip| tip.discarded).unwrap_or_default();
+                past::candidates(bucket, keyspace, shard, &[], &discarded, at_us).await
             }
             (_, Some(source)) => match &source.manifest {
                 Some(pinned) => {
                     let base = history::manifest_at(bucket, &pinned.key).await?;
                     let owner = Owner { keyspace: catalog.keyspace, shard, replica: source.replica };
-                    vec![Candidate { owner, base: Some(base), chunks: Vec::new() }]
+                    // What is behind it comes from the source itself.
+                    let one = Candidate { owner, base: Some(base), chunks: Vec::new(), end: Lsn(0) };
+                    Ok(Candidates { all: vec![one], later_us: None })
                 }
                 None => {
-                    let all = bootstrap::candidates(bucket, catalog.keyspace, shard, &[source.replica], None).await?;
-                    all.into_iter().take(1).collect()
+                    let (preferred, discarded) = ([source.replica], &catalog.discarded);
+                    let mut found =
+                        past::candidates(bucket, catalog.keyspace, shard, &preferred, discarded, None).await?;
+                    found.all.truncate(1);
+                    Ok(found)
                 }
             },
-            (_, None) => Vec::new(),
-        };
-        Ok((found, Log::Joined))
+            (_, None) => Ok(Candidates::default()),
+        }
     }
 
     async fn open_local(&self, catalog: &Catalog) -> Result<Replica, String> {
@@ -523,6 +553,7 @@ impl Runner {
             duties.detach().await?;
         }
         duties.take_over(catalog);
+        self.drain_from_the_bucket(replica, catalog, background);
         let building = plan.filter(|plan| plan.targets.iter().any(|target| target.replica == replica.id));
         self.tell_phase(placed);
         self.target_duties(replica, ship, catalog, building, placed, background);
@@ -713,6 +744,10 @@ impl Runner {
         };
         if placed {
             progress.lock().stage = TargetStage::Open;
+            if matches!(plan.kind, PlanKind::Restore { .. }) {
+                drop(work);
+                self.cover_by_a_manifest(ship, background, Lsn(1));
+            }
             return;
         }
         if plan.adds_member() {
@@ -808,27 +843,86 @@ impl Runner {
             .filter(|(id, _)| *id == replica.id)
             .map(|(_, lsn)| *lsn)
             .max();
-        if let Some(lsn) = wanted
-            && Lsn(ship.positions.manifest.load(Ordering::Acquire)) < lsn
-            && background.lock().covering.replace(lsn) != Some(lsn)
+        if let Some(lsn) = wanted {
+            self.cover_by_a_manifest(ship, background, lsn);
+        }
+    }
+
+    /// Makes checkpoints until a manifest covers the LSN.
+    fn cover_by_a_manifest(self: &Arc<Self>, ship: &ShipHandle, background: &Arc<Mutex<Background>>, lsn: Lsn) {
+        if Lsn(ship.positions.manifest.load(Ordering::Acquire)) >= lsn
+            || background.lock().covering.replace(lsn) == Some(lsn)
         {
-            let (this, ship, background) = (self.clone(), ship.clone(), background.clone());
+            return;
+        }
+        let (this, ship, background) = (self.clone(), ship.clone(), background.clone());
+        tokio::spawn(async move {
+            loop {
+                let result = tokio::select! {
+                    () = this.cancel.cancelled() => return,
+                    result = ship.checkpoint(None) => result,
+                };
+                match result {
+                    Ok(_) => break,
+                    Err(error) => tracing::warn!(%error, "a checkpoint that is waited for failed; it is tried again"),
+                }
+                tokio::time::sleep(RETRY).await;
+            }
+            background.lock().covering = None;
+            this.context.core.report.notify_one();
+        });
+    }
+
+    /// A replica left its placement, and perhaps for good: what it has shipped and nobody has pulled comes
+    /// from the bucket. Once for each, by the primary; what the others have already is skipped.
+    fn drain_from_the_bucket(
+        self: &Arc<Self>,
+        replica: &Replica,
+        catalog: &Arc<Catalog>,
+        background: &Arc<Mutex<Background>>,
+    ) {
+        if !catalog.is_primary(replica.id) {
+            return;
+        }
+        for one in catalog.unsealed.iter().filter(|one| one.shard == replica.shard) {
+            if !background.lock().drained.insert(one.replica) {
+                continue;
+            }
+            let (this, replica, left) = (self.clone(), replica.clone(), one.replica);
             tokio::spawn(async move {
+                let bootstrap = Bootstrap {
+                    bucket: this.context.bucket.clone(),
+                    engines: this.context.engines.clone(),
+                    dir: this.tenant.dir.clone(),
+                    side: this.tenant.tmp.clone(),
+                    progress: Arc::new(Mutex::new(TargetProgress::new(PlanId(0)))),
+                    core: this.context.core.clone(),
+                    cancel: this.cancel.clone(),
+                };
                 loop {
-                    let result = tokio::select! {
-                        () = this.cancel.cancelled() => return,
-                        result = ship.checkpoint(None) => result,
-                    };
-                    match result {
-                        Ok(_) => break,
+                    match bootstrap.join_what_was_shipped(&replica, left).await {
+                        Ok(lsn) => {
+                            tracing::info!(
+                                keyspace = replica.keyspace.0,
+                                shard = replica.shard.0,
+                                replica = left.0,
+                                lsn = lsn.0,
+                                "took over what a replica that left had shipped"
+                            );
+                            return;
+                        }
+                        Err(error) if error.is_transient() => {
+                            let _ = this.cancel.run_until_cancelled(tokio::time::sleep(RETRY_MAX)).await;
+                            if this.cancel.is_cancelled() {
+                                return;
+                            }
+                        }
                         Err(error) => {
-                            tracing::warn!(%error, "the checkpoint that covers a moved range failed; it is tried again")
+                            tracing::info!(%error, replica = left.0, "not everything that a replica shipped can be taken over");
+                            return;
                         }
                     }
-                    tokio::time::sleep(RETRY).await;
                 }
-                background.lock().covering = None;
-                this.context.core.report.notify_one();
             });
         }
     }

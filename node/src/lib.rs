@@ -3,6 +3,7 @@
 
 pub mod binlog;
 pub mod bootstrap;
+pub mod past;
 pub mod clock;
 pub mod core;
 pub mod data;

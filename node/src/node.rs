@@ -30,6 +30,7 @@ use crate::manager::Manager;
 use crate::node_dir::{DirError, NodeDir, read_json};
 use crate::pause;
 use crate::replication::ReplicationService;
+use crate::ship::Pace;
 use crate::session::{Joined, NODES_FILE, Session, SessionConfig, SessionContext, SessionError, join, keep};
 
 /// How a node runs.
@@ -55,6 +56,8 @@ pub struct NodeConfig {
     pub max_replicas: usize,
     /// Bytes of log that a replica keeps for others, at most.
     pub log_cap: u64,
+    /// Bytes a second that all uploads of checkpoints together take at most; 0 sets no limit.
+    pub ship_rate: u64,
     /// Added to the machine's clock, milliseconds: to try what wrong clocks do.
     pub clock_shift_ms: i64,
     /// Credentials and endpoint of the bucket.
@@ -146,6 +149,7 @@ impl Node {
             clock,
             peers: Arc::default(),
             log_cap: config.log_cap,
+            pace: Arc::new(Pace::new(config.ship_rate)),
         });
         let manager = Arc::new(Manager::new(host_context, dir.clone(), config.max_replicas));
         let known: Option<Vec<(NodeId, String, String)>> = read_json(&config.dir.join(NODES_FILE)).unwrap_or_default();

@@ -27,6 +27,7 @@ use vasto_shipping::bucket::Bucket;
 use crate::core::NodeCore;
 use crate::manager::Manager;
 use crate::node_dir::{DirError, NodeDir, write_json};
+use crate::ship::ShipError;
 
 /// Longest pause between two attempts to reach the master.
 const RETRY_MAX: Duration = Duration::from_secs(2);
@@ -280,7 +281,10 @@ async fn execute(manager: &Manager, core: &NodeCore, command: &v1::Command) -> R
     match Kind::try_from(command.kind).unwrap_or_default() {
         Kind::Checkpoint => {
             for ship in manager.shippers(keyspace) {
-                ship.checkpoint(None).await.map_err(|error| error.to_string())?;
+                match ship.checkpoint(None).await {
+                    Ok(_) | Err(ShipError::Filling) => {}
+                    Err(error) => return Err(error.to_string()),
+                }
             }
             Ok(())
         }

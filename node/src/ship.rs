@@ -1,12 +1,16 @@
 //! Ships one replica to the bucket: chunks of its log, and checkpoints.
 //!
-//! Order: SSTs, verified, then the manifest. One task does chunks and checkpoints in turn, so the
-//! chunk after a manifest begins exactly behind the manifest's LSN.
+//! Order: SSTs, verified, then the manifest. A checkpoint is made and uploaded beside everything else: the
+//! log goes on to be shipped and truncated meanwhile. Once its LSN is known a chunk ends there, so that the
+//! next one begins exactly behind it.
 //!
 //! **Invariants**
 //! - Only settled records (synced and applied) are shipped; names are never reused: what exists
 //!   under a chunk's name is compared, not overwritten.
-//! - An SST is uploaded again unless the last manifest of this very replica names it.
+//! - An SST is uploaded again unless the last manifest of this very replica names it, or, before there is
+//!   one, the manifest that a restored keyspace was begun with.
+//! - A write is confirmed as being in the bucket only while nobody has been told to go on without this
+//!   replica: after the chunk, no version of the catalog exists that it has not obeyed.
 //! - The log is truncated only behind what is persisted in the database **and** covered by the
 //!   bucket **and** not needed by a running plan; at the byte cap the bucket's cover is given up.
 //! - An outage of the bucket never stops serving. An idle replica makes no requests.
@@ -18,34 +22,45 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use futures::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use vasto_core::CatalogVersion;
 use vasto_core::ids::Lsn;
-use vasto_core::limits::{CHECKPOINT_LOG_BYTES, CHUNK_BYTES_MAX};
+use vasto_core::limits::CHUNK_BYTES_MAX;
 use vasto_core::plan::PinnedManifest;
 use vasto_core::record::BandRange;
-use vasto_core::stored_key::MetaKey;
 use vasto_shipping::bucket::{Bucket, BucketError, Create};
 use vasto_shipping::chunk::Chunk;
+use vasto_shipping::due::{Replay, checkpoint_is_due};
 use vasto_shipping::layout;
-use vasto_shipping::manifest::{DatabaseFile, Manifest, ManifestFile};
+use vasto_shipping::manifest::Manifest;
 
 use crate::binlog::BinlogError;
 use crate::clock::SharedClock;
-use crate::engine::{CheckpointView, EngineError, EngineShared};
+use crate::engine::{EngineError, EngineShared};
 use crate::node_dir::{DirError, read_json, write_json};
-use crate::replica::state::{Head, Ranges};
-use crate::replica::{Replica, parse_vector};
+use crate::replica::Replica;
+use crate::replica::job::ReplicaError;
 
-/// Uploads of one checkpoint at a time.
-const UPLOADS: usize = 4;
+mod checkpoint;
+mod pace;
+
+pub use pace::{Pace, UPLOADS_MAX};
+
+use checkpoint::Making;
+
 /// Between two looks at whether something is due.
 const TICK: Duration = Duration::from_millis(500);
 /// Longest pause after failures.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
+/// Between two looks while a write waits for the bucket: its record is about to be settled ...
+const ACK_SOON: Duration = Duration::from_millis(1);
+/// ... or the node about to obey the version that stands in the way.
+const ACK_FENCED: Duration = Duration::from_millis(50);
+/// At the log's cap the database is flushed when so much of the log is not in it yet.
+const FLUSH_WORTH_BYTES: u64 = 16 << 20;
 
 /// Why shipping failed; it is tried again.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +85,15 @@ pub enum ShipError {
     /// A file of the checkpoint cannot be understood.
     #[error("the checkpoint cannot be described: {0}")]
     Checkpoint(String),
+    /// The replica refused.
+    #[error(transparent)]
+    Replica(#[from] ReplicaError),
+    /// The replica does not hold what it is to hold yet.
+    #[error("the replica is still being filled; it has a checkpoint once it is")]
+    Filling,
+    /// The upload stood still; what it uploaded first may be collected by now.
+    #[error("the upload of a checkpoint took {} s, longer than garbage collection can be trusted to wait; it starts over", .0.as_secs())]
+    Stalled(Duration),
     /// The shipper has ended.
     #[error("the node is stopping")]
     Stopped,
@@ -101,11 +125,28 @@ struct ShipState {
     /// The log does not hold what the replica began with: a checkpoint comes before the first chunk.
     #[serde(default)]
     began_full: bool,
+    /// The manifest whose files the database began with, of another keyspace: they need no second upload
+    /// as long as the plan that restores this one keeps them.
+    #[serde(default)]
+    inherited: Option<String>,
+    /// Chunks behind the last manifest.
+    #[serde(default)]
+    chunks: u64,
 }
 
 /// Notes for a replica that is not open yet that its log does not hold everything.
 pub(crate) fn begin_with_a_checkpoint(dir: &Path) -> Result<(), DirError> {
-    write_json(&dir.join("ship.json"), &ShipState { began_full: true, ..ShipState::default() })
+    begin(dir, None)
+}
+
+/// The same for a database that begins with the files of another keyspace's checkpoint.
+pub(crate) fn begin_with_files_of(dir: &Path, manifest: &str) -> Result<(), DirError> {
+    begin(dir, Some(manifest.to_owned()))
+}
+
+fn begin(dir: &Path, inherited: Option<String>) -> Result<(), DirError> {
+    std::fs::create_dir_all(dir).map_err(|source| DirError::Io { path: dir.to_owned(), source })?;
+    write_json(&dir.join("ship.json"), &ShipState { began_full: true, inherited, ..ShipState::default() })
 }
 
 /// What a shipper is asked for.
@@ -155,7 +196,11 @@ pub struct ShipContext {
     pub interval: Duration,
     /// Bytes of log that are kept, at most.
     pub log_cap: u64,
+    /// What all uploads of the node share.
+    pub pace: Arc<Pace>,
 }
+
+type Waiter = oneshot::Sender<Result<PinnedManifest, ShipError>>;
 
 struct Shipper {
     context: ShipContext,
@@ -167,6 +212,11 @@ struct Shipper {
     for_acks: bool,
     pause: Duration,
     not_before: Instant,
+    /// The checkpoint that is being made.
+    making: Option<Making>,
+    /// Who wants the one after it.
+    wanted: Vec<(Option<BandRange>, Waiter)>,
+    ack_pause: Duration,
 }
 
 /// Starts a shipper; it ends when `cancel` fires, after it has shipped what is due.
@@ -179,7 +229,7 @@ pub fn start(context: ShipContext, cancel: CancellationToken) -> (ShipHandle, im
             Ok(state) => state.unwrap_or_default(),
             Err(error) => {
                 tracing::warn!(%error, "the shipping position is lost; the next checkpoint replaces it");
-                ShipState::default()
+                ShipState { began_full: true, ..ShipState::default() }
             }
         };
         positions.shipped.store(state.shipped_lsn.0, Ordering::Release);
@@ -194,6 +244,9 @@ pub fn start(context: ShipContext, cancel: CancellationToken) -> (ShipHandle, im
             for_acks: false,
             pause: TICK,
             not_before: now,
+            making: None,
+            wanted: Vec::new(),
+            ack_pause: ACK_SOON,
         };
         shipper.run(receiver, cancel).await;
     };
@@ -204,18 +257,28 @@ impl Shipper {
     async fn run(mut self, mut requests: mpsc::UnboundedReceiver<ShipRequest>, cancel: CancellationToken) {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let wanted = self.context.replica.clone();
+        let replica = self.context.replica.clone();
         loop {
+            let now = Instant::now();
+            let acks_wait = self.for_acks && now >= self.not_before && replica.bucket_acks().last().is_some();
+            let pause = self.ack_pause;
+            let acks = async {
+                match acks_wait {
+                    true => tokio::time::sleep(pause).await,
+                    false => replica.bucket_acks().wanted().await,
+                }
+            };
             tokio::select! {
                 () = cancel.cancelled() => break,
                 request = requests.recv() => match request {
                     Some(ShipRequest::Checkpoint { compact, done }) => {
-                        let result = self.checkpoint(compact).await;
-                        let _ = done.send(result);
+                        self.wanted.push((compact, done));
+                        self.make_what_is_wanted();
                     }
                     None => break,
                 },
-                () = wanted.bucket_acks().wanted() => {
+                made = checkpoint::made(&mut self.making) => self.go_on(made).await,
+                () = acks => {
                     self.for_acks = true;
                     if Instant::now() >= self.not_before
                         && let Err(error) = self.ship_for_acks().await
@@ -232,16 +295,20 @@ impl Shipper {
                 }
             }
         }
+        self.making = None;
         // The rest of the log goes out with the node, if the bucket answers.
         while self.ships()
             && !self.context.replica.ranges().is_being_filled()
-            && (self.state.manifest.is_some() || !self.began_full())
+            && self.may_ship_chunks()
             && self.state.shipped_lsn < self.context.replica.settled_lsn()
         {
             if let Err(error) = self.ship_chunk(Lsn(u64::MAX)).await {
                 tracing::warn!(%error, "the last chunk was not shipped");
                 break;
             }
+        }
+        if let Err(error) = self.cover().await {
+            tracing::warn!(%error, "the last writes that wait for the bucket are not confirmed");
         }
     }
 
@@ -258,19 +325,34 @@ impl Shipper {
         );
     }
 
-    /// Ships until everybody who waits for the bucket is covered.
+    /// Ships what is there for those who wait for the bucket.
     async fn ship_for_acks(&mut self) -> Result<(), ShipError> {
-        while let Some(wanted) = self.context.replica.bucket_acks().last() {
-            if self.state.shipped_lsn >= wanted {
-                self.context.replica.bucket_acks().covered(self.state.shipped_lsn);
-                break;
-            }
+        if let Some(wanted) = self.context.replica.bucket_acks().last()
+            && self.state.shipped_lsn < wanted
+        {
             self.ship_the_log().await?;
-            if self.state.shipped_lsn < wanted {
-                tokio::time::sleep(Duration::from_millis(1)).await; // its record is about to be settled
-            }
         }
+        self.cover().await?;
         self.pause = TICK;
+        Ok(())
+    }
+
+    /// Answers those who wait for what is shipped: nobody may have taken over what the bucket held before.
+    async fn cover(&mut self) -> Result<(), ShipError> {
+        let replica = &self.context.replica;
+        let waits_for_what_is_there =
+            replica.bucket_acks().first().is_some_and(|first| first <= self.state.shipped_lsn);
+        if !waits_for_what_is_there {
+            self.ack_pause = ACK_SOON;
+            return Ok(());
+        }
+        let next = CatalogVersion(replica.version().0 + 1);
+        if self.context.bucket.head(&layout::catalog_version(replica.keyspace, next)).await?.is_some() {
+            self.ack_pause = ACK_FENCED;
+            return Ok(());
+        }
+        self.ack_pause = ACK_SOON;
+        replica.bucket_acks().covered(self.state.shipped_lsn);
         Ok(())
     }
 
@@ -286,6 +368,11 @@ impl Shipper {
     /// The replica began with more than its log holds.
     fn began_full(&self) -> bool {
         self.state.began_full || self.context.replica.ranges().ingested.is_some()
+    }
+
+    /// A chunk of a log that does not reach back to the beginning means nothing without a checkpoint.
+    fn may_ship_chunks(&self) -> bool {
+        self.state.manifest.is_some() || !self.began_full()
     }
 
     fn ships(&self) -> bool {
@@ -311,25 +398,36 @@ impl Shipper {
             }
         }
         let manifest = Lsn(self.positions.manifest.load(Ordering::Acquire));
-        if replica.log().bytes_after(manifest) >= CHECKPOINT_LOG_BYTES {
-            self.checkpoint(None).await?;
+        let since = Replay {
+            bytes: replica.log().bytes_after(manifest),
+            records: settled.0.saturating_sub(manifest.0),
+            chunks: self.state.chunks,
+        };
+        if checkpoint_is_due(since) {
+            self.begin_checkpoint();
         }
         Ok(())
     }
 
-    /// Ships everything that is settled now.
+    /// Ships everything that is settled now, as far as that is possible before a checkpoint.
     async fn ship_the_log(&mut self) -> Result<(), ShipError> {
-        if self.began_full() && self.state.manifest.is_none() {
-            self.checkpoint(None).await?;
+        if !self.may_ship_chunks() {
+            self.begin_checkpoint();
+            return Ok(());
         }
         let settled = self.context.replica.settled_lsn();
         while self.state.shipped_lsn < settled {
+            let before = self.state.shipped_lsn;
             match self.ship_chunk(Lsn(u64::MAX)).await {
                 Err(ShipError::Log(BinlogError::TooOld { .. })) => {
                     // The log was given up here: a checkpoint supersedes what is missing.
-                    self.checkpoint(None).await?;
+                    self.begin_checkpoint();
+                    return Ok(());
                 }
                 other => other?,
+            }
+            if self.state.shipped_lsn == before {
+                return Ok(());
             }
         }
         Ok(())
@@ -340,6 +438,9 @@ impl Shipper {
         let replica = &self.context.replica;
         let after = self.state.shipped_lsn;
         let settled = replica.settled_lsn().min(limit);
+        if self.is_fixing() {
+            return Ok(()); // the chunk would reach into what the checkpoint does not hold
+        }
         let log = replica.log().clone();
         let records = blocking(move || log.reader(after)?.next_batch(CHUNK_BYTES_MAX)).await?;
         let mut body = Vec::new();
@@ -375,13 +476,13 @@ impl Shipper {
         }
         self.state.shipped_lsn = last;
         self.state.previous = Some(key);
+        self.state.chunks += 1;
         self.save()
     }
 
     fn save(&self) -> Result<(), ShipError> {
         write_json(&self.context.dir.join("ship.json"), &self.state)?;
         self.positions.shipped.store(self.state.shipped_lsn.0, Ordering::Release);
-        self.context.replica.bucket_acks().covered(self.state.shipped_lsn);
         if let Some(manifest) = &self.state.manifest {
             self.positions.manifest.store(manifest.lsn.0, Ordering::Release);
         }
@@ -402,6 +503,8 @@ impl Shipper {
                 if ships && shipped < needed.min(followed) {
                     tracing::warn!(bytes = log.bytes(), "the log is at its cap: what the bucket does not cover is given up; the next checkpoint supersedes it");
                 }
+            }
+            if full && log.bytes_after(replica.persisted_lsn()?) > FLUSH_WORTH_BYTES.min(cap / 4) {
                 replica.engine().flush()?;
             }
             let persisted = replica.persisted_lsn()?;
@@ -417,212 +520,6 @@ impl Shipper {
         })
         .await
     }
-
-    async fn checkpoint(&mut self, compact: Option<BandRange>) -> Result<PinnedManifest, ShipError> {
-        let dir = self.context.tmp.join(format!("checkpoint-{:016x}", rand::random::<u64>()));
-        let result = self.checkpoint_in(&dir, compact).await;
-        let _ = tokio::fs::remove_dir_all(&dir).await;
-        result
-    }
-
-    async fn checkpoint_in(&mut self, dir: &Path, compact: Option<BandRange>) -> Result<PinnedManifest, ShipError> {
-        let replica = self.context.replica.clone();
-        let engines = self.context.engines.clone();
-        let path = dir.to_owned();
-        let described = blocking(move || {
-            if let Some(range) = compact {
-                compact_if_it_pays(&replica, range)?;
-            }
-            replica.engine().checkpoint(&path)?;
-            describe(&engines, &path)
-        })
-        .await?;
-        if let Some(manifest) = &self.state.manifest
-            && manifest.lsn == described.head.applied_lsn
-        {
-            return Ok(manifest.clone());
-        }
-        self.load_last().await;
-        // The log up to here too, so that every moment in between can be restored; not what came before
-        // a beginning that the log does not hold.
-        let chained = self.ships() && (self.state.manifest.is_some() || !self.began_full());
-        while chained && self.state.shipped_lsn < described.head.applied_lsn {
-            match self.ship_chunk(described.head.applied_lsn).await {
-                Err(ShipError::Log(BinlogError::TooOld { .. })) => break, // the checkpoint supersedes it
-                other => other?,
-            }
-        }
-        let files = self.upload(dir, &described).await?;
-        let database = self.upload_database(dir, described.head.applied_lsn).await?;
-        self.publish(described, files, database).await
-    }
-
-    /// The last manifest names the SSTs that need no second upload.
-    async fn load_last(&mut self) {
-        if self.last.is_none()
-            && let Some(pinned) = &self.state.manifest
-            && let Ok(Some(bytes)) = self.context.bucket.get(&pinned.key).await
-        {
-            self.last = Manifest::decode(&bytes).ok();
-        }
-    }
-
-    async fn upload(&self, dir: &Path, described: &Described) -> Result<Vec<ManifestFile>, ShipError> {
-        let replica = &self.context.replica;
-        let attempt = format!("{:08x}", rand::random::<u32>());
-        let mut uploads = Vec::with_capacity(described.files.len());
-        for file in described.files.iter().cloned() {
-            let known = self.last.as_ref().and_then(|last| {
-                last.files.iter().find(|known| known.file_number == file.file_number && known.bytes == file.bytes)
-            });
-            let known = known.map(|known| (known.key.clone(), known.crc32c));
-            let key = layout::sst(replica.keyspace, replica.shard, replica.id, file.file_number, &attempt);
-            let path = dir.join(format!("{:06}.sst", file.file_number));
-            let bucket = self.context.bucket.clone();
-            uploads.push(async move {
-                let (key, crc32c) = match known {
-                    Some(known) => known,
-                    None => {
-                        let uploaded = bucket.upload_file(&key, &path).await?;
-                        (key, uploaded.crc32c)
-                    }
-                };
-                Ok::<_, ShipError>(ManifestFile { key, crc32c, ..file })
-            });
-        }
-        futures::stream::iter(uploads).buffered(UPLOADS).try_collect().await
-    }
-
-    /// The database's own list of its files: with it they open as they are.
-    async fn upload_database(&self, dir: &Path, lsn: Lsn) -> Result<DatabaseFile, ShipError> {
-        let odd = |what: String| ShipError::Checkpoint(what);
-        let current = tokio::fs::read_to_string(dir.join("CURRENT")).await;
-        let name = current.map_err(|error| odd(format!("its CURRENT cannot be read: {error}")))?.trim().to_owned();
-        let replica = &self.context.replica;
-        let attempt = format!("{:08x}", rand::random::<u32>());
-        let key = layout::database(replica.keyspace, replica.shard, replica.id, lsn, &attempt);
-        let uploaded = self.context.bucket.upload_file(&key, &dir.join(&name)).await?;
-        Ok(DatabaseFile { key, name, bytes: uploaded.bytes, crc32c: uploaded.crc32c })
-    }
-
-    async fn publish(
-        &mut self,
-        described: Described,
-        files: Vec<ManifestFile>,
-        database: DatabaseFile,
-    ) -> Result<PinnedManifest, ShipError> {
-        let replica = &self.context.replica;
-        let lsn = described.head.applied_lsn;
-        if lsn > replica.log().synced_lsn() {
-            return Err(ShipError::Checkpoint("it holds records that the log has not synced".into()));
-        }
-        let key = layout::manifest(replica.keyspace, replica.shard, replica.id, lsn);
-        let mut manifest = Manifest {
-            keyspace: replica.keyspace,
-            shard: replica.shard,
-            replica: replica.id,
-            incarnation: replica.incarnation(),
-            epoch: described.head.epoch,
-            version: described.head.version,
-            lsn,
-            vector: described.vector,
-            event_time_max: described.head.event_time_max,
-            commit_time_max: described.head.commit_time_max,
-            floor: described.head.floor,
-            created_at_us: self.context.clock.now_us(),
-            nonce: rand::random(),
-            previous: self.state.manifest.as_ref().map(|manifest| manifest.key.clone()),
-            range_states: described.ranges.runs(),
-            files,
-            database: Some(database),
-        };
-        if let Create::Exists(found) = self.context.bucket.create(&key, manifest.encode()).await? {
-            // Written by this very opening before ship.json was: the same state, with its own objects.
-            // Anything else is another history of this replica, and must not stand for this one.
-            let found = Manifest::decode(&found).map_err(|_| ShipError::Foreign(key.clone()))?;
-            if !same_state(&found, &manifest) {
-                return Err(ShipError::Foreign(key));
-            }
-            manifest = found;
-        }
-        let pinned = PinnedManifest { key: key.clone(), lsn };
-        tracing::info!(
-            keyspace = replica.keyspace.0,
-            shard = replica.shard.0,
-            lsn = lsn.0,
-            files = manifest.files.len(),
-            bytes = manifest.bytes(),
-            "checkpoint shipped"
-        );
-        self.state.manifest = Some(pinned.clone());
-        if lsn > self.state.shipped_lsn {
-            self.state.shipped_lsn = lsn;
-            self.state.previous = Some(key);
-        }
-        self.last = Some(manifest);
-        self.save()?;
-        Ok(pinned)
-    }
-}
-
-/// True when two manifests describe the same records of the same opening of a replica.
-fn same_state(a: &Manifest, b: &Manifest) -> bool {
-    let state = |manifest: &Manifest| {
-        (manifest.replica, manifest.incarnation, manifest.lsn, manifest.commit_time_max, manifest.event_time_max)
-    };
-    state(a) == state(b) && a.vector == b.vector
-}
-
-/// What a checkpoint holds, read from the checkpoint itself.
-struct Described {
-    head: Head,
-    ranges: Ranges,
-    vector: vasto_core::ids::Vector,
-    files: Vec<ManifestFile>,
-}
-
-fn describe(engines: &EngineShared, dir: &Path) -> Result<Described, ShipError> {
-    let odd = |what: &str| ShipError::Checkpoint(what.to_owned());
-    let view = CheckpointView::open(engines, dir)?;
-    let head = view.get(&MetaKey::Head.encode())?.ok_or_else(|| odd("it has no head"))?;
-    let ranges = view.get(&MetaKey::RangeStates.encode())?.ok_or_else(|| odd("it has no range states"))?;
-    let files = view
-        .files()?
-        .into_iter()
-        .map(|file| {
-            let number = file.name.trim_start_matches('/').trim_end_matches(".sst");
-            Ok(ManifestFile {
-                key: String::new(),
-                file_number: number.parse().map_err(|_| odd(&format!("{} is not an SST", file.name)))?,
-                bytes: file.size as u64,
-                crc32c: 0,
-                level: file.level,
-                smallest_seqno: file.smallest_seqno,
-                largest_seqno: file.largest_seqno,
-                first_key: file.start_key.ok_or_else(|| odd("an SST without a first key"))?,
-                last_key: file.end_key.ok_or_else(|| odd("an SST without a last key"))?,
-                entries: file.num_entries,
-            })
-        })
-        .collect::<Result<Vec<_>, ShipError>>()?;
-    Ok(Described {
-        head: Head::decode(&head).map_err(|error| odd(&error.to_string()))?,
-        ranges: Ranges::decode(&ranges).map_err(|error| odd(&error.to_string()))?,
-        vector: parse_vector(&view.with_prefix(&MetaKey::vector_prefix())?),
-        files,
-    })
-}
-
-/// A reader of the bands must fetch every file that touches them. When files that reach beyond the
-/// bands are more than a tenth of it, rewriting the bands first is cheaper than shipping them.
-fn compact_if_it_pays(replica: &Replica, range: BandRange) -> Result<(), EngineError> {
-    let engine = replica.engine();
-    engine.flush()?;
-    let (inside, crossing) = engine.band_bytes(range)?;
-    if crossing > inside / 10 {
-        engine.compact_bands(range);
-    }
-    Ok(())
 }
 
 /// Runs blocking work off the async threads.

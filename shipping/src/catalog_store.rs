@@ -96,6 +96,11 @@ impl CatalogStore {
         Self { bucket }
     }
 
+    /// The bucket that it is in.
+    pub fn bucket(&self) -> &Bucket {
+        &self.bucket
+    }
+
     /// Claims the prefix for a cluster, once and for all; answers the id in force, which is another
     /// than `new_cluster_id` when the prefix was claimed before.
     ///

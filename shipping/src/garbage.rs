@@ -25,8 +25,8 @@ use crate::manifest::Manifest;
 
 /// Reads at a time.
 const READS: usize = 8;
-/// The term is looked at again after so many deletions.
-const TERM_CHECK: usize = 100;
+/// The term and the keyspaces are looked at again after so many deletions.
+const TERM_CHECK: usize = 20;
 
 /// What stays although nothing serves from it any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,7 +71,7 @@ pub struct Fsck {
     pub referenced: u64,
     /// The others.
     pub orphans: Vec<Orphan>,
-    /// Keys that a manifest names and that are not there.
+    /// Keys that a manifest names, or that the log behind it needs, and that are not there.
     pub missing: Vec<String>,
     /// Keys of objects that are not what was written.
     pub corrupt: Vec<String>,
@@ -120,13 +120,13 @@ struct Survey {
 }
 
 async fn survey(bucket: &Bucket) -> Result<Survey, CatalogError> {
-    // Objects first: what a later catalog brings with it is not in the list, and not judged.
-    let objects = bucket.list("").await?;
     let mut corrupt = Vec::new();
     let mut catalogs = BTreeMap::new();
     let store = CatalogStore::new(bucket.clone());
+    // Catalogs before objects: what a plan that is over by then has written is in the list. Objects of a
+    // keyspace that is younger are not judged.
     let mut last: BTreeMap<KeyspaceId, vasto_core::CatalogVersion> = BTreeMap::new();
-    for object in &objects {
+    for object in bucket.list(&layout::catalog_prefix()).await? {
         if let Some((keyspace, version)) = layout::parse_catalog_version(&object.key) {
             let known = last.entry(keyspace).or_insert(version);
             *known = version.max(*known);
@@ -142,6 +142,7 @@ async fn survey(bucket: &Bucket) -> Result<Survey, CatalogError> {
             Err(_) => {} // told by `fsck`, which reads every version
         }
     }
+    let objects = bucket.list("").await?;
     let wanted: Vec<(Owner, Lsn, String)> = objects
         .iter()
         .filter_map(|object| match layout::parse_shipped(&object.key)? {
@@ -198,6 +199,9 @@ pub async fn fsck(bucket: &Bucket, deep: bool) -> Result<Fsck, CatalogError> {
         }
     }
     let known_owner = |owner: &Owner| survey.catalogs.contains_key(&owner.keyspace);
+    let is_member = |owner: &Owner| {
+        survey.catalogs.get(&owner.keyspace).is_some_and(|catalog| catalog.is_placed(owner.replica))
+    };
     let mut to_read = Vec::new();
     for object in &survey.objects {
         found.objects += 1;
@@ -215,10 +219,12 @@ pub async fn fsck(bucket: &Bucket, deep: bool) -> Result<Fsck, CatalogError> {
         }
     }
     let judged = futures::stream::iter(to_read).map(|(object, named)| async move {
+        let mut range = None;
         let good = match (layout::parse_shipped(&object.key), named) {
             (Some((owner, Shipped::Chunk(first))), _) => {
                 let Some(bytes) = bucket.get(&object.key).await? else { return Ok(None) };
                 Chunk::decode(&bytes).is_ok_and(|chunk| {
+                    range = Some((owner, first, chunk.last_lsn));
                     (chunk.keyspace, chunk.shard, chunk.replica, chunk.first_lsn)
                         == (owner.keyspace, owner.shard, owner.replica, first)
                 })
@@ -233,10 +239,32 @@ pub async fn fsck(bucket: &Bucket, deep: bool) -> Result<Fsck, CatalogError> {
             }
             _ => true,
         };
-        Ok::<_, BucketError>((!good).then(|| object.key.clone()))
+        Ok::<_, BucketError>(Some((object.key.clone(), good, range)))
     });
-    let corrupt: Vec<Option<String>> = judged.buffer_unordered(READS).try_collect().await?;
-    found.corrupt.extend(corrupt.into_iter().flatten());
+    let judged: Vec<Option<(String, bool, Option<(Owner, Lsn, Lsn)>)>> =
+        judged.buffer_unordered(READS).try_collect().await?;
+    let mut logs: BTreeMap<Owner, BTreeMap<Lsn, Lsn>> = BTreeMap::new();
+    for (key, good, range) in judged.into_iter().flatten() {
+        if !good {
+            found.corrupt.push(key);
+        }
+        if let Some((owner, first, last)) = range {
+            logs.entry(owner).or_default().insert(first, last);
+        }
+    }
+    for (owner, log) in logs {
+        // What the newest checkpoint holds is not missed; without one the log has to begin at 1, unless
+        // it belongs to somebody who is gone, and is on its way out.
+        let newest = survey.manifests.get(&owner).and_then(|all| all.keys().next_back().copied());
+        let Some(start) = newest.or(is_member(&owner).then_some(Lsn(0))) else { continue };
+        let mut at = start;
+        for (first, last) in log {
+            if first > at.next() && last > start {
+                found.missing.push(layout::chunk(owner.keyspace, owner.shard, owner.replica, at.next()));
+            }
+            at = at.max(last);
+        }
+    }
     found.corrupt.sort_unstable();
     found.corrupt.dedup();
     Ok(found)
@@ -249,6 +277,15 @@ fn is_of_the_cluster(key: &str) -> bool {
 fn orphan(object: &ObjectInfo, now_us: u64) -> Orphan {
     let age_s = now_us.saturating_sub(object.modified_us) / 1_000_000;
     Orphan { key: object.key.clone(), bytes: object.bytes, age_s }
+}
+
+/// Ends every collection that is under way, at the latest after its next few deletions: for somebody who
+/// is about to read what may be garbage.
+///
+/// # Errors
+/// When the bucket does not answer.
+pub async fn interrupt(bucket: &Bucket) -> Result<(), BucketError> {
+    Term::take(bucket).await.map(drop)
 }
 
 /// The right to collect, until somebody takes the next term.
@@ -305,9 +342,15 @@ pub async fn collect(bucket: &Bucket, retention: Retention, dry_run: bool) -> Re
             None => true,
         });
         for (index, object) in going.iter().enumerate() {
-            if index % TERM_CHECK == 0 && !term.is_the_last().await? {
-                out.stopped = Some("another collection has begun".into());
-                break;
+            if index % TERM_CHECK == 0 {
+                if !term.is_the_last().await? {
+                    out.stopped = Some("another collection, or a restore, has begun".into());
+                    break;
+                }
+                if has_grown(bucket, &survey).await? {
+                    out.stopped = Some("a keyspace was created meanwhile".into());
+                    break;
+                }
             }
             bucket.delete(&object.key).await?;
             count(&mut out, object);
@@ -340,15 +383,14 @@ async fn changed_since(bucket: &Bucket, survey: &Survey) -> Result<BTreeSet<Keys
             changed.insert(*keyspace);
         }
     }
-    // A restore that began meanwhile reads another keyspace's objects.
-    let next = survey.catalogs.keys().next_back().map_or(1, |last| last.0 + 1);
-    if let Some(new) = store.tip(KeyspaceId(next), vasto_core::CatalogVersion(1)).await? {
-        changed.insert(new.keyspace);
-        if let Some(PlanKind::Restore { keyspace, .. }) = new.plan.map(|plan| plan.kind) {
-            changed.insert(keyspace);
-        }
-    }
     Ok(changed)
+}
+
+/// A keyspace was created since the survey: it may be a restore, which reads what another one has shipped.
+async fn has_grown(bucket: &Bucket, survey: &Survey) -> Result<bool, CatalogError> {
+    let next = survey.catalogs.keys().next_back().map_or(1, |last| last.0 + 1);
+    let first = layout::catalog_version(KeyspaceId(next), vasto_core::CatalogVersion(1));
+    Ok(bucket.head(&first).await?.is_some())
 }
 
 /// Keys that nothing needs, whatever their age.
@@ -378,6 +420,13 @@ fn judge(survey: &Survey, retention: Retention) -> BTreeSet<&str> {
     for firsts in chunks.values_mut() {
         firsts.sort_unstable();
     }
+    // When an object was written, by the store's clock.
+    let written: HashMap<&str, u64> =
+        survey.objects.iter().map(|object| (object.key.as_str(), object.modified_us)).collect();
+    let written_us = |key: &str| written.get(key).copied();
+    let made_us = |owner: &Owner, lsn: Lsn| {
+        written_us(&layout::manifest(owner.keyspace, owner.shard, owner.replica, lsn)).unwrap_or(survey.now_us)
+    };
     let none = BTreeMap::new();
     let manifests_of = |owner: &Owner| survey.manifests.get(owner).unwrap_or(&none);
     // A replica that ships no more is needed as long as its successor cannot bring back the whole past.
@@ -387,24 +436,27 @@ fn judge(survey: &Survey, retention: Retention) -> BTreeSet<&str> {
         let successor = catalog.shard(owner.shard).and_then(|shard| shard.shipper());
         let covered = successor.is_some_and(|one| {
             let successor = Owner { replica: one.replica, ..*owner };
-            manifests_of(&successor).values().any(|manifest| manifest.created_at_us <= keep_from)
+            manifests_of(&successor).keys().any(|lsn| made_us(&successor, *lsn) <= keep_from)
         });
-        !member && covered && newest.get(owner).is_none_or(|newest| *newest <= keep_from)
+        let discarded = catalog.discarded.contains(&owner.replica);
+        !member && (covered || discarded) && newest.get(owner).is_none_or(|newest| *newest <= keep_from)
     };
     let mut retained: BTreeMap<Owner, BTreeSet<Lsn>> = BTreeMap::new();
     let mut over: BTreeSet<Owner> = BTreeSet::new();
     for owner in newest.keys() {
         let Some(catalog) = survey.catalogs.get(&owner.keyspace) else { continue };
-        let deleted_long_ago = catalog.state == KeyspaceState::Deleted && catalog.written_at_us <= keep_from;
+        let tip = layout::catalog_version(catalog.keyspace, catalog.version);
+        let deleted_long_ago =
+            catalog.state == KeyspaceState::Deleted && written_us(&tip).is_some_and(|written| written <= keep_from);
         if deleted_long_ago || is_over(catalog, owner) {
             over.insert(*owner);
             continue;
         }
         let all = manifests_of(owner);
         let last = all.keys().rev().take(retention.keep_checkpoints.max(1)).copied();
-        let recent = all.iter().filter(|(_, manifest)| manifest.created_at_us > keep_from).map(|(lsn, _)| *lsn);
+        let recent = all.keys().filter(|lsn| made_us(owner, **lsn) > keep_from).copied();
         // The one from which the oldest moment is reached.
-        let first = all.iter().rev().find(|(_, manifest)| manifest.created_at_us <= keep_from).map(|(lsn, _)| *lsn);
+        let first = all.keys().rev().find(|lsn| made_us(owner, **lsn) <= keep_from).copied();
         let pinned = all.keys().copied().filter(|lsn| {
             let key = layout::manifest(owner.keyspace, owner.shard, owner.replica, *lsn);
             catalog.pins.contains(&key)
@@ -427,9 +479,12 @@ fn judge(survey: &Survey, retention: Retention) -> BTreeSet<&str> {
         {
             false
         }
+        // Also by manifests of other keyspaces, which were restored from this one.
+        Some((_, Shipped::Sst | Shipped::Database)) if named.contains(object.key.as_str()) => false,
+        Some((_, Shipped::Sst | Shipped::Database)) if !survey.corrupt.is_empty() => false,
         Some((owner, _)) if over.contains(&owner) => true,
         Some((owner, Shipped::Manifest(lsn))) => !retained.get(&owner).is_some_and(|lsns| lsns.contains(&lsn)),
-        Some((_, Shipped::Sst | Shipped::Database)) => !named.contains(object.key.as_str()),
+        Some((_, Shipped::Sst | Shipped::Database)) => true,
         Some((owner, Shipped::Chunk(first))) => {
             let oldest = retained.get(&owner).and_then(|lsns| lsns.first().copied());
             let next = chunks.get(&owner).and_then(|firsts| firsts.iter().find(|next| **next > first));

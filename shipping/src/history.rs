@@ -96,21 +96,45 @@ pub async fn manifest_at(bucket: &Bucket, key: &str) -> Result<Base, HistoryErro
     Ok(Base { key: key.to_owned(), manifest })
 }
 
+/// Where to begin with what a replica has shipped.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Newest {
+    /// Its last checkpoint that holds nothing newer than the time.
+    pub base: Option<Base>,
+    /// The greatest commit time in the oldest checkpoint that does, microseconds.
+    pub later_us: Option<u64>,
+}
+
 /// The last checkpoint of a replica that holds nothing newer than a commit time, microseconds; the
-/// last of all without one. `None` when there is none.
+/// last of all without one. One that cannot be read is passed by while there is an older one: the log
+/// behind that one leads past it, and whoever reads the log sees when it does not.
+///
+/// # Errors
+/// When none of those that would do can be read.
 pub async fn newest_base(
     bucket: &Bucket,
     owner: Owner,
     manifests: &[Lsn],
     until_us: Option<u64>,
-) -> Result<Option<Base>, HistoryError> {
+) -> Result<Newest, HistoryError> {
+    let mut newest = Newest::default();
+    let mut unreadable = None;
     for lsn in manifests.iter().rev() {
-        let base = manifest_at(bucket, &layout::manifest(owner.keyspace, owner.shard, owner.replica, *lsn)).await?;
-        if until_us.is_none_or(|until| base.manifest.commit_time_max <= until) {
-            return Ok(Some(base));
+        let key = layout::manifest(owner.keyspace, owner.shard, owner.replica, *lsn);
+        match manifest_at(bucket, &key).await {
+            Ok(base) if until_us.is_none_or(|until| base.manifest.commit_time_max <= until) => {
+                newest.base = Some(base);
+                return Ok(newest);
+            }
+            Ok(base) => newest.later_us = Some(base.manifest.commit_time_max),
+            Err(HistoryError::Bucket(error)) => return Err(error.into()),
+            Err(error) => {
+                tracing::warn!(%error, "a checkpoint cannot be read; the one before it is used");
+                unreadable.get_or_insert(error);
+            }
         }
     }
-    Ok(None)
+    unreadable.map_or(Ok(newest), Err)
 }
 
 /// The chunk that holds the record behind one, and the bytes of its object; `None` when there is none.

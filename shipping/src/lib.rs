@@ -15,6 +15,7 @@ pub mod catalog_store;
 pub mod chunk;
 mod counts;
 pub mod download;
+pub mod due;
 pub mod envelope;
 pub mod error;
 mod failure;

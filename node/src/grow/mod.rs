@@ -100,21 +100,7 @@ pub struct Build {
 
 /// Progress of a target that has just begun.
 pub fn fresh_progress(plan: &Plan) -> TargetProgress {
-    TargetProgress {
-        plan: plan.id,
-        stage: TargetStage::Downloading,
-        cursors: Default::default(),
-        lag_lsns: 0,
-        bytes_total: 0,
-        bytes_done: 0,
-        keys_moved: 0,
-        bytes_moved: 0,
-        bytes_from_bucket: 0,
-        objects_read: 0,
-        bytes_from_peers: 0,
-        manifest_shipped: false,
-        failed: None,
-    }
+    TargetProgress::new(plan.id)
 }
 
 /// What a grow changes.

@@ -71,6 +71,11 @@ impl BucketAcks {
         }
     }
 
+    /// The first record that somebody waits for.
+    pub fn first(&self) -> Option<Lsn> {
+        self.inner.lock().waiting.front().map(|one| one.lsn)
+    }
+
     /// The last record that somebody waits for.
     pub fn last(&self) -> Option<Lsn> {
         self.inner.lock().waiting.back().map(|one| one.lsn)

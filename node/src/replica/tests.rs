@@ -10,6 +10,7 @@ mod clean_up;
 mod crashes;
 mod failures;
 mod grow;
+mod past;
 mod replay;
 mod replication;
 mod rmw;

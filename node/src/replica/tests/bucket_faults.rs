@@ -23,9 +23,10 @@ use vasto_shipping::{Bucket, CatalogStore, CatalogWrite, RetryBudget};
 
 use super::shipping::Shipping;
 use super::support::*;
-use crate::bootstrap::{self, Adoption, Bootstrap, Log};
+use crate::bootstrap::{Adoption, Bootstrap, Log};
 use crate::core::NodeCore;
 use crate::grow::fresh_progress;
+use crate::past;
 use crate::replica::{OpenOptions, Replica};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -294,11 +295,13 @@ async fn restored(rig: &Rig, bucket: &Bucket, rounds: usize, died: &Notify) -> s
             core: Arc::new(NodeCore::new(NodeId(1), rig.clock.clone(), 1)),
             cancel: CancellationToken::new(),
         };
+        let kept = Mutex::new(None::<Replica>);
         let attempt = async {
             let text = |error: crate::bootstrap::BootstrapError| error.to_string();
-            let found = bootstrap::candidates(bucket, KEYSPACE, rig.shard, &[], None).await.map_err(text)?;
+            let choose = past::candidates(bucket, KEYSPACE, rig.shard, &[], &[], None);
+            let found = past::chosen(bucket, &dir.path().join("sources.json"), choose).await.map_err(text)?;
             let is_new = !crate::replica::database_dir(dir.path()).join("CURRENT").exists();
-            if let Some(base) = found.first().and_then(|one| one.base.as_ref()).filter(|_| is_new) {
+            if let Some(base) = found.all.first().and_then(|one| one.base.as_ref()).filter(|_| is_new) {
                 let adoption = Adoption {
                     keyspace: KeyspaceId(8),
                     replica: ReplicaId(1),
@@ -317,23 +320,23 @@ async fn restored(rig: &Rig, bucket: &Bucket, rounds: usize, died: &Notify) -> s
                 })
             });
             let replica = opened.map_err(|error| error.to_string())?;
-            let mut result = Ok(());
-            for one in &found {
-                if let Err(error) = bootstrap.replay(&replica, one, log).await {
-                    result = Err(error.to_string());
-                    break;
-                }
-            }
-            let contents = result.map(|()| contents(&replica, rounds));
-            replica.stop().await;
+            *kept.lock() = Some(replica.clone());
+            let merged = bootstrap.merge_all(&replica, &found, 1, None).await.map_err(text);
+            let contents = merged.map(|()| contents(&replica, rounds));
             contents
         };
-        tokio::select! {
-            result = attempt => match result {
-                Ok(contents) => return Ok(contents),
-                Err(error) => last = error,
-            },
-            () = died.notified() => last = "it died".into(),
+        let result = tokio::select! {
+            result = attempt => result,
+            () = died.notified() => Err("it died".into()),
+        };
+        // A process that dies leaves no lock behind.
+        let replica = kept.lock().take();
+        if let Some(replica) = replica {
+            replica.stop().await;
+        }
+        match result {
+            Ok(contents) => return Ok(contents),
+            Err(error) => last = error,
         }
     }
     Err(last)

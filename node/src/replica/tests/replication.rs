@@ -10,7 +10,7 @@ use super::support::*;
 use crate::replica::Replica;
 use crate::replica::job::{Control, ReplicaError};
 
-fn member(id: u64) -> Rig {
+pub fn member(id: u64) -> Rig {
     Rig::of(ShardId(0), ReplicaId(id), 1, RangeState::Owned)
 }
 
@@ -23,7 +23,7 @@ fn take(to: &Replica, from: &Replica, records: Vec<Record>) -> Result<(), Replic
     block_on(to.replicate(from.id, records, covered))
 }
 
-fn pull(to: &Replica, from: &Replica) {
+pub fn pull(to: &Replica, from: &Replica) {
     take(to, from, streamed(from)).unwrap();
 }
 

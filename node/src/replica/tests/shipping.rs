@@ -15,7 +15,7 @@ use vasto_shipping::{Bucket, BucketOptions, Chunk, Manifest, layout};
 
 use super::support::*;
 use crate::replica::Replica;
-use crate::ship::{self, ShipContext, ShipHandle};
+use crate::ship::{self, Pace, ShipContext, ShipHandle};
 
 pub fn bucket() -> Bucket {
     static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -26,6 +26,7 @@ pub fn bucket() -> Bucket {
 /// A running shipper.
 pub struct Shipping {
     pub handle: ShipHandle,
+    pub pace: Arc<Pace>,
     cancel: CancellationToken,
     task: JoinHandle<()>,
     _tmp: TempDir,
@@ -35,6 +36,7 @@ impl Shipping {
     /// With an hour between chunks nothing is shipped but on request and at the end.
     pub fn start(rig: &Rig, dir: &Path, replica: &Replica, bucket: &Bucket, interval: Duration) -> Self {
         let tmp = memory_dir();
+        let pace = Arc::new(Pace::new(0));
         let context = ShipContext {
             replica: replica.clone(),
             bucket: bucket.clone(),
@@ -44,11 +46,12 @@ impl Shipping {
             clock: rig.clock.clone(),
             interval,
             log_cap: vasto_core::limits::BINLOG_BYTES_MAX,
+            pace: pace.clone(),
         };
         let cancel = CancellationToken::new();
         let (handle, shipper) = ship::start(context, cancel.clone());
         handle.positions.ships.store(true, Ordering::Release);
-        Self { handle, cancel, task: tokio::spawn(shipper), _tmp: tmp }
+        Self { handle, pace, cancel, task: tokio::spawn(shipper), _tmp: tmp }
     }
 
     pub async fn stop(self) {

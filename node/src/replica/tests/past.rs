@@ -1,0 +1,304 @@
+//! What several replicas have shipped comes together in a new keyspace, or it is said what is missing.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tempfile::TempDir;
+use tokio::task::block_in_place;
+use tokio_util::sync::CancellationToken;
+use vasto_core::Band;
+use vasto_core::ErrorCode;
+use vasto_core::catalog::{Ack, Catalog, KeyspaceSpec};
+use vasto_core::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
+use vasto_core::plan::TargetProgress;
+use vasto_core::record::{BandRange, RangeState};
+use vasto_shipping::garbage::{Retention, collect, fsck};
+use vasto_shipping::{Bucket, CatalogStore, CatalogWrite, layout};
+
+use super::replication::{member, pull};
+use super::shipping::{Shipping, bucket, manifest};
+use super::support::*;
+use crate::bootstrap::{Adoption, Bootstrap, BootstrapError, Log};
+use crate::core::NodeCore;
+use crate::past;
+use crate::replica::job::Control;
+use crate::replica::{OpenOptions, Replica};
+
+const HOUR: Duration = Duration::from_secs(3_600);
+const NEW: KeyspaceId = KeyspaceId(8);
+
+/// A restored replica and where it lives.
+struct Restored {
+    replica: Replica,
+    dir: TempDir,
+}
+
+impl Restored {
+    fn get(&self, key: &str) -> Option<String> {
+        block_in_place(|| get(&self.replica, key))
+    }
+
+    async fn close(self) {
+        self.replica.stop().await;
+    }
+}
+
+async fn restore(rig: &Rig, bucket: &Bucket, until_us: Option<u64>) -> Result<Restored, BootstrapError> {
+    let dir = memory_dir();
+    let bootstrap = Bootstrap {
+        bucket: bucket.clone(),
+        engines: rig.shared.clone(),
+        dir: dir.path().to_owned(),
+        side: dir.path().join("side"),
+        progress: Arc::new(Mutex::new(TargetProgress::new(PlanId(1)))),
+        core: Arc::new(NodeCore::new(NodeId(1), rig.clock.clone(), 1)),
+        cancel: CancellationToken::new(),
+    };
+    let found = past::candidates(bucket, KEYSPACE, rig.shard, &[], &[], until_us).await?;
+    let owned: BandRange = Band::owned(1).into();
+    if let Some(base) = found.all.first().and_then(|one| one.base.as_ref()) {
+        let (version, epoch) = (CatalogVersion(1), Epoch(1));
+        let adoption = Adoption { keyspace: NEW, replica: ReplicaId(1), owned, version, epoch };
+        bootstrap.take(base, adoption, Log::Past { shards: 1, until_us }).await?;
+    }
+    let replica = block_in_place(|| {
+        Replica::open(OpenOptions {
+            keyspace: NEW,
+            replica: ReplicaId(1),
+            initial: Some((CatalogVersion(1), owned, RangeState::Owned)),
+            ..rig.options(dir.path(), true)
+        })
+    })
+    .unwrap();
+    match bootstrap.merge_all(&replica, &found, 1, until_us).await {
+        Ok(()) => Ok(Restored { replica, dir }),
+        Err(error) => {
+            replica.stop().await;
+            Err(error)
+        }
+    }
+}
+
+/// Ships what is settled in one chunk.
+async fn chunk(rig: &Rig, replica: &Replica, bucket: &Bucket) {
+    Shipping::start(rig, &rig.path, replica, bucket, HOUR).stop().await;
+}
+
+async fn checkpoint(rig: &Rig, replica: &Replica, bucket: &Bucket) -> vasto_core::plan::PinnedManifest {
+    let shipping = Shipping::start(rig, &rig.path, replica, bucket, HOUR);
+    let pinned = shipping.handle.checkpoint(None).await.unwrap();
+    shipping.stop().await;
+    pinned
+}
+
+fn put_now(replica: &Replica, key: &str, value: &str) {
+    block_in_place(|| write_one(replica, put(key, value)));
+}
+
+async fn register(bucket: &Bucket) -> (CatalogStore, Catalog) {
+    let store = CatalogStore::new(bucket.clone());
+    store.claim_cluster("c".into()).await.unwrap();
+    let first = Catalog::first(KEYSPACE, "ks", KeyspaceSpec::default(), &[vec![NodeId(1)]], 1, 1);
+    assert_eq!(store.write(&first).await.unwrap(), CatalogWrite::Won);
+    (store, first)
+}
+
+async fn chunks_of(bucket: &Bucket, replica: &Replica) -> Vec<String> {
+    let prefix = layout::replica_prefix(replica.keyspace, replica.shard, replica.id);
+    let mut found: Vec<String> = bucket.list(&prefix).await.unwrap().into_iter().map(|one| one.key).collect();
+    found.retain(|key| key.ends_with(".chunk"));
+    found.sort();
+    found
+}
+
+/// Another replica's checkpoint holds all of a log, and has forgotten a delete since.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_that_was_deleted_and_forgotten_does_not_come_back() {
+    let (one, two, bucket) = (member(1), member(2), bucket());
+    let (a, b) = block_in_place(|| (one.create(), two.create()));
+    checkpoint(&one, &a, &bucket).await;
+    put_now(&a, "gone", "v");
+    put_now(&a, "stays", "v");
+    chunk(&one, &a, &bucket).await;
+    block_in_place(|| {
+        pull(&b, &a);
+        two.clock.set(START_US + 1_000_000);
+        write_one(&b, delete("gone"));
+        let floor = b.data_commit_time();
+        control(&b, Control::Promise { commit_time: floor }).unwrap();
+        control(&b, Control::GcFloor { floor }).unwrap();
+        b.engine().flush().unwrap();
+        b.engine().compact_all();
+    });
+    checkpoint(&two, &b, &bucket).await;
+    let restored = restore(&two, &bucket, None).await.unwrap();
+    assert_eq!((restored.get("gone"), restored.get("stays")), (None, Some("v".into())));
+    restored.close().await;
+}
+
+/// A chunk is gone: it is said, unless another replica has shipped the same records.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hole_in_the_log_is_an_error_unless_another_log_fills_it() {
+    let (one, two, bucket) = (member(1), member(2), bucket());
+    register(&bucket).await;
+    let (a, b) = block_in_place(|| (one.create(), two.create()));
+    for n in 0..3 {
+        put_now(&a, &format!("k{n}"), "v");
+        chunk(&one, &a, &bucket).await;
+    }
+    let chunks = chunks_of(&bucket, &a).await;
+    assert_eq!(chunks.len(), 3);
+    assert!(fsck(&bucket, false).await.unwrap().is_clean());
+    bucket.delete(&chunks[1]).await.unwrap();
+    let state = fsck(&bucket, false).await.unwrap();
+    assert_eq!(state.missing, [chunks[1].clone()]);
+    let refused = restore(&one, &bucket, None).await.err().unwrap();
+    assert!(matches!(&refused, BootstrapError::Gap { chunk, .. } if *chunk == chunks[2]), "{refused}");
+    block_in_place(|| pull(&b, &a));
+    chunk(&two, &b, &bucket).await;
+    let restored = restore(&one, &bucket, None).await.unwrap();
+    for n in 0..3 {
+        assert_eq!(restored.get(&format!("k{n}")).as_deref(), Some("v"), "k{n}");
+    }
+    restored.close().await;
+}
+
+/// A moment that the bucket does not hold record by record is refused, with the moments on both sides.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_moment_inside_of_a_hole_is_refused_and_those_around_it_are_not() {
+    let (rig, bucket) = (member(1), bucket());
+    let replica = block_in_place(|| rig.create());
+    let mut times = Vec::new();
+    for (second, key) in ["first", "second", "third"].iter().enumerate() {
+        rig.clock.set(START_US + second as u64 * 1_000_000);
+        put_now(&replica, key, "v");
+        times.push(replica.data_commit_time());
+        if second == 2 {
+            checkpoint(&rig, &replica, &bucket).await;
+        } else {
+            chunk(&rig, &replica, &bucket).await;
+        }
+    }
+    let chunks = chunks_of(&bucket, &replica).await;
+    assert_eq!(chunks.len(), 3);
+    let whole = restore(&rig, &bucket, Some(times[1])).await.unwrap();
+    assert_eq!((whole.get("second").as_deref(), whole.get("third")), (Some("v"), None));
+    whole.close().await;
+    for chunk in &chunks[1..] {
+        bucket.delete(chunk).await.unwrap();
+    }
+    let refused = restore(&rig, &bucket, Some(times[1])).await.err().unwrap();
+    assert!(matches!(refused, BootstrapError::NotReached { .. }), "{refused}");
+    let before = restore(&rig, &bucket, Some(times[0])).await.unwrap();
+    assert_eq!((before.get("first").as_deref(), before.get("second")), (Some("v"), None));
+    before.close().await;
+    let after = restore(&rig, &bucket, Some(times[2])).await.unwrap();
+    assert_eq!(after.get("second").as_deref(), Some("v"));
+    after.close().await;
+    // What was collected is not taken for empty.
+    bucket.delete(&chunks[0]).await.unwrap();
+    let refused = restore(&rig, &bucket, Some(times[0])).await.err().unwrap();
+    assert!(matches!(refused, BootstrapError::NotRetained { oldest: Some(_), .. }), "{refused}");
+}
+
+/// The bucket's word counts only while nobody was told to go on without this replica.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_was_given_up_confirms_nothing_for_the_bucket() {
+    let (rig, bucket) = (member(1), bucket());
+    let (store, first) = register(&bucket).await;
+    let replica = block_in_place(|| rig.create());
+    let shipping = Shipping::start(&rig, &rig.path, &replica, &bucket, HOUR);
+    let confirmed = send(&replica, vec![put("before", "v")], Ack::Bucket);
+    block_in_place(|| confirmed.recv_timeout(DEADLINE)).unwrap().unwrap();
+    // A version that it has not heard of: perhaps another replica was made from what the bucket held.
+    assert_eq!(store.write(&first.next(2, 2)).await.unwrap(), CatalogWrite::Won);
+    let unknown = send(&replica, vec![put("after", "v")], Ack::Bucket);
+    let chunk = layout::chunk(KEYSPACE, ShardId(0), replica.id, replica.settled_lsn().next());
+    let deadline = tokio::time::Instant::now() + DEADLINE;
+    while bucket.head(&chunk).await.unwrap().is_none() && chunks_of(&bucket, &replica).await.len() < 2 {
+        assert!(tokio::time::Instant::now() < deadline, "the second chunk is never shipped");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(block_in_place(|| unknown.recv_timeout(Duration::from_millis(300))).is_err(), "it was confirmed");
+    replica.bucket_acks().abandon();
+    let answer = block_in_place(|| unknown.recv_timeout(DEADLINE)).unwrap();
+    assert_eq!(answer.unwrap_err().code, ErrorCode::Unknown);
+    // Once it obeys the version, it confirms again.
+    block_in_place(|| {
+        let (epoch, version) = (Epoch(1), CatalogVersion(2));
+        control(&replica, Control::Obey { epoch, version, role: replica.view().role }).unwrap();
+    });
+    let confirmed = send(&replica, vec![put("later", "v")], Ack::Bucket);
+    block_in_place(|| confirmed.recv_timeout(DEADLINE)).unwrap().unwrap();
+    shipping.stop().await;
+}
+
+/// A restored keyspace names the objects of the other one instead of sending them again, and garbage
+/// collection knows, also when the other one is gone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clone_shares_the_objects_and_keeps_them() {
+    let (rig, bucket) = (member(1), bucket());
+    let (store, first) = register(&bucket).await;
+    let replica = block_in_place(|| rig.create());
+    for n in 0..200 {
+        put_now(&replica, &format!("k{n}"), "v");
+    }
+    let pinned = checkpoint(&rig, &replica, &bucket).await;
+    let of_source: BTreeMap<String, u64> =
+        manifest(&bucket, &pinned).await.files.into_iter().map(|file| (file.key, file.bytes)).collect();
+    let restored = restore(&rig, &bucket, None).await.unwrap();
+    let shipping = Shipping::start(&rig, restored.dir.path(), &restored.replica, &bucket, HOUR);
+    let own = shipping.handle.checkpoint(None).await.unwrap();
+    shipping.stop().await;
+    let files = manifest(&bucket, &own).await.files;
+    let shared = files.iter().filter(|file| of_source.contains_key(&file.key)).count();
+    assert!(shared > 0 && shared >= of_source.len(), "{shared} of {} files are shared", of_source.len());
+    // The new keyspace is in the catalog, the old one is deleted, and all of it is old.
+    let new = Catalog::first(NEW, "new", KeyspaceSpec::default(), &[vec![NodeId(1)]], 1, 3);
+    assert_eq!(store.write(&new).await.unwrap(), CatalogWrite::Won);
+    let mut gone = first.next(2, 2);
+    gone.state = vasto_core::catalog::KeyspaceState::Deleted;
+    assert_eq!(store.write(&gone).await.unwrap(), CatalogWrite::Won);
+    let strict = Retention { keep_checkpoints: 1, keep_for: Duration::ZERO, min_age: Duration::ZERO };
+    let collected = collect(&bucket, strict, false).await.unwrap();
+    assert!(collected.deleted > 0, "{collected:?}");
+    assert!(bucket.head(&pinned.key).await.unwrap().is_none(), "the manifest of the deleted keyspace stays");
+    for key in of_source.keys() {
+        assert!(bucket.head(key).await.unwrap().is_some(), "{key} was collected");
+    }
+    assert!(fsck(&bucket, true).await.unwrap().is_clean());
+    restored.close().await;
+}
+
+/// A checkpoint that is being uploaded holds up neither the log nor those who wait for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_is_shipped_while_a_checkpoint_is_uploaded() {
+    let (rig, bucket) = (member(1), bucket());
+    register(&bucket).await;
+    let replica = block_in_place(|| rig.create());
+    for n in 0..100 {
+        put_now(&replica, &format!("k{n}"), "v");
+    }
+    // Nobody gets a turn to upload until the test lets go.
+    let shipping = Shipping::start(&rig, &rig.path, &replica, &bucket, HOUR);
+    let mut turns = Vec::new();
+    for _ in 0..crate::ship::UPLOADS_MAX {
+        turns.push(shipping.pace.turn(0).await.unwrap());
+    }
+    let handle = shipping.handle.clone();
+    let waiting = tokio::spawn(async move { handle.checkpoint(None).await });
+    let confirmed = send(&replica, vec![put("meanwhile", "v")], Ack::Bucket);
+    block_in_place(|| confirmed.recv_timeout(DEADLINE)).unwrap().unwrap();
+    assert!(!waiting.is_finished());
+    let lsn = Lsn(shipping.handle.positions.shipped.load(Ordering::Acquire));
+    drop(turns);
+    let pinned = waiting.await.unwrap().unwrap();
+    assert!(pinned.lsn < lsn || chunks_of(&bucket, &replica).await.len() > 1, "{pinned:?} {lsn:?}");
+    shipping.stop().await;
+    // The chunk behind the manifest begins exactly there.
+    let next = layout::chunk(KEYSPACE, ShardId(0), replica.id, pinned.lsn.next());
+    assert!(pinned.lsn >= lsn || bucket.head(&next).await.unwrap().is_some(), "{next} is not there");
+}

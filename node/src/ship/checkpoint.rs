@@ -1,0 +1,410 @@
+//! One checkpoint: made in the background, uploaded in the background, published by its shipper.
+//!
+//! **Invariants**
+//! - Everything in a manifest is read from the checkpoint, and is in the bucket before the manifest.
+//! - What a checkpoint holds has been synced in the log.
+//! - An upload that stood still for too long is thrown away: what it uploaded first may be collected.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use futures::{StreamExt, TryStreamExt};
+use tokio_util::task::AbortOnDropHandle;
+use vasto_core::ids::Lsn;
+use vasto_core::limits::UPLOAD_STALL_MAX;
+use vasto_core::plan::PinnedManifest;
+use vasto_core::record::{BandRange, Progress};
+use vasto_core::stored_key::MetaKey;
+use vasto_shipping::bucket::{Bucket, Create};
+use vasto_shipping::layout;
+use vasto_shipping::manifest::{DatabaseFile, Manifest, ManifestFile};
+
+use super::{Pace, ShipError, Shipper, Waiter, blocking};
+use crate::binlog::BinlogError;
+use crate::clock::since_boot;
+use crate::engine::{CheckpointView, EngineError, EngineShared};
+use crate::replica::state::{Head, Ranges};
+use crate::replica::{Replica, parse_vector};
+
+/// Files of one checkpoint that wait for their turn at once.
+const UPLOADS: usize = 4;
+
+/// A checkpoint under way.
+pub(super) struct Making {
+    task: AbortOnDropHandle<Made>,
+    waiters: Vec<Waiter>,
+    /// By the clock that goes on while the machine sleeps.
+    began: Duration,
+    /// Chunks that it supersedes.
+    chunks: u64,
+    /// Its LSN is being fixed: no chunk may go beyond what was settled before.
+    fixing: Arc<AtomicBool>,
+}
+
+/// How far it is.
+pub(super) enum Made {
+    /// It is on the disk.
+    Described(Folder, Box<Described>),
+    /// Its files are in the bucket.
+    Uploaded(Box<Described>, Vec<ManifestFile>, DatabaseFile),
+    /// It is not to be.
+    Failed(ShipError),
+}
+
+/// The next thing that happens to the checkpoint under way; never, when there is none.
+pub(super) async fn made(making: &mut Option<Making>) -> Made {
+    match making {
+        Some(making) => (&mut making.task)
+            .await
+            .unwrap_or_else(|error| Made::Failed(ShipError::Checkpoint(format!("a background task failed: {error}")))),
+        None => std::future::pending().await,
+    }
+}
+
+/// A directory that goes with its owner.
+pub(super) struct Folder(PathBuf);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+impl Shipper {
+    /// True while nobody knows yet where the checkpoint under way will end. What was settled before this
+    /// was asked is in it.
+    pub(super) fn is_fixing(&self) -> bool {
+        self.making.as_ref().is_some_and(|making| making.fixing.load(Ordering::SeqCst))
+    }
+
+    /// Begins with a checkpoint of now unless one is under way.
+    pub(super) fn begin_checkpoint(&mut self) {
+        if self.making.is_none() {
+            self.start(Vec::new(), Vec::new());
+        }
+    }
+
+    /// Begins with the checkpoint that somebody has asked for: one that was begun before may not hold all.
+    pub(super) fn make_what_is_wanted(&mut self) {
+        if self.making.is_none() && !self.wanted.is_empty() {
+            let (compact, waiters): (Vec<_>, Vec<_>) = std::mem::take(&mut self.wanted).into_iter().unzip();
+            self.start(compact.into_iter().flatten().collect(), waiters);
+        }
+    }
+
+    fn start(&mut self, compact: Vec<BandRange>, waiters: Vec<Waiter>) {
+        let (replica, engines) = (self.context.replica.clone(), self.context.engines.clone());
+        let folder = Folder(self.context.tmp.join(format!("checkpoint-{:016x}", rand::random::<u64>())));
+        let last = self.state.manifest.as_ref().map(|manifest| manifest.lsn);
+        let fixing = Arc::new(AtomicBool::new(false));
+        let fixes = fixing.clone();
+        let task = tokio::spawn(async move {
+            match make(replica, engines, &folder.0, compact, last, fixes).await {
+                Ok(described) => Made::Described(folder, Box::new(described)),
+                Err(error) => Made::Failed(error),
+            }
+        });
+        let task = AbortOnDropHandle::new(task);
+        self.making = Some(Making { task, waiters, began: since_boot(), chunks: self.state.chunks, fixing });
+    }
+
+    /// One step further with the checkpoint under way.
+    pub(super) async fn go_on(&mut self, made: Made) {
+        let done = match made {
+            Made::Described(folder, described) => match self.upload(folder, described).await {
+                Ok(None) => return,
+                Ok(Some(known)) => Ok(known),
+                Err(error) => Err(error),
+            },
+            Made::Uploaded(described, files, database) => self.publish(*described, files, database).await,
+            Made::Failed(error) => Err(error),
+        };
+        let waiters = self.making.take().map(|making| making.waiters).unwrap_or_default();
+        if let Err(error) = &done
+            && waiters.is_empty()
+        {
+            self.fail(error);
+        }
+        let text = done.as_ref().err().map(ToString::to_string);
+        let mut first = Some(done);
+        for waiter in waiters {
+            let answer = first.take().unwrap_or_else(|| Err(ShipError::Checkpoint(text.clone().unwrap_or_default())));
+            if let (Ok(pinned), None) = (&answer, &first) {
+                first = Some(Ok(pinned.clone()));
+            }
+            let _ = waiter.send(answer);
+        }
+        if let Err(error) = self.cover().await {
+            self.fail(&error);
+        }
+        self.make_what_is_wanted();
+    }
+
+    /// Sends the files on their way; answers the last manifest when nothing has changed since.
+    async fn upload(&mut self, folder: Folder, described: Box<Described>) -> Result<Option<PinnedManifest>, ShipError> {
+        if let Some(making) = &self.making {
+            making.fixing.store(false, Ordering::SeqCst);
+        }
+        let replica = self.context.replica.clone();
+        let lsn = described.head.applied_lsn;
+        if let Some(manifest) = self.state.manifest.as_ref().filter(|manifest| manifest.lsn == lsn) {
+            return Ok(Some(manifest.clone()));
+        }
+        if lsn > replica.log().synced_lsn() {
+            return Err(ShipError::Checkpoint("it holds records that the log has not synced".into()));
+        }
+        self.load_last().await?;
+        // The log up to here too, so that every moment in between can be restored; not what came before
+        // a beginning that the log does not hold.
+        let chained = self.ships() && self.may_ship_chunks();
+        while chained && self.state.shipped_lsn < lsn {
+            let before = self.state.shipped_lsn;
+            match self.ship_chunk(lsn).await {
+                Err(ShipError::Log(BinlogError::TooOld { .. })) => break, // the checkpoint supersedes it
+                other => other?,
+            }
+            if self.state.shipped_lsn == before {
+                return Err(ShipError::Checkpoint("its log cannot be read up to it".into()));
+            }
+        }
+        let upload = Upload {
+            replica,
+            bucket: self.context.bucket.clone(),
+            pace: self.context.pace.clone(),
+            last: self.last.as_ref().map(|last| last.files.clone()).unwrap_or_default(),
+        };
+        let task = tokio::spawn(async move {
+            let files = async {
+                let files = upload.files(&folder.0, &described).await?;
+                Ok::<_, ShipError>((files, upload.database(&folder.0, lsn).await?))
+            };
+            match files.await {
+                Ok((files, database)) => Made::Uploaded(described, files, database),
+                Err(error) => Made::Failed(error),
+            }
+        });
+        if let Some(making) = &mut self.making {
+            making.chunks = self.state.chunks;
+            making.task = AbortOnDropHandle::new(task);
+        }
+        Ok(None)
+    }
+
+    /// The last manifest names the SSTs that need no second upload.
+    async fn load_last(&mut self) -> Result<(), ShipError> {
+        let known = self.state.manifest.as_ref().map(|pinned| &pinned.key).or(self.state.inherited.as_ref());
+        if let (None, Some(key)) = (&self.last, known) {
+            let bytes = self.context.bucket.get(key).await?;
+            // One that is gone or damaged is no help: everything is uploaded.
+            self.last = bytes.and_then(|bytes| Manifest::decode(&bytes).ok());
+        }
+        Ok(())
+    }
+
+    async fn publish(
+        &mut self,
+        described: Described,
+        files: Vec<ManifestFile>,
+        database: DatabaseFile,
+    ) -> Result<PinnedManifest, ShipError> {
+        let replica = &self.context.replica;
+        let lsn = described.head.applied_lsn;
+        let (began, superseded) = self.making.as_ref().map_or((since_boot(), 0), |making| (making.began, making.chunks));
+        let took = since_boot().saturating_sub(began);
+        if took > UPLOAD_STALL_MAX {
+            self.last = None; // what it names may have gone with the manifests that named it before
+            return Err(ShipError::Stalled(took));
+        }
+        let key = layout::manifest(replica.keyspace, replica.shard, replica.id, lsn);
+        let mut manifest = Manifest {
+            keyspace: replica.keyspace,
+            shard: replica.shard,
+            replica: replica.id,
+            incarnation: replica.incarnation(),
+            epoch: described.head.epoch,
+            version: described.head.version,
+            lsn,
+            vector: described.vector,
+            event_time_max: described.head.event_time_max,
+            commit_time_max: described.head.commit_time_max,
+            floor: described.head.floor,
+            created_at_us: self.context.clock.now_us(),
+            nonce: rand::random(),
+            previous: self.state.manifest.as_ref().map(|manifest| manifest.key.clone()),
+            range_states: described.ranges.runs(),
+            files,
+            database: Some(database),
+        };
+        if let Create::Exists(found) = self.context.bucket.create(&key, manifest.encode()).await? {
+            // Written by this very opening before ship.json was: the same state, with its own objects.
+            // Anything else is another history of this replica, and must not stand for this one.
+            let found = Manifest::decode(&found).map_err(|_| ShipError::Foreign(key.clone()))?;
+            if !same_state(&found, &manifest) {
+                return Err(ShipError::Foreign(key));
+            }
+            manifest = found;
+        }
+        let pinned = PinnedManifest { key: key.clone(), lsn };
+        tracing::info!(
+            keyspace = replica.keyspace.0,
+            shard = replica.shard.0,
+            lsn = lsn.0,
+            files = manifest.files.len(),
+            bytes = manifest.bytes(),
+            "checkpoint shipped"
+        );
+        self.state.manifest = Some(pinned.clone());
+        self.state.inherited = None;
+        self.state.chunks = self.state.chunks.saturating_sub(superseded);
+        if lsn > self.state.shipped_lsn {
+            self.state.shipped_lsn = lsn;
+            self.state.previous = Some(key);
+        }
+        self.last = Some(manifest);
+        self.save()?;
+        Ok(pinned)
+    }
+}
+
+
+/// The uploads of one checkpoint.
+struct Upload {
+    replica: Replica,
+    bucket: Bucket,
+    pace: Arc<Pace>,
+    /// Files that are in the bucket already.
+    last: Vec<ManifestFile>,
+}
+
+impl Upload {
+    async fn files(&self, dir: &Path, described: &Described) -> Result<Vec<ManifestFile>, ShipError> {
+        let replica = &self.replica;
+        let attempt = format!("{:08x}", rand::random::<u32>());
+        let mut uploads = Vec::with_capacity(described.files.len());
+        for file in described.files.iter().cloned() {
+            let known =
+                self.last.iter().find(|known| known.file_number == file.file_number && known.bytes == file.bytes);
+            let known = known.map(|known| (known.key.clone(), known.crc32c));
+            let key = layout::sst(replica.keyspace, replica.shard, replica.id, file.file_number, &attempt);
+            let path = dir.join(format!("{:06}.sst", file.file_number));
+            uploads.push(async move {
+                let (key, crc32c) = match known {
+                    Some(known) => known,
+                    None => {
+                        let _turn = self.pace.turn(file.bytes).await;
+                        let uploaded = self.bucket.upload_file(&key, &path).await?;
+                        (key, uploaded.crc32c)
+                    }
+                };
+                Ok::<_, ShipError>(ManifestFile { key, crc32c, ..file })
+            });
+        }
+        futures::stream::iter(uploads).buffered(UPLOADS).try_collect().await
+    }
+
+    /// The database's own list of its files: with it they open as they are.
+    async fn database(&self, dir: &Path, lsn: Lsn) -> Result<DatabaseFile, ShipError> {
+        let odd = |what: String| ShipError::Checkpoint(what);
+        let current = tokio::fs::read_to_string(dir.join("CURRENT")).await;
+        let name = current.map_err(|error| odd(format!("its CURRENT cannot be read: {error}")))?.trim().to_owned();
+        let replica = &self.replica;
+        let attempt = format!("{:08x}", rand::random::<u32>());
+        let key = layout::database(replica.keyspace, replica.shard, replica.id, lsn, &attempt);
+        let uploaded = self.bucket.upload_file(&key, &dir.join(&name)).await?;
+        Ok(DatabaseFile { key, name, bytes: uploaded.bytes, crc32c: uploaded.crc32c })
+    }
+}
+
+/// Makes the checkpoint, after rewriting the bands that somebody is about to read.
+async fn make(
+    replica: Replica,
+    engines: EngineShared,
+    dir: &Path,
+    compact: Vec<BandRange>,
+    last: Option<Lsn>,
+    fixing: Arc<AtomicBool>,
+) -> Result<Described, ShipError> {
+    if replica.ranges().is_being_filled() {
+        return Err(ShipError::Filling); // it may be begun again, under the same names
+    }
+    let mut compacted = false;
+    for range in compact {
+        let replica = replica.clone();
+        compacted |= blocking(move || compact_if_it_pays(&replica, range)).await?;
+    }
+    if compacted && last == Some(replica.settled_lsn()) {
+        // The same records in other files: a manifest of their own needs an LSN of its own.
+        replica.apply(Vec::new(), vec![Progress::Tail(replica.id, replica.settled_lsn())]).await?;
+    }
+    let path = dir.to_owned();
+    fixing.store(true, Ordering::SeqCst);
+    blocking(move || {
+        replica.engine().checkpoint(&path)?;
+        describe(&engines, &path)
+    })
+    .await
+}
+
+/// True when two manifests describe the same records of the same opening of a replica.
+fn same_state(a: &Manifest, b: &Manifest) -> bool {
+    let state = |manifest: &Manifest| {
+        (manifest.replica, manifest.incarnation, manifest.lsn, manifest.commit_time_max, manifest.event_time_max)
+    };
+    state(a) == state(b) && a.vector == b.vector
+}
+
+/// What a checkpoint holds, read from the checkpoint itself.
+pub(super) struct Described {
+    head: Head,
+    ranges: Ranges,
+    vector: vasto_core::ids::Vector,
+    files: Vec<ManifestFile>,
+}
+
+fn describe(engines: &EngineShared, dir: &Path) -> Result<Described, ShipError> {
+    let odd = |what: &str| ShipError::Checkpoint(what.to_owned());
+    let view = CheckpointView::open(engines, dir)?;
+    let head = view.get(&MetaKey::Head.encode())?.ok_or_else(|| odd("it has no head"))?;
+    let ranges = view.get(&MetaKey::RangeStates.encode())?.ok_or_else(|| odd("it has no range states"))?;
+    let files = view
+        .files()?
+        .into_iter()
+        .map(|file| {
+            let number = file.name.trim_start_matches('/').trim_end_matches(".sst");
+            Ok(ManifestFile {
+                key: String::new(),
+                file_number: number.parse().map_err(|_| odd(&format!("{} is not an SST", file.name)))?,
+                bytes: file.size as u64,
+                crc32c: 0,
+                level: file.level,
+                smallest_seqno: file.smallest_seqno,
+                largest_seqno: file.largest_seqno,
+                first_key: file.start_key.ok_or_else(|| odd("an SST without a first key"))?,
+                last_key: file.end_key.ok_or_else(|| odd("an SST without a last key"))?,
+                entries: file.num_entries,
+            })
+        })
+        .collect::<Result<Vec<_>, ShipError>>()?;
+    Ok(Described {
+        head: Head::decode(&head).map_err(|error| odd(&error.to_string()))?,
+        ranges: Ranges::decode(&ranges).map_err(|error| odd(&error.to_string()))?,
+        vector: parse_vector(&view.with_prefix(&MetaKey::vector_prefix())?),
+        files,
+    })
+}
+
+/// A reader of the bands must fetch every file that touches them. When files that reach beyond the
+/// bands are more than a tenth of it, rewriting the bands first is cheaper than shipping them.
+fn compact_if_it_pays(replica: &Replica, range: BandRange) -> Result<bool, EngineError> {
+    let engine = replica.engine();
+    engine.flush()?;
+    let (inside, crossing) = engine.band_bytes(range)?;
+    let pays = crossing > inside / 10;
+    if pays {
+        engine.compact_bands(range);
+    }
+    Ok(pays)
+}
+
