@@ -58,7 +58,7 @@ fn target(stage: TargetStage, cursors: &[(u64, u64)]) -> (ReplicaId, ReplicaRepo
         objects_read: 2,
         bytes_from_peers: 1,
         manifest_shipped: true,
-            reached: Vec::new(),
+        reached: Vec::new(),
         failed: None,
     };
     (ReplicaId(3), ReplicaReport { target: Some(progress), ..report(3) })
@@ -226,4 +226,49 @@ fn a_member_that_has_failed_aborts_the_plan_and_an_away_node_keeps_it_from_seali
     failed.insert(ReplicaId(1), ReplicaReport { phase: ReplicaPhase::Failed("rot".into()), ..report(1) });
     let gone = write(advance(&tail, &failed, |_| 0, 9_000, 3));
     assert!(gone.plan.is_none() && gone.operations[0].reason.as_deref().is_some_and(|reason| reason.contains("rot")));
+}
+
+#[test]
+fn what_the_targets_of_an_undone_grow_shipped_is_nobodys_past() {
+    let catalog = at(Step::Tail);
+    let undone = abort(&catalog, "cancelled", &Reports::new(), 3_000, 3).unwrap();
+    assert_eq!(undone.discarded, [ReplicaId(3)]);
+    // The next attempt has a target of its own, which counts.
+    let again = start_grow(&undone, 3, &[NODE(3)], 4_000, 4).unwrap();
+    let targets: Vec<ReplicaId> = again.plan.as_ref().unwrap().targets.iter().map(|target| target.replica).collect();
+    assert_eq!((targets, again.discarded), (vec![ReplicaId(4)], vec![ReplicaId(3)]));
+}
+
+#[test]
+fn a_restore_ends_when_the_bucket_holds_what_was_restored() {
+    let mut catalog = two_shards();
+    let kind = PlanKind::Restore { keyspace: KeyspaceId(1), version: CatalogVersion(9), at_us: None };
+    let target =
+        |replica: u64| Target { shard: ShardId(replica as u32 - 1), replica: ReplicaId(replica), node: NODE(replica) };
+    catalog.plan = Some(Plan {
+        id: PlanId(1),
+        kind,
+        from_epoch: Epoch(1),
+        started_at_us: 1_000,
+        step: Step::Tail,
+        sources: Vec::new(),
+        targets: vec![target(1), target(2)],
+        seals_undone: 0,
+    });
+    let reports = |shipped: bool| -> Reports {
+        let progress = TargetProgress {
+            stage: TargetStage::Open,
+            manifest_shipped: shipped,
+            reached: vec![(ReplicaId(5), Lsn(77))],
+            ..TargetProgress::new(PlanId(1))
+        };
+        let of = |replica: u64| ReplicaReport { target: Some(progress.clone()), ..report(replica) };
+        Reports::from([(ReplicaId(1), of(1)), (ReplicaId(2), of(2))])
+    };
+    assert!(matches!(advance(&catalog, &reports(false), |_| 0, 2_000, 2), Advance::Wait(_)));
+    let done = write(advance(&catalog, &reports(true), |_| 0, 2_000, 2));
+    assert_eq!(done.plan, None);
+    let reached = &done.operations.last().unwrap().reached;
+    assert_eq!(reached.len(), 2);
+    assert_eq!(reached[1], Reached { shard: ShardId(1), replica: ReplicaId(5), lsn: Lsn(77) });
 }

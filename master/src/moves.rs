@@ -289,3 +289,29 @@ pub(crate) fn node_operation(cluster: &Cluster, id: &str) -> Option<String> {
     }
     Some(answer.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use vasto_core::plan::{Reports, abort};
+
+    #[test]
+    fn a_restore_that_was_given_up_is_not_the_keyspace_that_was_deleted() {
+        let mut half = Catalog::first(KeyspaceId(2), "orders", KeyspaceSpec::default(), &[vec![NodeId(1)]], 1_000, 1);
+        let whole = Catalog { state: KeyspaceState::Deleted, ..half.clone() };
+        half.plan = Some(Plan {
+            id: PlanId(1),
+            kind: PlanKind::Restore { keyspace: KeyspaceId(1), version: vasto_core::CatalogVersion(3), at_us: None },
+            from_epoch: half.epoch,
+            started_at_us: 1_000,
+            step: Step::Tail,
+            sources: Vec::new(),
+            targets: Vec::new(),
+            seals_undone: 0,
+        });
+        let undone = abort(&half, "a node is away", &Reports::new(), 2_000, 2).unwrap();
+        assert_eq!(undone.state, KeyspaceState::Deleted);
+        assert!(never_was(&undone) && !never_was(&whole));
+    }
+}

@@ -245,7 +245,7 @@ fn sealed_reports(sealing: &Catalog) -> Vec<ReplicaReport> {
         objects_read: 0,
         bytes_from_peers: 0,
         manifest_shipped: true,
-            reached: Vec::new(),
+        reached: Vec::new(),
         failed: None,
     };
     vec![

@@ -21,8 +21,8 @@ use vasto_core::limits::GROUP_BYTES_MAX;
 use vasto_core::plan::{TargetProgress, TargetStage};
 use vasto_core::record::{BandRange, KeyEntry, RangeState, frame_at};
 use vasto_core::stored_key::MetaKey;
-use vasto_shipping::bucket::{Bucket, BucketError};
 use vasto_shipping::CatalogError;
+use vasto_shipping::bucket::{Bucket, BucketError};
 use vasto_shipping::chunk::Chunk;
 use vasto_shipping::download::{DownloadError, DownloadProgress, Wanted, download};
 use vasto_shipping::history::{self, Base, HistoryError};
@@ -76,7 +76,9 @@ pub enum BootstrapError {
         oldest: Option<String>,
     },
     /// Records are missing that no replica has shipped elsewhere.
-    #[error("records of shard {shard} before {chunk} are missing from the bucket; run `vasto bucket fsck`, or restore to an earlier time with --at")]
+    #[error(
+        "records of shard {shard} before {chunk} are missing from the bucket; run `vasto bucket fsck`, or restore to an earlier time with --at"
+    )]
     Gap {
         /// Which.
         shard: ShardId,

@@ -3,7 +3,6 @@
 
 pub mod binlog;
 pub mod bootstrap;
-pub mod past;
 pub mod clock;
 pub mod core;
 pub mod data;
@@ -14,6 +13,7 @@ pub mod host;
 pub mod manager;
 pub mod node;
 pub mod node_dir;
+pub mod past;
 pub mod pause;
 pub mod replica;
 pub mod replication;

@@ -30,8 +30,8 @@ use crate::manager::Manager;
 use crate::node_dir::{DirError, NodeDir, read_json};
 use crate::pause;
 use crate::replication::ReplicationService;
-use crate::ship::Pace;
 use crate::session::{Joined, NODES_FILE, Session, SessionConfig, SessionContext, SessionError, join, keep};
+use crate::ship::Pace;
 
 /// How a node runs.
 #[derive(Debug, Clone)]

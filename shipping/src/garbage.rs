@@ -199,9 +199,8 @@ pub async fn fsck(bucket: &Bucket, deep: bool) -> Result<Fsck, CatalogError> {
         }
     }
     let known_owner = |owner: &Owner| survey.catalogs.contains_key(&owner.keyspace);
-    let is_member = |owner: &Owner| {
-        survey.catalogs.get(&owner.keyspace).is_some_and(|catalog| catalog.is_placed(owner.replica))
-    };
+    let is_member =
+        |owner: &Owner| survey.catalogs.get(&owner.keyspace).is_some_and(|catalog| catalog.is_placed(owner.replica));
     let mut to_read = Vec::new();
     for object in &survey.objects {
         found.objects += 1;

@@ -11,7 +11,7 @@ use vasto_core::record::{Body, Record};
 use vasto_core::{
     CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, Origin, OwnSeq, PlanId, ReplicaId, ShardId,
 };
-use vasto_shipping::garbage::{Retention, collect, fsck};
+use vasto_shipping::garbage::{Retention, collect, fsck, interrupt};
 use vasto_shipping::{
     Bucket, BucketOptions, CatalogStore, CatalogWrite, Chunk, Create, DatabaseFile, Manifest, ManifestFile, layout,
 };
@@ -318,4 +318,58 @@ async fn two_collections_at_once_leave_what_is_needed() {
     println!("{:?} {:?}", a.unwrap(), b.unwrap());
     assert!(fsck(&rig.bucket, true).await.unwrap().is_clean());
     assert!(rig.keys().await.contains(&rig.sst(4)));
+}
+
+/// The target of a grow that was undone shipped copies of what others own: it goes without a successor.
+#[tokio::test]
+async fn what_an_undone_plan_left_behind_goes() {
+    let mut rig = Rig::new("undone").await;
+    rig.three_checkpoints().await;
+    let mut next = rig.catalog.next(2, 2);
+    next.placement[0].replicas[0].replica = ReplicaId(2);
+    rig.write(next.clone()).await;
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    rig.put("probe/later", "moves the store's clock").await;
+    collect(&rig.bucket, STRICT, false).await.unwrap();
+    assert!(rig.keys().await.contains(&rig.sst(4)), "its successor has nothing yet");
+    let mut next = rig.catalog.next(3, 3);
+    next.discarded = vec![REPLICA];
+    rig.write(next).await;
+    collect(&rig.bucket, STRICT, false).await.unwrap();
+    assert!(rig.keys().await.is_empty(), "{:?}", rig.keys().await);
+}
+
+/// A hole in the log behind the last checkpoint is something missing; before it, it is not.
+#[tokio::test]
+async fn a_hole_in_the_log_is_found() {
+    let rig = Rig::new("hole").await;
+    rig.three_checkpoints().await;
+    rig.chunk(36, 40).await;
+    rig.chunk(41, 45).await;
+    let chunk = |lsn| layout::chunk(rig.keyspace(), SHARD, REPLICA, Lsn(lsn));
+    rig.bucket.delete(&chunk(11)).await.unwrap();
+    assert!(fsck(&rig.bucket, false).await.unwrap().is_clean(), "the checkpoint at 30 holds what was in it");
+    rig.bucket.delete(&chunk(36)).await.unwrap();
+    assert_eq!(fsck(&rig.bucket, false).await.unwrap().missing, [chunk(36)]);
+}
+
+/// Whoever is about to read what may be garbage ends the collections that run.
+#[tokio::test]
+async fn a_restore_ends_a_collection_that_runs() {
+    let rig = Rig::new("interrupt").await;
+    rig.three_checkpoints().await;
+    for n in 100..200 {
+        rig.put(&rig.sst(n), "of a checkpoint that never got its manifest").await;
+    }
+    let (collected, interrupted) = tokio::join!(collect(&rig.bucket, STRICT, false), async {
+        // Once it has begun to delete.
+        while rig.bucket.head(&rig.sst(100)).await.unwrap().is_some() {
+            tokio::task::yield_now().await;
+        }
+        interrupt(&rig.bucket).await
+    });
+    interrupted.unwrap();
+    let collected = collected.unwrap();
+    assert!(collected.stopped.is_some() && collected.deleted < 100, "{collected:?}");
+    assert!(fsck(&rig.bucket, true).await.unwrap().is_clean());
 }

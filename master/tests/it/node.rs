@@ -275,7 +275,7 @@ fn target(plan: &Plan, replica: ReplicaId, hold: Option<Step>) -> Option<TargetP
         objects_read: 3,
         bytes_from_peers: 4,
         manifest_shipped: true,
-            reached: Vec::new(),
+        reached: Vec::new(),
         failed: None,
     })
 }

@@ -211,7 +211,8 @@ impl Shipper {
     ) -> Result<PinnedManifest, ShipError> {
         let replica = &self.context.replica;
         let lsn = described.head.applied_lsn;
-        let (began, superseded) = self.making.as_ref().map_or((since_boot(), 0), |making| (making.began, making.chunks));
+        let (began, superseded) =
+            self.making.as_ref().map_or((since_boot(), 0), |making| (making.began, making.chunks));
         let took = since_boot().saturating_sub(began);
         if took > UPLOAD_STALL_MAX {
             self.last = None; // what it names may have gone with the manifests that named it before
@@ -267,7 +268,6 @@ impl Shipper {
         Ok(pinned)
     }
 }
-
 
 /// The uploads of one checkpoint.
 struct Upload {
@@ -407,4 +407,3 @@ fn compact_if_it_pays(replica: &Replica, range: BandRange) -> Result<bool, Engin
     }
     Ok(pays)
 }
-
