@@ -51,11 +51,13 @@ enum Fault {
 
 /// A store that does one thing wrong, at one call.
 #[derive(Debug)]
-struct Scripted {
+pub struct Scripted {
     store: Arc<dyn ObjectStore>,
     calls: AtomicU64,
     at: AtomicU64,
     fault: Mutex<Option<Fault>>,
+    /// Nothing is answered but errors.
+    pub down: AtomicBool,
     /// A stored body was altered: only reading can tell.
     altered: AtomicBool,
     died: Arc<Notify>,
@@ -73,12 +75,13 @@ fn broken(what: &str) -> Error {
 }
 
 impl Scripted {
-    fn new() -> Arc<Self> {
+    pub fn new() -> Arc<Self> {
         Arc::new(Self {
             store: Arc::new(memory::InMemory::new()),
             calls: AtomicU64::new(0),
             at: AtomicU64::new(0),
             fault: Mutex::new(None),
+            down: AtomicBool::new(false),
             altered: AtomicBool::new(false),
             died: Arc::default(),
         })
@@ -87,6 +90,9 @@ impl Scripted {
     /// What is to happen at this call.
     fn turn(&self) -> Option<Fault> {
         let call = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
+        if self.down.load(Ordering::SeqCst) {
+            return Some(Fault::Before);
+        }
         (call == self.at.load(Ordering::SeqCst)).then(|| self.fault.lock().take()).flatten()
     }
 
@@ -95,7 +101,7 @@ impl Scripted {
         *self.fault.lock() = Some(fault);
     }
 
-    fn bucket(self: &Arc<Self>) -> Bucket {
+    pub fn bucket(self: &Arc<Self>) -> Bucket {
         let budget = RetryBudget {
             total: Duration::from_secs(2),
             attempt: Duration::from_millis(100),
@@ -107,7 +113,7 @@ impl Scripted {
     }
 
     /// The same content without faults.
-    fn good(&self) -> Bucket {
+    pub fn good(&self) -> Bucket {
         Bucket::from_store("memory://scripted", self.store.clone())
     }
 

@@ -19,7 +19,8 @@ use vasto_shipping::garbage::{Retention, collect, fsck};
 use vasto_shipping::{Bucket, CatalogStore, CatalogWrite, layout};
 
 use super::replication::{member, pull};
-use super::shipping::{Shipping, bucket, manifest};
+use super::bucket_faults::Scripted;
+use super::shipping::{Shipping, bucket, fill_a_file, manifest, until};
 use super::support::*;
 use crate::bootstrap::{Adoption, Bootstrap, BootstrapError, Log};
 use crate::core::NodeCore;
@@ -301,4 +302,53 @@ async fn the_log_is_shipped_while_a_checkpoint_is_uploaded() {
     // The chunk behind the manifest begins exactly there.
     let next = layout::chunk(KEYSPACE, ShardId(0), replica.id, pinned.lsn.next());
     assert!(pinned.lsn >= lsn || bucket.head(&next).await.unwrap().is_some(), "{next} is not there");
+}
+
+/// The bucket is away for longer than the log can be kept for it: writes go on, the log stays bounded, one
+/// checkpoint stands for what was given up, and the moments that are gone are not made up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_of_the_bucket_stops_nothing_and_costs_moments_only() {
+    const CAP: u64 = 100 << 20;
+    let (rig, store) = (Rig::new(), Scripted::new());
+    register(&store.good()).await;
+    let replica = block_in_place(|| rig.create());
+    let shipping = Shipping::with_cap(&rig, &rig.path, &replica, &store.bucket(), Duration::ZERO, CAP);
+    put_now(&replica, "before", "v");
+    let before = replica.data_commit_time();
+    let head = replica.settled_lsn();
+    until("the first chunk", || shipping.shipped() >= head).await;
+    store.down.store(true, Ordering::SeqCst);
+    let mut during = 0;
+    for round in 0..4 {
+        rig.clock.set(START_US + 1_000_000 * (round + 1));
+        put_now(&replica, &format!("during{round}"), "v");
+        block_in_place(|| fill_a_file(&replica));
+        if round == 1 {
+            during = replica.data_commit_time();
+        }
+    }
+    // Two files of the log may be there beyond the cap: the one that is written to, and one that is about to go.
+    until("the log to be cut", || replica.log().bytes() <= CAP + (128 << 20)).await;
+    assert!(replica.log().first_lsn() > head, "nothing was given up");
+    let unshipped = send(&replica, vec![put("wanted", "v")], Ack::Bucket);
+    assert!(block_in_place(|| unshipped.recv_timeout(Duration::from_millis(200))).is_err());
+    store.down.store(false, Ordering::SeqCst);
+    let settled = replica.settled_lsn();
+    until("the bucket to hold everything again", || shipping.shipped() >= settled).await;
+    block_in_place(|| unshipped.recv_timeout(DEADLINE)).unwrap().unwrap();
+    shipping.stop().await;
+    let bucket = store.good();
+    let prefix = layout::checkpoint_prefix(KEYSPACE, rig.shard, replica.id);
+    assert_eq!(bucket.list(&prefix).await.unwrap().len(), 1, "one checkpoint stands for all of it");
+    assert!(fsck(&bucket, true).await.unwrap().is_clean());
+    let now = restore(&rig, &bucket, None).await.unwrap();
+    for key in ["before", "during0", "during3", "wanted"] {
+        assert_eq!(now.get(key).as_deref(), Some("v"), "{key}");
+    }
+    now.close().await;
+    let then = restore(&rig, &bucket, Some(before)).await.unwrap();
+    assert_eq!((then.get("before").as_deref(), then.get("during0")), (Some("v"), None));
+    then.close().await;
+    let refused = restore(&rig, &bucket, Some(during)).await.err().unwrap();
+    assert!(matches!(refused, BootstrapError::NotReached { .. }), "{refused}");
 }

@@ -35,6 +35,18 @@ pub struct Shipping {
 impl Shipping {
     /// With an hour between chunks nothing is shipped but on request and at the end.
     pub fn start(rig: &Rig, dir: &Path, replica: &Replica, bucket: &Bucket, interval: Duration) -> Self {
+        Self::with_cap(rig, dir, replica, bucket, interval, vasto_core::limits::BINLOG_BYTES_MAX)
+    }
+
+    /// With a log of its own size at most.
+    pub fn with_cap(
+        rig: &Rig,
+        dir: &Path,
+        replica: &Replica,
+        bucket: &Bucket,
+        interval: Duration,
+        log_cap: u64,
+    ) -> Self {
         let tmp = memory_dir();
         let pace = Arc::new(Pace::new(0));
         let context = ShipContext {
@@ -45,7 +57,7 @@ impl Shipping {
             engines: rig.shared.clone(),
             clock: rig.clock.clone(),
             interval,
-            log_cap: vasto_core::limits::BINLOG_BYTES_MAX,
+            log_cap,
             pace: pace.clone(),
         };
         let cancel = CancellationToken::new();
@@ -72,7 +84,7 @@ impl Shipping {
 const HOUR: Duration = Duration::from_secs(3600);
 const AT_ONCE: Duration = Duration::ZERO;
 
-async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+pub async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = tokio::time::Instant::now() + DEADLINE;
     while !holds() {
         assert!(tokio::time::Instant::now() < deadline, "in vain: {what}");
@@ -285,7 +297,7 @@ async fn a_position_that_the_log_no_longer_reaches_is_replaced_by_a_checkpoint()
 }
 
 /// More than one file of the log.
-fn fill_a_file(replica: &Replica) {
+pub fn fill_a_file(replica: &Replica) {
     use crate::replica::job::{Change, WriteOp};
     for i in 0..18 {
         let change = Change::Put { value: vec![3u8; 4 << 20].into(), ttl_ms: None, condition: None };
