@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use crate::entry::ENTRY_HEADER_BYTES_MAX;
+
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
 
@@ -28,8 +30,15 @@ pub const REPLICAS_MAX: u32 = 7;
 pub const RECORD_BYTES_MAX: usize = 24 * MIB;
 /// A writer stops adding to a group commit here, so that one sync covers a bounded write.
 pub const GROUP_BYTES_MAX: usize = 4 * MIB;
-/// Most operations in one group commit.
+/// A writer stops adding to a group commit here, too.
 pub const GROUP_OPS_MAX: usize = 4_096;
+/// What an operation takes in a record beside its key and value, at most: the entry's header, two
+/// lengths, and the kept result of a read-modify-write with its name.
+const OP_FRAMING_BYTES: usize = ENTRY_HEADER_BYTES_MAX + 8 + 64;
+// A group that is almost full takes one more batch, and the record that holds both can be written.
+const _: () = assert!(
+    GROUP_BYTES_MAX + BATCH_BYTES_MAX + (GROUP_OPS_MAX + BATCH_OPS_MAX) * OP_FRAMING_BYTES + KIB <= RECORD_BYTES_MAX
+);
 /// Bytes that may wait in one replica's writer queue before writers are pushed back.
 pub const WRITE_QUEUE_BYTES_MAX: usize = 64 * MIB;
 /// Largest gRPC message: a batch plus framing. Ingress limits keep every message below it.

@@ -364,7 +364,7 @@ impl Replica {
         let _ = self.jobs.send(Job::Write(WriteJob::new(ops, ack, done, Some(permit)).told(told)));
     }
 
-    /// Merges another log's entries; answers once they are durable here.
+    /// Merges another log's entries, no more than a batch; answers once they are durable here.
     pub async fn apply(&self, entries: Vec<KeyEntry>, progress: Vec<Progress>) -> Result<Lsn, ReplicaError> {
         let (done, answer) = oneshot::channel();
         self.jobs.send(Job::Apply(ApplyJob { entries, progress, done })).map_err(|_| ReplicaError::Stopped)?;

@@ -8,6 +8,8 @@
 //!   before it is as durable as it was asked to be.
 //! - A record holds at most one entry per stored key; the second write of a key in one group sees
 //!   the first.
+//! - A group that is full is committed before the next request is stamped, so that no record is over
+//!   its limit, whatever waits in the queue.
 //! - A failed append, sync or apply closes the replica to writes; the outcome of what was in
 //!   flight is `Unknown`, and nothing is retried as if it had not happened.
 //! - Writes to a sealed range wait for the plan's outcome and are then applied or sent on; none is
@@ -58,6 +60,17 @@ pub(super) struct Writer {
     sealed_at: Option<Instant>,
     pub(super) unsynced_since: Option<Instant>,
     encoded: Vec<u8>,
+}
+
+/// A group commit under construction, and who waits for it.
+#[derive(Default)]
+struct OpenGroup {
+    commit_time: u64,
+    group: Group,
+    must_sync: bool,
+    answers: Vec<(WriteJob, Vec<Outcome>)>,
+    progress: Vec<Progress>,
+    applied: Vec<oneshot::Sender<Result<Lsn, ReplicaError>>>,
 }
 
 /// What is known of a write before it is committed.
@@ -130,7 +143,7 @@ impl Writer {
                     writes.push(job);
                 }
                 Job::Apply(job) => {
-                    count += job.entries.len();
+                    count += job.entries.len() + 1;
                     weight += job.entries.iter().map(|one| one.key.len() + one.entry.len()).sum::<usize>();
                     applies.push(job);
                 }
@@ -221,35 +234,51 @@ impl Writer {
         if sealed { Checked::Sealed } else { Checked::Ready }
     }
 
+    /// Does the jobs, in as many group commits as they need.
     fn commit(&mut self, writes: Vec<WriteJob>, applies: Vec<ApplyJob>) {
-        let commit_time = self.commit_time();
-        let mut group = Group::default();
-        let mut answers = Vec::new();
-        let mut must_sync = !applies.is_empty();
+        let mut open = self.begin();
         for job in writes {
+            if open.group.is_full() {
+                self.finish(open);
+                open = self.begin();
+            }
             match self.check(&job) {
                 Checked::Refused(error) => job.answer(Err(error)),
                 Checked::Sealed => self.held.push(Held { job, since: Instant::now() }),
-                Checked::Ready => match self.do_once(&job, &mut group, commit_time) {
+                Checked::Ready => match self.do_once(&job, &mut open.group, open.commit_time) {
                     Ok(outcomes) => {
-                        must_sync |= job.ack != Ack::Os;
-                        answers.push((job, outcomes));
+                        open.must_sync |= job.ack != Ack::Os;
+                        open.answers.push((job, outcomes));
                     }
                     Err(error) => job.answer(Err(error)),
                 },
             }
         }
-        let mut applied = Vec::new();
-        let mut progress: Vec<Progress> = Vec::new();
         for job in applies {
-            match self.merge_all(&job.entries, &mut group) {
+            if open.group.is_full() {
+                self.finish(open);
+                open = self.begin();
+            }
+            match self.merge_all(&job.entries, &mut open.group) {
                 Ok(()) => {
-                    progress.extend(&job.progress);
-                    applied.push(job.done);
+                    open.must_sync = true;
+                    open.progress.extend(&job.progress);
+                    open.applied.push(job.done);
                 }
                 Err(error) => drop(job.done.send(Err(error))),
             }
         }
+        self.finish(open);
+    }
+
+    /// A group commit with nothing in it.
+    fn begin(&self) -> OpenGroup {
+        OpenGroup { commit_time: self.commit_time(), ..OpenGroup::default() }
+    }
+
+    /// Makes a group as durable as it was asked to be, and answers.
+    fn finish(&mut self, open: OpenGroup) {
+        let OpenGroup { commit_time, group, must_sync, answers, progress, applied } = open;
         let ops = answers.len();
         let result = if group.entries.is_empty() && group.results.is_empty() && progress.is_empty() {
             // Nothing new to store; what stands may have been acknowledged as `os` only.
@@ -530,17 +559,7 @@ impl Writer {
         let held = std::mem::take(&mut self.held);
         pauses.extend(held.iter().map(|held| held.since.elapsed().as_micros() as u64));
         self.shared.add_pauses(pauses);
-        let mut slice = Vec::new();
-        let mut weight = 0;
-        for held in held {
-            weight += held.job.ops.iter().map(op_bytes).sum::<usize>();
-            slice.push(held.job);
-            if weight >= GROUP_BYTES_MAX {
-                self.commit(std::mem::take(&mut slice), Vec::new());
-                weight = 0;
-            }
-        }
-        self.commit(slice, Vec::new());
+        self.commit(held.into_iter().map(|held| held.job).collect(), Vec::new());
     }
 
     /// Sends writes back that have waited too long; the client tries again.
