@@ -45,6 +45,9 @@ pub const WRITE_QUEUE_BYTES_MAX: usize = 64 * MIB;
 pub const MESSAGE_BYTES_MAX: usize = 32 * MIB;
 /// Bytes of requests that one connection may have in flight at a node.
 pub const CONNECTION_BYTES_MAX: usize = 64 * MIB;
+/// Requests outside a stream that a node answers at a time: they have no budget of bytes, and each
+/// may be a batch with its reply.
+pub const UNARY_REQUESTS_MAX: usize = 64;
 /// Replicas that a node takes by default: each is a RocksDB instance with its own files.
 pub const NODE_REPLICAS_MAX: usize = 256;
 /// A binlog file is closed and a new one begun at this size.

@@ -31,7 +31,7 @@ use vasto_core::stored_key::MetaKey;
 use vasto_core::{ErrorCode, VastoError};
 
 use super::apply::{Meta, apply_record, band_of, put_head, put_progress};
-use super::job::{ApplyJob, Control, Job, Outcome, Position, ReplicaError, Role, WriteJob};
+use super::job::{ApplyJob, Control, Job, Outcome, Position, ReplicaError, Role, WriteJob, too_late};
 use super::results::{self, Results};
 use super::slots::SlotTable;
 use super::stamp::{Group, op_bytes};
@@ -203,9 +203,13 @@ impl Writer {
         if self.role == Role::Detached {
             return Checked::Refused(wrong_epoch());
         }
+        let now = since_boot();
+        if job.until.is_some_and(|until| now >= until) {
+            return Checked::Refused(too_late());
+        }
         // Whoever sent it has long gone to another replica: applied now, its stamp would be above what
         // was written there since.
-        if since_boot().saturating_sub(job.sent) >= ATTEMPT_PATIENCE && self.shared.followers.has_peers() {
+        if now.saturating_sub(job.sent) >= ATTEMPT_PATIENCE && self.shared.followers.has_peers() {
             let message =
                 "the request was under way for too long, its sender has gone to another replica; send it again";
             return Checked::Refused(VastoError::new(ErrorCode::CatchingUp, message).retry_after_ms(50));

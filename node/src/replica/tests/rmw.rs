@@ -27,7 +27,7 @@ fn ask(replica: &Replica, op: WriteOp, id: OpId) -> Answer {
         vec![op],
         Ack::Fsync,
         0,
-        Told { id: Some(id), sent: None },
+        Told { id: Some(id), ..Told::default() },
         Box::new(move |result| drop(done.send(result))),
     );
     answer

@@ -1,5 +1,7 @@
 //! Groups, stamps and expiry on the write path.
 
+use std::time::Duration;
+
 use vasto_core::catalog::Ack;
 use vasto_core::entry::Entry;
 use vasto_core::hash::partition_hash;
@@ -10,8 +12,9 @@ use vasto_core::stored_key::data_key;
 use vasto_core::{Band, ErrorCode};
 
 use super::support::*;
+use crate::clock::since_boot;
 use crate::replica::Replica;
-use crate::replica::job::{Change, Control, Outcome, ReplicaError, WriteOp};
+use crate::replica::job::{Change, Control, Outcome, ReplicaError, Told, WriteOp};
 
 fn stored(replica: &crate::replica::Replica, key: &str) -> Vec<u8> {
     replica.engine().get(&data_key(band(replica, key), key.as_bytes())).unwrap().unwrap()
@@ -89,6 +92,24 @@ fn a_refused_batch_leaves_nothing_of_itself_in_its_group() {
     assert_eq!((get(&replica, "a").as_deref(), get(&replica, "b")), (Some("1"), None));
     assert_eq!(get(&replica, key).as_deref(), Some("mine"));
     assert!(records(&replica).iter().all(|record| !data_keys(record).contains(&"b".to_owned())));
+}
+
+#[test]
+fn a_write_that_nobody_waits_for_any_more_is_not_done() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let release = hold_writer(&replica);
+    let ask = |key: &str, time: Duration| {
+        let (done, answer) = std::sync::mpsc::channel();
+        let told = Told { until: Some(since_boot() + time), ..Told::default() };
+        replica.write_as(vec![put(key, "v")], Ack::Fsync, 0, told, Box::new(move |result| drop(done.send(result))));
+        answer
+    };
+    let (late, in_time) = (ask("late", Duration::ZERO), ask("in time", DEADLINE));
+    drop(release);
+    assert_eq!(late.recv_timeout(DEADLINE).unwrap().unwrap_err().code, ErrorCode::DeadlineExceeded);
+    in_time.recv_timeout(DEADLINE).unwrap().unwrap();
+    assert_eq!((get(&replica, "late"), get(&replica, "in time").as_deref()), (None, Some("v")));
 }
 
 #[test]
