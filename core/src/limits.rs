@@ -22,6 +22,11 @@ pub const BATCH_OPS_MAX: usize = 10_000;
 pub const SCAN_PAGE_BYTES_MAX: usize = MIB;
 /// A scan page stops after this many rows, also of tiny ones.
 pub const SCAN_PAGE_ROWS_MAX: usize = 10_000;
+/// A scan page ends after this many stored rows, also when it shows few of them or none: deleted,
+/// expired, and of other partitions. About a tenth of a second of a reader when all are in memory.
+pub const SCAN_PAGE_EXAMINED_MAX: usize = 50_000;
+/// And after this time, when they come from a slow disk: readers are few, and everybody's.
+pub const SCAN_PAGE_TIME: Duration = Duration::from_millis(100);
 /// Longest keyspace name (it becomes part of an object name).
 pub const KEYSPACE_NAME_MAX: usize = 63;
 /// Most replicas of a shard.

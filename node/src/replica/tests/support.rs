@@ -275,7 +275,8 @@ pub fn scan_keys(replica: &Replica, mut page: ScanPage) -> Vec<String> {
         if !reply.more {
             return keys;
         }
-        page.after = Some(reply.rows.last().unwrap().key.clone());
+        page.after = reply.resume_after.or_else(|| reply.rows.last().map(|row| row.key.clone()));
+        assert!(page.after.is_some(), "a page with more behind it leads on");
     }
 }
 
