@@ -42,6 +42,7 @@ use vasto_core::{ErrorCode, VastoError};
 use crate::binlog::{Binlog, BinlogConfig, BinlogError, LogShared};
 use crate::clock::SharedClock;
 use crate::engine::{Engine, EngineError, EngineShared, FlushGuard};
+use crate::node_dir::sync_dir;
 use apply::{ApplyError, Meta, apply_record};
 use bucket_acks::BucketAcks;
 use followers::Followers;
@@ -273,15 +274,29 @@ pub fn log_dir(dir: &Path) -> PathBuf {
     dir.join("log")
 }
 
+/// Creates the directories of a replica and makes their names durable before anything in them is
+/// promised to anybody. Also when they are there: who made them may have died in between.
+fn create_dirs(dir: &Path, below: [&Path; 2], sync: impl Fn(&Path) -> std::io::Result<()>) -> Result<(), OpenError> {
+    let io = |path: &Path| {
+        let path = path.to_owned();
+        move |source| OpenError::Io { path, source }
+    };
+    for path in below {
+        std::fs::create_dir_all(path).map_err(io(path))?;
+    }
+    for path in [Some(dir), dir.parent()].into_iter().flatten() {
+        sync(path).map_err(io(path))?;
+    }
+    Ok(())
+}
+
 impl Replica {
     /// Opens (or, with `initial`, creates) a replica: recovers its log, replays, begins a new
     /// incarnation, starts its writer. Blocks on the disk.
     pub fn open(options: OpenOptions) -> Result<Self, OpenError> {
         let OpenOptions { dir, keyspace, shard, replica, shared, clock, initial } = options;
         let (db_dir, log_dir) = (database_dir(&dir), log_dir(&dir));
-        for path in [&db_dir, &log_dir] {
-            std::fs::create_dir_all(path).map_err(|source| OpenError::Io { path: path.clone(), source })?;
-        }
+        create_dirs(&dir, [&db_dir, &log_dir], sync_dir)?;
         let mut log =
             Binlog::open(BinlogConfig { dir: log_dir, keyspace, shard, replica, file_bytes: BINLOG_FILE_BYTES })?;
         let floor = Arc::new(AtomicU64::new(0));
