@@ -55,6 +55,10 @@ pub const CONNECTION_BYTES_MAX: usize = 64 * MIB;
 pub const UNARY_REQUESTS_MAX: usize = 64;
 /// Replicas that a node takes by default: each is a RocksDB instance with its own files.
 pub const NODE_REPLICAS_MAX: usize = 256;
+/// Tables that a replica keeps open, at most ...
+pub const TABLES_OPEN_MAX: usize = 4_096;
+/// ... and at least: fewer, and every read opens a file.
+pub const TABLES_OPEN_MIN: usize = 64;
 /// A binlog file is closed and a new one begun at this size.
 pub const BINLOG_FILE_BYTES: u64 = 64 * MIB as u64;
 /// Most bytes of log a replica keeps. At the cap the bucket's cover is given up first.

@@ -13,6 +13,7 @@ pub mod host;
 pub mod manager;
 pub mod node;
 pub mod node_dir;
+pub mod open_files;
 pub mod pause;
 pub mod replica;
 pub mod replication;

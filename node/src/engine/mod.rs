@@ -26,6 +26,7 @@ use rocksdb::{
     SstPartitionerFactory, WriteBufferManager, WriteOptions,
 };
 use vasto_core::Band;
+use vasto_core::limits::TABLES_OPEN_MAX;
 use vasto_core::merge::is_collected;
 use vasto_core::record::BandRange;
 use vasto_core::stored_key::{META_PREFIX, split_data_key};
@@ -98,7 +99,7 @@ impl EngineShared {
         base.set_compression_type(DBCompressionType::Lz4);
         base.set_bottommost_compression_type(DBCompressionType::Zstd);
         base.set_target_file_size_base(TABLE_BYTES);
-        base.set_max_open_files(4096);
+        base.set_max_open_files(TABLES_OPEN_MAX as i32);
         base.set_sst_partitioner_factory(&SstPartitionerFactory::fixed_prefix(1));
         base.set_keep_log_file_num(2);
         base.set_max_log_file_size(4 << 20);
@@ -110,6 +111,12 @@ impl EngineShared {
             base.set_ratelimiter(budget.rate_limit as i64, 100_000, 10);
         }
         Self { buffers, base }
+    }
+
+    /// With this many tables open in each instance.
+    pub fn with_tables_open(mut self, each: usize) -> Self {
+        self.base.set_max_open_files(each.min(TABLES_OPEN_MAX) as i32);
+        self
     }
 
     /// The part of the memtables' budget that is used; can exceed 1.
