@@ -8,6 +8,7 @@ pub mod core;
 pub mod data;
 pub mod engine;
 pub mod flusher;
+pub mod gate;
 pub mod grow;
 pub mod host;
 pub mod manager;

@@ -31,6 +31,7 @@ use vasto_core::merge::is_collected;
 use vasto_core::record::BandRange;
 use vasto_core::stored_key::{META_PREFIX, split_data_key};
 
+use crate::gate::Gate;
 pub use batch::Batch;
 pub use cursor::{Cursor, View};
 pub use scratch::{BandRows, ImportFile, Scratch};
@@ -61,6 +62,9 @@ pub(crate) fn failed(doing: &'static str) -> impl Fn(rocksdb::Error) -> EngineEr
 pub struct EngineShared {
     buffers: WriteBufferManager,
     base: Options,
+    /// Replicas being opened, about one for each core: each reads its log in files of 64 MiB, and a
+    /// node that restarts opens all it has.
+    pub(crate) opening: Arc<Gate>,
 }
 
 /// How much of the machine the engines of a node may use together.
@@ -110,7 +114,8 @@ impl EngineShared {
         if budget.rate_limit > 0 {
             base.set_ratelimiter(budget.rate_limit as i64, 100_000, 10);
         }
-        Self { buffers, base }
+        let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        Self { buffers, base, opening: Arc::new(Gate::new(cores)) }
     }
 
     /// With this many tables open in each instance.

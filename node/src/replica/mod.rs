@@ -292,15 +292,17 @@ fn create_dirs(dir: &Path, below: [&Path; 2], sync: impl Fn(&Path) -> std::io::R
 
 impl Replica {
     /// Opens (or, with `initial`, creates) a replica: recovers its log, replays, begins a new
-    /// incarnation, starts its writer. Blocks on the disk.
+    /// incarnation, starts its writer. Blocks on the disk, and on others that open.
     pub fn open(options: OpenOptions) -> Result<Self, OpenError> {
         let OpenOptions { dir, keyspace, shard, replica, shared, clock, initial } = options;
+        let engines = shared;
+        let _opening = engines.opening.enter();
         let (db_dir, log_dir) = (database_dir(&dir), log_dir(&dir));
         create_dirs(&dir, [&db_dir, &log_dir], sync_dir)?;
         let mut log =
             Binlog::open(BinlogConfig { dir: log_dir, keyspace, shard, replica, file_bytes: BINLOG_FILE_BYTES })?;
         let floor = Arc::new(AtomicU64::new(0));
-        let engine = Engine::open(&shared, &db_dir, floor, Arc::new(LogGuard(log.shared())))?;
+        let engine = Engine::open(&engines, &db_dir, floor, Arc::new(LogGuard(log.shared())))?;
         let mut meta = read_meta(&engine, keyspace, shard, replica)?;
         if (meta.identity.keyspace, meta.identity.replica) != (keyspace, replica) {
             let Identity { keyspace, replica: found, .. } = meta.identity;
