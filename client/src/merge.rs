@@ -35,6 +35,17 @@ pub(crate) struct Wanted {
     pub rows: usize,
 }
 
+/// A page that has come.
+#[derive(Debug, Default)]
+pub(crate) struct Page {
+    /// In the order of user keys.
+    pub rows: Vec<Row>,
+    /// There may be more behind it.
+    pub more: bool,
+    /// The shard has nothing more to show up to here, which may be behind the last row.
+    pub resume_after: Option<Bytes>,
+}
+
 #[derive(Default)]
 struct Lane {
     rows: VecDeque<Row>,
@@ -85,20 +96,25 @@ impl Merge {
         wanted
     }
 
-    /// A page has arrived. Refuses one that breaks the order, since rows would be lost.
-    pub fn page(&mut self, lane: usize, rows: Vec<Row>, more: bool) -> Result<(), Error> {
+    /// A page has arrived. Refuses one that breaks the order, since rows would be lost, and one that
+    /// leads nowhere.
+    pub fn page(&mut self, lane: usize, page: Page) -> Result<(), Error> {
         let Some(lane) = self.lanes.get_mut(lane) else { return Ok(()) };
+        let Page { rows, more, resume_after } = page;
         let rising = rows.is_sorted_by(|a, b| a.key <= b.key);
         let behind = lane.after.as_ref().is_none_or(|after| rows.first().is_none_or(|row| row.key > *after));
-        if !rising || !behind || (more && rows.is_empty()) {
+        let last = rows.last().map(|row| row.key.clone());
+        let passes_rows = resume_after.is_none() || last <= resume_after;
+        let after = resume_after.or(last);
+        if !rising || !behind || !passes_rows || (more && after <= lane.after) {
             return Err(Error::new(ErrorKind::Internal, "a node sent a scan page out of order; please report it"));
         }
         lane.asked = false;
         lane.exhausted = !more;
-        lane.last_page = rows.len();
-        if let Some(row) = rows.last() {
-            lane.after = Some(row.key.clone());
+        if !rows.is_empty() {
+            lane.last_page = rows.len();
         }
+        lane.after = after.or(lane.after.take());
         lane.rows.extend(rows);
         Ok(())
     }
@@ -145,13 +161,30 @@ mod tests {
         Row { key: Bytes::copy_from_slice(&key.to_be_bytes()), value: None }
     }
 
-    /// Answers one wanted page from the keys of a shard.
-    fn answer(merge: &mut Merge, shards: &[BTreeSet<u16>], wanted: Wanted, page: usize) {
+    fn rows(keys: &[u16]) -> Vec<Row> {
+        keys.iter().copied().map(row).collect()
+    }
+
+    fn page(keys: &[u16], more: bool) -> Page {
+        Page { rows: rows(keys), more, resume_after: None }
+    }
+
+    fn page_up_to(keys: &[u16], resume_after: u16) -> Page {
+        Page { resume_after: Some(row(resume_after).key), ..page(keys, true) }
+    }
+
+    /// Answers one wanted page from the keys of a shard. It looks at `examined` stored keys, of which
+    /// the odd ones are deleted.
+    fn answer(merge: &mut Merge, shards: &[BTreeSet<u16>], wanted: Wanted, examined: usize) {
         let after = wanted.after.map(|key| u16::from_be_bytes([key[0], key[1]]));
         let mut left = shards[wanted.lane].iter().copied().filter(|key| after.is_none_or(|after| *key > after));
-        let rows: Vec<Row> = left.by_ref().take(page.min(wanted.rows)).map(row).collect();
-        let more = left.next().is_some();
-        merge.page(wanted.lane, rows, more).unwrap();
+        let looked_at: Vec<u16> = left.by_ref().take(examined.min(wanted.rows)).collect();
+        let alive: Vec<u16> = looked_at.iter().copied().filter(|key| key % 2 == 0).collect();
+        let page = match (left.next().is_some(), looked_at.last()) {
+            (true, Some(last)) if alive.last() != Some(last) => page_up_to(&alive, *last),
+            (more, _) => page(&alive, more),
+        };
+        merge.page(wanted.lane, page).unwrap();
     }
 
     fn split(keys: &BTreeSet<u16>, shards: usize) -> Vec<BTreeSet<u16>> {
@@ -166,17 +199,32 @@ mod tests {
     #[test]
     fn pages_out_of_order_are_refused() {
         let mut merge = Merge::new(1, 10, 10);
-        assert!(merge.page(0, vec![row(2), row(1)], false).is_err());
-        assert!(merge.page(0, vec![], true).is_err());
-        merge.page(0, vec![row(5)], true).unwrap();
-        assert!(merge.page(0, vec![row(5)], false).is_err());
+        assert!(merge.page(0, page(&[2, 1], false)).is_err());
+        assert!(merge.page(0, page(&[], true)).is_err());
+        assert!(merge.page(0, page_up_to(&[3, 4], 3)).is_err());
+        merge.page(0, page(&[5], true)).unwrap();
+        assert!(merge.page(0, page(&[5], false)).is_err());
+        assert!(merge.page(0, page_up_to(&[], 5)).is_err());
+    }
+
+    #[test]
+    fn a_page_without_rows_moves_the_scan_on() {
+        let mut merge = Merge::new(1, usize::MAX, 10);
+        merge.wanted();
+        merge.page(0, page_up_to(&[1], 4)).unwrap();
+        assert_eq!(merge.wanted(), [Wanted { lane: 0, after: Some(row(4).key), rows: 10 }]);
+        merge.page(0, page_up_to(&[], 7)).unwrap();
+        assert_eq!(merge.wanted()[0].after, Some(row(7).key), "also while a row is still there");
+        assert_eq!((merge.step(), merge.step()), (Step::Row(row(1)), Step::Wait));
+        merge.page(0, page(&[], false)).unwrap();
+        assert_eq!(merge.step(), Step::End);
     }
 
     #[test]
     fn a_key_that_two_shards_show_is_given_out_once() {
         let mut merge = Merge::new(2, 10, 10);
-        merge.page(0, vec![row(1), row(2)], false).unwrap();
-        merge.page(1, vec![row(1), row(1), row(3)], false).unwrap();
+        merge.page(0, page(&[1, 2], false)).unwrap();
+        merge.page(1, page(&[1, 1, 3], false)).unwrap();
         let steps: Vec<Step> = (0..4).map(|_| merge.step()).collect();
         assert_eq!(steps, [Step::Row(row(1)), Step::Row(row(2)), Step::Row(row(3)), Step::End]);
     }
@@ -186,7 +234,7 @@ mod tests {
         let mut merge = Merge::new(1, 3, 100);
         assert_eq!(merge.wanted(), [Wanted { lane: 0, after: None, rows: 3 }]);
         assert_eq!(merge.wanted(), []);
-        merge.page(0, vec![row(1), row(2), row(3)], true).unwrap();
+        merge.page(0, page(&[1, 2, 3], true)).unwrap();
         assert_eq!(merge.wanted(), []);
         assert_eq!(Merge::new(3, 0, 100).step(), Step::End);
     }
@@ -195,9 +243,9 @@ mod tests {
     fn one_page_is_fetched_ahead_and_no_more() {
         let mut merge = Merge::new(1, usize::MAX, 2);
         merge.wanted();
-        merge.page(0, vec![row(1), row(2)], true).unwrap();
+        merge.page(0, page(&[1, 2], true)).unwrap();
         assert_eq!(merge.wanted().len(), 1);
-        merge.page(0, vec![row(3), row(4)], true).unwrap();
+        merge.page(0, page(&[3, 4], true)).unwrap();
         assert_eq!(merge.wanted(), []);
         assert_eq!((merge.step(), merge.step()), (Step::Row(row(1)), Step::Row(row(2))));
         assert_eq!(merge.wanted().len(), 1);
@@ -239,7 +287,7 @@ mod tests {
                     }
                 }
             }
-            let want: Vec<u16> = keys.into_iter().take(limit).collect();
+            let want: Vec<u16> = keys.into_iter().filter(|key| key % 2 == 0).take(limit).collect();
             prop_assert_eq!(seen, want);
         }
     }

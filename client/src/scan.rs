@@ -25,7 +25,7 @@ use crate::error::Error;
 use crate::execute::{Executor, Progress, strange_reply};
 use crate::key::IntoBytes;
 use crate::keyspace::Keyspace;
-use crate::merge::{Merge, Step, Wanted};
+use crate::merge::{Merge, Page, Step, Wanted};
 use crate::route::{ReadFrom, Table};
 use crate::tuning::SCAN_ROWS_MIN;
 use crate::value::{Row, Value};
@@ -136,11 +136,6 @@ enum State {
     Running(Box<Running>),
 }
 
-struct Page {
-    rows: Vec<Row>,
-    more: bool,
-}
-
 /// Why a page was not read.
 enum Stop {
     /// The shards changed.
@@ -229,7 +224,7 @@ impl Running {
 
     fn take(&mut self, lane: usize, page: Result<Page, Stop>) -> Result<(), Error> {
         match page {
-            Ok(page) => self.merge.page(lane, page.rows, page.more),
+            Ok(page) => self.merge.page(lane, page),
             Err(Stop::Failed(error)) => Err(error),
             Err(Stop::Moved) => {
                 self.pages.clear();
@@ -279,7 +274,7 @@ async fn fetch(
                     Ok(Row { key: row.key, value })
                 });
                 let rows = rows.collect::<Result<Vec<Row>, Error>>().map_err(Stop::Failed)?;
-                return Ok(Page { rows, more: reply.more });
+                return Ok(Page { rows, more: reply.more, resume_after: reply.resume_after });
             }
             Ok(_) => return Err(Stop::Failed(strange_reply(false))),
             Err(failed) => executor.recover(&now, &mut progress, failed).await.map_err(Stop::Failed)?,

@@ -41,6 +41,20 @@ async fn all_shards_are_merged_in_the_order_of_keys() {
 }
 
 #[tokio::test]
+async fn pages_that_show_nothing_are_passed() {
+    let cluster = Cluster::start(3).await;
+    let ks = cluster.keyspace().await;
+    let keys = fill(&ks, 500).await;
+    ks.put(Key::new("key-00444x").partition("rare"), "x").await.unwrap();
+    cluster.state.lock().page_examined = 2;
+    assert_eq!(keys_of(ks.scan().partition("rare").stream()).await, ["key-00444x"]);
+    let mut all = keys.clone();
+    all.insert(445, "key-00444x".to_owned());
+    assert_eq!(keys_of(ks.scan().stream()).await, all);
+    assert_eq!(keys_of(ks.scan().prefix("key-0012").limit(7).stream()).await, keys[120..127]);
+}
+
+#[tokio::test]
 async fn a_partition_is_read_from_one_shard() {
     let cluster = Cluster::start(3).await;
     let ks = cluster.keyspace().await;

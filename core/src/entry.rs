@@ -38,6 +38,9 @@ pub enum Kind {
     Tombstone = 2,
 }
 
+/// Bytes before the payload, with every optional field.
+pub const ENTRY_HEADER_BYTES_MAX: usize = 8 + 1 + 1 + 3 * 8;
+
 const TYPE_MASK: u8 = 0x0f;
 const HAS_EXPIRES_AT: u8 = 0x10;
 const HAS_PARTITION_HASH: u8 = 0x20;
@@ -86,7 +89,7 @@ impl<'a> Entry<'a> {
             Some(Payload::Bytes(bytes)) => bytes.len(),
             Some(_) => 8,
         };
-        let mut out = Vec::with_capacity(34 + payload_len);
+        let mut out = Vec::with_capacity(ENTRY_HEADER_BYTES_MAX + payload_len);
         out.extend_from_slice(&self.event_time.to_be_bytes());
         out.push(self.kind() as u8);
         let mut flags = match self.payload {

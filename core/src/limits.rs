@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use crate::entry::ENTRY_HEADER_BYTES_MAX;
+
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
 
@@ -20,6 +22,11 @@ pub const BATCH_OPS_MAX: usize = 10_000;
 pub const SCAN_PAGE_BYTES_MAX: usize = MIB;
 /// A scan page stops after this many rows, also of tiny ones.
 pub const SCAN_PAGE_ROWS_MAX: usize = 10_000;
+/// A scan page ends after this many stored rows, also when it shows few of them or none: deleted,
+/// expired, and of other partitions. About a tenth of a second of a reader when all are in memory.
+pub const SCAN_PAGE_EXAMINED_MAX: usize = 50_000;
+/// And after this time, when they come from a slow disk: readers are few, and everybody's.
+pub const SCAN_PAGE_TIME: Duration = Duration::from_millis(100);
 /// Longest keyspace name (it becomes part of an object name).
 pub const KEYSPACE_NAME_MAX: usize = 63;
 /// Most replicas of a shard.
@@ -28,16 +35,30 @@ pub const REPLICAS_MAX: u32 = 7;
 pub const RECORD_BYTES_MAX: usize = 24 * MIB;
 /// A writer stops adding to a group commit here, so that one sync covers a bounded write.
 pub const GROUP_BYTES_MAX: usize = 4 * MIB;
-/// Most operations in one group commit.
+/// A writer stops adding to a group commit here, too.
 pub const GROUP_OPS_MAX: usize = 4_096;
+/// What an operation takes in a record beside its key and value, at most: the entry's header, two
+/// lengths, and the kept result of a read-modify-write with its name.
+const OP_FRAMING_BYTES: usize = ENTRY_HEADER_BYTES_MAX + 8 + 64;
+// A group that is almost full takes one more batch, and the record that holds both can be written.
+const _: () = assert!(
+    GROUP_BYTES_MAX + BATCH_BYTES_MAX + (GROUP_OPS_MAX + BATCH_OPS_MAX) * OP_FRAMING_BYTES + KIB <= RECORD_BYTES_MAX
+);
 /// Bytes that may wait in one replica's writer queue before writers are pushed back.
 pub const WRITE_QUEUE_BYTES_MAX: usize = 64 * MIB;
 /// Largest gRPC message: a batch plus framing. Ingress limits keep every message below it.
 pub const MESSAGE_BYTES_MAX: usize = 32 * MIB;
 /// Bytes of requests that one connection may have in flight at a node.
 pub const CONNECTION_BYTES_MAX: usize = 64 * MIB;
+/// Requests outside a stream that a node answers at a time: they have no budget of bytes, and each
+/// may be a batch with its reply.
+pub const UNARY_REQUESTS_MAX: usize = 64;
 /// Replicas that a node takes by default: each is a RocksDB instance with its own files.
 pub const NODE_REPLICAS_MAX: usize = 256;
+/// Tables that a replica keeps open, at most ...
+pub const TABLES_OPEN_MAX: usize = 4_096;
+/// ... and at least: fewer, and every read opens a file.
+pub const TABLES_OPEN_MIN: usize = 64;
 /// A binlog file is closed and a new one begun at this size.
 pub const BINLOG_FILE_BYTES: u64 = 64 * MIB as u64;
 /// Most bytes of log a replica keeps. At the cap the bucket's cover is given up first.

@@ -28,6 +28,7 @@ use crate::flusher;
 use crate::host::HostContext;
 use crate::manager::Manager;
 use crate::node_dir::{DirError, NodeDir, read_json};
+use crate::open_files;
 use crate::pause;
 use crate::replication::ReplicationService;
 use crate::session::{Joined, NODES_FILE, Session, SessionConfig, SessionContext, SessionError, join, keep};
@@ -140,7 +141,10 @@ impl Node {
         vasto_shipping::metrics::observe(&bucket, &labels);
         let clock: SharedClock = Arc::new(SystemClock { shift_ms: config.clock_shift_ms });
         let core = Arc::new(NodeCore::new(node_id, clock.clone(), config.read_threads));
-        let engines = EngineShared::new(config.budget);
+        let limit = open_files::raise();
+        let tables_each = open_files::tables_each(limit, config.max_replicas);
+        tracing::info!(limit, tables_each, "open files");
+        let engines = EngineShared::new(config.budget).with_tables_open(tables_each);
         let host_context = Arc::new(HostContext {
             core: core.clone(),
             engines: engines.clone(),

@@ -120,6 +120,7 @@ pub struct NodeDir {
 impl NodeDir {
     /// Opens or creates the directory; `fresh_id` becomes the node id of a new one.
     pub fn open(dir: &Path, fresh_id: NodeId) -> Result<Self, DirError> {
+        let is_new = !dir.exists();
         std::fs::create_dir_all(dir).map_err(io(dir))?;
         let lock_path = dir.join("LOCK");
         let lock = File::options().create(true).truncate(false).write(true).open(&lock_path).map_err(io(&lock_path))?;
@@ -150,6 +151,10 @@ impl NodeDir {
         for sub in ["replicas", "catalog"] {
             let path = dir.join(sub);
             std::fs::create_dir_all(&path).map_err(io(&path))?;
+        }
+        sync_dir(dir).map_err(io(dir))?;
+        if let Some(parent) = dir.parent().filter(|_| is_new) {
+            sync_dir(parent).map_err(io(parent))?;
         }
         let tmp = dir.join("tmp");
         match std::fs::remove_dir_all(&tmp) {
@@ -281,7 +286,14 @@ pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), Dir
     file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(io(&partial))?;
     std::fs::rename(&partial, path).map_err(io(path))?;
     let parent = path.parent().unwrap_or(Path::new("."));
-    File::open(parent).and_then(|dir| dir.sync_all()).map_err(io(parent))
+    sync_dir(parent).map_err(io(parent))
+}
+
+/// Makes the names in a directory durable.
+pub(crate) fn sync_dir(dir: &Path) -> std::io::Result<()> {
+    // The parent of a plain name is the empty path, which means the current directory.
+    let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+    File::open(dir)?.sync_all()
 }
 
 #[cfg(test)]

@@ -84,7 +84,7 @@ pub async fn contents(address: &str, catalog: &Catalog, shard: ShardId) -> Resul
     loop {
         match direct.ask(Op::Scan(v1::ScanRequest { after, ..v1::ScanRequest::default() })).await? {
             Reply::Scan(page) => {
-                after = page.rows.last().map(|row| row.key.clone());
+                after = page.resume_after.or_else(|| page.rows.last().map(|row| row.key.clone()));
                 for row in page.rows {
                     rows.insert(row.key.to_vec(), row.value.context("a row without a value")?.version);
                 }

@@ -78,6 +78,8 @@ pub struct State {
     /// The only counter.
     pub sum: i64,
     pub page_rows: usize,
+    /// Stored keys that a scan page looks at.
+    pub page_examined: usize,
     /// Answers of the master's calls, by the call's name.
     pub json: BTreeMap<&'static str, VecDeque<Result<String, Status>>>,
     pub calls: Vec<String>,
@@ -168,6 +170,7 @@ impl Cluster {
             clock: 1_000,
             sum: 0,
             page_rows: 1_000,
+            page_examined: usize::MAX,
             json: BTreeMap::new(),
             calls: Vec::new(),
         }));
@@ -358,19 +361,27 @@ impl State {
                     return wrong(self);
                 }
                 let limit = self.page_rows.min(if scan.limit == 0 { usize::MAX } else { scan.limit as usize });
-                let mut rows = self.store.iter().filter(|(key, entry)| {
-                    key.starts_with(&scan.prefix)
-                        && scan.after.as_ref().is_none_or(|after| *key > after)
-                        && scan.partition_hash.is_none_or(|hash| hash == entry.partition_hash)
+                let mut behind = self.store.iter().filter(|(key, _)| {
+                    key.starts_with(&scan.prefix) && scan.after.as_ref().is_none_or(|after| *key > after)
+                });
+                // What a node looks at and does not show: here, what other shards and partitions hold.
+                let examined: Vec<_> = behind.by_ref().take(self.page_examined).collect();
+                let mut rows = examined.iter().filter(|(_, entry)| {
+                    scan.partition_hash.is_none_or(|hash| hash == entry.partition_hash)
                         && self.topology.shard_of(entry.partition_hash) == ShardId(request.shard)
                 });
                 let page: Vec<v1::Row> = rows
                     .by_ref()
                     .take(limit)
-                    .map(|(key, entry)| v1::Row { key: key.clone(), value: (!scan.keys_only).then(|| to_wire(entry)) })
+                    .map(|(key, entry)| v1::Row {
+                        key: (*key).clone(),
+                        value: (!scan.keys_only).then(|| to_wire(entry)),
+                    })
                     .collect();
-                let more = rows.next().is_some();
-                Reply::Scan(v1::ScanReply { rows: page, more })
+                let full = rows.next().is_some();
+                let cut = behind.next().is_some();
+                let resume_after = examined.last().filter(|_| cut && !full).map(|(key, _)| (*key).clone());
+                Reply::Scan(v1::ScanReply { rows: page, more: full || cut, resume_after })
             }
         }
     }

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::OwnedSemaphorePermit;
 use vasto_core::ids::{Epoch, KeyspaceId, ShardId};
 use vasto_core::limits::{EPOCH_WAIT, check_key};
 use vasto_core::{ErrorCode, VastoError};
@@ -15,10 +16,20 @@ use vasto_proto::v1::request::Op;
 
 use super::decode;
 use super::reply::ReplySink;
+use crate::clock::since_boot;
 use crate::core::NodeCore;
 use crate::replica::Replica;
-use crate::replica::job::{Number, Outcome, Role, Told};
+use crate::replica::job::{Number, Outcome, Role, Told, too_late};
 use crate::replica::read::{GetResult, KeyRef, ScanPage};
+
+/// When a request came.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Arrival {
+    /// Boot time when its sender let go of it, as far as the caller tells.
+    pub sent: Option<Duration>,
+    /// Boot time when it was here.
+    pub received: Duration,
+}
 
 /// Who asks, and for what.
 #[derive(Clone, Copy)]
@@ -28,6 +39,18 @@ struct Caller {
     epoch: Epoch,
     /// Boot time when it was sent, as far as the caller tells.
     sent: Option<Duration>,
+    /// Boot time from which on nobody waits for the answer.
+    until: Option<Duration>,
+}
+
+impl Caller {
+    /// An error once nobody waits any more: what has not been begun by then is not begun.
+    fn check_time(&self) -> Result<(), VastoError> {
+        match self.until {
+            Some(until) if since_boot() >= until => Err(too_late()),
+            _ => Ok(()),
+        }
+    }
 }
 
 enum Place {
@@ -54,10 +77,17 @@ fn place(core: &NodeCore, caller: Caller, shard: ShardId) -> Place {
     }
 }
 
-/// Answers a request, at once or later. `sent` is the boot time when its sender let go of it.
-pub(super) fn dispatch(core: &Arc<NodeCore>, request: v1::Request, sent: Option<Duration>, sink: ReplySink) {
+/// Answers a request, at once or later.
+pub(super) fn dispatch(core: &Arc<NodeCore>, request: v1::Request, arrival: Arrival, sink: ReplySink) {
     let keyspace = KeyspaceId(request.keyspace_id);
-    let caller = Caller { id: request.id, keyspace, epoch: Epoch(request.epoch), sent };
+    let time = (request.deadline_ms > 0).then(|| Duration::from_millis(request.deadline_ms.into()));
+    let caller = Caller {
+        id: request.id,
+        keyspace,
+        epoch: Epoch(request.epoch),
+        sent: arrival.sent,
+        until: time.map(|time| arrival.received + time),
+    };
     let shard = ShardId(request.shard);
     let Some(op) = request.op else {
         let error = VastoError::new(ErrorCode::InvalidArgument, "the request names no operation");
@@ -81,7 +111,10 @@ async fn wait_for_topology(core: Arc<NodeCore>, caller: Caller, shard: ShardId, 
     loop {
         let mut replica_changes = core.replica_of(caller.keyspace, shard).map(|replica| replica.changes());
         match place(&core, caller, shard) {
-            Place::Here(replica) => return execute(&core, caller, &replica, op, sink),
+            Place::Here(replica) => {
+                sink.room().await;
+                return execute(&core, caller, &replica, op, sink);
+            }
             Place::Elsewhere => return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &not_here()),
             Place::CatchingUp => return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &catching_up()),
             Place::NotYet => {}
@@ -113,6 +146,9 @@ fn not_here() -> VastoError {
 }
 
 fn execute(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, op: Op, sink: ReplySink) {
+    if let Err(error) = caller.check_time() {
+        return answer(core, caller, Err(error), sink);
+    }
     let result = match op {
         Op::Get(get) => match decode::keys(get) {
             Ok(keys) => return execute_get(core, caller, replica, keys, sink),
@@ -149,7 +185,13 @@ fn execute_write(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, write:
             .map(|outcomes| Answer::Write(v1::WriteReply { outcomes: outcomes.into_iter().map(outcome).collect() }));
         answer(&core, caller, result, sink);
     });
-    replica.write_as(write.ops, write.ack, write.bytes, Told { id: write.id, sent: caller.sent }, done);
+    replica.write_as(
+        write.ops,
+        write.ack,
+        write.bytes,
+        Told { id: write.id, sent: caller.sent, until: caller.until },
+        done,
+    );
 }
 
 fn outcome(outcome: Outcome) -> v1::WriteOutcome {
@@ -222,8 +264,10 @@ fn blocking(
 ) {
     let core = core.clone();
     tokio::spawn(async move {
-        sink.room().await;
-        let permit = core.readers.clone().acquire_owned().await;
+        let permit = reader(&core, &sink).await;
+        if let Err(error) = caller.check_time() {
+            return answer(&core, caller, Err(error), sink);
+        }
         let result = tokio::task::spawn_blocking(move || {
             let _permit = permit;
             read()
@@ -232,4 +276,100 @@ fn blocking(
         .unwrap_or_else(|error| Err(VastoError::new(ErrorCode::Internal, format!("a read failed: {error}"))));
         answer(&core, caller, result, sink);
     });
+}
+
+/// One of the node's readers, for a connection that has room for its reply. Whoever waits for room
+/// holds no reader: one client that does not read would stop the reads of all others.
+async fn reader(core: &NodeCore, sink: &ReplySink) -> Option<OwnedSemaphorePermit> {
+    loop {
+        sink.room().await;
+        // The semaphore is never closed.
+        let permit = core.readers.clone().acquire_owned().await.ok();
+        if sink.has_room() {
+            return permit;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use tokio::sync::oneshot;
+    use vasto_core::ids::NodeId;
+    use vasto_core::limits::CONNECTION_BYTES_MAX;
+
+    use super::super::reply::ReplyQueue;
+    use super::*;
+    use crate::clock::SystemClock;
+
+    const REPLY_BYTES: usize = 1 << 20;
+
+    fn node() -> Arc<NodeCore> {
+        Arc::new(NodeCore::new(NodeId(1), Arc::new(SystemClock::default()), 1))
+    }
+
+    fn caller(until: Option<Duration>) -> Caller {
+        Caller { id: 1, keyspace: KeyspaceId(1), epoch: Epoch(1), sent: None, until }
+    }
+
+    fn long_read() -> Result<Answer, VastoError> {
+        let row = v1::Row { key: vec![0; REPLY_BYTES].into(), value: None };
+        Ok(Answer::Scan(v1::ScanReply { rows: vec![row], ..v1::ScanReply::default() }))
+    }
+
+    /// The readers' queue is fair and there is one: when the other connection is served, every read
+    /// that came before has been done, or waits for its own connection.
+    #[tokio::test]
+    async fn a_client_that_does_not_read_holds_one_queue_of_replies_and_no_reader() {
+        let core = node();
+        let (queue, mut replies) = ReplyQueue::new();
+        let asked = CONNECTION_BYTES_MAX / REPLY_BYTES + 16;
+        for _ in 0..asked {
+            blocking(&core, caller(None), ReplySink::new(queue.clone(), None), long_read);
+        }
+        let (other, mut other_replies) = ReplyQueue::new();
+        blocking(&core, caller(None), ReplySink::new(other, None), long_read);
+        other_replies.recv().await.unwrap();
+        let waiting = replies.len();
+        assert!(waiting * REPLY_BYTES <= CONNECTION_BYTES_MAX + REPLY_BYTES, "{waiting} replies wait");
+        // Once it reads, it gets them all.
+        for _ in 0..asked {
+            let reply = replies.recv().await.unwrap();
+            queue.sent(reply.bytes);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_read_that_nobody_waits_for_any_more_is_not_begun() {
+        let core = node();
+        let (queue, mut replies) = ReplyQueue::new();
+        let (release, held) = oneshot::channel::<()>();
+        let begun = Arc::new(AtomicU64::new(0));
+        let first = move || {
+            held.blocking_recv().unwrap();
+            long_read()
+        };
+        blocking(&core, caller(None), ReplySink::new(queue.clone(), None), first);
+        let until = since_boot() + Duration::from_millis(20);
+        let count = begun.clone();
+        blocking(&core, caller(Some(until)), ReplySink::new(queue.clone(), None), move || {
+            count.fetch_add(1, Ordering::Relaxed);
+            long_read()
+        });
+        while since_boot() < until {
+            tokio::task::yield_now().await;
+        }
+        release.send(()).unwrap();
+        // They may come in any order.
+        let mut errors = Vec::new();
+        for _ in 0..2 {
+            if let Some(Answer::Error(error)) = replies.recv().await.unwrap().reply.result {
+                errors.push(error.code);
+            }
+        }
+        assert_eq!(errors, [ErrorCode::DeadlineExceeded as u32]);
+        assert_eq!(begun.load(Ordering::Relaxed), 0);
+    }
 }

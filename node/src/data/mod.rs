@@ -4,6 +4,7 @@
 //! - Bytes are bounded before anything is queued: a connection that has too much in flight is not
 //!   read from until it drains.
 //! - Limits are checked before anything is written.
+//! - What nobody waits for any more is not begun: it is answered `DeadlineExceeded`.
 //! - A request is answered exactly once, in any order.
 
 mod decode;
@@ -20,7 +21,7 @@ use prost::Message;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tonic::{Request, Response, Status, Streaming};
-use vasto_core::limits::{CONNECTION_BYTES_MAX, CONNECTIONS_MAX};
+use vasto_core::limits::{CONNECTION_BYTES_MAX, CONNECTIONS_MAX, UNARY_REQUESTS_MAX};
 use vasto_core::{ErrorCode, VastoError};
 use vasto_proto::convert::status_of;
 use vasto_proto::v1;
@@ -28,6 +29,7 @@ use vasto_proto::v1::data_server::Data;
 
 use crate::clock::since_boot;
 use crate::core::NodeCore;
+use dispatch::Arrival;
 use lateness::Lateness;
 use reply::{Queued, ReplyQueue, ReplySink};
 
@@ -36,12 +38,14 @@ use reply::{Queued, ReplyQueue, ReplySink};
 pub struct DataService {
     core: Arc<NodeCore>,
     connections: Arc<Semaphore>,
+    unary: Arc<Semaphore>,
 }
 
 impl DataService {
     /// The service over the node's replicas.
     pub fn new(core: Arc<NodeCore>) -> Self {
-        Self { core, connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)) }
+        let (connections, unary) = (Semaphore::new(CONNECTIONS_MAX), Semaphore::new(UNARY_REQUESTS_MAX));
+        Self { core, connections: Arc::new(connections), unary: Arc::new(unary) }
     }
 }
 
@@ -80,7 +84,8 @@ impl Data for DataService {
                     let weight = (request.encoded_len() + 256).min(CONNECTION_BYTES_MAX) as u32;
                     let Ok(permit) = room.clone().acquire_many_owned(weight).await else { return };
                     replies.room().await;
-                    dispatch::dispatch(&core, request, sent, ReplySink::new(replies.clone(), Some(permit)));
+                    let arrival = Arrival { sent, received: now };
+                    dispatch::dispatch(&core, request, arrival, ReplySink::new(replies.clone(), Some(permit)));
                 }
             }
         });
@@ -88,8 +93,13 @@ impl Data for DataService {
     }
 
     async fn execute(&self, request: Request<v1::Request>) -> Result<Response<v1::Reply>, Status> {
+        let permit = self.unary.clone().try_acquire_owned().map_err(|_| {
+            let message = format!("this node answers {UNARY_REQUESTS_MAX} single requests at a time; open a stream");
+            status_of(&VastoError::new(ErrorCode::Overloaded, message).retry_after_ms(20))
+        })?;
         let (queue, mut receiver) = ReplyQueue::new();
-        dispatch::dispatch(&self.core, request.into_inner(), None, ReplySink::new(queue, None));
+        let arrival = Arrival { sent: None, received: since_boot() };
+        dispatch::dispatch(&self.core, request.into_inner(), arrival, ReplySink::new(queue, Some(permit)));
         let queued = receiver.recv().await.ok_or_else(|| Status::internal("the request was dropped"))?;
         Ok(Response::new(queued.reply))
     }
@@ -120,4 +130,30 @@ fn frames_of(
         queue.sent(bytes);
         Some((Ok(v1::ReplyFrame { replies }), (queue, receiver, carried)))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::clock::SystemClock;
+    use vasto_core::ids::NodeId;
+
+    #[tokio::test]
+    async fn single_requests_are_few_at_a_time() {
+        let core = Arc::new(NodeCore::new(NodeId(1), Arc::new(SystemClock::default()), 1));
+        let service = DataService::new(core);
+        // Of an epoch that the node has not heard of: it waits.
+        let ask = || {
+            let op = Some(v1::request::Op::Get(v1::GetRequest::default()));
+            service.execute(Request::new(v1::Request { keyspace_id: 1, epoch: 1, op, ..v1::Request::default() }))
+        };
+        let mut waiting: Vec<_> = (0..UNARY_REQUESTS_MAX).map(|_| ask()).collect();
+        for one in &mut waiting {
+            assert!(futures::poll!(one).is_pending());
+        }
+        assert_eq!(ask().await.unwrap_err().code(), tonic::Code::ResourceExhausted);
+        futures::future::try_join_all(waiting).await.unwrap();
+        assert!(ask().await.is_ok());
+    }
 }

@@ -42,7 +42,7 @@ impl ReplyQueue {
     pub(super) async fn room(&self) {
         loop {
             let sent = self.sent.notified();
-            if self.waiting_bytes.load(Ordering::Acquire) < CONNECTION_BYTES_MAX || self.sender.is_closed() {
+            if self.has_room() {
                 return;
             }
             tokio::select! {
@@ -50,6 +50,11 @@ impl ReplyQueue {
                 () = self.sender.closed() => return,
             }
         }
+    }
+
+    /// True while the queue is below its limit, or nobody reads it any more.
+    pub(super) fn has_room(&self) -> bool {
+        self.waiting_bytes.load(Ordering::Acquire) < CONNECTION_BYTES_MAX || self.sender.is_closed()
     }
 
     /// These bytes have left.
@@ -73,6 +78,11 @@ impl ReplySink {
     /// Waits until the connection has room for another reply.
     pub(super) async fn room(&self) {
         self.queue.room().await;
+    }
+
+    /// True while the connection has room for another reply.
+    pub(super) fn has_room(&self) -> bool {
+        self.queue.has_room()
     }
 
     pub(super) fn answer(self, id: u64, answer: Answer) {

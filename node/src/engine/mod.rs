@@ -26,10 +26,12 @@ use rocksdb::{
     SstPartitionerFactory, WriteBufferManager, WriteOptions,
 };
 use vasto_core::Band;
+use vasto_core::limits::TABLES_OPEN_MAX;
 use vasto_core::merge::is_collected;
 use vasto_core::record::BandRange;
 use vasto_core::stored_key::{META_PREFIX, split_data_key};
 
+use crate::gate::Gate;
 pub use batch::Batch;
 pub use cursor::{Cursor, View};
 pub use scratch::{BandRows, ImportFile, Scratch};
@@ -60,6 +62,9 @@ pub(crate) fn failed(doing: &'static str) -> impl Fn(rocksdb::Error) -> EngineEr
 pub struct EngineShared {
     buffers: WriteBufferManager,
     base: Options,
+    /// Replicas being opened, about one for each core: each reads its log in files of 64 MiB, and a
+    /// node that restarts opens all it has.
+    pub(crate) opening: Arc<Gate>,
 }
 
 /// How much of the machine the engines of a node may use together.
@@ -98,7 +103,7 @@ impl EngineShared {
         base.set_compression_type(DBCompressionType::Lz4);
         base.set_bottommost_compression_type(DBCompressionType::Zstd);
         base.set_target_file_size_base(TABLE_BYTES);
-        base.set_max_open_files(4096);
+        base.set_max_open_files(TABLES_OPEN_MAX as i32);
         base.set_sst_partitioner_factory(&SstPartitionerFactory::fixed_prefix(1));
         base.set_keep_log_file_num(2);
         base.set_max_log_file_size(4 << 20);
@@ -109,7 +114,14 @@ impl EngineShared {
         if budget.rate_limit > 0 {
             base.set_ratelimiter(budget.rate_limit as i64, 100_000, 10);
         }
-        Self { buffers, base }
+        let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        Self { buffers, base, opening: Arc::new(Gate::new(cores)) }
+    }
+
+    /// With this many tables open in each instance.
+    pub fn with_tables_open(mut self, each: usize) -> Self {
+        self.base.set_max_open_files(each.min(TABLES_OPEN_MAX) as i32);
+        self
     }
 
     /// The part of the memtables' budget that is used; can exceed 1.
@@ -341,16 +353,22 @@ impl Engine {
         Ok((inside, crossing))
     }
 
-    /// `(stored entries, bytes of SSTs)`; an entry counts once for each version that is not compacted
-    /// away yet, and metadata in the memtables counts too.
-    pub fn size(&self) -> (u64, u64) {
+    /// `(stored entries, those of SSTs with nothing but metadata, bytes of SSTs)`; an entry counts once
+    /// for each version that is not compacted away yet. The first number leaves the second out, and
+    /// counts metadata that is stored among data.
+    pub fn size(&self) -> (u64, u64, u64) {
         let number = |name: &'static str| self.db.property_int_value(name).ok().flatten().unwrap_or(0);
         let in_memory = number("rocksdb.num-entries-active-mem-table") + number("rocksdb.num-entries-imm-mem-tables");
         let files = self.db.live_files().unwrap_or_default();
-        let data =
-            files.iter().filter(|file| first_byte(file.start_key.as_deref()).is_some_and(|first| first < META_PREFIX));
-        let stored: u64 = data.map(|file| file.num_entries.saturating_sub(2 * file.num_deletions)).sum();
-        (stored + in_memory, number("rocksdb.total-sst-files-size"))
+        let (mut stored, mut metadata) = (0, 0);
+        for file in &files {
+            let entries = file.num_entries.saturating_sub(2 * file.num_deletions);
+            match first_byte(file.start_key.as_deref()) {
+                Some(first) if first < META_PREFIX => stored += entries,
+                _ => metadata += entries,
+            }
+        }
+        (stored + in_memory, metadata, number("rocksdb.total-sst-files-size"))
     }
 
     /// True when a data key exists in the bands.

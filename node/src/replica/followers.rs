@@ -23,6 +23,8 @@ pub struct Follower {
     pub covered: Lsn,
     /// The last of this incarnation's records that is durable there.
     pub own_seq: OwnSeq,
+    /// The epoch that it knew of when it took that one.
+    pub epoch: Epoch,
     /// When it was heard last.
     pub heard: Instant,
 }
@@ -59,6 +61,18 @@ fn not_in_time() -> VastoError {
     )
 }
 
+/// Answers a write of `epoch` that a follower has taken when it knew of `known_of`.
+fn confirm(job: WriteJob, outcomes: Vec<Outcome>, epoch: Epoch, known_of: Epoch) {
+    if job.modifies() && known_of > epoch {
+        job.answer(Err(VastoError::new(
+            ErrorCode::Unknown,
+            "another replica became primary while this was replicated; read the value back",
+        )));
+    } else {
+        job.answer(Ok(outcomes));
+    }
+}
+
 impl Followers {
     /// What the catalog says: for whom the log is kept, and whose sync counts.
     pub fn expect(&self, wanted: impl IntoIterator<Item = ReplicaId>, placed: impl IntoIterator<Item = ReplicaId>) {
@@ -77,10 +91,15 @@ impl Followers {
     /// A write that is durable here waits for another replica.
     pub fn wait(&self, job: WriteJob, outcomes: Vec<Outcome>, own_seq: OwnSeq, epoch: Epoch) {
         let mut inner = self.inner.lock();
-        let has = |id: &ReplicaId| inner.known.get(id).is_some_and(|follower| follower.own_seq >= own_seq);
-        if own_seq.0 == 0 || (!job.modifies() && inner.placed.iter().any(has)) {
+        // The record was synced before this call: a follower may have been quicker.
+        let taken = |id: &ReplicaId| inner.known.get(id).filter(|follower| follower.own_seq >= own_seq);
+        let known_of = match own_seq.0 {
+            0 => Some(epoch),
+            _ => inner.placed.iter().filter_map(taken).map(|follower| follower.epoch).min(),
+        };
+        if let Some(known_of) = known_of {
             drop(inner);
-            return job.answer(Ok(outcomes));
+            return confirm(job, outcomes, epoch, known_of);
         }
         let until = Instant::now() + REPLICA_ACK_TIMEOUT;
         inner.waiting.push_back(Waiting { job, outcomes, own_seq, epoch, until });
@@ -93,9 +112,11 @@ impl Followers {
         {
             let mut inner = self.inner.lock();
             let heard = Instant::now();
-            let known = inner.known.entry(follower).or_insert(Follower { covered, own_seq, heard });
+            let known = inner.known.entry(follower).or_insert(Follower { covered, own_seq, epoch, heard });
             known.covered = known.covered.max(covered);
-            known.own_seq = known.own_seq.max(own_seq);
+            if own_seq > known.own_seq {
+                (known.own_seq, known.epoch) = (own_seq, epoch);
+            }
             known.heard = heard;
             if inner.placed.contains(&follower) {
                 while inner.waiting.front().is_some_and(|one| one.own_seq <= own_seq) {
@@ -104,14 +125,7 @@ impl Followers {
             }
         }
         for one in ready {
-            if one.job.modifies() && epoch > one.epoch {
-                one.job.answer(Err(VastoError::new(
-                    ErrorCode::Unknown,
-                    "another replica became primary while this was replicated; read the value back",
-                )));
-            } else {
-                one.job.answer(Ok(one.outcomes));
-            }
+            confirm(one.job, one.outcomes, one.epoch, epoch);
         }
     }
 
@@ -184,12 +198,17 @@ mod tests {
     type Answer = Result<Vec<Outcome>, VastoError>;
 
     fn put() -> (WriteJob, Receiver<Answer>) {
+        of(Change::Delete { condition: None })
+    }
+
+    fn of(change: Change) -> (WriteJob, Receiver<Answer>) {
         let (sender, receiver) = channel();
         let op = WriteOp {
             key: Bytes::from_static(b"k"),
             partition_hash: None,
             event_time: None,
-            change: Change::Delete { condition: None },
+            change,
+            created_ttl_ms: None,
         };
         let done = Box::new(move |answer| sender.send(answer).unwrap());
         (WriteJob::new(vec![op], Ack::Replica, done, None), receiver)
@@ -215,6 +234,30 @@ mod tests {
         // What is known to be there already needs no waiting.
         let (job, answer) = put();
         followers.wait(job, Vec::new(), OwnSeq(5), Epoch(1));
+        assert!(answer.try_recv().unwrap().is_ok());
+    }
+
+    /// The record is synced, pulled and confirmed before the writer comes to wait for that.
+    #[test]
+    fn a_confirmation_that_is_quicker_than_the_writer_counts() {
+        let followers = followers();
+        followers.progress(ReplicaId(2), Lsn(6), OwnSeq(5), Epoch(1));
+        let (job, answer) = of(Change::AddI64(1));
+        followers.wait(job, Vec::new(), OwnSeq(5), Epoch(1));
+        assert!(answer.try_recv().unwrap().is_ok());
+        // The follower heard of the next epoch later: it had taken the record before.
+        followers.progress(ReplicaId(2), Lsn(7), OwnSeq(5), Epoch(2));
+        let (job, answer) = of(Change::AddI64(1));
+        followers.wait(job, Vec::new(), OwnSeq(5), Epoch(1));
+        assert!(answer.try_recv().unwrap().is_ok());
+        // One that it took when it knew of a newer primary does not count, unless another took it before.
+        followers.progress(ReplicaId(2), Lsn(8), OwnSeq(6), Epoch(2));
+        let (job, answer) = of(Change::AddI64(1));
+        followers.wait(job, Vec::new(), OwnSeq(6), Epoch(1));
+        assert_eq!(answer.try_recv().unwrap().unwrap_err().code, ErrorCode::Unknown);
+        followers.progress(ReplicaId(3), Lsn(8), OwnSeq(6), Epoch(1));
+        let (job, answer) = of(Change::AddI64(1));
+        followers.wait(job, Vec::new(), OwnSeq(6), Epoch(1));
         assert!(answer.try_recv().unwrap().is_ok());
     }
 

@@ -23,6 +23,8 @@ pub struct WriteOp {
     pub event_time: Option<u64>,
     /// What to do.
     pub change: Change,
+    /// Time to live of a value that a read-modify-write creates, milliseconds: the keyspace's.
+    pub created_ttl_ms: Option<u64>,
 }
 
 /// Put or delete.
@@ -92,6 +94,13 @@ pub struct Told {
     pub id: Option<OpId>,
     /// Boot time when the sender let go of it.
     pub sent: Option<Duration>,
+    /// Boot time from which on the sender does not wait for it any more.
+    pub until: Option<Duration>,
+}
+
+/// The answer to what was not begun because nobody waits for it any more.
+pub(crate) fn too_late() -> VastoError {
+    VastoError::new(ErrorCode::DeadlineExceeded, "the time for the operation ended before the node came to it")
 }
 
 impl Change {
@@ -142,6 +151,8 @@ pub struct WriteJob {
     pub id: Option<OpId>,
     /// Boot time when its sender let go of it, or when it came.
     pub sent: Duration,
+    /// Boot time from which on nobody waits for it any more.
+    pub until: Option<Duration>,
     done: Option<Completion>,
     /// Room in the queue, given back when the job is dropped.
     _permit: Option<OwnedSemaphorePermit>,
@@ -151,13 +162,14 @@ impl WriteJob {
     /// A write that answers through `done`, exactly once: also when the job is dropped, which
     /// happens before it was begun, or when the writer dies.
     pub fn new(ops: Vec<WriteOp>, ack: Ack, done: Completion, permit: Option<OwnedSemaphorePermit>) -> Self {
-        Self { ops, ack, id: None, sent: since_boot(), done: Some(done), _permit: permit }
+        Self { ops, ack, id: None, sent: since_boot(), until: None, done: Some(done), _permit: permit }
     }
 
     /// Says what the sender told of it.
     pub fn told(mut self, told: Told) -> Self {
         self.id = told.id;
         self.sent = told.sent.unwrap_or(self.sent);
+        self.until = told.until;
         self
     }
 

@@ -36,12 +36,13 @@ use vasto_core::ids::{
 };
 use vasto_core::limits::{BINLOG_FILE_BYTES, WRITE_QUEUE_BYTES_MAX};
 use vasto_core::record::{BandRange, KeyEntry, Progress, RangeState, Record};
-use vasto_core::stored_key::{META_PREFIX, MetaKey};
+use vasto_core::stored_key::MetaKey;
 use vasto_core::{ErrorCode, VastoError};
 
 use crate::binlog::{Binlog, BinlogConfig, BinlogError, LogShared};
 use crate::clock::SharedClock;
 use crate::engine::{Engine, EngineError, EngineShared, FlushGuard};
+use crate::node_dir::sync_dir;
 use apply::{ApplyError, Meta, apply_record};
 use bucket_acks::BucketAcks;
 use followers::Followers;
@@ -186,8 +187,13 @@ pub struct Shared {
     /// The log is far over its cap: writes are refused.
     shed: AtomicBool,
     pauses_us: Mutex<Vec<u64>>,
+    /// How many results of read-modify-writes are stored.
+    results: AtomicU64,
     ended: AtomicBool,
 }
+
+/// Identity, head and range states.
+const META_ROWS: u64 = 3;
 
 /// Pause samples that are kept for a report.
 const PAUSES_MAX: usize = 4_096;
@@ -273,19 +279,35 @@ pub fn log_dir(dir: &Path) -> PathBuf {
     dir.join("log")
 }
 
+/// Creates the directories of a replica and makes their names durable before anything in them is
+/// promised to anybody. Also when they are there: who made them may have died in between.
+fn create_dirs(dir: &Path, below: [&Path; 2], sync: impl Fn(&Path) -> std::io::Result<()>) -> Result<(), OpenError> {
+    let io = |path: &Path| {
+        let path = path.to_owned();
+        move |source| OpenError::Io { path, source }
+    };
+    for path in below {
+        std::fs::create_dir_all(path).map_err(io(path))?;
+    }
+    for path in [Some(dir), dir.parent()].into_iter().flatten() {
+        sync(path).map_err(io(path))?;
+    }
+    Ok(())
+}
+
 impl Replica {
     /// Opens (or, with `initial`, creates) a replica: recovers its log, replays, begins a new
-    /// incarnation, starts its writer. Blocks on the disk.
+    /// incarnation, starts its writer. Blocks on the disk, and on others that open.
     pub fn open(options: OpenOptions) -> Result<Self, OpenError> {
         let OpenOptions { dir, keyspace, shard, replica, shared, clock, initial } = options;
+        let engines = shared;
+        let _opening = engines.opening.enter();
         let (db_dir, log_dir) = (database_dir(&dir), log_dir(&dir));
-        for path in [&db_dir, &log_dir] {
-            std::fs::create_dir_all(path).map_err(|source| OpenError::Io { path: path.clone(), source })?;
-        }
+        create_dirs(&dir, [&db_dir, &log_dir], sync_dir)?;
         let mut log =
             Binlog::open(BinlogConfig { dir: log_dir, keyspace, shard, replica, file_bytes: BINLOG_FILE_BYTES })?;
         let floor = Arc::new(AtomicU64::new(0));
-        let engine = Engine::open(&shared, &db_dir, floor, Arc::new(LogGuard(log.shared())))?;
+        let engine = Engine::open(&engines, &db_dir, floor, Arc::new(LogGuard(log.shared())))?;
         let mut meta = read_meta(&engine, keyspace, shard, replica)?;
         if (meta.identity.keyspace, meta.identity.replica) != (keyspace, replica) {
             let Identity { keyspace, replica: found, .. } = meta.identity;
@@ -315,6 +337,7 @@ impl Replica {
             closed: ArcSwapOption::empty(),
             changed,
             pauses_us: Mutex::default(),
+            results: AtomicU64::new(0),
             ended: AtomicBool::new(false),
             engine,
         });
@@ -364,7 +387,7 @@ impl Replica {
         let _ = self.jobs.send(Job::Write(WriteJob::new(ops, ack, done, Some(permit)).told(told)));
     }
 
-    /// Merges another log's entries; answers once they are durable here.
+    /// Merges another log's entries, no more than a batch; answers once they are durable here.
     pub async fn apply(&self, entries: Vec<KeyEntry>, progress: Vec<Progress>) -> Result<Lsn, ReplicaError> {
         let (done, answer) = oneshot::channel();
         self.jobs.send(Job::Apply(ApplyJob { entries, progress, done })).map_err(|_| ReplicaError::Stopped)?;
@@ -411,11 +434,14 @@ impl Replica {
 
     /// `(estimated keys, bytes of SSTs)`.
     pub fn size(&self) -> (u64, u64) {
-        let (keys, bytes) = self.shared.engine.size();
+        let (keys, apart, bytes) = self.shared.engine.size();
         // The memtables also hold the head and the vector entry that every unflushed record has written.
         let unflushed = self.applied_lsn().0.saturating_sub(self.persisted_lsn().unwrap_or_default().0);
-        let metadata = self.shared.engine.with_prefix(&[META_PREFIX]).map_or(0, |rows| rows.len() as u64);
-        (keys.saturating_sub(unflushed * 2).saturating_sub(metadata), bytes)
+        // Counted, not read: this is asked for with every report.
+        let origins = self.shared.vector.lock().len() as u64;
+        let metadata = META_ROWS + origins + self.shared.results.load(Ordering::Relaxed);
+        let among_data = metadata.saturating_sub(apart);
+        (keys.saturating_sub(unflushed * 2).saturating_sub(among_data), bytes)
     }
 
     /// The database.

@@ -1,16 +1,22 @@
 //! Reads: they never pass through the writer.
 //!
-//! **Invariant:** a read sees owned bands only, and checks the range states again after it has read,
-//! so that an answer given after a seal has aged, or after a hand-over, is refused instead of stale.
+//! **Invariants**
+//! - A read sees owned bands only, and checks the range states again after it has read, so that an
+//!   answer given after a seal has aged, or after a hand-over, is refused instead of stale.
+//! - A page of a scan is bounded in what it looks at, not only in what it shows: it says how far it
+//!   got, and the next one goes on there.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::time::Instant;
 
 use bytes::Bytes;
 use vasto_core::entry::{Entry, Payload, version_of};
 use vasto_core::hash::partition_hash;
 use vasto_core::ids::Epoch;
-use vasto_core::limits::{BATCH_BYTES_MAX, SCAN_PAGE_BYTES_MAX, SCAN_PAGE_ROWS_MAX, SEALED_READS};
+use vasto_core::limits::{
+    BATCH_BYTES_MAX, SCAN_PAGE_BYTES_MAX, SCAN_PAGE_EXAMINED_MAX, SCAN_PAGE_ROWS_MAX, SCAN_PAGE_TIME, SEALED_READS,
+};
 use vasto_core::record::RangeState;
 use vasto_core::stored_key::data_key;
 use vasto_core::{Band, ErrorCode, VastoError};
@@ -189,11 +195,16 @@ impl Replica {
                 cursors.push(cursor);
             }
         }
-        let mut reply = v1::ScanReply { rows: Vec::new(), more: false };
+        let mut reply = v1::ScanReply::default();
         let mut bytes = 0;
+        // From here on, not before the seeks: however slow they were, a page gets on.
+        let (started, mut examined) = (Instant::now(), 0);
         while let Some(Reverse((key, at))) = heap.pop() {
             let cursor = &mut cursors[at];
             let Some((_, encoded)) = cursor.current()? else { continue };
+            examined += 1;
+            let is_last = examined >= SCAN_PAGE_EXAMINED_MAX || started.elapsed() >= SCAN_PAGE_TIME;
+            let resume_after = is_last.then(|| Bytes::copy_from_slice(&key));
             let in_partition = match page.partition_hash {
                 None => true,
                 Some(hash) => {
@@ -213,6 +224,13 @@ impl Replica {
             cursor.advance();
             if let Some((stored, _)) = cursor.current()? {
                 heap.push(Reverse((stored[1..].to_vec(), at)));
+            }
+            // A key that two partitions share stands in two bands: it is not cut in half.
+            let next = heap.peek().map(|Reverse((key, _))| key);
+            if resume_after.as_deref().zip(next).is_some_and(|(last, next)| last != next.as_slice()) {
+                reply.more = true;
+                reply.resume_after = resume_after;
+                return Ok(reply);
             }
         }
         Ok(reply)

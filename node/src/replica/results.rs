@@ -71,6 +71,12 @@ pub fn decode(bytes: &[u8]) -> Result<(u64, Vec<Outcome>), DecodeError> {
     Ok((commit_time, outcomes))
 }
 
+/// From when on all results are known when one of this commit time was forgotten. Commit times may
+/// run ahead of the clock by a little: what is not certain is unknown.
+fn certain_after(forgotten: u64) -> u64 {
+    forgotten.saturating_add(1_000_000)
+}
+
 /// The results that a replica keeps.
 #[derive(Default)]
 pub struct Results {
@@ -94,6 +100,10 @@ impl Results {
             .collect();
         all.sort_unstable_by_key(|(at, id, _)| (*at, *id));
         let mut results = Self { kept_max: RESULTS_MAX, ..Self::default() };
+        // As many as are kept at all: there were more, and they were forgotten.
+        if all.len() >= RESULTS_MAX {
+            results.complete_from = all.first().map_or(0, |(at, ..)| certain_after(*at));
+        }
         for (at, id, outcomes) in all {
             results.order.push_back((at, id));
             results.known.insert(id, outcomes);
@@ -127,6 +137,11 @@ impl Results {
         }
     }
 
+    /// How many are kept.
+    pub fn len(&self) -> u64 {
+        self.order.len() as u64
+    }
+
     /// Keeps a result.
     pub fn keep(&mut self, id: (u64, u64), commit_time: u64, outcomes: Vec<Outcome>) {
         self.order.push_back((commit_time, id));
@@ -142,8 +157,7 @@ impl Results {
         {
             self.order.pop_front();
             self.known.remove(&id);
-            // Commit times may run ahead of the clock by a little: what is not certain is unknown.
-            self.complete_from = self.complete_from.max(at.saturating_add(1_000_000));
+            self.complete_from = self.complete_from.max(certain_after(at));
             gone.push(id);
         }
         gone
@@ -201,6 +215,18 @@ mod tests {
         let mut results = Results::load(&[row(2, NOW + 1), row(1, NOW)]);
         assert_eq!(results.recall(&id(1, Some(1), 1), HERE, NOW).unwrap(), Some(&[Outcome::Applied(NOW)][..]));
         assert_eq!(results.forget(NOW + 1 + RESULTS_KEPT.as_micros() as u64), [(7, 1)], "the oldest goes first");
+    }
+
+    #[test]
+    fn what_was_forgotten_before_the_opening_stays_unknown() {
+        let row = |sequence, at| (MetaKey::Result(7, sequence).encode(), encode(at, &[Outcome::Applied(at)]));
+        let mut rows: Vec<_> = (0..RESULTS_MAX as u64).map(|n| row(n, NOW + n)).collect();
+        let ask = |results: Results| {
+            results.recall(&id(1 << 40, Some(1), 100), HERE, NOW + 1).map(|found| found.map(<[Outcome]>::to_vec))
+        };
+        assert_eq!(ask(Results::load(&rows)).unwrap_err().code, ErrorCode::Unknown, "it may be one of those");
+        rows.pop();
+        assert_eq!(ask(Results::load(&rows)).unwrap(), None, "none was forgotten");
     }
 
     proptest! {

@@ -3,11 +3,14 @@
 //! **Invariants**
 //! - A stamp given here is above the event time of what stands under the key.
 //! - A group holds one entry per stored key; the second write of a key sees the first.
+//! - A group knows how long its record will be: what counts is what is stored, which is the whole
+//!   value also when an operation brings only a byte of it.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as MapEntry;
 
-use vasto_core::entry::{Entry, Payload, version_of};
+use vasto_core::entry::{ENTRY_HEADER_BYTES_MAX, Entry, Payload, version_of};
+use vasto_core::limits::{BATCH_BYTES_MAX, GROUP_BYTES_MAX, GROUP_OPS_MAX, LimitError};
 use vasto_core::merge::supersedes;
 use vasto_core::record::{KeyEntry, RangeState};
 use vasto_core::stored_key::data_key;
@@ -22,6 +25,10 @@ use super::writer::Writer;
 #[derive(Default)]
 pub(super) struct Group {
     index: HashMap<Vec<u8>, usize>,
+    /// Keys and entries.
+    bytes: usize,
+    /// Operations that were stamped into it, also those that stored nothing.
+    ops: usize,
     pub entries: Vec<KeyEntry>,
     pub stored_keys: Vec<Vec<u8>>,
     /// Results of read-modify-writes in it.
@@ -33,10 +40,20 @@ impl Group {
         self.index.get(stored_key).map(|at| self.entries[*at].entry.as_slice())
     }
 
+    /// True when it takes no further request. Until then there is room for the largest.
+    pub fn is_full(&self) -> bool {
+        self.bytes >= GROUP_BYTES_MAX || self.ops >= GROUP_OPS_MAX
+    }
+
     pub fn set(&mut self, stored_key: Vec<u8>, user_key: &[u8], entry: Vec<u8>) {
+        self.bytes += entry.len();
         match self.index.entry(stored_key) {
-            MapEntry::Occupied(at) => self.entries[*at.get()].entry = entry,
+            MapEntry::Occupied(at) => {
+                let before = std::mem::replace(&mut self.entries[*at.get()].entry, entry);
+                self.bytes -= before.len();
+            }
             MapEntry::Vacant(slot) => {
+                self.bytes += user_key.len();
                 self.stored_keys.push(slot.key().clone());
                 slot.insert(self.entries.len());
                 self.entries.push(KeyEntry { key: user_key.to_vec(), entry });
@@ -47,12 +64,16 @@ impl Group {
 
 impl Writer {
     /// Stamps the operations of one request into the group; on an error the group is unchanged.
+    ///
+    /// # Errors
+    /// `InvalidArgument` also when what the request would store is over the limit of a batch.
     pub(super) fn stamp_all(
         &mut self,
         ops: &[WriteOp],
         group: &mut Group,
         commit_time: u64,
     ) -> Result<Vec<Outcome>, VastoError> {
+        group.ops += ops.len();
         if let [op] = ops {
             return Ok(vec![self.stamp(op, &[], group, commit_time)?]);
         }
@@ -60,6 +81,11 @@ impl Writer {
         let mut outcomes = Vec::with_capacity(ops.len());
         for op in ops {
             outcomes.push(self.stamp(op, &[&*group], &mut staged, commit_time)?);
+            // Headers do not count, as they do not where requests are checked.
+            let payload = staged.bytes.saturating_sub(staged.entries.len() * ENTRY_HEADER_BYTES_MAX);
+            if payload > BATCH_BYTES_MAX {
+                return Err(LimitError::BatchTooLong(payload).into());
+            }
         }
         for (stored_key, one) in staged.stored_keys.into_iter().zip(staged.entries) {
             group.set(stored_key, &one.key, one.entry);
@@ -108,7 +134,7 @@ impl Writer {
         }
         let live =
             standing.filter(|entry| entry.payload.is_some() && !entry.is_expired(now_us)).zip(current.as_deref());
-        let (content, expires_at) = match modify(&op.change, live, now_us)? {
+        let (content, expires_at) = match modify(&op.change, live, op.created_ttl_ms, now_us)? {
             Modified::Store(content, expires_at) => (content, expires_at),
             Modified::NotApplied => {
                 let (event_time, version) =
@@ -140,6 +166,11 @@ impl Writer {
         if let Some(reason) = self.shared.closed() {
             return Err(ReplicaError::Closed(reason));
         }
+        let bytes: usize = entries.iter().map(|one| one.key.len() + one.entry.len()).sum();
+        if bytes > BATCH_BYTES_MAX {
+            return Err(ReplicaError::Refused(format!("{bytes} bytes of entries do not fit into one record")));
+        }
+        group.ops += entries.len() + 1;
         let mut winners = Vec::new();
         for one in entries {
             let entry = Entry::decode(&one.entry)

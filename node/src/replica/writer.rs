@@ -8,6 +8,8 @@
 //!   before it is as durable as it was asked to be.
 //! - A record holds at most one entry per stored key; the second write of a key in one group sees
 //!   the first.
+//! - A group that is full is committed before the next request is stamped, so that no record is over
+//!   its limit, whatever waits in the queue.
 //! - A failed append, sync or apply closes the replica to writes; the outcome of what was in
 //!   flight is `Unknown`, and nothing is retried as if it had not happened.
 //! - Writes to a sealed range wait for the plan's outcome and are then applied or sent on; none is
@@ -29,7 +31,7 @@ use vasto_core::stored_key::MetaKey;
 use vasto_core::{ErrorCode, VastoError};
 
 use super::apply::{Meta, apply_record, band_of, put_head, put_progress};
-use super::job::{ApplyJob, Control, Job, Outcome, Position, ReplicaError, Role, WriteJob};
+use super::job::{ApplyJob, Control, Job, Outcome, Position, ReplicaError, Role, WriteJob, too_late};
 use super::results::{self, Results};
 use super::slots::SlotTable;
 use super::stamp::{Group, op_bytes};
@@ -60,6 +62,17 @@ pub(super) struct Writer {
     encoded: Vec<u8>,
 }
 
+/// A group commit under construction, and who waits for it.
+#[derive(Default)]
+struct OpenGroup {
+    commit_time: u64,
+    group: Group,
+    must_sync: bool,
+    answers: Vec<(WriteJob, Vec<Outcome>)>,
+    progress: Vec<Progress>,
+    applied: Vec<oneshot::Sender<Result<Lsn, ReplicaError>>>,
+}
+
 /// What is known of a write before it is committed.
 enum Checked {
     Ready,
@@ -70,6 +83,7 @@ enum Checked {
 impl Writer {
     pub(super) fn new(shared: Arc<Shared>, log: Binlog, meta: Meta, results: Results, jobs: Receiver<Job>) -> Self {
         let event_time_max = meta.head.event_time_max;
+        shared.results.store(results.len(), Ordering::Relaxed);
         Self {
             shared,
             log,
@@ -130,7 +144,7 @@ impl Writer {
                     writes.push(job);
                 }
                 Job::Apply(job) => {
-                    count += job.entries.len();
+                    count += job.entries.len() + 1;
                     weight += job.entries.iter().map(|one| one.key.len() + one.entry.len()).sum::<usize>();
                     applies.push(job);
                 }
@@ -190,9 +204,13 @@ impl Writer {
         if self.role == Role::Detached {
             return Checked::Refused(wrong_epoch());
         }
+        let now = since_boot();
+        if job.until.is_some_and(|until| now >= until) {
+            return Checked::Refused(too_late());
+        }
         // Whoever sent it has long gone to another replica: applied now, its stamp would be above what
         // was written there since.
-        if since_boot().saturating_sub(job.sent) >= ATTEMPT_PATIENCE && self.shared.followers.has_peers() {
+        if now.saturating_sub(job.sent) >= ATTEMPT_PATIENCE && self.shared.followers.has_peers() {
             let message =
                 "the request was under way for too long, its sender has gone to another replica; send it again";
             return Checked::Refused(VastoError::new(ErrorCode::CatchingUp, message).retry_after_ms(50));
@@ -221,35 +239,51 @@ impl Writer {
         if sealed { Checked::Sealed } else { Checked::Ready }
     }
 
+    /// Does the jobs, in as many group commits as they need.
     fn commit(&mut self, writes: Vec<WriteJob>, applies: Vec<ApplyJob>) {
-        let commit_time = self.commit_time();
-        let mut group = Group::default();
-        let mut answers = Vec::new();
-        let mut must_sync = !applies.is_empty();
+        let mut open = self.begin();
         for job in writes {
+            if open.group.is_full() {
+                self.finish(open);
+                open = self.begin();
+            }
             match self.check(&job) {
                 Checked::Refused(error) => job.answer(Err(error)),
                 Checked::Sealed => self.held.push(Held { job, since: Instant::now() }),
-                Checked::Ready => match self.do_once(&job, &mut group, commit_time) {
+                Checked::Ready => match self.do_once(&job, &mut open.group, open.commit_time) {
                     Ok(outcomes) => {
-                        must_sync |= job.ack != Ack::Os;
-                        answers.push((job, outcomes));
+                        open.must_sync |= job.ack != Ack::Os;
+                        open.answers.push((job, outcomes));
                     }
                     Err(error) => job.answer(Err(error)),
                 },
             }
         }
-        let mut applied = Vec::new();
-        let mut progress: Vec<Progress> = Vec::new();
         for job in applies {
-            match self.merge_all(&job.entries, &mut group) {
+            if open.group.is_full() {
+                self.finish(open);
+                open = self.begin();
+            }
+            match self.merge_all(&job.entries, &mut open.group) {
                 Ok(()) => {
-                    progress.extend(&job.progress);
-                    applied.push(job.done);
+                    open.must_sync = true;
+                    open.progress.extend(&job.progress);
+                    open.applied.push(job.done);
                 }
                 Err(error) => drop(job.done.send(Err(error))),
             }
         }
+        self.finish(open);
+    }
+
+    /// A group commit with nothing in it.
+    fn begin(&self) -> OpenGroup {
+        OpenGroup { commit_time: self.commit_time(), ..OpenGroup::default() }
+    }
+
+    /// Makes a group as durable as it was asked to be, and answers.
+    fn finish(&mut self, open: OpenGroup) {
+        let OpenGroup { commit_time, group, must_sync, answers, progress, applied } = open;
         let ops = answers.len();
         let result = if group.entries.is_empty() && group.results.is_empty() && progress.is_empty() {
             // Nothing new to store; what stands may have been acknowledged as `os` only.
@@ -326,6 +360,7 @@ impl Writer {
         for (id, outcomes) in outcomes {
             self.results.keep(id, commit_time, outcomes);
         }
+        self.shared.results.store(self.results.len(), Ordering::Relaxed);
         Ok(())
     }
 
@@ -530,17 +565,7 @@ impl Writer {
         let held = std::mem::take(&mut self.held);
         pauses.extend(held.iter().map(|held| held.since.elapsed().as_micros() as u64));
         self.shared.add_pauses(pauses);
-        let mut slice = Vec::new();
-        let mut weight = 0;
-        for held in held {
-            weight += held.job.ops.iter().map(op_bytes).sum::<usize>();
-            slice.push(held.job);
-            if weight >= GROUP_BYTES_MAX {
-                self.commit(std::mem::take(&mut slice), Vec::new());
-                weight = 0;
-            }
-        }
-        self.commit(slice, Vec::new());
+        self.commit(held.into_iter().map(|held| held.job).collect(), Vec::new());
     }
 
     /// Sends writes back that have waited too long; the client tries again.

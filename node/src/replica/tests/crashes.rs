@@ -1,10 +1,14 @@
 //! Crashes at particular moments: around flushes, in the first records of a replica, again and again.
 
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
 use vasto_core::ids::{Lsn, ReplicaId};
 use vasto_core::record::{Body, Progress, RangeState};
 
 use super::support::*;
-use crate::replica::OpenError;
+use crate::replica::{OpenError, create_dirs, database_dir, log_dir};
 
 #[test]
 fn every_record_is_replayed_whatever_was_flushed() {
@@ -105,4 +109,26 @@ fn a_directory_of_another_replica_is_refused() {
         !matches!(refused, Some(OpenError::Engine(_)))
     });
     assert!(matches!(refused, Some(OpenError::Foreign { .. } | OpenError::Log(_))), "{refused:?}");
+}
+
+#[test]
+fn the_names_of_a_replicas_directories_are_durable_before_it_opens() {
+    let top = memory_dir();
+    let dir = top.path().join("7-1");
+    let (db, log) = (database_dir(&dir), log_dir(&dir));
+    // The second time it finds what somebody made and perhaps never synced.
+    for _ in 0..2 {
+        let synced = RefCell::new(BTreeMap::new());
+        let sync = |path: &Path| {
+            let names: BTreeSet<_> = std::fs::read_dir(path)?.map(|entry| entry.unwrap().file_name()).collect();
+            synced.borrow_mut().insert(path.to_owned(), names);
+            Ok(())
+        };
+        create_dirs(&dir, [&db, &log], sync).unwrap();
+        let names = |names: &[&str]| names.iter().map(Into::into).collect::<BTreeSet<std::ffi::OsString>>();
+        let want = [(top.path().to_owned(), names(&["7-1"])), (dir.clone(), names(&["db", "log"]))];
+        assert_eq!(synced.into_inner(), BTreeMap::from(want));
+    }
+    let failing = |_: &Path| Err(std::io::Error::other("no"));
+    assert!(matches!(create_dirs(&dir, [&db, &log], failing), Err(OpenError::Io { .. })));
 }

@@ -50,7 +50,7 @@ fn op((number, value, event_time, ttl): (u8, u8, Option<u16>, Option<u16>)) -> W
         _ => Change::Put { value: vec![value; usize::from(value)].into(), ttl_ms: ttl.map(u64::from), condition: None },
     };
     let event_time = event_time.map(|time| START_US + u64::from(time));
-    WriteOp { key: key(number).into_bytes().into(), partition_hash: None, event_time, change }
+    WriteOp { key: key(number).into_bytes().into(), partition_hash: None, event_time, change, created_ttl_ms: None }
 }
 
 fn entry((number, time, tombstone): (u8, u16, bool)) -> KeyEntry {
@@ -212,4 +212,22 @@ fn a_log_that_was_cut_short_or_beheaded_stops_the_replica_with_a_named_error() {
         !matches!(refused, Some(OpenError::Engine(_)))
     });
     assert!(matches!(refused, Some(OpenError::LogBehind { .. })), "{refused:?}");
+}
+
+#[test]
+fn a_node_that_restarts_opens_its_replicas_a_few_at_a_time() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    write_one(&replica, put("k", "v"));
+    rig.close(replica);
+    let cores = std::thread::available_parallelism().unwrap().get();
+    let gate = rig.shared.opening.clone();
+    let mut others: Vec<_> = (0..cores).map(|_| gate.enter()).collect();
+    std::thread::scope(|scope| {
+        let opening = scope.spawn(|| rig.open(&rig.path, false).unwrap());
+        wait_for("it to wait for its turn", || gate.waiting() == 1);
+        others.pop();
+        let replica = opening.join().unwrap();
+        assert_eq!(get(&replica, "k").as_deref(), Some("v"));
+    });
 }

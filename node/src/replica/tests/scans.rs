@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use vasto_core::hash::partition_hash;
 use vasto_core::ids::{CatalogVersion, Epoch};
-use vasto_core::limits::{SCAN_PAGE_BYTES_MAX, SCAN_PAGE_ROWS_MAX};
+use vasto_core::limits::{SCAN_PAGE_BYTES_MAX, SCAN_PAGE_EXAMINED_MAX, SCAN_PAGE_ROWS_MAX};
 use vasto_core::record::{BandRange, RangeState};
 use vasto_core::{Band, ErrorCode};
 
@@ -54,7 +54,57 @@ fn a_page_says_whether_more_follows_and_holds_at_most_its_limits() {
     let keys_only = replica.scan(Epoch(0), &ScanPage { keys_only: true, ..ScanPage::default() }).unwrap();
     assert!(keys_only.rows.iter().all(|row| row.value.as_ref().is_some_and(|value| value.payload.is_none())));
     load(&replica, "many", SCAN_PAGE_ROWS_MAX + 5);
-    assert_eq!((page(0).rows.len(), page(0).more), (SCAN_PAGE_ROWS_MAX, true));
+    let largest = page(0);
+    assert!(largest.more && largest.rows.len() <= SCAN_PAGE_ROWS_MAX);
+    assert!(largest.rows.len() == SCAN_PAGE_ROWS_MAX || largest.resume_after.is_some(), "full, or out of time");
+}
+
+/// Deletes, expired values and other partitions may outnumber by any factor what a scan shows.
+#[test]
+fn a_page_ends_also_when_it_shows_nothing() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let count = SCAN_PAGE_EXAMINED_MAX * 5 / 2;
+    let keys: Vec<String> = (0..count).map(|i| format!("k{i:06}")).collect();
+    for chunk in keys.chunks(2_000) {
+        write(&replica, chunk.iter().map(|key| delete(key)).collect());
+    }
+    let alive: Vec<String> = [0, 1, count / 2, count - 1].map(|i| keys[i].clone()).to_vec();
+    let hash = partition_hash(b"rare");
+    for key in &alive {
+        write_one(&replica, put(key, "v"));
+    }
+    let rare = "k0999 of a partition".to_owned();
+    write_one(&replica, WriteOp { partition_hash: Some(hash), ..put(&rare, "v") });
+    let pages = |page: ScanPage| {
+        let mut after: Option<Bytes> = None;
+        let (mut pages, mut seen) = (0, Vec::new());
+        loop {
+            let reply = replica.scan(Epoch(0), &ScanPage { after: after.clone(), ..page.clone() }).unwrap();
+            pages += 1;
+            seen.extend(reply.rows.iter().map(|row| String::from_utf8(row.key.to_vec()).unwrap()));
+            if !reply.more {
+                return (pages, seen);
+            }
+            let next = reply.resume_after.or_else(|| reply.rows.last().map(|row| row.key.clone()));
+            assert!(next > after, "the scan gets on");
+            after = next;
+        }
+    };
+    let (read, seen) = pages(ScanPage::default());
+    let mut all = alive.clone();
+    all.push(rare.clone());
+    all.sort();
+    assert_eq!(seen, all);
+    assert!(read >= 3, "{read} pages");
+    assert_eq!(pages(ScanPage { limit: 1, ..ScanPage::default() }).1, all);
+    let (_, seen) = pages(ScanPage { partition_hash: Some(hash), ..ScanPage::default() });
+    assert_eq!(seen, [rare]);
+    // What lies behind the prefix is not looked at.
+    assert_eq!(
+        pages(ScanPage { prefix: Bytes::from_static(b"k00000"), ..ScanPage::default() }),
+        (1, alive[..2].to_vec())
+    );
 }
 
 #[test]
@@ -79,7 +129,7 @@ fn the_bytes_of_a_page_are_bounded_and_a_larger_row_still_comes() {
         if !reply.more {
             break;
         }
-        after = Some(reply.rows.last().unwrap().key.clone());
+        after = reply.resume_after.or_else(|| reply.rows.last().map(|row| row.key.clone()));
     }
     assert_eq!(seen, 9);
 }

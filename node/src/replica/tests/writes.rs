@@ -1,13 +1,20 @@
 //! Groups, stamps and expiry on the write path.
 
+use std::time::Duration;
+
 use vasto_core::catalog::Ack;
 use vasto_core::entry::Entry;
 use vasto_core::hash::partition_hash;
-use vasto_core::record::Body;
+use vasto_core::ids::{CatalogVersion, PlanId};
+use vasto_core::limits::{BATCH_BYTES_MAX, GROUP_BYTES_MAX, RECORD_BYTES_MAX};
+use vasto_core::record::{BandRange, Body};
 use vasto_core::stored_key::data_key;
+use vasto_core::{Band, ErrorCode};
 
 use super::support::*;
-use crate::replica::job::{Change, Outcome};
+use crate::clock::since_boot;
+use crate::replica::Replica;
+use crate::replica::job::{Change, Control, Outcome, ReplicaError, Told, WriteOp};
 
 fn stored(replica: &crate::replica::Replica, key: &str) -> Vec<u8> {
     replica.engine().get(&data_key(band(replica, key), key.as_bytes())).unwrap().unwrap()
@@ -85,6 +92,24 @@ fn a_refused_batch_leaves_nothing_of_itself_in_its_group() {
     assert_eq!((get(&replica, "a").as_deref(), get(&replica, "b")), (Some("1"), None));
     assert_eq!(get(&replica, key).as_deref(), Some("mine"));
     assert!(records(&replica).iter().all(|record| !data_keys(record).contains(&"b".to_owned())));
+}
+
+#[test]
+fn a_write_that_nobody_waits_for_any_more_is_not_done() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let release = hold_writer(&replica);
+    let ask = |key: &str, time: Duration| {
+        let (done, answer) = std::sync::mpsc::channel();
+        let told = Told { until: Some(since_boot() + time), ..Told::default() };
+        replica.write_as(vec![put(key, "v")], Ack::Fsync, 0, told, Box::new(move |result| drop(done.send(result))));
+        answer
+    };
+    let (late, in_time) = (ask("late", Duration::ZERO), ask("in time", DEADLINE));
+    drop(release);
+    assert_eq!(late.recv_timeout(DEADLINE).unwrap().unwrap_err().code, ErrorCode::DeadlineExceeded);
+    in_time.recv_timeout(DEADLINE).unwrap().unwrap();
+    assert_eq!((get(&replica, "late"), get(&replica, "in time").as_deref()), (None, Some("v")));
 }
 
 #[test]
@@ -172,4 +197,116 @@ fn expired_values_are_not_visible_and_keep_their_commit_time() {
     write_one(&replica, delete("plain"));
     let commit_time = Entry::decode(&stored(&replica, "plain")).unwrap().commit_time;
     assert_eq!(commit_time, Some(records(&replica).last().unwrap().commit_time));
+}
+
+/// Long enough that seven of them are more than a record.
+const LONG: usize = 3_900 << 10;
+
+/// Seven keys with long values.
+fn long_values(replica: &Replica) -> Vec<String> {
+    let keys: Vec<String> = (0..7).map(|i| format!("long{i}")).collect();
+    let value = "v".repeat(LONG);
+    for key in &keys {
+        write_one(replica, put(key, &value));
+    }
+    keys
+}
+
+fn append(key: &str) -> WriteOp {
+    WriteOp { change: Change::Append("x".into()), ..put(key, "") }
+}
+
+fn assert_records_fit(replica: &Replica) {
+    let longest = records(replica).iter().map(|record| record.encode().len()).max().unwrap();
+    assert!(longest < RECORD_BYTES_MAX, "{longest}");
+}
+
+/// A byte that is appended makes an entry of the whole value.
+#[test]
+fn short_appends_to_long_values_do_not_outgrow_a_record() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let keys = long_values(&replica);
+    let release = hold_writer(&replica);
+    let answers: Vec<_> = keys.iter().map(|key| send(&replica, vec![append(key)], Ack::Fsync)).collect();
+    drop(release);
+    for answer in answers {
+        answer.recv_timeout(DEADLINE).unwrap().unwrap();
+    }
+    for key in &keys {
+        assert_eq!(get(&replica, key).unwrap().len(), LONG + 1);
+    }
+    assert_records_fit(&replica);
+    // What waits for the outcome of a seal is done in one go, too.
+    let range = BandRange { first: Band::FIRST, last: Band::LAST };
+    control(&replica, Control::Seal { plan: PlanId(1), version: CatalogVersion(5), range }).unwrap();
+    let answers: Vec<_> = keys.iter().map(|key| send(&replica, vec![append(key)], Ack::Fsync)).collect();
+    control(&replica, Control::Unseal { version: CatalogVersion(6) }).unwrap();
+    for answer in answers {
+        answer.recv_timeout(DEADLINE).unwrap().unwrap();
+    }
+    assert_records_fit(&replica);
+    assert_eq!(replica.closed(), None);
+}
+
+#[test]
+fn one_request_that_would_store_more_than_a_batch_is_refused_as_a_whole() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let keys = long_values(&replica);
+    let refused = try_write(&replica, keys.iter().map(|key| append(key)).collect()).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::InvalidArgument, "{refused}");
+    assert!(keys.iter().all(|key| get(&replica, key).unwrap().len() == LONG), "nothing of it is stored");
+    write(&replica, keys[..4].iter().map(|key| append(key)).collect());
+    // One key again and again is one entry.
+    write(&replica, (0..20).map(|_| append(&keys[0])).collect());
+    assert_eq!(get(&replica, &keys[0]).unwrap().len(), LONG + 21);
+    assert_records_fit(&replica);
+}
+
+#[test]
+fn the_largest_batch_is_stored_also_behind_a_full_group() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    // Exactly the limit at the ingress: many small operations, whose entries have headers.
+    let value = "v".repeat(BATCH_BYTES_MAX / 8_192 - 5);
+    let batch: Vec<WriteOp> = (0..8_192).map(|i| put(&format!("k{i:04}"), &value)).collect();
+    let release = hold_writer(&replica);
+    let first = send(&replica, vec![put("first", &"v".repeat(GROUP_BYTES_MAX - 100))], Ack::Fsync);
+    let largest = send(&replica, batch, Ack::Fsync);
+    let behind = send(&replica, vec![put("behind", "v")], Ack::Fsync);
+    drop(release);
+    for answer in [first, largest, behind] {
+        answer.recv_timeout(DEADLINE).unwrap().unwrap();
+    }
+    assert_records_fit(&replica);
+}
+
+#[test]
+fn entries_of_other_logs_do_not_outgrow_a_record_either() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let value = "v".repeat(LONG);
+    let slice = |name: &str, count: usize| -> Vec<_> {
+        (0..count).map(|i| value_entry(&format!("{name}{i}"), START_US, &value)).collect()
+    };
+    let release = hold_writer(&replica);
+    let write =
+        send(&replica, vec![put("w", &value), put("x", &value), put("y", &value), put("z", &value)], Ack::Fsync);
+    let applies: Vec<_> = (0..4)
+        .map(|n| {
+            let (replica, entries) = (replica.clone(), slice(&format!("a{n}"), 4));
+            std::thread::spawn(move || apply(&replica, entries, Vec::new()))
+        })
+        .collect();
+    drop(release);
+    write.recv_timeout(DEADLINE).unwrap().unwrap();
+    for apply in applies {
+        apply.join().unwrap().unwrap();
+    }
+    let too_much = apply(&replica, slice("b", 7), Vec::new()).unwrap_err();
+    assert!(matches!(too_much, ReplicaError::Refused(_)), "{too_much}");
+    assert_eq!(get(&replica, "b0"), None);
+    assert_eq!(replica.closed(), None);
+    assert_records_fit(&replica);
 }

@@ -1,0 +1,60 @@
+//! The process's limit of open files, and each replica's part of it.
+//!
+//! Every SST that a replica reads is an open file. The usual limit of a shell is 1,024, which a few
+//! replicas use up; what the administrator allows is the hard limit, and that is used.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use vasto_core::limits::{CONNECTIONS_MAX, TABLES_OPEN_MAX, TABLES_OPEN_MIN};
+
+/// What is asked for when there is no hard limit: the kernel's own for one process, by default.
+const UNLIMITED: u64 = 1 << 20;
+/// Files that a replica has open beside its tables: logs, their readers, locks, the database's own.
+const OTHERS_EACH: u64 = 16;
+
+/// Raises the limit as far as this process may; answers what it is then.
+pub fn raise() -> u64 {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.unwrap_or(UNLIMITED);
+    match setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum: limit.maximum }) {
+        Ok(()) => wanted,
+        Err(error) => {
+            tracing::info!(%error, wanted, "the limit of open files could not be raised");
+            limit.current.unwrap_or(wanted)
+        }
+    }
+}
+
+/// Tables that each of so many replicas may keep open under a limit.
+pub fn tables_each(limit: u64, replicas: usize) -> usize {
+    let replicas = replicas.max(1) as u64;
+    let left = limit.saturating_sub(CONNECTIONS_MAX as u64 + replicas * OTHERS_EACH);
+    usize::try_from(left / replicas).unwrap_or(TABLES_OPEN_MAX).clamp(TABLES_OPEN_MIN, TABLES_OPEN_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_limit_is_the_hard_one_afterwards() {
+        let hard = getrlimit(Resource::Nofile).maximum;
+        let low = Rlimit { current: Some(512), maximum: hard };
+        assert!(setrlimit(Resource::Nofile, low).is_ok());
+        let raised = raise();
+        assert_eq!(getrlimit(Resource::Nofile).current, Some(raised));
+        assert_eq!(raised, hard.unwrap_or(UNLIMITED));
+    }
+
+    #[test]
+    fn the_replicas_of_a_full_node_stay_below_the_limit() {
+        for (limit, replicas) in [(1 << 20, 256), (65_536, 256), (65_536, 16), (20_000, 64), (1 << 30, 1)] {
+            let each = tables_each(limit, replicas);
+            let all = (each as u64 + OTHERS_EACH) * replicas as u64 + CONNECTIONS_MAX as u64;
+            assert!(all <= limit, "{each} for each of {replicas} under {limit}");
+            assert!((TABLES_OPEN_MIN..=TABLES_OPEN_MAX).contains(&each));
+        }
+        assert_eq!(tables_each(1 << 20, 256), 4_064);
+        // A limit that is too low for them all: a replica works with few, and slowly.
+        assert_eq!((tables_each(1_024, 256), tables_each(0, 0)), (TABLES_OPEN_MIN, TABLES_OPEN_MIN));
+    }
+}
