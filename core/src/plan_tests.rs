@@ -166,8 +166,28 @@ fn a_failure_or_a_lost_node_aborts_before_the_commit_and_never_after_it() {
         assert_eq!(gone.operations.last().unwrap().reason.as_deref(), Some("disk full"));
     }
     let committed = at(Step::Committed);
-    assert!(matches!(advance(&committed, &Reports::new(), |_| u64::MAX, u64::MAX / 2, 3), Advance::Wait(_)));
+    assert!(matches!(advance(&committed, &Reports::new(), |_| NODE_AWAY_MAX_US, 2_001, 3), Advance::Wait(_)));
     assert_eq!(abort(&committed, "cancelled", &Reports::new(), 1, 1), None);
+}
+
+#[test]
+fn a_committed_plan_finishes_without_those_who_do_not_come_back() {
+    let committed = at(Step::Committed);
+    let released = |id| source(id, SourceProgress { released: true, ..source_progress_of(None) });
+    let open = target(TargetStage::Open, &[]);
+    let away = |gone: u64| move |node| if node == NODE(gone) { NODE_AWAY_MAX_US + 1 } else { 0 };
+    let finished = |next: &Catalog| next.plan.is_none() && next.operations[0].outcome == Outcome::Done;
+    // Its target, then a source.
+    let reports = Reports::from([released(1), released(2), target(TargetStage::Tailing, &[])]);
+    assert!(matches!(advance(&committed, &reports, away(2), 3_000, 3), Advance::Wait(_)), "the target is there");
+    assert!(finished(&write(advance(&committed, &reports, away(3), 3_000, 3))));
+    let reports = Reports::from([source(1, source_progress_of(None)), released(2), open.clone()]);
+    assert!(matches!(advance(&committed, &reports, away(3), 3_000, 3), Advance::Wait(_)), "the source is there");
+    assert!(finished(&write(advance(&committed, &reports, away(1), 3_000, 3))));
+    // One that has failed obeys when it is opened again.
+    let failed = ReplicaReport { phase: ReplicaPhase::Failed("rot".into()), ..report(1) };
+    let reports = Reports::from([(ReplicaId(1), failed), released(2), open]);
+    assert!(finished(&write(advance(&committed, &reports, |_| 0, 3_000, 3))));
 }
 
 #[test]

@@ -50,8 +50,8 @@ pub fn advance_primaries(
     nonce: u64,
 ) -> Option<(Catalog, Moves)> {
     let step = catalog.plan.as_ref().map(|plan| plan.step);
-    // A seal is decided first: a version in between would undo it.
-    if catalog.state != KeyspaceState::Active || !matches!(step, None | Some(Step::Prepare | Step::Tail)) {
+    // A seal is decided first: a version in between would undo it. Once it is, nobody's node is waited for.
+    if catalog.state != KeyspaceState::Active || step == Some(Step::Sealing) {
         return None;
     }
     let mut next = catalog.next(now_us, nonce);
