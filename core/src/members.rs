@@ -4,9 +4,11 @@
 //! another member holds everything it has, or until its loss is accepted; only then may its files go.
 //! Nothing of this happens while another plan runs.
 
-use crate::catalog::{Catalog, KeyspaceState, Leaving, Placed, ShardPlacement, Unsealed};
-use crate::ids::{Epoch, NodeId, PlanId, ReplicaId, ShardId};
-use crate::plan::{OperationReport, Outcome, Plan, PlanKind, Reports, Source, Step, Target, operation_id};
+use crate::catalog::{Catalog, KeyspaceState, Leaving, Placed, Quarantine, ShardPlacement, Unsealed};
+use crate::ids::{Epoch, Lsn, NodeId, PlanId, ReplicaId, ShardId};
+use crate::plan::{
+    OperationReport, Outcome, Plan, PlanKind, ReplicaReport, Reports, Source, Step, Target, operation_id,
+};
 use crate::primaries::Presence;
 
 /// A node that is to be replaced and is gone is not waited for; one that is only to be emptied is.
@@ -67,18 +69,30 @@ pub fn evict(
         shard.primary = None;
     }
     shard.handing_to = None;
+    let heir = shard.shipper().map(|one| one.replica);
     let shard = shard.shard;
     next.epoch = Epoch(catalog.epoch.0 + 1);
-    for quarantine in &mut next.quarantines {
-        quarantine.replicas.retain(|one| *one != replica);
-        quarantine.targets.retain(|(one, _)| *one != replica);
-    }
+    leave_quarantines(&mut next.quarantines, replica, heir);
     if accept_loss {
         next.removed.push(replica);
     } else {
         next.unsealed.push(Unsealed { shard, replica, node, since_us: now_us });
     }
     Ok(next)
+}
+
+/// Takes a replica that is gone out of the quarantines: its range is not waited for, and what its
+/// manifest was to cover is covered by one of the replica that ships in its place.
+pub(crate) fn leave_quarantines(quarantines: &mut [Quarantine], gone: ReplicaId, heir: Option<ReplicaId>) {
+    for quarantine in quarantines {
+        quarantine.replicas.retain(|one| *one != gone);
+        let Some(at) = quarantine.targets.iter().position(|(one, _)| *one == gone) else { continue };
+        match heir.filter(|heir| quarantine.targets.iter().all(|(one, _)| one != heir)) {
+            // It began to ship after the range had moved: each of its manifests covers all of it.
+            Some(heir) => quarantine.targets[at] = (heir, Lsn(1)),
+            None => drop(quarantine.targets.remove(at)),
+        }
+    }
 }
 
 /// What is known around a keyspace.

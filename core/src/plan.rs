@@ -18,6 +18,7 @@ use crate::band::{Band, ShardCountError, check_shard_count};
 use crate::catalog::{Catalog, KeyspaceState, Placed, Quarantine, ShardPlacement};
 use crate::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use crate::limits::{SEAL_TIMEOUT, TAIL_LAG_LSNS_MAX};
+use crate::members::{leave, leave_quarantines};
 use crate::record::BandRange;
 
 /// What a plan does.
@@ -227,7 +228,6 @@ pub struct ReplicaReport {
     pub replication: ReplicationReport,
 }
 
-/// How a replica stands beside the others of its shard.
 impl ReplicaReport {
     /// True when it serves nothing any more until somebody acts.
     pub fn has_failed(&self) -> bool {
@@ -235,6 +235,7 @@ impl ReplicaReport {
     }
 }
 
+/// How a replica stands beside the others of its shard.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ReplicationReport {
@@ -775,7 +776,10 @@ fn commit(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce:
                 shard.replicas.push(placed);
                 if matches!(plan.kind, PlanKind::Takeover { .. }) {
                     let gone = plan.sources.iter().map(|source| source.replica);
-                    crate::members::leave(shard, &mut next.unsealed, gone, now_us);
+                    for gone in gone.clone() {
+                        leave_quarantines(&mut next.quarantines, gone, Some(target.replica));
+                    }
+                    leave(shard, &mut next.unsealed, gone, now_us);
                 }
             }
             None => next.placement.push(ShardPlacement::new(target.shard, vec![placed])),

@@ -191,6 +191,37 @@ fn a_committed_plan_finishes_without_those_who_do_not_come_back() {
 }
 
 #[test]
+fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
+    let mut catalog = two_shards();
+    let leaving = crate::catalog::Leaving { node: NODE(1), to: None, replace: true, since_us: 1 };
+    catalog.leaving.push(leaving);
+    for (plan, replicas, targets) in [(1, vec![1, 2], vec![(2, 7)]), (2, vec![2], vec![(1, 9), (2, 7)])] {
+        catalog.quarantines.push(Quarantine {
+            plan: PlanId(plan),
+            range: Band::leaving(2, 3).into(),
+            replicas: replicas.into_iter().map(ReplicaId).collect(),
+            targets: targets.into_iter().map(|(id, lsn)| (ReplicaId(id), Lsn(lsn))).collect(),
+            until_us: u64::MAX,
+            dropping: false,
+        });
+    }
+    catalog.plan = Some(Plan {
+        id: PlanId(1),
+        kind: PlanKind::Takeover { shard: ShardId(0) },
+        from_epoch: catalog.epoch,
+        started_at_us: 1,
+        step: Step::Tail,
+        sources: vec![Source { shard: ShardId(0), replica: ReplicaId(1), node: NODE(1), manifest: None }],
+        targets: vec![Target { shard: ShardId(0), replica: ReplicaId(3), node: NODE(3) }],
+        seals_undone: 0,
+    });
+    let taken = write(advance(&catalog, &Reports::from([target(TargetStage::Tailing, &[])]), |_| 0, 5_000, 3));
+    assert_eq!((taken.placement[0].replicas[0].replica, taken.unsealed[0].replica), (ReplicaId(3), ReplicaId(1)));
+    assert_eq!((&taken.quarantines[0].replicas[..], taken.quarantines[0].targets.len()), (&[ReplicaId(2)][..], 1));
+    assert_eq!(taken.quarantines[1].targets, [(ReplicaId(3), Lsn(1)), (ReplicaId(2), Lsn(7))]);
+}
+
+#[test]
 fn grows_that_cannot_be_are_refused_with_what_to_do() {
     let catalog = two_shards();
     let grow = |to| start_grow(&catalog, to, &[NODE(3)], 1, 1);
