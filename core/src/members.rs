@@ -138,15 +138,18 @@ pub fn advance_members(
             if !another_serves {
                 continue;
             }
-            // What cannot catch up, or keeps others' logs from ending, leaves.
+            // What cannot catch up, or keeps others' logs from ending, leaves; what does not serve any
+            // more does when a copy can take its place.
+            let has_room = || (around.room)(catalog, shard.shard).is_some();
+            let failed = reports.get(&one.replica).is_some_and(ReplicaReport::has_failed) && has_room();
             let too_old = replication(one.replica).is_some_and(|report| report.too_old);
             let in_the_way = shard.replicas.iter().any(|other| {
                 other.replica != one.replica
                     && replication(other.replica).is_some_and(|report| report.evict == Some(one.replica))
             });
-            let lost = (around.lost)(one.node) && (around.room)(catalog, shard.shard).is_some();
+            let lost = (around.lost)(one.node) && has_room();
             let given_up = is_given_up(catalog, around, one.node);
-            if too_old || in_the_way || lost || given_up {
+            if failed || too_old || in_the_way || lost || given_up {
                 return evict(catalog, one.replica, false, now_us, nonce).ok();
             }
         }
@@ -307,7 +310,7 @@ mod tests {
     use super::*;
     use crate::catalog::KeyspaceSpec;
     use crate::ids::KeyspaceId;
-    use crate::plan::{ReplicaPhase, ReplicaReport, ReplicationReport};
+    use crate::plan::{ReplicaPhase, ReplicationReport};
 
     const NOW: u64 = 1_000_000_000;
     const HERE: fn(NodeId) -> Presence = |_| Presence::Here(u64::MAX);
@@ -398,6 +401,39 @@ mod tests {
         // The loss of one that waits to be drained may still be accepted.
         let lost = evict(&one, ReplicaId(2), true, NOW, 4).unwrap();
         assert_eq!((lost.unsealed.len(), lost.removed.len()), (0, 2));
+    }
+
+    #[test]
+    fn a_replica_that_has_failed_leaves_when_another_serves_and_a_copy_has_room() {
+        let mut failed = reports(|id, report| report.ready = id != 2);
+        failed.get_mut(&ReplicaId(2)).unwrap().phase = ReplicaPhase::Failed("rot".into());
+        let to_four = |_: &Catalog, _: ShardId| Some(NodeId(4));
+        assert_eq!(next(&catalog(), &failed, HERE, NOWHERE), None, "nothing is gained by it");
+        let left = next(&catalog(), &failed, HERE, to_four).unwrap();
+        assert_eq!((ids(&left), left.unsealed[0].replica), (vec![1, 3], ReplicaId(2)));
+        let copying = next(&left, &failed, HERE, to_four).unwrap();
+        assert_eq!(copying.plan.unwrap().targets[0].node, NodeId(4));
+        for report in failed.values_mut() {
+            report.replication.ready = false;
+        }
+        assert_eq!(next(&catalog(), &failed, HERE, to_four), None, "nobody else serves");
+    }
+
+    #[test]
+    fn a_quarantine_without_its_target_waits_for_the_one_that_ships_now() {
+        let mut catalog = catalog();
+        catalog.quarantines.push(Quarantine {
+            plan: PlanId(1),
+            range: catalog.owned_bands(),
+            replicas: vec![ReplicaId(9)],
+            targets: vec![(ReplicaId(1), Lsn(70))],
+            until_us: 0,
+            dropping: false,
+        });
+        let left = evict(&catalog, ReplicaId(1), false, NOW, 2).unwrap();
+        assert_eq!(left.quarantines[0].targets, [(ReplicaId(2), Lsn(1))]);
+        let left = evict(&catalog, ReplicaId(3), false, NOW, 2).unwrap();
+        assert_eq!(left.quarantines[0].targets, [(ReplicaId(1), Lsn(70))]);
     }
 
     fn single() -> Catalog {
