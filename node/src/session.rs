@@ -237,11 +237,7 @@ async fn hear(
             let manager = context.manager.clone();
             // The manager takes the versions of a keyspace one at a time and refuses lower ones, so
             // the next message need not wait for this one's disk.
-            tokio::spawn(async move {
-                if let Err(error) = manager.obey(Arc::new(catalog), false).await {
-                    tracing::error!(%error, "a catalog version could not be obeyed");
-                }
-            });
+            tokio::spawn(async move { manager.obey_at_last(Arc::new(catalog)).await });
             Ok(())
         }
         FromMaster::Nodes(nodes) => {

@@ -209,6 +209,29 @@ async fn a_replica_that_fails_on_a_live_node_is_replaced() -> Result<()> {
     Ok(())
 }
 
+/// A version that cannot be remembered is not obeyed, and not forgotten either.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_that_could_not_be_remembered_is_obeyed_when_it_can() -> Result<()> {
+    let cluster = Cluster::builder().nodes(1).allow("could not be obeyed; trying again").start().await?;
+    let versions = cluster.node_dir(0).join("catalog");
+    let away = versions.with_extension("away");
+    std::fs::rename(&versions, &away)?;
+    let creating = cluster.create("late", 1, &[]);
+    let healed = async {
+        let log = cluster.dir().join("logs/node-0.1.log");
+        until("the node to fail", DEADLINE, async || {
+            std::fs::read_to_string(&log).ok()?.contains("could not be obeyed").then_some(())
+        })
+        .await?;
+        std::fs::rename(&away, &versions).context("the directory cannot be put back")
+    };
+    let (created, healed) = futures::join!(creating, healed);
+    healed?;
+    created.context("the version was lost")?;
+    cluster.keyspace("late").await?.put("k", "v").await?;
+    cluster.finish().await
+}
+
 /// A member that does not read fills the others' logs: at the cap it leaves by itself, and comes back
 /// as a copy.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
