@@ -112,6 +112,10 @@ impl Node {
     /// Starts a node: opens its directory, joins the master, hosts its replicas, serves. A node that
     /// has been in a cluster before also starts without its master, from what it remembers.
     pub async fn start(config: NodeConfig, shutdown: CancellationToken) -> Result<RunningNode, NodeError> {
+        // A start that cannot serve leaves no trace.
+        let listen_failed = |source| NodeError::Listen { listen: config.listen, source };
+        let listener = TcpListener::bind(config.listen).await.map_err(listen_failed)?;
+        let listen = listener.local_addr().map_err(listen_failed)?;
         let fresh_id = NodeId(rand::random());
         let path = config.dir.clone();
         let dir = tokio::task::spawn_blocking(move || NodeDir::open(&path, fresh_id))
@@ -120,9 +124,6 @@ impl Node {
         let identity = dir.identity().clone();
         let node_id = identity.node_id;
         let dir = Arc::new(Mutex::new(dir));
-        let listen_failed = |source| NodeError::Listen { listen: config.listen, source };
-        let listener = TcpListener::bind(config.listen).await.map_err(listen_failed)?;
-        let listen = listener.local_addr().map_err(listen_failed)?;
         let session_config = SessionConfig {
             master: config.master.clone(),
             address: config.advertise.clone().unwrap_or_else(|| listen.to_string()),

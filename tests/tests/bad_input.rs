@@ -185,9 +185,11 @@ async fn servers_refuse_addresses_that_they_should_not_or_cannot_use() -> Result
     ensure!(!dir.path().join("data").exists(), "a refused node made its directory");
     ensure!(!dir.path().join("bucket").exists(), "a refused master made its bucket");
     refused(&["serve", "master", "--bucket", &bucket, "--listen", &taken], &[], &[&taken, "in use"]).await?;
+    ensure!(!dir.path().join("bucket").exists(), "a master without a port made or claimed its bucket");
     let cluster = Cluster::builder().nodes(0).start().await?;
     let args = ["serve", "node", "--dir", &data, "--listen", &taken, "--master", &cluster.master()];
     refused(&args, &[], &[&taken, "in use"]).await?;
+    ensure!(!dir.path().join("data").exists(), "a node without a port made its directory");
     let args = ["serve", "master", "--bucket", &bucket, "--listen", "somewhere"];
     refused(&args, &[], &["somewhere"]).await?;
     cluster.finish().await
