@@ -24,6 +24,9 @@ use crate::ship::ShipHandle;
 /// First and longest pause between attempts to obey a version that could not be remembered.
 const OBEY_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
+/// Between two looks at replicas that open.
+const LOOK: Duration = Duration::from_millis(10);
+
 /// The hosts of a node.
 pub struct Manager {
     context: Arc<HostContext>,
@@ -229,6 +232,26 @@ impl Manager {
     /// The shippers of a keyspace's replicas here.
     pub fn shippers(&self, keyspace: KeyspaceId) -> Vec<ShipHandle> {
         self.hosts.lock().iter().filter(|((ks, _), _)| *ks == keyspace).filter_map(|(_, host)| host.shipper()).collect()
+    }
+
+    /// Waits until each replica that the known catalogs place here is open or has failed. One that is
+    /// being filled by a plan is not waited for.
+    pub async fn opened(&self) {
+        while self.is_opening() {
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    fn is_opening(&self) -> bool {
+        let core = &self.context.core;
+        self.hosts.lock().values().any(|host| {
+            let Tenant { keyspace, replica, .. } = host.tenant;
+            core.catalog(keyspace).is_some_and(|catalog| {
+                let is_target = catalog.plan.iter().flat_map(|plan| &plan.targets).any(|one| one.replica == replica);
+                catalog.is_placed(replica) && !is_target
+            }) && core.replica(keyspace, replica).is_none()
+                && !host.report(core).has_failed()
+        })
     }
 
     /// Stops all hosts, in parallel.

@@ -87,6 +87,9 @@ pub enum NodeError {
 /// How long a new node waits for its master, and a known one before it serves without it.
 const FIRST_MASTER_WAIT: Duration = Duration::from_secs(10);
 
+/// How long a node waits for its replicas to open before it says that it is ready.
+const OPEN_PATIENCE: Duration = Duration::from_secs(30);
+
 /// Starts nodes.
 pub struct Node;
 
@@ -109,8 +112,9 @@ impl RunningNode {
 }
 
 impl Node {
-    /// Starts a node: opens its directory, joins the master, hosts its replicas, serves. A node that
-    /// has been in a cluster before also starts without its master, from what it remembers.
+    /// Starts a node: opens its directory, joins the master, hosts its replicas, serves; answers when
+    /// those that it remembers are open. A node that has been in a cluster before also starts without its
+    /// master, from what it remembers.
     pub async fn start(config: NodeConfig, shutdown: CancellationToken) -> Result<RunningNode, NodeError> {
         // A start that cannot serve leaves no trace.
         let listen_failed = |source| NodeError::Listen { listen: config.listen, source };
@@ -153,6 +157,7 @@ impl Node {
         for catalog in remembered {
             manager.obey(Arc::new(catalog), true).await?;
         }
+        let opening = manager.clone();
         let task = tokio::spawn(serve(Running {
             core,
             engines,
@@ -163,8 +168,13 @@ impl Node {
             first,
             listener,
             data_dir: config.dir,
-            shutdown,
+            shutdown: shutdown.clone(),
         }));
+        // Whoever is told that it is ready finds its replicas open, unless that takes very long.
+        let opened = tokio::time::timeout(OPEN_PATIENCE, opening.opened());
+        if let Some(Err(_)) = shutdown.run_until_cancelled(opened).await {
+            tracing::warn!("some replicas are still being opened; they serve as soon as they are");
+        }
         Ok(RunningNode { node_id, listen, cluster_id: joined.cluster_id, task })
     }
 }
