@@ -18,6 +18,7 @@ use vasto_core::topology::NodeAddress;
 use vasto_proto::v1::data_server::DataServer;
 use vasto_proto::v1::replication_server::ReplicationServer;
 use vasto_shipping::bucket::{Bucket, BucketError, BucketOptions};
+use vasto_shipping::{RetryBudget, layout};
 
 use crate::clock::{SharedClock, SystemClock};
 use crate::core::NodeCore;
@@ -72,6 +73,12 @@ pub enum NodeError {
     /// The bucket.
     #[error(transparent)]
     Bucket(#[from] BucketError),
+    /// The bucket is not the master's.
+    #[error(
+        "bucket {0} holds no cluster.json, so it is not the one that the master uses; let the URL and the endpoint \
+         name the same bucket on both machines"
+    )]
+    OtherBucket(String),
     /// The listen address.
     #[error(
         "cannot listen on {listen}: {source}; stop what uses the port, or choose another --listen (port 0 picks a free one)"
@@ -127,6 +134,7 @@ impl Node {
             .unwrap_or_else(|_| Err(DirError::Locked(config.dir.clone())))?;
         let identity = dir.identity().clone();
         let node_id = identity.node_id;
+        let holds_replicas = !dir.replicas().is_empty();
         let dir = Arc::new(Mutex::new(dir));
         let session_config = SessionConfig {
             master: config.master.clone(),
@@ -137,6 +145,22 @@ impl Node {
         let (first, joined) =
             first_session(&session_config, &dir, identity.cluster_id.clone(), identity.bucket_url.clone()).await?;
         let bucket = Bucket::open(&joined.bucket_url, &config.bucket_options)?;
+        if first.is_some() && holds_replicas {
+            // What is here is served whatever the bucket says. Ends within the patience of a probe.
+            let bucket = bucket.clone();
+            tokio::spawn(async move {
+                if let Err(error) = look_at(&bucket).await {
+                    tracing::warn!(%error, "the bucket cannot be used now; this node serves, and ships when it can");
+                }
+            });
+        } else if first.is_some() {
+            match look_at(&bucket).await {
+                Err(NodeError::Bucket(error @ BucketError::Unreachable { .. })) => {
+                    tracing::warn!(%error, "the bucket cannot be reached now; this node ships when it can");
+                }
+                looked => looked?,
+            }
+        }
         let clock: SharedClock = Arc::new(SystemClock { shift_ms: config.clock_shift_ms });
         let core = Arc::new(NodeCore::new(node_id, clock.clone(), config.read_threads));
         let engines = EngineShared::new(config.budget);
@@ -200,6 +224,14 @@ async fn first_session(
             Err(error) if tokio::time::Instant::now() >= deadline => return Err(error.into()),
             Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
         }
+    }
+}
+
+/// Finds out that this node sees the bucket of its cluster, and may.
+async fn look_at(bucket: &Bucket) -> Result<(), NodeError> {
+    match bucket.with_retry(RetryBudget::probe()).head(&layout::cluster()).await? {
+        Some(_) => Ok(()),
+        None => Err(NodeError::OtherBucket(bucket.url().to_owned())),
     }
 }
 
