@@ -141,6 +141,7 @@ impl Node {
             address: config.advertise.clone().unwrap_or_else(|| listen.to_string()),
             zone: config.zone.clone(),
             node_id,
+            max_replicas: config.max_replicas,
         };
         let (first, joined) =
             first_session(&session_config, &dir, identity.cluster_id.clone(), identity.bucket_url.clone()).await?;

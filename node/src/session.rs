@@ -83,6 +83,8 @@ pub struct SessionConfig {
     pub zone: String,
     /// This node.
     pub node_id: NodeId,
+    /// Most replicas here.
+    pub max_replicas: usize,
 }
 
 /// The opened stream of a session.
@@ -128,6 +130,7 @@ pub async fn join(config: &SessionConfig, dir: &Mutex<NodeDir>) -> Result<Sessio
         zone: config.zone.clone(),
         pid: std::process::id(),
         protocol: vasto_proto::PROTOCOL,
+        max_replicas: u32::try_from(config.max_replicas).unwrap_or(u32::MAX),
     };
     let lost = |reason: String| SessionError::Unreachable { master: config.master.clone(), reason };
     let first = v1::NodeMessage { message: Some(ToMaster::Hello(hello)) };
