@@ -7,7 +7,8 @@
 use crate::catalog::{Catalog, KeyspaceState, Leaving, Placed, Quarantine, ShardPlacement, Unsealed};
 use crate::ids::{Epoch, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use crate::plan::{
-    OperationReport, Outcome, Plan, PlanKind, ReplicaReport, Reports, Source, Step, Target, operation_id,
+    OperationReport, Outcome, PauseMs, Plan, PlanKind, ReplicaReport, Reports, Source, Step, Target, abort,
+    operation_id,
 };
 use crate::primaries::Presence;
 
@@ -203,9 +204,69 @@ fn empty_leaving(
     if complete && catalog.leaving.iter().any(is_empty) {
         let mut next = catalog.next(now_us, nonce);
         next.leaving.retain(|leaving| !is_empty(leaving));
+        for leaving in catalog.leaving.iter().filter(|leaving| is_empty(leaving)) {
+            next.remember(end_of(catalog, leaving, Outcome::Done, None, now_us));
+        }
         return Some(next);
     }
     None
+}
+
+/// The copies that were made since a node has been leaving: what its emptying has cost so far.
+pub fn copies_for<'a>(catalog: &'a Catalog, leaving: &Leaving) -> impl Iterator<Item = &'a OperationReport> + use<'a> {
+    let since_us = leaving.since_us;
+    catalog.operations.iter().filter(move |report| {
+        report.started_at_us >= since_us
+            && report.outcome == Outcome::Done
+            && matches!(report.kind.as_str(), "replica" | "takeover")
+    })
+}
+
+/// What is remembered of the emptying of a node in this keyspace.
+fn end_of(
+    catalog: &Catalog,
+    leaving: &Leaving,
+    outcome: Outcome,
+    reason: Option<String>,
+    now_us: u64,
+) -> OperationReport {
+    let sum = |field: fn(&OperationReport) -> u64| copies_for(catalog, leaving).map(field).sum();
+    OperationReport {
+        id: leaving.operation_id(),
+        kind: "replace".into(),
+        keyspace: catalog.name.clone(),
+        from: catalog.spec.shards,
+        to: catalog.spec.shards,
+        outcome,
+        reason,
+        keys_moved: sum(|report| report.keys_moved),
+        bytes_moved: sum(|report| report.bytes_moved),
+        bytes_from_bucket: sum(|report| report.bytes_from_bucket),
+        bytes_from_peers: sum(|report| report.bytes_from_peers),
+        objects_read: sum(|report| report.objects_read),
+        write_pause_ms: PauseMs::default(),
+        duration_ms: now_us.saturating_sub(leaving.since_us) / 1000,
+        started_at_us: leaving.since_us,
+    }
+}
+
+/// The version under which a node that was leaving stays; `None` when it does not leave by that operation.
+/// A copy under way is given up; what has moved already stays where it is.
+pub fn stay(
+    catalog: &Catalog,
+    operation: &str,
+    reason: &str,
+    reports: &Reports,
+    now_us: u64,
+    nonce: u64,
+) -> Option<Catalog> {
+    let leaving = catalog.leaving.iter().find(|leaving| leaving.operation_id() == operation)?;
+    let copying = catalog.plan.as_ref().is_some_and(Plan::adds_member);
+    let aborted = if copying { abort(catalog, reason, reports, now_us, nonce) } else { None };
+    let mut next = aborted.unwrap_or_else(|| catalog.next(now_us, nonce));
+    next.leaving.retain(|one| one != leaving);
+    next.remember(end_of(catalog, leaving, Outcome::Aborted, Some(reason.to_owned()), now_us));
+    Some(next)
 }
 
 /// After a copy that failed the next waits a little.
@@ -476,12 +537,32 @@ mod tests {
         let gone = next(&left, &drained, HERE, NOWHERE).unwrap();
         let ended = next(&gone, &calm, HERE, NOWHERE).unwrap();
         assert!(ended.leaving.is_empty() && ended.removed == [ReplicaId(1)]);
+        let report = ended.operations.last().unwrap();
+        assert_eq!((report.id.clone(), report.outcome), (leaving.leaving[0].operation_id(), Outcome::Done));
         // The same of a dead node: the others go on without it at once.
         let dead = |node: NodeId| if node == NodeId(1) { Presence::Gone } else { Presence::Here(0) };
         let left = next(&leaving, &calm, dead, to_four).unwrap();
         assert_eq!((ids(&left), left.unsealed.len()), (vec![2, 3], 1));
         let copying = next(&left, &calm, dead, to_four).unwrap();
         assert_eq!(copying.plan.unwrap().targets[0].node, NodeId(4));
+    }
+
+    #[test]
+    fn a_node_that_is_to_stay_keeps_its_replicas_and_a_copy_is_given_up() {
+        let calm = reports(|_, _| {});
+        let leaving = Leaving { node: NodeId(1), to: None, replace: false, since_us: NOW };
+        let begun = empty_node(&catalog(), leaving, NOW, 2).unwrap();
+        let copying = next(&begun, &calm, HERE, |_, _| Some(NodeId(4))).unwrap();
+        let id = leaving.operation_id();
+        assert_eq!(stay(&copying, "node-9-9", "cancelled", &calm, NOW, 3), None);
+        for from in [&begun, &copying] {
+            let stays = stay(from, &id, "cancelled", &calm, NOW + 5_000, 3).unwrap();
+            assert!(stays.leaving.is_empty() && stays.plan.is_none());
+            assert_eq!(ids(&stays), [1, 2, 3]);
+            let report = stays.operations.last().unwrap();
+            assert_eq!((&report.id, report.outcome, report.duration_ms), (&id, Outcome::Aborted, 5));
+            assert_eq!(next(&stays, &calm, HERE, |_, _| Some(NodeId(4))), None, "nothing begins again");
+        }
     }
 
     #[test]
