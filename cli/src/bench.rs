@@ -48,7 +48,7 @@ const SEED: u64 = 1;
 /// Runs `vasto bench`.
 ///
 /// # Errors
-/// What the cluster or the database says; a run in which nothing succeeded.
+/// What the cluster or the database says; a run in which an operation failed, after its report.
 pub async fn run(args: &Bench, format: OutputFormat) -> anyhow::Result<()> {
     if args.value_size > vasto_core::limits::VALUE_BYTES_MAX {
         let most = vasto_core::limits::VALUE_BYTES_MAX;
@@ -89,8 +89,8 @@ fn finish(args: &Bench, measured: &Measured, format: OutputFormat) -> anyhow::Re
     match first_error {
         Some(error) if figures.ops == 0 => Err(Failure::with_advice(&error).into()),
         Some(error) => {
-            eprintln!("{} operations failed; the first one: {error}", format_count(figures.errors));
-            Ok(())
+            Err(Failure::new(format!("{} operations failed, the first one: {error}", format_count(figures.errors)))
+                .into())
         }
         None => Ok(()),
     }
@@ -225,6 +225,18 @@ mod tests {
     #[test]
     fn reports_use_the_words_of_the_command_line() {
         assert_eq!((name_of(Workload::YcsbA), name_of(Ack::Os)), ("ycsb-a".to_owned(), "os".to_owned()));
+    }
+
+    #[test]
+    fn a_run_in_which_something_failed_is_a_failure() {
+        let args = args("vasto bench ks --workload put --requests 2");
+        let measured =
+            Measured { run: Arc::new(Run::start(until(&args))), elapsed: TICK, target: "cluster", ack: None };
+        measured.run.record(0, TICK, measure::Found::Yes);
+        assert!(finish(&args, &measured, OutputFormat::Json).is_ok());
+        measured.run.fail(0, "the node is away", false);
+        let error = finish(&args, &measured, OutputFormat::Json).unwrap_err();
+        assert!(error.to_string().contains("1 operations failed, the first one: the node is away"), "{error}");
     }
 
     #[tokio::test]

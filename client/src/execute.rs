@@ -28,7 +28,7 @@ use crate::retry::{
 use crate::route::{ReadFrom, Routing, Source, Table, group_by_shard};
 
 /// How far an operation is.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Progress {
     pub write: bool,
     pub deadline: Instant,
@@ -40,6 +40,8 @@ pub(crate) struct Progress {
     pub from: ReadFrom,
     losses: u32,
     unreachable: u32,
+    /// Their replicas of the shard are out of service; the nodes themselves are well.
+    out_of_service: Vec<Arc<Node>>,
     maybe_applied: bool,
 }
 
@@ -55,6 +57,7 @@ impl Progress {
             from: ReadFrom::Primary,
             losses: 0,
             unreachable: 0,
+            out_of_service: Vec::new(),
             maybe_applied: false,
         }
     }
@@ -73,6 +76,8 @@ pub(crate) struct Failed {
     retry_after: Duration,
     /// Another replica can be asked.
     elsewhere: bool,
+    /// Whose replica is out of service.
+    out_of_service: Option<Arc<Node>>,
 }
 
 impl Failed {
@@ -82,7 +87,7 @@ impl Failed {
     }
 
     pub fn new(failure: Failure, message: impl Into<String>) -> Self {
-        Self { failure, message: message.into(), retry_after: Duration::ZERO, elsewhere: false }
+        Self { failure, message: message.into(), retry_after: Duration::ZERO, elsewhere: false, out_of_service: None }
     }
 }
 
@@ -217,7 +222,8 @@ impl Executor {
         op: Op,
         bytes: usize,
     ) -> Result<Reply, Failed> {
-        let Some(node) = table.node(shard, progress.from.clone(), progress.unreachable) else {
+        let but = &progress.out_of_service;
+        let Some(node) = table.node(shard, progress.from.clone(), progress.unreachable, but) else {
             let message = format!(
                 "no running node is known for shard {shard} of `{}`; see `vasto node list`",
                 table.topology.name
@@ -225,7 +231,11 @@ impl Executor {
             return Err(Failed::new(Failure::Unreachable, message));
         };
         let result = self.attempt_at(table, shard, node, progress.deadline, op, bytes).await;
-        result.map_err(|failed| Failed { elsewhere: table.has_other(shard, node), ..failed })
+        result.map_err(|failed| {
+            let refused = matches!(failed.failure, Failure::Refused { code: ErrorCode::NotPrimary, .. });
+            let out_of_service = refused.then(|| node.clone());
+            Failed { elsewhere: table.has_other(shard, node, but), out_of_service, ..failed }
+        })
     }
 
     /// Sends a request once, to this node. A node that cannot be reached or stands silent is passed by
@@ -308,7 +318,7 @@ impl Executor {
         let error = error_from_wire(error);
         let retry_after = Duration::from_millis(error.retry_after_ms.into());
         let failure = Failure::Refused { code: error.code, retry_after };
-        Failed { failure, message: error.message, retry_after, elsewhere: false }
+        Failed { failure, message: error.message, retry_after, elsewhere: false, out_of_service: None }
     }
 
     /// Waits as [`decide`] says, or says why there is no further attempt.
@@ -321,6 +331,12 @@ impl Executor {
             }
             Failure::Unreachable => progress.unreachable += 1,
             Failure::Expired { .. } | Failure::Refused { .. } => {}
+        }
+        match failed.out_of_service {
+            Some(node) if failed.elsewhere => progress.out_of_service.push(node),
+            // All have been asked: they are asked again.
+            Some(_) => progress.out_of_service.clear(),
+            None => {}
         }
         let now = self.routing.table();
         let version = |table: &Table| (table.topology.version, table.topology.epoch);

@@ -117,7 +117,8 @@ pub(crate) fn decide(failure: Failure, now: Situation) -> Action {
     let moves_on = match failure {
         Failure::Unreachable => true,
         Failure::Lost { sent } => !sent || now.losses <= 1,
-        Failure::Refused { code, .. } => code.retry() == Retry::Elsewhere,
+        // What any replica does is done by the next one while this one is out of service.
+        Failure::Refused { code, .. } => code.retry() == Retry::Elsewhere || code == ErrorCode::NotPrimary,
         Failure::Expired { .. } => false,
     };
     if moves_on && now.elsewhere && now.attempts <= HOPS_MAX {
@@ -269,7 +270,12 @@ mod tests {
     #[test]
     fn another_replica_takes_over_at_once() {
         let now = Situation { losses: 1, elsewhere: true, ..FRESH };
-        for failure in [Failure::Unreachable, Failure::Lost { sent: true }, refused(ErrorCode::CatchingUp)] {
+        for failure in [
+            Failure::Unreachable,
+            Failure::Lost { sent: true },
+            refused(ErrorCode::CatchingUp),
+            refused(ErrorCode::NotPrimary),
+        ] {
             assert_eq!(decide(failure, now), Action::Now, "{failure:?}");
         }
         assert!(matches!(decide(Failure::Lost { sent: true }, Situation { losses: 2, ..now }), Action::After { .. }));

@@ -48,12 +48,15 @@ impl Table {
     }
 
     /// The node to ask for a shard: the first in the order of preference that is not suspect. When all
-    /// are, another one after each failure.
-    pub fn node(&self, shard: ShardId, from: ReadFrom, unreachable: u32) -> Option<&Arc<Node>> {
+    /// are, another one after each failure. Those in `but` are asked only when there is no other.
+    pub fn node(&self, shard: ShardId, from: ReadFrom, unreachable: u32, but: &[Arc<Node>]) -> Option<&Arc<Node>> {
         let replicas = self.nodes.get(shard.0 as usize)?;
         let routes = self.topology.routes(shard);
-        let known: Vec<(usize, &Arc<Node>)> =
+        let mut known: Vec<(usize, &Arc<Node>)> =
             replicas.iter().enumerate().filter_map(|(at, node)| Some((at, node.as_ref()?))).collect();
+        if known.iter().any(|(_, node)| !is_among(but, node)) {
+            known.retain(|(_, node)| !is_among(but, node));
+        }
         let preferred = match &from {
             ReadFrom::Primary => None,
             ReadFrom::Any => Some(rand::random_range(0..known.len().max(1))),
@@ -72,16 +75,21 @@ impl Table {
         Some((self.topology.routes(shard).first()?.replica, node))
     }
 
-    /// True when a node other than this one can be asked for the shard.
-    pub fn has_other(&self, shard: ShardId, node: &Arc<Node>) -> bool {
+    /// True when a node other than this one, and none of `but`, can be asked for the shard.
+    pub fn has_other(&self, shard: ShardId, node: &Arc<Node>, but: &[Arc<Node>]) -> bool {
         let replicas = self.nodes.get(shard.0 as usize).map_or(&[][..], Vec::as_slice);
-        replicas.iter().flatten().any(|other| !Arc::ptr_eq(other, node) && !other.is_suspect())
+        let is_other = |other: &Arc<Node>| !Arc::ptr_eq(other, node) && !is_among(but, other);
+        replicas.iter().flatten().any(|other| is_other(other) && !other.is_suspect())
     }
 
     /// True when `other` names the same owners: cursors and groups stay valid.
     pub fn same_owners(&self, other: &Table) -> bool {
         self.topology.epoch == other.topology.epoch && self.topology.shards.len() == other.topology.shards.len()
     }
+}
+
+fn is_among(nodes: &[Arc<Node>], node: &Arc<Node>) -> bool {
+    nodes.iter().any(|one| Arc::ptr_eq(one, node))
 }
 
 /// Who says so.

@@ -96,6 +96,34 @@ async fn one_that_catches_up_sends_its_callers_elsewhere_until_it_is_done() {
 }
 
 #[tokio::test]
+async fn one_that_is_out_of_service_sends_on_what_others_do_and_its_node_is_well() {
+    let (cluster, keyspace) = three().await;
+    let closed = || Fault::Refuse(VastoError::new(ErrorCode::NotPrimary, "the disk failed").retry_after_ms(20));
+    cluster.always(1, closed());
+    let began = Instant::now();
+    for n in 0..20 {
+        keyspace.put(format!("k{n}"), "v").await.unwrap();
+        assert!(keyspace.get(format!("k{n}")).await.unwrap().is_some());
+    }
+    assert_eq!(keyspace.get_many(["k1", "k2"]).await.unwrap().len(), 2);
+    assert_eq!(requests(&cluster), [41, 41, 0], "each asks the next one, and the node is not suspect");
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    // What only the primary does waits for another one.
+    let error = keyspace.clone().with_deadline(Duration::from_millis(200)).add_i64("n", 1).await.unwrap_err();
+    assert_eq!((error.kind(), requests(&cluster)[1]), (ErrorKind::Unavailable, 41), "{error}");
+    // With all of them out of service they are asked in turn until one is back.
+    cluster.always(2, closed());
+    cluster.always(3, closed());
+    let put = tokio::spawn({
+        let keyspace = keyspace.clone();
+        async move { keyspace.put("late", "v").await }
+    });
+    cluster.until("all to be asked", |state| state.nodes[&NodeId(3)].requests > 1).await;
+    heal(&cluster, 3);
+    put.await.unwrap().unwrap();
+}
+
+#[tokio::test]
 async fn reads_go_to_the_zone_or_to_anybody_and_writes_to_the_primary() {
     let (cluster, keyspace) = three().await;
     keyspace.put("k", "v").await.unwrap();

@@ -184,6 +184,13 @@ pub struct Leaving {
     pub since_us: u64,
 }
 
+impl Leaving {
+    /// The id of the operation that empties the node, in every keyspace the same.
+    pub fn operation_id(&self) -> String {
+        format!("node-{}-{}", self.node, self.since_us)
+    }
+}
+
 /// A range that was given away and is not removed yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Quarantine {

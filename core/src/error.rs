@@ -58,7 +58,8 @@ pub enum ErrorCode {
     DeadlineExceeded = 12,
     /// A defect in Vasto.
     Internal = 13,
-    /// Only the primary of the shard does this, and this replica is not primary, or not yet.
+    /// Only the primary of the shard does this, and this replica is not primary, or not yet. Also the
+    /// answer of a replica that is out of service to what any other one can do.
     NotPrimary = 14,
     /// The replica has not caught up with the others since it was opened; ask one of them.
     CatchingUp = 15,

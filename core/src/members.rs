@@ -4,9 +4,12 @@
 //! another member holds everything it has, or until its loss is accepted; only then may its files go.
 //! Nothing of this happens while another plan runs.
 
-use crate::catalog::{Catalog, KeyspaceState, Leaving, Placed, ShardPlacement, Unsealed};
-use crate::ids::{Epoch, NodeId, PlanId, ReplicaId, ShardId};
-use crate::plan::{OperationReport, Outcome, Plan, PlanKind, Reports, Source, Step, Target, operation_id};
+use crate::catalog::{Catalog, KeyspaceState, Leaving, Placed, Quarantine, ShardPlacement, Unsealed};
+use crate::ids::{Epoch, Lsn, NodeId, PlanId, ReplicaId, ShardId};
+use crate::plan::{
+    OperationReport, Outcome, PauseMs, Plan, PlanKind, ReplicaReport, Reports, Source, Step, Target, abort,
+    operation_id,
+};
 use crate::primaries::Presence;
 
 /// A node that is to be replaced and is gone is not waited for; one that is only to be emptied is.
@@ -67,18 +70,30 @@ pub fn evict(
         shard.primary = None;
     }
     shard.handing_to = None;
+    let heir = shard.shipper().map(|one| one.replica);
     let shard = shard.shard;
     next.epoch = Epoch(catalog.epoch.0 + 1);
-    for quarantine in &mut next.quarantines {
-        quarantine.replicas.retain(|one| *one != replica);
-        quarantine.targets.retain(|(one, _)| *one != replica);
-    }
+    leave_quarantines(&mut next.quarantines, replica, heir);
     if accept_loss {
         next.removed.push(replica);
     } else {
         next.unsealed.push(Unsealed { shard, replica, node, since_us: now_us });
     }
     Ok(next)
+}
+
+/// Takes a replica that is gone out of the quarantines: its range is not waited for, and what its
+/// manifest was to cover is covered by one of the replica that ships in its place.
+pub(crate) fn leave_quarantines(quarantines: &mut [Quarantine], gone: ReplicaId, heir: Option<ReplicaId>) {
+    for quarantine in quarantines {
+        quarantine.replicas.retain(|one| *one != gone);
+        let Some(at) = quarantine.targets.iter().position(|(one, _)| *one == gone) else { continue };
+        match heir.filter(|heir| quarantine.targets.iter().all(|(one, _)| one != heir)) {
+            // It began to ship after the range had moved: each of its manifests covers all of it.
+            Some(heir) => quarantine.targets[at] = (heir, Lsn(1)),
+            None => drop(quarantine.targets.remove(at)),
+        }
+    }
 }
 
 /// What is known around a keyspace.
@@ -124,15 +139,18 @@ pub fn advance_members(
             if !another_serves {
                 continue;
             }
-            // What cannot catch up, or keeps others' logs from ending, leaves.
+            // What cannot catch up, or keeps others' logs from ending, leaves; what does not serve any
+            // more does when a copy can take its place.
+            let has_room = || (around.room)(catalog, shard.shard).is_some();
+            let failed = reports.get(&one.replica).is_some_and(ReplicaReport::has_failed) && has_room();
             let too_old = replication(one.replica).is_some_and(|report| report.too_old);
             let in_the_way = shard.replicas.iter().any(|other| {
                 other.replica != one.replica
                     && replication(other.replica).is_some_and(|report| report.evict == Some(one.replica))
             });
-            let lost = (around.lost)(one.node) && (around.room)(catalog, shard.shard).is_some();
+            let lost = (around.lost)(one.node) && has_room();
             let given_up = is_given_up(catalog, around, one.node);
-            if too_old || in_the_way || lost || given_up {
+            if failed || too_old || in_the_way || lost || given_up {
                 return evict(catalog, one.replica, false, now_us, nonce).ok();
             }
         }
@@ -186,9 +204,69 @@ fn empty_leaving(
     if complete && catalog.leaving.iter().any(is_empty) {
         let mut next = catalog.next(now_us, nonce);
         next.leaving.retain(|leaving| !is_empty(leaving));
+        for leaving in catalog.leaving.iter().filter(|leaving| is_empty(leaving)) {
+            next.remember(end_of(catalog, leaving, Outcome::Done, None, now_us));
+        }
         return Some(next);
     }
     None
+}
+
+/// The copies that were made since a node has been leaving: what its emptying has cost so far.
+pub fn copies_for<'a>(catalog: &'a Catalog, leaving: &Leaving) -> impl Iterator<Item = &'a OperationReport> + use<'a> {
+    let since_us = leaving.since_us;
+    catalog.operations.iter().filter(move |report| {
+        report.started_at_us >= since_us
+            && report.outcome == Outcome::Done
+            && matches!(report.kind.as_str(), "replica" | "takeover")
+    })
+}
+
+/// What is remembered of the emptying of a node in this keyspace.
+fn end_of(
+    catalog: &Catalog,
+    leaving: &Leaving,
+    outcome: Outcome,
+    reason: Option<String>,
+    now_us: u64,
+) -> OperationReport {
+    let sum = |field: fn(&OperationReport) -> u64| copies_for(catalog, leaving).map(field).sum();
+    OperationReport {
+        id: leaving.operation_id(),
+        kind: "replace".into(),
+        keyspace: catalog.name.clone(),
+        from: catalog.spec.shards,
+        to: catalog.spec.shards,
+        outcome,
+        reason,
+        keys_moved: sum(|report| report.keys_moved),
+        bytes_moved: sum(|report| report.bytes_moved),
+        bytes_from_bucket: sum(|report| report.bytes_from_bucket),
+        bytes_from_peers: sum(|report| report.bytes_from_peers),
+        objects_read: sum(|report| report.objects_read),
+        write_pause_ms: PauseMs::default(),
+        duration_ms: now_us.saturating_sub(leaving.since_us) / 1000,
+        started_at_us: leaving.since_us,
+    }
+}
+
+/// The version under which a node that was leaving stays; `None` when it does not leave by that operation.
+/// A copy under way is given up; what has moved already stays where it is.
+pub fn stay(
+    catalog: &Catalog,
+    operation: &str,
+    reason: &str,
+    reports: &Reports,
+    now_us: u64,
+    nonce: u64,
+) -> Option<Catalog> {
+    let leaving = catalog.leaving.iter().find(|leaving| leaving.operation_id() == operation)?;
+    let copying = catalog.plan.as_ref().is_some_and(Plan::adds_member);
+    let aborted = if copying { abort(catalog, reason, reports, now_us, nonce) } else { None };
+    let mut next = aborted.unwrap_or_else(|| catalog.next(now_us, nonce));
+    next.leaving.retain(|one| one != leaving);
+    next.remember(end_of(catalog, leaving, Outcome::Aborted, Some(reason.to_owned()), now_us));
+    Some(next)
 }
 
 /// After a copy that failed the next waits a little.
@@ -293,7 +371,7 @@ mod tests {
     use super::*;
     use crate::catalog::KeyspaceSpec;
     use crate::ids::KeyspaceId;
-    use crate::plan::{ReplicaPhase, ReplicaReport, ReplicationReport};
+    use crate::plan::{ReplicaPhase, ReplicationReport};
 
     const NOW: u64 = 1_000_000_000;
     const HERE: fn(NodeId) -> Presence = |_| Presence::Here(u64::MAX);
@@ -386,6 +464,39 @@ mod tests {
         assert_eq!((lost.unsealed.len(), lost.removed.len()), (0, 2));
     }
 
+    #[test]
+    fn a_replica_that_has_failed_leaves_when_another_serves_and_a_copy_has_room() {
+        let mut failed = reports(|id, report| report.ready = id != 2);
+        failed.get_mut(&ReplicaId(2)).unwrap().phase = ReplicaPhase::Failed("rot".into());
+        let to_four = |_: &Catalog, _: ShardId| Some(NodeId(4));
+        assert_eq!(next(&catalog(), &failed, HERE, NOWHERE), None, "nothing is gained by it");
+        let left = next(&catalog(), &failed, HERE, to_four).unwrap();
+        assert_eq!((ids(&left), left.unsealed[0].replica), (vec![1, 3], ReplicaId(2)));
+        let copying = next(&left, &failed, HERE, to_four).unwrap();
+        assert_eq!(copying.plan.unwrap().targets[0].node, NodeId(4));
+        for report in failed.values_mut() {
+            report.replication.ready = false;
+        }
+        assert_eq!(next(&catalog(), &failed, HERE, to_four), None, "nobody else serves");
+    }
+
+    #[test]
+    fn a_quarantine_without_its_target_waits_for_the_one_that_ships_now() {
+        let mut catalog = catalog();
+        catalog.quarantines.push(Quarantine {
+            plan: PlanId(1),
+            range: catalog.owned_bands(),
+            replicas: vec![ReplicaId(9)],
+            targets: vec![(ReplicaId(1), Lsn(70))],
+            until_us: 0,
+            dropping: false,
+        });
+        let left = evict(&catalog, ReplicaId(1), false, NOW, 2).unwrap();
+        assert_eq!(left.quarantines[0].targets, [(ReplicaId(2), Lsn(1))]);
+        let left = evict(&catalog, ReplicaId(3), false, NOW, 2).unwrap();
+        assert_eq!(left.quarantines[0].targets, [(ReplicaId(1), Lsn(70))]);
+    }
+
     fn single() -> Catalog {
         Catalog::first(KeyspaceId(1), "ks", KeyspaceSpec::default(), &[vec![NodeId(1)]], NOW, 1)
     }
@@ -426,12 +537,32 @@ mod tests {
         let gone = next(&left, &drained, HERE, NOWHERE).unwrap();
         let ended = next(&gone, &calm, HERE, NOWHERE).unwrap();
         assert!(ended.leaving.is_empty() && ended.removed == [ReplicaId(1)]);
+        let report = ended.operations.last().unwrap();
+        assert_eq!((report.id.clone(), report.outcome), (leaving.leaving[0].operation_id(), Outcome::Done));
         // The same of a dead node: the others go on without it at once.
         let dead = |node: NodeId| if node == NodeId(1) { Presence::Gone } else { Presence::Here(0) };
         let left = next(&leaving, &calm, dead, to_four).unwrap();
         assert_eq!((ids(&left), left.unsealed.len()), (vec![2, 3], 1));
         let copying = next(&left, &calm, dead, to_four).unwrap();
         assert_eq!(copying.plan.unwrap().targets[0].node, NodeId(4));
+    }
+
+    #[test]
+    fn a_node_that_is_to_stay_keeps_its_replicas_and_a_copy_is_given_up() {
+        let calm = reports(|_, _| {});
+        let leaving = Leaving { node: NodeId(1), to: None, replace: false, since_us: NOW };
+        let begun = empty_node(&catalog(), leaving, NOW, 2).unwrap();
+        let copying = next(&begun, &calm, HERE, |_, _| Some(NodeId(4))).unwrap();
+        let id = leaving.operation_id();
+        assert_eq!(stay(&copying, "node-9-9", "cancelled", &calm, NOW, 3), None);
+        for from in [&begun, &copying] {
+            let stays = stay(from, &id, "cancelled", &calm, NOW + 5_000, 3).unwrap();
+            assert!(stays.leaving.is_empty() && stays.plan.is_none());
+            assert_eq!(ids(&stays), [1, 2, 3]);
+            let report = stays.operations.last().unwrap();
+            assert_eq!((&report.id, report.outcome, report.duration_ms), (&id, Outcome::Aborted, 5));
+            assert_eq!(next(&stays, &calm, HERE, |_, _| Some(NodeId(4))), None, "nothing begins again");
+        }
     }
 
     #[test]

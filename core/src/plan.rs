@@ -7,7 +7,8 @@
 //! **Invariant:** [`advance`] is a pure function of the last catalog version, the nodes' reports
 //! and the time, so any master can continue at any step; a commit is decided by one create-only
 //! version, and only reports that name the running plan and the sealing version count.
-//! Silence is never a reason to go forward: it makes the plan wait, unseal or abort.
+//! Silence is never a reason to go forward: it makes the plan wait, unseal or abort. Once it has
+//! committed there is nothing left to decide, and nobody who does not come back is waited for.
 
 use std::collections::BTreeMap;
 
@@ -17,6 +18,7 @@ use crate::band::{Band, ShardCountError, check_shard_count};
 use crate::catalog::{Catalog, KeyspaceState, Placed, Quarantine, ShardPlacement};
 use crate::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use crate::limits::{SEAL_TIMEOUT, TAIL_LAG_LSNS_MAX};
+use crate::members::{leave, leave_quarantines};
 use crate::record::BandRange;
 
 /// What a plan does.
@@ -169,7 +171,8 @@ impl Plan {
 /// Seals that may be undone before the plan gives up.
 pub const SEALS_UNDONE_MAX: u32 = 20;
 
-/// A node that is away for longer than this aborts a plan that has not committed, microseconds.
+/// A node that is away for longer than this aborts a plan that has not committed, and is not waited
+/// for by one that has, microseconds.
 pub const NODE_AWAY_MAX_US: u64 = 60_000_000;
 
 /// Is the replica in service?
@@ -223,6 +226,13 @@ pub struct ReplicaReport {
     /// How it stands beside the other replicas of its shard.
     #[serde(default)]
     pub replication: ReplicationReport,
+}
+
+impl ReplicaReport {
+    /// True when it serves nothing any more until somebody acts.
+    pub fn has_failed(&self) -> bool {
+        matches!(self.phase, ReplicaPhase::Failed(_))
+    }
 }
 
 /// How a replica stands beside the others of its shard.
@@ -683,7 +693,7 @@ fn advance_plan(
             }
             Advance::Write(Box::new(undo_seal(catalog, plan, now_us, nonce)))
         }),
-        Step::Committed => advance_committed(catalog, plan, reports, now_us, nonce),
+        Step::Committed => advance_committed(catalog, plan, reports, away_us, now_us, nonce),
     }
 }
 
@@ -816,7 +826,10 @@ fn commit(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce:
                 shard.replicas.push(placed);
                 if matches!(plan.kind, PlanKind::Takeover { .. }) {
                     let gone = plan.sources.iter().map(|source| source.replica);
-                    crate::members::leave(shard, &mut next.unsealed, gone, now_us);
+                    for gone in gone.clone() {
+                        leave_quarantines(&mut next.quarantines, gone, Some(target.replica));
+                    }
+                    leave(shard, &mut next.unsealed, gone, now_us);
                 }
             }
             None => next.placement.push(ShardPlacement::new(target.shard, vec![placed])),
@@ -846,16 +859,28 @@ fn commit(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce:
     next
 }
 
-fn advance_committed(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce: u64) -> Advance {
-    for target in &plan.targets {
+/// Ends a plan that has committed. Who is away for long, or has failed, obeys the newest version once
+/// it is there again: it opens or gives away then, and sends on what waited.
+fn advance_committed(
+    catalog: &Catalog,
+    plan: &Plan,
+    reports: &Reports,
+    away_us: impl Fn(NodeId) -> u64,
+    now_us: u64,
+    nonce: u64,
+) -> Advance {
+    let is_out = |replica: ReplicaId, node: NodeId| {
+        away_us(node) > NODE_AWAY_MAX_US || reports.get(&replica).is_some_and(ReplicaReport::has_failed)
+    };
+    for target in plan.targets.iter().filter(|target| !is_out(target.replica, target.node)) {
         if target_progress(plan, target.replica, reports).is_none_or(|progress| progress.stage != TargetStage::Open) {
             return Advance::Wait(format!("shard {} to open", target.shard));
         }
     }
     let giving = plan.sources.iter().filter(|_| plan.moving().is_some());
-    let sources = giving.map(|source| (source.shard, source.replica));
-    let others = others_of_sources(catalog, plan).into_iter().map(|(shard, one)| (shard, one.replica));
-    for (shard, replica) in sources.chain(others) {
+    let sources = giving.map(|source| (source.shard, source.replica, source.node));
+    let others = others_of_sources(catalog, plan).into_iter().map(|(shard, one)| (shard, one.replica, one.node));
+    for (shard, replica, _) in sources.chain(others).filter(|(_, replica, node)| !is_out(*replica, *node)) {
         if source_progress(plan, replica, reports).is_none_or(|progress| !progress.released) {
             return Advance::Wait(format!("replica {replica} of shard {shard} to release its writers"));
         }

@@ -167,8 +167,59 @@ fn a_failure_or_a_lost_node_aborts_before_the_commit_and_never_after_it() {
         assert_eq!(gone.operations.last().unwrap().reason.as_deref(), Some("disk full"));
     }
     let committed = at(Step::Committed);
-    assert!(matches!(advance(&committed, &Reports::new(), |_| u64::MAX, u64::MAX / 2, 3), Advance::Wait(_)));
+    assert!(matches!(advance(&committed, &Reports::new(), |_| NODE_AWAY_MAX_US, 2_001, 3), Advance::Wait(_)));
     assert_eq!(abort(&committed, "cancelled", &Reports::new(), 1, 1), None);
+}
+
+#[test]
+fn a_committed_plan_finishes_without_those_who_do_not_come_back() {
+    let committed = at(Step::Committed);
+    let released = |id| source(id, SourceProgress { released: true, ..source_progress_of(None) });
+    let open = target(TargetStage::Open, &[]);
+    let away = |gone: u64| move |node| if node == NODE(gone) { NODE_AWAY_MAX_US + 1 } else { 0 };
+    let finished = |next: &Catalog| next.plan.is_none() && next.operations[0].outcome == Outcome::Done;
+    // Its target, then a source.
+    let reports = Reports::from([released(1), released(2), target(TargetStage::Tailing, &[])]);
+    assert!(matches!(advance(&committed, &reports, away(2), 3_000, 3), Advance::Wait(_)), "the target is there");
+    assert!(finished(&write(advance(&committed, &reports, away(3), 3_000, 3))));
+    let reports = Reports::from([source(1, source_progress_of(None)), released(2), open.clone()]);
+    assert!(matches!(advance(&committed, &reports, away(3), 3_000, 3), Advance::Wait(_)), "the source is there");
+    assert!(finished(&write(advance(&committed, &reports, away(1), 3_000, 3))));
+    // One that has failed obeys when it is opened again.
+    let failed = ReplicaReport { phase: ReplicaPhase::Failed("rot".into()), ..report(1) };
+    let reports = Reports::from([(ReplicaId(1), failed), released(2), open]);
+    assert!(finished(&write(advance(&committed, &reports, |_| 0, 3_000, 3))));
+}
+
+#[test]
+fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
+    let mut catalog = two_shards();
+    let leaving = crate::catalog::Leaving { node: NODE(1), to: None, replace: true, since_us: 1 };
+    catalog.leaving.push(leaving);
+    for (plan, replicas, targets) in [(1, vec![1, 2], vec![(2, 7)]), (2, vec![2], vec![(1, 9), (2, 7)])] {
+        catalog.quarantines.push(Quarantine {
+            plan: PlanId(plan),
+            range: Band::leaving(2, 3).into(),
+            replicas: replicas.into_iter().map(ReplicaId).collect(),
+            targets: targets.into_iter().map(|(id, lsn)| (ReplicaId(id), Lsn(lsn))).collect(),
+            until_us: u64::MAX,
+            dropping: false,
+        });
+    }
+    catalog.plan = Some(Plan {
+        id: PlanId(1),
+        kind: PlanKind::Takeover { shard: ShardId(0) },
+        from_epoch: catalog.epoch,
+        started_at_us: 1,
+        step: Step::Tail,
+        sources: vec![Source { shard: ShardId(0), replica: ReplicaId(1), node: NODE(1), manifest: None }],
+        targets: vec![Target { shard: ShardId(0), replica: ReplicaId(3), node: NODE(3) }],
+        seals_undone: 0,
+    });
+    let taken = write(advance(&catalog, &Reports::from([target(TargetStage::Tailing, &[])]), |_| 0, 5_000, 3));
+    assert_eq!((taken.placement[0].replicas[0].replica, taken.unsealed[0].replica), (ReplicaId(3), ReplicaId(1)));
+    assert_eq!((&taken.quarantines[0].replicas[..], taken.quarantines[0].targets.len()), (&[ReplicaId(2)][..], 1));
+    assert_eq!(taken.quarantines[1].targets, [(ReplicaId(3), Lsn(1)), (ReplicaId(2), Lsn(7))]);
 }
 
 #[test]

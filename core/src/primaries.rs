@@ -1,5 +1,5 @@
-//! Which replica of a shard is primary: replaced when its node is gone, handed back when its home
-//! has returned.
+//! Which replica of a shard is primary: replaced when its node is gone or it has failed itself,
+//! handed back when its home has returned.
 //!
 //! A replaced primary costs an epoch and nothing else: every replica takes puts and deletes, so only
 //! read-modify-writes wait for it. A hand-over is planned: the primary stops to take
@@ -35,7 +35,7 @@ pub const QUIET_US: u64 = 3_000_000;
 /// What became of the primaries in a version.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Moves {
-    /// Primaries that were replaced because their node is gone.
+    /// Primaries that were replaced because their node is gone or they have failed.
     pub failovers: u64,
     /// Hand-overs that ended.
     pub handovers: u64,
@@ -50,8 +50,8 @@ pub fn advance_primaries(
     nonce: u64,
 ) -> Option<(Catalog, Moves)> {
     let step = catalog.plan.as_ref().map(|plan| plan.step);
-    // A seal is decided first: a version in between would undo it.
-    if catalog.state != KeyspaceState::Active || !matches!(step, None | Some(Step::Prepare | Step::Tail)) {
+    // A seal is decided first: a version in between would undo it. Once it is, nobody's node is waited for.
+    if catalog.state != KeyspaceState::Active || step == Some(Step::Sealing) {
         return None;
     }
     let mut next = catalog.next(now_us, nonce);
@@ -60,7 +60,9 @@ pub fn advance_primaries(
     let mut changed = false;
     for shard in next.placement.iter_mut().filter(|shard| shard.replicas.len() > 1) {
         let ready = |id: ReplicaId| {
-            reports.get(&id).is_some_and(|report| report.replication.ready && report.version <= catalog.version)
+            reports.get(&id).is_some_and(|report| {
+                report.replication.ready && !report.has_failed() && report.version <= catalog.version
+            })
         };
         match decide(shard, catalog, reports, &presence, ready, age_us) {
             Decision::Keep => {}
@@ -141,7 +143,8 @@ fn decide(
         return Decision::Keep;
     };
     let here = |node| matches!(presence(node), Presence::Here(_));
-    if presence(primary.node) == Presence::Gone {
+    let failed = |id: ReplicaId| reports.get(&id).is_some_and(|report| report.has_failed());
+    if presence(primary.node) == Presence::Gone || failed(primary.replica) {
         let successor = shard.replicas.iter().find(|one| here(one.node) && ready(one.replica));
         return successor.map_or(Decision::Keep, |one| Decision::Replace(one.replica));
     }
@@ -149,6 +152,7 @@ fn decide(
         let took_over = reports.get(&to).and_then(|report| report.replication.took_over);
         let node = shard.replicas.iter().find(|one| one.replica == to).map(|one| one.node);
         return match took_over {
+            _ if failed(to) => Decision::Undo,
             Some(version) if version == catalog.version => Decision::End(to),
             _ if node.is_none_or(|node| !here(node)) => Decision::Undo,
             _ if age_us > HANDOVER_TIMEOUT.as_micros() as u64 => Decision::Undo,
@@ -232,6 +236,42 @@ mod tests {
         assert_eq!(next.placement[0].primary, Some(ReplicaId(3)));
         assert_eq!(advance_primaries(&catalog, &BTreeMap::new(), presence(&[1]), NOW, 2), None);
         assert_eq!(advance_primaries(&catalog, &all_ready(), |_| Presence::Away, NOW, 2), None);
+    }
+
+    fn fail(reports: &mut Reports, replica: u64) {
+        reports.get_mut(&ReplicaId(replica)).unwrap().phase = ReplicaPhase::Failed("rot".into());
+    }
+
+    #[test]
+    fn a_primary_that_has_failed_is_replaced_although_its_node_is_there_and_gets_nothing_back() {
+        let (catalog, mut reports) = (catalog(), all_ready());
+        fail(&mut reports, 1);
+        let (next, moves) = advance_primaries(&catalog, &reports, HERE, NOW, 2).unwrap();
+        assert_eq!((moves, next.placement[0].primary), (Moves { failovers: 1, handovers: 0 }, Some(ReplicaId(2))));
+        let at = next.written_at_us;
+        assert_eq!(advance_primaries(&next, &reports, HERE, at + QUIET_US, 3), None, "its home has failed");
+        // One that fails in the middle of a hand-over to it gets nothing either.
+        let (handing, _) = advance_primaries(&next, &all_ready(), HERE, at + QUIET_US, 3).unwrap();
+        let (undone, _) = advance_primaries(&handing, &reports, HERE, handing.written_at_us, 4).unwrap();
+        assert_eq!((undone.placement[0].handing_to, undone.placement[0].primary), (None, Some(ReplicaId(2))));
+        // Nor is one that has failed a successor.
+        fail(&mut reports, 2);
+        let (next, _) = advance_primaries(&catalog, &reports, HERE, NOW, 2).unwrap();
+        assert_eq!(next.placement[0].primary, Some(ReplicaId(3)));
+        fail(&mut reports, 3);
+        assert_eq!(advance_primaries(&catalog, &reports, HERE, NOW, 2), None, "there is nobody else");
+    }
+
+    #[test]
+    fn a_primary_is_replaced_while_a_plan_is_committed_and_not_while_it_seals() {
+        let nodes = [NodeId(1), NodeId(2), NodeId(3)];
+        let mut running = crate::plan::start_grow(&catalog(), 3, &nodes, NOW, 2).unwrap();
+        for (step, replaced) in [(Step::Tail, true), (Step::Sealing, false), (Step::Committed, true)] {
+            running.plan.as_mut().unwrap().step = step;
+            let next = advance_primaries(&running, &all_ready(), presence(&[1]), NOW, 3);
+            assert_eq!(next.is_some(), replaced, "{step:?}");
+            assert!(next.is_none_or(|(next, _)| next.plan == running.plan), "the plan goes on as it was");
+        }
     }
 
     #[test]

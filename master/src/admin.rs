@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde_json::{Value, json};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 use vasto_core::band::check_shard_count;
@@ -21,7 +22,8 @@ use vasto_shipping::CatalogError;
 use crate::bill;
 use crate::cluster::{Cluster, nonce, now_us};
 use crate::document;
-use crate::driver::{Change, Request, changed};
+use crate::driver::{Change, Request, changed, has_ended};
+use crate::moves;
 use crate::placement::place;
 use crate::state::{Delivery, Keyspace, State};
 
@@ -240,7 +242,7 @@ pub(crate) async fn resize(cluster: &Arc<Cluster>, request: v1::ResizeRequest) -
         let change = Change::Grow { to: request.shards };
         if request.plan_only {
             let targets = state.grow_targets(known);
-            changed(&known.catalog, change, &targets, &known.reports, now_us(), 0)?;
+            changed(&known.catalog, &change, &targets, &known.reports, now_us(), 0)?;
             return Ok(document::json(&document::estimate(known, request.shards)));
         }
         (known.catalog.keyspace, change)
@@ -251,19 +253,23 @@ pub(crate) async fn resize(cluster: &Arc<Cluster>, request: v1::ResizeRequest) -
 
 pub(crate) fn operations(cluster: &Cluster) -> String {
     let state = cluster.state();
-    let mut all: Vec<_> = state.keyspaces.values().flat_map(document::operations).collect();
-    all.sort_by_key(|one| std::cmp::Reverse(one.started_at_us()));
-    document::json(&all)
+    let of_nodes = moves::node_operations(&state);
+    let documents = state.keyspaces.values().flat_map(document::operations);
+    let of_keyspaces = documents.filter(|one| !moves::is_of_node(one.id()));
+    let mut all: Vec<(u64, Value)> = of_keyspaces.map(|one| (one.started_at_us(), json!(one))).collect();
+    all.extend(of_nodes);
+    all.sort_by_key(|(started_at_us, _)| std::cmp::Reverse(*started_at_us));
+    document::json(&all.into_iter().map(|(_, one)| one).collect::<Vec<_>>())
 }
 
-fn no_operation(id: &str) -> VastoError {
+pub(crate) fn no_operation(id: &str) -> VastoError {
     let shown: String = id.chars().take(80).collect();
     error(ErrorCode::NotFound, format!("no operation `{shown}` is known; see `vasto operation list`"))
 }
 
 pub(crate) fn operation(cluster: &Cluster, id: &str) -> Answer {
-    if let Some(answer) = crate::moves::node_operation(cluster, id) {
-        return Ok(answer);
+    if moves::is_of_node(id) {
+        return moves::node_operation(cluster, id).ok_or_else(|| no_operation(id));
     }
     let state = cluster.state();
     let mut all = state.keyspaces.values().flat_map(document::operations);
@@ -272,6 +278,9 @@ pub(crate) fn operation(cluster: &Cluster, id: &str) -> Answer {
 
 /// Undoes a running operation that has not changed ownership.
 pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
+    if moves::is_of_node(id) {
+        return moves::cancel(cluster, id).await;
+    }
     let (keyspace, plan) = {
         let state = cluster.state();
         let running = state.keyspaces.values().find_map(|known| {
@@ -283,7 +292,7 @@ pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
             None => {
                 let mut ended = state.keyspaces.values().flat_map(|known| &known.catalog.operations);
                 return Err(match ended.any(|one| one.id == id) {
-                    true => error(ErrorCode::FailedPrecondition, format!("operation {id} has ended already")),
+                    true => has_ended(id),
                     false => no_operation(id),
                 });
             }

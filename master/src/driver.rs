@@ -18,7 +18,7 @@ use vasto_core::catalog::{Catalog, KeyspaceState, Leaving};
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::{Epoch, KeyspaceId, NodeId, PlanId, ReplicaId};
 use vasto_core::limits::SEALING_WRITE_MAX;
-use vasto_core::members::{EvictError, empty_node, evict};
+use vasto_core::members::{EvictError, empty_node, evict, stay};
 use vasto_core::plan::{Advance, Plan, PlanError, PlanKind, Reports, Step, abort, operation_id, start_grow};
 use vasto_core::primaries::{Moves, moves_between};
 use vasto_shipping::CatalogWrite;
@@ -37,8 +37,11 @@ const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
 /// Lost races after which a request is given up.
 const ATTEMPTS_MAX: usize = 16;
 
+/// Why an operation was aborted that somebody cancelled.
+const CANCELLED: &str = "cancelled by an administrator";
+
 /// What a person can ask of a keyspace.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Change {
     /// More shards.
     Grow { to: u32 },
@@ -48,6 +51,8 @@ pub(crate) enum Change {
     Evict { replica: ReplicaId, accept_loss: bool },
     /// Move a node's replicas elsewhere.
     Empty(Leaving),
+    /// Let a node keep the replicas that it still has: undo the operation that empties it.
+    Stay { operation: String },
     /// Drop the keyspace.
     Delete,
 }
@@ -202,7 +207,7 @@ impl Driver {
                 let state = self.cluster.state();
                 let Some(known) = state.keyspaces.get(&self.keyspace) else { return };
                 let targets = state.grow_targets(known);
-                changed(&known.catalog, request.change, &targets, &known.reports, now_us(), nonce())
+                changed(&known.catalog, &request.change, &targets, &known.reports, now_us(), nonce())
             };
             let next = match next {
                 Ok(next) => next,
@@ -367,20 +372,20 @@ fn next_look(catalog: &Catalog, now_us: u64) -> Option<Duration> {
 /// The version that makes a change.
 pub(crate) fn changed(
     catalog: &Catalog,
-    change: Change,
+    change: &Change,
     grow_targets: &[NodeId],
     reports: &Reports,
     now_us: u64,
     nonce: u64,
 ) -> Result<Catalog, VastoError> {
     let refuse = |message: String| Err(VastoError::new(ErrorCode::FailedPrecondition, message));
-    match change {
+    match *change {
         Change::Grow { to } => start_grow(catalog, to, grow_targets, now_us, nonce).map_err(plan_error),
         Change::Cancel { plan } => {
             let id = operation_id(catalog.keyspace, plan);
             match catalog.plan.as_ref().filter(|running| running.id == plan) {
-                None => refuse(format!("operation {id} is not running; it has ended already")),
-                Some(_) => abort(catalog, "cancelled by an administrator", reports, now_us, nonce).map_or_else(
+                None => Err(has_ended(&id)),
+                Some(_) => abort(catalog, CANCELLED, reports, now_us, nonce).map_or_else(
                     || {
                         refuse(format!(
                             "operation {id} has changed ownership already and cannot be cancelled; it ends by itself"
@@ -403,6 +408,9 @@ pub(crate) fn changed(
             let message = format!("node {} has no replica of keyspace {}", leaving.node, catalog.name);
             VastoError::new(ErrorCode::NotFound, message)
         }),
+        Change::Stay { ref operation } => {
+            stay(catalog, operation, CANCELLED, reports, now_us, nonce).ok_or_else(|| has_ended(operation))
+        }
         Change::Delete => {
             let ends = |plan: &&Plan| !matches!(plan.kind, PlanKind::Restore { .. });
             if let Some(plan) = catalog.plan.as_ref().filter(ends) {
@@ -419,6 +427,10 @@ pub(crate) fn changed(
             Ok(next)
         }
     }
+}
+
+pub(crate) fn has_ended(id: &str) -> VastoError {
+    VastoError::new(ErrorCode::FailedPrecondition, format!("operation {id} has ended already"))
 }
 
 fn plan_error(error: PlanError) -> VastoError {

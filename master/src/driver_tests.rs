@@ -68,7 +68,7 @@ fn idle_keyspaces_are_not_looked_at() {
 fn changes_that_are_refused_say_what_to_do() {
     let reports = Reports::new();
     let refused =
-        |catalog: &Catalog, change, node: &[NodeId]| changed(catalog, change, node, &reports, 9, 9).unwrap_err();
+        |catalog: &Catalog, change, node: &[NodeId]| changed(catalog, &change, node, &reports, 9, 9).unwrap_err();
     let idle = first(KeyspaceId(1));
     assert_eq!(refused(&idle, Change::Grow { to: 1 }, &[NodeId(1)]).code, ErrorCode::InvalidArgument);
     assert_eq!(refused(&idle, Change::Grow { to: 5000 }, &[NodeId(1)]).code, ErrorCode::InvalidArgument);
@@ -77,7 +77,7 @@ fn changes_that_are_refused_say_what_to_do() {
     assert_eq!(refused(&idle, Change::Cancel { plan: PlanId(1) }, &[]).code, ErrorCode::FailedPrecondition);
     let busy = growing(Step::Tail);
     for change in [Change::Grow { to: 2 }, Change::Grow { to: 3 }, Change::Delete] {
-        assert_eq!(refused(&busy, change, &[NodeId(1)]).code, ErrorCode::FailedPrecondition, "{change:?}");
+        assert_eq!(refused(&busy, change.clone(), &[NodeId(1)]).code, ErrorCode::FailedPrecondition, "{change:?}");
     }
     let committed = growing(Step::Committed);
     assert!(refused(&committed, Change::Cancel { plan: PlanId(1) }, &[]).message.contains("changed ownership"));
@@ -87,7 +87,7 @@ fn changes_that_are_refused_say_what_to_do() {
 
 #[test]
 fn a_delete_raises_the_epoch_and_forgets_what_waits() {
-    let deleted = changed(&first(KeyspaceId(1)), Change::Delete, &[], &Reports::new(), 9, 9).unwrap();
+    let deleted = changed(&first(KeyspaceId(1)), &Change::Delete, &[], &Reports::new(), 9, 9).unwrap();
     assert_eq!((deleted.state, deleted.epoch, deleted.version.0), (KeyspaceState::Deleted, Epoch(2), 2));
     assert_eq!(deleted.placement.len(), 1, "nodes find their part in it");
 }

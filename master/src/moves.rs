@@ -3,6 +3,7 @@
 //! **Invariant:** nothing is remembered here. A restore is a plan of the new keyspace, and what leaves a
 //! node is in the catalogs, so any master goes on with both.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use vasto_core::catalog::{Catalog, KeyspaceSpec, KeyspaceState, Leaving};
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::{KeyspaceId, NodeId, PlanId};
 use vasto_core::limits::{ADMIN_DEADLINE, check_keyspace_name};
+use vasto_core::members::copies_for;
 use vasto_core::plan::{OperationReport, Outcome, Plan, PlanKind, Step, Target};
 use vasto_proto::v1;
 use vasto_shipping::CatalogError;
@@ -19,9 +21,9 @@ use vasto_shipping::CatalogError;
 use crate::admin::{self, ask, learn_all, taken, unsure};
 use crate::cluster::{Cluster, nonce, now_us};
 use crate::document;
-use crate::driver::Change;
+use crate::driver::{Change, has_ended};
 use crate::placement::place;
-use crate::state::{Delivery, State};
+use crate::state::{Delivery, Keyspace, State};
 
 type Answer = Result<String, VastoError>;
 
@@ -182,8 +184,8 @@ pub(crate) async fn empty(cluster: &Arc<Cluster>, request: v1::EmptyNodeRequest)
         ask(cluster, keyspace, Change::Empty(leaving)).await?;
     }
     tracing::info!(%node, ?to, "moving all replicas of a node");
-    let id = operation_id(leaving);
-    node_operation(cluster, &id).ok_or_else(|| error(ErrorCode::Internal, "the operation is not known any more"))
+    node_operation(cluster, &leaving.operation_id())
+        .ok_or_else(|| error(ErrorCode::Internal, "the operation is not known any more"))
 }
 
 /// The keyspaces with replicas on the node, when there is somebody for each of them.
@@ -223,32 +225,83 @@ fn check(state: &State, leaving: Leaving, replace: bool) -> Result<Vec<KeyspaceI
     Ok(concerned)
 }
 
-fn operation_id(leaving: Leaving) -> String {
-    format!("node-{}-{}", leaving.node, leaving.since_us)
+/// True for the ids of operations that empty a node.
+pub(crate) fn is_of_node(id: &str) -> bool {
+    id.starts_with("node-")
 }
 
-/// How far the emptying of a node is; `None` when the id is not of that kind.
+/// Lets a node keep the replicas that it still has.
+pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
+    let concerned: Vec<KeyspaceId> = {
+        let state = cluster.state();
+        state
+            .active()
+            .filter(|known| leaving_by(&known.catalog, id).is_some())
+            .map(|one| one.catalog.keyspace)
+            .collect()
+    };
+    if concerned.is_empty() {
+        return Err(match node_operation(cluster, id) {
+            Some(_) => has_ended(id),
+            None => admin::no_operation(id),
+        });
+    }
+    for keyspace in concerned {
+        ask(cluster, keyspace, Change::Stay { operation: id.to_owned() }).await?;
+    }
+    tracing::info!(operation = id, "cancelled an operation");
+    node_operation(cluster, id).ok_or_else(|| admin::no_operation(id))
+}
+
+/// How far the emptying of a node is; `None` when no catalog knows of it.
 pub(crate) fn node_operation(cluster: &Cluster, id: &str) -> Option<String> {
+    describe(&cluster.state(), id).map(|(_, answer)| answer.to_string())
+}
+
+/// The emptying of nodes that is under way or remembered, with the time at which it began.
+pub(crate) fn node_operations(state: &State) -> Vec<(u64, Value)> {
+    let catalogs = || state.keyspaces.values().map(|known| &known.catalog);
+    let leaving = catalogs().flat_map(|catalog| &catalog.leaving).map(Leaving::operation_id);
+    let ended = catalogs().flat_map(|catalog| &catalog.operations).map(|report| report.id.clone());
+    let ids: BTreeSet<String> = leaving.chain(ended.filter(|id| is_of_node(id))).collect();
+    ids.iter().filter_map(|id| describe(state, id)).collect()
+}
+
+fn leaving_by(catalog: &Catalog, id: &str) -> Option<Leaving> {
+    catalog.leaving.iter().copied().find(|leaving| leaving.operation_id() == id)
+}
+
+/// One document for what the operation does in all keyspaces.
+fn describe(state: &State, id: &str) -> Option<(u64, Value)> {
     let (node, since) = id.strip_prefix("node-")?.rsplit_once('-')?;
     let (node, since_us): (NodeId, u64) = (node.parse().ok()?, since.parse().ok()?);
-    let state = cluster.state();
-    let running: Vec<_> = state
-        .active()
-        .filter(|known| known.catalog.leaving.iter().any(|one| (one.node, one.since_us) == (node, since_us)))
+    let ended_in = |catalog: &Catalog| catalog.operations.iter().rev().find(|report| report.id == id).cloned();
+    let mut known: Vec<&Keyspace> = state.keyspaces.values().collect();
+    known.retain(|one| leaving_by(&one.catalog, id).is_some() || ended_in(&one.catalog).is_some());
+    if known.is_empty() {
+        return None;
+    }
+    let running: Vec<&Keyspace> = known
+        .iter()
+        .copied()
+        .filter(|one| one.catalog.state == KeyspaceState::Active && leaving_by(&one.catalog, id).is_some())
         .collect();
-    let of_it = |report: &&OperationReport| {
-        report.started_at_us >= since_us && matches!(report.kind.as_str(), "replica" | "takeover")
+    let ended: Vec<OperationReport> = known.iter().filter_map(|one| ended_in(&one.catalog)).collect();
+    let copies_in = |catalog: &Catalog| {
+        let until_us = ended_in(catalog).map_or(u64::MAX, |report| ended_us(&report));
+        let leaving = Leaving { node, to: None, replace: false, since_us };
+        copies_for(catalog, &leaving).filter(|copy| copy.started_at_us <= until_us).cloned().collect::<Vec<_>>()
     };
-    let reports: Vec<&OperationReport> = state
-        .active()
-        .flat_map(|known| known.catalog.operations.iter().filter(of_it))
-        .filter(|report| report.outcome == Outcome::Done)
+    let moved: usize = known.iter().map(|one| copies_in(&one.catalog).len()).sum();
+    // What has ended has its figures in its own report: those of the copies are forgotten in time.
+    let figures: Vec<OperationReport> = known
+        .iter()
+        .flat_map(|one| ended_in(&one.catalog).map_or_else(|| copies_in(&one.catalog), |report| vec![report]))
         .collect();
-    let sum = |field: fn(&OperationReport) -> u64| reports.iter().map(|report| field(report)).sum::<u64>();
-    let ended_us = |report: &&OperationReport| report.started_at_us + report.duration_ms * 1000;
-    let until = if running.is_empty() { reports.iter().map(ended_us).max().unwrap_or(since_us) } else { now_us() };
-    let mut names: Vec<&str> = reports.iter().map(|report| report.keyspace.as_str()).collect();
-    names.extend(running.iter().map(|known| known.catalog.name.as_str()));
+    let sum = |field: fn(&OperationReport) -> u64| figures.iter().map(field).sum::<u64>();
+    let until_us = if running.is_empty() { ended.iter().map(ended_us).max().unwrap_or(since_us) } else { now_us() };
+    let aborted = ended.iter().find(|report| report.outcome == Outcome::Aborted);
+    let mut names: Vec<&str> = known.iter().map(|one| one.catalog.name.as_str()).collect();
     names.sort_unstable();
     names.dedup();
     let left: usize = running
@@ -259,16 +312,19 @@ pub(crate) fn node_operation(cluster: &Cluster, id: &str) -> Option<String> {
     let plans: Vec<_> = running.iter().filter_map(|known| document::running(known)).collect();
     let progress = |field: &str| plans.iter().filter_map(|plan| json!(plan)[field].as_u64()).sum::<u64>();
     let waiting = running.iter().find_map(|known| known.waiting_for.clone());
-    let to = running.iter().flat_map(|known| &known.catalog.leaving).find_map(|one| one.to);
-    let taken: u64 = reports.len() as u64;
+    let to = running.iter().filter_map(|known| leaving_by(&known.catalog, id)).find_map(|one| one.to);
     let mut answer = json!({
         "id": id,
         "kind": "replace",
         "keyspace": names.join(","),
         "from": node.to_string(),
         "to": to.map(|to| to.to_string()),
-        "state": if running.is_empty() { "done" } else { "running" },
-        "replicas_moved": taken,
+        "state": match (running.is_empty(), aborted) {
+            (false, _) => "running",
+            (true, Some(_)) => "aborted",
+            (true, None) => "done",
+        },
+        "replicas_moved": moved,
         "replicas_left": left,
         "keys_moved": sum(|report| report.keys_moved),
         "bytes_moved": sum(|report| report.bytes_moved),
@@ -276,18 +332,23 @@ pub(crate) fn node_operation(cluster: &Cluster, id: &str) -> Option<String> {
         "bytes_from_peers": sum(|report| report.bytes_from_peers),
         "objects_read": sum(|report| report.objects_read),
         "write_pause_ms": {"p50": 0.0, "p99": 0.0, "max": 0.0},
-        "duration_ms": until.saturating_sub(since_us) / 1000,
+        "duration_ms": until_us.saturating_sub(since_us) / 1000,
         "started_at_us": since_us,
     });
-    if !running.is_empty()
-        && let Value::Object(fields) = &mut answer
-    {
+    let Value::Object(fields) = &mut answer else { return None };
+    if !running.is_empty() {
         fields.insert("step".into(), json!(format!("{left} replicas left")));
         fields.insert("waiting_for".into(), json!(waiting));
         fields.insert("bytes_done".into(), json!(progress("bytes_done")));
         fields.insert("bytes_total".into(), json!(progress("bytes_total")));
+    } else if let Some(aborted) = aborted {
+        fields.insert("reason".into(), json!(aborted.reason));
     }
-    Some(answer.to_string())
+    Some((since_us, answer))
+}
+
+fn ended_us(report: &OperationReport) -> u64 {
+    report.started_at_us + report.duration_ms * 1000
 }
 
 #[cfg(test)]

@@ -1,14 +1,12 @@
 //! Which nodes get the replicas of a new keyspace, and which node gets the new shard of a grow.
 //!
 //! **Invariant:** pure and deterministic; the copies of a shard are on distinct nodes, and in
-//! distinct zones while there are enough. No node is given more than
-//! [`NODE_REPLICAS_MAX`](vasto_core::limits::NODE_REPLICAS_MAX) replicas.
+//! distinct zones while there are enough. No node is given more replicas than it takes.
 
 use std::collections::BTreeMap;
 
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::NodeId;
-use vasto_core::limits::NODE_REPLICAS_MAX;
 
 /// A live node that could take a replica.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,8 +15,17 @@ pub(crate) struct Candidate {
     pub(crate) zone: String,
     /// Replicas that it has, of all keyspaces.
     pub(crate) replicas: usize,
+    /// Replicas that it takes.
+    pub(crate) replicas_max: usize,
     /// Replicas that it has of the keyspace in question.
     pub(crate) of_keyspace: usize,
+}
+
+impl Candidate {
+    /// Replicas that it takes beyond those that it has.
+    pub(crate) fn room(&self) -> usize {
+        self.replicas_max.saturating_sub(self.replicas)
+    }
 }
 
 /// Why nobody can be chosen.
@@ -29,8 +36,8 @@ pub(crate) enum PlacementError {
     #[error("{replicas} copies of a shard need {replicas} live nodes, and there are {nodes}; start more nodes")]
     TooFewNodes { replicas: u32, nodes: usize },
     #[error(
-        "the live nodes have room for {room} more replicas (at most {NODE_REPLICAS_MAX} each), and {needed} are \
-         needed; start more nodes or use fewer shards"
+        "the live nodes have room for {room} more replicas, and {needed} are needed; start more nodes, raise their \
+         node.max_replicas, or use fewer shards"
     )]
     Full { room: usize, needed: usize },
 }
@@ -51,7 +58,7 @@ pub(crate) fn place(shards: u32, replicas: u32, candidates: &[Candidate]) -> Res
     }
     let mut pool = candidates.to_vec();
     let needed = shards as usize * replicas as usize;
-    let room = pool.iter().map(|one| NODE_REPLICAS_MAX.saturating_sub(one.replicas)).sum();
+    let room = pool.iter().map(Candidate::room).sum();
     let full = PlacementError::Full { room, needed };
     if room < needed {
         return Err(full);
@@ -64,7 +71,7 @@ pub(crate) fn place(shards: u32, replicas: u32, candidates: &[Candidate]) -> Res
             for _ in 0..replicas {
                 let best = pool
                     .iter_mut()
-                    .filter(|one| one.replicas < NODE_REPLICAS_MAX && !chosen.iter().any(|(node, _)| *node == one.node))
+                    .filter(|one| one.room() > 0 && !chosen.iter().any(|(node, _)| *node == one.node))
                     // Evenly within this keyspace first: its load is what must spread.
                     .min_by_key(|one| {
                         let zone_used = chosen.iter().any(|(_, zone)| *zone == one.zone);
@@ -92,8 +99,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const MOST: usize = 256;
+
     fn node(id: u64, zone: &str, replicas: usize, of_keyspace: usize) -> Candidate {
-        Candidate { node: NodeId(id), zone: zone.into(), replicas, of_keyspace }
+        Candidate { node: NodeId(id), zone: zone.into(), replicas, replicas_max: MOST, of_keyspace }
     }
 
     #[test]
@@ -113,9 +122,12 @@ mod tests {
     #[test]
     fn nobody_and_full_nodes_are_said() {
         assert_eq!(place(1, 1, &[]), Err(PlacementError::NoNode));
-        let full = [node(1, "", NODE_REPLICAS_MAX - 1, 0)];
+        let full = [node(1, "", MOST - 1, 0)];
         assert_eq!(place(2, 1, &full), Err(PlacementError::Full { room: 1, needed: 2 }));
         assert_eq!(place(1, 1, &full).unwrap(), [[NodeId(1)]]);
+        let small = [Candidate { replicas_max: 2, ..node(1, "", 0, 0) }, node(2, "", 50, 0)];
+        let placed = place(5, 1, &small).unwrap();
+        assert_eq!(placed.iter().filter(|nodes| nodes[0] == NodeId(1)).count(), 2, "each by its own limit");
     }
 
     #[test]
@@ -123,7 +135,7 @@ mod tests {
         let nodes = [node(1, "", 1, 1), node(2, "", 9, 0), node(3, "", 2, 0)];
         assert_eq!(place(1, 1, &nodes).unwrap(), [[NodeId(3)]]);
         assert_eq!(place(1, 2, &nodes).unwrap(), [[NodeId(3), NodeId(2)]]);
-        assert!(place(1, 1, &[node(1, "", NODE_REPLICAS_MAX, 0)]).is_err());
+        assert!(place(1, 1, &[node(1, "", MOST, 0)]).is_err());
     }
 
     proptest! {

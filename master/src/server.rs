@@ -93,18 +93,19 @@ impl RunningMaster {
 }
 
 impl Master {
-    /// Opens and probes the bucket, claims the cluster, loads every catalog, and serves until
+    /// Binds its address, opens and probes the bucket, claims the cluster, loads every catalog, and serves until
     /// `shutdown` is cancelled.
     ///
     /// # Errors
     /// [`MasterError`]: the bucket cannot be used, or the address cannot be bound.
     pub async fn start(config: MasterConfig, shutdown: CancellationToken) -> Result<RunningMaster, MasterError> {
+        // A start that cannot serve leaves no trace.
+        let (listener, listen) = bind(config.listen).await?;
         let bucket = Bucket::open(&config.bucket_url, &config.bucket_options)?;
         bucket.probe().await?;
         let store = vasto_shipping::CatalogStore::new(bucket.clone());
         let cluster_id = store.claim_cluster(format!("c-{:016x}", rand::random::<u64>())).await?;
         let catalogs = store.load_all().await?;
-        let (listener, listen) = bind(config.listen).await?;
 
         let settings =
             Settings { node_silence: config.node_silence, retention: config.retention, prices: config.prices };

@@ -47,6 +47,8 @@ pub(crate) struct Node {
     pub(crate) address: String,
     pub(crate) zone: String,
     pub(crate) pid: u32,
+    /// Replicas that it takes.
+    pub(crate) max_replicas: usize,
     pub(crate) disk_used: u64,
     pub(crate) disk_free: u64,
     pub(crate) bucket: v1::BucketRequests,
@@ -158,6 +160,7 @@ impl State {
             address: String::new(),
             zone: String::new(),
             pid: 0,
+            max_replicas: NODE_REPLICAS_MAX,
             disk_used: 0,
             disk_free: 0,
             bucket: v1::BucketRequests::default(),
@@ -177,6 +180,10 @@ impl State {
         node.address = hello.address.clone();
         node.zone = hello.zone.clone();
         node.pid = hello.pid;
+        node.max_replicas = match hello.max_replicas {
+            0 => NODE_REPLICAS_MAX,
+            most => most as usize,
+        };
         node.heard_us = now_us;
         for keyspace in self.keyspaces.values_mut() {
             keyspace.forget_reports_of(id);
@@ -431,6 +438,7 @@ impl State {
                 node: *id,
                 zone: node.zone.clone(),
                 replicas: self.keyspaces.values().map(members).sum(),
+                replicas_max: node.max_replicas,
                 of_keyspace: keyspace.and_then(|id| self.keyspaces.get(&id)).map_or(0, members),
             }
         })
@@ -447,7 +455,7 @@ impl State {
         let placed = catalog.shard(shard).map(|one| one.replicas.as_slice()).unwrap_or_default();
         self.candidates(Some(catalog.keyspace))
             .into_iter()
-            .filter(|one| one.replicas < NODE_REPLICAS_MAX && !has(one.node) && !leaves(one.node))
+            .filter(|one| one.room() > 0 && !has(one.node) && !leaves(one.node))
             .min_by_key(|one| {
                 let zone_used = placed.iter().any(|other| zone_of(other.node) == Some(one.zone.as_str()));
                 (!asked(one.node), zone_used, one.of_keyspace, one.replicas, one.node)

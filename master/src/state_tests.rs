@@ -16,6 +16,7 @@ pub(crate) fn hello(node: u64, address: &str) -> v1::Hello {
         zone: "z1".into(),
         pid: 1,
         protocol: vasto_proto::PROTOCOL,
+        max_replicas: 0,
     }
 }
 
@@ -285,4 +286,18 @@ fn without_any_node_nothing_is_decided() {
     state.connect(&hello(1, "a:1"), false, long).unwrap();
     let aborted = write(state.decide(KS, long, long, 3));
     assert!(aborted.operations[0].reason.as_ref().unwrap().contains("away"), "node 2 is a source and gone");
+}
+
+#[test]
+fn a_node_gets_no_more_replicas_than_it_said_that_it_takes() {
+    let (mut state, ..) = two_nodes();
+    let full = v1::Hello { max_replicas: 1, ..hello(3, "a:3") };
+    state.connect(&full, false, 10).unwrap();
+    let catalog = state.keyspaces[&KS].catalog.clone();
+    assert_eq!(state.copy_target(&catalog, ShardId(0)), Some(NodeId(3)));
+    let mut more = Catalog::first(KeyspaceId(2), "ks2", KeyspaceSpec::default(), &[vec![NodeId(3)]], 1_000, 1);
+    more.version = CatalogVersion(2);
+    state.install(more, Delivery::Push);
+    assert_eq!(state.copy_target(&catalog, ShardId(0)), Some(NodeId(2)), "the other one is full");
+    assert_eq!(state.grow_targets(&state.keyspaces[&KS]), [NodeId(1)]);
 }

@@ -146,6 +146,12 @@ impl NodeCore {
         })
     }
 
+    /// True when no other replica of the shard is placed by the known catalog.
+    pub fn is_the_only_one(&self, keyspace: KeyspaceId, shard: ShardId) -> bool {
+        let catalogs = self.catalogs.load();
+        catalogs.get(&keyspace).and_then(|catalog| catalog.shard(shard)).is_none_or(|one| one.replicas.len() < 2)
+    }
+
     /// Changes of anything above.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()

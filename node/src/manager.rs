@@ -9,9 +9,10 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::ids::{KeyspaceId, ReplicaId, ShardId};
 use vasto_core::plan::{ReplicaPhase, ReplicaReport};
@@ -20,6 +21,12 @@ use crate::host::{Host, HostContext, Tenant};
 use crate::node_dir::{DirError, NodeDir, Registered};
 use crate::ship::ShipHandle;
 
+/// First and longest pause between attempts to obey a version that could not be remembered.
+const OBEY_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+
+/// Between two looks at replicas that open.
+const LOOK: Duration = Duration::from_millis(10);
+
 /// The hosts of a node.
 pub struct Manager {
     context: Arc<HostContext>,
@@ -27,7 +34,7 @@ pub struct Manager {
     hosts: Mutex<HashMap<(KeyspaceId, ReplicaId), Host>>,
     failed: Mutex<HashMap<(KeyspaceId, ReplicaId), (ShardId, String)>>,
     replicas_max: usize,
-    stopping: AtomicBool,
+    stopping: CancellationToken,
     turns: Mutex<HashMap<KeyspaceId, Arc<tokio::sync::Mutex<()>>>>,
 }
 
@@ -40,8 +47,26 @@ impl Manager {
             hosts: Mutex::default(),
             failed: Mutex::default(),
             replicas_max,
-            stopping: AtomicBool::new(false),
+            stopping: CancellationToken::new(),
             turns: Mutex::default(),
+        }
+    }
+
+    /// Obeys a version that the master says once, however often that fails: until it is done, a newer
+    /// one is known, or the node stops.
+    pub async fn obey_at_last(&self, catalog: Arc<Catalog>) {
+        let (mut pause, longest) = OBEY_AGAIN;
+        while let Err(error) = self.obey(catalog.clone(), false).await {
+            tracing::error!(
+                %error,
+                keyspace = catalog.keyspace.0,
+                version = catalog.version.0,
+                "a catalog version could not be obeyed; trying again"
+            );
+            if self.stopping.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
+                return;
+            }
+            pause = (pause * 2).min(longest);
         }
     }
 
@@ -61,7 +86,7 @@ impl Manager {
             !members.is_empty() || self.dir.lock().replicas().iter().any(|one| one.keyspace == catalog.keyspace);
         if !remembered && concerned {
             let (dir, noted) = (self.dir.clone(), catalog.clone());
-            tokio::task::spawn_blocking(move || dir.lock().remember_catalog(&noted)).await.unwrap_or(Ok(()))?;
+            on_disk(move || dir.lock().remember_catalog(&noted)).await?;
         }
         core.set_catalog(catalog.clone());
         // First what goes: a new target of a shard takes the place of an aborted one.
@@ -78,7 +103,7 @@ impl Manager {
         let registered = dir.registered(catalog.keyspace, replica);
         let path = dir.replica_dir(catalog.keyspace, replica);
         let mut hosts = self.hosts.lock();
-        if self.stopping.load(Ordering::Acquire) {
+        if self.stopping.is_cancelled() {
             return Ok(()); // a version that arrives while the node stops opens nothing
         }
         if registered.is_none() && hosts.len() >= self.replicas_max {
@@ -148,9 +173,7 @@ impl Manager {
                 "removing a replica"
             );
             let dir = self.dir.clone();
-            tokio::task::spawn_blocking(move || dir.lock().discard(one.keyspace, one.replica))
-                .await
-                .unwrap_or(Ok(()))?;
+            on_disk(move || dir.lock().discard(one.keyspace, one.replica)).await?;
             self.failed.lock().remove(&(one.keyspace, one.replica));
         }
         Ok(())
@@ -211,13 +234,39 @@ impl Manager {
         self.hosts.lock().iter().filter(|((ks, _), _)| *ks == keyspace).filter_map(|(_, host)| host.shipper()).collect()
     }
 
+    /// Waits until each replica that the known catalogs place here is open or has failed. One that is
+    /// being filled by a plan is not waited for.
+    pub async fn opened(&self) {
+        while self.is_opening() {
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    fn is_opening(&self) -> bool {
+        let core = &self.context.core;
+        self.hosts.lock().values().any(|host| {
+            let Tenant { keyspace, replica, .. } = host.tenant;
+            core.catalog(keyspace).is_some_and(|catalog| {
+                let is_target = catalog.plan.iter().flat_map(|plan| &plan.targets).any(|one| one.replica == replica);
+                catalog.is_placed(replica) && !is_target
+            }) && core.replica(keyspace, replica).is_none()
+                && !host.report(core).has_failed()
+        })
+    }
+
     /// Stops all hosts, in parallel.
     pub async fn stop(&self) {
         let hosts: Vec<Host> = {
             let mut hosts = self.hosts.lock();
-            self.stopping.store(true, Ordering::Release);
+            self.stopping.cancel();
             hosts.drain().map(|(_, host)| host).collect()
         };
         futures::future::join_all(hosts.into_iter().map(Host::stop)).await;
     }
+}
+
+/// Work that waits for the disk. That it was cut off, by a panic or the end of the process, is no success.
+async fn on_disk(work: impl FnOnce() -> Result<(), DirError> + Send + 'static) -> Result<(), DirError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| Err(DirError::CutOff(error.to_string())))
 }

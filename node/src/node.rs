@@ -19,6 +19,7 @@ use vasto_core::topology::NodeAddress;
 use vasto_proto::v1::data_server::DataServer;
 use vasto_proto::v1::replication_server::ReplicationServer;
 use vasto_shipping::bucket::{Bucket, BucketError, BucketOptions};
+use vasto_shipping::{RetryBudget, layout};
 
 use crate::clock::{SharedClock, SystemClock};
 use crate::core::NodeCore;
@@ -77,6 +78,12 @@ pub enum NodeError {
     /// The bucket.
     #[error(transparent)]
     Bucket(#[from] BucketError),
+    /// The bucket is not the master's.
+    #[error(
+        "bucket {0} holds no cluster.json, so it is not the one that the master uses; let the URL and the endpoint \
+         name the same bucket on both machines"
+    )]
+    OtherBucket(String),
     /// The listen address.
     #[error(
         "cannot listen on {listen}: {source}; stop what uses the port, or choose another --listen (port 0 picks a free one)"
@@ -91,6 +98,9 @@ pub enum NodeError {
 
 /// How long a new node waits for its master, and a known one before it serves without it.
 const FIRST_MASTER_WAIT: Duration = Duration::from_secs(10);
+
+/// How long a node waits for its replicas to open before it says that it is ready.
+const OPEN_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Starts nodes.
 pub struct Node;
@@ -114,9 +124,14 @@ impl RunningNode {
 }
 
 impl Node {
-    /// Starts a node: opens its directory, joins the master, hosts its replicas, serves. A node that
-    /// has been in a cluster before also starts without its master, from what it remembers.
+    /// Starts a node: opens its directory, joins the master, hosts its replicas, serves; answers when
+    /// those that it remembers are open. A node that has been in a cluster before also starts without its
+    /// master, from what it remembers.
     pub async fn start(config: NodeConfig, shutdown: CancellationToken) -> Result<RunningNode, NodeError> {
+        // A start that cannot serve leaves no trace.
+        let listen_failed = |source| NodeError::Listen { listen: config.listen, source };
+        let listener = TcpListener::bind(config.listen).await.map_err(listen_failed)?;
+        let listen = listener.local_addr().map_err(listen_failed)?;
         let fresh_id = NodeId(rand::random());
         let path = config.dir.clone();
         let dir = tokio::task::spawn_blocking(move || NodeDir::open(&path, fresh_id))
@@ -124,21 +139,36 @@ impl Node {
             .unwrap_or_else(|_| Err(DirError::Locked(config.dir.clone())))?;
         let identity = dir.identity().clone();
         let node_id = identity.node_id;
+        let holds_replicas = !dir.replicas().is_empty();
         let dir = Arc::new(Mutex::new(dir));
-        let listen_failed = |source| NodeError::Listen { listen: config.listen, source };
-        let listener = TcpListener::bind(config.listen).await.map_err(listen_failed)?;
-        let listen = listener.local_addr().map_err(listen_failed)?;
         let session_config = SessionConfig {
             master: config.master.clone(),
             address: config.advertise.clone().unwrap_or_else(|| listen.to_string()),
             zone: config.zone.clone(),
             node_id,
+            max_replicas: config.max_replicas,
         };
         let (first, joined) =
             first_session(&session_config, &dir, identity.cluster_id.clone(), identity.bucket_url.clone()).await?;
         let bucket = Bucket::open(&joined.bucket_url, &config.bucket_options)?;
         let labels = [KeyValue::new("role", "node"), KeyValue::new("node", node_id.to_string())];
         vasto_shipping::metrics::observe(&bucket, &labels);
+        if first.is_some() && holds_replicas {
+            // What is here is served whatever the bucket says. Ends within the patience of a probe.
+            let bucket = bucket.clone();
+            tokio::spawn(async move {
+                if let Err(error) = look_at(&bucket).await {
+                    tracing::warn!(%error, "the bucket cannot be used now; this node serves, and ships when it can");
+                }
+            });
+        } else if first.is_some() {
+            match look_at(&bucket).await {
+                Err(NodeError::Bucket(error @ BucketError::Unreachable { .. })) => {
+                    tracing::warn!(%error, "the bucket cannot be reached now; this node ships when it can");
+                }
+                looked => looked?,
+            }
+        }
         let clock: SharedClock = Arc::new(SystemClock { shift_ms: config.clock_shift_ms });
         let core = Arc::new(NodeCore::new(node_id, clock.clone(), config.read_threads));
         let limit = open_files::raise();
@@ -163,6 +193,7 @@ impl Node {
         for catalog in remembered {
             manager.obey(Arc::new(catalog), true).await?;
         }
+        let opening = manager.clone();
         let task = tokio::spawn(serve(Running {
             core,
             engines,
@@ -173,8 +204,13 @@ impl Node {
             first,
             listener,
             data_dir: config.dir,
-            shutdown,
+            shutdown: shutdown.clone(),
         }));
+        // Whoever is told that it is ready finds its replicas open, unless that takes very long.
+        let opened = tokio::time::timeout(OPEN_PATIENCE, opening.opened());
+        if let Some(Err(_)) = shutdown.run_until_cancelled(opened).await {
+            tracing::warn!("some replicas are still being opened; they serve as soon as they are");
+        }
         Ok(RunningNode { node_id, listen, cluster_id: joined.cluster_id, task })
     }
 }
@@ -200,6 +236,14 @@ async fn first_session(
             Err(error) if tokio::time::Instant::now() >= deadline => return Err(error.into()),
             Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
         }
+    }
+}
+
+/// Finds out that this node sees the bucket of its cluster, and may.
+async fn look_at(bucket: &Bucket) -> Result<(), NodeError> {
+    match bucket.with_retry(RetryBudget::probe()).head(&layout::cluster()).await? {
+        Some(_) => Ok(()),
+        None => Err(NodeError::OtherBucket(bucket.url().to_owned())),
     }
 }
 

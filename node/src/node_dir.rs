@@ -63,6 +63,9 @@ pub enum DirError {
         /// What is wrong.
         reason: String,
     },
+    /// Something else than the file system ended it.
+    #[error("work on the data directory was cut off: {0}")]
+    CutOff(String),
     /// The file system says no.
     #[error("{path}: {source}")]
     Io {
@@ -204,10 +207,11 @@ impl NodeDir {
 
     /// Registers a replica, durably, before it serves anything.
     pub fn register(&mut self, one: Registered) -> Result<(), DirError> {
-        if self.replicas.insert((one.keyspace, one.replica), one) != Some(one) {
-            self.write_register()?;
+        let mut next = self.replicas.clone();
+        if next.insert((one.keyspace, one.replica), one) == Some(one) {
+            return Ok(());
         }
-        Ok(())
+        self.replace_register(next)
     }
 
     /// Forgets a replica and removes its files. The order (register last) makes a crash in between
@@ -217,18 +221,26 @@ impl NodeDir {
         let grave = self.tmp().join(format!("removed-{keyspace}-{replica}"));
         match std::fs::rename(&path, &grave) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(&path)(error)),
-            _ => {}
+            // What comes back after a power loss must still be in the register.
+            _ => {
+                let replicas = self.dir.join("replicas");
+                sync_dir(&replicas).map_err(io(&replicas))?;
+            }
         }
         // Gigabytes take a while, and nobody waits for them; what is left goes at the next start.
         std::thread::spawn(move || std::fs::remove_dir_all(grave));
-        if self.replicas.remove(&(keyspace, replica)).is_some() {
-            self.write_register()?;
+        let mut next = self.replicas.clone();
+        if next.remove(&(keyspace, replica)).is_none() {
+            return Ok(());
         }
-        Ok(())
+        self.replace_register(next)
     }
 
-    fn write_register(&self) -> Result<(), DirError> {
-        write_json(&self.dir.join("replicas.json"), &self.replicas())
+    /// What is in memory is what is on the disk, also after a failure.
+    fn replace_register(&mut self, next: BTreeMap<(KeyspaceId, ReplicaId), Registered>) -> Result<(), DirError> {
+        write_json(&self.dir.join("replicas.json"), &next.values().collect::<Vec<_>>())?;
+        self.replicas = next;
+        Ok(())
     }
 
     /// Where a replica lives.
@@ -321,6 +333,32 @@ mod tests {
         let dir = NodeDir::open(temp.path(), NodeId(8)).unwrap();
         assert_eq!(dir.identity().node_id, NodeId(7));
         assert_eq!(dir.replicas(), vec![one]);
+    }
+
+    #[test]
+    fn what_could_not_be_registered_is_not_and_is_tried_again() {
+        let temp = tempfile::tempdir().unwrap();
+        let mut dir = NodeDir::open(temp.path(), NodeId(7)).unwrap();
+        let one = Registered {
+            keyspace: KeyspaceId(1),
+            shard: ShardId(0),
+            replica: ReplicaId(1),
+            version: CatalogVersion(1),
+            building: true,
+            target: false,
+        };
+        let in_the_way = temp.path().join("replicas.json.part");
+        std::fs::create_dir(&in_the_way).unwrap();
+        assert!(matches!(dir.register(one), Err(DirError::Io { .. })));
+        assert_eq!(dir.registered(one.keyspace, one.replica), None);
+        std::fs::remove_dir(&in_the_way).unwrap();
+        dir.register(one).unwrap();
+        std::fs::create_dir(&in_the_way).unwrap();
+        assert!(matches!(dir.discard(one.keyspace, one.replica), Err(DirError::Io { .. })));
+        std::fs::remove_dir(&in_the_way).unwrap();
+        dir.discard(one.keyspace, one.replica).unwrap();
+        drop(dir);
+        assert_eq!(NodeDir::open(temp.path(), NodeId(8)).unwrap().replicas(), []);
     }
 
     #[test]

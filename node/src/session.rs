@@ -85,6 +85,8 @@ pub struct SessionConfig {
     pub zone: String,
     /// This node.
     pub node_id: NodeId,
+    /// Most replicas here.
+    pub max_replicas: usize,
 }
 
 /// The opened stream of a session.
@@ -130,6 +132,7 @@ pub async fn join(config: &SessionConfig, dir: &Mutex<NodeDir>) -> Result<Sessio
         zone: config.zone.clone(),
         pid: std::process::id(),
         protocol: vasto_proto::PROTOCOL,
+        max_replicas: u32::try_from(config.max_replicas).unwrap_or(u32::MAX),
     };
     let lost = |reason: String| SessionError::Unreachable { master: config.master.clone(), reason };
     let first = v1::NodeMessage { message: Some(ToMaster::Hello(hello)) };
@@ -239,11 +242,7 @@ async fn hear(
             let manager = context.manager.clone();
             // The manager takes the versions of a keyspace one at a time and refuses lower ones, so
             // the next message need not wait for this one's disk.
-            tokio::spawn(async move {
-                if let Err(error) = manager.obey(Arc::new(catalog), false).await {
-                    tracing::error!(%error, "a catalog version could not be obeyed");
-                }
-            });
+            tokio::spawn(async move { manager.obey_at_last(Arc::new(catalog)).await });
             Ok(())
         }
         FromMaster::Nodes(nodes) => {

@@ -185,9 +185,11 @@ async fn servers_refuse_addresses_that_they_should_not_or_cannot_use() -> Result
     ensure!(!dir.path().join("data").exists(), "a refused node made its directory");
     ensure!(!dir.path().join("bucket").exists(), "a refused master made its bucket");
     refused(&["serve", "master", "--bucket", &bucket, "--listen", &taken], &[], &[&taken, "in use"]).await?;
+    ensure!(!dir.path().join("bucket").exists(), "a master without a port made or claimed its bucket");
     let cluster = Cluster::builder().nodes(0).start().await?;
     let args = ["serve", "node", "--dir", &data, "--listen", &taken, "--master", &cluster.master()];
     refused(&args, &[], &[&taken, "in use"]).await?;
+    ensure!(!dir.path().join("data").exists(), "a node without a port made its directory");
     let args = ["serve", "master", "--bucket", &bucket, "--listen", "somewhere"];
     refused(&args, &[], &["somewhere"]).await?;
     cluster.finish().await
@@ -234,6 +236,26 @@ async fn a_node_refuses_a_directory_that_is_not_its_own() -> Result<()> {
     let got = cluster.vasto(&["kv", "get", "ks", "k"]).await?;
     ensure!(got.code == 0 && got.stdout.trim_end() == "v", "{got:?}");
     other.finish().await?;
+    cluster.finish().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_node_refuses_a_bucket_that_is_not_its_masters_and_an_old_one_serves() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(1).allow("holds no cluster.json").start().await?;
+    cluster.create("ks", 1, &[]).await?;
+    let keyspace = cluster.keyspace("ks").await?;
+    keyspace.put("k", "v").await?;
+    // As a node sees it whose URL names another disk, or another endpoint.
+    let claim = cluster.dir().join("bucket/cluster.json");
+    let ours = std::fs::read(&claim)?;
+    std::fs::remove_file(&claim)?;
+    let data = cluster.dir().join("another").display().to_string();
+    let args = ["serve", "node", "--dir", &data, "--listen", "127.0.0.1:0", "--master", &cluster.master()];
+    refused(&args, &[], &["holds no cluster.json", "same bucket"]).await?;
+    cluster.stop_node(0).await?;
+    cluster.start_node(0, Port::Same).await?;
+    ensure!(keyspace.get("k").await?.is_some(), "what a node holds is served whatever the bucket says");
+    std::fs::write(&claim, ours)?;
     cluster.finish().await
 }
 

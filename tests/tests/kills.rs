@@ -10,6 +10,10 @@ use rustix::process::Signal;
 use vasto_client::Keyspace;
 use vasto_core::catalog::Catalog;
 use vasto_core::plan::{Outcome, Step};
+use vasto_proto::v1;
+use vasto_proto::v1::reply::Result as Reply;
+use vasto_proto::v1::request::Op;
+use vasto_tests::replicas::Direct;
 use vasto_tests::{
     CatalogDir, Cluster, DEADLINE, History, Load, LoadSpec, Numbers, Port, Seen, key_of, number_of, preload, resized,
     until, verify,
@@ -59,6 +63,30 @@ async fn thirty_kills_of_a_node_under_fsync_load_lose_nothing() -> Result<()> {
     cluster.kill9_node(0).await?;
     cluster.start_node(0, Port::New).await?;
     verify(&cluster.master(), "kills", &history).await?;
+    cluster.finish().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_says_that_it_is_ready_when_its_replicas_are_open() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(2).start().await?;
+    cluster.create("many", 64, &["--replicas", "2"]).await?;
+    let tip = cluster.catalog("many").await?.tip()?;
+    cluster.kill9_node(1).await?;
+    cluster.kill9_node(0).await?;
+    cluster.start_node(0, Port::Same).await?;
+    let address = format!("127.0.0.1:{}", cluster.port(0));
+    let answers = tip.placement.iter().map(|shard| {
+        let (address, tip) = (&address, &tip);
+        async move {
+            let mut direct = Direct::connect(address, tip, shard.shard).await?;
+            direct.ask(Op::Get(v1::GetRequest::default())).await
+        }
+    });
+    for answer in futures::future::join_all(answers).await {
+        let answer = answer?;
+        let not_open = matches!(&answer, Reply::Error(error) if error.message.contains("not open"));
+        ensure!(!not_open, "{answer:?}");
+    }
     cluster.finish().await
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use futures::{StreamExt, TryStreamExt};
-use vasto_client::Keyspace;
+use vasto_client::{ErrorKind, Keyspace};
 use vasto_core::catalog::Catalog;
 use vasto_tests::replicas::converged;
 use vasto_tests::{Cluster, DEADLINE, History, Load, LoadSpec, Port, preload, until, verify};
@@ -139,6 +139,97 @@ async fn one_alone(name: &str) -> Result<(Cluster, Keyspace, vasto_core::catalog
     })
     .await?;
     Ok((cluster, keyspace, alone))
+}
+
+/// A replica that fails on a node that lives: the others go on at once, and a copy takes its place.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_fails_on_a_live_node_is_replaced() -> Result<()> {
+    for at_the_start in [false, true] {
+        let mut cluster = Cluster::builder()
+            .nodes(3)
+            .allow("binlog")
+            .allow("the log")
+            .allow("log files are missing")
+            .allow("could not be obeyed")
+            .start()
+            .await?;
+        cluster.create("broken", 1, &["--replicas", "2"]).await?;
+        let keyspace = cluster.keyspace("broken").await?;
+        put_all(&keyspace, "before", 500).await?;
+        converged(&cluster, "broken").await?;
+        cluster.json(&["keyspace", "compact", "broken"]).await?;
+        let catalog = cluster.catalog("broken").await?;
+        let before = catalog.tip()?;
+        let failed = before.placement[0].replicas[0];
+        let node = cluster.node_of(&failed.node.to_string())?;
+        let log = cluster.node_dir(node).join(format!("replicas/{}-{}/log", before.keyspace, failed.replica));
+        if at_the_start {
+            cluster.kill9_node(node).await?;
+            std::fs::rename(&log, log.with_extension("away"))?;
+            cluster.start_node(node, Port::Same).await?;
+        } else {
+            // The next file of its log cannot be made: at 64 MiB it closes.
+            std::fs::rename(&log, log.with_extension("away"))?;
+            let value = bytes::Bytes::from(vec![7u8; 4 << 20]);
+            let mut unsure = 0;
+            for n in 0..20 {
+                // Everything but what it was just about to write is taken, by whoever can.
+                match keyspace.put(format!("big{}", n % 4), value.clone()).await {
+                    Err(error) if error.kind() == ErrorKind::Unknown && unsure == 0 => unsure += 1,
+                    other => drop(other?),
+                }
+            }
+            ensure!(unsure == 1, "the log did not fail");
+        }
+        put_all(&keyspace, "after", 500).await?;
+        ensure!(missing(&keyspace, "before", 500).await? + missing(&keyspace, "after", 500).await? == 0);
+        keyspace.add_i64("counter", 1).await?;
+        let tip = until("a copy to take its place", DEADLINE, async || {
+            let tip = catalog.tip().ok()?;
+            (tip.placement[0].replicas.len() == 2 && !tip.is_placed(failed.replica) && tip.plan.is_none())
+                .then_some(tip)
+        })
+        .await?;
+        ensure!(tip.unsealed.iter().any(|one| one.replica == failed.replica), "{tip:?}");
+        converged(&cluster, "broken").await?;
+        // Its files cannot be drained as they are: somebody says so, or gives them up.
+        let status = cluster.json(&["cluster", "status"]).await?;
+        ensure!(status["warnings"].to_string().contains("--accept-loss"), "{status}");
+        let id = failed.replica.to_string();
+        cluster.json(&["keyspace", "evict", "broken", "--replica", &id, "--accept-loss", "--yes"]).await?;
+        let tip = whole(&cluster, "broken").await?;
+        until("its files to be removed", DEADLINE, async || {
+            (!files(&cluster, node, &tip, failed.replica.0)).then_some(())
+        })
+        .await?;
+        put_all(&keyspace, "at last", 100).await?;
+        converged(&cluster, "broken").await?;
+        cluster.finish().await?;
+    }
+    Ok(())
+}
+
+/// A version that cannot be remembered is not obeyed, and not forgotten either.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_version_that_could_not_be_remembered_is_obeyed_when_it_can() -> Result<()> {
+    let cluster = Cluster::builder().nodes(1).allow("could not be obeyed; trying again").start().await?;
+    let versions = cluster.node_dir(0).join("catalog");
+    let away = versions.with_extension("away");
+    std::fs::rename(&versions, &away)?;
+    let creating = cluster.create("late", 1, &[]);
+    let healed = async {
+        let log = cluster.dir().join("logs/node-0.1.log");
+        until("the node to fail", DEADLINE, async || {
+            std::fs::read_to_string(&log).ok()?.contains("could not be obeyed").then_some(())
+        })
+        .await?;
+        std::fs::rename(&away, &versions).context("the directory cannot be put back")
+    };
+    let (created, healed) = futures::join!(creating, healed);
+    healed?;
+    created.context("the version was lost")?;
+    cluster.keyspace("late").await?.put("k", "v").await?;
+    cluster.finish().await
 }
 
 /// A member that does not read fills the others' logs: at the cap it leaves by itself, and comes back

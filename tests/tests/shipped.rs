@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use futures::{StreamExt, TryStreamExt};
+use rustix::process::Signal;
 use serde_json::Value;
 use vasto_client::{Keyspace, ReadFrom};
 use vasto_tests::replicas::converged;
@@ -166,6 +167,47 @@ async fn a_running_node_is_drained_under_load() -> Result<()> {
         cluster.finish().await?;
     }
     Ok(())
+}
+
+/// What empties a node is an operation like any other: it is listed, shown, cancelled.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_emptying_of_a_node_is_listed_and_can_be_cancelled() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(2).start().await?;
+    cluster.create("stays", 1, &[]).await?;
+    let keyspace = cluster.keyspace("stays").await?;
+    put_all(&keyspace, "k", 100).await?;
+    let full = holder(&cluster, "stays", 0).await?;
+    let id = node_id(&cluster, full);
+    // Nobody finishes the copy while the other node stands still.
+    cluster.node_process(1 - full)?.signal(Signal::STOP);
+    let started = cluster.json(&["node", "drain", &id, "--no-wait"]).await?;
+    let operation = started["id"].as_str().context("no id")?.to_owned();
+    let listed = async |state: &str| -> Result<bool> {
+        let all = cluster.json(&["operation", "list"]).await?;
+        let found = all.as_array().context("no list")?.iter().filter(|one| one["id"] == operation.as_str());
+        Ok(found.map(|one| &one["state"]).collect::<Vec<_>>() == [state])
+    };
+    ensure!(listed("running").await?);
+    let cancelled = cluster.json(&["operation", "cancel", &operation]).await?;
+    ensure!(cancelled["state"] == "aborted" && cancelled["replicas_left"] == 0, "{cancelled}");
+    ensure!(cluster.json(&["operation", "show", &operation]).await?["state"] == "aborted" && listed("aborted").await?);
+    cluster.vasto(&["operation", "cancel", &operation]).await?.refused(1, &["has ended already"])?;
+    cluster.node_process(1 - full)?.signal(Signal::CONT);
+    let tip = cluster.catalog("stays").await?.tip()?;
+    ensure!(tip.plan.is_none() && tip.leaving.is_empty() && !tip.members_on(id.parse()?).is_empty(), "{tip:?}");
+    // Made up ones are not known, whatever their number.
+    for number in ["1", "99999999999999999"] {
+        let invented = format!("node-{id}-{number}");
+        cluster.vasto(&["operation", "show", &invented]).await?.refused(1, &["no operation"])?;
+        cluster.vasto(&["operation", "cancel", &invented]).await?.refused(1, &["no operation"])?;
+    }
+    // The next attempt is one of its own, and stays known.
+    let done = cluster.json(&["node", "drain", &id]).await?;
+    ensure!(done["state"] == "done" && done["replicas_moved"] == 1, "{done}");
+    let shown = cluster.json(&["operation", "show", done["id"].as_str().context("no id")?]).await?;
+    ensure!(shown == done, "{shown}");
+    ensure!(missing(&keyspace, "k", 100).await? == 0);
+    cluster.finish().await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

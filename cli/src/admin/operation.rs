@@ -20,15 +20,21 @@ pub async fn run(args: &Operation, format: OutputFormat) -> anyhow::Result<()> {
     let (answer, shown): (Value, fn(&Value) -> String) = match &args.command {
         OperationCommand::List => (connect::document(vasto.list_operations().await)?, listing),
         OperationCommand::Show(which) => (connect::operation(vasto.show_operation(&which.id).await)?, show),
-        OperationCommand::Cancel(which) => (connect::operation(vasto.cancel_operation(&which.id).await)?, |answer| {
-            format!("cancelled {}; nothing has changed\n", text(&answer["id"]))
-        }),
+        OperationCommand::Cancel(which) => (connect::operation(vasto.cancel_operation(&which.id).await)?, cancelled),
     };
     match format {
         OutputFormat::Json => output::print_json(&answer)?,
         OutputFormat::Table => output::print(&shown(&answer))?,
     }
     Ok(())
+}
+
+fn cancelled(answer: &Value) -> String {
+    let left = match answer["replicas_moved"].as_u64() {
+        None | Some(0) => "nothing has changed".to_owned(),
+        Some(moved) => format!("{moved} replicas have moved already and stay where they are"),
+    };
+    format!("cancelled {}; {left}\n", text(&answer["id"]))
 }
 
 fn listing(operations: &Value) -> String {
@@ -131,6 +137,13 @@ mod tests {
         json!({"id": "op-1-1", "kind": "grow", "keyspace": "users", "from": 2, "to": 3, "state": "done",
             "keys_moved": 372_553, "bytes_moved": 10_485_760, "bytes_from_bucket": 11_010_048, "bytes_from_peers": 2_048,
             "objects_read": 12, "write_pause_ms": {"p50": 20.5, "p99": 31.0, "max": 35.25}, "duration_ms": 4_200})
+    }
+
+    #[test]
+    fn a_cancelled_operation_says_what_stays() {
+        assert_eq!(cancelled(&json!({"id": "op-1-1"})), "cancelled op-1-1; nothing has changed\n");
+        let some = cancelled(&json!({"id": "node-n-1-2", "replicas_moved": 2}));
+        assert!(some.contains("2 replicas have moved already"), "{some}");
     }
 
     #[test]

@@ -44,6 +44,7 @@ pub fn hello(node: u64) -> v1::Hello {
         zone: String::new(),
         pid: 1,
         protocol: vasto_proto::PROTOCOL,
+        max_replicas: 0,
     }
 }
 

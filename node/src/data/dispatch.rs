@@ -56,12 +56,20 @@ impl Caller {
 enum Place {
     Here(Replica),
     CatchingUp,
+    /// It does not serve, but its shard has others that may.
+    OutOfService(Option<String>),
     NotYet,
     Elsewhere,
 }
 
 fn place(core: &NodeCore, caller: Caller, shard: ShardId) -> Place {
+    let placed = || core.is_placed_here(caller.keyspace, shard);
     match core.replica_of(caller.keyspace, shard) {
+        // It obeys and takes nothing any more. The only one of its shard goes on to read, and says what
+        // is to be done to whoever writes.
+        Some(replica) if replica.is_closed() && !(placed() && core.is_the_only_one(caller.keyspace, shard)) => {
+            if placed() { Place::OutOfService(replica.closed()) } else { Place::Elsewhere }
+        }
         Some(replica) if replica.epoch() >= caller.epoch => match replica.view().role {
             Role::Detached => Place::Elsewhere,
             _ if replica.is_ready() && !(core.pause.is_standing() && replica.followers().has_peers()) => {
@@ -70,9 +78,8 @@ fn place(core: &NodeCore, caller: Caller, shard: ShardId) -> Place {
             _ => Place::CatchingUp,
         },
         Some(_) => Place::NotYet,
-        None if core.known_epoch(caller.keyspace) >= caller.epoch && !core.is_placed_here(caller.keyspace, shard) => {
-            Place::Elsewhere
-        }
+        None if placed() && !core.is_the_only_one(caller.keyspace, shard) => Place::OutOfService(None),
+        None if core.known_epoch(caller.keyspace) >= caller.epoch && !placed() => Place::Elsewhere,
         None => Place::NotYet,
     }
 }
@@ -97,6 +104,7 @@ pub(super) fn dispatch(core: &Arc<NodeCore>, request: v1::Request, arrival: Arri
         Place::Here(replica) => execute(core, caller, &replica, op, sink),
         Place::Elsewhere => sink.fail(core, caller.id, caller.keyspace, caller.epoch, &not_here()),
         Place::CatchingUp => sink.fail(core, caller.id, caller.keyspace, caller.epoch, &catching_up()),
+        Place::OutOfService(why) => sink.fail(core, caller.id, caller.keyspace, caller.epoch, &out_of_service(why)),
         Place::NotYet => {
             let core = core.clone();
             // Bounded by the connection's byte budget, which the sink holds; ends within EPOCH_WAIT.
@@ -117,6 +125,9 @@ async fn wait_for_topology(core: Arc<NodeCore>, caller: Caller, shard: ShardId, 
             }
             Place::Elsewhere => return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &not_here()),
             Place::CatchingUp => return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &catching_up()),
+            Place::OutOfService(why) => {
+                return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &out_of_service(why));
+            }
             Place::NotYet => {}
         }
         let replica_changed = async {
@@ -139,6 +150,13 @@ async fn wait_for_topology(core: Arc<NodeCore>, caller: Caller, shard: ShardId, 
 fn catching_up() -> VastoError {
     VastoError::new(ErrorCode::CatchingUp, "this replica is catching up with its peers; ask another one")
         .retry_after_ms(50)
+}
+
+/// The rest of the node is well: its other shards are still asked here.
+fn out_of_service(why: Option<String>) -> VastoError {
+    let why = why.unwrap_or_else(|| "it is not open".into());
+    let message = format!("this replica does not serve; ask another one: {why}");
+    VastoError::new(ErrorCode::NotPrimary, message).retry_after_ms(20)
 }
 
 fn not_here() -> VastoError {

@@ -93,10 +93,12 @@ impl ReplySink {
         let _ = self.queue.sender.send(Queued { reply, bytes, _permit: self.permit });
     }
 
-    /// Answers with an error; `WrongEpoch` carries the topology when it is newer than the caller's.
+    /// Answers with an error; one that sends the caller elsewhere carries the topology when it is newer
+    /// than the caller's.
     pub(super) fn fail(self, core: &NodeCore, id: u64, keyspace: KeyspaceId, epoch: Epoch, error: &VastoError) {
         let mut wire = error_to_wire(error, None);
-        if error.code == ErrorCode::WrongEpoch && core.known_epoch(keyspace) > epoch {
+        let elsewhere = matches!(error.code, ErrorCode::WrongEpoch | ErrorCode::NotPrimary);
+        if elsewhere && core.known_epoch(keyspace) > epoch {
             wire.topology = core.topology(keyspace).map(|topology| topology_to_wire(&topology));
         }
         self.answer(id, Answer::Error(wire));

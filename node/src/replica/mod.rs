@@ -562,6 +562,11 @@ impl Replica {
         self.shared.closed()
     }
 
+    /// True when it takes no writes any more.
+    pub fn is_closed(&self) -> bool {
+        self.shared.closed.load().is_some()
+    }
+
     /// Changes of ranges, epoch, version and closure.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.shared.changed.subscribe()
