@@ -300,7 +300,7 @@ impl Runner {
         let mut tick = tokio::time::interval(HOUSEKEEPING);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut reported = ReplicationReport::default();
-        let mut pauses = this.context.core.pause.pauses();
+        let mut pauses = self.context.core.pause.pauses();
         let background = Arc::new(Mutex::new(Background::default()));
         loop {
             let catalog = catalogs.borrow_and_update().clone();
@@ -525,6 +525,10 @@ impl Runner {
         duties.take_over(catalog);
         let building = plan.filter(|plan| plan.targets.iter().any(|target| target.replica == replica.id));
         self.tell_phase(placed);
+                // What a grow opens holds all that its sources had; a copy may be behind the others.
+                if plan.is_none_or(|plan| plan.growth().is_none()) {
+                    duties.begin_to_catch_up(catalog);
+                }
         self.target_duties(replica, ship, catalog, building, placed, background);
         let giving = plan.filter(|plan| gives(plan, replica) && placed);
         self.source_duties(replica, ship, giving, background);

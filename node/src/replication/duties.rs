@@ -99,10 +99,6 @@ impl Duties {
     /// A replica with peers serves nothing until it has caught up; begins that.
     pub fn begin_to_catch_up(self: &Arc<Self>, catalog: &Catalog) {
         let others = self.others(catalog);
-        if others.is_empty() || !catalog.is_placed(self.replica.id) {
-            return;
-        }
-        self.replica.set_ready(false);
         let turn = {
             let mut state = self.state.lock();
             state.catching_up += 1;
@@ -111,6 +107,12 @@ impl Duties {
         let this = self.clone();
         tokio::spawn(async move {
             let caught_up = this.catch_up(others);
+        if others.is_empty() || !catalog.is_placed(self.replica.id) {
+            // It may have been told to wait while it still had somebody to wait for.
+            self.replica.set_ready(true);
+            return;
+        }
+        self.replica.set_ready(false);
             let Some(()) = this.cancel.run_until_cancelled(caught_up).await else { return };
             if this.state.lock().catching_up == turn {
                 this.replica.set_ready(true);
@@ -157,7 +159,8 @@ impl Duties {
                 progress = (changes, Instant::now());
             }
             if self.pullers.is_too_old() {
-                return std::future::pending().await; // it is rebuilt
+                // It is rebuilt, unless a peer comes back that can bring it up to date.
+                progress.1 = Instant::now();
             }
             if progress.1.elapsed() > CATCH_UP_PATIENCE * 2 {
                 tracing::info!(

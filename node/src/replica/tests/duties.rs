@@ -1,0 +1,126 @@
+//! What a replica does for its shard, between nodes that reach each other over real connections.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use vasto_core::catalog::{Catalog, KeyspaceSpec};
+use vasto_core::ids::{NodeId, ReplicaId, ShardId};
+use vasto_core::members::evict;
+use vasto_core::record::RangeState;
+use vasto_core::topology::NodeAddress;
+use vasto_proto::v1::replication_server::ReplicationServer;
+
+use super::support::*;
+use crate::core::NodeCore;
+use crate::replica::Replica;
+use crate::replication::ReplicationService;
+use crate::replication::duties::Duties;
+
+/// One shard on the nodes 1 to `nodes`, whose replicas have the same numbers.
+pub fn shard_on(nodes: u64) -> Catalog {
+    let spec = KeyspaceSpec { replicas: nodes as u32, ..KeyspaceSpec::default() };
+    Catalog::first(KEYSPACE, "ks", spec, &[(1..=nodes).map(NodeId).collect()], START_US, 1)
+}
+
+/// A node with the replica of the same number.
+pub struct Member {
+    pub rig: Rig,
+    pub replica: Replica,
+    pub core: Arc<NodeCore>,
+    pub duties: Arc<Duties>,
+    pub cancel: CancellationToken,
+}
+
+impl Member {
+    pub fn new(id: u64) -> Self {
+        let rig = Rig::of(ShardId(0), ReplicaId(id), 1, RangeState::Owned);
+        let replica = rig.create();
+        Self::of(rig, replica)
+    }
+
+    pub fn of(rig: Rig, replica: Replica) -> Self {
+        let core = Arc::new(NodeCore::new(NodeId(replica.id.0), rig.clock.clone(), 2));
+        core.add_replica(replica.clone());
+        let cancel = CancellationToken::new();
+        let duties = Duties::new(core.clone(), Arc::default(), replica.clone(), cancel.clone());
+        Self { rig, replica, core, duties, cancel }
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.cancel.cancel();
+    }
+}
+
+/// Serves what other nodes ask; ends with the test's runtime.
+pub async fn serve(core: &Arc<NodeCore>) -> String {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let service = ReplicationServer::new(ReplicationService::new(core.clone()));
+    tokio::spawn(Server::builder().add_service(service).serve_with_incoming(TcpListenerStream::new(listener)));
+    address
+}
+
+/// The nodes 1 to `count`, each of which knows where the others listen. Nobody pulls yet.
+pub async fn members(count: u64) -> Vec<Member> {
+    let members: Vec<Member> = (1..=count).map(Member::new).collect();
+    connect(&members).await;
+    members
+}
+
+async fn connect(members: &[Member]) {
+    let mut addresses = std::collections::HashMap::new();
+    for one in members {
+        let address = NodeAddress { address: serve(&one.core).await, zone: String::new() };
+        addresses.insert(one.core.node_id, address);
+    }
+    for one in members {
+        one.core.set_addresses(addresses.clone());
+    }
+}
+
+pub async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = tokio::time::Instant::now() + DEADLINE;
+    while !holds() {
+        assert!(tokio::time::Instant::now() < deadline, "in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// The process stood still, and before the replica hears of that it has nobody left to wait for, or
+/// is not placed yet.
+#[tokio::test]
+async fn after_a_pause_one_that_has_nobody_to_wait_for_serves() {
+    let one = Member::new(1);
+    let two = shard_on(2);
+    one.duties.follow(&two);
+    let alone = evict(&two, ReplicaId(2), true, START_US, 2).unwrap();
+    let elsewhere = evict(&two, ReplicaId(1), false, START_US, 2).unwrap();
+    for catalog in [alone, elsewhere] {
+        one.duties.follow(&two);
+        one.core.stop_serving_what_has_peers();
+        assert!(!one.replica.is_ready());
+        one.duties.follow(&catalog);
+        one.duties.begin_to_catch_up(&catalog);
+        assert!(one.replica.is_ready());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_member_catches_up_with_the_others() {
+    let all = members(2).await;
+    let (old, new) = (&all[0], &all[1]);
+    for n in 0..50 {
+        write_one(&old.replica, put(&format!("k{n}"), "v"));
+    }
+    let catalog = shard_on(2);
+    new.duties.begin_to_catch_up(&catalog);
+    assert!(!new.replica.is_ready());
+    new.duties.follow(&catalog);
+    until("the new member to serve", || new.replica.is_ready()).await;
+    assert!(new.replica.covers(&old.replica.vector()));
+}

@@ -1,0 +1,95 @@
+//! A hosted replica and the versions that it obeys.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use vasto_core::catalog::{Catalog, Placed};
+use vasto_core::ids::{Epoch, NodeId, ReplicaId, ShardId};
+use vasto_core::limits::BINLOG_BYTES_MAX;
+use vasto_core::members::evict;
+
+use super::duties::{shard_on, until};
+use super::shipping::bucket;
+use super::support::*;
+use crate::core::NodeCore;
+use crate::host::{Host, HostContext, Tenant};
+use crate::replica::Replica;
+use crate::replica::job::Role;
+
+/// A node that hosts replica 1, and none of whose peers can be reached.
+struct Hosted {
+    rig: Rig,
+    context: Arc<HostContext>,
+    tmp: tempfile::TempDir,
+}
+
+impl Hosted {
+    fn new() -> Self {
+        let rig = Rig::new();
+        let core = Arc::new(NodeCore::new(NodeId(1), rig.clock.clone(), 2));
+        let context = HostContext {
+            core,
+            engines: rig.shared.clone(),
+            bucket: bucket(),
+            ship_interval: Duration::from_secs(3600),
+            clock: rig.clock.clone(),
+            peers: Arc::default(),
+            log_cap: BINLOG_BYTES_MAX,
+        };
+        Self { rig, context: Arc::new(context), tmp: memory_dir() }
+    }
+
+    fn start(&self, catalog: &Catalog) -> Host {
+        let tenant = Tenant {
+            keyspace: KEYSPACE,
+            shard: ShardId(0),
+            replica: ReplicaId(1),
+            dir: self.rig.path.clone(),
+            tmp: self.tmp.path().to_owned(),
+        };
+        Host::start(self.context.clone(), tenant, Arc::new(catalog.clone()))
+    }
+
+    async fn replica(&self) -> Replica {
+        let found = async {
+            loop {
+                match self.context.core.replica(KEYSPACE, ReplicaId(1)) {
+                    Some(replica) => return replica,
+                    // At once, to see it as early as others can.
+                    None => tokio::task::yield_now().await,
+                }
+            }
+        };
+        tokio::time::timeout(DEADLINE, found).await.unwrap()
+    }
+}
+
+fn left(catalog: &Catalog) -> Catalog {
+    evict(catalog, ReplicaId(1), false, START_US, 2).unwrap()
+}
+
+fn placed_again(catalog: &Catalog) -> Catalog {
+    let mut next = catalog.next(START_US, 3);
+    next.epoch = Epoch(catalog.epoch.0 + 1);
+    next.unsealed.clear();
+    next.placement[0].replicas.push(Placed { replica: ReplicaId(1), node: NodeId(1) });
+    next
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_becomes_a_member_catches_up_before_it_serves() {
+    let hosted = Hosted::new();
+    let catalog = shard_on(2);
+    let host = hosted.start(&catalog);
+    let replica = hosted.replica().await;
+    until("the replica to serve", || replica.is_ready() && replica.version() == catalog.version).await;
+    let outside = left(&catalog);
+    host.obey(Arc::new(outside.clone()));
+    until("it to leave", || replica.view().role == Role::Detached).await;
+    let inside = placed_again(&outside);
+    host.obey(Arc::new(inside.clone()));
+    until("it to be a member", || replica.version() == inside.version).await;
+    assert!(!replica.is_ready(), "its peer has not said what it holds");
+    until("the silent peer to be skipped", || replica.is_ready()).await;
+    host.stop().await;
+}
