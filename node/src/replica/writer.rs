@@ -74,7 +74,8 @@ impl Writer {
             shared,
             log,
             slots: SlotTable::starting_at(event_time_max),
-            clock: HybridClock::starting_after(event_time_max),
+            // What is stored raises the stamps of its own key alone.
+            clock: HybridClock::default(),
             meta,
             jobs,
             role: Role::default(),
@@ -581,7 +582,6 @@ impl Writer {
         self.shared.engine.flush()?;
         self.shared.engine.ingest(files)?;
         self.slots.raise_all(event_time_max);
-        self.clock.observe(event_time_max);
         self.log_control(Body::Ingest { plan, range, objects, event_time_max, progress })
     }
 
