@@ -23,6 +23,8 @@ pub struct Follower {
     pub covered: Lsn,
     /// The last of this incarnation's records that is durable there.
     pub own_seq: OwnSeq,
+    /// The highest epoch that it has named.
+    pub epoch: Epoch,
     /// When it was heard last.
     pub heard: Instant,
 }
@@ -33,6 +35,23 @@ struct Waiting {
     own_seq: OwnSeq,
     epoch: Epoch,
     until: Instant,
+}
+
+impl Waiting {
+    /// Does it count that a placed replica holds the record, which it took at this epoch?
+    fn judge(&self, taken: Epoch) -> Result<(), VastoError> {
+        if self.job.modifies() && taken > self.epoch {
+            return Err(VastoError::new(
+                ErrorCode::Unknown,
+                "another replica became primary while this was replicated; read the value back",
+            ));
+        }
+        Ok(())
+    }
+
+    fn answer(self, verdict: Result<(), VastoError>) {
+        self.job.answer(verdict.map(|()| self.outcomes));
+    }
 }
 
 #[derive(Default)]
@@ -76,14 +95,18 @@ impl Followers {
 
     /// A write that is durable here waits for another replica.
     pub fn wait(&self, job: WriteJob, outcomes: Vec<Outcome>, own_seq: OwnSeq, epoch: Epoch) {
-        let mut inner = self.inner.lock();
-        let has = |id: &ReplicaId| inner.known.get(id).is_some_and(|follower| follower.own_seq >= own_seq);
-        if own_seq.0 == 0 || (!job.modifies() && inner.placed.iter().any(has)) {
-            drop(inner);
-            return job.answer(Ok(outcomes));
+        let one = Waiting { job, outcomes, own_seq, epoch, until: Instant::now() + REPLICA_ACK_TIMEOUT };
+        if own_seq.0 == 0 {
+            return one.answer(Ok(()));
         }
-        let until = Instant::now() + REPLICA_ACK_TIMEOUT;
-        inner.waiting.push_back(Waiting { job, outcomes, own_seq, epoch, until });
+        let mut inner = self.inner.lock();
+        let placed = inner.placed.iter().filter_map(|id| inner.known.get(id));
+        // Which of its epochs the record was taken at is not known here: it counts as the last one.
+        let taken = placed.filter(|follower| follower.own_seq >= own_seq).map(|follower| follower.epoch).min();
+        let Some(taken) = taken else { return inner.waiting.push_back(one) };
+        let verdict = one.judge(taken);
+        drop(inner);
+        one.answer(verdict);
     }
 
     /// A follower says what is durable there: this log up to `covered`, this incarnation up to
@@ -93,25 +116,20 @@ impl Followers {
         {
             let mut inner = self.inner.lock();
             let heard = Instant::now();
-            let known = inner.known.entry(follower).or_insert(Follower { covered, own_seq, heard });
+            let known = inner.known.entry(follower).or_insert(Follower { covered, own_seq, epoch, heard });
             known.covered = known.covered.max(covered);
             known.own_seq = known.own_seq.max(own_seq);
+            known.epoch = known.epoch.max(epoch);
             known.heard = heard;
             if inner.placed.contains(&follower) {
-                while inner.waiting.front().is_some_and(|one| one.own_seq <= own_seq) {
-                    ready.extend(inner.waiting.pop_front());
+                while let Some(one) = inner.waiting.pop_front_if(|one| one.own_seq <= own_seq) {
+                    let verdict = one.judge(epoch);
+                    ready.push((one, verdict));
                 }
             }
         }
-        for one in ready {
-            if one.job.modifies() && epoch > one.epoch {
-                one.job.answer(Err(VastoError::new(
-                    ErrorCode::Unknown,
-                    "another replica became primary while this was replicated; read the value back",
-                )));
-            } else {
-                one.job.answer(Ok(one.outcomes));
-            }
+        for (one, verdict) in ready {
+            one.answer(verdict);
         }
     }
 
@@ -126,7 +144,7 @@ impl Followers {
             }
         }
         for one in late {
-            one.job.answer(Err(not_in_time()));
+            one.answer(Err(not_in_time()));
         }
     }
 
@@ -134,7 +152,7 @@ impl Followers {
     pub fn abandon(&self) {
         let waiting = std::mem::take(&mut self.inner.lock().waiting);
         for one in waiting {
-            one.job.answer(Err(not_in_time()));
+            one.answer(Err(not_in_time()));
         }
     }
 
@@ -195,6 +213,12 @@ mod tests {
         (WriteJob::new(vec![op], Ack::Replica, done, None), receiver)
     }
 
+    fn add() -> (WriteJob, Receiver<Answer>) {
+        let (mut job, answer) = put();
+        job.ops[0].change = Change::AddI64(1);
+        (job, answer)
+    }
+
     fn followers() -> Followers {
         let followers = Followers::default();
         followers.expect([ReplicaId(2), ReplicaId(3), ReplicaId(9)], [ReplicaId(2), ReplicaId(3)]);
@@ -216,6 +240,21 @@ mod tests {
         let (job, answer) = put();
         followers.wait(job, Vec::new(), OwnSeq(5), Epoch(1));
         assert!(answer.try_recv().unwrap().is_ok());
+    }
+
+    /// The follower is faster than the answer's way here, and then everything is idle.
+    #[test]
+    fn a_modification_that_is_confirmed_before_it_waits_is_answered_at_once() {
+        let followers = followers();
+        followers.progress(ReplicaId(2), Lsn(5), OwnSeq(5), Epoch(1));
+        let (job, answer) = add();
+        followers.wait(job, Vec::new(), OwnSeq(5), Epoch(1));
+        assert!(answer.try_recv().unwrap().is_ok());
+        // It may have taken this one after it had heard of the next primary.
+        followers.progress(ReplicaId(2), Lsn(6), OwnSeq(6), Epoch(2));
+        let (job, answer) = add();
+        followers.wait(job, Vec::new(), OwnSeq(6), Epoch(1));
+        assert_eq!(answer.try_recv().unwrap().unwrap_err().code, ErrorCode::Unknown);
     }
 
     #[test]
