@@ -3,8 +3,9 @@
 //! **Invariants**
 //! - A write that wants another replica's sync is answered once a *placed* replica has synced it, or
 //!   as `Unknown` when none did in time; exactly once.
-//! - A read-modify-write counts only when the other replica took it before it knew of a newer epoch:
-//!   a new primary that works on without it must not make it look replicated.
+//! - A read-modify-write counts only when the other replica took it before it knew of a newer epoch,
+//!   and only when it won there: a new primary that works on without it, or one that worked on without
+//!   this one, must not make it look replicated.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
@@ -15,6 +16,9 @@ use vasto_core::limits::REPLICA_ACK_TIMEOUT;
 use vasto_core::{ErrorCode, VastoError};
 
 use super::job::{Outcome, WriteJob};
+
+/// Records that are known to have lost an entry elsewhere: more than can wait to be confirmed at once.
+const LOST_MAX: usize = 65_536;
 
 /// How far a follower is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,7 +43,13 @@ struct Waiting {
 
 impl Waiting {
     /// Does it count that a placed replica holds the record, which it took at this epoch?
-    fn judge(&self, taken: Epoch) -> Result<(), VastoError> {
+    fn judge(&self, taken: Epoch, lost: &BTreeSet<OwnSeq>) -> Result<(), VastoError> {
+        if self.job.modifies() && lost.contains(&self.own_seq) {
+            return Err(VastoError::new(
+                ErrorCode::Unknown,
+                "another replica holds a later value, which this was not done on; read the value back",
+            ));
+        }
         if self.job.modifies() && taken > self.epoch {
             return Err(VastoError::new(
                 ErrorCode::Unknown,
@@ -61,6 +71,8 @@ struct Inner {
     /// Those whose sync counts.
     placed: BTreeSet<ReplicaId>,
     known: BTreeMap<ReplicaId, Follower>,
+    /// Records of this incarnation of which an entry lost at a follower; the last ones.
+    lost: BTreeSet<OwnSeq>,
     waiting: VecDeque<Waiting>,
 }
 
@@ -104,7 +116,7 @@ impl Followers {
         // Which of its epochs the record was taken at is not known here: it counts as the last one.
         let taken = placed.filter(|follower| follower.own_seq >= own_seq).map(|follower| follower.epoch).min();
         let Some(taken) = taken else { return inner.waiting.push_back(one) };
-        let verdict = one.judge(taken);
+        let verdict = one.judge(taken, &inner.lost);
         drop(inner);
         one.answer(verdict);
     }
@@ -123,13 +135,22 @@ impl Followers {
             known.heard = heard;
             if inner.placed.contains(&follower) {
                 while let Some(one) = inner.waiting.pop_front_if(|one| one.own_seq <= own_seq) {
-                    let verdict = one.judge(epoch);
+                    let verdict = one.judge(epoch, &inner.lost);
                     ready.push((one, verdict));
                 }
             }
         }
         for (one, verdict) in ready {
             one.answer(verdict);
+        }
+    }
+
+    /// An entry of each of these records lost at a follower, which is about to say that it has them.
+    pub fn lost(&self, own_seqs: impl IntoIterator<Item = OwnSeq>) {
+        let mut inner = self.inner.lock();
+        inner.lost.extend(own_seqs);
+        while inner.lost.len() > LOST_MAX {
+            inner.lost.pop_first();
         }
     }
 

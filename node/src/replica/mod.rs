@@ -11,6 +11,7 @@ pub mod apply;
 pub mod bucket_acks;
 pub mod followers;
 pub mod job;
+mod losses;
 pub(crate) mod metrics;
 pub mod read;
 mod replicate;
@@ -32,7 +33,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Semaphore, oneshot, watch};
 use vasto_core::catalog::Ack;
 use vasto_core::ids::{
-    CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, OwnSeq, ReplicaId, ShardId, Vector, covers,
+    CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, Origin, OwnSeq, ReplicaId, ShardId, Vector, covers,
 };
 use vasto_core::limits::{BINLOG_FILE_BYTES, WRITE_QUEUE_BYTES_MAX};
 use vasto_core::record::{BandRange, KeyEntry, Progress, RangeState, Record};
@@ -46,6 +47,7 @@ use apply::{ApplyError, Meta, apply_record};
 use bucket_acks::BucketAcks;
 use followers::Followers;
 use job::{ApplyJob, Completion, Control, Job, Position, ReplicaError, ReplicateJob, Role, Told, WriteJob, WriteOp};
+use losses::Losses;
 use results::Results;
 use state::{Head, Identity, Ranges};
 use writer::Writer;
@@ -179,10 +181,13 @@ pub struct Shared {
     data_commit_time: AtomicU64,
     pub(crate) followers: Followers,
     pub(crate) bucket_acks: BucketAcks,
+    losses: Losses,
     /// False until the replica has caught up with its peers since it was opened.
     ready: AtomicBool,
     /// It is not primary before it has obeyed this version, whatever an older one said.
     primary_from: AtomicU64,
+    /// Nor before it has obeyed this epoch, which a follower has named.
+    followers_epoch: AtomicU64,
     /// The log is far over its cap: writes are refused.
     shed: AtomicBool,
     pauses_us: Mutex<Vec<u64>>,
@@ -311,8 +316,10 @@ impl Replica {
             primary_from: AtomicU64::new(0),
             shed: AtomicBool::new(false),
             applied: AtomicU64::new(meta.head.applied_lsn.0),
+            losses: Losses::default(),
             incarnation: AtomicU64::new(meta.identity.incarnation.0),
             closed: ArcSwapOption::empty(),
+            followers_epoch: AtomicU64::new(0),
             changed,
             pauses_us: Mutex::default(),
             ended: AtomicBool::new(false),
@@ -545,6 +552,16 @@ impl Replica {
     pub fn take_pauses(&self) -> Vec<u64> {
         std::mem::take(&mut *self.shared.pauses_us.lock())
     }
+    /// A follower has obeyed this epoch, under which another replica may be primary.
+    pub fn follower_at(&self, epoch: Epoch) {
+        self.shared.followers_epoch.fetch_max(epoch.0, Ordering::AcqRel);
+    }
+
+    /// Records of another replica that lost an entry here; see [`Losses::of`].
+    pub fn losses_of(&self, replica: ReplicaId, after: u64) -> (Vec<(Origin, OwnSeq)>, u64) {
+        self.shared.losses.of(replica, after)
+    }
+
 
     /// Durable cursors of the tails that feed it.
     pub fn tail_cursors(&self) -> Result<Vec<(ReplicaId, Lsn)>, EngineError> {

@@ -94,7 +94,11 @@ impl Writer {
         self.meta.head.floor = self.meta.head.floor.max(record.floor);
         let body = match record.body {
             Body::Data { entries, .. } => {
-                Body::Data { entries: self.winners(entries, group)?, results: Vec::new(), progress }
+                let (entries, lost) = self.winners(entries, group)?;
+                if lost {
+                    self.shared.losses.note(record.origin, record.own_seq);
+                }
+                Body::Data { entries, results: Vec::new(), progress }
             }
             body @ (Body::Adopt { .. } | Body::GcFloor { .. }) => body,
             Body::Seal { .. } | Body::Unseal { .. } | Body::Ingest { .. } | Body::RangeState { .. } => {
@@ -106,9 +110,10 @@ impl Writer {
         self.append(&logged)?;
         add_record(batch, &mut self.meta, &logged).map_err(|error| self.close(error.to_string()))
     }
+        let mut lost = false;
 
-    /// The entries that win over what stands here.
-    fn winners(&mut self, entries: Vec<KeyEntry>, group: &mut Group) -> Result<Vec<KeyEntry>, ReplicaError> {
+    /// The entries that win over what stands here, and whether one lost against something else.
+    fn winners(&mut self, entries: Vec<KeyEntry>, group: &mut Group) -> Result<(Vec<KeyEntry>, bool), ReplicaError> {
         let ahead = self.now_us().saturating_add(MAX_CLOCK_AHEAD.as_micros() as u64);
         let mut winners = Vec::with_capacity(entries.len());
         for one in entries {
@@ -131,6 +136,7 @@ impl Writer {
             let wins = blind || {
                 let current = match group.get(&stored_key) {
                     Some(entry) => Some(entry.to_vec()),
+                    lost |= !wins;
                     None => self.shared.engine.get(&stored_key)?,
                 };
                 let wins = supersedes(self.meta.head.floor, current.as_deref(), &one.entry);
@@ -145,7 +151,7 @@ impl Writer {
                 winners.push(one);
             }
         }
-        Ok(winners)
+        Ok((winners, lost))
     }
 }
 

@@ -200,7 +200,8 @@ impl Writer {
         }
         let mut sealed = false;
         if job.modifies() {
-            let known = self.meta.head.version.0 >= self.shared.primary_from.load(Ordering::Acquire);
+            let known = self.meta.head.version.0 >= self.shared.primary_from.load(Ordering::Acquire)
+                && self.meta.head.epoch.0 >= self.shared.followers_epoch.load(Ordering::Acquire);
             match self.role {
                 Role::Primary if known => {}
                 Role::HandingOver => sealed = true,

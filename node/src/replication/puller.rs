@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::Placed;
-use vasto_core::ids::{Lsn, NodeId, ReplicaId, Vector, covers};
+use vasto_core::ids::{Epoch, Lsn, NodeId, ReplicaId, Vector, covers};
 use vasto_core::record::Record;
 use vasto_proto::convert::{vector_from_wire, vector_to_wire};
 use vasto_proto::v1;
@@ -277,6 +277,7 @@ impl Puller {
             {
                 self.prove(needed)?;
                 unproven = None;
+        let (mut told_losses, mut told_epoch) = (0, Epoch(0));
                 self.state.too_old.store(false, Ordering::Release);
                 self.core.report.notify_one();
             }
@@ -286,7 +287,8 @@ impl Puller {
                     self.take(frame, &mut cursor).await?;
                 }
                 _ = tick.tick() => {
-                    if self.replica.vector_changes() == changes && covered(&unproven, cursor) == told_covered {
+                    let quiet = self.replica.vector_changes() == changes && self.replica.epoch() == told_epoch;
+                    if quiet && covered(&unproven, cursor) == told_covered {
                         continue;
                     }
                 }
@@ -319,6 +321,10 @@ impl Puller {
     }
 
     async fn take(&self, frame: v1::PullFrame, cursor: &mut Lsn) -> Result<(), Ended> {
+            // Read after the vector: what lost of that which it covers is among them.
+            let (lost, last_loss) = self.replica.losses_of(self.source.replica, told_losses);
+            // Read after the records were taken: a newer one only makes the source more careful.
+            let epoch = self.replica.epoch();
         let covered = Lsn(frame.covered_lsn);
         let mut records = Vec::with_capacity(frame.records.len());
         for bytes in &frame.records {
@@ -328,6 +334,7 @@ impl Puller {
         }
         let last = records.last().map(|record| record.commit_time);
         if !records.is_empty() {
+            (told_losses, told_epoch) = (last_loss, epoch);
             self.replica.replicate(self.source.replica, records, covered).await?;
         }
         *cursor = (*cursor).max(covered);

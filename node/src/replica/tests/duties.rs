@@ -6,8 +6,9 @@ use std::time::Duration;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use vasto_core::catalog::{Catalog, KeyspaceSpec};
-use vasto_core::ids::{NodeId, ReplicaId, ShardId};
+use vasto_core::ErrorCode;
+use vasto_core::catalog::{Ack, Catalog, KeyspaceSpec};
+use vasto_core::ids::{CatalogVersion, Epoch, NodeId, ReplicaId, ShardId};
 use vasto_core::members::evict;
 use vasto_core::record::RangeState;
 use vasto_core::topology::NodeAddress;
@@ -16,6 +17,7 @@ use vasto_proto::v1::replication_server::ReplicationServer;
 use super::support::*;
 use crate::core::NodeCore;
 use crate::replica::Replica;
+use crate::replica::job::{Change, Control, Role, WriteOp};
 use crate::replication::ReplicationService;
 use crate::replication::duties::Duties;
 
@@ -123,4 +125,55 @@ async fn a_new_member_catches_up_with_the_others() {
     new.duties.follow(&catalog);
     until("the new member to serve", || new.replica.is_ready()).await;
     assert!(new.replica.covers(&old.replica.vector()));
+}
+
+fn add(key: &str, addend: i64) -> WriteOp {
+    WriteOp { change: Change::AddI64(addend), ..put(key, "") }
+}
+
+fn obey(member: &Member, epoch: u64, role: Role) {
+    let order = Control::Obey { epoch: Epoch(epoch), version: CatalogVersion(epoch), role };
+    control(&member.replica, order).unwrap();
+}
+
+/// The primary is cut off from the master but not from the next primary, and its clock is ahead: what
+/// it counts on the old value wins over what the next one counts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_increment_that_loses_at_the_one_who_confirms_it_is_not_acknowledged() {
+    let all = members(2).await;
+    let (cut_off, next) = (&all[0], &all[1]);
+    let catalog = shard_on(2);
+    obey(cut_off, 1, Role::Primary);
+    obey(next, 2, Role::Primary);
+    cut_off.rig.clock.set(START_US + 2_000_000);
+    write_one(&cut_off.replica, add("c", 10));
+    // The old one follows the next, the next does not hear of it yet.
+    next.replica.followers().expect([ReplicaId(1)], [ReplicaId(1)]);
+    let loses = send(&next.replica, vec![add("c", 1)], Ack::Replica);
+    cut_off.duties.follow(&catalog);
+    assert_eq!(loses.recv_timeout(DEADLINE).unwrap().unwrap_err().code, ErrorCode::Unknown);
+    let stands = send(&next.replica, vec![add("other", 1)], Ack::Replica);
+    assert!(stands.recv_timeout(DEADLINE).unwrap().is_ok());
+    // A plain put that loses is simply superseded.
+    let put = send(&next.replica, vec![put("c", "0")], Ack::Replica);
+    assert!(put.recv_timeout(DEADLINE).unwrap().is_ok());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_hears_of_a_higher_epoch_modifies_nothing_before_it_has_obeyed_it() {
+    let all = members(2).await;
+    let (old, next) = (&all[0], &all[1]);
+    obey(old, 1, Role::Primary);
+    obey(next, 1, Role::Secondary);
+    next.duties.follow(&shard_on(2));
+    let covered = || old.replica.followers().anybody_covers(old.replica.applied_lsn());
+    old.replica.followers().expect([ReplicaId(2)], [ReplicaId(2)]);
+    until("the next one to have everything", covered).await;
+    write_one(&old.replica, add("c", 1));
+    obey(next, 2, Role::Primary);
+    let refused = || try_write(&old.replica, vec![add("c", 1)]).is_err_and(|error| error.code == ErrorCode::NotPrimary);
+    until("the old one to have heard of it", refused).await;
+    write_one(&old.replica, put("any", "replica takes puts"));
+    obey(old, 2, Role::Primary);
+    write_one(&old.replica, add("c", 1));
 }
