@@ -340,6 +340,9 @@ impl Runner {
         if tokio::time::timeout(patience, shipper).await.is_err() {
             stopper.abort();
         }
+        if !this.discard.load(Ordering::Acquire) {
+            duties.hand_on().await;
+        }
         this.context.core.remove_replica(replica.keyspace, replica.id);
         replica.stop().await;
     }

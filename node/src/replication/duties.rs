@@ -34,6 +34,9 @@ const LOOK: Duration = Duration::from_millis(2);
 /// Between two questions to a peer that did not answer.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
+/// A replica that stops waits this long for another one to have its log.
+const HAND_ON_PATIENCE: Duration = Duration::from_secs(1);
+
 /// The replication of one hosted replica.
 pub struct Duties {
     core: Arc<NodeCore>,
@@ -114,9 +117,11 @@ impl Duties {
         }
         self.replica.set_ready(false);
             let Some(()) = this.cancel.run_until_cancelled(caught_up).await else { return };
-            if this.state.lock().catching_up == turn {
+            let state = this.state.lock();
+            if state.catching_up == turn {
                 this.replica.set_ready(true);
             }
+            drop(state);
             this.core.report.notify_one();
         });
     }
@@ -286,6 +291,24 @@ impl Duties {
             self.state.lock().last_lsn = Some(lsn);
         }
         Ok(())
+    /// The replica stops in order: it takes nothing more, and what it alone has goes to another first.
+    pub async fn hand_on(&self) {
+        if !self.replica.followers().has_peers() {
+            return;
+        }
+        {
+            let mut state = self.state.lock();
+            // No catch-up makes it ready again.
+            state.catching_up += 1;
+            self.replica.set_ready(false);
+        }
+        let Ok(position) = self.replica.position().await else { return };
+        let began = Instant::now();
+        while !self.replica.followers().anybody_covers(position.lsn) && began.elapsed() < HAND_ON_PATIENCE {
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
     }
 
     /// Begins a round about the collection floor when one is due.

@@ -1,7 +1,7 @@
 //! A hosted replica and the versions that it obeys.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vasto_core::catalog::{Catalog, Placed};
 use vasto_core::ids::{Epoch, NodeId, ReplicaId, ShardId};
@@ -92,4 +92,41 @@ async fn one_that_becomes_a_member_catches_up_before_it_serves() {
     assert!(!replica.is_ready(), "its peer has not said what it holds");
     until("the silent peer to be skipped", || replica.is_ready()).await;
     host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_stops_takes_nothing_more_and_waits_until_another_has_its_log() {
+    let (hosted, catalog) = (Hosted::new(), shard_on(2));
+    let host = hosted.start(&catalog);
+    let replica = hosted.replica().await;
+    until("the replica to serve", || replica.is_ready() && replica.version() == catalog.version).await;
+    write_one(&replica, put("k", "v"));
+    let began = Instant::now();
+    let stopping = tokio::spawn(host.stop());
+    until("it to refuse requests", || !replica.is_ready()).await;
+    assert!(replica.closed().is_none(), "others can read its log");
+    stopping.await.unwrap();
+    assert!(began.elapsed() >= Duration::from_secs(1), "nobody had it");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_stops_waits_no_longer_than_it_must() {
+    for confirmed in [true, false] {
+        let (hosted, catalog) = (Hosted::new(), shard_on(2));
+        let host = hosted.start(&catalog);
+        let replica = hosted.replica().await;
+        until("the replica to serve", || replica.is_ready() && replica.version() == catalog.version).await;
+        write_one(&replica, put("k", "v"));
+        let (lsn, own_seq) = (replica.applied_lsn(), *replica.vector().values().last().unwrap());
+        if confirmed {
+            replica.followers().progress(ReplicaId(2), lsn, own_seq, Epoch(1));
+            let stopping = tokio::spawn(host.stop());
+            until("it to end", || replica.closed().is_some()).await;
+            stopping.await.unwrap();
+        } else {
+            // Its files are to go: it has been drained, or is given up.
+            host.stop_to_discard().await;
+            assert!(replica.is_ready());
+        }
+    }
 }
