@@ -389,11 +389,31 @@ impl Replica {
         answer.await.map_err(|_| ReplicaError::Stopped)?
     }
 
-    /// Where the replica stands, with everything durable.
+    /// Where the replica stands, with everything durable. One that is closed says what it settled before.
     pub async fn position(&self) -> Result<Position, ReplicaError> {
         let (done, answer) = oneshot::channel();
-        self.jobs.send(Job::Look(done)).map_err(|_| ReplicaError::Stopped)?;
-        answer.await.map_err(|_| ReplicaError::Stopped)?
+        let asked = self.jobs.send(Job::Look(done)).is_ok();
+        match if asked { answer.await.ok() } else { None } {
+            Some(Ok(position)) => Ok(position),
+            _ if self.closed().is_some() && !self.shared.ended.load(Ordering::Acquire) => Ok(self.settled()),
+            Some(Err(error)) => Err(error),
+            None => Err(ReplicaError::Stopped),
+        }
+    }
+
+    /// What is durable and visible, without the writer's help.
+    fn settled(&self) -> Position {
+        // In this order: what is applied is in the vector.
+        let synced = self.shared.log.synced_lsn();
+        let applied = self.applied_lsn();
+        let mut vector = self.vector();
+        // Only own records with entries are ever applied before they are synced.
+        let unsynced = applied.0.saturating_sub(synced.0);
+        let own = Origin { replica: self.id, incarnation: self.incarnation() };
+        if let Some(own_seq) = vector.get_mut(&own) {
+            own_seq.0 = own_seq.0.saturating_sub(unsynced);
+        }
+        Position { lsn: applied.min(synced), vector, floor: self.floor(), incarnation: own.incarnation }
     }
 
     /// Changes the replica itself; answers once it is durable.

@@ -177,3 +177,23 @@ async fn who_hears_of_a_higher_epoch_modifies_nothing_before_it_has_obeyed_it() 
     obey(old, 2, Role::Primary);
     write_one(&old.replica, add("c", 1));
 }
+
+/// Replication is served in every state.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_is_closed_is_pulled_and_drained() {
+    let all = members(2).await;
+    let (closed, other) = (&all[0], &all[1]);
+    for n in 0..10 {
+        write_one(&closed.replica, put(&format!("k{n}"), "v"));
+    }
+    let settled = closed.replica.vector();
+    send(&closed.replica, vec![put("not synced", "v")], Ack::Os).recv_timeout(DEADLINE).unwrap().unwrap();
+    closed.replica.close("the disk is broken".into());
+    let catalog = evict(&shard_on(2), ReplicaId(1), false, START_US, 2).unwrap();
+    other.duties.follow(&catalog);
+    closed.duties.follow(&catalog);
+    closed.duties.detach().await.unwrap();
+    until("it to be drained", || closed.duties.report().drained).await;
+    assert!(other.replica.covers(&settled));
+    assert!(!other.duties.report().too_old);
+}
