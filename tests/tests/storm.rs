@@ -137,13 +137,26 @@ async fn storm(ack: &str, replicas: &str) -> Result<()> {
     cluster.finish().await
 }
 
-/// Waits until every replica serves and has little to catch up.
+/// Waits until every replica serves, has little to catch up, and has what any of its shard had when all
+/// served: their logs hold the same records, in whatever order.
 async fn converged_in_role(cluster: &Cluster, name: &str) -> Result<()> {
+    let mut needed: Option<Vec<u64>> = None;
     until("all replicas to have caught up", DEADLINE, async || {
         let described = cluster.json(&["keyspace", "describe", name]).await.ok()?;
-        let shards = described["placement"].as_array()?;
-        let serves = |one: &serde_json::Value| one["state"] == "serving" && one["lag_ms"].as_u64() < Some(1_000);
-        shards.iter().all(|shard| shard["replicas"].as_array().is_some_and(|all| all.iter().all(serves))).then_some(())
+        let mut lsns: Vec<Vec<u64>> = Vec::new();
+        for shard in described["placement"].as_array()? {
+            let replicas = shard["replicas"].as_array()?;
+            let serves = |one: &serde_json::Value| {
+                one["state"] == "serving" && one["lag_ms"].as_u64().is_some_and(|lag| lag < 1_000)
+            };
+            if !replicas.iter().all(serves) {
+                return None;
+            }
+            lsns.push(replicas.iter().map(|one| one["lsn"].as_u64()).collect::<Option<_>>()?);
+        }
+        let last = |shard: &Vec<u64>| shard.iter().copied().max().unwrap_or(0);
+        let needed = needed.get_or_insert_with(|| lsns.iter().map(last).collect());
+        lsns.iter().zip(needed).all(|(shard, needed)| shard.iter().all(|lsn| lsn >= needed)).then_some(())
     })
     .await
 }

@@ -24,6 +24,7 @@ use vasto_proto::v1;
 use vasto_proto::v1::pull_message::Message;
 
 use super::peers::Peers;
+use crate::clock::since_boot;
 use crate::core::NodeCore;
 use crate::replica::Replica;
 use crate::replica::job::ReplicaError;
@@ -44,7 +45,7 @@ fn gauges() -> &'static (Gauge<u64>, Gauge<u64>) {
         let ms = meter
             .u64_gauge("vasto_replication_lag")
             .with_unit("ms")
-            .with_description("Age of the last record that came, while there are more");
+            .with_description("Age of the last record that came, while there are more; time without a connection");
         (lsns.build(), ms.build())
     })
 }
@@ -58,8 +59,28 @@ pub struct PullState {
     pub lag_lsns: AtomicU64,
     /// Age of the last record that came, while there are more, milliseconds.
     pub lag_ms: AtomicU64,
+    /// Boot time since which no stream is open, milliseconds; means nothing while one is.
+    pub broken_ms: AtomicU64,
     /// The peer's log does not reach back to where this replica stands.
     pub too_old: AtomicBool,
+}
+
+impl PullState {
+    /// No stream is open yet, or any more.
+    fn broken(&self) {
+        self.broken_ms.store(since_boot().as_millis() as u64, Ordering::Release);
+        self.connected.store(false, Ordering::Release);
+    }
+
+    /// Milliseconds. Nothing is known of a peer while no stream is open: then the lag is at least as old
+    /// as that.
+    fn lag_ms(&self) -> u64 {
+        let lag = self.lag_ms.load(Ordering::Acquire);
+        if self.connected.load(Ordering::Acquire) {
+            return lag;
+        }
+        lag.max((since_boot().as_millis() as u64).saturating_sub(self.broken_ms.load(Ordering::Acquire)))
+    }
 }
 
 struct Pull {
@@ -106,6 +127,7 @@ impl Pullers {
             pulls.entry(source.replica).or_insert_with(|| {
                 let cancel = self.cancel.child_token();
                 let state = Arc::new(PullState::default());
+                state.broken();
                 let task = Puller {
                     core: self.core.clone(),
                     peers: self.peers.clone(),
@@ -125,10 +147,10 @@ impl Pullers {
     pub fn lag(&self) -> Lag {
         let pulls = self.pulls.lock();
         let connected = pulls.values().filter(|pull| pull.state.connected.load(Ordering::Acquire));
-        connected.fold(Lag::default(), |lag, pull| Lag {
-            lsns: lag.lsns.max(pull.state.lag_lsns.load(Ordering::Acquire)),
-            ms: lag.ms.max(pull.state.lag_ms.load(Ordering::Acquire)),
-        })
+        Lag {
+            lsns: connected.map(|pull| pull.state.lag_lsns.load(Ordering::Acquire)).max().unwrap_or(0),
+            ms: pulls.values().map(|pull| pull.state.lag_ms()).max().unwrap_or(0),
+        }
     }
 
     /// The lag behind one peer; `None` while nothing is known of it.
@@ -148,7 +170,7 @@ impl Pullers {
                 KeyValue::new("peer", peer.0 as i64),
             ];
             gauges().0.record(pull.state.lag_lsns.load(Ordering::Acquire), &labels);
-            gauges().1.record(pull.state.lag_ms.load(Ordering::Acquire), &labels);
+            gauges().1.record(pull.state.lag_ms(), &labels);
         }
     }
 
@@ -208,7 +230,9 @@ impl Puller {
         let mut said = String::new();
         loop {
             let Err(ended) = self.pull(rescan).await;
-            self.state.connected.store(false, Ordering::Release);
+            if self.state.connected.load(Ordering::Acquire) {
+                self.state.broken();
+            }
             let mut pause = RETRY;
             let reason = match ended {
                 Ended::Interrupted(reason) => reason,

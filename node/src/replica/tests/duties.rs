@@ -197,3 +197,10 @@ async fn one_that_is_closed_is_pulled_and_drained() {
     assert!(other.replica.covers(&settled));
     assert!(!other.duties.report().too_old);
 }
+
+#[tokio::test]
+async fn the_lag_behind_a_peer_that_cannot_be_reached_grows() {
+    let one = Member::new(1);
+    one.duties.follow(&shard_on(2));
+    until("the lag to grow", || one.duties.report().lag_ms > 50).await;
+}
