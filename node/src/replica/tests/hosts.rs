@@ -95,6 +95,16 @@ async fn one_that_becomes_a_member_catches_up_before_it_serves() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_left_is_at_no_moment_taken_for_the_primary() {
+    for (catalog, role) in [(shard_on(2), Role::Primary), (left(&shard_on(2)), Role::Detached)] {
+        let hosted = Hosted::new();
+        let host = hosted.start(&catalog);
+        assert_eq!(hosted.replica().await.view().role, role, "before it has obeyed anything");
+        host.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_that_stops_takes_nothing_more_and_waits_until_another_has_its_log() {
     let (hosted, catalog) = (Hosted::new(), shard_on(2));
     let host = hosted.start(&catalog);
