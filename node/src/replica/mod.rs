@@ -194,6 +194,10 @@ pub struct Shared {
     ended: AtomicBool,
 }
 
+/// Why a replica closes of whose records others hold more than it has ever written.
+pub const OLD_COPY: &str = "others hold records of this replica that it has never written: its directory is an old \
+                            copy; evict the replica (`vasto keyspace evict`), it is rebuilt from the others";
+
 /// Pause samples that are kept for a report.
 const PAUSES_MAX: usize = 4_096;
 
@@ -312,14 +316,14 @@ impl Replica {
             data_commit_time: AtomicU64::new(meta.data_commit_time),
             followers: Followers::default(),
             bucket_acks: BucketAcks::default(),
+            losses: Losses::default(),
             ready: AtomicBool::new(true),
             primary_from: AtomicU64::new(0),
+            followers_epoch: AtomicU64::new(0),
             shed: AtomicBool::new(false),
             applied: AtomicU64::new(meta.head.applied_lsn.0),
-            losses: Losses::default(),
             incarnation: AtomicU64::new(meta.identity.incarnation.0),
             closed: ArcSwapOption::empty(),
-            followers_epoch: AtomicU64::new(0),
             changed,
             pauses_us: Mutex::default(),
             ended: AtomicBool::new(false),
@@ -548,6 +552,16 @@ impl Replica {
         self.shared.primary_from.fetch_max(version.0, Ordering::AcqRel);
     }
 
+    /// A follower has obeyed this epoch, under which another replica may be primary.
+    pub fn follower_at(&self, epoch: Epoch) {
+        self.shared.followers_epoch.fetch_max(epoch.0, Ordering::AcqRel);
+    }
+
+    /// Records of another replica that lost an entry here; see [`Losses::of`].
+    pub fn losses_of(&self, replica: ReplicaId, after: u64) -> (Vec<(Origin, OwnSeq)>, u64) {
+        self.shared.losses.of(replica, after)
+    }
+
     /// Refuses writes while the log is far over its cap.
     pub fn set_shed(&self, shed: bool) {
         self.shared.shed.store(shed, Ordering::Relaxed);
@@ -572,16 +586,6 @@ impl Replica {
     pub fn take_pauses(&self) -> Vec<u64> {
         std::mem::take(&mut *self.shared.pauses_us.lock())
     }
-    /// A follower has obeyed this epoch, under which another replica may be primary.
-    pub fn follower_at(&self, epoch: Epoch) {
-        self.shared.followers_epoch.fetch_max(epoch.0, Ordering::AcqRel);
-    }
-
-    /// Records of another replica that lost an entry here; see [`Losses::of`].
-    pub fn losses_of(&self, replica: ReplicaId, after: u64) -> (Vec<(Origin, OwnSeq)>, u64) {
-        self.shared.losses.of(replica, after)
-    }
-
 
     /// Durable cursors of the tails that feed it.
     pub fn tail_cursors(&self) -> Result<Vec<(ReplicaId, Lsn)>, EngineError> {

@@ -17,6 +17,7 @@ use vasto_core::merge::supersedes;
 use vasto_core::record::{Body, KeyEntry, Progress, RangeState, Record};
 use vasto_core::stored_key::data_key;
 
+use super::OLD_COPY;
 use super::apply::{add_record, band_of};
 use super::job::ReplicaError;
 use super::metrics;
@@ -46,13 +47,7 @@ impl Writer {
                 continue;
             }
             if self.meta.is_own(&record) && record.origin.incarnation >= self.meta.identity.incarnation {
-                failed = Some(
-                    self.close(
-                        "others hold records of this replica that it has never written: its directory is an old copy; \
-                     evict the replica (`vasto keyspace evict`), it is rebuilt from the others"
-                            .into(),
-                    ),
-                );
+                failed = Some(self.close(OLD_COPY.into()));
                 break;
             }
             let next = OwnSeq(have.0 + 1);
@@ -110,12 +105,12 @@ impl Writer {
         self.append(&logged)?;
         add_record(batch, &mut self.meta, &logged).map_err(|error| self.close(error.to_string()))
     }
-        let mut lost = false;
 
     /// The entries that win over what stands here, and whether one lost against something else.
     fn winners(&mut self, entries: Vec<KeyEntry>, group: &mut Group) -> Result<(Vec<KeyEntry>, bool), ReplicaError> {
         let ahead = self.now_us().saturating_add(MAX_CLOCK_AHEAD.as_micros() as u64);
         let mut winners = Vec::with_capacity(entries.len());
+        let mut lost = false;
         for one in entries {
             let entry = Entry::decode(&one.entry)
                 .map_err(|error| ReplicaError::Refused(format!("a streamed entry is damaged: {error}")))?;
@@ -136,12 +131,12 @@ impl Writer {
             let wins = blind || {
                 let current = match group.get(&stored_key) {
                     Some(entry) => Some(entry.to_vec()),
-                    lost |= !wins;
                     None => self.shared.engine.get(&stored_key)?,
                 };
                 let wins = supersedes(self.meta.head.floor, current.as_deref(), &one.entry);
                 if current.is_some_and(|current| current != one.entry) {
                     metrics::conflict(wins);
+                    lost |= !wins;
                 }
                 wins
             };

@@ -26,8 +26,8 @@ use super::floor::{Council, interval};
 use super::peers::Peers;
 use super::puller::Pullers;
 use crate::core::NodeCore;
-use crate::replica::Replica;
 use crate::replica::job::{ReplicaError, Role};
+use crate::replica::{OLD_COPY, Replica};
 
 /// Between two looks at something that a peer or the pulls have to bring.
 const LOOK: Duration = Duration::from_millis(2);
@@ -107,15 +107,15 @@ impl Duties {
             state.catching_up += 1;
             state.catching_up
         };
-        let this = self.clone();
-        tokio::spawn(async move {
-            let caught_up = this.catch_up(others);
         if others.is_empty() || !catalog.is_placed(self.replica.id) {
             // It may have been told to wait while it still had somebody to wait for.
             self.replica.set_ready(true);
             return;
         }
         self.replica.set_ready(false);
+        let this = self.clone();
+        tokio::spawn(async move {
+            let caught_up = this.catch_up(others);
             let Some(()) = this.cancel.run_until_cancelled(caught_up).await else { return };
             let state = this.state.lock();
             if state.catching_up == turn {
@@ -146,10 +146,8 @@ impl Duties {
             };
             let vector = vector_from_wire(&reply.vector);
             if self.is_an_old_copy(&vector) {
-                let reason = "others hold records of this replica that it has never written: its directory is an old \
-                              copy; evict the replica (`vasto keyspace evict`), it is rebuilt from the others";
-                tracing::error!(keyspace = self.replica.keyspace.0, shard = self.replica.shard.0, reason);
-                self.replica.close(reason.into());
+                tracing::error!(keyspace = self.replica.keyspace.0, shard = self.replica.shard.0, reason = OLD_COPY);
+                self.replica.close(OLD_COPY.into());
                 return std::future::pending().await;
             }
             version = version.max(reply.version);
@@ -291,6 +289,8 @@ impl Duties {
             self.state.lock().last_lsn = Some(lsn);
         }
         Ok(())
+    }
+
     /// The replica stops in order: it takes nothing more, and what it alone has goes to another first.
     pub async fn hand_on(&self) {
         if !self.replica.followers().has_peers() {
@@ -307,8 +307,6 @@ impl Duties {
         while !self.replica.followers().anybody_covers(position.lsn) && began.elapsed() < HAND_ON_PATIENCE {
             tokio::time::sleep(LOOK).await;
         }
-    }
-
     }
 
     /// Begins a round about the collection floor when one is due.

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::Placed;
-use vasto_core::ids::{Epoch, Lsn, NodeId, ReplicaId, Vector, covers};
+use vasto_core::ids::{Epoch, Lsn, NodeId, Origin, ReplicaId, Vector, covers};
 use vasto_core::record::Record;
 use vasto_proto::convert::{vector_from_wire, vector_to_wire};
 use vasto_proto::v1;
@@ -26,8 +26,8 @@ use vasto_proto::v1::pull_message::Message;
 use super::peers::Peers;
 use crate::clock::since_boot;
 use crate::core::NodeCore;
-use crate::replica::Replica;
 use crate::replica::job::ReplicaError;
+use crate::replica::{OLD_COPY, Replica};
 
 /// Between two attempts to reach a peer.
 const RETRY: Duration = Duration::from_millis(100);
@@ -143,7 +143,8 @@ impl Pullers {
         }
     }
 
-    /// The largest lag behind a peer that is connected.
+    /// The largest lag behind a peer; the records are those of peers that are connected, because nobody
+    /// can tell what the others have.
     pub fn lag(&self) -> Lag {
         let pulls = self.pulls.lock();
         let connected = pulls.values().filter(|pull| pull.state.connected.load(Ordering::Acquire));
@@ -276,6 +277,7 @@ impl Puller {
         let mut changes = self.replica.vector_changes();
         let mut told = self.replica.vector();
         let mut told_covered = Lsn(0);
+        let (mut told_losses, mut told_epoch) = (0, Epoch(0));
         let (messages, outgoing) = mpsc::channel(8);
         let start = v1::PullStart {
             keyspace_id: self.replica.keyspace.0,
@@ -301,7 +303,6 @@ impl Puller {
             {
                 self.prove(needed)?;
                 unproven = None;
-        let (mut told_losses, mut told_epoch) = (0, Epoch(0));
                 self.state.too_old.store(false, Ordering::Release);
                 self.core.report.notify_one();
             }
@@ -320,15 +321,20 @@ impl Puller {
             changes = self.replica.vector_changes();
             let vector = self.replica.vector();
             let news = vector.iter().filter(|(origin, seq)| told.get(origin) != Some(*seq));
+            // Read after the vector: what lost of that which it covers is among them.
+            let (lost, last_loss) = self.replica.losses_of(self.source.replica, told_losses);
+            // Read after the records were taken: a newer one only makes the source more careful.
+            let epoch = self.replica.epoch();
             let progress = v1::PullProgress {
                 covered_lsn: covered(&unproven, cursor).0,
                 vector: vector_to_wire(news),
-                // Read after the records were taken: a newer one only makes the source more careful.
-                epoch: self.replica.epoch().0,
+                epoch: epoch.0,
+                lost: vector_to_wire(lost.iter().map(|(origin, seq)| (origin, seq))),
             };
             messages.send(v1::PullMessage { message: Some(Message::Progress(progress)) }).await.map_err(closed)?;
             told = vector;
             told_covered = covered(&unproven, cursor);
+            (told_losses, told_epoch) = (last_loss, epoch);
         }
     }
 
@@ -339,16 +345,19 @@ impl Puller {
         if covers(&have, needed) {
             return Ok(());
         }
-        let missing = needed.iter().find(|(origin, seq)| have.get(origin).is_none_or(|have| have < *seq));
+        let mut missing = needed.iter().filter(|(origin, seq)| have.get(origin).is_none_or(|have| have < *seq));
+        let own =
+            |origin: &Origin| origin.replica == self.replica.id && origin.incarnation >= self.replica.incarnation();
+        if missing.clone().any(|(origin, _)| own(origin)) {
+            self.replica.close(OLD_COPY.into());
+            return Err(Ended::Closed(OLD_COPY.into()));
+        }
+        let missing = missing.next();
         let missing = missing.map(|(origin, seq)| format!("{origin} up to {seq}")).unwrap_or_default();
         Err(Ended::TooOld(format!("the peer's log no longer holds records of {missing}")))
     }
 
     async fn take(&self, frame: v1::PullFrame, cursor: &mut Lsn) -> Result<(), Ended> {
-            // Read after the vector: what lost of that which it covers is among them.
-            let (lost, last_loss) = self.replica.losses_of(self.source.replica, told_losses);
-            // Read after the records were taken: a newer one only makes the source more careful.
-            let epoch = self.replica.epoch();
         let covered = Lsn(frame.covered_lsn);
         let mut records = Vec::with_capacity(frame.records.len());
         for bytes in &frame.records {
@@ -358,7 +367,6 @@ impl Puller {
         }
         let last = records.last().map(|record| record.commit_time);
         if !records.is_empty() {
-            (told_losses, told_epoch) = (last_loss, epoch);
             self.replica.replicate(self.source.replica, records, covered).await?;
         }
         *cursor = (*cursor).max(covered);

@@ -204,3 +204,52 @@ async fn the_lag_behind_a_peer_that_cannot_be_reached_grows() {
     one.duties.follow(&shard_on(2));
     until("the lag to grow", || one.duties.report().lag_ms > 50).await;
 }
+
+/// A directory that was put back, and whose peers were away when it was opened.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_old_copy_that_learns_of_it_by_a_pull_closes() {
+    let rig = Rig::of(ShardId(0), ReplicaId(1), 1, RangeState::Owned);
+    let first = rig.create();
+    let (_dir, copy) = rig.crash(&first);
+    rig.close(first);
+    let real = rig.open(&rig.path, false).unwrap();
+    assert_eq!(real.incarnation(), copy.incarnation());
+    for n in 0..5 {
+        write_one(&real, put(&format!("k{n}"), "v"));
+    }
+    let other = Member::new(2);
+    let streamed: Vec<_> = records(&real).into_iter().filter(|record| record.body.is_streamed()).collect();
+    let last = streamed.last().unwrap().lsn;
+    other.replica.replicate(ReplicaId(1), streamed, last).await.unwrap();
+    let all = [Member::of(rig, copy), other];
+    connect(&all).await;
+    all[0].duties.follow(&shard_on(2));
+    until("the copy to close", || all[0].replica.closed().is_some()).await;
+    assert!(all[0].replica.closed().unwrap().contains("old copy"));
+}
+
+/// An origin whose clock has gone on for a day between two records of one incarnation.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_origin_that_was_idle_for_a_day_goes_on() {
+    let all = members(3).await;
+    let catalog = shard_on(3);
+    all.iter().for_each(|one| one.duties.follow(&catalog));
+    let agree = || all.iter().all(|one| one.replica.vector() == all[0].replica.vector());
+    for n in 0..20 {
+        write_one(&all[n % 3].replica, put(&format!("k{n}"), "v"));
+    }
+    write_one(&all[1].replica, delete("k7"));
+    until("all to hold the same", agree).await;
+    let incarnations: Vec<_> = all.iter().map(|one| one.replica.incarnation()).collect();
+    all.iter().for_each(|one| one.rig.clock.set(START_US + 86_400_000_000));
+    write_one(&all[0].replica, put("k1", "a day later"));
+    write_one(&all[2].replica, delete("k2"));
+    until("all to hold the same", agree).await;
+    for one in &all {
+        assert_eq!(get(&one.replica, "k1").as_deref(), Some("a day later"));
+        assert_eq!((get(&one.replica, "k2"), get(&one.replica, "k7")), (None, None));
+        assert_eq!(get(&one.replica, "k3").as_deref(), Some("v"));
+        assert_eq!(data_rows(&one.replica), data_rows(&all[0].replica));
+    }
+    assert_eq!(all.iter().map(|one| one.replica.incarnation()).collect::<Vec<_>>(), incarnations);
+}
