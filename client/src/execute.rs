@@ -265,6 +265,7 @@ impl Executor {
                 return Err(Failed::new(Failure::Unreachable, message));
             }
         };
+        let write = matches!(op, Op::Write(_));
         let request = v1::Request {
             id: 0,
             keyspace_id: table.topology.keyspace.0,
@@ -275,17 +276,32 @@ impl Executor {
         };
         let call = connection.call(request, bytes, deadline);
         tokio::pin!(call);
+        // What waits for another replica, the bucket or a change of shards takes seconds also at a healthy
+        // node, and is worse repeated than waited for: before a write is, the node is asked something easy.
+        let before_asking = if write && impatient { ATTEMPT_PATIENCE / 2 } else { ATTEMPT_PATIENCE };
         let answer = loop {
-            match tokio::time::timeout(ATTEMPT_PATIENCE, &mut call).await {
-                Ok(answer) => break answer,
-                // Others are answered: this one is only slow.
-                Err(_) if !impatient || !connection.is_silent_for(ATTEMPT_PATIENCE) => {}
-                Err(_) => {
-                    node.suspect(probe());
-                    let message = format!("the node at {} is silent", node.address());
-                    return Err(Failed::new(Failure::Lost { sent: true }, message));
+            if let Ok(answer) = tokio::time::timeout(before_asking, &mut call).await {
+                break answer;
+            }
+            // Others are answered: this one is only slow.
+            if !impatient || !connection.is_silent_for(before_asking) {
+                continue;
+            }
+            if write {
+                let asked = connection.call(probe(), 0, Instant::now() + (ATTEMPT_PATIENCE - before_asking));
+                tokio::select! {
+                    biased;
+                    answer = &mut call => break answer,
+                    heard = asked => {
+                        if !matches!(heard, Answer::Expired { .. }) || !connection.is_silent_for(ATTEMPT_PATIENCE) {
+                            continue;
+                        }
+                    }
                 }
             }
+            node.suspect(probe());
+            let message = format!("the node at {} is silent", node.address());
+            return Err(Failed::new(Failure::Lost { sent: true }, message));
         };
         match answer {
             Answer::Reply(Reply::Error(error)) => {

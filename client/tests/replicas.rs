@@ -172,3 +172,20 @@ async fn a_modification_follows_the_primary_and_is_never_repeated_elsewhere() {
     assert!(error.message().contains("read the value back"), "{error}");
     assert_eq!(requests(&cluster)[2], 0);
 }
+
+/// Waiting for another replica's sync takes seconds at times, and no other answer says meanwhile that
+/// the node is well.
+#[tokio::test]
+async fn a_write_that_a_healthy_primary_answers_late_is_not_repeated_elsewhere() {
+    let (cluster, keyspace) = three().await;
+    keyspace.put("k", "v").await.unwrap();
+    cluster.fault(1, Fault::Silent);
+    let waits = keyspace.clone().with_deadline(ATTEMPT_PATIENCE * 5 / 2).put("k", "w").await.unwrap_err();
+    assert_eq!(waits.kind(), ErrorKind::Unknown, "{waits}");
+    let [first, second, third] = requests(&cluster);
+    assert!(first > 2, "it is asked whether it is well");
+    assert_eq!((second, third), (0, 0));
+    assert_eq!(cluster.state.lock().nodes[&NodeId(1)].writes.len(), 2);
+    keyspace.put("k", "v").await.unwrap();
+    assert_eq!(requests(&cluster)[1], 0, "it is not passed by either");
+}

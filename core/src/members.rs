@@ -96,6 +96,29 @@ pub(crate) fn leave_quarantines(quarantines: &mut [Quarantine], gone: ReplicaId,
     }
 }
 
+/// Who takes over from a replica before it leaves: a primary that is there hands over first, because
+/// what it alone has just counted must not be missed. `None` when it is not primary, or nobody can.
+pub fn heir(
+    shard: &ShardPlacement,
+    replica: ReplicaId,
+    here: impl Fn(NodeId) -> bool,
+    may: impl Fn(&Placed) -> bool,
+) -> Option<ReplicaId> {
+    shard.primary().filter(|primary| primary.replica == replica && here(primary.node))?;
+    let heir = shard.replicas.iter().find(|one| one.replica != replica && here(one.node) && may(one));
+    heir.map(|one| one.replica)
+}
+
+/// The version in which a primary begins to hand over to another replica of its shard.
+pub fn hand_over(catalog: &Catalog, from: ReplicaId, to: ReplicaId, now_us: u64, nonce: u64) -> Option<Catalog> {
+    let may = catalog.state == KeyspaceState::Active && catalog.plan.is_none();
+    let mut next = catalog.next(now_us, nonce);
+    let shard = next.placement.iter_mut().find(|shard| shard.primary().is_some_and(|one| one.replica == from));
+    let shard = shard.filter(|shard| shard.handing_to.is_none() && shard.replicas.iter().any(|one| one.replica == to));
+    shard.filter(|_| may && from != to)?.handing_to = Some(to);
+    Some(next)
+}
+
 /// What is known around a keyspace.
 pub struct Around<'a> {
     /// Is a node there?
@@ -177,19 +200,11 @@ fn empty_leaving(
         let staying = shard.replicas.iter().filter(|one| !leaves(one)).count();
         let Some(one) = shard.replicas.iter().find(|one| leaves(one)) else { continue };
         if staying >= catalog.spec.replicas as usize {
-            // A primary that is there hands over first: what it alone has just taken must not be missed.
-            let heir = shard.replicas.iter().find(|other| !leaves(other) && ready(other));
-            let acts = shard.primary() == Some(*one) && around.is_here(one.node);
-            let Some(heir) = heir.filter(|_| acts) else {
-                return evict(catalog, one.replica, false, now_us, nonce).ok();
+            let here = |node| around.is_here(node);
+            return match heir(shard, one.replica, here, |other| !leaves(other) && ready(other)) {
+                Some(heir) => hand_over(catalog, one.replica, heir, now_us, nonce),
+                None => evict(catalog, one.replica, false, now_us, nonce).ok(),
             };
-            if shard.handing_to.is_some() {
-                return None;
-            }
-            let mut next = catalog.next(now_us, nonce);
-            let shard = next.placement.iter_mut().find(|other| other.shard == shard.shard)?;
-            shard.handing_to = Some(heir.replica);
-            return Some(next);
         }
         if shard.replicas.len() == 1 && is_given_up(catalog, around, one.node) && may_copy(catalog, now_us) {
             let node = (around.room)(catalog, shard.shard)?;
@@ -247,6 +262,7 @@ fn end_of(
         write_pause_ms: PauseMs::default(),
         duration_ms: now_us.saturating_sub(leaving.since_us) / 1000,
         started_at_us: leaving.since_us,
+        reached: copies_for(catalog, leaving).flat_map(|report| report.reached.iter().copied()).collect(),
     }
 }
 
@@ -441,6 +457,23 @@ mod tests {
         let plan = copying.plan.unwrap();
         assert_eq!(plan.kind, PlanKind::Replica { shard: ShardId(0) });
         assert_eq!((plan.sources[0].replica, plan.targets[0].replica), (ReplicaId(2), ReplicaId(4)));
+    }
+
+    #[test]
+    fn a_primary_that_is_to_leave_hands_over_to_one_that_is_there_and_ready() {
+        let catalog = catalog();
+        let shard = &catalog.placement[0];
+        let here = |node: NodeId| node != NodeId(2);
+        assert_eq!(heir(shard, ReplicaId(1), here, |_| true), Some(ReplicaId(3)));
+        assert_eq!(heir(shard, ReplicaId(1), here, |one| one.replica != ReplicaId(3)), None);
+        assert_eq!(heir(shard, ReplicaId(3), here, |_| true), None, "it is not primary");
+        assert_eq!(heir(shard, ReplicaId(1), |node| node != NodeId(1), |_| true), None, "it is replaced");
+        let handing = hand_over(&catalog, ReplicaId(1), ReplicaId(3), NOW, 2).unwrap();
+        assert_eq!((handing.placement[0].handing_to, handing.epoch), (Some(ReplicaId(3)), catalog.epoch));
+        assert_eq!(hand_over(&handing, ReplicaId(1), ReplicaId(2), NOW, 3), None, "one runs already");
+        assert_eq!(hand_over(&catalog, ReplicaId(3), ReplicaId(1), NOW, 3), None);
+        assert_eq!(hand_over(&catalog, ReplicaId(1), ReplicaId(9), NOW, 3), None);
+        assert_eq!(hand_over(&catalog, ReplicaId(1), ReplicaId(1), NOW, 3), None);
     }
 
     #[test]

@@ -10,11 +10,13 @@ use serde_json::{Value, json};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 use vasto_core::band::check_shard_count;
-use vasto_core::catalog::{Ack, Catalog, KeyspaceSpec, KeyspaceState};
+use vasto_core::catalog::{Ack, Catalog, KeyspaceSpec, KeyspaceState, Placed};
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId};
-use vasto_core::limits::{ADMIN_DEADLINE, LimitError, REPLICAS_MAX, check_keyspace_name};
+use vasto_core::limits::{ADMIN_DEADLINE, HANDOVER_TIMEOUT, LimitError, REPLICAS_MAX, check_keyspace_name};
+use vasto_core::members::heir;
 use vasto_core::plan::{ReplicaPhase, operation_id};
+use vasto_core::primaries::Presence;
 use vasto_proto::convert::ack_from_wire;
 use vasto_proto::v1;
 use vasto_shipping::CatalogError;
@@ -304,10 +306,40 @@ pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
     Ok(document::json(&report.map(document::finished)))
 }
 
+/// A primary that is about to leave hands over, if somebody can take over. It is not waited for longer
+/// than a hand-over may take: whoever evicts it may have a reason.
+async fn hand_over_first(cluster: &Arc<Cluster>, keyspace: KeyspaceId, replica: ReplicaId) {
+    let (change, shard, mut changes) = {
+        let (state, mono_us) = (cluster.state(), cluster.mono_us());
+        let Some(known) = state.keyspaces.get(&keyspace) else { return };
+        let here = |node| matches!(state.presence(node, mono_us), Presence::Here(_));
+        let ready = |one: &Placed| known.reports.get(&one.replica).is_some_and(|report| report.replication.ready);
+        let placement = &known.catalog.placement;
+        let found = placement.iter().find_map(|shard| Some((shard.shard, heir(shard, replica, here, ready)?)));
+        let Some((shard, to)) = found else { return };
+        (Change::HandOver { from: replica, to }, shard, known.changes())
+    };
+    if ask(cluster, keyspace, change).await.is_err() {
+        return;
+    }
+    let ended = async {
+        loop {
+            changes.borrow_and_update();
+            let catalog = cluster.state().keyspaces.get(&keyspace).map(|known| known.catalog.clone());
+            let hands_over = catalog.is_some_and(|now| now.shard(shard).is_some_and(|one| one.handing_to.is_some()));
+            if !hands_over || changes.changed().await.is_err() {
+                return;
+            }
+        }
+    };
+    let _ = timeout(HANDOVER_TIMEOUT * 2, ended).await;
+}
+
 /// Takes a replica out of its placement; it is drained when its node is there, or given up.
 pub(crate) async fn evict(cluster: &Arc<Cluster>, request: v1::EvictRequest) -> Answer {
     let keyspace = find(&cluster.state(), &request.name)?.catalog.keyspace;
     let replica = ReplicaId(request.replica_id);
+    hand_over_first(cluster, keyspace, replica).await;
     let change = Change::Evict { replica, accept_loss: request.accept_loss };
     let catalog = ask(cluster, keyspace, change).await?;
     tracing::info!(keyspace = request.name, %replica, accept_loss = request.accept_loss, "evicted a replica");

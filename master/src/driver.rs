@@ -18,7 +18,7 @@ use vasto_core::catalog::{Catalog, KeyspaceState, Leaving};
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::{Epoch, KeyspaceId, NodeId, PlanId, ReplicaId};
 use vasto_core::limits::SEALING_WRITE_MAX;
-use vasto_core::members::{EvictError, empty_node, evict, stay};
+use vasto_core::members::{EvictError, empty_node, evict, hand_over, stay};
 use vasto_core::plan::{Advance, Plan, PlanError, PlanKind, Reports, Step, abort, operation_id, start_grow};
 use vasto_core::primaries::{Moves, moves_between};
 use vasto_shipping::CatalogWrite;
@@ -47,6 +47,8 @@ pub(crate) enum Change {
     Grow { to: u32 },
     /// Undo the running plan.
     Cancel { plan: PlanId },
+    /// Have a primary hand over to another replica of its shard.
+    HandOver { from: ReplicaId, to: ReplicaId },
     /// Take a replica out of its placement; with `accept_loss`, for good.
     Evict { replica: ReplicaId, accept_loss: bool },
     /// Move a node's replicas elsewhere.
@@ -404,6 +406,10 @@ pub(crate) fn changed(
                 VastoError::new(code, error.to_string())
             })
         }
+        Change::HandOver { from, to } => hand_over(catalog, from, to, now_us, nonce).map_or_else(
+            || refuse(format!("replica {from} cannot hand over to replica {to} now; see `vasto keyspace describe`")),
+            Ok,
+        ),
         Change::Empty(leaving) => empty_node(catalog, leaving, now_us, nonce).ok_or_else(|| {
             let message = format!("node {} has no replica of keyspace {}", leaving.node, catalog.name);
             VastoError::new(ErrorCode::NotFound, message)

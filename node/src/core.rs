@@ -127,6 +127,11 @@ impl NodeCore {
         self.addresses.load().get(&node).map(|known| known.address.clone())
     }
 
+    /// True when a node listens at the address.
+    pub fn is_address(&self, address: &str) -> bool {
+        self.addresses.load().values().any(|known| known.address == address)
+    }
+
     /// The topology of a keyspace as this node knows it.
     pub fn topology(&self, keyspace: KeyspaceId) -> Option<Topology> {
         let catalog = self.catalog(keyspace)?;

@@ -106,6 +106,13 @@ impl Told {
         let known = self.source.take().filter(|source| source.plan == plan);
         self.source.insert(known.unwrap_or_else(|| fresh_source(plan)))
     }
+
+    /// A seal is complete. When the plan has ended meanwhile nobody wants to know.
+    fn seal(&mut self, plan: PlanId, sealed: Sealed) {
+        if let Some(source) = self.source.as_mut().filter(|source| source.plan == plan) {
+            source.sealed = Some(sealed);
+        }
+    }
 }
 
 /// The size of a replica at some moment.
@@ -306,13 +313,16 @@ impl Runner {
         let duties =
             Duties::new(self.context.core.clone(), self.context.peers.clone(), replica.clone(), replicating.clone());
         *self.duties.lock() = Some(duties.clone());
+        let mut pauses = self.context.core.pause.pauses();
         duties.begin_to_catch_up(&first);
+        // Not even for a moment is it primary when it is not; a writer that has ended refuses everything.
+        let role = duties.role(&first);
+        let _ = replica.control(Control::Obey { epoch: Epoch(0), version: CatalogVersion(0), role }).await;
         self.context.core.add_replica(replica.clone());
         let this = Arc::new(self);
         let mut tick = tokio::time::interval(HOUSEKEEPING);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut reported = ReplicationReport::default();
-        let mut pauses = this.context.core.pause.pauses();
         let background = Arc::new(Mutex::new(Background::default()));
         loop {
             let catalog = catalogs.borrow_and_update().clone();
@@ -341,6 +351,9 @@ impl Runner {
             if this.cancel.is_cancelled() || catalogs.has_changed().is_err() {
                 break;
             }
+        }
+        if !this.discard.load(Ordering::Acquire) {
+            duties.hand_on().await;
         }
         replicating.cancel();
         if let Some((_, build)) = background.lock().build.take() {
@@ -542,6 +555,10 @@ impl Runner {
         let role = duties.role(catalog);
         if placed {
             if replica.view().role == Role::Detached {
+                // What a grow opens holds all that its sources had; a copy may be behind the others.
+                if plan.is_none_or(|plan| plan.growth().is_none()) {
+                    duties.begin_to_catch_up(catalog);
+                }
                 // From the moment on at which the range is its own, under the new epoch, it serves.
                 replica.control(Control::Obey { epoch: Epoch(0), version: CatalogVersion(0), role }).await?;
             }
@@ -640,6 +657,7 @@ impl Runner {
         match sealing.and_then(|plan| Some((plan, plan.moving()?))) {
             Some((plan, range)) => {
                 let lsn = replica.control(Control::Seal { plan: plan.id, version, range }).await?;
+                self.told.lock().source_of(plan.id);
                 let is_source = plan.sources.iter().any(|source| source.replica == replica.id);
                 if is_source && catalog.shard(replica.shard).is_some_and(|shard| shard.replicas.len() > 1) {
                     // The targets read this log: it counts once everything is in it that any replica
@@ -647,11 +665,11 @@ impl Runner {
                     let (this, duties, catalog, plan) = (self.clone(), duties.clone(), catalog.clone(), plan.id);
                     tokio::spawn(async move {
                         let Some(lsn) = duties.sealed_by_all(&catalog).await else { return };
-                        this.told.lock().source_of(plan).sealed = Some(Sealed { version, lsn });
+                        this.told.lock().seal(plan, Sealed { version, lsn });
                         this.context.core.report.notify_one();
                     });
                 } else {
-                    self.told.lock().source_of(plan.id).sealed = Some(Sealed { version, lsn });
+                    self.told.lock().seal(plan.id, Sealed { version, lsn });
                 }
             }
             None if replica.ranges().seal.is_some() => {
@@ -1043,4 +1061,22 @@ pub(crate) async fn clean_up(
     .await?;
     replica.control(Control::SetRange { epoch, version, range, state: RangeState::Empty }).await.map_err(refused)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seal_that_is_complete_after_its_plan_has_ended_changes_nothing() {
+        let mut told = Told::default();
+        let sealed = Sealed { version: CatalogVersion(3), lsn: Lsn(9) };
+        told.source_of(PlanId(1));
+        told.seal(PlanId(1), sealed);
+        assert_eq!(told.source_of(PlanId(1)).sealed, Some(sealed));
+        told.source_of(PlanId(2)).released = true;
+        told.seal(PlanId(1), sealed);
+        let source = told.source_of(PlanId(2));
+        assert!(source.released && source.sealed.is_none());
+    }
 }

@@ -137,13 +137,26 @@ async fn storm(ack: &str, replicas: &str) -> Result<()> {
     cluster.finish().await
 }
 
-/// Waits until every replica serves and has little to catch up.
+/// Waits until every replica serves, has little to catch up, and has what any of its shard had when all
+/// served: their logs hold the same records, in whatever order.
 async fn converged_in_role(cluster: &Cluster, name: &str) -> Result<()> {
+    let mut needed: Option<Vec<u64>> = None;
     until("all replicas to have caught up", DEADLINE, async || {
         let described = cluster.json(&["keyspace", "describe", name]).await.ok()?;
-        let shards = described["placement"].as_array()?;
-        let serves = |one: &serde_json::Value| one["state"] == "serving" && one["lag_ms"].as_u64() < Some(1_000);
-        shards.iter().all(|shard| shard["replicas"].as_array().is_some_and(|all| all.iter().all(serves))).then_some(())
+        let mut lsns: Vec<Vec<u64>> = Vec::new();
+        for shard in described["placement"].as_array()? {
+            let replicas = shard["replicas"].as_array()?;
+            let serves = |one: &serde_json::Value| {
+                one["state"] == "serving" && one["lag_ms"].as_u64().is_some_and(|lag| lag < 1_000)
+            };
+            if !replicas.iter().all(serves) {
+                return None;
+            }
+            lsns.push(replicas.iter().map(|one| one["lsn"].as_u64()).collect::<Option<_>>()?);
+        }
+        let last = |shard: &Vec<u64>| shard.iter().copied().max().unwrap_or(0);
+        let needed = needed.get_or_insert_with(|| lsns.iter().map(last).collect());
+        lsns.iter().zip(needed).all(|(shard, needed)| shard.iter().all(|lsn| lsn >= needed)).then_some(())
     })
     .await
 }
@@ -184,6 +197,42 @@ async fn counters_are_exact_through_restarts_and_planned_hand_overs() -> Result<
     }
     let counted = counters.stop().await?;
     converged(&cluster, "exact").await?;
+    let (acked, unknown, lost, over) = compare(&keyspace, &counted).await?;
+    println!("{acked} increments acknowledged, {unknown} unknown, {lost} lost, {over} too many");
+    ensure!(acked > 100 && lost == 0 && over == 0, "{counted:?}");
+    cluster.finish().await
+}
+
+/// The same with `fsync`: before a primary stops, or is evicted, another replica has what it counted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn counters_are_exact_with_fsync_when_primaries_stop_and_leave() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(3).start().await?;
+    cluster.create("calm", 3, &["--replicas", "2", "--ack", "fsync"]).await?;
+    let (keyspace, catalog) = (cluster.keyspace("calm").await?, cluster.catalog("calm").await?);
+    let counters = Counters::start(&keyspace, 4);
+    for node in 0..3 {
+        cluster.stop_node(node).await?;
+        until("another replica to act as primary", DEADLINE, async || {
+            catalog.tip().ok()?.placement.iter().any(|shard| shard.primary.is_some()).then_some(())
+        })
+        .await?;
+        cluster.start_node(node, Port::Same).await?;
+        converged_in_role(&cluster, "calm").await?;
+        primaries_are_home(&cluster, "calm").await?;
+    }
+    for shard in 0..3 {
+        let primary = catalog.tip()?.placement[shard].primary().map(|one| one.replica.to_string());
+        let evict = ["keyspace", "evict", "calm", "--replica", &primary.unwrap_or_default()];
+        cluster.json(&evict).await?;
+        until("a copy to take its place", DEADLINE, async || {
+            let tip = catalog.tip().ok()?;
+            let whole = tip.placement.iter().all(|shard| shard.replicas.len() == 2);
+            (whole && tip.unsealed.is_empty() && tip.plan.is_none()).then_some(())
+        })
+        .await?;
+    }
+    let counted = counters.stop().await?;
+    converged(&cluster, "calm").await?;
     let (acked, unknown, lost, over) = compare(&keyspace, &counted).await?;
     println!("{acked} increments acknowledged, {unknown} unknown, {lost} lost, {over} too many");
     ensure!(acked > 100 && lost == 0 && over == 0, "{counted:?}");

@@ -3,8 +3,9 @@
 //! **Invariants**
 //! - A write that wants another replica's sync is answered once a *placed* replica has synced it, or
 //!   as `Unknown` when none did in time; exactly once.
-//! - A read-modify-write counts only when the other replica took it before it knew of a newer epoch:
-//!   a new primary that works on without it must not make it look replicated.
+//! - A read-modify-write counts only when the other replica took it before it knew of a newer epoch,
+//!   and only when it won there: a new primary that works on without it, or one that worked on without
+//!   this one, must not make it look replicated.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
@@ -16,6 +17,9 @@ use vasto_core::{ErrorCode, VastoError};
 
 use super::job::{Outcome, WriteJob};
 
+/// Records that are known to have lost an entry elsewhere: more than can wait to be confirmed at once.
+const LOST_MAX: usize = 65_536;
+
 /// How far a follower is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Follower {
@@ -23,7 +27,7 @@ pub struct Follower {
     pub covered: Lsn,
     /// The last of this incarnation's records that is durable there.
     pub own_seq: OwnSeq,
-    /// The epoch that it knew of when it took that one.
+    /// The highest epoch that it has named.
     pub epoch: Epoch,
     /// When it was heard last.
     pub heard: Instant,
@@ -37,6 +41,29 @@ struct Waiting {
     until: Instant,
 }
 
+impl Waiting {
+    /// Does it count that a placed replica holds the record, which it took at this epoch?
+    fn judge(&self, taken: Epoch, lost: &BTreeSet<OwnSeq>) -> Result<(), VastoError> {
+        if self.job.modifies() && lost.contains(&self.own_seq) {
+            return Err(VastoError::new(
+                ErrorCode::Unknown,
+                "another replica holds a later value, which this was not done on; read the value back",
+            ));
+        }
+        if self.job.modifies() && taken > self.epoch {
+            return Err(VastoError::new(
+                ErrorCode::Unknown,
+                "another replica became primary while this was replicated; read the value back",
+            ));
+        }
+        Ok(())
+    }
+
+    fn answer(self, verdict: Result<(), VastoError>) {
+        self.job.answer(verdict.map(|()| self.outcomes));
+    }
+}
+
 #[derive(Default)]
 struct Inner {
     /// The replicas that the catalog names, for which the log is kept.
@@ -44,6 +71,8 @@ struct Inner {
     /// Those whose sync counts.
     placed: BTreeSet<ReplicaId>,
     known: BTreeMap<ReplicaId, Follower>,
+    /// Records of this incarnation of which an entry lost at a follower; the last ones.
+    lost: BTreeSet<OwnSeq>,
     waiting: VecDeque<Waiting>,
 }
 
@@ -59,18 +88,6 @@ fn not_in_time() -> VastoError {
         ErrorCode::Unknown,
         "the write is durable here, but no other replica has confirmed it in time; read it back, or see `vasto cluster status`",
     )
-}
-
-/// Answers a write of `epoch` that a follower has taken when it knew of `known_of`.
-fn confirm(job: WriteJob, outcomes: Vec<Outcome>, epoch: Epoch, known_of: Epoch) {
-    if job.modifies() && known_of > epoch {
-        job.answer(Err(VastoError::new(
-            ErrorCode::Unknown,
-            "another replica became primary while this was replicated; read the value back",
-        )));
-    } else {
-        job.answer(Ok(outcomes));
-    }
 }
 
 impl Followers {
@@ -90,19 +107,18 @@ impl Followers {
 
     /// A write that is durable here waits for another replica.
     pub fn wait(&self, job: WriteJob, outcomes: Vec<Outcome>, own_seq: OwnSeq, epoch: Epoch) {
-        let mut inner = self.inner.lock();
-        // The record was synced before this call: a follower may have been quicker.
-        let taken = |id: &ReplicaId| inner.known.get(id).filter(|follower| follower.own_seq >= own_seq);
-        let known_of = match own_seq.0 {
-            0 => Some(epoch),
-            _ => inner.placed.iter().filter_map(taken).map(|follower| follower.epoch).min(),
-        };
-        if let Some(known_of) = known_of {
-            drop(inner);
-            return confirm(job, outcomes, epoch, known_of);
+        let one = Waiting { job, outcomes, own_seq, epoch, until: Instant::now() + REPLICA_ACK_TIMEOUT };
+        if own_seq.0 == 0 {
+            return one.answer(Ok(()));
         }
-        let until = Instant::now() + REPLICA_ACK_TIMEOUT;
-        inner.waiting.push_back(Waiting { job, outcomes, own_seq, epoch, until });
+        let mut inner = self.inner.lock();
+        let placed = inner.placed.iter().filter_map(|id| inner.known.get(id));
+        // Which of its epochs the record was taken at is not known here: it counts as the last one.
+        let taken = placed.filter(|follower| follower.own_seq >= own_seq).map(|follower| follower.epoch).min();
+        let Some(taken) = taken else { return inner.waiting.push_back(one) };
+        let verdict = one.judge(taken, &inner.lost);
+        drop(inner);
+        one.answer(verdict);
     }
 
     /// A follower says what is durable there: this log up to `covered`, this incarnation up to
@@ -114,18 +130,27 @@ impl Followers {
             let heard = Instant::now();
             let known = inner.known.entry(follower).or_insert(Follower { covered, own_seq, epoch, heard });
             known.covered = known.covered.max(covered);
-            if own_seq > known.own_seq {
-                (known.own_seq, known.epoch) = (own_seq, epoch);
-            }
+            known.own_seq = known.own_seq.max(own_seq);
+            known.epoch = known.epoch.max(epoch);
             known.heard = heard;
             if inner.placed.contains(&follower) {
-                while inner.waiting.front().is_some_and(|one| one.own_seq <= own_seq) {
-                    ready.extend(inner.waiting.pop_front());
+                while let Some(one) = inner.waiting.pop_front_if(|one| one.own_seq <= own_seq) {
+                    let verdict = one.judge(epoch, &inner.lost);
+                    ready.push((one, verdict));
                 }
             }
         }
-        for one in ready {
-            confirm(one.job, one.outcomes, one.epoch, epoch);
+        for (one, verdict) in ready {
+            one.answer(verdict);
+        }
+    }
+
+    /// An entry of each of these records lost at a follower, which is about to say that it has them.
+    pub fn lost(&self, own_seqs: impl IntoIterator<Item = OwnSeq>) {
+        let mut inner = self.inner.lock();
+        inner.lost.extend(own_seqs);
+        while inner.lost.len() > LOST_MAX {
+            inner.lost.pop_first();
         }
     }
 
@@ -140,7 +165,7 @@ impl Followers {
             }
         }
         for one in late {
-            one.job.answer(Err(not_in_time()));
+            one.answer(Err(not_in_time()));
         }
     }
 
@@ -148,7 +173,7 @@ impl Followers {
     pub fn abandon(&self) {
         let waiting = std::mem::take(&mut self.inner.lock().waiting);
         for one in waiting {
-            one.job.answer(Err(not_in_time()));
+            one.answer(Err(not_in_time()));
         }
     }
 
@@ -198,20 +223,21 @@ mod tests {
     type Answer = Result<Vec<Outcome>, VastoError>;
 
     fn put() -> (WriteJob, Receiver<Answer>) {
-        of(Change::Delete { condition: None })
-    }
-
-    fn of(change: Change) -> (WriteJob, Receiver<Answer>) {
         let (sender, receiver) = channel();
         let op = WriteOp {
             key: Bytes::from_static(b"k"),
             partition_hash: None,
             event_time: None,
-            change,
-            created_ttl_ms: None,
+            change: Change::Delete { condition: None },
         };
         let done = Box::new(move |answer| sender.send(answer).unwrap());
         (WriteJob::new(vec![op], Ack::Replica, done, None), receiver)
+    }
+
+    fn add() -> (WriteJob, Receiver<Answer>) {
+        let (mut job, answer) = put();
+        job.ops[0].change = Change::AddI64(1);
+        (job, answer)
     }
 
     fn followers() -> Followers {
@@ -237,28 +263,19 @@ mod tests {
         assert!(answer.try_recv().unwrap().is_ok());
     }
 
-    /// The record is synced, pulled and confirmed before the writer comes to wait for that.
+    /// The follower is faster than the answer's way here, and then everything is idle.
     #[test]
-    fn a_confirmation_that_is_quicker_than_the_writer_counts() {
+    fn a_modification_that_is_confirmed_before_it_waits_is_answered_at_once() {
         let followers = followers();
-        followers.progress(ReplicaId(2), Lsn(6), OwnSeq(5), Epoch(1));
-        let (job, answer) = of(Change::AddI64(1));
+        followers.progress(ReplicaId(2), Lsn(5), OwnSeq(5), Epoch(1));
+        let (job, answer) = add();
         followers.wait(job, Vec::new(), OwnSeq(5), Epoch(1));
         assert!(answer.try_recv().unwrap().is_ok());
-        // The follower heard of the next epoch later: it had taken the record before.
-        followers.progress(ReplicaId(2), Lsn(7), OwnSeq(5), Epoch(2));
-        let (job, answer) = of(Change::AddI64(1));
-        followers.wait(job, Vec::new(), OwnSeq(5), Epoch(1));
-        assert!(answer.try_recv().unwrap().is_ok());
-        // One that it took when it knew of a newer primary does not count, unless another took it before.
-        followers.progress(ReplicaId(2), Lsn(8), OwnSeq(6), Epoch(2));
-        let (job, answer) = of(Change::AddI64(1));
+        // It may have taken this one after it had heard of the next primary.
+        followers.progress(ReplicaId(2), Lsn(6), OwnSeq(6), Epoch(2));
+        let (job, answer) = add();
         followers.wait(job, Vec::new(), OwnSeq(6), Epoch(1));
         assert_eq!(answer.try_recv().unwrap().unwrap_err().code, ErrorCode::Unknown);
-        followers.progress(ReplicaId(3), Lsn(8), OwnSeq(6), Epoch(1));
-        let (job, answer) = of(Change::AddI64(1));
-        followers.wait(job, Vec::new(), OwnSeq(6), Epoch(1));
-        assert!(answer.try_recv().unwrap().is_ok());
     }
 
     #[test]

@@ -11,6 +11,7 @@ pub mod apply;
 pub mod bucket_acks;
 pub mod followers;
 pub mod job;
+mod losses;
 pub(crate) mod metrics;
 pub mod read;
 mod replicate;
@@ -32,7 +33,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Semaphore, oneshot, watch};
 use vasto_core::catalog::Ack;
 use vasto_core::ids::{
-    CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, OwnSeq, ReplicaId, ShardId, Vector, covers,
+    CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, Origin, OwnSeq, ReplicaId, ShardId, Vector, covers,
 };
 use vasto_core::limits::{BINLOG_FILE_BYTES, WRITE_QUEUE_BYTES_MAX};
 use vasto_core::record::{BandRange, KeyEntry, Progress, RangeState, Record};
@@ -47,6 +48,7 @@ use apply::{ApplyError, Meta, apply_record};
 use bucket_acks::BucketAcks;
 use followers::Followers;
 use job::{ApplyJob, Completion, Control, Job, Position, ReplicaError, ReplicateJob, Role, Told, WriteJob, WriteOp};
+use losses::Losses;
 use results::Results;
 use state::{Head, Identity, Ranges};
 use writer::Writer;
@@ -180,10 +182,13 @@ pub struct Shared {
     data_commit_time: AtomicU64,
     pub(crate) followers: Followers,
     pub(crate) bucket_acks: BucketAcks,
+    losses: Losses,
     /// False until the replica has caught up with its peers since it was opened.
     ready: AtomicBool,
     /// It is not primary before it has obeyed this version, whatever an older one said.
     primary_from: AtomicU64,
+    /// Nor before it has obeyed this epoch, which a follower has named.
+    followers_epoch: AtomicU64,
     /// The log is far over its cap: writes are refused.
     shed: AtomicBool,
     pauses_us: Mutex<Vec<u64>>,
@@ -194,6 +199,10 @@ pub struct Shared {
 
 /// Identity, head and range states.
 const META_ROWS: u64 = 3;
+
+/// Why a replica closes of whose records others hold more than it has ever written.
+pub const OLD_COPY: &str = "others hold records of this replica that it has never written: its directory is an old \
+                            copy; evict the replica (`vasto keyspace evict`), it is rebuilt from the others";
 
 /// Pause samples that are kept for a report.
 const PAUSES_MAX: usize = 4_096;
@@ -329,8 +338,10 @@ impl Replica {
             data_commit_time: AtomicU64::new(meta.data_commit_time),
             followers: Followers::default(),
             bucket_acks: BucketAcks::default(),
+            losses: Losses::default(),
             ready: AtomicBool::new(true),
             primary_from: AtomicU64::new(0),
+            followers_epoch: AtomicU64::new(0),
             shed: AtomicBool::new(false),
             applied: AtomicU64::new(meta.head.applied_lsn.0),
             incarnation: AtomicU64::new(meta.identity.incarnation.0),
@@ -405,11 +416,31 @@ impl Replica {
         answer.await.map_err(|_| ReplicaError::Stopped)?
     }
 
-    /// Where the replica stands, with everything durable.
+    /// Where the replica stands, with everything durable. One that is closed says what it settled before.
     pub async fn position(&self) -> Result<Position, ReplicaError> {
         let (done, answer) = oneshot::channel();
-        self.jobs.send(Job::Look(done)).map_err(|_| ReplicaError::Stopped)?;
-        answer.await.map_err(|_| ReplicaError::Stopped)?
+        let asked = self.jobs.send(Job::Look(done)).is_ok();
+        match if asked { answer.await.ok() } else { None } {
+            Some(Ok(position)) => Ok(position),
+            _ if self.closed().is_some() && !self.shared.ended.load(Ordering::Acquire) => Ok(self.settled()),
+            Some(Err(error)) => Err(error),
+            None => Err(ReplicaError::Stopped),
+        }
+    }
+
+    /// What is durable and visible, without the writer's help.
+    fn settled(&self) -> Position {
+        // In this order: what is applied is in the vector.
+        let synced = self.shared.log.synced_lsn();
+        let applied = self.applied_lsn();
+        let mut vector = self.vector();
+        // Only own records with entries are ever applied before they are synced.
+        let unsynced = applied.0.saturating_sub(synced.0);
+        let own = Origin { replica: self.id, incarnation: self.incarnation() };
+        if let Some(own_seq) = vector.get_mut(&own) {
+            own_seq.0 = own_seq.0.saturating_sub(unsynced);
+        }
+        Position { lsn: applied.min(synced), vector, floor: self.floor(), incarnation: own.incarnation }
     }
 
     /// Changes the replica itself; answers once it is durable.
@@ -545,6 +576,16 @@ impl Replica {
     /// It is not primary before it has obeyed this version.
     pub fn primary_from(&self, version: CatalogVersion) {
         self.shared.primary_from.fetch_max(version.0, Ordering::AcqRel);
+    }
+
+    /// A follower has obeyed this epoch, under which another replica may be primary.
+    pub fn follower_at(&self, epoch: Epoch) {
+        self.shared.followers_epoch.fetch_max(epoch.0, Ordering::AcqRel);
+    }
+
+    /// Records of another replica that lost an entry here; see [`Losses::of`].
+    pub fn losses_of(&self, replica: ReplicaId, after: u64) -> (Vec<(Origin, OwnSeq)>, u64) {
+        self.shared.losses.of(replica, after)
     }
 
     /// Refuses writes while the log is far over its cap.

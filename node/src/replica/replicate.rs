@@ -17,6 +17,7 @@ use vasto_core::merge::supersedes;
 use vasto_core::record::{Body, KeyEntry, Progress, RangeState, Record};
 use vasto_core::stored_key::data_key;
 
+use super::OLD_COPY;
 use super::apply::{add_record, band_of};
 use super::job::ReplicaError;
 use super::metrics;
@@ -46,13 +47,7 @@ impl Writer {
                 continue;
             }
             if self.meta.is_own(&record) && record.origin.incarnation >= self.meta.identity.incarnation {
-                failed = Some(
-                    self.close(
-                        "others hold records of this replica that it has never written: its directory is an old copy; \
-                     evict the replica (`vasto keyspace evict`), it is rebuilt from the others"
-                            .into(),
-                    ),
-                );
+                failed = Some(self.close(OLD_COPY.into()));
                 break;
             }
             let next = OwnSeq(have.0 + 1);
@@ -94,7 +89,11 @@ impl Writer {
         self.meta.head.floor = self.meta.head.floor.max(record.floor);
         let body = match record.body {
             Body::Data { entries, .. } => {
-                Body::Data { entries: self.winners(entries, group)?, results: Vec::new(), progress }
+                let (entries, lost) = self.winners(entries, group)?;
+                if lost {
+                    self.shared.losses.note(record.origin, record.own_seq);
+                }
+                Body::Data { entries, results: Vec::new(), progress }
             }
             body @ (Body::Adopt { .. } | Body::GcFloor { .. }) => body,
             Body::Seal { .. } | Body::Unseal { .. } | Body::Ingest { .. } | Body::RangeState { .. } => {
@@ -107,10 +106,11 @@ impl Writer {
         add_record(batch, &mut self.meta, &logged).map_err(|error| self.close(error.to_string()))
     }
 
-    /// The entries that win over what stands here.
-    fn winners(&mut self, entries: Vec<KeyEntry>, group: &mut Group) -> Result<Vec<KeyEntry>, ReplicaError> {
+    /// The entries that win over what stands here, and whether one lost against something else.
+    fn winners(&mut self, entries: Vec<KeyEntry>, group: &mut Group) -> Result<(Vec<KeyEntry>, bool), ReplicaError> {
         let ahead = self.now_us().saturating_add(MAX_CLOCK_AHEAD.as_micros() as u64);
         let mut winners = Vec::with_capacity(entries.len());
+        let mut lost = false;
         for one in entries {
             let entry = Entry::decode(&one.entry)
                 .map_err(|error| ReplicaError::Refused(format!("a streamed entry is damaged: {error}")))?;
@@ -136,6 +136,7 @@ impl Writer {
                 let wins = supersedes(self.meta.head.floor, current.as_deref(), &one.entry);
                 if current.is_some_and(|current| current != one.entry) {
                     metrics::conflict(wins);
+                    lost |= !wins;
                 }
                 wins
             };
@@ -145,7 +146,7 @@ impl Writer {
                 winners.push(one);
             }
         }
-        Ok(winners)
+        Ok((winners, lost))
     }
 }
 

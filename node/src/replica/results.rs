@@ -6,19 +6,33 @@
 use std::collections::{HashMap, VecDeque};
 
 use vasto_core::codec::{DecodeError, Reader};
-use vasto_core::ids::ReplicaId;
+use vasto_core::ids::{Epoch, OwnSeq, ReplicaId};
 use vasto_core::limits::{RESULTS_KEPT, RESULTS_MAX};
 use vasto_core::stored_key::MetaKey;
 use vasto_core::{ErrorCode, VastoError};
 
 use super::job::{Number, OpId, Outcome};
 
-const FORMAT: u8 = 1;
+const FORMAT: u8 = 2;
+/// Without the epoch.
+const FIRST_FORMAT: u8 = 1;
 
-/// The stored form: when it was committed, then each outcome.
-pub fn encode(commit_time: u64, outcomes: &[Outcome]) -> Vec<u8> {
+/// A result, and how the change stands in this replica's log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kept {
+    /// Of each operation.
+    pub outcomes: Vec<Outcome>,
+    /// The epoch at which it was done.
+    pub epoch: Epoch,
+    /// Its record, when that is of this incarnation.
+    pub own_seq: Option<OwnSeq>,
+}
+
+/// The stored form: when it was committed, at which epoch, then each outcome.
+pub fn encode(commit_time: u64, epoch: Epoch, outcomes: &[Outcome]) -> Vec<u8> {
     let mut out = vec![FORMAT];
     out.extend_from_slice(&commit_time.to_le_bytes());
+    out.extend_from_slice(&epoch.0.to_le_bytes());
     for outcome in outcomes {
         let (kind, event_time, version, number) = match *outcome {
             Outcome::Applied(event_time) => (1u8, event_time, 0, None),
@@ -41,14 +55,16 @@ pub fn encode(commit_time: u64, outcomes: &[Outcome]) -> Vec<u8> {
 }
 
 /// Reads the stored form.
-pub fn decode(bytes: &[u8]) -> Result<(u64, Vec<Outcome>), DecodeError> {
+pub fn decode(bytes: &[u8]) -> Result<(u64, Kept), DecodeError> {
     let what = "result of a read-modify-write";
     let mut reader = Reader::new(bytes, what);
-    match reader.u8()? {
-        FORMAT => {}
-        other => return Err(DecodeError::Unknown { what, value: other.into() }),
-    }
+    let format = reader.u8()?;
     let commit_time = reader.u64_le()?;
+    let epoch = match format {
+        FORMAT => Epoch(reader.u64_le()?),
+        FIRST_FORMAT => Epoch(0),
+        other => return Err(DecodeError::Unknown { what, value: other.into() }),
+    };
     let rest = reader.rest();
     let mut outcomes = Vec::new();
     for one in rest.chunks(26) {
@@ -68,7 +84,7 @@ pub fn decode(bytes: &[u8]) -> Result<(u64, Vec<Outcome>), DecodeError> {
             other => return Err(DecodeError::Unknown { what, value: other.into() }),
         });
     }
-    Ok((commit_time, outcomes))
+    Ok((commit_time, Kept { outcomes, epoch, own_seq: None }))
 }
 
 /// From when on all results are known when one of this commit time was forgotten. Commit times may
@@ -80,7 +96,7 @@ fn certain_after(forgotten: u64) -> u64 {
 /// The results that a replica keeps.
 #[derive(Default)]
 pub struct Results {
-    known: HashMap<(u64, u64), Vec<Outcome>>,
+    known: HashMap<(u64, u64), Kept>,
     order: VecDeque<(u64, (u64, u64))>,
     /// Results from before this time may have been forgotten, microseconds.
     complete_from: u64,
@@ -90,12 +106,12 @@ pub struct Results {
 impl Results {
     /// What was found at the opening.
     pub fn load(rows: &[(Vec<u8>, Vec<u8>)]) -> Self {
-        let mut all: Vec<(u64, (u64, u64), Vec<Outcome>)> = rows
+        let mut all: Vec<(u64, (u64, u64), Kept)> = rows
             .iter()
             .filter_map(|(key, value)| {
                 let MetaKey::Result(client, sequence) = MetaKey::decode(key).ok()? else { return None };
-                let (at, outcomes) = decode(value).ok()?;
-                Some((at, (client, sequence), outcomes))
+                let (at, kept) = decode(value).ok()?;
+                Some((at, (client, sequence), kept))
             })
             .collect();
         all.sort_unstable_by_key(|(at, id, _)| (*at, *id));
@@ -104,9 +120,9 @@ impl Results {
         if all.len() >= RESULTS_MAX {
             results.complete_from = all.first().map_or(0, |(at, ..)| certain_after(*at));
         }
-        for (at, id, outcomes) in all {
+        for (at, id, kept) in all {
             results.order.push_back((at, id));
-            results.known.insert(id, outcomes);
+            results.known.insert(id, kept);
         }
         results
     }
@@ -115,9 +131,9 @@ impl Results {
     ///
     /// # Errors
     /// `Unknown` when it may have been done elsewhere, or so long ago that its result is forgotten.
-    pub fn recall(&self, id: &OpId, here: ReplicaId, now_us: u64) -> Result<Option<&[Outcome]>, VastoError> {
-        if let Some(outcomes) = self.known.get(&(id.client, id.sequence)) {
-            return Ok(Some(outcomes));
+    pub fn recall(&self, id: &OpId, here: ReplicaId, now_us: u64) -> Result<Option<&Kept>, VastoError> {
+        if let Some(kept) = self.known.get(&(id.client, id.sequence)) {
+            return Ok(Some(kept));
         }
         let unknown = |why: &str| {
             let message = format!("the operation may have taken effect already ({why}); read the value back");
@@ -143,9 +159,9 @@ impl Results {
     }
 
     /// Keeps a result.
-    pub fn keep(&mut self, id: (u64, u64), commit_time: u64, outcomes: Vec<Outcome>) {
+    pub fn keep(&mut self, id: (u64, u64), commit_time: u64, kept: Kept) {
         self.order.push_back((commit_time, id));
-        self.known.insert(id, outcomes);
+        self.known.insert(id, kept);
     }
 
     /// Forgets what is too old or too much; answers what to remove from the database.
@@ -174,6 +190,10 @@ mod tests {
         OpId { client: 7, sequence, tried: tried.map(ReplicaId), age_ms }
     }
 
+    fn kept(outcomes: Vec<Outcome>) -> Kept {
+        Kept { outcomes, epoch: Epoch(1), own_seq: None }
+    }
+
     const HERE: ReplicaId = ReplicaId(1);
     const NOW: u64 = 10_000_000_000;
 
@@ -187,21 +207,25 @@ mod tests {
             Outcome::Modified { event_time: 3, version: 4, number: None },
             Outcome::NotApplied { event_time: 6, version: 7 },
         ];
-        assert_eq!(decode(&encode(9, &outcomes)).unwrap(), (9, outcomes.to_vec()));
+        let encoded = encode(9, Epoch(3), &outcomes);
+        let kept = |epoch| Kept { outcomes: outcomes.to_vec(), epoch: Epoch(epoch), own_seq: None };
+        assert_eq!(decode(&encoded).unwrap(), (9, kept(3)));
+        let first_format = [&[FIRST_FORMAT][..], &encoded[1..9], &encoded[17..]].concat();
+        assert_eq!(decode(&first_format).unwrap(), (9, kept(0)));
     }
 
     #[test]
     fn a_repetition_gets_the_first_result_or_unknown_never_a_second_effect() {
         let mut results = Results { kept_max: 2, ..Results::default() };
-        results.keep((7, 1), NOW, vec![Outcome::Applied(1)]);
-        assert_eq!(results.recall(&id(1, Some(1), 5), HERE, NOW).unwrap(), Some(&[Outcome::Applied(1)][..]));
+        results.keep((7, 1), NOW, kept(vec![Outcome::Applied(1)]));
+        assert_eq!(results.recall(&id(1, Some(1), 5), HERE, NOW).unwrap(), Some(&kept(vec![Outcome::Applied(1)])));
         assert_eq!(results.recall(&id(2, None, 0), HERE, NOW).unwrap(), None);
         assert_eq!(results.recall(&id(2, Some(1), 5), HERE, NOW).unwrap(), None, "it never came here");
         assert_eq!(results.recall(&id(2, Some(9), 5), HERE, NOW).unwrap_err().code, ErrorCode::Unknown);
         assert_eq!(results.recall(&id(2, Some(1), 600_000), HERE, NOW).unwrap_err().code, ErrorCode::Unknown);
         // Forgotten because there were too many: nobody can say any more.
-        results.keep((7, 3), NOW + 1, Vec::new());
-        results.keep((7, 4), NOW + 2, Vec::new());
+        results.keep((7, 3), NOW + 1, kept(Vec::new()));
+        results.keep((7, 4), NOW + 2, kept(Vec::new()));
         assert_eq!(results.forget(NOW + 3), [(7, 1)]);
         assert_eq!(results.recall(&id(1, Some(1), 100), HERE, NOW + 3).unwrap_err().code, ErrorCode::Unknown);
         assert_eq!(results.recall(&id(9, Some(1), 100), HERE, NOW + 5_000_000).unwrap(), None);
@@ -211,9 +235,10 @@ mod tests {
 
     #[test]
     fn what_is_found_at_the_opening_is_known() {
-        let row = |sequence, at| (MetaKey::Result(7, sequence).encode(), encode(at, &[Outcome::Applied(at)]));
+        let row = |sequence, at| (MetaKey::Result(7, sequence).encode(), encode(at, Epoch(1), &[Outcome::Applied(at)]));
         let mut results = Results::load(&[row(2, NOW + 1), row(1, NOW)]);
-        assert_eq!(results.recall(&id(1, Some(1), 1), HERE, NOW).unwrap(), Some(&[Outcome::Applied(NOW)][..]));
+        let found = kept(vec![Outcome::Applied(NOW)]);
+        assert_eq!(results.recall(&id(1, Some(1), 1), HERE, NOW).unwrap(), Some(&found));
         assert_eq!(results.forget(NOW + 1 + RESULTS_KEPT.as_micros() as u64), [(7, 1)], "the oldest goes first");
     }
 

@@ -129,9 +129,6 @@ impl Writer {
             (None, Some(entry)) => stamp.max(entry.event_time + 1),
             _ => stamp,
         };
-        if op.event_time.is_none() {
-            self.clock.observe(event_time);
-        }
         let live =
             standing.filter(|entry| entry.payload.is_some() && !entry.is_expired(now_us)).zip(current.as_deref());
         let (content, expires_at) = match modify(&op.change, live, op.created_ttl_ms, now_us)? {

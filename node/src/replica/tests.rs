@@ -8,8 +8,10 @@
 mod bucket_faults;
 mod clean_up;
 mod crashes;
+mod duties;
 mod failures;
 mod grow;
+mod hosts;
 mod past;
 mod replay;
 mod replication;

@@ -32,7 +32,7 @@ use vasto_core::{ErrorCode, VastoError};
 
 use super::apply::{Meta, apply_record, band_of, put_head, put_progress};
 use super::job::{ApplyJob, Control, Job, Outcome, Position, ReplicaError, Role, WriteJob, too_late};
-use super::results::{self, Results};
+use super::results::{self, Kept, Results};
 use super::slots::SlotTable;
 use super::stamp::{Group, op_bytes};
 use super::{Shared, metrics};
@@ -68,7 +68,7 @@ struct OpenGroup {
     commit_time: u64,
     group: Group,
     must_sync: bool,
-    answers: Vec<(WriteJob, Vec<Outcome>)>,
+    answers: Vec<(WriteJob, Vec<Outcome>, Option<(OwnSeq, Epoch)>)>,
     progress: Vec<Progress>,
     applied: Vec<oneshot::Sender<Result<Lsn, ReplicaError>>>,
 }
@@ -88,7 +88,8 @@ impl Writer {
             shared,
             log,
             slots: SlotTable::starting_at(event_time_max),
-            clock: HybridClock::starting_after(event_time_max),
+            // What is stored raises the stamps of its own key alone.
+            clock: HybridClock::default(),
             meta,
             jobs,
             role: Role::default(),
@@ -217,7 +218,8 @@ impl Writer {
         }
         let mut sealed = false;
         if job.modifies() {
-            let known = self.meta.head.version.0 >= self.shared.primary_from.load(Ordering::Acquire);
+            let known = self.meta.head.version.0 >= self.shared.primary_from.load(Ordering::Acquire)
+                && self.meta.head.epoch.0 >= self.shared.followers_epoch.load(Ordering::Acquire);
             match self.role {
                 Role::Primary if known => {}
                 Role::HandingOver => sealed = true,
@@ -251,9 +253,9 @@ impl Writer {
                 Checked::Refused(error) => job.answer(Err(error)),
                 Checked::Sealed => self.held.push(Held { job, since: Instant::now() }),
                 Checked::Ready => match self.do_once(&job, &mut open.group, open.commit_time) {
-                    Ok(outcomes) => {
+                    Ok((outcomes, done_before)) => {
                         open.must_sync |= job.ack != Ack::Os;
-                        open.answers.push((job, outcomes));
+                        open.answers.push((job, outcomes, done_before));
                     }
                     Err(error) => job.answer(Err(error)),
                 },
@@ -294,12 +296,16 @@ impl Writer {
         match result {
             Ok(()) => {
                 metrics::group(ops);
-                for (job, outcomes) in answers {
+                for (job, outcomes, done_before) in answers {
                     match job.ack {
                         Ack::Os | Ack::Fsync => job.answer(Ok(outcomes)),
                         Ack::Replica => {
                             let (own_seq, epoch) = (self.meta.head.own_seq, self.meta.head.epoch);
-                            self.shared.followers.wait(job, outcomes, own_seq, epoch);
+                            let stands = done_before.unwrap_or((own_seq, epoch));
+                            match stands.1 < epoch {
+                                true => job.answer(Err(worked_on_without())),
+                                false => self.shared.followers.wait(job, outcomes, stands.0, stands.1),
+                            }
                         }
                         Ack::Bucket => self.shared.bucket_acks.wait(job, outcomes, self.meta.head.applied_lsn),
                     }
@@ -309,7 +315,7 @@ impl Writer {
                 }
             }
             Err(error) => {
-                for (job, _) in answers {
+                for (job, ..) in answers {
                     job.answer(Err(VastoError::new(ErrorCode::Unknown, format!("the outcome is not known: {error}"))));
                 }
                 for done in applied {
@@ -326,12 +332,12 @@ impl Writer {
         commit_time: u64,
         must_sync: bool,
     ) -> Result<(), ReplicaError> {
-        let own_seq = OwnSeq(self.meta.head.own_seq.0 + 1);
+        let (own_seq, epoch) = (OwnSeq(self.meta.head.own_seq.0 + 1), self.meta.head.epoch);
         let Group { entries, stored_keys, results: outcomes, .. } = group;
         let result = |((client, sequence), outcomes): &((u64, u64), Vec<Outcome>)| OpResult {
             client: *client,
             sequence: *sequence,
-            outcome: results::encode(commit_time, outcomes),
+            outcome: results::encode(commit_time, epoch, outcomes),
         };
         let results = outcomes.iter().map(result).collect();
         let record = self.record(Body::Data { entries, results, progress }, own_seq, commit_time);
@@ -358,27 +364,35 @@ impl Writer {
         put_head(&mut batch, &mut self.meta, &record);
         self.write_batch(batch)?;
         for (id, outcomes) in outcomes {
-            self.results.keep(id, commit_time, outcomes);
+            self.results.keep(id, commit_time, Kept { outcomes, epoch, own_seq: Some(own_seq) });
         }
         self.shared.results.store(self.results.len(), Ordering::Relaxed);
         Ok(())
     }
 
-    /// Stamps the operations of a request, unless it is a repetition of one whose result is known.
-    fn do_once(&mut self, job: &WriteJob, group: &mut Group, commit_time: u64) -> Result<Vec<Outcome>, VastoError> {
+    /// Stamps the operations of a request, unless it is a repetition of one whose result is known; then
+    /// says in which record that was done, and at which epoch.
+    fn do_once(
+        &mut self,
+        job: &WriteJob,
+        group: &mut Group,
+        commit_time: u64,
+    ) -> Result<(Vec<Outcome>, Option<(OwnSeq, Epoch)>), VastoError> {
         let Some(id) = job.id.filter(|_| job.modifies()) else {
-            return self.stamp_all(&job.ops, group, commit_time);
+            return Ok((self.stamp_all(&job.ops, group, commit_time)?, None));
         };
         let key = (id.client, id.sequence);
         if let Some((_, outcomes)) = group.results.iter().find(|(known, _)| *known == key) {
-            return Ok(outcomes.clone());
+            return Ok((outcomes.clone(), None));
         }
-        if let Some(outcomes) = self.results.recall(&id, self.meta.identity.replica, self.now_us())? {
-            return Ok(outcomes.to_vec());
+        if let Some(kept) = self.results.recall(&id, self.meta.identity.replica, self.now_us())? {
+            // One of an earlier incarnation stands before all that is here.
+            let own_seq = kept.own_seq.unwrap_or(self.meta.head.own_seq);
+            return Ok((kept.outcomes.clone(), Some((own_seq, kept.epoch))));
         }
         let outcomes = self.stamp_all(&job.ops, group, commit_time)?;
         group.results.push((key, outcomes.clone()));
-        Ok(outcomes)
+        Ok((outcomes, None))
     }
 
     pub(super) fn record(&self, body: Body, own_seq: OwnSeq, commit_time: u64) -> Record {
@@ -606,7 +620,6 @@ impl Writer {
         self.shared.engine.flush()?;
         self.shared.engine.ingest(files)?;
         self.slots.raise_all(event_time_max);
-        self.clock.observe(event_time_max);
         self.log_control(Body::Ingest { plan, range, objects, event_time_max, progress })
     }
 
@@ -627,6 +640,14 @@ impl Writer {
 
 fn wrong_epoch() -> VastoError {
     VastoError::new(ErrorCode::WrongEpoch, "this node does not own the key; fetch the topology and go to its owner")
+}
+
+/// The answer to a repetition of what was done before another replica may have been primary.
+fn worked_on_without() -> VastoError {
+    VastoError::new(
+        ErrorCode::Unknown,
+        "this was done before the placement changed, and is not known to be replicated; read the value back",
+    )
 }
 
 fn not_primary() -> VastoError {

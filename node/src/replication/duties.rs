@@ -26,13 +26,16 @@ use super::floor::{Council, interval};
 use super::peers::Peers;
 use super::puller::Pullers;
 use crate::core::NodeCore;
-use crate::replica::Replica;
 use crate::replica::job::{ReplicaError, Role};
+use crate::replica::{OLD_COPY, Replica};
 
 /// Between two looks at something that a peer or the pulls have to bring.
 const LOOK: Duration = Duration::from_millis(2);
 /// Between two questions to a peer that did not answer.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
+
+/// A replica that stops waits this long for another one to have its log.
+const HAND_ON_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The replication of one hosted replica.
 pub struct Duties {
@@ -99,22 +102,26 @@ impl Duties {
     /// A replica with peers serves nothing until it has caught up; begins that.
     pub fn begin_to_catch_up(self: &Arc<Self>, catalog: &Catalog) {
         let others = self.others(catalog);
-        if others.is_empty() || !catalog.is_placed(self.replica.id) {
-            return;
-        }
-        self.replica.set_ready(false);
         let turn = {
             let mut state = self.state.lock();
             state.catching_up += 1;
             state.catching_up
         };
+        if others.is_empty() || !catalog.is_placed(self.replica.id) {
+            // It may have been told to wait while it still had somebody to wait for.
+            self.replica.set_ready(true);
+            return;
+        }
+        self.replica.set_ready(false);
         let this = self.clone();
         tokio::spawn(async move {
             let caught_up = this.catch_up(others);
             let Some(()) = this.cancel.run_until_cancelled(caught_up).await else { return };
-            if this.state.lock().catching_up == turn {
+            let state = this.state.lock();
+            if state.catching_up == turn {
                 this.replica.set_ready(true);
             }
+            drop(state);
             this.core.report.notify_one();
         });
     }
@@ -139,10 +146,8 @@ impl Duties {
             };
             let vector = vector_from_wire(&reply.vector);
             if self.is_an_old_copy(&vector) {
-                let reason = "others hold records of this replica that it has never written: its directory is an old \
-                              copy; evict the replica (`vasto keyspace evict`), it is rebuilt from the others";
-                tracing::error!(keyspace = self.replica.keyspace.0, shard = self.replica.shard.0, reason);
-                self.replica.close(reason.into());
+                tracing::error!(keyspace = self.replica.keyspace.0, shard = self.replica.shard.0, reason = OLD_COPY);
+                self.replica.close(OLD_COPY.into());
                 return std::future::pending().await;
             }
             version = version.max(reply.version);
@@ -157,7 +162,8 @@ impl Duties {
                 progress = (changes, Instant::now());
             }
             if self.pullers.is_too_old() {
-                return std::future::pending().await; // it is rebuilt
+                // It is rebuilt, unless a peer comes back that can bring it up to date.
+                progress.1 = Instant::now();
             }
             if progress.1.elapsed() > CATCH_UP_PATIENCE * 2 {
                 tracing::info!(
@@ -283,6 +289,24 @@ impl Duties {
             self.state.lock().last_lsn = Some(lsn);
         }
         Ok(())
+    }
+
+    /// The replica stops in order: it takes nothing more, and what it alone has goes to another first.
+    pub async fn hand_on(&self) {
+        if !self.replica.followers().has_peers() {
+            return;
+        }
+        {
+            let mut state = self.state.lock();
+            // No catch-up makes it ready again.
+            state.catching_up += 1;
+            self.replica.set_ready(false);
+        }
+        let Ok(position) = self.replica.position().await else { return };
+        let began = Instant::now();
+        while !self.replica.followers().anybody_covers(position.lsn) && began.elapsed() < HAND_ON_PATIENCE {
+            tokio::time::sleep(LOOK).await;
+        }
     }
 
     /// Begins a round about the collection floor when one is due.

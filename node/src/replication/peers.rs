@@ -52,6 +52,8 @@ impl Peers {
                     .initial_connection_window_size(WINDOWS.1)
                     .tcp_nodelay(true);
                 let channel = endpoint.connect_lazy();
+                // A node that listens somewhere else now does not come back here.
+                channels.retain(|known, _| core.is_address(known));
                 channels.insert(address, channel.clone());
                 channel
             }
@@ -88,5 +90,30 @@ impl Peers {
             Ok(reply) => Ok(reply?.into_inner()),
             Err(_) => Err(unreachable(format!("node {node} did not answer within {CONNECT_TIMEOUT:?}"))),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::Arc;
+
+    use vasto_core::topology::NodeAddress;
+
+    use super::*;
+    use crate::clock::SystemClock;
+
+    #[tokio::test]
+    async fn addresses_that_nobody_has_any_more_are_forgotten() {
+        let core = NodeCore::new(NodeId(1), Arc::new(SystemClock::default()), 1);
+        let peers = Peers::default();
+        for port in 1..5 {
+            let at = |address: String| NodeAddress { address, zone: String::new() };
+            let moves = (NodeId(2), at(format!("127.0.0.1:{port}")));
+            core.set_addresses([moves, (NodeId(3), at("127.0.0.1:9".into()))].into());
+            peers.client(&core, NodeId(3)).unwrap();
+            peers.client(&core, NodeId(2)).unwrap();
+        }
+        assert_eq!(peers.channels.lock().len(), 2);
     }
 }

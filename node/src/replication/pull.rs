@@ -111,6 +111,10 @@ async fn hear(replica: &Replica, known: &Known, mut messages: Streaming<v1::Pull
             vector.get(&own).copied().unwrap_or(OwnSeq(0))
         };
         known.changed.notify_waiters();
+        let lost =
+            progress.lost.iter().filter(|one| (one.replica_id, one.incarnation) == (own.replica.0, own.incarnation.0));
+        replica.followers().lost(lost.map(|one| OwnSeq(one.own_seq)));
+        replica.follower_at(Epoch(progress.epoch));
         replica.followers().progress(known.follower, Lsn(progress.covered_lsn), own_seq, Epoch(progress.epoch));
     }
 }

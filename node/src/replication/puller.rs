@@ -17,16 +17,17 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::Placed;
-use vasto_core::ids::{Lsn, NodeId, ReplicaId, Vector, covers};
+use vasto_core::ids::{Epoch, Lsn, NodeId, Origin, ReplicaId, Vector, covers};
 use vasto_core::record::Record;
 use vasto_proto::convert::{vector_from_wire, vector_to_wire};
 use vasto_proto::v1;
 use vasto_proto::v1::pull_message::Message;
 
 use super::peers::Peers;
+use crate::clock::since_boot;
 use crate::core::NodeCore;
-use crate::replica::Replica;
 use crate::replica::job::ReplicaError;
+use crate::replica::{OLD_COPY, Replica};
 
 /// Between two attempts to reach a peer.
 const RETRY: Duration = Duration::from_millis(100);
@@ -44,7 +45,7 @@ fn gauges() -> &'static (Gauge<u64>, Gauge<u64>) {
         let ms = meter
             .u64_gauge("vasto_replication_lag")
             .with_unit("ms")
-            .with_description("Age of the last record that came, while there are more");
+            .with_description("Age of the last record that came, while there are more; time without a connection");
         (lsns.build(), ms.build())
     })
 }
@@ -58,8 +59,28 @@ pub struct PullState {
     pub lag_lsns: AtomicU64,
     /// Age of the last record that came, while there are more, milliseconds.
     pub lag_ms: AtomicU64,
+    /// Boot time since which no stream is open, milliseconds; means nothing while one is.
+    pub broken_ms: AtomicU64,
     /// The peer's log does not reach back to where this replica stands.
     pub too_old: AtomicBool,
+}
+
+impl PullState {
+    /// No stream is open yet, or any more.
+    fn broken(&self) {
+        self.broken_ms.store(since_boot().as_millis() as u64, Ordering::Release);
+        self.connected.store(false, Ordering::Release);
+    }
+
+    /// Milliseconds. Nothing is known of a peer while no stream is open: then the lag is at least as old
+    /// as that.
+    fn lag_ms(&self) -> u64 {
+        let lag = self.lag_ms.load(Ordering::Acquire);
+        if self.connected.load(Ordering::Acquire) {
+            return lag;
+        }
+        lag.max((since_boot().as_millis() as u64).saturating_sub(self.broken_ms.load(Ordering::Acquire)))
+    }
 }
 
 struct Pull {
@@ -106,6 +127,7 @@ impl Pullers {
             pulls.entry(source.replica).or_insert_with(|| {
                 let cancel = self.cancel.child_token();
                 let state = Arc::new(PullState::default());
+                state.broken();
                 let task = Puller {
                     core: self.core.clone(),
                     peers: self.peers.clone(),
@@ -121,14 +143,15 @@ impl Pullers {
         }
     }
 
-    /// The largest lag behind a peer that is connected.
+    /// The largest lag behind a peer; the records are those of peers that are connected, because nobody
+    /// can tell what the others have.
     pub fn lag(&self) -> Lag {
         let pulls = self.pulls.lock();
         let connected = pulls.values().filter(|pull| pull.state.connected.load(Ordering::Acquire));
-        connected.fold(Lag::default(), |lag, pull| Lag {
-            lsns: lag.lsns.max(pull.state.lag_lsns.load(Ordering::Acquire)),
-            ms: lag.ms.max(pull.state.lag_ms.load(Ordering::Acquire)),
-        })
+        Lag {
+            lsns: connected.map(|pull| pull.state.lag_lsns.load(Ordering::Acquire)).max().unwrap_or(0),
+            ms: pulls.values().map(|pull| pull.state.lag_ms()).max().unwrap_or(0),
+        }
     }
 
     /// The lag behind one peer; `None` while nothing is known of it.
@@ -148,7 +171,7 @@ impl Pullers {
                 KeyValue::new("peer", peer.0 as i64),
             ];
             gauges().0.record(pull.state.lag_lsns.load(Ordering::Acquire), &labels);
-            gauges().1.record(pull.state.lag_ms.load(Ordering::Acquire), &labels);
+            gauges().1.record(pull.state.lag_ms(), &labels);
         }
     }
 
@@ -208,7 +231,9 @@ impl Puller {
         let mut said = String::new();
         loop {
             let Err(ended) = self.pull(rescan).await;
-            self.state.connected.store(false, Ordering::Release);
+            if self.state.connected.load(Ordering::Acquire) {
+                self.state.broken();
+            }
             let mut pause = RETRY;
             let reason = match ended {
                 Ended::Interrupted(reason) => reason,
@@ -252,6 +277,7 @@ impl Puller {
         let mut changes = self.replica.vector_changes();
         let mut told = self.replica.vector();
         let mut told_covered = Lsn(0);
+        let (mut told_losses, mut told_epoch) = (0, Epoch(0));
         let (messages, outgoing) = mpsc::channel(8);
         let start = v1::PullStart {
             keyspace_id: self.replica.keyspace.0,
@@ -286,7 +312,8 @@ impl Puller {
                     self.take(frame, &mut cursor).await?;
                 }
                 _ = tick.tick() => {
-                    if self.replica.vector_changes() == changes && covered(&unproven, cursor) == told_covered {
+                    let quiet = self.replica.vector_changes() == changes && self.replica.epoch() == told_epoch;
+                    if quiet && covered(&unproven, cursor) == told_covered {
                         continue;
                     }
                 }
@@ -294,15 +321,20 @@ impl Puller {
             changes = self.replica.vector_changes();
             let vector = self.replica.vector();
             let news = vector.iter().filter(|(origin, seq)| told.get(origin) != Some(*seq));
+            // Read after the vector: what lost of that which it covers is among them.
+            let (lost, last_loss) = self.replica.losses_of(self.source.replica, told_losses);
+            // Read after the records were taken: a newer one only makes the source more careful.
+            let epoch = self.replica.epoch();
             let progress = v1::PullProgress {
                 covered_lsn: covered(&unproven, cursor).0,
                 vector: vector_to_wire(news),
-                // Read after the records were taken: a newer one only makes the source more careful.
-                epoch: self.replica.epoch().0,
+                epoch: epoch.0,
+                lost: vector_to_wire(lost.iter().map(|(origin, seq)| (origin, seq))),
             };
             messages.send(v1::PullMessage { message: Some(Message::Progress(progress)) }).await.map_err(closed)?;
             told = vector;
             told_covered = covered(&unproven, cursor);
+            (told_losses, told_epoch) = (last_loss, epoch);
         }
     }
 
@@ -313,7 +345,14 @@ impl Puller {
         if covers(&have, needed) {
             return Ok(());
         }
-        let missing = needed.iter().find(|(origin, seq)| have.get(origin).is_none_or(|have| have < *seq));
+        let mut missing = needed.iter().filter(|(origin, seq)| have.get(origin).is_none_or(|have| have < *seq));
+        let own =
+            |origin: &Origin| origin.replica == self.replica.id && origin.incarnation >= self.replica.incarnation();
+        if missing.clone().any(|(origin, _)| own(origin)) {
+            self.replica.close(OLD_COPY.into());
+            return Err(Ended::Closed(OLD_COPY.into()));
+        }
+        let missing = missing.next();
         let missing = missing.map(|(origin, seq)| format!("{origin} up to {seq}")).unwrap_or_default();
         Err(Ended::TooOld(format!("the peer's log no longer holds records of {missing}")))
     }

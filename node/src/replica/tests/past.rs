@@ -18,8 +18,8 @@ use vasto_core::record::{BandRange, RangeState};
 use vasto_shipping::garbage::{Retention, collect, fsck};
 use vasto_shipping::{Bucket, CatalogStore, CatalogWrite, layout};
 
-use super::replication::{member, pull};
 use super::bucket_faults::Scripted;
+use super::replication::{member, pull};
 use super::shipping::{Shipping, bucket, fill_a_file, manifest, until};
 use super::support::*;
 use crate::bootstrap::{Adoption, Bootstrap, BootstrapError, Log};

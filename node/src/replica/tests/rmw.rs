@@ -24,10 +24,14 @@ fn id(sequence: u64, tried: Option<u64>) -> OpId {
 type Answer = Receiver<Result<Vec<Outcome>, VastoError>>;
 
 fn ask(replica: &Replica, op: WriteOp, id: OpId) -> Answer {
+    ask_for(Ack::Fsync, replica, op, id)
+}
+
+fn ask_for(ack: Ack, replica: &Replica, op: WriteOp, id: OpId) -> Answer {
     let (done, answer) = channel();
     replica.write_as(
         vec![op],
-        Ack::Fsync,
+        ack,
         0,
         Told { id: Some(id), ..Told::default() },
         Box::new(move |result| drop(done.send(result))),
@@ -209,4 +213,37 @@ fn a_counter_ends_with_the_time_to_live_it_began_with() {
     rig.clock.set(START_US + 1_000_000);
     assert_eq!(counter(&replica, "c"), None, "counted from the first addition");
     assert_eq!(number(answered(ask(&replica, add(), id(3, None)))), 1, "and it begins anew");
+}
+
+/// Between the two another replica may have been primary without it.
+#[test]
+fn a_result_that_was_kept_under_an_earlier_epoch_counts_as_replicated_no_more() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let obey = |epoch| {
+        let order = Control::Obey { epoch: Epoch(epoch), version: CatalogVersion(epoch), role: Role::Primary };
+        control(&replica, order).unwrap();
+    };
+    obey(1);
+    replica.followers().expect([ReplicaId(2)], [ReplicaId(2)]);
+    let first = ask_for(Ack::Replica, &replica, add("c", 5), id(1, None));
+    while counter(&replica, "c").is_none() {}
+    let confirm = |epoch| {
+        let own_seq = *replica.vector().values().last().unwrap();
+        replica.followers().progress(ReplicaId(2), replica.applied_lsn(), own_seq, Epoch(epoch));
+    };
+    confirm(1);
+    assert_eq!(number(answered(first)), 5);
+    assert_eq!(number(answered(ask_for(Ack::Replica, &replica, add("c", 5), id(1, Some(1))))), 5);
+    obey(2);
+    let again = ask_for(Ack::Replica, &replica, add("c", 5), id(1, Some(1)));
+    write_one(&replica, put("another", "write"));
+    confirm(2);
+    assert_eq!(answered(again).unwrap_err().code, ErrorCode::Unknown);
+    // Also when the replica was opened anew meanwhile; who asks for less is told what was done here.
+    let (_dir, restarted) = rig.crash(&replica);
+    restarted.followers().expect([ReplicaId(2)], [ReplicaId(2)]);
+    let again = ask_for(Ack::Replica, &restarted, add("c", 5), id(1, Some(1)));
+    assert_eq!(answered(again).unwrap_err().code, ErrorCode::Unknown);
+    assert_eq!(number(answered(ask(&restarted, add("c", 5), id(1, Some(1))))), 5);
 }

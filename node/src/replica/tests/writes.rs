@@ -310,3 +310,19 @@ fn entries_of_other_logs_do_not_outgrow_a_record_either() {
     assert_eq!(replica.closed(), None);
     assert_records_fit(&replica);
 }
+
+/// An event time from the future concerns its own key alone: other keys, and other replicas, go by their clocks.
+#[test]
+fn an_event_time_from_the_future_shifts_the_stamps_of_no_other_key() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let ahead = START_US + 59_000_000;
+    write_one(&replica, at(ahead, put("a", "future")));
+    assert_eq!(applied_at(write_one(&replica, put("a", "after it"))), ahead + 1);
+    assert_eq!(applied_at(write_one(&replica, put("b", "now"))), START_US + 1);
+    let (_dir, again) = rig.crash(&replica);
+    rig.clock.set(START_US + 10);
+    assert_eq!(applied_at(write_one(&again, put("c", "now"))), START_US + 10, "also after a restart");
+    assert_eq!(applied_at(write_one(&again, put("a", "again"))), ahead + 2);
+    assert_eq!(applied_at(write_one(&again, put("b", "again"))), START_US + 12);
+}

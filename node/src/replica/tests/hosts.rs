@@ -1,0 +1,142 @@
+//! A hosted replica and the versions that it obeys.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use vasto_core::catalog::{Catalog, Placed};
+use vasto_core::ids::{Epoch, NodeId, ReplicaId, ShardId};
+use vasto_core::limits::BINLOG_BYTES_MAX;
+use vasto_core::members::evict;
+
+use super::duties::{shard_on, until};
+use super::shipping::bucket;
+use super::support::*;
+use crate::core::NodeCore;
+use crate::host::{Host, HostContext, Tenant};
+use crate::replica::Replica;
+use crate::replica::job::Role;
+
+/// A node that hosts replica 1, and none of whose peers can be reached.
+struct Hosted {
+    rig: Rig,
+    context: Arc<HostContext>,
+    tmp: tempfile::TempDir,
+}
+
+impl Hosted {
+    fn new() -> Self {
+        let rig = Rig::new();
+        let core = Arc::new(NodeCore::new(NodeId(1), rig.clock.clone(), 2));
+        let context = HostContext {
+            core,
+            engines: rig.shared.clone(),
+            bucket: bucket(),
+            ship_interval: Duration::from_secs(3600),
+            clock: rig.clock.clone(),
+            peers: Arc::default(),
+            log_cap: BINLOG_BYTES_MAX,
+        };
+        Self { rig, context: Arc::new(context), tmp: memory_dir() }
+    }
+
+    fn start(&self, catalog: &Catalog) -> Host {
+        let tenant = Tenant {
+            keyspace: KEYSPACE,
+            shard: ShardId(0),
+            replica: ReplicaId(1),
+            dir: self.rig.path.clone(),
+            tmp: self.tmp.path().to_owned(),
+        };
+        Host::start(self.context.clone(), tenant, Arc::new(catalog.clone()))
+    }
+
+    async fn replica(&self) -> Replica {
+        let found = async {
+            loop {
+                match self.context.core.replica(KEYSPACE, ReplicaId(1)) {
+                    Some(replica) => return replica,
+                    // At once, to see it as early as others can.
+                    None => tokio::task::yield_now().await,
+                }
+            }
+        };
+        tokio::time::timeout(DEADLINE, found).await.unwrap()
+    }
+}
+
+fn left(catalog: &Catalog) -> Catalog {
+    evict(catalog, ReplicaId(1), false, START_US, 2).unwrap()
+}
+
+fn placed_again(catalog: &Catalog) -> Catalog {
+    let mut next = catalog.next(START_US, 3);
+    next.epoch = Epoch(catalog.epoch.0 + 1);
+    next.unsealed.clear();
+    next.placement[0].replicas.push(Placed { replica: ReplicaId(1), node: NodeId(1) });
+    next
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_becomes_a_member_catches_up_before_it_serves() {
+    let hosted = Hosted::new();
+    let catalog = shard_on(2);
+    let host = hosted.start(&catalog);
+    let replica = hosted.replica().await;
+    until("the replica to serve", || replica.is_ready() && replica.version() == catalog.version).await;
+    let outside = left(&catalog);
+    host.obey(Arc::new(outside.clone()));
+    until("it to leave", || replica.view().role == Role::Detached).await;
+    let inside = placed_again(&outside);
+    host.obey(Arc::new(inside.clone()));
+    until("it to be a member", || replica.version() == inside.version).await;
+    assert!(!replica.is_ready(), "its peer has not said what it holds");
+    until("the silent peer to be skipped", || replica.is_ready()).await;
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_left_is_at_no_moment_taken_for_the_primary() {
+    for (catalog, role) in [(shard_on(2), Role::Primary), (left(&shard_on(2)), Role::Detached)] {
+        let hosted = Hosted::new();
+        let host = hosted.start(&catalog);
+        assert_eq!(hosted.replica().await.view().role, role, "before it has obeyed anything");
+        host.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_stops_takes_nothing_more_and_waits_until_another_has_its_log() {
+    let (hosted, catalog) = (Hosted::new(), shard_on(2));
+    let host = hosted.start(&catalog);
+    let replica = hosted.replica().await;
+    until("the replica to serve", || replica.is_ready() && replica.version() == catalog.version).await;
+    write_one(&replica, put("k", "v"));
+    let began = Instant::now();
+    let stopping = tokio::spawn(host.stop());
+    until("it to refuse requests", || !replica.is_ready()).await;
+    assert!(replica.closed().is_none(), "others can read its log");
+    stopping.await.unwrap();
+    assert!(began.elapsed() >= Duration::from_secs(1), "nobody had it");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_stops_waits_no_longer_than_it_must() {
+    for confirmed in [true, false] {
+        let (hosted, catalog) = (Hosted::new(), shard_on(2));
+        let host = hosted.start(&catalog);
+        let replica = hosted.replica().await;
+        until("the replica to serve", || replica.is_ready() && replica.version() == catalog.version).await;
+        write_one(&replica, put("k", "v"));
+        let (lsn, own_seq) = (replica.applied_lsn(), *replica.vector().values().last().unwrap());
+        if confirmed {
+            replica.followers().progress(ReplicaId(2), lsn, own_seq, Epoch(1));
+            let stopping = tokio::spawn(host.stop());
+            until("it to end", || replica.closed().is_some()).await;
+            stopping.await.unwrap();
+        } else {
+            // Its files are to go: it has been drained, or is given up.
+            host.stop_to_discard().await;
+            assert!(replica.is_ready());
+        }
+    }
+}
