@@ -353,16 +353,22 @@ impl Engine {
         Ok((inside, crossing))
     }
 
-    /// `(stored entries, bytes of SSTs)`; an entry counts once for each version that is not compacted
-    /// away yet, and metadata in the memtables counts too.
-    pub fn size(&self) -> (u64, u64) {
+    /// `(stored entries, those of SSTs with nothing but metadata, bytes of SSTs)`; an entry counts once
+    /// for each version that is not compacted away yet. The first number leaves the second out, and
+    /// counts metadata that is stored among data.
+    pub fn size(&self) -> (u64, u64, u64) {
         let number = |name: &'static str| self.db.property_int_value(name).ok().flatten().unwrap_or(0);
         let in_memory = number("rocksdb.num-entries-active-mem-table") + number("rocksdb.num-entries-imm-mem-tables");
         let files = self.db.live_files().unwrap_or_default();
-        let data =
-            files.iter().filter(|file| first_byte(file.start_key.as_deref()).is_some_and(|first| first < META_PREFIX));
-        let stored: u64 = data.map(|file| file.num_entries.saturating_sub(2 * file.num_deletions)).sum();
-        (stored + in_memory, number("rocksdb.total-sst-files-size"))
+        let (mut stored, mut metadata) = (0, 0);
+        for file in &files {
+            let entries = file.num_entries.saturating_sub(2 * file.num_deletions);
+            match first_byte(file.start_key.as_deref()) {
+                Some(first) if first < META_PREFIX => stored += entries,
+                _ => metadata += entries,
+            }
+        }
+        (stored + in_memory, metadata, number("rocksdb.total-sst-files-size"))
     }
 
     /// True when a data key exists in the bands.

@@ -36,7 +36,7 @@ use vasto_core::ids::{
 };
 use vasto_core::limits::{BINLOG_FILE_BYTES, WRITE_QUEUE_BYTES_MAX};
 use vasto_core::record::{BandRange, KeyEntry, Progress, RangeState, Record};
-use vasto_core::stored_key::{META_PREFIX, MetaKey};
+use vasto_core::stored_key::MetaKey;
 use vasto_core::{ErrorCode, VastoError};
 
 use crate::binlog::{Binlog, BinlogConfig, BinlogError, LogShared};
@@ -187,8 +187,13 @@ pub struct Shared {
     /// The log is far over its cap: writes are refused.
     shed: AtomicBool,
     pauses_us: Mutex<Vec<u64>>,
+    /// How many results of read-modify-writes are stored.
+    results: AtomicU64,
     ended: AtomicBool,
 }
+
+/// Identity, head and range states.
+const META_ROWS: u64 = 3;
 
 /// Pause samples that are kept for a report.
 const PAUSES_MAX: usize = 4_096;
@@ -332,6 +337,7 @@ impl Replica {
             closed: ArcSwapOption::empty(),
             changed,
             pauses_us: Mutex::default(),
+            results: AtomicU64::new(0),
             ended: AtomicBool::new(false),
             engine,
         });
@@ -428,11 +434,14 @@ impl Replica {
 
     /// `(estimated keys, bytes of SSTs)`.
     pub fn size(&self) -> (u64, u64) {
-        let (keys, bytes) = self.shared.engine.size();
+        let (keys, apart, bytes) = self.shared.engine.size();
         // The memtables also hold the head and the vector entry that every unflushed record has written.
         let unflushed = self.applied_lsn().0.saturating_sub(self.persisted_lsn().unwrap_or_default().0);
-        let metadata = self.shared.engine.with_prefix(&[META_PREFIX]).map_or(0, |rows| rows.len() as u64);
-        (keys.saturating_sub(unflushed * 2).saturating_sub(metadata), bytes)
+        // Counted, not read: this is asked for with every report.
+        let origins = self.shared.vector.lock().len() as u64;
+        let metadata = META_ROWS + origins + self.shared.results.load(Ordering::Relaxed);
+        let among_data = metadata.saturating_sub(apart);
+        (keys.saturating_sub(unflushed * 2).saturating_sub(among_data), bytes)
     }
 
     /// The database.

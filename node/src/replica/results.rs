@@ -137,6 +137,11 @@ impl Results {
         }
     }
 
+    /// How many are kept.
+    pub fn len(&self) -> u64 {
+        self.order.len() as u64
+    }
+
     /// Keeps a result.
     pub fn keep(&mut self, id: (u64, u64), commit_time: u64, outcomes: Vec<Outcome>) {
         self.order.push_back((commit_time, id));

@@ -83,6 +83,7 @@ enum Checked {
 impl Writer {
     pub(super) fn new(shared: Arc<Shared>, log: Binlog, meta: Meta, results: Results, jobs: Receiver<Job>) -> Self {
         let event_time_max = meta.head.event_time_max;
+        shared.results.store(results.len(), Ordering::Relaxed);
         Self {
             shared,
             log,
@@ -359,6 +360,7 @@ impl Writer {
         for (id, outcomes) in outcomes {
             self.results.keep(id, commit_time, outcomes);
         }
+        self.shared.results.store(self.results.len(), Ordering::Relaxed);
         Ok(())
     }
 
