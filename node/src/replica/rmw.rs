@@ -63,6 +63,10 @@ pub fn modify(change: &Change, standing: Standing<'_>, now_us: u64) -> Result<Mo
             Some(Payload::F64(number)) => number,
             Some(other) => return Err(wrong_type(&other)),
         };
+        // The larger of a number and of none is the number: the caller would not hear of its mistake.
+        if !operand.is_finite() {
+            return Err(overflow("the operand is no finite number"));
+        }
         let number = fold(before, operand);
         if !number.is_finite() {
             return Err(overflow("the result is no finite number"));
@@ -151,8 +155,13 @@ mod tests {
         assert_eq!(on(None, Change::MinF64(9.0)).unwrap(), f64_of(9.0));
         for bad in [f64::NAN, f64::INFINITY] {
             assert_eq!(on(Some(&half), Change::AddF64(bad)).unwrap_err().code, ErrorCode::WrongType);
-            assert_eq!(on(None, Change::MaxF64(bad)).unwrap_err().code, ErrorCode::WrongType);
+            for stands in [None, Some(half.as_slice())] {
+                assert_eq!(on(stands, Change::MaxF64(bad)).unwrap_err().code, ErrorCode::WrongType);
+                assert_eq!(on(stands, Change::MinF64(bad)).unwrap_err().code, ErrorCode::WrongType);
+            }
         }
+        let most = encoded(Payload::F64(f64::MAX), None);
+        assert_eq!(on(Some(&most), Change::AddF64(f64::MAX)).unwrap_err().code, ErrorCode::WrongType);
     }
 
     #[test]
