@@ -45,7 +45,8 @@ impl KeyspaceSpec {
         self
     }
 
-    /// How long values exist that are put without a time to live of their own; at least 1 ms.
+    /// How long values exist that are put without a time to live of their own, or that a counter, a
+    /// maximum, a minimum or an append creates; at least 1 ms. What changes a value leaves its end.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.ttl_ms = Some(u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX));
         self

@@ -94,7 +94,13 @@ pub(super) fn write(request: v1::WriteRequest, spec: &KeyspaceSpec, now_us: u64)
             let message = "a read-modify-write is stamped by the primary; leave the event time out";
             return Err(VastoError::new(ErrorCode::InvalidArgument, message));
         }
-        ops.push(WriteOp { key: key.key, partition_hash: key.partition_hash, event_time: op.event_time, change });
+        ops.push(WriteOp {
+            key: key.key,
+            partition_hash: key.partition_hash,
+            event_time: op.event_time,
+            change,
+            created_ttl_ms: spec.ttl_ms,
+        });
     }
     if bytes > BATCH_BYTES_MAX {
         return Err(LimitError::BatchTooLong(bytes).into());
@@ -172,5 +178,6 @@ mod tests {
             write(v1::WriteRequest { ops: vec![put(vec![1], vec![])], ..Default::default() }, &spec, NOW).unwrap();
         assert_eq!(checked.ack, Ack::Os);
         assert!(matches!(checked.ops[0].change, Change::Put { ttl_ms: Some(5_000), .. }));
+        assert_eq!(checked.ops[0].created_ttl_ms, Some(5_000));
     }
 }

@@ -203,7 +203,13 @@ mod tests {
 
     fn of(change: Change) -> (WriteJob, Receiver<Answer>) {
         let (sender, receiver) = channel();
-        let op = WriteOp { key: Bytes::from_static(b"k"), partition_hash: None, event_time: None, change };
+        let op = WriteOp {
+            key: Bytes::from_static(b"k"),
+            partition_hash: None,
+            event_time: None,
+            change,
+            created_ttl_ms: None,
+        };
         let done = Box::new(move |answer| sender.send(answer).unwrap());
         (WriteJob::new(vec![op], Ack::Replica, done, None), receiver)
     }

@@ -23,6 +23,8 @@ pub struct WriteOp {
     pub event_time: Option<u64>,
     /// What to do.
     pub change: Change,
+    /// Time to live of a value that a read-modify-write creates, milliseconds: the keyspace's.
+    pub created_ttl_ms: Option<u64>,
 }
 
 /// Put or delete.

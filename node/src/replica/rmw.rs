@@ -49,13 +49,26 @@ fn overflow(what: &str) -> VastoError {
 /// A live value: the entry and its encoding.
 pub type Standing<'a> = Option<(Entry<'a>, &'a [u8])>;
 
-/// Applies a change to the value that stands; `None` when there is none.
+fn expiry(ttl_ms: Option<u64>, now_us: u64) -> Option<u64> {
+    ttl_ms.map(|ms| now_us.saturating_add(ms.saturating_mul(1000)))
+}
+
+/// Applies a change to the value that stands; `None` when there is none. What stands keeps its expiry;
+/// a number or bytes that the change creates get `created_ttl_ms`.
 ///
 /// # Errors
 /// `WrongType` when the value has another type, or the result is no number of its type;
 /// `InvalidArgument` when the result is over a limit.
-pub fn modify(change: &Change, standing: Standing<'_>, now_us: u64) -> Result<Modified, VastoError> {
-    let expires_at = standing.as_ref().and_then(|(entry, _)| entry.expires_at);
+pub fn modify(
+    change: &Change,
+    standing: Standing<'_>,
+    created_ttl_ms: Option<u64>,
+    now_us: u64,
+) -> Result<Modified, VastoError> {
+    let expires_at = match &standing {
+        Some((entry, _)) => entry.expires_at,
+        None => expiry(created_ttl_ms, now_us),
+    };
     let payload = standing.as_ref().and_then(|(entry, _)| entry.payload);
     let float = |fold: fn(f64, f64) -> f64, operand: f64, nothing: f64| {
         let before = match payload {
@@ -100,8 +113,7 @@ pub fn modify(change: &Change, standing: Standing<'_>, now_us: u64) -> Result<Mo
             if !holds(*condition, standing) {
                 return Ok(Modified::NotApplied);
             }
-            let expires_at = ttl_ms.map(|ms| now_us.saturating_add(ms.saturating_mul(1000)));
-            Ok(Modified::Store(Content::Bytes(value.clone()), expires_at))
+            Ok(Modified::Store(Content::Bytes(value.clone()), expiry(*ttl_ms, now_us)))
         }
         Change::Delete { condition } => match holds(*condition, standing) {
             true => Ok(Modified::Store(Content::Nothing, None)),
@@ -130,7 +142,7 @@ mod tests {
     }
 
     fn on(stands: Option<&[u8]>, change: Change) -> Result<Modified, VastoError> {
-        modify(&change, stands.map(|bytes| (Entry::decode(bytes).unwrap(), bytes)), 1_000)
+        modify(&change, stands.map(|bytes| (Entry::decode(bytes).unwrap(), bytes)), None, 1_000)
     }
 
     fn i64_of(number: i64) -> Modified {
@@ -189,6 +201,29 @@ mod tests {
         assert!(on(Some(&text), Change::Append(most)).is_ok());
         let over = Bytes::from(vec![0; VALUE_BYTES_MAX - 1]);
         assert_eq!(on(Some(&text), Change::Append(over)).unwrap_err().code, ErrorCode::InvalidArgument);
+    }
+
+    #[test]
+    fn what_a_change_creates_lives_as_long_as_the_keyspace_says() {
+        let create = |change: Change| modify(&change, None, Some(5), 1_000).unwrap();
+        for change in [
+            Change::AddI64(1),
+            Change::AddF64(1.0),
+            Change::MaxF64(1.0),
+            Change::MinF64(1.0),
+            Change::Append(Bytes::from_static(b"x")),
+        ] {
+            assert!(matches!(create(change), Modified::Store(_, Some(6_000))));
+        }
+        // A put brings its own, and what stands keeps its own, also for ever.
+        let put = Change::Put { value: Bytes::new(), ttl_ms: None, condition: None };
+        assert!(matches!(create(put), Modified::Store(_, None)));
+        for expires_at in [None, Some(9_000)] {
+            let seven = encoded(Payload::I64(7), expires_at);
+            let standing = Some((Entry::decode(&seven).unwrap(), seven.as_slice()));
+            let changed = modify(&Change::AddI64(1), standing, Some(5), 1_000).unwrap();
+            assert!(matches!(changed, Modified::Store(_, at) if at == expires_at));
+        }
     }
 
     #[test]

@@ -134,7 +134,7 @@ impl Writer {
         }
         let live =
             standing.filter(|entry| entry.payload.is_some() && !entry.is_expired(now_us)).zip(current.as_deref());
-        let (content, expires_at) = match modify(&op.change, live, now_us)? {
+        let (content, expires_at) = match modify(&op.change, live, op.created_ttl_ms, now_us)? {
             Modified::Store(content, expires_at) => (content, expires_at),
             Modified::NotApplied => {
                 let (event_time, version) =

@@ -50,7 +50,7 @@ fn op((number, value, event_time, ttl): (u8, u8, Option<u16>, Option<u16>)) -> W
         _ => Change::Put { value: vec![value; usize::from(value)].into(), ttl_ms: ttl.map(u64::from), condition: None },
     };
     let event_time = event_time.map(|time| START_US + u64::from(time));
-    WriteOp { key: key(number).into_bytes().into(), partition_hash: None, event_time, change }
+    WriteOp { key: key(number).into_bytes().into(), partition_hash: None, event_time, change, created_ttl_ms: None }
 }
 
 fn entry((number, time, tombstone): (u8, u16, bool)) -> KeyEntry {

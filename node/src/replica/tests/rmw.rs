@@ -197,3 +197,17 @@ fn what_is_kept_for_repetitions_does_not_count_as_keys() {
     let (_dir, again) = rig.crash(&replica);
     assert_eq!(counted(&again), kept(&again));
 }
+
+#[test]
+fn a_counter_ends_with_the_time_to_live_it_began_with() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let add = || WriteOp { created_ttl_ms: Some(1_000), ..add("c", 1) };
+    assert_eq!(number(answered(ask(&replica, add(), id(1, None)))), 1);
+    rig.clock.set(START_US + 900_000);
+    assert_eq!(number(answered(ask(&replica, add(), id(2, None)))), 2);
+    assert_eq!(counter(&replica, "c"), Some(2));
+    rig.clock.set(START_US + 1_000_000);
+    assert_eq!(counter(&replica, "c"), None, "counted from the first addition");
+    assert_eq!(number(answered(ask(&replica, add(), id(3, None)))), 1, "and it begins anew");
+}

@@ -170,7 +170,8 @@ fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
 
 pub fn put(key: &str, value: &str) -> WriteOp {
     let change = Change::Put { value: Bytes::copy_from_slice(value.as_bytes()), ttl_ms: None, condition: None };
-    WriteOp { key: Bytes::copy_from_slice(key.as_bytes()), partition_hash: None, event_time: None, change }
+    let key = Bytes::copy_from_slice(key.as_bytes());
+    WriteOp { key, partition_hash: None, event_time: None, change, created_ttl_ms: None }
 }
 
 pub fn delete(key: &str) -> WriteOp {
