@@ -229,6 +229,7 @@ mod tests {
             partition_hash: None,
             event_time: None,
             change: Change::Delete { condition: None },
+            created_ttl_ms: None,
         };
         let done = Box::new(move |answer| sender.send(answer).unwrap());
         (WriteJob::new(vec![op], Ack::Replica, done, None), receiver)

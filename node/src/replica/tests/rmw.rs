@@ -181,14 +181,14 @@ fn only_the_primary_does_it_and_one_that_hands_over_lets_it_wait() {
 fn what_is_kept_for_repetitions_does_not_count_as_keys() {
     let rig = Rig::new();
     let replica = rig.create();
-    let kept = || replica.engine().with_prefix(&MetaKey::result_prefix()).unwrap().len() as u64;
+    let kept = |replica: &Replica| replica.engine().with_prefix(&MetaKey::result_prefix()).unwrap().len() as u64;
+    let counted = |replica: &Replica| replica.shared.results.load(Ordering::Relaxed);
     // Few bands: RocksDB counts the entries of a few new tables at a time.
     let keys: Vec<String> = [1, 2].into_iter().flat_map(|band| keys_in(Band(band), "c", 150)).collect();
     for (n, key) in keys.iter().enumerate() {
         number(answered(ask(&replica, add(key, 1), id(n as u64, None))));
     }
-    let counted = || replica.shared.results.load(Ordering::Relaxed);
-    assert_eq!((kept(), counted()), (300, 300));
+    assert_eq!((kept(&replica), counted(&replica)), (300, 300));
     replica.engine().flush().unwrap();
     assert_eq!(replica.size().0, 300);
     replica.engine().compact_all();
@@ -196,9 +196,10 @@ fn what_is_kept_for_repetitions_does_not_count_as_keys() {
     // What is too old goes with the next one.
     rig.clock.set(START_US + 601_000_000);
     number(answered(ask(&replica, add("c", 1), id(300, None))));
-    assert_eq!((kept(), counted()), (1, 1));
+    assert_eq!((kept(&replica), counted(&replica)), (1, 1));
+    // A replay brings back what was not flushed as forgotten; the next one takes it away again.
     let (_dir, again) = rig.crash(&replica);
-    assert_eq!(again.shared.results.load(Ordering::Relaxed), 1);
+    assert_eq!(counted(&again), kept(&again));
 }
 
 #[test]

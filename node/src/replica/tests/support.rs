@@ -147,6 +147,12 @@ impl Drop for Rig {
     fn drop(&mut self) {
         for replica in self.opened.lock().drain(..) {
             let _ = control(&replica, Control::Stop);
+            // The thread lets go of the database only at its end, and RocksDB must not be closed while
+            // the process exits.
+            let writer = replica.writer.lock().take();
+            if let Some(writer) = writer {
+                let _ = writer.join();
+            }
         }
     }
 }
