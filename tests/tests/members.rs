@@ -147,8 +147,8 @@ async fn a_replica_that_fails_on_a_live_node_is_replaced() -> Result<()> {
     for at_the_start in [false, true] {
         let mut cluster = Cluster::builder()
             .nodes(3)
-            .allow("binlog")
             .allow("the log")
+            .allow("shipping failed")
             .allow("log files are missing")
             .allow("could not be obeyed")
             .start()
