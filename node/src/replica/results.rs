@@ -244,11 +244,10 @@ mod tests {
 
     #[test]
     fn what_was_forgotten_before_the_opening_stays_unknown() {
-        let row = |sequence, at| (MetaKey::Result(7, sequence).encode(), encode(at, &[Outcome::Applied(at)]));
+        let row = |sequence, at| (MetaKey::Result(7, sequence).encode(), encode(at, Epoch(1), &[Outcome::Applied(at)]));
         let mut rows: Vec<_> = (0..RESULTS_MAX as u64).map(|n| row(n, NOW + n)).collect();
-        let ask = |results: Results| {
-            results.recall(&id(1 << 40, Some(1), 100), HERE, NOW + 1).map(|found| found.map(<[Outcome]>::to_vec))
-        };
+        let ask =
+            |results: Results| results.recall(&id(1 << 40, Some(1), 100), HERE, NOW + 1).map(|found| found.cloned());
         assert_eq!(ask(Results::load(&rows)).unwrap_err().code, ErrorCode::Unknown, "it may be one of those");
         rows.pop();
         assert_eq!(ask(Results::load(&rows)).unwrap(), None, "none was forgotten");

@@ -15,6 +15,7 @@ use crate::core::NodeCore;
 use crate::host::{Host, HostContext, Tenant};
 use crate::replica::Replica;
 use crate::replica::job::Role;
+use crate::ship::Pace;
 
 /// A node that hosts replica 1, and none of whose peers can be reached.
 struct Hosted {
@@ -35,6 +36,7 @@ impl Hosted {
             clock: rig.clock.clone(),
             peers: Arc::default(),
             log_cap: BINLOG_BYTES_MAX,
+            pace: Arc::new(Pace::new(0)),
         };
         Self { rig, context: Arc::new(context), tmp: memory_dir() }
     }
