@@ -14,7 +14,7 @@ use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::{KeyspaceId, NodeId, PlanId};
 use vasto_core::limits::{ADMIN_DEADLINE, check_keyspace_name};
 use vasto_core::members::copies_for;
-use vasto_core::plan::{OperationReport, Outcome, Plan, PlanKind, Step, Target};
+use vasto_core::plan::{OperationReport, Outcome, Plan, PlanKind, Reached, Step, Target};
 use vasto_proto::v1;
 use vasto_shipping::CatalogError;
 
@@ -313,6 +313,11 @@ fn describe(state: &State, id: &str) -> Option<(u64, Value)> {
     let progress = |field: &str| plans.iter().filter_map(|plan| json!(plan)[field].as_u64()).sum::<u64>();
     let waiting = running.iter().find_map(|known| known.waiting_for.clone());
     let to = running.iter().filter_map(|known| leaving_by(&known.catalog, id)).find_map(|one| one.to);
+    let reached = |report: &OperationReport| {
+        let of = |one: &Reached| json!({"keyspace": report.keyspace, "shard": one.shard, "replica": one.replica, "lsn": one.lsn});
+        report.reached.iter().map(of).collect::<Vec<_>>()
+    };
+    let reached: Vec<Value> = figures.iter().flat_map(reached).collect();
     let mut answer = json!({
         "id": id,
         "kind": "replace",
@@ -334,6 +339,7 @@ fn describe(state: &State, id: &str) -> Option<(u64, Value)> {
         "write_pause_ms": {"p50": 0.0, "p99": 0.0, "max": 0.0},
         "duration_ms": until_us.saturating_sub(since_us) / 1000,
         "started_at_us": since_us,
+        "reached": reached,
     });
     let Value::Object(fields) = &mut answer else { return None };
     if !running.is_empty() {

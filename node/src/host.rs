@@ -324,17 +324,22 @@ impl Runner {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut reported = ReplicationReport::default();
         let background = Arc::new(Mutex::new(Background::default()));
+        let mut pause = RETRY;
         loop {
             let catalog = catalogs.borrow_and_update().clone();
             let again = match this.obey(&replica, &ship, &duties, &catalog, &background).await {
-                Ok(()) => false,
+                Ok(()) => {
+                    pause = RETRY;
+                    false
+                }
                 Err(error) => {
                     tracing::error!(%error, keyspace = this.tenant.keyspace.0, shard = this.tenant.shard.0, "a version could not be obeyed");
+                    pause = (pause * 2).min(RETRY_MAX);
                     true
                 }
             };
             this.context.core.report.notify_one();
-            let retry = tokio::time::sleep(RETRY);
+            let retry = tokio::time::sleep(pause);
             tokio::pin!(retry);
             loop {
                 tokio::select! {

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use futures::{StreamExt, TryStreamExt};
@@ -157,10 +157,10 @@ async fn a_delete_with_an_old_event_time_beside_puts_in_flight_hides_nothing_new
     let secondary = tip.placement[0].replicas[1].node.to_string();
     let address = format!("127.0.0.1:{}", cluster.port(cluster.node_of(&secondary)?));
     let mut direct = Direct::connect(&address, &tip, ShardId(0)).await?;
-    let now_us = SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros() as u64;
+    let Outcome::Applied { event_time: begun } = keyspace.put("k0", "v").await? else { bail!("the first put") };
     for n in 0..200 {
         let key = format!("k{n}");
-        let at = now_us + n;
+        let at = begun + 1 + n;
         let put = async { keyspace.put(key.as_str(), "v").event_time(at).await };
         let key_ref = Some(KeyRef { key: key.clone().into(), partition_hash: None });
         let op = Some(write_op::Op::Delete(Delete::default()));

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use futures::{StreamExt, TryStreamExt};
@@ -36,16 +36,29 @@ async fn rows(keyspace: &Keyspace) -> Result<BTreeMap<Vec<u8>, (Vec<u8>, u64)>> 
     Ok(all)
 }
 
-/// Waits until everything that the nodes hold is in the bucket.
+/// A report is at most so old.
+const REPORT_AGE: Duration = Duration::from_millis(1_200);
+
+/// Waits until everything that the nodes hold is in the bucket: until the same is reported for longer than
+/// a report is old.
 async fn shipped(cluster: &Cluster, name: &str) -> Result<()> {
+    let mut since: Option<(Vec<Value>, Instant)> = None;
     until("everything to be shipped", DEADLINE, async || {
         let described = cluster.json(&["keyspace", "describe", name]).await.ok()?;
         let shards = described["placement"].as_array()?.clone();
-        let done = |shard: &Value| {
-            let replicas = shard["replicas"].as_array().cloned().unwrap_or_default();
-            replicas.first().is_some_and(|one| one["lsn"].as_u64() == one["shipped_lsn"].as_u64())
-        };
-        shards.iter().all(done).then_some(())
+        let lsns: Vec<Value> = shards.iter().map(|shard| shard["replicas"][0]["lsn"].clone()).collect();
+        let done = |shard: &Value| shard["replicas"][0]["lsn"] == shard["replicas"][0]["shipped_lsn"];
+        if !shards.iter().all(done) {
+            since = None;
+            return None;
+        }
+        match &since {
+            Some((before, at)) if *before == lsns => (at.elapsed() > REPORT_AGE).then_some(()),
+            _ => {
+                since = Some((lsns, Instant::now()));
+                None
+            }
+        }
     })
     .await
 }
@@ -92,6 +105,8 @@ async fn a_dead_node_is_replaced_from_the_bucket_alone() -> Result<()> {
         let report = cluster.json(&["node", "replace", &id]).await?;
         check_report(&report)?;
         ensure!(report["bytes_from_peers"] == 0 && report["replicas_left"] == 0, "{report}");
+        let reached = report["reached"].as_array().context("nothing says what was reached")?;
+        ensure!(reached.len() >= 1 && reached.iter().all(|one| one["lsn"].as_u64() > Some(500)), "{report}");
         ensure!(rows(&keyspace).await? == before, "not everything that was shipped is back");
         keyspace.put("after", "the loss").await?;
         // It may come back with something: until somebody says that it does not, that is remembered.

@@ -124,7 +124,12 @@ pub fn report(operation: &Value) -> String {
             format!("p50 {} ms, p99 {} ms, max {} ms", text(&pause["p50"]), text(&pause["p99"]), text(&pause["max"])),
         ),
     ];
-    rows.iter().map(|(name, value)| format!("{name:<16} {value}\n")).collect()
+    // What came behind this in a log that had not been shipped is not in what was made from it.
+    let reached = operation["reached"].as_array().into_iter().flatten().map(|one| {
+        let (shard, replica, lsn) = (text(&one["shard"]), text(&one["replica"]), text(&one["lsn"]));
+        ("log reached", format!("shard {shard}: LSN {lsn} of replica {replica}"))
+    });
+    rows.into_iter().chain(reached).map(|(name, value)| format!("{name:<16} {value}\n")).collect()
 }
 
 #[cfg(test)]

@@ -62,13 +62,16 @@ pub(super) struct Writer {
     encoded: Vec<u8>,
 }
 
+/// What became of a write; of one that was done before also its record, and at which epoch that was.
+type Done = (Vec<Outcome>, Option<(OwnSeq, Epoch)>);
+
 /// A group commit under construction, and who waits for it.
 #[derive(Default)]
 struct OpenGroup {
     commit_time: u64,
     group: Group,
     must_sync: bool,
-    answers: Vec<(WriteJob, Vec<Outcome>, Option<(OwnSeq, Epoch)>)>,
+    answers: Vec<(WriteJob, Done)>,
     progress: Vec<Progress>,
     applied: Vec<oneshot::Sender<Result<Lsn, ReplicaError>>>,
 }
@@ -253,9 +256,9 @@ impl Writer {
                 Checked::Refused(error) => job.answer(Err(error)),
                 Checked::Sealed => self.held.push(Held { job, since: Instant::now() }),
                 Checked::Ready => match self.do_once(&job, &mut open.group, open.commit_time) {
-                    Ok((outcomes, done_before)) => {
+                    Ok(done) => {
                         open.must_sync |= job.ack != Ack::Os;
-                        open.answers.push((job, outcomes, done_before));
+                        open.answers.push((job, done));
                     }
                     Err(error) => job.answer(Err(error)),
                 },
@@ -296,7 +299,7 @@ impl Writer {
         match result {
             Ok(()) => {
                 metrics::group(ops);
-                for (job, outcomes, done_before) in answers {
+                for (job, (outcomes, done_before)) in answers {
                     match job.ack {
                         Ack::Os | Ack::Fsync => job.answer(Ok(outcomes)),
                         Ack::Replica => {
@@ -315,7 +318,7 @@ impl Writer {
                 }
             }
             Err(error) => {
-                for (job, ..) in answers {
+                for (job, _) in answers {
                     job.answer(Err(VastoError::new(ErrorCode::Unknown, format!("the outcome is not known: {error}"))));
                 }
                 for done in applied {
@@ -372,12 +375,7 @@ impl Writer {
 
     /// Stamps the operations of a request, unless it is a repetition of one whose result is known; then
     /// says in which record that was done, and at which epoch.
-    fn do_once(
-        &mut self,
-        job: &WriteJob,
-        group: &mut Group,
-        commit_time: u64,
-    ) -> Result<(Vec<Outcome>, Option<(OwnSeq, Epoch)>), VastoError> {
+    fn do_once(&mut self, job: &WriteJob, group: &mut Group, commit_time: u64) -> Result<Done, VastoError> {
         let Some(id) = job.id.filter(|_| job.modifies()) else {
             return Ok((self.stamp_all(&job.ops, group, commit_time)?, None));
         };
