@@ -66,6 +66,11 @@ impl S3Server {
         format!("s3://{BUCKET}/{prefix}")
     }
 
+    /// Where it listens: host:port.
+    pub fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
     /// The variables that lead to it.
     pub fn env(&self) -> Vec<(String, String)> {
         [
