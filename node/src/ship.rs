@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use vasto_core::CatalogVersion;
 use vasto_core::ids::Lsn;
 use vasto_core::limits::CHUNK_BYTES_MAX;
@@ -45,6 +46,7 @@ use crate::replica::Replica;
 use crate::replica::job::ReplicaError;
 
 mod checkpoint;
+mod cut;
 mod pace;
 
 pub use pace::{Pace, UPLOADS_MAX};
@@ -59,8 +61,6 @@ const BACKOFF_MAX: Duration = Duration::from_secs(30);
 const ACK_SOON: Duration = Duration::from_millis(1);
 /// ... or the node about to obey the version that stands in the way.
 const ACK_FENCED: Duration = Duration::from_millis(50);
-/// At the log's cap the database is flushed when so much of the log is not in it yet.
-const FLUSH_WORTH_BYTES: u64 = 16 << 20;
 
 /// Why shipping failed; it is tried again.
 #[derive(Debug, thiserror::Error)]
@@ -114,6 +114,15 @@ pub struct Positions {
     pub held_back: AtomicBool,
     /// This replica is the one of its shard that ships.
     pub ships: AtomicBool,
+    /// Somebody has wanted the bucket's confirmation from here: from then on it ships too.
+    pub for_acks: AtomicBool,
+}
+
+impl Positions {
+    /// True when the log waits for the bucket.
+    fn does_ship(&self) -> bool {
+        self.ships.load(Ordering::Acquire) || self.for_acks.load(Ordering::Acquire)
+    }
 }
 
 /// Persisted in `ship.json`; only a hint: what the bucket holds decides.
@@ -208,8 +217,6 @@ struct Shipper {
     state: ShipState,
     last: Option<Manifest>,
     dirty_since: Option<Instant>,
-    /// Somebody has wanted the bucket's confirmation from here: from then on it ships too.
-    for_acks: bool,
     pause: Duration,
     not_before: Instant,
     /// The checkpoint that is being made.
@@ -241,7 +248,6 @@ pub fn start(context: ShipContext, cancel: CancellationToken) -> (ShipHandle, im
             state,
             last: None,
             dirty_since: None,
-            for_acks: false,
             pause: TICK,
             not_before: now,
             making: None,
@@ -258,9 +264,13 @@ impl Shipper {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let replica = self.context.replica.clone();
+        // Beside everything that waits for the bucket: the log stays bounded whatever that does.
+        let cut = cut::Cut::new(replica.clone(), self.positions.clone(), self.context.log_cap);
+        let _cutting = AbortOnDropHandle::new(tokio::spawn(cut.run(TICK)));
         loop {
             let now = Instant::now();
-            let acks_wait = self.for_acks && now >= self.not_before && replica.bucket_acks().last().is_some();
+            let for_acks = self.positions.for_acks.load(Ordering::Acquire);
+            let acks_wait = for_acks && now >= self.not_before && replica.bucket_acks().last().is_some();
             let pause = self.ack_pause;
             let acks = async {
                 match acks_wait {
@@ -279,7 +289,7 @@ impl Shipper {
                 },
                 made = checkpoint::made(&mut self.making) => self.go_on(made).await,
                 () = acks => {
-                    self.for_acks = true;
+                    self.positions.for_acks.store(true, Ordering::Release);
                     if Instant::now() >= self.not_before
                         && let Err(error) = self.ship_for_acks().await
                     {
@@ -357,10 +367,7 @@ impl Shipper {
     }
 
     async fn ship_what_is_due(&mut self) -> Result<(), ShipError> {
-        let shipped = self.ship_log().await;
-        // Also while the bucket is away: the log stays bounded.
-        self.truncate().await?;
-        shipped?;
+        self.ship_log().await?;
         self.pause = TICK;
         Ok(())
     }
@@ -376,7 +383,7 @@ impl Shipper {
     }
 
     fn ships(&self) -> bool {
-        self.positions.ships.load(Ordering::Acquire) || self.for_acks
+        self.positions.does_ship()
     }
 
     async fn ship_log(&mut self) -> Result<(), ShipError> {
@@ -487,38 +494,6 @@ impl Shipper {
             self.positions.manifest.store(manifest.lsn.0, Ordering::Release);
         }
         Ok(())
-    }
-
-    async fn truncate(&self) -> Result<(), ShipError> {
-        let replica = self.context.replica.clone();
-        let shipped = self.state.shipped_lsn;
-        let needed = Lsn(self.positions.needed_after.load(Ordering::Acquire));
-        let positions = self.positions.clone();
-        let (cap, ships) = (self.context.log_cap, self.ships());
-        blocking(move || {
-            let log = replica.log();
-            let full = log.bytes() > cap;
-            let followed = replica.followers().covered_by_all().unwrap_or(Lsn(u64::MAX));
-            if full {
-                if ships && shipped < needed.min(followed) {
-                    tracing::warn!(bytes = log.bytes(), "the log is at its cap: what the bucket does not cover is given up; the next checkpoint supersedes it");
-                }
-            }
-            if full && log.bytes_after(replica.persisted_lsn()?) > FLUSH_WORTH_BYTES.min(cap / 4) {
-                replica.engine().flush()?;
-            }
-            let persisted = replica.persisted_lsn()?;
-            positions.over_cap.store(full && needed < persisted, Ordering::Release);
-            // Not what the log holds: the file that is written to stays even when everybody has read it.
-            let unread = if full { log.bytes_after(followed) } else { 0 };
-            positions.held_back.store(unread > cap, Ordering::Release);
-            replica.set_shed(unread > cap.saturating_mul(2));
-            let limit = persisted.min(needed).min(followed);
-            let limit = if full || !ships { limit } else { limit.min(shipped) };
-            log.truncate_to(limit)?;
-            Ok::<(), ShipError>(())
-        })
-        .await
     }
 }
 

@@ -223,14 +223,17 @@ impl CatalogStore {
 
     async fn load_one(self, keyspace: KeyspaceId, hint: CatalogVersion) -> Result<Option<Catalog>, CatalogError> {
         let Some(catalog) = self.tip(keyspace, hint).await? else { return Ok(None) };
-        if catalog.state == KeyspaceState::Active {
-            let bound = self.name_tip(&catalog.name).await?;
-            if !bound.is_some_and(|(_, bound)| bound.keyspace_id == keyspace && !bound.deleted) {
-                tracing::info!(%keyspace, name = catalog.name, "ignored: the name was never bound to this keyspace");
-                return Ok(None);
-            }
+        if catalog.state == KeyspaceState::Active && !self.is_bound(&catalog).await? {
+            tracing::info!(%keyspace, name = catalog.name, "ignored: the name was never bound to this keyspace");
+            return Ok(None);
         }
         Ok(Some(catalog))
+    }
+
+    /// Does its name lead to it? That of a keyspace whose creation was cut off, or is under way, does not.
+    pub(crate) async fn is_bound(&self, catalog: &Catalog) -> Result<bool, CatalogError> {
+        let bound = self.name_tip(&catalog.name).await?;
+        Ok(bound.is_some_and(|(_, bound)| bound.keyspace_id == catalog.keyspace && !bound.deleted))
     }
 
     /// Creates a keyspace: claims the next free id with version 1 of `build(id)`, then the name.

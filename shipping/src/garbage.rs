@@ -113,6 +113,8 @@ const KEYS_SHOWN: usize = 1_000;
 struct Survey {
     objects: Vec<ObjectInfo>,
     catalogs: BTreeMap<KeyspaceId, Catalog>,
+    /// Active ones whose name does not lead to them: their creation is under way, or was cut off.
+    unbound: BTreeSet<KeyspaceId>,
     manifests: BTreeMap<Owner, BTreeMap<Lsn, Manifest>>,
     corrupt: Vec<String>,
     /// The store's time, microseconds since 1970: not before its newest object.
@@ -122,6 +124,7 @@ struct Survey {
 async fn survey(bucket: &Bucket) -> Result<Survey, CatalogError> {
     let mut corrupt = Vec::new();
     let mut catalogs = BTreeMap::new();
+    let mut unbound = BTreeSet::new();
     let store = CatalogStore::new(bucket.clone());
     // Catalogs before objects: what a plan that is over by then has written is in the list. Objects of a
     // keyspace that is younger are not judged.
@@ -135,6 +138,15 @@ async fn survey(bucket: &Bucket) -> Result<Survey, CatalogError> {
     for (keyspace, version) in last {
         match store.tip(keyspace, version).await {
             Ok(Some(catalog)) => {
+                if catalog.state == KeyspaceState::Active {
+                    match store.is_bound(&catalog).await {
+                        Ok(false) => {
+                            unbound.insert(keyspace);
+                        }
+                        Err(CatalogError::Bucket(error)) => return Err(error.into()),
+                        Ok(true) | Err(_) => {}
+                    }
+                }
                 catalogs.insert(keyspace, catalog);
             }
             Ok(None) => {}
@@ -170,7 +182,7 @@ async fn survey(bucket: &Bucket) -> Result<Survey, CatalogError> {
         }
     }
     let newest = objects.iter().map(|object| object.modified_us).max().unwrap_or_default();
-    Ok(Survey { objects, catalogs, manifests, corrupt, now_us: newest })
+    Ok(Survey { objects, catalogs, unbound, manifests, corrupt, now_us: newest })
 }
 
 /// Checks that everything is there that is named, with the size and checksum it should have. With
@@ -395,10 +407,21 @@ async fn has_grown(bucket: &Bucket, survey: &Survey) -> Result<bool, CatalogErro
 /// Keys that nothing needs, whatever their age.
 fn judge(survey: &Survey, retention: Retention) -> BTreeSet<&str> {
     let keep_from = survey.now_us.saturating_sub(retention.keep_for.as_micros() as u64);
+    // When an object was written, by the store's clock.
+    let written: HashMap<&str, u64> =
+        survey.objects.iter().map(|object| (object.key.as_str(), object.modified_us)).collect();
+    let written_us = |key: &str| written.get(key).copied();
+    // No master goes on with a creation that was cut off: its plan, a restore, would keep what it was to read
+    // for ever.
+    let old = survey.now_us.saturating_sub(retention.min_age.as_micros() as u64);
+    let is_cut_off = |catalog: &Catalog| {
+        let tip = layout::catalog_version(catalog.keyspace, catalog.version);
+        survey.unbound.contains(&catalog.keyspace) && written_us(&tip).is_some_and(|written| written <= old)
+    };
     let busy: BTreeSet<KeyspaceId> = survey
         .catalogs
         .values()
-        .filter(|catalog| catalog.state == KeyspaceState::Active)
+        .filter(|catalog| catalog.state == KeyspaceState::Active && !is_cut_off(catalog))
         .filter_map(|catalog| Some((catalog.keyspace, catalog.plan.as_ref()?.kind)))
         .flat_map(|(keyspace, kind)| match kind {
             PlanKind::Restore { keyspace: source, .. } => vec![keyspace, source],
@@ -419,10 +442,6 @@ fn judge(survey: &Survey, retention: Retention) -> BTreeSet<&str> {
     for firsts in chunks.values_mut() {
         firsts.sort_unstable();
     }
-    // When an object was written, by the store's clock.
-    let written: HashMap<&str, u64> =
-        survey.objects.iter().map(|object| (object.key.as_str(), object.modified_us)).collect();
-    let written_us = |key: &str| written.get(key).copied();
     let made_us = |owner: &Owner, lsn: Lsn| {
         written_us(&layout::manifest(owner.keyspace, owner.shard, owner.replica, lsn)).unwrap_or(survey.now_us)
     };

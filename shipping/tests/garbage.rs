@@ -30,7 +30,11 @@ struct Rig {
 
 impl Rig {
     async fn new(name: &str) -> Self {
-        let bucket = Bucket::open(&format!("memory://garbage-{name}"), &BucketOptions::default()).unwrap();
+        Self::at(&format!("memory://garbage-{name}")).await
+    }
+
+    async fn at(url: &str) -> Self {
+        let bucket = Bucket::open(url, &BucketOptions::default()).unwrap();
         let store = CatalogStore::new(bucket.clone());
         store.claim_cluster("c".into()).await.unwrap();
         let first = |id| Catalog::first(id, "ks", KeyspaceSpec::default(), &[vec![NodeId(1)]], 1, 1);
@@ -186,9 +190,13 @@ async fn only_what_the_retained_checkpoints_need_stays() {
 async fn the_past_that_is_kept_begins_with_a_checkpoint_and_its_log() {
     let rig = Rig::new("past").await;
     rig.three_checkpoints().await;
-    // Everything was made in 1970, so all of it is older than a day: the last two and what they need.
-    let day = Duration::from_secs(86_400);
-    let two = Retention { keep_checkpoints: 2, keep_for: day, min_age: Duration::ZERO };
+    // Everything was made just now, whatever the clock of the node said: all of a day's past is there.
+    let all = rig.keys().await;
+    let day = Retention { keep_for: Duration::from_secs(86_400), ..STRICT };
+    collect(&rig.bucket, day, false).await.unwrap();
+    assert_eq!(rig.keys().await, all.into_iter().filter(|key| *key != rig.sst(9)).collect::<Vec<_>>());
+    // The last two and what they need.
+    let two = Retention { keep_checkpoints: 2, ..STRICT };
     collect(&rig.bucket, two, false).await.unwrap();
     let keys = rig.keys().await;
     let manifest = |lsn| layout::manifest(rig.keyspace(), SHARD, REPLICA, Lsn(lsn));
@@ -240,6 +248,32 @@ async fn what_is_young_or_in_use_is_never_deleted() {
     rig.store.create_keyspace(restoring).await.unwrap();
     assert_eq!(collect(&rig.bucket, STRICT, false).await.unwrap().deleted, 0);
     assert_eq!(rig.keys().await, all);
+}
+
+/// A master that was killed between the two steps of creating the copy: nobody goes on with it.
+#[tokio::test]
+async fn a_restore_that_was_cut_off_does_not_keep_its_source_for_ever() {
+    let rig = Rig::new("cut-off").await;
+    rig.three_checkpoints().await;
+    let mut copy = Catalog::first(KeyspaceId(2), "copy", KeyspaceSpec::default(), &[vec![NodeId(1)]], 2, 2);
+    copy.plan = Some(Plan {
+        id: PlanId(1),
+        kind: PlanKind::Restore { keyspace: rig.keyspace(), version: CatalogVersion(1), at_us: None },
+        from_epoch: Epoch(1),
+        started_at_us: 2,
+        step: Step::Tail,
+        sources: Vec::new(),
+        targets: Vec::new(),
+        seals_undone: 0,
+    });
+    assert_eq!(rig.store.write(&copy).await.unwrap(), CatalogWrite::Won);
+    // The name may be about to be bound.
+    let young = Retention { min_age: Duration::from_secs(3_600), ..STRICT };
+    let planned = collect(&rig.bucket, young, true).await.unwrap();
+    assert_eq!((planned.deleted, planned.young), (0, 0), "{planned:?}");
+    let collected = collect(&rig.bucket, STRICT, false).await.unwrap();
+    assert!(collected.keys.contains(&rig.sst(9)) && collected.keys.contains(&rig.sst(1)), "{collected:?}");
+    assert!(fsck(&rig.bucket, true).await.unwrap().orphans.is_empty());
 }
 
 #[tokio::test]
@@ -354,22 +388,25 @@ async fn a_hole_in_the_log_is_found() {
 }
 
 /// Whoever is about to read what may be garbage ends the collections that run.
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restore_ends_a_collection_that_runs() {
-    let rig = Rig::new("interrupt").await;
+    const GARBAGE: u64 = 400;
+    // Deleting from a disk takes its time.
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::at(&format!("file://{}", dir.path().display())).await;
     rig.three_checkpoints().await;
-    for n in 100..200 {
+    for n in 100..100 + GARBAGE {
         rig.put(&rig.sst(n), "of a checkpoint that never got its manifest").await;
     }
-    let (collected, interrupted) = tokio::join!(collect(&rig.bucket, STRICT, false), async {
-        // Once it has begun to delete.
-        while rig.bucket.head(&rig.sst(100)).await.unwrap().is_some() {
-            tokio::task::yield_now().await;
-        }
-        interrupt(&rig.bucket).await
-    });
-    interrupted.unwrap();
-    let collected = collected.unwrap();
-    assert!(collected.stopped.is_some() && collected.deleted < 100, "{collected:?}");
+    let bucket = rig.bucket.clone();
+    let collecting = tokio::spawn(async move { collect(&bucket, STRICT, false).await });
+    // Once it has begun to delete.
+    let manifest = layout::manifest(rig.keyspace(), SHARD, REPLICA, Lsn(10));
+    while rig.bucket.head(&manifest).await.unwrap().is_some() {
+        tokio::task::yield_now().await;
+    }
+    interrupt(&rig.bucket).await.unwrap();
+    let collected = collecting.await.unwrap().unwrap();
+    assert!(collected.stopped.is_some() && collected.deleted < GARBAGE, "{} deleted", collected.deleted);
     assert!(fsck(&rig.bucket, true).await.unwrap().is_clean());
 }

@@ -67,7 +67,8 @@ struct Aim {
 }
 
 /// Kills that belong into every run, whatever is drawn: in which phase, whether of the master, and when.
-const WANTED: [(Phase, bool, Aim); 4] = [
+const WANTED: [(Phase, bool, Aim); 5] = [
+    (Phase::Restore, true, Aim { call: 1, of: "PUT /vasto-test/kills/names/", moment: Moment::Before }),
     (Phase::Checkpoint, false, Aim { call: 1, of: "/checkpoint/", moment: Moment::Before }),
     (Phase::Chunk, false, Aim { call: 1, of: "PUT ", moment: Moment::After }),
     (Phase::Collection, true, Aim { call: 2, of: "?delete", moment: Moment::After }),
@@ -289,7 +290,7 @@ impl Rig {
         .with_context(|| format!("{last}"))
     }
 
-    /// Nothing is missing or damaged, every confirmed write is there, also after a collection.
+    /// Nothing is missing or damaged, every confirmed write is there, and what was left behind half done goes.
     async fn check(&self) -> Result<()> {
         self.at_rest().await?;
         let found = self.fsck().await?;
@@ -302,7 +303,9 @@ impl Rig {
             orphans(&found),
             collected["deleted"],
         );
-        self.fsck().await.map(drop)
+        let found = self.fsck().await?;
+        ensure!(orphans(&found) == 0, "{} of {} stay: {}", orphans(&found), found["objects"], found["orphans"]);
+        Ok(())
     }
 
     async fn fsck(&self) -> Result<Value> {

