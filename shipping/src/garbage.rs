@@ -504,7 +504,9 @@ fn judge(survey: &Survey, retention: Retention) -> BTreeSet<&str> {
         Some((owner, Shipped::Manifest(lsn))) => !retained.get(&owner).is_some_and(|lsns| lsns.contains(&lsn)),
         Some((_, Shipped::Sst | Shipped::Database)) => true,
         Some((owner, Shipped::Chunk(first))) => {
-            let oldest = retained.get(&owner).and_then(|lsns| lsns.first().copied());
+            // Without a checkpoint from before the past that is kept, that past begins with the log.
+            let reaches_back = |lsns: &&BTreeSet<Lsn>| lsns.iter().any(|lsn| made_us(&owner, *lsn) <= keep_from);
+            let oldest = retained.get(&owner).filter(reaches_back).and_then(|lsns| lsns.first().copied());
             let next = chunks.get(&owner).and_then(|firsts| firsts.iter().find(|next| **next > first));
             // All of it lies before the oldest checkpoint that stays.
             oldest.zip(next).is_some_and(|(oldest, next)| next.0 <= oldest.0 + 1)

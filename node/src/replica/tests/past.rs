@@ -314,6 +314,7 @@ async fn an_outage_of_the_bucket_stops_nothing_and_costs_moments_only() {
     register(&store.good()).await;
     let replica = block_in_place(|| rig.create());
     let shipping = Shipping::with_cap(&rig, &rig.path, &replica, &store.bucket(), Duration::ZERO, CAP);
+    shipping.handle.positions.needed_after.store(u64::MAX, Ordering::Release);
     put_now(&replica, "before", "v");
     let before = replica.data_commit_time();
     let head = replica.settled_lsn();
