@@ -185,6 +185,9 @@ async fn survey(bucket: &Bucket) -> Result<Survey, CatalogError> {
     Ok(Survey { objects, catalogs, unbound, manifests, corrupt, now_us: newest })
 }
 
+/// An object, whether it is what was written, and whose log it holds from where to where.
+type Judged = (String, bool, Option<(Owner, Lsn, Lsn)>);
+
 /// Checks that everything is there that is named, with the size and checksum it should have. With
 /// `deep` every byte of every object is read; else SSTs are judged by their size.
 ///
@@ -252,8 +255,7 @@ pub async fn fsck(bucket: &Bucket, deep: bool) -> Result<Fsck, CatalogError> {
         };
         Ok::<_, BucketError>(Some((object.key.clone(), good, range)))
     });
-    let judged: Vec<Option<(String, bool, Option<(Owner, Lsn, Lsn)>)>> =
-        judged.buffer_unordered(READS).try_collect().await?;
+    let judged: Vec<Option<Judged>> = judged.buffer_unordered(READS).try_collect().await?;
     let mut logs: BTreeMap<Owner, BTreeMap<Lsn, Lsn>> = BTreeMap::new();
     for (key, good, range) in judged.into_iter().flatten() {
         if !good {

@@ -328,8 +328,7 @@ async fn restored(rig: &Rig, bucket: &Bucket, rounds: usize, died: &Notify) -> s
             let replica = opened.map_err(|error| error.to_string())?;
             *kept.lock() = Some(replica.clone());
             let merged = bootstrap.merge_all(&replica, &found, 1, None).await.map_err(text);
-            let contents = merged.map(|()| contents(&replica, rounds));
-            contents
+            merged.map(|()| contents(&replica, rounds))
         };
         let result = tokio::select! {
             result = attempt => result,
