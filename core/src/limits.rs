@@ -69,9 +69,9 @@ pub const CHUNK_BYTES_MAX: usize = 32 * MIB;
 pub const CHECKPOINT_LOG_BYTES: u64 = 512 * MIB as u64;
 /// A checkpoint is due when replaying the log since the last one would take longer.
 pub const REPLAY_MAX: Duration = Duration::from_secs(60);
-/// An upload that has stood still for longer starts over: garbage collection does not know of it yet, and
-/// deletes what is older than a day and named by nothing.
-pub const UPLOAD_STALL_MAX: Duration = Duration::from_secs(3_600);
+/// A checkpoint whose first file was uploaded longer ago starts over: garbage collection does not know of it
+/// yet, and deletes what is older than a day and named by nothing.
+pub const UPLOAD_STALL_MAX: Duration = Duration::from_secs(12 * 3_600);
 
 /// A write that wants the bucket's confirmation and does not get it in this time is `Unknown`.
 pub const BUCKET_ACK_TIMEOUT: Duration = Duration::from_secs(8);

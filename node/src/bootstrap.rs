@@ -16,7 +16,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 use vasto_core::Band;
-use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, OwnSeq, ReplicaId, ShardId};
+use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, OwnSeq, ReplicaId, ShardId, covers};
 use vasto_core::limits::GROUP_BYTES_MAX;
 use vasto_core::plan::{TargetProgress, TargetStage};
 use vasto_core::record::{BandRange, KeyEntry, RangeState, frame_at};
@@ -32,11 +32,12 @@ use vasto_shipping::manifest::Manifest;
 use crate::core::NodeCore;
 use crate::engine::{Batch, Engine, EngineError, EngineShared, FlushGuard, ImportFile, Scratch};
 use crate::node_dir::DirError;
-use crate::past::Candidate;
+use crate::past::{Candidate, apply_all};
 use crate::replica::Replica;
 use crate::replica::job::ReplicaError;
 use crate::replica::state::{Head, Identity, Ranges};
 use crate::ship;
+use crate::tail::Filter;
 
 /// Ranged requests at a time.
 const PARALLEL: usize = 8;
@@ -271,18 +272,41 @@ impl Bootstrap {
     ///
     /// # Errors
     /// When records before them are missing here and in the bucket: nothing of what follows is taken.
-    pub async fn join_what_was_shipped(&self, replica: &Replica, source: ReplicaId) -> Result<Lsn, BootstrapError> {
-        let mut folders = history::folders(&self.bucket, replica.keyspace, replica.shard).await?;
-        let chunks = folders.remove(&source).unwrap_or_default().chunks;
-        let Some(first) = chunks.first().copied() else { return Ok(Lsn(0)) };
+    pub async fn join_what_was_shipped(
+        &self,
+        replica: &Replica,
+        source: ReplicaId,
+        shards: u32,
+    ) -> Result<Lsn, BootstrapError> {
+        let folder = history::folders(&self.bucket, replica.keyspace, replica.shard).await?.remove(&source);
+        let folder = folder.unwrap_or_default();
         let owner = Owner { keyspace: replica.keyspace, shard: replica.shard, replica: source };
-        let of = Candidate { owner, base: None, chunks, end: Lsn(0) };
+        let newest = history::newest_base(&self.bucket, owner, &folder.manifests, None).await?.base;
+        let of = Candidate { owner, base: None, chunks: folder.chunks, end: Lsn(0) };
         let cursors = replica.tail_cursors()?;
         let pulled = cursors.into_iter().find(|(id, _)| *id == source).map_or(Lsn(0), |(_, lsn)| lsn);
-        let mut at = pulled.max(Lsn(first.0.saturating_sub(1)));
+        let first = of.chunks.first().map_or(Lsn(0), |first| Lsn(first.0.saturating_sub(1)));
+        let mut at = pulled.max(first);
+        // What a checkpoint alone holds has no records to join: its rows are merged, and what follows it too.
+        let rows =
+            newest.filter(|base| !covers(&replica.vector(), &base.manifest.vector) && pulled < base.manifest.lsn);
+        let merged = match &rows {
+            Some(base) if !of.chunks.iter().any(|first| *first <= pulled.next()) => {
+                self.merge_rows(replica, base, shards).await?;
+                at = base.manifest.lsn;
+                true
+            }
+            _ => false,
+        };
         while let Some((chunk, _)) = self.next_chunk(&of, at).await? {
             at = chunk.last_lsn;
-            join(replica, source, chunk).await?;
+            if merged {
+                let filter = Filter { shard: replica.shard, shards };
+                let entries = chunk.records().map_while(Result::ok).flat_map(|record| filter.pick(record)).collect();
+                apply_all(replica, entries).await?;
+            } else {
+                join(replica, source, chunk).await?;
+            }
         }
         Ok(at)
     }

@@ -879,6 +879,7 @@ impl Runner {
             return;
         }
         let (this, ship, background) = (self.clone(), ship.clone(), background.clone());
+        let mut pause = RETRY;
         tokio::spawn(async move {
             loop {
                 let result = tokio::select! {
@@ -889,7 +890,8 @@ impl Runner {
                     Ok(_) => break,
                     Err(error) => tracing::warn!(%error, "a checkpoint that is waited for failed; it is tried again"),
                 }
-                tokio::time::sleep(RETRY).await;
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(RETRY_MAX);
             }
             background.lock().covering = None;
             this.context.core.report.notify_one();
@@ -911,7 +913,7 @@ impl Runner {
             if !background.lock().drained.insert(one.replica) {
                 continue;
             }
-            let (this, replica, left) = (self.clone(), replica.clone(), one.replica);
+            let (this, replica, left, shards) = (self.clone(), replica.clone(), one.replica, catalog.spec.shards);
             tokio::spawn(async move {
                 let bootstrap = Bootstrap {
                     bucket: this.context.bucket.clone(),
@@ -923,7 +925,7 @@ impl Runner {
                     cancel: this.cancel.clone(),
                 };
                 loop {
-                    match bootstrap.join_what_was_shipped(&replica, left).await {
+                    match bootstrap.join_what_was_shipped(&replica, left, shards).await {
                         Ok(lsn) => {
                             tracing::info!(
                                 keyspace = replica.keyspace.0,

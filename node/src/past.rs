@@ -342,7 +342,7 @@ impl Bootstrap {
     }
 }
 
-async fn apply_all(replica: &Replica, entries: Vec<KeyEntry>) -> Result<(), BootstrapError> {
+pub(crate) async fn apply_all(replica: &Replica, entries: Vec<KeyEntry>) -> Result<(), BootstrapError> {
     let (mut slice, mut bytes) = (Vec::new(), 0);
     for one in entries {
         bytes += one.key.len() + one.entry.len();

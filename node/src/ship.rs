@@ -43,7 +43,7 @@ use crate::clock::SharedClock;
 use crate::engine::{EngineError, EngineShared};
 use crate::node_dir::{DirError, read_json, write_json};
 use crate::replica::Replica;
-use crate::replica::job::ReplicaError;
+use crate::replica::job::{ReplicaError, Role};
 
 mod checkpoint;
 mod cut;
@@ -51,12 +51,14 @@ mod pace;
 
 pub use pace::{Pace, UPLOADS_MAX};
 
-use checkpoint::Making;
+use checkpoint::{Making, Uploaded};
 
 /// Between two looks at whether something is due.
 const TICK: Duration = Duration::from_millis(500);
 /// Longest pause after failures.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
+/// Between two checkpoints that are due by the number of chunks alone.
+const CHECKPOINTS_APART: Duration = Duration::from_secs(600);
 /// Between two looks while a write waits for the bucket: its record is about to be settled ...
 const ACK_SOON: Duration = Duration::from_millis(1);
 /// ... or the node about to obey the version that stands in the way.
@@ -223,6 +225,13 @@ struct Shipper {
     making: Option<Making>,
     /// Who wants the one after it.
     wanted: Vec<(Option<BandRange>, Waiter)>,
+    /// When the last one was published.
+    published: Option<Instant>,
+    /// After failures, the next one that nobody asked for begins a little later each time.
+    checkpoint_pause: Duration,
+    checkpoint_not_before: Instant,
+    /// What attempts that did not get to their manifest have uploaded.
+    uploaded: Arc<Uploaded>,
     ack_pause: Duration,
 }
 
@@ -252,6 +261,10 @@ pub fn start(context: ShipContext, cancel: CancellationToken) -> (ShipHandle, im
             not_before: now,
             making: None,
             wanted: Vec::new(),
+            published: None,
+            checkpoint_pause: TICK,
+            checkpoint_not_before: now,
+            uploaded: Arc::default(),
             ack_pause: ACK_SOON,
         };
         shipper.run(receiver, cancel).await;
@@ -356,8 +369,15 @@ impl Shipper {
             self.ack_pause = ACK_SOON;
             return Ok(());
         }
-        let next = CatalogVersion(replica.version().0 + 1);
-        if self.context.bucket.head(&layout::catalog_version(replica.keyspace, next)).await?.is_some() {
+        // One that left its placement confirms nothing any more: what it shipped may have been read already.
+        if replica.view().role == Role::Detached {
+            replica.bucket_acks().abandon();
+            return Ok(());
+        }
+        let known = replica.version();
+        let next = CatalogVersion(known.0 + 1);
+        let overtaken = self.context.bucket.head(&layout::catalog_version(replica.keyspace, next)).await?.is_some();
+        if overtaken || replica.version() != known || replica.view().role == Role::Detached {
             self.ack_pause = ACK_FENCED;
             return Ok(());
         }
@@ -410,7 +430,10 @@ impl Shipper {
             records: settled.0.saturating_sub(manifest.0),
             chunks: self.state.chunks,
         };
-        if checkpoint_is_due(since) {
+        // One that is due by its many chunks alone, which those make who wait for the bucket, can wait a little.
+        let by_chunks_alone = !checkpoint_is_due(Replay { chunks: 0, ..since });
+        let lately = self.published.is_some_and(|at| at.elapsed() < CHECKPOINTS_APART);
+        if checkpoint_is_due(since) && !(by_chunks_alone && lately) {
             self.begin_checkpoint();
         }
         Ok(())

@@ -3,14 +3,17 @@
 //! **Invariants**
 //! - Everything in a manifest is read from the checkpoint, and is in the bucket before the manifest.
 //! - What a checkpoint holds has been synced in the log.
-//! - An upload that stood still for too long is thrown away: what it uploaded first may be collected.
+//! - What an attempt uploaded serves the next one, unless it is so old that it may be collected.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
+use parking_lot::Mutex;
+use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use vasto_core::ids::Lsn;
 use vasto_core::limits::UPLOAD_STALL_MAX;
@@ -21,7 +24,7 @@ use vasto_shipping::bucket::{Bucket, Create};
 use vasto_shipping::layout;
 use vasto_shipping::manifest::{DatabaseFile, Manifest, ManifestFile};
 
-use super::{Pace, ShipError, Shipper, Waiter, blocking};
+use super::{BACKOFF_MAX, Pace, ShipError, Shipper, TICK, Waiter, blocking};
 use crate::binlog::BinlogError;
 use crate::clock::since_boot;
 use crate::engine::{CheckpointView, EngineError, EngineShared};
@@ -35,8 +38,6 @@ const UPLOADS: usize = 4;
 pub(super) struct Making {
     task: AbortOnDropHandle<Made>,
     waiters: Vec<Waiter>,
-    /// By the clock that goes on while the machine sleeps.
-    began: Duration,
     /// Chunks that it supersedes.
     chunks: u64,
     /// Its LSN is being fixed: no chunk may go beyond what was settled before.
@@ -81,7 +82,7 @@ impl Shipper {
 
     /// Begins with a checkpoint of now unless one is under way.
     pub(super) fn begin_checkpoint(&mut self) {
-        if self.making.is_none() {
+        if self.making.is_none() && Instant::now() >= self.checkpoint_not_before {
             self.start(Vec::new(), Vec::new());
         }
     }
@@ -107,7 +108,7 @@ impl Shipper {
             }
         });
         let task = AbortOnDropHandle::new(task);
-        self.making = Some(Making { task, waiters, began: since_boot(), chunks: self.state.chunks, fixing });
+        self.making = Some(Making { task, waiters, chunks: self.state.chunks, fixing });
     }
 
     /// One step further with the checkpoint under way.
@@ -122,10 +123,15 @@ impl Shipper {
             Made::Failed(error) => Err(error),
         };
         let waiters = self.making.take().map(|making| making.waiters).unwrap_or_default();
-        if let Err(error) = &done
-            && waiters.is_empty()
-        {
-            self.fail(error);
+        match &done {
+            Ok(_) => self.checkpoint_pause = TICK,
+            Err(error) => {
+                self.checkpoint_pause = (self.checkpoint_pause * 2).min(BACKOFF_MAX);
+                self.checkpoint_not_before = Instant::now() + self.checkpoint_pause;
+                if waiters.is_empty() {
+                    self.fail(error);
+                }
+            }
         }
         let text = done.as_ref().err().map(ToString::to_string);
         let mut first = Some(done);
@@ -174,6 +180,7 @@ impl Shipper {
             bucket: self.context.bucket.clone(),
             pace: self.context.pace.clone(),
             last: self.last.as_ref().map(|last| last.files.clone()).unwrap_or_default(),
+            uploaded: self.uploaded.clone(),
         };
         let task = tokio::spawn(async move {
             let files = async {
@@ -211,12 +218,12 @@ impl Shipper {
     ) -> Result<PinnedManifest, ShipError> {
         let replica = &self.context.replica;
         let lsn = described.head.applied_lsn;
-        let (began, superseded) =
-            self.making.as_ref().map_or((since_boot(), 0), |making| (making.began, making.chunks));
-        let took = since_boot().saturating_sub(began);
-        if took > UPLOAD_STALL_MAX {
+        let superseded = self.making.as_ref().map_or(0, |making| making.chunks);
+        let age = self.uploaded.age_of(&files);
+        if age > UPLOAD_STALL_MAX {
             self.last = None; // what it names may have gone with the manifests that named it before
-            return Err(ShipError::Stalled(took));
+            self.uploaded.forget();
+            return Err(ShipError::Stalled(age));
         }
         let key = layout::manifest(replica.keyspace, replica.shard, replica.id, lsn);
         let mut manifest = Manifest {
@@ -258,6 +265,8 @@ impl Shipper {
         );
         self.state.manifest = Some(pinned.clone());
         self.state.inherited = None;
+        self.published = Some(Instant::now());
+        self.uploaded.forget();
         self.state.chunks = self.state.chunks.saturating_sub(superseded);
         if lsn > self.state.shipped_lsn {
             self.state.shipped_lsn = lsn;
@@ -276,6 +285,33 @@ struct Upload {
     pace: Arc<Pace>,
     /// Files that are in the bucket already.
     last: Vec<ManifestFile>,
+    uploaded: Arc<Uploaded>,
+}
+
+/// Files that were uploaded and that no manifest names yet, by number and size: with their key, checksum and
+/// the time, by the clock that goes on while the machine sleeps.
+#[derive(Default)]
+pub(super) struct Uploaded(Mutex<HashMap<(u64, u64), (String, u32, Duration)>>);
+
+impl Uploaded {
+    fn find(&self, file: &ManifestFile) -> Option<(String, u32)> {
+        self.0.lock().get(&(file.file_number, file.bytes)).map(|(key, crc32c, _)| (key.clone(), *crc32c))
+    }
+
+    fn add(&self, file: &ManifestFile, key: String, crc32c: u32) {
+        self.0.lock().insert((file.file_number, file.bytes), (key, crc32c, since_boot()));
+    }
+
+    /// How long ago the first of these files was uploaded, of those that no manifest names.
+    fn age_of(&self, files: &[ManifestFile]) -> Duration {
+        let known = self.0.lock();
+        let times = files.iter().filter_map(|file| Some(known.get(&(file.file_number, file.bytes))?.2));
+        times.min().map_or(Duration::ZERO, |first| since_boot().saturating_sub(first))
+    }
+
+    fn forget(&self) {
+        self.0.lock().clear();
+    }
 }
 
 impl Upload {
@@ -286,7 +322,7 @@ impl Upload {
         for file in described.files.iter().cloned() {
             let known =
                 self.last.iter().find(|known| known.file_number == file.file_number && known.bytes == file.bytes);
-            let known = known.map(|known| (known.key.clone(), known.crc32c));
+            let known = known.map(|known| (known.key.clone(), known.crc32c)).or_else(|| self.uploaded.find(&file));
             let key = layout::sst(replica.keyspace, replica.shard, replica.id, file.file_number, &attempt);
             let path = dir.join(format!("{:06}.sst", file.file_number));
             uploads.push(async move {
@@ -295,6 +331,7 @@ impl Upload {
                     None => {
                         let _turn = self.pace.turn(file.bytes).await;
                         let uploaded = self.bucket.upload_file(&key, &path).await?;
+                        self.uploaded.add(&file, key.clone(), uploaded.crc32c);
                         (key, uploaded.crc32c)
                     }
                 };
