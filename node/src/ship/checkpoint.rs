@@ -288,10 +288,13 @@ struct Upload {
     uploaded: Arc<Uploaded>,
 }
 
-/// Files that were uploaded and that no manifest names yet, by number and size: with their key, checksum and
-/// the time, by the clock that goes on while the machine sleeps.
+/// The key of an uploaded file, its checksum, and when that was, by the clock that goes on while the machine
+/// sleeps.
+type UploadedFile = (String, u32, Duration);
+
+/// Files that were uploaded and that no manifest names yet, by number and size.
 #[derive(Default)]
-pub(super) struct Uploaded(Mutex<HashMap<(u64, u64), (String, u32, Duration)>>);
+pub(super) struct Uploaded(Mutex<HashMap<(u64, u64), UploadedFile>>);
 
 impl Uploaded {
     fn find(&self, file: &ManifestFile) -> Option<(String, u32)> {
