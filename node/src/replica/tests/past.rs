@@ -25,7 +25,7 @@ use super::support::*;
 use crate::bootstrap::{Adoption, Bootstrap, BootstrapError, Log};
 use crate::core::NodeCore;
 use crate::past;
-use crate::replica::job::Control;
+use crate::replica::job::{Control, Role};
 use crate::replica::{OpenOptions, Replica};
 
 const HOUR: Duration = Duration::from_secs(3_600);
@@ -353,4 +353,24 @@ async fn an_outage_of_the_bucket_stops_nothing_and_costs_moments_only() {
     then.close().await;
     let refused = restore(&rig, &bucket, Some(during)).await.err().unwrap();
     assert!(matches!(refused, BootstrapError::NotReached { .. }), "{refused}");
+}
+
+/// One that has left its placement confirms nothing either, however new the version is that it obeys.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_left_confirms_nothing_for_the_bucket() {
+    let (rig, store) = (Rig::new(), Scripted::new());
+    register(&store.good()).await;
+    let replica = block_in_place(|| rig.create());
+    let shipping = Shipping::start(&rig, &rig.path, &replica, &store.bucket(), HOUR);
+    store.down.store(true, Ordering::SeqCst);
+    let waiting = send(&replica, vec![put("k", "v")], Ack::Bucket);
+    until("the write to wait", || replica.bucket_acks().last().is_some()).await;
+    block_in_place(|| {
+        let (epoch, version) = (Epoch(1), CatalogVersion(2));
+        control(&replica, Control::Obey { epoch, version, role: Role::Detached }).unwrap();
+    });
+    store.down.store(false, Ordering::SeqCst);
+    let answer = block_in_place(|| waiting.recv_timeout(DEADLINE)).unwrap();
+    assert_eq!(answer.unwrap_err().code, ErrorCode::Unknown);
+    shipping.stop().await;
 }
