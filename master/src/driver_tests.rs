@@ -9,7 +9,6 @@ use object_store::{
     CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMultipartOptions,
     PutOptions, PutPayload, PutResult,
 };
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{KeyspaceSpec, Quarantine};
@@ -174,22 +173,8 @@ impl Fixture {
             pauses_us: Vec::new(),
             failed: None,
         };
-        let target = TargetProgress {
-            plan: PlanId(1),
-            stage: TargetStage::Tailing,
-            cursors: BTreeMap::new(),
-            lag_lsns: 0,
-            bytes_total: 0,
-            bytes_done: 0,
-            keys_moved: 0,
-            bytes_moved: 0,
-            bytes_from_bucket: 0,
-            objects_read: 0,
-            bytes_from_peers: 0,
-            manifest_shipped: true,
-            reached: Vec::new(),
-            failed: None,
-        };
+        let target =
+            TargetProgress { stage: TargetStage::Tailing, manifest_shipped: true, ..TargetProgress::new(PlanId(1)) };
         vec![
             ReplicaReport { source: Some(source), ..self.replica(1) },
             ReplicaReport { target: Some(target), ..self.replica(2) },

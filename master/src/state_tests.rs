@@ -234,20 +234,10 @@ fn sealed_reports(sealing: &Catalog) -> Vec<ReplicaReport> {
         failed: None,
     };
     let target = TargetProgress {
-        plan: PlanId(1),
         stage: TargetStage::Tailing,
         cursors: plan.sources.iter().map(|source| (source.replica, Lsn(20))).collect(),
-        lag_lsns: 0,
-        bytes_total: 0,
-        bytes_done: 0,
-        keys_moved: 0,
-        bytes_moved: 0,
-        bytes_from_bucket: 0,
-        objects_read: 0,
-        bytes_from_peers: 0,
         manifest_shipped: true,
-        reached: Vec::new(),
-        failed: None,
+        ..TargetProgress::new(PlanId(1))
     };
     vec![
         ReplicaReport { source: Some(progress.clone()), ..replica_report(1, 2) },
