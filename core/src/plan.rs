@@ -256,6 +256,9 @@ pub struct ReplicationReport {
     /// It has authority: it answers strict requests. `None` from a node that knows of no such thing.
     #[serde(default)]
     pub serving: Option<bool>,
+    /// Its writer does not come back from the disk, or did not a moment ago.
+    #[serde(default)]
+    pub stalled: bool,
     /// For how long it has been serving in the place of the primary, milliseconds.
     #[serde(default)]
     pub acting_ms: u64,

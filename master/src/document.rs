@@ -252,6 +252,11 @@ fn replica_state(state: &State, report: Option<&ReplicaReport>, node: NodeId) ->
         None => ("unknown", None),
         Some(ReplicaPhase::Opening) => ("opening", None),
         Some(ReplicaPhase::Building) => ("building", None),
+        Some(ReplicaPhase::Serving) if report.is_some_and(|report| report.replication.stalled) => {
+            let reason = "its disk does not answer writes, or did not a moment ago; another replica serves where there is \
+                          one: look at the disk of the node";
+            ("stalled", Some(reason.to_owned()))
+        }
         Some(ReplicaPhase::Serving) if report.is_some_and(|report| !report.replication.ready) => ("catching_up", None),
         Some(ReplicaPhase::Serving) => ("serving", None),
         Some(ReplicaPhase::Failed(reason)) => ("failed", Some(reason.clone())),

@@ -10,7 +10,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -20,7 +20,7 @@ use vasto_core::catalog::Placed;
 use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId, ShardId, Vector};
 use vasto_core::lease::{Claim, Peer, Verdict, authority, best};
 use vasto_core::limits::{
-    LEASE_BEAT, LEASE_BELIEF, LEASE_DEAF_GAP, LEASE_EXCUSE, LEASE_OPENING, LEASE_PROMISE, LEASE_SILENCE, PROBE_TIMEOUT,
+    LEASE_BEAT, LEASE_BELIEF, LEASE_DEAF_GAP, LEASE_EXCUSE, LEASE_OPENING, LEASE_PROMISE, LEASE_SILENCE,
 };
 use vasto_proto::convert::{vector_from_wire, vector_to_wire};
 use vasto_proto::v1;
@@ -108,6 +108,7 @@ struct Granted {
 struct Outgoing {
     cancel: CancellationToken,
     reset: Arc<Notify>,
+    took_ms: Arc<AtomicU64>,
     beats: Option<mpsc::Sender<v1::LeaseRequest>>,
     /// How the last attempt to connect ended, while there is no stream.
     reach: Option<Reach>,
@@ -355,6 +356,7 @@ impl Actor {
         } else if seen_before != request.seen_reply {
             changed.extend(incoming.claims.keys());
         }
+        self.network_is_back(node, now);
         if let Some(outgoing) = self.outgoing.get_mut(&node) {
             outgoing.heard_ms = now;
         }
@@ -446,12 +448,20 @@ impl Actor {
                 continue;
             }
             let (cancel, reset) = (CancellationToken::new(), Arc::new(Notify::new()));
-            let link = Link { core: self.core.clone(), node, events: self.events.clone(), reset: reset.clone() };
+            let took_ms: Arc<AtomicU64> = Arc::default();
+            let link = Link {
+                core: self.core.clone(),
+                node,
+                events: self.events.clone(),
+                reset: reset.clone(),
+                took_ms: took_ms.clone(),
+            };
             // Ends with its token.
             tokio::spawn(link.run(cancel.clone()));
             let outgoing = Outgoing {
                 cancel,
                 reset,
+                took_ms,
                 beats: None,
                 reach: None,
                 cut: false,
@@ -467,10 +477,24 @@ impl Actor {
         }
     }
 
+    /// Somebody is heard again who could not be reached: the attempts that have failed until now say nothing of
+    /// the others, because this node was the one that was cut off.
+    fn network_is_back(&mut self, node: NodeId, now: u64) {
+        if self.outgoing.get(&node).is_none_or(|one| one.reach != Some(Reach::Unreachable)) {
+            return;
+        }
+        for outgoing in self.outgoing.values_mut().filter(|one| one.reach == Some(Reach::Unreachable)) {
+            (outgoing.reach, outgoing.heard_ms) = (None, now);
+        }
+    }
+
     fn reached(&mut self, node: NodeId, reach: Reach, began: u64, now: u64) {
+        if reach != Reach::Unreachable {
+            self.network_is_back(node, now);
+        }
         let Some(outgoing) = self.outgoing.get_mut(&node) else { return };
-        if reach == Reach::Reachable && matches!(outgoing.reach, Some(Reach::Unreachable | Reach::Refused)) {
-            // Its silence until now was the network's, or another process's.
+        if reach == Reach::Reachable && outgoing.reach == Some(Reach::Refused) {
+            // Its silence until now was another process's.
             outgoing.heard_ms = now;
         }
         outgoing.cut |= reach != Reach::Reachable;
@@ -882,18 +906,20 @@ impl Actor {
                 .get(&one.node)
                 .is_some_and(|link| link.beats.is_none() && link.reach == Some(Reach::Unreachable))
         });
-        let targets: Vec<(NodeId, Option<String>)> =
-            silent.map(|one| (one.node, self.core.address(one.node))).collect();
+        let targets: Vec<(NodeId, Option<String>, u64)> = silent
+            .map(|one| {
+                let took_ms = self.outgoing.get(&one.node).map_or(0, |link| link.took_ms.load(Ordering::Relaxed));
+                (one.node, self.core.address(one.node), took_ms)
+            })
+            .collect();
         let round = seat.replica.authority().begin_round();
         let events = self.events.clone();
-        // Ends within PROBE_TIMEOUT.
+        // Ends with the patience of each attempt.
         tokio::spawn(async move {
-            let tries = targets.into_iter().map(|(node, address)| async move {
-                let address = address?;
-                (reach(&address).await != Reach::Unreachable).then_some(node)
+            let tries = targets.into_iter().map(|(node, address, took_ms)| async move {
+                (reach(&address?, took_ms).await != Reach::Unreachable).then_some(node)
             });
-            let tried = tokio::time::timeout(PROBE_TIMEOUT * 2, futures::future::join_all(tries)).await;
-            let reachable = tried.unwrap_or_default().into_iter().flatten().collect();
+            let reachable = futures::future::join_all(tries).await.into_iter().flatten().collect();
             let _ = events.send(Event::Probed { key, round, reachable }).await;
         });
     }

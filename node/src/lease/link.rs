@@ -5,6 +5,7 @@
 
 use std::io::ErrorKind;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::net::TcpStream;
@@ -60,6 +61,8 @@ pub(super) struct Link {
     pub events: mpsc::Sender<Event>,
     /// Makes it begin anew.
     pub reset: Arc<Notify>,
+    /// How long connecting took last, milliseconds.
+    pub took_ms: Arc<AtomicU64>,
 }
 
 impl Link {
@@ -81,7 +84,10 @@ impl Link {
                 continue;
             };
             let began = now_ms();
-            let reach = reach(&address).await;
+            let reach = reach(&address, self.took_ms.load(Ordering::Relaxed)).await;
+            if reach == Reach::Reachable {
+                self.took_ms.store(now_ms().saturating_sub(began).max(1), Ordering::Relaxed);
+            }
             self.tell(News::Reach(reach, began)).await;
             if reach == Reach::Reachable {
                 if self.hold(&address).await {
@@ -126,9 +132,13 @@ impl Link {
     }
 }
 
-/// Tries to connect to an address.
-pub(super) async fn reach(address: &str) -> Reach {
-    match tokio::time::timeout(PROBE_TIMEOUT, TcpStream::connect(address)).await {
+/// Tries to connect to an address; `took_ms` is how long that took before, 0 if it never did.
+pub(super) async fn reach(address: &str, took_ms: u64) -> Reach {
+    let patience = match took_ms {
+        0 => PROBE_TIMEOUT.1,
+        took_ms => Duration::from_millis(took_ms * 4).clamp(PROBE_TIMEOUT.0, PROBE_TIMEOUT.1),
+    };
+    match tokio::time::timeout(patience, TcpStream::connect(address)).await {
         Ok(Ok(_)) => Reach::Reachable,
         Ok(Err(error)) if error.kind() == ErrorKind::ConnectionRefused => Reach::Refused,
         Ok(Err(_)) | Err(_) => Reach::Unreachable,

@@ -362,6 +362,7 @@ impl Duties {
         ReplicationReport {
             ready: self.replica.is_ready() && self.replica.closed().is_none() && !self.replica.authority().is_stalled(),
             serving: Some(self.replica.authority().is_serving()),
+            stalled: self.replica.authority().is_stalled(),
             acting_ms: self.replica.authority().acting_ms() / ACTING_STEP_MS * ACTING_STEP_MS,
             lag_lsns: lag.lsns,
             lag_ms: lag.ms,
