@@ -63,6 +63,8 @@ pub enum Peer {
     },
     /// Nobody listens at its address and its link is closed: its process has ended.
     Dead,
+    /// It cannot be reached, but its own claims arrive: it knows that it was denied, and does not serve.
+    Subdued,
     /// Its machine accepts connections, but nothing was heard for [`crate::limits::LEASE_SILENCE`].
     Hung,
     /// Its machine cannot be reached, and nothing was heard for as long.
@@ -103,7 +105,7 @@ pub fn authority(peers: &[Peer], had: bool) -> Verdict {
     let mut unexplained = false;
     for peer in peers {
         match *peer {
-            Peer::Granted { believed: true, covered: true, .. } | Peer::Dead | Peer::Hung => {}
+            Peer::Granted { believed: true, covered: true, .. } | Peer::Dead | Peer::Subdued | Peer::Hung => {}
             Peer::Granted { believed: true, covered: false, served: false } if had => {}
             Peer::Unsettled { excused } if had && (excused || majority) => {}
             Peer::Absent { long } if long || had => {}
@@ -139,7 +141,7 @@ mod tests {
     fn every_peer_has_promised_or_is_excused() {
         assert_eq!(authority(&[], false), SERVES);
         assert_eq!(authority(&[GRANTED, GRANTED], false), SERVES);
-        for excused in [Peer::Dead, Peer::Hung, Peer::Absent { long: true }] {
+        for excused in [Peer::Dead, Peer::Subdued, Peer::Hung, Peer::Absent { long: true }] {
             assert_eq!(authority(&[excused], false), SERVES, "{excused:?}");
         }
         for missing in [

@@ -147,7 +147,7 @@ pub const AUTHORITY_WAIT: Duration = Duration::from_secs(1);
 pub const HELD_ACK_MAX: Duration = Duration::from_secs(5);
 /// Connecting to a silent peer to find out whether this node is the one that is cut off takes at least this
 /// long, at most the other, and in between four times as long as connecting to it took before.
-pub const PROBE_TIMEOUT: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(500));
+pub const PROBE_TIMEOUT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
 /// A writer that has not come back from its disk for so long is stalled: another replica serves in its place.
 pub const WRITER_STALL: Duration = Duration::from_secs(2);
 /// A replica whose writer was stalled does not take its place back before it ran for so long.

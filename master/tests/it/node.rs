@@ -82,7 +82,7 @@ impl Session {
 
     pub async fn report(&self, replicas: Vec<ReplicaReport>) {
         let replicas = replicas.iter().map(|report| serde_json::to_string(report).unwrap()).collect();
-        let report = v1::Report { replicas, disk_used: 1 << 40, disk_free: 1 << 40, bucket: None };
+        let report = v1::Report { replicas, disk_used: 1 << 40, disk_free: 1 << 40, bucket: None, sent_ms: 0 };
         self.send(node_message::Message::Report(report)).await;
     }
 
@@ -103,6 +103,7 @@ impl Seen {
             master_message::Message::Rejected(rejected) => self.rejected = Some(rejected),
             master_message::Message::Nodes(nodes) => self.nodes = nodes.nodes,
             master_message::Message::Command(command) => self.commands.push(command),
+            master_message::Message::Presence(_) => {}
             master_message::Message::Keyspace(version) => {
                 assert!(self.welcome.is_some(), "the welcome comes first");
                 let catalog: Catalog = serde_json::from_str(&version.catalog_json).unwrap();

@@ -91,6 +91,10 @@ struct Incoming {
     told: HashMap<Key, (ReplicaId, State, u64)>,
     news: Vec<v1::LeaseGrant>,
     number: u64,
+    /// The number of the last reply that denied a claim.
+    denied: u64,
+    /// Until when its replicas cannot serve without a promise from here, because they were just answered.
+    subdued: Belief,
 }
 
 /// What another node has said of a claim.
@@ -116,6 +120,8 @@ struct Outgoing {
     cut: bool,
     /// Silence counts from here: it was heard, or has only become reachable.
     heard_ms: u64,
+    /// When the stream was opened or brought a reply.
+    replied_ms: u64,
     believed: Belief,
     /// Until when what the attempts to connect have shown excuses its replicas.
     excused: Belief,
@@ -264,6 +270,8 @@ impl Actor {
                     told: HashMap::new(),
                     news: Vec::new(),
                     number: 0,
+                    denied: 0,
+                    subdued: Arc::default(),
                 };
                 self.incoming.insert(id, incoming);
             }
@@ -298,7 +306,8 @@ impl Actor {
     fn hear(&mut self, id: u64, request: v1::LeaseRequest, now: u64) {
         let node = NodeId(request.node_id);
         let Some(incoming) = self.incoming.get_mut(&id) else { return };
-        if incoming.process == 0 {
+        let first = incoming.process == 0;
+        if first {
             (incoming.node, incoming.process) = (node, request.process);
             let process = request.process;
             // A new process knows nothing of what was promised to the one before it.
@@ -356,7 +365,9 @@ impl Actor {
         } else if seen_before != request.seen_reply {
             changed.extend(incoming.claims.keys());
         }
-        self.network_is_back(node, now);
+        if first || lapsed {
+            self.network_is_back(node, now);
+        }
         if let Some(outgoing) = self.outgoing.get_mut(&node) {
             outgoing.heard_ms = now;
         }
@@ -401,10 +412,26 @@ impl Actor {
             .filter_map(|(order, placed)| {
                 let id = *self.newest.get(&placed.node)?;
                 let link = self.incoming.get(&id).filter(|link| now < link.heard_ms + ms(LEASE_PROMISE))?;
-                let claimed = link.claims.get(&key).filter(|one| one.replica == placed.replica)?;
-                Some((order, id, *claimed))
+                let mut claimed = *link.claims.get(&key).filter(|one| one.replica == placed.replica)?;
+                // It reaches this node, but this node does not reach it, and clients will not either.
+                claimed.claim.able &= !self.is_out_of_reach(placed.node);
+                Some((order, id, claimed))
             })
             .collect()
+    }
+
+    fn is_out_of_reach(&self, node: NodeId) -> bool {
+        self.outgoing.get(&node).is_some_and(|one| one.beats.is_none() && one.reach == Some(Reach::Unreachable))
+    }
+
+    /// Until when a replica that is out of reach cannot serve: it has taken note that its claim was denied here,
+    /// and does not take this node for silent while it is answered.
+    fn subdued(&self, key: Key, placed: &Placed) -> Option<Belief> {
+        let id = self.newest.get(&placed.node)?;
+        let link = self.incoming.get(id).filter(|link| link.open && link.seen_reply >= link.denied)?;
+        let claimed = link.claims.get(&key).filter(|one| one.replica == placed.replica)?;
+        let denied = matches!(link.told.get(&key), Some((_, State::Denied, _)));
+        (denied && !claimed.claim.serving && claimed.held_grant == 0).then(|| link.subdued.clone())
     }
 
     /// Does a promise still bind?
@@ -466,6 +493,7 @@ impl Actor {
                 reach: None,
                 cut: false,
                 heard_ms: now_ms(),
+                replied_ms: now_ms(),
                 believed: Arc::default(),
                 excused: Arc::default(),
                 tried_ms: 0,
@@ -514,6 +542,7 @@ impl Actor {
             News::Up(beats) => {
                 let Some(outgoing) = self.outgoing.get_mut(&node) else { return };
                 outgoing.beats = Some(beats);
+                outgoing.replied_ms = now;
                 // Promises over the link before are believed as long as they were, and not longer.
                 outgoing.believed = Arc::default();
                 outgoing.grants.clear();
@@ -561,7 +590,7 @@ impl Actor {
             outgoing.grants.insert(key, granted);
             keys.push(key);
         }
-        outgoing.heard_ms = now;
+        (outgoing.heard_ms, outgoing.replied_ms) = (now, now);
         outgoing.seen_reply = outgoing.seen_reply.max(reply.number);
         let was_believed = outgoing.believed.load(Ordering::Acquire) > now;
         outgoing.believed.fetch_max(reply.sent_ms + ms(LEASE_BELIEF), Ordering::AcqRel);
@@ -657,6 +686,7 @@ impl Actor {
                 let gone = self.core.master_says_gone(placed.node, now).is_some_and(|since| since <= outgoing.tried_ms);
                 (Peer::Silent { gone }, None)
             }
+            Some(Reach::Unreachable) if self.subdued(key, placed).is_some() => (Peer::Subdued, None),
             _ => earlier(),
         }
     }
@@ -672,7 +702,7 @@ impl Actor {
         }
         self.ticked_ms = now;
         for outgoing in self.outgoing.values() {
-            let heard = outgoing.heard_ms.max(self.listening_ms);
+            let heard = outgoing.replied_ms.max(self.listening_ms);
             if outgoing.beats.is_some() && now.saturating_sub(heard) >= ms(LEASE_SILENCE) {
                 outgoing.reset.notify_one();
             }
@@ -873,6 +903,7 @@ impl Actor {
                 (Peer::Granted { .. } | Peer::Absent { .. }, _) => {
                     Basis::Excused(link.map(|link| link.believed.clone()).unwrap_or_default())
                 }
+                (Peer::Subdued, _) => Basis::Excused(self.subdued(key, placed).unwrap_or_default()),
                 _ => Basis::Excused(link.map(|link| link.excused.clone()).unwrap_or_default()),
             };
             peers.push(peer);
@@ -931,6 +962,9 @@ impl Actor {
         if incoming.told.insert(key, (claimant, state, grant)) == Some((claimant, state, grant)) {
             return;
         }
+        if state == State::Denied {
+            incoming.denied = incoming.number + 1;
+        }
         incoming.news.push(v1::LeaseGrant {
             keyspace_id: key.0.0,
             shard: key.1.0,
@@ -975,6 +1009,8 @@ impl Incoming {
         if self.replies.try_send(Ok(reply)).is_ok() {
             self.number = number;
             self.news.clear();
+            // It cannot take this node for silent before then.
+            self.subdued.store(now_ms() + ms(LEASE_EXCUSE), Ordering::Release);
         }
     }
 }
