@@ -36,7 +36,7 @@ pub(crate) struct Progress {
     /// Most keys that a request should hold: halved after each failure, so that values which did
     /// not fit into one reply then do.
     pub group_most: usize,
-    /// Which replica is asked first; always the primary for writes.
+    /// Which replica is asked first. Other than the primary: by choice, and whatever it answers is eventual.
     pub from: ReadFrom,
     losses: u32,
     unreachable: u32,
@@ -230,16 +230,20 @@ impl Executor {
             );
             return Err(Failed::new(Failure::Unreachable, message));
         };
-        let result = self.attempt_at(table, shard, node, progress.deadline, op, bytes).await;
+        let strict = progress.from == ReadFrom::Primary;
+        let result = self.attempt_at(table, shard, node, progress.deadline, op, bytes, strict).await;
         result.map_err(|failed| {
-            let refused = matches!(failed.failure, Failure::Refused { code: ErrorCode::NotPrimary, .. });
+            let refused =
+                matches!(failed.failure, Failure::Refused { code: ErrorCode::NotPrimary | ErrorCode::CatchingUp, .. });
             let out_of_service = refused.then(|| node.clone());
             Failed { elsewhere: table.has_other(shard, node, but), out_of_service, ..failed }
         })
     }
 
     /// Sends a request once, to this node. A node that cannot be reached or stands silent is passed by
-    /// from now on; it is not waited for when another replica can be asked.
+    /// from now on; it is not waited for when another replica can be asked. A strict request is answered only
+    /// by the replica that has authority over its shard.
+    #[expect(clippy::too_many_arguments, reason = "one attempt, named once")]
     pub async fn attempt_at(
         &self,
         table: &Table,
@@ -248,6 +252,7 @@ impl Executor {
         deadline: Instant,
         op: Op,
         bytes: usize,
+        strict: bool,
     ) -> Result<Reply, Failed> {
         let probe = || v1::Request {
             keyspace_id: table.topology.keyspace.0,
@@ -272,6 +277,7 @@ impl Executor {
             epoch: table.topology.epoch.0,
             shard: shard.0,
             deadline_ms: 0,
+            strict,
             op: Some(op),
         };
         let call = connection.call(request, bytes, deadline);
@@ -304,12 +310,7 @@ impl Executor {
             return Err(Failed::new(Failure::Lost { sent: true }, message));
         };
         match answer {
-            Answer::Reply(Reply::Error(error)) => {
-                if error.code == ErrorCode::CatchingUp as u32 {
-                    node.suspect(probe());
-                }
-                Err(self.refused(&error))
-            }
+            Answer::Reply(Reply::Error(error)) => Err(self.refused(&error)),
             Answer::Reply(reply) => {
                 self.budget.succeeded();
                 Ok(reply)
@@ -352,6 +353,10 @@ impl Executor {
             Some(node) if failed.elsewhere => progress.out_of_service.push(node),
             // All have been asked: they are asked again.
             Some(_) => progress.out_of_service.clear(),
+            // Whoever said that another one serves may serve now that this one does not answer.
+            None if matches!(failed.failure, Failure::Lost { .. } | Failure::Unreachable) => {
+                progress.out_of_service.clear();
+            }
             None => {}
         }
         let now = self.routing.table();

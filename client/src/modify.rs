@@ -219,7 +219,7 @@ impl Executor {
                     }
                     let began = Instant::now();
                     let op = Op::Write(request);
-                    match self.attempt_at(&table, shard, node, progress.deadline, op, bytes).await {
+                    match self.attempt_at(&table, shard, node, progress.deadline, op, bytes, true).await {
                         Ok(reply) => return Ok(reply),
                         Err(failed) => {
                             if maybe_applied(failed.failure()) && tried.is_none() {

@@ -120,6 +120,38 @@ pub const OS_SYNC_INTERVAL: Duration = Duration::from_millis(200);
 pub const CATCH_UP_PATIENCE: Duration = Duration::from_secs(2);
 /// An attempt at a replica that has not answered by now is made at another one.
 pub const ATTEMPT_PATIENCE: Duration = Duration::from_secs(1);
+/// Between two heartbeats of a lease link.
+pub const LEASE_BEAT: Duration = Duration::from_millis(100);
+/// A replica believes in what another one granted for so long after it SENT the heartbeat that was echoed.
+pub const LEASE_BELIEF: Duration = Duration::from_millis(700);
+/// A replica keeps its promise for so long after it RECEIVED the last heartbeat: longer than the holder
+/// believes in it, also when the two clocks run a few percent apart, and below [`ATTEMPT_PATIENCE`], so
+/// that a client that gave up on a silent primary finds its successor free.
+pub const LEASE_PROMISE: Duration = Duration::from_millis(850);
+/// A peer that was silent for so long, while this node itself was running, is excused.
+pub const LEASE_SILENCE: Duration = Duration::from_millis(600);
+/// A node whose own threads were not scheduled for so long was not listening: the silence of others
+/// counts from then on.
+pub const LEASE_DEAF_GAP: Duration = Duration::from_millis(250);
+/// A peer that says that its replica is not open is waited for so long before it is excused.
+pub const LEASE_OPENING: Duration = Duration::from_secs(2);
+/// What the master said of a node is believed for so long after the question was sent.
+pub const MASTER_WORD: Duration = Duration::from_millis(1_500);
+/// A strict request waits this long at a replica that is about to have authority.
+pub const AUTHORITY_WAIT: Duration = Duration::from_secs(1);
+/// A write that is done but not allowed to be acknowledged waits this long for authority before its outcome is
+/// unknown.
+pub const HELD_ACK_MAX: Duration = Duration::from_secs(5);
+/// Connecting to a silent peer to find out whether this node is the one that is cut off.
+pub const PROBE_TIMEOUT: Duration = Duration::from_millis(250);
+/// A writer that has not come back from its disk for so long is stalled: another replica serves in its place.
+pub const WRITER_STALL: Duration = Duration::from_secs(2);
+/// A replica whose writer was stalled does not take its place back before it ran for so long.
+pub const WRITER_RECOVERED: Duration = Duration::from_secs(10);
+/// A replica that serves in the place of the primary for so long becomes primary.
+pub const ACTING_PRIMARY_AFTER: Duration = Duration::from_millis(500);
+const _: () = assert!(LEASE_BELIEF.as_millis() * 11 / 10 < LEASE_PROMISE.as_millis());
+const _: () = assert!(LEASE_PROMISE.as_millis() + LEASE_BEAT.as_millis() < ATTEMPT_PATIENCE.as_millis());
 /// A write that wants another replica's sync waits this long for it before its outcome is unknown.
 pub const REPLICA_ACK_TIMEOUT: Duration = Duration::from_secs(5);
 /// A primary whose node is away for longer is replaced by the next replica: long enough for a

@@ -253,6 +253,12 @@ pub struct ReplicationReport {
     pub too_old: bool,
     /// Its log is at the cap because this member does not read it.
     pub evict: Option<ReplicaId>,
+    /// It has authority: it answers strict requests. `None` from a node that knows of no such thing.
+    #[serde(default)]
+    pub serving: Option<bool>,
+    /// For how long it has been serving in the place of the primary, milliseconds.
+    #[serde(default)]
+    pub acting_ms: u64,
 }
 
 /// A durable seal.

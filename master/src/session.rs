@@ -101,7 +101,7 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
     if send(&outbound, master_message::Message::Welcome(welcome)).await.is_err() {
         return;
     }
-    let reader = read(&cluster, node, session, &mut inbound);
+    let reader = read(&cluster, node, session, &mut inbound, &outbound);
     let writer = async {
         let mut sent = Sent::default();
         loop {
@@ -122,7 +122,13 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
 }
 
 /// Takes what the node says until it is silent or gone; answers why it ended.
-async fn read(cluster: &Arc<Cluster>, node: NodeId, session: u64, inbound: &mut Streaming<v1::NodeMessage>) -> String {
+async fn read(
+    cluster: &Arc<Cluster>,
+    node: NodeId,
+    session: u64,
+    inbound: &mut Streaming<v1::NodeMessage>,
+    outbound: &Outbound,
+) -> String {
     let mut complained = false;
     loop {
         let message = match timeout(cluster.settings.node_silence, inbound.message()).await {
@@ -135,7 +141,18 @@ async fn read(cluster: &Arc<Cluster>, node: NodeId, session: u64, inbound: &mut 
         match message {
             Some(node_message::Message::Report(report)) => {
                 let (replicas, bad) = decode(&report);
-                let odd = cluster.state().report(node, session, &report, replicas, now_us);
+                let (odd, gone) = {
+                    let mut state = cluster.state();
+                    let odd = state.report(node, session, &report, replicas, now_us);
+                    (odd, if report.sent_ms > 0 { state.gone_beside(node, now_us) } else { Vec::new() })
+                };
+                if report.sent_ms > 0 {
+                    let gone = gone.into_iter().map(|node| node.0).collect();
+                    let presence = v1::Presence { sent_ms: report.sent_ms, gone };
+                    let message = v1::MasterMessage { message: Some(master_message::Message::Presence(presence)) };
+                    // A node that does not read is told with its next report.
+                    let _ = outbound.try_send(Ok(message));
+                }
                 for one in &odd {
                     if let Odd::UnknownKeyspace(keyspace) = one {
                         cluster.look_up(*keyspace);

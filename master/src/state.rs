@@ -7,7 +7,7 @@
 //!
 //! It leaves to others: writing versions (`driver`), the wire (`session`, `service`).
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -229,6 +229,14 @@ impl State {
             None => (now_us, NODE_SILENCE),
         };
         if away_us >= patience.as_micros() as u64 { Presence::Gone } else { Presence::Away }
+    }
+
+    /// The nodes without a session among those that hold replicas beside those of this one.
+    pub(crate) fn gone_beside(&self, node: NodeId, now_us: u64) -> Vec<NodeId> {
+        let concerned = self.keyspaces.values().filter(|keyspace| keyspace.concerns(node));
+        let placed = concerned.flat_map(|keyspace| &keyspace.catalog.placement).flat_map(|shard| &shard.replicas);
+        let others: BTreeSet<NodeId> = placed.map(|one| one.node).filter(|other| *other != node).collect();
+        others.into_iter().filter(|other| self.presence(*other, now_us) == Presence::Gone).collect()
     }
 
     /// True when the primaries of the keyspace need a look soon.

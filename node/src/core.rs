@@ -3,19 +3,23 @@
 //! **Invariant:** a catalog is in [`NodeCore::catalog`] before any replica acts on it, so whoever
 //! is sent away with `WrongEpoch` is told where to go.
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, watch};
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{Epoch, KeyspaceId, NodeId, ReplicaId, ShardId};
+use vasto_core::limits::MASTER_WORD;
 use vasto_core::topology::{NodeAddress, Topology};
 
 use crate::clock::SharedClock;
+use crate::lease::Leases;
 use crate::pause::PauseDetector;
 use crate::replica::Replica;
+use crate::replica::authority::{Belief, now_ms};
 
 type Routes = HashMap<(KeyspaceId, ShardId), Replica>;
 
@@ -31,6 +35,14 @@ pub struct NodeCore {
     pub report: Notify,
     /// Notices that the process stood still.
     pub pause: PauseDetector,
+    /// Boot time when the runtime of the services was last seen to run, milliseconds.
+    pub pulse: Arc<AtomicU64>,
+    /// Which replicas serve; set once the node has started.
+    pub leases: OnceLock<Leases>,
+    master_word: ArcSwap<HashSet<NodeId>>,
+    master_believed: Belief,
+    /// How often each node could be reached again.
+    links: watch::Sender<HashMap<NodeId, u64>>,
     routes: ArcSwap<Routes>,
     catalogs: ArcSwap<HashMap<KeyspaceId, Arc<Catalog>>>,
     addresses: ArcSwap<HashMap<NodeId, NodeAddress>>,
@@ -47,6 +59,11 @@ impl NodeCore {
             readers: Arc::new(Semaphore::new(read_threads.max(1))),
             report: Notify::new(),
             pause: PauseDetector::default(),
+            pulse: Arc::new(AtomicU64::new(now_ms())),
+            leases: OnceLock::new(),
+            master_word: ArcSwap::default(),
+            master_believed: Belief::default(),
+            links: watch::channel(HashMap::new()).0,
             routes: ArcSwap::default(),
             catalogs: ArcSwap::default(),
             addresses: ArcSwap::default(),
@@ -95,6 +112,39 @@ impl NodeCore {
         self.routes.store(Arc::new(routes));
         self.bump();
         replica
+    }
+
+    /// Takes note of which nodes the master had no session with, when this was asked at `sent_ms`.
+    pub fn hear_presence(&self, sent_ms: u64, gone: HashSet<NodeId>) {
+        self.master_word.store(Arc::new(gone));
+        self.master_believed.fetch_max(sent_ms + MASTER_WORD.as_millis() as u64, Ordering::AcqRel);
+    }
+
+    /// Until when the master's word is believed.
+    pub fn master_word(&self) -> Belief {
+        self.master_believed.clone()
+    }
+
+    /// Does the master say that the node has no session?
+    pub fn master_says_gone(&self, node: NodeId, now_ms: u64) -> bool {
+        self.master_believed.load(Ordering::Acquire) > now_ms && self.master_word.load().contains(&node)
+    }
+
+    /// The node can be reached again: connections from before stand still until their transport tries again.
+    pub fn link_is_up(&self, node: NodeId) {
+        self.links.send_modify(|links| *links.entry(node).or_default() += 1);
+    }
+
+    /// How often the node could be reached again.
+    pub fn links_of(&self, node: NodeId) -> u64 {
+        self.links.borrow().get(&node).copied().unwrap_or(0)
+    }
+
+    /// Waits until the node could be reached again, once more than `before`.
+    pub async fn linked_again(&self, node: NodeId, before: u64) {
+        let mut links = self.links.subscribe();
+        // An error would mean that the sender is gone, and it is in `self`.
+        let _ = links.wait_for(|links| links.get(&node).copied().unwrap_or(0) > before).await;
     }
 
     /// The last version known of a keyspace.

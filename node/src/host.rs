@@ -37,6 +37,7 @@ use crate::core::NodeCore;
 use crate::engine::EngineShared;
 use crate::grow::{Build, fresh_progress};
 use crate::past::{self, Candidate, Candidates};
+use crate::replica::authority::Standing;
 use crate::replica::job::{Control, ReplicaError, Role};
 use crate::replica::{OpenOptions, Replica, database_dir};
 use crate::replication::duties::Duties;
@@ -172,6 +173,13 @@ impl Host {
     /// A newer version of its keyspace's catalog.
     pub fn obey(&self, catalog: Arc<Catalog>) {
         self.catalogs.send_replace(catalog);
+    }
+
+    /// The replica is about to stop: another one of its shard serves in its place first.
+    pub async fn hand_over(core: &NodeCore, keyspace: KeyspaceId, replica: ReplicaId) {
+        if let (Some(leases), Some(replica)) = (core.leases.get(), core.replica(keyspace, replica)) {
+            leases.hand_over(&replica).await;
+        }
     }
 
     /// Stops the replica: ships what is due, flushes.
@@ -318,6 +326,7 @@ impl Runner {
         // Not even for a moment is it primary when it is not; a writer that has ended refuses everything.
         let role = duties.role(&first);
         let _ = replica.control(Control::Obey { epoch: Epoch(0), version: CatalogVersion(0), role }).await;
+        self.take_seat(&replica, &duties, &first).await;
         self.context.core.add_replica(replica.clone());
         let this = Arc::new(self);
         let mut tick = tokio::time::interval(HOUSEKEEPING);
@@ -360,6 +369,9 @@ impl Runner {
         if !this.discard.load(Ordering::Acquire) {
             duties.hand_on().await;
         }
+        if let Some(leases) = this.context.core.leases.get() {
+            leases.leave(replica.keyspace, replica.shard, replica.id).await;
+        }
         replicating.cancel();
         if let Some((_, build)) = background.lock().build.take() {
             build.cancel();
@@ -372,6 +384,15 @@ impl Runner {
         }
         this.context.core.remove_replica(replica.keyspace, replica.id);
         replica.stop().await;
+    }
+
+    /// Tells the leases where the replica is placed. One with peers serves nothing before they say so.
+    async fn take_seat(&self, replica: &Replica, duties: &Arc<Duties>, catalog: &Catalog) {
+        let Some(leases) = self.context.core.leases.get() else { return };
+        if self.context.core.replica(replica.keyspace, replica.id).is_none() {
+            replica.authority().publish(Standing::Out { elsewhere: false });
+        }
+        leases.seat(replica, duties, catalog).await;
     }
 
     /// The running plan, if it makes this replica one more member of its shard.
@@ -571,6 +592,7 @@ impl Runner {
         }
         let order = Control::Obey { epoch: catalog.epoch, version: catalog.version, role };
         replica.control(order).await?;
+        self.take_seat(replica, duties, catalog).await;
         if catalog.unsealed.iter().any(|one| one.replica == replica.id) {
             duties.detach().await?;
         }

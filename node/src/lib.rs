@@ -11,6 +11,7 @@ pub mod flusher;
 pub mod gate;
 pub mod grow;
 pub mod host;
+pub mod lease;
 pub mod manager;
 pub mod node;
 pub mod node_dir;

@@ -254,6 +254,13 @@ impl Manager {
         })
     }
 
+    /// The node is about to stop: other replicas serve in the place of its own first. Ends within seconds.
+    pub async fn hand_over(&self) {
+        let keys: Vec<(KeyspaceId, ReplicaId)> = self.hosts.lock().keys().copied().collect();
+        let core = &self.context.core;
+        futures::future::join_all(keys.into_iter().map(|(keyspace, id)| Host::hand_over(core, keyspace, id))).await;
+    }
+
     /// Stops all hosts, in parallel.
     pub async fn stop(&self) {
         let hosts: Vec<Host> = {

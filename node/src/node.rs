@@ -27,6 +27,7 @@ use crate::data::DataService;
 use crate::engine::{EngineBudget, EngineShared};
 use crate::flusher;
 use crate::host::HostContext;
+use crate::lease::Leases;
 use crate::manager::Manager;
 use crate::node_dir::{DirError, NodeDir, read_json};
 use crate::open_files;
@@ -84,6 +85,9 @@ pub enum NodeError {
          name the same bucket on both machines"
     )]
     OtherBucket(String),
+    /// A thread.
+    #[error("a thread could not be started: {0}; raise the limit of processes (ulimit -u) and start again")]
+    Thread(std::io::Error),
     /// The listen address.
     #[error(
         "cannot listen on {listen}: {source}; stop what uses the port, or choose another --listen (port 0 picks a free one)"
@@ -171,6 +175,11 @@ impl Node {
         }
         let clock: SharedClock = Arc::new(SystemClock { shift_ms: config.clock_shift_ms });
         let core = Arc::new(NodeCore::new(node_id, clock.clone(), config.read_threads));
+        let leases_end = CancellationToken::new();
+        let ended = leases_end.clone();
+        let leases = Leases::start(&core, move || ended.is_cancelled()).map_err(NodeError::Thread)?;
+        // It is set once.
+        let _ = core.leases.set(leases);
         let limit = open_files::raise();
         let tables_each = open_files::tables_each(limit, config.max_replicas);
         tracing::info!(limit, tables_each, "open files");
@@ -205,6 +214,7 @@ impl Node {
             listener,
             data_dir: config.dir,
             shutdown: shutdown.clone(),
+            leases_end,
         }));
         // Whoever is told that it is ready finds its replicas open, unless that takes very long.
         let opened = tokio::time::timeout(OPEN_PATIENCE, opening.opened());
@@ -258,10 +268,23 @@ struct Running {
     listener: TcpListener,
     data_dir: PathBuf,
     shutdown: CancellationToken,
+    leases_end: CancellationToken,
 }
 
 async fn serve(running: Running) -> Result<(), NodeError> {
-    let Running { core, engines, manager, bucket, dir, session_config, first, listener, data_dir, shutdown } = running;
+    let Running {
+        core,
+        engines,
+        manager,
+        bucket,
+        dir,
+        session_config,
+        first,
+        listener,
+        data_dir,
+        shutdown,
+        leases_end,
+    } = running;
     let stop_serving = CancellationToken::new();
     let data = DataServer::new(DataService::new(core.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -311,11 +334,13 @@ async fn serve(running: Running) -> Result<(), NodeError> {
             Err(NodeError::Session(error))
         }
     };
-    // Stop taking work, then ship what is due and flush, then leave.
+    // Let others serve, stop taking work, then ship what is due and flush, then leave.
+    manager.hand_over().await;
     stop_serving.cancel();
     let _ = server.await;
     let _ = flusher.await;
     manager.stop().await;
+    leases_end.cancel();
     session_cancel.cancel();
     let _ = session.await;
     end

@@ -27,6 +27,7 @@ use vasto_shipping::bucket::Bucket;
 use crate::core::NodeCore;
 use crate::manager::Manager;
 use crate::node_dir::{DirError, NodeDir, write_json};
+use crate::replica::authority::now_ms;
 use crate::ship::ShipError;
 
 /// Longest pause between two attempts to reach the master.
@@ -269,6 +270,10 @@ async fn hear(
             });
             Ok(())
         }
+        FromMaster::Presence(presence) => {
+            context.core.hear_presence(presence.sent_ms, presence.gone.into_iter().map(NodeId).collect());
+            Ok(())
+        }
         FromMaster::Rejected(rejected) => Err(format!("the master refused this node: {}", rejected.reason)),
         FromMaster::Welcome(_) => Ok(()),
     }
@@ -327,7 +332,7 @@ async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessag
             bytes_written: counts.bytes_written,
             elapsed_ms: elapsed.as_millis() as u64,
         };
-        let report = v1::Report { replicas, disk_used, disk_free, bucket: Some(bucket) };
+        let report = v1::Report { replicas, disk_used, disk_free, bucket: Some(bucket), sent_ms: now_ms() };
         if to_master.send(v1::NodeMessage { message: Some(ToMaster::Report(report)) }).await.is_err() {
             return "the master is gone".into();
         }

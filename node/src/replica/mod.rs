@@ -8,6 +8,7 @@
 //!   acknowledged.
 
 pub mod apply;
+pub mod authority;
 pub mod bucket_acks;
 pub mod followers;
 pub mod job;
@@ -45,6 +46,7 @@ use crate::clock::SharedClock;
 use crate::engine::{Engine, EngineError, EngineShared, FlushGuard};
 use crate::node_dir::sync_dir;
 use apply::{ApplyError, Meta, apply_record};
+use authority::Authority;
 use bucket_acks::BucketAcks;
 use followers::Followers;
 use job::{ApplyJob, Completion, Control, Job, Position, ReplicaError, ReplicateJob, Role, Told, WriteJob, WriteOp};
@@ -195,6 +197,11 @@ pub struct Shared {
     /// How many results of read-modify-writes are stored.
     results: AtomicU64,
     ended: AtomicBool,
+    authority: Arc<Authority>,
+    /// Boot time since which the writer waits for its disk, milliseconds; 0 while it does not.
+    busy_since_ms: AtomicU64,
+    /// The last own record that is in the log, applied or not.
+    logged_own_seq: AtomicU64,
 }
 
 /// Identity, head and range states.
@@ -350,6 +357,9 @@ impl Replica {
             pauses_us: Mutex::default(),
             results: AtomicU64::new(0),
             ended: AtomicBool::new(false),
+            authority: Arc::default(),
+            busy_since_ms: AtomicU64::new(0),
+            logged_own_seq: AtomicU64::new(0),
             engine,
         });
         let results = Results::load(&shared.engine.with_prefix(&MetaKey::result_prefix())?);
@@ -429,7 +439,7 @@ impl Replica {
     }
 
     /// What is durable and visible, without the writer's help.
-    fn settled(&self) -> Position {
+    pub(crate) fn settled(&self) -> Position {
         // In this order: what is applied is in the vector.
         let synced = self.shared.log.synced_lsn();
         let applied = self.applied_lsn();
@@ -581,6 +591,37 @@ impl Replica {
     /// A follower has obeyed this epoch, under which another replica may be primary.
     pub fn follower_at(&self, epoch: Epoch) {
         self.shared.followers_epoch.fetch_max(epoch.0, Ordering::AcqRel);
+    }
+
+    /// May it serve strict requests?
+    pub fn authority(&self) -> &Arc<Authority> {
+        &self.shared.authority
+    }
+
+    /// For how long its writer has been waiting for the disk, milliseconds.
+    pub fn busy_ms(&self, now_ms: u64) -> u64 {
+        match self.shared.busy_since_ms.load(Ordering::Acquire) {
+            0 => 0,
+            since => now_ms.saturating_sub(since),
+        }
+    }
+
+    /// The last record of this opening that is in the log. A peer may hold it before it is visible here.
+    pub fn logged_own_seq(&self) -> OwnSeq {
+        OwnSeq(self.shared.logged_own_seq.load(Ordering::Acquire))
+    }
+
+    /// Does another replica hold records of this one that it has never written? Its directory is then an old copy.
+    pub fn is_behind_itself(&self, others: &Vector) -> bool {
+        let (me, incarnation) = (self.id, self.incarnation());
+        others.iter().any(|(origin, seq)| {
+            origin.replica == me
+                && match origin.incarnation.cmp(&incarnation) {
+                    std::cmp::Ordering::Less => false,
+                    std::cmp::Ordering::Equal => *seq > self.logged_own_seq(),
+                    std::cmp::Ordering::Greater => true,
+                }
+        })
     }
 
     /// Records of another replica that lost an entry here; see [`Losses::of`].
