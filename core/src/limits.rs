@@ -135,8 +135,11 @@ pub const LEASE_SILENCE: Duration = Duration::from_millis(600);
 pub const LEASE_DEAF_GAP: Duration = Duration::from_millis(250);
 /// A peer that says that its replica is not open is waited for so long before it is excused.
 pub const LEASE_OPENING: Duration = Duration::from_secs(2);
-/// What the master said of a node is believed for so long after the question was sent.
-pub const MASTER_WORD: Duration = Duration::from_millis(1_500);
+/// What the master said of a node is believed for so long after the question was sent: by then a node that
+/// comes back may take over from one that is silent.
+pub const MASTER_WORD: Duration = Duration::from_millis(550);
+/// A peer is excused for so long from the beginning of the attempt to connect on which that rests.
+pub const LEASE_EXCUSE: Duration = Duration::from_millis(550);
 /// A strict request waits this long at a replica that is about to have authority.
 pub const AUTHORITY_WAIT: Duration = Duration::from_secs(1);
 /// A write that is done but not allowed to be acknowledged waits this long for authority before its outcome is
@@ -150,6 +153,8 @@ pub const WRITER_STALL: Duration = Duration::from_secs(2);
 pub const WRITER_RECOVERED: Duration = Duration::from_secs(10);
 /// A replica that serves in the place of the primary for so long becomes primary.
 pub const ACTING_PRIMARY_AFTER: Duration = Duration::from_millis(500);
+const _: () = assert!(LEASE_EXCUSE.as_millis() < LEASE_SILENCE.as_millis());
+const _: () = assert!(MASTER_WORD.as_millis() < LEASE_SILENCE.as_millis());
 const _: () = assert!(LEASE_BELIEF.as_millis() * 11 / 10 < LEASE_PROMISE.as_millis());
 const _: () = assert!(LEASE_PROMISE.as_millis() + LEASE_BEAT.as_millis() < ATTEMPT_PATIENCE.as_millis());
 /// A write that wants another replica's sync waits this long for it before its outcome is unknown.

@@ -39,7 +39,8 @@ pub struct NodeCore {
     pub pulse: Arc<AtomicU64>,
     /// Which replicas serve; set once the node has started.
     pub leases: OnceLock<Leases>,
-    master_word: ArcSwap<HashSet<NodeId>>,
+    /// The nodes without a session at the master, and since when it says so (milliseconds since boot).
+    master_word: ArcSwap<HashMap<NodeId, u64>>,
     master_believed: Belief,
     /// How often each node could be reached again.
     links: watch::Sender<HashMap<NodeId, u64>>,
@@ -116,7 +117,9 @@ impl NodeCore {
 
     /// Takes note of which nodes the master had no session with, when this was asked at `sent_ms`.
     pub fn hear_presence(&self, sent_ms: u64, gone: HashSet<NodeId>) {
-        self.master_word.store(Arc::new(gone));
+        let (before, now) = (self.master_word.load(), now_ms());
+        let since = |node: NodeId| (node, before.get(&node).copied().unwrap_or(now));
+        self.master_word.store(Arc::new(gone.into_iter().map(since).collect()));
         self.master_believed.fetch_max(sent_ms + MASTER_WORD.as_millis() as u64, Ordering::AcqRel);
     }
 
@@ -125,9 +128,11 @@ impl NodeCore {
         self.master_believed.clone()
     }
 
-    /// Does the master say that the node has no session?
-    pub fn master_says_gone(&self, node: NodeId, now_ms: u64) -> bool {
-        self.master_believed.load(Ordering::Acquire) > now_ms && self.master_word.load().contains(&node)
+    /// Since when the master says that the node has no session, milliseconds since boot; `None` when it does not,
+    /// or has not been heard of late.
+    pub fn master_says_gone(&self, node: NodeId, now_ms: u64) -> Option<u64> {
+        let believed = self.master_believed.load(Ordering::Acquire) > now_ms;
+        self.master_word.load().get(&node).copied().filter(|_| believed)
     }
 
     /// The node can be reached again: connections from before stand still until their transport tries again.

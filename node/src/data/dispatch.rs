@@ -135,13 +135,16 @@ pub(super) fn dispatch(core: &Arc<NodeCore>, request: v1::Request, arrival: Arri
     if let Some(error) = held_back(arrival, &op, caller.strict) {
         return sink.fail(core, caller.id, caller.keyspace, caller.epoch, &error);
     }
-    match settled(place(core, caller, shard)) {
+    let place = place(core, caller, shard);
+    // A request proves that its sender reaches this node only when the peers were silent already.
+    let probing = matches!(place, Place::Probing(_));
+    match settled(place) {
         Some(Ok((replica, term))) => execute(core, Caller { term, ..caller }, &replica, op, sink),
         Some(Err(error)) => sink.fail(core, caller.id, caller.keyspace, caller.epoch, &error),
         None => {
             let core = core.clone();
             // Bounded by the connection's byte budget, which the sink holds; ends within EPOCH_WAIT.
-            tokio::spawn(async move { wait_for_place(core, caller, shard, op, sink).await });
+            tokio::spawn(async move { wait_for_place(core, caller, shard, op, sink, probing).await });
         }
     }
 }
@@ -170,7 +173,7 @@ fn settled(place: Place) -> Option<Result<(Replica, Option<u64>), VastoError>> {
 }
 
 /// Waits for the topology of the caller's epoch, or for authority.
-async fn wait_for_place(core: Arc<NodeCore>, caller: Caller, shard: ShardId, op: Op, sink: ReplySink) {
+async fn wait_for_place(core: Arc<NodeCore>, caller: Caller, shard: ShardId, op: Op, sink: ReplySink, probing: bool) {
     let deadline = tokio::time::Instant::now() + EPOCH_WAIT.max(AUTHORITY_WAIT);
     let mut node_changes = core.changes();
     let mut probed = false;
@@ -181,6 +184,9 @@ async fn wait_for_place(core: Arc<NodeCore>, caller: Caller, shard: ShardId, op:
             core.replica_of(caller.keyspace, shard).map(|replica| replica.authority().changes());
         let mut place = place(&core, caller, shard);
         if let Place::Probing(replica) = &place {
+            if !probing {
+                return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &catching_up());
+            }
             if !std::mem::replace(&mut probed, true) {
                 // A round of probes has a deadline.
                 replica.authority().probed().await;

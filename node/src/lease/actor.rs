@@ -20,7 +20,7 @@ use vasto_core::catalog::Placed;
 use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId, ShardId, Vector};
 use vasto_core::lease::{Claim, Peer, Verdict, authority, best};
 use vasto_core::limits::{
-    LEASE_BEAT, LEASE_BELIEF, LEASE_DEAF_GAP, LEASE_OPENING, LEASE_PROMISE, LEASE_SILENCE, PROBE_TIMEOUT,
+    LEASE_BEAT, LEASE_BELIEF, LEASE_DEAF_GAP, LEASE_EXCUSE, LEASE_OPENING, LEASE_PROMISE, LEASE_SILENCE, PROBE_TIMEOUT,
 };
 use vasto_proto::convert::{vector_from_wire, vector_to_wire};
 use vasto_proto::v1;
@@ -116,6 +116,10 @@ struct Outgoing {
     /// Silence counts from here: it was heard, or has only become reachable.
     heard_ms: u64,
     believed: Belief,
+    /// Until when what the attempts to connect have shown excuses its replicas.
+    excused: Belief,
+    /// When the last attempt to connect that has ended began.
+    tried_ms: u64,
     grants: HashMap<Key, Granted>,
     seen_reply: u64,
     sent: Option<Vec<v1::LeaseClaim>>,
@@ -133,6 +137,7 @@ pub(super) struct Actor {
     newest: HashMap<NodeId, u64>,
     outgoing: HashMap<NodeId, Outgoing>,
     grants: u64,
+    began_ms: u64,
     ticked_ms: u64,
     listening_ms: u64,
     /// A claim may have changed.
@@ -156,6 +161,7 @@ impl Actor {
             newest: HashMap::new(),
             outgoing: HashMap::new(),
             grants: 0,
+            began_ms: now_ms(),
             ticked_ms: now_ms(),
             listening_ms: now_ms(),
             dirty: false,
@@ -272,7 +278,7 @@ impl Actor {
             Event::Probed { key, round, reachable } => {
                 self.probing.remove(&key);
                 for node in reachable {
-                    self.reached(node, Reach::Reachable, now);
+                    self.reached(node, Reach::Reachable, 0, now);
                     if let Some(outgoing) = self.outgoing.get(&node) {
                         outgoing.reset.notify_one();
                     }
@@ -451,6 +457,8 @@ impl Actor {
                 cut: false,
                 heard_ms: now_ms(),
                 believed: Arc::default(),
+                excused: Arc::default(),
+                tried_ms: 0,
                 grants: HashMap::new(),
                 seen_reply: 0,
                 sent: None,
@@ -459,20 +467,24 @@ impl Actor {
         }
     }
 
-    fn reached(&mut self, node: NodeId, reach: Reach, now: u64) {
+    fn reached(&mut self, node: NodeId, reach: Reach, began: u64, now: u64) {
         let Some(outgoing) = self.outgoing.get_mut(&node) else { return };
         if reach == Reach::Reachable && matches!(outgoing.reach, Some(Reach::Unreachable | Reach::Refused)) {
             // Its silence until now was the network's, or another process's.
             outgoing.heard_ms = now;
         }
         outgoing.cut |= reach != Reach::Reachable;
+        outgoing.tried_ms = began;
+        if reach != Reach::Unreachable {
+            outgoing.excused.fetch_max(began + ms(LEASE_EXCUSE), Ordering::AcqRel);
+        }
         outgoing.reach = Some(reach);
     }
 
     fn hear_of_link(&mut self, node: NodeId, news: News, now: u64) {
         match news {
-            News::Reach(reach) => {
-                self.reached(node, reach, now);
+            News::Reach(reach, began) => {
+                self.reached(node, reach, began, now);
                 self.forget_the_dead(node);
             }
             News::Up(beats) => {
@@ -611,11 +623,15 @@ impl Actor {
         let heard = outgoing.heard_ms.max(self.listening_ms);
         let quiet = now.saturating_sub(heard) >= ms(LEASE_SILENCE);
         let linked = self.newest.get(&placed.node).and_then(|id| self.incoming.get(id)).is_some_and(|link| link.open);
+        // Not only once: each attempt to connect must find it anew.
+        let found = outgoing.excused.load(Ordering::Acquire) > now;
         match outgoing.reach {
-            Some(Reach::Refused) if !linked => (Peer::Dead, None),
-            Some(Reach::Reachable) if quiet => (Peer::Hung, None),
+            Some(Reach::Refused) if !linked && found => (Peer::Dead, None),
+            Some(Reach::Reachable) if quiet && found => (Peer::Hung, None),
             Some(Reach::Unreachable) if quiet => {
-                (Peer::Silent { gone: self.core.master_says_gone(placed.node, now) }, None)
+                // Tried again since the master said so.
+                let gone = self.core.master_says_gone(placed.node, now).is_some_and(|since| since <= outgoing.tried_ms);
+                (Peer::Silent { gone }, None)
             }
             _ => earlier(),
         }
@@ -676,8 +692,12 @@ impl Actor {
     fn decide(&mut self, key: Key, seat: &mut Seat, now: u64) {
         let me = seat.replica.id;
         seat.pending = false;
-        let Some(my_order) = seat.order.iter().position(|one| one.replica == me) else {
-            seat.step_back(true);
+        let settled_in = now.saturating_sub(self.began_ms) >= ms(LEASE_PROMISE);
+        let Some(my_order) =
+            seat.order.iter().position(|one| one.replica == me).filter(|_| settled_in || seat.order.len() == 1)
+        else {
+            // Not placed; or the process before this one may have promised something that is still believed.
+            seat.step_back(settled_in);
             (seat.promise, seat.claim, seat.wants) = (None, None, false);
             for incoming in self.incoming.values_mut() {
                 incoming.tell_absent(key);
@@ -818,6 +838,7 @@ impl Actor {
         let mut basis = Vec::with_capacity(others.len());
         for placed in &others {
             let (peer, promise) = self.peer(key, seat, placed, had, now);
+            let link = self.outgoing.get(&placed.node);
             let stands = match (peer, promise) {
                 (Peer::Granted { believed: true, covered: true, .. }, Some((grant, belief))) => {
                     Basis::Granted { grant, belief }
@@ -825,7 +846,10 @@ impl Actor {
                 (Peer::Silent { .. }, _) => Basis::Silent,
                 // Over a majority, silence that is about to end is still silence.
                 (Peer::Unsettled { excused: false }, _) => Basis::Silent,
-                _ => Basis::Excused,
+                (Peer::Granted { .. } | Peer::Absent { .. }, _) => {
+                    Basis::Excused(link.map(|link| link.believed.clone()).unwrap_or_default())
+                }
+                _ => Basis::Excused(link.map(|link| link.excused.clone()).unwrap_or_default()),
             };
             peers.push(peer);
             basis.push((placed.replica, stands));
@@ -838,6 +862,10 @@ impl Actor {
                     false => seat.term.number + 1,
                 };
                 let master = by_master.then(|| self.core.master_word());
+                if by_master {
+                    // Its word is needed often.
+                    self.core.report.notify_one();
+                }
                 seat.serve(number, basis, master, probing);
                 if probing && seat.replica.authority().wants_probe() && self.probing.insert(key) {
                     self.probe(key, seat);

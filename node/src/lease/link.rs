@@ -19,15 +19,16 @@ use vasto_proto::v1::replication_client::ReplicationClient;
 
 use super::actor::Event;
 use crate::core::NodeCore;
+use crate::replica::authority::now_ms;
 
 /// Heartbeats that may wait for the transport.
 const BEATS_AHEAD: usize = 8;
 /// First and longest pause between two attempts to connect.
-const AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(200));
+const AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(100));
 /// Between two attempts while it is not known where the node listens.
 const NO_ADDRESS: Duration = Duration::from_millis(200);
 /// A stream that is not open by now is tried again.
-const OPEN_TIMEOUT: Duration = Duration::from_secs(1);
+const OPEN_TIMEOUT: Duration = Duration::from_millis(300);
 
 /// How an attempt to connect ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,8 +43,8 @@ pub(super) enum Reach {
 
 /// What the task of a link tells.
 pub(super) enum News {
-    /// An attempt to connect has ended.
-    Reach(Reach),
+    /// An attempt to connect, begun at this time (milliseconds since boot), has ended.
+    Reach(Reach, u64),
     /// The stream is open; heartbeats go here.
     Up(mpsc::Sender<v1::LeaseRequest>),
     /// The node has answered a heartbeat.
@@ -79,8 +80,9 @@ impl Link {
                 tokio::time::sleep(NO_ADDRESS).await;
                 continue;
             };
+            let began = now_ms();
             let reach = reach(&address).await;
-            self.tell(News::Reach(reach)).await;
+            self.tell(News::Reach(reach, began)).await;
             if reach == Reach::Reachable {
                 if self.hold(&address).await {
                     pause = AGAIN.0;

@@ -41,8 +41,8 @@ pub(super) struct Named {
 pub(super) enum Basis {
     /// It promised itself.
     Granted { grant: u64, belief: Belief },
-    /// It is away by evidence.
-    Excused,
+    /// It is away by evidence, which must be found anew by then.
+    Excused(Belief),
     /// It is silent, and no more is known.
     Silent,
 }
@@ -61,20 +61,20 @@ impl LastTerm {
     pub fn promise_of(&self, peer: ReplicaId) -> Option<(u64, Belief)> {
         self.basis.iter().find_map(|(id, basis)| match basis {
             Basis::Granted { grant, belief } if *id == peer => Some((*grant, belief.clone())),
-            Basis::Granted { .. } | Basis::Excused | Basis::Silent => None,
+            Basis::Granted { .. } | Basis::Excused(_) | Basis::Silent => None,
         })
     }
 
     /// Could this peer not have served until now, although it promised nothing?
     pub fn excused(&self, peer: ReplicaId) -> bool {
-        self.basis.iter().all(|(id, basis)| *id != peer || matches!(basis, Basis::Excused))
+        self.basis.iter().all(|(id, basis)| *id != peer || matches!(basis, Basis::Excused(_)))
     }
 
     /// Did nobody else serve in between? All the same promises stand, which exclude that.
     pub fn goes_on(&self, basis: &[(ReplicaId, Basis)]) -> bool {
         let same = |(id, basis): &(ReplicaId, Basis)| match basis {
             Basis::Granted { grant, .. } => self.promise_of(*id).is_some_and(|(before, _)| before == *grant),
-            Basis::Excused | Basis::Silent => false,
+            Basis::Excused(_) | Basis::Silent => false,
         };
         !self.closed && basis.len() == self.basis.len() && !basis.is_empty() && basis.iter().all(same)
     }
@@ -166,8 +166,8 @@ impl Seat {
     /// It has authority, or goes on to have it.
     pub fn serve(&mut self, number: u64, basis: Vec<(ReplicaId, Basis)>, master: Option<Belief>, probing: bool) {
         let granted = basis.iter().filter_map(|(_, basis)| match basis {
-            Basis::Granted { belief, .. } => Some(belief.clone()),
-            Basis::Excused | Basis::Silent => None,
+            Basis::Granted { belief, .. } | Basis::Excused(belief) => Some(belief.clone()),
+            Basis::Silent => None,
         });
         let beliefs: Vec<Belief> = granted.chain(master).collect();
         if !self.serving {
@@ -196,8 +196,8 @@ impl Seat {
             return self.step_back(false);
         }
         let beliefs = self.term.basis.iter().filter_map(|(_, basis)| match basis {
-            Basis::Granted { belief, .. } => Some(belief.clone()),
-            Basis::Excused | Basis::Silent => None,
+            Basis::Granted { belief, .. } | Basis::Excused(belief) => Some(belief.clone()),
+            Basis::Silent => None,
         });
         let term = Term { number: self.term.number, beliefs: beliefs.collect(), probing: false };
         (self.serving, self.term.closed) = (false, true);

@@ -54,6 +54,9 @@ pub(super) struct Writer {
     pub meta: Meta,
     pub slots: SlotTable,
     pub clock: HybridClock,
+    /// The clock when the request was about to be checked, microseconds: what is stamped belongs to a moment at
+    /// which authority held, however long the thread then stands still.
+    pub stamp_us: u64,
     pub jobs: Receiver<Job>,
     role: Role,
     results: Results,
@@ -94,6 +97,7 @@ impl Writer {
             slots: SlotTable::starting_at(event_time_max),
             // What is stored raises the stamps of its own key alone.
             clock: HybridClock::default(),
+            stamp_us: 0,
             meta,
             jobs,
             role: Role::default(),
@@ -266,6 +270,7 @@ impl Writer {
                 self.finish(open);
                 open = self.begin();
             }
+            self.stamp_us = self.now_us();
             match self.check(&mut job) {
                 Checked::Refused(error) => job.answer(Err(error)),
                 Checked::Sealed => self.held.push(Held { job, since: Instant::now() }),
