@@ -60,7 +60,7 @@ pub async fn run(args: &Keyspace, format: OutputFormat) -> anyhow::Result<()> {
             let started = connect::operation(started)?;
             for absent in started["without"].as_array().into_iter().flatten() {
                 eprintln!(
-                    "warning: node {} is not there: what it alone holds of shard {} is missing",
+                    "warning: node {} is away, or its replica has failed: what it alone holds of shard {} is missing",
                     text(&absent["node_id"]),
                     absent["shards"].as_array().into_iter().flatten().map(text).collect::<Vec<_>>().join(", ")
                 );
