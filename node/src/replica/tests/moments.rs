@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -28,6 +29,7 @@ use super::replication::{member, pull};
 use super::shipping::Shipping;
 use super::support::*;
 use crate::bootstrap::{Adoption, Log};
+use crate::clock::Clock;
 use crate::past::Without;
 use crate::replica::Replica;
 use crate::replica::job::Control;
@@ -35,6 +37,7 @@ use crate::ship::Positions;
 
 const SECOND: u64 = 1_000_000;
 const HOUR: Duration = Duration::from_secs(3_600);
+const YEARS_US: u64 = 50 * 365 * 86_400 * SECOND;
 /// What good clocks may differ by, and a little.
 const SLACK: u64 = 10 * SECOND;
 
@@ -44,6 +47,8 @@ pub struct Dated {
     store: memory::InMemory,
     clock: Arc<TestClock>,
     written: Mutex<HashMap<ObjectPath, u64>>,
+    /// It says of everything that it was written long after now.
+    tells_nothing: AtomicBool,
 }
 
 impl std::fmt::Display for Dated {
@@ -55,7 +60,12 @@ impl std::fmt::Display for Dated {
 impl Dated {
     pub fn new(now_us: u64) -> Arc<Self> {
         let clock = Arc::new(TestClock(now_us.into()));
-        Arc::new(Self { store: memory::InMemory::new(), clock, written: Mutex::default() })
+        Arc::new(Self {
+            store: memory::InMemory::new(),
+            clock,
+            written: Mutex::default(),
+            tells_nothing: AtomicBool::new(false),
+        })
     }
 
     pub fn set(&self, now_us: u64) {
@@ -82,7 +92,8 @@ fn time_of(us: u64) -> std::time::SystemTime {
 impl ObjectStore for Dated {
     async fn put_opts(&self, location: &ObjectPath, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
         let result = self.store.put_opts(location, payload, options).await?;
-        self.written.lock().insert(location.clone(), self.clock.0.load(std::sync::atomic::Ordering::SeqCst));
+        let now_us = self.clock.now_us() + if self.tells_nothing.load(Ordering::SeqCst) { YEARS_US } else { 0 };
+        self.written.lock().insert(location.clone(), now_us);
         Ok(result)
     }
 
@@ -211,11 +222,25 @@ struct World {
     story: Vec<String>,
     restored: u32,
     refused: u32,
+    planted: Planted,
+    /// What is not as it should be.
+    wrong: Option<String>,
+}
+
+/// What is left out, to see that the model notices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Planted {
+    Nothing,
+    /// Nobody remembers whose loss was accepted.
+    GivenUpIsForgotten,
+    /// The store does not say when it got an object: only stamps tell.
+    StampsAreBelieved,
 }
 
 impl World {
-    fn new(seed: u64) -> Self {
+    fn new(seed: u64, planted: Planted) -> Self {
         let store = Dated::new(START_US);
+        store.tells_nothing.store(planted == Planted::StampsAreBelieved, Ordering::SeqCst);
         let mut world = Self {
             numbers: Numbers(seed),
             now: START_US,
@@ -231,6 +256,8 @@ impl World {
             story: vec![format!("seed {seed}")],
             restored: 0,
             refused: 0,
+            planted,
+            wrong: None,
         };
         for id in 1..=2 {
             let rig = member(id);
@@ -324,7 +351,7 @@ impl World {
         let node = &self.nodes[at];
         let shipping = Shipping::start(&node.rig, &node.rig.path, node.replica(), &self.bucket, HOUR);
         let positions: &Positions = &shipping.handle.positions;
-        positions.stands_in.store(at != 0, std::sync::atomic::Ordering::Release);
+        positions.stands_in.store(at != 0, Ordering::Release);
         shipping
     }
 
@@ -520,14 +547,17 @@ impl World {
         if self.resized.zip(at).is_some_and(|(resized, at)| at.abs_diff(resized) < 2 * 3_600 * SECOND) {
             return;
         }
-        let without = Without { discarded: &[], given_up: &self.given_up };
+        let forgotten = self.planted == Planted::GivenUpIsForgotten;
+        let without = Without { discarded: &[], given_up: if forgotten { &[] } else { &self.given_up } };
         let restored = restore_from(&self.nodes[acting].rig, &self.bucket, without, shards, at).await;
         let restored = match restored {
             Ok(restored) => restored,
             Err(error) => {
                 self.refused += 1;
                 self.tell(format!("refused at {at:?}: {error}"));
-                assert!(at.is_some(), "a restore of everything is refused: {error}\n{}", self.story.join("\n"));
+                if at.is_none() {
+                    self.wrong = Some(format!("a restore of everything is refused: {error}"));
+                }
                 return;
             }
         };
@@ -554,12 +584,9 @@ impl World {
             }
         }
         restored.close().await;
-        assert!(
-            wrong.is_empty(),
-            "restored at {at:?} with {shards} shards:\n{}\n{}",
-            wrong.join("\n"),
-            self.story.join("\n")
-        );
+        if !wrong.is_empty() {
+            self.wrong = Some(format!("restored at {at:?} with {shards} shards:\n{}", wrong.join("\n")));
+        }
         self.tell(format!("restored at {at:?}"));
     }
 
@@ -625,12 +652,25 @@ impl World {
         }
     }
 
-    async fn end(mut self) -> (u32, u32) {
-        self.restore(None).await;
-        for mut node in self.nodes.drain(..) {
+    /// Lives, and answers how often it was restored and how often that was refused, or what is wrong.
+    async fn live(seed: u64, planted: Planted) -> Result<(u32, u32), String> {
+        let mut world = Self::new(seed, planted);
+        for step in 0..=120 {
+            match step {
+                120 => world.restore(None).await,
+                _ => world.step().await,
+            }
+            if world.wrong.is_some() {
+                break;
+            }
+        }
+        for mut node in world.nodes.drain(..) {
             node.close();
         }
-        (self.restored, self.refused)
+        match world.wrong {
+            Some(wrong) => Err(format!("{wrong}\n{}", world.story.join("\n"))),
+            None => Ok((world.restored, world.refused)),
+        }
     }
 }
 
@@ -650,13 +690,24 @@ async fn a_restore_at_any_moment_is_what_was_there_or_is_refused() {
     let (lives, first) = (number("VASTO_MOMENTS", 12), number("VASTO_MOMENTS_SEED", 1));
     let (mut restored, mut refused) = (0, 0);
     for seed in first..first + lives {
-        let mut world = World::new(seed);
-        for _ in 0..120 {
-            world.step().await;
-        }
-        let (one, two) = world.end().await;
+        let (one, two) = World::live(seed, Planted::Nothing).await.unwrap_or_else(|wrong| panic!("{wrong}"));
         (restored, refused) = (restored + one, refused + two);
     }
     println!("{lives} lives from seed {first}: {restored} restored, {refused} refused");
     assert!(restored > refused / 4, "too little is restored: {restored}, and {refused} refused");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_model_notices_what_is_restored_wrong() {
+    for planted in [Planted::GivenUpIsForgotten, Planted::StampsAreBelieved] {
+        let mut seed = 1;
+        let wrong = loop {
+            assert!(seed < 200, "nobody notices {planted:?}");
+            match World::live(seed, planted).await {
+                Err(wrong) => break wrong,
+                Ok(_) => seed += 1,
+            }
+        };
+        println!("{planted:?} is noticed in life {seed}: {}", wrong.lines().take(2).collect::<Vec<_>>().join(" "));
+    }
 }
