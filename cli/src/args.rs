@@ -238,6 +238,9 @@ pub struct KeyspaceRestore {
     /// What was there at this time (RFC 3339) [default: everything]
     #[arg(long, value_name = "TIME")]
     pub at: Option<jiff::Timestamp>,
+    /// What the bucket holds is enough: no node is asked to ship first what it has
+    #[arg(long)]
+    pub from_bucket: bool,
     /// Start it and return; follow it with `vasto operation show`
     #[arg(long)]
     pub no_wait: bool,

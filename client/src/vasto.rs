@@ -162,9 +162,28 @@ impl Vasto {
     ///
     /// # Errors
     /// `NotFound` when there is no such keyspace, or was none at that time; `AlreadyExists`;
-    /// `FailedPrecondition` without nodes to hold it.
+    /// `FailedPrecondition` without nodes to hold it; `Unavailable` when a shard that serves cannot ship what
+    /// was acknowledged, or has no replica that is there while other shards have.
     pub async fn start_restore(&self, name: &str, into: &str, at_us: Option<u64>) -> Result<Operation, Error> {
-        let request = v1::RestoreRequest { name: name.to_owned(), into: into.to_owned(), at_us };
+        self.restore(v1::RestoreRequest { name: name.to_owned(), into: into.to_owned(), at_us, from_bucket: false })
+            .await
+    }
+
+    /// The same, but no node is asked to ship what it holds first: what the bucket holds is enough.
+    ///
+    /// # Errors
+    /// As of [`Vasto::start_restore`].
+    pub async fn start_restore_from_bucket(
+        &self,
+        name: &str,
+        into: &str,
+        at_us: Option<u64>,
+    ) -> Result<Operation, Error> {
+        self.restore(v1::RestoreRequest { name: name.to_owned(), into: into.to_owned(), at_us, from_bucket: true })
+            .await
+    }
+
+    async fn restore(&self, request: v1::RestoreRequest) -> Result<Operation, Error> {
         let call = |mut master: MasterClient| async move { master.restore_keyspace(request).await };
         Operation::from_json(self.call(COMMAND_DEADLINE, true, call).await?)
     }

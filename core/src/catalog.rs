@@ -191,6 +191,15 @@ impl Leaving {
     }
 }
 
+/// A replica whose loss was accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GivenUp {
+    /// The replica.
+    pub replica: ReplicaId,
+    /// The version that says so: what was made under it, or a later one, needs nothing of the replica.
+    pub version: CatalogVersion,
+}
+
 /// A range that was given away and is not removed yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Quarantine {
@@ -236,6 +245,10 @@ pub struct Catalog {
     /// Replicas that are gone for good: whoever holds their files removes them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub removed: Vec<ReplicaId>,
+    /// Those of them whose loss was accepted: what they shipped is not taken again once a later checkpoint
+    /// of another replica is there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub given_up: Vec<GivenUp>,
     /// Targets of plans that were undone: nothing that they shipped was ever part of the keyspace.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub discarded: Vec<ReplicaId>,
@@ -297,6 +310,7 @@ impl Catalog {
             placement,
             unsealed: Vec::new(),
             removed: Vec::new(),
+            given_up: Vec::new(),
             discarded: Vec::new(),
             leaving: Vec::new(),
             plan: None,

@@ -76,9 +76,18 @@ pub const UPLOAD_STALL_MAX: Duration = Duration::from_secs(12 * 3_600);
 /// A write that wants the bucket's confirmation and does not get it in this time is `Unknown`.
 pub const BUCKET_ACK_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// A replica that has been acting as primary for so long ships in the place of the home.
+/// A replica that ships in the place of the home begins with a checkpoint, which uploads everything, no
+/// sooner than this, unless somebody waits for the bucket. Going on behind what is there needs none.
 pub const SHIP_INSTEAD_AFTER: Duration = Duration::from_secs(300);
+/// A replica that does not ship keeps at least so much of its log, and that of three ship intervals, so that
+/// it can go on where the home stopped.
+pub const LOG_KEPT_FOR_SHIPPING: Duration = Duration::from_secs(60);
+/// What of another replica's log is read in the bucket, at most, to find where to go on behind it.
+pub const SHIPPED_READ_BYTES_MAX: u64 = 256 * MIB as u64;
 
+/// A commit time that is further ahead of the time at which the bucket had its record shows a clock that was
+/// ahead: a restore to a moment does not go by it. Less is the usual difference between good clocks.
+pub const CLOCK_AHEAD_TRUSTED: Duration = Duration::from_secs(5);
 /// Event times further ahead of the clock than this are refused when a client sends them.
 pub const MAX_CLOCK_AHEAD: Duration = Duration::from_secs(60);
 /// Deletes are remembered at least this long before collection may forget them.

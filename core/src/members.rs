@@ -4,7 +4,7 @@
 //! another member holds everything it has, or until its loss is accepted; only then may its files go.
 //! Nothing of this happens while another plan runs.
 
-use crate::catalog::{Catalog, KeyspaceState, Leaving, Placed, Quarantine, ShardPlacement, Unsealed};
+use crate::catalog::{Catalog, GivenUp, KeyspaceState, Leaving, Placed, Quarantine, ShardPlacement, Unsealed};
 use crate::ids::{Epoch, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use crate::plan::{
     OperationReport, Outcome, PauseMs, Plan, PlanKind, ReplicaReport, Reports, Source, Step, Target, abort,
@@ -57,6 +57,7 @@ pub fn evict(
     if accept_loss && catalog.unsealed.iter().any(|one| one.replica == replica) {
         next.unsealed.retain(|one| one.replica != replica);
         next.removed.push(replica);
+        next.given_up.push(GivenUp { replica, version: next.version });
         return Ok(next);
     }
     let shard = next.placement.iter_mut().find(|shard| shard.replicas.iter().any(|one| one.replica == replica));
@@ -76,6 +77,7 @@ pub fn evict(
     leave_quarantines(&mut next.quarantines, replica, heir);
     if accept_loss {
         next.removed.push(replica);
+        next.given_up.push(GivenUp { replica, version: next.version });
     } else {
         next.unsealed.push(Unsealed { shard, replica, node, since_us: now_us });
     }

@@ -27,10 +27,13 @@ use crate::document;
 use crate::driver::{Change, Request, changed, has_ended};
 use crate::moves;
 use crate::placement::place;
+use crate::shipped;
 use crate::state::{Delivery, Keyspace, State};
 
 /// The caller's own deadline is [`ADMIN_DEADLINE`]; the answer must be on its way before it.
 const ANSWER_WITHIN: Duration = ADMIN_DEADLINE.saturating_sub(Duration::from_secs(1));
+/// Before a keyspace is deleted its nodes have so long to ship what they have.
+const SHIP_BEFORE_DELETE: Duration = Duration::from_secs(5);
 /// Names that a NotFound lists.
 const NAMES_LISTED: usize = 10;
 /// Longest quarantine and default time to live: ten years, far from any overflow of the clock.
@@ -205,6 +208,12 @@ pub(crate) fn describe(cluster: &Cluster, name: &str) -> Answer {
 /// Deletes a keyspace; its name is free afterwards.
 pub(crate) async fn delete(cluster: &Arc<Cluster>, name: &str) -> Answer {
     let keyspace = find(&cluster.state(), name)?.catalog.keyspace;
+    // It can be restored: what was acknowledged last is to be in the bucket too.
+    let shipped = timeout(SHIP_BEFORE_DELETE, shipped::everything(cluster, name)).await;
+    let shipped = matches!(shipped, Ok(Ok(_)));
+    if !shipped {
+        tracing::info!(keyspace = name, "not everything of a keyspace that is deleted is in the bucket");
+    }
     let deleted = ask(cluster, keyspace, Change::Delete).await?;
     tracing::info!(keyspace = name, id = %keyspace, "deleted a keyspace");
     // The version alone frees the name; the release only makes the next look-up of it cheaper.
@@ -215,6 +224,7 @@ pub(crate) async fn delete(cluster: &Arc<Cluster>, name: &str) -> Answer {
     }
     Ok(document::json(&serde_json::json!({
         "name": name, "keyspace_id": keyspace.0, "version": deleted.version.0, "state": "deleted",
+        "shipped": shipped,
     })))
 }
 

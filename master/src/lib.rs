@@ -22,6 +22,7 @@ mod placement;
 mod server;
 mod service;
 mod session;
+mod shipped;
 mod state;
 mod upkeep;
 

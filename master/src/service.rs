@@ -14,7 +14,7 @@ use vasto_proto::v1::{self, command::Kind, master_server};
 
 use crate::admin;
 use crate::cluster::Cluster;
-use crate::{moves, upkeep};
+use crate::{moves, shipped, upkeep};
 
 /// Serves people and clients.
 pub(crate) struct MasterService {
@@ -81,7 +81,7 @@ impl master_server::Master for MasterService {
     }
 
     async fn checkpoint_keyspace(&self, request: Request<v1::KeyspaceRequest>) -> Reply {
-        self.run(admin::command(&self.cluster, &request.into_inner().name, Kind::Checkpoint)).await
+        self.run(shipped::checkpoint(&self.cluster, &request.into_inner().name)).await
     }
 
     async fn compact_keyspace(&self, request: Request<v1::KeyspaceRequest>) -> Reply {

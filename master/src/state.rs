@@ -295,12 +295,22 @@ impl State {
         }
     }
 
-    /// Queues a command. `None`: the node is away, or has too many commands already.
+    /// Queues a command for everybody of a keyspace on the node.
     pub(crate) fn command(
         &mut self,
         node: NodeId,
         kind: v1::command::Kind,
         keyspace: KeyspaceId,
+    ) -> Option<oneshot::Receiver<Result<(), String>>> {
+        let command = v1::Command { kind: kind as i32, keyspace_id: keyspace.0, ..v1::Command::default() };
+        self.send_command(node, command)
+    }
+
+    /// Queues a command. `None`: the node is away, or has too many commands already.
+    pub(crate) fn send_command(
+        &mut self,
+        node: NodeId,
+        command: v1::Command,
     ) -> Option<oneshot::Receiver<Result<(), String>>> {
         self.last_command += 1;
         let id = self.last_command;
@@ -311,7 +321,7 @@ impl State {
         }
         let (sender, receiver) = oneshot::channel();
         session.waiting.insert(id, sender);
-        session.commands.push_back(v1::Command { id, kind: kind as i32, keyspace_id: keyspace.0 });
+        session.commands.push_back(v1::Command { id, ..command });
         session.wake.notify_one();
         Some(receiver)
     }

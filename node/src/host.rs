@@ -20,7 +20,6 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::Band;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
-use vasto_core::limits::SHIP_INSTEAD_AFTER;
 use vasto_core::plan::{
     Plan, PlanKind, ReplicaPhase, ReplicaReport, ReplicationReport, Sealed, SourceProgress, Step, TargetProgress,
     TargetStage,
@@ -36,7 +35,7 @@ use crate::clock::SharedClock;
 use crate::core::NodeCore;
 use crate::engine::EngineShared;
 use crate::grow::{Build, fresh_progress};
-use crate::past::{self, Candidate, Candidates};
+use crate::past::{self, Candidate, Candidates, Without};
 use crate::replica::authority::Standing;
 use crate::replica::job::{Control, ReplicaError, Role};
 use crate::replica::{OpenOptions, Replica, database_dir};
@@ -198,7 +197,12 @@ impl Host {
 
     /// The shipper, once the replica is open and if it is the one of its shard that ships.
     pub fn shipper(&self) -> Option<ShipHandle> {
-        self.ship.lock().clone().filter(|ship| ship.positions.ships.load(Ordering::Acquire))
+        self.any_shipper().filter(|ship| ship.positions.ships.load(Ordering::Acquire))
+    }
+
+    /// The shipper, whoever ships.
+    pub fn any_shipper(&self) -> Option<ShipHandle> {
+        self.ship.lock().clone()
     }
 
     /// Looking through all files is not for every report: a busy tail makes hundreds a second. A new
@@ -502,10 +506,8 @@ impl Runner {
         match log {
             Log::Past { shards, until_us } => bootstrap.merge_all(replica, &found, shards, until_us).await?,
             Log::Joined => {
-                for one in &found.all {
-                    let lsn = bootstrap.join_log(replica, one).await?;
-                    bootstrap.progress.lock().reached.push((one.owner.replica, lsn));
-                }
+                let whose = plan.sources.first().map(|source| source.replica).unwrap_or_default();
+                bootstrap.join_all(replica, &found, whose).await?;
             }
         }
         tracing::info!(
@@ -524,23 +526,19 @@ impl Runner {
         match (plan.kind, plan.sources.first()) {
             (PlanKind::Restore { keyspace, version, at_us }, _) => {
                 let tip = CatalogStore::new(bucket.clone()).tip(keyspace, version).await?;
-                let discarded = tip.map(|tip| tip.discarded).unwrap_or_default();
-                past::candidates(bucket, keyspace, shard, &[], &discarded, at_us).await
+                let without = tip.as_ref().map(without).unwrap_or_default();
+                past::candidates(bucket, keyspace, shard, &[], without, at_us).await
             }
             (_, Some(source)) => match &source.manifest {
                 Some(pinned) => {
                     let base = history::manifest_at(bucket, &pinned.key).await?;
                     let owner = Owner { keyspace: catalog.keyspace, shard, replica: source.replica };
                     // What is behind it comes from the source itself.
-                    let one = Candidate { owner, base: Some(base), chunks: Vec::new(), end: Lsn(0) };
-                    Ok(Candidates { all: vec![one], later_us: None })
+                    Ok(Candidates { all: vec![Candidate::of_base(owner, base)], later_us: None })
                 }
                 None => {
-                    let (preferred, discarded) = ([source.replica], &catalog.discarded);
-                    let mut found =
-                        past::candidates(bucket, catalog.keyspace, shard, &preferred, discarded, None).await?;
-                    found.all.truncate(1);
-                    Ok(found)
+                    let preferred = [source.replica];
+                    past::candidates(bucket, catalog.keyspace, shard, &preferred, without(catalog), None).await
                 }
             },
             (_, None) => Ok(Candidates::default()),
@@ -576,7 +574,7 @@ impl Runner {
         }
         let placed = catalog.is_placed(replica.id);
         let plan = catalog.plan.as_ref();
-        ship.positions.ships.store(ships(catalog, replica), Ordering::Release);
+        self.set_shipper(catalog, replica, ship);
         duties.follow(catalog);
         let role = duties.role(catalog);
         if placed {
@@ -628,7 +626,6 @@ impl Runner {
         }
         replica.followers().expire();
         replica.bucket_acks().expire();
-        ship.positions.ships.store(self.ships_now(catalog, replica), Ordering::Release);
         duties.measure();
         let over_cap = ship.positions.held_back.load(Ordering::Acquire);
         duties.set_evict(replica.followers().last().filter(|_| over_cap).map(|(follower, _)| follower));
@@ -641,11 +638,12 @@ impl Runner {
         *reported = report;
     }
 
-    /// Does this replica ship? Also the one that has been acting as primary for long: the home is away.
-    fn ships_now(&self, catalog: &Catalog, replica: &Replica) -> bool {
-        let acting = catalog.shard(replica.shard).is_some_and(|shard| shard.primary == Some(replica.id));
-        let age_us = self.context.clock.now_us().saturating_sub(catalog.written_at_us);
-        ships(catalog, replica) || (acting && age_us >= SHIP_INSTEAD_AFTER.as_micros() as u64)
+    /// Does this replica ship? Also the one that acts as primary: the home is away.
+    fn set_shipper(&self, catalog: &Catalog, replica: &Replica, ship: &ShipHandle) {
+        let home = ships(catalog, replica);
+        let acts = catalog.shard(replica.shard).is_some_and(|shard| shard.primary == Some(replica.id));
+        ship.positions.stands_in.store(acts && !home, Ordering::Release);
+        ship.positions.ships.store(acts || home, Ordering::Release);
     }
 
     fn tell_phase(&self, placed: bool) {
@@ -973,6 +971,11 @@ impl Runner {
             });
         }
     }
+}
+
+/// Whose objects a restore does not take as they are.
+fn without(catalog: &Catalog) -> Without<'_> {
+    Without { discarded: &catalog.discarded, given_up: &catalog.given_up }
 }
 
 /// True when the plan takes bands from the replica's shard, or a copy of the replica.

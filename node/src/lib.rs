@@ -4,6 +4,7 @@
 pub mod binlog;
 pub mod bootstrap;
 pub mod clock;
+pub mod command;
 pub mod core;
 pub mod data;
 pub mod engine;

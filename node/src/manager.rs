@@ -234,6 +234,16 @@ impl Manager {
         self.hosts.lock().iter().filter(|((ks, _), _)| *ks == keyspace).filter_map(|(_, host)| host.shipper()).collect()
     }
 
+    /// The shipper of a replica, whether it is the one of its shard that ships or not.
+    pub fn any_shipper(&self, keyspace: KeyspaceId, replica: ReplicaId) -> Option<ShipHandle> {
+        self.hosts.lock().get(&(keyspace, replica)).and_then(Host::any_shipper)
+    }
+
+    /// What all hosts work with.
+    pub fn context(&self) -> &HostContext {
+        &self.context
+    }
+
     /// Waits until each replica that the known catalogs place here is open or has failed. One that is
     /// being filled by a plan is not waited for.
     pub async fn opened(&self) {

@@ -24,11 +24,11 @@ use vasto_proto::v1::node_message::Message as ToMaster;
 use vasto_shipping::Usage;
 use vasto_shipping::bucket::Bucket;
 
+use crate::command;
 use crate::core::NodeCore;
 use crate::manager::Manager;
 use crate::node_dir::{DirError, NodeDir, write_json};
 use crate::replica::authority::now_ms;
-use crate::ship::ShipError;
 
 /// Longest pause between two attempts to reach the master.
 const RETRY_MAX: Duration = Duration::from_secs(2);
@@ -261,10 +261,10 @@ async fn hear(
             Ok(())
         }
         FromMaster::Command(command) => {
-            let (manager, core, to_master) = (context.manager.clone(), context.core.clone(), to_master.clone());
+            let (manager, to_master) = (context.manager.clone(), to_master.clone());
             // Ends with the command; a node that stops answers through its shippers.
             tokio::spawn(async move {
-                let error = execute(&manager, &core, &command).await.err().unwrap_or_default();
+                let error = command::execute(&manager, &command).await.err().unwrap_or_default();
                 let done = v1::CommandDone { id: command.id, error };
                 let _ = to_master.send(v1::NodeMessage { message: Some(ToMaster::Done(done)) }).await;
             });
@@ -276,34 +276,6 @@ async fn hear(
         }
         FromMaster::Rejected(rejected) => Err(format!("the master refused this node: {}", rejected.reason)),
         FromMaster::Welcome(_) => Ok(()),
-    }
-}
-
-async fn execute(manager: &Manager, core: &NodeCore, command: &v1::Command) -> Result<(), String> {
-    use v1::command::Kind;
-    let keyspace = KeyspaceId(command.keyspace_id);
-    match Kind::try_from(command.kind).unwrap_or_default() {
-        Kind::Checkpoint => {
-            for ship in manager.shippers(keyspace) {
-                match ship.checkpoint(None).await {
-                    Ok(_) | Err(ShipError::Filling) => {}
-                    Err(error) => return Err(error.to_string()),
-                }
-            }
-            Ok(())
-        }
-        Kind::Compact => {
-            for replica in core.replicas().into_iter().filter(|replica| replica.keyspace == keyspace) {
-                let work = move || {
-                    replica.engine().flush()?;
-                    replica.engine().compact_all();
-                    Ok::<(), crate::engine::EngineError>(())
-                };
-                crate::ship::blocking(work).await.map_err(|error| error.to_string())?;
-            }
-            Ok(())
-        }
-        Kind::Unspecified => Err("the command is not known to this version of the node".into()),
     }
 }
 

@@ -4,6 +4,8 @@
 //! log goes on to be shipped and truncated meanwhile. Once its LSN is known a chunk ends there, so that the
 //! next one begins exactly behind it.
 //!
+//! The home of a shard's primary ships; who acts in its place goes on behind what it has shipped.
+//!
 //! **Invariants**
 //! - Only settled records (synced and applied) are shipped; names are never reused: what exists
 //!   under a chunk's name is compared, not overwritten.
@@ -29,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use vasto_core::CatalogVersion;
 use vasto_core::ids::Lsn;
-use vasto_core::limits::CHUNK_BYTES_MAX;
+use vasto_core::limits::{CHUNK_BYTES_MAX, SHIP_INSTEAD_AFTER};
 use vasto_core::plan::PinnedManifest;
 use vasto_core::record::BandRange;
 use vasto_shipping::bucket::{Bucket, BucketError, Create};
@@ -45,6 +47,7 @@ use crate::node_dir::{DirError, read_json, write_json};
 use crate::replica::Replica;
 use crate::replica::job::{ReplicaError, Role};
 
+mod behind;
 mod checkpoint;
 mod cut;
 mod pace;
@@ -116,6 +119,8 @@ pub struct Positions {
     pub held_back: AtomicBool,
     /// This replica is the one of its shard that ships.
     pub ships: AtomicBool,
+    /// It does so in the place of the home, which is away.
+    pub stands_in: AtomicBool,
     /// Somebody has wanted the bucket's confirmation from here: from then on it ships too.
     pub for_acks: AtomicBool,
 }
@@ -143,6 +148,9 @@ struct ShipState {
     /// Chunks behind the last manifest.
     #[serde(default)]
     chunks: u64,
+    /// The log up to here was covered by what others had shipped when this replica went on behind them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    went_on_behind: Option<Lsn>,
 }
 
 /// Notes for a replica that is not open yet that its log does not hold everything.
@@ -170,6 +178,11 @@ pub enum ShipRequest {
         /// Answers with the manifest.
         done: oneshot::Sender<Result<PinnedManifest, ShipError>>,
     },
+    /// The log up to now, whoever ships otherwise.
+    Log {
+        /// Answers once the bucket covers it.
+        done: oneshot::Sender<Result<(), ShipError>>,
+    },
 }
 
 /// A handle to a replica's shipper.
@@ -185,6 +198,13 @@ impl ShipHandle {
     pub async fn checkpoint(&self, compact: Option<BandRange>) -> Result<PinnedManifest, ShipError> {
         let (done, answer) = oneshot::channel();
         self.requests.send(ShipRequest::Checkpoint { compact, done }).map_err(|_| ShipError::Stopped)?;
+        answer.await.map_err(|_| ShipError::Stopped)?
+    }
+
+    /// Waits until the bucket covers the log up to now; this replica ships it if nobody else does.
+    pub async fn log(&self) -> Result<(), ShipError> {
+        let (done, answer) = oneshot::channel();
+        self.requests.send(ShipRequest::Log { done }).map_err(|_| ShipError::Stopped)?;
         answer.await.map_err(|_| ShipError::Stopped)?
     }
 }
@@ -233,6 +253,12 @@ struct Shipper {
     /// What attempts that did not get to their manifest have uploaded.
     uploaded: Arc<Uploaded>,
     ack_pause: Duration,
+    /// Who wants the log to be in the bucket up to an LSN.
+    log_wanted: Vec<(Lsn, oneshot::Sender<Result<(), ShipError>>)>,
+    /// Since when it has been shipping without a break.
+    began: Option<Instant>,
+    /// It knows what others had shipped when it began.
+    looked: bool,
 }
 
 /// Starts a shipper; it ends when `cancel` fires, after it has shipped what is due.
@@ -266,6 +292,9 @@ pub fn start(context: ShipContext, cancel: CancellationToken) -> (ShipHandle, im
             checkpoint_not_before: now,
             uploaded: Arc::default(),
             ack_pause: ACK_SOON,
+            log_wanted: Vec::new(),
+            began: None,
+            looked: false,
         };
         shipper.run(receiver, cancel).await;
     };
@@ -278,7 +307,7 @@ impl Shipper {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let replica = self.context.replica.clone();
         // Beside everything that waits for the bucket: the log stays bounded whatever that does.
-        let cut = cut::Cut::new(replica.clone(), self.positions.clone(), self.context.log_cap);
+        let cut = cut::Cut::new(replica.clone(), self.positions.clone(), self.context.log_cap, self.context.interval);
         let _cutting = AbortOnDropHandle::new(tokio::spawn(cut.run(TICK)));
         loop {
             let now = Instant::now();
@@ -297,6 +326,12 @@ impl Shipper {
                     Some(ShipRequest::Checkpoint { compact, done }) => {
                         self.wanted.push((compact, done));
                         self.make_what_is_wanted();
+                    }
+                    Some(ShipRequest::Log { done }) => {
+                        self.log_wanted.push((replica.settled_lsn(), done));
+                        if let Err(error) = self.ship_log().await {
+                            self.fail(&error);
+                        }
                     }
                     None => break,
                 },
@@ -317,10 +352,16 @@ impl Shipper {
                     }
                 }
             }
+            self.answer_for_the_log();
         }
         self.making = None;
         // The rest of the log goes out with the node, if the bucket answers.
-        while self.ships()
+        let mut goes_on = self.ships();
+        if goes_on && let Err(error) = self.go_on_behind_others().await {
+            tracing::warn!(%error, "what others have shipped is not known; the last chunk is not shipped");
+            goes_on = false;
+        }
+        while goes_on
             && !self.context.replica.ranges().is_being_filled()
             && self.may_ship_chunks()
             && self.state.shipped_lsn < self.context.replica.settled_lsn()
@@ -339,6 +380,9 @@ impl Shipper {
     fn fail(&mut self, error: &ShipError) {
         self.pause = (self.pause * 2).min(BACKOFF_MAX);
         self.not_before = Instant::now() + self.pause.mul_f64(rand::random_range(0.5..1.0));
+        for (_, waiter) in self.log_wanted.drain(..) {
+            let _ = waiter.send(Err(ShipError::Checkpoint(error.to_string())));
+        }
         tracing::warn!(
             %error,
             keyspace = self.context.replica.keyspace.0,
@@ -397,34 +441,71 @@ impl Shipper {
         self.state.began_full || self.context.replica.ranges().ingested.is_some()
     }
 
-    /// A chunk of a log that does not reach back to the beginning means nothing without a checkpoint.
+    /// A chunk of a log that does not reach back to the beginning means nothing without a checkpoint, or
+    /// something of another replica that it follows.
     fn may_ship_chunks(&self) -> bool {
-        self.state.manifest.is_some() || !self.began_full()
+        self.state.manifest.is_some() || self.state.went_on_behind.is_some() || !self.began_full()
     }
 
     fn ships(&self) -> bool {
-        self.positions.does_ship()
+        self.positions.does_ship() || !self.log_wanted.is_empty()
+    }
+
+    /// It is not the one that ships when everybody is there.
+    fn stands_in(&self) -> bool {
+        self.positions.stands_in.load(Ordering::Acquire) || !self.positions.ships.load(Ordering::Acquire)
+    }
+
+    /// Somebody waits until the bucket covers the log.
+    fn is_waited_for(&self) -> bool {
+        !self.log_wanted.is_empty() || self.context.replica.bucket_acks().last().is_some()
+    }
+
+    /// Begins with a checkpoint because nothing else is possible. In the place of the home, which may be back
+    /// in a moment, only when somebody waits, or it has been away for long: all of the shard goes up.
+    fn begin_checkpoint_instead(&mut self) {
+        let for_long = self.began.is_some_and(|began| began.elapsed() >= SHIP_INSTEAD_AFTER);
+        if for_long || !self.stands_in() || self.is_waited_for() {
+            self.begin_checkpoint();
+        }
+    }
+
+    /// Answers those who wait for what is shipped.
+    fn answer_for_the_log(&mut self) {
+        let shipped = self.state.shipped_lsn;
+        for (_, waiter) in self.log_wanted.extract_if(.., |(lsn, _)| *lsn <= shipped) {
+            let _ = waiter.send(Ok(()));
+        }
     }
 
     async fn ship_log(&mut self) -> Result<(), ShipError> {
         let replica = self.context.replica.clone();
         if !self.ships() {
+            (self.began, self.looked) = (None, false);
             return Ok(()); // another replica of the shard does
         }
+        self.began.get_or_insert_with(Instant::now);
         if replica.ranges().is_being_filled() {
+            for (_, waiter) in self.log_wanted.drain(..) {
+                let _ = waiter.send(Err(ShipError::Filling));
+            }
             return Ok(()); // it may be begun again, under the same names
         }
         let settled = replica.settled_lsn();
         if settled > self.state.shipped_lsn {
             let since = *self.dirty_since.get_or_insert_with(Instant::now);
             let backlog = replica.log().bytes_after(self.state.shipped_lsn);
-            let waited_for = replica.bucket_acks().last().is_some();
+            let waited_for = self.is_waited_for();
             if since.elapsed() >= self.context.interval || backlog >= CHUNK_BYTES_MAX as u64 || waited_for {
                 self.ship_the_log().await?;
                 self.dirty_since = None;
             }
         }
         let manifest = Lsn(self.positions.manifest.load(Ordering::Acquire));
+        let manifest = self.state.went_on_behind.unwrap_or_default().max(manifest);
+        if !self.may_ship_chunks() {
+            return Ok(()); // it is not due but needed, or not yet
+        }
         let since = Replay {
             bytes: replica.log().bytes_after(manifest),
             records: settled.0.saturating_sub(manifest.0),
@@ -441,8 +522,9 @@ impl Shipper {
 
     /// Ships everything that is settled now, as far as that is possible before a checkpoint.
     async fn ship_the_log(&mut self) -> Result<(), ShipError> {
+        self.go_on_behind_others().await?;
         if !self.may_ship_chunks() {
-            self.begin_checkpoint();
+            self.begin_checkpoint_instead();
             return Ok(());
         }
         let settled = self.context.replica.settled_lsn();
@@ -451,7 +533,7 @@ impl Shipper {
             match self.ship_chunk(Lsn(u64::MAX)).await {
                 Err(ShipError::Log(BinlogError::TooOld { .. })) => {
                     // The log was given up here: a checkpoint supersedes what is missing.
-                    self.begin_checkpoint();
+                    self.begin_checkpoint_instead();
                     return Ok(());
                 }
                 other => other?,

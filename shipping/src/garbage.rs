@@ -20,6 +20,7 @@ use vasto_core::plan::PlanKind;
 use crate::bucket::{Bucket, BucketError, Create, ObjectInfo};
 use crate::catalog_store::{CatalogError, CatalogStore};
 use crate::chunk::Chunk;
+use crate::history;
 use crate::layout::{self, Owner, Shipped};
 use crate::manifest::Manifest;
 
@@ -185,8 +186,9 @@ async fn survey(bucket: &Bucket) -> Result<Survey, CatalogError> {
     Ok(Survey { objects, catalogs, unbound, manifests, corrupt, now_us: newest })
 }
 
-/// An object, whether it is what was written, and whose log it holds from where to where.
-type Judged = (String, bool, Option<(Owner, Lsn, Lsn)>);
+/// An object, whether it is what was written, and whose log it holds from where to where; what comes before it
+/// may be in what another replica has shipped.
+type Judged = (String, bool, Option<(Owner, Lsn, Lsn, bool)>);
 
 /// Checks that everything is there that is named, with the size and checksum it should have. With
 /// `deep` every byte of every object is read; else SSTs are judged by their size.
@@ -238,7 +240,7 @@ pub async fn fsck(bucket: &Bucket, deep: bool) -> Result<Fsck, CatalogError> {
             (Some((owner, Shipped::Chunk(first))), _) => {
                 let Some(bytes) = bucket.get(&object.key).await? else { return Ok(None) };
                 Chunk::decode(&bytes).is_ok_and(|chunk| {
-                    range = Some((owner, first, chunk.last_lsn));
+                    range = Some((owner, first, chunk.last_lsn, history::goes_on_behind_another(&chunk)));
                     (chunk.keyspace, chunk.shard, chunk.replica, chunk.first_lsn)
                         == (owner.keyspace, owner.shard, owner.replica, first)
                 })
@@ -256,13 +258,13 @@ pub async fn fsck(bucket: &Bucket, deep: bool) -> Result<Fsck, CatalogError> {
         Ok::<_, BucketError>(Some((object.key.clone(), good, range)))
     });
     let judged: Vec<Option<Judged>> = judged.buffer_unordered(READS).try_collect().await?;
-    let mut logs: BTreeMap<Owner, BTreeMap<Lsn, Lsn>> = BTreeMap::new();
+    let mut logs: BTreeMap<Owner, BTreeMap<Lsn, (Lsn, bool)>> = BTreeMap::new();
     for (key, good, range) in judged.into_iter().flatten() {
         if !good {
             found.corrupt.push(key);
         }
-        if let Some((owner, first, last)) = range {
-            logs.entry(owner).or_default().insert(first, last);
+        if let Some((owner, first, last, behind_another)) = range {
+            logs.entry(owner).or_default().insert(first, (last, behind_another));
         }
     }
     for (owner, log) in logs {
@@ -271,8 +273,8 @@ pub async fn fsck(bucket: &Bucket, deep: bool) -> Result<Fsck, CatalogError> {
         let newest = survey.manifests.get(&owner).and_then(|all| all.keys().next_back().copied());
         let Some(start) = newest.or(is_member(&owner).then_some(Lsn(0))) else { continue };
         let mut at = start;
-        for (first, last) in log {
-            if first > at.next() && last > start {
+        for (first, (last, behind_another)) in log {
+            if first > at.next() && last > start && !behind_another {
                 found.missing.push(layout::chunk(owner.keyspace, owner.shard, owner.replica, at.next()));
             }
             at = at.max(last);

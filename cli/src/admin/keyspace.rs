@@ -53,7 +53,18 @@ pub async fn run(args: &Keyspace, format: OutputFormat) -> anyhow::Result<()> {
         KeyspaceCommand::Resize(args) => return resize::run(&vasto, args, format).await,
         KeyspaceCommand::Restore(restore) => {
             let at_us = restore.at.map(|at| u64::try_from(at.as_microsecond()).unwrap_or_default());
-            let started = connect::operation(vasto.start_restore(&restore.name, &restore.into, at_us).await)?;
+            let started = match restore.from_bucket {
+                true => vasto.start_restore_from_bucket(&restore.name, &restore.into, at_us).await,
+                false => vasto.start_restore(&restore.name, &restore.into, at_us).await,
+            };
+            let started = connect::operation(started)?;
+            for absent in started["without"].as_array().into_iter().flatten() {
+                eprintln!(
+                    "warning: node {} is away, or its replica has failed: what it alone holds of shard {} is missing",
+                    text(&absent["node_id"]),
+                    absent["shards"].as_array().into_iter().flatten().map(text).collect::<Vec<_>>().join(", ")
+                );
+            }
             return resize::wait(&vasto, started, restore.no_wait, format).await;
         }
     };

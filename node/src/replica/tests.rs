@@ -12,6 +12,7 @@ mod duties;
 mod failures;
 mod grow;
 mod hosts;
+mod moments;
 mod past;
 mod replay;
 mod replication;

@@ -162,6 +162,9 @@ impl Shipper {
             return Err(ShipError::Checkpoint("it holds records that the log has not synced".into()));
         }
         self.load_last().await?;
+        if self.ships() {
+            self.go_on_behind_others().await?;
+        }
         // The log up to here too, so that every moment in between can be restored; not what came before
         // a beginning that the log does not hold.
         let chained = self.ships() && self.may_ship_chunks();
