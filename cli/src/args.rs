@@ -344,6 +344,18 @@ pub enum BucketCommand {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Put back what the bucket has lost and the nodes still know
+    #[command(
+        after_help = "Start all nodes first: they remember the cluster, the catalog and what they have shipped. What is in\n\
+        the bucket is not changed. Exits with 1 when something is missing or damaged afterwards.\n\n\
+        Examples:\n  \
+        vasto bucket repair"
+    )]
+    Repair {
+        /// Go on without what nodes know that do not come back
+        #[arg(long)]
+        accept_loss: bool,
+    },
 }
 
 /// `vasto operation`

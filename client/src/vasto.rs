@@ -224,6 +224,18 @@ impl Vasto {
         self.call(COMMAND_DEADLINE, true, call).await
     }
 
+    /// Puts back into the bucket what it has lost and the nodes still know: a JSON object `{cluster_id, claimed,
+    /// written, keyspaces, shipped_anew, unknown_keyspaces, away, missing, corrupt, warnings}`. With `accept_loss`
+    /// also when nodes are away that may know more.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` when nodes are away, or belong to several clusters; when the bucket does not answer.
+    pub async fn repair_bucket(&self, accept_loss: bool) -> Result<String, Error> {
+        let request = v1::RepairBucketRequest { accept_loss };
+        let call = |mut master: MasterClient| async move { master.repair_bucket(request).await };
+        self.call(COMMAND_DEADLINE, true, call).await
+    }
+
     /// Deletes a keyspace and its data on the nodes; answers a JSON object.
     ///
     /// # Errors

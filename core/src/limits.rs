@@ -63,8 +63,15 @@ pub const TABLES_OPEN_MIN: usize = 64;
 pub const BINLOG_FILE_BYTES: u64 = 64 * MIB as u64;
 /// Most bytes of log a replica keeps. At the cap the bucket's cover is given up first.
 pub const BINLOG_BYTES_MAX: u64 = 4 * 1024 * MIB as u64;
-/// A chunk object holds at most this much log.
-pub const CHUNK_BYTES_MAX: usize = 32 * MIB;
+/// A chunk object holds at most this much log, or one record. A fraction of a second of any link but a slow
+/// one, where it takes a minute at a megabit a second; a thousand of them hold 8 GiB for half a cent.
+pub const CHUNK_BYTES_MAX: usize = 8 * MIB;
+/// And at least so much when there is more, also after attempts that failed.
+pub const CHUNK_BYTES_MIN: usize = 256 * KIB;
+/// Memory of all chunks that a node ships at once ...
+pub const LOG_MEMORY_MAX: u64 = 32 * MIB as u64;
+/// ... and of all files of checkpoints: the largest that goes in one request.
+pub const UPLOAD_MEMORY_MAX: u64 = 64 * MIB as u64;
 /// A checkpoint is due when the log since the last one exceeds this: bounds the replay.
 pub const CHECKPOINT_LOG_BYTES: u64 = 512 * MIB as u64;
 /// A checkpoint is due when replaying the log since the last one would take longer.
@@ -72,6 +79,9 @@ pub const REPLAY_MAX: Duration = Duration::from_secs(60);
 /// A checkpoint whose first file was uploaded longer ago starts over: garbage collection does not know of it
 /// yet, and deletes what is older than a day and named by nothing.
 pub const UPLOAD_STALL_MAX: Duration = Duration::from_secs(12 * 3_600);
+/// An SST that no manifest names may be of a checkpoint that is being uploaded until it is older than this:
+/// an hour more than the upload may take.
+pub const UNNAMED_AGE_MIN: Duration = Duration::from_secs(13 * 3_600);
 
 /// A write that wants the bucket's confirmation and does not get it in this time is `Unknown`.
 pub const BUCKET_ACK_TIMEOUT: Duration = Duration::from_secs(8);

@@ -182,6 +182,9 @@ async fn serving(cluster: &Arc<Cluster>, keyspace: KeyspaceId) -> Result<(), Vas
 
 /// Learns what other masters made; lists, so only when something is known to be missing.
 pub(crate) async fn learn_all(cluster: &Arc<Cluster>) {
+    if cluster.is_lost() {
+        return;
+    }
     match cluster.store.load_all().await {
         Ok(catalogs) => {
             for catalog in catalogs {
@@ -391,7 +394,7 @@ pub(crate) async fn command(cluster: &Arc<Cluster>, name: &str, kind: v1::comman
     let mut nodes = Vec::new();
     for (node, done) in waiting {
         match done.await {
-            Ok(Ok(())) => nodes.push(node),
+            Ok(Ok(_)) => nodes.push(node),
             Ok(Err(reason)) => {
                 return Err(error(ErrorCode::Unavailable, format!("{node} could not do it: {reason}")));
             }
@@ -415,5 +418,6 @@ pub(crate) fn status(cluster: &Cluster) -> String {
     let stored = cluster.stored();
     let state = cluster.state();
     let bill = bill::bill(&state, own, stored, &cluster.settings.prices, bucket, mono_us);
-    document::json(&document::cluster(&state, &cluster.cluster_id, bucket, own, bill, mono_us))
+    let document = document::cluster(&state, &cluster.cluster_id(), bucket, own, bill, mono_us);
+    document::json(&document.with_warnings(cluster.warnings()))
 }

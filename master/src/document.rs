@@ -154,6 +154,8 @@ pub(crate) struct NodeDoc {
     replicas: usize,
     away_ms: u64,
     bucket_requests: Option<RequestsDoc>,
+    /// What keeps it from shipping.
+    bucket_trouble: Option<String>,
 }
 
 /// Requests to the bucket since the process opened it.
@@ -186,6 +188,14 @@ struct MasterDoc {
     pid: u32,
     bucket: String,
     bucket_requests: RequestsDoc,
+}
+
+impl ClusterDoc {
+    /// With these before the others.
+    pub(crate) fn with_warnings(mut self, first: Vec<String>) -> Self {
+        self.warnings.splice(0..0, first);
+        self
+    }
 }
 
 /// Writes a document.
@@ -434,6 +444,7 @@ fn node(state: &State, id: NodeId, known: Option<&Node>, mono_us: u64) -> NodeDo
         replicas: state.active().map(|known| known.catalog.members_on(id).len()).sum(),
         away_ms: away_us / 1000,
         bucket_requests: known.map(|node| requests(usage_of(&node.bucket))),
+        bucket_trouble: known.map(|node| node.bucket_trouble.clone()).filter(|trouble| !trouble.is_empty()),
     }
 }
 
@@ -474,6 +485,9 @@ pub(crate) fn cluster(
         {
             warnings.push(format!("{} has only {} MiB of disk left", node.node_id, free >> 20));
         }
+    }
+    for node in nodes.iter().filter(|node| node.state == "live") {
+        warnings.extend(node.bucket_trouble.iter().map(|trouble| format!("{} does not ship: {trouble}", node.node_id)));
     }
     // A node that is away is said once, not once per replica.
     let replicas = state.active().flat_map(|known| not_serving(state, known));

@@ -19,6 +19,7 @@ mod driver;
 mod metrics;
 mod moves;
 mod placement;
+mod repair;
 mod server;
 mod service;
 mod session;

@@ -104,12 +104,25 @@ impl Master {
         let bucket = Bucket::open(&config.bucket_url, &config.bucket_options)?;
         bucket.probe().await?;
         let store = vasto_shipping::CatalogStore::new(bucket.clone());
-        let cluster_id = store.claim_cluster(format!("c-{:016x}", rand::random::<u64>())).await?;
-        let catalogs = store.load_all().await?;
+        let claimed = store.claim_cluster(format!("c-{:016x}", rand::random::<u64>())).await;
+        let (cluster_id, lost) = match claimed {
+            Ok(id) => (id, None),
+            // What is there was a cluster's: its nodes know whose, and a person has to say so.
+            Err(CatalogError::Unclaimed { url, .. }) if is_of_a_cluster(&bucket).await? => {
+                (String::new(), Some(format!("{url} holds a cluster's objects, but its cluster.json is missing")))
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let (catalogs, odd) = match lost {
+            None => store.load_all_told().await?,
+            Some(_) => Default::default(),
+        };
 
         let settings =
             Settings { node_silence: config.node_silence, retention: config.retention, prices: config.prices };
         let cluster = Cluster::new(cluster_id.clone(), bucket, settings, shutdown.clone());
+        lost.into_iter().for_each(|why| cluster.lose(why));
+        cluster.note_odd_catalogs(odd);
         cluster.state().replace_after_us = Some(config.replace_after.as_micros() as u64).filter(|after| *after > 0);
         let loaded = catalogs.len();
         for catalog in catalogs {
@@ -124,6 +137,16 @@ impl Master {
         let supervisor = tokio::spawn(supervise(cluster, listener, shutdown));
         Ok(RunningMaster { listen, cluster_id, supervisor })
     }
+}
+
+/// Is there anything in the prefix that only a cluster writes?
+async fn is_of_a_cluster(bucket: &Bucket) -> Result<bool, BucketError> {
+    for folder in ["catalog/", "names/", "gc-term/", "data/"] {
+        if bucket.list(folder).await?.iter().any(|object| vasto_shipping::layout::is_known(&object.key)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), MasterError> {

@@ -14,7 +14,7 @@ use vasto_proto::v1::{self, command::Kind, master_server};
 
 use crate::admin;
 use crate::cluster::Cluster;
-use crate::{moves, shipped, upkeep};
+use crate::{moves, repair, shipped, upkeep};
 
 /// Serves people and clients.
 pub(crate) struct MasterService {
@@ -27,6 +27,17 @@ impl MasterService {
     /// Runs a call until it ends or the master stops; what it leaves undone is undone like after a
     /// crash.
     async fn run(&self, call: impl Future<Output = Result<String, VastoError>>) -> Reply {
+        self.found()?;
+        self.run_always(call).await
+    }
+
+    /// Only while it is known whose the bucket is.
+    fn found(&self) -> Result<(), Status> {
+        self.cluster.check_found().map_err(|error| status_of(&error))
+    }
+
+    /// The same for what is served also while it is not known whose the bucket is.
+    async fn run_always(&self, call: impl Future<Output = Result<String, VastoError>>) -> Reply {
         let stopping = || Err(VastoError::new(ErrorCode::Unavailable, "this master is stopping; try again"));
         // Boxed: some calls are large futures, and all of them are rare.
         let outcome = self.cluster.shutdown.run_until_cancelled(Box::pin(call)).await.unwrap_or_else(stopping);
@@ -49,6 +60,9 @@ impl master_server::Master for MasterService {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::Topology, Status>> + Send>>;
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        // Who has a topology keeps it until there is a newer one.
+        let lost = |error: VastoError| status_of(&VastoError { code: ErrorCode::Unavailable, ..error });
+        self.cluster.check_found().map_err(lost)?;
         let name = request.into_inner().keyspace;
         let mut topology = admin::find(&self.cluster.state(), &name).map_err(|error| status_of(&error))?.topology();
         topology.mark_changed();
@@ -69,10 +83,12 @@ impl master_server::Master for MasterService {
     }
 
     async fn list_keyspaces(&self, _: Request<v1::Empty>) -> Reply {
+        self.found()?;
         reply(Ok(admin::list(&self.cluster)))
     }
 
     async fn describe_keyspace(&self, request: Request<v1::KeyspaceRequest>) -> Reply {
+        self.found()?;
         reply(admin::describe(&self.cluster, &request.into_inner().name))
     }
 
@@ -105,11 +121,15 @@ impl master_server::Master for MasterService {
     }
 
     async fn check_bucket(&self, request: Request<v1::CheckBucketRequest>) -> Reply {
-        self.run(upkeep::check(&self.cluster, request.into_inner().deep)).await
+        self.run_always(upkeep::check(&self.cluster, request.into_inner().deep)).await
     }
 
     async fn collect_garbage(&self, request: Request<v1::CollectGarbageRequest>) -> Reply {
         self.run(upkeep::collect(&self.cluster, request.into_inner().dry_run)).await
+    }
+
+    async fn repair_bucket(&self, request: Request<v1::RepairBucketRequest>) -> Reply {
+        self.run_always(repair::repair(&self.cluster, request.into_inner().accept_loss)).await
     }
 
     async fn list_operations(&self, _: Request<v1::Empty>) -> Reply {

@@ -82,8 +82,13 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
     let Ok(Ok(Some(v1::NodeMessage { message: Some(node_message::Message::Hello(hello)) }))) = first else {
         return reject(&outbound, ErrorCode::InvalidArgument, "a session begins with Hello".into()).await;
     };
-    if let Err((code, reason)) = check(&hello, &cluster.cluster_id) {
-        tracing::warn!(node = %NodeId(hello.node_id), address = hello.address, reason, "refused a node");
+    let own = if cluster.is_lost() { hello.cluster_id.clone() } else { cluster.cluster_id() };
+    if let Err((code, reason)) = check(&hello, &own) {
+        let of_another = code == ErrorCode::FailedPrecondition && hello.cluster_id != own;
+        // It asks again every other second.
+        if !of_another || cluster.note_refused(NodeId(hello.node_id), &hello.cluster_id) {
+            tracing::warn!(node = %NodeId(hello.node_id), address = hello.address, reason, "refused a node");
+        }
         return reject(&outbound, code, reason).await;
     }
     let (session, replaced, wake) = match register(&cluster, &hello).await {
@@ -97,7 +102,7 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
     let mut registered = Registered { cluster: cluster.clone(), node, session, why: "its connection closed".into() };
     tracing::info!(%node, address = hello.address, zone = hello.zone, pid = hello.pid, "node registered");
 
-    let welcome = v1::Welcome { cluster_id: cluster.cluster_id.clone(), bucket_url: cluster.bucket.url().to_owned() };
+    let welcome = v1::Welcome { cluster_id: own, bucket_url: cluster.bucket.url().to_owned() };
     if send(&outbound, master_message::Message::Welcome(welcome)).await.is_err() {
         return;
     }
@@ -200,6 +205,11 @@ fn check(hello: &v1::Hello, cluster_id: &str) -> Result<(), (ErrorCode, String)>
             hello.cluster_id
         );
         return Err((ErrorCode::FailedPrecondition, reason));
+    }
+    if cluster_id.is_empty() {
+        let reason =
+            "this master does not know yet whose the bucket is, so no new node can join it; it has to be repaired";
+        return Err((ErrorCode::Unavailable, reason.into()));
     }
     if hello.node_id == 0 || hello.address.is_empty() {
         return Err((ErrorCode::InvalidArgument, "a node needs an id other than 0 and an address".into()));

@@ -3,6 +3,7 @@
 //! **Invariant:** "done" to [`ship_log`] means that the bucket holds everything that was acknowledged before,
 //! by any replica of the shard that was not named as absent.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::{join_all, try_join_all};
@@ -26,11 +27,11 @@ const HOLD_PATIENCE: Duration = Duration::from_secs(20);
 /// Between two looks at either.
 const LOOK: Duration = Duration::from_millis(10);
 
-/// Carries it out.
+/// Carries it out; answers catalogs when these were asked for.
 ///
 /// # Errors
 /// What could not be done, for the one who asked.
-pub async fn execute(manager: &Manager, command: &v1::Command) -> Result<(), String> {
+pub async fn execute(manager: &Manager, command: &v1::Command) -> Result<Vec<String>, String> {
     use v1::command::Kind;
     let keyspace = KeyspaceId(command.keyspace_id);
     match Kind::try_from(command.kind).unwrap_or_default() {
@@ -47,7 +48,21 @@ pub async fn execute(manager: &Manager, command: &v1::Command) -> Result<(), Str
                     Err(error) => return Err(error.to_string()),
                 }
             }
-            Ok(())
+            Ok(Vec::new())
+        }
+        Kind::ShipAnew => {
+            for ship in manager.shippers(keyspace) {
+                match ship.checkpoint_anew().await {
+                    Ok(_) | Err(ShipError::Filling) => {}
+                    Err(error) => return Err(error.to_string()),
+                }
+            }
+            Ok(Vec::new())
+        }
+        Kind::Catalogs => {
+            let known = manager.known_catalogs().await.map_err(|error| error.to_string())?;
+            let json = |catalog: &Arc<Catalog>| serde_json::to_string(&**catalog).map_err(|error| error.to_string());
+            known.iter().map(json).collect()
         }
         Kind::Compact => {
             let replicas = manager.context().core.replicas();
@@ -59,11 +74,11 @@ pub async fn execute(manager: &Manager, command: &v1::Command) -> Result<(), Str
                 };
                 blocking(work).await.map_err(|error| error.to_string())?;
             }
-            Ok(())
+            Ok(Vec::new())
         }
         Kind::ShipLog => {
             let all = command.replica_ids.iter().map(|id| ship_log(manager, command, ReplicaId(*id)));
-            try_join_all(all).await.map(drop)
+            try_join_all(all).await.map(|_| Vec::new())
         }
         Kind::Unspecified => Err("the command is not known to this version of the node".into()),
     }

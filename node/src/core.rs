@@ -157,6 +157,11 @@ impl NodeCore {
         self.catalogs.load().get(&keyspace).cloned()
     }
 
+    /// The last version known of every keyspace.
+    pub fn catalogs(&self) -> HashMap<KeyspaceId, Arc<Catalog>> {
+        HashMap::clone(&self.catalogs.load())
+    }
+
     /// Takes note of a version; false when it is not newer than the known one.
     pub fn set_catalog(&self, catalog: Arc<Catalog>) -> bool {
         let _guard = self.update.lock();

@@ -244,6 +244,25 @@ impl Manager {
         &self.context
     }
 
+    /// What keeps this node's shards from being shipped, in words.
+    pub fn shipping_trouble(&self) -> Option<String> {
+        self.context.pace.trouble()
+    }
+
+    /// The last versions of catalogs that this directory remembers, and those that this node has heard of.
+    pub async fn known_catalogs(&self) -> Result<Vec<Arc<Catalog>>, DirError> {
+        let dir = self.dir.clone();
+        let remembered = tokio::task::spawn_blocking(move || dir.lock().catalogs()).await;
+        let remembered = remembered.unwrap_or_else(|error| Err(DirError::CutOff(error.to_string())))?;
+        let mut newest = self.context.core.catalogs();
+        for catalog in remembered {
+            if newest.get(&catalog.keyspace).is_none_or(|known| known.version < catalog.version) {
+                newest.insert(catalog.keyspace, Arc::new(catalog));
+            }
+        }
+        Ok(newest.into_values().collect())
+    }
+
     /// Waits until each replica that the known catalogs place here is open or has failed. One that is
     /// being filled by a plan is not waited for.
     pub async fn opened(&self) {

@@ -29,7 +29,7 @@ use crate::flusher;
 use crate::host::HostContext;
 use crate::lease::Leases;
 use crate::manager::Manager;
-use crate::node_dir::{DirError, NodeDir, read_json};
+use crate::node_dir::{DirError, NodeDir, NodeIdentity, read_json};
 use crate::open_files;
 use crate::pause;
 use crate::replication::ReplicationService;
@@ -152,8 +152,7 @@ impl Node {
             node_id,
             max_replicas: config.max_replicas,
         };
-        let (first, joined) =
-            first_session(&session_config, &dir, identity.cluster_id.clone(), identity.bucket_url.clone()).await?;
+        let (first, joined) = first_session(&session_config, &dir, &identity, holds_replicas).await?;
         let bucket = Bucket::open(&joined.bucket_url, &config.bucket_options)?;
         let labels = [KeyValue::new("role", "node"), KeyValue::new("node", node_id.to_string())];
         vasto_shipping::metrics::observe(&bucket, &labels);
@@ -167,7 +166,7 @@ impl Node {
             });
         } else if first.is_some() {
             match look_at(&bucket).await {
-                Err(NodeError::Bucket(error @ BucketError::Unreachable { .. })) => {
+                Err(NodeError::Bucket(error @ (BucketError::Unreachable { .. } | BucketError::ClockSkewed { .. }))) => {
                     tracing::warn!(%error, "the bucket cannot be reached now; this node ships when it can");
                 }
                 looked => looked?,
@@ -228,8 +227,8 @@ impl Node {
 async fn first_session(
     config: &SessionConfig,
     dir: &Mutex<NodeDir>,
-    known_cluster: String,
-    known_bucket: String,
+    known: &NodeIdentity,
+    holds_replicas: bool,
 ) -> Result<(Option<Session>, Joined), NodeError> {
     let deadline = tokio::time::Instant::now() + FIRST_MASTER_WAIT;
     loop {
@@ -239,9 +238,12 @@ async fn first_session(
                 return Ok((Some(session), joined));
             }
             Err(error) if error.is_fatal() => return Err(error.into()),
-            Err(_) if !known_cluster.is_empty() => {
-                tracing::info!("the master is not reachable; serving from what this node remembers");
-                return Ok((None, Joined { cluster_id: known_cluster, bucket_url: known_bucket }));
+            // Nothing would be served: whoever starts it has named another cluster's master.
+            Err(error @ SessionError::OtherCluster(_)) if !holds_replicas => return Err(error.into()),
+            Err(error) if !known.cluster_id.is_empty() => {
+                tracing::info!(%error, "serving from what this node remembers");
+                let (cluster_id, bucket_url) = (known.cluster_id.clone(), known.bucket_url.clone());
+                return Ok((None, Joined { cluster_id, bucket_url }));
             }
             Err(error) if tokio::time::Instant::now() >= deadline => return Err(error.into()),
             Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,

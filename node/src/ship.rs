@@ -31,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use vasto_core::CatalogVersion;
 use vasto_core::ids::Lsn;
-use vasto_core::limits::{CHUNK_BYTES_MAX, SHIP_INSTEAD_AFTER};
+use vasto_core::limits::{CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, SHIP_INSTEAD_AFTER};
 use vasto_core::plan::PinnedManifest;
 use vasto_core::record::BandRange;
 use vasto_shipping::bucket::{Bucket, BucketError, Create};
@@ -99,6 +99,15 @@ pub enum ShipError {
     /// The upload stood still; what it uploaded first may be collected by now.
     #[error("the upload of a checkpoint took {} s, longer than garbage collection can be trusted to wait; it starts over", .0.as_secs())]
     Stalled(Duration),
+    /// The bucket has lost what this replica has put there.
+    #[error(
+        "object {0} is not in the bucket any more: what was shipped is shipped again; run `vasto bucket fsck` to see \
+         what else is missing, and `vasto bucket repair`"
+    )]
+    Lost(String),
+    /// The bucket has lost the catalog.
+    #[error("object {0} is not in the bucket any more; run `vasto bucket repair` to put the catalog back")]
+    NoCatalog(String),
     /// The shipper has ended.
     #[error("the node is stopping")]
     Stopped,
@@ -183,6 +192,11 @@ pub enum ShipRequest {
         /// Answers once the bucket covers it.
         done: oneshot::Sender<Result<(), ShipError>>,
     },
+    /// A checkpoint of now that trusts nothing that is in the bucket: all of it is uploaded.
+    Anew {
+        /// Answers with the manifest.
+        done: oneshot::Sender<Result<PinnedManifest, ShipError>>,
+    },
 }
 
 /// A handle to a replica's shipper.
@@ -206,6 +220,16 @@ impl ShipHandle {
         let (done, answer) = oneshot::channel();
         self.requests.send(ShipRequest::Log { done }).map_err(|_| ShipError::Stopped)?;
         answer.await.map_err(|_| ShipError::Stopped)?
+    }
+
+    /// Uploads everything again, when this replica ships; `None` when it does not.
+    pub async fn checkpoint_anew(&self) -> Result<Option<PinnedManifest>, ShipError> {
+        if !self.positions.ships.load(Ordering::Acquire) {
+            return Ok(None);
+        }
+        let (done, answer) = oneshot::channel();
+        self.requests.send(ShipRequest::Anew { done }).map_err(|_| ShipError::Stopped)?;
+        answer.await.map_err(|_| ShipError::Stopped)?.map(Some)
     }
 }
 
@@ -259,6 +283,14 @@ struct Shipper {
     began: Option<Instant>,
     /// It knows what others had shipped when it began.
     looked: bool,
+    /// Bytes of the next chunk, at most: less after attempts that failed, more after those that did not.
+    chunk_bytes: usize,
+    /// The next checkpoint trusts nothing that is in the bucket.
+    anew: bool,
+    /// Why the last checkpoint was not made.
+    checkpoint_trouble: Option<String>,
+    /// Outages of the bucket that had ended at the last failure.
+    outages_ended: u64,
 }
 
 /// Starts a shipper; it ends when `cancel` fires, after it has shipped what is due.
@@ -295,6 +327,10 @@ pub fn start(context: ShipContext, cancel: CancellationToken) -> (ShipHandle, im
             log_wanted: Vec::new(),
             began: None,
             looked: false,
+            chunk_bytes: CHUNK_BYTES_MAX,
+            anew: false,
+            checkpoint_trouble: None,
+            outages_ended: 0,
         };
         shipper.run(receiver, cancel).await;
     };
@@ -333,6 +369,11 @@ impl Shipper {
                             self.fail(&error);
                         }
                     }
+                    Some(ShipRequest::Anew { done }) => {
+                        self.distrust();
+                        self.wanted.push((None, done));
+                        self.make_what_is_wanted();
+                    }
                     None => break,
                 },
                 made = checkpoint::made(&mut self.making) => self.go_on(made).await,
@@ -345,6 +386,7 @@ impl Shipper {
                     }
                 }
                 _ = tick.tick() => {
+                    self.hurry_after_an_outage();
                     if Instant::now() >= self.not_before
                         && let Err(error) = self.ship_what_is_due().await
                     {
@@ -362,6 +404,7 @@ impl Shipper {
             goes_on = false;
         }
         while goes_on
+            && self.context.bucket.outage().is_none()
             && !self.context.replica.ranges().is_being_filled()
             && self.may_ship_chunks()
             && self.state.shipped_lsn < self.context.replica.settled_lsn()
@@ -374,10 +417,40 @@ impl Shipper {
         if let Err(error) = self.cover().await {
             tracing::warn!(%error, "the last writes that wait for the bucket are not confirmed");
         }
+        self.checkpoint_trouble = None;
+        self.note(None);
+    }
+
+    /// What keeps this shard from being shipped, for those who ask how the node is.
+    fn note(&self, trouble: Option<&ShipError>) {
+        let replica = &self.context.replica;
+        let trouble = trouble.map(ToString::to_string).or_else(|| self.checkpoint_trouble.clone());
+        self.context.pace.note((replica.keyspace, replica.shard), trouble);
+    }
+
+    /// What failed because nobody answered need not wait any longer when somebody does.
+    fn hurry_after_an_outage(&mut self) {
+        let ended = self.context.bucket.outages_ended();
+        if ended != self.outages_ended {
+            self.outages_ended = ended;
+            (self.not_before, self.pause) = (Instant::now(), TICK);
+            (self.checkpoint_not_before, self.checkpoint_pause) = (Instant::now(), TICK);
+        }
+    }
+
+    /// The next checkpoint uploads everything.
+    fn distrust(&mut self) {
+        self.anew = true;
+        self.uploaded.forget();
     }
 
     /// The next attempt is made a little later each time.
     fn fail(&mut self, error: &ShipError) {
+        self.note(Some(error));
+        if matches!(error, ShipError::Lost(_)) {
+            self.distrust();
+            self.begin_checkpoint();
+        }
         self.pause = (self.pause * 2).min(BACKOFF_MAX);
         self.not_before = Instant::now() + self.pause.mul_f64(rand::random_range(0.5..1.0));
         for (_, waiter) in self.log_wanted.drain(..) {
@@ -401,6 +474,7 @@ impl Shipper {
         }
         self.cover().await?;
         self.pause = TICK;
+        self.note(None);
         Ok(())
     }
 
@@ -409,7 +483,8 @@ impl Shipper {
         let replica = &self.context.replica;
         let waits_for_what_is_there =
             replica.bucket_acks().first().is_some_and(|first| first <= self.state.shipped_lsn);
-        if !waits_for_what_is_there {
+        // A chunk confirms nothing while what it builds on is being put back.
+        if !waits_for_what_is_there || self.is_anew() {
             self.ack_pause = ACK_SOON;
             return Ok(());
         }
@@ -419,8 +494,15 @@ impl Shipper {
             return Ok(());
         }
         let known = replica.version();
-        let next = CatalogVersion(known.0 + 1);
-        let overtaken = self.context.bucket.head(&layout::catalog_version(replica.keyspace, next)).await?.is_some();
+        let version = |n: u64| layout::catalog_version(replica.keyspace, CatalogVersion(n));
+        let (next, this) = (version(known.0 + 1), version(known.0));
+        let bucket = &self.context.bucket;
+        let (next, found) = tokio::try_join!(bucket.head(&next), bucket.head(&this))?;
+        // Whoever looks for the data finds it by the catalog.
+        if next.is_none() && found.is_none() {
+            return Err(ShipError::NoCatalog(this));
+        }
+        let overtaken = next.is_some();
         if overtaken || replica.version() != known || replica.view().role == Role::Detached {
             self.ack_pause = ACK_FENCED;
             return Ok(());
@@ -433,6 +515,7 @@ impl Shipper {
     async fn ship_what_is_due(&mut self) -> Result<(), ShipError> {
         self.ship_log().await?;
         self.pause = TICK;
+        self.note(None);
         Ok(())
     }
 
@@ -491,6 +574,9 @@ impl Shipper {
             }
             return Ok(()); // it may be begun again, under the same names
         }
+        if self.anew {
+            self.begin_checkpoint();
+        }
         let settled = replica.settled_lsn();
         if settled > self.state.shipped_lsn {
             let since = *self.dirty_since.get_or_insert_with(Instant::now);
@@ -547,22 +633,38 @@ impl Shipper {
 
     /// Ships the next chunk, nothing of it behind `limit`.
     async fn ship_chunk(&mut self, limit: Lsn) -> Result<(), ShipError> {
-        let replica = &self.context.replica;
+        let replica = self.context.replica.clone();
         let after = self.state.shipped_lsn;
         let settled = replica.settled_lsn().min(limit);
         if self.is_fixing() {
             return Ok(()); // the chunk would reach into what the checkpoint does not hold
         }
-        let log = replica.log().clone();
-        let records = blocking(move || log.reader(after)?.next_batch(CHUNK_BYTES_MAX)).await?;
-        let mut body = Vec::new();
+        let (log, bytes_max) = (replica.log().clone(), self.chunk_bytes);
+        if settled <= after {
+            return Ok(());
+        }
+        // Twice: as records and as the object.
+        let memory = 2 * log.bytes_after(after).min(bytes_max as u64);
+        let pace = self.context.pace.clone();
+        let _turn = pace.log_turn(memory).await.ok_or(ShipError::Stopped)?;
+        if let Some(previous) = self.state.previous.clone().filter(|_| self.positions.for_acks.load(Ordering::Acquire))
+            && self.context.bucket.head(&previous).await?.is_none()
+        {
+            self.state.previous = None;
+            // The checkpoint that puts everything back takes the log up to it along.
+            if !self.making.as_ref().is_some_and(Making::is_anew) {
+                return Err(ShipError::Lost(previous));
+            }
+        }
+        let records = blocking(move || log.reader(after)?.next_batch(bytes_max)).await?;
+        let mut body = Vec::with_capacity(records.iter().map(|(_, bytes)| bytes.len()).sum());
         let mut last = after;
-        for (lsn, bytes) in &records {
-            if *lsn > settled {
+        for (lsn, bytes) in records {
+            if lsn > settled {
                 break;
             }
-            body.extend_from_slice(bytes);
-            last = *lsn;
+            body.extend_from_slice(&bytes);
+            last = lsn;
         }
         if last == after {
             return Ok(());
@@ -577,15 +679,28 @@ impl Shipper {
             records: body,
         };
         let key = layout::chunk(replica.keyspace, replica.shard, replica.id, after.next());
-        if let Create::Exists(found) = self.context.bucket.create(&key, chunk.encode()).await? {
-            // Shipped before a crash that came before ship.json: the same records, perhaps fewer or more.
-            let found = Chunk::decode(&found).map_err(|_| ShipError::Foreign(key.clone()))?;
-            let common = found.records.len().min(chunk.records.len());
-            if found.replica != chunk.replica || found.records[..common] != chunk.records[..common] {
-                return Err(ShipError::Foreign(key));
+        let encoded = chunk.encode();
+        drop(chunk);
+        match self.context.bucket.create(&key, encoded.clone()).await {
+            Ok(Create::Created) => {}
+            Ok(Create::Exists(found)) => {
+                // Shipped before a crash that came before ship.json, or by an attempt whose answer was lost: the
+                // same records, perhaps fewer or more.
+                let found = Chunk::decode(&found).map_err(|_| ShipError::Foreign(key.clone()))?;
+                let ours = Chunk::decode(&encoded).map_err(|_| ShipError::Foreign(key.clone()))?;
+                let common = found.records.len().min(ours.records.len());
+                if found.replica != ours.replica || found.records[..common] != ours.records[..common] {
+                    return Err(ShipError::Foreign(key));
+                }
+                last = found.last_lsn;
             }
-            last = found.last_lsn;
+            Err(error) => {
+                // What takes too long as a whole may go in parts.
+                self.chunk_bytes = (self.chunk_bytes / 2).max(CHUNK_BYTES_MIN);
+                return Err(error.into());
+            }
         }
+        self.chunk_bytes = (self.chunk_bytes * 2).min(CHUNK_BYTES_MAX);
         self.state.shipped_lsn = last;
         self.state.previous = Some(key);
         self.state.chunks += 1;

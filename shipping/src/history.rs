@@ -209,10 +209,7 @@ pub async fn newest_base(
 /// True when a log goes on at this chunk behind what another replica of the shard has shipped: what lies
 /// before it need not be in the same folder.
 pub fn goes_on_behind_another(chunk: &Chunk) -> bool {
-    let before = chunk.previous.as_deref().and_then(layout::parse_shipped);
-    before.is_some_and(|(owner, _)| {
-        (owner.keyspace, owner.shard) == (chunk.keyspace, chunk.shard) && owner.replica != chunk.replica
-    })
+    chunk.says().behind_another
 }
 
 /// [`goes_on_behind_another`] of the first chunk in a folder.

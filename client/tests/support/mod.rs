@@ -552,6 +552,7 @@ json_calls! {
     empty_node(v1::EmptyNodeRequest);
     check_bucket(v1::CheckBucketRequest);
     collect_garbage(v1::CollectGarbageRequest);
+    repair_bucket(v1::RepairBucketRequest);
     list_keyspaces(v1::Empty);
     describe_keyspace(v1::KeyspaceRequest);
     delete_keyspace(v1::KeyspaceRequest);

@@ -82,12 +82,18 @@ impl Session {
 
     pub async fn report(&self, replicas: Vec<ReplicaReport>) {
         let replicas = replicas.iter().map(|report| serde_json::to_string(report).unwrap()).collect();
-        let report = v1::Report { replicas, disk_used: 1 << 40, disk_free: 1 << 40, bucket: None, sent_ms: 0 };
+        let report = v1::Report { replicas, disk_used: 1 << 40, disk_free: 1 << 40, ..v1::Report::default() };
         self.send(node_message::Message::Report(report)).await;
     }
 
+    /// Carries out a command that asks for catalogs.
+    pub async fn names_catalogs(&self, id: u64, catalogs: &[&Catalog]) {
+        let catalogs = catalogs.iter().map(|catalog| serde_json::to_string(catalog).unwrap()).collect();
+        self.send(node_message::Message::Done(v1::CommandDone { id, catalogs, ..v1::CommandDone::default() })).await;
+    }
+
     pub async fn done(&self, id: u64, error: &str) {
-        self.send(node_message::Message::Done(v1::CommandDone { id, error: error.into() })).await;
+        self.send(node_message::Message::Done(v1::CommandDone { id, error: error.into(), catalogs: Vec::new() })).await;
     }
 
     async fn send(&self, message: node_message::Message) {
