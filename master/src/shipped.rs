@@ -20,7 +20,7 @@ use vasto_proto::v1::{self, command::Kind};
 use crate::admin::find;
 use crate::cluster::Cluster;
 use crate::document;
-use crate::state::{Keyspace, State};
+use crate::state::{Done, Keyspace, State};
 
 /// The nodes have so long to ship what they hold.
 const SHIP_PATIENCE: Duration = Duration::from_secs(60);
@@ -102,7 +102,7 @@ fn may_come(state: &State, catalog: &Catalog, mono_us: u64) -> bool {
     nodes.any(|node| state.presence(node, mono_us) == Presence::Away)
 }
 
-type Waiting = Vec<(NodeId, oneshot::Receiver<Result<(), String>>)>;
+type Waiting = Vec<(NodeId, oneshot::Receiver<Done>)>;
 
 /// Sends the command to those who do it.
 async fn send(cluster: &Cluster, name: &str, kind: Kind) -> Result<(Chosen, Waiting), VastoError> {
@@ -147,7 +147,7 @@ async fn done(waiting: Waiting) -> Result<Vec<NodeId>, Undone> {
     let mut nodes = Vec::new();
     for (node, done) in waiting {
         match done.await {
-            Ok(Ok(())) => nodes.push(node),
+            Ok(Ok(_)) => nodes.push(node),
             Ok(Err(reason)) => {
                 return Err(Undone::Failed(error(
                     ErrorCode::Unavailable,
