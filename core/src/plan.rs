@@ -253,6 +253,8 @@ pub struct ReplicationReport {
     pub too_old: bool,
     /// Its log is at the cap because this member does not read it.
     pub evict: Option<ReplicaId>,
+    /// It has failed for want of disk or descriptors, a moment ago: it may open again by itself.
+    pub passing: bool,
 }
 
 /// A durable seal.
