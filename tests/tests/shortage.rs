@@ -1,6 +1,8 @@
 //! Shortages that pass: a disk that is full for a while, descriptors that run out for a while. Whoever asks is told
 //! so, and nothing has to be restarted.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -134,7 +136,7 @@ async fn a_full_disk_is_told_and_passes_by_itself() -> Result<()> {
 
 /// Sets the limit of open files of a running process.
 fn limit_files(pid: u32, files: u64) -> Result<()> {
-    let set = Command::new("prlimit").args([&format!("--nofile={files}"), "--pid", &pid.to_string()]).status()?;
+    let set = Command::new("prlimit").arg(format!("--nofile={files}")).arg("--pid").arg(pid.to_string()).status()?;
     ensure!(set.success(), "the limit could not be set");
     Ok(())
 }
