@@ -156,7 +156,7 @@ pub struct KeyspaceName {
 pub struct KeyspaceCreate {
     /// A name: a to z first, then a to z, 0 to 9, _ and -, at most 63 in all
     pub name: String,
-    /// Shards: 1 to 64, then 72, 80 … 128, 144 … 4096
+    /// Shards: 1 to 64
     #[arg(long, default_value_t = 1)]
     pub shards: u32,
     /// Copies of each shard, on distinct nodes

@@ -20,12 +20,13 @@ use vasto_proto::v1::reply::Result as Reply;
 use vasto_proto::v1::request::Op;
 
 use crate::connection::Answer;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, closed};
 use crate::node::Node;
 use crate::retry::{
     Action, Budget, Failure, Fewer, Situation, decide, fewer_may_do, give_up, maybe_applied, with_jitter,
 };
 use crate::route::{ReadFrom, Routing, Source, Table, group_by_shard};
+use crate::tuning::DEADLINE_MAX;
 
 /// How far an operation is.
 #[derive(Clone)]
@@ -48,7 +49,7 @@ pub(crate) struct Progress {
 impl Progress {
     /// An operation that begins now and has `time`.
     pub fn new(write: bool, time: Duration) -> Self {
-        let deadline = Instant::now() + time;
+        let deadline = Instant::now() + time.min(DEADLINE_MAX);
         Self {
             write,
             deadline,
@@ -121,8 +122,17 @@ impl Executor {
         (self.client_id, self.sequence.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// The table in force, unless the keyspace is gone.
+    /// The table in force, unless the keyspace is gone or the client was closed.
     pub fn table(&self, progress: &Progress) -> Result<Arc<Table>, Error> {
+        if self.routing.closed().is_cancelled() {
+            return Err(match progress.maybe_applied {
+                true => Error::new(
+                    ErrorKind::Unknown,
+                    "this client was closed before the reply came: the write may or may not have taken effect",
+                ),
+                false => closed(),
+            });
+        }
         let table = self.routing.table();
         if table.topology.active {
             return Ok(table);
@@ -233,8 +243,8 @@ impl Executor {
         let strict = progress.from == ReadFrom::Primary;
         let result = self.attempt_at(table, shard, node, progress.deadline, op, bytes, strict).await;
         result.map_err(|failed| {
-            let refused =
-                matches!(failed.failure, Failure::Refused { code: ErrorCode::NotPrimary | ErrorCode::CatchingUp, .. });
+            let unable = [ErrorCode::NotPrimary, ErrorCode::CatchingUp, ErrorCode::NoSpace];
+            let refused = matches!(failed.failure, Failure::Refused { code, .. } if unable.contains(&code));
             let out_of_service = refused.then(|| node.clone());
             Failed { elsewhere: table.has_other(shard, node, but), out_of_service, ..failed }
         })
@@ -263,9 +273,11 @@ impl Executor {
         };
         let impatient = table.topology.routes(shard).len() > 1;
         let connect_by = if impatient { deadline.min(Instant::now() + ATTEMPT_PATIENCE) } else { deadline };
-        let connection = match node.connection(connect_by).await {
-            Ok(connection) => connection,
-            Err(message) => {
+        let connecting = self.routing.closed().run_until_cancelled(node.connection(connect_by)).await;
+        let connection = match connecting {
+            Some(Ok(connection)) => connection,
+            None => return Err(Failed::new(Failure::Unreachable, "this client was closed")),
+            Some(Err(message)) => {
                 node.suspect(probe());
                 return Err(Failed::new(Failure::Unreachable, message));
             }
@@ -383,8 +395,9 @@ impl Executor {
                         self.routing.newer_than(table.generation).await
                     }
                 };
-                // Either way the next attempt finds out.
-                let _ = tokio::time::timeout(pause, news).await;
+                // In each case the next attempt finds out.
+                let waiting = tokio::time::timeout(pause, news);
+                let _ = self.routing.closed().run_until_cancelled(waiting).await;
                 if Instant::now() < progress.deadline {
                     return Ok(());
                 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use vasto_core::ids::{ReplicaId, ShardId};
 use vasto_core::topology::Topology;
 
@@ -178,6 +179,11 @@ impl Routing {
     pub fn new(topology: Topology, pool: Arc<Pool>) -> Self {
         let table = Table::new(topology, 1, &pool);
         Self { table: ArcSwap::from_pointee(table), generation: watch::Sender::new(1), changing: Mutex::new(()), pool }
+    }
+
+    /// Cancelled when the client is closed.
+    pub fn closed(&self) -> &CancellationToken {
+        self.pool.closed()
     }
 
     /// The table in force.

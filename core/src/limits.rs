@@ -27,6 +27,9 @@ pub const SCAN_PAGE_ROWS_MAX: usize = 10_000;
 pub const SCAN_PAGE_EXAMINED_MAX: usize = 50_000;
 /// And after this time, when they come from a slow disk: readers are few, and everybody's.
 pub const SCAN_PAGE_TIME: Duration = Duration::from_millis(100);
+/// Most shards that a keyspace is created with. The formats reach further, and growing does not yet: who
+/// began with more could never add one.
+pub const SHARDS_SERVED_MAX: u32 = 64;
 /// Longest keyspace name (it becomes part of an object name).
 pub const KEYSPACE_NAME_MAX: usize = 63;
 /// Most replicas of a shard.
@@ -50,6 +53,13 @@ pub const WRITE_QUEUE_BYTES_MAX: usize = 64 * MIB;
 pub const MESSAGE_BYTES_MAX: usize = 32 * MIB;
 /// Bytes of requests that one connection may have in flight at a node.
 pub const CONNECTION_BYTES_MAX: usize = 64 * MIB;
+/// Bytes of requests that all connections of a node may have in flight together.
+pub const NODE_REQUEST_BYTES_MAX: usize = 512 * MIB;
+/// Bytes of replies that wait for slow readers, all connections of a node together: above it only a connection for
+/// which none waits gets another request begun.
+pub const NODE_REPLY_BYTES_MAX: usize = 256 * MIB;
+/// While a node is over one of these budgets, a connection whose peer has taken no reply for so long is ended.
+pub const REPLY_STALL_MAX: Duration = Duration::from_secs(10);
 /// Requests outside a stream that a node answers at a time: they have no budget of bytes, and each
 /// may be a batch with its reply.
 pub const UNARY_REQUESTS_MAX: usize = 64;
@@ -59,6 +69,17 @@ pub const NODE_REPLICAS_MAX: usize = 256;
 pub const TABLES_OPEN_MAX: usize = 4_096;
 /// ... and at least: fewer, and every read opens a file.
 pub const TABLES_OPEN_MIN: usize = 64;
+/// A node whose disk has less free than a fiftieth, between these bounds, refuses clients' writes: what is left
+/// belongs to flushes, compactions and what is written already, which without it would fail halfway.
+pub const DISK_LOW_BYTES_MIN: u64 = 16 * MIB as u64;
+/// See [`DISK_LOW_BYTES_MIN`].
+pub const DISK_LOW_BYTES_MAX: u64 = 1024 * MIB as u64;
+/// A replica that was closed for want of disk or descriptors is not opened again sooner after it failed.
+pub const REOPEN_AFTER: Duration = Duration::from_secs(1);
+/// And at the longest, however often that has failed.
+pub const REOPEN_AFTER_MAX: Duration = Duration::from_secs(30);
+/// A replica that is closed for want of something for longer is replaced like any other that has failed.
+pub const PASSING_MAX: Duration = Duration::from_secs(60);
 /// A binlog file is closed and a new one begun at this size.
 pub const BINLOG_FILE_BYTES: u64 = 64 * MIB as u64;
 /// Most bytes of log a replica keeps. At the cap the bucket's cover is given up first.
@@ -100,6 +121,11 @@ pub const SHIPPED_READ_BYTES_MAX: u64 = 256 * MIB as u64;
 pub const CLOCK_AHEAD_TRUSTED: Duration = Duration::from_secs(5);
 /// Event times further ahead of the clock than this are refused when a client sends them.
 pub const MAX_CLOCK_AHEAD: Duration = Duration::from_secs(60);
+/// Longest time to live, of a value and of a keyspace's default: a thousand years, far from any overflow of
+/// the clock.
+pub const TTL_MS_MAX: u64 = 1_000 * 365 * 86_400_000;
+/// Longest quarantine and longest tombstone grace: ten years.
+pub const KEPT_MS_MAX: u64 = 10 * 365 * 86_400_000;
 /// Deletes are remembered at least this long before collection may forget them.
 pub const TOMBSTONE_GRACE: Duration = Duration::from_secs(24 * 3600);
 /// How long a moved range stays on its old shard, unserved, before it is removed.
@@ -132,6 +158,9 @@ pub const SEAL_TIMEOUT: Duration = Duration::from_secs(1);
 pub const TAIL_LAG_LSNS_MAX: u64 = 64;
 /// Drains, then exits: the whole of a SIGTERM.
 pub const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
+/// What is left of a connection to the master after this much of its stop is closed: what was asked has been
+/// answered, and a peer that says nothing must not hold up the stop.
+pub const MASTER_DRAIN: Duration = Duration::from_secs(1);
 /// How often unsynced log of `os` acknowledgements is synced in the background.
 pub const OS_SYNC_INTERVAL: Duration = Duration::from_millis(200);
 /// A replica that was opened waits this long for its peers to say what they hold; those that are
@@ -192,6 +221,12 @@ pub const RESULTS_MAX: usize = 100_000;
 pub const PULL_FRAME_BYTES: usize = MIB;
 /// Data connections that a node takes; each may hold [`CONNECTION_BYTES_MAX`].
 pub const CONNECTIONS_MAX: usize = 4_096;
+/// Connections that a master takes: a session a node and a few of each client.
+pub const MASTER_CONNECTIONS_MAX: usize = 8_192;
+/// A peer that connects to a server and says nothing for so long is closed.
+pub const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(5);
+/// After a connection that could not be accepted, for want of descriptors for example.
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Between two uploads of log chunks of a replica that has something to ship.
 pub const SHIP_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -222,8 +257,8 @@ pub enum LimitError {
     /// Zero is reserved.
     #[error("the event time 0 is reserved; leave it out to have the time stamped by the server")]
     EventTimeZero,
-    /// A TTL of zero, or one that overflows the clock.
-    #[error("the time to live of {0} s is not usable; it must be at least 1 ms and end before the year 584000")]
+    /// A TTL of zero, or see [`TTL_MS_MAX`].
+    #[error("the time to live of {0} s is not usable; it must be at least 1 ms and at most {days} days", days = TTL_MS_MAX / 86_400_000)]
     BadTtl(u64),
 }
 
@@ -239,6 +274,11 @@ pub fn check_key(key: &[u8]) -> Result<(), LimitError> {
 /// Checks a value.
 pub fn check_value(value: &[u8]) -> Result<(), LimitError> {
     if value.len() > VALUE_BYTES_MAX { Err(LimitError::ValueTooLong(value.len())) } else { Ok(()) }
+}
+
+/// Checks a time to live.
+pub fn check_ttl_ms(ttl_ms: u64) -> Result<(), LimitError> {
+    if ttl_ms == 0 || ttl_ms > TTL_MS_MAX { Err(LimitError::BadTtl(ttl_ms / 1_000)) } else { Ok(()) }
 }
 
 /// Checks an event time that a client gave, against the clock.
@@ -294,5 +334,9 @@ mod tests {
         assert!(check_event_time(now + 60_000_001, now).is_err());
         assert!(check_event_time(u64::MAX, now).is_err());
         assert_eq!(check_event_time(0, now), Err(LimitError::EventTimeZero));
+        assert!(check_ttl_ms(1).is_ok() && check_ttl_ms(TTL_MS_MAX).is_ok());
+        assert_eq!(check_ttl_ms(0), Err(LimitError::BadTtl(0)));
+        let too_long = check_ttl_ms(TTL_MS_MAX + 1).unwrap_err().to_string();
+        assert!(too_long.contains("at most 365000 days"), "{too_long}");
     }
 }

@@ -167,7 +167,8 @@ pub fn advance_members(
             // What cannot catch up, or keeps others' logs from ending, leaves; what does not serve any
             // more does when a copy can take its place.
             let has_room = || (around.room)(catalog, shard.shard).is_some();
-            let failed = reports.get(&one.replica).is_some_and(ReplicaReport::has_failed) && has_room();
+            let for_good = |report: &ReplicaReport| report.has_failed() && !report.replication.passing;
+            let failed = reports.get(&one.replica).is_some_and(for_good) && has_room();
             let too_old = replication(one.replica).is_some_and(|report| report.too_old);
             let in_the_way = shard.replicas.iter().any(|other| {
                 other.replica != one.replica
@@ -505,6 +506,9 @@ mod tests {
         failed.get_mut(&ReplicaId(2)).unwrap().phase = ReplicaPhase::Failed("rot".into());
         let to_four = |_: &Catalog, _: ShardId| Some(NodeId(4));
         assert_eq!(next(&catalog(), &failed, HERE, NOWHERE), None, "nothing is gained by it");
+        failed.get_mut(&ReplicaId(2)).unwrap().replication.passing = true;
+        assert_eq!(next(&catalog(), &failed, HERE, to_four), None, "it may open again by itself");
+        failed.get_mut(&ReplicaId(2)).unwrap().replication.passing = false;
         let left = next(&catalog(), &failed, HERE, to_four).unwrap();
         assert_eq!((ids(&left), left.unsealed[0].replica), (vec![1, 3], ReplicaId(2)));
         let copying = next(&left, &failed, HERE, to_four).unwrap();

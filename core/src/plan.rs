@@ -262,6 +262,8 @@ pub struct ReplicationReport {
     /// For how long it has been serving in the place of the primary, milliseconds.
     #[serde(default)]
     pub acting_ms: u64,
+    /// It has failed for want of disk or descriptors, a moment ago: it may open again by itself.
+    pub passing: bool,
 }
 
 /// A durable seal.

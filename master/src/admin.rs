@@ -13,7 +13,9 @@ use vasto_core::band::check_shard_count;
 use vasto_core::catalog::{Ack, Catalog, KeyspaceSpec, KeyspaceState, Placed};
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId};
-use vasto_core::limits::{ADMIN_DEADLINE, HANDOVER_TIMEOUT, LimitError, REPLICAS_MAX, check_keyspace_name};
+use vasto_core::limits::{
+    ADMIN_DEADLINE, HANDOVER_TIMEOUT, KEPT_MS_MAX, REPLICAS_MAX, SHARDS_SERVED_MAX, check_keyspace_name, check_ttl_ms,
+};
 use vasto_core::members::heir;
 use vasto_core::plan::{ReplicaPhase, operation_id};
 use vasto_core::primaries::Presence;
@@ -36,8 +38,6 @@ const ANSWER_WITHIN: Duration = ADMIN_DEADLINE.saturating_sub(Duration::from_sec
 const SHIP_BEFORE_DELETE: Duration = Duration::from_secs(5);
 /// Names that a NotFound lists.
 const NAMES_LISTED: usize = 10;
-/// Longest quarantine and default time to live: ten years, far from any overflow of the clock.
-const DURATION_MS_MAX: u64 = 10 * 365 * 86_400_000;
 
 type Answer = Result<String, VastoError>;
 
@@ -65,6 +65,13 @@ pub(crate) fn find<'a>(state: &'a State, name: &str) -> Result<&'a Keyspace, Vas
 fn spec_of(request: &v1::CreateKeyspaceRequest) -> Result<KeyspaceSpec, VastoError> {
     check_keyspace_name(&request.name)?;
     let shards = check_shard_count(request.shards)?;
+    if shards > SHARDS_SERVED_MAX {
+        let message = format!(
+            "a keyspace of more than {SHARDS_SERVED_MAX} shards could not grow: growing above {SHARDS_SERVED_MAX} is not \
+             supported yet; use 1 to {SHARDS_SERVED_MAX}"
+        );
+        return Err(error(ErrorCode::FailedPrecondition, message));
+    }
     if request.replicas == 0 || request.replicas > REPLICAS_MAX {
         let message = format!("{} replicas are not possible; use 1 to {REPLICAS_MAX}", request.replicas);
         return Err(error(ErrorCode::InvalidArgument, message));
@@ -74,17 +81,16 @@ fn spec_of(request: &v1::CreateKeyspaceRequest) -> Result<KeyspaceSpec, VastoErr
         let message = "acknowledgement `replica` needs a second replica; use --replicas 2 or more, or --ack fsync";
         return Err(error(ErrorCode::FailedPrecondition, message));
     }
-    if let Some(ttl_ms) = request.ttl_ms.filter(|ms| *ms == 0 || *ms > DURATION_MS_MAX) {
-        return Err(LimitError::BadTtl(ttl_ms / 1000).into());
-    }
-    if let Some(grace_ms) = request.tombstone_grace_ms.filter(|ms| *ms < 1_000 || *ms > DURATION_MS_MAX) {
-        let message = format!("a tombstone grace of {grace_ms} ms is not possible; use 1 s to {DURATION_MS_MAX} ms");
+    request.ttl_ms.map_or(Ok(()), check_ttl_ms)?;
+    let most_days = KEPT_MS_MAX / 86_400_000;
+    if let Some(grace_ms) = request.tombstone_grace_ms.filter(|ms| *ms < 1_000 || *ms > KEPT_MS_MAX) {
+        let message = format!("a tombstone grace of {grace_ms} ms is not possible; use 1 s to {most_days} days");
         return Err(error(ErrorCode::InvalidArgument, message));
     }
     let defaults = KeyspaceSpec::default();
     let quarantine_ms = request.quarantine_ms.unwrap_or(defaults.quarantine_ms);
-    if quarantine_ms > DURATION_MS_MAX {
-        let message = format!("a quarantine of {quarantine_ms} ms is too long; at most {DURATION_MS_MAX} ms");
+    if quarantine_ms > KEPT_MS_MAX {
+        let message = format!("a quarantine of {quarantine_ms} ms is too long; at most {most_days} days");
         return Err(error(ErrorCode::InvalidArgument, message));
     }
     Ok(KeyspaceSpec {

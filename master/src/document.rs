@@ -58,6 +58,8 @@ struct ReplicaDoc {
     shipped_lsn: Option<Lsn>,
     lag_ms: Option<u64>,
     keys: Option<u64>,
+    /// The same number by its right name.
+    keys_estimate: Option<u64>,
     bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
@@ -75,6 +77,8 @@ pub(crate) struct KeyspaceSummary {
     state: KeyspaceState,
     version: CatalogVersion,
     keys: u64,
+    /// The same number by its right name.
+    keys_estimate: u64,
     bytes: u64,
     operation: Option<String>,
 }
@@ -249,6 +253,7 @@ fn replica(state: &State, report: Option<&ReplicaReport>, id: ReplicaId, node: N
         shipped_lsn: report.map(|report| report.shipped_lsn),
         lag_ms: report.map(|report| report.replication.lag_ms),
         keys: report.map(|report| report.keys),
+        keys_estimate: report.map(|report| report.keys),
         bytes: report.map(|report| report.bytes),
         reason,
     }
@@ -302,6 +307,7 @@ pub(crate) fn summary(known: &Keyspace) -> KeyspaceSummary {
         state: catalog.state,
         version: catalog.version,
         keys,
+        keys_estimate: keys,
         bytes,
         operation: catalog.plan.as_ref().map(|plan| operation_id(catalog.keyspace, plan.id)),
     }

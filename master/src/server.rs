@@ -11,8 +11,10 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::server::TcpIncoming;
-use vasto_core::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX, SHUTDOWN_DEADLINE};
+use vasto_core::limits::{
+    KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MASTER_CONNECTIONS_MAX, MASTER_DRAIN, MESSAGE_BYTES_MAX, SHUTDOWN_DEADLINE,
+};
+use vasto_proto::incoming::Incoming;
 use vasto_proto::v1::master_server::MasterServer;
 use vasto_proto::v1::membership_server::MembershipServer;
 use vasto_shipping::garbage::Retention;
@@ -174,7 +176,7 @@ async fn supervise(cluster: std::sync::Arc<Cluster>, listener: TcpListener, shut
             .add_service(master)
             .add_service(membership)
             .serve_with_incoming_shutdown(
-                TcpIncoming::from(listener).with_nodelay(Some(true)),
+                Incoming::new(listener, MASTER_CONNECTIONS_MAX),
                 shutdown.clone().cancelled_owned(),
             ),
     );
@@ -182,8 +184,8 @@ async fn supervise(cluster: std::sync::Arc<Cluster>, listener: TcpListener, shut
         // Both are ready when an idle server is asked to stop: that is no accident.
         biased;
         () = shutdown.cancelled() => {
-            if timeout(SHUTDOWN_DEADLINE, &mut serving).await.is_err() {
-                tracing::warn!("connections were still open at the deadline; closing them");
+            if timeout(MASTER_DRAIN, &mut serving).await.is_err() {
+                tracing::info!("peers that say nothing had connections open; closing them");
                 serving.abort();
             }
         }

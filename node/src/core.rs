@@ -4,7 +4,7 @@
 //! is sent away with `WrongEpoch` is told where to go.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
@@ -47,6 +47,12 @@ pub struct NodeCore {
     routes: ArcSwap<Routes>,
     catalogs: ArcSwap<HashMap<KeyspaceId, Arc<Catalog>>>,
     addresses: ArcSwap<HashMap<NodeId, NodeAddress>>,
+    /// Why the replica of a shard is not open.
+    not_open: ArcSwap<HashMap<(KeyspaceId, ShardId), String>>,
+    /// What is free is needed for what is written already.
+    disk_low: AtomicBool,
+    /// What somebody should know who sends work here.
+    trouble: watch::Sender<Option<String>>,
     update: Mutex<()>,
     changed: watch::Sender<u64>,
 }
@@ -68,6 +74,9 @@ impl NodeCore {
             routes: ArcSwap::default(),
             catalogs: ArcSwap::default(),
             addresses: ArcSwap::default(),
+            not_open: ArcSwap::default(),
+            disk_low: AtomicBool::new(false),
+            trouble: watch::Sender::new(None),
             update: Mutex::new(()),
             changed: watch::channel(0).0,
         }
@@ -215,6 +224,47 @@ impl NodeCore {
     pub fn is_the_only_one(&self, keyspace: KeyspaceId, shard: ShardId) -> bool {
         let catalogs = self.catalogs.load();
         catalogs.get(&keyspace).and_then(|catalog| catalog.shard(shard)).is_none_or(|one| one.replicas.len() < 2)
+    }
+
+    /// Why the replica of the shard is not open here, if an attempt has failed.
+    pub fn not_open(&self, keyspace: KeyspaceId, shard: ShardId) -> Option<String> {
+        self.not_open.load().get(&(keyspace, shard)).cloned()
+    }
+
+    /// Notes why the replica of a shard is not open, or that it is to be tried again.
+    pub fn set_not_open(&self, keyspace: KeyspaceId, shard: ShardId, reason: Option<String>) {
+        let _one_at_a_time = self.update.lock();
+        let mut next = HashMap::clone(&self.not_open.load());
+        match reason {
+            Some(reason) => drop(next.insert((keyspace, shard), reason)),
+            None => drop(next.remove(&(keyspace, shard))),
+        }
+        self.not_open.store(Arc::new(next));
+        self.bump();
+    }
+
+    /// True while clients' writes are refused for want of disk.
+    pub fn is_disk_low(&self) -> bool {
+        self.disk_low.load(Ordering::Relaxed)
+    }
+
+    /// Refuses clients' writes for want of disk, or takes them again.
+    pub fn set_disk_low(&self, low: bool) {
+        self.disk_low.store(low, Ordering::Relaxed);
+    }
+
+    /// What keeps the node from doing all of its work; nothing when all is well.
+    pub fn trouble(&self) -> watch::Receiver<Option<String>> {
+        self.trouble.subscribe()
+    }
+
+    /// Tells it.
+    pub fn set_trouble(&self, trouble: Option<String>) {
+        self.trouble.send_if_modified(|told| {
+            let news = *told != trouble;
+            *told = trouble;
+            news
+        });
     }
 
     /// Changes of anything above.

@@ -38,6 +38,7 @@ use crate::grow::{Build, fresh_progress};
 use crate::past::{self, Candidate, Candidates, Without};
 use crate::replica::authority::Standing;
 use crate::replica::job::{Control, ReplicaError, Role};
+use crate::replica::size::SizeVersion;
 use crate::replica::{OpenOptions, Replica, database_dir};
 use crate::replication::duties::Duties;
 use crate::replication::peers::Peers;
@@ -53,6 +54,8 @@ const HOUSEKEEPING: Duration = Duration::from_millis(100);
 
 /// The reported size of a replica is at most this old.
 const SIZE_AGE: Duration = Duration::from_millis(400);
+/// And this old while nothing is written: then only compactions change it.
+const IDLE_SIZE_AGE: Duration = Duration::from_secs(20);
 
 /// A node that stops waits this long for the bucket to take the last chunks.
 const LAST_CHUNK_PATIENCE: Duration = Duration::from_secs(5);
@@ -120,6 +123,8 @@ impl Told {
 struct KnownSize {
     at: Instant,
     manifest: Lsn,
+    /// What it depends on but for the background work of RocksDB.
+    version: SizeVersion,
     keys_and_bytes: (u64, u64),
 }
 
@@ -211,12 +216,28 @@ impl Host {
         let mut size = self.size.lock();
         match *size {
             Some(known) if known.manifest == manifest && known.at.elapsed() < SIZE_AGE => known.keys_and_bytes,
+            Some(known)
+                if known.manifest == manifest
+                    && known.version == replica.size_version()
+                    && known.at.elapsed() < IDLE_SIZE_AGE =>
+            {
+                known.keys_and_bytes
+            }
             _ => {
+                let version = replica.size_version();
                 let keys_and_bytes = replica.size();
-                *size = Some(KnownSize { at: Instant::now(), manifest, keys_and_bytes });
+                *size = Some(KnownSize { at: Instant::now(), manifest, version, keys_and_bytes });
                 keys_and_bytes
             }
         }
+    }
+
+    /// Why it does not serve, if it does not.
+    pub fn failure(&self, core: &NodeCore) -> Option<String> {
+        if let Some(ReplicaPhase::Failed(reason)) = &self.told.lock().phase {
+            return Some(reason.clone());
+        }
+        core.replica(self.tenant.keyspace, self.tenant.replica)?.closed()
     }
 
     /// What the master should know.
@@ -300,9 +321,12 @@ impl Runner {
                     reason,
                     "the replica does not open"
                 );
-                self.told.lock().phase = Some(ReplicaPhase::Failed(reason));
-                self.context.core.report.notify_one();
+                self.told.lock().phase = Some(ReplicaPhase::Failed(reason.clone()));
+                let (core, tenant) = (&self.context.core, &self.tenant);
+                core.set_not_open(tenant.keyspace, tenant.shard, Some(reason));
+                core.report.notify_one();
                 self.cancel.cancelled().await;
+                core.set_not_open(tenant.keyspace, tenant.shard, None);
                 return;
             }
         };
@@ -545,6 +569,7 @@ impl Runner {
         }
     }
 
+    #[tracing::instrument(name = "open a replica", skip_all, fields(keyspace = self.tenant.keyspace.0, shard = self.tenant.shard.0))]
     async fn open_local(&self, catalog: &Catalog) -> Result<Replica, String> {
         let tenant = self.tenant.clone();
         let (engines, clock) = (self.context.engines.clone(), self.context.clock.clone());

@@ -3,9 +3,11 @@
 
 pub mod binlog;
 pub mod bootstrap;
+mod caretaker;
 pub mod clock;
 pub mod command;
 pub mod core;
+mod counting;
 pub mod data;
 pub mod engine;
 pub mod flusher;
@@ -23,6 +25,7 @@ pub mod replica;
 pub mod replication;
 pub mod session;
 pub mod ship;
+mod shortage;
 pub mod tail;
 
 pub use engine::EngineBudget;

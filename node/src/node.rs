@@ -8,21 +8,23 @@ use std::time::Duration;
 use opentelemetry::KeyValue;
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use vasto_core::ids::NodeId;
 use vasto_core::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX};
 use vasto_core::topology::NodeAddress;
+use vasto_proto::incoming::Incoming;
 use vasto_proto::v1::data_server::DataServer;
 use vasto_proto::v1::replication_server::ReplicationServer;
 use vasto_shipping::bucket::{Bucket, BucketError, BucketOptions};
 use vasto_shipping::{RetryBudget, layout};
 
+use crate::caretaker;
 use crate::clock::{SharedClock, SystemClock};
 use crate::core::NodeCore;
+use crate::counting;
 use crate::data::DataService;
 use crate::engine::{EngineBudget, EngineShared};
 use crate::flusher;
@@ -117,6 +119,8 @@ pub struct RunningNode {
     pub listen: SocketAddr,
     /// Its cluster.
     pub cluster_id: String,
+    /// What keeps it from doing all of its work, as long as that lasts.
+    pub trouble: watch::Receiver<Option<String>>,
     task: JoinHandle<Result<(), NodeError>>,
 }
 
@@ -181,7 +185,8 @@ impl Node {
         let _ = core.leases.set(leases);
         let limit = open_files::raise();
         let tables_each = open_files::tables_each(limit, config.max_replicas);
-        tracing::info!(limit, tables_each, "open files");
+        let connections = open_files::connections(limit);
+        tracing::info!(limit, tables_each, connections, "open files");
         let engines = EngineShared::new(config.budget).with_tables_open(tables_each);
         let host_context = Arc::new(HostContext {
             core: core.clone(),
@@ -197,11 +202,21 @@ impl Node {
         let known: Option<Vec<(NodeId, String, String)>> = read_json(&config.dir.join(NODES_FILE)).unwrap_or_default();
         let known = known.unwrap_or_default().into_iter();
         core.set_addresses(known.map(|(id, address, zone)| (id, NodeAddress { address, zone })).collect());
-        let remembered = dir.lock().catalogs()?;
+        let (remembered, damaged) = dir.lock().catalogs()?;
+        for error in damaged {
+            tracing::error!(%error, "a keyspace's catalog version is not known until the master tells it");
+        }
         for catalog in remembered {
-            manager.obey(Arc::new(catalog), true).await?;
+            let catalog = Arc::new(catalog);
+            if let Err(error) = manager.obey(catalog.clone(), true).await {
+                // One keyspace's trouble is not the others'.
+                tracing::error!(%error, keyspace = catalog.keyspace.0, "a remembered catalog version cannot be obeyed yet");
+                let manager = manager.clone();
+                tokio::spawn(async move { manager.obey_at_last(catalog).await });
+            }
         }
         let opening = manager.clone();
+        let trouble = core.trouble();
         let task = tokio::spawn(serve(Running {
             core,
             engines,
@@ -211,6 +226,7 @@ impl Node {
             session_config,
             first,
             listener,
+            connections,
             data_dir: config.dir,
             shutdown: shutdown.clone(),
             leases_end,
@@ -220,7 +236,7 @@ impl Node {
         if let Some(Err(_)) = shutdown.run_until_cancelled(opened).await {
             tracing::warn!("some replicas are still being opened; they serve as soon as they are");
         }
-        Ok(RunningNode { node_id, listen, cluster_id: joined.cluster_id, task })
+        Ok(RunningNode { node_id, listen, cluster_id: joined.cluster_id, trouble, task })
     }
 }
 
@@ -268,25 +284,15 @@ struct Running {
     session_config: SessionConfig,
     first: Option<Session>,
     listener: TcpListener,
+    connections: usize,
     data_dir: PathBuf,
     shutdown: CancellationToken,
     leases_end: CancellationToken,
 }
 
 async fn serve(running: Running) -> Result<(), NodeError> {
-    let Running {
-        core,
-        engines,
-        manager,
-        bucket,
-        dir,
-        session_config,
-        first,
-        listener,
-        data_dir,
-        shutdown,
-        leases_end,
-    } = running;
+    let Running { core, engines, manager, bucket, dir, session_config, first, .. } = running;
+    let Running { listener, connections, data_dir, shutdown, leases_end, .. } = running;
     let stop_serving = CancellationToken::new();
     let data = DataServer::new(DataService::new(core.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -304,8 +310,7 @@ async fn serve(running: Running) -> Result<(), NodeError> {
     let server = tokio::spawn({
         let stop = stop_serving.clone();
         async move {
-            // The builder's own option does not reach sockets that are accepted here.
-            let serving = server.serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
+            let serving = server.serve_with_incoming(Incoming::new(listener, connections));
             tokio::select! {
                 () = stop.cancelled() => {}
                 result = serving => if let Err(error) = result {
@@ -315,9 +320,14 @@ async fn serve(running: Running) -> Result<(), NodeError> {
         }
     });
     let flusher = tokio::spawn(flusher::run(core.clone(), engines, stop_serving.clone()));
+    let caretaker = caretaker::run(core.clone(), manager.clone(), data_dir.clone(), stop_serving.clone());
+    let caretaker = tokio::spawn(caretaker);
+    let counting = tokio::spawn(counting::run(core.clone(), stop_serving.clone()));
     let watched = (core.clone(), stop_serving.clone());
+    let span = tracing::Span::current();
     // Ends with the service; a thread of its own, because tasks may all be busy.
     std::thread::spawn(move || {
+        let _named = span.entered();
         let (core, stop) = watched;
         let after_pause = |pause: Duration| {
             tracing::info!(ms = pause.as_millis() as u64, "the process stood still");
@@ -341,6 +351,8 @@ async fn serve(running: Running) -> Result<(), NodeError> {
     stop_serving.cancel();
     let _ = server.await;
     let _ = flusher.await;
+    let _ = counting.await;
+    let _ = caretaker.await;
     manager.stop().await;
     leases_end.cancel();
     session_cancel.cancel();

@@ -632,6 +632,7 @@ impl Shipper {
     }
 
     /// Ships the next chunk, nothing of it behind `limit`.
+    #[tracing::instrument(name = "ship a chunk", skip_all, fields(keyspace = self.context.replica.keyspace.0, shard = self.context.replica.shard.0))]
     async fn ship_chunk(&mut self, limit: Lsn) -> Result<(), ShipError> {
         let replica = self.context.replica.clone();
         let after = self.state.shipped_lsn;

@@ -37,6 +37,20 @@ pub(crate) struct Opened {
 pub(crate) type Environment<'a> = &'a mut dyn Iterator<Item = (OsString, OsString)>;
 
 impl Bucket {
+    /// Checks the form of a bucket's URL; nothing is opened or made.
+    ///
+    /// # Errors
+    /// [`BucketError::BadUrl`] with what is wrong.
+    pub fn check_url(url: &str) -> Result<(), BucketError> {
+        parse(url).map(|_| ())
+    }
+
+    /// The URL of a bucket in a local directory, whatever characters and bytes its path holds; nothing for a
+    /// path that is not absolute.
+    pub fn url_of_directory(path: &std::path::Path) -> Option<String> {
+        Url::from_file_path(path).ok().map(String::from)
+    }
+
     /// Opens a bucket as [`Bucket::open`] does, for S3 with these variables instead of the process's
     /// own: for several roles in one process, as tests have them.
     ///
@@ -51,7 +65,8 @@ impl Bucket {
     }
 }
 
-pub(crate) fn open(text: &str, options: &BucketOptions, environment: Environment<'_>) -> Result<Opened, BucketError> {
+/// The parts of a URL in which everything stands that its scheme needs.
+fn parse(text: &str) -> Result<Url, BucketError> {
     let bad = |reason: &str| BucketError::BadUrl { url: shown(text), reason: reason.to_owned() };
     let url = Url::parse(text).map_err(|error| bad(&error.to_string()))?;
     if !url.username().is_empty() || url.password().is_some() {
@@ -60,6 +75,18 @@ pub(crate) fn open(text: &str, options: &BucketOptions, environment: Environment
     if url.query().is_some() || url.fragment().is_some() {
         return Err(bad("it has a query or fragment, which mean nothing here"));
     }
+    let has_host = !url.host_str().unwrap_or_default().is_empty();
+    match url.scheme() {
+        "file" if url.to_file_path().is_err() => Err(bad("a local directory has three slashes and a full path")),
+        "s3" | "gs" | "az" if !has_host => Err(bad("it names no bucket")),
+        "file" | "memory" | "s3" | "gs" | "az" => Ok(url),
+        other => Err(bad(&format!("the scheme `{other}` is unknown"))),
+    }
+}
+
+pub(crate) fn open(text: &str, options: &BucketOptions, environment: Environment<'_>) -> Result<Opened, BucketError> {
+    let bad = |reason: &str| BucketError::BadUrl { url: shown(text), reason: reason.to_owned() };
+    let url = parse(text)?;
     let host = url.host_str().unwrap_or_default();
     let root = url.path().trim_matches('/').to_owned();
     let shown = text.trim_end_matches('/').to_owned();
@@ -71,7 +98,6 @@ pub(crate) fn open(text: &str, options: &BucketOptions, environment: Environment
             return Ok(Opened { store, url: shown, root: String::new(), source: Source::Local(path), learned });
         }
         "memory" => (memory(&shown), Source::Stream),
-        "s3" | "gs" | "az" if host.is_empty() => return Err(bad("it names no bucket")),
         "s3" => paged(s3(host, &shown, options, environment, &learned)?),
         "gs" => paged(gcs(host, &shown, options, &learned)?),
         "az" => paged(azure(host, &shown, options, &learned)?),

@@ -22,6 +22,7 @@ pub mod records;
 mod relay;
 pub mod replicas;
 mod s3;
+pub mod usage;
 mod verify;
 mod wait;
 pub mod wordnet;

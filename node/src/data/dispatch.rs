@@ -22,6 +22,7 @@ use crate::replica::Replica;
 use crate::replica::authority::Refusal;
 use crate::replica::job::{Number, Outcome, Role, Told, too_late};
 use crate::replica::read::{GetResult, KeyRef, ScanPage};
+use crate::shortage;
 
 /// When a request came.
 #[derive(Debug, Clone, Copy)]
@@ -82,6 +83,8 @@ enum Place {
     CatchingUp,
     /// It does not serve, but its shard has others that may.
     OutOfService(Option<String>),
+    /// The only one of its shard could not be opened.
+    Failed(String),
     NotYet,
     Elsewhere,
 }
@@ -108,8 +111,12 @@ fn place(core: &NodeCore, caller: Caller, shard: ShardId) -> Place {
             _ => Place::CatchingUp,
         },
         Some(_) => Place::NotYet,
-        None if placed() && !core.is_the_only_one(caller.keyspace, shard) => Place::OutOfService(None),
-        None if core.known_epoch(caller.keyspace) >= caller.epoch && !placed() => Place::Elsewhere,
+        None if placed() => match core.not_open(caller.keyspace, shard) {
+            why if !core.is_the_only_one(caller.keyspace, shard) => Place::OutOfService(why),
+            Some(why) => Place::Failed(why),
+            None => Place::NotYet,
+        },
+        None if core.known_epoch(caller.keyspace) >= caller.epoch => Place::Elsewhere,
         None => Place::NotYet,
     }
 }
@@ -168,6 +175,7 @@ fn settled(place: Place) -> Option<Result<(Replica, Option<u64>), VastoError>> {
         Place::Elsewhere => Some(Err(not_here())),
         Place::CatchingUp => Some(Err(catching_up())),
         Place::OutOfService(why) => Some(Err(out_of_service(why))),
+        Place::Failed(why) => Some(Err(failed(&why))),
         Place::NotYet | Place::Waiting | Place::Probing(_) => None,
     }
 }
@@ -257,6 +265,19 @@ fn out_of_service(why: Option<String>) -> VastoError {
     VastoError::new(ErrorCode::NotPrimary, message).retry_after_ms(20)
 }
 
+/// Nobody else has the shard.
+fn failed(why: &str) -> VastoError {
+    let code = if shortage::told_by(why).is_some() { ErrorCode::NoSpace } else { ErrorCode::Unavailable };
+    VastoError::new(code, format!("the replica could not be opened: {why}")).retry_after_ms(500)
+}
+
+/// What is free on the disk is needed for what is written already.
+fn disk_is_low() -> VastoError {
+    let message =
+        "no space left on the disk of the node but its reserve, so it takes no writes; free some space, or add a node";
+    VastoError::new(ErrorCode::NoSpace, message).retry_after_ms(1_000)
+}
+
 fn not_here() -> VastoError {
     VastoError::new(ErrorCode::WrongEpoch, "this node does not hold the shard; fetch the topology and go to its owner")
 }
@@ -270,6 +291,7 @@ fn execute(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, op: Op, sink
             Ok(keys) => return execute_get(core, caller, replica, keys, sink),
             Err(error) => Err(error),
         },
+        Op::Write(_) if core.is_disk_low() => Err(disk_is_low()),
         Op::Write(write) => {
             let Some(catalog) = core.catalog(caller.keyspace) else {
                 return sink.fail(core, caller.id, caller.keyspace, caller.epoch, &not_here());
@@ -362,6 +384,7 @@ fn scan_page(scan: v1::ScanRequest) -> Result<ScanPage, VastoError> {
     Ok(ScanPage {
         prefix: scan.prefix,
         after: scan.after,
+        after_partition_hash: scan.after_partition_hash,
         partition_hash: scan.partition_hash,
         limit: scan.limit as usize,
         keys_only: scan.keys_only,
@@ -436,7 +459,7 @@ mod tests {
     }
 
     fn long_read() -> Result<Answer, VastoError> {
-        let row = v1::Row { key: vec![0; REPLY_BYTES].into(), value: None };
+        let row = v1::Row { key: vec![0; REPLY_BYTES].into(), ..v1::Row::default() };
         Ok(Answer::Scan(v1::ScanReply { rows: vec![row], ..v1::ScanReply::default() }))
     }
 
@@ -445,13 +468,13 @@ mod tests {
     #[tokio::test]
     async fn a_client_that_does_not_read_holds_one_queue_of_replies_and_no_reader() {
         let core = node();
-        let (queue, mut replies) = ReplyQueue::new();
+        let (queue, mut replies) = ReplyQueue::new(Arc::default());
         let asked = CONNECTION_BYTES_MAX / REPLY_BYTES + 16;
         for _ in 0..asked {
-            blocking(&core, caller(None), ReplySink::new(queue.clone(), None), long_read);
+            blocking(&core, caller(None), ReplySink::new(queue.clone(), Vec::new()), long_read);
         }
-        let (other, mut other_replies) = ReplyQueue::new();
-        blocking(&core, caller(None), ReplySink::new(other, None), long_read);
+        let (other, mut other_replies) = ReplyQueue::new(Arc::default());
+        blocking(&core, caller(None), ReplySink::new(other, Vec::new()), long_read);
         other_replies.recv().await.unwrap();
         let waiting = replies.len();
         assert!(waiting * REPLY_BYTES <= CONNECTION_BYTES_MAX + REPLY_BYTES, "{waiting} replies wait");
@@ -465,17 +488,17 @@ mod tests {
     #[tokio::test]
     async fn a_read_that_nobody_waits_for_any_more_is_not_begun() {
         let core = node();
-        let (queue, mut replies) = ReplyQueue::new();
+        let (queue, mut replies) = ReplyQueue::new(Arc::default());
         let (release, held) = oneshot::channel::<()>();
         let begun = Arc::new(AtomicU64::new(0));
         let first = move || {
             held.blocking_recv().unwrap();
             long_read()
         };
-        blocking(&core, caller(None), ReplySink::new(queue.clone(), None), first);
+        blocking(&core, caller(None), ReplySink::new(queue.clone(), Vec::new()), first);
         let until = since_boot() + Duration::from_millis(20);
         let count = begun.clone();
-        blocking(&core, caller(Some(until)), ReplySink::new(queue.clone(), None), move || {
+        blocking(&core, caller(Some(until)), ReplySink::new(queue.clone(), Vec::new()), move || {
             count.fetch_add(1, Ordering::Relaxed);
             long_read()
         });

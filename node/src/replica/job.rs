@@ -13,6 +13,7 @@ use vasto_core::{ErrorCode, VastoError};
 
 use super::authority::Authority;
 use crate::clock::since_boot;
+use crate::shortage;
 
 /// One operation of a write.
 #[derive(Debug, Clone)]
@@ -384,6 +385,7 @@ pub enum ReplicaError {
 impl From<ReplicaError> for VastoError {
     fn from(error: ReplicaError) -> Self {
         let code = match &error {
+            ReplicaError::Closed(reason) if shortage::told_by(reason).is_some() => ErrorCode::NoSpace,
             ReplicaError::Stopped | ReplicaError::Closed(_) => ErrorCode::Unavailable,
             ReplicaError::Refused(_) | ReplicaError::Gap { .. } => ErrorCode::FailedPrecondition,
             ReplicaError::Engine(_) => ErrorCode::Unavailable,

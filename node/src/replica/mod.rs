@@ -18,6 +18,7 @@ pub mod read;
 mod replicate;
 mod results;
 mod rmw;
+pub mod size;
 mod slots;
 mod stamp;
 pub mod state;
@@ -52,6 +53,7 @@ use followers::Followers;
 use job::{ApplyJob, Completion, Control, Job, Position, ReplicaError, ReplicateJob, Role, Told, WriteJob, WriteOp};
 use losses::Losses;
 use results::Results;
+use size::KeyCount;
 use state::{Head, Identity, Ranges};
 use writer::Writer;
 
@@ -196,6 +198,8 @@ pub struct Shared {
     pauses_us: Mutex<Vec<u64>>,
     /// How many results of read-modify-writes are stored.
     results: AtomicU64,
+    /// The last look at how many keys there are.
+    key_count: Mutex<Option<KeyCount>>,
     ended: AtomicBool,
     authority: Arc<Authority>,
     /// Boot time since which the writer waits for its disk, milliseconds; 0 while it does not.
@@ -356,6 +360,7 @@ impl Replica {
             changed,
             pauses_us: Mutex::default(),
             results: AtomicU64::new(0),
+            key_count: Mutex::default(),
             ended: AtomicBool::new(false),
             authority: Arc::default(),
             busy_since_ms: AtomicU64::new(0),
@@ -371,9 +376,11 @@ impl Replica {
         {
             writer.set_range(Epoch(0), version, range, state)?;
         }
+        let span = tracing::Span::current();
         let thread = std::thread::Builder::new()
             .name(format!("writer-{keyspace}-{shard}-{replica}"))
             .spawn(move || {
+                let _named = span.entered();
                 let _guard = CloseOnPanic(writer.shared.clone());
                 writer.run();
             })
@@ -471,18 +478,6 @@ impl Replica {
             shared.engine.close();
         };
         let _ = tokio::task::spawn_blocking(end).await;
-    }
-
-    /// `(estimated keys, bytes of SSTs)`.
-    pub fn size(&self) -> (u64, u64) {
-        let (keys, apart, bytes) = self.shared.engine.size();
-        // The memtables also hold the head and the vector entry that every unflushed record has written.
-        let unflushed = self.applied_lsn().0.saturating_sub(self.persisted_lsn().unwrap_or_default().0);
-        // Counted, not read: this is asked for with every report.
-        let origins = self.shared.vector.lock().len() as u64;
-        let metadata = META_ROWS + origins + self.shared.results.load(Ordering::Relaxed);
-        let among_data = metadata.saturating_sub(apart);
-        (keys.saturating_sub(unflushed * 2).saturating_sub(among_data), bytes)
     }
 
     /// The database.

@@ -21,6 +21,7 @@ mod scans;
 mod seals;
 mod service;
 mod shipping;
+mod size;
 mod support;
 mod ties;
 mod writes;

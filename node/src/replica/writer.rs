@@ -456,8 +456,8 @@ impl Writer {
     }
 
     pub(super) fn write_batch(&mut self, batch: Batch) -> Result<(), ReplicaError> {
-        if self.shared.engine.has_failed() {
-            return Err(self.close("the database could not write to its disk".into()));
+        if let Some(why) = self.shared.engine.failure() {
+            return Err(self.close(format!("the database could not write to its disk: {why}")));
         }
         let _waits = self.wait_for_disk();
         self.shared.engine.write(batch).map_err(|error| self.close(error.to_string()))?;

@@ -370,6 +370,8 @@ impl Duties {
             drained: state.last_lsn.is_some_and(|lsn| self.replica.followers().anybody_covers(lsn)),
             too_old: self.pullers.is_too_old(),
             evict: state.evict,
+            // The manager knows what a closed one waits for.
+            passing: false,
         }
     }
 }

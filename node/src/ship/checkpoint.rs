@@ -236,6 +236,7 @@ impl Shipper {
         Ok(())
     }
 
+    #[tracing::instrument(name = "publish a checkpoint", skip_all, fields(keyspace = self.context.replica.keyspace.0, shard = self.context.replica.shard.0))]
     async fn publish(
         &mut self,
         described: Described,
