@@ -352,7 +352,11 @@ impl Manager {
     pub async fn known_catalogs(&self) -> Result<Vec<Arc<Catalog>>, DirError> {
         let dir = self.dir.clone();
         let remembered = tokio::task::spawn_blocking(move || dir.lock().catalogs()).await;
-        let remembered = remembered.unwrap_or_else(|error| Err(DirError::CutOff(error.to_string())))?;
+        let (remembered, damaged) = remembered.unwrap_or_else(|error| Err(DirError::CutOff(error.to_string())))?;
+        // What cannot be read may be the only trace of a keyspace: whoever asks must not take this for everything.
+        if let Some(error) = damaged.into_iter().next() {
+            return Err(error);
+        }
         let mut newest = self.context.core.catalogs();
         for catalog in remembered {
             if newest.get(&catalog.keyspace).is_none_or(|known| known.version < catalog.version) {
