@@ -212,11 +212,11 @@ async fn lacks_any(cluster: &Cluster, known: &BTreeMap<KeyspaceId, Catalog>) -> 
 async fn all_have_reported(cluster: &Cluster, nodes: &BTreeSet<NodeId>) {
     let reported = |cluster: &Cluster| {
         let state = cluster.state();
-        let placed = state.active().flat_map(|known| {
+        let mut placed = state.active().flat_map(|known| {
             let replicas = known.catalog.placement.iter().flat_map(|shard| &shard.replicas);
             replicas.filter(|one| nodes.contains(&one.node)).map(|one| known.reports.contains_key(&one.replica))
         });
-        placed.fold(true, |all, one| all && one)
+        placed.all(|one| one)
     };
     let all = async {
         while !(nodes.is_subset(&live(cluster)) && reported(cluster)) {

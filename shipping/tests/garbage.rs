@@ -390,7 +390,7 @@ impl Dated {
     }
 
     /// An object of somebody else's, of a time that has not come.
-    fn from_the_future(&self, by: Duration) {
+    fn put_a_note_of_the_future(&self, by: Duration) {
         std::fs::write(self.path("notes.txt"), "not ours").unwrap();
         self.set("notes.txt", Self::now() + by);
     }
@@ -403,7 +403,7 @@ async fn one_object_of_the_future_ages_no_other() {
     let mut rig = Dated { dir: dated.dir, rig: dated.rig };
     rig.rig.three_checkpoints().await;
     let all = rig.rig.keys().await;
-    rig.from_the_future(72 * HOUR);
+    rig.put_a_note_of_the_future(72 * HOUR);
     for dry_run in [true, false] {
         let collected = collect(&rig.rig.bucket, Retention::default(), dry_run).await.unwrap();
         assert_eq!(collected.deleted, 0, "{collected:?}");
@@ -416,7 +416,7 @@ async fn one_object_of_the_future_ages_no_other() {
     let mut next = rig.rig.catalog.next(now_us(), 2);
     next.state = vasto_core::catalog::KeyspaceState::Deleted;
     rig.rig.write(next).await;
-    rig.from_the_future(8 * 24 * HOUR);
+    rig.put_a_note_of_the_future(8 * 24 * HOUR);
     let collected =
         collect(&rig.rig.bucket, Retention { min_age: Duration::ZERO, ..Retention::default() }, false).await;
     assert_eq!(collected.unwrap().keys, [rig.rig.sst(9)]);
@@ -494,7 +494,7 @@ async fn strangers_cost_a_word_each_and_nothing_else() {
     let staged = format!("{}#1", rig.rig.sst(77));
     std::fs::write(rig.path(&staged), vec![0; 1_000]).unwrap();
     let (loaded, odd) = rig.rig.store.load_all_told().await.unwrap();
-    assert_eq!(loaded, [rig.rig.catalog.clone()]);
+    assert_eq!(loaded, std::slice::from_ref(&rig.rig.catalog));
     assert_eq!(odd.len(), 2, "{odd:?}");
     let next = |id| Catalog::first(id, "other", KeyspaceSpec::default(), &[vec![NodeId(1)]], 1, 1);
     assert_eq!(rig.rig.store.create_keyspace(next).await.unwrap().keyspace, KeyspaceId(2));
