@@ -71,6 +71,8 @@ struct Rules {
     connect_after_evidence: bool,
     /// One's own promise to the excused one must have ended.
     own_promise_ended: bool,
+    /// That a granter has served is said until the claimant covers what it named.
+    served_until_covered: bool,
     /// A denied claimant stops before it says that it has.
     stop_before_release: bool,
     /// The writer looks at the authority, not only who admits the request.
@@ -104,6 +106,7 @@ const ALL: Rules = Rules {
     evidence: true,
     connect_after_evidence: true,
     own_promise_ended: true,
+    served_until_covered: true,
     stop_before_release: true,
     writer_checks: true,
     stamp_first: true,
@@ -529,7 +532,11 @@ impl Leases {
             let has = verdict != Verdict::Missing;
             if has {
                 for j in self.others(i) {
-                    state.peers[i][j].basis = self.known(state, i, j, state.nodes[i].had).1;
+                    let (known, basis) = self.known(state, i, j, state.nodes[i].had);
+                    state.peers[i][j].basis = basis;
+                    if matches!(known, Known::Granted { covered: true, .. }) {
+                        state.nodes[j].served = false;
+                    }
                 }
             }
             state.nodes[i].had = has;
@@ -641,7 +648,8 @@ impl Leases {
         let node = &mut state.nodes[granter];
         (node.promise, node.left, node.denying) = (claimant as u8, PROMISE, false);
         let (named, again) = (node.have, promise == claimant as u8);
-        let served = if again { state.peers[claimant][granter].served } else { std::mem::take(&mut node.served) };
+        let served = if again { state.peers[claimant][granter].served } else { node.served };
+        node.served &= self.rules.served_until_covered;
         let peer = &mut state.peers[claimant][granter];
         (peer.released, peer.served) = (false, served);
         if peer.back == Back::Denied {
@@ -1128,11 +1136,11 @@ const SIZES: [Size; 17] = [
     size(2, Ack::Fsync, AAR, NONE).stepwise(),
     size(2, Ack::Fsync, AR, NONE).late(),
     size(2, Ack::Fsync, AAR, PAUSE),
-    size(2, Ack::Replica, AAR, PAUSE),
+    size(2, Ack::Replica, AR, PAUSE),
     size(2, Ack::Fsync, AAR, ISOLATE),
-    size(2, Ack::Replica, AAR, ISOLATE),
+    size(2, Ack::Replica, AR, ISOLATE),
     size(2, Ack::Fsync, AR, ISOLATE).late(),
-    size(2, Ack::Replica, AAR, KILL),
+    size(2, Ack::Replica, AR, KILL),
     size(2, Ack::Fsync, AAR, STOP),
     size(2, Ack::Fsync, AR, Faults { pause: 2, ..NONE }),
     size(2, Ack::Fsync, AR, Faults { isolate: 2, ..NONE }),
@@ -1189,7 +1197,8 @@ const PLANTED: [Planted; 18] = [
     ("stop_when_covered", |rules| rules.stop_when_covered = false, size(2, Ack::Fsync, AR, STOP)),
     ("young_waits", |rules| rules.young_waits = false, size(2, Ack::Fsync, AR, KILL)),
 ];
-const PLANTED_TOO: [Planted; 3] = [
+const PLANTED_TOO: [Planted; 4] = [
+    ("served_until_covered", |rules| rules.served_until_covered = false, size(2, Ack::Fsync, AR, ISOLATE)),
     ("own_promise_ended", |rules| rules.own_promise_ended = false, size(2, Ack::Fsync, AR, ISOLATE)),
     ("heard_ends_excuse", |rules| rules.heard_ends_excuse = false, size(2, Ack::Fsync, AR, PAUSE)),
     ("came_after_silence", |rules| rules.came_after_silence = false, size(2, Ack::Fsync, AR, ISOLATE)),

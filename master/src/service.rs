@@ -38,11 +38,7 @@ impl MasterService {
     }
 
     /// The same for what is served also while it is not known whose the bucket is.
-    async fn run_always(
-        &self,
-        name: &'static str,
-        call: impl Future<Output = Result<String, VastoError>>,
-    ) -> Reply {
+    async fn run_always(&self, name: &'static str, call: impl Future<Output = Result<String, VastoError>>) -> Reply {
         // The span of traces; the sentence in a log is that of what the call does.
         let call = call.instrument(tracing::info_span!("call of the master", call = name));
         let stopping = || Err(VastoError::new(ErrorCode::Unavailable, "this master is stopping; try again"));

@@ -325,11 +325,7 @@ impl State {
     }
 
     /// Queues a command. `None`: the node is away, or has too many commands already.
-    pub(crate) fn send_command(
-        &mut self,
-        node: NodeId,
-        command: v1::Command,
-    ) -> Option<oneshot::Receiver<Done>> {
+    pub(crate) fn send_command(&mut self, node: NodeId, command: v1::Command) -> Option<oneshot::Receiver<Done>> {
         self.last_command += 1;
         let id = self.last_command;
         let session = self.nodes.get_mut(&node)?.session.as_mut()?;

@@ -330,7 +330,8 @@ async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessag
         let outage = context.bucket.outage();
         let outage = outage.map(|(since, why)| format!("the bucket has not answered for {} s: {why}", since.as_secs()));
         let bucket_trouble = outage.or_else(|| context.manager.shipping_trouble()).unwrap_or_default();
-        let report = v1::Report { replicas, disk_used, disk_free, bucket: Some(bucket), bucket_trouble, sent_ms: now_ms() };
+        let report =
+            v1::Report { replicas, disk_used, disk_free, bucket: Some(bucket), bucket_trouble, sent_ms: now_ms() };
         if to_master.send(v1::NodeMessage { message: Some(ToMaster::Report(report)) }).await.is_err() {
             return "the master is gone".into();
         }

@@ -134,7 +134,10 @@ impl Chunk {
             first_lsn: self.first_lsn,
             last_lsn: self.last_lsn,
             bytes: FRAMING_BYTES + previous + self.records.len() as u64,
-            behind_another: self.previous.as_deref().is_some_and(|key| is_behind_another(key, keyspace, shard, replica)),
+            behind_another: self
+                .previous
+                .as_deref()
+                .is_some_and(|key| is_behind_another(key, keyspace, shard, replica)),
         }
     }
 

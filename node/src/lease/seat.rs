@@ -54,6 +54,8 @@ pub(super) struct LastTerm {
     pub basis: Vec<(ReplicaId, Basis)>,
     /// It was given up: what follows is another one.
     pub closed: bool,
+    /// It rested on the silence of others alone, so each request waited for a probe.
+    pub probing: bool,
 }
 
 impl LastTerm {
@@ -179,7 +181,7 @@ impl Seat {
                 "this replica serves its shard"
             );
         }
-        self.term = LastTerm { number, basis, closed: false };
+        self.term = LastTerm { number, basis, closed: false, probing };
         (self.serving, self.served) = (true, true);
         let of = beliefs.iter().map(|belief| Arc::as_ptr(belief) as usize).collect();
         let acting = self.primary_version == 0;
