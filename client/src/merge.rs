@@ -236,6 +236,8 @@ mod tests {
         assert!(merge.page(0, page_up_to(&[3, 4], 3)).is_err());
         merge.page(0, page(&[5], true)).unwrap();
         assert!(merge.page(0, page(&[5], false)).is_err());
+        // Once, for other records of the key; then it would go on for ever.
+        merge.page(0, page_up_to(&[], 5)).unwrap();
         assert!(merge.page(0, page_up_to(&[], 5)).is_err());
     }
 

@@ -129,6 +129,9 @@ fn local(path: &std::path::Path, url: &str) -> Result<Arc<dyn ObjectStore>, Buck
         url: url.to_owned(),
         reason: format!("the directory {} cannot be used: {detail}; create it, or give another one", path.display()),
     };
+    if path.to_str().is_none() {
+        return Err(failed("its name is not UTF-8, which objects cannot be named under".into()));
+    }
     std::fs::create_dir_all(path).map_err(|error| failed(error.to_string()))?;
     let store = LocalFileSystem::new_with_prefix(path).map_err(|error| failed(error.to_string()))?;
     Ok(Arc::new(store.with_fsync(true)))

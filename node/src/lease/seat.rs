@@ -209,7 +209,7 @@ impl Seat {
 
     /// It does not serve.
     pub fn step_back(&mut self, elsewhere: bool) {
-        if self.serving {
+        if self.serving && self.term.number > 0 {
             tracing::info!(
                 keyspace = self.replica.keyspace.0,
                 shard = self.replica.shard.0,
