@@ -207,14 +207,15 @@ async fn a_node_refuses_a_directory_that_is_not_its_own() -> Result<()> {
     let args = ["serve", "node", "--dir", &data, "--master", &cluster.master()];
     refused(&args, &[], &[&data, "in use by another process"]).await?;
     ensure!(cluster.json(&["kv", "get", "ks", "k"]).await.is_ok(), "the refused start disturbed the running node");
-    cluster.stop_node(0).await?;
-    let before = files(&dir);
-
-    // The master serves another cluster.
-    let other = Cluster::builder().nodes(0).allow("refused a node").start().await?;
-    let args = ["serve", "node", "--dir", &data, "--master", &other.master()];
+    // The master serves another cluster, and this node holds nothing that somebody would miss.
+    let idle = cluster.add_node().await?;
+    cluster.stop_node(idle).await?;
+    let (idle, other) = (cluster.node_dir(idle), Cluster::builder().nodes(0).allow("refused a node").start().await?);
+    let before = files(&idle);
+    let args = ["serve", "node", "--dir", &idle.display().to_string(), "--master", &other.master()];
     refused(&args, &[], &["belongs to cluster", "--dir"]).await?;
-    ensure!(files(&dir) == before, "a refused start changed the directory");
+    ensure!(files(&idle) == before, "a refused start changed the directory");
+    cluster.stop_node(0).await?;
 
     // A newer version wrote it.
     let identity = dir.join("node.json");
