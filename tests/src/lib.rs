@@ -11,6 +11,7 @@ mod binary;
 mod catalog;
 mod cluster;
 mod history;
+pub mod linear;
 mod load;
 mod logs;
 pub mod netns;
