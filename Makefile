@@ -13,7 +13,7 @@ export VASTO_TEST_MOTO ?= $(HOME)/.cache/vasto/venv/bin/moto_server
 built := $(abspath $(CARGO_TARGET_DIR))/release
 selection := --release --workspace --locked
 
-.PHONY: help setup build demo test check bench
+.PHONY: help setup build demo test soak check bench
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,12 @@ test: ## the whole test suite
 	@scripts/setup.sh test
 	cargo nextest run $(selection)
 	cargo test --doc $(selection)
+
+soak: ## the same storms and histories for long instead of minutes
+	@scripts/setup.sh test
+	VASTO_LINEAR_SECONDS=240 VASTO_STORM_KILLS=200 VASTO_BUCKET_KILLS=150 \
+	cargo nextest run $(selection) --no-fail-fast --config-file .config/soak.toml \
+	    -E 'binary(linearizable) | binary(storm) | binary(bucket_kills)'
 
 check: ## formatting and lints
 	@scripts/setup.sh build

@@ -370,7 +370,7 @@ impl Executor {
             newer_topology: version(&now) > version(table),
             elsewhere: failed.elsewhere,
         };
-        progress.maybe_applied |= maybe_applied(failed.failure);
+        progress.maybe_applied |= progress.write && maybe_applied(failed.failure);
         let kind = match decide(failed.failure, situation) {
             Action::Now => return Ok(()),
             Action::After { paid: true, .. } if !self.budget.take() => give_up(failed.failure, situation),

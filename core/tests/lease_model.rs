@@ -15,8 +15,8 @@
 //! acknowledged before the read began is stale; an acknowledged element that was appended to a list which
 //! lacks such an element has undone it: a lost conditional write.
 //!
-//! **Invariant:** with all rules of [`Rules`] no state that can be reached is bad; without any one of them
-//! a bad one is reached, and the shortest way there is printed.
+//! **Invariant:** with all rules of [`Rules`] no state of two replicas that can be reached is bad; without any one of
+//! those that are planted a bad one is reached, and the shortest way there is printed.
 #![allow(clippy::unwrap_used)]
 
 use std::fmt::{self, Debug};
@@ -1132,7 +1132,7 @@ fn explore(model: Leases) -> (Option<String>, usize) {
     (found, checker.unique_state_count())
 }
 
-const SIZES: [Size; 17] = [
+const SIZES: [Size; 14] = [
     size(2, Ack::Fsync, AAR, NONE).stepwise(),
     size(2, Ack::Fsync, AR, NONE).late(),
     size(2, Ack::Fsync, AAR, PAUSE),
@@ -1147,9 +1147,6 @@ const SIZES: [Size; 17] = [
     size(2, Ack::Fsync, AR, Faults { pause: 1, ..KILL }),
     size(2, Ack::Fsync, AR, Faults { isolate: 1, ..KILL }),
     size(2, Ack::Fsync, AR, Faults { master_restart: 1, ..ISOLATE }),
-    size(3, Ack::Fsync, AR, STOP).still(),
-    size(3, Ack::Replica, AR, KILL).still(),
-    size(3, Ack::Replica, AR, DIES).stepwise().still(),
 ];
 
 #[test]
@@ -1165,7 +1162,7 @@ fn no_stale_read_and_no_lost_write_is_reached() {
 /// A rule, how it is taken out, and a size at which it is missed.
 type Planted = (&'static str, fn(&mut Rules), Size);
 
-const PLANTED: [Planted; 18] = [
+const PLANTED: [Planted; 15] = [
     ("leases", |rules| rules.leases = false, size(2, Ack::Fsync, AR, NONE)),
     ("exclusive", |rules| rules.exclusive = false, size(3, Ack::Fsync, AR, PAIR)),
     ("stop_before_grant", |rules| rules.stop_before_grant = false, size(2, Ack::Fsync, AR, NONE)),
@@ -1177,8 +1174,6 @@ const PLANTED: [Planted; 18] = [
         size(2, Ack::Fsync, AR, Faults { break_link: 1, ..NONE }),
     ),
     ("excuses_end", |rules| rules.excuses_end = false, size(2, Ack::Fsync, AR, Faults { pause: 1, ..KILL })),
-    ("own_gap", |rules| rules.own_gap = false, size(2, Ack::Fsync, AR, Faults { pause: 2, ..NONE })),
-    ("hung_is_connected", |rules| rules.hung_is_connected = false, size(2, Ack::Fsync, AR, ISOLATE)),
     ("evidence", |rules| rules.evidence = false, size(2, Ack::Fsync, AR, ISOLATE)),
     (
         "connect_after_evidence",
@@ -1189,11 +1184,6 @@ const PLANTED: [Planted; 18] = [
     ("writer_checks", |rules| rules.writer_checks = false, size(2, Ack::Fsync, AAR, NONE).stepwise()),
     ("stamp_first", |rules| rules.stamp_first = false, size(2, Ack::Fsync, AAR, NONE).stepwise()),
     ("ack_in_term", |rules| rules.ack_in_term = false, size(2, Ack::Fsync, AAR, NONE).stepwise()),
-    (
-        "ack_when_taken_over",
-        |rules| rules.ack_when_taken_over = false,
-        size(3, Ack::Replica, AR, DIES).stepwise().still(),
-    ),
     ("stop_when_covered", |rules| rules.stop_when_covered = false, size(2, Ack::Fsync, AR, STOP)),
     ("young_waits", |rules| rules.young_waits = false, size(2, Ack::Fsync, AR, KILL)),
 ];

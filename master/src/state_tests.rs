@@ -64,7 +64,7 @@ fn kinds(messages: &[v1::MasterMessage]) -> Vec<&'static str> {
         Nodes(_) => "nodes",
         Keyspace(_) => "keyspace",
         Command(_) => "command",
-        Welcome(_) | Rejected(_) => "other",
+        Welcome(_) | Rejected(_) | Presence(_) => "other",
     };
     messages.iter().map(kind).collect()
 }

@@ -328,7 +328,7 @@ impl Pressure {
 }
 
 /// Rounds in which nothing happens but this pressure.
-async fn under(what: &str, cluster: Cluster, pressure: (u64, u64, u64)) -> Result<()> {
+async fn under(what: &str, mut cluster: Cluster, pressure: (u64, u64, u64)) -> Result<()> {
     let seed = seed();
     println!("{what}: VASTO_LINEAR_SEED={seed}");
     let mut numbers = Numbers::new(seed);
@@ -349,6 +349,10 @@ async fn under(what: &str, cluster: Cluster, pressure: (u64, u64, u64)) -> Resul
         tally.judge(Happens::Nothing, &workload);
     }
     println!("{} puts of load", load.end().await);
+    // What waits for such a disk takes longer to flush than a stop may last.
+    for node in 0..cluster.nodes() {
+        cluster.kill9_node(node).await?;
+    }
     cluster.finish().await?;
     tally.end(what, seed)
 }

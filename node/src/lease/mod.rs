@@ -58,7 +58,12 @@ impl Leases {
             }
         });
         let actor = Actor::new(core.clone(), events.clone(), receiver);
-        std::thread::Builder::new().name("leases".into()).spawn(move || runtime.block_on(actor.run(ended)))?;
+        // What it logs names the node where several share a process.
+        let span = tracing::Span::current();
+        std::thread::Builder::new().name("leases".into()).spawn(move || {
+            let _node = span.enter();
+            runtime.block_on(actor.run(ended));
+        })?;
         Ok(Self { events })
     }
 

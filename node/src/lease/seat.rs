@@ -54,6 +54,8 @@ pub(super) struct LastTerm {
     pub basis: Vec<(ReplicaId, Basis)>,
     /// It was given up: what follows is another one.
     pub closed: bool,
+    /// It rested on the silence of others alone, so each request waited for a probe.
+    pub probing: bool,
 }
 
 impl LastTerm {
@@ -179,7 +181,7 @@ impl Seat {
                 "this replica serves its shard"
             );
         }
-        self.term = LastTerm { number, basis, closed: false };
+        self.term = LastTerm { number, basis, closed: false, probing };
         (self.serving, self.served) = (true, true);
         let of = beliefs.iter().map(|belief| Arc::as_ptr(belief) as usize).collect();
         let acting = self.primary_version == 0;
@@ -207,7 +209,7 @@ impl Seat {
 
     /// It does not serve.
     pub fn step_back(&mut self, elsewhere: bool) {
-        if self.serving {
+        if self.serving && self.term.number > 0 {
             tracing::info!(
                 keyspace = self.replica.keyspace.0,
                 shard = self.replica.shard.0,

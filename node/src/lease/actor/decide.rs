@@ -1,0 +1,216 @@
+//! What becomes of one replica of this node: it serves, promises itself to another one, or waits.
+//!
+//! **Invariant:** a replica stops to serve before it says what it holds, and says that before it promises itself.
+
+use vasto_core::catalog::Placed;
+use vasto_core::lease::{Peer, Verdict, authority, best};
+use vasto_core::limits::LEASE_PROMISE;
+use vasto_proto::v1::lease_grant::State;
+
+use super::{Actor, Claimed, Event, Key, NAMING_TIMEOUT, ms};
+use crate::lease::seat::{Basis, Named, Promise, Seat};
+
+impl Actor {
+    pub(super) fn settle(&mut self, key: Key, now: u64) {
+        let Some(mut seat) = self.seats.remove(&key) else { return };
+        self.decide(key, &mut seat, now);
+        self.seats.insert(key, seat);
+    }
+
+    pub(super) fn decide(&mut self, key: Key, seat: &mut Seat, now: u64) {
+        let me = seat.replica.id;
+        seat.pending = false;
+        let settled_in = now.saturating_sub(self.began_ms) >= ms(LEASE_PROMISE);
+        let Some(my_order) =
+            seat.order.iter().position(|one| one.replica == me).filter(|_| settled_in || seat.order.len() == 1)
+        else {
+            // Not placed; or the process before this one may have promised something that is still believed.
+            seat.step_back(settled_in);
+            (seat.promise, seat.claim, seat.wants) = (None, None, false);
+            for incoming in self.incoming.values_mut() {
+                incoming.tell_absent(key);
+            }
+            return seat.handed_over();
+        };
+        if seat.promise.as_ref().is_some_and(|promise| !self.binds(key, promise, now)) {
+            seat.promise = None;
+        }
+        if seat.order.len() == 1 {
+            (seat.claim, seat.wants) = (None, false);
+            match seat.promise.clone() {
+                // Whoever was placed beside it may still believe in what was promised.
+                Some(promise) => {
+                    self.tell(promise.link, key, promise.holder, State::Denied, None);
+                    seat.step_back(true);
+                }
+                None => seat.stand_alone(),
+            }
+            return seat.handed_over();
+        }
+        let claims = self.claims(key, seat, now);
+        let server = claims.iter().find(|(_, _, one)| one.claim.serving).map(|(_, _, one)| one.replica);
+        let claim = seat.own_claim(server, now);
+        self.dirty |= claim != seat.claim;
+        seat.claim = claim;
+        let all = claims.iter().map(|(order, _, one)| (*order, one.claim)).chain(claim.map(|claim| (my_order, claim)));
+        let best = best(all);
+        let wants = best == Some(my_order);
+        self.dirty |= wants != seat.wants;
+        seat.wants = wants;
+        match best.filter(|order| *order != my_order) {
+            Some(order) => {
+                let to = claims.iter().find(|(at, _, _)| *at == order).copied();
+                if let Some((_, link, claimed)) = to {
+                    self.grant(key, seat, link, claimed, now);
+                }
+            }
+            None => {
+                // What it said when it was about to promise itself is out of date.
+                seat.turn += u64::from(seat.naming || seat.named.is_some());
+                (seat.naming, seat.named) = (false, None);
+                match (&seat.promise, wants) {
+                    (Some(promise), _) => {
+                        let fresh = self.is_fresh(promise.link, now);
+                        seat.step_back(fresh);
+                    }
+                    (None, true) => self.claim(key, seat, now),
+                    (None, false) => seat.step_back(false),
+                }
+            }
+        }
+        for (order, link, one) in &claims {
+            if best != Some(*order) {
+                self.tell(*link, key, one.replica, State::Denied, None);
+            }
+        }
+        let placed = |promise: &Promise| seat.order.iter().any(|one| one.replica == promise.holder);
+        if let Some(promise) = seat.promise.clone().filter(|promise| !placed(promise)) {
+            self.tell(promise.link, key, promise.holder, State::Denied, None);
+        }
+        if seat.stopping.is_some() && !seat.serving && !seat.naming && (claims.is_empty() || is_taken(seat, &claims)) {
+            seat.handed_over();
+        }
+    }
+
+    /// Promises the replica to another one, once it serves nothing any more.
+    pub(super) fn grant(&mut self, key: Key, seat: &mut Seat, link: u64, to: Claimed, now: u64) {
+        if let Some(promise) = &mut seat.promise {
+            let steady = promise.holder == to.replica && promise.link == link;
+            if steady && to.held_grant == promise.grant && to.covered {
+                // Only now is what was acknowledged here known to be held there.
+                seat.served = false;
+                if let Some(term) = promise.handed_term.take() {
+                    seat.replica.authority().handed_over(term);
+                }
+            }
+            if steady || promise.holder != to.replica {
+                // To another one it is promised once the holder has let go.
+                let fresh = self.is_fresh(promise.link, now);
+                return seat.step_back(fresh);
+            }
+        }
+        let Some(named) = seat.named.take() else {
+            if !seat.naming {
+                if seat.promise.is_none() {
+                    seat.begin_to_yield();
+                }
+                self.name(key, seat);
+            }
+            return;
+        };
+        self.grants += 1;
+        let grant = self.grants;
+        let number = self.incoming.get(&link).map_or(0, |one| one.number + 1);
+        // Authority lasted until everything was named: nobody else had it in between.
+        let lasted = named.complete && seat.replica.authority().holds(seat.term.number);
+        let handed_term = lasted.then_some(seat.term.number);
+        seat.promise = Some(Promise { holder: to.replica, link, grant, reply: number, handed_term });
+        let served = seat.served;
+        seat.step_back(true);
+        self.tell(link, key, to.replica, State::Granted, Some((grant, &named.vector, served)));
+    }
+
+    /// Asks the replica what it holds.
+    pub(super) fn name(&mut self, key: Key, seat: &mut Seat) {
+        seat.turn += 1;
+        seat.naming = true;
+        let (replica, turn, events) = (seat.replica.clone(), seat.turn, self.events.clone());
+        // Ends within NAMING_TIMEOUT.
+        tokio::spawn(async move {
+            let position = tokio::time::timeout(NAMING_TIMEOUT, replica.position()).await;
+            let named = match position {
+                Ok(Ok(position)) => Named { vector: position.vector, complete: true },
+                // Its writer stands still: what was acknowledged is applied and synced.
+                Ok(Err(_)) | Err(_) => Named { vector: replica.settled().vector, complete: false },
+            };
+            let _ = events.send(Event::Named { key, replica: replica.id, turn, named: Some(named) }).await;
+        });
+    }
+
+    /// Finds out whether this replica, whose claim is the best, has authority.
+    pub(super) fn claim(&mut self, key: Key, seat: &mut Seat, now: u64) {
+        let goes_on = seat.has_authority();
+        // What rested on nothing but silence does not excuse anybody who is heard again.
+        let had = goes_on && !seat.term.probing;
+        let me = seat.replica.id;
+        let others: Vec<Placed> = seat.order.iter().filter(|one| one.replica != me).copied().collect();
+        for placed in &others {
+            if let Some(said) = self.outgoing.get_mut(&placed.node).and_then(|one| one.grants.get_mut(&key))
+                && said.state == State::Granted
+                && !said.covered
+            {
+                said.covered = seat.replica.covers(&said.vector);
+                self.dirty |= said.covered;
+                seat.pending |= !said.covered;
+            }
+        }
+        let mut peers = Vec::with_capacity(others.len());
+        let mut basis = Vec::with_capacity(others.len());
+        for placed in &others {
+            let (peer, promise) = self.peer(key, seat, placed, had, now);
+            let link = self.outgoing.get(&placed.node);
+            let stands = match (peer, promise) {
+                (Peer::Granted { believed: true, covered: true, .. }, Some((grant, belief))) => {
+                    Basis::Granted { grant, belief }
+                }
+                (Peer::Silent { .. }, _) => Basis::Silent,
+                // Over a majority, silence that is about to end is still silence.
+                (Peer::Unsettled { excused: false }, _) => Basis::Silent,
+                (Peer::Granted { .. } | Peer::Absent { .. }, _) => {
+                    Basis::Excused(link.map(|link| link.believed.clone()).unwrap_or_default())
+                }
+                (Peer::Subdued, _) => Basis::Excused(self.subdued(key, placed).unwrap_or_default()),
+                _ => Basis::Excused(link.map(|link| link.excused.clone()).unwrap_or_default()),
+            };
+            peers.push(peer);
+            basis.push((placed.replica, stands));
+        }
+        match authority(&peers, had) {
+            Verdict::Missing => seat.step_back(false),
+            Verdict::Authority { by_master, probing } => {
+                let number = match goes_on || seat.term.goes_on(&basis) {
+                    true => seat.term.number,
+                    false => seat.term.number + 1,
+                };
+                let master = by_master.then(|| self.core.master_word());
+                if by_master {
+                    // Its word is needed often.
+                    self.core.report.notify_one();
+                }
+                seat.serve(number, basis, master, probing);
+                if probing && seat.replica.authority().wants_probe() && self.probing.insert(key) {
+                    self.probe(key, seat);
+                }
+                seat.pending |= probing;
+            }
+        }
+    }
+}
+
+/// Does the replica to which this one is promised serve, and hold everything?
+fn is_taken(seat: &Seat, claims: &[(usize, u64, Claimed)]) -> bool {
+    let Some(promise) = &seat.promise else { return false };
+    claims.iter().any(|(_, _, one)| {
+        one.replica == promise.holder && one.held_grant == promise.grant && one.covered && one.claim.serving
+    })
+}

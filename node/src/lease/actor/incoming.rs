@@ -1,0 +1,229 @@
+//! Incoming links: the claims of other nodes, and what they are told.
+//!
+//! **Invariant:** a heartbeat is answered after everything that it brings has been decided; what has ended is
+//! said before its echo.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
+
+use vasto_core::catalog::Placed;
+use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId, ShardId, Vector};
+use vasto_core::lease::Claim;
+use vasto_core::limits::{LEASE_BEAT, LEASE_EXCUSE, LEASE_PROMISE};
+use vasto_proto::convert::vector_to_wire;
+use vasto_proto::v1;
+use vasto_proto::v1::lease_grant::State;
+
+use super::{Actor, Claimed, Incoming, Key, ms};
+use crate::lease::link::Reach;
+use crate::lease::seat::{Promise, Seat};
+use crate::replica::authority::{Belief, now_ms};
+
+impl Actor {
+    /// Takes note of a heartbeat, decides what follows from it, and answers it.
+    pub(super) fn hear(&mut self, id: u64, request: v1::LeaseRequest, now: u64) {
+        let node = NodeId(request.node_id);
+        let Some(incoming) = self.incoming.get_mut(&id) else { return };
+        let first = incoming.process == 0;
+        if first {
+            (incoming.node, incoming.process) = (node, request.process);
+            let process = request.process;
+            // A new process knows nothing of what was promised to the one before it.
+            self.incoming.retain(|other, link| *other == id || link.node != node || link.process == process);
+            self.newest.insert(node, id);
+        }
+        let lapsed = {
+            let Some(incoming) = self.incoming.get_mut(&id) else { return };
+            now.saturating_sub(incoming.heard_ms) >= ms(LEASE_PROMISE)
+        };
+        let mut changed: BTreeSet<Key> = BTreeSet::new();
+        if lapsed {
+            // Its promises have ended, and what it was told of them is void.
+            for (key, seat) in &mut self.seats {
+                if seat.promise.as_ref().is_some_and(|promise| promise.link == id) {
+                    seat.promise = None;
+                    changed.insert(*key);
+                }
+            }
+        }
+        let Some(incoming) = self.incoming.get_mut(&id) else { return };
+        if lapsed {
+            // Said before the echo, which would renew what has ended.
+            for (key, (claimant, state, _)) in std::mem::take(&mut incoming.told) {
+                if state == State::Granted {
+                    incoming.news.push(v1::LeaseGrant {
+                        keyspace_id: key.0.0,
+                        shard: key.1.0,
+                        replica_id: claimant.0,
+                        state: State::Denied as i32,
+                        ..v1::LeaseGrant::default()
+                    });
+                }
+            }
+            changed.extend(incoming.claims.keys());
+        }
+        incoming.heard_ms = now;
+        incoming.sent_ms = request.sent_ms;
+        let seen_before = std::mem::replace(&mut incoming.seen_reply, request.seen_reply);
+        if !request.unchanged {
+            let before = std::mem::take(&mut incoming.claims);
+            changed.extend(before.keys());
+            for one in &request.claims {
+                let key = (KeyspaceId(one.keyspace_id), ShardId(one.shard));
+                let claimed = Claimed {
+                    replica: ReplicaId(one.replica_id),
+                    claim: Claim { able: one.able, primary_version: one.primary_version, serving: one.serving },
+                    held_grant: one.held_grant,
+                    covered: one.covered,
+                };
+                incoming.claims.insert(key, claimed);
+                changed.insert(key);
+            }
+            incoming.told.retain(|key, _| incoming.claims.contains_key(key));
+        } else if seen_before != request.seen_reply {
+            changed.extend(incoming.claims.keys());
+        }
+        if first || lapsed {
+            self.network_is_back(node, now);
+        }
+        if let Some(outgoing) = self.outgoing.get_mut(&node) {
+            outgoing.heard_ms = now;
+        }
+        for key in changed {
+            match self.seats.contains_key(&key) {
+                true => self.settle(key, now),
+                false => {
+                    if let Some(incoming) = self.incoming.get_mut(&id) {
+                        incoming.tell_absent(key);
+                    }
+                }
+            }
+        }
+        if let Some(incoming) = self.incoming.get_mut(&id) {
+            incoming.reply(self.process);
+        }
+    }
+
+    /// Sends what was decided outside of a heartbeat.
+    pub(super) fn flush(&mut self) {
+        let process = self.process;
+        for incoming in self.incoming.values_mut().filter(|one| one.open && !one.news.is_empty()) {
+            incoming.reply(process);
+        }
+    }
+
+    /// Links of a process that has ended promise and claim nothing any more.
+    pub(super) fn forget_the_dead(&mut self, node: NodeId) {
+        let dead = self.outgoing.get(&node).is_some_and(|one| one.beats.is_none() && one.reach == Some(Reach::Refused));
+        if dead {
+            self.incoming.retain(|_, link| link.node != node || link.open);
+            if self.newest.get(&node).is_some_and(|id| !self.incoming.contains_key(id)) {
+                self.newest.remove(&node);
+            }
+        }
+    }
+
+    /// The live claims of the others for a shard, with their place in the order and their link.
+    pub(super) fn claims(&self, key: Key, seat: &Seat, now: u64) -> Vec<(usize, u64, Claimed)> {
+        let others = seat.order.iter().enumerate().filter(|(_, one)| one.replica != seat.replica.id);
+        others
+            .filter_map(|(order, placed)| {
+                let id = *self.newest.get(&placed.node)?;
+                let link = self.incoming.get(&id).filter(|link| now < link.heard_ms + ms(LEASE_PROMISE))?;
+                let mut claimed = *link.claims.get(&key).filter(|one| one.replica == placed.replica)?;
+                // It reaches this node, but this node does not reach it, and clients will not either.
+                claimed.claim.able &= !self.is_out_of_reach(placed.node);
+                Some((order, id, claimed))
+            })
+            .collect()
+    }
+
+    pub(super) fn is_out_of_reach(&self, node: NodeId) -> bool {
+        self.outgoing.get(&node).is_some_and(|one| one.beats.is_none() && one.reach == Some(Reach::Unreachable))
+    }
+
+    /// Until when a replica that is out of reach cannot serve: it has taken note that its claim was denied here,
+    /// and does not take this node for silent while it is answered.
+    pub(super) fn subdued(&self, key: Key, placed: &Placed) -> Option<Belief> {
+        let id = self.newest.get(&placed.node)?;
+        let link = self.incoming.get(id).filter(|link| link.open && link.seen_reply >= link.denied)?;
+        let claimed = link.claims.get(&key).filter(|one| one.replica == placed.replica)?;
+        let denied = matches!(link.told.get(&key), Some((_, State::Denied, _)));
+        (denied && !claimed.claim.serving && claimed.held_grant == 0).then(|| link.subdued.clone())
+    }
+
+    /// Does a promise still bind?
+    pub(super) fn binds(&self, key: Key, promise: &Promise, now: u64) -> bool {
+        let Some(link) = self.incoming.get(&promise.link) else { return false };
+        if now >= link.heard_ms + ms(LEASE_PROMISE) {
+            return false;
+        }
+        let released = link.seen_reply >= promise.reply
+            && link.claims.get(&key).is_none_or(|one| one.replica != promise.holder || one.held_grant != promise.grant);
+        !released
+    }
+
+    /// Is the holder of a promise heard? One that may be silent is not named to clients: they would ask it in
+    /// vain, and this replica may serve in a moment.
+    pub(super) fn is_fresh(&self, link: u64, now: u64) -> bool {
+        self.incoming.get(&link).is_some_and(|link| now.saturating_sub(link.heard_ms) < ms(LEASE_BEAT) * 3)
+    }
+
+    /// Tells a claimant what became of its claim, unless it knows.
+    pub(super) fn tell(
+        &mut self,
+        link: u64,
+        key: Key,
+        claimant: ReplicaId,
+        state: State,
+        promise: Option<(u64, &Vector, bool)>,
+    ) {
+        let Some(incoming) = self.incoming.get_mut(&link) else { return };
+        let grant = promise.map_or(0, |(grant, _, _)| grant);
+        if incoming.told.insert(key, (claimant, state, grant)) == Some((claimant, state, grant)) {
+            return;
+        }
+        if state == State::Denied {
+            incoming.denied = incoming.number + 1;
+        }
+        incoming.news.push(v1::LeaseGrant {
+            keyspace_id: key.0.0,
+            shard: key.1.0,
+            replica_id: claimant.0,
+            state: state as i32,
+            grant,
+            vector: promise.map(|(_, vector, _)| vector_to_wire(vector)).unwrap_or_default(),
+            served: promise.is_some_and(|(_, _, served)| served),
+        });
+    }
+}
+
+impl Incoming {
+    pub(super) fn tell_absent(&mut self, key: Key) {
+        let Some(claimed) = self.claims.get(&key) else { return };
+        let told = (claimed.replica, State::Absent, 0);
+        if self.told.insert(key, told) == Some(told) {
+            return;
+        }
+        self.news.push(v1::LeaseGrant {
+            keyspace_id: key.0.0,
+            shard: key.1.0,
+            replica_id: claimed.replica.0,
+            state: State::Absent as i32,
+            ..v1::LeaseGrant::default()
+        });
+    }
+
+    /// Sends the echo of the last heartbeat, with what changed since the last reply.
+    pub(super) fn reply(&mut self, process: u64) {
+        let number = self.number + 1;
+        let reply = v1::LeaseReply { process, sent_ms: self.sent_ms, number, grants: self.news.clone() };
+        // A transport that is full is slow: what was not sent goes with the next reply.
+        if self.replies.try_send(Ok(reply)).is_ok() {
+            self.number = number;
+            self.news.clear();
+            // It cannot take this node for silent before then.
+            self.subdued.store(now_ms() + ms(LEASE_EXCUSE), Ordering::Release);
+        }
+    }
+}

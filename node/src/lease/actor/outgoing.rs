@@ -1,0 +1,295 @@
+//! Outgoing links: this node's claims, what became of them, and what is known of nodes that are silent.
+//!
+//! **Invariant:** how an attempt to connect ended counts for a bounded time from its beginning, and failures of before
+//! anybody was heard again count for nothing: this node was the one that was cut off.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use vasto_core::catalog::Placed;
+use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId, ShardId};
+use vasto_core::lease::Peer;
+use vasto_core::limits::{LEASE_BELIEF, LEASE_EXCUSE, LEASE_OPENING, LEASE_SILENCE};
+use vasto_proto::convert::vector_from_wire;
+use vasto_proto::v1;
+use vasto_proto::v1::lease_grant::State;
+
+use super::{Actor, Event, Granted, Key, Outgoing, ms};
+use crate::lease::link::{Link, News, Reach, reach};
+use crate::lease::seat::Seat;
+use crate::replica::authority::{Belief, now_ms};
+
+impl Actor {
+    /// Holds a link to each node that holds another replica of a shard of this one.
+    pub(super) fn connect(&mut self) {
+        let me = self.core.node_id;
+        let wanted: BTreeSet<NodeId> = self
+            .seats
+            .values()
+            .filter(|seat| seat.order.iter().any(|one| one.replica == seat.replica.id))
+            .flat_map(|seat| seat.order.iter().map(|one| one.node))
+            .filter(|node| *node != me)
+            .collect();
+        self.outgoing.retain(|node, outgoing| {
+            let keep = wanted.contains(node);
+            if !keep {
+                outgoing.cancel.cancel();
+            }
+            keep
+        });
+        for node in wanted {
+            if self.outgoing.contains_key(&node) {
+                continue;
+            }
+            let (cancel, reset) = (CancellationToken::new(), Arc::new(Notify::new()));
+            let took_ms: Arc<AtomicU64> = Arc::default();
+            let link = Link {
+                core: self.core.clone(),
+                node,
+                events: self.events.clone(),
+                reset: reset.clone(),
+                took_ms: took_ms.clone(),
+            };
+            // Ends with its token.
+            tokio::spawn(link.run(cancel.clone()));
+            let outgoing = Outgoing {
+                cancel,
+                reset,
+                took_ms,
+                beats: None,
+                reach: None,
+                cut: false,
+                heard_ms: now_ms(),
+                replied_ms: now_ms(),
+                believed: Arc::default(),
+                excused: Arc::default(),
+                tried_ms: 0,
+                grants: HashMap::new(),
+                seen_reply: 0,
+                sent: None,
+            };
+            self.outgoing.insert(node, outgoing);
+        }
+    }
+
+    /// Somebody is heard again who could not be reached: the attempts that have failed until now say nothing of
+    /// the others, because this node was the one that was cut off.
+    pub(super) fn network_is_back(&mut self, node: NodeId, now: u64) {
+        if self.outgoing.get(&node).is_none_or(|one| one.reach != Some(Reach::Unreachable)) {
+            return;
+        }
+        for outgoing in self.outgoing.values_mut().filter(|one| one.reach == Some(Reach::Unreachable)) {
+            (outgoing.reach, outgoing.heard_ms) = (None, now);
+        }
+    }
+
+    pub(super) fn reached(&mut self, node: NodeId, reach: Reach, began: u64, now: u64) {
+        if reach != Reach::Unreachable {
+            self.network_is_back(node, now);
+        }
+        let Some(outgoing) = self.outgoing.get_mut(&node) else { return };
+        if reach == Reach::Reachable && outgoing.reach == Some(Reach::Refused) {
+            // Its silence until now was another process's.
+            outgoing.heard_ms = now;
+        }
+        outgoing.cut |= reach != Reach::Reachable;
+        outgoing.tried_ms = began;
+        if reach != Reach::Unreachable {
+            outgoing.excused.fetch_max(began + ms(LEASE_EXCUSE), Ordering::AcqRel);
+        }
+        outgoing.reach = Some(reach);
+    }
+
+    pub(super) fn hear_of_link(&mut self, node: NodeId, news: News, now: u64) {
+        match news {
+            News::Reach(reach, began) => {
+                self.reached(node, reach, began, now);
+                self.forget_the_dead(node);
+            }
+            News::Up(beats) => {
+                let Some(outgoing) = self.outgoing.get_mut(&node) else { return };
+                outgoing.beats = Some(beats);
+                outgoing.replied_ms = now;
+                // Promises over the link before are believed as long as they were, and not longer.
+                outgoing.believed = Arc::default();
+                outgoing.grants.clear();
+                outgoing.seen_reply = 0;
+                outgoing.sent = None;
+                if std::mem::take(&mut outgoing.cut) {
+                    self.core.link_is_up(node);
+                }
+                self.dirty = true;
+            }
+            News::Lost => {
+                let Some(outgoing) = self.outgoing.get_mut(&node) else { return };
+                outgoing.beats = None;
+                outgoing.reach = None;
+            }
+            News::Reply(reply) => {
+                let keys = self.hear_reply(node, reply, now);
+                for key in keys {
+                    self.settle(key, now);
+                }
+                return;
+            }
+        }
+        self.settle_all_of(node, now);
+    }
+
+    /// Takes note of a reply; answers the shards for which it changes something.
+    pub(super) fn hear_reply(&mut self, node: NodeId, reply: v1::LeaseReply, now: u64) -> Vec<Key> {
+        let Some(outgoing) = self.outgoing.get_mut(&node) else { return Vec::new() };
+        let mut keys: Vec<Key> = Vec::new();
+        for grant in reply.grants {
+            let key = (KeyspaceId(grant.keyspace_id), ShardId(grant.shard));
+            let state = grant.state();
+            let before = outgoing.grants.get(&key).filter(|before| before.state == state);
+            let since_ms = before.map_or(now, |before| before.since_ms);
+            let granted = Granted {
+                claimant: ReplicaId(grant.replica_id),
+                state,
+                grant: grant.grant,
+                vector: vector_from_wire(&grant.vector),
+                served: grant.served,
+                covered: false,
+                since_ms,
+            };
+            outgoing.grants.insert(key, granted);
+            keys.push(key);
+        }
+        (outgoing.heard_ms, outgoing.replied_ms) = (now, now);
+        outgoing.seen_reply = outgoing.seen_reply.max(reply.number);
+        let was_believed = outgoing.believed.load(Ordering::Acquire) > now;
+        outgoing.believed.fetch_max(reply.sent_ms + ms(LEASE_BELIEF), Ordering::AcqRel);
+        if !was_believed {
+            keys.extend(outgoing.grants.keys());
+        }
+        self.dirty |= !keys.is_empty();
+        keys
+    }
+
+    /// Sends claims that changed, and heartbeats when they are due.
+    pub(super) fn beat(&mut self, due: bool, now: u64) {
+        self.dirty = false;
+        for (node, outgoing) in &mut self.outgoing {
+            let Some(beats) = &outgoing.beats else { continue };
+            let mut claims: Vec<v1::LeaseClaim> = self
+                .seats
+                .iter()
+                .filter(|(_, seat)| seat.order.iter().any(|one| one.node == *node))
+                .filter_map(|(key, seat)| {
+                    let claim = seat.claim?;
+                    let held = outgoing
+                        .grants
+                        .get(key)
+                        .filter(|one| seat.wants && one.state == State::Granted && one.claimant == seat.replica.id);
+                    Some(v1::LeaseClaim {
+                        keyspace_id: key.0.0,
+                        shard: key.1.0,
+                        replica_id: seat.replica.id.0,
+                        able: claim.able,
+                        primary_version: claim.primary_version,
+                        serving: claim.serving,
+                        held_grant: held.map_or(0, |one| one.grant),
+                        covered: held.is_some_and(|one| one.covered),
+                    })
+                })
+                .collect();
+            claims.sort_unstable_by_key(|one| (one.keyspace_id, one.shard));
+            let unchanged = outgoing.sent.as_ref() == Some(&claims);
+            if unchanged && !due {
+                continue;
+            }
+            let request = v1::LeaseRequest {
+                node_id: self.core.node_id.0,
+                process: self.process,
+                sent_ms: now,
+                seen_reply: outgoing.seen_reply,
+                unchanged,
+                claims: if unchanged { Vec::new() } else { claims.clone() },
+            };
+            // A transport that is full is slow: the next heartbeat says it all again.
+            if beats.try_send(request).is_ok() {
+                outgoing.sent = Some(claims);
+            }
+        }
+    }
+
+    /// What is known of a peer, and the promise on which that stands.
+    pub(super) fn peer(
+        &self,
+        key: Key,
+        seat: &Seat,
+        placed: &Placed,
+        had: bool,
+        now: u64,
+    ) -> (Peer, Option<(u64, Belief)>) {
+        let before = seat.term.promise_of(placed.replica).filter(|_| had);
+        let earlier = || match before.clone() {
+            Some((grant, belief)) => {
+                let believed = belief.load(Ordering::Acquire) > now;
+                (Peer::Granted { believed, covered: true, served: false }, Some((grant, belief)))
+            }
+            None => (Peer::Unsettled { excused: had && seat.term.excused(placed.replica) }, None),
+        };
+        let Some(outgoing) = self.outgoing.get(&placed.node) else { return earlier() };
+        if outgoing.beats.is_some() {
+            let said = outgoing.grants.get(&key).filter(|one| one.claimant == seat.replica.id);
+            let Some(said) = said else { return earlier() };
+            return match said.state {
+                State::Granted => {
+                    let believed = outgoing.believed.load(Ordering::Acquire) > now;
+                    let peer = Peer::Granted { believed, covered: said.covered, served: said.served };
+                    (peer, Some((said.grant, outgoing.believed.clone())))
+                }
+                State::Denied => (Peer::Denied, None),
+                State::Absent => (Peer::Absent { long: now.saturating_sub(said.since_ms) >= ms(LEASE_OPENING) }, None),
+                State::Unspecified => earlier(),
+            };
+        }
+        let heard = outgoing.heard_ms.max(self.listening_ms);
+        let quiet = now.saturating_sub(heard) >= ms(LEASE_SILENCE);
+        let linked = self.newest.get(&placed.node).and_then(|id| self.incoming.get(id)).is_some_and(|link| link.open);
+        // Not only once: each attempt to connect must find it anew.
+        let found = outgoing.excused.load(Ordering::Acquire) > now;
+        match outgoing.reach {
+            Some(Reach::Refused) if !linked && found => (Peer::Dead, None),
+            Some(Reach::Reachable) if quiet && found => (Peer::Hung, None),
+            Some(Reach::Unreachable) if quiet => {
+                // Tried again since the master said so.
+                let gone = self.core.master_says_gone(placed.node, now).is_some_and(|since| since <= outgoing.tried_ms);
+                (Peer::Silent { gone }, None)
+            }
+            Some(Reach::Unreachable) if self.subdued(key, placed).is_some() => (Peer::Subdued, None),
+            _ => earlier(),
+        }
+    }
+
+    /// Finds out whether the silent peers can be reached now.
+    pub(super) fn probe(&self, key: Key, seat: &Seat) {
+        let silent = seat.order.iter().filter(|one| {
+            self.outgoing
+                .get(&one.node)
+                .is_some_and(|link| link.beats.is_none() && link.reach == Some(Reach::Unreachable))
+        });
+        let targets: Vec<(NodeId, Option<String>, u64)> = silent
+            .map(|one| {
+                let took_ms = self.outgoing.get(&one.node).map_or(0, |link| link.took_ms.load(Ordering::Relaxed));
+                (one.node, self.core.address(one.node), took_ms)
+            })
+            .collect();
+        let round = seat.replica.authority().begin_round();
+        let events = self.events.clone();
+        // Ends with the patience of each attempt.
+        tokio::spawn(async move {
+            let tries = targets.into_iter().map(|(node, address, took_ms)| async move {
+                (reach(&address?, took_ms).await != Reach::Unreachable).then_some(node)
+            });
+            let reachable = futures::future::join_all(tries).await.into_iter().flatten().collect();
+            let _ = events.send(Event::Probed { key, round, reachable }).await;
+        });
+    }
+}
