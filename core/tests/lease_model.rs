@@ -1076,7 +1076,6 @@ const NONE: Faults =
 const PAUSE: Faults = Faults { pause: 1, ..NONE };
 const ISOLATE: Faults = Faults { isolate: 1, ..NONE };
 const KILL: Faults = Faults { kill: 1, restart: 1, ..NONE };
-const DIES: Faults = Faults { kill: 1, ..NONE };
 const STOP: Faults = Faults { stop: 1, restart: 1, ..NONE };
 const PAIR: Faults = Faults { cut_pair: 1, ..NONE };
 const AR: [Kind; OPS] = [Kind::Append, Kind::Read, Kind::Nothing];
@@ -1108,10 +1107,6 @@ impl Size {
     /// A write is checked, written and acknowledged in steps of their own.
     const fn stepwise(self) -> Self {
         Self { quick: false, ..self }
-    }
-
-    const fn still(self) -> Self {
-        Self { still: true, ..self }
     }
 
     fn with(self, rules: Rules) -> Leases {
