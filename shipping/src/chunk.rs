@@ -83,14 +83,14 @@ pub struct Says {
     pub last_lsn: Lsn,
     /// Bytes of the whole object.
     pub bytes: u64,
-    /// The log goes on here behind what another replica of the shard has shipped: what lies before it need not
-    /// be in the same folder.
-    pub behind_another: bool,
+    /// The log goes on here behind what this other replica of the shard has shipped: what lies before it need
+    /// not be in the same folder.
+    pub behind: Option<ReplicaId>,
 }
 
-fn is_behind_another(previous: &str, keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId) -> bool {
-    let before = crate::layout::parse_shipped(previous);
-    before.is_some_and(|(owner, _)| (owner.keyspace, owner.shard) == (keyspace, shard) && owner.replica != replica)
+fn other_before(previous: &str, keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId) -> Option<ReplicaId> {
+    let (owner, _) = crate::layout::parse_shipped(previous)?;
+    ((owner.keyspace, owner.shard) == (keyspace, shard) && owner.replica != replica).then_some(owner.replica)
 }
 
 /// Reads what a chunk says of itself from its first [`BEGINNING_BYTES`]; nothing else of it is checked.
@@ -111,15 +111,14 @@ pub fn peek(beginning: &[u8]) -> Result<Says, ChunkError> {
     let (replica, first_lsn, last_lsn) = (ReplicaId(reader.u64_le()?), Lsn(reader.u64_le()?), Lsn(reader.u64_le()?));
     let count = reader.u32_le()?;
     let previous = reader.bytes_le()?;
-    let behind_another =
-        std::str::from_utf8(previous).is_ok_and(|previous| is_behind_another(previous, keyspace, shard, replica));
+    let behind = std::str::from_utf8(previous).ok().and_then(|key| other_before(key, keyspace, shard, replica));
     let previous = previous.len() as u64;
     let records = u64::from(reader.u32_le()?);
     if first_lsn.0 == 0 || last_lsn < first_lsn || last_lsn.0 - first_lsn.0 != u64::from(count).wrapping_sub(1) {
         return Err(DecodeError::Malformed { what: "chunk range" }.into());
     }
     let bytes = FRAMING_BYTES + previous + records;
-    Ok(Says { keyspace, shard, replica, first_lsn, last_lsn, bytes, behind_another })
+    Ok(Says { keyspace, shard, replica, first_lsn, last_lsn, bytes, behind })
 }
 
 impl Chunk {
@@ -134,10 +133,7 @@ impl Chunk {
             first_lsn: self.first_lsn,
             last_lsn: self.last_lsn,
             bytes: FRAMING_BYTES + previous + self.records.len() as u64,
-            behind_another: self
-                .previous
-                .as_deref()
-                .is_some_and(|key| is_behind_another(key, keyspace, shard, replica)),
+            behind: self.previous.as_deref().and_then(|key| other_before(key, keyspace, shard, replica)),
         }
     }
 

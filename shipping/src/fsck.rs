@@ -173,7 +173,7 @@ pub async fn check(bucket: &Bucket, deep: bool, known: &Known, clock_us: u64) ->
                     },
                 };
                 says.is_some_and(|says| {
-                    range = Some((owner, first, says.last_lsn, says.behind_another));
+                    range = Some((owner, first, says.last_lsn, says.behind.is_some()));
                     (says.keyspace, says.shard, says.replica, says.first_lsn)
                         == (owner.keyspace, owner.shard, owner.replica, first)
                 })

@@ -4,6 +4,8 @@
 //! - Deleted is only what no retained manifest, chunk, plan or keyspace needs, that is older than the
 //!   minimum age, under a term that is still the last one, and after the catalogs were read again. In
 //!   doubt it stays. Catalog and name versions are never deleted.
+//! - What a replica shipped that left its shard goes only when a checkpoint of the shard covers every record of
+//!   it: another log may go on behind it.
 //! - A manifest goes before what it names, so that what is left can always be read.
 //! - No object's time moves the age of another one. "Now" is the earlier of two: the time that the store gave
 //!   to an object of this very run, and the collector's own clock.
@@ -14,15 +16,17 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde::Serialize;
 use vasto_core::catalog::{Catalog, KeyspaceState};
-use vasto_core::ids::{KeyspaceId, Lsn};
+use vasto_core::ids::{KeyspaceId, Lsn, Vector, covers};
 use vasto_core::limits::{UNNAMED_AGE_MIN, UPLOAD_STALL_MAX};
 use vasto_core::plan::PlanKind;
 
 use crate::bucket::{Bucket, BucketError, Create, ObjectInfo};
 use crate::catalog_store::{CatalogError, CatalogStore, now_us};
+use crate::chunk::Chunk;
+use crate::history;
 use crate::layout::{self, Owner, Shipped};
 use crate::manifest::Manifest;
-use crate::survey::{Survey, survey};
+use crate::survey::{Found, Survey, read, survey};
 
 pub use crate::fsck::{Fsck, Known, KnownReplica, Orphan, check, fsck};
 
@@ -164,7 +168,8 @@ pub async fn collect_at(
     let term = if dry_run { None } else { Some(Term::take(bucket).await?) };
     let store_us = store_us(bucket, term.as_ref()).await?;
     let survey = survey(bucket, store_us.min(clock_us)).await?;
-    let garbage = judge(&survey, retention);
+    let covered = covered_ones(bucket, &survey, retention).await?;
+    let garbage = judge(&survey, &covered, retention);
     let mut out = Collected { dry_run, warnings: survey.warnings.clone(), ..Collected::default() };
     out.warnings.extend(clocks_apart(store_us, clock_us));
     out.warnings.extend(of_the_future(&survey.objects, store_us.max(clock_us)));
@@ -296,12 +301,104 @@ async fn newcomer_may_read(bucket: &Bucket, survey: &Survey) -> Result<Option<St
     Ok(None)
 }
 
-/// Keys that nothing needs, whatever their age.
-fn judge(survey: &Survey, retention: Retention) -> BTreeSet<&str> {
-    let keep_from = survey.now_us.saturating_sub(retention.keep_for.as_micros() as u64);
-    // When an object was written, by the store's clock.
-    let written: HashMap<&str, u64> =
-        survey.objects.iter().map(|object| (object.key.as_str(), object.modified_us)).collect();
+/// What lies before the past that is kept, microseconds since 1970.
+fn kept_from(survey: &Survey, retention: Retention) -> u64 {
+    survey.now_us.saturating_sub(retention.keep_for.as_micros() as u64)
+}
+
+/// When objects were written, by the store's clock.
+fn written(survey: &Survey) -> HashMap<&str, u64> {
+    survey.objects.iter().map(|object| (object.key.as_str(), object.modified_us)).collect()
+}
+
+/// The checkpoints that bring back what the shipper of a replica's shard held when the past that is kept began;
+/// `None` while the replica is a member of the shard.
+fn succeeding<'a>(
+    survey: &'a Survey,
+    written: &HashMap<&str, u64>,
+    keep_from: u64,
+    owner: &Owner,
+) -> Option<Vec<&'a Manifest>> {
+    let catalog = survey.catalogs.get(&owner.keyspace)?;
+    let is_member = catalog.is_placed(owner.replica) || catalog.unsealed.iter().any(|one| one.replica == owner.replica);
+    if is_member {
+        return None;
+    }
+    let shipper = catalog.shard(owner.shard).and_then(|shard| shard.shipper());
+    let manifests = shipper.and_then(|one| survey.manifests.get(&Owner { replica: one.replica, ..*owner }));
+    let is_from_before = |manifest: &&Manifest| {
+        let key = layout::manifest(manifest.keyspace, manifest.shard, manifest.replica, manifest.lsn);
+        written.get(key.as_str()).is_some_and(|made| *made <= keep_from)
+    };
+    Some(manifests.into_iter().flat_map(BTreeMap::values).filter(is_from_before).collect())
+}
+
+/// Which of those who left a shard and have a successor in the bucket are covered: a checkpoint of it holds every
+/// record that they have shipped, so that nobody needs what another log goes on behind. Of one whose loss was
+/// accepted its own last records need not be taken over, unless a log goes on behind it.
+async fn covered_ones(bucket: &Bucket, survey: &Survey, retention: Retention) -> Result<BTreeSet<Owner>, BucketError> {
+    let (keep_from, written) = (kept_from(survey, retention), written(survey));
+    let mut chunks: BTreeMap<Owner, Vec<Lsn>> = BTreeMap::new();
+    for object in &survey.objects {
+        let Some((owner, shipped)) = layout::parse_shipped(&object.key) else { continue };
+        let of_owner = chunks.entry(owner).or_default();
+        if let Shipped::Chunk(first) = shipped {
+            of_owner.push(first);
+        }
+    }
+    let mut covered = BTreeSet::new();
+    for owner in chunks.keys() {
+        let successors = succeeding(survey, &written, keep_from, owner).unwrap_or_default();
+        if successors.is_empty() {
+            continue;
+        }
+        let Some(reach) = reach(bucket, survey, *owner, &chunks[owner]).await? else { continue };
+        if successors.iter().any(|manifest| covers(&manifest.vector, &reach)) {
+            covered.insert(*owner);
+            continue;
+        }
+        let given_up = survey.catalogs.get(&owner.keyspace).and_then(|catalog| {
+            catalog.given_up.iter().find(|lost| lost.replica == owner.replica).map(|lost| lost.version)
+        });
+        let Some(given_up) = given_up else { continue };
+        let of_others: Vector = reach.into_iter().filter(|(origin, _)| origin.replica != owner.replica).collect();
+        if !successors.iter().any(|one| one.version >= given_up && covers(&one.vector, &of_others)) {
+            continue;
+        }
+        let mut is_leant_on = false;
+        for (other, firsts) in &chunks {
+            if (other.keyspace, other.shard) == (owner.keyspace, owner.shard) && other != owner && !is_leant_on {
+                is_leant_on = history::goes_on_behind(bucket, *other, firsts).await?.contains(&owner.replica);
+            }
+        }
+        if !is_leant_on {
+            covered.insert(*owner);
+        }
+    }
+    Ok(covered)
+}
+
+/// Per origin, the last record that a replica has shipped; `None` when that cannot be read.
+async fn reach(bucket: &Bucket, survey: &Survey, owner: Owner, chunks: &[Lsn]) -> Result<Option<Vector>, BucketError> {
+    let newest = survey.manifests.get(&owner).and_then(|all| all.values().next_back());
+    let mut vector = newest.map(|manifest| manifest.vector.clone()).unwrap_or_default();
+    let behind = |first: &&Lsn| newest.is_none_or(|newest| **first > newest.lsn);
+    for first in chunks.iter().filter(behind) {
+        let key = layout::chunk(owner.keyspace, owner.shard, owner.replica, *first);
+        let Found::Bytes(bytes) = read(bucket, &key).await? else { return Ok(None) };
+        let Ok(chunk) = Chunk::decode(&bytes) else { return Ok(None) };
+        for record in chunk.records().map_while(Result::ok).filter(|record| record.own_seq.0 > 0) {
+            let seq = vector.entry(record.origin).or_default();
+            *seq = record.own_seq.max(*seq);
+        }
+    }
+    Ok(Some(vector))
+}
+
+/// Keys that nothing needs, whatever their age. `covered`: see [`covered_ones`].
+fn judge<'a>(survey: &'a Survey, covered: &BTreeSet<Owner>, retention: Retention) -> BTreeSet<&'a str> {
+    let keep_from = kept_from(survey, retention);
+    let written = written(survey);
     let written_us = |key: &str| written.get(key).copied();
     // No master goes on with a creation that was cut off: its plan, a restore, would keep what it was to read
     // for ever.
@@ -339,17 +436,15 @@ fn judge(survey: &Survey, retention: Retention) -> BTreeSet<&str> {
     };
     let none = BTreeMap::new();
     let manifests_of = |owner: &Owner| survey.manifests.get(owner).unwrap_or(&none);
-    // A replica that ships no more is needed as long as its successor cannot bring back the whole past.
+    // A replica that ships no more is needed as long as its successor cannot bring back the whole past, and all
+    // that it has shipped.
     let is_over = |catalog: &Catalog, owner: &Owner| {
-        let member =
+        let is_member =
             catalog.is_placed(owner.replica) || catalog.unsealed.iter().any(|one| one.replica == owner.replica);
-        let successor = catalog.shard(owner.shard).and_then(|shard| shard.shipper());
-        let covered = successor.is_some_and(|one| {
-            let successor = Owner { replica: one.replica, ..*owner };
-            manifests_of(&successor).keys().any(|lsn| made_us(&successor, *lsn) <= keep_from)
-        });
         let discarded = catalog.discarded.contains(&owner.replica);
-        !member && (covered || discarded) && newest.get(owner).is_none_or(|newest| *newest <= keep_from)
+        !is_member
+            && (covered.contains(owner) || discarded)
+            && newest.get(owner).is_none_or(|newest| *newest <= keep_from)
     };
     let mut retained: BTreeMap<Owner, BTreeSet<Lsn>> = BTreeMap::new();
     let mut over: BTreeSet<Owner> = BTreeSet::new();

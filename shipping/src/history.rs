@@ -5,16 +5,18 @@
 //!
 //! Lists, so for bootstrap, restore and fsck only.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use futures::{StreamExt, TryStreamExt};
 use vasto_core::ids::Vector;
 use vasto_core::{KeyspaceId, Lsn, ReplicaId, ShardId};
 
 use crate::bucket::{Bucket, BucketError};
-use crate::chunk::{Chunk, ChunkError};
+use crate::chunk::{self, Chunk, ChunkError};
 use crate::envelope::EnvelopeError;
 use crate::layout::{self, Owner, Shipped};
 use crate::manifest::Manifest;
+use crate::survey::READS;
 
 /// Why the past cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -209,7 +211,7 @@ pub async fn newest_base(
 /// True when a log goes on at this chunk behind what another replica of the shard has shipped: what lies
 /// before it need not be in the same folder.
 pub fn goes_on_behind_another(chunk: &Chunk) -> bool {
-    chunk.says().behind_another
+    chunk.says().behind.is_some()
 }
 
 /// [`goes_on_behind_another`] of the first chunk in a folder.
@@ -219,6 +221,22 @@ pub fn goes_on_behind_another(chunk: &Chunk) -> bool {
 pub async fn begins_behind_another(bucket: &Bucket, owner: Owner, folder: &Folder) -> Result<bool, HistoryError> {
     let Some(first) = folder.chunks.first() else { return Ok(false) };
     Ok(chunk_at(bucket, owner, *first).await?.is_some_and(|(chunk, _)| goes_on_behind_another(&chunk)))
+}
+
+/// Behind whose objects these chunks of a log go on, by what their beginnings say. One that cannot be read says
+/// nothing: whoever reads the log finds that out.
+///
+/// # Errors
+/// When the bucket does not answer.
+pub async fn goes_on_behind(bucket: &Bucket, owner: Owner, firsts: &[Lsn]) -> Result<BTreeSet<ReplicaId>, BucketError> {
+    let key = |first: &Lsn| layout::chunk(owner.keyspace, owner.shard, owner.replica, *first);
+    let keys: Vec<String> = firsts.iter().map(key).collect();
+    let says = futures::stream::iter(keys).map(|key| async move {
+        let found = bucket.beginning(&key, chunk::BEGINNING_BYTES).await?;
+        Ok::<_, BucketError>(found.and_then(|(bytes, _)| chunk::peek(&bytes).ok()).and_then(|says| says.behind))
+    });
+    let others: Vec<Option<ReplicaId>> = says.buffer_unordered(READS).try_collect().await?;
+    Ok(others.into_iter().flatten().collect())
 }
 
 /// The chunk that holds the record behind one, and the bytes of its object; `None` when there is none.

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use vasto_core::catalog::{Catalog, KeyspaceSpec};
+use vasto_core::catalog::{Catalog, GivenUp, KeyspaceSpec};
 use vasto_core::ids::Vector;
 use vasto_core::plan::{Plan, PlanKind, Step};
 use vasto_core::record::{Body, Record};
@@ -21,6 +21,11 @@ const STRICT: Retention = Retention { keep_checkpoints: 1, keep_for: Duration::Z
 
 const SHARD: ShardId = ShardId(0);
 const REPLICA: ReplicaId = ReplicaId(1);
+
+/// Who took the writes.
+fn origin() -> Origin {
+    Origin { replica: REPLICA, incarnation: Incarnation(1) }
+}
 
 struct Rig {
     bucket: Bucket,
@@ -55,8 +60,13 @@ impl Rig {
     }
 
     async fn chunk(&self, first: u64, last: u64) -> String {
+        self.chunk_of(REPLICA, first, last, None).await
+    }
+
+    /// A chunk of a log that holds the records of [`REPLICA`], whoever ships it.
+    async fn chunk_of(&self, replica: ReplicaId, first: u64, last: u64, previous: Option<String>) -> String {
         let records = (first..=last).flat_map(|lsn| {
-            let origin = Origin { replica: REPLICA, incarnation: Incarnation(1) };
+            let origin = origin();
             let record = Record {
                 lsn: Lsn(lsn),
                 synced_lsn: Lsn(lsn - 1),
@@ -72,19 +82,23 @@ impl Rig {
         let chunk = Chunk {
             keyspace: self.keyspace(),
             shard: SHARD,
-            replica: REPLICA,
+            replica,
             first_lsn: Lsn(first),
             last_lsn: Lsn(last),
-            previous: None,
+            previous,
             records: records.collect(),
         };
-        let key = layout::chunk(self.keyspace(), SHARD, REPLICA, Lsn(first));
+        let key = layout::chunk(self.keyspace(), SHARD, replica, Lsn(first));
         self.put(&key, chunk.encode()).await;
         key
     }
 
     /// A checkpoint of these SSTs; those that are not there yet are uploaded.
     async fn checkpoint(&self, lsn: u64, numbers: &[u64]) -> String {
+        self.checkpoint_of(REPLICA, CatalogVersion(1), lsn, numbers).await
+    }
+
+    async fn checkpoint_of(&self, replica: ReplicaId, version: CatalogVersion, lsn: u64, numbers: &[u64]) -> String {
         let body = |number: u64| Bytes::from(format!("the content of {number}"));
         let mut files = Vec::new();
         for number in numbers {
@@ -107,7 +121,7 @@ impl Rig {
         }
         let list = Bytes::from(format!("the files at {lsn}"));
         let database = DatabaseFile {
-            key: layout::database(self.keyspace(), SHARD, REPLICA, Lsn(lsn), "0000"),
+            key: layout::database(self.keyspace(), SHARD, replica, Lsn(lsn), "0000"),
             name: "MANIFEST-000001".into(),
             bytes: list.len() as u64,
             crc32c: crc32c::crc32c(&list),
@@ -116,12 +130,12 @@ impl Rig {
         let manifest = Manifest {
             keyspace: self.keyspace(),
             shard: SHARD,
-            replica: REPLICA,
+            replica,
             incarnation: Incarnation(1),
             epoch: Epoch(1),
-            version: CatalogVersion(1),
+            version,
             lsn: Lsn(lsn),
-            vector: Vector::new(),
+            vector: Vector::from([(origin(), OwnSeq(lsn))]),
             event_time_max: lsn,
             commit_time_max: lsn,
             floor: 0,
@@ -132,7 +146,7 @@ impl Rig {
             files,
             database: Some(database),
         };
-        let key = layout::manifest(self.keyspace(), SHARD, REPLICA, Lsn(lsn));
+        let key = layout::manifest(self.keyspace(), SHARD, replica, Lsn(lsn));
         self.put(&key, manifest.encode()).await;
         key
     }
@@ -643,6 +657,58 @@ async fn what_an_undone_plan_left_behind_goes() {
     rig.write(next).await;
     collect(&rig.bucket, STRICT, false).await.unwrap();
     assert!(rig.keys().await.is_empty(), "{:?}", rig.keys().await);
+}
+
+/// A replica is lost; another one, which has an old checkpoint, goes on behind what it has shipped. That stays
+/// until a checkpoint covers it.
+#[tokio::test]
+async fn what_another_log_goes_on_behind_stays_until_a_checkpoint_covers_it() {
+    for accepted in [false, true] {
+        let mut rig = Rig::new(&format!("behind-{accepted}")).await;
+        let (lost, next) = (REPLICA, ReplicaId(2));
+        rig.checkpoint_of(next, CatalogVersion(9), 5, &[7]).await;
+        rig.checkpoint_of(lost, CatalogVersion(1), 10, &[1]).await;
+        let before = rig.chunk_of(lost, 11, 20, None).await;
+        let behind = rig.chunk_of(next, 21, 30, Some(before.clone())).await;
+        let mut catalog = rig.catalog.next(2, 2);
+        catalog.placement[0].replicas[0].replica = next;
+        if accepted {
+            catalog.given_up.push(GivenUp { replica: lost, version: catalog.version });
+        }
+        rig.write(catalog).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        collect(&rig.bucket, STRICT, false).await.unwrap();
+        let keys = rig.keys().await;
+        assert!(keys.contains(&before) && keys.contains(&rig.sst(1)) && keys.contains(&behind), "{accepted}: {keys:?}");
+        // Its checkpoint covers what it went on behind, and with it all that the lost one has shipped.
+        rig.checkpoint_of(next, CatalogVersion(9), 30, &[8]).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        collect(&rig.bucket, STRICT, false).await.unwrap();
+        let keys = rig.keys().await;
+        assert!(!keys.contains(&before) && !keys.contains(&rig.sst(1)) && keys.contains(&rig.sst(8)), "{keys:?}");
+    }
+}
+
+/// Nobody has taken over the last records of a replica whose loss was accepted: they do not stay for ever.
+#[tokio::test]
+async fn what_was_given_up_goes_when_nothing_leans_on_it() {
+    let mut rig = Rig::new("given-up").await;
+    let next = ReplicaId(2);
+    rig.checkpoint(10, &[1]).await;
+    let given_up = rig.chunk(11, 20).await;
+    rig.checkpoint_of(next, CatalogVersion(9), 15, &[7]).await;
+    let mut catalog = rig.catalog.next(2, 2);
+    catalog.placement[0].replicas[0].replica = next;
+    rig.write(catalog).await;
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    collect(&rig.bucket, STRICT, false).await.unwrap();
+    assert!(rig.keys().await.contains(&given_up), "its loss is not accepted");
+    let mut catalog = rig.catalog.next(3, 3);
+    catalog.given_up.push(GivenUp { replica: REPLICA, version: catalog.version });
+    rig.write(catalog).await;
+    collect(&rig.bucket, STRICT, false).await.unwrap();
+    let keys = rig.keys().await;
+    assert!(!keys.contains(&given_up) && !keys.contains(&rig.sst(1)) && keys.contains(&rig.sst(7)), "{keys:?}");
 }
 
 /// A hole in the log behind the last checkpoint is something missing; before it, it is not.
