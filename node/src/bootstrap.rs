@@ -32,7 +32,7 @@ use vasto_shipping::manifest::Manifest;
 use crate::core::NodeCore;
 use crate::engine::{Batch, Engine, EngineError, EngineShared, FlushGuard, ImportFile, Scratch};
 use crate::node_dir::DirError;
-use crate::past::{Candidate, Candidates, Reading, apply_all};
+use crate::past::{Candidate, Candidates, Reading, apply_all, told_of};
 use crate::replica::Replica;
 use crate::replica::job::ReplicaError;
 use crate::replica::state::{Head, Identity, Ranges};
@@ -284,6 +284,7 @@ impl Bootstrap {
         let at = cursors.into_iter().find(|(id, _)| *id == first.owner.replica).map_or(Lsn(0), |(_, lsn)| lsn);
         let mut logs = vec![Reading::behind(first, at)];
         let mut others = Some(others);
+        let mut set_aside = Some(&found.set_aside).filter(|all| !all.is_empty());
         while !logs.is_empty() {
             let (mut waiting, mut moved, mut gap) = (Vec::new(), false, None);
             let mut leans = first.owner.replica != whose;
@@ -310,8 +311,14 @@ impl Bootstrap {
                     logs.push(Reading::behind(one, base.map_or(Lsn(0), |base| base.manifest.lsn)));
                 }
             } else if let (false, Some((owner, first))) = (moved, gap) {
-                let chunk = layout::chunk(owner.keyspace, owner.shard, owner.replica, first);
-                return Err(BootstrapError::Gap { shard: replica.shard, chunk });
+                let Some(more) = set_aside.take() else {
+                    let chunk = layout::chunk(owner.keyspace, owner.shard, owner.replica, first);
+                    return Err(BootstrapError::Gap { shard: replica.shard, chunk });
+                };
+                for one in more {
+                    told_of(one, first);
+                    logs.push(Reading::behind(one, Lsn(0)));
+                }
             }
         }
         self.count_what_logs_brought(replica, found).await

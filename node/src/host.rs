@@ -558,7 +558,7 @@ impl Runner {
                     let base = history::manifest_at(bucket, &pinned.key).await?;
                     let owner = Owner { keyspace: catalog.keyspace, shard, replica: source.replica };
                     // What is behind it comes from the source itself.
-                    Ok(Candidates { all: vec![Candidate::of_base(owner, base)], later_us: None })
+                    Ok(Candidates { all: vec![Candidate::of_base(owner, base)], ..Candidates::default() })
                 }
                 None => {
                     let preferred = [source.replica];

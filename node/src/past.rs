@@ -87,6 +87,9 @@ impl Candidate {
 pub struct Candidates {
     /// They.
     pub all: Vec<Candidate>,
+    /// What was shipped by replicas whose loss was accepted, and should be in the checkpoint of the first
+    /// one. It is read only when records are missing without it: when another log goes on behind it.
+    pub set_aside: Vec<Candidate>,
     /// The greatest commit time in the oldest checkpoint that is newer than the wanted time.
     pub later_us: Option<u64>,
 }
@@ -149,8 +152,18 @@ pub async fn candidates(
     if anything && !found.all.iter().any(Candidate::stands_alone) {
         return Err(BootstrapError::NotRetained { shard, oldest: found.later_us.map(time_text) });
     }
+    // Behind whose objects the logs of the preferred ones go on, theirs too, and so on: these belong together.
+    let mut chain = preferred.to_vec();
+    let mut next = 0;
+    while let Some(replica) = chain.get(next).copied() {
+        next += 1;
+        let Some(one) = found.all.iter().find(|one| one.owner.replica == replica) else { continue };
+        let behind = one.chunks.partition_point(|first| *first <= one.start());
+        let others = history::goes_on_behind(bucket, one.owner, &one.chunks[behind..]).await?;
+        chain.extend(others.into_iter().filter(|other| !chain.contains(other)).collect::<Vec<_>>());
+    }
     let given_up = |one: &Candidate| without.given_up.iter().find(|lost| lost.replica == one.owner.replica);
-    let rank = |one: &Candidate| preferred.iter().position(|id| *id == one.owner.replica).unwrap_or(preferred.len());
+    let rank = |one: &Candidate| chain.iter().position(|id| *id == one.owner.replica).unwrap_or(chain.len());
     // The one that has forgotten most deletes comes first: what it has forgotten is in the rows of others,
     // and theirs are merged only when it lacks something of them.
     let forgot = |one: &Candidate| one.base.as_ref().map_or((0, 0), |b| (b.manifest.floor, b.manifest.commit_time_max));
@@ -162,10 +175,11 @@ pub async fn candidates(
     // In what that one shipped there is more: what was deleted and forgotten since.
     let first = found.all.first().map(|one| one.owner);
     let version = found.all.first().and_then(|one| one.base.as_ref()).map(|base| base.manifest.version);
-    found.all.retain(|one| {
+    let is_over = |one: &Candidate| {
         let is_over = given_up(one).zip(version).is_some_and(|(lost, version)| lost.version <= version);
-        Some(one.owner) == first || !is_over
-    });
+        Some(one.owner) != first && !chain.contains(&one.owner.replica) && is_over
+    };
+    (found.set_aside, found.all) = found.all.into_iter().partition(is_over);
     Ok(found)
 }
 
@@ -179,6 +193,8 @@ fn time_text(us: u64) -> String {
 #[derive(Serialize, Deserialize)]
 struct Kept {
     all: Vec<KeptOne>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    set_aside: Vec<KeptOne>,
     later_us: Option<u64>,
 }
 
@@ -198,6 +214,40 @@ struct KeptOne {
     later: Vec<Lsn>,
 }
 
+impl KeptOne {
+    fn of(one: &Candidate) -> Self {
+        Self {
+            keyspace: one.owner.keyspace,
+            shard: one.owner.shard,
+            replica: one.owner.replica,
+            base: one.base.as_ref().map(|base| base.key.clone()),
+            chunks: one.chunks.clone(),
+            end: one.end,
+            manifest_times: one.times.manifests.iter().map(|(lsn, at)| (*lsn, *at)).collect(),
+            chunk_times: one.times.chunks.iter().map(|(lsn, at)| (*lsn, *at)).collect(),
+            later: one.later.iter().map(|later| later.lsn).collect(),
+        }
+    }
+
+    async fn read(self, bucket: &Bucket) -> Result<Candidate, BootstrapError> {
+        let base = match &self.base {
+            Some(key) => Some(history::manifest_at(bucket, key).await?),
+            None => None,
+        };
+        let owner = Owner { keyspace: self.keyspace, shard: self.shard, replica: self.replica };
+        let times = Times {
+            manifests: self.manifest_times.into_iter().collect(),
+            chunks: self.chunk_times.into_iter().collect(),
+        };
+        let mut later = Vec::with_capacity(self.later.len());
+        for lsn in self.later {
+            let key = layout::manifest(owner.keyspace, owner.shard, owner.replica, lsn);
+            later.push(Later::of(history::manifest_at(bucket, &key).await?.manifest));
+        }
+        Ok(Candidate { owner, base, chunks: self.chunks, end: self.end, times, later })
+    }
+}
+
 /// The choice that an earlier attempt made, or the one that `choose` makes now.
 pub async fn chosen(
     bucket: &Bucket,
@@ -205,42 +255,21 @@ pub async fn chosen(
     choose: impl Future<Output = Result<Candidates, BootstrapError>>,
 ) -> Result<Candidates, BootstrapError> {
     if let Some(kept) = read_json::<Kept>(path)? {
-        let mut all = Vec::with_capacity(kept.all.len());
+        let mut found = Candidates { later_us: kept.later_us, ..Candidates::default() };
         for one in kept.all {
-            let base = match &one.base {
-                Some(key) => Some(history::manifest_at(bucket, key).await?),
-                None => None,
-            };
-            let owner = Owner { keyspace: one.keyspace, shard: one.shard, replica: one.replica };
-            let times = Times {
-                manifests: one.manifest_times.into_iter().collect(),
-                chunks: one.chunk_times.into_iter().collect(),
-            };
-            let mut later = Vec::with_capacity(one.later.len());
-            for lsn in one.later {
-                let key = layout::manifest(owner.keyspace, owner.shard, owner.replica, lsn);
-                later.push(Later::of(history::manifest_at(bucket, &key).await?.manifest));
-            }
-            all.push(Candidate { owner, base, chunks: one.chunks, end: one.end, times, later });
+            found.all.push(one.read(bucket).await?);
         }
-        return Ok(Candidates { all, later_us: kept.later_us });
+        for one in kept.set_aside {
+            found.set_aside.push(one.read(bucket).await?);
+        }
+        return Ok(found);
     }
     let found = choose.await?;
-    let all = found.all.iter().map(|one| KeptOne {
-        keyspace: one.owner.keyspace,
-        shard: one.owner.shard,
-        replica: one.owner.replica,
-        base: one.base.as_ref().map(|base| base.key.clone()),
-        chunks: one.chunks.clone(),
-        end: one.end,
-        manifest_times: one.times.manifests.iter().map(|(lsn, at)| (*lsn, *at)).collect(),
-        chunk_times: one.times.chunks.iter().map(|(lsn, at)| (*lsn, *at)).collect(),
-        later: one.later.iter().map(|later| later.lsn).collect(),
-    });
+    let kept = |all: &[Candidate]| all.iter().map(KeptOne::of).collect();
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir).map_err(|source| BootstrapError::Io { path: dir.to_owned(), source })?;
     }
-    write_json(path, &Kept { all: all.collect(), later_us: found.later_us })?;
+    write_json(path, &Kept { all: kept(&found.all), set_aside: kept(&found.set_aside), later_us: found.later_us })?;
     Ok(found)
 }
 
@@ -436,6 +465,7 @@ impl Bootstrap {
             self.merge_base(replica, one, &mut taken, shards).await?;
         }
         let mut logs: Vec<Reading<'_>> = found.all.iter().map(|one| Reading::behind(one, one.start())).collect();
+        let mut set_aside = Some(&found.set_aside).filter(|all| !all.is_empty());
         // A log with a gap waits for what the others bring.
         while !logs.is_empty() {
             let (mut waiting, mut moved) = (Vec::new(), false);
@@ -459,11 +489,18 @@ impl Bootstrap {
                     }
                 }
             }
-            if let (false, Some((owner, first))) = (moved, gap) {
-                let chunk = layout::chunk(owner.keyspace, owner.shard, owner.replica, first);
-                return Err(BootstrapError::Gap { shard: replica.shard, chunk });
-            }
             logs = waiting;
+            if let (false, Some((owner, first))) = (moved, gap) {
+                let Some(more) = set_aside.take() else {
+                    let chunk = layout::chunk(owner.keyspace, owner.shard, owner.replica, first);
+                    return Err(BootstrapError::Gap { shard: replica.shard, chunk });
+                };
+                for one in more {
+                    told_of(one, first);
+                    self.merge_base(replica, one, &mut taken, shards).await?;
+                    logs.push(Reading::behind(one, one.start()));
+                }
+            }
         }
         taken.doubt(replica.shard)?;
         match taken.later_us {
@@ -551,6 +588,18 @@ impl Bootstrap {
             self.core.report.notify_one();
         }
     }
+}
+
+/// Says that what a lost replica has shipped is needed after all.
+pub(crate) fn told_of(one: &Candidate, first: Lsn) {
+    let (keyspace, shard, replica) = (one.owner.keyspace.0, one.owner.shard.0, one.owner.replica.0);
+    tracing::info!(
+        keyspace,
+        shard,
+        replica,
+        before = first.0,
+        "what a replica has shipped whose loss was accepted is read: another log goes on behind it"
+    );
 }
 
 /// The values that a replica holds, one by one.

@@ -738,3 +738,54 @@ async fn what_was_asked_for_is_shipped_by_whoever_is_asked() {
     assert_eq!(restored.get("not shipped").as_deref(), Some("v"));
     restored.close().await;
 }
+
+/// The home is lost; who takes its place goes on behind what it has shipped. The loss is accepted, and another
+/// replica makes a checkpoint before it has all of that: what the home has shipped is still needed, by a restore
+/// and by whoever takes the place of the second one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_another_log_goes_on_behind_is_read_although_its_loss_was_accepted() {
+    let (one, two, three, bucket) = (member(1), member(2), member(3), bucket());
+    register_two(&bucket).await;
+    let (a, b) = block_in_place(|| (one.create(), two.create()));
+    put_now(&a, "old", "v");
+    let c = block_in_place(|| three.create());
+    block_in_place(|| {
+        pull(&b, &a);
+        pull(&c, &a);
+    });
+    put_now(&a, "shipped", "v");
+    block_in_place(|| pull(&b, &a));
+    put_now(&b, "of the second", "v");
+    block_in_place(|| pull(&a, &b));
+    chunk(&one, &a, &bucket).await;
+    let shipping = standing_in(&two, &b, &bucket);
+    put_now(&b, "behind", "v");
+    shipping.handle.log().await.unwrap();
+    shipping.stop().await;
+    // The home is given up. The third one has heard of that, but not of everything.
+    let version = CatalogVersion(5);
+    block_in_place(|| control(&c, Control::Obey { epoch: Epoch(2), version, role: c.view().role })).unwrap();
+    checkpoint(&three, &c, &bucket).await;
+    let given_up = [GivenUp { replica: a.id, version }];
+    let without = Without { discarded: &[], given_up: &given_up };
+    let restored = restore_from(&one, &bucket, without, 1, None).await.unwrap();
+    for key in ["old", "shipped", "of the second", "behind"] {
+        assert_eq!(restored.get(key).as_deref(), Some("v"), "{key}");
+    }
+    restored.close().await;
+    let found = past::candidates(&bucket, KEYSPACE, b.shard, &[b.id], without, None).await.unwrap();
+    let four = member(4);
+    let bootstrap = bootstrap_into(&four, &bucket, &four.path);
+    if let Some(base) = found.all[0].base.as_ref() {
+        let (version, epoch) = (CatalogVersion(1), Epoch(1));
+        let owned: BandRange = Band::owned(1).into();
+        let adoption = Adoption { keyspace: KEYSPACE, replica: four.replica, owned, version, epoch };
+        bootstrap.take(base, adoption, Log::Joined).await.unwrap();
+    }
+    let d = block_in_place(|| four.open(&four.path, true)).unwrap();
+    bootstrap.join_all(&d, &found, b.id).await.unwrap();
+    for key in ["old", "shipped", "of the second", "behind"] {
+        assert_eq!(block_in_place(|| get(&d, key)).as_deref(), Some("v"), "{key}");
+    }
+    assert!(vasto_core::ids::covers(&d.vector(), &b.vector()));
+}
