@@ -11,6 +11,8 @@
 mod decide;
 mod incoming;
 mod outgoing;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -56,7 +58,7 @@ pub(super) enum Event {
     /// A replica has stopped.
     Leave { key: Key, replica: ReplicaId },
     /// A replica said what it holds.
-    Named { key: Key, replica: ReplicaId, turn: u64, named: Option<Named> },
+    Named { key: Key, replica: ReplicaId, turn: u64, named: Named },
     /// An incoming link was opened.
     Opened { id: u64, replies: mpsc::Sender<Result<v1::LeaseReply, Status>> },
     /// A heartbeat came.
@@ -254,7 +256,7 @@ impl Actor {
                 if let Some(seat) = self.seats.get_mut(&key).filter(|seat| seat.replica.id == replica)
                     && seat.turn == turn
                 {
-                    (seat.naming, seat.named) = (false, named);
+                    (seat.naming, seat.named) = (false, Some(named));
                     self.settle(key, now);
                 }
             }

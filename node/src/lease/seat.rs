@@ -98,6 +98,8 @@ pub(super) struct Seat {
     pub turn: u64,
     pub naming: bool,
     pub named: Option<Named>,
+    /// Who serves by this one's promise although another claim is better, and since when that is known.
+    pub outranked: Option<(ReplicaId, u64)>,
     pub term: LastTerm,
     pub serving: bool,
     /// It had authority since its last promise.
@@ -132,6 +134,7 @@ impl Seat {
             turn: 0,
             naming: false,
             named: None,
+            outranked: None,
             term: LastTerm::default(),
             serving: false,
             served: false,

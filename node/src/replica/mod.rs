@@ -726,4 +726,4 @@ fn replay(engine: &Engine, log: &Binlog, meta: &mut Meta, dir: &Path) -> Result<
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

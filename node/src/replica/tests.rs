@@ -8,7 +8,7 @@
 mod bucket_faults;
 mod clean_up;
 mod crashes;
-mod duties;
+pub(crate) mod duties;
 mod failures;
 mod grow;
 mod hosts;

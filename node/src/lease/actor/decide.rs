@@ -3,8 +3,9 @@
 //! **Invariant:** a replica stops to serve before it says what it holds, and says that before it promises itself.
 
 use vasto_core::catalog::Placed;
+use vasto_core::ids::ReplicaId;
 use vasto_core::lease::{Peer, Verdict, authority, best};
-use vasto_core::limits::LEASE_PROMISE;
+use vasto_core::limits::{LEASE_BEAT, LEASE_PROMISE};
 use vasto_proto::v1::lease_grant::State;
 
 use super::{Actor, Claimed, Event, Key, NAMING_TIMEOUT, ms};
@@ -78,8 +79,17 @@ impl Actor {
                 }
             }
         }
+        let serves_by_promise = claims.iter().find(|(_, link, one)| {
+            one.claim.serving
+                && seat.promise.as_ref().is_some_and(|promise| {
+                    (promise.holder, promise.link, promise.grant) == (one.replica, *link, one.held_grant)
+                })
+        });
+        let outranked = serves_by_promise.filter(|(order, ..)| best != Some(*order)).map(|(_, _, one)| one.replica);
+        seat.outranked =
+            outranked.map(|one| (one, seat.outranked.filter(|(id, _)| *id == one).map_or(now, |(_, at)| at)));
         for (order, link, one) in &claims {
-            if best != Some(*order) {
+            if best != Some(*order) && !self.hands_over_by_itself(seat, one, wants, now) {
                 self.tell(*link, key, one.replica, State::Denied, None);
             }
         }
@@ -87,9 +97,21 @@ impl Actor {
         if let Some(promise) = seat.promise.clone().filter(|promise| !placed(promise)) {
             self.tell(promise.link, key, promise.holder, State::Denied, None);
         }
-        if seat.stopping.is_some() && !seat.serving && !seat.naming && (claims.is_empty() || is_taken(seat, &claims)) {
+        let is_over = !seat.serving && !seat.naming && (claims.is_empty() || is_taken(seat, &claims));
+        let nobody = claims.is_empty() && seat.order.iter().all(|one| one.replica == me || self.is_away(one.node));
+        if seat.stopping.is_some() && (is_over || nobody) {
             seat.handed_over();
         }
+    }
+
+    /// Does a replica that serves by this one's promise hear of the better claim? It hands over by itself then,
+    /// and says what it holds; if it were denied before it had heard, all that it has not acknowledged yet would
+    /// end with an unknown outcome. Only for a while: the claim may have been lost on its way.
+    fn hands_over_by_itself(&self, seat: &Seat, one: &Claimed, wants: bool, now: u64) -> bool {
+        let is_new = |(id, at): (ReplicaId, u64)| id == one.replica && now.saturating_sub(at) < ms(LEASE_BEAT) * 3;
+        let node = seat.order.iter().find(|placed| placed.replica == one.replica).map(|placed| placed.node);
+        let is_linked = node.and_then(|node| self.outgoing.get(&node)).is_some_and(|link| link.beats.is_some());
+        seat.outranked.is_some_and(is_new) && (is_linked || !wants)
     }
 
     /// Promises the replica to another one, once it serves nothing any more.
@@ -143,7 +165,7 @@ impl Actor {
                 // Its writer stands still: what was acknowledged is applied and synced.
                 Ok(Err(_)) | Err(_) => Named { vector: replica.settled().vector, complete: false },
             };
-            let _ = events.send(Event::Named { key, replica: replica.id, turn, named: Some(named) }).await;
+            let _ = events.send(Event::Named { key, replica: replica.id, turn, named }).await;
         });
     }
 

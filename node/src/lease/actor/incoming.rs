@@ -46,20 +46,17 @@ impl Actor {
                 }
             }
         }
-        let Some(incoming) = self.incoming.get_mut(&id) else { return };
         if lapsed {
             // Said before the echo, which would renew what has ended.
-            for (key, (claimant, state, _)) in std::mem::take(&mut incoming.told) {
+            let told = self.incoming.get_mut(&id).map(|incoming| std::mem::take(&mut incoming.told));
+            for (key, (claimant, state, _)) in told.into_iter().flatten() {
                 if state == State::Granted {
-                    incoming.news.push(v1::LeaseGrant {
-                        keyspace_id: key.0.0,
-                        shard: key.1.0,
-                        replica_id: claimant.0,
-                        state: State::Denied as i32,
-                        ..v1::LeaseGrant::default()
-                    });
+                    self.tell(id, key, claimant, State::Denied, None);
                 }
             }
+        }
+        let Some(incoming) = self.incoming.get_mut(&id) else { return };
+        if lapsed {
             changed.extend(incoming.claims.keys());
         }
         incoming.heard_ms = now;

@@ -75,6 +75,13 @@ impl Actor {
         }
     }
 
+    /// The last attempt to reach a node has failed.
+    pub(super) fn is_away(&self, node: NodeId) -> bool {
+        let failed =
+            |link: &Outgoing| link.beats.is_none() && matches!(link.reach, Some(Reach::Refused | Reach::Unreachable));
+        self.outgoing.get(&node).is_some_and(failed)
+    }
+
     /// Somebody is heard again who could not be reached: the attempts that have failed until now say nothing of
     /// the others, because this node was the one that was cut off.
     pub(super) fn network_is_back(&mut self, node: NodeId, now: u64) {
