@@ -19,7 +19,6 @@ use serde_json::Value;
 use tokio::task::JoinSet;
 use vasto_client::{Ack, Keyspace, Vasto};
 use vasto_tests::linear::{Judge, Judgement, Workload};
-use vasto_tests::netns::{Network, available};
 use vasto_tests::{CatalogDir, Cluster, DEADLINE, Numbers, Port, Process, Ran, until, vasto_binary};
 
 const KEYSPACE: &str = "linear";
@@ -381,66 +380,23 @@ async fn on_a_slow_disk() -> Result<()> {
 
 // --------------------------------------------------------------------------------- cut off and healed
 
-struct Hosts {
-    network: Network,
-    nodes: Vec<(Process, Value)>,
-    _master_process: Process,
-    master: String,
+/// Nodes in networks of their own; the master and the clients are outside.
+struct Net {
+    hosts: Hosts,
     catalog: CatalogDir,
-    _dir: tempfile::TempDir,
 }
 
-async fn server(network: &Network, host: Option<usize>, dir: &Path, args: &[&str]) -> Result<(Process, Value)> {
-    let name = host.map_or("master".to_owned(), |host| format!("node-{host}"));
-    let namespace = host.map(|host| network.namespace(host));
-    let binary = vasto_binary().display().to_string();
-    let (program, mut all) = match &namespace {
-        None => (binary.as_str(), Vec::new()),
-        Some(namespace) => ("ip", vec!["netns", "exec", namespace, &binary]),
-    };
-    all.extend(args);
-    let mut process = Process::spawn(&name, Path::new(program), all, &[], dir)?;
-    let ready = process.ready_line(DEADLINE).await?;
-    Ok((process, ready))
-}
-
-impl Hosts {
-    /// Nodes in networks of their own; the master and the clients are outside.
+impl Net {
     async fn start(replicas: usize) -> Result<Self> {
-        ensure!(available(), "networks cannot be cut here: run `scripts/setup.sh test`, and this test as root");
-        let dir = tempfile::tempdir()?;
-        std::fs::create_dir(dir.path().join("bucket"))?;
-        let network = Network::new(replicas)?;
-        let bucket = format!("file://{}", dir.path().join("bucket").display());
-        let listen = format!("{}:8278", network.address(None));
-        let master = format!("http://{listen}");
-        let args = ["serve", "master", "--bucket", &bucket, "--listen", &listen, "--insecure"];
-        let (process, _) = server(&network, None, dir.path(), &args).await?;
-        let mut nodes = Vec::new();
-        for host in 0..replicas {
-            let listen = format!("{}:7000", network.address(Some(host)));
-            let data = dir.path().join(format!("data-{host}")).display().to_string();
-            let args = ["serve", "node", "--master", &master, "--dir", &data, "--listen", &listen, "--insecure"];
-            nodes.push(server(&network, Some(host), dir.path(), &args).await?);
-        }
-        let catalog = CatalogDir::new(&dir.path().join("bucket"), 1);
-        let hosts = Self { network, nodes, _master_process: process, master, catalog, _dir: dir };
+        let hosts = Hosts::start(&vec!["default"; replicas]).await?;
         let replicas = replicas.to_string();
         hosts.vasto(&["keyspace", "create", KEYSPACE, "--shards", "1", "--replicas", &replicas]).await?;
-        Ok(hosts)
-    }
-
-    async fn vasto(&self, args: &[&str]) -> Result<Value> {
-        let mut all = args.to_vec();
-        all.extend(["--output", "json"]);
-        let ran = Ran::of(&all, &[("VASTO_MASTER".to_owned(), self.master.clone())], DEADLINE).await?;
-        ensure!(ran.code == 0, "vasto {args:?}: {ran:?}");
-        Ok(serde_json::from_str(&ran.stdout)?)
+        Ok(Self { catalog: hosts.catalog(), hosts })
     }
 
     async fn whole(&self) -> Result<()> {
         until("all replicas to serve, with the primary at home", DEADLINE * 2, async || {
-            let described = self.vasto(&["keyspace", "describe", KEYSPACE]).await.ok()?;
+            let described = self.hosts.vasto(&["keyspace", "describe", KEYSPACE]).await.ok()?;
             is_whole(&self.catalog, &described).then_some(())
         })
         .await
@@ -448,7 +404,7 @@ impl Hosts {
 
     fn home(&self) -> Result<usize> {
         let id = self.catalog.tip()?.placement[0].primary().context("no primary")?.node.to_string();
-        self.nodes.iter().position(|(_, ready)| ready["node_id"] == id.as_str()).context("no such node")
+        self.hosts.host_of(&id)
     }
 }
 
@@ -456,16 +412,16 @@ async fn isolated(replicas: usize) -> Result<()> {
     let (seed, what) = (seed(), format!("isolation, {replicas} replicas, Replica"));
     println!("{what}: VASTO_LINEAR_SEED={seed}");
     let mut numbers = Numbers::new(seed);
-    let mut hosts = Hosts::start(replicas).await?;
+    let mut net = Net::start(replicas).await?;
     let mut tally = Tally::default();
     let began = Instant::now();
     while began.elapsed() < seconds() {
-        hosts.whole().await?;
+        net.whole().await?;
         let mut clients = Vec::new();
         for _ in 0..CLIENTS {
-            clients.push(impatient(Vasto::connect(&hosts.master).await?.keyspace(KEYSPACE).await?));
+            clients.push(impatient(Vasto::connect(&net.hosts.master).await?.keyspace(KEYSPACE).await?));
         }
-        let home = hosts.home()?;
+        let home = net.home()?;
         let node = if numbers.below(3) > 0 { home } else { numbers.below(replicas as u64) as usize };
         let lasts = Duration::from_millis(500 + numbers.below(5_000));
         // Now and then the primary dies just as the other one is back.
@@ -473,20 +429,20 @@ async fn isolated(replicas: usize) -> Result<()> {
         let lead = Duration::from_millis(200 + numbers.below(300));
         let workload = workload(tally.rounds, Ack::Replica);
         let during = async {
-            hosts.network.cut(node)?;
+            net.hosts.network.cut(node)?;
             tokio::time::sleep(lasts).await;
-            hosts.network.heal(node)?;
+            net.hosts.network.heal(node)?;
             if kills {
-                hosts.nodes[home].0.signal(Signal::STOP);
+                net.hosts.nodes[home].0.signal(Signal::STOP);
                 tokio::time::sleep(Duration::from_millis(1_500)).await;
-                hosts.nodes[home].0.signal(Signal::CONT);
+                net.hosts.nodes[home].0.signal(Signal::CONT);
             }
             Ok(())
         };
         round(&clients, &workload, &mut numbers, lead, during).await?;
         tally.judge(Happens::Isolation, &workload);
     }
-    for (process, _) in &mut hosts.nodes {
+    for (process, _) in &mut net.hosts.nodes {
         process.kill9().await?;
     }
     tally.end(&what, seed)

@@ -11,91 +11,32 @@ use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
 use vasto_client::{Ack, ErrorKind, Keyspace, Outcome, ReadFrom, Vasto, WriteTo};
-use vasto_tests::netns::{Network, available};
 use vasto_tests::replicas::converged_by;
 use vasto_tests::{CatalogDir, Cluster, DEADLINE, Port, Process, Ran, until, vasto_binary};
 
 /// Three nodes with a network of their own each, and one keyspace on them.
 struct Net {
-    network: Network,
-    dir: tempfile::TempDir,
-    _master: Process,
-    nodes: Vec<(Process, Value)>,
-    master: String,
+    hosts: Hosts,
     catalog: CatalogDir,
-}
-
-async fn server(network: &Network, host: Option<usize>, dir: &Path, args: &[&str]) -> Result<(Process, Value)> {
-    let name = host.map_or("master".to_owned(), |host| format!("node-{host}"));
-    let namespace = host.map(|host| network.namespace(host));
-    let binary = vasto_binary().display().to_string();
-    let (program, mut all) = match &namespace {
-        None => (binary.as_str(), Vec::new()),
-        Some(namespace) => ("ip", vec!["netns", "exec", namespace, &binary]),
-    };
-    all.extend(args);
-    let mut process = Process::spawn(&name, Path::new(program), all, &[], dir)?;
-    let ready = process.ready_line(DEADLINE).await?;
-    Ok((process, ready))
 }
 
 impl Net {
     /// `zones` has one name for each node; the keyspace has so many replicas.
     async fn start(zones: [&str; 3], replicas: u32) -> Result<Self> {
-        ensure!(available(), "this test cuts networks, which is not possible here: it needs root, ip and iptables");
-        let dir = tempfile::tempdir()?;
-        std::fs::create_dir(dir.path().join("bucket"))?;
-        let network = Network::new(3)?;
-        let bucket = format!("file://{}", dir.path().join("bucket").display());
-        let listen = format!("{}:8278", network.address(None));
-        let master = format!("http://{listen}");
-        let args = ["serve", "master", "--bucket", &bucket, "--listen", &listen, "--insecure"];
-        let (process, _) = server(&network, None, dir.path(), &args).await?;
-        let mut nodes = Vec::new();
-        for (host, zone) in zones.into_iter().enumerate() {
-            let listen = format!("{}:7000", network.address(Some(host)));
-            let data = dir.path().join(format!("data-{host}")).display().to_string();
-            let args = [
-                "serve",
-                "node",
-                "--master",
-                &master,
-                "--dir",
-                &data,
-                "--listen",
-                &listen,
-                "--zone",
-                zone,
-                "--insecure",
-            ];
-            nodes.push(server(&network, Some(host), dir.path(), &args).await?);
-        }
-        let env = [("VASTO_MASTER".to_owned(), master.clone())];
+        let hosts = Hosts::start(&zones).await?;
         let replicas = replicas.to_string();
-        let create = ["keyspace", "create", "split", "--shards", "1", "--replicas", &replicas, "--output", "json"];
-        let created = Ran::of(&create, &env, DEADLINE).await?;
-        ensure!(created.code == 0, "{created:?}");
-        let catalog = CatalogDir::new(&dir.path().join("bucket"), 1);
-        Ok(Self { network, dir, _master: process, nodes, master, catalog })
+        hosts.vasto(&["keyspace", "create", "split", "--shards", "1", "--replicas", &replicas]).await?;
+        Ok(Self { catalog: hosts.catalog(), hosts })
     }
 
     async fn keyspace(&self) -> Result<Keyspace> {
-        Ok(Vasto::connect(&self.master).await?.keyspace("split").await?)
-    }
-
-    async fn json(&self, args: &[&str]) -> Result<Value> {
-        let env = [("VASTO_MASTER".to_owned(), self.master.clone())];
-        let ran = Ran::of(args, &env, DEADLINE).await?;
-        serde_json::from_str(&ran.stdout).with_context(|| format!("{ran:?}"))
+        Ok(Vasto::connect(&self.hosts.master).await?.keyspace("split").await?)
     }
 
     /// Hosts in the order of preference, the primary first.
-    fn hosts(&self) -> Result<Vec<usize>> {
+    fn preferred(&self) -> Result<Vec<usize>> {
         let tip = self.catalog.tip()?;
-        let host_of = |node: String| {
-            self.nodes.iter().position(|(_, ready)| ready["node_id"] == node.as_str()).context("no such node")
-        };
-        tip.placement[0].primary_first().iter().map(|one| host_of(one.node.to_string())).collect()
+        tip.placement[0].primary_first().iter().map(|one| self.hosts.host_of(&one.node.to_string())).collect()
     }
 
     /// Waits until the primary is at home and everybody serves.
@@ -103,20 +44,11 @@ impl Net {
         until("home and all serving", DEADLINE, async || {
             let tip = self.catalog.tip().ok()?;
             let home = tip.placement[0].primary.is_none() && tip.placement[0].handing_to.is_none();
-            let described = self.json(&["keyspace", "describe", "split", "--output", "json"]).await.ok()?;
+            let described = self.hosts.vasto(&["keyspace", "describe", "split"]).await.ok()?;
             let replicas = described["placement"][0]["replicas"].as_array()?.clone();
             (home && replicas.iter().all(|one| one["state"] == "serving")).then_some(())
         })
         .await
-    }
-
-    async fn end(self) -> Result<()> {
-        for (mut process, _) in self.nodes {
-            process.signal(Signal::KILL);
-            process.ended(DEADLINE).await?;
-        }
-        drop(self.dir);
-        Ok(())
     }
 }
 
@@ -130,16 +62,16 @@ async fn a_primary_that_was_isolated_serves_what_was_acknowledged_meanwhile() ->
     let net = Net::start(["z"; 3], 3).await?;
     for (round, cut_ms) in [1_700u64, 2_400, 3_400].into_iter().enumerate() {
         net.home().await?;
-        let primary = net.hosts()?[0];
+        let primary = net.preferred()?[0];
         let keyspace = net.keyspace().await?;
         keyspace.put("k", format!("{round}:v1")).await?;
         ensure!(text(keyspace.get("k").await?) == format!("{round}:v1"));
-        net.network.cut(primary)?;
+        net.hosts.network.cut(primary)?;
         let cut = Instant::now();
         keyspace.put("k", format!("{round}:v2")).ack(Ack::Replica).await?;
         let acknowledged = cut.elapsed();
         tokio::time::sleep(Duration::from_millis(cut_ms).saturating_sub(cut.elapsed())).await;
-        net.network.heal(primary)?;
+        net.hosts.network.heal(primary)?;
         let healed = Instant::now();
         let (mut reads, mut stale) = (0, 0);
         while healed.elapsed() < Duration::from_secs(3) {
@@ -149,7 +81,7 @@ async fn a_primary_that_was_isolated_serves_what_was_acknowledged_meanwhile() ->
         println!("cut for {cut_ms} ms: acknowledged after {acknowledged:?}; {stale} of {reads} reads were stale");
         ensure!(stale == 0, "{stale} of {reads} reads did not see an acknowledged write");
     }
-    net.end().await
+    net.hosts.end().await
 }
 
 /// Conditional writes and counters build on what was acknowledged while the primary was cut off.
@@ -158,18 +90,18 @@ async fn conditions_hold_on_what_was_acknowledged_while_the_primary_was_isolated
     let net = Net::start(["z"; 3], 3).await?;
     for (round, cut_ms) in [2_200u64, 3_400].into_iter().enumerate() {
         net.home().await?;
-        let primary = net.hosts()?[0];
+        let primary = net.preferred()?[0];
         let keyspace = net.keyspace().await?;
         let (k, c) = (format!("k{round}"), format!("c{round}"));
         keyspace.put(k.as_str(), "v1").await?;
         keyspace.add_i64(c.as_str(), 5).await?;
         let v1 = keyspace.get(k.as_str()).await?.unwrap();
-        net.network.cut(primary)?;
+        net.hosts.network.cut(primary)?;
         let cut = Instant::now();
         keyspace.put(k.as_str(), "v2").ack(Ack::Replica).await?;
         keyspace.delete(c.as_str()).ack(Ack::Replica).await?;
         tokio::time::sleep(Duration::from_millis(cut_ms).saturating_sub(cut.elapsed())).await;
-        net.network.heal(primary)?;
+        net.hosts.network.heal(primary)?;
         let swapped = keyspace.put(k.as_str(), "v3").if_version(v1.version).ack(Ack::Replica).await;
         let counted = keyspace.add_i64(c.as_str(), 1).ack(Ack::Replica).await;
         println!("cut for {cut_ms} ms: if_version of what was replaced {swapped:?}, an increment {counted:?}");
@@ -180,7 +112,7 @@ async fn conditions_hold_on_what_was_acknowledged_while_the_primary_was_isolated
         ensure!(k_now == "v2", "an acknowledged write was undone: {k_now}");
         ensure!(c_now == "1" || c_now == "(none)", "an acknowledged delete was undone: {c_now}");
     }
-    net.end().await
+    net.hosts.end().await
 }
 
 /// The next replica in the order was cut off while the others took writes; the primary dies as it heals.
@@ -188,20 +120,20 @@ async fn conditions_hold_on_what_was_acknowledged_while_the_primary_was_isolated
 async fn the_successor_of_a_dead_primary_holds_what_two_replicas_acknowledged() -> Result<()> {
     let net = Net::start(["z"; 3], 3).await?;
     net.home().await?;
-    let hosts = net.hosts()?;
+    let hosts = net.preferred()?;
     let (primary, next) = (hosts[0], hosts[1]);
     let keyspace = net.keyspace().await?;
     keyspace.put("k", "v1").await?;
     keyspace.add_i64("c", 1).await?;
-    net.network.cut(next)?;
+    net.hosts.network.cut(next)?;
     let cut = Instant::now();
     keyspace.put("k", "v2").ack(Ack::Replica).await?;
     for _ in 0..9 {
         keyspace.add_i64("c", 1).ack(Ack::Replica).await?;
     }
     tokio::time::sleep(Duration::from_millis(2_200).saturating_sub(cut.elapsed())).await;
-    net.network.heal(next)?;
-    net.nodes[primary].0.signal(Signal::KILL);
+    net.hosts.network.heal(next)?;
+    net.hosts.nodes[primary].0.signal(Signal::KILL);
     let healed = Instant::now();
     let counted = keyspace.add_i64("c", 1).ack(Ack::Replica).await;
     let (mut reads, mut stale) = (0, 0);
@@ -214,7 +146,7 @@ async fn the_successor_of_a_dead_primary_holds_what_two_replicas_acknowledged() 
     ensure!(stale == 0, "{stale} of {reads} reads did not see what two replicas had acknowledged");
     let unknown = counted.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unknown);
     ensure!(count == "11" || (unknown && count == "10"), "{counted:?}, c = {count}");
-    net.end().await
+    net.hosts.end().await
 }
 
 /// Both zones are cut from each other and written by choice; afterwards the later event time stands everywhere.
@@ -233,8 +165,8 @@ async fn two_zones_that_are_written_by_choice_converge_on_the_later_event_time()
         handle.put(format!("k{n}"), "before").event_time(stamp).await?;
     }
     // The zones cannot reach each other, but their clients reach them.
-    net.network.cut_between(0, 1)?;
-    net.network.cut_between(0, 2)?;
+    net.hosts.network.cut_between(0, 1)?;
+    net.hosts.network.cut_between(0, 2)?;
     for n in 0..20u64 {
         let key = format!("k{n}");
         // The later one is written first, and elsewhere.
@@ -247,9 +179,9 @@ async fn two_zones_that_are_written_by_choice_converge_on_the_later_event_time()
         ensure!(text(early.get(key.as_str()).await?) == "early", "{key}: a zone reads what it wrote");
     }
     for host in 0..3 {
-        net.network.heal(host)?;
+        net.hosts.network.heal(host)?;
     }
-    let keys = converged_by(&net.catalog, async || net.json(&["cluster", "status", "--output", "json"]).await).await?;
+    let keys = converged_by(&net.catalog, async || net.hosts.vasto(&["cluster", "status"]).await).await?;
     println!("{keys} keys are the same on all replicas");
     for n in 0..20u64 {
         let expected = if n % 4 < 2 { "late" } else { "(none)" };
@@ -258,7 +190,7 @@ async fn two_zones_that_are_written_by_choice_converge_on_the_later_event_time()
             ensure!(read == expected, "k{n}: {read} instead of {expected}");
         }
     }
-    net.end().await
+    net.hosts.end().await
 }
 
 /// A client that writes and reads back one key while every node is stopped and started in turn.
