@@ -284,7 +284,8 @@ pub async fn fsck(bucket: &Bucket, deep: bool) -> Result<Fsck, CatalogError> {
 }
 
 fn is_of_the_cluster(key: &str) -> bool {
-    key == layout::cluster() || ["catalog/", "names/", "gc-term/"].iter().any(|folder| key.starts_with(folder))
+    key == layout::cluster()
+        || ["catalog/", "cluster/", "names/", "gc-term/"].iter().any(|folder| key.starts_with(folder))
 }
 
 fn orphan(object: &ObjectInfo, now_us: u64) -> Orphan {

@@ -10,6 +10,11 @@ pub fn cluster() -> String {
     "cluster.json".to_owned()
 }
 
+/// The `n`th version of what is decided about the nodes, from 1.
+pub fn cluster_settings(n: u64) -> String {
+    format!("cluster/{n:020}")
+}
+
 /// Who may collect garbage: the term `n`.
 pub fn gc_term(n: u64) -> String {
     format!("gc-term/{n:020}")
