@@ -16,7 +16,7 @@ use vasto_core::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MA
 use vasto_proto::v1::master_server::MasterServer;
 use vasto_proto::v1::membership_server::MembershipServer;
 use vasto_shipping::garbage::Retention;
-use vasto_shipping::{Bucket, BucketError, BucketOptions, CatalogError, Prices};
+use vasto_shipping::{Bucket, BucketError, BucketOptions, CatalogError, ClusterSettings, Prices};
 
 use crate::cluster::{Cluster, Settings};
 use crate::metrics;
@@ -36,6 +36,8 @@ pub struct MasterConfig {
     /// A node that is silent for longer is away; [`NODE_SILENCE`](vasto_core::limits::NODE_SILENCE)
     /// unless there is a reason.
     pub node_silence: Duration,
+    /// Connect to where a node that joins says that others reach it, and refuse it when nothing answers there.
+    pub dial_back: bool,
     /// Replicas of a node that is away for so long are made anew on others, when others serve and there
     /// is room; never when it is zero.
     pub replace_after: Duration,
@@ -106,11 +108,17 @@ impl Master {
         let store = vasto_shipping::CatalogStore::new(bucket.clone());
         let cluster_id = store.claim_cluster(format!("c-{:016x}", rand::random::<u64>())).await?;
         let catalogs = store.load_all().await?;
+        let decided = store.settings(&ClusterSettings::default()).await?;
 
-        let settings =
-            Settings { node_silence: config.node_silence, retention: config.retention, prices: config.prices };
+        let settings = Settings {
+            dial_back: config.dial_back,
+            node_silence: config.node_silence,
+            retention: config.retention,
+            prices: config.prices,
+        };
         let cluster = Cluster::new(cluster_id.clone(), bucket, settings, shutdown.clone());
         cluster.state().replace_after_us = Some(config.replace_after.as_micros() as u64).filter(|after| *after > 0);
+        cluster.learn_settings(decided);
         let loaded = catalogs.len();
         for catalog in catalogs {
             cluster.adopt(catalog);

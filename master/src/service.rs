@@ -104,6 +104,10 @@ impl master_server::Master for MasterService {
         self.run(moves::empty(&self.cluster, request.into_inner())).await
     }
 
+    async fn cordon_node(&self, request: Request<v1::CordonNodeRequest>) -> Reply {
+        self.run(admin::cordon_node(&self.cluster, request.into_inner())).await
+    }
+
     async fn check_bucket(&self, request: Request<v1::CheckBucketRequest>) -> Reply {
         self.run(upkeep::check(&self.cluster, request.into_inner().deep)).await
     }
