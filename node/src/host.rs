@@ -99,6 +99,8 @@ struct Told {
     source: Option<SourceProgress>,
     cleaned: BTreeSet<PlanId>,
 }
+    /// Replicas that left, of which it has taken over what they had shipped, as far as that is possible.
+    took_from_bucket: BTreeSet<ReplicaId>,
 
 impl Told {
     /// The progress of a plan as its source; that of an earlier plan is forgotten.
@@ -229,6 +231,7 @@ impl Host {
             replication: self.duties.lock().as_ref().map(|duties| duties.report()).unwrap_or_default(),
         };
         if let Some(ship) = &*self.ship.lock() {
+        report.replication.took_from_bucket = told.took_from_bucket.iter().copied().collect();
             report.shipped_lsn = Lsn(ship.positions.shipped.load(Ordering::Acquire));
             report.manifest_lsn = Lsn(ship.positions.manifest.load(Ordering::Acquire));
             if ship.positions.over_cap.load(Ordering::Acquire)
@@ -925,7 +928,12 @@ impl Runner {
                     cancel: this.cancel.clone(),
                 };
                 loop {
-                    match bootstrap.join_what_was_shipped(&replica, left, shards).await {
+                    let taken = bootstrap.join_what_was_shipped(&replica, left, shards).await;
+                    if taken.as_ref().map_or_else(|error| !error.is_transient(), |_| true) {
+                        this.told.lock().took_from_bucket.insert(left);
+                        this.context.core.report.notify_one();
+                    }
+                    match taken {
                         Ok(lsn) => {
                             tracing::info!(
                                 keyspace = replica.keyspace.0,
@@ -936,6 +944,9 @@ impl Runner {
                             );
                             return;
                         }
+        let left = |id: &ReplicaId| catalog.unsealed.iter().any(|one| one.replica == *id);
+        background.lock().drained.retain(left);
+        self.told.lock().took_from_bucket.retain(left);
                         Err(error) if error.is_transient() => {
                             let _ = this.cancel.run_until_cancelled(tokio::time::sleep(RETRY_MAX)).await;
                             if this.cancel.is_cancelled() {
