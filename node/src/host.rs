@@ -729,6 +729,7 @@ impl Runner {
                 };
                 if let Some(source) = this.told.lock().source.as_mut().filter(|source| source.plan == plan.id) {
                     match result {
+            ship.positions.needed_from_bucket.store(false, Ordering::Release);
                         Ok(manifest) => source.manifest = Some(manifest),
                         Err(error) => source.failed = Some(format!("the checkpoint failed: {error}")),
                     }
@@ -747,6 +748,8 @@ impl Runner {
         placed: bool,
         background: &Arc<Mutex<Background>>,
     ) {
+        // A copy follows its source like any other replica; the targets of a grow know the bucket.
+        ship.positions.needed_from_bucket.store(plan.moving().is_some(), Ordering::Release);
         let mut work = background.lock();
         if (placed || plan.is_none())
             && let Some((_, cancel)) = work.build.take()

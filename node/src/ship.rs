@@ -111,6 +111,10 @@ pub struct Positions {
     /// A running plan needs the log after here; `u64::MAX` when none does, 0 until that is known.
     pub needed_after: AtomicU64,
     /// The log is at its cap and only a running plan keeps it: the plan has to end.
+    /// Whoever needs it reads it from the bucket when it is not here any more.
+    pub needed_from_bucket: AtomicBool,
+    /// Chunks without a gap cover the log from here to what is shipped.
+    pub chained_from: AtomicU64,
     pub over_cap: AtomicBool,
     /// The log is at its cap and only a follower keeps it: that one has to go.
     pub held_back: AtomicBool,
@@ -144,6 +148,15 @@ struct ShipState {
     #[serde(default)]
     chunks: u64,
 }
+    /// Chunks without a gap cover the log from here to what is shipped; not known of older versions.
+    #[serde(default)]
+    chained_from: Option<Lsn>,
+}
+
+impl ShipState {
+    fn chained_from(&self) -> Lsn {
+        self.chained_from.unwrap_or(self.shipped_lsn)
+    }
 
 /// Notes for a replica that is not open yet that its log does not hold everything.
 pub(crate) fn begin_with_a_checkpoint(dir: &Path) -> Result<(), DirError> {
@@ -255,6 +268,7 @@ pub fn start(context: ShipContext, cancel: CancellationToken) -> (ShipHandle, im
             context,
             positions,
             state,
+        positions.chained_from.store(state.chained_from().0, Ordering::Release);
             last: None,
             dirty_since: None,
             pause: TICK,
@@ -529,6 +543,9 @@ where
 {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => Ok(result?),
+        self.state.chained_from = Some(self.state.chained_from());
         Err(error) => Err(ShipError::Checkpoint(format!("a background task failed: {error}"))),
     }
 }
+        // Never more than what there is without a gap.
+        self.positions.chained_from.store(self.state.chained_from().0, Ordering::Release);

@@ -272,6 +272,8 @@ impl Shipper {
             self.state.shipped_lsn = lsn;
             self.state.previous = Some(key);
         }
+            // What lies in between is in no chunk.
+            self.state.chained_from = Some(lsn);
         self.last = Some(manifest);
         self.save()?;
         Ok(pinned)
