@@ -36,6 +36,7 @@ use crate::clock::SharedClock;
 use crate::core::NodeCore;
 use crate::engine::EngineShared;
 use crate::grow::{Build, fresh_progress};
+use crate::old_copy;
 use crate::past::{self, Candidate, Candidates};
 use crate::replica::job::{Control, ReplicaError, Role};
 use crate::replica::{OpenOptions, Replica, database_dir};
@@ -98,9 +99,9 @@ struct Told {
     phase: Option<ReplicaPhase>,
     source: Option<SourceProgress>,
     cleaned: BTreeSet<PlanId>,
-}
     /// Replicas that left, of which it has taken over what they had shipped, as far as that is possible.
     took_from_bucket: BTreeSet<ReplicaId>,
+}
 
 impl Told {
     /// The progress of a plan as its source; that of an earlier plan is forgotten.
@@ -230,8 +231,8 @@ impl Host {
             cleaned: told.cleaned.iter().copied().collect(),
             replication: self.duties.lock().as_ref().map(|duties| duties.report()).unwrap_or_default(),
         };
-        if let Some(ship) = &*self.ship.lock() {
         report.replication.took_from_bucket = told.took_from_bucket.iter().copied().collect();
+        if let Some(ship) = &*self.ship.lock() {
             report.shipped_lsn = Lsn(ship.positions.shipped.load(Ordering::Acquire));
             report.manifest_lsn = Lsn(ship.positions.manifest.load(Ordering::Acquire));
             if ship.positions.over_cap.load(Ordering::Acquire)
@@ -408,7 +409,7 @@ impl Runner {
             }
         };
         let Some(plan) = self.bucket_plan(&catalog) else {
-            return Ok(Some((self.open_local(&catalog).await?, catalog)));
+            return Ok(Some((self.open_what_is_here(&catalog).await?, catalog)));
         };
         let progress = Arc::new(Mutex::new(fresh_progress(plan)));
         *self.target.lock() = Some(progress.clone());
@@ -527,6 +528,32 @@ impl Runner {
             },
             (_, None) => Ok(Candidates::default()),
         }
+    }
+
+    /// Opens the replica from its directory, unless the bucket knows that this is not its last one. Only
+    /// what ships knows itself in the bucket; the others know each other.
+    async fn open_what_is_here(&self, catalog: &Catalog) -> Result<Replica, String> {
+        let tenant = &self.tenant;
+        let shipper = catalog.shard(tenant.shard).and_then(|shard| shard.shipper());
+        if shipper.is_none_or(|one| one.replica != tenant.replica) {
+            return self.open_local(catalog).await;
+        }
+        let owner = Owner { keyspace: tenant.keyspace, shard: tenant.shard, replica: tenant.replica };
+        let shipped = ship::shipped_by(&tenant.dir);
+        let bucket = &self.context.bucket;
+        if !database_dir(&tenant.dir).join("CURRENT").exists() {
+            // Nothing is made anew that has been there.
+            return match old_copy::held_beyond(bucket, owner, shipped, Lsn(0)).await {
+                Some(held) => Err(old_copy::reason(held, Lsn(0))),
+                None => self.open_local(catalog).await,
+            };
+        }
+        let replica = self.open_local(catalog).await?;
+        // The last record says that it was opened.
+        let end = Lsn(replica.settled_lsn().0.saturating_sub(1));
+        let Some(held) = old_copy::held_beyond(bucket, owner, shipped, end).await else { return Ok(replica) };
+        replica.stop().await;
+        Err(old_copy::reason(held, end))
     }
 
     async fn open_local(&self, catalog: &Catalog) -> Result<Replica, String> {
@@ -702,6 +729,7 @@ impl Runner {
             self.told.lock().source = None;
             background.lock().checkpoint = None;
             ship.positions.needed_after.store(u64::MAX, Ordering::Release);
+            ship.positions.needed_from_bucket.store(false, Ordering::Release);
             return;
         };
         {
@@ -720,6 +748,8 @@ impl Runner {
         let pinned = source.manifest.as_ref();
         let needed = pinned.map_or(0, |manifest| manifest.lsn.0);
         ship.positions.needed_after.store(needed, Ordering::Release);
+        // A copy follows its source like any other replica; the targets of a grow know the bucket.
+        ship.positions.needed_from_bucket.store(plan.moving().is_some(), Ordering::Release);
         if plan.step == Step::Prepare && background.lock().checkpoint.replace(plan.id) != Some(plan.id) {
             let (this, ship, plan) = (self.clone(), ship.clone(), plan.clone());
             tokio::spawn(async move {
@@ -729,7 +759,6 @@ impl Runner {
                 };
                 if let Some(source) = this.told.lock().source.as_mut().filter(|source| source.plan == plan.id) {
                     match result {
-            ship.positions.needed_from_bucket.store(false, Ordering::Release);
                         Ok(manifest) => source.manifest = Some(manifest),
                         Err(error) => source.failed = Some(format!("the checkpoint failed: {error}")),
                     }
@@ -748,8 +777,6 @@ impl Runner {
         placed: bool,
         background: &Arc<Mutex<Background>>,
     ) {
-        // A copy follows its source like any other replica; the targets of a grow know the bucket.
-        ship.positions.needed_from_bucket.store(plan.moving().is_some(), Ordering::Release);
         let mut work = background.lock();
         if (placed || plan.is_none())
             && let Some((_, cancel)) = work.build.take()
@@ -912,6 +939,9 @@ impl Runner {
         catalog: &Arc<Catalog>,
         background: &Arc<Mutex<Background>>,
     ) {
+        let left = |id: &ReplicaId| catalog.unsealed.iter().any(|one| one.replica == *id);
+        background.lock().drained.retain(left);
+        self.told.lock().took_from_bucket.retain(left);
         if !catalog.is_primary(replica.id) {
             return;
         }
@@ -947,9 +977,6 @@ impl Runner {
                             );
                             return;
                         }
-        let left = |id: &ReplicaId| catalog.unsealed.iter().any(|one| one.replica == *id);
-        background.lock().drained.retain(left);
-        self.told.lock().took_from_bucket.retain(left);
                         Err(error) if error.is_transient() => {
                             let _ = this.cancel.run_until_cancelled(tokio::time::sleep(RETRY_MAX)).await;
                             if this.cancel.is_cancelled() {

@@ -14,6 +14,7 @@ pub mod host;
 pub mod manager;
 pub mod node;
 pub mod node_dir;
+mod old_copy;
 pub mod open_files;
 pub mod past;
 pub mod pause;

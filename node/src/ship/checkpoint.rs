@@ -126,6 +126,9 @@ impl Shipper {
         match &done {
             Ok(_) => self.checkpoint_pause = TICK,
             Err(error) => {
+                if let ShipError::Foreign(key) = error {
+                    self.give_up(key);
+                }
                 self.checkpoint_pause = (self.checkpoint_pause * 2).min(BACKOFF_MAX);
                 self.checkpoint_not_before = Instant::now() + self.checkpoint_pause;
                 if waiters.is_empty() {
@@ -269,11 +272,11 @@ impl Shipper {
         self.uploaded.forget();
         self.state.chunks = self.state.chunks.saturating_sub(superseded);
         if lsn > self.state.shipped_lsn {
+            // What lies in between is in no chunk.
+            self.state.chained_from = Some(lsn);
             self.state.shipped_lsn = lsn;
             self.state.previous = Some(key);
         }
-            // What lies in between is in no chunk.
-            self.state.chained_from = Some(lsn);
         self.last = Some(manifest);
         self.save()?;
         Ok(pinned)
