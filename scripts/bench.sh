@@ -114,7 +114,7 @@ for ack in "${acks[@]}"; do
     for workload in put get; do
         for count in "${clients[@]}"; do
             common=(--workload "$workload" --clients "$count")
-            ours="$(profiled "$workload-$count-$ack" "bench-$ack" --master "$master" "${common[@]}")" \
+            ours="$(profiled "$workload-$count-$ack" "bench-$ack" --keep --master "$master" "${common[@]}")" \
                 || fail "$workload: $(tail -2 "$dir/bench.log")"
             theirs="$(bench --embedded "$dir/embedded-$ack" --ack "$ack" "${common[@]}")" \
                 || fail "$workload, embedded: $(tail -2 "$dir/bench.log")"

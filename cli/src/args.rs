@@ -156,7 +156,7 @@ pub struct KeyspaceName {
 pub struct KeyspaceCreate {
     /// A name: a to z first, then a to z, 0 to 9, _ and -, at most 63 in all
     pub name: String,
-    /// Shards: 1 to 64, then 72, 80 … 128, 144 … 4096
+    /// Shards: 1 to 64
     #[arg(long, default_value_t = 1)]
     pub shards: u32,
     /// Copies of each shard, on distinct nodes
@@ -238,6 +238,9 @@ pub struct KeyspaceRestore {
     /// What was there at this time (RFC 3339) [default: everything]
     #[arg(long, value_name = "TIME")]
     pub at: Option<jiff::Timestamp>,
+    /// What the bucket holds is enough: no node is asked to ship first what it has
+    #[arg(long)]
+    pub from_bucket: bool,
     /// Start it and return; follow it with `vasto operation show`
     #[arg(long)]
     pub no_wait: bool,
@@ -360,6 +363,18 @@ pub enum BucketCommand {
         /// Only tell what would be deleted
         #[arg(long)]
         dry_run: bool,
+    },
+    /// Put back what the bucket has lost and the nodes still know
+    #[command(
+        after_help = "Start all nodes first: they remember the cluster, the catalog and what they have shipped. What is in\n\
+        the bucket is not changed. Exits with 1 when something is missing or damaged afterwards.\n\n\
+        Examples:\n  \
+        vasto bucket repair"
+    )]
+    Repair {
+        /// Go on without what nodes know that do not come back
+        #[arg(long)]
+        accept_loss: bool,
     },
 }
 

@@ -5,7 +5,7 @@
 //! loop). Keys are 16 bytes, values do not compress. The read-modify-write of YCSB F is a get and
 //! then a put of the same key, counted as one operation, without a guard against others that write
 //! in between. The short scans of YCSB E read up to 100 keys that share all but their last two
-//! digits.
+//! digits. What a run has written to a keyspace it deletes in the end, unless told to keep it.
 
 mod cluster;
 mod embedded;
@@ -107,8 +107,7 @@ fn until(args: &Bench) -> Until {
     }
 }
 
-fn generators(args: &Bench) -> Vec<Generator> {
-    let population = Population::new(args.keys, args.clients);
+fn generators(args: &Bench, population: &Arc<Population>) -> Vec<Generator> {
     let generator =
         |client: u32| Generator::new(args.workload, args.keys, population.clone(), SEED + u64::from(client));
     (0..args.clients).map(generator).collect()
@@ -126,10 +125,28 @@ async fn on_cluster(args: &Bench, name: &str, values: &Values) -> anyhow::Result
         let load = cluster::load(&keyspace, args.keys, values, add);
         loading(args.keys, || done.load(Ordering::Relaxed), load).await.map_err(connect::failure)?;
     }
+    let population = Population::new(args.keys, args.clients);
     let run = Arc::new(Run::start(until(args)));
-    let clients = cluster::run(&run, &keyspace, generators(args), values, args.ack.map(connect::ack));
+    let clients = cluster::run(&run, &keyspace, generators(args, &population), values, args.ack.map(connect::ack));
     watching(args, &run, clients).await;
-    Ok(Measured { elapsed: run.elapsed(), run, target: "cluster", ack: args.ack })
+    let elapsed = run.elapsed();
+    if !args.keep {
+        tidy(&keyspace, population.all()).await;
+    }
+    Ok(Measured { elapsed, run, target: "cluster", ack: args.ack })
+}
+
+/// Deletes what the runs have written. The measurement stands also when that fails.
+async fn tidy(keyspace: &vasto_client::Keyspace, keys: u64) {
+    let done = AtomicU64::new(0);
+    let add = |count| {
+        done.fetch_add(count, Ordering::Relaxed);
+    };
+    let progress = || done.load(Ordering::Relaxed);
+    match showing("deleting its keys", None, progress, cluster::unload(keyspace, keys, add)).await {
+        Ok(()) => {}
+        Err(error) => eprintln!("not all keys of the benchmark were deleted: {error}; run it again, or delete bench:*"),
+    }
 }
 
 // --------------------------------------------------------------------------- the yardstick
@@ -148,7 +165,8 @@ async fn on_embedded(args: &Bench, dir: &Path, values: &Values) -> anyhow::Resul
         loading(args.keys, || done.load(Ordering::Relaxed), load).await??;
     }
     let run = Arc::new(Run::start(until(args)));
-    let (db, values, clients, shared) = (embedded, values.clone(), generators(args), run.clone());
+    let population = Population::new(args.keys, args.clients);
+    let (db, values, clients, shared) = (embedded, values.clone(), generators(args, &population), run.clone());
     watching(args, &run, blocking(move || db.run(&shared, clients, &values))).await?;
     Ok(Measured { elapsed: run.elapsed(), run, target: "embedded", ack: Some(ack) })
 }
@@ -162,16 +180,21 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 /// Shows how many keys are loaded, until `load` ends.
 async fn loading<T>(keys: u64, done: impl Fn() -> u64, load: impl Future<Output = T>) -> T {
     eprintln!("loading {} keys first, because the workload reads them", format_count(keys));
-    let mut progress = Progress::start("loading", Unit::Items, Some(keys));
+    showing("loading", Some(keys), done, load).await
+}
+
+/// Shows how much is done, until `work` ends.
+async fn showing<T>(what: &str, of: Option<u64>, done: impl Fn() -> u64, work: impl Future<Output = T>) -> T {
+    let mut progress = Progress::start(what, Unit::Items, of);
     let mut ticks = tokio::time::interval(TICK);
-    tokio::pin!(load);
+    tokio::pin!(work);
     loop {
         tokio::select! {
-            loaded = &mut load => {
+            ended = &mut work => {
                 progress.clear();
-                return loaded;
+                return ended;
             }
-            _ = ticks.tick() => progress.set(done(), Some(keys)),
+            _ = ticks.tick() => progress.set(done(), of),
         }
     }
 }
@@ -219,7 +242,7 @@ mod tests {
         assert_eq!(until(&args(bench)), Until::Elapsed(Duration::from_secs(SECONDS_DEFAULT)));
         assert_eq!(until(&args(&format!("{bench} --seconds 3"))), Until::Elapsed(Duration::from_secs(3)));
         assert_eq!(until(&args(&format!("{bench} --requests 9"))), Until::Requests(9));
-        assert_eq!(generators(&args(&format!("{bench} --clients 5"))).len(), 5);
+        assert_eq!(generators(&args(&format!("{bench} --clients 5")), &Population::new(1, 5)).len(), 5);
     }
 
     #[test]

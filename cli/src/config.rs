@@ -21,8 +21,9 @@ use std::{
 use bytesize::ByteSize;
 use figment::{Figment, providers::Serialized, value::Value};
 use serde::{Deserialize, Serialize};
-use vasto_observability::LogFormat;
-use vasto_shipping::Prices;
+use vasto_client::Vasto;
+use vasto_observability::{LogFormat, Telemetry};
+use vasto_shipping::{Bucket, Prices};
 
 use self::{error::variable, field::Kind, source::Layer, values::Secret};
 pub use self::{
@@ -285,18 +286,45 @@ fn load_from(
     if let Some(file) = file {
         layers.push(source::file(file)?);
     }
+    let environment: Vec<_> = environment.into_iter().collect();
+    let mut unknown = misnamed_variables(environment.iter().map(|(name, _)| name.as_str()));
     layers.push(source::environment(environment));
     layers.push(flags.layer());
 
-    let unknown: Vec<Problem> = layers.iter().flat_map(unknown_fields).collect();
+    unknown.extend(layers.iter().flat_map(unknown_fields));
     if !unknown.is_empty() {
         return Err(ConfigError::Invalid(unknown));
     }
     let figment = Figment::from(Serialized::defaults(Config::default()));
     let figment = layers.iter().cloned().fold(figment, Figment::merge);
     let origins = Origins { figment, layers };
-    let config = origins.figment.extract().map_err(|error| ConfigError::Invalid(origins.bad_values(error)))?;
-    Ok(Loaded { config, origins })
+    let config: Config = origins.figment.extract().map_err(|error| ConfigError::Invalid(origins.bad_values(error)))?;
+    let bad_forms = origins.bad_forms(&config);
+    match bad_forms.is_empty() {
+        true => Ok(Loaded { config, origins }),
+        false => Err(ConfigError::Invalid(bad_forms)),
+    }
+}
+
+/// A variable this like the one of a field was meant to be that.
+const VARIABLE_LIKENESS_MIN: f64 = 0.85;
+
+/// Variables that would be read if they had two underscores behind the section. Others that begin with
+/// `VASTO_` may be anybody's.
+fn misnamed_variables<'a>(names: impl Iterator<Item = &'a str>) -> Vec<Problem> {
+    let meant = |name: &str| {
+        let rest = name.strip_prefix("VASTO_").filter(|rest| !rest.contains("__"))?;
+        let likeness = |field: &field::Field| {
+            strsim::normalized_damerau_levenshtein(rest, &field.path.to_uppercase().replace('.', "_"))
+        };
+        let nearest = field::FIELDS.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
+        (likeness(nearest) >= VARIABLE_LIKENESS_MIN).then(|| variable(nearest.path))
+    };
+    let problem = |name: &str| {
+        let meant = meant(name).filter(|_| !source::is_alias(name))?;
+        Some(Problem(format!("the variable {name} is not read; did you mean {meant}, with two underscores?")))
+    };
+    names.filter_map(problem).collect()
 }
 
 fn unknown_fields(layer: &Layer) -> impl Iterator<Item = Problem> + '_ {
@@ -345,6 +373,23 @@ impl Origins {
         Some(&entry.origin)
     }
 
+    /// Texts of the right type that cannot be what they are for.
+    fn bad_forms(&self, config: &Config) -> Vec<Problem> {
+        let bucket = config.bucket.url.as_deref().map(Bucket::check_url).transpose();
+        let endpoint = config.bucket.endpoint.as_deref().map(check_endpoint).transpose();
+        let problems = [
+            ("bucket.url", bucket.err().map(|error| error.to_string())),
+            ("bucket.endpoint", endpoint.err()),
+            ("node.master", Vasto::check_url(&config.node.master).err().map(|error| error.to_string())),
+            ("log.filter", Telemetry::check_filter(&config.log.filter).err().map(|error| error.to_string())),
+        ];
+        let problem = |(path, why): (&str, Option<String>)| {
+            let place = self.origin(path).map(|origin| format!(" in {origin}")).unwrap_or_default();
+            why.map(|why| Problem(format!("{path}{place}: {why}")))
+        };
+        problems.into_iter().filter_map(problem).collect()
+    }
+
     fn bad_values(&self, errors: figment::Error) -> Vec<Problem> {
         let problem = |error: figment::Error| {
             // A whole section may be of the wrong type; then there is no field to name.
@@ -365,6 +410,16 @@ impl Origins {
             }
         };
         errors.into_iter().map(problem).collect()
+    }
+}
+
+/// An S3 endpoint: `http://` or `https://`, and a host. What is given is not shown, it may hold a secret.
+fn check_endpoint(url: &str) -> Result<(), String> {
+    let rest = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://"));
+    let host = rest.and_then(|rest| rest.split('/').next()).unwrap_or_default();
+    match host.is_empty() || host.contains(char::is_whitespace) {
+        true => Err("it is no address of a server; write for example http://127.0.0.1:9000".to_owned()),
+        false => Ok(()),
     }
 }
 

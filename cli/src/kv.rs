@@ -1,14 +1,19 @@
 //! `vasto kv`: single keys, and scans.
 //!
-//! Invariant: bytes of users reach a terminal escaped, and a pipe or a file as they are. In JSON,
-//! what is no UTF-8 stands in a field whose name ends in `_base64`.
+//! Invariant: a value that `get` reads reaches a pipe or a file as it is; keys and rows are escaped
+//! everywhere, so that a row is a line and what a scan prints can be given to `get`. In JSON, what is
+//! no UTF-8 stands in a field whose name ends in `_base64`.
 
-use std::io::{self, IsTerminal, Read};
+use std::{
+    io::{self, IsTerminal, Read},
+    os::unix::ffi::OsStringExt,
+};
 
 use anyhow::Context;
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde_json::{Map, Value, json};
 use vasto_client::{Bytes, Key, Outcome, Payload, Row};
+use vasto_core::hash::partition_hash as hash_of;
 
 use crate::{
     args::{Kv, KvCommand, KvDelete, KvGet, KvKey, KvPut, KvScan},
@@ -30,21 +35,29 @@ pub async fn run(args: &Kv, format: OutputFormat) -> anyhow::Result<()> {
 }
 
 fn key_of(key: &KvKey) -> Key {
-    let name = Key::new(key.key.as_str());
-    match &key.partition {
-        Some(partition) => name.partition(partition.as_str()),
-        None => name,
+    let name = Key::new(&key.key.0);
+    match (&key.partition, key.partition_hash) {
+        (Some(partition), _) => name.partition(&partition.0),
+        (None, Some(hash)) => name.partition_hash(hash),
+        (None, None) => name,
     }
 }
 
 async fn get(args: &Kv, get: &KvGet, format: OutputFormat) -> anyhow::Result<()> {
     let keyspace = connect::keyspace(&args.connect, &get.key.keyspace).await?;
     let Some(value) = keyspace.get(key_of(&get.key)).await.map_err(connect::failure)? else {
-        return Err(Failure::new(format!("not found: {}", printable(get.key.key.as_bytes()))).into());
+        let failure = Failure::new(format!("not found: {}", printable(&get.key.key.0)));
+        let hint =
+            "a key that was written with a partition is read with it; `vasto kv scan` shows which records there are";
+        return Err(failure.hint(hint).into());
     };
     match format {
         OutputFormat::Json => {
-            output::print_json(&row_json(&Row { key: Bytes::from(get.key.key.clone()), value: Some(value) }))?;
+            let partition_hash = get.key.partition.as_ref().map(|partition| hash_of(&partition.0));
+            let partition_hash = partition_hash.or(get.key.partition_hash);
+            let partition_hash = partition_hash.filter(|hash| *hash != hash_of(&get.key.key.0));
+            let row = Row { key: Bytes::from(get.key.key.0.clone()), partition_hash, value: Some(value) };
+            output::print_json(&row_json(&row))?;
         }
         OutputFormat::Table => {
             let bytes = value.bytes();
@@ -58,7 +71,7 @@ async fn get(args: &Kv, get: &KvGet, format: OutputFormat) -> anyhow::Result<()>
 
 async fn put(args: &Kv, put: &KvPut, format: OutputFormat) -> anyhow::Result<()> {
     let value = match &put.value {
-        Some(value) => value.clone().into_bytes(),
+        Some(value) => value.clone().into_vec(),
         None => from_stdin()?,
     };
     let keyspace = connect::keyspace(&args.connect, &put.key.keyspace).await?;
@@ -120,10 +133,10 @@ async fn scan(args: &Kv, scan: &KvScan, format: OutputFormat) -> anyhow::Result<
     let keyspace = connect::keyspace(&args.connect, &scan.keyspace).await?;
     let mut request = keyspace.scan();
     if let Some(prefix) = &scan.prefix {
-        request = request.prefix(prefix.as_str());
+        request = request.prefix(&prefix.0);
     }
     if let Some(partition) = &scan.partition {
-        request = request.partition(partition.as_str());
+        request = request.partition(&partition.0);
     }
     if let Some(limit) = scan.limit {
         request = request.limit(usize::try_from(limit).unwrap_or(usize::MAX));
@@ -158,14 +171,12 @@ impl RowPrinter {
             }
             OutputFormat::Table => {
                 let value = row.value.as_ref().map(|value| value.bytes()).unwrap_or_default();
-                if self.terminal {
-                    let line = format!("{}\t{}\n", printable(&row.key), printable(&value));
-                    self.buffer.extend_from_slice(line.as_bytes());
-                } else {
-                    for part in [&row.key[..], b"\t", &value[..], b"\n"] {
-                        self.buffer.extend_from_slice(part);
-                    }
+                let mut line = format!("{}\t{}", printable(&row.key), printable(&value));
+                if let Some(hash) = row.partition_hash {
+                    line += &format!("\t--partition-hash={hash:016x}");
                 }
+                line.push('\n');
+                self.buffer.extend_from_slice(line.as_bytes());
             }
         }
         self.rows += 1;
@@ -190,6 +201,9 @@ impl RowPrinter {
 fn row_json(row: &Row) -> Value {
     let mut out = Map::new();
     put_bytes(&mut out, "key", &row.key);
+    if let Some(hash) = row.partition_hash {
+        out.insert("partition_hash".to_owned(), json!(format!("{hash:016x}")));
+    }
     if let Some(value) = &row.value {
         match &value.payload {
             Payload::I64(number) => {
@@ -222,7 +236,7 @@ mod tests {
 
     fn row(key: &'static [u8], value: Payload) -> Row {
         let value = vasto_client::Value { payload: value, event_time: 7, expires_at: None, version: 0xab };
-        Row { key: Bytes::from_static(key), value: Some(value) }
+        Row { key: Bytes::from_static(key), partition_hash: None, value: Some(value) }
     }
 
     #[test]
@@ -235,12 +249,14 @@ mod tests {
         assert_eq!((&bytes["key_base64"], &bytes["value_base64"]), (&json!("/w=="), &json!("AP8=")));
         assert!(bytes.get("key").is_none() && bytes.get("value").is_none());
         assert_eq!(row_json(&row(b"n", Payload::I64(-3)))["value"], -3);
-        assert!(row_json(&Row { key: Bytes::from_static(b"k"), value: None }).get("value").is_none());
+        let partitioned = Row { partition_hash: Some(0xab), value: None, ..row(b"k", Payload::I64(0)) };
+        assert_eq!(row_json(&partitioned), json!({"key": "k", "partition_hash": "00000000000000ab"}));
     }
 
     #[test]
     fn rows_are_one_json_array_or_lines() {
-        let rows = [row(b"a", Payload::I64(1)), row(b"b\n", Payload::Bytes(Bytes::from_static(b"\x1b")))];
+        let in_partition = Row { partition_hash: Some(0xab), ..row(b"\xff", Payload::I64(2)) };
+        let rows = [row(b"a", Payload::I64(1)), row(b"b\n", Payload::Bytes(Bytes::from_static(b"\x1b"))), in_partition];
         let printed = |format, terminal: bool| {
             // The terminal would flush each row.
             let mut out = RowPrinter { format, terminal: false, buffer: Vec::new(), rows: 0 };
@@ -253,6 +269,7 @@ mod tests {
         let mut json = printed(OutputFormat::Json, false);
         json.extend_from_slice(b"\n]\n");
         assert_eq!(serde_json::from_slice::<Value>(&json).unwrap()[1]["key"], "b\n");
-        assert_eq!(printed(OutputFormat::Table, false), b"a\t1\nb\n\t\x1b\n");
+        let lines = String::from_utf8(printed(OutputFormat::Table, false)).unwrap();
+        assert_eq!(lines, "a\t1\nb\\x0a\t\\x1b\n\\xff\t2\t--partition-hash=00000000000000ab\n");
     }
 }

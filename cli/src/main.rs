@@ -24,10 +24,12 @@ use args::{Cli, Command, ConfigCommand, Serve};
 const RUNTIME_END: Duration = Duration::from_millis(200);
 
 fn main() -> ExitCode {
-    match run(&Cli::parse()) {
+    let code = match run(&Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => output::report(&error),
-    }
+    };
+    vasto_observability::flush_logs(RUNTIME_END);
+    code
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {

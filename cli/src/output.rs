@@ -31,6 +31,9 @@ pub enum OutputFormat {
     Json,
 }
 
+/// How long a failure may take to be written where nobody reads.
+const REPORT_PATIENCE: Duration = Duration::from_secs(1);
+
 // ---------------------------------------------------------------------------- failures
 
 /// A failure with the words for the user: what happened, and what to do next.
@@ -88,8 +91,14 @@ impl Failure {
 /// 1 for a failure, 2 for a command or a configuration that cannot be used.
 pub fn report(error: &anyhow::Error) -> ExitCode {
     let (text, code) = describe(error);
-    // Nobody can be told that stderr is gone.
-    let _ = io::stderr().lock().write_all(text.as_bytes());
+    let (done, written) = std::sync::mpsc::channel();
+    // A thread of its own: when nobody reads stderr the process must end all the same.
+    std::thread::spawn(move || {
+        // Nobody can be told that stderr is gone.
+        let _ = io::stderr().lock().write_all(text.as_bytes());
+        let _ = done.send(());
+    });
+    let _ = written.recv_timeout(REPORT_PATIENCE);
     ExitCode::from(code)
 }
 
@@ -171,20 +180,22 @@ pub fn table(headings: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> 
     table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
 }
 
-/// Bytes of a user, safe to show on a terminal: control characters, backslashes and what is not
-/// UTF-8 are escaped.
+/// Bytes of a user, safe to show: the bytes of control characters and those that are no UTF-8 become `\xNN`,
+/// a backslash `\\`. A key that is given on the command line is read the same way.
 pub fn printable(bytes: &[u8]) -> String {
-    match std::str::from_utf8(bytes) {
-        Ok(text) => text
-            .chars()
-            .flat_map(|c| {
-                let plain = (!c.is_control() && c != '\\').then_some(c);
-                let escaped = plain.is_none().then(|| c.escape_default());
-                plain.into_iter().chain(escaped.into_iter().flatten())
-            })
-            .collect(),
-        Err(_) => bytes.escape_ascii().to_string(),
+    let mut out = String::with_capacity(bytes.len());
+    let escape = |out: &mut String, bytes: &[u8]| bytes.iter().for_each(|byte| *out += &format!("\\x{byte:02x}"));
+    for chunk in bytes.utf8_chunks() {
+        for c in chunk.valid().chars() {
+            match c {
+                '\\' => out.push_str("\\\\"),
+                c if c.is_control() => escape(&mut out, c.encode_utf8(&mut [0; 4]).as_bytes()),
+                c => out.push(c),
+            }
+        }
+        escape(&mut out, chunk.invalid());
     }
+    out
 }
 
 // ----------------------------------------------------------------------------- figures
@@ -274,8 +285,9 @@ mod tests {
     #[test]
     fn bytes_of_users_cannot_drive_the_terminal() {
         assert_eq!(printable("Ångström 1".as_bytes()), "Ångström 1");
-        assert_eq!(printable(b"a\x1b[31m\n\\"), r"a\u{1b}[31m\n\\");
+        assert_eq!(printable(b"a\x1b[31m\n\\"), r"a\x1b[31m\x0a\\");
         assert_eq!(printable(b"\xff\x00a"), r"\xff\x00a");
+        assert_eq!(printable("ä\u{9b}1m\u{202e}".as_bytes()), "ä\\xc2\\x9b1m\u{202e}");
     }
 
     #[test]

@@ -11,8 +11,10 @@ mod signals;
 
 use std::{future::Future, net::SocketAddr, path::Path};
 
+use futures::{StreamExt, stream::FuturesUnordered};
 use serde::Serialize;
-use tokio_util::sync::CancellationToken;
+use tokio::sync::watch;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use vasto_master::{Master, MasterConfig};
 use vasto_node::{EngineBudget, Node, NodeConfig};
 use vasto_observability::{AdminServer, Readiness, Telemetry, TelemetryConfig};
@@ -57,6 +59,7 @@ struct ReadyNode {
 /// # Errors
 /// A configuration that cannot be used, or what keeps the master from starting.
 pub async fn master(args: &ServeMaster, file: Option<&Path>) -> anyhow::Result<()> {
+    keep_files_private();
     let config = config::load(file, args.overrides())?.config;
     let settings = master_config(&config)?;
     let server = Server::start("master", &config, config.master.admin_listen).await?;
@@ -76,7 +79,7 @@ pub async fn master(args: &ServeMaster, file: Option<&Path>) -> anyhow::Result<(
         pid: std::process::id(),
     };
     server
-        .serve(&ready, async {
+        .serve(&ready, Vec::new(), async {
             running.stopped().await;
             Ok(())
         })
@@ -88,7 +91,12 @@ pub async fn master(args: &ServeMaster, file: Option<&Path>) -> anyhow::Result<(
 /// # Errors
 /// A configuration that cannot be used, or what keeps the node from starting.
 pub async fn node(args: &ServeNode, file: Option<&Path>) -> anyhow::Result<()> {
-    let config = config::load(file, args.overrides())?.config;
+    keep_files_private();
+    let mut config = config::load(file, args.overrides())?.config;
+    if let Some(dir) = &args.dir {
+        // As it is: text cannot say every path.
+        config.node.dir = Some(dir.clone());
+    }
     let settings = node_config(&config, config.check_node()?);
     let master = settings.master.clone();
     let server = Server::start("node", &config, config.node.admin_listen).await?;
@@ -107,7 +115,14 @@ pub async fn node(args: &ServeNode, file: Option<&Path>) -> anyhow::Result<()> {
         nodes: None,
         pid: std::process::id(),
     };
-    server.serve(&ready, async { running.stopped().await.map_err(advice) }).await
+    let trouble = vec![running.trouble.clone()];
+    server.serve(&ready, trouble, async { running.stopped().await.map_err(advice) }).await
+}
+
+/// From now on what this process makes, RocksDB's files and a bucket in a directory included, is its user's alone:
+/// it holds the data of others.
+fn keep_files_private() {
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
 }
 
 // ------------------------------------------------------------ from configuration to settings
@@ -228,11 +243,17 @@ impl Server {
 
     /// Says that it is ready, and serves until a signal; then waits for `stopped`. A server that
     /// ends by itself, because its cluster refuses it, is a failure with its reason.
-    async fn serve(self, ready: &Ready<'_>, stopped: impl Future<Output = Result<(), Failure>>) -> anyhow::Result<()> {
+    async fn serve(
+        self,
+        ready: &Ready<'_>,
+        trouble: Vec<watch::Receiver<Option<String>>>,
+        stopped: impl Future<Output = Result<(), Failure>>,
+    ) -> anyhow::Result<()> {
         if !self.stop.is_cancelled() {
             self.readiness.set_ready();
             output::print_json_line(ready)?;
         }
+        let watching = AbortOnDropHandle::new(tokio::spawn(watch_trouble(self.readiness.clone(), trouble)));
         tokio::pin!(stopped);
         let result = tokio::select! {
             result = &mut stopped => {
@@ -243,6 +264,7 @@ impl Server {
                 if self.stop.is_cancelled() { result } else { result.and_then(|()| Err(by_itself())) }
             }
             () = self.stop.cancelled() => {
+                watching.abort();
                 self.readiness.set_not_ready("stopping");
                 tracing::info!("stopping; a second signal ends the process at once");
                 match tokio::time::timeout(signals::DEADLINE, stopped).await {
@@ -256,6 +278,7 @@ impl Server {
                 }
             }
         };
+        drop(watching);
         self.readiness.set_not_ready("stopped");
         self.end().await?;
         Ok(result?)
@@ -267,6 +290,23 @@ impl Server {
         self.telemetry.shutdown().await;
         self.signals.end();
         Ok(())
+    }
+}
+
+/// `/readyz` says what keeps one of the nodes from doing all of its work.
+async fn watch_trouble(readiness: Readiness, mut nodes: Vec<watch::Receiver<Option<String>>>) {
+    loop {
+        // All of them are seen: what was not would be news for ever.
+        let told: Vec<Option<String>> = nodes.iter_mut().map(|node| node.borrow_and_update().clone()).collect();
+        match told.into_iter().flatten().next() {
+            Some(reason) => readiness.set_not_ready(reason),
+            None => readiness.set_ready(),
+        }
+        let mut changes: FuturesUnordered<_> = nodes.iter_mut().map(|node| node.changed()).collect();
+        // A node that has ended says nothing any more, and no node says nothing at all.
+        if !matches!(changes.next().await, Some(Ok(()))) {
+            return;
+        }
     }
 }
 

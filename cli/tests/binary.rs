@@ -3,8 +3,11 @@
 #![allow(clippy::unwrap_used)]
 
 use std::{
+    ffi::OsStr,
     io::{BufRead, BufReader, Read, Write},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
+    os::unix::{ffi::OsStrExt, fs::PermissionsExt},
+    path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     time::{Duration, Instant},
 };
@@ -45,7 +48,7 @@ fn the_configuration_in_force_is_shown_with_its_sources() {
 struct Dev {
     process: Child,
     ready: Value,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Drop for Dev {
@@ -58,17 +61,33 @@ impl Drop for Dev {
 impl Dev {
     fn start(flags: &[&str]) -> Dev {
         let dir = tempfile::tempdir().unwrap();
-        let mut process = Command::new(env!("CARGO_BIN_EXE_vasto"))
-            .args(["dev", "--nodes", "2", "--master-listen", "127.0.0.1:0", "--dir"])
-            .arg(dir.path())
-            .args(flags)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vasto"));
+        command.stderr(Stdio::null());
+        let data = dir.path().to_owned();
+        Dev::run(command, data, flags, dir)
+    }
+
+    /// Runs the command as `vasto dev` with its data in `data`.
+    fn run(mut command: Command, data: PathBuf, flags: &[&str], dir: tempfile::TempDir) -> Dev {
+        command.args(["dev", "--nodes", "2", "--master-listen", "127.0.0.1:0", "--dir"]).arg(data).args(flags);
+        let mut process = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        Dev { ready: serde_json::from_str(&line).expect("the line that says it is ready"), process, _dir: dir }
+        Dev { ready: serde_json::from_str(&line).expect("the line that says it is ready"), process, dir }
+    }
+
+    /// SIGTERM; the exit code, within the promised time.
+    fn terminate(&mut self) -> Option<i32> {
+        let pid = self.process.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match self.process.try_wait().unwrap() {
+                Some(status) => return status.code(),
+                None if Instant::now() > deadline => return None,
+                None => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
     }
 
     fn vasto(&self, args: &[&str]) -> String {
@@ -155,4 +174,214 @@ fn requests_are_counted_by_kind_and_the_bill_is_estimated_from_them() {
     assert!(bill["per_month"]["total"].as_f64().unwrap() > storage, "{bill}");
     let shown = dev.vasto(&["cluster", "status", "--output", "table"]);
     assert!(shown.contains("estimated bill of the bucket, EUR a month: "), "{shown}");
+}
+
+fn command() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_vasto"))
+}
+
+/// Every file and directory below.
+fn all_below(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut next = vec![dir.to_owned()];
+    while let Some(path) = next.pop() {
+        // RocksDB removes files at any moment.
+        for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                next.push(entry.path());
+            }
+            found.push(entry.path());
+        }
+    }
+    found
+}
+
+#[test]
+fn files_of_a_server_are_its_users_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    // The usual umask of a shell, whatever that of this test is.
+    let mut shell = Command::new("sh");
+    shell.args(["-c", r#"umask 022; exec "$0" "$@""#, env!("CARGO_BIN_EXE_vasto")]).stderr(Stdio::null());
+    let dev = Dev::run(shell, data.clone(), &[], dir);
+    dev.vasto(&["keyspace", "create", "ks1", "--shards", "2"]);
+    dev.vasto(&["kv", "put", "ks1", "a", "1"]);
+    dev.vasto(&["keyspace", "checkpoint", "ks1"]);
+    let all = all_below(&data);
+    for part in ["bucket", "node-1/LOCK", "node-1/node.json"] {
+        assert!(all.contains(&data.join(part)), "{part} is missing");
+    }
+    assert!(all.iter().any(|path| path.extension().is_some_and(|extension| extension == "manifest")), "{all:?}");
+    let wide: Vec<_> = std::iter::once(&data)
+        .chain(&all)
+        .filter(|path| path.metadata().is_ok_and(|metadata| metadata.permissions().mode() & 0o077 != 0))
+        .collect();
+    assert!(wide.is_empty(), "others can read {wide:?}");
+}
+
+#[test]
+fn directories_may_be_called_anything() {
+    let dir = tempfile::tempdir().unwrap();
+    let strange = OsStr::from_bytes(b"data #1?x=%41 \xff'");
+    let mut shell = command();
+    shell.stderr(Stdio::null()).current_dir(dir.path());
+    let parent = dir.path().to_owned();
+    let mut dev = Dev::run(shell, PathBuf::from(strange), &[], dir);
+    dev.vasto(&["keyspace", "create", "ks1"]);
+    dev.vasto(&["kv", "put", "ks1", "a", "1"]);
+    dev.vasto(&["keyspace", "checkpoint", "ks1"]);
+    let names: Vec<_> = std::fs::read_dir(&parent).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names, [strange], "nothing is made elsewhere");
+    assert!(parent.join(strange).join("bucket/cluster.json").is_file());
+    assert_eq!(dev.vasto(&["bucket", "fsck", "--output", "json"]).matches("\"missing\": []").count(), 1);
+    assert_eq!(dev.terminate(), Some(0));
+}
+
+/// A pipe that nobody reads is full after 64 KiB; at this level that takes a moment.
+#[test]
+fn silent_peers_and_unread_logs_hold_up_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let mut unread = command();
+    unread.stderr(Stdio::piped());
+    let mut dev = Dev::run(unread, data, &["--set", "log.filter=trace"], dir);
+    let _unread = dev.process.stderr.take().unwrap();
+    let addresses = [&dev.ready["listen"], &dev.ready["admin_listen"], &dev.ready["nodes"][0]["listen"]];
+    let _silent: Vec<_> =
+        addresses.iter().map(|address| TcpStream::connect(address.as_str().unwrap()).unwrap()).collect();
+    dev.vasto(&["keyspace", "create", "ks1", "--shards", "2"]);
+    dev.vasto(&["bench", "ks1", "--workload", "mixed", "--requests", "2000", "--keys", "100"]);
+    let dropped = |dev: &Dev| {
+        let metrics = dev.metrics();
+        let line = metrics.lines().find(|line| line.starts_with("vasto_log_dropped_total"));
+        line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).unwrap_or_default()
+    };
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while dropped(&dev) == 0.0 {
+        assert!(Instant::now() < deadline, "the logs never filled pipe and queue");
+        dev.vasto(&["bench", "ks1", "--workload", "mixed", "--requests", "5000", "--keys", "100"]);
+    }
+    assert_eq!(dev.vasto(&["kv", "put", "ks1", "a", "1"]), "ok\n");
+    assert_eq!(dev.terminate(), Some(0));
+}
+
+#[test]
+fn log_lines_of_dev_name_the_node() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    let log = dir.path().join("log");
+    let mut logged = command();
+    logged.stderr(std::fs::File::create(&log).unwrap());
+    let mut dev = Dev::run(logged, data, &["--set", "log.filter=warn,vasto_node=debug"], dir);
+    dev.vasto(&["keyspace", "create", "ks1", "--shards", "2"]);
+    dev.vasto(&["keyspace", "delete", "ks1", "--yes"]);
+    assert_eq!(dev.terminate(), Some(0));
+    let text = std::fs::read_to_string(&log).unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
+    let of_nodes: Vec<_> = lines
+        .iter()
+        .filter(|line| line["target"].as_str().is_some_and(|target| target.starts_with("vasto_node")))
+        .collect();
+    assert!(of_nodes.len() > 5, "{text}");
+    for line in of_nodes {
+        let spans = line["spans"].as_array().map(Vec::as_slice).unwrap_or_default();
+        assert!(spans.iter().any(|span| span["node"].is_string()), "it names no node: {line}");
+    }
+    for node in ["node-1", "node-2"] {
+        assert!(text.contains(node), "{node} never spoke: {text}");
+    }
+}
+
+#[test]
+fn a_benchmark_leaves_nothing_behind_unless_told_to() {
+    let dev = Dev::start(&[]);
+    dev.vasto(&["keyspace", "create", "ks1", "--shards", "3"]);
+    for mine in ["bench", "bench:", "bench:7", "bench:000000000x", "mine"] {
+        dev.vasto(&["kv", "put", "ks1", mine, "1"]);
+    }
+    let keys = || {
+        let rows: Value = serde_json::from_str(&dev.vasto(&["kv", "scan", "ks1", "--output", "json"])).unwrap();
+        rows.as_array().unwrap().len()
+    };
+    for workload in ["put", "ycsb-d", "get"] {
+        dev.vasto(&["bench", "ks1", "--workload", workload, "--requests", "300", "--keys", "1200", "--clients", "4"]);
+        assert_eq!(keys(), 5, "after {workload}");
+    }
+    dev.vasto(&["bench", "ks1", "--workload", "get", "--requests", "10", "--keys", "1200", "--keep"]);
+    assert_eq!(keys(), 1_205);
+}
+
+#[test]
+fn what_a_scan_shows_can_be_read_whatever_its_bytes_and_partition() {
+    let dev = Dev::start(&[]);
+    dev.vasto(&["keyspace", "create", "ks1", "--shards", "3"]);
+    dev.vasto(&["kv", "put", "ks1", r"\xff\x00\\\x1b[31m", "bytes"]);
+    dev.vasto(&["kv", "put", "ks1", "k", "own"]);
+    for partition in ["p", r"q\xfe"] {
+        dev.vasto(&["kv", "put", "ks1", "k", partition, "--partition", partition]);
+    }
+    let shown = dev.vasto(&["kv", "scan", "ks1"]);
+    assert!(!shown.contains('\u{1b}'), "{shown:?}");
+    let lines: Vec<Vec<&str>> = shown.lines().map(|line| line.split('\t').collect()).collect();
+    assert_eq!(lines.len(), 4, "{shown}");
+    for line in lines {
+        let found = dev.vasto(&[&["kv", "get", "ks1", line[0]], &line[2..]].concat());
+        // The value of a row is escaped, that of a get is as it is.
+        assert_eq!(found.trim_end().replace('\\', r"\\"), line[1], "{line:?}");
+    }
+    assert_eq!(dev.vasto(&["kv", "get", "ks1", "k", "--partition", "p"]), "p\n");
+    assert_eq!(dev.vasto(&["kv", "scan", "ks1", "--partition", "p"]).lines().count(), 1);
+}
+
+/// The name of a span stands in the request as text; the rest of the protocol does not matter here.
+#[test]
+fn spans_reach_a_collector_and_one_that_is_gone_is_told() {
+    let collector = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", collector.local_addr().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    let mut traced = command();
+    traced
+        .stderr(std::fs::File::create(&log).unwrap())
+        .env("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint)
+        .env("OTEL_BSP_SCHEDULE_DELAY", "200")
+        .env("OTEL_EXPORTER_OTLP_TIMEOUT", "1000")
+        .env("OTEL_METRIC_EXPORT_INTERVAL", "500");
+    let seen = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let (collected, stop) = (seen.clone(), std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false)));
+    let stopped = stop.clone();
+    let collecting = std::thread::spawn(move || {
+        for stream in collector.incoming() {
+            if stopped.load(std::sync::atomic::Ordering::Acquire) {
+                return;
+            }
+            let (mut stream, collected) = (stream.unwrap(), collected.clone());
+            std::thread::spawn(move || {
+                let mut bytes = [0; 4096];
+                while let Ok(read @ 1..) = stream.read(&mut bytes) {
+                    collected.lock().unwrap().extend_from_slice(&bytes[..read]);
+                }
+            });
+        }
+    });
+    let data = dir.path().join("data");
+    let dev = Dev::run(traced, data, &[], dir);
+    dev.vasto(&["keyspace", "create", "ks1"]);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let has = |name: &[u8]| seen.lock().unwrap().windows(name.len()).any(|window| window == name);
+    for span in [&b"call of the master"[..], b"open a replica"] {
+        while !has(span) {
+            assert!(Instant::now() < deadline, "{} was never sent", String::from_utf8_lossy(span));
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    // It never answers, and then it is gone.
+    stop.store(true, std::sync::atomic::Ordering::Release);
+    drop(TcpStream::connect(endpoint.trim_start_matches("http://")));
+    collecting.join().unwrap();
+    while !std::fs::read_to_string(&log).unwrap().contains("do not reach the OTLP collector") {
+        assert!(Instant::now() < deadline + Duration::from_secs(30), "{}", std::fs::read_to_string(&log).unwrap());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(dev.dir.path().exists());
 }

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use vasto_core::limits::{BATCH_BYTES_MAX, BATCH_OPS_MAX, LimitError, check_event_time, check_value};
+use vasto_core::limits::{BATCH_BYTES_MAX, BATCH_OPS_MAX, LimitError, check_event_time, check_ttl_ms, check_value};
 use vasto_proto::v1;
 
 use crate::key::{IntoBytes, Key};
@@ -54,10 +54,7 @@ impl Write {
             check_event_time(event_time, now_us)?;
         }
         if let Some(ttl) = self.options.ttl {
-            let ends = u64::try_from(ttl.as_micros()).ok().and_then(|ttl_us| now_us.checked_add(ttl_us));
-            if ttl.as_millis() == 0 || ends.is_none() {
-                return Err(LimitError::BadTtl(ttl.as_secs()));
-            }
+            check_ttl_ms(u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX))?;
         }
         Ok(())
     }
@@ -147,6 +144,7 @@ impl Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vasto_core::limits::TTL_MS_MAX;
 
     const NOW: u64 = 1_700_000_000_000_000;
 
@@ -160,7 +158,8 @@ mod tests {
         assert_eq!(put(options().ttl(Duration::from_millis(1))), Ok(()));
         assert_eq!(put(options().ttl(Duration::from_micros(999))), Err(LimitError::BadTtl(0)));
         assert!(put(options().ttl(Duration::MAX)).is_err());
-        assert!(put(options().ttl(Duration::from_micros(u64::MAX - NOW + 1))).is_err());
+        assert_eq!(put(options().ttl(Duration::from_millis(TTL_MS_MAX))), Ok(()));
+        assert!(put(options().ttl(Duration::from_millis(TTL_MS_MAX + 1))).is_err());
         assert_eq!(put(options().event_time(0)), Err(LimitError::EventTimeZero));
         assert_eq!(put(options().event_time(NOW + 60_000_000)), Ok(()));
         assert!(put(options().event_time(NOW + 60_000_001)).is_err());

@@ -31,6 +31,14 @@ pub enum ErrorKind {
     FailedPrecondition,
     /// The stored value has another type. Read it with the accessor of its type.
     WrongType,
+    /// The number given is not finite, or the result would be over the range of its type; nothing was
+    /// changed. The same request fails again.
+    OutOfRange,
+    /// The disk of a node is full, or it has run out of another resource; nothing was changed. It goes on
+    /// by itself once there is room: free some, or add a node.
+    NoSpace,
+    /// The client was closed by [`Vasto::close`](crate::Vasto::close). Connect anew.
+    Closed,
     /// Stored data failed a check and the replica stopped. An operator must look at the node.
     Corrupt,
     /// A defect in Vasto. Please report it with the message.
@@ -78,6 +86,11 @@ impl Error {
     }
 }
 
+/// What every call is told once the client was closed.
+pub(crate) fn closed() -> Error {
+    Error::new(ErrorKind::Closed, "this client was closed; connect anew")
+}
+
 /// What a wire code means for the caller of this library.
 pub(crate) fn kind_of(code: ErrorCode) -> ErrorKind {
     match code {
@@ -92,6 +105,8 @@ pub(crate) fn kind_of(code: ErrorCode) -> ErrorKind {
         | ErrorCode::CatchingUp => ErrorKind::Unavailable,
         ErrorCode::Overloaded => ErrorKind::Overloaded,
         ErrorCode::WrongType => ErrorKind::WrongType,
+        ErrorCode::OutOfRange => ErrorKind::OutOfRange,
+        ErrorCode::NoSpace => ErrorKind::NoSpace,
         ErrorCode::Unknown => ErrorKind::Unknown,
         ErrorCode::FailedPrecondition => ErrorKind::FailedPrecondition,
         ErrorCode::Corrupt => ErrorKind::Corrupt,

@@ -20,12 +20,13 @@ use vasto_proto::v1::reply::Result as Reply;
 use vasto_proto::v1::request::Op;
 
 use crate::connection::Answer;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, closed};
 use crate::node::Node;
 use crate::retry::{
     Action, Budget, Failure, Fewer, Situation, decide, fewer_may_do, give_up, maybe_applied, with_jitter,
 };
 use crate::route::{ReadFrom, Routing, Source, Table, group_by_shard};
+use crate::tuning::DEADLINE_MAX;
 
 /// How far an operation is.
 #[derive(Clone)]
@@ -36,7 +37,7 @@ pub(crate) struct Progress {
     /// Most keys that a request should hold: halved after each failure, so that values which did
     /// not fit into one reply then do.
     pub group_most: usize,
-    /// Which replica is asked first; always the primary for writes.
+    /// Which replica is asked first. Other than the primary: by choice, and whatever it answers is eventual.
     pub from: ReadFrom,
     losses: u32,
     unreachable: u32,
@@ -48,7 +49,7 @@ pub(crate) struct Progress {
 impl Progress {
     /// An operation that begins now and has `time`.
     pub fn new(write: bool, time: Duration) -> Self {
-        let deadline = Instant::now() + time;
+        let deadline = Instant::now() + time.min(DEADLINE_MAX);
         Self {
             write,
             deadline,
@@ -121,8 +122,17 @@ impl Executor {
         (self.client_id, self.sequence.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// The table in force, unless the keyspace is gone.
+    /// The table in force, unless the keyspace is gone or the client was closed.
     pub fn table(&self, progress: &Progress) -> Result<Arc<Table>, Error> {
+        if self.routing.closed().is_cancelled() {
+            return Err(match progress.maybe_applied {
+                true => Error::new(
+                    ErrorKind::Unknown,
+                    "this client was closed before the reply came: the write may or may not have taken effect",
+                ),
+                false => closed(),
+            });
+        }
         let table = self.routing.table();
         if table.topology.active {
             return Ok(table);
@@ -230,16 +240,20 @@ impl Executor {
             );
             return Err(Failed::new(Failure::Unreachable, message));
         };
-        let result = self.attempt_at(table, shard, node, progress.deadline, op, bytes).await;
+        let strict = progress.from == ReadFrom::Primary;
+        let result = self.attempt_at(table, shard, node, progress.deadline, op, bytes, strict).await;
         result.map_err(|failed| {
-            let refused = matches!(failed.failure, Failure::Refused { code: ErrorCode::NotPrimary, .. });
+            let unable = [ErrorCode::NotPrimary, ErrorCode::CatchingUp, ErrorCode::NoSpace];
+            let refused = matches!(failed.failure, Failure::Refused { code, .. } if unable.contains(&code));
             let out_of_service = refused.then(|| node.clone());
             Failed { elsewhere: table.has_other(shard, node, but), out_of_service, ..failed }
         })
     }
 
     /// Sends a request once, to this node. A node that cannot be reached or stands silent is passed by
-    /// from now on; it is not waited for when another replica can be asked.
+    /// from now on; it is not waited for when another replica can be asked. A strict request is answered only
+    /// by the replica that has authority over its shard.
+    #[expect(clippy::too_many_arguments, reason = "one attempt, named once")]
     pub async fn attempt_at(
         &self,
         table: &Table,
@@ -248,6 +262,7 @@ impl Executor {
         deadline: Instant,
         op: Op,
         bytes: usize,
+        strict: bool,
     ) -> Result<Reply, Failed> {
         let probe = || v1::Request {
             keyspace_id: table.topology.keyspace.0,
@@ -258,9 +273,11 @@ impl Executor {
         };
         let impatient = table.topology.routes(shard).len() > 1;
         let connect_by = if impatient { deadline.min(Instant::now() + ATTEMPT_PATIENCE) } else { deadline };
-        let connection = match node.connection(connect_by).await {
-            Ok(connection) => connection,
-            Err(message) => {
+        let connecting = self.routing.closed().run_until_cancelled(node.connection(connect_by)).await;
+        let connection = match connecting {
+            Some(Ok(connection)) => connection,
+            None => return Err(Failed::new(Failure::Unreachable, "this client was closed")),
+            Some(Err(message)) => {
                 node.suspect(probe());
                 return Err(Failed::new(Failure::Unreachable, message));
             }
@@ -272,6 +289,7 @@ impl Executor {
             epoch: table.topology.epoch.0,
             shard: shard.0,
             deadline_ms: 0,
+            strict,
             op: Some(op),
         };
         let call = connection.call(request, bytes, deadline);
@@ -304,12 +322,7 @@ impl Executor {
             return Err(Failed::new(Failure::Lost { sent: true }, message));
         };
         match answer {
-            Answer::Reply(Reply::Error(error)) => {
-                if error.code == ErrorCode::CatchingUp as u32 {
-                    node.suspect(probe());
-                }
-                Err(self.refused(&error))
-            }
+            Answer::Reply(Reply::Error(error)) => Err(self.refused(&error)),
             Answer::Reply(reply) => {
                 self.budget.succeeded();
                 Ok(reply)
@@ -352,6 +365,10 @@ impl Executor {
             Some(node) if failed.elsewhere => progress.out_of_service.push(node),
             // All have been asked: they are asked again.
             Some(_) => progress.out_of_service.clear(),
+            // Whoever said that another one serves may serve now that this one does not answer.
+            None if matches!(failed.failure, Failure::Lost { .. } | Failure::Unreachable) => {
+                progress.out_of_service.clear();
+            }
             None => {}
         }
         let now = self.routing.table();
@@ -378,8 +395,9 @@ impl Executor {
                         self.routing.newer_than(table.generation).await
                     }
                 };
-                // Either way the next attempt finds out.
-                let _ = tokio::time::timeout(pause, news).await;
+                // In each case the next attempt finds out.
+                let waiting = tokio::time::timeout(pause, news);
+                let _ = self.routing.closed().run_until_cancelled(waiting).await;
                 if Instant::now() < progress.deadline {
                     return Ok(());
                 }

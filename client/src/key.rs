@@ -5,6 +5,8 @@ use vasto_core::hash::partition_hash;
 use vasto_core::limits::{LimitError, check_key};
 use vasto_proto::v1;
 
+use crate::value::Row;
+
 mod sealed {
     pub trait Sealed {}
 }
@@ -59,19 +61,37 @@ impl<const N: usize> IntoBytes for [u8; N] {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Key {
     pub(crate) key: Bytes,
-    pub(crate) partition: Option<Bytes>,
+    partition: Partition,
+}
+
+/// What places a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Partition {
+    /// The key itself.
+    Own,
+    /// Another text.
+    Named(Bytes),
+    /// Another text that nobody remembers.
+    Hashed(u64),
 }
 
 impl Key {
     /// A key of 1 to 65,536 bytes.
     pub fn new(key: impl IntoBytes) -> Self {
-        Self { key: key.into_bytes(), partition: None }
+        Self { key: key.into_bytes(), partition: Partition::Own }
     }
 
     /// Puts the key beside all others of the same partition key: they share a shard, can be
     /// scanned by one seek, and written atomically in one batch.
     pub fn partition(mut self, partition: impl IntoBytes) -> Self {
-        self.partition = Some(partition.into_bytes());
+        self.partition = Partition::Named(partition.into_bytes());
+        self
+    }
+
+    /// The same with the hash of the partition key alone, which is what a scan shows of it
+    /// ([`Row::partition_hash`](crate::Row::partition_hash)).
+    pub fn partition_hash(mut self, hash: u64) -> Self {
+        self.partition = Partition::Hashed(hash);
         self
     }
 
@@ -82,17 +102,28 @@ impl Key {
 
     pub(crate) fn check(&self) -> Result<(), LimitError> {
         check_key(&self.key)?;
-        self.partition.as_deref().map_or(Ok(()), check_key)
+        match &self.partition {
+            Partition::Own | Partition::Hashed(_) => Ok(()),
+            Partition::Named(partition) => check_key(partition),
+        }
     }
 
     /// The hash that places the key.
     pub(crate) fn hash(&self) -> u64 {
-        partition_hash(self.partition.as_ref().unwrap_or(&self.key))
+        match &self.partition {
+            Partition::Own => partition_hash(&self.key),
+            Partition::Named(partition) => partition_hash(partition),
+            Partition::Hashed(hash) => *hash,
+        }
     }
 
     /// The key on the wire: the hash only where it is not the key's own.
     pub(crate) fn to_wire(&self) -> v1::KeyRef {
-        let own = self.partition.as_ref().is_none_or(|partition| *partition == self.key);
+        let own = match &self.partition {
+            Partition::Own => true,
+            Partition::Named(partition) => *partition == self.key,
+            Partition::Hashed(hash) => *hash == partition_hash(&self.key),
+        };
         v1::KeyRef { key: self.key.clone(), partition_hash: if own { None } else { Some(self.hash()) } }
     }
 }
@@ -100,6 +131,17 @@ impl Key {
 impl<T: IntoBytes> From<T> for Key {
     fn from(key: T) -> Self {
         Key::new(key)
+    }
+}
+
+/// The key of a scanned row: what is read, written or deleted with it is the row's own record.
+impl From<&Row> for Key {
+    fn from(row: &Row) -> Self {
+        let key = Key::new(&row.key);
+        match row.partition_hash {
+            Some(hash) => key.partition_hash(hash),
+            None => key,
+        }
     }
 }
 
@@ -120,6 +162,16 @@ mod tests {
         let other = Key::new("a").partition("p");
         assert_eq!(other.to_wire().partition_hash, Some(partition_hash(b"p")));
         assert_eq!(other.hash(), Key::new("p").hash());
+        let by_hash = Key::new("a").partition_hash(partition_hash(b"p"));
+        assert_eq!((by_hash.to_wire(), by_hash.hash()), (other.to_wire(), other.hash()));
+        assert_eq!(Key::new("a").partition_hash(partition_hash(b"a")).to_wire().partition_hash, None);
+    }
+
+    #[test]
+    fn a_row_is_the_key_of_its_own_record() {
+        let row = |partition_hash| Row { key: Bytes::from_static(b"a"), partition_hash, value: None };
+        assert_eq!(Key::from(&row(None)), Key::new("a"));
+        assert_eq!(Key::from(&row(Some(7))).to_wire().partition_hash, Some(7));
     }
 
     #[test]

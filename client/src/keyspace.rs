@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind};
 use crate::execute::{Executor, Group, Progress, strange_reply};
 use crate::key::{IntoBytes, Key};
 use crate::requests::{Delete, Put, WriteBatch};
-use crate::route::ReadFrom;
+use crate::route::{ReadFrom, WriteTo};
 use crate::scan::Scan;
 use crate::tuning::{GET_KEY_BYTES_MAX, GET_KEYS_MAX};
 use crate::value::{Outcome, Value};
@@ -31,6 +31,7 @@ pub struct Keyspace {
     executor: Arc<Executor>,
     time: Duration,
     from: ReadFrom,
+    write_to: WriteTo,
     /// Ends the watch of the topology with the last clone.
     _watch: Arc<DropGuard>,
     /// Keeps the connections.
@@ -39,7 +40,14 @@ pub struct Keyspace {
 
 impl Keyspace {
     pub(crate) fn new(executor: Executor, time: Duration, watch: DropGuard, client: Arc<Client>) -> Self {
-        Self { executor: Arc::new(executor), time, from: ReadFrom::Primary, _watch: Arc::new(watch), _client: client }
+        Self {
+            executor: Arc::new(executor),
+            time,
+            from: ReadFrom::Primary,
+            write_to: WriteTo::Primary,
+            _watch: Arc::new(watch),
+            _client: client,
+        }
     }
 
     pub(crate) fn parts(&self) -> (Arc<Executor>, Duration) {
@@ -49,6 +57,16 @@ impl Keyspace {
     /// A handle whose reads ask this replica first; the primary unless said otherwise.
     pub fn read_from(mut self, from: ReadFrom) -> Self {
         self.from = from;
+        self
+    }
+
+    /// A handle whose puts, deletes and batches go to this replica; to the primary unless said otherwise.
+    ///
+    /// Writes by choice ([`WriteTo::Zone`]) are *eventual*: every replica takes them, the later event time wins
+    /// everywhere, also for deletes, and a reader at the primary sees them once they are replicated. Conditional
+    /// writes, counters and appends go to the primary whatever this says.
+    pub fn write_to(mut self, to: WriteTo) -> Self {
+        self.write_to = to;
         self
     }
 
@@ -176,7 +194,7 @@ impl Keyspace {
         write.check(now_us())?;
         let op =
             || Op::Write(v1::WriteRequest { ops: vec![write.to_wire()], ack: ack_to_wire(ack), ..Default::default() });
-        let progress = Progress::new(true, self.time);
+        let progress = Progress::new(true, self.time).from(self.write_to.replica());
         match self.executor.run(write.key.hash(), progress, write.bytes(), op).await? {
             Reply::Write(v1::WriteReply { outcomes }) if outcomes.len() == 1 => Outcome::from_wire(&outcomes[0]),
             _ => Err(strange_reply(true)),
@@ -206,7 +224,7 @@ impl Keyspace {
             Group::Failed(error) => errors.push(error),
             Group::Done(..) | Group::Again(..) => errors.push(strange_reply(true)),
         };
-        let progress = Progress::new(true, self.time);
+        let progress = Progress::new(true, self.time).from(self.write_to.replica());
         self.executor.run_many(writes.len(), progress, |at| hashes[at], |all, _| vec![all], op, done).await;
         all_or_error(outcomes, errors)
     }

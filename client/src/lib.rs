@@ -53,7 +53,7 @@ pub use keyspace::Keyspace;
 pub use modify::Modify;
 pub use operation::{Operation, OperationState};
 pub use requests::{Delete, Put, WriteBatch};
-pub use route::ReadFrom;
+pub use route::{ReadFrom, WriteTo};
 pub use scan::{Rows, Scan};
 pub use spec::KeyspaceSpec;
 pub use value::{Outcome, Payload, Row, Value};

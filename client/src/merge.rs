@@ -1,17 +1,22 @@
-//! Merging the pages of several shards into one sequence of rows, in the order of user keys.
+//! Merging the pages of several shards into one sequence of rows, in the order of user keys and, for
+//! one user key, of the hashes of its partitions.
 //!
-//! **Invariant:** keys are emitted in strictly rising order, each once. A row is emitted only when
-//! every shard that could hold a smaller key has shown its next row. After a restart with other
-//! shards nothing at or before the last emitted key is asked for or emitted again, and nothing
-//! after it is skipped, so keys that change shards in between are neither lost nor doubled.
+//! **Invariant:** rows are emitted in strictly rising order, each once. A row is emitted only when
+//! every shard that could hold a smaller one has shown its next row. After a restart with other
+//! shards nothing at or before the last emitted row is asked for or emitted again, and nothing
+//! after it is skipped, so rows that change shards in between are neither lost nor doubled.
+//!
+//! A scan with a limit asks each shard for its likely share, and for more only where that was too
+//! little: what is read and not shown costs the nodes as much as what is.
 
+use std::cmp::Ordering;
 use std::collections::VecDeque;
 
 use bytes::Bytes;
 
 use crate::error::{Error, ErrorKind};
 use crate::tuning::PREFETCH_SHARDS_MAX;
-use crate::value::Row;
+use crate::value::{Place, Row};
 
 /// What to do next.
 #[derive(Debug, PartialEq)]
@@ -29,8 +34,8 @@ pub(crate) enum Step {
 pub(crate) struct Wanted {
     /// Which of the shards.
     pub lane: usize,
-    /// Rows after this user key.
-    pub after: Option<Bytes>,
+    /// Rows after this one.
+    pub after: Option<Place>,
     /// At most so many.
     pub rows: usize,
 }
@@ -38,11 +43,11 @@ pub(crate) struct Wanted {
 /// A page that has come.
 #[derive(Debug, Default)]
 pub(crate) struct Page {
-    /// In the order of user keys.
+    /// In the order of user keys and partitions.
     pub rows: Vec<Row>,
     /// There may be more behind it.
     pub more: bool,
-    /// The shard has nothing more to show up to here, which may be behind the last row.
+    /// The shard has nothing more to show up to this key, which may be behind the last row.
     pub resume_after: Option<Bytes>,
 }
 
@@ -51,17 +56,32 @@ struct Lane {
     rows: VecDeque<Row>,
     /// Rows of the last page: once only they are left, the next page is due.
     last_page: usize,
-    after: Option<Bytes>,
+    after: Option<Place>,
+    /// Pages asked for so far: one that begins like the others and holds more than its share is asked
+    /// for more each time.
+    pages: u32,
     exhausted: bool,
-    asked: bool,
+    /// Rows of the page that is on its way; 0: none is.
+    asked: usize,
 }
 
 /// The state of a merged scan.
 pub(crate) struct Merge {
     lanes: Vec<Lane>,
-    last: Option<Bytes>,
+    last: Option<Place>,
     remaining: usize,
     page_rows: usize,
+}
+
+/// The rows that one of `lanes` shards most likely has among the next `wanted` of all: its share and
+/// three standard deviations.
+fn share_of(wanted: usize, lanes: usize) -> usize {
+    if lanes <= 1 {
+        return wanted;
+    }
+    let mean = wanted as f64 / lanes as f64;
+    // Saturates for a scan without a limit.
+    ((mean + 3.0 * mean.sqrt()).ceil() as usize).saturating_add(1).min(wanted)
 }
 
 impl Merge {
@@ -82,14 +102,19 @@ impl Merge {
 
     /// The pages to ask for now; each is named once.
     pub fn wanted(&mut self) -> Vec<Wanted> {
-        let prefetch = self.lanes.len() <= PREFETCH_SHARDS_MAX;
         let (remaining, page_rows) = (self.remaining, self.page_rows);
+        // Where what is here and on its way is most likely enough for the limit, nothing is fetched ahead.
+        let expected = self.lanes.iter().fold(0usize, |all, lane| all.saturating_add(lane.rows.len() + lane.asked));
+        let prefetch = self.lanes.len() <= PREFETCH_SHARDS_MAX && expected < remaining;
+        let share = share_of(remaining, self.lanes.len());
         let mut wanted = Vec::new();
         for (lane, state) in self.lanes.iter_mut().enumerate() {
             let due = state.rows.is_empty() || (prefetch && state.rows.len() <= state.last_page);
-            if !state.exhausted && !state.asked && due && state.rows.len() < remaining {
-                state.asked = true;
-                let rows = page_rows.min(remaining - state.rows.len());
+            if !state.exhausted && state.asked == 0 && due && state.rows.len() < remaining {
+                let share = share.saturating_mul(1 << (2 * state.pages).min(30));
+                let rows = page_rows.min(share).min(remaining - state.rows.len());
+                state.asked = rows;
+                state.pages += 1;
                 wanted.push(Wanted { lane, after: state.after.clone(), rows });
             }
         }
@@ -101,15 +126,16 @@ impl Merge {
     pub fn page(&mut self, lane: usize, page: Page) -> Result<(), Error> {
         let Some(lane) = self.lanes.get_mut(lane) else { return Ok(()) };
         let Page { rows, more, resume_after } = page;
-        let rising = rows.is_sorted_by(|a, b| a.key <= b.key);
-        let behind = lane.after.as_ref().is_none_or(|after| rows.first().is_none_or(|row| row.key > *after));
-        let last = rows.last().map(|row| row.key.clone());
+        let rising = rows.is_sorted_by(|a, b| a.order(b) != Ordering::Greater);
+        let behind = lane.after.as_ref().is_none_or(|after| rows.first().is_none_or(|row| row.place() > *after));
+        let last = rows.last().map(Row::place);
+        let resume_after = resume_after.map(|key| (key, u64::MAX));
         let passes_rows = resume_after.is_none() || last <= resume_after;
         let after = resume_after.or(last);
         if !rising || !behind || !passes_rows || (more && after <= lane.after) {
             return Err(Error::new(ErrorKind::Internal, "a node sent a scan page out of order; please report it"));
         }
-        lane.asked = false;
+        lane.asked = 0;
         lane.exhausted = !more;
         if !rows.is_empty() {
             lane.last_page = rows.len();
@@ -132,17 +158,18 @@ impl Merge {
                     None => {}
                     Some(row) => {
                         let best = least.and_then(|at| self.lanes[at].rows.front());
-                        if best.is_none_or(|best| row.key < best.key) {
+                        if best.is_none_or(|best| row.order(best) == Ordering::Less) {
                             least = Some(index);
                         }
                     }
                 }
             }
             let Some(row) = least.and_then(|at| self.lanes[at].rows.pop_front()) else { return Step::End };
-            if self.last.as_ref().is_some_and(|last| row.key <= *last) {
+            let place = row.place();
+            if self.last.as_ref().is_some_and(|last| place <= *last) {
                 continue;
             }
-            self.last = Some(row.key.clone());
+            self.last = Some(place);
             self.remaining -= 1;
             return Step::Row(row);
         }
@@ -158,7 +185,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn row(key: u16) -> Row {
-        Row { key: Bytes::copy_from_slice(&key.to_be_bytes()), value: None }
+        Row { key: Bytes::copy_from_slice(&key.to_be_bytes()), partition_hash: None, value: None }
     }
 
     fn rows(keys: &[u16]) -> Vec<Row> {
@@ -169,6 +196,11 @@ mod tests {
         Page { rows: rows(keys), more, resume_after: None }
     }
 
+    /// Behind all rows of the key.
+    fn behind(key: u16) -> Option<Place> {
+        Some((row(key).key, u64::MAX))
+    }
+
     fn page_up_to(keys: &[u16], resume_after: u16) -> Page {
         Page { resume_after: Some(row(resume_after).key), ..page(keys, true) }
     }
@@ -176,7 +208,7 @@ mod tests {
     /// Answers one wanted page from the keys of a shard. It looks at `examined` stored keys, of which
     /// the odd ones are deleted.
     fn answer(merge: &mut Merge, shards: &[BTreeSet<u16>], wanted: Wanted, examined: usize) {
-        let after = wanted.after.map(|key| u16::from_be_bytes([key[0], key[1]]));
+        let after = wanted.after.map(|(key, _)| u16::from_be_bytes([key[0], key[1]]));
         let mut left = shards[wanted.lane].iter().copied().filter(|key| after.is_none_or(|after| *key > after));
         let looked_at: Vec<u16> = left.by_ref().take(examined.min(wanted.rows)).collect();
         let alive: Vec<u16> = looked_at.iter().copied().filter(|key| key % 2 == 0).collect();
@@ -212,9 +244,9 @@ mod tests {
         let mut merge = Merge::new(1, usize::MAX, 10);
         merge.wanted();
         merge.page(0, page_up_to(&[1], 4)).unwrap();
-        assert_eq!(merge.wanted(), [Wanted { lane: 0, after: Some(row(4).key), rows: 10 }]);
+        assert_eq!(merge.wanted(), [Wanted { lane: 0, after: behind(4), rows: 10 }]);
         merge.page(0, page_up_to(&[], 7)).unwrap();
-        assert_eq!(merge.wanted()[0].after, Some(row(7).key), "also while a row is still there");
+        assert_eq!(merge.wanted()[0].after, behind(7), "also while a row is still there");
         assert_eq!((merge.step(), merge.step()), (Step::Row(row(1)), Step::Wait));
         merge.page(0, page(&[], false)).unwrap();
         assert_eq!(merge.step(), Step::End);
@@ -227,6 +259,48 @@ mod tests {
         merge.page(1, page(&[1, 1, 3], false)).unwrap();
         let steps: Vec<Step> = (0..4).map(|_| merge.step()).collect();
         assert_eq!(steps, [Step::Row(row(1)), Step::Row(row(2)), Step::Row(row(3)), Step::End]);
+    }
+
+    /// One user key under three partitions is three records, wherever they are stored.
+    #[test]
+    fn one_key_under_several_partitions_is_several_rows() {
+        let of = |key: u16, hash: u64| Row { partition_hash: Some(hash), ..row(key) };
+        let mut merge = Merge::new(2, 10, 10);
+        merge.page(0, Page { rows: vec![of(1, 3), of(1, 9)], more: true, resume_after: None }).unwrap();
+        merge.page(1, Page { rows: vec![of(1, 5), of(2, 1)], more: false, resume_after: None }).unwrap();
+        let steps: Vec<Step> = (0..4).map(|_| merge.step()).collect();
+        assert_eq!(steps, [Step::Row(of(1, 3)), Step::Row(of(1, 5)), Step::Row(of(1, 9)), Step::Wait]);
+        assert_eq!(merge.wanted()[0].after, Some(of(1, 9).place()), "the page goes on inside of the key");
+        merge.page(0, Page { rows: vec![of(1, 10)], more: false, resume_after: None }).unwrap();
+        merge.restart(1, 10);
+        assert_eq!(merge.wanted()[0].after, Some(of(1, 9).place()), "so does a scan that starts anew");
+        merge.page(0, Page { rows: vec![of(1, 10), of(2, 1)], more: false, resume_after: None }).unwrap();
+        assert_eq!([merge.step(), merge.step(), merge.step()], [Step::Row(of(1, 10)), Step::Row(of(2, 1)), Step::End]);
+    }
+
+    #[test]
+    fn a_short_scan_of_many_shards_asks_each_for_its_share() {
+        let asked = |lanes, limit| Merge::new(lanes, limit, 1_000).wanted().iter().map(|one| one.rows).sum::<usize>();
+        assert_eq!(asked(1, 100), 100);
+        assert_eq!(asked(64, 1), 64);
+        assert!(asked(64, 10) <= 64 * 3, "{}", asked(64, 10));
+        assert!(asked(64, 100) <= 64 * 7, "{}", asked(64, 100));
+        assert_eq!(asked(4, usize::MAX), 4 * 1_000);
+        // What has come is enough: nothing is fetched ahead.
+        let mut merge = Merge::new(2, 4, 100);
+        assert_eq!(merge.wanted().len(), 2);
+        merge.page(0, page(&[1, 3], true)).unwrap();
+        assert_eq!(merge.wanted(), []);
+        merge.page(1, page(&[2, 4], true)).unwrap();
+        assert_eq!(merge.wanted(), []);
+        // All rows are in one shard: it is asked for more each time.
+        let mut merge = Merge::new(64, 500, 1_000);
+        let first = merge.wanted()[0].rows;
+        for lane in 1..64 {
+            merge.page(lane, page(&[], false)).unwrap();
+        }
+        merge.page(0, page(&(0..first as u16).collect::<Vec<_>>(), true)).unwrap();
+        assert!(merge.wanted()[0].rows >= 3 * first);
     }
 
     #[test]

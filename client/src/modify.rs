@@ -108,7 +108,7 @@ impl Keyspace {
     /// were acknowledged by a second replica.
     ///
     /// # Errors
-    /// As of [`Keyspace::put`]; `WrongType` when the value is no counter or the sum overflows.
+    /// As of [`Keyspace::put`]; `WrongType` when the value is no counter, `OutOfRange` when the sum overflows.
     /// `Unknown` when the primary was replaced before it answered.
     pub fn add_i64(&self, key: impl Into<Key>, addend: i64) -> Modify<'_, i64> {
         self.change(key, Change::AddI64(addend), as_i64)
@@ -117,7 +117,7 @@ impl Keyspace {
     /// Adds to a number, which is 0 when the key does not exist; answers the sum.
     ///
     /// # Errors
-    /// As of [`Keyspace::add_i64`]; `WrongType` also when the sum is no finite number.
+    /// As of [`Keyspace::add_i64`]; `OutOfRange` when what is given or the sum is not finite.
     pub fn add_f64(&self, key: impl Into<Key>, addend: f64) -> Modify<'_, f64> {
         self.change(key, Change::AddF64(addend), as_f64)
     }
@@ -219,7 +219,7 @@ impl Executor {
                     }
                     let began = Instant::now();
                     let op = Op::Write(request);
-                    match self.attempt_at(&table, shard, node, progress.deadline, op, bytes).await {
+                    match self.attempt_at(&table, shard, node, progress.deadline, op, bytes, true).await {
                         Ok(reply) => return Ok(reply),
                         Err(failed) => {
                             if maybe_applied(failed.failure()) && tried.is_none() {

@@ -153,6 +153,11 @@ impl Pool {
         Self { nodes: Mutex::default(), tasks }
     }
 
+    /// Cancelled when the client is closed.
+    pub fn closed(&self) -> &CancellationToken {
+        &self.tasks.cancel
+    }
+
     /// The node at an address. It lives as long as a topology names it.
     pub fn node(&self, address: &str) -> Arc<Node> {
         let mut nodes = self.nodes.lock();

@@ -118,7 +118,9 @@ pub(crate) fn decide(failure: Failure, now: Situation) -> Action {
         Failure::Unreachable => true,
         Failure::Lost { sent } => !sent || now.losses <= 1,
         // What any replica does is done by the next one while this one is out of service.
-        Failure::Refused { code, .. } => code.retry() == Retry::Elsewhere || code == ErrorCode::NotPrimary,
+        Failure::Refused { code, .. } => {
+            code.retry() == Retry::Elsewhere || matches!(code, ErrorCode::NotPrimary | ErrorCode::NoSpace)
+        }
         Failure::Expired { .. } => false,
     };
     if moves_on && now.elsewhere && now.attempts <= HOPS_MAX {

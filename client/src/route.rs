@@ -9,6 +9,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use vasto_core::ids::{ReplicaId, ShardId};
 use vasto_core::topology::Topology;
 
@@ -17,14 +18,35 @@ use crate::node::{Node, Pool};
 /// Which replica answers reads.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum ReadFrom {
-    /// The primary, and another replica only when it does not answer. Reads see all earlier writes of
-    /// this client while the primary stands.
+    /// The replica that serves the shard: the primary, or the one that has taken its place. Reads see every write
+    /// that was acknowledged before them.
     #[default]
     Primary,
-    /// Any replica; reads may lag behind by the time of the replication.
+    /// Any replica: *eventual*, reads may lag behind by the time of the replication.
     Any,
-    /// A replica in this zone where there is one, else the primary; reads may lag behind.
+    /// A replica in this zone where there is one, else the primary: *eventual*, reads may lag behind.
     Zone(String),
+}
+
+/// Which replica takes puts and deletes.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum WriteTo {
+    /// The replica that serves the shard: every later read at the primary sees the write.
+    #[default]
+    Primary,
+    /// A replica in this zone where there is one that answers, else another one: *eventual*. The later event time
+    /// wins everywhere, and readers elsewhere see the write once it is replicated.
+    Zone(String),
+}
+
+impl WriteTo {
+    /// The replica to ask first.
+    pub(crate) fn replica(&self) -> ReadFrom {
+        match self {
+            WriteTo::Primary => ReadFrom::Primary,
+            WriteTo::Zone(zone) => ReadFrom::Zone(zone.clone()),
+        }
+    }
 }
 
 /// A topology with the nodes it names.
@@ -157,6 +179,11 @@ impl Routing {
     pub fn new(topology: Topology, pool: Arc<Pool>) -> Self {
         let table = Table::new(topology, 1, &pool);
         Self { table: ArcSwap::from_pointee(table), generation: watch::Sender::new(1), changing: Mutex::new(()), pool }
+    }
+
+    /// Cancelled when the client is closed.
+    pub fn closed(&self) -> &CancellationToken {
+        self.pool.closed()
     }
 
     /// The table in force.

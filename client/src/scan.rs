@@ -77,7 +77,8 @@ impl Scan {
         self
     }
 
-    /// Starts it. Rows come in the order of user keys. They are no snapshot: a row that is written
+    /// Starts it. Rows come in the order of user keys; the same user key under several partition keys
+    /// is several rows, told apart by [`Row::partition_hash`]. They are no snapshot: a row that is written
     /// or deleted during the scan may be seen or not; all others are seen exactly once, also while
     /// the keyspace changes its shards. Memory is bounded by two pages (1 MiB each) a shard. Each
     /// page has the operation deadline of the handle.
@@ -254,7 +255,7 @@ async fn fetch(
     wanted: Wanted,
 ) -> Result<Page, Stop> {
     let mut progress = Progress::new(false, time).from(query.from.clone());
-    let bytes = query.prefix.len() + wanted.after.as_ref().map_or(0, Bytes::len);
+    let bytes = query.prefix.len() + wanted.after.as_ref().map_or(0, |(key, _)| key.len());
     loop {
         let now = executor.table(&progress).map_err(Stop::Failed)?;
         if !now.same_owners(&table) {
@@ -262,7 +263,8 @@ async fn fetch(
         }
         let op = Op::Scan(v1::ScanRequest {
             prefix: query.prefix.clone(),
-            after: wanted.after.clone(),
+            after: wanted.after.as_ref().map(|(key, _)| key.clone()),
+            after_partition_hash: wanted.after.as_ref().map(|(_, hash)| *hash).filter(|hash| *hash != u64::MAX),
             partition_hash: query.partition.as_deref().map(partition_hash),
             limit: u32::try_from(wanted.rows).unwrap_or(u32::MAX),
             keys_only: query.keys_only,
@@ -271,7 +273,7 @@ async fn fetch(
             Ok(Reply::Scan(reply)) => {
                 let rows = reply.rows.into_iter().map(|row| {
                     let value = row.value.filter(|_| !query.keys_only).map(Value::from_wire).transpose()?;
-                    Ok(Row { key: row.key, value })
+                    Ok(Row { key: row.key, partition_hash: row.partition_hash, value })
                 });
                 let rows = rows.collect::<Result<Vec<Row>, Error>>().map_err(Stop::Failed)?;
                 return Ok(Page { rows, more: reply.more, resume_after: reply.resume_after });

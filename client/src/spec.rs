@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use vasto_core::band::check_shard_count;
 use vasto_core::catalog::Ack;
-use vasto_core::limits::{LimitError, REPLICAS_MAX};
+use vasto_core::limits::{REPLICAS_MAX, check_ttl_ms};
 
 use crate::error::{Error, ErrorKind};
 
@@ -27,7 +27,7 @@ impl Default for KeyspaceSpec {
 }
 
 impl KeyspaceSpec {
-    /// The number of shards: 1 to 64, then 72, 80 … 128, 144 … up to 4096.
+    /// The number of shards: 1 to 64.
     pub fn shards(mut self, shards: u32) -> Self {
         self.shards = shards;
         self
@@ -72,11 +72,8 @@ impl KeyspaceSpec {
             let message = format!("{} replicas are not possible; use 1 to {REPLICAS_MAX}", self.replicas);
             return Err(Error::new(ErrorKind::InvalidArgument, message));
         }
-        match self.ttl_ms {
-            // Milliseconds become microseconds on the clock.
-            Some(ms) if ms == 0 || ms > u64::MAX / 2_000 => Err(LimitError::BadTtl(ms / 1000).into()),
-            _ => Ok(()),
-        }
+        self.ttl_ms.map_or(Ok(()), check_ttl_ms)?;
+        Ok(())
     }
 }
 
@@ -87,7 +84,8 @@ mod tests {
     #[test]
     fn specifications_that_cannot_be() {
         let spec = KeyspaceSpec::default;
-        assert!(spec().shards(72).replicas(7).ttl(Duration::from_secs(1)).check().is_ok());
+        assert!(spec().shards(64).replicas(7).ttl(Duration::from_secs(1)).check().is_ok());
+        assert!(spec().ttl(Duration::from_secs(100 * 365 * 86_400)).check().is_ok(), "a hundred years");
         for bad in [
             spec().shards(0),
             spec().shards(65),

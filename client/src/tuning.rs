@@ -25,6 +25,9 @@ pub(crate) const GET_KEYS_MAX: usize = 256;
 /// Bytes of keys in one get request.
 pub(crate) const GET_KEY_BYTES_MAX: usize = 1 << 20;
 
+/// The longest deadline of an operation; whoever asks for more waits for ever in all but name, and no sum
+/// of times overflows.
+pub(crate) const DEADLINE_MAX: Duration = Duration::from_secs(365 * 86_400);
 /// The first pause before a retry; doubled for each further one.
 pub(crate) const BACKOFF_FIRST: Duration = Duration::from_millis(5);
 /// The longest pause between retries of an operation.

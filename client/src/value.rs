@@ -1,8 +1,10 @@
 //! What is read: values, rows and the outcome of writes.
 
+use std::cmp::Ordering;
 use std::fmt;
 
 use bytes::Bytes;
+use vasto_core::hash::partition_hash;
 use vasto_proto::v1;
 
 use crate::error::{Error, ErrorKind};
@@ -90,9 +92,31 @@ impl fmt::Display for Value {
 pub struct Row {
     /// The user key.
     pub key: Bytes,
+    /// The hash of its partition key, when that is not the key itself. The same user key under two
+    /// partition keys is two rows; [`Key::from`](crate::Key) makes the key that reads this one.
+    pub partition_hash: Option<u64>,
     /// Its value; `None` in a scan of keys only.
     pub value: Option<Value>,
 }
+
+impl Row {
+    fn hash(&self) -> u64 {
+        self.partition_hash.unwrap_or_else(|| partition_hash(&self.key))
+    }
+
+    /// What tells it apart from all other rows, and its place among them.
+    pub(crate) fn place(&self) -> Place {
+        (self.key.clone(), self.hash())
+    }
+
+    /// Which of two rows comes first; hashes only what has to be.
+    pub(crate) fn order(&self, other: &Row) -> Ordering {
+        self.key.cmp(&other.key).then_with(|| self.hash().cmp(&other.hash()))
+    }
+}
+
+/// The place of a row in a scan: its user key and the hash of its partition.
+pub(crate) type Place = (Bytes, u64);
 
 /// What became of a write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,14 +9,14 @@ use std::time::Duration;
 
 use tokio_util::sync::DropGuard;
 use tonic::transport::{Channel, Uri};
-use tonic::{Response, Status};
+use tonic::{Code, Response, Status};
 use vasto_core::band::check_shard_count;
 use vasto_core::limits::{ADMIN_DEADLINE, CONNECT_TIMEOUT, MESSAGE_BYTES_MAX, OPERATION_DEADLINE, check_keyspace_name};
 use vasto_proto::convert::{ack_to_wire, error_of};
 use vasto_proto::{CODE_HEADER, v1};
 
 use crate::connection::{deepest, endpoint};
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, closed};
 use crate::execute::Executor;
 use crate::keyspace::Keyspace;
 use crate::node::{Pool, Tasks};
@@ -74,6 +74,14 @@ impl Vasto {
         Ok(Self { client: Arc::new(Client { url, master, pool, tasks, _cancel: cancel }) })
     }
 
+    /// Checks the form of a master's URL; nothing is connected.
+    ///
+    /// # Errors
+    /// `InvalidArgument` with what is wrong.
+    pub fn check_url(url: &str) -> Result<(), Error> {
+        check_url(url).map(|_| ())
+    }
+
     /// The master's URL.
     pub fn url(&self) -> &str {
         &self.client.url
@@ -87,7 +95,8 @@ impl Vasto {
     pub async fn keyspace(&self, name: &str) -> Result<Keyspace, Error> {
         check_keyspace_name(name)?;
         let client = &self.client;
-        let (topology, stream) = watch::open(client.master.clone(), name).await?;
+        let opened = client.tasks.cancel.run_until_cancelled(watch::open(client.master.clone(), name)).await;
+        let (topology, stream) = opened.unwrap_or_else(|| Err(closed()))?;
         if !topology.active {
             return Err(Error::new(ErrorKind::NotFound, format!("the keyspace `{name}` was deleted")));
         }
@@ -100,7 +109,8 @@ impl Vasto {
     }
 
     /// Ends all connections and background tasks, also those of handles made from this client, and
-    /// waits for them. Dropping all handles does the same without waiting.
+    /// waits for them. What these handles are asked from then on is answered [`ErrorKind::Closed`] at
+    /// once. Dropping all handles does the same without waiting.
     pub async fn close(self) {
         self.client.tasks.cancel.cancel();
         self.client.tasks.tracker.close();
@@ -162,9 +172,28 @@ impl Vasto {
     ///
     /// # Errors
     /// `NotFound` when there is no such keyspace, or was none at that time; `AlreadyExists`;
-    /// `FailedPrecondition` without nodes to hold it.
+    /// `FailedPrecondition` without nodes to hold it; `Unavailable` when a shard that serves cannot ship what
+    /// was acknowledged, or has no replica that is there while other shards have.
     pub async fn start_restore(&self, name: &str, into: &str, at_us: Option<u64>) -> Result<Operation, Error> {
-        let request = v1::RestoreRequest { name: name.to_owned(), into: into.to_owned(), at_us };
+        self.restore(v1::RestoreRequest { name: name.to_owned(), into: into.to_owned(), at_us, from_bucket: false })
+            .await
+    }
+
+    /// The same, but no node is asked to ship what it holds first: what the bucket holds is enough.
+    ///
+    /// # Errors
+    /// As of [`Vasto::start_restore`].
+    pub async fn start_restore_from_bucket(
+        &self,
+        name: &str,
+        into: &str,
+        at_us: Option<u64>,
+    ) -> Result<Operation, Error> {
+        self.restore(v1::RestoreRequest { name: name.to_owned(), into: into.to_owned(), at_us, from_bucket: true })
+            .await
+    }
+
+    async fn restore(&self, request: v1::RestoreRequest) -> Result<Operation, Error> {
         let call = |mut master: MasterClient| async move { master.restore_keyspace(request).await };
         Operation::from_json(self.call(COMMAND_DEADLINE, true, call).await?)
     }
@@ -231,6 +260,18 @@ impl Vasto {
     pub async fn collect_garbage(&self, dry_run: bool) -> Result<String, Error> {
         let request = v1::CollectGarbageRequest { dry_run };
         let call = |mut master: MasterClient| async move { master.collect_garbage(request).await };
+        self.call(COMMAND_DEADLINE, true, call).await
+    }
+
+    /// Puts back into the bucket what it has lost and the nodes still know: a JSON object `{cluster_id, claimed,
+    /// written, keyspaces, shipped_anew, unknown_keyspaces, away, missing, corrupt, warnings}`. With `accept_loss`
+    /// also when nodes are away that may know more.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` when nodes are away, or belong to several clusters; when the bucket does not answer.
+    pub async fn repair_bucket(&self, accept_loss: bool) -> Result<String, Error> {
+        let request = v1::RepairBucketRequest { accept_loss };
+        let call = |mut master: MasterClient| async move { master.repair_bucket(request).await };
         self.call(COMMAND_DEADLINE, true, call).await
     }
 
@@ -392,17 +433,26 @@ impl Vasto {
     where
         F: Future<Output = Result<Response<v1::JsonReply>, Status>>,
     {
-        match tokio::time::timeout(time, call(self.client.master.clone())).await {
-            Ok(Ok(reply)) => Ok(reply.into_inner().json),
-            Ok(Err(status)) => Err(error_of_status(&status, changes)),
-            Err(_elapsed) if changes => {
+        if self.client.tasks.cancel.is_cancelled() {
+            return Err(closed());
+        }
+        let answer = tokio::time::timeout(time, call(self.client.master.clone()));
+        match self.client.tasks.cancel.run_until_cancelled(answer).await {
+            None if changes => {
+                let message = "this client was closed before the master answered; it may have been done";
+                Err(Error::new(ErrorKind::Unknown, message))
+            }
+            None => Err(closed()),
+            Some(Ok(Ok(reply))) => Ok(reply.into_inner().json),
+            Some(Ok(Err(status))) => Err(error_of_status(&status, changes)),
+            Some(Err(_elapsed)) if changes => {
                 let message = format!(
                     "the master did not answer within {time:?}; it may still do it: look before \
                      trying again"
                 );
                 Err(Error::new(ErrorKind::Unknown, message))
             }
-            Err(_elapsed) => {
+            Some(Err(_elapsed)) => {
                 let message = format!("the master at {} did not answer within {time:?}", self.client.url);
                 Err(Error::new(ErrorKind::DeadlineExceeded, message))
             }
@@ -417,7 +467,16 @@ pub(crate) fn error_of_status(status: &Status, changes: bool) -> Error {
     if answered {
         return error_of(status).into();
     }
-    let cause = std::error::Error::source(status).map_or_else(|| status.message().to_owned(), deepest);
+    if status.code() == Code::Unimplemented {
+        let message = "what answers there is no master that knows this call (the port of a node, another program, or a \
+                       master of another version); give the URL that `vasto serve master` or `vasto dev` printed";
+        return Error::new(ErrorKind::InvalidArgument, message);
+    }
+    let cause = match std::error::Error::source(status) {
+        Some(source) => deepest(source),
+        None if status.message().is_empty() => format!("it answered `{}` and nothing else", status.code()),
+        None => status.message().to_owned(),
+    };
     if changes && !never_sent(status) {
         let message = format!("the master went away ({cause}); it may have been done: look before trying again");
         return Error::new(ErrorKind::Unknown, message);
@@ -517,6 +576,8 @@ mod tests {
         assert_eq!(error_of_status(&lost, true).kind(), ErrorKind::Unknown);
         assert_eq!(error_of_status(&lost, false).kind(), ErrorKind::Unavailable);
         assert_eq!(error_of_status(&Status::unknown("?"), false).kind(), ErrorKind::Unavailable);
+        let empty = error_of_status(&Status::internal(""), false);
+        assert!(empty.message().contains("answered `"), "{empty}");
         let told = vasto_core::VastoError::new(vasto_core::ErrorCode::NotFound, "no such keyspace");
         assert_eq!(error_of_status(&vasto_proto::convert::status_of(&told), true).kind(), ErrorKind::NotFound);
     }

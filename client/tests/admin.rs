@@ -93,3 +93,19 @@ async fn a_call_without_an_answer_is_unknown_only_if_it_changes_something() {
     cluster.stop_master().await;
     assert_eq!(vasto.list_nodes().await.unwrap_err().kind(), ErrorKind::Unavailable);
 }
+
+/// The port of a node, taken for the master's: a gRPC server that knows none of these calls.
+#[tokio::test]
+async fn a_port_that_is_no_masters_is_named_as_such() {
+    let cluster = Cluster::start(1).await;
+    let url = format!("http://{}", cluster.nodes[0].address);
+    let vasto = vasto_client::Vasto::connect(&url).await.unwrap();
+    for error in [
+        vasto.list_nodes().await.unwrap_err(),
+        vasto.keyspace("ks1").await.err().unwrap(),
+        vasto.create_keyspace("ks1", KeyspaceSpec::default()).await.unwrap_err(),
+    ] {
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
+        assert!(error.message().contains("the port of a node") && error.message().contains("give the URL"), "{error}");
+    }
+}

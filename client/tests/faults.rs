@@ -254,3 +254,57 @@ async fn an_absent_master_is_told_in_time_with_what_to_do() {
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     assert!(error.message().contains("vasto serve master") && error.message().contains(&url), "{error}");
 }
+
+#[tokio::test]
+async fn after_close_every_handle_answers_at_once_that_it_is_closed() {
+    let cluster = Cluster::start(1).await;
+    let vasto = cluster.vasto().await;
+    let (other, ks) = (vasto.clone(), vasto.keyspace("ks1").await.unwrap());
+    ks.put("k", "v").await.unwrap();
+    cluster.always(1, Fault::Silent);
+    let (reading, writing) = (ks.clone(), ks.clone());
+    let reading = tokio::spawn(async move { reading.get("k").await });
+    let writing = tokio::spawn(async move { writing.put("k", "v2").await });
+    cluster.until("both are under way", |state| state.nodes[&NodeId(1)].requests >= 3).await;
+    let began = Instant::now();
+    vasto.close().await;
+    assert_eq!(reading.await.unwrap().unwrap_err().kind(), ErrorKind::Closed);
+    assert_eq!(writing.await.unwrap().unwrap_err().kind(), ErrorKind::Unknown, "the node may have done it");
+    assert_eq!(ks.put("k", "v").await.unwrap_err().kind(), ErrorKind::Closed);
+    assert_eq!(ks.get("k").await.unwrap_err().kind(), ErrorKind::Closed);
+    assert_eq!(ks.add_i64("n", 1).await.unwrap_err().kind(), ErrorKind::Closed);
+    assert_eq!(ks.scan().stream().try_next().await.unwrap_err().kind(), ErrorKind::Closed);
+    assert_eq!(other.keyspace("ks1").await.err().unwrap().kind(), ErrorKind::Closed);
+    assert_eq!(other.list_nodes().await.unwrap_err().kind(), ErrorKind::Closed);
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_deadline_without_end_is_no_overflow() {
+    let cluster = Cluster::start(1).await;
+    let ks = cluster.keyspace().await.with_deadline(Duration::MAX);
+    assert!(applied(ks.put("k", "v").await.unwrap()));
+    assert_eq!(ks.get("k").await.unwrap().unwrap().bytes(), "v");
+    assert_eq!(ks.add_i64("n", 2).await.unwrap(), 2);
+    assert!(ks.scan().limit(1).stream().try_next().await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn a_full_disk_is_told_at_once_and_another_replica_is_asked_first() {
+    let mut cluster = Cluster::start(1).await;
+    let full = VastoError::new(ErrorCode::NoSpace, "no space left on the disk of node 1");
+    cluster.always(1, Fault::Refuse(full));
+    let ks = cluster.keyspace().await;
+    let error = ks.put("k", "v").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoSpace);
+    assert!(error.message().contains("no space left"), "{error}");
+    cluster.add_node();
+    cluster.publish(cluster.replicated(2, &[1, 2]));
+    let knows = async {
+        while ks.epoch() != 2 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), knows).await.expect("the client hears of the second replica");
+    assert!(applied(ks.put("k", "v").await.unwrap()));
+}

@@ -44,14 +44,14 @@ async fn options_reach_the_node() {
     assert_eq!(sent.ack, vasto_proto::v1::Ack::Os as i32);
     assert_eq!(sent.ops[0].event_time, Some(5_000_000));
     assert_eq!(sent.ops[0].key.as_ref().unwrap().partition_hash, Some(partition_hash(b"user:1")));
-    let stored = cluster.state.lock().store["user:1:name".as_bytes()].clone();
+    let stored = cluster.state.lock().store[&("user:1:name".into(), partition_hash(b"user:1"))].clone();
     assert_eq!(stored.ttl_ms, Some(60_000));
     let older = ks.delete(Key::new("user:1:name").partition("user:1")).event_time(4_000_000).await.unwrap();
     assert_eq!(older, Outcome::Superseded);
     ks.put("plain", "v").await.unwrap();
     let sent = cluster.state.lock().nodes.values().next().unwrap().writes.last().cloned().unwrap();
     assert_eq!((sent.ack, sent.ops[0].event_time), (0, None));
-    assert_eq!(cluster.state.lock().store["plain".as_bytes()].ttl_ms, None);
+    assert_eq!(cluster.state.lock().store[&("plain".into(), partition_hash(b"plain"))].ttl_ms, None);
 }
 
 #[tokio::test]

@@ -246,6 +246,15 @@ impl Leaving {
     }
 }
 
+/// A replica whose loss was accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GivenUp {
+    /// The replica.
+    pub replica: ReplicaId,
+    /// The version that says so: what was made under it, or a later one, needs nothing of the replica.
+    pub version: CatalogVersion,
+}
+
 /// A range that was given away and is not removed yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Quarantine {
@@ -295,6 +304,10 @@ pub struct Catalog {
     /// for good too.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub removed_below: ReplicaId,
+    /// Those of them whose loss was accepted: what they shipped is not taken again once a later checkpoint
+    /// of another replica is there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub given_up: Vec<GivenUp>,
     /// Targets of plans that were undone: nothing that they shipped was ever part of the keyspace.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub discarded: Vec<ReplicaId>,
@@ -357,6 +370,7 @@ impl Catalog {
             unsealed: Vec::new(),
             removed: Vec::new(),
             removed_below: ReplicaId(0),
+            given_up: Vec::new(),
             discarded: Vec::new(),
             leaving: Vec::new(),
             plan: None,

@@ -46,7 +46,7 @@ pub enum ErrorCode {
     Overloaded = 6,
     /// The server, replica or bucket cannot be used now.
     Unavailable = 7,
-    /// The stored value has another type, or a number overflows.
+    /// The stored value has another type.
     WrongType = 8,
     /// The write may or may not have taken effect.
     Unknown = 9,
@@ -63,11 +63,16 @@ pub enum ErrorCode {
     NotPrimary = 14,
     /// The replica has not caught up with the others since it was opened; ask one of them.
     CatchingUp = 15,
+    /// The number given, or the result, is none that its type holds: not finite, or over its range.
+    OutOfRange = 16,
+    /// The disk of the replica is full, or another resource of its node is used up. It passes by itself
+    /// once there is room again.
+    NoSpace = 17,
 }
 
 impl ErrorCode {
     /// All codes, for tables and tests.
-    pub const ALL: [ErrorCode; 15] = [
+    pub const ALL: [ErrorCode; 17] = [
         ErrorCode::InvalidArgument,
         ErrorCode::NotFound,
         ErrorCode::AlreadyExists,
@@ -83,6 +88,8 @@ impl ErrorCode {
         ErrorCode::Internal,
         ErrorCode::NotPrimary,
         ErrorCode::CatchingUp,
+        ErrorCode::OutOfRange,
+        ErrorCode::NoSpace,
     ];
 
     /// Reads the number on the wire; a number of a newer version is `Internal`.
@@ -106,7 +113,9 @@ impl ErrorCode {
             | ErrorCode::Corrupt
             | ErrorCode::DeadlineExceeded
             | ErrorCode::NotPrimary
-            | ErrorCode::CatchingUp => Effect::None,
+            | ErrorCode::CatchingUp
+            | ErrorCode::OutOfRange
+            | ErrorCode::NoSpace => Effect::None,
         }
     }
 
@@ -124,6 +133,8 @@ impl ErrorCode {
             | ErrorCode::FailedPrecondition
             | ErrorCode::Corrupt
             | ErrorCode::DeadlineExceeded
+            | ErrorCode::OutOfRange
+            | ErrorCode::NoSpace
             | ErrorCode::Internal => Retry::Never,
         }
     }

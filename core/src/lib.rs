@@ -15,6 +15,7 @@ pub mod entry;
 pub mod error;
 pub mod hash;
 pub mod ids;
+pub mod lease;
 pub mod limits;
 pub mod members;
 pub mod merge;

@@ -27,6 +27,9 @@ pub const SCAN_PAGE_ROWS_MAX: usize = 10_000;
 pub const SCAN_PAGE_EXAMINED_MAX: usize = 50_000;
 /// And after this time, when they come from a slow disk: readers are few, and everybody's.
 pub const SCAN_PAGE_TIME: Duration = Duration::from_millis(100);
+/// Most shards that a keyspace is created with. The formats reach further, and growing does not yet: who
+/// began with more could never add one.
+pub const SHARDS_SERVED_MAX: u32 = 64;
 /// Longest keyspace name (it becomes part of an object name).
 pub const KEYSPACE_NAME_MAX: usize = 63;
 /// Most replicas of a shard.
@@ -50,6 +53,13 @@ pub const WRITE_QUEUE_BYTES_MAX: usize = 64 * MIB;
 pub const MESSAGE_BYTES_MAX: usize = 32 * MIB;
 /// Bytes of requests that one connection may have in flight at a node.
 pub const CONNECTION_BYTES_MAX: usize = 64 * MIB;
+/// Bytes of requests that all connections of a node may have in flight together.
+pub const NODE_REQUEST_BYTES_MAX: usize = 512 * MIB;
+/// Bytes of replies that wait for slow readers, all connections of a node together: above it only a connection for
+/// which none waits gets another request begun.
+pub const NODE_REPLY_BYTES_MAX: usize = 256 * MIB;
+/// While a node is over one of these budgets, a connection whose peer has taken no reply for so long is ended.
+pub const REPLY_STALL_MAX: Duration = Duration::from_secs(10);
 /// Requests outside a stream that a node answers at a time: they have no budget of bytes, and each
 /// may be a batch with its reply.
 pub const UNARY_REQUESTS_MAX: usize = 64;
@@ -71,12 +81,30 @@ pub const CORDONED_MAX: usize = 1_024;
 pub const TABLES_OPEN_MAX: usize = 4_096;
 /// ... and at least: fewer, and every read opens a file.
 pub const TABLES_OPEN_MIN: usize = 64;
+/// A node whose disk has less free than a fiftieth, between these bounds, refuses clients' writes: what is left
+/// belongs to flushes, compactions and what is written already, which without it would fail halfway.
+pub const DISK_LOW_BYTES_MIN: u64 = 16 * MIB as u64;
+/// See [`DISK_LOW_BYTES_MIN`].
+pub const DISK_LOW_BYTES_MAX: u64 = 1024 * MIB as u64;
+/// A replica that was closed for want of disk or descriptors is not opened again sooner after it failed.
+pub const REOPEN_AFTER: Duration = Duration::from_secs(1);
+/// And at the longest, however often that has failed.
+pub const REOPEN_AFTER_MAX: Duration = Duration::from_secs(30);
+/// A replica that is closed for want of something for longer is replaced like any other that has failed.
+pub const PASSING_MAX: Duration = Duration::from_secs(60);
 /// A binlog file is closed and a new one begun at this size.
 pub const BINLOG_FILE_BYTES: u64 = 64 * MIB as u64;
 /// Most bytes of log a replica keeps. At the cap the bucket's cover is given up first.
 pub const BINLOG_BYTES_MAX: u64 = 4 * 1024 * MIB as u64;
-/// A chunk object holds at most this much log.
-pub const CHUNK_BYTES_MAX: usize = 32 * MIB;
+/// A chunk object holds at most this much log, or one record. A fraction of a second of any link but a slow
+/// one, where it takes a minute at a megabit a second; a thousand of them hold 8 GiB for half a cent.
+pub const CHUNK_BYTES_MAX: usize = 8 * MIB;
+/// And at least so much when there is more, also after attempts that failed.
+pub const CHUNK_BYTES_MIN: usize = 256 * KIB;
+/// Memory of all chunks that a node ships at once ...
+pub const LOG_MEMORY_MAX: u64 = 32 * MIB as u64;
+/// ... and of all files of checkpoints: the largest that goes in one request.
+pub const UPLOAD_MEMORY_MAX: u64 = 64 * MIB as u64;
 /// A checkpoint is due when the log since the last one exceeds this: bounds the replay.
 pub const CHECKPOINT_LOG_BYTES: u64 = 512 * MIB as u64;
 /// A checkpoint is due when replaying the log since the last one would take longer.
@@ -84,15 +112,32 @@ pub const REPLAY_MAX: Duration = Duration::from_secs(60);
 /// A checkpoint whose first file was uploaded longer ago starts over: garbage collection does not know of it
 /// yet, and deletes what is older than a day and named by nothing.
 pub const UPLOAD_STALL_MAX: Duration = Duration::from_secs(12 * 3_600);
+/// An SST that no manifest names may be of a checkpoint that is being uploaded until it is older than this:
+/// an hour more than the upload may take.
+pub const UNNAMED_AGE_MIN: Duration = Duration::from_secs(13 * 3_600);
 
 /// A write that wants the bucket's confirmation and does not get it in this time is `Unknown`.
 pub const BUCKET_ACK_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// A replica that has been acting as primary for so long ships in the place of the home.
+/// A replica that ships in the place of the home begins with a checkpoint, which uploads everything, no
+/// sooner than this, unless somebody waits for the bucket. Going on behind what is there needs none.
 pub const SHIP_INSTEAD_AFTER: Duration = Duration::from_secs(300);
+/// A replica that does not ship keeps at least so much of its log, and that of three ship intervals, so that
+/// it can go on where the home stopped.
+pub const LOG_KEPT_FOR_SHIPPING: Duration = Duration::from_secs(60);
+/// What of another replica's log is read in the bucket, at most, to find where to go on behind it.
+pub const SHIPPED_READ_BYTES_MAX: u64 = 256 * MIB as u64;
 
+/// A commit time that is further ahead of the time at which the bucket had its record shows a clock that was
+/// ahead: a restore to a moment does not go by it. Less is the usual difference between good clocks.
+pub const CLOCK_AHEAD_TRUSTED: Duration = Duration::from_secs(5);
 /// Event times further ahead of the clock than this are refused when a client sends them.
 pub const MAX_CLOCK_AHEAD: Duration = Duration::from_secs(60);
+/// Longest time to live, of a value and of a keyspace's default: a thousand years, far from any overflow of
+/// the clock.
+pub const TTL_MS_MAX: u64 = 1_000 * 365 * 86_400_000;
+/// Longest quarantine and longest tombstone grace: ten years.
+pub const KEPT_MS_MAX: u64 = 10 * 365 * 86_400_000;
 /// Deletes are remembered at least this long before collection may forget them.
 pub const TOMBSTONE_GRACE: Duration = Duration::from_secs(24 * 3600);
 /// How long a moved range stays on its old shard, unserved, before it is removed.
@@ -125,6 +170,9 @@ pub const SEAL_TIMEOUT: Duration = Duration::from_secs(1);
 pub const TAIL_LAG_LSNS_MAX: u64 = 64;
 /// Drains, then exits: the whole of a SIGTERM.
 pub const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
+/// What is left of a connection to the master after this much of its stop is closed: what was asked has been
+/// answered, and a peer that says nothing must not hold up the stop.
+pub const MASTER_DRAIN: Duration = Duration::from_secs(1);
 /// How often unsynced log of `os` acknowledgements is synced in the background.
 pub const OS_SYNC_INTERVAL: Duration = Duration::from_millis(200);
 /// A replica that was opened waits this long for its peers to say what they hold; those that are
@@ -132,6 +180,44 @@ pub const OS_SYNC_INTERVAL: Duration = Duration::from_millis(200);
 pub const CATCH_UP_PATIENCE: Duration = Duration::from_secs(2);
 /// An attempt at a replica that has not answered by now is made at another one.
 pub const ATTEMPT_PATIENCE: Duration = Duration::from_secs(1);
+/// Between two heartbeats of a lease link.
+pub const LEASE_BEAT: Duration = Duration::from_millis(100);
+/// A replica believes in what another one granted for so long after it SENT the heartbeat that was echoed.
+pub const LEASE_BELIEF: Duration = Duration::from_millis(700);
+/// A replica keeps its promise for so long after it RECEIVED the last heartbeat: longer than the holder
+/// believes in it, also when the two clocks run a few percent apart, and below [`ATTEMPT_PATIENCE`], so
+/// that a client that gave up on a silent primary finds its successor free.
+pub const LEASE_PROMISE: Duration = Duration::from_millis(850);
+/// A peer that was silent for so long, while this node itself was running, is excused.
+pub const LEASE_SILENCE: Duration = Duration::from_millis(600);
+/// A node whose own threads were not scheduled for so long was not listening: the silence of others
+/// counts from then on.
+pub const LEASE_DEAF_GAP: Duration = Duration::from_millis(250);
+/// A peer that says that its replica is not open is waited for so long before it is excused.
+pub const LEASE_OPENING: Duration = Duration::from_secs(2);
+/// What the master said of a node is believed for so long after the question was sent: by then a node that
+/// comes back may take over from one that is silent.
+pub const MASTER_WORD: Duration = Duration::from_millis(550);
+/// A peer is excused for so long from the beginning of the attempt to connect on which that rests.
+pub const LEASE_EXCUSE: Duration = Duration::from_millis(550);
+/// A strict request waits this long at a replica that is about to have authority.
+pub const AUTHORITY_WAIT: Duration = Duration::from_secs(1);
+/// A write that is done but not allowed to be acknowledged waits this long for authority before its outcome is
+/// unknown.
+pub const HELD_ACK_MAX: Duration = Duration::from_secs(5);
+/// Connecting to a silent peer to find out whether this node is the one that is cut off takes at least this
+/// long, at most the other, and in between four times as long as connecting to it took before.
+pub const PROBE_TIMEOUT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
+/// A writer that has not come back from its disk for so long is stalled: another replica serves in its place.
+pub const WRITER_STALL: Duration = Duration::from_secs(2);
+/// A replica whose writer was stalled does not take its place back before it ran for so long.
+pub const WRITER_RECOVERED: Duration = Duration::from_secs(10);
+/// A replica that serves in the place of the primary for so long becomes primary.
+pub const ACTING_PRIMARY_AFTER: Duration = Duration::from_millis(500);
+const _: () = assert!(LEASE_EXCUSE.as_millis() < LEASE_SILENCE.as_millis());
+const _: () = assert!(MASTER_WORD.as_millis() < LEASE_SILENCE.as_millis());
+const _: () = assert!(LEASE_BELIEF.as_millis() * 11 / 10 < LEASE_PROMISE.as_millis());
+const _: () = assert!(LEASE_PROMISE.as_millis() + LEASE_BEAT.as_millis() < ATTEMPT_PATIENCE.as_millis());
 /// A write that wants another replica's sync waits this long for it before its outcome is unknown.
 pub const REPLICA_ACK_TIMEOUT: Duration = Duration::from_secs(5);
 /// A primary whose node is away for longer is replaced by the next replica: long enough for a
@@ -147,6 +233,12 @@ pub const RESULTS_MAX: usize = 100_000;
 pub const PULL_FRAME_BYTES: usize = MIB;
 /// Data connections that a node takes; each may hold [`CONNECTION_BYTES_MAX`].
 pub const CONNECTIONS_MAX: usize = 4_096;
+/// Connections that a master takes: a session a node and a few of each client.
+pub const MASTER_CONNECTIONS_MAX: usize = 8_192;
+/// A peer that connects to a server and says nothing for so long is closed.
+pub const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(5);
+/// After a connection that could not be accepted, for want of descriptors for example.
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Between two uploads of log chunks of a replica that has something to ship.
 pub const SHIP_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -182,8 +274,8 @@ pub enum LimitError {
     /// Zero is reserved.
     #[error("the event time 0 is reserved; leave it out to have the time stamped by the server")]
     EventTimeZero,
-    /// A TTL of zero, or one that overflows the clock.
-    #[error("the time to live of {0} s is not usable; it must be at least 1 ms and end before the year 584000")]
+    /// A TTL of zero, or see [`TTL_MS_MAX`].
+    #[error("the time to live of {0} s is not usable; it must be at least 1 ms and at most {days} days", days = TTL_MS_MAX / 86_400_000)]
     BadTtl(u64),
 }
 
@@ -199,6 +291,11 @@ pub fn check_key(key: &[u8]) -> Result<(), LimitError> {
 /// Checks a value.
 pub fn check_value(value: &[u8]) -> Result<(), LimitError> {
     if value.len() > VALUE_BYTES_MAX { Err(LimitError::ValueTooLong(value.len())) } else { Ok(()) }
+}
+
+/// Checks a time to live.
+pub fn check_ttl_ms(ttl_ms: u64) -> Result<(), LimitError> {
+    if ttl_ms == 0 || ttl_ms > TTL_MS_MAX { Err(LimitError::BadTtl(ttl_ms / 1_000)) } else { Ok(()) }
 }
 
 /// Checks an event time that a client gave, against the clock.
@@ -254,5 +351,9 @@ mod tests {
         assert!(check_event_time(now + 60_000_001, now).is_err());
         assert!(check_event_time(u64::MAX, now).is_err());
         assert_eq!(check_event_time(0, now), Err(LimitError::EventTimeZero));
+        assert!(check_ttl_ms(1).is_ok() && check_ttl_ms(TTL_MS_MAX).is_ok());
+        assert_eq!(check_ttl_ms(0), Err(LimitError::BadTtl(0)));
+        let too_long = check_ttl_ms(TTL_MS_MAX + 1).unwrap_err().to_string();
+        assert!(too_long.contains("at most 365000 days"), "{too_long}");
     }
 }

@@ -7,7 +7,7 @@
 //!
 //! What cannot go on says what it waits for, and the way out ([`waits_for`]).
 
-use crate::catalog::{Catalog, KeyspaceState, Leaving, Placed, Quarantine, ShardPlacement, Unsealed};
+use crate::catalog::{Catalog, GivenUp, KeyspaceState, Leaving, Placed, Quarantine, ShardPlacement, Unsealed};
 use crate::ids::{Epoch, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use crate::limits::COPIES_PER_NODE_MAX;
 use crate::plan::{
@@ -71,6 +71,7 @@ pub fn evict(
     if accept_loss && catalog.unsealed.iter().any(|one| one.replica == replica) {
         next.unsealed.retain(|one| one.replica != replica);
         next.remove_for_good([replica]);
+        next.given_up.push(GivenUp { replica, version: next.version });
         return Ok(next);
     }
     let shard = next.placement.iter_mut().find(|shard| shard.replicas.iter().any(|one| one.replica == replica));
@@ -90,6 +91,7 @@ pub fn evict(
     leave_quarantines(&mut next.quarantines, replica, heir);
     if accept_loss {
         next.remove_for_good([replica]);
+        next.given_up.push(GivenUp { replica, version: next.version });
     } else {
         next.unsealed.push(Unsealed { shard, replica, node, since_us: now_us });
     }
@@ -185,6 +187,11 @@ impl View<'_> {
         self.reports.get(&replica).is_some_and(ReplicaReport::has_failed)
     }
 
+    /// It has failed, and does not open again by itself.
+    fn has_failed_for_good(&self, replica: ReplicaId) -> bool {
+        self.has_failed(replica) && !self.replication(replica).is_some_and(|report| report.passing)
+    }
+
     /// It serves, by its last report.
     fn is_ready(&self, one: &Placed) -> bool {
         self.around.is_here(one.node)
@@ -213,7 +220,7 @@ impl View<'_> {
         replaced
             && match (self.around.presence)(one.node) {
                 Presence::Gone => true,
-                Presence::Here(_) => self.has_failed(one.replica),
+                Presence::Here(_) => self.has_failed_for_good(one.replica),
                 Presence::Away => false,
             }
     }
@@ -268,7 +275,7 @@ pub fn advance_members(
             // What cannot catch up, or keeps others' logs from ending, leaves; what does not serve any
             // more does when a copy can take its place.
             let has_room = || (around.room)(catalog, shard.shard).is_some();
-            let failed = view.has_failed(one.replica) && has_room();
+            let failed = view.has_failed_for_good(one.replica) && has_room();
             let too_old = view.replication(one.replica).is_some_and(|report| report.too_old);
             let in_the_way = shard.replicas.iter().any(|other| {
                 other.replica != one.replica

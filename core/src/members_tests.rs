@@ -118,6 +118,9 @@ fn a_replica_that_has_failed_leaves_when_another_serves_and_a_copy_has_room() {
     failed.get_mut(&ReplicaId(2)).unwrap().phase = ReplicaPhase::Failed("rot".into());
     let to_four = |_: &Catalog, _: ShardId| Some(NodeId(4));
     assert_eq!(next(&catalog(), &failed, HERE, NOWHERE), None, "nothing is gained by it");
+    failed.get_mut(&ReplicaId(2)).unwrap().replication.passing = true;
+    assert_eq!(next(&catalog(), &failed, HERE, to_four), None, "it may open again by itself");
+    failed.get_mut(&ReplicaId(2)).unwrap().replication.passing = false;
     let left = next(&catalog(), &failed, HERE, to_four).unwrap();
     assert_eq!((ids(&left), left.unsealed[0].replica), (vec![1, 3], ReplicaId(2)));
     let copying = next(&left, &failed, HERE, to_four).unwrap();

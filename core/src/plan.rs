@@ -263,6 +263,17 @@ pub struct ReplicationReport {
     pub too_old: bool,
     /// Its log is at the cap because this member does not read it.
     pub evict: Option<ReplicaId>,
+    /// It has authority: it answers strict requests. `None` from a node that knows of no such thing.
+    #[serde(default)]
+    pub serving: Option<bool>,
+    /// Its writer does not come back from the disk, or did not a moment ago.
+    #[serde(default)]
+    pub stalled: bool,
+    /// For how long it has been serving in the place of the primary, milliseconds.
+    #[serde(default)]
+    pub acting_ms: u64,
+    /// It has failed for want of disk or descriptors, a moment ago: it may open again by itself.
+    pub passing: bool,
 }
 
 /// A durable seal.

@@ -6,12 +6,14 @@
 //! read-modify-writes under one version, its successor brings itself up to all that it holds, and a
 //! second version changes the primary.
 //!
+//! A primary that does not serve is replaced by the replica that has been serving in its place.
+//!
 //! **Invariant:** pure, and at each epoch a shard has one primary. Nobody becomes primary who has not
-//! caught up since it was opened. A hand-over that does not end in time is undone.
+//! caught up since it was opened; the successor of one that is gone is a replica that has authority. A hand-over that does not end in time is undone.
 
 use crate::catalog::{Catalog, KeyspaceState, ShardPlacement};
 use crate::ids::{Epoch, NodeId, ReplicaId};
-use crate::limits::{HANDOVER_TIMEOUT, TAIL_LAG_LSNS_MAX};
+use crate::limits::{ACTING_PRIMARY_AFTER, HANDOVER_TIMEOUT, TAIL_LAG_LSNS_MAX};
 use crate::plan::{Reports, Step};
 
 /// What is known of a node.
@@ -144,9 +146,24 @@ fn decide(
     };
     let here = |node| matches!(presence(node), Presence::Here(_));
     let failed = |id: ReplicaId| reports.get(&id).is_some_and(|report| report.has_failed());
+    let serving = |id: ReplicaId| reports.get(&id).and_then(|report| report.replication.serving);
     if presence(primary.node) == Presence::Gone || failed(primary.replica) {
-        let successor = shard.replicas.iter().find(|one| here(one.node) && ready(one.replica));
+        // Only one that has authority holds everything that any reachable replica holds.
+        let serves = |id: ReplicaId| serving(id).unwrap_or(true);
+        let successor = shard.replicas.iter().find(|one| here(one.node) && ready(one.replica) && serves(one.replica));
         return successor.map_or(Decision::Keep, |one| Decision::Replace(one.replica));
+    }
+    if serving(primary.replica) == Some(false) && shard.handing_to.is_none() {
+        let acting = |id: ReplicaId| {
+            reports.get(&id).is_some_and(|report| {
+                report.replication.acting_ms >= ACTING_PRIMARY_AFTER.as_millis() as u64
+                    && report.replication.serving == Some(true)
+            })
+        };
+        let instead = shard.replicas.iter().find(|one| here(one.node) && ready(one.replica) && acting(one.replica));
+        if let Some(instead) = instead {
+            return Decision::Replace(instead.replica);
+        }
     }
     if let Some(to) = shard.handing_to {
         let took_over = reports.get(&to).and_then(|report| report.replication.took_over);
@@ -236,6 +253,36 @@ mod tests {
         assert_eq!(next.placement[0].primary, Some(ReplicaId(3)));
         assert_eq!(advance_primaries(&catalog, &BTreeMap::new(), presence(&[1]), NOW, 2), None);
         assert_eq!(advance_primaries(&catalog, &all_ready(), |_| Presence::Away, NOW, 2), None);
+    }
+
+    #[test]
+    fn the_successor_is_the_replica_that_serves_and_not_the_first_that_is_ready() {
+        let catalog = catalog();
+        let mut reports = all_ready();
+        for report in reports.values_mut() {
+            report.replication.serving = Some(false);
+        }
+        assert_eq!(advance_primaries(&catalog, &reports, presence(&[1]), NOW, 2), None, "nobody serves yet");
+        reports.get_mut(&ReplicaId(3)).unwrap().replication.serving = Some(true);
+        let (next, _) = advance_primaries(&catalog, &reports, presence(&[1]), NOW, 2).unwrap();
+        assert_eq!(next.placement[0].primary, Some(ReplicaId(3)));
+    }
+
+    #[test]
+    fn a_primary_that_does_not_serve_is_replaced_by_the_one_that_does_in_its_place() {
+        let catalog = catalog();
+        let mut reports = all_ready();
+        let primary = &mut reports.get_mut(&ReplicaId(1)).unwrap().replication;
+        (primary.ready, primary.serving) = (false, Some(false));
+        let acting = &mut reports.get_mut(&ReplicaId(2)).unwrap().replication;
+        (acting.serving, acting.acting_ms) = (Some(true), 499);
+        assert_eq!(advance_primaries(&catalog, &reports, HERE, NOW, 2), None, "it may be back in a moment");
+        reports.get_mut(&ReplicaId(2)).unwrap().replication.acting_ms = 500;
+        let (next, moves) = advance_primaries(&catalog, &reports, HERE, NOW, 2).unwrap();
+        assert_eq!((next.placement[0].primary, moves.failovers), (Some(ReplicaId(2)), 1));
+        // While it does not serve, the home gets nothing back.
+        let at = next.written_at_us + QUIET_US;
+        assert_eq!(advance_primaries(&next, &reports, HERE, at, 3), None);
     }
 
     fn fail(reports: &mut Reports, replica: u64) {

@@ -13,7 +13,9 @@ use vasto_core::band::check_shard_count;
 use vasto_core::catalog::{Ack, Catalog, KeyspaceSpec, KeyspaceState, Placed};
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId};
-use vasto_core::limits::{ADMIN_DEADLINE, HANDOVER_TIMEOUT, LimitError, REPLICAS_MAX, check_keyspace_name};
+use vasto_core::limits::{
+    ADMIN_DEADLINE, HANDOVER_TIMEOUT, KEPT_MS_MAX, REPLICAS_MAX, SHARDS_SERVED_MAX, check_keyspace_name, check_ttl_ms,
+};
 use vasto_core::members::heir;
 use vasto_core::plan::{ReplicaPhase, operation_id};
 use vasto_core::primaries::Presence;
@@ -27,14 +29,15 @@ use crate::document;
 use crate::driver::{Change, Request, changed, has_ended};
 use crate::moves;
 use crate::placement::place;
+use crate::shipped;
 use crate::state::{Delivery, Keyspace, State};
 
 /// The caller's own deadline is [`ADMIN_DEADLINE`]; the answer must be on its way before it.
 const ANSWER_WITHIN: Duration = ADMIN_DEADLINE.saturating_sub(Duration::from_secs(1));
+/// Before a keyspace is deleted its nodes have so long to ship what they have.
+const SHIP_BEFORE_DELETE: Duration = Duration::from_secs(5);
 /// Names that a NotFound lists.
 const NAMES_LISTED: usize = 10;
-/// Longest quarantine and default time to live: ten years, far from any overflow of the clock.
-const DURATION_MS_MAX: u64 = 10 * 365 * 86_400_000;
 
 type Answer = Result<String, VastoError>;
 
@@ -62,6 +65,13 @@ pub(crate) fn find<'a>(state: &'a State, name: &str) -> Result<&'a Keyspace, Vas
 fn spec_of(request: &v1::CreateKeyspaceRequest) -> Result<KeyspaceSpec, VastoError> {
     check_keyspace_name(&request.name)?;
     let shards = check_shard_count(request.shards)?;
+    if shards > SHARDS_SERVED_MAX {
+        let message = format!(
+            "a keyspace of more than {SHARDS_SERVED_MAX} shards could not grow: growing above {SHARDS_SERVED_MAX} is not \
+             supported yet; use 1 to {SHARDS_SERVED_MAX}"
+        );
+        return Err(error(ErrorCode::FailedPrecondition, message));
+    }
     if request.replicas == 0 || request.replicas > REPLICAS_MAX {
         let message = format!("{} replicas are not possible; use 1 to {REPLICAS_MAX}", request.replicas);
         return Err(error(ErrorCode::InvalidArgument, message));
@@ -71,17 +81,16 @@ fn spec_of(request: &v1::CreateKeyspaceRequest) -> Result<KeyspaceSpec, VastoErr
         let message = "acknowledgement `replica` needs a second replica; use --replicas 2 or more, or --ack fsync";
         return Err(error(ErrorCode::FailedPrecondition, message));
     }
-    if let Some(ttl_ms) = request.ttl_ms.filter(|ms| *ms == 0 || *ms > DURATION_MS_MAX) {
-        return Err(LimitError::BadTtl(ttl_ms / 1000).into());
-    }
-    if let Some(grace_ms) = request.tombstone_grace_ms.filter(|ms| *ms < 1_000 || *ms > DURATION_MS_MAX) {
-        let message = format!("a tombstone grace of {grace_ms} ms is not possible; use 1 s to {DURATION_MS_MAX} ms");
+    request.ttl_ms.map_or(Ok(()), check_ttl_ms)?;
+    let most_days = KEPT_MS_MAX / 86_400_000;
+    if let Some(grace_ms) = request.tombstone_grace_ms.filter(|ms| *ms < 1_000 || *ms > KEPT_MS_MAX) {
+        let message = format!("a tombstone grace of {grace_ms} ms is not possible; use 1 s to {most_days} days");
         return Err(error(ErrorCode::InvalidArgument, message));
     }
     let defaults = KeyspaceSpec::default();
     let quarantine_ms = request.quarantine_ms.unwrap_or(defaults.quarantine_ms);
-    if quarantine_ms > DURATION_MS_MAX {
-        let message = format!("a quarantine of {quarantine_ms} ms is too long; at most {DURATION_MS_MAX} ms");
+    if quarantine_ms > KEPT_MS_MAX {
+        let message = format!("a quarantine of {quarantine_ms} ms is too long; at most {most_days} days");
         return Err(error(ErrorCode::InvalidArgument, message));
     }
     Ok(KeyspaceSpec {
@@ -183,6 +192,9 @@ async fn serving(cluster: &Arc<Cluster>, keyspace: KeyspaceId) -> Result<(), Vas
 
 /// Learns what other masters made; lists, so only when something is known to be missing.
 pub(crate) async fn learn_all(cluster: &Arc<Cluster>) {
+    if cluster.is_lost() {
+        return;
+    }
     match cluster.store.load_all().await {
         Ok(catalogs) => {
             for catalog in catalogs {
@@ -209,6 +221,12 @@ pub(crate) fn describe(cluster: &Cluster, name: &str) -> Answer {
 /// Deletes a keyspace; its name is free afterwards.
 pub(crate) async fn delete(cluster: &Arc<Cluster>, name: &str) -> Answer {
     let keyspace = find(&cluster.state(), name)?.catalog.keyspace;
+    // It can be restored: what was acknowledged last is to be in the bucket too.
+    let shipped = timeout(SHIP_BEFORE_DELETE, shipped::everything(cluster, name)).await;
+    let shipped = matches!(shipped, Ok(Ok(_)));
+    if !shipped {
+        tracing::info!(keyspace = name, "not everything of a keyspace that is deleted is in the bucket");
+    }
     let deleted = ask(cluster, keyspace, Change::Delete).await?;
     tracing::info!(keyspace = name, id = %keyspace, "deleted a keyspace");
     // The version alone frees the name; the release only makes the next look-up of it cheaper.
@@ -219,6 +237,7 @@ pub(crate) async fn delete(cluster: &Arc<Cluster>, name: &str) -> Answer {
     }
     Ok(document::json(&serde_json::json!({
         "name": name, "keyspace_id": keyspace.0, "version": deleted.version.0, "state": "deleted",
+        "shipped": shipped,
     })))
 }
 
@@ -384,7 +403,7 @@ pub(crate) async fn command(cluster: &Arc<Cluster>, name: &str, kind: v1::comman
     let mut nodes = Vec::new();
     for (node, done) in waiting {
         match done.await {
-            Ok(Ok(())) => nodes.push(node),
+            Ok(Ok(_)) => nodes.push(node),
             Ok(Err(reason)) => {
                 return Err(error(ErrorCode::Unavailable, format!("{node} could not do it: {reason}")));
             }
@@ -442,5 +461,6 @@ pub(crate) fn status(cluster: &Cluster) -> String {
     let stored = cluster.stored();
     let state = cluster.state();
     let bill = bill::bill(&state, own, stored, &cluster.settings.prices, bucket, mono_us);
-    document::json(&document::cluster(&state, &cluster.cluster_id, bucket, own, bill, mono_us))
+    let document = document::cluster(&state, &cluster.cluster_id(), bucket, own, bill, mono_us);
+    document::json(&document.with_warnings(cluster.warnings()))
 }

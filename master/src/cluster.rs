@@ -4,7 +4,7 @@
 //! [`Cluster::install`] is the one way in for a catalog version, and it starts the one driver
 //! that a keyspace has.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -12,7 +12,8 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use vasto_core::catalog::Catalog;
-use vasto_core::ids::{CatalogVersion, KeyspaceId};
+use vasto_core::error::{ErrorCode, VastoError};
+use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId};
 use vasto_core::plan::Step;
 use vasto_shipping::garbage::Retention;
 use vasto_shipping::{Bucket, CatalogStore, ClusterSettings, Prices};
@@ -39,7 +40,14 @@ pub(crate) struct Settings {
 
 /// What the tasks of one master share.
 pub(crate) struct Cluster {
-    pub(crate) cluster_id: String,
+    /// Empty while nobody knows whose the prefix is.
+    cluster_id: Mutex<String>,
+    /// Why this master serves nothing but its own repair: the prefix is somebody's, and does not say whose.
+    lost: Mutex<Option<String>>,
+    /// Nodes of other clusters that asked to be taken in, with the cluster that they name.
+    refused: Mutex<BTreeMap<NodeId, String>>,
+    /// What is odd in the catalog, and what the last look through the bucket has found.
+    odd: Mutex<(Vec<String>, Vec<String>)>,
     pub(crate) bucket: Bucket,
     pub(crate) store: CatalogStore,
     pub(crate) settings: Settings,
@@ -60,7 +68,10 @@ impl Cluster {
         shutdown: CancellationToken,
     ) -> Arc<Self> {
         Arc::new(Self {
-            cluster_id,
+            cluster_id: Mutex::new(cluster_id),
+            lost: Mutex::new(None),
+            refused: Mutex::default(),
+            odd: Mutex::default(),
             store: CatalogStore::new(bucket.clone()),
             bucket,
             settings,
@@ -77,6 +88,79 @@ impl Cluster {
     /// The state, for synchronous work.
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock()
+    }
+
+    /// Whose the prefix is; empty while nobody knows.
+    pub(crate) fn cluster_id(&self) -> String {
+        self.cluster_id.lock().clone()
+    }
+
+    /// Serves nothing any more but the repair, for this reason.
+    pub(crate) fn lose(&self, why: String) {
+        tracing::error!(why, "the bucket has to be repaired before this master serves");
+        *self.lost.lock() = Some(why);
+    }
+
+    /// Whose the prefix is, is known again.
+    pub(crate) fn found(&self, cluster_id: String) {
+        *self.cluster_id.lock() = cluster_id;
+        *self.lost.lock() = None;
+        self.refused.lock().clear();
+    }
+
+    /// Refuses whoever needs more than the repair: nothing is found out by trying again.
+    pub(crate) fn check_found(&self) -> Result<(), VastoError> {
+        match &*self.lost.lock() {
+            None => Ok(()),
+            Some(why) => {
+                let message = format!("{why}; start the nodes, then run `vasto bucket repair`");
+                Err(VastoError::new(ErrorCode::FailedPrecondition, message))
+            }
+        }
+    }
+
+    /// True while only the repair is served.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.lost.lock().is_some()
+    }
+
+    /// A node of another cluster was refused; true the first time.
+    pub(crate) fn note_refused(&self, node: NodeId, cluster_id: &str) -> bool {
+        let mut refused = self.refused.lock();
+        let may = refused.len() < LOOK_UPS_MAX || refused.contains_key(&node);
+        may && refused.insert(node, cluster_id.to_owned()).is_none_or(|before| before != cluster_id)
+    }
+
+    /// Nodes of other clusters that have asked to be taken in.
+    pub(crate) fn refused(&self) -> BTreeMap<NodeId, String> {
+        self.refused.lock().clone()
+    }
+
+    /// What is odd in the catalog.
+    pub(crate) fn note_odd_catalogs(&self, odd: Vec<String>) {
+        self.odd.lock().0 = odd;
+    }
+
+    /// What the last look through the bucket has found.
+    pub(crate) fn note_findings(&self, findings: Vec<String>) {
+        self.odd.lock().1 = findings;
+    }
+
+    /// What somebody should look at, of the bucket.
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        let lost = self.check_found().err().map(|error| error.message);
+        let outage = self
+            .bucket
+            .outage()
+            .map(|(since, why)| format!("the bucket has not answered this master for {} s: {why}", since.as_secs()));
+        let refused = self.refused().into_iter().map(|(node, cluster)| {
+            format!(
+                "{node} belongs to cluster {cluster} and is not taken in: if the bucket of that cluster was emptied, \
+                 `vasto bucket repair` puts back what its nodes know"
+            )
+        });
+        let (catalogs, findings) = self.odd.lock().clone();
+        lost.into_iter().chain(outage).chain(refused).chain(catalogs).chain(findings).collect()
     }
 
     /// Microseconds since this master started; never goes back.
@@ -98,6 +182,7 @@ impl Cluster {
     /// driver of a new keyspace. False when a higher version is known already.
     pub(crate) fn install(self: &Arc<Self>, catalog: Catalog, delivery: Delivery) -> bool {
         let keyspace = catalog.keyspace;
+        self.store.note_used(keyspace);
         let mut state = self.state();
         let (taken, requests) = state.install(catalog, delivery);
         if let Some(requests) = requests {
@@ -146,6 +231,9 @@ impl Cluster {
 
     /// Looks for a keyspace that a node knows and this master does not: another master made it.
     pub(crate) fn look_up(self: &Arc<Self>, keyspace: KeyspaceId) {
+        if self.is_lost() {
+            return; // what the bucket says is not believed yet
+        }
         {
             let mut looked_up = self.looked_up.lock();
             looked_up.retain(|_, at| at.elapsed() < LOOK_UP_INTERVAL);

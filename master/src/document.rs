@@ -58,6 +58,8 @@ struct ReplicaDoc {
     shipped_lsn: Option<Lsn>,
     lag_ms: Option<u64>,
     keys: Option<u64>,
+    /// The same number by its right name.
+    keys_estimate: Option<u64>,
     bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
@@ -75,6 +77,8 @@ pub(crate) struct KeyspaceSummary {
     state: KeyspaceState,
     version: CatalogVersion,
     keys: u64,
+    /// The same number by its right name.
+    keys_estimate: u64,
     bytes: u64,
     operation: Option<String>,
 }
@@ -157,6 +161,8 @@ pub(crate) struct NodeDoc {
     #[serde(skip_serializing_if = "Option::is_none")]
     unreachable: Option<String>,
     bucket_requests: Option<RequestsDoc>,
+    /// What keeps it from shipping.
+    bucket_trouble: Option<String>,
 }
 
 /// Requests to the bucket since the process opened it.
@@ -189,6 +195,14 @@ struct MasterDoc {
     pid: u32,
     bucket: String,
     bucket_requests: RequestsDoc,
+}
+
+impl ClusterDoc {
+    /// With these before the others.
+    pub(crate) fn with_warnings(mut self, first: Vec<String>) -> Self {
+        self.warnings.splice(0..0, first);
+        self
+    }
 }
 
 /// Writes a document.
@@ -242,6 +256,7 @@ fn replica(state: &State, report: Option<&ReplicaReport>, id: ReplicaId, node: N
         shipped_lsn: report.map(|report| report.shipped_lsn),
         lag_ms: report.map(|report| report.replication.lag_ms),
         keys: report.map(|report| report.keys),
+        keys_estimate: report.map(|report| report.keys),
         bytes: report.map(|report| report.bytes),
         reason,
     }
@@ -255,6 +270,11 @@ fn replica_state(state: &State, report: Option<&ReplicaReport>, node: NodeId) ->
         None => ("unknown", None),
         Some(ReplicaPhase::Opening) => ("opening", None),
         Some(ReplicaPhase::Building) => ("building", None),
+        Some(ReplicaPhase::Serving) if report.is_some_and(|report| report.replication.stalled) => {
+            let reason = "its disk does not answer writes, or did not a moment ago; another replica serves where there is \
+                          one: look at the disk of the node";
+            ("stalled", Some(reason.to_owned()))
+        }
         Some(ReplicaPhase::Serving) if report.is_some_and(|report| !report.replication.ready) => ("catching_up", None),
         Some(ReplicaPhase::Serving) => ("serving", None),
         Some(ReplicaPhase::Failed(reason)) => ("failed", Some(reason.clone())),
@@ -290,6 +310,7 @@ pub(crate) fn summary(known: &Keyspace) -> KeyspaceSummary {
         state: catalog.state,
         version: catalog.version,
         keys,
+        keys_estimate: keys,
         bytes,
         operation: catalog.plan.as_ref().map(|plan| operation_id(catalog.keyspace, plan.id)),
     }
@@ -439,6 +460,7 @@ fn node(state: &State, id: NodeId, known: Option<&Node>, mono_us: u64) -> NodeDo
         cordoned: state.settings.is_cordoned(id),
         unreachable: known.and_then(|node| node.unreachable.clone()),
         bucket_requests: known.map(|node| requests(usage_of(&node.bucket))),
+        bucket_trouble: known.map(|node| node.bucket_trouble.clone()).filter(|trouble| !trouble.is_empty()),
     }
 }
 
@@ -518,6 +540,9 @@ pub(crate) fn cluster(
         }
     }
     warnings.extend(lost_shards(state));
+    for node in nodes.iter().filter(|node| node.state == "live") {
+        warnings.extend(node.bucket_trouble.iter().map(|trouble| format!("{} does not ship: {trouble}", node.node_id)));
+    }
     // A node that is away is said once, not once per replica.
     let replicas = state.active().flat_map(|known| not_serving(state, known));
     warnings.extend(replicas.filter(|text| !text.ends_with(" is away")));

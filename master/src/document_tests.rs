@@ -35,7 +35,7 @@ fn describe_has_what_the_interface_promises() {
         document["placement"][0],
         value!({"shard": 0, "replicas": [{
             "node_id": "n-0000000000000001", "replica_id": 1, "role": "primary", "state": "serving", "lsn": 100,
-            "shipped_lsn": 90, "lag_ms": 0, "keys": 1000, "bytes": 1 << 20,
+            "shipped_lsn": 90, "lag_ms": 0, "keys": 1000, "keys_estimate": 1000, "bytes": 1 << 20,
         }]})
     );
     let silent = &document["placement"][1]["replicas"][0];

@@ -21,9 +21,11 @@ mod loads;
 mod metrics;
 mod moves;
 mod placement;
+mod repair;
 mod server;
 mod service;
 mod session;
+mod shipped;
 mod state;
 mod upkeep;
 

@@ -23,12 +23,15 @@ use crate::cluster::{Cluster, nonce, now_us};
 use crate::document;
 use crate::driver::{Change, has_ended};
 use crate::placement::{Shut, place};
+use crate::shipped::{self, Absent, Shipped};
 use crate::state::{Delivery, Keyspace, State};
 
 type Answer = Result<String, VastoError>;
 
-/// Before a restore to now the nodes that are there ship what they have, for at most so long.
-const SHIP_FIRST: Duration = Duration::from_secs(20);
+/// Before a restore the nodes have so long to make a checkpoint of what they have shipped.
+const CHECKPOINT_FIRST: Duration = Duration::from_secs(20);
+/// A time that is so long past needs nobody who ships first.
+const SHIPPED_AFTER: Duration = Duration::from_secs(600);
 
 fn error(code: ErrorCode, message: impl Into<String>) -> VastoError {
     VastoError::new(code, message)
@@ -46,15 +49,9 @@ pub(crate) async fn restore(cluster: &Arc<Cluster>, request: v1::RestoreRequest)
         let message = format!("that time is {ahead_s} s in the future; leave out --at to restore what is there now");
         return Err(error(ErrorCode::InvalidArgument, message));
     }
-    if tip.state == KeyspaceState::Active {
-        // What is on the nodes only would be missing: in the past too, since it may not be shipped yet.
-        let shipped = timeout(SHIP_FIRST, admin::command(cluster, &request.name, v1::command::Kind::Checkpoint)).await;
-        if !matches!(shipped, Ok(Ok(_))) {
-            tracing::info!(
-                keyspace = request.name,
-                "not every node shipped what it has; restoring what is in the bucket"
-            );
-        }
+    let mut absent = Absent::default();
+    if tip.state == KeyspaceState::Active && !request.from_bucket {
+        absent = ship_first(cluster, &request).await?;
     }
     let then = match request.at_us {
         None => before_its_end(cluster, &tip).await?,
@@ -116,10 +113,45 @@ pub(crate) async fn restore(cluster: &Arc<Cluster>, request: v1::RestoreRequest)
         Err(_) => return Err(unsure(&what, "the bucket did not answer in time")),
     };
     tracing::info!(keyspace = request.into, of = request.name, version = then.version.0, "restoring a keyspace");
-    let started = document::running_of(&created);
+    let mut started = json!(document::running_of(&created));
+    if let Value::Object(fields) = &mut started {
+        fields.insert("without".into(), absent.document());
+    }
     cluster.install(created, Delivery::Push);
     drop(held);
     Ok(document::json(&started))
+}
+
+/// What is on the nodes only would be missing: in the past too, since it may not be shipped yet. Answers who
+/// was not there: what only they hold is missing.
+async fn ship_first(cluster: &Arc<Cluster>, request: &v1::RestoreRequest) -> Result<Absent, VastoError> {
+    let now_us = now_us();
+    // What is older was shipped when it was new, unless the bucket was away for long.
+    let is_recent = request.at_us.is_none_or(|at| at.saturating_add(SHIPPED_AFTER.as_micros() as u64) > now_us);
+    let absent = match shipped::everything(cluster, &request.name).await {
+        Ok(Shipped::All(absent)) => absent,
+        // The bucket is all that there is.
+        Ok(Shipped::NobodyIsThere) => return Ok(Absent::default()),
+        Err(cause) if is_recent => {
+            let message = format!(
+                "{}; what was acknowledged last could be missing: start the node, or take what the bucket holds with `vasto keyspace restore {} --into {} --from-bucket`",
+                cause.message, request.name, request.into
+            );
+            return Err(error(cause.code, message));
+        }
+        Err(cause) => {
+            tracing::info!(keyspace = request.name, %cause, "not every node shipped what it has; the time is long past");
+            Absent::default()
+        }
+    };
+    // With a checkpoint there is less log to read.
+    if !matches!(timeout(CHECKPOINT_FIRST, shipped::checkpoint(cluster, &request.name)).await, Ok(Ok(_))) {
+        tracing::info!(
+            keyspace = request.name,
+            "no new checkpoint of every shard; the log behind the last one is read"
+        );
+    }
+    Ok(absent)
 }
 
 /// The keyspace of that name: the one that serves, or the one that was deleted last.

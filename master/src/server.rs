@@ -11,8 +11,10 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::server::TcpIncoming;
-use vasto_core::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX, SHUTDOWN_DEADLINE};
+use vasto_core::limits::{
+    KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MASTER_CONNECTIONS_MAX, MASTER_DRAIN, MESSAGE_BYTES_MAX, SHUTDOWN_DEADLINE,
+};
+use vasto_proto::incoming::Incoming;
 use vasto_proto::v1::master_server::MasterServer;
 use vasto_proto::v1::membership_server::MembershipServer;
 use vasto_shipping::garbage::Retention;
@@ -106,9 +108,19 @@ impl Master {
         let bucket = Bucket::open(&config.bucket_url, &config.bucket_options)?;
         bucket.probe().await?;
         let store = vasto_shipping::CatalogStore::new(bucket.clone());
-        let cluster_id = store.claim_cluster(format!("c-{:016x}", rand::random::<u64>())).await?;
-        let catalogs = store.load_all().await?;
-        let decided = store.settings(&ClusterSettings::default()).await?;
+        let claimed = store.claim_cluster(format!("c-{:016x}", rand::random::<u64>())).await;
+        let (cluster_id, lost) = match claimed {
+            Ok(id) => (id, None),
+            // What is there was a cluster's: its nodes know whose, and a person has to say so.
+            Err(CatalogError::Unclaimed { url, .. }) if is_of_a_cluster(&bucket).await? => {
+                (String::new(), Some(format!("{url} holds a cluster's objects, but its cluster.json is missing")))
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let ((catalogs, odd), decided) = match lost {
+            None => (store.load_all_told().await?, store.settings(&ClusterSettings::default()).await?),
+            Some(_) => Default::default(),
+        };
 
         let settings = Settings {
             dial_back: config.dial_back,
@@ -117,6 +129,8 @@ impl Master {
             prices: config.prices,
         };
         let cluster = Cluster::new(cluster_id.clone(), bucket, settings, shutdown.clone());
+        lost.into_iter().for_each(|why| cluster.lose(why));
+        cluster.note_odd_catalogs(odd);
         cluster.state().replace_after_us = Some(config.replace_after.as_micros() as u64).filter(|after| *after > 0);
         cluster.learn_settings(decided);
         let loaded = catalogs.len();
@@ -132,6 +146,16 @@ impl Master {
         let supervisor = tokio::spawn(supervise(cluster, listener, shutdown));
         Ok(RunningMaster { listen, cluster_id, supervisor })
     }
+}
+
+/// Is there anything in the prefix that only a cluster writes?
+async fn is_of_a_cluster(bucket: &Bucket) -> Result<bool, BucketError> {
+    for folder in ["catalog/", "names/", "gc-term/", "cluster/", "data/"] {
+        if bucket.list(folder).await?.iter().any(|object| vasto_shipping::layout::is_known(&object.key)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), MasterError> {
@@ -159,7 +183,7 @@ async fn supervise(cluster: std::sync::Arc<Cluster>, listener: TcpListener, shut
             .add_service(master)
             .add_service(membership)
             .serve_with_incoming_shutdown(
-                TcpIncoming::from(listener).with_nodelay(Some(true)),
+                Incoming::new(listener, MASTER_CONNECTIONS_MAX),
                 shutdown.clone().cancelled_owned(),
             ),
     );
@@ -167,8 +191,8 @@ async fn supervise(cluster: std::sync::Arc<Cluster>, listener: TcpListener, shut
         // Both are ready when an idle server is asked to stop: that is no accident.
         biased;
         () = shutdown.cancelled() => {
-            if timeout(SHUTDOWN_DEADLINE, &mut serving).await.is_err() {
-                tracing::warn!("connections were still open at the deadline; closing them");
+            if timeout(MASTER_DRAIN, &mut serving).await.is_err() {
+                tracing::info!("peers that say nothing had connections open; closing them");
                 serving.abort();
             }
         }

@@ -8,13 +8,14 @@ use std::sync::Arc;
 
 use futures::{Stream, StreamExt};
 use tonic::{Request, Response, Status};
+use tracing::Instrument;
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_proto::convert::status_of;
 use vasto_proto::v1::{self, command::Kind, master_server};
 
 use crate::admin;
 use crate::cluster::Cluster;
-use crate::{moves, upkeep};
+use crate::{moves, repair, shipped, upkeep};
 
 /// Serves people and clients.
 pub(crate) struct MasterService {
@@ -26,7 +27,20 @@ type Reply = Result<Response<v1::JsonReply>, Status>;
 impl MasterService {
     /// Runs a call until it ends or the master stops; what it leaves undone is undone like after a
     /// crash.
-    async fn run(&self, call: impl Future<Output = Result<String, VastoError>>) -> Reply {
+    async fn run(&self, name: &'static str, call: impl Future<Output = Result<String, VastoError>>) -> Reply {
+        self.found()?;
+        self.run_always(name, call).await
+    }
+
+    /// Only while it is known whose the bucket is.
+    fn found(&self) -> Result<(), Status> {
+        self.cluster.check_found().map_err(|error| status_of(&error))
+    }
+
+    /// The same for what is served also while it is not known whose the bucket is.
+    async fn run_always(&self, name: &'static str, call: impl Future<Output = Result<String, VastoError>>) -> Reply {
+        // The span of traces; the sentence in a log is that of what the call does.
+        let call = call.instrument(tracing::info_span!("call of the master", call = name));
         let stopping = || Err(VastoError::new(ErrorCode::Unavailable, "this master is stopping; try again"));
         // Boxed: some calls are large futures, and all of them are rare.
         let outcome = self.cluster.shutdown.run_until_cancelled(Box::pin(call)).await.unwrap_or_else(stopping);
@@ -49,6 +63,9 @@ impl master_server::Master for MasterService {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::Topology, Status>> + Send>>;
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        // Who has a topology keeps it until there is a newer one.
+        let lost = |error: VastoError| status_of(&VastoError { code: ErrorCode::Unavailable, ..error });
+        self.cluster.check_found().map_err(lost)?;
         let name = request.into_inner().keyspace;
         let mut topology = admin::find(&self.cluster.state(), &name).map_err(|error| status_of(&error))?.topology();
         topology.mark_changed();
@@ -65,55 +82,61 @@ impl master_server::Master for MasterService {
     }
 
     async fn create_keyspace(&self, request: Request<v1::CreateKeyspaceRequest>) -> Reply {
-        self.run(admin::create(&self.cluster, request.into_inner())).await
+        self.run("create_keyspace", admin::create(&self.cluster, request.into_inner())).await
     }
 
     async fn list_keyspaces(&self, _: Request<v1::Empty>) -> Reply {
+        self.found()?;
         reply(Ok(admin::list(&self.cluster)))
     }
 
     async fn describe_keyspace(&self, request: Request<v1::KeyspaceRequest>) -> Reply {
+        self.found()?;
         reply(admin::describe(&self.cluster, &request.into_inner().name))
     }
 
     async fn delete_keyspace(&self, request: Request<v1::KeyspaceRequest>) -> Reply {
-        self.run(admin::delete(&self.cluster, &request.into_inner().name)).await
+        self.run("delete_keyspace", admin::delete(&self.cluster, &request.into_inner().name)).await
     }
 
     async fn checkpoint_keyspace(&self, request: Request<v1::KeyspaceRequest>) -> Reply {
-        self.run(admin::command(&self.cluster, &request.into_inner().name, Kind::Checkpoint)).await
+        self.run("checkpoint_keyspace", shipped::checkpoint(&self.cluster, &request.into_inner().name)).await
     }
 
     async fn compact_keyspace(&self, request: Request<v1::KeyspaceRequest>) -> Reply {
-        self.run(admin::command(&self.cluster, &request.into_inner().name, Kind::Compact)).await
+        self.run("compact_keyspace", admin::command(&self.cluster, &request.into_inner().name, Kind::Compact)).await
     }
 
     async fn resize_keyspace(&self, request: Request<v1::ResizeRequest>) -> Reply {
-        self.run(admin::resize(&self.cluster, request.into_inner())).await
+        self.run("resize_keyspace", admin::resize(&self.cluster, request.into_inner())).await
     }
 
     async fn evict_replica(&self, request: Request<v1::EvictRequest>) -> Reply {
-        self.run(admin::evict(&self.cluster, request.into_inner())).await
+        self.run("evict_replica", admin::evict(&self.cluster, request.into_inner())).await
     }
 
     async fn restore_keyspace(&self, request: Request<v1::RestoreRequest>) -> Reply {
-        self.run(moves::restore(&self.cluster, request.into_inner())).await
+        self.run("restore_keyspace", moves::restore(&self.cluster, request.into_inner())).await
     }
 
     async fn empty_node(&self, request: Request<v1::EmptyNodeRequest>) -> Reply {
-        self.run(moves::empty(&self.cluster, request.into_inner())).await
+        self.run("empty_node", moves::empty(&self.cluster, request.into_inner())).await
     }
 
     async fn cordon_node(&self, request: Request<v1::CordonNodeRequest>) -> Reply {
-        self.run(admin::cordon_node(&self.cluster, request.into_inner())).await
+        self.run("cordon_node", admin::cordon_node(&self.cluster, request.into_inner())).await
     }
 
     async fn check_bucket(&self, request: Request<v1::CheckBucketRequest>) -> Reply {
-        self.run(upkeep::check(&self.cluster, request.into_inner().deep)).await
+        self.run_always("check_bucket", upkeep::check(&self.cluster, request.into_inner().deep)).await
     }
 
     async fn collect_garbage(&self, request: Request<v1::CollectGarbageRequest>) -> Reply {
-        self.run(upkeep::collect(&self.cluster, request.into_inner().dry_run)).await
+        self.run("collect_garbage", upkeep::collect(&self.cluster, request.into_inner().dry_run)).await
+    }
+
+    async fn repair_bucket(&self, request: Request<v1::RepairBucketRequest>) -> Reply {
+        self.run_always("repair_bucket", repair::repair(&self.cluster, request.into_inner().accept_loss)).await
     }
 
     async fn list_operations(&self, _: Request<v1::Empty>) -> Reply {
@@ -125,7 +148,7 @@ impl master_server::Master for MasterService {
     }
 
     async fn cancel_operation(&self, request: Request<v1::OperationRequest>) -> Reply {
-        self.run(admin::cancel(&self.cluster, &request.into_inner().id)).await
+        self.run("cancel_operation", admin::cancel(&self.cluster, &request.into_inner().id)).await
     }
 
     async fn list_nodes(&self, _: Request<v1::Empty>) -> Reply {

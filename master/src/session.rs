@@ -89,8 +89,13 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
     let Ok(Ok(Some(v1::NodeMessage { message: Some(node_message::Message::Hello(hello)) }))) = first else {
         return reject(&outbound, ErrorCode::InvalidArgument, "a session begins with Hello".into()).await;
     };
-    if let Err((code, reason)) = check(&hello, &cluster.cluster_id) {
-        tracing::warn!(node = %NodeId(hello.node_id), address = hello.address, reason, "refused a node");
+    let own = if cluster.is_lost() { hello.cluster_id.clone() } else { cluster.cluster_id() };
+    if let Err((code, reason)) = check(&hello, &own) {
+        let of_another = code == ErrorCode::FailedPrecondition && hello.cluster_id != own;
+        // It asks again every other second.
+        if !of_another || cluster.note_refused(NodeId(hello.node_id), &hello.cluster_id) {
+            tracing::warn!(node = %NodeId(hello.node_id), address = hello.address, reason, "refused a node");
+        }
         return reject(&outbound, code, reason).await;
     }
     let unreachable = match dial_back(&cluster, &hello).await {
@@ -112,11 +117,11 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
     tracing::info!(%node, address = hello.address, zone = hello.zone, pid = hello.pid, "node registered");
     cluster.state().reached(node, session, unreachable.clone());
 
-    let welcome = v1::Welcome { cluster_id: cluster.cluster_id.clone(), bucket_url: cluster.bucket.url().to_owned() };
+    let welcome = v1::Welcome { cluster_id: own, bucket_url: cluster.bucket.url().to_owned() };
     if send(&outbound, master_message::Message::Welcome(welcome)).await.is_err() {
         return;
     }
-    let reader = read(&cluster, node, session, &mut inbound);
+    let reader = read(&cluster, node, session, &mut inbound, &outbound);
     let writer = async {
         let mut sent = Sent::default();
         loop {
@@ -187,7 +192,13 @@ async fn dial_until_reached(cluster: &Cluster, node: NodeId, session: u64, addre
 }
 
 /// Takes what the node says until it is silent or gone; answers why it ended.
-async fn read(cluster: &Arc<Cluster>, node: NodeId, session: u64, inbound: &mut Streaming<v1::NodeMessage>) -> String {
+async fn read(
+    cluster: &Arc<Cluster>,
+    node: NodeId,
+    session: u64,
+    inbound: &mut Streaming<v1::NodeMessage>,
+    outbound: &Outbound,
+) -> String {
     let mut complained = false;
     loop {
         let message = match timeout(cluster.settings.node_silence, inbound.message()).await {
@@ -200,7 +211,18 @@ async fn read(cluster: &Arc<Cluster>, node: NodeId, session: u64, inbound: &mut 
         match message {
             Some(node_message::Message::Report(report)) => {
                 let (replicas, bad) = decode(&report);
-                let odd = cluster.state().report(node, session, &report, replicas, now_us);
+                let (odd, gone) = {
+                    let mut state = cluster.state();
+                    let odd = state.report(node, session, &report, replicas, now_us);
+                    (odd, if report.sent_ms > 0 { state.gone_beside(node, now_us) } else { Vec::new() })
+                };
+                if report.sent_ms > 0 {
+                    let gone = gone.into_iter().map(|node| node.0).collect();
+                    let presence = v1::Presence { sent_ms: report.sent_ms, gone };
+                    let message = v1::MasterMessage { message: Some(master_message::Message::Presence(presence)) };
+                    // A node that does not read is told with its next report.
+                    let _ = outbound.try_send(Ok(message));
+                }
                 for one in &odd {
                     if let Odd::UnknownKeyspace(keyspace) = one {
                         cluster.look_up(*keyspace);
@@ -248,6 +270,11 @@ fn check(hello: &v1::Hello, cluster_id: &str) -> Result<(), (ErrorCode, String)>
             hello.cluster_id
         );
         return Err((ErrorCode::FailedPrecondition, reason));
+    }
+    if cluster_id.is_empty() {
+        let reason =
+            "this master does not know yet whose the bucket is, so no new node can join it; it has to be repaired";
+        return Err((ErrorCode::Unavailable, reason.into()));
     }
     if hello.node_id == 0 || hello.address.is_empty() {
         return Err((ErrorCode::InvalidArgument, "a node needs an id other than 0 and an address".into()));

@@ -7,7 +7,7 @@
 //!
 //! It leaves to others: writing versions (`driver`), the wire (`session`, `service`).
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -63,6 +63,10 @@ pub(crate) struct Node {
     pub(crate) disk_used: u64,
     pub(crate) disk_free: u64,
     pub(crate) bucket: v1::BucketRequests,
+    /// What keeps it from shipping; empty: nothing.
+    pub(crate) bucket_trouble: String,
+    /// The cluster that it says it belongs to; empty: none yet.
+    pub(crate) cluster_id: String,
     /// When its last message came.
     pub(crate) heard_us: u64,
     /// The live session; `None` is away.
@@ -84,8 +88,11 @@ pub(crate) struct Session {
     pub(crate) wake: Arc<Notify>,
     commands: VecDeque<v1::Command>,
     /// Who waits for a command; dropped with the session, which tells them that the node was lost.
-    waiting: HashMap<u64, oneshot::Sender<Result<(), String>>>,
+    waiting: HashMap<u64, oneshot::Sender<Done>>,
 }
+
+/// What came of a command: the catalogs that it asked for, or why it failed.
+pub(crate) type Done = Result<Vec<String>, String>;
 
 /// How a version may be shown to nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,6 +184,8 @@ impl State {
             disk_used: 0,
             disk_free: 0,
             bucket: v1::BucketRequests::default(),
+            bucket_trouble: String::new(),
+            cluster_id: String::new(),
             heard_us: now_us,
             session: None,
             away_since_us: now_us,
@@ -193,6 +202,7 @@ impl State {
         let moved = node.address != hello.address;
         node.address = hello.address.clone();
         node.zone = hello.zone.clone();
+        node.cluster_id = hello.cluster_id.clone();
         node.pid = hello.pid;
         node.max_replicas = match hello.max_replicas {
             0 => NODE_REPLICAS_MAX,
@@ -230,6 +240,13 @@ impl State {
         true
     }
 
+    /// Ends every session; the nodes come back at once and say everything again.
+    pub(crate) fn begin_sessions_anew(&self) {
+        for session in self.nodes.values().filter_map(|node| node.session.as_ref()) {
+            session.replaced.cancel();
+        }
+    }
+
     /// How long a node has been unreachable, microseconds; 0 for a live one. A node that has not
     /// come back since the master started counts from that start.
     pub(crate) fn away_us(&self, node: NodeId, now_us: u64) -> u64 {
@@ -251,6 +268,14 @@ impl State {
             None => (now_us, NODE_SILENCE),
         };
         if away_us >= patience.as_micros() as u64 { Presence::Gone } else { Presence::Away }
+    }
+
+    /// The nodes without a session among those that hold replicas beside those of this one.
+    pub(crate) fn gone_beside(&self, node: NodeId, now_us: u64) -> Vec<NodeId> {
+        let concerned = self.keyspaces.values().filter(|keyspace| keyspace.concerns(node));
+        let placed = concerned.flat_map(|keyspace| &keyspace.catalog.placement).flat_map(|shard| &shard.replicas);
+        let others: BTreeSet<NodeId> = placed.map(|one| one.node).filter(|other| *other != node).collect();
+        others.into_iter().filter(|other| self.presence(*other, now_us) == Presence::Gone).collect()
     }
 
     /// True when the primaries of the keyspace need a look soon.
@@ -279,6 +304,7 @@ impl State {
         node.heard_us = now_us;
         node.disk_used = report.disk_used;
         node.disk_free = report.disk_free;
+        node.bucket_trouble = report.bucket_trouble.clone();
         if let Some(bucket) = &report.bucket {
             node.bucket = *bucket;
         }
@@ -306,19 +332,25 @@ impl State {
         let Some(node) = self.nodes.get_mut(&node).filter(|node| node.session_id() == Some(session)) else { return };
         node.heard_us = now_us;
         if let Some(waiter) = node.session.as_mut().and_then(|session| session.waiting.remove(&done.id)) {
-            let result = if done.error.is_empty() { Ok(()) } else { Err(done.error.clone()) };
+            let result = if done.error.is_empty() { Ok(done.catalogs.clone()) } else { Err(done.error.clone()) };
             // Whoever asked may have gone: then nobody wants to know.
             let _ = waiter.send(result);
         }
     }
 
-    /// Queues a command. `None`: the node is away, or has too many commands already.
+    /// Queues a command for everybody of a keyspace on the node.
     pub(crate) fn command(
         &mut self,
         node: NodeId,
         kind: v1::command::Kind,
         keyspace: KeyspaceId,
-    ) -> Option<oneshot::Receiver<Result<(), String>>> {
+    ) -> Option<oneshot::Receiver<Done>> {
+        let command = v1::Command { kind: kind as i32, keyspace_id: keyspace.0, ..v1::Command::default() };
+        self.send_command(node, command)
+    }
+
+    /// Queues a command. `None`: the node is away, or has too many commands already.
+    pub(crate) fn send_command(&mut self, node: NodeId, command: v1::Command) -> Option<oneshot::Receiver<Done>> {
         self.last_command += 1;
         let id = self.last_command;
         let session = self.nodes.get_mut(&node)?.session.as_mut()?;
@@ -328,7 +360,7 @@ impl State {
         }
         let (sender, receiver) = oneshot::channel();
         session.waiting.insert(id, sender);
-        session.commands.push_back(v1::Command { id, kind: kind as i32, keyspace_id: keyspace.0 });
+        session.commands.push_back(v1::Command { id, ..command });
         session.wake.notify_one();
         Some(receiver)
     }

@@ -64,7 +64,7 @@ fn kinds(messages: &[v1::MasterMessage]) -> Vec<&'static str> {
         Nodes(_) => "nodes",
         Keyspace(_) => "keyspace",
         Command(_) => "command",
-        Welcome(_) | Rejected(_) => "other",
+        Welcome(_) | Rejected(_) | Presence(_) => "other",
     };
     messages.iter().map(kind).collect()
 }
@@ -159,8 +159,8 @@ fn the_end_of_a_session_ends_the_wait_for_its_commands() {
     let mut lost = state.command(NodeId(1), v1::command::Kind::Compact, KS).unwrap();
     let mut sent = Sent::default();
     assert_eq!(kinds(&state.outstanding(NodeId(1), one, &mut sent)), ["nodes", "keyspace", "command", "command"]);
-    state.command_done(NodeId(1), one, &v1::CommandDone { id: 1, error: String::new() }, 20);
-    assert_eq!(done.try_recv().unwrap(), Ok(()));
+    state.command_done(NodeId(1), one, &v1::CommandDone { id: 1, ..v1::CommandDone::default() }, 20);
+    assert_eq!(done.try_recv().unwrap(), Ok(Vec::new()));
     state.disconnect(NodeId(1), one, 30);
     assert!(matches!(lost.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
     assert!(state.command(NodeId(1), v1::command::Kind::Compact, KS).is_none(), "nobody is there");

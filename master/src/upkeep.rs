@@ -1,52 +1,187 @@
 //! The upkeep of the bucket: what is missing, what is not needed any more.
 //!
-//! **Invariant:** several masters may try at once; the last term goes on, the others stop.
+//! **Invariants**
+//! - Several masters may try at once; the last term goes on, the others stop.
+//! - A collection that ended early, or a master that has just started, waits minutes for the next one, not
+//!   a whole interval: otherwise restarts and restores could put it off for ever.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use vasto_core::catalog::KeyspaceState;
 use vasto_core::error::{ErrorCode, VastoError};
-use vasto_shipping::CatalogError;
-use vasto_shipping::garbage;
+use vasto_core::plan::ReplicaPhase;
+use vasto_shipping::garbage::{self, Fsck, Known, KnownReplica};
+use vasto_shipping::layout::{self, Owner};
+use vasto_shipping::{CatalogError, RetryBudget};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, now_us};
 use crate::document;
 
 type Answer = Result<String, VastoError>;
+
+/// The longest pause before the first collection, and after one that ended early or failed.
+const SOON_MAX: Duration = Duration::from_secs(600);
+/// The shortest after one that ended early or failed.
+const AGAIN_MIN: Duration = Duration::from_secs(60);
+/// Keys that a warning names.
+const NAMED: usize = 3;
 
 fn unavailable(error: &CatalogError) -> VastoError {
     VastoError::new(ErrorCode::Unavailable, format!("the bucket cannot be looked through: {error}; try again"))
 }
 
+/// Ends within seconds when the bucket does not answer, before a look that would try for minutes.
+async fn is_there(cluster: &Cluster) -> Result<(), VastoError> {
+    let looked = cluster.bucket.with_retry(RetryBudget::probe()).head(&layout::cluster()).await;
+    looked.map(drop).map_err(|error| unavailable(&error.into()))
+}
+
+/// What nodes and catalogs say must be there.
+fn known(cluster: &Cluster) -> Known {
+    let state = cluster.state();
+    let mut known = Known::default();
+    for (id, keyspace) in &state.keyspaces {
+        known.catalogs.push((*id, keyspace.catalog.version));
+        if keyspace.catalog.state != KeyspaceState::Active {
+            continue; // its data is on its way out
+        }
+        for shard in &keyspace.catalog.placement {
+            let reports = shard.replicas.iter().filter_map(|one| keyspace.reports.get(&one.replica));
+            let serving = reports.filter(|report| report.phase == ReplicaPhase::Serving);
+            known.replicas.extend(serving.filter(|report| report.shipped_lsn.0 > 0).map(|report| KnownReplica {
+                owner: Owner { keyspace: *id, shard: shard.shard, replica: report.replica },
+                manifest_lsn: report.manifest_lsn,
+                shipped_lsn: report.shipped_lsn,
+            }));
+        }
+    }
+    known
+}
+
 /// Looks for missing, damaged and needless objects.
-pub(crate) async fn check(cluster: &Cluster, deep: bool) -> Answer {
-    let found = garbage::fsck(&cluster.bucket, deep).await.map_err(|error| unavailable(&error))?;
+pub(crate) async fn look(cluster: &Cluster, deep: bool) -> Result<Fsck, VastoError> {
+    is_there(cluster).await?;
+    // Before the bucket is listed: what is known then is there by then.
+    let known = known(cluster);
+    let found = garbage::check(&cluster.bucket, deep, &known, now_us()).await.map_err(|error| unavailable(&error))?;
     cluster.bucket_holds(found.bytes);
+    Ok(found)
+}
+
+/// What of a look somebody should know who only asks how the cluster is.
+pub(crate) fn findings(found: &Fsck) -> Vec<String> {
+    let what = |what: &str, keys: &[String]| {
+        let named: Vec<&str> = keys.iter().take(NAMED).map(String::as_str).collect();
+        let more = if keys.len() > NAMED { ", …" } else { "" };
+        let all = keys.len();
+        (all > 0).then(|| {
+            format!("{all} objects of the bucket are {what} ({}{more}): run `vasto bucket repair`", named.join(", "))
+        })
+    };
+    let broken = [what("missing", &found.missing), what("damaged", &found.corrupt)].into_iter().flatten();
+    broken.chain(found.warnings.iter().map(|text| format!("in the bucket: {text}"))).collect()
+}
+
+/// Looks, and answers what was found.
+pub(crate) async fn check(cluster: &Cluster, deep: bool) -> Answer {
+    let found = look(cluster, deep).await?;
+    cluster.note_findings(findings(&found));
     Ok(document::json(&found))
 }
 
 /// Deletes what is not needed, or only tells what that is.
 pub(crate) async fn collect(cluster: &Cluster, dry_run: bool) -> Answer {
-    let collected = garbage::collect(&cluster.bucket, cluster.settings.retention, dry_run).await;
+    Ok(document::json(&collected(cluster, dry_run).await?))
+}
+
+async fn collected(cluster: &Cluster, dry_run: bool) -> Result<garbage::Collected, VastoError> {
+    cluster.check_found()?;
+    is_there(cluster).await?;
+    let collected = garbage::collect_at(&cluster.bucket, cluster.settings.retention, dry_run, now_us()).await;
     let collected = collected.map_err(|error| unavailable(&error))?;
     cluster.bucket_holds(collected.stored_bytes);
+    cluster.note_findings(collected.warnings.iter().map(|text| format!("in the bucket: {text}")).collect());
     tracing::info!(dry_run, deleted = collected.deleted, bytes = collected.bytes, "collected garbage");
-    Ok(document::json(&collected))
+    Ok(collected)
+}
+
+/// How the last collection went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Last {
+    /// This master has not collected yet.
+    None,
+    /// It ended early or failed, so many times in a row.
+    Cut(u32),
+    /// It went through.
+    Done,
+}
+
+/// How long to wait for the next one. `random` is uniform in `0.0..1.0`: masters that started together do not
+/// collect together.
+fn pause(last: Last, interval: Duration, random: f64) -> Duration {
+    match last {
+        Last::None => SOON_MAX.min(interval).mul_f64(0.5 + 0.5 * random),
+        Last::Cut(times) => {
+            let longer = AGAIN_MIN * 2u32.saturating_pow(times.saturating_sub(1).min(10));
+            longer.min(SOON_MAX).min(interval).mul_f64(0.5 + 0.5 * random)
+        }
+        Last::Done => interval.mul_f64(0.9 + 0.2 * random),
+    }
 }
 
 /// Collects again and again until the master stops.
 pub(crate) async fn collect_regularly(cluster: Arc<Cluster>, interval: Duration) {
+    let mut last = Last::None;
     loop {
-        // Masters that started together do not collect together.
-        let pause = tokio::time::sleep(interval.mul_f64(rand::random_range(0.9..1.1)));
-        if cluster.shutdown.run_until_cancelled(pause).await.is_none() {
+        let wait = tokio::time::sleep(pause(last, interval, rand::random()));
+        if cluster.shutdown.run_until_cancelled(wait).await.is_none() {
             return;
         }
-        let collected = cluster.shutdown.clone();
-        match collected.run_until_cancelled(collect(&cluster, false)).await {
-            Some(Err(error)) => tracing::warn!(%error, "garbage was not collected; it is tried again"),
-            Some(Ok(_)) => {}
+        let cut = if let Last::Cut(times) = last { times.saturating_add(1) } else { 1 };
+        let stop = cluster.shutdown.clone();
+        last = match stop.run_until_cancelled(collected(&cluster, false)).await {
+            Some(Err(error)) => {
+                tracing::warn!(error = error.message, "garbage was not collected; it is tried again");
+                Last::Cut(cut)
+            }
+            Some(Ok(collected)) if collected.stopped.is_some() => Last::Cut(cut),
+            Some(Ok(_)) => Last::Done,
             None => return,
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neither_restarts_nor_restores_put_a_collection_off_for_an_interval() {
+        let day = Duration::from_secs(86_400);
+        for random in [0.0, 0.5, 0.999] {
+            assert!(pause(Last::None, day, random) <= SOON_MAX);
+            let mut before = Duration::ZERO;
+            for times in 1..40 {
+                let wait = pause(Last::Cut(times), day, random);
+                assert!(wait >= AGAIN_MIN / 2 && wait <= SOON_MAX && wait >= before, "{times}: {wait:?}");
+                before = wait;
+            }
+            let done = pause(Last::Done, day, random);
+            assert!(done >= day.mul_f64(0.9) && done <= day.mul_f64(1.1), "{done:?}");
+            // Whoever wants it often has it often.
+            let often = Duration::from_millis(100);
+            assert!([Last::None, Last::Cut(1), Last::Cut(9)].iter().all(|last| pause(*last, often, random) <= often));
         }
+    }
+
+    #[test]
+    fn findings_name_a_few_and_say_what_to_do() {
+        let missing = (0..5).map(|n| format!("data/{n}")).collect();
+        let found = Fsck { missing, warnings: vec!["a stranger".into()], ..Fsck::default() };
+        let told = findings(&found);
+        assert_eq!(told.len(), 2);
+        assert!(told[0].contains("5 objects of the bucket are missing (data/0, data/1, data/2, …)"), "{told:?}");
+        assert!(told[0].contains("vasto bucket repair"), "{told:?}");
     }
 }

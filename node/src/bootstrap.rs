@@ -26,13 +26,13 @@ use vasto_shipping::bucket::{Bucket, BucketError};
 use vasto_shipping::chunk::Chunk;
 use vasto_shipping::download::{DownloadError, DownloadProgress, Wanted, download};
 use vasto_shipping::history::{self, Base, HistoryError};
-use vasto_shipping::layout::Owner;
+use vasto_shipping::layout::{self, Owner};
 use vasto_shipping::manifest::Manifest;
 
 use crate::core::NodeCore;
 use crate::engine::{Batch, Engine, EngineError, EngineShared, FlushGuard, ImportFile, Scratch};
 use crate::node_dir::DirError;
-use crate::past::{Candidate, apply_all};
+use crate::past::{Candidate, Candidates, Reading, apply_all};
 use crate::replica::Replica;
 use crate::replica::job::ReplicaError;
 use crate::replica::state::{Head, Identity, Ranges};
@@ -98,6 +98,22 @@ pub enum BootstrapError {
         /// The next moment after the gap.
         next: String,
     },
+    /// The clock that stamped its writes was ahead: whether they came before the time cannot be told.
+    #[error(
+        "shard {shard} cannot be restored to that time: the clock of its replica {replica} was {ahead_s} s ahead when it took writes that it stamped with {stamped}, and the bucket does not tell whether they came before or after; restore to {from} or later, when the bucket had them, or leave out --at"
+    )]
+    ClockAhead {
+        /// Which.
+        shard: ShardId,
+        /// Whose clock.
+        replica: ReplicaId,
+        /// How far ahead it was, at least.
+        ahead_s: u64,
+        /// The time that it stamped.
+        stamped: String,
+        /// From here on they are in.
+        from: String,
+    },
     /// A local file.
     #[error("{path}: {source}")]
     Io {
@@ -132,6 +148,7 @@ impl BootstrapError {
             | BootstrapError::NotRetained { .. }
             | BootstrapError::Gap { .. }
             | BootstrapError::NotReached { .. }
+            | BootstrapError::ClockAhead { .. }
             | BootstrapError::Io { .. }
             | BootstrapError::Dir(_)
             | BootstrapError::Engine(_)
@@ -251,21 +268,68 @@ impl Bootstrap {
         }
     }
 
-    /// Applies the chunks of another member's log as they are, from where the new replica stands to the
-    /// last one that is there; answers the LSN that was reached.
+    /// Applies the log behind the first candidate's checkpoint as it is, to the last chunk that is there; when
+    /// that is not of the replica whose place is taken, or goes on behind what others have shipped, theirs too.
     ///
     /// # Errors
     /// When a chunk is missing before the last one that was listed.
-    pub async fn join_log(&self, replica: &Replica, of: &Candidate) -> Result<Lsn, BootstrapError> {
+    pub async fn join_all(
+        &self,
+        replica: &Replica,
+        found: &Candidates,
+        whose: ReplicaId,
+    ) -> Result<(), BootstrapError> {
+        let Some((first, others)) = found.all.split_first() else { return Ok(()) };
         let cursors = replica.tail_cursors()?;
-        let mut at = cursors.into_iter().find(|(id, _)| *id == of.owner.replica).map_or(Lsn(0), |(_, lsn)| lsn);
-        while let Some((chunk, _)) = self.next_chunk(of, at).await? {
-            at = chunk.last_lsn;
-            join(replica, of.owner.replica, chunk).await?;
+        let at = cursors.into_iter().find(|(id, _)| *id == first.owner.replica).map_or(Lsn(0), |(_, lsn)| lsn);
+        let mut logs = vec![Reading::behind(first, at)];
+        let mut others = Some(others);
+        while !logs.is_empty() {
+            let (mut waiting, mut moved, mut gap) = (Vec::new(), false, None);
+            let mut leans = first.owner.replica != whose;
+            for mut log in logs {
+                let (from, owner) = (log.at, log.one.owner);
+                match self.join_on(replica, &mut log).await? {
+                    Joined::There { leans_on_others } => {
+                        log.one.ends_at(log.at)?;
+                        (moved, leans) = (true, leans || leans_on_others);
+                        self.progress.lock().reached.push((owner.replica, log.at));
+                    }
+                    Joined::Gap(chunk) => {
+                        moved |= log.at > from;
+                        (leans, gap) = (true, Some((owner, chunk)));
+                        waiting.push(log);
+                    }
+                }
+            }
+            logs = waiting;
+            // The one whose place is taken may have begun where another one's log ends.
+            if let Some(others) = others.take_if(|_| leans) {
+                for one in others {
+                    let base = one.base.as_ref().filter(|base| covers(&replica.vector(), &base.manifest.vector));
+                    logs.push(Reading::behind(one, base.map_or(Lsn(0), |base| base.manifest.lsn)));
+                }
+            } else if let (false, Some((owner, first))) = (moved, gap) {
+                let chunk = layout::chunk(owner.keyspace, owner.shard, owner.replica, first);
+                return Err(BootstrapError::Gap { shard: replica.shard, chunk });
+            }
+        }
+        self.count_what_logs_brought(replica, found).await
+    }
+
+    async fn join_on(&self, replica: &Replica, log: &mut Reading<'_>) -> Result<Joined, BootstrapError> {
+        let mut leans_on_others = false;
+        while let Some(chunk) = log.next(self).await? {
+            let (first, last) = (chunk.first_lsn, chunk.last_lsn);
+            leans_on_others |= history::goes_on_behind_another(&chunk);
+            match join(replica, log.one.owner.replica, chunk).await {
+                Err(ReplicaError::Gap { .. }) => return Ok(Joined::Gap(first)),
+                other => other?,
+            }
+            log.at = last;
             self.core.report.notify_one();
         }
-        of.ends_at(at)?;
-        Ok(at)
+        Ok(Joined::There { leans_on_others })
     }
 
     /// Takes what another member of the shard has shipped and this one does not hold.
@@ -281,8 +345,8 @@ impl Bootstrap {
         let folder = history::folders(&self.bucket, replica.keyspace, replica.shard).await?.remove(&source);
         let folder = folder.unwrap_or_default();
         let owner = Owner { keyspace: replica.keyspace, shard: replica.shard, replica: source };
-        let newest = history::newest_base(&self.bucket, owner, &folder.manifests, None).await?.base;
-        let of = Candidate { owner, base: None, chunks: folder.chunks, end: Lsn(0) };
+        let newest = history::newest_base(&self.bucket, owner, &folder, None).await?.base;
+        let of = Candidate::of_chunks(owner, folder.chunks);
         let cursors = replica.tail_cursors()?;
         let pulled = cursors.into_iter().find(|(id, _)| *id == source).map_or(Lsn(0), |(_, lsn)| lsn);
         let first = of.chunks.first().map_or(Lsn(0), |first| Lsn(first.0.saturating_sub(1)));
@@ -366,6 +430,17 @@ impl Bootstrap {
         let _ = tokio::fs::remove_dir_all(&side).await;
         Ok(read?)
     }
+}
+
+/// Why the joining of a log ended.
+enum Joined {
+    /// There is no more of it.
+    There {
+        /// It begins, somewhere, behind what another replica has shipped.
+        leans_on_others: bool,
+    },
+    /// Records before this chunk are missing.
+    Gap(Lsn),
 }
 
 /// Sends the rows of the owned bands of a downloaded checkpoint, in slices that fit into a record.

@@ -20,7 +20,6 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::Band;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
-use vasto_core::limits::SHIP_INSTEAD_AFTER;
 use vasto_core::plan::{
     Plan, PlanKind, ReplicaPhase, ReplicaReport, ReplicationReport, Sealed, SourceProgress, Step, TargetProgress,
     TargetStage,
@@ -37,8 +36,10 @@ use crate::core::NodeCore;
 use crate::engine::EngineShared;
 use crate::grow::{Build, fresh_progress};
 use crate::old_copy;
-use crate::past::{self, Candidate, Candidates};
+use crate::past::{self, Candidate, Candidates, Without};
+use crate::replica::authority::Standing;
 use crate::replica::job::{Control, ReplicaError, Role};
+use crate::replica::size::SizeVersion;
 use crate::replica::{OpenOptions, Replica, database_dir};
 use crate::replication::duties::Duties;
 use crate::replication::peers::Peers;
@@ -54,6 +55,8 @@ const HOUSEKEEPING: Duration = Duration::from_millis(100);
 
 /// The reported size of a replica is at most this old.
 const SIZE_AGE: Duration = Duration::from_millis(400);
+/// And this old while nothing is written: then only compactions change it.
+const IDLE_SIZE_AGE: Duration = Duration::from_secs(20);
 
 /// A node that stops waits this long for the bucket to take the last chunks.
 const LAST_CHUNK_PATIENCE: Duration = Duration::from_secs(5);
@@ -123,6 +126,8 @@ impl Told {
 struct KnownSize {
     at: Instant,
     manifest: Lsn,
+    /// What it depends on but for the background work of RocksDB.
+    version: SizeVersion,
     keys_and_bytes: (u64, u64),
 }
 
@@ -177,6 +182,13 @@ impl Host {
         self.catalogs.send_replace(catalog);
     }
 
+    /// The replica is about to stop: another one of its shard serves in its place first.
+    pub async fn hand_over(core: &NodeCore, keyspace: KeyspaceId, replica: ReplicaId) {
+        if let (Some(leases), Some(replica)) = (core.leases.get(), core.replica(keyspace, replica)) {
+            leases.hand_over(&replica).await;
+        }
+    }
+
     /// Stops the replica: ships what is due, flushes.
     pub async fn stop(mut self) {
         self.cancel.cancel();
@@ -193,7 +205,12 @@ impl Host {
 
     /// The shipper, once the replica is open and if it is the one of its shard that ships.
     pub fn shipper(&self) -> Option<ShipHandle> {
-        self.ship.lock().clone().filter(|ship| ship.positions.ships.load(Ordering::Acquire))
+        self.any_shipper().filter(|ship| ship.positions.ships.load(Ordering::Acquire))
+    }
+
+    /// The shipper, whoever ships.
+    pub fn any_shipper(&self) -> Option<ShipHandle> {
+        self.ship.lock().clone()
     }
 
     /// Looking through all files is not for every report: a busy tail makes hundreds a second. A new
@@ -202,12 +219,28 @@ impl Host {
         let mut size = self.size.lock();
         match *size {
             Some(known) if known.manifest == manifest && known.at.elapsed() < SIZE_AGE => known.keys_and_bytes,
+            Some(known)
+                if known.manifest == manifest
+                    && known.version == replica.size_version()
+                    && known.at.elapsed() < IDLE_SIZE_AGE =>
+            {
+                known.keys_and_bytes
+            }
             _ => {
+                let version = replica.size_version();
                 let keys_and_bytes = replica.size();
-                *size = Some(KnownSize { at: Instant::now(), manifest, keys_and_bytes });
+                *size = Some(KnownSize { at: Instant::now(), manifest, version, keys_and_bytes });
                 keys_and_bytes
             }
         }
+    }
+
+    /// Why it does not serve, if it does not.
+    pub fn failure(&self, core: &NodeCore) -> Option<String> {
+        if let Some(ReplicaPhase::Failed(reason)) = &self.told.lock().phase {
+            return Some(reason.clone());
+        }
+        core.replica(self.tenant.keyspace, self.tenant.replica)?.closed()
     }
 
     /// What the master should know.
@@ -292,9 +325,12 @@ impl Runner {
                     reason,
                     "the replica does not open"
                 );
-                self.told.lock().phase = Some(ReplicaPhase::Failed(reason));
-                self.context.core.report.notify_one();
+                self.told.lock().phase = Some(ReplicaPhase::Failed(reason.clone()));
+                let (core, tenant) = (&self.context.core, &self.tenant);
+                core.set_not_open(tenant.keyspace, tenant.shard, Some(reason));
+                core.report.notify_one();
                 self.cancel.cancelled().await;
+                core.set_not_open(tenant.keyspace, tenant.shard, None);
                 return;
             }
         };
@@ -322,6 +358,7 @@ impl Runner {
         // Not even for a moment is it primary when it is not; a writer that has ended refuses everything.
         let role = duties.role(&first);
         let _ = replica.control(Control::Obey { epoch: Epoch(0), version: CatalogVersion(0), role }).await;
+        self.take_seat(&replica, &duties, &first).await;
         self.context.core.add_replica(replica.clone());
         let this = Arc::new(self);
         let mut tick = tokio::time::interval(HOUSEKEEPING);
@@ -364,6 +401,9 @@ impl Runner {
         if !this.discard.load(Ordering::Acquire) {
             duties.hand_on().await;
         }
+        if let Some(leases) = this.context.core.leases.get() {
+            leases.leave(replica.keyspace, replica.shard, replica.id).await;
+        }
         replicating.cancel();
         if let Some((_, build)) = background.lock().build.take() {
             build.cancel();
@@ -376,6 +416,15 @@ impl Runner {
         }
         this.context.core.remove_replica(replica.keyspace, replica.id);
         replica.stop().await;
+    }
+
+    /// Tells the leases where the replica is placed. One with peers serves nothing before they say so.
+    async fn take_seat(&self, replica: &Replica, duties: &Arc<Duties>, catalog: &Catalog) {
+        let Some(leases) = self.context.core.leases.get() else { return };
+        if self.context.core.replica(replica.keyspace, replica.id).is_none() {
+            replica.authority().publish(Standing::Out { elsewhere: false });
+        }
+        leases.seat(replica, duties, catalog).await;
     }
 
     /// The running plan, if it makes this replica one more member of its shard.
@@ -485,10 +534,8 @@ impl Runner {
         match log {
             Log::Past { shards, until_us } => bootstrap.merge_all(replica, &found, shards, until_us).await?,
             Log::Joined => {
-                for one in &found.all {
-                    let lsn = bootstrap.join_log(replica, one).await?;
-                    bootstrap.progress.lock().reached.push((one.owner.replica, lsn));
-                }
+                let whose = plan.sources.first().map(|source| source.replica).unwrap_or_default();
+                bootstrap.join_all(replica, &found, whose).await?;
             }
         }
         tracing::info!(
@@ -507,23 +554,19 @@ impl Runner {
         match (plan.kind, plan.sources.first()) {
             (PlanKind::Restore { keyspace, version, at_us }, _) => {
                 let tip = CatalogStore::new(bucket.clone()).tip(keyspace, version).await?;
-                let discarded = tip.map(|tip| tip.discarded).unwrap_or_default();
-                past::candidates(bucket, keyspace, shard, &[], &discarded, at_us).await
+                let without = tip.as_ref().map(without).unwrap_or_default();
+                past::candidates(bucket, keyspace, shard, &[], without, at_us).await
             }
             (_, Some(source)) => match &source.manifest {
                 Some(pinned) => {
                     let base = history::manifest_at(bucket, &pinned.key).await?;
                     let owner = Owner { keyspace: catalog.keyspace, shard, replica: source.replica };
                     // What is behind it comes from the source itself.
-                    let one = Candidate { owner, base: Some(base), chunks: Vec::new(), end: Lsn(0) };
-                    Ok(Candidates { all: vec![one], later_us: None })
+                    Ok(Candidates { all: vec![Candidate::of_base(owner, base)], later_us: None })
                 }
                 None => {
-                    let (preferred, discarded) = ([source.replica], &catalog.discarded);
-                    let mut found =
-                        past::candidates(bucket, catalog.keyspace, shard, &preferred, discarded, None).await?;
-                    found.all.truncate(1);
-                    Ok(found)
+                    let preferred = [source.replica];
+                    past::candidates(bucket, catalog.keyspace, shard, &preferred, without(catalog), None).await
                 }
             },
             (_, None) => Ok(Candidates::default()),
@@ -556,6 +599,7 @@ impl Runner {
         Err(old_copy::reason(held, end))
     }
 
+    #[tracing::instrument(name = "open a replica", skip_all, fields(keyspace = self.tenant.keyspace.0, shard = self.tenant.shard.0))]
     async fn open_local(&self, catalog: &Catalog) -> Result<Replica, String> {
         let tenant = self.tenant.clone();
         let (engines, clock) = (self.context.engines.clone(), self.context.clock.clone());
@@ -585,7 +629,7 @@ impl Runner {
         }
         let placed = catalog.is_placed(replica.id);
         let plan = catalog.plan.as_ref();
-        ship.positions.ships.store(ships(catalog, replica), Ordering::Release);
+        self.set_shipper(catalog, replica, ship);
         duties.follow(catalog);
         let role = duties.role(catalog);
         if placed {
@@ -601,6 +645,7 @@ impl Runner {
         }
         let order = Control::Obey { epoch: catalog.epoch, version: catalog.version, role };
         replica.control(order).await?;
+        self.take_seat(replica, duties, catalog).await;
         if catalog.unsealed.iter().any(|one| one.replica == replica.id) {
             duties.detach().await?;
         }
@@ -636,7 +681,6 @@ impl Runner {
         }
         replica.followers().expire();
         replica.bucket_acks().expire();
-        ship.positions.ships.store(self.ships_now(catalog, replica), Ordering::Release);
         duties.measure();
         let over_cap = ship.positions.held_back.load(Ordering::Acquire);
         duties.set_evict(replica.followers().last().filter(|_| over_cap).map(|(follower, _)| follower));
@@ -649,11 +693,12 @@ impl Runner {
         *reported = report;
     }
 
-    /// Does this replica ship? Also the one that has been acting as primary for long: the home is away.
-    fn ships_now(&self, catalog: &Catalog, replica: &Replica) -> bool {
-        let acting = catalog.shard(replica.shard).is_some_and(|shard| shard.primary == Some(replica.id));
-        let age_us = self.context.clock.now_us().saturating_sub(catalog.written_at_us);
-        ships(catalog, replica) || (acting && age_us >= SHIP_INSTEAD_AFTER.as_micros() as u64)
+    /// Does this replica ship? Also the one that acts as primary: the home is away.
+    fn set_shipper(&self, catalog: &Catalog, replica: &Replica, ship: &ShipHandle) {
+        let home = ships(catalog, replica);
+        let acts = catalog.shard(replica.shard).is_some_and(|shard| shard.primary == Some(replica.id));
+        ship.positions.stands_in.store(acts && !home, Ordering::Release);
+        ship.positions.ships.store(acts || home, Ordering::Release);
     }
 
     fn tell_phase(&self, placed: bool) {
@@ -992,6 +1037,11 @@ impl Runner {
             });
         }
     }
+}
+
+/// Whose objects a restore does not take as they are.
+fn without(catalog: &Catalog) -> Without<'_> {
+    Without { discarded: &catalog.discarded, given_up: &catalog.given_up }
 }
 
 /// True when the plan takes bands from the replica's shard, or a copy of the replica.

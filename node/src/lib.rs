@@ -3,14 +3,18 @@
 
 pub mod binlog;
 pub mod bootstrap;
+mod caretaker;
 pub mod clock;
+pub mod command;
 pub mod core;
+mod counting;
 pub mod data;
 pub mod engine;
 pub mod flusher;
 pub mod gate;
 pub mod grow;
 pub mod host;
+pub mod lease;
 pub mod manager;
 pub mod node;
 pub mod node_dir;
@@ -22,6 +26,7 @@ pub mod replica;
 pub mod replication;
 pub mod session;
 pub mod ship;
+mod shortage;
 pub mod tail;
 
 pub use engine::EngineBudget;

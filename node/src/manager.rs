@@ -4,6 +4,8 @@
 //! - A version is remembered durably before it is obeyed; lower ones are refused.
 //! - A replica is registered durably before it serves. What is registered as a member but has lost
 //!   its files is never made anew.
+//! - A replica that a passing shortage has closed is opened again once it is over; what fails for another reason
+//!   stays as it is.
 //! - A replica's files are removed only when the catalog says that the keyspace was deleted, when it
 //!   names the replica as removed, or when it was the target of a plan that is over and was never placed.
 
@@ -12,14 +14,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::ids::{KeyspaceId, ReplicaId, ShardId};
+use vasto_core::limits::{PASSING_MAX, REOPEN_AFTER, REOPEN_AFTER_MAX};
 use vasto_core::plan::{ReplicaPhase, ReplicaReport};
 
 use crate::host::{Host, HostContext, Tenant};
 use crate::node_dir::{DirError, NodeDir, Registered};
 use crate::ship::ShipHandle;
+use crate::shortage::{self, Shortage};
 
 /// First and longest pause between attempts to obey a version that could not be remembered.
 const OBEY_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
@@ -34,8 +39,19 @@ pub struct Manager {
     hosts: Mutex<HashMap<(KeyspaceId, ReplicaId), Host>>,
     failed: Mutex<HashMap<(KeyspaceId, ReplicaId), (ShardId, String)>>,
     replicas_max: usize,
+    /// When those that a shortage has closed are tried again.
+    again: Mutex<HashMap<(KeyspaceId, ReplicaId), Again>>,
     stopping: CancellationToken,
     turns: Mutex<HashMap<KeyspaceId, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+/// The next attempt to open a replica that a shortage has closed.
+struct Again {
+    /// When it was first seen closed.
+    since: Instant,
+    not_before: Instant,
+    /// To the one after it.
+    pause: Duration,
 }
 
 impl Manager {
@@ -47,6 +63,7 @@ impl Manager {
             hosts: Mutex::default(),
             failed: Mutex::default(),
             replicas_max,
+            again: Mutex::default(),
             stopping: CancellationToken::new(),
             turns: Mutex::default(),
         }
@@ -179,6 +196,78 @@ impl Manager {
         Ok(())
     }
 
+    /// What does not serve here, and why.
+    pub fn failures(&self) -> Vec<(Tenant, String)> {
+        let core = &self.context.core;
+        let hosts = self.hosts.lock();
+        let of_hosts = hosts.values().filter_map(|host| Some((host.tenant.clone(), host.failure(core)?)));
+        of_hosts.collect()
+    }
+
+    /// Opens replicas again that were closed by a shortage that is over. Nothing is damaged there: it is as after a
+    /// restart of the node.
+    pub async fn reopen(&self) {
+        let failures = self.failures();
+        let now = Instant::now();
+        {
+            let failing = |key| failures.iter().any(|(tenant, _)| (tenant.keyspace, tenant.replica) == key);
+            // One that goes on failing is tried less and less often.
+            self.again.lock().retain(|key, again| failing(*key) || now < again.not_before + REOPEN_AFTER_MAX);
+        }
+        let mut due = Vec::new();
+        let mut over: HashMap<Shortage, bool> = HashMap::new();
+        for (tenant, reason) in failures {
+            let Some(shortage) = shortage::told_by(&reason) else { continue };
+            let key = (tenant.keyspace, tenant.replica);
+            let is_due = {
+                let mut again = self.again.lock();
+                let first = || {
+                    tracing::warn!(
+                        keyspace = key.0.0,
+                        replica = key.1.0,
+                        reason,
+                        "a replica is closed for want of something; it opens again by itself"
+                    );
+                    Again { since: now, not_before: now + REOPEN_AFTER, pause: REOPEN_AFTER }
+                };
+                now >= again.entry(key).or_insert_with(first).not_before
+            };
+            if is_due && !over.contains_key(&shortage) {
+                let place = tenant.dir.parent().unwrap_or(&tenant.dir).to_owned();
+                let is_over = tokio::task::spawn_blocking(move || shortage.is_over(&place)).await.unwrap_or(false);
+                over.insert(shortage, is_over);
+            }
+            if is_due && over.get(&shortage) == Some(&true) {
+                if let Some(again) = self.again.lock().get_mut(&key) {
+                    again.pause = (again.pause * 2).min(REOPEN_AFTER_MAX);
+                    again.not_before = Instant::now() + again.pause;
+                }
+                due.push(key);
+            }
+        }
+        // Side by side: a node may have hundreds.
+        futures::future::join_all(due.into_iter().map(|key| self.open_again(key))).await;
+    }
+
+    async fn open_again(&self, key: (KeyspaceId, ReplicaId)) {
+        let turn = self.turns.lock().entry(key.0).or_default().clone();
+        let _turn = turn.lock().await;
+        let core = &self.context.core;
+        let Some(catalog) = core.catalog(key.0) else { return };
+        // A plan knows that its target has failed, and begins anew itself.
+        if catalog.plan.iter().flat_map(|plan| &plan.targets).any(|target| target.replica == key.1) {
+            return;
+        }
+        let Some(host) = self.hosts.lock().remove(&key) else { return };
+        let tenant = host.tenant.clone();
+        host.stop().await;
+        let mut hosts = self.hosts.lock();
+        if !self.stopping.is_cancelled() {
+            tracing::info!(keyspace = key.0.0, replica = key.1.0, "opening a replica again");
+            hosts.insert(key, Host::start(self.context.clone(), tenant, catalog));
+        }
+    }
+
     /// Notes that open members are here to stay: from now on their loss is never papered over.
     pub fn settle(&self) {
         let hosted: HashSet<(KeyspaceId, ReplicaId)> = self.hosts.lock().keys().copied().collect();
@@ -205,6 +294,16 @@ impl Manager {
         let core = &self.context.core;
         let hosts = self.hosts.lock();
         let mut reports: Vec<ReplicaReport> = hosts.values().map(|host| host.report(core)).collect();
+        for report in &mut reports {
+            report.replication.passing = match &report.phase {
+                ReplicaPhase::Failed(reason) if shortage::told_by(reason).is_some() => {
+                    let again = self.again.lock();
+                    let known = again.get(&(report.keyspace, report.replica));
+                    known.is_none_or(|again| again.since.elapsed() < PASSING_MAX)
+                }
+                _ => false,
+            };
+        }
         for ((keyspace, replica), (shard, reason)) in &*self.failed.lock() {
             if !hosts.contains_key(&(*keyspace, *replica)) {
                 reports.push(ReplicaReport {
@@ -234,6 +333,39 @@ impl Manager {
         self.hosts.lock().iter().filter(|((ks, _), _)| *ks == keyspace).filter_map(|(_, host)| host.shipper()).collect()
     }
 
+    /// The shipper of a replica, whether it is the one of its shard that ships or not.
+    pub fn any_shipper(&self, keyspace: KeyspaceId, replica: ReplicaId) -> Option<ShipHandle> {
+        self.hosts.lock().get(&(keyspace, replica)).and_then(Host::any_shipper)
+    }
+
+    /// What all hosts work with.
+    pub fn context(&self) -> &HostContext {
+        &self.context
+    }
+
+    /// What keeps this node's shards from being shipped, in words.
+    pub fn shipping_trouble(&self) -> Option<String> {
+        self.context.pace.trouble()
+    }
+
+    /// The last versions of catalogs that this directory remembers, and those that this node has heard of.
+    pub async fn known_catalogs(&self) -> Result<Vec<Arc<Catalog>>, DirError> {
+        let dir = self.dir.clone();
+        let remembered = tokio::task::spawn_blocking(move || dir.lock().catalogs()).await;
+        let (remembered, damaged) = remembered.unwrap_or_else(|error| Err(DirError::CutOff(error.to_string())))?;
+        // What cannot be read may be the only trace of a keyspace: whoever asks must not take this for everything.
+        if let Some(error) = damaged.into_iter().next() {
+            return Err(error);
+        }
+        let mut newest = self.context.core.catalogs();
+        for catalog in remembered {
+            if newest.get(&catalog.keyspace).is_none_or(|known| known.version < catalog.version) {
+                newest.insert(catalog.keyspace, Arc::new(catalog));
+            }
+        }
+        Ok(newest.into_values().collect())
+    }
+
     /// Waits until each replica that the known catalogs place here is open or has failed. One that is
     /// being filled by a plan is not waited for.
     pub async fn opened(&self) {
@@ -252,6 +384,13 @@ impl Manager {
             }) && core.replica(keyspace, replica).is_none()
                 && !host.report(core).has_failed()
         })
+    }
+
+    /// The node is about to stop: other replicas serve in the place of its own first. Ends within seconds.
+    pub async fn hand_over(&self) {
+        let keys: Vec<(KeyspaceId, ReplicaId)> = self.hosts.lock().keys().copied().collect();
+        let core = &self.context.core;
+        futures::future::join_all(keys.into_iter().map(|(keyspace, id)| Host::hand_over(core, keyspace, id))).await;
     }
 
     /// Stops all hosts, in parallel.

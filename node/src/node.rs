@@ -8,28 +8,31 @@ use std::time::Duration;
 use opentelemetry::KeyValue;
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use vasto_core::address::{BadAddress, check_address};
 use vasto_core::ids::NodeId;
 use vasto_core::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX};
 use vasto_core::topology::NodeAddress;
+use vasto_proto::incoming::Incoming;
 use vasto_proto::v1::data_server::DataServer;
 use vasto_proto::v1::replication_server::ReplicationServer;
 use vasto_shipping::bucket::{Bucket, BucketError, BucketOptions};
 use vasto_shipping::{RetryBudget, layout};
 
+use crate::caretaker;
 use crate::clock::{SharedClock, SystemClock};
 use crate::core::NodeCore;
+use crate::counting;
 use crate::data::DataService;
 use crate::engine::{EngineBudget, EngineShared};
 use crate::flusher;
 use crate::host::HostContext;
+use crate::lease::Leases;
 use crate::manager::Manager;
-use crate::node_dir::{DirError, NodeDir, read_json};
+use crate::node_dir::{DirError, NodeDir, NodeIdentity, read_json};
 use crate::open_files;
 use crate::pause;
 use crate::replication::ReplicationService;
@@ -88,6 +91,9 @@ pub enum NodeError {
     /// The address that others are told.
     #[error("{0}; say under which address others reach this node with --advertise HOST:PORT")]
     Advertise(#[from] BadAddress),
+    /// A thread.
+    #[error("a thread could not be started: {0}; raise the limit of processes (ulimit -u) and start again")]
+    Thread(std::io::Error),
     /// The listen address.
     #[error(
         "cannot listen on {listen}: {source}; stop what uses the port, or choose another --listen (port 0 picks a free one)"
@@ -117,6 +123,8 @@ pub struct RunningNode {
     pub listen: SocketAddr,
     /// Its cluster.
     pub cluster_id: String,
+    /// What keeps it from doing all of its work, as long as that lasts.
+    pub trouble: watch::Receiver<Option<String>>,
     task: JoinHandle<Result<(), NodeError>>,
 }
 
@@ -155,8 +163,7 @@ impl Node {
             node_id,
             max_replicas: config.max_replicas,
         };
-        let (first, joined) =
-            first_session(&session_config, &dir, identity.cluster_id.clone(), identity.bucket_url.clone()).await?;
+        let (first, joined) = first_session(&session_config, &dir, &identity, holds_replicas).await?;
         let bucket = Bucket::open(&joined.bucket_url, &config.bucket_options)?;
         let labels = [KeyValue::new("role", "node"), KeyValue::new("node", node_id.to_string())];
         vasto_shipping::metrics::observe(&bucket, &labels);
@@ -170,7 +177,7 @@ impl Node {
             });
         } else if first.is_some() {
             match look_at(&bucket).await {
-                Err(NodeError::Bucket(error @ BucketError::Unreachable { .. })) => {
+                Err(NodeError::Bucket(error @ (BucketError::Unreachable { .. } | BucketError::ClockSkewed { .. }))) => {
                     tracing::warn!(%error, "the bucket cannot be reached now; this node ships when it can");
                 }
                 looked => looked?,
@@ -178,9 +185,15 @@ impl Node {
         }
         let clock: SharedClock = Arc::new(SystemClock { shift_ms: config.clock_shift_ms });
         let core = Arc::new(NodeCore::new(node_id, clock.clone(), config.read_threads));
+        let leases_end = CancellationToken::new();
+        let ended = leases_end.clone();
+        let leases = Leases::start(&core, move || ended.is_cancelled()).map_err(NodeError::Thread)?;
+        // It is set once.
+        let _ = core.leases.set(leases);
         let limit = open_files::raise();
         let tables_each = open_files::tables_each(limit, config.max_replicas);
-        tracing::info!(limit, tables_each, "open files");
+        let connections = open_files::connections(limit);
+        tracing::info!(limit, tables_each, connections, "open files");
         let engines = EngineShared::new(config.budget).with_tables_open(tables_each);
         let host_context = Arc::new(HostContext {
             core: core.clone(),
@@ -196,11 +209,21 @@ impl Node {
         let known: Option<Vec<(NodeId, String, String)>> = read_json(&config.dir.join(NODES_FILE)).unwrap_or_default();
         let known = known.unwrap_or_default().into_iter();
         core.set_addresses(known.map(|(id, address, zone)| (id, NodeAddress { address, zone })).collect());
-        let remembered = dir.lock().catalogs()?;
+        let (remembered, damaged) = dir.lock().catalogs()?;
+        for error in damaged {
+            tracing::error!(%error, "a keyspace's catalog version is not known until the master tells it");
+        }
         for catalog in remembered {
-            manager.obey(Arc::new(catalog), true).await?;
+            let catalog = Arc::new(catalog);
+            if let Err(error) = manager.obey(catalog.clone(), true).await {
+                // One keyspace's trouble is not the others'.
+                tracing::error!(%error, keyspace = catalog.keyspace.0, "a remembered catalog version cannot be obeyed yet");
+                let manager = manager.clone();
+                tokio::spawn(async move { manager.obey_at_last(catalog).await });
+            }
         }
         let opening = manager.clone();
+        let trouble = core.trouble();
         let task = tokio::spawn(serve(Running {
             core,
             engines,
@@ -210,23 +233,25 @@ impl Node {
             session_config,
             first,
             listener,
+            connections,
             data_dir: config.dir,
             shutdown: shutdown.clone(),
+            leases_end,
         }));
         // Whoever is told that it is ready finds its replicas open, unless that takes very long.
         let opened = tokio::time::timeout(OPEN_PATIENCE, opening.opened());
         if let Some(Err(_)) = shutdown.run_until_cancelled(opened).await {
             tracing::warn!("some replicas are still being opened; they serve as soon as they are");
         }
-        Ok(RunningNode { node_id, listen, cluster_id: joined.cluster_id, task })
+        Ok(RunningNode { node_id, listen, cluster_id: joined.cluster_id, trouble, task })
     }
 }
 
 async fn first_session(
     config: &SessionConfig,
     dir: &Mutex<NodeDir>,
-    known_cluster: String,
-    known_bucket: String,
+    known: &NodeIdentity,
+    holds_replicas: bool,
 ) -> Result<(Option<Session>, Joined), NodeError> {
     let deadline = tokio::time::Instant::now() + FIRST_MASTER_WAIT;
     loop {
@@ -236,9 +261,12 @@ async fn first_session(
                 return Ok((Some(session), joined));
             }
             Err(error) if error.is_fatal() => return Err(error.into()),
-            Err(_) if !known_cluster.is_empty() => {
-                tracing::info!("the master is not reachable; serving from what this node remembers");
-                return Ok((None, Joined { cluster_id: known_cluster, bucket_url: known_bucket }));
+            // Nothing would be served: whoever starts it has named another cluster's master.
+            Err(error @ SessionError::OtherCluster(_)) if !holds_replicas => return Err(error.into()),
+            Err(error) if !known.cluster_id.is_empty() => {
+                tracing::info!(%error, "serving from what this node remembers");
+                let (cluster_id, bucket_url) = (known.cluster_id.clone(), known.bucket_url.clone());
+                return Ok((None, Joined { cluster_id, bucket_url }));
             }
             Err(error) if tokio::time::Instant::now() >= deadline => return Err(error.into()),
             Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
@@ -263,12 +291,15 @@ struct Running {
     session_config: SessionConfig,
     first: Option<Session>,
     listener: TcpListener,
+    connections: usize,
     data_dir: PathBuf,
     shutdown: CancellationToken,
+    leases_end: CancellationToken,
 }
 
 async fn serve(running: Running) -> Result<(), NodeError> {
-    let Running { core, engines, manager, bucket, dir, session_config, first, listener, data_dir, shutdown } = running;
+    let Running { core, engines, manager, bucket, dir, session_config, first, .. } = running;
+    let Running { listener, connections, data_dir, shutdown, leases_end, .. } = running;
     let stop_serving = CancellationToken::new();
     let data = DataServer::new(DataService::new(core.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -286,8 +317,7 @@ async fn serve(running: Running) -> Result<(), NodeError> {
     let server = tokio::spawn({
         let stop = stop_serving.clone();
         async move {
-            // The builder's own option does not reach sockets that are accepted here.
-            let serving = server.serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
+            let serving = server.serve_with_incoming(Incoming::new(listener, connections));
             tokio::select! {
                 () = stop.cancelled() => {}
                 result = serving => if let Err(error) = result {
@@ -297,9 +327,14 @@ async fn serve(running: Running) -> Result<(), NodeError> {
         }
     });
     let flusher = tokio::spawn(flusher::run(core.clone(), engines, stop_serving.clone()));
+    let caretaker = caretaker::run(core.clone(), manager.clone(), data_dir.clone(), stop_serving.clone());
+    let caretaker = tokio::spawn(caretaker);
+    let counting = tokio::spawn(counting::run(core.clone(), stop_serving.clone()));
     let watched = (core.clone(), stop_serving.clone());
+    let span = tracing::Span::current();
     // Ends with the service; a thread of its own, because tasks may all be busy.
     std::thread::spawn(move || {
+        let _named = span.entered();
         let (core, stop) = watched;
         let after_pause = |pause: Duration| {
             tracing::info!(ms = pause.as_millis() as u64, "the process stood still");
@@ -318,11 +353,15 @@ async fn serve(running: Running) -> Result<(), NodeError> {
             Err(NodeError::Session(error))
         }
     };
-    // Stop taking work, then ship what is due and flush, then leave.
+    // Let others serve, stop taking work, then ship what is due and flush, then leave.
+    manager.hand_over().await;
     stop_serving.cancel();
     let _ = server.await;
     let _ = flusher.await;
+    let _ = counting.await;
+    let _ = caretaker.await;
     manager.stop().await;
+    leases_end.cancel();
     session_cancel.cancel();
     let _ = session.await;
     end

@@ -8,6 +8,7 @@
 //! <dir>/catalog/<keyspace>.json  the last catalog version obeyed
 //! <dir>/replicas/<keyspace>-<replica>/{db,log,ship.json}
 //! <dir>/tmp/                     emptied at every start
+//! <dir>/replicas/.tmp/           in its place when `replicas` is a file system of its own
 //! ```
 //!
 //! **Invariants**
@@ -15,6 +16,7 @@
 //!   ever served from a directory that has lost its data.
 //! - A replica that is registered but missing on disk is never made anew.
 //! - Every file is replaced by write, fsync, rename, fsync of the directory.
+//! - The directory is its user's alone, also one that was made with a wider mode.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -28,6 +30,9 @@ use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId, ReplicaId, ShardId};
 
 /// The newest format of the directory that this version reads and the one it writes.
 const FORMAT: u32 = 1;
+
+/// Below `replicas`; no replica is called so.
+const TMP: &str = ".tmp";
 
 /// What is wrong with a data directory.
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +120,7 @@ pub struct Registered {
 /// An opened and locked data directory.
 pub struct NodeDir {
     dir: PathBuf,
+    tmp: PathBuf,
     _lock: File,
     identity: NodeIdentity,
     replicas: BTreeMap<(KeyspaceId, ReplicaId), Registered>,
@@ -125,6 +131,7 @@ impl NodeDir {
     pub fn open(dir: &Path, fresh_id: NodeId) -> Result<Self, DirError> {
         let is_new = !dir.exists();
         std::fs::create_dir_all(dir).map_err(io(dir))?;
+        keep_private(dir);
         let lock_path = dir.join("LOCK");
         let lock = File::options().create(true).truncate(false).write(true).open(&lock_path).map_err(io(&lock_path))?;
         if rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
@@ -159,14 +166,20 @@ impl NodeDir {
         if let Some(parent) = dir.parent().filter(|_| is_new) {
             sync_dir(parent).map_err(io(parent))?;
         }
-        let tmp = dir.join("tmp");
-        match std::fs::remove_dir_all(&tmp) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(&tmp)(error)),
-            _ => {}
+        let replicas = dir.join("replicas");
+        let (beside, inside) = (dir.join("tmp"), replicas.join(TMP));
+        for old in [&beside, &inside] {
+            match std::fs::remove_dir_all(old) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(old)(error)),
+                _ => {}
+            }
         }
+        std::fs::create_dir_all(&beside).map_err(io(&beside))?;
+        let tmp = if can_move(&beside, &replicas).map_err(io(&beside))? { beside } else { inside };
         std::fs::create_dir_all(&tmp).map_err(io(&tmp))?;
         Ok(Self {
             dir: dir.to_owned(),
+            tmp,
             _lock: lock,
             identity,
             replicas: registered.into_iter().map(|one| ((one.keyspace, one.replica), one)).collect(),
@@ -248,9 +261,10 @@ impl NodeDir {
         self.dir.join("replicas").join(format!("{keyspace}-{replica}"))
     }
 
-    /// A place for temporary files on the same file system.
+    /// A place for temporary files on the file system of the replicas: what is complete is renamed into its
+    /// place, and `replicas` may be a mount of its own.
     pub fn tmp(&self) -> PathBuf {
-        self.dir.join("tmp")
+        self.tmp.clone()
     }
 
     /// The directory itself.
@@ -263,19 +277,44 @@ impl NodeDir {
         write_json(&self.dir.join("catalog").join(format!("{}.json", catalog.keyspace)), catalog)
     }
 
-    /// All remembered catalog versions.
-    pub fn catalogs(&self) -> Result<Vec<Catalog>, DirError> {
+    /// All remembered catalog versions that can be read, and what is wrong with the others. A keyspace whose
+    /// version cannot be read is served once the master has told it again; its replicas remember for themselves
+    /// which versions they refuse.
+    pub fn catalogs(&self) -> Result<(Vec<Catalog>, Vec<DirError>), DirError> {
         let dir = self.dir.join("catalog");
-        let mut out = Vec::new();
+        let (mut out, mut damaged) = (Vec::new(), Vec::new());
         for entry in std::fs::read_dir(&dir).map_err(io(&dir))? {
             let path = entry.map_err(io(&dir))?.path();
-            if path.extension().is_some_and(|extension| extension == "json")
-                && let Some(catalog) = read_json(&path)?
-            {
-                out.push(catalog);
+            if path.extension().is_some_and(|extension| extension == "json") {
+                match read_json(&path) {
+                    Ok(catalog) => out.extend(catalog),
+                    Err(error) => damaged.push(error),
+                }
             }
         }
-        Ok(out)
+        Ok((out, damaged))
+    }
+}
+
+/// Whether what is made in one directory can be renamed into the other: not when that is a mount of its own.
+fn can_move(from: &Path, to: &Path) -> std::io::Result<bool> {
+    let (probe, there) = (from.join("probe"), to.join(".probe"));
+    File::create(&probe)?;
+    match std::fs::rename(&probe, &there) {
+        Ok(()) => std::fs::remove_file(&there).map(|()| true),
+        Err(error) if error.kind() == std::io::ErrorKind::CrossesDevices => {
+            std::fs::remove_file(&probe).map(|()| false)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Takes everybody else's access to a directory away. One that belongs to somebody else stays as it is: that is
+/// theirs to decide.
+fn keep_private(dir: &Path) {
+    use std::os::unix::fs::PermissionsExt;
+    if let Err(error) = std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700)) {
+        tracing::info!(%error, dir = %dir.display(), "the mode of the data directory could not be set to 0700");
     }
 }
 
@@ -312,6 +351,17 @@ pub(crate) fn sync_dir(dir: &Path) -> std::io::Result<()> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    fn registered(replica: u64) -> Registered {
+        Registered {
+            keyspace: KeyspaceId(1),
+            shard: ShardId(0),
+            replica: ReplicaId(replica),
+            version: CatalogVersion(1),
+            building: false,
+            target: false,
+        }
+    }
 
     #[test]
     fn a_directory_keeps_its_identity_and_refuses_others() {
@@ -359,6 +409,54 @@ mod tests {
         dir.discard(one.keyspace, one.replica).unwrap();
         drop(dir);
         assert_eq!(NodeDir::open(temp.path(), NodeId(8)).unwrap().replicas(), []);
+    }
+
+    #[test]
+    fn the_directory_is_its_users_alone() {
+        use std::os::unix::fs::PermissionsExt;
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path().join("wide");
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o755)).unwrap();
+        drop(NodeDir::open(&dir, NodeId(7)).unwrap());
+        assert_eq!(std::fs::metadata(&dir).unwrap().permissions().mode() & 0o777, 0o700);
+    }
+
+    #[test]
+    fn temporary_files_are_on_the_file_system_of_the_replicas() {
+        let temp = tempfile::tempdir().unwrap();
+        // `/dev/shm` is a file system of its own on every Linux machine.
+        let other = tempfile::tempdir_in("/dev/shm").unwrap();
+        std::os::unix::fs::symlink(other.path(), temp.path().join("replicas")).unwrap();
+        let one = registered(1);
+        for _ in 0..2 {
+            let mut dir = NodeDir::open(temp.path(), NodeId(7)).unwrap();
+            assert_eq!(std::fs::read_dir(dir.tmp()).unwrap().count(), 0);
+            std::fs::write(dir.tmp().join("left"), "").unwrap();
+            // What is built there becomes a replica, and what goes is moved there.
+            let built = dir.tmp().join("built");
+            std::fs::create_dir(&built).unwrap();
+            let place = dir.replica_dir(one.keyspace, one.replica);
+            std::fs::rename(&built, &place).unwrap();
+            dir.register(one).unwrap();
+            dir.discard(one.keyspace, one.replica).unwrap();
+            assert!(!place.exists());
+        }
+        let plain = tempfile::tempdir().unwrap();
+        assert_eq!(NodeDir::open(plain.path(), NodeId(7)).unwrap().tmp(), plain.path().join("tmp"));
+    }
+
+    #[test]
+    fn one_catalog_version_that_cannot_be_read_hides_no_other() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = NodeDir::open(temp.path(), NodeId(7)).unwrap();
+        let spec = vasto_core::catalog::KeyspaceSpec::default();
+        let catalog = Catalog::first(KeyspaceId(5), "ks", spec, &[vec![NodeId(7)]], 1, 1);
+        dir.remember_catalog(&catalog).unwrap();
+        std::fs::write(temp.path().join("catalog/6.json"), "{").unwrap();
+        let (read, damaged) = dir.catalogs().unwrap();
+        assert_eq!(read, [catalog]);
+        assert!(matches!(&damaged[..], [DirError::Damaged { path, .. }] if path.ends_with("6.json")), "{damaged:?}");
     }
 
     #[test]

@@ -10,6 +10,8 @@ use vasto_core::limits::{CONNECTIONS_MAX, TABLES_OPEN_MAX, TABLES_OPEN_MIN};
 const UNLIMITED: u64 = 1 << 20;
 /// Files that a replica has open beside its tables: logs, their readers, locks, the database's own.
 const OTHERS_EACH: u64 = 16;
+/// Connections that are taken under any limit.
+const CONNECTIONS_MIN: usize = 16;
 
 /// Raises the limit as far as this process may; answers what it is then.
 pub fn raise() -> u64 {
@@ -22,6 +24,12 @@ pub fn raise() -> u64 {
             limit.current.unwrap_or(wanted)
         }
     }
+}
+
+/// Connections that the node takes under a limit: of a low one they may use up a quarter, the rest belongs to
+/// replicas.
+pub fn connections(limit: u64) -> usize {
+    usize::try_from(limit / 4).unwrap_or(CONNECTIONS_MAX).clamp(CONNECTIONS_MIN, CONNECTIONS_MAX)
 }
 
 /// Tables that each of so many replicas may keep open under a limit.
@@ -43,6 +51,14 @@ mod tests {
         let raised = raise();
         assert_eq!(getrlimit(Resource::Nofile).current, Some(raised));
         assert_eq!(raised, hard.unwrap_or(UNLIMITED));
+    }
+
+    #[test]
+    fn connections_leave_most_of_a_low_limit_to_the_replicas() {
+        assert_eq!(
+            [connections(1 << 20), connections(1_024), connections(256), connections(0)],
+            [CONNECTIONS_MAX, 256, 64, CONNECTIONS_MIN]
+        );
     }
 
     #[test]

@@ -14,6 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 use vasto_core::catalog::Catalog;
+use vasto_core::error::ErrorCode;
 use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId};
 use vasto_core::limits::{CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX, REPORT_INTERVAL};
 use vasto_core::topology::NodeAddress;
@@ -24,10 +25,11 @@ use vasto_proto::v1::node_message::Message as ToMaster;
 use vasto_shipping::Usage;
 use vasto_shipping::bucket::Bucket;
 
+use crate::command;
 use crate::core::NodeCore;
 use crate::manager::Manager;
 use crate::node_dir::{DirError, NodeDir, write_json};
-use crate::ship::ShipError;
+use crate::replica::authority::now_ms;
 
 /// Longest pause between two attempts to reach the master.
 const RETRY_MAX: Duration = Duration::from_secs(2);
@@ -51,6 +53,10 @@ pub enum SessionError {
     /// The master refuses this node.
     #[error("the master refused this node: {0}")]
     Rejected(String),
+    /// The master does not know the cluster that this node has served in: it may have come up with the wrong
+    /// bucket, or its bucket may have been emptied. The node serves on, and asks again.
+    #[error("the master refused this node, which serves on from what it remembers: {0}")]
+    OtherCluster(String),
     /// The URL is not usable.
     #[error("`{0}` is not a master URL; it looks like http://127.0.0.1:8278")]
     BadUrl(String),
@@ -62,7 +68,7 @@ pub enum SessionError {
 impl SessionError {
     /// True when the node must stop instead of trying again.
     pub fn is_fatal(&self) -> bool {
-        !matches!(self, SessionError::Unreachable { .. })
+        !matches!(self, SessionError::Unreachable { .. } | SessionError::OtherCluster(_))
     }
 }
 
@@ -134,6 +140,7 @@ pub async fn join(config: &SessionConfig, dir: &Mutex<NodeDir>) -> Result<Sessio
         protocol: vasto_proto::PROTOCOL,
         max_replicas: u32::try_from(config.max_replicas).unwrap_or(u32::MAX),
     };
+    let knows_its_cluster = !hello.cluster_id.is_empty();
     let lost = |reason: String| SessionError::Unreachable { master: config.master.clone(), reason };
     let first = v1::NodeMessage { message: Some(ToMaster::Hello(hello)) };
     to_master.send(first).await.map_err(|_| lost("the session ended at once".into()))?;
@@ -144,11 +151,19 @@ pub async fn join(config: &SessionConfig, dir: &Mutex<NodeDir>) -> Result<Sessio
             Joined { cluster_id: welcome.cluster_id, bucket_url: welcome.bucket_url }
         }
         Some(v1::MasterMessage { message: Some(FromMaster::Rejected(rejected)) }) => {
-            return Err(SessionError::Rejected(rejected.reason));
+            let is = |code: ErrorCode| rejected.code == code as u32;
+            return Err(match rejected.reason {
+                reason if is(ErrorCode::Unavailable) => lost(reason),
+                reason if is(ErrorCode::FailedPrecondition) && knows_its_cluster => SessionError::OtherCluster(reason),
+                reason => SessionError::Rejected(reason),
+            });
         }
         _ => return Err(lost("it did not answer the hello".into())),
     };
-    dir.lock().join(&joined.cluster_id, &joined.bucket_url)?;
+    match dir.lock().join(&joined.cluster_id, &joined.bucket_url) {
+        Err(error @ DirError::OtherCluster { .. }) => return Err(SessionError::OtherCluster(error.to_string())),
+        taken => taken?,
+    }
     Ok(Session { to_master, from_master, joined })
 }
 
@@ -176,6 +191,7 @@ pub async fn keep(
 ) {
     let mut next = first;
     let mut pause = Duration::from_millis(50);
+    let mut refused = String::new();
     loop {
         let session = match next.take() {
             Some(session) => Ok(session),
@@ -187,6 +203,7 @@ pub async fn keep(
         match session {
             Ok(session) => {
                 pause = Duration::from_millis(50);
+                refused.clear();
                 tracing::info!(master = config.master, "joined the master");
                 tokio::select! {
                     () = cancel.cancelled() => return,
@@ -196,6 +213,10 @@ pub async fn keep(
             Err(error) if error.is_fatal() => {
                 let _ = fatal.send(error);
                 return;
+            }
+            Err(error @ SessionError::OtherCluster(_)) if error.to_string() != refused => {
+                refused = error.to_string();
+                tracing::error!(%error, "asking again until it is taken in");
             }
             Err(error) => tracing::debug!(%error, "no master"),
         }
@@ -260,45 +281,24 @@ async fn hear(
             Ok(())
         }
         FromMaster::Command(command) => {
-            let (manager, core, to_master) = (context.manager.clone(), context.core.clone(), to_master.clone());
+            let (manager, to_master) = (context.manager.clone(), to_master.clone());
             // Ends with the command; a node that stops answers through its shippers.
             tokio::spawn(async move {
-                let error = execute(&manager, &core, &command).await.err().unwrap_or_default();
-                let done = v1::CommandDone { id: command.id, error };
+                let (catalogs, error) = match command::execute(&manager, &command).await {
+                    Ok(catalogs) => (catalogs, String::new()),
+                    Err(error) => (Vec::new(), error),
+                };
+                let done = v1::CommandDone { id: command.id, error, catalogs };
                 let _ = to_master.send(v1::NodeMessage { message: Some(ToMaster::Done(done)) }).await;
             });
             Ok(())
         }
+        FromMaster::Presence(presence) => {
+            context.core.hear_presence(presence.sent_ms, presence.gone.into_iter().map(NodeId).collect());
+            Ok(())
+        }
         FromMaster::Rejected(rejected) => Err(format!("the master refused this node: {}", rejected.reason)),
         FromMaster::Welcome(_) => Ok(()),
-    }
-}
-
-async fn execute(manager: &Manager, core: &NodeCore, command: &v1::Command) -> Result<(), String> {
-    use v1::command::Kind;
-    let keyspace = KeyspaceId(command.keyspace_id);
-    match Kind::try_from(command.kind).unwrap_or_default() {
-        Kind::Checkpoint => {
-            for ship in manager.shippers(keyspace) {
-                match ship.checkpoint(None).await {
-                    Ok(_) | Err(ShipError::Filling) => {}
-                    Err(error) => return Err(error.to_string()),
-                }
-            }
-            Ok(())
-        }
-        Kind::Compact => {
-            for replica in core.replicas().into_iter().filter(|replica| replica.keyspace == keyspace) {
-                let work = move || {
-                    replica.engine().flush()?;
-                    replica.engine().compact_all();
-                    Ok::<(), crate::engine::EngineError>(())
-                };
-                crate::ship::blocking(work).await.map_err(|error| error.to_string())?;
-            }
-            Ok(())
-        }
-        Kind::Unspecified => Err("the command is not known to this version of the node".into()),
     }
 }
 
@@ -327,7 +327,11 @@ async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessag
             bytes_written: counts.bytes_written,
             elapsed_ms: elapsed.as_millis() as u64,
         };
-        let report = v1::Report { replicas, disk_used, disk_free, bucket: Some(bucket) };
+        let outage = context.bucket.outage();
+        let outage = outage.map(|(since, why)| format!("the bucket has not answered for {} s: {why}", since.as_secs()));
+        let bucket_trouble = outage.or_else(|| context.manager.shipping_trouble()).unwrap_or_default();
+        let report =
+            v1::Report { replicas, disk_used, disk_free, bucket: Some(bucket), bucket_trouble, sent_ms: now_ms() };
         if to_master.send(v1::NodeMessage { message: Some(ToMaster::Report(report)) }).await.is_err() {
             return "the master is gone".into();
         }

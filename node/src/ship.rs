@@ -4,6 +4,8 @@
 //! log goes on to be shipped and truncated meanwhile. Once its LSN is known a chunk ends there, so that the
 //! next one begins exactly behind it.
 //!
+//! The home of a shard's primary ships; who acts in its place goes on behind what it has shipped.
+//!
 //! **Invariants**
 //! - Only settled records (synced and applied) are shipped; names are never reused: what exists
 //!   under a chunk's name is compared, not overwritten.
@@ -29,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use vasto_core::CatalogVersion;
 use vasto_core::ids::Lsn;
-use vasto_core::limits::CHUNK_BYTES_MAX;
+use vasto_core::limits::{CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, SHIP_INSTEAD_AFTER};
 use vasto_core::plan::PinnedManifest;
 use vasto_core::record::BandRange;
 use vasto_shipping::bucket::{Bucket, BucketError, Create};
@@ -46,6 +48,7 @@ use crate::old_copy::OLD_COPY;
 use crate::replica::Replica;
 use crate::replica::job::{ReplicaError, Role};
 
+mod behind;
 mod checkpoint;
 mod cut;
 mod pace;
@@ -97,6 +100,15 @@ pub enum ShipError {
     /// The upload stood still; what it uploaded first may be collected by now.
     #[error("the upload of a checkpoint took {} s, longer than garbage collection can be trusted to wait; it starts over", .0.as_secs())]
     Stalled(Duration),
+    /// The bucket has lost what this replica has put there.
+    #[error(
+        "object {0} is not in the bucket any more: what was shipped is shipped again; run `vasto bucket fsck` to see \
+         what else is missing, and `vasto bucket repair`"
+    )]
+    Lost(String),
+    /// The bucket has lost the catalog.
+    #[error("object {0} is not in the bucket any more; run `vasto bucket repair` to put the catalog back")]
+    NoCatalog(String),
     /// The shipper has ended.
     #[error("the node is stopping")]
     Stopped,
@@ -121,6 +133,8 @@ pub struct Positions {
     pub held_back: AtomicBool,
     /// This replica is the one of its shard that ships.
     pub ships: AtomicBool,
+    /// It does so in the place of the home, which is away.
+    pub stands_in: AtomicBool,
     /// Somebody has wanted the bucket's confirmation from here: from then on it ships too.
     pub for_acks: AtomicBool,
 }
@@ -151,6 +165,9 @@ struct ShipState {
     /// Chunks without a gap cover the log from here to what is shipped; not known of older versions.
     #[serde(default)]
     chained_from: Option<Lsn>,
+    /// The log up to here was covered by what others had shipped when this replica went on behind them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    went_on_behind: Option<Lsn>,
 }
 
 impl ShipState {
@@ -190,6 +207,16 @@ pub enum ShipRequest {
         /// Answers with the manifest.
         done: oneshot::Sender<Result<PinnedManifest, ShipError>>,
     },
+    /// The log up to now, whoever ships otherwise.
+    Log {
+        /// Answers once the bucket covers it.
+        done: oneshot::Sender<Result<(), ShipError>>,
+    },
+    /// A checkpoint of now that trusts nothing that is in the bucket: all of it is uploaded.
+    Anew {
+        /// Answers with the manifest.
+        done: oneshot::Sender<Result<PinnedManifest, ShipError>>,
+    },
 }
 
 /// A handle to a replica's shipper.
@@ -206,6 +233,23 @@ impl ShipHandle {
         let (done, answer) = oneshot::channel();
         self.requests.send(ShipRequest::Checkpoint { compact, done }).map_err(|_| ShipError::Stopped)?;
         answer.await.map_err(|_| ShipError::Stopped)?
+    }
+
+    /// Waits until the bucket covers the log up to now; this replica ships it if nobody else does.
+    pub async fn log(&self) -> Result<(), ShipError> {
+        let (done, answer) = oneshot::channel();
+        self.requests.send(ShipRequest::Log { done }).map_err(|_| ShipError::Stopped)?;
+        answer.await.map_err(|_| ShipError::Stopped)?
+    }
+
+    /// Uploads everything again, when this replica ships; `None` when it does not.
+    pub async fn checkpoint_anew(&self) -> Result<Option<PinnedManifest>, ShipError> {
+        if !self.positions.ships.load(Ordering::Acquire) {
+            return Ok(None);
+        }
+        let (done, answer) = oneshot::channel();
+        self.requests.send(ShipRequest::Anew { done }).map_err(|_| ShipError::Stopped)?;
+        answer.await.map_err(|_| ShipError::Stopped)?.map(Some)
     }
 }
 
@@ -253,6 +297,20 @@ struct Shipper {
     /// What attempts that did not get to their manifest have uploaded.
     uploaded: Arc<Uploaded>,
     ack_pause: Duration,
+    /// Who wants the log to be in the bucket up to an LSN.
+    log_wanted: Vec<(Lsn, oneshot::Sender<Result<(), ShipError>>)>,
+    /// Since when it has been shipping without a break.
+    began: Option<Instant>,
+    /// It knows what others had shipped when it began.
+    looked: bool,
+    /// Bytes of the next chunk, at most: less after attempts that failed, more after those that did not.
+    chunk_bytes: usize,
+    /// The next checkpoint trusts nothing that is in the bucket.
+    anew: bool,
+    /// Why the last checkpoint was not made.
+    checkpoint_trouble: Option<String>,
+    /// Outages of the bucket that had ended at the last failure.
+    outages_ended: u64,
 }
 
 /// Starts a shipper; it ends when `cancel` fires, after it has shipped what is due.
@@ -287,6 +345,13 @@ pub fn start(context: ShipContext, cancel: CancellationToken) -> (ShipHandle, im
             checkpoint_not_before: now,
             uploaded: Arc::default(),
             ack_pause: ACK_SOON,
+            log_wanted: Vec::new(),
+            began: None,
+            looked: false,
+            chunk_bytes: CHUNK_BYTES_MAX,
+            anew: false,
+            checkpoint_trouble: None,
+            outages_ended: 0,
         };
         shipper.run(receiver, cancel).await;
     };
@@ -299,7 +364,7 @@ impl Shipper {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let replica = self.context.replica.clone();
         // Beside everything that waits for the bucket: the log stays bounded whatever that does.
-        let cut = cut::Cut::new(replica.clone(), self.positions.clone(), self.context.log_cap);
+        let cut = cut::Cut::new(replica.clone(), self.positions.clone(), self.context.log_cap, self.context.interval);
         let _cutting = AbortOnDropHandle::new(tokio::spawn(cut.run(TICK)));
         loop {
             let now = Instant::now();
@@ -319,6 +384,17 @@ impl Shipper {
                         self.wanted.push((compact, done));
                         self.make_what_is_wanted();
                     }
+                    Some(ShipRequest::Log { done }) => {
+                        self.log_wanted.push((replica.settled_lsn(), done));
+                        if let Err(error) = self.ship_log().await {
+                            self.fail(&error);
+                        }
+                    }
+                    Some(ShipRequest::Anew { done }) => {
+                        self.distrust();
+                        self.wanted.push((None, done));
+                        self.make_what_is_wanted();
+                    }
                     None => break,
                 },
                 made = checkpoint::made(&mut self.making) => self.go_on(made).await,
@@ -331,6 +407,7 @@ impl Shipper {
                     }
                 }
                 _ = tick.tick() => {
+                    self.hurry_after_an_outage();
                     if Instant::now() >= self.not_before
                         && let Err(error) = self.ship_what_is_due().await
                     {
@@ -338,10 +415,17 @@ impl Shipper {
                     }
                 }
             }
+            self.answer_for_the_log();
         }
         self.making = None;
         // The rest of the log goes out with the node, if the bucket answers.
-        while self.ships()
+        let mut goes_on = self.ships();
+        if goes_on && let Err(error) = self.go_on_behind_others().await {
+            tracing::warn!(%error, "what others have shipped is not known; the last chunk is not shipped");
+            goes_on = false;
+        }
+        while goes_on
+            && self.context.bucket.outage().is_none()
             && !self.context.replica.ranges().is_being_filled()
             && self.may_ship_chunks()
             && self.state.shipped_lsn < self.context.replica.settled_lsn()
@@ -354,15 +438,49 @@ impl Shipper {
         if let Err(error) = self.cover().await {
             tracing::warn!(%error, "the last writes that wait for the bucket are not confirmed");
         }
+        self.checkpoint_trouble = None;
+        self.note(None);
+    }
+
+    /// What keeps this shard from being shipped, for those who ask how the node is.
+    fn note(&self, trouble: Option<&ShipError>) {
+        let replica = &self.context.replica;
+        let trouble = trouble.map(ToString::to_string).or_else(|| self.checkpoint_trouble.clone());
+        self.context.pace.note((replica.keyspace, replica.shard), trouble);
+    }
+
+    /// What failed because nobody answered need not wait any longer when somebody does.
+    fn hurry_after_an_outage(&mut self) {
+        let ended = self.context.bucket.outages_ended();
+        if ended != self.outages_ended {
+            self.outages_ended = ended;
+            (self.not_before, self.pause) = (Instant::now(), TICK);
+            (self.checkpoint_not_before, self.checkpoint_pause) = (Instant::now(), TICK);
+        }
+    }
+
+    /// The next checkpoint uploads everything.
+    fn distrust(&mut self) {
+        self.anew = true;
+        self.uploaded.forget();
     }
 
     /// The next attempt is made a little later each time.
     fn fail(&mut self, error: &ShipError) {
-        if let ShipError::Foreign(key) = error {
-            self.give_up(key);
+        self.note(Some(error));
+        match error {
+            ShipError::Foreign(key) => self.give_up(key),
+            ShipError::Lost(_) => {
+                self.distrust();
+                self.begin_checkpoint();
+            }
+            _ => {}
         }
         self.pause = (self.pause * 2).min(BACKOFF_MAX);
         self.not_before = Instant::now() + self.pause.mul_f64(rand::random_range(0.5..1.0));
+        for (_, waiter) in self.log_wanted.drain(..) {
+            let _ = waiter.send(Err(ShipError::Checkpoint(error.to_string())));
+        }
         tracing::warn!(
             %error,
             keyspace = self.context.replica.keyspace.0,
@@ -396,6 +514,7 @@ impl Shipper {
         }
         self.cover().await?;
         self.pause = TICK;
+        self.note(None);
         Ok(())
     }
 
@@ -404,7 +523,8 @@ impl Shipper {
         let replica = &self.context.replica;
         let waits_for_what_is_there =
             replica.bucket_acks().first().is_some_and(|first| first <= self.state.shipped_lsn);
-        if !waits_for_what_is_there {
+        // A chunk confirms nothing while what it builds on is being put back.
+        if !waits_for_what_is_there || self.is_anew() {
             self.ack_pause = ACK_SOON;
             return Ok(());
         }
@@ -414,8 +534,15 @@ impl Shipper {
             return Ok(());
         }
         let known = replica.version();
-        let next = CatalogVersion(known.0 + 1);
-        let overtaken = self.context.bucket.head(&layout::catalog_version(replica.keyspace, next)).await?.is_some();
+        let version = |n: u64| layout::catalog_version(replica.keyspace, CatalogVersion(n));
+        let (next, this) = (version(known.0 + 1), version(known.0));
+        let bucket = &self.context.bucket;
+        let (next, found) = tokio::try_join!(bucket.head(&next), bucket.head(&this))?;
+        // Whoever looks for the data finds it by the catalog.
+        if next.is_none() && found.is_none() {
+            return Err(ShipError::NoCatalog(this));
+        }
+        let overtaken = next.is_some();
         if overtaken || replica.version() != known || replica.view().role == Role::Detached {
             self.ack_pause = ACK_FENCED;
             return Ok(());
@@ -428,6 +555,7 @@ impl Shipper {
     async fn ship_what_is_due(&mut self) -> Result<(), ShipError> {
         self.ship_log().await?;
         self.pause = TICK;
+        self.note(None);
         Ok(())
     }
 
@@ -436,34 +564,74 @@ impl Shipper {
         self.state.began_full || self.context.replica.ranges().ingested.is_some()
     }
 
-    /// A chunk of a log that does not reach back to the beginning means nothing without a checkpoint.
+    /// A chunk of a log that does not reach back to the beginning means nothing without a checkpoint, or
+    /// something of another replica that it follows.
     fn may_ship_chunks(&self) -> bool {
-        self.state.manifest.is_some() || !self.began_full()
+        self.state.manifest.is_some() || self.state.went_on_behind.is_some() || !self.began_full()
     }
 
     fn ships(&self) -> bool {
-        self.positions.does_ship()
+        self.positions.does_ship() || !self.log_wanted.is_empty()
+    }
+
+    /// It is not the one that ships when everybody is there.
+    fn stands_in(&self) -> bool {
+        self.positions.stands_in.load(Ordering::Acquire) || !self.positions.ships.load(Ordering::Acquire)
+    }
+
+    /// Somebody waits until the bucket covers the log.
+    fn is_waited_for(&self) -> bool {
+        !self.log_wanted.is_empty() || self.context.replica.bucket_acks().last().is_some()
+    }
+
+    /// Begins with a checkpoint because nothing else is possible. In the place of the home, which may be back
+    /// in a moment, only when somebody waits, or it has been away for long: all of the shard goes up.
+    fn begin_checkpoint_instead(&mut self) {
+        let for_long = self.began.is_some_and(|began| began.elapsed() >= SHIP_INSTEAD_AFTER);
+        if for_long || !self.stands_in() || self.is_waited_for() {
+            self.begin_checkpoint();
+        }
+    }
+
+    /// Answers those who wait for what is shipped.
+    fn answer_for_the_log(&mut self) {
+        let shipped = self.state.shipped_lsn;
+        for (_, waiter) in self.log_wanted.extract_if(.., |(lsn, _)| *lsn <= shipped) {
+            let _ = waiter.send(Ok(()));
+        }
     }
 
     async fn ship_log(&mut self) -> Result<(), ShipError> {
         let replica = self.context.replica.clone();
         if !self.ships() {
+            (self.began, self.looked) = (None, false);
             return Ok(()); // another replica of the shard does
         }
+        self.began.get_or_insert_with(Instant::now);
         if replica.ranges().is_being_filled() {
+            for (_, waiter) in self.log_wanted.drain(..) {
+                let _ = waiter.send(Err(ShipError::Filling));
+            }
             return Ok(()); // it may be begun again, under the same names
+        }
+        if self.anew {
+            self.begin_checkpoint();
         }
         let settled = replica.settled_lsn();
         if settled > self.state.shipped_lsn {
             let since = *self.dirty_since.get_or_insert_with(Instant::now);
             let backlog = replica.log().bytes_after(self.state.shipped_lsn);
-            let waited_for = replica.bucket_acks().last().is_some();
+            let waited_for = self.is_waited_for();
             if since.elapsed() >= self.context.interval || backlog >= CHUNK_BYTES_MAX as u64 || waited_for {
                 self.ship_the_log().await?;
                 self.dirty_since = None;
             }
         }
         let manifest = Lsn(self.positions.manifest.load(Ordering::Acquire));
+        let manifest = self.state.went_on_behind.unwrap_or_default().max(manifest);
+        if !self.may_ship_chunks() {
+            return Ok(()); // it is not due but needed, or not yet
+        }
         let since = Replay {
             bytes: replica.log().bytes_after(manifest),
             records: settled.0.saturating_sub(manifest.0),
@@ -480,8 +648,9 @@ impl Shipper {
 
     /// Ships everything that is settled now, as far as that is possible before a checkpoint.
     async fn ship_the_log(&mut self) -> Result<(), ShipError> {
+        self.go_on_behind_others().await?;
         if !self.may_ship_chunks() {
-            self.begin_checkpoint();
+            self.begin_checkpoint_instead();
             return Ok(());
         }
         let settled = self.context.replica.settled_lsn();
@@ -490,7 +659,7 @@ impl Shipper {
             match self.ship_chunk(Lsn(u64::MAX)).await {
                 Err(ShipError::Log(BinlogError::TooOld { .. })) => {
                     // The log was given up here: a checkpoint supersedes what is missing.
-                    self.begin_checkpoint();
+                    self.begin_checkpoint_instead();
                     return Ok(());
                 }
                 other => other?,
@@ -503,23 +672,40 @@ impl Shipper {
     }
 
     /// Ships the next chunk, nothing of it behind `limit`.
+    #[tracing::instrument(name = "ship a chunk", skip_all, fields(keyspace = self.context.replica.keyspace.0, shard = self.context.replica.shard.0))]
     async fn ship_chunk(&mut self, limit: Lsn) -> Result<(), ShipError> {
-        let replica = &self.context.replica;
+        let replica = self.context.replica.clone();
         let after = self.state.shipped_lsn;
         let settled = replica.settled_lsn().min(limit);
         if self.is_fixing() {
             return Ok(()); // the chunk would reach into what the checkpoint does not hold
         }
-        let log = replica.log().clone();
-        let records = blocking(move || log.reader(after)?.next_batch(CHUNK_BYTES_MAX)).await?;
-        let mut body = Vec::new();
+        let (log, bytes_max) = (replica.log().clone(), self.chunk_bytes);
+        if settled <= after {
+            return Ok(());
+        }
+        // Twice: as records and as the object.
+        let memory = 2 * log.bytes_after(after).min(bytes_max as u64);
+        let pace = self.context.pace.clone();
+        let _turn = pace.log_turn(memory).await.ok_or(ShipError::Stopped)?;
+        if let Some(previous) = self.state.previous.clone().filter(|_| self.positions.for_acks.load(Ordering::Acquire))
+            && self.context.bucket.head(&previous).await?.is_none()
+        {
+            self.state.previous = None;
+            // The checkpoint that puts everything back takes the log up to it along.
+            if !self.making.as_ref().is_some_and(Making::is_anew) {
+                return Err(ShipError::Lost(previous));
+            }
+        }
+        let records = blocking(move || log.reader(after)?.next_batch(bytes_max)).await?;
+        let mut body = Vec::with_capacity(records.iter().map(|(_, bytes)| bytes.len()).sum());
         let mut last = after;
-        for (lsn, bytes) in &records {
-            if *lsn > settled {
+        for (lsn, bytes) in records {
+            if lsn > settled {
                 break;
             }
-            body.extend_from_slice(bytes);
-            last = *lsn;
+            body.extend_from_slice(&bytes);
+            last = lsn;
         }
         if last == after {
             return Ok(());
@@ -534,16 +720,29 @@ impl Shipper {
             records: body,
         };
         let key = layout::chunk(replica.keyspace, replica.shard, replica.id, after.next());
-        if let Create::Exists(found) = self.context.bucket.create(&key, chunk.encode()).await? {
-            // Shipped before a crash that came before ship.json: the same records, perhaps fewer or more.
-            let found = Chunk::decode(&found).map_err(|_| ShipError::Foreign(key.clone()))?;
-            let common = found.records.len().min(chunk.records.len());
-            if found.replica != chunk.replica || found.records[..common] != chunk.records[..common] {
-                return Err(ShipError::Foreign(key));
+        let encoded = chunk.encode();
+        drop(chunk);
+        match self.context.bucket.create(&key, encoded.clone()).await {
+            Ok(Create::Created) => {}
+            Ok(Create::Exists(found)) => {
+                // Shipped before a crash that came before ship.json, or by an attempt whose answer was lost: the
+                // same records, perhaps fewer or more.
+                let found = Chunk::decode(&found).map_err(|_| ShipError::Foreign(key.clone()))?;
+                let ours = Chunk::decode(&encoded).map_err(|_| ShipError::Foreign(key.clone()))?;
+                let common = found.records.len().min(ours.records.len());
+                if found.replica != ours.replica || found.records[..common] != ours.records[..common] {
+                    return Err(ShipError::Foreign(key));
+                }
+                last = found.last_lsn;
             }
-            last = found.last_lsn;
+            Err(error) => {
+                // What takes too long as a whole may go in parts.
+                self.chunk_bytes = (self.chunk_bytes / 2).max(CHUNK_BYTES_MIN);
+                return Err(error.into());
+            }
         }
         self.state.chained_from = Some(self.state.chained_from());
+        self.chunk_bytes = (self.chunk_bytes * 2).min(CHUNK_BYTES_MAX);
         self.state.shipped_lsn = last;
         self.state.previous = Some(key);
         self.state.chunks += 1;

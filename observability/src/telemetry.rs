@@ -19,9 +19,14 @@ use opentelemetry_sdk::{
     Resource, metrics::SdkMeterProvider, propagation::TraceContextPropagator, trace::SdkTracerProvider,
 };
 use prometheus::Registry;
-use tracing_subscriber::{EnvFilter, Layer, filter, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing_subscriber::{
+    EnvFilter, Layer,
+    filter::{self, FilterExt},
+    layer::SubscriberExt,
+    util::SubscriberInitExt,
+};
 
-use crate::LogFormat;
+use crate::{LogFormat, delivery::Told, log_writer::LogWriter};
 
 /// What is logged when nothing else is said.
 const DEFAULT_FILTER: &str = "info";
@@ -29,6 +34,18 @@ const DEFAULT_FILTER: &str = "info";
 /// How long the last export may take at the end. A collector that is down must not keep the
 /// process from stopping within its 10 s.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(2);
+
+/// How long the last log lines may take at the end, when somebody reads them slowly.
+const LOG_DEADLINE: Duration = Duration::from_millis(500);
+
+/// The target of [`server_span`].
+const SERVER_TARGET: &str = "server";
+
+/// A span that names one of several servers of a process in every line that is logged inside of it,
+/// whatever the log filter says. It is no part of traces.
+pub fn server_span(name: &str) -> tracing::Span {
+    tracing::error_span!(target: SERVER_TARGET, "server", node = name)
+}
 
 static INITIALISED: AtomicBool = AtomicBool::new(false);
 
@@ -147,12 +164,35 @@ impl Telemetry {
                 .with_tracer(tracers.tracer("vasto"))
                 .with_filter(filter::filter_fn(|metadata| metadata.target().starts_with("vasto")))
         });
+        let log = LogWriter::stderr();
+        let server_names = filter::filter_fn(|metadata| metadata.target() == SERVER_TARGET);
         tracing_subscriber::registry()
-            .with(stderr_layer(config.format).with_filter(filter))
+            .with(stderr_layer(config.format, log.clone()).with_filter(filter.or(server_names)))
             .with(spans)
             .try_init()
             .map_err(|_| TelemetryError::AlreadyInitialised)?;
+        count_dropped(&log);
+        let panicked = log.clone();
+        // The usual way writes to stderr itself, and may wait there for ever.
+        std::panic::set_hook(Box::new(move |panic| {
+            let backtrace = std::backtrace::Backtrace::capture();
+            let backtrace = match backtrace.status() {
+                std::backtrace::BacktraceStatus::Captured => format!("{backtrace}\n"),
+                _ => String::new(),
+            };
+            let thread = std::thread::current();
+            let name = thread.name().unwrap_or("<unnamed>");
+            panicked.line(format!("thread '{name}' {panic}\n{backtrace}").as_bytes());
+        }));
         Ok(Telemetry { registry, meters, tracers })
+    }
+
+    /// Checks a `tracing` filter; nothing is set up.
+    ///
+    /// # Errors
+    /// [`TelemetryError::Filter`] with what is wrong.
+    pub fn check_filter(filter: &str) -> Result<(), TelemetryError> {
+        parse_filter(Some(filter)).map(|_| ())
     }
 
     /// The registry for [`crate::AdminServer::start`].
@@ -179,17 +219,28 @@ impl Telemetry {
         if tokio::time::timeout(2 * SHUTDOWN_DEADLINE, ended).await.is_err() {
             tracing::info!("the last telemetry was not delivered in time");
         }
+        // Nobody may read.
+        let _ = tokio::task::spawn_blocking(|| LogWriter::stderr().flush(LOG_DEADLINE)).await;
     }
 }
 
-fn stderr_layer<S>(format: LogFormat) -> Box<dyn Layer<S> + Send + Sync>
+fn count_dropped(log: &LogWriter) {
+    let log = log.clone();
+    global::meter("vasto-observability")
+        .u64_observable_counter("vasto.log.dropped")
+        .with_description("Log lines that were dropped because nobody read stderr.")
+        .with_callback(move |observer| observer.observe(log.dropped(), &[]))
+        .build();
+}
+
+fn stderr_layer<S>(format: LogFormat, log: LogWriter) -> Box<dyn Layer<S> + Send + Sync>
 where
     S: tracing::Subscriber + for<'a> tracing_subscriber::registry::LookupSpan<'a>,
 {
     let terminal = std::io::stderr().is_terminal();
-    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let layer = tracing_subscriber::fmt::layer().with_writer(log);
     if format.is_json(terminal) {
-        layer.json().flatten_event(true).with_span_list(false).boxed()
+        layer.json().flatten_event(true).with_current_span(false).with_span_list(true).boxed()
     } else {
         let colour = terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
         layer.with_ansi(colour).boxed()
@@ -244,7 +295,7 @@ fn meter_provider(
             .with_endpoint(endpoint)
             .build()
             .map_err(|error| otlp_error(endpoint, error))?;
-        builder = builder.with_periodic_exporter(exporter);
+        builder = builder.with_periodic_exporter(Told::new(exporter, "metrics", endpoint));
     }
     Ok(builder.build())
 }
@@ -255,7 +306,10 @@ fn tracer_provider(resource: Resource, endpoint: &str) -> Result<SdkTracerProvid
         .with_endpoint(endpoint)
         .build()
         .map_err(|error| otlp_error(endpoint, error))?;
-    Ok(SdkTracerProvider::builder().with_resource(resource).with_batch_exporter(exporter).build())
+    Ok(SdkTracerProvider::builder()
+        .with_resource(resource)
+        .with_batch_exporter(Told::new(exporter, "traces", endpoint))
+        .build())
 }
 
 fn otlp_error(endpoint: &str, error: impl std::fmt::Display) -> TelemetryError {

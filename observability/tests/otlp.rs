@@ -81,11 +81,13 @@ async fn a_counter_and_a_span_arrive_at_the_collector() {
     global::meter("vasto-node").u64_counter("vasto.node.ops").build().add(1, &[]);
     tracing::info_span!(target: "vasto_node::writer", "group_commit").in_scope(|| {});
     tracing::info_span!(target: "somebody_else", "their_span").in_scope(|| {});
+    vasto_observability::server_span("node-1").in_scope(|| {});
     timeout(Duration::from_secs(20), telemetry.shutdown()).await.unwrap();
 
     let names = collector.names.lock().unwrap().clone();
     assert!(names.contains("vasto.node.ops"), "{names:?}");
     assert!(names.contains("group_commit"), "{names:?}");
     assert!(!names.contains("their_span"), "{names:?}");
+    assert!(!names.contains("server"), "what names a server in log lines is no trace: {names:?}");
     serving.abort();
 }

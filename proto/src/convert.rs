@@ -49,12 +49,12 @@ pub fn error_from_wire(error: &v1::Error) -> VastoError {
 /// A gRPC status whose metadata carries the code.
 pub fn status_of(error: &VastoError) -> Status {
     let code = match error.code {
-        ErrorCode::InvalidArgument | ErrorCode::WrongType => Code::InvalidArgument,
+        ErrorCode::InvalidArgument | ErrorCode::WrongType | ErrorCode::OutOfRange => Code::InvalidArgument,
         ErrorCode::NotFound => Code::NotFound,
         ErrorCode::AlreadyExists => Code::AlreadyExists,
         ErrorCode::WrongEpoch | ErrorCode::FailedPrecondition | ErrorCode::NotPrimary => Code::FailedPrecondition,
         ErrorCode::NodeBehind | ErrorCode::Unavailable | ErrorCode::CatchingUp => Code::Unavailable,
-        ErrorCode::Overloaded => Code::ResourceExhausted,
+        ErrorCode::Overloaded | ErrorCode::NoSpace => Code::ResourceExhausted,
         ErrorCode::Unknown => Code::Unknown,
         ErrorCode::Corrupt => Code::DataLoss,
         ErrorCode::DeadlineExceeded => Code::DeadlineExceeded,

@@ -10,6 +10,7 @@ pub mod v1 {
 }
 
 pub mod convert;
+pub mod incoming;
 
 /// Raised when an old node and a new master would misunderstand each other.
 pub const PROTOCOL: u32 = 2;

@@ -11,8 +11,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use futures::TryStreamExt;
+use bytes::{Bytes, BytesMut};
+use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path as ObjectPath;
 use object_store::{GetOptions, GetResult, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 
@@ -20,10 +20,15 @@ pub use crate::counts::RequestCounts;
 pub use crate::error::BucketError;
 
 use crate::bill::Usage;
+use crate::breaker::{Breaker, PROBE_BYTES_MAX};
 use crate::counts::Counters;
 use crate::failure::{Failure, Kind};
 use crate::layout;
+use crate::listing::{self, Listing, Source};
+use crate::open::Opened;
 use crate::retry::{Retry, RetryBudget};
+use crate::upload::blocking;
+use crate::wire::Learned;
 
 /// [`Bucket::get`] refuses larger objects: it holds them in memory. Manifests and chunks stay far below.
 pub const GET_BYTES_MAX: u64 = 256 << 20;
@@ -103,6 +108,9 @@ struct Inner {
     root: String,
     counters: Arc<Counters>,
     opened: Instant,
+    source: Source,
+    learned: Arc<Learned>,
+    breaker: Breaker,
 }
 
 impl std::fmt::Debug for Bucket {
@@ -119,8 +127,7 @@ impl Bucket {
     /// # Errors
     /// `BadUrl`, `BadOptions`, `NoCredentials`; a local directory that cannot be created is `Store`.
     pub fn open(url: &str, options: &BucketOptions) -> Result<Bucket, BucketError> {
-        let opened = crate::open::open(url, options, &mut std::env::vars_os())?;
-        Ok(Self::over(opened.url, opened.store, opened.root))
+        Ok(Self::from_opened(crate::open::open(url, options, &mut std::env::vars_os())?))
     }
 
     /// A bucket over any object store, its root at the store's own; for stores that wrap another.
@@ -129,7 +136,13 @@ impl Bucket {
     }
 
     pub(crate) fn over(url: String, store: Arc<dyn ObjectStore>, root: String) -> Bucket {
-        let inner = Inner { url, store, root, counters: Arc::default(), opened: Instant::now() };
+        Self::from_opened(Opened { url, store, root, source: Source::Stream, learned: Arc::default() })
+    }
+
+    pub(crate) fn from_opened(opened: Opened) -> Bucket {
+        let Opened { url, store, root, source, learned } = opened;
+        let (counters, breaker) = (Arc::default(), Breaker::default());
+        let inner = Inner { url, store, root, counters, opened: Instant::now(), source, learned, breaker };
         Bucket { inner: Arc::new(inner), budget: RetryBudget::default() }
     }
 
@@ -157,6 +170,26 @@ impl Bucket {
     /// The same, with the time since the bucket was opened.
     pub fn usage(&self) -> Usage {
         Usage { counts: self.counts(), elapsed: self.inner.opened.elapsed() }
+    }
+
+    /// Since when nobody has answered, and what was heard last; `None` while the bucket answers.
+    pub fn outage(&self) -> Option<(Duration, String)> {
+        self.inner.breaker.outage()
+    }
+
+    /// How many times the bucket has begun to answer again: whoever waits after a failure need not any more.
+    pub fn outages_ended(&self) -> u64 {
+        self.inner.breaker.ended()
+    }
+
+    /// What lies among the objects and is none, as far as listings have found it since this was asked last.
+    pub fn take_strangers(&self) -> Vec<String> {
+        self.inner.learned.strangers.take()
+    }
+
+    /// How far the store's clock is ahead of this machine's, seconds; 0 while that is not known.
+    pub fn clock_ahead_s(&self) -> i64 {
+        self.inner.learned.ahead_s()
     }
 
     /// Answers the counts as long as anybody holds the bucket, and does not hold it.
@@ -216,18 +249,18 @@ impl Bucket {
     /// # Errors
     /// After an error the outcome is unknown: read before deciding anything.
     pub async fn create(&self, key: &str, body: Bytes) -> Result<Create, BucketError> {
-        self.create_within(key, body, self.budget.attempt).await
-    }
-
-    pub(crate) async fn create_within(&self, key: &str, body: Bytes, limit: Duration) -> Result<Create, BucketError> {
         let path = self.path(key)?;
+        let bytes = body.len() as u64;
+        let limit = self.budget.limit_for(bytes);
         let mut retry = Retry::new(self.budget);
         loop {
-            let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-            self.inner.counters.put();
-            self.inner.counters.sent(body.len() as u64);
-            let put = self.inner.store.put_opts(&path, PutPayload::from(body.clone()), options);
-            let mut failure = match within(limit, put).await {
+            let put = async {
+                let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+                self.inner.counters.put();
+                self.inner.counters.sent(bytes);
+                self.inner.store.put_opts(&path, PutPayload::from(body.clone()), options).await
+            };
+            let mut failure = match self.once(&retry, limit, bytes, put).await {
                 Ok(_) => return Ok(Create::Created),
                 Err(failure) => failure,
             };
@@ -248,19 +281,26 @@ impl Bucket {
     pub async fn get(&self, key: &str) -> Result<Option<Bytes>, BucketError> {
         let path = self.path(key)?;
         let read = || async {
-            let result = self.get_once(&path, None).await?;
+            let result = within(self.budget.attempt, self.get_once(&path, None)).await?;
             let size = result.meta.size;
             if size > GET_BYTES_MAX {
                 return Ok(Err(size));
             }
-            let body = result.bytes().await?;
-            self.inner.counters.received(body.len() as u64);
+            let mut body = BytesMut::with_capacity(size as usize);
+            let mut stream = result.into_stream();
+            // However slow it is, as long as it does not stand still.
+            while let Some(part) = within(self.budget.attempt, async { stream.next().await.transpose() }).await? {
+                self.inner.counters.received(part.len() as u64);
+                body.extend_from_slice(&part);
+            }
+            let body = body.freeze();
             if body.len() as u64 != size {
                 return Err(Failure::short_body(size, body.len() as u64));
             }
             Ok(Ok(body))
         };
-        match self.retrying(self.budget.transfer, read).await {
+        let limit = self.budget.transfer.max(self.budget.limit_for(GET_BYTES_MAX));
+        match self.retrying(limit, read).await {
             Ok(Ok(body)) => Ok(Some(body)),
             Ok(Err(bytes)) => Err(BucketError::TooLarge { key: key.to_owned(), bytes }),
             Err(failure) if failure.kind == Kind::NotFound => Ok(None),
@@ -268,60 +308,197 @@ impl Bucket {
         }
     }
 
+    /// Up to `bytes` bytes of the object's beginning, with the size of the whole; `None` when there is none.
+    pub(crate) async fn beginning(&self, key: &str, bytes: u64) -> Result<Option<(Bytes, u64)>, BucketError> {
+        let path = self.path(key)?;
+        let read = || async {
+            let result = self.get_once(&path, Some(0..bytes)).await?;
+            let size = result.meta.size;
+            let body = result.bytes().await?;
+            self.inner.counters.received(body.len() as u64);
+            Ok((body, size))
+        };
+        match self.retrying(self.budget.attempt, read).await {
+            Ok(found) => Ok(Some(found)),
+            Err(failure) if failure.kind == Kind::NotFound => Ok(None),
+            Err(failure) => Err(failure.into_error(self.url(), key)),
+        }
+    }
+
     /// The object's size, or `None` when there is none.
     pub async fn head(&self, key: &str) -> Result<Option<u64>, BucketError> {
+        Ok(self.look_at(key).await?.map(|found| found.bytes))
+    }
+
+    /// What a listing would show of the object, or `None` when there is none.
+    pub async fn look_at(&self, key: &str) -> Result<Option<ObjectInfo>, BucketError> {
         let path = self.path(key)?;
         let head = || async {
             self.inner.counters.head();
-            Ok(self.inner.store.head(&path).await?.size)
+            Ok(self.inner.store.head(&path).await?)
         };
         match self.retrying(self.budget.attempt, head).await {
-            Ok(size) => Ok(Some(size)),
+            Ok(found) => Ok(Some(info(key.to_owned(), &found))),
             Err(failure) if failure.kind == Kind::NotFound => Ok(None),
             Err(failure) => Err(failure.into_error(self.url(), key)),
         }
     }
 
     /// All objects in the folder `prefix` (which ends with `/`; the empty prefix is everything), in
-    /// no particular order. For start-up and fsck only: no decision rests on a listing.
+    /// no particular order. For start-up and fsck only: no decision rests on a listing. What is there and
+    /// cannot be an object of Vasto is passed by, and told by [`Bucket::take_strangers`].
     pub async fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>, BucketError> {
+        Ok(self.list_all(prefix).await?.objects)
+    }
+
+    /// The same, with what interrupted writes have left beside the objects.
+    pub async fn list_all(&self, prefix: &str) -> Result<Listing, BucketError> {
+        let mut all = Listing::default();
+        self.list_until(prefix, &mut all, |_| false).await?;
+        Ok(all)
+    }
+
+    /// The first object that is more than the probe of a start; `None`: nobody has written anything here.
+    pub async fn any_object(&self) -> Result<Option<String>, BucketError> {
+        let mut all = Listing::default();
+        let is_other = |object: &ObjectInfo| !object.key.starts_with("probe/");
+        self.list_until("", &mut all, |page| page.iter().any(is_other)).await?;
+        Ok(all.objects.into_iter().find(is_other).map(|object| object.key))
+    }
+
+    /// Lists page by page until a page will do. One that fails is asked for again.
+    async fn list_until(
+        &self,
+        prefix: &str,
+        all: &mut Listing,
+        will_do: impl Fn(&[ObjectInfo]) -> bool,
+    ) -> Result<(), BucketError> {
         let folder = match (self.inner.root.as_str(), prefix.trim_end_matches('/')) {
-            ("", "") => None,
-            (root, "") => Some(root.to_owned()),
-            ("", folder) => Some(folder.to_owned()),
-            (root, folder) => Some(format!("{root}/{folder}")),
+            ("", folder) => folder.to_owned(),
+            (root, "") => root.to_owned(),
+            (root, folder) => format!("{root}/{folder}"),
         };
-        let folder = folder.map(|folder| parse_path(&folder)).transpose()?;
-        let list = || async {
-            self.inner.counters.list(1);
-            let found: Vec<_> = self.inner.store.list(folder.as_ref()).try_collect().await?;
-            self.inner.counters.list((found.len() as u64).div_ceil(LIST_PAGE).saturating_sub(1));
-            Ok(found)
+        let path = (!folder.is_empty()).then(|| parse_path(&folder)).transpose()?;
+        let failed = |failure: Failure| failure.into_error(self.url(), prefix);
+        let of_page = |page: Vec<object_store::ObjectMeta>| {
+            let skip = if self.inner.root.is_empty() { 0 } else { self.inner.root.len() + 1 };
+            let key = |meta: &object_store::ObjectMeta| Some(meta.location.as_ref().get(skip..)?.to_owned());
+            page.iter().filter_map(|meta| Some(info(key(meta)?, meta))).collect::<Vec<_>>()
         };
-        let outcome = self.retrying(Duration::from_secs(600), list).await;
-        let found = outcome.map_err(|failure| failure.into_error(self.url(), prefix))?;
-        let skip = if self.inner.root.is_empty() { 0 } else { self.inner.root.len() + 1 };
-        Ok(found
-            .into_iter()
-            .filter_map(|meta| {
-                Some(ObjectInfo {
-                    key: meta.location.as_ref().get(skip..)?.to_owned(),
-                    bytes: meta.size,
-                    modified_us: u64::try_from(meta.last_modified.timestamp_micros()).unwrap_or(0),
-                })
-            })
-            .collect())
+        match &self.inner.source {
+            Source::Local(root) => {
+                let (root, learned) = (root.clone(), self.inner.learned.clone());
+                let walked = blocking(move || listing::walk(&root, &folder, &learned.strangers)).await;
+                *all = walked.map_err(|error| failed(Failure::of_disk(&error)))?;
+                self.inner.counters.list((all.objects.len() as u64).div_ceil(LIST_PAGE).max(1));
+            }
+            Source::Stream => {
+                let list = || async {
+                    self.inner.counters.list(1);
+                    Ok(self.inner.store.list(path.as_ref()).try_collect::<Vec<_>>().await?)
+                };
+                let found = self.retrying(self.budget.transfer, list).await.map_err(failed)?;
+                self.inner.counters.list((found.len() as u64).div_ceil(LIST_PAGE).saturating_sub(1));
+                all.objects = of_page(found);
+            }
+            Source::Pages(store) => {
+                let prefix = if folder.is_empty() { folder } else { format!("{folder}/") };
+                let mut token: Option<String> = None;
+                loop {
+                    let list = || async {
+                        self.inner.counters.list(1);
+                        Ok(listing::page(store.as_ref(), &prefix, token.clone()).await?)
+                    };
+                    let (page, next) = self.retrying(self.budget.transfer, list).await.map_err(failed)?;
+                    let page = of_page(page);
+                    let enough = will_do(&page);
+                    all.objects.extend(page);
+                    token = next;
+                    if enough || token.is_none() {
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Removes the object; one that is not there is fine.
     pub async fn delete(&self, key: &str) -> Result<(), BucketError> {
-        let path = self.path(key)?;
-        let delete = || async {
-            self.inner.counters.delete();
-            Ok(self.inner.store.delete(&path).await?)
-        };
-        match self.retrying(self.budget.attempt, delete).await {
-            Err(failure) if failure.kind != Kind::NotFound => Err(failure.into_error(self.url(), key)),
+        self.delete_many(&[key]).await
+    }
+
+    /// Removes these objects, on S3 in one request for up to a thousand of them; those that are not there are
+    /// fine. After an error some of them may be gone.
+    pub async fn delete_many(&self, keys: &[&str]) -> Result<(), BucketError> {
+        let mut left = Vec::with_capacity(keys.len());
+        for key in keys {
+            left.push((*key, self.path(key)?));
+        }
+        let mut retry = Retry::new(self.budget);
+        while !left.is_empty() {
+            let delete = async {
+                let batches = matches!(self.inner.source, Source::Pages(_));
+                (0..if batches { 1 } else { left.len() }).for_each(|_| self.inner.counters.delete());
+                let paths: Vec<_> = left.iter().map(|(_, path)| Ok(path.clone())).collect();
+                let stream = self.inner.store.delete_stream(futures::stream::iter(paths).boxed());
+                // One answer for each, in the same order; a batch that fails whole has one answer.
+                let answers: Vec<object_store::Result<ObjectPath>> = stream.collect().await;
+                let whole = answers.len() != left.len();
+                let mut first = None;
+                let mut again = Vec::new();
+                for (at, answer) in answers.into_iter().enumerate() {
+                    match answer.map_err(Failure::from) {
+                        Ok(_) => {}
+                        Err(failure) if failure.kind == Kind::NotFound => {}
+                        Err(failure) => {
+                            again.push(at);
+                            first.get_or_insert(failure);
+                        }
+                    }
+                }
+                match first {
+                    None => Ok(Vec::new()),
+                    Some(failure) if whole || again.len() == left.len() => Err(failure),
+                    Some(failure) => Ok(again.into_iter().map(|at| (at, failure.clone())).collect()),
+                }
+            };
+            let limit = self.budget.attempt.max(self.budget.transfer.min(self.budget.attempt * left.len() as u32));
+            let (again, failure) = match self.once(&retry, limit, 0, delete).await {
+                Ok(again) => {
+                    let failure = again.first().map(|(_, failure)| failure.clone());
+                    (Some(again), failure)
+                }
+                Err(failure) => (None, Some(failure)),
+            };
+            let Some(failure) = failure else { return Ok(()) };
+            if let Some(again) = again {
+                let mut at = 0;
+                left.retain(|_| {
+                    at += 1;
+                    again.iter().any(|(index, _)| *index == at - 1)
+                });
+            }
+            if !failure.transient || !retry.pause().await {
+                let key = left.first().map_or("", |(key, _)| *key);
+                return Err(failure.into_error(self.url(), key));
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes a file that an interrupted write has left in a local directory.
+    pub(crate) async fn delete_staged(&self, key: &str) -> Result<(), BucketError> {
+        self.path(key)?;
+        let Source::Local(root) = &self.inner.source else { return Ok(()) };
+        if listing::staged_for(key).is_none() {
+            return Err(BucketError::BadKey { key: key.to_owned(), reason: "it is no staged file".to_owned() });
+        }
+        let path = root.join(key);
+        match blocking(move || std::fs::remove_file(path)).await {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Failure::of_disk(&error).into_error(self.url(), key))
+            }
             _ => Ok(()),
         }
     }
@@ -353,6 +530,48 @@ impl Bucket {
         self.budget
     }
 
+    /// One attempt, in its turn when the bucket does not answer, cut off after `limit`. `sends` bytes of it go
+    /// up: they are not sent to find out whether anybody is there, and how long they take says nothing about
+    /// others.
+    pub(crate) async fn once<T, E: Into<Failure>>(
+        &self,
+        retry: &Retry,
+        limit: Duration,
+        sends: u64,
+        attempt: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, Failure> {
+        let breaker = &self.inner.breaker;
+        let is_large = sends > PROBE_BYTES_MAX;
+        while is_large && breaker.is_open() {
+            let pass = breaker.pass(retry.left()).await?;
+            self.inner.counters.head();
+            let path = self.path(&layout::cluster()).map_err(|error| Failure::of_name(&error))?;
+            let looked = within(self.budget.attempt, self.inner.store.head(&path)).await;
+            pass.tell(looked.err().map(|failure| failure.with_clock(self.clock_ahead_s())).as_ref());
+        }
+        let pass = breaker.pass(retry.left()).await?;
+        match tokio::time::timeout(limit, attempt).await {
+            Ok(Ok(value)) => {
+                pass.tell(None);
+                Ok(value)
+            }
+            Ok(Err(error)) => {
+                let failure = error.into().with_clock(self.clock_ahead_s());
+                pass.tell(Some(&failure));
+                Err(failure)
+            }
+            Err(_) => {
+                let failure = Failure::timed_out(limit);
+                if is_large {
+                    pass.say_nothing()
+                } else {
+                    pass.tell(Some(&failure))
+                }
+                Err(failure)
+            }
+        }
+    }
+
     /// Attempts until one succeeds, one fails for good, or the budget is used up.
     async fn retrying<T, F, Fut>(&self, limit: Duration, attempt: F) -> Result<T, Failure>
     where
@@ -361,7 +580,7 @@ impl Bucket {
     {
         let mut retry = Retry::new(self.budget);
         loop {
-            let failure = match within(limit, attempt()).await {
+            let failure = match self.once(&retry, limit, 0, attempt()).await {
                 Ok(value) => return Ok(value),
                 Err(failure) => failure,
             };
@@ -370,6 +589,11 @@ impl Bucket {
             }
         }
     }
+}
+
+fn info(key: String, meta: &object_store::ObjectMeta) -> ObjectInfo {
+    let modified_us = u64::try_from(meta.last_modified.timestamp_micros()).unwrap_or(0);
+    ObjectInfo { key, bytes: meta.size, modified_us }
 }
 
 /// One attempt, cut off after `limit`.

@@ -6,6 +6,10 @@
 //!
 //! What is in a version is decided by the master; who obeys it, by the nodes.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
@@ -54,12 +58,50 @@ pub enum CatalogError {
         "the bucket's layout has format {0}, newer than {CLUSTER_FORMAT}, the newest that this version uses; upgrade this server"
     )]
     NewerCluster(u64),
+    /// There is something in the prefix, and nothing that says whose it is.
+    #[error(
+        "the prefix {url} is not empty ({found}) but has no cluster.json, so it is not claimed; for a new cluster choose \
+         an empty prefix, such as {url}/vasto; if this cluster's own cluster.json was deleted, `vasto bucket repair` \
+         puts it back from what the nodes remember"
+    )]
+    Unclaimed {
+        /// The prefix.
+        url: String,
+        /// One of the objects in it.
+        found: String,
+    },
+    /// Somebody else has claimed the prefix.
+    #[error(
+        "the prefix belongs to cluster {found}, which has keyspaces, and not to cluster {wanted}; start the master with \
+         the bucket of its own cluster"
+    )]
+    OtherCluster {
+        /// Whose it is.
+        found: String,
+        /// Who asked.
+        wanted: String,
+    },
     /// A live keyspace has the name.
     #[error("a keyspace named `{0}` exists; choose another name, or delete that one first")]
     NameTaken(String),
     /// The name is not allowed.
     #[error(transparent)]
     BadName(#[from] BadKeyspaceName),
+}
+
+impl CatalogError {
+    /// True when it is about one object that nobody can read, and says nothing about others. What a newer
+    /// version wrote is not that: whoever reads on must be upgraded first.
+    pub fn is_of_one_object(&self) -> bool {
+        match self {
+            CatalogError::Document { source, .. } => !matches!(source, EnvelopeError::Newer { .. }),
+            CatalogError::Misplaced { .. } => true,
+            CatalogError::Bucket(error) => {
+                matches!(error, BucketError::BadKey { .. } | BucketError::TooLarge { .. })
+            }
+            _ => false,
+        }
+    }
 }
 
 /// Who won a version.
@@ -88,12 +130,20 @@ struct NameBinding {
 #[derive(Debug, Clone)]
 pub struct CatalogStore {
     bucket: Bucket,
+    /// The greatest id of a keyspace that was seen, whatever the bucket still shows of it: one that came again
+    /// would find the other keyspace's objects under its names.
+    used: Arc<AtomicU64>,
 }
 
 impl CatalogStore {
     /// The catalog in this bucket.
     pub fn new(bucket: Bucket) -> Self {
-        Self { bucket }
+        Self { bucket, used: Arc::default() }
+    }
+
+    /// An id that no new keyspace may have.
+    pub fn note_used(&self, keyspace: KeyspaceId) {
+        self.used.fetch_max(keyspace.0, Ordering::AcqRel);
     }
 
     /// The bucket that it is in.
@@ -105,22 +155,41 @@ impl CatalogStore {
     /// than `new_cluster_id` when the prefix was claimed before.
     ///
     /// # Errors
-    /// `NewerCluster` when a newer version claimed it.
+    /// `Unclaimed` when there is anything in the prefix but no claim; `NewerCluster` when a newer version
+    /// claimed it.
     pub async fn claim_cluster(&self, new_cluster_id: String) -> Result<String, CatalogError> {
-        let key = layout::cluster();
         // Read first: a start-up that claims nothing should not need a write.
-        let found = match self.bucket.get(&key).await? {
-            Some(found) => found,
-            None => {
-                let cluster =
-                    Cluster { cluster_id: new_cluster_id.clone(), format: CLUSTER_FORMAT, created_at_us: now_us() };
-                match self.bucket.create(&key, envelope::encode(CLUSTER, &cluster)).await? {
-                    Create::Created => return Ok(new_cluster_id),
-                    Create::Exists(found) => found,
-                }
-            }
-        };
-        let cluster: Cluster = decode(CLUSTER, &key, &found).map_err(|error| match error {
+        if let Some(id) = self.cluster_id().await? {
+            return Ok(id);
+        }
+        if let Some(found) = self.bucket.any_object().await? {
+            // Another master may have claimed it, and written more, since.
+            return match self.cluster_id().await? {
+                Some(id) => Ok(id),
+                None => Err(CatalogError::Unclaimed { url: self.bucket.url().to_owned(), found }),
+            };
+        }
+        self.claim_for(new_cluster_id).await
+    }
+
+    /// Who has claimed the prefix; `None`: nobody.
+    pub async fn cluster_id(&self) -> Result<Option<String>, CatalogError> {
+        let found = self.bucket.get(&layout::cluster()).await?;
+        found.map(|found| Self::cluster_id_in(&found)).transpose()
+    }
+
+    /// Writes the claim, whatever else is in the prefix; answers whose it is then.
+    pub(crate) async fn claim_for(&self, cluster_id: String) -> Result<String, CatalogError> {
+        let cluster = Cluster { cluster_id: cluster_id.clone(), format: CLUSTER_FORMAT, created_at_us: now_us() };
+        match self.bucket.create(&layout::cluster(), envelope::encode(CLUSTER, &cluster)).await? {
+            Create::Created => Ok(cluster_id),
+            Create::Exists(found) => Self::cluster_id_in(&found),
+        }
+    }
+
+    fn cluster_id_in(found: &[u8]) -> Result<String, CatalogError> {
+        let key = layout::cluster();
+        let cluster: Cluster = decode(CLUSTER, &key, found).map_err(|error| match error {
             CatalogError::Document { source: EnvelopeError::Newer { format, .. }, .. } => {
                 CatalogError::NewerCluster(format)
             }
@@ -196,13 +265,31 @@ impl CatalogStore {
         self.read(keyspace, CatalogVersion(last)).await
     }
 
+    /// The same from a hint that a listing gave: what somebody else has put under a higher number does not count.
+    pub(crate) async fn tip_below_strangers(
+        &self,
+        keyspace: KeyspaceId,
+        listed: CatalogVersion,
+    ) -> Result<Option<Catalog>, CatalogError> {
+        match self.tip(keyspace, listed).await {
+            Err(error) if error.is_of_one_object() => self.tip(keyspace, CatalogVersion(1)).await,
+            found => found,
+        }
+    }
+
     /// The tips of all keyspaces, in the order of their ids; for start-up, since it lists. The list
     /// is only a hint: each tip, and the last keyspace, are found upward from it.
     ///
     /// An active keyspace whose name is not bound to it is left out: [`Self::create_keyspace`] ended
     /// between its two steps. Deleted keyspaces are in it: nodes may still hold their replicas.
+    /// One that cannot be read is told and left out, unless a newer version wrote it: it costs only itself.
     pub async fn load_all(&self) -> Result<Vec<Catalog>, CatalogError> {
-        let mut hints = std::collections::BTreeMap::<KeyspaceId, CatalogVersion>::new();
+        Ok(self.load_all_told().await?.0)
+    }
+
+    /// The same, with what is odd about those that were left out.
+    pub async fn load_all_told(&self) -> Result<(Vec<Catalog>, Vec<String>), CatalogError> {
+        let mut hints = BTreeMap::<KeyspaceId, CatalogVersion>::new();
         for object in self.bucket.list(&layout::catalog_prefix()).await? {
             if let Some((keyspace, version)) = layout::parse_catalog_version(&object.key) {
                 let hint = hints.entry(keyspace).or_default();
@@ -210,20 +297,50 @@ impl CatalogStore {
             }
         }
         let listed = hints.last_key_value().map_or(0, |(keyspace, _)| keyspace.0);
-        for id in listed + 1..=self.last(listed, first_version).await? {
-            hints.insert(KeyspaceId(id), CatalogVersion(1));
+        for id in listed.saturating_add(1)..=self.last(listed, first_version).await? {
+            hints.entry(KeyspaceId(id)).or_insert(CatalogVersion(1));
         }
-        let found: Vec<Option<Catalog>> = futures::stream::iter(hints)
-            .map(|(keyspace, hint)| self.clone().load_one(keyspace, hint))
+        let found: Vec<(KeyspaceId, Result<Option<Catalog>, CatalogError>)> = futures::stream::iter(hints)
+            .map(|(keyspace, hint)| {
+                let store = self.clone();
+                async move { (keyspace, store.load_one(keyspace, hint).await) }
+            })
             .buffered(LOADS_IN_FLIGHT)
-            .try_collect()
-            .await?;
-        Ok(found.into_iter().flatten().collect())
+            .collect()
+            .await;
+        let (mut catalogs, mut odd) = (Vec::new(), Vec::new());
+        for (keyspace, loaded) in found {
+            match loaded {
+                Ok(catalog) => {
+                    self.note_used(catalog.as_ref().map_or(KeyspaceId(0), |catalog| catalog.keyspace));
+                    catalogs.extend(catalog);
+                }
+                Err(error) if error.is_of_one_object() => {
+                    let text = format!("keyspace {keyspace} is left out, because its catalog cannot be read: {error}");
+                    tracing::warn!(%keyspace, %error, "a keyspace is left out, because its catalog cannot be read");
+                    odd.push(text);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok((catalogs, odd))
     }
 
     async fn load_one(self, keyspace: KeyspaceId, hint: CatalogVersion) -> Result<Option<Catalog>, CatalogError> {
-        let Some(catalog) = self.tip(keyspace, hint).await? else { return Ok(None) };
-        if catalog.state == KeyspaceState::Active && !self.is_bound(&catalog).await? {
+        let Some(catalog) = self.tip_below_strangers(keyspace, hint).await? else { return Ok(None) };
+        if catalog.state != KeyspaceState::Active {
+            return Ok(Some(catalog));
+        }
+        let bound = match self.is_bound(&catalog).await {
+            // Somebody put something else under the name: the keyspace is there all the same.
+            Err(error) if error.is_of_one_object() => {
+                tracing::warn!(%keyspace, name = catalog.name, %error, "the name of a keyspace cannot be looked up");
+                true
+            }
+            bound => bound?,
+        };
+        // The second version is written by who has seen the name bound: the binding was deleted since.
+        if !bound && catalog.version == CatalogVersion(1) {
             tracing::info!(%keyspace, name = catalog.name, "ignored: the name was never bound to this keyspace");
             return Ok(None);
         }
@@ -249,7 +366,7 @@ impl CatalogStore {
         let name = build(KeyspaceId(1)).name;
         check_keyspace_name(&name)?;
         self.free_name_version(&name).await?;
-        let mut id = self.last(0, first_version).await? + 1;
+        let mut id = self.last(self.used.load(Ordering::Acquire), first_version).await?.saturating_add(1);
         let catalog = loop {
             let catalog = build(KeyspaceId(id));
             assert_eq!(
@@ -257,9 +374,12 @@ impl CatalogStore {
                 (KeyspaceId(id), CatalogVersion(1), &name),
                 "a keyspace begins with version 1 under the id it was given"
             );
-            match self.claim(&catalog).await? {
-                CatalogWrite::Won => break catalog,
-                CatalogWrite::Lost(_) => id += 1,
+            match self.claim(&catalog).await {
+                Ok(CatalogWrite::Won) => break catalog,
+                Ok(CatalogWrite::Lost(_)) => id += 1,
+                // Somebody put something else under the id.
+                Err(error) if error.is_of_one_object() => id += 1,
+                Err(error) => return Err(error),
             }
         };
         loop {
@@ -268,6 +388,67 @@ impl CatalogStore {
             if self.create(&layout::name_version(&name, n), NAME, &binding).await?.is_none() {
                 return Ok(catalog);
             }
+        }
+    }
+
+    /// Puts back what the bucket has lost of a keyspace, given the last version that anybody remembers: that
+    /// version, those before it (of which only the numbers are left: each says what the remembered one says,
+    /// without its plan), and the name. Answers how many objects that were.
+    ///
+    /// # Errors
+    /// `NameTaken` when the name leads to another live keyspace.
+    pub async fn put_back(&self, remembered: &Catalog) -> Result<u64, CatalogError> {
+        let keyspace = remembered.keyspace;
+        self.note_used(keyspace);
+        let folder = format!("{}{:020}/", layout::catalog_prefix(), keyspace.0);
+        let listed = self.bucket.list(&folder).await?;
+        let there: BTreeSet<CatalogVersion> =
+            listed.iter().filter_map(|object| Some(layout::parse_catalog_version(&object.key)?.1)).collect();
+        let lost: Vec<u64> =
+            (1..=remembered.version.0).filter(|version| !there.contains(&CatalogVersion(*version))).collect();
+        // The last one last: numbers without a gap are all that a tip is found by.
+        let written = futures::stream::iter(lost).map(|version| async move {
+            let mut catalog = remembered.clone();
+            if version < remembered.version.0 {
+                catalog.version = CatalogVersion(version);
+                catalog.plan = None;
+                catalog.nonce = rand::random();
+            }
+            let claimed = self.claim(&catalog).await?;
+            Ok::<_, CatalogError>(u64::from(matches!(claimed, CatalogWrite::Won)))
+        });
+        let mut count = written.buffered(LOADS_IN_FLIGHT).try_fold(0, async |all, one| Ok(all + one)).await?;
+        let hint = there.last().copied().unwrap_or_default().max(remembered.version);
+        let Some(tip) = self.tip(keyspace, hint).await? else { return Ok(count) };
+        if tip.state == KeyspaceState::Active && !self.is_bound(&tip).await? {
+            let n = self.free_name_version(&tip.name).await?;
+            let binding = NameBinding { keyspace_id: keyspace, deleted: false };
+            count += u64::from(self.create(&layout::name_version(&tip.name, n), NAME, &binding).await?.is_none());
+        }
+        Ok(count)
+    }
+
+    /// Writes the claim that was lost, for the cluster that the nodes belong to. A claim of another cluster
+    /// that has no keyspace goes: it was made when the prefix was found empty.
+    ///
+    /// # Errors
+    /// `OtherCluster` when that cluster has keyspaces.
+    pub async fn claim_again(&self, cluster_id: &str) -> Result<bool, CatalogError> {
+        match self.cluster_id().await? {
+            Some(found) if found == cluster_id => return Ok(false),
+            Some(found) => {
+                let any = self.bucket.list(&layout::catalog_prefix()).await?;
+                if any.iter().any(|object| layout::parse_catalog_version(&object.key).is_some()) {
+                    let (found, wanted) = (found, cluster_id.to_owned());
+                    return Err(CatalogError::OtherCluster { found, wanted });
+                }
+                self.bucket.delete(&layout::cluster()).await?;
+            }
+            None => {}
+        }
+        match self.claim_for(cluster_id.to_owned()).await? {
+            found if found == cluster_id => Ok(true),
+            found => Err(CatalogError::OtherCluster { found, wanted: cluster_id.to_owned() }),
         }
     }
 
@@ -350,14 +531,19 @@ impl CatalogStore {
     /// The greatest number that is there, given that all up to `known` are: doubling steps up, then
     /// halving steps back. One request when `known` is the last.
     pub(crate) async fn last(&self, known: u64, key: impl Fn(u64) -> String) -> Result<u64, CatalogError> {
-        let (mut known, mut step) = (known, 1);
-        while self.bucket.head(&key(known + step)).await?.is_some() {
+        let (mut known, mut step) = (known, 1u64);
+        // Where the numbers end, there is nothing behind.
+        let there = async |known: u64, step: u64| match known.checked_add(step) {
+            Some(n) => Ok::<_, CatalogError>(self.bucket.head(&key(n)).await?.is_some()),
+            None => Ok(false),
+        };
+        while there(known, step).await? {
             known += step;
-            step *= 2;
+            step = step.saturating_mul(2);
         }
         while step > 1 {
             step /= 2;
-            if self.bucket.head(&key(known + step)).await?.is_some() {
+            if there(known, step).await? {
                 known += step;
             }
         }
@@ -404,7 +590,7 @@ pub fn decode_catalog(bytes: &[u8]) -> Result<Catalog, EnvelopeError> {
     envelope::decode(CATALOG, bytes)
 }
 
-#[expect(clippy::disallowed_methods, reason = "stamps cluster.json once, for people to read; nothing depends on it")]
-fn now_us() -> u64 {
+#[expect(clippy::disallowed_methods, reason = "the clock of whoever asks without giving a time of its own")]
+pub(crate) fn now_us() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
 }

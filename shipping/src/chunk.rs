@@ -63,7 +63,84 @@ pub enum ChunkError {
     },
 }
 
+/// So much of a chunk's beginning holds what [`peek`] reads: its fields and the key of the object before it.
+pub const BEGINNING_BYTES: u64 = 1 << 10;
+/// What is in a chunk beside its records and the key of the object before it.
+const FRAMING_BYTES: u64 = 8 + 4 + 8 + 4 + 8 + 8 + 8 + 4 + 4 + 4 + 4;
+
+/// What a chunk says of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Says {
+    /// The keyspace.
+    pub keyspace: KeyspaceId,
+    /// The shard.
+    pub shard: ShardId,
+    /// The replica whose log it is.
+    pub replica: ReplicaId,
+    /// LSN of the first record.
+    pub first_lsn: Lsn,
+    /// LSN of the last record.
+    pub last_lsn: Lsn,
+    /// Bytes of the whole object.
+    pub bytes: u64,
+    /// The log goes on here behind what another replica of the shard has shipped: what lies before it need not
+    /// be in the same folder.
+    pub behind_another: bool,
+}
+
+fn is_behind_another(previous: &str, keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId) -> bool {
+    let before = crate::layout::parse_shipped(previous);
+    before.is_some_and(|(owner, _)| (owner.keyspace, owner.shard) == (keyspace, shard) && owner.replica != replica)
+}
+
+/// Reads what a chunk says of itself from its first [`BEGINNING_BYTES`]; nothing else of it is checked.
+///
+/// # Errors
+/// When it is no chunk, or of a newer format.
+pub fn peek(beginning: &[u8]) -> Result<Says, ChunkError> {
+    let mut reader = Reader::new(beginning, "chunk");
+    if reader.take(8)? != MAGIC {
+        return Err(DecodeError::Malformed { what: "chunk magic" }.into());
+    }
+    match reader.u32_le()? {
+        FORMAT => {}
+        0 => return Err(DecodeError::Malformed { what: "chunk format" }.into()),
+        newer => return Err(ChunkError::Newer(newer)),
+    }
+    let (keyspace, shard) = (KeyspaceId(reader.u64_le()?), ShardId(reader.u32_le()?));
+    let (replica, first_lsn, last_lsn) = (ReplicaId(reader.u64_le()?), Lsn(reader.u64_le()?), Lsn(reader.u64_le()?));
+    let count = reader.u32_le()?;
+    let previous = reader.bytes_le()?;
+    let behind_another =
+        std::str::from_utf8(previous).is_ok_and(|previous| is_behind_another(previous, keyspace, shard, replica));
+    let previous = previous.len() as u64;
+    let records = u64::from(reader.u32_le()?);
+    if first_lsn.0 == 0 || last_lsn < first_lsn || last_lsn.0 - first_lsn.0 != u64::from(count).wrapping_sub(1) {
+        return Err(DecodeError::Malformed { what: "chunk range" }.into());
+    }
+    let bytes = FRAMING_BYTES + previous + records;
+    Ok(Says { keyspace, shard, replica, first_lsn, last_lsn, bytes, behind_another })
+}
+
 impl Chunk {
+    /// What it says of itself.
+    pub fn says(&self) -> Says {
+        let (keyspace, shard, replica) = (self.keyspace, self.shard, self.replica);
+        let previous = self.previous.as_ref().map_or(0, String::len) as u64;
+        Says {
+            keyspace: self.keyspace,
+            shard: self.shard,
+            replica: self.replica,
+            first_lsn: self.first_lsn,
+            last_lsn: self.last_lsn,
+            bytes: FRAMING_BYTES + previous + self.records.len() as u64,
+            behind_another: self
+                .previous
+                .as_deref()
+                .is_some_and(|key| is_behind_another(key, keyspace, shard, replica)),
+        }
+    }
+
     /// The object's bytes.
     ///
     /// # Panics
@@ -230,8 +307,11 @@ mod tests {
     proptest! {
         #[test]
         fn round_trip(chunk in any_chunk()) {
-            let back = Chunk::decode(&chunk.encode()).unwrap();
+            let bytes = chunk.encode();
+            let back = Chunk::decode(&bytes).unwrap();
             prop_assert_eq!(&back, &chunk);
+            let seen = peek(&bytes[..bytes.len().min(BEGINNING_BYTES as usize)]).unwrap();
+            prop_assert_eq!((seen, seen.bytes), (chunk.says(), bytes.len() as u64));
             let lsns: Vec<u64> = back.records().map(|record| record.unwrap().lsn.0).collect();
             prop_assert_eq!(lsns, (chunk.first_lsn.0..=chunk.last_lsn.0).collect::<Vec<_>>());
         }

@@ -21,7 +21,7 @@ use object_store::path::Path as ObjectPath;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::bucket::{Bucket, BucketError, within};
+use crate::bucket::{Bucket, BucketError};
 use crate::failure::{Failure, Kind};
 use crate::retry::Retry;
 use crate::upload::blocking;
@@ -214,7 +214,7 @@ impl Task<'_> {
         let _permit = self.permits.acquire().await.map_err(|_| DownloadError::Cancelled)?;
         let mut retry = Retry::new(self.bucket.budget());
         loop {
-            let failure = match self.try_part(&object, range.clone()).await {
+            let failure = match self.try_part(&retry, &object, range.clone()).await {
                 Ok(crc) => return Ok((crc, range.end - range.start)),
                 Err(Attempt::Failed(failure)) => failure,
                 Err(Attempt::Ended(error)) => return Err(error),
@@ -237,11 +237,12 @@ impl Task<'_> {
         }
     }
 
-    async fn try_part(&self, object: &Object, range: Range<u64>) -> Result<u32, Attempt> {
+    async fn try_part(&self, retry: &Retry, object: &Object, range: Range<u64>) -> Result<u32, Attempt> {
         self.progress.requests.fetch_add(1, Ordering::Relaxed);
         let whole = range == (0..object.wanted.bytes);
         let asked = (!whole).then(|| range.clone());
-        let result = within(self.bucket.budget().attempt, self.bucket.get_once(&object.path, asked)).await?;
+        let asking = self.bucket.get_once(&object.path, asked);
+        let result = self.bucket.once(retry, self.bucket.budget().attempt, 0, asking).await?;
         if result.meta.size != object.wanted.bytes {
             return Err(Attempt::Ended(object.wrong_size(result.meta.size)));
         }

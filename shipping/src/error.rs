@@ -55,6 +55,16 @@ pub enum BucketError {
         /// What the store said.
         detail: String,
     },
+    /// The machine's clock and the store's are too far apart.
+    #[error(
+        "bucket {url} refuses every request because this machine's clock is wrong: {detail}; set this machine's clock (NTP), nothing else needs to be done"
+    )]
+    ClockSkewed {
+        /// The bucket.
+        url: String,
+        /// By how much, and what the store said.
+        detail: String,
+    },
     /// The store refuses the credentials or the operation.
     #[error(
         "access to bucket {url} was denied; check the credentials, the machine's clock and that they may get, put and list here: {detail}"
@@ -148,6 +158,7 @@ impl BucketError {
     pub fn is_transient(&self) -> bool {
         match self {
             BucketError::Unreachable { .. }
+            | BucketError::ClockSkewed { .. }
             | BucketError::NoCredentials { .. }
             | BucketError::ExpiredCredentials { .. } => true,
             BucketError::BadUrl { .. }

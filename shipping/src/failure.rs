@@ -21,6 +21,8 @@ pub(crate) enum Kind {
     Taken,
     /// The store knows us and says no, or does not accept our signature.
     Denied,
+    /// The store does not take the time that the request was signed with.
+    Skewed,
     /// The credentials were good until a moment ago; every attempt asks for them anew.
     Expired,
     /// No credentials could be found.
@@ -44,6 +46,10 @@ pub(crate) struct Failure {
 
 /// What S3, STS and a batch of deletes call it when credentials have run out.
 const EXPIRED: [&str; 3] = ["ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"];
+/// What they call it when the time of the request is off by more than 15 minutes.
+const SKEWED: [&str; 1] = ["RequestTimeTooSkewed"];
+/// A refusal is for the clock's sake when that is off by so much; below it S3 does not mind.
+const SKEW_MIN_S: u64 = 14 * 60;
 /// What they call it when they want the request again, also under a status that does not say so:
 /// `RequestTimeout` and `Throttling` come with 400, errors of a batch or of a long request with 200.
 const AGAIN: [&str; 5] = ["SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling"];
@@ -75,10 +81,36 @@ impl Failure {
         }
     }
 
+    /// A local directory failed.
+    pub(crate) fn of_disk(error: &std::io::Error) -> Self {
+        let denied = error.kind() == std::io::ErrorKind::PermissionDenied;
+        let kind = if denied { Kind::Denied } else { Kind::Other };
+        Self { kind, transient: false, detail: error.to_string() }
+    }
+
+    /// A name of Vasto's own that is none.
+    pub(crate) fn of_name(error: &BucketError) -> Self {
+        Self { kind: Kind::Other, transient: false, detail: error.to_string() }
+    }
+
+    /// Says which clock is off, with how far the store's is ahead. The refusal of a HEAD has no body that
+    /// would tell it from one of the credentials.
+    pub(crate) fn with_clock(mut self, ahead_s: i64) -> Self {
+        if self.kind == Kind::Denied && ahead_s.unsigned_abs() >= SKEW_MIN_S {
+            (self.kind, self.transient) = (Kind::Skewed, true);
+        }
+        if self.kind == Kind::Skewed && ahead_s != 0 {
+            let way = if ahead_s > 0 { "behind" } else { "ahead of" };
+            self.detail = format!("it is {} s {way} the store's: {}", ahead_s.unsigned_abs(), self.detail);
+        }
+        self
+    }
+
     pub(crate) fn into_error(self, url: &str, key: &str) -> BucketError {
         let (url, key, detail) = (url.to_owned(), key.to_owned(), self.detail);
         match self.kind {
             Kind::NoBucket => BucketError::UnknownBucket { url },
+            Kind::Skewed => BucketError::ClockSkewed { url, detail },
             Kind::Denied => BucketError::AccessDenied { url, detail },
             Kind::Expired => BucketError::ExpiredCredentials { url, detail },
             Kind::NoCredentials => BucketError::NoCredentials { url, detail },
@@ -105,6 +137,8 @@ impl From<object_store::Error> for Failure {
             // The answer to a HEAD has no body to say so. What else is wrong with every request has
             // shown when the bucket was probed, with a PUT and a GET.
             (Kind::Expired, true)
+        } else if code(&SKEWED) {
+            (Kind::Skewed, true)
         } else if has(&["InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"]) || code(&["AccessDenied"]) {
             (Kind::Denied, false)
         } else if code(&AGAIN) {

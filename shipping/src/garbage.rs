@@ -5,28 +5,31 @@
 //!   minimum age, under a term that is still the last one, and after the catalogs were read again. In
 //!   doubt it stays. Catalog and name versions are never deleted.
 //! - A manifest goes before what it names, so that what is left can always be read.
-//! - Times are compared within the store's own clock.
+//! - No object's time moves the age of another one. "Now" is the earlier of two: the time that the store gave
+//!   to an object of this very run, and the collector's own clock.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::ids::{KeyspaceId, Lsn};
+use vasto_core::limits::{UNNAMED_AGE_MIN, UPLOAD_STALL_MAX};
 use vasto_core::plan::PlanKind;
 
 use crate::bucket::{Bucket, BucketError, Create, ObjectInfo};
-use crate::catalog_store::{CatalogError, CatalogStore};
-use crate::chunk::Chunk;
+use crate::catalog_store::{CatalogError, CatalogStore, now_us};
 use crate::layout::{self, Owner, Shipped};
 use crate::manifest::Manifest;
+use crate::survey::{Survey, survey};
 
-/// Reads at a time.
-const READS: usize = 8;
-/// The term and the keyspaces are looked at again after so many deletions.
-const TERM_CHECK: usize = 20;
+pub use crate::fsck::{Fsck, Known, KnownReplica, Orphan, check, fsck};
+
+/// Objects that are deleted at a time; before each time the term and the keyspaces are looked at.
+const DELETED_AT_ONCE: usize = 100;
+/// The store's clock and the collector's differ by more than this: somebody should know.
+const CLOCKS_APART_MIN: Duration = Duration::from_secs(15 * 60);
 
 /// What stays although nothing serves from it any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +42,15 @@ pub struct Retention {
     pub min_age: Duration,
 }
 
+impl Retention {
+    /// The least age of an SST that no manifest names yet: it may be of a checkpoint that is being uploaded,
+    /// which takes up to [`UPLOAD_STALL_MAX`]. Without any minimum age nothing is protected.
+    fn unnamed_age(&self) -> Duration {
+        const { assert!(UNNAMED_AGE_MIN.as_secs() > UPLOAD_STALL_MAX.as_secs()) };
+        if self.min_age.is_zero() { Duration::ZERO } else { self.min_age.max(UNNAMED_AGE_MIN) }
+    }
+}
+
 impl Default for Retention {
     fn default() -> Self {
         Self {
@@ -46,41 +58,6 @@ impl Default for Retention {
             keep_for: Duration::from_secs(7 * 24 * 3600),
             min_age: Duration::from_secs(24 * 3600),
         }
-    }
-}
-
-/// An object that nothing needs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Orphan {
-    /// Its key.
-    pub key: String,
-    /// Its size.
-    pub bytes: u64,
-    /// Seconds since it was written.
-    pub age_s: u64,
-}
-
-/// The state of a bucket.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Fsck {
-    /// Objects.
-    pub objects: u64,
-    /// Their bytes.
-    pub bytes: u64,
-    /// Objects that something needs.
-    pub referenced: u64,
-    /// The others.
-    pub orphans: Vec<Orphan>,
-    /// Keys that a manifest names, or that the log behind it needs, and that are not there.
-    pub missing: Vec<String>,
-    /// Keys of objects that are not what was written.
-    pub corrupt: Vec<String>,
-}
-
-impl Fsck {
-    /// True when nothing is missing and nothing is damaged.
-    pub fn is_clean(&self) -> bool {
-        self.missing.is_empty() && self.corrupt.is_empty()
     }
 }
 
@@ -104,194 +81,12 @@ pub struct Collected {
     pub stopped: Option<String>,
     /// The first of the keys.
     pub keys: Vec<String>,
+    /// What somebody should look at.
+    pub warnings: Vec<String>,
 }
 
 /// Keys that [`Collected`] shows.
 const KEYS_SHOWN: usize = 1_000;
-
-/// Everything that is in the bucket, with the manifests read.
-struct Survey {
-    objects: Vec<ObjectInfo>,
-    catalogs: BTreeMap<KeyspaceId, Catalog>,
-    /// Active ones whose name does not lead to them: their creation is under way, or was cut off.
-    unbound: BTreeSet<KeyspaceId>,
-    manifests: BTreeMap<Owner, BTreeMap<Lsn, Manifest>>,
-    corrupt: Vec<String>,
-    /// The store's time, microseconds since 1970: not before its newest object.
-    now_us: u64,
-}
-
-async fn survey(bucket: &Bucket) -> Result<Survey, CatalogError> {
-    let mut corrupt = Vec::new();
-    let mut catalogs = BTreeMap::new();
-    let mut unbound = BTreeSet::new();
-    let store = CatalogStore::new(bucket.clone());
-    // Catalogs before objects: what a plan that is over by then has written is in the list. Objects of a
-    // keyspace that is younger are not judged.
-    let mut last: BTreeMap<KeyspaceId, vasto_core::CatalogVersion> = BTreeMap::new();
-    for object in bucket.list(&layout::catalog_prefix()).await? {
-        if let Some((keyspace, version)) = layout::parse_catalog_version(&object.key) {
-            let known = last.entry(keyspace).or_insert(version);
-            *known = version.max(*known);
-        }
-    }
-    for (keyspace, version) in last {
-        match store.tip(keyspace, version).await {
-            Ok(Some(catalog)) => {
-                if catalog.state == KeyspaceState::Active {
-                    match store.is_bound(&catalog).await {
-                        Ok(false) => {
-                            unbound.insert(keyspace);
-                        }
-                        Err(CatalogError::Bucket(error)) => return Err(error.into()),
-                        Ok(true) | Err(_) => {}
-                    }
-                }
-                catalogs.insert(keyspace, catalog);
-            }
-            Ok(None) => {}
-            Err(CatalogError::Bucket(error)) => return Err(error.into()),
-            Err(_) => {} // told by `fsck`, which reads every version
-        }
-    }
-    let objects = bucket.list("").await?;
-    let wanted: Vec<(Owner, Lsn, String)> = objects
-        .iter()
-        .filter_map(|object| match layout::parse_shipped(&object.key)? {
-            (owner, Shipped::Manifest(lsn)) => Some((owner, lsn, object.key.clone())),
-            _ => None,
-        })
-        .collect();
-    let read = futures::stream::iter(wanted).map(|(owner, lsn, key)| async move {
-        let bytes = bucket.get(&key).await?;
-        let manifest = bytes.map(|bytes| Manifest::decode(&bytes));
-        Ok::<_, BucketError>((owner, lsn, key, manifest))
-    });
-    let read: Vec<_> = read.buffer_unordered(READS).try_collect().await?;
-    let mut manifests: BTreeMap<Owner, BTreeMap<Lsn, Manifest>> = BTreeMap::new();
-    for (owner, lsn, key, manifest) in read {
-        match manifest {
-            Some(Ok(manifest))
-                if (manifest.keyspace, manifest.shard, manifest.replica, manifest.lsn)
-                    == (owner.keyspace, owner.shard, owner.replica, lsn) =>
-            {
-                manifests.entry(owner).or_default().insert(lsn, manifest);
-            }
-            Some(_) => corrupt.push(key),
-            None => {} // collected meanwhile
-        }
-    }
-    let newest = objects.iter().map(|object| object.modified_us).max().unwrap_or_default();
-    Ok(Survey { objects, catalogs, unbound, manifests, corrupt, now_us: newest })
-}
-
-/// An object, whether it is what was written, and whose log it holds from where to where.
-type Judged = (String, bool, Option<(Owner, Lsn, Lsn)>);
-
-/// Checks that everything is there that is named, with the size and checksum it should have. With
-/// `deep` every byte of every object is read; else SSTs are judged by their size.
-///
-/// # Errors
-/// When the bucket does not answer.
-pub async fn fsck(bucket: &Bucket, deep: bool) -> Result<Fsck, CatalogError> {
-    let survey = survey(bucket).await?;
-    let sizes: HashMap<&str, u64> = survey.objects.iter().map(|object| (object.key.as_str(), object.bytes)).collect();
-    let mut named: BTreeMap<&str, (u64, u32)> = BTreeMap::new();
-    for manifest in survey.manifests.values().flat_map(BTreeMap::values) {
-        for file in &manifest.files {
-            named.insert(&file.key, (file.bytes, file.crc32c));
-        }
-        if let Some(database) = &manifest.database {
-            named.insert(&database.key, (database.bytes, database.crc32c));
-        }
-    }
-    let mut found = Fsck { corrupt: survey.corrupt.clone(), ..Fsck::default() };
-    for (key, (bytes, _)) in &named {
-        match sizes.get(key) {
-            None => found.missing.push((*key).to_owned()),
-            Some(size) if size != bytes => found.corrupt.push((*key).to_owned()),
-            Some(_) => {}
-        }
-    }
-    let known_owner = |owner: &Owner| survey.catalogs.contains_key(&owner.keyspace);
-    let is_member =
-        |owner: &Owner| survey.catalogs.get(&owner.keyspace).is_some_and(|catalog| catalog.is_placed(owner.replica));
-    let mut to_read = Vec::new();
-    for object in &survey.objects {
-        found.objects += 1;
-        found.bytes += object.bytes;
-        let needed = match layout::parse_shipped(&object.key) {
-            Some((owner, Shipped::Chunk(_) | Shipped::Manifest(_))) => known_owner(&owner),
-            Some((_, Shipped::Sst | Shipped::Database)) => named.contains_key(object.key.as_str()),
-            None => is_of_the_cluster(&object.key),
-        };
-        if needed {
-            found.referenced += 1;
-            to_read.push((object.clone(), named.get(object.key.as_str()).copied()));
-        } else {
-            found.orphans.push(orphan(object, survey.now_us));
-        }
-    }
-    let judged = futures::stream::iter(to_read).map(|(object, named)| async move {
-        let mut range = None;
-        let good = match (layout::parse_shipped(&object.key), named) {
-            (Some((owner, Shipped::Chunk(first))), _) => {
-                let Some(bytes) = bucket.get(&object.key).await? else { return Ok(None) };
-                Chunk::decode(&bytes).is_ok_and(|chunk| {
-                    range = Some((owner, first, chunk.last_lsn));
-                    (chunk.keyspace, chunk.shard, chunk.replica, chunk.first_lsn)
-                        == (owner.keyspace, owner.shard, owner.replica, first)
-                })
-            }
-            (Some((_, Shipped::Sst | Shipped::Database)), Some((size, crc))) if deep && size == object.bytes => {
-                let Some(bytes) = bucket.get(&object.key).await? else { return Ok(None) };
-                crc32c::crc32c(&bytes) == crc
-            }
-            (None, _) if object.key.starts_with("catalog/") => {
-                let Some(bytes) = bucket.get(&object.key).await? else { return Ok(None) };
-                CatalogStore::decode_version(&object.key, &bytes).is_ok()
-            }
-            _ => true,
-        };
-        Ok::<_, BucketError>(Some((object.key.clone(), good, range)))
-    });
-    let judged: Vec<Option<Judged>> = judged.buffer_unordered(READS).try_collect().await?;
-    let mut logs: BTreeMap<Owner, BTreeMap<Lsn, Lsn>> = BTreeMap::new();
-    for (key, good, range) in judged.into_iter().flatten() {
-        if !good {
-            found.corrupt.push(key);
-        }
-        if let Some((owner, first, last)) = range {
-            logs.entry(owner).or_default().insert(first, last);
-        }
-    }
-    for (owner, log) in logs {
-        // What the newest checkpoint holds is not missed; without one the log has to begin at 1, unless
-        // it belongs to somebody who is gone, and is on its way out.
-        let newest = survey.manifests.get(&owner).and_then(|all| all.keys().next_back().copied());
-        let Some(start) = newest.or(is_member(&owner).then_some(Lsn(0))) else { continue };
-        let mut at = start;
-        for (first, last) in log {
-            if first > at.next() && last > start {
-                found.missing.push(layout::chunk(owner.keyspace, owner.shard, owner.replica, at.next()));
-            }
-            at = at.max(last);
-        }
-    }
-    found.corrupt.sort_unstable();
-    found.corrupt.dedup();
-    Ok(found)
-}
-
-fn is_of_the_cluster(key: &str) -> bool {
-    key == layout::cluster()
-        || ["catalog/", "cluster/", "names/", "gc-term/"].iter().any(|folder| key.starts_with(folder))
-}
-
-fn orphan(object: &ObjectInfo, now_us: u64) -> Orphan {
-    let age_s = now_us.saturating_sub(object.modified_us) / 1_000_000;
-    Orphan { key: object.key.clone(), bytes: object.bytes, age_s }
-}
 
 /// Ends every collection that is under way, at the latest after its next few deletions: for somebody who
 /// is about to read what may be garbage.
@@ -312,7 +107,9 @@ impl Term {
     async fn take(bucket: &Bucket) -> Result<Self, BucketError> {
         let taken = bucket.list("gc-term/").await?;
         let number = |key: &str| key.strip_prefix("gc-term/").and_then(|n| n.parse::<u64>().ok());
-        let mut n = taken.iter().filter_map(|object| number(&object.key)).max().unwrap_or(0) + 1;
+        // What a person has put beside them must not use up the numbers.
+        let sane = |n: &u64| *n < u64::MAX / 2;
+        let mut n = taken.iter().filter_map(|object| number(&object.key)).filter(sane).max().unwrap_or(0) + 1;
         loop {
             let body = Bytes::from(format!("vasto garbage collection, nonce {:032x}", rand::random::<u128>()));
             match bucket.create(&layout::gc_term(n), body).await? {
@@ -327,26 +124,74 @@ impl Term {
     }
 }
 
-/// Deletes what is not needed any more.
+/// What time it is for the store: what it says of an object that was just created.
+async fn store_us(bucket: &Bucket, term: Option<&Term>) -> Result<u64, BucketError> {
+    let probe = layout::probe(rand::random());
+    let key = match term {
+        Some(term) => layout::gc_term(term.n),
+        None => {
+            bucket.create(&probe, Bytes::from(format!("vasto looks at the time, {probe}"))).await?;
+            probe.clone()
+        }
+    };
+    let found = bucket.look_at(&key).await?;
+    if term.is_none() {
+        bucket.delete(&probe).await?;
+    }
+    // Gone at once: somebody clears up who does not care for ages. Nothing is old then.
+    Ok(found.map_or(0, |found| found.modified_us))
+}
+
+/// Deletes what is not needed any more, with the machine's clock.
+///
+/// # Errors
+/// See [`collect_at`].
+pub async fn collect(bucket: &Bucket, retention: Retention, dry_run: bool) -> Result<Collected, CatalogError> {
+    collect_at(bucket, retention, dry_run, now_us()).await
+}
+
+/// Deletes what is not needed any more. `clock_us` is the collector's clock, microseconds since 1970. A dry
+/// run writes nothing but a probe, which it removes.
 ///
 /// # Errors
 /// When the bucket does not answer: what was deleted until then was not needed.
-pub async fn collect(bucket: &Bucket, retention: Retention, dry_run: bool) -> Result<Collected, CatalogError> {
+pub async fn collect_at(
+    bucket: &Bucket,
+    retention: Retention,
+    dry_run: bool,
+    clock_us: u64,
+) -> Result<Collected, CatalogError> {
     let term = if dry_run { None } else { Some(Term::take(bucket).await?) };
-    let survey = survey(bucket).await?;
+    let store_us = store_us(bucket, term.as_ref()).await?;
+    let survey = survey(bucket, store_us.min(clock_us)).await?;
     let garbage = judge(&survey, retention);
-    let mut out = Collected { dry_run, ..Collected::default() };
-    let old_enough = survey.now_us.saturating_sub(retention.min_age.as_micros() as u64);
+    let mut out = Collected { dry_run, warnings: survey.warnings.clone(), ..Collected::default() };
+    out.warnings.extend(clocks_apart(store_us, clock_us));
+    out.warnings.extend(of_the_future(&survey.objects, store_us.max(clock_us)));
+    if !survey.corrupt.is_empty() {
+        let text = "it stays unknown what a manifest needs that cannot be read, so no SST is collected: ";
+        out.warnings.push(format!("{text}{}", survey.corrupt.join(", ")));
+    }
+    let named: BTreeSet<&str> = survey.manifests.values().flat_map(BTreeMap::values).flat_map(Manifest::keys).collect();
+    let before = |age: Duration| survey.now_us.saturating_sub(age.as_micros() as u64);
+    let is_old = |object: &ObjectInfo| {
+        let may_be_awaited = matches!(layout::parse_shipped(&object.key), Some((_, Shipped::Sst | Shipped::Database)))
+            && !named.contains(object.key.as_str());
+        object.modified_us <= before(if may_be_awaited { retention.unnamed_age() } else { retention.min_age })
+    };
     let mut going: Vec<&ObjectInfo> = Vec::new();
     for object in &survey.objects {
         if !garbage.contains(object.key.as_str()) {
             out.kept += 1;
-        } else if object.modified_us > old_enough {
-            out.young += 1;
-        } else {
+        } else if is_old(object) {
             going.push(object);
+        } else {
+            out.young += 1;
         }
     }
+    let (staged, being_staged): (Vec<_>, Vec<_>) =
+        survey.staged.iter().partition(|file| file.modified_us <= before(retention.unnamed_age()));
+    out.young += being_staged.len() as u64;
     // First the manifests: nothing is left that names what is gone.
     going.sort_by_key(|object| !matches!(layout::parse_shipped(&object.key), Some((_, Shipped::Manifest(_)))));
     if let Some(term) = &term {
@@ -355,28 +200,57 @@ pub async fn collect(bucket: &Bucket, retention: Retention, dry_run: bool) -> Re
             Some((owner, _)) => !changed.contains(&owner.keyspace),
             None => true,
         });
-        for (index, object) in going.iter().enumerate() {
-            if index % TERM_CHECK == 0 {
-                if !term.is_the_last().await? {
-                    out.stopped = Some("another collection, or a restore, has begun".into());
-                    break;
-                }
-                if has_grown(bucket, &survey).await? {
-                    out.stopped = Some("a keyspace was created meanwhile".into());
-                    break;
-                }
+        let manifests = going.iter().take_while(|one| layout::parse_manifest_lsn(&one.key).is_some()).count();
+        let (first, then) = going.split_at(manifests);
+        for batch in first.chunks(DELETED_AT_ONCE).chain(then.chunks(DELETED_AT_ONCE)) {
+            if !term.is_the_last().await? {
+                out.stopped = Some("another collection, or a restore, has begun".into());
+                break;
             }
-            bucket.delete(&object.key).await?;
-            count(&mut out, object);
+            if let Some(why) = newcomer_may_read(bucket, &survey).await? {
+                out.stopped = Some(why);
+                break;
+            }
+            let keys: Vec<&str> = batch.iter().map(|object| object.key.as_str()).collect();
+            bucket.delete_many(&keys).await?;
+            batch.iter().for_each(|object| count(&mut out, object));
+        }
+        for file in staged {
+            bucket.delete_staged(&file.key).await?;
+            count(&mut out, file);
         }
     } else {
-        for object in going {
-            count(&mut out, object);
-        }
+        going.into_iter().chain(staged).for_each(|object| count(&mut out, object));
     }
-    let found: u64 = survey.objects.iter().map(|object| object.bytes).sum();
+    let found: u64 = survey.objects.iter().chain(&survey.staged).map(|object| object.bytes).sum();
     out.stored_bytes = found - if dry_run { 0 } else { out.bytes };
     Ok(out)
+}
+
+/// Says that one of two clocks is wrong.
+fn clocks_apart(store_us: u64, clock_us: u64) -> Option<String> {
+    let apart = Duration::from_micros(store_us.abs_diff(clock_us));
+    let (early, late) = if store_us < clock_us { ("bucket's", "master's") } else { ("master's", "bucket's") };
+    (apart > CLOCKS_APART_MIN).then(|| {
+        format!(
+            "the {late} clock is {} s ahead of the {early}: set the one that is wrong; until then ages are counted by \
+             the {early}",
+            apart.as_secs()
+        )
+    })
+}
+
+/// Says which objects are of a time that has not come.
+pub(crate) fn of_the_future(objects: &[ObjectInfo], now_us: u64) -> Option<String> {
+    let from = now_us.saturating_add(CLOCKS_APART_MIN.as_micros() as u64);
+    let future: Vec<&ObjectInfo> = objects.iter().filter(|object| object.modified_us > from).collect();
+    let first = future.first()?;
+    Some(format!(
+        "{} objects are of a time in the future, {} by {} s: none of them is collected before it comes",
+        future.len(),
+        first.key,
+        (first.modified_us - now_us) / 1_000_000
+    ))
 }
 
 fn count(out: &mut Collected, object: &ObjectInfo) {
@@ -400,11 +274,26 @@ async fn changed_since(bucket: &Bucket, survey: &Survey) -> Result<BTreeSet<Keys
     Ok(changed)
 }
 
-/// A keyspace was created since the survey: it may be a restore, which reads what another one has shipped.
-async fn has_grown(bucket: &Bucket, survey: &Survey) -> Result<bool, CatalogError> {
-    let next = survey.catalogs.keys().next_back().map_or(1, |last| last.0 + 1);
-    let first = layout::catalog_version(KeyspaceId(next), vasto_core::CatalogVersion(1));
-    Ok(bucket.head(&first).await?.is_some())
+/// Why a keyspace that was created since the survey may read what is to be deleted: it is made out of another
+/// one. `None`: there is no such keyspace.
+async fn newcomer_may_read(bucket: &Bucket, survey: &Survey) -> Result<Option<String>, CatalogError> {
+    let store = CatalogStore::new(bucket.clone());
+    let first = survey.catalogs.keys().next_back().map_or(1, |last| last.0.saturating_add(1));
+    for id in (first..u64::MAX).map(KeyspaceId) {
+        if survey.seen.contains(&id) {
+            continue; // it was there, and cannot be read
+        }
+        match store.tip(id, vasto_core::CatalogVersion(1)).await {
+            Ok(None) => break,
+            Ok(Some(new)) if new.plan.as_ref().is_some_and(|plan| matches!(plan.kind, PlanKind::Restore { .. })) => {
+                return Ok(Some("a restore has begun".into()));
+            }
+            Ok(Some(_)) => {}
+            Err(CatalogError::Bucket(error)) => return Err(error.into()),
+            Err(error) => return Ok(Some(format!("a keyspace was created that cannot be read: {error}"))),
+        }
+    }
+    Ok(None)
 }
 
 /// Keys that nothing needs, whatever their age.

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 
+use vasto_core::ids::Vector;
 use vasto_core::{KeyspaceId, Lsn, ReplicaId, ShardId};
 
 use crate::bucket::{Bucket, BucketError};
@@ -61,6 +62,35 @@ pub struct Folder {
     pub manifests: Vec<Lsn>,
     /// First LSNs of its chunks, rising.
     pub chunks: Vec<Lsn>,
+    /// When the store got them, by its own clock.
+    pub times: Times,
+}
+
+/// When the store got the objects of a replica, by the store's own clock, microseconds since 1970.
+///
+/// A replica ships its log in order, so an object bounds the time of everything that lies before it: the
+/// clocks of those who took the writes have no say in that.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Times {
+    /// By the LSN of the checkpoint.
+    pub manifests: BTreeMap<Lsn, u64>,
+    /// By the first LSN of the chunk.
+    pub chunks: BTreeMap<Lsn, u64>,
+}
+
+impl Times {
+    /// The replica held the record with this LSN at that time, at the latest; `u64::MAX` when no object
+    /// tells.
+    pub fn held_by(&self, lsn: Lsn) -> u64 {
+        let chunks = self.chunks.range(lsn.next()..).map(|(_, at)| *at);
+        let manifests = self.manifests.range(lsn..).map(|(_, at)| *at);
+        chunks.chain(manifests).min().unwrap_or(u64::MAX)
+    }
+
+    /// The same for every record of a chunk.
+    pub fn chunk_held_by(&self, first: Lsn, last: Lsn) -> u64 {
+        self.chunks.get(&first).copied().unwrap_or(u64::MAX).min(self.held_by(last))
+    }
 }
 
 /// What each replica of a shard has shipped.
@@ -74,8 +104,14 @@ pub async fn folders(
         let Some((owner, shipped)) = layout::parse_shipped(&object.key) else { continue };
         let folder = folders.entry(owner.replica).or_default();
         match shipped {
-            Shipped::Manifest(lsn) => folder.manifests.push(lsn),
-            Shipped::Chunk(lsn) => folder.chunks.push(lsn),
+            Shipped::Manifest(lsn) => {
+                folder.manifests.push(lsn);
+                folder.times.manifests.insert(lsn, object.modified_us);
+            }
+            Shipped::Chunk(lsn) => {
+                folder.chunks.push(lsn);
+                folder.times.chunks.insert(lsn, object.modified_us);
+            }
             Shipped::Sst | Shipped::Database => {}
         }
     }
@@ -101,32 +137,64 @@ pub async fn manifest_at(bucket: &Bucket, key: &str) -> Result<Base, HistoryErro
 pub struct Newest {
     /// Its last checkpoint that holds nothing newer than the time.
     pub base: Option<Base>,
-    /// The greatest commit time in the oldest checkpoint that does, microseconds.
-    pub later_us: Option<u64>,
+    /// Those that do, rising.
+    pub later: Vec<Later>,
 }
 
-/// The last checkpoint of a replica that holds nothing newer than a commit time, microseconds; the
-/// last of all without one. One that cannot be read is passed by while there is an older one: the log
-/// behind that one leads past it, and whoever reads the log sees when it does not.
+/// A checkpoint that holds something newer than the wanted time: it tells what the log up to it brings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Later {
+    /// It covers the log up to here.
+    pub lsn: Lsn,
+    /// Per origin, what it covers.
+    pub vector: Vector,
+    /// The greatest commit time in it, microseconds.
+    pub commit_time_max: u64,
+}
+
+impl Later {
+    /// What a manifest tells.
+    pub fn of(manifest: Manifest) -> Self {
+        Self { lsn: manifest.lsn, vector: manifest.vector, commit_time_max: manifest.commit_time_max }
+    }
+}
+
+/// Objects carry their time in whole seconds in some stores.
+pub const STORE_TIME_GRAIN_US: u64 = 1_000_000;
+
+/// True when what the store had at one time was there at another, by the store's clock.
+pub fn is_proven(held_by_us: u64, until_us: u64) -> bool {
+    held_by_us.saturating_add(STORE_TIME_GRAIN_US) <= until_us
+}
+
+/// The last checkpoint of a replica that holds nothing newer than a time, microseconds; the last of all
+/// without one. Nothing newer: by the commit times, or because the store had it by then, which tells when
+/// the clock that stamped them was ahead. One that cannot be read is passed by while there is an older
+/// one: the log behind that one leads past it, and whoever reads the log sees when it does not.
 ///
 /// # Errors
 /// When none of those that would do can be read.
 pub async fn newest_base(
     bucket: &Bucket,
     owner: Owner,
-    manifests: &[Lsn],
+    folder: &Folder,
     until_us: Option<u64>,
 ) -> Result<Newest, HistoryError> {
     let mut newest = Newest::default();
     let mut unreadable = None;
-    for lsn in manifests.iter().rev() {
+    for lsn in folder.manifests.iter().rev() {
         let key = layout::manifest(owner.keyspace, owner.shard, owner.replica, *lsn);
+        let would_do = |manifest: &Manifest| {
+            until_us
+                .is_none_or(|until| manifest.commit_time_max <= until || is_proven(folder.times.held_by(*lsn), until))
+        };
         match manifest_at(bucket, &key).await {
-            Ok(base) if until_us.is_none_or(|until| base.manifest.commit_time_max <= until) => {
+            Ok(base) if would_do(&base.manifest) => {
                 newest.base = Some(base);
+                newest.later.reverse();
                 return Ok(newest);
             }
-            Ok(base) => newest.later_us = Some(base.manifest.commit_time_max),
+            Ok(Base { manifest, .. }) => newest.later.push(Later::of(manifest)),
             Err(HistoryError::Bucket(error)) => return Err(error.into()),
             Err(error) => {
                 tracing::warn!(%error, "a checkpoint cannot be read; the one before it is used");
@@ -134,7 +202,23 @@ pub async fn newest_base(
             }
         }
     }
+    newest.later.reverse();
     unreadable.map_or(Ok(newest), Err)
+}
+
+/// True when a log goes on at this chunk behind what another replica of the shard has shipped: what lies
+/// before it need not be in the same folder.
+pub fn goes_on_behind_another(chunk: &Chunk) -> bool {
+    chunk.says().behind_another
+}
+
+/// [`goes_on_behind_another`] of the first chunk in a folder.
+///
+/// # Errors
+/// When it cannot be read.
+pub async fn begins_behind_another(bucket: &Bucket, owner: Owner, folder: &Folder) -> Result<bool, HistoryError> {
+    let Some(first) = folder.chunks.first() else { return Ok(false) };
+    Ok(chunk_at(bucket, owner, *first).await?.is_some_and(|(chunk, _)| goes_on_behind_another(&chunk)))
 }
 
 /// The chunk that holds the record behind one, and the bytes of its object; `None` when there is none.

@@ -132,6 +132,20 @@ pub fn parse_shipped(key: &str) -> Option<(Owner, Shipped)> {
     Some((Owner { keyspace, shard, replica }, shipped))
 }
 
+/// Does the key say who the cluster is, what it consists of, and who may collect?
+pub(crate) fn is_of_the_cluster(key: &str) -> bool {
+    let of_name = |rest: &str| rest.split_once('/').is_some_and(|(name, n)| !name.is_empty() && number(n).is_some());
+    key == cluster()
+        || parse_catalog_version(key).is_some()
+        || key.strip_prefix("names/").is_some_and(of_name)
+        || ["gc-term/", "cluster/"].iter().any(|folder| key.strip_prefix(folder).is_some_and(|n| number(n).is_some()))
+}
+
+/// Is it the key of anything that Vasto writes?
+pub fn is_known(key: &str) -> bool {
+    is_of_the_cluster(key) || parse_shipped(key).is_some() || key.starts_with("probe/")
+}
+
 /// The `n`th SST that a plan exports from one shard for another.
 pub fn export(keyspace: KeyspaceId, plan: PlanId, from: ShardId, to: ShardId, n: u64) -> String {
     format!("{}export/{:020}/{:020}-{:020}/{n:020}.sst", keyspace_prefix(keyspace), plan.0, from.0, to.0)

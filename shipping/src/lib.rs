@@ -10,6 +10,7 @@
 #![warn(missing_docs)]
 
 pub mod bill;
+mod breaker;
 pub mod bucket;
 pub mod catalog_store;
 pub mod chunk;
@@ -20,14 +21,18 @@ pub mod due;
 pub mod envelope;
 pub mod error;
 mod failure;
+mod fsck;
 pub mod garbage;
 pub mod history;
 pub mod layout;
+mod listing;
 pub mod manifest;
 pub mod metrics;
 mod open;
 mod retry;
+mod survey;
 mod upload;
+mod wire;
 
 pub use bill::{Prices, Usage};
 pub use bucket::{Bucket, BucketError, BucketOptions, Create, ObjectInfo, RequestCounts, Uploaded};
@@ -36,5 +41,6 @@ pub use chunk::{Chunk, ChunkError};
 pub use cluster_settings::ClusterSettings;
 pub use download::{DownloadError, DownloadProgress, Wanted, download};
 pub use envelope::EnvelopeError;
+pub use listing::Listing;
 pub use manifest::{DatabaseFile, Manifest, ManifestFile};
 pub use retry::RetryBudget;

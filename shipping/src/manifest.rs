@@ -125,6 +125,11 @@ impl Manifest {
         self.files.iter().filter(|file| file.overlaps(range)).collect()
     }
 
+    /// The keys of everything that it needs.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.files.iter().map(|file| file.key.as_str()).chain(self.database.iter().map(|one| one.key.as_str()))
+    }
+
     /// Bytes of all files.
     pub fn bytes(&self) -> u64 {
         self.files.iter().map(|file| file.bytes).sum()

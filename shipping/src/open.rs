@@ -6,11 +6,11 @@
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
-use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
-use object_store::azure::MicrosoftAzureBuilder;
-use object_store::gcp::GoogleCloudStorageBuilder;
+use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::azure::{MicrosoftAzure, MicrosoftAzureBuilder};
+use object_store::gcp::{GoogleCloudStorage, GoogleCloudStorageBuilder};
+use object_store::list::PaginatedListStore;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::{ClientOptions, ObjectStore, RetryConfig};
@@ -18,9 +18,10 @@ use url::Url;
 use vasto_core::limits::CONNECT_TIMEOUT;
 
 use crate::bucket::{Bucket, BucketError, BucketOptions};
-
-/// One request with its body, whatever its size: 64 MiB in it is 1 MiB/s.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+use crate::listing::Source;
+use crate::retry::RetryBudget;
+use crate::upload::SINGLE_PUT_BYTES_MAX;
+use crate::wire::{Connector, Learned};
 
 /// What [`open`] answers.
 #[derive(Debug)]
@@ -28,12 +29,28 @@ pub(crate) struct Opened {
     pub(crate) url: String,
     pub(crate) store: Arc<dyn ObjectStore>,
     pub(crate) root: String,
+    pub(crate) source: Source,
+    pub(crate) learned: Arc<Learned>,
 }
 
 /// The environment, as `std::env::vars_os` gives it; for S3 alone it is looked at through this.
 pub(crate) type Environment<'a> = &'a mut dyn Iterator<Item = (OsString, OsString)>;
 
 impl Bucket {
+    /// Checks the form of a bucket's URL; nothing is opened or made.
+    ///
+    /// # Errors
+    /// [`BucketError::BadUrl`] with what is wrong.
+    pub fn check_url(url: &str) -> Result<(), BucketError> {
+        parse(url).map(|_| ())
+    }
+
+    /// The URL of a bucket in a local directory, whatever characters and bytes its path holds; nothing for a
+    /// path that is not absolute.
+    pub fn url_of_directory(path: &std::path::Path) -> Option<String> {
+        Url::from_file_path(path).ok().map(String::from)
+    }
+
     /// Opens a bucket as [`Bucket::open`] does, for S3 with these variables instead of the process's
     /// own: for several roles in one process, as tests have them.
     ///
@@ -44,12 +61,12 @@ impl Bucket {
         options: &BucketOptions,
         environment: impl IntoIterator<Item = (OsString, OsString)>,
     ) -> Result<Bucket, BucketError> {
-        let opened = open(url, options, &mut environment.into_iter())?;
-        Ok(Bucket::over(opened.url, opened.store, opened.root))
+        Ok(Bucket::from_opened(open(url, options, &mut environment.into_iter())?))
     }
 }
 
-pub(crate) fn open(text: &str, options: &BucketOptions, environment: Environment<'_>) -> Result<Opened, BucketError> {
+/// The parts of a URL in which everything stands that its scheme needs.
+fn parse(text: &str) -> Result<Url, BucketError> {
     let bad = |reason: &str| BucketError::BadUrl { url: shown(text), reason: reason.to_owned() };
     let url = Url::parse(text).map_err(|error| bad(&error.to_string()))?;
     if !url.username().is_empty() || url.password().is_some() {
@@ -58,26 +75,44 @@ pub(crate) fn open(text: &str, options: &BucketOptions, environment: Environment
     if url.query().is_some() || url.fragment().is_some() {
         return Err(bad("it has a query or fragment, which mean nothing here"));
     }
+    let has_host = !url.host_str().unwrap_or_default().is_empty();
+    match url.scheme() {
+        "file" if url.to_file_path().is_err() => Err(bad("a local directory has three slashes and a full path")),
+        "s3" | "gs" | "az" if !has_host => Err(bad("it names no bucket")),
+        "file" | "memory" | "s3" | "gs" | "az" => Ok(url),
+        other => Err(bad(&format!("the scheme `{other}` is unknown"))),
+    }
+}
+
+pub(crate) fn open(text: &str, options: &BucketOptions, environment: Environment<'_>) -> Result<Opened, BucketError> {
+    let bad = |reason: &str| BucketError::BadUrl { url: shown(text), reason: reason.to_owned() };
+    let url = parse(text)?;
     let host = url.host_str().unwrap_or_default();
     let root = url.path().trim_matches('/').to_owned();
     let shown = text.trim_end_matches('/').to_owned();
-    let store: Arc<dyn ObjectStore> = match url.scheme() {
+    let learned = Arc::<Learned>::default();
+    let (store, source): (Arc<dyn ObjectStore>, Source) = match url.scheme() {
         "file" => {
             let path = url.to_file_path().map_err(|()| bad("a local directory has three slashes and a full path"))?;
-            return Ok(Opened { store: local(&path, &shown)?, url: shown, root: String::new() });
+            let store = local(&path, &shown)?;
+            return Ok(Opened { store, url: shown, root: String::new(), source: Source::Local(path), learned });
         }
-        "memory" => memory(&shown),
-        "s3" | "gs" | "az" if host.is_empty() => return Err(bad("it names no bucket")),
-        "s3" => s3(host, &shown, options, environment)?,
-        "gs" => gcs(host, &shown, options)?,
-        "az" => azure(host, &shown, options)?,
+        "memory" => (memory(&shown), Source::Stream),
+        "s3" => paged(s3(host, &shown, options, environment, &learned)?),
+        "gs" => paged(gcs(host, &shown, options, &learned)?),
+        "az" => paged(azure(host, &shown, options, &learned)?),
         other => return Err(bad(&format!("the scheme `{other}` is unknown"))),
     };
     let root = if url.scheme() == "memory" { String::new() } else { root };
     if !root.is_empty() && object_store::path::Path::parse(&root).is_err() {
         return Err(bad("its prefix cannot be part of an object's name"));
     }
-    Ok(Opened { url: shown, store, root })
+    Ok(Opened { url: shown, store, root, source, learned })
+}
+
+fn paged<S: ObjectStore + PaginatedListStore>(store: S) -> (Arc<dyn ObjectStore>, Source) {
+    let store = Arc::new(store);
+    (Arc::<S>::clone(&store), Source::Pages(store))
 }
 
 /// The URL as errors may show it: without what stands before an `@`.
@@ -108,7 +143,9 @@ fn memory(url: &str) -> Arc<dyn ObjectStore> {
 }
 
 fn client_options(allow_http: bool) -> ClientOptions {
-    ClientOptions::new().with_connect_timeout(CONNECT_TIMEOUT).with_timeout(REQUEST_TIMEOUT).with_allow_http(allow_http)
+    // Each request has a limit of its own, by its size; this one is for the largest.
+    let longest = RetryBudget::default().limit_for(SINGLE_PUT_BYTES_MAX);
+    ClientOptions::new().with_connect_timeout(CONNECT_TIMEOUT).with_timeout(longest).with_allow_http(allow_http)
 }
 
 /// All retries are in [`crate::retry`].
@@ -121,7 +158,8 @@ fn s3(
     url: &str,
     options: &BucketOptions,
     environment: Environment<'_>,
-) -> Result<Arc<dyn ObjectStore>, BucketError> {
+    learned: &Arc<Learned>,
+) -> Result<AmazonS3, BucketError> {
     let mut builder = AmazonS3Builder::new();
     let mut allow_http = options.allow_http;
     let mut has_identity = false;
@@ -179,12 +217,17 @@ fn s3(
         .with_bucket_name(bucket)
         .with_client_options(client_options(allow_http))
         .with_retry(no_retries())
+        .with_http_connector(Connector(learned.clone()))
         .build()
-        .map(|store| Arc::new(store) as _)
         .map_err(|error| bad_options(url, &error))
 }
 
-fn gcs(bucket: &str, url: &str, options: &BucketOptions) -> Result<Arc<dyn ObjectStore>, BucketError> {
+fn gcs(
+    bucket: &str,
+    url: &str,
+    options: &BucketOptions,
+    learned: &Arc<Learned>,
+) -> Result<GoogleCloudStorage, BucketError> {
     let mut builder = GoogleCloudStorageBuilder::from_env().with_bucket_name(bucket);
     if let Some(endpoint) = &options.endpoint {
         builder = builder.with_base_url(endpoint);
@@ -192,12 +235,17 @@ fn gcs(bucket: &str, url: &str, options: &BucketOptions) -> Result<Arc<dyn Objec
     builder
         .with_client_options(client_options(options.allow_http))
         .with_retry(no_retries())
+        .with_http_connector(Connector(learned.clone()))
         .build()
-        .map(|store| Arc::new(store) as _)
         .map_err(|error| bad_options(url, &error))
 }
 
-fn azure(container: &str, url: &str, options: &BucketOptions) -> Result<Arc<dyn ObjectStore>, BucketError> {
+fn azure(
+    container: &str,
+    url: &str,
+    options: &BucketOptions,
+    learned: &Arc<Learned>,
+) -> Result<MicrosoftAzure, BucketError> {
     let mut builder = MicrosoftAzureBuilder::from_env().with_container_name(container);
     if let Some(endpoint) = &options.endpoint {
         builder = builder.with_endpoint(endpoint.clone());
@@ -211,8 +259,8 @@ fn azure(container: &str, url: &str, options: &BucketOptions) -> Result<Arc<dyn 
     builder
         .with_client_options(client_options(options.allow_http))
         .with_retry(no_retries())
+        .with_http_connector(Connector(learned.clone()))
         .build()
-        .map(|store| Arc::new(store) as _)
         .map_err(|error| bad_options(url, &error))
 }
 
@@ -223,6 +271,8 @@ fn bad_options(url: &str, error: &object_store::Error) -> BucketError {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::time::Duration;
+
     use super::*;
 
     fn open_with(url: &str, options: &BucketOptions, environment: &[(&str, &str)]) -> Result<Opened, BucketError> {
@@ -269,7 +319,7 @@ mod tests {
         let metadata = format!("http://{closed}");
         let opened = open_with("s3://b/p", &BucketOptions::default(), &[("AWS_METADATA_ENDPOINT", &metadata)]).unwrap();
         let began = std::time::Instant::now();
-        let error = crate::Bucket::over(opened.url, opened.store, opened.root).probe().await.unwrap_err();
+        let error = crate::Bucket::from_opened(opened).probe().await.unwrap_err();
         assert!(matches!(error, BucketError::NoCredentials { .. }), "{error:?}");
         assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
     }

@@ -15,7 +15,7 @@ pub struct RetryBudget {
     pub total: Duration,
     /// A request without a large body that is not answered in this time counts as failed.
     pub attempt: Duration,
-    /// The same for a request that carries up to 64 MiB, the largest single PUT.
+    /// The same for one that reads or completes something large; what carries a body has longer, by its size.
     pub transfer: Duration,
     /// The first pause between attempts.
     pub backoff_first: Duration,
@@ -48,6 +48,17 @@ impl RetryBudget {
     }
 }
 
+/// A body that goes slower than this is given up: the least that several uploads at once over a slow link
+/// leave for each, bytes a second.
+pub(crate) const SLOWEST_BODY: u64 = 128 << 10;
+
+impl RetryBudget {
+    /// How long a request with a body of so many bytes may take.
+    pub(crate) fn limit_for(&self, bytes: u64) -> Duration {
+        self.attempt + Duration::from_secs_f64(bytes as f64 / SLOWEST_BODY as f64)
+    }
+}
+
 /// A part that is answered 400 is sent so often again, with credentials asked for anew.
 const UNEXPLAINED_MAX: usize = 5;
 
@@ -74,6 +85,11 @@ impl Retry {
         let pause = (first + (high - first).mul_f64(random)).min(self.budget.backoff_max);
         self.last = pause;
         (elapsed + pause < self.budget.total).then_some(pause)
+    }
+
+    /// How long this operation may still wait.
+    pub(crate) fn left(&self) -> Duration {
+        self.budget.total.saturating_sub(self.began.elapsed())
     }
 
     /// Waits before the next attempt; `false` when the budget is used up.
@@ -123,6 +139,15 @@ impl RetryPolicy for PartRetry {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_body_has_the_time_that_a_slow_link_needs() {
+        let budget = RetryBudget::default();
+        assert_eq!(budget.limit_for(0), budget.attempt);
+        // Four bodies of 8 MiB share a megabyte a second.
+        assert!(budget.limit_for(8 << 20) > Duration::from_secs(34));
+        assert!(budget.limit_for(64 << 20) > Duration::from_secs(256));
+    }
 
     #[test]
     fn pauses_grow_stay_below_the_cap_and_end_with_the_budget() {

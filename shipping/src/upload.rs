@@ -55,7 +55,7 @@ impl Bucket {
             return Err(file.changed());
         }
         let uploaded = Uploaded { bytes: body.len() as u64, crc32c: crc32c::crc32c(&body) };
-        match self.create_within(key, body, self.budget().transfer).await? {
+        match self.create(key, body).await? {
             Create::Created => Ok(uploaded),
             Create::Exists(_) => Err(BucketError::Exists { key: key.to_owned() }),
         }
@@ -86,9 +86,11 @@ impl Bucket {
         let path = self.path(key)?;
         let retry = PartRetry { budget: self.budget(), counts: self.counters().clone() };
         let options = PutMultipartOptions::default().with_retry_policy(std::sync::Arc::new(retry));
-        self.counters().put();
-        let begun = self.store().put_multipart_opts(&path, options);
-        let mut upload = match within(self.budget().attempt, begun).await {
+        let begun = async {
+            self.counters().put();
+            self.store().put_multipart_opts(&path, options).await
+        };
+        let mut upload = match self.once(&Retry::new(self.budget()), self.budget().attempt, 0, begun).await {
             Ok(upload) => upload,
             Err(failure) => return Ok(Err(failure)),
         };
@@ -133,15 +135,17 @@ impl Bucket {
             crc = crc32c::crc32c_append(crc, &part);
             sent += part.len() as u64;
             if in_flight.len() >= PARTS_IN_FLIGHT {
-                let done: Option<object_store::Result<()>> = in_flight.next().await;
-                done.transpose().map_err(|error| Failure::from(error).into_error(self.url(), key))?;
+                let done: Option<Result<(), Failure>> = in_flight.next().await;
+                done.transpose().map_err(|failure| failure.into_error(self.url(), key))?;
             }
             self.counters().put();
             self.counters().sent(part.len() as u64);
-            in_flight.push(upload.put_part(PutPayload::from(part)));
+            // With its own retries inside.
+            let limit = self.budget().total + self.budget().limit_for(PARTS_IN_FLIGHT as u64 * part.len() as u64);
+            in_flight.push(within(limit, upload.put_part(PutPayload::from(part))));
         }
         while let Some(done) = in_flight.next().await {
-            done.map_err(|error| Failure::from(error).into_error(self.url(), key))?;
+            done.map_err(|failure| failure.into_error(self.url(), key))?;
         }
         if sent != file.bytes {
             return Err(file.changed());

@@ -11,7 +11,7 @@ use vasto_core::record::{Body, Record};
 use vasto_core::{
     CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, Origin, OwnSeq, PlanId, ReplicaId, ShardId,
 };
-use vasto_shipping::garbage::{Retention, collect, fsck, interrupt};
+use vasto_shipping::garbage::{Known, KnownReplica, Retention, check, collect, collect_at, fsck, interrupt};
 use vasto_shipping::{
     Bucket, BucketOptions, CatalogStore, CatalogWrite, Chunk, Create, DatabaseFile, Manifest, ManifestFile, layout,
 };
@@ -354,6 +354,278 @@ async fn two_collections_at_once_leave_what_is_needed() {
     assert!(rig.keys().await.contains(&rig.sst(4)));
 }
 
+/// A rig in a directory, in which times can be set.
+struct Dated {
+    dir: tempfile::TempDir,
+    rig: Rig,
+}
+
+const HOUR: Duration = Duration::from_secs(3_600);
+
+impl Dated {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let rig = Rig::at(&format!("file://{}", dir.path().display())).await;
+        Self { dir, rig }
+    }
+
+    fn path(&self, key: &str) -> std::path::PathBuf {
+        self.dir.path().join(key)
+    }
+
+    #[allow(clippy::disallowed_methods)]
+    fn now() -> std::time::SystemTime {
+        std::time::SystemTime::now()
+    }
+
+    fn set(&self, key: &str, time: std::time::SystemTime) {
+        std::fs::File::open(self.path(key)).unwrap().set_modified(time).unwrap();
+    }
+
+    /// Makes everything that is there so old.
+    async fn age(&self, by: Duration) {
+        for object in self.rig.bucket.list("").await.unwrap() {
+            self.set(&object.key, Self::now() - by);
+        }
+    }
+
+    /// An object of somebody else's, of a time that has not come.
+    fn put_a_note_of_the_future(&self, by: Duration) {
+        std::fs::write(self.path("notes.txt"), "not ours").unwrap();
+        self.set("notes.txt", Self::now() + by);
+    }
+}
+
+/// A checkpoint that is being uploaded, and one object of a time that has not come.
+#[tokio::test]
+async fn one_object_of_the_future_ages_no_other() {
+    let dated = Dated::new().await;
+    let mut rig = Dated { dir: dated.dir, rig: dated.rig };
+    rig.rig.three_checkpoints().await;
+    let all = rig.rig.keys().await;
+    rig.put_a_note_of_the_future(72 * HOUR);
+    for dry_run in [true, false] {
+        let collected = collect(&rig.rig.bucket, Retention::default(), dry_run).await.unwrap();
+        assert_eq!(collected.deleted, 0, "{collected:?}");
+        assert!(collected.young > 0, "{collected:?}");
+        let told = collected.warnings.iter().filter(|text| text.contains("notes.txt")).count();
+        assert_eq!(told, 1, "{collected:?}");
+        assert_eq!(rig.rig.keys().await, all);
+    }
+    // A keyspace that was deleted a moment ago can be brought back for a week.
+    let mut next = rig.rig.catalog.next(now_us(), 2);
+    next.state = vasto_core::catalog::KeyspaceState::Deleted;
+    rig.rig.write(next).await;
+    rig.put_a_note_of_the_future(8 * 24 * HOUR);
+    let collected =
+        collect(&rig.rig.bucket, Retention { min_age: Duration::ZERO, ..Retention::default() }, false).await;
+    assert_eq!(collected.unwrap().keys, [rig.rig.sst(9)]);
+    let found = fsck(&rig.rig.bucket, false).await.unwrap();
+    assert!(found.warnings.iter().any(|text| text.contains("notes.txt")), "{found:?}");
+}
+
+/// The collector's clock and the store's: the earlier one counts, and that they differ is told.
+#[tokio::test]
+async fn the_earlier_of_two_clocks_counts() {
+    let rig = Dated::new().await;
+    rig.rig.three_checkpoints().await;
+    rig.age(48 * HOUR).await;
+    // Old as it is, but for a manifest that is younger than the day before yesterday.
+    let all = rig.rig.keys().await;
+    let day = 24 * HOUR.as_micros() as u64;
+    let strict = Retention { min_age: 24 * HOUR, ..STRICT };
+    let behind = collect_at(&rig.rig.bucket, strict, false, now_us() - 2 * day).await.unwrap();
+    assert_eq!((behind.deleted, rig.rig.keys().await), (0, all.clone()));
+    assert!(
+        behind.warnings.iter().any(|text| text.contains("bucket's clock is") && text.contains("ahead of the master's"))
+    );
+    rig.age(HOUR).await;
+    let ahead = collect_at(&rig.rig.bucket, strict, false, now_us() + 30 * day).await.unwrap();
+    assert_eq!((ahead.deleted, rig.rig.keys().await), (0, all));
+    assert!(
+        ahead.warnings.iter().any(|text| text.contains("master's clock is") && text.contains("ahead of the bucket's"))
+    );
+    rig.age(48 * HOUR).await;
+    let right = collect_at(&rig.rig.bucket, strict, false, now_us()).await.unwrap();
+    assert!(right.deleted > 5 && right.warnings.is_empty(), "{right:?}");
+}
+
+/// An upload takes up to twelve hours, whatever age is enough for everything else.
+#[tokio::test]
+async fn what_may_be_of_an_upload_that_runs_stays_longer_than_that_may_take() {
+    let rig = Dated::new().await;
+    rig.rig.three_checkpoints().await;
+    let strict = Retention { min_age: HOUR, ..STRICT };
+    rig.age(11 * HOUR).await;
+    let collected = collect(&rig.rig.bucket, strict, false).await.unwrap();
+    assert!(collected.deleted > 5, "{collected:?}");
+    assert!(rig.rig.keys().await.contains(&rig.rig.sst(9)) && !rig.rig.keys().await.contains(&rig.rig.sst(1)));
+    rig.age(14 * HOUR).await;
+    assert_eq!(collect(&rig.rig.bucket, strict, false).await.unwrap().keys, [rig.rig.sst(9)]);
+}
+
+/// Whatever else lies in the prefix costs a word each: the catalog loads, the check and the collection run.
+#[tokio::test]
+async fn strangers_cost_a_word_each_and_nothing_else() {
+    use std::os::unix::ffi::OsStrExt;
+    let rig = Dated::new().await;
+    rig.rig.three_checkpoints().await;
+    let put = |key: &str| {
+        std::fs::create_dir_all(rig.path(key).parent().unwrap()).unwrap();
+        std::fs::write(rig.path(key), "not ours").unwrap();
+    };
+    let odd = std::ffi::OsStr::from_bytes(b"odd-\xff\xfe");
+    for folder in ["", "data", "catalog", "gc-term", "names"] {
+        std::fs::create_dir_all(rig.path(folder)).unwrap();
+        std::fs::write(rig.path(folder).join(odd), "not ours").unwrap();
+        std::os::unix::fs::symlink("..", rig.path(folder).join("circle")).unwrap();
+        std::os::unix::fs::symlink("nowhere", rig.path(folder).join("dangling")).unwrap();
+        std::os::unix::fs::symlink("itself", rig.path(folder).join("itself")).unwrap();
+    }
+    put("lost+found/x");
+    put("catalog/x");
+    put("catalog/00000000000000000009/00000000000000000001");
+    put("catalog/18446744073709551615/00000000000000000001");
+    put(&layout::catalog_version(rig.rig.keyspace(), CatalogVersion(99)));
+    put(&layout::name_version("ks", 2));
+    put("gc-term/18446744073709551615");
+    put("data/x/y");
+    // What a crash in the middle of a write has left.
+    let staged = format!("{}#1", rig.rig.sst(77));
+    std::fs::write(rig.path(&staged), vec![0; 1_000]).unwrap();
+    let (loaded, odd) = rig.rig.store.load_all_told().await.unwrap();
+    assert_eq!(loaded, std::slice::from_ref(&rig.rig.catalog));
+    assert_eq!(odd.len(), 2, "{odd:?}");
+    let next = |id| Catalog::first(id, "other", KeyspaceSpec::default(), &[vec![NodeId(1)]], 1, 1);
+    assert_eq!(rig.rig.store.create_keyspace(next).await.unwrap().keyspace, KeyspaceId(2));
+    let found = fsck(&rig.rig.bucket, true).await.unwrap();
+    assert_eq!(found.missing, Vec::<String>::new());
+    for word in ["odd-", "circle", "dangling", "itself"] {
+        assert_eq!(found.warnings.iter().filter(|text| text.contains(word)).count(), 5, "{word}: {:?}", found.warnings);
+    }
+    let orphans: Vec<&str> = found.orphans.iter().map(|one| one.key.as_str()).collect();
+    for key in [staged.as_str(), "lost+found/x", "catalog/x", "data/x/y"] {
+        assert!(orphans.contains(&key), "{key}: {orphans:?}");
+    }
+    let collected = collect(&rig.rig.bucket, STRICT, false).await.unwrap();
+    assert!(collected.stopped.is_none() && collected.deleted > 5, "{collected:?}");
+    assert!(!rig.path(&staged).exists() && rig.path("lost+found/x").exists());
+    assert!(rig.rig.keys().await.contains(&rig.rig.sst(4)));
+}
+
+/// What the cluster says that it has written and that is not there is missing, also when nothing is left.
+#[tokio::test]
+async fn what_is_known_to_be_there_is_looked_for() {
+    let rig = Rig::new("known").await;
+    rig.three_checkpoints().await;
+    let owner = layout::Owner { keyspace: rig.keyspace(), shard: SHARD, replica: REPLICA };
+    let known = Known {
+        catalogs: vec![(rig.keyspace(), CatalogVersion(1))],
+        replicas: vec![KnownReplica { owner, manifest_lsn: Lsn(30), shipped_lsn: Lsn(35) }],
+    };
+    assert!(check(&rig.bucket, false, &known, now_us()).await.unwrap().is_clean());
+    let chunk = layout::chunk(rig.keyspace(), SHARD, REPLICA, Lsn(31));
+    let manifest = layout::manifest(rig.keyspace(), SHARD, REPLICA, Lsn(30));
+    let catalog = layout::catalog_version(rig.keyspace(), CatalogVersion(1));
+    let name = layout::name_version("ks", 1);
+    for key in [&chunk, &manifest, &catalog, &name, &layout::cluster()] {
+        let body = rig.bucket.get(key).await.unwrap().unwrap();
+        rig.bucket.delete(key).await.unwrap();
+        let found = check(&rig.bucket, false, &known, now_us()).await.unwrap();
+        assert_eq!(found.missing.first(), Some(key), "{found:?}");
+        rig.put(key, body).await;
+    }
+    let all: Vec<String> = rig.bucket.list("").await.unwrap().into_iter().map(|object| object.key).collect();
+    rig.bucket.delete_many(&all.iter().map(String::as_str).collect::<Vec<_>>()).await.unwrap();
+    assert!(fsck(&rig.bucket, false).await.unwrap().is_clean(), "nobody knows of anything");
+    let found = check(&rig.bucket, false, &known, now_us()).await.unwrap();
+    let first_chunk = layout::chunk(rig.keyspace(), SHARD, REPLICA, Lsn(1));
+    let mut missing = vec![catalog, layout::cluster(), first_chunk, manifest];
+    missing.sort();
+    assert_eq!(found.missing, missing);
+}
+
+/// A check that is not deep reads what is small and looks at the rest.
+#[tokio::test]
+async fn a_check_reads_every_byte_only_when_it_is_asked_to() {
+    let rig = Rig::new("cheap").await;
+    rig.three_checkpoints().await;
+    let long: Vec<u8> = (36..=6_035u64)
+        .flat_map(|lsn| {
+            let origin = Origin { replica: REPLICA, incarnation: Incarnation(1) };
+            let body = Body::data(vec![vasto_core::record::KeyEntry { key: vec![1; 100], entry: vec![2; 100] }]);
+            let (lsn, synced_lsn) = (Lsn(lsn), Lsn(lsn - 1));
+            Record { lsn, synced_lsn, origin, own_seq: OwnSeq(lsn.0), commit_time: 1, epoch: Epoch(1), floor: 0, body }
+                .encode()
+        })
+        .collect();
+    let bytes = long.len() as u64;
+    let chunk = Chunk {
+        keyspace: rig.keyspace(),
+        shard: SHARD,
+        replica: REPLICA,
+        first_lsn: Lsn(36),
+        last_lsn: Lsn(6_035),
+        previous: Some("a key".into()),
+        records: long,
+    };
+    let key = layout::chunk(rig.keyspace(), SHARD, REPLICA, Lsn(36));
+    rig.put(&key, chunk.encode()).await;
+    let read_by = async |deep| {
+        let before = rig.bucket.counts().bytes_read;
+        assert!(fsck(&rig.bucket, deep).await.unwrap().is_clean());
+        rig.bucket.counts().bytes_read - before
+    };
+    assert!(bytes > 1 << 20 && read_by(true).await > bytes);
+    let read = read_by(false).await;
+    assert!(read < 50_000, "{read} bytes");
+    // The list of a database's files is small, and nothing opens without it.
+    let list = layout::database(rig.keyspace(), SHARD, REPLICA, Lsn(30), "0000");
+    let mut bad = rig.bucket.get(&list).await.unwrap().unwrap().to_vec();
+    bad[3] ^= 1;
+    use object_store::{ObjectStoreExt, path::Path};
+    rig.bucket.raw_store().put(&Path::from(list.as_str()), bad.into()).await.unwrap();
+    assert_eq!(fsck(&rig.bucket, false).await.unwrap().corrupt, [list]);
+}
+
+/// A keyspace that is not made out of another one reads nothing that is deleted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_keyspace_does_not_end_a_collection_that_runs() {
+    let rig = Dated::new().await;
+    rig.rig.three_checkpoints().await;
+    for n in 100..4_100 {
+        std::fs::write(rig.path(&rig.rig.sst(n)), "of a checkpoint that never got its manifest").unwrap();
+    }
+    let bucket = rig.rig.bucket.clone();
+    let collecting = tokio::spawn(async move { collect(&bucket, STRICT, false).await });
+    let manifest = layout::manifest(rig.rig.keyspace(), SHARD, REPLICA, Lsn(10));
+    while rig.path(&manifest).exists() {
+        tokio::task::yield_now().await;
+    }
+    let next = |id| Catalog::first(id, "other", KeyspaceSpec::default(), &[vec![NodeId(1)]], 1, 1);
+    rig.rig.store.create_keyspace(next).await.unwrap();
+    let collected = collecting.await.unwrap().unwrap();
+    assert!(collected.stopped.is_none() && collected.deleted > 4_000, "{collected:?}");
+}
+
+/// Whoever finds something else than a claim leaves it alone.
+#[tokio::test]
+async fn a_prefix_that_is_not_empty_is_never_claimed() {
+    for (n, key) in ["notes.txt", "catalog/00000000000000000001/00000000000000000001", "data/x"].into_iter().enumerate()
+    {
+        let bucket = Bucket::open(&format!("memory://claim-{n}"), &BucketOptions::default()).unwrap();
+        bucket.create("probe/1", Bytes::from_static(b"of a start that was cut off")).await.unwrap();
+        bucket.create(key, Bytes::from_static(b"x")).await.unwrap();
+        let store = CatalogStore::new(bucket.clone());
+        let error = store.claim_cluster("new".into()).await.unwrap_err();
+        assert!(matches!(&error, vasto_shipping::CatalogError::Unclaimed { found, .. } if found == key), "{error:?}");
+        assert!(error.to_string().contains("vasto bucket repair"), "{error}");
+        assert_eq!(bucket.head(&layout::cluster()).await.unwrap(), None);
+        bucket.delete(key).await.unwrap();
+        assert_eq!(store.claim_cluster("new".into()).await.unwrap(), "new");
+    }
+}
+
 /// The target of a grow that was undone shipped copies of what others own: it goes without a successor.
 #[tokio::test]
 async fn what_an_undone_plan_left_behind_goes() {
@@ -390,13 +662,13 @@ async fn a_hole_in_the_log_is_found() {
 /// Whoever is about to read what may be garbage ends the collections that run.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restore_ends_a_collection_that_runs() {
-    const GARBAGE: u64 = 400;
+    const GARBAGE: u64 = 4_000;
     // Deleting from a disk takes its time.
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::at(&format!("file://{}", dir.path().display())).await;
     rig.three_checkpoints().await;
     for n in 100..100 + GARBAGE {
-        rig.put(&rig.sst(n), "of a checkpoint that never got its manifest").await;
+        std::fs::write(dir.path().join(rig.sst(n)), "of a checkpoint that never got its manifest").unwrap();
     }
     let bucket = rig.bucket.clone();
     let collecting = tokio::spawn(async move { collect(&bucket, STRICT, false).await });

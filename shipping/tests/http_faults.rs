@@ -128,23 +128,116 @@ async fn a_refusal_is_told_at_once() {
     let store = HttpStore::start().await;
     let bucket = impatient(&store.bucket());
     let body = Bytes::from_static(b"body");
-    for (fault, code) in [(Fault::AccessDenied, "AccessDenied"), (Fault::TimeTooSkewed, "RequestTimeTooSkewed")] {
-        for ask in CALLS {
-            let folder = format!("{ask:?}/{fault:?}");
-            prepare(&bucket, ask, &folder, &body).await;
-            store.take_served();
-            // Once: an attempt too many would succeed.
-            store.fail(ask, fault, 1);
-            let error = call(&bucket, ask, &folder, &body).await.unwrap_err();
-            let served = store.take_served();
-            assert_eq!(served.len(), 1, "{ask:?} {fault:?}: {served:?}");
-            assert!(matches!(error, BucketError::AccessDenied { .. }) && !error.is_transient(), "{ask:?}: {error:?}");
-            let text = error.to_string();
-            assert!(text.contains("check the credentials, the machine's clock"), "{text}");
-            // The answer to a HEAD has no body.
-            assert!(ask == Ask::Head || text.contains(code), "{text}");
-        }
+    for ask in CALLS {
+        let folder = format!("{ask:?}");
+        prepare(&bucket, ask, &folder, &body).await;
+        store.take_served();
+        // Once: an attempt too many would succeed.
+        store.fail(ask, Fault::AccessDenied, 1);
+        let error = call(&bucket, ask, &folder, &body).await.unwrap_err();
+        let served = store.take_served();
+        assert_eq!(served.len(), 1, "{ask:?}: {served:?}");
+        assert!(matches!(error, BucketError::AccessDenied { .. }) && !error.is_transient(), "{ask:?}: {error:?}");
+        let text = error.to_string();
+        assert!(text.contains("check the credentials"), "{text}");
+        // The answer to a HEAD has no body.
+        assert!(ask == Ask::Head || text.contains("AccessDenied"), "{text}");
     }
+}
+
+/// A wrong clock is an outage that ends when somebody sets it, and is told as what it is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wrong_clock_is_told_and_passes() {
+    let store = HttpStore::start().await;
+    let body = Bytes::from_static(b"body");
+    for ask in CALLS {
+        let bucket = store.bucket();
+        let folder = format!("{ask:?}");
+        prepare(&bucket, ask, &folder, &body).await;
+        store.fail_everything(Some(Fault::TimeTooSkewed));
+        let error = given_up(call(&bucket.with_retry(for_a_second()), ask, &folder, &body)).await;
+        assert!(matches!(error, BucketError::ClockSkewed { .. }) && error.is_transient(), "{ask:?}: {error:?}");
+        let text = error.to_string();
+        assert!(
+            text.contains("s ahead of the store's") && text.contains("set this machine's clock"),
+            "{ask:?}: {text}"
+        );
+        store.fail_everything(None);
+        call(&bucket, ask, &folder, &body).await.unwrap();
+    }
+}
+
+/// An object whose name cannot be one of Vasto's costs a word, wherever it lies; so does a page that fails.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_listing_passes_by_what_it_cannot_name() {
+    let store = HttpStore::start().await;
+    let bucket = impatient(&store.bucket());
+    for n in 0..25 {
+        bucket.create(&format!("data/{n:02}"), Bytes::from_static(b"x")).await.unwrap();
+    }
+    for foreign in ["catalog//x", "data/..", "data/05/", "data/&#1;", "zz//"] {
+        store.put_foreign(foreign);
+    }
+    store.list_in_pages_of(10);
+    store.take_served();
+    store.fail(Ask::List, Fault::ResetAfter, 2);
+    let found = bucket.list("").await.unwrap();
+    assert_eq!(found.iter().filter(|one| one.key.starts_with("data/")).count(), 25, "{found:?}");
+    assert_eq!(found.len(), 25);
+    assert_eq!(of(&store.take_served(), Ask::List).len(), 3 + 2, "three pages, one of them asked for three times");
+    let told = bucket.take_strangers().join("\n");
+    for name in ["catalog//x", "data/..", "zz//"] {
+        assert!(told.contains(name), "{name}: {told}");
+    }
+    assert_eq!(bucket.list("catalog/").await.unwrap(), []);
+}
+
+/// Deletes go up to a thousand at a time, and again when they failed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_are_deleted_at_once() {
+    let store = HttpStore::start().await;
+    let bucket = impatient(&store.bucket());
+    let keys: Vec<String> = (0..250).map(|n| format!("data/{n}")).collect();
+    for key in &keys {
+        bucket.create(key, Bytes::from_static(b"x")).await.unwrap();
+    }
+    store.fail(Ask::Delete, Fault::SlowDown, 2);
+    store.take_served();
+    bucket.delete_many(&keys.iter().map(String::as_str).collect::<Vec<_>>()).await.unwrap();
+    assert_eq!(of(&store.take_served(), Ask::Delete).len(), 3);
+    assert_eq!(bucket.list("data/").await.unwrap(), []);
+}
+
+/// While nobody answers, those who want something wait together; the first answer lets all go on.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_is_looked_at_by_one_for_all() {
+    let store = HttpStore::start().await;
+    let bucket = store.bucket();
+    store.fail_everything(Some(Fault::SlowDown));
+    let large = Bytes::from(vec![7; 1 << 20]);
+    let work: Vec<_> = (0..40)
+        .map(|n| {
+            let (bucket, large) = (bucket.clone(), large.clone());
+            tokio::spawn(async move { bucket.create(&format!("data/{n}"), large).await })
+        })
+        .collect();
+    let begun = Instant::now();
+    while bucket.outage().is_none() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "nobody noticed");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // Those that were under way already have failed.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    store.take_served();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let served = store.take_served();
+    assert!((1..=10).contains(&served.len()), "{} requests in 3 s", served.len());
+    assert_eq!(of(&served, Ask::Put).len(), 0, "a large body is no way to ask whether anybody is there");
+    store.fail_everything(None);
+    for task in work {
+        task.await.unwrap().unwrap();
+    }
+    assert!(bucket.outage().is_none());
 }
 
 fn file(dir: &Path, name: &str, body: &[u8]) -> std::path::PathBuf {

@@ -97,6 +97,17 @@ impl Network {
         Ok(())
     }
 
+    /// Cuts two hosts off from each other; everybody else reaches both.
+    ///
+    /// # Errors
+    /// When the rules cannot be set.
+    pub fn cut_between(&self, one: usize, other: usize) -> Result<()> {
+        for (host, peer) in [(one, other), (other, one)] {
+            self.inside(host, &["iptables", "-A", "INPUT", "-s", &self.address(Some(peer)), "-j", "DROP"])?;
+        }
+        Ok(())
+    }
+
     /// Ends all cuts of a host.
     ///
     /// # Errors

@@ -43,6 +43,7 @@ impl Direct {
             epoch: catalog.epoch.0,
             shard: shard.0,
             deadline_ms: 0,
+            strict: false,
             op: None,
         };
         Ok(Self { client: client.max_decoding_message_size(64 << 20), request })

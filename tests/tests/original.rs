@@ -167,7 +167,7 @@ async fn original_06_no_request_crashes_a_node() -> Result<()> {
     ] {
         ensure!(outcome.unwrap_err().kind() == ErrorKind::WrongType);
     }
-    ensure!(keyspace.add_f64("sum", f64::NAN).await.unwrap_err().kind() == ErrorKind::WrongType);
+    ensure!(keyspace.add_f64("sum", f64::NAN).await.unwrap_err().kind() == ErrorKind::OutOfRange);
     let rows: Vec<_> = keyspace.scan().prefix("").stream().try_collect().await?;
     ensure!(rows.len() == 2, "{rows:?}");
     ensure!(keyspace.scan().prefix("zzzz").stream().count().await == 0);

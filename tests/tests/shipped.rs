@@ -356,6 +356,51 @@ fn same(
     Ok(())
 }
 
+/// A node is away, and nothing of what was acknowledged since is in the bucket yet: a restore holds all of it, or
+/// says whose it is that it cannot hold. So does that of a keyspace that was just deleted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_while_a_node_is_away_holds_what_was_acknowledged_or_is_refused() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(3).set("node.ship_interval=1h").start().await?;
+    cluster.create("two", 4, &["--replicas", "2"]).await?;
+    cluster.create("alone", 3, &[]).await?;
+    let (two, alone) = (cluster.keyspace("two").await?, cluster.keyspace("alone").await?);
+    put_all(&two, "a", 200).await?;
+    put_all(&alone, "a", 200).await?;
+    converged(&cluster, "two").await?;
+    let lost = holder(&cluster, "two", 0).await?;
+    let id = node_id(&cluster, lost);
+    let tip = cluster.catalog("alone").await?.tip()?;
+    let shards = tip.placement.iter().filter(|shard| shard.replicas.iter().any(|one| one.node.to_string() == id));
+    let shards: Vec<String> = shards.map(|shard| format!("shard {}", shard.shard)).collect();
+    ensure!(!shards.is_empty(), "the node holds nothing of the keyspace without copies: {tip:?}");
+    cluster.kill9_node(lost).await?;
+    put_all(&two, "b", 200).await?;
+    let began = Instant::now();
+    cluster.json(&["kv", "put", "two", "k", "v", "--ack", "bucket"]).await?;
+    println!("confirmed by the bucket after {:?}", began.elapsed());
+    check_report(&cluster.json(&["keyspace", "restore", "two", "--into", "clone"]).await?)?;
+    let clone = cluster.keyspace("clone").await?;
+    ensure!(missing(&clone, "a", 200).await? == 0 && missing(&clone, "b", 200).await? == 0);
+    ensure!(clone.get("k").await?.is_some());
+    let ran = cluster.vasto(&["keyspace", "restore", "two", "--into", "named"]).await?;
+    ensure!(ran.code == 0 && ran.stderr.contains(&id), "the node that is away is not named: {ran:?}");
+    // Nobody else has what it took.
+    let ran = cluster.vasto(&["keyspace", "restore", "alone", "--into", "part"]).await?;
+    let mut texts: Vec<&str> = shards.iter().map(String::as_str).collect();
+    texts.extend([id.as_str(), "--from-bucket"]);
+    ran.refused(1, &texts)?;
+    check_report(&cluster.json(&["keyspace", "restore", "alone", "--into", "part", "--from-bucket"]).await?)?;
+    cluster.json(&["keyspace", "checkpoint", "two"]).await?;
+    put_all(&two, "c", 200).await?;
+    cluster.json(&["keyspace", "delete", "two", "--yes"]).await?;
+    check_report(&cluster.json(&["keyspace", "restore", "two", "--into", "undeleted"]).await?)?;
+    let undeleted = cluster.keyspace("undeleted").await?;
+    for prefix in ["a", "b", "c"] {
+        ensure!(missing(&undeleted, prefix, 200).await? == 0, "{prefix}");
+    }
+    cluster.finish().await
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_restored_or_replaced_is_said_and_changes_nothing() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(2).start().await?;

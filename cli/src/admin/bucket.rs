@@ -22,6 +22,7 @@ pub async fn run(args: &Bucket, format: OutputFormat) -> anyhow::Result<()> {
     let (answer, shown): (_, fn(&Value) -> String) = match args.command {
         BucketCommand::Fsck { deep } => (vasto.check_bucket(deep).await, checked),
         BucketCommand::Gc { dry_run } => (vasto.collect_garbage(dry_run).await, collected),
+        BucketCommand::Repair { accept_loss } => (vasto.repair_bucket(accept_loss).await, repaired),
     };
     progress.clear();
     let answer = connect::document(answer)?;
@@ -32,7 +33,12 @@ pub async fn run(args: &Bucket, format: OutputFormat) -> anyhow::Result<()> {
     let (missing, corrupt) = (list(&answer["missing"]).len(), list(&answer["corrupt"]).len());
     if missing + corrupt > 0 {
         let failure = Failure::new(format!("{missing} objects are missing and {corrupt} are damaged"));
-        let hint = "replicas that serve are not touched by this: make new checkpoints with `vasto keyspace checkpoint`";
+        let hint = match args.command {
+            BucketCommand::Repair { .. } => "what no node holds any more can only come from a copy of the bucket",
+            _ => {
+                "replicas that serve are not touched by this: run `vasto bucket repair`, which uploads again what they hold"
+            }
+        };
         return Err(failure.hint(hint).into());
     }
     Ok(())
@@ -51,6 +57,7 @@ fn checked(found: &Value) -> String {
             out += &format!("{what}: {}\n", text(key));
         }
     }
+    out += &warnings(found);
     let orphans = list(&found["orphans"]);
     if !orphans.is_empty() {
         let age = |one: &Value| text(&one["age_s"]) + " s";
@@ -74,11 +81,39 @@ fn collected(answer: &Value) -> String {
     if let Some(reason) = answer["stopped"].as_str() {
         out += &format!("stopped early: {reason}\n");
     }
+    out += &warnings(answer);
     let keys = list(&answer["keys"]);
     for key in keys.iter().take(SHOWN) {
         out += &format!("  {}\n", text(key));
     }
     out + &more(keys.len())
+}
+
+fn repaired(answer: &Value) -> String {
+    let mut out = format!(
+        "cluster {}: cluster.json {}, {} versions and names of the catalog put back, {} keyspaces serve\n",
+        text(&answer["cluster_id"]),
+        if answer["claimed"] == true { "put back" } else { "is there" },
+        count(&answer["written"]),
+        list(&answer["keyspaces"]).len(),
+    );
+    for (what, names) in [
+        ("uploaded again", &answer["shipped_anew"]),
+        ("not asked, because it is away", &answer["away"]),
+        ("in the bucket, but nobody knows its catalog: keyspace", &answer["unknown_keyspaces"]),
+        ("still missing", &answer["missing"]),
+        ("damaged", &answer["corrupt"]),
+    ] {
+        for name in list(names) {
+            out += &format!("{what}: {}\n", text(name));
+        }
+    }
+    out + &warnings(answer)
+}
+
+/// What somebody should look at, a line each.
+fn warnings(answer: &Value) -> String {
+    list(&answer["warnings"]).iter().map(|warning| format!("warning: {}\n", text(warning))).collect()
 }
 
 fn more(all: usize) -> String {
@@ -98,6 +133,24 @@ mod tests {
         for part in
             ["1,200 objects, 4.0 KiB; 1,199 are needed, 1 are not", "missing: data/a", "damaged: data/b", "70 s"]
         {
+            assert!(text.contains(part), "{part:?} is not in:\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_repair_tells_what_it_put_back_and_what_is_still_missing() {
+        let text = repaired(&json!({"cluster_id": "c-1", "claimed": true, "written": 12, "keyspaces": ["a", "b"],
+            "shipped_anew": ["a"], "away": ["n-1"], "unknown_keyspaces": [7], "missing": ["data/x"], "corrupt": [],
+            "warnings": ["odd"]}));
+        for part in [
+            "cluster c-1: cluster.json put back, 12 versions",
+            "2 keyspaces serve",
+            "uploaded again: a",
+            "is away: n-1",
+            "keyspace: 7",
+            "still missing: data/x",
+            "warning: odd",
+        ] {
             assert!(text.contains(part), "{part:?} is not in:\n{text}");
         }
     }

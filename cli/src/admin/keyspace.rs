@@ -53,7 +53,18 @@ pub async fn run(args: &Keyspace, format: OutputFormat) -> anyhow::Result<()> {
         KeyspaceCommand::Resize(args) => return resize::run(&vasto, args, format).await,
         KeyspaceCommand::Restore(restore) => {
             let at_us = restore.at.map(|at| u64::try_from(at.as_microsecond()).unwrap_or_default());
-            let started = connect::operation(vasto.start_restore(&restore.name, &restore.into, at_us).await)?;
+            let started = match restore.from_bucket {
+                true => vasto.start_restore_from_bucket(&restore.name, &restore.into, at_us).await,
+                false => vasto.start_restore(&restore.name, &restore.into, at_us).await,
+            };
+            let started = connect::operation(started)?;
+            for absent in started["without"].as_array().into_iter().flatten() {
+                eprintln!(
+                    "warning: node {} is away, or its replica has failed: what it alone holds of shard {} is missing",
+                    text(&absent["node_id"]),
+                    absent["shards"].as_array().into_iter().flatten().map(text).collect::<Vec<_>>().join(", ")
+                );
+            }
             return resize::wait(&vasto, started, restore.no_wait, format).await;
         }
     };
@@ -101,12 +112,20 @@ pub(super) fn listing(keyspaces: &Value) -> String {
             column("replicas"),
             column("ack"),
             column("state"),
-            count(&one["keys"]),
+            count(keys(one)),
             bytes(&one["bytes"]),
             column("operation"),
         ]
     });
-    table(&["NAME", ">SHARDS", ">REPLICAS", "ACK", "STATE", ">KEYS", ">BYTES", "OPERATION"], rows)
+    table(&["NAME", ">SHARDS", ">REPLICAS", "ACK", "STATE", ">~KEYS", ">BYTES", "OPERATION"], rows)
+}
+
+/// An estimate; a master of an older version has one name for it.
+fn keys(document: &Value) -> &Value {
+    match &document["keys_estimate"] {
+        Value::Null => &document["keys"],
+        estimate => estimate,
+    }
 }
 
 /// Each replica with its shard.
@@ -139,12 +158,12 @@ fn description(keyspace: &Value) -> String {
             column("role"),
             column("lsn"),
             column("shipped_lsn"),
-            count(&replica["keys"]),
+            count(keys(replica)),
             bytes(&replica["bytes"]),
             state,
         ]
     });
-    let headings = [">SHARD", ">REPLICA", "NODE", "ROLE", ">LSN", ">SHIPPED", ">KEYS", ">BYTES", "STATE"];
+    let headings = [">SHARD", ">REPLICA", "NODE", "ROLE", ">LSN", ">SHIPPED", ">~KEYS", ">BYTES", "STATE"];
     out += &table(&headings, rows);
     for (index, quarantine) in list(&keyspace["quarantines"]).iter().enumerate() {
         let replicas: Vec<String> = list(&quarantine["replicas"]).iter().map(text).collect();
@@ -171,7 +190,7 @@ mod tests {
             "name": "users", "shards": 2, "replicas": 1, "epoch": 3, "ack": "fsync", "state": "active",
             "placement": [
                 {"shard": 0, "replicas": [{"node_id": "n-1", "replica_id": 1, "role": "primary", "state": "serving",
-                    "lsn": 7, "shipped_lsn": 5, "lag_ms": 0, "keys": 1200, "bytes": 4096}]},
+                    "lsn": 7, "shipped_lsn": 5, "lag_ms": 0, "keys": 1, "keys_estimate": 1200, "bytes": 4096}]},
                 {"shard": 1, "replicas": [{"node_id": "n-2", "replica_id": 2, "role": "primary", "state": "failed",
                     "reason": "disk", "lsn": null, "shipped_lsn": null, "lag_ms": null, "keys": null, "bytes": null}]},
             ],
@@ -186,7 +205,7 @@ mod tests {
         let text = description(&keyspace());
         for part in [
             "users: active, 2 shards x 1 replicas, ack fsync, epoch 3\n",
-            "SHARD  REPLICA  NODE  ROLE     LSN  SHIPPED   KEYS    BYTES  STATE\n",
+            "SHARD  REPLICA  NODE  ROLE     LSN  SHIPPED  ~KEYS    BYTES  STATE\n",
             "    0        1  n-1   primary    7        5  1,200  4.0 KiB  serving\n",
             "    1        2  n-2   primary    -        -      -        -  failed: disk\n",
             "moved keys are kept, unserved, on replicas 1, 2 until 1970-01-02T00:00:00Z\n",

@@ -1,12 +1,12 @@
 //! The commands that read and write data: `vasto kv` and `vasto bench`.
 
-use std::{path::PathBuf, time::Duration};
+use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::{
     Ack, Connect,
-    parse::{parse_event_time, parse_size, parse_ttl},
+    parse::{Escaped, escaped_parser, parse_event_time, parse_hash, parse_size, parse_ttl},
 };
 
 /// `vasto kv`
@@ -17,7 +17,11 @@ use super::{
     vasto kv get users ada\n  \
     vasto kv put users user:1:name Ada --partition user:1\n  \
     vasto kv scan users --partition user:1 --prefix user:1: --limit 100\n  \
-    vasto kv delete users ada")]
+    vasto kv get users '\\xff\\x00id'\n  \
+    vasto kv delete users ada\n\n\
+    In keys, prefixes and partitions \\xNN is the byte NN and \\\\ a backslash; keys are printed the same way.\n\
+    A row of a scan that was written with a partition names it: read it with --partition, or with the\n\
+    --partition-hash that the row shows.")]
 pub struct Kv {
     #[command(flatten)]
     pub connect: Connect,
@@ -43,12 +47,15 @@ pub enum KvCommand {
 pub struct KvKey {
     /// The keyspace
     pub keyspace: String,
-    /// The key
-    #[arg(allow_hyphen_values = true)]
-    pub key: String,
+    /// The key; \xNN is the byte NN, \\ a backslash
+    #[arg(allow_hyphen_values = true, value_parser = escaped_parser())]
+    pub key: Escaped,
     /// The partition key, when it is not the key itself
-    #[arg(long, value_name = "P")]
-    pub partition: Option<String>,
+    #[arg(long, value_name = "P", value_parser = escaped_parser())]
+    pub partition: Option<Escaped>,
+    /// The hash of the partition key, as a scan shows it
+    #[arg(long, value_name = "HEX", value_parser = parse_hash, conflicts_with = "partition")]
+    pub partition_hash: Option<u64>,
 }
 
 /// How to write.
@@ -74,9 +81,9 @@ pub struct KvGet {
 pub struct KvPut {
     #[command(flatten)]
     pub key: KvKey,
-    /// The value [default: all bytes of stdin]
+    /// The value, as it is [default: all bytes of stdin]
     #[arg(allow_hyphen_values = true)]
-    pub value: Option<String>,
+    pub value: Option<OsString>,
     /// Forget it after this time, for example 1h
     #[arg(long, value_name = "DURATION", value_parser = parse_ttl)]
     pub ttl: Option<Duration>,
@@ -99,14 +106,14 @@ pub struct KvScan {
     /// The keyspace
     pub keyspace: String,
     /// Only keys that start with this
-    #[arg(long, value_name = "P")]
-    pub prefix: Option<String>,
+    #[arg(long, value_name = "P", value_parser = escaped_parser())]
+    pub prefix: Option<Escaped>,
     /// At most this many [default: all]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub limit: Option<u64>,
     /// Only keys of this partition
-    #[arg(long, value_name = "P")]
-    pub partition: Option<String>,
+    #[arg(long, value_name = "P", value_parser = escaped_parser())]
+    pub partition: Option<Escaped>,
 }
 
 /// What `vasto bench` does.
@@ -137,7 +144,8 @@ pub enum Workload {
 #[command(after_help = "Examples:\n  \
     vasto bench users --workload put --clients 16 --seconds 10\n  \
     vasto bench users --workload get --clients 256 --requests 1000000 --output json\n  \
-    vasto bench --embedded /tmp/rocksdb --workload put --ack fsync")]
+    vasto bench --embedded /tmp/rocksdb --workload put --ack fsync\n\n\
+    Its keys are bench:0000000000 and so on. They are deleted at the end, unless --keep is given.")]
 pub struct Bench {
     /// The keyspace
     #[arg(required_unless_present = "embedded", conflicts_with = "embedded")]
@@ -173,6 +181,9 @@ pub struct Bench {
     /// Ask for more certainty than the keyspace does
     #[arg(long, value_enum)]
     pub ack: Option<Ack>,
+    /// Leave the keys in the keyspace, for the next run
+    #[arg(long, conflicts_with = "embedded")]
+    pub keep: bool,
     /// Do the same on a RocksDB in this directory, without a cluster: the yardstick
     #[arg(long, value_name = "DIR")]
     pub embedded: Option<PathBuf>,

@@ -1,6 +1,8 @@
 //! The command line as scripts use it.
 #![allow(clippy::unwrap_used)]
 
+use std::ffi::OsStr;
+
 use clap::{CommandFactory, error::ErrorKind};
 
 use super::{
@@ -81,6 +83,8 @@ fn every_command_of_the_contract_parses() {
         "vasto kv put ks k v --partition p --ttl 1h --event-time 5 --ack bucket",
         "vasto kv delete ks k --event-time 2026-01-31T12:00:00Z --ack os",
         "vasto kv scan ks --prefix p --limit 10 --partition p",
+        "vasto kv get ks k --partition-hash 00000000000000ff",
+        "vasto bench ks --workload put --keep",
         "vasto bench ks --workload ycsb-a --clients 16 --requests 10 --value-size 100 --keys 10",
         "vasto bench ks --workload mixed --seconds 5 --master http://m:1",
         "vasto config show --config f.toml --set node.zone=a",
@@ -109,6 +113,9 @@ fn what_makes_no_sense_is_a_usage_error() {
         "vasto kv put ks k v --event-time 0",
         "vasto kv put ks k v --event-time yesterday",
         "vasto kv scan ks --limit 0",
+        "vasto kv get ks \\xzz",
+        "vasto kv get ks k --partition p --partition-hash 1",
+        "vasto bench --workload put --embedded d --keep",
         "vasto bench --workload put",
         "vasto bench ks",
         "vasto bench ks --workload put --embedded d",
@@ -126,7 +133,7 @@ fn what_makes_no_sense_is_a_usage_error() {
 fn values_may_look_like_flags() {
     match command_of("vasto kv put ks counter -1 --ttl 1h").unwrap().command {
         Command::Kv(Kv { command: KvCommand::Put(put), .. }) => {
-            assert_eq!((put.key.key.as_str(), put.value.as_deref()), ("counter", Some("-1")));
+            assert_eq!((&put.key.key.0[..], put.value.as_deref()), (&b"counter"[..], Some(OsStr::new("-1"))));
             assert_eq!(put.ttl, Some(Duration::from_secs(3600)));
         }
         other => panic!("{other:?}"),
@@ -163,4 +170,17 @@ fn flags_that_are_given_override_and_others_do_not() {
         ("security.insecure", "--insecure"),
     ];
     assert_eq!(given, expected.map(|(name, flag)| (name, flag.to_owned())));
+}
+
+#[test]
+fn keys_may_hold_any_bytes_and_values_stay_as_they_are() {
+    let line = r"vasto kv put ks \xff\x00\\ v\x41 --partition p\x01";
+    match command_of(line).unwrap().command {
+        Command::Kv(Kv { command: KvCommand::Put(put), .. }) => {
+            assert_eq!(put.key.key.0, b"\xff\x00\\");
+            assert_eq!(put.key.partition.unwrap().0, b"p\x01");
+            assert_eq!(put.value.as_deref(), Some(OsStr::new(r"v\x41")));
+        }
+        other => panic!("{other:?}"),
+    }
 }

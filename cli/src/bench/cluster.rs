@@ -3,13 +3,13 @@
 
 use std::{sync::Arc, time::Instant};
 
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{StreamExt, TryStreamExt, future, stream};
 use tokio::task::JoinSet;
 use vasto_client::{Ack, Batch, Bytes, Error, ErrorKind, Keyspace};
 
 use super::{
     measure::{Found, Run},
-    workload::{Generator, Op, Values, key, neighbourhood},
+    workload::{Generator, KEY_PREFIX, Op, Values, key, neighbourhood, number_of},
 };
 
 /// Keys in a batch when loading.
@@ -41,6 +41,25 @@ pub async fn load(keyspace: &Keyspace, keys: u64, values: &Values, progress: imp
     });
     let mut written = batches.buffer_unordered(LOAD_PARALLEL);
     while let Some(count) = written.try_next().await? {
+        progress(count);
+    }
+    Ok(())
+}
+
+/// Deletes the keys `0..keys` as far as they are there, and nothing else; `progress` is told how many more
+/// are gone.
+pub async fn unload(keyspace: &Keyspace, keys: u64, progress: impl Fn(u64)) -> Result<(), Error> {
+    let rows = keyspace.scan().prefix(KEY_PREFIX).keys_only().stream();
+    let mine = rows.try_filter(|row| {
+        let mine = row.partition_hash.is_none() && number_of(&row.key).is_some_and(|number| number < keys);
+        future::ready(mine)
+    });
+    let batches = mine.try_chunks(LOAD_BATCH as usize).map_err(|error| error.1).map_ok(|rows| async move {
+        let batch = rows.iter().fold(Batch::new(), |batch, row| batch.delete(row));
+        keyspace.write(batch).await.map(|_| rows.len() as u64)
+    });
+    let mut gone = std::pin::pin!(batches.try_buffer_unordered(LOAD_PARALLEL));
+    while let Some(count) = gone.try_next().await? {
         progress(count);
     }
     Ok(())

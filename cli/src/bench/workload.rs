@@ -19,6 +19,8 @@ use crate::args::Workload;
 
 /// Scans ask for 1 to this many rows, evenly, as in YCSB.
 pub const SCAN_ROWS_MAX: usize = 100;
+/// What all keys begin with.
+pub const KEY_PREFIX: &str = "bench:";
 /// Distinct bytes that values are cut from.
 const POOL_BYTES: usize = 1 << 20;
 
@@ -85,6 +87,11 @@ impl Population {
     /// `keys` keys exist, and `clients` clients will insert.
     pub fn new(keys: u64, clients: u32) -> Arc<Population> {
         Arc::new(Population { keys: AtomicU64::new(keys), clients: clients.into() })
+    }
+
+    /// Numbers of keys that may have been written.
+    pub fn all(&self) -> u64 {
+        self.keys.load(Ordering::Relaxed)
     }
 
     fn insert(&self) -> u64 {
@@ -173,7 +180,13 @@ pub fn spread(number: u64) -> u64 {
 
 /// The key of a number: 16 bytes up to ten thousand million keys.
 pub fn key(number: u64) -> String {
-    format!("bench:{number:010}")
+    format!("{KEY_PREFIX}{number:010}")
+}
+
+/// The number of a key that [`key`] has made.
+pub fn number_of(key: &[u8]) -> Option<u64> {
+    let number = std::str::from_utf8(key).ok()?.strip_prefix(KEY_PREFIX)?.parse().ok()?;
+    (self::key(number).as_bytes() == key).then_some(number)
 }
 
 /// What the keys near this one start with: a hundred of them.
@@ -302,6 +315,10 @@ mod tests {
     fn keys_sort_like_their_numbers_and_have_neighbours() {
         assert_eq!((key(7).as_str(), key(7).len()), ("bench:0000000007", 16));
         assert!(key(9) < key(10));
+        assert_eq!((number_of(key(7).as_bytes()), number_of(key(u64::MAX).as_bytes())), (Some(7), Some(u64::MAX)));
+        for foreign in ["bench:7", "bench:000000000a", "bench:", "bench:+000000007", "other:0000000007"] {
+            assert_eq!(number_of(foreign.as_bytes()), None, "{foreign}");
+        }
         assert_eq!(neighbourhood(1_234), "bench:00000012");
         assert!(key(1_299).starts_with(&neighbourhood(1_234)));
     }

@@ -119,6 +119,11 @@ impl Overrides {
 const ALIASES: [(&str, &str); 3] =
     [("RUST_LOG", "log.filter"), ("VASTO_LOG", "log.filter"), ("VASTO_MASTER", "node.master")];
 
+/// Whether the variable is one of these.
+pub(super) fn is_alias(name: &str) -> bool {
+    ALIASES.iter().any(|(alias, _)| *alias == name)
+}
+
 /// The layer of the environment. Variables that are empty count as not set; those without the
 /// double underscore are not configuration.
 pub(super) fn environment(variables: impl IntoIterator<Item = (String, String)>) -> Layer {

@@ -272,3 +272,53 @@ fn what_show_prints_can_be_read_back() {
         assert_eq!(row.value, again.value, "{}", row.name);
     }
 }
+
+#[test]
+fn texts_that_cannot_be_what_they_are_for_are_refused_with_their_place() {
+    for (section, given, parts) in [
+        ("bucket", "url = \"nonsense\"", ["bucket.url in ", "nonsense"]),
+        ("bucket", "url = \"s4://b/p\"", ["bucket.url in ", "s4"]),
+        ("bucket", "url = \"s3://\"", ["bucket.url in ", "names no bucket"]),
+        ("bucket", "url = \"file://relative\"", ["bucket.url in ", "three slashes"]),
+        ("bucket", "endpoint = \"127.0.0.1:9000\"", ["bucket.endpoint in ", "http://127.0.0.1:9000"]),
+        ("node", "master = \"localhost\"", ["node.master in ", "http://127.0.0.1:8278"]),
+        ("log", "filter = \"vasto_node=loud\"", ["log.filter in ", "info,vasto_node=debug"]),
+    ] {
+        let text = refusal(&format!("[{section}]\n{given}\n"), &[], Overrides::new());
+        for part in parts {
+            assert!(text.contains(part), "{part:?} is not in: {text}");
+        }
+        let wrong = file(&format!("[{section}]\n{given}\n"));
+        assert!(check_file(wrong.path()).is_err(), "`vasto config check` says so, too: {given}");
+    }
+    let text = refusal("", &[("VASTO_BUCKET__URL", "nonsense")], Overrides::new());
+    assert!(text.contains("bucket.url in VASTO_BUCKET__URL"), "{text}");
+    let secret = refusal("[bucket]\nurl = \"s3://user:canary-1@b\"\n", &[], Overrides::new());
+    assert!(!secret.contains("canary-1"), "{secret}");
+    check_file(file("[bucket]\nurl = \"file:///a/b\"\nendpoint = \"https://s3.example.org\"\n").path()).unwrap();
+}
+
+#[test]
+fn variables_with_one_underscore_are_told_and_those_of_others_are_not() {
+    for (given, meant) in [
+        ("VASTO_NODE_CACHE", "VASTO_NODE__CACHE"),
+        ("VASTO_NODE_WRITE_BUFER", "VASTO_NODE__WRITE_BUFFER"),
+        ("VASTO_BUCKET_URL", "VASTO_BUCKET__URL"),
+        ("VASTO_LOG_FORMAT", "VASTO_LOG__FORMAT"),
+    ] {
+        let error = load_from(None, variables(&[(given, "1")]), Overrides::new()).unwrap_err().to_string();
+        assert!(error.contains(&format!("{given} is not read; did you mean {meant},")), "{error}");
+    }
+    let others = [
+        ("VASTO_MASTER", "http://127.0.0.1:1"),
+        ("VASTO_LOG", "info"),
+        ("VASTO_HOME", "/x"),
+        ("VASTO_TEST_WEED", "/x"),
+        ("VASTO_BIN", "/x"),
+        // What Kubernetes sets beside a service of that name.
+        ("VASTO_MASTER_PORT", "tcp://10.0.0.1:8278"),
+        ("VASTO_MASTER_SERVICE_HOST", "10.0.0.1"),
+        ("VASTO_NODE_PORT_8279_TCP_ADDR", "10.0.0.1"),
+    ];
+    load_from(None, variables(&others), Overrides::new()).unwrap();
+}

@@ -2,16 +2,21 @@
 //!
 //! Each node has its own directory below `--dir` and, unless told otherwise, the bucket is a
 //! directory there too; a second start finds everything again. The nodes share the memory that
-//! the configuration gives to one node.
+//! the configuration gives to one node. Each runs on threads of its own, whose log lines name it.
 
-use std::path::{Path, PathBuf};
+use std::{
+    future::Future,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Context;
 use bytesize::ByteSize;
 use futures::future::{join_all, try_join_all};
+use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 use vasto_master::{Master, RunningMaster};
-use vasto_node::{Node, RunningNode};
+use vasto_node::{Node, NodeError, RunningNode};
+use vasto_shipping::Bucket;
 
 use super::{Ready, ReadyNode, Server, advice, master_config, node_config};
 use crate::{
@@ -28,10 +33,11 @@ const SHARE_MIN: ByteSize = ByteSize::mib(16);
 /// # Errors
 /// A configuration that cannot be used, or what keeps one of the servers from starting.
 pub async fn dev(args: &Dev, file: Option<&Path>) -> anyhow::Result<()> {
+    super::keep_files_private();
     let mut config = config::load(file, args.overrides())?.config;
     if config.bucket.url.is_none() {
         let bucket = directory(&args.dir.join("bucket"))?;
-        config.bucket.url = Some(format!("file://{}", bucket.display()));
+        config.bucket.url = Bucket::url_of_directory(&bucket);
     }
     let settings = master_config(&config)?;
     if !config.node.listen.ip().is_loopback() || config.node.listen.port() != 0 {
@@ -47,7 +53,8 @@ pub async fn dev(args: &Dev, file: Option<&Path>) -> anyhow::Result<()> {
         return server.end().await;
     };
     let cluster_id = cluster.master.cluster_id.clone();
-    let nodes = cluster.nodes.iter().map(|node| ReadyNode { node_id: node.node_id.to_string(), listen: node.listen });
+    let nodes = cluster.nodes.iter().map(|one| &one.node);
+    let nodes = nodes.map(|node| ReadyNode { node_id: node.node_id.to_string(), listen: node.listen });
     let ready = Ready {
         ready: true,
         role: "dev",
@@ -59,18 +66,66 @@ pub async fn dev(args: &Dev, file: Option<&Path>) -> anyhow::Result<()> {
         nodes: Some(nodes.collect()),
         pid: std::process::id(),
     };
-    server.serve(&ready, cluster.stopped(stop_master)).await
+    let trouble = cluster.nodes.iter().map(|one| one.node.trouble.clone()).collect();
+    server.serve(&ready, trouble, cluster.stopped(stop_master)).await
 }
 
 struct Cluster {
     master: RunningMaster,
-    nodes: Vec<RunningNode>,
+    nodes: Vec<DevNode>,
+}
+
+/// A node and the threads that it runs on.
+struct DevNode {
+    node: RunningNode,
+    threads: Threads,
+}
+
+/// A runtime that may be dropped from inside of another one.
+struct Threads(Option<Runtime>);
+
+impl Threads {
+    /// As many as the machine has cores; whatever they log names the node.
+    fn start(name: &str) -> Result<Threads, Failure> {
+        let span = vasto_observability::server_span(name);
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .thread_name(name)
+            // Entered for as long as the thread lives.
+            .on_thread_start(move || std::mem::forget(span.clone().entered()))
+            .build();
+        match runtime {
+            Ok(runtime) => Ok(Threads(Some(runtime))),
+            Err(error) => Err(Failure::new(format!("cannot start the threads of {name}: {error}"))),
+        }
+    }
+
+    /// Runs a start on these threads.
+    async fn run<T: Send + 'static>(&self, start: impl Future<Output = T> + Send + 'static) -> Result<T, Failure> {
+        let runtime = self.0.as_ref().expect("it is taken when it is dropped");
+        runtime.spawn(start).await.map_err(|error| Failure::new(format!("a node did not start: {error}")))
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        // What runs on it has ended, or is given up.
+        self.0.take().into_iter().for_each(Runtime::shutdown_background);
+    }
+}
+
+impl DevNode {
+    async fn stopped(self) -> Result<(), NodeError> {
+        let ended = self.node.stopped().await;
+        drop(self.threads);
+        ended
+    }
 }
 
 impl Cluster {
     /// The first failure of a node, if there was one.
     async fn stopped(self, stop_master: CancellationToken) -> Result<(), Failure> {
-        let ended = join_all(self.nodes.into_iter().map(RunningNode::stopped)).await;
+        let ended = join_all(self.nodes.into_iter().map(DevNode::stopped)).await;
         stop_master.cancel();
         self.master.stopped().await;
         ended.into_iter().collect::<Result<(), _>>().map_err(advice)
@@ -98,7 +153,9 @@ async fn start(
             let dir = directory(&args.dir.join(format!("node-{number}"))).map_err(|error| {
                 Failure::new(format!("{error:#}")).hint("choose a directory that you may write to with --dir")
             })?;
-            Node::start(node_config(&config, &dir), stop).await.map_err(advice)
+            let threads = Threads::start(&format!("node-{number}"))?;
+            let node = threads.run(Node::start(node_config(&config, &dir), stop)).await?.map_err(advice)?;
+            Ok(DevNode { node, threads })
         }
     });
     let nodes = try_join_all(starts).await?;

@@ -72,7 +72,8 @@ pub struct NodeState {
 pub struct State {
     /// What the nodes obey.
     pub topology: Topology,
-    pub store: BTreeMap<Bytes, Entry>,
+    /// By user key and hash of the partition.
+    pub store: BTreeMap<(Bytes, u64), Entry>,
     pub nodes: BTreeMap<NodeId, NodeState>,
     pub clock: u64,
     /// The only counter.
@@ -83,6 +84,7 @@ pub struct State {
     /// Answers of the master's calls, by the call's name.
     pub json: BTreeMap<&'static str, VecDeque<Result<String, Status>>>,
     pub calls: Vec<String>,
+    pub scans: Vec<v1::ScanRequest>,
 }
 
 pub struct Cluster {
@@ -173,6 +175,7 @@ impl Cluster {
             page_examined: usize::MAX,
             json: BTreeMap::new(),
             calls: Vec::new(),
+            scans: Vec::new(),
         }));
         let (told, changed) = (watch::Sender::new(topology(0, &[])), watch::Sender::new(0));
         let master = start_master(&state, &told, &changed, None);
@@ -339,7 +342,10 @@ impl State {
                 if !get.keys.iter().all(|key| self.owns(node, request.shard, hash_of(key))) {
                     return wrong(self);
                 }
-                let values = get.keys.iter().map(|key| v1::MaybeValue { value: self.store.get(&key.key).map(to_wire) });
+                let values = get
+                    .keys
+                    .iter()
+                    .map(|key| v1::MaybeValue { value: self.store.get(&(key.key.clone(), hash_of(key))).map(to_wire) });
                 Reply::Get(v1::GetReply { values: values.collect() })
             }
             Op::Write(write) => {
@@ -356,13 +362,15 @@ impl State {
                 Reply::Write(v1::WriteReply { outcomes })
             }
             Op::Scan(scan) => {
+                self.scans.push(scan.clone());
                 let mine = self.topology.routes(ShardId(request.shard)).first().is_some_and(|route| route.node == node);
                 if !mine || request.epoch < self.topology.epoch.0 {
                     return wrong(self);
                 }
                 let limit = self.page_rows.min(if scan.limit == 0 { usize::MAX } else { scan.limit as usize });
-                let mut behind = self.store.iter().filter(|(key, _)| {
-                    key.starts_with(&scan.prefix) && scan.after.as_ref().is_none_or(|after| *key > after)
+                let after = scan.after.clone().map(|key| (key, scan.after_partition_hash.unwrap_or(u64::MAX)));
+                let mut behind = self.store.iter().filter(|(place, _)| {
+                    place.0.starts_with(&scan.prefix) && after.as_ref().is_none_or(|after| *place > after)
                 });
                 // What a node looks at and does not show: here, what other shards and partitions hold.
                 let examined: Vec<_> = behind.by_ref().take(self.page_examined).collect();
@@ -373,14 +381,15 @@ impl State {
                 let page: Vec<v1::Row> = rows
                     .by_ref()
                     .take(limit)
-                    .map(|(key, entry)| v1::Row {
-                        key: (*key).clone(),
+                    .map(|((key, hash), entry)| v1::Row {
+                        key: key.clone(),
+                        partition_hash: (*hash != partition_hash(key)).then_some(*hash),
                         value: (!scan.keys_only).then(|| to_wire(entry)),
                     })
                     .collect();
                 let full = rows.next().is_some();
                 let cut = behind.next().is_some();
-                let resume_after = examined.last().filter(|_| cut && !full).map(|(key, _)| (*key).clone());
+                let resume_after = examined.last().filter(|_| cut && !full).map(|((key, _), _)| key.clone());
                 Reply::Scan(v1::ScanReply { rows: page, more: full || cut, resume_after })
             }
         }
@@ -390,17 +399,18 @@ impl State {
         let key = &op.key.as_ref().unwrap().key;
         self.clock += 1;
         let event_time = op.event_time.unwrap_or(self.clock);
-        if let Some(stands) = self.store.get(key).filter(|entry| entry.event_time > event_time) {
+        let place = (key.clone(), partition_hash);
+        if let Some(stands) = self.store.get(&place).filter(|entry| entry.event_time > event_time) {
             let kind = v1::write_outcome::Kind::Superseded as i32;
             return v1::WriteOutcome { kind, event_time: stands.event_time, value: None };
         }
         match op.op.as_ref().unwrap() {
             v1::write_op::Op::Put(put) => {
                 let (value, ttl_ms) = (put.value.clone(), put.ttl_ms);
-                self.store.insert(key.clone(), Entry { value, partition_hash, event_time, ttl_ms });
+                self.store.insert(place, Entry { value, partition_hash, event_time, ttl_ms });
             }
             v1::write_op::Op::Delete(_) => {
-                self.store.remove(key);
+                self.store.remove(&place);
             }
             v1::write_op::Op::AddI64(addend) => {
                 self.sum += addend;
@@ -550,8 +560,10 @@ json_calls! {
     evict_replica(v1::EvictRequest);
     restore_keyspace(v1::RestoreRequest);
     empty_node(v1::EmptyNodeRequest);
+    cordon_node(v1::CordonNodeRequest);
     check_bucket(v1::CheckBucketRequest);
     collect_garbage(v1::CollectGarbageRequest);
+    repair_bucket(v1::RepairBucketRequest);
     list_keyspaces(v1::Empty);
     describe_keyspace(v1::KeyspaceRequest);
     delete_keyspace(v1::KeyspaceRequest);

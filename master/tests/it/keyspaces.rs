@@ -26,6 +26,7 @@ async fn a_keyspace_is_created_described_and_deleted() {
     assert_eq!(master.describe("ks1").await.unwrap()["keyspace_id"], created["keyspace_id"]);
     let list = parse(master.client.clone().list_keyspaces(v1::Empty {}).await).unwrap();
     assert_eq!((list[0]["name"].clone(), list[0]["keys"].clone()), (json!("ks1"), json!(4000)));
+    assert_eq!(list[0]["keys_estimate"], 4000, "by its right name");
     assert_eq!(master.status().await["warnings"], json!([]));
 
     assert_eq!(code(master.create("ks1", 1).await).0, ErrorCode::AlreadyExists);
@@ -74,12 +75,14 @@ async fn what_is_not_possible_is_refused_with_what_to_do() {
         (with(|r| r.name = "../x".into()), InvalidArgument, "keyspace name"),
         (with(|r| r.shards = 0), InvalidArgument, "at least 1"),
         (with(|r| r.shards = 73), InvalidArgument, "72 and 80"),
-        (with(|r| r.shards = 4096), FailedPrecondition, "room for"),
+        (with(|r| r.shards = 72), FailedPrecondition, "use 1 to 64"),
+        (with(|r| r.shards = 4096), FailedPrecondition, "use 1 to 64"),
         (with(|r| r.replicas = 0), InvalidArgument, "1 to 7"),
         (with(|r| r.replicas = 8), InvalidArgument, "1 to 7"),
         (with(|r| r.replicas = 2), FailedPrecondition, "start more nodes"),
         (with(|r| r.ack = v1::Ack::Replica as i32), FailedPrecondition, "--ack"),
         (with(|r| r.ttl_ms = Some(0)), InvalidArgument, "time to live"),
+        (with(|r| r.ttl_ms = Some(1_001 * 365 * 86_400_000)), InvalidArgument, "at most 365000 days"),
         (with(|r| r.quarantine_ms = Some(u64::MAX)), InvalidArgument, "quarantine"),
     ];
     for (request, want, says) in cases {

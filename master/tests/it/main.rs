@@ -7,3 +7,4 @@ mod harness;
 mod keyspaces;
 mod membership;
 mod node;
+mod repair;

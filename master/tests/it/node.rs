@@ -82,12 +82,18 @@ impl Session {
 
     pub async fn report(&self, replicas: Vec<ReplicaReport>) {
         let replicas = replicas.iter().map(|report| serde_json::to_string(report).unwrap()).collect();
-        let report = v1::Report { replicas, disk_used: 1 << 40, disk_free: 1 << 40, bucket: None };
+        let report = v1::Report { replicas, disk_used: 1 << 40, disk_free: 1 << 40, ..v1::Report::default() };
         self.send(node_message::Message::Report(report)).await;
     }
 
+    /// Carries out a command that asks for catalogs.
+    pub async fn names_catalogs(&self, id: u64, catalogs: &[&Catalog]) {
+        let catalogs = catalogs.iter().map(|catalog| serde_json::to_string(catalog).unwrap()).collect();
+        self.send(node_message::Message::Done(v1::CommandDone { id, catalogs, ..v1::CommandDone::default() })).await;
+    }
+
     pub async fn done(&self, id: u64, error: &str) {
-        self.send(node_message::Message::Done(v1::CommandDone { id, error: error.into() })).await;
+        self.send(node_message::Message::Done(v1::CommandDone { id, error: error.into(), catalogs: Vec::new() })).await;
     }
 
     async fn send(&self, message: node_message::Message) {
@@ -103,6 +109,7 @@ impl Seen {
             master_message::Message::Rejected(rejected) => self.rejected = Some(rejected),
             master_message::Message::Nodes(nodes) => self.nodes = nodes.nodes,
             master_message::Message::Command(command) => self.commands.push(command),
+            master_message::Message::Presence(_) => {}
             master_message::Message::Keyspace(version) => {
                 assert!(self.welcome.is_some(), "the welcome comes first");
                 let catalog: Catalog = serde_json::from_str(&version.catalog_json).unwrap();

@@ -2,7 +2,9 @@
 
 use vasto_core::catalog::{Ack, KeyspaceSpec};
 use vasto_core::ids::ReplicaId;
-use vasto_core::limits::{BATCH_BYTES_MAX, BATCH_OPS_MAX, LimitError, check_event_time, check_key, check_value};
+use vasto_core::limits::{
+    BATCH_BYTES_MAX, BATCH_OPS_MAX, LimitError, check_event_time, check_key, check_ttl_ms, check_value,
+};
 use vasto_core::{ErrorCode, VastoError};
 use vasto_proto::convert::ack_from_wire;
 use vasto_proto::v1;
@@ -70,9 +72,7 @@ pub(super) fn write(request: v1::WriteRequest, spec: &KeyspaceSpec, now_us: u64)
                 check_value(&put.value)?;
                 bytes += put.value.len();
                 let ttl_ms = put.ttl_ms.or(spec.ttl_ms);
-                if ttl_ms.is_some_and(|ms| ms == 0 || ms > u64::MAX / 2000) {
-                    return Err(LimitError::BadTtl(ttl_ms.unwrap_or(0) / 1000).into());
-                }
+                ttl_ms.map_or(Ok(()), check_ttl_ms)?;
                 let condition = condition(put.if_absent, put.if_version)?;
                 Change::Put { value: put.value, ttl_ms, condition }
             }

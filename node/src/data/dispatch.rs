@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::sync::OwnedSemaphorePermit;
 use vasto_core::ids::{Epoch, KeyspaceId, ShardId};
-use vasto_core::limits::{EPOCH_WAIT, check_key};
+use vasto_core::limits::{ATTEMPT_PATIENCE, AUTHORITY_WAIT, EPOCH_WAIT, check_key};
 use vasto_core::{ErrorCode, VastoError};
 use vasto_proto::v1;
 use vasto_proto::v1::reply::Result as Answer;
@@ -19,8 +19,10 @@ use super::reply::ReplySink;
 use crate::clock::since_boot;
 use crate::core::NodeCore;
 use crate::replica::Replica;
+use crate::replica::authority::Refusal;
 use crate::replica::job::{Number, Outcome, Role, Told, too_late};
 use crate::replica::read::{GetResult, KeyRef, ScanPage};
+use crate::shortage;
 
 /// When a request came.
 #[derive(Debug, Clone, Copy)]
@@ -30,6 +32,9 @@ pub(super) struct Arrival {
     /// Boot time when it was here.
     pub received: Duration,
 }
+
+/// Between two looks whether authority was renewed.
+const RENEWAL_LOOK: Duration = Duration::from_millis(10);
 
 /// Who asks, and for what.
 #[derive(Clone, Copy)]
@@ -41,9 +46,21 @@ struct Caller {
     sent: Option<Duration>,
     /// Boot time from which on nobody waits for the answer.
     until: Option<Duration>,
+    /// Only the replica that has authority may answer.
+    strict: bool,
+    /// The term of authority under which a strict request was admitted.
+    term: Option<u64>,
 }
 
 impl Caller {
+    /// An error when the authority under which a strict read began has ended: it may be stale.
+    fn check_term(&self, replica: &Replica) -> Result<(), VastoError> {
+        match self.term {
+            Some(term) if !replica.authority().holds(term) => Err(no_authority()),
+            _ => Ok(()),
+        }
+    }
+
     /// An error once nobody waits any more: what has not been begun by then is not begun.
     fn check_time(&self) -> Result<(), VastoError> {
         match self.until {
@@ -55,9 +72,19 @@ impl Caller {
 
 enum Place {
     Here(Replica),
+    /// As `Here`, with the term of authority.
+    Serving(Replica, u64),
+    /// It may have authority in a moment.
+    Waiting,
+    /// It may be the isolated one: a probe that begins now decides.
+    Probing(Replica),
+    /// Another replica has authority.
+    NotServing,
     CatchingUp,
     /// It does not serve, but its shard has others that may.
     OutOfService(Option<String>),
+    /// The only one of its shard could not be opened.
+    Failed(String),
     NotYet,
     Elsewhere,
 }
@@ -72,14 +99,24 @@ fn place(core: &NodeCore, caller: Caller, shard: ShardId) -> Place {
         }
         Some(replica) if replica.epoch() >= caller.epoch => match replica.view().role {
             Role::Detached => Place::Elsewhere,
+            _ if caller.strict => match replica.authority().admit() {
+                Ok(term) => Place::Serving(replica, term),
+                Err(Refusal::Elsewhere) => Place::NotServing,
+                Err(Refusal::Wait) => Place::Waiting,
+                Err(Refusal::Probe) => Place::Probing(replica),
+            },
             _ if replica.is_ready() && !(core.pause.is_standing() && replica.followers().has_peers()) => {
                 Place::Here(replica)
             }
             _ => Place::CatchingUp,
         },
         Some(_) => Place::NotYet,
-        None if placed() && !core.is_the_only_one(caller.keyspace, shard) => Place::OutOfService(None),
-        None if core.known_epoch(caller.keyspace) >= caller.epoch && !placed() => Place::Elsewhere,
+        None if placed() => match core.not_open(caller.keyspace, shard) {
+            why if !core.is_the_only_one(caller.keyspace, shard) => Place::OutOfService(why),
+            Some(why) => Place::Failed(why),
+            None => Place::NotYet,
+        },
+        None if core.known_epoch(caller.keyspace) >= caller.epoch => Place::Elsewhere,
         None => Place::NotYet,
     }
 }
@@ -94,41 +131,86 @@ pub(super) fn dispatch(core: &Arc<NodeCore>, request: v1::Request, arrival: Arri
         epoch: Epoch(request.epoch),
         sent: arrival.sent,
         until: time.map(|time| arrival.received + time),
+        strict: request.strict,
+        term: None,
     };
     let shard = ShardId(request.shard);
     let Some(op) = request.op else {
         let error = VastoError::new(ErrorCode::InvalidArgument, "the request names no operation");
         return sink.fail(core, caller.id, caller.keyspace, caller.epoch, &error);
     };
-    match place(core, caller, shard) {
-        Place::Here(replica) => execute(core, caller, &replica, op, sink),
-        Place::Elsewhere => sink.fail(core, caller.id, caller.keyspace, caller.epoch, &not_here()),
-        Place::CatchingUp => sink.fail(core, caller.id, caller.keyspace, caller.epoch, &catching_up()),
-        Place::OutOfService(why) => sink.fail(core, caller.id, caller.keyspace, caller.epoch, &out_of_service(why)),
-        Place::NotYet => {
+    if let Some(error) = held_back(arrival, &op, caller.strict) {
+        return sink.fail(core, caller.id, caller.keyspace, caller.epoch, &error);
+    }
+    let place = place(core, caller, shard);
+    // A request proves that its sender reaches this node only when the peers were silent already.
+    let probing = matches!(place, Place::Probing(_));
+    match settled(place) {
+        Some(Ok((replica, term))) => execute(core, Caller { term, ..caller }, &replica, op, sink),
+        Some(Err(error)) => sink.fail(core, caller.id, caller.keyspace, caller.epoch, &error),
+        None => {
             let core = core.clone();
             // Bounded by the connection's byte budget, which the sink holds; ends within EPOCH_WAIT.
-            tokio::spawn(async move { wait_for_topology(core, caller, shard, op, sink).await });
+            tokio::spawn(async move { wait_for_place(core, caller, shard, op, sink, probing).await });
         }
     }
 }
 
-async fn wait_for_topology(core: Arc<NodeCore>, caller: Caller, shard: ShardId, op: Op, sink: ReplySink) {
-    let deadline = tokio::time::Instant::now() + EPOCH_WAIT;
+/// A strict write that the network held back for longer than its sender waits: it was repeated over another
+/// connection, and applied now its stamp would be above what was written since.
+fn held_back(arrival: Arrival, op: &Op, strict: bool) -> Option<VastoError> {
+    let late = arrival.sent.is_some_and(|sent| arrival.received.saturating_sub(sent) >= ATTEMPT_PATIENCE);
+    (late && strict && matches!(op, Op::Write(_))).then(|| {
+        let message = "the request was under way for too long and may have been repeated since; send it again";
+        VastoError::new(ErrorCode::Overloaded, message).retry_after_ms(20)
+    })
+}
+
+/// Where the request is done, or why it is refused; `None` when that may be known in a moment.
+fn settled(place: Place) -> Option<Result<(Replica, Option<u64>), VastoError>> {
+    match place {
+        Place::Here(replica) => Some(Ok((replica, None))),
+        Place::Serving(replica, term) => Some(Ok((replica, Some(term)))),
+        Place::NotServing => Some(Err(no_authority())),
+        Place::Elsewhere => Some(Err(not_here())),
+        Place::CatchingUp => Some(Err(catching_up())),
+        Place::OutOfService(why) => Some(Err(out_of_service(why))),
+        Place::Failed(why) => Some(Err(failed(&why))),
+        Place::NotYet | Place::Waiting | Place::Probing(_) => None,
+    }
+}
+
+/// Waits for the topology of the caller's epoch, or for authority.
+async fn wait_for_place(core: Arc<NodeCore>, caller: Caller, shard: ShardId, op: Op, sink: ReplySink, probing: bool) {
+    let deadline = tokio::time::Instant::now() + EPOCH_WAIT.max(AUTHORITY_WAIT);
     let mut node_changes = core.changes();
+    let mut probed = false;
     loop {
+        node_changes.borrow_and_update();
         let mut replica_changes = core.replica_of(caller.keyspace, shard).map(|replica| replica.changes());
-        match place(&core, caller, shard) {
-            Place::Here(replica) => {
+        let mut authority_changes =
+            core.replica_of(caller.keyspace, shard).map(|replica| replica.authority().changes());
+        let mut place = place(&core, caller, shard);
+        if let Place::Probing(replica) = &place {
+            if !probing {
+                return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &catching_up());
+            }
+            if !std::mem::replace(&mut probed, true) {
+                // A round of probes has a deadline.
+                replica.authority().probed().await;
+            }
+            if let Ok(term) = replica.authority().admit_probed() {
+                place = Place::Serving(replica.clone(), term);
+            }
+        }
+        let waits_for_authority = matches!(place, Place::Waiting | Place::Probing(_));
+        match settled(place) {
+            Some(Ok((replica, term))) => {
                 sink.room().await;
-                return execute(&core, caller, &replica, op, sink);
+                return execute(&core, Caller { term, ..caller }, &replica, op, sink);
             }
-            Place::Elsewhere => return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &not_here()),
-            Place::CatchingUp => return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &catching_up()),
-            Place::OutOfService(why) => {
-                return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &out_of_service(why));
-            }
-            Place::NotYet => {}
+            Some(Err(error)) => return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &error),
+            None => {}
         }
         let replica_changed = async {
             match &mut replica_changes {
@@ -136,15 +218,39 @@ async fn wait_for_topology(core: Arc<NodeCore>, caller: Caller, shard: ShardId, 
                 None => std::future::pending().await,
             }
         };
+        let authority_changed = async {
+            match &mut authority_changes {
+                Some(changes) => changes.changed().await.is_ok(),
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             _ = node_changes.changed() => {}
             _ = replica_changed => {}
+            _ = authority_changed => {}
+            // Beliefs are renewed without a word.
+            () = tokio::time::sleep(RENEWAL_LOOK), if waits_for_authority => {}
             () = tokio::time::sleep_until(deadline) => {
-                let error = VastoError::new(ErrorCode::NodeBehind, "the node has not heard of this epoch yet; try again").retry_after_ms(50);
+                let error = match waits_for_authority {
+                    true => catching_up(),
+                    false => VastoError::new(
+                        ErrorCode::NodeBehind,
+                        "the node has not heard of this epoch yet; try again",
+                    )
+                    .retry_after_ms(50),
+                };
                 return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &error);
             }
         }
     }
+}
+
+fn no_authority() -> VastoError {
+    VastoError::new(
+        ErrorCode::NotPrimary,
+        "another replica serves this shard now, and sees what was acknowledged; ask it, or read by choice from any replica",
+    )
+    .retry_after_ms(20)
 }
 
 fn catching_up() -> VastoError {
@@ -157,6 +263,19 @@ fn out_of_service(why: Option<String>) -> VastoError {
     let why = why.unwrap_or_else(|| "it is not open".into());
     let message = format!("this replica does not serve; ask another one: {why}");
     VastoError::new(ErrorCode::NotPrimary, message).retry_after_ms(20)
+}
+
+/// Nobody else has the shard.
+fn failed(why: &str) -> VastoError {
+    let code = if shortage::told_by(why).is_some() { ErrorCode::NoSpace } else { ErrorCode::Unavailable };
+    VastoError::new(code, format!("the replica could not be opened: {why}")).retry_after_ms(500)
+}
+
+/// What is free on the disk is needed for what is written already.
+fn disk_is_low() -> VastoError {
+    let message =
+        "no space left on the disk of the node but its reserve, so it takes no writes; free some space, or add a node";
+    VastoError::new(ErrorCode::NoSpace, message).retry_after_ms(1_000)
 }
 
 fn not_here() -> VastoError {
@@ -172,6 +291,7 @@ fn execute(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, op: Op, sink
             Ok(keys) => return execute_get(core, caller, replica, keys, sink),
             Err(error) => Err(error),
         },
+        Op::Write(_) if core.is_disk_low() => Err(disk_is_low()),
         Op::Write(write) => {
             let Some(catalog) = core.catalog(caller.keyspace) else {
                 return sink.fail(core, caller.id, caller.keyspace, caller.epoch, &not_here());
@@ -207,7 +327,7 @@ fn execute_write(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, write:
         write.ops,
         write.ack,
         write.bytes,
-        Told { id: write.id, sent: caller.sent, until: caller.until },
+        Told { id: write.id, sent: caller.sent, until: caller.until, term: caller.term },
         done,
     );
 }
@@ -236,12 +356,14 @@ fn outcome(outcome: Outcome) -> v1::WriteOutcome {
 
 fn execute_get(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, keys: Vec<KeyRef>, sink: ReplySink) {
     match replica.get_many(&keys, false) {
-        Ok(GetResult::Values(values)) => answer(core, caller, Ok(get_reply(values)), sink),
+        Ok(GetResult::Values(values)) => {
+            answer(core, caller, caller.check_term(replica).map(|()| get_reply(values)), sink);
+        }
         Err(error) => answer(core, caller, Err(error), sink),
         Ok(GetResult::WouldBlock) => {
             let replica = replica.clone();
             blocking(core, caller, sink, move || match replica.get_many(&keys, true)? {
-                GetResult::Values(values) => Ok(get_reply(values)),
+                GetResult::Values(values) => caller.check_term(&replica).map(|()| get_reply(values)),
                 GetResult::WouldBlock => Err(VastoError::new(ErrorCode::Internal, "a blocking read did not block")),
             });
         }
@@ -262,6 +384,7 @@ fn scan_page(scan: v1::ScanRequest) -> Result<ScanPage, VastoError> {
     Ok(ScanPage {
         prefix: scan.prefix,
         after: scan.after,
+        after_partition_hash: scan.after_partition_hash,
         partition_hash: scan.partition_hash,
         limit: scan.limit as usize,
         keys_only: scan.keys_only,
@@ -270,7 +393,10 @@ fn scan_page(scan: v1::ScanRequest) -> Result<ScanPage, VastoError> {
 
 fn execute_scan(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, page: ScanPage, sink: ReplySink) {
     let replica = replica.clone();
-    blocking(core, caller, sink, move || replica.scan(caller.epoch, &page).map(Answer::Scan));
+    blocking(core, caller, sink, move || {
+        let reply = replica.scan(caller.epoch, &page)?;
+        caller.check_term(&replica).map(|()| Answer::Scan(reply))
+    });
 }
 
 /// Runs a read that may block on the bounded pool.
@@ -329,11 +455,11 @@ mod tests {
     }
 
     fn caller(until: Option<Duration>) -> Caller {
-        Caller { id: 1, keyspace: KeyspaceId(1), epoch: Epoch(1), sent: None, until }
+        Caller { id: 1, keyspace: KeyspaceId(1), epoch: Epoch(1), sent: None, until, strict: false, term: None }
     }
 
     fn long_read() -> Result<Answer, VastoError> {
-        let row = v1::Row { key: vec![0; REPLY_BYTES].into(), value: None };
+        let row = v1::Row { key: vec![0; REPLY_BYTES].into(), ..v1::Row::default() };
         Ok(Answer::Scan(v1::ScanReply { rows: vec![row], ..v1::ScanReply::default() }))
     }
 
@@ -342,13 +468,13 @@ mod tests {
     #[tokio::test]
     async fn a_client_that_does_not_read_holds_one_queue_of_replies_and_no_reader() {
         let core = node();
-        let (queue, mut replies) = ReplyQueue::new();
+        let (queue, mut replies) = ReplyQueue::new(Arc::default());
         let asked = CONNECTION_BYTES_MAX / REPLY_BYTES + 16;
         for _ in 0..asked {
-            blocking(&core, caller(None), ReplySink::new(queue.clone(), None), long_read);
+            blocking(&core, caller(None), ReplySink::new(queue.clone(), Vec::new()), long_read);
         }
-        let (other, mut other_replies) = ReplyQueue::new();
-        blocking(&core, caller(None), ReplySink::new(other, None), long_read);
+        let (other, mut other_replies) = ReplyQueue::new(Arc::default());
+        blocking(&core, caller(None), ReplySink::new(other, Vec::new()), long_read);
         other_replies.recv().await.unwrap();
         let waiting = replies.len();
         assert!(waiting * REPLY_BYTES <= CONNECTION_BYTES_MAX + REPLY_BYTES, "{waiting} replies wait");
@@ -362,17 +488,17 @@ mod tests {
     #[tokio::test]
     async fn a_read_that_nobody_waits_for_any_more_is_not_begun() {
         let core = node();
-        let (queue, mut replies) = ReplyQueue::new();
+        let (queue, mut replies) = ReplyQueue::new(Arc::default());
         let (release, held) = oneshot::channel::<()>();
         let begun = Arc::new(AtomicU64::new(0));
         let first = move || {
             held.blocking_recv().unwrap();
             long_read()
         };
-        blocking(&core, caller(None), ReplySink::new(queue.clone(), None), first);
+        blocking(&core, caller(None), ReplySink::new(queue.clone(), Vec::new()), first);
         let until = since_boot() + Duration::from_millis(20);
         let count = begun.clone();
-        blocking(&core, caller(Some(until)), ReplySink::new(queue.clone(), None), move || {
+        blocking(&core, caller(Some(until)), ReplySink::new(queue.clone(), Vec::new()), move || {
             count.fetch_add(1, Ordering::Relaxed);
             long_read()
         });

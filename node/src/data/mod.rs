@@ -1,8 +1,8 @@
 //! The data service: batches of operations over one bidirectional stream per connection.
 //!
 //! **Invariants**
-//! - Bytes are bounded before anything is queued: a connection that has too much in flight is not
-//!   read from until it drains.
+//! - Bytes are bounded before anything is queued, for each connection and for all of them together: one that
+//!   has too much in flight is not read from until it drains.
 //! - Limits are checked before anything is written.
 //! - What nobody waits for any more is not begun: it is answered `DeadlineExceeded`.
 //! - A request is answered exactly once, in any order.
@@ -21,9 +21,10 @@ use prost::Message;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tonic::{Request, Response, Status, Streaming};
-use vasto_core::limits::{CONNECTION_BYTES_MAX, CONNECTIONS_MAX, UNARY_REQUESTS_MAX};
+use vasto_core::limits::{CONNECTION_BYTES_MAX, CONNECTIONS_MAX, REPLY_STALL_MAX, UNARY_REQUESTS_MAX};
 use vasto_core::{ErrorCode, VastoError};
 use vasto_proto::convert::status_of;
+use vasto_proto::incoming::Hangup;
 use vasto_proto::v1;
 use vasto_proto::v1::data_server::Data;
 
@@ -31,7 +32,7 @@ use crate::clock::since_boot;
 use crate::core::NodeCore;
 use dispatch::Arrival;
 use lateness::Lateness;
-use reply::{Queued, ReplyQueue, ReplySink};
+use reply::{NodeBudget, Queued, ReplyQueue, ReplySink};
 
 /// Serves `vasto.v1.Data`.
 #[derive(Clone)]
@@ -39,13 +40,14 @@ pub struct DataService {
     core: Arc<NodeCore>,
     connections: Arc<Semaphore>,
     unary: Arc<Semaphore>,
+    budget: Arc<NodeBudget>,
 }
 
 impl DataService {
     /// The service over the node's replicas.
     pub fn new(core: Arc<NodeCore>) -> Self {
         let (connections, unary) = (Semaphore::new(CONNECTIONS_MAX), Semaphore::new(UNARY_REQUESTS_MAX));
-        Self { core, connections: Arc::new(connections), unary: Arc::new(unary) }
+        Self { core, connections: Arc::new(connections), unary: Arc::new(unary), budget: Arc::default() }
     }
 }
 
@@ -67,15 +69,16 @@ impl Data for DataService {
                 format!("this node has {CONNECTIONS_MAX} connections, its limit; use fewer clients, or share one");
             status_of(&VastoError::new(ErrorCode::Overloaded, message).retry_after_ms(1_000))
         })?;
+        let hangup = request.extensions().get::<Hangup>().cloned().unwrap_or_default();
         let mut frames = request.into_inner();
-        let (queue, receiver) = ReplyQueue::new();
+        let (queue, receiver) = ReplyQueue::new(self.budget.clone());
         let core = self.core.clone();
         let room = Arc::new(Semaphore::new(CONNECTION_BYTES_MAX));
-        let replies = queue.clone();
+        let (replies, owed) = (queue.clone(), queue.clone());
+        let requests = self.budget.requests.clone();
         let (opened, mut lateness) = (since_boot(), Lateness::default());
         // Ends with the connection: the stream of frames ends or fails when the peer is gone.
-        tokio::spawn(async move {
-            let _connection = connection;
+        let serving = async move {
             while let Ok(Some(frame)) = frames.message().await {
                 let now = since_boot();
                 let late = lateness.of(now - opened, Duration::from_micros(frame.sent_us));
@@ -83,9 +86,21 @@ impl Data for DataService {
                 for request in frame.requests {
                     let weight = (request.encoded_len() + 256).min(CONNECTION_BYTES_MAX) as u32;
                     let Ok(permit) = room.clone().acquire_many_owned(weight).await else { return };
+                    let Ok(of_node) = requests.clone().acquire_many_owned(weight).await else { return };
                     replies.room().await;
                     let arrival = Arrival { sent, received: now };
-                    dispatch::dispatch(&core, request, arrival, ReplySink::new(replies.clone(), Some(permit)));
+                    let sink = ReplySink::new(replies.clone(), vec![permit, of_node]);
+                    dispatch::dispatch(&core, request, arrival, sink);
+                }
+            }
+        };
+        tokio::spawn(async move {
+            let _connection = connection;
+            tokio::select! {
+                () = serving => {}
+                () = owed.stalled(REPLY_STALL_MAX) => {
+                    tracing::info!("ending a connection whose peer takes no replies, others need the memory");
+                    hangup.hang_up();
                 }
             }
         });
@@ -97,9 +112,9 @@ impl Data for DataService {
             let message = format!("this node answers {UNARY_REQUESTS_MAX} single requests at a time; open a stream");
             status_of(&VastoError::new(ErrorCode::Overloaded, message).retry_after_ms(20))
         })?;
-        let (queue, mut receiver) = ReplyQueue::new();
+        let (queue, mut receiver) = ReplyQueue::new(self.budget.clone());
         let arrival = Arrival { sent: None, received: since_boot() };
-        dispatch::dispatch(&self.core, request.into_inner(), arrival, ReplySink::new(queue, Some(permit)));
+        dispatch::dispatch(&self.core, request.into_inner(), arrival, ReplySink::new(queue, vec![permit]));
         let queued = receiver.recv().await.ok_or_else(|| Status::internal("the request was dropped"))?;
         Ok(Response::new(queued.reply))
     }
@@ -110,7 +125,9 @@ fn frames_of(
     queue: Arc<ReplyQueue>,
     receiver: UnboundedReceiver<Queued>,
 ) -> impl Stream<Item = Result<v1::ReplyFrame, Status>> {
-    futures::stream::unfold((queue, receiver, None), |(queue, mut receiver, carried)| async move {
+    futures::stream::unfold((queue, receiver, None, 0), |(queue, mut receiver, carried, before)| async move {
+        // Asked for the next frame, the transport has let go of the one before.
+        queue.sent(before);
         let first: Queued = match carried {
             Some(queued) => queued,
             None => receiver.recv().await?,
@@ -127,8 +144,7 @@ fn frames_of(
             bytes += queued.bytes;
             replies.push(queued.reply);
         }
-        queue.sent(bytes);
-        Some((Ok(v1::ReplyFrame { replies }), (queue, receiver, carried)))
+        Some((Ok(v1::ReplyFrame { replies }), (queue, receiver, carried, bytes)))
     })
 }
 

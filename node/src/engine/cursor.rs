@@ -14,6 +14,17 @@ pub struct Cursor<'a> {
     inner: DBRawIterator<'a>,
 }
 
+#[cfg(test)]
+thread_local! {
+    static OPENED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
+/// How many cursors this thread has opened.
+#[cfg(test)]
+pub fn cursors_opened() -> usize {
+    OPENED.with(std::cell::Cell::get)
+}
+
 impl Engine {
     /// Pins the present state for several cursors.
     pub fn view(&self) -> View<'_> {
@@ -27,6 +38,8 @@ impl View<'_> {
         let mut options = ReadOptions::default();
         options.set_iterate_upper_bound(to);
         let mut inner = self.snapshot.raw_iterator_opt(options);
+        #[cfg(test)]
+        OPENED.with(|opened| opened.set(opened.get() + 1));
         inner.seek(from);
         Cursor { inner }
     }
@@ -39,6 +52,11 @@ impl Cursor<'_> {
             Some(item) => Ok(Some(item)),
             None => self.inner.status().map(|()| None).map_err(failed("scan")),
         }
+    }
+
+    /// Goes to the first stored key at or behind this one.
+    pub fn seek(&mut self, to: &[u8]) {
+        self.inner.seek(to);
     }
 
     /// Moves on.

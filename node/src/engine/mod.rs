@@ -10,12 +10,13 @@
 
 mod batch;
 mod cursor;
+mod sample;
 mod scratch;
 mod tables;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use rocksdb::checkpoint::Checkpoint;
 use rocksdb::compaction_filter::Decision;
@@ -33,7 +34,10 @@ use vasto_core::stored_key::{META_PREFIX, split_data_key};
 
 use crate::gate::Gate;
 pub use batch::Batch;
+#[cfg(test)]
+pub use cursor::cursors_opened;
 pub use cursor::{Cursor, View};
+pub use sample::Walk;
 pub use scratch::{BandRows, ImportFile, Scratch};
 pub use tables::{TableSet, WrittenTable};
 
@@ -86,6 +90,13 @@ impl Default for EngineBudget {
     }
 }
 
+/// How RocksDB names a lock that another process holds; what else keeps it from opening the lock file, such as
+/// a want of descriptors, is named otherwise.
+const LOCK_REFUSED: &str = "While lock file";
+
+/// By how much a MANIFEST grows at a time.
+const MANIFEST_PREALLOCATION: usize = 64 << 10;
+
 /// Target size of an SST file.
 const TABLE_BYTES: u64 = 32 << 20;
 
@@ -108,6 +119,9 @@ impl EngineShared {
         base.set_keep_log_file_num(2);
         base.set_max_log_file_size(4 << 20);
         base.set_stats_dump_period_sec(0);
+        base.set_stats_persist_period_sec(0);
+        // The default takes 4 MiB of disk for each, and a node has hundreds.
+        base.set_manifest_preallocation_size(MANIFEST_PREALLOCATION);
         base.set_allow_concurrent_memtable_write(false); // one writer per instance
         base.set_avoid_flush_during_shutdown(true); // the log has it; shutdown flushes explicitly
         base.set_block_based_table_factory(&table_options(&cache));
@@ -149,7 +163,7 @@ pub trait FlushGuard: Send + Sync + 'static {
 
 struct Listener {
     guard: Arc<dyn FlushGuard>,
-    failed: Arc<AtomicBool>,
+    failed: Arc<OnceLock<String>>,
 }
 
 impl EventListener for Listener {
@@ -163,9 +177,11 @@ impl EventListener for Listener {
     fn on_background_error(
         &self,
         _: rocksdb::event_listener::DBBackgroundErrorReason,
-        _: rocksdb::event_listener::MutableStatus,
+        status: rocksdb::event_listener::MutableStatus,
     ) {
-        self.failed.store(true, Ordering::Release);
+        let error = status.result().as_ref().err().map(ToString::to_string);
+        // The first one tells what happened.
+        let _ = self.failed.set(error.unwrap_or_else(|| "RocksDB does not say why".to_owned()));
     }
 }
 
@@ -192,7 +208,7 @@ pub struct Engine {
     path: PathBuf,
     options: Options,
     floor: Arc<AtomicU64>,
-    failed: Arc<AtomicBool>,
+    failed: Arc<OnceLock<String>>,
     write_options: WriteOptions,
     cached_only: ReadOptions,
 }
@@ -206,7 +222,7 @@ impl Engine {
         floor: Arc<AtomicU64>,
         guard: Arc<dyn FlushGuard>,
     ) -> Result<Self, EngineError> {
-        let failed_flag = Arc::new(AtomicBool::new(false));
+        let failed_flag = Arc::new(OnceLock::new());
         let mut options = shared.base.clone();
         let filter_floor = floor.clone();
         options.set_compaction_filter("vasto-collect", move |_level: u32, key: &[u8], value: &[u8]| {
@@ -219,7 +235,7 @@ impl Engine {
         });
         options.add_event_listener(Listener { guard, failed: failed_flag.clone() });
         let db = DB::open(&options, path).map_err(|error| match error.kind() {
-            ErrorKind::IOError if error.to_string().contains("lock") => EngineError::Locked(path.to_owned()),
+            ErrorKind::IOError if error.to_string().contains(LOCK_REFUSED) => EngineError::Locked(path.to_owned()),
             _ => EngineError::Rocks { doing: "open the database", message: error.to_string() },
         })?;
         let mut write_options = WriteOptions::default();
@@ -242,9 +258,9 @@ impl Engine {
         &self.path
     }
 
-    /// True once a flush or compaction failed: the replica must be closed to writes.
-    pub fn has_failed(&self) -> bool {
-        self.failed.load(Ordering::Acquire)
+    /// Why a flush or a compaction failed, once one has: the replica must be closed to writes.
+    pub fn failure(&self) -> Option<&str> {
+        self.failed.get().map(String::as_str)
     }
 
     /// Raises the floor that compactions apply.

@@ -1,6 +1,7 @@
 //! What a replica's writer is asked to do.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,7 +11,9 @@ use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, Lsn, Origin, OwnSeq, P
 use vasto_core::record::{BandRange, IngestedObject, KeyEntry, Progress, RangeState, Record};
 use vasto_core::{ErrorCode, VastoError};
 
+use super::authority::Authority;
 use crate::clock::since_boot;
+use crate::shortage;
 
 /// One operation of a write.
 #[derive(Debug, Clone)]
@@ -96,6 +99,8 @@ pub struct Told {
     pub sent: Option<Duration>,
     /// Boot time from which on the sender does not wait for it any more.
     pub until: Option<Duration>,
+    /// The term of authority under which it was admitted; `None` when the sender chose this replica.
+    pub term: Option<u64>,
 }
 
 /// The answer to what was not begun because nobody waits for it any more.
@@ -153,6 +158,10 @@ pub struct WriteJob {
     pub sent: Duration,
     /// Boot time from which on nobody waits for it any more.
     pub until: Option<Duration>,
+    /// The term of authority under which it was admitted; `None` when its sender chose this replica.
+    pub term: Option<u64>,
+    /// Whose authority decides, once it is done, whether it may be acknowledged.
+    pub(super) authority: Option<Arc<Authority>>,
     done: Option<Completion>,
     /// Room in the queue, given back when the job is dropped.
     _permit: Option<OwnedSemaphorePermit>,
@@ -162,7 +171,17 @@ impl WriteJob {
     /// A write that answers through `done`, exactly once: also when the job is dropped, which
     /// happens before it was begun, or when the writer dies.
     pub fn new(ops: Vec<WriteOp>, ack: Ack, done: Completion, permit: Option<OwnedSemaphorePermit>) -> Self {
-        Self { ops, ack, id: None, sent: since_boot(), until: None, done: Some(done), _permit: permit }
+        Self {
+            ops,
+            ack,
+            id: None,
+            sent: since_boot(),
+            until: None,
+            term: None,
+            authority: None,
+            done: Some(done),
+            _permit: permit,
+        }
     }
 
     /// Says what the sender told of it.
@@ -170,6 +189,7 @@ impl WriteJob {
         self.id = told.id;
         self.sent = told.sent.unwrap_or(self.sent);
         self.until = told.until;
+        self.term = told.term;
         self
     }
 
@@ -180,8 +200,13 @@ impl WriteJob {
 
     /// Answers the caller.
     pub fn answer(mut self, result: Result<Vec<Outcome>, VastoError>) {
-        if let Some(done) = self.done.take() {
-            done(result);
+        let modifies = self.modifies();
+        let Some(done) = self.done.take() else { return };
+        match (result, self.authority.take().zip(self.term)) {
+            (Ok(outcomes), Some((authority, term))) => {
+                authority.acknowledge(term, modifies, move |verdict| done(verdict.map(|()| outcomes)));
+            }
+            (result, _) => done(result),
         }
     }
 }
@@ -360,6 +385,7 @@ pub enum ReplicaError {
 impl From<ReplicaError> for VastoError {
     fn from(error: ReplicaError) -> Self {
         let code = match &error {
+            ReplicaError::Closed(reason) if shortage::told_by(reason).is_some() => ErrorCode::NoSpace,
             ReplicaError::Stopped | ReplicaError::Closed(_) => ErrorCode::Unavailable,
             ReplicaError::Refused(_) | ReplicaError::Gap { .. } => ErrorCode::FailedPrecondition,
             ReplicaError::Engine(_) => ErrorCode::Unavailable,

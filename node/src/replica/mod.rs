@@ -8,6 +8,7 @@
 //!   acknowledged.
 
 pub mod apply;
+pub mod authority;
 pub mod bucket_acks;
 pub mod followers;
 pub mod job;
@@ -17,6 +18,7 @@ pub mod read;
 mod replicate;
 mod results;
 mod rmw;
+pub mod size;
 mod slots;
 mod stamp;
 pub mod state;
@@ -45,11 +47,13 @@ use crate::clock::SharedClock;
 use crate::engine::{Engine, EngineError, EngineShared, FlushGuard};
 use crate::node_dir::sync_dir;
 use apply::{ApplyError, Meta, apply_record};
+use authority::Authority;
 use bucket_acks::BucketAcks;
 use followers::Followers;
 use job::{ApplyJob, Completion, Control, Job, Position, ReplicaError, ReplicateJob, Role, Told, WriteJob, WriteOp};
 use losses::Losses;
 use results::Results;
+use size::KeyCount;
 use state::{Head, Identity, Ranges};
 use writer::Writer;
 
@@ -194,7 +198,14 @@ pub struct Shared {
     pauses_us: Mutex<Vec<u64>>,
     /// How many results of read-modify-writes are stored.
     results: AtomicU64,
+    /// The last look at how many keys there are.
+    key_count: Mutex<Option<KeyCount>>,
     ended: AtomicBool,
+    authority: Arc<Authority>,
+    /// Boot time since which the writer waits for its disk, milliseconds; 0 while it does not.
+    busy_since_ms: AtomicU64,
+    /// The last own record that is in the log, applied or not.
+    logged_own_seq: AtomicU64,
 }
 
 /// Identity, head and range states.
@@ -349,7 +360,11 @@ impl Replica {
             changed,
             pauses_us: Mutex::default(),
             results: AtomicU64::new(0),
+            key_count: Mutex::default(),
             ended: AtomicBool::new(false),
+            authority: Arc::default(),
+            busy_since_ms: AtomicU64::new(0),
+            logged_own_seq: AtomicU64::new(0),
             engine,
         });
         let results = Results::load(&shared.engine.with_prefix(&MetaKey::result_prefix())?);
@@ -361,9 +376,11 @@ impl Replica {
         {
             writer.set_range(Epoch(0), version, range, state)?;
         }
+        let span = tracing::Span::current();
         let thread = std::thread::Builder::new()
             .name(format!("writer-{keyspace}-{shard}-{replica}"))
             .spawn(move || {
+                let _named = span.entered();
                 let _guard = CloseOnPanic(writer.shared.clone());
                 writer.run();
             })
@@ -429,7 +446,7 @@ impl Replica {
     }
 
     /// What is durable and visible, without the writer's help.
-    fn settled(&self) -> Position {
+    pub(crate) fn settled(&self) -> Position {
         // In this order: what is applied is in the vector.
         let synced = self.shared.log.synced_lsn();
         let applied = self.applied_lsn();
@@ -461,18 +478,6 @@ impl Replica {
             shared.engine.close();
         };
         let _ = tokio::task::spawn_blocking(end).await;
-    }
-
-    /// `(estimated keys, bytes of SSTs)`.
-    pub fn size(&self) -> (u64, u64) {
-        let (keys, apart, bytes) = self.shared.engine.size();
-        // The memtables also hold the head and the vector entry that every unflushed record has written.
-        let unflushed = self.applied_lsn().0.saturating_sub(self.persisted_lsn().unwrap_or_default().0);
-        // Counted, not read: this is asked for with every report.
-        let origins = self.shared.vector.lock().len() as u64;
-        let metadata = META_ROWS + origins + self.shared.results.load(Ordering::Relaxed);
-        let among_data = metadata.saturating_sub(apart);
-        (keys.saturating_sub(unflushed * 2).saturating_sub(among_data), bytes)
     }
 
     /// The database.
@@ -581,6 +586,37 @@ impl Replica {
     /// A follower has obeyed this epoch, under which another replica may be primary.
     pub fn follower_at(&self, epoch: Epoch) {
         self.shared.followers_epoch.fetch_max(epoch.0, Ordering::AcqRel);
+    }
+
+    /// May it serve strict requests?
+    pub fn authority(&self) -> &Arc<Authority> {
+        &self.shared.authority
+    }
+
+    /// For how long its writer has been waiting for the disk, milliseconds.
+    pub fn busy_ms(&self, now_ms: u64) -> u64 {
+        match self.shared.busy_since_ms.load(Ordering::Acquire) {
+            0 => 0,
+            since => now_ms.saturating_sub(since),
+        }
+    }
+
+    /// The last record of this opening that is in the log. A peer may hold it before it is visible here.
+    pub fn logged_own_seq(&self) -> OwnSeq {
+        OwnSeq(self.shared.logged_own_seq.load(Ordering::Acquire))
+    }
+
+    /// Does another replica hold records of this one that it has never written? Its directory is then an old copy.
+    pub fn is_behind_itself(&self, others: &Vector) -> bool {
+        let (me, incarnation) = (self.id, self.incarnation());
+        others.iter().any(|(origin, seq)| {
+            origin.replica == me
+                && match origin.incarnation.cmp(&incarnation) {
+                    std::cmp::Ordering::Less => false,
+                    std::cmp::Ordering::Equal => *seq > self.logged_own_seq(),
+                    std::cmp::Ordering::Greater => true,
+                }
+        })
     }
 
     /// Records of another replica that lost an entry here; see [`Losses::of`].

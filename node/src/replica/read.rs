@@ -5,6 +5,11 @@
 //!   answer given after a seal has aged, or after a hand-over, is refused instead of stale.
 //! - A page of a scan is bounded in what it looks at, not only in what it shows: it says how far it
 //!   got, and the next one goes on there.
+//! - Rows come in the order of user keys and, for one user key, of the hashes of its partitions, each of
+//!   which is a record of its own: a page may end between them, and the next one goes on there.
+//!
+//! A page finds the first key of every owned band with one shared cursor. A band gets a cursor of its own
+//! once a row of it is next, so that a short scan opens few of them.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -24,7 +29,7 @@ use vasto_proto::v1;
 
 use super::Replica;
 use super::apply::band_of;
-use crate::engine::{Cursor, EngineError, Lookup};
+use crate::engine::{Cursor, EngineError, Lookup, RowRef, View};
 
 /// How a lookup went.
 pub enum GetResult {
@@ -49,6 +54,8 @@ pub struct ScanPage {
     pub prefix: Bytes,
     /// Resume after this user key.
     pub after: Option<Bytes>,
+    /// With `after`: resume after the row of that key and this partition, not after all rows of the key.
+    pub after_partition_hash: Option<u64>,
     /// Only this partition.
     pub partition_hash: Option<u64>,
     /// At most this many rows; 0 is as many as a page holds.
@@ -180,54 +187,54 @@ impl Replica {
     fn scan_bands(&self, bands: &[Band], page: &ScanPage) -> Result<v1::ScanReply, VastoError> {
         let now_us = self.shared.clock.now_us();
         let limit = if page.limit == 0 { SCAN_PAGE_ROWS_MAX } else { page.limit.min(SCAN_PAGE_ROWS_MAX) };
-        // An immediate successor of `after` is `after` with a zero byte.
-        let start = match &page.after {
-            Some(after) if after.as_ref() >= page.prefix.as_ref() => [after.as_ref(), &[0]].concat(),
-            _ => page.prefix.to_vec(),
+        let after = page.after.as_ref().filter(|after| after.as_ref() >= page.prefix.as_ref());
+        let start = match (after, page.after_partition_hash) {
+            // An immediate successor of `after` is `after` with a zero byte.
+            (Some(after), None) => [after.as_ref(), &[0]].concat(),
+            (Some(after), Some(_)) => after.to_vec(),
+            (None, _) => page.prefix.to_vec(),
+        };
+        let is_behind = |at: &Place| match (after, page.after_partition_hash) {
+            (Some(after), Some(hash)) => at.key != after.as_ref() || at.hash > hash,
+            _ => true,
         };
         let view = self.shared.engine.view();
-        let mut cursors: Vec<Cursor<'_>> = Vec::new();
-        let mut heap: BinaryHeap<Reverse<(Vec<u8>, usize)>> = BinaryHeap::new();
-        for band in bands {
-            let cursor = view.cursor(&data_key(*band, &start), upper_bound(*band, &page.prefix));
-            if let Some((stored, _)) = cursor.current()? {
-                heap.push(Reverse((stored[1..].to_vec(), cursors.len())));
-                cursors.push(cursor);
-            }
-        }
+        // The next row of each band.
+        let mut heap = first_rows(&view, bands, &start, &page.prefix)?;
+        let mut cursors: Vec<Option<Cursor<'_>>> = Vec::new();
+        cursors.resize_with(1 + usize::from(u8::MAX), || None);
         let mut reply = v1::ScanReply::default();
         let mut bytes = 0;
         // From here on, not before the seeks: however slow they were, a page gets on.
         let (started, mut examined) = (Instant::now(), 0);
-        while let Some(Reverse((key, at))) = heap.pop() {
-            let cursor = &mut cursors[at];
+        while let Some(Reverse(at)) = heap.pop() {
+            let cursor = cursors[usize::from(at.band.0)]
+                .get_or_insert_with(|| view.cursor(&data_key(at.band, &at.key), upper_bound(at.band, &page.prefix)));
             let Some((_, encoded)) = cursor.current()? else { continue };
             examined += 1;
             let is_last = examined >= SCAN_PAGE_EXAMINED_MAX || started.elapsed() >= SCAN_PAGE_TIME;
-            let resume_after = is_last.then(|| Bytes::copy_from_slice(&key));
-            let in_partition = match page.partition_hash {
-                None => true,
-                Some(hash) => {
-                    let own = Entry::decode(encoded).ok().and_then(|entry| entry.partition_hash);
-                    own.unwrap_or_else(|| partition_hash(&key)) == hash
-                }
-            };
-            if in_partition && let Some(value) = visible_value(encoded, now_us, page.keys_only)? {
-                let weight = key.len() + 64 + value_bytes(&value);
+            let resume_after = is_last.then(|| Bytes::copy_from_slice(&at.key));
+            let in_partition = page.partition_hash.is_none_or(|hash| at.hash == hash);
+            if in_partition
+                && is_behind(&at)
+                && let Some(value) = visible_value(encoded, now_us, page.keys_only)?
+            {
+                let weight = at.key.len() + 64 + value_bytes(&value);
                 if reply.rows.len() >= limit || (!reply.rows.is_empty() && bytes + weight > SCAN_PAGE_BYTES_MAX) {
                     reply.more = true;
                     return Ok(reply);
                 }
                 bytes += weight;
-                reply.rows.push(v1::Row { key: key.into(), value: Some(value) });
+                let partition_hash = at.other_partition.then_some(at.hash);
+                reply.rows.push(v1::Row { key: at.key.into(), partition_hash, value: Some(value) });
             }
             cursor.advance();
-            if let Some((stored, _)) = cursor.current()? {
-                heap.push(Reverse((stored[1..].to_vec(), at)));
+            if let Some(row) = cursor.current()? {
+                heap.push(Reverse(Place::of(at.band, row)));
             }
-            // A key that two partitions share stands in two bands: it is not cut in half.
-            let next = heap.peek().map(|Reverse((key, _))| key);
-            if resume_after.as_deref().zip(next).is_some_and(|(last, next)| last != next.as_slice()) {
+            // A page that is cut by what it has looked at ends behind all rows of a key.
+            let next = heap.peek().map(|Reverse(next)| next.key.as_slice());
+            if resume_after.as_deref().zip(next).is_some_and(|(last, next)| last != next) {
                 reply.more = true;
                 reply.resume_after = resume_after;
                 return Ok(reply);
@@ -235,6 +242,57 @@ impl Replica {
         }
         Ok(reply)
     }
+}
+
+/// Where a stored row stands among all rows.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Place {
+    key: Vec<u8>,
+    /// Of its partition key.
+    hash: u64,
+    band: Band,
+    /// The partition key is not the user key itself.
+    other_partition: bool,
+}
+
+impl Place {
+    fn of(band: Band, (stored, encoded): RowRef<'_>) -> Self {
+        let key = stored[1..].to_vec();
+        // What is damaged is told by who reads it.
+        let named = Entry::decode(encoded).ok().and_then(|entry| entry.partition_hash);
+        let hash = named.unwrap_or_else(|| partition_hash(&key));
+        Self { key, hash, band, other_partition: named.is_some() }
+    }
+}
+
+/// The first row at or behind `start` of each band that has one with the prefix. One cursor seeks them
+/// all: where it lands also tells which bands are empty.
+fn first_rows(
+    view: &View<'_>,
+    bands: &[Band],
+    start: &[u8],
+    prefix: &[u8],
+) -> Result<BinaryHeap<Reverse<Place>>, EngineError> {
+    let mut heap = BinaryHeap::new();
+    let (Some(first), Some(last)) = (bands.iter().min(), bands.iter().max()) else { return Ok(heap) };
+    let mut cursor = view.cursor(&data_key(*first, start), vec![last.0 + 1]);
+    let mut bands = bands.to_vec();
+    bands.sort_unstable();
+    for band in bands {
+        let wanted = data_key(band, start);
+        match cursor.current()? {
+            None => break,
+            Some((stored, _)) if stored < wanted.as_slice() => cursor.seek(&wanted),
+            Some(_) => {}
+        }
+        if let Some(row) = cursor.current()?
+            && row.0[0] == band.0
+            && row.0[1..].starts_with(prefix)
+        {
+            heap.push(Reverse(Place::of(band, row)));
+        }
+    }
+    Ok(heap)
 }
 
 fn value_bytes(value: &v1::Value) -> usize {

@@ -43,7 +43,7 @@ fn wrong_type(stands: &Payload<'_>) -> VastoError {
 }
 
 fn overflow(what: &str) -> VastoError {
-    VastoError::new(ErrorCode::WrongType, format!("{what}; nothing was changed"))
+    VastoError::new(ErrorCode::OutOfRange, format!("{what}; nothing was changed"))
 }
 
 /// A live value: the entry and its encoding.
@@ -57,8 +57,8 @@ fn expiry(ttl_ms: Option<u64>, now_us: u64) -> Option<u64> {
 /// a number or bytes that the change creates get `created_ttl_ms`.
 ///
 /// # Errors
-/// `WrongType` when the value has another type, or the result is no number of its type;
-/// `InvalidArgument` when the result is over a limit.
+/// `WrongType` when the value has another type; `OutOfRange` when the operand is not finite, or the result
+/// is no number of its type; `InvalidArgument` when the result is over a limit.
 pub fn modify(
     change: &Change,
     standing: Standing<'_>,
@@ -78,11 +78,11 @@ pub fn modify(
         };
         // The larger of a number and of none is the number: the caller would not hear of its mistake.
         if !operand.is_finite() {
-            return Err(overflow("the operand is no finite number"));
+            return Err(overflow("the operand is not a finite number"));
         }
         let number = fold(before, operand);
         if !number.is_finite() {
-            return Err(overflow("the result is no finite number"));
+            return Err(overflow("the sum is over the range of an f64"));
         }
         Ok(Modified::Store(Content::Number(Number::F64(number.to_bits())), expires_at))
     };
@@ -93,7 +93,8 @@ pub fn modify(
                 Some(Payload::I64(number)) => number,
                 Some(other) => return Err(wrong_type(&other)),
             };
-            let sum = before.checked_add(*addend).ok_or_else(|| overflow("the counter would overflow"))?;
+            let sum =
+                before.checked_add(*addend).ok_or_else(|| overflow("the sum is over the range of a counter (i64)"))?;
             Ok(Modified::Store(Content::Number(Number::I64(sum)), expires_at))
         }
         Change::AddF64(addend) => float(|a, b| a + b, *addend, 0.0),
@@ -159,21 +160,21 @@ mod tests {
         assert_eq!(on(None, Change::AddI64(-3)).unwrap(), i64_of(-3));
         assert_eq!(on(Some(&seven), Change::AddI64(-3)).unwrap(), i64_of(4));
         let most = encoded(Payload::I64(i64::MAX), None);
-        assert_eq!(on(Some(&most), Change::AddI64(1)).unwrap_err().code, ErrorCode::WrongType);
+        assert_eq!(on(Some(&most), Change::AddI64(1)).unwrap_err().code, ErrorCode::OutOfRange);
         let half = encoded(Payload::F64(0.5), None);
         assert_eq!(on(Some(&half), Change::AddF64(1.0)).unwrap(), f64_of(1.5));
         assert_eq!(on(Some(&half), Change::MaxF64(0.25)).unwrap(), f64_of(0.5));
         assert_eq!(on(Some(&half), Change::MinF64(0.25)).unwrap(), f64_of(0.25));
         assert_eq!(on(None, Change::MinF64(9.0)).unwrap(), f64_of(9.0));
         for bad in [f64::NAN, f64::INFINITY] {
-            assert_eq!(on(Some(&half), Change::AddF64(bad)).unwrap_err().code, ErrorCode::WrongType);
+            assert_eq!(on(Some(&half), Change::AddF64(bad)).unwrap_err().code, ErrorCode::OutOfRange);
             for stands in [None, Some(half.as_slice())] {
-                assert_eq!(on(stands, Change::MaxF64(bad)).unwrap_err().code, ErrorCode::WrongType);
-                assert_eq!(on(stands, Change::MinF64(bad)).unwrap_err().code, ErrorCode::WrongType);
+                assert_eq!(on(stands, Change::MaxF64(bad)).unwrap_err().code, ErrorCode::OutOfRange);
+                assert_eq!(on(stands, Change::MinF64(bad)).unwrap_err().code, ErrorCode::OutOfRange);
             }
         }
         let most = encoded(Payload::F64(f64::MAX), None);
-        assert_eq!(on(Some(&most), Change::AddF64(f64::MAX)).unwrap_err().code, ErrorCode::WrongType);
+        assert_eq!(on(Some(&most), Change::AddF64(f64::MAX)).unwrap_err().code, ErrorCode::OutOfRange);
     }
 
     #[test]

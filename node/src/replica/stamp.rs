@@ -103,7 +103,7 @@ impl Writer {
     ) -> Result<Outcome, VastoError> {
         let band = band_of(self.meta.identity.shard, &op.key, op.partition_hash).expect("it was checked before");
         let stored_key = data_key(band, &op.key);
-        let now_us = self.now_us();
+        let now_us = self.stamp_us;
         let stamp = op.event_time.unwrap_or_else(|| self.clock.stamp(now_us));
         // Above everything that any key of the slot holds: the write wins without a look.
         let modifies = op.change.modifies();

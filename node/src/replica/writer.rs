@@ -31,6 +31,7 @@ use vasto_core::stored_key::MetaKey;
 use vasto_core::{ErrorCode, VastoError};
 
 use super::apply::{Meta, apply_record, band_of, put_head, put_progress};
+use super::authority::now_ms;
 use super::job::{ApplyJob, Control, Job, Outcome, Position, ReplicaError, Role, WriteJob, too_late};
 use super::results::{self, Kept, Results};
 use super::slots::SlotTable;
@@ -53,6 +54,9 @@ pub(super) struct Writer {
     pub meta: Meta,
     pub slots: SlotTable,
     pub clock: HybridClock,
+    /// The clock when the request was about to be checked, microseconds: what is stamped belongs to a moment at
+    /// which authority held, however long the thread then stands still.
+    pub stamp_us: u64,
     pub jobs: Receiver<Job>,
     role: Role,
     results: Results,
@@ -93,6 +97,7 @@ impl Writer {
             slots: SlotTable::starting_at(event_time_max),
             // What is stored raises the stamps of its own key alone.
             clock: HybridClock::default(),
+            stamp_us: 0,
             meta,
             jobs,
             role: Role::default(),
@@ -201,7 +206,7 @@ impl Writer {
         self.now_us().max(self.meta.head.commit_time + 1).max(self.meta.head.floor + 1)
     }
 
-    fn check(&self, job: &WriteJob) -> Checked {
+    fn check(&self, job: &mut WriteJob) -> Checked {
         if let Some(reason) = self.shared.closed() {
             return Checked::Refused(ReplicaError::Closed(reason).into());
         }
@@ -212,15 +217,28 @@ impl Writer {
         if job.until.is_some_and(|until| now >= until) {
             return Checked::Refused(too_late());
         }
-        // Whoever sent it has long gone to another replica: applied now, its stamp would be above what
-        // was written there since.
-        if now.saturating_sub(job.sent) >= ATTEMPT_PATIENCE && self.shared.followers.has_peers() {
-            let message =
-                "the request was under way for too long, its sender has gone to another replica; send it again";
-            return Checked::Refused(VastoError::new(ErrorCode::CatchingUp, message).retry_after_ms(50));
+        let modifies = job.modifies();
+        match (job.term, modifies) {
+            // Another replica may have taken over since it was admitted: applied now, its stamp would be above
+            // what was written there since.
+            (Some(term), _) if self.shared.authority.term() != Some(term) => {
+                return Checked::Refused(without_authority());
+            }
+            (Some(_), _) => {}
+            (None, true) => match self.shared.authority.term() {
+                Some(term) => job.term = Some(term),
+                None => return Checked::Refused(without_authority()),
+            },
+            // Whoever chose this replica has long gone to another one.
+            (None, false) if now.saturating_sub(job.sent) >= ATTEMPT_PATIENCE && self.shared.followers.has_peers() => {
+                let message =
+                    "the request was under way for too long, its sender has gone to another replica; send it again";
+                return Checked::Refused(VastoError::new(ErrorCode::CatchingUp, message).retry_after_ms(50));
+            }
+            (None, false) => {}
         }
         let mut sealed = false;
-        if job.modifies() {
+        if modifies {
             let known = self.meta.head.version.0 >= self.shared.primary_from.load(Ordering::Acquire)
                 && self.meta.head.epoch.0 >= self.shared.followers_epoch.load(Ordering::Acquire);
             match self.role {
@@ -247,12 +265,13 @@ impl Writer {
     /// Does the jobs, in as many group commits as they need.
     fn commit(&mut self, writes: Vec<WriteJob>, applies: Vec<ApplyJob>) {
         let mut open = self.begin();
-        for job in writes {
+        for mut job in writes {
             if open.group.is_full() {
                 self.finish(open);
                 open = self.begin();
             }
-            match self.check(&job) {
+            self.stamp_us = self.now_us();
+            match self.check(&mut job) {
                 Checked::Refused(error) => job.answer(Err(error)),
                 Checked::Sealed => self.held.push(Held { job, since: Instant::now() }),
                 Checked::Ready => match self.do_once(&job, &mut open.group, open.commit_time) {
@@ -299,7 +318,8 @@ impl Writer {
         match result {
             Ok(()) => {
                 metrics::group(ops);
-                for (job, (outcomes, done_before)) in answers {
+                for (mut job, (outcomes, done_before)) in answers {
+                    job.authority = Some(self.shared.authority.clone());
                     match job.ack {
                         Ack::Os | Ack::Fsync => job.answer(Ok(outcomes)),
                         Ack::Replica => {
@@ -409,6 +429,12 @@ impl Writer {
     pub(super) fn append(&mut self, record: &Record) -> Result<(), ReplicaError> {
         self.encoded.clear();
         record.encode_into(&mut self.encoded);
+        let own = Origin { replica: self.meta.identity.replica, incarnation: self.meta.identity.incarnation };
+        if record.origin == own && record.own_seq.0 > 0 {
+            // Before it can be read by anybody.
+            self.shared.logged_own_seq.store(record.own_seq.0, Ordering::Release);
+        }
+        let _waits = self.wait_for_disk();
         self.log.append(record.lsn, &self.encoded).map_err(|error| self.close(error.to_string()))?;
         self.unsynced_since.get_or_insert_with(Instant::now);
         if self.encoded.capacity() > GROUP_BYTES_MAX * 2 {
@@ -419,6 +445,7 @@ impl Writer {
 
     pub(super) fn sync(&mut self) -> Result<(), ReplicaError> {
         let started = Instant::now();
+        let _waits = self.wait_for_disk();
         self.log.sync().map_err(|error| {
             metrics::sync_error();
             self.close(error.to_string())
@@ -429,13 +456,20 @@ impl Writer {
     }
 
     pub(super) fn write_batch(&mut self, batch: Batch) -> Result<(), ReplicaError> {
-        if self.shared.engine.has_failed() {
-            return Err(self.close("the database could not write to its disk".into()));
+        if let Some(why) = self.shared.engine.failure() {
+            return Err(self.close(format!("the database could not write to its disk: {why}")));
         }
+        let _waits = self.wait_for_disk();
         self.shared.engine.write(batch).map_err(|error| self.close(error.to_string()))?;
         self.shared.engine.raise_floor(self.meta.head.floor);
         self.shared.publish(&mut self.meta, self.role);
         Ok(())
+    }
+
+    /// Others see for how long the writer has been waiting, until the guard is dropped.
+    fn wait_for_disk(&self) -> WaitsForDisk {
+        self.shared.busy_since_ms.store(now_ms().max(1), Ordering::Release);
+        WaitsForDisk(self.shared.clone())
     }
 
     /// Closes the replica to writes for good (until it is opened again).
@@ -459,6 +493,7 @@ impl Writer {
             // The first record of the next incarnation.
             record.origin.incarnation.0 += 1;
             record.own_seq = OwnSeq(1);
+            self.shared.logged_own_seq.store(1, Ordering::Release);
             self.log.set_incarnation(record.origin.incarnation);
         }
         self.append(&record)?;
@@ -625,6 +660,7 @@ impl Writer {
         self.held.clear();
         self.shared.followers.abandon();
         self.shared.bucket_acks.abandon();
+        self.shared.authority.abandon();
         if self.shared.closed().is_none() {
             let _ = self.sync();
             if let Err(error) = self.shared.engine.flush() {
@@ -633,6 +669,15 @@ impl Writer {
         }
         self.shared.close("the node is stopping".into());
         self.shared.ended.store(true, Ordering::Release);
+    }
+}
+
+/// The writer waits for its disk as long as this lives.
+struct WaitsForDisk(Arc<Shared>);
+
+impl Drop for WaitsForDisk {
+    fn drop(&mut self) {
+        self.0.busy_since_ms.store(0, Ordering::Release);
     }
 }
 
@@ -646,6 +691,14 @@ fn worked_on_without() -> VastoError {
         ErrorCode::Unknown,
         "this was done before the placement changed, and is not known to be replicated; read the value back",
     )
+}
+
+fn without_authority() -> VastoError {
+    VastoError::new(
+        ErrorCode::NotPrimary,
+        "this replica does not serve its shard now, another one does or will in a moment; nothing was written, ask again",
+    )
+    .retry_after_ms(20)
 }
 
 fn not_primary() -> VastoError {

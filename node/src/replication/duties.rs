@@ -16,7 +16,7 @@ use futures::future::join_all;
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{Catalog, Placed};
-use vasto_core::ids::{CatalogVersion, Incarnation, Lsn, Vector, join};
+use vasto_core::ids::{CatalogVersion, Lsn, ReplicaId, Vector, join};
 use vasto_core::limits::{CATCH_UP_PATIENCE, HANDOVER_TIMEOUT, SEAL_TIMEOUT};
 use vasto_core::plan::ReplicationReport;
 use vasto_proto::convert::vector_from_wire;
@@ -37,6 +37,9 @@ const ASK_AGAIN: Duration = Duration::from_millis(100);
 /// A replica that stops waits this long for another one to have its log.
 const HAND_ON_PATIENCE: Duration = Duration::from_secs(1);
 
+/// A replica that serves in the place of the primary reports for how long in steps of this.
+const ACTING_STEP_MS: u64 = 100;
+
 /// The replication of one hosted replica.
 pub struct Duties {
     core: Arc<NodeCore>,
@@ -54,7 +57,7 @@ struct State {
     took_over: Option<CatalogVersion>,
     /// The log's end when this replica stopped to take writes for good.
     last_lsn: Option<Lsn>,
-    evict: Option<vasto_core::ids::ReplicaId>,
+    evict: Option<ReplicaId>,
     /// When the last round about the collection floor began, and whether it still runs.
     floor_round: Option<(Instant, bool)>,
     /// Counts the times it had to catch up: only the last one makes it ready.
@@ -131,7 +134,7 @@ impl Duties {
         let asked =
             join_all(others.iter().map(|one| self.ask(*one, CatalogVersion(0), CatalogVersion(0), CATCH_UP_PATIENCE)));
         let replies = asked.await;
-        let mut needed = Vector::new();
+        let mut needed: Vec<(ReplicaId, Vector)> = Vec::new();
         let mut version = 0;
         for (one, reply) in others.iter().zip(replies) {
             let Some(reply) = reply else {
@@ -145,34 +148,44 @@ impl Duties {
                 continue;
             };
             let vector = vector_from_wire(&reply.vector);
-            if self.is_an_old_copy(&vector) {
+            if self.replica.is_behind_itself(&vector) {
                 tracing::error!(keyspace = self.replica.keyspace.0, shard = self.replica.shard.0, reason = OLD_COPY);
                 self.replica.close(OLD_COPY.into());
                 return std::future::pending().await;
             }
             version = version.max(reply.version);
-            needed = join(&needed, &vector);
+            needed.push((one.replica, vector));
         }
         // A primary that was replaced while it was away must hear of that first.
         self.replica.primary_from(CatalogVersion(version));
-        let mut progress = (self.replica.vector_changes(), Instant::now());
-        while !self.replica.covers(&needed) || self.replica.version().0 < version {
-            let changes = self.replica.vector_changes();
-            if changes != progress.0 {
-                progress = (changes, Instant::now());
+        // What a peer named comes from it, or from another one that has it; a live one is waited for however slow
+        // it or this disk is. What others bring meanwhile says nothing of one that is gone.
+        let mut heard: Vec<Instant> = vec![Instant::now(); needed.len()];
+        loop {
+            let mut missing = false;
+            for ((peer, vector), heard) in needed.iter().zip(&mut heard) {
+                // Too old for this peer: this replica is rebuilt, unless one comes back that can bring it up to date.
+                if self.pullers.is_connected(*peer) || self.pullers.is_too_old() {
+                    *heard = Instant::now();
+                }
+                missing |= heard.elapsed() <= CATCH_UP_PATIENCE * 2 && !self.replica.covers(vector);
             }
-            if self.pullers.is_too_old() {
-                // It is rebuilt, unless a peer comes back that can bring it up to date.
-                progress.1 = Instant::now();
-            }
-            if progress.1.elapsed() > CATCH_UP_PATIENCE * 2 {
-                tracing::info!(
-                    keyspace = self.replica.keyspace.0,
-                    shard = self.replica.shard.0,
-                    "the peers that named what is missing here are gone again; this replica serves without it"
-                );
+            if !missing {
                 break;
             }
+            tokio::time::sleep(LOOK).await;
+        }
+        if needed.iter().any(|(_, vector)| !self.replica.covers(vector)) {
+            tracing::info!(
+                keyspace = self.replica.keyspace.0,
+                shard = self.replica.shard.0,
+                "the peers that named what is missing here are gone again; this replica serves without it"
+            );
+        }
+        // A newer version comes from the master alone, which may be away: it decides who is primary, and
+        // `primary_from` keeps this one from acting as what it was.
+        let versions = Instant::now();
+        while self.replica.version().0 < version && versions.elapsed() < CATCH_UP_PATIENCE {
             tokio::time::sleep(LOOK).await;
         }
         tracing::info!(
@@ -182,17 +195,6 @@ impl Duties {
             ms = began.elapsed().as_millis() as u64,
             "caught up with its peers"
         );
-    }
-
-    /// Does a peer hold records of this replica that it has not?
-    fn is_an_old_copy(&self, peer: &Vector) -> bool {
-        let incarnation = self.replica.incarnation();
-        let vector = self.replica.vector();
-        peer.iter().any(|(origin, seq)| {
-            origin.replica == self.replica.id
-                && origin.incarnation >= Incarnation(incarnation.0)
-                && vector.get(origin).is_none_or(|have| have < seq)
-        })
     }
 
     /// Where a peer stands; `None` when it does not say in time.
@@ -359,7 +361,10 @@ impl Duties {
         let state = self.state.lock();
         let drained_by = state.last_lsn.map(|lsn| self.replica.followers().covered_by(lsn)).unwrap_or_default();
         ReplicationReport {
-            ready: self.replica.is_ready() && self.replica.closed().is_none(),
+            ready: self.replica.is_ready() && self.replica.closed().is_none() && !self.replica.authority().is_stalled(),
+            serving: Some(self.replica.authority().is_serving()),
+            stalled: self.replica.authority().is_stalled(),
+            acting_ms: self.replica.authority().acting_ms() / ACTING_STEP_MS * ACTING_STEP_MS,
             lag_lsns: lag.lsns,
             lag_ms: lag.ms,
             took_over: state.took_over,
@@ -368,6 +373,8 @@ impl Duties {
             took_from_bucket: Vec::new(),
             too_old: self.pullers.is_too_old(),
             evict: state.evict,
+            // The manager knows what a closed one waits for.
+            passing: false,
         }
     }
 }

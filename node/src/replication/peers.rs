@@ -24,7 +24,7 @@ const WINDOWS: (u32, u32) = (4 << 20, 16 << 20);
 /// The connections of a node to its peers, by address.
 #[derive(Default)]
 pub struct Peers {
-    channels: Mutex<HashMap<String, Channel>>,
+    channels: Mutex<HashMap<String, (Channel, u64)>>,
 }
 
 fn unreachable(reason: String) -> Status {
@@ -39,9 +39,11 @@ impl Peers {
         let address =
             core.address(node).ok_or_else(|| unreachable(format!("where node {node} listens is not known")))?;
         let mut channels = self.channels.lock();
+        // A connection from before the node was cut off stands still until its transport tries again.
+        let links = core.links_of(node);
         let channel = match channels.get(&address) {
-            Some(channel) => channel.clone(),
-            None => {
+            Some((channel, made)) if *made == links => channel.clone(),
+            _ => {
                 let endpoint = Endpoint::from_shared(format!("http://{address}"))
                     .map_err(|error| unreachable(format!("{address}: {error}")))?
                     .connect_timeout(CONNECT_TIMEOUT)
@@ -54,7 +56,7 @@ impl Peers {
                 let channel = endpoint.connect_lazy();
                 // A node that listens somewhere else now does not come back here.
                 channels.retain(|known, _| core.is_address(known));
-                channels.insert(address, channel.clone());
+                channels.insert(address, (channel.clone(), links));
                 channel
             }
         };

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::Placed;
-use vasto_core::ids::{Epoch, Lsn, NodeId, Origin, ReplicaId, Vector, covers};
+use vasto_core::ids::{Epoch, Lsn, NodeId, ReplicaId, Vector, covers};
 use vasto_core::record::Record;
 use vasto_proto::convert::{vector_from_wire, vector_to_wire};
 use vasto_proto::v1;
@@ -161,6 +161,11 @@ impl Pullers {
         Some(pull.state.lag_lsns.load(Ordering::Acquire))
     }
 
+    /// True while a stream from the peer is open.
+    pub fn is_connected(&self, peer: ReplicaId) -> bool {
+        self.pulls.lock().get(&peer).is_some_and(|pull| pull.state.connected.load(Ordering::Acquire))
+    }
+
     /// Tells the meter how far each pull is.
     pub fn measure(&self) {
         let (keyspace, replica) = (self.replica.keyspace.0 as i64, self.replica.id.0 as i64);
@@ -230,7 +235,12 @@ impl Puller {
         let (keyspace, shard, peer) = (self.replica.keyspace.0, self.replica.shard.0, self.source.replica.0);
         let mut said = String::new();
         loop {
-            let Err(ended) = self.pull(rescan).await;
+            let links = self.core.links_of(self.source.node);
+            let again = self.core.linked_again(self.source.node, links);
+            let ended = tokio::select! {
+                Err(ended) = self.pull(rescan) => ended,
+                () = again => Ended::Interrupted("the peer could be reached again".into()),
+            };
             if self.state.connected.load(Ordering::Acquire) {
                 self.state.broken();
             }
@@ -265,7 +275,9 @@ impl Puller {
                 tracing::info!(keyspace, shard, peer, reason, "a pull is interrupted; it goes on");
                 said = reason;
             }
-            tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.5))).await;
+            // Tried at once when it can be reached again.
+            let again = self.core.linked_again(self.source.node, links);
+            let _ = tokio::time::timeout(pause.mul_f64(rand::random_range(0.5..1.5)), again).await;
         }
     }
 
@@ -345,13 +357,15 @@ impl Puller {
         if covers(&have, needed) {
             return Ok(());
         }
-        let mut missing = needed.iter().filter(|(origin, seq)| have.get(origin).is_none_or(|have| have < *seq));
-        let own =
-            |origin: &Origin| origin.replica == self.replica.id && origin.incarnation >= self.replica.incarnation();
-        if missing.clone().any(|(origin, _)| own(origin)) {
+        if self.replica.is_behind_itself(needed) {
             self.replica.close(OLD_COPY.into());
             return Err(Ended::Closed(OLD_COPY.into()));
         }
+        // What this replica is about to apply is in its log.
+        let mut missing = needed.iter().filter(|(origin, seq)| {
+            let own = origin.replica == self.replica.id && origin.incarnation == self.replica.incarnation();
+            !own && have.get(origin).is_none_or(|have| have < *seq)
+        });
         let missing = missing.next();
         let missing = missing.map(|(origin, seq)| format!("{origin} up to {seq}")).unwrap_or_default();
         Err(Ended::TooOld(format!("the peer's log no longer holds records of {missing}")))

@@ -31,6 +31,7 @@ type Frames<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl Replication for ReplicationService {
     type TailStream = TailStream;
     type PullStream = Frames<v1::PullFrame>;
+    type LeaseStream = Frames<v1::LeaseReply>;
 
     async fn tail(&self, request: Request<v1::TailRequest>) -> Result<Response<TailStream>, Status> {
         tail::serve(&self.core, &request.into_inner()).map(Response::new)
@@ -39,6 +40,16 @@ impl Replication for ReplicationService {
     async fn pull(&self, request: Request<Streaming<v1::PullMessage>>) -> Result<Response<Self::PullStream>, Status> {
         let frames = pull::serve(&self.core, request.into_inner()).await?;
         Ok(Response::new(Box::pin(frames)))
+    }
+
+    async fn lease(
+        &self,
+        request: Request<Streaming<v1::LeaseRequest>>,
+    ) -> Result<Response<Self::LeaseStream>, Status> {
+        let Some(leases) = self.core.leases.get() else {
+            return Err(Status::unavailable("this node has only just started; try again"));
+        };
+        Ok(Response::new(Box::pin(leases.serve(request.into_inner()).await)))
     }
 
     async fn position(&self, request: Request<v1::PositionRequest>) -> Result<Response<v1::PositionReply>, Status> {

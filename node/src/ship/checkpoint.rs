@@ -42,6 +42,15 @@ pub(super) struct Making {
     chunks: u64,
     /// Its LSN is being fixed: no chunk may go beyond what was settled before.
     fixing: Arc<AtomicBool>,
+    /// It trusts nothing that is in the bucket.
+    anew: bool,
+}
+
+impl Making {
+    /// It trusts nothing that is in the bucket.
+    pub(super) fn is_anew(&self) -> bool {
+        self.anew
+    }
 }
 
 /// How far it is.
@@ -80,6 +89,11 @@ impl Shipper {
         self.making.as_ref().is_some_and(|making| making.fixing.load(Ordering::SeqCst))
     }
 
+    /// True until everything has been uploaded again, once that was begun with or asked for.
+    pub(super) fn is_anew(&self) -> bool {
+        self.anew || self.making.as_ref().is_some_and(|making| making.anew)
+    }
+
     /// Begins with a checkpoint of now unless one is under way.
     pub(super) fn begin_checkpoint(&mut self) {
         if self.making.is_none() && Instant::now() >= self.checkpoint_not_before {
@@ -101,14 +115,18 @@ impl Shipper {
         let last = self.state.manifest.as_ref().map(|manifest| manifest.lsn);
         let fixing = Arc::new(AtomicBool::new(false));
         let fixes = fixing.clone();
+        let anew = std::mem::take(&mut self.anew);
+        if anew {
+            self.last = None;
+        }
         let task = tokio::spawn(async move {
-            match make(replica, engines, &folder.0, compact, last, fixes).await {
+            match make(replica, engines, &folder.0, compact, last, anew, fixes).await {
                 Ok(described) => Made::Described(folder, Box::new(described)),
                 Err(error) => Made::Failed(error),
             }
         });
         let task = AbortOnDropHandle::new(task);
-        self.making = Some(Making { task, waiters, chunks: self.state.chunks, fixing });
+        self.making = Some(Making { task, waiters, chunks: self.state.chunks, fixing, anew });
     }
 
     /// One step further with the checkpoint under way.
@@ -122,13 +140,16 @@ impl Shipper {
             Made::Uploaded(described, files, database) => self.publish(*described, files, database).await,
             Made::Failed(error) => Err(error),
         };
-        let waiters = self.making.take().map(|making| making.waiters).unwrap_or_default();
+        let (waiters, anew) = self.making.take().map(|making| (making.waiters, making.anew)).unwrap_or_default();
         match &done {
-            Ok(_) => self.checkpoint_pause = TICK,
+            Ok(_) => (self.checkpoint_pause, self.checkpoint_trouble) = (TICK, None),
             Err(error) => {
                 if let ShipError::Foreign(key) = error {
                     self.give_up(key);
                 }
+                self.anew |= anew;
+                let passes = matches!(error, ShipError::Filling | ShipError::Stopped);
+                self.checkpoint_trouble = (!passes).then(|| error.to_string());
                 self.checkpoint_pause = (self.checkpoint_pause * 2).min(BACKOFF_MAX);
                 self.checkpoint_not_before = Instant::now() + self.checkpoint_pause;
                 if waiters.is_empty() {
@@ -164,7 +185,12 @@ impl Shipper {
         if lsn > replica.log().synced_lsn() {
             return Err(ShipError::Checkpoint("it holds records that the log has not synced".into()));
         }
-        self.load_last().await?;
+        if !self.making.as_ref().is_some_and(|making| making.anew) {
+            self.load_last().await?;
+        }
+        if self.ships() {
+            self.go_on_behind_others().await?;
+        }
         // The log up to here too, so that every moment in between can be restored; not what came before
         // a beginning that the log does not hold.
         let chained = self.ships() && self.may_ship_chunks();
@@ -213,6 +239,7 @@ impl Shipper {
         Ok(())
     }
 
+    #[tracing::instrument(name = "publish a checkpoint", skip_all, fields(keyspace = self.context.replica.keyspace.0, shard = self.context.replica.shard.0))]
     async fn publish(
         &mut self,
         described: Described,
@@ -317,7 +344,7 @@ impl Uploaded {
         times.min().map_or(Duration::ZERO, |first| since_boot().saturating_sub(first))
     }
 
-    fn forget(&self) {
+    pub(super) fn forget(&self) {
         self.0.lock().clear();
     }
 }
@@ -357,7 +384,10 @@ impl Upload {
         let replica = &self.replica;
         let attempt = format!("{:08x}", rand::random::<u32>());
         let key = layout::database(replica.keyspace, replica.shard, replica.id, lsn, &attempt);
-        let uploaded = self.bucket.upload_file(&key, &dir.join(&name)).await?;
+        let path = dir.join(&name);
+        let bytes = tokio::fs::metadata(&path).await.map_or(0, |found| found.len());
+        let _turn = self.pace.turn(bytes).await;
+        let uploaded = self.bucket.upload_file(&key, &path).await?;
         Ok(DatabaseFile { key, name, bytes: uploaded.bytes, crc32c: uploaded.crc32c })
     }
 }
@@ -369,6 +399,7 @@ async fn make(
     dir: &Path,
     compact: Vec<BandRange>,
     last: Option<Lsn>,
+    anew: bool,
     fixing: Arc<AtomicBool>,
 ) -> Result<Described, ShipError> {
     if replica.ranges().is_being_filled() {
@@ -379,8 +410,8 @@ async fn make(
         let replica = replica.clone();
         compacted |= blocking(move || compact_if_it_pays(&replica, range)).await?;
     }
-    if compacted && last == Some(replica.settled_lsn()) {
-        // The same records in other files: a manifest of their own needs an LSN of its own.
+    if (compacted && last == Some(replica.settled_lsn())) || anew {
+        // The same records in other files, or under other names: a manifest of their own needs an LSN of its own.
         replica.apply(Vec::new(), vec![Progress::Tail(replica.id, replica.settled_lsn())]).await?;
     }
     let path = dir.to_owned();

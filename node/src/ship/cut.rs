@@ -1,15 +1,18 @@
 //! Cuts the front of a replica's log when nobody needs it any more.
 //!
-//! **Invariant:** what goes is persisted in the database, covered by the bucket (while this replica ships),
-//! not needed by a running plan and read by every follower. At the byte cap the bucket's cover is given up,
-//! but never behind what a plan needs: what that can read from the bucket goes, and the rest holds. Who else
-//! is in the way is named, and the master takes it out of the way.
+//! **Invariant:** what goes is persisted in the database, covered by the bucket (while this replica ships; what
+//! is old enough for that while another one does), not needed by a running plan and read by every follower. At
+//! the byte cap the bucket's cover is given up, but never behind what a plan needs: what that can read from the
+//! bucket goes, and the rest holds. Who else is in the way is named, and the master takes it out of the way.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use tokio::time::Instant;
 use vasto_core::ids::Lsn;
+use vasto_core::limits::LOG_KEPT_FOR_SHIPPING;
 
 use super::{Positions, ShipError, blocking};
 use crate::replica::Replica;
@@ -25,11 +28,35 @@ pub(super) struct Cut {
     cap: u64,
     /// The bucket's cover was given up, and that was said.
     given_up: bool,
+    ends: Ends,
+}
+
+/// Where the log ended at some moments: what is younger than that is kept although another replica ships.
+struct Ends {
+    kept_for: Duration,
+    /// The oldest first, of which at most one is older than what is kept.
+    known: VecDeque<(Instant, Lsn)>,
+}
+
+impl Ends {
+    /// Everything up to here is so old that the replica that ships has shipped it, if it can.
+    fn old(&mut self, now: Instant, end: Lsn) -> Lsn {
+        if self.known.back().is_none_or(|(at, lsn)| *lsn < end && now - *at >= self.kept_for / 16) {
+            self.known.push_back((now, end));
+        }
+        let is_old = |(at, _): &(Instant, Lsn)| now - *at >= self.kept_for;
+        while self.known.get(1).is_some_and(is_old) {
+            self.known.pop_front();
+        }
+        self.known.front().filter(|first| is_old(first)).map_or(Lsn(0), |(_, lsn)| *lsn)
+    }
 }
 
 impl Cut {
-    pub(super) fn new(replica: Replica, positions: Arc<Positions>, cap: u64) -> Self {
-        Self { replica, positions, cap, given_up: false }
+    pub(super) fn new(replica: Replica, positions: Arc<Positions>, cap: u64, interval: Duration) -> Self {
+        let kept_for = LOG_KEPT_FOR_SHIPPING.max(interval.saturating_mul(3));
+        let ends = Ends { kept_for, known: VecDeque::new() };
+        Self { replica, positions, cap, given_up: false, ends }
     }
 
     /// Looks again and again; ends when it is dropped.
@@ -57,6 +84,7 @@ impl Cut {
         let from_bucket = positions.needed_from_bucket.load(Ordering::Acquire);
         let chained_from = Lsn(positions.chained_from.load(Ordering::Acquire));
         let ships = positions.does_ship();
+        let old = self.ends.old(Instant::now(), self.replica.settled_lsn());
         let given_up = blocking(move || {
             let log = replica.log();
             let full = log.bytes() > cap;
@@ -75,7 +103,8 @@ impl Cut {
             replica.set_shed(unread > cap.saturating_mul(2));
             let limit = persisted.min(needed).min(followed);
             let given_up = full && ships && shipped < limit;
-            log.truncate_to(if full || !ships { limit } else { limit.min(shipped) })?;
+            let covered = if ships { shipped } else { shipped.max(old) };
+            log.truncate_to(if full { limit } else { limit.min(covered) })?;
             Ok::<_, ShipError>(given_up)
         })
         .await?;
@@ -118,5 +147,22 @@ mod tests {
         assert_eq!(here(10, false, 0, 90), 10, "it is not read from there, or the log is not at its cap");
         assert_eq!(here(10, true, 0, 5), 10);
         assert_eq!(here(u64::MAX, true, 0, 90), u64::MAX, "nobody needs it");
+    }
+
+    #[test]
+    fn what_another_replica_may_not_have_shipped_yet_is_kept() {
+        let kept_for = Duration::from_secs(60);
+        let mut ends = Ends { kept_for, known: VecDeque::new() };
+        let began = Instant::now();
+        let mut old_at = |seconds: u64, end: u64| ends.old(began + Duration::from_secs(seconds), Lsn(end)).0;
+        assert_eq!(old_at(0, 100), 0);
+        for second in 1..60 {
+            assert_eq!(old_at(second, 100 + second), 0, "{second}");
+        }
+        // A minute later what was there then may go, and not much more is kept.
+        assert_eq!(old_at(60, 160), 100);
+        assert_eq!(old_at(120, 220), 160);
+        assert_eq!(old_at(1_000, 220), 220, "an idle log is old in the end");
+        assert!(ends.known.len() < 20, "{}", ends.known.len());
     }
 }

@@ -1,36 +1,76 @@
-//! What all uploads of a node share: how many there are at once, and how fast they may be.
+//! What all uploads of a node share: how many there are at once, how much memory they take, how fast they may
+//! be, and what keeps them from going on.
 //!
-//! **Invariant:** the memory that uploads take is bounded by [`UPLOADS_MAX`] files, however many replicas
-//! ship at once.
+//! **Invariant:** the memory that uploads take is bounded, however many replicas ship at once: by
+//! [`UPLOAD_MEMORY_MAX`] for checkpoints and [`LOG_MEMORY_MAX`] for the log. Neither waits for the other.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::Instant;
+use vasto_core::ids::{KeyspaceId, ShardId};
+use vasto_core::limits::{LOG_MEMORY_MAX, UPLOAD_MEMORY_MAX};
 
-/// Files that a node uploads at once; each takes up to 64 MiB of memory.
+/// Files that a node uploads at once, and as many chunks of the log.
 pub const UPLOADS_MAX: usize = 4;
 
 /// The right to upload.
 pub struct Pace {
-    permits: Semaphore,
+    files: Lane,
+    log: Lane,
     /// Bytes a second; `None` is as fast as the bucket takes them.
     rate: Option<u64>,
     /// When the next upload may begin.
     next: Mutex<Instant>,
+    trouble: Mutex<BTreeMap<(KeyspaceId, ShardId), String>>,
+}
+
+/// Uploads of one kind.
+struct Lane {
+    permits: Semaphore,
+    /// In KiB.
+    memory: Semaphore,
+    memory_max: u64,
+}
+
+/// One upload's turn; it ends with this.
+pub struct Turn<'a> {
+    _permit: SemaphorePermit<'a>,
+    _memory: SemaphorePermit<'a>,
+}
+
+impl Lane {
+    fn new(memory_max: u64) -> Self {
+        let kib = usize::try_from(memory_max >> 10).expect("a few MiB are a small number");
+        Self { permits: Semaphore::new(UPLOADS_MAX), memory: Semaphore::new(kib), memory_max }
+    }
+
+    /// In the order in which they came. One that is larger than everything there is waits for all of it.
+    async fn turn(&self, bytes: u64) -> Option<Turn<'_>> {
+        let permit = self.permits.acquire().await.ok()?;
+        let kib = u32::try_from(bytes.min(self.memory_max) >> 10).expect("at most a few MiB");
+        let memory = self.memory.acquire_many(kib).await.ok()?;
+        Some(Turn { _permit: permit, _memory: memory })
+    }
 }
 
 impl Pace {
     /// With a rate in bytes a second; 0 sets none.
     pub fn new(rate: u64) -> Self {
-        let rate = (rate > 0).then_some(rate);
-        Self { permits: Semaphore::new(UPLOADS_MAX), rate, next: Mutex::new(Instant::now()) }
+        Self {
+            files: Lane::new(UPLOAD_MEMORY_MAX),
+            log: Lane::new(LOG_MEMORY_MAX),
+            rate: (rate > 0).then_some(rate),
+            next: Mutex::new(Instant::now()),
+            trouble: Mutex::default(),
+        }
     }
 
-    /// Waits for the turn of an upload of so many bytes.
-    pub async fn turn(&self, bytes: u64) -> Option<SemaphorePermit<'_>> {
-        let permit = self.permits.acquire().await.ok()?;
+    /// Waits for the turn of a file of so many bytes.
+    pub async fn turn(&self, bytes: u64) -> Option<Turn<'_>> {
+        let turn = self.files.turn(bytes).await?;
         if let Some(rate) = self.rate {
             let begin = {
                 let mut next = self.next.lock();
@@ -40,7 +80,32 @@ impl Pace {
             };
             tokio::time::sleep_until(begin).await;
         }
-        Some(permit)
+        Some(turn)
+    }
+
+    /// Waits for the turn of a chunk that takes so many bytes of memory.
+    pub(super) async fn log_turn(&self, bytes: u64) -> Option<Turn<'_>> {
+        self.log.turn(bytes).await
+    }
+
+    /// A shard's shipping failed, or goes on.
+    pub(super) fn note(&self, shard: (KeyspaceId, ShardId), trouble: Option<String>) {
+        let mut known = self.trouble.lock();
+        match trouble {
+            Some(text) => known.insert(shard, text),
+            None => known.remove(&shard),
+        };
+    }
+
+    /// What keeps shards of this node from being shipped: how many, and what the first of them said.
+    pub fn trouble(&self) -> Option<String> {
+        let known = self.trouble.lock();
+        let ((keyspace, shard), first) = known.first_key_value()?;
+        let others = match known.len() {
+            1 => String::new(),
+            all => format!(" and of {} others", all - 1),
+        };
+        Some(format!("shipping of shard {shard} of keyspace {keyspace}{others} fails: {first}"))
     }
 }
 
@@ -61,11 +126,45 @@ mod tests {
         let pace = Pace::new(0);
         let mut held = Vec::new();
         for _ in 0..UPLOADS_MAX {
-            held.push(pace.turn(u64::MAX).await.unwrap());
+            held.push(pace.turn(1).await.unwrap());
         }
         let mut turn = std::pin::pin!(pace.turn(1));
         assert!(futures::poll!(&mut turn).is_pending());
         held.pop();
         assert!(turn.await.is_some());
+    }
+
+    #[tokio::test]
+    async fn the_memory_of_all_uploads_is_bounded_and_the_log_does_not_wait_for_files() {
+        let pace = Pace::new(0);
+        let half = pace.turn(UPLOAD_MEMORY_MAX / 2).await.unwrap();
+        let mut large = std::pin::pin!(pace.turn(u64::MAX));
+        assert!(futures::poll!(&mut large).is_pending());
+        // Nobody overtakes it.
+        let mut small = std::pin::pin!(pace.turn(10 << 10));
+        assert!(futures::poll!(&mut small).is_pending());
+        let log = pace.log_turn(LOG_MEMORY_MAX).await.unwrap();
+        let mut more = std::pin::pin!(pace.log_turn(1 << 10));
+        assert!(futures::poll!(&mut more).is_pending());
+        drop(half);
+        let large = large.await.unwrap();
+        assert!(futures::poll!(&mut small).is_pending());
+        drop((large, log));
+        assert!(small.await.is_some() && more.await.is_some());
+    }
+
+    #[test]
+    fn trouble_is_told_until_it_is_over() {
+        let pace = Pace::new(0);
+        assert_eq!(pace.trouble(), None);
+        for shard in 0..3 {
+            pace.note((KeyspaceId(1), ShardId(shard)), Some("no bucket".into()));
+        }
+        let told = pace.trouble().unwrap();
+        assert!(told.contains("shard 0 of keyspace 1 and of 2 others fails: no bucket"), "{told}");
+        for shard in 0..3 {
+            pace.note((KeyspaceId(1), ShardId(shard)), None);
+        }
+        assert_eq!(pace.trouble(), None);
     }
 }

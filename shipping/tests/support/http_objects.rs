@@ -11,6 +11,8 @@ pub struct Objects {
     objects: BTreeMap<String, Bytes>,
     uploads: BTreeMap<String, BTreeMap<u32, Bytes>>,
     begun: u32,
+    /// Objects on a page of a listing; 0: all of them.
+    pub page: usize,
 }
 
 fn ok(status: u16, headers: Vec<(&'static str, String)>, body: impl Into<Bytes>) -> Answer {
@@ -24,6 +26,11 @@ fn stamps() -> Vec<(&'static str, String)> {
 impl Objects {
     pub fn object(&self, key: &str) -> Option<Bytes> {
         self.objects.get(key).cloned()
+    }
+
+    /// Puts an object there under a name that Vasto would not give.
+    pub fn insert(&mut self, key: &str, body: Bytes) {
+        self.objects.insert(key.to_owned(), body);
     }
 
     pub fn open_uploads(&self) -> usize {
@@ -48,7 +55,10 @@ impl Objects {
                 Some(body) => part_of(body, request.headers.get("range")),
                 None => error(404, "NoSuchKey", "The specified key does not exist.", ""),
             },
-            Ask::List => self.list(query.get("prefix").map_or("", String::as_str)),
+            Ask::List => {
+                let after = query.get("continuation-token").map_or("", String::as_str);
+                self.list(query.get("prefix").map_or("", String::as_str), after)
+            }
             Ask::Delete => {
                 let text = String::from_utf8(request.body.to_vec()).unwrap();
                 let keys = text.split("<Key>").skip(1).filter_map(|rest| rest.split("</Key>").next());
@@ -92,15 +102,21 @@ impl Objects {
         }
     }
 
-    fn list(&self, prefix: &str) -> Answer {
-        let found = self.objects.iter().filter(|(key, _)| key.starts_with(prefix)).map(|(key, body)| {
+    fn list(&self, prefix: &str, after: &str) -> Answer {
+        let page = if self.page == 0 { usize::MAX } else { self.page };
+        let all = self.objects.iter().filter(|(key, _)| key.starts_with(prefix) && key.as_str() > after);
+        let all: Vec<_> = all.collect();
+        let found = all.iter().take(page).map(|(key, body)| {
             format!(
                 "<Contents><Key>{key}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>\
                  <ETag>&quot;1&quot;</ETag><Size>{}</Size></Contents>",
                 body.len()
             )
         });
-        ok(200, vec![], format!("<ListBucketResult>{}</ListBucketResult>", found.collect::<String>()))
+        let next = all.get(page.saturating_sub(1)).filter(|_| all.len() > page);
+        let next =
+            next.map_or(String::new(), |(key, _)| format!("<NextContinuationToken>{key}</NextContinuationToken>"));
+        ok(200, vec![], format!("<ListBucketResult>{}{next}</ListBucketResult>", found.collect::<String>()))
     }
 }
 

@@ -199,6 +199,16 @@ impl HttpStore {
         self.shared.objects.lock().unwrap().object(&format!("root/{key}"))
     }
 
+    /// An object whose name Vasto would not give.
+    pub fn put_foreign(&self, key: &str) {
+        self.shared.objects.lock().unwrap().insert(&format!("root/{key}"), Bytes::from_static(b"not ours"));
+    }
+
+    /// Listings have pages of so many objects.
+    pub fn list_in_pages_of(&self, objects: usize) {
+        self.shared.objects.lock().unwrap().page = objects;
+    }
+
     /// Uploads in parts that were neither completed nor aborted.
     pub fn open_uploads(&self) -> usize {
         self.shared.objects.lock().unwrap().open_uploads()
@@ -237,12 +247,17 @@ impl Shared {
             }
             Some(Fault::ExpiredToken) => Some(expired(request)),
             Some(Fault::AccessDenied) => Some(error(403, "AccessDenied", "Access Denied", "")),
-            Some(Fault::TimeTooSkewed) => Some(error(
-                403,
-                "RequestTimeTooSkewed",
-                "The difference between the request time and the current time is too large.",
-                "<MaxAllowedSkewMilliseconds>900000</MaxAllowedSkewMilliseconds>",
-            )),
+            Some(Fault::TimeTooSkewed) => {
+                let mut refused = error(
+                    403,
+                    "RequestTimeTooSkewed",
+                    "The difference between the request time and the current time is too large.",
+                    "<MaxAllowedSkewMilliseconds>900000</MaxAllowedSkewMilliseconds>",
+                );
+                // Long ago: the client is ahead.
+                refused.headers.push(("Date", "Thu, 01 Jan 2026 00:00:00 GMT".to_owned()));
+                Some(refused)
+            }
             Some(Fault::ResetBefore) => Some(error(0, "Unanswered", "", "")),
             _ => match &self.keys {
                 Some(keys) if !keys.are_good(request.key_id()) => Some(expired(request)),

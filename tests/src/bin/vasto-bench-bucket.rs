@@ -7,6 +7,7 @@
 //! SeaweedFS server instead of in a local directory.
 
 use std::path::Path;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -28,8 +29,27 @@ fn number(name: &str, otherwise: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise)
 }
 
+const ABOUT: &str = "\
+What the bucket costs and gives: how fast a lost node is replaced, what is lost without a second replica, and
+how many requests it takes. Takes minutes and gigabytes of disk.
+
+Usage: vasto-bench-bucket
+
+It takes no arguments, and reads
+  VASTO_BENCH_GIB           size of the replica [4]
+  VASTO_BENCH_SECONDS       length of each phase [10]
+  VASTO_BENCH_IDLE_SECONDS  length of the idle phase [60]
+  VASTO_BENCH_S3=1          a bucket on a SeaweedFS server instead of a local directory";
+
 #[tokio::main]
-async fn main() -> Result<()> {
+async fn main() -> Result<ExitCode> {
+    match vasto_tests::usage::answered(ABOUT) {
+        Some(code) => Ok(code),
+        None => measure().await.map(|()| ExitCode::SUCCESS),
+    }
+}
+
+async fn measure() -> Result<()> {
     let s3 = match number("VASTO_BENCH_S3", 0) {
         0 => None,
         _ => Some(S3Server::start().await?),

@@ -27,8 +27,19 @@ const PARALLEL: usize = 8;
 /// How much more than what moves may be read from the bucket.
 const READ_RATIO_MAX: f64 = 1.25;
 
+const ABOUT: &str = "\
+The main job from end to end: a cluster takes data, grows under load, loses a node and is restored from the
+bucket; every record is verified.
+
+Usage: vasto-demo
+
+It takes no arguments. Exit code 0 only when nothing was lost or stale.";
+
 #[tokio::main]
 async fn main() -> ExitCode {
+    if let Some(code) = vasto_tests::usage::answered(ABOUT) {
+        return code;
+    }
     let done = tokio::select! {
         done = demo() => done,
         _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("stopped; everything is cleaned up")),

@@ -26,7 +26,7 @@ use super::support::*;
 use crate::bootstrap::{Adoption, Bootstrap, Log};
 use crate::core::NodeCore;
 use crate::grow::fresh_progress;
-use crate::past;
+use crate::past::{self, Without};
 use crate::replica::{OpenOptions, Replica};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -304,7 +304,7 @@ async fn restored(rig: &Rig, bucket: &Bucket, rounds: usize, died: &Notify) -> s
         let kept = Mutex::new(None::<Replica>);
         let attempt = async {
             let text = |error: crate::bootstrap::BootstrapError| error.to_string();
-            let choose = past::candidates(bucket, KEYSPACE, rig.shard, &[], &[], None);
+            let choose = past::candidates(bucket, KEYSPACE, rig.shard, &[], Without::default(), None);
             let found = past::chosen(bucket, &dir.path().join("sources.json"), choose).await.map_err(text)?;
             let is_new = !crate::replica::database_dir(dir.path()).join("CURRENT").exists();
             if let Some(base) = found.all.first().and_then(|one| one.base.as_ref()).filter(|_| is_new) {

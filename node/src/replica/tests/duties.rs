@@ -253,3 +253,78 @@ async fn an_origin_that_was_idle_for_a_day_goes_on() {
     }
     assert_eq!(all.iter().map(|one| one.replica.incarnation()).collect::<Vec<_>>(), incarnations);
 }
+
+/// The second of three goes on to take writes: what it brings says nothing of the third one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_dead_peer_named_is_given_up_although_others_write() {
+    let all = members(3).await;
+    let (restarted, writing, dying) = (&all[0], &all[1], &all[2]);
+    write_one(&dying.replica, put("only here", "v"));
+    let catalog = shard_on(3);
+    restarted.duties.begin_to_catch_up(&catalog);
+    // Both have answered once it waits for what the third one named.
+    until("the catch-up to begin", || !restarted.replica.is_ready()).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    // It dies: nobody listens at its address any more.
+    let mut addresses = std::collections::HashMap::new();
+    for one in &all[..2] {
+        addresses.insert(one.core.node_id, NodeAddress { address: serve(&one.core).await, zone: String::new() });
+    }
+    addresses.insert(NodeId(3), NodeAddress { address: "127.0.0.1:1".into(), zone: String::new() });
+    all.iter().for_each(|one| one.core.set_addresses(addresses.clone()));
+    restarted.duties.follow(&catalog);
+    let began = std::time::Instant::now();
+    let mut n = 0;
+    while began.elapsed() < Duration::from_secs(15) && !restarted.replica.is_ready() {
+        n += 1;
+        write_one(&writing.replica, put(&format!("k{n}"), "v"));
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert!(restarted.replica.is_ready(), "it does not serve as long as others write");
+}
+
+/// A record is streamed as soon as it is synced, and applied after that: a peer may be ahead of its origin.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_whose_database_stalls_is_no_old_copy() {
+    let mut rig = Rig::of(ShardId(0), ReplicaId(1), 1, RangeState::Owned);
+    rig.shared = crate::engine::EngineShared::new(crate::engine::EngineBudget {
+        cache_bytes: 8 << 20,
+        write_buffer_bytes: 2 << 20,
+        background_jobs: 2,
+        rate_limit: 256 << 10,
+    });
+    let replica = rig.create();
+    let all = [Member::of(rig, replica), Member::new(2)];
+    connect(&all).await;
+    let (slow, other) = (&all[0], &all[1]);
+    let catalog = shard_on(2);
+    other.duties.follow(&catalog);
+    let mut seed = 88_172_645_463_325_252u64;
+    let answers: Vec<_> = (0..200)
+        .map(|n| {
+            let noise: String = (0..64 << 10)
+                .map(|_| {
+                    seed ^= seed << 13;
+                    seed ^= seed >> 7;
+                    seed ^= seed << 17;
+                    char::from(b'0' + (seed >> 32) as u8 % 64)
+                })
+                .collect();
+            send(&slow.replica, vec![put(&format!("k{n}"), &noise)], Ack::Fsync)
+        })
+        .collect();
+    until("a record to be synced and sent that is not applied", || {
+        let own = vasto_core::ids::Origin { replica: ReplicaId(1), incarnation: slow.replica.incarnation() };
+        let have = |one: &Member| one.replica.vector().get(&own).copied().unwrap_or_default();
+        have(other) > have(slow)
+    })
+    .await;
+    // The connection is made anew.
+    slow.duties.begin_to_catch_up(&catalog);
+    let began = std::time::Instant::now();
+    while began.elapsed() < Duration::from_secs(3) && slow.replica.closed().is_none() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    drop(answers);
+    assert_eq!(slow.replica.closed(), None);
+}

@@ -142,3 +142,20 @@ async fn one_that_stops_waits_no_longer_than_it_must() {
         }
     }
 }
+
+/// The home is away: who acts for it ships from then on, however new the version is that says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_acts_for_the_home_ships_at_once() {
+    let hosted = Hosted::new();
+    let mut catalog = shard_on(2);
+    catalog.placement[0].replicas.reverse();
+    let host = hosted.start(&catalog);
+    let replica = hosted.replica().await;
+    until("the version to be obeyed", || replica.version() == catalog.version).await;
+    assert!(host.shipper().is_none(), "the home does");
+    catalog.placement[0].primary = Some(ReplicaId(1));
+    catalog.version = vasto_core::ids::CatalogVersion(2);
+    host.obey(Arc::new(catalog));
+    until("it to ship", || host.shipper().is_some()).await;
+    host.stop_to_discard().await;
+}

@@ -1,6 +1,7 @@
 //! What several replicas have shipped comes together in a new keyspace, or it is said what is missing.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -11,20 +12,21 @@ use tokio::task::block_in_place;
 use tokio_util::sync::CancellationToken;
 use vasto_core::Band;
 use vasto_core::ErrorCode;
-use vasto_core::catalog::{Ack, Catalog, KeyspaceSpec};
+use vasto_core::catalog::{Ack, Catalog, GivenUp, KeyspaceSpec};
 use vasto_core::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use vasto_core::plan::TargetProgress;
 use vasto_core::record::{BandRange, RangeState};
 use vasto_shipping::garbage::{Retention, collect, fsck};
-use vasto_shipping::{Bucket, CatalogStore, CatalogWrite, layout};
+use vasto_shipping::{Bucket, CatalogStore, CatalogWrite, Chunk, layout};
 
 use super::bucket_faults::Scripted;
+use super::moments::Dated;
 use super::replication::{member, pull};
 use super::shipping::{Shipping, bucket, fill_a_file, manifest, until};
 use super::support::*;
 use crate::bootstrap::{Adoption, Bootstrap, BootstrapError, Log};
 use crate::core::NodeCore;
-use crate::past;
+use crate::past::{self, Without};
 use crate::replica::job::{Control, Role};
 use crate::replica::{OpenOptions, Replica};
 
@@ -32,38 +34,53 @@ const HOUR: Duration = Duration::from_secs(3_600);
 const NEW: KeyspaceId = KeyspaceId(8);
 
 /// A restored replica and where it lives.
-struct Restored {
+pub struct Restored {
     replica: Replica,
     dir: TempDir,
+    progress: TargetProgress,
 }
 
 impl Restored {
-    fn get(&self, key: &str) -> Option<String> {
+    pub fn get(&self, key: &str) -> Option<String> {
         block_in_place(|| get(&self.replica, key))
     }
 
-    async fn close(self) {
+    pub async fn close(self) {
         self.replica.stop().await;
     }
 }
 
-async fn restore(rig: &Rig, bucket: &Bucket, until_us: Option<u64>) -> Result<Restored, BootstrapError> {
-    let dir = memory_dir();
-    let bootstrap = Bootstrap {
+pub fn bootstrap_into(rig: &Rig, bucket: &Bucket, dir: &Path) -> Bootstrap {
+    Bootstrap {
         bucket: bucket.clone(),
         engines: rig.shared.clone(),
-        dir: dir.path().to_owned(),
-        side: dir.path().join("side"),
+        dir: dir.to_owned(),
+        side: dir.join("side"),
         progress: Arc::new(Mutex::new(TargetProgress::new(PlanId(1)))),
         core: Arc::new(NodeCore::new(NodeId(1), rig.clock.clone(), 1)),
         cancel: CancellationToken::new(),
-    };
-    let found = past::candidates(bucket, KEYSPACE, rig.shard, &[], &[], until_us).await?;
-    let owned: BandRange = Band::owned(1).into();
+    }
+}
+
+async fn restore(rig: &Rig, bucket: &Bucket, until_us: Option<u64>) -> Result<Restored, BootstrapError> {
+    restore_from(rig, bucket, Without::default(), 1, until_us).await
+}
+
+pub async fn restore_from(
+    rig: &Rig,
+    bucket: &Bucket,
+    without: Without<'_>,
+    shards: u32,
+    until_us: Option<u64>,
+) -> Result<Restored, BootstrapError> {
+    let dir = memory_dir();
+    let bootstrap = bootstrap_into(rig, bucket, dir.path());
+    let found = past::candidates(bucket, KEYSPACE, rig.shard, &[], without, until_us).await?;
+    let owned: BandRange = Band::owned(shards).into();
     if let Some(base) = found.all.first().and_then(|one| one.base.as_ref()) {
         let (version, epoch) = (CatalogVersion(1), Epoch(1));
         let adoption = Adoption { keyspace: NEW, replica: ReplicaId(1), owned, version, epoch };
-        bootstrap.take(base, adoption, Log::Past { shards: 1, until_us }).await?;
+        bootstrap.take(base, adoption, Log::Past { shards, until_us }).await?;
     }
     let replica = block_in_place(|| {
         Replica::open(OpenOptions {
@@ -74,8 +91,11 @@ async fn restore(rig: &Rig, bucket: &Bucket, until_us: Option<u64>) -> Result<Re
         })
     })
     .unwrap();
-    match bootstrap.merge_all(&replica, &found, 1, until_us).await {
-        Ok(()) => Ok(Restored { replica, dir }),
+    match bootstrap.merge_all(&replica, &found, shards, until_us).await {
+        Ok(()) => {
+            let progress = bootstrap.progress.lock().clone();
+            Ok(Restored { replica, dir, progress })
+        }
         Err(error) => {
             replica.stop().await;
             Err(error)
@@ -373,4 +393,348 @@ async fn a_replica_that_left_confirms_nothing_for_the_bucket() {
     let answer = block_in_place(|| waiting.recv_timeout(DEADLINE)).unwrap();
     assert_eq!(answer.unwrap_err().code, ErrorCode::Unknown);
     shipping.stop().await;
+}
+
+const SECOND: u64 = 1_000_000;
+
+/// The clock of a node was an hour ahead, and is right again: what it took then, and since, is stamped with
+/// times to come. What the bucket had by a moment belongs to it all the same; what it had later may or may
+/// not, and that is said.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clock_that_was_ahead_hides_nothing_from_a_moment() {
+    let (rig, store) = (member(1), Dated::new(START_US));
+    let bucket = store.bucket();
+    rig.clock.set(START_US + 3_600 * SECOND);
+    let replica = block_in_place(|| rig.create());
+    put_now(&replica, "first", "v");
+    let at = |seconds: u64| {
+        store.set(START_US + seconds * SECOND);
+        rig.clock.set(START_US + seconds * SECOND);
+    };
+    at(60);
+    chunk(&rig, &replica, &bucket).await;
+    for n in 0..20 {
+        put_now(&replica, &format!("after{n}"), "v");
+    }
+    at(70);
+    chunk(&rig, &replica, &bucket).await;
+    at(600);
+    let moment = |seconds: u64| Some(START_US + seconds * SECOND);
+    let all = restore(&rig, &bucket, moment(120)).await.unwrap();
+    assert_eq!((all.get("first").as_deref(), all.get("after19").as_deref()), (Some("v"), Some("v")));
+    all.close().await;
+    let some = restore(&rig, &bucket, moment(61)).await.err().unwrap();
+    let BootstrapError::ClockAhead { shard, replica: whose, ahead_s, .. } = &some else { panic!("{some}") };
+    assert_eq!((*shard, *whose), (ShardId(0), replica.id));
+    assert!((3_500..=3_600).contains(ahead_s), "{some}");
+    let from = humantime::format_rfc3339_micros(std::time::UNIX_EPOCH + Duration::from_micros(START_US + 71 * SECOND));
+    assert!(some.to_string().contains(&from.to_string()), "it says from when on: {some}");
+    assert!(matches!(restore(&rig, &bucket, moment(30)).await.err(), Some(BootstrapError::ClockAhead { .. })));
+    let from = restore(&rig, &bucket, moment(71)).await.unwrap();
+    assert_eq!(from.get("after19").as_deref(), Some("v"));
+    from.close().await;
+    // A checkpoint that the bucket had by then is one to begin with, whatever is stamped in it.
+    at(700);
+    checkpoint(&rig, &replica, &bucket).await;
+    for key in chunks_of(&bucket, &replica).await {
+        bucket.delete(&key).await.unwrap();
+    }
+    let begun = restore(&rig, &bucket, moment(800)).await.unwrap();
+    assert_eq!((begun.get("first").as_deref(), begun.get("after19").as_deref()), (Some("v"), Some("v")));
+    begun.close().await;
+    // Without one, and without the log, nobody knows what was there before.
+    assert!(matches!(restore(&rig, &bucket, moment(650)).await.err(), Some(BootstrapError::NotRetained { .. })));
+}
+
+/// Good clocks differ a little from that of the store: nothing is refused for that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clock_that_is_a_little_ahead_is_believed() {
+    let (rig, store) = (member(1), Dated::new(START_US));
+    let bucket = store.bucket();
+    let replica = block_in_place(|| rig.create());
+    for second in [10, 20, 30] {
+        rig.clock.set(START_US + (second + 2) * SECOND);
+        store.set(START_US + second * SECOND);
+        put_now(&replica, &format!("k{second}"), "v");
+        chunk(&rig, &replica, &bucket).await;
+    }
+    let restored = restore(&rig, &bucket, Some(START_US + 25 * SECOND)).await.unwrap();
+    assert_eq!((restored.get("k20").as_deref(), restored.get("k30")), (Some("v"), None));
+    restored.close().await;
+}
+
+/// A moment is restored from what lies around it, not from everything that was written since.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_to_a_moment_does_not_read_what_came_long_after() {
+    let (one, two, store) = (member(1), member(2), Dated::new(START_US));
+    let bucket = store.bucket();
+    let (a, b) = block_in_place(|| (one.create(), two.create()));
+    let at = |seconds: u64| {
+        store.set(START_US + seconds * SECOND);
+        one.clock.set(START_US + seconds * SECOND);
+        two.clock.set(START_US + seconds * SECOND);
+    };
+    put_now(&a, "k", "before");
+    // Another replica, which is idle.
+    block_in_place(|| pull(&a, &b));
+    at(1);
+    checkpoint(&one, &a, &bucket).await;
+    at(10);
+    put_now(&a, "k", "then");
+    chunk(&one, &a, &bucket).await;
+    let big = "x".repeat(100_000);
+    for round in 0..40u64 {
+        at(100 + round * 10);
+        put_now(&a, "k", &big);
+        if round % 8 == 7 {
+            checkpoint(&one, &a, &bucket).await;
+        } else {
+            chunk(&one, &a, &bucket).await;
+        }
+    }
+    let restored = restore(&one, &bucket, Some(START_US + 50 * SECOND)).await.unwrap();
+    assert_eq!(restored.get("k").as_deref(), Some("then"));
+    let read = restored.progress.bytes_from_bucket;
+    assert!(read < 300_000, "{read} bytes of 4 MB were read, in {} objects", restored.progress.objects_read);
+    restored.close().await;
+    // What another replica took before that moment, and this one has only heard of since, is not passed by.
+    let late = restore(&one, &bucket, Some(START_US + 500 * SECOND)).await.unwrap();
+    late.close().await;
+    two.clock.set(START_US + 20 * SECOND);
+    put_now(&b, "late", "v");
+    at(600);
+    block_in_place(|| pull(&a, &b));
+    put_now(&a, "k", "end");
+    checkpoint(&one, &a, &bucket).await;
+    let restored = restore(&one, &bucket, Some(START_US + 50 * SECOND)).await.unwrap();
+    assert_eq!((restored.get("k").as_deref(), restored.get("late").as_deref()), (Some("then"), Some("v")));
+    restored.close().await;
+}
+
+/// No checkpoint says how much it is: it is counted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_comes_from_the_log_alone_is_counted() {
+    let (rig, bucket) = (member(1), bucket());
+    let replica = block_in_place(|| rig.create());
+    for n in 0..500 {
+        put_now(&replica, &format!("k{}", n % 400), &format!("v{n}"));
+    }
+    put_now(&replica, "gone", "v");
+    block_in_place(|| write_one(&replica, delete("gone")));
+    chunk(&rig, &replica, &bucket).await;
+    let restored = restore(&rig, &bucket, None).await.unwrap();
+    assert_eq!(restored.progress.keys_moved, 400);
+    assert!(restored.progress.bytes_moved > 400, "{:?}", restored.progress);
+    restored.close().await;
+}
+
+/// A replica is lost for good. What it had shipped is taken over by another one, deletes are forgotten since:
+/// a restore does not bring back what its checkpoint holds, and one to a moment before that still does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_taken_over_from_a_lost_replica_is_not_taken_again() {
+    let (one, two, store) = (member(1), member(2), Dated::new(START_US));
+    let bucket = store.bucket();
+    let (a, b) = block_in_place(|| (one.create(), two.create()));
+    for n in 0..10 {
+        put_now(&a, &format!("old{n}"), "v");
+    }
+    block_in_place(|| pull(&b, &a));
+    // The other one has a write that nobody else has, and ships a checkpoint.
+    put_now(&b, "only here", "v");
+    checkpoint(&two, &b, &bucket).await;
+    store.set(START_US + 10 * SECOND);
+    let before = checkpoint(&one, &a, &bucket).await;
+    // It is lost, its checkpoint is taken over, and its loss accepted.
+    let dir = memory_dir();
+    let bootstrap = bootstrap_into(&one, &bucket, dir.path());
+    bootstrap.join_what_was_shipped(&a, b.id, 1).await.unwrap();
+    assert_eq!(block_in_place(|| get(&a, "only here")).as_deref(), Some("v"));
+    let version = CatalogVersion(5);
+    block_in_place(|| control(&a, Control::Obey { epoch: Epoch(2), version, role: a.view().role })).unwrap();
+    one.clock.set(START_US + 60 * SECOND);
+    block_in_place(|| {
+        for n in 0..10 {
+            write_one(&a, delete(&format!("old{n}")));
+        }
+        let floor = a.data_commit_time();
+        control(&a, Control::Promise { commit_time: floor }).unwrap();
+        control(&a, Control::GcFloor { floor }).unwrap();
+        a.engine().flush().unwrap();
+        a.engine().compact_all();
+    });
+    store.set(START_US + 60 * SECOND);
+    checkpoint(&one, &a, &bucket).await;
+    let given_up = [GivenUp { replica: b.id, version }];
+    let without = Without { discarded: &[], given_up: &given_up };
+    let restored = restore_from(&one, &bucket, without, 1, None).await.unwrap();
+    for n in 0..10 {
+        assert_eq!(restored.get(&format!("old{n}")), None, "old{n} is back");
+    }
+    assert_eq!(restored.get("only here").as_deref(), Some("v"));
+    restored.close().await;
+    let then = restore_from(&one, &bucket, without, 1, Some(START_US + 20 * SECOND)).await.unwrap();
+    assert_eq!((then.get("old3").as_deref(), then.get("only here").as_deref()), (Some("v"), Some("v")));
+    then.close().await;
+    assert!(bucket.head(&before.key).await.unwrap().is_some());
+}
+
+/// Which checkpoint is the newest is not a matter of stamps: that of a clock that was ahead would bring back
+/// what another one has forgotten.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_checkpoint_that_has_forgotten_most_comes_first() {
+    let (one, two, bucket) = (member(1), member(2), bucket());
+    let (a, b) = block_in_place(|| (one.create(), two.create()));
+    put_now(&a, "old", "v");
+    block_in_place(|| pull(&b, &a));
+    two.clock.set(START_US + 3_600 * SECOND);
+    put_now(&b, "ahead", "v");
+    checkpoint(&two, &b, &bucket).await;
+    block_in_place(|| {
+        pull(&a, &b);
+        one.clock.set(START_US + SECOND);
+        write_one(&a, delete("old"));
+        let floor = START_US + 2 * SECOND;
+        control(&a, Control::Promise { commit_time: floor }).unwrap();
+        control(&a, Control::GcFloor { floor }).unwrap();
+        a.engine().flush().unwrap();
+        a.engine().compact_all();
+    });
+    put_now(&a, "new", "v");
+    checkpoint(&one, &a, &bucket).await;
+    let restored = restore(&one, &bucket, None).await.unwrap();
+    assert_eq!((restored.get("old"), restored.get("ahead").as_deref()), (None, Some("v")));
+    restored.close().await;
+}
+
+/// Keyspace 7 with one shard on two nodes.
+async fn register_two(bucket: &Bucket) {
+    let store = CatalogStore::new(bucket.clone());
+    store.claim_cluster("c".into()).await.unwrap();
+    let spec = KeyspaceSpec { replicas: 2, ..KeyspaceSpec::default() };
+    let first = Catalog::first(KEYSPACE, "ks", spec, &[vec![NodeId(1), NodeId(2)]], 1, 1);
+    assert_eq!(store.write(&first).await.unwrap(), CatalogWrite::Won);
+}
+
+/// Starts a shipper of a replica whose home is away.
+fn standing_in(rig: &Rig, replica: &Replica, bucket: &Bucket) -> Shipping {
+    let shipping = Shipping::start(rig, &rig.path, replica, bucket, HOUR);
+    shipping.handle.positions.stands_in.store(true, Ordering::Release);
+    shipping
+}
+
+async fn files_of(bucket: &Bucket, replica: &Replica) -> usize {
+    let prefix = layout::replica_prefix(replica.keyspace, replica.shard, replica.id);
+    bucket.list(&prefix).await.unwrap().iter().filter(|one| one.key.ends_with(".sst")).count()
+}
+
+/// The home is lost. Who acts for it confirms for the bucket at once, without sending the shard again, and
+/// what both have shipped is one log: for a restore, for whoever takes the place of the second one when that is
+/// lost too, and for a check of the bucket.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_acts_for_the_home_goes_on_behind_what_it_has_shipped() {
+    for checkpointed in [true, false] {
+        let (one, two, bucket) = (member(1), member(2), bucket());
+        register_two(&bucket).await;
+        let (a, b) = block_in_place(|| (one.create(), two.create()));
+        for n in 0..20 {
+            put_now(&a, &format!("k{n}"), "v");
+        }
+        block_in_place(|| pull(&b, &a));
+        if checkpointed {
+            // As a copy of it would.
+            crate::ship::begin_with_a_checkpoint(&two.path).unwrap();
+            checkpoint(&one, &a, &bucket).await;
+        }
+        block_in_place(|| pull(&a, &b));
+        put_now(&a, "shipped", "v");
+        chunk(&one, &a, &bucket).await;
+        put_now(&a, "not shipped", "v");
+        block_in_place(|| pull(&b, &a));
+        let shipping = standing_in(&two, &b, &bucket);
+        let confirmed = send(&b, vec![put("acted", "v")], Ack::Bucket);
+        block_in_place(|| confirmed.recv_timeout(DEADLINE)).unwrap().unwrap();
+        assert_eq!(files_of(&bucket, &b).await, 0, "the shard was sent again");
+        let chunks = chunks_of(&bucket, &b).await;
+        assert_eq!(chunks.len(), 1);
+        let sent = bucket.get(&chunks[0]).await.unwrap().unwrap();
+        let sent = Chunk::decode(&sent).unwrap();
+        assert!(sent.records().count() <= 3, "{} records were sent again", sent.records().count());
+        put_now(&b, "later", "v");
+        shipping.stop().await;
+        assert!(fsck(&bucket, false).await.unwrap().is_clean());
+        let restored = restore(&one, &bucket, None).await.unwrap();
+        for key in ["k0", "k19", "shipped", "not shipped", "acted", "later"] {
+            assert_eq!(restored.get(key).as_deref(), Some("v"), "{key}");
+        }
+        restored.close().await;
+        // The second one is lost too: what takes its place holds the same.
+        let without = Without::default();
+        let found = past::candidates(&bucket, KEYSPACE, b.shard, &[b.id], without, None).await.unwrap();
+        let three = member(3);
+        let bootstrap = bootstrap_into(&three, &bucket, &three.path);
+        if let Some(base) = found.all[0].base.as_ref() {
+            let (version, epoch) = (CatalogVersion(1), Epoch(1));
+            let owned: BandRange = Band::owned(1).into();
+            let adoption = Adoption { keyspace: KEYSPACE, replica: three.replica, owned, version, epoch };
+            bootstrap.take(base, adoption, Log::Joined).await.unwrap();
+        }
+        let c = block_in_place(|| three.open(&three.path, true)).unwrap();
+        bootstrap.join_all(&c, &found, b.id).await.unwrap();
+        assert!(vasto_core::ids::covers(&c.vector(), &b.vector()));
+        assert_eq!(block_in_place(|| get(&c, "later")).as_deref(), Some("v"));
+        // Without what the home has shipped it is nothing, and that is said.
+        let prefix = layout::replica_prefix(KEYSPACE, a.shard, a.id);
+        for object in bucket.list(&prefix).await.unwrap() {
+            bucket.delete(&object.key).await.unwrap();
+        }
+        assert!(restore(&one, &bucket, None).await.is_err());
+    }
+}
+
+/// What the home had not shipped is not in the log any more: then everything is sent, and nothing is missing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_cannot_go_on_behind_the_home_begins_with_a_checkpoint() {
+    let (one, two, bucket) = (member(1), member(2), bucket());
+    register_two(&bucket).await;
+    let (a, b) = block_in_place(|| (one.create(), two.create()));
+    put_now(&a, "shipped", "v");
+    chunk(&one, &a, &bucket).await;
+    put_now(&a, "not shipped", "v");
+    block_in_place(|| {
+        pull(&b, &a);
+        fill_a_file(&b);
+        b.engine().flush().unwrap();
+        b.log().truncate_to(b.persisted_lsn().unwrap()).unwrap();
+    });
+    assert!(b.log().first_lsn() > Lsn(10));
+    let shipping = standing_in(&two, &b, &bucket);
+    let confirmed = send(&b, vec![put("acted", "v")], Ack::Bucket);
+    block_in_place(|| confirmed.recv_timeout(DEADLINE)).unwrap().unwrap();
+    shipping.stop().await;
+    assert!(files_of(&bucket, &b).await > 0);
+    let restored = restore(&one, &bucket, None).await.unwrap();
+    for key in ["shipped", "not shipped", "acted"] {
+        assert_eq!(restored.get(key).as_deref(), Some("v"), "{key}");
+    }
+    restored.close().await;
+}
+
+/// Nobody waits for the bucket: in the place of a home that may be back in a moment not all of a shard is sent.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_asked_for_is_shipped_by_whoever_is_asked() {
+    let (one, two, bucket) = (member(1), member(2), bucket());
+    register_two(&bucket).await;
+    let (a, b) = block_in_place(|| (one.create(), two.create()));
+    put_now(&a, "k", "v");
+    chunk(&one, &a, &bucket).await;
+    put_now(&a, "not shipped", "v");
+    block_in_place(|| pull(&b, &a));
+    let shipping = Shipping::start(&two, &two.path, &b, &bucket, HOUR);
+    shipping.handle.positions.ships.store(false, Ordering::Release);
+    shipping.handle.log().await.unwrap();
+    assert_eq!((chunks_of(&bucket, &b).await.len(), files_of(&bucket, &b).await), (1, 0));
+    shipping.stop().await;
+    let restored = restore(&one, &bucket, None).await.unwrap();
+    assert_eq!(restored.get("not shipped").as_deref(), Some("v"));
+    restored.close().await;
 }

@@ -194,3 +194,61 @@ fn only_owned_bands_are_read_and_only_at_the_epoch_in_force() {
     assert_eq!(replica.scan(Epoch(5), &ScanPage::default()).unwrap_err().code, ErrorCode::NodeBehind);
     assert_eq!(replica.scan(Epoch(4), &ScanPage::default()).unwrap().rows.len(), staying.len());
 }
+
+/// Each is a record of its own, wherever a page ends.
+#[test]
+fn one_key_under_several_partitions_is_a_row_for_each() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    load(&replica, "k", 20);
+    let mut bands = std::collections::BTreeSet::new();
+    let mut hashes: Vec<u64> = (0..)
+        .map(|i: u32| partition_hash(format!("p{i}").as_bytes()))
+        .filter(|hash| bands.insert(Band::in_shard(*hash, replica.shard).unwrap()))
+        .take(6)
+        .collect();
+    for hash in &hashes {
+        write_one(&replica, WriteOp { partition_hash: Some(*hash), ..put("k00007", &format!("{hash:x}")) });
+    }
+    hashes.push(partition_hash(b"k00007"));
+    hashes.sort_unstable();
+    for limit in [1, 2, 3, 100] {
+        let mut page = ScanPage { limit, ..ScanPage::default() };
+        let mut rows = Vec::new();
+        loop {
+            let reply = replica.scan(Epoch(0), &page).unwrap();
+            let more = reply.more;
+            let last = reply.rows.last().map(|row| (row.key.clone(), row.partition_hash));
+            rows.extend(reply.rows);
+            if !more {
+                break;
+            }
+            let (key, hash) = last.unwrap();
+            page.after_partition_hash = Some(hash.unwrap_or_else(|| partition_hash(&key)));
+            page.after = Some(key);
+        }
+        assert_eq!(rows.len(), 26, "limit {limit}");
+        let of_key = rows.iter().filter(|row| row.key == "k00007");
+        let seen: Vec<u64> =
+            of_key.map(|row| row.partition_hash.unwrap_or_else(|| partition_hash(b"k00007"))).collect();
+        assert_eq!(seen, hashes, "limit {limit}");
+    }
+}
+
+/// Opening a cursor costs more than a seek: a short scan opens them for the bands that it shows.
+#[test]
+fn a_short_scan_opens_few_cursors() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let keys = load(&replica, "k", 2_000);
+    replica.engine().flush().unwrap();
+    let opened = |limit| {
+        let before = crate::engine::cursors_opened();
+        let reply = replica.scan(Epoch(0), &ScanPage { limit, ..ScanPage::default() }).unwrap();
+        assert_eq!(reply.rows.len(), limit);
+        crate::engine::cursors_opened() - before
+    };
+    let bands: std::collections::BTreeSet<_> = keys.iter().map(|key| band(&replica, key)).collect();
+    assert!(bands.len() > 40, "{}", bands.len());
+    assert!(opened(5) <= 7, "one for all, and one for each row and the next");
+}

@@ -59,7 +59,15 @@ async fn serve() -> Served {
 
 impl Served {
     async fn ask_at(&self, epoch: u64, op: Op) -> Answer {
-        let request = v1::Request { id: 7, keyspace_id: KEYSPACE.0, epoch, shard: 0, deadline_ms: 0, op: Some(op) };
+        let request = v1::Request {
+            id: 7,
+            keyspace_id: KEYSPACE.0,
+            epoch,
+            shard: 0,
+            deadline_ms: 0,
+            strict: false,
+            op: Some(op),
+        };
         let reply = self.client.clone().execute(request).await.unwrap().into_inner();
         assert_eq!(reply.id, 7);
         reply.result.unwrap()
@@ -194,8 +202,15 @@ async fn a_key_that_moved_is_answered_with_the_topology() {
         assert_eq!(topology, Some(2));
     }
     // A shard that is not here at all.
-    let request =
-        v1::Request { id: 1, keyspace_id: KEYSPACE.0, epoch: 1, shard: 9, deadline_ms: 0, op: Some(scan_of()) };
+    let request = v1::Request {
+        id: 1,
+        keyspace_id: KEYSPACE.0,
+        epoch: 1,
+        shard: 9,
+        deadline_ms: 0,
+        strict: false,
+        op: Some(scan_of()),
+    };
     let Some(Answer::Error(error)) = served.client.clone().execute(request).await.unwrap().into_inner().result else {
         panic!()
     };
@@ -244,6 +259,7 @@ async fn a_stream_answers_every_request_once() {
             epoch: 1,
             shard: 0,
             deadline_ms: 0,
+            strict: false,
             op: Some(of(id)),
         });
         requests.send(v1::RequestFrame { requests: batch.collect(), sent_us: 0 }).await.unwrap();

@@ -28,6 +28,7 @@ pub const START_US: u64 = 1_700_000_000_000_000;
 pub const KEYSPACE: KeyspaceId = KeyspaceId(7);
 
 /// A clock that stands until it is moved.
+#[derive(Debug)]
 pub struct TestClock(pub AtomicU64);
 
 impl TestClock {

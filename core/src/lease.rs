@@ -1,0 +1,182 @@
+//! Which replica of a shard serves strict requests (reads at the primary, puts, deletes, conditional
+//! writes, counters): claims, promises and excuses.
+//!
+//! Every open replica claims its shard at every other placed one. A replica promises itself to the best
+//! claim it knows, its own included, and to nobody else; while a promise lasts it serves no strict request
+//! itself. A claimant has *authority* when every other placed replica has promised itself to it and it holds
+//! everything that they named, or when a replica that did not promise is excused by evidence.
+//!
+//! **Invariants**
+//! - Pure: no clock, no IO. Time and evidence are arguments.
+//! - Two replicas of a shard never have authority at the same time, unless they are cut from each other
+//!   while clients reach both.
+//! - A claimant that gains authority holds everything that a replica which served before it acknowledged,
+//!   unless that replica is away.
+//! - Silence is evidence only for a node that can show that it is not itself the isolated one.
+
+use std::cmp::Reverse;
+
+/// What a replica says of itself to the others of its shard.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct Claim {
+    /// It caught up, its writer runs, it is not about to stop, and it lags little behind the replica that serves.
+    pub able: bool,
+    /// The catalog version by which it is primary; 0 when it is not.
+    pub primary_version: u64,
+    /// It has authority now.
+    pub serving: bool,
+}
+
+/// The order among claims: the greatest is the best.
+pub type Rank = (bool, u64, Reverse<usize>);
+
+impl Claim {
+    /// The rank of a claim of the replica at this place in the order of preference.
+    pub fn rank(&self, order: usize) -> Rank {
+        (self.able, self.primary_version, Reverse(order))
+    }
+}
+
+/// The place in the order of preference of the best claim.
+pub fn best(claims: impl IntoIterator<Item = (usize, Claim)>) -> Option<usize> {
+    claims.into_iter().max_by_key(|(order, claim)| claim.rank(*order)).map(|(order, _)| order)
+}
+
+/// What a claimant knows of one other placed replica.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Peer {
+    /// It promised itself.
+    Granted {
+        /// The promise is believed at this moment.
+        believed: bool,
+        /// The claimant holds everything that the peer named when it promised.
+        covered: bool,
+        /// The peer had authority since its promise before.
+        served: bool,
+    },
+    /// It answers and promised itself to another replica, or to none.
+    Denied,
+    /// Its node answers and says that the replica is not open.
+    Absent {
+        /// For so long that it is not waited for any more.
+        long: bool,
+    },
+    /// Nobody listens at its address and its link is closed: its process has ended.
+    Dead,
+    /// It cannot be reached, but its own claims arrive: it knows that it was denied, and does not serve.
+    Subdued,
+    /// Its machine accepts connections, but nothing was heard for [`crate::limits::LEASE_SILENCE`].
+    Hung,
+    /// Its machine cannot be reached, and nothing was heard for as long.
+    Silent {
+        /// The master says that its node has no session.
+        gone: bool,
+    },
+    /// Nothing is known for certain yet: it has only just been placed, is reachable again, or has not
+    /// answered the claim.
+    Unsettled {
+        /// Until now it was excused by more than silence, or is new: it cannot have served meanwhile, and
+        /// cannot begin to without a promise of the claimant or [`crate::limits::LEASE_SILENCE`] of its silence.
+        excused: bool,
+    },
+}
+
+/// What a claimant may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Verdict {
+    /// It must not serve.
+    Missing,
+    /// It serves.
+    Authority {
+        /// It relies on the master's word.
+        by_master: bool,
+        /// It may be the isolated one: each request waits for a probe of the silent peers.
+        probing: bool,
+    },
+}
+
+/// Does the best claimant of a shard have authority? `had` says that it has it up to this moment, without
+/// a gap: a peer that comes back and did not serve meanwhile does not interrupt it.
+pub fn authority(peers: &[Peer], had: bool) -> Verdict {
+    let placed = peers.len() + 1;
+    let promises = peers.iter().filter(|peer| matches!(peer, Peer::Granted { believed: true, covered: true, .. }));
+    let majority = (promises.count() + 1) * 2 > placed;
+    let mut silent = false;
+    let mut unexplained = false;
+    for peer in peers {
+        match *peer {
+            Peer::Granted { believed: true, covered: true, .. } | Peer::Dead | Peer::Subdued | Peer::Hung => {}
+            Peer::Granted { believed: true, covered: false, served: false } if had => {}
+            Peer::Unsettled { excused } if had && (excused || majority) => {}
+            Peer::Absent { long } if long || had => {}
+            Peer::Silent { gone } => {
+                silent = true;
+                unexplained |= !gone;
+            }
+            Peer::Granted { .. } | Peer::Denied | Peer::Absent { .. } | Peer::Unsettled { .. } => {
+                return Verdict::Missing;
+            }
+        }
+    }
+    Verdict::Authority { by_master: silent && !majority && !unexplained, probing: unexplained && !majority }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GRANTED: Peer = Peer::Granted { believed: true, covered: true, served: false };
+    const SERVES: Verdict = Verdict::Authority { by_master: false, probing: false };
+
+    #[test]
+    fn the_best_claim_is_able_then_primary_then_preferred() {
+        let claim = |able, primary_version| Claim { able, primary_version, serving: false };
+        assert_eq!(best([(0, claim(true, 0)), (1, claim(true, 0))]), Some(0));
+        assert_eq!(best([(0, claim(true, 3)), (1, claim(true, 4))]), Some(1), "the newer catalog version");
+        assert_eq!(best([(0, claim(false, 4)), (1, claim(true, 0))]), Some(1), "the able one");
+        assert_eq!(best([]), None);
+    }
+
+    #[test]
+    fn every_peer_has_promised_or_is_excused() {
+        assert_eq!(authority(&[], false), SERVES);
+        assert_eq!(authority(&[GRANTED, GRANTED], false), SERVES);
+        for excused in [Peer::Dead, Peer::Subdued, Peer::Hung, Peer::Absent { long: true }] {
+            assert_eq!(authority(&[excused], false), SERVES, "{excused:?}");
+        }
+        for missing in [
+            Peer::Denied,
+            Peer::Unsettled { excused: true },
+            Peer::Absent { long: false },
+            Peer::Granted { believed: false, covered: true, served: false },
+            Peer::Granted { believed: true, covered: false, served: false },
+        ] {
+            assert_eq!(authority(&[GRANTED, missing], false), Verdict::Missing, "{missing:?}");
+        }
+    }
+
+    #[test]
+    fn a_peer_that_returns_interrupts_only_when_it_served_meanwhile() {
+        let back = |served| Peer::Granted { believed: true, covered: false, served };
+        assert_eq!(authority(&[back(false)], true), SERVES);
+        assert_eq!(authority(&[back(true)], true), Verdict::Missing);
+        assert_eq!(authority(&[Peer::Unsettled { excused: true }], true), SERVES);
+        let after_silence = Peer::Unsettled { excused: false };
+        assert_eq!(authority(&[after_silence], true), Verdict::Missing, "it may have served while it was silent");
+        assert_eq!(authority(&[GRANTED, after_silence], true), SERVES, "not against a majority");
+        assert_eq!(authority(&[Peer::Denied], true), Verdict::Missing);
+        let lapsed = Peer::Granted { believed: false, covered: true, served: false };
+        assert_eq!(authority(&[lapsed], true), Verdict::Missing);
+    }
+
+    #[test]
+    fn silence_excuses_a_majority_or_with_the_masters_word_and_else_each_request_probes() {
+        let silent = Peer::Silent { gone: false };
+        let gone = Peer::Silent { gone: true };
+        assert_eq!(authority(&[GRANTED, silent], false), SERVES, "two of three");
+        assert_eq!(authority(&[silent], false), Verdict::Authority { by_master: false, probing: true });
+        assert_eq!(authority(&[silent, silent], false), Verdict::Authority { by_master: false, probing: true });
+        assert_eq!(authority(&[gone], false), Verdict::Authority { by_master: true, probing: false });
+        assert_eq!(authority(&[gone, silent], false), Verdict::Authority { by_master: false, probing: true });
+    }
+}

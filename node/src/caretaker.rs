@@ -1,0 +1,105 @@
+//! Looks after what can run short: refuses clients' writes before the disk is full, opens again what a shortage has
+//! closed, and says what is wrong.
+//!
+//! **Invariant:** whatever keeps a replica here from serving is in the node's trouble, which its readiness shows,
+//! for as long as it lasts.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::core::NodeCore;
+use crate::manager::Manager;
+use crate::shortage::DiskRoom;
+
+/// Between two looks: a disk that fills with 100 MB/s loses a fraction of its reserve in between.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Runs until `cancel` fires.
+pub async fn run(core: Arc<NodeCore>, manager: Arc<Manager>, dir: PathBuf, cancel: CancellationToken) {
+    loop {
+        let place = dir.join("replicas");
+        let room = tokio::task::spawn_blocking(move || DiskRoom::of(&place)).await.ok().flatten();
+        look_at_disk(&core, room);
+        for replica in core.replicas() {
+            // Also one that nobody writes to.
+            if let (None, Some(why)) = (replica.closed(), replica.engine().failure()) {
+                replica.close(format!("the database could not write to its disk: {why}"));
+            }
+        }
+        let failures = manager.failures();
+        core.set_trouble(trouble(
+            core.is_disk_low(),
+            failures.iter().map(|(tenant, reason)| {
+                format!("shard {} of keyspace {} does not serve: {reason}", tenant.shard, tenant.keyspace)
+            }),
+        ));
+        if cancel.run_until_cancelled(manager.reopen()).await.is_none() {
+            return;
+        }
+        if cancel.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_none() {
+            return;
+        }
+    }
+}
+
+fn look_at_disk(core: &NodeCore, room: Option<DiskRoom>) {
+    let Some(room) = room else { return };
+    match core.is_disk_low() {
+        false if room.is_low() => {
+            tracing::warn!(free = room.free, total = room.total, "the disk is almost full: writes are refused");
+            core.set_disk_low(true);
+        }
+        true if room.is_comfortable() => {
+            tracing::info!(free = room.free, total = room.total, "there is room on the disk again: writes are taken");
+            core.set_disk_low(false);
+        }
+        _ => {}
+    }
+}
+
+fn trouble(disk_low: bool, failures: impl Iterator<Item = String>) -> Option<String> {
+    let disk =
+        disk_low.then(|| "the disk is almost full, writes are refused; free some space or add a node".to_owned());
+    let mut all = disk.into_iter().chain(failures);
+    let first = all.next()?;
+    Some(match all.count() {
+        0 => first,
+        more => format!("{first} (and {more} more)"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::clock::SystemClock;
+    use vasto_core::ids::NodeId;
+
+    #[test]
+    fn writes_are_refused_before_the_disk_is_full_and_taken_again_with_room_to_spare() {
+        let core = NodeCore::new(NodeId(1), Arc::new(SystemClock::default()), 1);
+        const MIB: u64 = 1 << 20;
+        let look = |free: u64| {
+            look_at_disk(&core, Some(DiskRoom { free: free * MIB, total: 256 * MIB }));
+            core.is_disk_low()
+        };
+        assert_eq!(
+            [look(100), look(17), look(15), look(17), look(19), look(21), look(17)],
+            [false, false, true, true, true, false, false]
+        );
+        look_at_disk(&core, None);
+        assert!(!core.is_disk_low());
+    }
+
+    #[test]
+    fn trouble_is_told_and_ends() {
+        let failures = |reasons: &[&str]| reasons.iter().map(|reason| (*reason).to_owned()).collect::<Vec<_>>();
+        assert_eq!(trouble(false, failures(&[]).into_iter()), None);
+        assert_eq!(trouble(false, failures(&["a"]).into_iter()).unwrap(), "a");
+        let all = trouble(true, failures(&["a", "b"]).into_iter()).unwrap();
+        assert!(all.contains("almost full") && all.ends_with("(and 2 more)"), "{all}");
+    }
+}

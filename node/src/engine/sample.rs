@@ -1,0 +1,106 @@
+//! How many of the stored entries are rows that a reader would see, from a walk over some of them.
+//!
+//! RocksDB counts entries: one for each version that is not compacted away yet, tombstones and expired values
+//! included. A walk sees what is there, and RocksDB tells beside it how many versions it passed over.
+
+use rocksdb::ReadOptions;
+use rocksdb::perf::{PerfContext, PerfMetric, PerfStatsLevel, set_perf_stats};
+use vasto_core::stored_key::META_PREFIX;
+
+use super::{Engine, EngineError, failed};
+
+/// Places in the database at which a walk looks.
+const SPOTS: usize = 16;
+
+/// What a walk has found.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Walk {
+    /// Rows that a reader would see.
+    pub live: u64,
+    /// Entries that were passed: those rows, what is not shown, and older versions.
+    pub entries: u64,
+    /// The walk saw everything: `live` is exact.
+    pub complete: bool,
+}
+
+impl Engine {
+    /// Walks over the data from its beginning; when that does not end within `rows` stored rows, over as many at
+    /// places spread over all of it. `is_live` is given the stored key and value. Reads from the disk, and leaves
+    /// the block cache as it is.
+    pub fn walk(&self, rows: usize, is_live: impl Fn(&[u8], &[u8]) -> bool) -> Result<Walk, EngineError> {
+        let (walk, at_end) = self.walk_at(&[Vec::new()], rows, &is_live)?;
+        if at_end {
+            return Ok(Walk { complete: true, ..walk });
+        }
+        let spots = self.spots()?;
+        let each = rows.div_ceil(spots.len().max(1));
+        Ok(self.walk_at(&spots, each, &is_live)?.0)
+    }
+
+    /// From each of these keys over so many rows; whether the last walk has met the end.
+    fn walk_at(
+        &self,
+        spots: &[Vec<u8>],
+        each: usize,
+        is_live: impl Fn(&[u8], &[u8]) -> bool,
+    ) -> Result<(Walk, bool), EngineError> {
+        let mut options = ReadOptions::default();
+        options.fill_cache(false);
+        options.set_iterate_upper_bound([META_PREFIX]);
+        let mut cursor = self.db.raw_iterator_opt(options);
+        let counting = Counting::start();
+        let mut walk = Walk::default();
+        let mut passed = 0;
+        for spot in spots {
+            cursor.seek(spot);
+            for _ in 0..each {
+                let Some((key, value)) = cursor.item() else { break };
+                walk.live += u64::from(is_live(key, value));
+                passed += 1;
+                cursor.next();
+            }
+            cursor.status().map_err(failed("walk over the rows"))?;
+        }
+        // Each step passes the row that it leaves; what is passed beyond that are older versions.
+        walk.entries = passed + counting.skipped().saturating_sub(passed);
+        Ok((walk, !cursor.valid()))
+    }
+
+    /// Places spread over the data, as the SSTs divide it.
+    fn spots(&self) -> Result<Vec<Vec<u8>>, EngineError> {
+        let files = self.live_files()?;
+        let mut starts: Vec<Vec<u8>> = files.into_iter().filter_map(|file| file.start_key).collect();
+        starts.retain(|start| start.first().is_some_and(|first| *first < META_PREFIX));
+        starts.sort_unstable();
+        starts.dedup();
+        // Of a database without files: bands.
+        if starts.len() < SPOTS {
+            starts.extend((1..META_PREFIX).step_by(usize::from(META_PREFIX) / SPOTS / 2).map(|band| vec![band]));
+            starts.sort_unstable();
+        }
+        let step = starts.len().div_ceil(SPOTS - 1).max(1);
+        Ok(starts.into_iter().skip(step / 2).step_by(step).collect())
+    }
+}
+
+/// RocksDB counts on this thread for as long as this lives.
+struct Counting(PerfContext);
+
+impl Counting {
+    fn start() -> Self {
+        set_perf_stats(PerfStatsLevel::EnableCount);
+        let mut context = PerfContext::default();
+        context.reset();
+        Self(context)
+    }
+
+    fn skipped(&self) -> u64 {
+        self.0.metric(PerfMetric::InternalKeySkippedCount)
+    }
+}
+
+impl Drop for Counting {
+    fn drop(&mut self) {
+        set_perf_stats(PerfStatsLevel::Disable);
+    }
+}

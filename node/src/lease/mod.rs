@@ -1,0 +1,123 @@
+//! Serving leases: which replica of a shard answers strict requests. The rules are in [`vasto_core::lease`].
+//!
+//! A node has one link to every node that holds another replica of one of its shards. A thread of its own
+//! owns all state (`actor`), so that heartbeats do not wait for the data path.
+//!
+//! **Invariants**
+//! - A replica with peers has no authority before the leases say so.
+//! - Everything that a replica is told about its authority is published by the one actor, in order.
+
+mod actor;
+mod link;
+mod seat;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming};
+use vasto_core::catalog::Catalog;
+use vasto_core::ids::{KeyspaceId, ReplicaId, ShardId};
+use vasto_proto::v1;
+
+use crate::core::NodeCore;
+use crate::replica::Replica;
+use crate::replication::duties::Duties;
+use actor::{Actor, Event};
+
+/// Events that may wait for the actor; whoever brings more waits.
+const EVENTS_MAX: usize = 1_024;
+/// Replies that may wait for the transport of an incoming link.
+const REPLIES_AHEAD: usize = 8;
+/// The main runtime gives a sign of life this often.
+const PULSE: Duration = Duration::from_millis(50);
+
+/// The handle of a node's leases.
+#[derive(Clone)]
+pub struct Leases {
+    events: mpsc::Sender<Event>,
+}
+
+impl Leases {
+    /// Starts the leases of a node on a thread of their own; they end when `ended` says so.
+    ///
+    /// # Errors
+    /// When there are no threads left.
+    pub fn start(core: &Arc<NodeCore>, ended: impl Fn() -> bool + Send + 'static) -> std::io::Result<Self> {
+        let (events, receiver) = mpsc::channel(EVENTS_MAX);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let pulse = core.pulse.clone();
+        // Ends with the leases: then nobody else holds the counter.
+        tokio::spawn(async move {
+            let mut tick = tokio::time::interval(PULSE);
+            tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            while Arc::strong_count(&pulse) > 1 {
+                tick.tick().await;
+                pulse.store(crate::replica::authority::now_ms(), std::sync::atomic::Ordering::Release);
+            }
+        });
+        let actor = Actor::new(core.clone(), events.clone(), receiver);
+        std::thread::Builder::new().name("leases".into()).spawn(move || runtime.block_on(actor.run(ended)))?;
+        Ok(Self { events })
+    }
+
+    async fn send(&self, event: Event) {
+        // The actor is gone once the node has stopped; nothing is served then.
+        let _ = self.events.send(event).await;
+    }
+
+    /// A replica was opened, or its catalog has a new version.
+    pub async fn seat(&self, replica: &Replica, duties: &Arc<Duties>, catalog: &Catalog) {
+        let shard = catalog.shard(replica.shard).filter(|_| catalog.is_placed(replica.id));
+        let order = shard.map(|shard| shard.replicas.clone()).unwrap_or_default();
+        let primary = shard.and_then(|shard| shard.primary()).is_some_and(|one| one.replica == replica.id);
+        let event = Event::Seat {
+            replica: replica.clone(),
+            duties: duties.clone(),
+            order,
+            primary_version: if primary { catalog.version.0 } else { 0 },
+        };
+        self.send(event).await;
+    }
+
+    /// The replica is about to stop: another one takes over, which holds everything. Answers when that is done, or
+    /// when there is nobody.
+    pub async fn hand_over(&self, replica: &Replica) {
+        let (done, over) = oneshot::channel();
+        self.send(Event::HandOver { key: (replica.keyspace, replica.shard), replica: replica.id, done }).await;
+        let _ = over.await;
+    }
+
+    /// The replica has stopped.
+    pub async fn leave(&self, keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId) {
+        self.send(Event::Leave { key: (keyspace, shard), replica }).await;
+    }
+
+    /// Serves an incoming link.
+    pub(crate) async fn serve(
+        &self,
+        mut requests: Streaming<v1::LeaseRequest>,
+    ) -> ReceiverStream<Result<v1::LeaseReply, Status>> {
+        let (replies, receiver) = mpsc::channel(REPLIES_AHEAD);
+        let (events, id) = (self.events.clone(), rand::random());
+        // Ends with the link.
+        tokio::spawn(async move {
+            if events.send(Event::Opened { id, replies: replies.clone() }).await.is_err() {
+                return;
+            }
+            loop {
+                let request = tokio::select! {
+                    request = requests.message() => request,
+                    () = replies.closed() => break,
+                };
+                let Ok(Some(request)) = request else { break };
+                if events.send(Event::Request { id, request }).await.is_err() {
+                    return;
+                }
+            }
+            let _ = events.send(Event::Closed { id }).await;
+        });
+        ReceiverStream::new(receiver)
+    }
+}

@@ -1,0 +1,247 @@
+//! What a node keeps of one of its own replicas: its claim, its promise, its authority.
+//!
+//! **Invariant:** a replica that has promised itself serves nothing, and one that serves has promised nothing.
+
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+use vasto_core::catalog::Placed;
+use vasto_core::ids::{ReplicaId, Vector};
+use vasto_core::lease::Claim;
+use vasto_core::limits::{TAIL_LAG_LSNS_MAX, WRITER_RECOVERED, WRITER_STALL};
+
+use crate::replica::Replica;
+use crate::replica::authority::{Belief, Standing, Term};
+use crate::replication::duties::Duties;
+
+/// A promise to another replica.
+#[derive(Debug, Clone)]
+pub(super) struct Promise {
+    pub holder: ReplicaId,
+    /// The incoming link over which it was given; it lasts as long as that one is heard.
+    pub link: u64,
+    /// Names it.
+    pub grant: u64,
+    /// The reply that carried it: what the holder sent before it had seen that says nothing of it.
+    pub reply: u64,
+    /// The term that ended with it, when everything done in it was named.
+    pub handed_term: Option<u64>,
+}
+
+/// What the replica held once it had stopped to serve.
+#[derive(Debug, Clone)]
+pub(super) struct Named {
+    pub vector: Vector,
+    /// The writer itself said so: nothing that was admitted comes after it.
+    pub complete: bool,
+}
+
+/// Why another replica does not serve.
+#[derive(Debug, Clone)]
+pub(super) enum Basis {
+    /// It promised itself.
+    Granted { grant: u64, belief: Belief },
+    /// It is away by evidence, which must be found anew by then.
+    Excused(Belief),
+    /// It is silent, and no more is known.
+    Silent,
+}
+
+/// The last time of authority.
+#[derive(Debug, Clone, Default)]
+pub(super) struct LastTerm {
+    pub number: u64,
+    pub basis: Vec<(ReplicaId, Basis)>,
+    /// It was given up: what follows is another one.
+    pub closed: bool,
+}
+
+impl LastTerm {
+    /// The promise of a peer on which it stands.
+    pub fn promise_of(&self, peer: ReplicaId) -> Option<(u64, Belief)> {
+        self.basis.iter().find_map(|(id, basis)| match basis {
+            Basis::Granted { grant, belief } if *id == peer => Some((*grant, belief.clone())),
+            Basis::Granted { .. } | Basis::Excused(_) | Basis::Silent => None,
+        })
+    }
+
+    /// Could this peer not have served until now, although it promised nothing?
+    pub fn excused(&self, peer: ReplicaId) -> bool {
+        self.basis.iter().all(|(id, basis)| *id != peer || matches!(basis, Basis::Excused(_)))
+    }
+
+    /// Did nobody else serve in between? All the same promises stand, which exclude that.
+    pub fn goes_on(&self, basis: &[(ReplicaId, Basis)]) -> bool {
+        let same = |(id, basis): &(ReplicaId, Basis)| match basis {
+            Basis::Granted { grant, .. } => self.promise_of(*id).is_some_and(|(before, _)| before == *grant),
+            Basis::Excused(_) | Basis::Silent => false,
+        };
+        !self.closed && basis.len() == self.basis.len() && !basis.is_empty() && basis.iter().all(same)
+    }
+}
+
+/// One replica of this node.
+pub(super) struct Seat {
+    pub replica: Replica,
+    pub duties: Arc<Duties>,
+    /// The placed replicas in the order of preference.
+    pub order: Vec<Placed>,
+    pub primary_version: u64,
+    /// It is about to stop; whoever waits for the hand-over, and until when.
+    pub stopping: Option<(u64, Vec<oneshot::Sender<()>>)>,
+    /// When its writer was seen stalled last.
+    pub stalled_ms: Option<u64>,
+    pub promise: Option<Promise>,
+    /// Counts the times it was asked what it holds; an answer to an earlier one is out of date.
+    pub turn: u64,
+    pub naming: bool,
+    pub named: Option<Named>,
+    pub term: LastTerm,
+    pub serving: bool,
+    /// It had authority since its last promise.
+    pub served: bool,
+    /// Its own claim is the best it knows.
+    pub wants: bool,
+    /// It waits for something that no message announces.
+    pub pending: bool,
+    pub claim: Option<Claim>,
+    published: Option<Published>,
+}
+
+/// What was published last, to be compared.
+#[derive(PartialEq, Eq)]
+enum Published {
+    Alone,
+    Serving { number: u64, beliefs: Vec<usize>, probing: bool },
+    Yielding(u64),
+    Out { elsewhere: bool },
+}
+
+impl Seat {
+    pub fn new(replica: Replica, duties: Arc<Duties>) -> Self {
+        Self {
+            replica,
+            duties,
+            order: Vec::new(),
+            primary_version: 0,
+            stopping: None,
+            stalled_ms: None,
+            promise: None,
+            turn: 0,
+            naming: false,
+            named: None,
+            term: LastTerm::default(),
+            serving: false,
+            served: false,
+            wants: false,
+            pending: false,
+            claim: None,
+            published: None,
+        }
+    }
+
+    /// Has it authority that is valid at this moment?
+    pub fn has_authority(&self) -> bool {
+        self.serving && self.replica.authority().is_serving()
+    }
+
+    /// What it claims, given the replica that serves now; nothing once it is closed.
+    pub fn own_claim(&mut self, server: Option<ReplicaId>, now: u64) -> Option<Claim> {
+        if self.replica.is_closed() {
+            return None;
+        }
+        if self.replica.busy_ms(now) >= WRITER_STALL.as_millis() as u64 {
+            self.stalled_ms = Some(now);
+        }
+        let recovering = self.stalled_ms.is_some_and(|at| now.saturating_sub(at) < WRITER_RECOVERED.as_millis() as u64);
+        let serving = self.has_authority();
+        let near = serving
+            || server.is_none_or(|server| self.duties.lag_behind(server).is_some_and(|lag| lag <= TAIL_LAG_LSNS_MAX));
+        let ready = serving || self.replica.is_ready();
+        let able = ready && near && !recovering && self.stopping.is_none();
+        self.replica.authority().set_stalled(recovering);
+        Some(Claim { able, primary_version: self.primary_version, serving })
+    }
+
+    /// It has authority, or goes on to have it.
+    pub fn serve(&mut self, number: u64, basis: Vec<(ReplicaId, Basis)>, master: Option<Belief>, probing: bool) {
+        let granted = basis.iter().filter_map(|(_, basis)| match basis {
+            Basis::Granted { belief, .. } | Basis::Excused(belief) => Some(belief.clone()),
+            Basis::Silent => None,
+        });
+        let beliefs: Vec<Belief> = granted.chain(master).collect();
+        if !self.serving {
+            tracing::info!(
+                keyspace = self.replica.keyspace.0,
+                shard = self.replica.shard.0,
+                replica = self.replica.id.0,
+                term = number,
+                "this replica serves its shard"
+            );
+        }
+        self.term = LastTerm { number, basis, closed: false };
+        (self.serving, self.served) = (true, true);
+        let of = beliefs.iter().map(|belief| Arc::as_ptr(belief) as usize).collect();
+        let acting = self.primary_version == 0;
+        self.replica.authority().set_acting(acting);
+        self.publish(
+            Published::Serving { number, beliefs: of, probing },
+            Standing::Serving(Term { number, beliefs, probing }),
+        );
+    }
+
+    /// It admits nothing more; what was admitted is finished.
+    pub fn begin_to_yield(&mut self) {
+        if !self.has_authority() {
+            return self.step_back(false);
+        }
+        let beliefs = self.term.basis.iter().filter_map(|(_, basis)| match basis {
+            Basis::Granted { belief, .. } | Basis::Excused(belief) => Some(belief.clone()),
+            Basis::Silent => None,
+        });
+        let term = Term { number: self.term.number, beliefs: beliefs.collect(), probing: false };
+        (self.serving, self.term.closed) = (false, true);
+        self.replica.authority().set_acting(false);
+        self.publish(Published::Yielding(term.number), Standing::Yielding(term));
+    }
+
+    /// It does not serve.
+    pub fn step_back(&mut self, elsewhere: bool) {
+        if self.serving {
+            tracing::info!(
+                keyspace = self.replica.keyspace.0,
+                shard = self.replica.shard.0,
+                replica = self.replica.id.0,
+                term = self.term.number,
+                elsewhere,
+                "this replica serves its shard no more"
+            );
+        }
+        self.serving = false;
+        self.replica.authority().set_acting(false);
+        self.publish(Published::Out { elsewhere }, Standing::Out { elsewhere });
+    }
+
+    /// The shard has no other replica.
+    pub fn stand_alone(&mut self) {
+        self.serving = true;
+        self.replica.authority().set_acting(false);
+        self.publish(Published::Alone, Standing::Alone);
+    }
+
+    fn publish(&mut self, what: Published, standing: Standing) {
+        if self.published.as_ref() != Some(&what) {
+            self.published = Some(what);
+            self.replica.authority().publish(standing);
+        }
+    }
+
+    /// Whoever waits for the hand-over goes on.
+    pub fn handed_over(&mut self) {
+        if let Some((_, waiting)) = &mut self.stopping {
+            for one in waiting.drain(..) {
+                let _ = one.send(());
+            }
+        }
+    }
+}

@@ -1,0 +1,385 @@
+//! May this replica serve strict requests at this moment? Decided by the leases, asked by the data path.
+//!
+//! **Invariants**
+//! - A strict request is admitted only under authority, and carries its term. The writer refuses it once the
+//!   term has changed.
+//! - A write is acknowledged only while authority holds, or when the replica that took over holds it. One that is
+//!   done and may not be acknowledged yet waits here, bounded in time; then its outcome is unknown.
+//! - Validity is compared with the boot-time clock by whoever answers: a process that stood still has lost
+//!   its authority before anything of it runs again.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use vasto_core::limits::HELD_ACK_MAX;
+use vasto_core::{ErrorCode, VastoError};
+
+use crate::clock::since_boot;
+
+/// Boot time in milliseconds until which something is believed.
+pub type Belief = Arc<AtomicU64>;
+
+/// Milliseconds of the boot-time clock.
+pub fn now_ms() -> u64 {
+    since_boot().as_millis() as u64
+}
+
+/// An uninterrupted time of authority.
+#[derive(Debug, Clone, Default)]
+pub struct Term {
+    /// Counts the terms of this opening.
+    pub number: u64,
+    /// All of them must be believed.
+    pub beliefs: Vec<Belief>,
+    /// Each request waits for a probe of the silent peers first.
+    pub probing: bool,
+}
+
+impl Term {
+    fn is_valid(&self) -> bool {
+        let now = now_ms();
+        self.beliefs.iter().all(|until| until.load(Ordering::Acquire) > now)
+    }
+}
+
+/// What the leases say.
+#[derive(Debug, Clone)]
+pub enum Standing {
+    /// The shard has no other replica.
+    Alone,
+    /// It serves.
+    Serving(Term),
+    /// It admits nothing more; what was admitted is finished for its successor.
+    Yielding(Term),
+    /// It does not serve.
+    Out {
+        /// Another replica is known to serve.
+        elsewhere: bool,
+    },
+}
+
+/// Why a strict request is not admitted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// Another replica serves.
+    Elsewhere,
+    /// It may have authority soon.
+    Wait,
+    /// It may be the isolated one: the request waits for a probe that begins now.
+    Probe,
+}
+
+struct Held {
+    term: u64,
+    modifies: bool,
+    until: Duration,
+    answer: Box<dyn FnOnce(Result<(), VastoError>) + Send>,
+}
+
+/// The authority of one replica.
+pub struct Authority {
+    standing: ArcSwap<Standing>,
+    changed: watch::Sender<u64>,
+    /// Terms that ended by a hand-over to a replica that holds all that was done in them; the last ones.
+    handed_over: Mutex<Vec<u64>>,
+    held: Mutex<Vec<Held>>,
+    /// Rounds of probes that have begun, and those that have ended.
+    rounds: watch::Sender<(u64, u64)>,
+    /// Boot time since which it serves in the place of the primary, milliseconds; 0 when it does not.
+    acting_since_ms: AtomicU64,
+    /// Its writer does not come back from the disk, or did not a moment ago.
+    stalled: AtomicBool,
+}
+
+impl Default for Authority {
+    fn default() -> Self {
+        Self {
+            standing: ArcSwap::from_pointee(Standing::Alone),
+            changed: watch::channel(0).0,
+            handed_over: Mutex::default(),
+            held: Mutex::default(),
+            rounds: watch::channel((0, 0)).0,
+            acting_since_ms: AtomicU64::new(0),
+            stalled: AtomicBool::new(false),
+        }
+    }
+}
+
+/// The handed-over terms that are remembered: an answer does not wait for longer than [`HELD_ACK_MAX`].
+const HANDED_OVER_MAX: usize = 64;
+
+fn lapsed() -> VastoError {
+    VastoError::new(
+        ErrorCode::Unknown,
+        "the write is durable here, but another replica may have taken over before it was acknowledged; read it back",
+    )
+}
+
+impl Authority {
+    /// The term under which a strict request may begin now; 0 when the shard has no other replica.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn admit(&self) -> Result<u64, Refusal> {
+        match &**self.standing.load() {
+            Standing::Alone => Ok(0),
+            Standing::Serving(term) if !term.is_valid() => Err(Refusal::Wait),
+            Standing::Serving(term) if term.probing => Err(Refusal::Probe),
+            Standing::Serving(term) => Ok(term.number),
+            Standing::Yielding(_) => Err(Refusal::Wait),
+            Standing::Out { elsewhere: true } => Err(Refusal::Elsewhere),
+            Standing::Out { elsewhere: false } => Err(Refusal::Wait),
+        }
+    }
+
+    /// As [`Self::admit`] after a round of probes that began after the request came.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn admit_probed(&self) -> Result<u64, Refusal> {
+        match &**self.standing.load() {
+            Standing::Serving(term) if term.probing && term.is_valid() => Ok(term.number),
+            _ => self.admit(),
+        }
+    }
+
+    /// Does the term hold at this moment? What was read under it is then not stale.
+    pub fn holds(&self, number: u64) -> bool {
+        match &**self.standing.load() {
+            Standing::Alone => true,
+            Standing::Serving(term) | Standing::Yielding(term) => term.number == number && term.is_valid(),
+            Standing::Out { .. } => false,
+        }
+    }
+
+    /// The present term while its authority is valid; 0 without other replicas.
+    pub fn term(&self) -> Option<u64> {
+        match &**self.standing.load() {
+            Standing::Alone => Some(0),
+            Standing::Serving(term) if term.is_valid() => Some(term.number),
+            Standing::Serving(_) | Standing::Yielding(_) | Standing::Out { .. } => None,
+        }
+    }
+
+    /// True while it serves, also without other replicas.
+    pub fn is_serving(&self) -> bool {
+        self.term().is_some()
+    }
+
+    /// Says what the leases have decided.
+    pub fn publish(&self, standing: Standing) {
+        self.standing.store(Arc::new(standing));
+        self.changed.send_modify(|count| *count += 1);
+        self.settle();
+    }
+
+    /// Changes of what is published.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// All that was done in the term is held by the replica that took over.
+    pub fn handed_over(&self, term: u64) {
+        {
+            let mut terms = self.handed_over.lock();
+            terms.push(term);
+            let surplus = terms.len().saturating_sub(HANDED_OVER_MAX);
+            terms.drain(..surplus);
+        }
+        self.settle();
+    }
+
+    /// Says whether it serves in the place of the primary.
+    pub fn set_acting(&self, acting: bool) {
+        if !acting {
+            self.acting_since_ms.store(0, Ordering::Release);
+        } else if self.acting_since_ms.load(Ordering::Acquire) == 0 {
+            self.acting_since_ms.store(now_ms().max(1), Ordering::Release);
+        }
+    }
+
+    /// For how long it has been serving in the place of the primary, milliseconds.
+    pub fn acting_ms(&self) -> u64 {
+        match self.acting_since_ms.load(Ordering::Acquire) {
+            0 => 0,
+            since => now_ms().saturating_sub(since).max(1),
+        }
+    }
+
+    /// Says whether its writer stands still.
+    pub fn set_stalled(&self, stalled: bool) {
+        self.stalled.store(stalled, Ordering::Release);
+    }
+
+    /// True while its writer does not come back from the disk, and for a while after it did.
+    pub fn is_stalled(&self) -> bool {
+        self.stalled.load(Ordering::Acquire)
+    }
+
+    fn may_acknowledge(&self, number: u64, modifies: bool) -> bool {
+        let valid = match &**self.standing.load() {
+            Standing::Alone => true,
+            // A read-modify-write was done on what stood in its own term; a put or delete is only ordered.
+            Standing::Serving(term) => term.is_valid() && (term.number == number || !modifies),
+            Standing::Yielding(term) => term.is_valid() && term.number == number,
+            Standing::Out { .. } => false,
+        };
+        valid || self.handed_over.lock().iter().any(|over| *over == number || (*over > number && !modifies))
+    }
+
+    /// Calls `answer` with success once a write of this term may be acknowledged, or with an unknown outcome.
+    pub fn acknowledge(&self, term: u64, modifies: bool, answer: impl FnOnce(Result<(), VastoError>) + Send + 'static) {
+        if self.may_acknowledge(term, modifies) {
+            return answer(Ok(()));
+        }
+        let until = since_boot() + HELD_ACK_MAX;
+        self.held.lock().push(Held { term, modifies, until, answer: Box::new(answer) });
+        // It may have been published in between.
+        self.settle();
+    }
+
+    /// Answers what waits and may be acknowledged now, and what has waited too long.
+    pub fn settle(&self) {
+        if self.held.lock().is_empty() {
+            return;
+        }
+        let now = since_boot();
+        let mut done = Vec::new();
+        {
+            let mut held = self.held.lock();
+            let mut at = 0;
+            while at < held.len() {
+                let one = &held[at];
+                let verdict = match self.may_acknowledge(one.term, one.modifies) {
+                    true => Some(Ok(())),
+                    false if one.until <= now => Some(Err(lapsed())),
+                    false => None,
+                };
+                match verdict {
+                    Some(verdict) => done.push((held.swap_remove(at), verdict)),
+                    None => at += 1,
+                }
+            }
+        }
+        for (one, verdict) in done {
+            (one.answer)(verdict);
+        }
+    }
+
+    /// The replica stops: what waits is not acknowledged any more.
+    pub fn abandon(&self) {
+        let held = std::mem::take(&mut *self.held.lock());
+        for one in held {
+            (one.answer)(Err(lapsed()));
+        }
+    }
+
+    /// Waits for a round of probes that begins after this call.
+    pub async fn probed(&self) {
+        let mut rounds = self.rounds.subscribe();
+        let wanted = rounds.borrow_and_update().0 + 1;
+        // An error would mean that the sender is gone, and it is in `self`.
+        let _ = rounds.wait_for(|(_, ended)| *ended >= wanted).await;
+    }
+
+    /// True when somebody waits for a probe.
+    pub fn wants_probe(&self) -> bool {
+        self.rounds.receiver_count() > 0
+    }
+
+    /// A round of probes begins; answers its number.
+    pub fn begin_round(&self) -> u64 {
+        let mut number = 0;
+        self.rounds.send_modify(|(begun, _)| {
+            *begun += 1;
+            number = *begun;
+        });
+        number
+    }
+
+    /// The round has ended, with what it found published before.
+    pub fn end_round(&self, number: u64) {
+        self.rounds.send_modify(|(_, ended)| *ended = (*ended).max(number));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    fn serving(number: u64, for_ms: i64) -> Standing {
+        let until = Arc::new(AtomicU64::new(now_ms().saturating_add_signed(for_ms)));
+        Standing::Serving(Term { number, beliefs: vec![until], probing: false })
+    }
+
+    #[test]
+    fn authority_that_is_not_renewed_ends_by_itself() {
+        let authority = Authority::default();
+        assert_eq!(authority.admit(), Ok(0), "a shard with one replica needs nobody");
+        authority.publish(serving(1, 60_000));
+        assert_eq!(authority.admit(), Ok(1));
+        assert!(authority.holds(1) && !authority.holds(2));
+        authority.publish(serving(1, -1));
+        assert_eq!(authority.admit(), Err(Refusal::Wait));
+        assert!(!authority.holds(1));
+        authority.publish(Standing::Out { elsewhere: true });
+        assert_eq!(authority.admit(), Err(Refusal::Elsewhere));
+    }
+
+    #[test]
+    fn a_write_without_authority_waits_and_a_modification_is_bound_to_its_term() {
+        let authority = Authority::default();
+        authority.publish(serving(1, -1));
+        let (sender, answers) = channel();
+        for (name, modifies) in [("put", false), ("add", true)] {
+            let sender = sender.clone();
+            authority.acknowledge(1, modifies, move |verdict| sender.send((name, verdict.is_ok())).unwrap());
+        }
+        authority.settle();
+        assert!(answers.try_recv().is_err(), "both wait");
+        authority.publish(serving(2, 60_000));
+        assert_eq!(answers.try_recv().unwrap(), ("put", true));
+        assert!(answers.try_recv().is_err(), "what was done on an older state is not acknowledged");
+        authority.abandon();
+        assert_eq!(answers.try_recv().unwrap(), ("add", false));
+    }
+
+    #[test]
+    fn what_the_successor_holds_is_acknowledged_after_the_hand_over() {
+        let authority = Authority::default();
+        authority.publish(Standing::Out { elsewhere: true });
+        let (sender, answers) = channel();
+        for term in [3, 4] {
+            let sender = sender.clone();
+            authority.acknowledge(term, true, move |verdict| sender.send((term, verdict.is_ok())).unwrap());
+        }
+        authority.handed_over(4);
+        assert_eq!(answers.try_recv().unwrap(), (4, true));
+        assert!(answers.try_recv().is_err());
+        authority.abandon();
+    }
+
+    #[tokio::test]
+    async fn a_request_waits_for_a_round_of_probes_that_began_after_it() {
+        let authority = Arc::new(Authority::default());
+        let running = authority.begin_round();
+        let asking = authority.clone();
+        let asked = tokio::spawn(async move { asking.probed().await });
+        while !authority.wants_probe() {
+            tokio::task::yield_now().await;
+        }
+        authority.end_round(running);
+        tokio::task::yield_now().await;
+        assert!(!asked.is_finished(), "that round may have begun before the network was whole again");
+        let next = authority.begin_round();
+        authority.end_round(next);
+        asked.await.unwrap();
+    }
+}

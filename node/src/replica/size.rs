@@ -1,0 +1,92 @@
+//! How large a replica is, for those who place, plan and look.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use vasto_core::entry::Entry;
+use vasto_core::ids::Lsn;
+use vasto_core::record::RangeState;
+use vasto_core::stored_key::split_data_key;
+
+use super::{META_ROWS, Replica};
+use crate::engine::EngineError;
+
+/// Rows that are looked at to know how many there are: a few milliseconds.
+const ROWS_WALKED: usize = 5_000;
+
+/// What a size depends on, but for the background work of RocksDB.
+pub type SizeVersion = (Lsn, Option<Instant>);
+
+/// The last count.
+#[derive(Debug, Clone, Copy)]
+pub struct KeyCount {
+    at: Instant,
+    /// What was applied before it.
+    applied: Lsn,
+    keys: u64,
+    /// What [`Replica::stored`] said then.
+    stored: u64,
+}
+
+impl Replica {
+    /// `(keys, bytes of SSTs)`. The number of keys is exact for a small replica that nobody writes to, and an
+    /// estimate otherwise: that of the last look, and all that was stored since.
+    pub fn size(&self) -> (u64, u64) {
+        let (stored, bytes) = self.stored();
+        let count = *self.shared.key_count.lock();
+        let keys = match count {
+            None => stored,
+            Some(count) if count.applied == self.applied_lsn() => count.keys,
+            Some(count) => stored.min(count.keys + stored.saturating_sub(count.stored)),
+        };
+        (keys, bytes)
+    }
+
+    /// Changes whenever something was written or counted.
+    pub fn size_version(&self) -> SizeVersion {
+        (self.applied_lsn(), self.shared.key_count.lock().map(|count| count.at))
+    }
+
+    /// `(stored entries, bytes of SSTs)`: an entry counts once for each version that is not compacted away yet.
+    fn stored(&self) -> (u64, u64) {
+        let (keys, apart, bytes) = self.shared.engine.size();
+        // The memtables also hold the head and the vector entry that every unflushed record has written.
+        let unflushed = self.applied_lsn().0.saturating_sub(self.persisted_lsn().unwrap_or_default().0);
+        // Counted, not read: this is asked for with every report.
+        let origins = self.shared.vector.lock().len() as u64;
+        let metadata = META_ROWS + origins + self.shared.results.load(Ordering::Relaxed);
+        let among_data = metadata.saturating_sub(apart);
+        (keys.saturating_sub(unflushed * 2).saturating_sub(among_data), bytes)
+    }
+
+    /// Something was applied since the last count, which is at least so old.
+    pub fn key_count_is_stale(&self, age: Duration) -> bool {
+        let count = *self.shared.key_count.lock();
+        self.closed().is_none()
+            && count.is_none_or(|count| count.at.elapsed() >= age && count.applied != self.applied_lsn())
+    }
+
+    /// How long ago it was counted.
+    pub fn key_count_age(&self) -> Duration {
+        self.shared.key_count.lock().map_or(Duration::MAX, |count| count.at.elapsed())
+    }
+
+    /// Looks how many keys there are. Blocks on the disk.
+    pub fn count_keys(&self) -> Result<(), EngineError> {
+        let applied = self.applied_lsn();
+        let now_us = self.shared.clock.now_us();
+        let view = self.view();
+        let is_live = |stored_key: &[u8], encoded: &[u8]| {
+            split_data_key(stored_key).is_some_and(|(band, _)| view.ranges.state(band) == RangeState::Owned)
+                && Entry::decode(encoded).is_ok_and(|entry| entry.payload.is_some() && !entry.is_expired(now_us))
+        };
+        let walk = self.shared.engine.walk(ROWS_WALKED, is_live)?;
+        let (stored, _) = self.stored();
+        let keys = match walk.complete {
+            true => walk.live,
+            false => (stored as f64 * walk.live as f64 / walk.entries.max(1) as f64).round() as u64,
+        };
+        *self.shared.key_count.lock() = Some(KeyCount { at: Instant::now(), applied, keys, stored });
+        Ok(())
+    }
+}

@@ -1,0 +1,713 @@
+//! A shard lives through what happens to shards, and is restored at moments that are drawn: what comes out is
+//! what a model holds, or it is refused; never less in silence.
+//!
+//! Clocks run ahead, behind, and are set right; nodes go away and come back, restart, or are given up; who
+//! ships changes; deletes are forgotten; the shard gives keys away. The store has a clock of its own.
+//! `VASTO_MOMENTS` sets the number of lives, `VASTO_MOMENTS_SEED` the first of them.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use object_store::path::Path as ObjectPath;
+use object_store::*;
+use parking_lot::Mutex;
+use tokio::task::block_in_place;
+use vasto_core::Band;
+use vasto_core::catalog::GivenUp;
+use vasto_core::hash::{jump, partition_hash};
+use vasto_core::ids::{CatalogVersion, Epoch, Lsn, ReplicaId, ShardId};
+use vasto_core::record::{BandRange, RangeState, Record};
+use vasto_shipping::Bucket;
+use vasto_shipping::history::manifest_at;
+
+use super::past::{bootstrap_into, restore_from};
+use super::replication::{member, pull};
+use super::shipping::Shipping;
+use super::support::*;
+use crate::bootstrap::{Adoption, Log};
+use crate::clock::Clock;
+use crate::past::Without;
+use crate::replica::Replica;
+use crate::replica::job::Control;
+use crate::ship::Positions;
+
+const SECOND: u64 = 1_000_000;
+const HOUR: Duration = Duration::from_secs(3_600);
+const YEARS_US: u64 = 50 * 365 * 86_400 * SECOND;
+/// What good clocks may differ by, and a little.
+const SLACK: u64 = 10 * SECOND;
+
+/// A store in memory with a clock of its own.
+#[derive(Debug)]
+pub struct Dated {
+    store: memory::InMemory,
+    clock: Arc<TestClock>,
+    written: Mutex<HashMap<ObjectPath, u64>>,
+    /// It says of everything that it was written long after now.
+    tells_nothing: AtomicBool,
+}
+
+impl std::fmt::Display for Dated {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Dated")
+    }
+}
+
+impl Dated {
+    pub fn new(now_us: u64) -> Arc<Self> {
+        let clock = Arc::new(TestClock(now_us.into()));
+        Arc::new(Self {
+            store: memory::InMemory::new(),
+            clock,
+            written: Mutex::default(),
+            tells_nothing: AtomicBool::new(false),
+        })
+    }
+
+    pub fn set(&self, now_us: u64) {
+        self.clock.set(now_us);
+    }
+
+    pub fn bucket(self: &Arc<Self>) -> Bucket {
+        Bucket::from_store("memory://dated", self.clone())
+    }
+
+    fn dated(&self, mut meta: ObjectMeta) -> ObjectMeta {
+        if let Some(at) = self.written.lock().get(&meta.location) {
+            meta.last_modified = time_of(*at).into();
+        }
+        meta
+    }
+}
+
+fn time_of(us: u64) -> std::time::SystemTime {
+    std::time::UNIX_EPOCH + Duration::from_micros(us)
+}
+
+#[async_trait::async_trait]
+impl ObjectStore for Dated {
+    async fn put_opts(&self, location: &ObjectPath, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+        let result = self.store.put_opts(location, payload, options).await?;
+        let now_us = self.clock.now_us() + if self.tells_nothing.load(Ordering::SeqCst) { YEARS_US } else { 0 };
+        self.written.lock().insert(location.clone(), now_us);
+        Ok(result)
+    }
+
+    async fn put_multipart_opts(
+        &self,
+        location: &ObjectPath,
+        options: PutMultipartOptions,
+    ) -> Result<Box<dyn MultipartUpload>> {
+        self.store.put_multipart_opts(location, options).await
+    }
+
+    async fn get_opts(&self, location: &ObjectPath, options: GetOptions) -> Result<GetResult> {
+        let mut result = self.store.get_opts(location, options).await?;
+        result.meta = self.dated(result.meta);
+        Ok(result)
+    }
+
+    fn delete_stream(
+        &self,
+        locations: BoxStream<'static, Result<ObjectPath>>,
+    ) -> BoxStream<'static, Result<ObjectPath>> {
+        self.store.delete_stream(locations)
+    }
+
+    fn list(&self, prefix: Option<&ObjectPath>) -> BoxStream<'static, Result<ObjectMeta>> {
+        let written = self.written.lock().clone();
+        let dated = move |meta: Result<ObjectMeta>| {
+            meta.map(|mut meta| {
+                if let Some(at) = written.get(&meta.location) {
+                    meta.last_modified = time_of(*at).into();
+                }
+                meta
+            })
+        };
+        self.store.list(prefix).map(dated).boxed()
+    }
+
+    async fn list_with_delimiter(&self, prefix: Option<&ObjectPath>) -> Result<ListResult> {
+        self.store.list_with_delimiter(prefix).await
+    }
+
+    async fn copy_opts(&self, from: &ObjectPath, to: &ObjectPath, options: CopyOptions) -> Result<()> {
+        self.store.copy_opts(from, to, options).await
+    }
+}
+
+/// Numbers that only the seed decides.
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    fn of<T: Copy>(&mut self, all: &[T]) -> T {
+        all[self.below(all.len() as u64) as usize]
+    }
+}
+
+/// One acknowledged write.
+#[derive(Debug, Clone)]
+struct Write {
+    key: String,
+    /// `None` deletes.
+    value: Option<String>,
+    event_time: u64,
+    /// Who took it, when that was, and what it was stamped with.
+    by: ReplicaId,
+    at: u64,
+    commit_time: u64,
+}
+
+struct Node {
+    rig: Rig,
+    /// Always there but while it restarts.
+    open: Option<Replica>,
+    here: bool,
+    offset: i64,
+    /// The writes that it holds ...
+    holds: BTreeSet<usize>,
+    /// ... and those that are in its log as they were written.
+    whole: BTreeSet<usize>,
+}
+
+impl Node {
+    fn replica(&self) -> &Replica {
+        self.open.as_ref().unwrap()
+    }
+
+    fn close(&mut self) {
+        let replica = self.open.take().unwrap();
+        block_in_place(|| self.rig.close(replica));
+    }
+}
+
+/// What a replica has put into the bucket.
+#[derive(Default, Clone)]
+struct InBucket {
+    holds: BTreeSet<usize>,
+    /// What is there as it was written, and since when.
+    whole: BTreeMap<usize, u64>,
+}
+
+struct World {
+    numbers: Numbers,
+    now: u64,
+    store: Arc<Dated>,
+    bucket: Bucket,
+    /// In the order of preference.
+    nodes: Vec<Node>,
+    writes: Vec<Write>,
+    shipped: BTreeMap<ReplicaId, InBucket>,
+    given_up: Vec<GivenUp>,
+    version: CatalogVersion,
+    next_replica: u64,
+    /// When the shard gave keys away.
+    resized: Option<u64>,
+    story: Vec<String>,
+    restored: u32,
+    refused: u32,
+    planted: Planted,
+    /// What is not as it should be.
+    wrong: Option<String>,
+}
+
+/// What is left out, to see that the model notices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Planted {
+    Nothing,
+    /// Nobody remembers whose loss was accepted.
+    GivenUpIsForgotten,
+    /// The store does not say when it got an object: only stamps tell.
+    StampsAreBelieved,
+}
+
+impl World {
+    fn new(seed: u64, planted: Planted) -> Self {
+        let store = Dated::new(START_US);
+        store.tells_nothing.store(planted == Planted::StampsAreBelieved, Ordering::SeqCst);
+        let mut world = Self {
+            numbers: Numbers(seed),
+            now: START_US,
+            bucket: store.bucket(),
+            store,
+            nodes: Vec::new(),
+            writes: Vec::new(),
+            shipped: BTreeMap::new(),
+            given_up: Vec::new(),
+            version: CatalogVersion(1),
+            next_replica: 3,
+            resized: None,
+            story: vec![format!("seed {seed}")],
+            restored: 0,
+            refused: 0,
+            planted,
+            wrong: None,
+        };
+        for id in 1..=2 {
+            let rig = member(id);
+            let replica = block_in_place(|| rig.create());
+            world.nodes.push(Node {
+                rig,
+                open: Some(replica),
+                here: true,
+                offset: 0,
+                holds: BTreeSet::new(),
+                whole: BTreeSet::new(),
+            });
+        }
+        world
+    }
+
+    fn tell(&mut self, what: String) {
+        self.story.push(format!("{:8.1} s: {what}", (self.now - START_US) as f64 / SECOND as f64));
+    }
+
+    fn set_clocks(&self) {
+        self.store.set(self.now);
+        for node in &self.nodes {
+            node.rig.clock.set(self.now.saturating_add_signed(node.offset));
+        }
+    }
+
+    fn here(&self) -> Vec<usize> {
+        (0..self.nodes.len()).filter(|at| self.nodes[*at].here).collect()
+    }
+
+    /// Who serves and ships: the first that is there.
+    fn acting(&self) -> usize {
+        self.here()[0]
+    }
+
+    fn pass(&mut self, us: u64) {
+        self.now += us;
+        self.set_clocks();
+    }
+
+    fn write(&mut self, at: usize) {
+        let key = format!("k{:02}", self.numbers.below(12));
+        let moved = self.resized.is_some() && jump(partition_hash(key.as_bytes()), 2).shard != ShardId(0);
+        if moved {
+            return;
+        }
+        let value = (self.numbers.below(4) > 0).then(|| format!("v{}", self.writes.len()));
+        let op = value.as_deref().map_or_else(|| delete(&key), |value| put(&key, value));
+        let node = &mut self.nodes[at];
+        let event_time = applied_at(block_in_place(|| write_one(node.replica(), op)));
+        let index = self.writes.len();
+        node.holds.insert(index);
+        node.whole.insert(index);
+        let by = node.replica().id;
+        let commit_time = block_in_place(|| last_record(node.replica()).commit_time);
+        self.tell(format!("{by} takes {index}: {key} = {value:?} at {event_time}, stamped {commit_time}"));
+        self.writes.push(Write { key, value, event_time, by, at: self.now, commit_time });
+        self.pass(1_000);
+    }
+
+    fn pull(&mut self, to: usize, from: usize) {
+        block_in_place(|| pull(self.nodes[to].replica(), self.nodes[from].replica()));
+        let (theirs, their_whole) = (self.nodes[from].holds.clone(), self.nodes[from].whole.clone());
+        let mine = &self.nodes[to].holds;
+        let loses = |index: &usize| {
+            let one = &self.writes[*index];
+            mine.iter()
+                .map(|other| &self.writes[*other])
+                .any(|other| other.key == one.key && other.event_time > one.event_time)
+        };
+        let whole: Vec<usize> =
+            theirs.difference(mine).copied().filter(|one| their_whole.contains(one) && !loses(one)).collect();
+        self.nodes[to].whole.extend(whole);
+        self.nodes[to].holds.extend(theirs);
+    }
+
+    /// Everybody who is there pulls from everybody.
+    fn replicate(&mut self) {
+        let here = self.here();
+        for _ in 0..2 {
+            for to in &here {
+                for from in here.iter().filter(|from| *from != to) {
+                    self.pull(*to, *from);
+                }
+            }
+        }
+    }
+
+    fn shipping(&self, at: usize) -> Shipping {
+        let node = &self.nodes[at];
+        let shipping = Shipping::start(&node.rig, &node.rig.path, node.replica(), &self.bucket, HOUR);
+        let positions: &Positions = &shipping.handle.positions;
+        positions.stands_in.store(at != 0, Ordering::Release);
+        shipping
+    }
+
+    async fn ship(&mut self, at: usize, checkpoint: bool) {
+        let shipping = self.shipping(at);
+        shipping.handle.log().await.unwrap();
+        if checkpoint {
+            shipping.handle.checkpoint(None).await.unwrap();
+        }
+        shipping.stop().await;
+        let node = &self.nodes[at];
+        let (id, holds, whole) = (node.replica().id, node.holds.clone(), node.whole.clone());
+        let in_bucket = self.shipped.entry(id).or_default();
+        in_bucket.holds.extend(holds);
+        for index in whole {
+            in_bucket.whole.entry(index).or_insert(self.now);
+        }
+        self.tell(format!("{id} ships{}", if checkpoint { " a checkpoint" } else { "" }));
+    }
+
+    fn obey(&mut self) {
+        self.version = CatalogVersion(self.version.0 + 1);
+        let (epoch, version) = (Epoch(self.version.0), self.version);
+        for at in self.here() {
+            let replica = self.nodes[at].replica();
+            let order = Control::Obey { epoch, version, role: replica.view().role };
+            block_in_place(|| control(replica, order)).unwrap();
+        }
+    }
+
+    fn restart(&mut self, at: usize) {
+        let node = &mut self.nodes[at];
+        node.close();
+        let began = Instant::now();
+        node.open = loop {
+            match block_in_place(|| node.rig.open(&node.rig.path, false)) {
+                Ok(replica) => break Some(replica),
+                // The last look of a shipper that was stopped may not be over.
+                Err(error) => assert!(began.elapsed() < DEADLINE, "{error}"),
+            }
+            std::thread::park_timeout(Duration::from_millis(2));
+        };
+        let id = self.nodes[at].replica().id;
+        self.tell(format!("{id} restarts"));
+    }
+
+    /// All promise, all hold all, the floor is logged, and what it covers is forgotten.
+    fn collect(&mut self) {
+        if self.here().len() < self.nodes.len() {
+            return;
+        }
+        self.replicate();
+        let clocks = self.nodes.iter().map(|node| self.now.saturating_add_signed(node.offset));
+        let floor = clocks.min().unwrap().saturating_sub(SECOND);
+        let acting = self.acting();
+        block_in_place(|| {
+            for node in &self.nodes {
+                control(node.replica(), Control::Promise { commit_time: floor }).unwrap();
+            }
+        });
+        self.replicate();
+        block_in_place(|| control(self.nodes[acting].replica(), Control::GcFloor { floor })).unwrap();
+        self.replicate();
+        for node in &self.nodes {
+            block_in_place(|| {
+                node.replica().engine().flush().unwrap();
+                node.replica().engine().compact_all();
+            });
+        }
+        self.tell(format!("deletes until {floor} are forgotten"));
+    }
+
+    /// One that is away is given up: what it had shipped is taken over by the one that serves, or not. A copy
+    /// takes its place.
+    async fn give_up(&mut self) {
+        let Some(at) = (0..self.nodes.len()).find(|at| !self.nodes[*at].here) else { return };
+        let mut lost = self.nodes.remove(at);
+        let id = lost.replica().id;
+        lost.close();
+        drop(lost);
+        let acting = self.acting();
+        if self.numbers.below(2) == 0 && self.shipped.contains_key(&id) {
+            let node = &self.nodes[acting];
+            let dir = memory_dir();
+            let bootstrap = bootstrap_into(&node.rig, &self.bucket, dir.path());
+            let shards = if self.resized.is_some() { 2 } else { 1 };
+            if bootstrap.join_what_was_shipped(node.replica(), id, shards).await.is_ok() {
+                let taken = self.shipped[&id].holds.clone();
+                self.nodes[acting].holds.extend(taken);
+                self.tell(format!("what {id} had shipped is taken over"));
+            }
+        }
+        self.obey();
+        self.given_up.push(GivenUp { replica: id, version: self.version });
+        self.tell(format!("{id} is given up"));
+        self.copy().await;
+    }
+
+    /// One more replica from a checkpoint of the one that serves.
+    async fn copy(&mut self) {
+        let acting = self.acting();
+        self.ship(acting, true).await;
+        let shipping = self.shipping(acting);
+        let pinned = shipping.handle.checkpoint(None).await.unwrap();
+        shipping.stop().await;
+        let id = ReplicaId(self.next_replica);
+        self.next_replica += 1;
+        let shards = if self.resized.is_some() { 2 } else { 1 };
+        let rig = Rig::of(ShardId(0), id, shards, RangeState::Owned);
+        let owned: BandRange = Band::owned(shards).into();
+        let (version, epoch) = (self.version, Epoch(self.version.0));
+        let adoption = Adoption { keyspace: KEYSPACE, replica: id, owned, version, epoch };
+        let base = manifest_at(&self.bucket, &pinned.key).await.unwrap();
+        let bootstrap = bootstrap_into(&rig, &self.bucket, &rig.path);
+        bootstrap.take(&base, adoption, Log::Joined).await.unwrap();
+        let replica = block_in_place(|| rig.open(&rig.path, true)).unwrap();
+        let holds = self.nodes[acting].holds.clone();
+        self.nodes.push(Node { rig, open: Some(replica), here: true, offset: 0, holds, whole: BTreeSet::new() });
+        self.set_clocks();
+        self.tell(format!("{id} is made"));
+    }
+
+    /// The shard becomes one of two: what belongs to the other one is given away.
+    fn resize(&mut self) {
+        if self.resized.is_some() || self.here().len() < self.nodes.len() {
+            return;
+        }
+        self.replicate();
+        let (all, left) = (Band::owned(1), Band::owned(2));
+        let range = BandRange { first: *all.start(), last: Band(left.start().0 - 1) };
+        for node in &self.nodes {
+            block_in_place(|| set_range(node.replica(), range, RangeState::Leaving));
+        }
+        self.resized = Some(self.now);
+        self.pass(SECOND);
+        self.tell("the shard gives keys away".into());
+    }
+
+    /// What the winner of these writes is, by key.
+    fn winners(&self, of: impl Iterator<Item = usize>) -> BTreeMap<&str, &Write> {
+        let mut winners: BTreeMap<&str, &Write> = BTreeMap::new();
+        for index in of {
+            let one = &self.writes[index];
+            let known = winners.entry(&one.key).or_insert(one);
+            if known.event_time < one.event_time {
+                *known = one;
+            }
+        }
+        winners
+    }
+
+    /// What must be in a restore to a moment, or it is refused.
+    fn required(&self, at: Option<u64>) -> BTreeSet<usize> {
+        let given_up = |id: &ReplicaId| self.given_up.iter().any(|lost| lost.replica == *id);
+        let kept: Vec<&InBucket> =
+            self.shipped.iter().filter(|(id, _)| !given_up(id)).map(|(_, shipped)| shipped).collect();
+        let Some(until) = at else { return kept.iter().flat_map(|shipped| &shipped.holds).copied().collect() };
+        let mut whole: BTreeMap<usize, u64> = BTreeMap::new();
+        for (index, held) in kept.iter().flat_map(|shipped| &shipped.whole) {
+            let first = whole.entry(*index).or_insert(*held);
+            *first = (*held).min(*first);
+        }
+        // A clock that is ahead by less than a write waited to be shipped does not show, nor do those behind it.
+        let hides = |one: &Write, held: u64| one.commit_time > until && one.commit_time <= held + SLACK;
+        let mut hidden = BTreeSet::new();
+        let mut required = BTreeSet::new();
+        for (index, held) in whole {
+            let one = &self.writes[index];
+            if one.at + SLACK > until || hidden.contains(&one.by) {
+                continue;
+            }
+            if hides(one, held) {
+                hidden.insert(one.by);
+            } else {
+                required.insert(index);
+            }
+        }
+        required
+    }
+
+    async fn restore(&mut self, at: Option<u64>) {
+        // The nodes that are there ship first.
+        self.replicate();
+        let acting = self.acting();
+        let checkpoint = self.numbers.below(2) == 0;
+        self.ship(acting, checkpoint).await;
+        let shards = match (self.resized, at) {
+            (Some(resized), Some(at)) if at < resized => 1,
+            (Some(_), _) => 2,
+            (None, _) => 1,
+        };
+        // A moment in the middle of it belongs to neither shape.
+        if self.resized.zip(at).is_some_and(|(resized, at)| at.abs_diff(resized) < 2 * 3_600 * SECOND) {
+            return;
+        }
+        let forgotten = self.planted == Planted::GivenUpIsForgotten;
+        let without = Without { discarded: &[], given_up: if forgotten { &[] } else { &self.given_up } };
+        let restored = restore_from(&self.nodes[acting].rig, &self.bucket, without, shards, at).await;
+        let restored = match restored {
+            Ok(restored) => restored,
+            Err(error) => {
+                self.refused += 1;
+                self.tell(format!("refused at {at:?}: {error}"));
+                if at.is_none() {
+                    self.wrong = Some(format!("a restore of everything is refused: {error}"));
+                }
+                return;
+            }
+        };
+        self.restored += 1;
+        let everything: BTreeSet<usize> = self.shipped.values().flat_map(|shipped| &shipped.holds).copied().collect();
+        let required = self.required(at);
+        let may_be_in = |one: &Write| at.is_none_or(|until| one.at <= until + SLACK || one.commit_time <= until);
+        let allowed: Vec<&Write> =
+            everything.iter().map(|one| &self.writes[*one]).filter(|one| may_be_in(one)).collect();
+        let winners = self.winners(required.iter().copied());
+        let mut wrong = Vec::new();
+        for n in 0..12 {
+            let key = format!("k{n:02}");
+            if shards == 2 && jump(partition_hash(key.as_bytes()), 2).shard != ShardId(0) {
+                continue;
+            }
+            let got = restored.get(&key);
+            let winner = winners.get(key.as_str()).copied();
+            let event_time = winner.map_or(0, |one| one.event_time);
+            let expected = winner.and_then(|one| one.value.clone());
+            let later = allowed.iter().any(|one| one.key == key && one.event_time >= event_time && one.value == got);
+            if got != expected && !later {
+                wrong.push(format!("{key}: {got:?} instead of {expected:?} ({winner:?})"));
+            }
+        }
+        restored.close().await;
+        if !wrong.is_empty() {
+            self.wrong = Some(format!("restored at {at:?} with {shards} shards:\n{}", wrong.join("\n")));
+        }
+        self.tell(format!("restored at {at:?}"));
+    }
+
+    async fn step(&mut self) {
+        match self.numbers.below(100) {
+            0..30 => {
+                let acting = self.acting();
+                self.write(acting);
+            }
+            30..36 => {
+                let here = self.here();
+                let at = self.numbers.of(&here);
+                self.write(at);
+            }
+            36..48 => self.replicate(),
+            48..58 => {
+                let acting = self.acting();
+                self.ship(acting, false).await;
+            }
+            58..62 => {
+                let acting = self.acting();
+                self.ship(acting, true).await;
+            }
+            62..72 => {
+                let long = if self.numbers.below(20) == 0 { 4 * 3_600 } else { 120 };
+                let us = self.numbers.of(&[SECOND, 20 * SECOND, long * SECOND]);
+                self.pass(us);
+            }
+            72..77 => {
+                let at = self.numbers.below(self.nodes.len() as u64) as usize;
+                if self.here() != [at] {
+                    self.nodes[at].here = !self.nodes[at].here;
+                    let (id, here) = (self.nodes[at].replica().id, self.nodes[at].here);
+                    self.tell(format!("{id} is {}", if here { "back" } else { "away" }));
+                    if here {
+                        self.replicate();
+                    }
+                }
+            }
+            77..82 => {
+                let at = self.numbers.below(self.nodes.len() as u64) as usize;
+                let second = SECOND as i64;
+                self.nodes[at].offset =
+                    self.numbers.of(&[0, second, -second, 600 * second, 3_600 * second, -3_600 * second]);
+                let (id, offset) = (self.nodes[at].replica().id, self.nodes[at].offset / second);
+                self.tell(format!("the clock of {id} is {offset} s ahead"));
+                self.set_clocks();
+            }
+            82..85 => {
+                let here = self.here();
+                let at = self.numbers.of(&here);
+                self.restart(at);
+            }
+            85..88 => self.collect(),
+            88..90 => self.give_up().await,
+            90..91 => self.resize(),
+            91..94 => self.restore(None).await,
+            _ => {
+                let past = self.now - START_US;
+                let at = START_US + self.numbers.below(past.max(1));
+                self.restore(Some(at)).await;
+            }
+        }
+    }
+
+    /// Lives, and answers how often it was restored and how often that was refused, or what is wrong.
+    async fn live(seed: u64, planted: Planted) -> Result<(u32, u32), String> {
+        let mut world = Self::new(seed, planted);
+        for step in 0..=120 {
+            match step {
+                120 => world.restore(None).await,
+                _ => world.step().await,
+            }
+            if world.wrong.is_some() {
+                break;
+            }
+        }
+        for mut node in world.nodes.drain(..) {
+            node.close();
+        }
+        match world.wrong {
+            Some(wrong) => Err(format!("{wrong}\n{}", world.story.join("\n"))),
+            None => Ok((world.restored, world.refused)),
+        }
+    }
+}
+
+/// The last record of a log.
+fn last_record(replica: &Replica) -> Record {
+    control(replica, Control::Sync).unwrap();
+    let mut reader = replica.log().reader(Lsn(replica.applied_lsn().0 - 1)).unwrap();
+    Record::decode(&reader.next_batch(1).unwrap()[0].1).unwrap()
+}
+
+fn number(name: &str, otherwise: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_at_any_moment_is_what_was_there_or_is_refused() {
+    let (lives, first) = (number("VASTO_MOMENTS", 12), number("VASTO_MOMENTS_SEED", 1));
+    let (mut restored, mut refused) = (0, 0);
+    for seed in first..first + lives {
+        let (one, two) = World::live(seed, Planted::Nothing).await.unwrap_or_else(|wrong| panic!("{wrong}"));
+        (restored, refused) = (restored + one, refused + two);
+    }
+    println!("{lives} lives from seed {first}: {restored} restored, {refused} refused");
+    assert!(restored > refused / 4, "too little is restored: {restored}, and {refused} refused");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_model_notices_what_is_restored_wrong() {
+    for planted in [Planted::GivenUpIsForgotten, Planted::StampsAreBelieved] {
+        let mut seed = 1;
+        let wrong = loop {
+            assert!(seed < 200, "nobody notices {planted:?}");
+            match World::live(seed, planted).await {
+                Err(wrong) => break wrong,
+                Ok(_) => seed += 1,
+            }
+        };
+        println!("{planted:?} is noticed in life {seed}: {}", wrong.lines().take(2).collect::<Vec<_>>().join(" "));
+    }
+}

@@ -1,0 +1,259 @@
+//! Where a replica that begins to ship goes on: behind what the others of its shard have shipped.
+//!
+//! **Invariants**
+//! - What lies before its next chunk is in the bucket: every record by origin and number in what others have
+//!   shipped, or in what it has shipped itself. What is in doubt is shipped again; where its log does not
+//!   reach back far enough for that, a checkpoint comes first.
+//! - The chunk names an object of the other replica as the one before it, so that nobody takes what is not
+//!   in this replica's own folder for a hole.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use vasto_core::ids::{Lsn, Origin, OwnSeq, ReplicaId, Vector, covers, join};
+use vasto_core::limits::SHIPPED_READ_BYTES_MAX;
+use vasto_core::record::Record;
+use vasto_shipping::bucket::Bucket;
+use vasto_shipping::history::{self, Folder, HistoryError, Newest};
+use vasto_shipping::layout::{self, Owner};
+
+use super::{ShipError, Shipper, blocking};
+use crate::binlog::BinlogError;
+use crate::replica::Replica;
+
+/// Bytes of the log that are read at once.
+const READ_BYTES: usize = 4 << 20;
+
+/// The numbered records of a part of this replica's log, by origin: where each of them is.
+#[derive(Default)]
+struct Logged(BTreeMap<Origin, (OwnSeq, Vec<Lsn>)>);
+
+impl Logged {
+    fn add(&mut self, record: &Record) {
+        if record.own_seq.0 > 0 {
+            let (_, lsns) = self.0.entry(record.origin).or_insert((record.own_seq, Vec::new()));
+            lsns.push(record.lsn);
+        }
+    }
+
+    /// What of a vector is not in this part.
+    fn before(&self, vector: &Vector) -> Vector {
+        let before = |(origin, seq): (&Origin, &OwnSeq)| {
+            let seq = self.0.get(origin).map_or(*seq, |(first, _)| OwnSeq(first.0 - 1));
+            (*origin, seq)
+        };
+        vector.iter().map(before).collect()
+    }
+
+    /// The first record that a vector does not cover, and its origin.
+    fn first_beyond(&self, held: &Vector) -> Option<(Lsn, Origin)> {
+        let of = |(origin, (first, lsns)): (&Origin, &(OwnSeq, Vec<Lsn>))| {
+            let next = held.get(origin).copied().unwrap_or_default().0 + 1;
+            let at = usize::try_from(next.saturating_sub(first.0)).ok()?;
+            Some((*lsns.get(at)?, *origin))
+        };
+        self.0.iter().filter_map(of).min()
+    }
+}
+
+/// What others hold in the bucket.
+#[derive(Default)]
+struct Held {
+    vector: Vector,
+    /// There is a checkpoint.
+    has_base: bool,
+    /// The last object of the one who shipped last, and when that was.
+    last: Option<(u64, String, ReplicaId)>,
+    /// Chunks behind its checkpoint.
+    chunks: u64,
+}
+
+impl Shipper {
+    /// Looks once, when it begins to ship, for what others have shipped.
+    pub(super) async fn go_on_behind_others(&mut self) -> Result<(), ShipError> {
+        let replica = self.context.replica.clone();
+        let reaches = self.may_ship_chunks() && replica.log().first_lsn() <= self.state.shipped_lsn.next();
+        if self.looked || (!self.stands_in() && reaches) {
+            return Ok(());
+        }
+        let mut folders = history::folders(&self.context.bucket, replica.keyspace, replica.shard).await.map_err(odd)?;
+        folders.remove(&replica.id);
+        if !folders.is_empty() {
+            let position = replica.position().await?;
+            // Whoever's records are not here, a target of a plan that was undone, is no help.
+            folders.retain(|id, _| position.vector.keys().any(|origin| origin.replica == *id));
+            let after = if reaches { self.state.shipped_lsn } else { Lsn(replica.log().first_lsn().0 - 1) };
+            let logged = match logged(&replica, after, position.lsn).await {
+                Err(ShipError::Log(BinlogError::TooOld { .. })) => return Ok(()), // cut meanwhile
+                other => other?,
+            };
+            let before = if reaches { Vector::new() } else { logged.before(&position.vector) };
+            let held = held_by_others(&self.context.bucket, &replica, folders, &logged, &before).await?;
+            let next = logged.first_beyond(&held.vector).map_or(position.lsn.next(), |(lsn, _)| lsn);
+            let next = next.max(after.next());
+            if let Some((_, previous, other)) = held.last
+                && covers(&held.vector, &before)
+                // What this replica began with is in no record.
+                && (reaches || held.has_base || !self.began_full())
+                && (!reaches || next > self.state.shipped_lsn.next())
+            {
+                tracing::info!(
+                    keyspace = replica.keyspace.0,
+                    shard = replica.shard.0,
+                    replica = replica.id.0,
+                    behind = other.0,
+                    lsn = next.0,
+                    "shipping goes on behind what another replica has shipped"
+                );
+                self.state.shipped_lsn = Lsn(next.0 - 1);
+                self.state.went_on_behind = Some(self.state.shipped_lsn);
+                self.state.previous = Some(previous);
+                self.state.chunks = held.chunks;
+                self.save()?;
+            }
+        }
+        self.looked = true;
+        Ok(())
+    }
+}
+
+/// Where the records behind `after` are in the log, up to `last`.
+async fn logged(replica: &Replica, after: Lsn, last: Lsn) -> Result<Logged, ShipError> {
+    let log = replica.log().clone();
+    blocking(move || {
+        let mut found = Logged::default();
+        let mut reader = log.reader(after)?;
+        while reader.position() < last {
+            let batch = reader.next_batch(READ_BYTES)?;
+            if batch.is_empty() {
+                break;
+            }
+            for (lsn, bytes) in &batch {
+                let record = Record::decode(bytes).map_err(|error| ShipError::Checkpoint(error.to_string()))?;
+                if *lsn <= last {
+                    found.add(&record);
+                }
+            }
+        }
+        Ok::<_, ShipError>(found)
+    })
+    .await
+}
+
+/// What others of the shard have shipped, as far as that has to be known to find the first record that is
+/// missing there. Too little of it costs a repetition, or a checkpoint.
+async fn held_by_others(
+    bucket: &Bucket,
+    replica: &Replica,
+    folders: BTreeMap<ReplicaId, Folder>,
+    logged: &Logged,
+    before: &Vector,
+) -> Result<Held, ShipError> {
+    let mut held = Held::default();
+    let mut left = SHIPPED_READ_BYTES_MAX;
+    for (id, folder) in folders {
+        let owner = Owner { keyspace: replica.keyspace, shard: replica.shard, replica: id };
+        let from_the_start = folder.chunks.first() == Some(&Lsn(1));
+        let newest = match history::newest_base(bucket, owner, &folder, None).await {
+            Err(HistoryError::Bucket(error)) => return Err(error.into()),
+            Err(_) if from_the_start => Newest::default(),
+            Err(_) => continue, // it cannot be read by others either
+            Ok(newest) => newest,
+        };
+        let leads_back = newest.base.is_some()
+            || from_the_start
+            || history::begins_behind_another(bucket, owner, &folder).await.map_err(odd)?;
+        if !leads_back {
+            continue;
+        }
+        let start = newest.base.as_ref().map_or(Lsn(0), |base| base.manifest.lsn);
+        if let Some(base) = &newest.base {
+            held.vector = join(&held.vector, &base.manifest.vector);
+            held.has_base = true;
+        }
+        let behind = folder.chunks.partition_point(|first| *first <= start);
+        let mut met = BTreeSet::new();
+        for first in folder.chunks[behind..].iter().rev() {
+            let beyond = logged.first_beyond(&held.vector);
+            let known = beyond.is_none_or(|(_, origin)| met.contains(&origin)) && covers(&held.vector, before);
+            if known || left == 0 {
+                break;
+            }
+            let read = history::chunk_after(bucket, owner, &[], Lsn(first.0 - 1)).await;
+            let Some((chunk, bytes)) = read.map_err(odd)? else { continue };
+            left = left.saturating_sub(bytes);
+            for record in chunk.records().map_while(Result::ok).filter(|record| record.own_seq.0 > 0) {
+                met.insert(record.origin);
+                let seq = held.vector.entry(record.origin).or_default();
+                *seq = record.own_seq.max(*seq);
+            }
+        }
+        let last_chunk = folder.chunks.last().filter(|first| **first > start).map(|first| {
+            let key = layout::chunk(owner.keyspace, owner.shard, owner.replica, *first);
+            (folder.times.chunks.get(first).copied().unwrap_or_default(), key)
+        });
+        let last = last_chunk.or_else(|| {
+            let base = newest.base.as_ref()?;
+            Some((folder.times.manifests.get(&base.manifest.lsn).copied().unwrap_or_default(), base.key.clone()))
+        });
+        if let Some((at, key)) = last
+            && held.last.as_ref().is_none_or(|(known, ..)| *known <= at)
+        {
+            held.last = Some((at, key, id));
+            held.chunks = (folder.chunks.len() - behind) as u64;
+        }
+    }
+    Ok(held)
+}
+
+fn odd(error: HistoryError) -> ShipError {
+    match error {
+        HistoryError::Bucket(error) => error.into(),
+        other => ShipError::Checkpoint(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use vasto_core::ids::{Epoch, Incarnation};
+    use vasto_core::record::Body;
+
+    fn origin(replica: u64) -> Origin {
+        Origin { replica: ReplicaId(replica), incarnation: Incarnation(1) }
+    }
+
+    fn logged(records: &[(u64, u64, u64)]) -> Logged {
+        let mut logged = Logged::default();
+        for (lsn, replica, own_seq) in records {
+            logged.add(&Record {
+                lsn: Lsn(*lsn),
+                synced_lsn: Lsn(0),
+                commit_time: 1,
+                floor: 0,
+                epoch: Epoch(1),
+                origin: origin(*replica),
+                own_seq: OwnSeq(*own_seq),
+                body: Body::data(Vec::new()),
+            });
+        }
+        logged
+    }
+
+    fn vector(all: &[(u64, u64)]) -> Vector {
+        all.iter().map(|(replica, seq)| (origin(*replica), OwnSeq(*seq))).collect()
+    }
+
+    #[test]
+    fn the_first_record_that_others_lack_is_found_whoever_took_it() {
+        let logged = logged(&[(10, 1, 4), (11, 2, 7), (12, 1, 5), (13, 1, 6), (14, 2, 8), (15, 2, 0)]);
+        let beyond = |held: &[(u64, u64)]| logged.first_beyond(&vector(held)).map(|(lsn, _)| lsn.0);
+        assert_eq!(beyond(&[(1, 6), (2, 8)]), None);
+        assert_eq!(beyond(&[(1, 5), (2, 8)]), Some(13));
+        assert_eq!(beyond(&[(1, 9), (2, 7)]), Some(14));
+        assert_eq!(beyond(&[(1, 6)]), Some(11), "an origin that nobody has heard of");
+        // What the log does not hold any more has to be there.
+        let before = logged.before(&vector(&[(1, 6), (2, 8), (3, 2)]));
+        assert_eq!(before, vector(&[(1, 3), (2, 6), (3, 2)]));
+    }
+}

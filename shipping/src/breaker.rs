@@ -1,0 +1,250 @@
+//! One opinion for the whole process on whether the bucket answers.
+//!
+//! When several requests in a row went unanswered, all others wait, and one at a time tries, with growing
+//! pauses. So an outage costs a request every few seconds, however many replicas want something, and its
+//! end is found by one of them for all.
+//!
+//! **Invariant:** whoever waits here waits no longer than its own budget.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::failure::{Failure, Kind};
+
+/// So many requests in a row that fail like an outage are one.
+const FAILURES: u32 = 5;
+/// Before the first try of one that stands for all ...
+const PAUSE_FIRST: Duration = Duration::from_millis(250);
+/// ... and the longest, which is how late the end of an outage may be noticed.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// A body of this size is not sent to find out whether anybody is there.
+pub(crate) const PROBE_BYTES_MAX: u64 = 256 << 10;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Breaker {
+    state: Mutex<State>,
+    closed: Notify,
+    pause_first: Duration,
+    pause_max: Duration,
+}
+
+impl Default for Breaker {
+    fn default() -> Self {
+        Self::with_pauses(PAUSE_FIRST, PAUSE_MAX)
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Failures in a row.
+    failures: u32,
+    outage: Option<Outage>,
+    /// Outages that have ended.
+    ended: u64,
+}
+
+#[derive(Debug, Clone)]
+struct Outage {
+    since: Instant,
+    next: Instant,
+    pause: Duration,
+    tried: bool,
+    last: Failure,
+}
+
+/// The right to send one request; dropped without a word, it is as if it had never been sent.
+pub(crate) struct Pass<'a> {
+    breaker: &'a Breaker,
+    stands_for_all: bool,
+    is_told: bool,
+}
+
+impl Breaker {
+    fn with_pauses(pause_first: Duration, pause_max: Duration) -> Self {
+        Self { state: Mutex::default(), closed: Notify::new(), pause_first, pause_max }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the right to send a request, at most for `patience`.
+    pub(crate) async fn pass(&self, patience: Duration) -> Result<Pass<'_>, Failure> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let mut closed = std::pin::pin!(self.closed.notified());
+            closed.as_mut().enable();
+            let until = {
+                let mut state = self.state();
+                let now = Instant::now();
+                match &mut state.outage {
+                    None => return Ok(Pass { breaker: self, stands_for_all: false, is_told: false }),
+                    Some(outage) if !outage.tried && outage.next <= now => {
+                        outage.tried = true;
+                        return Ok(Pass { breaker: self, stands_for_all: true, is_told: false });
+                    }
+                    Some(outage) if now >= deadline => return Err(outage.last.clone()),
+                    Some(outage) => {
+                        let turn = if outage.tried { now + self.pause_max } else { outage.next };
+                        turn.min(deadline)
+                    }
+                }
+            };
+            tokio::select! {
+                () = closed => {}
+                () = tokio::time::sleep_until(until) => {}
+            }
+        }
+    }
+
+    /// True while requests wait.
+    pub(crate) fn is_open(&self) -> bool {
+        self.state().outage.is_some()
+    }
+
+    /// How many outages have ended.
+    pub(crate) fn ended(&self) -> u64 {
+        self.state().ended
+    }
+
+    /// Since when nobody answers, and what the last one who tried heard.
+    pub(crate) fn outage(&self) -> Option<(Duration, String)> {
+        self.state().outage.as_ref().map(|outage| (outage.since.elapsed(), outage.last.detail.clone()))
+    }
+}
+
+impl Pass<'_> {
+    /// What came of it.
+    pub(crate) fn tell(mut self, failure: Option<&Failure>) {
+        self.is_told = true;
+        let mut state = self.breaker.state();
+        let Some(failure) = failure.filter(|failure| matches!(failure.kind, Kind::Unreachable | Kind::Skewed)) else {
+            state.failures = 0;
+            if state.outage.take().is_some() {
+                state.ended += 1;
+                tracing::info!("the bucket answers again");
+            }
+            drop(state);
+            self.breaker.closed.notify_waiters();
+            return;
+        };
+        let now = Instant::now();
+        match &mut state.outage {
+            Some(outage) if self.stands_for_all => {
+                outage.pause = (outage.pause * 2).min(self.breaker.pause_max);
+                outage.next = now + outage.pause.mul_f64(0.75 + 0.25 * rand::random::<f64>());
+                outage.tried = false;
+                outage.last = failure.clone();
+                drop(state);
+                self.breaker.closed.notify_waiters();
+            }
+            // Sent before the outage was one.
+            Some(_) => {}
+            None => {
+                state.failures += 1;
+                if state.failures >= FAILURES {
+                    tracing::info!(error = failure.detail, "the bucket does not answer; one request at a time tries");
+                    let pause = self.breaker.pause_first;
+                    let last = failure.clone();
+                    state.outage = Some(Outage { since: now, next: now + pause, pause, tried: false, last });
+                }
+            }
+        }
+    }
+
+    /// It failed for a reason of its own, which says nothing about others.
+    pub(crate) fn say_nothing(self) {}
+}
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        if self.is_told || !self.stands_for_all {
+            return;
+        }
+        if let Some(outage) = &mut self.breaker.state().outage {
+            outage.tried = false;
+        }
+        self.breaker.closed.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn slow_down() -> Failure {
+        Failure { kind: Kind::Unreachable, transient: true, detail: "503".to_owned() }
+    }
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// The usual pauses, fifty times as fast.
+    fn fast() -> Breaker {
+        Breaker::with_pauses(PAUSE_FIRST / 50, PAUSE_MAX / 50)
+    }
+
+    #[tokio::test]
+    async fn an_outage_costs_a_request_now_and_then_however_many_want_one() {
+        const WANT: u32 = 80;
+        let breaker = fast();
+        let sent = std::sync::atomic::AtomicU32::new(0);
+        let began = Instant::now();
+        let outage = Duration::from_millis(1_200);
+        let work = (0..WANT).map(|_| async {
+            loop {
+                let Ok(pass) = breaker.pass(PATIENCE).await else { continue };
+                let well = began.elapsed() > outage;
+                if !well {
+                    sent.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                pass.tell((!well).then(slow_down).as_ref());
+                if well {
+                    return;
+                }
+            }
+        });
+        futures::future::join_all(work).await;
+        // Each may have had one under way when it began.
+        let sent = sent.into_inner();
+        assert!((WANT..WANT + 30).contains(&sent), "{sent} requests, like {} in a minute", sent - WANT);
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_longer_than_its_patience_and_one_who_gives_up_lets_others_try() {
+        let breaker = fast();
+        for _ in 0..FAILURES {
+            breaker.pass(PATIENCE).await.ok().unwrap().tell(Some(&slow_down()));
+        }
+        assert!(breaker.is_open() && breaker.outage().unwrap().1 == "503");
+        let trying = breaker.pass(PATIENCE).await.ok().unwrap();
+        let began = Instant::now();
+        let patience = Duration::from_millis(100);
+        let failure = breaker.pass(patience).await.err().unwrap();
+        assert_eq!(failure.detail, "503");
+        assert!(began.elapsed() >= patience && began.elapsed() < patience * 20, "{:?}", began.elapsed());
+        drop(trying);
+        let trying = breaker.pass(Duration::ZERO).await.ok().unwrap();
+        // That there is no such object is an answer.
+        let answer = Failure { kind: Kind::NotFound, transient: false, detail: String::new() };
+        trying.tell(Some(&answer));
+        assert!(!breaker.is_open());
+    }
+
+    #[tokio::test]
+    async fn failures_between_answers_are_no_outage() {
+        let breaker = fast();
+        for _ in 0..20 {
+            for _ in 1..FAILURES {
+                breaker.pass(PATIENCE).await.ok().unwrap().tell(Some(&slow_down()));
+            }
+            breaker.pass(PATIENCE).await.ok().unwrap().tell(None);
+        }
+        assert!(!breaker.is_open());
+    }
+}

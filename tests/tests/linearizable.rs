@@ -1,0 +1,499 @@
+//! Whatever happens to the servers, short of a cut between replicas that clients reach on both sides: each
+//! read at the primary sees every write that was acknowledged before it, and conditional writes and counters
+//! build on it. Histories of single keys are checked for linearizability.
+//!
+//! Each test runs rounds of `VASTO_LINEAR_SECONDS` (20 s) in all. A round has keys of its own and one event,
+//! drawn from the seed that is printed; `VASTO_LINEAR_SEED` runs the same rounds again (the events are the
+//! same, how they meet with the operations is not). `VASTO_LINEAR_EVENT` names the only event to take.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
+use serde_json::Value;
+use tokio::task::JoinSet;
+use vasto_client::{Ack, Keyspace, Vasto};
+use vasto_tests::linear::{Judge, Judgement, Workload};
+use vasto_tests::netns::{Network, available};
+use vasto_tests::{CatalogDir, Cluster, DEADLINE, Numbers, Port, Process, Ran, until, vasto_binary};
+
+const KEYSPACE: &str = "linear";
+/// Clients, each with its own connections, and how many operations each has under way.
+const CLIENTS: u32 = 3;
+const TASKS: u32 = 2;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Happens {
+    Nothing,
+    /// SIGSTOP and SIGCONT, too short for anybody to take its place.
+    ShortPause,
+    /// SIGSTOP and SIGCONT.
+    Pause,
+    Kill,
+    /// SIGTERM and a new start.
+    Stop,
+    MasterKill,
+    MasterPause,
+    /// A node is cut off from everybody.
+    Isolation,
+}
+
+impl Happens {
+    fn takes_a_node_away(self) -> bool {
+        matches!(self, Self::Pause | Self::Kill | Self::Isolation)
+    }
+}
+
+fn seconds() -> Duration {
+    let given = std::env::var("VASTO_LINEAR_SECONDS").ok().and_then(|seconds| seconds.parse().ok());
+    Duration::from_secs(given.unwrap_or(20))
+}
+
+fn seed() -> u64 {
+    let given = std::env::var("VASTO_LINEAR_SEED").ok().and_then(|seed| seed.parse().ok());
+    given.unwrap_or_else(|| {
+        use std::hash::{BuildHasher, Hasher};
+        std::collections::hash_map::RandomState::new().build_hasher().finish()
+    })
+}
+
+fn named_event(events: &[Happens]) -> Vec<Happens> {
+    let only = std::env::var("VASTO_LINEAR_EVENT").unwrap_or_default();
+    events.iter().copied().filter(|event| only.is_empty() || format!("{event:?}") == only).collect()
+}
+
+/// What was seen over all rounds of a test.
+#[derive(Debug, Default)]
+struct Tally {
+    rounds: u64,
+    operations: u64,
+    keys: u64,
+    too_long: u64,
+    /// Rounds by event, and the keys of them that no order explains.
+    by_event: BTreeMap<Happens, (u64, u64)>,
+    violations: Vec<String>,
+}
+
+impl Tally {
+    fn judge(&mut self, event: Happens, workload: &Workload) {
+        self.rounds += 1;
+        let of_event = self.by_event.entry(event).or_default();
+        of_event.0 += 1;
+        let judge = Judge { dirty: event.takes_a_node_away() };
+        for (key, entries) in workload.recorder.take() {
+            self.keys += 1;
+            self.operations += entries.len() as u64;
+            match judge.judge(&entries) {
+                Judgement::Explained => {}
+                Judgement::TooLong => self.too_long += 1,
+                Judgement::Violated(shown) => {
+                    of_event.1 += 1;
+                    self.violations.push(format!("{event:?}, key {key}:\n{shown}"));
+                }
+            }
+        }
+    }
+
+    /// Says what was found, and fails on any violation.
+    fn end(self, what: &str, seed: u64) -> Result<()> {
+        let Self { rounds, operations, keys, too_long, by_event, violations } = self;
+        println!(
+            "{what}, VASTO_LINEAR_SEED={seed}: {rounds} rounds, {operations} operations on {keys} keys, \
+             {too_long} not decided; (rounds, violations) by event: {by_event:?}"
+        );
+        for one in violations.iter().take(3) {
+            println!("{one}");
+        }
+        ensure!(violations.is_empty(), "{} histories that no order explains, seed {seed}", violations.len());
+        ensure!(operations > 100 && too_long * 5 <= keys, "too little was decided");
+        Ok(())
+    }
+}
+
+/// Runs clients while `during` does something, and a little longer; then reads every key once more.
+async fn round<T>(
+    clients: &[Keyspace],
+    workload: &Arc<Workload>,
+    numbers: &mut Numbers,
+    lead: Duration,
+    during: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut tasks = JoinSet::new();
+    for client in 0..CLIENTS * TASKS {
+        let (keyspace, workload, stop) = (clients[(client / TASKS) as usize].clone(), workload.clone(), stop.clone());
+        let mut numbers = Numbers::new(numbers.draw());
+        tasks.spawn(async move {
+            while !stop.load(Ordering::Relaxed) {
+                workload.act(client, &keyspace, &mut numbers).await;
+                // Few operations a key keep the search for an order short.
+                tokio::time::sleep(Duration::from_millis(2 + numbers.below(18))).await;
+            }
+        });
+    }
+    // The time that the clients run before, and after: it is the size of the round.
+    tokio::time::sleep(lead).await;
+    let done = during.await;
+    tokio::time::sleep(Duration::from_millis(1_200)).await;
+    stop.store(true, Ordering::Relaxed);
+    while let Some(ended) = tasks.join_next().await {
+        ended?;
+    }
+    for (client, keyspace) in clients.iter().enumerate() {
+        for key in &workload.keys {
+            workload.get(100 + client as u32, keyspace, key).await;
+        }
+    }
+    done
+}
+
+fn workload(round: u64, ack: Ack) -> Arc<Workload> {
+    Arc::new(Workload::new(vec![format!("r{round}a"), format!("r{round}b"), format!("r{round}c")], ack))
+}
+
+fn impatient(keyspace: Keyspace) -> Keyspace {
+    keyspace.with_deadline(Duration::from_secs(4))
+}
+
+/// All replicas serve, and the primary is at home.
+fn is_whole(catalog: &CatalogDir, described: &Value) -> bool {
+    let home = catalog
+        .tip()
+        .is_ok_and(|tip| tip.placement.iter().all(|shard| shard.primary.is_none() && shard.handing_to.is_none()));
+    let serving =
+        |shard: &Value| shard["replicas"].as_array().is_some_and(|all| all.iter().all(|one| one["state"] == "serving"));
+    home && described["placement"].as_array().is_some_and(|shards| shards.iter().all(serving))
+}
+
+// ---------------------------------------------------------------------------- processes on loopback
+
+async fn whole(cluster: &Cluster, catalog: &CatalogDir) -> Result<()> {
+    until("all replicas to serve, with the primary at home", DEADLINE, async || {
+        let described = cluster.json(&["keyspace", "describe", KEYSPACE]).await.ok()?;
+        is_whole(catalog, &described).then_some(())
+    })
+    .await
+}
+
+async fn clients_of(cluster: &Cluster) -> Result<Vec<Keyspace>> {
+    let mut clients = Vec::new();
+    for _ in 0..CLIENTS {
+        clients.push(impatient(cluster.keyspace(KEYSPACE).await?));
+    }
+    Ok(clients)
+}
+
+fn home_of(cluster: &Cluster, catalog: &CatalogDir) -> Result<usize> {
+    let tip = catalog.tip()?;
+    cluster.node_of(&tip.placement[0].primary().context("no primary")?.node.to_string())
+}
+
+async fn happen(cluster: &mut Cluster, node: usize, event: Happens, lasts: Duration) -> Result<()> {
+    match event {
+        Happens::Nothing => tokio::time::sleep(lasts).await,
+        Happens::ShortPause | Happens::Pause => {
+            cluster.node_process(node)?.signal(Signal::STOP);
+            tokio::time::sleep(lasts).await;
+            cluster.node_process(node)?.signal(Signal::CONT);
+        }
+        Happens::Kill => {
+            cluster.kill9_node(node).await?;
+            tokio::time::sleep(lasts).await;
+            cluster.start_node(node, Port::Same).await?;
+        }
+        Happens::Stop => {
+            cluster.stop_node(node).await?;
+            tokio::time::sleep(lasts).await;
+            cluster.start_node(node, Port::Same).await?;
+        }
+        Happens::MasterKill => {
+            cluster.kill9_master().await?;
+            tokio::time::sleep(lasts).await;
+            cluster.start_master(Port::Same).await?;
+        }
+        Happens::MasterPause => {
+            cluster.master_process()?.signal(Signal::STOP);
+            tokio::time::sleep(lasts).await;
+            cluster.master_process()?.signal(Signal::CONT);
+        }
+        Happens::Isolation => anyhow::bail!("networks are cut in namespaces"),
+    }
+    Ok(())
+}
+
+async fn rounds(replicas: usize, ack: Ack, events: &[Happens]) -> Result<()> {
+    let (seed, began) = (seed(), Instant::now());
+    let what = format!("{replicas} replicas, {ack:?}");
+    println!("{what}: VASTO_LINEAR_SEED={seed}");
+    let events = named_event(events);
+    if events.is_empty() {
+        println!("none of the events of this test is the one that was asked for");
+        return Ok(());
+    }
+    let mut numbers = Numbers::new(seed);
+    // What is said of all this is not the subject here.
+    let mut cluster = Cluster::builder().nodes(replicas).allow("").start().await?;
+    cluster.create(KEYSPACE, 1, &["--replicas", &replicas.to_string()]).await?;
+    let catalog = cluster.catalog(KEYSPACE).await?;
+    let mut tally = Tally::default();
+    while began.elapsed() < seconds() {
+        whole(&cluster, &catalog).await?;
+        let event = events[numbers.below(events.len() as u64) as usize];
+        let ms = match event {
+            Happens::ShortPause => 100 + numbers.below(350),
+            Happens::Pause | Happens::MasterPause => 300 + numbers.below(3_500),
+            _ => numbers.below(1_500),
+        };
+        let home = home_of(&cluster, &catalog)?;
+        // The primary most of the time.
+        let node = if numbers.below(3) > 0 { home } else { numbers.below(replicas as u64) as usize };
+        let lead = Duration::from_millis(200 + numbers.below(300));
+        let workload = workload(tally.rounds, ack);
+        let clients = clients_of(&cluster).await?;
+        let during = happen(&mut cluster, node, event, Duration::from_millis(ms));
+        round(&clients, &workload, &mut numbers, lead, during).await?;
+        tally.judge(event, &workload);
+    }
+    cluster.finish().await?;
+    tally.end(&what, seed)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_replicas_with_fsync() -> Result<()> {
+    rounds(
+        2,
+        Ack::Fsync,
+        &[Happens::Stop, Happens::Stop, Happens::ShortPause, Happens::MasterKill, Happens::MasterPause],
+    )
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_replicas_with_fsync() -> Result<()> {
+    rounds(3, Ack::Fsync, &[Happens::Stop, Happens::Stop, Happens::ShortPause, Happens::MasterKill]).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_replicas_with_replica() -> Result<()> {
+    rounds(2, Ack::Replica, &[Happens::Pause, Happens::Kill, Happens::Stop]).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_replicas_with_replica() -> Result<()> {
+    rounds(3, Ack::Replica, &[Happens::Pause, Happens::Pause, Happens::Kill, Happens::Stop, Happens::MasterPause]).await
+}
+
+// ------------------------------------------------------------------------------- slow and overloaded
+
+/// Writers beside the checked ones, until it is dropped.
+struct Pressure {
+    stop: Arc<AtomicBool>,
+    done: Arc<AtomicU64>,
+    tasks: JoinSet<()>,
+}
+
+impl Pressure {
+    async fn start(cluster: &Cluster, handles: u64, tasks_each: u64, bytes: u64) -> Result<Self> {
+        let (stop, done, mut tasks) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)), JoinSet::new());
+        for handle in 0..handles {
+            let keyspace = cluster.keyspace(KEYSPACE).await?;
+            for task in 0..tasks_each {
+                let (keyspace, stop, done) = (keyspace.clone(), stop.clone(), done.clone());
+                tasks.spawn(async move {
+                    // Bytes that compress badly.
+                    let mut numbers = Numbers::new(handle * 1_000 + task);
+                    let value: Vec<u8> = (0..bytes / 8).flat_map(|_| numbers.draw().to_le_bytes()).collect();
+                    let mut n = 0u64;
+                    while !stop.load(Ordering::Relaxed) {
+                        n += 1;
+                        let key = format!("load{handle}:{task}:{}", n % 20);
+                        done.fetch_add(u64::from(keyspace.put(key, value.clone()).await.is_ok()), Ordering::Relaxed);
+                    }
+                });
+            }
+        }
+        Ok(Self { stop, done, tasks })
+    }
+
+    async fn end(mut self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        while self.tasks.join_next().await.is_some() {}
+        self.done.load(Ordering::Relaxed)
+    }
+}
+
+/// Rounds in which nothing happens but this pressure.
+async fn under(what: &str, cluster: Cluster, pressure: (u64, u64, u64)) -> Result<()> {
+    let seed = seed();
+    println!("{what}: VASTO_LINEAR_SEED={seed}");
+    let mut numbers = Numbers::new(seed);
+    let mut tally = Tally::default();
+    let load = Pressure::start(&cluster, pressure.0, pressure.1, pressure.2).await?;
+    // It takes some seconds until queues and disks are full.
+    until("the load to have begun", DEADLINE, async || {
+        (load.done.load(Ordering::Relaxed) >= pressure.0 * pressure.1).then_some(())
+    })
+    .await?;
+    let began = Instant::now();
+    while began.elapsed() < seconds() {
+        let workload = workload(tally.rounds, Ack::Fsync);
+        // Under pressure an operation waits for seconds.
+        let clients: Vec<Keyspace> =
+            clients_of(&cluster).await?.into_iter().map(|one| one.with_deadline(Duration::from_secs(10))).collect();
+        round(&clients, &workload, &mut numbers, Duration::from_secs(6), async { Ok(()) }).await?;
+        tally.judge(Happens::Nothing, &workload);
+    }
+    println!("{} puts of load", load.end().await);
+    cluster.finish().await?;
+    tally.end(what, seed)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn under_overload() -> Result<()> {
+    let cluster = Cluster::builder().nodes(2).allow("").start().await?;
+    cluster.create(KEYSPACE, 1, &["--replicas", "2"]).await?;
+    under("overload, 2 replicas, Fsync", cluster, (3, 384, 65_536)).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn on_a_slow_disk() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(2).set("node.ship_interval=600s").allow("").start().await?;
+    cluster.create(KEYSPACE, 1, &["--replicas", "2"]).await?;
+    let catalog = cluster.catalog(KEYSPACE).await?;
+    let primary = home_of(&cluster, &catalog)?;
+    cluster.stop_node(primary).await?;
+    for setting in ["node.write_buffer=2MiB", "node.rate_limit=200KiB"] {
+        cluster.set_node(primary, setting);
+    }
+    cluster.start_node(primary, Port::Same).await?;
+    whole(&cluster, &catalog).await?;
+    under("a slow disk of the primary, 2 replicas, Fsync", cluster, (1, 64, 16_384)).await
+}
+
+// --------------------------------------------------------------------------------- cut off and healed
+
+struct Hosts {
+    network: Network,
+    nodes: Vec<(Process, Value)>,
+    _master_process: Process,
+    master: String,
+    catalog: CatalogDir,
+    _dir: tempfile::TempDir,
+}
+
+async fn server(network: &Network, host: Option<usize>, dir: &Path, args: &[&str]) -> Result<(Process, Value)> {
+    let name = host.map_or("master".to_owned(), |host| format!("node-{host}"));
+    let namespace = host.map(|host| network.namespace(host));
+    let binary = vasto_binary().display().to_string();
+    let (program, mut all) = match &namespace {
+        None => (binary.as_str(), Vec::new()),
+        Some(namespace) => ("ip", vec!["netns", "exec", namespace, &binary]),
+    };
+    all.extend(args);
+    let mut process = Process::spawn(&name, Path::new(program), all, &[], dir)?;
+    let ready = process.ready_line(DEADLINE).await?;
+    Ok((process, ready))
+}
+
+impl Hosts {
+    /// Nodes in networks of their own; the master and the clients are outside.
+    async fn start(replicas: usize) -> Result<Self> {
+        ensure!(available(), "networks cannot be cut here: run `scripts/setup.sh test`, and this test as root");
+        let dir = tempfile::tempdir()?;
+        std::fs::create_dir(dir.path().join("bucket"))?;
+        let network = Network::new(replicas)?;
+        let bucket = format!("file://{}", dir.path().join("bucket").display());
+        let listen = format!("{}:8278", network.address(None));
+        let master = format!("http://{listen}");
+        let args = ["serve", "master", "--bucket", &bucket, "--listen", &listen, "--insecure"];
+        let (process, _) = server(&network, None, dir.path(), &args).await?;
+        let mut nodes = Vec::new();
+        for host in 0..replicas {
+            let listen = format!("{}:7000", network.address(Some(host)));
+            let data = dir.path().join(format!("data-{host}")).display().to_string();
+            let args = ["serve", "node", "--master", &master, "--dir", &data, "--listen", &listen, "--insecure"];
+            nodes.push(server(&network, Some(host), dir.path(), &args).await?);
+        }
+        let catalog = CatalogDir::new(&dir.path().join("bucket"), 1);
+        let hosts = Self { network, nodes, _master_process: process, master, catalog, _dir: dir };
+        let replicas = replicas.to_string();
+        hosts.vasto(&["keyspace", "create", KEYSPACE, "--shards", "1", "--replicas", &replicas]).await?;
+        Ok(hosts)
+    }
+
+    async fn vasto(&self, args: &[&str]) -> Result<Value> {
+        let mut all = args.to_vec();
+        all.extend(["--output", "json"]);
+        let ran = Ran::of(&all, &[("VASTO_MASTER".to_owned(), self.master.clone())], DEADLINE).await?;
+        ensure!(ran.code == 0, "vasto {args:?}: {ran:?}");
+        Ok(serde_json::from_str(&ran.stdout)?)
+    }
+
+    async fn whole(&self) -> Result<()> {
+        until("all replicas to serve, with the primary at home", DEADLINE * 2, async || {
+            let described = self.vasto(&["keyspace", "describe", KEYSPACE]).await.ok()?;
+            is_whole(&self.catalog, &described).then_some(())
+        })
+        .await
+    }
+
+    fn home(&self) -> Result<usize> {
+        let id = self.catalog.tip()?.placement[0].primary().context("no primary")?.node.to_string();
+        self.nodes.iter().position(|(_, ready)| ready["node_id"] == id.as_str()).context("no such node")
+    }
+}
+
+async fn isolated(replicas: usize) -> Result<()> {
+    let (seed, what) = (seed(), format!("isolation, {replicas} replicas, Replica"));
+    println!("{what}: VASTO_LINEAR_SEED={seed}");
+    let mut numbers = Numbers::new(seed);
+    let mut hosts = Hosts::start(replicas).await?;
+    let mut tally = Tally::default();
+    let began = Instant::now();
+    while began.elapsed() < seconds() {
+        hosts.whole().await?;
+        let mut clients = Vec::new();
+        for _ in 0..CLIENTS {
+            clients.push(impatient(Vasto::connect(&hosts.master).await?.keyspace(KEYSPACE).await?));
+        }
+        let home = hosts.home()?;
+        let node = if numbers.below(3) > 0 { home } else { numbers.below(replicas as u64) as usize };
+        let lasts = Duration::from_millis(500 + numbers.below(5_000));
+        // Now and then the primary dies just as the other one is back.
+        let kills = replicas > 2 && node != home && numbers.below(2) == 0;
+        let lead = Duration::from_millis(200 + numbers.below(300));
+        let workload = workload(tally.rounds, Ack::Replica);
+        let during = async {
+            hosts.network.cut(node)?;
+            tokio::time::sleep(lasts).await;
+            hosts.network.heal(node)?;
+            if kills {
+                hosts.nodes[home].0.signal(Signal::STOP);
+                tokio::time::sleep(Duration::from_millis(1_500)).await;
+                hosts.nodes[home].0.signal(Signal::CONT);
+            }
+            Ok(())
+        };
+        round(&clients, &workload, &mut numbers, lead, during).await?;
+        tally.judge(Happens::Isolation, &workload);
+    }
+    for (process, _) in &mut hosts.nodes {
+        process.kill9().await?;
+    }
+    tally.end(&what, seed)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_replicas_one_cut_off_and_healed() -> Result<()> {
+    isolated(2).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_replicas_one_cut_off_and_healed() -> Result<()> {
+    isolated(3).await
+}
