@@ -265,10 +265,24 @@ pub enum NodeCommand {
         shipped is drained from it.\n\n\
         Examples:\n  \
         vasto node replace n-1f2e3d4c5b6a7988\n  \
-        vasto node replace n-1f2e3d4c5b6a7988 --with n-0a1b2c3d4e5f6071")]
+        vasto node replace n-1f2e3d4c5b6a7988 --with n-0a1b2c3d4e5f6071\n  \
+        vasto node replace n-1f2e3d4c5b6a7988 --accept-loss --yes")]
     Replace(NodeReplace),
-    /// Move all replicas away from a running node
+    /// Move all replicas away from a running node, and cordon it
     Drain(NodeDrain),
+    /// Give a node no more replicas; it keeps those that it has
+    #[command(after_help = "Examples:\n  vasto node cordon n-1f2e3d4c5b6a7988")]
+    Cordon(NodeName),
+    /// Let a node get replicas again
+    #[command(after_help = "Examples:\n  vasto node uncordon n-1f2e3d4c5b6a7988")]
+    Uncordon(NodeName),
+}
+
+/// A node by its id.
+#[derive(Debug, Args)]
+pub struct NodeName {
+    /// The node, as `vasto node list` names it
+    pub node: String,
 }
 
 /// `vasto node replace`
@@ -279,6 +293,12 @@ pub struct NodeReplace {
     /// Who takes its replicas [default: whoever has room]
     #[arg(long, value_name = "NODE")]
     pub with: Option<String>,
+    /// Give up what it alone holds, once it is gone and the bucket was read: nothing waits for it any more
+    #[arg(long, requires = "yes")]
+    pub accept_loss: bool,
+    /// Say that you mean it
+    #[arg(long)]
+    pub yes: bool,
     /// Start it and return; follow it with `vasto operation show`
     #[arg(long)]
     pub no_wait: bool,

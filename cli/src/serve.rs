@@ -133,6 +133,7 @@ fn master_config(config: &Config) -> Result<MasterConfig, config::ConfigError> {
         bucket_options: bucket_options(config),
         listen: config.master.listen,
         node_silence: config.master.node_silence,
+        dial_back: true,
         replace_after: config.master.replace_after,
         retention: Retention {
             keep_checkpoints: config.bucket.keep_checkpoints,

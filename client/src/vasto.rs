@@ -206,10 +206,39 @@ impl Vasto {
     /// `NotFound` when the node has no replicas; `FailedPrecondition` when it is away and not to be
     /// replaced, or nobody has room.
     pub async fn start_emptying_node(&self, node: &str, to: Option<&str>, replace: bool) -> Result<Operation, Error> {
+        self.start_moving(node, to, replace, false).await
+    }
+
+    /// As [`Self::start_emptying_node`] with `replace`, for a node that is lost for good: what not even the
+    /// bucket holds of it is given up, and nothing waits for it any more.
+    ///
+    /// # Errors
+    /// As [`Self::start_emptying_node`].
+    pub async fn start_giving_up_node(&self, node: &str, to: Option<&str>) -> Result<Operation, Error> {
+        self.start_moving(node, to, true, true).await
+    }
+
+    async fn start_moving(
+        &self,
+        node: &str,
+        to: Option<&str>,
+        replace: bool,
+        accept_loss: bool,
+    ) -> Result<Operation, Error> {
         let to_node_id = to.unwrap_or_default().to_owned();
-        let request = v1::EmptyNodeRequest { node_id: node.to_owned(), to_node_id, replace };
+        let request = v1::EmptyNodeRequest { node_id: node.to_owned(), to_node_id, replace, accept_loss };
         let json = self.change(|mut master| async move { master.empty_node(request).await }).await?;
         Operation::from_json(json)
+    }
+
+    /// Keeps a node from getting replicas, or lets it get some again; what it has stays there. Answers the
+    /// node as a JSON object.
+    ///
+    /// # Errors
+    /// `NotFound` when no such node is known.
+    pub async fn cordon_node(&self, node: &str, cordoned: bool) -> Result<String, Error> {
+        let request = v1::CordonNodeRequest { node_id: node.to_owned(), cordoned };
+        self.change(|mut master| async move { master.cordon_node(request).await }).await
     }
 
     /// Looks for objects that are missing, damaged, or needed by nothing: a JSON object `{objects, bytes,

@@ -4,11 +4,14 @@
 //! A version is written once, create-only, and never changed; nodes obey no version lower than one
 //! they have obeyed. Unknown fields of newer versions are tolerated.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use crate::band::Band;
 use crate::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
-use crate::plan::{OperationReport, Plan};
+use crate::members::REMOVED_KEPT;
+use crate::plan::{OperationReport, Outcome, Plan, Reached};
 use crate::record::BandRange;
 
 /// When a write is answered.
@@ -169,8 +172,41 @@ pub struct Unsealed {
     pub since_us: u64,
 }
 
+/// What copies have moved.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Moved {
+    /// Copies that were placed.
+    pub copies: u64,
+    /// Keys that moved.
+    pub keys: u64,
+    /// Compressed bytes of the SSTs that the copies hold for them.
+    pub bytes: u64,
+    /// Body bytes of every GET.
+    pub bytes_from_bucket: u64,
+    /// Bytes of log records streamed by nodes.
+    pub bytes_from_peers: u64,
+    /// Number of GETs.
+    pub objects_read: u64,
+    /// Up to where the bucket held the log of what was taken over from it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub reached: Vec<Reached>,
+}
+
+impl Moved {
+    fn add(&mut self, report: &OperationReport) {
+        self.copies += 1;
+        self.keys += report.keys_moved;
+        self.bytes += report.bytes_moved;
+        self.bytes_from_bucket += report.bytes_from_bucket;
+        self.bytes_from_peers += report.bytes_from_peers;
+        self.objects_read += report.objects_read;
+        self.reached.extend(report.reached.iter().copied());
+    }
+}
+
 /// A node that is to have no replicas of the keyspace any more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Leaving {
     /// The node.
     pub node: NodeId,
@@ -182,9 +218,28 @@ pub struct Leaving {
     pub replace: bool,
     /// Since when, microseconds since 1970: with the node, what the operation is called by.
     pub since_us: u64,
+    /// What it alone holds is given up when it is gone, once what it had shipped was taken over.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub accept_loss: bool,
+    /// What has moved since. Not read from the finished operations: those are forgotten in time.
+    #[serde(default, skip_serializing_if = "is_nothing")]
+    pub moved: Moved,
+}
+
+fn is_zero(replica: &ReplicaId) -> bool {
+    replica.0 == 0
+}
+
+fn is_nothing(moved: &Moved) -> bool {
+    *moved == Moved::default()
 }
 
 impl Leaving {
+    /// A node that leaves from now on.
+    pub fn new(node: NodeId, replace: bool, since_us: u64) -> Self {
+        Self { node, to: None, replace, since_us, accept_loss: false, moved: Moved::default() }
+    }
+
     /// The id of the operation that empties the node, in every keyspace the same.
     pub fn operation_id(&self) -> String {
         format!("node-{}-{}", self.node, self.since_us)
@@ -245,6 +300,10 @@ pub struct Catalog {
     /// Replicas that are gone for good: whoever holds their files removes them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub removed: Vec<ReplicaId>,
+    /// All replicas with a lower id that are neither placed, nor targets, nor waiting to be drained are gone
+    /// for good too.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub removed_below: ReplicaId,
     /// Those of them whose loss was accepted: what they shipped is not taken again once a later checkpoint
     /// of another replica is there.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -310,6 +369,7 @@ impl Catalog {
             placement,
             unsealed: Vec::new(),
             removed: Vec::new(),
+            removed_below: ReplicaId(0),
             given_up: Vec::new(),
             discarded: Vec::new(),
             leaving: Vec::new(),
@@ -332,9 +392,12 @@ impl Catalog {
         Band::owned(self.spec.shards).into()
     }
 
-    /// The placed replicas, those to be drained and the targets under construction on one node:
-    /// `(shard, replica, placed)`.
-    pub fn members_on(&self, node: NodeId) -> Vec<(ShardId, ReplicaId, bool)> {
+    /// The placed replicas, the targets under construction and those to be drained, each once:
+    /// `(shard, replica, placed)`. None of a deleted keyspace.
+    pub fn members(&self) -> Vec<(ShardId, Placed, bool)> {
+        if self.state != KeyspaceState::Active {
+            return Vec::new();
+        }
         let placed =
             self.placement.iter().flat_map(|shard| shard.replicas.iter().map(move |one| (shard.shard, *one, true)));
         let targets = self
@@ -344,14 +407,14 @@ impl Catalog {
             .map(|target| (target.shard, Placed { replica: target.replica, node: target.node }, false));
         let unsealed =
             self.unsealed.iter().map(|one| (one.shard, Placed { replica: one.replica, node: one.node }, false));
-        let mut out: Vec<(ShardId, ReplicaId, bool)> = Vec::new();
-        for (shard, one, is_placed) in placed.chain(targets).chain(unsealed) {
-            if one.node == node && self.state == KeyspaceState::Active && !out.iter().any(|(_, r, _)| *r == one.replica)
-            {
-                out.push((shard, one.replica, is_placed));
-            }
-        }
-        out
+        let mut seen = BTreeSet::new();
+        placed.chain(targets).chain(unsealed).filter(|(_, one, _)| seen.insert(one.replica)).collect()
+    }
+
+    /// Those on one node: `(shard, replica, placed)`.
+    pub fn members_on(&self, node: NodeId) -> Vec<(ShardId, ReplicaId, bool)> {
+        let here = self.members().into_iter().filter(|(_, one, _)| one.node == node);
+        here.map(|(shard, one, placed)| (shard, one.replica, placed)).collect()
     }
 
     /// The node of a placed replica, a target, or one to be drained.
@@ -402,8 +465,30 @@ impl Catalog {
         placed.chain(rebuilt).filter(|one| *one != replica).collect()
     }
 
-    /// Remembers a finished operation, forgetting the oldest beyond [`OPERATIONS_KEPT`].
+    /// True when the replica is gone for good: whoever holds its files removes them.
+    pub fn is_removed(&self, replica: ReplicaId) -> bool {
+        self.removed.contains(&replica) || (replica < self.removed_below && self.node_of(replica).is_none())
+    }
+
+    /// Says that replicas are gone for good. The list of them stays short: each id is given out once, so
+    /// that of the earlier ones all are gone that have no part in the keyspace any more.
+    pub(crate) fn remove_for_good(&mut self, replicas: impl IntoIterator<Item = ReplicaId>) {
+        self.removed.extend(replicas);
+        let excess = self.removed.len().saturating_sub(REMOVED_KEPT);
+        for replica in self.removed.drain(..excess) {
+            self.removed_below = self.removed_below.max(ReplicaId(replica.0 + 1));
+        }
+        let below = self.removed_below;
+        self.removed.retain(|one| *one >= below);
+    }
+
+    /// Remembers a finished operation, forgetting the oldest beyond [`OPERATIONS_KEPT`]. What a copy has
+    /// moved counts for the nodes that are leaving.
     pub fn remember(&mut self, report: OperationReport) {
+        if report.is_copy() && report.outcome == Outcome::Done {
+            let leaving = self.leaving.iter_mut().filter(|one| one.since_us <= report.started_at_us);
+            leaving.for_each(|one| one.moved.add(&report));
+        }
         self.operations.push(report);
         let excess = self.operations.len().saturating_sub(OPERATIONS_KEPT);
         self.operations.drain(..excess);

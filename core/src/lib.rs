@@ -6,6 +6,7 @@
 
 #![warn(missing_docs)]
 
+pub mod address;
 pub mod band;
 pub mod catalog;
 pub mod clock;

@@ -65,6 +65,18 @@ pub const REPLY_STALL_MAX: Duration = Duration::from_secs(10);
 pub const UNARY_REQUESTS_MAX: usize = 64;
 /// Replicas that a node takes by default: each is a RocksDB instance with its own files.
 pub const NODE_REPLICAS_MAX: usize = 256;
+/// Copies that are made on one node at a time: more share its disk and network and are not done sooner.
+pub const COPIES_PER_NODE_MAX: usize = 4;
+/// A node attracts nothing when less than one part in so many of its disk is free ...
+pub const DISK_RESERVE_PART: u64 = 20;
+/// ... but this much is enough on any disk: compactions and the log need room of their own.
+pub const DISK_RESERVE_BYTES_MAX: u64 = 1024 * MIB as u64;
+/// A target that has begun nothing for so long although its node is there is given up.
+pub const TARGET_SILENT_MAX: Duration = Duration::from_secs(60);
+/// A node that is away for so long and has no part in anything is forgotten.
+pub const NODE_FORGOTTEN_AFTER: Duration = Duration::from_secs(24 * 3_600);
+/// Nodes that are kept from getting replicas, at most.
+pub const CORDONED_MAX: usize = 1_024;
 /// Tables that a replica keeps open, at most ...
 pub const TABLES_OPEN_MAX: usize = 4_096;
 /// ... and at least: fewer, and every read opens a file.
@@ -229,6 +241,11 @@ pub const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(5);
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Between two uploads of log chunks of a replica that has something to ship.
 pub const SHIP_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How much of a disk of this size stays free.
+pub fn disk_reserve(bytes: u64) -> u64 {
+    (bytes / DISK_RESERVE_PART).min(DISK_RESERVE_BYTES_MAX)
+}
 
 /// Which limit was exceeded, by how much.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

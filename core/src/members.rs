@@ -1,25 +1,34 @@
 //! Who belongs to a shard: replicas that leave their placement, are drained, and are made anew.
 //!
-//! **Invariant:** pure. A shard keeps at least one replica. A replica that leaves is recorded until
-//! another member holds everything it has, or until its loss is accepted; only then may its files go.
-//! Nothing of this happens while another plan runs.
+//! **Invariant:** pure. A shard keeps at least one replica. A replica leaves its placement only while
+//! another one serves that has heard of everything that was decided, and it is recorded until one that
+//! serves holds everything it has, or until its loss is accepted; only then may its files go. What stands
+//! still serves nobody. Nothing of this happens while another plan runs.
+//!
+//! What cannot go on says what it waits for, and the way out ([`waits_for`]).
 
 use crate::catalog::{Catalog, GivenUp, KeyspaceState, Leaving, Placed, Quarantine, ShardPlacement, Unsealed};
 use crate::ids::{Epoch, Lsn, NodeId, PlanId, ReplicaId, ShardId};
+use crate::limits::COPIES_PER_NODE_MAX;
 use crate::plan::{
-    OperationReport, Outcome, PauseMs, Plan, PlanKind, ReplicaReport, Reports, Source, Step, Target, abort,
-    operation_id,
+    OperationReport, Outcome, PauseMs, Plan, PlanKind, ReplicaReport, ReplicationReport, Reports, Source, Step, Target,
+    abort, operation_id,
 };
 use crate::primaries::Presence;
 
-/// A node that is to be replaced and is gone is not waited for; one that is only to be emptied is.
-fn is_given_up(catalog: &Catalog, around: &Around<'_>, node: NodeId) -> bool {
-    let replaced = catalog.leaving.iter().any(|leaving| leaving.node == node && leaving.replace);
-    replaced && (around.presence)(node) == Presence::Gone
-}
-
-/// After a copy that failed the next is begun no sooner than this, microseconds.
+/// After a copy of a shard that failed the next is begun no sooner than this, microseconds; twice as long
+/// after each further one.
 pub const COPY_AGAIN_US: u64 = 10_000_000;
+
+/// And no later than this, as long as there is somebody to copy to.
+pub const COPY_AGAIN_MAX_US: u64 = 600_000_000;
+
+/// A node on which a copy failed is the last choice for so long, microseconds.
+pub const AVOID_NODE_US: u64 = 600_000_000;
+
+/// Replicas that are gone for good and named one by one; earlier ones are named together, by
+/// [`Catalog::removed_below`].
+pub const REMOVED_KEPT: usize = 64;
 
 /// Why a replica is not taken out of its placement.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -30,6 +39,11 @@ pub enum EvictError {
     /// It is the only one.
     #[error("replica {0} is the only one of shard {1}: nothing would be left of the shard")]
     Last(ReplicaId, ShardId),
+    /// It is the only one that serves.
+    #[error(
+        "replica {0} is the only one of shard {1} that serves: nothing could be read any more; start the nodes of the others first"
+    )]
+    OnlyOneServes(ReplicaId, ShardId),
     /// Another change runs.
     #[error("operation {0} is running on this keyspace; wait for it or cancel it (`vasto operation cancel {0}`)")]
     Busy(String),
@@ -56,7 +70,7 @@ pub fn evict(
     let mut next = catalog.next(now_us, nonce);
     if accept_loss && catalog.unsealed.iter().any(|one| one.replica == replica) {
         next.unsealed.retain(|one| one.replica != replica);
-        next.removed.push(replica);
+        next.remove_for_good([replica]);
         next.given_up.push(GivenUp { replica, version: next.version });
         return Ok(next);
     }
@@ -76,12 +90,32 @@ pub fn evict(
     next.epoch = Epoch(catalog.epoch.0 + 1);
     leave_quarantines(&mut next.quarantines, replica, heir);
     if accept_loss {
-        next.removed.push(replica);
+        next.remove_for_good([replica]);
         next.given_up.push(GivenUp { replica, version: next.version });
     } else {
         next.unsealed.push(Unsealed { shard, replica, node, since_us: now_us });
     }
     Ok(next)
+}
+
+/// The version that takes a replica out because somebody asks for it: never the only one that serves,
+/// whatever else may be given up.
+pub fn evict_on_request(
+    catalog: &Catalog,
+    replica: ReplicaId,
+    accept_loss: bool,
+    serves: impl Fn(&Placed) -> bool,
+    now_us: u64,
+    nonce: u64,
+) -> Result<Catalog, EvictError> {
+    let next = evict(catalog, replica, accept_loss, now_us, nonce)?;
+    let shard = catalog.placement.iter().find(|shard| shard.replicas.iter().any(|one| one.replica == replica));
+    let serving: Vec<ReplicaId> =
+        shard.into_iter().flat_map(|shard| &shard.replicas).filter(|one| serves(one)).map(|one| one.replica).collect();
+    match (shard, &serving[..]) {
+        (Some(shard), [only]) if *only == replica => Err(EvictError::OnlyOneServes(replica, shard.shard)),
+        _ => Ok(next),
+    }
 }
 
 /// Takes a replica that is gone out of the quarantines: its range is not waited for, and what its
@@ -137,6 +171,83 @@ impl Around<'_> {
     }
 }
 
+/// A keyspace as it is reported, for decisions about its members.
+struct View<'a> {
+    catalog: &'a Catalog,
+    reports: &'a Reports,
+    around: &'a Around<'a>,
+}
+
+impl View<'_> {
+    fn replication(&self, replica: ReplicaId) -> Option<&ReplicationReport> {
+        self.reports.get(&replica).map(|report| &report.replication)
+    }
+
+    fn has_failed(&self, replica: ReplicaId) -> bool {
+        self.reports.get(&replica).is_some_and(ReplicaReport::has_failed)
+    }
+
+    /// It has failed, and does not open again by itself.
+    fn has_failed_for_good(&self, replica: ReplicaId) -> bool {
+        self.has_failed(replica) && !self.replication(replica).is_some_and(|report| report.passing)
+    }
+
+    /// It serves, by its last report.
+    fn is_ready(&self, one: &Placed) -> bool {
+        self.around.is_here(one.node)
+            && !self.has_failed(one.replica)
+            && self.replication(one.replica).is_some_and(|report| report.ready)
+    }
+
+    /// It serves, and not only by a report from before it stood still or was cut off: it has obeyed the
+    /// version that is in force.
+    fn serves(&self, one: &Placed) -> bool {
+        let has_heard = |report: &ReplicaReport| report.version >= self.catalog.version;
+        self.is_ready(one) && self.reports.get(&one.replica).is_some_and(has_heard)
+    }
+
+    fn leaving_of(&self, node: NodeId) -> Option<&Leaving> {
+        self.catalog.leaving.iter().find(|leaving| leaving.node == node)
+    }
+
+    fn leaves(&self, one: &Placed) -> bool {
+        self.leaving_of(one.node).is_some()
+    }
+
+    /// It is not waited for: its node is to be replaced and is gone, or is there and the replica has failed.
+    fn is_given_up(&self, one: &Placed) -> bool {
+        let replaced = self.leaving_of(one.node).is_some_and(|leaving| leaving.replace);
+        replaced
+            && match (self.around.presence)(one.node) {
+                Presence::Gone => true,
+                Presence::Here(_) => self.has_failed_for_good(one.replica),
+                Presence::Away => false,
+            }
+    }
+
+    /// Nothing is lost when its files go: another one serves and holds everything it has, or its loss was
+    /// accepted and what it had shipped was taken over.
+    fn may_go(&self, one: &Unsealed) -> bool {
+        let others = || self.catalog.shard(one.shard).into_iter().flat_map(|shard| &shard.replicas);
+        let drained = self.replication(one.replica).filter(|report| report.drained);
+        if let Some(report) = drained {
+            // A node of an older version does not say who holds it.
+            let holds = |id: ReplicaId| report.drained_by.is_empty() || report.drained_by.contains(&id);
+            return others().any(|other| holds(other.replica) && self.serves(other));
+        }
+        let gone = Placed { replica: one.replica, node: one.node };
+        let accepted = self.leaving_of(one.node).is_some_and(|leaving| leaving.accept_loss);
+        accepted
+            && self.is_given_up(&gone)
+            && others().any(|other| {
+                self.serves(other)
+                    && self
+                        .replication(other.replica)
+                        .is_some_and(|report| report.took_from_bucket.contains(&one.replica))
+            })
+    }
+}
+
 /// The version that is due because of what the replicas report, or because a node is leaving.
 pub fn advance_members(
     catalog: &Catalog,
@@ -148,81 +259,71 @@ pub fn advance_members(
     if catalog.state != KeyspaceState::Active || catalog.plan.is_some() {
         return None;
     }
-    let replication = |id: ReplicaId| reports.get(&id).map(|report| &report.replication);
-    // What is drained may go.
-    let drained = |one: &Unsealed| replication(one.replica).is_some_and(|report| report.drained);
-    if catalog.unsealed.iter().any(drained) {
+    let view = View { catalog, reports, around };
+    if catalog.unsealed.iter().any(|one| view.may_go(one)) {
         let mut next = catalog.next(now_us, nonce);
-        next.removed.extend(catalog.unsealed.iter().filter(|one| drained(one)).map(|one| one.replica));
-        next.unsealed.retain(|one| !drained(one));
+        next.unsealed.retain(|one| !view.may_go(one));
+        next.remove_for_good(catalog.unsealed.iter().filter(|one| view.may_go(one)).map(|one| one.replica));
         return Some(next);
     }
-    let ready = |one: &Placed| around.is_here(one.node) && replication(one.replica).is_some_and(|report| report.ready);
     for shard in &catalog.placement {
         for one in &shard.replicas {
-            let another_serves = shard.replicas.iter().any(|other| other.replica != one.replica && ready(other));
+            let another_serves = shard.replicas.iter().any(|other| other.replica != one.replica && view.serves(other));
             if !another_serves {
                 continue;
             }
             // What cannot catch up, or keeps others' logs from ending, leaves; what does not serve any
             // more does when a copy can take its place.
             let has_room = || (around.room)(catalog, shard.shard).is_some();
-            let for_good = |report: &ReplicaReport| report.has_failed() && !report.replication.passing;
-            let failed = reports.get(&one.replica).is_some_and(for_good) && has_room();
-            let too_old = replication(one.replica).is_some_and(|report| report.too_old);
+            let failed = view.has_failed_for_good(one.replica) && has_room();
+            let too_old = view.replication(one.replica).is_some_and(|report| report.too_old);
             let in_the_way = shard.replicas.iter().any(|other| {
                 other.replica != one.replica
-                    && replication(other.replica).is_some_and(|report| report.evict == Some(one.replica))
+                    && view.replication(other.replica).is_some_and(|report| report.evict == Some(one.replica))
             });
             let lost = (around.lost)(one.node) && has_room();
-            let given_up = is_given_up(catalog, around, one.node);
-            if failed || too_old || in_the_way || lost || given_up {
+            if failed || too_old || in_the_way || lost || view.is_given_up(one) {
                 return evict(catalog, one.replica, false, now_us, nonce).ok();
             }
         }
     }
-    if let Some(next) = start_copy(catalog, reports, around, now_us, nonce) {
+    if let Some(next) = start_copy(&view, now_us, nonce) {
         return Some(next);
     }
-    empty_leaving(catalog, reports, around, now_us, nonce)
+    empty_leaving(&view, now_us, nonce)
 }
 
 /// The version that takes the next replica from a leaving node, or says that nothing is left there.
-fn empty_leaving(
-    catalog: &Catalog,
-    reports: &Reports,
-    around: &Around<'_>,
-    now_us: u64,
-    nonce: u64,
-) -> Option<Catalog> {
-    let ready = |one: &Placed| {
-        around.is_here(one.node) && reports.get(&one.replica).is_some_and(|report| report.replication.ready)
-    };
-    let leaves = |one: &Placed| catalog.leaving.iter().any(|leaving| leaving.node == one.node);
+fn empty_leaving(view: &View<'_>, now_us: u64, nonce: u64) -> Option<Catalog> {
+    let View { catalog, around, .. } = *view;
     for shard in &catalog.placement {
-        let staying = shard.replicas.iter().filter(|one| !leaves(one)).count();
-        let Some(one) = shard.replicas.iter().find(|one| leaves(one)) else { continue };
+        let staying = shard.replicas.iter().filter(|one| !view.leaves(one)).count();
+        let Some(one) = shard.replicas.iter().find(|one| view.leaves(one)) else { continue };
         if staying >= catalog.spec.replicas as usize {
-            let here = |node| around.is_here(node);
-            return match heir(shard, one.replica, here, |other| !leaves(other) && ready(other)) {
+            // Not before one that stays has taken over: this one may be all that can be read.
+            let stays = |other: &Placed| !view.leaves(other) && view.serves(other);
+            if !shard.replicas.iter().any(stays) {
+                continue;
+            }
+            return match heir(shard, one.replica, |node| around.is_here(node), stays) {
                 Some(heir) => hand_over(catalog, one.replica, heir, now_us, nonce),
                 None => evict(catalog, one.replica, false, now_us, nonce).ok(),
             };
         }
-        if shard.replicas.len() == 1 && is_given_up(catalog, around, one.node) && may_copy(catalog, now_us) {
-            let node = (around.room)(catalog, shard.shard)?;
+        if shard.replicas.iter().all(|one| view.is_given_up(one))
+            && may_copy(catalog, shard.shard, now_us)
+            && let Some(node) = (around.room)(catalog, shard.shard)
+        {
             let kind = PlanKind::Takeover { shard: shard.shard };
-            return Some(begin(catalog, kind, shard.shard, *one, node, now_us, nonce));
+            return Some(begin(catalog, kind, shard.shard, &shard.replicas, node, now_us, nonce));
         }
     }
-    let is_empty = |leaving: &Leaving| {
-        catalog.placement.iter().all(|shard| shard.replicas.iter().all(|one| one.node != leaving.node))
-    };
     let complete = catalog.placement.iter().all(|shard| shard.replicas.len() >= catalog.spec.replicas as usize);
-    if complete && catalog.leaving.iter().any(is_empty) {
+    let ended = |leaving: &Leaving| complete && is_empty_of(catalog, leaving);
+    if catalog.leaving.iter().any(ended) {
         let mut next = catalog.next(now_us, nonce);
-        next.leaving.retain(|leaving| !is_empty(leaving));
-        for leaving in catalog.leaving.iter().filter(|leaving| is_empty(leaving)) {
+        next.leaving.retain(|leaving| !ended(leaving));
+        for leaving in catalog.leaving.iter().filter(|leaving| ended(leaving)) {
             next.remember(end_of(catalog, leaving, Outcome::Done, None, now_us));
         }
         return Some(next);
@@ -230,14 +331,101 @@ fn empty_leaving(
     None
 }
 
-/// The copies that were made since a node has been leaving: what its emptying has cost so far.
-pub fn copies_for<'a>(catalog: &'a Catalog, leaving: &Leaving) -> impl Iterator<Item = &'a OperationReport> + use<'a> {
-    let since_us = leaving.since_us;
-    catalog.operations.iter().filter(move |report| {
-        report.started_at_us >= since_us
-            && report.outcome == Outcome::Done
-            && matches!(report.kind.as_str(), "replica" | "takeover")
+/// Nothing is left on a leaving node, and when what it alone holds is given up, nothing waits for it either.
+fn is_empty_of(catalog: &Catalog, leaving: &Leaving) -> bool {
+    let waits = catalog.unsealed.iter().any(|one| one.node == leaving.node);
+    let holds = catalog.placement.iter().any(|shard| shard.replicas.iter().any(|one| one.node == leaving.node));
+    !holds && !(leaving.accept_loss && waits)
+}
+
+/// What keeps the members of a keyspace from being as many as they should be, and what can be done about
+/// it; `None` when nothing does.
+pub fn waits_for(catalog: &Catalog, reports: &Reports, around: &Around<'_>, now_us: u64) -> Option<String> {
+    if catalog.state != KeyspaceState::Active || catalog.plan.is_some() {
+        return None;
+    }
+    let view = View { catalog, reports, around };
+    let mut of_shards = catalog.placement.iter().filter_map(|shard| {
+        let leaves = shard.replicas.iter().any(|one| view.leaves(one));
+        let staying = shard.replicas.iter().filter(|one| !view.leaves(one)).count();
+        let lacks = staying < catalog.spec.replicas as usize;
+        if !leaves && !lacks {
+            return None;
+        }
+        if !shard.replicas.iter().any(|one| view.is_ready(one)) {
+            return Some(nobody_serves(&view, shard));
+        }
+        if !lacks {
+            let waits = shard.replicas.iter().filter(|one| !view.leaves(one) && !view.serves(one));
+            let who = waits.map(|one| format!("replica {} on {}", one.replica, one.node)).collect::<Vec<_>>();
+            let stays = shard.replicas.iter().any(|one| !view.leaves(one) && view.serves(one));
+            return Some(match stays {
+                true => format!("shard {} of {} to be handed over", shard.shard, catalog.name),
+                false => format!(
+                    "{} to serve shard {} of {}: start its node, or undo with `vasto operation cancel`",
+                    who.join(" or "),
+                    shard.shard,
+                    catalog.name
+                ),
+            });
+        }
+        let again_us = copy_not_before(catalog, shard.shard);
+        if now_us < again_us {
+            let seconds = (again_us - now_us).div_ceil(1_000_000);
+            return Some(format!(
+                "{seconds} s to pass until shard {} of {} is copied again; `vasto operation list` says why the last copy failed",
+                shard.shard, catalog.name
+            ));
+        }
+        Some(format!(
+            "a node that can take a copy of shard {} of {}: live, without one of it, not cordoned, with room for a \
+             replica and its files, and fewer than {COPIES_PER_NODE_MAX} copies under way; start one with `vasto \
+             serve node`",
+            shard.shard, catalog.name
+        ))
+    });
+    of_shards.next().or_else(|| {
+        let waits = |one: &&Unsealed| view.leaving_of(one.node).is_some_and(|leaving| leaving.accept_loss);
+        catalog.unsealed.iter().find(waits).map(|one| match around.is_here(one.node) {
+            true => format!("replica {} on {} to be drained", one.replica, one.node),
+            false => format!("what replica {} had shipped to be taken over from the bucket", one.replica),
+        })
     })
+}
+
+/// Why no replica of a shard serves, and what brings one back.
+fn nobody_serves(view: &View<'_>, shard: &ShardPlacement) -> String {
+    let mut ways: Vec<String> = Vec::new();
+    let of_one = |one: &Placed| {
+        let replaced = view.leaving_of(one.node).is_some_and(|leaving| leaving.replace);
+        let state = match ((view.around.presence)(one.node), view.has_failed(one.replica)) {
+            (Presence::Here(_), true) => "has failed",
+            (Presence::Here(_), false) => "does not serve yet",
+            _ => "is away",
+        };
+        if !replaced && state == "is away" {
+            ways.push(format!("start {0} or give it up with `vasto node replace {0}`", one.node));
+        } else if !replaced && state == "has failed" {
+            ways.push(format!("put the files of {0} back or give it up with `vasto node replace {0}`", one.node));
+        }
+        format!("replica {} on {} {state}{}", one.replica, one.node, if replaced { " and is replaced" } else { "" })
+    };
+    let states: Vec<String> = shard.replicas.iter().map(of_one).collect();
+    let ways = match ways.is_empty() {
+        // Everybody is given up: only somebody who could take over is missing.
+        true if shard.replicas.iter().all(|one| view.is_given_up(one)) => {
+            "it is taken over from the bucket as soon as a live node has room: start one with `vasto serve node`"
+                .to_owned()
+        }
+        true => "it is waited for".to_owned(),
+        false => ways.join("; "),
+    };
+    format!("a replica of shard {} of {} that serves: {}; {ways}", shard.shard, view.catalog.name, states.join(", "))
+}
+
+/// What the emptying of a node has cost in this keyspace so far.
+pub fn so_far(catalog: &Catalog, leaving: &Leaving, now_us: u64) -> OperationReport {
+    end_of(catalog, leaving, Outcome::Done, None, now_us)
 }
 
 /// What is remembered of the emptying of a node in this keyspace.
@@ -248,7 +436,7 @@ fn end_of(
     reason: Option<String>,
     now_us: u64,
 ) -> OperationReport {
-    let sum = |field: fn(&OperationReport) -> u64| copies_for(catalog, leaving).map(field).sum();
+    let moved = &leaving.moved;
     OperationReport {
         id: leaving.operation_id(),
         kind: "replace".into(),
@@ -257,15 +445,18 @@ fn end_of(
         to: catalog.spec.shards,
         outcome,
         reason,
-        keys_moved: sum(|report| report.keys_moved),
-        bytes_moved: sum(|report| report.bytes_moved),
-        bytes_from_bucket: sum(|report| report.bytes_from_bucket),
-        bytes_from_peers: sum(|report| report.bytes_from_peers),
-        objects_read: sum(|report| report.objects_read),
+        keys_moved: moved.keys,
+        bytes_moved: moved.bytes,
+        bytes_from_bucket: moved.bytes_from_bucket,
+        bytes_from_peers: moved.bytes_from_peers,
+        objects_read: moved.objects_read,
         write_pause_ms: PauseMs::default(),
         duration_ms: now_us.saturating_sub(leaving.since_us) / 1000,
         started_at_us: leaving.since_us,
-        reached: copies_for(catalog, leaving).flat_map(|report| report.reached.iter().copied()).collect(),
+        reached: moved.reached.clone(),
+        copies: moved.copies,
+        shard: None,
+        failed_on: Vec::new(),
     }
 }
 
@@ -288,48 +479,65 @@ pub fn stay(
     Some(next)
 }
 
-/// After a copy that failed the next waits a little.
-fn may_copy(catalog: &Catalog, now_us: u64) -> bool {
-    let failed = |last: &&OperationReport| {
-        matches!(last.kind.as_str(), "replica" | "takeover") && last.outcome == Outcome::Aborted
-    };
-    let last = catalog.operations.last().filter(failed);
-    last.is_none_or(|last| now_us >= last.started_at_us + last.duration_ms * 1000 + COPY_AGAIN_US)
+/// The copies of a shard that failed since the last one that did not, newest first.
+fn failures(catalog: &Catalog, shard: ShardId) -> impl Iterator<Item = &OperationReport> {
+    let of_shard = move |one: &&OperationReport| one.is_copy() && one.shard.is_none_or(|of| of == shard);
+    let newest_first = catalog.operations.iter().rev().filter(of_shard);
+    newest_first.take_while(|one| one.outcome == Outcome::Aborted)
 }
 
-/// The version that begins one more replica of a shard that has too few on nodes that stay.
-fn start_copy(catalog: &Catalog, reports: &Reports, around: &Around<'_>, now_us: u64, nonce: u64) -> Option<Catalog> {
-    if !may_copy(catalog, now_us) {
-        return None;
-    }
-    let ready = |one: &Placed| {
-        around.is_here(one.node) && reports.get(&one.replica).is_some_and(|report| report.replication.ready)
+/// After a copy of a shard that failed the next waits: before this time, microseconds since 1970, none is
+/// begun. Other shards do not wait for it.
+fn copy_not_before(catalog: &Catalog, shard: ShardId) -> u64 {
+    let failed = u32::try_from(failures(catalog, shard).count()).unwrap_or(u32::MAX);
+    let Some(last) = failures(catalog, shard).next() else { return 0 };
+    let pause_us = COPY_AGAIN_US.saturating_mul(1u64.checked_shl(failed - 1).unwrap_or(u64::MAX));
+    last.ended_at_us().saturating_add(pause_us.min(COPY_AGAIN_MAX_US))
+}
+
+fn may_copy(catalog: &Catalog, shard: ShardId, now_us: u64) -> bool {
+    now_us >= copy_not_before(catalog, shard)
+}
+
+/// The nodes on which a copy of this keyspace has failed lately: there the next is made only when there
+/// is nobody else.
+pub fn nodes_to_avoid(catalog: &Catalog, now_us: u64) -> Vec<NodeId> {
+    let copies = catalog.operations.iter().filter(|one| one.is_copy());
+    let lately = copies.filter(|one| now_us < one.ended_at_us().saturating_add(AVOID_NODE_US));
+    lately.flat_map(|one| one.failed_on.iter().copied()).collect()
+}
+
+/// The version that begins one more replica of a shard that has too few on nodes that stay; one whose last
+/// copy failed comes after the others.
+fn start_copy(view: &View<'_>, now_us: u64, nonce: u64) -> Option<Catalog> {
+    let catalog = view.catalog;
+    let lacks = |shard: &&ShardPlacement| {
+        let staying = shard.replicas.iter().filter(|one| !view.leaves(one)).count();
+        staying < catalog.spec.replicas as usize && may_copy(catalog, shard.shard, now_us)
     };
-    let leaves = |one: &Placed| catalog.leaving.iter().any(|leaving| leaving.node == one.node);
-    catalog.placement.iter().find_map(|shard| {
-        let staying = shard.replicas.iter().filter(|one| !leaves(one)).count();
-        if staying >= catalog.spec.replicas as usize {
-            return None;
-        }
+    let mut shards: Vec<&ShardPlacement> = catalog.placement.iter().filter(lacks).collect();
+    shards.sort_by_key(|shard| failures(catalog, shard.shard).next().map(OperationReport::ended_at_us));
+    shards.into_iter().find_map(|shard| {
         // The one that ships has most of its files in the bucket already.
-        let shipper = shard.shipper().filter(ready);
-        let source = shipper.or_else(|| shard.primary_first().into_iter().find(ready))?;
-        let node = (around.room)(catalog, shard.shard)?;
+        let shipper = shard.shipper().filter(|one| view.is_ready(one));
+        let source = shipper.or_else(|| shard.primary_first().into_iter().find(|one| view.is_ready(one)))?;
+        let node = (view.around.room)(catalog, shard.shard)?;
         let kind = PlanKind::Replica { shard: shard.shard };
-        Some(begin(catalog, kind, shard.shard, source, node, now_us, nonce))
+        Some(begin(catalog, kind, shard.shard, &[source], node, now_us, nonce))
     })
 }
 
-/// The version that begins a plan with one source and one target.
+/// The version that begins a plan with one target.
 fn begin(
     catalog: &Catalog,
     kind: PlanKind,
     shard: ShardId,
-    source: Placed,
+    sources: &[Placed],
     node: NodeId,
     now_us: u64,
     nonce: u64,
 ) -> Catalog {
+    let source = |one: &Placed| Source { shard, replica: one.replica, node: one.node, manifest: None };
     let mut next = catalog.next(now_us, nonce);
     next.plan = Some(Plan {
         id: catalog.next_plan,
@@ -338,7 +546,7 @@ fn begin(
         started_at_us: now_us,
         // Nobody is there who could make a checkpoint for a take-over: it takes the last one.
         step: if matches!(kind, PlanKind::Takeover { .. }) { Step::Tail } else { Step::Prepare },
-        sources: vec![Source { shard, replica: source.replica, node: source.node, manifest: None }],
+        sources: sources.iter().map(source).collect(),
         targets: vec![Target { shard, replica: catalog.next_replica, node }],
         seals_undone: 0,
     });
@@ -363,17 +571,23 @@ pub(crate) fn leave(
     shard.handing_to = None;
 }
 
-/// Notes that a node is to have no replicas any more; `None` when it has none.
+/// Notes that a node is to have no replicas any more; `None` when it has none, and when nothing of it is
+/// waited for that is to be given up.
 pub fn empty_node(catalog: &Catalog, leaving: Leaving, now_us: u64, nonce: u64) -> Option<Catalog> {
     let node = leaving.node;
-    let has = catalog.placement.iter().any(|shard| shard.replicas.iter().any(|one| one.node == node));
-    if !has || catalog.state == KeyspaceState::Deleted {
+    if !concerns(catalog, &leaving) || catalog.state == KeyspaceState::Deleted {
         return None;
     }
     let mut next = catalog.next(now_us, nonce);
     next.leaving.retain(|leaving| leaving.node != node);
     next.leaving.push(leaving);
     Some(next)
+}
+
+/// Has the keyspace anything on the node that leaves, or anything left of it that is to be given up?
+pub fn concerns(catalog: &Catalog, leaving: &Leaving) -> bool {
+    let placed = catalog.placement.iter().any(|shard| shard.replicas.iter().any(|one| one.node == leaving.node));
+    placed || (leaving.accept_loss && catalog.unsealed.iter().any(|one| one.node == leaving.node))
 }
 
 /// True when a shard has too few replicas, or one waits to be drained.
@@ -385,255 +599,5 @@ pub fn is_incomplete(catalog: &Catalog) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-    use crate::catalog::KeyspaceSpec;
-    use crate::ids::KeyspaceId;
-    use crate::plan::{ReplicaPhase, ReplicationReport};
-
-    const NOW: u64 = 1_000_000_000;
-    const HERE: fn(NodeId) -> Presence = |_| Presence::Here(u64::MAX);
-    const NOWHERE: fn(&Catalog, ShardId) -> Option<NodeId> = |_, _| None;
-
-    fn next(
-        catalog: &Catalog,
-        reports: &Reports,
-        presence: impl Fn(NodeId) -> Presence,
-        room: impl Fn(&Catalog, ShardId) -> Option<NodeId>,
-    ) -> Option<Catalog> {
-        let around = Around { presence: &presence, lost: &|_| false, room: &room };
-        advance_members(catalog, reports, &around, NOW, 3)
-    }
-
-    fn catalog() -> Catalog {
-        let spec = KeyspaceSpec { replicas: 3, ..KeyspaceSpec::default() };
-        Catalog::first(KeyspaceId(1), "ks", spec, &[vec![NodeId(1), NodeId(2), NodeId(3)]], NOW, 1)
-    }
-
-    fn reports(change: impl Fn(u64, &mut ReplicationReport)) -> Reports {
-        let report = |replica: u64| {
-            let mut replication = ReplicationReport { ready: true, ..Default::default() };
-            change(replica, &mut replication);
-            let report = ReplicaReport {
-                keyspace: KeyspaceId(1),
-                shard: ShardId(0),
-                replica: ReplicaId(replica),
-                incarnation: Default::default(),
-                version: Default::default(),
-                phase: ReplicaPhase::Serving,
-                lsn: Default::default(),
-                shipped_lsn: Default::default(),
-                manifest_lsn: Default::default(),
-                keys: 0,
-                bytes: 0,
-                source: None,
-                target: None,
-                cleaned: Vec::new(),
-                replication,
-            };
-            (ReplicaId(replica), report)
-        };
-        (1..=4).map(report).collect()
-    }
-
-    fn ids(catalog: &Catalog) -> Vec<u64> {
-        catalog.placement[0].replicas.iter().map(|one| one.replica.0).collect()
-    }
-
-    #[test]
-    fn a_replica_that_leaves_is_drained_removed_and_made_anew() {
-        let calm = reports(|_, _| {});
-        assert_eq!(next(&catalog(), &calm, HERE, NOWHERE), None);
-        let left = evict(&catalog(), ReplicaId(1), false, NOW, 2).unwrap();
-        assert_eq!((ids(&left), left.epoch), (vec![2, 3], Epoch(2)));
-        assert_eq!(left.unsealed[0].replica, ReplicaId(1));
-        assert_eq!(left.placement[0].primary().unwrap().replica, ReplicaId(2));
-        assert_eq!(left.sources_of(ShardId(0), ReplicaId(2)).len(), 2, "the others still pull its log");
-        assert_eq!(left.members_on(NodeId(1)), [(ShardId(0), ReplicaId(1), false)]);
-        assert!(is_incomplete(&left));
-        assert_eq!(next(&left, &calm, HERE, NOWHERE), None);
-        let drained = reports(|id, report| report.drained = id == 1);
-        let gone = next(&left, &drained, HERE, NOWHERE).unwrap();
-        assert_eq!((gone.unsealed.len(), &gone.removed[..]), (0, &[ReplicaId(1)][..]));
-        let copying = next(&gone, &calm, HERE, |_, _| Some(NodeId(1))).unwrap();
-        let plan = copying.plan.unwrap();
-        assert_eq!(plan.kind, PlanKind::Replica { shard: ShardId(0) });
-        assert_eq!((plan.sources[0].replica, plan.targets[0].replica), (ReplicaId(2), ReplicaId(4)));
-    }
-
-    #[test]
-    fn a_primary_that_is_to_leave_hands_over_to_one_that_is_there_and_ready() {
-        let catalog = catalog();
-        let shard = &catalog.placement[0];
-        let here = |node: NodeId| node != NodeId(2);
-        assert_eq!(heir(shard, ReplicaId(1), here, |_| true), Some(ReplicaId(3)));
-        assert_eq!(heir(shard, ReplicaId(1), here, |one| one.replica != ReplicaId(3)), None);
-        assert_eq!(heir(shard, ReplicaId(3), here, |_| true), None, "it is not primary");
-        assert_eq!(heir(shard, ReplicaId(1), |node| node != NodeId(1), |_| true), None, "it is replaced");
-        let handing = hand_over(&catalog, ReplicaId(1), ReplicaId(3), NOW, 2).unwrap();
-        assert_eq!((handing.placement[0].handing_to, handing.epoch), (Some(ReplicaId(3)), catalog.epoch));
-        assert_eq!(hand_over(&handing, ReplicaId(1), ReplicaId(2), NOW, 3), None, "one runs already");
-        assert_eq!(hand_over(&catalog, ReplicaId(3), ReplicaId(1), NOW, 3), None);
-        assert_eq!(hand_over(&catalog, ReplicaId(1), ReplicaId(9), NOW, 3), None);
-        assert_eq!(hand_over(&catalog, ReplicaId(1), ReplicaId(1), NOW, 3), None);
-    }
-
-    #[test]
-    fn who_cannot_catch_up_or_is_in_the_way_leaves_and_the_last_one_never() {
-        let old = reports(|id, report| report.too_old = id == 2);
-        assert_eq!(ids(&next(&catalog(), &old, HERE, NOWHERE).unwrap()), [1, 3]);
-        let slow = reports(|id, report| report.evict = (id == 1).then_some(ReplicaId(3)));
-        assert_eq!(ids(&next(&catalog(), &slow, HERE, NOWHERE).unwrap()), [1, 2]);
-        let nobody = reports(|id, report| {
-            report.too_old = id == 2;
-            report.ready = id == 2;
-        });
-        assert_eq!(next(&catalog(), &nobody, HERE, NOWHERE), None, "nobody else serves");
-        let two = evict(&catalog(), ReplicaId(1), true, NOW, 2).unwrap();
-        assert_eq!(two.removed, [ReplicaId(1)]);
-        let one = evict(&two, ReplicaId(2), false, NOW, 3).unwrap();
-        assert_eq!(evict(&one, ReplicaId(3), true, NOW, 4), Err(EvictError::Last(ReplicaId(3), ShardId(0))));
-        assert_eq!(evict(&one, ReplicaId(9), true, NOW, 4), Err(EvictError::NotThere(ReplicaId(9))));
-        // The loss of one that waits to be drained may still be accepted.
-        let lost = evict(&one, ReplicaId(2), true, NOW, 4).unwrap();
-        assert_eq!((lost.unsealed.len(), lost.removed.len()), (0, 2));
-    }
-
-    #[test]
-    fn a_replica_that_has_failed_leaves_when_another_serves_and_a_copy_has_room() {
-        let mut failed = reports(|id, report| report.ready = id != 2);
-        failed.get_mut(&ReplicaId(2)).unwrap().phase = ReplicaPhase::Failed("rot".into());
-        let to_four = |_: &Catalog, _: ShardId| Some(NodeId(4));
-        assert_eq!(next(&catalog(), &failed, HERE, NOWHERE), None, "nothing is gained by it");
-        failed.get_mut(&ReplicaId(2)).unwrap().replication.passing = true;
-        assert_eq!(next(&catalog(), &failed, HERE, to_four), None, "it may open again by itself");
-        failed.get_mut(&ReplicaId(2)).unwrap().replication.passing = false;
-        let left = next(&catalog(), &failed, HERE, to_four).unwrap();
-        assert_eq!((ids(&left), left.unsealed[0].replica), (vec![1, 3], ReplicaId(2)));
-        let copying = next(&left, &failed, HERE, to_four).unwrap();
-        assert_eq!(copying.plan.unwrap().targets[0].node, NodeId(4));
-        for report in failed.values_mut() {
-            report.replication.ready = false;
-        }
-        assert_eq!(next(&catalog(), &failed, HERE, to_four), None, "nobody else serves");
-    }
-
-    #[test]
-    fn a_quarantine_without_its_target_waits_for_the_one_that_ships_now() {
-        let mut catalog = catalog();
-        catalog.quarantines.push(Quarantine {
-            plan: PlanId(1),
-            range: catalog.owned_bands(),
-            replicas: vec![ReplicaId(9)],
-            targets: vec![(ReplicaId(1), Lsn(70))],
-            until_us: 0,
-            dropping: false,
-        });
-        let left = evict(&catalog, ReplicaId(1), false, NOW, 2).unwrap();
-        assert_eq!(left.quarantines[0].targets, [(ReplicaId(2), Lsn(1))]);
-        let left = evict(&catalog, ReplicaId(3), false, NOW, 2).unwrap();
-        assert_eq!(left.quarantines[0].targets, [(ReplicaId(1), Lsn(70))]);
-    }
-
-    fn single() -> Catalog {
-        Catalog::first(KeyspaceId(1), "ks", KeyspaceSpec::default(), &[vec![NodeId(1)]], NOW, 1)
-    }
-
-    fn committed(catalog: &Catalog) -> Catalog {
-        let target = catalog.plan.as_ref().unwrap().targets[0];
-        let mut done = catalog.next(NOW, 9);
-        done.plan = None;
-        done.placement[0].replicas.push(Placed { replica: target.replica, node: target.node });
-        done
-    }
-
-    #[test]
-    fn a_live_node_that_leaves_is_copied_first_and_a_dead_one_is_drained_later() {
-        let calm = reports(|_, _| {});
-        let to_four = |_: &Catalog, _: ShardId| Some(NodeId(4));
-        let leaving = empty_node(
-            &catalog(),
-            Leaving { node: NodeId(1), to: Some(NodeId(4)), replace: true, since_us: NOW },
-            NOW,
-            2,
-        )
-        .unwrap();
-        assert_eq!(
-            empty_node(&catalog(), Leaving { node: NodeId(9), to: None, replace: true, since_us: NOW }, NOW, 2),
-            None
-        );
-        let copying = next(&leaving, &calm, HERE, to_four).unwrap();
-        assert_eq!(copying.plan.as_ref().unwrap().kind, PlanKind::Replica { shard: ShardId(0) });
-        let four = committed(&copying);
-        let mut handing = next(&four, &calm, HERE, NOWHERE).unwrap();
-        assert_eq!((handing.placement[0].handing_to, ids(&handing)), (Some(ReplicaId(2)), vec![1, 2, 3, 4]));
-        assert_eq!(next(&handing, &calm, HERE, NOWHERE), None, "it is waited for");
-        handing.placement[0].primary = handing.placement[0].handing_to.take();
-        let left = next(&handing, &calm, HERE, NOWHERE).unwrap();
-        assert_eq!((ids(&left), left.unsealed[0].replica), (vec![2, 3, 4], ReplicaId(1)));
-        let drained = reports(|id, report| report.drained = id == 1);
-        let gone = next(&left, &drained, HERE, NOWHERE).unwrap();
-        let ended = next(&gone, &calm, HERE, NOWHERE).unwrap();
-        assert!(ended.leaving.is_empty() && ended.removed == [ReplicaId(1)]);
-        let report = ended.operations.last().unwrap();
-        assert_eq!((report.id.clone(), report.outcome), (leaving.leaving[0].operation_id(), Outcome::Done));
-        // The same of a dead node: the others go on without it at once.
-        let dead = |node: NodeId| if node == NodeId(1) { Presence::Gone } else { Presence::Here(0) };
-        let left = next(&leaving, &calm, dead, to_four).unwrap();
-        assert_eq!((ids(&left), left.unsealed.len()), (vec![2, 3], 1));
-        let copying = next(&left, &calm, dead, to_four).unwrap();
-        assert_eq!(copying.plan.unwrap().targets[0].node, NodeId(4));
-    }
-
-    #[test]
-    fn a_node_that_is_to_stay_keeps_its_replicas_and_a_copy_is_given_up() {
-        let calm = reports(|_, _| {});
-        let leaving = Leaving { node: NodeId(1), to: None, replace: false, since_us: NOW };
-        let begun = empty_node(&catalog(), leaving, NOW, 2).unwrap();
-        let copying = next(&begun, &calm, HERE, |_, _| Some(NodeId(4))).unwrap();
-        let id = leaving.operation_id();
-        assert_eq!(stay(&copying, "node-9-9", "cancelled", &calm, NOW, 3), None);
-        for from in [&begun, &copying] {
-            let stays = stay(from, &id, "cancelled", &calm, NOW + 5_000, 3).unwrap();
-            assert!(stays.leaving.is_empty() && stays.plan.is_none());
-            assert_eq!(ids(&stays), [1, 2, 3]);
-            let report = stays.operations.last().unwrap();
-            assert_eq!((&report.id, report.outcome, report.duration_ms), (&id, Outcome::Aborted, 5));
-            assert_eq!(next(&stays, &calm, HERE, |_, _| Some(NodeId(4))), None, "nothing begins again");
-        }
-    }
-
-    #[test]
-    fn the_only_replica_is_taken_over_from_the_bucket_only_when_its_node_is_gone() {
-        let calm = reports(|_, _| {});
-        let to_two = |_: &Catalog, _: ShardId| Some(NodeId(2));
-        let dead = |node: NodeId| if node == NodeId(1) { Presence::Gone } else { Presence::Here(0) };
-        assert_eq!(next(&single(), &calm, dead, to_two), None, "nobody said that it does not come back");
-        let drained = Leaving { node: NodeId(1), to: None, replace: false, since_us: NOW };
-        let drained = empty_node(&single(), drained, NOW, 2).unwrap();
-        assert_eq!(next(&drained, &calm, dead, to_two), None, "a node that is only emptied is waited for");
-        let leaving =
-            empty_node(&single(), Leaving { node: NodeId(1), to: None, replace: true, since_us: NOW }, NOW, 2).unwrap();
-        let live = next(&leaving, &calm, HERE, to_two).unwrap().plan.unwrap();
-        assert_eq!((live.kind, live.step), (PlanKind::Replica { shard: ShardId(0) }, Step::Prepare));
-        let plan = next(&leaving, &calm, dead, to_two).unwrap().plan.unwrap();
-        assert_eq!((plan.kind, plan.step), (PlanKind::Takeover { shard: ShardId(0) }, Step::Tail));
-        assert_eq!(plan.nodes().collect::<Vec<_>>(), [NodeId(2)], "the dead one is not waited for");
-        let (mut shard, mut unsealed) = (committed(&next(&leaving, &calm, dead, to_two).unwrap()), Vec::new());
-        leave(&mut shard.placement[0], &mut unsealed, [ReplicaId(1)].into_iter(), NOW);
-        assert_eq!((ids(&shard), unsealed[0].node), (vec![2], NodeId(1)));
-    }
-
-    #[test]
-    fn a_node_that_is_lost_for_long_is_replaced_when_there_is_room() {
-        let calm = reports(|_, _| {});
-        let dead = |node: NodeId| if node == NodeId(3) { Presence::Gone } else { Presence::Here(0) };
-        let room: &dyn Fn(&Catalog, ShardId) -> Option<NodeId> = &|_, _| Some(NodeId(4));
-        for (room, placed) in [(room, Some(vec![1, 2])), (&NOWHERE, None)] {
-            let around = Around { presence: &dead, lost: &|node| node == NodeId(3), room };
-            let next = advance_members(&catalog(), &calm, &around, NOW, 3);
-            assert_eq!(next.as_ref().map(ids), placed);
-        }
-    }
-}
+#[path = "members_tests.rs"]
+mod tests;

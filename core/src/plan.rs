@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::band::{Band, ShardCountError, check_shard_count};
 use crate::catalog::{Catalog, KeyspaceState, Placed, Quarantine, ShardPlacement};
 use crate::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
-use crate::limits::{SEAL_TIMEOUT, TAIL_LAG_LSNS_MAX};
+use crate::limits::{SEAL_TIMEOUT, TAIL_LAG_LSNS_MAX, TARGET_SILENT_MAX};
 use crate::members::{leave, leave_quarantines};
 use crate::record::BandRange;
 
@@ -37,7 +37,8 @@ pub enum PlanKind {
         /// The shard.
         shard: ShardId,
     },
-    /// A replica in the place of the only one of its shard, whose node is gone: from the bucket alone.
+    /// A replica in the place of all of its shard, which have failed or whose nodes are gone: from the
+    /// bucket alone.
     Takeover {
         /// The shard.
         shard: ShardId,
@@ -131,16 +132,18 @@ impl Plan {
         Some(Band::leaving(from, to).into())
     }
 
-    /// The nodes that take part. The source of a take-over does not: it is gone.
+    /// The nodes that take part. The sources of a take-over do not.
     pub fn nodes(&self) -> impl Iterator<Item = NodeId> + '_ {
         let gone = matches!(self.kind, PlanKind::Takeover { .. });
         let sources = self.sources.iter().filter(move |_| !gone).map(|source| source.node);
         sources.chain(self.targets.iter().map(|target| target.node))
     }
 
-    /// The replicas that take part, with their shards.
+    /// The replicas that take part, with their shards. The sources of a take-over do not: they have failed,
+    /// or their nodes are gone.
     pub fn members(&self) -> impl Iterator<Item = (ShardId, ReplicaId)> + '_ {
-        let sources = self.sources.iter().map(|source| (source.shard, source.replica));
+        let gone = matches!(self.kind, PlanKind::Takeover { .. });
+        let sources = self.sources.iter().filter(move |_| !gone).map(|source| (source.shard, source.replica));
         sources.chain(self.targets.iter().map(|target| (target.shard, target.replica)))
     }
 
@@ -249,6 +252,13 @@ pub struct ReplicationReport {
     pub took_over: Option<CatalogVersion>,
     /// It takes no writes any more, and another member holds everything it has.
     pub drained: bool,
+    /// Who those are; a node of an older version does not say.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub drained_by: Vec<ReplicaId>,
+    /// Replicas that left the placement, of which it has taken over what the bucket holds, as far as that
+    /// is possible.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub took_from_bucket: Vec<ReplicaId>,
     /// No peer's log reaches back to where it stands: it must be rebuilt.
     pub too_old: bool,
     /// Its log is at the cap because this member does not read it.
@@ -439,9 +449,34 @@ pub struct OperationReport {
     /// Up to where the bucket held the log of what was taken over from it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub reached: Vec<Reached>,
+    /// Copies that were placed, of an operation that consists of several.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub copies: u64,
+    /// The shard, of an operation that concerns one alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shard: Option<ShardId>,
+    /// The nodes on which it failed: the next attempt is made elsewhere, if there is somebody.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failed_on: Vec<NodeId>,
 }
 
 impl Eq for OperationReport {}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
+}
+
+impl OperationReport {
+    /// True when it made, or was to make, one more member of a shard.
+    pub fn is_copy(&self) -> bool {
+        matches!(self.kind.as_str(), "replica" | "takeover")
+    }
+
+    /// When it ended, microseconds since 1970.
+    pub fn ended_at_us(&self) -> u64 {
+        self.started_at_us.saturating_add(self.duration_ms.saturating_mul(1000))
+    }
+}
 
 /// The end of a log in the bucket: what came behind it is not in what was made from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -502,9 +537,9 @@ pub enum PlanError {
     NoNode(u32),
     /// A replica has not been drained.
     #[error(
-        "replica {0} of shard {1} has left its placement and may hold writes that nobody else has; start its node so that it is drained"
+        "replica {0} of shard {1} has left its placement and may hold writes that nobody else has; start its node so that it is drained, or give up what {2} alone holds with `vasto node replace {2} --accept-loss --yes`"
     )]
-    Unsealed(ReplicaId, ShardId),
+    Unsealed(ReplicaId, ShardId, NodeId),
 }
 
 /// The version that starts growing `catalog` to `to` shards with the replicas of the new shard on
@@ -537,7 +572,7 @@ pub fn start_grow(
         return Err(PlanError::ManySteps { from, to, next: from + 1 });
     }
     if let Some(one) = catalog.unsealed.first() {
-        return Err(PlanError::Unsealed(one.replica, one.shard));
+        return Err(PlanError::Unsealed(one.replica, one.shard, one.node));
     }
     if target_nodes.len() != catalog.spec.replicas as usize {
         return Err(PlanError::NoNode(catalog.spec.replicas));
@@ -670,6 +705,15 @@ fn advance_plan(
         if let Some(reason) = failed {
             return abort_with(reason);
         }
+        match returned(plan, reports, &away_us) {
+            Some(Returned::Serves(replica, node)) => {
+                return abort_with(format!("replica {replica} is back on {node} and serves; it is copied instead"));
+            }
+            Some(Returned::NotYet(replica, node)) => {
+                return Advance::Wait(format!("{node}, which is back, to open replica {replica} or to fail to"));
+            }
+            None => {}
+        }
         let others = others_of_sources(catalog, plan);
         for (shard, replica) in plan.members().chain(others.iter().map(|(shard, one)| (*shard, one.replica))) {
             if let Some(ReplicaPhase::Failed(reason)) = reports.get(&replica).map(|report| &report.phase) {
@@ -708,17 +752,73 @@ fn advance_plan(
     }
 }
 
+/// A replica that a take-over was to take the place of, and whose node is back.
+enum Returned {
+    Serves(ReplicaId, NodeId),
+    NotYet(ReplicaId, NodeId),
+}
+
+/// What was given up may come back before its place is taken: it holds what the bucket does not, and may
+/// have taken writes since. That it has failed is why it was given up.
+fn returned(plan: &Plan, reports: &Reports, away_us: impl Fn(NodeId) -> u64) -> Option<Returned> {
+    let given_up = plan.sources.iter().filter(|_| matches!(plan.kind, PlanKind::Takeover { .. }));
+    let live = given_up.filter(|source| away_us(source.node) == 0);
+    let states = live.filter_map(|source| match reports.get(&source.replica) {
+        Some(report) if report.has_failed() => None,
+        Some(report) if report.replication.ready => Some(Returned::Serves(source.replica, source.node)),
+        _ => Some(Returned::NotYet(source.replica, source.node)),
+    });
+    // One that serves decides, whatever the others do.
+    states.min_by_key(|state| matches!(state, Returned::NotYet(..)))
+}
+
 /// A copy has no seal: it is placed once it follows the others closely.
 fn advance_copy(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce: u64) -> Advance {
     for target in &plan.targets {
         let Some(progress) = target_progress(plan, target.replica, reports) else {
-            return Advance::Wait(format!("the copy on {}", target.node));
+            let what = format!("the copy on {}", target.node);
+            return wait_to_begin(catalog, target, reports, what, now_us, nonce);
         };
         if progress.stage != TargetStage::Tailing || progress.lag_lsns > TAIL_LAG_LSNS_MAX {
             return Advance::Wait(format!("the copy of shard {} to catch up", target.shard));
         }
     }
     Advance::Write(Box::new(commit(catalog, plan, reports, now_us, nonce)))
+}
+
+/// A node that is there and begins nothing cannot: its disk may not even take the version.
+fn wait_to_begin(
+    catalog: &Catalog,
+    target: &Target,
+    reports: &Reports,
+    what: String,
+    now_us: u64,
+    nonce: u64,
+) -> Advance {
+    if now_us.saturating_sub(catalog.written_at_us) <= TARGET_SILENT_MAX.as_micros() as u64 {
+        return Advance::Wait(what);
+    }
+    let reason = format!("{} has not begun within {} s; its log says why", target.node, TARGET_SILENT_MAX.as_secs());
+    match give_up_on(catalog, &reason, target.node, reports, now_us, nonce) {
+        Some(next) => Advance::Write(Box::new(next)),
+        None => Advance::Wait(what),
+    }
+}
+
+/// As [`abort`], because of one node: the next attempt is made elsewhere, if there is somebody.
+pub fn give_up_on(
+    catalog: &Catalog,
+    reason: &str,
+    node: NodeId,
+    reports: &Reports,
+    now_us: u64,
+    nonce: u64,
+) -> Option<Catalog> {
+    let mut next = abort(catalog, reason, reports, now_us, nonce)?;
+    if let Some(report) = next.operations.last_mut() {
+        report.failed_on = vec![node];
+    }
+    Some(next)
 }
 
 /// A restored keyspace is done when every shard is open and has a checkpoint of its own in the bucket:
@@ -759,7 +859,8 @@ fn advance_prepare(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u6
 fn advance_tail(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce: u64) -> Advance {
     for target in &plan.targets {
         let Some(progress) = target_progress(plan, target.replica, reports) else {
-            return Advance::Wait(format!("the target on {}", target.node));
+            let what = format!("the target on {}", target.node);
+            return wait_to_begin(catalog, target, reports, what, now_us, nonce);
         };
         if progress.stage != TargetStage::Tailing {
             return Advance::Wait(format!("shard {} to load its bands", target.shard));
@@ -937,6 +1038,13 @@ fn advance_quarantines(catalog: &Catalog, reports: &Reports, now_us: u64, nonce:
     }
 }
 
+/// Did the plan fail because of this target?
+fn failed_at(plan: &Plan, target: &Target, reports: &Reports) -> bool {
+    let Some(report) = reports.get(&target.replica) else { return false };
+    report.has_failed()
+        || target_progress(plan, target.replica, reports).is_some_and(|progress| progress.failed.is_some())
+}
+
 /// The figures of a plan so far.
 pub fn report_of(
     catalog: &Catalog,
@@ -978,6 +1086,17 @@ pub fn report_of(
             .filter_map(|target| Some((target.shard, target_progress(plan, target.replica, reports)?)))
             .flat_map(|(shard, progress)| progress.reached.iter().map(move |one| (shard, *one)))
             .map(|(shard, (replica, lsn))| Reached { shard, replica, lsn })
+            .collect(),
+        copies: 0,
+        shard: match plan.kind {
+            PlanKind::Replica { shard } | PlanKind::Takeover { shard } => Some(shard),
+            PlanKind::Grow { .. } | PlanKind::Restore { .. } => None,
+        },
+        failed_on: plan
+            .targets
+            .iter()
+            .filter(|one| outcome == Outcome::Aborted && failed_at(plan, one, reports))
+            .map(|one| one.node)
             .collect(),
     }
 }

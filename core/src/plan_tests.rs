@@ -194,7 +194,7 @@ fn a_committed_plan_finishes_without_those_who_do_not_come_back() {
 #[test]
 fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
     let mut catalog = two_shards();
-    let leaving = crate::catalog::Leaving { node: NODE(1), to: None, replace: true, since_us: 1 };
+    let leaving = crate::catalog::Leaving::new(NODE(1), true, 1);
     catalog.leaving.push(leaving);
     for (plan, replicas, targets) in [(1, vec![1, 2], vec![(2, 7)]), (2, vec![2], vec![(1, 9), (2, 7)])] {
         catalog.quarantines.push(Quarantine {
@@ -216,7 +216,8 @@ fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
         targets: vec![Target { shard: ShardId(0), replica: ReplicaId(3), node: NODE(3) }],
         seals_undone: 0,
     });
-    let taken = write(advance(&catalog, &Reports::from([target(TargetStage::Tailing, &[])]), |_| 0, 5_000, 3));
+    let gone = |node| if node == NODE(1) { NODE_AWAY_MAX_US + 1 } else { 0 };
+    let taken = write(advance(&catalog, &Reports::from([target(TargetStage::Tailing, &[])]), gone, 5_000, 3));
     assert_eq!((taken.placement[0].replicas[0].replica, taken.unsealed[0].replica), (ReplicaId(3), ReplicaId(1)));
     assert_eq!((&taken.quarantines[0].replicas[..], taken.quarantines[0].targets.len()), (&[ReplicaId(2)][..], 1));
     assert_eq!(taken.quarantines[1].targets, [(ReplicaId(3), Lsn(1)), (ReplicaId(2), Lsn(7))]);
@@ -322,4 +323,66 @@ fn a_restore_ends_when_the_bucket_holds_what_was_restored() {
     let reached = &done.operations.last().unwrap().reached;
     assert_eq!(reached.len(), 2);
     assert_eq!(reached[1], Reached { shard: ShardId(1), replica: ReplicaId(5), lsn: Lsn(77) });
+}
+
+fn taking_over() -> Catalog {
+    let mut catalog = two_shards();
+    catalog.plan = Some(Plan {
+        id: PlanId(1),
+        kind: PlanKind::Takeover { shard: ShardId(0) },
+        from_epoch: catalog.epoch,
+        started_at_us: 1,
+        step: Step::Tail,
+        sources: vec![Source { shard: ShardId(0), replica: ReplicaId(1), node: NODE(1), manifest: None }],
+        targets: vec![Target { shard: ShardId(0), replica: ReplicaId(3), node: NODE(3) }],
+        seals_undone: 0,
+    });
+    catalog
+}
+
+#[test]
+fn a_take_over_goes_on_although_its_source_reports_that_it_has_failed() {
+    let failed = ReplicaReport { phase: ReplicaPhase::Failed("log files are missing".into()), ..report(1) };
+    let reports = Reports::from([(ReplicaId(1), failed), target(TargetStage::Tailing, &[])]);
+    for away_us in [0, NODE_AWAY_MAX_US + 1] {
+        let away = |node| if node == NODE(1) { away_us } else { 0 };
+        let taken = write(advance(&taking_over(), &reports, away, 5_000, 3));
+        assert_eq!(taken.placement[0].replicas[0].replica, ReplicaId(3), "away for {away_us}");
+    }
+    // Its target's failure counts.
+    let failed = ReplicaReport { phase: ReplicaPhase::Failed("rot".into()), ..report(3) };
+    let gone = |node| if node == NODE(1) { NODE_AWAY_MAX_US + 1 } else { 0 };
+    let undone = write(advance(&taking_over(), &Reports::from([(ReplicaId(3), failed)]), gone, 5_000, 3));
+    assert_eq!((undone.operations[0].outcome, &undone.operations[0].failed_on[..]), (Outcome::Aborted, &[NODE(3)][..]));
+}
+
+#[test]
+fn a_take_over_does_not_commit_over_a_source_that_is_back() {
+    let reports = Reports::from([(ReplicaId(1), report(1)), target(TargetStage::Tailing, &[])]);
+    let undone = write(advance(&taking_over(), &reports, |_| 0, 5_000, 3));
+    assert_eq!(undone.placement[0].replicas[0].replica, ReplicaId(1));
+    assert!(undone.operations[0].reason.as_ref().is_some_and(|reason| reason.contains("is back")));
+    assert!(undone.operations[0].failed_on.is_empty(), "that is not the target's fault");
+    // One that is being opened is waited for: it may serve in a moment.
+    let opening =
+        ReplicaReport { phase: ReplicaPhase::Opening, replication: ReplicationReport::default(), ..report(1) };
+    let reports = Reports::from([(ReplicaId(1), opening), target(TargetStage::Tailing, &[])]);
+    assert!(matches!(advance(&taking_over(), &reports, |_| 0, 5_000, 3), Advance::Wait(what) if what.contains("open")));
+    let silent = Reports::from([target(TargetStage::Tailing, &[])]);
+    assert!(matches!(advance(&taking_over(), &silent, |_| 0, 5_000, 3), Advance::Wait(_)));
+}
+
+#[test]
+fn a_target_whose_node_is_there_and_begins_nothing_is_given_up() {
+    let mut copying = taking_over();
+    copying.plan.as_mut().unwrap().kind = PlanKind::Replica { shard: ShardId(0) };
+    let silent_us = TARGET_SILENT_MAX.as_micros() as u64;
+    for catalog in [copying, at(Step::Tail)] {
+        let late = catalog.written_at_us + silent_us;
+        assert!(matches!(advance(&catalog, &Reports::new(), |_| 0, late, 3), Advance::Wait(_)));
+        let undone = write(advance(&catalog, &Reports::new(), |_| 0, late + 1, 3));
+        assert_eq!((undone.plan, &undone.operations[0].failed_on[..]), (None, &[NODE(3)][..]));
+        let away = |node| if node == NODE(3) { 1 } else { 0 };
+        assert!(matches!(advance(&catalog, &Reports::new(), away, late + 1, 3), Advance::Wait(_)), "it may come back");
+    }
 }

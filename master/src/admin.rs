@@ -21,7 +21,7 @@ use vasto_core::plan::{ReplicaPhase, operation_id};
 use vasto_core::primaries::Presence;
 use vasto_proto::convert::ack_from_wire;
 use vasto_proto::v1;
-use vasto_shipping::CatalogError;
+use vasto_shipping::{CatalogError, ClusterSettings};
 
 use crate::bill;
 use crate::cluster::{Cluster, nonce, now_us};
@@ -106,12 +106,15 @@ fn spec_of(request: &v1::CreateKeyspaceRequest) -> Result<KeyspaceSpec, VastoErr
 /// Creates a keyspace and waits until every replica serves.
 pub(crate) async fn create(cluster: &Arc<Cluster>, request: v1::CreateKeyspaceRequest) -> Answer {
     let spec = spec_of(&request)?;
-    let nodes = {
-        let state = cluster.state();
+    cluster.refresh_settings().await;
+    let (nodes, held) = {
+        let mut state = cluster.state();
         if state.named(&request.name).is_some() {
             return Err(taken(&request.name));
         }
-        place(spec.shards, spec.replicas, &state.candidates(None))?
+        let nodes = place(spec.shards, spec.replicas, &state.candidates(None))?;
+        let hold = state.loads.hold(nodes.iter().flatten().copied(), false, 0);
+        (nodes, cluster.hold_places(hold))
     };
     let (now_us, nonce) = (now_us(), nonce());
     let name = request.name.clone();
@@ -129,6 +132,7 @@ pub(crate) async fn create(cluster: &Arc<Cluster>, request: v1::CreateKeyspaceRe
     tracing::info!(keyspace = name, id = keyspace.0, shards = spec.shards, ?nodes, "created a keyspace");
     cluster.metrics.catalog_write("won");
     cluster.install(created, Delivery::Push);
+    drop(held);
     let Ok(served) = timeout(ANSWER_WITHIN, serving(cluster, keyspace)).await else {
         let missing = {
             let state = cluster.state();
@@ -262,8 +266,7 @@ pub(crate) async fn resize(cluster: &Arc<Cluster>, request: v1::ResizeRequest) -
         let known = find(&state, &request.name)?;
         let change = Change::Grow { to: request.shards };
         if request.plan_only {
-            let targets = state.grow_targets(known);
-            changed(&known.catalog, &change, &targets, &known.reports, now_us(), 0)?;
+            changed(&state, known, &change, cluster.mono_us(), now_us(), 0)?;
             return Ok(document::json(&document::estimate(known, request.shards)));
         }
         (known.catalog.keyspace, change)
@@ -411,6 +414,40 @@ pub(crate) async fn command(cluster: &Arc<Cluster>, name: &str, kind: v1::comman
         }
     }
     Ok(document::json(&serde_json::json!({ "keyspace": name, "nodes": nodes })))
+}
+
+/// Keeps a node from getting replicas, or lets it get some again. What it has stays there.
+pub(crate) async fn cordon(cluster: &Arc<Cluster>, node: NodeId, cordoned: bool) -> Result<(), VastoError> {
+    let known = cluster.state().settings.clone();
+    let (now_us, nonce) = (now_us(), nonce());
+    let change = |now: &ClusterSettings| now.with_cordon(node, cordoned, now_us, nonce);
+    let what = format!("{} {node}", if cordoned { "cordoning" } else { "uncordoning" });
+    let unsure = |cause: String| {
+        let message = format!("{what}: {cause}; it may or may not have taken effect: check with `vasto node list`");
+        error(ErrorCode::Unknown, message)
+    };
+    match timeout(ANSWER_WITHIN, cluster.store.change_settings(&known, change)).await {
+        Ok(Ok(newest)) => {
+            if cluster.learn_settings(newest) {
+                tracing::info!(%node, cordoned, "a node is to get replicas or not");
+            }
+            Ok(())
+        }
+        Ok(Err(cause)) => Err(unsure(cause.to_string())),
+        Err(_) => Err(unsure("the bucket did not answer in time".into())),
+    }
+}
+
+/// The same on request; answers the node.
+pub(crate) async fn cordon_node(cluster: &Arc<Cluster>, request: v1::CordonNodeRequest) -> Answer {
+    let node = moves::node_of(&request.node_id)?;
+    let is_known = document::node_ids(&cluster.state()).contains(&node);
+    // One that was forgotten may still be uncordoned.
+    if !is_known && request.cordoned {
+        return Err(error(ErrorCode::NotFound, format!("no node {node} is known; see `vasto node list`")));
+    }
+    cordon(cluster, node, request.cordoned).await?;
+    Ok(document::json(&document::one_node(&cluster.state(), node, cluster.mono_us())))
 }
 
 pub(crate) fn nodes(cluster: &Cluster) -> String {

@@ -16,7 +16,7 @@ use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId};
 use vasto_core::plan::Step;
 use vasto_shipping::garbage::Retention;
-use vasto_shipping::{Bucket, CatalogStore, Prices};
+use vasto_shipping::{Bucket, CatalogStore, ClusterSettings, Prices};
 
 use crate::bill::Stored;
 use crate::driver::Driver;
@@ -25,11 +25,14 @@ use crate::state::{Delivery, State};
 
 /// A keyspace that nodes name and nobody knows is looked for this often at most.
 const LOOK_UP_INTERVAL: Duration = Duration::from_secs(10);
+/// The bucket is given so long to say whether anything was decided about the nodes.
+const SETTINGS_PATIENCE: Duration = Duration::from_secs(2);
 /// Unknown keyspaces that are remembered as looked for.
 const LOOK_UPS_MAX: usize = 1024;
 
 /// What a master is told and its tasks go by.
 pub(crate) struct Settings {
+    pub(crate) dial_back: bool,
     pub(crate) node_silence: Duration,
     pub(crate) retention: Retention,
     pub(crate) prices: Prices,
@@ -190,6 +193,36 @@ impl Cluster {
         taken
     }
 
+    /// Holds the places that a version gives away until its fate is known.
+    pub(crate) fn hold_places(self: &Arc<Self>, hold: u64) -> Held {
+        Held { cluster: self.clone(), hold }
+    }
+
+    /// Learns what other masters have decided about nodes; true when that is news. A bucket that does not
+    /// answer decides nothing either: what is written next waits for it.
+    pub(crate) async fn refresh_settings(&self) -> bool {
+        let known = self.state().settings.clone();
+        match tokio::time::timeout(SETTINGS_PATIENCE, self.store.settings(&known)).await {
+            Ok(Ok(newest)) => self.learn_settings(newest),
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "cannot read what was decided about the nodes");
+                false
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// Takes what was decided about nodes; true when that is news.
+    pub(crate) fn learn_settings(&self, settings: ClusterSettings) -> bool {
+        let mut state = self.state();
+        let is_news = settings.version > state.settings.version;
+        if is_news {
+            state.settings = Arc::new(settings);
+            state.keyspaces.values().for_each(|known| known.poke());
+        }
+        is_news
+    }
+
     /// Takes a version that another master wrote, or that was found at the start.
     pub(crate) fn adopt(self: &Arc<Self>, catalog: Catalog) -> bool {
         let sealing = catalog.plan.as_ref().is_some_and(|plan| plan.step == Step::Sealing);
@@ -224,6 +257,18 @@ impl Cluster {
                 Some(Err(error)) => tracing::warn!(%keyspace, %error, "cannot look for a keyspace that a node reports"),
             }
         });
+    }
+}
+
+/// Places that nobody else counts on as long as this lives.
+pub(crate) struct Held {
+    cluster: Arc<Cluster>,
+    hold: u64,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.cluster.state().loads.give_back(self.hold);
     }
 }
 

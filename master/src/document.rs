@@ -157,6 +157,9 @@ pub(crate) struct NodeDoc {
     pid: Option<u32>,
     replicas: usize,
     away_ms: u64,
+    cordoned: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unreachable: Option<String>,
     bucket_requests: Option<RequestsDoc>,
     /// What keeps it from shipping.
     bucket_trouble: Option<String>,
@@ -437,6 +440,11 @@ pub(crate) fn nodes(state: &State, mono_us: u64) -> Vec<NodeDoc> {
     node_ids(state).into_iter().map(|id| node(state, id, state.nodes.get(&id), mono_us)).collect()
 }
 
+/// One of them.
+pub(crate) fn one_node(state: &State, id: NodeId, mono_us: u64) -> NodeDoc {
+    node(state, id, state.nodes.get(&id), mono_us)
+}
+
 fn node(state: &State, id: NodeId, known: Option<&Node>, mono_us: u64) -> NodeDoc {
     let away_us = state.away_us(id, mono_us);
     NodeDoc {
@@ -449,6 +457,8 @@ fn node(state: &State, id: NodeId, known: Option<&Node>, mono_us: u64) -> NodeDo
         pid: known.map(|node| node.pid),
         replicas: state.active().map(|known| known.catalog.members_on(id).len()).sum(),
         away_ms: away_us / 1000,
+        cordoned: state.settings.is_cordoned(id),
+        unreachable: known.and_then(|node| node.unreachable.clone()),
         bucket_requests: known.map(|node| requests(usage_of(&node.bucket))),
         bucket_trouble: known.map(|node| node.bucket_trouble.clone()).filter(|trouble| !trouble.is_empty()),
     }
@@ -468,6 +478,35 @@ fn requests(usage: Usage) -> RequestsDoc {
     }
 }
 
+/// The shards of which no node is there, in one warning with the way back.
+fn lost_shards(state: &State) -> Option<String> {
+    const NAMED: usize = 5;
+    let is_gone = |node: NodeId| state.nodes.get(&node).is_none_or(|node| node.session.is_none());
+    let mut shards = Vec::new();
+    let mut nodes = BTreeSet::new();
+    for known in state.active() {
+        for shard in &known.catalog.placement {
+            if shard.replicas.iter().all(|one| is_gone(one.node)) {
+                shards.push(format!("shard {} of {}", shard.shard, known.catalog.name));
+                nodes.extend(shard.replicas.iter().map(|one| one.node));
+            }
+        }
+    }
+    if shards.is_empty() {
+        return None;
+    }
+    let more = shards.len().saturating_sub(NAMED);
+    shards.truncate(NAMED);
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    let nodes: Vec<String> = nodes.iter().map(NodeId::to_string).collect();
+    Some(format!(
+        "nothing of {}{more} can be read: no node that holds it is there; start {}, or `vasto node replace` each that \
+         is lost for good: what the bucket holds is taken over then",
+        shards.join(", "),
+        nodes.join(" or ")
+    ))
+}
+
 /// `cluster status`.
 pub(crate) fn cluster(
     state: &State,
@@ -485,6 +524,14 @@ pub(crate) fn cluster(
             warnings
                 .push(format!("{} has been away for {seconds} s; it holds {} replicas", node.node_id, node.replicas));
         }
+        if let (Some(cause), "live") = (&node.unreachable, node.state) {
+            warnings.push(format!(
+                "{} cannot be reached at {}, where it says that others do: {cause}; clients may fail there; restart it \
+                 with --advertise HOST:PORT that they can connect to",
+                node.node_id,
+                node.address.as_deref().unwrap_or("-")
+            ));
+        }
         if let (Some(used), Some(free)) = (node.disk_used, node.disk_free)
             && used + free > 0
             && (free < DISK_FREE_MIN || free < (used + free) / 20)
@@ -492,6 +539,7 @@ pub(crate) fn cluster(
             warnings.push(format!("{} has only {} MiB of disk left", node.node_id, free >> 20));
         }
     }
+    warnings.extend(lost_shards(state));
     for node in nodes.iter().filter(|node| node.state == "live") {
         warnings.extend(node.bucket_trouble.iter().map(|trouble| format!("{} does not ship: {trouble}", node.node_id)));
     }
@@ -503,9 +551,9 @@ pub(crate) fn cluster(
         warnings.extend(catalog.unsealed.iter().map(|one| {
             format!(
                 "replica {} of shard {} of {} has left and may hold writes that nobody else has: start {} so that it \
-                 is drained, or give them up with `vasto keyspace evict {} --replica {} --accept-loss --yes`; deletes \
-                 are remembered until then",
-                one.replica, one.shard, catalog.name, one.node, catalog.name, one.replica
+                 is drained, or give them up with `vasto keyspace evict {} --replica {} --accept-loss --yes`, or all of \
+                 its node with `vasto node replace {} --accept-loss --yes`; deletes are remembered until then",
+                one.replica, one.shard, catalog.name, one.node, catalog.name, one.replica, one.node
             )
         }));
         let few = catalog.placement.iter().filter(|shard| shard.replicas.len() < catalog.spec.replicas as usize);

@@ -14,20 +14,29 @@ use std::time::{Duration, Instant};
 
 use rand::RngExt;
 use tokio::sync::{Notify, mpsc, oneshot};
-use vasto_core::catalog::{Catalog, KeyspaceState, Leaving};
+use vasto_core::catalog::{Catalog, KeyspaceState, Leaving, Placed};
 use vasto_core::error::{ErrorCode, VastoError};
-use vasto_core::ids::{Epoch, KeyspaceId, NodeId, PlanId, ReplicaId};
+use vasto_core::ids::{Epoch, KeyspaceId, PlanId, ReplicaId};
 use vasto_core::limits::SEALING_WRITE_MAX;
-use vasto_core::members::{EvictError, empty_node, evict, hand_over, stay};
-use vasto_core::plan::{Advance, Plan, PlanError, PlanKind, Reports, Step, abort, operation_id, start_grow};
-use vasto_core::primaries::{Moves, moves_between};
+use vasto_core::members::{EvictError, empty_node, evict_on_request, hand_over, stay};
+use vasto_core::plan::{Advance, Plan, PlanError, PlanKind, Step, abort, operation_id, start_grow};
+use vasto_core::primaries::{Moves, Presence, moves_between};
 use vasto_shipping::CatalogWrite;
 
 use crate::cluster::{Cluster, nonce, now_us};
-use crate::state::Delivery;
+use crate::state::{Delivery, Keyspace, State};
 
 /// How often a running plan or a due quarantine is looked at when nothing is reported.
 const TICK: Duration = Duration::from_millis(100);
+/// And how often a keyspace whose members are not complete: what ends that is reported, but for time.
+const LOOK_INCOMPLETE: Duration = Duration::from_millis(500);
+/// How often it is looked whether a deleted keyspace can be forgotten.
+const LOOK_DELETED: Duration = Duration::from_secs(3_600);
+/// A deleted keyspace is known for so long at least: the nodes that hold something of it are to hear of it,
+/// and people to undo it.
+const DELETED_KEPT_MIN: Duration = Duration::from_secs(48 * 3_600);
+/// What a deleted keyspace's nodes have to hear is told for so long after it was learned.
+const DELETED_TOLD_FOR: Duration = Duration::from_secs(600);
 /// A sleep until a quarantine ends is cut here, so that a stepped clock is noticed.
 const LOOK_MAX: Duration = Duration::from_secs(60);
 /// First and longest pause between attempts at a bucket that fails.
@@ -107,6 +116,9 @@ impl Driver {
             if self.refresh().await == Written::Stopping || self.drive().await == Written::Stopping {
                 return;
             }
+            if self.is_over() {
+                return;
+            }
             match self.select().await {
                 Event::Stop => return,
                 Event::Look => {}
@@ -115,14 +127,25 @@ impl Driver {
         }
     }
 
+    /// True when a deleted keyspace was forgotten: there is nothing to drive any more.
+    fn is_over(&self) -> bool {
+        let kept = self.cluster.settings.retention.keep_for.max(DELETED_KEPT_MIN);
+        let kept_us = kept.as_micros() as u64;
+        self.cluster.state().forget_deleted(self.keyspace, now_us(), kept_us, DELETED_TOLD_FOR)
+    }
+
     async fn select(&mut self) -> Event {
         let look_in = {
             let state = self.cluster.state();
             let unsettled = state.is_unsettled(self.keyspace, self.cluster.mono_us());
+            let incomplete = state.is_incomplete(self.keyspace);
             state.keyspaces.get(&self.keyspace).and_then(|known| match known.behind {
                 true => Some(REFRESH_INTERVAL),
                 false if unsettled => Some(TICK),
-                false => next_look(&known.catalog, now_us()),
+                false => {
+                    let looks = [next_look(&known.catalog, now_us()), incomplete.then_some(LOOK_INCOMPLETE)];
+                    looks.into_iter().flatten().min()
+                }
             })
         };
         let look = async {
@@ -170,10 +193,13 @@ impl Driver {
     /// Writes what comes next until nothing does.
     async fn drive(&mut self) -> Written {
         loop {
-            let next = {
+            let (next, hold) = {
                 let mut state = self.cluster.state();
                 match state.decide(self.keyspace, self.cluster.mono_us(), now_us(), nonce()) {
-                    Advance::Write(next) => next,
+                    Advance::Write(next) => {
+                        let hold = state.hold_places(&next);
+                        (next, hold)
+                    }
                     Advance::Idle => {
                         self.note_waiting(&mut state, None);
                         return Written::Won;
@@ -184,13 +210,18 @@ impl Driver {
                     }
                 }
             };
+            let held = hold.map(|hold| self.cluster.hold_places(hold));
+            // Who gets something is decided by the newest word on who may.
+            if held.is_some() && self.cluster.refresh_settings().await {
+                continue;
+            }
             if self.write(*next).await == Written::Stopping {
                 return Written::Stopping;
             }
         }
     }
 
-    fn note_waiting(&self, state: &mut crate::state::State, what: Option<String>) {
+    fn note_waiting(&self, state: &mut State, what: Option<String>) {
         let Some(known) = state.keyspaces.get_mut(&self.keyspace).filter(|known| known.waiting_for != what) else {
             return;
         };
@@ -205,14 +236,20 @@ impl Driver {
             if request.reply.is_closed() {
                 return;
             }
+            if matches!(request.change, Change::Grow { .. }) {
+                self.cluster.refresh_settings().await;
+            }
             let next = {
-                let state = self.cluster.state();
+                let mut state = self.cluster.state();
                 let Some(known) = state.keyspaces.get(&self.keyspace) else { return };
-                let targets = state.grow_targets(known);
-                changed(&known.catalog, &request.change, &targets, &known.reports, now_us(), nonce())
+                let next = changed(&state, known, &request.change, self.cluster.mono_us(), now_us(), nonce());
+                next.map(|next| {
+                    let hold = state.hold_places(&next);
+                    (next, hold)
+                })
             };
-            let next = match next {
-                Ok(next) => next,
+            let (next, _held) = match next {
+                Ok((next, hold)) => (next, hold.map(|hold| self.cluster.hold_places(hold))),
                 Err(error) => {
                     let _ = request.reply.send(Err(error));
                     return;
@@ -359,7 +396,7 @@ fn log_version(next: &Catalog, delivery: Delivery, took: Duration) {
 /// When the keyspace must be looked at although nobody reports anything.
 fn next_look(catalog: &Catalog, now_us: u64) -> Option<Duration> {
     if catalog.state == KeyspaceState::Deleted {
-        return None;
+        return Some(LOOK_DELETED);
     }
     if catalog.plan.is_some() {
         return Some(TICK);
@@ -373,16 +410,27 @@ fn next_look(catalog: &Catalog, now_us: u64) -> Option<Duration> {
 
 /// The version that makes a change.
 pub(crate) fn changed(
-    catalog: &Catalog,
+    state: &State,
+    known: &Keyspace,
     change: &Change,
-    grow_targets: &[NodeId],
-    reports: &Reports,
+    mono_us: u64,
     now_us: u64,
     nonce: u64,
 ) -> Result<Catalog, VastoError> {
+    let (catalog, reports) = (&*known.catalog, &known.reports);
     let refuse = |message: String| Err(VastoError::new(ErrorCode::FailedPrecondition, message));
     match *change {
-        Change::Grow { to } => start_grow(catalog, to, grow_targets, now_us, nonce).map_err(plan_error),
+        Change::Grow { to } => {
+            let (targets, missing) = match state.grow_targets(known) {
+                Ok(targets) => (targets, None),
+                Err(missing) => (Vec::new(), Some(missing)),
+            };
+            start_grow(catalog, to, &targets, now_us, nonce).map_err(|error| match (error, missing) {
+                // Who is there and gets nothing is worth knowing.
+                (PlanError::NoNode(_), Some(missing)) => missing.into(),
+                (error, _) => plan_error(error),
+            })
+        }
         Change::Cancel { plan } => {
             let id = operation_id(catalog.keyspace, plan);
             match catalog.plan.as_ref().filter(|running| running.id == plan) {
@@ -398,10 +446,17 @@ pub(crate) fn changed(
             }
         }
         Change::Evict { replica, accept_loss } => {
-            evict(catalog, replica, accept_loss, now_us, nonce).map_err(|error| {
+            let serves = |one: &Placed| {
+                let report = reports.get(&one.replica);
+                matches!(state.presence(one.node, mono_us), Presence::Here(_))
+                    && report.is_some_and(|report| report.replication.ready && !report.has_failed())
+            };
+            evict_on_request(catalog, replica, accept_loss, serves, now_us, nonce).map_err(|error| {
                 let code = match &error {
                     EvictError::NotThere(_) | EvictError::Deleted => ErrorCode::NotFound,
-                    EvictError::Last(..) | EvictError::Busy(_) => ErrorCode::FailedPrecondition,
+                    EvictError::Last(..) | EvictError::OnlyOneServes(..) | EvictError::Busy(_) => {
+                        ErrorCode::FailedPrecondition
+                    }
                 };
                 VastoError::new(code, error.to_string())
             })
@@ -410,7 +465,7 @@ pub(crate) fn changed(
             || refuse(format!("replica {from} cannot hand over to replica {to} now; see `vasto keyspace describe`")),
             Ok,
         ),
-        Change::Empty(leaving) => empty_node(catalog, leaving, now_us, nonce).ok_or_else(|| {
+        Change::Empty(ref leaving) => empty_node(catalog, leaving.clone(), now_us, nonce).ok_or_else(|| {
             let message = format!("node {} has no replica of keyspace {}", leaving.node, catalog.name);
             VastoError::new(ErrorCode::NotFound, message)
         }),

@@ -12,7 +12,7 @@ use object_store::{
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{KeyspaceSpec, Quarantine};
-use vasto_core::ids::{Incarnation, Lsn, ReplicaId, ShardId};
+use vasto_core::ids::{Incarnation, Lsn, NodeId, ReplicaId, ShardId};
 use vasto_core::plan::{PinnedManifest, ReplicaPhase, ReplicaReport, SourceProgress, TargetProgress, TargetStage};
 use vasto_proto::v1;
 use vasto_shipping::{Bucket, RetryBudget};
@@ -60,14 +60,22 @@ fn idle_keyspaces_are_not_looked_at() {
     catalog.quarantines[0].dropping = true;
     assert_eq!(next_look(&catalog, 0), Some(TICK));
     catalog.state = KeyspaceState::Deleted;
-    assert_eq!(next_look(&catalog, 0), None);
+    assert_eq!(next_look(&catalog, 0), Some(LOOK_DELETED));
+}
+
+/// What a change makes of a keyspace while these nodes are there.
+fn asked(catalog: &Catalog, change: &Change, nodes: &[NodeId]) -> Result<Catalog, VastoError> {
+    let mut state = State::default();
+    for node in nodes {
+        state.connect(&crate::state::tests::hello(node.0, "a:1"), false, 1).unwrap();
+    }
+    state.install(catalog.clone(), Delivery::Push);
+    changed(&state, &state.keyspaces[&catalog.keyspace], change, 9, 9, 9)
 }
 
 #[test]
 fn changes_that_are_refused_say_what_to_do() {
-    let reports = Reports::new();
-    let refused =
-        |catalog: &Catalog, change, node: &[NodeId]| changed(catalog, &change, node, &reports, 9, 9).unwrap_err();
+    let refused = |catalog: &Catalog, change, nodes: &[NodeId]| asked(catalog, &change, nodes).unwrap_err();
     let idle = first(KeyspaceId(1));
     assert_eq!(refused(&idle, Change::Grow { to: 1 }, &[NodeId(1)]).code, ErrorCode::InvalidArgument);
     assert_eq!(refused(&idle, Change::Grow { to: 5000 }, &[NodeId(1)]).code, ErrorCode::InvalidArgument);
@@ -86,7 +94,7 @@ fn changes_that_are_refused_say_what_to_do() {
 
 #[test]
 fn a_delete_raises_the_epoch_and_forgets_what_waits() {
-    let deleted = changed(&first(KeyspaceId(1)), &Change::Delete, &[], &Reports::new(), 9, 9).unwrap();
+    let deleted = asked(&first(KeyspaceId(1)), &Change::Delete, &[]).unwrap();
     assert_eq!((deleted.state, deleted.epoch, deleted.version.0), (KeyspaceState::Deleted, Epoch(2), 2));
     assert_eq!(deleted.placement.len(), 1, "nodes find their part in it");
 }
@@ -109,8 +117,12 @@ async fn driven() -> Fixture {
 }
 
 async fn driven_in(bucket: Bucket, store: Arc<ThrottledStore<InMemory>>) -> Fixture {
-    let settings =
-        Settings { node_silence: Duration::from_secs(10), retention: Default::default(), prices: Default::default() };
+    let settings = Settings {
+        dial_back: false,
+        node_silence: Duration::from_secs(10),
+        retention: Default::default(),
+        prices: Default::default(),
+    };
     let cluster = Cluster::new("c-1".into(), bucket, settings, CancellationToken::new());
     let created = cluster.store.create_keyspace(first).await.unwrap();
     let keyspace = created.keyspace;

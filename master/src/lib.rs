@@ -9,13 +9,15 @@
 //!
 //! A newcomer's path: [`Master::start`] in `server`, then `state` (what is known, synchronous),
 //! `driver` (one task per keyspace, the only writer of its catalog), `session` (nodes), `service`
-//! and `admin` (people), `document` (the JSON that scripts read), `bill` (what a month costs), `placement` (who gets what).
+//! and `admin` (people), `document` (the JSON that scripts read), `bill` (what a month costs), `loads` and
+//! `placement` (who gets what).
 
 mod admin;
 mod bill;
 mod cluster;
 mod document;
 mod driver;
+mod loads;
 mod metrics;
 mod moves;
 mod placement;

@@ -13,7 +13,7 @@ use vasto_core::catalog::{Catalog, KeyspaceSpec, KeyspaceState, Leaving};
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::{KeyspaceId, NodeId, PlanId};
 use vasto_core::limits::{ADMIN_DEADLINE, check_keyspace_name};
-use vasto_core::members::copies_for;
+use vasto_core::members::{concerns, so_far};
 use vasto_core::plan::{OperationReport, Outcome, Plan, PlanKind, Reached, Step, Target};
 use vasto_proto::v1;
 use vasto_shipping::CatalogError;
@@ -22,7 +22,7 @@ use crate::admin::{self, ask, learn_all, taken, unsure};
 use crate::cluster::{Cluster, nonce, now_us};
 use crate::document;
 use crate::driver::{Change, has_ended};
-use crate::placement::place;
+use crate::placement::{Shut, place};
 use crate::shipped::{self, Absent, Shipped};
 use crate::state::{Delivery, Keyspace, State};
 
@@ -70,13 +70,16 @@ pub(crate) async fn restore(cluster: &Arc<Cluster>, request: v1::RestoreRequest)
     if tip.state == KeyspaceState::Deleted {
         still_there(cluster, &then).await?;
     }
+    cluster.refresh_settings().await;
     // What is garbage by now may be what is wanted.
     let interrupted = vasto_shipping::garbage::interrupt(cluster.store.bucket()).await;
     interrupted.map_err(|cause| error(ErrorCode::Unavailable, cause.to_string()))?;
-    let nodes = {
-        let state = cluster.state();
+    let (nodes, held) = {
+        let mut state = cluster.state();
         // One replica of each shard from the bucket; more are copied from it when it serves.
-        place(then.spec.shards, 1, &state.candidates(None))?
+        let nodes = place(then.spec.shards, 1, &state.candidates(None))?;
+        let hold = state.loads.hold(nodes.iter().flatten().copied(), false, 0);
+        (nodes, cluster.hold_places(hold))
     };
     let spec = KeyspaceSpec { ..then.spec.clone() };
     let kind = PlanKind::Restore { keyspace: then.keyspace, version: then.version, at_us: request.at_us };
@@ -115,6 +118,7 @@ pub(crate) async fn restore(cluster: &Arc<Cluster>, request: v1::RestoreRequest)
         fields.insert("without".into(), absent.document());
     }
     cluster.install(created, Delivery::Push);
+    drop(held);
     Ok(document::json(&started))
 }
 
@@ -195,7 +199,7 @@ async fn before_its_end(cluster: &Cluster, tip: &Arc<Catalog>) -> Result<Catalog
     found.ok_or_else(|| error(ErrorCode::NotFound, format!("keyspace {} never held anything", tip.name)))
 }
 
-fn node_of(text: &str) -> Result<NodeId, VastoError> {
+pub(crate) fn node_of(text: &str) -> Result<NodeId, VastoError> {
     text.parse()
         .map_err(|_| error(ErrorCode::InvalidArgument, format!("`{text}` is not a node id; see `vasto node list`")))
 }
@@ -204,16 +208,20 @@ fn node_of(text: &str) -> Result<NodeId, VastoError> {
 pub(crate) async fn empty(cluster: &Arc<Cluster>, request: v1::EmptyNodeRequest) -> Answer {
     let node = node_of(&request.node_id)?;
     let to = Some(request.to_node_id.as_str()).filter(|id| !id.is_empty()).map(node_of).transpose()?;
-    let leaving = Leaving { node, to, replace: request.replace, since_us: now_us() };
-    let concerned = {
-        let state = cluster.state();
-        check(&state, leaving, request.replace)?
-    };
+    let accept_loss = request.accept_loss && request.replace;
+    let leaving = Leaving { to, accept_loss, ..Leaving::new(node, request.replace, now_us()) };
+    cluster.refresh_settings().await;
+    let concerned = check(&cluster.state(), &leaving, now_us())?;
     if concerned.is_empty() {
-        return Err(error(ErrorCode::NotFound, format!("node {node} has no replicas; there is nothing to move")));
+        let message = format!(
+            "node {node} has no replicas; there is nothing to move; keep it so with `vasto node cordon {node}`"
+        );
+        return Err(error(ErrorCode::NotFound, message));
     }
+    // What leaves must not come back: neither new keyspaces nor copies of others.
+    admin::cordon(cluster, node, true).await?;
     for keyspace in concerned {
-        ask(cluster, keyspace, Change::Empty(leaving)).await?;
+        ask(cluster, keyspace, Change::Empty(leaving.clone())).await?;
     }
     tracing::info!(%node, ?to, "moving all replicas of a node");
     node_operation(cluster, &leaving.operation_id())
@@ -221,8 +229,8 @@ pub(crate) async fn empty(cluster: &Arc<Cluster>, request: v1::EmptyNodeRequest)
 }
 
 /// The keyspaces with replicas on the node, when there is somebody for each of them.
-fn check(state: &State, leaving: Leaving, replace: bool) -> Result<Vec<KeyspaceId>, VastoError> {
-    let Leaving { node, to, .. } = leaving;
+fn check(state: &State, leaving: &Leaving, now_us: u64) -> Result<Vec<KeyspaceId>, VastoError> {
+    let Leaving { node, to, replace, .. } = *leaving;
     let live = |id: NodeId| state.nodes.get(&id).is_some_and(|known| known.session.is_some());
     if !replace && !live(node) {
         let message = format!("node {node} is away; replace it with `vasto node replace {node}`");
@@ -234,23 +242,29 @@ fn check(state: &State, leaving: Leaving, replace: bool) -> Result<Vec<KeyspaceI
         let message = format!("node {to} cannot take over: it is {}", if to == node { "the same" } else { "away" });
         return Err(error(ErrorCode::FailedPrecondition, message));
     }
+    if let Some(to) = to.filter(|to| state.settings.is_cordoned(*to)) {
+        let message = format!("node {to} is cordoned; let it get replicas with `vasto node uncordon {to}` first");
+        return Err(error(ErrorCode::FailedPrecondition, message));
+    }
     let mut concerned = Vec::new();
     for known in state.active() {
         let mut then = Catalog::clone(&known.catalog);
-        then.leaving.push(leaving);
+        then.leaving.push(leaving.clone());
         let here: Vec<_> =
             known.catalog.placement.iter().filter(|shard| shard.replicas.iter().any(|one| one.node == node)).collect();
         for shard in &here {
             let staying = shard.replicas.iter().filter(|one| one.node != node).count();
-            if staying < then.spec.replicas as usize && state.copy_target(&then, shard.shard).is_none() {
+            if staying < then.spec.replicas as usize && state.copy_target(&then, shard.shard, now_us).is_none() {
                 let message = format!(
-                    "no other live node has room for shard {} of {}; start one with `vasto serve node`",
-                    shard.shard, then.name
+                    "no other live node has room for shard {} of {}; start one with `vasto serve node`{}",
+                    shard.shard,
+                    then.name,
+                    Shut::of(&state.candidates(Some(&then)))
                 );
                 return Err(error(ErrorCode::FailedPrecondition, message));
             }
         }
-        if !here.is_empty() {
+        if concerns(&known.catalog, leaving) {
             concerned.push(known.catalog.keyspace);
         }
     }
@@ -300,7 +314,7 @@ pub(crate) fn node_operations(state: &State) -> Vec<(u64, Value)> {
 }
 
 fn leaving_by(catalog: &Catalog, id: &str) -> Option<Leaving> {
-    catalog.leaving.iter().copied().find(|leaving| leaving.operation_id() == id)
+    catalog.leaving.iter().cloned().find(|leaving| leaving.operation_id() == id)
 }
 
 /// One document for what the operation does in all keyspaces.
@@ -319,18 +333,17 @@ fn describe(state: &State, id: &str) -> Option<(u64, Value)> {
         .filter(|one| one.catalog.state == KeyspaceState::Active && leaving_by(&one.catalog, id).is_some())
         .collect();
     let ended: Vec<OperationReport> = known.iter().filter_map(|one| ended_in(&one.catalog)).collect();
-    let copies_in = |catalog: &Catalog| {
-        let until_us = ended_in(catalog).map_or(u64::MAX, |report| ended_us(&report));
-        let leaving = Leaving { node, to: None, replace: false, since_us };
-        copies_for(catalog, &leaving).filter(|copy| copy.started_at_us <= until_us).cloned().collect::<Vec<_>>()
-    };
-    let moved: usize = known.iter().map(|one| copies_in(&one.catalog).len()).sum();
-    // What has ended has its figures in its own report: those of the copies are forgotten in time.
+    // What has ended has its figures in its own report, what has not, with the node that leaves.
     let figures: Vec<OperationReport> = known
         .iter()
-        .flat_map(|one| ended_in(&one.catalog).map_or_else(|| copies_in(&one.catalog), |report| vec![report]))
+        .filter_map(|one| {
+            let running = leaving_by(&one.catalog, id).map(|leaving| so_far(&one.catalog, &leaving, now_us()));
+            running.or_else(|| ended_in(&one.catalog))
+        })
         .collect();
     let sum = |field: fn(&OperationReport) -> u64| figures.iter().map(field).sum::<u64>();
+    let moved = sum(|report| report.copies);
+    let ended_us = OperationReport::ended_at_us;
     let until_us = if running.is_empty() { ended.iter().map(ended_us).max().unwrap_or(since_us) } else { now_us() };
     let aborted = ended.iter().find(|report| report.outcome == Outcome::Aborted);
     let mut names: Vec<&str> = known.iter().map(|one| one.catalog.name.as_str()).collect();
@@ -383,10 +396,6 @@ fn describe(state: &State, id: &str) -> Option<(u64, Value)> {
         fields.insert("reason".into(), json!(aborted.reason));
     }
     Some((since_us, answer))
-}
-
-fn ended_us(report: &OperationReport) -> u64 {
-    report.started_at_us + report.duration_ms * 1000
 }
 
 #[cfg(test)]

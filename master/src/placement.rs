@@ -1,12 +1,14 @@
 //! Which nodes get the replicas of a new keyspace, and which node gets the new shard of a grow.
 //!
 //! **Invariant:** pure and deterministic; the copies of a shard are on distinct nodes, and in
-//! distinct zones while there are enough. No node is given more replicas than it takes.
+//! distinct zones while there are enough. No node is given more replicas than it takes, none that is
+//! cordoned gets any, and none whose disk is down to its reserve.
 
 use std::collections::BTreeMap;
 
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::NodeId;
+use vasto_core::limits::disk_reserve;
 
 /// A live node that could take a replica.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,12 +21,74 @@ pub(crate) struct Candidate {
     pub(crate) replicas_max: usize,
     /// Replicas that it has of the keyspace in question.
     pub(crate) of_keyspace: usize,
+    /// Copies that are being made there.
+    pub(crate) copying: usize,
+    /// It is to get nothing.
+    pub(crate) cordoned: bool,
+    /// Its disk.
+    pub(crate) disk: Disk,
+}
+
+/// The disk of a node, as it was reported.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Disk {
+    /// Bytes in all; 0 when nothing was reported yet.
+    pub(crate) bytes: u64,
+    /// Bytes that are free.
+    pub(crate) free: u64,
+    /// Bytes that copies under way will take of them, at most.
+    pub(crate) promised: u64,
+}
+
+impl Disk {
+    /// Bytes that may still be put there; everything while nothing is known.
+    pub(crate) fn room(&self) -> u64 {
+        match self.bytes {
+            0 => u64::MAX,
+            bytes => self.free.saturating_sub(self.promised).saturating_sub(disk_reserve(bytes)),
+        }
+    }
+
+    /// So little is left that what is being made there cannot end.
+    pub(crate) fn is_exhausted(&self) -> bool {
+        self.bytes > 0 && self.free < disk_reserve(self.bytes) / 4
+    }
 }
 
 impl Candidate {
     /// Replicas that it takes beyond those that it has.
     pub(crate) fn room(&self) -> usize {
-        self.replicas_max.saturating_sub(self.replicas)
+        match self.cordoned || self.disk.room() == 0 {
+            true => 0,
+            false => self.replicas_max.saturating_sub(self.replicas),
+        }
+    }
+}
+
+/// Live nodes that get nothing, and why.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Shut(Vec<String>);
+
+impl Shut {
+    pub(crate) fn of(candidates: &[Candidate]) -> Self {
+        let why = |one: &Candidate| match (one.cordoned, one.disk.room()) {
+            (true, _) => Some(format!("{0} is cordoned (`vasto node uncordon {0}`)", one.node)),
+            (false, 0) => Some(format!("{} has only {} MiB of disk left", one.node, one.disk.free >> 20)),
+            _ => None,
+        };
+        Self(candidates.iter().filter_map(why).collect())
+    }
+}
+
+impl std::fmt::Display for Shut {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        const NAMED: usize = 5;
+        let Self(all) = self;
+        match all.len() {
+            0 => Ok(()),
+            n if n > NAMED => write!(f, "; not counted: {} and {} more", all[..NAMED].join(", "), n - NAMED),
+            _ => write!(f, "; not counted: {}", all.join(", ")),
+        }
     }
 }
 
@@ -33,13 +97,13 @@ impl Candidate {
 pub(crate) enum PlacementError {
     #[error("no live node; start one with `vasto serve node --master URL --dir DIR`, then try again")]
     NoNode,
-    #[error("{replicas} copies of a shard need {replicas} live nodes, and there are {nodes}; start more nodes")]
-    TooFewNodes { replicas: u32, nodes: usize },
+    #[error("{replicas} copies of a shard need {replicas} live nodes, and there are {nodes}; start more nodes{shut}")]
+    TooFewNodes { replicas: u32, nodes: usize, shut: Shut },
     #[error(
         "the live nodes have room for {room} more replicas, and {needed} are needed; start more nodes, raise their \
-         node.max_replicas, or use fewer shards"
+         node.max_replicas, or use fewer shards{shut}"
     )]
-    Full { room: usize, needed: usize },
+    Full { room: usize, needed: usize, shut: Shut },
 }
 
 impl From<PlacementError> for VastoError {
@@ -53,13 +117,15 @@ pub(crate) fn place(shards: u32, replicas: u32, candidates: &[Candidate]) -> Res
     if candidates.is_empty() {
         return Err(PlacementError::NoNode);
     }
-    if candidates.len() < replicas as usize {
-        return Err(PlacementError::TooFewNodes { replicas, nodes: candidates.len() });
+    let shut = Shut::of(candidates);
+    let open = |one: &&Candidate| !one.cordoned && one.disk.room() > 0;
+    let mut pool: Vec<Candidate> = candidates.iter().filter(open).cloned().collect();
+    if pool.len() < replicas as usize {
+        return Err(PlacementError::TooFewNodes { replicas, nodes: pool.len(), shut });
     }
-    let mut pool = candidates.to_vec();
     let needed = shards as usize * replicas as usize;
     let room = pool.iter().map(Candidate::room).sum();
-    let full = PlacementError::Full { room, needed };
+    let full = PlacementError::Full { room, needed, shut };
     if room < needed {
         return Err(full);
     }
@@ -102,7 +168,16 @@ mod tests {
     const MOST: usize = 256;
 
     fn node(id: u64, zone: &str, replicas: usize, of_keyspace: usize) -> Candidate {
-        Candidate { node: NodeId(id), zone: zone.into(), replicas, replicas_max: MOST, of_keyspace }
+        Candidate {
+            node: NodeId(id),
+            zone: zone.into(),
+            replicas,
+            replicas_max: MOST,
+            of_keyspace,
+            copying: 0,
+            cordoned: false,
+            disk: Disk::default(),
+        }
     }
 
     #[test]
@@ -116,14 +191,17 @@ mod tests {
     fn copies_prefer_other_zones_and_never_share_a_node() {
         let nodes = [node(1, "a", 0, 0), node(2, "a", 0, 0), node(3, "b", 9, 0)];
         assert_eq!(place(1, 2, &nodes).unwrap(), [[NodeId(1), NodeId(3)]]);
-        assert_eq!(place(1, 4, &nodes), Err(PlacementError::TooFewNodes { replicas: 4, nodes: 3 }));
+        assert_eq!(
+            place(1, 4, &nodes),
+            Err(PlacementError::TooFewNodes { replicas: 4, nodes: 3, shut: Shut::default() })
+        );
     }
 
     #[test]
     fn nobody_and_full_nodes_are_said() {
         assert_eq!(place(1, 1, &[]), Err(PlacementError::NoNode));
         let full = [node(1, "", MOST - 1, 0)];
-        assert_eq!(place(2, 1, &full), Err(PlacementError::Full { room: 1, needed: 2 }));
+        assert_eq!(place(2, 1, &full), Err(PlacementError::Full { room: 1, needed: 2, shut: Shut::default() }));
         assert_eq!(place(1, 1, &full).unwrap(), [[NodeId(1)]]);
         let small = [Candidate { replicas_max: 2, ..node(1, "", 0, 0) }, node(2, "", 50, 0)];
         let placed = place(5, 1, &small).unwrap();
@@ -136,6 +214,27 @@ mod tests {
         assert_eq!(place(1, 1, &nodes).unwrap(), [[NodeId(3)]]);
         assert_eq!(place(1, 2, &nodes).unwrap(), [[NodeId(3), NodeId(2)]]);
         assert!(place(1, 1, &[node(1, "", MOST, 0)]).is_err());
+    }
+
+    #[test]
+    fn a_node_without_disk_and_one_that_is_cordoned_get_nothing_and_are_named() {
+        let gib = 1 << 30;
+        let disk = |free: u64, promised: u64| Disk { bytes: 100 * gib, free, promised };
+        let full = Candidate { disk: disk(gib, 0), ..node(1, "", 0, 0) };
+        let cordoned = Candidate { cordoned: true, ..node(2, "", 0, 0) };
+        let good = Candidate { disk: disk(gib + 1, 0), ..node(3, "", 50, 0) };
+        let all = [full.clone(), cordoned, good];
+        assert_eq!(place(2, 1, &all).unwrap(), [[NodeId(3)], [NodeId(3)]]);
+        let error = place(1, 2, &all).unwrap_err().to_string();
+        for part in ["need 2 live nodes, and there are 1", "has only 1024 MiB of disk left", "vasto node uncordon"] {
+            assert!(error.contains(part), "{error}");
+        }
+        // What copies under way will take is not there any more; a small disk has a small reserve.
+        let promised = Candidate { disk: disk(3 * gib, 2 * gib), ..node(4, "", 0, 0) };
+        assert_eq!((full.room(), promised.room(), promised.disk.room()), (0, 0, 0));
+        let small = Disk { bytes: 40 << 20, free: 3 << 20, promised: 0 };
+        assert_eq!((small.room(), small.is_exhausted()), (1 << 20, false));
+        assert!(Disk { free: 100 << 10, ..small }.is_exhausted() && !Disk::default().is_exhausted());
     }
 
     proptest! {

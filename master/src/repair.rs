@@ -17,7 +17,7 @@ use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::{KeyspaceId, NodeId};
 use vasto_core::limits::ADMIN_DEADLINE;
 use vasto_proto::v1;
-use vasto_shipping::layout;
+use vasto_shipping::{ClusterSettings, layout};
 
 use crate::cluster::Cluster;
 use crate::document;
@@ -95,6 +95,8 @@ pub(crate) async fn repair(cluster: &Arc<Cluster>, accept_loss: bool) -> Result<
     let loaded: BTreeSet<KeyspaceId> = catalogs.iter().map(|catalog| catalog.keyspace).collect();
     done.unknown_keyspaces = owners.difference(&loaded).copied().collect();
     done.cluster_id = cluster_id.clone();
+    let decided = cluster.store.settings(&ClusterSettings::default()).await.map_err(|error| unavailable(&error))?;
+    cluster.learn_settings(decided);
     let was_lost = cluster.is_lost();
     cluster.note_odd_catalogs(odd);
     cluster.found(cluster_id);

@@ -18,7 +18,7 @@ use vasto_proto::incoming::Incoming;
 use vasto_proto::v1::master_server::MasterServer;
 use vasto_proto::v1::membership_server::MembershipServer;
 use vasto_shipping::garbage::Retention;
-use vasto_shipping::{Bucket, BucketError, BucketOptions, CatalogError, Prices};
+use vasto_shipping::{Bucket, BucketError, BucketOptions, CatalogError, ClusterSettings, Prices};
 
 use crate::cluster::{Cluster, Settings};
 use crate::metrics;
@@ -38,6 +38,8 @@ pub struct MasterConfig {
     /// A node that is silent for longer is away; [`NODE_SILENCE`](vasto_core::limits::NODE_SILENCE)
     /// unless there is a reason.
     pub node_silence: Duration,
+    /// Connect to where a node that joins says that others reach it, and refuse it when nothing answers there.
+    pub dial_back: bool,
     /// Replicas of a node that is away for so long are made anew on others, when others serve and there
     /// is room; never when it is zero.
     pub replace_after: Duration,
@@ -115,17 +117,22 @@ impl Master {
             }
             Err(error) => return Err(error.into()),
         };
-        let (catalogs, odd) = match lost {
-            None => store.load_all_told().await?,
+        let ((catalogs, odd), decided) = match lost {
+            None => (store.load_all_told().await?, store.settings(&ClusterSettings::default()).await?),
             Some(_) => Default::default(),
         };
 
-        let settings =
-            Settings { node_silence: config.node_silence, retention: config.retention, prices: config.prices };
+        let settings = Settings {
+            dial_back: config.dial_back,
+            node_silence: config.node_silence,
+            retention: config.retention,
+            prices: config.prices,
+        };
         let cluster = Cluster::new(cluster_id.clone(), bucket, settings, shutdown.clone());
         lost.into_iter().for_each(|why| cluster.lose(why));
         cluster.note_odd_catalogs(odd);
         cluster.state().replace_after_us = Some(config.replace_after.as_micros() as u64).filter(|after| *after > 0);
+        cluster.learn_settings(decided);
         let loaded = catalogs.len();
         for catalog in catalogs {
             cluster.adopt(catalog);
@@ -143,7 +150,7 @@ impl Master {
 
 /// Is there anything in the prefix that only a cluster writes?
 async fn is_of_a_cluster(bucket: &Bucket) -> Result<bool, BucketError> {
-    for folder in ["catalog/", "names/", "gc-term/", "data/"] {
+    for folder in ["catalog/", "names/", "gc-term/", "cluster/", "data/"] {
         if bucket.list(folder).await?.iter().any(|object| vasto_shipping::layout::is_known(&object.key)) {
             return Ok(true);
         }

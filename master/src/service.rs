@@ -123,6 +123,10 @@ impl master_server::Master for MasterService {
         self.run("empty_node", moves::empty(&self.cluster, request.into_inner())).await
     }
 
+    async fn cordon_node(&self, request: Request<v1::CordonNodeRequest>) -> Reply {
+        self.run("cordon_node", admin::cordon_node(&self.cluster, request.into_inner())).await
+    }
+
     async fn check_bucket(&self, request: Request<v1::CheckBucketRequest>) -> Reply {
         self.run_always("check_bucket", upkeep::check(&self.cluster, request.into_inner().deep)).await
     }

@@ -8,13 +8,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+use vasto_core::address::check_address;
 use vasto_core::error::ErrorCode;
 use vasto_core::ids::NodeId;
-use vasto_core::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT};
+use vasto_core::limits::{CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT};
 use vasto_core::plan::ReplicaReport;
 use vasto_proto::PROTOCOL;
 use vasto_proto::v1::{self, master_message, membership_server::Membership, node_message};
@@ -28,6 +30,11 @@ const OUTBOUND_MAX: usize = 8;
 const DISPUTE_LOOK: Duration = Duration::from_millis(20);
 /// An old session that is not heard from for this long loses a disputed node id.
 const DISPUTE_MAX: Duration = KEEPALIVE_INTERVAL.saturating_add(KEEPALIVE_TIMEOUT);
+
+/// Attempts to connect to where a node says that others reach it, and the pause between them.
+const DIALS: (usize, Duration) = (2, Duration::from_millis(200));
+/// A node that is taken in although nothing answers there is tried again this often.
+const DIAL_AGAIN: Duration = Duration::from_secs(5);
 
 /// Serves nodes.
 pub(crate) struct MembershipService {
@@ -91,6 +98,13 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
         }
         return reject(&outbound, code, reason).await;
     }
+    let unreachable = match dial_back(&cluster, &hello).await {
+        Ok(unreachable) => unreachable,
+        Err(reason) => {
+            tracing::warn!(node = %NodeId(hello.node_id), address = hello.address, reason, "refused a node");
+            return reject(&outbound, ErrorCode::FailedPrecondition, reason).await;
+        }
+    };
     let (session, replaced, wake) = match register(&cluster, &hello).await {
         Ok(registered) => registered,
         Err(reason) => {
@@ -101,6 +115,7 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
     let node = NodeId(hello.node_id);
     let mut registered = Registered { cluster: cluster.clone(), node, session, why: "its connection closed".into() };
     tracing::info!(%node, address = hello.address, zone = hello.zone, pid = hello.pid, "node registered");
+    cluster.state().reached(node, session, unreachable.clone());
 
     let welcome = v1::Welcome { cluster_id: own, bucket_url: cluster.bucket.url().to_owned() };
     if send(&outbound, master_message::Message::Welcome(welcome)).await.is_err() {
@@ -119,11 +134,61 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
             wake.notified().await;
         }
     };
+    let dialler = dial_until_reached(&cluster, node, session, &hello.address, unreachable);
     tokio::select! {
         why = reader => registered.why = why,
         () = writer => {}
+        () = dialler => {}
         () = replaced.cancelled() => registered.why = "another session replaced it".into(),
     }
+}
+
+/// Connects to where a node says that clients and other nodes reach it. A node that holds nothing is refused
+/// when nothing answers there; one that does goes on with what it has, gets nothing more, and is told of in
+/// the status: `Ok(Some(why))`.
+async fn dial_back(cluster: &Cluster, hello: &v1::Hello) -> Result<Option<String>, String> {
+    if !cluster.settings.dial_back {
+        return Ok(None);
+    }
+    let (attempts, pause) = DIALS;
+    let mut cause = String::new();
+    for attempt in 0..attempts {
+        if attempt > 0 {
+            tokio::time::sleep(pause).await;
+        }
+        match dial(&hello.address).await {
+            Ok(()) => return Ok(None),
+            Err(error) => cause = error,
+        }
+    }
+    if cluster.state().loads.of(NodeId(hello.node_id)).replicas > 0 {
+        tracing::warn!(node = %NodeId(hello.node_id), address = hello.address, cause, "a node cannot be reached where it says");
+        return Ok(Some(cause));
+    }
+    Err(format!(
+        "the master cannot connect to {}, where this node says that clients and other nodes reach it: {cause}; start \
+         the node with --advertise HOST:PORT that they can connect to",
+        hello.address
+    ))
+}
+
+async fn dial(address: &str) -> Result<(), String> {
+    match timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err(format!("no answer within {} s", CONNECT_TIMEOUT.as_secs())),
+    }
+}
+
+/// Tries again until the node is reached; never ends.
+async fn dial_until_reached(cluster: &Cluster, node: NodeId, session: u64, address: &str, unreachable: Option<String>) {
+    let mut unreachable = unreachable;
+    while unreachable.is_some() {
+        tokio::time::sleep(DIAL_AGAIN).await;
+        unreachable = dial(address).await.err();
+        cluster.state().reached(node, session, unreachable.clone());
+    }
+    std::future::pending().await
 }
 
 /// Takes what the node says until it is silent or gone; answers why it ended.
@@ -213,6 +278,9 @@ fn check(hello: &v1::Hello, cluster_id: &str) -> Result<(), (ErrorCode, String)>
     }
     if hello.node_id == 0 || hello.address.is_empty() {
         return Err((ErrorCode::InvalidArgument, "a node needs an id other than 0 and an address".into()));
+    }
+    if let Err(bad) = check_address(&hello.address) {
+        return Err((ErrorCode::InvalidArgument, format!("{bad}; say so with --advertise")));
     }
     Ok(())
 }

@@ -9,22 +9,26 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId, ReplicaId, ShardId};
-use vasto_core::limits::{FAILOVER_AWAY, NODE_REPLICAS_MAX, NODE_SILENCE};
-use vasto_core::members::{Around, advance_members, is_incomplete};
-use vasto_core::plan::{Advance, ReplicaReport, Reports, SEALS_UNDONE_MAX, Step, abort, advance, undo_seal};
+use vasto_core::limits::{COPIES_PER_NODE_MAX, FAILOVER_AWAY, NODE_FORGOTTEN_AFTER, NODE_REPLICAS_MAX, NODE_SILENCE};
+use vasto_core::members::{Around, advance_members, is_incomplete, nodes_to_avoid, waits_for};
+use vasto_core::plan::{
+    Advance, Plan, ReplicaReport, Reports, SEALS_UNDONE_MAX, Step, abort, advance, give_up_on, undo_seal,
+};
 use vasto_core::primaries::{Presence, advance_primaries, is_unsettled};
 use vasto_core::topology::{NodeAddress, Topology};
 use vasto_proto::convert::topology_to_wire;
 use vasto_proto::v1;
+use vasto_shipping::ClusterSettings;
 
 use crate::driver::Request;
-use crate::placement::{Candidate, place};
+use crate::loads::{Loads, shard_bytes};
+use crate::placement::{Candidate, Disk, PlacementError, place};
 
 /// Commands that may wait for one node at once.
 const COMMANDS_MAX: usize = 64;
@@ -40,6 +44,13 @@ pub(crate) struct State {
     last_command: u64,
     /// Replicas of a node that is away for so long are made anew elsewhere, microseconds.
     pub(crate) replace_after_us: Option<u64>,
+    /// What each node carries.
+    pub(crate) loads: Loads,
+    /// What is decided about nodes, not about keyspaces.
+    pub(crate) settings: Arc<ClusterSettings>,
+    /// Nodes that were looked at for decisions; so that a test can count the work.
+    #[cfg(test)]
+    pub(crate) looks: std::cell::Cell<u64>,
 }
 
 /// A node that has registered since the master started.
@@ -64,6 +75,8 @@ pub(crate) struct Node {
     pub(crate) away_since_us: u64,
     /// When its session began; meaningless while there is none.
     pub(crate) here_since_us: u64,
+    /// Why the master cannot connect to where it says that others reach it.
+    pub(crate) unreachable: Option<String>,
 }
 
 /// A live session of a node.
@@ -177,6 +190,7 @@ impl State {
             session: None,
             away_since_us: now_us,
             here_since_us: now_us,
+            unreachable: None,
         });
         // A session that only replaces another does not begin anew.
         if node.session.is_none() {
@@ -202,7 +216,15 @@ impl State {
             self.nodes_revision += 1;
             self.publish_addresses();
         }
+        self.forget_nodes(now_us);
         Ok(handles)
+    }
+
+    /// Whether the master could connect to the node; a session that was replaced can change nothing.
+    pub(crate) fn reached(&mut self, node: NodeId, session: u64, unreachable: Option<String>) {
+        if let Some(node) = self.nodes.get_mut(&node).filter(|node| node.session_id() == Some(session)) {
+            node.unreachable = unreachable;
+        }
     }
 
     /// Ends a session, unless it was replaced already. True when the node is away now.
@@ -259,9 +281,12 @@ impl State {
     /// True when the primaries of the keyspace need a look soon.
     pub(crate) fn is_unsettled(&self, keyspace: KeyspaceId, now_us: u64) -> bool {
         let known = self.keyspaces.get(&keyspace);
-        known.is_some_and(|known| {
-            is_unsettled(&known.catalog, |node| self.presence(node, now_us)) || is_incomplete(&known.catalog)
-        })
+        known.is_some_and(|known| is_unsettled(&known.catalog, |node| self.presence(node, now_us)))
+    }
+
+    /// True when its members need a look although nobody reports anything.
+    pub(crate) fn is_incomplete(&self, keyspace: KeyspaceId) -> bool {
+        self.keyspaces.get(&keyspace).is_some_and(|known| is_incomplete(&known.catalog))
     }
 
     /// Takes a node's report; a report of a session that was replaced is ignored.
@@ -386,6 +411,8 @@ impl State {
         match self.keyspaces.get_mut(&catalog.keyspace) {
             Some(known) if known.catalog.version >= catalog.version => return (false, None),
             Some(known) => {
+                self.loads.count(&catalog, &known.reports);
+                known.forget_reports_of_removed(&catalog);
                 known.catalog = catalog;
                 known.installed = Instant::now();
                 known.delivery = delivery;
@@ -397,6 +424,7 @@ impl State {
             None => {
                 let (requests, waiting) = mpsc::channel(16);
                 receiver = Some(waiting);
+                self.loads.count(&catalog, &Reports::new());
                 let keyspace = Keyspace {
                     installed: Instant::now(),
                     delivery,
@@ -450,56 +478,160 @@ impl State {
         if let Some((next, _)) = advance_primaries(catalog, &known.reports, presence, now_us, nonce) {
             return Advance::Write(Box::new(next));
         }
+        if let Some(next) = self.without_disk(known, now_us, nonce) {
+            return Advance::Write(Box::new(next));
+        }
+        let candidates = std::cell::OnceCell::new();
         let around = Around {
             presence: &presence,
             lost: &|node| self.replace_after_us.is_some_and(|after| self.away_us(node, mono_us) > after),
-            room: &|catalog, shard| self.copy_target(catalog, shard),
+            room: &|catalog, shard| {
+                let candidates = candidates.get_or_init(|| self.candidates(Some(catalog)));
+                let not_busy = candidates.iter().filter(|one| one.copying < COPIES_PER_NODE_MAX);
+                self.best(not_busy, catalog, shard, now_us)
+            },
         };
         if let Some(next) = advance_members(catalog, &known.reports, &around, now_us, nonce) {
             return Advance::Write(Box::new(next));
         }
-        advance(catalog, &known.reports, |node| self.away_us(node, mono_us), now_us, nonce)
+        match advance(catalog, &known.reports, |node| self.away_us(node, mono_us), now_us, nonce) {
+            Advance::Idle => waits_for(catalog, &known.reports, &around, now_us).map_or(Advance::Idle, Advance::Wait),
+            other => other,
+        }
     }
 
-    /// The live nodes that could take a replica of `keyspace`.
-    pub(crate) fn candidates(&self, keyspace: Option<KeyspaceId>) -> Vec<Candidate> {
-        let live = self.nodes.iter().filter(|(_, node)| node.session.is_some());
-        live.map(|(id, node)| {
-            let members = |keyspace: &Keyspace| keyspace.catalog.members_on(*id).len();
+    /// The version that gives up what is being made where there is no disk left for it. What was restored
+    /// from the bucket is not given up for that: a keyspace would be lost that somebody waits for.
+    fn without_disk(&self, known: &Keyspace, now_us: u64, nonce: u64) -> Option<Catalog> {
+        let goes_on = |plan: &&Plan| {
+            (plan.adds_member() || plan.growth().is_some()) && matches!(plan.step, Step::Prepare | Step::Tail)
+        };
+        let plan = known.catalog.plan.as_ref().filter(goes_on)?;
+        let full = |node: NodeId| self.nodes.get(&node).is_some_and(|node| node.disk().is_exhausted());
+        let target = plan.targets.iter().find(|target| full(target.node))?;
+        let reason = format!("{} has no disk left for it; free some, or add a node", target.node);
+        give_up_on(&known.catalog, &reason, target.node, &known.reports, now_us, nonce)
+    }
+
+    /// The live nodes, as candidates for a replica, of that keyspace if there is one.
+    pub(crate) fn candidates(&self, catalog: Option<&Catalog>) -> Vec<Candidate> {
+        let mut of_keyspace: HashMap<NodeId, usize> = HashMap::new();
+        for (_, one, _) in catalog.map(Catalog::members).unwrap_or_default() {
+            *of_keyspace.entry(one.node).or_default() += 1;
+        }
+        let live = self.nodes.iter().filter(|(_, node)| node.session.is_some() && node.unreachable.is_none());
+        let candidates = live.map(|(id, node)| {
+            let load = self.loads.of(*id);
             Candidate {
                 node: *id,
                 zone: node.zone.clone(),
-                replicas: self.keyspaces.values().map(members).sum(),
+                replicas: load.replicas,
                 replicas_max: node.max_replicas,
-                of_keyspace: keyspace.and_then(|id| self.keyspaces.get(&id)).map_or(0, members),
+                of_keyspace: of_keyspace.get(id).copied().unwrap_or_default(),
+                copying: load.copying,
+                cordoned: self.settings.is_cordoned(*id),
+                disk: Disk { promised: load.promised, ..node.disk() },
             }
-        })
-        .collect()
+        });
+        let candidates: Vec<Candidate> = candidates.collect();
+        #[cfg(test)]
+        self.looks.set(self.looks.get() + candidates.len() as u64);
+        candidates
     }
 
-    /// The live node for one more replica of a shard: one that has none of it, in a zone that has none if
-    /// possible.
-    pub(crate) fn copy_target(&self, catalog: &Catalog, shard: ShardId) -> Option<NodeId> {
+    /// The live node that could take one more replica of a shard, be it that others are copied to it first.
+    pub(crate) fn copy_target(&self, catalog: &Catalog, shard: ShardId, now_us: u64) -> Option<NodeId> {
+        self.best(self.candidates(Some(catalog)).iter(), catalog, shard, now_us)
+    }
+
+    /// The best of the candidates for one more replica of a shard: one that has none of it, has room for its
+    /// files, did not fail at it lately, and is in a zone that has none if possible.
+    fn best<'a>(
+        &self,
+        candidates: impl Iterator<Item = &'a Candidate>,
+        catalog: &Catalog,
+        shard: ShardId,
+        now_us: u64,
+    ) -> Option<NodeId> {
         let leaves = |node: NodeId| catalog.leaving.iter().any(|leaving| leaving.node == node);
         let asked = |node: NodeId| catalog.leaving.iter().any(|leaving| leaving.to == Some(node));
-        let has = |node: NodeId| catalog.members_on(node).iter().any(|(one, ..)| *one == shard);
+        let members = catalog.members();
+        let has = |node: NodeId| members.iter().any(|(of, one, _)| *of == shard && one.node == node);
         let zone_of = |node: NodeId| self.nodes.get(&node).map(|node| node.zone.as_str());
         let placed = catalog.shard(shard).map(|one| one.replicas.as_slice()).unwrap_or_default();
-        self.candidates(Some(catalog.keyspace))
-            .into_iter()
-            .filter(|one| one.room() > 0 && !has(one.node) && !leaves(one.node))
+        let reports = self.keyspaces.get(&catalog.keyspace).map(|known| &known.reports);
+        let bytes = reports.map(|reports| shard_bytes(catalog, shard, reports)).unwrap_or_default();
+        let avoided = nodes_to_avoid(catalog, now_us);
+        candidates
+            .filter(|one| one.room() > 0 && !has(one.node) && !leaves(one.node) && one.disk.room() > bytes)
             .min_by_key(|one| {
                 let zone_used = placed.iter().any(|other| zone_of(other.node) == Some(one.zone.as_str()));
-                (!asked(one.node), zone_used, one.of_keyspace, one.replicas, one.node)
+                let failed = avoided.contains(&one.node);
+                (failed, !asked(one.node), zone_used, one.of_keyspace, one.replicas, one.node)
             })
             .map(|one| one.node)
     }
 
-    /// The nodes for the replicas of one more shard; none when there are too few.
-    pub(crate) fn grow_targets(&self, keyspace: &Keyspace) -> Vec<NodeId> {
-        let candidates = self.candidates(Some(keyspace.catalog.keyspace));
-        let placed = place(1, keyspace.catalog.spec.replicas, &candidates).unwrap_or_default();
-        placed.into_iter().next().unwrap_or_default()
+    /// The nodes for the replicas of one more shard; an error when there are too few.
+    pub(crate) fn grow_targets(&self, keyspace: &Keyspace) -> Result<Vec<NodeId>, PlacementError> {
+        let placed = place(1, keyspace.catalog.spec.replicas, &self.candidates(Some(&keyspace.catalog)))?;
+        Ok(placed.into_iter().next().unwrap_or_default())
+    }
+
+    /// Holds the places that a version gives away which is about to be written: until it is known, other
+    /// decisions must not count on them. `None` when it gives none away.
+    pub(crate) fn hold_places(&mut self, next: &Catalog) -> Option<u64> {
+        let known = self.keyspaces.get(&next.keyspace)?;
+        let before: Vec<ReplicaId> = known.catalog.members().iter().map(|(_, one, _)| one.replica).collect();
+        let new: Vec<_> = next.members().into_iter().filter(|(_, one, _)| !before.contains(&one.replica)).collect();
+        let (shard, ..) = *new.first()?;
+        let copying = next.plan.as_ref().is_some_and(Plan::adds_member);
+        let promised = if copying { shard_bytes(next, shard, &known.reports) } else { 0 };
+        Some(self.loads.hold(new.iter().map(|(_, one, _)| one.node), copying, promised))
+    }
+
+    /// Forgets a keyspace that was deleted `kept_us` ago, and of which the nodes have been told for a while. Its catalog stays in the bucket: a node that names it has
+    /// it looked up, and is told again that it is gone.
+    pub(crate) fn forget_deleted(
+        &mut self,
+        keyspace: KeyspaceId,
+        now_us: u64,
+        kept_us: u64,
+        told_for: Duration,
+    ) -> bool {
+        let over = self.keyspaces.get(&keyspace).is_some_and(|known| {
+            known.catalog.state == KeyspaceState::Deleted
+                && known.installed.elapsed() >= told_for
+                && now_us >= known.catalog.written_at_us.saturating_add(kept_us)
+        });
+        if over {
+            self.keyspaces.remove(&keyspace);
+            self.loads.forget(keyspace);
+        }
+        over
+    }
+
+    /// Forgets the nodes that are away for long and that nothing names.
+    fn forget_nodes(&mut self, now_us: u64) {
+        let patience = NODE_FORGOTTEN_AFTER.as_micros() as u64;
+        let named = |id: NodeId| {
+            self.loads.of(id).replicas > 0
+                || self.active().any(|known| known.catalog.leaving.iter().any(|one| one.node == id))
+        };
+        let forgotten: Vec<NodeId> = self
+            .nodes
+            .iter()
+            .filter(|(_, node)| node.session.is_none() && now_us.saturating_sub(node.away_since_us) >= patience)
+            .map(|(id, _)| *id)
+            .filter(|id| !named(*id))
+            .collect();
+        for id in forgotten {
+            self.nodes.remove(&id);
+            for keyspace in self.keyspaces.values_mut() {
+                keyspace.forget_reports_of(id);
+            }
+            self.nodes_revision += 1;
+        }
     }
 
     /// The keyspace of that name that serves.
@@ -541,6 +673,11 @@ impl State {
 }
 
 impl Node {
+    /// Its disk by its last report.
+    pub(crate) fn disk(&self) -> Disk {
+        Disk { bytes: self.disk_used.saturating_add(self.disk_free), free: self.disk_free, promised: 0 }
+    }
+
     pub(crate) fn session_id(&self) -> Option<u64> {
         self.session.as_ref().map(|session| session.id)
     }
@@ -580,6 +717,13 @@ impl Keyspace {
         self.reporters.insert(replica, node);
         self.reports.insert(replica, report);
         Ok(())
+    }
+
+    /// Nobody reports again what is gone for good.
+    fn forget_reports_of_removed(&mut self, next: &Catalog) {
+        let is_gone = |replica: &ReplicaId| next.is_removed(*replica);
+        self.reports.retain(|replica, _| !is_gone(replica));
+        self.reporters.retain(|replica, _| !is_gone(replica));
     }
 
     fn forget_reports_of(&mut self, node: NodeId) {

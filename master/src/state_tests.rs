@@ -284,10 +284,216 @@ fn a_node_gets_no_more_replicas_than_it_said_that_it_takes() {
     let full = v1::Hello { max_replicas: 1, ..hello(3, "a:3") };
     state.connect(&full, false, 10).unwrap();
     let catalog = state.keyspaces[&KS].catalog.clone();
-    assert_eq!(state.copy_target(&catalog, ShardId(0)), Some(NodeId(3)));
+    assert_eq!(state.copy_target(&catalog, ShardId(0), 1), Some(NodeId(3)));
     let mut more = Catalog::first(KeyspaceId(2), "ks2", KeyspaceSpec::default(), &[vec![NodeId(3)]], 1_000, 1);
     more.version = CatalogVersion(2);
     state.install(more, Delivery::Push);
-    assert_eq!(state.copy_target(&catalog, ShardId(0)), Some(NodeId(2)), "the other one is full");
-    assert_eq!(state.grow_targets(&state.keyspaces[&KS]), [NodeId(1)]);
+    assert_eq!(state.copy_target(&catalog, ShardId(0), 1), Some(NodeId(2)), "the other one is full");
+    assert_eq!(state.grow_targets(&state.keyspaces[&KS]).unwrap(), [NodeId(1)]);
+}
+
+const GIB: u64 = 1 << 30;
+
+fn disk(state: &mut State, node: u64, session: u64, bytes: u64, free: u64) {
+    let told = v1::Report { disk_used: bytes - free, disk_free: free, ..Default::default() };
+    state.report(NodeId(node), session, &told, Vec::new(), 20);
+}
+
+/// Keyspace 1 with one shard on node 1 that lacks a copy; nodes 2 and 3 could take it.
+fn lacking() -> (State, [u64; 3]) {
+    let mut state = State::default();
+    let sessions = [1, 2, 3].map(|node| state.connect(&hello(node, &format!("a:{node}")), false, 10).unwrap().0);
+    let spec = KeyspaceSpec { replicas: 2, ..KeyspaceSpec::default() };
+    state.install(Catalog::first(KS, "ks1", spec, &[vec![NodeId(1)]], 1_000, 1), Delivery::Push);
+    let big = ReplicaReport { bytes: 3 * GIB, ..replica_report(1, 1) };
+    report(&mut state, 1, sessions[0], vec![big], 20);
+    (state, sessions)
+}
+
+fn target(state: &State, now_us: u64) -> Option<NodeId> {
+    match state.decide(KS, 100, now_us, 3) {
+        Advance::Write(next) => Some(next.plan.unwrap().targets[0].node),
+        _ => None,
+    }
+}
+
+#[test]
+fn a_copy_goes_to_a_node_whose_disk_has_room_for_it() {
+    let (mut state, sessions) = lacking();
+    assert_eq!(target(&state, 5_000), Some(NodeId(2)));
+    disk(&mut state, 2, sessions[1], 100 * GIB, GIB);
+    assert_eq!(target(&state, 5_000), Some(NodeId(3)), "node 2 is down to its reserve");
+    disk(&mut state, 3, sessions[2], 100 * GIB, 4 * GIB);
+    assert_eq!(target(&state, 5_000), None, "the files of the shard and the reserve do not fit");
+    let Advance::Wait(what) = state.decide(KS, 100, 5_000, 3) else { panic!("it says nothing") };
+    assert!(what.contains("room for a replica and its files") && what.contains("vasto serve node"), "{what}");
+    disk(&mut state, 3, sessions[2], 100 * GIB, 5 * GIB);
+    assert_eq!(target(&state, 5_000), Some(NodeId(3)));
+    // A copy that is under way there has its room promised.
+    let hold = state.loads.hold([NodeId(3)], true, 3 * GIB);
+    assert_eq!(target(&state, 5_000), None);
+    state.loads.give_back(hold);
+    assert_eq!(target(&state, 5_000), Some(NodeId(3)));
+    // New keyspaces do not go to a full node either.
+    let nodes = crate::placement::place(4, 1, &state.candidates(None)).unwrap();
+    assert!(nodes.iter().all(|nodes| nodes[0] != NodeId(2)), "{nodes:?}");
+}
+
+#[test]
+fn a_copy_whose_target_runs_out_of_disk_is_given_up_and_made_elsewhere() {
+    let (mut state, sessions) = lacking();
+    let Advance::Write(copying) = state.decide(KS, 100, 5_000, 3) else { panic!("no copy begins") };
+    assert_eq!(copying.plan.as_ref().unwrap().targets[0].node, NodeId(2));
+    state.install(*copying, Delivery::Push);
+    let waits = |state: &State| matches!(state.decide(KS, 100, 6_000, 3), Advance::Wait(_));
+    disk(&mut state, 2, sessions[1], 100 * GIB, GIB / 2);
+    assert!(waits(&state), "the reserve is there to be used");
+    disk(&mut state, 2, sessions[1], 100 * GIB, GIB / 5);
+    let given_up = write(state.decide(KS, 100, 6_000, 3));
+    let report = given_up.operations.last().unwrap();
+    assert!(report.reason.as_ref().unwrap().contains("no disk left"), "{report:?}");
+    state.install(given_up, Delivery::Push);
+    // Also when it has room again at once, as it does when the files of the copy are removed.
+    disk(&mut state, 2, sessions[1], 100 * GIB, 90 * GIB);
+    assert_eq!(target(&state, 30_000_000), Some(NodeId(3)));
+    state.disconnect(NodeId(3), sessions[2], 100);
+    assert_eq!(target(&state, 30_000_000), Some(NodeId(2)), "better than nowhere");
+}
+
+#[test]
+fn a_cordoned_node_gets_nothing() {
+    let (mut state, _) = lacking();
+    let settings = ClusterSettings::default().with_cordon(NodeId(2), true, 1, 1).unwrap();
+    state.settings = Arc::new(settings.clone());
+    assert_eq!(target(&state, 5_000), Some(NodeId(3)));
+    let nodes = crate::placement::place(6, 2, &state.candidates(None)).unwrap();
+    assert!(nodes.iter().flatten().all(|node| *node != NodeId(2)), "{nodes:?}");
+    assert!(state.grow_targets(&state.keyspaces[&KS]).unwrap().iter().all(|node| *node != NodeId(2)));
+    state.settings = Arc::new(settings.with_cordon(NodeId(3), true, 1, 1).unwrap());
+    assert_eq!(target(&state, 5_000), None);
+    let error = state.grow_targets(&state.keyspaces[&KS]).unwrap_err().to_string();
+    assert!(error.contains("cordoned"), "{error}");
+}
+
+/// `keyspaces` of 4 shards, of which each lacks one of three copies; so many more nodes than the two that
+/// hold them.
+fn many_lacking(keyspaces: u64, spare: u64) -> State {
+    let mut state = State::default();
+    let sessions: Vec<u64> =
+        (1..=spare + 2).map(|node| state.connect(&hello(node, &format!("a:{node}")), false, 10).unwrap().0).collect();
+    let spec = KeyspaceSpec { shards: 4, replicas: 3, ..KeyspaceSpec::default() };
+    let nodes = vec![vec![NodeId(1), NodeId(2)]; 4];
+    for id in 1..=keyspaces {
+        let name = format!("ks{id}");
+        state.install(Catalog::first(KeyspaceId(id), &name, spec.clone(), &nodes, 1_000, 1), Delivery::Push);
+        let of = |node: u64| {
+            let shards = (0..4).map(move |shard| (shard, shard * 2 + node));
+            let one = move |(shard, replica): (u64, u64)| ReplicaReport {
+                keyspace: KeyspaceId(id),
+                shard: ShardId(shard as u32),
+                ..replica_report(replica, 1)
+            };
+            shards.map(one).collect::<Vec<_>>()
+        };
+        for node in [1, 2] {
+            assert!(report(&mut state, node, sessions[node as usize - 1], of(node), 20).is_empty());
+        }
+    }
+    for node in state.nodes.values_mut() {
+        node.max_replicas = 100_000;
+    }
+    state
+}
+
+#[test]
+fn decisions_that_are_not_written_yet_do_not_all_choose_one_node() {
+    let mut state = many_lacking(50, 25);
+    let mut chosen: BTreeMap<NodeId, usize> = BTreeMap::new();
+    // Each is decided before any other is known.
+    for id in 1..=50 {
+        let Advance::Write(next) = state.decide(KeyspaceId(id), 100, 5_000, 3) else { panic!("{id}: no copy begins") };
+        assert!(state.hold_places(&next).is_some());
+        *chosen.entry(next.plan.unwrap().targets[0].node).or_default() += 1;
+    }
+    assert_eq!(chosen.len(), 25);
+    assert!(chosen.values().all(|count| *count == 2), "{chosen:?}");
+}
+
+#[test]
+fn a_node_makes_few_copies_at_a_time() {
+    let mut state = many_lacking(50, 5);
+    let mut chosen: BTreeMap<NodeId, usize> = BTreeMap::new();
+    for id in 1..=50 {
+        if let Advance::Write(next) = state.decide(KeyspaceId(id), 100, 5_000, 3) {
+            state.hold_places(&next);
+            *chosen.entry(next.plan.unwrap().targets[0].node).or_default() += 1;
+        }
+    }
+    assert!(chosen.len() == 5 && chosen.values().all(|count| *count == COPIES_PER_NODE_MAX), "{chosen:?}");
+    // What is held is given back with the version's fate; then the next ones have their turn.
+    for hold in 1..=20 {
+        state.loads.give_back(hold);
+    }
+    assert!(matches!(state.decide(KeyspaceId(50), 100, 5_000, 3), Advance::Write(_)));
+    // A drain is not refused because its copies have to wait.
+    let busy = state.loads.hold((3..=7).flat_map(|node| [NodeId(node); COPIES_PER_NODE_MAX]), true, 0);
+    assert!(matches!(state.decide(KeyspaceId(50), 100, 5_000, 3), Advance::Wait(_)));
+    let catalog = state.keyspaces[&KeyspaceId(50)].catalog.clone();
+    assert!(state.copy_target(&catalog, ShardId(0), 5_000).is_some());
+    state.loads.give_back(busy);
+}
+
+/// A look at 1,000 keyspaces that lack copies: each looks at every node once, with and without room, and
+/// none at other keyspaces.
+#[test]
+fn a_look_at_many_keyspaces_that_lack_copies_is_bounded() {
+    let nodes = 12;
+    for room in [true, false] {
+        let mut state = many_lacking(1_000, nodes - 2);
+        if !room {
+            state.nodes.values_mut().for_each(|node| node.max_replicas = 0);
+        }
+        state.looks.set(0);
+        let began = std::time::Instant::now();
+        for id in 1..=1_000 {
+            let decided = state.decide(KeyspaceId(id), 100, 5_000, 3);
+            assert_eq!(matches!(decided, Advance::Write(_)), room, "{decided:?}");
+        }
+        let looks = state.looks.get();
+        println!("room {room}: {looks} nodes looked at, {:?} for 1,000 keyspaces", began.elapsed());
+        assert!(looks <= 1_000 * nodes, "{looks}");
+    }
+}
+
+#[test]
+fn what_is_over_is_forgotten_and_what_is_not_stays() {
+    let (mut state, one, two) = two_nodes();
+    report(&mut state, 1, one, vec![replica_report(1, 1)], 20);
+    // The report of a replica that is gone for good goes with it.
+    let mut without = catalog().next(2_000, 2);
+    without.placement.remove(0);
+    without.removed.push(ReplicaId(1));
+    state.install(without, Delivery::Push);
+    assert!(state.keyspaces[&KS].reports.is_empty() && state.keyspaces[&KS].reporters.is_empty());
+    // A node that is away for long and holds nothing; not one that is away for long and holds something.
+    state.disconnect(NodeId(1), one, 100);
+    state.disconnect(NodeId(2), two, 100);
+    let late = 100 + NODE_FORGOTTEN_AFTER.as_micros() as u64;
+    state.connect(&hello(3, "a:3"), false, late - 1).unwrap();
+    assert!(state.nodes.contains_key(&NodeId(1)), "too early");
+    state.connect(&hello(4, "a:4"), false, late).unwrap();
+    assert_eq!(state.nodes.keys().copied().collect::<Vec<_>>(), [NodeId(2), NodeId(3), NodeId(4)]);
+    // A deleted keyspace, some time after it was deleted and after this master has learned of it.
+    let kept_us = 1_000_000;
+    let (long, at_once) = (Duration::from_secs(600), Duration::ZERO);
+    assert!(!state.forget_deleted(KS, u64::MAX, kept_us, at_once), "it serves");
+    let deleted = Catalog { state: KeyspaceState::Deleted, ..state.keyspaces[&KS].catalog.next(3_000, 3) };
+    state.install(deleted, Delivery::Push);
+    assert!(!state.forget_deleted(KS, u64::MAX, kept_us, long), "nodes have to hear of it first");
+    assert!(!state.forget_deleted(KS, 3_000 + kept_us - 1, kept_us, at_once));
+    assert!(state.forget_deleted(KS, 3_000 + kept_us, kept_us, at_once));
+    assert!(state.keyspaces.is_empty());
+    // A node that names it has it looked up again.
+    let three = state.connect(&hello(3, "a:3"), false, late).unwrap().0;
+    assert_eq!(report(&mut state, 3, three, vec![replica_report(1, 1)], late), [Odd::UnknownKeyspace(KS)]);
 }

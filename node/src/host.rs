@@ -35,6 +35,7 @@ use crate::clock::SharedClock;
 use crate::core::NodeCore;
 use crate::engine::EngineShared;
 use crate::grow::{Build, fresh_progress};
+use crate::old_copy;
 use crate::past::{self, Candidate, Candidates, Without};
 use crate::replica::authority::Standing;
 use crate::replica::job::{Control, ReplicaError, Role};
@@ -101,6 +102,8 @@ struct Told {
     phase: Option<ReplicaPhase>,
     source: Option<SourceProgress>,
     cleaned: BTreeSet<PlanId>,
+    /// Replicas that left, of which it has taken over what they had shipped, as far as that is possible.
+    took_from_bucket: BTreeSet<ReplicaId>,
 }
 
 impl Told {
@@ -261,6 +264,7 @@ impl Host {
             cleaned: told.cleaned.iter().copied().collect(),
             replication: self.duties.lock().as_ref().map(|duties| duties.report()).unwrap_or_default(),
         };
+        report.replication.took_from_bucket = told.took_from_bucket.iter().copied().collect();
         if let Some(ship) = &*self.ship.lock() {
             report.shipped_lsn = Lsn(ship.positions.shipped.load(Ordering::Acquire));
             report.manifest_lsn = Lsn(ship.positions.manifest.load(Ordering::Acquire));
@@ -454,7 +458,7 @@ impl Runner {
             }
         };
         let Some(plan) = self.bucket_plan(&catalog) else {
-            return Ok(Some((self.open_local(&catalog).await?, catalog)));
+            return Ok(Some((self.open_what_is_here(&catalog).await?, catalog)));
         };
         let progress = Arc::new(Mutex::new(fresh_progress(plan)));
         *self.target.lock() = Some(progress.clone());
@@ -567,6 +571,32 @@ impl Runner {
             },
             (_, None) => Ok(Candidates::default()),
         }
+    }
+
+    /// Opens the replica from its directory, unless the bucket knows that this is not its last one. Only
+    /// what ships knows itself in the bucket; the others know each other.
+    async fn open_what_is_here(&self, catalog: &Catalog) -> Result<Replica, String> {
+        let tenant = &self.tenant;
+        let shipper = catalog.shard(tenant.shard).and_then(|shard| shard.shipper());
+        if shipper.is_none_or(|one| one.replica != tenant.replica) {
+            return self.open_local(catalog).await;
+        }
+        let owner = Owner { keyspace: tenant.keyspace, shard: tenant.shard, replica: tenant.replica };
+        let shipped = ship::shipped_by(&tenant.dir);
+        let bucket = &self.context.bucket;
+        if !database_dir(&tenant.dir).join("CURRENT").exists() {
+            // Nothing is made anew that has been there.
+            return match old_copy::held_beyond(bucket, owner, shipped, Lsn(0)).await {
+                Some(held) => Err(old_copy::reason(held, Lsn(0))),
+                None => self.open_local(catalog).await,
+            };
+        }
+        let replica = self.open_local(catalog).await?;
+        // The last record says that it was opened.
+        let end = Lsn(replica.settled_lsn().0.saturating_sub(1));
+        let Some(held) = old_copy::held_beyond(bucket, owner, shipped, end).await else { return Ok(replica) };
+        replica.stop().await;
+        Err(old_copy::reason(held, end))
     }
 
     #[tracing::instrument(name = "open a replica", skip_all, fields(keyspace = self.tenant.keyspace.0, shard = self.tenant.shard.0))]
@@ -744,6 +774,7 @@ impl Runner {
             self.told.lock().source = None;
             background.lock().checkpoint = None;
             ship.positions.needed_after.store(u64::MAX, Ordering::Release);
+            ship.positions.needed_from_bucket.store(false, Ordering::Release);
             return;
         };
         {
@@ -762,6 +793,8 @@ impl Runner {
         let pinned = source.manifest.as_ref();
         let needed = pinned.map_or(0, |manifest| manifest.lsn.0);
         ship.positions.needed_after.store(needed, Ordering::Release);
+        // A copy follows its source like any other replica; the targets of a grow know the bucket.
+        ship.positions.needed_from_bucket.store(plan.moving().is_some(), Ordering::Release);
         if plan.step == Step::Prepare && background.lock().checkpoint.replace(plan.id) != Some(plan.id) {
             let (this, ship, plan) = (self.clone(), ship.clone(), plan.clone());
             tokio::spawn(async move {
@@ -951,6 +984,9 @@ impl Runner {
         catalog: &Arc<Catalog>,
         background: &Arc<Mutex<Background>>,
     ) {
+        let left = |id: &ReplicaId| catalog.unsealed.iter().any(|one| one.replica == *id);
+        background.lock().drained.retain(left);
+        self.told.lock().took_from_bucket.retain(left);
         if !catalog.is_primary(replica.id) {
             return;
         }
@@ -970,7 +1006,12 @@ impl Runner {
                     cancel: this.cancel.clone(),
                 };
                 loop {
-                    match bootstrap.join_what_was_shipped(&replica, left, shards).await {
+                    let taken = bootstrap.join_what_was_shipped(&replica, left, shards).await;
+                    if taken.as_ref().map_or_else(|error| !error.is_transient(), |_| true) {
+                        this.told.lock().took_from_bucket.insert(left);
+                        this.context.core.report.notify_one();
+                    }
+                    match taken {
                         Ok(lsn) => {
                             tracing::info!(
                                 keyspace = replica.keyspace.0,

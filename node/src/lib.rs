@@ -18,6 +18,7 @@ pub mod lease;
 pub mod manager;
 pub mod node;
 pub mod node_dir;
+mod old_copy;
 pub mod open_files;
 pub mod past;
 pub mod pause;

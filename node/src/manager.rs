@@ -174,7 +174,7 @@ impl Manager {
                 .filter(|one| one.keyspace == catalog.keyspace && catalog.version >= one.version)
                 .filter(|one| !members.iter().any(|(_, replica, _)| *replica == one.replica))
                 .filter(|one| {
-                    one.building || catalog.state == KeyspaceState::Deleted || catalog.removed.contains(&one.replica)
+                    one.building || catalog.state == KeyspaceState::Deleted || catalog.is_removed(one.replica)
                 })
                 .collect()
         };

@@ -12,6 +12,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
+use vasto_core::address::{BadAddress, check_address};
 use vasto_core::ids::NodeId;
 use vasto_core::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX};
 use vasto_core::topology::NodeAddress;
@@ -87,6 +88,9 @@ pub enum NodeError {
          name the same bucket on both machines"
     )]
     OtherBucket(String),
+    /// The address that others are told.
+    #[error("{0}; say under which address others reach this node with --advertise HOST:PORT")]
+    Advertise(#[from] BadAddress),
     /// A thread.
     #[error("a thread could not be started: {0}; raise the limit of processes (ulimit -u) and start again")]
     Thread(std::io::Error),
@@ -137,6 +141,9 @@ impl Node {
     /// master, from what it remembers.
     pub async fn start(config: NodeConfig, shutdown: CancellationToken) -> Result<RunningNode, NodeError> {
         // A start that cannot serve leaves no trace.
+        if let Some(address) = &config.advertise {
+            check_address(address)?;
+        }
         let listen_failed = |source| NodeError::Listen { listen: config.listen, source };
         let listener = TcpListener::bind(config.listen).await.map_err(listen_failed)?;
         let listen = listener.local_addr().map_err(listen_failed)?;

@@ -44,6 +44,7 @@ use crate::binlog::BinlogError;
 use crate::clock::SharedClock;
 use crate::engine::{EngineError, EngineShared};
 use crate::node_dir::{DirError, read_json, write_json};
+use crate::old_copy::OLD_COPY;
 use crate::replica::Replica;
 use crate::replica::job::{ReplicaError, Role};
 
@@ -122,6 +123,10 @@ pub struct Positions {
     pub manifest: AtomicU64,
     /// A running plan needs the log after here; `u64::MAX` when none does, 0 until that is known.
     pub needed_after: AtomicU64,
+    /// Whoever needs it reads it from the bucket when it is not here any more.
+    pub needed_from_bucket: AtomicBool,
+    /// Chunks without a gap cover the log from here to what is shipped.
+    pub chained_from: AtomicU64,
     /// The log is at its cap and only a running plan keeps it: the plan has to end.
     pub over_cap: AtomicBool,
     /// The log is at its cap and only a follower keeps it: that one has to go.
@@ -157,9 +162,18 @@ struct ShipState {
     /// Chunks behind the last manifest.
     #[serde(default)]
     chunks: u64,
+    /// Chunks without a gap cover the log from here to what is shipped; not known of older versions.
+    #[serde(default)]
+    chained_from: Option<Lsn>,
     /// The log up to here was covered by what others had shipped when this replica went on behind them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     went_on_behind: Option<Lsn>,
+}
+
+impl ShipState {
+    fn chained_from(&self) -> Lsn {
+        self.chained_from.unwrap_or(self.shipped_lsn)
+    }
 }
 
 /// Notes for a replica that is not open yet that its log does not hold everything.
@@ -170,6 +184,12 @@ pub(crate) fn begin_with_a_checkpoint(dir: &Path) -> Result<(), DirError> {
 /// The same for a database that begins with the files of another keyspace's checkpoint.
 pub(crate) fn begin_with_files_of(dir: &Path, manifest: &str) -> Result<(), DirError> {
     begin(dir, Some(manifest.to_owned()))
+}
+
+/// Up to where a replica that is not open believes to have shipped.
+pub(crate) fn shipped_by(dir: &Path) -> Lsn {
+    let state: Option<ShipState> = read_json(&dir.join("ship.json")).ok().flatten();
+    state.unwrap_or_default().shipped_lsn
 }
 
 fn begin(dir: &Path, inherited: Option<String>) -> Result<(), DirError> {
@@ -306,6 +326,7 @@ pub fn start(context: ShipContext, cancel: CancellationToken) -> (ShipHandle, im
                 ShipState { began_full: true, ..ShipState::default() }
             }
         };
+        positions.chained_from.store(state.chained_from().0, Ordering::Release);
         positions.shipped.store(state.shipped_lsn.0, Ordering::Release);
         positions.manifest.store(state.manifest.as_ref().map_or(0, |manifest| manifest.lsn.0), Ordering::Release);
         let now = Instant::now();
@@ -447,9 +468,13 @@ impl Shipper {
     /// The next attempt is made a little later each time.
     fn fail(&mut self, error: &ShipError) {
         self.note(Some(error));
-        if matches!(error, ShipError::Lost(_)) {
-            self.distrust();
-            self.begin_checkpoint();
+        match error {
+            ShipError::Foreign(key) => self.give_up(key),
+            ShipError::Lost(_) => {
+                self.distrust();
+                self.begin_checkpoint();
+            }
+            _ => {}
         }
         self.pause = (self.pause * 2).min(BACKOFF_MAX);
         self.not_before = Instant::now() + self.pause.mul_f64(rand::random_range(0.5..1.0));
@@ -463,6 +488,21 @@ impl Shipper {
             retry_in_ms = self.pause.as_millis() as u64,
             "shipping failed"
         );
+    }
+
+    /// Another history of this replica is in the bucket: what is written here would never get there, and what
+    /// is there is not served. Nothing more is to be acknowledged on top of that.
+    fn give_up(&self, key: &str) {
+        let replica = &self.context.replica;
+        if replica.closed().is_none() {
+            let reason = format!(
+                "{OLD_COPY}, or another process uses a copy of it: {key} in the bucket was shipped by this replica and \
+                 holds other records; stop whatever uses a copy and put the newer data directory back, or have another \
+                 node take over what the bucket holds with `vasto node replace`"
+            );
+            tracing::error!(keyspace = replica.keyspace.0, shard = replica.shard.0, reason, "the replica closes");
+            replica.close(reason);
+        }
     }
 
     /// Ships what is there for those who wait for the bucket.
@@ -701,6 +741,7 @@ impl Shipper {
                 return Err(error.into());
             }
         }
+        self.state.chained_from = Some(self.state.chained_from());
         self.chunk_bytes = (self.chunk_bytes * 2).min(CHUNK_BYTES_MAX);
         self.state.shipped_lsn = last;
         self.state.previous = Some(key);
@@ -710,6 +751,8 @@ impl Shipper {
 
     fn save(&self) -> Result<(), ShipError> {
         write_json(&self.context.dir.join("ship.json"), &self.state)?;
+        // Never more than what there is without a gap.
+        self.positions.chained_from.store(self.state.chained_from().0, Ordering::Release);
         self.positions.shipped.store(self.state.shipped_lsn.0, Ordering::Release);
         if let Some(manifest) = &self.state.manifest {
             self.positions.manifest.store(manifest.lsn.0, Ordering::Release);

@@ -503,7 +503,7 @@ impl CatalogStore {
     }
 
     /// `None`: our bytes are there; else what is there instead.
-    async fn create<T: Serialize>(
+    pub(crate) async fn create<T: Serialize>(
         &self,
         key: &str,
         kind: &'static str,
@@ -530,7 +530,7 @@ impl CatalogStore {
 
     /// The greatest number that is there, given that all up to `known` are: doubling steps up, then
     /// halving steps back. One request when `known` is the last.
-    async fn last(&self, known: u64, key: impl Fn(u64) -> String) -> Result<u64, CatalogError> {
+    pub(crate) async fn last(&self, known: u64, key: impl Fn(u64) -> String) -> Result<u64, CatalogError> {
         let (mut known, mut step) = (known, 1u64);
         // Where the numbers end, there is nothing behind.
         let there = async |known: u64, step: u64| match known.checked_add(step) {
@@ -555,7 +555,11 @@ fn first_version(id: u64) -> String {
     layout::catalog_version(KeyspaceId(id), CatalogVersion(1))
 }
 
-fn decode<T: serde::de::DeserializeOwned>(kind: &'static str, key: &str, bytes: &[u8]) -> Result<T, CatalogError> {
+pub(crate) fn decode<T: serde::de::DeserializeOwned>(
+    kind: &'static str,
+    key: &str,
+    bytes: &[u8],
+) -> Result<T, CatalogError> {
     envelope::decode(kind, bytes).map_err(|source| CatalogError::Document { key: key.to_owned(), source })
 }
 

@@ -10,6 +10,11 @@ pub fn cluster() -> String {
     "cluster.json".to_owned()
 }
 
+/// The `n`th version of what is decided about the nodes, from 1.
+pub fn cluster_settings(n: u64) -> String {
+    format!("cluster/{n:020}")
+}
+
 /// Who may collect garbage: the term `n`.
 pub fn gc_term(n: u64) -> String {
     format!("gc-term/{n:020}")
@@ -133,7 +138,7 @@ pub(crate) fn is_of_the_cluster(key: &str) -> bool {
     key == cluster()
         || parse_catalog_version(key).is_some()
         || key.strip_prefix("names/").is_some_and(of_name)
-        || key.strip_prefix("gc-term/").is_some_and(|n| number(n).is_some())
+        || ["gc-term/", "cluster/"].iter().any(|folder| key.strip_prefix(folder).is_some_and(|n| number(n).is_some()))
 }
 
 /// Is it the key of anything that Vasto writes?

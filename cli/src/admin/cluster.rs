@@ -1,4 +1,4 @@
-//! `vasto node list` and `vasto cluster status`.
+//! `vasto node` and `vasto cluster`.
 
 use std::time::Duration;
 
@@ -20,12 +20,26 @@ pub async fn node(args: &Node, format: OutputFormat) -> anyhow::Result<()> {
     let vasto = connect::connect(&args.connect).await?;
     let (started, no_wait) = match &args.command {
         NodeCommand::List => return list_nodes(&vasto, format).await,
+        NodeCommand::Cordon(one) => return cordon(&vasto, &one.node, true, format).await,
+        NodeCommand::Uncordon(one) => return cordon(&vasto, &one.node, false, format).await,
+        NodeCommand::Replace(replace) if replace.accept_loss => {
+            (vasto.start_giving_up_node(&replace.node, replace.with.as_deref()).await, replace.no_wait)
+        }
         NodeCommand::Replace(replace) => {
             (vasto.start_emptying_node(&replace.node, replace.with.as_deref(), true).await, replace.no_wait)
         }
         NodeCommand::Drain(drain) => (vasto.start_emptying_node(&drain.node, None, false).await, drain.no_wait),
     };
     resize::wait(&vasto, connect::operation(started)?, no_wait, format).await
+}
+
+async fn cordon(vasto: &Vasto, node: &str, cordoned: bool, format: OutputFormat) -> anyhow::Result<()> {
+    let now = connect::document(vasto.cordon_node(node, cordoned).await)?;
+    match format {
+        OutputFormat::Json => output::print_json(&now)?,
+        OutputFormat::Table => output::print(&listing(&Value::Array(vec![now])))?,
+    }
+    Ok(())
 }
 
 async fn list_nodes(vasto: &Vasto, format: OutputFormat) -> anyhow::Result<()> {
@@ -58,7 +72,10 @@ fn listing(nodes: &Value) -> String {
             column("node_id"),
             column("address"),
             column("zone"),
-            column("state"),
+            match node["cordoned"].as_bool() {
+                Some(true) => format!("{}, cordoned", column("state")),
+                _ => column("state"),
+            },
             column("replicas"),
             bytes(&node["disk_used"]),
             bytes(&node["disk_free"]),
@@ -115,14 +132,14 @@ mod tests {
     fn a_status_shows_nodes_keyspaces_and_warnings() {
         let mut status = json!({
             "cluster_id": "c-1", "term": 0, "master": {"bucket": "file:///b"},
-            "nodes": [{"node_id": "n-1", "address": "127.0.0.1:1", "zone": "a", "state": "alive", "replicas": 2,
+            "nodes": [{"node_id": "n-1", "address": "127.0.0.1:1", "zone": "a", "state": "alive", "cordoned": true, "replicas": 2,
                 "disk_used": 1024, "disk_free": null}],
             "keyspaces": [{"name": "users"}], "warnings": ["n-2 is away"],
         });
         let text = overview(&status);
         for part in [
             "cluster c-1, bucket file:///b\n",
-            "n-1   127.0.0.1:1  a     alive         2    1.0 KiB          -\n",
+            "n-1   127.0.0.1:1  a     alive, cordoned         2    1.0 KiB          -\n",
             "users",
             "\nwarning: n-2 is away\n",
         ] {

@@ -105,7 +105,7 @@ async fn follow(vasto: &Vasto, id: &str, started: &Value) -> anyhow::Result<Valu
             progress.finish(&summary(&name, &now));
             return Ok(now);
         }
-        set_step(&mut progress, &mut step, &name, &text(&now["step"]));
+        set_step(&mut progress, &mut step, &name, &doing(&now));
         let total = now["bytes_total"].as_u64().filter(|total| *total > 0);
         progress.set(now["bytes_done"].as_u64().unwrap_or_default(), total);
     }
@@ -115,6 +115,15 @@ fn set_step(progress: &mut Progress, step: &mut String, name: &str, now: &str) {
     if step != now {
         now.clone_into(step);
         progress.label(format!("{name} {now}"));
+    }
+}
+
+/// The step, and what it waits for when nothing moves.
+fn doing(now: &Value) -> String {
+    let moves = now["bytes_done"].as_u64() < now["bytes_total"].as_u64();
+    match now["waiting_for"].as_str() {
+        Some(what) if !moves => format!("{}, waiting for {what}", text(&now["step"])),
+        _ => text(&now["step"]),
     }
 }
 
@@ -164,6 +173,15 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part:?} is not in:\n{text}");
         }
+    }
+
+    #[test]
+    fn the_progress_says_what_is_waited_for() {
+        let mut now = json!({"step": "2 replicas left", "waiting_for": "a node", "bytes_done": 0, "bytes_total": 0});
+        assert_eq!(doing(&now), "2 replicas left, waiting for a node");
+        now["bytes_total"] = json!(9);
+        assert_eq!(doing(&now), "2 replicas left", "it moves");
+        assert_eq!(doing(&json!({"step": "tail", "waiting_for": null})), "tail");
     }
 
     #[test]

@@ -560,6 +560,7 @@ json_calls! {
     evict_replica(v1::EvictRequest);
     restore_keyspace(v1::RestoreRequest);
     empty_node(v1::EmptyNodeRequest);
+    cordon_node(v1::CordonNodeRequest);
     check_bucket(v1::CheckBucketRequest);
     collect_garbage(v1::CollectGarbageRequest);
     repair_bucket(v1::RepairBucketRequest);

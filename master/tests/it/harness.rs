@@ -20,6 +20,8 @@ pub fn config(bucket_url: &str) -> MasterConfig {
         bucket_options: BucketOptions::default(),
         listen: "127.0.0.1:0".parse().unwrap(),
         node_silence: Duration::from_secs(10),
+        // The nodes of most tests speak, but do not listen.
+        dial_back: false,
         replace_after: Duration::ZERO,
         retention: Default::default(),
         gc_interval: Duration::ZERO,

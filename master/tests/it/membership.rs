@@ -145,3 +145,40 @@ async fn a_master_stops_with_open_streams_and_says_what_is_in_its_way() {
     assert!(began.elapsed() < Duration::from_secs(5), "a stop does not wait for streams to end by themselves");
     while let Ok(Some(_)) = within("the end of the watch", topologies.message()).await {}
 }
+
+/// The master connects to where a node says that others reach it.
+#[tokio::test]
+async fn a_node_that_cannot_be_reached_where_it_says_is_refused() {
+    let master = TestMaster::with(MasterConfig { dial_back: true, ..config("memory://membership-dial") }).await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let at = |address: &str| v1::Hello { address: address.into(), ..hello(1) };
+    for (address, says) in [
+        ("localhost", "has no port"),
+        ("a b:1", "has no usable host"),
+        ("127.0.0.1:0", "has no usable port"),
+        ("0.0.0.0:80", "leads others to themselves"),
+        ("no-such-host.invalid:8279", "cannot connect to no-such-host.invalid:8279"),
+    ] {
+        let refused = rejection(&master.url, at(address)).await;
+        assert!(refused.reason.contains(says) && refused.reason.contains("--advertise"), "{refused:?}");
+    }
+    let _node = Session::join(&master.url, at(&address)).await;
+    // It answers nothing, so the keyspace is there long before its creation is answered.
+    tokio::select! {
+        created = master.create("ks", 1) => panic!("{created:?}"),
+        _ = eventually("the keyspace", async || master.describe("ks").await.ok()) => {}
+    }
+    // One that holds something goes on with it; it gets nothing more, and people are told.
+    let status = master.status().await;
+    assert!(!status["warnings"].to_string().contains("cannot be reached"), "{status}");
+    drop(listener);
+    let again = Session::join(&master.url, at(&address)).await;
+    let status = master.status().await;
+    assert!(status["warnings"].to_string().contains("cannot be reached at"), "{status}");
+    assert!(status["nodes"][0]["unreachable"].is_string(), "{status}");
+    let refused = master.create("more", 1).await.unwrap_err();
+    assert!(refused.message().contains("no live node"), "{refused:?}");
+    drop(again);
+    master.stop().await;
+}

@@ -1,4 +1,5 @@
-//! Follows the log of every source: chunks from the bucket first, then the live stream.
+//! Follows the log of every source: chunks from the bucket first, then the live stream; chunks again when
+//! the source does not hold any more what was not read in time.
 //!
 //! **Invariant:** the durable cursor of a source never passes a record that concerns this shard and
 //! is not stored here; what is reported to the master is the durable cursor.
@@ -33,9 +34,17 @@ pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildEr
         Arc::new(parking_lot::Mutex::new(plan.sources.iter().map(|source| (source.replica, u64::MAX)).collect()));
     let followers = plan.sources.iter().map(|source| {
         let cursor = cursors.get(&source.replica).copied();
-        let follower = Follower { build, source, filter, lags: Arc::clone(&lags), cursor: cursor.unwrap_or_default() };
+        let pinned = source.manifest.as_ref().map(|manifest| manifest.lsn);
+        let follower = Follower {
+            build,
+            source,
+            filter,
+            lags: Arc::clone(&lags),
+            cursor: cursor.unwrap_or_default(),
+            chunks: pinned.unwrap_or_default(),
+        };
         async move {
-            let known = source.manifest.as_ref().map(|manifest| manifest.lsn).zip(cursor);
+            let known = pinned.zip(cursor);
             match known {
                 Some((pinned, cursor)) if cursor >= pinned => follower.run().await,
                 _ => Err(BuildError::Bad(format!("the target has no cursor for shard {}", source.shard))),
@@ -51,6 +60,8 @@ struct Follower<'a> {
     filter: Filter,
     lags: Arc<parking_lot::Mutex<BTreeMap<ReplicaId, u64>>>,
     cursor: Lsn,
+    /// The chunks up to here are read, or concern nothing that is not; a chunk begins behind it.
+    chunks: Lsn,
 }
 
 impl Follower<'_> {
@@ -77,7 +88,7 @@ impl Follower<'_> {
     async fn read_chunks(&mut self) -> Result<(), BuildError> {
         loop {
             let key =
-                layout::chunk(self.build.replica.keyspace, self.source.shard, self.source.replica, self.cursor.next());
+                layout::chunk(self.build.replica.keyspace, self.source.shard, self.source.replica, self.chunks.next());
             let Some(bytes) = self.build.bucket.get(&key).await? else { return Ok(()) };
             {
                 let mut shown = self.build.progress.lock();
@@ -85,6 +96,10 @@ impl Follower<'_> {
                 shown.objects_read += 1;
             }
             let chunk = Chunk::decode(&bytes).map_err(|error| BuildError::Bad(format!("{key}: {error}")))?;
+            self.chunks = chunk.last_lsn;
+            if chunk.last_lsn <= self.cursor {
+                continue; // the stream was faster
+            }
             let mut entries = Vec::new();
             for record in chunk.records() {
                 let record = record.map_err(|error| BuildError::Bad(format!("{key}: {error}")))?;
@@ -154,8 +169,13 @@ impl Follower<'_> {
         };
         let mut frames = match client.tail(request).await {
             Ok(response) => response.into_inner(),
-            // The log does not reach back any more, and never will again.
+            // The log does not reach back any more: what is missing is in the bucket, or lost.
             Err(status) if status.code() == tonic::Code::FailedPrecondition => {
+                let before = self.cursor;
+                self.read_chunks().await?;
+                if self.cursor > before {
+                    return Ok(Err("the source has cut its log; going on from the bucket".into()));
+                }
                 return Err(BuildError::Bad(format!(
                     "the tail of shard {} is lost: {}",
                     self.source.shard,

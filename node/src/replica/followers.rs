@@ -197,6 +197,13 @@ impl Followers {
         inner.placed.iter().any(|id| inner.known.get(id).is_some_and(|follower| follower.covered >= lsn))
     }
 
+    /// The placed replicas that hold this log up to the LSN.
+    pub fn covered_by(&self, lsn: Lsn) -> Vec<ReplicaId> {
+        let inner = self.inner.lock();
+        let covers = |id: &&ReplicaId| inner.known.get(id).is_some_and(|follower| follower.covered >= lsn);
+        inner.placed.iter().filter(covers).copied().collect()
+    }
+
     /// The followers that were heard, for metrics.
     pub fn known(&self) -> Vec<(ReplicaId, Follower)> {
         self.inner.lock().known.iter().map(|(id, follower)| (*id, *follower)).collect()
@@ -296,6 +303,7 @@ mod tests {
         followers.progress(ReplicaId(3), Lsn(7), OwnSeq(7), Epoch(1));
         assert_eq!(followers.last(), Some((ReplicaId(9), Lsn(0))));
         assert!(followers.anybody_covers(Lsn(7)) && !followers.anybody_covers(Lsn(8)));
+        assert_eq!(followers.covered_by(Lsn(7)), [ReplicaId(3)]);
         followers.expect([ReplicaId(2), ReplicaId(3)], [ReplicaId(2), ReplicaId(3)]);
         assert_eq!(followers.covered_by_all(), Some(Lsn(4)));
         followers.expect([], []);

@@ -359,6 +359,7 @@ impl Duties {
     pub fn report(&self) -> ReplicationReport {
         let lag = self.pullers.lag();
         let state = self.state.lock();
+        let drained_by = state.last_lsn.map(|lsn| self.replica.followers().covered_by(lsn)).unwrap_or_default();
         ReplicationReport {
             ready: self.replica.is_ready() && self.replica.closed().is_none() && !self.replica.authority().is_stalled(),
             serving: Some(self.replica.authority().is_serving()),
@@ -367,7 +368,9 @@ impl Duties {
             lag_lsns: lag.lsns,
             lag_ms: lag.ms,
             took_over: state.took_over,
-            drained: state.last_lsn.is_some_and(|lsn| self.replica.followers().anybody_covers(lsn)),
+            drained: !drained_by.is_empty(),
+            drained_by,
+            took_from_bucket: Vec::new(),
             too_old: self.pullers.is_too_old(),
             evict: state.evict,
             // The manager knows what a closed one waits for.

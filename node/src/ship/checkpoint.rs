@@ -144,6 +144,9 @@ impl Shipper {
         match &done {
             Ok(_) => (self.checkpoint_pause, self.checkpoint_trouble) = (TICK, None),
             Err(error) => {
+                if let ShipError::Foreign(key) = error {
+                    self.give_up(key);
+                }
                 self.anew |= anew;
                 let passes = matches!(error, ShipError::Filling | ShipError::Stopped);
                 self.checkpoint_trouble = (!passes).then(|| error.to_string());
@@ -296,6 +299,8 @@ impl Shipper {
         self.uploaded.forget();
         self.state.chunks = self.state.chunks.saturating_sub(superseded);
         if lsn > self.state.shipped_lsn {
+            // What lies in between is in no chunk.
+            self.state.chained_from = Some(lsn);
             self.state.shipped_lsn = lsn;
             self.state.previous = Some(key);
         }

@@ -1,8 +1,9 @@
 //! Cuts the front of a replica's log when nobody needs it any more.
 //!
 //! **Invariant:** what goes is persisted in the database, covered by the bucket (while this replica ships; what
-//! is old enough for that while another one does), not needed by a running plan and read by every follower. At the byte cap the bucket's cover is given up;
-//! who else is in the way is named, and the master takes it out of the way.
+//! is old enough for that while another one does), not needed by a running plan and read by every follower. At
+//! the byte cap the bucket's cover is given up, but never behind what a plan needs: what that can read from the
+//! bucket goes, and the rest holds. Who else is in the way is named, and the master takes it out of the way.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -80,17 +81,22 @@ impl Cut {
         let (replica, positions, cap) = (self.replica.clone(), self.positions.clone(), self.cap);
         let shipped = Lsn(positions.shipped.load(Ordering::Acquire));
         let needed = Lsn(positions.needed_after.load(Ordering::Acquire));
+        let from_bucket = positions.needed_from_bucket.load(Ordering::Acquire);
+        let chained_from = Lsn(positions.chained_from.load(Ordering::Acquire));
         let ships = positions.does_ship();
         let old = self.ends.old(Instant::now(), self.replica.settled_lsn());
         let given_up = blocking(move || {
             let log = replica.log();
             let full = log.bytes() > cap;
+            let needed = needed_here(needed, full && from_bucket, chained_from, shipped);
             let followed = replica.followers().covered_by_all().unwrap_or(Lsn(u64::MAX));
             if full && log.bytes_after(replica.persisted_lsn()?) > FLUSH_WORTH_BYTES.min(cap / 4) {
                 replica.engine().flush()?;
             }
             let persisted = replica.persisted_lsn()?;
-            positions.over_cap.store(full && needed < persisted, Ordering::Release);
+            // What is about to be shipped or cut is not in the way.
+            let kept = if full { log.bytes_after(needed) } else { 0 };
+            positions.over_cap.store(kept > cap && needed < persisted, Ordering::Release);
             // Not what the log holds: the file that is written to stays even when everybody has read it.
             let unread = if full { log.bytes_after(followed) } else { 0 };
             positions.held_back.store(unread > cap, Ordering::Release);
@@ -115,9 +121,33 @@ impl Cut {
     }
 }
 
+/// The log after here is needed by a plan and nowhere else to be had. Whoever reads the log from the bucket
+/// when it is not here any more needs nothing that chunks without a gap cover. 0 is a plan whose checkpoint is
+/// still being made: that holds everything that is shipped by now.
+fn needed_here(needed: Lsn, from_bucket: bool, chained_from: Lsn, shipped: Lsn) -> Lsn {
+    match from_bucket && (needed == Lsn(0) || chained_from <= needed) && needed != Lsn(u64::MAX) {
+        true => needed.max(shipped),
+        false => needed,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn at_the_cap_a_plan_needs_only_what_the_bucket_does_not_hold() {
+        let here = |needed, from_bucket, chained_from, shipped| {
+            needed_here(Lsn(needed), from_bucket, Lsn(chained_from), Lsn(shipped)).0
+        };
+        assert_eq!(here(10, true, 0, 90), 90);
+        assert_eq!(here(10, true, 10, 90), 90);
+        assert_eq!(here(10, true, 11, 90), 10, "a record is in no chunk");
+        assert_eq!(here(0, true, 11, 90), 90);
+        assert_eq!(here(10, false, 0, 90), 10, "it is not read from there, or the log is not at its cap");
+        assert_eq!(here(10, true, 0, 5), 10);
+        assert_eq!(here(u64::MAX, true, 0, 90), u64::MAX, "nobody needs it");
+    }
 
     #[test]
     fn what_another_replica_may_not_have_shipped_yet_is_kept() {

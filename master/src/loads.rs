@@ -1,0 +1,138 @@
+//! What every node has to carry, kept with every catalog version instead of counted for each decision.
+//!
+//! **Invariant:** the sum over all keyspaces of what their last known version puts on each node, and of
+//! the places that decisions hold whose version is not known yet: two decisions that are made before
+//! either is written do not both count the same room.
+
+use std::collections::BTreeMap;
+
+use vasto_core::catalog::Catalog;
+use vasto_core::ids::{KeyspaceId, NodeId};
+use vasto_core::plan::{Reports, Step};
+
+/// What one node carries.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Load {
+    /// Replicas: placed, under construction, to be drained.
+    pub(crate) replicas: usize,
+    /// Those of them that are being made as copies.
+    pub(crate) copying: usize,
+    /// Bytes that these copies will have, at most.
+    pub(crate) promised: u64,
+}
+
+/// One replica's part of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Share {
+    node: NodeId,
+    copying: bool,
+    promised: u64,
+}
+
+/// The loads of all nodes.
+#[derive(Debug, Default)]
+pub(crate) struct Loads {
+    nodes: BTreeMap<NodeId, Load>,
+    shares: BTreeMap<KeyspaceId, Vec<Share>>,
+    held: BTreeMap<u64, Vec<Share>>,
+    last_hold: u64,
+}
+
+impl Loads {
+    /// What a node carries.
+    pub(crate) fn of(&self, node: NodeId) -> Load {
+        self.nodes.get(&node).copied().unwrap_or_default()
+    }
+
+    /// Counts a keyspace's newest version in the place of the one before.
+    pub(crate) fn count(&mut self, catalog: &Catalog, reports: &Reports) {
+        let shares = shares_of(catalog, reports);
+        shares.iter().for_each(|share| self.add(*share));
+        let before = self.shares.insert(catalog.keyspace, shares);
+        before.into_iter().flatten().for_each(|share| self.subtract(share));
+    }
+
+    /// A keyspace is not known any more.
+    pub(crate) fn forget(&mut self, keyspace: KeyspaceId) {
+        self.shares.remove(&keyspace).into_iter().flatten().for_each(|share| self.subtract(share));
+    }
+
+    /// Holds places on these nodes until they are given back; answers what to give back.
+    pub(crate) fn hold(&mut self, nodes: impl IntoIterator<Item = NodeId>, copying: bool, promised: u64) -> u64 {
+        let shares: Vec<Share> = nodes.into_iter().map(|node| Share { node, copying, promised }).collect();
+        shares.iter().for_each(|share| self.add(*share));
+        self.last_hold += 1;
+        self.held.insert(self.last_hold, shares);
+        self.last_hold
+    }
+
+    /// Gives held places back: the version is known now, or will not be.
+    pub(crate) fn give_back(&mut self, hold: u64) {
+        self.held.remove(&hold).into_iter().flatten().for_each(|share| self.subtract(share));
+    }
+
+    fn add(&mut self, share: Share) {
+        let load = self.nodes.entry(share.node).or_default();
+        load.replicas += 1;
+        load.copying += usize::from(share.copying);
+        load.promised = load.promised.saturating_add(share.promised);
+    }
+
+    fn subtract(&mut self, share: Share) {
+        let Some(load) = self.nodes.get_mut(&share.node) else { return };
+        load.replicas -= 1;
+        load.copying -= usize::from(share.copying);
+        load.promised = load.promised.saturating_sub(share.promised);
+        if load.replicas == 0 {
+            self.nodes.remove(&share.node);
+        }
+    }
+}
+
+/// Bytes of a shard, by the reports of its replicas.
+pub(crate) fn shard_bytes(catalog: &Catalog, shard: vasto_core::ids::ShardId, reports: &Reports) -> u64 {
+    let placed = catalog.shard(shard).into_iter().flat_map(|one| &one.replicas);
+    placed.filter_map(|one| Some(reports.get(&one.replica)?.bytes)).max().unwrap_or_default()
+}
+
+fn shares_of(catalog: &Catalog, reports: &Reports) -> Vec<Share> {
+    let plan = catalog.plan.as_ref().filter(|plan| plan.adds_member() && plan.step != Step::Committed);
+    let is_target = |id| plan.is_some_and(|plan| plan.targets.iter().any(|target| target.replica == id));
+    let members = catalog.members().into_iter();
+    members
+        .map(|(shard, one, _)| match is_target(one.replica) {
+            true => Share { node: one.node, copying: true, promised: shard_bytes(catalog, shard, reports) },
+            false => Share { node: one.node, copying: false, promised: 0 },
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vasto_core::catalog::{KeyspaceSpec, KeyspaceState};
+
+    fn catalog(id: u64, nodes: &[u64]) -> Catalog {
+        let nodes: Vec<NodeId> = nodes.iter().map(|id| NodeId(*id)).collect();
+        Catalog::first(KeyspaceId(id), "ks", KeyspaceSpec::default(), &[nodes], 1_000, 1)
+    }
+
+    #[test]
+    fn loads_follow_versions_and_holds() {
+        let mut loads = Loads::default();
+        let replicas = |loads: &Loads| [1, 2, 3].map(|node| loads.of(NodeId(node)).replicas);
+        loads.count(&catalog(1, &[1, 2]), &Reports::new());
+        loads.count(&catalog(2, &[2]), &Reports::new());
+        assert_eq!(replicas(&loads), [1, 2, 0]);
+        let hold = loads.hold([NodeId(3), NodeId(2)], true, 7);
+        assert_eq!(loads.of(NodeId(3)), Load { replicas: 1, copying: 1, promised: 7 });
+        loads.count(&catalog(1, &[1, 3]), &Reports::new());
+        assert_eq!(replicas(&loads), [1, 2, 2]);
+        loads.give_back(hold);
+        loads.give_back(hold);
+        assert_eq!(replicas(&loads), [1, 1, 1]);
+        loads.count(&Catalog { state: KeyspaceState::Deleted, ..catalog(1, &[1, 3]) }, &Reports::new());
+        loads.forget(KeyspaceId(2));
+        assert!(loads.nodes.is_empty());
+    }
+}

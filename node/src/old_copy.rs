@@ -1,0 +1,140 @@
+//! Recognises a directory that was put back from an old copy by what the bucket knows of the replica.
+//!
+//! A replica without peers has nobody else who knows more of it than itself. It ships only what is synced,
+//! so what the bucket holds ends before its log does; when the bucket holds more, the directory is not the
+//! one that has shipped it.
+//!
+//! **Invariant:** what a listing names counts only once it was read. A bucket that does not answer keeps
+//! nobody from serving: then the first object that is in the way tells.
+
+use std::time::Duration;
+
+use vasto_core::ids::Lsn;
+use vasto_shipping::RetryBudget;
+use vasto_shipping::bucket::{Bucket, BucketError};
+use vasto_shipping::chunk::Chunk;
+use vasto_shipping::layout::{self, Owner};
+use vasto_shipping::manifest::Manifest;
+
+/// The bucket is waited for so long before a replica is opened without its word.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What a replica is told that knows less of itself than the bucket does.
+pub(crate) fn reason(held: Lsn, end: Lsn) -> String {
+    let here = match end {
+        Lsn(0) => "there is nothing of it here".to_owned(),
+        end => format!("its log ends at record {end} here"),
+    };
+    format!(
+        "{OLD_COPY}: the bucket holds this replica up to record {held}, and {here}; stop the node and put its newer \
+         data directory back, or have another node take over what the bucket holds with `vasto node replace`"
+    )
+}
+
+/// How such a reason begins.
+pub(crate) const OLD_COPY: &str = "the data directory is an old copy";
+
+/// The end of what the bucket holds of a replica, if that is behind the end of its log. `shipped` is what
+/// the replica believes to have shipped. `None` also when the bucket does not say in time.
+pub(crate) async fn held_beyond(bucket: &Bucket, owner: Owner, shipped: Lsn, end: Lsn) -> Option<Lsn> {
+    let bucket = bucket.with_retry(RetryBudget::probe());
+    match tokio::time::timeout(PATIENCE, look(&bucket, owner, shipped, end)).await {
+        Ok(Ok(held)) => held,
+        Ok(Err(error)) => {
+            tracing::info!(%error, keyspace = owner.keyspace.0, shard = owner.shard.0, "the bucket does not say what it holds of a replica; it serves");
+            None
+        }
+        Err(_) => {
+            tracing::info!(
+                keyspace = owner.keyspace.0,
+                shard = owner.shard.0,
+                "the bucket is slow to say what it holds of a replica; it serves"
+            );
+            None
+        }
+    }
+}
+
+async fn look(bucket: &Bucket, owner: Owner, shipped: Lsn, end: Lsn) -> Result<Option<Lsn>, BucketError> {
+    let Owner { keyspace, shard, replica } = owner;
+    let listed = bucket.list(&layout::checkpoint_prefix(keyspace, shard, replica)).await?;
+    let newest = listed.iter().filter_map(|object| layout::parse_manifest_lsn(&object.key)).max();
+    if let Some(newest) = newest.filter(|newest| *newest > end) {
+        let found = bucket.get(&layout::manifest(keyspace, shard, replica, newest)).await?;
+        if found.and_then(|bytes| Manifest::decode(&bytes).ok()).is_some_and(|manifest| manifest.replica == replica) {
+            return Ok(Some(newest));
+        }
+    }
+    // Chunks are found by name: the next one begins behind the last record of this one.
+    let mut at = shipped;
+    while let Some(bytes) = bucket.get(&layout::chunk(keyspace, shard, replica, at.next())).await? {
+        let Ok(chunk) = Chunk::decode(&bytes) else { break };
+        if chunk.replica != replica || chunk.last_lsn <= at {
+            break;
+        }
+        at = chunk.last_lsn;
+        if at > end {
+            return Ok(Some(at));
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use vasto_core::ids::{Epoch, Incarnation, KeyspaceId, Origin, OwnSeq, ReplicaId, ShardId};
+    use vasto_core::record::{Body, KeyEntry, Record};
+    use vasto_shipping::BucketOptions;
+
+    const OWNER: Owner = Owner { keyspace: KeyspaceId(1), shard: ShardId(0), replica: ReplicaId(7) };
+
+    fn record(lsn: u64) -> Record {
+        Record {
+            lsn: Lsn(lsn),
+            synced_lsn: Lsn(lsn - 1),
+            commit_time: 1_000 + lsn,
+            floor: 0,
+            epoch: Epoch(1),
+            origin: Origin { replica: OWNER.replica, incarnation: Incarnation(1) },
+            own_seq: OwnSeq(lsn),
+            body: Body::data(vec![KeyEntry { key: b"k".to_vec(), entry: vec![1, 2] }]),
+        }
+    }
+
+    async fn ship(bucket: &Bucket, first: u64, last: u64) {
+        let chunk = Chunk {
+            keyspace: OWNER.keyspace,
+            shard: OWNER.shard,
+            replica: OWNER.replica,
+            first_lsn: Lsn(first),
+            last_lsn: Lsn(last),
+            previous: None,
+            records: (first..=last).flat_map(|lsn| record(lsn).encode()).collect(),
+        };
+        bucket
+            .create(&layout::chunk(OWNER.keyspace, OWNER.shard, OWNER.replica, Lsn(first)), chunk.encode())
+            .await
+            .unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_the_bucket_holds_beyond_the_end_of_a_log_tells_an_old_copy() {
+        let dir = tempfile::tempdir().unwrap();
+        let url = format!("file://{}", dir.path().display());
+        let bucket = Bucket::open(&url, &BucketOptions::default()).unwrap();
+        let beyond = async |shipped, end| held_beyond(&bucket, OWNER, Lsn(shipped), Lsn(end)).await;
+        assert_eq!(beyond(0, 0).await, None, "a new replica");
+        ship(&bucket, 1, 50).await;
+        ship(&bucket, 51, 90).await;
+        assert_eq!(beyond(90, 90).await, None);
+        assert_eq!(beyond(50, 95).await, None, "a crash came before it was noted that the last chunk is shipped");
+        assert_eq!(beyond(50, 60).await, Some(Lsn(90)));
+        assert_eq!(beyond(0, 0).await, Some(Lsn(50)), "nothing is left of it here");
+        // A stranger's object under a name of a manifest is no evidence.
+        let key = layout::manifest(OWNER.keyspace, OWNER.shard, OWNER.replica, Lsn(900));
+        bucket.create(&key, bytes::Bytes::from_static(b"{}")).await.unwrap();
+        assert_eq!(beyond(90, 95).await, None);
+    }
+}
