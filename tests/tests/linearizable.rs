@@ -8,7 +8,6 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -19,7 +18,7 @@ use serde_json::Value;
 use tokio::task::JoinSet;
 use vasto_client::{Ack, Keyspace, Vasto};
 use vasto_tests::linear::{Judge, Judgement, Workload};
-use vasto_tests::{CatalogDir, Cluster, DEADLINE, Numbers, Port, Process, Ran, until, vasto_binary};
+use vasto_tests::{CatalogDir, Cluster, DEADLINE, Hosts, Numbers, Port, until};
 
 const KEYSPACE: &str = "linear";
 /// Clients, each with its own connections, and how many operations each has under way.

@@ -5,11 +5,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use serde_json::Value;
 use vasto_client::Vasto;
 use vasto_tests::netns::{SilentPort, available};
 use vasto_tests::replicas::converged_by;
-use vasto_tests::{CatalogDir, Cluster, DEADLINE, Port, Process, Ran, tool, until, vasto_binary};
+use vasto_tests::{Cluster, DEADLINE, Hosts, Port, Process, tool, until};
 
 /// A writer in the namespace of a host; its keys are the same as those of all others, its values not.
 fn writer(hosts: &Hosts, host: usize) -> Result<Process> {

@@ -9,10 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use serde_json::Value;
 use vasto_client::{Ack, ErrorKind, Keyspace, Outcome, ReadFrom, Vasto, WriteTo};
 use vasto_tests::replicas::converged_by;
-use vasto_tests::{CatalogDir, Cluster, DEADLINE, Port, Process, Ran, until, vasto_binary};
+use vasto_tests::{CatalogDir, Cluster, DEADLINE, Hosts, Port, until};
 
 /// Three nodes with a network of their own each, and one keyspace on them.
 struct Net {
