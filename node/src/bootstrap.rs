@@ -272,7 +272,8 @@ impl Bootstrap {
     /// that is not of the replica whose place is taken, or goes on behind what others have shipped, theirs too.
     ///
     /// # Errors
-    /// When a chunk is missing before the last one that was listed.
+    /// When a chunk is missing before the last one that was listed, of the replica whose place is taken or of
+    /// those behind whose objects its log goes on.
     pub async fn join_all(
         &self,
         replica: &Replica,
@@ -280,10 +281,13 @@ impl Bootstrap {
         whose: ReplicaId,
     ) -> Result<(), BootstrapError> {
         let Some((first, others)) = found.all.split_first() else { return Ok(()) };
+        let is_needed = |one: &Candidate| one.owner == first.owner || found.chain.contains(&one.owner.replica);
         let cursors = replica.tail_cursors()?;
         let at = cursors.into_iter().find(|(id, _)| *id == first.owner.replica).map_or(Lsn(0), |(_, lsn)| lsn);
         let mut logs = vec![Reading::behind(first, at)];
-        let mut others = Some(others);
+        // The one whose place is taken may have begun where another one's log ends. A gap in any other log says
+        // nothing of what it needs.
+        let mut others = Some(others).filter(|all| !all.is_empty());
         let mut set_aside = Some(&found.set_aside).filter(|all| !all.is_empty());
         while !logs.is_empty() {
             let (mut waiting, mut moved, mut gap) = (Vec::new(), false, None);
@@ -298,19 +302,20 @@ impl Bootstrap {
                     }
                     Joined::Gap(chunk) => {
                         moved |= log.at > from;
-                        (leans, gap) = (true, Some((owner, chunk)));
+                        leans = true;
+                        gap = gap.or(is_needed(log.one).then_some((owner, chunk)));
                         waiting.push(log);
                     }
                 }
             }
             logs = waiting;
-            // The one whose place is taken may have begun where another one's log ends.
             if let Some(others) = others.take_if(|_| leans) {
                 for one in others {
                     let base = one.base.as_ref().filter(|base| covers(&replica.vector(), &base.manifest.vector));
                     logs.push(Reading::behind(one, base.map_or(Lsn(0), |base| base.manifest.lsn)));
                 }
-            } else if let (false, Some((owner, first))) = (moved, gap) {
+            } else if !moved {
+                let Some((owner, first)) = gap else { break };
                 let Some(more) = set_aside.take() else {
                     let chunk = layout::chunk(owner.keyspace, owner.shard, owner.replica, first);
                     return Err(BootstrapError::Gap { shard: replica.shard, chunk });
@@ -319,6 +324,14 @@ impl Bootstrap {
                     told_of(one, first);
                     logs.push(Reading::behind(one, Lsn(0)));
                 }
+            }
+        }
+        // The numbers of records begin anew with each opening of their origin: what a checkpoint covers and no log
+        // has brought is found missing by its vector alone.
+        let held = replica.vector();
+        for one in found.all.iter().filter(|one| is_needed(one)) {
+            if let Some(base) = one.base.as_ref().filter(|base| !covers(&held, &base.manifest.vector)) {
+                return Err(BootstrapError::Gap { shard: replica.shard, chunk: base.key.clone() });
             }
         }
         self.count_what_logs_brought(replica, found).await

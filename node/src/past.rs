@@ -39,6 +39,8 @@ pub struct Candidate {
     pub base: Option<Base>,
     /// First LSNs of the chunks that were listed, rising.
     pub chunks: Vec<Lsn>,
+    /// Its chunks hold all of its log, and that begins with an empty shard.
+    pub from_the_start: bool,
     /// The log that was shipped reaches at least to here.
     pub end: Lsn,
     /// When the store got what was listed.
@@ -55,7 +57,8 @@ impl Candidate {
 
     /// Only some of its chunks.
     pub(crate) fn of_chunks(owner: Owner, chunks: Vec<Lsn>) -> Self {
-        Self { owner, base: None, chunks, end: Lsn(0), times: Times::default(), later: Vec::new() }
+        let (times, later) = (Times::default(), Vec::new());
+        Self { owner, base: None, chunks, from_the_start: false, end: Lsn(0), times, later }
     }
 
     /// Where its log begins to matter.
@@ -78,7 +81,7 @@ impl Candidate {
 
     /// True when nobody but itself is needed to read its log from the beginning.
     fn stands_alone(&self) -> bool {
-        self.base.is_some() || self.chunks.first() == Some(&Lsn(1))
+        self.base.is_some() || self.from_the_start
     }
 }
 
@@ -87,6 +90,8 @@ impl Candidate {
 pub struct Candidates {
     /// They.
     pub all: Vec<Candidate>,
+    /// The preferred ones, those behind whose objects their logs go on, and so on.
+    pub chain: Vec<ReplicaId>,
     /// What was shipped by replicas whose loss was accepted, and should be in the checkpoint of the first
     /// one. It is read only when records are missing without it: when another log goes on behind it.
     pub set_aside: Vec<Candidate>,
@@ -122,7 +127,9 @@ pub async fn candidates(
             continue;
         }
         let owner = Owner { keyspace, shard, replica };
-        let from_the_start = folder.chunks.first() == Some(&Lsn(1));
+        // The first record of its log may follow what another replica has shipped, which it began with.
+        let leans = history::begins_behind_another(bucket, owner, &folder).await?;
+        let from_the_start = folder.chunks.first() == Some(&Lsn(1)) && !leans;
         let newest = match history::newest_base(bucket, owner, &folder, until_us).await {
             Err(error) if from_the_start && !matches!(error, HistoryError::Bucket(_)) => {
                 tracing::warn!(%error, "no checkpoint can be read; the log is read from its beginning");
@@ -135,13 +142,12 @@ pub async fn candidates(
         found.later_us = found.later_us.into_iter().chain(later_us).min();
         // A log whose beginning is not there means nothing without a checkpoint, unless it goes on behind
         // what another replica has shipped.
-        let means_something =
-            newest.base.is_some() || from_the_start || history::begins_behind_another(bucket, owner, &folder).await?;
-        if means_something {
+        if newest.base.is_some() || from_the_start || leans {
             let end = folder.manifests.last().into_iter().chain(folder.chunks.last()).max();
             found.all.push(Candidate {
                 owner,
                 base: newest.base,
+                from_the_start,
                 end: end.copied().unwrap_or_default(),
                 chunks: folder.chunks,
                 times: folder.times,
@@ -180,6 +186,7 @@ pub async fn candidates(
         Some(one.owner) != first && !chain.contains(&one.owner.replica) && is_over
     };
     (found.set_aside, found.all) = found.all.into_iter().partition(is_over);
+    found.chain = chain;
     Ok(found)
 }
 
@@ -194,6 +201,8 @@ fn time_text(us: u64) -> String {
 struct Kept {
     all: Vec<KeptOne>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    chain: Vec<ReplicaId>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     set_aside: Vec<KeptOne>,
     later_us: Option<u64>,
 }
@@ -205,6 +214,8 @@ struct KeptOne {
     replica: ReplicaId,
     base: Option<String>,
     chunks: Vec<Lsn>,
+    #[serde(default)]
+    from_the_start: bool,
     end: Lsn,
     #[serde(default)]
     manifest_times: Vec<(Lsn, u64)>,
@@ -222,6 +233,7 @@ impl KeptOne {
             replica: one.owner.replica,
             base: one.base.as_ref().map(|base| base.key.clone()),
             chunks: one.chunks.clone(),
+            from_the_start: one.from_the_start,
             end: one.end,
             manifest_times: one.times.manifests.iter().map(|(lsn, at)| (*lsn, *at)).collect(),
             chunk_times: one.times.chunks.iter().map(|(lsn, at)| (*lsn, *at)).collect(),
@@ -244,7 +256,8 @@ impl KeptOne {
             let key = layout::manifest(owner.keyspace, owner.shard, owner.replica, lsn);
             later.push(Later::of(history::manifest_at(bucket, &key).await?.manifest));
         }
-        Ok(Candidate { owner, base, chunks: self.chunks, end: self.end, times, later })
+        let (chunks, from_the_start, end) = (self.chunks, self.from_the_start, self.end);
+        Ok(Candidate { owner, base, chunks, from_the_start, end, times, later })
     }
 }
 
@@ -255,7 +268,7 @@ pub async fn chosen(
     choose: impl Future<Output = Result<Candidates, BootstrapError>>,
 ) -> Result<Candidates, BootstrapError> {
     if let Some(kept) = read_json::<Kept>(path)? {
-        let mut found = Candidates { later_us: kept.later_us, ..Candidates::default() };
+        let mut found = Candidates { chain: kept.chain, later_us: kept.later_us, ..Candidates::default() };
         for one in kept.all {
             found.all.push(one.read(bucket).await?);
         }
@@ -269,7 +282,8 @@ pub async fn chosen(
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir).map_err(|source| BootstrapError::Io { path: dir.to_owned(), source })?;
     }
-    write_json(path, &Kept { all: kept(&found.all), set_aside: kept(&found.set_aside), later_us: found.later_us })?;
+    let (chain, later_us) = (found.chain.clone(), found.later_us);
+    write_json(path, &Kept { all: kept(&found.all), chain, set_aside: kept(&found.set_aside), later_us })?;
     Ok(found)
 }
 

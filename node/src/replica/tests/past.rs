@@ -789,3 +789,40 @@ async fn what_another_log_goes_on_behind_is_read_although_its_loss_was_accepted(
     }
     assert!(vasto_core::ids::covers(&d.vector(), &b.vector()));
 }
+
+/// A replica that took the place of a lost one ships from the first record of its own log behind what that one has
+/// shipped. Its log is not the whole shard: whoever takes its place in turn begins with the checkpoint of the first.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_begins_behind_another_one_is_not_the_whole_shard() {
+    let (one, two, bucket) = (member(1), member(2), bucket());
+    register_two(&bucket).await;
+    let a = block_in_place(|| one.create());
+    for n in 0..20 {
+        put_now(&a, &format!("k{n}"), "v");
+    }
+    checkpoint(&one, &a, &bucket).await;
+    let taken_by = async |rig: &Rig, whose: ReplicaId| {
+        let found = past::candidates(&bucket, KEYSPACE, a.shard, &[whose], Without::default(), None).await.unwrap();
+        let bootstrap = bootstrap_into(rig, &bucket, &rig.path);
+        assert_eq!(found.all[0].owner.replica, a.id, "it begins with nothing");
+        let (version, epoch) = (CatalogVersion(1), Epoch(1));
+        let owned: BandRange = Band::owned(1).into();
+        let adoption = Adoption { keyspace: KEYSPACE, replica: rig.replica, owned, version, epoch };
+        bootstrap.take(found.all[0].base.as_ref().unwrap(), adoption, Log::Joined).await.unwrap();
+        let replica = block_in_place(|| rig.open(&rig.path, true)).unwrap();
+        bootstrap.join_all(&replica, &found, whose).await.unwrap();
+        replica
+    };
+    let b = taken_by(&two, a.id).await;
+    put_now(&b, "of the second", "v");
+    chunk(&two, &b, &bucket).await;
+    assert_eq!(chunks_of(&bucket, &b).await, [layout::chunk(KEYSPACE, b.shard, b.id, Lsn(1))]);
+    let three = member(3);
+    let c = taken_by(&three, b.id).await;
+    for key in ["k0", "k19", "of the second"] {
+        assert_eq!(block_in_place(|| get(&c, key)).as_deref(), Some("v"), "{key}");
+    }
+    let restored = restore(&one, &bucket, None).await.unwrap();
+    assert_eq!((restored.get("k7").as_deref(), restored.get("of the second").as_deref()), (Some("v"), Some("v")));
+    restored.close().await;
+}
