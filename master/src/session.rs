@@ -115,7 +115,9 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
     let node = NodeId(hello.node_id);
     let mut registered = Registered { cluster: cluster.clone(), node, session, why: "its connection closed".into() };
     tracing::info!(%node, address = hello.address, zone = hello.zone, pid = hello.pid, "node registered");
-    cluster.state().reached(node, session, unreachable.clone());
+    if !is_member(&hello) {
+        cluster.state().reached(node, session, unreachable.clone());
+    }
 
     let welcome = v1::Welcome { cluster_id: own, bucket_url: cluster.bucket.url().to_owned() };
     if send(&outbound, master_message::Message::Welcome(welcome)).await.is_err() {
@@ -134,7 +136,7 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
             wake.notified().await;
         }
     };
-    let dialler = dial_until_reached(&cluster, node, session, &hello.address, unreachable);
+    let dialler = dial_until_reached(&cluster, node, session, &hello, unreachable);
     tokio::select! {
         why = reader => registered.why = why,
         () = writer => {}
@@ -143,24 +145,20 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
     }
 }
 
-/// Connects to where a node says that clients and other nodes reach it. A node that holds nothing is refused
+/// True for a node that was taken in before. Whether it is reached now says as much about the network around
+/// this master as about its address, and what it holds has to be served: it is never refused for that.
+fn is_member(hello: &v1::Hello) -> bool {
+    !hello.cluster_id.is_empty()
+}
+
+/// Connects to where a new node says that clients and other nodes reach it. One that holds nothing is refused
 /// when nothing answers there; one that does goes on with what it has, gets nothing more, and is told of in
 /// the status: `Ok(Some(why))`.
 async fn dial_back(cluster: &Cluster, hello: &v1::Hello) -> Result<Option<String>, String> {
-    if !cluster.settings.dial_back {
+    if !cluster.settings.dial_back || is_member(hello) {
         return Ok(None);
     }
-    let (attempts, pause) = DIALS;
-    let mut cause = String::new();
-    for attempt in 0..attempts {
-        if attempt > 0 {
-            tokio::time::sleep(pause).await;
-        }
-        match dial(&hello.address).await {
-            Ok(()) => return Ok(None),
-            Err(error) => cause = error,
-        }
-    }
+    let Err(cause) = dial(&hello.address).await else { return Ok(None) };
     if cluster.state().loads.of(NodeId(hello.node_id)).replicas > 0 {
         tracing::warn!(node = %NodeId(hello.node_id), address = hello.address, cause, "a node cannot be reached where it says");
         return Ok(Some(cause));
@@ -172,21 +170,44 @@ async fn dial_back(cluster: &Cluster, hello: &v1::Hello) -> Result<Option<String
     ))
 }
 
+/// More than one attempt: a connection that was just lost is no answer.
 async fn dial(address: &str) -> Result<(), String> {
-    match timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
-        Ok(Ok(_)) => Ok(()),
-        Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(format!("no answer within {} s", CONNECT_TIMEOUT.as_secs())),
+    let (attempts, pause) = DIALS;
+    let mut cause = String::new();
+    for attempt in 0..attempts {
+        if attempt > 0 {
+            tokio::time::sleep(pause).await;
+        }
+        cause = match timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
+            Ok(Ok(_)) => return Ok(()),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {} s", CONNECT_TIMEOUT.as_secs()),
+        };
     }
+    Err(cause)
 }
 
-/// Tries again until the node is reached; never ends.
-async fn dial_until_reached(cluster: &Cluster, node: NodeId, session: u64, address: &str, unreachable: Option<String>) {
-    let mut unreachable = unreachable;
-    while unreachable.is_some() {
-        tokio::time::sleep(DIAL_AGAIN).await;
-        unreachable = dial(address).await.err();
+/// Tries until the node is reached; never ends. A member is taken in before it was tried, so that nothing
+/// waits for an address that does not answer.
+async fn dial_until_reached(
+    cluster: &Cluster,
+    node: NodeId,
+    session: u64,
+    hello: &v1::Hello,
+    mut unreachable: Option<String>,
+) {
+    let mut untried = cluster.settings.dial_back && is_member(hello);
+    while untried || unreachable.is_some() {
+        if !untried {
+            tokio::time::sleep(DIAL_AGAIN).await;
+        }
+        let before = unreachable.take();
+        unreachable = dial(&hello.address).await.err();
+        if let (Some(cause), None) = (&unreachable, &before) {
+            tracing::warn!(%node, address = hello.address, cause, "a node cannot be reached where it says");
+        }
         cluster.state().reached(node, session, unreachable.clone());
+        untried = false;
     }
     std::future::pending().await
 }

@@ -4,8 +4,9 @@
 //! so what the bucket holds ends before its log does; when the bucket holds more, the directory is not the
 //! one that has shipped it.
 //!
-//! **Invariant:** what a listing names counts only once it was read. A bucket that does not answer keeps
-//! nobody from serving: then the first object that is in the way tells.
+//! **Invariant:** what a listing names counts only once it was read whole and says that it is this replica's.
+//! A bucket that does not answer, and an object that is damaged, keep nobody from serving: then the first
+//! object that is in the way tells.
 
 use std::time::Duration;
 
@@ -61,7 +62,9 @@ async fn look(bucket: &Bucket, owner: Owner, shipped: Lsn, end: Lsn) -> Result<O
     let newest = listed.iter().filter_map(|object| layout::parse_manifest_lsn(&object.key)).max();
     if let Some(newest) = newest.filter(|newest| *newest > end) {
         let found = bucket.get(&layout::manifest(keyspace, shard, replica, newest)).await?;
-        if found.and_then(|bytes| Manifest::decode(&bytes).ok()).is_some_and(|manifest| manifest.replica == replica) {
+        let place = |one: &Manifest| (one.keyspace, one.shard, one.replica, one.lsn);
+        let manifest = found.and_then(|bytes| Manifest::decode(&bytes).ok());
+        if manifest.is_some_and(|manifest| place(&manifest) == (keyspace, shard, replica, newest)) {
             return Ok(Some(newest));
         }
     }
@@ -69,7 +72,8 @@ async fn look(bucket: &Bucket, owner: Owner, shipped: Lsn, end: Lsn) -> Result<O
     let mut at = shipped;
     while let Some(bytes) = bucket.get(&layout::chunk(keyspace, shard, replica, at.next())).await? {
         let Ok(chunk) = Chunk::decode(&bytes) else { break };
-        if chunk.replica != replica || chunk.last_lsn <= at {
+        let place = (chunk.keyspace, chunk.shard, chunk.replica, chunk.first_lsn);
+        if place != (keyspace, shard, replica, at.next()) || chunk.last_lsn <= at {
             break;
         }
         at = chunk.last_lsn;
@@ -136,5 +140,9 @@ mod tests {
         let key = layout::manifest(OWNER.keyspace, OWNER.shard, OWNER.replica, Lsn(900));
         bucket.create(&key, bytes::Bytes::from_static(b"{}")).await.unwrap();
         assert_eq!(beyond(90, 95).await, None);
+        // Nor is a damaged chunk.
+        let key = layout::chunk(OWNER.keyspace, OWNER.shard, OWNER.replica, Lsn(91));
+        bucket.create(&key, bytes::Bytes::from_static(b"VASTOCHK, but then noise")).await.unwrap();
+        assert_eq!(beyond(90, 90).await, None);
     }
 }

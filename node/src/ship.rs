@@ -88,6 +88,17 @@ pub enum ShipError {
         "object {0} exists with other content: does another process use a copy of this data directory? Stop one of them"
     )]
     Foreign(String),
+    /// What is there instead tells nothing of this replica.
+    #[error(
+        "object {key} is in the way and not what this replica ships: {what}; `vasto bucket fsck` names what else is \
+         damaged, and `vasto keyspace checkpoint` goes on behind it"
+    )]
+    InTheWay {
+        /// The object.
+        key: String,
+        /// What is there.
+        what: String,
+    },
     /// A file of the checkpoint cannot be understood.
     #[error("the checkpoint cannot be described: {0}")]
     Checkpoint(String),
@@ -727,10 +738,15 @@ impl Shipper {
             Ok(Create::Exists(found)) => {
                 // Shipped before a crash that came before ship.json, or by an attempt whose answer was lost: the
                 // same records, perhaps fewer or more.
-                let found = Chunk::decode(&found).map_err(|_| ShipError::Foreign(key.clone()))?;
-                let ours = Chunk::decode(&encoded).map_err(|_| ShipError::Foreign(key.clone()))?;
+                let in_the_way = |what: String| ShipError::InTheWay { key: key.clone(), what };
+                let found = Chunk::decode(&found).map_err(|error| in_the_way(error.to_string()))?;
+                let ours = Chunk::decode(&encoded).map_err(|error| in_the_way(format!("what is here: {error}")))?;
+                let place = |chunk: &Chunk| (chunk.keyspace, chunk.shard, chunk.replica, chunk.first_lsn);
+                if place(&found) != place(&ours) {
+                    return Err(in_the_way("it belongs elsewhere".to_owned()));
+                }
                 let common = found.records.len().min(ours.records.len());
-                if found.replica != ours.replica || found.records[..common] != ours.records[..common] {
+                if found.records[..common] != ours.records[..common] {
                     return Err(ShipError::Foreign(key));
                 }
                 last = found.last_lsn;

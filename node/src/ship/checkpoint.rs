@@ -278,7 +278,13 @@ impl Shipper {
         if let Create::Exists(found) = self.context.bucket.create(&key, manifest.encode()).await? {
             // Written by this very opening before ship.json was: the same state, with its own objects.
             // Anything else is another history of this replica, and must not stand for this one.
-            let found = Manifest::decode(&found).map_err(|_| ShipError::Foreign(key.clone()))?;
+            // What cannot be read, or was put there for another one, is no history of this one at all.
+            let in_the_way = |what: String| ShipError::InTheWay { key: key.clone(), what };
+            let found = Manifest::decode(&found).map_err(|error| in_the_way(error.to_string()))?;
+            let place = |one: &Manifest| (one.keyspace, one.shard, one.replica, one.lsn);
+            if place(&found) != place(&manifest) {
+                return Err(in_the_way("it belongs elsewhere".to_owned()));
+            }
             if !same_state(&found, &manifest) {
                 return Err(ShipError::Foreign(key));
             }

@@ -274,6 +274,59 @@ async fn a_lost_or_stale_position_recovers_from_what_the_bucket_holds() {
     }
 }
 
+/// Only what this replica has shipped itself says that the directory is an old copy.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_object_in_the_way_closes_nobody_and_another_history_does() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let bucket = bucket();
+    let key = |first: Lsn| layout::chunk(replica.keyspace, replica.shard, replica.id, first);
+    let first = replica.settled_lsn().next();
+    let shipping = Shipping::start(&rig, &rig.path, &replica, &bucket, AT_ONCE);
+    until("what is there already", || shipping.shipped().next() >= first).await;
+    let next = shipping.shipped().next();
+    bucket.create(&key(next), bytes::Bytes::from_static(b"VASTOCHK, and then noise")).await.unwrap();
+    put_async(&replica, "a", 5).await;
+    until("the shipper to say what is in the way", || {
+        shipping.pace.trouble().is_some_and(|trouble| trouble.contains("is in the way"))
+    })
+    .await;
+    assert_eq!(replica.closed(), None);
+    put_async(&replica, "b", 5).await;
+    // A checkpoint goes on behind it.
+    let head = replica.settled_lsn();
+    shipping.handle.checkpoint(None).await.unwrap();
+    assert!(shipping.shipped() >= head);
+    shipping.stop().await;
+
+    let lsn = replica.settled_lsn().next();
+    let other = Record {
+        lsn,
+        synced_lsn: Lsn(lsn.0 - 1),
+        commit_time: 1,
+        floor: 0,
+        epoch: vasto_core::ids::Epoch(1),
+        origin: vasto_core::ids::Origin { replica: replica.id, incarnation: vasto_core::ids::Incarnation(1) },
+        own_seq: vasto_core::ids::OwnSeq(lsn.0),
+        body: vasto_core::record::Body::data(Vec::new()),
+    };
+    let chunk = Chunk {
+        keyspace: replica.keyspace,
+        shard: replica.shard,
+        replica: replica.id,
+        first_lsn: lsn,
+        last_lsn: lsn,
+        previous: None,
+        records: other.encode(),
+    };
+    bucket.create(&key(lsn), chunk.encode()).await.unwrap();
+    let shipping = Shipping::start(&rig, &rig.path, &replica, &bucket, AT_ONCE);
+    put_async(&replica, "c", 1).await;
+    until("the replica to close", || replica.closed().is_some()).await;
+    assert!(replica.closed().unwrap().contains("old copy"));
+    shipping.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_position_that_the_log_no_longer_reaches_is_replaced_by_a_checkpoint() {
     let rig = Rig::new();
