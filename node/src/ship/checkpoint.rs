@@ -197,7 +197,8 @@ impl Shipper {
         while chained && self.state.shipped_lsn < lsn {
             let before = self.state.shipped_lsn;
             match self.ship_chunk(lsn).await {
-                Err(ShipError::Log(BinlogError::TooOld { .. })) => break, // the checkpoint supersedes it
+                // The checkpoint supersedes it.
+                Err(ShipError::Log(BinlogError::TooOld { .. }) | ShipError::InTheWay { .. }) => break,
                 other => other?,
             }
             if self.state.shipped_lsn == before {
