@@ -273,7 +273,9 @@ fn log_lines_of_dev_name_the_node() {
     let mut logged = command();
     logged.stderr(std::fs::File::create(&log).unwrap());
     let mut dev = Dev::run(logged, data, &["--set", "log.filter=warn,vasto_node=debug"], dir);
-    dev.vasto(&["keyspace", "create", "ks1", "--shards", "2"]);
+    dev.vasto(&["keyspace", "create", "ks1", "--shards", "2", "--replicas", "2"]);
+    dev.vasto(&["kv", "put", "ks1", "k", "v"]);
+    dev.vasto(&["keyspace", "checkpoint", "ks1"]);
     dev.vasto(&["keyspace", "delete", "ks1", "--yes"]);
     assert_eq!(dev.terminate(), Some(0));
     let text = std::fs::read_to_string(&log).unwrap();
