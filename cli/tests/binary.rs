@@ -1,6 +1,7 @@
 //! The binary itself: exit codes, help, configuration. Having these tests also makes cargo build
 //! the binary, beside which the end-to-end tests look for it.
 #![allow(clippy::unwrap_used)]
+#![expect(clippy::disallowed_methods, reason = "these tests wait for processes without a runtime")]
 
 use std::{
     ffi::OsStr,

@@ -335,7 +335,7 @@ fn empty_leaving(view: &View<'_>, now_us: u64, nonce: u64) -> Option<Catalog> {
 fn is_empty_of(catalog: &Catalog, leaving: &Leaving) -> bool {
     let waits = catalog.unsealed.iter().any(|one| one.node == leaving.node);
     let holds = catalog.placement.iter().any(|shard| shard.replicas.iter().any(|one| one.node == leaving.node));
-    !holds && !(leaving.accept_loss && waits)
+    !(holds || (leaving.accept_loss && waits))
 }
 
 /// What keeps the members of a keyspace from being as many as they should be, and what can be done about

@@ -314,7 +314,7 @@ pub(crate) fn node_operations(state: &State) -> Vec<(u64, Value)> {
 }
 
 fn leaving_by(catalog: &Catalog, id: &str) -> Option<Leaving> {
-    catalog.leaving.iter().cloned().find(|leaving| leaving.operation_id() == id)
+    catalog.leaving.iter().find(|leaving| leaving.operation_id() == id).cloned()
 }
 
 /// One document for what the operation does in all keyspaces.

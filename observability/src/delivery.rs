@@ -3,7 +3,6 @@
 //! **Invariant:** what the exporters report goes on to the SDK unchanged.
 
 use std::{
-    future::Future,
     sync::Mutex,
     time::{Duration, Instant},
 };
@@ -81,12 +80,10 @@ impl<E> Told<E> {
 }
 
 impl<E: SpanExporter> SpanExporter for Told<E> {
-    fn export(&self, batch: Vec<SpanData>) -> impl Future<Output = OTelSdkResult> + Send {
-        async move {
-            let result = self.inner.export(batch).await;
-            self.tell(&result);
-            result
-        }
+    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
+        let result = self.inner.export(batch).await;
+        self.tell(&result);
+        result
     }
 
     fn shutdown_with_timeout(&self, timeout: Duration) -> OTelSdkResult {
@@ -103,12 +100,10 @@ impl<E: SpanExporter> SpanExporter for Told<E> {
 }
 
 impl<E: PushMetricExporter> PushMetricExporter for Told<E> {
-    fn export(&self, metrics: &ResourceMetrics) -> impl Future<Output = OTelSdkResult> + Send {
-        async move {
-            let result = self.inner.export(metrics).await;
-            self.tell(&result);
-            result
-        }
+    async fn export(&self, metrics: &ResourceMetrics) -> OTelSdkResult {
+        let result = self.inner.export(metrics).await;
+        self.tell(&result);
+        result
     }
 
     fn force_flush(&self) -> OTelSdkResult {

@@ -122,7 +122,7 @@ fn spawn(
 
 async fn server(network: &Network, host: Option<usize>, dir: &Path, args: &[&str]) -> Result<(Process, Value)> {
     let name = host.map_or("master".to_owned(), |host| format!("node-{host}"));
-    let mut process = spawn(network, host, &name, &vasto_binary(), dir, args)?;
+    let mut process = spawn(network, host, &name, vasto_binary(), dir, args)?;
     let ready = process.ready_line(DEADLINE).await?;
     Ok((process, ready))
 }
