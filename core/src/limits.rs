@@ -73,6 +73,10 @@ pub const DISK_RESERVE_PART: u64 = 20;
 pub const DISK_RESERVE_BYTES_MAX: u64 = 1024 * MIB as u64;
 /// A target that has begun nothing for so long although its node is there is given up.
 pub const TARGET_SILENT_MAX: Duration = Duration::from_secs(60);
+/// A node whose loss was accepted is taken for lost when it has been away for so long; until then what it alone
+/// holds may still be drained.
+pub const ACCEPTED_LOSS_AWAY: Duration = Duration::from_secs(15);
+
 /// A node that is away for so long and has no part in anything is forgotten.
 pub const NODE_FORGOTTEN_AFTER: Duration = Duration::from_secs(24 * 3_600);
 /// Nodes that are kept from getting replicas, at most.

@@ -159,6 +159,8 @@ pub fn hand_over(catalog: &Catalog, from: ReplicaId, to: ReplicaId, now_us: u64,
 pub struct Around<'a> {
     /// Is a node there?
     pub presence: &'a dyn Fn(NodeId) -> Presence,
+    /// Is a node away for so long that it does not come back in a moment?
+    pub long_gone: &'a dyn Fn(NodeId) -> bool,
     /// Is a node away for so long that its replicas are made anew elsewhere without being asked?
     pub lost: &'a dyn Fn(NodeId) -> bool,
     /// Which live node could take one more replica of a shard?
@@ -225,20 +227,25 @@ impl View<'_> {
             }
     }
 
+    fn is_drained(&self, replica: ReplicaId) -> bool {
+        self.replication(replica).is_some_and(|report| report.drained)
+    }
+
     /// Nothing is lost when its files go: another one serves and holds everything it has, or its loss was
     /// accepted and what it had shipped was taken over.
     fn may_go(&self, one: &Unsealed) -> bool {
         let others = || self.catalog.shard(one.shard).into_iter().flat_map(|shard| &shard.replicas);
-        let drained = self.replication(one.replica).filter(|report| report.drained);
-        if let Some(report) = drained {
+        if let Some(report) = self.replication(one.replica).filter(|_| self.is_drained(one.replica)) {
             // A node of an older version does not say who holds it.
             let holds = |id: ReplicaId| report.drained_by.is_empty() || report.drained_by.contains(&id);
             return others().any(|other| holds(other.replica) && self.serves(other));
         }
         let gone = Placed { replica: one.replica, node: one.node };
         let accepted = self.leaving_of(one.node).is_some_and(|leaving| leaving.accept_loss);
+        // One that is cut off for a moment goes on to be drained when it is back.
+        let is_over = (self.around.long_gone)(one.node) || (self.around.is_here(one.node) && self.is_given_up(&gone));
         accepted
-            && self.is_given_up(&gone)
+            && is_over
             && others().any(|other| {
                 self.serves(other)
                     && self
@@ -262,8 +269,13 @@ pub fn advance_members(
     let view = View { catalog, reports, around };
     if catalog.unsealed.iter().any(|one| view.may_go(one)) {
         let mut next = catalog.next(now_us, nonce);
-        next.unsealed.retain(|one| !view.may_go(one));
-        next.remove_for_good(catalog.unsealed.iter().filter(|one| view.may_go(one)).map(|one| one.replica));
+        let going: Vec<&Unsealed> = catalog.unsealed.iter().filter(|one| view.may_go(one)).collect();
+        next.unsealed.retain(|one| !going.contains(&one));
+        next.remove_for_good(going.iter().map(|one| one.replica));
+        // Of what nobody has drained, what nobody took over is given up.
+        let lost = going.iter().filter(|one| !view.is_drained(one.replica));
+        let version = next.version;
+        next.given_up.extend(lost.map(|one| GivenUp { replica: one.replica, version }));
         return Some(next);
     }
     for shard in &catalog.placement {

@@ -14,7 +14,12 @@ fn next(
     presence: impl Fn(NodeId) -> Presence,
     room: impl Fn(&Catalog, ShardId) -> Option<NodeId>,
 ) -> Option<Catalog> {
-    let around = Around { presence: &presence, lost: &|_| false, room: &room };
+    let around = Around {
+        presence: &presence,
+        long_gone: &|node| presence(node) == Presence::Gone,
+        lost: &|_| false,
+        room: &room,
+    };
     advance_members(catalog, reports, &around, NOW, 3)
 }
 
@@ -234,7 +239,12 @@ fn a_node_that_is_lost_for_long_is_replaced_when_there_is_room() {
     let dead = |node: NodeId| if node == NodeId(3) { Presence::Gone } else { Presence::Here(0) };
     let room: &dyn Fn(&Catalog, ShardId) -> Option<NodeId> = &|_, _| Some(NodeId(4));
     for (room, placed) in [(room, Some(vec![1, 2])), (&NOWHERE, None)] {
-        let around = Around { presence: &dead, lost: &|node| node == NodeId(3), room };
+        let around = Around {
+            presence: &dead,
+            long_gone: &|node| dead(node) == Presence::Gone,
+            lost: &|node| node == NodeId(3),
+            room,
+        };
         let next = advance_members(&catalog(), &calm, &around, NOW, 3);
         assert_eq!(next.as_ref().map(ids), placed);
     }
@@ -337,7 +347,8 @@ fn a_shard_that_lost_all_its_replicas_is_taken_over_once_all_of_them_are_given_u
     let to_three = |_: &Catalog, _: ShardId| Some(NodeId(3));
     let one = empty_node(&catalog, Leaving::new(NodeId(1), true, NOW), NOW, 2).unwrap();
     assert_eq!(next(&one, &Reports::new(), dead, to_three), None, "nobody gave the other one up");
-    let around = Around { presence: &dead, lost: &|_| false, room: &to_three };
+    let around =
+        Around { presence: &dead, long_gone: &|node| dead(node) == Presence::Gone, lost: &|_| false, room: &to_three };
     let waits = waits_for(&one, &Reports::new(), &around, NOW).unwrap();
     let way_out = format!("start {0} or give it up with `vasto node replace {0}`", NodeId(2));
     assert!(waits.contains("shard 0 of ks") && waits.contains(&way_out), "{waits}");
@@ -352,19 +363,20 @@ fn a_shard_that_lost_all_its_replicas_is_taken_over_once_all_of_them_are_given_u
     target.target = Some(progress);
     let reports = Reports::from([(ReplicaId(3), target)]);
     let away = |node: NodeId| if node.0 <= 2 { 90_000_000 } else { 0 };
-    let crate::plan::Advance::Write(done) = crate::plan::advance(&taking, &reports, away, NOW, 5) else {
+    let crate::plan::Advance::Write(done) = crate::plan::advance(&taking, &reports, away, |_| u64::MAX, NOW, 5) else {
         panic!("the take-over does not go on");
     };
     assert_eq!((ids(&done), done.unsealed.len()), (vec![3], 2), "both are drained should they return");
     // Without anybody who has room it says so.
-    let around = Around { presence: &dead, lost: &|_| false, room: &NOWHERE };
+    let around =
+        Around { presence: &dead, long_gone: &|node| dead(node) == Presence::Gone, lost: &|_| false, room: &NOWHERE };
     let waits = waits_for(&both, &Reports::new(), &around, NOW).unwrap();
     assert!(waits.contains("vasto serve node"), "{waits}");
 }
 
 #[test]
 fn what_cannot_go_on_says_what_it_waits_for_and_the_way_out() {
-    let around = |presence| Around { presence, lost: &|_| false, room: &NOWHERE };
+    let around = |presence| Around { presence, long_gone: &|_| false, lost: &|_| false, room: &NOWHERE };
     let waits = |catalog: &Catalog, reports: &Reports, presence| {
         waits_for(catalog, reports, &around(presence), NOW).unwrap_or_default()
     };
@@ -397,7 +409,7 @@ fn a_copy_that_failed_is_made_elsewhere_and_other_shards_have_their_turn() {
         let avoided = nodes_to_avoid(catalog, now_us);
         let room =
             move |_: &Catalog, _: ShardId| Some(if avoided.contains(&NodeId(2)) { NodeId(3) } else { NodeId(2) });
-        let around = Around { presence: &HERE, lost: &|_| false, room: &room };
+        let around = Around { presence: &HERE, long_gone: &|_| false, lost: &|_| false, room: &room };
         advance_members(catalog, &calm, &around, now_us, 3)
     };
     let failing = |started: &Catalog, now_us: u64| {
@@ -406,9 +418,14 @@ fn a_copy_that_failed_is_made_elsewhere_and_other_shards_have_their_turn() {
         progress.failed = Some("No space left on device".into());
         let mut report = calm[&ReplicaId(1)].clone();
         report.target = Some(progress);
-        let crate::plan::Advance::Write(next) =
-            crate::plan::advance(started, &Reports::from([(plan.targets[0].replica, report)]), |_| 0, now_us, 4)
-        else {
+        let crate::plan::Advance::Write(next) = crate::plan::advance(
+            started,
+            &Reports::from([(plan.targets[0].replica, report)]),
+            |_| 0,
+            |_| u64::MAX,
+            now_us,
+            4,
+        ) else {
             panic!("it does not end");
         };
         *next
@@ -502,7 +519,8 @@ fn what_a_replaced_node_alone_holds_is_given_up_once_the_bucket_was_read() {
     let mut whole = left;
     whole.spec.replicas = 2;
     assert_eq!(next(&whole, &reports(|_, _| {}), dead, NOWHERE), None);
-    let around = Around { presence: &dead, lost: &|_| false, room: &NOWHERE };
+    let around =
+        Around { presence: &dead, long_gone: &|node| dead(node) == Presence::Gone, lost: &|_| false, room: &NOWHERE };
     let waits = waits_for(&whole, &reports(|_, _| {}), &around, NOW).unwrap();
     assert!(waits.contains("taken over from the bucket"), "{waits}");
 }

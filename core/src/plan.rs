@@ -638,16 +638,18 @@ pub enum Advance {
 
 /// Decides the next catalog version of a keyspace.
 ///
-/// `away_us` answers how long a node has been unreachable (0 for a live one).
+/// `away_us` answers how long a node has been unreachable (0 for a live one), `here_us` how long a live one
+/// has been there.
 pub fn advance(
     catalog: &Catalog,
     reports: &Reports,
     away_us: impl Fn(NodeId) -> u64,
+    here_us: impl Fn(NodeId) -> u64,
     now_us: u64,
     nonce: u64,
 ) -> Advance {
     match &catalog.plan {
-        Some(plan) => advance_plan(catalog, plan, reports, away_us, now_us, nonce),
+        Some(plan) => advance_plan(catalog, plan, reports, away_us, here_us, now_us, nonce),
         None => advance_quarantines(catalog, reports, now_us, nonce),
     }
 }
@@ -686,6 +688,7 @@ fn advance_plan(
     plan: &Plan,
     reports: &Reports,
     away_us: impl Fn(NodeId) -> u64,
+    here_us: impl Fn(NodeId) -> u64,
     now_us: u64,
     nonce: u64,
 ) -> Advance {
@@ -734,12 +737,12 @@ fn advance_plan(
         }
     }
     match plan.step {
-        Step::Tail if plan.adds_member() => advance_copy(catalog, plan, reports, now_us, nonce),
+        Step::Tail if plan.adds_member() => advance_copy(catalog, plan, reports, here_us, now_us, nonce),
         Step::Tail if matches!(plan.kind, PlanKind::Restore { .. }) => {
             advance_restore(catalog, plan, reports, now_us, nonce)
         }
         Step::Prepare => advance_prepare(catalog, plan, reports, now_us, nonce),
-        Step::Tail => advance_tail(catalog, plan, reports, now_us, nonce),
+        Step::Tail => advance_tail(catalog, plan, reports, here_us, now_us, nonce),
         Step::Sealing => advance_sealing(catalog, plan, reports, now_us, nonce).unwrap_or_else(|| {
             if plan.seals_undone >= SEALS_UNDONE_MAX {
                 return abort_with(format!(
@@ -773,11 +776,18 @@ fn returned(plan: &Plan, reports: &Reports, away_us: impl Fn(NodeId) -> u64) -> 
 }
 
 /// A copy has no seal: it is placed once it follows the others closely.
-fn advance_copy(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce: u64) -> Advance {
+fn advance_copy(
+    catalog: &Catalog,
+    plan: &Plan,
+    reports: &Reports,
+    here_us: impl Fn(NodeId) -> u64,
+    now_us: u64,
+    nonce: u64,
+) -> Advance {
     for target in &plan.targets {
         let Some(progress) = target_progress(plan, target.replica, reports) else {
             let what = format!("the copy on {}", target.node);
-            return wait_to_begin(catalog, target, reports, what, now_us, nonce);
+            return wait_to_begin(catalog, target, reports, what, here_us(target.node), now_us, nonce);
         };
         if progress.stage != TargetStage::Tailing || progress.lag_lsns > TAIL_LAG_LSNS_MAX {
             return Advance::Wait(format!("the copy of shard {} to catch up", target.shard));
@@ -786,16 +796,20 @@ fn advance_copy(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, 
     Advance::Write(Box::new(commit(catalog, plan, reports, now_us, nonce)))
 }
 
-/// A node that is there and begins nothing cannot: its disk may not even take the version.
+/// A node that is there and begins nothing cannot: its disk may not even take the version. One that has only
+/// just come back, or opens what it has, says nothing of it yet.
 fn wait_to_begin(
     catalog: &Catalog,
     target: &Target,
     reports: &Reports,
     what: String,
+    here_us: u64,
     now_us: u64,
     nonce: u64,
 ) -> Advance {
-    if now_us.saturating_sub(catalog.written_at_us) <= TARGET_SILENT_MAX.as_micros() as u64 {
+    let opens = reports.get(&target.replica).is_some_and(|report| report.phase == ReplicaPhase::Opening);
+    let silent_us = now_us.saturating_sub(catalog.written_at_us).min(here_us);
+    if opens || silent_us <= TARGET_SILENT_MAX.as_micros() as u64 {
         return Advance::Wait(what);
     }
     let reason = format!("{} has not begun within {} s; its log says why", target.node, TARGET_SILENT_MAX.as_secs());
@@ -856,11 +870,18 @@ fn advance_prepare(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u6
     Advance::Write(Box::new(next))
 }
 
-fn advance_tail(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce: u64) -> Advance {
+fn advance_tail(
+    catalog: &Catalog,
+    plan: &Plan,
+    reports: &Reports,
+    here_us: impl Fn(NodeId) -> u64,
+    now_us: u64,
+    nonce: u64,
+) -> Advance {
     for target in &plan.targets {
         let Some(progress) = target_progress(plan, target.replica, reports) else {
             let what = format!("the target on {}", target.node);
-            return wait_to_begin(catalog, target, reports, what, now_us, nonce);
+            return wait_to_begin(catalog, target, reports, what, here_us(target.node), now_us, nonce);
         };
         if progress.stage != TargetStage::Tailing {
             return Advance::Wait(format!("shard {} to load its bands", target.shard));

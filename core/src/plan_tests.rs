@@ -4,6 +4,11 @@ use crate::catalog::KeyspaceSpec;
 
 const NODE: fn(u64) -> NodeId = NodeId;
 
+/// As the real one, for nodes that have always been there.
+fn advance(catalog: &Catalog, reports: &Reports, away_us: impl Fn(NodeId) -> u64, now_us: u64, nonce: u64) -> Advance {
+    super::advance(catalog, reports, away_us, |_| u64::MAX, now_us, nonce)
+}
+
 fn two_shards() -> Catalog {
     let spec = KeyspaceSpec { shards: 2, quarantine_ms: 1000, ..KeyspaceSpec::default() };
     Catalog::first(KeyspaceId(7), "ks1", spec, &[vec![NODE(1)], vec![NODE(2)]], 1_000, 1)
@@ -384,5 +389,12 @@ fn a_target_whose_node_is_there_and_begins_nothing_is_given_up() {
         assert_eq!((undone.plan, &undone.operations[0].failed_on[..]), (None, &[NODE(3)][..]));
         let away = |node| if node == NODE(3) { 1 } else { 0 };
         assert!(matches!(advance(&catalog, &Reports::new(), away, late + 1, 3), Advance::Wait(_)), "it may come back");
+        let back = super::advance(&catalog, &Reports::new(), |_| 0, |_| silent_us, late + 1, 3);
+        assert!(matches!(back, Advance::Wait(_)), "it has only just come back");
+        let target = catalog.plan.as_ref().unwrap().targets[0].replica;
+        let mut opening = report(target.0);
+        opening.phase = ReplicaPhase::Opening;
+        let opening = Reports::from([(target, opening)]);
+        assert!(matches!(advance(&catalog, &opening, |_| 0, late + 1, 3), Advance::Wait(_)), "it opens what it has");
     }
 }

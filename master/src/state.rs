@@ -15,7 +15,9 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId, ReplicaId, ShardId};
-use vasto_core::limits::{COPIES_PER_NODE_MAX, FAILOVER_AWAY, NODE_FORGOTTEN_AFTER, NODE_REPLICAS_MAX, NODE_SILENCE};
+use vasto_core::limits::{
+    ACCEPTED_LOSS_AWAY, COPIES_PER_NODE_MAX, FAILOVER_AWAY, NODE_FORGOTTEN_AFTER, NODE_REPLICAS_MAX, NODE_SILENCE,
+};
 use vasto_core::members::{Around, advance_members, is_incomplete, nodes_to_avoid, waits_for};
 use vasto_core::plan::{
     Advance, Plan, ReplicaReport, Reports, SEALS_UNDONE_MAX, Step, abort, advance, give_up_on, undo_seal,
@@ -484,6 +486,7 @@ impl State {
         let candidates = std::cell::OnceCell::new();
         let around = Around {
             presence: &presence,
+            long_gone: &|node| self.away_us(node, mono_us) > ACCEPTED_LOSS_AWAY.as_micros() as u64,
             lost: &|node| self.replace_after_us.is_some_and(|after| self.away_us(node, mono_us) > after),
             room: &|catalog, shard| {
                 let candidates = candidates.get_or_init(|| self.candidates(Some(catalog)));
@@ -494,7 +497,11 @@ impl State {
         if let Some(next) = advance_members(catalog, &known.reports, &around, now_us, nonce) {
             return Advance::Write(Box::new(next));
         }
-        match advance(catalog, &known.reports, |node| self.away_us(node, mono_us), now_us, nonce) {
+        let here_us = |node| match presence(node) {
+            Presence::Here(since_us) => since_us,
+            Presence::Away | Presence::Gone => 0,
+        };
+        match advance(catalog, &known.reports, |node| self.away_us(node, mono_us), here_us, now_us, nonce) {
             Advance::Idle => waits_for(catalog, &known.reports, &around, now_us).map_or(Advance::Idle, Advance::Wait),
             other => other,
         }

@@ -137,6 +137,29 @@ pub enum BootstrapError {
 }
 
 impl BootstrapError {
+    /// True when it is what the bucket holds that is missing or damaged, and nothing on this node.
+    pub fn is_about_objects(&self) -> bool {
+        match self {
+            BootstrapError::Download(error) => {
+                matches!(error, DownloadError::Missing { .. } | DownloadError::Corrupt { .. })
+            }
+            BootstrapError::History(error) => !matches!(error, HistoryError::Bucket(_)),
+            BootstrapError::Unusable { .. }
+            | BootstrapError::NotRetained { .. }
+            | BootstrapError::Gap { .. }
+            | BootstrapError::Replica(ReplicaError::Gap { .. })
+            | BootstrapError::NotReached { .. }
+            | BootstrapError::ClockAhead { .. } => true,
+            BootstrapError::Bucket(_)
+            | BootstrapError::Catalog(_)
+            | BootstrapError::Io { .. }
+            | BootstrapError::Dir(_)
+            | BootstrapError::Engine(_)
+            | BootstrapError::Replica(_)
+            | BootstrapError::Cancelled => false,
+        }
+    }
+
     /// True when trying again can help.
     pub fn is_transient(&self) -> bool {
         match self {

@@ -311,6 +311,8 @@ struct Background {
     cleaning: BTreeSet<PlanId>,
     covering: Option<Lsn>,
     drained: BTreeSet<ReplicaId>,
+    /// Whose loss was accepted: what they have shipped since they left is looked for once more.
+    accepted: BTreeSet<ReplicaId>,
 }
 
 impl Runner {
@@ -592,10 +594,13 @@ impl Runner {
             };
         }
         let replica = self.open_local(catalog).await?;
-        // The last record says that it was opened.
-        let end = Lsn(replica.settled_lsn().0.saturating_sub(1));
+        // The last record says that it was opened; those of openings that were refused before say no more.
+        let opened = replica.settled_lsn();
+        let end = old_copy::end_of(&tenant.dir, Lsn(opened.0.saturating_sub(1))).map_err(|error| error.to_string())?;
         let Some(held) = old_copy::held_beyond(bucket, owner, shipped, end).await else { return Ok(replica) };
+        let written = old_copy::note(&tenant.dir, end, opened);
         replica.stop().await;
+        written.map_err(|error| error.to_string())?;
         Err(old_copy::reason(held, end))
     }
 
@@ -985,7 +990,17 @@ impl Runner {
         background: &Arc<Mutex<Background>>,
     ) {
         let left = |id: &ReplicaId| catalog.unsealed.iter().any(|one| one.replica == *id);
-        background.lock().drained.retain(left);
+        {
+            let mut background = background.lock();
+            background.drained.retain(left);
+            background.accepted.retain(left);
+            let accepted = |node| catalog.leaving.iter().any(|leaving| leaving.node == node && leaving.accept_loss);
+            for one in catalog.unsealed.iter().filter(|one| accepted(one.node)) {
+                if background.accepted.insert(one.replica) && background.drained.remove(&one.replica) {
+                    self.told.lock().took_from_bucket.remove(&one.replica);
+                }
+            }
+        }
         self.told.lock().took_from_bucket.retain(left);
         if !catalog.is_primary(replica.id) {
             return;
@@ -1007,7 +1022,8 @@ impl Runner {
                 };
                 loop {
                     let taken = bootstrap.join_what_was_shipped(&replica, left, shards).await;
-                    if taken.as_ref().map_or_else(|error| !error.is_transient(), |_| true) {
+                    // What is wrong on this node is no word about what the bucket holds.
+                    if taken.as_ref().map_or_else(BootstrapError::is_about_objects, |_| true) {
                         this.told.lock().took_from_bucket.insert(left);
                         this.context.core.report.notify_one();
                     }
@@ -1022,7 +1038,9 @@ impl Runner {
                             );
                             return;
                         }
-                        Err(error) if error.is_transient() => {
+                        Err(BootstrapError::Cancelled) => return,
+                        Err(error) if !error.is_about_objects() => {
+                            tracing::info!(%error, replica = left.0, "what a replica has shipped is read again");
                             let _ = this.cancel.run_until_cancelled(tokio::time::sleep(RETRY_MAX)).await;
                             if this.cancel.is_cancelled() {
                                 return;

@@ -8,14 +8,18 @@
 //! A bucket that does not answer, and an object that is damaged, keep nobody from serving: then the first
 //! object that is in the way tells.
 
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use vasto_core::ids::Lsn;
 use vasto_shipping::RetryBudget;
 use vasto_shipping::bucket::{Bucket, BucketError};
 use vasto_shipping::chunk::Chunk;
 use vasto_shipping::layout::{self, Owner};
 use vasto_shipping::manifest::Manifest;
+
+use crate::node_dir::{DirError, read_json, write_json};
 
 /// The bucket is waited for so long before a replica is opened without its word.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -34,6 +38,29 @@ pub(crate) fn reason(held: Lsn, end: Lsn) -> String {
 
 /// How such a reason begins.
 pub(crate) const OLD_COPY: &str = "the data directory is an old copy";
+
+/// Where the log ended when the directory was refused.
+#[derive(Serialize, Deserialize)]
+struct Refused {
+    end: Lsn,
+    /// Its log with the record of that opening: another log is another directory.
+    opened: Lsn,
+}
+
+fn note_path(dir: &Path) -> PathBuf {
+    dir.join("old-copy.json")
+}
+
+/// Notes where the log of a refused directory ends: each opening adds a record to it, which is now `opened`.
+pub(crate) fn note(dir: &Path, end: Lsn, opened: Lsn) -> Result<(), DirError> {
+    write_json(&note_path(dir), &Refused { end, opened })
+}
+
+/// Where the log ended before it was opened at all, if it ends here as a refused opening has left it.
+pub(crate) fn end_of(dir: &Path, end: Lsn) -> Result<Lsn, DirError> {
+    let refused = read_json::<Refused>(&note_path(dir))?.filter(|refused| refused.opened == end);
+    Ok(refused.map_or(end, |refused| refused.end))
+}
 
 /// The end of what the bucket holds of a replica, if that is behind the end of its log. `shipped` is what
 /// the replica believes to have shipped. `None` also when the bucket does not say in time.

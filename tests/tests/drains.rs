@@ -317,22 +317,24 @@ async fn a_data_directory_that_was_put_back_from_an_old_copy_is_recognised() -> 
     copy_dir(&cluster.node_dir(node), &kept)?;
     // As it is it comes back like always.
     cluster.start_node(node, Port::Same).await?;
-    put_all(&keyspace, "after", 100, 100).await?;
-    cluster.stop_node(node).await?;
-    cluster.start_node(node, Port::Same).await?;
-    ensure!(missing(&keyspace, "after", 100).await? == 0);
+    keyspace.put("after0", vec![7u8; 100]).await?;
     cluster.stop_node(node).await?;
     std::fs::remove_dir_all(cluster.node_dir(node))?;
     copy_dir(&kept, &cluster.node_dir(node))?;
     cluster.start_node(node, Port::Same).await?;
+    // Each opening adds a record to its log: it does not grow into what it lacks.
+    for _ in 0..4 {
+        cluster.stop_node(node).await?;
+        cluster.start_node(node, Port::Same).await?;
+    }
     let status = cluster.json(&["cluster", "status"]).await?;
     let warned = status["warnings"].to_string();
     ensure!(warned.contains("the data directory is an old copy") && warned.contains("vasto node replace"), "{warned}");
-    let read = tokio::time::timeout(Duration::from_secs(1), keyspace.get("after1")).await;
+    let read = tokio::time::timeout(Duration::from_secs(1), keyspace.get("after0")).await;
     ensure!(!matches!(read, Ok(Ok(_))), "it serves what it lacks: {read:?}");
     let report = cluster.json(&["node", "replace", &name]).await?;
     ensure!(report["state"] == "done", "{report}");
-    ensure!(missing(&keyspace, "before", 100).await? + missing(&keyspace, "after", 100).await? == 0);
+    ensure!(missing(&keyspace, "before", 100).await? + missing(&keyspace, "after", 1).await? == 0);
     cluster.finish().await
 }
 

@@ -106,6 +106,8 @@ impl Shipper {
                 );
                 self.state.shipped_lsn = Lsn(next.0 - 1);
                 self.state.went_on_behind = Some(self.state.shipped_lsn);
+                // What lies before is in no chunk of its own.
+                self.state.chained_from = Some(self.state.shipped_lsn);
                 self.state.previous = Some(previous);
                 self.state.chunks = held.chunks;
                 self.save()?;
