@@ -179,7 +179,13 @@ impl Manager {
                 .collect()
         };
         for one in gone {
-            let host = self.hosts.lock().remove(&(one.keyspace, one.replica));
+            let host = {
+                let mut hosts = self.hosts.lock();
+                if self.stopping.is_cancelled() {
+                    return Ok(()); // its files may still be open; the next start removes them
+                }
+                hosts.remove(&(one.keyspace, one.replica))
+            };
             if let Some(host) = host {
                 host.stop_to_discard().await;
             }
