@@ -10,7 +10,7 @@
 //!   by then came before, whatever the stamp says. A stamp that is ahead of the store is not believed.
 //! - The choice of what to begin with is made once and kept, whatever is shipped meanwhile.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -39,8 +39,6 @@ pub struct Candidate {
     pub base: Option<Base>,
     /// First LSNs of the chunks that were listed, rising.
     pub chunks: Vec<Lsn>,
-    /// Its chunks hold all of its log, and that begins with an empty shard.
-    pub from_the_start: bool,
     /// The log that was shipped reaches at least to here.
     pub end: Lsn,
     /// When the store got what was listed.
@@ -57,8 +55,7 @@ impl Candidate {
 
     /// Only some of its chunks.
     pub(crate) fn of_chunks(owner: Owner, chunks: Vec<Lsn>) -> Self {
-        let (times, later) = (Times::default(), Vec::new());
-        Self { owner, base: None, chunks, from_the_start: false, end: Lsn(0), times, later }
+        Self { owner, base: None, chunks, end: Lsn(0), times: Times::default(), later: Vec::new() }
     }
 
     /// Where its log begins to matter.
@@ -77,11 +74,6 @@ impl Candidate {
     /// The first chunk that was listed behind an LSN.
     pub(crate) fn next_listed(&self, at: Lsn) -> Option<Lsn> {
         self.chunks.get(self.chunks.partition_point(|first| *first <= at)).copied()
-    }
-
-    /// True when nobody but itself is needed to read its log from the beginning.
-    fn stands_alone(&self) -> bool {
-        self.base.is_some() || self.from_the_start
     }
 }
 
@@ -122,16 +114,23 @@ pub async fn candidates(
 ) -> Result<Candidates, BootstrapError> {
     let mut found = Candidates::default();
     let mut anything = false;
+    let mut leaning = BTreeSet::new();
     for (replica, folder) in history::folders(bucket, keyspace, shard).await? {
         if without.discarded.contains(&replica) {
             continue;
         }
         let owner = Owner { keyspace, shard, replica };
-        // The first record of its log may follow what another replica has shipped, which it began with.
-        let leans = history::begins_behind_another(bucket, owner, &folder).await?;
-        let from_the_start = folder.chunks.first() == Some(&Lsn(1)) && !leans;
-        let newest = match history::newest_base(bucket, owner, &folder, until_us).await {
-            Err(error) if from_the_start && !matches!(error, HistoryError::Bucket(_)) => {
+        let newest = history::newest_base(bucket, owner, &folder, until_us).await;
+        if let Err(HistoryError::Bucket(error)) = newest {
+            return Err(error.into());
+        }
+        // A checkpoint covers what comes before it. Without one the first record of its log, also the one with LSN
+        // 1, may follow what another replica has shipped, which it began with.
+        let has_base = newest.as_ref().is_ok_and(|newest| newest.base.is_some());
+        let leans = !has_base && history::begins_behind_another(bucket, owner, &folder).await?;
+        let from_the_start = !has_base && !leans && folder.chunks.first() == Some(&Lsn(1));
+        let newest = match newest {
+            Err(error) if from_the_start => {
                 tracing::warn!(%error, "no checkpoint can be read; the log is read from its beginning");
                 Newest::default()
             }
@@ -142,12 +141,14 @@ pub async fn candidates(
         found.later_us = found.later_us.into_iter().chain(later_us).min();
         // A log whose beginning is not there means nothing without a checkpoint, unless it goes on behind
         // what another replica has shipped.
-        if newest.base.is_some() || from_the_start || leans {
+        if leans {
+            leaning.insert(replica);
+        }
+        if has_base || from_the_start || leans {
             let end = folder.manifests.last().into_iter().chain(folder.chunks.last()).max();
             found.all.push(Candidate {
                 owner,
                 base: newest.base,
-                from_the_start,
                 end: end.copied().unwrap_or_default(),
                 chunks: folder.chunks,
                 times: folder.times,
@@ -155,7 +156,9 @@ pub async fn candidates(
             });
         }
     }
-    if anything && !found.all.iter().any(Candidate::stands_alone) {
+    // Nobody but itself is needed to read its log from the beginning.
+    let stands_alone = |one: &Candidate| !leaning.contains(&one.owner.replica);
+    if anything && !found.all.iter().any(stands_alone) {
         return Err(BootstrapError::NotRetained { shard, oldest: found.later_us.map(time_text) });
     }
     // Behind whose objects the logs of the preferred ones go on, theirs too, and so on: these belong together.
@@ -175,7 +178,7 @@ pub async fn candidates(
     let forgot = |one: &Candidate| one.base.as_ref().map_or((0, 0), |b| (b.manifest.floor, b.manifest.commit_time_max));
     found.all.sort_by_key(|one| {
         let last = std::cmp::Reverse(forgot(one));
-        (!one.stands_alone(), rank(one), one.base.is_none(), given_up(one).is_some(), last)
+        (!stands_alone(one), rank(one), one.base.is_none(), given_up(one).is_some(), last)
     });
     // A checkpoint that was made after the loss of a replica was accepted holds what was taken over from it.
     // In what that one shipped there is more: what was deleted and forgotten since.
@@ -214,8 +217,6 @@ struct KeptOne {
     replica: ReplicaId,
     base: Option<String>,
     chunks: Vec<Lsn>,
-    #[serde(default)]
-    from_the_start: bool,
     end: Lsn,
     #[serde(default)]
     manifest_times: Vec<(Lsn, u64)>,
@@ -233,7 +234,6 @@ impl KeptOne {
             replica: one.owner.replica,
             base: one.base.as_ref().map(|base| base.key.clone()),
             chunks: one.chunks.clone(),
-            from_the_start: one.from_the_start,
             end: one.end,
             manifest_times: one.times.manifests.iter().map(|(lsn, at)| (*lsn, *at)).collect(),
             chunk_times: one.times.chunks.iter().map(|(lsn, at)| (*lsn, *at)).collect(),
@@ -256,8 +256,7 @@ impl KeptOne {
             let key = layout::manifest(owner.keyspace, owner.shard, owner.replica, lsn);
             later.push(Later::of(history::manifest_at(bucket, &key).await?.manifest));
         }
-        let (chunks, from_the_start, end) = (self.chunks, self.from_the_start, self.end);
-        Ok(Candidate { owner, base, chunks, from_the_start, end, times, later })
+        Ok(Candidate { owner, base, chunks: self.chunks, end: self.end, times, later })
     }
 }
 

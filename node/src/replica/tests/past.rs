@@ -103,6 +103,28 @@ pub async fn restore_from(
     }
 }
 
+/// A replica that takes the place of a lost one, out of the bucket alone, and the one whose checkpoint it began
+/// with.
+async fn take_the_place_of(
+    whose: ReplicaId,
+    rig: &Rig,
+    bucket: &Bucket,
+    without: Without<'_>,
+) -> (Replica, Option<ReplicaId>) {
+    let found = past::candidates(bucket, KEYSPACE, rig.shard, &[whose], without, None).await.unwrap();
+    let bootstrap = bootstrap_into(rig, bucket, &rig.path);
+    let base = found.all[0].base.as_ref();
+    if let Some(base) = base {
+        let (version, epoch) = (CatalogVersion(1), Epoch(1));
+        let owned: BandRange = Band::owned(1).into();
+        let adoption = Adoption { keyspace: KEYSPACE, replica: rig.replica, owned, version, epoch };
+        bootstrap.take(base, adoption, Log::Joined).await.unwrap();
+    }
+    let replica = block_in_place(|| rig.open(&rig.path, true)).unwrap();
+    bootstrap.join_all(&replica, &found, whose).await.unwrap();
+    (replica, base.map(|base| base.manifest.replica))
+}
+
 /// Ships what is settled in one chunk.
 async fn chunk(rig: &Rig, replica: &Replica, bucket: &Bucket) {
     Shipping::start(rig, &rig.path, replica, bucket, HOUR).stop().await;
@@ -668,18 +690,8 @@ async fn who_acts_for_the_home_goes_on_behind_what_it_has_shipped() {
         }
         restored.close().await;
         // The second one is lost too: what takes its place holds the same.
-        let without = Without::default();
-        let found = past::candidates(&bucket, KEYSPACE, b.shard, &[b.id], without, None).await.unwrap();
         let three = member(3);
-        let bootstrap = bootstrap_into(&three, &bucket, &three.path);
-        if let Some(base) = found.all[0].base.as_ref() {
-            let (version, epoch) = (CatalogVersion(1), Epoch(1));
-            let owned: BandRange = Band::owned(1).into();
-            let adoption = Adoption { keyspace: KEYSPACE, replica: three.replica, owned, version, epoch };
-            bootstrap.take(base, adoption, Log::Joined).await.unwrap();
-        }
-        let c = block_in_place(|| three.open(&three.path, true)).unwrap();
-        bootstrap.join_all(&c, &found, b.id).await.unwrap();
+        let (c, _) = take_the_place_of(b.id, &three, &bucket, Without::default()).await;
         assert!(vasto_core::ids::covers(&c.vector(), &b.vector()));
         assert_eq!(block_in_place(|| get(&c, "later")).as_deref(), Some("v"));
         // Without what the home has shipped it is nothing, and that is said.
@@ -773,17 +785,8 @@ async fn what_another_log_goes_on_behind_is_read_although_its_loss_was_accepted(
         assert_eq!(restored.get(key).as_deref(), Some("v"), "{key}");
     }
     restored.close().await;
-    let found = past::candidates(&bucket, KEYSPACE, b.shard, &[b.id], without, None).await.unwrap();
     let four = member(4);
-    let bootstrap = bootstrap_into(&four, &bucket, &four.path);
-    if let Some(base) = found.all[0].base.as_ref() {
-        let (version, epoch) = (CatalogVersion(1), Epoch(1));
-        let owned: BandRange = Band::owned(1).into();
-        let adoption = Adoption { keyspace: KEYSPACE, replica: four.replica, owned, version, epoch };
-        bootstrap.take(base, adoption, Log::Joined).await.unwrap();
-    }
-    let d = block_in_place(|| four.open(&four.path, true)).unwrap();
-    bootstrap.join_all(&d, &found, b.id).await.unwrap();
+    let (d, _) = take_the_place_of(b.id, &four, &bucket, without).await;
     for key in ["old", "shipped", "of the second", "behind"] {
         assert_eq!(block_in_place(|| get(&d, key)).as_deref(), Some("v"), "{key}");
     }
@@ -801,28 +804,36 @@ async fn a_log_that_begins_behind_another_one_is_not_the_whole_shard() {
         put_now(&a, &format!("k{n}"), "v");
     }
     checkpoint(&one, &a, &bucket).await;
-    let taken_by = async |rig: &Rig, whose: ReplicaId| {
-        let found = past::candidates(&bucket, KEYSPACE, a.shard, &[whose], Without::default(), None).await.unwrap();
-        let bootstrap = bootstrap_into(rig, &bucket, &rig.path);
-        assert_eq!(found.all[0].owner.replica, a.id, "it begins with nothing");
-        let (version, epoch) = (CatalogVersion(1), Epoch(1));
-        let owned: BandRange = Band::owned(1).into();
-        let adoption = Adoption { keyspace: KEYSPACE, replica: rig.replica, owned, version, epoch };
-        bootstrap.take(found.all[0].base.as_ref().unwrap(), adoption, Log::Joined).await.unwrap();
-        let replica = block_in_place(|| rig.open(&rig.path, true)).unwrap();
-        bootstrap.join_all(&replica, &found, whose).await.unwrap();
-        replica
-    };
-    let b = taken_by(&two, a.id).await;
+    let (b, began_with) = take_the_place_of(a.id, &two, &bucket, Without::default()).await;
+    assert_eq!(began_with, Some(a.id), "it begins with nothing");
     put_now(&b, "of the second", "v");
     chunk(&two, &b, &bucket).await;
     assert_eq!(chunks_of(&bucket, &b).await, [layout::chunk(KEYSPACE, b.shard, b.id, Lsn(1))]);
     let three = member(3);
-    let c = taken_by(&three, b.id).await;
+    let (c, began_with) = take_the_place_of(b.id, &three, &bucket, Without::default()).await;
+    assert_eq!(began_with, Some(a.id), "it begins with nothing");
     for key in ["k0", "k19", "of the second"] {
         assert_eq!(block_in_place(|| get(&c, key)).as_deref(), Some("v"), "{key}");
     }
     let restored = restore(&one, &bucket, None).await.unwrap();
     assert_eq!((restored.get("k7").as_deref(), restored.get("of the second").as_deref()), (Some("v"), Some("v")));
+    restored.close().await;
+}
+
+/// What a checkpoint covers need not be readable any more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_chunk_before_the_checkpoint_keeps_nobody_from_restoring() {
+    let (rig, bucket) = (member(1), bucket());
+    let replica = block_in_place(|| rig.create());
+    for key in ["k", "later"] {
+        put_now(&replica, key, "v");
+        chunk(&rig, &replica, &bucket).await;
+    }
+    checkpoint(&rig, &replica, &bucket).await;
+    let first = chunks_of(&bucket, &replica).await.remove(0);
+    bucket.delete(&first).await.unwrap();
+    bucket.create(&first, bytes::Bytes::from_static(b"noise")).await.unwrap();
+    let restored = restore(&rig, &bucket, None).await.unwrap();
+    assert_eq!(restored.get("k").as_deref(), Some("v"));
     restored.close().await;
 }
