@@ -15,9 +15,8 @@ use serde::{Deserialize, Serialize};
 use vasto_core::ids::Lsn;
 use vasto_shipping::RetryBudget;
 use vasto_shipping::bucket::{Bucket, BucketError};
-use vasto_shipping::chunk::Chunk;
+use vasto_shipping::history::{self, HistoryError};
 use vasto_shipping::layout::{self, Owner};
-use vasto_shipping::manifest::Manifest;
 
 use crate::node_dir::{DirError, read_json, write_json};
 
@@ -88,27 +87,22 @@ async fn look(bucket: &Bucket, owner: Owner, shipped: Lsn, end: Lsn) -> Result<O
     let listed = bucket.list(&layout::checkpoint_prefix(keyspace, shard, replica)).await?;
     let newest = listed.iter().filter_map(|object| layout::parse_manifest_lsn(&object.key)).max();
     if let Some(newest) = newest.filter(|newest| *newest > end) {
-        let found = bucket.get(&layout::manifest(keyspace, shard, replica, newest)).await?;
-        let place = |one: &Manifest| (one.keyspace, one.shard, one.replica, one.lsn);
-        let manifest = found.and_then(|bytes| Manifest::decode(&bytes).ok());
-        if manifest.is_some_and(|manifest| place(&manifest) == (keyspace, shard, replica, newest)) {
-            return Ok(Some(newest));
+        match history::manifest_at(bucket, &layout::manifest(keyspace, shard, replica, newest)).await {
+            Ok(_) => return Ok(Some(newest)),
+            Err(HistoryError::Bucket(error)) => return Err(error),
+            Err(_) => {} // it says nothing of this replica
         }
     }
     // Chunks are found by name: the next one begins behind the last record of this one.
     let mut at = shipped;
-    while let Some(bytes) = bucket.get(&layout::chunk(keyspace, shard, replica, at.next())).await? {
-        let Ok(chunk) = Chunk::decode(&bytes) else { break };
-        let place = (chunk.keyspace, chunk.shard, chunk.replica, chunk.first_lsn);
-        if place != (keyspace, shard, replica, at.next()) || chunk.last_lsn <= at {
-            break;
-        }
-        at = chunk.last_lsn;
-        if at > end {
-            return Ok(Some(at));
+    loop {
+        match history::chunk_after(bucket, owner, &[], at).await {
+            Ok(Some((chunk, _))) if chunk.last_lsn > end => return Ok(Some(chunk.last_lsn)),
+            Ok(Some((chunk, _))) => at = chunk.last_lsn,
+            Err(HistoryError::Bucket(error)) => return Err(error),
+            Ok(None) | Err(_) => return Ok(None),
         }
     }
-    Ok(None)
 }
 
 #[cfg(test)]
@@ -117,7 +111,7 @@ mod tests {
     use super::*;
     use vasto_core::ids::{Epoch, Incarnation, KeyspaceId, Origin, OwnSeq, ReplicaId, ShardId};
     use vasto_core::record::{Body, KeyEntry, Record};
-    use vasto_shipping::BucketOptions;
+    use vasto_shipping::{BucketOptions, Chunk};
 
     const OWNER: Owner = Owner { keyspace: KeyspaceId(1), shard: ShardId(0), replica: ReplicaId(7) };
 

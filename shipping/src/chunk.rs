@@ -17,6 +17,7 @@
 
 use bytes::Bytes;
 use vasto_core::codec::{DecodeError, Reader, put_bytes_le};
+use vasto_core::ids::Vector;
 use vasto_core::record::{Record, frame_at};
 use vasto_core::{KeyspaceId, Lsn, ReplicaId, ShardId};
 
@@ -135,6 +136,17 @@ impl Chunk {
             bytes: FRAMING_BYTES + previous + self.records.len() as u64,
             behind: self.previous.as_deref().and_then(|key| other_before(key, keyspace, shard, replica)),
         }
+    }
+
+    /// Per origin, its last record in here, of those that have a number.
+    pub fn vector(&self) -> Vector {
+        let mut vector = Vector::new();
+        // A chunk that was decoded holds whole records only.
+        for record in self.records().map_while(Result::ok).filter(|record| record.own_seq.0 > 0) {
+            let seq = vector.entry(record.origin).or_default();
+            *seq = record.own_seq.max(*seq);
+        }
+        vector
     }
 
     /// The object's bytes.

@@ -16,7 +16,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde::Serialize;
 use vasto_core::catalog::{Catalog, KeyspaceState};
-use vasto_core::ids::{KeyspaceId, Lsn, Vector, covers};
+use vasto_core::ids::{KeyspaceId, Lsn, Vector, covers, join};
 use vasto_core::limits::{UNNAMED_AGE_MIN, UPLOAD_STALL_MAX};
 use vasto_core::plan::PlanKind;
 
@@ -168,8 +168,9 @@ pub async fn collect_at(
     let term = if dry_run { None } else { Some(Term::take(bucket).await?) };
     let store_us = store_us(bucket, term.as_ref()).await?;
     let survey = survey(bucket, store_us.min(clock_us)).await?;
-    let covered = covered_ones(bucket, &survey, retention).await?;
-    let garbage = judge(&survey, &covered, retention);
+    let shipped = Shipments::of(&survey);
+    let covered = covered_ones(bucket, &survey, &shipped, retention).await?;
+    let garbage = judge(&survey, &shipped, &covered, retention);
     let mut out = Collected { dry_run, warnings: survey.warnings.clone(), ..Collected::default() };
     out.warnings.extend(clocks_apart(store_us, clock_us));
     out.warnings.extend(of_the_future(&survey.objects, store_us.max(clock_us)));
@@ -306,9 +307,37 @@ fn kept_from(survey: &Survey, retention: Retention) -> u64 {
     survey.now_us.saturating_sub(retention.keep_for.as_micros() as u64)
 }
 
-/// When objects were written, by the store's clock.
-fn written(survey: &Survey) -> HashMap<&str, u64> {
-    survey.objects.iter().map(|object| (object.key.as_str(), object.modified_us)).collect()
+/// The objects by what is asked of them.
+struct Shipments<'a> {
+    /// When each was written, by the store's clock.
+    written: HashMap<&'a str, u64>,
+    /// When a replica's last one was.
+    newest: BTreeMap<Owner, u64>,
+    /// First LSNs of a replica's chunks, rising; an entry for each that has shipped anything.
+    chunks: BTreeMap<Owner, Vec<Lsn>>,
+}
+
+impl<'a> Shipments<'a> {
+    fn of(survey: &'a Survey) -> Self {
+        let mut of = Self { written: HashMap::new(), newest: BTreeMap::new(), chunks: BTreeMap::new() };
+        for object in &survey.objects {
+            of.written.insert(&object.key, object.modified_us);
+            let Some((owner, shipped)) = layout::parse_shipped(&object.key) else { continue };
+            let newest = of.newest.entry(owner).or_default();
+            *newest = object.modified_us.max(*newest);
+            let chunks = of.chunks.entry(owner).or_default();
+            if let Shipped::Chunk(first) = shipped {
+                chunks.push(first);
+            }
+        }
+        of.chunks.values_mut().for_each(|firsts| firsts.sort_unstable());
+        of
+    }
+}
+
+/// Placed, or to be drained.
+fn is_member(catalog: &Catalog, owner: &Owner) -> bool {
+    catalog.is_placed(owner.replica) || catalog.unsealed.iter().any(|one| one.replica == owner.replica)
 }
 
 /// The checkpoints that bring back what the shipper of a replica's shard held when the past that is kept began;
@@ -319,11 +348,7 @@ fn succeeding<'a>(
     keep_from: u64,
     owner: &Owner,
 ) -> Option<Vec<&'a Manifest>> {
-    let catalog = survey.catalogs.get(&owner.keyspace)?;
-    let is_member = catalog.is_placed(owner.replica) || catalog.unsealed.iter().any(|one| one.replica == owner.replica);
-    if is_member {
-        return None;
-    }
+    let catalog = survey.catalogs.get(&owner.keyspace).filter(|catalog| !is_member(catalog, owner))?;
     let shipper = catalog.shard(owner.shard).and_then(|shard| shard.shipper());
     let manifests = shipper.and_then(|one| survey.manifests.get(&Owner { replica: one.replica, ..*owner }));
     let is_from_before = |manifest: &&Manifest| {
@@ -336,23 +361,20 @@ fn succeeding<'a>(
 /// Which of those who left a shard and have a successor in the bucket are covered: a checkpoint of it holds every
 /// record that they have shipped, so that nobody needs what another log goes on behind. Of one whose loss was
 /// accepted its own last records need not be taken over, unless a log goes on behind it.
-async fn covered_ones(bucket: &Bucket, survey: &Survey, retention: Retention) -> Result<BTreeSet<Owner>, BucketError> {
-    let (keep_from, written) = (kept_from(survey, retention), written(survey));
-    let mut chunks: BTreeMap<Owner, Vec<Lsn>> = BTreeMap::new();
-    for object in &survey.objects {
-        let Some((owner, shipped)) = layout::parse_shipped(&object.key) else { continue };
-        let of_owner = chunks.entry(owner).or_default();
-        if let Shipped::Chunk(first) = shipped {
-            of_owner.push(first);
-        }
-    }
+async fn covered_ones(
+    bucket: &Bucket,
+    survey: &Survey,
+    Shipments { written, chunks, .. }: &Shipments<'_>,
+    retention: Retention,
+) -> Result<BTreeSet<Owner>, BucketError> {
+    let keep_from = kept_from(survey, retention);
     let mut covered = BTreeSet::new();
-    for owner in chunks.keys() {
-        let successors = succeeding(survey, &written, keep_from, owner).unwrap_or_default();
+    for (owner, firsts) in chunks {
+        let successors = succeeding(survey, written, keep_from, owner).unwrap_or_default();
         if successors.is_empty() {
             continue;
         }
-        let Some(reach) = reach(bucket, survey, *owner, &chunks[owner]).await? else { continue };
+        let Some(reach) = reach(bucket, survey, *owner, firsts).await? else { continue };
         if successors.iter().any(|manifest| covers(&manifest.vector, &reach)) {
             covered.insert(*owner);
             continue;
@@ -366,7 +388,7 @@ async fn covered_ones(bucket: &Bucket, survey: &Survey, retention: Retention) ->
             continue;
         }
         let mut is_leant_on = false;
-        for (other, firsts) in &chunks {
+        for (other, firsts) in chunks {
             if (other.keyspace, other.shard) == (owner.keyspace, owner.shard) && other != owner && !is_leant_on {
                 is_leant_on = history::goes_on_behind(bucket, *other, firsts).await?.contains(&owner.replica);
             }
@@ -387,18 +409,19 @@ async fn reach(bucket: &Bucket, survey: &Survey, owner: Owner, chunks: &[Lsn]) -
         let key = layout::chunk(owner.keyspace, owner.shard, owner.replica, *first);
         let Found::Bytes(bytes) = read(bucket, &key).await? else { return Ok(None) };
         let Ok(chunk) = Chunk::decode(&bytes) else { return Ok(None) };
-        for record in chunk.records().map_while(Result::ok).filter(|record| record.own_seq.0 > 0) {
-            let seq = vector.entry(record.origin).or_default();
-            *seq = record.own_seq.max(*seq);
-        }
+        vector = join(&vector, &chunk.vector());
     }
     Ok(Some(vector))
 }
 
 /// Keys that nothing needs, whatever their age. `covered`: see [`covered_ones`].
-fn judge<'a>(survey: &'a Survey, covered: &BTreeSet<Owner>, retention: Retention) -> BTreeSet<&'a str> {
+fn judge<'a>(
+    survey: &'a Survey,
+    Shipments { written, newest, chunks }: &Shipments<'_>,
+    covered: &BTreeSet<Owner>,
+    retention: Retention,
+) -> BTreeSet<&'a str> {
     let keep_from = kept_from(survey, retention);
-    let written = written(survey);
     let written_us = |key: &str| written.get(key).copied();
     // No master goes on with a creation that was cut off: its plan, a restore, would keep what it was to read
     // for ever.
@@ -417,20 +440,6 @@ fn judge<'a>(survey: &'a Survey, covered: &BTreeSet<Owner>, retention: Retention
             _ => vec![keyspace],
         })
         .collect();
-    let mut newest: BTreeMap<Owner, u64> = BTreeMap::new();
-    let mut chunks: BTreeMap<Owner, Vec<Lsn>> = BTreeMap::new();
-    for object in &survey.objects {
-        if let Some((owner, shipped)) = layout::parse_shipped(&object.key) {
-            let known = newest.entry(owner).or_default();
-            *known = object.modified_us.max(*known);
-            if let Shipped::Chunk(first) = shipped {
-                chunks.entry(owner).or_default().push(first);
-            }
-        }
-    }
-    for firsts in chunks.values_mut() {
-        firsts.sort_unstable();
-    }
     let made_us = |owner: &Owner, lsn: Lsn| {
         written_us(&layout::manifest(owner.keyspace, owner.shard, owner.replica, lsn)).unwrap_or(survey.now_us)
     };
@@ -439,10 +448,8 @@ fn judge<'a>(survey: &'a Survey, covered: &BTreeSet<Owner>, retention: Retention
     // A replica that ships no more is needed as long as its successor cannot bring back the whole past, and all
     // that it has shipped.
     let is_over = |catalog: &Catalog, owner: &Owner| {
-        let is_member =
-            catalog.is_placed(owner.replica) || catalog.unsealed.iter().any(|one| one.replica == owner.replica);
         let discarded = catalog.discarded.contains(&owner.replica);
-        !is_member
+        !is_member(catalog, owner)
             && (covered.contains(owner) || discarded)
             && newest.get(owner).is_none_or(|newest| *newest <= keep_from)
     };

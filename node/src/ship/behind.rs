@@ -183,11 +183,9 @@ async fn held_by_others(
             let read = history::chunk_after(bucket, owner, &[], Lsn(first.0 - 1)).await;
             let Some((chunk, bytes)) = read.map_err(odd)? else { continue };
             left = left.saturating_sub(bytes);
-            for record in chunk.records().map_while(Result::ok).filter(|record| record.own_seq.0 > 0) {
-                met.insert(record.origin);
-                let seq = held.vector.entry(record.origin).or_default();
-                *seq = record.own_seq.max(*seq);
-            }
+            let vector = chunk.vector();
+            held.vector = join(&held.vector, &vector);
+            met.extend(vector.into_keys());
         }
         let last_chunk = folder.chunks.last().filter(|first| **first > start).map(|first| {
             let key = layout::chunk(owner.keyspace, owner.shard, owner.replica, *first);
