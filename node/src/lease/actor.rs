@@ -320,7 +320,7 @@ impl Actor {
         // Of a closed link nothing is left once its promises have ended.
         self.incoming.retain(|_, link| link.open || now < link.heard_ms + ms(LEASE_PROMISE));
         self.newest.retain(|_, id| self.incoming.contains_key(id));
-        let keys: Vec<Key> = self.seats.keys().copied().collect();
+        let keys: Vec<Key> = self.seats.iter().filter(|(_, seat)| !seat.rests()).map(|(key, _)| *key).collect();
         for key in keys {
             self.settle(key, now);
             let Some(seat) = self.seats.get_mut(&key) else { continue };

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 use vasto_core::catalog::Placed;
-use vasto_core::ids::{ReplicaId, Vector};
+use vasto_core::ids::{Incarnation, ReplicaId, Vector};
 use vasto_core::lease::Claim;
 use vasto_core::limits::{TAIL_LAG_LSNS_MAX, WRITER_RECOVERED, WRITER_STALL};
 
@@ -102,7 +102,7 @@ pub(super) struct Seat {
     pub outranked: Option<(ReplicaId, u64)>,
     pub term: LastTerm,
     pub serving: bool,
-    /// It had authority since its last promise.
+    /// It had authority since its last promise, or the process before this one may have had it.
     pub served: bool,
     /// Its own claim is the best it knows.
     pub wants: bool,
@@ -123,6 +123,7 @@ enum Published {
 
 impl Seat {
     pub fn new(replica: Replica, duties: Arc<Duties>) -> Self {
+        let served = replica.incarnation() > Incarnation(1);
         Self {
             replica,
             duties,
@@ -137,7 +138,7 @@ impl Seat {
             outranked: None,
             term: LastTerm::default(),
             serving: false,
-            served: false,
+            served,
             wants: false,
             pending: false,
             claim: None,
@@ -204,7 +205,8 @@ impl Seat {
             Basis::Granted { belief, .. } | Basis::Excused(belief) => Some(belief.clone()),
             Basis::Silent => None,
         });
-        let term = Term { number: self.term.number, beliefs: beliefs.collect(), probing: false };
+        let LastTerm { number, probing, .. } = self.term;
+        let term = Term { number, beliefs: beliefs.collect(), probing };
         (self.serving, self.term.closed) = (false, true);
         self.replica.authority().set_acting(false);
         self.publish(Published::Yielding(term.number), Standing::Yielding(term));
@@ -232,6 +234,15 @@ impl Seat {
         self.serving = true;
         self.replica.authority().set_acting(false);
         self.publish(Published::Alone, Standing::Alone);
+    }
+
+    /// Nothing but its catalog or a request can change anything: it stands alone, and nobody waits.
+    pub fn rests(&self) -> bool {
+        self.published == Some(Published::Alone)
+            && self.order.len() == 1
+            && self.order[0].replica == self.replica.id
+            && self.promise.is_none()
+            && self.stopping.is_none()
     }
 
     fn publish(&mut self, what: Published, standing: Standing) {

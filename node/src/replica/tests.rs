@@ -22,6 +22,6 @@ mod seals;
 mod service;
 mod shipping;
 mod size;
-mod support;
+pub mod support;
 mod ties;
 mod writes;

@@ -144,7 +144,8 @@ impl Actor {
         let grant = self.grants;
         let number = self.incoming.get(&link).map_or(0, |one| one.number + 1);
         // Authority lasted until everything was named: nobody else had it in between.
-        let lasted = named.complete && seat.replica.authority().holds(seat.term.number);
+        // Of one that rested on silence that is not known.
+        let lasted = named.complete && !seat.term.probing && seat.replica.authority().holds(seat.term.number);
         let handed_term = lasted.then_some(seat.term.number);
         seat.promise = Some(Promise { holder: to.replica, link, grant, reply: number, handed_term });
         let served = seat.served;

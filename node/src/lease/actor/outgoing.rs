@@ -220,6 +220,12 @@ impl Actor {
             };
             // A transport that is full is slow: the next heartbeat says it all again.
             if beats.try_send(request).is_ok() {
+                // The promise of which the heartbeat says nothing ends with it: it is not relied on again.
+                outgoing.grants.retain(|key, one| {
+                    let said = |claim: &v1::LeaseClaim| (claim.keyspace_id, claim.shard) == (key.0.0, key.1.0);
+                    let held = claims.iter().find(|claim| said(claim)).map_or(0, |claim| claim.held_grant);
+                    one.state != State::Granted || one.grant == held
+                });
                 outgoing.sent = Some(claims);
             }
         }

@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::replica::tests::duties::{members, shard_on};
+use crate::replica::tests::duties::{Member, members, shard_on};
+use crate::replica::tests::support::Rig;
+use vasto_core::record::RangeState;
 
 const KEY: Key = (KeyspaceId(7), ShardId(0));
 const LINK: u64 = 5;
@@ -83,4 +85,101 @@ async fn whoever_serves_by_a_promise_hears_the_better_claim_before_it_is_denied(
     actor.take(heartbeat(grant, number), start + ms(LEASE_BEAT) * 4);
     actor.tick(start + ms(LEASE_BEAT) * 4);
     assert_eq!(states(&mut actor, &mut sent).iter().map(|one| one.0).collect::<Vec<_>>(), [State::Denied]);
+}
+
+/// A claimant of two: what the other one promises, and the claims that were sent to it.
+struct Claimant {
+    actor: Actor,
+    claims: mpsc::Receiver<v1::LeaseRequest>,
+    start: u64,
+}
+
+impl Claimant {
+    fn new(home: &Member) -> Self {
+        let catalog = shard_on(2);
+        home.duties.follow(&catalog);
+        let (events, receiver) = mpsc::channel(64);
+        let mut actor = Actor::new(home.core.clone(), events, receiver);
+        actor.began_ms = 0;
+        let (beats, claims) = mpsc::channel(64);
+        let start = now_ms();
+        let order = catalog.shard(ShardId(0)).unwrap().replicas.clone();
+        let (replica, duties) = (home.replica.clone(), home.duties.clone());
+        actor.take(Event::Seat { replica, duties, order, primary_version: 5 }, start);
+        actor.take(Event::Link { node: NodeId(2), news: News::Up(beats) }, start);
+        let (replies, _) = mpsc::channel(64);
+        actor.take(Event::Opened { id: LINK, replies }, start);
+        Self { actor, claims, start }
+    }
+
+    /// The other one promises itself.
+    fn promise(&mut self, grant: u64) {
+        let state = State::Granted as i32;
+        let (keyspace_id, shard) = (KEY.0.0, KEY.1.0);
+        let grant = v1::LeaseGrant { keyspace_id, shard, replica_id: 1, state, grant, ..v1::LeaseGrant::default() };
+        let reply = v1::LeaseReply { process: 77, sent_ms: self.start, number: 1, grants: vec![grant] };
+        self.actor.take(Event::Link { node: NodeId(2), news: News::Reply(reply) }, self.start);
+    }
+
+    /// The other one claims the shard, better than this one or not.
+    fn claim(&mut self, primary_version: u64) {
+        let (keyspace_id, shard) = (KEY.0.0, KEY.1.0);
+        let claim =
+            v1::LeaseClaim { keyspace_id, shard, replica_id: 2, able: true, primary_version, ..Default::default() };
+        let request =
+            v1::LeaseRequest { node_id: 2, process: 77, sent_ms: 1, claims: vec![claim], ..Default::default() };
+        self.actor.take(Event::Request { id: LINK, request }, self.start);
+    }
+
+    /// What the heartbeat that is due now says to hold.
+    fn held(&mut self) -> u64 {
+        self.actor.beat(true, self.start);
+        let mut held = None;
+        while let Ok(request) = self.claims.try_recv() {
+            held = request.claims.first().map(|one| one.held_grant).or(held);
+        }
+        held.unwrap()
+    }
+
+    fn serves(&self) -> bool {
+        self.actor.seats[&KEY].has_authority()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_promise_that_was_let_go_of_is_not_relied_on_again() {
+    let all = members(2).await;
+    let mut one = Claimant::new(&all[0]);
+    one.promise(9);
+    assert_eq!((one.held(), one.serves()), (9, true));
+    one.claim(6);
+    // Nothing was sent meanwhile: the promise stands.
+    one.claim(4);
+    assert_eq!((one.held(), one.serves()), (9, true));
+    one.claim(6);
+    assert_eq!((one.held(), one.serves()), (0, false));
+    // The other one has been free to serve since; that it has denied this one is still on its way.
+    one.claim(4);
+    assert_eq!((one.held(), one.serves()), (0, false), "it relies on a promise that it has given back");
+    one.promise(10);
+    assert_eq!((one.held(), one.serves()), (10, true));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_was_opened_again_says_that_it_has_served() {
+    let open = |again: bool| {
+        let rig = Rig::of(ShardId(0), ReplicaId(1), 1, RangeState::Owned);
+        let mut replica = rig.create();
+        if again {
+            rig.close(replica);
+            replica = rig.open(&rig.path, false).unwrap();
+        }
+        (rig, replica)
+    };
+    for again in [false, true] {
+        let (rig, replica) = tokio::task::spawn_blocking(move || open(again)).await.unwrap();
+        let one = Member::of(rig, replica);
+        // What the process before this one has acknowledged may be held by nobody else.
+        assert_eq!(Seat::new(one.replica.clone(), one.duties.clone()).served, again);
+    }
 }
