@@ -187,7 +187,7 @@ impl Default for NodeSection {
             ship_interval: Duration::from_secs(10),
             ship_rate: ByteSize::b(0),
             read_threads: 4,
-            max_replicas: 256,
+            max_replicas: vasto_core::limits::NODE_REPLICAS_MAX,
             max_log: ByteSize::b(vasto_core::limits::BINLOG_BYTES_MAX),
             clock_shift_ms: 0,
         }

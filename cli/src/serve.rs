@@ -78,8 +78,9 @@ pub async fn master(args: &ServeMaster, file: Option<&Path>) -> anyhow::Result<(
         nodes: None,
         pid: std::process::id(),
     };
+    let trouble = vec![running.trouble.clone()];
     server
-        .serve(&ready, Vec::new(), async {
+        .serve(&ready, trouble, async {
             running.stopped().await;
             Ok(())
         })
@@ -293,17 +294,17 @@ impl Server {
     }
 }
 
-/// `/readyz` says what keeps one of the nodes from doing all of its work.
-async fn watch_trouble(readiness: Readiness, mut nodes: Vec<watch::Receiver<Option<String>>>) {
+/// `/readyz` says what keeps one of the servers here from doing all of its work.
+async fn watch_trouble(readiness: Readiness, mut servers: Vec<watch::Receiver<Option<String>>>) {
     loop {
         // All of them are seen: what was not would be news for ever.
-        let told: Vec<Option<String>> = nodes.iter_mut().map(|node| node.borrow_and_update().clone()).collect();
+        let told: Vec<Option<String>> = servers.iter_mut().map(|server| server.borrow_and_update().clone()).collect();
         match told.into_iter().flatten().next() {
             Some(reason) => readiness.set_not_ready(reason),
             None => readiness.set_ready(),
         }
-        let mut changes: FuturesUnordered<_> = nodes.iter_mut().map(|node| node.changed()).collect();
-        // A node that has ended says nothing any more, and no node says nothing at all.
+        let mut changes: FuturesUnordered<_> = servers.iter_mut().map(|server| server.changed()).collect();
+        // One that has ended says nothing any more.
         if !matches!(changes.next().await, Some(Ok(()))) {
             return;
         }

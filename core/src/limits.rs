@@ -64,7 +64,7 @@ pub const REPLY_STALL_MAX: Duration = Duration::from_secs(10);
 /// may be a batch with its reply.
 pub const UNARY_REQUESTS_MAX: usize = 64;
 /// Replicas that a node takes by default: each is a RocksDB instance with its own files.
-pub const NODE_REPLICAS_MAX: usize = 256;
+pub const NODE_REPLICAS_MAX: usize = 512;
 /// Copies that are made on one node at a time: more share its disk and network and are not done sooner.
 pub const COPIES_PER_NODE_MAX: usize = 4;
 /// A node attracts nothing when less than one part in so many of its disk is free ...

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use vasto_core::catalog::Catalog;
@@ -43,7 +44,7 @@ pub(crate) struct Cluster {
     /// Empty while nobody knows whose the prefix is.
     cluster_id: Mutex<String>,
     /// Why this master serves nothing but its own repair: the prefix is somebody's, and does not say whose.
-    lost: Mutex<Option<String>>,
+    lost: watch::Sender<Option<String>>,
     /// Nodes of other clusters that asked to be taken in, with the cluster that they name.
     refused: Mutex<BTreeMap<NodeId, String>>,
     /// What is odd in the catalog, and what the last look through the bucket has found.
@@ -69,7 +70,7 @@ impl Cluster {
     ) -> Arc<Self> {
         Arc::new(Self {
             cluster_id: Mutex::new(cluster_id),
-            lost: Mutex::new(None),
+            lost: watch::Sender::new(None),
             refused: Mutex::default(),
             odd: Mutex::default(),
             store: CatalogStore::new(bucket.clone()),
@@ -98,19 +99,24 @@ impl Cluster {
     /// Serves nothing any more but the repair, for this reason.
     pub(crate) fn lose(&self, why: String) {
         tracing::error!(why, "the bucket has to be repaired before this master serves");
-        *self.lost.lock() = Some(why);
+        self.lost.send_replace(Some(why));
+    }
+
+    /// Why only the repair is served, while that is so.
+    pub(crate) fn trouble(&self) -> watch::Receiver<Option<String>> {
+        self.lost.subscribe()
     }
 
     /// Whose the prefix is, is known again.
     pub(crate) fn found(&self, cluster_id: String) {
         *self.cluster_id.lock() = cluster_id;
-        *self.lost.lock() = None;
+        self.lost.send_replace(None);
         self.refused.lock().clear();
     }
 
     /// Refuses whoever needs more than the repair: nothing is found out by trying again.
     pub(crate) fn check_found(&self) -> Result<(), VastoError> {
-        match &*self.lost.lock() {
+        match &*self.lost.borrow() {
             None => Ok(()),
             Some(why) => {
                 let message = format!("{why}; start the nodes, then run `vasto bucket repair`");
@@ -121,7 +127,7 @@ impl Cluster {
 
     /// True while only the repair is served.
     pub(crate) fn is_lost(&self) -> bool {
-        self.lost.lock().is_some()
+        self.lost.borrow().is_some()
     }
 
     /// A node of another cluster was refused; true the first time.

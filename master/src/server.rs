@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -83,6 +84,8 @@ pub struct RunningMaster {
     pub listen: SocketAddr,
     /// The cluster that owns the bucket's prefix.
     pub cluster_id: String,
+    /// What keeps it from serving more than the repair of its bucket, if anything does.
+    pub trouble: watch::Receiver<Option<String>>,
     supervisor: JoinHandle<()>,
 }
 
@@ -143,8 +146,9 @@ impl Master {
         if !config.gc_interval.is_zero() {
             cluster.tasks.spawn(upkeep::collect_regularly(cluster.clone(), config.gc_interval));
         }
+        let trouble = cluster.trouble();
         let supervisor = tokio::spawn(supervise(cluster, listener, shutdown));
-        Ok(RunningMaster { listen, cluster_id, supervisor })
+        Ok(RunningMaster { listen, cluster_id, trouble, supervisor })
     }
 }
 

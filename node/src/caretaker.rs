@@ -9,9 +9,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
+use vasto_core::limits::WRITER_STALL;
 
 use crate::core::NodeCore;
 use crate::manager::Manager;
+use crate::replica::Replica;
+use crate::replica::authority::now_ms;
 use crate::shortage::DiskRoom;
 
 /// Between two looks: a disk that fills with 100 MB/s loses a fraction of its reserve in between.
@@ -32,9 +35,12 @@ pub async fn run(core: Arc<NodeCore>, manager: Arc<Manager>, dir: PathBuf, cance
         let failures = manager.failures();
         core.set_trouble(trouble(
             core.is_disk_low(),
-            failures.iter().map(|(tenant, reason)| {
-                format!("shard {} of keyspace {} does not serve: {reason}", tenant.shard, tenant.keyspace)
-            }),
+            failures
+                .iter()
+                .map(|(tenant, reason)| {
+                    format!("shard {} of keyspace {} does not serve: {reason}", tenant.shard, tenant.keyspace)
+                })
+                .chain(waits_for_disk(&core, now_ms())),
         ));
         if cancel.run_until_cancelled(manager.reopen()).await.is_none() {
             return;
@@ -43,6 +49,15 @@ pub async fn run(core: Arc<NodeCore>, manager: Arc<Manager>, dir: PathBuf, cance
             return;
         }
     }
+}
+
+/// The replicas here whose writer does not come back from its disk.
+pub(crate) fn waits_for_disk(core: &NodeCore, now_ms: u64) -> impl Iterator<Item = String> {
+    let stalled = move |replica: &Replica| replica.busy_ms(now_ms) >= WRITER_STALL.as_millis() as u64;
+    core.replicas()
+        .into_iter()
+        .filter(stalled)
+        .map(|replica| format!("shard {} of keyspace {} waits for its disk", replica.shard, replica.keyspace))
 }
 
 fn look_at_disk(core: &NodeCore, room: Option<DiskRoom>) {

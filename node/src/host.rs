@@ -31,7 +31,7 @@ use vasto_shipping::history;
 use vasto_shipping::layout::Owner;
 
 use crate::bootstrap::{Adoption, Bootstrap, BootstrapError, Log};
-use crate::clock::SharedClock;
+use crate::clock::{SharedClock, with_others};
 use crate::core::NodeCore;
 use crate::engine::EngineShared;
 use crate::grow::{Build, fresh_progress};
@@ -52,6 +52,8 @@ const RETRY_MAX: Duration = Duration::from_secs(15);
 
 /// Between two looks at what has no event of its own.
 const HOUSEKEEPING: Duration = Duration::from_millis(100);
+/// The same for one with which nothing is going on.
+const HOUSEKEEPING_AT_REST: Duration = Duration::from_secs(1);
 
 /// The reported size of a replica is at most this old.
 const SIZE_AGE: Duration = Duration::from_millis(400);
@@ -278,7 +280,8 @@ impl Host {
             // While it is being filled it has none.
             target.manifest_shipped |= report.manifest_lsn.0 > 0;
         }
-        if let Some(replica) = core.replica(tenant.keyspace, tenant.replica) {
+        let hosted = core.replica_of(tenant.keyspace, tenant.shard).filter(|one| one.id == tenant.replica);
+        if let Some(replica) = hosted {
             let (keys, bytes) = self.size_of(&replica, report.manifest_lsn);
             report.incarnation = replica.incarnation();
             report.version = replica.version();
@@ -363,8 +366,9 @@ impl Runner {
         self.take_seat(&replica, &duties, &first).await;
         self.context.core.add_replica(replica.clone());
         let this = Arc::new(self);
-        let mut tick = tokio::time::interval(HOUSEKEEPING);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let (mut own, mut standing) = (replica.changes(), replica.authority().changes());
+        let mut kept_house = tokio::time::Instant::now();
+        let mut rests;
         let mut reported = ReplicationReport::default();
         let background = Arc::new(Mutex::new(Background::default()));
         let mut pause = RETRY;
@@ -384,15 +388,24 @@ impl Runner {
             this.context.core.report.notify_one();
             let retry = tokio::time::sleep(pause);
             tokio::pin!(retry);
+            rests = false;
             loop {
+                let due = match rests {
+                    true => with_others(kept_house + HOUSEKEEPING_AT_REST),
+                    false => kept_house + HOUSEKEEPING,
+                };
                 tokio::select! {
                     () = this.cancel.cancelled() => break,
                     _ = catalogs.changed() => break,
                     () = &mut retry, if again => break,
                     _ = pauses.changed() => duties.begin_to_catch_up(&catalog),
-                    _ = tick.tick() => {
+                    _ = own.changed(), if rests => rests = false,
+                    _ = standing.changed(), if rests => rests = false,
+                    () = tokio::time::sleep_until(due) => {
                         duties.collect(&catalog);
                         this.keep_house(&catalog, &replica, &ship, &duties, &mut reported);
+                        rests = is_at_rest(&catalog, &replica, &ship);
+                        kept_house = tokio::time::Instant::now();
                     }
                 }
             }
@@ -616,9 +629,13 @@ impl Runner {
             Some((_, to)) if !placed => (catalog.version, BandRange::from(Band::owned(to)), RangeState::Arriving),
             _ => (catalog.version, catalog.owned_bands(), RangeState::Owned),
         };
-        tokio::task::spawn_blocking(move || open_or_begin_again(&tenant, &engines, &clock, initial))
-            .await
-            .map_err(|error| error.to_string())?
+        // It waits here rather than on a thread of its own.
+        let turn = engines.opening.clone().acquire_owned().await.map_err(|error| error.to_string())?;
+        let open = move || {
+            let _turn = turn;
+            open_or_begin_again(&tenant, &engines, &clock, initial)
+        };
+        tokio::task::spawn_blocking(open).await.map_err(|error| error.to_string())?
     }
 
     async fn obey(
@@ -703,7 +720,10 @@ impl Runner {
         let home = ships(catalog, replica);
         let acts = catalog.shard(replica.shard).is_some_and(|shard| shard.primary == Some(replica.id));
         ship.positions.stands_in.store(acts && !home, Ordering::Release);
-        ship.positions.ships.store(acts || home, Ordering::Release);
+        let before = ship.positions.ships.swap(acts || home, Ordering::AcqRel);
+        if before != (acts || home) {
+            ship.look();
+        }
     }
 
     fn tell_phase(&self, placed: bool) {
@@ -1131,6 +1151,17 @@ pub(crate) fn open_or_begin_again(
     drop_blocking(replica);
     std::fs::remove_dir_all(&tenant.dir).map_err(|error| format!("{}: {error}", tenant.dir.display()))?;
     open(Some(initial))
+}
+
+/// True when nothing is going on with a replica that its own news do not tell: nobody waits for others or for the
+/// bucket, no plan runs, and nothing is to be caught up.
+fn is_at_rest(catalog: &Catalog, replica: &Replica, ship: &ShipHandle) -> bool {
+    catalog.plan.is_none()
+        && catalog.unsealed.is_empty()
+        && replica.is_ready()
+        && !replica.followers().has_waiting()
+        && replica.bucket_acks().last().is_none()
+        && !ship.positions.held_back.load(Ordering::Acquire)
 }
 
 /// Ends a replica's writer and engine from a blocking thread.

@@ -11,7 +11,6 @@ mod counting;
 pub mod data;
 pub mod engine;
 pub mod flusher;
-pub mod gate;
 pub mod grow;
 pub mod host;
 pub mod lease;

@@ -17,6 +17,7 @@ use vasto_core::catalog::Catalog;
 use vasto_core::error::ErrorCode;
 use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId};
 use vasto_core::limits::{CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX, REPORT_INTERVAL};
+use vasto_core::plan::ReplicaReport;
 use vasto_core::topology::NodeAddress;
 use vasto_proto::v1;
 use vasto_proto::v1::master_message::Message as FromMaster;
@@ -304,15 +305,14 @@ async fn hear(
 
 /// Reports what changed, at once when something the master waits for has happened.
 async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessage>) -> String {
-    let mut last: HashMap<(KeyspaceId, ReplicaId), String> = HashMap::new();
+    let mut last: HashMap<(KeyspaceId, ReplicaId), ReplicaReport> = HashMap::new();
     loop {
         let mut replicas = Vec::new();
         for report in context.manager.reports() {
-            let json = serde_json::to_string(&report).expect("plain data always has a JSON form");
             let key = (report.keyspace, report.replica);
-            if last.get(&key) != Some(&json) {
-                replicas.push(json.clone());
-                last.insert(key, json);
+            if last.get(&key) != Some(&report) {
+                replicas.push(serde_json::to_string(&report).expect("plain data always has a JSON form"));
+                last.insert(key, report);
             }
         }
         let (disk_used, disk_free) = disk(&context.dir);

@@ -41,7 +41,7 @@ use vasto_shipping::layout;
 use vasto_shipping::manifest::Manifest;
 
 use crate::binlog::BinlogError;
-use crate::clock::SharedClock;
+use crate::clock::{SharedClock, with_others};
 use crate::engine::{EngineError, EngineShared};
 use crate::node_dir::{DirError, read_json, write_json};
 use crate::old_copy::OLD_COPY;
@@ -59,6 +59,8 @@ use checkpoint::{Making, Uploaded};
 
 /// Between two looks at whether something is due.
 const TICK: Duration = Duration::from_millis(500);
+/// The same while everything is shipped; whatever grows the log is told.
+const LOOK_AT_REST: Duration = Duration::from_secs(5);
 /// Longest pause after failures.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 /// Between two checkpoints that are due by the number of chunks alone.
@@ -228,6 +230,8 @@ pub enum ShipRequest {
         /// Answers with the manifest.
         done: oneshot::Sender<Result<PinnedManifest, ShipError>>,
     },
+    /// Its place has changed: it ships from now on, or does not.
+    Look,
 }
 
 /// A handle to a replica's shipper.
@@ -251,6 +255,11 @@ impl ShipHandle {
         let (done, answer) = oneshot::channel();
         self.requests.send(ShipRequest::Log { done }).map_err(|_| ShipError::Stopped)?;
         answer.await.map_err(|_| ShipError::Stopped)?
+    }
+
+    /// Tells the shipper that what it is to do has changed.
+    pub(crate) fn look(&self) {
+        let _ = self.requests.send(ShipRequest::Look);
     }
 
     /// Uploads everything again, when this replica ships; `None` when it does not.
@@ -371,13 +380,15 @@ pub fn start(context: ShipContext, cancel: CancellationToken) -> (ShipHandle, im
 
 impl Shipper {
     async fn run(mut self, mut requests: mpsc::UnboundedReceiver<ShipRequest>, cancel: CancellationToken) {
-        let mut tick = tokio::time::interval(TICK);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut due = Instant::now();
         let replica = self.context.replica.clone();
         // Beside everything that waits for the bucket: the log stays bounded whatever that does.
         let cut = cut::Cut::new(replica.clone(), self.positions.clone(), self.context.log_cap, self.context.interval);
         let _cutting = AbortOnDropHandle::new(tokio::spawn(cut.run(TICK)));
+        let mut grown = replica.log().subscribe();
         loop {
+            grown.mark_unchanged();
+            let rests = self.is_at_rest();
             let now = Instant::now();
             let for_acks = self.positions.for_acks.load(Ordering::Acquire);
             let acks_wait = for_acks && now >= self.not_before && replica.bucket_acks().last().is_some();
@@ -406,6 +417,7 @@ impl Shipper {
                         self.wanted.push((None, done));
                         self.make_what_is_wanted();
                     }
+                    Some(ShipRequest::Look) => due = Instant::now(),
                     None => break,
                 },
                 made = checkpoint::made(&mut self.making) => self.go_on(made).await,
@@ -417,7 +429,9 @@ impl Shipper {
                         self.fail(&error);
                     }
                 }
-                _ = tick.tick() => {
+                _ = grown.changed(), if rests => {}
+                () = tokio::time::sleep_until(if rests { with_others(due + LOOK_AT_REST) } else { due }) => {
+                    due = Instant::now() + TICK;
                     self.hurry_after_an_outage();
                     if Instant::now() >= self.not_before
                         && let Err(error) = self.ship_what_is_due().await
@@ -458,6 +472,20 @@ impl Shipper {
         let replica = &self.context.replica;
         let trouble = trouble.map(ToString::to_string).or_else(|| self.checkpoint_trouble.clone());
         self.context.pace.note((replica.keyspace, replica.shard), trouble);
+    }
+
+    /// True when there is nothing to do before the log grows or somebody asks.
+    fn is_at_rest(&self) -> bool {
+        let replica = &self.context.replica;
+        let ships = self.ships();
+        let is_shipped = replica.log().appended_lsn() <= self.state.shipped_lsn && self.may_ship_chunks();
+        (is_shipped || !ships)
+            && self.began.is_some() == ships
+            && self.pause == TICK
+            && self.making.is_none()
+            && !self.anew
+            && self.checkpoint_trouble.is_none()
+            && !replica.ranges().is_being_filled()
     }
 
     /// What failed because nobody answered need not wait any longer when somebody does.

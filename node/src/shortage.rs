@@ -16,16 +16,22 @@ pub enum Shortage {
     Disk,
     /// Descriptors, of the process or of the machine.
     Descriptors,
+    /// Threads.
+    Threads,
     /// The database of a replica that has just been closed: its last user is about to let go of it.
     Database,
 }
 
+/// How a replica says that its writer did not get a thread.
+pub const NO_THREAD: &str = "there is no thread for its writer";
+
 /// How the operating system, the standard library and RocksDB name them.
-const WORDS: [(&str, Shortage); 6] = [
+const WORDS: [(&str, Shortage); 7] = [
     ("No space left on device", Shortage::Disk),
     ("no space left", Shortage::Disk),
     ("Disk quota exceeded", Shortage::Disk),
     ("Too many open files", Shortage::Descriptors),
+    (NO_THREAD, Shortage::Threads),
     ("lock hold by current process", Shortage::Database),
     ("lock is held by current process", Shortage::Database),
 ];
@@ -43,6 +49,7 @@ impl Shortage {
     pub fn is_over(self, dir: &Path) -> bool {
         match self {
             Shortage::Disk => DiskRoom::of(dir).is_some_and(|room| room.is_comfortable()),
+            Shortage::Threads => std::thread::Builder::new().spawn(|| ()).is_ok(),
             Shortage::Descriptors => can_open(DESCRIPTORS_WANTED),
             Shortage::Database => true,
         }

@@ -66,7 +66,8 @@ pub async fn dev(args: &Dev, file: Option<&Path>) -> anyhow::Result<()> {
         nodes: Some(nodes.collect()),
         pid: std::process::id(),
     };
-    let trouble = cluster.nodes.iter().map(|one| one.node.trouble.clone()).collect();
+    let of_nodes = cluster.nodes.iter().map(|one| one.node.trouble.clone());
+    let trouble = of_nodes.chain([cluster.master.trouble.clone()]).collect();
     server.serve(&ready, trouble, cluster.stopped(stop_master)).await
 }
 

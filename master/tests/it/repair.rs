@@ -63,6 +63,8 @@ async fn a_master_without_a_claim_serves_its_repair_and_nothing_else() {
     let master = TestMaster::start(url).await;
     assert_eq!(master.running.cluster_id, "");
     assert_eq!(bucket.head(&layout::cluster()).await.unwrap(), None, "it is claimed by nobody");
+    let trouble = master.running.trouble.clone();
+    assert!(trouble.borrow().as_deref().is_some_and(|why| why.contains("cluster.json is missing")), "it is not ready");
     let (refused, text) = code(master.create("new", 1).await);
     assert_eq!(refused, ErrorCode::FailedPrecondition);
     assert!(text.contains("cluster.json is missing") && text.contains("vasto bucket repair"), "{text}");
@@ -80,6 +82,7 @@ async fn a_master_without_a_claim_serves_its_repair_and_nothing_else() {
     let repaired = repaired.unwrap();
     assert_eq!((&repaired["cluster_id"], &repaired["claimed"]), (&json!(id), &json!(true)), "{repaired}");
     assert_eq!((&repaired["missing"], &repaired["keyspaces"]), (&json!([]), &json!(["ks1"])), "{repaired}");
+    assert_eq!(*trouble.borrow(), None, "it is ready");
     assert_eq!(master.describe("ks1").await.unwrap()["state"], "active");
     assert_eq!(master.status().await["cluster_id"], json!(id));
     drop(node);

@@ -144,6 +144,11 @@ impl LogShared {
         self.state.lock().first_lsn()
     }
 
+    /// How many files there are.
+    pub fn files(&self) -> usize {
+        self.state.lock().segments.len()
+    }
+
     /// Bytes of all files.
     pub fn bytes(&self) -> u64 {
         self.state.lock().segments.iter().map(|segment| segment.bytes).sum()

@@ -26,13 +26,13 @@ use rocksdb::{
     ErrorKind, FlushOptions, IngestExternalFileOptions, LiveFile, Options, ReadOptions, ReadTier,
     SstPartitionerFactory, WriteBufferManager, WriteOptions,
 };
+use tokio::sync::Semaphore;
 use vasto_core::Band;
 use vasto_core::limits::TABLES_OPEN_MAX;
 use vasto_core::merge::is_collected;
 use vasto_core::record::BandRange;
 use vasto_core::stored_key::{META_PREFIX, split_data_key};
 
-use crate::gate::Gate;
 pub use batch::Batch;
 #[cfg(test)]
 pub use cursor::cursors_opened;
@@ -68,7 +68,7 @@ pub struct EngineShared {
     base: Options,
     /// Replicas being opened, about one for each core: each reads its log in files of 64 MiB, and a
     /// node that restarts opens all it has.
-    pub(crate) opening: Arc<Gate>,
+    pub(crate) opening: Arc<Semaphore>,
 }
 
 /// How much of the machine the engines of a node may use together.
@@ -129,7 +129,7 @@ impl EngineShared {
             base.set_ratelimiter(budget.rate_limit as i64, 100_000, 10);
         }
         let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        Self { buffers, base, opening: Arc::new(Gate::new(cores)) }
+        Self { buffers, base, opening: Arc::new(Semaphore::new(cores)) }
     }
 
     /// With this many tables open in each instance.

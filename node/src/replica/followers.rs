@@ -154,6 +154,11 @@ impl Followers {
         }
     }
 
+    /// Somebody waits.
+    pub fn has_waiting(&self) -> bool {
+        !self.inner.lock().waiting.is_empty()
+    }
+
     /// Answers what has waited too long.
     pub fn expire(&self) {
         let now = Instant::now();

@@ -1,7 +1,7 @@
 //! One copy of a shard: its engine, its log, its writer, and the handle that others use.
 //!
 //! **Invariants**
-//! - Only the writer thread changes a replica; readers see what it has published.
+//! - Only the writer changes a replica; readers see what it has published.
 //! - Every open is a new incarnation, whose `adopt` record is synced before the first own write.
 //! - Opening replays the log after `applied_lsn`; a log that ends before what the database holds,
 //!   or that has a hole, stops the replica with a named error instead of serving less than was
@@ -14,6 +14,7 @@ pub mod followers;
 pub mod job;
 mod losses;
 pub(crate) mod metrics;
+mod queue;
 pub mod read;
 mod replicate;
 mod results;
@@ -27,8 +28,6 @@ mod writer;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::Sender;
-use std::thread::JoinHandle;
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use parking_lot::Mutex;
@@ -52,6 +51,7 @@ use bucket_acks::BucketAcks;
 use followers::Followers;
 use job::{ApplyJob, Completion, Control, Job, Position, ReplicaError, ReplicateJob, Role, Told, WriteJob, WriteOp};
 use losses::Losses;
+use queue::Queue;
 use results::Results;
 use size::KeyCount;
 use state::{Head, Identity, Ranges};
@@ -181,7 +181,7 @@ pub struct Shared {
     /// Durable or about to be: per origin, the last record that is applied.
     vector: Mutex<Vector>,
     /// Raised with every change of the vector.
-    vector_changes: AtomicU64,
+    vector_changes: watch::Sender<u64>,
     floor: AtomicU64,
     data_commit_time: AtomicU64,
     pub(crate) followers: Followers,
@@ -226,7 +226,7 @@ impl Shared {
         }
         if !meta.news.is_empty() {
             self.vector.lock().extend(meta.news.drain(..));
-            self.vector_changes.fetch_add(1, Ordering::AcqRel);
+            self.vector_changes.send_modify(|count| *count += 1);
         }
         self.floor.store(meta.head.floor, Ordering::Release);
         self.data_commit_time.store(meta.data_commit_time, Ordering::Release);
@@ -273,20 +273,8 @@ pub struct Replica {
     /// The replica.
     pub id: ReplicaId,
     shared: Arc<Shared>,
-    jobs: Sender<Job>,
+    jobs: Arc<Queue>,
     queue_bytes: Arc<Semaphore>,
-    writer: Arc<Mutex<Option<JoinHandle<()>>>>,
-}
-
-/// A writer that dies leaves a replica that says so.
-struct CloseOnPanic(Arc<Shared>);
-
-impl Drop for CloseOnPanic {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.close("its writer died; restart the node, and report this defect with the log".into());
-        }
-    }
 }
 
 /// Directory of the database below a replica's directory.
@@ -317,11 +305,11 @@ fn create_dirs(dir: &Path, below: [&Path; 2], sync: impl Fn(&Path) -> std::io::R
 
 impl Replica {
     /// Opens (or, with `initial`, creates) a replica: recovers its log, replays, begins a new
-    /// incarnation, starts its writer. Blocks on the disk, and on others that open.
+    /// incarnation. Blocks on the disk; how many open at a time is their callers' business
+    /// ([`EngineShared::opening`]).
     pub fn open(options: OpenOptions) -> Result<Self, OpenError> {
         let OpenOptions { dir, keyspace, shard, replica, shared, clock, initial } = options;
         let engines = shared;
-        let _opening = engines.opening.enter();
         let (db_dir, log_dir) = (database_dir(&dir), log_dir(&dir));
         create_dirs(&dir, [&db_dir, &log_dir], sync_dir)?;
         let mut log =
@@ -344,7 +332,7 @@ impl Replica {
             clock,
             view: ArcSwap::from_pointee(View::of(&meta, Role::default())),
             vector: Mutex::new(meta.vector.clone()),
-            vector_changes: AtomicU64::new(0),
+            vector_changes: watch::channel(0).0,
             floor: AtomicU64::new(meta.head.floor),
             data_commit_time: AtomicU64::new(meta.data_commit_time),
             followers: Followers::default(),
@@ -376,18 +364,9 @@ impl Replica {
         {
             writer.set_range(Epoch(0), version, range, state)?;
         }
-        let span = tracing::Span::current();
-        let thread = std::thread::Builder::new()
-            .name(format!("writer-{keyspace}-{shard}-{replica}"))
-            .spawn(move || {
-                let _named = span.entered();
-                let _guard = CloseOnPanic(writer.shared.clone());
-                writer.run();
-            })
-            .map_err(|source| OpenError::Io { path: dir, source })?;
-        let writer = Arc::new(Mutex::new(Some(thread)));
+        let jobs = Queue::new(jobs, writer, format!("writer-{keyspace}-{shard}-{replica}"));
         let queue_bytes = Arc::new(Semaphore::new(WRITE_QUEUE_BYTES_MAX));
-        Ok(Self { keyspace, shard, id: replica, shared, jobs, queue_bytes, writer })
+        Ok(Self { keyspace, shard, id: replica, shared, jobs: Arc::new(jobs), queue_bytes })
     }
 
     /// Queues a client's write; `done` is called exactly once. Refused at once when the queue is full.
@@ -418,7 +397,7 @@ impl Replica {
     /// Merges another log's entries, no more than a batch; answers once they are durable here.
     pub async fn apply(&self, entries: Vec<KeyEntry>, progress: Vec<Progress>) -> Result<Lsn, ReplicaError> {
         let (done, answer) = oneshot::channel();
-        self.jobs.send(Job::Apply(ApplyJob { entries, progress, done })).map_err(|_| ReplicaError::Stopped)?;
+        self.jobs.send(Job::Apply(ApplyJob { entries, progress, done }))?;
         answer.await.map_err(|_| ReplicaError::Stopped)?
     }
 
@@ -429,7 +408,7 @@ impl Replica {
     pub async fn replicate(&self, source: ReplicaId, records: Vec<Record>, covered: Lsn) -> Result<(), ReplicaError> {
         let (done, answer) = oneshot::channel();
         let job = ReplicateJob { source, records, covered, done };
-        self.jobs.send(Job::Replicate(job)).map_err(|_| ReplicaError::Stopped)?;
+        self.jobs.send(Job::Replicate(job))?;
         answer.await.map_err(|_| ReplicaError::Stopped)?
     }
 
@@ -463,17 +442,17 @@ impl Replica {
     /// Changes the replica itself; answers once it is durable.
     pub async fn control(&self, order: Control) -> Result<Lsn, ReplicaError> {
         let (done, answer) = oneshot::channel();
-        self.jobs.send(Job::Control(order, done)).map_err(|_| ReplicaError::Stopped)?;
+        self.jobs.send(Job::Control(order, done))?;
         answer.await.map_err(|_| ReplicaError::Stopped)?
     }
 
     /// Syncs, flushes and ends the writer, then stops the engine's background work.
     pub async fn stop(&self) {
         let _ = self.control(Control::Stop).await;
-        let (shared, writer) = (self.shared.clone(), self.writer.lock().take());
+        let (shared, thread) = (self.shared.clone(), self.jobs.take_thread());
         let end = move || {
-            if let Some(writer) = writer {
-                let _ = writer.join();
+            if let Some(thread) = thread {
+                let _ = thread.join();
             }
             shared.engine.close();
         };
@@ -537,8 +516,8 @@ impl Replica {
     }
 
     /// A number that rises with every change of the vector.
-    pub fn vector_changes(&self) -> u64 {
-        self.shared.vector_changes.load(Ordering::Acquire)
+    pub fn vector_changes(&self) -> watch::Receiver<u64> {
+        self.shared.vector_changes.subscribe()
     }
 
     /// True when it holds at least what the vector names.

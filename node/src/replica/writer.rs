@@ -1,4 +1,4 @@
-//! The writer of a replica: the one thread that changes it.
+//! The writer of a replica: the one thread that changes it, while there is something to do (see [`super::queue`]).
 //!
 //! It drains its queue, builds one log record and one batch from what waits (group commit),
 //! appends, syncs once, applies, answers.
@@ -109,25 +109,21 @@ impl Writer {
         }
     }
 
-    /// Runs until it is stopped or every handle is gone.
-    pub(super) fn run(mut self) {
+    /// Runs until it is stopped, every handle is gone, or there has been nothing to do for `patience`: then it
+    /// answers with itself.
+    pub(super) fn run(mut self, patience: Duration) -> Option<Self> {
         loop {
-            let first = if self.held.is_empty() && self.unsynced_since.is_none() {
-                match self.jobs.recv() {
-                    Ok(job) => Some(job),
-                    Err(_) => break,
-                }
-            } else {
-                match self.jobs.recv_timeout(Duration::from_millis(50)) {
-                    Ok(job) => Some(job),
-                    Err(RecvTimeoutError::Timeout) => None,
-                    Err(RecvTimeoutError::Disconnected) => break,
-                }
+            let is_idle = self.held.is_empty() && self.unsynced_since.is_none();
+            let first = match self.jobs.recv_timeout(if is_idle { patience } else { Duration::from_millis(50) }) {
+                Ok(job) => Some(job),
+                Err(RecvTimeoutError::Timeout) if is_idle => return Some(self),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => break,
             };
             if let Some(first) = first
                 && self.take(first)
             {
-                return;
+                return None;
             }
             self.release_overdue();
             if self.unsynced_since.is_some_and(|since| since.elapsed() >= OS_SYNC_INTERVAL) {
@@ -135,10 +131,11 @@ impl Writer {
             }
         }
         self.stop();
+        None
     }
 
     /// Handles one job and what waits behind it; true when the writer has ended.
-    fn take(&mut self, first: Job) -> bool {
+    pub(super) fn take(&mut self, first: Job) -> bool {
         let mut writes = Vec::new();
         let mut applies = Vec::new();
         let mut weight = 0;
@@ -656,7 +653,8 @@ impl Writer {
         self.log_control(Body::Ingest { plan, range, objects, event_time_max, progress })
     }
 
-    fn stop(&mut self) {
+    /// Ends it; what is queued is not done any more.
+    pub(super) fn stop(&mut self) {
         self.held.clear();
         self.shared.followers.abandon();
         self.shared.bucket_acks.abandon();

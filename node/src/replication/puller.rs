@@ -286,9 +286,8 @@ impl Puller {
         let cursors = self.replica.tail_cursors().map_err(|error| Ended::Closed(error.to_string()))?;
         let cursor = cursors.into_iter().find(|(id, _)| *id == self.source.replica).map_or(Lsn(0), |(_, lsn)| lsn);
         let mut cursor = if rescan { Lsn(0) } else { cursor };
-        let mut changes = self.replica.vector_changes();
+        let (mut changes, mut views) = (self.replica.vector_changes(), self.replica.changes());
         let mut told = self.replica.vector();
-        let mut told_covered = Lsn(0);
         let (mut told_losses, mut told_epoch) = (0, Epoch(0));
         let (messages, outgoing) = mpsc::channel(8);
         let start = v1::PullStart {
@@ -309,12 +308,13 @@ impl Puller {
         let mut unproven = Some((head, needed));
         let mut tick = tokio::time::interval(TELL);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut has_news = true;
         loop {
             if let Some((head, needed)) = &unproven
                 && cursor >= *head
             {
                 self.prove(needed)?;
-                unproven = None;
+                (unproven, has_news) = (None, true);
                 self.state.too_old.store(false, Ordering::Release);
                 self.core.report.notify_one();
             }
@@ -323,14 +323,18 @@ impl Puller {
                     let frame = frame?.ok_or_else(|| Ended::Interrupted("the peer ended the stream".into()))?;
                     self.take(frame, &mut cursor).await?;
                 }
-                _ = tick.tick() => {
-                    let quiet = self.replica.vector_changes() == changes && self.replica.epoch() == told_epoch;
-                    if quiet && covered(&unproven, cursor) == told_covered {
-                        continue;
-                    }
+                _ = changes.changed(), if !has_news => {
+                    has_news = true;
+                    continue;
                 }
+                _ = views.changed(), if !has_news => {
+                    has_news = self.replica.epoch() != told_epoch;
+                    continue;
+                }
+                _ = tick.tick(), if has_news => {}
             }
-            changes = self.replica.vector_changes();
+            has_news = false;
+            changes.mark_unchanged();
             let vector = self.replica.vector();
             let news = vector.iter().filter(|(origin, seq)| told.get(origin) != Some(*seq));
             // Read after the vector: what lost of that which it covers is among them.
@@ -345,7 +349,6 @@ impl Puller {
             };
             messages.send(v1::PullMessage { message: Some(Message::Progress(progress)) }).await.map_err(closed)?;
             told = vector;
-            told_covered = covered(&unproven, cursor);
             (told_losses, told_epoch) = (last_loss, epoch);
         }
     }

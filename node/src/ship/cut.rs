@@ -15,6 +15,7 @@ use vasto_core::ids::Lsn;
 use vasto_core::limits::LOG_KEPT_FOR_SHIPPING;
 
 use super::{Positions, ShipError, blocking};
+use crate::clock::with_others;
 use crate::replica::Replica;
 
 /// At the cap the database is flushed when so much of the log is not in it yet.
@@ -61,23 +62,31 @@ impl Cut {
 
     /// Looks again and again; ends when it is dropped.
     pub(super) async fn run(mut self, every: Duration) {
-        let mut tick = tokio::time::interval(every);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut grown = self.replica.log().subscribe();
         loop {
-            tick.tick().await;
-            if let Err(error) = self.once().await {
-                tracing::warn!(
-                    %error,
-                    keyspace = self.replica.keyspace.0,
-                    shard = self.replica.shard.0,
-                    "the log cannot be cut"
-                );
-                tokio::time::sleep(every * 10).await;
+            grown.mark_unchanged();
+            match self.once().await {
+                Ok(true) => {
+                    let latest = with_others(Instant::now() + every * 10);
+                    let _ = tokio::time::timeout_at(latest, grown.changed()).await;
+                }
+                Ok(false) => {}
+                Err(error) => {
+                    tracing::warn!(
+                        %error,
+                        keyspace = self.replica.keyspace.0,
+                        shard = self.replica.shard.0,
+                        "the log cannot be cut"
+                    );
+                    tokio::time::sleep(every * 10).await;
+                }
             }
+            tokio::time::sleep(every).await;
         }
     }
 
-    async fn once(&mut self) -> Result<(), ShipError> {
+    /// Answers whether nothing can be cut before the log grows.
+    async fn once(&mut self) -> Result<bool, ShipError> {
         let (replica, positions, cap) = (self.replica.clone(), self.positions.clone(), self.cap);
         let shipped = Lsn(positions.shipped.load(Ordering::Acquire));
         let needed = Lsn(positions.needed_after.load(Ordering::Acquire));
@@ -85,6 +94,13 @@ impl Cut {
         let chained_from = Lsn(positions.chained_from.load(Ordering::Acquire));
         let ships = positions.does_ship();
         let old = self.ends.old(Instant::now(), self.replica.settled_lsn());
+        if replica.log().files() <= 1 && replica.log().bytes() <= cap {
+            positions.over_cap.store(false, Ordering::Release);
+            positions.held_back.store(false, Ordering::Release);
+            replica.set_shed(false);
+            self.given_up = false;
+            return Ok(true);
+        }
         let given_up = blocking(move || {
             let log = replica.log();
             let full = log.bytes() > cap;
@@ -117,7 +133,7 @@ impl Cut {
             );
         }
         self.given_up = given_up;
-        Ok(())
+        Ok(false)
     }
 }
 

@@ -1,19 +1,23 @@
 //! A hosted replica and the versions that it obeys.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use vasto_core::catalog::{Catalog, Placed};
 use vasto_core::ids::{Epoch, NodeId, ReplicaId, ShardId};
 use vasto_core::limits::BINLOG_BYTES_MAX;
 use vasto_core::members::evict;
+use vasto_core::plan::ReplicaPhase;
 
 use super::duties::{shard_on, until};
 use super::shipping::bucket;
 use super::support::*;
+use crate::caretaker::waits_for_disk;
 use crate::core::NodeCore;
 use crate::host::{Host, HostContext, Tenant};
 use crate::replica::Replica;
+use crate::replica::authority::now_ms;
 use crate::replica::job::Role;
 use crate::ship::Pace;
 
@@ -158,4 +162,50 @@ async fn who_acts_for_the_home_ships_at_once() {
     host.obey(Arc::new(catalog));
     until("it to ship", || host.shipper().is_some()).await;
     host.stop_to_discard().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_restarts_opens_its_replicas_a_few_at_a_time() {
+    let hosted = Hosted::new();
+    let turns = hosted.context.engines.opening.clone();
+    let all = turns.clone().acquire_many_owned(turns.available_permits() as u32).await.unwrap();
+    let host = hosted.start(&shard_on(1));
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(host.report(&hosted.context.core).phase, ReplicaPhase::Opening, "others have their turn");
+    drop(all);
+    let replica = hosted.replica().await;
+    until("the turn to be given back", || turns.available_permits() > 0).await;
+    drop(replica);
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_with_nothing_to_do_has_no_thread() {
+    let hosted = Hosted::new();
+    let host = hosted.start(&shard_on(1));
+    let replica = hosted.replica().await;
+    until("its writer to rest", || replica.jobs.rests()).await;
+    let wrote = tokio::task::spawn_blocking({
+        let replica = replica.clone();
+        move || write_one(&replica, put("k", "v"))
+    });
+    wrote.await.unwrap();
+    assert_eq!(get(&replica, "k").as_deref(), Some("v"));
+    until("its writer to rest again", || replica.jobs.rests()).await;
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_whose_disk_does_not_answer_says_so() {
+    let hosted = Hosted::new();
+    let host = hosted.start(&shard_on(1));
+    let replica = hosted.replica().await;
+    until("its writer to rest", || replica.jobs.rests()).await;
+    let told = || waits_for_disk(&hosted.context.core, now_ms()).collect::<Vec<_>>();
+    assert_eq!(told(), Vec::<String>::new());
+    replica.shared.busy_since_ms.store(now_ms() - 2_000, Ordering::Release);
+    assert_eq!(told(), ["shard 0 of keyspace 7 waits for its disk"]);
+    replica.shared.busy_since_ms.store(0, Ordering::Release);
+    assert_eq!(told(), Vec::<String>::new());
+    host.stop().await;
 }

@@ -213,21 +213,3 @@ fn a_log_that_was_cut_short_or_beheaded_stops_the_replica_with_a_named_error() {
     });
     assert!(matches!(refused, Some(OpenError::LogBehind { .. })), "{refused:?}");
 }
-
-#[test]
-fn a_node_that_restarts_opens_its_replicas_a_few_at_a_time() {
-    let rig = Rig::new();
-    let replica = rig.create();
-    write_one(&replica, put("k", "v"));
-    rig.close(replica);
-    let cores = std::thread::available_parallelism().unwrap().get();
-    let gate = rig.shared.opening.clone();
-    let mut others: Vec<_> = (0..cores).map(|_| gate.enter()).collect();
-    std::thread::scope(|scope| {
-        let opening = scope.spawn(|| rig.open(&rig.path, false).unwrap());
-        wait_for("it to wait for its turn", || gate.waiting() == 1);
-        others.pop();
-        let replica = opening.join().unwrap();
-        assert_eq!(get(&replica, "k").as_deref(), Some("v"));
-    });
-}

@@ -116,7 +116,7 @@ impl Rig {
     pub fn close(&self, replica: Replica) {
         let _ = control(&replica, Control::Stop);
         // The thread lets go of the database only at its end.
-        if let Some(writer) = replica.writer.lock().take() {
+        if let Some(writer) = replica.jobs.take_thread() {
             let _ = writer.join();
         }
         self.opened.lock().retain(|one| one.engine().path() != replica.engine().path());
@@ -150,8 +150,7 @@ impl Drop for Rig {
             let _ = control(&replica, Control::Stop);
             // The thread lets go of the database only at its end, and RocksDB must not be closed while
             // the process exits.
-            let writer = replica.writer.lock().take();
-            if let Some(writer) = writer {
+            if let Some(writer) = replica.jobs.take_thread() {
                 let _ = writer.join();
             }
         }

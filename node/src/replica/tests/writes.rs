@@ -326,3 +326,31 @@ fn an_event_time_from_the_future_shifts_the_stamps_of_no_other_key() {
     assert_eq!(applied_at(write_one(&again, put("a", "again"))), ahead + 2);
     assert_eq!(applied_at(write_one(&again, put("b", "again"))), START_US + 12);
 }
+
+#[test]
+// The threads have nothing else to do.
+#[allow(clippy::disallowed_methods)]
+fn a_writer_that_is_about_to_rest_takes_every_job() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let rests = std::sync::atomic::AtomicUsize::new(0);
+    // Writes come about as long after one another as a writer waits before it rests.
+    std::thread::scope(|scope| {
+        for client in 0..2 {
+            let (replica, rests) = (&replica, &rests);
+            scope.spawn(move || {
+                for n in 0..60 {
+                    std::thread::sleep(Duration::from_micros(19_000 + 97 * n));
+                    rests.fetch_add(usize::from(replica.jobs.rests()), std::sync::atomic::Ordering::Relaxed);
+                    write_one(replica, put(&format!("{client}-{n}"), "v"));
+                }
+            });
+        }
+    });
+    for client in 0..2 {
+        for n in 0..60 {
+            assert_eq!(get(&replica, &format!("{client}-{n}")).as_deref(), Some("v"));
+        }
+    }
+    assert!(rests.into_inner() > 0, "it never rested");
+}

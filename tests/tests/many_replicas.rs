@@ -1,0 +1,105 @@
+//! Many small keyspaces: what hundreds of replicas cost a node that has nothing to do.
+//!
+//! The suite makes 60 keyspaces; `VASTO_TEST_KEYSPACES` makes as many as it says (`make soak`: 300). What is measured
+//! is printed; what does not depend on how busy the machine is, is checked.
+
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use futures::{StreamExt, TryStreamExt};
+use vasto_tests::{Cluster, Port};
+
+const NODES: usize = 3;
+const SHARDS: usize = 4;
+const IDLE: Duration = Duration::from_secs(10);
+
+fn keyspaces() -> usize {
+    std::env::var("VASTO_TEST_KEYSPACES").map_or(60, |given| given.parse().unwrap())
+}
+
+/// Bytes of disk below a directory, as blocks.
+fn disk_mib(dir: &Path) -> Result<f64> {
+    use std::os::unix::fs::MetadataExt;
+    let mut blocks = 0;
+    let mut dirs = vec![dir.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        for entry in std::fs::read_dir(dir)? {
+            let entry = entry?;
+            // A file may be renamed while one looks.
+            let Ok(found) = entry.metadata() else { continue };
+            blocks += found.blocks();
+            if found.is_dir() {
+                dirs.push(entry.path());
+            }
+        }
+    }
+    Ok((blocks * 512) as f64 / f64::from(1 << 20))
+}
+
+fn threads(pid: u32) -> Result<usize> {
+    Ok(std::fs::read_dir(format!("/proc/{pid}/task"))?.count())
+}
+
+/// Seconds of CPU that a process has used.
+fn cpu_seconds(pid: u32) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    let ticks: f64 = fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap();
+    ticks / rustix::param::clock_ticks_per_second() as f64
+}
+
+async fn idle(cluster: &mut Cluster, when: &str) -> Result<()> {
+    let pids = (0..NODES).map(|node| Ok(cluster.node_process(node)?.pid())).collect::<Result<Vec<u32>>>()?;
+    // Threads that were needed for a moment go within seconds.
+    let few = async || pids.iter().all(|pid| threads(*pid).unwrap() < 150).then_some(());
+    vasto_tests::until("the threads to go", Duration::from_secs(60), few).await?;
+    let before: Vec<f64> = pids.iter().map(|pid| cpu_seconds(*pid)).collect();
+    tokio::time::sleep(IDLE).await;
+    for (node, pid) in pids.iter().enumerate() {
+        let (threads, disk) = (threads(*pid)?, disk_mib(&cluster.node_dir(node))?);
+        let cpu = (cpu_seconds(*pid) - before[node]) / IDLE.as_secs_f64() * 100.0;
+        println!("{when}, node {node}: {threads} threads, {disk:.1} MiB of disk, {cpu:.2} % of a core");
+        ensure!(threads < 150, "{threads} threads");
+        let replicas = keyspaces() * SHARDS / NODES;
+        ensure!(disk < replicas as f64 / 4.0, "{disk} MiB of disk for {replicas} empty replicas");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn idle_replicas_take_few_threads_and_little_disk() -> Result<()> {
+    let mut cluster = Cluster::builder().nodes(NODES).start().await?;
+    let names: Vec<String> = (0..keyspaces()).map(|n| format!("ks{n}")).collect();
+    let create = |name: &String| {
+        let (cluster, name) = (&cluster, name.clone());
+        async move { cluster.create(&name, SHARDS as u32, &[]).await }
+    };
+    let began = Instant::now();
+    futures::stream::iter(&names).map(create).buffer_unordered(4).try_collect::<()>().await?;
+    println!("{} keyspaces of {SHARDS} shards created in {:.1} s", names.len(), began.elapsed().as_secs_f64());
+    idle(&mut cluster, "new").await?;
+
+    // Everything that is opened again serves, and rests again.
+    cluster.stop_node(0).await?;
+    let began = Instant::now();
+    cluster.start_node(0, Port::Same).await?;
+    println!("node 0 is ready {:.2} s after its start", began.elapsed().as_secs_f64());
+    let write = |name: &String| {
+        let (cluster, name) = (&cluster, name.clone());
+        async move {
+            let keyspace = cluster.keyspace(&name).await?;
+            for key in 0..8 {
+                keyspace.put(format!("key{key}"), name.clone()).await?;
+            }
+            let value = keyspace.get("key3").await?;
+            ensure!(value.is_some_and(|value| value.bytes() == name.as_bytes()));
+            anyhow::Ok(())
+        }
+    };
+    futures::stream::iter(&names).map(write).buffer_unordered(4).try_collect::<()>().await?;
+    idle(&mut cluster, "written to").await?;
+    cluster.finish().await
+}
