@@ -29,11 +29,11 @@ pub struct Rules {
     pub own_promise_ended: bool,
     /// That a granter has served is said until the claimant covers what it named.
     pub served_until_covered: bool,
-    /// A process that has just started says that it has served: the one before it may have.
+    /// A process that has just started says that it has served: the one before it may have. (Not yet in the code.)
     pub predecessor_served: bool,
     /// A denied claimant stops before it says that it has.
     pub stop_before_release: bool,
-    /// A claimant that has let go of a promise does not rely on it again.
+    /// A claimant that has let go of a promise does not rely on it again. (Not yet in the code.)
     pub let_go_for_good: bool,
     /// The writer looks at the authority, not only who admits the request.
     pub writer_checks: bool,
@@ -41,7 +41,8 @@ pub struct Rules {
     pub stamp_first: bool,
     /// A write is acknowledged only while the authority lasts that it was checked under ...
     pub ack_in_term: bool,
-    /// (and, when that rests on silence, after a probe that began once it was written) ...
+    /// (and, when that rests on silence, after a probe that began once it was written, which is not yet in the
+    /// code) ...
     pub ack_after_probe: bool,
     /// ... or after a clean hand-over, once the one handed to says that it covers what was named.
     pub ack_when_taken_over: bool,
