@@ -242,7 +242,12 @@ impl Host {
         if let Some(ReplicaPhase::Failed(reason)) = &self.told.lock().phase {
             return Some(reason.clone());
         }
-        core.replica(self.tenant.keyspace, self.tenant.replica)?.closed()
+        self.hosted(core)?.closed()
+    }
+
+    /// The replica, while it is open.
+    fn hosted(&self, core: &NodeCore) -> Option<Replica> {
+        core.replica_of(self.tenant.keyspace, self.tenant.shard).filter(|one| one.id == self.tenant.replica)
     }
 
     /// What the master should know.
@@ -280,8 +285,7 @@ impl Host {
             // While it is being filled it has none.
             target.manifest_shipped |= report.manifest_lsn.0 > 0;
         }
-        let hosted = core.replica_of(tenant.keyspace, tenant.shard).filter(|one| one.id == tenant.replica);
-        if let Some(replica) = hosted {
+        if let Some(replica) = self.hosted(core) {
             let (keys, bytes) = self.size_of(&replica, report.manifest_lsn);
             report.incarnation = replica.incarnation();
             report.version = replica.version();

@@ -206,7 +206,7 @@ impl Manager {
     pub fn failures(&self) -> Vec<(Tenant, String)> {
         let core = &self.context.core;
         let hosts = self.hosts.lock();
-        let of_hosts = hosts.values().filter_map(|host| Some((host.tenant.clone(), host.failure(core)?)));
+        let of_hosts = hosts.values().filter_map(|host| host.failure(core).map(|why| (host.tenant.clone(), why)));
         of_hosts.collect()
     }
 

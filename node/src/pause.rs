@@ -16,7 +16,7 @@ use vasto_core::limits::ATTEMPT_PATIENCE;
 use crate::clock::since_boot;
 
 /// Between two signs of life.
-const TICK: Duration = Duration::from_millis(50);
+const TICK: Duration = Duration::from_millis(100);
 
 /// When the process was last seen to run.
 #[derive(Debug)]

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use vasto_core::catalog::Placed;
@@ -38,6 +38,8 @@ use crate::replication::duties::Duties;
 
 /// Between two looks at everything.
 const TICK: Duration = Duration::from_millis(50);
+/// Between two looks at whether it is to end, when there is nothing else to do.
+const TICK_AT_REST: Duration = Duration::from_secs(1);
 /// Between two looks at what only waits for records to arrive.
 const PENDING_TICK: Duration = Duration::from_millis(2);
 /// A writer that does not say within this time what it holds is not waited for.
@@ -153,6 +155,8 @@ pub(super) struct Actor {
     /// A claim may have changed.
     dirty: bool,
     probing: BTreeSet<Key>,
+    /// Says that it is at rest.
+    rest: watch::Sender<bool>,
 }
 
 fn ms(time: Duration) -> u64 {
@@ -160,7 +164,12 @@ fn ms(time: Duration) -> u64 {
 }
 
 impl Actor {
-    pub fn new(core: Arc<NodeCore>, events: mpsc::Sender<Event>, receiver: mpsc::Receiver<Event>) -> Self {
+    pub fn new(
+        core: Arc<NodeCore>,
+        events: mpsc::Sender<Event>,
+        receiver: mpsc::Receiver<Event>,
+        rest: watch::Sender<bool>,
+    ) -> Self {
         Self {
             core,
             events,
@@ -176,7 +185,13 @@ impl Actor {
             listening_ms: now_ms(),
             dirty: false,
             probing: BTreeSet::new(),
+            rest,
         }
+    }
+
+    /// True when no replica here has peers, nor any node a link: only an event changes anything.
+    fn is_at_rest(&self) -> bool {
+        self.outgoing.is_empty() && self.incoming.is_empty() && self.seats.values().all(Seat::rests)
     }
 
     /// Runs until `ended` says so.
@@ -185,9 +200,11 @@ impl Actor {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut beat_ms = 0;
         while !ended() {
-            let pending = self.seats.values().any(|seat| seat.pending);
+            let (pending, rests) = (self.seats.values().any(|seat| seat.pending), self.is_at_rest());
+            self.rest.send_if_modified(|before| std::mem::replace(before, rests) != rests);
             tokio::select! {
-                _ = tick.tick() => self.tick(now_ms()),
+                _ = tick.tick(), if !rests => self.tick(now_ms()),
+                () = tokio::time::sleep(TICK_AT_REST), if rests => {}
                 () = tokio::time::sleep(PENDING_TICK), if pending => self.settle_pending(now_ms()),
                 event = self.receiver.recv() => {
                     let mut next = event;

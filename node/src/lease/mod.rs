@@ -14,7 +14,7 @@ mod seat;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 use vasto_core::catalog::Catalog;
@@ -48,16 +48,21 @@ impl Leases {
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let pulse = core.pulse.clone();
-        // Ends with the leases: then nobody else holds the counter.
+        let (rest, mut rests) = watch::channel(false);
+        // Ends with the leases.
         tokio::spawn(async move {
             let mut tick = tokio::time::interval(PULSE);
             tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-            while Arc::strong_count(&pulse) > 1 {
+            loop {
+                // While nobody counts the silence of others, nobody needs to know that it is that of others.
+                if rests.wait_for(|rests| !rests).await.is_err() {
+                    break;
+                }
                 tick.tick().await;
                 pulse.store(crate::replica::authority::now_ms(), std::sync::atomic::Ordering::Release);
             }
         });
-        let actor = Actor::new(core.clone(), events.clone(), receiver);
+        let actor = Actor::new(core.clone(), events.clone(), receiver, rest);
         // What it logs names the node where several share a process.
         let span = tracing::Span::current();
         std::thread::Builder::new().name("leases".into()).spawn(move || {

@@ -48,7 +48,7 @@ async fn whoever_serves_by_a_promise_hears_the_better_claim_before_it_is_denied(
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     let (events, receiver) = mpsc::channel(64);
-    let mut actor = Actor::new(home.core.clone(), events, receiver);
+    let mut actor = Actor::new(home.core.clone(), events, receiver, watch::channel(false).0);
     actor.began_ms = 0;
     let order = catalog.shard(ShardId(0)).unwrap().replicas.clone();
     let seat = |primary_version| Event::Seat {
@@ -99,7 +99,7 @@ impl Claimant {
         let catalog = shard_on(2);
         home.duties.follow(&catalog);
         let (events, receiver) = mpsc::channel(64);
-        let mut actor = Actor::new(home.core.clone(), events, receiver);
+        let mut actor = Actor::new(home.core.clone(), events, receiver, watch::channel(false).0);
         actor.began_ms = 0;
         let (beats, claims) = mpsc::channel(64);
         let start = now_ms();
