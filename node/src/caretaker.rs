@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::limits::WRITER_STALL;
 
 use crate::core::NodeCore;
+use crate::host::Tenant;
 use crate::manager::Manager;
 use crate::replica::Replica;
 use crate::replica::authority::now_ms;
@@ -19,31 +20,35 @@ use crate::shortage::DiskRoom;
 
 /// Between two looks: a disk that fills with 100 MB/s loses a fraction of its reserve in between.
 const LOOK: Duration = Duration::from_millis(250);
+/// While all is well, so many looks at the disk come with one at the replicas.
+const LOOKS_EACH: u32 = 4;
 
 /// Runs until `cancel` fires.
 pub async fn run(core: Arc<NodeCore>, manager: Arc<Manager>, dir: PathBuf, cancel: CancellationToken) {
+    let (mut looks, mut troubled) = (0u32, true);
     loop {
         let place = dir.join("replicas");
         let room = tokio::task::spawn_blocking(move || DiskRoom::of(&place)).await.ok().flatten();
+        let was_low = core.is_disk_low();
         look_at_disk(&core, room);
-        for replica in core.replicas() {
-            // Also one that nobody writes to.
-            if let (None, Some(why)) = (replica.closed(), replica.engine().failure()) {
-                replica.close(format!("the database could not write to its disk: {why}"));
+        looks = looks.wrapping_add(1);
+        if troubled || core.is_disk_low() != was_low || looks.is_multiple_of(LOOKS_EACH) {
+            for replica in core.replicas() {
+                // Also one that nobody writes to.
+                if let (None, Some(why)) = (replica.closed(), replica.engine().failure()) {
+                    replica.close(format!("the database could not write to its disk: {why}"));
+                }
             }
-        }
-        let failures = manager.failures();
-        core.set_trouble(trouble(
-            core.is_disk_low(),
-            failures
-                .iter()
-                .map(|(tenant, reason)| {
-                    format!("shard {} of keyspace {} does not serve: {reason}", tenant.shard, tenant.keyspace)
-                })
-                .chain(waits_for_disk(&core, now_ms())),
-        ));
-        if cancel.run_until_cancelled(manager.reopen()).await.is_none() {
-            return;
+            let failures = manager.failures();
+            let fails = |(tenant, reason): &(Tenant, String)| {
+                format!("shard {} of keyspace {} does not serve: {reason}", tenant.shard, tenant.keyspace)
+            };
+            let told = trouble(core.is_disk_low(), failures.iter().map(fails).chain(waits_for_disk(&core, now_ms())));
+            troubled = told.is_some();
+            core.set_trouble(told);
+            if cancel.run_until_cancelled(manager.reopen(failures)).await.is_none() {
+                return;
+            }
         }
         if cancel.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_none() {
             return;

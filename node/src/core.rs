@@ -53,6 +53,8 @@ pub struct NodeCore {
     disk_low: AtomicBool,
     /// What somebody should know who sends work here.
     trouble: watch::Sender<Option<String>>,
+    /// Counts the replicas with which something is going on.
+    active: Arc<()>,
     update: Mutex<()>,
     changed: watch::Sender<u64>,
 }
@@ -68,6 +70,7 @@ impl NodeCore {
             pause: PauseDetector::default(),
             pulse: Arc::new(AtomicU64::new(now_ms())),
             leases: OnceLock::new(),
+            active: Arc::default(),
             master_word: ArcSwap::default(),
             master_believed: Belief::default(),
             links: watch::channel(HashMap::new()).0,
@@ -246,6 +249,16 @@ impl NodeCore {
     /// True while clients' writes are refused for want of disk.
     pub fn is_disk_low(&self) -> bool {
         self.disk_low.load(Ordering::Relaxed)
+    }
+
+    /// Something goes on with a replica, as long as the answer lives.
+    pub fn activity(&self) -> Arc<()> {
+        self.active.clone()
+    }
+
+    /// True when nothing goes on with any replica.
+    pub fn is_at_rest(&self) -> bool {
+        Arc::strong_count(&self.active) == 1
     }
 
     /// Refuses clients' writes for want of disk, or takes them again.

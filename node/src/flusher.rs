@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use vasto_core::ids::{KeyspaceId, ReplicaId};
+use vasto_core::ids::{Incarnation, KeyspaceId, Lsn, ReplicaId};
 
 use crate::core::NodeCore;
 use crate::engine::EngineShared;
@@ -25,26 +25,42 @@ const AGE_MAX: Duration = Duration::from_secs(600);
 
 /// When the data of each replica that is not in an SST yet began to wait.
 #[derive(Default)]
-struct Waiting(HashMap<(KeyspaceId, ReplicaId), Instant>);
+struct Waiting {
+    since: HashMap<(KeyspaceId, ReplicaId), Instant>,
+    /// Where each stood when all of it was found in SSTs: a look costs a read.
+    clean: HashMap<(KeyspaceId, ReplicaId), (Incarnation, Lsn)>,
+}
 
 impl Waiting {
     /// Takes note of who has unflushed data; answers the replica to flush now, if any.
     fn choose<'a>(&mut self, replicas: &'a [Replica], full: bool, now: Instant) -> Option<&'a Replica> {
-        let dirty: Vec<&Replica> = replicas
-            .iter()
-            .filter(|replica| {
-                replica.closed().is_none() && replica.persisted_lsn().is_ok_and(|lsn| lsn < replica.applied_lsn())
-            })
-            .collect();
-        self.0.retain(|key, _| dirty.iter().any(|replica| (replica.keyspace, replica.id) == *key));
+        let is_dirty = |replica: &&Replica| {
+            let key = (replica.keyspace, replica.id);
+            let stands = (replica.incarnation(), replica.applied_lsn());
+            if self.clean.get(&key) == Some(&stands) || replica.closed().is_some() {
+                return false;
+            }
+            match replica.persisted_lsn() {
+                Ok(lsn) if lsn < stands.1 => return true,
+                Ok(_) => drop(self.clean.insert(key, stands)),
+                Err(_) => {}
+            }
+            false
+        };
+        let dirty: Vec<&Replica> = replicas.iter().filter(is_dirty).collect();
+        let is_hosted = |key: &(KeyspaceId, ReplicaId)| replicas.iter().any(|one| (one.keyspace, one.id) == *key);
+        if self.clean.len() > replicas.len() {
+            self.clean.retain(|key, _| is_hosted(key));
+        }
+        self.since.retain(|key, _| dirty.iter().any(|replica| (replica.keyspace, replica.id) == *key));
         let oldest =
-            dirty.into_iter().min_by_key(|replica| *self.0.entry((replica.keyspace, replica.id)).or_insert(now))?;
-        let since = self.0.get(&(oldest.keyspace, oldest.id)).copied().unwrap_or(now);
+            dirty.into_iter().min_by_key(|replica| *self.since.entry((replica.keyspace, replica.id)).or_insert(now))?;
+        let since = self.since.get(&(oldest.keyspace, oldest.id)).copied().unwrap_or(now);
         (full || now.duration_since(since) > AGE_MAX).then_some(oldest)
     }
 
     fn flushed(&mut self, replica: &Replica) {
-        self.0.remove(&(replica.keyspace, replica.id));
+        self.since.remove(&(replica.keyspace, replica.id));
     }
 }
 

@@ -53,7 +53,7 @@ const RETRY_MAX: Duration = Duration::from_secs(15);
 /// Between two looks at what has no event of its own.
 const HOUSEKEEPING: Duration = Duration::from_millis(100);
 /// The same for one with which nothing is going on.
-const HOUSEKEEPING_AT_REST: Duration = Duration::from_secs(1);
+const HOUSEKEEPING_AT_REST: Duration = Duration::from_secs(2);
 
 /// The reported size of a replica is at most this old.
 const SIZE_AGE: Duration = Duration::from_millis(400);
@@ -372,7 +372,9 @@ impl Runner {
         let this = Arc::new(self);
         let (mut own, mut standing) = (replica.changes(), replica.authority().changes());
         let mut kept_house = tokio::time::Instant::now();
-        let mut rests;
+        // While there is one it is not at rest.
+        let mut active = Some(this.context.core.activity());
+        let mut seen = Lsn(0);
         let mut reported = ReplicationReport::default();
         let background = Arc::new(Mutex::new(Background::default()));
         let mut pause = RETRY;
@@ -392,8 +394,9 @@ impl Runner {
             this.context.core.report.notify_one();
             let retry = tokio::time::sleep(pause);
             tokio::pin!(retry);
-            rests = false;
+            active.get_or_insert_with(|| this.context.core.activity());
             loop {
+                let rests = active.is_none();
                 let due = match rests {
                     true => with_others(kept_house + HOUSEKEEPING_AT_REST),
                     false => kept_house + HOUSEKEEPING,
@@ -403,12 +406,17 @@ impl Runner {
                     _ = catalogs.changed() => break,
                     () = &mut retry, if again => break,
                     _ = pauses.changed() => duties.begin_to_catch_up(&catalog),
-                    _ = own.changed(), if rests => rests = false,
-                    _ = standing.changed(), if rests => rests = false,
+                    _ = own.changed(), if rests => active = Some(this.context.core.activity()),
+                    _ = standing.changed(), if rests => active = Some(this.context.core.activity()),
                     () = tokio::time::sleep_until(due) => {
                         duties.collect(&catalog);
                         this.keep_house(&catalog, &replica, &ship, &duties, &mut reported);
-                        rests = is_at_rest(&catalog, &replica, &ship);
+                        let lsn = replica.applied_lsn();
+                        let quiet = std::mem::replace(&mut seen, lsn) == lsn;
+                        match quiet && is_at_rest(&catalog, &replica, &ship) {
+                            true => active = None,
+                            false => drop(active.get_or_insert_with(|| this.context.core.activity())),
+                        }
                         kept_house = tokio::time::Instant::now();
                     }
                 }
@@ -1163,6 +1171,8 @@ fn is_at_rest(catalog: &Catalog, replica: &Replica, ship: &ShipHandle) -> bool {
     catalog.plan.is_none()
         && catalog.unsealed.is_empty()
         && replica.is_ready()
+        // How long it has been acting is news each moment.
+        && replica.authority().acting_ms() == 0
         && !replica.followers().has_waiting()
         && replica.bucket_acks().last().is_none()
         && !ship.positions.held_back.load(Ordering::Acquire)

@@ -210,10 +210,9 @@ impl Manager {
         of_hosts.collect()
     }
 
-    /// Opens replicas again that were closed by a shortage that is over. Nothing is damaged there: it is as after a
+    /// Of what fails here, opens the replicas again that were closed by a shortage that is over. Nothing is damaged there: it is as after a
     /// restart of the node.
-    pub async fn reopen(&self) {
-        let failures = self.failures();
+    pub async fn reopen(&self, failures: Vec<(Tenant, String)>) {
         let now = Instant::now();
         {
             let failing = |key| failures.iter().any(|(tenant, _)| (tenant.keyspace, tenant.replica) == key);

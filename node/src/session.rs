@@ -34,6 +34,8 @@ use crate::replica::authority::now_ms;
 
 /// Longest pause between two attempts to reach the master.
 const RETRY_MAX: Duration = Duration::from_secs(2);
+/// While nothing goes on, so many reports come without a look at the replicas.
+const UNSEEN_MAX: u32 = 3;
 /// Reports are at least this far apart, so that a busy tail does not flood the master.
 const REPORT_GAP: Duration = Duration::from_millis(2);
 
@@ -306,9 +308,13 @@ async fn hear(
 /// Reports what changed, at once when something the master waits for has happened.
 async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessage>) -> String {
     let mut last: HashMap<(KeyspaceId, ReplicaId), ReplicaReport> = HashMap::new();
+    // Reports without a look at the replicas.
+    let mut unseen = u32::MAX;
     loop {
         let mut replicas = Vec::new();
-        for report in context.manager.reports() {
+        let looks = unseen >= UNSEEN_MAX || !context.core.is_at_rest();
+        unseen = if looks { 0 } else { unseen + 1 };
+        for report in looks.then(|| context.manager.reports()).into_iter().flatten() {
             let key = (report.keyspace, report.replica);
             if last.get(&key) != Some(&report) {
                 replicas.push(serde_json::to_string(&report).expect("plain data always has a JSON form"));
@@ -337,7 +343,7 @@ async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessag
         }
         tokio::time::sleep(REPORT_GAP).await;
         tokio::select! {
-            () = context.core.report.notified() => {}
+            () = context.core.report.notified() => unseen = UNSEEN_MAX,
             () = tokio::time::sleep(REPORT_INTERVAL) => {}
         }
     }

@@ -228,6 +228,7 @@ impl Actor {
             }
             self.flush();
         }
+        self.rest.send_replace(true);
         for outgoing in self.outgoing.values() {
             outgoing.cancel.cancel();
         }

@@ -104,6 +104,8 @@ pub(super) struct Seat {
     pub serving: bool,
     /// It had authority since its last promise, or the process before this one may have had it.
     pub served: bool,
+    /// It had authority since it was opened.
+    pub served_here: bool,
     /// Its own claim is the best it knows.
     pub wants: bool,
     /// It waits for something that no message announces.
@@ -139,6 +141,7 @@ impl Seat {
             term: LastTerm::default(),
             serving: false,
             served,
+            served_here: false,
             wants: false,
             pending: false,
             claim: None,
@@ -186,7 +189,7 @@ impl Seat {
             );
         }
         self.term = LastTerm { number, basis, closed: false, probing };
-        (self.serving, self.served) = (true, true);
+        (self.serving, self.served, self.served_here) = (true, true, true);
         let of = beliefs.iter().map(|belief| Arc::as_ptr(belief) as usize).collect();
         let acting = self.primary_version == 0;
         self.replica.authority().set_acting(acting);
@@ -231,7 +234,7 @@ impl Seat {
 
     /// The shard has no other replica.
     pub fn stand_alone(&mut self) {
-        self.serving = true;
+        (self.serving, self.served_here) = (true, true);
         self.replica.authority().set_acting(false);
         self.publish(Published::Alone, Standing::Alone);
     }

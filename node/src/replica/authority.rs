@@ -276,6 +276,14 @@ impl Authority {
         }
     }
 
+    /// The term was handed over, and nobody knows whether it had lasted: its read-modify-writes are never acknowledged.
+    pub fn give_up(&self, term: u64) {
+        let given_up: Vec<Held> = self.held.lock().extract_if(.., |one| one.modifies && one.term == term).collect();
+        for one in given_up {
+            (one.answer)(Err(lapsed()));
+        }
+    }
+
     /// The replica stops: what waits is not acknowledged any more.
     pub fn abandon(&self) {
         let held = std::mem::take(&mut *self.held.lock());
@@ -294,7 +302,13 @@ impl Authority {
 
     /// True when a request or an acknowledgement waits for a probe.
     pub fn wants_probe(&self) -> bool {
-        self.rounds.receiver_count() > 0 || !self.held.lock().is_empty()
+        let term = match &**self.standing.load() {
+            Standing::Serving(term) => Some(term.number),
+            Standing::Alone | Standing::Yielding(_) | Standing::Out { .. } => None,
+        };
+        // No probe tells anything of a read-modify-write of an earlier term.
+        let can_be_answered = |one: &Held| !one.modifies || Some(one.term) == term;
+        self.rounds.receiver_count() > 0 || self.held.lock().iter().any(can_be_answered)
     }
 
     /// A round of probes begins; answers its number.
@@ -336,6 +350,14 @@ mod tests {
             assert!(answers.try_recv().is_err());
             authority.end_round(next);
             assert!(answers.try_recv().unwrap());
+            // That of an earlier term is not what a probe would tell of.
+            authority.publish(Standing::Serving(Term { number: 5, beliefs: Vec::new(), probing: true }));
+            let (sender, answers) = channel();
+            authority.acknowledge(4, modifies, move |answer| sender.send(answer.is_ok()).unwrap());
+            assert_eq!(authority.wants_probe(), !modifies);
+            authority.give_up(4);
+            assert_eq!(answers.try_recv().ok(), modifies.then_some(false));
+            authority.abandon();
             // The silent one was there: another term has begun, or none.
             let (sender, answers) = channel();
             authority.acknowledge(4, modifies, move |answer| sender.send(answer.is_ok()).unwrap());

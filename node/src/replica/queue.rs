@@ -98,7 +98,8 @@ impl Drop for Queue {
         let resting = {
             let mut state = self.seat.state.lock();
             state.is_over = true;
-            state.writer.take()
+            // One that was just woken ends by itself.
+            state.writer.take_if(|_| self.seat.rests.load(Ordering::SeqCst))
         };
         let Some(mut writer) = resting else { return };
         // It would meet the end of the queue. Where no thread is to be had the log keeps what it has.
@@ -120,10 +121,14 @@ impl Seat {
                 state.thread = Some(thread);
             }
             Err(error) => {
-                // Whoever waits in the queue is answered as it is dropped; what was not begun was not done.
                 seat.shared.close(format!("{NO_THREAD}: {error}"));
-                seat.shared.ended.store(true, Ordering::Release);
-                state.writer = None;
+                let writer = state.writer.take();
+                drop(state);
+                seat.shared.followers.abandon();
+                seat.shared.bucket_acks.abandon();
+                seat.shared.authority.abandon();
+                // What is queued was not begun, and says so as it is dropped.
+                drop(writer);
             }
         }
     }

@@ -3,7 +3,7 @@
 //! **Invariant:** a replica stops to serve before it says what it holds, and says that before it promises itself.
 
 use vasto_core::catalog::Placed;
-use vasto_core::ids::ReplicaId;
+use vasto_core::ids::{Origin, ReplicaId};
 use vasto_core::lease::{Peer, Verdict, authority, best};
 use vasto_core::limits::{LEASE_BEAT, LEASE_PROMISE};
 use vasto_proto::v1::lease_grant::State;
@@ -147,6 +147,15 @@ impl Actor {
         // Of one that rested on silence that is not known.
         let lasted = named.complete && !seat.term.probing && seat.replica.authority().holds(seat.term.number);
         let handed_term = lasted.then_some(seat.term.number);
+        if seat.term.probing {
+            seat.replica.authority().give_up(seat.term.number);
+        }
+        let mut named = named;
+        if !seat.served_here {
+            // Nothing strict was acknowledged in this opening: whoever serves need not wait for its first record.
+            let own = Origin { replica: seat.replica.id, incarnation: seat.replica.incarnation() };
+            named.vector.remove(&own);
+        }
         seat.promise = Some(Promise { holder: to.replica, link, grant, reply: number, handed_term });
         let served = seat.served;
         seat.step_back(true);

@@ -4,6 +4,7 @@
 use super::*;
 use crate::replica::tests::duties::{Member, members, shard_on};
 use crate::replica::tests::support::Rig;
+use vasto_core::ids::Origin;
 use vasto_core::record::RangeState;
 
 const KEY: Key = (KeyspaceId(7), ShardId(0));
@@ -91,6 +92,7 @@ async fn whoever_serves_by_a_promise_hears_the_better_claim_before_it_is_denied(
 struct Claimant {
     actor: Actor,
     claims: mpsc::Receiver<v1::LeaseRequest>,
+    replies: mpsc::Receiver<Result<v1::LeaseReply, Status>>,
     start: u64,
 }
 
@@ -107,9 +109,9 @@ impl Claimant {
         let (replica, duties) = (home.replica.clone(), home.duties.clone());
         actor.take(Event::Seat { replica, duties, order, primary_version: 5 }, start);
         actor.take(Event::Link { node: NodeId(2), news: News::Up(beats) }, start);
-        let (replies, _) = mpsc::channel(64);
-        actor.take(Event::Opened { id: LINK, replies }, start);
-        Self { actor, claims, start }
+        let (sender, replies) = mpsc::channel(64);
+        actor.take(Event::Opened { id: LINK, replies: sender }, start);
+        Self { actor, claims, replies, start }
     }
 
     /// The other one promises itself.
@@ -139,6 +141,27 @@ impl Claimant {
             held = request.claims.first().map(|one| one.held_grant).or(held);
         }
         held.unwrap()
+    }
+
+    /// The origins of what it names as it promises itself to the other one.
+    async fn named(&mut self) -> Vec<Origin> {
+        loop {
+            match self.actor.receiver.recv().await.unwrap() {
+                named @ Event::Named { .. } => {
+                    self.actor.take(named, self.start);
+                    break;
+                }
+                other => self.actor.take(other, self.start),
+            }
+        }
+        self.actor.flush();
+        loop {
+            let reply = self.replies.recv().await.unwrap().unwrap();
+            let granted = reply.grants.iter().find(|one| one.state() == State::Granted);
+            if let Some(granted) = granted {
+                return vasto_proto::convert::vector_from_wire(&granted.vector).into_keys().collect();
+            }
+        }
     }
 
     fn serves(&self) -> bool {
@@ -181,5 +204,21 @@ async fn one_that_was_opened_again_says_that_it_has_served() {
         let one = Member::of(rig, replica);
         // What the process before this one has acknowledged may be held by nobody else.
         assert_eq!(Seat::new(one.replica.clone(), one.duties.clone()).served, again);
+    }
+}
+
+/// Its first record of this opening is nothing that anybody was told: whoever serves goes on without it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_has_not_served_since_it_was_opened_names_nothing_of_this_opening() {
+    for serves in [false, true] {
+        let all = members(2).await;
+        let mut one = Claimant::new(&all[0]);
+        if serves {
+            one.promise(9);
+        }
+        assert_eq!(one.serves(), serves);
+        one.claim(6);
+        let own = Origin { replica: ReplicaId(1), incarnation: all[0].replica.incarnation() };
+        assert_eq!(one.named().await.contains(&own), serves);
     }
 }
