@@ -13,6 +13,8 @@ use crate::core::NodeCore;
 
 /// Between two turns.
 const TURN: Duration = Duration::from_secs(1);
+/// While nothing goes on one turn in so many is taken.
+const TURNS_AT_REST: u32 = 4;
 /// Looking takes at most about this much of a turn.
 const TURN_SHARE: Duration = Duration::from_millis(50);
 /// A replica that changes all the time is looked at this often.
@@ -20,10 +22,15 @@ const AGE_MIN: Duration = Duration::from_secs(5);
 
 /// Runs until `cancel` fires.
 pub async fn run(core: Arc<NodeCore>, cancel: CancellationToken) {
+    let mut turns = 0u32;
     loop {
         tokio::select! {
             () = cancel.cancelled() => return,
             () = tokio::time::sleep(TURN) => {}
+        }
+        turns = turns.wrapping_add(1);
+        if core.is_at_rest() && !turns.is_multiple_of(TURNS_AT_REST) {
+            continue;
         }
         let began = Instant::now();
         let mut stale: Vec<_> =

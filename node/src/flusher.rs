@@ -18,6 +18,8 @@ use crate::replica::Replica;
 
 /// Between two looks.
 const LOOK: Duration = Duration::from_secs(1);
+/// While nothing goes on one look in so many is taken.
+const LOOKS_AT_REST: u32 = 10;
 /// Memtables above this part of their budget make the oldest be flushed.
 const FULL: f64 = 0.7;
 /// Unflushed data is never older than this.
@@ -67,13 +69,19 @@ impl Waiting {
 /// Runs until `cancel` fires.
 pub async fn run(core: Arc<NodeCore>, engines: EngineShared, cancel: CancellationToken) {
     let mut waiting = Waiting::default();
+    let mut looks = 0u32;
     loop {
         tokio::select! {
             () = cancel.cancelled() => return,
             () = tokio::time::sleep(LOOK) => {}
         }
+        looks = looks.wrapping_add(1);
+        let full = engines.memtables_used() > FULL;
+        if core.is_at_rest() && !full && !looks.is_multiple_of(LOOKS_AT_REST) {
+            continue;
+        }
         let replicas = core.replicas();
-        let Some(replica) = waiting.choose(&replicas, engines.memtables_used() > FULL, Instant::now()).cloned() else {
+        let Some(replica) = waiting.choose(&replicas, full, Instant::now()).cloned() else {
             continue;
         };
         let flushed = replica.clone();
