@@ -111,15 +111,6 @@ pub(super) fn write(request: v1::WriteRequest, spec: &KeyspaceSpec, now_us: u64)
     Ok(Write { ops, ack, bytes, id })
 }
 
-/// True when all that a write does is put and delete, on no condition.
-pub fn builds_on_nothing(request: &v1::WriteRequest) -> bool {
-    request.ops.iter().all(|op| match &op.op {
-        Some(v1::write_op::Op::Put(put)) => !put.if_absent && put.if_version.is_none(),
-        Some(v1::write_op::Op::Delete(delete)) => delete.if_version.is_none(),
-        _ => false,
-    })
-}
-
 fn condition(if_absent: bool, if_version: Option<u64>) -> Result<Option<Condition>, VastoError> {
     match (if_absent, if_version) {
         (false, None) => Ok(None),
@@ -136,29 +127,6 @@ mod tests {
     use vasto_core::limits::{KEY_BYTES_MAX, VALUE_BYTES_MAX};
 
     const NOW: u64 = 1_000_000_000;
-
-    #[test]
-    fn what_builds_on_what_is_there_is_told_apart() {
-        let write = |ops: Vec<v1::write_op::Op>| {
-            let ops = ops.into_iter().map(|op| v1::WriteOp { op: Some(op), ..Default::default() }).collect();
-            builds_on_nothing(&v1::WriteRequest { ops, ..Default::default() })
-        };
-        use v1::write_op::Op;
-        let put = || Op::Put(v1::Put::default());
-        assert!(write(vec![put(), Op::Delete(v1::Delete::default())]));
-        for more in [
-            Op::Put(v1::Put { if_absent: true, ..Default::default() }),
-            Op::Put(v1::Put { if_version: Some(1), ..Default::default() }),
-            Op::Delete(v1::Delete { if_version: Some(1) }),
-            Op::AddI64(1),
-            Op::AddF64(1.0),
-            Op::MaxF64(1.0),
-            Op::MinF64(1.0),
-            Op::Append("a".into()),
-        ] {
-            assert!(!write(vec![put(), more]));
-        }
-    }
 
     fn put(key: Vec<u8>, value: Vec<u8>) -> v1::WriteOp {
         v1::WriteOp {

@@ -142,7 +142,7 @@ pub(super) fn dispatch(core: &Arc<NodeCore>, request: v1::Request, arrival: Arri
     if let Some(error) = held_back(arrival, &op, caller.strict) {
         return sink.fail(core, caller.id, caller.keyspace, caller.epoch, &error);
     }
-    let place = begins_unprobed(place(core, caller, shard), &op);
+    let place = place(core, caller, shard);
     // A request proves that its sender reaches this node only when the peers were silent already.
     let probing = matches!(place, Place::Probing(_));
     match settled(place) {
@@ -164,19 +164,6 @@ fn held_back(arrival: Arrival, op: &Op, strict: bool) -> Option<VastoError> {
         let message = "the request was under way for too long and may have been repeated since; send it again";
         VastoError::new(ErrorCode::Overloaded, message).retry_after_ms(20)
     })
-}
-
-/// A put or delete builds on nothing: that nobody else serves is found out before it is acknowledged, not twice.
-fn begins_unprobed(place: Place, op: &Op) -> Place {
-    match (place, op) {
-        (Place::Probing(replica), Op::Write(write)) if decode::builds_on_nothing(write) => {
-            match replica.authority().admit_probed() {
-                Ok(term) => Place::Serving(replica, term),
-                Err(_) => Place::Probing(replica),
-            }
-        }
-        (place, _) => place,
-    }
 }
 
 /// Where the request is done, or why it is refused; `None` when that may be known in a moment.
