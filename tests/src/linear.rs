@@ -58,6 +58,20 @@ pub enum Did {
     Effect(u64, u64),
 }
 
+impl Did {
+    /// The same while nobody knows what comes of it.
+    fn unanswered(self) -> Self {
+        match self {
+            Did::Put(value, _) => Did::Put(value, None),
+            Did::Delete(_) => Did::Delete(None),
+            Did::IfAbsent(value, _) => Did::IfAbsent(value, None),
+            Did::IfVersion(seen, value, _) => Did::IfVersion(seen, value, None),
+            Did::Add(by, _) => Did::Add(by, None),
+            Did::Get(_) | Did::Effect(..) => self,
+        }
+    }
+}
+
 /// The state of a key.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct State {
@@ -327,7 +341,11 @@ fn check(entries: &[Entry]) -> CheckResult {
 fn until_then(entries: &[Entry], time: i64) -> Vec<Entry> {
     let begun = entries.iter().filter(|entry| entry.call <= time);
     let known = begun.filter(|entry| entry.answer <= time || !entry.is_read());
-    known.map(|entry| Entry { answer: if entry.answer <= time { entry.answer } else { i64::MAX }, ..*entry }).collect()
+    let seen = |entry: &Entry| match entry.answer <= time {
+        true => *entry,
+        false => Entry { answer: i64::MAX, did: entry.did.unanswered(), ..*entry },
+    };
+    known.map(seen).collect()
 }
 
 fn shortest(entries: &[Entry]) -> String {
