@@ -208,8 +208,7 @@ impl Seat {
             Basis::Granted { belief, .. } | Basis::Excused(belief) => Some(belief.clone()),
             Basis::Silent => None,
         });
-        let LastTerm { number, probing, .. } = self.term;
-        let term = Term { number, beliefs: beliefs.collect(), probing };
+        let term = Term { number: self.term.number, beliefs: beliefs.collect(), probing: false };
         (self.serving, self.term.closed) = (false, true);
         self.replica.authority().set_acting(false);
         self.publish(Published::Yielding(term.number), Standing::Yielding(term));

@@ -76,8 +76,6 @@ pub enum Refusal {
 struct Held {
     term: u64,
     modifies: bool,
-    /// Rounds of probes that had begun when it came.
-    rounds: u64,
     until: Duration,
     answer: Box<dyn FnOnce(Result<(), VastoError>) + Send>,
 }
@@ -222,15 +220,12 @@ impl Authority {
         self.stalled.load(Ordering::Acquire)
     }
 
-    /// May a write of this term be acknowledged that was done when so many rounds of probes had begun?
-    fn may_acknowledge(&self, number: u64, modifies: bool, rounds: u64) -> bool {
-        // What rests on silence may have ended without a sign: only a probe that began after the write tells.
-        let lasts = |term: &Term| term.is_valid() && (!term.probing || self.rounds.borrow().1 > rounds);
+    fn may_acknowledge(&self, number: u64, modifies: bool) -> bool {
         let valid = match &**self.standing.load() {
             Standing::Alone => true,
             // A read-modify-write was done on what stood in its own term; a put or delete is only ordered.
-            Standing::Serving(term) => lasts(term) && (term.number == number || !modifies),
-            Standing::Yielding(term) => lasts(term) && term.number == number,
+            Standing::Serving(term) => term.is_valid() && (term.number == number || !modifies),
+            Standing::Yielding(term) => term.is_valid() && term.number == number,
             Standing::Out { .. } => false,
         };
         valid || self.handed_over.lock().iter().any(|over| *over == number || (*over > number && !modifies))
@@ -238,12 +233,11 @@ impl Authority {
 
     /// Calls `answer` with success once a write of this term may be acknowledged, or with an unknown outcome.
     pub fn acknowledge(&self, term: u64, modifies: bool, answer: impl FnOnce(Result<(), VastoError>) + Send + 'static) {
-        let rounds = self.rounds.borrow().0;
-        if self.may_acknowledge(term, modifies, rounds) {
+        if self.may_acknowledge(term, modifies) {
             return answer(Ok(()));
         }
         let until = since_boot() + HELD_ACK_MAX;
-        self.held.lock().push(Held { term, modifies, rounds, until, answer: Box::new(answer) });
+        self.held.lock().push(Held { term, modifies, until, answer: Box::new(answer) });
         // It may have been published in between.
         self.settle();
     }
@@ -260,7 +254,7 @@ impl Authority {
             let mut at = 0;
             while at < held.len() {
                 let one = &held[at];
-                let verdict = match self.may_acknowledge(one.term, one.modifies, one.rounds) {
+                let verdict = match self.may_acknowledge(one.term, one.modifies) {
                     true => Some(Ok(())),
                     false if one.until <= now => Some(Err(lapsed())),
                     false => None,
@@ -273,14 +267,6 @@ impl Authority {
         }
         for (one, verdict) in done {
             (one.answer)(verdict);
-        }
-    }
-
-    /// The term was handed over, and nobody knows whether it had lasted: its read-modify-writes are never acknowledged.
-    pub fn give_up(&self, term: u64) {
-        let given_up: Vec<Held> = self.held.lock().extract_if(.., |one| one.modifies && one.term == term).collect();
-        for one in given_up {
-            (one.answer)(Err(lapsed()));
         }
     }
 
@@ -300,15 +286,9 @@ impl Authority {
         let _ = rounds.wait_for(|(_, ended)| *ended >= wanted).await;
     }
 
-    /// True when a request or an acknowledgement waits for a probe.
+    /// True when somebody waits for a probe.
     pub fn wants_probe(&self) -> bool {
-        let term = match &**self.standing.load() {
-            Standing::Serving(term) => Some(term.number),
-            Standing::Alone | Standing::Yielding(_) | Standing::Out { .. } => None,
-        };
-        // No probe tells anything of a read-modify-write of an earlier term.
-        let can_be_answered = |one: &Held| !one.modifies || Some(one.term) == term;
-        self.rounds.receiver_count() > 0 || self.held.lock().iter().any(can_be_answered)
+        self.rounds.receiver_count() > 0
     }
 
     /// A round of probes begins; answers its number.
@@ -324,7 +304,6 @@ impl Authority {
     /// The round has ended, with what it found published before.
     pub fn end_round(&self, number: u64) {
         self.rounds.send_modify(|(_, ended)| *ended = (*ended).max(number));
-        self.settle();
     }
 }
 
@@ -334,39 +313,6 @@ mod tests {
     use std::sync::mpsc::channel;
 
     use super::*;
-
-    #[test]
-    fn what_rests_on_silence_is_acknowledged_after_a_probe_that_began_later() {
-        for modifies in [false, true] {
-            let authority = Authority::default();
-            authority.publish(Standing::Serving(Term { number: 4, beliefs: Vec::new(), probing: true }));
-            let running = authority.begin_round();
-            let (sender, answers) = channel();
-            authority.acknowledge(4, modifies, move |answer| sender.send(answer.is_ok()).unwrap());
-            assert!(authority.wants_probe());
-            authority.end_round(running);
-            assert!(answers.try_recv().is_err(), "that probe may have failed before the write was done");
-            let next = authority.begin_round();
-            assert!(answers.try_recv().is_err());
-            authority.end_round(next);
-            assert!(answers.try_recv().unwrap());
-            // That of an earlier term is not what a probe would tell of.
-            authority.publish(Standing::Serving(Term { number: 5, beliefs: Vec::new(), probing: true }));
-            let (sender, answers) = channel();
-            authority.acknowledge(4, modifies, move |answer| sender.send(answer.is_ok()).unwrap());
-            assert_eq!(authority.wants_probe(), !modifies);
-            authority.give_up(4);
-            assert_eq!(answers.try_recv().ok(), modifies.then_some(false));
-            authority.abandon();
-            // The silent one was there: another term has begun, or none.
-            let (sender, answers) = channel();
-            authority.acknowledge(4, modifies, move |answer| sender.send(answer.is_ok()).unwrap());
-            let next = authority.begin_round();
-            authority.publish(Standing::Out { elsewhere: true });
-            authority.end_round(next);
-            assert!(answers.try_recv().is_err());
-        }
-    }
 
     fn serving(number: u64, for_ms: i64) -> Standing {
         let until = Arc::new(AtomicU64::new(now_ms().saturating_add_signed(for_ms)));

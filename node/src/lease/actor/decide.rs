@@ -144,12 +144,8 @@ impl Actor {
         let grant = self.grants;
         let number = self.incoming.get(&link).map_or(0, |one| one.number + 1);
         // Authority lasted until everything was named: nobody else had it in between.
-        // Of one that rested on silence that is not known.
-        let lasted = named.complete && !seat.term.probing && seat.replica.authority().holds(seat.term.number);
+        let lasted = named.complete && seat.replica.authority().holds(seat.term.number);
         let handed_term = lasted.then_some(seat.term.number);
-        if seat.term.probing {
-            seat.replica.authority().give_up(seat.term.number);
-        }
         let mut named = named;
         if !seat.served_here {
             // Nothing strict was acknowledged in this opening: whoever serves need not wait for its first record.
