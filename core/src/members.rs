@@ -208,6 +208,30 @@ impl View<'_> {
         self.is_ready(one) && self.reports.get(&one.replica).is_some_and(has_heard)
     }
 
+    /// It answers strict requests: it holds what the others have acknowledged.
+    fn has_authority(&self, one: &Placed) -> bool {
+        self.serves(one) && self.replication(one.replica).is_some_and(|report| report.serving != Some(false))
+    }
+
+    /// The version that takes a replica out, or hands over first; `None` while one that is there may be the only one
+    /// that holds what it has acknowledged.
+    fn take_out(
+        &self,
+        shard: &ShardPlacement,
+        one: &Placed,
+        stays: impl Fn(&Placed) -> bool,
+        now_us: u64,
+        nonce: u64,
+    ) -> Option<Catalog> {
+        let is_here = |node| self.around.is_here(node);
+        if let Some(heir) = heir(shard, one.replica, is_here, stays).filter(|_| !self.has_failed(one.replica)) {
+            return hand_over(self.catalog, one.replica, heir, now_us, nonce);
+        }
+        let mut others = shard.replicas.iter().filter(|other| other.replica != one.replica);
+        let may_leave = !is_here(one.node) || others.any(|other| self.has_authority(other));
+        may_leave.then(|| evict(self.catalog, one.replica, false, now_us, nonce).ok()).flatten()
+    }
+
     fn leaving_of(&self, node: NodeId) -> Option<&Leaving> {
         self.catalog.leaving.iter().find(|leaving| leaving.node == node)
     }
@@ -294,8 +318,10 @@ pub fn advance_members(
                     && view.replication(other.replica).is_some_and(|report| report.evict == Some(one.replica))
             });
             let lost = (around.lost)(one.node) && has_room();
-            if failed || too_old || in_the_way || lost || view.is_given_up(one) {
-                return evict(catalog, one.replica, false, now_us, nonce).ok();
+            if (failed || too_old || in_the_way || lost || view.is_given_up(one))
+                && let Some(next) = view.take_out(shard, one, |other| view.serves(other), now_us, nonce)
+            {
+                return Some(next);
             }
         }
     }
@@ -317,10 +343,10 @@ fn empty_leaving(view: &View<'_>, now_us: u64, nonce: u64) -> Option<Catalog> {
             if !shard.replicas.iter().any(stays) {
                 continue;
             }
-            return match heir(shard, one.replica, |node| around.is_here(node), stays) {
-                Some(heir) => hand_over(catalog, one.replica, heir, now_us, nonce),
-                None => evict(catalog, one.replica, false, now_us, nonce).ok(),
-            };
+            match view.take_out(shard, one, stays, now_us, nonce) {
+                Some(next) => return Some(next),
+                None => continue,
+            }
         }
         if shard.replicas.iter().all(|one| view.is_given_up(one))
             && may_copy(catalog, shard.shard, now_us)

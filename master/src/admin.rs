@@ -347,8 +347,18 @@ async fn hand_over_first(cluster: &Arc<Cluster>, keyspace: KeyspaceId, replica: 
     let ended = async {
         loop {
             changes.borrow_and_update();
-            let catalog = cluster.state().keyspaces.get(&keyspace).map(|known| known.catalog.clone());
-            let hands_over = catalog.is_some_and(|now| now.shard(shard).is_some_and(|one| one.handing_to.is_some()));
+            let hands_over = cluster.state().keyspaces.get(&keyspace).is_some_and(|known| {
+                let version = known.catalog.version;
+                // Whoever answers strict requests holds what the one that leaves has acknowledged.
+                let has_authority = |one: &Placed| {
+                    let report = known.reports.get(&one.replica).filter(|report| report.version >= version);
+                    report.is_some_and(|report| report.replication.serving != Some(false))
+                };
+                known.catalog.shard(shard).is_some_and(|now| {
+                    let mut others = now.replicas.iter().filter(|one| one.replica != replica);
+                    now.handing_to.is_some() || !others.any(has_authority)
+                })
+            });
             if !hands_over || changes.changed().await.is_err() {
                 return;
             }

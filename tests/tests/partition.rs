@@ -33,8 +33,9 @@ async fn both_sides_of_a_partition_are_written_and_converge_byte_for_byte() -> R
     let began = Instant::now();
     let before: Vec<usize> = writers.iter().map(written).collect();
     for (one, before) in writers.iter().zip(&before) {
-        // Each side needs its patience for the shards whose primary is on the other one.
-        let enough = async || (written(one) >= before + 300).then_some(());
+        // Each side needs its patience for the shards whose primary is on the other one, and the lone one two
+        // probes for each write: before it begins, and before it is acknowledged.
+        let enough = async || (written(one) >= before + 100).then_some(());
         until("both sides to go on", DEADLINE, enough).await?;
     }
     // Long enough for the master to have seen the silence, and to have replaced the primaries.

@@ -24,9 +24,6 @@
 //! Not in the model: requests that reach a replica only one way, replicas that are placed or removed, and a
 //! planned stop that nobody takes over in time: it is a kill.
 //!
-//! **A rule that the code does not keep yet:** [`Rules::ack_after_probe`]. What goes wrong without it is printed with
-//! the other counterexamples.
-//!
 //! **Invariant:** with all rules of [`Rules`] no state that can be reached is bad, at every size that is explored;
 //! without any one of them a bad one is reached, and the shortest way there is printed.
 #![allow(clippy::unwrap_used)]

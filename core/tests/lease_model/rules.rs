@@ -41,8 +41,7 @@ pub struct Rules {
     pub stamp_first: bool,
     /// A write is acknowledged only while the authority lasts that it was checked under ...
     pub ack_in_term: bool,
-    /// (and, when that rests on silence, after a probe that began once it was written, which is not yet in the
-    /// code) ...
+    /// (and, when that rests on silence, after a probe that began once it was written) ...
     pub ack_after_probe: bool,
     /// ... or after a clean hand-over, once the one handed to says that it covers what was named.
     pub ack_when_taken_over: bool,

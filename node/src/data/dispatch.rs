@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use vasto_core::ids::{Epoch, KeyspaceId, ShardId};
 use vasto_core::limits::{ATTEMPT_PATIENCE, AUTHORITY_WAIT, EPOCH_WAIT, check_key};
 use vasto_core::{ErrorCode, VastoError};
@@ -195,11 +195,15 @@ async fn wait_for_place(core: Arc<NodeCore>, caller: Caller, shard: ShardId, op:
             if !probing {
                 return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &catching_up());
             }
-            if !std::mem::replace(&mut probed, true) {
-                // A round of probes has a deadline.
-                replica.authority().probed().await;
+            if !probed {
+                // Nobody probes for a replica whose authority has ended meanwhile.
+                tokio::select! {
+                    () = replica.authority().probed() => probed = true,
+                    () = changed(&mut authority_changes) => continue,
+                    () = tokio::time::sleep_until(deadline) => {}
+                }
             }
-            if let Ok(term) = replica.authority().admit_probed() {
+            if probed && let Ok(term) = replica.authority().admit_probed() {
                 place = Place::Serving(replica.clone(), term);
             }
         }
@@ -212,22 +216,10 @@ async fn wait_for_place(core: Arc<NodeCore>, caller: Caller, shard: ShardId, op:
             Some(Err(error)) => return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &error),
             None => {}
         }
-        let replica_changed = async {
-            match &mut replica_changes {
-                Some(changes) => changes.changed().await.is_ok(),
-                None => std::future::pending().await,
-            }
-        };
-        let authority_changed = async {
-            match &mut authority_changes {
-                Some(changes) => changes.changed().await.is_ok(),
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             _ = node_changes.changed() => {}
-            _ = replica_changed => {}
-            _ = authority_changed => {}
+            () = changed(&mut replica_changes) => {}
+            () = changed(&mut authority_changes) => {}
             // Beliefs are renewed without a word.
             () = tokio::time::sleep(RENEWAL_LOOK), if waits_for_authority => {}
             () = tokio::time::sleep_until(deadline) => {
@@ -242,6 +234,15 @@ async fn wait_for_place(core: Arc<NodeCore>, caller: Caller, shard: ShardId, op:
                 return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &error);
             }
         }
+    }
+}
+
+/// Waits for a change, where there is anything that can change.
+async fn changed<T>(changes: &mut Option<watch::Receiver<T>>) {
+    match changes {
+        // An error means that its sender is gone: it is looked at again.
+        Some(changes) => drop(changes.changed().await),
+        None => std::future::pending().await,
     }
 }
 

@@ -53,8 +53,8 @@ pub(super) type Key = (KeyspaceId, ShardId);
 
 /// What the actor hears of.
 pub(super) enum Event {
-    /// A replica was opened, or placed otherwise.
-    Seat { replica: Replica, duties: Arc<Duties>, order: Vec<Placed>, primary_version: u64 },
+    /// A replica was opened, or placed otherwise; `served` says that the process before this one may have served it.
+    Seat { replica: Replica, duties: Arc<Duties>, order: Vec<Placed>, primary_version: u64, served: bool },
     /// A replica is about to stop.
     HandOver { key: Key, replica: ReplicaId, done: oneshot::Sender<()> },
     /// A replica has stopped.
@@ -240,12 +240,12 @@ impl Actor {
 
     fn take(&mut self, event: Event, now: u64) {
         match event {
-            Event::Seat { replica, duties, order, primary_version } => {
+            Event::Seat { replica, duties, order, primary_version, served } => {
                 let key = (replica.keyspace, replica.shard);
                 let seat = self.seats.remove(&key).filter(|seat| seat.replica.id == replica.id);
-                let mut seat = seat.unwrap_or_else(|| Seat::new(replica.clone(), duties.clone()));
-                (seat.replica, seat.duties) = (replica, duties);
-                (seat.order, seat.primary_version) = (order, primary_version);
+                let mut seat = seat.unwrap_or_else(|| Seat::new(replica.clone(), duties.clone(), served));
+                (seat.replica, seat.duties, seat.primary_version) = (replica, duties, primary_version);
+                seat.place(order, now);
                 self.seats.insert(key, seat);
                 self.connect();
                 self.settle(key, now);

@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 use vasto_core::catalog::Catalog;
-use vasto_core::ids::{KeyspaceId, ReplicaId, ShardId};
+use vasto_core::ids::{Incarnation, KeyspaceId, ReplicaId, ShardId};
 use vasto_proto::v1;
 
 use crate::core::NodeCore;
@@ -37,6 +37,13 @@ const PULSE: Duration = Duration::from_millis(50);
 #[derive(Clone)]
 pub struct Leases {
     events: mpsc::Sender<Event>,
+}
+
+/// May the process before this one have served the replica? Not when that was not placed yet; a catalog older than the
+/// one that it has obeyed does not tell.
+fn may_have_served(replica: &Replica, catalog: &Catalog) -> bool {
+    let may_be_placed = catalog.is_placed(replica.id) || replica.version() > catalog.version;
+    may_be_placed && replica.incarnation() > Incarnation(1)
 }
 
 impl Leases {
@@ -87,6 +94,7 @@ impl Leases {
             duties: duties.clone(),
             order,
             primary_version: if primary { catalog.version.0 } else { 0 },
+            served: may_have_served(replica, catalog),
         };
         self.send(event).await;
     }

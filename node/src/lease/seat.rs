@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use tokio::sync::oneshot;
 use vasto_core::catalog::Placed;
-use vasto_core::ids::{Incarnation, ReplicaId, Vector};
+use vasto_core::ids::{ReplicaId, Vector};
 use vasto_core::lease::Claim;
-use vasto_core::limits::{TAIL_LAG_LSNS_MAX, WRITER_RECOVERED, WRITER_STALL};
+use vasto_core::limits::{LEASE_EXCUSE, TAIL_LAG_LSNS_MAX, WRITER_RECOVERED, WRITER_STALL};
 
 use crate::replica::Replica;
 use crate::replica::authority::{Belief, Standing, Term};
@@ -24,8 +24,8 @@ pub(super) struct Promise {
     pub grant: u64,
     /// The reply that carried it: what the holder sent before it had seen that says nothing of it.
     pub reply: u64,
-    /// The term that ended with it, when everything done in it was named.
-    pub handed_term: Option<u64>,
+    /// The term before it, when everything done in it was named, and whether authority had lasted until then.
+    pub handed_term: Option<(u64, bool)>,
 }
 
 /// What the replica held once it had stopped to serve.
@@ -88,6 +88,9 @@ pub(super) struct Seat {
     pub duties: Arc<Duties>,
     /// The placed replicas in the order of preference.
     pub order: Vec<Placed>,
+    /// Those that were placed while this one had authority: they have not served, and until then they cannot begin to
+    /// without its promise.
+    newcomers: Vec<(ReplicaId, Belief)>,
     pub primary_version: u64,
     /// It is about to stop; whoever waits for the hand-over, and until when.
     pub stopping: Option<(u64, Vec<oneshot::Sender<()>>)>,
@@ -117,19 +120,20 @@ pub(super) struct Seat {
 /// What was published last, to be compared.
 #[derive(PartialEq, Eq)]
 enum Published {
-    Alone,
+    Alone(u64),
     Serving { number: u64, beliefs: Vec<usize>, probing: bool },
     Yielding(u64),
     Out { elsewhere: bool },
 }
 
 impl Seat {
-    pub fn new(replica: Replica, duties: Arc<Duties>) -> Self {
-        let served = replica.incarnation() > Incarnation(1);
+    /// `served` says that the process before this one may have served it.
+    pub fn new(replica: Replica, duties: Arc<Duties>, served: bool) -> Self {
         Self {
             replica,
             duties,
             order: Vec::new(),
+            newcomers: Vec::new(),
             primary_version: 0,
             stopping: None,
             stalled_ms: None,
@@ -147,6 +151,22 @@ impl Seat {
             claim: None,
             published: None,
         }
+    }
+
+    /// The replicas of its shard are these.
+    pub fn place(&mut self, order: Vec<Placed>, now: u64) {
+        self.newcomers.retain(|(id, _)| order.iter().any(|one| one.replica == *id));
+        if self.has_authority() && !self.term.probing {
+            let is_new = |one: &&Placed| !self.order.iter().any(|before| before.replica == one.replica);
+            let until = now + LEASE_EXCUSE.as_millis() as u64;
+            self.newcomers.extend(order.iter().filter(is_new).map(|one| (one.replica, Arc::new(until.into()))));
+        }
+        self.order = order;
+    }
+
+    /// Until when a replica is excused because it has only just been placed.
+    pub fn newcomer(&self, replica: ReplicaId) -> Option<Belief> {
+        self.newcomers.iter().find(|(id, _)| *id == replica).map(|(_, until)| until.clone())
     }
 
     /// Has it authority that is valid at this moment?
@@ -199,9 +219,10 @@ impl Seat {
         );
     }
 
-    /// It admits nothing more; what was admitted is finished.
+    /// It admits nothing more; what was admitted is finished, unless its authority rests on silence: that has ended
+    /// without a sign.
     pub fn begin_to_yield(&mut self) {
-        if !self.has_authority() {
+        if !self.has_authority() || self.term.probing {
             return self.step_back(false);
         }
         let beliefs = self.term.basis.iter().filter_map(|(_, basis)| match basis {
@@ -229,18 +250,26 @@ impl Seat {
         self.serving = false;
         self.replica.authority().set_acting(false);
         self.publish(Published::Out { elsewhere }, Standing::Out { elsewhere });
+        if self.term.probing {
+            // What rests on silence does not go on.
+            self.replica.authority().lapse(self.term.number);
+        }
     }
 
     /// The shard has no other replica.
     pub fn stand_alone(&mut self) {
+        // What was done while others had authority, or may have had it, belongs to another term.
+        let goes_on = self.has_authority() && !self.term.probing;
+        let number = if goes_on { self.term.number } else { self.term.number + 1 };
+        self.term = LastTerm { number, ..LastTerm::default() };
         (self.serving, self.served_here) = (true, true);
         self.replica.authority().set_acting(false);
-        self.publish(Published::Alone, Standing::Alone);
+        self.publish(Published::Alone(number), Standing::Serving(Term { number, ..Term::default() }));
     }
 
     /// Nothing but its catalog or a request can change anything: it stands alone, and nobody waits.
     pub fn rests(&self) -> bool {
-        self.published == Some(Published::Alone)
+        matches!(self.published, Some(Published::Alone(_)))
             && self.order.len() == 1
             && self.order[0].replica == self.replica.id
             && self.promise.is_none()

@@ -49,7 +49,7 @@ impl Term {
 /// What the leases say.
 #[derive(Debug, Clone)]
 pub enum Standing {
-    /// The shard has no other replica.
+    /// There are no leases: nobody else serves.
     Alone,
     /// It serves.
     Serving(Term),
@@ -76,17 +76,29 @@ pub enum Refusal {
 struct Held {
     term: u64,
     modifies: bool,
+    /// Rounds of probes that had begun when it came.
+    rounds: u64,
     until: Duration,
     answer: Box<dyn FnOnce(Result<(), VastoError>) + Send>,
+}
+
+/// A term whose writes the replica that took over holds.
+#[derive(Debug, Clone, Copy)]
+struct HandedOver {
+    term: u64,
+    /// Its authority lasted until all of them were named.
+    lasted: bool,
 }
 
 /// The authority of one replica.
 pub struct Authority {
     standing: ArcSwap<Standing>,
     changed: watch::Sender<u64>,
-    /// Terms that ended by a hand-over to a replica that holds all that was done in them; the last ones.
-    handed_over: Mutex<Vec<u64>>,
+    /// Terms of which another replica holds all that was done in them; the last ones.
+    handed_over: Mutex<Vec<HandedOver>>,
     held: Mutex<Vec<Held>>,
+    /// No read-modify-write of an earlier term than this one is acknowledged any more, unless it was handed over.
+    first: AtomicU64,
     /// Rounds of probes that have begun, and those that have ended.
     rounds: watch::Sender<(u64, u64)>,
     /// Boot time since which it serves in the place of the primary, milliseconds; 0 when it does not.
@@ -102,6 +114,7 @@ impl Default for Authority {
             changed: watch::channel(0).0,
             handed_over: Mutex::default(),
             held: Mutex::default(),
+            first: AtomicU64::new(0),
             rounds: watch::channel((0, 0)).0,
             acting_since_ms: AtomicU64::new(0),
             stalled: AtomicBool::new(false),
@@ -120,7 +133,7 @@ fn lapsed() -> VastoError {
 }
 
 impl Authority {
-    /// The term under which a strict request may begin now; 0 when the shard has no other replica.
+    /// The term under which a strict request may begin now; 0 without leases.
     ///
     /// # Errors
     /// Why not.
@@ -156,7 +169,7 @@ impl Authority {
         }
     }
 
-    /// The present term while its authority is valid; 0 without other replicas.
+    /// The present term while its authority is valid; 0 without leases.
     pub fn term(&self) -> Option<u64> {
         match &**self.standing.load() {
             Standing::Alone => Some(0),
@@ -172,6 +185,10 @@ impl Authority {
 
     /// Says what the leases have decided.
     pub fn publish(&self, standing: Standing) {
+        if let Standing::Serving(term) = &standing {
+            // What was promised for an earlier term has been taken back.
+            self.first.fetch_max(term.number, Ordering::AcqRel);
+        }
         self.standing.store(Arc::new(standing));
         self.changed.send_modify(|count| *count += 1);
         self.settle();
@@ -182,11 +199,12 @@ impl Authority {
         self.changed.subscribe()
     }
 
-    /// All that was done in the term is held by the replica that took over.
-    pub fn handed_over(&self, term: u64) {
+    /// All that was done in the term, and before it, is held by the replica that took over; `lasted` says that
+    /// authority had lasted until all of it was named, so that nobody else has served in between.
+    pub fn handed_over(&self, term: u64, lasted: bool) {
         {
             let mut terms = self.handed_over.lock();
-            terms.push(term);
+            terms.push(HandedOver { term, lasted });
             let surplus = terms.len().saturating_sub(HANDED_OVER_MAX);
             terms.drain(..surplus);
         }
@@ -220,24 +238,31 @@ impl Authority {
         self.stalled.load(Ordering::Acquire)
     }
 
-    fn may_acknowledge(&self, number: u64, modifies: bool) -> bool {
+    /// May a write of this term be acknowledged that was done when so many rounds of probes had begun?
+    fn may_acknowledge(&self, number: u64, modifies: bool, rounds: u64) -> bool {
+        // What rests on silence may have ended without a sign: only a probe that began after the write tells.
+        let lasts = |term: &Term| term.is_valid() && (!term.probing || self.rounds.borrow().1 > rounds);
         let valid = match &**self.standing.load() {
             Standing::Alone => true,
             // A read-modify-write was done on what stood in its own term; a put or delete is only ordered.
-            Standing::Serving(term) => term.is_valid() && (term.number == number || !modifies),
-            Standing::Yielding(term) => term.is_valid() && term.number == number,
+            Standing::Serving(term) => lasts(term) && (term.number == number || !modifies),
+            Standing::Yielding(term) => lasts(term) && term.number == number,
             Standing::Out { .. } => false,
         };
-        valid || self.handed_over.lock().iter().any(|over| *over == number || (*over > number && !modifies))
+        // A read-modify-write would build on what another one has changed meanwhile.
+        let counts =
+            |over: &HandedOver| if modifies { over.lasted && over.term == number } else { over.term >= number };
+        valid || self.handed_over.lock().iter().any(counts)
     }
 
     /// Calls `answer` with success once a write of this term may be acknowledged, or with an unknown outcome.
     pub fn acknowledge(&self, term: u64, modifies: bool, answer: impl FnOnce(Result<(), VastoError>) + Send + 'static) {
-        if self.may_acknowledge(term, modifies) {
+        let rounds = self.rounds.borrow().0;
+        if self.may_acknowledge(term, modifies, rounds) {
             return answer(Ok(()));
         }
         let until = since_boot() + HELD_ACK_MAX;
-        self.held.lock().push(Held { term, modifies, until, answer: Box::new(answer) });
+        self.held.lock().push(Held { term, modifies, rounds, until, answer: Box::new(answer) });
         // It may have been published in between.
         self.settle();
     }
@@ -247,16 +272,16 @@ impl Authority {
         if self.held.lock().is_empty() {
             return;
         }
-        let now = since_boot();
+        let (now, first) = (since_boot(), self.first.load(Ordering::Acquire));
         let mut done = Vec::new();
         {
             let mut held = self.held.lock();
             let mut at = 0;
             while at < held.len() {
                 let one = &held[at];
-                let verdict = match self.may_acknowledge(one.term, one.modifies) {
+                let verdict = match self.may_acknowledge(one.term, one.modifies, one.rounds) {
                     true => Some(Ok(())),
-                    false if one.until <= now => Some(Err(lapsed())),
+                    false if one.until <= now || (one.modifies && one.term < first) => Some(Err(lapsed())),
                     false => None,
                 };
                 match verdict {
@@ -268,6 +293,12 @@ impl Authority {
         for (one, verdict) in done {
             (one.answer)(verdict);
         }
+    }
+
+    /// The term is over, and nobody knows whether it had lasted: none of its read-modify-writes is acknowledged.
+    pub fn lapse(&self, term: u64) {
+        self.first.fetch_max(term + 1, Ordering::AcqRel);
+        self.settle();
     }
 
     /// The replica stops: what waits is not acknowledged any more.
@@ -286,9 +317,9 @@ impl Authority {
         let _ = rounds.wait_for(|(_, ended)| *ended >= wanted).await;
     }
 
-    /// True when somebody waits for a probe.
+    /// True when a request or an acknowledgement waits for a probe.
     pub fn wants_probe(&self) -> bool {
-        self.rounds.receiver_count() > 0
+        self.rounds.receiver_count() > 0 || !self.held.lock().is_empty()
     }
 
     /// A round of probes begins; answers its number.
@@ -304,6 +335,7 @@ impl Authority {
     /// The round has ended, with what it found published before.
     pub fn end_round(&self, number: u64) {
         self.rounds.send_modify(|(_, ended)| *ended = (*ended).max(number));
+        self.settle();
     }
 }
 
@@ -313,6 +345,57 @@ mod tests {
     use std::sync::mpsc::channel;
 
     use super::*;
+
+    #[test]
+    fn what_rests_on_silence_is_acknowledged_after_a_probe_that_began_later() {
+        for modifies in [false, true] {
+            let authority = Authority::default();
+            authority.publish(Standing::Serving(Term { number: 4, beliefs: Vec::new(), probing: true }));
+            let running = authority.begin_round();
+            let (sender, answers) = channel();
+            authority.acknowledge(4, modifies, move |answer| sender.send(answer.is_ok()).unwrap());
+            assert!(authority.wants_probe());
+            authority.end_round(running);
+            assert!(answers.try_recv().is_err(), "that probe may have failed before the write was done");
+            let next = authority.begin_round();
+            assert!(answers.try_recv().is_err());
+            authority.end_round(next);
+            assert!(answers.try_recv().unwrap());
+            assert!(!authority.wants_probe());
+            // The silent one was there: another term has begun, or none.
+            let (sender, answers) = channel();
+            authority.acknowledge(4, modifies, move |answer| sender.send(answer.is_ok()).unwrap());
+            let next = authority.begin_round();
+            authority.publish(Standing::Out { elsewhere: true });
+            authority.end_round(next);
+            assert!(answers.try_recv().is_err());
+        }
+    }
+
+    /// The term has ended and not lasted until all was named: a put is only ordered, a counter has another basis.
+    #[test]
+    fn once_a_term_has_ended_a_put_waits_for_the_successor_to_hold_it_and_a_modification_is_given_up() {
+        let authority = Authority::default();
+        authority.publish(Standing::Serving(Term { number: 4, beliefs: Vec::new(), probing: true }));
+        let (sender, answers) = channel();
+        for (name, modifies) in [("put", false), ("add", true)] {
+            let sender = sender.clone();
+            authority.acknowledge(4, modifies, move |verdict| sender.send((name, verdict.is_ok())).unwrap());
+        }
+        authority.publish(Standing::Out { elsewhere: false });
+        authority.lapse(4);
+        assert_eq!(answers.try_recv().unwrap(), ("add", false));
+        assert!(answers.try_recv().is_err());
+        authority.handed_over(4, false);
+        assert_eq!(answers.try_recv().unwrap(), ("put", true));
+        // One that was written just before, and comes to be acknowledged after it.
+        let late = sender.clone();
+        authority.acknowledge(4, true, move |verdict| late.send(("late", verdict.is_ok())).unwrap());
+        assert_eq!(answers.try_recv().unwrap(), ("late", false));
+        authority.acknowledge(5, false, move |verdict| sender.send(("next", verdict.is_ok())).unwrap());
+        assert!(answers.try_recv().is_err(), "what was written after that was not named");
+        authority.abandon();
+    }
 
     fn serving(number: u64, for_ms: i64) -> Standing {
         let until = Arc::new(AtomicU64::new(now_ms().saturating_add_signed(for_ms)));
@@ -345,10 +428,9 @@ mod tests {
         authority.settle();
         assert!(answers.try_recv().is_err(), "both wait");
         authority.publish(serving(2, 60_000));
-        assert_eq!(answers.try_recv().unwrap(), ("put", true));
-        assert!(answers.try_recv().is_err(), "what was done on an older state is not acknowledged");
-        authority.abandon();
-        assert_eq!(answers.try_recv().unwrap(), ("add", false));
+        let mut both = [answers.try_recv().unwrap(), answers.try_recv().unwrap()];
+        both.sort_unstable();
+        assert_eq!(both, [("add", false), ("put", true)], "what was done on an older state is not acknowledged");
     }
 
     #[test]
@@ -360,7 +442,7 @@ mod tests {
             let sender = sender.clone();
             authority.acknowledge(term, true, move |verdict| sender.send((term, verdict.is_ok())).unwrap());
         }
-        authority.handed_over(4);
+        authority.handed_over(4, true);
         assert_eq!(answers.try_recv().unwrap(), (4, true));
         assert!(answers.try_recv().is_err());
         authority.abandon();

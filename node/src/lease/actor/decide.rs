@@ -121,8 +121,8 @@ impl Actor {
             if steady && to.held_grant == promise.grant && to.covered {
                 // Only now is what was acknowledged here known to be held there.
                 seat.served = false;
-                if let Some(term) = promise.handed_term.take() {
-                    seat.replica.authority().handed_over(term);
+                if let Some((term, lasted)) = promise.handed_term.take() {
+                    seat.replica.authority().handed_over(term, lasted);
                 }
             }
             if steady || promise.holder != to.replica {
@@ -143,9 +143,9 @@ impl Actor {
         self.grants += 1;
         let grant = self.grants;
         let number = self.incoming.get(&link).map_or(0, |one| one.number + 1);
-        // Authority lasted until everything was named: nobody else had it in between.
-        let lasted = named.complete && seat.replica.authority().holds(seat.term.number);
-        let handed_term = lasted.then_some(seat.term.number);
+        // Where authority lasted until everything was named nobody else had it in between.
+        let lasted = seat.replica.authority().holds(seat.term.number);
+        let handed_term = named.complete.then_some((seat.term.number, lasted));
         let mut named = named;
         if !seat.served_here {
             // Nothing strict was acknowledged in this opening: whoever serves need not wait for its first record.
@@ -208,6 +208,7 @@ impl Actor {
                     Basis::Excused(link.map(|link| link.believed.clone()).unwrap_or_default())
                 }
                 (Peer::Subdued, _) => Basis::Excused(self.subdued(key, placed).unwrap_or_default()),
+                (Peer::Unsettled { .. }, _) if let Some(until) = seat.newcomer(placed.replica) => Basis::Excused(until),
                 _ => Basis::Excused(link.map(|link| link.excused.clone()).unwrap_or_default()),
             };
             peers.push(peer);

@@ -2,9 +2,12 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
+use crate::lease::may_have_served;
+use crate::replica::job::{Control, Role};
 use crate::replica::tests::duties::{Member, members, shard_on};
-use crate::replica::tests::support::Rig;
-use vasto_core::ids::Origin;
+use crate::replica::tests::support::{Rig, START_US};
+use vasto_core::ids::{CatalogVersion, Epoch, Origin};
+use vasto_core::members::evict;
 use vasto_core::record::RangeState;
 
 const KEY: Key = (KeyspaceId(7), ShardId(0));
@@ -57,6 +60,7 @@ async fn whoever_serves_by_a_promise_hears_the_better_claim_before_it_is_denied(
         duties: home.duties.clone(),
         order: order.clone(),
         primary_version,
+        served: false,
     };
     let (replies, mut sent) = mpsc::channel(64);
     let (beats, _claims) = mpsc::channel(64);
@@ -107,7 +111,7 @@ impl Claimant {
         let start = now_ms();
         let order = catalog.shard(ShardId(0)).unwrap().replicas.clone();
         let (replica, duties) = (home.replica.clone(), home.duties.clone());
-        actor.take(Event::Seat { replica, duties, order, primary_version: 5 }, start);
+        actor.take(Event::Seat { replica, duties, order, primary_version: 5, served: false }, start);
         actor.take(Event::Link { node: NodeId(2), news: News::Up(beats) }, start);
         let (sender, replies) = mpsc::channel(64);
         actor.take(Event::Opened { id: LINK, replies: sender }, start);
@@ -199,11 +203,19 @@ async fn one_that_was_opened_again_says_that_it_has_served() {
         }
         (rig, replica)
     };
+    let placed = shard_on(2);
+    let elsewhere = evict(&placed, ReplicaId(1), false, START_US, 2).unwrap();
     for again in [false, true] {
         let (rig, replica) = tokio::task::spawn_blocking(move || open(again)).await.unwrap();
         let one = Member::of(rig, replica);
         // What the process before this one has acknowledged may be held by nobody else.
-        assert_eq!(Seat::new(one.replica.clone(), one.duties.clone()).served, again);
+        assert_eq!(may_have_served(&one.replica, &placed), again);
+        // A copy that is not placed yet has acknowledged nothing.
+        assert!(!may_have_served(&one.replica, &elsewhere));
+        let version = CatalogVersion(elsewhere.version.0 + 1);
+        let order = Control::Obey { epoch: Epoch(1), version, role: Role::Detached };
+        one.replica.control(order).await.unwrap();
+        assert_eq!(may_have_served(&one.replica, &elsewhere), again, "that catalog is of before");
     }
 }
 
@@ -221,4 +233,22 @@ async fn one_that_has_not_served_since_it_was_opened_names_nothing_of_this_openi
         let own = Origin { replica: ReplicaId(1), incarnation: all[0].replica.incarnation() };
         assert_eq!(one.named().await.contains(&own), serves);
     }
+}
+
+/// The shard has lost its other replica, and gets another one: nobody else can have served meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_serves_alone_goes_on_in_the_same_term() {
+    let all = members(2).await;
+    let mut one = Claimant::new(&all[0]);
+    let placed = |one: &mut Claimant, count| {
+        let (replica, duties) = (all[0].replica.clone(), all[0].duties.clone());
+        let order = shard_on(count).shard(ShardId(0)).unwrap().replicas.clone();
+        one.actor.take(Event::Seat { replica, duties, order, primary_version: 5, served: false }, one.start);
+        all[0].replica.authority().admit().ok()
+    };
+    one.promise(9);
+    let term = placed(&mut one, 2).unwrap();
+    assert_eq!([1, 2, 1].map(|count| placed(&mut one, count)), [Some(term); 3]);
+    one.actor.seats.get_mut(&KEY).unwrap().step_back(false);
+    assert_eq!(placed(&mut one, 1), Some(term + 1), "another one may have served in between");
 }

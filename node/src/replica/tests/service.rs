@@ -20,6 +20,7 @@ use super::support::*;
 use crate::core::NodeCore;
 use crate::data::DataService;
 use crate::replica::Replica;
+use crate::replica::authority::{Standing, Term};
 use crate::replica::job::{Control, Role};
 
 const NODE: NodeId = NodeId(1);
@@ -59,15 +60,12 @@ async fn serve() -> Served {
 
 impl Served {
     async fn ask_at(&self, epoch: u64, op: Op) -> Answer {
-        let request = v1::Request {
-            id: 7,
-            keyspace_id: KEYSPACE.0,
-            epoch,
-            shard: 0,
-            deadline_ms: 0,
-            strict: false,
-            op: Some(op),
-        };
+        self.ask_as(epoch, false, op).await
+    }
+
+    async fn ask_as(&self, epoch: u64, strict: bool, op: Op) -> Answer {
+        let request =
+            v1::Request { id: 7, keyspace_id: KEYSPACE.0, epoch, shard: 0, deadline_ms: 0, strict, op: Some(op) };
         let reply = self.client.clone().execute(request).await.unwrap().into_inner();
         assert_eq!(reply.id, 7);
         reply.result.unwrap()
@@ -237,6 +235,26 @@ async fn a_request_of_a_higher_epoch_waits_for_the_topology() {
     let (error, _) = served.refused_at(3, write_of(vec![put_op("never", b"v".to_vec())])).await;
     assert!(is(&error, vasto_core::ErrorCode::NodeBehind) && error.retry_after_ms > 0, "{error:?}");
     assert_eq!(get(&served.replica, "never"), None);
+}
+
+/// A cut heals while a request waits for a probe: no probe begins any more, and the client is told to go elsewhere.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_waits_for_a_probe_only_while_authority_rests_on_silence() {
+    let served = serve().await;
+    let authority = served.replica.authority();
+    for (heals, code) in [(true, vasto_core::ErrorCode::NotPrimary), (false, vasto_core::ErrorCode::CatchingUp)] {
+        authority.publish(Standing::Serving(Term { number: 1, beliefs: Vec::new(), probing: true }));
+        let asked = served.ask_as(1, true, get_of(vec![key("k")]));
+        tokio::pin!(asked);
+        let early = tokio::time::timeout(Duration::from_millis(50), &mut asked).await;
+        assert!(early.is_err() && authority.wants_probe());
+        if heals {
+            authority.publish(Standing::Out { elsewhere: true });
+        }
+        let answer = tokio::time::timeout(DEADLINE, asked).await.expect("nobody answers it");
+        let Answer::Error(error) = answer else { panic!("{answer:?}") };
+        assert!(is(&error, code), "{error:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
