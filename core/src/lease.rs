@@ -75,8 +75,9 @@ pub enum Peer {
     /// Nothing is known for certain yet: it has only just been placed, is reachable again, or has not
     /// answered the claim.
     Unsettled {
-        /// Until now it was excused by more than silence, or is new: it cannot have served meanwhile, and
-        /// cannot begin to without a promise of the claimant or [`crate::limits::LEASE_SILENCE`] of its silence.
+        /// Until now it was excused by more than silence, or is new and says nothing else: it cannot have served
+        /// meanwhile, and cannot begin to without a promise of the claimant or [`crate::limits::LEASE_SILENCE`] of
+        /// its silence.
         excused: bool,
     },
 }

@@ -1,7 +1,7 @@
 //! Who belongs to a shard: replicas that leave their placement, are drained, and are made anew.
 //!
 //! **Invariant:** pure. A shard keeps at least one replica. A replica leaves its placement only while
-//! another one serves that has heard of everything that was decided, and it is recorded until one that
+//! another one has authority that has heard of everything that was decided, and it is recorded until one that
 //! serves holds everything it has, or until its loss is accepted; only then may its files go. What stands
 //! still serves nobody. Nothing of this happens while another plan runs.
 //!
@@ -9,7 +9,7 @@
 
 use crate::catalog::{Catalog, GivenUp, KeyspaceState, Leaving, Placed, Quarantine, ShardPlacement, Unsealed};
 use crate::ids::{Epoch, Lsn, NodeId, PlanId, ReplicaId, ShardId};
-use crate::limits::COPIES_PER_NODE_MAX;
+use crate::limits::{COPIES_PER_NODE_MAX, TAIL_LAG_LSNS_MAX};
 use crate::plan::{
     OperationReport, Outcome, PauseMs, Plan, PlanKind, ReplicaReport, ReplicationReport, Reports, Source, Step, Target,
     abort, operation_id,
@@ -210,11 +210,12 @@ impl View<'_> {
 
     /// It answers strict requests: it holds what the others have acknowledged.
     fn has_authority(&self, one: &Placed) -> bool {
-        self.serves(one) && self.replication(one.replica).is_some_and(|report| report.serving != Some(false))
+        let has_authority = |report: &ReplicaReport| report.has_authority(self.catalog.version);
+        self.serves(one) && self.reports.get(&one.replica).is_some_and(has_authority)
     }
 
-    /// The version that takes a replica out, or hands over first; `None` while one that is there may be the only one
-    /// that holds what it has acknowledged.
+    /// The version that takes a replica out, or hands over first; `None` while it may be the only one that holds what
+    /// it has acknowledged. Of one that is away the others find out themselves whether they may serve.
     fn take_out(
         &self,
         shard: &ShardPlacement,
@@ -223,13 +224,19 @@ impl View<'_> {
         now_us: u64,
         nonce: u64,
     ) -> Option<Catalog> {
-        let is_here = |node| self.around.is_here(node);
-        if let Some(heir) = heir(shard, one.replica, is_here, stays).filter(|_| !self.has_failed(one.replica)) {
+        // One that lags is not able to serve yet.
+        let is_close =
+            |other: &Placed| self.replication(other.replica).is_some_and(|report| report.lag_lsns <= TAIL_LAG_LSNS_MAX);
+        let may = |other: &Placed| stays(other) && is_close(other);
+        let heir = heir(shard, one.replica, |node| self.around.is_here(node), may);
+        if let Some(heir) = heir.filter(|_| !self.has_failed(one.replica)) {
             return hand_over(self.catalog, one.replica, heir, now_us, nonce);
         }
         let mut others = shard.replicas.iter().filter(|other| other.replica != one.replica);
-        let may_leave = !is_here(one.node) || others.any(|other| self.has_authority(other));
-        may_leave.then(|| evict(self.catalog, one.replica, false, now_us, nonce).ok()).flatten()
+        others
+            .any(|other| self.has_authority(other))
+            .then(|| evict(self.catalog, one.replica, false, now_us, nonce).ok())
+            .flatten()
     }
 
     fn leaving_of(&self, node: NodeId) -> Option<&Leaving> {
@@ -313,13 +320,16 @@ pub fn advance_members(
             let has_room = || (around.room)(catalog, shard.shard).is_some();
             let failed = view.has_failed_for_good(one.replica) && has_room();
             let too_old = view.replication(one.replica).is_some_and(|report| report.too_old);
-            let in_the_way = shard.replicas.iter().any(|other| {
+            let has_it_in_the_way = |other: &Placed| {
                 other.replica != one.replica
                     && view.replication(other.replica).is_some_and(|report| report.evict == Some(one.replica))
-            });
+            };
+            let in_the_way = shard.replicas.iter().any(has_it_in_the_way);
+            // Whoever is not read by it cannot read it either, as likely as not.
+            let may_follow = |other: &Placed| view.serves(other) && !has_it_in_the_way(other);
             let lost = (around.lost)(one.node) && has_room();
             if (failed || too_old || in_the_way || lost || view.is_given_up(one))
-                && let Some(next) = view.take_out(shard, one, |other| view.serves(other), now_us, nonce)
+                && let Some(next) = view.take_out(shard, one, may_follow, now_us, nonce)
             {
                 return Some(next);
             }

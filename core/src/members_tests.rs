@@ -106,6 +106,12 @@ fn who_cannot_catch_up_or_is_in_the_way_leaves_and_the_last_one_never() {
     assert_eq!(next(&catalog(), &answers, HERE, NOWHERE).unwrap().placement[0].handing_to, Some(ReplicaId(2)));
     let answers = reports(|id, report| (report.too_old, report.serving) = (id == 2, Some(id == 2)));
     assert_eq!(next(&catalog(), &answers, HERE, NOWHERE), None, "it has what nobody else may hold");
+    // Whoever does not read its log cannot follow it.
+    let slow = reports(|id, report| {
+        report.evict = (id == 2).then_some(ReplicaId(1));
+        report.serving = Some(id == 1);
+    });
+    assert_eq!(next(&catalog(), &slow, HERE, NOWHERE).unwrap().placement[0].handing_to, Some(ReplicaId(3)));
     let nobody = reports(|id, report| {
         report.too_old = id == 2;
         report.ready = id == 2;
@@ -179,6 +185,8 @@ fn a_live_node_that_leaves_is_copied_first_and_a_dead_one_is_drained_later() {
     let copying = next(&leaving, &calm, HERE, to_four).unwrap();
     assert_eq!(copying.plan.as_ref().unwrap().kind, PlanKind::Replica { shard: ShardId(0) });
     let four = committed(&copying);
+    let behind = reports(|id, report| report.lag_lsns = if id == 1 { 0 } else { u64::MAX });
+    assert_eq!(next(&four, &behind, HERE, NOWHERE), None, "none of them is able to serve");
     let mut handing = next(&four, &calm, HERE, NOWHERE).unwrap();
     assert_eq!((handing.placement[0].handing_to, ids(&handing)), (Some(ReplicaId(2)), vec![1, 2, 3, 4]));
     assert_eq!(next(&handing, &calm, HERE, NOWHERE), None, "it is waited for");
@@ -186,6 +194,8 @@ fn a_live_node_that_leaves_is_copied_first_and_a_dead_one_is_drained_later() {
     // By the catalog another one is primary; what is asked of it may still be answered by the one that leaves.
     let answers = |who: u64| reports(move |id, report| report.serving = Some(id == who));
     assert_eq!(next(&handing, &answers(1), HERE, NOWHERE), None, "what it acknowledges is held by it alone");
+    let away = |node: NodeId| if node == NodeId(1) { Presence::Away } else { HERE(node) };
+    assert_eq!(next(&handing, &answers(1), away, NOWHERE), None, "the master does not hear it, its clients may");
     let left = next(&handing, &answers(2), HERE, NOWHERE).unwrap();
     assert_eq!((ids(&left), left.unsealed[0].replica), (vec![2, 3, 4], ReplicaId(1)));
     let drained = reports(|id, report| report.drained = id == 1);

@@ -232,6 +232,12 @@ pub struct ReplicaReport {
 }
 
 impl ReplicaReport {
+    /// It answered strict requests when it had obeyed this version or a later one: it holds what the others of its
+    /// shard have acknowledged. A node that knows of no authority is taken at its word.
+    pub fn has_authority(&self, version: CatalogVersion) -> bool {
+        self.version >= version && self.replication.serving != Some(false)
+    }
+
     /// True when it serves nothing any more until somebody acts.
     pub fn has_failed(&self) -> bool {
         matches!(self.phase, ReplicaPhase::Failed(_))

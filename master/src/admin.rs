@@ -328,20 +328,21 @@ pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
     Ok(document::json(&report.map(document::finished)))
 }
 
-/// A primary that is about to leave hands over, if somebody can take over. It is not waited for longer
-/// than a hand-over may take: whoever evicts it may have a reason.
+/// A primary that is about to leave hands over, if somebody can take over, and whoever serves leaves once another one
+/// has authority. It is not waited for longer than a hand-over may take: whoever evicts it may have a reason.
 async fn hand_over_first(cluster: &Arc<Cluster>, keyspace: KeyspaceId, replica: ReplicaId) {
-    let (change, shard, mut changes) = {
+    let (change, mut changes) = {
         let (state, mono_us) = (cluster.state(), cluster.mono_us());
         let Some(known) = state.keyspaces.get(&keyspace) else { return };
         let here = |node| matches!(state.presence(node, mono_us), Presence::Here(_));
         let ready = |one: &Placed| known.reports.get(&one.replica).is_some_and(|report| report.replication.ready);
         let placement = &known.catalog.placement;
-        let found = placement.iter().find_map(|shard| Some((shard.shard, heir(shard, replica, here, ready)?)));
-        let Some((shard, to)) = found else { return };
-        (Change::HandOver { from: replica, to }, shard, known.changes())
+        let found = placement.iter().find_map(|shard| heir(shard, replica, here, ready));
+        (found.map(|to| Change::HandOver { from: replica, to }), known.changes())
     };
-    if ask(cluster, keyspace, change).await.is_err() {
+    if let Some(change) = change
+        && ask(cluster, keyspace, change).await.is_err()
+    {
         return;
     }
     let ended = async {
@@ -350,13 +351,13 @@ async fn hand_over_first(cluster: &Arc<Cluster>, keyspace: KeyspaceId, replica: 
             let hands_over = cluster.state().keyspaces.get(&keyspace).is_some_and(|known| {
                 let version = known.catalog.version;
                 // Whoever answers strict requests holds what the one that leaves has acknowledged.
-                let has_authority = |one: &Placed| {
-                    let report = known.reports.get(&one.replica).filter(|report| report.version >= version);
-                    report.is_some_and(|report| report.replication.serving != Some(false))
-                };
-                known.catalog.shard(shard).is_some_and(|now| {
-                    let mut others = now.replicas.iter().filter(|one| one.replica != replica);
-                    now.handing_to.is_some() || !others.any(has_authority)
+                let has_authority =
+                    |one: &Placed| known.reports.get(&one.replica).is_some_and(|report| report.has_authority(version));
+                let mut shards = known.catalog.placement.iter();
+                let shard = shards.find(|shard| shard.replicas.iter().any(|one| one.replica == replica));
+                shard.filter(|shard| shard.replicas.len() > 1).is_some_and(|shard| {
+                    let mut others = shard.replicas.iter().filter(|one| one.replica != replica);
+                    shard.handing_to.is_some() || !others.any(has_authority)
                 })
             });
             if !hands_over || changes.changed().await.is_err() {

@@ -21,8 +21,9 @@
 //! it is answered, since one that came earlier must see no more; a read that sees everything changes nothing;
 //! what can make no difference any more looks the same.
 //!
-//! Not in the model: requests that reach a replica only one way, replicas that are placed or removed, and a
-//! planned stop that nobody takes over in time: it is a kill.
+//! Not in the model: requests that reach a replica only one way, replicas that are placed or removed, plain puts
+//! (which are only ordered, and so may be acknowledged in a later term, or once a successor holds them), and a planned
+//! stop that nobody takes over in time: it is a kill.
 //!
 //! **Invariant:** with all rules of [`Rules`] no state that can be reached is bad, at every size that is explored;
 //! without any one of them a bad one is reached, and the shortest way there is printed.

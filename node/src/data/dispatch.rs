@@ -203,8 +203,12 @@ async fn wait_for_place(core: Arc<NodeCore>, caller: Caller, shard: ShardId, op:
                     () = tokio::time::sleep_until(deadline) => {}
                 }
             }
-            if probed && let Ok(term) = replica.authority().admit_probed() {
-                place = Place::Serving(replica.clone(), term);
+            if probed {
+                match replica.authority().admit_probed() {
+                    Ok(term) => place = Place::Serving(replica.clone(), term),
+                    // Should it rest on silence again, it is for another reason.
+                    Err(_) => probed = false,
+                }
             }
         }
         let waits_for_authority = matches!(place, Place::Waiting | Place::Probing(_));

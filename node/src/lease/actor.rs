@@ -70,7 +70,7 @@ pub(super) enum Event {
     /// News of an outgoing link.
     Link { node: NodeId, news: News },
     /// A round of probes has ended; these nodes can be reached.
-    Probed { key: Key, round: u64, reachable: Vec<NodeId> },
+    Probed { key: Key, replica: Replica, round: u64, reachable: Vec<NodeId> },
 }
 
 /// A claim that came over an incoming link.
@@ -155,7 +155,9 @@ pub(super) struct Actor {
     /// A claim may have changed.
     dirty: bool,
     probing: BTreeSet<Key>,
-    /// Says that it is at rest.
+    /// It is at rest ...
+    rests: bool,
+    /// ... and says so.
     rest: watch::Sender<bool>,
 }
 
@@ -185,6 +187,7 @@ impl Actor {
             listening_ms: now_ms(),
             dirty: false,
             probing: BTreeSet::new(),
+            rests: false,
             rest,
         }
     }
@@ -201,10 +204,15 @@ impl Actor {
         let mut beat_ms = 0;
         while !ended() {
             let (pending, rests) = (self.seats.values().any(|seat| seat.pending), self.is_at_rest());
+            if self.rests && !rests {
+                self.notice_gap(now_ms());
+                self.core.pulse.store(now_ms(), Ordering::Release);
+            }
+            self.rests = rests;
             self.rest.send_if_modified(|before| std::mem::replace(before, rests) != rests);
             tokio::select! {
                 _ = tick.tick(), if !rests => self.tick(now_ms()),
-                () = tokio::time::sleep(TICK_AT_REST), if rests => {}
+                () = tokio::time::sleep(TICK_AT_REST), if rests => self.notice_gap(now_ms()),
                 () = tokio::time::sleep(PENDING_TICK), if pending => self.settle_pending(now_ms()),
                 event = self.receiver.recv() => {
                     let mut next = event;
@@ -241,11 +249,13 @@ impl Actor {
     fn take(&mut self, event: Event, now: u64) {
         match event {
             Event::Seat { replica, duties, order, primary_version, served } => {
+                self.notice_gap(now);
+                let listened = now.saturating_sub(self.listening_ms) >= ms(LEASE_SILENCE);
                 let key = (replica.keyspace, replica.shard);
                 let seat = self.seats.remove(&key).filter(|seat| seat.replica.id == replica.id);
                 let mut seat = seat.unwrap_or_else(|| Seat::new(replica.clone(), duties.clone(), served));
                 (seat.replica, seat.duties, seat.primary_version) = (replica, duties, primary_version);
-                seat.place(order, now);
+                seat.place(order, listened, now);
                 self.seats.insert(key, seat);
                 self.connect();
                 self.settle(key, now);
@@ -305,8 +315,7 @@ impl Actor {
                 self.settle_all_of(node, now);
             }
             Event::Link { node, news } => self.hear_of_link(node, news, now),
-            Event::Probed { key, round, reachable } => {
-                self.probing.remove(&key);
+            Event::Probed { key, replica, round, reachable } => {
                 for node in reachable {
                     self.reached(node, Reach::Reachable, 0, now);
                     if let Some(outgoing) = self.outgoing.get(&node) {
@@ -314,21 +323,29 @@ impl Actor {
                     }
                 }
                 self.settle(key, now);
-                if let Some(seat) = self.seats.get(&key) {
-                    seat.replica.authority().end_round(round);
-                }
+                replica.authority().end_round(round);
+                // Only now: who has waited for this round needs no further one.
+                self.probing.remove(&key);
             }
         }
     }
 
-    fn tick(&mut self, now: u64) {
+    /// Silence of others counts anew when this node has not listened; at rest it looks seldom.
+    fn notice_gap(&mut self, now: u64) {
         let deaf = ms(LEASE_DEAF_GAP);
-        if now.saturating_sub(self.ticked_ms) > deaf
-            || now.saturating_sub(self.core.pulse.load(Ordering::Acquire)) > deaf
-        {
+        let gap = now.saturating_sub(self.ticked_ms);
+        let is_deaf = match self.rests {
+            true => gap > deaf + ms(TICK_AT_REST),
+            false => gap > deaf || now.saturating_sub(self.core.pulse.load(Ordering::Acquire)) > deaf,
+        };
+        if is_deaf {
             self.listening_ms = now;
         }
         self.ticked_ms = now;
+    }
+
+    fn tick(&mut self, now: u64) {
+        self.notice_gap(now);
         for outgoing in self.outgoing.values() {
             let heard = outgoing.replied_ms.max(self.listening_ms);
             if outgoing.beats.is_some() && now.saturating_sub(heard) >= ms(LEASE_SILENCE) {

@@ -72,6 +72,14 @@ impl LastTerm {
         self.basis.iter().all(|(id, basis)| *id != peer || matches!(basis, Basis::Excused(_)))
     }
 
+    /// Was any peer silent that is not by this basis?
+    pub fn was_silent(&self, basis: &[(ReplicaId, Basis)]) -> bool {
+        let silent = |of: &[(ReplicaId, Basis)], id: ReplicaId| {
+            of.iter().any(|(one, basis)| *one == id && matches!(basis, Basis::Silent))
+        };
+        self.basis.iter().any(|(id, _)| silent(&self.basis, *id) && !silent(basis, *id))
+    }
+
     /// Did nobody else serve in between? All the same promises stand, which exclude that.
     pub fn goes_on(&self, basis: &[(ReplicaId, Basis)]) -> bool {
         let same = |(id, basis): &(ReplicaId, Basis)| match basis {
@@ -153,10 +161,17 @@ impl Seat {
         }
     }
 
-    /// The replicas of its shard are these.
-    pub fn place(&mut self, order: Vec<Placed>, now: u64) {
+    /// What it said when it was about to promise itself is out of date.
+    pub fn unname(&mut self) {
+        self.turn += u64::from(self.naming || self.named.is_some());
+        (self.naming, self.named) = (false, None);
+    }
+
+    /// The replicas of its shard are these; `listened` says that this node has listened without a gap for so long that
+    /// none of them can have taken it for silent.
+    pub fn place(&mut self, order: Vec<Placed>, listened: bool, now: u64) {
         self.newcomers.retain(|(id, _)| order.iter().any(|one| one.replica == *id));
-        if self.has_authority() && !self.term.probing {
+        if listened && self.has_authority() && !self.term.probing {
             let is_new = |one: &&Placed| !self.order.iter().any(|before| before.replica == one.replica);
             let until = now + LEASE_EXCUSE.as_millis() as u64;
             self.newcomers.extend(order.iter().filter(is_new).map(|one| (one.replica, Arc::new(until.into()))));
@@ -262,7 +277,7 @@ impl Seat {
         let goes_on = self.has_authority() && !self.term.probing;
         let number = if goes_on { self.term.number } else { self.term.number + 1 };
         self.term = LastTerm { number, ..LastTerm::default() };
-        (self.serving, self.served_here) = (true, true);
+        (self.serving, self.served, self.served_here) = (true, true, true);
         self.replica.authority().set_acting(false);
         self.publish(Published::Alone(number), Standing::Serving(Term { number, ..Term::default() }));
     }

@@ -240,8 +240,10 @@ impl Authority {
 
     /// May a write of this term be acknowledged that was done when so many rounds of probes had begun?
     fn may_acknowledge(&self, number: u64, modifies: bool, rounds: u64) -> bool {
-        // What rests on silence may have ended without a sign: only a probe that began after the write tells.
-        let lasts = |term: &Term| term.is_valid() && (!term.probing || self.rounds.borrow().1 > rounds);
+        // What rests on silence may have ended without a sign: only a probe that began after the write tells. Read
+        // before the standing: what a probe found is published before it ends.
+        let ended = self.rounds.borrow().1;
+        let lasts = |term: &Term| term.is_valid() && (!term.probing || ended > rounds);
         let valid = match &**self.standing.load() {
             Standing::Alone => true,
             // A read-modify-write was done on what stood in its own term; a put or delete is only ordered.
@@ -405,7 +407,7 @@ mod tests {
     #[test]
     fn authority_that_is_not_renewed_ends_by_itself() {
         let authority = Authority::default();
-        assert_eq!(authority.admit(), Ok(0), "a shard with one replica needs nobody");
+        assert_eq!(authority.admit(), Ok(0), "without leases nobody else serves");
         authority.publish(serving(1, 60_000));
         assert_eq!(authority.admit(), Ok(1));
         assert!(authority.holds(1) && !authority.holds(2));

@@ -38,6 +38,7 @@ impl Actor {
         }
         if seat.order.len() == 1 {
             (seat.claim, seat.wants) = (None, false);
+            seat.unname();
             match seat.promise.clone() {
                 // Whoever was placed beside it may still believe in what was promised.
                 Some(promise) => {
@@ -66,15 +67,13 @@ impl Actor {
                 }
             }
             None => {
-                // What it said when it was about to promise itself is out of date.
-                seat.turn += u64::from(seat.naming || seat.named.is_some());
-                (seat.naming, seat.named) = (false, None);
+                seat.unname();
                 match (&seat.promise, wants) {
                     (Some(promise), _) => {
                         let fresh = self.is_fresh(promise.link, now);
                         seat.step_back(fresh);
                     }
-                    (None, true) => self.claim(key, seat, now),
+                    (None, true) => self.claim(key, seat, &claims, now),
                     (None, false) => seat.step_back(false),
                 }
             }
@@ -176,7 +175,7 @@ impl Actor {
     }
 
     /// Finds out whether this replica, whose claim is the best, has authority.
-    pub(super) fn claim(&mut self, key: Key, seat: &mut Seat, now: u64) {
+    fn claim(&mut self, key: Key, seat: &mut Seat, claims: &[(usize, u64, Claimed)], now: u64) {
         let goes_on = seat.has_authority();
         // What rested on nothing but silence does not excuse anybody who is heard again.
         let had = goes_on && !seat.term.probing;
@@ -208,12 +207,19 @@ impl Actor {
                     Basis::Excused(link.map(|link| link.believed.clone()).unwrap_or_default())
                 }
                 (Peer::Subdued, _) => Basis::Excused(self.subdued(key, placed).unwrap_or_default()),
-                (Peer::Unsettled { .. }, _) if let Some(until) = seat.newcomer(placed.replica) => Basis::Excused(until),
+                (Peer::Unsettled { .. }, _)
+                    if let Some(until) = seat.newcomer(placed.replica)
+                        && !claims.iter().any(|(_, _, one)| one.replica == placed.replica && one.claim.serving) =>
+                {
+                    Basis::Excused(until)
+                }
                 _ => Basis::Excused(link.map(|link| link.excused.clone()).unwrap_or_default()),
             };
             peers.push(peer);
             basis.push((placed.replica, stands));
         }
+        // Whoever was only silent, and is not any more, may have served.
+        let goes_on = goes_on && !(seat.term.probing && seat.term.was_silent(&basis));
         match authority(&peers, had) {
             Verdict::Missing => seat.step_back(false),
             Verdict::Authority { by_master, probing } => {

@@ -170,8 +170,12 @@ impl Actor {
         (outgoing.heard_ms, outgoing.replied_ms) = (now, now);
         outgoing.seen_reply = outgoing.seen_reply.max(reply.number);
         let was_believed = outgoing.believed.load(Ordering::Acquire) > now;
-        outgoing.believed.fetch_max(reply.sent_ms + ms(LEASE_BELIEF), Ordering::AcqRel);
-        if !was_believed {
+        let until = reply.sent_ms + ms(LEASE_BELIEF);
+        if was_believed {
+            outgoing.believed.fetch_max(until, Ordering::AcqRel);
+        } else {
+            // A term that has lapsed is not valid again before everything in the reply has been decided.
+            outgoing.believed = Arc::new(until.into());
             keys.extend(outgoing.grants.keys());
         }
         self.dirty |= !keys.is_empty();
@@ -295,14 +299,14 @@ impl Actor {
             })
             .collect();
         let round = seat.replica.authority().begin_round();
-        let events = self.events.clone();
+        let (replica, events) = (seat.replica.clone(), self.events.clone());
         // Ends with the patience of each attempt.
         tokio::spawn(async move {
             let tries = targets.into_iter().map(|(node, address, took_ms)| async move {
                 (reach(&address?, took_ms).await != Reach::Unreachable).then_some(node)
             });
             let reachable = futures::future::join_all(tries).await.into_iter().flatten().collect();
-            let _ = events.send(Event::Probed { key, round, reachable }).await;
+            let _ = events.send(Event::Probed { key, replica, round, reachable }).await;
         });
     }
 }

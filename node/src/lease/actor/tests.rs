@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::lease::may_have_served;
+use crate::replica::authority::Refusal;
 use crate::replica::job::{Control, Role};
 use crate::replica::tests::duties::{Member, members, shard_on};
 use crate::replica::tests::support::{Rig, START_US};
@@ -106,7 +107,8 @@ impl Claimant {
         home.duties.follow(&catalog);
         let (events, receiver) = mpsc::channel(64);
         let mut actor = Actor::new(home.core.clone(), events, receiver, watch::channel(false).0);
-        actor.began_ms = 0;
+        (actor.began_ms, actor.listening_ms) = (0, 0);
+        home.core.pulse.store(now_ms(), Ordering::Release);
         let (beats, claims) = mpsc::channel(64);
         let start = now_ms();
         let order = catalog.shard(ShardId(0)).unwrap().replicas.clone();
@@ -251,4 +253,29 @@ async fn one_that_serves_alone_goes_on_in_the_same_term() {
     assert_eq!([1, 2, 1].map(|count| placed(&mut one, count)), [Some(term); 3]);
     one.actor.seats.get_mut(&KEY).unwrap().step_back(false);
     assert_eq!(placed(&mut one, 1), Some(term + 1), "another one may have served in between");
+}
+
+/// The other one has ended while the network was cut: it may have served until then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn authority_that_rested_on_silence_is_another_term_once_the_silent_one_is_found_dead() {
+    let all = members(2).await;
+    let mut one = Claimant::new(&all[0]);
+    one.promise(9);
+    let authority = all[0].replica.authority();
+    let before = authority.admit().unwrap();
+    one.actor.take(Event::Closed { id: LINK }, one.start);
+    for news in [News::Lost, News::Reach(Reach::Unreachable, one.start)] {
+        one.actor.take(Event::Link { node: NodeId(2), news }, one.start);
+    }
+    for beat in 1..=20 {
+        let now = one.start + ms(LEASE_BEAT) * beat;
+        all[0].core.pulse.store(now, Ordering::Release);
+        one.actor.tick(now);
+    }
+    assert_eq!(authority.admit(), Err(Refusal::Probe));
+    let silent = authority.admit_probed().unwrap();
+    assert_ne!(silent, before);
+    let now = one.start + ms(LEASE_BEAT) * 20;
+    one.actor.take(Event::Link { node: NodeId(2), news: News::Reach(Reach::Refused, now) }, now);
+    assert_eq!(authority.admit(), Ok(silent + 1));
 }
