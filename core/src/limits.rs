@@ -243,8 +243,6 @@ pub const MASTER_CONNECTIONS_MAX: usize = 8_192;
 pub const FIRST_BYTE_TIMEOUT: Duration = Duration::from_secs(5);
 /// After a connection that could not be accepted, for want of descriptors for example.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// Between two uploads of log chunks of a replica that has something to ship.
-pub const SHIP_INTERVAL: Duration = Duration::from_secs(10);
 
 /// How much of a disk of this size stays free.
 pub fn disk_reserve(bytes: u64) -> u64 {

@@ -267,11 +267,6 @@ impl NodeDir {
         self.tmp.clone()
     }
 
-    /// The directory itself.
-    pub fn path(&self) -> &Path {
-        &self.dir
-    }
-
     /// Remembers a catalog version before it is obeyed.
     pub fn remember_catalog(&self, catalog: &Catalog) -> Result<(), DirError> {
         write_json(&self.dir.join("catalog").join(format!("{}.json", catalog.keyspace)), catalog)

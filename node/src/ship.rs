@@ -53,7 +53,9 @@ mod checkpoint;
 mod cut;
 mod pace;
 
-pub use pace::{Pace, UPLOADS_MAX};
+pub use pace::Pace;
+#[cfg(test)]
+pub use pace::UPLOADS_MAX;
 
 use checkpoint::{Making, Uploaded};
 

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use tokio::task::JoinSet;
 use vasto_client::{ErrorKind, Keyspace};
 use vasto_tests::replicas::converged;
-use vasto_tests::{Cluster, DEADLINE, History, Load, LoadSpec, Numbers, Port, until, verify};
+use vasto_tests::{CatalogDir, Cluster, DEADLINE, History, Load, LoadSpec, Numbers, Port, until, verify};
 
 fn kills() -> u64 {
     std::env::var("VASTO_STORM_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(20)
@@ -181,16 +181,24 @@ async fn storm_with_three_replicas_and_fsync_acknowledgement() -> Result<()> {
     storm("fsync", "3").await
 }
 
+/// Waits until a replica is primary that is not the first of its shard.
+async fn another_acts(catalog: &CatalogDir) -> Result<()> {
+    until("another replica to act as primary", DEADLINE, async || {
+        catalog.tip().ok()?.placement.iter().any(|shard| shard.primary.is_some()).then_some(())
+    })
+    .await
+}
+
 /// Counters across restarts that end in order, and the hand-overs that follow: exact.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn counters_are_exact_through_restarts_and_planned_hand_overs() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(3).start().await?;
     cluster.create("exact", 3, &["--replicas", "2", "--ack", "replica"]).await?;
-    let keyspace = cluster.keyspace("exact").await?;
+    let (keyspace, catalog) = (cluster.keyspace("exact").await?, cluster.catalog("exact").await?);
     let counters = Counters::start(&keyspace, 4);
     for node in 0..3 {
         cluster.stop_node(node).await?;
-        tokio::time::sleep(Duration::from_millis(800)).await;
+        another_acts(&catalog).await?;
         cluster.start_node(node, Port::Same).await?;
         converged_in_role(&cluster, "exact").await?;
         primaries_are_home(&cluster, "exact").await?;
@@ -212,10 +220,7 @@ async fn counters_are_exact_with_fsync_when_primaries_stop_and_leave() -> Result
     let counters = Counters::start(&keyspace, 4);
     for node in 0..3 {
         cluster.stop_node(node).await?;
-        until("another replica to act as primary", DEADLINE, async || {
-            catalog.tip().ok()?.placement.iter().any(|shard| shard.primary.is_some()).then_some(())
-        })
-        .await?;
+        another_acts(&catalog).await?;
         cluster.start_node(node, Port::Same).await?;
         converged_in_role(&cluster, "calm").await?;
         primaries_are_home(&cluster, "calm").await?;

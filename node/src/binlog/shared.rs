@@ -134,7 +134,8 @@ impl LogShared {
         self.synced.subscribe()
     }
 
-    /// The first failure, after which nothing is written or synced any more.
+    /// For tests: the first failure, after which nothing is written or synced any more.
+    #[cfg(test)]
     pub fn failed(&self) -> Option<String> {
         self.state.lock().failed.clone()
     }
@@ -284,6 +285,7 @@ impl LogShared {
     }
 
     /// Moves an empty log.
+    #[cfg(test)]
     pub(super) fn restart_empty_at(&self, last: Lsn) {
         let mut state = self.state.lock();
         let empty = state.segments.iter().all(|segment| segment.last < segment.first);

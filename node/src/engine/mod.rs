@@ -37,7 +37,6 @@ pub use batch::Batch;
 #[cfg(test)]
 pub use cursor::cursors_opened;
 pub use cursor::{Cursor, View};
-pub use sample::Walk;
 pub use scratch::{BandRows, ImportFile, Scratch};
 pub use tables::{TableSet, WrittenTable};
 
@@ -205,7 +204,6 @@ pub enum Lookup {
 /// One replica's database.
 pub struct Engine {
     db: Arc<DB>,
-    path: PathBuf,
     options: Options,
     floor: Arc<AtomicU64>,
     failed: Arc<OnceLock<String>>,
@@ -242,20 +240,7 @@ impl Engine {
         write_options.disable_wal(true);
         let mut cached_only = ReadOptions::default();
         cached_only.set_read_tier(ReadTier::BlockCache);
-        Ok(Self {
-            db: Arc::new(db),
-            path: path.to_owned(),
-            options,
-            floor,
-            failed: failed_flag,
-            write_options,
-            cached_only,
-        })
-    }
-
-    /// Where it lives.
-    pub fn path(&self) -> &Path {
-        &self.path
+        Ok(Self { db: Arc::new(db), options, floor, failed: failed_flag, write_options, cached_only })
     }
 
     /// Why a flush or a compaction failed, once one has: the replica must be closed to writes.

@@ -8,7 +8,7 @@
 //!   this one, must not make it look replicated.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use vasto_core::ids::{Epoch, Lsn, OwnSeq, ReplicaId};
@@ -22,15 +22,13 @@ const LOST_MAX: usize = 65_536;
 
 /// How far a follower is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Follower {
+struct Follower {
     /// Everything of this log up to here is durable there.
-    pub covered: Lsn,
+    covered: Lsn,
     /// The last of this incarnation's records that is durable there.
-    pub own_seq: OwnSeq,
+    own_seq: OwnSeq,
     /// The highest epoch that it has named.
-    pub epoch: Epoch,
-    /// When it was heard last.
-    pub heard: Instant,
+    epoch: Epoch,
 }
 
 struct Waiting {
@@ -127,12 +125,10 @@ impl Followers {
         let mut ready = Vec::new();
         {
             let mut inner = self.inner.lock();
-            let heard = Instant::now();
-            let known = inner.known.entry(follower).or_insert(Follower { covered, own_seq, epoch, heard });
+            let known = inner.known.entry(follower).or_insert(Follower { covered, own_seq, epoch });
             known.covered = known.covered.max(covered);
             known.own_seq = known.own_seq.max(own_seq);
             known.epoch = known.epoch.max(epoch);
-            known.heard = heard;
             if inner.placed.contains(&follower) {
                 while let Some(one) = inner.waiting.pop_front_if(|one| one.own_seq <= own_seq) {
                     let verdict = one.judge(epoch, &inner.lost);
@@ -207,18 +203,6 @@ impl Followers {
         let inner = self.inner.lock();
         let covers = |id: &&ReplicaId| inner.known.get(id).is_some_and(|follower| follower.covered >= lsn);
         inner.placed.iter().filter(covers).copied().collect()
-    }
-
-    /// The followers that were heard, for metrics.
-    pub fn known(&self) -> Vec<(ReplicaId, Follower)> {
-        self.inner.lock().known.iter().map(|(id, follower)| (*id, *follower)).collect()
-    }
-
-    /// Nobody was heard from since `patience` ago: `(replica, silence)`.
-    pub fn silent(&self, patience: Duration) -> Vec<ReplicaId> {
-        let inner = self.inner.lock();
-        let silent = |id: &ReplicaId| inner.known.get(id).is_none_or(|follower| follower.heard.elapsed() > patience);
-        inner.wanted.iter().copied().filter(silent).collect()
     }
 }
 

@@ -335,7 +335,8 @@ pub enum Control {
         /// Commit time, microseconds.
         floor: u64,
     },
-    /// Make everything appended so far durable.
+    /// For tests: make everything appended so far durable.
+    #[cfg(test)]
     Sync,
     /// Sync, flush the memtables, end the writer.
     Stop,

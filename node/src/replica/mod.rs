@@ -369,12 +369,14 @@ impl Replica {
         Ok(Self { keyspace, shard, id: replica, shared, jobs: Arc::new(jobs), queue_bytes })
     }
 
-    /// Queues a client's write; `done` is called exactly once. Refused at once when the queue is full.
+    /// For tests: a write of which its sender told nothing.
+    #[cfg(test)]
     pub fn write(&self, ops: Vec<WriteOp>, ack: Ack, bytes: usize, done: Completion) {
         self.write_as(ops, ack, bytes, Told::default(), done);
     }
 
-    /// As [`Self::write`], with what the sender told of it.
+    /// Queues a client's write, with what its sender told of it; `done` is called exactly once. Refused at once when
+    /// the queue is full.
     pub fn write_as(&self, ops: Vec<WriteOp>, ack: Ack, bytes: usize, told: Told, done: Completion) {
         if self.shared.shed.load(Ordering::Relaxed) {
             done(Err(VastoError::new(

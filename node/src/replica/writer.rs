@@ -545,6 +545,7 @@ impl Writer {
             }
             Control::Promise { commit_time } => self.promise(commit_time),
             Control::GcFloor { floor } => self.raise_floor(floor),
+            #[cfg(test)]
             Control::Sync => self.sync().map(|()| self.meta.head.applied_lsn),
             Control::Stop => {
                 self.stop();

@@ -60,6 +60,10 @@ pub struct Scripted {
     pub down: AtomicBool,
     /// A stored body was altered: only reading can tell.
     altered: AtomicBool,
+    /// The planned fault has happened.
+    fired: AtomicBool,
+    /// A body was read that was altered or cut short on its way.
+    misread: AtomicBool,
     died: Arc<Notify>,
 }
 
@@ -83,6 +87,8 @@ impl Scripted {
             fault: Mutex::new(None),
             down: AtomicBool::new(false),
             altered: AtomicBool::new(false),
+            fired: AtomicBool::new(false),
+            misread: AtomicBool::new(false),
             died: Arc::default(),
         })
     }
@@ -93,7 +99,9 @@ impl Scripted {
         if self.down.load(Ordering::SeqCst) {
             return Some(Fault::Before);
         }
-        (call == self.at.load(Ordering::SeqCst)).then(|| self.fault.lock().take()).flatten()
+        let fault = (call == self.at.load(Ordering::SeqCst)).then(|| self.fault.lock().take()).flatten();
+        self.fired.fetch_or(fault.is_some(), Ordering::SeqCst);
+        fault
     }
 
     fn plan(&self, at: u64, fault: Fault) {
@@ -185,6 +193,7 @@ impl ObjectStore for Scripted {
         if head || !matches!(fault, Some(Fault::Short | Fault::Flip)) {
             return Ok(result);
         }
+        self.misread.store(true, Ordering::SeqCst);
         let (meta, range, attributes) = (result.meta.clone(), result.range.clone(), result.attributes.clone());
         let body = result.bytes().await?;
         let body = if fault == Some(Fault::Flip) { flipped(&body) } else { body.slice(..body.len() / 2) };
@@ -236,7 +245,11 @@ impl ObjectStore for Scripted {
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&ObjectPath>) -> Result<ListResult> {
-        self.store.list_with_delimiter(prefix).await
+        let fault = self.turn();
+        self.before(fault).await?;
+        let result = self.store.list_with_delimiter(prefix).await;
+        self.after(fault).await?;
+        result
     }
 
     async fn copy_opts(&self, from: &ObjectPath, to: &ObjectPath, options: CopyOptions) -> Result<()> {
@@ -395,6 +408,7 @@ async fn life(rig: &Rig, script: &Arc<Scripted>) -> Contents {
 struct Cell {
     calls: u64,
     altered: bool,
+    misread: bool,
     refused: Option<String>,
 }
 
@@ -410,6 +424,8 @@ async fn run(at: u64, fault: Option<Fault>) -> Cell {
     let found = restored(&rig, &script.bucket(), 4, &script.died).await;
     let calls = script.calls.load(Ordering::SeqCst);
     let altered = script.altered.load(Ordering::SeqCst);
+    let misread = script.misread.load(Ordering::SeqCst);
+    assert!(fault.is_none() || script.fired.load(Ordering::SeqCst), "{cell}: it never happened");
     let state = fsck(&script.good(), true).await.unwrap();
     let mut refused = None;
     match found {
@@ -427,7 +443,7 @@ async fn run(at: u64, fault: Option<Fault>) -> Cell {
     if !altered {
         assert_eq!(restored(&rig, &script.good(), 4, &Notify::new()).await.as_ref(), Ok(&wanted), "{cell}: afterwards");
     }
-    Cell { calls, altered, refused }
+    Cell { calls, altered, misread, refused }
 }
 
 async fn matrix(faults: &[Fault]) {
@@ -435,12 +451,16 @@ async fn matrix(faults: &[Fault]) {
     assert!(calm.calls > 20, "{}", calm.calls);
     let (mut cells, mut altered, mut refused) = (0, 0, 0);
     for fault in faults {
+        let mut misread = 0;
         for at in 1..=calm.calls {
             let cell = run(at, Some(*fault)).await;
             cells += 1;
             altered += u64::from(cell.altered);
             refused += u64::from(cell.refused.is_some());
+            misread += u64::from(cell.misread);
         }
+        let alters = matches!(fault, Fault::Short | Fault::Flip);
+        assert_eq!(misread > 0, alters, "{fault:?}: {misread} bodies were read that were not what is stored");
     }
     println!(
         "{} calls x {faults:?}: {cells} cells; in {altered} a stored object was altered, in {refused} of them a restore \

@@ -119,7 +119,7 @@ impl Rig {
         if let Some(writer) = replica.jobs.take_thread() {
             let _ = writer.join();
         }
-        self.opened.lock().retain(|one| one.engine().path() != replica.engine().path());
+        self.opened.lock().retain(|one| !std::ptr::eq(one.engine(), replica.engine()));
     }
 
     /// What a crash of the process would leave now, opened.
