@@ -185,7 +185,10 @@ fn a_live_node_that_leaves_is_copied_first_and_a_dead_one_is_drained_later() {
     let copying = next(&leaving, &calm, HERE, to_four).unwrap();
     assert_eq!(copying.plan.as_ref().unwrap().kind, PlanKind::Replica { shard: ShardId(0) });
     let four = committed(&copying);
-    let behind = reports(|id, report| report.lag_lsns = if id == 1 { 0 } else { u64::MAX });
+    let behind = reports(|id, report| {
+        report.lag_lsns = if id == 1 { 0 } else { u64::MAX };
+        report.serving = Some(id == 1);
+    });
     assert_eq!(next(&four, &behind, HERE, NOWHERE), None, "none of them is able to serve");
     let mut handing = next(&four, &calm, HERE, NOWHERE).unwrap();
     assert_eq!((handing.placement[0].handing_to, ids(&handing)), (Some(ReplicaId(2)), vec![1, 2, 3, 4]));
