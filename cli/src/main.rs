@@ -13,7 +13,7 @@ mod kv;
 mod output;
 mod serve;
 
-use std::{process::ExitCode, time::Duration};
+use std::{io::Write, time::Duration};
 
 use anyhow::Context;
 use clap::Parser;
@@ -23,13 +23,17 @@ use args::{Cli, Command, ConfigCommand, Serve};
 /// What the runtime may still take to drop its threads; everything of worth is done by then.
 const RUNTIME_END: Duration = Duration::from_millis(200);
 
-fn main() -> ExitCode {
+fn main() {
     let code = match run(&Cli::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         Err(error) => output::report(&error),
     };
     vasto_observability::flush_logs(RUNTIME_END);
-    code
+    // Nobody can be told that stdout is gone.
+    let _ = std::io::stdout().flush();
+    // What is to be durable is. A thread that still closes a database would abort the process if what the database
+    // keeps for all of it were taken down meanwhile, as it is where `main` returns.
+    signal_hook::low_level::exit(code.into());
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {

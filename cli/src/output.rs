@@ -9,7 +9,6 @@ mod progress;
 
 use std::{
     io::{self, Write},
-    process::ExitCode,
     time::Duration,
 };
 
@@ -89,7 +88,7 @@ impl Failure {
 
 /// Prints `error: ...` and, when there is one, `hint: ...` on stderr, and gives the exit code:
 /// 1 for a failure, 2 for a command or a configuration that cannot be used.
-pub fn report(error: &anyhow::Error) -> ExitCode {
+pub fn report(error: &anyhow::Error) -> u8 {
     let (text, code) = describe(error);
     let (done, written) = std::sync::mpsc::channel();
     // A thread of its own: when nobody reads stderr the process must end all the same.
@@ -99,7 +98,7 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
         let _ = done.send(());
     });
     let _ = written.recv_timeout(REPORT_PATIENCE);
-    ExitCode::from(code)
+    code
 }
 
 fn describe(error: &anyhow::Error) -> (String, u8) {
