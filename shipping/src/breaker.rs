@@ -2,7 +2,8 @@
 //!
 //! When several requests in a row went unanswered, all others wait, and one at a time tries, with growing
 //! pauses. So an outage costs a request every few seconds, however many replicas want something, and its
-//! end is found by one of them for all.
+//! end is found by one of them for all. A store that throttles answers, and serves some: far more refusals
+//! in a row make an outage of it, and until then each request backs off by itself.
 //!
 //! **Invariant:** whoever waits here waits no longer than its own budget.
 
@@ -14,8 +15,13 @@ use tokio::time::Instant;
 
 use crate::failure::{Failure, Kind};
 
-/// So many requests in a row that fail like an outage are one.
-const FAILURES: u32 = 5;
+/// An outage is this weight of failures in a row.
+const OUTAGE: u32 = 20;
+/// The weight of a request that nobody answered ...
+const UNANSWERED: u32 = 4;
+/// ... and of an answer that asks to try again. Where nine of ten requests are throttled, one in eight
+/// runs of this length is refused throughout; where half are, one in a million.
+const REFUSED: u32 = 1;
 /// Before the first try of one that stands for all ...
 const PAUSE_FIRST: Duration = Duration::from_millis(250);
 /// ... and the longest, which is how late the end of an outage may be noticed.
@@ -40,7 +46,7 @@ impl Default for Breaker {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Failures in a row.
+    /// The weight of the failures in a row.
     failures: u32,
     outage: Option<Outage>,
     /// Outages that have ended.
@@ -122,7 +128,12 @@ impl Pass<'_> {
     pub(crate) fn tell(mut self, failure: Option<&Failure>) {
         self.is_told = true;
         let mut state = self.breaker.state();
-        let Some(failure) = failure.filter(|failure| matches!(failure.kind, Kind::Unreachable | Kind::Skewed)) else {
+        let weight = match failure.map(|failure| failure.kind) {
+            Some(Kind::Unreachable | Kind::Skewed) => UNANSWERED,
+            Some(Kind::Busy) => REFUSED,
+            _ => 0,
+        };
+        let Some(failure) = failure.filter(|_| weight > 0) else {
             state.failures = 0;
             if state.outage.take().is_some() {
                 state.ended += 1;
@@ -145,8 +156,8 @@ impl Pass<'_> {
             // Sent before the outage was one.
             Some(_) => {}
             None => {
-                state.failures += 1;
-                if state.failures >= FAILURES {
+                state.failures += weight;
+                if state.failures >= OUTAGE {
                     tracing::info!(error = failure.detail, "the bucket does not answer; one request at a time tries");
                     let pause = self.breaker.pause_first;
                     let last = failure.clone();
@@ -178,7 +189,11 @@ mod tests {
     use super::*;
 
     fn slow_down() -> Failure {
-        Failure { kind: Kind::Unreachable, transient: true, detail: "503".to_owned() }
+        Failure { kind: Kind::Busy, transient: true, detail: "503".to_owned() }
+    }
+
+    fn unanswered() -> Failure {
+        Failure { kind: Kind::Unreachable, transient: true, detail: "connection refused".to_owned() }
     }
 
     const PATIENCE: Duration = Duration::from_secs(30);
@@ -218,15 +233,16 @@ mod tests {
     #[tokio::test]
     async fn nobody_waits_longer_than_its_patience_and_one_who_gives_up_lets_others_try() {
         let breaker = fast();
-        for _ in 0..FAILURES {
-            breaker.pass(PATIENCE).await.ok().unwrap().tell(Some(&slow_down()));
+        for _ in 0..OUTAGE / UNANSWERED {
+            assert!(!breaker.is_open());
+            breaker.pass(PATIENCE).await.ok().unwrap().tell(Some(&unanswered()));
         }
-        assert!(breaker.is_open() && breaker.outage().unwrap().1 == "503");
+        assert!(breaker.is_open() && breaker.outage().unwrap().1 == "connection refused");
         let trying = breaker.pass(PATIENCE).await.ok().unwrap();
         let began = Instant::now();
         let patience = Duration::from_millis(100);
         let failure = breaker.pass(patience).await.err().unwrap();
-        assert_eq!(failure.detail, "503");
+        assert_eq!(failure.detail, "connection refused");
         assert!(began.elapsed() >= patience && began.elapsed() < patience * 20, "{:?}", began.elapsed());
         drop(trying);
         let trying = breaker.pass(Duration::ZERO).await.ok().unwrap();
@@ -239,12 +255,14 @@ mod tests {
     #[tokio::test]
     async fn failures_between_answers_are_no_outage() {
         let breaker = fast();
-        for _ in 0..20 {
-            for _ in 1..FAILURES {
-                breaker.pass(PATIENCE).await.ok().unwrap().tell(Some(&slow_down()));
+        for (failure, weight) in [(unanswered(), UNANSWERED), (slow_down(), REFUSED)] {
+            for _ in 0..20 {
+                for _ in 1..OUTAGE / weight {
+                    breaker.pass(PATIENCE).await.ok().unwrap().tell(Some(&failure));
+                }
+                assert!(!breaker.is_open(), "{failure:?}");
+                breaker.pass(PATIENCE).await.ok().unwrap().tell(None);
             }
-            breaker.pass(PATIENCE).await.ok().unwrap().tell(None);
         }
-        assert!(!breaker.is_open());
     }
 }

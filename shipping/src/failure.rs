@@ -29,8 +29,10 @@ pub(crate) enum Kind {
     NoCredentials,
     /// The store does not implement what was asked.
     Unsupported,
-    /// No answer, or an answer that asks to try again.
+    /// No answer.
     Unreachable,
+    /// An answer that asks to try again.
+    Busy,
     /// Anything else.
     Other,
 }
@@ -114,7 +116,7 @@ impl Failure {
             Kind::Denied => BucketError::AccessDenied { url, detail },
             Kind::Expired => BucketError::ExpiredCredentials { url, detail },
             Kind::NoCredentials => BucketError::NoCredentials { url, detail },
-            Kind::Unreachable => BucketError::Unreachable { url, detail },
+            Kind::Unreachable | Kind::Busy => BucketError::Unreachable { url, detail },
             Kind::Unsupported => BucketError::Unsupported { url, detail },
             Kind::NotFound | Kind::Taken | Kind::Other => BucketError::Store { key, detail },
         }
@@ -142,7 +144,7 @@ impl From<object_store::Error> for Failure {
         } else if has(&["InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"]) || code(&["AccessDenied"]) {
             (Kind::Denied, false)
         } else if code(&AGAIN) {
-            (Kind::Unreachable, true)
+            (Kind::Busy, true)
         } else {
             match &error {
                 E::NotFound { .. } => (Kind::NotFound, false),
@@ -152,7 +154,8 @@ impl From<object_store::Error> for Failure {
                 E::Generic { .. } if status == Some(501) => (Kind::Unsupported, false),
                 // A refused LIST.
                 E::Generic { .. } if matches!(status, Some(401 | 403)) => (Kind::Denied, false),
-                E::Generic { .. } if http || status.is_some_and(is_transient_status) => (Kind::Unreachable, true),
+                E::Generic { .. } if status.is_some_and(is_transient_status) => (Kind::Busy, true),
+                E::Generic { .. } if http => (Kind::Unreachable, true),
                 _ if find::<std::io::Error>(&error)
                     .is_some_and(|io| io.kind() == std::io::ErrorKind::PermissionDenied) =>
                 {
@@ -223,7 +226,7 @@ mod tests {
     #[test]
     fn each_cause_is_told_apart() {
         let busy = generic("Server returned non-2xx status code: 503 Service Unavailable: SlowDown");
-        assert_eq!((busy.kind, busy.transient), (Kind::Unreachable, true));
+        assert_eq!((busy.kind, busy.transient), (Kind::Busy, true));
         let odd = generic("Server returned non-2xx status code: 400 Bad Request: x");
         assert_eq!((odd.kind, odd.transient), (Kind::Other, false));
         let lacking = generic("Server returned non-2xx status code: 501 Not Implemented: A header");
@@ -246,9 +249,9 @@ mod tests {
         let bodiless = generic("Error performing HEAD http://x/b/k in 1ms - status code: 400 Bad Request: ");
         assert_eq!((bodiless.kind, bodiless.transient), (Kind::Expired, true));
         let unread = generic("status code: 400 Bad Request: <Code>RequestTimeout</Code>");
-        assert_eq!((unread.kind, unread.transient), (Kind::Unreachable, true));
+        assert_eq!((unread.kind, unread.transient), (Kind::Busy, true));
         let in_a_batch = generic("DeleteObjects request failed for key k: slow down (code: SlowDown)");
-        assert_eq!((in_a_batch.kind, in_a_batch.transient), (Kind::Unreachable, true));
+        assert_eq!((in_a_batch.kind, in_a_batch.transient), (Kind::Busy, true));
         let refused = generic("DeleteObjects request failed for key k: Access Denied (code: AccessDenied)");
         assert_eq!((refused.kind, refused.transient), (Kind::Denied, false));
         let listing =

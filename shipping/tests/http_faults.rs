@@ -310,6 +310,7 @@ async fn half_of_all_requests_are_throttled_and_all_uploads_are_done() {
         async move { bucket.upload_file(key, &path).await.map(|uploaded| assert_eq!(uploaded.bytes, body.len() as u64)) }
     });
     uploads.buffer_unordered(16).try_collect::<()>().await.unwrap();
+    assert_eq!((bucket.outages_ended(), bucket.outage()), (0, None), "a store that serves half is not away");
     for (key, body) in &files {
         assert!(store.object(key).unwrap() == *body, "{key}");
     }
