@@ -211,7 +211,7 @@ impl View<'_> {
     /// It answers strict requests: it holds what the others have acknowledged.
     fn has_authority(&self, one: &Placed) -> bool {
         let has_authority = |report: &ReplicaReport| report.has_authority(self.catalog.version);
-        self.serves(one) && self.reports.get(&one.replica).is_some_and(has_authority)
+        self.is_ready(one) && self.reports.get(&one.replica).is_some_and(has_authority)
     }
 
     /// The version that takes a replica out, or hands over first; `None` while it may be the only one that holds what

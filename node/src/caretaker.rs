@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use vasto_core::limits::WRITER_STALL;
 
+use crate::clock::Sparse;
 use crate::core::NodeCore;
 use crate::host::Tenant;
 use crate::manager::Manager;
@@ -25,14 +26,13 @@ const LOOKS_EACH: u32 = 4;
 
 /// Runs until `cancel` fires.
 pub async fn run(core: Arc<NodeCore>, manager: Arc<Manager>, dir: PathBuf, cancel: CancellationToken) {
-    let (mut looks, mut troubled) = (0u32, true);
+    let (mut sparse, mut troubled) = (Sparse::one_in(LOOKS_EACH), true);
     loop {
         let place = dir.join("replicas");
         let room = tokio::task::spawn_blocking(move || DiskRoom::of(&place)).await.ok().flatten();
         let was_low = core.is_disk_low();
         look_at_disk(&core, room);
-        looks = looks.wrapping_add(1);
-        if troubled || core.is_disk_low() != was_low || looks.is_multiple_of(LOOKS_EACH) {
+        if !sparse.leaves_out(!troubled && core.is_disk_low() == was_low) {
             for replica in core.replicas() {
                 // Also one that nobody writes to.
                 if let (None, Some(why)) = (replica.closed(), replica.engine().failure()) {

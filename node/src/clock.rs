@@ -40,8 +40,54 @@ pub fn with_others(at: Instant) -> Instant {
     began + Duration::from_secs(at.saturating_duration_since(began).as_secs() + 1)
 }
 
+/// Leaves out looks while there is nothing to see: of the looks at rest it takes one in so many.
+#[derive(Debug)]
+pub struct Sparse {
+    every: u32,
+    left_out: u32,
+}
+
+impl Sparse {
+    /// Takes the first look.
+    pub fn one_in(every: u32) -> Self {
+        Self { every, left_out: every }
+    }
+
+    /// The next look is taken.
+    pub fn wake(&mut self) {
+        self.left_out = self.every;
+    }
+
+    /// True when this look is left out.
+    pub fn leaves_out(&mut self, rests: bool) -> bool {
+        self.left_out = self.left_out.saturating_add(1);
+        let leaves_out = rests && self.left_out < self.every;
+        if !leaves_out {
+            self.left_out = 0;
+        }
+        leaves_out
+    }
+}
+
 /// Time since the machine booted, suspension included.
 pub fn since_boot() -> Duration {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_look_in_so_many_is_taken_at_rest_and_each_one_while_something_goes_on() {
+        let mut sparse = Sparse::one_in(3);
+        let taken = |sparse: &mut Sparse, rests| !sparse.leaves_out(rests);
+        let at_rest: Vec<bool> = (0..7).map(|_| taken(&mut sparse, true)).collect();
+        assert_eq!(at_rest, [true, false, false, true, false, false, true]);
+        assert!((0..5).all(|_| taken(&mut sparse, false)));
+        assert!(!taken(&mut sparse, true));
+        sparse.wake();
+        assert!(taken(&mut sparse, true) && !taken(&mut sparse, true));
+    }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::Sparse;
 use crate::core::NodeCore;
 
 /// Between two turns.
@@ -22,14 +23,13 @@ const AGE_MIN: Duration = Duration::from_secs(5);
 
 /// Runs until `cancel` fires.
 pub async fn run(core: Arc<NodeCore>, cancel: CancellationToken) {
-    let mut turns = 0u32;
+    let mut sparse = Sparse::one_in(TURNS_AT_REST);
     loop {
         tokio::select! {
             () = cancel.cancelled() => return,
             () = tokio::time::sleep(TURN) => {}
         }
-        turns = turns.wrapping_add(1);
-        if core.is_at_rest() && !turns.is_multiple_of(TURNS_AT_REST) {
+        if sparse.leaves_out(core.is_at_rest()) {
             continue;
         }
         let began = Instant::now();

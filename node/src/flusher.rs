@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use vasto_core::ids::{Incarnation, KeyspaceId, Lsn, ReplicaId};
 
+use crate::clock::Sparse;
 use crate::core::NodeCore;
 use crate::engine::EngineShared;
 use crate::replica::Replica;
@@ -69,15 +70,14 @@ impl Waiting {
 /// Runs until `cancel` fires.
 pub async fn run(core: Arc<NodeCore>, engines: EngineShared, cancel: CancellationToken) {
     let mut waiting = Waiting::default();
-    let mut looks = 0u32;
+    let mut sparse = Sparse::one_in(LOOKS_AT_REST);
     loop {
         tokio::select! {
             () = cancel.cancelled() => return,
             () = tokio::time::sleep(LOOK) => {}
         }
-        looks = looks.wrapping_add(1);
         let full = engines.memtables_used() > FULL;
-        if core.is_at_rest() && !full && !looks.is_multiple_of(LOOKS_AT_REST) {
+        if sparse.leaves_out(core.is_at_rest() && !full) {
             continue;
         }
         let replicas = core.replicas();

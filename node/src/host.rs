@@ -53,7 +53,7 @@ const RETRY_MAX: Duration = Duration::from_secs(15);
 /// Between two looks at what has no event of its own.
 const HOUSEKEEPING: Duration = Duration::from_millis(100);
 /// The same for one with which nothing is going on.
-const HOUSEKEEPING_AT_REST: Duration = Duration::from_secs(2);
+const HOUSEKEEPING_AT_REST: Duration = Duration::from_secs(4);
 
 /// The reported size of a replica is at most this old.
 const SIZE_AGE: Duration = Duration::from_millis(400);

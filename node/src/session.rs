@@ -26,6 +26,7 @@ use vasto_proto::v1::node_message::Message as ToMaster;
 use vasto_shipping::Usage;
 use vasto_shipping::bucket::Bucket;
 
+use crate::clock::Sparse;
 use crate::command;
 use crate::core::NodeCore;
 use crate::manager::Manager;
@@ -34,8 +35,8 @@ use crate::replica::authority::now_ms;
 
 /// Longest pause between two attempts to reach the master.
 const RETRY_MAX: Duration = Duration::from_secs(2);
-/// While nothing goes on, so many reports come without a look at the replicas.
-const UNSEEN_MAX: u32 = 3;
+/// While nothing goes on, one report in so many comes with a look at the replicas.
+const LOOKS_AT_REST: u32 = 4;
 /// Reports are at least this far apart, so that a busy tail does not flood the master.
 const REPORT_GAP: Duration = Duration::from_millis(2);
 
@@ -308,12 +309,10 @@ async fn hear(
 /// Reports what changed, at once when something the master waits for has happened.
 async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessage>) -> String {
     let mut last: HashMap<(KeyspaceId, ReplicaId), ReplicaReport> = HashMap::new();
-    // Reports without a look at the replicas.
-    let mut unseen = u32::MAX;
+    let mut sparse = Sparse::one_in(LOOKS_AT_REST);
     loop {
         let mut replicas = Vec::new();
-        let looks = unseen >= UNSEEN_MAX || !context.core.is_at_rest();
-        unseen = if looks { 0 } else { unseen + 1 };
+        let looks = !sparse.leaves_out(context.core.is_at_rest());
         for report in looks.then(|| context.manager.reports()).into_iter().flatten() {
             let key = (report.keyspace, report.replica);
             if last.get(&key) != Some(&report) {
@@ -343,7 +342,7 @@ async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessag
         }
         tokio::time::sleep(REPORT_GAP).await;
         tokio::select! {
-            () = context.core.report.notified() => unseen = UNSEEN_MAX,
+            () = context.core.report.notified() => sparse.wake(),
             () = tokio::time::sleep(REPORT_INTERVAL) => {}
         }
     }

@@ -62,7 +62,7 @@ use checkpoint::{Making, Uploaded};
 /// Between two looks at whether something is due.
 const TICK: Duration = Duration::from_millis(500);
 /// The same while everything is shipped; whatever grows the log is told.
-const LOOK_AT_REST: Duration = Duration::from_secs(5);
+const LOOK_AT_REST: Duration = Duration::from_secs(10);
 /// Longest pause after failures.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 /// Between two checkpoints that are due by the number of chunks alone.

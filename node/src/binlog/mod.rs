@@ -184,16 +184,6 @@ impl Binlog {
         self.incarnation = incarnation;
     }
 
-    /// Gives an empty log the LSN of its first record; `last_lsn` is then the one before it.
-    ///
-    /// # Panics
-    /// When the log holds a record, or when `next` is 0.
-    #[cfg(test)]
-    pub fn start_at(&mut self, next: Lsn) {
-        assert!(next.0 > 0, "LSN 0 stands before the first record");
-        self.shared.restart_empty_at(Lsn(next.0 - 1));
-    }
-
     /// Writes one encoded record behind the last one. It is durable after the next [`Self::sync`].
     ///
     /// # Errors
@@ -241,9 +231,10 @@ impl Binlog {
                 }
                 self.shared.sync_appended()?;
             }
-            Some(active) if active.first == lsn => return Ok(()),
-            // A file without records, and `start_at` has chosen another start.
-            Some(_) => self.discard_empty()?,
+            Some(active) => {
+                assert_eq!(active.first, lsn, "a file without records is named after the next one");
+                return Ok(());
+            }
             None => {}
         }
         let header = FileHeader {
@@ -258,13 +249,6 @@ impl Binlog {
         self.shared.rotated(Segment::empty(lsn), file.clone());
         self.active = Some(Active { file, path: file::path(&self.config.dir, lsn), first: lsn, bytes });
         Ok(())
-    }
-
-    fn discard_empty(&mut self) -> Result<(), BinlogError> {
-        let active = self.active.take().expect("called with an active file");
-        self.shared.forget_empty();
-        file::remove(&active.path).map_err(|e| self.shared.poison(e))?;
-        file::sync_dir(&self.config.dir).map_err(|e| self.shared.poison(e))
     }
 
     /// Puts another file in the place of the active one, so that a test sees real IO errors.

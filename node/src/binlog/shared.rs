@@ -276,24 +276,6 @@ impl LogShared {
         state.active = Some(file);
     }
 
-    /// The active file has no record and will be removed.
-    pub(super) fn forget_empty(&self) {
-        let mut state = self.state.lock();
-        let segment = state.segments.pop_back().expect("there is an active file");
-        assert!(segment.last < segment.first && state.segments.is_empty(), "only an empty log starts anew");
-        state.active = None;
-    }
-
-    /// Moves an empty log.
-    #[cfg(test)]
-    pub(super) fn restart_empty_at(&self, last: Lsn) {
-        let mut state = self.state.lock();
-        let empty = state.segments.iter().all(|segment| segment.last < segment.first);
-        assert!(empty, "only an empty log can be given a start");
-        (state.appended, state.synced) = (last, last);
-        self.synced.send_replace(last);
-    }
-
     #[cfg(test)]
     pub(super) fn replace_active(&self, file: Arc<File>) {
         self.state.lock().active = Some(file);

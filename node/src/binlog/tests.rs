@@ -301,54 +301,24 @@ fn what_is_not_synced_is_not_read() {
 }
 
 #[test]
-fn an_empty_log_starts_where_it_is_told() {
+fn a_file_without_records_takes_the_next_one() {
     let dir = memory_dir();
     let mut log = Binlog::open(config(dir.path(), 1000)).unwrap();
-    log.start_at(Lsn(500));
+    append_next(&mut log, 1);
+    drop(log);
+    let path = file::path(dir.path(), Lsn(1));
+    File::options().write(true).open(&path).unwrap().set_len(FILE_HEADER_BYTES as u64).unwrap();
+    let mut log = Binlog::open(config(dir.path(), 1000)).unwrap();
     let shared = log.shared();
-    assert_eq!((log.last_lsn(), shared.synced_lsn(), shared.first_lsn()), (Lsn(499), Lsn(499), Lsn(500)));
-    assert!(matches!(shared.reader(Lsn(0)).unwrap_err(), BinlogError::TooOld { asked: Lsn(1), first: Lsn(500) }));
-    let mut reader = shared.reader(Lsn(499)).unwrap();
+    assert_eq!((log.last_lsn(), shared.synced_lsn(), shared.first_lsn()), (Lsn(0), Lsn(0), Lsn(1)));
+    let mut reader = shared.reader(Lsn(0)).unwrap();
     assert!(reader.next_batch(1).unwrap().is_empty());
     append_next(&mut log, 1);
     log.sync().unwrap();
-    assert_eq!(reader.next_batch(1).unwrap()[0].0, Lsn(500));
+    assert_eq!(reader.next_batch(1).unwrap()[0].0, Lsn(1));
+    assert_eq!(files(dir.path()), ["00000000000000000001.log"]);
     drop(log);
-    let log = Binlog::open(config(dir.path(), 1000)).unwrap();
-    assert_eq!((log.last_lsn(), log.shared().first_lsn()), (Lsn(500), Lsn(500)));
-}
-
-#[test]
-fn a_file_without_records_keeps_its_place_and_gives_way_to_another_start() {
-    let dir = memory_dir();
-    let mut log = Binlog::open(config(dir.path(), 1000)).unwrap();
-    log.start_at(Lsn(40));
-    append_next(&mut log, 1);
-    drop(log);
-    let path = file::path(dir.path(), Lsn(40));
-    File::options().write(true).open(&path).unwrap().set_len(FILE_HEADER_BYTES as u64).unwrap();
-    let log = Binlog::open(config(dir.path(), 1000)).unwrap();
-    assert_eq!((log.last_lsn(), log.shared().first_lsn()), (Lsn(39), Lsn(40)));
-    drop(log);
-
-    let mut log = Binlog::open(config(dir.path(), 1000)).unwrap();
-    log.start_at(Lsn(7));
-    assert_eq!((log.last_lsn(), log.shared().first_lsn()), (Lsn(6), Lsn(7)));
-    append_next(&mut log, 1);
-    assert_eq!(files(dir.path()), ["00000000000000000007.log"]);
-    log.sync().unwrap();
-    assert_eq!(read_all(&log, Lsn(6), 1).len(), 1);
-    drop(log);
-    assert_eq!(Binlog::open(config(dir.path(), 1000)).unwrap().last_lsn(), Lsn(7));
-}
-
-#[test]
-#[should_panic(expected = "only an empty log")]
-fn a_log_with_records_is_not_given_another_start() {
-    let dir = memory_dir();
-    let mut log = Binlog::open(config(dir.path(), 1000)).unwrap();
-    append_next(&mut log, 1);
-    log.start_at(Lsn(9));
+    assert_eq!(Binlog::open(config(dir.path(), 1000)).unwrap().last_lsn(), Lsn(1));
 }
 
 #[test]

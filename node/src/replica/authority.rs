@@ -77,7 +77,7 @@ struct Held {
     term: u64,
     modifies: bool,
     /// Rounds of probes that had begun when it came.
-    rounds: u64,
+    begun: u64,
     until: Duration,
     answer: Box<dyn FnOnce(Result<(), VastoError>) + Send>,
 }
@@ -238,12 +238,13 @@ impl Authority {
         self.stalled.load(Ordering::Acquire)
     }
 
-    /// May a write of this term be acknowledged that was done when so many rounds of probes had begun?
-    fn may_acknowledge(&self, number: u64, modifies: bool, rounds: u64) -> bool {
-        // What rests on silence may have ended without a sign: only a probe that began after the write tells. Read
-        // before the standing: what a probe found is published before it ends.
-        let ended = self.rounds.borrow().1;
-        let lasts = |term: &Term| term.is_valid() && (!term.probing || ended > rounds);
+    /// May a write of this term be acknowledged?
+    ///
+    /// `begun` is the last round of probes that had begun at the write; `ended` is the last that has ended, read
+    /// before this looks at the standing: what a probe found is published before it ends.
+    fn may_acknowledge(&self, number: u64, modifies: bool, begun: u64, ended: u64) -> bool {
+        // What rests on silence may have ended without a sign: only a probe that began after the write tells.
+        let lasts = |term: &Term| term.is_valid() && (!term.probing || ended > begun);
         let valid = match &**self.standing.load() {
             Standing::Alone => true,
             // A read-modify-write was done on what stood in its own term; a put or delete is only ordered.
@@ -259,12 +260,12 @@ impl Authority {
 
     /// Calls `answer` with success once a write of this term may be acknowledged, or with an unknown outcome.
     pub fn acknowledge(&self, term: u64, modifies: bool, answer: impl FnOnce(Result<(), VastoError>) + Send + 'static) {
-        let rounds = self.rounds.borrow().0;
-        if self.may_acknowledge(term, modifies, rounds) {
+        let (begun, ended) = *self.rounds.borrow();
+        if self.may_acknowledge(term, modifies, begun, ended) {
             return answer(Ok(()));
         }
         let until = since_boot() + HELD_ACK_MAX;
-        self.held.lock().push(Held { term, modifies, rounds, until, answer: Box::new(answer) });
+        self.held.lock().push(Held { term, modifies, begun, until, answer: Box::new(answer) });
         // It may have been published in between.
         self.settle();
     }
@@ -275,13 +276,14 @@ impl Authority {
             return;
         }
         let (now, first) = (since_boot(), self.first.load(Ordering::Acquire));
+        let ended = self.rounds.borrow().1;
         let mut done = Vec::new();
         {
             let mut held = self.held.lock();
             let mut at = 0;
             while at < held.len() {
                 let one = &held[at];
-                let verdict = match self.may_acknowledge(one.term, one.modifies, one.rounds) {
+                let verdict = match self.may_acknowledge(one.term, one.modifies, one.begun, ended) {
                     true => Some(Ok(())),
                     false if one.until <= now || (one.modifies && one.term < first) => Some(Err(lapsed())),
                     false => None,
