@@ -13,7 +13,7 @@ export VASTO_TEST_MOTO ?= $(HOME)/.cache/vasto/venv/bin/moto_server
 built := $(abspath $(CARGO_TARGET_DIR))/release
 selection := --release --workspace --locked
 
-.PHONY: help setup build demo test soak check bench
+.PHONY: help setup build demo test soak check hooks bench
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,7 @@ setup: ## install what is missing on this machine
 
 build: ## build everything; leaves bin/vasto
 	@scripts/setup.sh build
+	@scripts/take-turn.sh
 	cargo build $(selection)
 	@mkdir -p bin && ln -sfn $(built)/vasto bin/vasto
 
@@ -33,21 +34,28 @@ demo: ## a cluster loads real data and grows under load, from nothing, in one co
 
 test: ## the whole test suite
 	@scripts/setup.sh test
+	@scripts/take-turn.sh
 	cargo nextest run $(selection)
 	cargo test --doc $(selection)
 
 soak: ## the same storms, histories and outages for an hour instead of minutes
 	@scripts/setup.sh test
+	@scripts/take-turn.sh
 	VASTO_LINEAR_SECONDS=240 VASTO_STORM_KILLS=200 VASTO_BUCKET_KILLS=150 VASTO_MOMENTS=100 VASTO_TEST_OUTAGE=24x48 \
 	VASTO_TEST_KEYSPACES=300 VASTO_MODEL=full \
 	cargo nextest run $(selection) --no-fail-fast --config-file .config/soak.toml \
 	    -E 'binary(linearizable) | binary(storm) | binary(bucket_kills) | binary(outage) | binary(many_replicas) |
 	        binary(lease_model) | test(moments)'
 
-check: ## formatting and lints
-	@scripts/setup.sh build
+check: ## formatting, lints, and the licences and sources of dependencies
+	@scripts/setup.sh check
+	@scripts/take-turn.sh
 	cargo fmt --all --check
 	cargo clippy $(selection) --all-targets -- -D warnings
+	cargo deny --locked --offline check --hide-inclusion-graph bans licenses sources
+
+hooks: ## have git check formatting and lints before each commit (git config core.hooksPath scripts/hooks)
+	git config core.hooksPath scripts/hooks
 
 bench: ## throughput and latency, beside embedded RocksDB
 	@scripts/setup.sh bench

@@ -6,6 +6,7 @@
 #   scripts/setup.sh build    what compiling needs
 #   scripts/setup.sh demo     and the data that the demo loads
 #   scripts/setup.sh test     and the test runner and two S3 servers
+#   scripts/setup.sh check    what compiling needs, and the check of dependencies
 #   scripts/setup.sh bench    and what the benchmark reads its figures with
 set -euo pipefail
 
@@ -62,6 +63,13 @@ for_demo() {
     packages wordnet-base
 }
 
+for_check() {
+    if ! cargo deny --version >/dev/null 2>&1; then
+        say "installing cargo-deny, which checks licences and sources (this compiles for some minutes)"
+        env -u CARGO_TARGET_DIR cargo install --locked cargo-deny
+    fi
+}
+
 for_bench() {
     command -v jq >/dev/null || packages jq
 }
@@ -97,8 +105,9 @@ case "$what" in
     build) for_build ;;
     demo) for_build; for_demo ;;
     test) for_build; for_test ;;
+    check) for_build; for_check ;;
     bench) for_build; for_bench ;;
-    all) for_build; for_demo; for_test; for_bench ;;
-    *) fail "unknown: $what; write build, demo, test, bench or all" ;;
+    all) for_build; for_demo; for_test; for_check; for_bench ;;
+    *) fail "unknown: $what; write build, demo, test, check, bench or all" ;;
 esac
 say "$what: everything is there"

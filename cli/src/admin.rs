@@ -1,5 +1,5 @@
-//! The commands that administer a cluster. Each prints the document of the master as JSON, or as a
-//! table that is made from the same document, so that both say the same.
+//! The commands that administer a cluster. Each prints the master's document as JSON, or as a table made from the
+//! same document: both formats show the same data.
 
 pub mod bucket;
 pub mod cluster;
@@ -11,12 +11,12 @@ use serde_json::Value;
 
 use crate::output::{format_bytes, format_count};
 
-/// The elements of a list; nothing for anything else.
+/// The elements of a JSON array; empty for any other value.
 fn list(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
 }
 
-/// A text or a number as it is, `-` for what nobody has reported.
+/// A string or a number as text, `-` for a value that has not been reported.
 fn text(value: &Value) -> String {
     match value {
         Value::Null => "-".to_owned(),
@@ -25,7 +25,7 @@ fn text(value: &Value) -> String {
     }
 }
 
-/// A number with separators.
+/// A number with thousands separators.
 fn count(value: &Value) -> String {
     value.as_u64().map_or_else(|| text(value), format_count)
 }

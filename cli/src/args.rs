@@ -1,10 +1,10 @@
 //! The command line: every command, flag and help text of `vasto`.
 //!
-//! Invariant: names and flags are a contract with scripts; they are added to, not changed. Every
-//! example in a help text parses, which a test checks.
+//! Invariant: names and flags are a contract with scripts; commands and flags are added, never changed. Every example
+//! in a help text parses; a test checks that.
 //!
-//! Leaves to others: doing it. Flags that belong to the configuration become [`crate::config::Overrides`], so
-//! that a flag that was not given leaves the file and the environment in force.
+//! Not here: executing the commands. Flags that belong to the configuration become [`crate::config::Overrides`], so
+//! that a flag that was not given leaves the value of the file or the environment in force.
 
 mod data;
 mod parse;
@@ -91,7 +91,7 @@ pub struct Connect {
     pub master: String,
 }
 
-/// When a write counts as done.
+/// The acknowledgement levels of a write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Ack {
     /// The operating system has it: survives a crash of the process, not a loss of power

@@ -1,11 +1,11 @@
-//! `vasto bench`: throughput and latency of a workload, on a keyspace of a cluster or, as the
-//! yardstick, on RocksDB embedded in this process.
+//! `vasto bench`: throughput and latency of a workload, on a keyspace of a cluster or, as the baseline, on RocksDB
+//! embedded in this process.
 //!
-//! Every client has one operation under way and starts the next when it is answered (a closed
-//! loop). Keys are 16 bytes, values do not compress. The read-modify-write of YCSB F is a get and
-//! then a put of the same key, counted as one operation, without a guard against others that write
-//! in between. The short scans of YCSB E read up to 100 keys that share all but their last two
-//! digits. What a run has written to a keyspace it deletes in the end, unless told to keep it.
+//! Every client has one operation in flight and starts the next when it is answered (a closed loop). Keys are 16
+//! bytes, values do not compress. The read-modify-write of YCSB F is a get and then a put of the same key, counted as
+//! one operation, without a guard against concurrent writes in between. The short scans of YCSB E read up to 100 keys
+//! that share all but their last two digits. A run deletes at its end what it wrote to a keyspace, unless `--keep` is
+//! given.
 
 mod cluster;
 mod embedded;
@@ -35,20 +35,20 @@ use crate::{
     args::{Ack, Bench},
     config::NodeSection,
     connect,
-    output::{self, Failure, OutputFormat, Progress, Unit, format_count},
+    output::{self, Failure, OutputFormat, ProgressLine, Unit, format_count},
 };
 
-/// How long it runs when nothing is said.
+/// Length of a run when neither flag sets one.
 const SECONDS_DEFAULT: u64 = 10;
-/// How often the progress is shown.
+/// Interval between updates of the progress.
 const TICK: Duration = Duration::from_millis(200);
-/// Seeds of the clients and of the values; a run can be repeated.
+/// Seed of the clients and of the values, so that a run can be repeated.
 const SEED: u64 = 1;
 
 /// Runs `vasto bench`.
 ///
 /// # Errors
-/// What the cluster or the database says; a run in which an operation failed, after its report.
+/// An error of the cluster or the database; a run in which an operation failed, after its report.
 pub async fn run(args: &Bench, format: OutputFormat) -> anyhow::Result<()> {
     if args.value_size > vasto_core::limits::VALUE_BYTES_MAX {
         let most = vasto_core::limits::VALUE_BYTES_MAX;
@@ -136,7 +136,7 @@ async fn on_cluster(args: &Bench, name: &str, values: &Values) -> anyhow::Result
     Ok(Measured { elapsed, run, target: "cluster", ack: args.ack })
 }
 
-/// Deletes what the runs have written. The measurement stands also when that fails.
+/// Deletes what the runs have written. A failure to do so does not invalidate the measurement.
 async fn tidy(keyspace: &vasto_client::Keyspace, keys: u64) {
     let done = AtomicU64::new(0);
     let add = |count| {
@@ -149,10 +149,10 @@ async fn tidy(keyspace: &vasto_client::Keyspace, keys: u64) {
     }
 }
 
-// --------------------------------------------------------------------------- the yardstick
+// --------------------------------------------------------------------------- the baseline
 
 async fn on_embedded(args: &Bench, dir: &Path, values: &Values) -> anyhow::Result<Measured> {
-    // What a keyspace does when nothing is said.
+    // The default of a keyspace.
     let ack = args.ack.unwrap_or(Ack::Fsync);
     let node = NodeSection::default();
     let memory = |size: bytesize::ByteSize| usize::try_from(size.as_u64()).unwrap_or(usize::MAX);
@@ -183,9 +183,9 @@ async fn loading<T>(keys: u64, done: impl Fn() -> u64, load: impl Future<Output 
     showing("loading", Some(keys), done, load).await
 }
 
-/// Shows how much is done, until `work` ends.
+/// Shows the progress until `work` ends.
 async fn showing<T>(what: &str, of: Option<u64>, done: impl Fn() -> u64, work: impl Future<Output = T>) -> T {
-    let mut progress = Progress::start(what, Unit::Items, of);
+    let mut progress = ProgressLine::start(what, Unit::Items, of);
     let mut ticks = tokio::time::interval(TICK);
     tokio::pin!(work);
     loop {
@@ -199,9 +199,9 @@ async fn showing<T>(what: &str, of: Option<u64>, done: impl Fn() -> u64, work: i
     }
 }
 
-/// Shows what `run` has done, until `clients` end; Ctrl-C ends them early.
+/// Shows the progress of `run` until `clients` end; Ctrl-C ends them early.
 async fn watching<T>(args: &Bench, run: &Run, clients: impl Future<Output = T>) -> T {
-    let mut progress = Progress::start(name_of(args.workload), Unit::Items, run.total());
+    let mut progress = ProgressLine::start(name_of(args.workload), Unit::Items, run.total());
     let mut ticks = tokio::time::interval(TICK);
     let interrupted = tokio::signal::ctrl_c();
     tokio::pin!(clients, interrupted);

@@ -1,13 +1,14 @@
 //! The configuration of the servers: defaults < TOML file < environment < flags.
 //!
-//! Invariant: a value that is in force was checked. A field that does not exist is an error that
-//! names the field and the nearest known one, in whichever source it stands, and no message and
-//! no listing ever shows a secret.
+//! Invariant: every value in force was checked. A field that does not exist, in whichever source, is an error that
+//! names the field and the nearest known field. No message and no listing ever shows a secret.
 //!
-//! Leaves to others: what the values are used for. Flags become [`Overrides`] in `args`.
+//! Not here: the use of the values. Flags become [`Overrides`] in `args`.
 
 mod error;
 mod field;
+#[cfg(test)]
+mod reference;
 mod show;
 mod source;
 mod values;
@@ -25,13 +26,15 @@ use vasto_client::Vasto;
 use vasto_observability::{LogFormat, Telemetry};
 use vasto_shipping::{Bucket, Prices};
 
+#[cfg(test)]
+pub(crate) use self::reference::reference;
 use self::{error::variable, field::Kind, source::Layer, values::Secret};
 pub use self::{
     error::{ConfigError, Problem},
     source::{Overrides, Source},
 };
 
-/// Everything that can be configured.
+/// All configuration sections.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
@@ -49,7 +52,7 @@ pub struct Config {
     pub prices: PricesSection,
 }
 
-/// The object store. What is not given comes from the standard variables of the cloud.
+/// The object store. Values that are not set come from the standard variables of the cloud.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct BucketSection {
@@ -65,16 +68,16 @@ pub struct BucketSection {
     pub secret_access_key: Option<Secret<String>>,
     /// Whether the endpoint may be reached without TLS.
     pub allow_http: bool,
-    /// Checkpoints of each replica that always stay.
+    /// Checkpoints of each replica that are always kept.
     #[serde(with = "values::count")]
     pub keep_checkpoints: usize,
-    /// Every moment of this long a past can be restored.
+    /// Length of the window in which every point in time can be restored.
     #[serde(with = "values::period")]
     pub keep_for: Duration,
-    /// Nothing younger is deleted.
+    /// Objects younger than this are never deleted.
     #[serde(with = "values::period")]
     pub min_age: Duration,
-    /// Between two collections of what is not needed any more; 0s: never.
+    /// Interval between two garbage collections; 0s: never.
     #[serde(with = "values::period")]
     pub gc_interval: Duration,
 }
@@ -101,14 +104,14 @@ impl Default for BucketSection {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MasterSection {
-    /// Where it serves.
+    /// Address on which the master serves.
     pub listen: SocketAddr,
-    /// Where `/healthz`, `/readyz` and `/metrics` are.
+    /// Address of `/healthz`, `/readyz` and `/metrics`.
     pub admin_listen: SocketAddr,
-    /// A node that says nothing for this long counts as dead.
+    /// Silence after which a node counts as dead.
     #[serde(with = "values::duration")]
     pub node_silence: Duration,
-    /// The replicas of a node that is away for this long are made anew on others; 0s: never.
+    /// Absence of a node after which other nodes rebuild its replicas; 0s: never.
     #[serde(with = "values::period")]
     pub replace_after: Duration,
 }
@@ -132,13 +135,13 @@ pub struct NodeSection {
     pub master: String,
     /// The data directory.
     pub dir: Option<PathBuf>,
-    /// Where it serves.
+    /// Address on which the node serves.
     pub listen: SocketAddr,
-    /// HOST:PORT under which others reach it, when that is not `listen`.
+    /// HOST:PORT under which other servers reach the node, when that is not `listen`.
     pub advertise: Option<String>,
     /// The failure domain; replicas of a shard go to distinct zones.
     pub zone: Option<String>,
-    /// Where `/healthz`, `/readyz` and `/metrics` are.
+    /// Address of `/healthz`, `/readyz` and `/metrics`.
     pub admin_listen: SocketAddr,
     /// The block cache that all replicas share.
     #[serde(with = "values::size")]
@@ -146,28 +149,28 @@ pub struct NodeSection {
     /// The memory for unflushed writes that all replicas share.
     #[serde(with = "values::size")]
     pub write_buffer: ByteSize,
-    /// Flushes and compactions at the same time.
+    /// Flushes and compactions that run concurrently.
     #[serde(with = "values::count")]
     pub background_jobs: usize,
-    /// Bytes a second that background work may write; 0 is no limit.
+    /// Bytes a second that background work may write; 0 sets no limit.
     #[serde(with = "values::size")]
     pub rate_limit: ByteSize,
-    /// How often what is new is shipped to the bucket.
+    /// Interval at which new log records are shipped to the bucket.
     #[serde(with = "values::duration")]
     pub ship_interval: Duration,
     /// Bytes a second that uploads of checkpoints take, all replicas of the node together; 0 sets no limit.
     #[serde(with = "values::size")]
     pub ship_rate: ByteSize,
-    /// Threads for reads that have to wait for the disk.
+    /// Threads for reads that wait for the disk.
     #[serde(with = "values::count")]
     pub read_threads: usize,
-    /// Replicas that it takes at most.
+    /// Maximum number of replicas on the node.
     #[serde(with = "values::count")]
     pub max_replicas: usize,
-    /// Bytes of log that a replica keeps for others that have not read it, at most.
+    /// Maximum bytes of log that a replica keeps for peers that have not read it.
     #[serde(with = "values::size")]
     pub max_log: ByteSize,
-    /// Added to the machine's clock, milliseconds: to try what wrong clocks do. 0 otherwise.
+    /// Milliseconds added to the machine's clock, to test wrong clocks; 0 otherwise.
     pub clock_shift_ms: i64,
 }
 
@@ -200,7 +203,7 @@ impl Default for NodeSection {
 pub struct LogSection {
     /// A filter such as `info,vasto_node=debug`.
     pub filter: String,
-    /// How log lines look.
+    /// The form of log lines.
     #[serde(with = "values::word")]
     pub format: LogFormat,
 }
@@ -211,7 +214,7 @@ impl Default for LogSection {
     }
 }
 
-/// What is allowed.
+/// Permissions.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SecuritySection {
@@ -219,25 +222,25 @@ pub struct SecuritySection {
     pub insecure: bool,
 }
 
-/// What the provider of the bucket asks for; `vasto cluster status` estimates the bill from it.
+/// Prices of the bucket's provider; `vasto cluster status` estimates the bill from these.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PricesSection {
     /// The currency of all prices.
     pub currency: String,
-    /// 1,000 PUT requests.
+    /// Price of 1,000 PUT requests.
     #[serde(with = "values::price")]
     pub put_per_1000: f64,
-    /// 1,000 GET or HEAD requests.
+    /// Price of 1,000 GET or HEAD requests.
     #[serde(with = "values::price")]
     pub get_per_1000: f64,
-    /// 1,000 LIST requests.
+    /// Price of 1,000 LIST requests.
     #[serde(with = "values::price")]
     pub list_per_1000: f64,
-    /// One GiB stored for a month.
+    /// Price of one GiB stored for a month.
     #[serde(with = "values::price")]
     pub gib_month: f64,
-    /// One GiB read from the bucket.
+    /// Price of one GiB read from the bucket.
     #[serde(with = "values::price")]
     pub egress_gib: f64,
 }
@@ -260,7 +263,7 @@ fn loopback(port: u16) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], port))
 }
 
-/// A configuration in force, and where each of its values came from.
+/// A configuration in force, and the source of each value.
 #[derive(Debug, Clone)]
 pub struct Loaded {
     /// The values.
@@ -271,7 +274,7 @@ pub struct Loaded {
 /// Merges all sources: defaults < `file` < the environment of the process < `flags`.
 ///
 /// # Errors
-/// [`ConfigError`] with everything that is wrong, as far as it can be told at once.
+/// [`ConfigError`] with every problem that can be found at once.
 pub fn load(file: Option<&Path>, flags: Overrides) -> Result<Loaded, ConfigError> {
     let text = |os: std::ffi::OsString| os.to_string_lossy().into_owned();
     load_from(file, std::env::vars_os().map(|(name, value)| (text(name), text(value))), flags)
@@ -306,11 +309,11 @@ fn load_from(
     }
 }
 
-/// A variable this like the one of a field was meant to be that.
+/// Likeness from which a variable counts as a misspelling of a field's variable.
 const VARIABLE_LIKENESS_MIN: f64 = 0.85;
 
-/// Variables that would be read if they had two underscores behind the section. Others that begin with
-/// `VASTO_` may be anybody's.
+/// Returns variables that would be read with two underscores after the section. Other variables that begin with
+/// `VASTO_` may belong to other programs.
 fn misnamed_variables<'a>(names: impl Iterator<Item = &'a str>) -> Vec<Problem> {
     let meant = |name: &str| {
         let rest = name.strip_prefix("VASTO_").filter(|rest| !rest.contains("__"))?;
@@ -349,7 +352,7 @@ fn unknown_fields(layer: &Layer) -> impl Iterator<Item = Problem> + '_ {
     })
 }
 
-/// Remembers which source each value came from.
+/// The source of each value.
 #[derive(Debug, Clone)]
 struct Origins {
     figment: Figment,
@@ -365,7 +368,7 @@ impl Origins {
             .unwrap_or(Source::Default)
     }
 
-    /// The file, the variable or the flag; nothing for a default.
+    /// Returns the file, the variable or the flag that set a value; `None` for a default.
     fn origin(&self, path: &str) -> Option<&str> {
         let source = self.source(path);
         let layer = self.layers.iter().find(|layer| layer.source == source)?;
@@ -373,7 +376,7 @@ impl Origins {
         Some(&entry.origin)
     }
 
-    /// Texts of the right type that cannot be what they are for.
+    /// Checks texts that have the right type for a form that their use rejects.
     fn bad_forms(&self, config: &Config) -> Vec<Problem> {
         let bucket = config.bucket.url.as_deref().map(Bucket::check_url).transpose();
         let endpoint = config.bucket.endpoint.as_deref().map(check_endpoint).transpose();
@@ -392,7 +395,7 @@ impl Origins {
 
     fn bad_values(&self, errors: figment::Error) -> Vec<Problem> {
         let problem = |error: figment::Error| {
-            // A whole section may be of the wrong type; then there is no field to name.
+            // A whole section may have the wrong type; the error then has no field to name.
             let path = error.path.iter().take(2).map(String::as_str).collect::<Vec<_>>().join(".");
             let place = self.origin(&path).map(|origin| format!(" in {origin}"));
             let place = place.unwrap_or_default();
@@ -413,7 +416,7 @@ impl Origins {
     }
 }
 
-/// An S3 endpoint: `http://` or `https://`, and a host. What is given is not shown, it may hold a secret.
+/// Checks an S3 endpoint: `http://` or `https://`, and a host. The message omits the value, which may hold a secret.
 fn check_endpoint(url: &str) -> Result<(), String> {
     let rest = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://"));
     let host = rest.and_then(|rest| rest.split('/').next()).unwrap_or_default();
@@ -433,10 +436,10 @@ fn show(value: &Value) -> String {
     }
 }
 
-// ------------------------------------------------------------------- what a server needs
+// ------------------------------------------------------------------- requirements of the servers
 
 impl Config {
-    /// Checks what `vasto serve master` needs, and returns the URL of the bucket.
+    /// Checks the values that `vasto serve master` needs, and returns the URL of the bucket.
     ///
     /// # Errors
     /// [`ConfigError::Missing`] or [`ConfigError::Unprotected`].
@@ -446,7 +449,7 @@ impl Config {
         self.bucket.url.as_deref().ok_or(ConfigError::Missing { path: "bucket.url", flag: "--bucket s3://NAME/PREFIX" })
     }
 
-    /// Checks what `vasto serve node` needs, and returns the data directory.
+    /// Checks the values that `vasto serve node` needs, and returns the data directory.
     ///
     /// # Errors
     /// [`ConfigError::Missing`], [`ConfigError::Unprotected`] or [`ConfigError::NotAdvertised`].
@@ -459,7 +462,7 @@ impl Config {
         self.node.dir.as_deref().ok_or(ConfigError::Missing { path: "node.dir", flag: "--dir DIR" })
     }
 
-    /// Refuses an address that is not loopback unless `security.insecure` allows it.
+    /// Rejects an address that is not loopback unless `security.insecure` allows it.
     fn check_bind(&self, path: &'static str, address: SocketAddr) -> Result<(), ConfigError> {
         match address.ip().is_loopback() || self.security.insecure {
             true => Ok(()),
@@ -471,7 +474,7 @@ impl Config {
 /// Checks one file by itself: `vasto config check FILE`.
 ///
 /// # Errors
-/// [`ConfigError`] with what is wrong in it.
+/// [`ConfigError`] with the problems of the file.
 pub fn check_file(file: &Path) -> Result<(), ConfigError> {
     load_from(Some(file), [], Overrides::new()).map(|_| ())
 }

@@ -1,4 +1,4 @@
-//! From `--master` to the cluster, and from the errors of the client library to words and exit
+//! The connection from `--master` to the cluster, and the mapping of client library errors to messages and exit
 //! codes: 2 when the request itself is wrong, 1 for everything else.
 
 use anyhow::Context;
@@ -10,20 +10,20 @@ use crate::{args, output::Failure};
 /// Connects to the master.
 ///
 /// # Errors
-/// [`Failure`] when nothing answers there, or the URL is none.
+/// [`Failure`] when the URL is invalid, or no server answers there.
 pub async fn connect(to: &args::Connect) -> Result<Vasto, Failure> {
     Vasto::connect(&to.master).await.map_err(failure)
 }
 
-/// A handle on one keyspace.
+/// Opens a handle on a keyspace.
 ///
 /// # Errors
-/// [`Failure`] also when there is no such keyspace.
+/// [`Failure`], also when the keyspace does not exist.
 pub async fn keyspace(to: &args::Connect, name: &str) -> Result<Keyspace, Failure> {
     connect(to).await?.keyspace(name).await.map_err(failure)
 }
 
-/// What the client library says, for the user: with its own advice, or with that of its kind.
+/// Converts an error of the client library to a failure: with the advice in its message, or with that of its kind.
 pub fn failure(error: Error) -> Failure {
     let failure = Failure::with_advice(error.message());
     match error.kind() {
@@ -38,25 +38,25 @@ pub fn failure(error: Error) -> Failure {
     }
 }
 
-/// The document that a call of the administration answered.
+/// Parses the document that an administrative call returned.
 ///
 /// # Errors
-/// [`Failure`]: the call failed, or it answered no JSON.
+/// [`Failure`]: the call failed, or its answer is not JSON.
 pub fn document(answer: Result<String, Error>) -> anyhow::Result<Value> {
     let text = answer.map_err(failure)?;
     serde_json::from_str(&text)
         .context("the master answered something that is no JSON; is it of the same version as this program?")
 }
 
-/// The document of an operation.
+/// Parses the document of an operation.
 ///
 /// # Errors
-/// As of [`document`].
+/// As for [`document`].
 pub fn operation(answer: Result<Operation, Error>) -> anyhow::Result<Value> {
     document(answer.map(|operation| operation.json))
 }
 
-/// The level of the client library.
+/// Converts to the acknowledgement level of the client library.
 pub fn ack(ack: args::Ack) -> Ack {
     match ack {
         args::Ack::Os => Ack::Os,

@@ -1,8 +1,8 @@
 //! `vasto kv`: single keys, and scans.
 //!
-//! Invariant: a value that `get` reads reaches a pipe or a file as it is; keys and rows are escaped
-//! everywhere, so that a row is a line and what a scan prints can be given to `get`. In JSON, what is
-//! no UTF-8 stands in a field whose name ends in `_base64`.
+//! Invariant: `get` writes a value to a pipe or a file unchanged. Keys and rows are escaped everywhere, so that a row
+//! is a line and a key that a scan prints can be passed to `get`. In JSON, bytes that are not UTF-8 are in a field
+//! whose name ends in `_base64`.
 
 use std::{
     io::{self, IsTerminal, Read},
@@ -24,7 +24,7 @@ use crate::{
 /// Runs one command of `vasto kv`.
 ///
 /// # Errors
-/// What the cluster says; a key that is read and is not there.
+/// An error of the cluster; a key to read that does not exist.
 pub async fn run(args: &Kv, format: OutputFormat) -> anyhow::Result<()> {
     match &args.command {
         KvCommand::Get(get) => self::get(args, get, format).await,
@@ -95,7 +95,7 @@ fn from_stdin() -> anyhow::Result<Vec<u8>> {
         return Err(failure.hint("write it behind the key, or let stdin be a file or a pipe").into());
     }
     let mut value = Vec::new();
-    // One byte too many is enough for the typed error of the limit; the rest is not read.
+    // One byte above the limit is enough for the typed error; the rest is not read.
     let most = vasto_core::limits::VALUE_BYTES_MAX as u64 + 1;
     stdin.by_ref().take(most).read_to_end(&mut value).context("cannot read the value from stdin")?;
     Ok(value)
@@ -151,7 +151,7 @@ async fn scan(args: &Kv, scan: &KvScan, format: OutputFormat) -> anyhow::Result<
     out.end()
 }
 
-/// Rows as they come; a JSON array is printed element by element.
+/// Prints rows as they arrive; a JSON array is printed element by element.
 struct RowPrinter {
     format: OutputFormat,
     terminal: bool,
@@ -162,7 +162,7 @@ struct RowPrinter {
 impl RowPrinter {
     const BUFFER_BYTES: usize = 64 << 10;
 
-    /// False when nobody reads any more.
+    /// Prints a row; returns false when stdout has no reader any more.
     fn row(&mut self, row: &Row) -> anyhow::Result<bool> {
         match self.format {
             OutputFormat::Json => {
@@ -180,7 +180,7 @@ impl RowPrinter {
             }
         }
         self.rows += 1;
-        // A person wants to see rows as they come.
+        // On a terminal, rows appear as they arrive.
         if self.terminal || self.buffer.len() >= Self::BUFFER_BYTES { self.flush() } else { Ok(true) }
     }
 
@@ -216,7 +216,7 @@ fn row_json(row: &Row) -> Value {
         }
         out.insert("event_time".to_owned(), json!(value.event_time));
         out.insert("expires_at".to_owned(), json!(value.expires_at));
-        // As text: many readers of JSON lose the last bits of such a number.
+        // As text: many JSON parsers lose the low bits of such a number.
         out.insert("version".to_owned(), json!(format!("{:016x}", value.version)));
     }
     Value::Object(out)
@@ -258,7 +258,7 @@ mod tests {
         let in_partition = Row { partition_hash: Some(0xab), ..row(b"\xff", Payload::I64(2)) };
         let rows = [row(b"a", Payload::I64(1)), row(b"b\n", Payload::Bytes(Bytes::from_static(b"\x1b"))), in_partition];
         let printed = |format, terminal: bool| {
-            // The terminal would flush each row.
+            // On a terminal each row would be flushed.
             let mut out = RowPrinter { format, terminal: false, buffer: Vec::new(), rows: 0 };
             for row in &rows {
                 assert!(out.row(row).unwrap());

@@ -1,8 +1,7 @@
-//! The one binary of Vasto: servers, administration, data and measurements.
+//! The `vasto` binary: servers, administration, data and measurements.
 //!
-//! A newcomer's path: `args` has every command, and each of the other modules does one group of
-//! them: `serve`, `admin`, `kv`, `bench`, `config`. `connect` is the way to a cluster, `output` the
-//! way to the user.
+//! Where to start: `args` has every command, and each of the other modules executes one group: `serve`, `admin`,
+//! `kv`, `bench`, `config`. `connect` connects to a cluster, `output` writes for the user.
 
 mod admin;
 mod args;
@@ -11,6 +10,8 @@ mod config;
 mod connect;
 mod kv;
 mod output;
+#[cfg(test)]
+mod reference;
 mod serve;
 
 use std::{io::Write, time::Duration};
@@ -20,7 +21,7 @@ use clap::Parser;
 
 use args::{Cli, Command, ConfigCommand, Serve};
 
-/// What the runtime may still take to drop its threads; everything of worth is done by then.
+/// Time that the runtime may take to drop its threads; all durable work is done by then.
 const RUNTIME_END: Duration = Duration::from_millis(200);
 
 fn main() {
@@ -29,10 +30,10 @@ fn main() {
         Err(error) => output::report(&error),
     };
     vasto_observability::flush_logs(RUNTIME_END);
-    // Nobody can be told that stdout is gone.
+    // A failure cannot be reported anywhere: stdout is gone.
     let _ = std::io::stdout().flush();
-    // What is to be durable is. A thread that still closes a database would abort the process if what the database
-    // keeps for all of it were taken down meanwhile, as it is where `main` returns.
+    // All data that must be durable is durable. A thread that still closes a database would abort the process if the
+    // globals of the database library were destroyed meanwhile, as happens when `main` returns.
     signal_hook::low_level::exit(code.into());
 }
 
@@ -58,7 +59,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
     }
 }
 
-/// The commands that wait for the network. Their futures are large, and there is one of them.
+/// Runs the commands that wait for the network. Their futures are large, and only one runs.
 async fn command(cli: &Cli) -> anyhow::Result<()> {
     let (file, format) = (cli.global.config.as_deref(), cli.global.output);
     match &cli.command {

@@ -1,9 +1,9 @@
-//! How commands speak: tables and JSON on stdout, progress and errors on stderr, exit codes.
+//! Output of the commands: tables and JSON on stdout, progress and errors on stderr, exit codes.
 //!
-//! Invariant: stdout carries only results, so that it can be piped; a reader that goes away
-//! early (`vasto ... | head`) is not an error. Bytes of users never reach a terminal raw.
+//! Invariant: stdout carries only results, so that it can be piped; a reader that closes the pipe early (`vasto ... |
+//! head`) is not an error. User bytes never reach a terminal unescaped.
 //!
-//! Leaves to others: what is printed. Logs are `tracing`'s, not this module's.
+//! Not here: the content that is printed. Logs belong to `tracing`.
 
 mod progress;
 
@@ -17,10 +17,10 @@ use clap::ValueEnum;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
 
-pub use self::progress::{Progress, Unit};
+pub use self::progress::{ProgressLine, Unit};
 use crate::config::ConfigError;
 
-/// For people or for scripts.
+/// The output format: for people or for scripts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum OutputFormat {
     /// Aligned columns for people.
@@ -30,12 +30,12 @@ pub enum OutputFormat {
     Json,
 }
 
-/// How long a failure may take to be written where nobody reads.
+/// Time that writing a failure may take when stderr has no reader.
 const REPORT_PATIENCE: Duration = Duration::from_secs(1);
 
 // ---------------------------------------------------------------------------- failures
 
-/// A failure with the words for the user: what happened, and what to do next.
+/// A failure with the message for the user: the problem, and the next step.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
@@ -45,24 +45,24 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// The command was understood and did not succeed: exit code 1.
+    /// Creates a failure of a command that was understood: exit code 1.
     pub fn new(message: impl Into<String>) -> Failure {
         Failure { message: message.into(), hint: None, usage: false }
     }
 
-    /// The command makes no sense as it was given: exit code 2.
+    /// Creates a failure of a command that is invalid as given: exit code 2.
     pub fn usage(message: impl Into<String>) -> Failure {
         Failure { usage: true, ..Failure::new(message) }
     }
 
-    /// What a check of a configuration found. The command did its work, so this is exit code 1,
-    /// where a server that is started with the same configuration gives 2.
+    /// Creates the failure of a configuration check that found errors. The command itself worked, so the exit code is
+    /// 1, where a server that is started with the same configuration exits with 2.
     pub fn finding(error: &ConfigError) -> Failure {
         Failure { hint: error.hint(), ..Failure::new(error.to_string()) }
     }
 
-    /// From a text that says what happened and then, after a semicolon, what to do, which is how
-    /// the errors of the servers and of the client library are written.
+    /// Parses a text with the problem and then, after a semicolon, the remedy: the form of the errors of the servers
+    /// and of the client library.
     pub fn with_advice(text: &str) -> Failure {
         match text.split_once("; ") {
             Some((message, hint)) => Failure::new(message).hint(hint),
@@ -70,30 +70,30 @@ impl Failure {
         }
     }
 
-    /// The same failure with exit code 2.
+    /// Changes the exit code to 2.
     pub fn into_usage(self) -> Failure {
         Failure { usage: true, ..self }
     }
 
-    /// Adds what the user should do next.
+    /// Sets the next step for the user.
     pub fn hint(self, hint: impl Into<String>) -> Failure {
         Failure { hint: Some(hint.into()), ..self }
     }
 
-    /// Adds it when there is none yet.
+    /// Sets the hint when there is none yet.
     pub fn or_hint(self, hint: &str) -> Failure {
         Failure { hint: self.hint.or_else(|| Some(hint.to_owned())), ..self }
     }
 }
 
-/// Prints `error: ...` and, when there is one, `hint: ...` on stderr, and gives the exit code:
-/// 1 for a failure, 2 for a command or a configuration that cannot be used.
+/// Prints `error: ...` and, when there is one, `hint: ...` on stderr, and returns the exit code: 1 for a failure, 2
+/// for a command or a configuration that cannot be used.
 pub fn report(error: &anyhow::Error) -> u8 {
     let (text, code) = describe(error);
     let (done, written) = std::sync::mpsc::channel();
-    // A thread of its own: when nobody reads stderr the process must end all the same.
+    // On its own thread: the process must end even when stderr has no reader.
     std::thread::spawn(move || {
-        // Nobody can be told that stderr is gone.
+        // A failure cannot be reported anywhere: stderr is gone.
         let _ = io::stderr().lock().write_all(text.as_bytes());
         let _ = done.send(());
     });
@@ -102,7 +102,7 @@ pub fn report(error: &anyhow::Error) -> u8 {
 }
 
 fn describe(error: &anyhow::Error) -> (String, u8) {
-    // Many errors repeat their source in their own text; say each thing once.
+    // Many errors repeat their source in their own text; each text is printed once.
     let mut message = String::new();
     for cause in error.chain() {
         let cause = cause.to_string();
@@ -124,7 +124,7 @@ fn describe(error: &anyhow::Error) -> (String, u8) {
 
 // ------------------------------------------------------------------------------ stdout
 
-/// Writes to stdout. A reader that has closed the pipe has seen enough: that is no error.
+/// Writes to stdout. A pipe that its reader has closed is not an error.
 ///
 /// # Errors
 /// Any other error of the operating system.
@@ -132,8 +132,8 @@ pub fn print(text: &str) -> io::Result<()> {
     print_bytes(text.as_bytes()).map(|_| ())
 }
 
-/// Writes bytes to stdout; false when the reader has closed the pipe, so that whoever has more to
-/// print can stop.
+/// Writes bytes to stdout; returns false when the reader has closed the pipe, so that a caller with more output can
+/// stop.
 ///
 /// # Errors
 /// Any other error of the operating system.
@@ -154,7 +154,7 @@ pub fn print_json(value: &impl Serialize) -> io::Result<()> {
     print(&(serde_json::to_string_pretty(value)? + "\n"))
 }
 
-/// Prints one line of JSON: the form of the line that says a server is ready.
+/// Prints one line of JSON: the form of the readiness line of a server.
 ///
 /// # Errors
 /// An error of the operating system.
@@ -162,8 +162,8 @@ pub fn print_json_line(value: &impl Serialize) -> io::Result<()> {
     print(&(serde_json::to_string(value)? + "\n"))
 }
 
-/// Aligned columns under headings, without lines, so that `awk` can read them as well.
-/// A heading that starts with `>` makes a column of figures, aligned to the right.
+/// Formats aligned columns under headings, without lines, so that `awk` can parse them as well. A heading that starts
+/// with `>` makes a right-aligned column of figures.
 pub fn table(headings: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
@@ -179,8 +179,8 @@ pub fn table(headings: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> 
     table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
 }
 
-/// Bytes of a user, safe to show: the bytes of control characters and those that are no UTF-8 become `\xNN`,
-/// a backslash `\\`. A key that is given on the command line is read the same way.
+/// Escapes user bytes for display: control characters and bytes that are not UTF-8 become `\xNN`, a backslash `\\`. A
+/// key on the command line is parsed by the same rules.
 pub fn printable(bytes: &[u8]) -> String {
     let mut out = String::with_capacity(bytes.len());
     let escape = |out: &mut String, bytes: &[u8]| bytes.iter().for_each(|byte| *out += &format!("\\x{byte:02x}"));
@@ -199,12 +199,12 @@ pub fn printable(bytes: &[u8]) -> String {
 
 // ----------------------------------------------------------------------------- figures
 
-/// `1.5 MiB`.
+/// Formats bytes as `1.5 MiB`.
 pub fn format_bytes(bytes: u64) -> String {
     ByteSize::b(bytes).display().iec().to_string()
 }
 
-/// `1,234,567`.
+/// Formats a count as `1,234,567`.
 pub fn format_count(count: u64) -> String {
     let digits = count.to_string();
     let mut text = String::with_capacity(digits.len() * 4 / 3);
@@ -217,7 +217,7 @@ pub fn format_count(count: u64) -> String {
     text
 }
 
-/// Three figures with the fitting unit: `350 µs`, `1.24 s`, `2 h 3 min`.
+/// Formats a duration with three figures and the fitting unit: `350 µs`, `1.24 s`, `2 h 3 min`.
 pub fn format_duration(duration: Duration) -> String {
     let seconds = duration.as_secs_f64();
     match duration.as_secs() {

@@ -1,10 +1,10 @@
-//! `vasto serve` and what it shares with `vasto dev`: from configuration to a running server, the
-//! line that says it is ready, and its end.
+//! `vasto serve` and the code that it shares with `vasto dev`: from configuration to a running server, its readiness
+//! line, and its shutdown.
 //!
-//! Invariant: stdout gets exactly one line, after the server serves. The first SIGTERM or SIGINT
-//! stops it gracefully (exit code 0), the second one at once.
+//! Invariant: stdout gets exactly one line, after the server serves. The first SIGTERM or SIGINT stops the server
+//! gracefully (exit code 0), the second ends the process at once.
 //!
-//! Leaves to others: everything that a server does.
+//! Not here: all the work of a server.
 
 mod dev;
 mod signals;
@@ -28,10 +28,10 @@ use crate::{
     output::{self, Failure},
 };
 
-/// The failure domain of nodes that name none.
+/// The failure domain of nodes that set none.
 const ZONE: &str = "default";
 
-/// The line that a server prints when it serves; its fields are a contract.
+/// The readiness line that a server prints when it serves; its fields are a contract.
 #[derive(Debug, Serialize)]
 struct Ready<'a> {
     ready: bool,
@@ -57,7 +57,7 @@ struct ReadyNode {
 /// `vasto serve master`.
 ///
 /// # Errors
-/// A configuration that cannot be used, or what keeps the master from starting.
+/// A configuration that cannot be used, or the error that keeps the master from starting.
 pub async fn master(args: &ServeMaster, file: Option<&Path>) -> anyhow::Result<()> {
     keep_files_private();
     let config = config::load(file, args.overrides())?.config;
@@ -90,12 +90,12 @@ pub async fn master(args: &ServeMaster, file: Option<&Path>) -> anyhow::Result<(
 /// `vasto serve node`.
 ///
 /// # Errors
-/// A configuration that cannot be used, or what keeps the node from starting.
+/// A configuration that cannot be used, or the error that keeps the node from starting.
 pub async fn node(args: &ServeNode, file: Option<&Path>) -> anyhow::Result<()> {
     keep_files_private();
     let mut config = config::load(file, args.overrides())?.config;
     if let Some(dir) = &args.dir {
-        // As it is: text cannot say every path.
+        // Unconverted: not every path can be represented as text.
         config.node.dir = Some(dir.clone());
     }
     let settings = node_config(&config, config.check_node()?);
@@ -120,8 +120,8 @@ pub async fn node(args: &ServeNode, file: Option<&Path>) -> anyhow::Result<()> {
     server.serve(&ready, trouble, async { running.stopped().await.map_err(advice) }).await
 }
 
-/// From now on what this process makes, RocksDB's files and a bucket in a directory included, is its user's alone:
-/// it holds the data of others.
+/// Restricts every file that this process creates from now on, including RocksDB's files and a bucket in a directory,
+/// to its own user: the files hold user data.
 fn keep_files_private() {
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
 }
@@ -188,9 +188,9 @@ fn bucket_options(config: &Config) -> BucketOptions {
     }
 }
 
-// ------------------------------------------------------------------------ the life of a server
+// ------------------------------------------------------------------------ the lifecycle of a server
 
-/// What surrounds every server: telemetry, the admin port, signals.
+/// The parts around every server: telemetry, the admin port, signals.
 struct Server {
     role: &'static str,
     telemetry: Telemetry,
@@ -206,7 +206,7 @@ struct Server {
 impl Server {
     async fn start(role: &'static str, config: &Config, admin_listen: SocketAddr) -> anyhow::Result<Server> {
         let stop = CancellationToken::new();
-        // Before anything that takes time, so that a signal is never lost.
+        // Before any slow step, so that a signal is never lost.
         let signals = Signals::listen(stop.clone())?;
         let telemetry = Telemetry::init(TelemetryConfig {
             role: role.to_owned(),
@@ -226,7 +226,7 @@ impl Server {
         Ok(Server { role, telemetry, readiness, admin, stop, stopped, signals })
     }
 
-    /// Waits for a start; `None` when a signal came first and the start gave up because of it.
+    /// Waits for a start; returns `None` when a signal came first and the start failed or did not end in time.
     async fn starting<T, E: std::error::Error>(
         &self,
         start: impl Future<Output = Result<T, E>>,
@@ -242,8 +242,8 @@ impl Server {
         started.map(Some).map_err(|error| advice(error).into())
     }
 
-    /// Says that it is ready, and serves until a signal; then waits for `stopped`. A server that
-    /// ends by itself, because its cluster refuses it, is a failure with its reason.
+    /// Prints the readiness line, and serves until a signal; then waits for `stopped`. A server that stops by itself,
+    /// because its cluster refuses it, is a failure with its reason.
     async fn serve(
         self,
         ready: &Ready<'_>,
@@ -273,7 +273,7 @@ impl Server {
                     Err(_) => {
                         let waited = signals::DEADLINE.as_millis();
                         let failure = Failure::new(format!("the {} did not stop within {waited} ms", self.role));
-                        // No graceful end of the rest: the time is up.
+                        // The rest is not shut down gracefully: the deadline has passed.
                         return Err(failure.hint("nothing acknowledged is lost: the next start replays the log").into());
                     }
                 }
@@ -294,24 +294,24 @@ impl Server {
     }
 }
 
-/// `/readyz` says what keeps one of the servers here from doing all of its work.
+/// Makes `/readyz` report the warning of any server of this process that cannot do all of its work.
 async fn watch_trouble(readiness: Readiness, mut servers: Vec<watch::Receiver<Option<String>>>) {
     loop {
-        // All of them are seen: what was not would be news for ever.
+        // Marks all values as seen: an unseen value would count as a change for ever.
         let told: Vec<Option<String>> = servers.iter_mut().map(|server| server.borrow_and_update().clone()).collect();
         match told.into_iter().flatten().next() {
             Some(reason) => readiness.set_not_ready(reason),
             None => readiness.set_ready(),
         }
         let mut changes: FuturesUnordered<_> = servers.iter_mut().map(|server| server.changed()).collect();
-        // One that has ended says nothing any more.
+        // A server that has ended sends no more changes.
         if !matches!(changes.next().await, Some(Ok(()))) {
             return;
         }
     }
 }
 
-/// The errors of the servers say what happened and then, after a semicolon, what to do.
+/// Converts an error of a server, whose text is the problem and then, after a semicolon, the remedy.
 fn advice(error: impl std::error::Error) -> Failure {
     let mut text = error.to_string();
     let mut source = error.source();

@@ -1,5 +1,5 @@
-//! The binary itself: exit codes, help, configuration. Having these tests also makes cargo build
-//! the binary, beside which the end-to-end tests look for it.
+//! Tests of the binary itself: exit codes, help, configuration. These tests also make cargo build the binary, next to
+//! which the end-to-end tests expect it.
 #![allow(clippy::unwrap_used)]
 #![expect(clippy::disallowed_methods, reason = "these tests wait for processes without a runtime")]
 
@@ -45,7 +45,7 @@ fn the_configuration_in_force_is_shown_with_its_sources() {
     assert!(text.contains("node.ship_interval") && text.contains("default"), "{text}");
 }
 
-/// A whole cluster in one process; it dies with this.
+/// A whole cluster in one process, which is killed when this is dropped.
 struct Dev {
     process: Child,
     ready: Value,
@@ -77,7 +77,7 @@ impl Dev {
         Dev { ready: serde_json::from_str(&line).expect("the line that says it is ready"), process, dir }
     }
 
-    /// SIGTERM; the exit code, within the promised time.
+    /// Sends SIGTERM; returns the exit code if the process ends within the promised time.
     fn terminate(&mut self) -> Option<i32> {
         let pid = self.process.id().to_string();
         assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
@@ -110,7 +110,7 @@ impl Dev {
     }
 }
 
-/// The value of the series with this name and, among others, these labels.
+/// Returns the value of the series with this name that has these labels, among others.
 fn series(metrics: &str, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
     let of = |line: &&str| {
         line.starts_with(&format!("{name}{{"))
@@ -126,7 +126,7 @@ fn requests_are_counted_by_kind_and_the_bill_is_estimated_from_them() {
     dev.vasto(&["kv", "put", "ks1", "a", "1"]);
     dev.vasto(&["keyspace", "checkpoint", "ks1"]);
 
-    // Each of the servers of this process has series of its own.
+    // Each server of this process has its own series.
     let nodes: Vec<&str> =
         dev.ready["nodes"].as_array().unwrap().iter().map(|node| node["node_id"].as_str().unwrap()).collect();
     let metrics = dev.metrics();
@@ -159,7 +159,7 @@ fn requests_are_counted_by_kind_and_the_bill_is_estimated_from_them() {
     assert!(bill["per_month"]["requests"].as_f64().unwrap() > 0.0, "{bill}");
     assert_eq!((&bill["per_month"]["storage"], &bill["per_month"]["total"]), (&Value::Null, &Value::Null), "{bill}");
     assert!(bill["note"].as_str().unwrap().contains("vasto bucket gc --dry-run"), "{bill}");
-    // Asking costs nothing.
+    // A status query makes no bucket requests.
     let master_requests = |status: &Value| {
         let requests = &status["master"]["bucket_requests"];
         ["get", "put", "list", "head", "delete"].map(|kind| requests[kind].as_u64().unwrap())
@@ -181,12 +181,12 @@ fn command() -> Command {
     Command::new(env!("CARGO_BIN_EXE_vasto"))
 }
 
-/// Every file and directory below.
+/// Returns every file and directory below `dir`.
 fn all_below(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut next = vec![dir.to_owned()];
     while let Some(path) = next.pop() {
-        // RocksDB removes files at any moment.
+        // RocksDB may remove files at any time.
         for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 next.push(entry.path());
@@ -201,7 +201,7 @@ fn all_below(dir: &Path) -> Vec<PathBuf> {
 fn files_of_a_server_are_its_users_alone() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("data");
-    // The usual umask of a shell, whatever that of this test is.
+    // The usual umask of a shell, independent of the umask of this test.
     let mut shell = Command::new("sh");
     shell.args(["-c", r#"umask 022; exec "$0" "$@""#, env!("CARGO_BIN_EXE_vasto")]).stderr(Stdio::null());
     let dev = Dev::run(shell, data.clone(), &[], dir);
@@ -238,7 +238,7 @@ fn directories_may_be_called_anything() {
     assert_eq!(dev.terminate(), Some(0));
 }
 
-/// A pipe that nobody reads is full after 64 KiB; at this level that takes a moment.
+/// An unread pipe is full after 64 KiB; at this log level that takes a short while.
 #[test]
 fn silent_peers_and_unread_logs_hold_up_nothing() {
     let dir = tempfile::tempdir().unwrap();
@@ -329,14 +329,14 @@ fn what_a_scan_shows_can_be_read_whatever_its_bytes_and_partition() {
     assert_eq!(lines.len(), 4, "{shown}");
     for line in lines {
         let found = dev.vasto(&[&["kv", "get", "ks1", line[0]], &line[2..]].concat());
-        // The value of a row is escaped, that of a get is as it is.
+        // A scanned row has its value escaped; `get` prints it unescaped.
         assert_eq!(found.trim_end().replace('\\', r"\\"), line[1], "{line:?}");
     }
     assert_eq!(dev.vasto(&["kv", "get", "ks1", "k", "--partition", "p"]), "p\n");
     assert_eq!(dev.vasto(&["kv", "scan", "ks1", "--partition", "p"]).lines().count(), 1);
 }
 
-/// The name of a span stands in the request as text; the rest of the protocol does not matter here.
+/// The request holds the name of a span as text; the rest of the protocol does not matter here.
 #[test]
 fn spans_reach_a_collector_and_one_that_is_gone_is_told() {
     let collector = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -378,7 +378,7 @@ fn spans_reach_a_collector_and_one_that_is_gone_is_told() {
             std::thread::sleep(Duration::from_millis(50));
         }
     }
-    // It never answers, and then it is gone.
+    // The collector never answers, and is then gone.
     stop.store(true, std::sync::atomic::Ordering::Release);
     drop(TcpStream::connect(endpoint.trim_start_matches("http://")));
     collecting.join().unwrap();

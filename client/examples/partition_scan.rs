@@ -1,4 +1,4 @@
-//! Keeps what belongs to one user in one partition, and reads it back by one seek. Needs a cluster
+//! Stores the data of each user in one partition and reads it back with one seek. Needs a cluster
 //! with the keyspace: `vasto dev`, `vasto keyspace create users --shards 3`.
 //!
 //! `cargo run -p vasto-client --example partition_scan -- http://127.0.0.1:8278 users`

@@ -1,4 +1,4 @@
-//! Writes before they are sent: single ones and batches, with all checks made here.
+//! Writes before they are sent: single writes and batches, with all limit checks done here.
 //!
 //! **Invariant:** nothing over a limit leaves this module; the limits are those of
 //! `vasto_core::limits`, the same as on the node.
@@ -11,7 +11,7 @@ use vasto_proto::v1;
 
 use crate::key::{IntoBytes, Key};
 
-/// What may be said about a put or a delete beside its key and value.
+/// Options of a put or a delete beside its key and value.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct WriteOptions {
     pub(crate) ttl: Option<Duration>,
@@ -19,22 +19,22 @@ pub struct WriteOptions {
 }
 
 impl WriteOptions {
-    /// The value ceases to exist after this time, at least 1 ms; the keyspace's default if not
-    /// given. Means nothing for a delete.
+    /// Sets the time to live, at least 1 ms; the keyspace's default if not given. Has no effect on a
+    /// delete.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.ttl = Some(ttl);
         self
     }
 
-    /// When it happened, microseconds since 1970, not 0 and at most a minute ahead of the clock.
-    /// Stamped by the replica if not given. The later event time wins.
+    /// Sets the event time in microseconds since 1970, not 0 and at most a minute ahead of the clock.
+    /// The replica assigns one if not given. The later event time wins.
     pub fn event_time(mut self, micros: u64) -> Self {
         self.event_time = Some(micros);
         self
     }
 }
 
-/// One put or delete.
+/// A put or a delete.
 #[derive(Debug, Clone)]
 pub(crate) struct Write {
     pub key: Key,
@@ -44,7 +44,7 @@ pub(crate) struct Write {
 }
 
 impl Write {
-    /// Checks it against the limits; `now_us` is the clock, microseconds since 1970.
+    /// Checks the write against the limits; `now_us` is the clock, microseconds since 1970.
     pub fn check(&self, now_us: u64) -> Result<(), LimitError> {
         self.key.check()?;
         if let Some(value) = &self.value {
@@ -59,7 +59,7 @@ impl Write {
         Ok(())
     }
 
-    /// Bytes of key and value.
+    /// Returns the bytes of key and value.
     pub fn bytes(&self) -> usize {
         self.key.key.len() + self.value.as_ref().map_or(0, Bytes::len)
     }
@@ -68,7 +68,7 @@ impl Write {
         let op = match &self.value {
             Some(value) => v1::write_op::Op::Put(v1::Put {
                 value: value.clone(),
-                // `check` refuses what does not fit.
+                // `check` refuses a time to live that does not fit.
                 ttl_ms: self.options.ttl.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
                 ..Default::default()
             }),
@@ -78,8 +78,8 @@ impl Write {
     }
 }
 
-/// Several writes that go out together: atomic for each partition key, and those of one shard become
-/// durable together. At most 16 MiB or 10,000 writes.
+/// Several writes that are sent together: atomic for each partition key, and the writes of one shard
+/// become durable together. At most 16 MiB or 10,000 writes.
 #[derive(Debug, Clone, Default)]
 #[must_use = "a batch does nothing until it is given to `Keyspace::write`"]
 pub struct Batch {
@@ -87,7 +87,7 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// An empty batch.
+    /// Returns an empty batch.
     pub fn new() -> Self {
         Self::default()
     }
@@ -114,17 +114,17 @@ impl Batch {
         self
     }
 
-    /// How many writes it holds.
+    /// Returns the number of writes.
     pub fn len(&self) -> usize {
         self.writes.len()
     }
 
-    /// True when it holds none.
+    /// Returns true when the batch holds no write.
     pub fn is_empty(&self) -> bool {
         self.writes.is_empty()
     }
 
-    /// Bytes of its keys and values.
+    /// Returns the bytes of all keys and values.
     pub fn bytes(&self) -> usize {
         self.writes.iter().map(Write::bytes).sum()
     }

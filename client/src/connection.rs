@@ -1,11 +1,11 @@
-//! One connection to a node: a bidirectional stream that carries frames of operations with ids.
+//! A connection to a node: a bidirectional stream that carries frames of operations with ids.
 //!
-//! **Invariant:** every request gets exactly one [`Answer`], and the answer tells whether the node
-//! may have the request. One task owns all state ([`Driver`]); its steps are synchronous.
+//! **Invariant:** every request gets exactly one [`NodeReply`], which says whether the node may have
+//! received the request. One task owns all state ([`ConnectionDriver`]); its steps are synchronous.
 //!
-//! Callers take byte permits before the queue, so the queue is bounded in bytes and a slow node
-//! makes callers wait. Whatever waits when a frame can go goes into it: concurrent single
-//! operations become batches by themselves.
+//! Callers take byte permits before they enqueue, so the queue is bounded in bytes and a slow node
+//! makes callers wait. A frame takes every request that is queued when it can be sent: concurrent
+//! single operations become batches by themselves.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -29,50 +29,50 @@ use crate::tuning::{
     REQUEST_OVERHEAD_BYTES, STREAM_WINDOW_BYTES,
 };
 
-/// What became of a request.
+/// The end of a request.
 #[derive(Debug)]
-pub(crate) enum Answer {
+pub(crate) enum NodeReply {
     /// The node answered.
     Reply(v1::reply::Result),
     /// The connection ended first.
     Lost {
-        /// The node may have the request.
+        /// The node may have received the request.
         sent: bool,
     },
     /// The deadline passed first.
     Expired {
-        /// The node may have the request.
+        /// The node may have received the request.
         sent: bool,
     },
 }
 
-struct Job {
+struct PendingRequest {
     request: v1::Request,
     bytes: usize,
     deadline: Instant,
-    answer: oneshot::Sender<Answer>,
+    answer: oneshot::Sender<NodeReply>,
     permit: OwnedSemaphorePermit,
 }
 
 struct Pending {
     deadline: Instant,
-    answer: oneshot::Sender<Answer>,
-    /// Returned when the request is answered or given up.
+    answer: oneshot::Sender<NodeReply>,
+    /// Released when the request is answered or given up.
     _permit: OwnedSemaphorePermit,
 }
 
 /// The callers' side of a connection.
 pub(crate) struct Connection {
-    queue: mpsc::UnboundedSender<Job>,
+    queue: mpsc::UnboundedSender<PendingRequest>,
     in_flight: Arc<Semaphore>,
     opened: Instant,
-    /// When the last reply came, milliseconds since it was opened.
+    /// When the last reply arrived, milliseconds since `opened`.
     heard_ms: Arc<AtomicU64>,
 }
 
 impl Connection {
-    /// Connects and opens the stream; the task that serves it ends with the connection, with
-    /// `cancel`, or once nobody holds the handle and nothing is in flight.
+    /// Connects and opens the stream; the task that serves the stream ends with the connection, with
+    /// `cancel`, or once the handle is dropped and nothing is in flight.
     pub async fn open(address: &str, tasks: &TaskTracker, cancel: CancellationToken) -> Result<Self, String> {
         let told = |error: &dyn std::error::Error| format!("cannot reach the node at {address}: {}", deepest(error));
         let endpoint = endpoint(format!("http://{address}")).map_err(|error| told(&error))?;
@@ -89,7 +89,7 @@ impl Connection {
             .await
             .map_err(|_| format!("the node at {address} did not answer within {CONNECT_TIMEOUT:?}"))??
             .into_inner();
-        // Unbounded in number, bounded in bytes: every sender holds permits for what it sends.
+        // Unbounded in number, bounded in bytes: every sender holds permits for its request.
         let (queue, jobs) = mpsc::unbounded_channel();
         let in_flight = Arc::new(Semaphore::new(IN_FLIGHT_BYTES_MAX));
         let address = address.to_owned();
@@ -97,7 +97,7 @@ impl Connection {
         let (opened, heard_ms) = (Instant::now(), Arc::new(AtomicU64::new(0)));
         let heard = Heard { opened, ms: heard_ms.clone() };
         tasks.spawn(async move {
-            let mut driver = Driver::new(opened);
+            let mut driver = ConnectionDriver::new(opened);
             let reason = drive(&mut driver, jobs, frames, replies, heard, cancel).await;
             permits.close();
             tracing::debug!(%address, reason, unanswered = driver.pending.len(), "connection ended");
@@ -106,43 +106,43 @@ impl Connection {
         Ok(Self { queue, in_flight, opened, heard_ms })
     }
 
-    /// True when nothing has come for so long.
+    /// Returns true when no reply has arrived for `time`.
     pub fn is_silent_for(&self, time: Duration) -> bool {
         let heard = self.opened + Duration::from_millis(self.heard_ms.load(Ordering::Acquire));
         heard.elapsed() >= time
     }
 
-    /// False once the connection has ended.
+    /// Returns false once the connection has ended.
     pub fn is_open(&self) -> bool {
         !self.queue.is_closed()
     }
 
-    /// Sends a request of about `bytes` and waits for its answer. Waits for room first.
-    pub async fn call(&self, mut request: v1::Request, bytes: usize, deadline: Instant) -> Answer {
+    /// Sends a request of about `bytes` and waits for its answer. Waits for byte permits first.
+    pub async fn call(&self, mut request: v1::Request, bytes: usize, deadline: Instant) -> NodeReply {
         let bytes = bytes + REQUEST_OVERHEAD_BYTES;
         let cost = u32::try_from(bytes.min(IN_FLIGHT_BYTES_MAX)).unwrap_or(u32::MAX);
         let permit = match self.in_flight.clone().try_acquire_many_owned(cost) {
             Ok(permit) => permit,
-            Err(TryAcquireError::Closed) => return Answer::Lost { sent: false },
+            Err(TryAcquireError::Closed) => return NodeReply::Lost { sent: false },
             Err(TryAcquireError::NoPermits) => {
                 match tokio::time::timeout_at(deadline, self.in_flight.clone().acquire_many_owned(cost)).await {
                     Ok(Ok(permit)) => permit,
-                    Ok(Err(_closed)) => return Answer::Lost { sent: false },
-                    Err(_elapsed) => return Answer::Expired { sent: false },
+                    Ok(Err(_closed)) => return NodeReply::Lost { sent: false },
+                    Err(_elapsed) => return NodeReply::Expired { sent: false },
                 }
             }
         };
         request.id = 0;
         let (answer, answered) = oneshot::channel();
-        if self.queue.send(Job { request, bytes, deadline, answer, permit }).is_err() {
-            return Answer::Lost { sent: false };
+        if self.queue.send(PendingRequest { request, bytes, deadline, answer, permit }).is_err() {
+            return NodeReply::Lost { sent: false };
         }
-        // The task answers everything it ever took; if it could not, nobody knows what was sent.
-        answered.await.unwrap_or(Answer::Lost { sent: true })
+        // The task answers every request that it took; without an answer the request may have been sent.
+        answered.await.unwrap_or(NodeReply::Lost { sent: true })
     }
 }
 
-/// The transport settings of every connection of the client.
+/// Returns the transport settings of every connection of the client.
 pub(crate) fn endpoint(uri: String) -> Result<Endpoint, tonic::transport::Error> {
     Ok(Endpoint::from_shared(uri)?
         .connect_timeout(CONNECT_TIMEOUT)
@@ -154,7 +154,7 @@ pub(crate) fn endpoint(uri: String) -> Result<Endpoint, tonic::transport::Error>
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES))
 }
 
-/// The innermost cause: "Connection refused" rather than "transport error".
+/// Returns the innermost cause: "Connection refused" rather than "transport error".
 pub(crate) fn deepest(error: &dyn std::error::Error) -> String {
     let mut error = error;
     while let Some(source) = error.source() {
@@ -163,10 +163,10 @@ pub(crate) fn deepest(error: &dyn std::error::Error) -> String {
     error.to_string()
 }
 
-/// The loop of a connection; returns why it ended.
+/// Runs the loop of a connection; returns why it ended.
 async fn drive(
-    driver: &mut Driver,
-    mut jobs: mpsc::UnboundedReceiver<Job>,
+    driver: &mut ConnectionDriver,
+    mut jobs: mpsc::UnboundedReceiver<PendingRequest>,
     frames: mpsc::Sender<v1::RequestFrame>,
     mut replies: Streaming<v1::ReplyFrame>,
     heard: Heard,
@@ -196,8 +196,8 @@ async fn drive(
             job = jobs.recv(), if handles_left => match job {
                 Some(job) => {
                     driver.enqueue(job);
-                    // Callers that were woken together are still putting their requests in: let
-                    // them, so that they share a frame.
+                    // Callers that were woken together are still enqueueing their requests: let them, so that
+                    // they share a frame.
                     tokio::task::yield_now().await;
                     while let Ok(job) = jobs.try_recv() {
                         driver.enqueue(job);
@@ -216,7 +216,7 @@ async fn drive(
             () = &mut expiry, if driver.expiry.is_some() => driver.expire(Instant::now()),
         }
     };
-    // From here on no request enters; those that did are answered by `lose_all`.
+    // From here on the queue takes no request; `lose_all` answers those that it took.
     jobs.close();
     while let Ok(job) = jobs.try_recv() {
         driver.enqueue(job);
@@ -224,26 +224,26 @@ async fn drive(
     reason
 }
 
-/// Where the loop of a connection notes that the node is alive.
+/// Where the loop of a connection records that the node is alive.
 struct Heard {
     opened: Instant,
     ms: Arc<AtomicU64>,
 }
 
 /// The state of a connection.
-struct Driver {
-    /// Once the node had answered: counted from here, a frame looks older to it than it is, never younger.
+struct ConnectionDriver {
+    /// Taken after the node had answered: an age counted from it looks greater to the node than it is, never smaller.
     opened: Instant,
-    /// Not in a frame yet.
-    waiting: VecDeque<Job>,
-    /// In a frame, not answered yet.
+    /// Requests that are not in a frame yet.
+    waiting: VecDeque<PendingRequest>,
+    /// Requests that were sent in a frame and are not answered yet.
     pending: HashMap<u64, Pending>,
     last_id: u64,
-    /// No deadline of a request here is earlier; may be earlier than all of them.
+    /// A lower bound of the deadlines of all requests here; may be earlier than all of them.
     expiry: Option<Instant>,
 }
 
-impl Driver {
+impl ConnectionDriver {
     fn new(opened: Instant) -> Self {
         Self { opened, waiting: VecDeque::new(), pending: HashMap::new(), last_id: 0, expiry: None }
     }
@@ -256,12 +256,12 @@ impl Driver {
         !self.waiting.is_empty()
     }
 
-    fn enqueue(&mut self, job: Job) {
+    fn enqueue(&mut self, job: PendingRequest) {
         self.expiry = Some(self.expiry.map_or(job.deadline, |at| at.min(job.deadline)));
         self.waiting.push_back(job);
     }
 
-    /// Fills a frame from what waits. Requests whose caller has gone or whose time is up are never
+    /// Fills a frame from the queue. Requests whose caller is gone or whose deadline has passed are never
     /// sent; `None` if nothing is left.
     fn next_frame(&mut self, now: Instant) -> Option<v1::RequestFrame> {
         let mut requests = Vec::with_capacity(self.waiting.len().min(FRAME_REQUESTS_MAX));
@@ -276,7 +276,7 @@ impl Driver {
                 continue;
             }
             if job.deadline <= now {
-                let _ = job.answer.send(Answer::Expired { sent: false });
+                let _ = job.answer.send(NodeReply::Expired { sent: false });
                 continue;
             }
             bytes += job.bytes;
@@ -293,7 +293,7 @@ impl Driver {
 
     fn take_replies(&mut self, frame: v1::ReplyFrame) {
         for reply in frame.replies {
-            // A reply that nobody waits for any more is one whose request expired here.
+            // A reply without a pending request: the request expired here.
             let Some(pending) = self.pending.remove(&reply.id) else { continue };
             let result = reply.result.unwrap_or_else(|| {
                 v1::reply::Result::Error(v1::Error {
@@ -302,23 +302,23 @@ impl Driver {
                     ..v1::Error::default()
                 })
             });
-            // The caller may have gone; then nobody wants to know.
-            let _ = pending.answer.send(Answer::Reply(result));
+            // The caller may be gone and need no reply.
+            let _ = pending.answer.send(NodeReply::Reply(result));
         }
     }
 
-    /// Gives up what has no time left and finds the next deadline.
+    /// Expires the requests whose deadline has passed and finds the next deadline.
     fn expire(&mut self, now: Instant) {
         let over = |deadline: Instant| deadline <= now;
         let late: Vec<u64> = self.pending.iter().filter(|(_, one)| over(one.deadline)).map(|(id, _)| *id).collect();
         for id in late {
             if let Some(pending) = self.pending.remove(&id) {
-                let _ = pending.answer.send(Answer::Expired { sent: true });
+                let _ = pending.answer.send(NodeReply::Expired { sent: true });
             }
         }
         for job in std::mem::take(&mut self.waiting) {
             if over(job.deadline) {
-                let _ = job.answer.send(Answer::Expired { sent: false });
+                let _ = job.answer.send(NodeReply::Expired { sent: false });
             } else {
                 self.waiting.push_back(job);
             }
@@ -327,13 +327,13 @@ impl Driver {
         self.expiry = pending.chain(self.waiting.iter().map(|job| job.deadline)).min();
     }
 
-    /// The connection has ended.
+    /// Answers every request as lost: the connection has ended.
     fn lose_all(&mut self) {
         for (_, pending) in self.pending.drain() {
-            let _ = pending.answer.send(Answer::Lost { sent: true });
+            let _ = pending.answer.send(NodeReply::Lost { sent: true });
         }
         for job in self.waiting.drain(..) {
-            let _ = job.answer.send(Answer::Lost { sent: false });
+            let _ = job.answer.send(NodeReply::Lost { sent: false });
         }
     }
 }
@@ -344,7 +344,7 @@ mod tests {
     use super::*;
 
     struct Bench {
-        driver: Driver,
+        driver: ConnectionDriver,
         room: Arc<Semaphore>,
         now: Instant,
     }
@@ -353,14 +353,14 @@ mod tests {
         fn new() -> Self {
             let room = Arc::new(Semaphore::new(IN_FLIGHT_BYTES_MAX));
             let now = Instant::now();
-            Self { driver: Driver::new(now), room, now }
+            Self { driver: ConnectionDriver::new(now), room, now }
         }
 
-        fn enqueue(&mut self, bytes: usize, seconds: u64) -> oneshot::Receiver<Answer> {
+        fn enqueue(&mut self, bytes: usize, seconds: u64) -> oneshot::Receiver<NodeReply> {
             let (answer, answered) = oneshot::channel();
             let permit = self.room.clone().try_acquire_many_owned(bytes as u32).unwrap();
             let deadline = self.now + Duration::from_secs(seconds);
-            self.driver.enqueue(Job { request: v1::Request::default(), bytes, deadline, answer, permit });
+            self.driver.enqueue(PendingRequest { request: v1::Request::default(), bytes, deadline, answer, permit });
             answered
         }
 
@@ -389,11 +389,11 @@ mod tests {
         let (mut a, mut b) = (bench.enqueue(100, 5), bench.enqueue(100, 5));
         bench.driver.next_frame(bench.now).unwrap();
         bench.reply(2);
-        assert!(matches!(b.try_recv().unwrap(), Answer::Reply(_)));
+        assert!(matches!(b.try_recv().unwrap(), NodeReply::Reply(_)));
         assert!(a.try_recv().is_err());
         bench.reply(1);
         bench.reply(1);
-        assert!(matches!(a.try_recv().unwrap(), Answer::Reply(_)));
+        assert!(matches!(a.try_recv().unwrap(), NodeReply::Reply(_)));
         assert_eq!(bench.room.available_permits(), IN_FLIGHT_BYTES_MAX);
     }
 
@@ -404,8 +404,8 @@ mod tests {
         bench.driver.next_frame(bench.now).unwrap();
         let mut unsent = bench.enqueue(100, 5);
         bench.driver.lose_all();
-        assert!(matches!(sent.try_recv().unwrap(), Answer::Lost { sent: true }));
-        assert!(matches!(unsent.try_recv().unwrap(), Answer::Lost { sent: false }));
+        assert!(matches!(sent.try_recv().unwrap(), NodeReply::Lost { sent: true }));
+        assert!(matches!(unsent.try_recv().unwrap(), NodeReply::Lost { sent: false }));
     }
 
     #[test]
@@ -416,13 +416,13 @@ mod tests {
         let mut queued = bench.enqueue(100, 1);
         let after = bench.now + Duration::from_secs(2);
         bench.driver.expire(after);
-        assert!(matches!(early.try_recv().unwrap(), Answer::Expired { sent: true }));
-        assert!(matches!(queued.try_recv().unwrap(), Answer::Expired { sent: false }));
+        assert!(matches!(early.try_recv().unwrap(), NodeReply::Expired { sent: true }));
+        assert!(matches!(queued.try_recv().unwrap(), NodeReply::Expired { sent: false }));
         assert!(late.try_recv().is_err());
         assert_eq!(bench.driver.expiry, Some(bench.now + Duration::from_secs(9)));
         let mut overdue = bench.enqueue(100, 1);
         assert!(bench.driver.next_frame(after).is_none());
-        assert!(matches!(overdue.try_recv().unwrap(), Answer::Expired { sent: false }));
+        assert!(matches!(overdue.try_recv().unwrap(), NodeReply::Expired { sent: false }));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The one error type of the library: a kind that says what to do, and a sentence for people.
+//! The only error type of the library: a kind that says what to do, and a sentence for people.
 //!
 //! **Invariant:** an operation that may have taken effect is [`ErrorKind::Unknown`], never a plain
 //! failure; every other kind of a *write* promises that nothing was changed.
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use vasto_core::error::{ErrorCode, VastoError};
 
-/// What the caller should do about an [`Error`].
+/// The kind of an [`Error`]: what the caller should do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -15,31 +15,31 @@ pub enum ErrorKind {
     InvalidArgument,
     /// No such keyspace, node or operation (a missing *key* is not an error). Check the name.
     NotFound,
-    /// The thing to create exists. Use it, or take another name.
+    /// The object to create exists already. Use it, or take another name.
     AlreadyExists,
     /// Nodes or the master could not be reached in time; nothing was changed. Try again later.
     Unavailable,
-    /// The cluster pushes back; nothing was changed. Slow down, then try again after
+    /// The cluster applies back pressure; nothing was changed. Slow down, then try again after
     /// [`Error::retry_after`].
     Overloaded,
     /// The deadline passed before anything was done. Try again, perhaps with more time.
     DeadlineExceeded,
-    /// The write may or may not have taken effect, or did so in part. Read it back, or repeat it if
-    /// repeating does no harm (a put or a delete).
+    /// The write may or may not have taken effect, or took effect in part. Read it back, or repeat it if
+    /// that does no harm (a put or a delete).
     Unknown,
-    /// Not possible in the present state. The message says what to do first.
+    /// The current state does not allow the operation. The message says what to do first.
     FailedPrecondition,
     /// The stored value has another type. Read it with the accessor of its type.
     WrongType,
-    /// The number given is not finite, or the result would be over the range of its type; nothing was
+    /// The number given is not finite, or the result would exceed the range of its type; nothing was
     /// changed. The same request fails again.
     OutOfRange,
-    /// The disk of a node is full, or it has run out of another resource; nothing was changed. It goes on
-    /// by itself once there is room: free some, or add a node.
+    /// The disk of a node is full, or the node has run out of another resource; nothing was changed. The
+    /// node recovers by itself once there is room: free some, or add a node.
     NoSpace,
     /// The client was closed by [`Vasto::close`](crate::Vasto::close). Connect anew.
     Closed,
-    /// Stored data failed a check and the replica stopped. An operator must look at the node.
+    /// Stored data failed a check and the replica stopped. An operator must inspect the node.
     Corrupt,
     /// A defect in Vasto. Please report it with the message.
     Internal,
@@ -59,17 +59,17 @@ impl Error {
         Self { kind, message: message.into(), retry_after: None }
     }
 
-    /// What to do about it.
+    /// Returns the kind, which says what to do.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
 
-    /// The sentence for people.
+    /// Returns the sentence for people.
     pub fn message(&self) -> &str {
         &self.message
     }
 
-    /// How long an overloaded server asked to wait before the next try.
+    /// Returns how long an overloaded server asked to wait before the next try.
     pub fn retry_after(&self) -> Option<Duration> {
         self.retry_after
     }
@@ -86,18 +86,18 @@ impl Error {
     }
 }
 
-/// What every call is told once the client was closed.
+/// Returns the error of every call after the client was closed.
 pub(crate) fn closed() -> Error {
     Error::new(ErrorKind::Closed, "this client was closed; connect anew")
 }
 
-/// What a wire code means for the caller of this library.
+/// Maps a wire code to the kind that the caller of this library sees.
 pub(crate) fn kind_of(code: ErrorCode) -> ErrorKind {
     match code {
         ErrorCode::InvalidArgument => ErrorKind::InvalidArgument,
         ErrorCode::NotFound => ErrorKind::NotFound,
         ErrorCode::AlreadyExists => ErrorKind::AlreadyExists,
-        // All mean that the cluster did not agree with itself in time.
+        // Each of these means that the cluster did not reach agreement in time.
         ErrorCode::WrongEpoch
         | ErrorCode::NodeBehind
         | ErrorCode::Unavailable

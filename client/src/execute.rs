@@ -1,8 +1,8 @@
-//! Carrying one operation to its end: route, send, learn from the failure, try again.
+//! The execution of one operation: route, send, learn from the failure, retry.
 //!
-//! **Invariant:** every attempt uses one table for routing and epoch; what an attempt learns (a
-//! newer topology, that a write may have been applied) is kept for the next. The decision itself is
-//! [`crate::retry::decide`].
+//! **Invariant:** every attempt uses one table for routing and epoch; the result of an attempt (a
+//! newer topology, that a write may have been applied) is kept for the next. [`crate::retry::decide`]
+//! makes the decision itself.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,7 +19,7 @@ use vasto_proto::v1;
 use vasto_proto::v1::reply::Result as Reply;
 use vasto_proto::v1::request::Op;
 
-use crate::connection::Answer;
+use crate::connection::NodeReply;
 use crate::error::{Error, ErrorKind, closed};
 use crate::node::Node;
 use crate::retry::{
@@ -28,26 +28,26 @@ use crate::retry::{
 use crate::route::{ReadFrom, Routing, Source, Table, group_by_shard};
 use crate::tuning::DEADLINE_MAX;
 
-/// How far an operation is.
+/// The progress of an operation.
 #[derive(Clone)]
-pub(crate) struct Progress {
+pub(crate) struct RequestProgress {
     pub write: bool,
     pub deadline: Instant,
     pub attempts: u32,
-    /// Most keys that a request should hold: halved after each failure, so that values which did
-    /// not fit into one reply then do.
+    /// Most keys that a request should hold: halved after each failure, so that values which exceeded
+    /// one reply then fit.
     pub group_most: usize,
-    /// Which replica is asked first. Other than the primary: by choice, and whatever it answers is eventual.
+    /// The replica to ask first. Other than the primary: a request by choice, and its answers are eventual.
     pub from: ReadFrom,
     losses: u32,
     unreachable: u32,
-    /// Their replicas of the shard are out of service; the nodes themselves are well.
+    /// Nodes whose replicas of the shard are out of service; the nodes themselves are healthy.
     out_of_service: Vec<Arc<Node>>,
     maybe_applied: bool,
 }
 
-impl Progress {
-    /// An operation that begins now and has `time`.
+impl RequestProgress {
+    /// Returns the progress of an operation that begins now and has `time`.
     pub fn new(write: bool, time: Duration) -> Self {
         let deadline = Instant::now() + time.min(DEADLINE_MAX);
         Self {
@@ -63,7 +63,7 @@ impl Progress {
         }
     }
 
-    /// A read that asks this replica first.
+    /// Sets the replica to ask first.
     pub fn from(mut self, from: ReadFrom) -> Self {
         self.from = from;
         self
@@ -75,9 +75,9 @@ pub(crate) struct Failed {
     failure: Failure,
     message: String,
     retry_after: Duration,
-    /// Another replica can be asked.
+    /// True when another replica can be asked.
     elsewhere: bool,
-    /// Whose replica is out of service.
+    /// The node whose replica is out of service.
     out_of_service: Option<Arc<Node>>,
 }
 
@@ -92,21 +92,21 @@ impl Failed {
     }
 }
 
-/// What one attempt of a group led to.
-pub(crate) enum Group {
+/// The result of one attempt of a group.
+pub(crate) enum GroupResult {
     /// The answer for these positions.
     Done(Vec<usize>, Reply),
-    /// These positions failed for good.
+    /// The final error of the group.
     Failed(Error),
-    /// To be grouped again, perhaps by a newer table.
-    Again(Vec<usize>, Progress),
+    /// Positions to group again, perhaps by a newer table.
+    Again(Vec<usize>, RequestProgress),
 }
 
-/// What operations of a handle share.
+/// State that the operations of a handle share.
 pub(crate) struct Executor {
     pub routing: Arc<Routing>,
     budget: Budget,
-    /// Tells the read-modify-writes of this client from those of others.
+    /// Distinguishes the read-modify-writes of this client from those of other clients.
     client_id: u64,
     sequence: AtomicU64,
 }
@@ -117,13 +117,13 @@ impl Executor {
         Self { routing, budget: Budget::default(), client_id, sequence: AtomicU64::new(1) }
     }
 
-    /// Id of this client and the number of its next read-modify-write.
+    /// Returns the id of this client and the number of its next read-modify-write.
     pub fn next_operation(&self) -> (u64, u64) {
         (self.client_id, self.sequence.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// The table in force, unless the keyspace is gone or the client was closed.
-    pub fn table(&self, progress: &Progress) -> Result<Arc<Table>, Error> {
+    /// Returns the table in force, unless the keyspace is gone or the client was closed.
+    pub fn table(&self, progress: &RequestProgress) -> Result<Arc<Table>, Error> {
         if self.routing.closed().is_cancelled() {
             return Err(match progress.maybe_applied {
                 true => Error::new(
@@ -141,11 +141,11 @@ impl Executor {
         Err(Error::new(kind, format!("the keyspace `{}` was deleted", table.topology.name)))
     }
 
-    /// One operation on one partition.
+    /// Runs one operation on one partition.
     pub async fn run(
         &self,
         hash: u64,
-        mut progress: Progress,
+        mut progress: RequestProgress,
         bytes: usize,
         op: impl Fn() -> Op,
     ) -> Result<Reply, Error> {
@@ -159,16 +159,16 @@ impl Executor {
         }
     }
 
-    /// One operation on many partitions: `split` cuts the positions of a shard into requests, `op`
-    /// makes a request and says how many bytes it has. Answers come for groups, in any order.
+    /// Runs one operation on many partitions: `split` cuts the positions of a shard into requests, `op`
+    /// makes a request and returns its size in bytes. Answers come for groups, in any order.
     pub async fn run_many(
         &self,
         count: usize,
-        progress: Progress,
+        progress: RequestProgress,
         hash_of: impl Fn(usize) -> u64,
-        split: impl Fn(Vec<usize>, &Progress) -> Vec<Vec<usize>>,
+        split: impl Fn(Vec<usize>, &RequestProgress) -> Vec<Vec<usize>>,
         op: impl Fn(&[usize]) -> (Op, usize),
-        mut done: impl FnMut(Group),
+        mut done: impl FnMut(GroupResult),
     ) {
         let mut running = FuturesUnordered::new();
         let mut to_group = vec![((0..count).collect::<Vec<usize>>(), progress)];
@@ -177,7 +177,7 @@ impl Executor {
                 let table = match self.table(&progress) {
                     Ok(table) => table,
                     Err(error) => {
-                        done(Group::Failed(error));
+                        done(GroupResult::Failed(error));
                         continue;
                     }
                 };
@@ -190,7 +190,7 @@ impl Executor {
             }
             match running.next().await {
                 None => return,
-                Some(Group::Again(positions, progress)) => to_group.push((positions, progress)),
+                Some(GroupResult::Again(positions, progress)) => to_group.push((positions, progress)),
                 Some(finished) => done(finished),
             }
         }
@@ -201,12 +201,12 @@ impl Executor {
         table: Arc<Table>,
         shard: ShardId,
         positions: Vec<usize>,
-        mut progress: Progress,
+        mut progress: RequestProgress,
         op: Op,
         bytes: usize,
-    ) -> Group {
+    ) -> GroupResult {
         let failed = match self.attempt(&table, shard, &progress, op, bytes).await {
-            Ok(reply) => return Group::Done(positions, reply),
+            Ok(reply) => return GroupResult::Done(positions, reply),
             Err(failed) => failed,
         };
         match fewer_may_do(failed.failure, progress.write, positions.len()) {
@@ -214,12 +214,12 @@ impl Executor {
             Fewer::AfterPause => progress.group_most = positions.len().div_ceil(2),
             Fewer::Now => {
                 progress.group_most = positions.len().div_ceil(2);
-                return Group::Again(positions, progress);
+                return GroupResult::Again(positions, progress);
             }
         }
         match self.recover(&table, &mut progress, failed).await {
-            Ok(()) => Group::Again(positions, progress),
-            Err(error) => Group::Failed(error),
+            Ok(()) => GroupResult::Again(positions, progress),
+            Err(error) => GroupResult::Failed(error),
         }
     }
 
@@ -228,7 +228,7 @@ impl Executor {
         &self,
         table: &Table,
         shard: ShardId,
-        progress: &Progress,
+        progress: &RequestProgress,
         op: Op,
         bytes: usize,
     ) -> Result<Reply, Failed> {
@@ -250,9 +250,9 @@ impl Executor {
         })
     }
 
-    /// Sends a request once, to this node. A node that cannot be reached or stands silent is passed by
-    /// from now on; it is not waited for when another replica can be asked. A strict request is answered only
-    /// by the replica that has authority over its shard.
+    /// Sends a request once, to this node. A node that cannot be reached or is silent becomes suspect; when
+    /// another replica can be asked, the attempt does not wait for it. Only the replica that has authority over
+    /// the shard answers a strict request.
     #[expect(clippy::too_many_arguments, reason = "one attempt, named once")]
     pub async fn attempt_at(
         &self,
@@ -294,14 +294,14 @@ impl Executor {
         };
         let call = connection.call(request, bytes, deadline);
         tokio::pin!(call);
-        // What waits for another replica, the bucket or a change of shards takes seconds also at a healthy
-        // node, and is worse repeated than waited for: before a write is, the node is asked something easy.
+        // A request that waits for another replica, the bucket or a change of shards takes seconds even at a healthy
+        // node; repeating it costs more than waiting. So a write is repeated only after an easy probe got no answer.
         let before_asking = if write && impatient { ATTEMPT_PATIENCE / 2 } else { ATTEMPT_PATIENCE };
         let answer = loop {
             if let Ok(answer) = tokio::time::timeout(before_asking, &mut call).await {
                 break answer;
             }
-            // Others are answered: this one is only slow.
+            // The node answers other requests: this request is only slow.
             if !impatient || !connection.is_silent_for(before_asking) {
                 continue;
             }
@@ -311,7 +311,7 @@ impl Executor {
                     biased;
                     answer = &mut call => break answer,
                     heard = asked => {
-                        if !matches!(heard, Answer::Expired { .. }) || !connection.is_silent_for(ATTEMPT_PATIENCE) {
+                        if !matches!(heard, NodeReply::Expired { .. }) || !connection.is_silent_for(ATTEMPT_PATIENCE) {
                             continue;
                         }
                     }
@@ -322,24 +322,24 @@ impl Executor {
             return Err(Failed::new(Failure::Lost { sent: true }, message));
         };
         match answer {
-            Answer::Reply(Reply::Error(error)) => Err(self.refused(&error)),
-            Answer::Reply(reply) => {
+            NodeReply::Reply(Reply::Error(error)) => Err(self.refused(&error)),
+            NodeReply::Reply(reply) => {
                 self.budget.succeeded();
                 Ok(reply)
             }
-            Answer::Lost { sent } => {
+            NodeReply::Lost { sent } => {
                 node.suspect(probe());
                 let message = format!("the connection to the node at {} ended before the reply", node.address());
                 Err(Failed::new(Failure::Lost { sent }, message))
             }
-            Answer::Expired { sent } => {
+            NodeReply::Expired { sent } => {
                 let message = format!("the node at {} did not answer before the deadline", node.address());
                 Err(Failed::new(Failure::Expired { sent }, message))
             }
         }
     }
 
-    /// Reads an error reply and takes over the topology that came with it.
+    /// Reads an error reply and adopts the topology that came with it.
     fn refused(&self, error: &v1::Error) -> Failed {
         if let Some(topology) = &error.topology {
             self.routing.offer(topology_from_wire(topology), Source::Node);
@@ -350,8 +350,8 @@ impl Executor {
         Failed { failure, message: error.message, retry_after, elsewhere: false, out_of_service: None }
     }
 
-    /// Waits as [`decide`] says, or says why there is no further attempt.
-    pub async fn recover(&self, table: &Table, progress: &mut Progress, failed: Failed) -> Result<(), Error> {
+    /// Waits as [`decide`] says, or returns why there is no further attempt.
+    pub async fn recover(&self, table: &Table, progress: &mut RequestProgress, failed: Failed) -> Result<(), Error> {
         progress.attempts = progress.attempts.saturating_add(1);
         match failed.failure {
             Failure::Lost { sent } => {
@@ -363,9 +363,9 @@ impl Executor {
         }
         match failed.out_of_service {
             Some(node) if failed.elsewhere => progress.out_of_service.push(node),
-            // All have been asked: they are asked again.
+            // All replicas have been asked: ask them again.
             Some(_) => progress.out_of_service.clear(),
-            // Whoever said that another one serves may serve now that this one does not answer.
+            // A replica that reported another one as serving may serve now that this one does not answer.
             None if matches!(failed.failure, Failure::Lost { .. } | Failure::Unreachable) => {
                 progress.out_of_service.clear();
             }
@@ -395,7 +395,7 @@ impl Executor {
                         self.routing.newer_than(table.generation).await
                     }
                 };
-                // In each case the next attempt finds out.
+                // Whatever ended the wait, the next attempt finds out.
                 let waiting = tokio::time::timeout(pause, news);
                 let _ = self.routing.closed().run_until_cancelled(waiting).await;
                 if Instant::now() < progress.deadline {
@@ -417,7 +417,7 @@ impl Executor {
     }
 }
 
-/// A reply of another type than the request's.
+/// Returns the error for a reply of another type than the request's.
 pub(crate) fn strange_reply(write: bool) -> Error {
     let kind = if write { ErrorKind::Unknown } else { ErrorKind::Internal };
     Error::new(kind, "the node answered with something else than was asked; please report it")

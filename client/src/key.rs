@@ -1,4 +1,4 @@
-//! Keys and what can be turned into bytes.
+//! Keys, and the types that convert into bytes.
 
 use bytes::Bytes;
 use vasto_core::hash::partition_hash;
@@ -11,10 +11,10 @@ mod sealed {
     pub trait Sealed {}
 }
 
-/// What can be a key, a partition key, a prefix or a value: texts and bytes, owned or borrowed.
-/// [`Bytes`] and owned buffers are taken without a copy.
+/// Types that can be a key, a partition key, a prefix or a value: strings and bytes, owned or
+/// borrowed. [`Bytes`] and owned buffers are taken without a copy.
 pub trait IntoBytes: sealed::Sealed {
-    /// The bytes.
+    /// Converts into bytes.
     fn into_bytes(self) -> Bytes;
 }
 
@@ -56,7 +56,7 @@ impl<const N: usize> IntoBytes for [u8; N] {
 
 /// A user key, with the partition key that decides its shard.
 ///
-/// A text or bytes alone are a key whose partition key is the key itself. The partition key must be
+/// A string or bytes alone are a key whose partition key is the key itself. The partition key must be
 /// a function of the key: the same key under two partition keys is two records.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Key {
@@ -64,38 +64,38 @@ pub struct Key {
     partition: Partition,
 }
 
-/// What places a key.
+/// The partition of a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Partition {
     /// The key itself.
     Own,
-    /// Another text.
+    /// Another partition key.
     Named(Bytes),
-    /// Another text that nobody remembers.
+    /// Another partition key, of which only the hash is known.
     Hashed(u64),
 }
 
 impl Key {
-    /// A key of 1 to 65,536 bytes.
+    /// Makes a key of 1 to 65,536 bytes.
     pub fn new(key: impl IntoBytes) -> Self {
         Self { key: key.into_bytes(), partition: Partition::Own }
     }
 
-    /// Puts the key beside all others of the same partition key: they share a shard, can be
-    /// scanned by one seek, and written atomically in one batch.
+    /// Sets the partition key: keys with the same partition key share a shard, can be scanned by one
+    /// seek, and written atomically in one batch.
     pub fn partition(mut self, partition: impl IntoBytes) -> Self {
         self.partition = Partition::Named(partition.into_bytes());
         self
     }
 
-    /// The same with the hash of the partition key alone, which is what a scan shows of it
-    /// ([`Row::partition_hash`](crate::Row::partition_hash)).
+    /// Sets the partition by the hash of its key alone, which a scan returns as
+    /// [`Row::partition_hash`](crate::Row::partition_hash).
     pub fn partition_hash(mut self, hash: u64) -> Self {
         self.partition = Partition::Hashed(hash);
         self
     }
 
-    /// The user key.
+    /// Returns the user key.
     pub fn as_bytes(&self) -> &[u8] {
         &self.key
     }
@@ -108,7 +108,7 @@ impl Key {
         }
     }
 
-    /// The hash that places the key.
+    /// Returns the hash that places the key.
     pub(crate) fn hash(&self) -> u64 {
         match &self.partition {
             Partition::Own => partition_hash(&self.key),
@@ -117,7 +117,7 @@ impl Key {
         }
     }
 
-    /// The key on the wire: the hash only where it is not the key's own.
+    /// Returns the key on the wire: with a hash only where it is not the key's own.
     pub(crate) fn to_wire(&self) -> v1::KeyRef {
         let own = match &self.partition {
             Partition::Own => true,
@@ -134,7 +134,7 @@ impl<T: IntoBytes> From<T> for Key {
     }
 }
 
-/// The key of a scanned row: what is read, written or deleted with it is the row's own record.
+/// The key of a scanned row: reads, writes and deletes with it address the row's own record.
 impl From<&Row> for Key {
     fn from(row: &Row) -> Self {
         let key = Key::new(&row.key);

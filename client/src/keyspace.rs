@@ -1,6 +1,6 @@
 //! The handle of a keyspace: reads and writes of keys.
 //!
-//! **Invariant:** answers come in the order of the question, whatever shards they came from. A
+//! **Invariant:** answers come in the order of the request, whatever shards they came from. A
 //! batch that took effect in part is reported as [`ErrorKind::Unknown`].
 
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use vasto_proto::v1::request::Op;
 
 use crate::batch::{Batch, Write, WriteOptions};
 use crate::error::{Error, ErrorKind};
-use crate::execute::{Executor, Group, Progress, strange_reply};
+use crate::execute::{Executor, GroupResult, RequestProgress, strange_reply};
 use crate::key::{IntoBytes, Key};
 use crate::requests::{Delete, Put, WriteBatch};
 use crate::route::{ReadFrom, WriteTo};
@@ -24,8 +24,8 @@ use crate::tuning::{GET_KEY_BYTES_MAX, GET_KEYS_MAX};
 use crate::value::{Outcome, Value};
 use crate::vasto::Client;
 
-/// A keyspace to read and write. Cheap to clone; keeps its topology by itself, and goes on while
-/// the master is away.
+/// A keyspace to read and write. Cheap to clone; follows its topology by itself, and continues
+/// while the master is away.
 #[derive(Clone)]
 pub struct Keyspace {
     executor: Arc<Executor>,
@@ -34,7 +34,7 @@ pub struct Keyspace {
     write_to: WriteTo,
     /// Ends the watch of the topology with the last clone.
     _watch: Arc<DropGuard>,
-    /// Keeps the connections.
+    /// Keeps the connections open.
     _client: Arc<Client>,
 }
 
@@ -54,17 +54,17 @@ impl Keyspace {
         (self.executor.clone(), self.time)
     }
 
-    /// A handle whose reads ask this replica first; the primary unless said otherwise.
+    /// Sets the replica that reads ask first; the primary unless set.
     pub fn read_from(mut self, from: ReadFrom) -> Self {
         self.from = from;
         self
     }
 
-    /// A handle whose puts, deletes and batches go to this replica; to the primary unless said otherwise.
+    /// Sets the replica that puts, deletes and batches go to; the primary unless set.
     ///
     /// Writes by choice ([`WriteTo::Zone`]) are *eventual*: every replica takes them, the later event time wins
     /// everywhere, also for deletes, and a reader at the primary sees them once they are replicated. Conditional
-    /// writes, counters and appends go to the primary whatever this says.
+    /// writes, counters and appends go to the primary regardless.
     pub fn write_to(mut self, to: WriteTo) -> Self {
         self.write_to = to;
         self
@@ -74,23 +74,23 @@ impl Keyspace {
         self.from.clone()
     }
 
-    /// A handle whose operations, retries included, have so much time (10 s unless said otherwise).
+    /// Sets the deadline of operations, retries included (10 s unless set).
     pub fn with_deadline(mut self, time: Duration) -> Self {
         self.time = time;
         self
     }
 
-    /// Its name.
+    /// Returns the name of the keyspace.
     pub fn name(&self) -> String {
         self.executor.routing.table().topology.name.clone()
     }
 
-    /// How many shards it has, as far as this handle knows.
+    /// Returns the number of shards that this handle knows.
     pub fn shards(&self) -> u32 {
         self.executor.routing.table().topology.shards.len() as u32
     }
 
-    /// The epoch of its topology, as far as this handle knows: raised by each change of ownership.
+    /// Returns the epoch of the topology that this handle knows: raised by each change of ownership.
     pub fn epoch(&self) -> u64 {
         self.executor.routing.table().topology.epoch.0
     }
@@ -106,7 +106,7 @@ impl Keyspace {
         let op = || Op::Get(v1::GetRequest { keys: vec![key.to_wire()] });
         let reply = self
             .executor
-            .run(key.hash(), Progress::new(false, self.time).from(self.reads()), key.key.len(), op)
+            .run(key.hash(), RequestProgress::new(false, self.time).from(self.reads()), key.key.len(), op)
             .await?;
         match reply {
             Reply::Get(v1::GetReply { mut values }) if values.len() == 1 => {
@@ -116,17 +116,17 @@ impl Keyspace {
         }
     }
 
-    /// Reads many keys, all shards side by side; the answers are in the order of the keys.
+    /// Reads many keys, all shards in parallel; the answers are in the order of the keys.
     ///
     /// # Errors
-    /// As of [`Keyspace::get`]; one key that could not be read fails them all.
+    /// As of [`Keyspace::get`]; one key that could not be read fails the whole call.
     pub async fn get_many<K: Into<Key>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Vec<Option<Value>>, Error> {
         let keys: Vec<Key> = keys.into_iter().map(Into::into).collect();
         keys.iter().try_for_each(Key::check)?;
         let hashes: Vec<u64> = keys.iter().map(Key::hash).collect();
         let mut values: Vec<Option<Value>> = vec![None; keys.len()];
         let mut failed: Option<Error> = None;
-        let split = |positions: Vec<usize>, progress: &Progress| {
+        let split = |positions: Vec<usize>, progress: &RequestProgress| {
             let most = GET_KEYS_MAX.min(progress.group_most);
             split_gets(positions, most, |at| keys[at].key.len())
         };
@@ -135,7 +135,7 @@ impl Keyspace {
             (Op::Get(v1::GetRequest { keys: positions.iter().map(|at| keys[*at].to_wire()).collect() }), bytes)
         };
         let done = |group| match group {
-            Group::Done(positions, Reply::Get(reply)) if reply.values.len() == positions.len() => {
+            GroupResult::Done(positions, Reply::Get(reply)) if reply.values.len() == positions.len() => {
                 for (at, value) in positions.into_iter().zip(reply.values) {
                     match value.value.map(Value::from_wire).transpose() {
                         Ok(value) => values[at] = value,
@@ -143,19 +143,19 @@ impl Keyspace {
                     }
                 }
             }
-            Group::Failed(error) => failed = Some(error),
-            Group::Done(..) | Group::Again(..) => failed = Some(strange_reply(false)),
+            GroupResult::Failed(error) => failed = Some(error),
+            GroupResult::Done(..) | GroupResult::Again(..) => failed = Some(strange_reply(false)),
         };
-        let progress = Progress::new(false, self.time).from(self.reads());
+        let progress = RequestProgress::new(false, self.time).from(self.reads());
         self.executor.run_many(keys.len(), progress, |at| hashes[at], split, op, done).await;
         failed.map_or(Ok(values), Err)
     }
 
-    /// Writes a key; await it, after adjusting it if need be:
+    /// Writes a key; await it, after setting options if need be:
     /// `ks.put("k", "v").ttl(Duration::from_secs(60)).await?`.
     ///
-    /// A put whose reply was lost is sent again. It may then take effect twice, the second time
-    /// with a later stamp; give an [`event_time`](Put::event_time) where that matters.
+    /// A put whose reply was lost is sent again. It may then take effect twice, the second time with a
+    /// later event time; give an [`event_time`](Put::event_time) where that matters.
     ///
     /// # Errors
     /// Of the await: `InvalidArgument` over a limit, `NotFound` for a deleted keyspace,
@@ -175,17 +175,17 @@ impl Keyspace {
         Delete { keyspace: self, write, ack: None, condition: None }
     }
 
-    /// Writes a batch; await it. It is atomic for each partition key; a batch over several shards
-    /// is split and sent side by side. The outcomes are in the order of the batch.
+    /// Writes a batch; await it. It is atomic for each partition key; a batch over several shards is
+    /// split and sent in parallel. The outcomes are in the order of the batch.
     ///
     /// # Errors
-    /// As of [`Keyspace::put`]; `Unknown` also when it took effect in part. Nothing is sent of a
-    /// batch that is over a limit.
+    /// As of [`Keyspace::put`]; `Unknown` also when the batch took effect in part. No part of a batch
+    /// that exceeds a limit is sent.
     pub fn write(&self, batch: Batch) -> WriteBatch<'_> {
         WriteBatch { keyspace: self, batch, ack: None }
     }
 
-    /// A scan in the order of user keys, of everything unless told otherwise.
+    /// Returns a scan in the order of user keys, of everything unless narrowed.
     pub fn scan(&self) -> Scan {
         Scan::new(self.clone())
     }
@@ -194,7 +194,7 @@ impl Keyspace {
         write.check(now_us())?;
         let op =
             || Op::Write(v1::WriteRequest { ops: vec![write.to_wire()], ack: ack_to_wire(ack), ..Default::default() });
-        let progress = Progress::new(true, self.time).from(self.write_to.replica());
+        let progress = RequestProgress::new(true, self.time).from(self.write_to.replica());
         match self.executor.run(write.key.hash(), progress, write.bytes(), op).await? {
             Reply::Write(v1::WriteReply { outcomes }) if outcomes.len() == 1 => Outcome::from_wire(&outcomes[0]),
             _ => Err(strange_reply(true)),
@@ -213,7 +213,7 @@ impl Keyspace {
             (Op::Write(v1::WriteRequest { ops, ack: ack_to_wire(ack), ..Default::default() }), bytes)
         };
         let done = |group| match group {
-            Group::Done(positions, Reply::Write(reply)) if reply.outcomes.len() == positions.len() => {
+            GroupResult::Done(positions, Reply::Write(reply)) if reply.outcomes.len() == positions.len() => {
                 for (at, outcome) in positions.into_iter().zip(&reply.outcomes) {
                     match Outcome::from_wire(outcome) {
                         Ok(outcome) => outcomes[at] = Some(outcome),
@@ -221,16 +221,16 @@ impl Keyspace {
                     }
                 }
             }
-            Group::Failed(error) => errors.push(error),
-            Group::Done(..) | Group::Again(..) => errors.push(strange_reply(true)),
+            GroupResult::Failed(error) => errors.push(error),
+            GroupResult::Done(..) | GroupResult::Again(..) => errors.push(strange_reply(true)),
         };
-        let progress = Progress::new(true, self.time).from(self.write_to.replica());
+        let progress = RequestProgress::new(true, self.time).from(self.write_to.replica());
         self.executor.run_many(writes.len(), progress, |at| hashes[at], |all, _| vec![all], op, done).await;
         all_or_error(outcomes, errors)
     }
 }
 
-/// The outcomes of a batch, or the error that tells the most.
+/// Returns the outcomes of a batch, or the most informative error.
 fn all_or_error(outcomes: Vec<Option<Outcome>>, errors: Vec<Error>) -> Result<Vec<Outcome>, Error> {
     let total = outcomes.len();
     let known: Vec<Outcome> = outcomes.into_iter().flatten().collect();
@@ -246,7 +246,7 @@ fn all_or_error(outcomes: Vec<Option<Outcome>>, errors: Vec<Error>) -> Result<Ve
     }
 }
 
-/// Cuts the keys of one shard into requests of at most `most` keys and a bounded size.
+/// Splits the keys of one shard into requests of at most `most` keys and a bounded size.
 fn split_gets(positions: Vec<usize>, most: usize, bytes_of: impl Fn(usize) -> usize) -> Vec<Vec<usize>> {
     let mut requests: Vec<Vec<usize>> = Vec::new();
     let mut bytes = 0;
@@ -263,7 +263,7 @@ fn split_gets(positions: Vec<usize>, most: usize, bytes_of: impl Fn(usize) -> us
     requests
 }
 
-/// Microseconds since 1970.
+/// Returns the wall clock in microseconds since 1970.
 #[expect(clippy::disallowed_methods, reason = "the one place where the client reads the wall clock")]
 pub(crate) fn now_us() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();

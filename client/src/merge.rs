@@ -2,12 +2,12 @@
 //! one user key, of the hashes of its partitions.
 //!
 //! **Invariant:** rows are emitted in strictly rising order, each once. A row is emitted only when
-//! every shard that could hold a smaller one has shown its next row. After a restart with other
-//! shards nothing at or before the last emitted row is asked for or emitted again, and nothing
-//! after it is skipped, so rows that change shards in between are neither lost nor doubled.
+//! the next row of every shard that could hold a smaller one is known. After a restart with other
+//! shards nothing at or before the last emitted row is requested or emitted again, and nothing
+//! after it is skipped, so rows that change shards meanwhile are neither lost nor doubled.
 //!
 //! A scan with a limit asks each shard for its likely share, and for more only where that was too
-//! little: what is read and not shown costs the nodes as much as what is.
+//! little: rows that are read and not returned cost the nodes as much as rows that are.
 
 use std::cmp::Ordering;
 use std::collections::VecDeque;
@@ -18,50 +18,50 @@ use crate::error::{Error, ErrorKind};
 use crate::tuning::PREFETCH_SHARDS_MAX;
 use crate::value::{Place, Row};
 
-/// What to do next.
+/// The next step of the scan.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Step {
     /// The next row.
     Row(Row),
-    /// A page that was asked for must arrive first.
+    /// A requested page must arrive first.
     Wait,
     /// There are no more rows.
     End,
 }
 
-/// A page to ask for.
+/// A page to request.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Wanted {
-    /// Which of the shards.
+    /// The index of the shard.
     pub lane: usize,
-    /// Rows after this one.
+    /// Only rows after this place.
     pub after: Option<Place>,
-    /// At most so many.
+    /// The most rows in the page.
     pub rows: usize,
 }
 
-/// A page that has come.
+/// A page that has arrived.
 #[derive(Debug, Default)]
 pub(crate) struct Page {
     /// In the order of user keys and partitions.
     pub rows: Vec<Row>,
-    /// There may be more behind it.
+    /// There may be more rows behind the page.
     pub more: bool,
-    /// The shard has nothing more to show up to this key, which may be behind the last row.
+    /// The shard has no more rows up to this key, which may be behind the last row.
     pub resume_after: Option<Bytes>,
 }
 
 #[derive(Default)]
 struct Lane {
     rows: VecDeque<Row>,
-    /// Rows of the last page: once only they are left, the next page is due.
+    /// Rows of the last page: once no others are left, the next page is due.
     last_page: usize,
     after: Option<Place>,
-    /// Pages asked for so far: one that begins like the others and holds more than its share is asked
-    /// for more each time.
+    /// Pages requested so far: a shard that holds more than its share is asked for more rows each
+    /// time.
     pages: u32,
     exhausted: bool,
-    /// Rows of the page that is on its way; 0: none is.
+    /// Rows requested in the page that is in flight; 0 when there is none.
     asked: usize,
 }
 
@@ -73,8 +73,8 @@ pub(crate) struct Merge {
     page_rows: usize,
 }
 
-/// The rows that one of `lanes` shards most likely has among the next `wanted` of all: its share and
-/// three standard deviations.
+/// Returns the rows that one of `lanes` shards most likely has among the next `wanted` of all: its
+/// share plus three standard deviations.
 fn share_of(wanted: usize, lanes: usize) -> usize {
     if lanes <= 1 {
         return wanted;
@@ -85,25 +85,25 @@ fn share_of(wanted: usize, lanes: usize) -> usize {
 }
 
 impl Merge {
-    /// Over `lanes` shards, at most `limit` rows, pages of at most `page_rows`.
+    /// Merges `lanes` shards, at most `limit` rows, pages of at most `page_rows`.
     pub fn new(lanes: usize, limit: usize, page_rows: usize) -> Self {
         let mut merge = Self { lanes: Vec::new(), last: None, remaining: limit, page_rows };
         merge.restart(lanes, page_rows);
         merge
     }
 
-    /// Begins again behind the last emitted row, with other shards. Pages asked for before must not
-    /// be given to [`Merge::page`] any more.
+    /// Restarts behind the last emitted row, with other shards. Pages requested before must not be
+    /// given to [`Merge::page`] any more.
     pub fn restart(&mut self, lanes: usize, page_rows: usize) {
         let after = self.last.clone();
         self.lanes = std::iter::repeat_with(|| Lane { after: after.clone(), ..Lane::default() }).take(lanes).collect();
         self.page_rows = page_rows;
     }
 
-    /// The pages to ask for now; each is named once.
+    /// Returns the pages to request now; each is returned once.
     pub fn wanted(&mut self) -> Vec<Wanted> {
         let (remaining, page_rows) = (self.remaining, self.page_rows);
-        // Where what is here and on its way is most likely enough for the limit, nothing is fetched ahead.
+        // No prefetch where the rows at hand and in flight are most likely enough for the limit.
         let expected = self.lanes.iter().fold(0usize, |all, lane| all.saturating_add(lane.rows.len() + lane.asked));
         let prefetch = self.lanes.len() <= PREFETCH_SHARDS_MAX && expected < remaining;
         let share = share_of(remaining, self.lanes.len());
@@ -121,8 +121,8 @@ impl Merge {
         wanted
     }
 
-    /// A page has arrived. Refuses one that breaks the order, since rows would be lost, and one that
-    /// leads nowhere.
+    /// Takes a page that arrived. Refuses a page that breaks the order, since rows would be lost, and a
+    /// page that makes no progress.
     pub fn page(&mut self, lane: usize, page: Page) -> Result<(), Error> {
         let Some(lane) = self.lanes.get_mut(lane) else { return Ok(()) };
         let Page { rows, more, resume_after } = page;
@@ -145,7 +145,7 @@ impl Merge {
         Ok(())
     }
 
-    /// The next row, if it is known.
+    /// Returns the next row, if it is known.
     pub fn step(&mut self) -> Step {
         loop {
             if self.remaining == 0 {
@@ -196,7 +196,7 @@ mod tests {
         Page { rows: rows(keys), more, resume_after: None }
     }
 
-    /// Behind all rows of the key.
+    /// Returns the place behind all rows of the key.
     fn behind(key: u16) -> Option<Place> {
         Some((row(key).key, u64::MAX))
     }
@@ -205,8 +205,8 @@ mod tests {
         Page { resume_after: Some(row(resume_after).key), ..page(keys, true) }
     }
 
-    /// Answers one wanted page from the keys of a shard. It looks at `examined` stored keys, of which
-    /// the odd ones are deleted.
+    /// Answers one wanted page from the keys of a shard. Examines `examined` stored keys, of which the
+    /// odd ones are deleted.
     fn answer(merge: &mut Merge, shards: &[BTreeSet<u16>], wanted: Wanted, examined: usize) {
         let after = wanted.after.map(|(key, _)| u16::from_be_bytes([key[0], key[1]]));
         let mut left = shards[wanted.lane].iter().copied().filter(|key| after.is_none_or(|after| *key > after));
@@ -236,7 +236,7 @@ mod tests {
         assert!(merge.page(0, page_up_to(&[3, 4], 3)).is_err());
         merge.page(0, page(&[5], true)).unwrap();
         assert!(merge.page(0, page(&[5], false)).is_err());
-        // Once, for other records of the key; then it would go on for ever.
+        // Accepted once, for other records of the key; a second time would loop for ever.
         merge.page(0, page_up_to(&[], 5)).unwrap();
         assert!(merge.page(0, page_up_to(&[], 5)).is_err());
     }
@@ -288,14 +288,14 @@ mod tests {
         assert!(asked(64, 10) <= 64 * 3, "{}", asked(64, 10));
         assert!(asked(64, 100) <= 64 * 7, "{}", asked(64, 100));
         assert_eq!(asked(4, usize::MAX), 4 * 1_000);
-        // What has come is enough: nothing is fetched ahead.
+        // The rows at hand suffice: no prefetch.
         let mut merge = Merge::new(2, 4, 100);
         assert_eq!(merge.wanted().len(), 2);
         merge.page(0, page(&[1, 3], true)).unwrap();
         assert_eq!(merge.wanted(), []);
         merge.page(1, page(&[2, 4], true)).unwrap();
         assert_eq!(merge.wanted(), []);
-        // All rows are in one shard: it is asked for more each time.
+        // All rows are in one shard: each request asks for more rows.
         let mut merge = Merge::new(64, 500, 1_000);
         let first = merge.wanted()[0].rows;
         for lane in 1..64 {

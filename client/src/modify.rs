@@ -1,8 +1,8 @@
-//! Read-modify-writes: counters, maxima, appends and conditional writes, done by the primary.
+//! Read-modify-writes: counters, maxima, appends and conditional writes, executed by the primary.
 //!
-//! **Invariant:** each carries the client's id and a number of its own, so that a repetition at the
-//! replica that may have done it already is answered with the first result. Once that replica is no
-//! longer primary, the outcome is [`ErrorKind::Unknown`]; nothing is repeated elsewhere.
+//! **Invariant:** each carries the client's id and its own number, so that the replica which may have
+//! executed it answers a repetition with the first result. Once that replica is no longer primary, the
+//! outcome is [`ErrorKind::Unknown`]; nothing is repeated elsewhere.
 
 use std::future::IntoFuture;
 
@@ -20,18 +20,18 @@ use vasto_proto::v1::write_op::Op as Change;
 
 use crate::batch::Write;
 use crate::error::{Error, ErrorKind};
-use crate::execute::{Executor, Failed, Progress, strange_reply};
+use crate::execute::{Executor, Failed, RequestProgress, strange_reply};
 use crate::key::{IntoBytes, Key};
 use crate::keyspace::{Keyspace, now_us};
 use crate::retry::{Failure, maybe_applied};
 use crate::value::{Outcome, Value};
 
-/// What a conditional write demands.
+/// The condition of a conditional write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Condition {
     /// The key does not exist.
     Absent,
-    /// This version of it stands ([`Value::version`]).
+    /// The stored value has this version ([`Value::version`]).
     Version(u64),
 }
 
@@ -101,11 +101,11 @@ impl Keyspace {
         Modify { keyspace: self, key: key.into(), change, ack: None, read }
     }
 
-    /// Adds to a counter, which is 0 when the key does not exist; answers the sum.
+    /// Adds to a counter, which is 0 when the key does not exist; returns the sum.
     ///
-    /// Counters are exact while one primary serves, through restarts and planned hand-overs. When a
-    /// primary is lost for good, increments that no other replica had are lost with it, unless they
-    /// were acknowledged by a second replica.
+    /// Counters are exact while one primary serves, through restarts and leadership transfers. When a
+    /// primary is lost for good, increments that no other replica had are lost with it, unless a second
+    /// replica acknowledged them.
     ///
     /// # Errors
     /// As of [`Keyspace::put`]; `WrongType` when the value is no counter, `OutOfRange` when the sum overflows.
@@ -114,15 +114,15 @@ impl Keyspace {
         self.change(key, Change::AddI64(addend), as_i64)
     }
 
-    /// Adds to a number, which is 0 when the key does not exist; answers the sum.
+    /// Adds to a number, which is 0 when the key does not exist; returns the sum.
     ///
     /// # Errors
-    /// As of [`Keyspace::add_i64`]; `OutOfRange` when what is given or the sum is not finite.
+    /// As of [`Keyspace::add_i64`]; `OutOfRange` when the addend or the sum is not finite.
     pub fn add_f64(&self, key: impl Into<Key>, addend: f64) -> Modify<'_, f64> {
         self.change(key, Change::AddF64(addend), as_f64)
     }
 
-    /// Raises a number to at least this; answers what stands.
+    /// Raises a number to at least `least`; returns the stored number.
     ///
     /// # Errors
     /// As of [`Keyspace::add_f64`].
@@ -130,7 +130,7 @@ impl Keyspace {
         self.change(key, Change::MaxF64(least), as_f64)
     }
 
-    /// Lowers a number to at most this; answers what stands.
+    /// Lowers a number to at most `most`; returns the stored number.
     ///
     /// # Errors
     /// As of [`Keyspace::add_f64`].
@@ -146,7 +146,7 @@ impl Keyspace {
         self.change(key, Change::Append(bytes.into_bytes()), as_outcome)
     }
 
-    /// A put or delete with a condition.
+    /// Executes a put or delete with a condition.
     pub(crate) async fn write_if(
         &self,
         write: Write,
@@ -179,7 +179,10 @@ impl Keyspace {
         let (client_id, sequence) = executor.next_operation();
         let request =
             v1::WriteRequest { ops: vec![op], ack: ack_to_wire(ack), client_id, sequence, tried_replica: 0, age_ms: 0 };
-        match executor.run_at_primary(key.hash(), Progress::new(true, time), key.key.len() + bytes, request).await? {
+        match executor
+            .run_at_primary(key.hash(), RequestProgress::new(true, time), key.key.len() + bytes, request)
+            .await?
+        {
             Reply::Write(v1::WriteReply { mut outcomes }) if outcomes.len() == 1 => {
                 outcomes.pop().ok_or_else(|| strange_reply(true))
             }
@@ -189,15 +192,15 @@ impl Keyspace {
 }
 
 impl Executor {
-    /// Has the primary do it, once: repeated at the same replica only, as what it is.
+    /// Has the primary execute the request once: repeats it only at the same replica, marked as a repetition.
     async fn run_at_primary(
         &self,
         hash: u64,
-        mut progress: Progress,
+        mut progress: RequestProgress,
         bytes: usize,
         request: v1::WriteRequest,
     ) -> Result<Reply, Error> {
-        // Who may have done it, and since when.
+        // The replica that may have executed the request, and since when.
         let mut tried: Option<(ReplicaId, Instant)> = None;
         loop {
             let table = self.table(&progress)?;
@@ -230,7 +233,7 @@ impl Executor {
                     }
                 }
             };
-            // A refusal of a repetition says nothing of the first attempt.
+            // The refusal of a repetition says nothing about the first attempt.
             self.recover(&table, &mut progress, failed).await?;
         }
     }
@@ -238,13 +241,13 @@ impl Executor {
 
 /// Conditions of a put.
 impl crate::requests::Put<'_> {
-    /// Only when the key does not exist; else the outcome is [`Outcome::NotApplied`].
+    /// Writes only when the key does not exist; else the outcome is [`Outcome::NotApplied`].
     pub fn if_absent(mut self) -> Self {
         self.condition = Some(Condition::Absent);
         self
     }
 
-    /// Only when this version stands ([`Value::version`]); else the outcome is
+    /// Writes only when the stored value has this version ([`Value::version`]); else the outcome is
     /// [`Outcome::NotApplied`].
     pub fn if_version(mut self, version: u64) -> Self {
         self.condition = Some(Condition::Version(version));
@@ -254,7 +257,7 @@ impl crate::requests::Put<'_> {
 
 /// Conditions of a delete.
 impl crate::requests::Delete<'_> {
-    /// Only when this version stands; as of a put.
+    /// Deletes only when the stored value has this version; as of a put.
     pub fn if_version(mut self, version: u64) -> Self {
         self.condition = Some(Condition::Version(version));
         self

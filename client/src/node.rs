@@ -1,11 +1,11 @@
 //! Nodes by address, each with at most one connection, shared by all keyspaces of a client.
 //!
-//! A node that could not be reached, or stood silent, is *suspect*: operations that another replica
-//! can do pass it by until a probe in the background finds it well. So an outage costs the operations
-//! that meet it first, and no others.
+//! A node that could not be reached, or was silent, is *suspect*: operations that another replica can
+//! execute skip it until a background probe finds it healthy. An outage costs only the operations that
+//! meet it first.
 //!
-//! **Invariant:** at most one attempt to connect to an address is under way; callers that wait for
-//! it share its result, and for a moment also its failure. A node has at most one probe.
+//! **Invariant:** at most one attempt to connect to an address is under way; callers that wait for it
+//! share its result, and for a short time also its failure. A node has at most one probe.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,10 +22,10 @@ use vasto_core::error::ErrorCode;
 use vasto_core::limits::ATTEMPT_PATIENCE;
 use vasto_proto::v1;
 
-use crate::connection::{Answer, Connection};
+use crate::connection::{Connection, NodeReply};
 
-/// A failed attempt to connect answers for this long: hundreds of callers that wait for a node to
-/// come back must not become hundreds of connection attempts.
+/// Time for which a failed attempt to connect is returned to callers: hundreds of callers that wait for a
+/// node to come back must not become hundreds of connection attempts.
 const FAILURE_STANDS: Duration = Duration::from_millis(20);
 
 /// First and longest pause between two probes of a suspect node.
@@ -38,7 +38,7 @@ pub(crate) struct Tasks {
     pub cancel: CancellationToken,
 }
 
-/// Where a node listens, and the connection to it.
+/// The address of a node, and the connection to it.
 pub(crate) struct Node {
     address: String,
     tasks: Tasks,
@@ -48,17 +48,17 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    /// Its address, `host:port`.
+    /// Returns the address, `host:port`.
     pub fn address(&self) -> &str {
         &self.address
     }
 
-    /// True while operations should pass it by.
+    /// Returns true while operations should skip the node.
     pub fn is_suspect(&self) -> bool {
         self.suspect.load(Ordering::Acquire)
     }
 
-    /// Passes it by until `probe`, a request that any healthy node answers, is answered.
+    /// Makes the node suspect until it answers `probe`, a request that any healthy node answers.
     pub fn suspect(self: &Arc<Self>, probe: v1::Request) {
         if self.suspect.swap(true, Ordering::AcqRel) {
             return;
@@ -74,7 +74,7 @@ impl Node {
         self.connection.load().as_ref().filter(|connection| connection.is_open()).cloned()
     }
 
-    /// Forgets a connection, so that the next caller makes a new one.
+    /// Drops a connection, so that the next caller makes a new one.
     fn drop_connection(&self, connection: &Arc<Connection>) {
         let known = self.connection.load();
         if known.as_ref().is_some_and(|known| Arc::ptr_eq(known, connection)) {
@@ -82,7 +82,7 @@ impl Node {
         }
     }
 
-    /// The open connection, or a new one; an error says why there is none by the deadline.
+    /// Returns the open connection or a new one; an error says why there is none by the deadline.
     pub async fn connection(&self, deadline: Instant) -> Result<Arc<Connection>, String> {
         if let Some(connection) = self.open_connection() {
             return Ok(connection);
@@ -117,7 +117,7 @@ impl Node {
     }
 }
 
-/// Asks until there is an answer; ends also when no topology names the node any more.
+/// Probes until the node answers; ends also when no topology names the node any more.
 async fn probe_until_well(node: Weak<Node>, probe: v1::Request) {
     let mut pause = PROBE_PAUSES.0;
     loop {
@@ -127,17 +127,17 @@ async fn probe_until_well(node: Weak<Node>, probe: v1::Request) {
         let deadline = Instant::now() + ATTEMPT_PATIENCE;
         let Ok(connection) = node.connection(deadline).await else { continue };
         match connection.call(probe.clone(), 0, deadline).await {
-            Answer::Reply(v1::reply::Result::Error(error)) if error.code == ErrorCode::CatchingUp as u32 => {
+            NodeReply::Reply(v1::reply::Result::Error(error)) if error.code == ErrorCode::CatchingUp as u32 => {
                 pause = PROBE_PAUSES.0;
             }
-            Answer::Reply(_) => {
+            NodeReply::Reply(_) => {
                 tracing::debug!(address = node.address, "the node answers again");
                 node.suspect.store(false, Ordering::Release);
                 return;
             }
-            // A connection that stands still is of no use to anybody.
-            Answer::Expired { sent: true } => node.drop_connection(&connection),
-            Answer::Lost { .. } | Answer::Expired { .. } => {}
+            // A connection that makes no progress is useless.
+            NodeReply::Expired { sent: true } => node.drop_connection(&connection),
+            NodeReply::Lost { .. } | NodeReply::Expired { .. } => {}
         }
     }
 }
@@ -153,12 +153,12 @@ impl Pool {
         Self { nodes: Mutex::default(), tasks }
     }
 
-    /// Cancelled when the client is closed.
+    /// Returns the token that is cancelled when the client is closed.
     pub fn closed(&self) -> &CancellationToken {
         &self.tasks.cancel
     }
 
-    /// The node at an address. It lives as long as a topology names it.
+    /// Returns the node at an address. It lives as long as a topology names it.
     pub fn node(&self, address: &str) -> Arc<Node> {
         let mut nodes = self.nodes.lock();
         if let Some(node) = nodes.get(address).and_then(Weak::upgrade) {

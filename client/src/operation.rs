@@ -2,34 +2,34 @@
 
 use crate::error::{Error, ErrorKind};
 
-/// Whether an operation goes on.
+/// The state of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OperationState {
-    /// It goes on.
+    /// The operation is in progress.
     Running,
-    /// It is done.
+    /// The operation is done.
     Done,
-    /// It was given up; nothing has changed.
+    /// The operation was aborted; nothing has changed.
     Aborted,
 }
 
-/// A structural change, as of now.
+/// A snapshot of a structural change.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Operation {
     /// For [`Vasto::show_operation`](crate::Vasto::show_operation) and
     /// [`Vasto::cancel_operation`](crate::Vasto::cancel_operation).
     pub id: String,
-    /// Whether it goes on.
+    /// Its state.
     pub state: OperationState,
     /// Why it was aborted.
     pub reason: Option<String>,
-    /// Everything the master said, a JSON object: while it runs `{id, kind, keyspace, from, to,
-    /// state, step, bytes_done, bytes_total, …}`, afterwards also its figures.
+    /// The whole report of the master, a JSON object: while the operation runs `{id, kind, keyspace,
+    /// from, to, state, step, bytes_done, bytes_total, …}`, afterwards also its figures.
     pub json: String,
 }
 
 impl Operation {
-    /// Reads the master's document.
+    /// Parses the master's document.
     pub(crate) fn from_json(json: String) -> Result<Self, Error> {
         let strange =
             || Error::new(ErrorKind::Internal, format!("the master described an operation in an unknown way: {json}"));

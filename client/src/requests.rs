@@ -1,4 +1,4 @@
-//! Writes that can be adjusted before they are awaited.
+//! Writes that take options before they are awaited.
 //!
 //! **Invariant:** nothing is checked or sent before the `await`; all checks are made before
 //! anything is sent.
@@ -26,15 +26,14 @@ pub struct Put<'a> {
 }
 
 impl Put<'_> {
-    /// The value ceases to exist after this time, at least 1 ms. The keyspace's default if not
-    /// given.
+    /// Sets the time to live, at least 1 ms. The keyspace's default if not given.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.write.options = self.write.options.ttl(ttl);
         self
     }
 
-    /// When it happened, microseconds since 1970, not 0 and at most a minute ahead of the clock.
-    /// The later event time wins; a repeated put with its own event time has no effect.
+    /// Sets the event time in microseconds since 1970, not 0 and at most a minute ahead of the clock.
+    /// The later event time wins; repeating a put with its own event time has no effect.
     pub fn event_time(mut self, micros: u64) -> Self {
         self.write.options = self.write.options.event_time(micros);
         self
@@ -72,7 +71,7 @@ pub struct Delete<'a> {
 }
 
 impl Delete<'_> {
-    /// When it happened; as [`Put::event_time`].
+    /// Sets the event time; as [`Put::event_time`].
     pub fn event_time(mut self, micros: u64) -> Self {
         self.write.options = self.write.options.event_time(micros);
         self

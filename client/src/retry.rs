@@ -1,11 +1,11 @@
-//! The decision after a failed attempt: try again, when, or give up as what.
+//! The decision after a failed attempt: whether to retry, when, and which error ends the operation.
 //!
 //! **Invariant:** [`decide`] is a pure function. Once a write may have been applied, giving up is
-//! always [`ErrorKind::Unknown`], whatever the last attempt said.
+//! always [`ErrorKind::Unknown`], whatever the error of the last attempt.
 //!
-//! Puts and deletes are repeated after a lost reply (one may then take effect twice, the second
-//! time with a later stamp). Retries that put load on a server that answered, or may have, are
-//! paid from a [`Budget`]; waiting for a node to come back is not, since connecting is shared.
+//! Puts and deletes are repeated after a lost reply (one may then take effect twice, the second time
+//! with a later event time). Retries that load a server which answered, or may have, are paid from a
+//! [`Budget`]; waiting for a node to come back is not, since connection attempts are shared.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -22,27 +22,27 @@ pub(crate) enum Failure {
     Unreachable,
     /// The connection ended before the reply; `sent` when the request may have reached the node.
     Lost {
-        /// The node may have it.
+        /// The node may have received the request.
         sent: bool,
     },
     /// The deadline passed; `sent` as above.
     Expired {
-        /// The node may have it.
+        /// The node may have received the request.
         sent: bool,
     },
     /// The node answered with an error.
     Refused {
-        /// What it said.
+        /// The error code.
         code: ErrorCode,
-        /// What it asked for, zero if nothing.
+        /// The pause that the node asked for, zero if none.
         retry_after: Duration,
     },
 }
 
-/// What is known of the operation when an attempt has failed.
+/// The known state of the operation after a failed attempt.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Situation {
-    /// It changes something.
+    /// The operation changes something.
     pub write: bool,
     /// An earlier attempt may have been applied.
     pub maybe_applied: bool,
@@ -50,33 +50,33 @@ pub(crate) struct Situation {
     pub attempts: u32,
     /// Requests of this operation that were lost after they had been sent, this one included.
     pub losses: u32,
-    /// Until the deadline.
+    /// Time until the deadline.
     pub time_left: Duration,
-    /// The topology is newer than the one the attempt used.
+    /// The topology is newer than the one that the attempt used.
     pub newer_topology: bool,
-    /// Another replica can be asked that is not known to be in trouble.
+    /// Another replica can be asked that is not known to have a fault.
     pub elsewhere: bool,
 }
 
-/// What to do.
+/// The next action.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Action {
-    /// Try again now, with the topology at hand.
+    /// Try again now, with the current topology.
     Now,
     /// Try again after the pause, or as soon as a newer topology arrives.
     After {
         /// The pause, before jitter.
         pause: Duration,
-        /// It must be paid from the budget; an empty budget means giving up.
+        /// The retry must be paid from the budget; an empty budget means giving up.
         paid: bool,
-        /// A server named the pause: jitter may only lengthen it, and no topology cuts it short.
+        /// A server named the pause: jitter may only lengthen it, and a new topology does not shorten it.
         at_least: bool,
     },
     /// Give up.
     Fail(ErrorKind),
 }
 
-/// May this failed attempt have been applied?
+/// Returns true when the failed attempt may have been applied.
 pub(crate) fn maybe_applied(failure: Failure) -> bool {
     match failure {
         Failure::Unreachable => false,
@@ -85,7 +85,7 @@ pub(crate) fn maybe_applied(failure: Failure) -> bool {
     }
 }
 
-/// The kind of error if this failure ends the operation.
+/// Returns the kind of error if this failure ends the operation.
 fn kind_of_failure(failure: Failure) -> ErrorKind {
     match failure {
         Failure::Unreachable | Failure::Lost { .. } => ErrorKind::Unavailable,
@@ -94,7 +94,7 @@ fn kind_of_failure(failure: Failure) -> ErrorKind {
     }
 }
 
-/// The kind of error if the operation ends with this failure.
+/// Returns the kind of error if the operation ends with this failure.
 pub(crate) fn give_up(failure: Failure, now: Situation) -> ErrorKind {
     if now.write && (now.maybe_applied || maybe_applied(failure)) {
         ErrorKind::Unknown
@@ -103,21 +103,21 @@ pub(crate) fn give_up(failure: Failure, now: Situation) -> ErrorKind {
     }
 }
 
-/// An operation goes from replica to replica without a pause this often.
+/// How often an operation goes to another replica without a pause.
 const HOPS_MAX: u32 = 8;
 
-/// What to do after a failed attempt.
+/// Returns the action after a failed attempt.
 pub(crate) fn decide(failure: Failure, now: Situation) -> Action {
     let give_up = Action::Fail(give_up(failure, now));
     if now.time_left.is_zero() {
         return give_up;
     }
     let pause = backoff(now.attempts);
-    // The first loss of an operation is a node that went away: the next replica takes it at once.
+    // The first loss of an operation is a node that went away: the next replica is asked at once.
     let moves_on = match failure {
         Failure::Unreachable => true,
         Failure::Lost { sent } => !sent || now.losses <= 1,
-        // What any replica does is done by the next one while this one is out of service.
+        // An operation that any replica can execute goes to the next one while this one is out of service.
         Failure::Refused { code, .. } => {
             code.retry() == Retry::Elsewhere || matches!(code, ErrorCode::NotPrimary | ErrorCode::NoSpace)
         }
@@ -129,7 +129,7 @@ pub(crate) fn decide(failure: Failure, now: Situation) -> Action {
     match failure {
         Failure::Expired { .. } => give_up,
         Failure::Unreachable | Failure::Lost { sent: false } => Action::After { pause, paid: false, at_least: false },
-        // The first loss of an operation is a node that went away; more of them may be this very request.
+        // The first loss is a node that went away; later losses may be caused by this very request.
         Failure::Lost { sent: true } => Action::After { pause, paid: now.losses > 1, at_least: false },
         Failure::Refused { code, retry_after } => match code.retry() {
             Retry::Never => give_up,
@@ -148,16 +148,16 @@ pub(crate) fn decide(failure: Failure, now: Situation) -> Action {
 /// Whether a read of many keys may succeed with fewer of them in a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fewer {
-    /// The number of keys is not the reason.
+    /// The number of keys is not the cause.
     No,
-    /// Perhaps, after the usual pause.
+    /// The number may be the cause: retry with fewer keys after the usual pause.
     AfterPause,
-    /// Certainly the reason: each key by itself is within the limits.
+    /// The number is the cause: each key by itself is within the limits.
     Now,
 }
 
-/// Nodes refuse a read whose values do not fit into one reply. Nobody can know that before, so the
-/// client then asks for half as many keys.
+/// Returns whether half as many keys may succeed: nodes refuse a read whose values do not fit into one
+/// reply, which the client cannot know before.
 pub(crate) fn fewer_may_do(failure: Failure, write: bool, keys: usize) -> Fewer {
     match failure {
         _ if write || keys < 2 => Fewer::No,
@@ -167,26 +167,26 @@ pub(crate) fn fewer_may_do(failure: Failure, write: bool, keys: usize) -> Fewer 
     }
 }
 
-/// The pause after so many failed attempts, before jitter: doubled each time, bounded.
+/// Returns the pause after so many failed attempts, before jitter: doubled each time, bounded.
 pub(crate) fn backoff(attempts: u32) -> Duration {
     BACKOFF_FIRST.saturating_mul(1 << attempts.saturating_sub(1).min(16)).min(BACKOFF_MAX)
 }
 
-/// Spreads callers that failed together: over the second half of the pause, or over half a pause
-/// more when it is the least time that a server named. `random` is in `0.0..1.0`.
+/// Spreads callers that failed together: over the second half of the pause, or over an additional half
+/// pause when the pause is the minimum that a server named. `random` is in `0.0..1.0`.
 pub(crate) fn with_jitter(pause: Duration, at_least: bool, random: f64) -> Duration {
     let low = if at_least { 1.0 } else { 0.5 };
     pause.mul_f64(low + random.clamp(0.0, 1.0) / 2.0)
 }
 
-/// What remains for the server's own deadline: a little less than the client's, so that a definite
-/// answer still arrives. Milliseconds, at least 1.
+/// Returns the server's deadline: slightly less than the client's, so that a definite answer still
+/// arrives. Milliseconds, at least 1.
 pub(crate) fn server_deadline_ms(time_left: Duration) -> u32 {
     let margin = (time_left / 10).min(Duration::from_millis(100));
     u32::try_from((time_left - margin).as_millis()).unwrap_or(u32::MAX).max(1)
 }
 
-/// Retries that may be made: a store of them, refilled by a share of the successes.
+/// A retry budget, refilled by a share of the successes.
 #[derive(Debug)]
 pub(crate) struct Budget {
     /// In shares of a retry: one success adds 1, one retry takes [`RETRY_SHARE`].
@@ -200,15 +200,15 @@ impl Default for Budget {
 }
 
 impl Budget {
-    /// An operation succeeded.
+    /// Adds the share of a successful operation.
     pub fn succeeded(&self) {
-        // The plain read keeps the common case (a full store) free of contended writes.
+        // The plain load keeps the common case (a full budget) free of contended writes.
         if self.shares.load(Ordering::Relaxed) < RETRY_BUDGET * RETRY_SHARE {
             self.shares.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// Takes one retry; false when none is left.
+    /// Takes one retry; returns false when none is left.
     pub fn take(&self) -> bool {
         self.shares.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |shares| shares.checked_sub(RETRY_SHARE)).is_ok()
     }

@@ -1,8 +1,8 @@
-//! Where operations go: the topology in force, and pure functions on it.
+//! The routing of operations: the topology in force, and pure functions on it.
 //!
-//! **Invariant:** the topology of a handle only moves forward by (version, epoch), and it never
-//! forgets the address of a node that the master has just not heard of yet: a restarted master
-//! disturbs nobody.
+//! **Invariant:** the topology of a handle only moves forward by (version, epoch), and it keeps the
+//! address of a node that has not registered with the master yet: a restart of the master disturbs
+//! no client.
 
 use std::sync::Arc;
 
@@ -15,20 +15,20 @@ use vasto_core::topology::Topology;
 
 use crate::node::{Node, Pool};
 
-/// Which replica answers reads.
+/// The replica that answers reads.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum ReadFrom {
-    /// The replica that serves the shard: the primary, or the one that has taken its place. Reads see every write
-    /// that was acknowledged before them.
+    /// The replica that serves the shard: the primary, or the acting primary. Reads see every write that was
+    /// acknowledged before them.
     #[default]
     Primary,
-    /// Any replica: *eventual*, reads may lag behind by the time of the replication.
+    /// Any replica: *eventual*, reads may lag behind by the replication delay.
     Any,
     /// A replica in this zone where there is one, else the primary: *eventual*, reads may lag behind.
     Zone(String),
 }
 
-/// Which replica takes puts and deletes.
+/// The replica that takes puts and deletes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum WriteTo {
     /// The replica that serves the shard: every later read at the primary sees the write.
@@ -40,7 +40,7 @@ pub enum WriteTo {
 }
 
 impl WriteTo {
-    /// The replica to ask first.
+    /// Returns the replica to ask first.
     pub(crate) fn replica(&self) -> ReadFrom {
         match self {
             WriteTo::Primary => ReadFrom::Primary,
@@ -49,13 +49,13 @@ impl WriteTo {
     }
 }
 
-/// A topology with the nodes it names.
+/// A topology with the nodes that it names.
 pub(crate) struct Table {
-    /// What is known of the keyspace.
+    /// The known topology of the keyspace.
     pub topology: Topology,
-    /// Counts the tables of a handle.
+    /// Number of this table among those of a handle.
     pub generation: u64,
-    /// As `topology.shards`; `None` where no address is known.
+    /// In the order of `topology.shards`; `None` where no address is known.
     nodes: Vec<Vec<Option<Arc<Node>>>>,
 }
 
@@ -69,8 +69,8 @@ impl Table {
         Self { topology, generation, nodes }
     }
 
-    /// The node to ask for a shard: the first in the order of preference that is not suspect. When all
-    /// are, another one after each failure. Those in `but` are asked only when there is no other.
+    /// Returns the node to ask for a shard: the first in the order of preference that is not suspect. When all
+    /// are suspect, another one after each failure. Nodes in `but` are asked only when there is no other.
     pub fn node(&self, shard: ShardId, from: ReadFrom, unreachable: u32, but: &[Arc<Node>]) -> Option<&Arc<Node>> {
         let replicas = self.nodes.get(shard.0 as usize)?;
         let routes = self.topology.routes(shard);
@@ -91,20 +91,20 @@ impl Table {
         well.or_else(|| known.get(unreachable as usize % known.len().max(1)).map(|(_, node)| *node))
     }
 
-    /// The primary of a shard.
+    /// Returns the primary of a shard.
     pub fn primary(&self, shard: ShardId) -> Option<(ReplicaId, &Arc<Node>)> {
         let node = self.nodes.get(shard.0 as usize)?.first()?.as_ref()?;
         Some((self.topology.routes(shard).first()?.replica, node))
     }
 
-    /// True when a node other than this one, and none of `but`, can be asked for the shard.
+    /// Returns true when a node other than `node`, and not in `but`, can be asked for the shard.
     pub fn has_other(&self, shard: ShardId, node: &Arc<Node>, but: &[Arc<Node>]) -> bool {
         let replicas = self.nodes.get(shard.0 as usize).map_or(&[][..], Vec::as_slice);
         let is_other = |other: &Arc<Node>| !Arc::ptr_eq(other, node) && !is_among(but, other);
         replicas.iter().flatten().any(|other| is_other(other) && !other.is_suspect())
     }
 
-    /// True when `other` names the same owners: cursors and groups stay valid.
+    /// Returns true when `other` names the same owners: cursors and groups stay valid.
     pub fn same_owners(&self, other: &Table) -> bool {
         self.topology.epoch == other.topology.epoch && self.topology.shards.len() == other.topology.shards.len()
     }
@@ -114,19 +114,19 @@ fn is_among(nodes: &[Arc<Node>], node: &Arc<Node>) -> bool {
     nodes.iter().any(|one| Arc::ptr_eq(one, node))
 }
 
-/// Who says so.
+/// The sender of a topology.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// The master, which also knows where nodes listen now.
+    /// The master, which also knows the current addresses of nodes.
     Master,
     /// A node, in a refusal: trusted for newer versions only.
     Node,
 }
 
-/// The topology that follows `current` when `offered` arrives; `None` when nothing changes.
+/// Returns the topology that follows `current` when `offered` arrives; `None` when nothing changes.
 pub(crate) fn follow(current: &Topology, mut offered: Topology, source: Source) -> Option<Topology> {
     if offered.keyspace != current.keyspace {
-        // The name was given to another keyspace: the one of this handle is gone. Only the master
+        // The name belongs to another keyspace now: the keyspace of this handle is gone. Only the master
         // can know.
         let gone = source == Source::Master && current.active;
         return gone.then(|| Topology { active: false, ..current.clone() });
@@ -147,7 +147,7 @@ pub(crate) fn follow(current: &Topology, mut offered: Topology, source: Source) 
     (offered != *current).then_some(offered)
 }
 
-/// Splits items by the shard their hash belongs to; positions keep their order within a group.
+/// Groups items by the shard that their hash belongs to; positions keep their order within a group.
 pub(crate) fn group_by_shard(
     topology: &Topology,
     positions: &[usize],
@@ -167,7 +167,7 @@ pub(crate) fn group_by_shard(
     groups
 }
 
-/// The table in force and word of its changes.
+/// The table in force and the notification of its changes.
 pub(crate) struct Routing {
     table: ArcSwap<Table>,
     generation: watch::Sender<u64>,
@@ -181,17 +181,17 @@ impl Routing {
         Self { table: ArcSwap::from_pointee(table), generation: watch::Sender::new(1), changing: Mutex::new(()), pool }
     }
 
-    /// Cancelled when the client is closed.
+    /// Returns the token that is cancelled when the client is closed.
     pub fn closed(&self) -> &CancellationToken {
         self.pool.closed()
     }
 
-    /// The table in force.
+    /// Returns the table in force.
     pub fn table(&self) -> Arc<Table> {
         self.table.load_full()
     }
 
-    /// Takes a topology over if it is news.
+    /// Adopts a topology if it is newer.
     pub fn offer(&self, offered: Topology, source: Source) {
         let _one_at_a_time = self.changing.lock();
         let current = self.table.load();
@@ -204,10 +204,10 @@ impl Routing {
         }
     }
 
-    /// Returns once the table is newer than `generation`.
+    /// Waits until the table is newer than `generation`.
     pub async fn newer_than(&self, generation: u64) {
         let mut changes = self.generation.subscribe();
-        // An error would mean that the sender is gone, and it is in `self`.
+        // An error would mean that the sender was dropped, and `self` holds it.
         let _ = changes.wait_for(|now| *now > generation).await;
     }
 }

@@ -1,7 +1,7 @@
 //! Scans: rows of one partition or of a whole keyspace, page by page.
 //!
-//! **Invariant:** all pages of a scan in use were read at one epoch. When ownership changes, the
-//! scan starts every shard anew behind the last row it gave out; the rest is [`crate::merge`].
+//! **Invariant:** all pages of a scan in use were read at one epoch. When ownership changes, the scan
+//! restarts every shard behind the last row that it returned; [`crate::merge`] does the rest.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -22,7 +22,7 @@ use vasto_proto::v1::reply::Result as Reply;
 use vasto_proto::v1::request::Op;
 
 use crate::error::Error;
-use crate::execute::{Executor, Progress, strange_reply};
+use crate::execute::{Executor, RequestProgress, strange_reply};
 use crate::key::IntoBytes;
 use crate::keyspace::Keyspace;
 use crate::merge::{Merge, Page, Step, Wanted};
@@ -53,19 +53,19 @@ impl Scan {
         Self { keyspace, query, limit: usize::MAX }
     }
 
-    /// Only keys that were written with this partition key: one shard, one seek.
+    /// Restricts the scan to keys that were written with this partition key: one shard, one seek.
     pub fn partition(mut self, partition: impl IntoBytes) -> Self {
         self.query.partition = Some(partition.into_bytes());
         self
     }
 
-    /// Only user keys that begin with this.
+    /// Restricts the scan to user keys that begin with `prefix`.
     pub fn prefix(mut self, prefix: impl IntoBytes) -> Self {
         self.query.prefix = prefix.into_bytes();
         self
     }
 
-    /// At most so many rows.
+    /// Limits the number of rows.
     pub fn limit(mut self, rows: usize) -> Self {
         self.limit = rows;
         self
@@ -77,21 +77,21 @@ impl Scan {
         self
     }
 
-    /// Starts it. Rows come in the order of user keys; the same user key under several partition keys
-    /// is several rows, told apart by [`Row::partition_hash`]. They are no snapshot: a row that is written
-    /// or deleted during the scan may be seen or not; all others are seen exactly once, also while
-    /// the keyspace changes its shards. Memory is bounded by two pages (1 MiB each) a shard. Each
-    /// page has the operation deadline of the handle.
+    /// Starts the scan. Rows come in the order of user keys; the same user key under several partition keys
+    /// is several rows, distinguished by [`Row::partition_hash`]. The rows are no snapshot: a row that is
+    /// written or deleted during the scan may be seen or not; all others are seen exactly once, also while
+    /// the keyspace changes its shards. Memory is bounded by two pages (1 MiB each) per shard. Each page has
+    /// the operation deadline of the handle.
     ///
     /// After an error the stream ends.
     pub fn stream(self) -> Rows {
-        let source = futures::stream::try_unfold(State::New(self), |state| async move {
+        let source = futures::stream::try_unfold(ScanState::New(self), |state| async move {
             let mut running = match state {
-                State::New(scan) => Box::new(Running::start(scan)?),
-                State::Running(running) => running,
+                ScanState::New(scan) => Box::new(Running::start(scan)?),
+                ScanState::Running(running) => running,
             };
             let rows = running.next_rows().await?;
-            Ok(rows.map(|rows| (rows, State::Running(running))))
+            Ok(rows.map(|rows| (rows, ScanState::Running(running))))
         });
         Rows { ready: VecDeque::new(), source: source.boxed() }
     }
@@ -105,7 +105,7 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// The next row; `None` after the last.
+    /// Returns the next row; `None` after the last.
     ///
     /// # Errors
     /// As of [`Keyspace::get`]; the scan is then over.
@@ -132,16 +132,16 @@ impl Stream for Rows {
     }
 }
 
-enum State {
+enum ScanState {
     New(Scan),
     Running(Box<Running>),
 }
 
 /// Why a page was not read.
 enum Stop {
-    /// The shards changed.
+    /// The ownership of shards changed.
     Moved,
-    /// For good.
+    /// A final error.
     Failed(Error),
 }
 
@@ -155,7 +155,7 @@ struct Running {
     pages: FuturesUnordered<BoxFuture<'static, (usize, Result<Page, Stop>)>>,
 }
 
-/// Rows in one page, so that a scan over many shards holds no more than one over few.
+/// Returns the rows of one page, so that a scan over many shards holds no more than one over few.
 fn page_rows(shards: usize) -> usize {
     (SCAN_PAGE_ROWS_MAX / shards.max(1)).max(SCAN_ROWS_MIN)
 }
@@ -169,14 +169,14 @@ impl Running {
             return Err(LimitError::KeyTooLong(scan.query.prefix.len()).into());
         }
         let (executor, time) = scan.keyspace.parts();
-        let table = executor.table(&Progress::new(false, time))?;
+        let table = executor.table(&RequestProgress::new(false, time))?;
         let shards = shards_of(&table, &scan.query);
         let merge = Merge::new(shards.len(), scan.limit, page_rows(shards.len()));
         let query = Arc::new(scan.query);
         Ok(Self { executor, time, query, table, shards, merge, pages: FuturesUnordered::new() })
     }
 
-    /// The rows that are known next, at least one; `None` at the end.
+    /// Returns the rows that are known next, at least one; `None` at the end.
     async fn next_rows(&mut self) -> Result<Option<VecDeque<Row>>, Error> {
         let mut rows = VecDeque::new();
         loop {
@@ -197,7 +197,7 @@ impl Running {
         }
     }
 
-    /// Asks for the pages that are due, and sees to it that the requests are on their way.
+    /// Requests the pages that are due, and polls the requests so that they are sent.
     fn ask(&mut self) -> Result<(), Error> {
         loop {
             let wanted = self.merge.wanted();
@@ -229,7 +229,7 @@ impl Running {
             Err(Stop::Failed(error)) => Err(error),
             Err(Stop::Moved) => {
                 self.pages.clear();
-                self.table = self.executor.table(&Progress::new(false, self.time))?;
+                self.table = self.executor.table(&RequestProgress::new(false, self.time))?;
                 self.shards = shards_of(&self.table, &self.query);
                 self.merge.restart(self.shards.len(), page_rows(self.shards.len()));
                 Ok(())
@@ -254,7 +254,7 @@ async fn fetch(
     query: Arc<Query>,
     wanted: Wanted,
 ) -> Result<Page, Stop> {
-    let mut progress = Progress::new(false, time).from(query.from.clone());
+    let mut progress = RequestProgress::new(false, time).from(query.from.clone());
     let bytes = query.prefix.len() + wanted.after.as_ref().map_or(0, |(key, _)| key.len());
     loop {
         let now = executor.table(&progress).map_err(Stop::Failed)?;

@@ -1,4 +1,4 @@
-//! What is asked for when a keyspace is created.
+//! The specification of a keyspace to create.
 
 use std::time::Duration;
 
@@ -8,8 +8,7 @@ use vasto_core::limits::{REPLICAS_MAX, check_ttl_ms};
 
 use crate::error::{Error, ErrorKind};
 
-/// What a keyspace shall be: one shard, one replica and synced acknowledgements unless said
-/// otherwise.
+/// The specification of a keyspace: one shard, one replica and synced acknowledgements unless set.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyspaceSpec {
     pub(crate) shards: u32,
@@ -27,39 +26,39 @@ impl Default for KeyspaceSpec {
 }
 
 impl KeyspaceSpec {
-    /// The number of shards: 1 to 64.
+    /// Sets the number of shards: 1 to 64.
     pub fn shards(mut self, shards: u32) -> Self {
         self.shards = shards;
         self
     }
 
-    /// Copies of each shard, 1 to 7.
+    /// Sets the number of replicas of each shard, 1 to 7.
     pub fn replicas(mut self, replicas: u32) -> Self {
         self.replicas = replicas;
         self
     }
 
-    /// When writes are answered; a request may ask for more.
+    /// Sets when writes are acknowledged; a request may ask for more.
     pub fn ack(mut self, ack: Ack) -> Self {
         self.ack = ack;
         self
     }
 
-    /// How long values exist that are put without a time to live of their own, or that a counter, a
-    /// maximum, a minimum or an append creates; at least 1 ms. What changes a value leaves its end.
+    /// Sets the time to live of values that are put without their own, or that a counter, a maximum, a
+    /// minimum or an append creates; at least 1 ms. An update of a value keeps its expiry.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.ttl_ms = Some(u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX));
         self
     }
 
-    /// How long keys that moved to another shard are kept on their old one, unserved; 24 h if not
+    /// Sets how long keys that moved to another shard are kept on their old one, unserved; 24 h if not
     /// given.
     pub fn quarantine(mut self, time: Duration) -> Self {
         self.quarantine_ms = Some(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
         self
     }
 
-    /// How long deletes are remembered at least, so that a replica that was away cannot bring a deleted
+    /// Sets how long deletes are remembered at least, so that a replica that was away cannot bring a deleted
     /// key back; at least 1 s, 24 h if not given.
     pub fn tombstone_grace(mut self, time: Duration) -> Self {
         self.tombstone_grace_ms = Some(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));

@@ -1,19 +1,19 @@
-//! Caps and times of the client alone, with the reason beside the number. What servers must agree
-//! with stands in `vasto_core::limits`.
+//! Caps and times of the client alone, each with its reason. Limits that servers must agree with are in
+//! `vasto_core::limits`.
 
 use std::time::Duration;
 
 /// Bytes of requests in flight to one node. Half of what a node allows a connection, so that the
-/// node never has to refuse a client that keeps to it.
+/// node never has to refuse a client that respects it.
 pub(crate) const IN_FLIGHT_BYTES_MAX: usize = vasto_core::limits::CONNECTION_BYTES_MAX / 2;
-/// What a request costs beyond its keys and values; bounds the number of tiny requests in flight.
+/// Cost of a request beyond its keys and values; bounds the number of tiny requests in flight.
 pub(crate) const REQUEST_OVERHEAD_BYTES: usize = 128;
 /// A frame is closed once it holds this much: large enough to make framing cheap, small enough that
 /// the first request of the next frame does not wait long.
 pub(crate) const FRAME_BYTES: usize = 256 << 10;
 /// Most requests in a frame.
 pub(crate) const FRAME_REQUESTS_MAX: usize = 2_048;
-/// Frames handed to the transport ahead of it; more would only hide requests from the deadline.
+/// Frames queued in the transport; more would only hide requests from the deadline.
 pub(crate) const FRAMES_AHEAD: usize = 2;
 /// HTTP/2 windows: a whole scan page or many small replies fit without a round trip.
 pub(crate) const STREAM_WINDOW_BYTES: u32 = 4 << 20;
@@ -25,8 +25,8 @@ pub(crate) const GET_KEYS_MAX: usize = 256;
 /// Bytes of keys in one get request.
 pub(crate) const GET_KEY_BYTES_MAX: usize = 1 << 20;
 
-/// The longest deadline of an operation; whoever asks for more waits for ever in all but name, and no sum
-/// of times overflows.
+/// The longest deadline of an operation; a longer one is for ever in all but name, and no sum of times
+/// overflows.
 pub(crate) const DEADLINE_MAX: Duration = Duration::from_secs(365 * 86_400);
 /// The first pause before a retry; doubled for each further one.
 pub(crate) const BACKOFF_FIRST: Duration = Duration::from_millis(5);
@@ -34,11 +34,11 @@ pub(crate) const BACKOFF_FIRST: Duration = Duration::from_millis(5);
 pub(crate) const BACKOFF_MAX: Duration = Duration::from_millis(500);
 /// The longest pause between two attempts to watch a topology again.
 pub(crate) const WATCH_BACKOFF_MAX: Duration = Duration::from_secs(2);
-/// How often a waiting `resize_keyspace` asks how far it is.
+/// The interval at which a waiting `resize_keyspace` polls its operation.
 pub(crate) const OPERATION_POLL: Duration = Duration::from_millis(200);
 /// Retries that a handle may make beyond [`RETRY_SHARE`] of its successes.
 pub(crate) const RETRY_BUDGET: u32 = 1_000;
-/// One retry is earned by this many successes: retries add at most a tenth to a sustained load.
+/// Successes that earn one retry: retries add at most a tenth to a sustained load.
 pub(crate) const RETRY_SHARE: u32 = 10;
 /// Shards whose next page a merged scan fetches ahead; more shards are read on demand.
 pub(crate) const PREFETCH_SHARDS_MAX: usize = 64;

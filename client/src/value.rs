@@ -1,4 +1,4 @@
-//! What is read: values, rows and the outcome of writes.
+//! The results of reads and writes: values, rows and outcomes.
 
 use std::cmp::Ordering;
 use std::fmt;
@@ -26,16 +26,16 @@ pub enum Payload {
 pub struct Value {
     /// Its content.
     pub payload: Payload,
-    /// When it happened: microseconds since 1970, stamped by the replica or given by the writer.
+    /// The event time in microseconds since 1970, assigned by the replica or given by the writer.
     pub event_time: u64,
-    /// When it ends to exist, microseconds since 1970.
+    /// The expiry in microseconds since 1970.
     pub expires_at: Option<u64>,
     /// A hash of the stored entry: the same entry has the same version on every replica.
     pub version: u64,
 }
 
 impl Value {
-    /// The content as bytes; a number as its decimal text.
+    /// Returns the content as bytes; a number as its decimal text.
     pub fn bytes(&self) -> Bytes {
         match &self.payload {
             Payload::Bytes(bytes) => bytes.clone(),
@@ -44,7 +44,7 @@ impl Value {
         }
     }
 
-    /// The counter, if it is one.
+    /// Returns the counter, if the value is one.
     pub fn as_i64(&self) -> Option<i64> {
         match self.payload {
             Payload::I64(number) => Some(number),
@@ -52,7 +52,7 @@ impl Value {
         }
     }
 
-    /// The number, if it is one.
+    /// Returns the number, if the value is one.
     pub fn as_f64(&self) -> Option<f64> {
         match self.payload {
             Payload::F64(number) => Some(number),
@@ -77,7 +77,7 @@ impl Value {
 }
 
 impl fmt::Display for Value {
-    /// The content as text; bytes that are no text are replaced.
+    /// Formats the content as text; bytes that are no text are replaced.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.payload {
             Payload::Bytes(bytes) => f.write_str(&String::from_utf8_lossy(bytes)),
@@ -92,10 +92,10 @@ impl fmt::Display for Value {
 pub struct Row {
     /// The user key.
     pub key: Bytes,
-    /// The hash of its partition key, when that is not the key itself. The same user key under two
-    /// partition keys is two rows; [`Key::from`](crate::Key) makes the key that reads this one.
+    /// The hash of the partition key, when that is not the key itself. The same user key under two
+    /// partition keys is two rows; [`Key::from`](crate::Key) makes the key that reads this row.
     pub partition_hash: Option<u64>,
-    /// Its value; `None` in a scan of keys only.
+    /// The value; `None` in a scan of keys only.
     pub value: Option<Value>,
 }
 
@@ -104,12 +104,12 @@ impl Row {
         self.partition_hash.unwrap_or_else(|| partition_hash(&self.key))
     }
 
-    /// What tells it apart from all other rows, and its place among them.
+    /// Returns the place of the row, which distinguishes it from all other rows and orders them.
     pub(crate) fn place(&self) -> Place {
         (self.key.clone(), self.hash())
     }
 
-    /// Which of two rows comes first; hashes only what has to be.
+    /// Compares the places of two rows; hashes only where the keys are equal.
     pub(crate) fn order(&self, other: &Row) -> Ordering {
         self.key.cmp(&other.key).then_with(|| self.hash().cmp(&other.hash()))
     }
@@ -118,15 +118,15 @@ impl Row {
 /// The place of a row in a scan: its user key and the hash of its partition.
 pub(crate) type Place = (Bytes, u64);
 
-/// What became of a write.
+/// The outcome of a write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// It stands.
+    /// The write is stored.
     Applied {
-        /// Its event time, microseconds since 1970.
+        /// The event time of the write, microseconds since 1970.
         event_time: u64,
     },
-    /// An entry with a later event time stood already and still stands.
+    /// An entry with a later event time was stored already and remains.
     Superseded,
     /// The condition did not hold; nothing was changed.
     NotApplied,

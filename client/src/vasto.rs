@@ -1,6 +1,6 @@
-//! The connection to a cluster: keyspaces, and what an administrator asks of the master.
+//! The connection to a cluster: keyspaces, and the administrative calls to the master.
 //!
-//! **Invariant:** the master is needed here only. A call that may have changed something and was
+//! **Invariant:** only this module needs the master. A call that may have changed something and was
 //! not answered is [`ErrorKind::Unknown`].
 
 use std::future::Future;
@@ -28,10 +28,10 @@ use crate::watch;
 
 pub(crate) type MasterClient = v1::master_client::MasterClient<Channel>;
 
-/// The longest a checkpoint or a compaction of a keyspace is waited for.
+/// The longest wait for a checkpoint or a compaction of a keyspace.
 const COMMAND_DEADLINE: Duration = Duration::from_secs(3600);
 
-/// What all handles of a client share; its end ends the background tasks.
+/// State that all handles of a client share; dropping it ends the background tasks.
 pub(crate) struct Client {
     url: String,
     master: MasterClient,
@@ -74,23 +74,23 @@ impl Vasto {
         Ok(Self { client: Arc::new(Client { url, master, pool, tasks, _cancel: cancel }) })
     }
 
-    /// Checks the form of a master's URL; nothing is connected.
+    /// Checks the form of a master's URL; does not connect.
     ///
     /// # Errors
-    /// `InvalidArgument` with what is wrong.
+    /// `InvalidArgument` with the defect.
     pub fn check_url(url: &str) -> Result<(), Error> {
         check_url(url).map(|_| ())
     }
 
-    /// The master's URL.
+    /// Returns the master's URL.
     pub fn url(&self) -> &str {
         &self.client.url
     }
 
-    /// A handle of a keyspace.
+    /// Returns a handle of a keyspace.
     ///
     /// # Errors
-    /// `NotFound` if there is none of this name, `InvalidArgument` if there can be none,
+    /// `NotFound` if there is no keyspace of this name, `InvalidArgument` if the name is not legal,
     /// `Unavailable` when the master does not answer.
     pub async fn keyspace(&self, name: &str) -> Result<Keyspace, Error> {
         check_keyspace_name(name)?;
@@ -108,16 +108,16 @@ impl Vasto {
         Ok(Keyspace::new(Executor::new(routing), OPERATION_DEADLINE, guard, client.clone()))
     }
 
-    /// Ends all connections and background tasks, also those of handles made from this client, and
-    /// waits for them. What these handles are asked from then on is answered [`ErrorKind::Closed`] at
-    /// once. Dropping all handles does the same without waiting.
+    /// Ends all connections and background tasks, also those of handles made from this client, and waits
+    /// for them. Later calls of these handles return [`ErrorKind::Closed`] at once. Dropping all handles
+    /// does the same without waiting.
     pub async fn close(self) {
         self.client.tasks.cancel.cancel();
         self.client.tasks.tracker.close();
         self.client.tasks.tracker.wait().await;
     }
 
-    /// Creates a keyspace and waits until it serves; answers its description, a JSON document as of
+    /// Creates a keyspace and waits until it serves; returns its description, a JSON document as of
     /// [`Vasto::describe_keyspace`].
     ///
     /// # Errors
@@ -138,7 +138,7 @@ impl Vasto {
         self.change(|mut master| async move { master.create_keyspace(request).await }).await
     }
 
-    /// The keyspaces, a JSON array.
+    /// Returns the keyspaces, a JSON array.
     ///
     /// # Errors
     /// `Unavailable` or `DeadlineExceeded` when the master does not answer, as of all calls below.
@@ -146,7 +146,7 @@ impl Vasto {
         self.ask(|mut master| async move { master.list_keyspaces(v1::Empty {}).await }).await
     }
 
-    /// A keyspace with its placement, a JSON object `{name, shards, replicas, epoch, ack, state,
+    /// Returns a keyspace with its placement, a JSON object `{name, shards, replicas, epoch, ack, state,
     /// placement, operation, …}`.
     ///
     /// # Errors
@@ -156,8 +156,8 @@ impl Vasto {
         self.ask(|mut master| async move { master.describe_keyspace(request).await }).await
     }
 
-    /// Takes a replica out of its placement. It is drained when its node is there, and a copy is made on
-    /// another node that has none; with `accept_loss` what only it holds is given up. Answers a JSON object.
+    /// Evicts a replica from its placement. The replica is drained when its node is there, and a new replica is made
+    /// on a node without one; with `accept_loss` the data that only it holds is given up. Returns a JSON object.
     ///
     /// # Errors
     /// `NotFound`; `FailedPrecondition` for the last replica of a shard, or while the keyspace changes.
@@ -166,20 +166,20 @@ impl Vasto {
         self.change(|mut master| async move { master.evict_replica(request).await }).await
     }
 
-    /// Starts to make the new keyspace `into` out of what the bucket holds of another one, which may be
-    /// deleted, and whose nodes may all be lost: everything, or what was there at a time, microseconds
-    /// since 1970. Answers the running operation at once.
+    /// Starts to restore the new keyspace `into` from the archive of another one, which may be deleted, and
+    /// whose nodes may all be lost: everything, or the state at a time, microseconds since 1970. Returns the
+    /// running operation at once.
     ///
     /// # Errors
     /// `NotFound` when there is no such keyspace, or was none at that time; `AlreadyExists`;
-    /// `FailedPrecondition` without nodes to hold it; `Unavailable` when a shard that serves cannot ship what
-    /// was acknowledged, or has no replica that is there while other shards have.
+    /// `FailedPrecondition` without nodes to hold it; `Unavailable` when a shard that serves cannot ship the
+    /// acknowledged writes, or has no live replica while other shards have.
     pub async fn start_restore(&self, name: &str, into: &str, at_us: Option<u64>) -> Result<Operation, Error> {
         self.restore(v1::RestoreRequest { name: name.to_owned(), into: into.to_owned(), at_us, from_bucket: false })
             .await
     }
 
-    /// The same, but no node is asked to ship what it holds first: what the bucket holds is enough.
+    /// Starts a restore without asking nodes to ship what they hold first: the bucket alone is used.
     ///
     /// # Errors
     /// As of [`Vasto::start_restore`].
@@ -198,19 +198,19 @@ impl Vasto {
         Operation::from_json(self.call(COMMAND_DEADLINE, true, call).await?)
     }
 
-    /// Starts to move all replicas of a node elsewhere: to node `to`, or to whoever has room. With
-    /// `replace` the node may be gone: what it alone held comes from the bucket. Answers the running
+    /// Starts to move all replicas of a node elsewhere: to node `to`, or to any node with room. With
+    /// `replace` the node may be lost: data that it alone held comes from the bucket. Returns the running
     /// operation at once.
     ///
     /// # Errors
-    /// `NotFound` when the node has no replicas; `FailedPrecondition` when it is away and not to be
-    /// replaced, or nobody has room.
+    /// `NotFound` when the node has no replicas; `FailedPrecondition` when the node is away and not to be
+    /// replaced, or no node has room.
     pub async fn start_emptying_node(&self, node: &str, to: Option<&str>, replace: bool) -> Result<Operation, Error> {
         self.start_moving(node, to, replace, false).await
     }
 
-    /// As [`Self::start_emptying_node`] with `replace`, for a node that is lost for good: what not even the
-    /// bucket holds of it is given up, and nothing waits for it any more.
+    /// As [`Self::start_emptying_node`] with `replace`, for a node that is lost for good: data that is not even
+    /// in the bucket is given up, and nothing waits for the node any more.
     ///
     /// # Errors
     /// As [`Self::start_emptying_node`].
@@ -231,7 +231,7 @@ impl Vasto {
         Operation::from_json(json)
     }
 
-    /// Keeps a node from getting replicas, or lets it get some again; what it has stays there. Answers the
+    /// Cordons a node, so that it gets no new replicas, or uncordons it; its present replicas stay. Returns the
     /// node as a JSON object.
     ///
     /// # Errors
@@ -241,7 +241,7 @@ impl Vasto {
         self.change(|mut master| async move { master.cordon_node(request).await }).await
     }
 
-    /// Looks for objects that are missing, damaged, or needed by nothing: a JSON object `{objects, bytes,
+    /// Checks the bucket for objects that are missing, damaged, or orphaned: a JSON object `{objects, bytes,
     /// referenced, orphans, missing, corrupt}`. With `deep` every byte in the bucket is read.
     ///
     /// # Errors
@@ -252,20 +252,20 @@ impl Vasto {
         self.call(COMMAND_DEADLINE, false, call).await
     }
 
-    /// Deletes the objects that nothing needs any more, or only tells which: a JSON object `{dry_run,
+    /// Deletes the objects that are not needed any more, or only lists them: a JSON object `{dry_run,
     /// deleted, bytes, young, kept, keys}`.
     ///
     /// # Errors
-    /// When the bucket does not answer; what was deleted until then was not needed.
+    /// When the bucket does not answer; objects deleted until then were not needed.
     pub async fn collect_garbage(&self, dry_run: bool) -> Result<String, Error> {
         let request = v1::CollectGarbageRequest { dry_run };
         let call = |mut master: MasterClient| async move { master.collect_garbage(request).await };
         self.call(COMMAND_DEADLINE, true, call).await
     }
 
-    /// Puts back into the bucket what it has lost and the nodes still know: a JSON object `{cluster_id, claimed,
-    /// written, keyspaces, shipped_anew, unknown_keyspaces, away, missing, corrupt, warnings}`. With `accept_loss`
-    /// also when nodes are away that may know more.
+    /// Writes objects that the bucket has lost and the nodes still know: a JSON object `{cluster_id, claimed, written,
+    /// keyspaces, shipped_anew, unknown_keyspaces, away, missing, corrupt, warnings}`. With `accept_loss` also when
+    /// nodes are away that may know more.
     ///
     /// # Errors
     /// `FailedPrecondition` when nodes are away, or belong to several clusters; when the bucket does not answer.
@@ -275,17 +275,17 @@ impl Vasto {
         self.call(COMMAND_DEADLINE, true, call).await
     }
 
-    /// Deletes a keyspace and its data on the nodes; answers a JSON object.
+    /// Deletes a keyspace and its data on the nodes; returns a JSON object.
     ///
     /// # Errors
-    /// `NotFound`; `FailedPrecondition` while it changes its shards.
+    /// `NotFound`; `FailedPrecondition` while the keyspace changes its shards.
     pub async fn delete_keyspace(&self, name: &str) -> Result<String, Error> {
         let request = keyspace_request(name)?;
         self.change(|mut master| async move { master.delete_keyspace(request).await }).await
     }
 
     /// Has every shard ship a checkpoint to the bucket now and waits for it (an hour at most);
-    /// answers a JSON object.
+    /// returns a JSON object.
     ///
     /// # Errors
     /// `NotFound`; `Unavailable` when a node is away.
@@ -295,7 +295,7 @@ impl Vasto {
         self.call(COMMAND_DEADLINE, true, call).await
     }
 
-    /// Compacts every shard on its nodes now and waits for it (an hour at most); answers a JSON
+    /// Compacts every shard on its nodes now and waits for it (an hour at most); returns a JSON
     /// object.
     ///
     /// # Errors
@@ -306,7 +306,7 @@ impl Vasto {
         self.call(COMMAND_DEADLINE, true, call).await
     }
 
-    /// Changes the number of shards while reads and writes go on, and waits until it is done,
+    /// Changes the number of shards while reads and writes go on, and waits until the operation is done,
     /// however long that takes. Dropping the future does not stop the operation.
     ///
     /// # Errors
@@ -316,7 +316,7 @@ impl Vasto {
         self.wait_operation(started).await
     }
 
-    /// Starts to change the number of shards and answers the running operation at once.
+    /// Starts to change the number of shards and returns the running operation at once.
     ///
     /// # Errors
     /// `InvalidArgument` for an illegal count (the message names legal ones), `NotFound`,
@@ -327,7 +327,7 @@ impl Vasto {
         Operation::from_json(json)
     }
 
-    /// What a resize would cost, without doing it: a JSON object `{keyspace, from, to,
+    /// Returns the cost of a resize without starting it: a JSON object `{keyspace, from, to,
     /// moving_fraction, sources, requests, seconds}`.
     ///
     /// # Errors
@@ -337,11 +337,10 @@ impl Vasto {
         self.ask(|mut master| async move { master.resize_keyspace(request).await }).await
     }
 
-    /// Waits until an operation is finished. A master that goes away for less than 30 s is waited
-    /// for.
+    /// Waits until an operation is finished. Tolerates a master that is away for less than 30 s.
     ///
     /// # Errors
-    /// `FailedPrecondition` with the reason when it was aborted; `NotFound` when it is forgotten.
+    /// `FailedPrecondition` with the reason when it was aborted; `NotFound` when the master has forgotten it.
     pub async fn wait_operation(&self, mut operation: Operation) -> Result<Operation, Error> {
         let mut heard = tokio::time::Instant::now();
         while operation.state == OperationState::Running {
@@ -365,7 +364,7 @@ impl Vasto {
         }
     }
 
-    /// Running and recent operations, a JSON array.
+    /// Returns running and recent operations, a JSON array.
     ///
     /// # Errors
     /// When the master does not answer.
@@ -373,7 +372,7 @@ impl Vasto {
         self.ask(|mut master| async move { master.list_operations(v1::Empty {}).await }).await
     }
 
-    /// How far an operation is, or how it ended.
+    /// Returns the progress of an operation, or its result.
     ///
     /// # Errors
     /// `NotFound`.
@@ -386,14 +385,14 @@ impl Vasto {
     /// Aborts a running operation.
     ///
     /// # Errors
-    /// `NotFound`; `FailedPrecondition` once it is committed.
+    /// `NotFound`; `FailedPrecondition` once the operation is committed.
     pub async fn cancel_operation(&self, id: &str) -> Result<Operation, Error> {
         let request = v1::OperationRequest { id: id.to_owned() };
         let json = self.change(|mut master| async move { master.cancel_operation(request).await }).await?;
         Operation::from_json(json)
     }
 
-    /// The nodes, a JSON array.
+    /// Returns the nodes, a JSON array.
     ///
     /// # Errors
     /// When the master does not answer.
@@ -401,7 +400,7 @@ impl Vasto {
         self.ask(|mut master| async move { master.list_nodes(v1::Empty {}).await }).await
     }
 
-    /// The state of the cluster, a JSON object `{cluster_id, term, nodes, keyspaces, warnings, …}`.
+    /// Returns the state of the cluster, a JSON object `{cluster_id, term, nodes, keyspaces, warnings, …}`.
     ///
     /// # Errors
     /// When the master does not answer.
@@ -420,7 +419,7 @@ impl Vasto {
     where
         F: Future<Output = Result<Response<v1::JsonReply>, Status>>,
     {
-        // A little longer than the master itself waits, so that its own answer arrives.
+        // Slightly longer than the master itself waits, so that its own answer arrives.
         self.call(ADMIN_DEADLINE + CONNECT_TIMEOUT, true, call).await
     }
 
@@ -460,8 +459,8 @@ impl Vasto {
     }
 }
 
-/// The error of a call to the master. Without the master's own code nobody knows whether a call
-/// that `changes` something was carried out, unless the connection could not even be made.
+/// Returns the error of a call to the master. Without the master's own code a call that `changes`
+/// something may have been carried out, unless the connection could not even be made.
 pub(crate) fn error_of_status(status: &Status, changes: bool) -> Error {
     let answered = status.metadata().get(CODE_HEADER).is_some();
     if answered {
@@ -482,14 +481,14 @@ pub(crate) fn error_of_status(status: &Status, changes: bool) -> Error {
         return Error::new(ErrorKind::Unknown, message);
     }
     let kind = match Error::from(error_of(status)).kind() {
-        // A read changes nothing: whatever ended it, it can be tried again.
+        // A read changes nothing: it can be tried again, whatever the error.
         ErrorKind::Unknown => ErrorKind::Unavailable,
         kind => kind,
     };
     Error::new(kind, format!("the master could not be asked: {cause}"))
 }
 
-/// True when the connection could not be made.
+/// Returns true when the connection could not be made.
 fn never_sent(status: &Status) -> bool {
     let mut next = std::error::Error::source(status);
     while let Some(error) = next {

@@ -1,7 +1,7 @@
-//! Following a keyspace's topology at the master.
+//! The watch of a keyspace's topology at the master.
 //!
-//! **Invariant:** a lost master changes nothing: the last topology stays in force, and the watch
-//! comes back by itself, with jittered pauses so that thousands of clients do not come at once.
+//! **Invariant:** losing the master changes nothing: the last topology stays in force, and the watch
+//! reconnects by itself, with jittered pauses so that thousands of clients do not reconnect at once.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,7 +35,7 @@ pub(crate) async fn open(mut master: MasterClient, name: &str) -> Result<(Topolo
     })
 }
 
-/// Feeds every change into `routing` until cancelled or the keyspace is deleted.
+/// Offers every change to `routing` until cancelled or the keyspace is deleted.
 pub(crate) async fn follow(
     master: MasterClient,
     name: String,

@@ -1,4 +1,4 @@
-//! Calls to the master: what is sent, what comes back, errors.
+//! Calls to the master: requests, answers, errors.
 
 #![allow(clippy::unwrap_used)]
 
@@ -94,7 +94,7 @@ async fn a_call_without_an_answer_is_unknown_only_if_it_changes_something() {
     assert_eq!(vasto.list_nodes().await.unwrap_err().kind(), ErrorKind::Unavailable);
 }
 
-/// The port of a node, taken for the master's: a gRPC server that knows none of these calls.
+/// The port of a node, mistaken for the master's: a gRPC server that knows none of these calls.
 #[tokio::test]
 async fn a_port_that_is_no_masters_is_named_as_such() {
     let cluster = Cluster::start(1).await;

@@ -1,4 +1,4 @@
-//! What the client makes of refusals, lost connections, silence and moved nodes.
+//! The client under refusals, lost connections, silence and moved nodes.
 
 #![allow(clippy::unwrap_used)]
 
@@ -20,8 +20,8 @@ async fn a_refusal_with_a_newer_topology_redirects_at_once() {
     let mut cluster = Cluster::start(1).await;
     cluster.add_node();
     let ks = cluster.keyspace().await;
-    // The master stays silent about it.
-    cluster.obey(topology(2, &[(NodeId(2), Some(cluster.nodes[1].address.to_string()))]));
+    // The master does not publish it.
+    cluster.set_topology(topology(2, &[(NodeId(2), Some(cluster.nodes[1].address.to_string()))]));
     assert!(applied(ks.put("k", "v").await.unwrap()));
     assert_eq!(ks.epoch(), 2);
     let requests = |node| cluster.state.lock().nodes[&NodeId(node)].requests;
@@ -36,11 +36,11 @@ async fn a_batch_is_split_anew_when_its_shard_was_split() {
     cluster.add_node();
     cluster.add_node();
     let ks = cluster.keyspace().await;
-    cluster.obey(cluster.topology(2, 3));
+    cluster.set_topology(cluster.topology(2, 3));
     let keys: Vec<String> = (0..300).map(|at| format!("{at}")).collect();
     let batch = keys.iter().fold(vasto_client::Batch::new(), |batch, key| batch.put(key, key));
     assert_eq!(ks.write(batch).await.unwrap().len(), 300);
-    cluster.obey(cluster.topology(3, 2));
+    cluster.set_topology(cluster.topology(3, 2));
     let values = ks.get_many(&keys).await.unwrap();
     assert!(values.into_iter().zip(keys).all(|(value, key)| value.unwrap().to_string() == key));
 }
@@ -57,7 +57,7 @@ async fn a_refusal_without_a_topology_waits_for_the_master() {
     });
     cluster.until("the node was asked twice", |state| state.nodes[&NodeId(1)].requests >= 2).await;
     let next = topology(2, &[(NodeId(2), Some(cluster.nodes[1].address.to_string()))]);
-    cluster.obey(next.clone());
+    cluster.set_topology(next.clone());
     cluster.tell(next);
     assert!(applied(put.await.unwrap().unwrap()));
     assert_eq!(ks.get("k").await.unwrap().unwrap().to_string(), "v");
@@ -97,7 +97,7 @@ async fn a_write_whose_reply_never_comes_is_unknown() {
         assert!(error.message().contains("read it back"), "{error}");
         assert!(begun.elapsed() < Duration::from_secs(5));
     }
-    // An error that by itself would be a plain failure does not hide that the first try may stand.
+    // A later error that would be a plain failure does not hide that the first try may have been applied.
     let mut faults = vec![Fault::DropAfter];
     faults.push(Fault::Refuse(VastoError::new(ErrorCode::FailedPrecondition, "the disk is full")));
     cluster.state.lock().nodes.get_mut(&NodeId(1)).unwrap().faults = faults.into();
@@ -151,7 +151,7 @@ async fn a_stalled_node_makes_writers_wait_instead_of_filling_memory() {
     let bytes = cluster.state.lock().nodes[&NodeId(1)].bytes;
     assert!(bytes <= 32 << 20, "{bytes}");
     let count = |kind| kinds.iter().filter(|one| **one == kind).count();
-    // Those that never got room know that nothing was written.
+    // Writes that never got permits are known not to be written.
     assert!(count(ErrorKind::DeadlineExceeded) >= 32, "{kinds:?}");
     assert!(count(ErrorKind::Unknown) >= 1, "{kinds:?}");
 }
@@ -166,7 +166,7 @@ async fn a_node_that_comes_back_elsewhere_is_found_through_the_master() {
         let ks = ks.clone();
         async move { ks.put("b", "2").await }
     });
-    // The master forgets the address, then learns the new one; the version stays.
+    // The master forgets the address, then publishes the new one; the version stays.
     cluster.tell(topology(1, &[(NodeId(1), None)]));
     let node = cluster.serve_node(NodeId(1));
     cluster.nodes.push(node);
@@ -202,7 +202,7 @@ async fn the_keyspace_works_without_the_master_and_follows_it_when_it_is_back() 
     }
     cluster.master_back(address);
     let next = cluster.topology(2, 2);
-    cluster.obey(next.clone());
+    cluster.set_topology(next.clone());
     cluster.tell(next);
     let follow = async {
         while ks.epoch() < 2 {

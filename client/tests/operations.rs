@@ -1,4 +1,4 @@
-//! Reads and writes over real gRPC: routing, order, what goes over the wire, limits.
+//! Reads and writes over real gRPC: routing, order, wire format, limits.
 
 #![allow(clippy::unwrap_used)]
 

@@ -1,4 +1,4 @@
-//! Shards with several replicas: who is asked, who is passed by, and what is repeated elsewhere.
+//! Shards with several replicas: which is asked, which is skipped, and what is repeated elsewhere.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -11,7 +11,7 @@ use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::NodeId;
 use vasto_core::limits::ATTEMPT_PATIENCE;
 
-/// Three nodes, one shard with a replica on each; the first is primary.
+/// Starts three nodes and one shard with a replica on each; the first is primary.
 async fn three() -> (Cluster, Keyspace) {
     let cluster = Cluster::start(3).await;
     cluster.publish(cluster.replicated(2, &[1, 2, 3]));
@@ -108,10 +108,10 @@ async fn one_that_is_out_of_service_sends_on_what_others_do_and_its_node_is_well
     assert_eq!(keyspace.get_many(["k1", "k2"]).await.unwrap().len(), 2);
     assert_eq!(requests(&cluster), [41, 41, 0], "each asks the next one, and the node is not suspect");
     assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
-    // What only the primary does waits for another one.
+    // An operation that only the primary executes waits for a new primary.
     let error = keyspace.clone().with_deadline(Duration::from_millis(200)).add_i64("n", 1).await.unwrap_err();
     assert_eq!((error.kind(), requests(&cluster)[1]), (ErrorKind::Unavailable, 41), "{error}");
-    // With all of them out of service they are asked in turn until one is back.
+    // With all replicas out of service they are asked in turn until one is back.
     cluster.always(2, closed());
     cluster.always(3, closed());
     let put = tokio::spawn({
@@ -146,11 +146,11 @@ async fn reads_go_to_the_zone_or_to_anybody_and_writes_to_the_primary() {
 async fn a_modification_follows_the_primary_and_is_never_repeated_elsewhere() {
     let (cluster, keyspace) = three().await;
     assert_eq!(keyspace.add_i64("n", 5).await.unwrap(), 5);
-    // The client's topology is old: the node says who is primary now.
-    cluster.obey(cluster.replicated(3, &[2, 1, 3]));
+    // The client's topology is old: the node returns the new primary.
+    cluster.set_topology(cluster.replicated(3, &[2, 1, 3]));
     assert_eq!(keyspace.add_i64("n", 2).await.unwrap(), 7);
     assert_eq!(requests(&cluster), [2, 1, 0]);
-    // Done, but the answer is lost: the same replica is asked again under the same number.
+    // Executed, but the answer is lost: the same replica is asked again under the same number.
     cluster.fault(2, Fault::DropAfter);
     keyspace.add_i64("n", 1).await.unwrap();
     {
@@ -159,7 +159,7 @@ async fn a_modification_follows_the_primary_and_is_never_repeated_elsewhere() {
         assert_eq!((first.client_id, first.sequence, first.tried_replica), (again.client_id, again.sequence, 0));
         assert_eq!(again.tried_replica, 2);
     }
-    // Done, and then somebody else becomes primary: nobody can tell.
+    // Executed, and then another replica becomes primary: the outcome is unknown.
     cluster.always(2, Fault::DropAfter);
     let asks = tokio::spawn({
         let keyspace = keyspace.clone();
@@ -173,8 +173,8 @@ async fn a_modification_follows_the_primary_and_is_never_repeated_elsewhere() {
     assert_eq!(requests(&cluster)[2], 0);
 }
 
-/// Waiting for another replica's sync takes seconds at times, and no other answer says meanwhile that
-/// the node is well.
+/// A wait for another replica's sync takes seconds at times, and no other answer shows meanwhile that
+/// the node is healthy.
 #[tokio::test]
 async fn a_write_that_a_healthy_primary_answers_late_is_not_repeated_elsewhere() {
     let (cluster, keyspace) = three().await;

@@ -89,8 +89,8 @@ async fn shards_that_change_during_a_scan_lose_and_double_nothing() {
             let row = rows.try_next().await.unwrap().unwrap();
             seen.push(String::from_utf8(row.key.to_vec()).unwrap());
         }
-        // The nodes know first; the scan hears of it from a refusal.
-        cluster.obey(cluster.topology(shards as u64, shards));
+        // The nodes apply the change first; the scan learns of it from a refusal.
+        cluster.set_topology(cluster.topology(shards as u64, shards));
     }
     seen.extend(keys_of(rows).await);
     assert_eq!(seen, keys);

@@ -1,20 +1,20 @@
 //! The form of an address under which others reach a server: `host:port`.
 //!
-//! **Invariant:** pure. What has this form may still lead nowhere: the master finds that out by dialling it.
+//! **Invariant:** pure. An address of this form may still be unreachable: the master finds that out by dialling it.
 
-/// Why a text is no address that others could use.
+/// Reasons why a text is not an address that other processes can use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BadAddress {
-    /// There is no port in it.
+    /// No port.
     #[error("`{0}` has no port; an address looks like node-1.example.com:8279, 10.0.0.1:8279 or [fd00::1]:8279")]
     NoPort(String),
-    /// The port is no number from 1 to 65535.
+    /// A port that is not a number from 1 to 65535.
     #[error("`{0}` has no usable port; give the one that others connect to, 1 to 65535")]
     Port(String),
-    /// The host is neither a name nor an address.
+    /// A host that is neither a name nor an IP address.
     #[error("`{0}` has no usable host; give a name or an IP address, an IPv6 address in brackets")]
     Host(String),
-    /// Nobody else can connect to "every address of this machine".
+    /// The unspecified address ("every address of this machine"), to which no other machine can connect.
     #[error("`{0}` is every address of the machine and leads others to themselves; give the one that they connect to")]
     Unspecified(String),
 }
@@ -25,7 +25,7 @@ const HOST_BYTES_MAX: usize = 253;
 /// Checks the form of `host:port`.
 ///
 /// # Errors
-/// What is wrong with it.
+/// The fault in the form.
 pub fn check_address(text: &str) -> Result<(), BadAddress> {
     let shown = || text.chars().take(300).collect::<String>();
     let (host, port) = text.rsplit_once(':').ok_or_else(|| BadAddress::NoPort(shown()))?;
@@ -36,7 +36,7 @@ pub fn check_address(text: &str) -> Result<(), BadAddress> {
         let address: std::net::Ipv6Addr = inner.parse().map_err(|_| BadAddress::Host(shown()))?;
         return if address.is_unspecified() { Err(BadAddress::Unspecified(shown())) } else { Ok(()) };
     }
-    // All labels are numbers: that is an address and nothing else.
+    // A host of numeric labels only can be nothing but an IPv4 address.
     if host.bytes().all(|c| c.is_ascii_digit() || c == b'.') {
         let address: std::net::Ipv4Addr = host.parse().map_err(|_| BadAddress::Host(shown()))?;
         return if address.is_unspecified() { Err(BadAddress::Unspecified(shown())) } else { Ok(()) };

@@ -15,15 +15,15 @@ use serde::{Deserialize, Serialize};
 use crate::hash::next_jump_from;
 use crate::ids::ShardId;
 
-/// A quantized next jump, `1..=98`. Persisted: never renumber.
+/// Quantized next jump, `1..=98`. Persisted: never renumber.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Band(pub u8);
 
-/// How many bands there are: `Band(1)..=Band(98)`.
+/// Number of bands: `Band(1)..=Band(98)`.
 pub const BANDS: usize = 98;
 
-/// The most shards that a keyspace can have.
+/// Greatest shard count of a keyspace.
 pub const SHARDS_MAX: u32 = 4096;
 
 impl Band {
@@ -32,7 +32,7 @@ impl Band {
     /// The band whose keys never move.
     pub const LAST: Band = Band(98);
 
-    /// The band of a next jump (which is at least 1).
+    /// Returns the band of a next jump (which is at least 1).
     pub fn of_next_jump(next: u64) -> Band {
         match next {
             0..=63 => Band(next.max(1) as u8),
@@ -47,7 +47,7 @@ impl Band {
         }
     }
 
-    /// The smallest next jump that lies in this band.
+    /// Returns the smallest next jump in this band.
     pub fn low_edge(self) -> u32 {
         match self.0 {
             0..=63 => u32::from(self.0),
@@ -62,17 +62,17 @@ impl Band {
         }
     }
 
-    /// Where a key lies inside `shard`, or `None` when it can never live there.
+    /// Returns the band of a key inside `shard`, or `None` when the key can never be stored there.
     pub fn in_shard(partition_hash: u64, shard: ShardId) -> Option<Band> {
         next_jump_from(partition_hash, shard).map(Band::of_next_jump)
     }
 
-    /// All bands, in order.
+    /// Iterates over all bands, in order.
     pub fn all() -> impl DoubleEndedIterator<Item = Band> {
         (Self::FIRST.0..=Self::LAST.0).map(Band)
     }
 
-    /// The bands whose keys stay in their shard while the keyspace has `shards` shards.
+    /// Returns the bands whose keys stay in their shard while the keyspace has `shards` shards.
     ///
     /// # Panics
     /// When `shards` is not legal.
@@ -81,7 +81,7 @@ impl Band {
         Band::of_next_jump(u64::from(shards))..=Band::LAST
     }
 
-    /// The bands whose keys leave their shard when a keyspace grows from `from` to `to` shards.
+    /// Returns the bands whose keys leave their shard when a keyspace grows from `from` to `to` shards.
     ///
     /// # Panics
     /// When a count is not legal or `from >= to`.
@@ -98,12 +98,12 @@ impl fmt::Display for Band {
     }
 }
 
-/// True for 1..=64 and, above that, for the band edges up to 4096.
+/// Returns true for 1..=64 and, above that, for the band edges up to 4096.
 pub fn is_legal_shard_count(shards: u32) -> bool {
     (1..=SHARDS_MAX).contains(&shards) && Band::of_next_jump(u64::from(shards)).low_edge() == shards
 }
 
-/// Why a shard count is refused, with the nearest legal ones.
+/// Reasons why a shard count is refused, with the nearest legal counts.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ShardCountError {
     /// Below 1.

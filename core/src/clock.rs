@@ -1,7 +1,7 @@
 //! Hybrid logical clock: physical microseconds that never go back and never repeat.
 //!
-//! **Invariant:** every stamp is greater than every stamp before it and than every time that was
-//! observed; it reads no clock itself, the physical time is an argument.
+//! **Invariant:** every assigned time is greater than every time assigned before it and than every time that was
+//! observed. The clock is pure: the physical time is an argument.
 
 /// The state of one clock.
 #[derive(Debug, Clone, Default)]
@@ -10,23 +10,23 @@ pub struct HybridClock {
 }
 
 impl HybridClock {
-    /// A clock that continues after `floor_us`, the highest time that was ever persisted.
+    /// Creates a clock that continues after `floor_us`, the highest time that was ever persisted.
     pub fn starting_after(floor_us: u64) -> Self {
         Self { last_us: floor_us }
     }
 
-    /// A new stamp, microseconds since 1970: the physical time, or one more than the last stamp.
+    /// Assigns a new time, microseconds since 1970: the greater of the physical time and the last time plus one.
     pub fn stamp(&mut self, physical_us: u64) -> u64 {
         self.last_us = physical_us.max(self.last_us + 1);
         self.last_us
     }
 
-    /// Makes later stamps greater than a time seen elsewhere.
+    /// Makes later times greater than a time seen elsewhere.
     pub fn observe(&mut self, time_us: u64) {
         self.last_us = self.last_us.max(time_us);
     }
 
-    /// The highest time stamped or observed.
+    /// Returns the highest time assigned or observed.
     pub fn last(&self) -> u64 {
         self.last_us
     }

@@ -1,20 +1,20 @@
-//! The one table of errors at the wire: what each code means for the caller.
+//! The table of wire error codes: the meaning of each code for the caller.
 //!
 //! **Invariant:** every code says whether a retry can help and whether the operation may have
 //! taken effect; "it may have" is [`Effect::Unknown`] and never reported as a plain failure.
 
 use serde::{Deserialize, Serialize};
 
-/// Did the operation change anything?
+/// Whether the operation took effect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
-    /// Certainly not.
+    /// No effect, certainly.
     None,
-    /// Perhaps; only reading it back can tell.
+    /// Unknown; only reading the data back can tell.
     Unknown,
 }
 
-/// What may be done about it.
+/// Whether, and how, a retry can help.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Retry {
     /// The same request fails again.
@@ -23,7 +23,7 @@ pub enum Retry {
     Later,
     /// The same request may succeed with a newer topology.
     WithNewTopology,
-    /// Another replica of the shard can do it now.
+    /// Another replica of the shard can serve the request now.
     Elsewhere,
 }
 
@@ -40,7 +40,7 @@ pub enum ErrorCode {
     AlreadyExists = 3,
     /// The node does not own the key at this epoch.
     WrongEpoch = 4,
-    /// The node has not heard of the epoch yet, or not of the outcome of a seal.
+    /// The node has not received the epoch yet, or the outcome of a seal.
     NodeBehind = 5,
     /// A queue is full; back off.
     Overloaded = 6,
@@ -50,7 +50,7 @@ pub enum ErrorCode {
     WrongType = 8,
     /// The write may or may not have taken effect.
     Unknown = 9,
-    /// Not possible in the present state; the message says what to do first.
+    /// The operation is not possible in the present state; the message says what to do first.
     FailedPrecondition = 10,
     /// Data failed a check; the replica has stopped.
     Corrupt = 11,
@@ -58,14 +58,14 @@ pub enum ErrorCode {
     DeadlineExceeded = 12,
     /// A defect in Vasto.
     Internal = 13,
-    /// Only the primary of the shard does this, and this replica is not primary, or not yet. Also the
-    /// answer of a replica that is out of service to what any other one can do.
+    /// Only the primary of the shard does this, and this replica is not primary, or not yet. A replica that is out of
+    /// service also returns this code for requests that any other replica can serve.
     NotPrimary = 14,
-    /// The replica has not caught up with the others since it was opened; ask one of them.
+    /// The replica has not caught up with the others since it was opened; ask another replica.
     CatchingUp = 15,
-    /// The number given, or the result, is none that its type holds: not finite, or over its range.
+    /// The given number, or the result, does not fit its type: not finite, or out of its range.
     OutOfRange = 16,
-    /// The disk of the replica is full, or another resource of its node is used up. It passes by itself
+    /// The disk of the replica is full, or another resource of its node is used up. The condition clears by itself
     /// once there is room again.
     NoSpace = 17,
 }
@@ -92,12 +92,12 @@ impl ErrorCode {
         ErrorCode::NoSpace,
     ];
 
-    /// Reads the number on the wire; a number of a newer version is `Internal`.
+    /// Reads a wire number; the number of a newer version is `Internal`.
     pub fn from_number(number: u32) -> Self {
         Self::ALL.into_iter().find(|code| *code as u32 == number).unwrap_or(ErrorCode::Internal)
     }
 
-    /// May the operation have taken effect?
+    /// Returns whether the operation may have taken effect.
     pub fn effect(self) -> Effect {
         match self {
             ErrorCode::Unknown | ErrorCode::Internal => Effect::Unknown,
@@ -119,7 +119,7 @@ impl ErrorCode {
         }
     }
 
-    /// Can a retry help?
+    /// Returns whether a retry can help.
     pub fn retry(self) -> Retry {
         match self {
             ErrorCode::WrongEpoch | ErrorCode::NotPrimary => Retry::WithNewTopology,
@@ -140,25 +140,25 @@ impl ErrorCode {
     }
 }
 
-/// A code and a sentence that tells a person what to do.
+/// An error code and a message that says what to do.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct VastoError {
-    /// What happened.
+    /// Code of the error.
     pub code: ErrorCode,
-    /// For people.
+    /// Message for people.
     pub message: String,
-    /// How long to wait before a retry, milliseconds; 0 is the caller's choice.
+    /// Pause before a retry, milliseconds; 0 leaves it to the caller.
     pub retry_after_ms: u32,
 }
 
 impl VastoError {
-    /// An error without a retry hint.
+    /// Creates an error without a retry hint.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), retry_after_ms: 0 }
     }
 
-    /// Adds how long to wait.
+    /// Sets the pause before a retry.
     pub fn retry_after_ms(mut self, ms: u32) -> Self {
         self.retry_after_ms = ms;
         self

@@ -13,7 +13,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::ids::ShardId;
 
-/// The 64-bit XXH3 hash of a partition key. Persisted in placement: never change it.
+/// Returns the 64-bit XXH3 hash of a partition key. Persisted in placement: never change it.
 pub fn partition_hash(partition_key: &[u8]) -> u64 {
     xxh3_64(partition_key)
 }
@@ -38,7 +38,7 @@ impl Sequence {
         Self { state: hash, bucket: 0 }
     }
 
-    /// The bucket after the current one. At most 2^43 for buckets below 4096.
+    /// Returns the bucket after the current one. At most 2^43 for buckets below 4096.
     fn next_jump(&mut self) -> u64 {
         self.state = self.state.wrapping_mul(2_862_933_555_777_941_757).wrapping_add(1);
         let divisor = ((self.state >> 33) + 1) as f64;
@@ -46,7 +46,7 @@ impl Sequence {
     }
 }
 
-/// Where a hash lives among `shards` shards, and when it leaves.
+/// Returns the shard of a hash among `shards` shards, and the shard count above which the hash leaves it.
 ///
 /// # Panics
 /// When `shards` is 0.
@@ -62,10 +62,10 @@ pub fn jump(hash: u64, shards: u32) -> Jump {
     }
 }
 
-/// When a hash leaves `shard`, or `None` if its sequence never visits that shard.
+/// Returns the next jump of a hash from `shard`, or `None` if its sequence never visits that shard.
 ///
-/// This does not depend on the number of shards, so where a key is stored inside a shard is a
-/// pure function of the key and the shard.
+/// The result does not depend on the number of shards, so where a key is stored inside a shard is a pure function of
+/// the key and the shard.
 pub fn next_jump_from(hash: u64, shard: ShardId) -> Option<u64> {
     let mut sequence = Sequence::new(hash);
     loop {

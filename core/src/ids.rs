@@ -46,11 +46,11 @@ number! {
     Epoch(u64)
 }
 number! {
-    /// Number of a create-only catalog object of a keyspace, from 1; the last one is the truth.
+    /// Number of a create-only catalog object of a keyspace, from 1; the greatest is in force.
     CatalogVersion(u64)
 }
 number! {
-    /// Position in one replica's binlog, contiguous from 1; 0 stands before the first record.
+    /// Position in one replica's binlog, contiguous from 1; 0 is the position before the first record.
     Lsn(u64)
 }
 number! {
@@ -67,13 +67,13 @@ number! {
 }
 
 impl Lsn {
-    /// The position after this one.
+    /// Returns the position after this one.
     pub fn next(self) -> Lsn {
         Lsn(self.0 + 1)
     }
 }
 
-/// A serving process, identified by what its data directory says (never by its address).
+/// Id of a node: a serving process, identified by its data directory (never by its address).
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeId(pub u64);
 
@@ -89,7 +89,7 @@ impl fmt::Debug for NodeId {
     }
 }
 
-/// The text is not a node id of the form `n-0123456789abcdef`.
+/// Error for text that is not a node id of the form `n-0123456789abcdef`.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` is not a node id; node ids look like n-0123456789abcdef (see `vasto node list`)")]
 pub struct NotANodeId(pub String);
@@ -117,12 +117,12 @@ impl<'de> Deserialize<'de> for NodeId {
     }
 }
 
-/// Who accepted a record first: one opening of one replica.
+/// Origin of a record: the incarnation of the replica that first wrote it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Origin {
     /// The accepting replica.
     pub replica: ReplicaId,
-    /// Which opening of it.
+    /// Incarnation of that replica.
     pub incarnation: Incarnation,
 }
 
@@ -132,15 +132,15 @@ impl fmt::Display for Origin {
     }
 }
 
-/// Per origin, the highest own_seq that a replica has applied.
+/// Per origin, the highest own sequence that a replica has applied.
 pub type Vector = std::collections::BTreeMap<Origin, OwnSeq>;
 
-/// True when `a` holds at least everything that `b` names.
+/// Returns true when `a` holds at least everything that `b` names.
 pub fn covers(a: &Vector, b: &Vector) -> bool {
     b.iter().all(|(origin, seq)| seq.0 == 0 || a.get(origin).is_some_and(|have| have >= seq))
 }
 
-/// The least vector that covers both.
+/// Returns the least vector that covers both.
 pub fn join(a: &Vector, b: &Vector) -> Vector {
     let mut out = a.clone();
     for (origin, seq) in b {

@@ -1,103 +1,104 @@
 //! Which replica of a shard serves strict requests (reads at the primary, puts, deletes, conditional
 //! writes, counters): claims, promises and excuses.
 //!
-//! Every open replica claims its shard at every other placed one. A replica promises itself to the best
-//! claim it knows, its own included, and to nobody else; while a promise lasts it serves no strict request
-//! itself. A claimant has *authority* when every other placed replica has promised itself to it and it holds
-//! everything that they named, or when a replica that did not promise is excused by evidence.
+//! Every open replica sends its claim on the shard to every other placed replica. A replica promises itself to the
+//! best claim it knows, its own included, and to no other; while a promise lasts, the granter serves no strict
+//! requests. A claimant has *authority* when every other placed replica has promised itself to it and it holds
+//! everything that they named, or when each replica that did not promise is excused by evidence.
 //!
 //! **Invariants**
 //! - Pure: no clock, no IO. Time and evidence are arguments.
-//! - Two replicas of a shard never have authority at the same time, unless they are cut from each other
-//!   while clients reach both.
-//! - A claimant that gains authority holds everything that a replica which served before it acknowledged,
-//!   unless that replica is away.
-//! - Silence is evidence only for a node that can show that it is not itself the isolated one.
+//! - Two replicas of a shard never have authority at the same time, unless they are partitioned from each other while
+//!   clients reach both.
+//! - A claimant that gains authority holds everything that any earlier serving replica acknowledged, unless that
+//!   replica is away.
+//! - Silence is evidence only for a node that can show that it is not itself isolated.
 
 use std::cmp::Reverse;
 
-/// What a replica says of itself to the others of its shard.
+/// The claim that a replica sends to the others of its shard.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Claim {
-    /// It caught up, its writer runs, it is not about to stop, and it lags little behind the replica that serves.
+    /// The replica has caught up, its writer runs, it is not about to stop, and it lags little behind the serving
+    /// one.
     pub able: bool,
-    /// The catalog version by which it is primary; 0 when it is not.
+    /// The catalog version by which the replica is primary; 0 when it is not.
     pub primary_version: u64,
-    /// It has authority now.
+    /// The replica has authority now.
     pub serving: bool,
 }
 
-/// The order among claims: the greatest is the best.
+/// Order among claims: the greatest is the best.
 pub type Rank = (bool, u64, Reverse<usize>);
 
 impl Claim {
-    /// The rank of a claim of the replica at this place in the order of preference.
+    /// Returns the rank of a claim of the replica at this place in the order of preference.
     pub fn rank(&self, order: usize) -> Rank {
         (self.able, self.primary_version, Reverse(order))
     }
 }
 
-/// The place in the order of preference of the best claim.
+/// Returns the place of the best claim in the order of preference.
 pub fn best(claims: impl IntoIterator<Item = (usize, Claim)>) -> Option<usize> {
     claims.into_iter().max_by_key(|(order, claim)| claim.rank(*order)).map(|(order, _)| order)
 }
 
-/// What a claimant knows of one other placed replica.
+/// State of one other placed replica (the peer), as the claimant knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Peer {
-    /// It promised itself.
+    /// The peer has promised itself to the claimant.
     Granted {
-        /// The promise is believed at this moment.
+        /// The claimant believes in the promise at this point in time.
         believed: bool,
         /// The claimant holds everything that the peer named when it promised.
         covered: bool,
-        /// The peer had authority since its promise before.
+        /// The peer had authority since its previous promise.
         served: bool,
     },
-    /// It answers and promised itself to another replica, or to none.
+    /// The peer answers, and has promised itself to another replica or to none.
     Denied,
-    /// Its node answers and says that the replica is not open.
+    /// The peer's node answers and reports that the replica is not open.
     Absent {
-        /// For so long that it is not waited for any more.
+        /// Absent for so long that the claimant does not wait for it any more.
         long: bool,
     },
-    /// Nobody listens at its address and its link is closed: its process has ended.
+    /// Nothing listens at the peer's address and its link is closed: its process has ended.
     Dead,
-    /// It cannot be reached, but its own claims arrive: it knows that it was denied, and does not serve.
+    /// The peer cannot be reached, but its own claims arrive: it knows that it was denied, and does not serve.
     Subdued,
-    /// Its machine accepts connections, but nothing was heard for [`crate::limits::LEASE_SILENCE`].
+    /// The peer's machine accepts connections, but sent nothing for [`crate::limits::LEASE_SILENCE`].
     Hung,
-    /// Its machine cannot be reached, and nothing was heard for as long.
+    /// The peer's machine cannot be reached, and nothing was received for as long.
     Silent {
-        /// The master says that its node has no session.
+        /// The master reports that the peer's node has no session.
         gone: bool,
     },
-    /// Nothing is known for certain yet: it has only just been placed, is reachable again, or has not
-    /// answered the claim.
+    /// Nothing is certain about the peer yet: it was placed only just now, is reachable again, or has not answered
+    /// the claim.
     Unsettled {
-        /// Until now it was excused by more than silence, or is new and says nothing else: it cannot have served
-        /// meanwhile, and cannot begin to without a promise of the claimant or [`crate::limits::LEASE_SILENCE`] of
-        /// its silence.
+        /// Until now the peer was excused by more than silence, or is new and says nothing else: it cannot have
+        /// served meanwhile, and cannot begin to without a promise of the claimant or
+        /// [`crate::limits::LEASE_SILENCE`] of the claimant's silence.
         excused: bool,
     },
 }
 
-/// What a claimant may do.
+/// Decision on a claimant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Verdict {
-    /// It must not serve.
+    /// The claimant must not serve.
     Missing,
-    /// It serves.
+    /// The claimant serves.
     Authority {
-        /// It relies on the master's word.
+        /// The authority relies on the master's report.
         by_master: bool,
-        /// It may be the isolated one: each request waits for a probe of the silent peers.
+        /// The claimant may be the isolated one: each request waits for a probe of the silent peers.
         probing: bool,
     },
 }
 
-/// Does the best claimant of a shard have authority? `had` says that it has it up to this moment, without
-/// a gap: a peer that comes back and did not serve meanwhile does not interrupt it.
+/// Decides whether the best claimant of a shard has authority. `had` means that it has had authority up to now
+/// without a gap: a peer that comes back and did not serve meanwhile does not interrupt it.
 pub fn authority(peers: &[Peer], had: bool) -> Verdict {
     let placed = peers.len() + 1;
     let promises = peers.iter().filter(|peer| matches!(peer, Peer::Granted { believed: true, covered: true, .. }));

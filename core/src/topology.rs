@@ -1,4 +1,4 @@
-//! What a client needs to route: which node serves which shard, at which epoch.
+//! The routing table of a client: which node serves which shard, at which epoch.
 //!
 //! **Invariant:** a topology is derived from one catalog version and the nodes' present addresses,
 //! never edited. Routing is a pure function of it and a partition hash.
@@ -16,20 +16,20 @@ pub struct Route {
     pub node: NodeId,
     /// `host:port` of the node's data service; `None` while the master does not know the node.
     pub address: Option<String>,
-    /// Where the node stands; empty when nobody said.
+    /// Zone of the node; empty when none is set.
     pub zone: String,
 }
 
-/// Where a node is reached, and where it stands.
+/// Address and zone of a node.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NodeAddress {
     /// `host:port` of its data service.
     pub address: String,
-    /// Its zone; empty when nobody said.
+    /// Its zone; empty when none is set.
     pub zone: String,
 }
 
-/// Where the shards of a keyspace are.
+/// Places of the shards of a keyspace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Topology {
     /// The keyspace.
@@ -51,7 +51,7 @@ pub struct Topology {
 }
 
 impl Topology {
-    /// Derives the topology; `address_of` knows where nodes listen now.
+    /// Derives the topology; `address_of` returns the present address of a node.
     pub fn derive(catalog: &Catalog, address_of: impl Fn(NodeId) -> Option<NodeAddress>) -> Self {
         Self {
             keyspace: catalog.keyspace,
@@ -78,12 +78,12 @@ impl Topology {
         }
     }
 
-    /// The shard of a partition hash.
+    /// Returns the shard of a partition hash.
     pub fn shard_of(&self, partition_hash: u64) -> ShardId {
         jump(partition_hash, self.shards.len().max(1) as u32).shard
     }
 
-    /// The replicas of a shard, primary first; empty for a shard that does not exist.
+    /// Returns the replicas of a shard, primary first; empty for a shard that does not exist.
     pub fn routes(&self, shard: ShardId) -> &[Route] {
         self.shards.get(shard.0 as usize).map_or(&[], Vec::as_slice)
     }

@@ -1,5 +1,5 @@
-//! Convergence: replicas that take the same writes in any order, any number of times, by any way,
-//! hold the same bytes, whatever the clocks of those who accepted them said.
+//! Convergence: replicas that apply the same writes in any order, any number of times, by any path, hold the same
+//! bytes, whatever the clocks of the accepting replicas said.
 //!
 //! A history is a few origins that accept writes (with clocks off by up to an hour), each with its
 //! own log; records travel directly and through third replicas, late and repeatedly, in the order of
@@ -52,14 +52,14 @@ struct Replica {
     log: Vec<Record>,
 }
 
-/// Which of two entries stands: the rule, or the planted bug.
+/// Decides which of two entries wins: the merge rule, or the planted bug.
 type Rule = fn(Option<&[u8]>, &[u8]) -> bool;
 
 fn the_rule(stored: Option<&[u8]>, incoming: &[u8]) -> bool {
     supersedes(0, stored, incoming)
 }
 
-/// Equal event times are won by whoever comes last.
+/// Lets the later arrival win when event times are equal.
 fn by_arrival(stored: Option<&[u8]>, incoming: &[u8]) -> bool {
     stored.is_none_or(|stored| incoming[..8] >= stored[..8])
 }
@@ -81,7 +81,7 @@ impl Replica {
     fn accept(&mut self, numbers: &mut Numbers, now_us: u64, rule: Rule) {
         let now_us = now_us + self.skew_us;
         let key = numbers.below(4) as u8;
-        // Some callers give a time of their own, and some of these are equal.
+        // Some callers set an event time of their own, and some of these are equal.
         let event_time = match numbers.below(4) {
             0 => START_US + numbers.below(4),
             _ => {
@@ -100,7 +100,7 @@ impl Replica {
         self.take(Record { origin: self.origin, own_seq, key, entry }, rule);
     }
 
-    /// As a follower does: in order, each once, logged again for others.
+    /// Applies a record as a follower does: in order, each once, logged again for others.
     fn take(&mut self, record: Record, rule: Rule) {
         let have = self.vector.get(&record.origin).copied().unwrap_or_default();
         if record.own_seq <= have {
@@ -115,13 +115,13 @@ impl Replica {
     }
 }
 
-/// Runs one history to its end; answers the replicas' rows.
+/// Runs one history to its end; returns the replicas' rows.
 fn history(seed: u64, rule: Rule) -> Vec<BTreeMap<u8, Vec<u8>>> {
     let mut numbers = Numbers(seed);
     let count = 2 + numbers.below(3) as usize;
     let mut replicas: Vec<Replica> =
         (0..count).map(|id| Replica::new(id as u64 + 1, numbers.below(2 * HOUR_US))).collect();
-    // Each has read each other's log up to here; a cursor may fall back, which repeats.
+    // Positions up to which each replica has read each other's log; a cursor may fall back, which repeats records.
     let mut cursors = vec![vec![0usize; count]; count];
     let mut now_us = START_US;
     for _ in 0..(8 + numbers.below(24)) {
@@ -133,7 +133,7 @@ fn history(seed: u64, rule: Rule) -> Vec<BTreeMap<u8, Vec<u8>>> {
             pull(&mut replicas, &mut cursors, &mut numbers, one, None, rule);
         }
     }
-    // The network heals: everybody reads everything.
+    // The network heals: every replica reads everything.
     for _ in 0..count {
         for one in 0..count {
             pull(&mut replicas, &mut cursors, &mut numbers, one, Some(usize::MAX), rule);
@@ -178,7 +178,7 @@ fn a_hundred_thousand_histories_converge_byte_for_byte() {
     for seed in 0..HISTORIES {
         let rows = history(seed, the_rule);
         assert!(!differ(&rows), "seed {seed}: {rows:?}");
-        // Also above any floor that all have reached.
+        // The same above any floor that all replicas have reached.
         let floor = START_US + seed % (2 * HOUR_US);
         let above = |rows: &BTreeMap<u8, Vec<u8>>| -> BTreeMap<u8, Vec<u8>> {
             rows.iter().filter(|(_, row)| !is_collected(row, floor)).map(|(key, row)| (*key, row.clone())).collect()

@@ -18,7 +18,7 @@ use vasto_core::ids::{
 };
 use vasto_core::plan::{PinnedManifest, Plan, PlanKind, Source, Step, Target};
 use vasto_core::record::{
-    BandRange, Body, FileHeader, IngestedObject, KeyEntry, OpResult, Progress, RangeState, Record,
+    BandRange, Body, FileHeader, IngestedObject, KeyEntry, OpResult, RangeState, Record, TailProgress,
 };
 use vasto_core::stored_key::{MetaKey, data_key, split_data_key};
 
@@ -27,7 +27,7 @@ fn read(name: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// Lines of `name value…`; `#` begins a comment.
+/// Reads lines of `name value…`; `#` begins a comment.
 fn lines(name: &str) -> Vec<Vec<String>> {
     let text = read(name);
     let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
@@ -39,7 +39,7 @@ fn unhex(text: &str) -> Vec<u8> {
     (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
 }
 
-/// The named bytes of a file; the names must be exactly those that the test knows.
+/// Returns the named bytes of a file; the names must be exactly those that the test knows.
 fn named(file: &str, known: &[String]) -> BTreeMap<String, Vec<u8>> {
     let found: BTreeMap<_, _> = lines(file).into_iter().map(|line| (line[0].clone(), unhex(&line[1]))).collect();
     let mut names: Vec<_> = known.to_vec();
@@ -142,7 +142,8 @@ fn range() -> BandRange {
 
 fn bodies() -> Vec<(String, Body)> {
     let key_entry = |key: &[u8], entry: &[u8]| KeyEntry { key: key.to_vec(), entry: entry.to_vec() };
-    let progress = vec![Progress::Tail(ReplicaId(0x51), Lsn(0x52)), Progress::Forward(ShardId(0x53), Lsn(0x54))];
+    let progress =
+        vec![TailProgress::Tail(ReplicaId(0x51), Lsn(0x52)), TailProgress::Forward(ShardId(0x53), Lsn(0x54))];
     let object = |key: &str| IngestedObject { key: key.to_owned(), bytes: 0x0102_0304_0506_0708, crc32c: 0xa1b2_c3d4 };
     let mut out = vec![
         ("data-empty", Body::data(Vec::new())),
@@ -303,7 +304,7 @@ fn a_catalog_version() {
     let text = read("catalog.json");
     assert_eq!(serde_json::from_str::<Catalog>(&text).unwrap(), catalog());
     assert_eq!(serde_json::to_string_pretty(&catalog()).unwrap() + "\n", text);
-    // What a newer version adds is tolerated.
+    // Fields that a newer version adds are tolerated.
     let newer = text.replacen('{', "{\n  \"of_a_newer_version\": [1, {\"a\": null}],", 1);
     assert_eq!(serde_json::from_str::<Catalog>(&newer).unwrap(), catalog());
 }

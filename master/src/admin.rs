@@ -1,4 +1,4 @@
-//! What people ask for, as functions that answer JSON or one error that says what to do.
+//! Administrative calls, as functions that return JSON or one error that says what to do.
 //!
 //! **Invariant:** nothing here writes a catalog version of an existing keyspace; that goes through
 //! the keyspace's driver. A call that only plans changes nothing.
@@ -16,37 +16,38 @@ use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId};
 use vasto_core::limits::{
     ADMIN_DEADLINE, HANDOVER_TIMEOUT, KEPT_MS_MAX, REPLICAS_MAX, SHARDS_SERVED_MAX, check_keyspace_name, check_ttl_ms,
 };
-use vasto_core::members::heir;
-use vasto_core::plan::{ReplicaPhase, operation_id};
-use vasto_core::primaries::Presence;
+use vasto_core::operation::operation_id;
+use vasto_core::reconcile::Presence;
+use vasto_core::reconcile::successor;
+use vasto_core::report::ReplicaPhase;
 use vasto_proto::convert::ack_from_wire;
 use vasto_proto::v1;
 use vasto_shipping::{CatalogError, ClusterSettings};
 
-use crate::bill;
 use crate::cluster::{Cluster, nonce, now_us};
+use crate::cost;
 use crate::document;
-use crate::driver::{Change, Request, changed, has_ended};
-use crate::moves;
+use crate::driver::{CatalogChange, Request, changed, has_ended};
 use crate::placement::place;
+use crate::relocation;
 use crate::shipped;
-use crate::state::{Delivery, Keyspace, State};
+use crate::state::{ClusterState, Delivery, Keyspace};
 
-/// The caller's own deadline is [`ADMIN_DEADLINE`]; the answer must be on its way before it.
+/// The longest wait before an answer: the caller's own deadline is [`ADMIN_DEADLINE`].
 const ANSWER_WITHIN: Duration = ADMIN_DEADLINE.saturating_sub(Duration::from_secs(1));
-/// Before a keyspace is deleted its nodes have so long to ship what they have.
+/// How long the nodes of a keyspace have to ship what they have before it is deleted.
 const SHIP_BEFORE_DELETE: Duration = Duration::from_secs(5);
-/// Names that a NotFound lists.
+/// The most names that a NotFound lists.
 const NAMES_LISTED: usize = 10;
 
-type Answer = Result<String, VastoError>;
+pub(crate) type JsonResult = Result<String, VastoError>;
 
 fn error(code: ErrorCode, message: impl Into<String>) -> VastoError {
     VastoError::new(code, message)
 }
 
-/// The keyspace of that name, or an error that helps to find it.
-pub(crate) fn find<'a>(state: &'a State, name: &str) -> Result<&'a Keyspace, VastoError> {
+/// Returns the keyspace of that name, or an error that helps to find it.
+pub(crate) fn find<'a>(state: &'a ClusterState, name: &str) -> Result<&'a Keyspace, VastoError> {
     state.named(name).ok_or_else(|| {
         let mut names: Vec<&str> = state.active().map(|known| known.catalog.name.as_str()).collect();
         names.sort_unstable();
@@ -61,7 +62,7 @@ pub(crate) fn find<'a>(state: &'a State, name: &str) -> Result<&'a Keyspace, Vas
     })
 }
 
-/// Checks what a keyspace is asked to be.
+/// Checks the specification of a new keyspace.
 fn spec_of(request: &v1::CreateKeyspaceRequest) -> Result<KeyspaceSpec, VastoError> {
     check_keyspace_name(&request.name)?;
     let shards = check_shard_count(request.shards)?;
@@ -104,7 +105,7 @@ fn spec_of(request: &v1::CreateKeyspaceRequest) -> Result<KeyspaceSpec, VastoErr
 }
 
 /// Creates a keyspace and waits until every replica serves.
-pub(crate) async fn create(cluster: &Arc<Cluster>, request: v1::CreateKeyspaceRequest) -> Answer {
+pub(crate) async fn create(cluster: &Arc<Cluster>, request: v1::CreateKeyspaceRequest) -> JsonResult {
     let spec = spec_of(&request)?;
     cluster.refresh_settings().await;
     let (nodes, held) = {
@@ -159,7 +160,7 @@ pub(crate) fn unsure(what: &str, cause: &str) -> VastoError {
     error(ErrorCode::Unknown, message)
 }
 
-/// Waits until every replica serves; a failed one ends the wait with its reason.
+/// Waits until every replica serves; a failed replica ends the wait with its reason.
 async fn serving(cluster: &Arc<Cluster>, keyspace: KeyspaceId) -> Result<(), VastoError> {
     let gone = || error(ErrorCode::NotFound, "the keyspace was deleted meanwhile");
     let mut changes = cluster.state().keyspaces.get(&keyspace).map(|known| known.changes()).ok_or_else(gone)?;
@@ -190,7 +191,7 @@ async fn serving(cluster: &Arc<Cluster>, keyspace: KeyspaceId) -> Result<(), Vas
     }
 }
 
-/// Learns what other masters made; lists, so only when something is known to be missing.
+/// Learns what other masters have created; lists the bucket, so only when something is known to be missing.
 pub(crate) async fn learn_all(cluster: &Arc<Cluster>) {
     if cluster.is_lost() {
         return;
@@ -212,24 +213,24 @@ pub(crate) fn list(cluster: &Cluster) -> String {
     document::json(&all.into_iter().map(document::summary).collect::<Vec<_>>())
 }
 
-pub(crate) fn describe(cluster: &Cluster, name: &str) -> Answer {
+pub(crate) fn describe(cluster: &Cluster, name: &str) -> JsonResult {
     let state = cluster.state();
     let known = find(&state, name)?;
     Ok(document::json(&document::keyspace(&state, known)))
 }
 
 /// Deletes a keyspace; its name is free afterwards.
-pub(crate) async fn delete(cluster: &Arc<Cluster>, name: &str) -> Answer {
+pub(crate) async fn delete(cluster: &Arc<Cluster>, name: &str) -> JsonResult {
     let keyspace = find(&cluster.state(), name)?.catalog.keyspace;
-    // It can be restored: what was acknowledged last is to be in the bucket too.
+    // A deleted keyspace can be restored: the bucket is to hold the last acknowledged writes too.
     let shipped = timeout(SHIP_BEFORE_DELETE, shipped::everything(cluster, name)).await;
     let shipped = matches!(shipped, Ok(Ok(_)));
     if !shipped {
         tracing::info!(keyspace = name, "not everything of a keyspace that is deleted is in the bucket");
     }
-    let deleted = ask(cluster, keyspace, Change::Delete).await?;
+    let deleted = ask(cluster, keyspace, CatalogChange::Delete).await?;
     tracing::info!(keyspace = name, id = %keyspace, "deleted a keyspace");
-    // The version alone frees the name; the release only makes the next look-up of it cheaper.
+    // The version alone frees the name; the release only makes its next look-up cheaper.
     match timeout(ANSWER_WITHIN, cluster.store.release_name(name, keyspace)).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::info!(keyspace = name, %error, "the name of a deleted keyspace is not released yet"),
@@ -245,7 +246,7 @@ pub(crate) async fn delete(cluster: &Arc<Cluster>, name: &str) -> Answer {
 pub(crate) async fn ask(
     cluster: &Arc<Cluster>,
     keyspace: KeyspaceId,
-    change: Change,
+    change: CatalogChange,
 ) -> Result<Arc<Catalog>, VastoError> {
     let stopping = || error(ErrorCode::Unavailable, "this master is stopping; try again");
     let requests = cluster.state().keyspaces.get(&keyspace).map(|known| known.requests.clone()).ok_or_else(stopping)?;
@@ -259,12 +260,12 @@ pub(crate) async fn ask(
         .unwrap_or_else(|_| Err(unsure("writing the catalog", "the bucket did not answer in time")))
 }
 
-/// Starts a grow, or only says what it would take.
-pub(crate) async fn resize(cluster: &Arc<Cluster>, request: v1::ResizeRequest) -> Answer {
+/// Starts a grow, or only estimates it.
+pub(crate) async fn resize(cluster: &Arc<Cluster>, request: v1::ResizeRequest) -> JsonResult {
     let (keyspace, change) = {
         let state = cluster.state();
         let known = find(&state, &request.name)?;
-        let change = Change::Grow { to: request.shards };
+        let change = CatalogChange::Grow { to: request.shards };
         if request.plan_only {
             changed(&state, known, &change, cluster.mono_us(), now_us(), 0)?;
             return Ok(document::json(&document::estimate(known, request.shards)));
@@ -277,9 +278,9 @@ pub(crate) async fn resize(cluster: &Arc<Cluster>, request: v1::ResizeRequest) -
 
 pub(crate) fn operations(cluster: &Cluster) -> String {
     let state = cluster.state();
-    let of_nodes = moves::node_operations(&state);
+    let of_nodes = relocation::node_operations(&state);
     let documents = state.keyspaces.values().flat_map(document::operations);
-    let of_keyspaces = documents.filter(|one| !moves::is_of_node(one.id()));
+    let of_keyspaces = documents.filter(|one| !relocation::is_of_node(one.id()));
     let mut all: Vec<(u64, Value)> = of_keyspaces.map(|one| (one.started_at_us(), json!(one))).collect();
     all.extend(of_nodes);
     all.sort_by_key(|(started_at_us, _)| std::cmp::Reverse(*started_at_us));
@@ -291,9 +292,9 @@ pub(crate) fn no_operation(id: &str) -> VastoError {
     error(ErrorCode::NotFound, format!("no operation `{shown}` is known; see `vasto operation list`"))
 }
 
-pub(crate) fn operation(cluster: &Cluster, id: &str) -> Answer {
-    if moves::is_of_node(id) {
-        return moves::node_operation(cluster, id).ok_or_else(|| no_operation(id));
+pub(crate) fn operation(cluster: &Cluster, id: &str) -> JsonResult {
+    if relocation::is_of_node(id) {
+        return relocation::node_operation(cluster, id).ok_or_else(|| no_operation(id));
     }
     let state = cluster.state();
     let mut all = state.keyspaces.values().flat_map(document::operations);
@@ -301,9 +302,9 @@ pub(crate) fn operation(cluster: &Cluster, id: &str) -> Answer {
 }
 
 /// Undoes a running operation that has not changed ownership.
-pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
-    if moves::is_of_node(id) {
-        return moves::cancel(cluster, id).await;
+pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> JsonResult {
+    if relocation::is_of_node(id) {
+        return relocation::cancel(cluster, id).await;
     }
     let (keyspace, plan) = {
         let state = cluster.state();
@@ -322,23 +323,23 @@ pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
             }
         }
     };
-    let cancelled = ask(cluster, keyspace, Change::Cancel { plan }).await?;
+    let cancelled = ask(cluster, keyspace, CatalogChange::Cancel { plan }).await?;
     tracing::info!(operation = id, "cancelled an operation");
     let report = cancelled.operations.iter().rev().find(|one| one.id == id);
     Ok(document::json(&report.map(document::finished)))
 }
 
-/// A primary that is about to leave hands over, if somebody can take over, and whoever serves leaves once another one
-/// has authority. It is not waited for longer than a hand-over may take: whoever evicts it may have a reason.
-async fn hand_over_first(cluster: &Arc<Cluster>, keyspace: KeyspaceId, replica: ReplicaId) {
+/// Transfers leadership of a primary that is to be evicted, if there is a successor, and waits until another replica
+/// has authority. Waits at most twice as long as a transfer may take: an eviction may have its reason.
+async fn transfer_leadership_first(cluster: &Arc<Cluster>, keyspace: KeyspaceId, replica: ReplicaId) {
     let (change, mut changes) = {
         let (state, mono_us) = (cluster.state(), cluster.mono_us());
         let Some(known) = state.keyspaces.get(&keyspace) else { return };
         let here = |node| matches!(state.presence(node, mono_us), Presence::Here(_));
         let ready = |one: &Placed| known.reports.get(&one.replica).is_some_and(|report| report.replication.ready);
         let placement = &known.catalog.placement;
-        let found = placement.iter().find_map(|shard| heir(shard, replica, here, ready));
-        (found.map(|to| Change::HandOver { from: replica, to }), known.changes())
+        let found = placement.iter().find_map(|shard| successor(shard, replica, here, ready));
+        (found.map(|to| CatalogChange::TransferLeadership { from: replica, to }), known.changes())
     };
     if let Some(change) = change
         && ask(cluster, keyspace, change).await.is_err()
@@ -350,14 +351,14 @@ async fn hand_over_first(cluster: &Arc<Cluster>, keyspace: KeyspaceId, replica: 
             changes.borrow_and_update();
             let hands_over = cluster.state().keyspaces.get(&keyspace).is_some_and(|known| {
                 let version = known.catalog.version;
-                // Whoever answers strict requests holds what the one that leaves has acknowledged.
+                // The replica with authority holds what the evicted one has acknowledged.
                 let has_authority =
                     |one: &Placed| known.reports.get(&one.replica).is_some_and(|report| report.has_authority(version));
                 let mut shards = known.catalog.placement.iter();
                 let shard = shards.find(|shard| shard.replicas.iter().any(|one| one.replica == replica));
                 shard.filter(|shard| shard.replicas.len() > 1).is_some_and(|shard| {
                     let mut others = shard.replicas.iter().filter(|one| one.replica != replica);
-                    shard.handing_to.is_some() || !others.any(has_authority)
+                    shard.transferring_to.is_some() || !others.any(has_authority)
                 })
             });
             if !hands_over || changes.changed().await.is_err() {
@@ -368,12 +369,12 @@ async fn hand_over_first(cluster: &Arc<Cluster>, keyspace: KeyspaceId, replica: 
     let _ = timeout(HANDOVER_TIMEOUT * 2, ended).await;
 }
 
-/// Takes a replica out of its placement; it is drained when its node is there, or given up.
-pub(crate) async fn evict(cluster: &Arc<Cluster>, request: v1::EvictRequest) -> Answer {
+/// Evicts a replica from its placement: it is drained when its node is there, or given up.
+pub(crate) async fn evict(cluster: &Arc<Cluster>, request: v1::EvictRequest) -> JsonResult {
     let keyspace = find(&cluster.state(), &request.name)?.catalog.keyspace;
     let replica = ReplicaId(request.replica_id);
-    hand_over_first(cluster, keyspace, replica).await;
-    let change = Change::Evict { replica, accept_loss: request.accept_loss };
+    transfer_leadership_first(cluster, keyspace, replica).await;
+    let change = CatalogChange::Evict { replica, accept_loss: request.accept_loss };
     let catalog = ask(cluster, keyspace, change).await?;
     tracing::info!(keyspace = request.name, %replica, accept_loss = request.accept_loss, "evicted a replica");
     Ok(document::json(&serde_json::json!({
@@ -385,8 +386,8 @@ pub(crate) async fn evict(cluster: &Arc<Cluster>, request: v1::EvictRequest) -> 
 }
 
 /// Sends a command to every node with replicas of a keyspace and waits for all of them, as long as
-/// they are alive.
-pub(crate) async fn command(cluster: &Arc<Cluster>, name: &str, kind: v1::command::Kind) -> Answer {
+/// their sessions live.
+pub(crate) async fn command(cluster: &Arc<Cluster>, name: &str, kind: v1::command::Kind) -> JsonResult {
     let waiting: Vec<(NodeId, _)> = {
         let mut state = cluster.state();
         let known = find(&state, name)?;
@@ -427,7 +428,7 @@ pub(crate) async fn command(cluster: &Arc<Cluster>, name: &str, kind: v1::comman
     Ok(document::json(&serde_json::json!({ "keyspace": name, "nodes": nodes })))
 }
 
-/// Keeps a node from getting replicas, or lets it get some again. What it has stays there.
+/// Cordons a node, so that it gets no new replicas, or uncordons it. Its present replicas stay.
 pub(crate) async fn cordon(cluster: &Arc<Cluster>, node: NodeId, cordoned: bool) -> Result<(), VastoError> {
     let known = cluster.state().settings.clone();
     let (now_us, nonce) = (now_us(), nonce());
@@ -449,11 +450,11 @@ pub(crate) async fn cordon(cluster: &Arc<Cluster>, node: NodeId, cordoned: bool)
     }
 }
 
-/// The same on request; answers the node.
-pub(crate) async fn cordon_node(cluster: &Arc<Cluster>, request: v1::CordonNodeRequest) -> Answer {
-    let node = moves::node_of(&request.node_id)?;
+/// Cordons or uncordons a node on request; returns the node.
+pub(crate) async fn cordon_node(cluster: &Arc<Cluster>, request: v1::CordonNodeRequest) -> JsonResult {
+    let node = relocation::node_of(&request.node_id)?;
     let is_known = document::node_ids(&cluster.state()).contains(&node);
-    // One that was forgotten may still be uncordoned.
+    // A node that was forgotten may still be uncordoned.
     if !is_known && request.cordoned {
         return Err(error(ErrorCode::NotFound, format!("no node {node} is known; see `vasto node list`")));
     }
@@ -471,7 +472,7 @@ pub(crate) fn status(cluster: &Cluster) -> String {
     let mono_us = cluster.mono_us();
     let stored = cluster.stored();
     let state = cluster.state();
-    let bill = bill::bill(&state, own, stored, &cluster.settings.prices, bucket, mono_us);
+    let bill = cost::cost(&state, own, stored, &cluster.settings.prices, bucket, mono_us);
     let document = document::cluster(&state, &cluster.cluster_id(), bucket, own, bill, mono_us);
     document::json(&document.with_warnings(cluster.warnings()))
 }

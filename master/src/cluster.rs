@@ -1,8 +1,8 @@
 //! The handle that all tasks of a master share: state, catalog store, clock, shutdown.
 //!
 //! **Invariant:** the state's lock is held for synchronous work only, never across an await.
-//! [`Cluster::install`] is the one way in for a catalog version, and it starts the one driver
-//! that a keyspace has.
+//! [`Cluster::install`] is the only entry for a catalog version, and starts the only driver of
+//! a keyspace.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -19,19 +19,19 @@ use vasto_core::plan::Step;
 use vasto_shipping::garbage::Retention;
 use vasto_shipping::{Bucket, CatalogStore, ClusterSettings, Prices};
 
-use crate::bill::Stored;
-use crate::driver::Driver;
+use crate::cost::Stored;
+use crate::driver::KeyspaceDriver;
 use crate::metrics::Metrics;
-use crate::state::{Delivery, State};
+use crate::state::{ClusterState, Delivery};
 
-/// A keyspace that nodes name and nobody knows is looked for this often at most.
+/// The shortest interval between look-ups of a keyspace that nodes name and this master does not know.
 const LOOK_UP_INTERVAL: Duration = Duration::from_secs(10);
-/// The bucket is given so long to say whether anything was decided about the nodes.
+/// How long the bucket has to return new settings of nodes.
 const SETTINGS_PATIENCE: Duration = Duration::from_secs(2);
-/// Unknown keyspaces that are remembered as looked for.
+/// The most look-ups of unknown keyspaces that are remembered.
 const LOOK_UPS_MAX: usize = 1024;
 
-/// What a master is told and its tasks go by.
+/// The configuration of a master that its tasks use.
 pub(crate) struct Settings {
     pub(crate) dial_back: bool,
     pub(crate) node_silence: Duration,
@@ -39,15 +39,15 @@ pub(crate) struct Settings {
     pub(crate) prices: Prices,
 }
 
-/// What the tasks of one master share.
+/// State that the tasks of one master share.
 pub(crate) struct Cluster {
-    /// Empty while nobody knows whose the prefix is.
+    /// Empty while the owner of the prefix is not known.
     cluster_id: Mutex<String>,
-    /// Why this master serves nothing but its own repair: the prefix is somebody's, and does not say whose.
+    /// Why this master serves nothing but the repair: the prefix belongs to a cluster whose id is missing.
     lost: watch::Sender<Option<String>>,
-    /// Nodes of other clusters that asked to be taken in, with the cluster that they name.
+    /// Nodes of other clusters that asked to join, with the cluster that they name.
     refused: Mutex<BTreeMap<NodeId, String>>,
-    /// What is odd in the catalog, and what the last look through the bucket has found.
+    /// Oddities of the catalog, and the findings of the last check of the bucket.
     odd: Mutex<(Vec<String>, Vec<String>)>,
     pub(crate) bucket: Bucket,
     pub(crate) store: CatalogStore,
@@ -55,7 +55,7 @@ pub(crate) struct Cluster {
     pub(crate) shutdown: CancellationToken,
     pub(crate) tasks: TaskTracker,
     pub(crate) metrics: Metrics,
-    state: Mutex<State>,
+    state: Mutex<ClusterState>,
     stored: Mutex<Option<Stored>>,
     looked_up: Mutex<HashMap<KeyspaceId, Instant>>,
     started: Instant,
@@ -79,42 +79,42 @@ impl Cluster {
             shutdown,
             tasks: TaskTracker::new(),
             metrics: Metrics::new(),
-            state: Mutex::new(State::default()),
+            state: Mutex::new(ClusterState::default()),
             stored: Mutex::new(None),
             looked_up: Mutex::new(HashMap::new()),
             started: Instant::now(),
         })
     }
 
-    /// The state, for synchronous work.
-    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+    /// Locks the state, for synchronous work.
+    pub(crate) fn state(&self) -> MutexGuard<'_, ClusterState> {
         self.state.lock()
     }
 
-    /// Whose the prefix is; empty while nobody knows.
+    /// Returns the cluster that owns the prefix; empty while it is not known.
     pub(crate) fn cluster_id(&self) -> String {
         self.cluster_id.lock().clone()
     }
 
-    /// Serves nothing any more but the repair, for this reason.
+    /// Stops serving everything but the repair, for this reason.
     pub(crate) fn lose(&self, why: String) {
         tracing::error!(why, "the bucket has to be repaired before this master serves");
         self.lost.send_replace(Some(why));
     }
 
-    /// Why only the repair is served, while that is so.
+    /// Returns why only the repair is served, while that is so.
     pub(crate) fn trouble(&self) -> watch::Receiver<Option<String>> {
         self.lost.subscribe()
     }
 
-    /// Whose the prefix is, is known again.
+    /// Records the cluster that owns the prefix; the master serves again.
     pub(crate) fn found(&self, cluster_id: String) {
         *self.cluster_id.lock() = cluster_id;
         self.lost.send_replace(None);
         self.refused.lock().clear();
     }
 
-    /// Refuses whoever needs more than the repair: nothing is found out by trying again.
+    /// Refuses a call that needs more than the repair: a retry would not help.
     pub(crate) fn check_found(&self) -> Result<(), VastoError> {
         match &*self.lost.borrow() {
             None => Ok(()),
@@ -125,34 +125,34 @@ impl Cluster {
         }
     }
 
-    /// True while only the repair is served.
+    /// Returns true while only the repair is served.
     pub(crate) fn is_lost(&self) -> bool {
         self.lost.borrow().is_some()
     }
 
-    /// A node of another cluster was refused; true the first time.
+    /// Records a refused node of another cluster; returns true the first time.
     pub(crate) fn note_refused(&self, node: NodeId, cluster_id: &str) -> bool {
         let mut refused = self.refused.lock();
         let may = refused.len() < LOOK_UPS_MAX || refused.contains_key(&node);
         may && refused.insert(node, cluster_id.to_owned()).is_none_or(|before| before != cluster_id)
     }
 
-    /// Nodes of other clusters that have asked to be taken in.
+    /// Returns the nodes of other clusters that have asked to join.
     pub(crate) fn refused(&self) -> BTreeMap<NodeId, String> {
         self.refused.lock().clone()
     }
 
-    /// What is odd in the catalog.
+    /// Records the oddities of the catalog.
     pub(crate) fn note_odd_catalogs(&self, odd: Vec<String>) {
         self.odd.lock().0 = odd;
     }
 
-    /// What the last look through the bucket has found.
+    /// Records the findings of the last check of the bucket.
     pub(crate) fn note_findings(&self, findings: Vec<String>) {
         self.odd.lock().1 = findings;
     }
 
-    /// What somebody should look at, of the bucket.
+    /// Returns the warnings about the bucket.
     pub(crate) fn warnings(&self) -> Vec<String> {
         let lost = self.check_found().err().map(|error| error.message);
         let outage = self
@@ -169,23 +169,23 @@ impl Cluster {
         lost.into_iter().chain(outage).chain(refused).chain(catalogs).chain(findings).collect()
     }
 
-    /// Microseconds since this master started; never goes back.
+    /// Returns the microseconds since this master started; never goes back.
     pub(crate) fn mono_us(&self) -> u64 {
         self.started.elapsed().as_micros() as u64
     }
 
-    /// Remembers what a look through the whole bucket found. Nothing is listed for this alone.
+    /// Records the size that a listing of the whole bucket found. Nothing is listed for this alone.
     pub(crate) fn bucket_holds(&self, bytes: u64) {
         *self.stored.lock() = Some(Stored { bytes, at_us: self.mono_us() });
     }
 
-    /// What the last look through the bucket found, if there was one.
+    /// Returns the size that the last listing of the whole bucket found, if there was one.
     pub(crate) fn stored(&self) -> Option<Stored> {
         *self.stored.lock()
     }
 
-    /// Takes a catalog version that is in the bucket, shows it as `delivery` says, and starts the
-    /// driver of a new keyspace. False when a higher version is known already.
+    /// Installs a catalog version that is in the bucket, shows it as `delivery` says, and starts the
+    /// driver of a new keyspace. Returns false when a higher version is known already.
     pub(crate) fn install(self: &Arc<Self>, catalog: Catalog, delivery: Delivery) -> bool {
         let keyspace = catalog.keyspace;
         self.store.note_used(keyspace);
@@ -194,18 +194,18 @@ impl Cluster {
         if let Some(requests) = requests {
             let wake = state.keyspaces[&keyspace].wake.clone();
             drop(state);
-            self.tasks.spawn(Driver::new(self.clone(), keyspace, wake, requests).run());
+            self.tasks.spawn(KeyspaceDriver::new(self.clone(), keyspace, wake, requests).run());
         }
         taken
     }
 
-    /// Holds the places that a version gives away until its fate is known.
+    /// Returns a guard for the places that a version assigns, held until the outcome of its write is known.
     pub(crate) fn hold_places(self: &Arc<Self>, hold: u64) -> Held {
         Held { cluster: self.clone(), hold }
     }
 
-    /// Learns what other masters have decided about nodes; true when that is news. A bucket that does not
-    /// answer decides nothing either: what is written next waits for it.
+    /// Reads what other masters have decided about nodes; returns true when that is new. While the bucket does
+    /// not answer nothing is decided either: the next write waits for the bucket.
     pub(crate) async fn refresh_settings(&self) -> bool {
         let known = self.state().settings.clone();
         match tokio::time::timeout(SETTINGS_PATIENCE, self.store.settings(&known)).await {
@@ -218,27 +218,27 @@ impl Cluster {
         }
     }
 
-    /// Takes what was decided about nodes; true when that is news.
+    /// Adopts settings of nodes; returns true when they are new.
     pub(crate) fn learn_settings(&self, settings: ClusterSettings) -> bool {
         let mut state = self.state();
         let is_news = settings.version > state.settings.version;
         if is_news {
             state.settings = Arc::new(settings);
-            state.keyspaces.values().for_each(|known| known.poke());
+            state.keyspaces.values().for_each(|known| known.notify());
         }
         is_news
     }
 
-    /// Takes a version that another master wrote, or that was found at the start.
+    /// Adopts a version that another master wrote, or that was found at the start.
     pub(crate) fn adopt(self: &Arc<Self>, catalog: Catalog) -> bool {
         let sealing = catalog.plan.as_ref().is_some_and(|plan| plan.step == Step::Sealing);
         self.install(catalog, if sealing { Delivery::Hold } else { Delivery::Push })
     }
 
-    /// Looks for a keyspace that a node knows and this master does not: another master made it.
+    /// Looks up a keyspace that a node knows and this master does not: another master created it.
     pub(crate) fn look_up(self: &Arc<Self>, keyspace: KeyspaceId) {
         if self.is_lost() {
-            return; // what the bucket says is not believed yet
+            return; // the bucket is not trusted yet
         }
         {
             let mut looked_up = self.looked_up.lock();
@@ -266,7 +266,7 @@ impl Cluster {
     }
 }
 
-/// Places that nobody else counts on as long as this lives.
+/// Places that other decisions do not count on while this guard lives.
 pub(crate) struct Held {
     cluster: Arc<Cluster>,
     hold: u64,
@@ -278,13 +278,13 @@ impl Drop for Held {
     }
 }
 
-/// Microseconds since 1970.
+/// Returns the wall clock in microseconds since 1970.
 #[expect(clippy::disallowed_methods, reason = "the one place where this service reads the wall clock")]
 pub(crate) fn now_us() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
 }
 
-/// A number that tells one writer's object from a rival's.
+/// Returns a number that distinguishes the object of one writer from a rival's.
 pub(crate) fn nonce() -> u64 {
     rand::random()
 }

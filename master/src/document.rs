@@ -1,28 +1,28 @@
-//! The JSON that scripts read, exactly as the interface promises it.
+//! The JSON documents for scripts, exactly as the interface promises them.
 //!
-//! **Invariant:** pure views of the state; fields are added, never renamed or removed. What nobody
-//! has reported is `null`, never a made-up number.
+//! **Invariant:** pure views of the state; fields are added, never renamed or removed. A figure that no
+//! node has reported is `null`, never made up.
 
 use std::collections::BTreeSet;
 
 use serde::Serialize;
 use vasto_core::catalog::{Ack, Catalog, KeyspaceState, Quarantine};
 use vasto_core::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, ReplicaId, ShardId};
-use vasto_core::plan::{
-    OperationReport, Outcome, Plan, ReplicaPhase, ReplicaReport, Step, TargetProgress, TargetStage, operation_id,
-};
+use vasto_core::operation::{OperationOutcome, OperationReport, operation_id};
+use vasto_core::plan::{Plan, Step};
+use vasto_core::report::{ReplicaPhase, ReplicaReport, TargetProgress, TargetStage};
 use vasto_shipping::Usage;
 
-use crate::bill::{BillDoc, usage_of};
-use crate::state::{Keyspace, Node, State};
+use crate::cost::{CostDoc, usage_of};
+use crate::state::{ClusterState, Keyspace, Node};
 
-/// Bytes a second that one source's objects are assumed to be read, rewritten and ingested with.
+/// The assumed rate at which objects of one source are read, rewritten and ingested, bytes a second.
 const ASSUMED_BYTES_PER_SECOND: u64 = 50 << 20;
 /// Fixed costs of a resize: checkpoint, tail, seal.
 const ASSUMED_SECONDS: f64 = 2.0;
-/// A GET takes at most this much of an object.
+/// The most bytes of an object that one GET takes.
 const BYTES_PER_GET: u64 = 8 << 20;
-/// A node with less free disk than this is warned about.
+/// A node with less free disk than this gets a warning.
 const DISK_FREE_MIN: u64 = 1 << 30;
 
 /// `keyspace describe`.
@@ -58,7 +58,7 @@ struct ReplicaDoc {
     shipped_lsn: Option<Lsn>,
     lag_ms: Option<u64>,
     keys: Option<u64>,
-    /// The same number by its right name.
+    /// The same number under its accurate name.
     keys_estimate: Option<u64>,
     bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -77,7 +77,7 @@ pub(crate) struct KeyspaceSummary {
     state: KeyspaceState,
     version: CatalogVersion,
     keys: u64,
-    /// The same number by its right name.
+    /// The same number under its accurate name.
     keys_estimate: u64,
     bytes: u64,
     operation: Option<String>,
@@ -117,7 +117,7 @@ pub(crate) struct FinishedDoc {
     state: &'static str,
 }
 
-/// Either, newest first in lists.
+/// A running or finished operation, newest first in lists.
 #[derive(Serialize)]
 #[serde(untagged)]
 pub(crate) enum OperationDoc {
@@ -161,7 +161,7 @@ pub(crate) struct NodeDoc {
     #[serde(skip_serializing_if = "Option::is_none")]
     unreachable: Option<String>,
     bucket_requests: Option<RequestsDoc>,
-    /// What keeps it from shipping.
+    /// The fault that keeps the node from shipping.
     bucket_trouble: Option<String>,
 }
 
@@ -187,7 +187,7 @@ pub(crate) struct ClusterDoc {
     keyspaces: Vec<KeyspaceSummary>,
     warnings: Vec<String>,
     master: MasterDoc,
-    bill: BillDoc,
+    bill: CostDoc,
 }
 
 #[derive(Serialize)]
@@ -198,20 +198,20 @@ struct MasterDoc {
 }
 
 impl ClusterDoc {
-    /// With these before the others.
+    /// Puts these warnings before the others.
     pub(crate) fn with_warnings(mut self, first: Vec<String>) -> Self {
         self.warnings.splice(0..0, first);
         self
     }
 }
 
-/// Writes a document.
+/// Serializes a document.
 pub(crate) fn json(document: &impl Serialize) -> String {
     serde_json::to_string(document).expect("documents have only string keys")
 }
 
-/// `keyspace describe`.
-pub(crate) fn keyspace(state: &State, known: &Keyspace) -> KeyspaceDoc {
+/// Returns the document of `keyspace describe`.
+pub(crate) fn keyspace(state: &ClusterState, known: &Keyspace) -> KeyspaceDoc {
     let catalog = &known.catalog;
     let placement = catalog.placement.iter().map(|shard| ShardDoc {
         shard: shard.shard,
@@ -222,7 +222,7 @@ pub(crate) fn keyspace(state: &State, known: &Keyspace) -> KeyspaceDoc {
                 let primary = shard.primary() == Some(*one);
                 replica(state, known.reports.get(&one.replica), one.replica, one.node, primary)
             })
-            .chain(catalog.unsealed.iter().filter(|one| one.shard == shard.shard).map(|one| ReplicaDoc {
+            .chain(catalog.draining.iter().filter(|one| one.shard == shard.shard).map(|one| ReplicaDoc {
                 role: "leaving",
                 state: "draining",
                 ..replica(state, known.reports.get(&one.replica), one.replica, one.node, false)
@@ -245,7 +245,13 @@ pub(crate) fn keyspace(state: &State, known: &Keyspace) -> KeyspaceDoc {
     }
 }
 
-fn replica(state: &State, report: Option<&ReplicaReport>, id: ReplicaId, node: NodeId, primary: bool) -> ReplicaDoc {
+fn replica(
+    state: &ClusterState,
+    report: Option<&ReplicaReport>,
+    id: ReplicaId,
+    node: NodeId,
+    primary: bool,
+) -> ReplicaDoc {
     let (phase, reason) = replica_state(state, report, node);
     ReplicaDoc {
         node_id: node,
@@ -262,7 +268,7 @@ fn replica(state: &State, report: Option<&ReplicaReport>, id: ReplicaId, node: N
     }
 }
 
-fn replica_state(state: &State, report: Option<&ReplicaReport>, node: NodeId) -> (&'static str, Option<String>) {
+fn replica_state(state: &ClusterState, report: Option<&ReplicaReport>, node: NodeId) -> (&'static str, Option<String>) {
     if state.nodes.get(&node).is_none_or(|node| node.session.is_none()) {
         return ("away", None);
     }
@@ -281,8 +287,8 @@ fn replica_state(state: &State, report: Option<&ReplicaReport>, node: NodeId) ->
     }
 }
 
-/// What keeps a keyspace from serving; empty when every replica serves.
-pub(crate) fn not_serving(state: &State, known: &Keyspace) -> Vec<String> {
+/// Returns what keeps a keyspace from serving; empty when every replica serves.
+pub(crate) fn not_serving(state: &ClusterState, known: &Keyspace) -> Vec<String> {
     let catalog = &known.catalog;
     let all = catalog.placement.iter().flat_map(|shard| shard.replicas.iter().map(move |one| (shard.shard, one)));
     all.filter_map(|(shard, one)| match replica_state(state, known.reports.get(&one.replica), one.node) {
@@ -295,7 +301,7 @@ pub(crate) fn not_serving(state: &State, known: &Keyspace) -> Vec<String> {
     .collect()
 }
 
-/// One line of `keyspace list`.
+/// Returns one line of `keyspace list`.
 pub(crate) fn summary(known: &Keyspace) -> KeyspaceSummary {
     let catalog = &known.catalog;
     let placed = catalog.placement.iter().filter_map(|shard| known.reports.get(&shard.replicas.first()?.replica));
@@ -316,7 +322,7 @@ pub(crate) fn summary(known: &Keyspace) -> KeyspaceSummary {
     }
 }
 
-/// The running operation of a keyspace.
+/// Returns the running operation of a keyspace.
 pub(crate) fn running(known: &Keyspace) -> Option<Box<RunningDoc>> {
     let mut doc = running_of(&known.catalog)?;
     doc.waiting_for = known.waiting_for.clone();
@@ -332,7 +338,7 @@ pub(crate) fn running(known: &Keyspace) -> Option<Box<RunningDoc>> {
     Some(doc)
 }
 
-/// The same from a catalog alone, before anything is reported.
+/// Returns the running operation from a catalog alone, before anything is reported.
 pub(crate) fn running_of(catalog: &Catalog) -> Option<Box<RunningDoc>> {
     let plan = catalog.plan.as_ref()?;
     let (from, to) = plan.growth().unwrap_or((catalog.spec.shards, catalog.spec.shards));
@@ -363,23 +369,23 @@ fn progress_of<'a>(known: &'a Keyspace, plan: &Plan, replica: ReplicaId) -> Opti
     known.reports.get(&replica)?.target.as_ref().filter(|progress| progress.plan == plan.id)
 }
 
-/// Running and finished operations of a keyspace, newest first.
+/// Returns running and finished operations of a keyspace, newest first.
 pub(crate) fn operations(known: &Keyspace) -> Vec<OperationDoc> {
     let finished = known.catalog.operations.iter().rev().map(|report| OperationDoc::Finished(finished(report)));
     running(known).map(OperationDoc::Running).into_iter().chain(finished).collect()
 }
 
-/// A finished operation.
+/// Returns the document of a finished operation.
 pub(crate) fn finished(report: &OperationReport) -> Box<FinishedDoc> {
     let state = match report.outcome {
-        Outcome::Done => "done",
-        Outcome::Aborted => "aborted",
+        OperationOutcome::Done => "done",
+        OperationOutcome::Aborted => "aborted",
     };
     Box::new(FinishedDoc { report: report.clone(), state })
 }
 
 impl OperationDoc {
-    /// The id that people name it by.
+    /// Returns the id of the operation.
     pub(crate) fn id(&self) -> &str {
         match self {
             OperationDoc::Running(doc) => &doc.id,
@@ -387,7 +393,7 @@ impl OperationDoc {
         }
     }
 
-    /// When it started, microseconds since 1970.
+    /// Returns when the operation started, microseconds since 1970.
     pub(crate) fn started_at_us(&self) -> u64 {
         match self {
             OperationDoc::Running(doc) => doc.started_at_us,
@@ -396,7 +402,7 @@ impl OperationDoc {
     }
 }
 
-/// What growing to `to` shards would read and take, from the reports.
+/// Estimates from the reports what growing to `to` shards would read and how long it would take.
 pub(crate) fn estimate(known: &Keyspace, to: u32) -> EstimateDoc {
     let catalog = &known.catalog;
     let from = catalog.spec.shards;
@@ -407,13 +413,13 @@ pub(crate) fn estimate(known: &Keyspace, to: u32) -> EstimateDoc {
         .map(|shard| {
             let report = shard.replicas.first().and_then(|one| known.reports.get(&one.replica));
             let (keys, bytes) = report.map_or((0, 0), |report| (report.keys, report.bytes));
-            // Banded SSTs: what must be read is what moves.
+            // Banded SSTs: only the moving keys must be read.
             SourceDoc { shard: shard.shard, keys, bytes, bytes_to_read: (bytes as f64 * moving_fraction) as u64 }
         })
         .collect();
     let bytes: u64 = sources.iter().map(|source| source.bytes_to_read).sum();
-    // A manifest each, then the bytes in parts; about as many requests again for what sources and
-    // target ship.
+    // A manifest each, then the bytes in parts; sources and target ship with about as many requests
+    // again.
     let gets: u64 = sources.iter().map(|source| 1 + source.bytes_to_read.div_ceil(BYTES_PER_GET)).sum();
     EstimateDoc {
         keyspace: catalog.name.clone(),
@@ -426,8 +432,8 @@ pub(crate) fn estimate(known: &Keyspace, to: u32) -> EstimateDoc {
     }
 }
 
-/// Every node that registered, and every one that the catalogs name and nobody has seen.
-pub(crate) fn node_ids(state: &State) -> BTreeSet<NodeId> {
+/// Returns every node that registered, and every node that only the catalogs name.
+pub(crate) fn node_ids(state: &ClusterState) -> BTreeSet<NodeId> {
     let mut ids: BTreeSet<NodeId> = state.nodes.keys().copied().collect();
     for known in state.active() {
         ids.extend(known.catalog.placement.iter().flat_map(|shard| &shard.replicas).map(|one| one.node));
@@ -435,17 +441,17 @@ pub(crate) fn node_ids(state: &State) -> BTreeSet<NodeId> {
     ids
 }
 
-/// All of them, with what they have reported.
-pub(crate) fn nodes(state: &State, mono_us: u64) -> Vec<NodeDoc> {
+/// Returns the documents of all nodes.
+pub(crate) fn nodes(state: &ClusterState, mono_us: u64) -> Vec<NodeDoc> {
     node_ids(state).into_iter().map(|id| node(state, id, state.nodes.get(&id), mono_us)).collect()
 }
 
-/// One of them.
-pub(crate) fn one_node(state: &State, id: NodeId, mono_us: u64) -> NodeDoc {
+/// Returns the document of one node.
+pub(crate) fn one_node(state: &ClusterState, id: NodeId, mono_us: u64) -> NodeDoc {
     node(state, id, state.nodes.get(&id), mono_us)
 }
 
-fn node(state: &State, id: NodeId, known: Option<&Node>, mono_us: u64) -> NodeDoc {
+fn node(state: &ClusterState, id: NodeId, known: Option<&Node>, mono_us: u64) -> NodeDoc {
     let away_us = state.away_us(id, mono_us);
     NodeDoc {
         node_id: id,
@@ -478,8 +484,8 @@ fn requests(usage: Usage) -> RequestsDoc {
     }
 }
 
-/// The shards of which no node is there, in one warning with the way back.
-fn lost_shards(state: &State) -> Option<String> {
+/// Returns one warning that names the shards without a live node, and the remedy.
+fn lost_shards(state: &ClusterState) -> Option<String> {
     const NAMED: usize = 5;
     let is_gone = |node: NodeId| state.nodes.get(&node).is_none_or(|node| node.session.is_none());
     let mut shards = Vec::new();
@@ -507,13 +513,13 @@ fn lost_shards(state: &State) -> Option<String> {
     ))
 }
 
-/// `cluster status`.
+/// Returns the document of `cluster status`.
 pub(crate) fn cluster(
-    state: &State,
+    state: &ClusterState,
     cluster_id: &str,
     bucket: &str,
     own: Usage,
-    bill: BillDoc,
+    bill: CostDoc,
     mono_us: u64,
 ) -> ClusterDoc {
     let nodes = nodes(state, mono_us);
@@ -543,12 +549,12 @@ pub(crate) fn cluster(
     for node in nodes.iter().filter(|node| node.state == "live") {
         warnings.extend(node.bucket_trouble.iter().map(|trouble| format!("{} does not ship: {trouble}", node.node_id)));
     }
-    // A node that is away is said once, not once per replica.
+    // A node that is away is reported once, not once per replica.
     let replicas = state.active().flat_map(|known| not_serving(state, known));
     warnings.extend(replicas.filter(|text| !text.ends_with(" is away")));
     for known in state.active() {
         let catalog = &known.catalog;
-        warnings.extend(catalog.unsealed.iter().map(|one| {
+        warnings.extend(catalog.draining.iter().map(|one| {
             format!(
                 "replica {} of shard {} of {} has left and may hold writes that nobody else has: start {} so that it \
                  is drained, or give them up with `vasto keyspace evict {} --replica {} --accept-loss --yes`, or all of \

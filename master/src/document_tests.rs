@@ -1,11 +1,13 @@
+//! Tests of `document`: see there.
+
 #![allow(clippy::unwrap_used)]
 use super::*;
-use crate::bill::bill;
+use crate::cost::cost;
 use crate::state::Delivery;
 use crate::state::tests::{replica_report, two_nodes};
 use serde_json::{Value, json as value};
 use vasto_core::ids::PlanId;
-use vasto_core::plan::start_grow;
+use vasto_core::reconcile::start_grow;
 use vasto_proto::v1;
 
 const KS: KeyspaceId = KeyspaceId(1);
@@ -50,11 +52,11 @@ fn describe_has_what_the_interface_promises() {
 fn operations_have_what_the_interface_promises() {
     let (mut state, ..) = two_nodes();
     let mut growing = start_grow(&state.keyspaces[&KS].catalog, 3, &[NodeId(1)], 5_000, 2).unwrap();
-    growing.operations.push(vasto_core::plan::report_of(
+    growing.operations.push(vasto_core::reconcile::report_of(
         &growing,
         growing.plan.as_ref().unwrap(),
         &Default::default(),
-        Outcome::Done,
+        OperationOutcome::Done,
         None,
         6_000,
     ));
@@ -76,7 +78,7 @@ fn operations_have_what_the_interface_promises() {
 #[test]
 fn an_estimate_adds_up() {
     let (mut state, one, two) = two_nodes();
-    let big = |replica| vasto_core::plan::ReplicaReport { bytes: 300 << 20, ..replica_report(replica, 1) };
+    let big = |replica| vasto_core::report::ReplicaReport { bytes: 300 << 20, ..replica_report(replica, 1) };
     state.report(NodeId(1), one, &v1::Report::default(), vec![big(1)], 20);
     state.report(NodeId(2), two, &v1::Report::default(), vec![big(2)], 20);
     let estimate = parsed(&estimate(&state.keyspaces[&KS], 3));
@@ -94,11 +96,11 @@ fn the_cluster_warns_of_what_a_person_must_look_at() {
     let report = v1::Report { disk_used: 1 << 40, disk_free: 1 << 20, ..v1::Report::default() };
     state.report(NodeId(1), one, &report, vec![replica_report(1, 1)], 20);
     let broken =
-        vasto_core::plan::ReplicaReport { phase: ReplicaPhase::Failed("bad record".into()), ..replica_report(2, 1) };
+        vasto_core::report::ReplicaReport { phase: ReplicaPhase::Failed("bad record".into()), ..replica_report(2, 1) };
     state.report(NodeId(2), two, &v1::Report::default(), vec![broken], 20);
-    let status = |state: &State| {
+    let status = |state: &ClusterState| {
         let own = Usage::default();
-        let bill = bill(state, own, None, &Default::default(), "memory://x", 5_000_010);
+        let bill = cost(state, own, None, &Default::default(), "memory://x", 5_000_010);
         parsed(&cluster(state, "c-1", "memory://x", own, bill, 5_000_010))
     };
     let document = status(&state);

@@ -1,11 +1,11 @@
 //! One task per keyspace: the only writer of its catalog in this master.
 //!
-//! It is woken by reports, requests, and a tick while a plan runs; it asks the pure state machine
-//! (`vasto_core::plan::advance`) what comes next and writes it, create-only.
+//! Reports, requests, and a tick while a plan runs wake the task; it asks the pure state machine
+//! (`vasto_core::reconcile::advance`) for the next version and writes it, create-only.
 //!
 //! **Invariant:** a version is installed, and with that shown to nodes and clients, only after its
-//! write is known to have won. A write whose outcome is unknown is followed by reading the tip
-//! before anything else. A version that lost is thrown away, the winner's tip is adopted, and
+//! write is known to have won. After a write with an unknown outcome the driver reads the tip
+//! before anything else. A version that lost is discarded, the winner's tip is adopted, and
 //! the decision is made again. A `sealing` version that was slow to write is never shown: it is
 //! undone, so a slow bucket does not pause writers.
 
@@ -14,79 +14,81 @@ use std::time::{Duration, Instant};
 
 use rand::RngExt;
 use tokio::sync::{Notify, mpsc, oneshot};
-use vasto_core::catalog::{Catalog, KeyspaceState, Leaving, Placed};
+use vasto_core::catalog::{Catalog, KeyspaceState, NodeDrain, Placed};
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::{Epoch, KeyspaceId, PlanId, ReplicaId};
 use vasto_core::limits::SEALING_WRITE_MAX;
-use vasto_core::members::{EvictError, empty_node, evict_on_request, hand_over, stay};
-use vasto_core::plan::{Advance, Plan, PlanError, PlanKind, Step, abort, operation_id, start_grow};
-use vasto_core::primaries::{Moves, Presence, moves_between};
+use vasto_core::operation::operation_id;
+use vasto_core::plan::{Plan, PlanKind, Step};
+use vasto_core::reconcile::{Advance, PlanError, abort, start_grow};
+use vasto_core::reconcile::{EvictError, cancel_drain, drain_node, evict_on_request, transfer_leadership};
+use vasto_core::reconcile::{LeadershipChanges, Presence, leadership_changes_between};
 use vasto_shipping::CatalogWrite;
 
 use crate::cluster::{Cluster, nonce, now_us};
-use crate::state::{Delivery, Keyspace, State};
+use crate::state::{ClusterState, Delivery, Keyspace};
 
-/// How often a running plan or a due quarantine is looked at when nothing is reported.
+/// The interval at which a running plan or a due quarantine is checked when nothing is reported.
 const TICK: Duration = Duration::from_millis(100);
-/// And how often a keyspace whose members are not complete: what ends that is reported, but for time.
+/// The same for a keyspace that lacks members: all that ends this state is reported, except the passing of time.
 const LOOK_INCOMPLETE: Duration = Duration::from_millis(500);
-/// How often it is looked whether a deleted keyspace can be forgotten.
+/// The interval at which a deleted keyspace is checked for whether it can be forgotten.
 const LOOK_DELETED: Duration = Duration::from_secs(3_600);
-/// A deleted keyspace is known for so long at least: the nodes that hold something of it are to hear of it,
-/// and people to undo it.
+/// The shortest time that a deleted keyspace is known: nodes that hold replicas of it must learn of the deletion,
+/// and people must be able to undo it.
 const DELETED_KEPT_MIN: Duration = Duration::from_secs(48 * 3_600);
-/// What a deleted keyspace's nodes have to hear is told for so long after it was learned.
+/// How long the deletion of a keyspace is sent to nodes after this master learned of it.
 const DELETED_TOLD_FOR: Duration = Duration::from_secs(600);
-/// A sleep until a quarantine ends is cut here, so that a stepped clock is noticed.
+/// The longest sleep until a quarantine ends, so that a stepped clock is noticed.
 const LOOK_MAX: Duration = Duration::from_secs(60);
 /// First and longest pause between attempts at a bucket that fails.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
-/// The tip is read again at most this often because of what nodes say.
+/// The shortest interval between reads of the tip that reports of nodes cause.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
-/// Lost races after which a request is given up.
+/// The most lost races before a request is given up.
 const ATTEMPTS_MAX: usize = 16;
 
-/// Why an operation was aborted that somebody cancelled.
+/// The reason of an operation that an administrator cancelled.
 const CANCELLED: &str = "cancelled by an administrator";
 
-/// What a person can ask of a keyspace.
+/// A change that an administrator can request of a keyspace.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Change {
-    /// More shards.
+pub(crate) enum CatalogChange {
+    /// Add shards.
     Grow { to: u32 },
     /// Undo the running plan.
     Cancel { plan: PlanId },
-    /// Have a primary hand over to another replica of its shard.
-    HandOver { from: ReplicaId, to: ReplicaId },
-    /// Take a replica out of its placement; with `accept_loss`, for good.
+    /// Transfer leadership to another replica of the shard.
+    TransferLeadership { from: ReplicaId, to: ReplicaId },
+    /// Evict a replica from its placement; with `accept_loss`, for good.
     Evict { replica: ReplicaId, accept_loss: bool },
     /// Move a node's replicas elsewhere.
-    Empty(Leaving),
-    /// Let a node keep the replicas that it still has: undo the operation that empties it.
+    DrainNode(NodeDrain),
+    /// Cancel the operation that drains a node: the node keeps the replicas that it still has.
     Stay { operation: String },
     /// Drop the keyspace.
     Delete,
 }
 
-/// A change and who waits for the version that makes it.
+/// A change, and the channel that waits for its version.
 pub(crate) struct Request {
-    pub(crate) change: Change,
+    pub(crate) change: CatalogChange,
     pub(crate) reply: oneshot::Sender<Result<Arc<Catalog>, VastoError>>,
 }
 
-/// How a write ended.
+/// The outcome of a write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Written {
-    /// It is the catalog.
+    /// The version is the catalog.
     Won,
-    /// It is not; the state holds the tip, so decide again.
+    /// Another version won; the state holds the tip, so decide again.
     Overtaken,
     /// The master stops.
     Stopping,
 }
 
-/// The owner of one keyspace's catalog.
-pub(crate) struct Driver {
+/// The driver of one keyspace, which owns its catalog.
+pub(crate) struct KeyspaceDriver {
     cluster: Arc<Cluster>,
     keyspace: KeyspaceId,
     wake: Arc<Notify>,
@@ -100,7 +102,7 @@ enum Event {
     Request(Request),
 }
 
-impl Driver {
+impl KeyspaceDriver {
     pub(crate) fn new(
         cluster: Arc<Cluster>,
         keyspace: KeyspaceId,
@@ -127,7 +129,7 @@ impl Driver {
         }
     }
 
-    /// True when a deleted keyspace was forgotten: there is nothing to drive any more.
+    /// Returns true when a deleted keyspace was forgotten: there is nothing to drive any more.
     fn is_over(&self) -> bool {
         let kept = self.cluster.settings.retention.keep_for.max(DELETED_KEPT_MIN);
         let kept_us = kept.as_micros() as u64;
@@ -163,7 +165,7 @@ impl Driver {
         }
     }
 
-    /// Reads the tip when a node has obeyed a version that this master does not know.
+    /// Reads the tip when a node has applied a version that this master does not know.
     async fn refresh(&mut self) -> Written {
         let hint = match self.cluster.state().keyspaces.get(&self.keyspace) {
             Some(known) if known.behind => known.catalog.version,
@@ -190,7 +192,7 @@ impl Driver {
         Written::Overtaken
     }
 
-    /// Writes what comes next until nothing does.
+    /// Writes the next version until there is none.
     async fn drive(&mut self) -> Written {
         loop {
             let (next, hold) = {
@@ -211,7 +213,7 @@ impl Driver {
                 }
             };
             let held = hold.map(|hold| self.cluster.hold_places(hold));
-            // Who gets something is decided by the newest word on who may.
+            // The newest settings decide which nodes may get a replica.
             if held.is_some() && self.cluster.refresh_settings().await {
                 continue;
             }
@@ -221,7 +223,7 @@ impl Driver {
         }
     }
 
-    fn note_waiting(&self, state: &mut State, what: Option<String>) {
+    fn note_waiting(&self, state: &mut ClusterState, what: Option<String>) {
         let Some(known) = state.keyspaces.get_mut(&self.keyspace).filter(|known| known.waiting_for != what) else {
             return;
         };
@@ -236,7 +238,7 @@ impl Driver {
             if request.reply.is_closed() {
                 return;
             }
-            if matches!(request.change, Change::Grow { .. }) {
+            if matches!(request.change, CatalogChange::Grow { .. }) {
                 self.cluster.refresh_settings().await;
             }
             let next = {
@@ -268,8 +270,8 @@ impl Driver {
         let _ = request.reply.send(Err(VastoError::new(ErrorCode::Unavailable, busy)));
     }
 
-    /// Writes a version and installs whatever is the tip afterwards. A bucket that fails is tried
-    /// again until the outcome is known or the master stops.
+    /// Writes a version and installs the tip of afterwards. Retries a failing bucket until the outcome is
+    /// known or the master stops.
     async fn write(&mut self, next: Catalog) -> Written {
         let started = Instant::now();
         let base = next.version;
@@ -286,7 +288,7 @@ impl Driver {
                     keyspace = next.name, version = %base, winner = %other.version,
                     "another master wrote first; going on from its version"
                 );
-                // The hint is what this master knows for certain; the other's may be beyond it.
+                // The hint is a version that this master knows for certain; the tip may be higher.
                 self.settle(&next, *other, started).await
             }
             Some(Err(error)) => {
@@ -297,7 +299,7 @@ impl Driver {
         }
     }
 
-    /// After a lost race: the tip is at or beyond `other`.
+    /// Settles a lost race: the tip is at or beyond `other`.
     async fn settle(&mut self, ours: &Catalog, other: Catalog, started: Instant) -> Written {
         let hint = other.version;
         let tip = self.cluster.store.tip(self.keyspace, hint);
@@ -314,7 +316,7 @@ impl Driver {
         }
     }
 
-    /// The outcome of a write is unknown: reads the tip, as long as that takes.
+    /// Reads the tip after a write with an unknown outcome, for as long as that takes.
     async fn read_tip(&mut self, ours: &Catalog, started: Instant) -> Written {
         let (mut pause, pause_max) = BACKOFF;
         let hint = self.cluster.state().keyspaces.get(&self.keyspace).map_or(ours.version, |k| k.catalog.version);
@@ -351,15 +353,15 @@ impl Driver {
         let delivery = delivery_of(&next, took);
         log_version(&next, delivery, took);
         let before = self.cluster.state().keyspaces.get(&next.keyspace).map(|known| known.catalog.clone());
-        let moves = before.map(|before| moves_between(&before, &next)).unwrap_or_default();
-        if moves != Moves::default() {
+        let changes = before.map(|before| leadership_changes_between(&before, &next)).unwrap_or_default();
+        if changes != LeadershipChanges::default() {
             tracing::info!(
                 keyspace = next.name,
-                failovers = moves.failovers,
-                handovers = moves.handovers,
+                failovers = changes.failovers,
+                handovers = changes.handovers,
                 "primaries have changed"
             );
-            self.cluster.metrics.primaries_moved(moves);
+            self.cluster.metrics.primaries_moved(changes);
         }
         self.cluster.install(next, delivery);
     }
@@ -372,7 +374,7 @@ impl Driver {
     }
 }
 
-/// How a version that this master wrote may be shown.
+/// Returns how a version that this master wrote may be shown.
 fn delivery_of(next: &Catalog, took: Duration) -> Delivery {
     let sealing = next.plan.as_ref().is_some_and(|plan| plan.step == Step::Sealing);
     if sealing && took > SEALING_WRITE_MAX { Delivery::Undo } else { Delivery::Push }
@@ -393,7 +395,7 @@ fn log_version(next: &Catalog, delivery: Delivery, took: Duration) {
     }
 }
 
-/// When the keyspace must be looked at although nobody reports anything.
+/// Returns when the keyspace must be checked although nothing is reported.
 fn next_look(catalog: &Catalog, now_us: u64) -> Option<Duration> {
     if catalog.state == KeyspaceState::Deleted {
         return Some(LOOK_DELETED);
@@ -408,11 +410,11 @@ fn next_look(catalog: &Catalog, now_us: u64) -> Option<Duration> {
     waits.min()
 }
 
-/// The version that makes a change.
+/// Returns the version that makes a change.
 pub(crate) fn changed(
-    state: &State,
+    state: &ClusterState,
     known: &Keyspace,
-    change: &Change,
+    change: &CatalogChange,
     mono_us: u64,
     now_us: u64,
     nonce: u64,
@@ -420,18 +422,18 @@ pub(crate) fn changed(
     let (catalog, reports) = (&*known.catalog, &known.reports);
     let refuse = |message: String| Err(VastoError::new(ErrorCode::FailedPrecondition, message));
     match *change {
-        Change::Grow { to } => {
+        CatalogChange::Grow { to } => {
             let (targets, missing) = match state.grow_targets(known) {
                 Ok(targets) => (targets, None),
                 Err(missing) => (Vec::new(), Some(missing)),
             };
             start_grow(catalog, to, &targets, now_us, nonce).map_err(|error| match (error, missing) {
-                // Who is there and gets nothing is worth knowing.
+                // The error names live nodes that get no replica.
                 (PlanError::NoNode(_), Some(missing)) => missing.into(),
                 (error, _) => plan_error(error),
             })
         }
-        Change::Cancel { plan } => {
+        CatalogChange::Cancel { plan } => {
             let id = operation_id(catalog.keyspace, plan);
             match catalog.plan.as_ref().filter(|running| running.id == plan) {
                 None => Err(has_ended(&id)),
@@ -445,7 +447,7 @@ pub(crate) fn changed(
                 ),
             }
         }
-        Change::Evict { replica, accept_loss } => {
+        CatalogChange::Evict { replica, accept_loss } => {
             let serves = |one: &Placed| {
                 let report = reports.get(&one.replica);
                 matches!(state.presence(one.node, mono_us), Presence::Here(_))
@@ -461,18 +463,23 @@ pub(crate) fn changed(
                 VastoError::new(code, error.to_string())
             })
         }
-        Change::HandOver { from, to } => hand_over(catalog, from, to, now_us, nonce).map_or_else(
-            || refuse(format!("replica {from} cannot hand over to replica {to} now; see `vasto keyspace describe`")),
-            Ok,
-        ),
-        Change::Empty(ref leaving) => empty_node(catalog, leaving.clone(), now_us, nonce).ok_or_else(|| {
-            let message = format!("node {} has no replica of keyspace {}", leaving.node, catalog.name);
+        CatalogChange::TransferLeadership { from, to } => transfer_leadership(catalog, from, to, now_us, nonce)
+            .map_or_else(
+                || {
+                    refuse(format!(
+                        "replica {from} cannot hand over to replica {to} now; see `vasto keyspace describe`"
+                    ))
+                },
+                Ok,
+            ),
+        CatalogChange::DrainNode(ref drain) => drain_node(catalog, drain.clone(), now_us, nonce).ok_or_else(|| {
+            let message = format!("node {} has no replica of keyspace {}", drain.node, catalog.name);
             VastoError::new(ErrorCode::NotFound, message)
         }),
-        Change::Stay { ref operation } => {
-            stay(catalog, operation, CANCELLED, reports, now_us, nonce).ok_or_else(|| has_ended(operation))
+        CatalogChange::Stay { ref operation } => {
+            cancel_drain(catalog, operation, CANCELLED, reports, now_us, nonce).ok_or_else(|| has_ended(operation))
         }
-        Change::Delete => {
+        CatalogChange::Delete => {
             let ends = |plan: &&Plan| !matches!(plan.kind, PlanKind::Restore { .. });
             if let Some(plan) = catalog.plan.as_ref().filter(ends) {
                 return Err(plan_error(PlanError::Busy(operation_id(catalog.keyspace, plan.id))));
@@ -498,7 +505,7 @@ fn plan_error(error: PlanError) -> VastoError {
     let code = match &error {
         PlanError::Count(_) | PlanError::SameCount(_) => ErrorCode::InvalidArgument,
         PlanError::Shrink { .. } | PlanError::ManySteps { .. } | PlanError::Above64 => ErrorCode::FailedPrecondition,
-        PlanError::Busy(_) | PlanError::NoNode(_) | PlanError::Unsealed(..) => ErrorCode::FailedPrecondition,
+        PlanError::Busy(_) | PlanError::NoNode(_) | PlanError::DrainingReplica(..) => ErrorCode::FailedPrecondition,
         PlanError::Deleted => ErrorCode::NotFound,
     };
     VastoError::new(code, error.to_string())

@@ -1,3 +1,5 @@
+//! Tests of `driver`: see there.
+
 #![allow(clippy::unwrap_used)]
 use super::*;
 use crate::cluster::Settings;
@@ -13,7 +15,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{KeyspaceSpec, Quarantine};
 use vasto_core::ids::{Incarnation, Lsn, NodeId, ReplicaId, ShardId};
-use vasto_core::plan::{PinnedManifest, ReplicaPhase, ReplicaReport, SourceProgress, TargetProgress, TargetStage};
+use vasto_core::plan::PinnedManifest;
+use vasto_core::report::{ReplicaPhase, ReplicaReport, SourceProgress, TargetProgress, TargetStage};
 use vasto_proto::v1;
 use vasto_shipping::{Bucket, RetryBudget};
 
@@ -63,9 +66,9 @@ fn idle_keyspaces_are_not_looked_at() {
     assert_eq!(next_look(&catalog, 0), Some(LOOK_DELETED));
 }
 
-/// What a change makes of a keyspace while these nodes are there.
-fn asked(catalog: &Catalog, change: &Change, nodes: &[NodeId]) -> Result<Catalog, VastoError> {
-    let mut state = State::default();
+/// Returns the keyspace after a change while these nodes are live.
+fn asked(catalog: &Catalog, change: &CatalogChange, nodes: &[NodeId]) -> Result<Catalog, VastoError> {
+    let mut state = ClusterState::default();
     for node in nodes {
         state.connect(&crate::state::tests::hello(node.0, "a:1"), false, 1).unwrap();
     }
@@ -77,24 +80,24 @@ fn asked(catalog: &Catalog, change: &Change, nodes: &[NodeId]) -> Result<Catalog
 fn changes_that_are_refused_say_what_to_do() {
     let refused = |catalog: &Catalog, change, nodes: &[NodeId]| asked(catalog, &change, nodes).unwrap_err();
     let idle = first(KeyspaceId(1));
-    assert_eq!(refused(&idle, Change::Grow { to: 1 }, &[NodeId(1)]).code, ErrorCode::InvalidArgument);
-    assert_eq!(refused(&idle, Change::Grow { to: 5000 }, &[NodeId(1)]).code, ErrorCode::InvalidArgument);
-    assert_eq!(refused(&idle, Change::Grow { to: 3 }, &[NodeId(1)]).code, ErrorCode::FailedPrecondition);
-    assert!(refused(&idle, Change::Grow { to: 2 }, &[]).message.contains("vasto serve node"));
-    assert_eq!(refused(&idle, Change::Cancel { plan: PlanId(1) }, &[]).code, ErrorCode::FailedPrecondition);
+    assert_eq!(refused(&idle, CatalogChange::Grow { to: 1 }, &[NodeId(1)]).code, ErrorCode::InvalidArgument);
+    assert_eq!(refused(&idle, CatalogChange::Grow { to: 5000 }, &[NodeId(1)]).code, ErrorCode::InvalidArgument);
+    assert_eq!(refused(&idle, CatalogChange::Grow { to: 3 }, &[NodeId(1)]).code, ErrorCode::FailedPrecondition);
+    assert!(refused(&idle, CatalogChange::Grow { to: 2 }, &[]).message.contains("vasto serve node"));
+    assert_eq!(refused(&idle, CatalogChange::Cancel { plan: PlanId(1) }, &[]).code, ErrorCode::FailedPrecondition);
     let busy = growing(Step::Tail);
-    for change in [Change::Grow { to: 2 }, Change::Grow { to: 3 }, Change::Delete] {
+    for change in [CatalogChange::Grow { to: 2 }, CatalogChange::Grow { to: 3 }, CatalogChange::Delete] {
         assert_eq!(refused(&busy, change.clone(), &[NodeId(1)]).code, ErrorCode::FailedPrecondition, "{change:?}");
     }
     let committed = growing(Step::Committed);
-    assert!(refused(&committed, Change::Cancel { plan: PlanId(1) }, &[]).message.contains("changed ownership"));
-    let other = Change::Cancel { plan: PlanId(2) };
+    assert!(refused(&committed, CatalogChange::Cancel { plan: PlanId(1) }, &[]).message.contains("changed ownership"));
+    let other = CatalogChange::Cancel { plan: PlanId(2) };
     assert!(refused(&busy, other, &[]).message.contains("ended"), "only the operation that was named");
 }
 
 #[test]
 fn a_delete_raises_the_epoch_and_forgets_what_waits() {
-    let deleted = asked(&first(KeyspaceId(1)), &Change::Delete, &[]).unwrap();
+    let deleted = asked(&first(KeyspaceId(1)), &CatalogChange::Delete, &[]).unwrap();
     assert_eq!((deleted.state, deleted.epoch, deleted.version.0), (KeyspaceState::Deleted, Epoch(2), 2));
     assert_eq!(deleted.placement.len(), 1, "nodes find their part in it");
 }
@@ -110,7 +113,7 @@ fn throttled() -> Arc<ThrottledStore<InMemory>> {
     Arc::new(ThrottledStore::new(InMemory::new(), ThrottleConfig::default()))
 }
 
-/// A keyspace in a bucket, driven by a real driver, and one registered node.
+/// Starts a keyspace in a bucket with a real driver, and one registered node.
 async fn driven() -> Fixture {
     let store = throttled();
     driven_in(Bucket::from_store("memory://driver", store.clone()), store).await
@@ -133,7 +136,7 @@ async fn driven_in(bucket: Bucket, store: Arc<ThrottledStore<InMemory>>) -> Fixt
 }
 
 impl Fixture {
-    async fn ask(&self, change: Change) -> Result<Arc<Catalog>, VastoError> {
+    async fn ask(&self, change: CatalogChange) -> Result<Arc<Catalog>, VastoError> {
         let requests = self.cluster.state().keyspaces[&self.keyspace].requests.clone();
         let (reply, answer) = oneshot::channel();
         requests.send(Request { change, reply }).await.unwrap();
@@ -171,11 +174,11 @@ impl Fixture {
             source: None,
             target: None,
             cleaned: Vec::new(),
-            replication: vasto_core::plan::ReplicationReport { ready: true, ..Default::default() },
+            replication: vasto_core::report::ReplicationReport { ready: true, ..Default::default() },
         }
     }
 
-    /// A source with its checkpoint and a target that tails: ready to seal.
+    /// Returns reports of a source with its checkpoint and a target that tails: ready to seal.
     fn ready_to_seal(&self) -> Vec<ReplicaReport> {
         let source = SourceProgress {
             plan: PlanId(1),
@@ -208,11 +211,11 @@ async fn a_slow_bucket_never_makes_a_node_seal() {
         });
         catalogs.collect()
     };
-    fixture.ask(Change::Grow { to: 2 }).await.unwrap();
+    fixture.ask(CatalogChange::Grow { to: 2 }).await.unwrap();
     shown(&mut sent);
     fixture.store.config_mut(|config| config.wait_put_per_call = SEALING_WRITE_MAX + Duration::from_millis(20));
     fixture.report(fixture.ready_to_seal());
-    // Two rounds of tail -> sealing -> tail, looked at after each change: no sealing version shows.
+    // Two rounds of tail -> sealing -> tail, checked after each change: no sealing version is shown.
     let seals = |known: &crate::state::Keyspace| known.catalog.plan.as_ref().map_or(0, |plan| plan.seals_undone);
     let mut changes = fixture.cluster.state().keyspaces[&fixture.keyspace].changes();
     let rounds = async {
@@ -224,7 +227,7 @@ async fn a_slow_bucket_never_makes_a_node_seal() {
         }
     };
     assert!(tokio::time::timeout(DEADLINE, rounds).await.is_ok(), "the slow seals were not undone");
-    // In the bucket the sealing versions are there, each followed by its undoing.
+    // The bucket holds the sealing versions, each followed by the version that undoes it.
     fixture.store.config_mut(|config| config.wait_put_per_call = Duration::ZERO);
     fixture
         .until("a fast seal", |known| {
@@ -249,7 +252,7 @@ async fn a_lost_race_adopts_the_winners_tip_and_decides_again() {
         tip.spec.ttl_ms = Some(round);
         assert!(matches!(fixture.cluster.store.write(&tip).await.unwrap(), CatalogWrite::Won));
     }
-    let grown = fixture.ask(Change::Grow { to: 2 }).await.unwrap();
+    let grown = fixture.ask(CatalogChange::Grow { to: 2 }).await.unwrap();
     assert_eq!((grown.version.0, grown.spec.ttl_ms), (5, Some(2)), "it went on from the winner's tip");
     fixture.cluster.shutdown.cancel();
 }
@@ -268,11 +271,14 @@ async fn a_node_that_is_ahead_makes_the_master_read_the_tip() {
 #[tokio::test]
 async fn a_cancelled_plan_cannot_be_cancelled_twice() {
     let fixture = driven().await;
-    fixture.ask(Change::Grow { to: 2 }).await.unwrap();
-    let cancelled = fixture.ask(Change::Cancel { plan: PlanId(1) }).await.unwrap();
+    fixture.ask(CatalogChange::Grow { to: 2 }).await.unwrap();
+    let cancelled = fixture.ask(CatalogChange::Cancel { plan: PlanId(1) }).await.unwrap();
     assert!(cancelled.plan.is_none());
-    assert_eq!(fixture.ask(Change::Cancel { plan: PlanId(1) }).await.unwrap_err().code, ErrorCode::FailedPrecondition);
-    assert_eq!(fixture.ask(Change::Grow { to: 2 }).await.unwrap().plan.as_ref().unwrap().id, PlanId(2));
+    assert_eq!(
+        fixture.ask(CatalogChange::Cancel { plan: PlanId(1) }).await.unwrap_err().code,
+        ErrorCode::FailedPrecondition
+    );
+    assert_eq!(fixture.ask(CatalogChange::Grow { to: 2 }).await.unwrap().plan.as_ref().unwrap().id, PlanId(2));
     fixture.cluster.shutdown.cancel();
 }
 
@@ -285,7 +291,7 @@ async fn a_write_whose_outcome_is_unknown_is_settled_by_the_tip() {
         let fixture = driven_in(bucket, throttled()).await;
         let refused = outage.begin(arrives);
         let end = async {
-            // Several attempts fail, of the write and of reading the tip; then the bucket is back.
+            // Several attempts to write and to read the tip fail; then the bucket is back.
             while refused.load(Relaxed) < 5 {
                 tokio::task::yield_now().await;
             }
@@ -293,7 +299,7 @@ async fn a_write_whose_outcome_is_unknown_is_settled_by_the_tip() {
             assert_eq!(shown, 1, "no version is shown before its write is known to have won");
             outage.end();
         };
-        let (grown, ()) = tokio::join!(fixture.ask(Change::Grow { to: 2 }), end);
+        let (grown, ()) = tokio::join!(fixture.ask(CatalogChange::Grow { to: 2 }), end);
         let grown = grown.unwrap();
         assert_eq!((grown.version.0, grown.plan.as_ref().unwrap().id), (2, PlanId(1)), "arrives: {arrives}");
         let tip = fixture.cluster.store.tip(fixture.keyspace, grown.version).await.unwrap().unwrap();
@@ -302,7 +308,7 @@ async fn a_write_whose_outcome_is_unknown_is_settled_by_the_tip() {
     }
 }
 
-/// A store that can be cut off, with the last write still arriving or not.
+/// A store that can be cut off, where the last write still arrives or not.
 #[derive(Debug, Default)]
 struct Outage {
     store: InMemory,

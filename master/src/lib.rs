@@ -1,26 +1,26 @@
 //! The master: membership, placement and the driver of structural changes.
 //!
-//! It owns who is alive, what nodes report, and the writing of catalog versions; it serves the
+//! The master owns liveness, the nodes' reports, and the writing of catalog versions; it serves the
 //! `Master` service to people and clients and the `Membership` service to nodes.
 //!
-//! **Invariant:** nothing here is state that could not be rebuilt from the catalog in the bucket
-//! and the nodes' reports. A catalog version is shown to a node or a client only after its
-//! create-only write has won, so any number of masters may run at once; the losers adopt.
+//! **Invariant:** all state here can be rebuilt from the catalog in the bucket and the nodes'
+//! reports. A catalog version is shown to a node or a client only after its create-only write
+//! has won, so any number of masters may run at once; the losers adopt.
 //!
-//! A newcomer's path: [`Master::start`] in `server`, then `state` (what is known, synchronous),
+//! Where to start reading: [`Master::start`] in `server`, then `state` (known state, synchronous),
 //! `driver` (one task per keyspace, the only writer of its catalog), `session` (nodes), `service`
-//! and `admin` (people), `document` (the JSON that scripts read), `bill` (what a month costs), `loads` and
-//! `placement` (who gets what).
+//! and `admin` (people), `document` (the JSON for scripts), `cost` (the monthly cost), `loads` and
+//! `placement` (which node gets which replica).
 
 mod admin;
-mod bill;
 mod cluster;
+mod cost;
 mod document;
 mod driver;
 mod loads;
 mod metrics;
-mod moves;
 mod placement;
+mod relocation;
 mod repair;
 mod server;
 mod service;

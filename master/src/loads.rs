@@ -1,27 +1,28 @@
-//! What every node has to carry, kept with every catalog version instead of counted for each decision.
+//! The load of every node, updated with every catalog version instead of counted for each decision.
 //!
-//! **Invariant:** the sum over all keyspaces of what their last known version puts on each node, and of
-//! the places that decisions hold whose version is not known yet: two decisions that are made before
+//! **Invariant:** a load is the sum of what the last known version of every keyspace puts on the node, and
+//! of the places held by decisions whose version is not known yet: two decisions that are made before
 //! either is written do not both count the same room.
 
 use std::collections::BTreeMap;
 
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{KeyspaceId, NodeId};
-use vasto_core::plan::{Reports, Step};
+use vasto_core::plan::Step;
+use vasto_core::report::Reports;
 
-/// What one node carries.
+/// The load of one node.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Load {
     /// Replicas: placed, under construction, to be drained.
     pub(crate) replicas: usize,
-    /// Those of them that are being made as copies.
+    /// Replicas under construction among them.
     pub(crate) copying: usize,
-    /// Bytes that these copies will have, at most.
+    /// Upper bound of the bytes that the replicas under construction will have.
     pub(crate) promised: u64,
 }
 
-/// One replica's part of it.
+/// The part of a load that one replica causes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Share {
     node: NodeId,
@@ -39,12 +40,12 @@ pub(crate) struct Loads {
 }
 
 impl Loads {
-    /// What a node carries.
+    /// Returns the load of a node.
     pub(crate) fn of(&self, node: NodeId) -> Load {
         self.nodes.get(&node).copied().unwrap_or_default()
     }
 
-    /// Counts a keyspace's newest version in the place of the one before.
+    /// Counts a keyspace's newest version instead of the previous one.
     pub(crate) fn count(&mut self, catalog: &Catalog, reports: &Reports) {
         let shares = shares_of(catalog, reports);
         shares.iter().for_each(|share| self.add(*share));
@@ -52,12 +53,12 @@ impl Loads {
         before.into_iter().flatten().for_each(|share| self.subtract(share));
     }
 
-    /// A keyspace is not known any more.
+    /// Subtracts a keyspace that is not known any more.
     pub(crate) fn forget(&mut self, keyspace: KeyspaceId) {
         self.shares.remove(&keyspace).into_iter().flatten().for_each(|share| self.subtract(share));
     }
 
-    /// Holds places on these nodes until they are given back; answers what to give back.
+    /// Holds places on these nodes until they are given back; returns the id of the hold.
     pub(crate) fn hold(&mut self, nodes: impl IntoIterator<Item = NodeId>, copying: bool, promised: u64) -> u64 {
         let shares: Vec<Share> = nodes.into_iter().map(|node| Share { node, copying, promised }).collect();
         shares.iter().for_each(|share| self.add(*share));
@@ -66,7 +67,7 @@ impl Loads {
         self.last_hold
     }
 
-    /// Gives held places back: the version is known now, or will not be.
+    /// Gives held places back: the version is known now, or will never be.
     pub(crate) fn give_back(&mut self, hold: u64) {
         self.held.remove(&hold).into_iter().flatten().for_each(|share| self.subtract(share));
     }
@@ -89,7 +90,7 @@ impl Loads {
     }
 }
 
-/// Bytes of a shard, by the reports of its replicas.
+/// Returns the bytes of a shard, by the reports of its replicas.
 pub(crate) fn shard_bytes(catalog: &Catalog, shard: vasto_core::ids::ShardId, reports: &Reports) -> u64 {
     let placed = catalog.shard(shard).into_iter().flat_map(|one| &one.replicas);
     placed.filter_map(|one| Some(reports.get(&one.replica)?.bytes)).max().unwrap_or_default()

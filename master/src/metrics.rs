@@ -1,19 +1,19 @@
-//! The master's own figures, through the global OpenTelemetry meter.
+//! The master's own metrics, through the global OpenTelemetry meter.
 //!
 //! `vasto_master_nodes{state}`, `vasto_master_plan_step{keyspace}` (0 none, 1 prepare, 2 tail,
 //! 3 sealing, 4 committed), `vasto_catalog_writes{result}` and `vasto_primary_moves{why}` (the
-//! Prometheus exporter adds `_total`). What it asks of the bucket is in [`vasto_shipping::metrics`].
+//! Prometheus exporter adds `_total`). Requests to the bucket are in [`vasto_shipping::metrics`].
 
 use std::sync::{Arc, Weak};
 
 use opentelemetry::KeyValue;
 use opentelemetry::metrics::Counter;
 use vasto_core::plan::Step;
-use vasto_core::primaries::Moves;
+use vasto_core::reconcile::LeadershipChanges;
 
 use crate::cluster::Cluster;
 
-/// The instruments that are written to; the observed ones hang on the meter.
+/// The counters that are written to; the meter holds the observed instruments.
 pub(crate) struct Metrics {
     catalog_writes: Counter<u64>,
     primary_moves: Counter<u64>,
@@ -33,9 +33,9 @@ impl Metrics {
         Self { catalog_writes, primary_moves }
     }
 
-    pub(crate) fn primaries_moved(&self, moves: Moves) {
-        self.primary_moves.add(moves.failovers, &[KeyValue::new("why", "failover")]);
-        self.primary_moves.add(moves.handovers, &[KeyValue::new("why", "handover")]);
+    pub(crate) fn primaries_moved(&self, changes: LeadershipChanges) {
+        self.primary_moves.add(changes.failovers, &[KeyValue::new("why", "failover")]);
+        self.primary_moves.add(changes.handovers, &[KeyValue::new("why", "handover")]);
     }
 
     pub(crate) fn catalog_write(&self, result: &'static str) {
@@ -43,8 +43,8 @@ impl Metrics {
     }
 }
 
-/// Registers what is read when somebody asks. Only a weak handle is kept: a stopped master reports
-/// nothing.
+/// Registers the instruments that are observed on demand. Only a weak handle is kept: a stopped master
+/// reports nothing.
 pub(crate) fn observe(cluster: &Arc<Cluster>) {
     vasto_shipping::metrics::observe(&cluster.bucket, &[KeyValue::new("role", "master")]);
     let meter = opentelemetry::global::meter("vasto-master");

@@ -1,8 +1,8 @@
-//! Which nodes get the replicas of a new keyspace, and which node gets the new shard of a grow.
+//! The choice of nodes for the replicas of a new keyspace and for the new shard of a grow.
 //!
-//! **Invariant:** pure and deterministic; the copies of a shard are on distinct nodes, and in
-//! distinct zones while there are enough. No node is given more replicas than it takes, none that is
-//! cordoned gets any, and none whose disk is down to its reserve.
+//! **Invariant:** pure and deterministic; the replicas of a shard are on distinct nodes, and in
+//! distinct zones while there are enough. No node gets more replicas than its maximum; a cordoned node
+//! gets none, and neither does a node whose free disk is down to the reserve.
 
 use std::collections::BTreeMap;
 
@@ -12,36 +12,36 @@ use vasto_core::limits::disk_reserve;
 
 /// A live node that could take a replica.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Candidate {
+pub(crate) struct NodeCandidate {
     pub(crate) node: NodeId,
     pub(crate) zone: String,
-    /// Replicas that it has, of all keyspaces.
+    /// Replicas on the node, of all keyspaces.
     pub(crate) replicas: usize,
-    /// Replicas that it takes.
+    /// The most replicas that the node takes.
     pub(crate) replicas_max: usize,
-    /// Replicas that it has of the keyspace in question.
+    /// Replicas on the node of the keyspace in question.
     pub(crate) of_keyspace: usize,
-    /// Copies that are being made there.
+    /// Replicas under construction there.
     pub(crate) copying: usize,
-    /// It is to get nothing.
+    /// The node gets no replicas.
     pub(crate) cordoned: bool,
     /// Its disk.
     pub(crate) disk: Disk,
 }
 
-/// The disk of a node, as it was reported.
+/// The reported disk of a node.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Disk {
-    /// Bytes in all; 0 when nothing was reported yet.
+    /// Total bytes; 0 when nothing was reported yet.
     pub(crate) bytes: u64,
-    /// Bytes that are free.
+    /// Free bytes.
     pub(crate) free: u64,
-    /// Bytes that copies under way will take of them, at most.
+    /// Upper bound of the free bytes that replicas under construction will take.
     pub(crate) promised: u64,
 }
 
 impl Disk {
-    /// Bytes that may still be put there; everything while nothing is known.
+    /// Returns the bytes that may still be placed there; unlimited while nothing is known.
     pub(crate) fn room(&self) -> u64 {
         match self.bytes {
             0 => u64::MAX,
@@ -49,14 +49,14 @@ impl Disk {
         }
     }
 
-    /// So little is left that what is being made there cannot end.
+    /// Returns true when so little is left that a replica under construction there cannot be completed.
     pub(crate) fn is_exhausted(&self) -> bool {
         self.bytes > 0 && self.free < disk_reserve(self.bytes) / 4
     }
 }
 
-impl Candidate {
-    /// Replicas that it takes beyond those that it has.
+impl NodeCandidate {
+    /// Returns how many more replicas the node takes.
     pub(crate) fn room(&self) -> usize {
         match self.cordoned || self.disk.room() == 0 {
             true => 0,
@@ -65,13 +65,13 @@ impl Candidate {
     }
 }
 
-/// Live nodes that get nothing, and why.
+/// Live nodes that get no replicas, with the reasons.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Shut(Vec<String>);
 
 impl Shut {
-    pub(crate) fn of(candidates: &[Candidate]) -> Self {
-        let why = |one: &Candidate| match (one.cordoned, one.disk.room()) {
+    pub(crate) fn of(candidates: &[NodeCandidate]) -> Self {
+        let why = |one: &NodeCandidate| match (one.cordoned, one.disk.room()) {
             (true, _) => Some(format!("{0} is cordoned (`vasto node uncordon {0}`)", one.node)),
             (false, 0) => Some(format!("{} has only {} MiB of disk left", one.node, one.disk.free >> 20)),
             _ => None,
@@ -92,7 +92,7 @@ impl std::fmt::Display for Shut {
     }
 }
 
-/// Why nobody can be chosen.
+/// Why no node can be chosen.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum PlacementError {
     #[error("no live node; start one with `vasto serve node --master URL --dir DIR`, then try again")]
@@ -112,24 +112,28 @@ impl From<PlacementError> for VastoError {
     }
 }
 
-/// The nodes of each shard, primary first: spread evenly, nodes with the fewest replicas first.
-pub(crate) fn place(shards: u32, replicas: u32, candidates: &[Candidate]) -> Result<Vec<Vec<NodeId>>, PlacementError> {
+/// Returns the nodes of each shard, primary first: spread evenly, nodes with the fewest replicas first.
+pub(crate) fn place(
+    shards: u32,
+    replicas: u32,
+    candidates: &[NodeCandidate],
+) -> Result<Vec<Vec<NodeId>>, PlacementError> {
     if candidates.is_empty() {
         return Err(PlacementError::NoNode);
     }
     let shut = Shut::of(candidates);
-    let open = |one: &&Candidate| !one.cordoned && one.disk.room() > 0;
-    let mut pool: Vec<Candidate> = candidates.iter().filter(open).cloned().collect();
+    let open = |one: &&NodeCandidate| !one.cordoned && one.disk.room() > 0;
+    let mut pool: Vec<NodeCandidate> = candidates.iter().filter(open).cloned().collect();
     if pool.len() < replicas as usize {
         return Err(PlacementError::TooFewNodes { replicas, nodes: pool.len(), shut });
     }
     let needed = shards as usize * replicas as usize;
-    let room = pool.iter().map(Candidate::room).sum();
+    let room = pool.iter().map(NodeCandidate::room).sum();
     let full = PlacementError::Full { room, needed, shut };
     if room < needed {
         return Err(full);
     }
-    // Primaries of this keyspace on each node: they do the most work, so they spread too.
+    // Primaries of this keyspace on each node: they do the most work, so they are spread too.
     let mut primaries: BTreeMap<NodeId, usize> = BTreeMap::new();
     (0..shards)
         .map(|_| {
@@ -138,7 +142,7 @@ pub(crate) fn place(shards: u32, replicas: u32, candidates: &[Candidate]) -> Res
                 let best = pool
                     .iter_mut()
                     .filter(|one| one.room() > 0 && !chosen.iter().any(|(node, _)| *node == one.node))
-                    // Evenly within this keyspace first: its load is what must spread.
+                    // Evenly within this keyspace first: its load must spread.
                     .min_by_key(|one| {
                         let zone_used = chosen.iter().any(|(_, zone)| *zone == one.zone);
                         (zone_used, one.of_keyspace, one.replicas, one.node)
@@ -167,8 +171,8 @@ mod tests {
 
     const MOST: usize = 256;
 
-    fn node(id: u64, zone: &str, replicas: usize, of_keyspace: usize) -> Candidate {
-        Candidate {
+    fn node(id: u64, zone: &str, replicas: usize, of_keyspace: usize) -> NodeCandidate {
+        NodeCandidate {
             node: NodeId(id),
             zone: zone.into(),
             replicas,
@@ -203,7 +207,7 @@ mod tests {
         let full = [node(1, "", MOST - 1, 0)];
         assert_eq!(place(2, 1, &full), Err(PlacementError::Full { room: 1, needed: 2, shut: Shut::default() }));
         assert_eq!(place(1, 1, &full).unwrap(), [[NodeId(1)]]);
-        let small = [Candidate { replicas_max: 2, ..node(1, "", 0, 0) }, node(2, "", 50, 0)];
+        let small = [NodeCandidate { replicas_max: 2, ..node(1, "", 0, 0) }, node(2, "", 50, 0)];
         let placed = place(5, 1, &small).unwrap();
         assert_eq!(placed.iter().filter(|nodes| nodes[0] == NodeId(1)).count(), 2, "each by its own limit");
     }
@@ -220,17 +224,17 @@ mod tests {
     fn a_node_without_disk_and_one_that_is_cordoned_get_nothing_and_are_named() {
         let gib = 1 << 30;
         let disk = |free: u64, promised: u64| Disk { bytes: 100 * gib, free, promised };
-        let full = Candidate { disk: disk(gib, 0), ..node(1, "", 0, 0) };
-        let cordoned = Candidate { cordoned: true, ..node(2, "", 0, 0) };
-        let good = Candidate { disk: disk(gib + 1, 0), ..node(3, "", 50, 0) };
+        let full = NodeCandidate { disk: disk(gib, 0), ..node(1, "", 0, 0) };
+        let cordoned = NodeCandidate { cordoned: true, ..node(2, "", 0, 0) };
+        let good = NodeCandidate { disk: disk(gib + 1, 0), ..node(3, "", 50, 0) };
         let all = [full.clone(), cordoned, good];
         assert_eq!(place(2, 1, &all).unwrap(), [[NodeId(3)], [NodeId(3)]]);
         let error = place(1, 2, &all).unwrap_err().to_string();
         for part in ["need 2 live nodes, and there are 1", "has only 1024 MiB of disk left", "vasto node uncordon"] {
             assert!(error.contains(part), "{error}");
         }
-        // What copies under way will take is not there any more; a small disk has a small reserve.
-        let promised = Candidate { disk: disk(3 * gib, 2 * gib), ..node(4, "", 0, 0) };
+        // Bytes promised to replicas under construction are not free; a small disk has a small reserve.
+        let promised = NodeCandidate { disk: disk(3 * gib, 2 * gib), ..node(4, "", 0, 0) };
         assert_eq!((full.room(), promised.room(), promised.disk.room()), (0, 0, 0));
         let small = Disk { bytes: 40 << 20, free: 3 << 20, promised: 0 };
         assert_eq!((small.room(), small.is_exhausted()), (1 << 20, false));
@@ -243,7 +247,7 @@ mod tests {
             shards in 1u32..65, replicas in 1u32..8, count in 1usize..12, zones in 1usize..5,
         ) {
             let names = ["a", "b", "c", "d"];
-            let nodes: Vec<Candidate> = (0..count).map(|i| node(i as u64 + 1, names[i % zones], 0, 0)).collect();
+            let nodes: Vec<NodeCandidate> = (0..count).map(|i| node(i as u64 + 1, names[i % zones], 0, 0)).collect();
             let placed = place(shards, replicas, &nodes);
             prop_assert_eq!(placed.is_ok(), count >= replicas as usize);
             let mut primaries: BTreeMap<NodeId, usize> = nodes.iter().map(|one| (one.node, 0)).collect();
@@ -263,7 +267,7 @@ mod tests {
 
         #[test]
         fn a_keyspace_is_spread_within_one(shards in 1u32..65, count in 1usize..12, loads in prop::collection::vec(0usize..90, 12)) {
-            let nodes: Vec<Candidate> = (0..count).map(|i| node(i as u64 + 1, "", loads[i], 0)).collect();
+            let nodes: Vec<NodeCandidate> = (0..count).map(|i| node(i as u64 + 1, "", loads[i], 0)).collect();
             let placed = place(shards, 1, &nodes).unwrap();
             prop_assert_eq!(placed.len(), shards as usize);
             let mut per_node: BTreeMap<NodeId, usize> = nodes.iter().map(|one| (one.node, 0)).collect();

@@ -1,10 +1,10 @@
-//! Puts back into the bucket what it has lost and the nodes still know.
+//! The repair of the bucket: writes objects that it has lost and the nodes still know.
 //!
 //! **Invariants**
-//! - Nothing that is in the bucket is changed: what is written was not there. The one thing that may go is
-//!   the claim of a cluster without any keyspace, made when the prefix was found empty.
-//! - What the nodes name is put back only when all who may know newer versions were asked, unless a loss
-//!   was accepted.
+//! - No existing object is changed: the repair writes only objects that were missing. The only object that
+//!   it may delete is the claim of a cluster without keyspaces, made when the prefix was found empty.
+//! - Catalogs that the nodes name are written only when all nodes that may know newer versions were asked,
+//!   unless a loss was accepted.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -23,24 +23,24 @@ use crate::cluster::Cluster;
 use crate::document;
 use crate::upkeep;
 
-/// How long nodes have to come back and to say what they hold.
+/// How long nodes have to come back and report what they hold.
 const NODES_WAIT: Duration = Duration::from_secs(10);
-/// Between two looks at whether they are.
+/// The interval at which that is checked.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// What was done, and what is still missing.
+/// The result of a repair, and what is still missing.
 #[derive(Debug, Default, Serialize)]
 struct Repaired {
     cluster_id: String,
-    /// `cluster.json` was put back.
+    /// `cluster.json` was written again.
     claimed: bool,
-    /// Versions of catalogs, and names, that were put back.
+    /// Versions of catalogs, and names, that were written again.
     written: u64,
     /// Keyspaces that serve.
     keyspaces: Vec<String>,
-    /// Those whose data was uploaded again.
+    /// Keyspaces whose data was uploaded again.
     shipped_anew: Vec<String>,
-    /// Keyspaces that have objects in the bucket, and of which nobody knows anything else.
+    /// Keyspaces that have objects in the bucket, and of which nothing else is known.
     unknown_keyspaces: Vec<KeyspaceId>,
     /// Nodes that hold replicas and were not asked.
     away: Vec<NodeId>,
@@ -57,7 +57,7 @@ fn unavailable(error: &impl std::fmt::Display) -> VastoError {
     VastoError::new(ErrorCode::Unavailable, format!("the bucket cannot be repaired now: {error}; try again"))
 }
 
-/// Asks the nodes what they know, and writes what is missing.
+/// Asks the nodes for their catalogs, and writes those that are missing.
 pub(crate) async fn repair(cluster: &Arc<Cluster>, accept_loss: bool) -> Result<String, VastoError> {
     let mut done = Repaired::default();
     take_in_the_refused(cluster).await?;
@@ -86,7 +86,7 @@ pub(crate) async fn repair(cluster: &Arc<Cluster>, accept_loss: bool) -> Result<
             Err(error) => return Err(unavailable(&error)),
         }
     }
-    // Names of objects that somebody has used are never used again.
+    // Names of objects that were used are never used again.
     let shipped = cluster.bucket.list("data/").await.map_err(|error| unavailable(&error))?;
     let owners = shipped.iter().filter_map(|object| Some(layout::parse_shipped(&object.key)?.0.keyspace));
     let owners: BTreeSet<KeyspaceId> = owners.collect();
@@ -104,7 +104,7 @@ pub(crate) async fn repair(cluster: &Arc<Cluster>, accept_loss: bool) -> Result<
         cluster.adopt(catalog);
     }
     if was_lost {
-        // They have said what they hold to a master that knew of nothing.
+        // The nodes have reported their replicas to a master that knew no catalog.
         cluster.state().begin_sessions_anew();
     }
     all_have_reported(cluster, &here).await;
@@ -124,8 +124,8 @@ fn live(cluster: &Cluster) -> BTreeSet<NodeId> {
     state.nodes.iter().filter(|(_, node)| node.session.is_some()).map(|(id, _)| *id).collect()
 }
 
-/// A prefix that was emptied is claimed anew by the next master, and refuses its own nodes. While there is no
-/// keyspace in it, those are believed who knock.
+/// Takes in the refused nodes: the next master claims an emptied prefix anew, and refuses the prefix's own
+/// nodes. While there is no keyspace in it, the refused nodes are trusted.
 async fn take_in_the_refused(cluster: &Arc<Cluster>) -> Result<(), VastoError> {
     let refused = cluster.refused();
     if refused.is_empty() || cluster.is_lost() || !cluster.state().keyspaces.is_empty() {
@@ -137,12 +137,12 @@ async fn take_in_the_refused(cluster: &Arc<Cluster>) -> Result<(), VastoError> {
             tokio::time::sleep(LOOK).await;
         }
     };
-    // Those that do not come are missed where their catalogs name them.
+    // Nodes that do not come are missed where their catalogs name them.
     let _ = timeout(NODES_WAIT, came).await;
     Ok(())
 }
 
-/// The last version of each keyspace that any node knows, and the cluster that all of them name.
+/// Returns the last version of each keyspace that any node knows, and the cluster that all nodes name.
 async fn ask_the_nodes(cluster: &Arc<Cluster>) -> Result<(BTreeMap<KeyspaceId, Catalog>, String), VastoError> {
     let mut waiting = Vec::new();
     let mut ids = BTreeSet::new();
@@ -155,7 +155,7 @@ async fn ask_the_nodes(cluster: &Arc<Cluster>) -> Result<(BTreeMap<KeyspaceId, C
             .map(|(id, node)| (*id, node.cluster_id.clone()))
             .collect();
         for (node, cluster_id) in nodes {
-            // A new node knows nothing, and did not say which cluster it belongs to.
+            // A new node knows nothing, and named no cluster.
             ids.extend(Some(cluster_id).filter(|id| !id.is_empty()));
             if let Some(done) = state.command(node, v1::command::Kind::Catalogs, KeyspaceId(0)) {
                 waiting.push((node, done));
@@ -199,7 +199,7 @@ async fn ask_the_nodes(cluster: &Arc<Cluster>) -> Result<(BTreeMap<KeyspaceId, C
     Ok((known, cluster_id))
 }
 
-/// Has the bucket lost a version that a node remembers?
+/// Returns true when the bucket has lost a version that a node remembers.
 async fn lacks_any(cluster: &Cluster, known: &BTreeMap<KeyspaceId, Catalog>) -> Result<bool, VastoError> {
     for catalog in known.values() {
         let key = layout::catalog_version(catalog.keyspace, catalog.version);
@@ -210,7 +210,7 @@ async fn lacks_any(cluster: &Cluster, known: &BTreeMap<KeyspaceId, Catalog>) -> 
     Ok(false)
 }
 
-/// Waits until these nodes are back with what they hold.
+/// Waits until these nodes are back and have reported what they hold.
 async fn all_have_reported(cluster: &Cluster, nodes: &BTreeSet<NodeId>) {
     let reported = |cluster: &Cluster| {
         let state = cluster.state();
@@ -230,7 +230,7 @@ async fn all_have_reported(cluster: &Cluster, nodes: &BTreeSet<NodeId>) {
     }
 }
 
-/// Has the data uploaded again of every keyspace that lacks some of it, and looks once more.
+/// Has every keyspace upload its data again that lacks some of it, then checks once more.
 async fn ship_what_is_missing(cluster: &Arc<Cluster>, done: &mut Repaired) -> Result<(), VastoError> {
     let mut found = upkeep::look(cluster, false).await?;
     let broken = found.missing.iter().chain(&found.corrupt);

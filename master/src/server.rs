@@ -1,7 +1,7 @@
 //! Starts and stops a master.
 //!
 //! **Invariant:** nothing is served before the bucket was probed, the cluster claimed and every
-//! catalog loaded. Stop = the token down, tasks drained, a deadline last.
+//! catalog loaded. To stop: cancel the token, drain the tasks, with a final deadline.
 
 use std::io;
 use std::net::SocketAddr;
@@ -27,7 +27,7 @@ use crate::service::MasterService;
 use crate::session::MembershipService;
 use crate::upkeep;
 
-/// What a master needs to know.
+/// The configuration of a master.
 #[derive(Debug, Clone)]
 pub struct MasterConfig {
     /// Where the cluster keeps its catalog and data: `file:///path`, `s3://bucket/prefix`, …
@@ -36,19 +36,19 @@ pub struct MasterConfig {
     pub bucket_options: BucketOptions,
     /// Where to listen; port 0 picks a free one.
     pub listen: SocketAddr,
-    /// A node that is silent for longer is away; [`NODE_SILENCE`](vasto_core::limits::NODE_SILENCE)
+    /// The silence after which a node is away; [`NODE_SILENCE`](vasto_core::limits::NODE_SILENCE)
     /// unless there is a reason.
     pub node_silence: Duration,
-    /// Connect to where a node that joins says that others reach it, and refuse it when nothing answers there.
+    /// Whether to connect to the advertised address of a node that joins, and refuse it when nothing answers there.
     pub dial_back: bool,
-    /// Replicas of a node that is away for so long are made anew on others, when others serve and there
+    /// How long a node may be away before its replicas are replaced on others, when others serve and there
     /// is room; never when it is zero.
     pub replace_after: Duration,
-    /// What stays in the bucket although nothing serves from it any more.
+    /// The retention of objects that nothing serves from any more.
     pub retention: Retention,
-    /// Between two collections of what does not stay; never when it is zero.
+    /// The interval between garbage collections; zero disables them.
     pub gc_interval: Duration,
-    /// What the bucket's provider asks for, to estimate the bill.
+    /// The prices of the bucket's provider, to estimate the cost.
     pub prices: Prices,
 }
 
@@ -61,15 +61,15 @@ pub enum MasterError {
     /// The catalog in the bucket cannot be used.
     #[error(transparent)]
     Catalog(#[from] CatalogError),
-    /// Something listens there already.
+    /// The port is in use already.
     #[error("{0} is in use; stop what listens there, or choose another port with --listen")]
     PortInUse(SocketAddr),
     /// The address cannot be bound.
     #[error("cannot listen on {address}: {source}; choose an address of this machine with --listen")]
     Listen {
-        /// What was asked for.
+        /// The requested address.
         address: SocketAddr,
-        /// What the system said.
+        /// The error of the system.
         source: io::Error,
     },
 }
@@ -80,18 +80,18 @@ pub struct Master;
 /// A master that serves.
 #[derive(Debug)]
 pub struct RunningMaster {
-    /// Where it listens, with the port that was picked.
+    /// The address that it listens on, with the port that was picked.
     pub listen: SocketAddr,
     /// The cluster that owns the bucket's prefix.
     pub cluster_id: String,
-    /// What keeps it from serving more than the repair of its bucket, if anything does.
+    /// The fault that keeps it from serving more than the repair of its bucket, if there is one.
     pub trouble: watch::Receiver<Option<String>>,
     supervisor: JoinHandle<()>,
 }
 
 impl RunningMaster {
-    /// Ends when the token that [`Master::start`] got is cancelled and everything is drained, at
-    /// the latest [`SHUTDOWN_DEADLINE`] after it.
+    /// Waits until the token that [`Master::start`] got is cancelled and everything is drained, at
+    /// most [`SHUTDOWN_DEADLINE`] after that.
     pub async fn stopped(self) {
         if let Err(error) = self.supervisor.await {
             tracing::error!(%error, "the master's supervisor panicked");
@@ -100,13 +100,13 @@ impl RunningMaster {
 }
 
 impl Master {
-    /// Binds its address, opens and probes the bucket, claims the cluster, loads every catalog, and serves until
+    /// Binds the address, opens and probes the bucket, claims the cluster, loads every catalog, and serves until
     /// `shutdown` is cancelled.
     ///
     /// # Errors
     /// [`MasterError`]: the bucket cannot be used, or the address cannot be bound.
     pub async fn start(config: MasterConfig, shutdown: CancellationToken) -> Result<RunningMaster, MasterError> {
-        // A start that cannot serve leaves no trace.
+        // Bind first: a start that cannot serve leaves no objects in the bucket.
         let (listener, listen) = bind(config.listen).await?;
         let bucket = Bucket::open(&config.bucket_url, &config.bucket_options)?;
         bucket.probe().await?;
@@ -114,7 +114,7 @@ impl Master {
         let claimed = store.claim_cluster(format!("c-{:016x}", rand::random::<u64>())).await;
         let (cluster_id, lost) = match claimed {
             Ok(id) => (id, None),
-            // What is there was a cluster's: its nodes know whose, and a person has to say so.
+            // The objects belong to a cluster: its nodes know which, and an administrator has to confirm it.
             Err(CatalogError::Unclaimed { url, .. }) if is_of_a_cluster(&bucket).await? => {
                 (String::new(), Some(format!("{url} holds a cluster's objects, but its cluster.json is missing")))
             }
@@ -152,7 +152,7 @@ impl Master {
     }
 }
 
-/// Is there anything in the prefix that only a cluster writes?
+/// Returns true when the prefix holds anything that only a cluster writes.
 async fn is_of_a_cluster(bucket: &Bucket) -> Result<bool, BucketError> {
     for folder in ["catalog/", "names/", "gc-term/", "cluster/", "data/"] {
         if bucket.list(folder).await?.iter().any(|object| vasto_shipping::layout::is_known(&object.key)) {
@@ -192,7 +192,7 @@ async fn supervise(cluster: std::sync::Arc<Cluster>, listener: TcpListener, shut
             ),
     );
     tokio::select! {
-        // Both are ready when an idle server is asked to stop: that is no accident.
+        // Both are ready when an idle server is stopped: the end of serving is no failure then.
         biased;
         () = shutdown.cancelled() => {
             if timeout(MASTER_DRAIN, &mut serving).await.is_err() {

@@ -1,7 +1,7 @@
-//! The `Master` service: the wire around `admin`, and topologies for clients.
+//! The `Master` service: the gRPC layer over `admin`, and topologies for clients.
 //!
-//! **Invariant:** a subscriber gets the newest topology at once and then only the newest again; a
-//! stuck one delays nobody. Every call ends when the master stops.
+//! **Invariant:** a subscriber gets the newest topology at once and then always only the newest; a
+//! slow subscriber delays no other. Every call ends when the master stops.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -15,9 +15,9 @@ use vasto_proto::v1::{self, command::Kind, master_server};
 
 use crate::admin;
 use crate::cluster::Cluster;
-use crate::{moves, repair, shipped, upkeep};
+use crate::{relocation, repair, shipped, upkeep};
 
-/// Serves people and clients.
+/// The service for people and clients.
 pub(crate) struct MasterService {
     pub(crate) cluster: Arc<Cluster>,
 }
@@ -25,21 +25,21 @@ pub(crate) struct MasterService {
 type Reply = Result<Response<v1::JsonReply>, Status>;
 
 impl MasterService {
-    /// Runs a call until it ends or the master stops; what it leaves undone is undone like after a
+    /// Runs a call until it ends or the master stops; unfinished work is then cleaned up as after a
     /// crash.
     async fn run(&self, name: &'static str, call: impl Future<Output = Result<String, VastoError>>) -> Reply {
         self.found()?;
         self.run_always(name, call).await
     }
 
-    /// Only while it is known whose the bucket is.
+    /// Refuses while the cluster that owns the bucket is not known.
     fn found(&self) -> Result<(), Status> {
         self.cluster.check_found().map_err(|error| status_of(&error))
     }
 
-    /// The same for what is served also while it is not known whose the bucket is.
+    /// Runs a call also while the cluster that owns the bucket is not known.
     async fn run_always(&self, name: &'static str, call: impl Future<Output = Result<String, VastoError>>) -> Reply {
-        // The span of traces; the sentence in a log is that of what the call does.
+        // A span for traces; the call itself logs what it does.
         let call = call.instrument(tracing::info_span!("call of the master", call = name));
         let stopping = || Err(VastoError::new(ErrorCode::Unavailable, "this master is stopping; try again"));
         // Boxed: some calls are large futures, and all of them are rare.
@@ -63,7 +63,7 @@ impl master_server::Master for MasterService {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::Topology, Status>> + Send>>;
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        // Who has a topology keeps it until there is a newer one.
+        // The client keeps its topology until it receives a newer one.
         let lost = |error: VastoError| status_of(&VastoError { code: ErrorCode::Unavailable, ..error });
         self.cluster.check_found().map_err(lost)?;
         let name = request.into_inner().keyspace;
@@ -116,11 +116,11 @@ impl master_server::Master for MasterService {
     }
 
     async fn restore_keyspace(&self, request: Request<v1::RestoreRequest>) -> Reply {
-        self.run("restore_keyspace", moves::restore(&self.cluster, request.into_inner())).await
+        self.run("restore_keyspace", relocation::restore(&self.cluster, request.into_inner())).await
     }
 
     async fn empty_node(&self, request: Request<v1::EmptyNodeRequest>) -> Reply {
-        self.run("empty_node", moves::empty(&self.cluster, request.into_inner())).await
+        self.run("empty_node", relocation::drain(&self.cluster, request.into_inner())).await
     }
 
     async fn cordon_node(&self, request: Request<v1::CordonNodeRequest>) -> Reply {

@@ -1,9 +1,9 @@
 //! The `Membership` service: one session per node, from its `Hello` to its end or silence.
 //!
-//! **Invariant:** level-triggered. A session is sent whatever it has not been sent yet (addresses,
+//! **Invariant:** level-triggered. A session sends everything that it has not sent yet (addresses,
 //! catalog versions, commands), each time something changes, and everything again after a
-//! reconnect; a slow node delays only itself and skips versions it would have to catch up to
-//! anyway. A node id belongs to one live session.
+//! reconnect; a slow node delays only itself and skips versions that are superseded anyway.
+//! A node id belongs to one live session.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use vasto_core::address::check_address;
 use vasto_core::error::ErrorCode;
 use vasto_core::ids::NodeId;
 use vasto_core::limits::{CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT};
-use vasto_core::plan::ReplicaReport;
+use vasto_core::report::ReplicaReport;
 use vasto_proto::PROTOCOL;
 use vasto_proto::v1::{self, master_message, membership_server::Membership, node_message};
 
@@ -26,17 +26,17 @@ use crate::state::{Odd, Sent};
 
 /// Messages that may wait for the transport.
 const OUTBOUND_MAX: usize = 8;
-/// While a node id is disputed, the old session is looked at this often.
+/// The interval at which the old session is checked while a node id is disputed.
 const DISPUTE_LOOK: Duration = Duration::from_millis(20);
-/// An old session that is not heard from for this long loses a disputed node id.
+/// The silence after which an old session loses a disputed node id.
 const DISPUTE_MAX: Duration = KEEPALIVE_INTERVAL.saturating_add(KEEPALIVE_TIMEOUT);
 
-/// Attempts to connect to where a node says that others reach it, and the pause between them.
+/// Attempts to connect to the advertised address of a node, and the pause between them.
 const DIALS: (usize, Duration) = (2, Duration::from_millis(200));
-/// A node that is taken in although nothing answers there is tried again this often.
+/// The interval of attempts for a node that was taken in although nothing answers at its address.
 const DIAL_AGAIN: Duration = Duration::from_secs(5);
 
-/// Serves nodes.
+/// The service for nodes.
 pub(crate) struct MembershipService {
     pub(crate) cluster: Arc<Cluster>,
 }
@@ -67,7 +67,7 @@ impl Membership for MembershipService {
 
 type Outbound = mpsc::Sender<Result<v1::MasterMessage, Status>>;
 
-/// Ends the session in the state however the task ends.
+/// Guard that ends the session in the state however the task ends.
 struct Registered {
     cluster: Arc<Cluster>,
     node: NodeId,
@@ -92,7 +92,7 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
     let own = if cluster.is_lost() { hello.cluster_id.clone() } else { cluster.cluster_id() };
     if let Err((code, reason)) = check(&hello, &own) {
         let of_another = code == ErrorCode::FailedPrecondition && hello.cluster_id != own;
-        // It asks again every other second.
+        // The node asks again every other second.
         if !of_another || cluster.note_refused(NodeId(hello.node_id), &hello.cluster_id) {
             tracing::warn!(node = %NodeId(hello.node_id), address = hello.address, reason, "refused a node");
         }
@@ -145,15 +145,15 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
     }
 }
 
-/// True for a node that was taken in before. Whether it is reached now says as much about the network around
-/// this master as about its address, and what it holds has to be served: it is never refused for that.
+/// Returns true for a node that was taken in before. A failure to reach it says as much about the network
+/// around this master as about its address, and its data must be served: it is never refused for that.
 fn is_member(hello: &v1::Hello) -> bool {
     !hello.cluster_id.is_empty()
 }
 
-/// Connects to where a new node says that clients and other nodes reach it. One that holds nothing is refused
-/// when nothing answers there; one that does goes on with what it has, gets nothing more, and is told of in
-/// the status: `Ok(Some(why))`.
+/// Connects to the advertised address of a new node. When nothing answers there, a node without data is
+/// refused; a node with data continues to serve it, gets no more replicas, and is reported in the status:
+/// `Ok(Some(why))`.
 async fn dial_back(cluster: &Cluster, hello: &v1::Hello) -> Result<Option<String>, String> {
     if !cluster.settings.dial_back || is_member(hello) {
         return Ok(None);
@@ -170,7 +170,7 @@ async fn dial_back(cluster: &Cluster, hello: &v1::Hello) -> Result<Option<String
     ))
 }
 
-/// More than one attempt: a connection that was just lost is no answer.
+/// Connects with more than one attempt: a connection that was just lost proves nothing.
 async fn dial(address: &str) -> Result<(), String> {
     let (attempts, pause) = DIALS;
     let mut cause = String::new();
@@ -187,8 +187,8 @@ async fn dial(address: &str) -> Result<(), String> {
     Err(cause)
 }
 
-/// Tries until the node is reached; never ends. A member is taken in before it was tried, so that nothing
-/// waits for an address that does not answer.
+/// Retries until the node is reached; never ends. A member is taken in before the first attempt, so that
+/// nothing waits for an address that does not answer.
 async fn dial_until_reached(
     cluster: &Cluster,
     node: NodeId,
@@ -212,7 +212,7 @@ async fn dial_until_reached(
     std::future::pending().await
 }
 
-/// Takes what the node says until it is silent or gone; answers why it ended.
+/// Handles the messages of the node until it is silent or gone; returns why the session ended.
 async fn read(
     cluster: &Arc<Cluster>,
     node: NodeId,
@@ -241,7 +241,7 @@ async fn read(
                     let gone = gone.into_iter().map(|node| node.0).collect();
                     let presence = v1::Presence { sent_ms: report.sent_ms, gone };
                     let message = v1::MasterMessage { message: Some(master_message::Message::Presence(presence)) };
-                    // A node that does not read is told with its next report.
+                    // A node that does not read receives it with its next report.
                     let _ = outbound.try_send(Ok(message));
                 }
                 for one in &odd {
@@ -257,7 +257,7 @@ async fn read(
             }
             Some(node_message::Message::Done(done)) => cluster.state().command_done(node, session, &done, now_us),
             Some(node_message::Message::Hello(_)) => return "it said Hello twice".into(),
-            // A message of a newer node: it is alive, and that is all this master understands.
+            // A message of a newer node: the node is alive, and this master understands no more.
             None => {}
         }
     }
@@ -275,7 +275,7 @@ fn decode(report: &v1::Report) -> (Vec<ReplicaReport>, Option<String>) {
     (replicas.collect(), bad)
 }
 
-/// Refuses a node that must not take part.
+/// Refuses a node that must not join.
 fn check(hello: &v1::Hello, cluster_id: &str) -> Result<(), (ErrorCode, String)> {
     if hello.protocol != PROTOCOL {
         let reason = format!(
@@ -306,8 +306,8 @@ fn check(hello: &v1::Hello, cluster_id: &str) -> Result<(), (ErrorCode, String)>
     Ok(())
 }
 
-/// Registers the session. When a session from another address has the node id, whether that one is
-/// alive is not guessed: it keeps the id if it is heard from once more.
+/// Registers the session. When a session from another address has the node id, the master does not guess
+/// whether that session is alive: it keeps the id if one more message of it arrives.
 async fn register(
     cluster: &Arc<Cluster>,
     hello: &v1::Hello,
@@ -338,7 +338,7 @@ async fn register(
 
 async fn reject(outbound: &Outbound, code: ErrorCode, reason: String) {
     let rejected = v1::Rejected { code: code as u32, reason };
-    // Whoever was refused may be gone already.
+    // The refused node may be gone already.
     let _ = send(outbound, master_message::Message::Rejected(rejected)).await;
 }
 

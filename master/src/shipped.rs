@@ -1,7 +1,7 @@
-//! Has the nodes put into the bucket what they hold: checkpoints, and the log before a restore.
+//! Shipping on command: checkpoints, and the log before a restore.
 //!
-//! **Invariant:** one live replica of each shard does it, whoever ships otherwise, and a shard without one is
-//! named. A node that is not there yet is waited for, as long as it may still be about to come.
+//! **Invariant:** one live replica of each shard ships, whichever ships otherwise, and a shard without a live
+//! replica is named. The command waits for a node as long as the node may still come.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,21 +13,22 @@ use tokio::time::{Instant, sleep, timeout_at};
 use vasto_core::catalog::{Catalog, Placed};
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::{NodeId, ReplicaId, ShardId};
-use vasto_core::plan::{Plan, PlanKind, ReplicaReport};
-use vasto_core::primaries::Presence;
+use vasto_core::plan::{Plan, PlanKind};
+use vasto_core::reconcile::Presence;
+use vasto_core::report::ReplicaReport;
 use vasto_proto::v1::{self, command::Kind};
 
 use crate::admin::find;
 use crate::cluster::Cluster;
 use crate::document;
-use crate::state::{Done, Keyspace, State};
+use crate::state::{ClusterState, Done, Keyspace};
 
-/// The nodes have so long to ship what they hold.
+/// How long the nodes have to ship what they hold.
 const SHIP_PATIENCE: Duration = Duration::from_secs(60);
-/// Between two looks at a node that may be about to come.
+/// The interval of checks whether a node has come.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Replicas that are not asked.
+/// Replicas that do not get the command.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(crate) struct Absent(BTreeMap<NodeId, Vec<(ShardId, ReplicaId)>>);
 
@@ -36,7 +37,7 @@ impl Absent {
         self.0.entry(one.node).or_default().push((shard, one.replica));
     }
 
-    /// For scripts and people.
+    /// Returns the list for scripts and people.
     pub(crate) fn document(&self) -> Value {
         let one = |(node, replicas): (&NodeId, &Vec<(ShardId, ReplicaId)>)| {
             let shards: Vec<u32> = replicas.iter().map(|(shard, _)| shard.0).collect();
@@ -50,23 +51,23 @@ impl Absent {
     }
 }
 
-/// Who does it.
+/// The replicas chosen to ship.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Chosen {
     by_node: BTreeMap<NodeId, Vec<ReplicaId>>,
     absent: Absent,
-    /// Shards none of whose replicas is there, with their nodes.
+    /// Shards without a live replica, with their nodes.
     lost: Vec<(ShardId, Vec<NodeId>)>,
 }
 
 impl Chosen {
-    /// One replica of each shard: the home, else who acts for it, else whoever is there.
+    /// Chooses one replica of each shard: the preferred primary, else the acting primary, else any live replica.
     fn of(catalog: &Catalog, works: impl Fn(&Placed) -> bool) -> Self {
         let mut chosen = Self::default();
         for shard in &catalog.placement {
-            let unsealed = catalog.unsealed.iter().filter(|one| one.shard == shard.shard);
-            let unsealed = unsealed.map(|one| Placed { replica: one.replica, node: one.node });
-            for one in shard.replicas.iter().copied().chain(unsealed).filter(|one| !works(one)) {
+            let draining = catalog.draining.iter().filter(|one| one.shard == shard.shard);
+            let draining = draining.map(|one| Placed { replica: one.replica, node: one.node });
+            for one in shard.replicas.iter().copied().chain(draining).filter(|one| !works(one)) {
                 chosen.absent.add(shard.shard, one);
             }
             let others = shard.primary().into_iter().chain(shard.replicas.iter().copied());
@@ -79,11 +80,11 @@ impl Chosen {
     }
 }
 
-/// What became of it.
+/// The result of shipping.
 pub(crate) enum Shipped {
-    /// The bucket holds all that any replica held but for these.
+    /// The bucket holds all that any replica held, except for these.
     All(Absent),
-    /// No replica of the keyspace is there.
+    /// No replica of the keyspace is live.
     NobodyIsThere,
 }
 
@@ -91,20 +92,20 @@ fn error(code: ErrorCode, message: impl Into<String>) -> VastoError {
     VastoError::new(code, message)
 }
 
-fn works(state: &State, known: &Keyspace, one: &Placed) -> bool {
+fn works(state: &ClusterState, known: &Keyspace, one: &Placed) -> bool {
     let failed = known.reports.get(&one.replica).is_some_and(ReplicaReport::has_failed);
     state.away_us(one.node, u64::MAX) == 0 && !failed
 }
 
-/// True while a node of the keyspace may be about to come back.
-fn may_come(state: &State, catalog: &Catalog, mono_us: u64) -> bool {
+/// Returns true while a node of the keyspace may still come back.
+fn may_come(state: &ClusterState, catalog: &Catalog, mono_us: u64) -> bool {
     let mut nodes = catalog.placement.iter().flat_map(|shard| &shard.replicas).map(|one| one.node);
     nodes.any(|node| state.presence(node, mono_us) == Presence::Away)
 }
 
 type Waiting = Vec<(NodeId, oneshot::Receiver<Done>)>;
 
-/// Sends the command to those who do it.
+/// Sends the command to the chosen replicas.
 async fn send(cluster: &Cluster, name: &str, kind: Kind) -> Result<(Chosen, Waiting), VastoError> {
     loop {
         {
@@ -136,9 +137,9 @@ async fn send(cluster: &Cluster, name: &str, kind: Kind) -> Result<(Chosen, Wait
     }
 }
 
-/// Why it was not done.
+/// Why the command failed.
 enum Undone {
-    /// The node was lost: another one may do it.
+    /// The node was lost: another one may execute the command.
     Lost(NodeId),
     Failed(VastoError),
 }
@@ -187,15 +188,15 @@ pub(crate) async fn checkpoint(cluster: &Arc<Cluster>, name: &str) -> Result<Str
     Ok(document::json(&json!({ "keyspace": name, "nodes": nodes })))
 }
 
-/// Has everything shipped that was acknowledged before.
+/// Has everything shipped that was acknowledged before the call.
 ///
 /// # Errors
-/// What could not be shipped, and by whom.
+/// The writes that could not be shipped, and the replicas that hold them.
 pub(crate) async fn everything(cluster: &Arc<Cluster>, name: &str) -> Result<Shipped, VastoError> {
     let deadline = Instant::now() + SHIP_PATIENCE;
     let is_restored = |plan: &Plan| matches!(plan.kind, PlanKind::Restore { .. });
     if find(&cluster.state(), name)?.catalog.plan.as_ref().is_some_and(is_restored) {
-        return Ok(Shipped::NobodyIsThere); // nobody has acknowledged anything yet
+        return Ok(Shipped::NobodyIsThere); // no write was acknowledged yet
     }
     loop {
         let late = |_| {
@@ -224,7 +225,7 @@ pub(crate) async fn everything(cluster: &Arc<Cluster>, name: &str) -> Result<Shi
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use vasto_core::catalog::{KeyspaceSpec, Unsealed};
+    use vasto_core::catalog::{DrainingReplica, KeyspaceSpec};
     use vasto_core::ids::KeyspaceId;
 
     #[test]
@@ -235,7 +236,7 @@ mod tests {
         let all = Chosen::of(&catalog, |_| true);
         assert_eq!(all.by_node, [(NodeId(1), vec![ReplicaId(1)]), (NodeId(2), vec![ReplicaId(4)])].into());
         assert_eq!((all.absent, all.lost), (Absent::default(), Vec::new()));
-        // The home is away: who acts for it comes before the others.
+        // The preferred primary is away: the acting primary comes before the others.
         catalog.placement[0].primary = Some(ReplicaId(3));
         let one = Chosen::of(&catalog, |one| one.node != NodeId(1));
         assert_eq!(one.by_node, [(NodeId(2), vec![ReplicaId(4)]), (NodeId(3), vec![ReplicaId(3)])].into());
@@ -243,8 +244,13 @@ mod tests {
             one.absent.document().to_string(),
             r#"[{"node_id":"NODE","shards":[0,1]}]"#.replace("NODE", &NodeId(1).to_string())
         );
-        // One that waits to be drained may hold something too.
-        catalog.unsealed.push(Unsealed { shard: ShardId(1), replica: ReplicaId(9), node: NodeId(4), since_us: 1 });
+        // A replica that waits to be drained may hold something too.
+        catalog.draining.push(DrainingReplica {
+            shard: ShardId(1),
+            replica: ReplicaId(9),
+            node: NodeId(4),
+            since_us: 1,
+        });
         assert_eq!(Chosen::of(&catalog, |one| one.node != NodeId(4)).absent.ids(), [9]);
         let none = Chosen::of(&catalog, |_| false);
         assert!(none.by_node.is_empty());

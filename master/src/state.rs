@@ -1,11 +1,11 @@
-//! What the master knows: nodes, their reports, and the last catalog version of each keyspace.
+//! The state of the master: nodes, their reports, and the last catalog version of each keyspace.
 //!
-//! **Invariant:** everything here is synchronous, soft, and rebuilt after a restart from the
-//! catalog and the nodes. A catalog is replaced only by one of a higher version. A session that
-//! was replaced can change nothing any more. Time is an argument: microseconds of a clock that
-//! never goes back, from the master's start.
+//! **Invariant:** all state here is synchronous, soft, and rebuilt after a restart from the
+//! catalog and the nodes. A catalog is replaced only by a higher version. A session that was
+//! replaced can change nothing any more. Time is an argument: microseconds of a monotonic
+//! clock, from the master's start.
 //!
-//! It leaves to others: writing versions (`driver`), the wire (`session`, `service`).
+//! Other modules write versions (`driver`) and speak gRPC (`session`, `service`).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -18,11 +18,11 @@ use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId, ReplicaId, ShardId};
 use vasto_core::limits::{
     ACCEPTED_LOSS_AWAY, COPIES_PER_NODE_MAX, FAILOVER_AWAY, NODE_FORGOTTEN_AFTER, NODE_REPLICAS_MAX, NODE_SILENCE,
 };
-use vasto_core::members::{Around, advance_members, is_incomplete, nodes_to_avoid, waits_for};
-use vasto_core::plan::{
-    Advance, Plan, ReplicaReport, Reports, SEALS_UNDONE_MAX, Step, abort, advance, give_up_on, undo_seal,
-};
-use vasto_core::primaries::{Presence, advance_primaries, is_unsettled};
+use vasto_core::plan::{Plan, SEALS_UNDONE_MAX, Step};
+use vasto_core::reconcile::{Advance, abort, advance, give_up_on, undo_seal};
+use vasto_core::reconcile::{Around, advance_members, is_incomplete, nodes_to_avoid, waits_for};
+use vasto_core::reconcile::{Presence, advance_primaries, is_unsettled};
+use vasto_core::report::{ReplicaReport, Reports};
 use vasto_core::topology::{NodeAddress, Topology};
 use vasto_proto::convert::topology_to_wire;
 use vasto_proto::v1;
@@ -30,27 +30,27 @@ use vasto_shipping::ClusterSettings;
 
 use crate::driver::Request;
 use crate::loads::{Loads, shard_bytes};
-use crate::placement::{Candidate, Disk, PlacementError, place};
+use crate::placement::{Disk, NodeCandidate, PlacementError, place};
 
-/// Commands that may wait for one node at once.
+/// The most commands that may wait for one node.
 const COMMANDS_MAX: usize = 64;
 
-/// Everything the master knows.
+/// The whole state of the master.
 #[derive(Default)]
-pub(crate) struct State {
+pub(crate) struct ClusterState {
     pub(crate) nodes: BTreeMap<NodeId, Node>,
     pub(crate) keyspaces: BTreeMap<KeyspaceId, Keyspace>,
     /// Raised when a node appears or its address changes.
     nodes_revision: u64,
     last_session: u64,
     last_command: u64,
-    /// Replicas of a node that is away for so long are made anew elsewhere, microseconds.
+    /// How long a node may be away before its replicas are replaced elsewhere, microseconds.
     pub(crate) replace_after_us: Option<u64>,
-    /// What each node carries.
+    /// The load of each node.
     pub(crate) loads: Loads,
-    /// What is decided about nodes, not about keyspaces.
+    /// Decisions about nodes, not about keyspaces.
     pub(crate) settings: Arc<ClusterSettings>,
-    /// Nodes that were looked at for decisions; so that a test can count the work.
+    /// Nodes examined for decisions, so that a test can count the work.
     #[cfg(test)]
     pub(crate) looks: std::cell::Cell<u64>,
 }
@@ -60,24 +60,24 @@ pub(crate) struct Node {
     pub(crate) address: String,
     pub(crate) zone: String,
     pub(crate) pid: u32,
-    /// Replicas that it takes.
+    /// The most replicas that the node takes.
     pub(crate) max_replicas: usize,
     pub(crate) disk_used: u64,
     pub(crate) disk_free: u64,
     pub(crate) bucket: v1::BucketRequests,
-    /// What keeps it from shipping; empty: nothing.
+    /// The fault that keeps the node from shipping; empty when there is none.
     pub(crate) bucket_trouble: String,
-    /// The cluster that it says it belongs to; empty: none yet.
+    /// The cluster that the node says it belongs to; empty when there is none yet.
     pub(crate) cluster_id: String,
-    /// When its last message came.
+    /// When the last message of the node arrived.
     pub(crate) heard_us: u64,
-    /// The live session; `None` is away.
+    /// The live session; `None` means away.
     pub(crate) session: Option<Session>,
-    /// When its session began, or when it went away.
+    /// When the session began, or when the node went away.
     pub(crate) away_since_us: u64,
-    /// When its session began; meaningless while there is none.
+    /// When the session began; meaningless while there is none.
     pub(crate) here_since_us: u64,
-    /// Why the master cannot connect to where it says that others reach it.
+    /// Why the master cannot connect to the advertised address of the node.
     pub(crate) unreachable: Option<String>,
 }
 
@@ -89,72 +89,72 @@ pub(crate) struct Session {
     /// There is something to send.
     pub(crate) wake: Arc<Notify>,
     commands: VecDeque<v1::Command>,
-    /// Who waits for a command; dropped with the session, which tells them that the node was lost.
+    /// Callers that wait for a command; dropped with the session, so that they learn that the node was lost.
     waiting: HashMap<u64, oneshot::Sender<Done>>,
 }
 
-/// What came of a command: the catalogs that it asked for, or why it failed.
+/// The result of a command: the catalogs that it asked for, or why it failed.
 pub(crate) type Done = Result<Vec<String>, String>;
 
-/// How a version may be shown to nodes.
+/// How nodes may receive a version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Delivery {
-    /// Nodes get it at once.
+    /// Nodes receive it at once.
     Push,
     /// A `sealing` version that this master did not write just now (loaded at start, or another
-    /// master's): it is decided or undone, but no further node is told to seal by it.
+    /// master's): it is decided or undone, but not sent to further nodes.
     Hold,
     /// A `sealing` version that took too long to write: it is undone at once and never shown.
     Undo,
 }
 
-/// What the master knows of one keyspace.
+/// The state of one keyspace.
 pub(crate) struct Keyspace {
     pub(crate) catalog: Arc<Catalog>,
-    /// Since when this master has known it.
+    /// When this master learned of this version.
     installed: Instant,
     pub(crate) delivery: Delivery,
     pub(crate) reports: Reports,
     reporters: BTreeMap<ReplicaId, NodeId>,
-    /// A node has obeyed a version that this master does not know.
+    /// A node has applied a version that this master does not know.
     pub(crate) behind: bool,
-    /// What the plan waits for.
+    /// The condition that the plan waits for.
     pub(crate) waiting_for: Option<String>,
     topology: watch::Sender<v1::Topology>,
-    /// Raised by every change; for those who wait for a condition.
+    /// Raised by every change; for tasks that wait for a condition.
     changed: watch::Sender<u64>,
     /// Wakes the driver.
     pub(crate) wake: Arc<Notify>,
     pub(crate) requests: mpsc::Sender<Request>,
 }
 
-/// Why a report was not taken as it is.
+/// Why a report was not accepted as it is.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Odd {
-    /// No such keyspace is known: another master may have made it.
+    /// The keyspace is not known: another master may have created it.
     UnknownKeyspace(KeyspaceId),
     /// The catalog places this replica on another node.
     NotItsReplica(KeyspaceId, ReplicaId),
 }
 
-/// What a session has sent already.
+/// The versions and addresses that a session has already sent.
 #[derive(Default)]
 pub(crate) struct Sent {
     versions: BTreeMap<KeyspaceId, CatalogVersion>,
     nodes_revision: Option<u64>,
 }
 
-/// A node id is taken by a session that may be alive.
+/// A conflict: a session that may be alive has the node id.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Conflict {
     pub(crate) address: String,
     pub(crate) session: u64,
-    /// When that session was heard last.
+    /// When the last message of that session arrived.
     pub(crate) heard_us: u64,
 }
 
-impl State {
-    /// Starts a session; a session from the same address is replaced, one from another address is
+impl ClusterState {
+    /// Starts a session; replaces a session from the same address; a session from another address is
     /// a [`Conflict`] unless `replace`.
     pub(crate) fn connect(
         &mut self,
@@ -194,7 +194,7 @@ impl State {
             here_since_us: now_us,
             unreachable: None,
         });
-        // A session that only replaces another does not begin anew.
+        // A session that only replaces another does not restart the time here.
         if node.session.is_none() {
             node.here_since_us = now_us;
         }
@@ -222,14 +222,14 @@ impl State {
         Ok(handles)
     }
 
-    /// Whether the master could connect to the node; a session that was replaced can change nothing.
+    /// Records whether the master could connect to the node; a session that was replaced can change nothing.
     pub(crate) fn reached(&mut self, node: NodeId, session: u64, unreachable: Option<String>) {
         if let Some(node) = self.nodes.get_mut(&node).filter(|node| node.session_id() == Some(session)) {
             node.unreachable = unreachable;
         }
     }
 
-    /// Ends a session, unless it was replaced already. True when the node is away now.
+    /// Ends a session, unless it was replaced already. Returns true when the node is away now.
     pub(crate) fn disconnect(&mut self, node: NodeId, session: u64, now_us: u64) -> bool {
         let Some(node) = self.nodes.get_mut(&node).filter(|node| node.session_id() == Some(session)) else {
             return false;
@@ -237,20 +237,20 @@ impl State {
         node.session = None;
         node.away_since_us = now_us;
         for keyspace in self.keyspaces.values() {
-            keyspace.poke();
+            keyspace.notify();
         }
         true
     }
 
-    /// Ends every session; the nodes come back at once and say everything again.
+    /// Ends every session; the nodes reconnect at once and report everything again.
     pub(crate) fn begin_sessions_anew(&self) {
         for session in self.nodes.values().filter_map(|node| node.session.as_ref()) {
             session.replaced.cancel();
         }
     }
 
-    /// How long a node has been unreachable, microseconds; 0 for a live one. A node that has not
-    /// come back since the master started counts from that start.
+    /// Returns how long a node has been unreachable, microseconds; 0 for a live node. The time of a node
+    /// that has not come back since the master started counts from that start.
     pub(crate) fn away_us(&self, node: NodeId, now_us: u64) -> u64 {
         match self.nodes.get(&node) {
             Some(node) if node.session.is_some() => 0,
@@ -259,8 +259,8 @@ impl State {
         }
     }
 
-    /// Is the node there? One that was not heard of since the master started may still be about to
-    /// come: it counts as gone only when it would be by silence.
+    /// Returns the presence of a node. A node that has not registered since the master started may still
+    /// come: it counts as gone only after [`NODE_SILENCE`].
     pub(crate) fn presence(&self, node: NodeId, now_us: u64) -> Presence {
         let (away_us, patience) = match self.nodes.get(&node) {
             Some(node) if node.session.is_some() => {
@@ -272,7 +272,7 @@ impl State {
         if away_us >= patience.as_micros() as u64 { Presence::Gone } else { Presence::Away }
     }
 
-    /// The nodes without a session among those that hold replicas beside those of this one.
+    /// Returns the nodes without a session among those that share a keyspace with this node.
     pub(crate) fn gone_beside(&self, node: NodeId, now_us: u64) -> Vec<NodeId> {
         let concerned = self.keyspaces.values().filter(|keyspace| keyspace.concerns(node));
         let placed = concerned.flat_map(|keyspace| &keyspace.catalog.placement).flat_map(|shard| &shard.replicas);
@@ -280,13 +280,13 @@ impl State {
         others.into_iter().filter(|other| self.presence(*other, now_us) == Presence::Gone).collect()
     }
 
-    /// True when the primaries of the keyspace need a look soon.
+    /// Returns true when the primaries of the keyspace must be checked soon.
     pub(crate) fn is_unsettled(&self, keyspace: KeyspaceId, now_us: u64) -> bool {
         let known = self.keyspaces.get(&keyspace);
         known.is_some_and(|known| is_unsettled(&known.catalog, |node| self.presence(node, now_us)))
     }
 
-    /// True when its members need a look although nobody reports anything.
+    /// Returns true when its members must be checked although nothing is reported.
     pub(crate) fn is_incomplete(&self, keyspace: KeyspaceId) -> bool {
         self.keyspaces.get(&keyspace).is_some_and(|known| is_incomplete(&known.catalog))
     }
@@ -324,23 +324,23 @@ impl State {
         }
         touched.dedup();
         for keyspace in touched {
-            self.keyspaces[&keyspace].poke();
+            self.keyspaces[&keyspace].notify();
         }
         odd
     }
 
-    /// A command was carried out; a session that was replaced can answer nothing.
+    /// Takes the result of a command; a session that was replaced can answer nothing.
     pub(crate) fn command_done(&mut self, node: NodeId, session: u64, done: &v1::CommandDone, now_us: u64) {
         let Some(node) = self.nodes.get_mut(&node).filter(|node| node.session_id() == Some(session)) else { return };
         node.heard_us = now_us;
         if let Some(waiter) = node.session.as_mut().and_then(|session| session.waiting.remove(&done.id)) {
             let result = if done.error.is_empty() { Ok(done.catalogs.clone()) } else { Err(done.error.clone()) };
-            // Whoever asked may have gone: then nobody wants to know.
+            // The caller may be gone and need no result.
             let _ = waiter.send(result);
         }
     }
 
-    /// Queues a command for everybody of a keyspace on the node.
+    /// Queues a command for all replicas of a keyspace on the node.
     pub(crate) fn command(
         &mut self,
         node: NodeId,
@@ -351,7 +351,7 @@ impl State {
         self.send_command(node, command)
     }
 
-    /// Queues a command. `None`: the node is away, or has too many commands already.
+    /// Queues a command. Returns `None` when the node is away, or has too many commands already.
     pub(crate) fn send_command(&mut self, node: NodeId, command: v1::Command) -> Option<oneshot::Receiver<Done>> {
         self.last_command += 1;
         let id = self.last_command;
@@ -367,7 +367,7 @@ impl State {
         Some(receiver)
     }
 
-    /// Everything that this session has not been sent: addresses, then versions, then commands.
+    /// Returns everything that this session has not been sent: addresses, then versions, then commands.
     pub(crate) fn outstanding(&mut self, node_id: NodeId, session: u64, sent: &mut Sent) -> Vec<v1::MasterMessage> {
         use v1::master_message::Message;
         let mut out = Vec::new();
@@ -404,8 +404,8 @@ impl State {
         out.into_iter().map(|message| v1::MasterMessage { message: Some(message) }).collect()
     }
 
-    /// Takes a catalog version; false when a higher one is known already. A new keyspace answers
-    /// the receiver of its requests, which its driver must own.
+    /// Installs a catalog version; returns false when a higher one is known already. For a new keyspace
+    /// also returns the receiver of its requests, which its driver must own.
     pub(crate) fn install(&mut self, catalog: Catalog, delivery: Delivery) -> (bool, Option<mpsc::Receiver<Request>>) {
         let catalog = Arc::new(catalog);
         let topology = self.topology_of(&catalog);
@@ -421,7 +421,7 @@ impl State {
                 known.behind = false;
                 known.waiting_for = None;
                 known.topology.send_replace(topology);
-                known.poke();
+                known.notify();
             }
             None => {
                 let (requests, waiting) = mpsc::channel(16);
@@ -447,16 +447,16 @@ impl State {
         (true, receiver)
     }
 
-    /// What the driver of a keyspace does now. Without any live node it waits: a master that hears
-    /// nobody knows nothing, and another one may be driving.
+    /// Returns the next action of a keyspace's driver. Without any live node it waits: a master without
+    /// sessions knows nothing, and another master may be driving.
     pub(crate) fn decide(&self, keyspace: KeyspaceId, mono_us: u64, now_us: u64, nonce: u64) -> Advance {
         let Some(known) = self.keyspaces.get(&keyspace) else { return Advance::Idle };
         let catalog = &known.catalog;
         if catalog.state == KeyspaceState::Deleted {
             return Advance::Idle;
         }
-        // A wall clock that was set back must not stretch a seal: time goes on from the version's
-        // own time at least as fast as it has gone on here since.
+        // A wall clock that was set back must not stretch a seal: from the version's own time on, time
+        // passes at least as fast as it has passed here since.
         let in_force_us = u64::try_from(known.installed.elapsed().as_micros()).unwrap_or(u64::MAX);
         let now_us = now_us.max(catalog.written_at_us.saturating_add(in_force_us));
         if known.delivery == Delivery::Undo
@@ -507,8 +507,8 @@ impl State {
         }
     }
 
-    /// The version that gives up what is being made where there is no disk left for it. What was restored
-    /// from the bucket is not given up for that: a keyspace would be lost that somebody waits for.
+    /// Returns the version that aborts a plan whose target has no disk left for it. A restore from the
+    /// bucket is not aborted for that: the keyspace that it makes would be lost.
     fn without_disk(&self, known: &Keyspace, now_us: u64, nonce: u64) -> Option<Catalog> {
         let goes_on = |plan: &&Plan| {
             (plan.adds_member() || plan.growth().is_some()) && matches!(plan.step, Step::Prepare | Step::Tail)
@@ -520,8 +520,8 @@ impl State {
         give_up_on(&known.catalog, &reason, target.node, &known.reports, now_us, nonce)
     }
 
-    /// The live nodes, as candidates for a replica, of that keyspace if there is one.
-    pub(crate) fn candidates(&self, catalog: Option<&Catalog>) -> Vec<Candidate> {
+    /// Returns the live nodes as candidates for a replica, of that keyspace if there is one.
+    pub(crate) fn candidates(&self, catalog: Option<&Catalog>) -> Vec<NodeCandidate> {
         let mut of_keyspace: HashMap<NodeId, usize> = HashMap::new();
         for (_, one, _) in catalog.map(Catalog::members).unwrap_or_default() {
             *of_keyspace.entry(one.node).or_default() += 1;
@@ -529,7 +529,7 @@ impl State {
         let live = self.nodes.iter().filter(|(_, node)| node.session.is_some() && node.unreachable.is_none());
         let candidates = live.map(|(id, node)| {
             let load = self.loads.of(*id);
-            Candidate {
+            NodeCandidate {
                 node: *id,
                 zone: node.zone.clone(),
                 replicas: load.replicas,
@@ -540,28 +540,28 @@ impl State {
                 disk: Disk { promised: load.promised, ..node.disk() },
             }
         });
-        let candidates: Vec<Candidate> = candidates.collect();
+        let candidates: Vec<NodeCandidate> = candidates.collect();
         #[cfg(test)]
         self.looks.set(self.looks.get() + candidates.len() as u64);
         candidates
     }
 
-    /// The live node that could take one more replica of a shard, be it that others are copied to it first.
+    /// Returns the live node that could take one more replica of a shard, even if other copies to it come first.
     pub(crate) fn copy_target(&self, catalog: &Catalog, shard: ShardId, now_us: u64) -> Option<NodeId> {
         self.best(self.candidates(Some(catalog)).iter(), catalog, shard, now_us)
     }
 
-    /// The best of the candidates for one more replica of a shard: one that has none of it, has room for its
+    /// Returns the best candidate for one more replica of a shard: a node that has none of it, has room for its
     /// files, did not fail at it lately, and is in a zone that has none if possible.
     fn best<'a>(
         &self,
-        candidates: impl Iterator<Item = &'a Candidate>,
+        candidates: impl Iterator<Item = &'a NodeCandidate>,
         catalog: &Catalog,
         shard: ShardId,
         now_us: u64,
     ) -> Option<NodeId> {
-        let leaves = |node: NodeId| catalog.leaving.iter().any(|leaving| leaving.node == node);
-        let asked = |node: NodeId| catalog.leaving.iter().any(|leaving| leaving.to == Some(node));
+        let leaves = |node: NodeId| catalog.draining_nodes.iter().any(|leaving| leaving.node == node);
+        let asked = |node: NodeId| catalog.draining_nodes.iter().any(|leaving| leaving.to == Some(node));
         let members = catalog.members();
         let has = |node: NodeId| members.iter().any(|(of, one, _)| *of == shard && one.node == node);
         let zone_of = |node: NodeId| self.nodes.get(&node).map(|node| node.zone.as_str());
@@ -579,14 +579,14 @@ impl State {
             .map(|one| one.node)
     }
 
-    /// The nodes for the replicas of one more shard; an error when there are too few.
+    /// Returns the nodes for the replicas of one more shard; an error when there are too few.
     pub(crate) fn grow_targets(&self, keyspace: &Keyspace) -> Result<Vec<NodeId>, PlacementError> {
         let placed = place(1, keyspace.catalog.spec.replicas, &self.candidates(Some(&keyspace.catalog)))?;
         Ok(placed.into_iter().next().unwrap_or_default())
     }
 
-    /// Holds the places that a version gives away which is about to be written: until it is known, other
-    /// decisions must not count on them. `None` when it gives none away.
+    /// Holds the places that the next version assigns: until its write is known, other decisions must not
+    /// count on them. Returns `None` when it assigns none.
     pub(crate) fn hold_places(&mut self, next: &Catalog) -> Option<u64> {
         let known = self.keyspaces.get(&next.keyspace)?;
         let before: Vec<ReplicaId> = known.catalog.members().iter().map(|(_, one, _)| one.replica).collect();
@@ -597,8 +597,8 @@ impl State {
         Some(self.loads.hold(new.iter().map(|(_, one, _)| one.node), copying, promised))
     }
 
-    /// Forgets a keyspace that was deleted `kept_us` ago, and of which the nodes have been told for a while. Its catalog stays in the bucket: a node that names it has
-    /// it looked up, and is told again that it is gone.
+    /// Forgets a keyspace that was deleted `kept_us` ago and whose deletion was sent to the nodes for `told_for`. Its
+    /// catalog stays in the bucket: when a node names the keyspace, it is looked up and the deletion sent again.
     pub(crate) fn forget_deleted(
         &mut self,
         keyspace: KeyspaceId,
@@ -618,12 +618,12 @@ impl State {
         over
     }
 
-    /// Forgets the nodes that are away for long and that nothing names.
+    /// Forgets nodes that have been away for long and that nothing names.
     fn forget_nodes(&mut self, now_us: u64) {
         let patience = NODE_FORGOTTEN_AFTER.as_micros() as u64;
         let named = |id: NodeId| {
             self.loads.of(id).replicas > 0
-                || self.active().any(|known| known.catalog.leaving.iter().any(|one| one.node == id))
+                || self.active().any(|known| known.catalog.draining_nodes.iter().any(|one| one.node == id))
         };
         let forgotten: Vec<NodeId> = self
             .nodes
@@ -641,12 +641,12 @@ impl State {
         }
     }
 
-    /// The keyspace of that name that serves.
+    /// Returns the serving keyspace of that name.
     pub(crate) fn named(&self, name: &str) -> Option<&Keyspace> {
         self.active().find(|keyspace| keyspace.catalog.name == name)
     }
 
-    /// The keyspaces that serve.
+    /// Returns the serving keyspaces.
     pub(crate) fn active(&self) -> impl Iterator<Item = &Keyspace> {
         self.keyspaces.values().filter(|keyspace| keyspace.catalog.state == KeyspaceState::Active)
     }
@@ -659,7 +659,7 @@ impl State {
         topology_to_wire(&Topology::derive(catalog, address))
     }
 
-    /// Tells nodes and clients where nodes listen now.
+    /// Publishes the current addresses of nodes to nodes and clients.
     fn publish_addresses(&self) {
         for keyspace in self.keyspaces.values() {
             let topology = self.topology_of(&keyspace.catalog);
@@ -680,7 +680,7 @@ impl State {
 }
 
 impl Node {
-    /// Its disk by its last report.
+    /// Returns the disk by the node's last report.
     pub(crate) fn disk(&self) -> Disk {
         Disk { bytes: self.disk_used.saturating_add(self.disk_free), free: self.disk_free, promised: 0 }
     }
@@ -691,24 +691,24 @@ impl Node {
 }
 
 impl Keyspace {
-    /// The newest topology, and every later one.
+    /// Subscribes to the newest topology, and every later one.
     pub(crate) fn topology(&self) -> watch::Receiver<v1::Topology> {
         self.topology.subscribe()
     }
 
-    /// Ticks whenever a report or a version came.
+    /// Subscribes to changes: every report and every version.
     pub(crate) fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
 
-    /// Wakes the driver and whoever waits for a condition.
-    pub(crate) fn poke(&self) {
+    /// Wakes the driver and the tasks that wait for a condition.
+    pub(crate) fn notify(&self) {
         self.wake.notify_one();
         self.changed.send_modify(|count| *count += 1);
     }
 
-    /// Is there anything in it for this node? Serving keyspaces concern every node (routing and
-    /// tails need them); a deleted one only those that had a part in it.
+    /// Returns true when the keyspace concerns the node. A serving keyspace concerns every node (routing
+    /// and tails need it); a deleted one only the nodes that had a part in it.
     fn concerns(&self, node: NodeId) -> bool {
         self.catalog.state == KeyspaceState::Active
             || self.catalog.node_has_part(node)
@@ -726,7 +726,7 @@ impl Keyspace {
         Ok(())
     }
 
-    /// Nobody reports again what is gone for good.
+    /// Forgets the reports of removed replicas, which no node reports again.
     fn forget_reports_of_removed(&mut self, next: &Catalog) {
         let is_gone = |replica: &ReplicaId| next.is_removed(*replica);
         self.reports.retain(|replica, _| !is_gone(replica));

@@ -1,10 +1,12 @@
+//! Tests of `state`: see there.
+
 #![allow(clippy::unwrap_used)]
 use super::*;
 use vasto_core::catalog::KeyspaceSpec;
 use vasto_core::ids::{Incarnation, Lsn, PlanId, ShardId};
-use vasto_core::plan::{
-    NODE_AWAY_MAX_US, PinnedManifest, ReplicaPhase, Sealed, SourceProgress, TargetProgress, TargetStage, start_grow,
-};
+use vasto_core::plan::{NODE_AWAY_MAX_US, PinnedManifest};
+use vasto_core::reconcile::start_grow;
+use vasto_core::report::{ReplicaPhase, Sealed, SourceProgress, TargetProgress, TargetStage};
 
 const KS: KeyspaceId = KeyspaceId(1);
 
@@ -36,7 +38,7 @@ pub(crate) fn replica_report(replica: u64, version: u64) -> ReplicaReport {
         source: None,
         target: None,
         cleaned: Vec::new(),
-        replication: vasto_core::plan::ReplicationReport { ready: true, ..Default::default() },
+        replication: vasto_core::report::ReplicationReport { ready: true, ..Default::default() },
     }
 }
 
@@ -45,16 +47,16 @@ fn catalog() -> Catalog {
     Catalog::first(KS, "ks1", spec, &[vec![NodeId(1)], vec![NodeId(2)]], 1_000, 1)
 }
 
-/// Nodes 1 and 2 live, keyspace `ks1` with a shard on each.
-pub(crate) fn two_nodes() -> (State, u64, u64) {
-    let mut state = State::default();
+/// Returns a state with live nodes 1 and 2, and keyspace `ks1` with a shard on each.
+pub(crate) fn two_nodes() -> (ClusterState, u64, u64) {
+    let mut state = ClusterState::default();
     let one = state.connect(&hello(1, "a:1"), false, 10).unwrap().0;
     let two = state.connect(&hello(2, "a:2"), false, 10).unwrap().0;
     state.install(catalog(), Delivery::Push);
     (state, one, two)
 }
 
-fn report(state: &mut State, node: u64, session: u64, replicas: Vec<ReplicaReport>, now_us: u64) -> Vec<Odd> {
+fn report(state: &mut ClusterState, node: u64, session: u64, replicas: Vec<ReplicaReport>, now_us: u64) -> Vec<Odd> {
     state.report(NodeId(node), session, &v1::Report::default(), replicas, now_us)
 }
 
@@ -149,7 +151,7 @@ fn odd_reports_are_told_and_not_taken() {
     assert!(state.keyspaces[&KS].reports.is_empty());
     assert!(!state.keyspaces[&KS].behind);
     report(&mut state, 1, one, vec![replica_report(1, 5)], 30);
-    assert!(state.keyspaces[&KS].behind, "the node obeys a version that this master does not know");
+    assert!(state.keyspaces[&KS].behind, "the node applies a version that this master does not know");
 }
 
 #[test]
@@ -294,14 +296,14 @@ fn a_node_gets_no_more_replicas_than_it_said_that_it_takes() {
 
 const GIB: u64 = 1 << 30;
 
-fn disk(state: &mut State, node: u64, session: u64, bytes: u64, free: u64) {
+fn disk(state: &mut ClusterState, node: u64, session: u64, bytes: u64, free: u64) {
     let told = v1::Report { disk_used: bytes - free, disk_free: free, ..Default::default() };
     state.report(NodeId(node), session, &told, Vec::new(), 20);
 }
 
-/// Keyspace 1 with one shard on node 1 that lacks a copy; nodes 2 and 3 could take it.
-fn lacking() -> (State, [u64; 3]) {
-    let mut state = State::default();
+/// Returns keyspace 1 with one shard on node 1 that lacks a replica; nodes 2 and 3 could take it.
+fn lacking() -> (ClusterState, [u64; 3]) {
+    let mut state = ClusterState::default();
     let sessions = [1, 2, 3].map(|node| state.connect(&hello(node, &format!("a:{node}")), false, 10).unwrap().0);
     let spec = KeyspaceSpec { replicas: 2, ..KeyspaceSpec::default() };
     state.install(Catalog::first(KS, "ks1", spec, &[vec![NodeId(1)]], 1_000, 1), Delivery::Push);
@@ -310,7 +312,7 @@ fn lacking() -> (State, [u64; 3]) {
     (state, sessions)
 }
 
-fn target(state: &State, now_us: u64) -> Option<NodeId> {
+fn target(state: &ClusterState, now_us: u64) -> Option<NodeId> {
     match state.decide(KS, 100, now_us, 3) {
         Advance::Write(next) => Some(next.plan.unwrap().targets[0].node),
         _ => None,
@@ -329,7 +331,7 @@ fn a_copy_goes_to_a_node_whose_disk_has_room_for_it() {
     assert!(what.contains("room for a replica and its files") && what.contains("vasto serve node"), "{what}");
     disk(&mut state, 3, sessions[2], 100 * GIB, 5 * GIB);
     assert_eq!(target(&state, 5_000), Some(NodeId(3)));
-    // A copy that is under way there has its room promised.
+    // The bytes of a replica under construction there are promised.
     let hold = state.loads.hold([NodeId(3)], true, 3 * GIB);
     assert_eq!(target(&state, 5_000), None);
     state.loads.give_back(hold);
@@ -345,7 +347,7 @@ fn a_copy_whose_target_runs_out_of_disk_is_given_up_and_made_elsewhere() {
     let Advance::Write(copying) = state.decide(KS, 100, 5_000, 3) else { panic!("no copy begins") };
     assert_eq!(copying.plan.as_ref().unwrap().targets[0].node, NodeId(2));
     state.install(*copying, Delivery::Push);
-    let waits = |state: &State| matches!(state.decide(KS, 100, 6_000, 3), Advance::Wait(_));
+    let waits = |state: &ClusterState| matches!(state.decide(KS, 100, 6_000, 3), Advance::Wait(_));
     disk(&mut state, 2, sessions[1], 100 * GIB, GIB / 2);
     assert!(waits(&state), "the reserve is there to be used");
     disk(&mut state, 2, sessions[1], 100 * GIB, GIB / 5);
@@ -353,7 +355,7 @@ fn a_copy_whose_target_runs_out_of_disk_is_given_up_and_made_elsewhere() {
     let report = given_up.operations.last().unwrap();
     assert!(report.reason.as_ref().unwrap().contains("no disk left"), "{report:?}");
     state.install(given_up, Delivery::Push);
-    // Also when it has room again at once, as it does when the files of the copy are removed.
+    // Also when the node has room again at once, as when the files of the aborted replica are removed.
     disk(&mut state, 2, sessions[1], 100 * GIB, 90 * GIB);
     assert_eq!(target(&state, 30_000_000), Some(NodeId(3)));
     state.disconnect(NodeId(3), sessions[2], 100);
@@ -375,10 +377,10 @@ fn a_cordoned_node_gets_nothing() {
     assert!(error.contains("cordoned"), "{error}");
 }
 
-/// `keyspaces` of 4 shards, of which each lacks one of three copies; so many more nodes than the two that
-/// hold them.
-fn many_lacking(keyspaces: u64, spare: u64) -> State {
-    let mut state = State::default();
+/// Returns `keyspaces` of 4 shards that each lack one of three replicas, and `spare` more nodes than the
+/// two that hold them.
+fn many_lacking(keyspaces: u64, spare: u64) -> ClusterState {
+    let mut state = ClusterState::default();
     let sessions: Vec<u64> =
         (1..=spare + 2).map(|node| state.connect(&hello(node, &format!("a:{node}")), false, 10).unwrap().0).collect();
     let spec = KeyspaceSpec { shards: 4, replicas: 3, ..KeyspaceSpec::default() };
@@ -409,7 +411,7 @@ fn many_lacking(keyspaces: u64, spare: u64) -> State {
 fn decisions_that_are_not_written_yet_do_not_all_choose_one_node() {
     let mut state = many_lacking(50, 25);
     let mut chosen: BTreeMap<NodeId, usize> = BTreeMap::new();
-    // Each is decided before any other is known.
+    // Each version is decided before any other is known.
     for id in 1..=50 {
         let Advance::Write(next) = state.decide(KeyspaceId(id), 100, 5_000, 3) else { panic!("{id}: no copy begins") };
         assert!(state.hold_places(&next).is_some());
@@ -430,12 +432,12 @@ fn a_node_makes_few_copies_at_a_time() {
         }
     }
     assert!(chosen.len() == 5 && chosen.values().all(|count| *count == COPIES_PER_NODE_MAX), "{chosen:?}");
-    // What is held is given back with the version's fate; then the next ones have their turn.
+    // Held places are given back once the outcome of a write is known; then the next keyspaces get replicas.
     for hold in 1..=20 {
         state.loads.give_back(hold);
     }
     assert!(matches!(state.decide(KeyspaceId(50), 100, 5_000, 3), Advance::Write(_)));
-    // A drain is not refused because its copies have to wait.
+    // A drain is not refused because its replicas have to wait.
     let busy = state.loads.hold((3..=7).flat_map(|node| [NodeId(node); COPIES_PER_NODE_MAX]), true, 0);
     assert!(matches!(state.decide(KeyspaceId(50), 100, 5_000, 3), Advance::Wait(_)));
     let catalog = state.keyspaces[&KeyspaceId(50)].catalog.clone();
@@ -443,8 +445,8 @@ fn a_node_makes_few_copies_at_a_time() {
     state.loads.give_back(busy);
 }
 
-/// A look at 1,000 keyspaces that lack copies: each looks at every node once, with and without room, and
-/// none at other keyspaces.
+/// Decisions for 1,000 keyspaces that lack replicas: each examines every node once, with and without room,
+/// and no other keyspace.
 #[test]
 fn a_look_at_many_keyspaces_that_lack_copies_is_bounded() {
     let nodes = 12;
@@ -469,13 +471,13 @@ fn a_look_at_many_keyspaces_that_lack_copies_is_bounded() {
 fn what_is_over_is_forgotten_and_what_is_not_stays() {
     let (mut state, one, two) = two_nodes();
     report(&mut state, 1, one, vec![replica_report(1, 1)], 20);
-    // The report of a replica that is gone for good goes with it.
+    // The report of a replica that is removed is forgotten with it.
     let mut without = catalog().next(2_000, 2);
     without.placement.remove(0);
     without.removed.push(ReplicaId(1));
     state.install(without, Delivery::Push);
     assert!(state.keyspaces[&KS].reports.is_empty() && state.keyspaces[&KS].reporters.is_empty());
-    // A node that is away for long and holds nothing; not one that is away for long and holds something.
+    // A node that has been away for long is forgotten if it holds nothing, and kept if it holds something.
     state.disconnect(NodeId(1), one, 100);
     state.disconnect(NodeId(2), two, 100);
     let late = 100 + NODE_FORGOTTEN_AFTER.as_micros() as u64;
@@ -483,7 +485,7 @@ fn what_is_over_is_forgotten_and_what_is_not_stays() {
     assert!(state.nodes.contains_key(&NodeId(1)), "too early");
     state.connect(&hello(4, "a:4"), false, late).unwrap();
     assert_eq!(state.nodes.keys().copied().collect::<Vec<_>>(), [NodeId(2), NodeId(3), NodeId(4)]);
-    // A deleted keyspace, some time after it was deleted and after this master has learned of it.
+    // A deleted keyspace is forgotten some time after its deletion and after this master learned of it.
     let kept_us = 1_000_000;
     let (long, at_once) = (Duration::from_secs(600), Duration::ZERO);
     assert!(!state.forget_deleted(KS, u64::MAX, kept_us, at_once), "it serves");
@@ -493,7 +495,7 @@ fn what_is_over_is_forgotten_and_what_is_not_stays() {
     assert!(!state.forget_deleted(KS, 3_000 + kept_us - 1, kept_us, at_once));
     assert!(state.forget_deleted(KS, 3_000 + kept_us, kept_us, at_once));
     assert!(state.keyspaces.is_empty());
-    // A node that names it has it looked up again.
+    // A report of the keyspace has it looked up again.
     let three = state.connect(&hello(3, "a:3"), false, late).unwrap().0;
     assert_eq!(report(&mut state, 3, three, vec![replica_report(1, 1)], late), [Odd::UnknownKeyspace(KS)]);
 }

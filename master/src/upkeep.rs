@@ -1,28 +1,27 @@
-//! The upkeep of the bucket: what is missing, what is not needed any more.
+//! The upkeep of the bucket: the check for missing objects and the garbage collection.
 //!
 //! **Invariants**
-//! - Several masters may try at once; the last term goes on, the others stop.
-//! - A collection that ended early, or a master that has just started, waits minutes for the next one, not
-//!   a whole interval: otherwise restarts and restores could put it off for ever.
+//! - Several masters may try at once; the last term continues, the others stop.
+//! - After a collection that ended early, or after its start, a master waits minutes for the next one, not
+//!   a whole interval: otherwise restarts and restores could postpone it for ever.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use vasto_core::catalog::KeyspaceState;
 use vasto_core::error::{ErrorCode, VastoError};
-use vasto_core::plan::ReplicaPhase;
+use vasto_core::report::ReplicaPhase;
 use vasto_shipping::garbage::{self, Fsck, Known, KnownReplica};
 use vasto_shipping::layout::{self, Owner};
 use vasto_shipping::{CatalogError, RetryBudget};
 
+use crate::admin::JsonResult;
 use crate::cluster::{Cluster, now_us};
 use crate::document;
 
-type Answer = Result<String, VastoError>;
-
 /// The longest pause before the first collection, and after one that ended early or failed.
 const SOON_MAX: Duration = Duration::from_secs(600);
-/// The shortest after one that ended early or failed.
+/// The shortest pause after a collection that ended early or failed.
 const AGAIN_MIN: Duration = Duration::from_secs(60);
 /// Keys that a warning names.
 const NAMED: usize = 3;
@@ -31,20 +30,20 @@ fn unavailable(error: &CatalogError) -> VastoError {
     VastoError::new(ErrorCode::Unavailable, format!("the bucket cannot be looked through: {error}; try again"))
 }
 
-/// Ends within seconds when the bucket does not answer, before a look that would try for minutes.
+/// Fails within seconds when the bucket does not answer, before a check that would retry for minutes.
 async fn is_there(cluster: &Cluster) -> Result<(), VastoError> {
     let looked = cluster.bucket.with_retry(RetryBudget::probe()).head(&layout::cluster()).await;
     looked.map(drop).map_err(|error| unavailable(&error.into()))
 }
 
-/// What nodes and catalogs say must be there.
+/// Returns the objects that must exist according to nodes and catalogs.
 fn known(cluster: &Cluster) -> Known {
     let state = cluster.state();
     let mut known = Known::default();
     for (id, keyspace) in &state.keyspaces {
         known.catalogs.push((*id, keyspace.catalog.version));
         if keyspace.catalog.state != KeyspaceState::Active {
-            continue; // its data is on its way out
+            continue; // its data is being deleted
         }
         for shard in &keyspace.catalog.placement {
             let reports = shard.replicas.iter().filter_map(|one| keyspace.reports.get(&one.replica));
@@ -59,17 +58,17 @@ fn known(cluster: &Cluster) -> Known {
     known
 }
 
-/// Looks for missing, damaged and needless objects.
+/// Checks for missing, damaged and orphaned objects.
 pub(crate) async fn look(cluster: &Cluster, deep: bool) -> Result<Fsck, VastoError> {
     is_there(cluster).await?;
-    // Before the bucket is listed: what is known then is there by then.
+    // Read before the bucket is listed: objects that are known now are in that listing.
     let known = known(cluster);
     let found = garbage::check(&cluster.bucket, deep, &known, now_us()).await.map_err(|error| unavailable(&error))?;
     cluster.bucket_holds(found.bytes);
     Ok(found)
 }
 
-/// What of a look somebody should know who only asks how the cluster is.
+/// Returns the findings of a check that the cluster status shows.
 pub(crate) fn findings(found: &Fsck) -> Vec<String> {
     let what = |what: &str, keys: &[String]| {
         let named: Vec<&str> = keys.iter().take(NAMED).map(String::as_str).collect();
@@ -83,15 +82,15 @@ pub(crate) fn findings(found: &Fsck) -> Vec<String> {
     broken.chain(found.warnings.iter().map(|text| format!("in the bucket: {text}"))).collect()
 }
 
-/// Looks, and answers what was found.
-pub(crate) async fn check(cluster: &Cluster, deep: bool) -> Answer {
+/// Checks the bucket and returns the findings.
+pub(crate) async fn check(cluster: &Cluster, deep: bool) -> JsonResult {
     let found = look(cluster, deep).await?;
     cluster.note_findings(findings(&found));
     Ok(document::json(&found))
 }
 
-/// Deletes what is not needed, or only tells what that is.
-pub(crate) async fn collect(cluster: &Cluster, dry_run: bool) -> Answer {
+/// Deletes objects that are not needed, or only lists them.
+pub(crate) async fn collect(cluster: &Cluster, dry_run: bool) -> JsonResult {
     Ok(document::json(&collected(cluster, dry_run).await?))
 }
 
@@ -106,19 +105,19 @@ async fn collected(cluster: &Cluster, dry_run: bool) -> Result<garbage::Collecte
     Ok(collected)
 }
 
-/// How the last collection went.
+/// The result of the last collection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Last {
     /// This master has not collected yet.
     None,
-    /// It ended early or failed, so many times in a row.
+    /// The collection ended early or failed, this many times in a row.
     Cut(u32),
-    /// It went through.
+    /// The collection was complete.
     Done,
 }
 
-/// How long to wait for the next one. `random` is uniform in `0.0..1.0`: masters that started together do not
-/// collect together.
+/// Returns the pause before the next collection. `random` is uniform in `0.0..1.0`: masters that started
+/// together do not collect together.
 fn pause(last: Last, interval: Duration, random: f64) -> Duration {
     match last {
         Last::None => SOON_MAX.min(interval).mul_f64(0.5 + 0.5 * random),
@@ -130,7 +129,7 @@ fn pause(last: Last, interval: Duration, random: f64) -> Duration {
     }
 }
 
-/// Collects again and again until the master stops.
+/// Collects repeatedly until the master stops.
 pub(crate) async fn collect_regularly(cluster: Arc<Cluster>, interval: Duration) {
     let mut last = Last::None;
     loop {
@@ -169,7 +168,7 @@ mod tests {
             }
             let done = pause(Last::Done, day, random);
             assert!(done >= day.mul_f64(0.9) && done <= day.mul_f64(1.1), "{done:?}");
-            // Whoever wants it often has it often.
+            // A short interval bounds every pause.
             let often = Duration::from_millis(100);
             assert!([Last::None, Last::Cut(1), Last::Cut(9)].iter().all(|last| pause(*last, often, random) <= often));
         }

@@ -1,12 +1,12 @@
-//! Makes a replica out of what another one has shipped: the files of a checkpoint as they are, then
-//! the chunks of the log behind it.
+//! Builds a replica from the archive of another one: the files of a checkpoint as they are, then the
+//! chunks of the log behind it.
 //!
 //! **Invariants**
-//! - The database is put together in a directory of its own on the same file system, verified, given
-//!   its new identity, and moved into its place whole. What was downloaded before a crash is kept.
-//! - It takes nothing of the other's identity, seals, cursors and results; its ranges are those of the
-//!   catalog, and what is stored outside of them is gone before it serves.
-//! - What it ships begins with a checkpoint of its own: its log does not hold what it began with.
+//! - The database is assembled in a directory of its own on the same file system, verified, given its
+//!   new identity, and renamed into place whole. Files downloaded before a crash are kept.
+//! - The new replica drops the source's identity, seals, cursors and dedup table; its ranges are those of
+//!   the catalog, and rows outside of them are gone before it serves.
+//! - Its archive begins with a checkpoint of its own: its log does not hold the records that it began with.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,28 +18,28 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::Band;
 use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, OwnSeq, ReplicaId, ShardId, covers};
 use vasto_core::limits::GROUP_BYTES_MAX;
-use vasto_core::plan::{TargetProgress, TargetStage};
 use vasto_core::record::{BandRange, KeyEntry, RangeState, frame_at};
+use vasto_core::report::{TargetProgress, TargetStage};
 use vasto_core::stored_key::MetaKey;
 use vasto_shipping::CatalogError;
+use vasto_shipping::archive::{self, ArchiveError, ArchivedCheckpoint};
 use vasto_shipping::bucket::{Bucket, BucketError};
 use vasto_shipping::chunk::Chunk;
 use vasto_shipping::download::{DownloadError, DownloadProgress, Wanted, download};
-use vasto_shipping::history::{self, Base, HistoryError};
 use vasto_shipping::layout::{self, Owner};
 use vasto_shipping::manifest::Manifest;
 
-use crate::core::NodeCore;
 use crate::engine::{Batch, Engine, EngineError, EngineShared, FlushGuard, ImportFile, Scratch};
 use crate::node_dir::DirError;
-use crate::past::{Candidate, Candidates, Reading, apply_all, told_of};
+use crate::registry::NodeRegistry;
 use crate::replica::Replica;
-use crate::replica::job::ReplicaError;
+use crate::replica::command::ReplicaError;
 use crate::replica::state::{Head, Identity, Ranges};
+use crate::restore::{Reading, RestoreSource, RestoreSources, apply_all, log_restored};
 use crate::ship;
 use crate::tail::Filter;
 
-/// Ranged requests at a time.
+/// Parallel ranged requests.
 const PARALLEL: usize = 8;
 
 /// Why a replica cannot be made.
@@ -51,84 +51,84 @@ pub enum BootstrapError {
     /// A download failed.
     #[error(transparent)]
     Download(#[from] DownloadError),
-    /// What the bucket holds cannot be read.
+    /// An archive in the bucket cannot be read.
     #[error(transparent)]
-    History(#[from] HistoryError),
+    History(#[from] ArchiveError),
     /// The catalog of the source cannot be read.
     #[error(transparent)]
     Catalog(#[from] CatalogError),
-    /// What was downloaded is not what the manifest says.
+    /// The downloaded files do not match the manifest.
     #[error("the checkpoint {key} cannot be used: {reason}")]
     Unusable {
-        /// Its manifest.
+        /// Key of the manifest.
         key: String,
-        /// What is wrong.
+        /// The mismatch.
         reason: String,
     },
-    /// There is something of the shard, but nothing that reaches back far enough.
+    /// The bucket holds an archive of the shard, but none that reaches back far enough.
     #[error(
         "the bucket does not hold shard {shard} as of that time any more (see bucket.keep_for){}",
         oldest.as_ref().map(|oldest| format!("; the oldest moment that can be restored is about {oldest}")).unwrap_or_default()
     )]
     NotRetained {
-        /// Which.
+        /// The shard.
         shard: ShardId,
-        /// The first moment that can be restored.
+        /// The earliest point in time that can be restored.
         oldest: Option<String>,
     },
-    /// Records are missing that no replica has shipped elsewhere.
+    /// Records are missing, and no replica has shipped them elsewhere.
     #[error(
         "records of shard {shard} before {chunk} are missing from the bucket; run `vasto bucket fsck`, or restore to an earlier time with --at"
     )]
     Gap {
-        /// Which.
+        /// The shard.
         shard: ShardId,
-        /// The first object behind them.
+        /// Key of the first object behind the gap.
         chunk: String,
     },
-    /// The time lies in a part of the past that was not shipped record by record.
+    /// The time lies in a part of the archive that was not shipped record by record.
     #[error(
         "shard {shard} cannot be restored to that very time: its log in the bucket ends at {reached}, and the next checkpoint holds everything until {next}; restore to one of these with --at"
     )]
     NotReached {
-        /// Which.
+        /// The shard.
         shard: ShardId,
-        /// Until here record by record.
+        /// The end of the record-by-record log.
         reached: String,
-        /// The next moment after the gap.
+        /// The first point in time behind the gap that can be restored.
         next: String,
     },
-    /// The clock that stamped its writes was ahead: whether they came before the time cannot be told.
+    /// The clock that assigned the commit times was ahead: whether the writes precede the time is unknown.
     #[error(
         "shard {shard} cannot be restored to that time: the clock of its replica {replica} was {ahead_s} s ahead when it took writes that it stamped with {stamped}, and the bucket does not tell whether they came before or after; restore to {from} or later, when the bucket had them, or leave out --at"
     )]
     ClockAhead {
-        /// Which.
+        /// The shard.
         shard: ShardId,
-        /// Whose clock.
+        /// The replica whose clock was ahead.
         replica: ReplicaId,
-        /// How far ahead it was, at least.
+        /// Lower bound of the clock's lead.
         ahead_s: u64,
-        /// The time that it stamped.
+        /// The commit time that it assigned.
         stamped: String,
-        /// From here on they are in.
+        /// From this time on a restore includes the writes.
         from: String,
     },
-    /// A local file.
+    /// A local file operation failed.
     #[error("{path}: {source}")]
     Io {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The error.
         source: std::io::Error,
     },
-    /// A local document.
+    /// A local document failed.
     #[error(transparent)]
     Dir(#[from] DirError),
-    /// The database.
+    /// The database failed.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// The new replica refused.
+    /// The new replica refused a request.
     #[error(transparent)]
     Replica(#[from] ReplicaError),
     /// The node is stopping, or the plan is over.
@@ -137,13 +137,13 @@ pub enum BootstrapError {
 }
 
 impl BootstrapError {
-    /// True when it is what the bucket holds that is missing or damaged, and nothing on this node.
+    /// Returns true when objects in the bucket are missing or damaged and nothing is wrong on this node.
     pub fn is_about_objects(&self) -> bool {
         match self {
             BootstrapError::Download(error) => {
                 matches!(error, DownloadError::Missing { .. } | DownloadError::Corrupt { .. })
             }
-            BootstrapError::History(error) => !matches!(error, HistoryError::Bucket(_)),
+            BootstrapError::History(error) => !matches!(error, ArchiveError::Bucket(_)),
             BootstrapError::Unusable { .. }
             | BootstrapError::NotRetained { .. }
             | BootstrapError::Gap { .. }
@@ -160,12 +160,12 @@ impl BootstrapError {
         }
     }
 
-    /// True when trying again can help.
+    /// Returns true when a retry can succeed.
     pub fn is_transient(&self) -> bool {
         match self {
             BootstrapError::Bucket(_) => true,
             BootstrapError::Download(error) => matches!(error, DownloadError::Bucket(_)),
-            BootstrapError::History(error) => matches!(error, HistoryError::Bucket(_)),
+            BootstrapError::History(error) => matches!(error, ArchiveError::Bucket(_)),
             BootstrapError::Catalog(error) => matches!(error, CatalogError::Bucket(_)),
             BootstrapError::Unusable { .. }
             | BootstrapError::NotRetained { .. }
@@ -185,67 +185,67 @@ fn io(path: &Path) -> impl FnOnce(std::io::Error) -> BootstrapError + '_ {
     move |source| BootstrapError::Io { path: path.to_owned(), source }
 }
 
-/// Who a copy becomes.
+/// The identity that the replica under construction takes.
 #[derive(Debug, Clone, Copy)]
 pub struct Adoption {
     /// The keyspace.
     pub keyspace: KeyspaceId,
     /// The replica.
     pub replica: ReplicaId,
-    /// What it owns.
+    /// The bands that it owns.
     pub owned: BandRange,
-    /// The version that says so.
+    /// The catalog version that assigns them.
     pub version: CatalogVersion,
-    /// Its epoch.
+    /// The epoch of that version.
     pub epoch: Epoch,
 }
 
-/// What is made of the log behind the checkpoint.
+/// How the log behind the checkpoint is applied.
 #[derive(Debug, Clone, Copy)]
 pub enum Log {
-    /// The replica joins the others of its shard: it keeps every record as it is, origin and number.
-    Joined,
-    /// The replica begins a history of its own: it takes the entries that belong to its shard.
-    Past {
+    /// The replica joins its shard: it keeps every record as it is, with origin and own sequence.
+    Replicate,
+    /// The replica begins a new history: it takes the entries that belong to its shard.
+    Fork {
         /// Shards of the keyspace.
         shards: u32,
-        /// Nothing with a greater commit time, microseconds.
+        /// Upper bound of the commit time, microseconds; later records are skipped.
         until_us: Option<u64>,
     },
 }
 
-/// Where the cursor of a log is kept that belongs to another keyspace: its replica ids mean others here.
+/// Returns the id that keys the cursor of an archive. Replica ids of another keyspace mean other replicas here.
 pub(crate) fn cursor_of(log: Log, replica: ReplicaId) -> ReplicaId {
     match log {
-        Log::Joined => replica,
-        Log::Past { .. } => ReplicaId(replica.0 | 1 << 63),
+        Log::Replicate => replica,
+        Log::Fork { .. } => ReplicaId(replica.0 | 1 << 63),
     }
 }
 
-/// What a bootstrap works with.
+/// The inputs of a bootstrap.
 pub struct Bootstrap {
-    /// Where the bytes come from.
+    /// The bucket to read from.
     pub bucket: Bucket,
-    /// To open the database.
+    /// Shared engine state, to open the database.
     pub engines: EngineShared,
     /// The new replica's directory.
     pub dir: PathBuf,
-    /// A place for downloads on the same file system; the same one after a restart.
+    /// Download directory on the same file system; the same after a restart.
     pub side: PathBuf,
-    /// What the master is told.
+    /// The progress that is reported to the master.
     pub progress: Arc<Mutex<TargetProgress>>,
-    /// To tell it.
-    pub core: Arc<NodeCore>,
-    /// Ends it.
+    /// The registry that sends the report.
+    pub registry: Arc<NodeRegistry>,
+    /// Cancels the bootstrap.
     pub cancel: CancellationToken,
 }
 
 impl Bootstrap {
-    /// Takes over the files of a checkpoint as the database of the new replica.
+    /// Installs the files of a checkpoint as the database of the new replica.
     ///
     /// # Errors
-    /// What was downloaded stays for the next attempt.
-    pub async fn take(&self, base: &Base, adoption: Adoption, log: Log) -> Result<(), BootstrapError> {
+    /// Downloaded files stay for the next attempt.
+    pub async fn take(&self, base: &ArchivedCheckpoint, adoption: Adoption, log: Log) -> Result<(), BootstrapError> {
         let wanted = wanted(base)?;
         let total: u64 = wanted.iter().map(|one| one.bytes).sum();
         self.progress.lock().bytes_total = total;
@@ -270,7 +270,7 @@ impl Bootstrap {
                     result = &mut fetch => break result?,
                     _ = tick.tick() => {
                         show();
-                        self.core.report.notify_one();
+                        self.registry.report.notify_one();
                     }
                 }
             }
@@ -282,7 +282,7 @@ impl Bootstrap {
             shown.keys_moved = base.manifest.files.iter().map(|file| file.entries).sum();
             shown.stage = TargetStage::Rewriting;
         }
-        self.core.report.notify_one();
+        self.registry.report.notify_one();
         let (engines, dir, side, base) = (self.engines.clone(), self.dir.clone(), self.side.clone(), base.clone());
         let work = move || install(&engines, &dir, &side, &base, adoption, log);
         match tokio::task::spawn_blocking(work).await {
@@ -291,25 +291,25 @@ impl Bootstrap {
         }
     }
 
-    /// Applies the log behind the first candidate's checkpoint as it is, to the last chunk that is there; when
-    /// that is not of the replica whose place is taken, or goes on behind what others have shipped, theirs too.
+    /// Applies the log behind the first candidate's checkpoint as it is, up to its last chunk. The logs of the other
+    /// candidates follow when the first one is not the replaced replica, or continues behind what others have shipped.
     ///
     /// # Errors
-    /// When a chunk is missing before the last one that was listed, of the replica whose place is taken or of
-    /// those behind whose objects its log goes on.
+    /// When a chunk before the last listed one is missing, of the replaced replica or of the replicas behind whose
+    /// objects its log continues.
     pub async fn join_all(
         &self,
         replica: &Replica,
-        found: &Candidates,
+        found: &RestoreSources,
         whose: ReplicaId,
     ) -> Result<(), BootstrapError> {
         let Some((first, others)) = found.all.split_first() else { return Ok(()) };
-        let is_needed = |one: &Candidate| one.owner == first.owner || found.chain.contains(&one.owner.replica);
+        let is_needed = |one: &RestoreSource| one.owner == first.owner || found.chain.contains(&one.owner.replica);
         let cursors = replica.tail_cursors()?;
         let at = cursors.into_iter().find(|(id, _)| *id == first.owner.replica).map_or(Lsn(0), |(_, lsn)| lsn);
         let mut logs = vec![Reading::behind(first, at)];
-        // The one whose place is taken may have begun where another one's log ends. A gap in any other log says
-        // nothing of what it needs.
+        // The log of the replaced replica may begin where another replica's log ends. A gap in any other log does
+        // not affect it.
         let mut others = Some(others).filter(|all| !all.is_empty());
         let mut set_aside = Some(&found.set_aside).filter(|all| !all.is_empty());
         while !logs.is_empty() {
@@ -318,12 +318,12 @@ impl Bootstrap {
             for mut log in logs {
                 let (from, owner) = (log.at, log.one.owner);
                 match self.join_on(replica, &mut log).await? {
-                    Joined::There { leans_on_others } => {
+                    ReplicateEnd::There { leans_on_others } => {
                         log.one.ends_at(log.at)?;
                         (moved, leans) = (true, leans || leans_on_others);
                         self.progress.lock().reached.push((owner.replica, log.at));
                     }
-                    Joined::Gap(chunk) => {
+                    ReplicateEnd::Gap(chunk) => {
                         moved |= log.at > from;
                         leans = true;
                         gap = gap.or(is_needed(log.one).then_some((owner, chunk)));
@@ -344,13 +344,13 @@ impl Bootstrap {
                     return Err(BootstrapError::Gap { shard: replica.shard, chunk });
                 };
                 for one in more {
-                    told_of(one, first);
+                    log_restored(one, first);
                     logs.push(Reading::behind(one, Lsn(0)));
                 }
             }
         }
-        // The numbers of records begin anew with each opening of their origin: what a checkpoint covers and no log
-        // has brought is found missing by its vector alone.
+        // Own sequences begin anew with each opening of their origin: records that a checkpoint covers and no log
+        // has brought show up as missing only in its vector.
         let held = replica.vector();
         for one in found.all.iter().filter(|one| is_needed(one)) {
             if let Some(base) = one.base.as_ref().filter(|base| !covers(&held, &base.manifest.vector)) {
@@ -360,41 +360,41 @@ impl Bootstrap {
         self.count_what_logs_brought(replica, found).await
     }
 
-    async fn join_on(&self, replica: &Replica, log: &mut Reading<'_>) -> Result<Joined, BootstrapError> {
+    async fn join_on(&self, replica: &Replica, log: &mut Reading<'_>) -> Result<ReplicateEnd, BootstrapError> {
         let mut leans_on_others = false;
         while let Some(chunk) = log.next(self).await? {
             let (first, last) = (chunk.first_lsn, chunk.last_lsn);
-            leans_on_others |= history::goes_on_behind_another(&chunk);
+            leans_on_others |= archive::goes_on_behind_another(&chunk);
             match join(replica, log.one.owner.replica, chunk).await {
-                Err(ReplicaError::Gap { .. }) => return Ok(Joined::Gap(first)),
+                Err(ReplicaError::Gap { .. }) => return Ok(ReplicateEnd::Gap(first)),
                 other => other?,
             }
             log.at = last;
-            self.core.report.notify_one();
+            self.registry.report.notify_one();
         }
-        Ok(Joined::There { leans_on_others })
+        Ok(ReplicateEnd::There { leans_on_others })
     }
 
-    /// Takes what another member of the shard has shipped and this one does not hold.
+    /// Applies the records that another member of the shard has shipped and this replica does not hold.
     ///
     /// # Errors
-    /// When records before them are missing here and in the bucket: nothing of what follows is taken.
+    /// When preceding records are missing both here and in the bucket: nothing behind them is applied.
     pub async fn join_what_was_shipped(
         &self,
         replica: &Replica,
         source: ReplicaId,
         shards: u32,
     ) -> Result<Lsn, BootstrapError> {
-        let folder = history::folders(&self.bucket, replica.keyspace, replica.shard).await?.remove(&source);
-        let folder = folder.unwrap_or_default();
+        let found = archive::archives(&self.bucket, replica.keyspace, replica.shard).await?.remove(&source);
+        let found = found.unwrap_or_default();
         let owner = Owner { keyspace: replica.keyspace, shard: replica.shard, replica: source };
-        let newest = history::newest_base(&self.bucket, owner, &folder, None).await?.base;
-        let of = Candidate::of_chunks(owner, folder.chunks);
+        let newest = archive::newest_checkpoint(&self.bucket, owner, &found, None).await?.base;
+        let of = RestoreSource::of_chunks(owner, found.chunks);
         let cursors = replica.tail_cursors()?;
         let pulled = cursors.into_iter().find(|(id, _)| *id == source).map_or(Lsn(0), |(_, lsn)| lsn);
         let first = of.chunks.first().map_or(Lsn(0), |first| Lsn(first.0.saturating_sub(1)));
         let mut at = pulled.max(first);
-        // What a checkpoint alone holds has no records to join: its rows are merged, and what follows it too.
+        // Rows that only a checkpoint holds have no records to join: they are merged, and so is the log behind them.
         let rows =
             newest.filter(|base| !covers(&replica.vector(), &base.manifest.vector) && pulled < base.manifest.lsn);
         let merged = match &rows {
@@ -418,9 +418,9 @@ impl Bootstrap {
         Ok(at)
     }
 
-    /// The chunk behind an LSN, and the bytes that were read for it.
-    pub(crate) async fn next_chunk(&self, of: &Candidate, at: Lsn) -> Result<Option<(Chunk, u64)>, BootstrapError> {
-        let next = history::chunk_after(&self.bucket, of.owner, &of.chunks, at);
+    /// Returns the chunk behind an LSN, and the bytes that were read for it.
+    pub(crate) async fn next_chunk(&self, of: &RestoreSource, at: Lsn) -> Result<Option<(Chunk, u64)>, BootstrapError> {
+        let next = archive::chunk_after(&self.bucket, of.owner, &of.chunks, at);
         let next = self.cancel.run_until_cancelled(next).await.ok_or(BootstrapError::Cancelled)??;
         if let Some((_, bytes)) = &next {
             let mut shown = self.progress.lock();
@@ -431,7 +431,12 @@ impl Bootstrap {
     }
 
     /// Merges the rows of a checkpoint that belong to the shard.
-    pub(crate) async fn merge_rows(&self, replica: &Replica, base: &Base, shards: u32) -> Result<(), BootstrapError> {
+    pub(crate) async fn merge_rows(
+        &self,
+        replica: &Replica,
+        base: &ArchivedCheckpoint,
+        shards: u32,
+    ) -> Result<(), BootstrapError> {
         let side = self.side.with_extension(base.manifest.replica.to_string());
         let progress = DownloadProgress::default();
         let files = wanted(base)?;
@@ -456,7 +461,7 @@ impl Bootstrap {
                 entries: file.entries,
             })
             .collect();
-        // Left-overs of an attempt that was interrupted; the files themselves are still beside it.
+        // Left over from an interrupted attempt; the downloaded files are still beside it.
         let scratch = side.join("scratch");
         if scratch.exists() {
             std::fs::remove_dir_all(&scratch).map_err(io(&scratch))?;
@@ -475,18 +480,18 @@ impl Bootstrap {
     }
 }
 
-/// Why the joining of a log ended.
-enum Joined {
-    /// There is no more of it.
+/// Why the replay of a log ended.
+enum ReplicateEnd {
+    /// The end of the log is reached.
     There {
-        /// It begins, somewhere, behind what another replica has shipped.
+        /// The log begins, somewhere, behind what another replica has shipped.
         leans_on_others: bool,
     },
     /// Records before this chunk are missing.
     Gap(Lsn),
 }
 
-/// Sends the rows of the owned bands of a downloaded checkpoint, in slices that fit into a record.
+/// Sends the rows of the owned bands of a downloaded checkpoint, in slices that fit into one record.
 fn read_rows(
     dir: &Path,
     files: &[ImportFile],
@@ -525,7 +530,7 @@ async fn join(replica: &Replica, source: ReplicaId, chunk: Chunk) -> Result<(), 
         let length = frame_at(rest).unwrap_or(rest.len());
         rest = &rest[length..];
         bytes += length;
-        // Those without a number concern the other replica alone.
+        // Records without an own sequence concern only the source replica.
         if record.own_seq.0 > 0 {
             records.push(record);
         }
@@ -537,7 +542,7 @@ async fn join(replica: &Replica, source: ReplicaId, chunk: Chunk) -> Result<(), 
     replica.replicate(source, records, covered).await
 }
 
-fn wanted(base: &Base) -> Result<Vec<Wanted>, BootstrapError> {
+fn wanted(base: &ArchivedCheckpoint) -> Result<Vec<Wanted>, BootstrapError> {
     let unusable = |reason: &str| BootstrapError::Unusable { key: base.key.clone(), reason: reason.to_owned() };
     let database = base.manifest.database.as_ref();
     let database = database.ok_or_else(|| unusable("it was shipped by an older version; make a new checkpoint"))?;
@@ -562,12 +567,12 @@ impl FlushGuard for NoGuard {
     fn before_flush(&self) {}
 }
 
-/// Makes the downloaded files the database of the new replica. Blocks on the disk.
+/// Installs the downloaded files as the database of the new replica. Blocks on the disk.
 fn install(
     engines: &EngineShared,
     dir: &Path,
     side: &Path,
-    base: &Base,
+    base: &ArchivedCheckpoint,
     adoption: Adoption,
     log: Log,
 ) -> Result<(), BootstrapError> {
@@ -585,8 +590,8 @@ fn install(
     })?;
     std::fs::create_dir_all(dir).map_err(io(dir))?;
     match log {
-        Log::Joined => ship::begin_with_a_checkpoint(dir)?,
-        Log::Past { .. } => ship::begin_with_files_of(dir, &base.key)?,
+        Log::Replicate => ship::begin_with_a_checkpoint(dir)?,
+        Log::Fork { .. } => ship::begin_with_files_of(dir, &base.key)?,
     }
     let database = crate::replica::database_dir(dir);
     let _ = std::fs::remove_dir_all(&database);
@@ -611,7 +616,7 @@ fn adopt(engine: &Engine, manifest: &Manifest, adoption: Adoption, log: Log) -> 
     let read = |key: MetaKey| engine.get(&key.encode());
     let identity = read(MetaKey::Identity)?.ok_or_else(|| odd("it has no identity"))?;
     let identity = Identity::decode(&identity).map_err(|error| odd(&error.to_string()))?;
-    // A crash may have come between this and the move.
+    // A crash may have come between the rewrite and the rename.
     if (identity.keyspace, identity.replica) != (adoption.keyspace, adoption.replica) {
         rewrite_metadata(engine, manifest, identity, adoption, log)?;
     }
@@ -645,7 +650,7 @@ fn rewrite_metadata(
     }
     let foreign = foreign_bands(adoption.owned);
     for bands in &foreign {
-        // Whole files first; the range delete below hides the rest, and is compacted away.
+        // Whole files first; the range delete below hides the remaining rows, and is compacted away.
         engine.delete_files_in(*bands)?;
     }
     let mut batch = Batch::default();
@@ -653,7 +658,7 @@ fn rewrite_metadata(
         batch.delete_bands(*bands);
     }
     let mut forgotten = vec![MetaKey::result_prefix(), MetaKey::tail_cursor_prefix(), MetaKey::forward_cursor_prefix()];
-    if matches!(log, Log::Past { .. }) {
+    if matches!(log, Log::Fork { .. }) {
         forgotten.push(MetaKey::vector_prefix());
     }
     for prefix in forgotten {

@@ -1,14 +1,14 @@
 //! The clocks of a node, injected so that tests can set them.
 //!
-//! **Invariant:** this is the only place in the node that reads a clock for stamps. Intervals that
-//! decide safety are measured by the boot-time clock, which goes on while the machine sleeps.
+//! **Invariant:** this is the only place in the node that reads a clock for event and commit times. Intervals that
+//! decide safety are measured by the boot-time clock, which continues while the machine sleeps.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Wall time for stamps.
+/// Wall clock for event and commit times.
 pub trait Clock: Send + Sync + 'static {
     /// Microseconds since 1970.
     fn now_us(&self) -> u64;
@@ -17,7 +17,7 @@ pub trait Clock: Send + Sync + 'static {
 /// The machine's clock.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SystemClock {
-    /// Added to it, milliseconds; 0 except where wrong clocks are tried.
+    /// Offset, milliseconds; 0 except in tests of wrong clocks.
     pub shift_ms: i64,
 }
 
@@ -32,15 +32,15 @@ impl Clock for SystemClock {
 /// A shared clock.
 pub type SharedClock = Arc<dyn Clock>;
 
-/// The next whole second after `at`, the same for all: what can wait a little wakes together, which costs an idle
-/// node one wake-up instead of hundreds.
+/// Returns the next whole second after `at`, the same for all callers: work that can be delayed a little wakes
+/// together, which costs an idle node one wake-up instead of hundreds.
 pub fn with_others(at: Instant) -> Instant {
     static BEGAN: OnceLock<Instant> = OnceLock::new();
     let began = *BEGAN.get_or_init(Instant::now);
     began + Duration::from_secs(at.saturating_duration_since(began).as_secs() + 1)
 }
 
-/// Leaves out looks while there is nothing to see: of the looks at rest it takes one in so many.
+/// Skips polls while idle: of the idle polls one in `every` is taken.
 #[derive(Debug)]
 pub struct Sparse {
     every: u32,
@@ -48,17 +48,17 @@ pub struct Sparse {
 }
 
 impl Sparse {
-    /// Takes the first look.
+    /// Creates a filter that takes the first poll.
     pub fn one_in(every: u32) -> Self {
         Self { every, left_out: every }
     }
 
-    /// The next look is taken.
+    /// Makes the next poll be taken.
     pub fn wake(&mut self) {
         self.left_out = self.every;
     }
 
-    /// True when this look is left out.
+    /// Returns true when this poll is skipped.
     pub fn leaves_out(&mut self, rests: bool) -> bool {
         self.left_out = self.left_out.saturating_add(1);
         let leaves_out = rests && self.left_out < self.every;
@@ -69,7 +69,7 @@ impl Sparse {
     }
 }
 
-/// Time since the machine booted, suspension included.
+/// Returns the time since the machine booted, suspension included.
 pub fn since_boot() -> Duration {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32)

@@ -1,6 +1,6 @@
-//! What a person asked for that changes no ownership: checkpoints, compactions, and the log in the bucket.
+//! Operator commands that change no ownership: checkpoints, compactions, and shipping the log.
 //!
-//! **Invariant:** "done" to [`ship_log`] means that the bucket holds everything that was acknowledged before,
+//! **Invariant:** [`ship_log`] succeeds only when the bucket holds everything that was acknowledged before,
 //! by any replica of the shard that was not named as absent.
 
 use std::sync::Arc;
@@ -18,19 +18,19 @@ use crate::manager::Manager;
 use crate::replica::Replica;
 use crate::ship::{ShipError, ShipHandle, blocking};
 
-/// A replica that opens is waited for, and one that does not know the version yet.
+/// Time-out for a replica that is opening, or does not know the version yet.
 const OPEN_PATIENCE: Duration = Duration::from_secs(30);
-/// A peer says within this what it holds ...
+/// Time-out for a peer to report the vector that it holds ...
 const PEER_PATIENCE: Duration = Duration::from_secs(5);
-/// ... and what it said is here within this.
+/// ... and for this replica to hold it too.
 const HOLD_PATIENCE: Duration = Duration::from_secs(20);
-/// Between two looks at either.
+/// Interval between two polls of either.
 const LOOK: Duration = Duration::from_millis(10);
 
-/// Carries it out; answers catalogs when these were asked for.
+/// Executes the command; returns catalogs when it asks for them.
 ///
 /// # Errors
-/// What could not be done, for the one who asked.
+/// The reason of the failure, for the operator.
 pub async fn execute(manager: &Manager, command: &v1::Command) -> Result<Vec<String>, String> {
     use v1::command::Kind;
     let keyspace = KeyspaceId(command.keyspace_id);
@@ -65,7 +65,7 @@ pub async fn execute(manager: &Manager, command: &v1::Command) -> Result<Vec<Str
             known.iter().map(json).collect()
         }
         Kind::Compact => {
-            let replicas = manager.context().core.replicas();
+            let replicas = manager.context().registry.replicas();
             for replica in replicas.into_iter().filter(|replica| replica.keyspace == keyspace) {
                 let work = move || {
                     replica.engine().flush()?;
@@ -89,7 +89,7 @@ async fn open(manager: &Manager, command: &v1::Command, id: ReplicaId) -> Result
     let (keyspace, version) = (KeyspaceId(command.keyspace_id), CatalogVersion(command.version));
     let began = Instant::now();
     loop {
-        let replica = manager.context().core.replica(keyspace, id).filter(|replica| replica.version() >= version);
+        let replica = manager.context().registry.replica(keyspace, id).filter(|replica| replica.version() >= version);
         if let Some(opened) = replica.zip(manager.any_shipper(keyspace, id)) {
             return Ok(opened);
         }
@@ -100,16 +100,16 @@ async fn open(manager: &Manager, command: &v1::Command, id: ReplicaId) -> Result
     }
 }
 
-/// Puts the log of a replica into the bucket, once it holds what the others of its shard hold.
+/// Ships the log of a replica, once it holds everything that the other replicas of its shard hold.
 async fn ship_log(manager: &Manager, command: &v1::Command, id: ReplicaId) -> Result<(), String> {
     let (replica, ship) = open(manager, command, id).await?;
     let context = manager.context();
-    let catalog = context.core.catalog(replica.keyspace).ok_or("the keyspace is not known here")?;
+    let catalog = context.registry.catalog(replica.keyspace).ok_or("the keyspace is not known here")?;
     let named = |error: String| format!("shard {}: {error}", replica.shard);
     let absent: Vec<ReplicaId> = command.absent_replica_ids.iter().copied().map(ReplicaId).collect();
     hold_what_others_hold(context, &replica, &catalog, &absent).await.map_err(named)?;
     match ship.log().await {
-        // Nobody has written to it yet.
+        // The replica has no writes yet.
         Ok(()) | Err(ShipError::Filling) => Ok(()),
         Err(error) => Err(named(error.to_string())),
     }
@@ -141,7 +141,7 @@ async fn hold_what_others_hold(
     Ok(())
 }
 
-/// What another replica of the shard holds; `None` when it does not say in time.
+/// Returns the vector of another replica of the shard; `None` when it does not answer in time.
 async fn held_by(context: &HostContext, replica: &Replica, one: Placed) -> Option<Vector> {
     let began = Instant::now();
     while let Some(left) = PEER_PATIENCE.checked_sub(began.elapsed()) {
@@ -151,7 +151,7 @@ async fn held_by(context: &HostContext, replica: &Replica, one: Placed) -> Optio
             wait_ms: left.as_millis() as u32,
             ..v1::PositionRequest::default()
         };
-        let asked = context.peers.position(&context.core, one.node, request);
+        let asked = context.peers.position(&context.registry, one.node, request);
         match tokio::time::timeout(left, asked).await {
             Ok(Ok(reply)) => return Some(vector_from_wire(&reply.vector)),
             Ok(Err(_)) => tokio::time::sleep(LOOK.min(left)).await,

@@ -1,7 +1,7 @@
-//! How many keys each replica holds: an estimate that is kept fresh beside everything else.
+//! Key counts of the replicas: an estimate that is refreshed in the background.
 //!
-//! **Invariant:** looking costs a bounded part of one core, however many replicas there are, and nothing for
-//! those in which nothing changes.
+//! **Invariant:** counting costs a bounded part of one core, however many replicas there are, and nothing for
+//! replicas that do not change.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,34 +10,34 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::Sparse;
-use crate::core::NodeCore;
+use crate::registry::NodeRegistry;
 
-/// Between two turns.
+/// Interval between two turns.
 const TURN: Duration = Duration::from_secs(1);
-/// While nothing goes on one turn in so many is taken.
+/// While the node is idle one turn in so many is taken.
 const TURNS_AT_REST: u32 = 4;
-/// Looking takes at most about this much of a turn.
+/// Upper bound of the counting time in a turn, approximately.
 const TURN_SHARE: Duration = Duration::from_millis(50);
-/// A replica that changes all the time is looked at this often.
+/// Interval between two counts of a replica that changes all the time.
 const AGE_MIN: Duration = Duration::from_secs(5);
 
 /// Runs until `cancel` fires.
-pub async fn run(core: Arc<NodeCore>, cancel: CancellationToken) {
+pub async fn run(registry: Arc<NodeRegistry>, cancel: CancellationToken) {
     let mut sparse = Sparse::one_in(TURNS_AT_REST);
     loop {
         tokio::select! {
             () = cancel.cancelled() => return,
             () = tokio::time::sleep(TURN) => {}
         }
-        if sparse.leaves_out(core.is_at_rest()) {
+        if sparse.leaves_out(registry.is_at_rest()) {
             continue;
         }
         let began = Instant::now();
         let mut stale: Vec<_> =
-            core.replicas().into_iter().filter(|replica| replica.key_count_is_stale(AGE_MIN)).collect();
+            registry.replicas().into_iter().filter(|replica| replica.key_count_is_stale(AGE_MIN)).collect();
         stale.sort_by_key(|replica| std::cmp::Reverse(replica.key_count_age()));
         for replica in stale {
-            // A replica that has just closed cannot be counted, and is not asked again.
+            // A replica that has just closed cannot be counted, and is skipped from then on.
             let _ = tokio::task::spawn_blocking(move || replica.count_keys()).await;
             if began.elapsed() > TURN_SHARE || cancel.is_cancelled() {
                 break;

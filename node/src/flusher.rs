@@ -1,8 +1,8 @@
 //! Flushes the replica whose unflushed data is oldest when the memtables of the node fill up.
 //!
-//! RocksDB's write-buffer manager makes whoever writes flush its own memtable; without this, a
-//! replica that stopped writing would keep its memory for ever, and the busy ones would flush ever
-//! smaller files. A replica that has waited for very long is flushed too, which bounds its replay.
+//! RocksDB's write-buffer manager makes the writing replica flush its own memtable; without this task, a
+//! replica without writes would keep its memory for ever, and the busy ones would flush ever
+//! smaller files. A replica whose data has waited very long is flushed too, which bounds its replay.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,29 +13,29 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::ids::{Incarnation, KeyspaceId, Lsn, ReplicaId};
 
 use crate::clock::Sparse;
-use crate::core::NodeCore;
 use crate::engine::EngineShared;
+use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 
-/// Between two looks.
+/// Interval between two polls.
 const LOOK: Duration = Duration::from_secs(1);
-/// While nothing goes on one look in so many is taken.
+/// While the node is idle one poll in so many is taken.
 const LOOKS_AT_REST: u32 = 10;
-/// Memtables above this part of their budget make the oldest be flushed.
+/// Fill level of the memtable budget above which the oldest is flushed.
 const FULL: f64 = 0.7;
-/// Unflushed data is never older than this.
+/// Maximum age of unflushed data.
 const AGE_MAX: Duration = Duration::from_secs(600);
 
-/// When the data of each replica that is not in an SST yet began to wait.
+/// Since when the unflushed data of each replica has waited.
 #[derive(Default)]
 struct Waiting {
     since: HashMap<(KeyspaceId, ReplicaId), Instant>,
-    /// Where each stood when all of it was found in SSTs: a look costs a read.
+    /// The incarnation and LSN at which all data was found in SSTs: a check costs a read.
     clean: HashMap<(KeyspaceId, ReplicaId), (Incarnation, Lsn)>,
 }
 
 impl Waiting {
-    /// Takes note of who has unflushed data; answers the replica to flush now, if any.
+    /// Records which replicas have unflushed data; returns the replica to flush now, if any.
     fn choose<'a>(&mut self, replicas: &'a [Replica], full: bool, now: Instant) -> Option<&'a Replica> {
         let is_dirty = |replica: &&Replica| {
             let key = (replica.keyspace, replica.id);
@@ -68,7 +68,7 @@ impl Waiting {
 }
 
 /// Runs until `cancel` fires.
-pub async fn run(core: Arc<NodeCore>, engines: EngineShared, cancel: CancellationToken) {
+pub async fn run(registry: Arc<NodeRegistry>, engines: EngineShared, cancel: CancellationToken) {
     let mut waiting = Waiting::default();
     let mut sparse = Sparse::one_in(LOOKS_AT_REST);
     loop {
@@ -77,10 +77,10 @@ pub async fn run(core: Arc<NodeCore>, engines: EngineShared, cancel: Cancellatio
             () = tokio::time::sleep(LOOK) => {}
         }
         let full = engines.memtables_used() > FULL;
-        if sparse.leaves_out(core.is_at_rest() && !full) {
+        if sparse.leaves_out(registry.is_at_rest() && !full) {
             continue;
         }
-        let replicas = core.replicas();
+        let replicas = registry.replicas();
         let Some(replica) = waiting.choose(&replicas, full, Instant::now()).cloned() else {
             continue;
         };

@@ -1,12 +1,10 @@
-//! The serving process: local replicas, their data path, their shipping, and the node's part in
-//! structural changes.
+//! The node process: local replicas, their data path, their shipping, and the node's part in plans.
 
 mod binlog;
 mod bootstrap;
 mod caretaker;
 mod clock;
 mod command;
-mod core;
 mod counting;
 mod data;
 mod engine;
@@ -19,13 +17,14 @@ mod node;
 mod node_dir;
 mod old_copy;
 mod open_files;
-mod past;
-mod pause;
+mod registry;
 mod replica;
 mod replication;
+mod restore;
 mod session;
 mod ship;
 mod shortage;
+mod stall;
 mod tail;
 
 pub use engine::EngineBudget;

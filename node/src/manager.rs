@@ -1,11 +1,11 @@
-//! Which replicas this node hosts: brings them in line with the catalog versions it is sent.
+//! The replicas that this node hosts: reconciles them with the catalog versions that it receives.
 //!
 //! **Invariants**
-//! - A version is remembered durably before it is obeyed; lower ones are refused.
-//! - A replica is registered durably before it serves. What is registered as a member but has lost
-//!   its files is never made anew.
-//! - A replica that a passing shortage has closed is opened again once it is over; what fails for another reason
-//!   stays as it is.
+//! - A version is remembered durably before it is applied; lower ones are refused.
+//! - A replica is registered durably before it serves. A registered member that has lost its files is
+//!   never created anew.
+//! - A replica that a passing shortage has closed is reopened once the shortage is over; any other failure
+//!   stays.
 //! - A replica's files are removed only when the catalog says that the keyspace was deleted, when it
 //!   names the replica as removed, or when it was the target of a plan that is over and was never placed.
 
@@ -19,17 +19,17 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::ids::{KeyspaceId, ReplicaId, ShardId};
 use vasto_core::limits::{PASSING_MAX, REOPEN_AFTER, REOPEN_AFTER_MAX};
-use vasto_core::plan::{ReplicaPhase, ReplicaReport};
+use vasto_core::report::{ReplicaPhase, ReplicaReport};
 
-use crate::host::{Host, HostContext, Tenant};
+use crate::host::{Host, HostContext, ReplicaSpec};
 use crate::node_dir::{DirError, NodeDir, Registered};
 use crate::ship::ShipHandle;
 use crate::shortage::{self, Shortage};
 
-/// First and longest pause between attempts to obey a version that could not be remembered.
+/// First and longest pause between attempts to apply a version that could not be remembered.
 const OBEY_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
-/// Between two looks at replicas that open.
+/// Interval between two polls of opening replicas.
 const LOOK: Duration = Duration::from_millis(10);
 
 /// The hosts of a node.
@@ -39,23 +39,23 @@ pub struct Manager {
     hosts: Mutex<HashMap<(KeyspaceId, ReplicaId), Host>>,
     failed: Mutex<HashMap<(KeyspaceId, ReplicaId), (ShardId, String)>>,
     replicas_max: usize,
-    /// When those that a shortage has closed are tried again.
+    /// The reopening schedule of replicas that a shortage has closed.
     again: Mutex<HashMap<(KeyspaceId, ReplicaId), Again>>,
     stopping: CancellationToken,
     turns: Mutex<HashMap<KeyspaceId, Arc<tokio::sync::Mutex<()>>>>,
 }
 
-/// The next attempt to open a replica that a shortage has closed.
+/// The next attempt to reopen a replica that a shortage has closed.
 struct Again {
-    /// When it was first seen closed.
+    /// When the replica was first found closed.
     since: Instant,
     not_before: Instant,
-    /// To the one after it.
+    /// Pause between this attempt and the following one.
     pause: Duration,
 }
 
 impl Manager {
-    /// A manager of the directory's replicas.
+    /// Creates a manager of the directory's replicas.
     pub fn new(context: Arc<HostContext>, dir: Arc<Mutex<NodeDir>>, replicas_max: usize) -> Self {
         Self {
             context,
@@ -69,16 +69,20 @@ impl Manager {
         }
     }
 
-    /// Obeys a version that the master says once, however often that fails: until it is done, a newer
-    /// one is known, or the node stops.
-    pub async fn obey_at_last(&self, catalog: Arc<Catalog>) {
+    /// Applies a version that the master sends only once, retrying until it is applied, a newer version is known,
+    /// or the node stops.
+    pub async fn apply_catalog_at_last(&self, catalog: Arc<Catalog>) {
         let (mut pause, longest) = OBEY_AGAIN;
-        while let Err(error) = self.obey(catalog.clone(), false).await {
+        while let Err(error) = self.apply_catalog(catalog.clone(), false).await {
+            if self.stopping.is_cancelled() {
+                // The end of the process cancels work on the disk; the version is applied after the next start.
+                return;
+            }
             tracing::error!(
                 %error,
                 keyspace = catalog.keyspace.0,
                 version = catalog.version.0,
-                "a catalog version could not be obeyed; trying again"
+                "a catalog version could not be applied; trying again"
             );
             if self.stopping.run_until_cancelled(tokio::time::sleep(pause)).await.is_none() {
                 return;
@@ -87,26 +91,26 @@ impl Manager {
         }
     }
 
-    /// Obeys a catalog version. `remembered` says that it came from this directory.
-    pub async fn obey(&self, catalog: Arc<Catalog>, remembered: bool) -> Result<(), DirError> {
+    /// Applies a catalog version. `remembered` says that it was read from this directory.
+    pub async fn apply_catalog(&self, catalog: Arc<Catalog>, remembered: bool) -> Result<(), DirError> {
         // One version of a keyspace at a time; keyspaces do not wait for each other.
         let turn = self.turns.lock().entry(catalog.keyspace).or_default().clone();
         let _turn = turn.lock().await;
-        let core = &self.context.core;
-        if core.catalog(catalog.keyspace).is_some_and(|known| known.version > catalog.version) {
-            // Versions travel side by side: one that was overtaken is normal, and so is an old master's.
+        let registry = &self.context.registry;
+        if registry.catalog(catalog.keyspace).is_some_and(|known| known.version > catalog.version) {
+            // Versions travel in parallel: an overtaken one is normal, and so is one of an old master.
             tracing::debug!(keyspace = catalog.keyspace.0, version = catalog.version.0, "a lower version is refused");
             return Ok(());
         }
-        let members = catalog.members_on(core.node_id);
+        let members = catalog.members_on(registry.node_id);
         let concerned =
             !members.is_empty() || self.dir.lock().replicas().iter().any(|one| one.keyspace == catalog.keyspace);
         if !remembered && concerned {
             let (dir, noted) = (self.dir.clone(), catalog.clone());
             on_disk(move || dir.lock().remember_catalog(&noted)).await?;
         }
-        core.set_catalog(catalog.clone());
-        // First what goes: a new target of a shard takes the place of an aborted one.
+        registry.set_catalog(catalog.clone());
+        // Removals first: a new target of a shard takes the place of an aborted one.
         self.retire(&catalog, &members).await?;
         for (shard, replica, placed) in &members {
             self.host(&catalog, *shard, *replica, *placed)?;
@@ -131,8 +135,8 @@ impl Manager {
             );
             return Ok(());
         }
-        // A member that was created empty by the keyspace's first version may be begun again until it
-        // has been open; one that a plan has filled may not once it is placed.
+        // A member that the keyspace's first version created empty may be recreated until it has been open; a
+        // member that a plan has filled may not once it is placed.
         let has_served = registered.is_some_and(|one| !one.building || (placed && one.target));
         if has_served && !path.join("db").join("CURRENT").exists() && !hosts.contains_key(&key) {
             self.fail(key, shard, format!("{} has lost its files; put them back, or replace the node", path.display()));
@@ -140,11 +144,11 @@ impl Manager {
         }
         let version = registered.map_or(catalog.version, |one| one.version);
         if let Some(host) = hosts.get(&key) {
-            host.obey(catalog.clone());
+            host.apply_catalog(catalog.clone());
             return Ok(());
         }
         if registered.is_none() {
-            // Until it is open it may be begun again from nothing.
+            // Until it has been open it may be recreated empty.
             dir.register(Registered {
                 keyspace: catalog.keyspace,
                 shard,
@@ -154,8 +158,8 @@ impl Manager {
                 target: !placed,
             })?;
         }
-        let tenant = Tenant { keyspace: catalog.keyspace, shard, replica, dir: path, tmp: dir.tmp() };
-        hosts.insert(key, Host::start(self.context.clone(), tenant, catalog.clone()));
+        let spec = ReplicaSpec { keyspace: catalog.keyspace, shard, replica, dir: path, tmp: dir.tmp() };
+        hosts.insert(key, Host::start(self.context.clone(), spec, catalog.clone()));
         Ok(())
     }
 
@@ -165,7 +169,7 @@ impl Manager {
         }
     }
 
-    /// Removes what this version takes away.
+    /// Removes the replicas that this version takes away.
     async fn retire(&self, catalog: &Arc<Catalog>, members: &[(ShardId, ReplicaId, bool)]) -> Result<(), DirError> {
         let gone: Vec<Registered> = {
             let dir = self.dir.lock();
@@ -202,28 +206,28 @@ impl Manager {
         Ok(())
     }
 
-    /// What does not serve here, and why.
-    pub fn failures(&self) -> Vec<(Tenant, String)> {
-        let core = &self.context.core;
+    /// Returns the replicas of this node that do not serve, with the reasons.
+    pub fn failures(&self) -> Vec<(ReplicaSpec, String)> {
+        let registry = &self.context.registry;
         let hosts = self.hosts.lock();
-        let of_hosts = hosts.values().filter_map(|host| host.failure(core).map(|why| (host.tenant.clone(), why)));
+        let of_hosts = hosts.values().filter_map(|host| host.failure(registry).map(|why| (host.spec.clone(), why)));
         of_hosts.collect()
     }
 
-    /// Of what fails here, opens the replicas again that were closed by a shortage that is over. Nothing is damaged there: it is as after a
-    /// restart of the node.
-    pub async fn reopen(&self, failures: Vec<(Tenant, String)>) {
+    /// Reopens those of the failed replicas that were closed by a shortage that is over. Nothing is damaged: the
+    /// state is as after a restart of the node.
+    pub async fn reopen(&self, failures: Vec<(ReplicaSpec, String)>) {
         let now = Instant::now();
         {
-            let failing = |key| failures.iter().any(|(tenant, _)| (tenant.keyspace, tenant.replica) == key);
-            // One that goes on failing is tried less and less often.
+            let failing = |key| failures.iter().any(|(spec, _)| (spec.keyspace, spec.replica) == key);
+            // A replica that keeps failing is retried less and less often.
             self.again.lock().retain(|key, again| failing(*key) || now < again.not_before + REOPEN_AFTER_MAX);
         }
         let mut due = Vec::new();
         let mut over: HashMap<Shortage, bool> = HashMap::new();
-        for (tenant, reason) in failures {
-            let Some(shortage) = shortage::told_by(&reason) else { continue };
-            let key = (tenant.keyspace, tenant.replica);
+        for (spec, reason) in failures {
+            let Some(shortage) = shortage::shortage_of(&reason) else { continue };
+            let key = (spec.keyspace, spec.replica);
             let is_due = {
                 let mut again = self.again.lock();
                 let first = || {
@@ -238,7 +242,7 @@ impl Manager {
                 now >= again.entry(key).or_insert_with(first).not_before
             };
             if is_due && !over.contains_key(&shortage) {
-                let place = tenant.dir.parent().unwrap_or(&tenant.dir).to_owned();
+                let place = spec.dir.parent().unwrap_or(&spec.dir).to_owned();
                 let is_over = tokio::task::spawn_blocking(move || shortage.is_over(&place)).await.unwrap_or(false);
                 over.insert(shortage, is_over);
             }
@@ -250,37 +254,37 @@ impl Manager {
                 due.push(key);
             }
         }
-        // Side by side: a node may have hundreds.
+        // In parallel: a node may have hundreds.
         futures::future::join_all(due.into_iter().map(|key| self.open_again(key))).await;
     }
 
     async fn open_again(&self, key: (KeyspaceId, ReplicaId)) {
         let turn = self.turns.lock().entry(key.0).or_default().clone();
         let _turn = turn.lock().await;
-        let core = &self.context.core;
-        let Some(catalog) = core.catalog(key.0) else { return };
-        // A plan knows that its target has failed, and begins anew itself.
+        let registry = &self.context.registry;
+        let Some(catalog) = registry.catalog(key.0) else { return };
+        // The plan detects that its target has failed, and begins anew itself.
         if catalog.plan.iter().flat_map(|plan| &plan.targets).any(|target| target.replica == key.1) {
             return;
         }
         let Some(host) = self.hosts.lock().remove(&key) else { return };
-        let tenant = host.tenant.clone();
+        let spec = host.spec.clone();
         host.stop().await;
         let mut hosts = self.hosts.lock();
         if !self.stopping.is_cancelled() {
             tracing::info!(keyspace = key.0.0, replica = key.1.0, "opening a replica again");
-            hosts.insert(key, Host::start(self.context.clone(), tenant, catalog));
+            hosts.insert(key, Host::start(self.context.clone(), spec, catalog));
         }
     }
 
-    /// Notes that open members are here to stay: from now on their loss is never papered over.
+    /// Marks open members as settled: from now on the loss of their files is reported, never repaired silently.
     pub fn settle(&self) {
         let hosted: HashSet<(KeyspaceId, ReplicaId)> = self.hosts.lock().keys().copied().collect();
-        // A directory that is busy is settled at the next report.
+        // When the directory is busy, the next report settles them.
         let Some(mut dir) = self.dir.try_lock() else { return };
         for one in dir.replicas().into_iter().filter(|one| one.building) {
-            let open = self.context.core.replica(one.keyspace, one.replica).is_some();
-            let placed = self.context.core.catalog(one.keyspace).is_some_and(|catalog| {
+            let open = self.context.registry.replica(one.keyspace, one.replica).is_some();
+            let placed = self.context.registry.catalog(one.keyspace).is_some_and(|catalog| {
                 catalog.placement.iter().flat_map(|shard| &shard.replicas).any(|placed| placed.replica == one.replica)
             });
             if open
@@ -293,15 +297,15 @@ impl Manager {
         }
     }
 
-    /// Reports of all replicas.
+    /// Returns the reports of all replicas.
     pub fn reports(&self) -> Vec<ReplicaReport> {
         self.settle();
-        let core = &self.context.core;
+        let registry = &self.context.registry;
         let hosts = self.hosts.lock();
-        let mut reports: Vec<ReplicaReport> = hosts.values().map(|host| host.report(core)).collect();
+        let mut reports: Vec<ReplicaReport> = hosts.values().map(|host| host.report(registry)).collect();
         for report in &mut reports {
             report.replication.passing = match &report.phase {
-                ReplicaPhase::Failed(reason) if shortage::told_by(reason).is_some() => {
+                ReplicaPhase::Failed(reason) if shortage::shortage_of(reason).is_some() => {
                     let again = self.again.lock();
                     let known = again.get(&(report.keyspace, report.replica));
                     known.is_none_or(|again| again.since.elapsed() < PASSING_MAX)
@@ -333,36 +337,36 @@ impl Manager {
         reports
     }
 
-    /// The shippers of a keyspace's replicas here.
+    /// Returns the shippers of a keyspace's replicas on this node.
     pub fn shippers(&self, keyspace: KeyspaceId) -> Vec<ShipHandle> {
         self.hosts.lock().iter().filter(|((ks, _), _)| *ks == keyspace).filter_map(|(_, host)| host.shipper()).collect()
     }
 
-    /// The shipper of a replica, whether it is the one of its shard that ships or not.
+    /// Returns the shipper of a replica, whether the replica ships or not.
     pub fn any_shipper(&self, keyspace: KeyspaceId, replica: ReplicaId) -> Option<ShipHandle> {
         self.hosts.lock().get(&(keyspace, replica)).and_then(Host::any_shipper)
     }
 
-    /// What all hosts work with.
+    /// Returns the context that all hosts share.
     pub fn context(&self) -> &HostContext {
         &self.context
     }
 
-    /// What keeps this node's shards from being shipped, in words.
+    /// Returns the fault that keeps this node's shards from being shipped, as text.
     pub fn shipping_trouble(&self) -> Option<String> {
         self.context.pace.trouble()
     }
 
-    /// The last versions of catalogs that this directory remembers, and those that this node has heard of.
+    /// Returns the newest catalog versions that this directory remembers or this node has received.
     pub async fn known_catalogs(&self) -> Result<Vec<Arc<Catalog>>, DirError> {
         let dir = self.dir.clone();
         let remembered = tokio::task::spawn_blocking(move || dir.lock().catalogs()).await;
         let (remembered, damaged) = remembered.unwrap_or_else(|error| Err(DirError::CutOff(error.to_string())))?;
-        // What cannot be read may be the only trace of a keyspace: whoever asks must not take this for everything.
+        // An unreadable catalog may be the only trace of a keyspace: the caller must not take the rest for all.
         if let Some(error) = damaged.into_iter().next() {
             return Err(error);
         }
-        let mut newest = self.context.core.catalogs();
+        let mut newest = self.context.registry.catalogs();
         for catalog in remembered {
             if newest.get(&catalog.keyspace).is_none_or(|known| known.version < catalog.version) {
                 newest.insert(catalog.keyspace, Arc::new(catalog));
@@ -371,8 +375,8 @@ impl Manager {
         Ok(newest.into_values().collect())
     }
 
-    /// Waits until each replica that the known catalogs place here is open or has failed. One that is
-    /// being filled by a plan is not waited for.
+    /// Waits until each replica that the known catalogs place here is open or has failed. Targets of a running
+    /// plan are not waited for.
     pub async fn opened(&self) {
         while self.is_opening() {
             tokio::time::sleep(LOOK).await;
@@ -380,22 +384,25 @@ impl Manager {
     }
 
     fn is_opening(&self) -> bool {
-        let core = &self.context.core;
+        let registry = &self.context.registry;
         self.hosts.lock().values().any(|host| {
-            let Tenant { keyspace, replica, .. } = host.tenant;
-            core.catalog(keyspace).is_some_and(|catalog| {
+            let ReplicaSpec { keyspace, replica, .. } = host.spec;
+            registry.catalog(keyspace).is_some_and(|catalog| {
                 let is_target = catalog.plan.iter().flat_map(|plan| &plan.targets).any(|one| one.replica == replica);
                 catalog.is_placed(replica) && !is_target
-            }) && core.replica(keyspace, replica).is_none()
-                && !host.report(core).has_failed()
+            }) && registry.replica(keyspace, replica).is_none()
+                && !host.report(registry).has_failed()
         })
     }
 
-    /// The node is about to stop: other replicas serve in the place of its own first. Ends within seconds.
-    pub async fn hand_over(&self) {
+    /// Transfers leadership of all primaries of this node, which is about to stop. Ends within seconds.
+    pub async fn transfer_leadership(&self) {
         let keys: Vec<(KeyspaceId, ReplicaId)> = self.hosts.lock().keys().copied().collect();
-        let core = &self.context.core;
-        futures::future::join_all(keys.into_iter().map(|(keyspace, id)| Host::hand_over(core, keyspace, id))).await;
+        let registry = &self.context.registry;
+        futures::future::join_all(
+            keys.into_iter().map(|(keyspace, id)| Host::transfer_leadership(registry, keyspace, id)),
+        )
+        .await;
     }
 
     /// Stops all hosts, in parallel.
@@ -409,7 +416,7 @@ impl Manager {
     }
 }
 
-/// Work that waits for the disk. That it was cut off, by a panic or the end of the process, is no success.
+/// Runs work on a blocking thread. An interruption, by a panic or the end of the process, is an error.
 async fn on_disk(work: impl FnOnce() -> Result<(), DirError> + Send + 'static) -> Result<(), DirError> {
     let done = tokio::task::spawn_blocking(work).await;
     done.unwrap_or_else(|error| Err(DirError::CutOff(error.to_string())))

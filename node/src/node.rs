@@ -1,4 +1,4 @@
-//! A whole node: directory, services, session, hosts, in their order of start and stop.
+//! A whole node: directory, services, session and hosts, in their order of start and stop.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -24,7 +24,6 @@ use vasto_shipping::{RetryBudget, layout};
 
 use crate::caretaker;
 use crate::clock::{SharedClock, SystemClock};
-use crate::core::NodeCore;
 use crate::counting;
 use crate::data::DataService;
 use crate::engine::{EngineBudget, EngineShared};
@@ -34,37 +33,38 @@ use crate::lease::Leases;
 use crate::manager::Manager;
 use crate::node_dir::{DirError, NodeDir, NodeIdentity, read_json};
 use crate::open_files;
-use crate::pause;
+use crate::registry::NodeRegistry;
 use crate::replication::ReplicationService;
 use crate::session::{Joined, NODES_FILE, Session, SessionConfig, SessionContext, SessionError, join, keep};
 use crate::ship::Pace;
+use crate::stall;
 
-/// How a node runs.
+/// Configuration of a node.
 #[derive(Debug, Clone)]
 pub struct NodeConfig {
     /// `http://host:port` of the master.
     pub master: String,
     /// The data directory.
     pub dir: PathBuf,
-    /// Where to listen; port 0 picks a free one.
+    /// Listen address; port 0 picks a free one.
     pub listen: SocketAddr,
-    /// What others connect to, when it is not the listen address.
+    /// Address that others connect to, when it is not the listen address.
     pub advertise: Option<String>,
-    /// Where the node stands.
+    /// Zone of the node.
     pub zone: String,
     /// Memory and background work.
     pub budget: EngineBudget,
-    /// Between two uploads of log chunks.
+    /// Interval between two uploads of log chunks.
     pub ship_interval: Duration,
-    /// Reads that may block, at a time.
+    /// Maximum number of concurrent blocking reads.
     pub read_threads: usize,
-    /// Most replicas here.
+    /// Maximum number of hosted replicas.
     pub max_replicas: usize,
-    /// Bytes of log that a replica keeps for others, at most.
+    /// Upper bound of the log bytes that a replica keeps for others.
     pub log_cap: u64,
-    /// Bytes a second that all uploads of checkpoints together take at most; 0 sets no limit.
+    /// Upper bound of the upload rate of all checkpoints together, bytes a second; 0 sets no limit.
     pub ship_rate: u64,
-    /// Added to the machine's clock, milliseconds: to try what wrong clocks do.
+    /// Offset added to the machine's clock, milliseconds: to test wrong clocks.
     pub clock_shift_ms: i64,
     /// Credentials and endpoint of the bucket.
     pub bucket_options: BucketOptions,
@@ -73,13 +73,13 @@ pub struct NodeConfig {
 /// Why a node does not start or had to stop.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
-    /// The data directory.
+    /// The data directory failed.
     #[error(transparent)]
     Dir(#[from] DirError),
-    /// The master.
+    /// The session with the master failed.
     #[error(transparent)]
     Session(#[from] SessionError),
-    /// The bucket.
+    /// The bucket failed.
     #[error(transparent)]
     Bucket(#[from] BucketError),
     /// The bucket is not the master's.
@@ -88,20 +88,20 @@ pub enum NodeError {
          name the same bucket on both machines"
     )]
     OtherBucket(String),
-    /// The address that others are told.
+    /// The advertised address is not usable.
     #[error("{0}; say under which address others reach this node with --advertise HOST:PORT")]
     Advertise(#[from] BadAddress),
-    /// A thread.
+    /// A thread could not be started.
     #[error("a thread could not be started: {0}; raise the limit of processes (ulimit -u) and start again")]
     Thread(std::io::Error),
-    /// The listen address.
+    /// The listen address failed.
     #[error(
         "cannot listen on {listen}: {source}; stop what uses the port, or choose another --listen (port 0 picks a free one)"
     )]
     Listen {
         /// The address.
         listen: SocketAddr,
-        /// Why.
+        /// The error.
         source: std::io::Error,
     },
 }
@@ -109,38 +109,38 @@ pub enum NodeError {
 /// How long a new node waits for its master, and a known one before it serves without it.
 const FIRST_MASTER_WAIT: Duration = Duration::from_secs(10);
 
-/// How long a node waits for its replicas to open before it says that it is ready.
+/// How long a node waits for its replicas to open before it reports ready.
 const OPEN_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Starts nodes.
 pub struct Node;
 
-/// A node that serves.
+/// A running node.
 pub struct RunningNode {
     /// Its id.
     pub node_id: NodeId,
-    /// Where it listens.
+    /// Its listen address.
     pub listen: SocketAddr,
     /// Its cluster.
     pub cluster_id: String,
-    /// What keeps it from doing all of its work, as long as that lasts.
+    /// The warning about what keeps the node from doing all of its work, as long as that lasts.
     pub trouble: watch::Receiver<Option<String>>,
     task: JoinHandle<Result<(), NodeError>>,
 }
 
 impl RunningNode {
-    /// Waits for its end: after `shutdown`, or when the master refuses it for good.
+    /// Waits until the node stops: after `shutdown`, or when the master refuses it for good.
     pub async fn stopped(self) -> Result<(), NodeError> {
         self.task.await.unwrap_or(Ok(()))
     }
 }
 
 impl Node {
-    /// Starts a node: opens its directory, joins the master, hosts its replicas, serves; answers when
-    /// those that it remembers are open. A node that has been in a cluster before also starts without its
-    /// master, from what it remembers.
+    /// Starts a node: opens its directory, joins the master, hosts its replicas, serves; returns when the
+    /// replicas that it remembers are open. A node that has been in a cluster before also starts without its
+    /// master, from the catalogs that it remembers.
     pub async fn start(config: NodeConfig, shutdown: CancellationToken) -> Result<RunningNode, NodeError> {
-        // A start that cannot serve leaves no trace.
+        // A start that fails here leaves no trace.
         if let Some(address) = &config.advertise {
             check_address(address)?;
         }
@@ -168,7 +168,7 @@ impl Node {
         let labels = [KeyValue::new("role", "node"), KeyValue::new("node", node_id.to_string())];
         vasto_shipping::metrics::observe(&bucket, &labels);
         if first.is_some() && holds_replicas {
-            // What is here is served whatever the bucket says. Ends within the patience of a probe.
+            // Replicas on this node are served whatever the bucket answers. Ends within the time-out of a probe.
             let bucket = bucket.clone();
             tokio::spawn(async move {
                 if let Err(error) = look_at(&bucket).await {
@@ -184,19 +184,19 @@ impl Node {
             }
         }
         let clock: SharedClock = Arc::new(SystemClock { shift_ms: config.clock_shift_ms });
-        let core = Arc::new(NodeCore::new(node_id, clock.clone(), config.read_threads));
+        let registry = Arc::new(NodeRegistry::new(node_id, clock.clone(), config.read_threads));
         let leases_end = CancellationToken::new();
         let ended = leases_end.clone();
-        let leases = Leases::start(&core, move || ended.is_cancelled()).map_err(NodeError::Thread)?;
-        // It is set once.
-        let _ = core.leases.set(leases);
+        let leases = Leases::start(&registry, move || ended.is_cancelled()).map_err(NodeError::Thread)?;
+        // Set only once.
+        let _ = registry.leases.set(leases);
         let limit = open_files::raise();
         let tables_each = open_files::tables_each(limit, config.max_replicas);
         let connections = open_files::connections(limit);
         tracing::info!(limit, tables_each, connections, "open files");
         let engines = EngineShared::new(config.budget).with_tables_open(tables_each);
         let host_context = Arc::new(HostContext {
-            core: core.clone(),
+            registry: registry.clone(),
             engines: engines.clone(),
             bucket: bucket.clone(),
             ship_interval: config.ship_interval,
@@ -208,24 +208,24 @@ impl Node {
         let manager = Arc::new(Manager::new(host_context, dir.clone(), config.max_replicas));
         let known: Option<Vec<(NodeId, String, String)>> = read_json(&config.dir.join(NODES_FILE)).unwrap_or_default();
         let known = known.unwrap_or_default().into_iter();
-        core.set_addresses(known.map(|(id, address, zone)| (id, NodeAddress { address, zone })).collect());
+        registry.set_addresses(known.map(|(id, address, zone)| (id, NodeAddress { address, zone })).collect());
         let (remembered, damaged) = dir.lock().catalogs()?;
         for error in damaged {
             tracing::error!(%error, "a keyspace's catalog version is not known until the master tells it");
         }
         for catalog in remembered {
             let catalog = Arc::new(catalog);
-            if let Err(error) = manager.obey(catalog.clone(), true).await {
-                // One keyspace's trouble is not the others'.
-                tracing::error!(%error, keyspace = catalog.keyspace.0, "a remembered catalog version cannot be obeyed yet");
+            if let Err(error) = manager.apply_catalog(catalog.clone(), true).await {
+                // A fault of one keyspace does not affect the others.
+                tracing::error!(%error, keyspace = catalog.keyspace.0, "a remembered catalog version cannot be applied yet");
                 let manager = manager.clone();
-                tokio::spawn(async move { manager.obey_at_last(catalog).await });
+                tokio::spawn(async move { manager.apply_catalog_at_last(catalog).await });
             }
         }
         let opening = manager.clone();
-        let trouble = core.trouble();
+        let trouble = registry.trouble();
         let task = tokio::spawn(serve(Running {
-            core,
+            registry,
             engines,
             manager,
             bucket,
@@ -238,7 +238,7 @@ impl Node {
             shutdown: shutdown.clone(),
             leases_end,
         }));
-        // Whoever is told that it is ready finds its replicas open, unless that takes very long.
+        // A node that reports ready has its replicas open, unless that takes very long.
         let opened = tokio::time::timeout(OPEN_PATIENCE, opening.opened());
         if let Some(Err(_)) = shutdown.run_until_cancelled(opened).await {
             tracing::warn!("some replicas are still being opened; they serve as soon as they are");
@@ -261,7 +261,7 @@ async fn first_session(
                 return Ok((Some(session), joined));
             }
             Err(error) if error.is_fatal() => return Err(error.into()),
-            // Nothing would be served: whoever starts it has named another cluster's master.
+            // Nothing would be served: the operator has named the master of another cluster.
             Err(error @ SessionError::OtherCluster(_)) if !holds_replicas => return Err(error.into()),
             Err(error) if !known.cluster_id.is_empty() => {
                 tracing::info!(%error, "serving from what this node remembers");
@@ -274,7 +274,7 @@ async fn first_session(
     }
 }
 
-/// Finds out that this node sees the bucket of its cluster, and may.
+/// Checks that this node reaches the bucket of its cluster and has access.
 async fn look_at(bucket: &Bucket) -> Result<(), NodeError> {
     match bucket.with_retry(RetryBudget::probe()).head(&layout::cluster()).await? {
         Some(_) => Ok(()),
@@ -283,7 +283,7 @@ async fn look_at(bucket: &Bucket) -> Result<(), NodeError> {
 }
 
 struct Running {
-    core: Arc<NodeCore>,
+    registry: Arc<NodeRegistry>,
     engines: EngineShared,
     manager: Arc<Manager>,
     bucket: Bucket,
@@ -298,13 +298,13 @@ struct Running {
 }
 
 async fn serve(running: Running) -> Result<(), NodeError> {
-    let Running { core, engines, manager, bucket, dir, session_config, first, .. } = running;
+    let Running { registry, engines, manager, bucket, dir, session_config, first, .. } = running;
     let Running { listener, connections, data_dir, shutdown, leases_end, .. } = running;
     let stop_serving = CancellationToken::new();
-    let data = DataServer::new(DataService::new(core.clone()))
+    let data = DataServer::new(DataService::new(registry.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let tails = ReplicationServer::new(ReplicationService::new(core.clone()))
+    let tails = ReplicationServer::new(ReplicationService::new(registry.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let server = Server::builder()
@@ -326,25 +326,25 @@ async fn serve(running: Running) -> Result<(), NodeError> {
             }
         }
     });
-    let flusher = tokio::spawn(flusher::run(core.clone(), engines, stop_serving.clone()));
-    let caretaker = caretaker::run(core.clone(), manager.clone(), data_dir.clone(), stop_serving.clone());
+    let flusher = tokio::spawn(flusher::run(registry.clone(), engines, stop_serving.clone()));
+    let caretaker = caretaker::run(registry.clone(), manager.clone(), data_dir.clone(), stop_serving.clone());
     let caretaker = tokio::spawn(caretaker);
-    let counting = tokio::spawn(counting::run(core.clone(), stop_serving.clone()));
-    let watched = (core.clone(), stop_serving.clone());
+    let counting = tokio::spawn(counting::run(registry.clone(), stop_serving.clone()));
+    let watched = (registry.clone(), stop_serving.clone());
     let span = tracing::Span::current();
-    // Ends with the service; a thread of its own, because tasks may all be busy.
+    // Ends with the service; runs on its own thread, because all tasks may be busy.
     std::thread::spawn(move || {
         let _named = span.entered();
-        let (core, stop) = watched;
+        let (registry, stop) = watched;
         let after_pause = |pause: Duration| {
             tracing::info!(ms = pause.as_millis() as u64, "the process stood still");
-            core.stop_serving_what_has_peers();
+            registry.stop_serving_what_has_peers();
         };
-        pause::watch(&core.pause, after_pause, || stop.is_cancelled());
+        stall::watch(&registry.stall, after_pause, || stop.is_cancelled());
     });
     let (fatal_sender, fatal) = oneshot::channel();
     let session_cancel = CancellationToken::new();
-    let context = SessionContext { core, manager: manager.clone(), bucket, dir: data_dir };
+    let context = SessionContext { registry, manager: manager.clone(), bucket, dir: data_dir };
     let session = tokio::spawn(keep(context, session_config, dir, first, session_cancel.clone(), fatal_sender));
     let end = tokio::select! {
         () = shutdown.cancelled() => Ok(()),
@@ -353,8 +353,8 @@ async fn serve(running: Running) -> Result<(), NodeError> {
             Err(NodeError::Session(error))
         }
     };
-    // Let others serve, stop taking work, then ship what is due and flush, then leave.
-    manager.hand_over().await;
+    // Transfer leadership, stop accepting requests, ship the pending log and flush, then leave.
+    manager.transfer_leadership().await;
     stop_serving.cancel();
     let _ = server.await;
     let _ = flusher.await;

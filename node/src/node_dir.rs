@@ -1,11 +1,11 @@
 //! A node's data directory: its lock, its identity, the register of its replicas, the catalog
-//! versions it has obeyed.
+//! versions that it has applied.
 //!
 //! ```text
 //! <dir>/LOCK                     held while the node runs
 //! <dir>/node.json                cluster id, node id, format, bucket; written once, then only the bucket changes
 //! <dir>/replicas.json            which replicas this directory holds
-//! <dir>/catalog/<keyspace>.json  the last catalog version obeyed
+//! <dir>/catalog/<keyspace>.json  the last catalog version applied
 //! <dir>/replicas/<keyspace>-<replica>/{db,log,ship.json}
 //! <dir>/tmp/                     emptied at every start
 //! <dir>/replicas/.tmp/           in its place when `replicas` is a file system of its own
@@ -14,9 +14,9 @@
 //! **Invariants**
 //! - The node id is drawn once per directory: an emptied directory is another node, so nothing is
 //!   ever served from a directory that has lost its data.
-//! - A replica that is registered but missing on disk is never made anew.
+//! - A replica that is registered but missing on disk is never created anew.
 //! - Every file is replaced by write, fsync, rename, fsync of the directory.
-//! - The directory is its user's alone, also one that was made with a wider mode.
+//! - The directory is accessible to its user only, even if it was created with a wider mode.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -28,19 +28,19 @@ use serde::{Deserialize, Serialize};
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId, ReplicaId, ShardId};
 
-/// The newest format of the directory that this version reads and the one it writes.
+/// The newest format of the directory that this version reads, and the one that it writes.
 const FORMAT: u32 = 1;
 
-/// Below `replicas`; no replica is called so.
+/// Temporary directory below `replicas`; no replica has this name.
 const TMP: &str = ".tmp";
 
-/// What is wrong with a data directory.
+/// Why a data directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum DirError {
-    /// Another process serves it.
+    /// Another process uses the directory.
     #[error("the data directory {0} is in use by another process; stop that one or choose another --dir")]
     Locked(PathBuf),
-    /// It belongs to another cluster.
+    /// The directory belongs to another cluster.
     #[error(
         "the data directory {dir} belongs to cluster {found}, but the master serves cluster {wanted}; choose another --dir or another --master"
     )]
@@ -52,7 +52,7 @@ pub enum DirError {
         /// The master's cluster.
         wanted: String,
     },
-    /// A newer version wrote it.
+    /// A newer version wrote the directory.
     #[error("the data directory {dir} has format {found}, this version reads up to {FORMAT}; use a newer vasto")]
     NewerFormat {
         /// The directory.
@@ -60,23 +60,23 @@ pub enum DirError {
         /// Its format.
         found: u32,
     },
-    /// A file does not hold what it should.
+    /// A file is damaged.
     #[error("{path} is damaged: {reason}; restore it or replace the node")]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The damage.
         reason: String,
     },
-    /// Something else than the file system ended it.
+    /// The work was interrupted, but not by the file system.
     #[error("work on the data directory was cut off: {0}")]
     CutOff(String),
-    /// The file system says no.
+    /// The file system failed.
     #[error("{path}: {source}")]
     Io {
-        /// Which file.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The error.
         source: std::io::Error,
     },
 }
@@ -86,16 +86,16 @@ fn io(path: &Path) -> impl FnOnce(std::io::Error) -> DirError {
     move |source| DirError::Io { path, source }
 }
 
-/// Who a directory is.
+/// The identity of a directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeIdentity {
     /// Format of the directory.
     pub format: u32,
-    /// Its cluster; empty until the first master was met.
+    /// Its cluster; empty until the node first joins a master.
     pub cluster_id: String,
     /// The node.
     pub node_id: NodeId,
-    /// Where it ships to.
+    /// The bucket that it ships to.
     pub bucket_url: String,
 }
 
@@ -108,11 +108,11 @@ pub struct Registered {
     pub shard: ShardId,
     /// The replica.
     pub replica: ReplicaId,
-    /// The version that brought it here.
+    /// The catalog version that placed it here.
     pub version: CatalogVersion,
-    /// It has not served yet: it may be thrown away and begun again.
+    /// The replica has not served yet: it may be deleted and recreated.
     pub building: bool,
-    /// It came as the target of a plan: once it is placed, it holds what the plan brought.
+    /// The replica came as the target of a plan: once it is placed, it holds what the plan brought.
     #[serde(default)]
     pub target: bool,
 }
@@ -186,12 +186,12 @@ impl NodeDir {
         })
     }
 
-    /// Who this is.
+    /// Returns the identity of the node.
     pub fn identity(&self) -> &NodeIdentity {
         &self.identity
     }
 
-    /// Joins the cluster on the first meeting; refuses another one later.
+    /// Joins the cluster on first contact; refuses any other cluster later.
     pub fn join(&mut self, cluster_id: &str, bucket_url: &str) -> Result<(), DirError> {
         if !self.identity.cluster_id.is_empty() && self.identity.cluster_id != cluster_id {
             return Err(DirError::OtherCluster {
@@ -208,12 +208,12 @@ impl NodeDir {
         Ok(())
     }
 
-    /// The replicas that it holds.
+    /// Returns the registered replicas.
     pub fn replicas(&self) -> Vec<Registered> {
         self.replicas.values().copied().collect()
     }
 
-    /// Looks one up.
+    /// Returns the registration of a replica.
     pub fn registered(&self, keyspace: KeyspaceId, replica: ReplicaId) -> Option<Registered> {
         self.replicas.get(&(keyspace, replica)).copied()
     }
@@ -227,20 +227,20 @@ impl NodeDir {
         self.replace_register(next)
     }
 
-    /// Forgets a replica and removes its files. The order (register last) makes a crash in between
+    /// Unregisters a replica and removes its files. The order (register last) makes a crash in between
     /// show up as a registered replica without files, which is removed again.
     pub fn discard(&mut self, keyspace: KeyspaceId, replica: ReplicaId) -> Result<(), DirError> {
         let path = self.replica_dir(keyspace, replica);
         let grave = self.tmp().join(format!("removed-{keyspace}-{replica}"));
         match std::fs::rename(&path, &grave) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(&path)(error)),
-            // What comes back after a power loss must still be in the register.
+            // Files that reappear after a power loss must still be in the register.
             _ => {
                 let replicas = self.dir.join("replicas");
                 sync_dir(&replicas).map_err(io(&replicas))?;
             }
         }
-        // Gigabytes take a while, and nobody waits for them; what is left goes at the next start.
+        // Gigabytes take a while, so this runs in the background; the next start removes the rest.
         std::thread::spawn(move || std::fs::remove_dir_all(grave));
         let mut next = self.replicas.clone();
         if next.remove(&(keyspace, replica)).is_none() {
@@ -249,31 +249,31 @@ impl NodeDir {
         self.replace_register(next)
     }
 
-    /// What is in memory is what is on the disk, also after a failure.
+    /// Replaces the register: memory equals the disk, also after a failure.
     fn replace_register(&mut self, next: BTreeMap<(KeyspaceId, ReplicaId), Registered>) -> Result<(), DirError> {
         write_json(&self.dir.join("replicas.json"), &next.values().collect::<Vec<_>>())?;
         self.replicas = next;
         Ok(())
     }
 
-    /// Where a replica lives.
+    /// Returns the directory of a replica.
     pub fn replica_dir(&self, keyspace: KeyspaceId, replica: ReplicaId) -> PathBuf {
         self.dir.join("replicas").join(format!("{keyspace}-{replica}"))
     }
 
-    /// A place for temporary files on the file system of the replicas: what is complete is renamed into its
+    /// Returns the directory for temporary files on the file system of the replicas: finished files are renamed into
     /// place, and `replicas` may be a mount of its own.
     pub fn tmp(&self) -> PathBuf {
         self.tmp.clone()
     }
 
-    /// Remembers a catalog version before it is obeyed.
+    /// Remembers a catalog version before it is applied.
     pub fn remember_catalog(&self, catalog: &Catalog) -> Result<(), DirError> {
         write_json(&self.dir.join("catalog").join(format!("{}.json", catalog.keyspace)), catalog)
     }
 
-    /// All remembered catalog versions that can be read, and what is wrong with the others. A keyspace whose
-    /// version cannot be read is served once the master has told it again; its replicas remember for themselves
+    /// Returns all remembered catalog versions that can be read, and the errors of the others. A keyspace with an
+    /// unreadable version is served once the master has sent it again; its replicas remember for themselves
     /// which versions they refuse.
     pub fn catalogs(&self) -> Result<(Vec<Catalog>, Vec<DirError>), DirError> {
         let dir = self.dir.join("catalog");
@@ -291,7 +291,7 @@ impl NodeDir {
     }
 }
 
-/// Whether what is made in one directory can be renamed into the other: not when that is a mount of its own.
+/// Returns whether files of one directory can be renamed into the other: not when that is a mount of its own.
 fn can_move(from: &Path, to: &Path) -> std::io::Result<bool> {
     let (probe, there) = (from.join("probe"), to.join(".probe"));
     File::create(&probe)?;
@@ -304,8 +304,8 @@ fn can_move(from: &Path, to: &Path) -> std::io::Result<bool> {
     }
 }
 
-/// Takes everybody else's access to a directory away. One that belongs to somebody else stays as it is: that is
-/// theirs to decide.
+/// Restricts access to a directory to its user. A directory that belongs to another user stays as it is: the
+/// mode is the owner's decision.
 fn keep_private(dir: &Path) {
     use std::os::unix::fs::PermissionsExt;
     if let Err(error) = std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700)) {
@@ -313,7 +313,7 @@ fn keep_private(dir: &Path) {
     }
 }
 
-/// Reads a JSON file; `None` when it is not there.
+/// Reads a JSON file; `None` when it does not exist.
 pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, DirError> {
     match std::fs::read(path) {
         Ok(bytes) => serde_json::from_slice(&bytes)
@@ -428,7 +428,7 @@ mod tests {
             let mut dir = NodeDir::open(temp.path(), NodeId(7)).unwrap();
             assert_eq!(std::fs::read_dir(dir.tmp()).unwrap().count(), 0);
             std::fs::write(dir.tmp().join("left"), "").unwrap();
-            // What is built there becomes a replica, and what goes is moved there.
+            // Replicas are built there, and removed replicas are moved there.
             let built = dir.tmp().join("built");
             std::fs::create_dir(&built).unwrap();
             let place = dir.replica_dir(one.keyspace, one.replica);

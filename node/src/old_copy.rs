@@ -1,12 +1,12 @@
-//! Recognises a directory that was put back from an old copy by what the bucket knows of the replica.
+//! Detects a directory that was put back from an old copy by what the bucket holds of the replica.
 //!
-//! A replica without peers has nobody else who knows more of it than itself. It ships only what is synced,
-//! so what the bucket holds ends before its log does; when the bucket holds more, the directory is not the
+//! No peer of a replica without peers knows more of it than itself. The replica ships only synced records,
+//! so its archive ends before its log does; when the archive reaches further, the directory is not the
 //! one that has shipped it.
 //!
-//! **Invariant:** what a listing names counts only once it was read whole and says that it is this replica's.
-//! A bucket that does not answer, and an object that is damaged, keep nobody from serving: then the first
-//! object that is in the way tells.
+//! **Invariant:** a listed object counts only once it was read whole and proves to be this replica's.
+//! A bucket that does not answer, or a damaged object, keeps no replica from serving: then the first
+//! object that is in the way of shipping reveals the old copy.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -14,16 +14,16 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use vasto_core::ids::Lsn;
 use vasto_shipping::RetryBudget;
+use vasto_shipping::archive::{self, ArchiveError};
 use vasto_shipping::bucket::{Bucket, BucketError};
-use vasto_shipping::history::{self, HistoryError};
 use vasto_shipping::layout::{self, Owner};
 
 use crate::node_dir::{DirError, read_json, write_json};
 
-/// The bucket is waited for so long before a replica is opened without its word.
+/// How long a replica waits for the bucket before it opens without its answer.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// What a replica is told that knows less of itself than the bucket does.
+/// Returns the error of a replica whose archive reaches further than its directory.
 pub(crate) fn reason(held: Lsn, end: Lsn) -> String {
     let here = match end {
         Lsn(0) => "there is nothing of it here".to_owned(),
@@ -35,14 +35,14 @@ pub(crate) fn reason(held: Lsn, end: Lsn) -> String {
     )
 }
 
-/// How such a reason begins.
+/// Prefix of that error.
 pub(crate) const OLD_COPY: &str = "the data directory is an old copy";
 
-/// Where the log ended when the directory was refused.
+/// The end of the log when the directory was refused.
 #[derive(Serialize, Deserialize)]
 struct Refused {
     end: Lsn,
-    /// Its log with the record of that opening: another log is another directory.
+    /// End of the log with the record of that opening: another end means another directory.
     opened: Lsn,
 }
 
@@ -50,19 +50,19 @@ fn note_path(dir: &Path) -> PathBuf {
     dir.join("old-copy.json")
 }
 
-/// Notes where the log of a refused directory ends: each opening adds a record to it, which is now `opened`.
+/// Records where the log of a refused directory ends: each opening adds a record to it, which is now `opened`.
 pub(crate) fn note(dir: &Path, end: Lsn, opened: Lsn) -> Result<(), DirError> {
     write_json(&note_path(dir), &Refused { end, opened })
 }
 
-/// Where the log ended before it was opened at all, if it ends here as a refused opening has left it.
+/// Returns the end of the log before any refused opening, if it ends here as such an opening has left it.
 pub(crate) fn end_of(dir: &Path, end: Lsn) -> Result<Lsn, DirError> {
     let refused = read_json::<Refused>(&note_path(dir))?.filter(|refused| refused.opened == end);
     Ok(refused.map_or(end, |refused| refused.end))
 }
 
-/// The end of what the bucket holds of a replica, if that is behind the end of its log. `shipped` is what
-/// the replica believes to have shipped. `None` also when the bucket does not say in time.
+/// Returns the end of the replica's archive if it is beyond the end of its log. `shipped` is the replica's own
+/// record of what it has shipped. `None` also when the bucket does not answer in time.
 pub(crate) async fn held_beyond(bucket: &Bucket, owner: Owner, shipped: Lsn, end: Lsn) -> Option<Lsn> {
     let bucket = bucket.with_retry(RetryBudget::probe());
     match tokio::time::timeout(PATIENCE, look(&bucket, owner, shipped, end)).await {
@@ -87,19 +87,19 @@ async fn look(bucket: &Bucket, owner: Owner, shipped: Lsn, end: Lsn) -> Result<O
     let listed = bucket.list(&layout::checkpoint_prefix(keyspace, shard, replica)).await?;
     let newest = listed.iter().filter_map(|object| layout::parse_manifest_lsn(&object.key)).max();
     if let Some(newest) = newest.filter(|newest| *newest > end) {
-        match history::manifest_at(bucket, &layout::manifest(keyspace, shard, replica, newest)).await {
+        match archive::manifest_at(bucket, &layout::manifest(keyspace, shard, replica, newest)).await {
             Ok(_) => return Ok(Some(newest)),
-            Err(HistoryError::Bucket(error)) => return Err(error),
-            Err(_) => {} // it says nothing of this replica
+            Err(ArchiveError::Bucket(error)) => return Err(error),
+            Err(_) => {} // no evidence about this replica
         }
     }
     // Chunks are found by name: the next one begins behind the last record of this one.
     let mut at = shipped;
     loop {
-        match history::chunk_after(bucket, owner, &[], at).await {
+        match archive::chunk_after(bucket, owner, &[], at).await {
             Ok(Some((chunk, _))) if chunk.last_lsn > end => return Ok(Some(chunk.last_lsn)),
             Ok(Some((chunk, _))) => at = chunk.last_lsn,
-            Err(HistoryError::Bucket(error)) => return Err(error),
+            Err(ArchiveError::Bucket(error)) => return Err(error),
             Ok(None) | Err(_) => return Ok(None),
         }
     }
@@ -157,7 +157,7 @@ mod tests {
         assert_eq!(beyond(50, 95).await, None, "a crash came before it was noted that the last chunk is shipped");
         assert_eq!(beyond(50, 60).await, Some(Lsn(90)));
         assert_eq!(beyond(0, 0).await, Some(Lsn(50)), "nothing is left of it here");
-        // A stranger's object under a name of a manifest is no evidence.
+        // A foreign object under the name of a manifest is no evidence.
         let key = layout::manifest(OWNER.keyspace, OWNER.shard, OWNER.replica, Lsn(900));
         bucket.create(&key, bytes::Bytes::from_static(b"{}")).await.unwrap();
         assert_eq!(beyond(90, 95).await, None);

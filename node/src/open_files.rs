@@ -1,19 +1,19 @@
-//! The process's limit of open files, and each replica's part of it.
+//! The process's limit of open files, and each replica's share of it.
 //!
 //! Every SST that a replica reads is an open file. The usual limit of a shell is 1,024, which a few
-//! replicas use up; what the administrator allows is the hard limit, and that is used.
+//! replicas use up; the administrator's limit is the hard limit, and the process raises its own to that.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vasto_core::limits::{CONNECTIONS_MAX, TABLES_OPEN_MAX, TABLES_OPEN_MIN};
 
-/// What is asked for when there is no hard limit: the kernel's own for one process, by default.
+/// Limit to request when there is no hard limit: the kernel's own for one process, by default.
 const UNLIMITED: u64 = 1 << 20;
 /// Files that a replica has open beside its tables: logs, their readers, locks, the database's own.
 const OTHERS_EACH: u64 = 16;
-/// Connections that are taken under any limit.
+/// Connections that are accepted under any limit.
 const CONNECTIONS_MIN: usize = 16;
 
-/// Raises the limit as far as this process may; answers what it is then.
+/// Raises the limit as far as this process may; returns the resulting limit.
 pub fn raise() -> u64 {
     let limit = getrlimit(Resource::Nofile);
     let wanted = limit.maximum.unwrap_or(UNLIMITED);
@@ -26,13 +26,13 @@ pub fn raise() -> u64 {
     }
 }
 
-/// Connections that the node takes under a limit: of a low one they may use up a quarter, the rest belongs to
-/// replicas.
+/// Returns the number of connections that the node accepts under a limit: at most a quarter of a low one, the
+/// rest belongs to replicas.
 pub fn connections(limit: u64) -> usize {
     usize::try_from(limit / 4).unwrap_or(CONNECTIONS_MAX).clamp(CONNECTIONS_MIN, CONNECTIONS_MAX)
 }
 
-/// Tables that each of so many replicas may keep open under a limit.
+/// Returns the number of tables that each of so many replicas may keep open under a limit.
 pub fn tables_each(limit: u64, replicas: usize) -> usize {
     let replicas = replicas.max(1) as u64;
     let left = limit.saturating_sub(CONNECTIONS_MAX as u64 + replicas * OTHERS_EACH);
@@ -70,7 +70,7 @@ mod tests {
             assert!((TABLES_OPEN_MIN..=TABLES_OPEN_MAX).contains(&each));
         }
         assert_eq!(tables_each(1 << 20, 256), 4_064);
-        // A limit that is too low for them all: a replica works with few, and slowly.
+        // The limit is too low for all of them: a replica works with few tables, and slowly.
         assert_eq!((tables_each(1_024, 256), tables_each(0, 0)), (TABLES_OPEN_MIN, TABLES_OPEN_MIN));
     }
 }

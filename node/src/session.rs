@@ -1,7 +1,7 @@
-//! The node's session with the master: says what it holds, hears what is wanted.
+//! The node's session with the master: sends reports, receives catalogs and commands.
 //!
-//! **Invariant:** losing the master changes nothing for readers and writers; the session is made
-//! again with jittered pauses, and everything is said and heard again.
+//! **Invariant:** losing the master changes nothing for readers and writers; the session is
+//! re-established with jittered pauses, and both sides send everything again.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -17,7 +17,7 @@ use vasto_core::catalog::Catalog;
 use vasto_core::error::ErrorCode;
 use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId};
 use vasto_core::limits::{CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX, REPORT_INTERVAL};
-use vasto_core::plan::ReplicaReport;
+use vasto_core::report::ReplicaReport;
 use vasto_core::topology::NodeAddress;
 use vasto_proto::v1;
 use vasto_proto::v1::master_message::Message as FromMaster;
@@ -28,74 +28,74 @@ use vasto_shipping::bucket::Bucket;
 
 use crate::clock::Sparse;
 use crate::command;
-use crate::core::NodeCore;
 use crate::manager::Manager;
 use crate::node_dir::{DirError, NodeDir, write_json};
+use crate::registry::NodeRegistry;
 use crate::replica::authority::now_ms;
 
 /// Longest pause between two attempts to reach the master.
 const RETRY_MAX: Duration = Duration::from_secs(2);
-/// While nothing goes on, one report in so many comes with a look at the replicas.
-const LOOKS_AT_REST: u32 = 4;
-/// Reports are at least this far apart, so that a busy tail does not flood the master.
+/// While the node is idle, one report in so many polls the replicas.
+const LOOKS_AT_REST: u32 = 8;
+/// Minimum interval between reports, so that a busy tail does not flood the master.
 const REPORT_GAP: Duration = Duration::from_millis(2);
 
-/// Where the nodes listened last, in the data directory.
+/// File in the data directory with the last known addresses of the nodes.
 pub(crate) const NODES_FILE: &str = "nodes.json";
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
-    /// The master is not there; try again.
+    /// The master is not reachable; a retry can succeed.
     #[error("the master at {master} is not reachable: {reason}; is it running? start one with `vasto serve master`")]
     Unreachable {
         /// Its URL.
         master: String,
-        /// Why.
+        /// The error.
         reason: String,
     },
     /// The master refuses this node.
     #[error("the master refused this node: {0}")]
     Rejected(String),
-    /// The master does not know the cluster that this node has served in: it may have come up with the wrong
-    /// bucket, or its bucket may have been emptied. The node serves on, and asks again.
+    /// The master does not know the cluster that this node has served in: it may have started with the wrong
+    /// bucket, or its bucket may have been emptied. The node continues to serve, and retries.
     #[error("the master refused this node, which serves on from what it remembers: {0}")]
     OtherCluster(String),
-    /// The URL is not usable.
+    /// The URL is not valid.
     #[error("`{0}` is not a master URL; it looks like http://127.0.0.1:8278")]
     BadUrl(String),
-    /// The data directory does not fit.
+    /// The data directory does not fit the cluster.
     #[error(transparent)]
     Dir(#[from] DirError),
 }
 
 impl SessionError {
-    /// True when the node must stop instead of trying again.
+    /// Returns true when the node must stop instead of retrying.
     pub fn is_fatal(&self) -> bool {
         !matches!(self, SessionError::Unreachable { .. } | SessionError::OtherCluster(_))
     }
 }
 
-/// What the master said when it took the node in.
+/// The master's answer to a join.
 #[derive(Debug, Clone)]
 pub struct Joined {
     /// The cluster.
     pub cluster_id: String,
-    /// Where to ship.
+    /// The bucket to ship to.
     pub bucket_url: String,
 }
 
-/// What a session needs before it can obey.
+/// What a node sends to join a master.
 pub struct SessionConfig {
     /// `http://host:port` of the master.
     pub master: String,
-    /// What clients and other nodes connect to.
+    /// Address that clients and other nodes connect to.
     pub address: String,
-    /// Where the node stands.
+    /// Zone of the node.
     pub zone: String,
     /// This node.
     pub node_id: NodeId,
-    /// Most replicas here.
+    /// Maximum number of hosted replicas.
     pub max_replicas: usize,
 }
 
@@ -103,7 +103,7 @@ pub struct SessionConfig {
 pub struct Session {
     to_master: mpsc::Sender<v1::NodeMessage>,
     from_master: tonic::Streaming<v1::MasterMessage>,
-    /// Who took us in.
+    /// The master's answer to the join.
     pub joined: Joined,
 }
 
@@ -128,7 +128,7 @@ fn unreachable(master: &str, error: &dyn std::error::Error) -> SessionError {
     SessionError::Unreachable { master: master.to_owned(), reason: cause }
 }
 
-/// Says hello and waits to be taken in.
+/// Sends the hello and waits for the master's answer.
 pub async fn join(config: &SessionConfig, dir: &Mutex<NodeDir>) -> Result<Session, SessionError> {
     let channel = connect(&config.master).await?;
     let mut client = MembershipClient::new(channel)
@@ -171,20 +171,20 @@ pub async fn join(config: &SessionConfig, dir: &Mutex<NodeDir>) -> Result<Sessio
     Ok(Session { to_master, from_master, joined })
 }
 
-/// What a running session works with.
+/// Context of a running session.
 pub struct SessionContext {
     /// Shared state.
-    pub core: Arc<NodeCore>,
-    /// Obeys catalog versions.
+    pub registry: Arc<NodeRegistry>,
+    /// Applies catalog versions.
     pub manager: Arc<Manager>,
-    /// For the request counts in reports.
+    /// The bucket, for the request counts in reports.
     pub bucket: Bucket,
-    /// For the disk figures.
+    /// The data directory, for the disk figures.
     pub dir: std::path::PathBuf,
 }
 
-/// Keeps a session with the master until `cancel` fires; joins again whenever it is lost.
-/// Answers early, through `fatal`, when the master refuses the node for good.
+/// Keeps a session with the master until `cancel` fires; rejoins whenever it is lost.
+/// Returns early, through `fatal`, when the master refuses the node for good.
 pub async fn keep(
     context: SessionContext,
     config: SessionConfig,
@@ -239,7 +239,7 @@ async fn run(context: &SessionContext, session: Session) -> String {
         loop {
             match from_master.message().await {
                 Ok(Some(v1::MasterMessage { message: Some(message) })) => {
-                    if let Err(reason) = hear(context, message, &to_master).await {
+                    if let Err(reason) = handle(context, message, &to_master).await {
                         return reason;
                     }
                 }
@@ -255,7 +255,7 @@ async fn run(context: &SessionContext, session: Session) -> String {
     }
 }
 
-async fn hear(
+async fn handle(
     context: &SessionContext,
     message: FromMaster,
     to_master: &mpsc::Sender<v1::NodeMessage>,
@@ -265,9 +265,9 @@ async fn hear(
             let catalog: Catalog = serde_json::from_str(&version.catalog_json)
                 .map_err(|error| format!("a catalog version cannot be read: {error}"))?;
             let manager = context.manager.clone();
-            // The manager takes the versions of a keyspace one at a time and refuses lower ones, so
+            // The manager applies the versions of a keyspace one at a time and refuses lower ones, so
             // the next message need not wait for this one's disk.
-            tokio::spawn(async move { manager.obey_at_last(Arc::new(catalog)).await });
+            tokio::spawn(async move { manager.apply_catalog_at_last(Arc::new(catalog)).await });
             Ok(())
         }
         FromMaster::Nodes(nodes) => {
@@ -275,7 +275,7 @@ async fn hear(
                 |one: v1::NodeAddress| (NodeId(one.node_id), NodeAddress { address: one.address, zone: one.zone });
             let nodes: Vec<(NodeId, NodeAddress)> = nodes.nodes.into_iter().map(known).collect();
             let list: Vec<_> = nodes.iter().map(|(id, one)| (*id, one.address.clone(), one.zone.clone())).collect();
-            context.core.set_addresses(nodes.into_iter().collect());
+            context.registry.set_addresses(nodes.into_iter().collect());
             // A hint for a start without the master; the next list replaces it.
             let path = context.dir.join(NODES_FILE);
             let written = tokio::task::spawn_blocking(move || write_json(&path, &list)).await;
@@ -286,7 +286,7 @@ async fn hear(
         }
         FromMaster::Command(command) => {
             let (manager, to_master) = (context.manager.clone(), to_master.clone());
-            // Ends with the command; a node that stops answers through its shippers.
+            // Ends with the command; a stopping node answers through its shippers.
             tokio::spawn(async move {
                 let (catalogs, error) = match command::execute(&manager, &command).await {
                     Ok(catalogs) => (catalogs, String::new()),
@@ -298,7 +298,7 @@ async fn hear(
             Ok(())
         }
         FromMaster::Presence(presence) => {
-            context.core.hear_presence(presence.sent_ms, presence.gone.into_iter().map(NodeId).collect());
+            context.registry.set_presence(presence.sent_ms, presence.gone.into_iter().map(NodeId).collect());
             Ok(())
         }
         FromMaster::Rejected(rejected) => Err(format!("the master refused this node: {}", rejected.reason)),
@@ -306,13 +306,13 @@ async fn hear(
     }
 }
 
-/// Reports what changed, at once when something the master waits for has happened.
+/// Reports changes, at once when something that the master waits for has happened.
 async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessage>) -> String {
     let mut last: HashMap<(KeyspaceId, ReplicaId), ReplicaReport> = HashMap::new();
     let mut sparse = Sparse::one_in(LOOKS_AT_REST);
     loop {
         let mut replicas = Vec::new();
-        let looks = !sparse.leaves_out(context.core.is_at_rest());
+        let looks = !sparse.leaves_out(context.registry.is_at_rest());
         for report in looks.then(|| context.manager.reports()).into_iter().flatten() {
             let key = (report.keyspace, report.replica);
             if last.get(&key) != Some(&report) {
@@ -342,13 +342,13 @@ async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessag
         }
         tokio::time::sleep(REPORT_GAP).await;
         tokio::select! {
-            () = context.core.report.notified() => sparse.wake(),
+            () = context.registry.report.notified() => sparse.wake(),
             () = tokio::time::sleep(REPORT_INTERVAL) => {}
         }
     }
 }
 
-/// `(used, free)` bytes of the file system that holds the directory.
+/// Returns the `(used, free)` bytes of the file system that holds the directory.
 fn disk(dir: &Path) -> (u64, u64) {
     match rustix::fs::statvfs(dir) {
         Ok(stat) => (stat.f_blocks.saturating_sub(stat.f_bfree) * stat.f_frsize, stat.f_bavail * stat.f_frsize),

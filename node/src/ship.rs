@@ -1,23 +1,23 @@
 //! Ships one replica to the bucket: chunks of its log, and checkpoints.
 //!
-//! Order: SSTs, verified, then the manifest. A checkpoint is made and uploaded beside everything else: the
-//! log goes on to be shipped and truncated meanwhile. Once its LSN is known a chunk ends there, so that the
+//! Order: SSTs, verified, then the manifest. A checkpoint is made and uploaded in the background: the log
+//! continues to be shipped and truncated meanwhile. Once its LSN is known a chunk ends there, so that the
 //! next one begins exactly behind it.
 //!
-//! The home of a shard's primary ships; who acts in its place goes on behind what it has shipped.
+//! The preferred primary of a shard ships; an acting primary continues behind what that has shipped.
 //!
 //! **Invariants**
-//! - Only settled records (synced and applied) are shipped; names are never reused: what exists
+//! - Only settled records (synced and applied) are shipped; names are never reused: an object that exists
 //!   under a chunk's name is compared, not overwritten.
 //! - An SST is uploaded again unless the last manifest of this very replica names it, or, before there is
 //!   one, the manifest that a restored keyspace was begun with.
-//! - A write is confirmed as being in the bucket only while nobody has been told to go on without this
-//!   replica: after the chunk, no version of the catalog exists that it has not obeyed.
+//! - A bucket write is acknowledged only while no catalog version lets the shard continue without this
+//!   replica: after the chunk, no version of the catalog exists that it has not applied.
 //! - The log is truncated only behind what is persisted in the database **and** covered by the
 //!   bucket **and** not needed by a running plan; at the byte cap the bucket's cover is given up.
 //! - An outage of the bucket never stops serving. An idle replica makes no requests.
 //!
-//! What leaks: SSTs of a checkpoint that did not reach its manifest (garbage collection's work).
+//! Leaks: SSTs of a checkpoint that did not reach its manifest (removed by garbage collection).
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -46,7 +46,7 @@ use crate::engine::{EngineError, EngineShared};
 use crate::node_dir::{DirError, read_json, write_json};
 use crate::old_copy::OLD_COPY;
 use crate::replica::Replica;
-use crate::replica::job::{ReplicaError, Role};
+use crate::replica::command::{ReplicaError, Role};
 
 mod behind;
 mod checkpoint;
@@ -59,20 +59,20 @@ pub use pace::UPLOADS_MAX;
 
 use checkpoint::{Making, Uploaded};
 
-/// Between two looks at whether something is due.
+/// Interval between two polls for pending work.
 const TICK: Duration = Duration::from_millis(500);
-/// The same while everything is shipped; whatever grows the log is told.
+/// The same while everything is shipped; growth of the log wakes the shipper.
 const LOOK_AT_REST: Duration = Duration::from_secs(10);
-/// Longest pause after failures.
+/// Maximum pause after failures.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
-/// Between two checkpoints that are due by the number of chunks alone.
+/// Minimum interval between checkpoints that are due by the number of chunks alone.
 const CHECKPOINTS_APART: Duration = Duration::from_secs(600);
-/// Between two looks while a write waits for the bucket: its record is about to be settled ...
+/// Interval of polls while a write waits for the bucket: its record is about to be settled ...
 const ACK_SOON: Duration = Duration::from_millis(1);
-/// ... or the node about to obey the version that stands in the way.
+/// ... or the node is about to apply the version that blocks the acknowledgement.
 const ACK_FENCED: Duration = Duration::from_millis(50);
 
-/// Why shipping failed; it is tried again.
+/// Why shipping failed; it is retried.
 #[derive(Debug, thiserror::Error)]
 pub enum ShipError {
     /// The bucket failed.
@@ -87,12 +87,12 @@ pub enum ShipError {
     /// A local file failed.
     #[error(transparent)]
     Dir(#[from] DirError),
-    /// Something else is in the bucket under this replica's name.
+    /// An object with other content is in the bucket under this replica's name.
     #[error(
         "object {0} exists with other content: does another process use a copy of this data directory? Stop one of them"
     )]
     Foreign(String),
-    /// What is there instead tells nothing of this replica.
+    /// An object is in the way that says nothing about this replica.
     #[error(
         "object {key} is in the way and not what this replica ships: {what}; `vasto bucket fsck` names what else is \
          damaged, and `vasto keyspace checkpoint` goes on behind it"
@@ -100,22 +100,22 @@ pub enum ShipError {
     InTheWay {
         /// The object.
         key: String,
-        /// What is there.
+        /// Its content.
         what: String,
     },
-    /// A file of the checkpoint cannot be understood.
+    /// A file of the checkpoint cannot be interpreted.
     #[error("the checkpoint cannot be described: {0}")]
     Checkpoint(String),
-    /// The replica refused.
+    /// The replica refused a request.
     #[error(transparent)]
     Replica(#[from] ReplicaError),
-    /// The replica does not hold what it is to hold yet.
+    /// The replica is still being filled.
     #[error("the replica is still being filled; it has a checkpoint once it is")]
     Filling,
-    /// The upload stood still; what it uploaded first may be collected by now.
+    /// The upload stalled; its first objects may be garbage collected by now.
     #[error("the upload of a checkpoint took {} s, longer than garbage collection can be trusted to wait; it starts over", .0.as_secs())]
     Stalled(Duration),
-    /// The bucket has lost what this replica has put there.
+    /// The bucket has lost objects that this replica has shipped.
     #[error(
         "object {0} is not in the bucket any more: what was shipped is shipped again; run `vasto bucket fsck` to see \
          what else is missing, and `vasto bucket repair`"
@@ -129,58 +129,58 @@ pub enum ShipError {
     Stopped,
 }
 
-/// What the bucket covers, for reports and truncation.
+/// Coverage of the log by the bucket, for reports and truncation.
 #[derive(Debug, Default)]
 pub struct Positions {
-    /// Chunks and manifests cover the log up to here.
+    /// LSN up to which chunks and manifests cover the log.
     pub shipped: AtomicU64,
-    /// The last manifest covers the log up to here.
+    /// LSN up to which the last manifest covers the log.
     pub manifest: AtomicU64,
-    /// A running plan needs the log after here; `u64::MAX` when none does, 0 until that is known.
+    /// LSN after which a running plan needs the log; `u64::MAX` when none does, 0 until that is known.
     pub needed_after: AtomicU64,
-    /// Whoever needs it reads it from the bucket when it is not here any more.
+    /// The plan can read log that is not here any more from the bucket.
     pub needed_from_bucket: AtomicBool,
-    /// Chunks without a gap cover the log from here to what is shipped.
+    /// LSN from which chunks cover the log without a gap, up to `shipped`.
     pub chained_from: AtomicU64,
     /// The log is at its cap and only a running plan keeps it: the plan has to end.
     pub over_cap: AtomicBool,
-    /// The log is at its cap and only a follower keeps it: that one has to go.
+    /// The log is at its cap and only a follower keeps it: the follower has to be evicted.
     pub held_back: AtomicBool,
-    /// This replica is the one of its shard that ships.
+    /// This replica ships for its shard.
     pub ships: AtomicBool,
-    /// It does so in the place of the home, which is away.
+    /// This replica ships in place of the preferred primary, which is away.
     pub stands_in: AtomicBool,
-    /// Somebody has wanted the bucket's confirmation from here: from then on it ships too.
+    /// A client has requested a bucket acknowledgement here: from then on this replica ships too.
     pub for_acks: AtomicBool,
 }
 
 impl Positions {
-    /// True when the log waits for the bucket.
+    /// Returns true when truncation of the log waits for the bucket.
     fn does_ship(&self) -> bool {
         self.ships.load(Ordering::Acquire) || self.for_acks.load(Ordering::Acquire)
     }
 }
 
-/// Persisted in `ship.json`; only a hint: what the bucket holds decides.
+/// Shipping state in `ship.json`; only a hint: the bucket decides.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct ShipState {
     shipped_lsn: Lsn,
     manifest: Option<PinnedManifest>,
     previous: Option<String>,
-    /// The log does not hold what the replica began with: a checkpoint comes before the first chunk.
+    /// The log does not hold the records that the replica began with: a checkpoint precedes the first chunk.
     #[serde(default)]
     began_full: bool,
-    /// The manifest whose files the database began with, of another keyspace: they need no second upload
-    /// as long as the plan that restores this one keeps them.
+    /// The manifest of another keyspace whose files the database began with: they need no second upload
+    /// as long as the plan that restores this keyspace keeps them.
     #[serde(default)]
     inherited: Option<String>,
     /// Chunks behind the last manifest.
     #[serde(default)]
     chunks: u64,
-    /// Chunks without a gap cover the log from here to what is shipped; not known of older versions.
+    /// LSN from which chunks cover the log without a gap; unknown in files of older versions.
     #[serde(default)]
     chained_from: Option<Lsn>,
-    /// The log up to here was covered by what others had shipped when this replica went on behind them.
+    /// LSN up to which archives of others covered the log when this replica continued behind them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     went_on_behind: Option<Lsn>,
 }
@@ -191,17 +191,17 @@ impl ShipState {
     }
 }
 
-/// Notes for a replica that is not open yet that its log does not hold everything.
+/// Records, for a replica that is not open yet, that its log does not hold everything.
 pub(crate) fn begin_with_a_checkpoint(dir: &Path) -> Result<(), DirError> {
     begin(dir, None)
 }
 
-/// The same for a database that begins with the files of another keyspace's checkpoint.
+/// Does the same for a database that begins with the files of another keyspace's checkpoint.
 pub(crate) fn begin_with_files_of(dir: &Path, manifest: &str) -> Result<(), DirError> {
     begin(dir, Some(manifest.to_owned()))
 }
 
-/// Up to where a replica that is not open believes to have shipped.
+/// Returns the LSN up to which a replica that is not open has shipped, by its own record.
 pub(crate) fn shipped_by(dir: &Path) -> Lsn {
     let state: Option<ShipState> = read_json(&dir.join("ship.json")).ok().flatten();
     state.unwrap_or_default().shipped_lsn
@@ -212,27 +212,27 @@ fn begin(dir: &Path, inherited: Option<String>) -> Result<(), DirError> {
     write_json(&dir.join("ship.json"), &ShipState { began_full: true, inherited, ..ShipState::default() })
 }
 
-/// What a shipper is asked for.
+/// A request to a shipper.
 pub enum ShipRequest {
-    /// A checkpoint of now. With `compact`, these bands are rewritten first when that saves readers
+    /// A checkpoint of the current state. The `compact` bands are rewritten first when that saves readers
     /// more than it costs.
     Checkpoint {
-        /// Bands that somebody is about to read.
+        /// Bands that a plan is about to read.
         compact: Option<BandRange>,
-        /// Answers with the manifest.
+        /// Receives the manifest.
         done: oneshot::Sender<Result<PinnedManifest, ShipError>>,
     },
-    /// The log up to now, whoever ships otherwise.
+    /// The log up to its current end, whichever replica ships otherwise.
     Log {
-        /// Answers once the bucket covers it.
+        /// Notified once the bucket covers it.
         done: oneshot::Sender<Result<(), ShipError>>,
     },
-    /// A checkpoint of now that trusts nothing that is in the bucket: all of it is uploaded.
+    /// A checkpoint that trusts nothing in the bucket: everything is uploaded.
     Anew {
-        /// Answers with the manifest.
+        /// Receives the manifest.
         done: oneshot::Sender<Result<PinnedManifest, ShipError>>,
     },
-    /// Its place has changed: it ships from now on, or does not.
+    /// A change of its role: the shipper checks whether it ships.
     Look,
 }
 
@@ -240,7 +240,7 @@ pub enum ShipRequest {
 #[derive(Clone)]
 pub struct ShipHandle {
     requests: mpsc::UnboundedSender<ShipRequest>,
-    /// What the bucket covers.
+    /// Coverage of the log by the bucket.
     pub positions: Arc<Positions>,
 }
 
@@ -252,14 +252,14 @@ impl ShipHandle {
         answer.await.map_err(|_| ShipError::Stopped)?
     }
 
-    /// Waits until the bucket covers the log up to now; this replica ships it if nobody else does.
+    /// Waits until the bucket covers the log up to its current end; this replica ships it if no other does.
     pub async fn log(&self) -> Result<(), ShipError> {
         let (done, answer) = oneshot::channel();
         self.requests.send(ShipRequest::Log { done }).map_err(|_| ShipError::Stopped)?;
         answer.await.map_err(|_| ShipError::Stopped)?
     }
 
-    /// Tells the shipper that what it is to do has changed.
+    /// Notifies the shipper that its role has changed.
     pub(crate) fn look(&self) {
         let _ = self.requests.send(ShipRequest::Look);
     }
@@ -275,25 +275,25 @@ impl ShipHandle {
     }
 }
 
-/// What a shipper works with.
+/// Context of a shipper.
 pub struct ShipContext {
     /// The replica.
     pub replica: Replica,
-    /// Where to.
+    /// The bucket to ship to.
     pub bucket: Bucket,
     /// Its directory, for `ship.json`.
     pub dir: PathBuf,
-    /// A place for checkpoints on the same file system.
+    /// Directory for checkpoints on the same file system.
     pub tmp: PathBuf,
-    /// To open checkpoints.
+    /// Shared engine state, to open checkpoints.
     pub engines: EngineShared,
-    /// For the time in manifests.
+    /// Clock for the time in manifests.
     pub clock: SharedClock,
-    /// Between two chunks.
+    /// Interval between two chunks.
     pub interval: Duration,
-    /// Bytes of log that are kept, at most.
+    /// Upper bound of the log bytes that are kept.
     pub log_cap: u64,
-    /// What all uploads of the node share.
+    /// Limits that all uploads of the node share.
     pub pace: Arc<Pace>,
 }
 
@@ -307,31 +307,31 @@ struct Shipper {
     dirty_since: Option<Instant>,
     pause: Duration,
     not_before: Instant,
-    /// The checkpoint that is being made.
+    /// The checkpoint under way.
     making: Option<Making>,
-    /// Who wants the one after it.
+    /// Requests for the following checkpoint.
     wanted: Vec<(Option<BandRange>, Waiter)>,
-    /// When the last one was published.
+    /// When the last checkpoint was published.
     published: Option<Instant>,
-    /// After failures, the next one that nobody asked for begins a little later each time.
+    /// Pause before the next unrequested checkpoint; grows with each failure.
     checkpoint_pause: Duration,
     checkpoint_not_before: Instant,
-    /// What attempts that did not get to their manifest have uploaded.
+    /// Files uploaded by attempts that did not reach their manifest.
     uploaded: Arc<Uploaded>,
     ack_pause: Duration,
-    /// Who wants the log to be in the bucket up to an LSN.
+    /// Requests for the log up to an LSN to be in the bucket.
     log_wanted: Vec<(Lsn, oneshot::Sender<Result<(), ShipError>>)>,
-    /// Since when it has been shipping without a break.
+    /// Since when it has been shipping without interruption.
     began: Option<Instant>,
-    /// It knows what others had shipped when it began.
+    /// The archives of the others were read when it began to ship.
     looked: bool,
-    /// Bytes of the next chunk, at most: less after attempts that failed, more after those that did not.
+    /// Upper bound of the bytes of the next chunk: halved by failed attempts, doubled by successful ones.
     chunk_bytes: usize,
-    /// The next checkpoint trusts nothing that is in the bucket.
+    /// The next checkpoint trusts nothing in the bucket.
     anew: bool,
-    /// Why the last checkpoint was not made.
+    /// Why the last checkpoint failed.
     checkpoint_trouble: Option<String>,
-    /// Outages of the bucket that had ended at the last failure.
+    /// Number of ended outages of the bucket at the last failure.
     outages_ended: u64,
 }
 
@@ -384,7 +384,7 @@ impl Shipper {
     async fn run(mut self, mut requests: mpsc::UnboundedReceiver<ShipRequest>, cancel: CancellationToken) {
         let mut due = Instant::now();
         let replica = self.context.replica.clone();
-        // Beside everything that waits for the bucket: the log stays bounded whatever that does.
+        // Independent of all waits for the bucket: the log stays bounded whatever the bucket does.
         let cut = cut::Cut::new(replica.clone(), self.positions.clone(), self.context.log_cap, self.context.interval);
         let _cutting = AbortOnDropHandle::new(tokio::spawn(cut.run(TICK)));
         let mut grown = replica.log().subscribe();
@@ -445,7 +445,7 @@ impl Shipper {
             self.answer_for_the_log();
         }
         self.making = None;
-        // The rest of the log goes out with the node, if the bucket answers.
+        // The rest of the log is shipped before the node stops, if the bucket answers.
         let mut goes_on = self.ships();
         if goes_on && let Err(error) = self.go_on_behind_others().await {
             tracing::warn!(%error, "what others have shipped is not known; the last chunk is not shipped");
@@ -469,14 +469,14 @@ impl Shipper {
         self.note(None);
     }
 
-    /// What keeps this shard from being shipped, for those who ask how the node is.
+    /// Publishes the fault that keeps this shard from being shipped.
     fn note(&self, trouble: Option<&ShipError>) {
         let replica = &self.context.replica;
         let trouble = trouble.map(ToString::to_string).or_else(|| self.checkpoint_trouble.clone());
         self.context.pace.note((replica.keyspace, replica.shard), trouble);
     }
 
-    /// True when there is nothing to do before the log grows or somebody asks.
+    /// Returns true when there is no work before the log grows or a request arrives.
     fn is_at_rest(&self) -> bool {
         let replica = &self.context.replica;
         let ships = self.ships();
@@ -490,7 +490,7 @@ impl Shipper {
             && !replica.ranges().is_being_filled()
     }
 
-    /// What failed because nobody answered need not wait any longer when somebody does.
+    /// Cancels the pauses of failed work when an outage has ended.
     fn hurry_after_an_outage(&mut self) {
         let ended = self.context.bucket.outages_ended();
         if ended != self.outages_ended {
@@ -500,13 +500,13 @@ impl Shipper {
         }
     }
 
-    /// The next checkpoint uploads everything.
+    /// Makes the next checkpoint upload everything.
     fn distrust(&mut self) {
         self.anew = true;
         self.uploaded.forget();
     }
 
-    /// The next attempt is made a little later each time.
+    /// Handles a failure: each further attempt is delayed a little more.
     fn fail(&mut self, error: &ShipError) {
         self.note(Some(error));
         match error {
@@ -531,8 +531,8 @@ impl Shipper {
         );
     }
 
-    /// Another history of this replica is in the bucket: what is written here would never get there, and what
-    /// is there is not served. Nothing more is to be acknowledged on top of that.
+    /// Closes the replica: the bucket holds another history of it. Writes accepted here would never get there, and
+    /// that history is not served; no write must be acknowledged on top of it.
     fn give_up(&self, key: &str) {
         let replica = &self.context.replica;
         if replica.closed().is_none() {
@@ -546,7 +546,7 @@ impl Shipper {
         }
     }
 
-    /// Ships what is there for those who wait for the bucket.
+    /// Ships the log for writes that wait for the bucket.
     async fn ship_for_acks(&mut self) -> Result<(), ShipError> {
         if let Some(wanted) = self.context.replica.bucket_acks().last()
             && self.state.shipped_lsn < wanted
@@ -559,17 +559,17 @@ impl Shipper {
         Ok(())
     }
 
-    /// Answers those who wait for what is shipped: nobody may have taken over what the bucket held before.
+    /// Acknowledges shipped writes: no other replica may have taken over what the bucket held before.
     async fn cover(&mut self) -> Result<(), ShipError> {
         let replica = &self.context.replica;
         let waits_for_what_is_there =
             replica.bucket_acks().first().is_some_and(|first| first <= self.state.shipped_lsn);
-        // A chunk confirms nothing while what it builds on is being put back.
+        // A chunk is no acknowledgement while the objects that it builds on are being uploaded again.
         if !waits_for_what_is_there || self.is_anew() {
             self.ack_pause = ACK_SOON;
             return Ok(());
         }
-        // One that left its placement confirms nothing any more: what it shipped may have been read already.
+        // A replica that left its placement acknowledges no more writes: its archive may have been read already.
         if replica.view().role == Role::Detached {
             replica.bucket_acks().abandon();
             return Ok(());
@@ -579,7 +579,7 @@ impl Shipper {
         let (next, this) = (version(known.0 + 1), version(known.0));
         let bucket = &self.context.bucket;
         let (next, found) = tokio::try_join!(bucket.head(&next), bucket.head(&this))?;
-        // Whoever looks for the data finds it by the catalog.
+        // Readers find the data by the catalog.
         if next.is_none() && found.is_none() {
             return Err(ShipError::NoCatalog(this));
         }
@@ -600,13 +600,13 @@ impl Shipper {
         Ok(())
     }
 
-    /// The replica began with more than its log holds.
+    /// Returns true when the replica began with more than its log holds.
     fn began_full(&self) -> bool {
         self.state.began_full || self.context.replica.ranges().ingested.is_some()
     }
 
-    /// A chunk of a log that does not reach back to the beginning means nothing without a checkpoint, or
-    /// something of another replica that it follows.
+    /// Returns true when chunks are usable: a log that does not reach back to the beginning needs a checkpoint,
+    /// or another replica's archive that it follows.
     fn may_ship_chunks(&self) -> bool {
         self.state.manifest.is_some() || self.state.went_on_behind.is_some() || !self.began_full()
     }
@@ -615,18 +615,18 @@ impl Shipper {
         self.positions.does_ship() || !self.log_wanted.is_empty()
     }
 
-    /// It is not the one that ships when everybody is there.
+    /// Returns true when this replica is not the one that ships while all are well.
     fn stands_in(&self) -> bool {
         self.positions.stands_in.load(Ordering::Acquire) || !self.positions.ships.load(Ordering::Acquire)
     }
 
-    /// Somebody waits until the bucket covers the log.
+    /// Returns true when a request or a write waits until the bucket covers the log.
     fn is_waited_for(&self) -> bool {
         !self.log_wanted.is_empty() || self.context.replica.bucket_acks().last().is_some()
     }
 
-    /// Begins with a checkpoint because nothing else is possible. In the place of the home, which may be back
-    /// in a moment, only when somebody waits, or it has been away for long: all of the shard goes up.
+    /// Begins a checkpoint because chunks are not possible. In place of the preferred primary, which may be back at
+    /// once, only when a request waits or that has been away for long: the whole shard is uploaded.
     fn begin_checkpoint_instead(&mut self) {
         let for_long = self.began.is_some_and(|began| began.elapsed() >= SHIP_INSTEAD_AFTER);
         if for_long || !self.stands_in() || self.is_waited_for() {
@@ -634,7 +634,7 @@ impl Shipper {
         }
     }
 
-    /// Answers those who wait for what is shipped.
+    /// Completes the requests whose log is shipped.
     fn answer_for_the_log(&mut self) {
         let shipped = self.state.shipped_lsn;
         for (_, waiter) in self.log_wanted.extract_if(.., |(lsn, _)| *lsn <= shipped) {
@@ -671,14 +671,14 @@ impl Shipper {
         let manifest = Lsn(self.positions.manifest.load(Ordering::Acquire));
         let manifest = self.state.went_on_behind.unwrap_or_default().max(manifest);
         if !self.may_ship_chunks() {
-            return Ok(()); // it is not due but needed, or not yet
+            return Ok(()); // a checkpoint is needed rather than due, or not yet
         }
         let since = Replay {
             bytes: replica.log().bytes_after(manifest),
             records: settled.0.saturating_sub(manifest.0),
             chunks: self.state.chunks,
         };
-        // One that is due by its many chunks alone, which those make who wait for the bucket, can wait a little.
+        // A checkpoint that is due only by its many chunks, which waiting bucket writes cause, can wait a little.
         let by_chunks_alone = !checkpoint_is_due(Replay { chunks: 0, ..since });
         let lately = self.published.is_some_and(|at| at.elapsed() < CHECKPOINTS_APART);
         if checkpoint_is_due(since) && !(by_chunks_alone && lately) {
@@ -687,7 +687,7 @@ impl Shipper {
         Ok(())
     }
 
-    /// Ships everything that is settled now, as far as that is possible before a checkpoint.
+    /// Ships all settled records, as far as that is possible before a checkpoint.
     async fn ship_the_log(&mut self) -> Result<(), ShipError> {
         self.go_on_behind_others().await?;
         if !self.may_ship_chunks() {
@@ -699,7 +699,7 @@ impl Shipper {
             let before = self.state.shipped_lsn;
             match self.ship_chunk(Lsn(u64::MAX)).await {
                 Err(ShipError::Log(BinlogError::TooOld { .. })) => {
-                    // The log was given up here: a checkpoint supersedes what is missing.
+                    // The log was truncated here at its cap: a checkpoint supersedes the missing part.
                     self.begin_checkpoint_instead();
                     return Ok(());
                 }
@@ -712,7 +712,7 @@ impl Shipper {
         Ok(())
     }
 
-    /// Ships the next chunk, nothing of it behind `limit`.
+    /// Ships the next chunk, with no record behind `limit`.
     #[tracing::instrument(name = "ship a chunk", skip_all, fields(keyspace = self.context.replica.keyspace.0, shard = self.context.replica.shard.0))]
     async fn ship_chunk(&mut self, limit: Lsn) -> Result<(), ShipError> {
         let replica = self.context.replica.clone();
@@ -725,7 +725,7 @@ impl Shipper {
         if settled <= after {
             return Ok(());
         }
-        // Twice: as records and as the object.
+        // The bytes are held twice: as records and as the object.
         let memory = 2 * log.bytes_after(after).min(bytes_max as u64);
         let pace = self.context.pace.clone();
         let _turn = pace.log_turn(memory).await.ok_or(ShipError::Stopped)?;
@@ -733,7 +733,7 @@ impl Shipper {
             && self.context.bucket.head(&previous).await?.is_none()
         {
             self.state.previous = None;
-            // The checkpoint that puts everything back takes the log up to it along.
+            // The checkpoint that uploads everything anew ships the log up to it as well.
             if !self.making.as_ref().is_some_and(Making::is_anew) {
                 return Err(ShipError::Lost(previous));
             }
@@ -766,7 +766,7 @@ impl Shipper {
         match self.context.bucket.create(&key, encoded.clone()).await {
             Ok(Create::Created) => {}
             Ok(Create::Exists(found)) => {
-                // Shipped before a crash that came before ship.json, or by an attempt whose answer was lost: the
+                // Shipped before a crash that preceded ship.json, or by an attempt whose answer was lost: the
                 // same records, perhaps fewer or more.
                 let in_the_way = |what: String| ShipError::InTheWay { key: key.clone(), what };
                 let found = Chunk::decode(&found).map_err(|error| in_the_way(error.to_string()))?;
@@ -782,7 +782,7 @@ impl Shipper {
                 last = found.last_lsn;
             }
             Err(error) => {
-                // What takes too long as a whole may go in parts.
+                // An upload that takes too long as a whole may succeed in parts.
                 self.chunk_bytes = (self.chunk_bytes / 2).max(CHUNK_BYTES_MIN);
                 return Err(error.into());
             }
@@ -797,7 +797,7 @@ impl Shipper {
 
     fn save(&self) -> Result<(), ShipError> {
         write_json(&self.context.dir.join("ship.json"), &self.state)?;
-        // Never more than what there is without a gap.
+        // The positions never claim more than is covered without a gap.
         self.positions.chained_from.store(self.state.chained_from().0, Ordering::Release);
         self.positions.shipped.store(self.state.shipped_lsn.0, Ordering::Release);
         if let Some(manifest) = &self.state.manifest {

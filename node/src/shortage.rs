@@ -1,31 +1,31 @@
-//! Shortages that pass: a full disk, no descriptors left. What ran into one is not damaged: it can go on as soon
-//! as there is room again.
+//! Passing shortages: a full disk, no free descriptors. A replica that ran into one is not damaged: it can continue
+//! as soon as the shortage is over.
 //!
-//! **Invariant:** only what certainly says so counts as a shortage; everything else that fails stays failed until
-//! somebody has looked.
+//! **Invariant:** only an error that certainly names a shortage counts as one; any other failure stays until an
+//! operator has checked it.
 
 use std::fs::File;
 use std::path::Path;
 
 use vasto_core::limits::{DISK_LOW_BYTES_MAX, DISK_LOW_BYTES_MIN};
 
-/// What there is too little of.
+/// The resource that is short.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Shortage {
-    /// Room on the disk, or in a quota of it.
+    /// Space on the disk, or in a quota of it.
     Disk,
     /// Descriptors, of the process or of the machine.
     Descriptors,
     /// Threads.
     Threads,
-    /// The database of a replica that has just been closed: its last user is about to let go of it.
+    /// The database of a replica that has just been closed: its last user is about to release it.
     Database,
 }
 
-/// How a replica says that its writer did not get a thread.
+/// Error of a replica whose writer did not get a thread.
 pub const NO_THREAD: &str = "there is no thread for its writer";
 
-/// How the operating system, the standard library and RocksDB name them.
+/// Texts by which the operating system, the standard library and RocksDB name shortages.
 const WORDS: [(&str, Shortage); 7] = [
     ("No space left on device", Shortage::Disk),
     ("no space left", Shortage::Disk),
@@ -36,16 +36,16 @@ const WORDS: [(&str, Shortage); 7] = [
     ("lock is held by current process", Shortage::Database),
 ];
 
-/// Descriptors that must be free before what ran out of them is tried again: what opening a replica takes.
+/// Descriptors that must be free before a retry: the number that opening a replica takes.
 const DESCRIPTORS_WANTED: usize = 48;
 
-/// The shortage that an error tells of, if it does.
-pub fn told_by(error: &str) -> Option<Shortage> {
+/// Returns the shortage that an error names, if any.
+pub fn shortage_of(error: &str) -> Option<Shortage> {
     WORDS.iter().find(|(words, _)| error.contains(words)).map(|(_, shortage)| *shortage)
 }
 
 impl Shortage {
-    /// Whether it is over, for what lives in this directory.
+    /// Returns whether the shortage is over for files in this directory.
     pub fn is_over(self, dir: &Path) -> bool {
         match self {
             Shortage::Disk => DiskRoom::of(dir).is_some_and(|room| room.is_comfortable()),
@@ -61,33 +61,33 @@ fn can_open(count: usize) -> bool {
     files.is_ok()
 }
 
-/// Room on the file system of a directory, bytes.
+/// Space on the file system of a directory, bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DiskRoom {
-    /// What an unprivileged process may still use.
+    /// Bytes that an unprivileged process may still use.
     pub free: u64,
-    /// All of it.
+    /// Total bytes.
     pub total: u64,
 }
 
 impl DiskRoom {
-    /// What is there now; nothing when the file system does not say.
+    /// Reads the current space; `None` when the file system does not report it.
     pub fn of(dir: &Path) -> Option<Self> {
         let found = rustix::fs::statvfs(dir).ok()?;
         Some(Self { free: found.f_bavail * found.f_frsize, total: found.f_blocks * found.f_frsize })
     }
 
-    /// Below this, what is free belongs to flushes, compactions and what others have written already.
+    /// Returns the reserve: free space below it belongs to flushes, compactions and data that is written already.
     fn reserve(self) -> u64 {
         (self.total / 50).clamp(DISK_LOW_BYTES_MIN, DISK_LOW_BYTES_MAX)
     }
 
-    /// Clients' writes are refused before anything is written.
+    /// Returns true when client writes are to be refused.
     pub fn is_low(self) -> bool {
         self.free < self.reserve()
     }
 
-    /// They are taken again: more than at the edge, so that it does not go to and fro.
+    /// Returns true when client writes can be accepted again: above the reserve by a margin, against flapping.
     pub fn is_comfortable(self) -> bool {
         self.free >= self.reserve() + self.reserve() / 4
     }
@@ -109,7 +109,7 @@ mod tests {
             ("IO error: No space left on device: While appending to file: /d/1.sst".to_owned(), Shortage::Disk),
             ("IO error: While open a file for lock: /d/LOCK: Too many open files".to_owned(), Shortage::Descriptors),
         ] {
-            assert_eq!(told_by(&error), Some(shortage), "{error}");
+            assert_eq!(shortage_of(&error), Some(shortage), "{error}");
         }
         for other in [
             Error::from_raw_os_error(5).to_string(),
@@ -117,7 +117,7 @@ mod tests {
             "Corruption: block checksum mismatch".to_owned(),
             "the replica was closed".to_owned(),
         ] {
-            assert_eq!(told_by(&other), None, "{other}");
+            assert_eq!(shortage_of(&other), None, "{other}");
         }
     }
 

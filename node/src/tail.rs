@@ -1,8 +1,8 @@
 //! Streams a replica's log to the replica of another shard that takes over some of its keys.
 //!
 //! **Invariants**
-//! - Only settled records are streamed, in order, without a gap; `covered_lsn` says up to where
-//!   everything that concerns the asking shard has been sent.
+//! - Only settled records are streamed, in order, without a gap; `covered_lsn` is the LSN up to which
+//!   everything that concerns the requesting shard has been sent.
 //! - A position that the log no longer reaches is an explicit error, never a silent jump.
 //! - Served in every state of the replica.
 
@@ -23,14 +23,14 @@ use vasto_proto::convert::status_of;
 use vasto_proto::v1;
 
 use crate::binlog::{BinlogError, LogReader};
-use crate::core::NodeCore;
+use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 
 /// Bytes read from the log for one frame.
 const FRAME_BYTES: usize = 1 << 20;
-/// Frames that may wait for a slow reader.
+/// Frames that may be buffered for a slow reader.
 const FRAMES_AHEAD: usize = 4;
-/// Progress that carries no records is announced at most this often.
+/// Minimum interval of progress frames without records.
 const QUIET_FRAME: Duration = Duration::from_millis(10);
 
 /// The shard whose entries a tail wants.
@@ -43,7 +43,7 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// The entries of a record that belong to the shard.
+    /// Returns the entries of a record that belong to the shard.
     pub fn pick(&self, record: Record) -> Vec<KeyEntry> {
         let Body::Data { entries, .. } = record.body else { return Vec::new() };
         entries
@@ -59,15 +59,15 @@ impl Filter {
 /// The frames of a tail.
 pub type TailStream = Pin<Box<dyn Stream<Item = Result<v1::TailFrame, Status>> + Send>>;
 
-/// Begins a tail.
+/// Starts a tail.
 // A gRPC status is large, and this is not a hot path.
 #[allow(clippy::result_large_err)]
-pub fn serve(core: &NodeCore, request: &v1::TailRequest) -> Result<TailStream, Status> {
+pub fn serve(registry: &NodeRegistry, request: &v1::TailRequest) -> Result<TailStream, Status> {
     if !vasto_core::band::is_legal_shard_count(request.final_shards) || request.final_shard >= request.final_shards {
         return Err(status_of(&VastoError::new(ErrorCode::InvalidArgument, "the tail names no legal shard")));
     }
     let (keyspace, id) = (KeyspaceId(request.keyspace_id), ReplicaId(request.replica_id));
-    let replica = core.replica(keyspace, id).ok_or_else(|| {
+    let replica = registry.replica(keyspace, id).ok_or_else(|| {
         status_of(&VastoError::new(
             ErrorCode::Unavailable,
             format!("replica {id} of keyspace {keyspace} is not open on this node"),
@@ -76,7 +76,7 @@ pub fn serve(core: &NodeCore, request: &v1::TailRequest) -> Result<TailStream, S
     let reader = replica.log().reader(Lsn(request.after_lsn)).map_err(|error| log_status(&error))?;
     let filter = Filter { shard: ShardId(request.final_shard), shards: request.final_shards };
     let (frames, receiver) = channel(FRAMES_AHEAD);
-    // Ends when the reader is gone: sending fails then, also while the log is idle.
+    // Ends when the reader disconnects: sending fails then, also while the log is idle.
     tokio::spawn(async move {
         if let Err(status) = stream(replica, reader, filter, &frames).await {
             let _ = frames.send(Err(status)).await;
@@ -100,7 +100,7 @@ async fn stream(
     frames: &Sender<Result<v1::TailFrame, Status>>,
 ) -> Result<(), Status> {
     let mut synced = replica.log().subscribe();
-    // Says how far behind the reader is, also when the log is idle.
+    // Reports how far behind the reader is, also when the log is idle.
     let hello =
         v1::TailFrame { records: Vec::new(), covered_lsn: reader.position().0, head_lsn: replica.log().synced_lsn().0 };
     if frames.send(Ok(hello)).await.is_err() {

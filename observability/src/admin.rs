@@ -1,8 +1,8 @@
 //! The admin HTTP server: `/healthz`, `/readyz` and `/metrics` for probes and for Prometheus.
 //!
-//! Invariant: it holds no state of its own and changes nothing, so it may be asked at any time,
-//! also while the process starts and while it stops.
-//! It has no authentication; who may reach it is decided by the address it is bound to.
+//! Invariant: the server holds no state of its own and changes nothing, so it may be queried at any time, also while
+//! the process starts and while it stops.
+//! The server has no authentication; the address it is bound to decides which clients can reach it.
 
 use std::{io, net::SocketAddr, time::Duration};
 
@@ -19,38 +19,37 @@ use tokio_util::sync::CancellationToken;
 
 use crate::Readiness;
 
-/// How long open connections may go on after the stop was asked for. A scrape takes
-/// milliseconds; a client that never finishes its request must not hold up the process, which
-/// promises to be gone within 10 s.
+/// Time that open connections may continue after the stop. A scrape takes milliseconds; a client that never finishes
+/// its request must not hold up the process, which promises to end within 10 s.
 const STOP_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Why the admin server could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum AdminError {
-    /// Another process has the port.
+    /// Another process uses the port.
     #[error(
         "the admin address {listen} is in use by another process; \
          stop that process, or choose another port with --admin-listen (port 0 picks a free one)"
     )]
     InUse {
-        /// The address that was asked for.
+        /// The requested address.
         listen: SocketAddr,
     },
-    /// The operating system refused for another reason.
+    /// The operating system reported another error.
     #[error(
         "cannot listen on the admin address {listen}: {source}; \
          check that this machine has the address and that you may use the port, \
          or choose another with --admin-listen"
     )]
     Bind {
-        /// The address that was asked for.
+        /// The requested address.
         listen: SocketAddr,
-        /// What the operating system said.
+        /// The error of the operating system.
         source: io::Error,
     },
 }
 
-/// A running admin server. It stops when the token it was started with is cancelled.
+/// A running admin server. It stops when the token passed to [`AdminServer::start`] is cancelled.
 #[derive(Debug)]
 pub struct AdminServer {
     addr: SocketAddr,
@@ -89,7 +88,7 @@ impl AdminServer {
         Ok(AdminServer { addr, task })
     }
 
-    /// The address that was bound, with the real port.
+    /// Returns the bound address, with the real port.
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
@@ -133,8 +132,8 @@ async fn readyz(State(sources): State<Sources>) -> Response {
 }
 
 async fn metrics(State(sources): State<Sources>) -> Response {
-    // Gathering runs the callbacks of observable instruments; one that waits for a lock must
-    // not hold a thread that serves requests.
+    // Gathering runs the callbacks of observable instruments; a callback that waits for a lock must not block a
+    // thread that serves requests.
     let gathered = tokio::task::spawn_blocking(move || encode(&sources.registry)).await;
     match gathered {
         Ok(Ok(text)) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),

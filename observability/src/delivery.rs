@@ -1,6 +1,6 @@
-//! Whether telemetry reaches its collector, told in the log: a collector that is away is one line a minute.
+//! Logs whether telemetry reaches its collector: a collector that is away costs one line a minute.
 //!
-//! **Invariant:** what the exporters report goes on to the SDK unchanged.
+//! **Invariant:** the results of the exporters reach the SDK unchanged.
 
 use std::{
     sync::Mutex,
@@ -14,12 +14,12 @@ use opentelemetry_sdk::{
     trace::{SpanData, SpanExporter},
 };
 
-/// A collector that stays away is told this often.
+/// Interval between warnings about a collector that stays away.
 const TOLD_EVERY: Duration = Duration::from_secs(60);
 
-/// An exporter whose failures are told.
+/// An exporter whose failures are logged.
 #[derive(Debug)]
-pub(crate) struct Told<E> {
+pub(crate) struct CountedExporter<E> {
     inner: E,
     what: &'static str,
     endpoint: String,
@@ -28,18 +28,18 @@ pub(crate) struct Told<E> {
 
 #[derive(Debug, Default)]
 struct Failures {
-    /// Since the last delivery.
+    /// Failures since the last delivery.
     count: u64,
     told: Option<Instant>,
 }
 
-/// What to say about one more outcome.
+/// The line to log after an export.
 #[derive(Debug, PartialEq, Eq)]
 enum Say {
     Nothing,
-    /// So many in a row have failed.
+    /// This many exports in a row have failed.
     Failing(u64),
-    /// After so many.
+    /// An export succeeded after this many failures.
     Delivered(u64),
 }
 
@@ -58,9 +58,9 @@ impl Failures {
     }
 }
 
-impl<E> Told<E> {
-    pub(crate) fn new(inner: E, what: &'static str, endpoint: &str) -> Told<E> {
-        Told { inner, what, endpoint: endpoint.to_owned(), failures: Mutex::default() }
+impl<E> CountedExporter<E> {
+    pub(crate) fn new(inner: E, what: &'static str, endpoint: &str) -> CountedExporter<E> {
+        CountedExporter { inner, what, endpoint: endpoint.to_owned(), failures: Mutex::default() }
     }
 
     fn tell(&self, result: &OTelSdkResult) {
@@ -79,7 +79,7 @@ impl<E> Told<E> {
     }
 }
 
-impl<E: SpanExporter> SpanExporter for Told<E> {
+impl<E: SpanExporter> SpanExporter for CountedExporter<E> {
     async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
         let result = self.inner.export(batch).await;
         self.tell(&result);
@@ -99,7 +99,7 @@ impl<E: SpanExporter> SpanExporter for Told<E> {
     }
 }
 
-impl<E: PushMetricExporter> PushMetricExporter for Told<E> {
+impl<E: PushMetricExporter> PushMetricExporter for CountedExporter<E> {
     async fn export(&self, metrics: &ResourceMetrics) -> OTelSdkResult {
         let result = self.inner.export(metrics).await;
         self.tell(&result);

@@ -15,7 +15,7 @@ pub enum LogFormat {
 }
 
 impl LogFormat {
-    /// True when lines are to be JSON, given whether stderr is a terminal.
+    /// Returns true when lines are JSON, given whether stderr is a terminal.
     pub fn is_json(self, stderr_is_terminal: bool) -> bool {
         match self {
             LogFormat::Auto => !stderr_is_terminal,
@@ -35,7 +35,7 @@ impl fmt::Display for LogFormat {
     }
 }
 
-/// A word that names no log format.
+/// A word that is not a log format.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a log format; write auto, human or json")]
 pub struct UnknownLogFormat(pub String);

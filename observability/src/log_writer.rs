@@ -1,8 +1,8 @@
-//! The way of log lines to stderr: a bounded queue and one thread that writes.
+//! The path of log lines to stderr: a bounded queue and one writer thread.
 //!
-//! **Invariant:** whoever logs never waits. When nobody reads stderr (a pipe whose reader stands still, a
-//! terminal that is stopped) lines are dropped and counted, and the count is the next line that gets
-//! through. Memory is bounded by [`QUEUE_BYTES_MAX`].
+//! **Invariant:** a thread that logs never waits. When stderr is not read (a pipe with a stalled reader, a stopped
+//! terminal), lines are dropped and counted, and the count is the next line that is written. [`QUEUE_BYTES_MAX`]
+//! bounds the memory.
 
 use std::{
     collections::VecDeque,
@@ -16,10 +16,10 @@ use std::{
 
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Log lines that wait to be written: seconds of a busy server, and nothing beside its other memory.
+/// Log lines that wait to be written: seconds of a busy server, and negligible beside its other memory.
 const QUEUE_BYTES_MAX: usize = 4 << 20;
 
-/// Where log lines go. Cheap to clone.
+/// The destination of log lines. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct LogWriter {
     shared: Arc<Shared>,
@@ -28,7 +28,7 @@ pub(crate) struct LogWriter {
 #[derive(Debug, Default)]
 struct Shared {
     queue: Mutex<Queue>,
-    /// Something was queued, or written.
+    /// A line was queued, or written.
     changed: Condvar,
     dropped: AtomicU64,
 }
@@ -37,14 +37,14 @@ struct Shared {
 struct Queue {
     lines: VecDeque<Vec<u8>>,
     bytes: usize,
-    /// Dropped since the last line that got through.
+    /// Lines dropped since the last line that was written.
     lost: u64,
     /// A line is being written.
     writing: bool,
 }
 
 impl LogWriter {
-    /// The one of stderr.
+    /// Returns the writer of stderr.
     pub(crate) fn stderr() -> LogWriter {
         static STDERR: OnceLock<LogWriter> = OnceLock::new();
         STDERR.get_or_init(|| LogWriter::over(io::stderr())).clone()
@@ -54,7 +54,7 @@ impl LogWriter {
         let shared = Arc::new(Shared::default());
         let writer = LogWriter { shared: shared.clone() };
         let thread = std::thread::Builder::new().name("log-writer".to_owned());
-        // Without the thread lines are queued and then dropped: that must not keep a server from serving.
+        // Without the thread lines are queued and then dropped: a missing log must not keep a server from serving.
         drop(thread.spawn(move || write_forever(&shared, out)));
         writer
     }
@@ -73,12 +73,12 @@ impl LogWriter {
         self.shared.changed.notify_all();
     }
 
-    /// Lines that were dropped so far.
+    /// Returns the number of lines dropped so far.
     pub(crate) fn dropped(&self) -> u64 {
         self.shared.dropped.load(Ordering::Relaxed)
     }
 
-    /// Waits until what was queued is written; false when the time is over first.
+    /// Waits until the queued lines are written; returns false at the deadline.
     pub(crate) fn flush(&self, patience: Duration) -> bool {
         let queue = self.shared.lock();
         let busy = |queue: &mut Queue| queue.writing || !queue.lines.is_empty();
@@ -106,7 +106,7 @@ fn write_forever(shared: &Shared, mut out: impl Write) {
         let lost = std::mem::take(&mut queue.lost);
         queue.writing = true;
         drop(queue);
-        // Nobody can be told that stderr is gone.
+        // A failure cannot be reported anywhere: stderr is gone.
         let _ = out.write_all(&line);
         if lost > 0 {
             let told = format!(
@@ -118,7 +118,7 @@ fn write_forever(shared: &Shared, mut out: impl Write) {
     }
 }
 
-/// One event: the formatting layer writes each with one call.
+/// Writer of one event: the formatting layer writes each event with one call.
 pub(crate) struct Line(LogWriter);
 
 impl Write for Line {
@@ -140,7 +140,7 @@ impl<'a> MakeWriter<'a> for LogWriter {
     }
 }
 
-/// Gives the log lines that wait a moment to be written; for the end of a process.
+/// Waits for the queued log lines to be written, at most `patience`; for the end of a process.
 pub fn flush_logs(patience: Duration) {
     LogWriter::stderr().flush(patience);
 }
@@ -152,7 +152,7 @@ mod tests {
 
     use super::*;
 
-    /// Writes when it is let.
+    /// A writer that blocks until it is released.
     struct Gate {
         open: mpsc::Receiver<()>,
         seen: Arc<Mutex<Vec<u8>>>,
@@ -160,7 +160,7 @@ mod tests {
 
     impl Write for Gate {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            // An error is that everything may pass.
+            // An error means that all writes may pass.
             let _ = self.open.recv();
             self.seen.lock().unwrap().extend_from_slice(bytes);
             Ok(bytes.len())

@@ -1,13 +1,13 @@
-//! Whether a server may be sent work, and if not, why not.
+//! Whether a server is ready for work, and the reason when it is not.
 //!
-//! The flag says what the process knows about itself; it starts as not ready. Probes read it,
-//! and so does whoever starts several roles in one process and waits for all of them.
+//! The flag holds the process's own view; it starts as not ready. Probes read the flag, and so does a caller that
+//! starts several roles in one process and waits for all of them.
 
 use std::sync::Arc;
 
 use tokio::sync::watch;
 
-/// A cheap handle: clones share one flag.
+/// Handle to the readiness flag, cheap to clone: clones share one flag.
 #[derive(Debug, Clone)]
 pub struct Readiness {
     /// `None` when ready, else the reason.
@@ -21,32 +21,32 @@ impl Default for Readiness {
 }
 
 impl Readiness {
-    /// Not ready, with the reason `starting`.
+    /// Creates a flag that is not ready, with the reason `starting`.
     pub fn new() -> Readiness {
         Readiness { state: Arc::new(watch::Sender::new(Some("starting".to_owned()))) }
     }
 
-    /// From now on `/readyz` answers 200.
+    /// Makes `/readyz` answer 200 from now on.
     pub fn set_ready(&self) {
         self.state.send_replace(None);
     }
 
-    /// From now on `/readyz` answers 503 with this reason.
+    /// Makes `/readyz` answer 503 with this reason from now on.
     pub fn set_not_ready(&self, reason: impl Into<String>) {
         self.state.send_replace(Some(reason.into()));
     }
 
-    /// True when ready.
+    /// Returns whether the flag is ready.
     pub fn is_ready(&self) -> bool {
         self.state.borrow().is_none()
     }
 
-    /// Why it is not ready; `None` when it is.
+    /// Returns why the flag is not ready; `None` when it is.
     pub fn reason(&self) -> Option<String> {
         self.state.borrow().clone()
     }
 
-    /// Waits until it is ready. Cancel-safe; callers bring their own deadline.
+    /// Waits until the flag is ready. Cancel-safe; callers set their own deadline.
     pub async fn wait_ready(&self) {
         let mut changes = self.state.subscribe();
         changes.wait_for(Option::is_none).await.expect("the sender lives in `self`, which this borrows");

@@ -1,11 +1,11 @@
 //! One-time set-up of logs, metrics and traces for the process.
 //!
-//! Logs: `tracing` events to stderr, for people on a terminal and JSON otherwise.
-//! Metrics: one OpenTelemetry meter provider, always readable through the Prometheus registry,
-//! and pushed over OTLP as well when an endpoint is given. Traces: only over OTLP.
+//! Logs: `tracing` events to stderr, as text on a terminal and JSON otherwise. Metrics: one OpenTelemetry meter
+//! provider, always readable through the Prometheus registry, and pushed over OTLP as well when an endpoint is given.
+//! Traces: only over OTLP.
 //!
-//! Invariant: `init` works once per process, because the subscriber and the providers are
-//! process-wide; what tells the roles of one process apart are attributes.
+//! Invariant: `init` works once per process, because the subscriber and the providers are process-wide; attributes
+//! distinguish the roles of one process.
 
 use std::{
     io::IsTerminal,
@@ -26,51 +26,50 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-use crate::{LogFormat, delivery::Told, log_writer::LogWriter};
+use crate::{LogFormat, delivery::CountedExporter, log_writer::LogWriter};
 
-/// What is logged when nothing else is said.
+/// The log filter when none is set.
 const DEFAULT_FILTER: &str = "info";
 
-/// How long the last export may take at the end. A collector that is down must not keep the
-/// process from stopping within its 10 s.
+/// Time that the last export may take at shutdown. A collector that is down must not keep the process from stopping
+/// within its 10 s.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(2);
 
-/// How long the last log lines may take at the end, when somebody reads them slowly.
+/// Time that the last log lines may take at shutdown, when stderr is read slowly.
 const LOG_DEADLINE: Duration = Duration::from_millis(500);
 
 /// The target of [`server_span`].
 const SERVER_TARGET: &str = "server";
 
-/// A span that names one of several servers of a process in every line that is logged inside of it,
-/// whatever the log filter says. It is no part of traces.
+/// Creates a span that names one of several servers of a process in every line that is logged inside it, whatever the
+/// log filter. The span is not part of traces.
 pub fn server_span(name: &str) -> tracing::Span {
     tracing::error_span!(target: SERVER_TARGET, "server", node = name)
 }
 
 static INITIALISED: AtomicBool = AtomicBool::new(false);
 
-/// What [`Telemetry::init`] needs to know.
+/// The settings of [`Telemetry::init`].
 #[derive(Debug, Clone, Default)]
 pub struct TelemetryConfig {
-    /// `master`, `node`, `dev`, ...: becomes the service name `vasto-<role>`, unless
-    /// `OTEL_SERVICE_NAME` says otherwise.
+    /// `master`, `node`, `dev`, ...: becomes the service name `vasto-<role>`, unless `OTEL_SERVICE_NAME` is set.
     pub role: String,
     /// The `service.instance.id`: the node id or the address; `<role>-<pid>` when absent.
     pub instance: Option<String>,
     /// A `tracing` filter such as `info,vasto_node=debug`. When absent, the environment
     /// variables `VASTO_LOG`, then `RUST_LOG`, then `info`.
     pub filter: Option<String>,
-    /// How log lines look.
+    /// The form of log lines.
     pub format: LogFormat,
-    /// Where metrics and traces go by OTLP over gRPC, such as `http://127.0.0.1:4317`. When
-    /// absent, `OTEL_EXPORTER_OTLP_ENDPOINT`; when that is not set either, nowhere.
+    /// Endpoint for metrics and traces by OTLP over gRPC, such as `http://127.0.0.1:4317`. When absent,
+    /// `OTEL_EXPORTER_OTLP_ENDPOINT`; when that is not set either, nothing is exported.
     pub otlp_endpoint: Option<String>,
 }
 
 /// Why telemetry could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
-    /// It was set up before, here or by somebody else's subscriber.
+    /// Telemetry was set up before, here or by a foreign subscriber.
     #[error("telemetry is set up already; a process does it once, before its first server starts")]
     AlreadyInitialised,
     /// The filter does not parse.
@@ -81,7 +80,7 @@ pub enum TelemetryError {
     Filter {
         /// The filter as given.
         filter: String,
-        /// What the parser said.
+        /// Error of the parser.
         reason: String,
     },
     /// The OTLP exporter refused its settings.
@@ -92,10 +91,10 @@ pub enum TelemetryError {
     Otlp {
         /// The endpoint as given.
         endpoint: String,
-        /// What the exporter said.
+        /// Error of the exporter.
         reason: String,
     },
-    /// An endpoint with TLS, which this build does not speak towards collectors.
+    /// An endpoint with TLS, which this build does not support for collectors.
     #[error(
         "cannot export telemetry to {endpoint}: export with TLS is not supported; \
          set OTEL_EXPORTER_OTLP_ENDPOINT to the http:// address of a collector on this machine, \
@@ -105,13 +104,13 @@ pub enum TelemetryError {
         /// The endpoint as given.
         endpoint: String,
     },
-    /// OTLP needs the runtime that its connection lives on.
+    /// OTLP needs the runtime that drives its connection.
     #[error("OTLP export needs a Tokio runtime; set up telemetry from inside of it")]
     NoRuntime,
     /// The Prometheus reader could not be registered.
     #[error("cannot set up the Prometheus registry: {reason}; please report this as a bug")]
     Registry {
-        /// What the exporter said.
+        /// Error of the exporter.
         reason: String,
     },
 }
@@ -128,8 +127,7 @@ impl Telemetry {
     /// Installs the log subscriber and the OpenTelemetry providers of the process.
     ///
     /// # Errors
-    /// [`TelemetryError`]; nothing is installed then, except when another subscriber was there
-    /// before.
+    /// [`TelemetryError`]; nothing is installed in that case, except when another subscriber was installed before.
     pub fn init(config: TelemetryConfig) -> Result<Telemetry, TelemetryError> {
         let filter = parse_filter(config.filter.as_deref())?;
         let endpoint = config.otlp_endpoint.clone().or_else(endpoint_from_environment);
@@ -152,13 +150,13 @@ impl Telemetry {
             return Err(TelemetryError::AlreadyInitialised);
         }
 
-        // Before the subscriber: the providers announce themselves with an event each.
+        // Before the subscriber: each provider logs an event when it is set.
         global::set_meter_provider(meters.clone());
         if let Some(tracers) = &tracers {
             global::set_text_map_propagator(TraceContextPropagator::new());
             global::set_tracer_provider(tracers.clone());
         }
-        // The exporter's own connection would trace itself for ever, so only our spans leave.
+        // The exporter's own connection would trace itself endlessly, so only Vasto's spans are exported.
         let spans = tracers.as_ref().map(|tracers| {
             tracing_opentelemetry::layer()
                 .with_tracer(tracers.tracer("vasto"))
@@ -173,7 +171,7 @@ impl Telemetry {
             .map_err(|_| TelemetryError::AlreadyInitialised)?;
         count_dropped(&log);
         let panicked = log.clone();
-        // The usual way writes to stderr itself, and may wait there for ever.
+        // The default hook writes to stderr directly, and may block there for ever.
         std::panic::set_hook(Box::new(move |panic| {
             let backtrace = std::backtrace::Backtrace::capture();
             let backtrace = match backtrace.status() {
@@ -187,26 +185,26 @@ impl Telemetry {
         Ok(Telemetry { registry, meters, tracers })
     }
 
-    /// Checks a `tracing` filter; nothing is set up.
+    /// Checks a `tracing` filter without setting anything up.
     ///
     /// # Errors
-    /// [`TelemetryError::Filter`] with what is wrong.
+    /// [`TelemetryError::Filter`] with the problem.
     pub fn check_filter(filter: &str) -> Result<(), TelemetryError> {
         parse_filter(Some(filter)).map(|_| ())
     }
 
-    /// The registry for [`crate::AdminServer::start`].
+    /// Returns the registry for [`crate::AdminServer::start`].
     pub fn registry(&self) -> Registry {
         self.registry.clone()
     }
 
-    /// A meter of this process; the same as `opentelemetry::global::meter(name)`.
+    /// Returns a meter of this process; the same as `opentelemetry::global::meter(name)`.
     pub fn meter(&self, name: &'static str) -> Meter {
         global::meter(name)
     }
 
-    /// Sends what is still buffered and ends the exporters, within about two seconds. A
-    /// collector that cannot be reached is logged, not an error: the work is done by now.
+    /// Sends buffered telemetry and ends the exporters, within about two seconds. A collector that cannot be reached
+    /// is logged and is not an error: the work is done by now.
     pub async fn shutdown(self) {
         let Telemetry { meters, tracers, .. } = self;
         let ended = tokio::task::spawn_blocking(move || {
@@ -219,7 +217,7 @@ impl Telemetry {
         if tokio::time::timeout(2 * SHUTDOWN_DEADLINE, ended).await.is_err() {
             tracing::info!("the last telemetry was not delivered in time");
         }
-        // Nobody may read.
+        // Stderr may have no reader.
         let _ = tokio::task::spawn_blocking(|| LogWriter::stderr().flush(LOG_DEADLINE)).await;
     }
 }
@@ -261,7 +259,7 @@ fn non_empty_variable(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.trim().is_empty())
 }
 
-/// The builder has read `OTEL_RESOURCE_ATTRIBUTES` and `OTEL_SERVICE_NAME`, which win.
+/// Builds the resource; the builder has read `OTEL_RESOURCE_ATTRIBUTES` and `OTEL_SERVICE_NAME`, which win.
 fn resource(role: &str, instance: Option<&str>) -> Resource {
     let instance = match instance {
         Some(instance) => instance.to_owned(),
@@ -282,7 +280,7 @@ fn meter_provider(
     resource: Resource,
     otlp: Option<&str>,
 ) -> Result<SdkMeterProvider, TelemetryError> {
-    // The scope would add a label to every series that says what its name says already.
+    // The scope would add a label to every series that repeats its name.
     let reader = opentelemetry_prometheus::exporter()
         .with_registry(registry.clone())
         .scope_info_enabled(false)
@@ -295,7 +293,7 @@ fn meter_provider(
             .with_endpoint(endpoint)
             .build()
             .map_err(|error| otlp_error(endpoint, error))?;
-        builder = builder.with_periodic_exporter(Told::new(exporter, "metrics", endpoint));
+        builder = builder.with_periodic_exporter(CountedExporter::new(exporter, "metrics", endpoint));
     }
     Ok(builder.build())
 }
@@ -308,7 +306,7 @@ fn tracer_provider(resource: Resource, endpoint: &str) -> Result<SdkTracerProvid
         .map_err(|error| otlp_error(endpoint, error))?;
     Ok(SdkTracerProvider::builder()
         .with_resource(resource)
-        .with_batch_exporter(Told::new(exporter, "traces", endpoint))
+        .with_batch_exporter(CountedExporter::new(exporter, "traces", endpoint))
         .build())
 }
 

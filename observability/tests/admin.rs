@@ -1,4 +1,4 @@
-//! The admin server as a probe and a scraper see it, over TCP.
+//! The admin server as seen by a probe and a scraper, over TCP.
 #![allow(clippy::unwrap_used)]
 
 use std::{net::SocketAddr, time::Duration};
@@ -14,7 +14,7 @@ use vasto_observability::{AdminError, AdminServer, Readiness, Registry, Telemetr
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Status line and headers, then the body.
+/// Returns the status line with the headers, and the body.
 async fn get(addr: SocketAddr, path: &str) -> (String, String) {
     let mut stream = TcpStream::connect(addr).await.unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\r\n");
@@ -50,7 +50,7 @@ async fn the_three_endpoints_answer_and_a_counter_shows() {
     let (head, body) = get(server.addr(), "/readyz").await;
     assert!(head.starts_with("HTTP/1.1 200") && body == "ready\n", "{head} {body}");
 
-    // Two roles of one process count on the same instrument, told apart by an attribute.
+    // Two roles of one process share an instrument; an attribute distinguishes them.
     let counter = global::meter("vasto-node").u64_counter("vasto.node.ops").build();
     counter.add(3, &[KeyValue::new("node_id", "n-1")]);
     counter.add(4, &[KeyValue::new("node_id", "n-2")]);
@@ -86,7 +86,7 @@ async fn a_client_that_never_finishes_its_request_does_not_hold_up_the_stop() {
     let server = AdminServer::start(any_port(), Registry::new(), Readiness::new(), stop.clone()).await.unwrap();
     let mut slow = TcpStream::connect(server.addr()).await.unwrap();
     slow.write_all(b"GET /metrics HTTP/1.1\r\nHost:").await.unwrap();
-    // One whole request afterwards shows that the accept loop has taken the slow one.
+    // A complete request afterwards shows that the accept loop has accepted the slow connection.
     get(server.addr(), "/healthz").await;
     stop.cancel();
     timeout(DEADLINE, server.join()).await.unwrap();

@@ -18,7 +18,7 @@ use tokio::{net::TcpListener, time::timeout};
 use tonic::{Request, Response, Status, transport::server::TcpIncoming};
 use vasto_observability::{Telemetry, TelemetryConfig};
 
-/// Remembers the names that arrived.
+/// Records the names that arrived.
 #[derive(Clone, Default)]
 struct Collector {
     names: Arc<std::sync::Mutex<BTreeSet<String>>>,

@@ -8,7 +8,7 @@ use vasto_core::topology::{Route, Topology};
 
 use crate::{CODE_HEADER, v1};
 
-/// `None` is the keyspace's own level.
+/// Reads an acknowledgement level; `None` is the keyspace's own.
 pub fn ack_from_wire(ack: i32) -> Option<Ack> {
     match v1::Ack::try_from(ack).unwrap_or_default() {
         v1::Ack::Unspecified => None,
@@ -19,7 +19,7 @@ pub fn ack_from_wire(ack: i32) -> Option<Ack> {
     }
 }
 
-/// The wire number of a level.
+/// Returns the wire number of a level.
 pub fn ack_to_wire(ack: Option<Ack>) -> i32 {
     let ack = match ack {
         None => v1::Ack::Unspecified,
@@ -31,7 +31,7 @@ pub fn ack_to_wire(ack: Option<Ack>) -> i32 {
     ack as i32
 }
 
-/// An error in a reply.
+/// Converts an error for a reply.
 pub fn error_to_wire(error: &VastoError, topology: Option<&Topology>) -> v1::Error {
     v1::Error {
         code: error.code as u32,
@@ -41,12 +41,12 @@ pub fn error_to_wire(error: &VastoError, topology: Option<&Topology>) -> v1::Err
     }
 }
 
-/// The error of a reply.
+/// Reads the error of a reply.
 pub fn error_from_wire(error: &v1::Error) -> VastoError {
     VastoError::new(ErrorCode::from_number(error.code), error.message.clone()).retry_after_ms(error.retry_after_ms)
 }
 
-/// A gRPC status whose metadata carries the code.
+/// Converts an error to a gRPC status whose metadata carries the code.
 pub fn status_of(error: &VastoError) -> Status {
     let code = match error.code {
         ErrorCode::InvalidArgument | ErrorCode::WrongType | ErrorCode::OutOfRange => Code::InvalidArgument,
@@ -65,8 +65,8 @@ pub fn status_of(error: &VastoError) -> Status {
     status
 }
 
-/// The error behind a gRPC status. A status that no Vasto server made says that the server was not
-/// reached (`Unavailable`), that time ran out, or that nobody knows (`Unknown`).
+/// Reads the error behind a gRPC status. A status that no Vasto server made says that the server was not reached
+/// (`Unavailable`), that the deadline passed, or that the outcome is not known (`Unknown`).
 pub fn error_of(status: &Status) -> VastoError {
     let number = status.metadata().get(CODE_HEADER).and_then(|value| value.to_str().ok()?.parse::<u32>().ok());
     let code = match (number, status.code()) {
@@ -80,7 +80,7 @@ pub fn error_of(status: &Status) -> VastoError {
     VastoError::new(code, status.message())
 }
 
-/// A vector, or the part of one that changed.
+/// Converts a vector, or the changed part of one.
 pub fn vector_to_wire<'a>(vector: impl IntoIterator<Item = (&'a Origin, &'a OwnSeq)>) -> Vec<v1::VectorEntry> {
     let entry = |(origin, own_seq): (&Origin, &OwnSeq)| v1::VectorEntry {
         replica_id: origin.replica.0,
@@ -99,7 +99,7 @@ pub fn vector_from_wire(wire: &[v1::VectorEntry]) -> Vector {
     wire.iter().map(entry).collect()
 }
 
-/// A topology as clients and nodes exchange it.
+/// Converts a topology to the form that clients and nodes exchange.
 pub fn topology_to_wire(topology: &Topology) -> v1::Topology {
     v1::Topology {
         keyspace_id: topology.keyspace.0,

@@ -1,11 +1,11 @@
-//! The connections that a server takes.
+//! The connections that a server accepts.
 //!
 //! **Invariants**
-//! - A server has at most so many connections, whatever those who connect do; one more is closed at once, and
-//!   the accept loop never ends because of an error: descriptors that have run out come back.
-//! - A peer that connects and says nothing is closed: it is no client.
+//! - A server has a bounded number of connections, whatever its peers do; one more is closed at once, and the accept
+//!   loop never ends because of an error: exhausted descriptors become free again.
+//! - A peer that connects and sends nothing is closed: it is no client.
 //!
-//! Whoever serves a connection can end it through its [`Hangup`], also while the peer reads nothing.
+//! The task that serves a connection can end it through its [`Hangup`], even while the peer reads nothing.
 
 use std::future::Future;
 use std::io;
@@ -27,13 +27,13 @@ use vasto_core::limits::{ACCEPT_PAUSE, FIRST_BYTE_TIMEOUT};
 pub struct Incoming {
     listener: TcpListener,
     room: Arc<Semaphore>,
-    /// For the first byte of a peer.
+    /// Timeout for the first byte of a peer.
     patience: Duration,
     pause: Option<Pin<Box<Sleep>>>,
 }
 
 impl Incoming {
-    /// At most `most` connections of the listener at a time.
+    /// Accepts at most `most` connections of the listener at a time.
     pub fn new(listener: TcpListener, most: usize) -> Self {
         Self { listener, room: Arc::new(Semaphore::new(most)), patience: FIRST_BYTE_TIMEOUT, pause: None }
     }
@@ -51,12 +51,12 @@ impl Stream for Incoming {
             match ready!(self.listener.poll_accept(cx)) {
                 Ok((stream, peer)) => match self.room.clone().try_acquire_owned() {
                     Ok(permit) => return Poll::Ready(Some(Ok(Connection::new(stream, permit, self.patience)))),
-                    // Dropped, which closes it: the client hears of it at once and may go elsewhere.
+                    // Dropping the stream closes it: the client sees that at once and may go elsewhere.
                     Err(_) => tracing::debug!(%peer, "there is no room for another connection"),
                 },
                 Err(error) => {
                     tracing::debug!(%error, "a connection could not be accepted");
-                    // What has run out is not there again at once; an aborted connection costs a moment, too.
+                    // An exhausted resource is not free again at once; an aborted connection costs a pause, too.
                     self.pause = Some(Box::pin(tokio::time::sleep(ACCEPT_PAUSE)));
                 }
             }
@@ -64,17 +64,17 @@ impl Stream for Incoming {
     }
 }
 
-/// Ends a connection; a request carries that of its own among its extensions.
+/// Handle that ends a connection; a request carries that of its own connection among its extensions.
 #[derive(Debug, Clone, Default)]
 pub struct Hangup(CancellationToken);
 
 impl Hangup {
-    /// Ends it, with everything that waits to be sent.
+    /// Ends the connection, with everything that waits to be sent.
     pub fn hang_up(&self) {
         self.0.cancel();
     }
 
-    /// Whether it was ended.
+    /// Returns whether the connection was ended.
     pub fn is_hung_up(&self) -> bool {
         self.0.is_cancelled()
     }
@@ -83,7 +83,7 @@ impl Hangup {
 /// One accepted connection, which gives its place back when it ends.
 pub struct Connection {
     stream: TcpStream,
-    /// Until the first byte has come.
+    /// Timer until the first byte has come.
     silence: Option<Pin<Box<Sleep>>>,
     hangup: Hangup,
     hung_up: Pin<Box<WaitForCancellationFutureOwned>>,
@@ -92,7 +92,8 @@ pub struct Connection {
 
 impl Connection {
     fn new(stream: TcpStream, permit: OwnedSemaphorePermit, patience: Duration) -> Self {
-        // Without it small frames wait for each other; a connection that is gone already fails at its first use.
+        // Without TCP_NODELAY small frames wait for each other; a connection that is already gone fails at its first
+        // use.
         let _ = stream.set_nodelay(true);
         let hangup = Hangup::default();
         let hung_up = Box::pin(hangup.0.clone().cancelled_owned());
@@ -110,7 +111,7 @@ impl Connected for Connection {
 
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        // A server always waits for the next byte: this wakes it.
+        // A server always waits for the next byte, so cancellation wakes it here.
         if self.hung_up.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }

@@ -1,7 +1,7 @@
 //! The wire: generated messages and services, and their conversions to and from `vasto-core`.
 //!
-//! **Invariant:** nothing but this crate and its users at the edge sees generated types; the
-//! conversions are total, and what a peer sends can at worst become a typed error.
+//! **Invariant:** only this crate and its users at the edge see generated types; the conversions are total, and a
+//! message of a peer can at worst become a typed error.
 
 /// Generated from `proto/vasto/v1`.
 #[allow(clippy::all, clippy::unwrap_used, missing_docs)]
@@ -12,7 +12,7 @@ pub mod v1 {
 pub mod convert;
 pub mod incoming;
 
-/// Raised when an old node and a new master would misunderstand each other.
+/// Protocol number, raised when an old node and a new master would misunderstand each other.
 pub const PROTOCOL: u32 = 2;
 
 /// Name of the metadata entry of a gRPC status that carries the [`vasto_core::ErrorCode`] number.

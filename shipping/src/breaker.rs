@@ -1,11 +1,11 @@
-//! One opinion for the whole process on whether the bucket answers.
+//! The circuit breaker of the process: whether the bucket answers.
 //!
-//! When several requests in a row went unanswered, all others wait, and one at a time tries, with growing
-//! pauses. So an outage costs a request every few seconds, however many replicas want something, and its
-//! end is found by one of them for all. A store that throttles answers, and serves some: far more refusals
-//! in a row make an outage of it, and until then each request backs off by itself.
+//! When several requests in a row went unanswered, all others wait and one at a time tries, with growing
+//! pauses. So an outage costs a request every few seconds, however many replicas wait, and a single request
+//! detects its end for all. A store that throttles still answers and serves some requests: an outage takes far
+//! more refusals in a row, and until then each request backs off by itself.
 //!
-//! **Invariant:** whoever waits here waits no longer than its own budget.
+//! **Invariant:** no request waits here longer than its own budget.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -15,24 +15,24 @@ use tokio::time::Instant;
 
 use crate::failure::{Failure, Kind};
 
-/// An outage is this weight of failures in a row.
+/// Weight of failures in a row that makes an outage.
 const OUTAGE: u32 = 20;
-/// The weight of a request that nobody answered ...
+/// Weight of an unanswered request ...
 const UNANSWERED: u32 = 4;
-/// ... and of an answer that asks to try again. Where nine of ten requests are throttled, one in eight
+/// ... and of an answer that asks for a retry. Where nine of ten requests are throttled, one in eight
 /// runs of this length is refused throughout; where half are, one in a million.
 const REFUSED: u32 = 1;
-/// Before the first try of one that stands for all ...
+/// Pause before the first trial request of an outage ...
 const PAUSE_FIRST: Duration = Duration::from_millis(250);
-/// ... and the longest, which is how late the end of an outage may be noticed.
+/// ... and the longest pause, which bounds how late the end of an outage is noticed.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
-/// A body of this size is not sent to find out whether anybody is there.
+/// Larger bodies are not sent as trial requests.
 pub(crate) const PROBE_BYTES_MAX: u64 = 256 << 10;
 
-/// See the module.
+/// The breaker of one bucket.
 #[derive(Debug)]
 pub(crate) struct Breaker {
-    state: Mutex<State>,
+    state: Mutex<BreakerState>,
     closed: Notify,
     pause_first: Duration,
     pause_max: Duration,
@@ -45,11 +45,11 @@ impl Default for Breaker {
 }
 
 #[derive(Debug, Default)]
-struct State {
-    /// The weight of the failures in a row.
+struct BreakerState {
+    /// Total weight of the failures in a row.
     failures: u32,
     outage: Option<Outage>,
-    /// Outages that have ended.
+    /// Number of outages that have ended.
     ended: u64,
 }
 
@@ -62,7 +62,7 @@ struct Outage {
     last: Failure,
 }
 
-/// The right to send one request; dropped without a word, it is as if it had never been sent.
+/// The right to send one request; a pass that is dropped without a report counts as a request never sent.
 pub(crate) struct Pass<'a> {
     breaker: &'a Breaker,
     stands_for_all: bool,
@@ -74,7 +74,7 @@ impl Breaker {
         Self { state: Mutex::default(), closed: Notify::new(), pause_first, pause_max }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, BreakerState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -107,24 +107,24 @@ impl Breaker {
         }
     }
 
-    /// True while requests wait.
+    /// Returns true during an outage, while requests wait.
     pub(crate) fn is_open(&self) -> bool {
         self.state().outage.is_some()
     }
 
-    /// How many outages have ended.
+    /// Returns the number of outages that have ended.
     pub(crate) fn ended(&self) -> u64 {
         self.state().ended
     }
 
-    /// Since when nobody answers, and what the last one who tried heard.
+    /// Returns the duration of the current outage and the error of the last request.
     pub(crate) fn outage(&self) -> Option<(Duration, String)> {
         self.state().outage.as_ref().map(|outage| (outage.since.elapsed(), outage.last.detail.clone()))
     }
 }
 
 impl Pass<'_> {
-    /// What came of it.
+    /// Reports the outcome of the request.
     pub(crate) fn tell(mut self, failure: Option<&Failure>) {
         self.is_told = true;
         let mut state = self.breaker.state();
@@ -153,7 +153,7 @@ impl Pass<'_> {
                 drop(state);
                 self.breaker.closed.notify_waiters();
             }
-            // Sent before the outage was one.
+            // Sent before the outage began.
             Some(_) => {}
             None => {
                 state.failures += weight;
@@ -167,7 +167,7 @@ impl Pass<'_> {
         }
     }
 
-    /// It failed for a reason of its own, which says nothing about others.
+    /// Drops the pass of a request whose failure says nothing about other requests.
     pub(crate) fn say_nothing(self) {}
 }
 
@@ -218,14 +218,14 @@ mod tests {
                     sent.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                 }
                 tokio::time::sleep(Duration::from_millis(1)).await;
-                pass.tell((!well).then(slow_down).as_ref());
+                pass.tell((!well).then(unanswered).as_ref());
                 if well {
                     return;
                 }
             }
         });
         futures::future::join_all(work).await;
-        // Each may have had one under way when it began.
+        // Each task may have had one request under way when the outage began.
         let sent = sent.into_inner();
         assert!((WANT..WANT + 30).contains(&sent), "{sent} requests, like {} in a minute", sent - WANT);
     }
@@ -246,7 +246,7 @@ mod tests {
         assert!(began.elapsed() >= patience && began.elapsed() < patience * 20, "{:?}", began.elapsed());
         drop(trying);
         let trying = breaker.pass(Duration::ZERO).await.ok().unwrap();
-        // That there is no such object is an answer.
+        // "No such object" is an answer.
         let answer = Failure { kind: Kind::NotFound, transient: false, detail: String::new() };
         trying.tell(Some(&answer));
         assert!(!breaker.is_open());

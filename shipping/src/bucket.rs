@@ -1,10 +1,10 @@
-//! The bucket: the only door to object storage.
+//! The bucket: the only access to object storage.
 //!
-//! **Invariant:** nothing here overwrites. [`Bucket::create`] answers `Created` only when the bytes
+//! **Invariant:** no operation overwrites an object. [`Bucket::create`] returns `Created` only when the bytes
 //! under the key are the caller's own, also when the reply to an earlier attempt was lost.
 //!
-//! How URLs become stores is in `open`, what errors mean in `failure` and [`crate::error`], large
-//! uploads in `upload`, checked downloads in [`mod@crate::download`].
+//! `open` turns URLs into stores, `failure` and [`crate::error`] classify errors, `upload` sends large
+//! objects, [`mod@crate::download`] checks downloads.
 
 use std::future::Future;
 use std::ops::Range;
@@ -19,8 +19,8 @@ use object_store::{GetOptions, GetResult, ObjectStore, ObjectStoreExt, PutMode, 
 pub use crate::counts::RequestCounts;
 pub use crate::error::BucketError;
 
-use crate::bill::Usage;
 use crate::breaker::{Breaker, PROBE_BYTES_MAX};
+use crate::cost::Usage;
 use crate::counts::Counters;
 use crate::failure::{Failure, Kind};
 use crate::layout;
@@ -30,14 +30,14 @@ use crate::retry::{Retry, RetryBudget};
 use crate::upload::blocking;
 use crate::wire::Learned;
 
-/// [`Bucket::get`] refuses larger objects: it holds them in memory. Manifests and chunks stay far below.
+/// [`Bucket::get`] refuses larger objects, since it holds them in memory. Manifests and chunks stay far below.
 pub const GET_BYTES_MAX: u64 = 256 << 20;
 
-/// Objects that one page of a listing holds on every store; used to count requests.
+/// Objects in one page of a listing, on every store; used to count requests.
 const LIST_PAGE: u64 = 1000;
 
-/// Where credentials and endpoint come from; what is `None` or `false` comes from the standard
-/// AWS, GCP or Azure environment variables.
+/// Credentials and endpoint; the standard AWS, GCP or Azure environment variables replace a field
+/// that is `None` or `false`.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct BucketOptions {
     /// Base URL of an S3-compatible server, e.g. `http://127.0.0.1:9000`.
@@ -65,7 +65,7 @@ impl std::fmt::Debug for BucketOptions {
     }
 }
 
-/// What a create-if-absent found.
+/// The outcome of a create-if-absent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Create {
     /// The caller's bytes are under the key.
@@ -74,7 +74,7 @@ pub enum Create {
     Exists(Bytes),
 }
 
-/// An object as a listing shows it.
+/// An object as a listing reports it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ObjectInfo {
     /// Key, relative to the root.
@@ -90,7 +90,7 @@ pub struct ObjectInfo {
 pub struct Uploaded {
     /// Size.
     pub bytes: u64,
-    /// CRC-32C of the whole.
+    /// CRC-32C of the whole file.
     pub crc32c: u32,
 }
 
@@ -146,60 +146,60 @@ impl Bucket {
         Bucket { inner: Arc::new(inner), budget: RetryBudget::default() }
     }
 
-    /// The same bucket (and counts), with another patience.
+    /// Returns the same bucket (and counts) with another retry budget.
     pub fn with_retry(&self, budget: RetryBudget) -> Bucket {
         Bucket { inner: Arc::clone(&self.inner), budget }
     }
 
-    /// The store beneath, past all checks and counts, with the prefix still to be put before each
+    /// Returns the underlying store, which bypasses all checks and counts and expects the prefix before each
     /// key; for tests that damage objects.
     pub fn raw_store(&self) -> Arc<dyn ObjectStore> {
         Arc::clone(&self.inner.store)
     }
 
-    /// The URL it was opened with; it holds no secrets.
+    /// Returns the URL it was opened with; it holds no secrets.
     pub fn url(&self) -> &str {
         &self.inner.url
     }
 
-    /// Requests and bytes so far.
+    /// Returns the requests and bytes so far.
     pub fn counts(&self) -> RequestCounts {
         self.inner.counters.snapshot()
     }
 
-    /// The same, with the time since the bucket was opened.
+    /// Returns the same counts, with the time since the bucket was opened.
     pub fn usage(&self) -> Usage {
         Usage { counts: self.counts(), elapsed: self.inner.opened.elapsed() }
     }
 
-    /// Since when nobody has answered, and what was heard last; `None` while the bucket answers.
+    /// Returns the duration of the current outage and the last error; `None` while the bucket answers.
     pub fn outage(&self) -> Option<(Duration, String)> {
         self.inner.breaker.outage()
     }
 
-    /// How many times the bucket has begun to answer again: whoever waits after a failure need not any more.
+    /// Returns the number of outages that have ended: when it rises, a caller in backoff may retry at once.
     pub fn outages_ended(&self) -> u64 {
         self.inner.breaker.ended()
     }
 
-    /// What lies among the objects and is none, as far as listings have found it since this was asked last.
+    /// Returns the foreign objects that listings have found since the last call.
     pub fn take_strangers(&self) -> Vec<String> {
         self.inner.learned.strangers.take()
     }
 
-    /// How far the store's clock is ahead of this machine's, seconds; 0 while that is not known.
+    /// Returns the seconds that the store's clock is ahead of this machine's; 0 while that is unknown.
     pub fn clock_ahead_s(&self) -> i64 {
         self.inner.learned.ahead_s()
     }
 
-    /// Answers the counts as long as anybody holds the bucket, and does not hold it.
+    /// Returns a source of the counts that works while the bucket is open, and does not keep it open.
     pub(crate) fn counts_while_open(&self) -> impl Fn() -> Option<RequestCounts> + Send + Sync + use<> {
         let inner = Arc::downgrade(&self.inner);
         move || inner.upgrade().map(|inner| inner.counters.snapshot())
     }
 
-    /// Finds out, with five small requests, that the bucket can be reached, read and written, and
-    /// that it honours create-if-absent. Answers within about 5 s, also when nobody is there.
+    /// Checks, with five small requests, that the bucket can be reached, read and written, and
+    /// that it honours create-if-absent. Returns within about 5 s, also when the bucket does not answer.
     ///
     /// # Errors
     /// `Unreachable`, `NoCredentials`, `AccessDenied`, `UnknownBucket`, `IgnoresConditions`.
@@ -229,7 +229,7 @@ impl Bucket {
             return refuse("a fresh name held an object");
         }
         let again = self.create(&key, second).await;
-        // Whoever may write need not be allowed to delete; a probe that stays behind is collected.
+        // Write permission need not include delete; gc removes a probe that stays behind.
         if let Err(error) = self.delete(&key).await {
             tracing::debug!(%error, key, "the probe could not be removed");
         }
@@ -242,7 +242,7 @@ impl Bucket {
 
     /// Writes the object unless the key is taken.
     ///
-    /// When the store says that it is taken (also 409 and 412), the object is read back: the same
+    /// When the store reports that the key is taken (also 409 and 412), the object is read back: the same
     /// bytes mean that an earlier attempt of this call succeeded and its reply was lost. So bodies
     /// that decide something must carry a nonce.
     ///
@@ -277,7 +277,7 @@ impl Bucket {
         }
     }
 
-    /// The whole object, or `None` when there is none.
+    /// Returns the whole object, or `None` when there is none.
     pub async fn get(&self, key: &str) -> Result<Option<Bytes>, BucketError> {
         let path = self.path(key)?;
         let read = || async {
@@ -288,7 +288,7 @@ impl Bucket {
             }
             let mut body = BytesMut::with_capacity(size as usize);
             let mut stream = result.into_stream();
-            // However slow it is, as long as it does not stand still.
+            // The body may be slow, but must not stall.
             while let Some(part) = within(self.budget.attempt, async { stream.next().await.transpose() }).await? {
                 self.inner.counters.received(part.len() as u64);
                 body.extend_from_slice(&part);
@@ -308,7 +308,7 @@ impl Bucket {
         }
     }
 
-    /// Up to `bytes` bytes of the object's beginning, with the size of the whole; `None` when there is none.
+    /// Returns up to `bytes` bytes of the object's beginning and the size of the whole; `None` without an object.
     pub(crate) async fn beginning(&self, key: &str, bytes: u64) -> Result<Option<(Bytes, u64)>, BucketError> {
         let path = self.path(key)?;
         let read = || async {
@@ -325,12 +325,12 @@ impl Bucket {
         }
     }
 
-    /// The object's size, or `None` when there is none.
+    /// Returns the object's size, or `None` when there is none.
     pub async fn head(&self, key: &str) -> Result<Option<u64>, BucketError> {
         Ok(self.look_at(key).await?.map(|found| found.bytes))
     }
 
-    /// What a listing would show of the object, or `None` when there is none.
+    /// Returns what a listing would report of the object, or `None` when there is none.
     pub async fn look_at(&self, key: &str) -> Result<Option<ObjectInfo>, BucketError> {
         let path = self.path(key)?;
         let head = || async {
@@ -344,21 +344,21 @@ impl Bucket {
         }
     }
 
-    /// All objects in the folder `prefix` (which ends with `/`; the empty prefix is everything), in
-    /// no particular order. For start-up and fsck only: no decision rests on a listing. What is there and
-    /// cannot be an object of Vasto is passed by, and told by [`Bucket::take_strangers`].
+    /// Lists all objects in the folder `prefix` (which ends with `/`; the empty prefix is everything), in
+    /// no particular order. For start-up and fsck only: no decision rests on a listing. Foreign objects, whose
+    /// names Vasto cannot use, are skipped; [`Bucket::take_strangers`] returns them.
     pub async fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>, BucketError> {
         Ok(self.list_all(prefix).await?.objects)
     }
 
-    /// The same, with what interrupted writes have left beside the objects.
+    /// Lists the same, with the files that interrupted writes have left beside the objects.
     pub async fn list_all(&self, prefix: &str) -> Result<Listing, BucketError> {
         let mut all = Listing::default();
         self.list_until(prefix, &mut all, |_| false).await?;
         Ok(all)
     }
 
-    /// The first object that is more than the probe of a start; `None`: nobody has written anything here.
+    /// Returns the first object other than a start-up probe; `None` when nothing was ever written here.
     pub async fn any_object(&self) -> Result<Option<String>, BucketError> {
         let mut all = Listing::default();
         let is_other = |object: &ObjectInfo| !object.key.starts_with("probe/");
@@ -366,7 +366,7 @@ impl Bucket {
         Ok(all.objects.into_iter().find(is_other).map(|object| object.key))
     }
 
-    /// Lists page by page until a page will do. One that fails is asked for again.
+    /// Lists page by page until `will_do` accepts a page. A page that fails is requested again.
     async fn list_until(
         &self,
         prefix: &str,
@@ -423,13 +423,13 @@ impl Bucket {
         Ok(())
     }
 
-    /// Removes the object; one that is not there is fine.
+    /// Removes the object; a missing object is no error.
     pub async fn delete(&self, key: &str) -> Result<(), BucketError> {
         self.delete_many(&[key]).await
     }
 
-    /// Removes these objects, on S3 in one request for up to a thousand of them; those that are not there are
-    /// fine. After an error some of them may be gone.
+    /// Removes these objects, on S3 in one request for up to a thousand of them; missing objects are
+    /// no error. After an error some of them may be gone.
     pub async fn delete_many(&self, keys: &[&str]) -> Result<(), BucketError> {
         let mut left = Vec::with_capacity(keys.len());
         for key in keys {
@@ -442,7 +442,7 @@ impl Bucket {
                 (0..if batches { 1 } else { left.len() }).for_each(|_| self.inner.counters.delete());
                 let paths: Vec<_> = left.iter().map(|(_, path)| Ok(path.clone())).collect();
                 let stream = self.inner.store.delete_stream(futures::stream::iter(paths).boxed());
-                // One answer for each, in the same order; a batch that fails whole has one answer.
+                // The store returns an answer for each key, in order; for a batch that fails whole it returns one.
                 let answers: Vec<object_store::Result<ObjectPath>> = stream.collect().await;
                 let whole = answers.len() != left.len();
                 let mut first = None;
@@ -503,7 +503,7 @@ impl Bucket {
         }
     }
 
-    /// One GET, counted, not retried; the caller counts the body.
+    /// Sends one GET, counted, not retried; the caller counts the body.
     pub(crate) async fn get_once(&self, path: &ObjectPath, range: Option<Range<u64>>) -> Result<GetResult, Failure> {
         self.inner.counters.get();
         let options = GetOptions { range: range.map(Into::into), ..GetOptions::default() };
@@ -530,9 +530,8 @@ impl Bucket {
         self.budget
     }
 
-    /// One attempt, in its turn when the bucket does not answer, cut off after `limit`. `sends` bytes of it go
-    /// up: they are not sent to find out whether anybody is there, and how long they take says nothing about
-    /// others.
+    /// Makes one attempt, cut off after `limit`, behind the breaker. `sends` is its upload size: large uploads
+    /// are not used as trial requests, and a slow large upload says nothing about other requests.
     pub(crate) async fn once<T, E: Into<Failure>>(
         &self,
         retry: &Retry,
@@ -572,7 +571,7 @@ impl Bucket {
         }
     }
 
-    /// Attempts until one succeeds, one fails for good, or the budget is used up.
+    /// Repeats attempts until one succeeds, one fails for good, or the budget is used up.
     async fn retrying<T, F, Fut>(&self, limit: Duration, attempt: F) -> Result<T, Failure>
     where
         F: Fn() -> Fut,
@@ -596,7 +595,7 @@ fn info(key: String, meta: &object_store::ObjectMeta) -> ObjectInfo {
     ObjectInfo { key, bytes: meta.size, modified_us }
 }
 
-/// One attempt, cut off after `limit`.
+/// Makes one attempt, cut off after `limit`.
 pub(crate) async fn within<T, E: Into<Failure>>(
     limit: Duration,
     attempt: impl Future<Output = Result<T, E>>,

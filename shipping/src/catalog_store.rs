@@ -1,10 +1,10 @@
-//! The catalog in the bucket: numbered create-only objects, of which the last is the truth.
+//! The catalog in the bucket: numbered create-only objects, of which the last is in force.
 //!
-//! **Invariant:** a version, once there, is never changed or removed, and numbers have no gaps (a
-//! version is only ever written after the one before it was seen). So "is number n there?" is
+//! **Invariant:** a version, once written, is never changed or removed, and numbers have no gaps (a
+//! version is only ever written after the version before it was seen). So "does number n exist?" is
 //! monotonic, and the tip is found by galloping upward from any version known to exist.
 //!
-//! What is in a version is decided by the master; who obeys it, by the nodes.
+//! The master decides what a version contains; the nodes apply it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -25,7 +25,7 @@ const CATALOG: &str = "catalog";
 const CLUSTER: &str = "cluster";
 const NAME: &str = "name";
 
-/// The layout of the prefix that this version writes, and the newest it uses.
+/// The layout format of the prefix that this version writes, and the newest that it uses.
 pub const CLUSTER_FORMAT: u64 = 1;
 
 /// Keyspaces that [`CatalogStore::load_all`] reads at once.
@@ -42,15 +42,15 @@ pub enum CatalogError {
     Document {
         /// The object.
         key: String,
-        /// What is wrong with it.
+        /// The decoding error.
         source: EnvelopeError,
     },
-    /// An object says that it is another one.
+    /// The content of an object names another key.
     #[error("{key} holds {found}: objects were moved by hand; put them back")]
     Misplaced {
         /// The object.
         key: String,
-        /// What it says it is.
+        /// The object that its content names.
         found: String,
     },
     /// The prefix belongs to a newer version.
@@ -58,7 +58,7 @@ pub enum CatalogError {
         "the bucket's layout has format {0}, newer than {CLUSTER_FORMAT}, the newest that this version uses; upgrade this server"
     )]
     NewerCluster(u64),
-    /// There is something in the prefix, and nothing that says whose it is.
+    /// The prefix is not empty, and no `cluster.json` names its cluster.
     #[error(
         "the prefix {url} is not empty ({found}) but has no cluster.json, so it is not claimed; for a new cluster choose \
          an empty prefix, such as {url}/vasto; if this cluster's own cluster.json was deleted, `vasto bucket repair` \
@@ -67,18 +67,18 @@ pub enum CatalogError {
     Unclaimed {
         /// The prefix.
         url: String,
-        /// One of the objects in it.
+        /// An object in it.
         found: String,
     },
-    /// Somebody else has claimed the prefix.
+    /// Another cluster has claimed the prefix.
     #[error(
         "the prefix belongs to cluster {found}, which has keyspaces, and not to cluster {wanted}; start the master with \
          the bucket of its own cluster"
     )]
     OtherCluster {
-        /// Whose it is.
+        /// The cluster that claimed it.
         found: String,
-        /// Who asked.
+        /// The cluster of the caller.
         wanted: String,
     },
     /// A live keyspace has the name.
@@ -90,8 +90,8 @@ pub enum CatalogError {
 }
 
 impl CatalogError {
-    /// True when it is about one object that nobody can read, and says nothing about others. What a newer
-    /// version wrote is not that: whoever reads on must be upgraded first.
+    /// Returns true when the error is about one unreadable object, and says nothing about others. An object
+    /// of a newer version does not count: the reader must be upgraded first.
     pub fn is_of_one_object(&self) -> bool {
         match self {
             CatalogError::Document { source, .. } => !matches!(source, EnvelopeError::Newer { .. }),
@@ -104,12 +104,12 @@ impl CatalogError {
     }
 }
 
-/// Who won a version.
+/// The outcome of writing a version.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CatalogWrite {
-    /// The version is ours and nobody has written the next one.
+    /// The version is the caller's, and the next version does not exist.
     Won,
-    /// Somebody else's version: plan again from the tip (which may be still further up).
+    /// Another writer's version: plan again from the tip (which may be still further up).
     Lost(Box<Catalog>),
 }
 
@@ -130,29 +130,29 @@ struct NameBinding {
 #[derive(Debug, Clone)]
 pub struct CatalogStore {
     bucket: Bucket,
-    /// The greatest id of a keyspace that was seen, whatever the bucket still shows of it: one that came again
-    /// would find the other keyspace's objects under its names.
+    /// The greatest keyspace id ever seen, whatever the bucket still shows of it: a reused id would find the
+    /// other keyspace's objects under its names.
     used: Arc<AtomicU64>,
 }
 
 impl CatalogStore {
-    /// The catalog in this bucket.
+    /// Opens the catalog in this bucket.
     pub fn new(bucket: Bucket) -> Self {
         Self { bucket, used: Arc::default() }
     }
 
-    /// An id that no new keyspace may have.
+    /// Records an id that no new keyspace may have.
     pub fn note_used(&self, keyspace: KeyspaceId) {
         self.used.fetch_max(keyspace.0, Ordering::AcqRel);
     }
 
-    /// The bucket that it is in.
+    /// Returns the bucket that holds the catalog.
     pub fn bucket(&self) -> &Bucket {
         &self.bucket
     }
 
-    /// Claims the prefix for a cluster, once and for all; answers the id in force, which is another
-    /// than `new_cluster_id` when the prefix was claimed before.
+    /// Claims the prefix for a cluster, once and for all; returns the id in force, which differs
+    /// from `new_cluster_id` when the prefix was claimed before.
     ///
     /// # Errors
     /// `Unclaimed` when there is anything in the prefix but no claim; `NewerCluster` when a newer version
@@ -163,7 +163,7 @@ impl CatalogStore {
             return Ok(id);
         }
         if let Some(found) = self.bucket.any_object().await? {
-            // Another master may have claimed it, and written more, since.
+            // Another master may have claimed it, and written more, since the first read.
             return match self.cluster_id().await? {
                 Some(id) => Ok(id),
                 None => Err(CatalogError::Unclaimed { url: self.bucket.url().to_owned(), found }),
@@ -172,13 +172,13 @@ impl CatalogStore {
         self.claim_for(new_cluster_id).await
     }
 
-    /// Who has claimed the prefix; `None`: nobody.
+    /// Returns the cluster that has claimed the prefix; `None` when it is unclaimed.
     pub async fn cluster_id(&self) -> Result<Option<String>, CatalogError> {
         let found = self.bucket.get(&layout::cluster()).await?;
         found.map(|found| Self::cluster_id_in(&found)).transpose()
     }
 
-    /// Writes the claim, whatever else is in the prefix; answers whose it is then.
+    /// Writes the claim, whatever else is in the prefix; returns the cluster whose claim is in force.
     pub(crate) async fn claim_for(&self, cluster_id: String) -> Result<String, CatalogError> {
         let cluster = Cluster { cluster_id: cluster_id.clone(), format: CLUSTER_FORMAT, created_at_us: now_us() };
         match self.bucket.create(&layout::cluster(), envelope::encode(CLUSTER, &cluster)).await? {
@@ -204,14 +204,14 @@ impl CatalogStore {
     /// Writes one version. The caller has seen the version before it.
     ///
     /// # Errors
-    /// After an error the outcome is unknown: find the tip and look at its nonce.
+    /// After an error the outcome is unknown: find the tip and compare its nonce.
     pub async fn write(&self, catalog: &Catalog) -> Result<CatalogWrite, CatalogError> {
         match self.claim(catalog).await? {
             CatalogWrite::Won => {}
             lost => return Ok(lost),
         }
-        // Ours may have been written by an earlier call whose reply was lost, and another master may
-        // have gone on from it since.
+        // An earlier call whose reply was lost may have written this version, and another master may
+        // have written the next one since.
         let next = CatalogVersion(catalog.version.0 + 1);
         Ok(match self.read(catalog.keyspace, next).await? {
             Some(next) => CatalogWrite::Lost(Box::new(next)),
@@ -219,7 +219,7 @@ impl CatalogStore {
         })
     }
 
-    /// One version of a keyspace; `None`: it has not been written.
+    /// Reads one version of a keyspace; `None` when it has not been written.
     pub async fn version(
         &self,
         keyspace: KeyspaceId,
@@ -228,13 +228,13 @@ impl CatalogStore {
         self.read(keyspace, version).await
     }
 
-    /// The version of a keyspace that was in force at a time, microseconds since 1970; `None` when it
+    /// Returns the version of a keyspace that was in force at a time, microseconds since 1970; `None` when it
     /// did not exist yet. `tip` is a version that is known to exist, and to be the last before now.
     pub async fn at(&self, tip: &Catalog, at_us: u64) -> Result<Option<Catalog>, CatalogError> {
         if tip.written_at_us <= at_us {
             return Ok(Some(tip.clone()));
         }
-        // Versions below `low` were written by then, those from `high` on were not.
+        // Versions up to `low` were written by then, versions from `high` on were not.
         let (mut low, mut high) = (0, tip.version.0);
         let mut found = None;
         while low + 1 < high {
@@ -250,8 +250,8 @@ impl CatalogStore {
         Ok(found)
     }
 
-    /// The last version of a keyspace, found upward from one that is known to exist (or from 1 when
-    /// the hint is too high). `None`: there is no such keyspace. Two requests when the hint is the tip.
+    /// Returns the last version of a keyspace, found upward from one that is known to exist (or from 1 when
+    /// the hint is too high). `None`: no such keyspace. Sends two requests when the hint is the tip.
     pub async fn tip(&self, keyspace: KeyspaceId, hint: CatalogVersion) -> Result<Option<Catalog>, CatalogError> {
         let mut known = self.read(keyspace, CatalogVersion(hint.0.max(1))).await?;
         if known.is_none() && hint.0 > 1 {
@@ -265,7 +265,7 @@ impl CatalogStore {
         self.read(keyspace, CatalogVersion(last)).await
     }
 
-    /// The same from a hint that a listing gave: what somebody else has put under a higher number does not count.
+    /// Returns the same from a hint that a listing gave, ignoring foreign objects under higher numbers.
     pub(crate) async fn tip_below_strangers(
         &self,
         keyspace: KeyspaceId,
@@ -277,17 +277,17 @@ impl CatalogStore {
         }
     }
 
-    /// The tips of all keyspaces, in the order of their ids; for start-up, since it lists. The list
+    /// Returns the tips of all keyspaces, in the order of their ids; for start-up, since it lists. The list
     /// is only a hint: each tip, and the last keyspace, are found upward from it.
     ///
     /// An active keyspace whose name is not bound to it is left out: [`Self::create_keyspace`] ended
-    /// between its two steps. Deleted keyspaces are in it: nodes may still hold their replicas.
-    /// One that cannot be read is told and left out, unless a newer version wrote it: it costs only itself.
+    /// between its two steps. Deleted keyspaces are included: nodes may still hold their replicas.
+    /// An unreadable keyspace is logged and left out, unless a newer version wrote it; the others still load.
     pub async fn load_all(&self) -> Result<Vec<Catalog>, CatalogError> {
         Ok(self.load_all_told().await?.0)
     }
 
-    /// The same, with what is odd about those that were left out.
+    /// Returns the same, with a warning for each unreadable keyspace that was left out.
     pub async fn load_all_told(&self) -> Result<(Vec<Catalog>, Vec<String>), CatalogError> {
         let mut hints = BTreeMap::<KeyspaceId, CatalogVersion>::new();
         for object in self.bucket.list(&layout::catalog_prefix()).await? {
@@ -332,14 +332,14 @@ impl CatalogStore {
             return Ok(Some(catalog));
         }
         let bound = match self.is_bound(&catalog).await {
-            // Somebody put something else under the name: the keyspace is there all the same.
+            // A foreign object lies under the name: the keyspace exists all the same.
             Err(error) if error.is_of_one_object() => {
                 tracing::warn!(%keyspace, name = catalog.name, %error, "the name of a keyspace cannot be looked up");
                 true
             }
             bound => bound?,
         };
-        // The second version is written by who has seen the name bound: the binding was deleted since.
+        // Version 2 is written only after the name was seen bound: the binding was deleted since.
         if !bound && catalog.version == CatalogVersion(1) {
             tracing::info!(%keyspace, name = catalog.name, "ignored: the name was never bound to this keyspace");
             return Ok(None);
@@ -347,7 +347,7 @@ impl CatalogStore {
         Ok(Some(catalog))
     }
 
-    /// Does its name lead to it? That of a keyspace whose creation was cut off, or is under way, does not.
+    /// Returns true when the name is bound to the keyspace; it is not when its creation was cut off or is under way.
     pub(crate) async fn is_bound(&self, catalog: &Catalog) -> Result<bool, CatalogError> {
         let bound = self.name_tip(&catalog.name).await?;
         Ok(bound.is_some_and(|(_, bound)| bound.keyspace_id == catalog.keyspace && !bound.deleted))
@@ -377,7 +377,7 @@ impl CatalogStore {
             match self.claim(&catalog).await {
                 Ok(CatalogWrite::Won) => break catalog,
                 Ok(CatalogWrite::Lost(_)) => id += 1,
-                // Somebody put something else under the id.
+                // A foreign object lies under the id.
                 Err(error) if error.is_of_one_object() => id += 1,
                 Err(error) => return Err(error),
             }
@@ -391,12 +391,12 @@ impl CatalogStore {
         }
     }
 
-    /// Puts back what the bucket has lost of a keyspace, given the last version that anybody remembers: that
-    /// version, those before it (of which only the numbers are left: each says what the remembered one says,
-    /// without its plan), and the name. Answers how many objects that were.
+    /// Restores what the bucket has lost of a keyspace, given the last version that any node remembers: that
+    /// version, the versions before it (of which only the numbers are left: each repeats the remembered version,
+    /// without its plan), and the name. Returns the number of objects written.
     ///
     /// # Errors
-    /// `NameTaken` when the name leads to another live keyspace.
+    /// `NameTaken` when the name is bound to another live keyspace.
     pub async fn put_back(&self, remembered: &Catalog) -> Result<u64, CatalogError> {
         let keyspace = remembered.keyspace;
         self.note_used(keyspace);
@@ -406,7 +406,7 @@ impl CatalogStore {
             listed.iter().filter_map(|object| Some(layout::parse_catalog_version(&object.key)?.1)).collect();
         let lost: Vec<u64> =
             (1..=remembered.version.0).filter(|version| !there.contains(&CatalogVersion(*version))).collect();
-        // The last one last: numbers without a gap are all that a tip is found by.
+        // The remembered version is written last: a tip is found only by numbers without a gap.
         let written = futures::stream::iter(lost).map(|version| async move {
             let mut catalog = remembered.clone();
             if version < remembered.version.0 {
@@ -428,8 +428,8 @@ impl CatalogStore {
         Ok(count)
     }
 
-    /// Writes the claim that was lost, for the cluster that the nodes belong to. A claim of another cluster
-    /// that has no keyspace goes: it was made when the prefix was found empty.
+    /// Writes the lost claim again, for the cluster that the nodes belong to. A claim of another cluster
+    /// without a keyspace is deleted: it was made when the prefix was found empty.
     ///
     /// # Errors
     /// `OtherCluster` when that cluster has keyspaces.
@@ -452,8 +452,8 @@ impl CatalogStore {
         }
     }
 
-    /// Frees the name of a deleted keyspace, so that it can be used again; does nothing when the name
-    /// is not bound to it (any more).
+    /// Frees the name of a deleted keyspace for reuse; does nothing when the name is not bound to it
+    /// (any more).
     pub async fn release_name(&self, name: &str, keyspace: KeyspaceId) -> Result<(), CatalogError> {
         check_keyspace_name(name)?;
         loop {
@@ -468,11 +468,11 @@ impl CatalogStore {
         }
     }
 
-    /// The number under which the name can be bound now.
+    /// Returns the number under which the name can be bound now.
     async fn free_name_version(&self, name: &str) -> Result<u64, CatalogError> {
         let Some((n, bound)) = self.name_tip(name).await? else { return Ok(1) };
         if !bound.deleted {
-            // A crash between the delete of a keyspace and the release of its name must not keep it.
+            // A crash between the delete of a keyspace and the release of its name must not keep the name taken.
             let owner = self.tip(bound.keyspace_id, CatalogVersion(1)).await?;
             if owner.is_some_and(|owner| owner.state == KeyspaceState::Active) {
                 return Err(CatalogError::NameTaken(name.to_owned()));
@@ -493,7 +493,7 @@ impl CatalogStore {
         }
     }
 
-    /// Create-only; the nonce decides whether an object that is there is ours.
+    /// Creates the version; the nonce decides whether an existing object is the caller's.
     async fn claim(&self, catalog: &Catalog) -> Result<CatalogWrite, CatalogError> {
         let key = layout::catalog_version(catalog.keyspace, catalog.version);
         let Some(found) = self.create(&key, CATALOG, catalog).await? else { return Ok(CatalogWrite::Won) };
@@ -502,7 +502,7 @@ impl CatalogStore {
         Ok(if ours { CatalogWrite::Won } else { CatalogWrite::Lost(Box::new(found)) })
     }
 
-    /// `None`: our bytes are there; else what is there instead.
+    /// Creates a document; `None` when the caller's bytes are there, else the bytes found instead.
     pub(crate) async fn create<T: Serialize>(
         &self,
         key: &str,
@@ -528,11 +528,11 @@ impl CatalogStore {
         bytes.map(|bytes| read_catalog(&key, &bytes, keyspace, version)).transpose()
     }
 
-    /// The greatest number that is there, given that all up to `known` are: doubling steps up, then
-    /// halving steps back. One request when `known` is the last.
+    /// Returns the greatest number that exists, given that all up to `known` do: doubling steps up, then
+    /// halving steps back. Sends one request when `known` is the last.
     pub(crate) async fn last(&self, known: u64, key: impl Fn(u64) -> String) -> Result<u64, CatalogError> {
         let (mut known, mut step) = (known, 1u64);
-        // Where the numbers end, there is nothing behind.
+        // No number exists beyond the range of `u64`.
         let there = async |known: u64, step: u64| match known.checked_add(step) {
             Some(n) => Ok::<_, CatalogError>(self.bucket.head(&key(n)).await?.is_some()),
             None => Ok(false),
@@ -577,12 +577,12 @@ fn read_catalog(
     Ok(catalog)
 }
 
-/// The object's bytes of one version; for tools and tests.
+/// Encodes one version as an object; for tools and tests.
 pub fn encode_catalog(catalog: &Catalog) -> Bytes {
     envelope::encode(CATALOG, catalog)
 }
 
-/// Reads what [`encode_catalog`] wrote.
+/// Decodes an object of [`encode_catalog`].
 ///
 /// # Errors
 /// Damage, another kind of document, or one of a newer version.

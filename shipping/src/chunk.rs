@@ -64,12 +64,12 @@ pub enum ChunkError {
     },
 }
 
-/// So much of a chunk's beginning holds what [`peek`] reads: its fields and the key of the object before it.
+/// Length of a chunk's beginning that holds what [`peek`] reads: its fields and the key of the object before it.
 pub const BEGINNING_BYTES: u64 = 1 << 10;
-/// What is in a chunk beside its records and the key of the object before it.
+/// Size of a chunk without its records and the key of the object before it.
 const FRAMING_BYTES: u64 = 8 + 4 + 8 + 4 + 8 + 8 + 8 + 4 + 4 + 4 + 4;
 
-/// What a chunk says of itself.
+/// The header fields of a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Says {
     /// The keyspace.
@@ -84,7 +84,7 @@ pub struct Says {
     pub last_lsn: Lsn,
     /// Bytes of the whole object.
     pub bytes: u64,
-    /// The log goes on here behind what this other replica of the shard has shipped: what lies before it need
+    /// The other replica of the shard whose archive the log continues here: the log before it need
     /// not be in the same folder.
     pub behind: Option<ReplicaId>,
 }
@@ -94,7 +94,7 @@ fn other_before(previous: &str, keyspace: KeyspaceId, shard: ShardId, replica: R
     ((owner.keyspace, owner.shard) == (keyspace, shard) && owner.replica != replica).then_some(owner.replica)
 }
 
-/// Reads what a chunk says of itself from its first [`BEGINNING_BYTES`]; nothing else of it is checked.
+/// Reads the header fields of a chunk from its first [`BEGINNING_BYTES`]; checks nothing else of it.
 ///
 /// # Errors
 /// When it is no chunk, or of a newer format.
@@ -123,7 +123,7 @@ pub fn peek(beginning: &[u8]) -> Result<Says, ChunkError> {
 }
 
 impl Chunk {
-    /// What it says of itself.
+    /// Returns the header fields.
     pub fn says(&self) -> Says {
         let (keyspace, shard, replica) = (self.keyspace, self.shard, self.replica);
         let previous = self.previous.as_ref().map_or(0, String::len) as u64;
@@ -138,10 +138,10 @@ impl Chunk {
         }
     }
 
-    /// Per origin, its last record in here, of those that have a number.
+    /// Returns, per origin, the last numbered record in this chunk.
     pub fn vector(&self) -> Vector {
         let mut vector = Vector::new();
-        // A chunk that was decoded holds whole records only.
+        // A decoded chunk holds whole records only.
         for record in self.records().map_while(Result::ok).filter(|record| record.own_seq.0 > 0) {
             let seq = vector.entry(record.origin).or_default();
             *seq = record.own_seq.max(*seq);
@@ -149,11 +149,11 @@ impl Chunk {
         vector
     }
 
-    /// The object's bytes.
+    /// Encodes the object's bytes.
     ///
     /// # Panics
-    /// When `first_lsn..=last_lsn` is empty or has more than `u32::MAX` records: whoever cuts the
-    /// log into chunks keeps them small.
+    /// When `first_lsn..=last_lsn` is empty or has more than `u32::MAX` records: the shipper cuts the
+    /// log into small chunks.
     pub fn encode(&self) -> Bytes {
         assert!(self.first_lsn <= self.last_lsn, "a chunk holds at least one record");
         let count = u32::try_from(self.last_lsn.0 - self.first_lsn.0 + 1).expect("chunks are cut by their size");
@@ -217,7 +217,7 @@ impl Chunk {
         Ok(Chunk { keyspace, shard, replica, first_lsn, last_lsn, previous, records })
     }
 
-    /// The records, in order. Of a decoded chunk, none of them is an error.
+    /// Returns the records, in order. A decoded chunk yields no error.
     pub fn records(&self) -> Records<'_> {
         Records { rest: &self.records, next: self.first_lsn, last: self.last_lsn, failed: false }
     }
@@ -243,7 +243,7 @@ impl Records<'_> {
             return Err(ChunkError::Gap { expected: self.next, found: record.lsn });
         }
         self.rest = rest;
-        // The last LSN of all is never reached in practice; it must not wrap.
+        // The LSN must not wrap, although the last LSN of all is never reached in practice.
         self.next = Lsn(self.next.0.saturating_add(1));
         Ok(record)
     }

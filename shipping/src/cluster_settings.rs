@@ -1,7 +1,7 @@
-//! What is decided about the nodes of a cluster: numbered create-only objects like the catalog, of which
-//! the last is the truth.
+//! The settings of a cluster's nodes: numbered create-only objects like the catalog, of which
+//! the last is in force.
 //!
-//! **Invariant:** a version is written after the one before it was seen, and never changed. A change is
+//! **Invariant:** a version is written after the version before it was seen, and never changed. A change is
 //! made to the newest version, however many masters make changes at once.
 
 use serde::{Deserialize, Serialize};
@@ -13,28 +13,28 @@ use crate::layout;
 
 const SETTINGS: &str = "cluster-settings";
 
-/// One version of it; the one before the first says nothing.
+/// One version of the settings; version 0 is empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClusterSettings {
     /// The number of this version, the same as in its object name; 0 when there is none.
     pub version: u64,
-    /// Drawn by the writer: tells its own object from a rival's after a lost reply.
+    /// Drawn by the writer: distinguishes its own object from a rival's after a lost reply.
     pub nonce: u64,
-    /// When it was written, microseconds since 1970.
+    /// Time of the write, microseconds since 1970.
     pub written_at_us: u64,
-    /// Nodes that get no replicas, in the order in which that was said.
+    /// Nodes that get no new replicas, in the order in which they were cordoned.
     #[serde(default)]
     pub cordoned: Vec<NodeId>,
 }
 
 impl ClusterSettings {
-    /// True when the node is to get no replicas.
+    /// Returns true when the node is to get no replicas.
     pub fn is_cordoned(&self, node: NodeId) -> bool {
         self.cordoned.contains(&node)
     }
 
-    /// The next version, with the node cordoned or not; `None` when that is so already. Of very many the
-    /// earliest are forgotten: nodes that left long ago.
+    /// Returns the next version, with the node cordoned or not; `None` when nothing changes. Above
+    /// `CORDONED_MAX` the earliest are dropped: nodes that left long ago.
     pub fn with_cordon(&self, node: NodeId, cordoned: bool, now_us: u64, nonce: u64) -> Option<Self> {
         if self.is_cordoned(node) == cordoned {
             return None;
@@ -52,7 +52,7 @@ impl ClusterSettings {
 }
 
 impl CatalogStore {
-    /// The newest settings, found upward from those that are known. One request when these are the newest.
+    /// Returns the newest settings, found upward from `known`. Sends one request when `known` is the newest.
     ///
     /// # Errors
     /// When the bucket does not answer, or an object in it cannot be read.
@@ -66,11 +66,11 @@ impl CatalogStore {
         found.map_or_else(|| Ok(known.clone()), |bytes| decode(SETTINGS, &key, &bytes))
     }
 
-    /// Makes a change to the newest settings; answers those in force, which hold the change. `change`
-    /// answers `None` when there is nothing to do.
+    /// Makes a change to the newest settings; returns the settings in force, which hold the change. `change`
+    /// returns `None` when there is nothing to do.
     ///
     /// # Errors
-    /// After an error it is not known whether the change was made; it can be made again.
+    /// After an error the outcome is unknown; the change can be made again.
     pub async fn change_settings(
         &self,
         known: &ClusterSettings,
@@ -111,7 +111,7 @@ mod tests {
         assert_eq!(newest.version, 2);
         assert!(newest.is_cordoned(NodeId(1)) && newest.is_cordoned(NodeId(2)));
         assert!(first.unwrap().is_cordoned(NodeId(1)) && second.unwrap().is_cordoned(NodeId(2)));
-        // What is so already is not written again.
+        // A change already in force is not written again.
         assert_eq!(one.change_settings(&nothing, cordon(1, 33)).await.unwrap(), newest);
         let free = |now: &ClusterSettings| now.with_cordon(NodeId(1), false, 1, 44);
         let free = two.change_settings(&newest, free).await.unwrap();

@@ -1,4 +1,4 @@
-//! How many requests a bucket was sent, and how many body bytes went each way.
+//! Counters of the requests sent to a bucket, and of the body bytes sent and received.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -23,7 +23,7 @@ pub struct RequestCounts {
 }
 
 impl RequestCounts {
-    /// The requests, each with the name of its kind.
+    /// Returns the requests, each with the name of its kind.
     pub fn by_kind(&self) -> [(&'static str, u64); 5] {
         [("put", self.put), ("get", self.get), ("head", self.head), ("list", self.list), ("delete", self.delete)]
     }

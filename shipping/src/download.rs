@@ -1,8 +1,8 @@
 //! Checked downloads of many objects into a directory.
 //!
 //! **Invariant:** a file under its final name is whole: every byte was checked against the wanted
-//! checksum and synced before the rename. What an interrupted download leaves is `<name>.part`
-//! (thrown away) and finished files (kept, after checking them again).
+//! checksum and synced before the rename. An interrupted download leaves `<name>.part` files
+//! (discarded) and finished files (kept, after another check).
 //!
 //! Memory is bounded by `parallel` times [`BUFFER_BYTES`], whatever the objects' sizes.
 
@@ -26,27 +26,27 @@ use crate::failure::{Failure, Kind};
 use crate::retry::Retry;
 use crate::upload::blocking;
 
-/// Larger objects are fetched in ranges of this size, side by side.
+/// Size of the ranges in which larger objects are fetched, in parallel.
 pub const PART_BYTES: u64 = 8 << 20;
-/// What is gathered in memory before it is written.
+/// Bytes gathered in memory before a write.
 pub const BUFFER_BYTES: usize = 1 << 20;
-/// A body that stands still for this long is asked for again.
+/// A body that stalls for this long is requested again.
 const STALL: Duration = Duration::from_secs(10);
 
-/// An object and the file it becomes.
+/// An object and the file that it is downloaded to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
     /// Object key.
     pub key: String,
     /// Its size.
     pub bytes: u64,
-    /// CRC-32C of the whole.
+    /// CRC-32C of the whole object.
     pub crc32c: u32,
     /// Name in the directory; no path.
     pub file_name: String,
 }
 
-/// What a running download has used so far.
+/// Bytes and requests of a running download so far.
 #[derive(Debug, Default)]
 pub struct DownloadProgress {
     /// Body bytes received, those of repeated requests included.
@@ -55,24 +55,24 @@ pub struct DownloadProgress {
     pub requests: AtomicU64,
 }
 
-/// Why a download ended early. What is finished stays; calling again goes on from there.
+/// Why a download ended early. Finished files stay; another call continues from there.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DownloadError {
     /// The bucket failed.
     #[error(transparent)]
     Bucket(#[from] BucketError),
-    /// An object is not there.
+    /// An object is missing.
     #[error("object {key} is missing from the bucket; run `vasto bucket fsck` to see what else is")]
     Missing {
         /// The key.
         key: String,
     },
-    /// An object is not what was uploaded, twice in a row.
+    /// An object differs from its upload, twice in a row.
     #[error("object {key} is corrupt: {detail}; use an older checkpoint, and run `vasto bucket fsck`")]
     Corrupt {
         /// The key.
         key: String,
-        /// How it differs.
+        /// The difference.
         detail: String,
     },
     /// A file could not be written.
@@ -83,13 +83,13 @@ pub enum DownloadError {
         /// The system's error.
         detail: String,
     },
-    /// The caller's list is not usable.
+    /// A name in the caller's list is not usable.
     #[error("`{file_name}` is not a file name of its own in the directory")]
     BadFileName {
         /// The name.
         file_name: String,
     },
-    /// The caller gave up.
+    /// The caller cancelled the download.
     #[error("the download was cancelled")]
     Cancelled,
 }
@@ -98,7 +98,7 @@ pub enum DownloadError {
 /// once. A body that is short, long or fails its checksum is fetched once more before it counts.
 ///
 /// # Errors
-/// The first that occurs; the other objects are left as they are.
+/// The first error; the other objects are left as they are.
 pub async fn download(
     bucket: &Bucket,
     wanted: &[Wanted],
@@ -174,7 +174,7 @@ impl Task<'_> {
     async fn fetch_once(self: Arc<Self>, wanted: &Wanted, target: &Path) -> Result<(), DownloadError> {
         let part = self.dir.join(format!("{}.part", wanted.file_name));
         let path = part.clone();
-        // A new file each time: a write of an abandoned attempt goes to the old one.
+        // Each attempt has a new file: a late write of an abandoned attempt goes to the old file.
         let file = blocking(move || {
             if let Err(error) = std::fs::remove_file(&path)
                 && error.kind() != std::io::ErrorKind::NotFound
@@ -209,7 +209,7 @@ impl Task<'_> {
         .map_err(|error| local(&part, &error))
     }
 
-    /// Fetches one range; answers its checksum and length.
+    /// Fetches one range; returns its checksum and length.
     async fn fetch_part(self: Arc<Self>, object: Arc<Object>, range: Range<u64>) -> Result<(u32, u64), DownloadError> {
         let _permit = self.permits.acquire().await.map_err(|_| DownloadError::Cancelled)?;
         let mut retry = Retry::new(self.bucket.budget());
@@ -226,7 +226,7 @@ impl Task<'_> {
             if failure.kind == Kind::NotFound {
                 return Err(DownloadError::Missing { key: key.clone() });
             }
-            // A range behind the end of the object is refused by every store in its own way.
+            // Each store refuses a range beyond the end of the object in its own way.
             if !failure.transient
                 && let Some(found) = self.bucket.head(key).await?
                 && found != object.wanted.bytes
@@ -256,7 +256,7 @@ impl Task<'_> {
         }
     }
 
-    /// From a bucket that is a local directory: plain reads, off the runtime's threads.
+    /// Copies from a bucket in a local directory: plain reads, off the runtime's threads.
     async fn copy_file(&self, object: &Object, source: File, range: Range<u64>) -> Result<u32, Attempt> {
         let source = Arc::new(source);
         let (mut crc, mut at) = (0, range.start);
@@ -347,7 +347,7 @@ impl Object {
     }
 }
 
-/// One attempt's end: may be tried again, or not.
+/// Outcome of a failed attempt: retryable, or final.
 enum Attempt {
     Failed(Failure),
     Ended(DownloadError),
@@ -364,12 +364,12 @@ enum CopyError {
     Write(std::io::Error),
 }
 
-/// The ranges of an object's requests; one even for the empty object.
+/// Returns the ranges of an object's requests; the empty object has one too.
 fn ranges(bytes: u64) -> Vec<Range<u64>> {
     (0..bytes.div_ceil(PART_BYTES).max(1)).map(|n| n * PART_BYTES..((n + 1) * PART_BYTES).min(bytes)).collect()
 }
 
-/// True when the file is there with these very bytes.
+/// Returns true when the file exists with exactly these bytes.
 fn is_whole(path: &Path, bytes: u64, crc: u32) -> std::io::Result<bool> {
     let file = match File::open(path) {
         Ok(file) => file,

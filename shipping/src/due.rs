@@ -1,17 +1,17 @@
-//! When a checkpoint is due: before reading the log behind the last one would take too long.
+//! When a checkpoint is due: before replaying the log behind the last checkpoint would take too long.
 //!
-//! **Invariant:** an idle replica is never due: what is compared is work, not time. A busy one is due by
-//! the bytes of its log, a slow one by the number of its chunks, each of which is a request.
+//! **Invariant:** an idle replica is never due: the rule compares work, not time. A busy replica is due by
+//! the bytes of its log, a slow replica by the number of its chunks, each of which is a request.
 
 use std::time::Duration;
 
 use vasto_core::limits::{CHECKPOINT_LOG_BYTES, REPLAY_MAX};
 
-/// A replica applies about so many bytes of log in a second ...
+/// Log bytes that a replica applies in a second, about ...
 const BYTES_PER_SECOND: f64 = (20 << 20) as f64;
-/// ... of at most so many records ...
+/// ... in at most this many records ...
 const RECORDS_PER_SECOND: f64 = 50_000.0;
-/// ... and waits so long for each chunk.
+/// ... and the wait for each chunk.
 const SECONDS_PER_CHUNK: f64 = 0.05;
 
 /// The log behind the last checkpoint.
@@ -26,7 +26,7 @@ pub struct Replay {
 }
 
 impl Replay {
-    /// About how long it takes to make a replica out of it.
+    /// Estimates the time to rebuild a replica from this log.
     pub fn takes(self) -> Duration {
         let seconds = (self.bytes as f64 / BYTES_PER_SECOND).max(self.records as f64 / RECORDS_PER_SECOND)
             + self.chunks as f64 * SECONDS_PER_CHUNK;
@@ -34,7 +34,7 @@ impl Replay {
     }
 }
 
-/// Is a checkpoint due with so much log behind the last one?
+/// Returns true when this much log behind the last checkpoint makes a new one due.
 pub fn checkpoint_is_due(since: Replay) -> bool {
     since.bytes >= CHECKPOINT_LOG_BYTES || since.takes() >= REPLAY_MAX
 }
@@ -49,7 +49,7 @@ mod tests {
         assert!(!due(0, 0, 0));
         assert!(!due(511 << 20, 100_000, 50));
         assert!(due(512 << 20, 1, 1));
-        // Tiny records: replaying them takes longer than their bytes say.
+        // Tiny records: the number of records decides, not their bytes.
         assert!(due(100 << 20, 3_000_000, 10));
         // One record every ten seconds: a checkpoint in three hours and a half, not every minute.
         assert!(!due(100_000, 1_000, 1_000));

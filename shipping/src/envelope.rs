@@ -20,9 +20,9 @@ pub enum EnvelopeError {
     /// Not the JSON that any version writes.
     #[error("the {kind} is damaged or not ours: {detail}")]
     Malformed {
-        /// What was expected.
+        /// The expected kind.
         kind: &'static str,
-        /// What the parser said.
+        /// The parser's error.
         detail: String,
     },
     /// Written by a newer version.
@@ -30,17 +30,17 @@ pub enum EnvelopeError {
         "the {kind} has format {format}, newer than {FORMAT}, the newest that this version reads; upgrade this server"
     )]
     Newer {
-        /// What was expected.
+        /// The expected kind.
         kind: &'static str,
         /// The format found.
         format: u64,
     },
-    /// Another document under this name.
+    /// Another kind of document.
     #[error("expected a {expected}, found a {found}: the object is under a wrong name")]
     WrongKind {
-        /// What was expected.
+        /// The expected kind.
         expected: &'static str,
-        /// What it says it is.
+        /// The kind that the document names.
         found: String,
     },
     /// The body was altered.
@@ -48,7 +48,7 @@ pub enum EnvelopeError {
         "the {kind} fails its checksum: it was altered after it was written; restore the object from a backup or use an older one"
     )]
     Checksum {
-        /// What was expected.
+        /// The expected kind.
         kind: &'static str,
     },
 }
@@ -62,13 +62,13 @@ struct Envelope<'a> {
     body: &'a RawValue,
 }
 
-/// Only what must be understood of a newer format.
+/// The only field needed of a newer format.
 #[derive(Deserialize)]
 struct Format {
     format: u64,
 }
 
-/// Wraps a document.
+/// Wraps a document in an envelope.
 pub fn encode<T: Serialize>(kind: &'static str, body: &T) -> Bytes {
     let body = serde_json::value::to_raw_value(body).expect("documents hold only strings, numbers and lists of them");
     let crc = checksum(&body);
@@ -76,10 +76,10 @@ pub fn encode<T: Serialize>(kind: &'static str, body: &T) -> Bytes {
     Bytes::from(serde_json::to_vec(&envelope).expect("the body is JSON already"))
 }
 
-/// Checks the envelope and reads the document.
+/// Checks the envelope and decodes the document.
 ///
 /// # Errors
-/// Every way in which the bytes are not a document of this kind that this version reads.
+/// When the bytes are not a document of this kind that this version reads.
 pub fn decode<T: DeserializeOwned>(kind: &'static str, bytes: &[u8]) -> Result<T, EnvelopeError> {
     let malformed = |error: serde_json::Error| EnvelopeError::Malformed { kind, detail: error.to_string() };
     let Format { format } = serde_json::from_slice(bytes).map_err(malformed)?;

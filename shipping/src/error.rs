@@ -1,10 +1,10 @@
-//! What can go wrong with the bucket, in words that say what to do about it.
+//! Errors of the bucket, with texts that say how to resolve them.
 //!
-//! Sorting object_store's errors into these is `failure`'s work.
+//! `failure` maps object_store's errors to these.
 
 use crate::bucket::GET_BYTES_MAX;
 
-/// Why the bucket could not do it.
+/// Why a request to the bucket failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BucketError {
     /// The URL names no bucket.
@@ -12,9 +12,9 @@ pub enum BucketError {
         "`{url}` is not a bucket URL: {reason}; use file:///path, s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or memory://name"
     )]
     BadUrl {
-        /// What was given, without anything that may be a secret.
+        /// The URL as given, without anything that may be a secret.
         url: String,
-        /// What is wrong with it.
+        /// The reason.
         reason: String,
     },
     /// Options or environment variables do not fit together.
@@ -22,7 +22,7 @@ pub enum BucketError {
     BadOptions {
         /// The bucket.
         url: String,
-        /// What is wrong and what to set.
+        /// The reason, and what to set.
         reason: String,
     },
     /// No answer within the retry budget.
@@ -42,17 +42,17 @@ pub enum BucketError {
     NoCredentials {
         /// The bucket.
         url: String,
-        /// Where they were looked for.
+        /// The places that were searched.
         detail: String,
     },
-    /// The credentials have expired, and within the retry budget no newer ones were given.
+    /// The credentials have expired, and no newer ones were provided within the retry budget.
     #[error(
         "the credentials for bucket {url} have expired; each attempt asks for them anew, so those of a machine's role recover by themselves; a session token from the environment (AWS_SESSION_TOKEN) does not: set a new one and restart: {detail}"
     )]
     ExpiredCredentials {
         /// The bucket.
         url: String,
-        /// What the store said.
+        /// The store's error.
         detail: String,
     },
     /// The machine's clock and the store's are too far apart.
@@ -62,7 +62,7 @@ pub enum BucketError {
     ClockSkewed {
         /// The bucket.
         url: String,
-        /// By how much, and what the store said.
+        /// The difference, and the store's error.
         detail: String,
     },
     /// The store refuses the credentials or the operation.
@@ -72,7 +72,7 @@ pub enum BucketError {
     AccessDenied {
         /// The bucket.
         url: String,
-        /// What the store said.
+        /// The store's error.
         detail: String,
     },
     /// The bucket or container does not exist.
@@ -88,7 +88,7 @@ pub enum BucketError {
     IgnoresConditions {
         /// The bucket.
         url: String,
-        /// How it showed.
+        /// The observed behaviour.
         detail: String,
     },
     /// The store lacks an operation.
@@ -96,7 +96,7 @@ pub enum BucketError {
     Unsupported {
         /// The bucket.
         url: String,
-        /// What the store said.
+        /// The store's error.
         detail: String,
     },
     /// The key cannot be an object name.
@@ -104,7 +104,7 @@ pub enum BucketError {
     BadKey {
         /// The key.
         key: String,
-        /// What is wrong with it.
+        /// The reason.
         reason: String,
     },
     /// An upload found another object under its name.
@@ -113,16 +113,16 @@ pub enum BucketError {
         /// The key.
         key: String,
     },
-    /// The object is not what was written, or too large for what was asked.
+    /// The object has another size than was written, or is too large for what was requested.
     #[error(
         "object {key} has {found} bytes instead of {expected}; do not use it, upload again under a new attempt name"
     )]
     WrongSize {
         /// The key.
         key: String,
-        /// Bytes that it should have.
+        /// The size that it should have.
         expected: u64,
-        /// Bytes that it has.
+        /// The size that it has.
         found: u64,
     },
     /// The object does not fit into memory.
@@ -143,18 +143,18 @@ pub enum BucketError {
         /// The system's error.
         detail: String,
     },
-    /// Anything else.
+    /// Any other error.
     #[error("the bucket failed on object `{key}`: {detail}")]
     Store {
         /// The key, or the prefix of a list.
         key: String,
-        /// What the store said.
+        /// The store's error.
         detail: String,
     },
 }
 
 impl BucketError {
-    /// True when the same call may succeed later without anybody changing anything.
+    /// Returns true when the same call may succeed later without any change to the configuration.
     pub fn is_transient(&self) -> bool {
         match self {
             BucketError::Unreachable { .. }

@@ -1,8 +1,8 @@
-//! What a failed request means: object_store's errors, sorted by what to do about them.
+//! Classification of failed requests: object_store's errors, sorted by the reaction that each needs.
 //!
 //! **Invariant:** "not found" is only ever about the object. A missing bucket, refused credentials
-//! and an unreachable server are told apart here, once, because each asks something else of a person.
-//! Nothing that is secret stays in what is said: S3 repeats a refused session token in its answer.
+//! and an unreachable server are distinguished here, once, because each asks something else of a person.
+//! No error text keeps a secret: S3 repeats a refused session token in its answer.
 
 use std::error::Error;
 
@@ -10,30 +10,30 @@ use object_store::client::HttpError;
 
 use crate::bucket::BucketError;
 
-/// What went wrong.
+/// The class of a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// The object is not there.
+    /// The object does not exist.
     NotFound,
-    /// The bucket or container is not there.
+    /// The bucket or container does not exist.
     NoBucket,
-    /// The name is taken, or the store says so while two creates race (409).
+    /// The name is taken, or the store reports so while two creates race (409).
     Taken,
-    /// The store knows us and says no, or does not accept our signature.
+    /// The store refuses the operation, or does not accept the signature.
     Denied,
-    /// The store does not take the time that the request was signed with.
+    /// The store refuses the time that the request was signed with.
     Skewed,
-    /// The credentials were good until a moment ago; every attempt asks for them anew.
+    /// The credentials have just expired; every attempt asks for new ones.
     Expired,
-    /// No credentials could be found.
+    /// No credentials were found.
     NoCredentials,
-    /// The store does not implement what was asked.
+    /// The store does not implement the request.
     Unsupported,
     /// No answer.
     Unreachable,
-    /// An answer that asks to try again.
+    /// An answer that asks for a retry.
     Busy,
-    /// Anything else.
+    /// Any other failure.
     Other,
 }
 
@@ -46,17 +46,17 @@ pub(crate) struct Failure {
     pub(crate) detail: String,
 }
 
-/// What S3, STS and a batch of deletes call it when credentials have run out.
+/// Codes of S3, STS and batch deletes for expired credentials.
 const EXPIRED: [&str; 3] = ["ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"];
-/// What they call it when the time of the request is off by more than 15 minutes.
+/// Codes for a request time that is off by more than 15 minutes.
 const SKEWED: [&str; 1] = ["RequestTimeTooSkewed"];
-/// A refusal is for the clock's sake when that is off by so much; below it S3 does not mind.
+/// Clock difference from which a refusal is attributed to the clock; S3 accepts a smaller one.
 const SKEW_MIN_S: u64 = 14 * 60;
-/// What they call it when they want the request again, also under a status that does not say so:
+/// Codes that ask for a retry, also under a status that does not say so:
 /// `RequestTimeout` and `Throttling` come with 400, errors of a batch or of a long request with 200.
 const AGAIN: [&str; 5] = ["SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling"];
 
-/// Statuses that ask to try again. 501 does not: the store lacks the operation.
+/// Returns true for a status that asks for a retry. 501 does not: the store lacks the operation.
 pub(crate) fn is_transient_status(status: u16) -> bool {
     matches!(status, 408 | 429) || (status >= 500 && status != 501)
 }
@@ -66,7 +66,7 @@ impl Failure {
         Self { kind: Kind::Unreachable, transient: true, detail: format!("no answer within {} s", after.as_secs_f32()) }
     }
 
-    /// The store says that the name is taken, but nothing is there: two creates raced.
+    /// The store reports that the name is taken, but no object is there: two creates raced.
     pub(crate) fn contended() -> Self {
         Self {
             kind: Kind::Other,
@@ -90,13 +90,13 @@ impl Failure {
         Self { kind, transient: false, detail: error.to_string() }
     }
 
-    /// A name of Vasto's own that is none.
+    /// A name that Vasto built is no valid object name.
     pub(crate) fn of_name(error: &BucketError) -> Self {
         Self { kind: Kind::Other, transient: false, detail: error.to_string() }
     }
 
-    /// Says which clock is off, with how far the store's is ahead. The refusal of a HEAD has no body that
-    /// would tell it from one of the credentials.
+    /// Adds which clock is off, given how far the store's is ahead. A refused HEAD has no body that
+    /// would distinguish a wrong clock from wrong credentials.
     pub(crate) fn with_clock(mut self, ahead_s: i64) -> Self {
         if self.kind == Kind::Denied && ahead_s.unsigned_abs() >= SKEW_MIN_S {
             (self.kind, self.transient) = (Kind::Skewed, true);
@@ -136,8 +136,8 @@ impl From<object_store::Error> for Failure {
         } else if has(&["NoSuchBucket", "The specified bucket does not exist", "ContainerNotFound"]) {
             (Kind::NoBucket, false)
         } else if code(&EXPIRED) || (status == Some(400) && has(&["performing HEAD "])) {
-            // The answer to a HEAD has no body to say so. What else is wrong with every request has
-            // shown when the bucket was probed, with a PUT and a GET.
+            // The answer to a HEAD has no body with the code. Other causes of a 400 on every request
+            // were reported when the bucket was probed, with a PUT and a GET.
             (Kind::Expired, true)
         } else if code(&SKEWED) {
             (Kind::Skewed, true)
@@ -176,7 +176,7 @@ fn find<'a, T: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a 
     sources(error).find_map(|one| one.downcast_ref::<T>())
 }
 
-/// The texts of an error and its causes, each once, on one line.
+/// Joins the texts of an error and its causes, each once, on one line.
 fn chain(error: &(dyn Error + 'static)) -> String {
     let mut out = String::new();
     for one in sources(error) {
@@ -191,12 +191,12 @@ fn chain(error: &(dyn Error + 'static)) -> String {
     out.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Whether the store gives this as its code: in an answer of its own, or for one object of a batch.
+/// Returns true when the store gives this code, in a whole answer or for one object of a batch.
 fn names(detail: &str, code: &str) -> bool {
     detail.contains(&format!("<Code>{code}</Code>")) || detail.contains(&format!("(code: {code})"))
 }
 
-/// The text without the session token that S3 repeats when it refuses one.
+/// Removes the session token that S3 repeats when it refuses one.
 fn without_token(detail: String) -> String {
     const TAGS: (&str, &str) = ("<Token-0>", "</Token-0>");
     match detail.split_once(TAGS.0) {
@@ -208,7 +208,7 @@ fn without_token(detail: String) -> String {
     }
 }
 
-/// object_store keeps the type that holds the status to itself; its text is all there is.
+/// Parses the status from the text: object_store keeps the type that holds it private.
 fn status_in(detail: &str) -> Option<u16> {
     let (_, rest) = detail.split_once("status code: ")?;
     rest.get(..3)?.parse().ok()
@@ -243,7 +243,7 @@ mod tests {
         );
         assert_eq!((expired.kind, expired.transient), (Kind::Expired, true));
         assert!(!expired.detail.contains("canary") && expired.detail.contains("<RequestId>1"), "{}", expired.detail);
-        // An object of that name is no reason.
+        // A code in an object name does not count.
         let named = generic("Error performing PUT http://x/b/ExpiredToken - status code: 400 Bad Request: x");
         assert_eq!((named.kind, named.transient), (Kind::Other, false));
         let bodiless = generic("Error performing HEAD http://x/b/k in 1ms - status code: 400 Bad Request: ");

@@ -1,7 +1,7 @@
-//! Whether everything is in the bucket that should be, and is what was written.
+//! Checks whether every object that should be in the bucket is there and unaltered.
 //!
-//! **Invariant:** what is missing is judged by what others name: manifests, the log itself, and what the
-//! cluster knows to have written. An empty bucket is not a clean one for a cluster that has shipped.
+//! **Invariant:** a missing object is one that others name: manifests, the log itself, and the reports of the
+//! cluster's nodes. For a cluster that has shipped, an empty bucket is not a clean one.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -17,71 +17,71 @@ use crate::garbage::of_the_future;
 use crate::layout::{self, Owner, Shipped};
 use crate::survey::{Found, READS, read, survey};
 
-/// A database's list of its files is read whole, also when nobody asks for every byte, up to this size.
+/// Largest database file list that is read whole even when the check is not deep.
 const LIST_BYTES_MAX: u64 = 16 << 20;
 
-/// An object that nothing needs.
+/// An object that no other object needs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Orphan {
     /// Its key.
     pub key: String,
     /// Its size.
     pub bytes: u64,
-    /// Seconds since it was written.
+    /// Seconds since the write.
     pub age_s: u64,
 }
 
-/// The state of a bucket.
+/// The result of a check.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Fsck {
-    /// Objects.
+    /// Number of objects.
     pub objects: u64,
     /// Their bytes.
     pub bytes: u64,
-    /// Objects that something needs.
+    /// Number of objects that are needed.
     pub referenced: u64,
-    /// The others.
+    /// The objects that are not needed.
     pub orphans: Vec<Orphan>,
-    /// Keys that a manifest names, or that the log behind it needs, and that are not there.
+    /// Keys of missing objects that a manifest names, or that the log behind it needs.
     pub missing: Vec<String>,
-    /// Keys of objects that are not what was written.
+    /// Keys of objects that differ from what was written.
     pub corrupt: Vec<String>,
-    /// What somebody should look at.
+    /// Warnings for the operator.
     pub warnings: Vec<String>,
 }
 
 impl Fsck {
-    /// True when nothing is missing and nothing is damaged.
+    /// Returns true when no object is missing or damaged.
     pub fn is_clean(&self) -> bool {
         self.missing.is_empty() && self.corrupt.is_empty()
     }
 }
 
-/// What the cluster knows to have written, when the check began.
+/// Objects that the cluster knew to be written when the check began.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Known {
-    /// Versions of catalogs that somebody has obeyed.
+    /// Catalog versions that a node has applied.
     pub catalogs: Vec<(KeyspaceId, CatalogVersion)>,
-    /// What the placed replicas say of themselves.
+    /// Reports of the placed replicas.
     pub replicas: Vec<KnownReplica>,
 }
 
-/// What a replica says of itself.
+/// The shipping state that a replica reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KnownReplica {
-    /// Which one.
+    /// The replica.
     pub owner: Owner,
-    /// Its last checkpoint.
+    /// LSN of its last checkpoint.
     pub manifest_lsn: Lsn,
-    /// Checkpoint and chunks cover its log up to here.
+    /// LSN up to which checkpoint and chunks cover its log.
     pub shipped_lsn: Lsn,
 }
 
-/// An object, whether it is what was written, and whose log it holds from where to where; what comes before it
-/// may be in what another replica has shipped.
+/// An object, whether it is unaltered, and for a chunk its owner, first and last LSN, and whether the log before
+/// it may be in the archive of another replica.
 type Judged = (String, bool, Option<(Owner, Lsn, Lsn, bool)>);
 
-/// Checks that everything is there that is named, with the size and checksum it should have. With
+/// Checks that every named object exists, with the size and checksum that it should have. With
 /// `deep` every byte of every object is read; else SSTs are judged by their size.
 ///
 /// # Errors
@@ -90,7 +90,7 @@ pub async fn fsck(bucket: &Bucket, deep: bool) -> Result<Fsck, CatalogError> {
     check(bucket, deep, &Known::default(), now_us()).await
 }
 
-/// The same, and what the cluster knows to have written is there. `clock_us` is for the ages.
+/// Checks the same, and that the objects in `known` exist. `clock_us` is the time for the ages.
 ///
 /// # Errors
 /// When the bucket does not answer.
@@ -120,7 +120,7 @@ pub async fn check(bucket: &Bucket, deep: bool, known: &Known, clock_us: u64) ->
     }
     for keyspace in &survey.unbound {
         let catalog = &survey.catalogs[keyspace];
-        // One whose creation was cut off was never obeyed, and has no second version.
+        // A keyspace whose creation was cut off was never applied, and has no second version.
         if catalog.version > CatalogVersion(1) || known.catalogs.iter().any(|(one, _)| one == keyspace) {
             found.missing.push(layout::name_version(&catalog.name, 1));
         }
@@ -208,8 +208,8 @@ pub async fn check(bucket: &Bucket, deep: bool, known: &Known, clock_us: u64) ->
     }
     let owners: BTreeSet<Owner> = logs.keys().copied().chain(known.replicas.iter().map(|one| one.owner)).collect();
     for owner in owners {
-        // What the newest checkpoint holds is not missed; without one the log has to begin at 1, unless
-        // it belongs to somebody who is gone, and is on its way out.
+        // Chunks that the newest checkpoint covers may be missing; without a checkpoint the log has to begin at 1,
+        // unless its replica has left the shard and gc is removing its archive.
         let newest = survey.manifests.get(&owner).and_then(|all| all.keys().next_back().copied());
         let says = known.replicas.iter().find(|one| one.owner == owner);
         if let Some(says) = says.filter(|says| newest.unwrap_or_default() < says.manifest_lsn) {

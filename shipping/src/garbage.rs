@@ -1,14 +1,14 @@
-//! What of the bucket is needed, what is not, and what is missing or damaged.
+//! Garbage collection: which objects of the bucket are needed, and which are deleted.
 //!
 //! **Invariants**
-//! - Deleted is only what no retained manifest, chunk, plan or keyspace needs, that is older than the
-//!   minimum age, under a term that is still the last one, and after the catalogs were read again. In
+//! - An object is deleted only when no retained manifest, chunk, plan or keyspace needs it, when it is older
+//!   than the minimum age, under a gc term that is still the last, and after the catalogs were read again. In
 //!   doubt it stays. Catalog and name versions are never deleted.
-//! - What a replica shipped that left its shard goes only when a checkpoint of the shard covers every record of
-//!   it: another log may go on behind it.
-//! - A manifest goes before what it names, so that what is left can always be read.
-//! - No object's time moves the age of another one. "Now" is the earlier of two: the time that the store gave
-//!   to an object of this very run, and the collector's own clock.
+//! - The archive of a replica that left its shard is deleted only when a checkpoint of the shard covers every
+//!   record of it: another log may continue it.
+//! - A manifest is deleted before the objects that it names, so that the remaining manifests stay readable.
+//! - No object's time moves the age of another object. "Now" is the earlier of two times: the store time of an
+//!   object of this very run, and the collector's own clock.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
@@ -20,35 +20,35 @@ use vasto_core::ids::{KeyspaceId, Lsn, Vector, covers, join};
 use vasto_core::limits::{UNNAMED_AGE_MIN, UPLOAD_STALL_MAX};
 use vasto_core::plan::PlanKind;
 
+use crate::archive;
 use crate::bucket::{Bucket, BucketError, Create, ObjectInfo};
 use crate::catalog_store::{CatalogError, CatalogStore, now_us};
 use crate::chunk::Chunk;
-use crate::history;
 use crate::layout::{self, Owner, Shipped};
 use crate::manifest::Manifest;
 use crate::survey::{Found, Survey, read, survey};
 
 pub use crate::fsck::{Fsck, Known, KnownReplica, Orphan, check, fsck};
 
-/// Objects that are deleted at a time; before each time the term and the keyspaces are looked at.
+/// Objects in one deletion batch; before each batch the gc term and the keyspaces are checked.
 const DELETED_AT_ONCE: usize = 100;
-/// The store's clock and the collector's differ by more than this: somebody should know.
+/// Difference between the store's clock and the collector's that raises a warning.
 const CLOCKS_APART_MIN: Duration = Duration::from_secs(15 * 60);
 
-/// What stays although nothing serves from it any more.
+/// Which objects stay although no replica serves from them any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Retention {
-    /// Checkpoints of each replica that always stay.
+    /// Number of checkpoints of each replica that always stay.
     pub keep_checkpoints: usize,
-    /// Every moment of this long a past can be restored.
+    /// Period in which every point in time can be restored.
     pub keep_for: Duration,
-    /// Nothing younger is deleted.
+    /// No younger object is deleted.
     pub min_age: Duration,
 }
 
 impl Retention {
-    /// The least age of an SST that no manifest names yet: it may be of a checkpoint that is being uploaded,
-    /// which takes up to [`UPLOAD_STALL_MAX`]. Without any minimum age nothing is protected.
+    /// Returns the minimum age of an SST that no manifest names yet: the upload of its checkpoint may still
+    /// run, which takes up to [`UPLOAD_STALL_MAX`]. A minimum age of zero protects nothing.
     fn unnamed_age(&self) -> Duration {
         const { assert!(UNNAMED_AGE_MIN.as_secs() > UPLOAD_STALL_MAX.as_secs()) };
         if self.min_age.is_zero() { Duration::ZERO } else { self.min_age.max(UNNAMED_AGE_MIN) }
@@ -65,7 +65,7 @@ impl Default for Retention {
     }
 }
 
-/// What a collection did, or would do.
+/// The result of a collection or a dry run.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Collected {
     /// True when nothing was deleted.
@@ -74,25 +74,25 @@ pub struct Collected {
     pub deleted: u64,
     /// Their bytes.
     pub bytes: u64,
-    /// Objects that nothing needs but that are too young.
+    /// Objects that are not needed but too young.
     pub young: u64,
     /// Objects that stay.
     pub kept: u64,
-    /// Bytes in the bucket when it was done.
+    /// Bytes in the bucket at the end.
     pub stored_bytes: u64,
-    /// Why it ended early.
+    /// Why the collection ended early.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stopped: Option<String>,
-    /// The first of the keys.
+    /// The first of the deleted keys.
     pub keys: Vec<String>,
-    /// What somebody should look at.
+    /// Warnings for the operator.
     pub warnings: Vec<String>,
 }
 
-/// Keys that [`Collected`] shows.
+/// Maximum number of keys in [`Collected`].
 const KEYS_SHOWN: usize = 1_000;
 
-/// Ends every collection that is under way, at the latest after its next few deletions: for somebody who
+/// Stops every running collection, at the latest after its next few deletions: for a caller that
 /// is about to read what may be garbage.
 ///
 /// # Errors
@@ -101,7 +101,7 @@ pub async fn interrupt(bucket: &Bucket) -> Result<(), BucketError> {
     Term::take(bucket).await.map(drop)
 }
 
-/// The right to collect, until somebody takes the next term.
+/// The right to collect, until the next gc term is taken.
 struct Term {
     bucket: Bucket,
     n: u64,
@@ -111,7 +111,7 @@ impl Term {
     async fn take(bucket: &Bucket) -> Result<Self, BucketError> {
         let taken = bucket.list("gc-term/").await?;
         let number = |key: &str| key.strip_prefix("gc-term/").and_then(|n| n.parse::<u64>().ok());
-        // What a person has put beside them must not use up the numbers.
+        // A foreign object beside the terms must not use up the numbers.
         let sane = |n: &u64| *n < u64::MAX / 2;
         let mut n = taken.iter().filter_map(|object| number(&object.key)).filter(sane).max().unwrap_or(0) + 1;
         loop {
@@ -128,7 +128,7 @@ impl Term {
     }
 }
 
-/// What time it is for the store: what it says of an object that was just created.
+/// Returns the store's time: the modification time of an object that was just created.
 async fn store_us(bucket: &Bucket, term: Option<&Term>) -> Result<u64, BucketError> {
     let probe = layout::probe(rand::random());
     let key = match term {
@@ -142,11 +142,11 @@ async fn store_us(bucket: &Bucket, term: Option<&Term>) -> Result<u64, BucketErr
     if term.is_none() {
         bucket.delete(&probe).await?;
     }
-    // Gone at once: somebody clears up who does not care for ages. Nothing is old then.
+    // Another process deleted the object at once, whatever its age. Then no object counts as old.
     Ok(found.map_or(0, |found| found.modified_us))
 }
 
-/// Deletes what is not needed any more, with the machine's clock.
+/// Deletes objects that are not needed any more, by the machine's clock.
 ///
 /// # Errors
 /// See [`collect_at`].
@@ -154,11 +154,11 @@ pub async fn collect(bucket: &Bucket, retention: Retention, dry_run: bool) -> Re
     collect_at(bucket, retention, dry_run, now_us()).await
 }
 
-/// Deletes what is not needed any more. `clock_us` is the collector's clock, microseconds since 1970. A dry
+/// Deletes objects that are no longer needed. `clock_us` is the collector's clock, microseconds since 1970. A dry
 /// run writes nothing but a probe, which it removes.
 ///
 /// # Errors
-/// When the bucket does not answer: what was deleted until then was not needed.
+/// When the bucket does not answer: the objects deleted until then were not needed.
 pub async fn collect_at(
     bucket: &Bucket,
     retention: Retention,
@@ -198,7 +198,7 @@ pub async fn collect_at(
     let (staged, being_staged): (Vec<_>, Vec<_>) =
         survey.staged.iter().partition(|file| file.modified_us <= before(retention.unnamed_age()));
     out.young += being_staged.len() as u64;
-    // First the manifests: nothing is left that names what is gone.
+    // Manifests first: no remaining manifest names a deleted object.
     going.sort_by_key(|object| !matches!(layout::parse_shipped(&object.key), Some((_, Shipped::Manifest(_)))));
     if let Some(term) = &term {
         let changed = changed_since(bucket, &survey).await?;
@@ -233,7 +233,7 @@ pub async fn collect_at(
     Ok(out)
 }
 
-/// Says that one of two clocks is wrong.
+/// Warns when two clocks are too far apart.
 fn clocks_apart(store_us: u64, clock_us: u64) -> Option<String> {
     let apart = Duration::from_micros(store_us.abs_diff(clock_us));
     let (early, late) = if store_us < clock_us { ("bucket's", "master's") } else { ("master's", "bucket's") };
@@ -246,7 +246,7 @@ fn clocks_apart(store_us: u64, clock_us: u64) -> Option<String> {
     })
 }
 
-/// Says which objects are of a time that has not come.
+/// Warns about objects whose time is in the future.
 pub(crate) fn of_the_future(objects: &[ObjectInfo], now_us: u64) -> Option<String> {
     let from = now_us.saturating_add(CLOCKS_APART_MIN.as_micros() as u64);
     let future: Vec<&ObjectInfo> = objects.iter().filter(|object| object.modified_us > from).collect();
@@ -267,7 +267,7 @@ fn count(out: &mut Collected, object: &ObjectInfo) {
     }
 }
 
-/// Keyspaces that have changed since the survey, or that appeared: their turn is the next time.
+/// Returns the keyspaces that have changed since the survey: the next collection judges them.
 async fn changed_since(bucket: &Bucket, survey: &Survey) -> Result<BTreeSet<KeyspaceId>, CatalogError> {
     let store = CatalogStore::new(bucket.clone());
     let mut changed = BTreeSet::new();
@@ -280,14 +280,14 @@ async fn changed_since(bucket: &Bucket, survey: &Survey) -> Result<BTreeSet<Keys
     Ok(changed)
 }
 
-/// Why a keyspace that was created since the survey may read what is to be deleted: it is made out of another
-/// one. `None`: there is no such keyspace.
+/// Returns why a keyspace created since the survey may read objects that are to be deleted: it is restored from
+/// another keyspace. `None` without such a keyspace.
 async fn newcomer_may_read(bucket: &Bucket, survey: &Survey) -> Result<Option<String>, CatalogError> {
     let store = CatalogStore::new(bucket.clone());
     let first = survey.catalogs.keys().next_back().map_or(1, |last| last.0.saturating_add(1));
     for id in (first..u64::MAX).map(KeyspaceId) {
         if survey.seen.contains(&id) {
-            continue; // it was there, and cannot be read
+            continue; // in the survey, but unreadable
         }
         match store.tip(id, vasto_core::CatalogVersion(1)).await {
             Ok(None) => break,
@@ -302,18 +302,18 @@ async fn newcomer_may_read(bucket: &Bucket, survey: &Survey) -> Result<Option<St
     Ok(None)
 }
 
-/// What lies before the past that is kept, microseconds since 1970.
+/// Returns the begin of the retained archive, microseconds since 1970.
 fn kept_from(survey: &Survey, retention: Retention) -> u64 {
     survey.now_us.saturating_sub(retention.keep_for.as_micros() as u64)
 }
 
-/// The objects by what is asked of them.
+/// Indexes over the objects.
 struct Shipments<'a> {
-    /// When each was written, by the store's clock.
+    /// Write time of each object, by the store's clock.
     written: HashMap<&'a str, u64>,
-    /// When a replica's last one was.
+    /// Write time of each replica's last object.
     newest: BTreeMap<Owner, u64>,
-    /// First LSNs of a replica's chunks, rising; an entry for each that has shipped anything.
+    /// First LSNs of each replica's chunks, ascending; an entry for each replica that has shipped anything.
     chunks: BTreeMap<Owner, Vec<Lsn>>,
 }
 
@@ -335,13 +335,13 @@ impl<'a> Shipments<'a> {
     }
 }
 
-/// Placed, or to be drained.
+/// Returns true when the replica is placed or draining.
 fn is_member(catalog: &Catalog, owner: &Owner) -> bool {
-    catalog.is_placed(owner.replica) || catalog.unsealed.iter().any(|one| one.replica == owner.replica)
+    catalog.is_placed(owner.replica) || catalog.draining.iter().any(|one| one.replica == owner.replica)
 }
 
-/// The checkpoints that bring back what the shipper of a replica's shard held when the past that is kept began;
-/// `None` while the replica is a member of the shard.
+/// Returns the checkpoints that restore what the shipper of a replica's shard held when the retained archive
+/// began; `None` while the replica is a member of the shard.
 fn succeeding<'a>(
     survey: &'a Survey,
     written: &HashMap<&str, u64>,
@@ -358,9 +358,9 @@ fn succeeding<'a>(
     Some(manifests.into_iter().flat_map(BTreeMap::values).filter(is_from_before).collect())
 }
 
-/// Which of those who left a shard and have a successor in the bucket are covered: a checkpoint of it holds every
-/// record that they have shipped, so that nobody needs what another log goes on behind. Of one whose loss was
-/// accepted its own last records need not be taken over, unless a log goes on behind it.
+/// Returns the replicas that left a shard and are covered: a checkpoint of the shipper holds every record that
+/// they have shipped, so that no reader needs an archive that another log continues. For a replica whose loss
+/// was accepted, its own last records need not be covered, unless another log continues its archive.
 async fn covered_ones(
     bucket: &Bucket,
     survey: &Survey,
@@ -390,7 +390,7 @@ async fn covered_ones(
         let mut is_leant_on = false;
         for (other, firsts) in chunks {
             if (other.keyspace, other.shard) == (owner.keyspace, owner.shard) && other != owner && !is_leant_on {
-                is_leant_on = history::goes_on_behind(bucket, *other, firsts).await?.contains(&owner.replica);
+                is_leant_on = archive::goes_on_behind(bucket, *other, firsts).await?.contains(&owner.replica);
             }
         }
         if !is_leant_on {
@@ -400,7 +400,7 @@ async fn covered_ones(
     Ok(covered)
 }
 
-/// Per origin, the last record that a replica has shipped; `None` when that cannot be read.
+/// Returns, per origin, the last record that a replica has shipped; `None` when an object is unreadable.
 async fn reach(bucket: &Bucket, survey: &Survey, owner: Owner, chunks: &[Lsn]) -> Result<Option<Vector>, BucketError> {
     let newest = survey.manifests.get(&owner).and_then(|all| all.values().next_back());
     let mut vector = newest.map(|manifest| manifest.vector.clone()).unwrap_or_default();
@@ -414,7 +414,7 @@ async fn reach(bucket: &Bucket, survey: &Survey, owner: Owner, chunks: &[Lsn]) -
     Ok(Some(vector))
 }
 
-/// Keys that nothing needs, whatever their age. `covered`: see [`covered_ones`].
+/// Returns the keys that are not needed, whatever their age. `covered`: see [`covered_ones`].
 fn judge<'a>(
     survey: &'a Survey,
     Shipments { written, newest, chunks }: &Shipments<'_>,
@@ -423,7 +423,7 @@ fn judge<'a>(
 ) -> BTreeSet<&'a str> {
     let keep_from = kept_from(survey, retention);
     let written_us = |key: &str| written.get(key).copied();
-    // No master goes on with a creation that was cut off: its plan, a restore, would keep what it was to read
+    // No master continues a creation that was cut off: its plan, a restore, would keep the objects of its source
     // for ever.
     let old = survey.now_us.saturating_sub(retention.min_age.as_micros() as u64);
     let is_cut_off = |catalog: &Catalog| {
@@ -445,8 +445,8 @@ fn judge<'a>(
     };
     let none = BTreeMap::new();
     let manifests_of = |owner: &Owner| survey.manifests.get(owner).unwrap_or(&none);
-    // A replica that ships no more is needed as long as its successor cannot bring back the whole past, and all
-    // that it has shipped.
+    // A replica that ships no more is needed until its successor can restore the whole retained archive, and all
+    // that the replica has shipped.
     let is_over = |catalog: &Catalog, owner: &Owner| {
         let discarded = catalog.discarded.contains(&owner.replica);
         !is_member(catalog, owner)
@@ -467,7 +467,7 @@ fn judge<'a>(
         let all = manifests_of(owner);
         let last = all.keys().rev().take(retention.keep_checkpoints.max(1)).copied();
         let recent = all.keys().filter(|lsn| made_us(owner, **lsn) > keep_from).copied();
-        // The one from which the oldest moment is reached.
+        // The checkpoint from which the oldest point in time is restored.
         let first = all.keys().rev().find(|lsn| made_us(owner, **lsn) <= keep_from).copied();
         let pinned = all.keys().copied().filter(|lsn| {
             let key = layout::manifest(owner.keyspace, owner.shard, owner.replica, *lsn);
@@ -483,26 +483,26 @@ fn judge<'a>(
         }
     }
     let is_garbage = |object: &&ObjectInfo| match layout::parse_shipped(&object.key) {
-        // Names of a keyspace that is not known could be of one that is being created.
+        // Objects of an unknown keyspace may belong to one that is being created.
         Some((owner, _)) if !survey.catalogs.contains_key(&owner.keyspace) || busy.contains(&owner.keyspace) => false,
-        // A manifest of this shard cannot be read: what it needs is not known.
+        // A manifest of this shard is unreadable: the objects that it names are unknown.
         Some((owner, _))
             if survey.corrupt.iter().any(|key| key.starts_with(&layout::shard_prefix(owner.keyspace, owner.shard))) =>
         {
             false
         }
-        // Also by manifests of other keyspaces, which were restored from this one.
+        // Named also by manifests of other keyspaces, which were restored from this one.
         Some((_, Shipped::Sst | Shipped::Database)) if named.contains(object.key.as_str()) => false,
         Some((_, Shipped::Sst | Shipped::Database)) if !survey.corrupt.is_empty() => false,
         Some((owner, _)) if over.contains(&owner) => true,
         Some((owner, Shipped::Manifest(lsn))) => !retained.get(&owner).is_some_and(|lsns| lsns.contains(&lsn)),
         Some((_, Shipped::Sst | Shipped::Database)) => true,
         Some((owner, Shipped::Chunk(first))) => {
-            // Without a checkpoint from before the past that is kept, that past begins with the log.
+            // Without a checkpoint older than the retained archive, that archive begins with the log.
             let reaches_back = |lsns: &&BTreeSet<Lsn>| lsns.iter().any(|lsn| made_us(&owner, *lsn) <= keep_from);
             let oldest = retained.get(&owner).filter(reaches_back).and_then(|lsns| lsns.first().copied());
             let next = chunks.get(&owner).and_then(|firsts| firsts.iter().find(|next| **next > first));
-            // All of it lies before the oldest checkpoint that stays.
+            // The whole chunk lies before the oldest retained checkpoint.
             oldest.zip(next).is_some_and(|(oldest, next)| next.0 <= oldest.0 + 1)
         }
         None => object.key.starts_with("probe/"),

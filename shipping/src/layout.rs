@@ -1,108 +1,108 @@
 //! Every object key, in one place. Keys are relative to `<root>`, the prefix in the bucket's URL.
 //!
-//! **Invariant:** persisted, never change: numbers have 20 digits, so that the order of names is the
-//! order of numbers, and ids (never names that people choose, but for `names/`) make up the path.
+//! **Invariant:** keys are persisted and never change: numbers have 20 digits, so that the order of names is the
+//! order of numbers, and ids (never names that people choose, except in `names/`) make up the path.
 
 use vasto_core::{CatalogVersion, KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
 
-/// Who owns the prefix.
+/// Key of the cluster's claim.
 pub fn cluster() -> String {
     "cluster.json".to_owned()
 }
 
-/// The `n`th version of what is decided about the nodes, from 1.
+/// Key of the `n`th version of the node settings, from 1.
 pub fn cluster_settings(n: u64) -> String {
     format!("cluster/{n:020}")
 }
 
-/// Who may collect garbage: the term `n`.
+/// Key of the gc term `n`.
 pub fn gc_term(n: u64) -> String {
     format!("gc-term/{n:020}")
 }
 
-/// The `n`th binding of a keyspace name, from 1.
+/// Key of the `n`th binding of a keyspace name, from 1.
 pub fn name_version(name: &str, n: u64) -> String {
     format!("names/{name}/{n:020}")
 }
 
-/// Everything under `names/`.
+/// Prefix of all name bindings.
 pub fn names_prefix() -> String {
     "names/".to_owned()
 }
 
-/// One version of a keyspace's catalog.
+/// Key of one version of a keyspace's catalog.
 pub fn catalog_version(keyspace: KeyspaceId, version: CatalogVersion) -> String {
     format!("catalog/{:020}/{:020}", keyspace.0, version.0)
 }
 
-/// Everything under `catalog/`.
+/// Prefix of all catalog versions.
 pub fn catalog_prefix() -> String {
     "catalog/".to_owned()
 }
 
-/// Reads a key that [`catalog_version`] made.
+/// Parses a key of [`catalog_version`].
 pub fn parse_catalog_version(key: &str) -> Option<(KeyspaceId, CatalogVersion)> {
     let (keyspace, version) = key.strip_prefix("catalog/")?.split_once('/')?;
     Some((KeyspaceId(number(keyspace)?), CatalogVersion(number(version)?)))
 }
 
-/// Everything that belongs to a keyspace's data.
+/// Prefix of a keyspace's data.
 pub fn keyspace_prefix(keyspace: KeyspaceId) -> String {
     format!("data/{:020}/", keyspace.0)
 }
 
-/// Everything that one replica ships.
+/// Prefix of one replica's archive.
 pub fn replica_prefix(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId) -> String {
     format!("data/{:020}/{:020}/{:020}/", keyspace.0, shard.0, replica.0)
 }
 
-/// Everything that the replicas of one shard ship.
+/// Prefix of the archives of one shard's replicas.
 pub fn shard_prefix(keyspace: KeyspaceId, shard: ShardId) -> String {
     format!("data/{:020}/{:020}/", keyspace.0, shard.0)
 }
 
-/// The database's own list of files, of the checkpoint at `lsn`.
+/// Key of the database's own list of files, of the checkpoint at `lsn`.
 pub fn database(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId, lsn: Lsn, attempt: &str) -> String {
     format!("{}db/{:020}-{attempt}.manifest", replica_prefix(keyspace, shard, replica), lsn.0)
 }
 
-/// An SST. `attempt` is drawn for every upload, because file numbers come again after a restore.
+/// Key of an SST. `attempt` is drawn for every upload, because a restore reuses file numbers.
 pub fn sst(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId, file_number: u64, attempt: &str) -> String {
     format!("{}sst/{file_number:020}-{attempt}.sst", replica_prefix(keyspace, shard, replica))
 }
 
-/// The log chunk that starts with `first`.
+/// Key of the log chunk that starts with `first`.
 pub fn chunk(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId, first: Lsn) -> String {
     format!("{}log/{:020}.chunk", replica_prefix(keyspace, shard, replica), first.0)
 }
 
-/// The manifest of the checkpoint at `lsn`.
+/// Key of the manifest of the checkpoint at `lsn`.
 pub fn manifest(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId, lsn: Lsn) -> String {
     format!("{}{:020}.manifest", checkpoint_prefix(keyspace, shard, replica), lsn.0)
 }
 
-/// Everything under one replica's `checkpoint/`.
+/// Prefix of one replica's manifests.
 pub fn checkpoint_prefix(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId) -> String {
     format!("{}checkpoint/", replica_prefix(keyspace, shard, replica))
 }
 
-/// Reads the LSN out of a key that [`manifest`] made.
+/// Parses the LSN out of a key of [`manifest`].
 pub fn parse_manifest_lsn(key: &str) -> Option<Lsn> {
     number(key.rsplit('/').next()?.strip_suffix(".manifest")?).map(Lsn)
 }
 
-/// What a key under `data/` belongs to.
+/// The replica that owns a key under `data/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Owner {
     /// The keyspace.
     pub keyspace: KeyspaceId,
     /// The shard.
     pub shard: ShardId,
-    /// The replica that shipped it.
+    /// The replica that shipped the object.
     pub replica: ReplicaId,
 }
 
-/// What an object of a replica is.
+/// The kind of a replica's object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shipped {
     /// An SST.
@@ -115,7 +115,7 @@ pub enum Shipped {
     Manifest(Lsn),
 }
 
-/// Reads a key of a replica's object; `None` for anything else.
+/// Parses the key of a replica's object; `None` for any other key.
 pub fn parse_shipped(key: &str) -> Option<(Owner, Shipped)> {
     let mut parts = key.strip_prefix("data/")?.splitn(5, '/');
     let keyspace = KeyspaceId(number(parts.next()?)?);
@@ -132,7 +132,7 @@ pub fn parse_shipped(key: &str) -> Option<(Owner, Shipped)> {
     Some((Owner { keyspace, shard, replica }, shipped))
 }
 
-/// Does the key say who the cluster is, what it consists of, and who may collect?
+/// Returns true for keys of the claim, catalogs, names, node settings and gc terms.
 pub(crate) fn is_of_the_cluster(key: &str) -> bool {
     let of_name = |rest: &str| rest.split_once('/').is_some_and(|(name, n)| !name.is_empty() && number(n).is_some());
     key == cluster()
@@ -141,17 +141,17 @@ pub(crate) fn is_of_the_cluster(key: &str) -> bool {
         || ["gc-term/", "cluster/"].iter().any(|folder| key.strip_prefix(folder).is_some_and(|n| number(n).is_some()))
 }
 
-/// Is it the key of anything that Vasto writes?
+/// Returns true for a key of any object that Vasto writes.
 pub fn is_known(key: &str) -> bool {
     is_of_the_cluster(key) || parse_shipped(key).is_some() || key.starts_with("probe/")
 }
 
-/// The `n`th SST that a plan exports from one shard for another.
+/// Key of the `n`th SST that a plan exports from one shard for another.
 pub fn export(keyspace: KeyspaceId, plan: PlanId, from: ShardId, to: ShardId, n: u64) -> String {
     format!("{}export/{:020}/{:020}-{:020}/{n:020}.sst", keyspace_prefix(keyspace), plan.0, from.0, to.0)
 }
 
-/// A name that the start-up probe writes and removes.
+/// Key of the object that the start-up probe writes and removes.
 pub fn probe(nonce: u128) -> String {
     format!("probe/{nonce:032x}")
 }

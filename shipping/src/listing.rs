@@ -1,9 +1,9 @@
-//! What a bucket lists, page by page, whatever else lies in it.
+//! Listings of a bucket, page by page, in the presence of foreign objects.
 //!
 //! **Invariants**
-//! - A name that Vasto cannot have written (it is no object's name, nobody may read it, it leads in a
-//!   circle) costs a word about it and nothing else: it never ends a listing.
-//! - A page that fails is asked for again; what was listed before it is not.
+//! - A name that Vasto cannot have written (not a valid object name, unreadable, a link cycle)
+//!   costs one warning and nothing else: it never ends a listing.
+//! - A page that fails is requested again; the pages before it are not.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
@@ -15,17 +15,17 @@ use object_store::path::Path as ObjectPath;
 
 use crate::bucket::ObjectInfo;
 
-/// Names that are remembered as odd; the first of many tell as much as all.
+/// Foreign names that are remembered; more would add no information.
 const STRANGERS_MAX: usize = 100;
-/// Longest part of such a name that is shown.
+/// Longest shown part of a foreign name.
 const STRANGER_CHARS: usize = 200;
 
-/// Where a store's pages come from.
+/// The source of a store's pages.
 #[derive(Clone)]
 pub(crate) enum Source {
-    /// Directories.
+    /// Local directories.
     Local(PathBuf),
-    /// S3 and what speaks like it.
+    /// S3 and compatible stores.
     Pages(Arc<dyn PaginatedListStore>),
     /// One stream, taken as a single page.
     Stream,
@@ -41,7 +41,7 @@ impl std::fmt::Debug for Source {
     }
 }
 
-/// What was found under a prefix.
+/// The content of a prefix.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Listing {
     /// The objects.
@@ -50,7 +50,7 @@ pub struct Listing {
     pub staged: Vec<ObjectInfo>,
 }
 
-/// Names that no object of Vasto has, with what is odd about them.
+/// Names of foreign objects, each with the reason why it is foreign.
 #[derive(Debug, Default)]
 pub(crate) struct Strangers(Mutex<BTreeMap<String, String>>);
 
@@ -59,7 +59,7 @@ impl Strangers {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Remembers one; the first time it is also logged.
+    /// Remembers a name; logs it the first time.
     pub(crate) fn add(&self, name: &str, why: &str) {
         let name: String = name.chars().take(STRANGER_CHARS).flat_map(char::escape_debug).collect();
         let mut known = self.known();
@@ -69,13 +69,13 @@ impl Strangers {
         }
     }
 
-    /// What is known, each on a line of its own, and forgets it.
+    /// Returns the remembered names, each on a line of its own, and forgets them.
     pub(crate) fn take(&self) -> Vec<String> {
         std::mem::take(&mut *self.known()).into_iter().map(|(name, why)| format!("{name}: {why}")).collect()
     }
 }
 
-/// The next page of a listing; no token: the last one.
+/// Reads the next page of a listing; the last has no token.
 pub(crate) async fn page(
     store: &dyn PaginatedListStore,
     prefix: &str,
@@ -87,7 +87,7 @@ pub(crate) async fn page(
     Ok((found.result.objects, found.page_token))
 }
 
-/// Takes out of a page of S3's the objects whose names cannot be read, and tells their names.
+/// Removes the objects with unreadable names from an S3 page, and reports their names.
 pub(crate) fn without_strangers(page: &str, mut tell: impl FnMut(&str, String)) -> Option<String> {
     const OPEN: &str = "<Contents>";
     const CLOSE: &str = "</Contents>";
@@ -99,7 +99,7 @@ pub(crate) fn without_strangers(page: &str, mut tell: impl FnMut(&str, String)) 
         let key = page[begin..end].split_once("<Key>").and_then(|(_, rest)| rest.split_once("</Key>"));
         let key = unescaped(key.map_or("", |(key, _)| key));
         if let Some(why) = oddity(&key) {
-            // What consoles make of a folder is nobody's object, and no news.
+            // A console's folder marker is no object, and needs no warning.
             if key.trim_end_matches('/').is_empty() || !key.ends_with('/') || key.ends_with("//") {
                 tell(&key, why);
             }
@@ -115,12 +115,12 @@ pub(crate) fn without_strangers(page: &str, mut tell: impl FnMut(&str, String)) 
     Some(kept)
 }
 
-/// Why a key of the store cannot be one of Vasto's; `None`: it could be.
+/// Returns why a key of the store cannot be one of Vasto's; `None` when it can.
 fn oddity(key: &str) -> Option<String> {
     if key.is_empty() {
         return Some("it has no name".to_owned());
     }
-    // A parsed path is the same text but for slashes at its ends, under which nobody finds it again.
+    // Parsing keeps the text except slashes at its ends, without which no read finds the object.
     match ObjectPath::parse(key) {
         Ok(path) if path.as_ref() == key => None,
         Ok(_) => Some("its name begins or ends with a slash".to_owned()),
@@ -128,7 +128,7 @@ fn oddity(key: &str) -> Option<String> {
     }
 }
 
-/// XML's five names and its numbers; anything else stays as it is.
+/// Decodes XML's five named and its numeric entities; anything else stays as it is.
 fn unescaped(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
@@ -161,10 +161,10 @@ fn unescaped(text: &str) -> String {
     out + rest
 }
 
-/// Everything in a folder of a local directory. Blocks on the disk.
+/// Lists everything in a folder of a local directory. Blocks on the disk.
 ///
 /// # Errors
-/// When the folder itself cannot be read; one that is not there is empty.
+/// When the folder itself cannot be read; a missing folder is empty.
 pub(crate) fn walk(root: &Path, folder: &str, strangers: &Strangers) -> std::io::Result<Listing> {
     let mut out = Listing::default();
     let top = root.join(folder);
@@ -173,7 +173,7 @@ pub(crate) fn walk(root: &Path, folder: &str, strangers: &Strangers) -> std::io:
         first => first?,
     };
     let identity = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
-    // A directory, its name, and the directories around it, by their numbers. Those around the bucket too: a
+    // A directory, its name, and the identities of its ancestors. The ancestors of the bucket count too: a
     // link out of it must not bring in the whole disk.
     let around = std::fs::canonicalize(&top)?.ancestors().filter_map(identity).collect::<Vec<_>>();
     let mut open = vec![(first, folder.to_owned(), around)];
@@ -196,7 +196,7 @@ pub(crate) fn walk(root: &Path, folder: &str, strangers: &Strangers) -> std::io:
             let path = entry.path();
             let found = match std::fs::metadata(&path) {
                 Ok(found) => found,
-                // Deleted meanwhile; a link that leads nowhere is still there.
+                // Deleted meanwhile; a dangling link still exists.
                 Err(_) if std::fs::symlink_metadata(&path).is_err() => continue,
                 Err(error) => {
                     strangers.add(&key, &format!("it cannot be read: {error}"));
@@ -233,7 +233,7 @@ pub(crate) fn walk(root: &Path, folder: &str, strangers: &Strangers) -> std::io:
     Ok(out)
 }
 
-/// The object that a staged file was to become: a local directory stages `name` as `name#7`.
+/// Returns the object that a staged file was to become: a local directory stages `name` as `name#7`.
 pub(crate) fn staged_for(key: &str) -> Option<&str> {
     let (name, number) = key.rsplit_once('#')?;
     (!number.is_empty() && number.bytes().all(|c| c.is_ascii_digit())).then_some(name)

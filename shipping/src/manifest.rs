@@ -1,8 +1,8 @@
 //! The manifest of a checkpoint: everything that is needed to open a copy of a replica.
 //!
-//! **Invariant:** written after every object that it names was uploaded and verified, and never
-//! changed. Levels and sequence ranges are correctness data: an import with wrong ones answers wrong
-//! without an error, so they come from the checkpoint itself.
+//! **Invariant:** a manifest is written after every object that it names was uploaded and verified, and never
+//! changed. Levels and sequence ranges are correctness data: an import with wrong values returns wrong
+//! results without an error, so they come from the checkpoint itself.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -23,26 +23,26 @@ pub struct Manifest {
     pub shard: ShardId,
     /// The replica that shipped it.
     pub replica: ReplicaId,
-    /// Its incarnation when it did.
+    /// Its incarnation at that time.
     pub incarnation: Incarnation,
-    /// The epoch it had seen.
+    /// The epoch that it had seen.
     pub epoch: Epoch,
-    /// The catalog version it had seen.
+    /// The catalog version that it had seen.
     pub version: CatalogVersion,
-    /// The files cover the log up to here.
+    /// LSN up to which the files cover the log.
     pub lsn: Lsn,
-    /// Per origin, what the files cover.
+    /// The vector that the files cover.
     #[serde(with = "pairs")]
     pub vector: Vector,
-    /// Greatest event time in it, microseconds.
+    /// Greatest event time in the checkpoint, microseconds.
     pub event_time_max: u64,
-    /// Greatest commit time in it, microseconds.
+    /// Greatest commit time in the checkpoint, microseconds.
     pub commit_time_max: u64,
-    /// The collection floor, a commit time.
+    /// The gc floor, a commit time.
     pub floor: u64,
-    /// When it was written, microseconds since 1970.
+    /// Time of the write, microseconds since 1970.
     pub created_at_us: u64,
-    /// Drawn by the writer: tells its own object from another's.
+    /// Drawn by the writer, to recognize its own object.
     pub nonce: u64,
     /// Key of the manifest before this one.
     pub previous: Option<String>,
@@ -50,8 +50,8 @@ pub struct Manifest {
     pub range_states: Vec<(BandRange, u8)>,
     /// The SSTs.
     pub files: Vec<ManifestFile>,
-    /// The database's own list of its files, with which they are opened as they are; manifests of
-    /// before it was shipped have none.
+    /// The database's own list of its files, with which they are opened as they are; older manifests,
+    /// written before it was shipped, have none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub database: Option<DatabaseFile>,
 }
@@ -74,13 +74,13 @@ pub struct DatabaseFile {
 pub struct ManifestFile {
     /// Full object key.
     pub key: String,
-    /// The file number it had.
+    /// File number in the source database.
     pub file_number: u64,
     /// Size.
     pub bytes: u64,
     /// CRC-32C of the whole.
     pub crc32c: u32,
-    /// Level in the tree.
+    /// Level in the LSM tree.
     pub level: i32,
     /// Smallest sequence number.
     pub smallest_seqno: u64,
@@ -92,12 +92,12 @@ pub struct ManifestFile {
     /// Last stored key.
     #[serde(with = "hex")]
     pub last_key: Vec<u8>,
-    /// Entries in it, older versions and tombstones included.
+    /// Entries, older versions and tombstones included.
     pub entries: u64,
 }
 
 impl ManifestFile {
-    /// True when a stored key of these bands can be in the file.
+    /// Returns true when a stored key of these bands can be in the file.
     pub fn overlaps(&self, range: BandRange) -> bool {
         // A file without known keys could hold any.
         let first = self.first_key.first().copied().unwrap_or(u8::MIN);
@@ -107,12 +107,12 @@ impl ManifestFile {
 }
 
 impl Manifest {
-    /// The object's bytes.
+    /// Encodes the object's bytes.
     pub fn encode(&self) -> Bytes {
         envelope::encode(KIND, self)
     }
 
-    /// Reads and checks an object's bytes.
+    /// Decodes and checks an object's bytes.
     ///
     /// # Errors
     /// Damage, another kind of document, or one of a newer version.
@@ -120,23 +120,23 @@ impl Manifest {
         envelope::decode(KIND, bytes)
     }
 
-    /// The files that can hold keys of these bands, in the manifest's order.
+    /// Returns the files that can hold keys of these bands, in the manifest's order.
     pub fn files_overlapping(&self, range: BandRange) -> Vec<&ManifestFile> {
         self.files.iter().filter(|file| file.overlaps(range)).collect()
     }
 
-    /// The keys of everything that it needs.
+    /// Returns the keys of all named objects.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.files.iter().map(|file| file.key.as_str()).chain(self.database.iter().map(|one| one.key.as_str()))
     }
 
-    /// Bytes of all files.
+    /// Returns the total size of the SSTs.
     pub fn bytes(&self) -> u64 {
         self.files.iter().map(|file| file.bytes).sum()
     }
 }
 
-/// A map with structured keys, as a list of pairs.
+/// A map with structured keys as a list of pairs.
 mod pairs {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
     use vasto_core::ids::Vector;
@@ -273,7 +273,7 @@ mod tests {
             prop_assert!(Manifest::decode(&bytes).is_err());
         }
 
-        // The checksum hides the body from random bytes: give it random values directly.
+        // The checksum hides the body from random bytes: the test feeds it random values directly.
         #[test]
         fn the_body_decoder_is_total(text in r#"[\[\]{}",:a-z0-9]{0,60}"#) {
             let _ = serde_json::from_str::<Manifest>(&text);

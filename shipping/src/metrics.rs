@@ -1,17 +1,17 @@
-//! What a process asks of its bucket, through the global OpenTelemetry meter.
+//! Metrics of a process's bucket requests, through the global OpenTelemetry meter.
 //!
 //! `vasto_bucket_requests{kind}` with the kinds of [`RequestCounts::by_kind`], `vasto_bucket_sent`
 //! and `vasto_bucket_received` (the Prometheus exporter adds `_total`, and `_bytes` to the last two).
 //!
 //! **Invariant:** several servers may share a process, each with a bucket of its own: the caller's
-//! labels tell them apart, else one would hide the other. A bucket that is closed reports nothing.
+//! labels distinguish them, else one would hide the other. A closed bucket reports nothing.
 
 use opentelemetry::KeyValue;
 
 use crate::bucket::Bucket;
 use crate::counts::RequestCounts;
 
-/// Registers the counts of this bucket, to be read when somebody asks. Only a weak handle is kept.
+/// Registers the counts of this bucket, to be read at each export. Keeps only a weak handle.
 pub fn observe(bucket: &Bucket, labels: &[KeyValue]) {
     let meter = opentelemetry::global::meter("vasto-shipping");
     let (counts, labels_of) = (bucket.counts_while_open(), labels.to_vec());

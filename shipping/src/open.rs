@@ -1,7 +1,7 @@
-//! From a URL, options and the environment to an object store.
+//! Builds an object store from a URL, options and the environment.
 //!
-//! **Invariant:** options win over environment variables, and nothing that could be a secret gets
-//! into an error or the URL that is shown. Opening sends no request.
+//! **Invariant:** options win over environment variables, and no possible secret gets into an error
+//! or the URL that is shown. Opening sends no request.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -23,7 +23,7 @@ use crate::retry::RetryBudget;
 use crate::upload::SINGLE_PUT_BYTES_MAX;
 use crate::wire::{Connector, Learned};
 
-/// What [`open`] answers.
+/// Result of [`open`].
 #[derive(Debug)]
 pub(crate) struct Opened {
     pub(crate) url: String,
@@ -33,29 +33,29 @@ pub(crate) struct Opened {
     pub(crate) learned: Arc<Learned>,
 }
 
-/// The environment, as `std::env::vars_os` gives it; for S3 alone it is looked at through this.
+/// The environment, as `std::env::vars_os` returns it; only S3 reads it through this.
 pub(crate) type Environment<'a> = &'a mut dyn Iterator<Item = (OsString, OsString)>;
 
 impl Bucket {
-    /// Checks the form of a bucket's URL; nothing is opened or made.
+    /// Checks the form of a bucket's URL; opens and creates nothing.
     ///
     /// # Errors
-    /// [`BucketError::BadUrl`] with what is wrong.
+    /// [`BucketError::BadUrl`] with the reason.
     pub fn check_url(url: &str) -> Result<(), BucketError> {
         parse(url).map(|_| ())
     }
 
-    /// The URL of a bucket in a local directory, whatever characters and bytes its path holds; nothing for a
+    /// Returns the URL of a bucket in a local directory, whatever characters and bytes its path holds; `None` for a
     /// path that is not absolute.
     pub fn url_of_directory(path: &std::path::Path) -> Option<String> {
         Url::from_file_path(path).ok().map(String::from)
     }
 
     /// Opens a bucket as [`Bucket::open`] does, for S3 with these variables instead of the process's
-    /// own: for several roles in one process, as tests have them.
+    /// own: for several roles in one process, as in tests.
     ///
     /// # Errors
-    /// Those of [`Bucket::open`].
+    /// The errors of [`Bucket::open`].
     pub fn open_in(
         url: &str,
         options: &BucketOptions,
@@ -65,7 +65,7 @@ impl Bucket {
     }
 }
 
-/// The parts of a URL in which everything stands that its scheme needs.
+/// Parses a URL and checks that it has every part that its scheme needs.
 fn parse(text: &str) -> Result<Url, BucketError> {
     let bad = |reason: &str| BucketError::BadUrl { url: shown(text), reason: reason.to_owned() };
     let url = Url::parse(text).map_err(|error| bad(&error.to_string()))?;
@@ -115,7 +115,7 @@ fn paged<S: ObjectStore + PaginatedListStore>(store: S) -> (Arc<dyn ObjectStore>
     (Arc::<S>::clone(&store), Source::Pages(store))
 }
 
-/// The URL as errors may show it: without what stands before an `@`.
+/// Returns the URL as errors may show it: without the part before an `@`.
 fn shown(text: &str) -> String {
     match (text.find("://"), text.rfind('@')) {
         (Some(scheme), Some(at)) if at > scheme => format!("{}…{}", &text[..scheme + 3], &text[at..]),
@@ -137,7 +137,7 @@ fn local(path: &std::path::Path, url: &str) -> Result<Arc<dyn ObjectStore>, Buck
     Ok(Arc::new(store.with_fsync(true)))
 }
 
-/// One store per URL and process, so that every handle of a test sees the same objects.
+/// Returns one store per URL and process, so that every handle of a test sees the same objects.
 fn memory(url: &str) -> Arc<dyn ObjectStore> {
     type Stores = std::sync::Mutex<HashMap<String, Arc<InMemory>>>;
     static STORES: OnceLock<Stores> = OnceLock::new();
@@ -146,12 +146,12 @@ fn memory(url: &str) -> Arc<dyn ObjectStore> {
 }
 
 fn client_options(allow_http: bool) -> ClientOptions {
-    // Each request has a limit of its own, by its size; this one is for the largest.
+    // Each request has a limit of its own, by its size; this limit is for the largest.
     let longest = RetryBudget::default().limit_for(SINGLE_PUT_BYTES_MAX);
     ClientOptions::new().with_connect_timeout(CONNECT_TIMEOUT).with_timeout(longest).with_allow_http(allow_http)
 }
 
-/// All retries are in [`crate::retry`].
+/// No retries in object_store: all are in [`crate::retry`].
 fn no_retries() -> RetryConfig {
     RetryConfig { max_retries: 0, ..RetryConfig::default() }
 }
@@ -315,7 +315,7 @@ mod tests {
         assert_eq!((opened.url.as_str(), opened.root.as_str()), ("s3://b/p", "p"));
     }
 
-    // A machine without a role: nobody answers where its credentials would come from.
+    // A machine without a role: no metadata service answers with credentials.
     #[tokio::test]
     async fn a_machine_without_a_role_is_told_so_within_seconds() {
         let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();

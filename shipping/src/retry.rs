@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use object_store::retry::{RetryContext, RetryFailure, RetryPolicy};
 
-/// How long requests to the bucket are tried.
+/// Time limits of requests to the bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RetryBudget {
-    /// No further attempt begins when this has passed since the first one began.
+    /// Time since the first attempt after which no further attempt begins.
     pub total: Duration,
-    /// A request without a large body that is not answered in this time counts as failed.
+    /// Timeout of a request without a large body.
     pub attempt: Duration,
-    /// The same for one that reads or completes something large; what carries a body has longer, by its size.
+    /// Timeout of a request that reads or completes something large; a request with a body gets more, by its size.
     pub transfer: Duration,
     /// The first pause between attempts.
     pub backoff_first: Duration,
@@ -24,7 +24,7 @@ pub struct RetryBudget {
 }
 
 impl Default for RetryBudget {
-    /// Rides out a server's restart (30 s); callers that can wait longer begin again themselves.
+    /// Outlasts a server's restart (30 s); callers that can wait longer begin again themselves.
     fn default() -> Self {
         Self {
             total: Duration::from_secs(30),
@@ -37,7 +37,7 @@ impl Default for RetryBudget {
 }
 
 impl RetryBudget {
-    /// For the start-up probe: an unreachable bucket is reported within about 5 s.
+    /// Returns the budget of the start-up probe: an unreachable bucket is reported within about 5 s.
     pub fn probe() -> Self {
         Self {
             total: Duration::from_secs(3),
@@ -48,21 +48,21 @@ impl RetryBudget {
     }
 }
 
-/// A body that goes slower than this is given up: the least that several uploads at once over a slow link
-/// leave for each, bytes a second.
+/// Slowest accepted rate of a body, bytes a second: the least that several uploads at once over a slow link
+/// leave for each.
 pub(crate) const SLOWEST_BODY: u64 = 128 << 10;
 
 impl RetryBudget {
-    /// How long a request with a body of so many bytes may take.
+    /// Returns the timeout of a request with a body of this size.
     pub(crate) fn limit_for(&self, bytes: u64) -> Duration {
         self.attempt + Duration::from_secs_f64(bytes as f64 / SLOWEST_BODY as f64)
     }
 }
 
-/// A part that is answered 400 is sent so often again, with credentials asked for anew.
+/// Number of times a part answered with 400 is sent again, with new credentials.
 const UNEXPLAINED_MAX: usize = 5;
 
-/// Counts down one operation's budget.
+/// The remaining budget of one operation.
 #[derive(Debug)]
 pub(crate) struct Retry {
     budget: RetryBudget,
@@ -75,7 +75,7 @@ impl Retry {
         Self { budget, began: Instant::now(), last: Duration::ZERO }
     }
 
-    /// The pause before the next attempt, or `None` when the budget ends before it.
+    /// Returns the pause before the next attempt, or `None` when the budget ends before it.
     ///
     /// `random` is uniform in `0.0..1.0`: each pause lies between the first one and three times the
     /// last ("decorrelated jitter").
@@ -87,12 +87,12 @@ impl Retry {
         (elapsed + pause < self.budget.total).then_some(pause)
     }
 
-    /// How long this operation may still wait.
+    /// Returns the time that this operation may still wait.
     pub(crate) fn left(&self) -> Duration {
         self.budget.total.saturating_sub(self.began.elapsed())
     }
 
-    /// Waits before the next attempt; `false` when the budget is used up.
+    /// Waits before the next attempt; returns `false` when the budget is used up.
     pub(crate) async fn pause(&mut self) -> bool {
         match self.next_pause(self.began.elapsed(), rand::random()) {
             Some(pause) => {
@@ -116,8 +116,8 @@ impl RetryPolicy for PartRetry {
     async fn retry(&self, context: RetryContext) -> bool {
         let transient = match context.failure {
             RetryFailure::Transport(_) => true,
-            // S3 answers 400 to credentials that have expired and to a body that came slowly. Which it
-            // is, only the body of the answer tells, and that is not handed over.
+            // S3 answers 400 to expired credentials and to a body that arrived slowly. Only the body of the
+            // answer distinguishes the two, and object_store does not pass it on.
             RetryFailure::Status(status) if status.as_u16() == 400 => context.attempt <= UNEXPLAINED_MAX,
             RetryFailure::Status(status) => crate::failure::is_transient_status(status.as_u16()),
             _ => false,

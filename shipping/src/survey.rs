@@ -1,6 +1,6 @@
-//! A look through the whole bucket: its objects, the last catalogs, and every manifest.
+//! A survey of the whole bucket: its objects, the last catalogs, and every manifest.
 //!
-//! **Invariant:** one object that cannot be read, or is none of Vasto's, is told and passed by.
+//! **Invariant:** an unreadable or foreign object is reported and skipped.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,56 +16,56 @@ use crate::layout::{self, Owner, Shipped};
 use crate::listing;
 use crate::manifest::Manifest;
 
-/// Reads at a time.
+/// Reads in flight.
 pub(crate) const READS: usize = 8;
 
-/// Everything that is in the bucket, with the manifests read.
+/// The content of the bucket, with the manifests decoded.
 pub(crate) struct Survey {
     pub(crate) objects: Vec<ObjectInfo>,
-    /// What interrupted writes have left beside objects of Vasto.
+    /// Files that interrupted writes have left beside objects of Vasto.
     pub(crate) staged: Vec<ObjectInfo>,
     pub(crate) catalogs: BTreeMap<KeyspaceId, Catalog>,
-    /// Every keyspace that has a version, also one that cannot be read.
+    /// Every keyspace that has a version, also an unreadable one.
     pub(crate) seen: BTreeSet<KeyspaceId>,
-    /// Active ones whose name does not lead to them: their creation is under way, or was cut off.
+    /// Active keyspaces whose name is not bound to them: their creation is under way, or was cut off.
     pub(crate) unbound: BTreeSet<KeyspaceId>,
     pub(crate) manifests: BTreeMap<Owner, BTreeMap<Lsn, Manifest>>,
     pub(crate) corrupt: Vec<String>,
-    /// Microseconds since 1970, before the look began.
+    /// Microseconds since 1970, before the survey began.
     pub(crate) now_us: u64,
-    /// What lies there and is not of Vasto.
+    /// Warnings about foreign objects.
     pub(crate) warnings: Vec<String>,
 }
 
-/// What is under a key.
+/// The content of a key.
 pub(crate) enum Found {
     Gone,
     Bytes(Bytes),
-    /// Nobody can read it, now or later.
+    /// No retry can read the object.
     Unreadable,
 }
 
-/// Reads an object that a listing has shown.
+/// Reads an object that a listing returned.
 pub(crate) async fn read(bucket: &Bucket, key: &str) -> Result<Found, BucketError> {
     match bucket.get(key).await {
         Ok(Some(bytes)) => Ok(Found::Bytes(bytes)),
         Ok(None) => Ok(Found::Gone),
         Err(BucketError::TooLarge { .. }) => Ok(Found::Unreadable),
-        // One file of a local directory; a bucket that refuses us as a whole has said so before.
+        // One file of a local directory; a bucket that denies all access has failed before.
         Err(BucketError::AccessDenied { .. }) if bucket.url().starts_with("file:") => Ok(Found::Unreadable),
         Err(error) => Err(error),
     }
 }
 
-/// Looks through everything. `now_us` is the time for whoever judges ages.
+/// Surveys the whole bucket. `now_us` is the time by which ages are judged.
 pub(crate) async fn survey(bucket: &Bucket, now_us: u64) -> Result<Survey, CatalogError> {
     let mut corrupt = Vec::new();
     let mut catalogs = BTreeMap::new();
     let mut unbound = BTreeSet::new();
     let store = CatalogStore::new(bucket.clone());
     bucket.take_strangers();
-    // Catalogs before objects: what a plan that is over by then has written is in the list. Objects of a
-    // keyspace that is younger are not judged.
+    // Catalogs before objects: the list contains the objects of every plan that had ended by then. Objects of
+    // younger keyspaces are not judged.
     let mut last: BTreeMap<KeyspaceId, CatalogVersion> = BTreeMap::new();
     for object in bucket.list(&layout::catalog_prefix()).await? {
         if let Some((keyspace, version)) = layout::parse_catalog_version(&object.key) {
@@ -82,7 +82,7 @@ pub(crate) async fn survey(bucket: &Bucket, now_us: u64) -> Result<Survey, Catal
                         Ok(false) => {
                             unbound.insert(keyspace);
                         }
-                        // Its name can be no object's: somebody else wrote this.
+                        // Its name is no valid object name: Vasto did not write this catalog.
                         Err(CatalogError::Bucket(BucketError::BadKey { .. })) => {}
                         Err(CatalogError::Bucket(error)) => return Err(error.into()),
                         Ok(true) | Err(_) => {}
@@ -92,7 +92,7 @@ pub(crate) async fn survey(bucket: &Bucket, now_us: u64) -> Result<Survey, Catal
             }
             Ok(None) | Err(CatalogError::Bucket(BucketError::TooLarge { .. })) => {}
             Err(CatalogError::Bucket(error)) => return Err(error.into()),
-            Err(_) => {} // told by `fsck`, which reads every version
+            Err(_) => {} // reported by `fsck`, which reads every version
         }
     }
     let listed = bucket.list_all("").await?;

@@ -1,10 +1,10 @@
 //! Uploads of whole files.
 //!
-//! Up to [`SINGLE_PUT_BYTES_MAX`] a file goes in one create-only request. Larger ones go in parts:
-//! no store can make that create-only, so the name is looked at first, and it carries an attempt
-//! that nobody else draws. One that could not be begun or completed is sent again as a whole.
-//! Either way the size is verified at the end; what a crash leaves behind is named by no manifest
-//! and is collected.
+//! Up to [`SINGLE_PUT_BYTES_MAX`] a file is uploaded in one create-only request. A larger file is uploaded in parts:
+//! no store can make that create-only, so the name is checked first, and it carries an attempt
+//! id that no other upload draws. An upload that could not be begun or completed is repeated whole.
+//! Either way the size is verified at the end; objects that a crash leaves behind are named by no manifest
+//! and are collected.
 
 use std::io::{Read, Seek};
 use std::path::Path;
@@ -17,15 +17,15 @@ use crate::bucket::{Bucket, BucketError, Create, Uploaded, within};
 use crate::failure::Failure;
 use crate::retry::{PartRetry, Retry};
 
-/// Files up to this size go in one request, and are held in memory for it.
+/// Largest file that is uploaded in one request, and held in memory for it.
 pub const SINGLE_PUT_BYTES_MAX: u64 = 64 << 20;
-/// Size of the parts of larger ones. 10,000 parts, S3's limit, make 160 GB.
+/// Part size of larger files. 10,000 parts, S3's limit, make 160 GB.
 const PART_BYTES: usize = 16 << 20;
 /// Parts of one file in flight: bounds the memory to 64 MiB, as much as one request.
 const PARTS_IN_FLIGHT: usize = 4;
 
 impl Bucket {
-    /// Uploads a file under a name that nobody has used, and verifies the size in the bucket.
+    /// Uploads a file under an unused name, and verifies the size in the bucket.
     /// Holds up to 64 MiB in memory.
     ///
     /// # Errors
@@ -49,7 +49,7 @@ impl Bucket {
     async fn upload_whole(&self, key: &str, mut file: LocalFile) -> Result<Uploaded, BucketError> {
         let length = file.bytes as usize;
         let body = file.next(length).await?;
-        // One byte more would mean that the file grew: not a finished SST.
+        // One more byte means that the file grew: not a finished SST.
         let more = file.next(1).await?;
         if body.len() != length || !more.is_empty() {
             return Err(file.changed());
@@ -80,8 +80,8 @@ impl Bucket {
         }
     }
 
-    /// One upload from the first part to the last. The inner error: it could not be begun or not be
-    /// completed, and nothing is under the key.
+    /// Uploads from the first part to the last. The inner error: the upload could not be begun or not be
+    /// completed, and no object is under the key.
     async fn try_in_parts(&self, key: &str, file: &mut LocalFile) -> Result<Result<Uploaded, Failure>, BucketError> {
         let path = self.path(key)?;
         let retry = PartRetry { budget: self.budget(), counts: self.counters().clone() };
@@ -99,10 +99,10 @@ impl Bucket {
                 self.counters().put();
                 match within(self.budget().transfer, upload.complete()).await {
                     Ok(_) => return Ok(Ok(uploaded)),
-                    // The reply may be lost: the object is whole or absent, its size tells.
+                    // The reply may be lost: the object is whole or absent, as its size shows.
                     Err(failure) => match self.head(key).await {
                         Ok(Some(found)) if found == uploaded.bytes => return Ok(Ok(uploaded)),
-                        // object_store forgets the parts with the first try to complete them.
+                        // object_store discards the parts with the first attempt to complete them.
                         Ok(None) => Ok(Err(failure)),
                         _ => Err(failure.into_error(self.url(), key)),
                     },
@@ -110,7 +110,7 @@ impl Bucket {
             }
             Err(error) => Err(error),
         };
-        // Parts that stay behind cost money until the bucket's lifecycle rule removes them.
+        // Parts that remain cost money until the bucket's lifecycle rule removes them.
         self.counters().delete();
         if let Err(error) = upload.abort().await {
             tracing::debug!(%error, key, "the parts of a failed upload could not be removed");
@@ -140,7 +140,7 @@ impl Bucket {
             }
             self.counters().put();
             self.counters().sent(part.len() as u64);
-            // With its own retries inside.
+            // The limit includes the retries of the part.
             let limit = self.budget().total + self.budget().limit_for(PARTS_IN_FLIGHT as u64 * part.len() as u64);
             in_flight.push(within(limit, upload.put_part(PutPayload::from(part))));
         }
@@ -176,7 +176,7 @@ async fn open(path: &Path) -> Result<LocalFile, BucketError> {
 }
 
 impl LocalFile {
-    /// Up to `length` bytes; fewer only at the end.
+    /// Reads up to `length` bytes; fewer only at the end.
     async fn next(&mut self, length: usize) -> Result<Bytes, BucketError> {
         let Some(mut file) = self.file.take() else { return Err(self.changed()) };
         let read = blocking(move || {
@@ -193,7 +193,7 @@ impl LocalFile {
         }
     }
 
-    /// Back to the front.
+    /// Seeks to the beginning.
     async fn rewind(&mut self) -> Result<(), BucketError> {
         let Some(mut file) = self.file.take() else { return Err(self.changed()) };
         match blocking(move || file.rewind().map(|()| file)).await {

@@ -1,7 +1,7 @@
-//! What passes between object_store and an S3 server, where the one knows less than the other says.
+//! The HTTP layer between object_store and an S3 server, where object_store drops or rejects answers.
 //!
-//! It tells the server's clock from the answers, and takes out of listings the names that object_store
-//! cannot read, for which it would give up the whole page.
+//! Reads the server's clock from the answers, and removes from listings the names that object_store
+//! cannot parse, for which it would reject the whole page.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -14,16 +14,16 @@ use object_store::client::{
 
 use crate::listing::{Strangers, without_strangers};
 
-/// What is learned beside the answers.
+/// Facts learned from the answers of the store.
 #[derive(Debug, Default)]
 pub(crate) struct Learned {
     pub(crate) strangers: Strangers,
-    /// The store's clock less this machine's, seconds; [`UNKNOWN`] before the first answer.
+    /// The store's clock minus this machine's, seconds; 0 before the first answer.
     ahead_s: AtomicI64,
 }
 
 impl Learned {
-    /// How far the store's clock is ahead of this machine's, seconds.
+    /// Returns the seconds that the store's clock is ahead of this machine's.
     pub(crate) fn ahead_s(&self) -> i64 {
         self.ahead_s.load(Ordering::Relaxed)
     }
@@ -43,7 +43,7 @@ fn now_s() -> i64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
 }
 
-/// Makes the clients of a store.
+/// Builds the HTTP clients of a store.
 #[derive(Debug)]
 pub(crate) struct Connector(pub(crate) Arc<Learned>);
 
@@ -81,7 +81,7 @@ impl HttpService for Wire {
     }
 }
 
-/// Seconds since 1970 of a date as HTTP writes it: `Thu, 01 Jan 2026 00:00:00 GMT`.
+/// Parses an HTTP date, `Thu, 01 Jan 2026 00:00:00 GMT`, into seconds since 1970.
 fn http_date(text: &str) -> Option<i64> {
     const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
     let mut words = text.split_once(", ")?.1.split(' ');

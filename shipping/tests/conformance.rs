@@ -1,7 +1,7 @@
 //! One suite for every object store: in memory, a local directory, and two real S3 servers.
 //!
-//! What a store must do for Vasto to rest on it, and what Vasto must do when a store, a reply or a
-//! body goes wrong. The cases run one after the other on one store; each has its own prefix.
+//! Checks what Vasto requires of a store, and how Vasto reacts when a store, a reply or a
+//! body fails. The cases run one after the other on one store; each has its own prefix.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -26,11 +26,11 @@ use vasto_shipping::{
 
 type Raw = Box<dyn Fn(&str) -> (Arc<dyn ObjectStore>, String)>;
 
-/// A store under test: how to open a prefix of it, and the way around Vasto.
+/// A store under test: how to open a prefix of it, and how to bypass Vasto.
 struct Subject {
     url: String,
     options: BucketOptions,
-    /// The store of a case, and what stands before its keys.
+    /// Returns the store of a case, and the prefix of its keys.
     raw: Raw,
 }
 
@@ -39,7 +39,7 @@ impl Subject {
         Bucket::open(&format!("{}/{case}", self.url), &self.options).unwrap()
     }
 
-    /// Writes an object behind the bucket's back, over whatever is there.
+    /// Writes an object without the bucket, over any object under the key.
     async fn overwrite(&self, case: &str, key: &str, body: &[u8]) {
         let (store, root) = (self.raw)(case);
         let path = object_store::path::Path::from(format!("{root}{key}"));
@@ -72,7 +72,7 @@ async fn run_all(subject: &Subject) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory() {
-    // Opened by URL like any other; each case is a store of its own, so its raw side is a bucket too.
+    // Opened by URL like any other store; each case is a store of its own, so its raw side is a bucket too.
     let subject = Subject {
         url: "memory://conformance".into(),
         options: BucketOptions::default(),
@@ -109,8 +109,8 @@ async fn s3() {
     missing_bucket_of_s3(&server).await;
 }
 
-/// A second implementation, so that nothing rests on a peculiarity of the first. It takes any
-/// signature, so that refusing wrong ones is left to the first.
+/// A second implementation, so that no case relies on a peculiarity of the first. It accepts any
+/// signature, so the first tests the refusal of wrong ones.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s3_of_another_make() {
     let server = S3Server::start(Kind::Moto).await;
@@ -160,7 +160,7 @@ async fn objects(subject: &Subject) {
     assert_eq!(bucket.head("a/1").await.unwrap(), None);
     let counts = bucket.counts();
     assert_eq!((counts.put, counts.delete, counts.head, counts.list), (5, 2, 3, 4));
-    // Five asked for, two read back by a create that found the name taken; the missing one counts too.
+    // Five requested, two read back by a create that found the name taken; the missing object counts too.
     assert_eq!((counts.get, counts.bytes_written), (5, 3 * 3 + 1));
 }
 
@@ -194,7 +194,7 @@ async fn probe(subject: &Subject) {
     assert_eq!(bucket.list("").await.unwrap(), [], "the probe removes its object");
 }
 
-/// Bytes that differ at every place, so that a misplaced part cannot go unnoticed.
+/// Returns bytes that differ at every place, so that a misplaced part cannot go unnoticed.
 fn pattern(length: usize) -> Vec<u8> {
     let mut state = length as u64 | 1;
     let mut out = Vec::with_capacity(length + 8);
@@ -218,7 +218,7 @@ async fn transfers(subject: &Subject) {
     let dir = tempfile::tempdir().unwrap();
     let mut wanted = Vec::new();
     let mut contents = Vec::new();
-    // Empty, small, one part exactly, several parts, and past the size of a single PUT.
+    // Empty, small, one part exactly, several parts, and above the size of a single PUT.
     for (n, length) in [0, 1, 4_000, 8 * MIB, 17 * MIB + 3, 65 * MIB].into_iter().enumerate() {
         let source = dir.path().join(format!("source{n}"));
         let body = pattern(length);
@@ -229,7 +229,7 @@ async fn transfers(subject: &Subject) {
         wanted.push(Wanted { key, bytes: uploaded.bytes, crc32c: uploaded.crc32c, file_name: format!("{n:06}.sst") });
         contents.push(body);
     }
-    // Never over an object: not a small one, not a large one.
+    // No upload overwrites an object, neither a small one nor a large one.
     for n in [1, 5] {
         let other = dir.path().join("other");
         std::fs::write(&other, vec![7; contents[n].len()]).unwrap();
@@ -256,7 +256,7 @@ async fn transfers(subject: &Subject) {
     for (one, body) in wanted.iter().zip(&contents) {
         assert!(std::fs::read(target.join(&one.file_name)).unwrap() == *body, "{}", one.file_name);
     }
-    // Resumed: what is whole is not fetched again; a damaged file and a leftover part are replaced.
+    // Resumed: whole files are not fetched again; a damaged file and a leftover part are replaced.
     let (result, requests, _) = fetch(&bucket, &wanted, &target).await;
     assert_eq!((result, requests), (Ok(()), 0));
     let mut damaged = contents[2].clone();
@@ -331,24 +331,24 @@ async fn catalog_races(subject: &Subject) {
         other => panic!("{other:?}"),
     };
     assert_eq!(winner.0, winner.1.as_ref(), "the loser is shown the winner's version");
-    // A lost reply: the object is there, and it is ours.
+    // A lost reply: the object is there, and is the caller's.
     assert_eq!(store.write(winner.0).await.unwrap(), CatalogWrite::Won);
-    // The nonce decides, not the bytes: an older build may have encoded the same version otherwise.
+    // The nonce decides, not the bytes: an older build may have encoded the same version differently.
     let third = winner.0.next(3, 300);
     bucket.create(&layout::catalog_version(KeyspaceId(1), CatalogVersion(3)), reencoded(&third)).await.unwrap();
     assert_eq!(store.write(&third).await.unwrap(), CatalogWrite::Won);
-    // Our own reply came so late that another master has gone on from our version.
+    // The reply came so late that another master has written the next version since.
     let fourth = third.next(4, 400);
     assert_eq!(store.write(&fourth).await.unwrap(), CatalogWrite::Won);
     assert_eq!(store.write(&third).await.unwrap(), CatalogWrite::Lost(Box::new(fourth)));
-    // An object under another's name is refused, not believed.
+    // An object under another's name is refused.
     let moved = vasto_shipping::catalog_store::encode_catalog(&first);
     subject.overwrite("races", &layout::catalog_version(KeyspaceId(1), CatalogVersion(5)), &moved).await;
     let error = store.tip(KeyspaceId(1), CatalogVersion(4)).await.unwrap_err();
     assert!(matches!(error, CatalogError::Misplaced { .. }), "{error}");
 }
 
-/// The same version in other bytes: with a field that this version does not know.
+/// Encodes the same version in other bytes: with a field that this version does not know.
 fn reencoded(catalog: &Catalog) -> Bytes {
     let mut body = serde_json::to_value(catalog).unwrap();
     body["added_later"] = serde_json::json!({"x": 1});
@@ -385,7 +385,7 @@ async fn keyspaces(subject: &Subject) {
         let nonce = u64::from(nonces.fetch_add(1, Ordering::Relaxed));
         tokio::spawn(async move { store.create_keyspace(|id| catalog(id.0, &name, nonce)).await })
     };
-    // Four names at once: four ids. One name four times: one keyspace.
+    // Four names at once: four ids. The same name four times: one keyspace.
     let tasks: Vec<_> = ["a", "b", "c", "d"].map(create).into_iter().collect();
     let mut ids = Vec::new();
     for task in tasks {
@@ -423,7 +423,7 @@ async fn keyspaces(subject: &Subject) {
     let real = create("orphan").await.unwrap().unwrap();
     assert_eq!(real.keyspace.0, orphan + 1);
 
-    // Deleted, its name released, used again; releasing twice, or for another, does nothing.
+    // Deleted, its name released and reused; a second release, or one for another keyspace, does nothing.
     let same = &made[0];
     let mut gone = same.next(5, 9_001);
     gone.state = KeyspaceState::Deleted;
@@ -434,14 +434,14 @@ async fn keyspaces(subject: &Subject) {
     let again = create("same").await.unwrap().unwrap();
     assert!(again.keyspace > real.keyspace, "ids are never reused");
     assert_eq!(bucket.list(&format!("{}same/", layout::names_prefix())).await.unwrap().len(), 3);
-    // A crash between the delete and the release of the name does not keep the name.
+    // A crash between the delete and the release of the name does not keep the name taken.
     let mut gone = again.next(6, 9_002);
     gone.state = KeyspaceState::Deleted;
     assert_eq!(store.write(&gone).await.unwrap(), CatalogWrite::Won);
     let third = create("same").await.unwrap().unwrap();
     store.release_name("same", again.keyspace).await.unwrap();
     assert_eq!(create("same").await.unwrap().unwrap_err(), CatalogError::NameTaken("same".into()));
-    // Nodes may still hold replicas of the deleted: they are loaded; and the order is by id.
+    // Deleted keyspaces are loaded too, since nodes may still hold their replicas; the order is by id.
     let all = store.load_all().await.unwrap();
     assert!(all.windows(2).all(|pair| pair[0].keyspace < pair[1].keyspace));
     assert_eq!(all.iter().filter(|one| one.state == KeyspaceState::Deleted).count(), 2);
@@ -508,15 +508,15 @@ async fn lost_replies_and_conflicts_are_resolved_by_reading_back() {
     let mine = Bytes::from_static(b"mine");
     assert_eq!(bucket.create("k", mine.clone()).await.unwrap(), Create::Created);
     assert_eq!(bucket.counts().put, 2, "the attempt that was lost, and the one that found it");
-    // 409 with nothing there is no winner: tried again.
+    // 409 without an object has no winner: the create is retried.
     faults.lost_replies.store(0, Ordering::SeqCst);
     faults.conflicts.store(2, Ordering::SeqCst);
     assert_eq!(bucket.create("j", mine.clone()).await.unwrap(), Create::Created);
     assert_eq!(bucket.counts().put, 5);
-    // A rival's object stays a rival's, also after a lost reply of another attempt.
+    // A rival's object is never taken for the caller's, also after a lost reply of another attempt.
     faults.conflicts.store(1, Ordering::SeqCst);
     assert_eq!(bucket.create("k", Bytes::from_static(b"rival")).await.unwrap(), Create::Exists(mine));
-    // Conflicts without end are an error that leaves the outcome open, within the budget.
+    // Endless conflicts are an error that leaves the outcome unknown, within the budget.
     faults.conflicts.store(u32::MAX, Ordering::SeqCst);
     let budget = RetryBudget { total: Duration::from_millis(300), ..RetryBudget::default() };
     let error = bucket.with_retry(budget).create("l", Bytes::new()).await.unwrap_err();
@@ -544,7 +544,7 @@ async fn short_and_broken_bodies_are_fetched_again() {
     assert!(std::fs::read(dir.path().join("short/1.sst")).unwrap() == body);
     faults.short_bodies.store(u32::MAX, Ordering::SeqCst);
     let (result, _, _) = fetch(&bucket, &wanted, &dir.path().join("always short")).await;
-    // Named as what it is, before any checksum is looked at.
+    // The cause is reported before any checksum is checked.
     let named = |key: &str, detail: &str| key == "k" && detail.contains("ends at");
     assert!(matches!(&result, Err(DownloadError::Corrupt { key, detail }) if named(key, detail)), "{result:?}");
     faults.short_bodies.store(1, Ordering::SeqCst);
@@ -553,7 +553,7 @@ async fn short_and_broken_bodies_are_fetched_again() {
 
 #[tokio::test]
 async fn an_unreachable_endpoint_is_reported_within_seconds() {
-    // Bound, then closed: nobody answers here.
+    // Bound, then closed: no server answers here.
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let options = BucketOptions {
         endpoint: Some(format!("http://{closed}")),
@@ -567,7 +567,7 @@ async fn an_unreachable_endpoint_is_reported_within_seconds() {
     assert!(matches!(error, BucketError::Unreachable { .. }), "{error:?}");
     assert!(error.to_string().contains("AWS_ENDPOINT_URL"), "{error}");
     assert!(began.elapsed() < Duration::from_secs(7), "{:?}", began.elapsed());
-    // Somebody takes the connection and says nothing.
+    // A server that accepts the connection and never answers.
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let options = BucketOptions { endpoint: Some(format!("http://{}", silent.local_addr().unwrap())), ..options };
     let began = Instant::now();

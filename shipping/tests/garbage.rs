@@ -1,4 +1,4 @@
-//! What is needed stays, what is not goes, and what is missing or damaged is found.
+//! gc keeps needed objects and deletes the others; fsck finds missing and damaged objects.
 #![allow(clippy::unwrap_used)]
 
 use std::time::Duration;
@@ -16,13 +16,13 @@ use vasto_shipping::{
     Bucket, BucketOptions, CatalogStore, CatalogWrite, Chunk, Create, DatabaseFile, Manifest, ManifestFile, layout,
 };
 
-/// Nothing but what the last checkpoint needs.
+/// Keeps only the objects that the last checkpoint needs.
 const STRICT: Retention = Retention { keep_checkpoints: 1, keep_for: Duration::ZERO, min_age: Duration::ZERO };
 
 const SHARD: ShardId = ShardId(0);
 const REPLICA: ReplicaId = ReplicaId(1);
 
-/// Who took the writes.
+/// Origin of the writes.
 fn origin() -> Origin {
     Origin { replica: REPLICA, incarnation: Incarnation(1) }
 }
@@ -63,7 +63,7 @@ impl Rig {
         self.chunk_of(REPLICA, first, last, None).await
     }
 
-    /// A chunk of a log that holds the records of [`REPLICA`], whoever ships it.
+    /// Uploads a chunk that holds records of [`REPLICA`], whichever replica ships it.
     async fn chunk_of(&self, replica: ReplicaId, first: u64, last: u64, previous: Option<String>) -> String {
         let records = (first..=last).flat_map(|lsn| {
             let origin = origin();
@@ -93,7 +93,7 @@ impl Rig {
         key
     }
 
-    /// A checkpoint of these SSTs; those that are not there yet are uploaded.
+    /// Uploads a checkpoint of these SSTs, and the SSTs that are missing.
     async fn checkpoint(&self, lsn: u64, numbers: &[u64]) -> String {
         self.checkpoint_of(REPLICA, CatalogVersion(1), lsn, numbers).await
     }
@@ -156,7 +156,7 @@ impl Rig {
         self.catalog = next;
     }
 
-    /// Three checkpoints with the log between them, and an SST that nothing names.
+    /// Uploads three checkpoints with the log between them, and an SST that no manifest names.
     async fn three_checkpoints(&self) {
         self.chunk(1, 10).await;
         self.checkpoint(10, &[1, 2]).await;
@@ -204,12 +204,12 @@ async fn only_what_the_retained_checkpoints_need_stays() {
 async fn the_past_that_is_kept_begins_with_a_checkpoint_and_its_log() {
     let rig = Rig::new("past").await;
     rig.three_checkpoints().await;
-    // Everything was made just now, whatever the clock of the node said: all of a day's past is there.
+    // Every object was written just now, whatever the clock of the node said: a day's archive keeps them all.
     let all = rig.keys().await;
     let day = Retention { keep_for: Duration::from_secs(86_400), ..STRICT };
     collect(&rig.bucket, day, false).await.unwrap();
     assert_eq!(rig.keys().await, all.into_iter().filter(|key| *key != rig.sst(9)).collect::<Vec<_>>());
-    // The last two and what they need.
+    // The last two checkpoints and the objects that they need.
     let two = Retention { keep_checkpoints: 2, ..STRICT };
     collect(&rig.bucket, two, false).await.unwrap();
     let keys = rig.keys().await;
@@ -233,10 +233,10 @@ async fn what_is_young_or_in_use_is_never_deleted() {
     let collected = collect(&rig.bucket, young, false).await.unwrap();
     assert_eq!((collected.deleted, rig.keys().await), (0, all.clone()));
     assert!(collected.young > 0);
-    // A plan runs: whatever it reads is there.
+    // A plan runs: every object that it reads stays.
     let plan = Plan {
         id: PlanId(1),
-        kind: PlanKind::Replica { shard: SHARD },
+        kind: PlanKind::AddReplica { shard: SHARD },
         from_epoch: Epoch(1),
         started_at_us: 1,
         step: Step::Tail,
@@ -251,7 +251,7 @@ async fn what_is_young_or_in_use_is_never_deleted() {
     let mut next = rig.catalog.next(3, 3);
     next.plan = None;
     rig.write(next).await;
-    // Another keyspace is made out of this one.
+    // Another keyspace is restored from this one.
     let source = rig.keyspace();
     let restoring = |id| {
         let mut catalog = Catalog::first(id, "copy", KeyspaceSpec::default(), &[vec![NodeId(1)]], 4, 4);
@@ -264,7 +264,7 @@ async fn what_is_young_or_in_use_is_never_deleted() {
     assert_eq!(rig.keys().await, all);
 }
 
-/// A master that was killed between the two steps of creating the copy: nobody goes on with it.
+/// A master that was killed between the two steps of creating the keyspace: no master continues the restore.
 #[tokio::test]
 async fn a_restore_that_was_cut_off_does_not_keep_its_source_for_ever() {
     let rig = Rig::new("cut-off").await;
@@ -319,7 +319,7 @@ fn now_us() -> u64 {
     now.duration_since(std::time::UNIX_EPOCH).unwrap().as_micros() as u64
 }
 
-/// Everything that can be missing, cut short or altered is named.
+/// Every missing, cut or altered object is named.
 #[tokio::test]
 async fn what_is_missing_or_damaged_is_found() {
     let rig = Rig::new("damage").await;
@@ -333,7 +333,7 @@ async fn what_is_missing_or_damaged_is_found() {
     let mut tried = 0;
     for key in keys.iter().filter(|key| key.starts_with("data/") || key.starts_with("catalog/")) {
         if *key == rig.sst(9) {
-            continue; // nothing says what it should hold
+            continue; // no manifest names its content
         }
         let good = rig.bucket.get(key).await.unwrap().unwrap();
         for bit in (0..good.len() * 8).step_by(good.len() * 8 / 100 + 1) {
@@ -342,7 +342,7 @@ async fn what_is_missing_or_damaged_is_found() {
             raw.put(&Path::from(key.as_str()), Bytes::from(bad).into()).await.unwrap();
             let found = fsck(&rig.bucket, true).await.unwrap();
             assert!(found.corrupt.contains(key), "bit {bit} of {key} is not noticed: {found:?}");
-            // Nothing is deleted on the strength of what cannot be read.
+            // An unreadable manifest never leads to a deletion.
             let gone = collect(&rig.bucket, STRICT, true).await.unwrap();
             if key.ends_with(".manifest") && key.contains("/checkpoint/") {
                 assert_eq!(gone.keys.iter().filter(|gone| gone.starts_with("data/")).count(), 0, "{key}");
@@ -368,7 +368,7 @@ async fn two_collections_at_once_leave_what_is_needed() {
     assert!(rig.keys().await.contains(&rig.sst(4)));
 }
 
-/// A rig in a directory, in which times can be set.
+/// A rig in a local directory, where object times can be set.
 struct Dated {
     dir: tempfile::TempDir,
     rig: Rig,
@@ -396,21 +396,21 @@ impl Dated {
         std::fs::File::open(self.path(key)).unwrap().set_modified(time).unwrap();
     }
 
-    /// Makes everything that is there so old.
+    /// Sets the age of all objects.
     async fn age(&self, by: Duration) {
         for object in self.rig.bucket.list("").await.unwrap() {
             self.set(&object.key, Self::now() - by);
         }
     }
 
-    /// An object of somebody else's, of a time that has not come.
+    /// Writes a foreign object with a time in the future.
     fn put_a_note_of_the_future(&self, by: Duration) {
         std::fs::write(self.path("notes.txt"), "not ours").unwrap();
         self.set("notes.txt", Self::now() + by);
     }
 }
 
-/// A checkpoint that is being uploaded, and one object of a time that has not come.
+/// A checkpoint under upload, and one object with a time in the future.
 #[tokio::test]
 async fn one_object_of_the_future_ages_no_other() {
     let dated = Dated::new().await;
@@ -426,7 +426,7 @@ async fn one_object_of_the_future_ages_no_other() {
         assert_eq!(told, 1, "{collected:?}");
         assert_eq!(rig.rig.keys().await, all);
     }
-    // A keyspace that was deleted a moment ago can be brought back for a week.
+    // A keyspace that was just deleted can be restored for a week.
     let mut next = rig.rig.catalog.next(now_us(), 2);
     next.state = vasto_core::catalog::KeyspaceState::Deleted;
     rig.rig.write(next).await;
@@ -438,13 +438,13 @@ async fn one_object_of_the_future_ages_no_other() {
     assert!(found.warnings.iter().any(|text| text.contains("notes.txt")), "{found:?}");
 }
 
-/// The collector's clock and the store's: the earlier one counts, and that they differ is told.
+/// Of the collector's clock and the store's the earlier counts, and their difference is reported.
 #[tokio::test]
 async fn the_earlier_of_two_clocks_counts() {
     let rig = Dated::new().await;
     rig.rig.three_checkpoints().await;
     rig.age(48 * HOUR).await;
-    // Old as it is, but for a manifest that is younger than the day before yesterday.
+    // Every object is old, except a manifest that is younger than the day before yesterday.
     let all = rig.rig.keys().await;
     let day = 24 * HOUR.as_micros() as u64;
     let strict = Retention { min_age: 24 * HOUR, ..STRICT };
@@ -464,7 +464,7 @@ async fn the_earlier_of_two_clocks_counts() {
     assert!(right.deleted > 5 && right.warnings.is_empty(), "{right:?}");
 }
 
-/// An upload takes up to twelve hours, whatever age is enough for everything else.
+/// An upload takes up to twelve hours, whatever minimum age other objects have.
 #[tokio::test]
 async fn what_may_be_of_an_upload_that_runs_stays_longer_than_that_may_take() {
     let rig = Dated::new().await;
@@ -478,7 +478,7 @@ async fn what_may_be_of_an_upload_that_runs_stays_longer_than_that_may_take() {
     assert_eq!(collect(&rig.rig.bucket, strict, false).await.unwrap().keys, [rig.rig.sst(9)]);
 }
 
-/// Whatever else lies in the prefix costs a word each: the catalog loads, the check and the collection run.
+/// Each foreign object in the prefix costs one warning: the catalog loads, fsck and gc run.
 #[tokio::test]
 async fn strangers_cost_a_word_each_and_nothing_else() {
     use std::os::unix::ffi::OsStrExt;
@@ -504,7 +504,7 @@ async fn strangers_cost_a_word_each_and_nothing_else() {
     put(&layout::name_version("ks", 2));
     put("gc-term/18446744073709551615");
     put("data/x/y");
-    // What a crash in the middle of a write has left.
+    // A staged file that a crash in the middle of a write has left.
     let staged = format!("{}#1", rig.rig.sst(77));
     std::fs::write(rig.path(&staged), vec![0; 1_000]).unwrap();
     let (loaded, odd) = rig.rig.store.load_all_told().await.unwrap();
@@ -527,7 +527,7 @@ async fn strangers_cost_a_word_each_and_nothing_else() {
     assert!(rig.rig.keys().await.contains(&rig.rig.sst(4)));
 }
 
-/// What the cluster says that it has written and that is not there is missing, also when nothing is left.
+/// An object that the cluster reports as written but is not there is missing, also in an empty bucket.
 #[tokio::test]
 async fn what_is_known_to_be_there_is_looked_for() {
     let rig = Rig::new("known").await;
@@ -559,7 +559,7 @@ async fn what_is_known_to_be_there_is_looked_for() {
     assert_eq!(found.missing, missing);
 }
 
-/// A check that is not deep reads what is small and looks at the rest.
+/// A check that is not deep reads small objects and checks the size of the others.
 #[tokio::test]
 async fn a_check_reads_every_byte_only_when_it_is_asked_to() {
     let rig = Rig::new("cheap").await;
@@ -593,7 +593,7 @@ async fn a_check_reads_every_byte_only_when_it_is_asked_to() {
     assert!(bytes > 1 << 20 && read_by(true).await > bytes);
     let read = read_by(false).await;
     assert!(read < 50_000, "{read} bytes");
-    // The list of a database's files is small, and nothing opens without it.
+    // The list of a database's files is small, and no checkpoint opens without it.
     let list = layout::database(rig.keyspace(), SHARD, REPLICA, Lsn(30), "0000");
     let mut bad = rig.bucket.get(&list).await.unwrap().unwrap().to_vec();
     bad[3] ^= 1;
@@ -602,7 +602,7 @@ async fn a_check_reads_every_byte_only_when_it_is_asked_to() {
     assert_eq!(fsck(&rig.bucket, false).await.unwrap().corrupt, [list]);
 }
 
-/// A keyspace that is not made out of another one reads nothing that is deleted.
+/// A keyspace that is not restored from another one reads no object that is deleted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_new_keyspace_does_not_end_a_collection_that_runs() {
     let rig = Dated::new().await;
@@ -622,7 +622,7 @@ async fn a_new_keyspace_does_not_end_a_collection_that_runs() {
     assert!(collected.stopped.is_none() && collected.deleted > 4_000, "{collected:?}");
 }
 
-/// Whoever finds something else than a claim leaves it alone.
+/// A master that finds a non-empty prefix without a claim does not claim it.
 #[tokio::test]
 async fn a_prefix_that_is_not_empty_is_never_claimed() {
     for (n, key) in ["notes.txt", "catalog/00000000000000000001/00000000000000000001", "data/x"].into_iter().enumerate()
@@ -640,7 +640,7 @@ async fn a_prefix_that_is_not_empty_is_never_claimed() {
     }
 }
 
-/// The target of a grow that was undone shipped copies of what others own: it goes without a successor.
+/// The target of an undone grow shipped copies of bands that others own: its archive is deleted without a successor.
 #[tokio::test]
 async fn what_an_undone_plan_left_behind_goes() {
     let mut rig = Rig::new("undone").await;
@@ -659,7 +659,7 @@ async fn what_an_undone_plan_left_behind_goes() {
     assert!(rig.keys().await.is_empty(), "{:?}", rig.keys().await);
 }
 
-/// A replica is lost; another one, which has an old checkpoint, goes on behind what it has shipped. That stays
+/// A replica is lost; another replica, with an old checkpoint, continues its archive. That archive stays
 /// until a checkpoint covers it.
 #[tokio::test]
 async fn what_another_log_goes_on_behind_stays_until_a_checkpoint_covers_it() {
@@ -680,7 +680,7 @@ async fn what_another_log_goes_on_behind_stays_until_a_checkpoint_covers_it() {
         collect(&rig.bucket, STRICT, false).await.unwrap();
         let keys = rig.keys().await;
         assert!(keys.contains(&before) && keys.contains(&rig.sst(1)) && keys.contains(&behind), "{accepted}: {keys:?}");
-        // Its checkpoint covers what it went on behind, and with it all that the lost one has shipped.
+        // The checkpoint covers the archive that its log continues, and so all that the lost replica has shipped.
         rig.checkpoint_of(next, CatalogVersion(9), 30, &[8]).await;
         tokio::time::sleep(Duration::from_millis(5)).await;
         collect(&rig.bucket, STRICT, false).await.unwrap();
@@ -689,7 +689,7 @@ async fn what_another_log_goes_on_behind_stays_until_a_checkpoint_covers_it() {
     }
 }
 
-/// Nobody has taken over the last records of a replica whose loss was accepted: they do not stay for ever.
+/// The last records of a replica whose loss was accepted, which no replica took over, are deleted.
 #[tokio::test]
 async fn what_was_given_up_goes_when_nothing_leans_on_it() {
     let mut rig = Rig::new("given-up").await;
@@ -711,7 +711,7 @@ async fn what_was_given_up_goes_when_nothing_leans_on_it() {
     assert!(!keys.contains(&given_up) && !keys.contains(&rig.sst(1)) && keys.contains(&rig.sst(7)), "{keys:?}");
 }
 
-/// A hole in the log behind the last checkpoint is something missing; before it, it is not.
+/// A hole in the log behind the last checkpoint is reported as missing; a hole before it is not.
 #[tokio::test]
 async fn a_hole_in_the_log_is_found() {
     let rig = Rig::new("hole").await;
@@ -725,11 +725,11 @@ async fn a_hole_in_the_log_is_found() {
     assert_eq!(fsck(&rig.bucket, false).await.unwrap().missing, [chunk(36)]);
 }
 
-/// Whoever is about to read what may be garbage ends the collections that run.
+/// A restore, about to read what may be garbage, stops running collections.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restore_ends_a_collection_that_runs() {
     const GARBAGE: u64 = 4_000;
-    // Deleting from a disk takes its time.
+    // Deleting from a disk takes long enough to be interrupted.
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::at(&format!("file://{}", dir.path().display())).await;
     rig.three_checkpoints().await;
@@ -738,7 +738,7 @@ async fn a_restore_ends_a_collection_that_runs() {
     }
     let bucket = rig.bucket.clone();
     let collecting = tokio::spawn(async move { collect(&bucket, STRICT, false).await });
-    // Once it has begun to delete.
+    // Waits until the collection has begun to delete.
     let manifest = layout::manifest(rig.keyspace(), SHARD, REPLICA, Lsn(10));
     while rig.bucket.head(&manifest).await.unwrap().is_some() {
         tokio::task::yield_now().await;

@@ -131,7 +131,8 @@ fn catalog() {
     let nodes = [vec![NodeId(1)], vec![NodeId(2)]];
     let spec = KeyspaceSpec { shards: 2, ttl_ms: Some(60_000), ..KeyspaceSpec::default() };
     let first = Catalog::first(KeyspaceId(7), "ks1", spec, &nodes, 1_700_000_000_000_000, 0xfeed_face);
-    let mut catalog = vasto_core::plan::start_grow(&first, 3, &[NodeId(3)], 1_700_000_000_000_001, u64::MAX).unwrap();
+    let mut catalog =
+        vasto_core::reconcile::start_grow(&first, 3, &[NodeId(3)], 1_700_000_000_000_001, u64::MAX).unwrap();
     catalog.pins.push("data/x/checkpoint/00000000000000000001.manifest".into());
     catalog.quarantines.push(Quarantine {
         plan: PlanId(9),
@@ -142,7 +143,7 @@ fn catalog() {
         dropping: false,
     });
     let bytes = golden("catalog.json", &encode_catalog(&catalog));
-    // Read for good: a later version may write more fields, so only the meaning is compared.
+    // A later version may write more fields, so only the decoded value is compared.
     assert_eq!(decode_catalog(&bytes).unwrap(), catalog);
     every_bit_counts(&bytes, |bytes| decode_catalog(bytes).is_ok());
 }

@@ -1,7 +1,7 @@
-//! What a bucket does when an S3 server answers wrongly, slowly, half or not at all, over real HTTP.
+//! Behaviour of a bucket when an S3 server answers wrongly, slowly, partially or not at all, over real HTTP.
 //!
-//! What passes is got over without an error to the caller; what does not pass is told at once; and
-//! what lasts longer than the budget is told as what it is, and is over when the server is well.
+//! A transient fault causes no error to the caller; a permanent fault is returned at once; a fault that
+//! outlasts the budget is returned as what it is, and ends when the server recovers.
 #![allow(clippy::unwrap_used)]
 
 mod support {
@@ -20,11 +20,11 @@ use support::metadata::{Keys, Metadata};
 use tokio_util::sync::CancellationToken;
 use vasto_shipping::{Bucket, BucketError, Create, DownloadError, DownloadProgress, RetryBudget, Wanted, download};
 
-/// A file of so many bytes goes in parts, of 16 MiB each.
+/// A file of this size is uploaded in parts, of 16 MiB each.
 const IN_PARTS: usize = (65 << 20) + 1;
 const PARTS: usize = 5;
 
-/// Little patience, so that silence is short.
+/// Sets short timeouts, so that a silent server costs little time.
 fn impatient(bucket: &Bucket) -> Bucket {
     bucket.with_retry(RetryBudget {
         total: Duration::from_secs(10),
@@ -35,7 +35,7 @@ fn impatient(bucket: &Bucket) -> Bucket {
     })
 }
 
-/// Patience for a second, in which there are at most [`ATTEMPTS_MAX`] attempts.
+/// Returns a budget of one second, in which there are at most [`ATTEMPTS_MAX`] attempts.
 fn for_a_second() -> RetryBudget {
     RetryBudget {
         total: Duration::from_secs(1),
@@ -48,15 +48,15 @@ fn for_a_second() -> RetryBudget {
 
 const ATTEMPTS_MAX: usize = 1 + 1000 / 20;
 
-/// The error of a call with that patience.
+/// Returns the error of a call with that budget.
 async fn given_up(call: impl Future<Output = Result<(), BucketError>>) -> BucketError {
     tokio::time::timeout(Duration::from_secs(4), call).await.expect("the budget is one second").unwrap_err()
 }
 
-/// The calls of which each is one request.
+/// The calls that send a single request each.
 const CALLS: [Ask; 5] = [Ask::Put, Ask::Get, Ask::Head, Ask::List, Ask::Delete];
 
-/// Makes the call, for an object that holds `body` unless it is created; checks what it answers.
+/// Makes the call, for an object that holds `body` unless it is created; checks the result.
 async fn call(bucket: &Bucket, ask: Ask, folder: &str, body: &Bytes) -> Result<(), BucketError> {
     let key = format!("{folder}/key");
     match ask {
@@ -73,7 +73,7 @@ async fn call(bucket: &Bucket, ask: Ask, folder: &str, body: &Bytes) -> Result<(
     Ok(())
 }
 
-/// The object that the call is about is there, unless it is to be created.
+/// Creates the object that the call is about, unless the call creates it.
 async fn prepare(bucket: &Bucket, ask: Ask, folder: &str, body: &Bytes) {
     if ask != Ask::Put {
         bucket.create(&format!("{folder}/key"), body.clone()).await.unwrap();
@@ -104,12 +104,12 @@ async fn every_call_gets_over_what_passes() {
     ];
     let mut cells: Vec<(Ask, Fault)> =
         CALLS.iter().flat_map(|ask| passing.iter().map(move |fault| (*ask, *fault))).collect();
-    // A listing may take minutes, and so is given up for silent only after a minute.
+    // A listing may take minutes, so its timeout is a minute.
     cells.retain(|cell| *cell != (Ask::List, Fault::SilentAfter));
-    // S3 can say of one object in a batch, under 200, what it says of a request under 500.
+    // S3 can report for one object in a batch, under 200, what it reports for a request under 500.
     cells.push((Ask::Delete, Fault::ErrorInBody));
     for (n, (ask, fault)) in cells.into_iter().enumerate() {
-        // No name of a fault in a key: a batch of deletes that names one counts as failed.
+        // Keys do not contain the name of a fault: a batch of deletes that names one counts as failed.
         let folder = n.to_string();
         prepare(&bucket, ask, &folder, &body).await;
         store.take_served();
@@ -132,7 +132,7 @@ async fn a_refusal_is_told_at_once() {
         let folder = format!("{ask:?}");
         prepare(&bucket, ask, &folder, &body).await;
         store.take_served();
-        // Once: an attempt too many would succeed.
+        // One fault only: an attempt too many would succeed.
         store.fail(ask, Fault::AccessDenied, 1);
         let error = call(&bucket, ask, &folder, &body).await.unwrap_err();
         let served = store.take_served();
@@ -145,7 +145,7 @@ async fn a_refusal_is_told_at_once() {
     }
 }
 
-/// A wrong clock is an outage that ends when somebody sets it, and is told as what it is.
+/// A wrong clock is an outage that ends when the clock is set, and is reported as a wrong clock.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wrong_clock_is_told_and_passes() {
     let store = HttpStore::start().await;
@@ -167,7 +167,7 @@ async fn a_wrong_clock_is_told_and_passes() {
     }
 }
 
-/// An object whose name cannot be one of Vasto's costs a word, wherever it lies; so does a page that fails.
+/// A foreign object costs one warning, wherever it lies; a page that fails is requested again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_listing_passes_by_what_it_cannot_name() {
     let store = HttpStore::start().await;
@@ -192,7 +192,7 @@ async fn a_listing_passes_by_what_it_cannot_name() {
     assert_eq!(bucket.list("catalog/").await.unwrap(), []);
 }
 
-/// Deletes go up to a thousand at a time, and again when they failed.
+/// Deletes are sent in batches of up to a thousand, and again after a failure.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_are_deleted_at_once() {
     let store = HttpStore::start().await;
@@ -208,7 +208,7 @@ async fn many_are_deleted_at_once() {
     assert_eq!(bucket.list("data/").await.unwrap(), []);
 }
 
-/// While nobody answers, those who want something wait together; the first answer lets all go on.
+/// During an outage all requests wait together; the first answer releases all of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_outage_is_looked_at_by_one_for_all() {
     let store = HttpStore::start().await;
@@ -226,7 +226,7 @@ async fn an_outage_is_looked_at_by_one_for_all() {
         assert!(begun.elapsed() < Duration::from_secs(20), "nobody noticed");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    // Those that were under way already have failed.
+    // Requests that were under way already have failed.
     tokio::time::sleep(Duration::from_millis(500)).await;
     store.take_served();
     tokio::time::sleep(Duration::from_secs(3)).await;
@@ -274,11 +274,11 @@ async fn uploads_in_parts_get_over_what_passes() {
     assert!(store.object("many").unwrap() == body);
     let served = store.take_served();
     let counted = |ask| of(&served, ask).len();
-    // A complete that failed is followed by the whole upload once more.
+    // A failed complete is followed by the whole upload once more.
     assert_eq!((counted(Ask::Begin), counted(Ask::Part), counted(Ask::Complete)), (3 + 3, 3 * PARTS + 8, 3));
     assert_eq!(store.open_uploads(), 0, "what did not become an object is removed");
 
-    // Completed, and the answer lost: the object is found, nothing is sent again.
+    // Completed, but the answer is lost: the object is found, no part is sent again.
     for (key, fault) in [("reset", Fault::ResetAfter), ("cut", Fault::EndsEarly)] {
         store.fail(Ask::Complete, fault, 1);
         bucket.upload_file(key, &path).await.unwrap();
@@ -324,7 +324,7 @@ async fn half_of_all_requests_are_throttled_and_all_uploads_are_done() {
     let most = attempts.values().max().unwrap();
     println!("{} requests, {throttled} throttled, at most {most} attempts for one", served.len());
     assert!(*most <= 20 && served.len() < 3 * 2 * files.len(), "{} requests, up to {most} for one", served.len());
-    // Every attempt is counted: they are what the store is paid for.
+    // Every attempt is counted, since the provider bills each.
     let counts = bucket.counts();
     assert_eq!((counts.put + counts.head + counts.delete) as usize, served.len(), "{counts:?}");
 }
@@ -360,7 +360,7 @@ async fn uploads_go_on_while_the_keys_of_a_role_expire() {
     let dir = tempfile::tempdir().unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
     let mut uploaded = 0;
-    // A file in parts at the beginning, then small ones until the keys have changed often enough.
+    // First a file in parts, then small files until the keys have changed often enough.
     let body = pattern(IN_PARTS);
     bucket.upload_file("large", &file(dir.path(), "large", &body)).await.unwrap();
     assert!(store.object("large").unwrap() == body);

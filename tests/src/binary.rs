@@ -1,4 +1,4 @@
-//! Finds the programs under test beside the running one, and refuses a stale `vasto`.
+//! Locates the programs under test next to the running program, and rejects a stale `vasto`.
 //!
 //! **Invariant:** a test never runs against a `vasto` that is older than its source.
 
@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
-/// The `vasto` binary: `VASTO_BIN`, or the one that was built together with this program.
+/// Returns the `vasto` binary: `VASTO_BIN`, or the binary that was built together with this program.
 ///
 /// # Panics
-/// When there is none or when it is older than its source.
+/// When there is no binary, or when it is older than its source.
 pub fn vasto_binary() -> &'static Path {
     static FOUND: OnceLock<PathBuf> = OnceLock::new();
     FOUND.get_or_init(|| {
@@ -29,7 +29,7 @@ pub fn vasto_binary() -> &'static Path {
     })
 }
 
-/// A program that was built together with this one.
+/// Returns a program that was built together with this one.
 ///
 /// # Panics
 /// When it was not built.
@@ -44,17 +44,17 @@ pub fn tool(name: &str) -> PathBuf {
     })
 }
 
-/// A file that the build named as an input of `binary` and that has changed since.
+/// Returns a file that the build named as an input of `binary` and that has changed since.
 ///
-/// An input that is gone says nothing: a build directory outlives the checkout that filled it, and
-/// cargo takes a program of equal sources from there without writing its list of inputs again.
+/// A missing input proves nothing: a build directory outlives the checkout that filled it, and cargo reuses a program
+/// of equal sources from there without rewriting its list of inputs.
 fn newer_source(binary: &Path) -> Option<String> {
     let built = modified(binary)?;
     let listing = std::fs::read_to_string(binary.with_extension("d")).ok()?;
     inputs(&listing).into_iter().find(|input| modified(Path::new(input)).is_some_and(|changed| changed > built))
 }
 
-/// The inputs in a dep-info file: `output: input input ...` with spaces escaped.
+/// Parses the inputs of a dep-info file: `output: input input ...` with spaces escaped.
 fn inputs(listing: &str) -> Vec<String> {
     let Some((_, list)) = listing.lines().next().and_then(|line| line.split_once(": ")) else { return Vec::new() };
     let marked = list.replace("\\ ", "\0");

@@ -1,5 +1,5 @@
-//! Looks at the catalog in a bucket that is a local directory: the quickest way to see which step
-//! a plan is in, also while no master runs.
+//! Reads the catalog in a bucket that is a local directory: the quickest way to see the step of a plan, also while no
+//! master runs.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,17 +16,17 @@ pub struct CatalogDir {
 }
 
 impl CatalogDir {
-    /// The catalog of keyspace `id` in the bucket at `root`.
+    /// Opens the catalog of keyspace `id` in the bucket at `root`.
     pub fn new(root: &Path, id: u64) -> Self {
         let key = vasto_shipping::layout::catalog_version(id.into(), 1.into());
         let dir = root.join(key).parent().map(Path::to_path_buf).unwrap_or_default();
         Self { dir }
     }
 
-    /// The last version.
+    /// Returns the last version.
     ///
     /// # Errors
-    /// When there is none or it cannot be read.
+    /// When there is no version, or it cannot be read.
     pub fn tip(&self) -> Result<Catalog> {
         let mut names: Vec<String> = std::fs::read_dir(&self.dir)
             .with_context(|| format!("no catalog in {}", self.dir.display()))?
@@ -44,8 +44,8 @@ impl CatalogDir {
         Ok(serde_json::from_value(object["body"].take())?)
     }
 
-    /// Waits, looking at every version after `after` in turn, for one whose plan is in `step`; gives
-    /// it as soon as it is there. `None` when the plan ends before.
+    /// Waits, reading every version after `after` in turn, for a version whose plan is in `step`; returns it as soon
+    /// as it exists, or `None` when the plan ends before.
     ///
     /// # Errors
     /// When the deadline passes.

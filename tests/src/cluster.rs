@@ -1,7 +1,7 @@
-//! A cluster of separate processes in a temporary directory, and what can be done to it.
+//! A cluster of separate processes in a temporary directory, and the operations of tests on it.
 //!
-//! **Invariant:** a test ends with [`Cluster::finish`], which stops every process gracefully within
-//! the promised 10 s and fails on any log line of level WARN or above that the test did not allow.
+//! **Invariant:** a test ends with [`Cluster::finish`], which stops every process gracefully within the promised 10 s
+//! and fails on any log line of level WARN or above that the test did not allow.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,16 +19,16 @@ use crate::logs;
 use crate::process::{Process, free_port, run};
 use crate::wait::{DEADLINE, until};
 
-/// Where a restarted server listens.
+/// The port of a restarted server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Port {
-    /// Where it listened before.
+    /// The port before the restart.
     Same,
-    /// Somewhere else.
+    /// Another port.
     New,
 }
 
-/// What to start.
+/// Settings of a cluster to start.
 #[derive(Debug, Clone)]
 pub struct ClusterBuilder {
     nodes: usize,
@@ -40,37 +40,37 @@ pub struct ClusterBuilder {
 }
 
 impl ClusterBuilder {
-    /// So many nodes; 3 when not said.
+    /// Sets the number of nodes; 3 by default.
     pub fn nodes(mut self, nodes: usize) -> Self {
         self.nodes = nodes;
         self
     }
 
-    /// This bucket instead of a local directory.
+    /// Uses this bucket instead of a local directory.
     pub fn bucket(mut self, url: &str) -> Self {
         self.bucket = Some(url.to_owned());
         self
     }
 
-    /// A variable for all processes.
+    /// Adds an environment variable for all processes.
     pub fn env(mut self, key: &str, value: &str) -> Self {
         self.env.push((key.to_owned(), value.to_owned()));
         self
     }
 
-    /// `section.field=value` for the nodes.
+    /// Adds `section.field=value` for the nodes.
     pub fn set(mut self, setting: &str) -> Self {
         self.settings.push(setting.to_owned());
         self
     }
 
-    /// Log lines of level WARN and above that contain this text are expected.
+    /// Allows log lines of level WARN and above that contain this text.
     pub fn allow(mut self, text: &str) -> Self {
         self.allowed.push(text.to_owned());
         self
     }
 
-    /// Makes the temporary directory in here.
+    /// Creates the temporary directory inside `dir`.
     pub fn inside(mut self, dir: &Path) -> Self {
         self.dir = Some(dir.to_owned());
         self
@@ -79,7 +79,7 @@ impl ClusterBuilder {
     /// Starts the master, then the nodes, and returns when all serve.
     ///
     /// # Errors
-    /// When a process does not come up.
+    /// When a process does not start.
     pub async fn start(self) -> Result<Cluster> {
         let mut builder = tempfile::Builder::new();
         builder.prefix("vasto-");
@@ -126,7 +126,7 @@ impl Server {
     }
 }
 
-/// A running cluster. Whatever still runs is killed when it is dropped.
+/// A running cluster. Processes that still run are killed when it is dropped.
 #[derive(Debug)]
 pub struct Cluster {
     bucket: String,
@@ -137,23 +137,23 @@ pub struct Cluster {
     master: Server,
     nodes: Vec<Server>,
     finished: bool,
-    // Last: removed after the processes are gone.
+    // Last field: removed after the processes have ended.
     dir: TempDir,
 }
 
-/// How a command of `vasto` ended.
+/// The outcome of a command of `vasto`.
 #[derive(Debug, Clone)]
 pub struct Ran {
     /// The exit code; -1 when a signal ended it.
     pub code: i32,
-    /// What it printed.
+    /// Output on stdout.
     pub stdout: String,
-    /// What it said.
+    /// Output on stderr.
     pub stderr: String,
 }
 
 impl Cluster {
-    /// Three nodes on a local directory, unless told otherwise.
+    /// Returns a builder with three nodes on a local directory.
     pub fn builder() -> ClusterBuilder {
         ClusterBuilder {
             nodes: 3,
@@ -167,62 +167,62 @@ impl Cluster {
         }
     }
 
-    /// The URL of the master.
+    /// Returns the URL of the master.
     pub fn master(&self) -> String {
         format!("http://127.0.0.1:{}", self.master.port)
     }
 
-    /// The URL of the bucket.
+    /// Returns the URL of the bucket.
     pub fn bucket(&self) -> &str {
         &self.bucket
     }
 
-    /// The temporary directory: `bucket`, `logs`, `node-<index>`.
+    /// Returns the temporary directory: `bucket`, `logs`, `node-<index>`.
     pub fn dir(&self) -> &Path {
         self.dir.path()
     }
 
-    /// The data directory of a node.
+    /// Returns the data directory of a node.
     pub fn node_dir(&self, index: usize) -> PathBuf {
         self.dir.path().join(format!("node-{index}"))
     }
 
-    /// How many nodes were started.
+    /// Returns the number of nodes that were started.
     pub fn nodes(&self) -> usize {
         self.nodes.len()
     }
 
-    /// The id of a node, once it has been up.
+    /// Returns the id of a node, once the node has been up.
     pub fn node_id(&self, index: usize) -> Option<String> {
         self.nodes[index].node_id.clone()
     }
 
-    /// The port of a node's data service.
+    /// Returns the port of a node's data service.
     pub fn port(&self, index: usize) -> u16 {
         self.nodes[index].port
     }
 
-    /// The index of a node by its id.
+    /// Returns the index of a node by its id.
     ///
     /// # Errors
-    /// When no node of this cluster has it.
+    /// When no node of this cluster has the id.
     pub fn node_of(&self, id: &str) -> Result<usize> {
         let found = self.nodes.iter().position(|node| node.node_id.as_deref() == Some(id));
         found.with_context(|| format!("no node is {id}"))
     }
 
-    /// The process of the master.
+    /// Returns the process of the master.
     ///
     /// # Errors
-    /// When it does not run.
+    /// When the master does not run.
     pub fn master_process(&mut self) -> Result<&mut Process> {
         self.master.process.as_mut().context("the master does not run")
     }
 
-    /// The process of a node.
+    /// Returns the process of a node.
     ///
     /// # Errors
-    /// When it does not run.
+    /// When the node does not run.
     pub fn node_process(&mut self, index: usize) -> Result<&mut Process> {
         self.nodes[index].process.as_mut().with_context(|| format!("node {index} does not run"))
     }
@@ -232,7 +232,7 @@ impl Cluster {
     /// Starts the master.
     ///
     /// # Errors
-    /// When it does not come up.
+    /// When the master does not start.
     pub async fn start_master(&mut self, port: Port) -> Result<()> {
         let port = if port == Port::New { free_port() } else { self.master.port };
         let listen = format!("127.0.0.1:{port}");
@@ -243,10 +243,10 @@ impl Cluster {
         Ok(())
     }
 
-    /// Adds a node with an empty data directory; gives its index.
+    /// Adds a node with an empty data directory; returns its index.
     ///
     /// # Errors
-    /// When it does not come up.
+    /// When the node does not start.
     pub async fn add_node(&mut self) -> Result<usize> {
         let index = self.nodes.len();
         self.nodes.push(Server::new(&format!("node-{index}")));
@@ -254,10 +254,10 @@ impl Cluster {
         Ok(index)
     }
 
-    /// As [`Self::add_node`], with a setting of its own.
+    /// Adds a node as [`Self::add_node`] does, with a setting of its own.
     ///
     /// # Errors
-    /// When it does not come up.
+    /// When the node does not start.
     pub async fn add_node_with(&mut self, setting: &str) -> Result<usize> {
         let index = self.nodes.len();
         self.nodes.push(Server::new(&format!("node-{index}")));
@@ -266,7 +266,7 @@ impl Cluster {
         Ok(index)
     }
 
-    /// `section.field=value` for one node, from its next start on.
+    /// Sets `section.field=value` for one node, from its next start on.
     pub fn set_node(&mut self, index: usize, setting: &str) {
         self.nodes[index].settings.push(setting.to_owned());
     }
@@ -274,7 +274,7 @@ impl Cluster {
     /// Starts a node on its data directory.
     ///
     /// # Errors
-    /// When it does not come up.
+    /// When the node does not start.
     pub async fn start_node(&mut self, index: usize, port: Port) -> Result<()> {
         let master = self.master();
         let dir = self.node_dir(index).display().to_string();
@@ -311,34 +311,34 @@ impl Cluster {
         Ok(ready)
     }
 
-    /// `kill -9` of the master.
+    /// Kills the master with `kill -9`.
     ///
     /// # Errors
-    /// When it does not run.
+    /// When the master does not run.
     pub async fn kill9_master(&mut self) -> Result<()> {
         self.master.process.take().context("the master does not run")?.kill9().await
     }
 
-    /// `kill -9` of a node.
+    /// Kills a node with `kill -9`.
     ///
     /// # Errors
-    /// When it does not run.
+    /// When the node does not run.
     pub async fn kill9_node(&mut self, index: usize) -> Result<()> {
         self.nodes[index].process.take().with_context(|| format!("node {index} does not run"))?.kill9().await
     }
 
-    /// SIGTERM to the master: it ends with exit code 0 within 10 s.
+    /// Stops the master with SIGTERM; it must end with exit code 0 within 10 s.
     ///
     /// # Errors
-    /// When it does not.
+    /// When the master does not end so.
     pub async fn stop_master(&mut self) -> Result<()> {
         Self::stop(self.master.process.take().context("the master does not run")?).await
     }
 
-    /// SIGTERM to a node: it ends with exit code 0 within 10 s.
+    /// Stops a node with SIGTERM; it must end with exit code 0 within 10 s.
     ///
     /// # Errors
-    /// When it does not.
+    /// When the node does not end so.
     pub async fn stop_node(&mut self, index: usize) -> Result<()> {
         Self::stop(self.nodes[index].process.take().with_context(|| format!("node {index} does not run"))?).await
     }
@@ -350,22 +350,22 @@ impl Cluster {
         Ok(())
     }
 
-    // ------------------------------------------------------------------------ using it
+    // ------------------------------------------------------------------------ commands and clients
 
     /// Runs `vasto <args>` against this cluster.
     ///
     /// # Errors
-    /// When it does not end in time.
+    /// When the command does not end in time.
     pub async fn vasto(&self, args: &[&str]) -> Result<Ran> {
         let mut env = self.env.clone();
         env.push(("VASTO_MASTER".to_owned(), self.master()));
         Ran::of(args, &env, Duration::from_secs(120)).await
     }
 
-    /// Runs `vasto <args> --output json`, which must succeed.
+    /// Runs `vasto <args> --output json`, which must succeed; returns the document.
     ///
     /// # Errors
-    /// When it fails, or does not print JSON.
+    /// When the command fails, or does not print JSON.
     pub async fn json(&self, args: &[&str]) -> Result<Value> {
         let mut all = args.to_vec();
         all.extend(["--output", "json"]);
@@ -374,7 +374,7 @@ impl Cluster {
         serde_json::from_str(&ran.stdout).with_context(|| format!("vasto {args:?} printed {:?}", ran.stdout))
     }
 
-    /// A new client with the keyspace.
+    /// Opens the keyspace with a new client.
     ///
     /// # Errors
     /// When the cluster cannot be reached.
@@ -393,7 +393,7 @@ impl Cluster {
         self.json(&args).await.map(|_| ())
     }
 
-    /// `vasto keyspace resize`, to its end; gives the report.
+    /// Runs `vasto keyspace resize` to its end; returns the report.
     ///
     /// # Errors
     /// When the command fails.
@@ -401,7 +401,7 @@ impl Cluster {
         self.json(&["keyspace", "resize", name, "--shards", &shards.to_string()]).await
     }
 
-    /// The catalog of a keyspace, in a local bucket.
+    /// Returns the catalog of a keyspace in a local bucket.
     ///
     /// # Errors
     /// When the keyspace cannot be described.
@@ -412,7 +412,7 @@ impl Cluster {
         Ok(CatalogDir::new(Path::new(root), id))
     }
 
-    /// Waits until nothing is left of earlier plans of a keyspace: no plan, no quarantined range.
+    /// Waits until earlier plans of a keyspace have ended completely: no plan, no quarantined range.
     ///
     /// # Errors
     /// When that takes too long.
@@ -426,12 +426,12 @@ impl Cluster {
         .with_context(|| format!("the catalog is {:?}", catalog.tip()))
     }
 
-    // ------------------------------------------------------------------------- the end
+    // ------------------------------------------------------------------------- finish
 
-    /// Stops everything gracefully and looks through all logs.
+    /// Stops all processes gracefully and checks all logs.
     ///
     /// # Errors
-    /// When a process does not stop as promised, or a log holds what was not allowed.
+    /// When a process does not stop as promised, or a log holds a line that is not allowed.
     pub async fn finish(mut self) -> Result<()> {
         for index in 0..self.nodes.len() {
             if self.nodes[index].process.is_some() {
@@ -474,10 +474,10 @@ impl Drop for Cluster {
 }
 
 impl Ran {
-    /// Runs `vasto <args>` with nothing but these variables added.
+    /// Runs `vasto <args>` with only these variables added.
     ///
     /// # Errors
-    /// When it does not end in time.
+    /// When the command does not end in time.
     pub async fn of(args: &[&str], env: &[(String, String)], deadline: Duration) -> Result<Self> {
         let output = run(vasto_binary(), args, env, deadline).await?;
         Ok(Self {
@@ -487,11 +487,11 @@ impl Ran {
         })
     }
 
-    /// Demands a refusal: this exit code, nothing on stdout, and an `error:` (with its `hint:`) that
-    /// contains all these texts.
+    /// Checks for a refusal: this exit code, nothing on stdout, and an `error:` (with its `hint:`) that contains all
+    /// these texts.
     ///
     /// # Errors
-    /// What is different.
+    /// The difference from such a refusal.
     pub fn refused(&self, code: i32, texts: &[&str]) -> Result<()> {
         ensure!(self.code == code, "the exit code is {}, not {code}: {self:?}", self.code);
         ensure!(self.stdout.is_empty(), "a refused command printed a result: {self:?}");
@@ -504,7 +504,7 @@ impl Ran {
     }
 }
 
-/// One line with the figures of a resize.
+/// Formats the figures of a resize in one line.
 pub fn resized(report: &Value) -> String {
     let number = |name: &str| report[name].as_u64().unwrap_or_default();
     let pause = |name: &str| report["write_pause_ms"][name].as_f64().unwrap_or_default();

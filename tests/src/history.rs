@@ -1,11 +1,11 @@
-//! What was promised for each key: the pure part of the checks.
+//! The writes that were promised for each key: the pure part of the checks.
 //!
-//! Every write of a key carries a number that grows by one; every eighth of a key that is
-//! overwritten is a delete. One task writes a key, one write at a time, so after an acknowledged
-//! write the key holds that number, or that of a later attempt whose outcome is not known.
+//! Every write of a key carries a number that grows by one; every eighth write of a key that is
+//! overwritten is a delete. One task writes a key, one write at a time, so after an acknowledged write the key holds
+//! that number, or that of a later attempt of unknown outcome.
 //!
-//! **Invariant:** a refused write ("nothing was changed") must never be seen, an acknowledged one
-//! never be missed; only an attempt of unknown outcome leaves a choice.
+//! **Invariant:** a refused write ("nothing was changed") must never be visible, an acknowledged write never be
+//! missing; only an attempt of unknown outcome allows both.
 
 use std::collections::BTreeMap;
 
@@ -16,21 +16,21 @@ use vasto_client::Key;
 /// Bytes of a value.
 const VALUE_BYTES: usize = 100;
 
-/// What a key was found to hold.
+/// The observed state of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Seen {
     /// The value of a write.
     Number(u64),
-    /// Nothing.
+    /// The key is absent.
     Absent,
 }
 
-/// True when the write of this number deletes the key.
+/// Returns whether the write of this number deletes the key.
 pub fn is_delete(number: u64) -> bool {
     number % 8 == 7
 }
 
-/// The key that a name stands for: a name `p<partition>/<rest>` has the partition key `p<partition>`.
+/// Returns the key of a name: a name `p<partition>/<rest>` has the partition key `p<partition>`.
 pub fn key_of(name: &str) -> Key {
     match name.split_once('/') {
         Some((partition, _)) if partition.starts_with('p') => Key::new(name).partition(partition),
@@ -38,7 +38,7 @@ pub fn key_of(name: &str) -> Key {
     }
 }
 
-/// The value of a write: says which write of which key it is.
+/// Returns the value of a write, which names the key and the number of the write.
 pub fn value_of(name: &str, number: u64) -> Bytes {
     let mut value = format!("{number}|{name}|");
     while value.len() < VALUE_BYTES {
@@ -47,20 +47,20 @@ pub fn value_of(name: &str, number: u64) -> Bytes {
     value.into()
 }
 
-/// The number of a value, if it is exactly the value of some write of this key.
+/// Returns the number in a value, if it is exactly the value of some write of this key.
 pub fn number_of(name: &str, value: &[u8]) -> Option<u64> {
     let number = std::str::from_utf8(value).ok()?.split_once('|')?.0.parse().ok()?;
     (value_of(name, number) == value).then_some(number)
 }
 
-/// What is known of one key.
+/// The recorded writes of one key.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Kept {
+pub struct KeyHistory {
     /// The last acknowledged number; 0 when there is none.
     pub acked: u64,
-    /// The last number that was tried.
+    /// The last number that was attempted.
     pub tried: u64,
-    /// Later numbers of unknown outcome, and the one in flight.
+    /// Later numbers of unknown outcome, and the number in flight.
     pub open: Vec<u64>,
 }
 
@@ -68,12 +68,12 @@ fn state_after(number: u64) -> Seen {
     if number == 0 || is_delete(number) { Seen::Absent } else { Seen::Number(number) }
 }
 
-impl Kept {
+impl KeyHistory {
     fn allowed(&self) -> impl Iterator<Item = u64> {
         std::iter::once(self.acked).chain(self.open.iter().copied())
     }
 
-    /// Is this a state that the promises allow, with no write in flight?
+    /// Returns whether the promises allow this state, with no write in flight.
     pub fn allows(&self, seen: Seen) -> bool {
         self.allowed().any(|number| state_after(number) == seen)
     }
@@ -82,11 +82,11 @@ impl Kept {
 /// All keys that were ever written.
 #[derive(Debug, Default)]
 pub struct History {
-    keys: Mutex<BTreeMap<String, Kept>>,
+    keys: Mutex<BTreeMap<String, KeyHistory>>,
 }
 
 impl History {
-    /// A write begins; gives its number.
+    /// Begins a write; returns its number.
     pub fn begin(&self, name: &str) -> u64 {
         let mut keys = self.keys.lock();
         let kept = keys.entry(name.to_owned()).or_default();
@@ -95,7 +95,7 @@ impl History {
         kept.tried
     }
 
-    /// A write was acknowledged.
+    /// Records that a write was acknowledged.
     pub fn acked(&self, name: &str, number: u64) {
         self.change(name, |kept| {
             kept.acked = number;
@@ -103,28 +103,28 @@ impl History {
         });
     }
 
-    /// A write was refused: nothing was changed.
+    /// Records that a write was refused: nothing was changed.
     pub fn refused(&self, name: &str, number: u64) {
         self.change(name, |kept| kept.open.retain(|open| *open != number));
     }
 
-    fn change(&self, name: &str, change: impl FnOnce(&mut Kept)) {
+    fn change(&self, name: &str, change: impl FnOnce(&mut KeyHistory)) {
         if let Some(kept) = self.keys.lock().get_mut(name) {
             change(kept);
         }
     }
 
-    /// What is known of a key now.
-    pub fn get(&self, name: &str) -> Kept {
+    /// Returns the recorded writes of a key.
+    pub fn get(&self, name: &str) -> KeyHistory {
         self.keys.lock().get(name).cloned().unwrap_or_default()
     }
 
-    /// A copy of everything.
-    pub fn all(&self) -> BTreeMap<String, Kept> {
+    /// Returns a copy of the whole history.
+    pub fn all(&self) -> BTreeMap<String, KeyHistory> {
         self.keys.lock().clone()
     }
 
-    /// The numbers of keys and of acknowledged writes.
+    /// Returns the numbers of keys and of acknowledged writes.
     pub fn counts(&self) -> (usize, u64) {
         let keys = self.keys.lock();
         (keys.len(), keys.values().map(|kept| kept.acked).sum())
@@ -159,7 +159,7 @@ mod tests {
         let acked = history.begin("k");
         history.acked("k", acked);
         assert!(!history.get("k").allows(Seen::Number(unknown)));
-        assert_eq!(history.get("k"), Kept { acked: 2, tried: 2, open: Vec::new() });
+        assert_eq!(history.get("k"), KeyHistory { acked: 2, tried: 2, open: Vec::new() });
     }
 
     #[test]

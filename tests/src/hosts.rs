@@ -1,7 +1,7 @@
-//! A cluster whose nodes have a network of their own each, which can be cut.
+//! A cluster whose nodes each have their own network, which can be cut.
 //!
-//! **Invariant:** the master and the clients are outside; the first keyspace that is created is the one that
-//! [`Hosts::catalog`] shows.
+//! **Invariant:** the master and the clients are outside; [`Hosts::catalog`] shows the first keyspace that is
+//! created.
 
 use std::path::Path;
 
@@ -15,9 +15,9 @@ use crate::{CatalogDir, DEADLINE, Process, Ran, vasto_binary};
 /// A master, and nodes in namespaces.
 #[derive(Debug)]
 pub struct Hosts {
-    /// What can be cut.
+    /// The network, which can be cut.
     pub network: Network,
-    /// The nodes, each with the line that it printed when it was ready.
+    /// The nodes, each with its readiness line.
     pub nodes: Vec<(Process, Value)>,
     /// URL of the master.
     pub master: String,
@@ -27,7 +27,7 @@ pub struct Hosts {
 }
 
 impl Hosts {
-    /// Starts a node for each of these zones.
+    /// Starts a master, and a node for each of these zones.
     ///
     /// # Errors
     /// When networks cannot be made or cut here, or a server does not start.
@@ -56,10 +56,10 @@ impl Hosts {
         Ok(Self { network, nodes, master, dir, _master_process: master_process })
     }
 
-    /// What a command of `vasto` prints as JSON.
+    /// Runs a command of `vasto` and returns its JSON.
     ///
     /// # Errors
-    /// When it fails.
+    /// When the command fails.
     pub async fn vasto(&self, args: &[&str]) -> Result<Value> {
         let all: Vec<&str> = args.iter().copied().chain(["--output", "json"]).collect();
         let ran = Ran::of(&all, &[("VASTO_MASTER".to_owned(), self.master.clone())], DEADLINE).await?;
@@ -67,23 +67,23 @@ impl Hosts {
         Ok(serde_json::from_str(&ran.stdout)?)
     }
 
-    /// The catalogs of the first keyspace.
+    /// Returns the catalog of the first keyspace.
     pub fn catalog(&self) -> CatalogDir {
         CatalogDir::new(&self.dir.path().join("bucket"), 1)
     }
 
-    /// The host on which a node runs.
+    /// Returns the host on which a node runs.
     ///
     /// # Errors
-    /// When there is none.
+    /// When no host runs the node.
     pub fn host_of(&self, node_id: &str) -> Result<usize> {
         self.nodes.iter().position(|(_, ready)| ready["node_id"] == node_id).context("no such node")
     }
 
-    /// A program in the namespace of a host.
+    /// Starts a program in the namespace of a host.
     ///
     /// # Errors
-    /// When it does not start.
+    /// When the program does not start.
     pub fn spawn(&self, host: usize, name: &str, program: &Path, args: &[&str]) -> Result<Process> {
         spawn(&self.network, Some(host), name, program, self.dir.path(), args)
     }
@@ -91,7 +91,7 @@ impl Hosts {
     /// Kills the nodes.
     ///
     /// # Errors
-    /// When one does not end.
+    /// When a node does not end.
     pub async fn end(self) -> Result<()> {
         for (mut process, _) in self.nodes {
             process.signal(Signal::KILL);

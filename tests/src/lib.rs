@@ -1,11 +1,11 @@
 //! The harness of the end-to-end tests: real processes, real files, real signals.
 //!
-//! A [`Cluster`] is a master and nodes as processes of their own in a temporary directory;
-//! [`Load`] writes and reads while something happens to them and remembers what was promised in a
-//! [`History`]; [`verify`] compares the history with what the cluster holds afterwards.
+//! A [`Cluster`] is a master and nodes as separate processes in a temporary directory; [`Load`] writes and reads
+//! during a fault and records the promises in a [`History`]; [`verify`] compares the history with the contents of the
+//! cluster afterwards.
 //!
-//! **Invariant:** nothing here waits for time to pass: every wait is for a condition and has a
-//! deadline. Every process that is started is ended, also when a test panics or is killed.
+//! **Invariant:** no function here waits for time to pass: every wait is for a condition and has a deadline. Every
+//! started process is ended, also when a test panics or is killed.
 
 mod binary;
 mod catalog;
@@ -31,28 +31,28 @@ pub mod wordnet;
 pub use binary::{tool, vasto_binary};
 pub use catalog::CatalogDir;
 pub use cluster::{Cluster, ClusterBuilder, Port, Ran, resized};
-pub use history::{History, Kept, Seen, is_delete, key_of, number_of, value_of};
+pub use history::{History, KeyHistory, Seen, is_delete, key_of, number_of, value_of};
 pub use hosts::Hosts;
 pub use link::Link;
 pub use load::{Load, LoadSpec, LoadSummary, preload};
 pub use process::{Process, free_port, run};
 pub use proxy::Proxy;
-pub use relay::{Moment, Relay, Strike};
+pub use relay::{KillPoint, KillTime, Relay};
 pub use s3::S3Server;
 pub use verify::{Verified, verify};
 pub use wait::{DEADLINE, until};
 
-/// A small generator of numbers for tests: the same seed, the same numbers (splitmix64).
+/// A small random number generator for tests: the same seed gives the same numbers (splitmix64).
 #[derive(Debug, Clone)]
 pub struct Numbers(u64);
 
 impl Numbers {
-    /// A generator from a seed.
+    /// Creates a generator from a seed.
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    /// The next number.
+    /// Draws the next number.
     pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -61,7 +61,7 @@ impl Numbers {
         z ^ (z >> 31)
     }
 
-    /// The next number below `end`, which is not 0.
+    /// Draws a number below `end`, which is not 0.
     pub fn below(&mut self, end: u64) -> u64 {
         self.draw() % end
     }

@@ -1,18 +1,18 @@
-//! Histories of single keys, and whether some order of their operations explains them: linearizability,
+//! Histories of single keys, and the check whether some order of their operations explains them: linearizability,
 //! checked by `porcupine-rs`, one key at a time.
 //!
-//! What is modelled, and how:
-//! - A key is absent, or holds a value and the event time of the write that put it there. What a read sees
-//!   must be what the last write before it left, event time included; event times grow from write to write.
-//! - An operation of unknown outcome took effect at some moment after its call, or never.
-//! - The client repeats puts and deletes whose reply was lost or late; one that took as long as a repetition
-//!   takes may have taken effect once more, at any moment after its call. An effect that a read saw with
+//! The model:
+//! - A key is absent, or holds a value and the event time of the write that put it there. A read must see the result
+//!   of the last write before it, event time included; event times grow from write to write.
+//! - An operation of unknown outcome took effect at some point in time after its call, or never.
+//! - The client repeats puts and deletes whose reply was lost or late; an operation that took as long as a repetition
+//!   takes may have taken effect once more, at any point in time after its call. An effect that a read saw with
 //!   another event time than the acknowledged one is such an effect.
-//! - While a node is away a read may see a write that is not acknowledged yet, and that is lost with the node
-//!   and ends as unknown. Such reads say nothing ([`Judge::dirty`]).
+//! - While a node is away a read may see a write that is not acknowledged yet, is lost with the node and ends as
+//!   unknown. Such reads are ignored ([`Judge::dirty`]).
 //!
-//! **Invariant:** an operation that was refused ("nothing was changed") is no part of a history: if it did
-//! take effect, a read sees what nobody wrote.
+//! **Invariant:** a refused operation ("nothing was changed") is not part of a history: if it did take effect, a read
+//! sees a value that no operation wrote.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,42 +24,42 @@ use vasto_client::{Ack, ErrorKind, Keyspace, Outcome};
 
 use crate::Numbers;
 
-/// A put or delete that took so long may have been sent twice: the client asks a silent node again after half
-/// of its patience.
+/// Duration from which a put or delete may have been sent twice: the client repeats the request to a silent node
+/// after half of its patience.
 const REPEATED_AFTER: Duration = Duration::from_millis(450);
-/// One key is checked for so long at most.
+/// Time limit of the check of one key.
 const CHECK_MAX: Duration = Duration::from_secs(20);
 
-/// What a key holds.
+/// The content of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Held {
-    /// The value with this number; no two writes put the same.
+    /// The value with this number; no two writes put the same value.
     Value(u64),
     /// A counter.
     Count(i64),
 }
 
-/// An operation and what came of it; no outcome is an unknown one.
+/// An operation with its outcome; no outcome means unknown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Did {
-    /// A read: what was seen, with its event time.
+    /// A read: the content seen, with its event time.
     Get(Option<(Held, u64)>),
-    /// A put with the event time that it got.
+    /// A put, with its assigned event time.
     Put(u64, Option<u64>),
-    /// A delete, as well.
+    /// A delete, with its assigned event time.
     Delete(Option<u64>),
-    /// A put if the key is absent: whether it was applied, and when.
+    /// A put if the key is absent: whether it was applied, and its event time.
     IfAbsent(u64, Option<Option<u64>>),
-    /// A put if what was read with this event time stands.
+    /// A put if the content read with this event time is still current.
     IfVersion((Held, u64), u64, Option<Option<u64>>),
-    /// An increment and the sum.
+    /// An increment, and the resulting sum.
     Add(i64, Option<i64>),
-    /// What a put did that took effect more often than it was acknowledged.
+    /// An effect of a put that took effect more often than it was acknowledged.
     Effect(u64, u64),
 }
 
 impl Did {
-    /// The same while nobody knows what comes of it.
+    /// Returns the same operation with an unknown outcome.
     fn unanswered(self) -> Self {
         match self {
             Did::Put(value, _) => Did::Put(value, None),
@@ -76,12 +76,12 @@ impl Did {
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct State {
     held: Option<Held>,
-    /// The event time of what stands, or one that is surely earlier.
+    /// The event time of the current content, or a time that is certainly earlier.
     time: u64,
     exact: bool,
 }
 
-/// One key.
+/// The model of one key.
 #[derive(Debug, Clone)]
 pub struct OneKey;
 
@@ -93,7 +93,7 @@ impl State {
         }
     }
 
-    /// Does this stand? `None` when it cannot be told.
+    /// Returns whether this content is current; `None` when that is unknown.
     fn stands(&self, (held, time): (Held, u64)) -> Option<bool> {
         if self.held != Some(held) || time < self.time {
             Some(false)
@@ -118,7 +118,7 @@ impl Model for OneKey {
         let same = |legal| (legal, state.clone());
         match *did {
             Did::Get(None) => same(state.held.is_none()),
-            // An increment does not tell its event time.
+            // The reply to an increment does not carry its event time.
             Did::Get(Some(seen)) => match state.stands(seen) {
                 Some(stands) => same(stands),
                 None => (true, State { held: Some(seen.0), time: seen.1, exact: true }),
@@ -156,16 +156,16 @@ impl Model for OneKey {
     }
 }
 
-/// One operation of a history.
+/// An operation of a history.
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {
-    /// Who did it.
+    /// The client that called.
     pub client: u32,
-    /// When it was called, nanoseconds.
+    /// Time of the call, nanoseconds.
     pub call: i64,
-    /// When it answered.
+    /// Time of the answer.
     pub answer: i64,
-    /// What it did.
+    /// The operation and its outcome.
     pub did: Did,
 }
 
@@ -187,7 +187,7 @@ impl Entry {
     }
 }
 
-/// All operations of a round, by key.
+/// Recorder of all operations of a round, by key.
 #[derive(Debug)]
 pub struct Recorder {
     began: Instant,
@@ -201,43 +201,43 @@ impl Default for Recorder {
 }
 
 impl Recorder {
-    /// Nanoseconds since it began.
+    /// Returns the nanoseconds since the start.
     pub fn now(&self) -> i64 {
         self.began.elapsed().as_nanos() as i64
     }
 
-    /// Remembers an operation that answers now.
+    /// Records an operation that answers now.
     pub fn add(&self, key: &str, client: u32, call: i64, did: Did) {
         let entry = Entry { client, call, answer: self.now(), did };
         self.entries.lock().entry(key.to_owned()).or_default().push(entry);
     }
 
-    /// What was recorded.
+    /// Takes the recorded operations.
     pub fn take(&self) -> BTreeMap<String, Vec<Entry>> {
         std::mem::take(&mut self.entries.lock())
     }
 }
 
-/// Decides about the history of one key.
+/// The check of the history of one key.
 #[derive(Debug, Clone, Copy)]
 pub struct Judge {
-    /// A node was away: reads of what was never acknowledged say nothing.
+    /// A node was away: reads of writes that were never acknowledged are ignored.
     pub dirty: bool,
 }
 
-/// What a history is.
+/// The result of a check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Judgement {
     /// Some order explains it.
     Explained,
-    /// No order does; the shortest beginning of it that none explains, in words.
+    /// No order explains it; the text shows the shortest prefix that no order explains.
     Violated(String),
     /// The search took too long.
     TooLong,
 }
 
 impl Judge {
-    /// Is there an order of these operations on one key?
+    /// Checks whether some order explains these operations on one key.
     pub fn judge(self, entries: &[Entry]) -> Judgement {
         let entries = self.prepared(entries);
         match check(&entries) {
@@ -247,9 +247,9 @@ impl Judge {
         }
     }
 
-    /// With the effects that nobody was told of, without the reads that say nothing.
+    /// Adds effects that were never acknowledged, and removes ignored reads.
     fn prepared(self, entries: &[Entry]) -> Vec<Entry> {
-        // The event times that were acknowledged, and when plain puts were called.
+        // The acknowledged event times, and the call times of plain puts.
         let (mut acked, mut puts, mut sums) = (BTreeSet::new(), BTreeMap::new(), BTreeSet::new());
         for entry in entries {
             match entry.did {
@@ -272,7 +272,7 @@ impl Judge {
             _ => true,
         };
         let mut kept: Vec<Entry> = entries.iter().copied().filter(says_something).collect();
-        // What was seen and not acknowledged.
+        // Effects that were seen and not acknowledged.
         let mut effects: BTreeMap<u64, BTreeSet<u64>> = BTreeMap::new();
         for entry in &kept {
             let seen = match entry.did {
@@ -285,13 +285,14 @@ impl Judge {
                 effects.entry(value).or_default().insert(time);
             }
         }
-        // What was seen of a write of unknown outcome is what it did.
+        // A seen effect of a write of unknown outcome is its outcome.
         kept.retain(|entry| !matches!(entry.did, Did::Put(value, None) if effects.contains_key(&value)));
         for entry in &mut kept {
             if let Did::IfAbsent(value, outcome @ None) | Did::IfVersion(_, value, outcome @ None) = &mut entry.did
                 && let Some(time) = effects.get(value).and_then(BTreeSet::first)
             {
-                // It is never repeated elsewhere, so it took effect once, and only if its condition held.
+                // A conditional write is never repeated elsewhere, so it took effect once, and only if its condition
+                // held.
                 *outcome = Some(Some(*time));
                 entry.answer = i64::MAX;
             }
@@ -337,7 +338,7 @@ fn check(entries: &[Entry]) -> CheckResult {
     check_operations_timeout(&operations, CHECK_MAX)
 }
 
-/// What is known when this much time has passed: writes that have not answered may be anywhere from then on.
+/// Returns the history as known at this time: an unanswered write may take effect at any later time.
 fn until_then(entries: &[Entry], time: i64) -> Vec<Entry> {
     let begun = entries.iter().filter(|entry| entry.call <= time);
     let known = begun.filter(|entry| entry.answer <= time || !entry.is_read());
@@ -366,25 +367,25 @@ fn shortest(entries: &[Entry]) -> String {
     format!("  ({skipped} operations before these)\n{}", lines.join("\n"))
 }
 
-/// Clients that read and write a few keys, and record what came of it.
+/// Clients that read and write a few keys, and record the outcomes.
 #[derive(Debug)]
 pub struct Workload {
     /// The names of the keys; those that end in `c` are counters.
     pub keys: Vec<String>,
-    /// What writes ask for.
+    /// The acknowledgement level of writes.
     pub ack: Ack,
-    /// Where everything is recorded.
+    /// The recorder of all operations.
     pub recorder: Recorder,
     next: AtomicU64,
 }
 
 impl Workload {
-    /// On these keys, which nobody has written.
+    /// Creates a workload on keys that were never written.
     pub fn new(keys: Vec<String>, ack: Ack) -> Self {
         Self { keys, ack, recorder: Recorder::default(), next: AtomicU64::new(1) }
     }
 
-    /// One operation, drawn.
+    /// Executes one random operation.
     pub async fn act(&self, client: u32, keyspace: &Keyspace, numbers: &mut Numbers) {
         let key = self.keys[numbers.below(self.keys.len() as u64) as usize].as_str();
         let counter = key.ends_with('c');
@@ -398,7 +399,7 @@ impl Workload {
         }
     }
 
-    /// Reads a key; gives its version too, for a conditional write.
+    /// Reads a key; returns its version too, for a conditional write.
     pub async fn get(&self, client: u32, keyspace: &Keyspace, key: &str) -> Option<((Held, u64), u64)> {
         let call = self.recorder.now();
         let read = keyspace.get(key).await.ok()?;
@@ -425,7 +426,7 @@ impl Workload {
             Ok(Outcome::Applied { event_time }) => {
                 self.recorder.add(key, client, call, Did::Put(value, Some(event_time)));
             }
-            // Another one with a later time stood already: it took effect and was overwritten at once.
+            // The key already held a write with a later time: this put took effect and was overwritten at once.
             Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::Unknown => {
                 self.recorder.add(key, client, call, Did::Put(value, None));
@@ -479,7 +480,7 @@ impl Workload {
     }
 }
 
-/// The outcome of a conditional write; nothing when it was refused, no outcome when it is unknown.
+/// Returns the outcome of a conditional write: `None` when it was refused, no outcome when it is unknown.
 fn conditional(outcome: Result<Outcome, vasto_client::Error>) -> Option<Option<Option<u64>>> {
     match outcome {
         Ok(Outcome::Applied { event_time }) => Some(Some(Some(event_time))),
@@ -489,7 +490,7 @@ fn conditional(outcome: Result<Outcome, vasto_client::Error>) -> Option<Option<O
     }
 }
 
-/// The number of a value; 0 for one that nobody put.
+/// Parses the number of a value; 0 for a value that no operation put.
 fn number(bytes: &[u8]) -> u64 {
     std::str::from_utf8(bytes).ok().and_then(|text| text.strip_prefix('v')?.parse().ok()).unwrap_or(0)
 }
@@ -501,7 +502,7 @@ mod tests {
     const STRICT: Judge = Judge { dirty: false };
     const AWAY: Judge = Judge { dirty: true };
 
-    /// Operations one after the other, each 1 ms long.
+    /// Builds sequential operations, each 1 ms long.
     fn in_order(dids: &[Did]) -> Vec<Entry> {
         let entry = |(n, did): (usize, &Did)| Entry {
             client: 0,
@@ -571,7 +572,7 @@ mod tests {
 
     #[test]
     fn a_put_that_was_sent_twice_may_take_effect_twice_but_no_read_is_older_for_that() {
-        // Seen again with a later time: the second effect.
+        // Seen again with a later time: the second effect of the put.
         assert!(!violated(STRICT, &[Did::Put(1, Some(10)), Did::Put(2, Some(20)), saw(1, 30)]));
         assert!(violated(STRICT, &[Did::Put(1, Some(10)), Did::Put(2, Some(20)), saw(1, 30), saw(2, 20)]));
         let mut slow = in_order(&[Did::Put(1, Some(10)), Did::Put(2, Some(20)), saw(1, 10)]);

@@ -1,4 +1,4 @@
-//! A link to one server that can be cut and made slow, and tells what has gone over it.
+//! A link to one server that can be cut and throttled, and counts the bytes sent over it.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -20,15 +20,15 @@ const PIECE_BYTES: usize = 16 << 10;
 #[derive(Debug)]
 struct Shared {
     cut: watch::Sender<bool>,
-    /// Bytes a second towards the server, of all connections together; 0: as fast as it goes.
+    /// Bytes a second towards the server, of all connections together; 0: unlimited.
     rate: AtomicU64,
-    /// When the link is free again.
+    /// Time at which the link is free again.
     free: Mutex<Instant>,
     sent: AtomicU64,
     refused: AtomicU64,
 }
 
-/// A link before one server.
+/// A link in front of one server.
 #[derive(Debug)]
 pub struct Link {
     address: SocketAddr,
@@ -53,7 +53,7 @@ impl Link {
         });
         let (server, of_task) = (server.to_owned(), shared.clone());
         let task = tokio::spawn(async move {
-            // Its connections end with it.
+            // The connections end with the link.
             let mut connections = JoinSet::new();
             while let Ok((client, _)) = listener.accept().await {
                 if *of_task.cut.borrow() {
@@ -67,30 +67,30 @@ impl Link {
         Ok(Self { address, shared, task })
     }
 
-    /// Where to connect instead.
+    /// Returns the address to connect to instead of the server's.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Ends all connections and refuses new ones, until it is mended.
+    /// Ends all connections and refuses new ones, until [`Link::mend`].
     pub fn cut(&self) {
         self.shared.cut.send_replace(true);
     }
 
-    /// Passes connections again, with so many bytes a second towards the server (0: as fast as it goes), and
-    /// begins to count anew.
+    /// Passes connections again, with this many bytes a second towards the server (0: unlimited), and resets the
+    /// count of bytes.
     pub fn mend(&self, rate: u64) {
         self.shared.rate.store(rate, Ordering::Relaxed);
         self.shared.sent.store(0, Ordering::Relaxed);
         self.shared.cut.send_replace(false);
     }
 
-    /// Bytes sent to the server since it was mended.
+    /// Returns the bytes sent to the server since the link was mended.
     pub fn sent(&self) -> u64 {
         self.shared.sent.load(Ordering::Relaxed)
     }
 
-    /// Connections that were refused.
+    /// Returns the number of refused connections.
     pub fn refused(&self) -> u64 {
         self.shared.refused.load(Ordering::Relaxed)
     }

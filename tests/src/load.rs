@@ -1,8 +1,8 @@
-//! Clients that write and read while something happens to the cluster.
+//! Clients that write and read while a fault is injected into the cluster.
 //!
-//! Each writer owns its keys and writes one at a time, so that the order of the writes of a key is
-//! known: new keys, keys in partitions, and keys that it overwrites and deletes over and over.
-//! Readers look at the overwritten keys and demand that none ever goes back.
+//! Each writer owns its keys and writes one at a time, so that the order of the writes of a key is known: new keys,
+//! keys in partitions, and keys that it overwrites and deletes repeatedly. Readers read the overwritten keys and
+//! check that no key ever goes back.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -18,10 +18,10 @@ use crate::history::{History, is_delete, key_of, number_of, value_of};
 use crate::wait::until;
 use crate::{DEADLINE, Numbers};
 
-/// How much of what.
+/// The size of a load.
 #[derive(Debug, Clone)]
 pub struct LoadSpec {
-    /// Begins the names of all keys of this load.
+    /// Prefix of the names of all keys of this load.
     pub name: String,
     /// Tasks that write.
     pub writers: usize,
@@ -29,7 +29,7 @@ pub struct LoadSpec {
     pub readers: usize,
     /// Keys that each writer overwrites.
     pub overwritten: u64,
-    /// Every client pauses this long between two operations; zero: as fast as the cluster allows.
+    /// Pause of every client between two operations; zero: as fast as the cluster allows.
     pub pace: Duration,
 }
 
@@ -54,7 +54,7 @@ struct Shared {
     violations: Mutex<Vec<String>>,
 }
 
-/// What the clients saw.
+/// Results of the clients.
 #[derive(Debug, Clone, Default)]
 pub struct LoadSummary {
     /// Acknowledged writes.
@@ -67,11 +67,11 @@ pub struct LoadSummary {
     pub reads: u64,
     /// Reads that failed.
     pub read_errors: u64,
-    /// Reads that were answered with less than another client had been promised when they began.
+    /// Reads that returned an older state than was acknowledged to another client when they began.
     pub stale_reads: u64,
-    /// The longest write, since the last [`Load::reset_longest`].
+    /// Duration of the longest write, since the last [`Load::reset_longest`].
     pub longest_write: Duration,
-    /// The longest read, since the last [`Load::reset_longest`].
+    /// Duration of the longest read, since the last [`Load::reset_longest`].
     pub longest_read: Duration,
     /// The first errors.
     pub errors: Vec<String>,
@@ -86,7 +86,7 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts the clients; writers and readers are separate clients with a topology of their own.
+    /// Starts the clients; writers and readers are separate clients, each with its own topology.
     ///
     /// # Errors
     /// When the cluster or the keyspace cannot be reached.
@@ -106,16 +106,15 @@ impl Load {
         Ok(Self { shared, history: Arc::clone(history), tasks })
     }
 
-    /// What is promised so far.
+    /// Returns the history of the writers so far.
     pub fn history(&self) -> &Arc<History> {
         &self.history
     }
 
-    /// Waits until every writer has had `writes` more acknowledgements and every reader as many
-    /// more answers.
+    /// Waits until every writer has had `writes` more acknowledgements and every reader as many more answers.
     ///
     /// # Errors
-    /// When that takes too long: something stands still.
+    /// When that takes too long: a client makes no progress.
     pub async fn goes_on(&self, writes: u64) -> Result<()> {
         let aim = |counters: &[AtomicU64]| -> Vec<u64> {
             counters.iter().map(|counter| counter.load(Ordering::Relaxed) + writes).collect()
@@ -142,13 +141,13 @@ impl Load {
             .with_context(|| format!("{:?}", self.summary()))
     }
 
-    /// Forgets the longest write and read seen so far.
+    /// Resets the longest write and read.
     pub fn reset_longest(&self) {
         self.shared.longest_write_us.store(0, Ordering::Relaxed);
         self.shared.longest_read_us.store(0, Ordering::Relaxed);
     }
 
-    /// What the clients saw so far.
+    /// Returns the results of the clients so far.
     pub fn summary(&self) -> LoadSummary {
         let shared = &*self.shared;
         let sum = |counters: &[AtomicU64]| counters.iter().map(|counter| counter.load(Ordering::Relaxed)).sum();
@@ -165,7 +164,7 @@ impl Load {
         }
     }
 
-    /// Like [`Load::stop`]; gives the history too.
+    /// Stops as [`Load::stop`] does; returns the history too.
     ///
     /// # Errors
     /// As [`Load::stop`].
@@ -174,10 +173,10 @@ impl Load {
         Ok((self.stop().await?, history))
     }
 
-    /// Ends the clients, each after the operation it is busy with.
+    /// Stops the clients, each after its operation in flight.
     ///
     /// # Errors
-    /// When a reader saw something that nobody wrote, or a value that went back.
+    /// When a reader saw a value that was never written, or a value that went back.
     pub async fn stop(mut self) -> Result<LoadSummary> {
         self.shared.stop.store(true, Ordering::Relaxed);
         while let Some(ended) = self.tasks.join_next().await {
@@ -271,7 +270,7 @@ async fn read(reader: usize, spec: LoadSpec, keyspace: Keyspace, history: Arc<Hi
         let tried = history.get(&name).tried;
         let before = last_seen.get(&name).copied().unwrap_or_default();
         let Some(value) = value else {
-            // Absent: before the first write, or after a delete that is not older than what was seen.
+            // Absent: before the first write, or after a delete that is not older than the value seen last.
             if before > 0 && !(before..=tried).any(is_delete) {
                 Shared::note(&shared.violations, format!("{name}: {before} was there and is gone"));
             }

@@ -1,11 +1,11 @@
-//! The logs of processes under test: a warning that nobody expected is a failure.
+//! The logs of processes under test: an unexpected warning is a failure.
 
 use std::path::Path;
 
 use serde_json::Value;
 
-/// Lines of a JSON log that are warnings, errors or no JSON at all (a panic), unless they contain
-/// one of the allowed texts.
+/// Returns the lines of a JSON log that are warnings, errors or not JSON at all (a panic), unless they contain one of
+/// the allowed texts.
 pub(crate) fn unexpected(log: &str, allowed: &[String]) -> Vec<String> {
     log.lines()
         .filter(|line| !line.trim().is_empty())
@@ -18,7 +18,7 @@ pub(crate) fn unexpected(log: &str, allowed: &[String]) -> Vec<String> {
         .collect()
 }
 
-/// The last lines of a file.
+/// Returns the last lines of a file.
 pub(crate) fn tail(path: &Path, lines: usize) -> String {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let all: Vec<&str> = text.lines().collect();

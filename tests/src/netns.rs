@@ -1,7 +1,7 @@
-//! Networks that can be cut: namespaces on a bridge of their own, and ports that fall silent.
+//! Networks that can be cut: namespaces on a separate bridge, and ports that drop all packets.
 //!
-//! **Invariant:** whatever is made here is removed when its owner is dropped. It needs root; who asks
-//! without is told so and skips.
+//! **Invariant:** every resource made here is removed when its owner is dropped. Root is required; a test without it
+//! prints the reason and skips.
 
 use std::process::Command;
 
@@ -18,7 +18,7 @@ fn run(program: &str, args: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// True when networks can be made and cut here; prints why not otherwise.
+/// Returns whether networks can be made and cut on this machine; prints the reason when not.
 pub fn available() -> bool {
     let probe = format!("vasto-probe-{}", std::process::id());
     let made = run("ip", &["netns", "add", &probe]).and_then(|()| {
@@ -32,7 +32,7 @@ pub fn available() -> bool {
     made.is_ok()
 }
 
-/// Hosts on a network of their own; the caller is on it too, as the first address.
+/// Hosts on a separate network; the caller is on it too, with the first address.
 #[derive(Debug)]
 pub struct Network {
     bridge: String,
@@ -41,10 +41,10 @@ pub struct Network {
 }
 
 impl Network {
-    /// A network with so many hosts beside the caller.
+    /// Creates a network with this many hosts besides the caller.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// When the network cannot be made.
     pub fn new(hosts: usize) -> Result<Self> {
         let id = std::process::id();
         let network = Self { bridge: format!("vb{}", id % 1_000_000), subnet: id % 250 + 1, hosts };
@@ -65,7 +65,7 @@ impl Network {
         Ok(network)
     }
 
-    /// The namespace of a host, for `ip netns exec`.
+    /// Returns the namespace of a host, for `ip netns exec`.
     pub fn namespace(&self, host: usize) -> String {
         format!("{}h{host}", self.bridge)
     }
@@ -74,7 +74,7 @@ impl Network {
         format!("{}e{host}", self.bridge)
     }
 
-    /// The address of a host, or of the caller.
+    /// Returns the address of a host, or of the caller.
     pub fn address(&self, host: Option<usize>) -> String {
         format!("10.77.{}.{}", self.subnet, host.map_or(1, |host| host + 10))
     }
@@ -86,7 +86,7 @@ impl Network {
         run("ip", &args)
     }
 
-    /// Cuts a host off from everybody else; nobody is told.
+    /// Cuts a host off from all others; packets are dropped without an error.
     ///
     /// # Errors
     /// When the rules cannot be set.
@@ -97,7 +97,7 @@ impl Network {
         Ok(())
     }
 
-    /// Cuts two hosts off from each other; everybody else reaches both.
+    /// Cuts two hosts off from each other; all others reach both.
     ///
     /// # Errors
     /// When the rules cannot be set.
@@ -127,7 +127,7 @@ impl Drop for Network {
     }
 }
 
-/// A port of this machine that takes and gives nothing, until it is dropped.
+/// A port of this machine that drops all packets, until it is dropped.
 #[derive(Debug)]
 pub struct SilentPort(String);
 

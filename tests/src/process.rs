@@ -1,7 +1,7 @@
-//! One process under test: its output in files, signals by its own id, and no survivors.
+//! A process under test: its output in files, signals by its own id, and no survivors.
 //!
-//! **Invariant:** a process dies with the [`Process`] that owns it, and also when the test is
-//! killed: `setpriv --pdeathsig` (util-linux) has the kernel see to that.
+//! **Invariant:** a process dies with the [`Process`] that owns it, and also when the test is killed: the kernel
+//! ensures that through `setpriv --pdeathsig` (util-linux).
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -18,7 +18,7 @@ use tokio::process::{Child, Command};
 
 use crate::wait::until;
 
-/// A running (or ended) process.
+/// A running or ended process.
 #[derive(Debug)]
 pub struct Process {
     name: String,
@@ -29,8 +29,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `program` in a process group of its own, with its output in `<dir>/<name>.out` and
-    /// `<dir>/<name>.log`.
+    /// Starts `program` in its own process group, with its output in `<dir>/<name>.out` and `<dir>/<name>.log`.
     ///
     /// # Errors
     /// When the files cannot be made or the program cannot be started.
@@ -57,30 +56,30 @@ impl Process {
         Ok(Self { name: name.to_owned(), child, pid, stdout, stderr })
     }
 
-    /// The name it was started under.
+    /// Returns the name under which the process was started.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Its process id.
+    /// Returns the process id.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// Where its log goes.
+    /// Returns the path of the log.
     pub fn log(&self) -> &Path {
         &self.stderr
     }
 
-    /// What it has printed so far.
+    /// Returns the output so far.
     pub fn printed(&self) -> String {
         std::fs::read_to_string(&self.stdout).unwrap_or_default()
     }
 
-    /// The first line it prints, as JSON.
+    /// Returns the first line of output, as JSON.
     ///
     /// # Errors
-    /// When it ends first or the deadline passes; the text ends with its log.
+    /// When the process ends first or the deadline passes; the text ends with its log.
     pub async fn ready_line(&mut self, deadline: Duration) -> Result<Value> {
         let line = until(&format!("{} to be ready", self.name), deadline, async || {
             if let Some((line, _)) = self.printed().split_once('\n') {
@@ -99,9 +98,9 @@ impl Process {
         }
     }
 
-    /// Sends a signal. A process that is gone already is no error.
+    /// Sends a signal. A process that has ended already is not an error.
     pub fn signal(&self, signal: Signal) {
-        // Without a wait in between, the id cannot have been given to another process.
+        // The process was not waited for, so its id cannot have been reused.
         if self.child.id().is_some()
             && let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw)
         {
@@ -109,16 +108,16 @@ impl Process {
         }
     }
 
-    /// `kill -9`, and waits until it is gone.
+    /// Kills the process with `kill -9`, and waits until it has ended.
     ///
     /// # Errors
-    /// When the operating system does not let it go.
+    /// When the operating system does not end the process.
     pub async fn kill9(&mut self) -> Result<()> {
         self.signal(Signal::KILL);
         self.ended(crate::DEADLINE).await.map(|_| ())
     }
 
-    /// Waits for its end.
+    /// Waits for the end of the process.
     ///
     /// # Errors
     /// When the deadline passes first.
@@ -129,7 +128,7 @@ impl Process {
         }
     }
 
-    /// True while it has not ended.
+    /// Returns whether the process has not ended.
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
@@ -138,7 +137,7 @@ impl Process {
 /// Runs a program to its end.
 ///
 /// # Errors
-/// When it cannot be started or the deadline passes (it is killed then).
+/// When the program cannot be started, or the deadline passes (the program is killed then).
 pub async fn run<A: AsRef<OsStr>>(
     program: &Path,
     args: impl IntoIterator<Item = A>,
@@ -165,8 +164,8 @@ fn command(program: &Path) -> Command {
     }
 }
 
-/// A port that nobody listens on now. It lies below the range from which the system gives ports to
-/// outgoing connections, so that a server can come back to it after it was killed.
+/// Returns a port without a listener. The port is below the range for outgoing connections, so that a killed server
+/// can bind it again.
 ///
 /// # Panics
 /// When no port is free.

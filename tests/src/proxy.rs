@@ -1,5 +1,5 @@
-//! A connection that can be made deaf: bytes pass between a client and a server until told to stop,
-//! and then neither side hears of the other, nor that it is gone.
+//! A connection that can be made deaf: bytes pass between a client and a server until [`Proxy::make_deaf`], and then
+//! neither side receives anything from the other, not even its close.
 
 use std::net::SocketAddr;
 
@@ -39,12 +39,12 @@ impl Proxy {
         Ok(Self { address, deaf, task })
     }
 
-    /// Where to connect instead.
+    /// Returns the address to connect to instead of the server's.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// From now on nothing passes, and nothing is closed.
+    /// Passes and closes nothing from now on.
     pub fn make_deaf(&self) {
         self.deaf.send_replace(true);
     }

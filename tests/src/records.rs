@@ -1,4 +1,4 @@
-//! Generated records: as many as wanted, the same every time.
+//! Generated records: any number, deterministic.
 
 use bytes::Bytes;
 
@@ -7,13 +7,13 @@ use crate::Numbers;
 /// Bytes of a generated value.
 pub const VALUE_BYTES: usize = 100;
 
-/// The key of record `index`.
+/// Returns the key of record `index`.
 pub fn key(index: u64) -> String {
     format!("record:{index:08}")
 }
 
-/// The value of record `index`: 100 characters of a 64-letter alphabet, so that compression finds
-/// about what it finds in real text.
+/// Returns the value of record `index`: 100 characters of a 64-letter alphabet, which compress about as well as real
+/// text.
 pub fn value(index: u64) -> Bytes {
     const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
     let mut numbers = Numbers::new(index);

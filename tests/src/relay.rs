@@ -1,10 +1,10 @@
-//! Stands between one process and the bucket, and kills the process at a request.
+//! A relay between one process and the bucket, which kills the process at a chosen request.
 //!
-//! Requests are read whole and passed on as they came, the `Host` header too: signatures stay good.
+//! Requests are read whole and forwarded unchanged, including the `Host` header: signatures stay valid.
 //!
-//! **Invariant:** a process that was killed *before* a request is dead without the server having heard of
-//! that request; one that was killed *after* it is dead when the server has answered, and has not read a
-//! byte of the answer.
+//! **Invariant:** a process that was killed *before* a request is dead without the server having received that
+//! request; a process that was killed *after* it is dead once the server has answered, and has not read a byte of the
+//! answer.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,35 +19,35 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
-/// Longest head of a request.
+/// Maximum bytes of the head of a request.
 const HEAD_BYTES_MAX: usize = 64 << 10;
 
-/// On which side of the work of the server.
+/// Whether the kill is before or after the server's work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Moment {
-    /// The request never gets there.
+pub enum KillTime {
+    /// The request never reaches the server.
     Before,
-    /// The answer never comes back.
+    /// The answer never reaches the process.
     After,
 }
 
-/// Whom to kill, and when.
+/// The process to kill, and the request at which to kill it.
 #[derive(Debug, Clone, Copy)]
-pub struct Strike {
+pub struct KillPoint {
     /// The process behind this relay; its owner must not have waited for it yet.
     pub pid: u32,
-    /// At which request from now on, the first being 1.
+    /// Number of the request from now on, the first being 1.
     pub call: u64,
-    /// Only requests with this text in their first line count; all do when it is empty.
+    /// Text that the first line of a counted request contains; when empty, all requests count.
     pub of: &'static str,
-    /// Before or after it.
-    pub moment: Moment,
+    /// Before or after the request.
+    pub moment: KillTime,
 }
 
 #[derive(Debug)]
 struct Armed {
-    strike: Strike,
-    /// Distinguishes it from earlier ones.
+    strike: KillPoint,
+    /// Distinguishes this kill point from earlier ones.
     number: u64,
     left: u64,
 }
@@ -56,13 +56,13 @@ struct Armed {
 struct Shared {
     armed: Mutex<Option<Armed>>,
     numbers: AtomicU64,
-    /// Requests that counted since it was armed.
+    /// Requests that counted since the relay was armed.
     counted: AtomicU64,
     /// The first line of the request at which the process was killed.
     killed: watch::Sender<Option<String>>,
 }
 
-/// A relay before one server, for one process.
+/// A relay in front of one server, for one process.
 #[derive(Debug)]
 pub struct Relay {
     address: SocketAddr,
@@ -86,25 +86,25 @@ impl Relay {
         });
         let (server, of_task) = (server.to_owned(), Arc::clone(&shared));
         let task = tokio::spawn(async move {
-            // Ends its connections when it is dropped.
+            // Dropping the set ends the connections.
             let mut connections = JoinSet::new();
             while let Ok((client, _)) = listener.accept().await {
                 while connections.try_join_next().is_some() {}
                 let (server, shared) = (server.clone(), Arc::clone(&of_task));
-                // A connection that breaks is the client's to notice.
+                // The client handles a broken connection.
                 connections.spawn(async move { connection(client, &server, &shared).await.is_ok() });
             }
         });
         Ok(Self { address, shared, task })
     }
 
-    /// The endpoint to use instead of the server's.
+    /// Returns the endpoint to use instead of the server's.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// Kills at a request to come.
-    pub fn kill_at(&self, strike: Strike) {
+    /// Arms the relay to kill the process at a future request.
+    pub fn kill_at(&self, strike: KillPoint) {
         let number = self.shared.numbers.fetch_add(1, Ordering::Relaxed) + 1;
         let mut armed = self.shared.armed.lock();
         self.shared.counted.store(0, Ordering::Relaxed);
@@ -112,7 +112,7 @@ impl Relay {
         *armed = Some(Armed { strike, number, left: strike.call.max(1) });
     }
 
-    /// Waits for the kill; gives the first line of the request.
+    /// Waits for the kill; returns the first line of the request.
     pub async fn killed(&self) -> String {
         let mut killed = self.shared.killed.subscribe();
         match killed.wait_for(Option::is_some).await {
@@ -121,11 +121,11 @@ impl Relay {
         }
     }
 
-    /// From now on nobody is killed. The first line of the request at which somebody was since it was
-    /// armed, or how many requests there have been.
+    /// Disarms the relay. Returns the first line of the request at which the process was killed since the relay was
+    /// armed, or the number of requests.
     ///
     /// # Errors
-    /// The number of requests that counted.
+    /// The number of requests that counted, when there was no kill.
     pub fn disarm(&self) -> Result<String, u64> {
         let mut armed = self.shared.armed.lock();
         *armed = None;
@@ -140,7 +140,7 @@ impl Drop for Relay {
 }
 
 impl Shared {
-    /// A request was read: is it the one? Kills before it, or gives the number to kill under after it.
+    /// Counts a request. At the chosen request, kills before it, or returns the number for the kill after it.
     fn count(&self, line: &str) -> Fate {
         let mut slot = self.armed.lock();
         let Some(armed) = slot.as_mut().filter(|armed| armed.left > 0 && line.contains(armed.strike.of)) else {
@@ -149,16 +149,16 @@ impl Shared {
         self.counted.fetch_add(1, Ordering::Relaxed);
         armed.left -= 1;
         match (armed.left, armed.strike.moment) {
-            (0, Moment::Before) => {
+            (0, KillTime::Before) => {
                 self.kill(&mut slot, line);
                 Fate::End
             }
-            (0, Moment::After) => Fate::EndAfter(armed.number),
+            (0, KillTime::After) => Fate::EndAfter(armed.number),
             _ => Fate::Pass,
         }
     }
 
-    /// The server has answered; true when the process is dead.
+    /// Handles an answer of the server; returns true when the process is dead.
     fn answered(&self, number: u64, line: &str) -> bool {
         let mut slot = self.armed.lock();
         let is_it = slot.as_ref().is_some_and(|armed| armed.number == number);
@@ -190,7 +190,7 @@ async fn connection(client: TcpStream, server: &str, shared: &Shared) -> Result<
     }
     let (from_client, mut to_client) = client.into_split();
     let (mut from_server, mut to_server) = upstream.into_split();
-    // What the next byte of the server answers, when that is the end.
+    // The kill that the next byte from the server triggers, and its request line.
     let last: Mutex<Option<(u64, String)>> = Mutex::default();
     let requests = async {
         let mut from_client = BufReader::new(from_client);
@@ -219,14 +219,14 @@ async fn connection(client: TcpStream, server: &str, shared: &Shared) -> Result<
             to_client.write_all(&buffer[..count]).await?;
         }
     };
-    // When one side is gone the other one hears of it: both streams are dropped.
+    // When one side ends, both streams are dropped, so that the other side notices.
     tokio::select! {
         ended = requests => ended,
         ended = answers => ended,
     }
 }
 
-/// The first line and all bytes of the next request, or `None` when the client is gone.
+/// Reads the first line and all bytes of the next request; `None` when the client is gone.
 async fn read(stream: &mut BufReader<OwnedReadHalf>) -> Result<Option<(String, Vec<u8>)>> {
     let mut bytes = Vec::new();
     let mut length = 0;
@@ -260,7 +260,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    /// A server that answers every request, and remembers it.
+    /// Starts a server that answers every request, and records it.
     async fn server() -> (String, Arc<Mutex<Vec<String>>>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -291,20 +291,20 @@ mod tests {
     async fn it_kills_on_the_right_side_of_the_right_request() {
         const PUT: &str = "PUT /b/k HTTP/1.1\r\nHost: h\r\ncontent-length: 4\r\n\r\nbody";
         const GET: &str = "GET /b/k HTTP/1.1\r\nHost: h\r\n\r\n";
-        for moment in [Moment::Before, Moment::After] {
+        for moment in [KillTime::Before, KillTime::After] {
             let (address, seen) = server().await;
             let relay = Relay::start(&address).await.unwrap();
             let mut victim = tokio::process::Command::new("sleep").arg("600").kill_on_drop(true).spawn().unwrap();
             let mut stream = TcpStream::connect(relay.address).await.unwrap();
             assert!(ask(&mut stream, PUT).await.starts_with("HTTP/1.1 200"));
-            relay.kill_at(Strike { pid: victim.id().unwrap(), call: 2, of: "PUT", moment });
+            relay.kill_at(KillPoint { pid: victim.id().unwrap(), call: 2, of: "PUT", moment });
             assert!(ask(&mut stream, GET).await.starts_with("HTTP/1.1 200"));
             assert!(ask(&mut stream, PUT).await.starts_with("HTTP/1.1 200"));
             assert!(victim.try_wait().unwrap().is_none());
             assert_eq!(ask(&mut stream, PUT).await, "", "the victim reads no answer");
             assert_eq!(relay.killed().await, "PUT /b/k HTTP/1.1");
             assert!(!victim.wait().await.unwrap().success());
-            assert_eq!(seen.lock().len(), if moment == Moment::Before { 3 } else { 4 });
+            assert_eq!(seen.lock().len(), if moment == KillTime::Before { 3 } else { 4 });
             assert_eq!(relay.disarm().unwrap(), "PUT /b/k HTTP/1.1");
         }
     }
@@ -314,7 +314,7 @@ mod tests {
         let (address, _) = server().await;
         let relay = Relay::start(&address).await.unwrap();
         let mut victim = tokio::process::Command::new("sleep").arg("600").kill_on_drop(true).spawn().unwrap();
-        relay.kill_at(Strike { pid: victim.id().unwrap(), call: 2, of: "", moment: Moment::Before });
+        relay.kill_at(KillPoint { pid: victim.id().unwrap(), call: 2, of: "", moment: KillTime::Before });
         let mut stream = TcpStream::connect(relay.address).await.unwrap();
         let get = "GET /b/k HTTP/1.1\r\n\r\n";
         assert!(ask(&mut stream, get).await.starts_with("HTTP/1.1 200"));

@@ -1,7 +1,7 @@
-//! Looks at every replica by itself, past the client.
+//! Reads every replica directly, bypassing the routing of the client.
 //!
-//! **Invariant:** two replicas are the same when each key has the same version on both: the hash of
-//! the stored entry with its event time, kind and bytes.
+//! **Invariant:** two replicas are the same when each key has the same version on both: the hash of the stored entry
+//! with its event time, kind and bytes.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -23,7 +23,7 @@ use crate::wait::{DEADLINE, until};
 /// Key to version.
 pub type Contents = BTreeMap<Vec<u8>, u64>;
 
-/// A replica that is asked by itself, wherever clients would go.
+/// A connection to one replica, independent of the routing of clients.
 pub struct Direct {
     client: DataClient<Channel>,
     request: v1::Request,
@@ -33,7 +33,7 @@ impl Direct {
     /// Connects to the node at an address.
     ///
     /// # Errors
-    /// When it cannot be reached.
+    /// When the node cannot be reached.
     pub async fn connect(address: &str, catalog: &Catalog, shard: ShardId) -> Result<Self> {
         let client = DataClient::connect(format!("http://{address}"));
         let client = client.await.with_context(|| format!("cannot reach {address}"))?;
@@ -49,7 +49,7 @@ impl Direct {
         Ok(Self { client: client.max_decoding_message_size(64 << 20), request })
     }
 
-    /// One request, one answer.
+    /// Sends one request and returns the reply.
     ///
     /// # Errors
     /// When the node is gone.
@@ -58,7 +58,7 @@ impl Direct {
         self.client.execute(request).await?.into_inner().result.context("an empty reply")
     }
 
-    /// A write that was sent `late` before it arrives, over a stream as clients use it.
+    /// Sends a write that arrives `late` after it was sent, over a stream as clients use it.
     ///
     /// # Errors
     /// When the node is gone.
@@ -74,10 +74,10 @@ impl Direct {
     }
 }
 
-/// All live rows of one shard as one node has them.
+/// Returns all live rows of one shard as stored on one node.
 ///
 /// # Errors
-/// When the node cannot be reached or refuses.
+/// When the node cannot be reached or refuses the request.
 pub async fn contents(address: &str, catalog: &Catalog, shard: ShardId) -> Result<Contents> {
     let mut direct = Direct::connect(address, catalog, shard).await?;
     let mut rows = Contents::new();
@@ -98,19 +98,19 @@ pub async fn contents(address: &str, catalog: &Catalog, shard: ShardId) -> Resul
     }
 }
 
-/// Waits until all replicas of every shard hold the same; answers the number of keys.
+/// Waits until all replicas of every shard hold the same; returns the number of keys.
 ///
 /// # Errors
-/// When they still differ at the deadline; the text says where.
+/// When replicas still differ at the deadline; the text says where.
 pub async fn converged(cluster: &Cluster, keyspace: &str) -> Result<usize> {
     let catalog = cluster.catalog(keyspace).await?;
     converged_by(&catalog, async || cluster.json(&["cluster", "status"]).await).await
 }
 
-/// As [`converged`], for a cluster that is described by its catalog and its `cluster status`.
+/// Waits as [`converged`] does, for a cluster that is described by its catalog and its `cluster status`.
 ///
 /// # Errors
-/// As [`converged`].
+/// As for [`converged`].
 pub async fn converged_by(catalog: &CatalogDir, status: impl AsyncFn() -> Result<Value>) -> Result<usize> {
     let mut last = String::new();
     let look = async || differences(&status().await?, &catalog.tip()?).await;

@@ -22,10 +22,10 @@ pub struct S3Server {
 const BUCKET: &str = "vasto-test";
 
 impl S3Server {
-    /// Starts it; returns when the bucket is there.
+    /// Starts the server; returns when the bucket exists.
     ///
     /// # Errors
-    /// When SeaweedFS is not installed (the text says how to install it) or does not come up.
+    /// When SeaweedFS is not installed (the text says how to install it) or does not start.
     pub async fn start() -> Result<Self> {
         let weed = weed()?;
         let dir = tempfile::Builder::new().prefix("vasto-s3-").tempdir()?;
@@ -45,7 +45,7 @@ impl S3Server {
             "-s3.port.lance=0".to_owned(),
             format!("-bucket={BUCKET}"),
         ];
-        // Each of these also opens the port 10,000 above.
+        // Each of these services also opens the port 10,000 above.
         let mut ports = vec![port];
         for service in ["master", "volume", "filer", "admin"] {
             let port = free_port();
@@ -61,17 +61,17 @@ impl S3Server {
         Ok(server)
     }
 
-    /// The URL of the bucket for `vasto serve master --bucket`.
+    /// Returns the URL of the bucket for `vasto serve master --bucket`.
     pub fn url(&self, prefix: &str) -> String {
         format!("s3://{BUCKET}/{prefix}")
     }
 
-    /// Where it listens: host:port.
+    /// Returns the address of the server: host:port.
     pub fn address(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
 
-    /// The variables that lead to it.
+    /// Returns the environment variables that select the server.
     pub fn env(&self) -> Vec<(String, String)> {
         [
             ("AWS_ACCESS_KEY_ID", "minioadmin"),
@@ -103,10 +103,10 @@ impl S3Server {
         .with_context(|| crate::logs::tail(self.process.log(), 20))
     }
 
-    /// Ends it.
+    /// Stops the server.
     ///
     /// # Errors
-    /// When it does not end.
+    /// When the server does not end.
     pub async fn stop(mut self) -> Result<()> {
         self.process.signal(Signal::TERM);
         self.process.ended(DEADLINE).await.map(|_| ())
@@ -115,7 +115,7 @@ impl S3Server {
 
 impl Drop for S3Server {
     fn drop(&mut self) {
-        // It leaves sockets behind, named after its ports and those of gRPC, 10,000 above.
+        // SeaweedFS leaves sockets behind, named after its ports and those of gRPC, 10,000 above.
         let numbers: Vec<String> =
             self.ports.iter().flat_map(|port| [*port, port + 10_000]).map(|p| p.to_string()).collect();
         for entry in std::fs::read_dir("/tmp").into_iter().flatten().flatten() {

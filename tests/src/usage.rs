@@ -1,10 +1,10 @@
-//! What the programs of this crate do with their command line: they take no arguments, and say what they are
-//! when they are asked, instead of doing it.
+//! Command-line handling of the programs of this crate: no arguments are taken, and `--help` prints a description
+//! instead of running the program.
 
 use std::process::ExitCode;
 
-/// The end of a program that was given arguments: `about` for `--help`, a usage error for everything else;
-/// `None` when there are none and the work can begin.
+/// Returns the exit code for a program that was given arguments: prints `about` for `--help`, a usage error for
+/// everything else; `None` when there are no arguments and the program can run.
 pub fn answered(about: &str) -> Option<ExitCode> {
     answer(std::env::args().skip(1), about)
 }

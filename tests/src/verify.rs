@@ -1,4 +1,4 @@
-//! Compares what a cluster holds with what it promised.
+//! Compares the contents of a cluster with its promises.
 
 use std::collections::HashMap;
 
@@ -8,23 +8,22 @@ use vasto_client::{Keyspace, Vasto};
 
 use crate::history::{History, Seen, key_of, number_of};
 
-/// What was compared.
+/// Counts of a comparison.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Verified {
     /// Keys that were ever written.
     pub keys: usize,
-    /// Those that are there now.
+    /// Keys that exist now.
     pub present: usize,
     /// Acknowledged writes in all.
     pub acked: u64,
 }
 
-/// Reads every key by get and all rows by scan, with no write in flight, and demands: what was
-/// acknowledged is there; nothing is there that was refused or never written; the scan is in order,
-/// has each key once, and agrees with the gets.
+/// Reads every key by get and all rows by scan, with no write in flight, and checks: acknowledged writes are present;
+/// refused writes and unwritten keys are absent; the scan is in order, has each key once, and agrees with the gets.
 ///
 /// # Errors
-/// A list of what is wrong.
+/// A list of the discrepancies.
 pub async fn verify(master: &str, keyspace: &str, history: &History) -> Result<Verified> {
     let keyspace = Vasto::connect(master).await?.keyspace(keyspace).await?;
     let all = history.all();
@@ -62,7 +61,7 @@ async fn get<'a>(keyspace: &Keyspace, names: Vec<&'a String>) -> Result<Vec<(&'a
         .map(|(name, value)| {
             let seen = match value {
                 None => Seen::Absent,
-                // A value that is not of this key has a number that was never tried.
+                // A value of another key gets a number that was never attempted.
                 Some(value) => Seen::Number(number_of(name, &value.bytes()).unwrap_or(u64::MAX)),
             };
             (name.as_str(), seen)

@@ -7,13 +7,13 @@ use anyhow::{Result, bail};
 /// Long enough for anything on a busy machine, short enough to end a hung test.
 pub const DEADLINE: Duration = Duration::from_secs(30);
 
-/// Between two looks at a condition.
+/// Interval between two checks of a condition.
 const LOOK: Duration = Duration::from_millis(10);
 
-/// Looks until `condition` gives a value.
+/// Polls until `condition` returns a value.
 ///
 /// # Errors
-/// When the deadline passes first; the text names what was waited for.
+/// When the deadline passes first; the text names the condition.
 pub async fn until<T, F>(what: &str, deadline: Duration, mut condition: F) -> Result<T>
 where
     F: AsyncFnMut() -> Option<T>,

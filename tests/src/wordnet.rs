@@ -8,14 +8,14 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-/// Where the package puts its files.
+/// Directory of the package's files.
 pub const DIR: &str = "/usr/share/wordnet";
 
-/// What it is and under which terms, in one line.
+/// Name and licence of the data set, in one line.
 pub const ABOUT: &str = "WordNet 3.0, Copyright 2006 by Princeton University, under the WordNet 3.0 licence \
                          (free use, copying and modification; Debian package wordnet-base)";
 
-/// Synsets of WordNet 3.0.
+/// Number of synsets of WordNet 3.0.
 pub const SYNSETS: usize = 117_659;
 
 /// One synset: `synset:n:00001740` and `entity: that which is perceived ...`.
@@ -30,7 +30,7 @@ pub struct Synset {
 /// Reads all synsets.
 ///
 /// # Errors
-/// When the data set is not installed (the text says how to install it) or is not what it should be.
+/// When the data set is not installed (the text says how to install it) or has unexpected contents.
 pub fn load(dir: &Path) -> Result<Vec<Synset>> {
     let mut all = Vec::with_capacity(SYNSETS);
     for (file, part) in [("data.noun", 'n'), ("data.verb", 'v'), ("data.adj", 'a'), ("data.adv", 'r')] {

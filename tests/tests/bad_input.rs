@@ -1,8 +1,8 @@
-//! Everything that must be refused, through the real command line: a message that says what to do,
-//! exit code 1 or 2, and nothing written.
+//! Invalid inputs through the real command line: each is refused with a message that states the remedy and exit code
+//! 1 or 2, and nothing is written.
 #![allow(clippy::unwrap_used)]
 
-mod careless_store;
+mod unconditional_store;
 
 use std::collections::BTreeMap;
 use std::net::TcpListener;
@@ -13,7 +13,7 @@ use anyhow::{Context, Result, ensure};
 use vasto_client::{Batch, ErrorKind};
 use vasto_tests::{Cluster, DEADLINE, Port, Ran, free_port};
 
-/// Runs a command that must be refused, and says so with all these texts.
+/// Runs a command that must be refused with an error that contains all these texts.
 async fn refused(args: &[&str], env: &[(&str, &str)], texts: &[&str]) -> Result<()> {
     let env: Vec<(String, String)> = env.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
     let ran = Ran::of(args, &env, DEADLINE).await.with_context(|| format!("vasto {args:?}"))?;
@@ -29,7 +29,7 @@ fn shortened(args: &[&str]) -> String {
     args.iter().map(|arg| arg.chars().take(60).collect::<String>()).collect::<Vec<_>>().join(" ")
 }
 
-/// All files below a directory with their content, but for what every start may touch.
+/// Returns all files below a directory with their content, except for files that every start may change.
 fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut out = BTreeMap::new();
     let mut open = vec![dir.to_owned()];
@@ -109,7 +109,7 @@ async fn bad_requests_say_what_to_do_and_change_nothing() -> Result<()> {
     let many = (0..10_001).fold(Batch::new(), |batch, n| batch.put(format!("k{n}"), "v"));
     let error = keyspace.write(many).await.unwrap_err();
     ensure!(error.kind() == ErrorKind::InvalidArgument && error.message().contains("10000"), "{error:?}");
-    // At the limit they are fine.
+    // A key and a value exactly at the limit are accepted.
     keyspace.put("k".repeat(65_536), vec![7; 4 << 20]).await?;
     ensure!(keyspace.get("k".repeat(65_536)).await?.unwrap().bytes().len() == 4 << 20);
     keyspace.delete("k".repeat(65_536)).await?;
@@ -162,8 +162,8 @@ async fn a_master_refuses_a_bucket_that_it_cannot_use() -> Result<()> {
     master("s3://bucket/prefix", &env, &["cannot be reached", "AWS_ENDPOINT_URL"]).await?;
     ensure!(start.elapsed() < Duration::from_secs(20), "an unreachable bucket took {:?}", start.elapsed());
 
-    // A store that takes every PUT, whatever its conditions say, cannot coordinate.
-    let store = careless_store::CarelessStore::start().await?;
+    // A store that accepts every PUT, whatever its conditions, cannot coordinate.
+    let store = unconditional_store::UnconditionalStore::start().await?;
     let env = s3(&store.endpoint());
     let env: Vec<(&str, &str)> = env.iter().map(|(key, value)| (*key, value.as_str())).collect();
     master("s3://bucket/prefix", &env, &["ignores create-if-absent", "use another store"]).await?;
@@ -203,11 +203,11 @@ async fn a_node_refuses_a_directory_that_is_not_its_own() -> Result<()> {
     let dir = cluster.node_dir(0);
     let data = dir.display().to_string();
 
-    // Another process serves it.
+    // Another process uses the directory.
     let args = ["serve", "node", "--dir", &data, "--master", &cluster.master()];
     refused(&args, &[], &[&data, "in use by another process"]).await?;
     ensure!(cluster.json(&["kv", "get", "ks", "k"]).await.is_ok(), "the refused start disturbed the running node");
-    // The master serves another cluster, and this node holds nothing that somebody would miss.
+    // The master serves another cluster, and this node holds no data that would be missed.
     let idle = cluster.add_node().await?;
     cluster.stop_node(idle).await?;
     let (idle, other) = (cluster.node_dir(idle), Cluster::builder().nodes(0).allow("refused a node").start().await?);
@@ -217,7 +217,7 @@ async fn a_node_refuses_a_directory_that_is_not_its_own() -> Result<()> {
     ensure!(files(&idle) == before, "a refused start changed the directory");
     cluster.stop_node(0).await?;
 
-    // A newer version wrote it.
+    // The file was written by a newer version.
     let identity = dir.join("node.json");
     let ours = std::fs::read_to_string(&identity)?;
     let mut newer: serde_json::Value = serde_json::from_str(&ours)?;
@@ -232,7 +232,7 @@ async fn a_node_refuses_a_directory_that_is_not_its_own() -> Result<()> {
     refused(&args, &[], &["node.json", "damaged"]).await?;
     std::fs::write(&identity, ours)?;
 
-    // After all that the node comes back with its data.
+    // After all refusals the node restarts with its data.
     cluster.start_node(0, Port::New).await?;
     let got = cluster.vasto(&["kv", "get", "ks", "k"]).await?;
     ensure!(got.code == 0 && got.stdout.trim_end() == "v", "{got:?}");
@@ -246,7 +246,7 @@ async fn a_new_node_refuses_a_bucket_that_is_not_its_masters_and_an_old_one_serv
     cluster.create("ks", 1, &[]).await?;
     let keyspace = cluster.keyspace("ks").await?;
     keyspace.put("k", "v").await?;
-    // As a node sees it whose URL names another disk, or another endpoint.
+    // The view of a node whose URL names another disk, or another endpoint.
     let claim = cluster.dir().join("bucket/cluster.json");
     let ours = std::fs::read(&claim)?;
     std::fs::remove_file(&claim)?;

@@ -1,10 +1,10 @@
-//! `kill -9` right before and right after a request to the bucket, in everything that makes any:
-//! checkpoints, chunks of the log, garbage collection, restores and copies of a replica.
+//! `kill -9` right before and right after a request to the bucket, in every activity that makes requests:
+//! checkpoints, chunks of the log, garbage collection, restores and replicas under construction.
 //!
-//! A real S3 server; before it a [`Relay`] for each process, which kills that process at a request that is
-//! drawn. Afterwards the bucket is whole, and what it had confirmed can be restored from it alone.
+//! The bucket is on a real S3 server; a [`Relay`] in front of it for each process kills that process at a random
+//! request. Afterwards the bucket is complete, and all writes that it had confirmed can be restored from it alone.
 //!
-//! `VASTO_BUCKET_KILLS` says how many kills, `VASTO_BUCKET_SEED` which.
+//! `VASTO_BUCKET_KILLS` sets the number of kills, `VASTO_BUCKET_SEED` the random choices.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -13,17 +13,17 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use vasto_tests::{
-    Cluster, DEADLINE, History, Load, LoadSpec, Moment, Numbers, Port, Ran, Relay, S3Server, Strike, preload, until,
-    verify,
+    Cluster, DEADLINE, History, KillPoint, KillTime, Load, LoadSpec, Numbers, Port, Ran, Relay, S3Server, preload,
+    until, verify,
 };
 
-/// So few fit into a run of all tests.
+/// Kills in a run of all tests, which leaves time for few.
 const KILLS: u64 = 24;
-/// Between two looks at the bucket and at every key, in rounds.
+/// Rounds between two checks of the bucket and of every key.
 const CHECK_EVERY: u64 = 4;
-/// What a command may take while its server is killed and started again.
+/// Time limit of a command while its server is killed and restarted.
 const PATIENCE: Duration = Duration::from_secs(90);
-/// The keyspace that is never to lose what was confirmed.
+/// The keyspace that must never lose a confirmed write.
 const KEPT: &str = "kept";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -38,8 +38,8 @@ enum Phase {
 const PHASES: [Phase; 5] = [Phase::Checkpoint, Phase::Chunk, Phase::Collection, Phase::Restore, Phase::Bootstrap];
 
 impl Phase {
-    /// Requests that are worth a kill of their own, by a part of their first line: drawn by number alone
-    /// they would be rare.
+    /// Returns requests to kill at by kind, identified by a part of their first line: drawn by number alone these
+    /// would be rare.
     fn requests(self, victim: Victim) -> &'static [&'static str] {
         match (self, victim) {
             (Self::Checkpoint, _) => &[".sst", "/db/", "PUT /vasto-test/kills/data", "/checkpoint/"],
@@ -58,21 +58,21 @@ enum Victim {
     Node(usize),
 }
 
-/// Which request is the last one of the victim.
+/// The request at which the victim is killed.
 #[derive(Debug, Clone, Copy)]
 struct Aim {
     call: u64,
     of: &'static str,
-    moment: Moment,
+    moment: KillTime,
 }
 
-/// Kills that belong into every run, whatever is drawn: in which phase, whether of the master, and when.
+/// Kills of every run, whatever is drawn: the phase, whether the victim is the master, and the request.
 const WANTED: [(Phase, bool, Aim); 5] = [
-    (Phase::Restore, true, Aim { call: 1, of: "PUT /vasto-test/kills/names/", moment: Moment::Before }),
-    (Phase::Checkpoint, false, Aim { call: 1, of: "/checkpoint/", moment: Moment::Before }),
-    (Phase::Chunk, false, Aim { call: 1, of: "PUT ", moment: Moment::After }),
-    (Phase::Collection, true, Aim { call: 2, of: "?delete", moment: Moment::After }),
-    (Phase::Bootstrap, false, Aim { call: 1, of: "PUT /vasto-test/kills/data/", moment: Moment::After }),
+    (Phase::Restore, true, Aim { call: 1, of: "PUT /vasto-test/kills/names/", moment: KillTime::Before }),
+    (Phase::Checkpoint, false, Aim { call: 1, of: "/checkpoint/", moment: KillTime::Before }),
+    (Phase::Chunk, false, Aim { call: 1, of: "PUT ", moment: KillTime::After }),
+    (Phase::Collection, true, Aim { call: 2, of: "?delete", moment: KillTime::After }),
+    (Phase::Bootstrap, false, Aim { call: 1, of: "PUT /vasto-test/kills/data/", moment: KillTime::After }),
 ];
 
 struct Rig {
@@ -85,11 +85,11 @@ struct Rig {
     numbers: Numbers,
     history: Arc<History>,
     bursts: u64,
-    /// What is left of [`WANTED`].
+    /// The part of [`WANTED`] that is still to do.
     wanted: Vec<(Phase, bool, Aim)>,
-    /// How many requests there are of a kind, where there were too few.
+    /// Number of requests of a kind, where fewer came than were drawn.
     few: BTreeMap<(Phase, bool, &'static str), u64>,
-    kills: BTreeMap<(Phase, Moment), u64>,
+    kills: BTreeMap<(Phase, KillTime), u64>,
     requests: BTreeMap<String, [u64; 2]>,
     aborted: BTreeSet<String>,
 }
@@ -101,9 +101,9 @@ impl Rig {
         for (key, value) in s3.env() {
             builder = builder.env(&key, &value);
         }
-        // Nodes have an endpoint of their own, which wins.
+        // Each node has its own endpoint, which takes precedence.
         builder = builder.env("AWS_ENDPOINT_URL", &of_master.endpoint());
-        // A collection takes all that it may.
+        // Garbage collection deletes every object that it may.
         for (setting, value) in [("MIN_AGE", "0s"), ("KEEP_FOR", "0s"), ("KEEP_CHECKPOINTS", "1")] {
             builder = builder.env(&format!("VASTO_BUCKET__{setting}"), value);
         }
@@ -148,7 +148,7 @@ impl Rig {
         self.live[self.numbers.below(self.live.len() as u64) as usize]
     }
 
-    /// Every other time the one with the fewest kills.
+    /// Returns, at random, the phase with the fewest kills or any phase.
     fn next_phase(&mut self) -> Phase {
         let drawn = PHASES[self.numbers.below(PHASES.len() as u64) as usize];
         let kills = |phase: &Phase| self.kills.iter().filter(|((one, _), _)| one == phase).map(|(_, n)| n).sum::<u64>();
@@ -162,14 +162,14 @@ impl Rig {
 
     // -------------------------------------------------------------------------------- killing
 
-    /// Any of the first twelve requests, or one of the first of a kind; first of all those that are wanted.
+    /// Draws one of the first twelve requests, or one of the first of a kind; remaining wanted kills come first.
     fn draw(&mut self, phase: Phase, victim: Victim) -> Aim {
         let master = victim == Victim::Master;
         if let Some(at) = self.wanted.iter().position(|(wanted, of_master, _)| (*wanted, *of_master) == (phase, master))
         {
             return self.wanted.remove(at).2;
         }
-        let moment = if self.numbers.below(2) == 0 { Moment::Before } else { Moment::After };
+        let moment = if self.numbers.below(2) == 0 { KillTime::Before } else { KillTime::After };
         let kinds = phase.requests(victim);
         let kind = kinds.get(self.numbers.below(2 * kinds.len() as u64) as usize).copied();
         let (of, most) = kind.map_or(("", 12), |of| (of, 4));
@@ -182,15 +182,15 @@ impl Rig {
             Victim::Master => (&self.of_master, self.cluster.master_process()?),
             Victim::Node(index) => (&self.of_nodes[index], self.cluster.node_process(index)?),
         };
-        relay.kill_at(Strike { pid: process.pid(), call: aim.call, of: aim.of, moment: aim.moment });
+        relay.kill_at(KillPoint { pid: process.pid(), call: aim.call, of: aim.of, moment: aim.moment });
         Ok(Arc::clone(relay))
     }
 
-    /// Notes a kill, and starts what was killed again.
+    /// Counts a kill, and restarts the victim.
     async fn revive(&mut self, phase: Phase, victim: Victim, aim: Aim, line: &str) -> Result<()> {
         println!("  {phase:?}: {victim:?} killed {:?} {}", aim.moment, kind_of(line));
         *self.kills.entry((phase, aim.moment)).or_default() += 1;
-        self.requests.entry(kind_of(line)).or_default()[usize::from(aim.moment == Moment::After)] += 1;
+        self.requests.entry(kind_of(line)).or_default()[usize::from(aim.moment == KillTime::After)] += 1;
         match victim {
             Victim::Master => {
                 self.cluster.kill9_master().await?;
@@ -203,8 +203,8 @@ impl Rig {
         }
     }
 
-    /// Runs a command of `vasto` while the victim is killed, once or several times in a row. Gives how it
-    /// ended, and whether anybody was killed.
+    /// Runs a command of `vasto` while the victim is killed, once or several times in a row. Returns the outcome of
+    /// the command, and whether the victim was killed.
     async fn under_fire(&mut self, phase: Phase, victim: Victim, command: &[&str]) -> Result<(Ran, bool)> {
         let mut aim = self.draw(phase, victim);
         let env = [("VASTO_MASTER".to_owned(), self.cluster.master())];
@@ -220,7 +220,7 @@ impl Rig {
                 line = relay.killed(), if armed => {
                     self.revive(phase, victim, aim, &line).await?;
                     killed = true;
-                    // What goes on where it was is killed again, now and then.
+                    // An operation that resumes after the restart is sometimes killed again.
                     armed = self.numbers.below(3) == 0;
                     if armed {
                         aim = self.draw(phase, victim);
@@ -246,7 +246,7 @@ impl Rig {
         }
     }
 
-    /// The command succeeds, sooner or later.
+    /// Repeats a command until it succeeds.
     async fn insist(&self, command: &[&str]) -> Result<Value> {
         let mut last = String::new();
         until(&format!("{command:?} to succeed"), DEADLINE, async || {
@@ -256,7 +256,7 @@ impl Rig {
         .with_context(|| last.clone())
     }
 
-    /// A command that can be repeated as it is: under fire until somebody was killed, and to its end.
+    /// Runs a command that is safe to repeat, until the victim was killed and the command has succeeded.
     async fn repeatable(&mut self, phase: Phase, victim: Victim, command: &[&str]) -> Result<()> {
         for _ in 0..4 {
             let (ran, killed) = self.under_fire(phase, victim, command).await?;
@@ -270,9 +270,9 @@ impl Rig {
         Ok(())
     }
 
-    // -------------------------------------------------------------------------------- looking
+    // -------------------------------------------------------------------------------- checks
 
-    /// Waits until every keyspace serves, is at rest, and is in the bucket as a whole.
+    /// Waits until every keyspace serves, is idle, and is completely in the bucket.
     async fn at_rest(&self) -> Result<()> {
         let mut last = Value::Null;
         until("everything to be at rest", PATIENCE, async || {
@@ -290,7 +290,8 @@ impl Rig {
         .with_context(|| format!("{last}"))
     }
 
-    /// Nothing is missing or damaged, every confirmed write is there, and what was left behind half done goes.
+    /// Checks that no object is missing or damaged, that every confirmed write exists, and that garbage collection
+    /// deletes the leftovers of interrupted work.
     async fn check(&self) -> Result<()> {
         self.at_rest().await?;
         let found = self.fsck().await?;
@@ -314,7 +315,7 @@ impl Rig {
         Ok(found)
     }
 
-    /// Every operation that was undone says why.
+    /// Checks that every operation that was undone has a reason.
     async fn reasons(&mut self) -> Result<()> {
         let operations = self.insist(&["operation", "list"]).await?;
         for one in operations.as_array().context("no list")?.iter().filter(|one| one["state"] == "aborted") {
@@ -330,7 +331,7 @@ impl Rig {
 
     // -------------------------------------------------------------------------------- phases
 
-    /// New keys in one go, confirmed by the bucket.
+    /// Writes a batch of new keys, confirmed by the bucket.
     async fn burst(&mut self) -> Result<()> {
         self.bursts += 1;
         let prefix = format!("b{}:", self.bursts);
@@ -346,7 +347,7 @@ impl Rig {
     async fn round(&mut self, phase: Phase) -> Result<()> {
         self.burst().await?;
         if phase == Phase::Collection {
-            // A checkpoint that the next one makes needless, and that one.
+            // A checkpoint, and the next checkpoint, which makes the first obsolete.
             for _ in 0..2 {
                 self.insist(&["keyspace", "compact", KEPT]).await?;
                 self.insist(&["keyspace", "checkpoint", KEPT]).await?;
@@ -386,7 +387,7 @@ impl Rig {
         self.revive(Phase::Chunk, victim, aim, &line).await
     }
 
-    /// A restore into a keyspace that is thrown away again.
+    /// Restores into a keyspace that is deleted afterwards.
     async fn restore(&mut self) -> Result<()> {
         let name = format!("copy{}", self.bursts);
         let master = self.numbers.below(2) == 0;
@@ -397,7 +398,7 @@ impl Rig {
         while !self.is_there(&name).await? {
             ensure!(start.elapsed() < PATIENCE, "{name} is not there: {ran:?}");
             ensure!(ran.code != 0, "{name} was restored and is not there: {ran:?}");
-            // It was not begun, or undone: it is asked for again, now in peace.
+            // The restore was not begun, or undone: repeated without a kill.
             ran = self.cluster.vasto(&command).await?;
         }
         verify(&self.cluster.master(), &name, &self.history).await.with_context(|| format!("in {name}"))?;
@@ -405,7 +406,7 @@ impl Rig {
         self.insist(&["keyspace", "delete", &name, "--yes"]).await.map(drop)
     }
 
-    /// Waits for the end of a restore; false when there is none.
+    /// Waits for the end of a restore; returns false when the keyspace does not exist.
     async fn is_there(&self, name: &str) -> Result<bool> {
         let mut last = Value::Null;
         until(&format!("the end of the restore of {name}"), PATIENCE, async || {
@@ -421,7 +422,7 @@ impl Rig {
         .with_context(|| format!("{last}"))
     }
 
-    /// A node is lost with its disk; a new one takes its replicas from the bucket.
+    /// Loses a node with its disk; a new node takes its replicas from the bucket.
     async fn bootstrap(&mut self) -> Result<()> {
         let lost = self.any_live();
         let new = self.add_node().await?;
@@ -448,14 +449,14 @@ impl Rig {
                 ran = self.cluster.vasto(&command).await?;
             }
         };
-        // It does not come back.
+        // The lost node does not return.
         for replica in left {
             self.insist(&["keyspace", "evict", KEPT, "--replica", &replica, "--accept-loss", "--yes"]).await?;
         }
         Ok(())
     }
 
-    /// The bucket is all that is left.
+    /// Loses all nodes, and restores from the bucket alone.
     async fn restore_from_the_bucket_alone(&mut self) -> Result<()> {
         for node in self.live.clone() {
             self.lose_node(node).await?;
@@ -470,7 +471,7 @@ impl Rig {
     fn figures(&self) {
         for phase in PHASES {
             let count = |moment| self.kills.get(&(phase, moment)).copied().unwrap_or_default();
-            println!("{phase:?}: killed {} times before, {} after", count(Moment::Before), count(Moment::After));
+            println!("{phase:?}: killed {} times before, {} after", count(KillTime::Before), count(KillTime::After));
         }
         for (kind, [before, after]) in &self.requests {
             println!("{kind}: killed {before} times before, {after} after");
@@ -479,12 +480,12 @@ impl Rig {
     }
 }
 
-/// The replicas that are placed.
+/// Returns the placed replicas.
 fn placed(described: &Value) -> impl Iterator<Item = &Value> {
     replicas(described).filter(|one| one["role"] != "leaving")
 }
 
-/// The ids of those that are to be drained.
+/// Returns the ids of the draining replicas.
 fn leaving(described: &Value) -> Vec<String> {
     replicas(described).filter(|one| one["role"] == "leaving").map(|one| one["replica_id"].to_string()).collect()
 }
@@ -498,7 +499,7 @@ fn orphans(found: &Value) -> usize {
     found["orphans"].as_array().map_or(0, Vec::len)
 }
 
-/// What a request is about: its method, and the kind of object.
+/// Returns the kind of a request: its method, and the kind of object.
 fn kind_of(line: &str) -> String {
     let mut words = line.split(' ');
     let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());

@@ -1,4 +1,5 @@
-//! Conditional writes and numbers through the client, on two replicas that are there and on one after a failover.
+//! Conditional writes and numeric operations through the client, on two replicas, and on one replica after a
+//! failover.
 //!
 //! **Invariant:** of concurrent writers under one condition exactly one is applied.
 #![allow(clippy::unwrap_used)]
@@ -19,7 +20,7 @@ async fn text(keyspace: &Keyspace, key: &str) -> Result<Option<String>> {
     Ok(keyspace.get(key).await?.map(|value| String::from_utf8_lossy(&value.bytes()).into_owned()))
 }
 
-/// What each condition does to a key that exists, and to one that does not.
+/// Checks each condition on a key that exists, and on a key that does not.
 async fn conditions_hold(keyspace: &Keyspace, prefix: &str) -> Result<()> {
     let k = format!("{prefix}k");
     let k = k.as_str();
@@ -35,11 +36,11 @@ async fn conditions_hold(keyspace: &Keyspace, prefix: &str) -> Result<()> {
     ensure!(third.version != first.version);
     ensure!(applied(&keyspace.delete(k).if_version(third.version).await?));
     ensure!(text(keyspace, k).await?.is_none());
-    // The version of what was deleted is that of nothing.
+    // The version of a deleted value does not match an absent key.
     ensure!(keyspace.put(k, "5").if_version(third.version).await? == Outcome::NotApplied);
     ensure!(keyspace.delete(k).if_version(third.version).await? == Outcome::NotApplied);
     ensure!(applied(&keyspace.put(k, "6").if_absent().await?), "it was deleted");
-    // Neither is that of a value whose time has passed.
+    // An expired value's version does not match either.
     let t = format!("{prefix}ttl");
     keyspace.put(t.as_str(), "short").ttl(Duration::from_millis(50)).await?;
     tokio::time::sleep(Duration::from_millis(80)).await;
@@ -47,7 +48,7 @@ async fn conditions_hold(keyspace: &Keyspace, prefix: &str) -> Result<()> {
     Ok(())
 }
 
-/// Bounds of numbers, which begin with what is given.
+/// Checks minima and maxima, whose initial value is the first operand.
 async fn bounds_hold(keyspace: &Keyspace, prefix: &str) -> Result<()> {
     let (least, most) = (format!("{prefix}max"), format!("{prefix}min"));
     for (given, stands) in [(1.5, 1.5), (-2.0, 1.5), (7.25, 7.25), (7.0, 7.25)] {
@@ -65,7 +66,7 @@ async fn bounds_hold(keyspace: &Keyspace, prefix: &str) -> Result<()> {
     Ok(())
 }
 
-/// Of many that race under one condition one wins, and what stands is what it wrote.
+/// Checks that exactly one of many concurrent writers under one condition is applied, and that its value is stored.
 async fn one_wins(keyspace: &Keyspace, prefix: &str) -> Result<()> {
     for round in 0..20 {
         let key = format!("{prefix}race{round}");
@@ -107,7 +108,7 @@ async fn conditions_and_bounds_of_numbers_hold_before_and_after_a_failover() -> 
     converged(&cluster, "conditions").await?;
     let kept = keyspace.get("both:k").await?.unwrap();
     cluster.kill9_node(0).await?;
-    // A version is the same at the replica that takes over.
+    // The version is the same on the replica that takes over.
     ensure!(applied(&keyspace.put("both:k", "after").if_version(kept.version).await?));
     ensure!(keyspace.put("both:k", "again").if_version(kept.version).await? == Outcome::NotApplied);
     ensure!(keyspace.put("both:k", "new").if_absent().await? == Outcome::NotApplied);

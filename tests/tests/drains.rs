@@ -1,4 +1,4 @@
-//! Nodes that are emptied, replaced, cordoned and given up, while others stand still, fail or are gone.
+//! Nodes that are drained, replaced, cordoned and given up, while other nodes are stalled, failed or gone.
 #![allow(clippy::unwrap_used)]
 
 use std::time::Duration;
@@ -9,7 +9,8 @@ use rustix::process::Signal;
 use serde_json::Value;
 use vasto_client::Keyspace;
 use vasto_core::catalog::Placed;
-use vasto_core::plan::{Outcome, PlanKind, Step};
+use vasto_core::operation::OperationOutcome;
+use vasto_core::plan::{PlanKind, Step};
 use vasto_tests::{CatalogDir, Cluster, DEADLINE, Port, until};
 
 async fn put_all(keyspace: &Keyspace, prefix: &str, count: u64, bytes: usize) -> Result<()> {
@@ -48,7 +49,7 @@ fn id(operation: &Value) -> Result<String> {
     Ok(operation["id"].as_str().context("no id")?.to_owned())
 }
 
-/// The node with the copy stands still just when the copy is placed: the only replica that serves stays.
+/// The target node stalls just when the new replica is placed: the only replica that serves stays placed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_drain_goes_on_only_when_the_copy_serves() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(2).start().await?;
@@ -65,7 +66,7 @@ async fn a_drain_goes_on_only_when_the_copy_serves() -> Result<()> {
     })
     .await?;
     cluster.node_process(to)?.signal(Signal::STOP);
-    // Long enough for hand-overs to be undone, and for the silent node to count as gone.
+    // Long enough for leadership transfers to be undone, and for the silent node to count as gone.
     let gone = until("the node that stands still to be gone", DEADLINE, async || {
         ensure_read(&keyspace).await;
         let status = cluster.json(&["cluster", "status"]).await.ok()?;
@@ -76,7 +77,7 @@ async fn a_drain_goes_on_only_when_the_copy_serves() -> Result<()> {
     ensure!(tip.placement[0].replicas.contains(&home), "the only replica that serves was taken out: {tip:?}");
     ensure!(missing(&keyspace, "k", 200).await? == 0);
     let waits = shown(&cluster, &operation).await?;
-    // Either its copying has not ended, or it has and the drain waits for the copy itself.
+    // The new replica is still under construction, or the drain waits for it to serve.
     let says = |text: &str| ["shard 0 to open", "to serve shard 0"].iter().any(|what| text.contains(what));
     ensure!(waits["waiting_for"].as_str().is_some_and(says), "{waits}");
     cluster.node_process(to)?.signal(Signal::CONT);
@@ -91,7 +92,7 @@ async fn ensure_read(keyspace: &Keyspace) {
     assert!(keyspace.get("k7").await.unwrap().is_some(), "an acknowledged key is not found");
 }
 
-/// The only replica of a shard has lost its log, and its own message says that the node can be replaced.
+/// The only replica of a shard has lost its log; the drain's message names the command that replaces the node.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_only_replica_that_has_failed_on_a_live_node_is_taken_over() -> Result<()> {
     let mut cluster = Cluster::builder()
@@ -99,7 +100,7 @@ async fn an_only_replica_that_has_failed_on_a_live_node_is_taken_over() -> Resul
         .set("node.ship_interval=200ms")
         .allow("the log")
         .allow("log files are missing")
-        .allow("could not be obeyed")
+        .allow("could not be applied")
         .allow("shipping failed")
         .start()
         .await?;
@@ -117,7 +118,7 @@ async fn an_only_replica_that_has_failed_on_a_live_node_is_taken_over() -> Resul
     cluster.start_node(node, Port::Same).await?;
     let name = cluster.node_id(node).unwrap();
     let drain = id(&cluster.json(&["node", "drain", &name, "--no-wait"]).await?)?;
-    // A drain waits for what it cannot copy, and says what to do.
+    // A drain waits for a replica that cannot be copied, and names the remedy.
     let waits = until("the drain to say what it waits for", DEADLINE, async || {
         let shown = shown(&cluster, &drain).await.ok()?;
         shown["waiting_for"].as_str().filter(|what| what.contains("has failed")).map(str::to_owned)
@@ -129,12 +130,12 @@ async fn an_only_replica_that_has_failed_on_a_live_node_is_taken_over() -> Resul
     ensure!(missing(&keyspace, "k", 300).await? == 0);
     keyspace.add_i64("counter", 1).await?;
     let tip = catalog.tip()?;
-    ensure!(tip.operations.iter().all(|one| one.outcome == Outcome::Done || one.kind == "replace"), "{tip:?}");
+    ensure!(tip.operations.iter().all(|one| one.outcome == OperationOutcome::Done || one.kind == "replace"), "{tip:?}");
     cluster.finish().await
 }
 
-/// Both nodes of a shard are gone for good: what the bucket holds is served again once both are given up,
-/// and it is said until then what is missing.
+/// Both nodes of a shard are gone for good: the bucket's contents are served again once both are given up, and
+/// warnings name the missing data until then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_shard_whose_nodes_are_all_lost_comes_back_from_the_bucket() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(2).set("node.ship_interval=200ms").start().await?;
@@ -168,7 +169,7 @@ async fn a_shard_whose_nodes_are_all_lost_comes_back_from_the_bucket() -> Result
     ensure!(missing(&keyspace, "k", 300).await? == 0);
     let tip = cluster.catalog("both").await?.tip()?;
     ensure!(tip.placement.iter().all(|shard| shard.replicas.len() == 2), "{tip:?}");
-    // Nothing waits any more for what is gone for good, after one command for each node.
+    // After one command for each node, no operation waits for the lost nodes.
     let refused = cluster.vasto(&["keyspace", "resize", "both", "--shards", "3"]).await?;
     refused.refused(1, &["--accept-loss --yes"])?;
     for node in &lost {
@@ -177,13 +178,13 @@ async fn a_shard_whose_nodes_are_all_lost_comes_back_from_the_bucket() -> Result
         let report = cluster.json(&["node", "replace", node, "--accept-loss", "--yes"]).await?;
         ensure!(report["state"] == "done", "{report}");
     }
-    ensure!(cluster.catalog("both").await?.tip()?.unsealed.is_empty());
+    ensure!(cluster.catalog("both").await?.tip()?.draining.is_empty());
     cluster.resize("both", 3).await?;
     ensure!(missing(&keyspace, "k", 300).await? == 0);
     cluster.finish().await
 }
 
-/// A drained node gets nothing any more, neither by this master nor by the next, until somebody says so.
+/// A drained node gets no replicas, from this master or the next, until it is uncordoned.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_drained_node_stays_empty_until_it_is_uncordoned() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(3).start().await?;
@@ -211,7 +212,7 @@ async fn a_drained_node_stays_empty_until_it_is_uncordoned() -> Result<()> {
     for name in ["one", "two", "three"] {
         ensure!(on_it(&cluster.catalog(name).await?)? == 0, "{name} is on the drained node");
     }
-    // The next drain finds nobody, and names who is not asked.
+    // The next drain finds no target, and names the cordoned node.
     let other = cluster.node_id(1).unwrap();
     let refused = cluster.vasto(&["node", "drain", &other]).await?;
     refused.refused(1, &["no other live node has room", &format!("vasto node uncordon {node}")])?;
@@ -227,14 +228,14 @@ async fn a_drained_node_stays_empty_until_it_is_uncordoned() -> Result<()> {
     cluster.finish().await
 }
 
-/// The target of a grow stands still while the sources write more log than they keep; the bucket has it.
+/// The target of a grow stalls while the sources write more log than they keep; the bucket has the log.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_grow_goes_on_although_the_sources_have_cut_their_log() -> Result<()> {
     let mut cluster = Cluster::builder()
         .nodes(2)
         .set("node.max_log=32MiB")
         .set("node.ship_interval=200ms")
-        // The target writes as much in one go when it wakes.
+        // The target writes as much at once when it resumes.
         .allow("the log is at its cap")
         .start()
         .await?;
@@ -255,7 +256,7 @@ async fn a_grow_goes_on_although_the_sources_have_cut_their_log() -> Result<()> 
         Ok(std::fs::read_dir(&log)?.map(|entry| entry.map(|one| one.file_name())).collect::<Result<_, _>>()?)
     };
     let first = files()?.into_iter().min().context("no log")?;
-    // A file of the log is cut when it is full, so more than one is written.
+    // A log file is deleted only once it is full, so more than one is written.
     let (mut sent, mut reported) = (0, 0);
     while files()?.contains(&first) {
         put_all(&keyspace, &format!("w{sent}:"), 8, 1 << 20).await?;
@@ -264,7 +265,7 @@ async fn a_grow_goes_on_although_the_sources_have_cut_their_log() -> Result<()> 
             let described = cluster.json(&["keyspace", "describe", "cap"]).await.ok()?;
             let source = &described["placement"][0]["replicas"][0];
             let (shipped, lsn) = (source["shipped_lsn"].as_u64()?, source["lsn"].as_u64()?);
-            // A report from before this round says nothing of it.
+            // A report from before this round does not cover its writes.
             (lsn > reported && shipped >= lsn).then_some(lsn)
         })
         .await?;
@@ -295,8 +296,8 @@ fn copy_dir(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
     Ok(())
 }
 
-/// The only replica's directory is put back from before its last writes: it does not serve what it lacks,
-/// it says so, and another node brings everything back.
+/// The only replica's directory is restored to a state before its last writes: the replica does not serve without
+/// them, raises a warning, and is rebuilt completely on another node.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_data_directory_that_was_put_back_from_an_old_copy_is_recognised() -> Result<()> {
     let mut cluster = Cluster::builder()
@@ -315,14 +316,15 @@ async fn a_data_directory_that_was_put_back_from_an_old_copy_is_recognised() -> 
     cluster.stop_node(node).await?;
     let kept = cluster.dir().join("kept");
     copy_dir(&cluster.node_dir(node), &kept)?;
-    // As it is it comes back like always.
+    // Unchanged, the node restarts as usual.
     cluster.start_node(node, Port::Same).await?;
     keyspace.put("after0", vec![7u8; 100]).await?;
     cluster.stop_node(node).await?;
     std::fs::remove_dir_all(cluster.node_dir(node))?;
     copy_dir(&kept, &cluster.node_dir(node))?;
     cluster.start_node(node, Port::Same).await?;
-    // Each opening adds a record to its log: it does not grow into what it lacks.
+    // Each opening adds a record to the log; the log must not count as caught up with the missing records because of
+    // that.
     for _ in 0..4 {
         cluster.stop_node(node).await?;
         cluster.start_node(node, Port::Same).await?;
@@ -338,7 +340,7 @@ async fn a_data_directory_that_was_put_back_from_an_old_copy_is_recognised() -> 
     cluster.finish().await
 }
 
-/// What was there before the keyspace was: nothing is made anew in its place.
+/// The data directory is older than the keyspace: the replica is not created again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_data_directory_from_before_a_keyspace_does_not_begin_it_again() -> Result<()> {
     let mut cluster = Cluster::builder()
@@ -363,7 +365,7 @@ async fn a_data_directory_from_before_a_keyspace_does_not_begin_it_again() -> Re
         status["warnings"].to_string().contains("there is nothing of it here").then_some(())
     })
     .await?;
-    // With the newer one all is well again.
+    // With the newer directory the node serves again.
     cluster.stop_node(0).await?;
     std::fs::remove_dir_all(cluster.node_dir(0))?;
     std::fs::rename(&newer, cluster.node_dir(0))?;
@@ -372,7 +374,7 @@ async fn a_data_directory_from_before_a_keyspace_does_not_begin_it_again() -> Re
     cluster.finish().await
 }
 
-/// An address that leads nowhere is noticed when the node starts.
+/// An advertised address that cannot be reached is detected when the node starts.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_says_under_which_address_others_reach_it_or_does_not_start() -> Result<()> {
     let cluster = Cluster::builder().nodes(1).allow("refused a node").start().await?;

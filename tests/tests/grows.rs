@@ -1,4 +1,4 @@
-//! Growing while clients write and read.
+//! Grows while clients write and read.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -72,7 +72,7 @@ async fn scans_are_complete_during_a_grow() -> Result<()> {
         println!("{}", resized(&cluster.resize("scans", shards).await?));
     }
     cluster.settled("scans").await?;
-    // A scanner that has failed already does not listen any more; its error comes next.
+    // A scanner that has failed no longer receives; its error is returned next.
     let _ = stop.send(true);
     let rounds: u64 = scans.await??;
     println!("{rounds} complete scans; {:?}", load.stop().await?);
@@ -90,8 +90,8 @@ async fn quarantine_then_clean_up() -> Result<()> {
     let keyspace = cluster.keyspace("clean").await?;
     preload(&keyspace, &history, "s:", KEYS).await?;
     let before = compacted(&cluster, "clean").await?;
-    // The newest versions of many keys lie in memory and in the first level: the clean-up must not
-    // bring older ones back.
+    // The newest versions of many keys are in the memtable and in level 0: the clean-up must not expose older
+    // versions.
     let spec = LoadSpec { pace: Duration::from_millis(2), ..LoadSpec::default() };
     let load = Load::start(&cluster.master(), "clean", &history, spec).await?;
     load.goes_on(100).await?;
@@ -109,7 +109,7 @@ async fn quarantine_then_clean_up() -> Result<()> {
             "shard {shard} still holds what moved: {before:?} -> {after:?}"
         );
     }
-    // What was removed stays removed, and nothing older comes back, after a restart.
+    // After a restart, removed keys stay removed, and no older version reappears.
     for node in 0..cluster.nodes() {
         cluster.kill9_node(node).await?;
         cluster.start_node(node, vasto_tests::Port::New).await?;
@@ -118,7 +118,7 @@ async fn quarantine_then_clean_up() -> Result<()> {
     cluster.finish().await
 }
 
-/// Bytes of each shard after a full compaction. A report that knows of the checkpoint behind the
+/// Returns the bytes of each shard after a full compaction. A report that includes the checkpoint after the
 /// compaction was made after both.
 async fn compacted(cluster: &Cluster, keyspace: &str) -> Result<Vec<u64>> {
     cluster.json(&["keyspace", "compact", keyspace]).await?;
@@ -134,7 +134,7 @@ async fn compacted(cluster: &Cluster, keyspace: &str) -> Result<Vec<u64>> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn oldest_stale_client() -> Result<()> {
     let cluster = Cluster::builder().start().await?;
-    // While the old places still hold what moved, and after they have removed it.
+    // While the sources still hold the moved keys, and after their removal.
     stale_client(&cluster, "held", "1h").await?;
     stale_client(&cluster, "removed", "1s").await?;
     cluster.finish().await
@@ -144,17 +144,17 @@ async fn stale_client(cluster: &Cluster, name: &str, quarantine: &str) -> Result
     cluster.create(name, 2, &["--quarantine", quarantine]).await?;
     let history = Arc::new(History::default());
     preload(&cluster.keyspace(name).await?, &history, "s:", 2_000).await?;
-    // Once it is stopped it never hears of the master again: it goes on with the oldest topology.
+    // From its stop on, the client never reaches the master again: it continues with the oldest topology.
     let master = Proxy::start(cluster.master().trim_start_matches("http://")).await?;
     let args = [format!("http://{}", master.address()), name.to_owned(), "t:".to_owned()];
     let client = Process::spawn(name, &tool("vasto-test-writer"), args, &[], &cluster.dir().join("logs"))?;
-    // Only whole lines: the last one may be half printed.
+    // Whole lines only: the last line may be incomplete.
     let acked = || client.printed().matches('\n').count();
     until("the client to write", DEADLINE, async || (acked() >= 100).then_some(())).await?;
     client.signal(Signal::STOP);
     master.make_deaf();
     let before = acked();
-    // Two cutovers pass it by.
+    // The client misses two cutovers.
     for shards in [3, 4] {
         println!("{}", resized(&cluster.resize(name, shards).await?));
     }
@@ -217,7 +217,7 @@ async fn ttl_and_tombstones_survive_restart_and_grow() -> Result<()> {
         .await?;
     let one = keyspace.get(name("long", 7)).await?.unwrap();
     let left = Duration::from_micros(one.expires_at.unwrap() - one.event_time);
-    // The stamp may be a little later than the clock that the time to live counts from.
+    // The assigned event time may be slightly later than the clock that the time to live counts from.
     let lost = Duration::from_secs(3_600).abs_diff(left);
     ensure!(lost < Duration::from_millis(100), "the time to live has become {left:?}");
     // An older write does not bring a deleted key back on its new shard.
@@ -241,7 +241,7 @@ async fn a_cancelled_grow_changes_nothing() -> Result<()> {
     catalog.step(&before, Step::Prepare, DEADLINE).await?.unwrap();
     let cancelled = cluster.vasto(&["operation", "cancel", id]).await?;
     let tip = until("the plan to end", DEADLINE, async || catalog.tip().ok().filter(|tip| tip.plan.is_none())).await?;
-    // The cancellation may lose the race against the commit; then it must have said so.
+    // The cancellation may lose the race against the commit; then it must have failed.
     ensure!((cancelled.code == 0) == (tip.spec.shards == 1), "{cancelled:?}, yet {} shards", tip.spec.shards);
     load.goes_on(20).await?;
     let report = cluster.json(&["operation", "show", id]).await?;

@@ -1,4 +1,4 @@
-//! Processes that are killed: `kill -9` of nodes and masters, at rest and in the middle of a grow.
+//! Processes that are killed: `kill -9` of nodes and masters, while idle and in the middle of a grow.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -9,7 +9,8 @@ use futures::StreamExt;
 use rustix::process::Signal;
 use vasto_client::Keyspace;
 use vasto_core::catalog::Catalog;
-use vasto_core::plan::{Outcome, Step};
+use vasto_core::operation::OperationOutcome;
+use vasto_core::plan::Step;
 use vasto_proto::v1;
 use vasto_proto::v1::reply::Result as Reply;
 use vasto_proto::v1::request::Op;
@@ -19,7 +20,7 @@ use vasto_tests::{
     until, verify,
 };
 
-/// Log lines that a killed peer explains.
+/// Expected log lines when a peer was killed.
 const PEER_GONE: [&str; 1] = ["away"];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -37,7 +38,7 @@ async fn thirty_kills_of_a_node_under_fsync_load_lose_nothing() -> Result<()> {
     for kill in 0..30 {
         load.acks(1 + numbers.below(2_000)).await?;
         cluster.kill9_node(0).await?;
-        // What was acknowledged at this moment must be there when the node is back.
+        // Writes acknowledged before this point must exist when the node is back.
         let promised = history.all();
         cluster.start_node(0, if kill % 2 == 0 { Port::New } else { Port::Same }).await?;
         let names: Vec<&String> = promised.keys().step_by(promised.len() / 300 + 1).collect();
@@ -45,7 +46,7 @@ async fn thirty_kills_of_a_node_under_fsync_load_lose_nothing() -> Result<()> {
         for (name, value) in names.iter().zip(values) {
             let seen =
                 value.map_or(Seen::Absent, |value| Seen::Number(number_of(name, &value.bytes()).unwrap_or(u64::MAX)));
-            // Writers go on meanwhile: the key may have moved on since, not back.
+            // Writers continue meanwhile: the key may hold a newer write, not an older one.
             let (then, now) = (&promised[*name], history.get(name));
             let newer = matches!(seen, Seen::Number(number) if number >= then.acked && number <= now.tried);
             ensure!(
@@ -107,7 +108,7 @@ async fn master_restart_disturbs_no_read_or_write() -> Result<()> {
         load.goes_on(100).await?;
         cluster.start_master(Port::Same).await?;
         load.goes_on(50).await?;
-        // The new master knows everything again.
+        // The new master has learned the complete state again.
         until("all nodes and replicas to be back", DEADLINE, async || {
             let status = cluster.json(&["cluster", "status"]).await.ok()?;
             let described = cluster.json(&["keyspace", "describe", "calm"]).await.ok()?;
@@ -130,7 +131,7 @@ async fn master_restart_disturbs_no_read_or_write() -> Result<()> {
     cluster.finish().await
 }
 
-/// A keyspace with some data, clients at work on it, and its catalog.
+/// Creates a keyspace with some data and clients under load; returns its catalog too.
 async fn busy(cluster: &Cluster, name: &str, keys: u64) -> Result<(Keyspace, Load, CatalogDir)> {
     cluster.create(name, 1, &["--quarantine", "1s"]).await?;
     let history = Arc::new(History::default());
@@ -141,7 +142,7 @@ async fn busy(cluster: &Cluster, name: &str, keys: u64) -> Result<(Keyspace, Loa
     Ok((keyspace, load, cluster.catalog(name).await?))
 }
 
-/// Waits for the end of the running plan; true when it took effect.
+/// Waits for the end of the running plan; returns whether the plan took effect.
 async fn ended(catalog: &CatalogDir, before: &Catalog, what: &str) -> Result<bool> {
     let deadline = Duration::from_secs(90);
     let tip = until(&format!("the grow to end ({what})"), deadline, async || {
@@ -151,38 +152,39 @@ async fn ended(catalog: &CatalogDir, before: &Catalog, what: &str) -> Result<boo
     .with_context(|| format!("the plan is {:?}", catalog.tip().map(|tip| tip.plan)))?;
     let report = tip.operations.last().context("no report of the grow")?;
     let grown = tip.spec.shards == before.spec.shards + 1;
-    ensure!(grown == (report.outcome == Outcome::Done), "{} shards, yet {report:?}", tip.spec.shards);
+    ensure!(grown == (report.outcome == OperationOutcome::Done), "{} shards, yet {report:?}", tip.spec.shards);
     ensure!(grown || tip.spec.shards == before.spec.shards, "half a grow: {tip:?}");
     println!("{what}: {:?}, {}", report.outcome, resized(&serde_json::to_value(report)?));
     Ok(grown)
 }
 
-/// When to kill: as soon as a step is there, or so many acknowledged writes later.
+/// The time of a kill: when a step is reached, or this many acknowledged writes later.
 #[derive(Debug, Clone, Copy)]
-struct Moment {
+struct KillTime {
     step: Step,
     acks_later: u64,
 }
 
-/// Each step as soon as it is there, then `more` moments that are drawn.
-fn moments(more: usize, numbers: &mut Numbers) -> Vec<Moment> {
+/// Returns each step at its beginning, then `more` random points in time.
+fn moments(more: usize, numbers: &mut Numbers) -> Vec<KillTime> {
     const STEPS: [Step; 4] = [Step::Prepare, Step::Tail, Step::Sealing, Step::Committed];
-    // Sealing and committing take milliseconds: more than a few writes later they are over.
+    // Sealing and committing take milliseconds: both are over after a few writes.
     let drawn = (0..more).map(|index| {
         let step = STEPS[index % STEPS.len()];
         let most = if matches!(step, Step::Prepare | Step::Tail) { 400 } else { 12 };
-        Moment { step, acks_later: 1 + numbers.below(most) }
+        KillTime { step, acks_later: 1 + numbers.below(most) }
     });
-    STEPS.into_iter().map(|step| Moment { step, acks_later: 0 }).chain(drawn).collect()
+    STEPS.into_iter().map(|step| KillTime { step, acks_later: 0 }).chain(drawn).collect()
 }
 
-/// Starts growing by one shard and waits for the moment; gives the version that began the plan.
+/// Starts growing by one shard and waits for the point in time; returns the versions before the plan and at its
+/// start.
 async fn grow_until(
     cluster: &Cluster,
     keyspace: &str,
     load: &Load,
     catalog: &CatalogDir,
-    moment: Moment,
+    moment: KillTime,
 ) -> Result<(Catalog, Catalog)> {
     load.goes_on(3).await?;
     let before = catalog.tip()?;
@@ -199,7 +201,7 @@ async fn grow_until(
     Ok((before, began))
 }
 
-/// Grows that are begun on one keyspace before the next one is taken: few shards, quick grows.
+/// Grows of one keyspace before the next keyspace is used: few shards keep the grows quick.
 const GROWS: usize = 4;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -214,7 +216,7 @@ async fn master_killed_during_a_resize() -> Result<()> {
             cluster.kill9_master().await?;
             let left_in = catalog.tip()?.plan.map(|plan| plan.step);
             let what = format!("{moment:?}, left in {left_in:?}");
-            // Nobody needs the master to read and write, but for the keys that a seal holds.
+            // Reads and writes do not need the master, except for keys under a seal.
             if left_in != Some(Step::Sealing) && left_in != Some(Step::Committed) {
                 load.goes_on(20).await.with_context(|| what.clone())?;
             }
@@ -241,7 +243,7 @@ async fn node_killed_during_a_resize() -> Result<()> {
     }
     let mut cluster = builder.start().await?;
     let mut numbers = Numbers::new(5);
-    let rounds: Vec<(Moment, bool)> =
+    let rounds: Vec<(KillTime, bool)> =
         moments(4, &mut numbers).into_iter().flat_map(|moment| [(moment, true), (moment, false)]).collect();
     for (group, rounds) in rounds.chunks(GROWS).enumerate() {
         let name = format!("victim{group}");
@@ -287,12 +289,12 @@ async fn a_target_that_stands_still_during_the_seal_is_not_opened_too_early() ->
         let history = Arc::new(History::default());
         let load = Load::start(&cluster.master(), &name, &history, LoadSpec::default()).await?;
         let catalog = cluster.catalog(&name).await?;
-        let moment = Moment { step: Step::Sealing, acks_later: 0 };
+        let moment = KillTime { step: Step::Sealing, acks_later: 0 };
         let (before, began) = grow_until(&cluster, &name, &load, &catalog, moment).await?;
         let target = began.plan.as_ref().context("no plan")?.targets[0].node;
         let target = cluster.node_of(&target.to_string())?;
         cluster.node_process(target)?.signal(Signal::STOP);
-        // Either it had all there was already, or the seal must be undone.
+        // Either the target had received all records already, or the seal must be undone.
         let decided = until("the seal to be decided", DEADLINE, async || {
             let plan = catalog.tip().ok()?.plan;
             let step = plan.as_ref().map(|plan| plan.step);
@@ -331,7 +333,7 @@ async fn a_whole_cluster_killed_at_once_comes_back() -> Result<()> {
     }
     ended(&catalog, &before, "everything killed").await?;
     verify(&cluster.master(), "dark", &history).await?;
-    // A client from before finds the new addresses by itself.
+    // A client from before the kills finds the new addresses by itself.
     let rows = keyspace.scan().prefix("s:").stream().count().await;
     ensure!(rows == 5_000, "the old client scans {rows} of 5000 keys");
     cluster.finish().await

@@ -1,7 +1,7 @@
-//! How far replicas lag behind under load, and how fast one that stood still catches up.
+//! Replication lag under load, and the time that a stalled follower takes to catch up.
 //!
-//! `VASTO_LAG_SECONDS` says how long the load runs and how long the follower stands (3 s unless said
-//! otherwise, to keep the suite short).
+//! `VASTO_LAG_SECONDS` sets how long the load runs and how long the follower is stalled (3 s by default, to keep the
+//! suite short).
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use vasto_proto::v1::{GetRequest, KeyRef};
 use vasto_tests::replicas::{Direct, converged};
 use vasto_tests::{Cluster, History, Load, LoadSpec, until};
 
-/// The LSNs of the primary and of a follower of the only shard.
+/// Returns the LSNs of the primary and of a follower of the only shard.
 async fn look(cluster: &Cluster, node: &str) -> Result<(u64, u64)> {
     let described = cluster.json(&["keyspace", "describe", "lag"]).await?;
     let replicas = described["placement"][0]["replicas"].as_array().context("no replicas")?.clone();
@@ -38,7 +38,7 @@ async fn a_follower_that_stood_still_catches_up_under_load() -> Result<()> {
     let spec = LoadSpec { writers: 64, readers: 0, ..LoadSpec::default() };
     let load = Load::start(&cluster.master(), "lag", &history, spec).await?;
     load.goes_on(20).await?;
-    // From the acknowledgement of a write at the primary until the follower answers with it.
+    // Measures from the acknowledgement of a write at the primary until the follower returns it.
     let keyspace = cluster.keyspace("lag").await?;
     let mut direct = Direct::connect(&format!("127.0.0.1:{}", cluster.port(index)), &tip, ShardId(0)).await?;
     let mut lags = Vec::new();

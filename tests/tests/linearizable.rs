@@ -1,10 +1,10 @@
-//! Whatever happens to the servers, short of a cut between replicas that clients reach on both sides: each
-//! read at the primary sees every write that was acknowledged before it, and conditional writes and counters
-//! build on it. Histories of single keys are checked for linearizability.
+//! Whatever happens to the servers, except for a cut between replicas that clients reach on both sides: each read at
+//! the primary sees every write that was acknowledged before it, and conditional writes and counters build on it.
+//! Histories of single keys are checked for linearizability.
 //!
-//! Each test runs rounds of `VASTO_LINEAR_SECONDS` (20 s) in all. A round has keys of its own and one event,
-//! drawn from the seed that is printed; `VASTO_LINEAR_SEED` runs the same rounds again (the events are the
-//! same, how they meet with the operations is not). `VASTO_LINEAR_EVENT` names the only event to take.
+//! Each test runs rounds for `VASTO_LINEAR_SECONDS` (20 s) in all. A round has its own keys and one event, drawn from
+//! the seed that is printed; `VASTO_LINEAR_SEED` repeats the rounds of a seed (the same events, but not the same
+//! interleaving with the operations). `VASTO_LINEAR_EVENT` restricts the events to one.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
@@ -21,23 +21,23 @@ use vasto_tests::linear::{Judge, Judgement, Workload};
 use vasto_tests::{CatalogDir, Cluster, DEADLINE, Hosts, Numbers, Port, until};
 
 const KEYSPACE: &str = "linear";
-/// Clients, each with its own connections, and how many operations each has under way.
+/// Clients, each with its own connections, and the operations that each has in flight.
 const CLIENTS: u32 = 3;
 const TASKS: u32 = 2;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Happens {
     Nothing,
-    /// SIGSTOP and SIGCONT, too short for anybody to take its place.
+    /// SIGSTOP and SIGCONT, too short for a failover.
     ShortPause,
     /// SIGSTOP and SIGCONT.
     Pause,
     Kill,
-    /// SIGTERM and a new start.
+    /// SIGTERM and a restart.
     Stop,
     MasterKill,
     MasterPause,
-    /// A node is cut off from everybody.
+    /// A node is cut off from all others.
     Isolation,
 }
 
@@ -65,14 +65,14 @@ fn named_event(events: &[Happens]) -> Vec<Happens> {
     events.iter().copied().filter(|event| only.is_empty() || format!("{event:?}") == only).collect()
 }
 
-/// What was seen over all rounds of a test.
+/// Results of all rounds of a test.
 #[derive(Debug, Default)]
 struct Tally {
     rounds: u64,
     operations: u64,
     keys: u64,
     too_long: u64,
-    /// Rounds by event, and the keys of them that no order explains.
+    /// Rounds by event, and their keys that no order explains.
     by_event: BTreeMap<Happens, (u64, u64)>,
     violations: Vec<String>,
 }
@@ -97,7 +97,7 @@ impl Tally {
         }
     }
 
-    /// Says what was found, and fails on any violation.
+    /// Prints the results, and fails on any violation.
     fn end(self, what: &str, seed: u64) -> Result<()> {
         let Self { rounds, operations, keys, too_long, by_event, violations } = self;
         println!(
@@ -113,7 +113,7 @@ impl Tally {
     }
 }
 
-/// Runs clients while `during` does something, and a little longer; then reads every key once more.
+/// Runs clients during `during` and a little longer; then reads every key once more.
 async fn round<T>(
     clients: &[Keyspace],
     workload: &Arc<Workload>,
@@ -129,12 +129,12 @@ async fn round<T>(
         tasks.spawn(async move {
             while !stop.load(Ordering::Relaxed) {
                 workload.act(client, &keyspace, &mut numbers).await;
-                // Few operations a key keep the search for an order short.
+                // Few operations per key keep the search for an order short.
                 tokio::time::sleep(Duration::from_millis(2 + numbers.below(18))).await;
             }
         });
     }
-    // The time that the clients run before, and after: it is the size of the round.
+    // The lead time before the event and the time after it set the size of the round.
     tokio::time::sleep(lead).await;
     let done = during.await;
     tokio::time::sleep(Duration::from_millis(1_200)).await;
@@ -158,11 +158,11 @@ fn impatient(keyspace: Keyspace) -> Keyspace {
     keyspace.with_deadline(Duration::from_secs(4))
 }
 
-/// All replicas serve, and the primary is at home.
+/// Returns whether all replicas serve and the preferred primaries are primary.
 fn is_whole(catalog: &CatalogDir, described: &Value) -> bool {
     let home = catalog
         .tip()
-        .is_ok_and(|tip| tip.placement.iter().all(|shard| shard.primary.is_none() && shard.handing_to.is_none()));
+        .is_ok_and(|tip| tip.placement.iter().all(|shard| shard.primary.is_none() && shard.transferring_to.is_none()));
     let serving =
         |shard: &Value| shard["replicas"].as_array().is_some_and(|all| all.iter().all(|one| one["state"] == "serving"));
     home && described["placement"].as_array().is_some_and(|shards| shards.iter().all(serving))
@@ -234,7 +234,7 @@ async fn rounds(replicas: usize, ack: Ack, events: &[Happens]) -> Result<()> {
         return Ok(());
     }
     let mut numbers = Numbers::new(seed);
-    // What is said of all this is not the subject here.
+    // Warnings are not the subject here.
     let mut cluster = Cluster::builder().nodes(replicas).allow("").start().await?;
     cluster.create(KEYSPACE, 1, &["--replicas", &replicas.to_string()]).await?;
     let catalog = cluster.catalog(KEYSPACE).await?;
@@ -248,7 +248,7 @@ async fn rounds(replicas: usize, ack: Ack, events: &[Happens]) -> Result<()> {
             _ => numbers.below(1_500),
         };
         let home = home_of(&cluster, &catalog)?;
-        // The primary most of the time.
+        // Mostly the primary.
         let node = if numbers.below(3) > 0 { home } else { numbers.below(replicas as u64) as usize };
         let lead = Duration::from_millis(200 + numbers.below(300));
         let workload = workload(tally.rounds, ack);
@@ -288,7 +288,7 @@ async fn three_replicas_with_replica() -> Result<()> {
 
 // ------------------------------------------------------------------------------- slow and overloaded
 
-/// Writers beside the checked ones, until it is dropped.
+/// Writers besides the checked clients, until dropped.
 struct Pressure {
     stop: Arc<AtomicBool>,
     done: Arc<AtomicU64>,
@@ -325,14 +325,14 @@ impl Pressure {
     }
 }
 
-/// Rounds in which nothing happens but this pressure.
+/// Runs rounds without an event, under this pressure.
 async fn under(what: &str, mut cluster: Cluster, pressure: (u64, u64, u64)) -> Result<()> {
     let seed = seed();
     println!("{what}: VASTO_LINEAR_SEED={seed}");
     let mut numbers = Numbers::new(seed);
     let mut tally = Tally::default();
     let load = Pressure::start(&cluster, pressure.0, pressure.1, pressure.2).await?;
-    // It takes some seconds until queues and disks are full.
+    // Queues and disks take some seconds to fill.
     until("the load to have begun", DEADLINE, async || {
         (load.done.load(Ordering::Relaxed) >= pressure.0 * pressure.1).then_some(())
     })
@@ -347,7 +347,7 @@ async fn under(what: &str, mut cluster: Cluster, pressure: (u64, u64, u64)) -> R
         tally.judge(Happens::Nothing, &workload);
     }
     println!("{} puts of load", load.end().await);
-    // What waits for such a disk takes longer to flush than a stop may last.
+    // Flushing the queue of such a disk takes longer than a stop may take.
     for node in 0..cluster.nodes() {
         cluster.kill9_node(node).await?;
     }
@@ -379,7 +379,7 @@ async fn on_a_slow_disk() -> Result<()> {
 
 // --------------------------------------------------------------------------------- cut off and healed
 
-/// Nodes in networks of their own; the master and the clients are outside.
+/// Nodes that each have their own network; the master and the clients are outside.
 struct Net {
     hosts: Hosts,
     catalog: CatalogDir,
@@ -423,7 +423,7 @@ async fn isolated(replicas: usize) -> Result<()> {
         let home = net.home()?;
         let node = if numbers.below(3) > 0 { home } else { numbers.below(replicas as u64) as usize };
         let lasts = Duration::from_millis(500 + numbers.below(5_000));
-        // Now and then the primary dies just as the other one is back.
+        // In some rounds the primary dies just as the isolated node returns.
         let kills = replicas > 2 && node != home && numbers.below(2) == 0;
         let lead = Duration::from_millis(200 + numbers.below(300));
         let workload = workload(tally.rounds, Ack::Replica);

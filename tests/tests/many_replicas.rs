@@ -1,7 +1,7 @@
-//! Many small keyspaces: what hundreds of replicas cost a node that has nothing to do.
+//! Many small keyspaces: the cost of hundreds of idle replicas for a node.
 //!
-//! The suite makes 60 keyspaces; `VASTO_TEST_KEYSPACES` makes as many as it says (`make soak`: 300). What is measured
-//! is printed; what does not depend on how busy the machine is, is checked.
+//! The suite creates 60 keyspaces; `VASTO_TEST_KEYSPACES` sets another number (`make soak`: 300). All measurements
+//! are printed; those that do not depend on the load of the machine are checked.
 
 #![allow(clippy::unwrap_used)]
 
@@ -20,7 +20,7 @@ fn keyspaces() -> usize {
     std::env::var("VASTO_TEST_KEYSPACES").map_or(60, |given| given.parse().unwrap())
 }
 
-/// Bytes of disk below a directory, as blocks.
+/// Returns the disk usage below a directory in MiB, counted in blocks.
 fn disk_mib(dir: &Path) -> Result<f64> {
     use std::os::unix::fs::MetadataExt;
     let mut blocks = 0;
@@ -28,7 +28,7 @@ fn disk_mib(dir: &Path) -> Result<f64> {
     while let Some(dir) = dirs.pop() {
         for entry in std::fs::read_dir(dir)? {
             let entry = entry?;
-            // A file may be renamed while one looks.
+            // A file may be renamed during the listing.
             let Ok(found) = entry.metadata() else { continue };
             blocks += found.blocks();
             if found.is_dir() {
@@ -43,7 +43,7 @@ fn threads(pid: u32) -> Result<usize> {
     Ok(std::fs::read_dir(format!("/proc/{pid}/task"))?.count())
 }
 
-/// Seconds of CPU that a process has used.
+/// Returns the seconds of CPU that a process has used.
 fn cpu_seconds(pid: u32) -> f64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
@@ -53,7 +53,7 @@ fn cpu_seconds(pid: u32) -> f64 {
 
 async fn idle(cluster: &mut Cluster, when: &str) -> Result<()> {
     let pids = (0..NODES).map(|node| Ok(cluster.node_process(node)?.pid())).collect::<Result<Vec<u32>>>()?;
-    // Threads that were needed for a moment go within seconds.
+    // Threads that were needed temporarily end within seconds.
     let few = async || pids.iter().all(|pid| threads(*pid).unwrap() < 150).then_some(());
     vasto_tests::until("the threads to go", Duration::from_secs(60), few).await?;
     let before: Vec<f64> = pids.iter().map(|pid| cpu_seconds(*pid)).collect();
@@ -82,7 +82,7 @@ async fn idle_replicas_take_few_threads_and_little_disk() -> Result<()> {
     println!("{} keyspaces of {SHARDS} shards created in {:.1} s", names.len(), began.elapsed().as_secs_f64());
     idle(&mut cluster, "new").await?;
 
-    // Everything that is opened again serves, and rests again.
+    // After a restart all replicas serve, and become idle again.
     cluster.stop_node(0).await?;
     let began = Instant::now();
     cluster.start_node(0, Port::Same).await?;

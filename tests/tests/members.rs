@@ -1,4 +1,4 @@
-//! Replicas that leave their placement: drained, given up, made anew as copies.
+//! Replicas that leave their placement: drained, given up, and rebuilt from others.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -21,19 +21,19 @@ async fn missing(keyspace: &Keyspace, prefix: &str, count: u64) -> Result<usize>
     Ok(keyspace.get_many(&names).await?.iter().filter(|value| value.is_none()).count())
 }
 
-/// Waits until the keyspace has all its replicas again and nobody waits to be drained.
+/// Waits until the keyspace has all its replicas again and no replica is draining.
 async fn whole(cluster: &Cluster, name: &str) -> Result<Catalog> {
     let catalog = cluster.catalog(name).await?;
     until("all replicas to be there again", DEADLINE, async || {
         let tip = catalog.tip().ok()?;
         let whole = tip.placement.iter().all(|shard| shard.replicas.len() == tip.spec.replicas as usize);
-        (whole && tip.unsealed.is_empty() && tip.plan.is_none()).then_some(tip)
+        (whole && tip.draining.is_empty() && tip.plan.is_none()).then_some(tip)
     })
     .await
     .with_context(|| format!("{:?}", catalog.tip()))
 }
 
-/// What is left of a replica on a node.
+/// Returns whether a replica still has files on a node.
 fn files(cluster: &Cluster, node: usize, catalog: &Catalog, replica: u64) -> bool {
     cluster.node_dir(node).join("replicas").join(format!("{}-{replica}", catalog.keyspace)).exists()
 }
@@ -69,7 +69,7 @@ async fn an_evicted_replica_is_drained_and_made_anew_under_load() -> Result<()> 
     cluster.finish().await
 }
 
-/// A replica that alone has acknowledged writes leaves, and comes back: they are drained.
+/// A replica that alone has acknowledged writes is evicted and returns: its writes are drained.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_only_an_evicted_replica_has_is_drained_when_it_returns() -> Result<()> {
     let (mut cluster, keyspace, alone) = one_alone("drain").await?;
@@ -98,7 +98,7 @@ async fn what_only_an_evicted_replica_has_is_drained_when_it_returns() -> Result
     cluster.finish().await
 }
 
-/// The same, but its loss is accepted: nothing of it comes back.
+/// The same, but the loss is accepted: none of the writes return.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_accepted_loss_stays_lost() -> Result<()> {
     let (mut cluster, keyspace, alone) = one_alone("loss").await?;
@@ -118,7 +118,7 @@ async fn an_accepted_loss_stays_lost() -> Result<()> {
     cluster.finish().await
 }
 
-/// Three nodes, one shard with two replicas; one of them is down and alone has acknowledged `alone*`.
+/// Creates three nodes and one shard with two replicas; the replica that alone has acknowledged `alone*` is down.
 async fn one_alone(name: &str) -> Result<(Cluster, Keyspace, vasto_core::catalog::Placed)> {
     let mut cluster = Cluster::builder().nodes(3).start().await?;
     cluster.create(name, 1, &["--replicas", "2"]).await?;
@@ -141,7 +141,7 @@ async fn one_alone(name: &str) -> Result<(Cluster, Keyspace, vasto_core::catalog
     Ok((cluster, keyspace, alone))
 }
 
-/// A replica that fails on a node that lives: the others go on at once, and a copy takes its place.
+/// A replica fails on a live node: the others continue at once, and a new replica takes its place.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_that_fails_on_a_live_node_is_replaced() -> Result<()> {
     for at_the_start in [false, true] {
@@ -150,7 +150,7 @@ async fn a_replica_that_fails_on_a_live_node_is_replaced() -> Result<()> {
             .allow("the log")
             .allow("shipping failed")
             .allow("log files are missing")
-            .allow("could not be obeyed")
+            .allow("could not be applied")
             .start()
             .await?;
         cluster.create("broken", 1, &["--replicas", "2"]).await?;
@@ -168,12 +168,12 @@ async fn a_replica_that_fails_on_a_live_node_is_replaced() -> Result<()> {
             std::fs::rename(&log, log.with_extension("away"))?;
             cluster.start_node(node, Port::Same).await?;
         } else {
-            // The next file of its log cannot be made: at 64 MiB it closes.
+            // The log cannot create its next file: it closes at 64 MiB.
             std::fs::rename(&log, log.with_extension("away"))?;
             let value = bytes::Bytes::from(vec![7u8; 4 << 20]);
             let mut unsure = 0;
             for n in 0..20 {
-                // Everything but what it was just about to write is taken, by whoever can.
+                // All writes are accepted by some replica, except for the write in progress at the failure.
                 match keyspace.put(format!("big{}", n % 4), value.clone()).await {
                     Err(error) if error.kind() == ErrorKind::Unknown && unsure == 0 => unsure += 1,
                     other => drop(other?),
@@ -192,14 +192,14 @@ async fn a_replica_that_fails_on_a_live_node_is_replaced() -> Result<()> {
         .await?;
         converged(&cluster, "broken").await?;
         if at_the_start {
-            // What does not open cannot be drained: somebody says so, or gives it up.
-            ensure!(tip.unsealed.iter().any(|one| one.replica == failed.replica), "{tip:?}");
+            // A replica that does not open cannot be drained: a warning reports it until it is given up.
+            ensure!(tip.draining.iter().any(|one| one.replica == failed.replica), "{tip:?}");
             let status = cluster.json(&["cluster", "status"]).await?;
             ensure!(status["warnings"].to_string().contains("--accept-loss"), "{status}");
             let id = failed.replica.to_string();
             cluster.json(&["keyspace", "evict", "broken", "--replica", &id, "--accept-loss", "--yes"]).await?;
         }
-        // What has closed is read like any other, and goes by itself.
+        // A closed replica is drained like any other, and removed automatically.
         let tip = whole(&cluster, "broken").await?;
         until("its files to be removed", DEADLINE, async || {
             (!files(&cluster, node, &tip, failed.replica.0)).then_some(())
@@ -212,10 +212,10 @@ async fn a_replica_that_fails_on_a_live_node_is_replaced() -> Result<()> {
     Ok(())
 }
 
-/// A version that cannot be remembered is not obeyed, and not forgotten either.
+/// A catalog version that cannot be persisted is not applied, and not lost either.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_version_that_could_not_be_remembered_is_obeyed_when_it_can() -> Result<()> {
-    let cluster = Cluster::builder().nodes(1).allow("could not be obeyed; trying again").start().await?;
+async fn a_version_that_could_not_be_remembered_is_applied_when_it_can() -> Result<()> {
+    let cluster = Cluster::builder().nodes(1).allow("could not be applied; trying again").start().await?;
     let versions = cluster.node_dir(0).join("catalog");
     let away = versions.with_extension("away");
     std::fs::rename(&versions, &away)?;
@@ -223,7 +223,7 @@ async fn a_version_that_could_not_be_remembered_is_obeyed_when_it_can() -> Resul
     let healed = async {
         let log = cluster.dir().join("logs/node-0.1.log");
         until("the node to fail", DEADLINE, async || {
-            std::fs::read_to_string(&log).ok()?.contains("could not be obeyed").then_some(())
+            std::fs::read_to_string(&log).ok()?.contains("could not be applied").then_some(())
         })
         .await?;
         std::fs::rename(&away, &versions).context("the directory cannot be put back")
@@ -235,8 +235,8 @@ async fn a_version_that_could_not_be_remembered_is_obeyed_when_it_can() -> Resul
     cluster.finish().await
 }
 
-/// A member that does not read fills the others' logs: at the cap it leaves by itself, and comes back
-/// as a copy.
+/// A replica that does not read lets the others' logs fill up: at the cap it leaves the placement by itself, and
+/// returns as a new replica.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_that_is_away_until_the_log_is_full_is_replaced_by_a_copy() -> Result<()> {
     let mut cluster =
@@ -254,7 +254,7 @@ async fn a_member_that_is_away_until_the_log_is_full_is_replaced_by_a_copy() -> 
     }
     let catalog = cluster.catalog("full").await?;
     until("the member that is away to leave", DEADLINE, async || {
-        catalog.tip().ok()?.unsealed.iter().any(|one| one.replica == away.replica).then_some(())
+        catalog.tip().ok()?.draining.iter().any(|one| one.replica == away.replica).then_some(())
     })
     .await?;
     put_all(&keyspace, "later", 500).await?;

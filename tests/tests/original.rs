@@ -1,5 +1,5 @@
-//! What the system that this one re-creates lost: one scenario for each defect that was proven by
-//! running it, with two replicas of each shard unless said otherwise.
+//! The losses of the system that this project re-creates: one scenario for each defect that was proven by running it,
+//! with two replicas of each shard unless stated otherwise.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -39,7 +39,7 @@ async fn original_01_a_restart_loses_nothing() -> Result<()> {
     put_all(&keyspace, "k", 3_000).await?;
     for round in 0..2 {
         for node in 0..3 {
-            // What one replica alone has acknowledged would come back with it, and not before.
+            // Writes that one replica alone has acknowledged would return with it, and not before.
             converged(&cluster, "restart").await?;
             if (node + round) % 2 == 0 {
                 cluster.kill9_node(node).await?;
@@ -55,8 +55,8 @@ async fn original_01_a_restart_loses_nothing() -> Result<()> {
     cluster.finish().await
 }
 
-/// #2: replication stopped for good at the first rotation of the log, and a follower whose position
-/// was purged got nothing any more.
+/// #2: replication stopped for good at the first rotation of the log, and a follower whose position was purged
+/// received nothing any more.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn original_02_replication_goes_on_across_log_rotation_and_absence() -> Result<()> {
     let mut cluster = three_nodes().start().await?;
@@ -103,7 +103,7 @@ async fn original_03_deletes_and_counters_are_on_every_replica() -> Result<()> {
     cluster.finish().await
 }
 
-/// #4: a reconnect applied counters once more: 3 became 6 without a client.
+/// #4: a reconnect applied counters again: 3 became 6 without a client.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn original_04_a_reconnect_applies_nothing_twice() -> Result<()> {
     let mut cluster = three_nodes().start().await?;
@@ -124,14 +124,14 @@ async fn original_04_a_reconnect_applies_nothing_twice() -> Result<()> {
             ensure!(counter == Some(3), "round {round}: c{n} is {counter:?}");
         }
     }
-    // And it goes on from there.
+    // Replication continues from there.
     for n in 0..20 {
         ensure!(keyspace.add_i64(format!("c{n}"), 1).await? == 4);
     }
     cluster.finish().await
 }
 
-/// #5: the server of one process crashed on its first put.
+/// #5: the single-process server crashed on its first put.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn original_05_the_development_cluster_takes_a_put() -> Result<()> {
     let dir = tempfile::tempdir()?;
@@ -151,8 +151,8 @@ async fn original_05_the_development_cluster_takes_a_put() -> Result<()> {
     Ok(())
 }
 
-/// #6: an empty value, an empty prefix, a cursor behind the last key, or a counter on other bytes
-/// crashed the store, each time again after its restart.
+/// #6: an empty value, an empty prefix, a cursor after the last key, or a counter on other bytes crashed the store,
+/// again after each restart.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn original_06_no_request_crashes_a_node() -> Result<()> {
     let cluster = three_nodes().start().await?;
@@ -176,7 +176,7 @@ async fn original_06_no_request_crashes_a_node() -> Result<()> {
     cluster.finish().await
 }
 
-/// #7: a time to live above four seconds ended after a fraction of it, and nothing was ever purged.
+/// #7: a time to live above four seconds ended after a fraction of it, and expired entries were never purged.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn original_07_a_time_to_live_is_what_was_asked_for() -> Result<()> {
     let cluster = three_nodes().start().await?;
@@ -253,8 +253,8 @@ async fn original_10_the_last_event_time_wins_everywhere() -> Result<()> {
     cluster.finish().await
 }
 
-/// #11: a dead node could not be replaced, and the attempt blocked all later changes. (Replacing comes
-/// with shipping in full: here the keyspace must go on without the node, and change, without it.)
+/// #11: a dead node could not be replaced, and the attempt blocked all later changes. (Replacement comes with
+/// shipping: here the keyspace must continue, and change, without the node.)
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn original_11_a_dead_node_blocks_nothing() -> Result<()> {
     let mut cluster = three_nodes().allow("away").start().await?;
@@ -264,7 +264,7 @@ async fn original_11_a_dead_node_blocks_nothing() -> Result<()> {
     cluster.kill9_node(1).await?;
     ensure!(missing(&keyspace, "k", 1_000).await? == 0);
     put_all(&keyspace, "while", 1_000).await?;
-    // Counters need a primary: another replica has become it.
+    // Counters need a primary: another replica has become primary.
     for n in 0..20 {
         ensure!(keyspace.add_i64(format!("c{n}"), 2).await? == 2);
     }
@@ -277,7 +277,7 @@ async fn original_11_a_dead_node_blocks_nothing() -> Result<()> {
     cluster.finish().await
 }
 
-/// #12: after a crash every call met the dead connection again.
+/// #12: after a crash every call used the dead connection again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn original_12_a_dead_connection_is_met_once() -> Result<()> {
     let mut cluster = three_nodes().start().await?;

@@ -1,4 +1,4 @@
-//! The bucket is away, comes back over a slow link, or has lost what was in it.
+//! Outages of the bucket, recovery over a slow link, and a bucket that has lost its contents.
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
@@ -16,21 +16,21 @@ const LINK_BYTES_PER_SECOND: u64 = 8_000_000;
 const CACHE_MIB: u64 = 64;
 const WRITE_BUFFER_MIB: u64 = 64;
 
-/// `VASTO_TEST_OUTAGE=24x48` is 24 shards with 48 MiB of log each.
+/// Parses the size: `VASTO_TEST_OUTAGE=24x48` is 24 shards with 48 MiB of log each.
 fn size() -> (u32, u64) {
     let given = std::env::var("VASTO_TEST_OUTAGE").unwrap_or_else(|_| "6x8".into());
     let (shards, backlog) = given.split_once('x').expect("shards x MiB");
     (shards.parse().unwrap(), backlog.parse().unwrap())
 }
 
-/// A figure of a process, MiB, as the kernel tells it.
+/// Returns a memory figure of a process in MiB, as the kernel reports it.
 fn memory_mib(pid: u32, figure: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix(figure)).unwrap();
     line.trim_start_matches(':').split_whitespace().next().unwrap().parse::<u64>().unwrap() >> 10
 }
 
-/// Log records that are not in the bucket.
+/// Returns the number of log records that are not in the bucket.
 async fn behind(cluster: &Cluster, name: &str) -> Option<u64> {
     let described = cluster.json(&["keyspace", "describe", name]).await.ok()?;
     let shards = described["placement"].as_array()?;
@@ -49,8 +49,8 @@ async fn warns(cluster: &Cluster, text: &str) -> Option<()> {
     status["warnings"].to_string().contains(text).then_some(())
 }
 
-/// A backlog goes up once, at the speed of the link, in memory that does not grow with the number of shards.
-/// While nobody answers, that is told, and hardly anybody asks.
+/// A backlog is uploaded once, at the speed of the link, in memory that does not grow with the number of shards.
+/// During the outage a warning is raised, and few requests are sent.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backlog_goes_up_once_over_a_slow_link_in_bounded_memory() -> Result<()> {
     let (shards, per_shard) = size();
@@ -90,7 +90,7 @@ async fn a_backlog_goes_up_once_over_a_slow_link_in_bounded_memory() -> Result<(
         warns(&cluster, "does not ship: the bucket has not answered").await
     })
     .await?;
-    // Whoever looks is told soon.
+    // A check of the bucket fails soon.
     let looked = Instant::now();
     let checked = cluster.vasto(&["bucket", "fsck"]).await?;
     checked.refused(1, &["the bucket cannot be looked through"])?;
@@ -118,10 +118,10 @@ async fn a_backlog_goes_up_once_over_a_slow_link_in_bounded_memory() -> Result<(
     );
     ensure!(asked_per_second < 5.0, "{asked_per_second} requests/s while nobody answers");
     ensure!(sent as f64 <= 1.2 * backlog as f64, "{sent} bytes were sent for {backlog}");
-    // Until somebody has noticed that the bucket is back.
+    // Time until a process has detected that the bucket is back.
     let noticed = Duration::from_secs(8);
     ensure!(took <= ideal.mul_f64(1.5) + noticed, "{took:?} instead of {ideal:?}");
-    // What the uploads add does not depend on how many shards want to.
+    // The memory of uploads does not depend on the number of waiting shards.
     let budget = (LOG_MEMORY_MAX + UPLOAD_MEMORY_MAX) / MIB;
     let added = most.saturating_sub(before);
     ensure!(added as f64 <= 1.3 * budget as f64, "uploads added {added} MiB of memory, their budget is {budget}");
@@ -159,8 +159,8 @@ fn names(list: &Value) -> Vec<&str> {
     list.as_array().map(|all| all.iter().filter_map(Value::as_str).collect()).unwrap_or_default()
 }
 
-/// Somebody deletes the claim, and the master restarts: it claims nothing, nobody stops, and one command leads
-/// back. What else lies in the prefix costs a warning.
+/// The claim is deleted, and the master restarts: it claims nothing, all nodes keep serving, and one command repairs
+/// the bucket. Foreign objects in the prefix only cause a warning.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_claim_stops_nobody_and_is_put_back() -> Result<()> {
     let mut cluster = Cluster::builder()
@@ -178,7 +178,7 @@ async fn a_lost_claim_stops_nobody_and_is_put_back() -> Result<()> {
     let bucket = bucket_of(&cluster);
     let claim = std::fs::read(bucket.join("cluster.json"))?;
     std::fs::remove_file(bucket.join("cluster.json"))?;
-    // A lost and found of the file system, and what somebody put beside the catalog.
+    // A lost+found directory of the file system, and a foreign object beside the catalog.
     std::fs::create_dir_all(bucket.join("lost+found"))?;
     std::os::unix::fs::symlink("..", bucket.join("lost+found/circle"))?;
     let other = bucket.join("catalog/00000000000000000009");
@@ -191,9 +191,9 @@ async fn a_lost_claim_stops_nobody_and_is_put_back() -> Result<()> {
     refused.refused(1, &["cluster.json is missing", "vasto bucket repair"])?;
     cluster.vasto(&["keyspace", "create", "new"]).await?.refused(1, &["vasto bucket repair"])?;
     cluster.vasto(&["bucket", "gc"]).await?.refused(1, &["vasto bucket repair"])?;
-    // Whoever knows where the data is goes on.
+    // Clients that know the placement continue.
     put_all(&keyspace, "b", 500).await?;
-    // So does a node that restarts meanwhile.
+    // A node that restarts meanwhile continues too.
     cluster.stop_node(0).await?;
     cluster.start_node(0, Port::Same).await?;
     until("both nodes to be there", DEADLINE, async || {
@@ -201,7 +201,7 @@ async fn a_lost_claim_stops_nobody_and_is_put_back() -> Result<()> {
         nodes.as_array()?.iter().filter(|node| node["state"] == "live").nth(1).map(drop)
     })
     .await?;
-    // The notes are no version of a catalog, and stay what they are: damaged.
+    // The foreign object is not a catalog version, and stays reported as damaged.
     let ran = cluster.vasto(&["bucket", "repair", "--output", "json"]).await?;
     let repaired: Value = serde_json::from_str(&ran.stdout).with_context(|| format!("{ran:?}"))?;
     ensure!(ran.code == 1 && names(&repaired["corrupt"]).len() == 1, "{repaired}");
@@ -228,7 +228,8 @@ async fn a_lost_claim_stops_nobody_and_is_put_back() -> Result<()> {
     cluster.finish().await
 }
 
-/// Everything in the bucket goes: that is found, nothing is confirmed as being there, and the nodes put it back.
+/// The bucket is emptied: the loss is detected, no write is confirmed by the bucket, and the nodes upload everything
+/// again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_emptied_bucket_is_found_and_filled_again_from_the_nodes() -> Result<()> {
     let mut cluster = Cluster::builder()
@@ -246,7 +247,7 @@ async fn an_emptied_bucket_is_found_and_filled_again_from_the_nodes() -> Result<
     cluster.json(&["keyspace", "checkpoint", "ks"]).await?;
     put_all(&keyspace, "b", 50).await?;
     empty(&bucket_of(&cluster))?;
-    // What the nodes have shipped is known as soon as they have reported it.
+    // Missing shipped objects are known as soon as the nodes have reported them.
     until("everything that is missing to be named", DEADLINE, async || {
         let checked = cluster.vasto(&["bucket", "fsck", "--output", "json"]).await.ok()?;
         let said: Value = serde_json::from_str(&checked.stdout).ok()?;
@@ -256,7 +257,7 @@ async fn an_emptied_bucket_is_found_and_filled_again_from_the_nodes() -> Result<
     })
     .await?;
     warns(&cluster, "objects of the bucket are missing").await.context("what is missing is not told")?;
-    // The catalog that says where the data belongs is not there.
+    // The catalog that places the data is missing.
     let refused = keyspace.put("unconfirmed", "v").await.unwrap_err();
     ensure!(refused.kind() == ErrorKind::Unknown, "{refused:?}");
     cluster.kill9_master().await?;

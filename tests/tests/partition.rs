@@ -1,4 +1,4 @@
-//! Networks that are cut: both sides go on, and hold the same when they meet again.
+//! Networks that are cut: both sides continue, and converge after the cut heals.
 #![allow(clippy::unwrap_used)]
 
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use vasto_tests::netns::{SilentPort, available};
 use vasto_tests::replicas::converged_by;
 use vasto_tests::{Cluster, DEADLINE, Hosts, Port, Process, tool, until};
 
-/// A writer in the namespace of a host; its keys are the same as those of all others, its values not.
+/// Starts a writer in the namespace of a host; its keys are the same as those of other writers, its values differ.
 fn writer(hosts: &Hosts, host: usize) -> Result<Process> {
     let mark = format!("side{host}:");
     hosts.spawn(host, &format!("writer-{host}"), &tool("vasto-test-writer"), &[&hosts.master, "split", "k", &mark])
@@ -24,7 +24,7 @@ fn written(process: &Process) -> usize {
 async fn both_sides_of_a_partition_are_written_and_converge_byte_for_byte() -> Result<()> {
     let hosts = Hosts::start(&["default"; 3]).await?;
     hosts.vasto(&["keyspace", "create", "split", "--shards", "3", "--replicas", "3"]).await?;
-    // Clients on both sides, which know where everybody is.
+    // Clients on both sides, which know all nodes.
     let mut writers = [writer(&hosts, 0)?, writer(&hosts, 1)?];
     for one in &writers {
         until("the clients to write", DEADLINE, async || (written(one) >= 100).then_some(())).await?;
@@ -33,12 +33,12 @@ async fn both_sides_of_a_partition_are_written_and_converge_byte_for_byte() -> R
     let began = Instant::now();
     let before: Vec<usize> = writers.iter().map(written).collect();
     for (one, before) in writers.iter().zip(&before) {
-        // Each side needs its patience for the shards whose primary is on the other one, and the lone one two
+        // Each side needs its patience for the shards whose primary is on the other side, and the lone side two
         // probes for each write: before it begins, and before it is acknowledged.
         let enough = async || (written(one) >= before + 100).then_some(());
         until("both sides to go on", DEADLINE, enough).await?;
     }
-    // Long enough for the master to have seen the silence, and to have replaced the primaries.
+    // Long enough for the master to detect the silence and to replace the primaries.
     let catalog = hosts.catalog();
     until("the primaries to be replaced", DEADLINE, async || {
         catalog.tip().ok().filter(|tip| tip.placement.iter().any(|shard| shard.primary.is_some())).map(|_| ())
@@ -61,7 +61,7 @@ async fn both_sides_of_a_partition_are_written_and_converge_byte_for_byte() -> R
     let most = writers.iter().map(written).max().unwrap_or_default();
     println!("{keys} keys are the same on all three replicas");
     ensure!(keys >= most, "{keys} keys, but {most} were acknowledged to one writer");
-    // Every key that anybody was promised has one of the values that were written to it.
+    // Every acknowledged key has one of the values that were written to it.
     let keyspace = Vasto::connect(&hosts.master).await?.keyspace("split").await?;
     let names: Vec<String> = (0..most).map(|n| format!("k{n}")).collect();
     for (n, value) in keyspace.get_many(&names).await?.into_iter().enumerate() {
@@ -79,12 +79,12 @@ enum Loss {
     Silence,
 }
 
-/// Time from the last success at the primary to the first success elsewhere, as one client sees it
-/// that reads and writes without a pause: median and worst.
+/// Measures the time from the last success at the primary to the first success elsewhere, as seen by one client that
+/// reads and writes without a pause: median and worst.
 async fn failover(loss: Loss) -> Result<()> {
     let rounds: usize = std::env::var("VASTO_FAILOVERS").ok().and_then(|n| n.parse().ok()).unwrap_or(3);
     ensure!(loss != Loss::Silence || available(), "ports cannot be silenced here: it takes root, ip and iptables");
-    // A node that is silent for its peers is said to be.
+    // A node that is silent for its peers is reported.
     let mut cluster = Cluster::builder().nodes(3).start().await?;
     cluster.create("failover", 1, &["--replicas", "3"]).await?;
     let catalog = cluster.catalog("failover").await?;
@@ -94,11 +94,11 @@ async fn failover(loss: Loss) -> Result<()> {
             let described = cluster.json(&["keyspace", "describe", "failover"]).await.ok()?;
             let replicas = described["placement"][0]["replicas"].as_array()?.clone();
             let tip = catalog.tip().ok()?;
-            let home = tip.placement[0].primary.is_none() && tip.placement[0].handing_to.is_none();
+            let home = tip.placement[0].primary.is_none() && tip.placement[0].transferring_to.is_none();
             (home && replicas.iter().all(|one| one["state"] == "serving")).then_some(())
         })
         .await?;
-        // A client that has passed nobody by yet.
+        // A client that has not bypassed any node yet.
         let keyspace = cluster.keyspace("failover").await?;
         let primary = cluster.node_of(&catalog.tip()?.placement[0].primary().unwrap().node.to_string())?;
         for n in 0..200 {
@@ -118,7 +118,7 @@ async fn failover(loss: Loss) -> Result<()> {
         };
         keyspace.put("k", format!("{round}:elsewhere")).await?;
         gaps.push(last.elapsed());
-        // What follows is served at once.
+        // The next operation is served at once.
         let next = Instant::now();
         ensure!(keyspace.get("k").await?.unwrap().bytes() == format!("{round}:elsewhere"));
         ensure!(next.elapsed() < Duration::from_millis(900), "the second operation waited too");

@@ -1,4 +1,4 @@
-//! The programs of this crate say what they are when they are asked, and begin nothing.
+//! The programs of this crate print a description for `--help`, and do not run.
 
 use std::process::Command;
 use std::time::{Duration, Instant};

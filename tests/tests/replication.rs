@@ -1,4 +1,4 @@
-//! Replicas that lose each other, their memory or their sense of time.
+//! Replicas that lose contact, memory or the correct time.
 #![allow(clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ async fn missing(keyspace: &Keyspace, prefix: &str, count: u64) -> Result<usize>
     Ok(keyspace.get_many(&names).await?.iter().filter(|value| value.is_none()).count())
 }
 
-/// The node that is primary of a shard.
+/// Returns the node that is primary of a shard.
 async fn primary(cluster: &Cluster, name: &str, shard: usize) -> Result<usize> {
     let tip = cluster.catalog(name).await?.tip()?;
     cluster.node_of(&tip.placement[shard].primary().context("no primary")?.node.to_string())
@@ -44,7 +44,7 @@ async fn an_origin_that_dies_after_reaching_one_of_two_peers_has_reached_both() 
     let origin = primary(&cluster, "relay", 0).await?;
     let (near, far) = ((origin + 1) % 3, (origin + 2) % 3);
     cluster.kill9_node(far).await?;
-    // One of the two peers has it for certain.
+    // One of the two peers certainly has each write.
     for n in 0..200 {
         keyspace.put(format!("k{n}"), "v").ack(Ack::Replica).await?;
     }
@@ -64,7 +64,7 @@ async fn an_origin_that_dies_after_reaching_one_of_two_peers_has_reached_both() 
     cluster.finish().await
 }
 
-/// Cuts what a power loss could take from the logs of a node: records that nothing says were synced.
+/// Truncates the logs of a node as a power loss could: records that no later record marks as synced.
 fn lose_power(node_dir: &Path) -> Result<usize> {
     let mut lost = 0;
     for replica in std::fs::read_dir(node_dir.join("replicas"))? {
@@ -89,7 +89,7 @@ fn lose_power(node_dir: &Path) -> Result<usize> {
     Ok(lost)
 }
 
-/// The primary loses what it had only in memory, writes on, and ends with the same as the others.
+/// The primary loses records that it had only in memory, continues to write, and converges with the others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_power_loss_after_os_acknowledgements_then_writes_then_all_are_the_same() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(3).start().await?;
@@ -110,7 +110,7 @@ async fn a_power_loss_after_os_acknowledgements_then_writes_then_all_are_the_sam
     cluster.finish().await
 }
 
-/// Each opening is an incarnation of its own, also when the last one wrote next to nothing.
+/// Each opening is a new incarnation, also when the previous one wrote almost nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn adopt_write_kill_again_and_again() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(3).start().await?;
@@ -152,7 +152,7 @@ async fn a_delete_with_an_old_event_time_beside_puts_in_flight_hides_nothing_new
     let cluster = Cluster::builder().nodes(3).start().await?;
     cluster.create("late", 1, &["--replicas", "2"]).await?;
     let keyspace = cluster.keyspace("late").await?;
-    // At another replica than the put, just below it in time: the two cross.
+    // Sent to another replica than the put, with a slightly lower event time: the two cross.
     let tip = cluster.catalog("late").await?.tip()?;
     let secondary = tip.placement[0].replicas[1].node.to_string();
     let address = format!("127.0.0.1:{}", cluster.port(cluster.node_of(&secondary)?));
@@ -176,7 +176,7 @@ async fn a_delete_with_an_old_event_time_beside_puts_in_flight_hides_nothing_new
     cluster.finish().await
 }
 
-/// Writes its own keys one after the other until it is told to stop; answers what it wrote last.
+/// Writes its own keys in order until stopped; returns the last round written.
 async fn write_in_order(keyspace: Keyspace, client: usize, stop: Arc<AtomicBool>) -> Result<u64> {
     let mut round = 0;
     while !stop.load(Ordering::Relaxed) {
@@ -188,8 +188,8 @@ async fn write_in_order(keyspace: Keyspace, client: usize, stop: Arc<AtomicBool>
     Ok(round)
 }
 
-/// The nodes' clocks differ by half a second, and the primaries go from one to the other and back: what
-/// a client wrote last stands, through whatever replica.
+/// The nodes' clocks differ by half a second, and leadership moves between the nodes and back: a client's last write
+/// is current, through whichever replica it was made.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clocks_half_a_second_apart_lose_nothing() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(0).start().await?;
@@ -212,7 +212,7 @@ async fn clocks_half_a_second_apart_lose_nothing() -> Result<()> {
         cluster.start_node(node, Port::Same).await?;
         until("the primaries to be at home", DEADLINE, async || {
             let tip = catalog.tip().ok()?;
-            tip.placement.iter().all(|shard| shard.primary.is_none() && shard.handing_to.is_none()).then_some(())
+            tip.placement.iter().all(|shard| shard.primary.is_none() && shard.transferring_to.is_none()).then_some(())
         })
         .await?;
     }
@@ -230,7 +230,7 @@ async fn clocks_half_a_second_apart_lose_nothing() -> Result<()> {
     cluster.finish().await
 }
 
-/// The collection floors of the replicas that are on one of the nodes.
+/// Returns the gc floors of the replicas on these nodes.
 async fn floors_on(cluster: &Cluster, name: &str, nodes: &[usize]) -> Result<Vec<u64>> {
     use vasto_proto::v1::PositionRequest;
     use vasto_proto::v1::replication_client::ReplicationClient;
@@ -259,18 +259,18 @@ async fn floors(cluster: &Cluster, name: &str) -> Result<Vec<u64>> {
     floors_on(cluster, name, &[0, 1, 2]).await
 }
 
-/// Hazard 21: a replica that is away for long keeps deletes remembered; when it is back, what was
-/// deleted stays deleted, and only then is forgotten.
+/// Hazard 21: while a replica is away for long, tombstones are kept; after its return deleted keys stay deleted, and
+/// only then are the tombstones forgotten.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn deletes_are_forgotten_only_when_every_replica_has_them() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(3).start().await?;
-    cluster.create("graves", 1, &["--replicas", "3", "--tombstone-grace", "1s"]).await?;
-    let keyspace = cluster.keyspace("graves").await?;
+    cluster.create("tombstones", 1, &["--replicas", "3", "--tombstone-grace", "1s"]).await?;
+    let keyspace = cluster.keyspace("tombstones").await?;
     put_all(&keyspace, "k", 100).await?;
-    converged(&cluster, "graves").await?;
-    let away = (primary(&cluster, "graves", 0).await? + 1) % 3;
+    converged(&cluster, "tombstones").await?;
+    let away = (primary(&cluster, "tombstones", 0).await? + 1) % 3;
     cluster.kill9_node(away).await?;
-    // A round may have been through already, about what came before.
+    // A gc floor round for earlier writes may have completed already.
     let mut deleted = Vec::new();
     for n in 0..100 {
         match keyspace.delete(format!("k{n}")).await? {
@@ -279,31 +279,31 @@ async fn deletes_are_forgotten_only_when_every_replica_has_them() -> Result<()> 
         }
     }
     let (first, last) = (*deleted.iter().min().unwrap(), *deleted.iter().max().unwrap());
-    // Several rounds long nobody forgets, because one has not answered.
+    // For several rounds no replica forgets a tombstone, because one has not answered.
     let present: Vec<usize> = (0..3).filter(|node| *node != away).collect();
     let began = Instant::now();
     while began.elapsed() < Duration::from_secs(4) {
-        let floors = floors_on(&cluster, "graves", &present).await?;
+        let floors = floors_on(&cluster, "tombstones", &present).await?;
         ensure!(floors.len() == 2 && floors.iter().all(|floor| *floor < first), "{floors:?}, {first}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     cluster.start_node(away, Port::Same).await?;
     until("the floor to rise everywhere", DEADLINE, async || {
-        let floors = floors(&cluster, "graves").await.ok()?;
+        let floors = floors(&cluster, "tombstones").await.ok()?;
         floors.iter().all(|floor| *floor > last).then_some(())
     })
     .await?;
-    ensure!(cluster.json(&["keyspace", "compact", "graves"]).await.is_ok());
+    ensure!(cluster.json(&["keyspace", "compact", "tombstones"]).await.is_ok());
     ensure!(missing(&keyspace, "k", 100).await? == 100, "a deleted key came back");
-    ensure!(converged(&cluster, "graves").await? == 0);
+    ensure!(converged(&cluster, "tombstones").await? == 0);
     for node in 0..3 {
         cluster.kill9_node(node).await?;
         cluster.start_node(node, Port::Same).await?;
         ensure!(missing(&keyspace, "k", 100).await? == 100, "a deleted key came back after a restart");
     }
-    // An idle keyspace comes to rest: nothing is written for deletes that are all forgotten.
+    // A keyspace becomes idle: no records are written once all tombstones are forgotten.
     let lsn = async || -> Result<String> {
-        let described = cluster.json(&["keyspace", "describe", "graves"]).await?;
+        let described = cluster.json(&["keyspace", "describe", "tombstones"]).await?;
         Ok(described["placement"][0]["replicas"]
             .as_array()
             .context("no replicas")?
@@ -324,7 +324,7 @@ async fn deletes_are_forgotten_only_when_every_replica_has_them() -> Result<()> 
     cluster.finish().await
 }
 
-/// One clock a day slow, one an hour fast, deletes and collection.
+/// Tests a clock that is a day slow and a clock that is an hour fast, with deletes and collection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_clock_a_day_slow_and_one_an_hour_fast_converge_with_deletes_and_collection() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(0).allow("too far ahead of this node's clock").start().await?;
@@ -345,7 +345,7 @@ async fn a_clock_a_day_slow_and_one_an_hour_fast_converge_with_deletes_and_colle
         put_all(&keyspace, "while", 100).await?;
         cluster.start_node(victim, Port::Same).await?;
         converged(&cluster, "clocks").await?;
-        // After a slow clock's turn a fast one may have been ahead of it already: not every shard's rises.
+        // After a slow clock's turn a fast clock may have raised a floor already: not every shard's floor rises.
         until("a floor to rise at all replicas", DEADLINE, async || {
             let floors = floors(&cluster, "clocks").await.ok()?;
             let rose = floors.iter().zip(&before).map(|(now, before)| now > before).collect::<Vec<_>>();
@@ -361,7 +361,7 @@ async fn a_clock_a_day_slow_and_one_an_hour_fast_converge_with_deletes_and_colle
     cluster.finish().await
 }
 
-/// An origin whose clock jumps a day between two writes: the second wins, and all agree.
+/// The clock of an origin jumps a day between two writes: the second write wins, and all replicas agree.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_origin_that_was_idle_for_a_day_goes_on() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(0).start().await?;
@@ -402,7 +402,7 @@ async fn reads_go_where_they_are_told() -> Result<()> {
         ensure!(missing(&reader, "k", 100).await? == 0, "{from:?}");
         ensure!(reader.scan().stream().count().await == 100, "{from:?}");
     }
-    // With everybody else gone, the zone's own replica answers.
+    // With all other nodes gone, the zone's own replica answers.
     cluster.kill9_node(0).await?;
     cluster.kill9_node(2).await?;
     let reader = keyspace.clone().read_from(ReadFrom::Zone("b".into()));
@@ -412,7 +412,7 @@ async fn reads_go_where_they_are_told() -> Result<()> {
     cluster.finish().await
 }
 
-/// The network lets go of what it held back: a write whose sender has long been served elsewhere.
+/// The network delivers a delayed write whose sender has long been served elsewhere.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_write_that_the_network_held_back_hides_nothing_that_was_written_since() -> Result<()> {
     use vasto_core::limits::ATTEMPT_PATIENCE;

@@ -1,4 +1,4 @@
-//! The same on a real S3 server.
+//! The same checks on a real S3 server.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
@@ -28,11 +28,11 @@ async fn s3_bucket_end_to_end() -> Result<()> {
     println!("{summary:?}");
     ensure!(summary.refused + summary.unknown + summary.read_errors == 0, "clients saw errors: {summary:?}");
     verify(&cluster.master(), "s3", &history).await?;
-    // All that a new master knows is in the bucket.
+    // A new master reads its complete state from the bucket.
     cluster.kill9_master().await?;
     cluster.start_master(Port::Same).await?;
     verify(&cluster.master(), "s3", &history).await?;
-    // A lost node, a collection and a restore.
+    // A lost node, a garbage collection and a restore.
     cluster.json(&["keyspace", "checkpoint", "s3"]).await?;
     let described = cluster.json(&["keyspace", "describe", "s3"]).await?;
     let lost = described["placement"][0]["replicas"][0]["node_id"].as_str().context("no node")?.to_owned();

@@ -1,4 +1,4 @@
-//! The bucket brings back replicas, nodes and keyspaces.
+//! Replicas, nodes and keyspaces that are recovered from the bucket.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
@@ -24,7 +24,7 @@ async fn missing(keyspace: &Keyspace, prefix: &str, count: u64) -> Result<usize>
     Ok(keyspace.get_many(&names).await?.iter().filter(|value| value.is_none()).count())
 }
 
-/// Everything in a keyspace: key to value, event time and expiry.
+/// Returns all rows of a keyspace: key to value, event time and expiry.
 async fn rows(keyspace: &Keyspace) -> Result<BTreeMap<Vec<u8>, (Vec<u8>, u64)>> {
     let mut all = BTreeMap::new();
     let mut stream = keyspace.scan().stream();
@@ -36,11 +36,11 @@ async fn rows(keyspace: &Keyspace) -> Result<BTreeMap<Vec<u8>, (Vec<u8>, u64)>> 
     Ok(all)
 }
 
-/// A report is at most so old.
+/// Maximum age of a report.
 const REPORT_AGE: Duration = Duration::from_millis(1_200);
 
-/// Waits until everything that the nodes hold is in the bucket: until the same is reported for longer than
-/// a report is old.
+/// Waits until all records of the nodes are in the bucket: until reports are unchanged for longer than the age of a
+/// report.
 async fn shipped(cluster: &Cluster, name: &str) -> Result<()> {
     let mut since: Option<(Vec<Value>, Instant)> = None;
     until("everything to be shipped", DEADLINE, async || {
@@ -67,7 +67,7 @@ fn node_id(cluster: &Cluster, index: usize) -> String {
     cluster.node_id(index).unwrap()
 }
 
-/// The node that holds the first replica of a shard.
+/// Returns the node that holds the first replica of a shard.
 async fn holder(cluster: &Cluster, name: &str, shard: usize) -> Result<usize> {
     let tip = cluster.catalog(name).await?.tip()?;
     cluster.node_of(&tip.placement[shard].replicas[0].node.to_string())
@@ -82,7 +82,7 @@ fn check_report(report: &Value) -> Result<()> {
     Ok(())
 }
 
-/// One replica, its node lost for good with its disk: everything that was shipped is there again.
+/// A node with the only replica is lost for good with its disk: everything that was shipped is recovered.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dead_node_is_replaced_from_the_bucket_alone() -> Result<()> {
     for checkpoint in [true, false] {
@@ -109,13 +109,13 @@ async fn a_dead_node_is_replaced_from_the_bucket_alone() -> Result<()> {
         ensure!(!reached.is_empty() && reached.iter().all(|one| one["lsn"].as_u64() > Some(1)), "{report}");
         ensure!(rows(&keyspace).await? == before, "not everything that was shipped is back");
         keyspace.put("after", "the loss").await?;
-        // It may come back with something: until somebody says that it does not, that is remembered.
+        // The lost node may return with unshipped writes: that warning stays until the loss is accepted.
         let status = cluster.json(&["cluster", "status"]).await?;
         ensure!(status["warnings"].to_string().contains("may hold writes that nobody else has"), "{status}");
         let tip = cluster.catalog("alone").await?.tip()?;
-        let gone = tip.unsealed[0].replica.to_string();
+        let gone = tip.draining[0].replica.to_string();
         cluster.json(&["keyspace", "evict", "alone", "--replica", &gone, "--accept-loss", "--yes"]).await?;
-        // The replacement is as good as the first: it can be lost too.
+        // The replacement is complete: it can be lost too.
         shipped(&cluster, "alone").await?;
         let next = cluster.add_node().await?;
         let second = node_id(&cluster, 1 - lost);
@@ -130,7 +130,7 @@ async fn a_dead_node_is_replaced_from_the_bucket_alone() -> Result<()> {
     Ok(())
 }
 
-/// What was not shipped when its node was replaced is not lost: it is drained when the node returns.
+/// Records that were not shipped when their node was replaced are not lost: the node is drained when it returns.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replaced_node_that_returns_is_drained_of_what_was_never_shipped() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(2).set("node.ship_interval=1h").start().await?;
@@ -152,12 +152,12 @@ async fn a_replaced_node_that_returns_is_drained_of_what_was_never_shipped() -> 
     .await?;
     ensure!(keyspace.get("tail7").await?.unwrap().bytes() == "newer");
     let catalog = cluster.catalog("tail").await?;
-    until("the drained replica to go", DEADLINE, async || catalog.tip().ok()?.unsealed.is_empty().then_some(()))
+    until("the drained replica to go", DEADLINE, async || catalog.tip().ok()?.draining.is_empty().then_some(()))
         .await?;
     cluster.finish().await
 }
 
-/// Live nodes are emptied under load; nobody notices.
+/// Live nodes are drained under load; clients do not notice.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_running_node_is_drained_under_load() -> Result<()> {
     for replicas in ["1", "2"] {
@@ -184,7 +184,7 @@ async fn a_running_node_is_drained_under_load() -> Result<()> {
     Ok(())
 }
 
-/// What empties a node is an operation like any other: it is listed, shown, cancelled.
+/// Draining a node is an operation like any other: it is listed, shown, cancelled.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_emptying_of_a_node_is_listed_and_can_be_cancelled() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(2).start().await?;
@@ -193,7 +193,7 @@ async fn the_emptying_of_a_node_is_listed_and_can_be_cancelled() -> Result<()> {
     put_all(&keyspace, "k", 100).await?;
     let full = holder(&cluster, "stays", 0).await?;
     let id = node_id(&cluster, full);
-    // Nobody finishes the copy while the other node stands still.
+    // The replica under construction cannot finish while the other node is stalled.
     cluster.node_process(1 - full)?.signal(Signal::STOP);
     let started = cluster.json(&["node", "drain", &id, "--no-wait"]).await?;
     let operation = started["id"].as_str().context("no id")?.to_owned();
@@ -209,14 +209,14 @@ async fn the_emptying_of_a_node_is_listed_and_can_be_cancelled() -> Result<()> {
     cluster.vasto(&["operation", "cancel", &operation]).await?.refused(1, &["has ended already"])?;
     cluster.node_process(1 - full)?.signal(Signal::CONT);
     let tip = cluster.catalog("stays").await?.tip()?;
-    ensure!(tip.plan.is_none() && tip.leaving.is_empty() && !tip.members_on(id.parse()?).is_empty(), "{tip:?}");
-    // Made up ones are not known, whatever their number.
+    ensure!(tip.plan.is_none() && tip.draining_nodes.is_empty() && !tip.members_on(id.parse()?).is_empty(), "{tip:?}");
+    // Invented ids are unknown, whatever their number.
     for number in ["1", "99999999999999999"] {
         let invented = format!("node-{id}-{number}");
         cluster.vasto(&["operation", "show", &invented]).await?.refused(1, &["no operation"])?;
         cluster.vasto(&["operation", "cancel", &invented]).await?.refused(1, &["no operation"])?;
     }
-    // The next attempt is one of its own, and stays known.
+    // The next drain is a separate operation, and stays listed.
     let done = cluster.json(&["node", "drain", &id]).await?;
     ensure!(done["state"] == "done" && done["replicas_moved"] == 1, "{done}");
     let shown = cluster.json(&["operation", "show", done["id"].as_str().context("no id")?]).await?;
@@ -247,14 +247,14 @@ async fn a_node_that_is_away_for_long_is_replaced_without_being_asked() -> Resul
     ensure!(converged(&cluster, "auto").await? == 1_000);
     cluster.start_node(lost, Port::Same).await?;
     until("the old replica to be drained and gone", DEADLINE, async || {
-        catalog.tip().ok()?.unsealed.is_empty().then_some(())
+        catalog.tip().ok()?.draining.is_empty().then_some(())
     })
     .await?;
     cluster.finish().await
 }
 
-/// Every node and its disk is lost; the bucket alone brings back what it held, now and at a time before
-/// crashes, a hand-over of shipping, a resize and a bad delete.
+/// Every node and its disk is lost; the bucket alone restores the keyspace, both its last state and that before
+/// crashes, a change of the shipping replica, a resize and a bad delete.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_keyspace_is_restored_after_every_node_is_lost() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(3).set("node.ship_interval=200ms").start().await?;
@@ -270,7 +270,7 @@ async fn a_keyspace_is_restored_after_every_node_is_lost() -> Result<()> {
     tokio::time::sleep(Duration::from_millis(50)).await;
     let at = now();
     tokio::time::sleep(Duration::from_millis(50)).await;
-    // Crashes, another shipper, another shape, and the bad delete.
+    // Crashes, another shipper, another number of shards, and the bad delete.
     for node in 0..3 {
         cluster.kill9_node(node).await?;
         cluster.start_node(node, Port::Same).await?;
@@ -285,7 +285,7 @@ async fn a_keyspace_is_restored_after_every_node_is_lost() -> Result<()> {
     until("the evicted replica to be made anew", DEADLINE, async || {
         let tip = catalog.tip().ok()?;
         let whole = tip.placement.iter().all(|shard| shard.replicas.len() == 2);
-        (whole && tip.unsealed.is_empty() && tip.plan.is_none()).then_some(())
+        (whole && tip.draining.is_empty() && tip.plan.is_none()).then_some(())
     })
     .await?;
     cluster.resize("source", 3).await?;
@@ -313,7 +313,7 @@ async fn a_keyspace_is_restored_after_every_node_is_lost() -> Result<()> {
     let restored = cluster.keyspace("last").await?;
     same(&rows(&restored).await?, &last, "last")?;
     ensure!(restored.add_i64("n", 1).await? == 43);
-    // What was restored is a keyspace like any other: it gets its second replicas, grows, and can be lost.
+    // A restored keyspace is a keyspace like any other: it gets its second replicas, grows, and can be lost.
     cluster.settled("last").await?;
     let catalog = cluster.catalog("last").await?;
     until("the second replicas", DEADLINE, async || {
@@ -356,8 +356,8 @@ fn same(
     Ok(())
 }
 
-/// A node is away, and nothing of what was acknowledged since is in the bucket yet: a restore holds all of it, or
-/// says whose it is that it cannot hold. So does that of a keyspace that was just deleted.
+/// A node is away, and no write acknowledged since is in the bucket yet: a restore contains all of them, or names the
+/// node whose writes it cannot contain. So does a restore of a keyspace that was just deleted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restore_while_a_node_is_away_holds_what_was_acknowledged_or_is_refused() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(3).set("node.ship_interval=1h").start().await?;
@@ -384,7 +384,7 @@ async fn a_restore_while_a_node_is_away_holds_what_was_acknowledged_or_is_refuse
     ensure!(clone.get("k").await?.is_some());
     let ran = cluster.vasto(&["keyspace", "restore", "two", "--into", "named"]).await?;
     ensure!(ran.code == 0 && ran.stderr.contains(&id), "the node that is away is not named: {ran:?}");
-    // Nobody else has what it took.
+    // No other node has the writes of the lost node.
     let ran = cluster.vasto(&["keyspace", "restore", "alone", "--into", "part"]).await?;
     let mut texts: Vec<&str> = shards.iter().map(String::as_str).collect();
     texts.extend([id.as_str(), "--from-bucket"]);
@@ -428,14 +428,14 @@ async fn what_cannot_be_restored_or_replaced_is_said_and_changes_nothing() -> Re
     same.refused(1, &["the same"])?;
     let listed = cluster.json(&["keyspace", "list"]).await?;
     ensure!(listed.as_array().map(Vec::len) == Some(2), "{listed}");
-    // An empty keyspace is restored as one.
+    // An empty keyspace is restored empty.
     check_report(&cluster.json(&["keyspace", "restore", "two", "--into", "empty"]).await?)?;
     ensure!(rows(&cluster.keyspace("empty").await?).await?.is_empty());
     cluster.keyspace("empty").await?.put("k", "v").await?;
     cluster.finish().await
 }
 
-/// What the bucket has confirmed survives the loss of the only node at any moment.
+/// Writes confirmed by the bucket survive the loss of the only node at any point in time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_the_bucket_has_acknowledged_survives_the_loss_of_the_only_node() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(2).set("node.ship_interval=1h").start().await?;
@@ -458,7 +458,7 @@ async fn what_the_bucket_has_acknowledged_survives_the_loss_of_the_only_node() -
     cluster.finish().await
 }
 
-/// The whole life of a bucket: nothing is missing at any time, and what is not needed goes.
+/// The lifecycle of a bucket: no object is ever missing, and unneeded objects are deleted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_bucket_is_clean_and_garbage_goes() -> Result<()> {
     let cluster = Cluster::builder()
@@ -491,7 +491,7 @@ async fn the_bucket_is_clean_and_garbage_goes() -> Result<()> {
     ensure!(checked["missing"] == serde_json::json!([]) && checked["corrupt"] == serde_json::json!([]), "{checked}");
     check_report(&cluster.json(&["keyspace", "restore", "clean", "--into", "copy"]).await?)?;
     same(&rows(&cluster.keyspace("copy").await?).await?, &before, "after a collection")?;
-    // Damage is found, named, and said with an exit code.
+    // Damage is found, named, and reported with an exit code.
     let bucket = std::path::Path::new(cluster.bucket().trim_start_matches("file://")).to_owned();
     let checked = cluster.json(&["bucket", "fsck"]).await?;
     ensure!(checked["orphans"].as_array().is_some(), "{checked}");
@@ -502,7 +502,7 @@ async fn the_bucket_is_clean_and_garbage_goes() -> Result<()> {
     cluster.finish().await
 }
 
-/// Some file below a directory with this extension.
+/// Returns some file below a directory with this extension.
 fn find(dir: &std::path::Path, extension: &str) -> Result<Option<std::path::PathBuf>> {
     for entry in std::fs::read_dir(dir)? {
         let path = entry?.path();

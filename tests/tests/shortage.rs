@@ -1,5 +1,5 @@
-//! Shortages that pass: a disk that is full for a while, silent peers, readers that do not read. Whoever asks is told
-//! so, and nothing has to be restarted.
+//! Temporary shortages: a full disk, silent peers, readers that do not read. Clients receive an error that names the
+//! shortage, and no process has to be restarted.
 
 #![allow(clippy::unwrap_used)]
 
@@ -20,7 +20,7 @@ use vasto_tests::{Cluster, DEADLINE, free_port};
 struct SmallDisk(PathBuf);
 
 impl SmallDisk {
-    /// `None`, and the reason printed, where nothing can be mounted.
+    /// Mounts the file system; prints the reason and returns `None` where that is not possible.
     fn mount(dir: &Path, mib: u64) -> Result<Option<Self>> {
         std::fs::create_dir_all(dir)?;
         let size = format!("size={mib}m,nr_inodes=10000");
@@ -32,7 +32,7 @@ impl SmallDisk {
         Ok(Some(Self(dir.to_owned())))
     }
 
-    /// Takes all room but so much.
+    /// Fills the disk except for `leave` bytes.
     fn fill(&self, leave: u64) -> Result<()> {
         let free = free_bytes(&self.0)?;
         let file = std::fs::File::create(self.0.join("filler"))?;
@@ -65,7 +65,7 @@ async fn until(what: &str, mut condition: impl AsyncFnMut() -> bool) -> Result<(
     vasto_tests::until(what, DEADLINE, async || condition().await.then_some(())).await
 }
 
-/// What `/readyz` answers: the status line and the body.
+/// Returns the answer of `/readyz`: the status line and the body.
 async fn readyz(port: u16) -> Result<String> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).await?;
     stream.write_all(b"GET /readyz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await?;
@@ -120,7 +120,7 @@ async fn a_full_disk_is_told_and_passes_by_itself() -> Result<()> {
     cluster.finish().await
 }
 
-/// Peers that connect and say nothing used up all descriptors; they get a share, and are closed.
+/// Silent connections used up all descriptors; now they get a share of them, and are closed.
 #[tokio::test(flavor = "multi_thread")]
 async fn silent_connections_do_not_use_a_node_up() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(1).start().await?;
@@ -140,14 +140,14 @@ async fn silent_connections_do_not_use_a_node_up() -> Result<()> {
     cluster.finish().await
 }
 
-/// Resident memory of a process, bytes.
+/// Returns the resident memory of a process in bytes.
 fn resident(pid: u32) -> Result<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
     Ok(line.split_whitespace().nth(1).context("no number")?.parse::<u64>()? << 10)
 }
 
-/// Forty connections asked for 4 MiB values and read nothing: 3 GiB, and never given back.
+/// Forty connections requested 4 MiB values and read nothing: 3 GiB were used, and never released.
 #[tokio::test(flavor = "multi_thread")]
 async fn readers_that_read_nothing_share_one_budget_and_are_ended() -> Result<()> {
     const MIB: u64 = 1 << 20;
@@ -178,7 +178,7 @@ async fn readers_that_read_nothing_share_one_budget_and_are_ended() -> Result<()
     })
     .await?;
     ensure!(most < before + 900 * MIB, "{} MiB after {} MiB", most / MIB, before / MIB);
-    // Whoever reads is served all the while.
+    // A client that reads is served all the while.
     ensure!(keyspace.get("large").await?.is_some());
     drop(ignored);
     cluster.finish().await

@@ -1,6 +1,6 @@
-//! Nodes that are killed again and again under load, with two and three replicas.
+//! Nodes that are killed repeatedly under load, with two and three replicas.
 //!
-//! `VASTO_STORM_KILLS` says how many kills (20 unless said otherwise, to keep the suite short).
+//! `VASTO_STORM_KILLS` sets the number of kills (20 by default, to keep the suite short).
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
@@ -19,14 +19,14 @@ fn kills() -> u64 {
     std::env::var("VASTO_STORM_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(20)
 }
 
-/// Increments of one counter: acknowledged, and those of unknown outcome.
+/// Increments of one counter: acknowledged, and of unknown outcome.
 #[derive(Debug, Clone, Copy, Default)]
 struct Counted {
     acked: i64,
     unknown: i64,
 }
 
-/// Clients that count until they are stopped.
+/// Clients that increment counters until stopped.
 struct Counters {
     stop: Arc<AtomicBool>,
     counted: Arc<Mutex<BTreeMap<String, Counted>>>,
@@ -68,7 +68,7 @@ impl Counters {
     }
 }
 
-/// `(acknowledged, unknown, lost, too many)` over all counters.
+/// Returns `(acknowledged, unknown, lost, too many)` over all counters.
 async fn compare(keyspace: &Keyspace, counted: &BTreeMap<String, Counted>) -> Result<(i64, i64, i64, i64)> {
     let mut sums = (0, 0, 0, 0);
     for (key, one) in counted {
@@ -85,7 +85,7 @@ async fn primaries_are_home(cluster: &Cluster, name: &str) -> Result<()> {
     let catalog = cluster.catalog(name).await?;
     until("the primaries to be at home", DEADLINE, async || {
         let tip = catalog.tip().ok()?;
-        tip.placement.iter().all(|shard| shard.primary.is_none() && shard.handing_to.is_none()).then_some(())
+        tip.placement.iter().all(|shard| shard.primary.is_none() && shard.transferring_to.is_none()).then_some(())
     })
     .await
 }
@@ -95,18 +95,18 @@ async fn storm(ack: &str, replicas: &str) -> Result<()> {
     cluster.create("storm", 3, &["--replicas", replicas, "--ack", ack]).await?;
     cluster.create("counts", 3, &["--replicas", replicas, "--ack", ack]).await?;
     let history = Arc::new(History::default());
-    // Readers are not asked: after a failover a read may be older for a moment.
+    // No readers: after a failover a read may be stale for a short time.
     let spec = LoadSpec { writers: 6, readers: 0, ..LoadSpec::default() };
     let load = Load::start(&cluster.master(), "storm", &history, spec).await?;
     let counters = Counters::start(&cluster.keyspace("counts").await?, 4);
     let mut numbers = Numbers::new(200);
-    // With one of two nodes gone nobody can confirm what the other has.
+    // With one of two nodes gone, no peer can confirm the other's writes.
     let alone_is_not_enough = ack == "replica" && replicas == "2";
     for kill in 0..kills() {
         load.acks(200 + numbers.below(1_500)).await?;
         let node = numbers.below(3) as usize;
         cluster.kill9_node(node).await?;
-        // Sometimes it is back at once, sometimes another replica has become primary.
+        // In some rounds the node is back at once, in others another replica has become primary.
         if numbers.below(2) == 0 {
             if alone_is_not_enough {
                 tokio::time::sleep(Duration::from_millis(300 + numbers.below(700))).await;
@@ -115,7 +115,7 @@ async fn storm(ack: &str, replicas: &str) -> Result<()> {
             }
         }
         cluster.start_node(node, if kill % 2 == 0 { Port::Same } else { Port::New }).await?;
-        // One failure at a time: the other replicas must have what this one alone has acknowledged.
+        // One failure at a time: the other replicas must have all writes that this replica alone has acknowledged.
         converged_in_role(&cluster, "storm").await?;
         converged_in_role(&cluster, "counts").await?;
     }
@@ -137,8 +137,8 @@ async fn storm(ack: &str, replicas: &str) -> Result<()> {
     cluster.finish().await
 }
 
-/// Waits until every replica serves, has little to catch up, and has what any of its shard had when all
-/// served: their logs hold the same records, in whatever order.
+/// Waits until every replica serves, has little lag, and has every record that any replica of its shard had when all
+/// served: the logs hold the same records, in any order.
 async fn converged_in_role(cluster: &Cluster, name: &str) -> Result<()> {
     let mut needed: Option<Vec<u64>> = None;
     until("all replicas to have caught up", DEADLINE, async || {
@@ -181,7 +181,7 @@ async fn storm_with_three_replicas_and_fsync_acknowledgement() -> Result<()> {
     storm("fsync", "3").await
 }
 
-/// Waits until a replica is primary that is not the first of its shard.
+/// Waits until a shard has an acting primary.
 async fn another_acts(catalog: &CatalogDir) -> Result<()> {
     until("another replica to act as primary", DEADLINE, async || {
         catalog.tip().ok()?.placement.iter().any(|shard| shard.primary.is_some()).then_some(())
@@ -189,7 +189,7 @@ async fn another_acts(catalog: &CatalogDir) -> Result<()> {
     .await
 }
 
-/// Counters across restarts that end in order, and the hand-overs that follow: exact.
+/// Counters are exact across graceful restarts and the leadership transfers that follow.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn counters_are_exact_through_restarts_and_planned_hand_overs() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(3).start().await?;
@@ -211,7 +211,7 @@ async fn counters_are_exact_through_restarts_and_planned_hand_overs() -> Result<
     cluster.finish().await
 }
 
-/// The same with `fsync`: before a primary stops, or is evicted, another replica has what it counted.
+/// The same with `fsync`: before a primary stops, or is evicted, another replica has its increments.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn counters_are_exact_with_fsync_when_primaries_stop_and_leave() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(3).start().await?;
@@ -232,7 +232,7 @@ async fn counters_are_exact_with_fsync_when_primaries_stop_and_leave() -> Result
         until("a copy to take its place", DEADLINE, async || {
             let tip = catalog.tip().ok()?;
             let whole = tip.placement.iter().all(|shard| shard.replicas.len() == 2);
-            (whole && tip.unsealed.is_empty() && tip.plan.is_none()).then_some(())
+            (whole && tip.draining.is_empty() && tip.plan.is_none()).then_some(())
         })
         .await?;
     }

@@ -1,5 +1,5 @@
-//! What was acknowledged stays visible when time misbehaves and nothing crashes: overload, a disk that hangs, a
-//! network that is cut and heals, planned stops.
+//! Acknowledged writes stay visible under timing faults without crashes: overload, a disk that hangs, a network that
+//! is cut and heals, planned stops.
 #![allow(clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
@@ -13,14 +13,14 @@ use vasto_client::{Ack, ErrorKind, Keyspace, Outcome, ReadFrom, Vasto, WriteTo};
 use vasto_tests::replicas::converged_by;
 use vasto_tests::{CatalogDir, Cluster, DEADLINE, Hosts, Port, until};
 
-/// Three nodes with a network of their own each, and one keyspace on them.
+/// Three nodes with their own networks, and one keyspace on them.
 struct Net {
     hosts: Hosts,
     catalog: CatalogDir,
 }
 
 impl Net {
-    /// `zones` has one name for each node; the keyspace has so many replicas.
+    /// Starts a node for each zone, and creates a keyspace with this many replicas.
     async fn start(zones: [&str; 3], replicas: u32) -> Result<Self> {
         let hosts = Hosts::start(&zones).await?;
         let replicas = replicas.to_string();
@@ -32,17 +32,17 @@ impl Net {
         Ok(Vasto::connect(&self.hosts.master).await?.keyspace("split").await?)
     }
 
-    /// Hosts in the order of preference, the primary first.
+    /// Returns the hosts in the order of preference, the primary first.
     fn preferred(&self) -> Result<Vec<usize>> {
         let tip = self.catalog.tip()?;
         tip.placement[0].primary_first().iter().map(|one| self.hosts.host_of(&one.node.to_string())).collect()
     }
 
-    /// Waits until the primary is at home and everybody serves.
+    /// Waits until the preferred primary is primary and all replicas serve.
     async fn home(&self) -> Result<()> {
         until("home and all serving", DEADLINE, async || {
             let tip = self.catalog.tip().ok()?;
-            let home = tip.placement[0].primary.is_none() && tip.placement[0].handing_to.is_none();
+            let home = tip.placement[0].primary.is_none() && tip.placement[0].transferring_to.is_none();
             let described = self.hosts.vasto(&["keyspace", "describe", "split"]).await.ok()?;
             let replicas = described["placement"][0]["replicas"].as_array()?.clone();
             (home && replicas.iter().all(|one| one["state"] == "serving")).then_some(())
@@ -55,7 +55,7 @@ fn text(value: Option<vasto_client::Value>) -> String {
     value.map_or("(none)".into(), |value| value.to_string())
 }
 
-/// A read of one client sees what the same client was told before the network was whole again.
+/// A client's read sees the writes acknowledged to the same client before the network healed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_primary_that_was_isolated_serves_what_was_acknowledged_meanwhile() -> Result<()> {
     let net = Net::start(["z"; 3], 3).await?;
@@ -83,7 +83,7 @@ async fn a_primary_that_was_isolated_serves_what_was_acknowledged_meanwhile() ->
     net.hosts.end().await
 }
 
-/// Conditional writes and counters build on what was acknowledged while the primary was cut off.
+/// Conditional writes and counters build on writes that were acknowledged while the primary was cut off.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn conditions_hold_on_what_was_acknowledged_while_the_primary_was_isolated() -> Result<()> {
     let net = Net::start(["z"; 3], 3).await?;
@@ -114,7 +114,8 @@ async fn conditions_hold_on_what_was_acknowledged_while_the_primary_was_isolated
     net.hosts.end().await
 }
 
-/// The next replica in the order was cut off while the others took writes; the primary dies as it heals.
+/// The next replica in the placement order was cut off while the others accepted writes; the primary dies as the cut
+/// heals.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_successor_of_a_dead_primary_holds_what_two_replicas_acknowledged() -> Result<()> {
     let net = Net::start(["z"; 3], 3).await?;
@@ -148,7 +149,8 @@ async fn the_successor_of_a_dead_primary_holds_what_two_replicas_acknowledged() 
     net.hosts.end().await
 }
 
-/// Both zones are cut from each other and written by choice; afterwards the later event time stands everywhere.
+/// Both zones are cut off from each other and written through `WriteTo::Zone`; afterwards the later event time wins
+/// everywhere.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_zones_that_are_written_by_choice_converge_on_the_later_event_time() -> Result<()> {
     let net = Net::start(["eu", "us", "us"], 3).await?;
@@ -168,7 +170,7 @@ async fn two_zones_that_are_written_by_choice_converge_on_the_later_event_time()
     net.hosts.network.cut_between(0, 2)?;
     for n in 0..20u64 {
         let key = format!("k{n}");
-        // The later one is written first, and elsewhere.
+        // The write with the later event time is made first, in the other zone.
         let (late, early) = if n % 2 == 0 { (&eu, &us) } else { (&us, &eu) };
         match n % 4 {
             0 | 1 => late.put(key.as_str(), "late").event_time(stamp + 2_000).await?,
@@ -192,7 +194,7 @@ async fn two_zones_that_are_written_by_choice_converge_on_the_later_event_time()
     net.hosts.end().await
 }
 
-/// A client that writes and reads back one key while every node is stopped and started in turn.
+/// A client writes and reads one key while every node is stopped and started in turn.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn planned_stops_hide_no_acknowledged_write() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(2).start().await?;
@@ -233,8 +235,8 @@ async fn planned_stops_hide_no_acknowledged_write() -> Result<()> {
     cluster.finish().await
 }
 
-/// Two replicas under much more than the machine can do: one client in the foreground reads its own writes, and
-/// its conditions and counters build on them.
+/// Two replicas under far more load than the machine can serve: one foreground client reads its own writes, and its
+/// conditions and counters build on these.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn overload_hides_no_acknowledged_write() -> Result<()> {
     let cluster = Cluster::builder().nodes(2).allow("").start().await?;
@@ -294,7 +296,7 @@ async fn overload_hides_no_acknowledged_write() -> Result<()> {
     cluster.finish().await
 }
 
-/// A file system of its own whose writes can be made to hang.
+/// A separate file system whose writes can be made to hang.
 struct FrozenDisk {
     mount: PathBuf,
 }
@@ -331,7 +333,7 @@ impl Drop for FrozenDisk {
     }
 }
 
-/// The disk of one node takes no writes for a while and answers nothing: its shards are served by others.
+/// The disk of one node accepts no writes for a while and does not answer: other nodes serve its shards.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_primary_whose_disk_hangs_is_replaced() -> Result<()> {
     let outside = tempfile::tempdir()?;

@@ -6,19 +6,19 @@ use super::{bytes, count, list, text};
 use crate::{
     args::{Bucket, BucketCommand},
     connect,
-    output::{self, Failure, OutputFormat, Progress, Unit, table},
+    output::{self, Failure, OutputFormat, ProgressLine, Unit, table},
 };
 
-/// Lines of a list that people are shown.
+/// Lines of a list that the table format prints.
 const SHOWN: usize = 20;
 
 /// Runs one command of `vasto bucket`.
 ///
 /// # Errors
-/// What the cluster says; objects that are missing or damaged.
+/// An error of the cluster; objects that are missing or damaged.
 pub async fn run(args: &Bucket, format: OutputFormat) -> anyhow::Result<()> {
     let vasto = connect::connect(&args.connect).await?;
-    let progress = Progress::start("looking through the bucket", Unit::Items, None);
+    let progress = ProgressLine::start("looking through the bucket", Unit::Items, None);
     let (answer, shown): (_, fn(&Value) -> String) = match args.command {
         BucketCommand::Fsck { deep } => (vasto.check_bucket(deep).await, checked),
         BucketCommand::Gc { dry_run } => (vasto.collect_garbage(dry_run).await, collected),
@@ -111,7 +111,7 @@ fn repaired(answer: &Value) -> String {
     out + &warnings(answer)
 }
 
-/// What somebody should look at, a line each.
+/// Formats the warnings of an answer, one per line.
 fn warnings(answer: &Value) -> String {
     list(&answer["warnings"]).iter().map(|warning| format!("warning: {}\n", text(warning))).collect()
 }

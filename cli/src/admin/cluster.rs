@@ -15,7 +15,7 @@ use crate::{
 /// Runs one command of `vasto node`.
 ///
 /// # Errors
-/// What the cluster says.
+/// An error of the cluster.
 pub async fn node(args: &Node, format: OutputFormat) -> anyhow::Result<()> {
     let vasto = connect::connect(&args.connect).await?;
     let (started, no_wait) = match &args.command {
@@ -54,7 +54,7 @@ async fn list_nodes(vasto: &Vasto, format: OutputFormat) -> anyhow::Result<()> {
 /// Runs one command of `vasto cluster`.
 ///
 /// # Errors
-/// What the cluster says.
+/// An error of the cluster.
 pub async fn cluster(args: &Cluster, format: OutputFormat) -> anyhow::Result<()> {
     let ClusterCommand::Status = args.command;
     let status = connect::document(connect::connect(&args.connect).await?.cluster_status().await)?;
@@ -100,7 +100,7 @@ fn overview(status: &Value) -> String {
     out
 }
 
-/// What a month costs, in one line, and what is to be known about it; nothing from a master that does not say.
+/// Formats the estimated monthly cost and its note; empty when the master reports no estimate.
 fn bill(bill: &Value) -> String {
     if bill.is_null() {
         return String::new();

@@ -1,4 +1,4 @@
-//! `vasto keyspace`, but for `resize`, which has its own module.
+//! `vasto keyspace`, except for `resize`, which has its own module.
 
 use serde_json::Value;
 use vasto_client::KeyspaceSpec;
@@ -7,13 +7,13 @@ use super::{bytes, count, list, resize, text};
 use crate::{
     args::{Keyspace, KeyspaceCommand, KeyspaceCreate},
     connect,
-    output::{self, OutputFormat, Progress, Unit, table},
+    output::{self, OutputFormat, ProgressLine, Unit, table},
 };
 
 /// Runs one command of `vasto keyspace`.
 ///
 /// # Errors
-/// What the cluster says.
+/// An error of the cluster.
 pub async fn run(args: &Keyspace, format: OutputFormat) -> anyhow::Result<()> {
     let vasto = connect::connect(&args.connect).await?;
     let (answer, shown): (Value, fn(&Value) -> String) = match &args.command {
@@ -39,13 +39,13 @@ pub async fn run(args: &Keyspace, format: OutputFormat) -> anyhow::Result<()> {
             })
         }
         KeyspaceCommand::Checkpoint(which) => {
-            let progress = Progress::start(format!("checkpoint of {}", which.name), Unit::Items, None);
+            let progress = ProgressLine::start(format!("checkpoint of {}", which.name), Unit::Items, None);
             let answer = connect::document(vasto.checkpoint_keyspace(&which.name).await);
             progress.clear();
             (answer?, |answer| format!("every shard of {} has a checkpoint in the bucket\n", text(&answer["keyspace"])))
         }
         KeyspaceCommand::Compact(which) => {
-            let progress = Progress::start(format!("compaction of {}", which.name), Unit::Items, None);
+            let progress = ProgressLine::start(format!("compaction of {}", which.name), Unit::Items, None);
             let answer = connect::document(vasto.compact_keyspace(&which.name).await);
             progress.clear();
             (answer?, |answer| format!("every shard of {} is compacted\n", text(&answer["keyspace"])))
@@ -102,7 +102,7 @@ fn created(keyspace: &Value) -> String {
     )
 }
 
-/// `keyspace list`, also part of `cluster status`.
+/// The table of `keyspace list`, also part of `cluster status`.
 pub(super) fn listing(keyspaces: &Value) -> String {
     let rows = list(keyspaces).iter().map(|one| {
         let column = |name: &str| text(&one[name]);
@@ -120,7 +120,7 @@ pub(super) fn listing(keyspaces: &Value) -> String {
     table(&["NAME", ">SHARDS", ">REPLICAS", "ACK", "STATE", ">~KEYS", ">BYTES", "OPERATION"], rows)
 }
 
-/// An estimate; a master of an older version has one name for it.
+/// Returns the estimated number of keys; a master of an older version names the field `keys`.
 fn keys(document: &Value) -> &Value {
     match &document["keys_estimate"] {
         Value::Null => &document["keys"],
@@ -128,7 +128,7 @@ fn keys(document: &Value) -> &Value {
     }
 }
 
-/// Each replica with its shard.
+/// Returns each replica with its shard.
 fn replicas(keyspace: &Value) -> impl Iterator<Item = (&Value, &Value)> {
     let shards = list(&keyspace["placement"]).iter();
     shards.flat_map(|shard| list(&shard["replicas"]).iter().map(move |replica| (&shard["shard"], replica)))

@@ -14,7 +14,7 @@ use crate::{
 /// Runs one command of `vasto operation`.
 ///
 /// # Errors
-/// What the cluster says.
+/// An error of the cluster.
 pub async fn run(args: &Operation, format: OutputFormat) -> anyhow::Result<()> {
     let vasto = connect::connect(&args.connect).await?;
     let (answer, shown): (Value, fn(&Value) -> String) = match &args.command {
@@ -69,7 +69,7 @@ fn show(operation: &Value) -> String {
     }
 }
 
-/// A running operation in one line.
+/// Formats a running operation in one line.
 pub fn line(operation: &Value) -> String {
     let column = |name: &str| text(&operation[name]);
     let mut out = format!(
@@ -90,7 +90,7 @@ pub fn line(operation: &Value) -> String {
     out
 }
 
-/// A finished operation.
+/// Formats the report of a finished operation.
 pub fn report(operation: &Value) -> String {
     let column = |name: &str| text(&operation[name]);
     let pause = &operation["write_pause_ms"];
@@ -124,7 +124,7 @@ pub fn report(operation: &Value) -> String {
             format!("p50 {} ms, p99 {} ms, max {} ms", text(&pause["p50"]), text(&pause["p99"]), text(&pause["max"])),
         ),
     ];
-    // What came behind this in a log that had not been shipped is not in what was made from it.
+    // Records after this LSN that had not been shipped are missing from the result.
     let reached = operation["reached"].as_array().into_iter().flatten().map(|one| {
         let (shard, replica, lsn) = (text(&one["shard"]), text(&one["replica"]), text(&one["lsn"]));
         ("log reached", format!("shard {shard}: LSN {lsn} of replica {replica}"))

@@ -1,7 +1,7 @@
 //! `vasto keyspace resize`: starts it, follows it, prints the report.
 //!
-//! The master does the work and goes on without this process: whoever stops waiting loses only
-//! the view. A master that is away for a while is waited for, since the next one goes on.
+//! The master runs the operation and continues without this process: a client that stops waiting loses only the
+//! progress display. While no master answers, the client waits, because the next master continues the operation.
 
 use std::time::{Duration, Instant};
 
@@ -12,18 +12,18 @@ use super::{bytes, count, list, operation, text};
 use crate::{
     args::KeyspaceResize,
     connect,
-    output::{self, Failure, OutputFormat, Progress, Unit, format_bytes, format_duration, table},
+    output::{self, Failure, OutputFormat, ProgressLine, Unit, format_bytes, format_duration, table},
 };
 
-/// How often it asks.
+/// Interval between polls of the operation.
 const POLL: Duration = Duration::from_millis(100);
-/// A master that is away for longer is given up.
+/// Time without a master after which the client gives up.
 const AWAY_MAX: Duration = Duration::from_secs(120);
 
 /// Runs `vasto keyspace resize`.
 ///
 /// # Errors
-/// What the cluster says; an operation that was aborted.
+/// An error of the cluster; an operation that was aborted.
 pub async fn run(vasto: &Vasto, args: &KeyspaceResize, format: OutputFormat) -> anyhow::Result<()> {
     if args.plan {
         let plan = connect::document(vasto.plan_resize(&args.name, args.shards).await)?;
@@ -33,10 +33,10 @@ pub async fn run(vasto: &Vasto, args: &KeyspaceResize, format: OutputFormat) -> 
     wait(vasto, started, args.no_wait, format).await
 }
 
-/// Follows an operation that was just started to its end, unless nobody wants to wait.
+/// Follows an operation that was just started to its end, unless `no_wait` is set.
 ///
 /// # Errors
-/// What the cluster says; an operation that was aborted.
+/// An error of the cluster; an operation that was aborted.
 pub async fn wait(vasto: &Vasto, started: Value, no_wait: bool, format: OutputFormat) -> anyhow::Result<()> {
     let id = text(&started["id"]);
     if no_wait {
@@ -70,7 +70,7 @@ fn show(document: &Value, format: OutputFormat, shown: fn(&Value) -> String) -> 
     Ok(())
 }
 
-/// Shows the progress on stderr until the operation has ended; answers how.
+/// Shows the progress on stderr until the operation has ended; returns its final document.
 async fn follow(vasto: &Vasto, id: &str, started: &Value) -> anyhow::Result<Value> {
     let name = match started["kind"].as_str() {
         Some("restore") => format!("restore of {}", text(&started["keyspace"])),
@@ -78,7 +78,7 @@ async fn follow(vasto: &Vasto, id: &str, started: &Value) -> anyhow::Result<Valu
         _ => format!("{} {} -> {}", text(&started["keyspace"]), text(&started["from"]), text(&started["to"])),
     };
     let mut step = text(&started["step"]);
-    let mut progress = Progress::start(format!("{name} {step}"), Unit::Bytes, None);
+    let mut progress = ProgressLine::start(format!("{name} {step}"), Unit::Bytes, None);
     let mut poll = tokio::time::interval(POLL);
     let mut away_since: Option<Instant> = None;
     loop {
@@ -111,14 +111,14 @@ async fn follow(vasto: &Vasto, id: &str, started: &Value) -> anyhow::Result<Valu
     }
 }
 
-fn set_step(progress: &mut Progress, step: &mut String, name: &str, now: &str) {
+fn set_step(progress: &mut ProgressLine, step: &mut String, name: &str, now: &str) {
     if step != now {
         now.clone_into(step);
         progress.label(format!("{name} {now}"));
     }
 }
 
-/// The step, and what it waits for when nothing moves.
+/// Formats the current step, and what the step waits for while no bytes are moving.
 fn doing(now: &Value) -> String {
     let moves = now["bytes_done"].as_u64() < now["bytes_total"].as_u64();
     match now["waiting_for"].as_str() {

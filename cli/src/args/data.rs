@@ -116,7 +116,7 @@ pub struct KvScan {
     pub partition: Option<Escaped>,
 }
 
-/// What `vasto bench` does.
+/// The workloads of `vasto bench`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Workload {
     /// Writes of random keys

@@ -1,4 +1,4 @@
-//! How the words on the command line become values, and what to say when they do not.
+//! Parsers from command-line words to values, with the error messages for words that do not parse.
 
 use std::{
     ffi::{OsStr, OsString},
@@ -32,12 +32,12 @@ pub(super) fn parse_size(text: &str) -> Result<usize, String> {
     usize::try_from(size.as_u64()).map_err(|_| "this is more than fits into memory".to_owned())
 }
 
-/// Bytes that were given as text with escapes; see [`crate::output::printable`] for the way back.
+/// Bytes that were given as escaped text; [`crate::output::printable`] is the inverse.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Escaped(pub Vec<u8>);
 
-/// `\xNN` is the byte NN, `\\` a backslash; everything else, also bytes that are no UTF-8, stands for
-/// itself. A backslash that begins neither stands for itself, too, as in `C:\dir`.
+/// Parses escapes: `\xNN` is the byte NN, `\\` a backslash. Everything else, including bytes that are not UTF-8, is
+/// taken literally, and so is a backslash that begins neither escape, as in `C:\dir`.
 pub(super) fn escaped_parser() -> impl TypedValueParser<Value = Escaped> {
     OsStringValueParser::new().try_map(|text: OsString| unescape(&text))
 }
@@ -69,7 +69,7 @@ pub(super) fn parse_hash(text: &str) -> Result<u64, String> {
     u64::from_str_radix(text, 16).map_err(|_| "write the 16 hexadecimal digits that `vasto kv scan` shows".to_owned())
 }
 
-/// Microseconds since 1970; 0 is no event time.
+/// Parses microseconds since 1970; 0 is not an event time.
 pub(super) fn parse_event_time(text: &str) -> Result<u64, String> {
     let micros = match text.parse::<u64>() {
         Ok(micros) => micros,

@@ -55,7 +55,7 @@ pub struct Dev {
 }
 
 impl Dev {
-    /// The flags as configuration; the admin address is the one of the master section.
+    /// Converts the flags to configuration; the admin address becomes that of the master section.
     pub fn overrides(&self) -> Overrides {
         self.server.overrides("master").set("bucket.url", "--bucket", self.bucket.as_ref()).set(
             "master.listen",
@@ -91,7 +91,7 @@ pub struct ServeMaster {
 }
 
 impl ServeMaster {
-    /// The flags as configuration.
+    /// Converts the flags to configuration.
     pub fn overrides(&self) -> Overrides {
         self.server.overrides("master").set("bucket.url", "--bucket", self.bucket.as_ref()).set(
             "master.listen",
@@ -129,7 +129,7 @@ pub struct ServeNode {
 }
 
 impl ServeNode {
-    /// The flags as configuration.
+    /// Converts the flags to configuration.
     pub fn overrides(&self) -> Overrides {
         self.server
             .overrides("node")

@@ -1,4 +1,4 @@
-//! The command line as scripts use it.
+//! Tests of the command line as scripts use it.
 #![allow(clippy::unwrap_used)]
 
 use std::ffi::OsStr;
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::config;
 
-/// Splits like a shell, as far as the examples need it.
+/// Splits a line into words like a shell, as far as the examples need it.
 fn words(line: &str) -> Vec<String> {
     let mut words = vec![String::new()];
     let mut quoted = false;
@@ -53,7 +53,7 @@ fn every_example_in_a_help_text_parses() {
     examples(&Cli::command(), &mut lines);
     assert!(lines.len() > 20, "{lines:?}");
     for line in lines {
-        // What the shell takes for itself.
+        // The shell consumes the redirection.
         let line = line.split(" <").next().unwrap();
         command_of(line).unwrap_or_else(|error| panic!("{line}\n{error}"));
     }

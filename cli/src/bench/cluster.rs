@@ -1,5 +1,5 @@
-//! The operations of a workload on a keyspace of a running cluster, through the client library:
-//! one task per client, each with one operation under way.
+//! The operations of a workload on a keyspace of a running cluster, through the client library: one task per client,
+//! each with one operation in flight.
 
 use std::{sync::Arc, time::Instant};
 
@@ -14,12 +14,12 @@ use super::{
 
 /// Keys in a batch when loading.
 const LOAD_BATCH: u64 = 500;
-/// Batches under way when loading.
+/// Batches in flight when loading.
 const LOAD_PARALLEL: usize = 8;
-/// Keys that are looked at to see whether all are there.
+/// Keys that [`loaded`] samples.
 const SAMPLE: u64 = 64;
 
-/// Are the keys `0..keys` there? Looks at some of them, the first and the last included.
+/// Returns whether the keys `0..keys` exist, judged by a sample that includes the first and the last.
 pub async fn loaded(keyspace: &Keyspace, keys: u64) -> Result<bool, Error> {
     let sample = (0..SAMPLE.min(keys)).map(|step| key(sampled(step, keys)));
     Ok(keyspace.get_many(sample).await?.iter().all(Option::is_some))
@@ -31,7 +31,7 @@ fn sampled(step: u64, keys: u64) -> u64 {
     (u128::from(step) * u128::from(keys - 1) / u128::from(steps)) as u64
 }
 
-/// Writes the keys `0..keys`; `progress` is told how many more are there.
+/// Writes the keys `0..keys`; `progress` receives the number of keys written since its last call.
 pub async fn load(keyspace: &Keyspace, keys: u64, values: &Values, progress: impl Fn(u64)) -> Result<(), Error> {
     let starts = (0..keys).step_by(LOAD_BATCH as usize);
     let batches = stream::iter(starts).map(|start| async move {
@@ -46,8 +46,8 @@ pub async fn load(keyspace: &Keyspace, keys: u64, values: &Values, progress: imp
     Ok(())
 }
 
-/// Deletes the keys `0..keys` as far as they are there, and nothing else; `progress` is told how many more
-/// are gone.
+/// Deletes those of the keys `0..keys` that exist, and nothing else; `progress` receives the number of keys deleted
+/// since its last call.
 pub async fn unload(keyspace: &Keyspace, keys: u64, progress: impl Fn(u64)) -> Result<(), Error> {
     let rows = keyspace.scan().prefix(KEY_PREFIX).keys_only().stream();
     let mine = rows.try_filter(|row| {
@@ -65,7 +65,7 @@ pub async fn unload(keyspace: &Keyspace, keys: u64, progress: impl Fn(u64)) -> R
     Ok(())
 }
 
-/// One task per generator, until the run ends.
+/// Runs one task per generator, until the run ends.
 pub async fn run(run: &Arc<Run>, keyspace: &Keyspace, generators: Vec<Generator>, values: &Values, ack: Option<Ack>) {
     let mut clients = JoinSet::new();
     for (number, generator) in generators.into_iter().enumerate() {
@@ -132,7 +132,7 @@ impl Client {
     }
 }
 
-/// The same request would fail again, however often.
+/// Returns whether a repetition of the request would fail again.
 fn hopeless(kind: ErrorKind) -> bool {
     !matches!(kind, ErrorKind::Unavailable | ErrorKind::Overloaded | ErrorKind::DeadlineExceeded | ErrorKind::Unknown)
 }

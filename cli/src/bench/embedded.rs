@@ -1,8 +1,8 @@
-//! The yardstick: the same operations by the same number of threads on a RocksDB in this process.
+//! The baseline: the same operations by the same number of threads on a RocksDB in this process.
 //!
-//! The database has the settings of a node's databases (compression, block size, filters, memory),
-//! and what a node replaces by its binlog: RocksDB's own write-ahead log, synced by each write at
-//! `fsync` (RocksDB syncs once for all that wait), handed to the operating system at `os`.
+//! The database has the settings of a node's databases (compression, block size, filters, memory), and RocksDB's own
+//! write-ahead log in place of a node's binlog: synced by each write at `fsync` (RocksDB syncs once for all waiting
+//! writes), handed to the operating system at `os`.
 //!
 //! Invariant: a directory that does not carry this bench's mark is never written to.
 
@@ -19,9 +19,9 @@ use super::{
 };
 use crate::{args::Ack, output::Failure};
 
-/// A file of this name says that the directory belongs to this bench.
+/// The file that marks a directory as belonging to this bench.
 const MARK: &str = "VASTO-BENCH";
-/// Keys written at a time when loading.
+/// Keys in a batch when loading.
 const LOAD_BATCH: u64 = 1_000;
 
 /// An open database.
@@ -31,11 +31,11 @@ pub struct Embedded {
 }
 
 impl Embedded {
-    /// Opens the database in `dir`, or makes a new one in a directory that is empty or not there.
+    /// Opens the database in `dir`, or creates one in a directory that is empty or does not exist.
     ///
     /// # Errors
-    /// [`Failure`] for a directory with other things in it, for an acknowledgement that one
-    /// process cannot give, and what RocksDB says.
+    /// [`Failure`] for a directory with other contents, for an acknowledgement level that one process cannot give,
+    /// and for an error of RocksDB.
     pub fn open(dir: &Path, ack: Ack, cache_bytes: usize, write_buffer_bytes: usize) -> anyhow::Result<Embedded> {
         let sync = match ack {
             Ack::Os => false,
@@ -51,12 +51,12 @@ impl Embedded {
         Ok(Embedded { db, sync })
     }
 
-    /// Is the key of this number there?
+    /// Returns whether the key of this number exists.
     pub fn has(&self, number: u64) -> anyhow::Result<bool> {
         Ok(self.db.get_pinned(key(number))?.is_some())
     }
 
-    /// Writes the keys `0..keys`; `progress` is told how many are there.
+    /// Writes the keys `0..keys`; `progress` receives the number of keys written so far.
     pub fn load(&self, keys: u64, values: &Values, progress: impl Fn(u64)) -> anyhow::Result<()> {
         let mut start = 0;
         while start < keys {
@@ -70,7 +70,7 @@ impl Embedded {
         Ok(())
     }
 
-    /// One thread per generator, until the run ends.
+    /// Runs one thread per generator, until the run ends.
     pub fn run(&self, run: &Arc<Run>, generators: Vec<Generator>, values: &Values) {
         std::thread::scope(|threads| {
             for (client, mut generator) in generators.into_iter().enumerate() {
@@ -93,7 +93,7 @@ impl Embedded {
     fn perform(&self, op: Op, value: &[u8], write: &WriteOptions) -> Result<Found, rocksdb::Error> {
         let found = |value: Option<_>| if value.is_some() { Found::Yes } else { Found::No };
         match op {
-            // Copied out, as a client gets it.
+            // Copied, as a client would receive it.
             Op::Get(number) => Ok(found(self.db.get(key(number))?)),
             Op::Put(number) => self.db.put_opt(key(number), value, write).map(|()| Found::Yes),
             Op::Modify(number) => {
@@ -133,8 +133,8 @@ fn claim(dir: &Path) -> anyhow::Result<()> {
     fs::write(mark, "The directory of `vasto bench --embedded`; it may be removed.\n").with_context(cannot)
 }
 
-/// The settings of a node's databases, but for the write-ahead log and for concurrent writers,
-/// which a node has no use for: each of its databases has one writer.
+/// The settings of a node's databases, except for the write-ahead log and for concurrent writers, which a node does
+/// not need: each of its databases has one writer.
 fn options(cache_bytes: usize, write_buffer_bytes: usize) -> Options {
     let mut table = BlockBasedOptions::default();
     table.set_block_cache(&Cache::new_lru_cache(cache_bytes));

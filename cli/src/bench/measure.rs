@@ -1,7 +1,7 @@
-//! How much was done, how fast: counting, percentiles, and the report.
+//! Measurement of a run: counts, latency percentiles, and the report.
 //!
-//! Invariant: an operation counts once, as done or as failed; latencies are of those done.
-//! A client asks [`Run::begin`] before each operation, so that a run ends by itself.
+//! Invariant: an operation counts once, as done or as failed; latencies are of done operations only. A client calls
+//! [`Run::begin`] before each operation, so that a run ends by itself.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -14,29 +14,29 @@ use serde::Serialize;
 
 use crate::output::{format_count, format_duration};
 
-/// Three figures are kept of each latency.
+/// Significant figures of each recorded latency.
 const FIGURES: u8 = 3;
-/// Latencies above this count as this; no operation has a deadline near it.
+/// The largest latency recorded; a greater latency counts as this. No operation has a deadline near it.
 const LATENCY_MAX: Duration = Duration::from_secs(3_600);
-/// Clients share this many recorders: enough that they do not wait for each other, few enough
-/// that thousands of clients need no memory for them.
+/// Recorders that clients share: enough to avoid lock contention, few enough that thousands of clients need no memory
+/// for them.
 const RECORDERS: usize = 32;
 
-/// When to stop.
+/// The end condition of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Until {
-    /// So many operations were begun.
+    /// After this number of operations was begun.
     Requests(u64),
-    /// This much time has passed.
+    /// After this time has passed.
     Elapsed(Duration),
 }
 
-/// What came of an operation that did not fail.
+/// The outcome of an operation that did not fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Found {
-    /// What was read is there, or was written.
+    /// The key read exists, or the key was written.
     Yes,
-    /// A key was read that is not there.
+    /// The key read does not exist.
     No,
 }
 
@@ -77,7 +77,7 @@ impl Recorder {
 }
 
 impl Run {
-    /// Starts the clock.
+    /// Starts the clock of a run.
     pub fn start(until: Until) -> Run {
         Run {
             started: Instant::now(),
@@ -89,7 +89,7 @@ impl Run {
         }
     }
 
-    /// May another operation begin?
+    /// Returns whether another operation may begin.
     pub fn begin(&self) -> bool {
         if self.stopped.load(Ordering::Relaxed) {
             return false;
@@ -100,12 +100,12 @@ impl Run {
         }
     }
 
-    /// No further operation begins.
+    /// Ends the run: no further operation begins.
     pub fn stop(&self) {
         self.stopped.store(true, Ordering::Relaxed);
     }
 
-    /// An operation of this client was done.
+    /// Records that an operation of this client was done.
     pub fn record(&self, client: usize, latency: Duration, found: Found) {
         let mut recorder = self.recorders[client % RECORDERS].lock();
         recorder.nanoseconds.saturating_record(u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX).max(1));
@@ -114,7 +114,7 @@ impl Run {
         self.done.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// An operation of this client failed; a hopeless one ends the run.
+    /// Records that an operation of this client failed; a hopeless failure ends the run.
     pub fn fail(&self, client: usize, error: impl ToString, hopeless: bool) {
         let mut recorder = self.recorders[client % RECORDERS].lock();
         recorder.errors += 1;
@@ -125,12 +125,12 @@ impl Run {
         }
     }
 
-    /// Operations done so far.
+    /// Returns the number of operations done so far.
     pub fn done(&self) -> u64 {
         self.done.load(Ordering::Relaxed)
     }
 
-    /// How many operations there will be, when that is known.
+    /// Returns the total number of operations, when it is known in advance.
     pub fn total(&self) -> Option<u64> {
         match self.until {
             Until::Requests(requests) => Some(requests),
@@ -138,7 +138,7 @@ impl Run {
         }
     }
 
-    /// The figures, and the text of the first error.
+    /// Returns the figures, and the text of the first error.
     pub fn finish(&self, elapsed: Duration) -> (Figures, Option<String>) {
         let mut all = Recorder::new();
         self.recorders.iter().for_each(|recorder| all.add(&recorder.lock()));
@@ -159,7 +159,7 @@ impl Run {
         (figures, all.first_error)
     }
 
-    /// The time since the start.
+    /// Returns the time since the start.
     pub fn elapsed(&self) -> Duration {
         self.started.elapsed()
     }
@@ -169,7 +169,7 @@ fn micros(nanoseconds: u64) -> f64 {
     (nanoseconds as f64 / 100.0).round() / 10.0
 }
 
-/// Microseconds.
+/// Latencies in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Latency {
     p50: f64,
@@ -179,42 +179,42 @@ pub struct Latency {
     max: f64,
 }
 
-/// What a run measured.
+/// The measurements of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Figures {
-    /// Done, without those that failed.
+    /// Operations done, without failed ones.
     pub ops: u64,
-    /// Failed.
+    /// Operations that failed.
     pub errors: u64,
     seconds: f64,
     ops_per_sec: f64,
     latency_us: Latency,
-    /// Reads of keys that were not there; they count as done.
+    /// Reads of keys that did not exist; these count as done.
     not_found: u64,
 }
 
-/// The JSON of `vasto bench`: the fields of the contract first.
+/// The JSON of `vasto bench`: the fields that are a contract come first.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
-    /// Its name on the command line.
+    /// Name of the workload on the command line.
     pub workload: String,
-    /// How many at the same time.
+    /// Number of concurrent clients.
     pub clients: u32,
-    /// What was measured.
+    /// The measurements.
     #[serde(flatten)]
     pub figures: Figures,
     /// `cluster` or `embedded`.
     pub target: &'static str,
-    /// The level that was asked for; `null`: that of the keyspace.
+    /// The requested acknowledgement level; `null`: that of the keyspace.
     pub ack: Option<String>,
-    /// Bytes.
+    /// Bytes of a value.
     pub value_size: usize,
     /// Distinct keys at the start.
     pub keys: u64,
 }
 
 impl Report {
-    /// For people.
+    /// Formats the report for people.
     pub fn text(&self) -> String {
         let Figures { ops, errors, seconds, ops_per_sec, latency_us, not_found } = self.figures;
         let time = |micros: f64| format_duration(Duration::from_nanos((micros * 1e3) as u64));

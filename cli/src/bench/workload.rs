@@ -1,10 +1,9 @@
-//! What each workload does next: a pure function of a seed.
+//! The operations of each workload: a pure function of a seed.
 //!
-//! The mixes of YCSB are those of its core workloads A to F (Cooper et al., "Benchmarking cloud
-//! serving systems with YCSB", 2010): ranks by Zipf's law with a skew of 0.99, spread over the
-//! keys by a hash, so that the popular keys are no neighbours.
+//! The YCSB mixes are core workloads A to F (Cooper et al., "Benchmarking cloud serving systems with YCSB", 2010):
+//! ranks by Zipf's law with a skew of 0.99, spread over the keys by a hash, so that popular keys are not adjacent.
 //!
-//! Leaves to others: doing it, on a cluster or on an embedded database.
+//! Not here: executing the operations, on a cluster or on an embedded database.
 
 use std::sync::{
     Arc,
@@ -17,11 +16,11 @@ use rand::{RngExt, SeedableRng, rngs::SmallRng};
 use super::zipf::{YCSB_THETA, Zipf};
 use crate::args::Workload;
 
-/// Scans ask for 1 to this many rows, evenly, as in YCSB.
+/// Maximum rows of a scan; scans ask for 1 to this many, uniformly, as in YCSB.
 pub const SCAN_ROWS_MAX: usize = 100;
-/// What all keys begin with.
+/// Prefix of all keys.
 pub const KEY_PREFIX: &str = "bench:";
-/// Distinct bytes that values are cut from.
+/// Bytes of the pool that values are cut from.
 const POOL_BYTES: usize = 1 << 20;
 
 /// One operation; the number is that of a key.
@@ -31,13 +30,13 @@ pub enum Op {
     Get(u64),
     /// Write a key, old or new.
     Put(u64),
-    /// Read so many rows near a key.
+    /// Read this many rows near a key.
     Scan(u64, usize),
     /// Read a key, then write it.
     Modify(u64),
 }
 
-/// How keys are chosen.
+/// The distribution that keys are chosen from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Choice {
     Uniform,
@@ -45,7 +44,7 @@ enum Choice {
     Latest,
 }
 
-/// Shares of the operations, percent; what is missing to 100 are gets.
+/// Shares of the operations in percent; the remainder to 100 is gets.
 #[derive(Debug, Clone, Copy)]
 struct Mix {
     choice: Choice,
@@ -70,26 +69,26 @@ fn mix(workload: Workload) -> Mix {
     }
 }
 
-/// Does it expect the keys to be there?
+/// Returns whether the workload expects the keys to exist.
 pub fn reads(workload: Workload) -> bool {
     mix(workload).update < 100
 }
 
-/// How many keys there are, shared by all clients of a run: inserts raise it.
+/// Number of keys, shared by all clients of a run: inserts raise it.
 #[derive(Debug)]
 pub struct Population {
     keys: AtomicU64,
-    /// The last so many may still be under way.
+    /// The last keys, as many as there are clients, may still be in flight.
     clients: u64,
 }
 
 impl Population {
-    /// `keys` keys exist, and `clients` clients will insert.
+    /// Creates a population of `keys` existing keys, for `clients` inserting clients.
     pub fn new(keys: u64, clients: u32) -> Arc<Population> {
         Arc::new(Population { keys: AtomicU64::new(keys), clients: clients.into() })
     }
 
-    /// Numbers of keys that may have been written.
+    /// Returns the number of keys that may have been written.
     pub fn all(&self) -> u64 {
         self.keys.load(Ordering::Relaxed)
     }
@@ -98,13 +97,13 @@ impl Population {
         self.keys.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// How many keys are certain enough to be there.
+    /// Returns the number of keys whose inserts have most likely ended, at least `least`.
     fn settled(&self, least: u64) -> u64 {
         self.keys.load(Ordering::Relaxed).saturating_sub(self.clients).max(least)
     }
 }
 
-/// The operations of one client.
+/// Generator of the operations of one client.
 #[derive(Debug)]
 pub struct Generator {
     mix: Mix,
@@ -115,7 +114,7 @@ pub struct Generator {
 }
 
 impl Generator {
-    /// The same seed gives the same operations, as long as no other client inserts.
+    /// Creates a generator; the same seed gives the same operations as long as no other client inserts.
     pub fn new(workload: Workload, keys: u64, population: Arc<Population>, seed: u64) -> Generator {
         Generator {
             mix: mix(workload),
@@ -126,7 +125,7 @@ impl Generator {
         }
     }
 
-    /// What to do next.
+    /// Draws the next operation.
     pub fn next_op(&mut self) -> Op {
         let Mix { update, insert, scan, modify, .. } = self.mix;
         let roll = self.rng.random_range(0..100u32);
@@ -144,7 +143,7 @@ impl Generator {
         }
     }
 
-    /// Something to choose a value by.
+    /// Draws a number that selects a value.
     pub fn random(&mut self) -> u64 {
         self.rng.random()
     }
@@ -155,7 +154,7 @@ impl Generator {
             Choice::Popular => spread(self.rank()) % self.keys,
             Choice::Latest => {
                 let settled = self.population.settled(self.keys);
-                // Anew only when it has grown noticeably: it costs some powers.
+                // Rebuilt only when the population has grown noticeably: a rebuild computes several powers.
                 if settled > self.zipf.ranks() + self.zipf.ranks() / 1_000 {
                     self.zipf = Zipf::new(settled, YCSB_THETA);
                 }
@@ -170,7 +169,7 @@ impl Generator {
     }
 }
 
-/// A permutation of the numbers that leaves no pattern (the finalizer of SplitMix64).
+/// Permutes the numbers without a visible pattern (the finalizer of SplitMix64).
 pub fn spread(number: u64) -> u64 {
     let mut x = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -183,20 +182,20 @@ pub fn key(number: u64) -> String {
     format!("{KEY_PREFIX}{number:010}")
 }
 
-/// The number of a key that [`key`] has made.
+/// Parses the number out of a key made by [`key`].
 pub fn number_of(key: &[u8]) -> Option<u64> {
     let number = std::str::from_utf8(key).ok()?.strip_prefix(KEY_PREFIX)?.parse().ok()?;
     (self::key(number).as_bytes() == key).then_some(number)
 }
 
-/// What the keys near this one start with: a hundred of them.
+/// Returns the prefix of a hundred keys around this one.
 pub fn neighbourhood(number: u64) -> String {
     let mut prefix = key(number);
     prefix.truncate(prefix.len() - 2);
     prefix
 }
 
-/// Values of one size that do not compress, cut from one pool without a copy.
+/// Values of one size that do not compress, cut from one pool without copying.
 #[derive(Debug, Clone)]
 pub struct Values {
     pool: Bytes,
@@ -204,7 +203,7 @@ pub struct Values {
 }
 
 impl Values {
-    /// Values of `size` bytes; the same for the same seed.
+    /// Creates values of `size` bytes; the same seed gives the same values.
     pub fn new(size: usize, seed: u64) -> Values {
         let mut rng = SmallRng::seed_from_u64(spread(seed));
         let mut pool = vec![0; POOL_BYTES + size];
@@ -212,7 +211,7 @@ impl Values {
         Values { pool: pool.into(), size }
     }
 
-    /// One of about a million; values of neighbouring numbers do not overlap in the pool.
+    /// Returns one of about a million values; values of adjacent numbers do not overlap in the pool.
     pub fn at(&self, number: u64) -> Bytes {
         let start = (spread(number) % POOL_BYTES as u64) as usize;
         self.pool.slice(start..start + self.size)

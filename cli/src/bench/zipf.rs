@@ -1,14 +1,13 @@
-//! Random ranks by Zipf's law: rank 1 is the most popular, rank `k` is asked for in proportion
-//! to `1 / k^theta`.
+//! Random ranks by Zipf's law: rank 1 is the most popular, rank `k` is drawn in proportion to `1 / k^theta`.
 //!
-//! The method is rejection-inversion (Hörmann and Derflinger, "Rejection-inversion to generate
-//! variates from monotone discrete distributions", 1996): no table, so that the number of ranks
-//! may grow while it runs, as the workload of the latest records needs.
+//! The method is rejection-inversion (Hörmann and Derflinger, "Rejection-inversion to generate variates from monotone
+//! discrete distributions", 1996): without a table, so that the number of ranks may grow during a run, as the
+//! workload of the latest records needs.
 
 /// The skew that YCSB uses.
 pub const YCSB_THETA: f64 = 0.99;
 
-/// Ranks from 1 to `n`.
+/// A Zipf distribution of ranks from 1 to `n`.
 #[derive(Debug, Clone, Copy)]
 pub struct Zipf {
     n: u64,
@@ -17,12 +16,12 @@ pub struct Zipf {
     low: f64,
     /// The integral at `n` + 0.5.
     high: f64,
-    /// Ranks closer than this to the drawn point are taken without another look.
+    /// Ranks closer than this to the drawn point are accepted without evaluating the integral.
     near: f64,
 }
 
 impl Zipf {
-    /// Ranks from 1 to `n` (at least 1), with a skew of `theta` above 0 and other than 1.
+    /// Creates a distribution of ranks from 1 to `n` (at least 1), with a skew of `theta` above 0 and other than 1.
     pub fn new(n: u64, theta: f64) -> Zipf {
         assert!(n >= 1 && theta > 0.0 && theta != 1.0, "there is no such distribution");
         let mut zipf = Zipf { n, theta, low: 0.0, high: 0.0, near: 0.0 };
@@ -32,12 +31,12 @@ impl Zipf {
         zipf
     }
 
-    /// The number of ranks.
+    /// Returns the number of ranks.
     pub fn ranks(&self) -> u64 {
         self.n
     }
 
-    /// The next rank. `uniform` draws numbers from 0 (with) to 1 (without).
+    /// Draws the next rank. `uniform` draws numbers from 0 (inclusive) to 1 (exclusive).
     pub fn rank(&self, mut uniform: impl FnMut() -> f64) -> u64 {
         loop {
             let point = self.high + uniform() * (self.low - self.high);
@@ -61,7 +60,7 @@ impl Zipf {
 
     fn inverse(&self, y: f64) -> f64 {
         let rest = 1.0 - self.theta;
-        // Rounding may leave a point a hair below the least that has a root.
+        // Rounding may leave a point slightly below the smallest value that has a root.
         (1.0 + y * rest).max(0.0).powf(1.0 / rest)
     }
 }

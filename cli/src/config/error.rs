@@ -1,31 +1,30 @@
-//! What can be wrong with a configuration, and what to do about each.
+//! The errors of a configuration, and the advice for each.
 //!
 //! Invariant: no text here ever holds the value of a secret.
 
 use std::{fmt, io, net::SocketAddr};
 
-/// Why there is no usable configuration. The text says what is wrong, [`ConfigError::hint`] what
-/// to do.
+/// Why no configuration is usable. The text states the problem, [`ConfigError::hint`] the remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
     #[error("cannot read the configuration file {file}: {source}")]
     Unreadable {
-        /// Its path as given.
+        /// Path of the file as given.
         file: String,
-        /// What the operating system said.
+        /// Error of the operating system.
         source: io::Error,
     },
     /// The file is not TOML.
     #[error("{file}:{line}:{column}: not valid TOML: {reason}")]
     Syntax {
-        /// Its path as given.
+        /// Path of the file as given.
         file: String,
-        /// From 1.
+        /// Line, from 1.
         line: usize,
-        /// In characters, from 1.
+        /// Column in characters, from 1.
         column: usize,
-        /// What the parser expected.
+        /// Expectation of the parser.
         reason: String,
     },
     /// Fields that do not exist, or values that do not fit.
@@ -50,13 +49,13 @@ pub enum ConfigError {
         /// The address in it.
         address: SocketAddr,
     },
-    /// The node listens on all addresses and nobody can guess which one to use.
+    /// The node listens on all addresses, and the address to advertise cannot be derived.
     #[error("node.listen is {0}, which is no address that others can connect to")]
     NotAdvertised(SocketAddr),
 }
 
 impl ConfigError {
-    /// What to do about it.
+    /// Returns the remedy for the error.
     pub fn hint(&self) -> Option<String> {
         match self {
             ConfigError::Unreadable { .. } => {
@@ -81,7 +80,7 @@ impl ConfigError {
     }
 }
 
-/// One thing that is wrong in one source.
+/// A problem in one source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem(pub(super) String);
 

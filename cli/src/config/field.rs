@@ -1,12 +1,11 @@
-//! The list of all configuration fields: what there is, how its text is read, what to say when
-//! it is wrong, and which field somebody may have meant.
+//! The list of all configuration fields: name, parser, error message, and the nearest field to a misspelled name.
 //!
 //! Invariant: this list and the sections of [`super::Config`] name the same fields; a test
 //! compares them.
 
 use figment::value::Value;
 
-/// What kind of value a field takes.
+/// The kind of value that a field takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Text,
@@ -23,7 +22,7 @@ pub(super) enum Kind {
     LogFormat,
 }
 
-/// One field of one section.
+/// A field of a section.
 #[derive(Debug)]
 pub(super) struct Field {
     /// `section.field`.
@@ -35,7 +34,7 @@ const fn field(path: &'static str, kind: Kind) -> Field {
     Field { path, kind }
 }
 
-/// In the order in which `vasto config show` prints them.
+/// All fields, in the order in which `vasto config show` prints them.
 pub(super) const FIELDS: &[Field] = &[
     field("bucket.url", Kind::Url),
     field("bucket.endpoint", Kind::Url),
@@ -79,7 +78,7 @@ pub(super) const FIELDS: &[Field] = &[
 ];
 
 impl Kind {
-    /// What a good value looks like, to follow the word "expected".
+    /// Describes a valid value, as a phrase that follows the word "expected".
     pub(super) fn expected(self) -> &'static str {
         match self {
             Kind::Text | Kind::Secret => "text in quotes",
@@ -96,8 +95,8 @@ impl Kind {
         }
     }
 
-    /// The value that a text from the environment or from a flag stands for. Text that does not
-    /// fit stays text, and is refused where every other wrong value is.
+    /// Parses a text from the environment or from a flag. Text that does not parse stays text; the check of all
+    /// values rejects it later.
     pub(super) fn value_of(self, text: &str) -> Value {
         match self {
             Kind::Switch => match text {
@@ -120,14 +119,14 @@ pub(super) fn find(path: &str) -> Option<&'static Field> {
     FIELDS.iter().find(|field| field.path == path)
 }
 
-/// Below this likeness (0 to 1) a guess confuses more than it helps.
+/// Likeness (0 to 1) below which a guess confuses more than it helps.
 const LIKENESS_MIN: f64 = 0.6;
 
-/// The field whose path, or whose last part, is most like `path`.
+/// Returns the field whose path, or whose last part, is most like `path`.
 pub(super) fn nearest(path: &str) -> Option<&'static Field> {
     let likeness = |field: &Field| {
         let whole = strsim::normalized_damerau_levenshtein(path, field.path);
-        // The right name in the wrong section, or in none; a little less likely.
+        // The right name in the wrong section, or without a section; slightly less likely.
         let last = strsim::normalized_damerau_levenshtein(last_part(path), last_part(field.path));
         whole.max(0.9 * last)
     };
@@ -139,7 +138,7 @@ pub(super) fn nearest(path: &str) -> Option<&'static Field> {
         .map(|(_, field)| field)
 }
 
-/// The names of the fields of the section that `path` is in, or of all sections.
+/// Returns the field names of the section that `path` is in, or of all sections.
 pub(super) fn neighbours(path: &str) -> Vec<&'static str> {
     let section = path.split('.').next().unwrap_or_default();
     let of = |wanted: &str| {

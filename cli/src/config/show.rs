@@ -10,21 +10,21 @@ use super::{
 };
 use crate::output;
 
-/// One line of `vasto config show`.
+/// A line of `vasto config show`.
 #[derive(Debug, Clone, Serialize)]
 pub struct Row {
     /// `section.field`.
     pub name: &'static str,
     /// The value in force; null when there is none, `***` for a secret.
     pub value: serde_json::Value,
-    /// Which source won.
+    /// The source of the value.
     pub source: Source,
     /// The file, the variable or the flag; null for a default.
     pub origin: Option<String>,
 }
 
 impl Loaded {
-    /// Every value in force with its source, in the order of the sections.
+    /// Returns every value in force with its source, in the order of the sections.
     pub fn rows(&self) -> Vec<Row> {
         let config = serde_json::to_value(&self.config).expect("a configuration has only text keys");
         let row = |field: &'static Field| {
@@ -68,7 +68,7 @@ impl Loaded {
     }
 }
 
-/// `s3://key:secret@bucket` is not supported, and must not be shown when somebody tries it.
+/// Hides credentials in a URL: `s3://key:secret@bucket` is not supported, and must not be shown when a user tries it.
 fn without_credentials(url: &str) -> String {
     match url.split_once("://") {
         Some((scheme, rest)) => {

@@ -1,7 +1,7 @@
-//! Where values come from: the file, the environment, the flags. Each becomes one layer of
-//! `section.field = value`, with the words for the place a value was written in.
+//! The sources of values: the file, the environment, the flags. Each becomes one layer of `section.field = value`,
+//! with the description of the place where each value was written.
 //!
-//! Leaves to [`super`]: which layer wins, and whether the values are any good.
+//! Owned by [`super`]: the precedence of the layers, and the checks of the values.
 
 use std::{fs, path::Path};
 
@@ -17,7 +17,7 @@ use super::{ConfigError, field};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
-    /// Nobody said anything.
+    /// No source sets the value.
     Default,
     /// The TOML file of `--config`.
     File,
@@ -38,7 +38,7 @@ impl Source {
     }
 }
 
-/// One value as it was given.
+/// A value as it was given.
 #[derive(Debug, Clone)]
 pub(super) struct Entry {
     /// `section.field`, known or not.
@@ -48,7 +48,7 @@ pub(super) struct Entry {
     pub(super) origin: String,
 }
 
-/// All values of one source; the last of several for the same path counts.
+/// All values of one source; the last of several values for the same path counts.
 #[derive(Debug, Clone)]
 pub(super) struct Layer {
     pub(super) source: Source,
@@ -79,17 +79,17 @@ impl Provider for Layer {
     }
 }
 
-/// Values that flags gave, as text; read by the kind of their field.
+/// Values of flags as text; parsed by the kind of their field.
 #[derive(Debug, Clone, Default)]
 pub struct Overrides(Vec<(String, String, String)>);
 
 impl Overrides {
-    /// No flag.
+    /// Creates an empty set of overrides.
     pub fn new() -> Overrides {
         Overrides::default()
     }
 
-    /// `path` is what `flag` said, if it was given.
+    /// Sets `path` to the value of `flag`, if the flag was given.
     pub fn set(mut self, path: &str, flag: &str, value: Option<impl ToString>) -> Overrides {
         if let Some(value) = value {
             self.0.push((path.to_owned(), value.to_string(), flag.to_owned()));
@@ -97,12 +97,12 @@ impl Overrides {
         self
     }
 
-    /// `path` is true if the flag was given; a flag that is not given says nothing.
+    /// Sets `path` to true if the flag was given; a flag that is absent sets nothing.
     pub fn switch(self, path: &str, flag: &str, given: bool) -> Overrides {
         self.set(path, flag, given.then_some(true))
     }
 
-    /// The `SECTION.FIELD=VALUE` of `--set`.
+    /// Adds the `SECTION.FIELD=VALUE` assignments of `--set`.
     pub fn assign(self, assignments: &[(String, String)]) -> Overrides {
         assignments
             .iter()
@@ -115,17 +115,17 @@ impl Overrides {
     }
 }
 
-/// Variables that other tools and commands use for a value that is also a field.
+/// Variables of other tools and commands that set a field as well.
 const ALIASES: [(&str, &str); 3] =
     [("RUST_LOG", "log.filter"), ("VASTO_LOG", "log.filter"), ("VASTO_MASTER", "node.master")];
 
-/// Whether the variable is one of these.
+/// Returns whether the variable is an alias.
 pub(super) fn is_alias(name: &str) -> bool {
     ALIASES.iter().any(|(alias, _)| *alias == name)
 }
 
-/// The layer of the environment. Variables that are empty count as not set; those without the
-/// double underscore are not configuration.
+/// Builds the layer of the environment. Empty variables count as not set; variables without the double underscore are
+/// not configuration.
 pub(super) fn environment(variables: impl IntoIterator<Item = (String, String)>) -> Layer {
     let variables: Vec<_> = variables.into_iter().filter(|(_, text)| !text.is_empty()).collect();
     let aliases = ALIASES.into_iter().filter_map(|(alias, path)| {
@@ -148,8 +148,8 @@ fn entry(path: String, text: &str, origin: String) -> Entry {
     Entry { path, value, origin }
 }
 
-/// The layer of a TOML file. Parse errors name line and column and show nothing of the line,
-/// which may hold a secret.
+/// Reads the layer of a TOML file. Parse errors name line and column and omit the text of the line, which may hold a
+/// secret.
 pub(super) fn file(path: &Path) -> Result<Layer, ConfigError> {
     let origin = path.display().to_string();
     let text = fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { file: origin.clone(), source })?;

@@ -1,4 +1,4 @@
-//! What the sources do together.
+//! Tests of all sources together.
 #![allow(clippy::unwrap_used)]
 
 use std::{collections::BTreeSet, io::Write};
@@ -15,7 +15,7 @@ fn variables(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
     pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
 }
 
-/// What is wrong, with the hint: all that a user would see.
+/// Returns the error with its hint: the whole output that a user would see.
 fn refusal(text: &str, environment: &[(&str, &str)], flags: Overrides) -> String {
     let file = file(text);
     let error = load_from(Some(file.path()), variables(environment), flags).unwrap_err();
@@ -227,7 +227,7 @@ fn secrets_are_never_printed() {
         serde_json::to_string(&rows).unwrap(),
         serde_json::to_string(&bucket.secret_access_key).unwrap(),
         format!("{:?} {:?}", bucket.secret_access_key, bucket.access_key_id),
-        // Wrong in every way that could show the line or the value.
+        // Each of these errors could show the line or the value.
         refusal(&format!("[bucket]\nsecret_access_key = [\"{CANARY}\"]\n"), &[], Overrides::new()),
         refusal(&format!("[bucket]\nsecret_access_key = \"{CANARY}\n"), &[], Overrides::new()),
         refusal(&format!("[bucket]\nsecret_acess_key = \"{CANARY}\"\n"), &[], Overrides::new()),
@@ -315,7 +315,7 @@ fn variables_with_one_underscore_are_told_and_those_of_others_are_not() {
         ("VASTO_HOME", "/x"),
         ("VASTO_TEST_WEED", "/x"),
         ("VASTO_BIN", "/x"),
-        // What Kubernetes sets beside a service of that name.
+        // Variables that Kubernetes sets for a service of that name.
         ("VASTO_MASTER_PORT", "tcp://10.0.0.1:8278"),
         ("VASTO_MASTER_SERVICE_HOST", "10.0.0.1"),
         ("VASTO_NODE_PORT_8279_TCP_ADDR", "10.0.0.1"),

@@ -1,7 +1,6 @@
 //! The types and text forms of single configuration values.
 //!
-//! Invariant: what a value is written as is read back as the same value, and a secret is never
-//! written at all.
+//! Invariant: a written value is read back as the same value, and a secret is never written.
 
 use std::{fmt, str::FromStr, time::Duration};
 
@@ -18,7 +17,7 @@ impl<T> Secret<T> {
         Secret(value)
     }
 
-    /// The value itself, for the one place that has to send it.
+    /// Returns the secret value, for the only code that has to send it.
     pub fn expose(&self) -> &T {
         &self.0
     }
@@ -69,7 +68,7 @@ pub(super) mod size {
         }
     }
 
-    /// The largest binary unit that loses nothing.
+    /// Formats a size in the largest binary unit without loss.
     fn exact(size: ByteSize) -> String {
         let bytes = size.as_u64();
         [(30, "GiB"), (20, "MiB"), (10, "KiB")]
@@ -79,7 +78,7 @@ pub(super) mod size {
     }
 }
 
-/// Durations longer than nothing, such as `10s` or `1h 30m`.
+/// Positive durations, such as `10s` or `1h 30m`.
 pub(super) mod duration {
     use super::*;
 
@@ -142,7 +141,7 @@ pub(super) mod price {
     }
 }
 
-/// Words that a type knows how to read and write.
+/// Words that a type parses and formats.
 pub(super) mod word {
     use super::*;
 

@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use super::{format_bytes, format_count, format_duration};
 
-/// What is being counted.
+/// The unit that a progress line counts in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
     /// Bytes, shown as KiB, MiB, ...
@@ -28,13 +28,13 @@ impl Unit {
     }
 }
 
-/// Plain lines come at most this often.
+/// Minimum interval between plain lines.
 const LINE_INTERVAL: Duration = Duration::from_secs(2);
 
 /// The progress of a long operation on stderr: a bar with amount, rate and time left when stderr
 /// is a terminal, a plain line every two seconds otherwise.
 #[derive(Debug)]
-pub struct Progress {
+pub struct ProgressLine {
     label: String,
     unit: Unit,
     started: Instant,
@@ -42,16 +42,16 @@ pub struct Progress {
     bar: Option<ProgressBar>,
 }
 
-impl Progress {
-    /// Starts the clock. The total may become known later.
-    pub fn start(label: impl Into<String>, unit: Unit, total: Option<u64>) -> Progress {
+impl ProgressLine {
+    /// Starts the clock. The total may be set later.
+    pub fn start(label: impl Into<String>, unit: Unit, total: Option<u64>) -> ProgressLine {
         let label = label.into();
         let started = Instant::now();
         let bar = io::stderr().is_terminal().then(|| bar(&label, unit, total));
-        Progress { label, unit, started, last_line: started, bar }
+        ProgressLine { label, unit, started, last_line: started, bar }
     }
 
-    /// Tells how much is done, and of how much.
+    /// Sets the amount done, and the total.
     pub fn set(&mut self, done: u64, total: Option<u64>) {
         if let Some(bar) = &self.bar {
             if let (Some(total), true) = (total, bar.length() != total) {
@@ -69,7 +69,7 @@ impl Progress {
         }
     }
 
-    /// Changes what stands before the figures: the step that is running now.
+    /// Changes the label before the figures: the current step.
     pub fn label(&mut self, label: impl Into<String>) {
         self.label = label.into();
         match &self.bar {
@@ -78,13 +78,13 @@ impl Progress {
         }
     }
 
-    /// Removes the bar and leaves one line that says how it ended.
+    /// Removes the bar and leaves one line with the outcome.
     pub fn finish(self, summary: &str) {
         self.clear();
         eprintln!("{summary}");
     }
 
-    /// Removes the bar and leaves nothing.
+    /// Removes the bar without a trace.
     pub fn clear(self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
@@ -115,7 +115,7 @@ fn style(unit: Unit, total_known: bool) -> ProgressStyle {
     ProgressStyle::with_template(template)
         .expect("the templates are constants that a test builds")
         .with_key("rate", |state: &ProgressState, out: &mut dyn fmt::Write| {
-            // A figure that cannot be written leaves a gap in a line that is drawn again soon.
+            // A figure that cannot be written leaves a gap in a line that is redrawn soon.
             let _ = write!(out, "{}/s", format_count(state.per_sec() as u64));
         })
         .progress_chars("=> ")

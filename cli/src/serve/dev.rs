@@ -1,8 +1,8 @@
 //! `vasto dev`: a master and its nodes in one process, to try things out.
 //!
-//! Each node has its own directory below `--dir` and, unless told otherwise, the bucket is a
-//! directory there too; a second start finds everything again. The nodes share the memory that
-//! the configuration gives to one node. Each runs on threads of its own, whose log lines name it.
+//! Each node has its own directory below `--dir`, and so has the bucket unless `--bucket` is given; a second start
+//! finds all data again. The nodes share the memory that the configuration gives to one node. Each node runs on its
+//! own threads, whose log lines name it.
 
 use std::{
     future::Future,
@@ -25,13 +25,13 @@ use crate::{
     output::Failure,
 };
 
-/// A node's least share of the memory.
+/// Minimum share of the memory for a node.
 const SHARE_MIN: ByteSize = ByteSize::mib(16);
 
 /// `vasto dev`.
 ///
 /// # Errors
-/// A configuration that cannot be used, or what keeps one of the servers from starting.
+/// A configuration that cannot be used, or the error that keeps a server from starting.
 pub async fn dev(args: &Dev, file: Option<&Path>) -> anyhow::Result<()> {
     super::keep_files_private();
     let mut config = config::load(file, args.overrides())?.config;
@@ -45,7 +45,7 @@ pub async fn dev(args: &Dev, file: Option<&Path>) -> anyhow::Result<()> {
         return Err(failure.hint("leave node.listen out, or run separate servers with `vasto serve`").into());
     }
     let server = Server::start("dev", &config, config.master.admin_listen).await?;
-    // The nodes stop first, then the master that they report to.
+    // The nodes stop first, then the master, which receives their reports.
     let stop_master = CancellationToken::new();
     let started = server.starting(start(&config, args, settings, stop_master.clone(), &server)).await;
     let Some(cluster) = started.inspect_err(|_| stop_master.cancel())? else {
@@ -76,23 +76,23 @@ struct Cluster {
     nodes: Vec<DevNode>,
 }
 
-/// A node and the threads that it runs on.
+/// A node and its threads.
 struct DevNode {
     node: RunningNode,
     threads: Threads,
 }
 
-/// A runtime that may be dropped from inside of another one.
+/// A runtime that may be dropped from inside another runtime.
 struct Threads(Option<Runtime>);
 
 impl Threads {
-    /// As many as the machine has cores; whatever they log names the node.
+    /// Starts as many threads as the machine has cores; every line that they log names the node.
     fn start(name: &str) -> Result<Threads, Failure> {
         let span = vasto_observability::server_span(name);
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .enable_all()
             .thread_name(name)
-            // Entered for as long as the thread lives.
+            // Entered for the life of the thread.
             .on_thread_start(move || std::mem::forget(span.clone().entered()))
             .build();
         match runtime {
@@ -101,7 +101,7 @@ impl Threads {
         }
     }
 
-    /// Runs a start on these threads.
+    /// Runs the start of a server on these threads.
     async fn run<T: Send + 'static>(&self, start: impl Future<Output = T> + Send + 'static) -> Result<T, Failure> {
         let runtime = self.0.as_ref().expect("it is taken when it is dropped");
         runtime.spawn(start).await.map_err(|error| Failure::new(format!("a node did not start: {error}")))
@@ -110,7 +110,7 @@ impl Threads {
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        // What runs on it has ended, or is given up.
+        // The tasks of the runtime have ended, or are abandoned.
         self.0.take().into_iter().for_each(Runtime::shutdown_background);
     }
 }
@@ -124,7 +124,7 @@ impl DevNode {
 }
 
 impl Cluster {
-    /// The first failure of a node, if there was one.
+    /// Waits for all nodes, then stops the master; returns the first failure of a node.
     async fn stopped(self, stop_master: CancellationToken) -> Result<(), Failure> {
         let ended = join_all(self.nodes.into_iter().map(DevNode::stopped)).await;
         stop_master.cancel();
@@ -163,7 +163,7 @@ async fn start(
     Ok(Cluster { master, nodes })
 }
 
-/// Makes the directory and gives its absolute path, which a `file://` URL needs.
+/// Creates the directory and returns its absolute path, which a `file://` URL needs.
 fn directory(dir: &Path) -> anyhow::Result<PathBuf> {
     let cannot = || format!("cannot make the directory {}", dir.display());
     std::fs::create_dir_all(dir).with_context(cannot)?;

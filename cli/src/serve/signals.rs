@@ -1,4 +1,4 @@
-//! SIGTERM and SIGINT: the first one asks the servers to stop, the second one ends the process.
+//! SIGTERM and SIGINT: the first stops the servers, the second ends the process.
 
 use std::{process, time::Duration};
 
@@ -10,18 +10,18 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use vasto_core::limits::SHUTDOWN_DEADLINE;
 
-/// A server that has not stopped by then is ended: a little before the promised time, so that the
-/// last telemetry still leaves within it.
+/// Deadline after which a server that has not stopped is ended: shortly before the promised time, so that the last
+/// telemetry is still sent within it.
 pub(super) const DEADLINE: Duration = SHUTDOWN_DEADLINE.saturating_sub(Duration::from_millis(1_500));
 
-/// A server that has not started this long after a signal is ended: it has served nobody yet.
+/// Deadline after a signal for a server that is still starting: it has served no request yet.
 pub(super) const START_DEADLINE: Duration = Duration::from_secs(2);
 
-/// The task that listens.
+/// The task that receives signals.
 pub(super) struct Signals(JoinHandle<()>);
 
 impl Signals {
-    /// From now on the first signal cancels `stop`.
+    /// Makes the first signal cancel `stop` from now on.
     pub(super) fn listen(stop: CancellationToken) -> anyhow::Result<Signals> {
         let cannot = "cannot listen for signals";
         let mut terminate = signal(SignalKind::terminate()).context(cannot)?;
@@ -30,12 +30,12 @@ impl Signals {
             next(&mut terminate, &mut interrupt).await;
             stop.cancel();
             let number = next(&mut terminate, &mut interrupt).await;
-            // What a shell shows for a process that a signal has ended.
+            // The exit code that a shell shows for a process ended by a signal.
             process::exit(128 + number.as_raw_value());
         })))
     }
 
-    /// Signals mean nothing any more: the end is near anyway.
+    /// Stops handling signals: the process is about to end.
     pub(super) fn end(self) {
         self.0.abort();
     }

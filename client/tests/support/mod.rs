@@ -1,4 +1,4 @@
-//! A small cluster behind the real gRPC services, with faults on demand: one master and nodes that
+//! A small cluster behind the real gRPC services, with injected faults: one master and nodes that
 //! share a store, so that a change of the topology moves keys in an instant.
 
 #![allow(clippy::unwrap_used, dead_code)]
@@ -32,20 +32,20 @@ use vasto_proto::v1::master_server::{Master, MasterServer};
 use vasto_proto::v1::reply::Result as Reply;
 use vasto_proto::v1::request::Op;
 
-/// What a node does with the next request.
+/// The reaction of a node to the next request.
 #[derive(Clone)]
 pub enum Fault {
     /// Answers with an error; nothing is done.
     Refuse(VastoError),
     /// Ends the stream; nothing is done.
     DropBefore,
-    /// Does it, then ends the stream without an answer.
+    /// Executes the request, then ends the stream without an answer.
     DropAfter,
-    /// Does it, and never answers.
+    /// Executes the request, and never answers.
     Silent,
-    /// Changes the topology that nodes obey, then goes on with the request.
+    /// Changes the topology that nodes apply, then goes on with the request.
     Obey(Topology),
-    /// Refuses every read of more than so many keys with this code.
+    /// Refuses every read of more keys than this with this code.
     KeysAtMost(usize, ErrorCode),
 }
 
@@ -69,27 +69,27 @@ pub struct NodeState {
     pub writes: Vec<v1::WriteRequest>,
 }
 
-pub struct State {
-    /// What the nodes obey.
+pub struct FakeCluster {
+    /// The topology that nodes apply.
     pub topology: Topology,
-    /// By user key and hash of the partition.
+    /// Entries by user key and hash of the partition.
     pub store: BTreeMap<(Bytes, u64), Entry>,
     pub nodes: BTreeMap<NodeId, NodeState>,
     pub clock: u64,
     /// The only counter.
     pub sum: i64,
     pub page_rows: usize,
-    /// Stored keys that a scan page looks at.
+    /// Stored keys that a scan page examines.
     pub page_examined: usize,
-    /// Answers of the master's calls, by the call's name.
+    /// Answers of the master, by the name of the call.
     pub json: BTreeMap<&'static str, VecDeque<Result<String, Status>>>,
     pub calls: Vec<String>,
     pub scans: Vec<v1::ScanRequest>,
 }
 
 pub struct Cluster {
-    pub state: Arc<Mutex<State>>,
-    /// What the master tells.
+    pub state: Arc<Mutex<FakeCluster>>,
+    /// The topology that the master publishes.
     pub told: watch::Sender<Topology>,
     pub changed: watch::Sender<u64>,
     pub master: Running,
@@ -115,7 +115,7 @@ impl Running {
         Self { address, runtime: Some(runtime) }
     }
 
-    /// Closes its connections and its port.
+    /// Closes the connections and the port.
     pub async fn stop(mut self) {
         let runtime = self.runtime.take().unwrap();
         tokio::task::spawn_blocking(move || runtime.shutdown_timeout(Duration::from_secs(10))).await.unwrap();
@@ -132,7 +132,7 @@ impl Drop for Running {
 
 #[derive(Clone)]
 struct Shared {
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<FakeCluster>>,
     told: watch::Sender<Topology>,
     changed: watch::Sender<u64>,
     me: NodeId,
@@ -163,9 +163,9 @@ pub fn topology(version: u64, nodes: &[(NodeId, Option<String>)]) -> Topology {
 }
 
 impl Cluster {
-    /// `nodes` nodes, one shard each.
+    /// Starts `nodes` nodes with one shard each.
     pub async fn start(nodes: usize) -> Self {
-        let state = Arc::new(Mutex::new(State {
+        let state = Arc::new(Mutex::new(FakeCluster {
             topology: topology(1, &[]),
             store: BTreeMap::new(),
             nodes: BTreeMap::new(),
@@ -184,7 +184,7 @@ impl Cluster {
             cluster.add_node();
         }
         let first = cluster.topology(1, nodes);
-        cluster.obey(first.clone());
+        cluster.set_topology(first.clone());
         cluster.tell(first);
         cluster
     }
@@ -197,7 +197,7 @@ impl Cluster {
         id
     }
 
-    /// Starts a node of this id on a new port.
+    /// Starts a node with this id on a new port.
     pub fn serve_node(&self, id: NodeId) -> Running {
         let shared =
             Shared { state: self.state.clone(), told: self.told.clone(), changed: self.changed.clone(), me: id };
@@ -211,7 +211,7 @@ impl Cluster {
         })
     }
 
-    /// One shard on each of the first `nodes` nodes.
+    /// Returns a topology with one shard on each of the first `nodes` nodes.
     pub fn topology(&self, version: u64, nodes: usize) -> Topology {
         let nodes: Vec<_> = self.nodes[..nodes]
             .iter()
@@ -221,7 +221,7 @@ impl Cluster {
         topology(version, &nodes)
     }
 
-    /// One shard with a replica on each node, in this order of preference.
+    /// Returns a topology of one shard with a replica on each node, in this order of preference.
     pub fn replicated(&self, version: u64, order: &[u64]) -> Topology {
         let route = |id: &u64| Route {
             replica: ReplicaId(*id),
@@ -232,13 +232,13 @@ impl Cluster {
         Topology { shards: vec![order.iter().map(route).collect()], ..topology(version, &[]) }
     }
 
-    /// What nodes obey, and what clients are told.
+    /// Sets the topology that nodes apply and clients receive.
     pub fn publish(&self, topology: Topology) {
-        self.obey(topology.clone());
+        self.set_topology(topology.clone());
         self.tell(topology);
     }
 
-    pub fn obey(&self, topology: Topology) {
+    pub fn set_topology(&self, topology: Topology) {
         self.state.lock().topology = topology;
     }
 
@@ -266,7 +266,7 @@ impl Cluster {
     }
 
     /// Waits until the servers' state satisfies the condition.
-    pub async fn until(&self, what: &str, condition: impl Fn(&State) -> bool) {
+    pub async fn until(&self, what: &str, condition: impl Fn(&FakeCluster) -> bool) {
         let mut changed = self.changed.subscribe();
         let wait = async {
             while !condition(&self.state.lock()) {
@@ -288,7 +288,7 @@ impl Cluster {
         self.vasto().await.keyspace("ks1").await.unwrap()
     }
 
-    /// Stops the master; [`Cluster::master_back`] starts it again at the address.
+    /// Stops the master; [`Cluster::master_back`] starts it again at the same address.
     pub async fn stop_master(&mut self) -> SocketAddr {
         let address = self.master.address;
         let placeholder = start_master(&self.state, &self.told, &self.changed, None);
@@ -302,7 +302,7 @@ impl Cluster {
 }
 
 fn start_master(
-    state: &Arc<Mutex<State>>,
+    state: &Arc<Mutex<FakeCluster>>,
     told: &watch::Sender<Topology>,
     changed: &watch::Sender<u64>,
     address: Option<SocketAddr>,
@@ -324,7 +324,7 @@ fn refuse(code: ErrorCode, message: &str, topology: Option<&Topology>) -> Reply 
     Reply::Error(error_to_wire(&VastoError::new(code, message), topology))
 }
 
-impl State {
+impl FakeCluster {
     fn owns(&self, node: NodeId, shard: u32, hash: u64) -> bool {
         let here = self.topology.shard_of(hash) == ShardId(shard);
         here && self.topology.routes(ShardId(shard)).iter().any(|route| route.node == node)
@@ -335,7 +335,7 @@ impl State {
     }
 
     fn serve(&mut self, node: NodeId, request: &v1::Request) -> Reply {
-        let wrong = |state: &State| refuse(ErrorCode::WrongEpoch, "not mine", Some(&state.topology));
+        let wrong = |state: &FakeCluster| refuse(ErrorCode::WrongEpoch, "not mine", Some(&state.topology));
         let hash_of = |key: &v1::KeyRef| key.partition_hash.unwrap_or_else(|| partition_hash(&key.key));
         match request.op.as_ref().unwrap() {
             Op::Get(get) => {
@@ -372,7 +372,7 @@ impl State {
                 let mut behind = self.store.iter().filter(|(place, _)| {
                     place.0.starts_with(&scan.prefix) && after.as_ref().is_none_or(|after| *place > after)
                 });
-                // What a node looks at and does not show: here, what other shards and partitions hold.
+                // A node examines keys that it does not return: here, those of other shards and partitions.
                 let examined: Vec<_> = behind.by_ref().take(self.page_examined).collect();
                 let mut rows = examined.iter().filter(|(_, entry)| {
                     scan.partition_hash.is_none_or(|hash| hash == entry.partition_hash)

@@ -1,32 +1,32 @@
-//! A model of serving leases, explored exhaustively at small sizes: replicas that promise themselves to
-//! one another, excuse those that are away, hand over, are paused, cut off, killed and stopped; a master
-//! whose word may be wrong; clients that append to one list and read it.
+//! A model of serving leases, explored exhaustively at small sizes: replicas that promise themselves to one another,
+//! excuse absent peers, transfer leadership, are paused, isolated, killed and stopped; a master whose reports may be
+//! wrong; clients that append to one list and read it.
 //!
-//! Time is discrete and equal for all (boot clocks of equal rate): every promise, belief and excuse is what
-//! is left of it. Which replica *should* serve is left open here: a granter may turn to any claimant at any
-//! time, so what holds here holds for every order of priority. Slow disks and overload are replicas that
-//! pull, answer and write when they like, at any time, or never.
+//! Time is discrete and equal for all replicas (boot clocks of equal rate): every promise, belief and excuse is
+//! stored as its remaining time. Which replica *should* serve is left open: a granter may turn to any claimant at any
+//! time, so the results hold for every order of priority. Slow disks and overload are replicas that pull, answer and
+//! write at any time, or never.
 //!
-//! Whether a claimant has authority is decided by the real [`vasto_core::lease::authority`]; what it knows of the
-//! others, and how messages, time and faults bring that about, is the model's.
+//! The real [`vasto_core::lease::authority`] decides whether a claimant has authority; the model decides what the
+//! claimant knows of the others, and how messages, time and faults bring that about.
 //!
-//! A record is an appended element: it holds the whole list as its writer knew it, and a stamp; of two
-//! records the later stamp wins, as an event time does. A read whose list lacks an element that was
-//! acknowledged before the read began is stale; an acknowledged element that was appended to a list which
-//! lacks such an element has undone it: a lost conditional write. Not promised, and forgiven, is what only a
-//! replica that goes away held, or what the others received only after they had promised themselves to another
-//! one (`late_copies` counts those, too).
+//! A record is an appended element: it holds the whole list as its writer knew it, and a stamp; of two records the
+//! later stamp wins, as an event time does. A read whose list lacks an element that was acknowledged before the read
+//! began is stale; an acknowledged element that was appended to a list which lacks such an element has undone it: a
+//! lost conditional write. Not promised, and forgiven, are records that only a replica that goes away held, and
+//! records that the others received only after they had promised themselves to another replica (`late_copies` counts
+//! those, too).
 //!
-//! What keeps it small: replicas are interchangeable; a request that needs no probe comes at the moment at which
-//! it is answered, since one that came earlier must see no more; a read that sees everything changes nothing;
-//! what can make no difference any more looks the same.
+//! Reductions of the state space: replicas are interchangeable; a request that needs no probe arrives when it is
+//! answered, since an earlier one must see no more; a read that sees everything changes nothing; state that can make
+//! no difference any more is normalized.
 //!
 //! Not in the model: requests that reach a replica only one way, replicas that are placed or removed, plain puts
-//! (which are only ordered, and so may be acknowledged in a later term, or once a successor holds them), and a planned
-//! stop that nobody takes over in time: it is a kill.
+//! (which are only ordered, and so may be acknowledged in a later term, or once a successor holds them), and a
+//! planned stop without a successor in time: that is a kill.
 //!
-//! **Invariant:** with all rules of [`Rules`] no state that can be reached is bad, at every size that is explored;
-//! without any one of them a bad one is reached, and the shortest way there is printed.
+//! **Invariant:** with all rules of [`Rules`] no reachable state is bad, at every size that is explored; without any
+//! one of them a bad state is reached, and the shortest path to it is printed.
 #![allow(clippy::unwrap_used)]
 
 mod rules;
@@ -47,7 +47,7 @@ const KILL: Faults = Faults { kill: 1, restart: 1, ..NONE };
 const STOP: Faults = Faults { stop: 1, restart: 1, ..NONE };
 const PAIR: Faults = Faults { cut_pair: 1, ..NONE };
 
-/// One append and one read, acknowledged by `fsync`; one replica is away at a time.
+/// Returns a model of one append and one read, acknowledged by `fsync`; one replica is away at a time.
 const fn size(nodes: usize, faults: Faults) -> Leases {
     Leases {
         rules: ALL,
@@ -78,7 +78,7 @@ impl Leases {
         Self { late, ..self }
     }
 
-    /// A write is checked, written and acknowledged in steps of their own: disks are slow.
+    /// Makes checking, writing and acknowledging a write steps of their own: disks are slow.
     const fn stepwise(self) -> Self {
         Self { quick: false, ..self }
     }
@@ -99,7 +99,7 @@ impl Leases {
         Self { returns: true, ..self }
     }
 
-    /// Acknowledged by two replicas; then late copies count, too.
+    /// Acknowledges by two replicas; then late copies count, too.
     const fn replicated(self) -> Self {
         Self { ack: Ack::Replica, late_copies: true, ..self }
     }
@@ -109,7 +109,7 @@ impl Leases {
     }
 }
 
-/// Explores everything, or until something bad is found: the shortest way there, and how many states were seen.
+/// Explores all states, or until a bad one is found; returns the shortest path to it, and the number of states.
 fn explore(name: &str, model: Leases) -> (Option<String>, usize) {
     let began = std::time::Instant::now();
     let checker = model.checker().threads(1).finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
@@ -130,7 +130,7 @@ fn nothing_is_found(sizes: &[(&str, Leases)]) {
     }
 }
 
-/// Is what takes long explored as well?
+/// Returns true when the slow sizes are explored as well.
 fn in_full() -> bool {
     std::env::var("VASTO_MODEL").is_ok_and(|what| what == "full")
 }
@@ -179,7 +179,7 @@ const THREE: &[(&str, Leases)] = &[
     ("three, 2 appends", three(NONE).appends(2)),
 ];
 
-/// What takes minutes.
+/// Sizes that take minutes.
 const MORE: &[(&str, Leases)] = &[
     ("two, 2 cuts, 2 appends, slow disks", two(Faults { isolate: 2, ..NONE }).appends(2).stepwise()),
     ("two, a cut, 2 appends, slow disks, master", two(ISOLATE).appends(2).stepwise().master()),
@@ -218,7 +218,7 @@ fn what_takes_minutes_to_explore_shows_nothing_stale_and_loses_no_write() {
     }
 }
 
-/// A rule, how it is taken out, and a size at which it is missed.
+/// A rule, the function that takes it out, and a size at which its absence is found.
 type Planted = (&'static str, fn(&mut Rules), Leases);
 
 const PLANTED: &[Planted] = &[
@@ -257,7 +257,7 @@ const PLANTED: &[Planted] = &[
 fn without_any_one_rule_a_counterexample_is_found() {
     let mut missed = Vec::new();
     for (name, take_out, model) in PLANTED {
-        // It is this rule that is missed: with all of them nothing goes wrong at this size.
+        // The missing rule is the cause: with all of them nothing goes wrong at this size.
         let whole = (model.nodes == 2).then(|| explore(&format!("with {name}"), *model).0).flatten();
         assert!(whole.is_none(), "{name}: {whole:?}");
         let mut model = *model;
@@ -270,7 +270,7 @@ fn without_any_one_rule_a_counterexample_is_found() {
     assert!(missed.is_empty(), "nothing goes wrong without {missed:?}");
 }
 
-/// What is said to be no promise is none: the model is not blind to it.
+/// Cases that are declared as not promised do fail: the model is not blind to them.
 #[test]
 fn what_is_not_promised_may_fall_short() {
     let flaps = Leases { flaps: true, ..two(Faults { isolate: 2, ..NONE }) };

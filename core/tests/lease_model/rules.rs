@@ -1,57 +1,57 @@
-//! The rules of the design, and what is explored.
+//! The rules of the design, each of which an exploration can leave out.
 
-/// The rules. Each can be taken out.
+/// Rules of the design. Each can be taken out.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules {
-    /// Whoever serves has, from every other one, a promise or an excuse.
+    /// A serving replica has, from every other one, a promise or an excuse.
     pub leases: bool,
-    /// A promise is made to one at a time.
+    /// A replica promises itself to one claimant at a time.
     pub exclusive: bool,
-    /// Whoever promises itself to another one has stopped to serve.
+    /// A replica that promises itself to another one has stopped serving.
     pub stop_before_grant: bool,
-    /// Belief counts from when the heartbeat was sent, not from when its answer came.
+    /// Belief counts from the sending of the heartbeat, not from the arrival of its answer.
     pub belief_from_sending: bool,
     /// A replica serves only when it holds what the granter named.
     pub cover: bool,
-    /// Dead is a process whose port refuses connections, not one whose connection broke.
+    /// A process is dead when its port refuses connections, not when its connection broke.
     pub dead_is_refused: bool,
-    /// An excuse holds as long as a belief from what it was seen by, and not until further notice.
+    /// An excuse holds as long as a belief, from the evidence on which it rests, and not until further notice.
     pub excuses_end: bool,
-    /// Silence counts only while one listened oneself.
+    /// Silence counts only while the replica itself was listening.
     pub own_gap: bool,
-    /// The silence of one that could not be reached begins anew once it can be.
+    /// The silence of a peer that could not be reached begins anew once it can be.
     pub hung_is_connected: bool,
-    /// A silent one is excused by evidence only.
+    /// A silent peer is excused by evidence only.
     pub evidence: bool,
-    /// Evidence counts with a connect that began after it came, and failed.
+    /// Evidence counts with a connect that began after the evidence arrived, and failed.
     pub connect_after_evidence: bool,
-    /// One's own promise to the excused one must have ended.
+    /// The replica's own promise to the excused peer must have ended.
     pub own_promise_ended: bool,
-    /// That a granter has served is said until the claimant covers what it named.
+    /// A granter reports that it has served until the claimant covers what the granter named.
     pub served_until_covered: bool,
-    /// A process that has just started says that it has served: the one before it may have.
+    /// A process that has just started reports that it has served: its predecessor may have.
     pub predecessor_served: bool,
-    /// A denied claimant stops before it says that it has.
+    /// A denied claimant stops before it reports that it has stopped.
     pub stop_before_release: bool,
     /// A claimant that has let go of a promise does not rely on it again.
     pub let_go_for_good: bool,
-    /// The writer looks at the authority, not only who admits the request.
+    /// The writer checks the authority, not only the admission of the request.
     pub writer_checks: bool,
-    /// A record's stamp is taken before that look.
+    /// A record's stamp is taken before that check.
     pub stamp_first: bool,
-    /// A write is acknowledged only while the authority lasts that it was checked under ...
+    /// A write is acknowledged only while the authority lasts under which it was checked ...
     pub ack_in_term: bool,
-    /// (and, when that rests on silence, after a probe that began once it was written) ...
+    /// (and, when the authority rests on silence, after a probe that began once the record was written) ...
     pub ack_after_probe: bool,
-    /// ... or after a clean hand-over, once the one handed to says that it covers what was named.
+    /// ... or after a clean transfer, once the successor reports that it covers what was named.
     pub ack_when_taken_over: bool,
     /// A planned stop ends when the holder of the promise serves and covers what was named.
     pub stop_when_covered: bool,
-    /// A process that has just started serves and grants nobody until its predecessor's promises have ended.
+    /// A process that has just started neither serves nor grants until its predecessor's promises have ended.
     pub young_waits: bool,
-    /// Whoever is heard is no longer excused, at once.
+    /// As soon as something is received from a peer, it is no longer excused.
     pub heard_ends_excuse: bool,
-    /// A request shows that clients come through only if the others were silent before it came.
+    /// A request shows that clients get through only if the peers were silent before it arrived.
     pub came_after_silence: bool,
 }
 

@@ -1,7 +1,7 @@
-//! A state of the model: what each replica is, holds and knows, what clients have asked, which faults are left.
+//! A state of the model: what each replica is, holds and knows, the requests of clients, and the remaining faults.
 //!
-//! **Invariant:** two states have the same hash only when one becomes the other by naming the replicas anew
-//! (with collisions as unlikely as those of any 64 bits).
+//! **Invariant:** two states have the same hash only when one becomes the other by renaming the replicas (with
+//! collisions as unlikely as those of any 64 bits).
 
 use std::fmt::{self, Debug};
 use std::hash::{Hash, Hasher};
@@ -9,14 +9,14 @@ use std::hash::{Hash, Hasher};
 pub const NODES: usize = 3;
 pub const OPS: usize = 3;
 pub const NOBODY: u8 = 3;
-/// Silence of another one that excuses it: shorter than a promise, as in the real limits.
+/// Silence that excuses a peer: shorter than a promise, as in the real limits.
 pub const SILENCE: u8 = 1;
 
 pub type Node = usize;
 /// A set of records or of nodes, one bit each.
 pub type Set = u8;
 
-/// What may still happen, how often in all.
+/// Faults that may still happen, and how often in all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Faults {
     pub pause: u8,
@@ -35,7 +35,7 @@ pub enum Run {
     Up,
     Paused,
     Dead,
-    /// There is no such replica.
+    /// No such replica exists.
     Unused,
 }
 
@@ -43,7 +43,7 @@ pub enum Run {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Term {
     None,
-    /// It rests on silence alone.
+    /// The authority rests on silence alone.
     Probing,
     Firm,
 }
@@ -55,23 +55,23 @@ pub struct NodeState {
     pub have: Set,
     pub promise: u8,
     pub left: u8,
-    /// What it named with its promise.
+    /// Records that the replica named with its promise.
     pub named: Set,
-    /// What it said with its promise: it had authority since the one before.
+    /// Reported with the promise: the replica had authority since the one before.
     pub said_served: bool,
-    /// It has told the holder of its promise that it wants it back.
+    /// The replica has asked the holder of its promise to release it.
     pub denying: bool,
-    /// The holder of its promise has said that it serves and covers what was named.
+    /// The holder of the promise has reported that it serves and covers what was named.
     pub taken: bool,
     pub young: u8,
     pub term: Term,
-    /// The promises on which its last term stood still stand.
+    /// The promises on which the last term rested are still valid.
     pub intact: bool,
-    /// It had authority since its last promise, and the holder has not said that it covers it.
+    /// The replica had authority since its last promise, and the holder has not reported that it covers it.
     pub served: bool,
-    /// What was acknowledged when it was cut off: what a request that came just before must see.
+    /// Records that were acknowledged at the isolation: a request that came just before must see them.
     pub must: Set,
-    /// For how long the master has not heard it; NEVER after a restart of the master.
+    /// Time for which the master has received nothing from the replica; NEVER after a restart of the master.
     pub missing: u8,
 }
 
@@ -85,10 +85,10 @@ pub enum Back {
     Denied,
 }
 
-/// How the last attempt to connect ended, while nothing is heard.
+/// Result of the last attempt to connect, while nothing is received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
-    /// It is heard, or was not tried yet.
+    /// Something is received from the peer, or no attempt was made yet.
     Unknown,
     Refused,
     Reachable,
@@ -102,37 +102,37 @@ pub enum Basis {
     Silence,
 }
 
-/// What one node knows of another one, and what is on the way from there.
+/// State of a peer as one node knows it, and what is on the way from there.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Peer {
     pub belief: u8,
     pub named: Set,
-    /// What it said with its promise.
+    /// Reported by the peer with its promise.
     pub served: bool,
-    /// What it named was here at a time when this one was promised to nobody itself.
+    /// The records that the peer named were here at a time when this node was promised to no other.
     pub covered: bool,
     pub back: Back,
-    /// It has stopped because it was denied, and says so.
+    /// This node has stopped because it was denied, and reports so.
     pub released: bool,
-    /// Nothing was heard for so long.
+    /// Time for which nothing was received.
     pub quiet: u8,
     pub reach: Reach,
-    /// Until when attempts to connect that came through excuse it.
+    /// Remaining time for which attempts to connect that came through excuse the peer.
     pub found: u8,
-    /// For how long the master's word is fresh that it has no session.
+    /// Remaining time for which the master's report is fresh that the peer has no session.
     pub word: u8,
-    /// An attempt to connect has failed since that word came.
+    /// An attempt to connect has failed since that report.
     pub tried: bool,
-    /// On what the last authority stood.
+    /// Basis of the last authority.
     pub basis: Basis,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     Idle,
-    /// It waits at a node for a probe of the silent ones.
+    /// The operation waits at a node for a probe of the silent peers.
     Waiting,
-    /// Authority was looked at.
+    /// Authority was checked.
     Checked,
     Written,
     Done,
@@ -142,22 +142,22 @@ pub enum Phase {
 pub struct Op {
     pub phase: Phase,
     pub at: u8,
-    /// Acknowledged before it began.
+    /// Records that were acknowledged before the operation began.
     pub must: Set,
-    /// These were silent when it came.
+    /// Peers that were silent when the operation came.
     pub silent: Set,
-    /// And a connect to these failed that began after it had come.
+    /// Peers to which a connect failed that began after the operation had come.
     pub probed: Set,
-    /// The term that it was checked in is over.
+    /// The term in which the operation was checked is over.
     pub lapsed: bool,
     pub stamp: u8,
-    /// To whom its term was handed over ...
+    /// Successor to which the term was transferred ...
     pub to: u8,
-    /// ... and that one has said that it covers what was named.
+    /// ... and the successor has reported that it covers what was named.
     pub handed: bool,
 }
 
-/// One per append: its bit is that of the operation.
+/// Record of an append: its bit is that of the operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Record {
     pub list: Set,
@@ -178,7 +178,7 @@ pub struct State {
     pub ops: [Op; OPS],
     pub records: [Option<Record>; OPS],
     pub acked: Set,
-    /// Not promised: the only one that held it was away.
+    /// Records that are not promised: the only holder was away.
     pub forgiven: Set,
     pub clock: u8,
     pub faults: Faults,
@@ -246,7 +246,7 @@ impl State {
         self.nodes[i].run == Run::Up
     }
 
-    /// Both run and hear each other.
+    /// Returns true when both run and can reach each other.
     pub fn linked(&self, i: Node, j: Node) -> bool {
         self.up(i) && self.up(j) && !self.cut(i, j)
     }
@@ -255,7 +255,7 @@ impl State {
         self.nodes.iter().filter(|node| node.run != Run::Unused && (node.run != Run::Up || node.cut)).count()
     }
 
-    /// The list that a node shows.
+    /// Returns the list that a node shows.
     pub fn list(&self, i: Node) -> Set {
         let have = self.nodes[i].have;
         let held = self.records.iter().enumerate().filter(|(id, _)| have & bit(*id) != 0).filter_map(|(_, one)| *one);
@@ -266,19 +266,19 @@ impl State {
         self.nodes.iter().filter(|node| node.have & bit(record) != 0).count()
     }
 
-    /// Its writer has begun something.
+    /// Returns true when the node's writer has begun something.
     pub fn is_busy(&self, i: Node) -> bool {
         self.ops.iter().any(|op| op.phase == Phase::Checked && usize::from(op.at) == i)
     }
 
-    /// Is it there, and do all know it, but perhaps one?
+    /// Returns true when the node is there and all nodes, but perhaps one, know it.
     pub fn is_back(&self, j: Node, but: Node) -> bool {
         let known = |i: Node| i == j || i == but || !self.up(i) || !self.peers[i][j].is_away();
         self.up(j) && !self.nodes[j].cut && self.nodes[j].young == 0 && (0..NODES).all(known)
     }
 
-    /// A node goes away: what it alone holds is not promised. Unless `late_copies` count, neither is what the
-    /// others hold only since they have promised themselves: they named less.
+    /// Forgives records that only a node that goes away holds. Unless `late_copies` count, forgives also those that
+    /// the others hold only since they have promised themselves: they named less.
     pub fn forgive(&mut self, i: Node, late_copies: bool) {
         for record in 0..self.records.len() {
             let holds = |node: &NodeState| node.have & bit(record) != 0;
@@ -309,7 +309,7 @@ impl State {
         (node.said_served, node.denying, node.taken) = (false, false, false);
     }
 
-    /// What a process forgets when it ends, and what others had sent it.
+    /// Drops everything that a process forgets when it ends, and the messages on the way to and from it.
     pub fn forget(&mut self, i: Node) {
         self.end_promise(i);
         self.peers[i] = [FRESH; NODES];
@@ -325,18 +325,18 @@ impl State {
         }
     }
 
-    /// What can make no difference any more looks the same.
+    /// Normalizes state that can make no difference any more.
     pub fn forget_what_is_done(&mut self) {
         for op in &mut self.ops {
             match op.phase {
                 Phase::Done => *op = Op { phase: Phase::Done, ..IDLE },
-                // No probe helps it any more: one that comes later must see no less.
+                // A probe does not help the operation any more: one that comes later must see no less.
                 Phase::Waiting if op.silent == 0 => *op = IDLE,
                 _ => {}
             }
         }
         for i in 0..NODES {
-            // What is pending there could be acknowledged in the term in which it was done.
+            // A pending operation there could be acknowledged in the term in which it was done.
             let pending = |op: &Op| matches!(op.phase, Phase::Checked | Phase::Written) && !op.lapsed;
             let pending = self.ops.iter().any(|op| pending(op) && usize::from(op.at) == i);
             let node = &mut self.nodes[i];
@@ -354,7 +354,7 @@ impl State {
                     (peer.named, peer.served, peer.covered) = (0, false, false);
                 }
                 if peer.quiet == 0 {
-                    // The master's word is old before anybody is silent again.
+                    // The master's report is old before a peer is silent again.
                     (peer.word, peer.tried) = (0, false);
                     if peer.reach != Reach::Refused {
                         peer.reach = Reach::Unknown;
@@ -371,7 +371,7 @@ impl State {
     }
 }
 
-/// The new places of the replicas, and where each was before.
+/// Orders of the replicas: the old place of each new one.
 const ORDERS: [[usize; NODES]; 6] = [[0, 1, 2], [1, 0, 2], [0, 2, 1], [2, 0, 1], [1, 2, 0], [2, 1, 0]];
 
 type Packed = [u32; 16];
@@ -388,7 +388,7 @@ impl Bits {
 }
 
 impl NodeState {
-    /// All of it, but to whom it is promised.
+    /// Packs all fields except the holder of the promise.
     fn bits(&self) -> u32 {
         let flags = [self.cut, self.said_served, self.denying, self.taken, self.intact, self.served];
         let bits = flags.into_iter().fold(Bits(0), |bits, flag| bits.put(u8::from(flag), 1));
@@ -405,7 +405,7 @@ impl NodeState {
 }
 
 impl Peer {
-    /// Is it known to be dead, or silent for long enough?
+    /// Returns true when the peer is known to be dead, or silent for long enough.
     pub fn is_away(&self) -> bool {
         self.reach == Reach::Refused || (self.quiet >= SILENCE && self.reach != Reach::Unknown)
     }
@@ -434,7 +434,7 @@ impl Peer {
 
 impl State {
     fn packed(&self, order: &[usize; NODES]) -> Packed {
-        // Where each is now; nobody stays nobody.
+        // New place of each node; `NOBODY` stays `NOBODY`.
         let mut place = [NOBODY; NODES + 1];
         for (new, old) in order.iter().enumerate() {
             place[*old] = new as u8;
@@ -484,7 +484,7 @@ impl State {
 impl Hash for State {
     fn hash<H: Hasher>(&self, state: &mut H) {
         let keys = self.nodes.each_ref().map(NodeState::bits);
-        // A cut between the first two tells them from the third.
+        // A cut between the first two replicas distinguishes them from the third.
         let alike = !self.pair_cut && self.faults.cut_pair == 0;
         let fits = |order: &&[usize; NODES]| match alike {
             true => keys[order[0]] <= keys[order[1]] && keys[order[1]] <= keys[order[2]],

@@ -1,6 +1,6 @@
-//! What can happen in a state of the model, and what becomes of it.
+//! The steps that can happen in a state of the model, and their results.
 //!
-//! **Invariant:** no step depends on how the replicas are named, but for a cut between the first two.
+//! **Invariant:** no step depends on the names of the replicas, except for a cut between the first two.
 
 use stateright::{Model, Property};
 use vasto_core::lease::{Peer as Known, Verdict, authority};
@@ -11,48 +11,48 @@ use crate::state::{
     Run, SILENCE, Set, State, Term, bit,
 };
 
-/// A claimant believes for so long from when it asked.
+/// Time for which a claimant believes in a promise, from its request.
 const BELIEF: u8 = 2;
-/// A granter keeps its promise for so long from when it was asked.
+/// Time for which a granter keeps its promise, from the request.
 const PROMISE: u8 = 2;
-/// An excuse holds for so long from the attempt to connect on which it rests.
+/// Time for which an excuse holds, from the attempt to connect on which it rests.
 const EXCUSE: u8 = 1;
-/// The master's word is fresh for so long.
+/// Time for which the master's report is fresh.
 const WORD: u8 = 2;
-/// The master takes a session for lost after so long.
+/// Time after which the master considers a session lost.
 const SESSION: u8 = 2;
 
-/// When a write is acknowledged.
+/// Acknowledgement level of a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ack {
-    /// One replica holds it; what only a node that goes away held is not promised.
+    /// One replica holds the write; records that only a node that goes away held are not promised.
     Fsync,
-    /// Two hold it.
+    /// Two replicas hold the write.
     Replica,
 }
 
-/// What is explored.
+/// Size and options of an exploration.
 #[derive(Clone, Copy, Debug)]
 pub struct Leases {
     pub rules: Rules,
     pub nodes: usize,
     pub ack: Ack,
-    /// So many appends; there is one read.
+    /// Number of appends; there is one read.
     pub appends: usize,
     pub faults: Faults,
-    /// So many nodes may be away at a time.
+    /// Most nodes that may be away at a time.
     pub away: usize,
-    /// So many answers to heartbeats may be late at a time.
+    /// Most answers to heartbeats that may be late at a time.
     pub late: usize,
     /// A write is checked, written and (when it may be) acknowledged in one step.
     pub quick: bool,
-    /// A network may be back for less than a probe takes.
+    /// A network may be back for less time than a probe takes.
     pub flaps: bool,
-    /// What only one that was away holds is promised again once it has promised itself to the one that serves.
+    /// Records that only an absent node held are promised again once it has promised itself to the serving node.
     pub returns: bool,
-    /// What a replica received after it had promised itself counts as held by it.
+    /// Records that a replica received after it had promised itself count as held by it.
     pub late_copies: bool,
-    /// The master tells who has no session.
+    /// The master reports which nodes have no session.
     pub master: bool,
 }
 
@@ -86,12 +86,12 @@ pub enum Action {
         granter: Node,
         claimant: Node,
     },
-    /// The claimant turns to another one itself, and says that it does not hold the promise any more.
+    /// The claimant turns to another replica itself, and reports that it does not hold the promise any more.
     LetGo {
         granter: Node,
         claimant: Node,
     },
-    /// The claimant says that it covers what was named, and whether it serves.
+    /// The claimant reports that it covers what was named, and whether it serves.
     Report {
         granter: Node,
         claimant: Node,
@@ -126,17 +126,17 @@ impl Leases {
         (0..self.nodes).filter(move |j| *j != i)
     }
 
-    /// What was acknowledged and is promised to be seen, or will be again.
+    /// Returns the acknowledged records that are promised to be seen, or will be again.
     fn promised(&self, state: &State) -> Set {
         if self.returns { state.acked } else { state.acked & !state.forgiven }
     }
 
-    /// The operation that is a read.
+    /// Returns the operation that is a read.
     fn read(&self) -> usize {
         self.appends
     }
 
-    /// What a claimant knows of another one, as the real decision takes it, and on what that would stand.
+    /// Returns a claimant's knowledge of a peer, as the real decision takes it, and the basis that it would be.
     fn known(&self, state: &State, i: Node, j: Node, had: bool) -> (Known, Basis) {
         let peer = &state.peers[i][j];
         let found = peer.found > 0 || !self.rules.excuses_end;
@@ -161,7 +161,7 @@ impl Leases {
         (Known::Unsettled { excused: before }, if before { Basis::Excuse } else { Basis::Silence })
     }
 
-    /// Has it firm authority that is valid up to now?
+    /// Returns true when the node has firm authority that is valid up to now.
     fn had(&self, state: &State, i: Node) -> bool {
         state.nodes[i].term == Term::Firm
             && self.others(i).all(|j| match state.peers[i][j].basis {
@@ -171,7 +171,7 @@ impl Leases {
             })
     }
 
-    /// What everything that is known makes of a claim.
+    /// Returns the verdict on a claim from everything that is known.
     fn verdict(&self, state: &State, i: Node) -> Verdict {
         let node = &state.nodes[i];
         let free = Verdict::Authority { by_master: false, probing: false };
@@ -197,7 +197,7 @@ impl Leases {
         }
     }
 
-    /// May it serve, a request after whose coming connects to these failed?
+    /// Returns true when the node may serve a request after whose arrival connects to `probed` failed.
     fn serves(&self, state: &State, i: Node, probed: Set) -> bool {
         state.up(i)
             && match self.verdict(state, i) {
@@ -210,7 +210,7 @@ impl Leases {
             }
     }
 
-    /// Authority begins, goes on or ends.
+    /// Begins, continues or ends authority.
     fn settle(&self, state: &mut State) {
         for i in self.nodes() {
             if state.up(i) && state.nodes[i].promise == NOBODY {
@@ -226,7 +226,7 @@ impl Leases {
             };
             let had = self.had(state, i);
             let mut by_promises = true;
-            // Before a silent one that each request was probed for promises itself, it is only heard.
+            // A silent peer for which each request was probed is only heard before it promises itself.
             let mut interrupted = false;
             for j in self.others(i) {
                 let (known, basis) = self.known(state, i, j, had);
@@ -252,7 +252,7 @@ impl Leases {
         }
     }
 
-    /// One that could not be reached is there again: the attempts that have failed say nothing of the others.
+    /// Handles a peer that can be reached again: the failed attempts to connect say nothing of the other peers.
     fn network_is_back(&self, state: &mut State, i: Node, from: Node) {
         if state.peers[i][from].reach != Reach::Unreachable {
             return;
@@ -326,7 +326,7 @@ impl Leases {
         state.changed = false;
     }
 
-    /// What one that runs hears within a tick, and how its attempts to connect end.
+    /// Applies what a running node receives within a tick, and the results of its attempts to connect.
     fn listen(&self, state: &mut State, i: Node) {
         let before = state.peers[i].map(|peer| peer.reach);
         for j in self.others(i).filter(|j| !state.cut(i, *j)).collect::<Vec<_>>() {
@@ -350,7 +350,7 @@ impl Leases {
                 if heard {
                     (peer.quiet, peer.reach) = (0, Reach::Unknown);
                 } else {
-                    // The silence of a process that was dead was another one's.
+                    // The silence of a dead process was that of another process.
                     let anew = peer.reach == Reach::Refused || (begins_anew && self.rules.hung_is_connected);
                     (peer.quiet, peer.reach) = (if anew { 0 } else { SILENCE }, Reach::Reachable);
                 }
@@ -375,7 +375,7 @@ impl Leases {
         if promise != NOBODY && !again && self.rules.exclusive {
             return false;
         }
-        // After silence it comes over another link, and is another promise.
+        // After silence the promise comes over another link, and is another promise.
         let steady = again && state.peers[claimant][granter].quiet < SILENCE;
         if steady {
             if state.nodes[granter].denying {
@@ -413,7 +413,7 @@ impl Leases {
         true
     }
 
-    /// Only so many answers are late.
+    /// Delivers an answer at once when too many are late.
     fn hurry(&self, state: &mut State, claimant: Node, granter: Node) {
         let late = state.peers.iter().flatten().filter(|peer| peer.back != Back::Nothing).count();
         if late > self.late {
@@ -437,7 +437,7 @@ impl Leases {
         true
     }
 
-    /// Does the authority last that a write was checked under?
+    /// Returns true when the authority lasts under which a write was checked.
     fn is_in_term(&self, state: &State, op: Op) -> bool {
         let probed = if self.rules.ack_after_probe { op.probed } else { Set::MAX };
         !op.lapsed && self.serves(state, usize::from(op.at), probed)
@@ -448,7 +448,7 @@ impl Leases {
         self.others(i).filter(silent).fold(0, |all, j| all | bit(j))
     }
 
-    /// What an operation that comes now, or came just before the replica was cut off, must see.
+    /// Returns what an operation that comes now, or came just before the replica was cut off, must see.
     fn must(&self, state: &State, at: Node) -> Set {
         if state.nodes[at].cut { state.nodes[at].must } else { state.acked }
     }
@@ -461,7 +461,7 @@ impl Leases {
                     return false;
                 }
                 let silent = if self.rules.came_after_silence { self.silent(state, at) } else { Set::MAX };
-                // Another one comes later and must see no less.
+                // Another operation comes later and must see no less.
                 if silent == 0 || (op == self.read() && self.promised(state) == 0) {
                     return false;
                 }
@@ -531,7 +531,7 @@ impl Leases {
                     state.bad = Some(Bad::LostWrite);
                 }
             }
-            // One that sees all it must see changes nothing.
+            // A read that sees all it must see changes nothing.
             Action::Read(at) => {
                 let one = state.ops[self.read()];
                 let waited = one.phase == Phase::Waiting && usize::from(one.at) == at;
@@ -698,7 +698,7 @@ impl Leases {
                 if !room || !state.up(i) || !over || !take(&mut state.faults.stop) {
                     return false;
                 }
-                // It loses nothing by itself, but it may be the second one that goes away.
+                // The stop loses nothing by itself, but the node may be the second one that goes away.
                 if !self.others(i).all(|j| state.is_back(j, i)) {
                     state.forgive(i, self.late_copies);
                 }
@@ -745,8 +745,8 @@ impl Leases {
         true
     }
 
-    /// Can nothing bad follow any more: all is written, and everybody who may come back holds it, or nothing
-    /// that is promised?
+    /// Returns true when nothing bad can follow any more: all is written, and every node that may come back holds it,
+    /// or nothing is promised.
     fn is_over(&self, state: &State) -> bool {
         let ended = state.ops[..self.appends].iter().all(|op| op.phase == Phase::Done);
         let all = (0..OPS).filter(|id| state.records[*id].is_some()).fold(0, |all, id| all | bit(id));
@@ -759,7 +759,7 @@ impl Model for Leases {
     type State = State;
     type Action = Action;
 
-    /// Node 0 serves.
+    /// Returns the one initial state: node 0 serves.
     fn init_states(&self) -> Vec<State> {
         let mut state = State {
             nodes: [NEW; NODES],
@@ -792,7 +792,7 @@ impl Model for Leases {
         actions.push(Action::Tick);
         for op in 0..self.appends {
             match state.ops[op].phase {
-                // The first begins first.
+                // The first append begins first.
                 Phase::Idle if op > 0 && state.ops[op - 1].phase == Phase::Idle => {}
                 Phase::Idle => {
                     actions.extend(self.nodes().flat_map(|at| [Action::Start(op, at), Action::Check(op, at)]));

@@ -1,4 +1,4 @@
-//! A grow goes through, whoever restarts or interferes.
+//! A grow completes, whatever restarts or interferes.
 
 use std::time::{Duration, Instant};
 
@@ -64,8 +64,8 @@ async fn a_grow_driven_step_by_step() {
         node.until("the next version", |seen| seen.catalogs[&KeyspaceId(1)].version > catalog.version).await;
         fastest = fastest.min(reported.elapsed());
     }
-    // What passes here between the last seal and the commit is the pause that writers feel: a
-    // decision that waited for the driver's tick (100 ms) would show in every step.
+    // The time from the last seal to the commit is the pause that writers see: a decision that
+    // waited for the driver's tick (100 ms) would show in every step.
     assert!(fastest < Duration::from_millis(50), "reports must be acted on at once, not after {fastest:?}");
     let done = master.operation_until("op-1-1", "state", "done").await;
     assert_eq!((&done["keys_moved"], &done["bytes_moved"]), (&json!(7), &json!(1)));
@@ -103,7 +103,7 @@ async fn a_grow_driven_step_by_step() {
     master.stop().await;
 }
 
-/// The nodes hold the plan at `step`, the master is replaced by a new one on the same bucket.
+/// Holds the nodes at `step` of the plan, then replaces the master with a new one on the same bucket.
 async fn restart_at(step: Step, bucket: &str) {
     let (master, crew) = cluster(bucket, 2).await;
     crew.hold_at(Some(step));
@@ -116,7 +116,7 @@ async fn restart_at(step: Step, bucket: &str) {
     let master = TestMaster::start(bucket).await;
     crew.follow(&master.url);
     if step != Step::Sealing {
-        // A seal that nobody completes is undone; every other step is still there.
+        // A seal that no node completes is undone; every other step is still in force.
         assert_eq!(master.operation("op-1-1").await["step"], name);
     }
     crew.hold_at(None);
@@ -154,11 +154,11 @@ async fn an_incomplete_seal_is_undone_and_the_plan_can_be_cancelled() {
     let watcher = Session::join(&master.url, hello(9)).await;
     crew.hold_at(Some(Step::Sealing));
     master.resize("ks1", 2, false).await.unwrap();
-    let unsealed = |seen: &crate::node::Seen| {
+    let draining = |seen: &crate::node::Seen| {
         let steps: Vec<_> = seen.versions.iter().map(|(.., step)| *step).collect();
         steps.windows(2).any(|pair| pair == [Some(Step::Sealing), Some(Step::Tail)])
     };
-    watcher.until("the seal to be undone", unsealed).await;
+    watcher.until("the seal to be undone", draining).await;
 
     let cancel = async |id: &str| {
         parse(within("a cancel", master.client.clone().cancel_operation(v1::OperationRequest { id: id.into() })).await)
@@ -203,18 +203,18 @@ async fn of_two_masters_the_one_that_loses_adopts_what_the_other_did() {
     first.operation_until("op-1-1", "state", "done").await;
     assert_eq!(second.describe("ks1").await.unwrap()["shards"], 1, "nobody told the second");
 
-    // Its write loses against the first's version 2; from the tip, 1 -> 2 is nothing to do.
+    // Its write loses against the first's version 2; from that tip, growing to 2 shards is no change.
     let lost = code(second.resize("ks1", 2, false).await);
     assert_eq!(lost.0, ErrorCode::InvalidArgument, "{}", lost.1);
     assert!(lost.1.contains("already has 2 shards"), "{}", lost.1);
     assert_eq!(second.describe("ks1").await.unwrap()["epoch"], 2);
 
-    // The name is taken for both, and a keyspace of the first is found by the second.
+    // The name is taken for both masters, and the second finds a keyspace of the first.
     first.create("ks2", 1).await.unwrap();
     assert_eq!(code(second.create("ks2", 1).await).0, ErrorCode::AlreadyExists);
     assert_eq!(second.describe("ks2").await.unwrap()["name"], "ks2");
 
-    // Both want to change the same keyspace at once: one version wins, the other one is told.
+    // Both masters change the same keyspace at once: one version wins, the other request gets an error.
     let (a, b) = tokio::join!(first.resize("ks1", 3, false), second.resize("ks1", 3, false));
     assert_eq!(usize::from(a.is_ok()) + usize::from(b.is_ok()), 1, "{a:?} {b:?}");
     first.stop().await;

@@ -1,4 +1,4 @@
-//! Starts masters and waits for conditions; a wait that is in vain fails with what it was for.
+//! Starts masters and waits for conditions; a wait that times out fails with its description.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ pub fn config(bucket_url: &str) -> MasterConfig {
         bucket_options: BucketOptions::default(),
         listen: "127.0.0.1:0".parse().unwrap(),
         node_silence: Duration::from_secs(10),
-        // The nodes of most tests speak, but do not listen.
+        // The nodes of most tests do not listen.
         dial_back: false,
         replace_after: Duration::ZERO,
         retention: Default::default(),
@@ -82,7 +82,7 @@ impl TestMaster {
         json(self.client.clone().cluster_status(v1::Empty {}).await).unwrap()
     }
 
-    /// Waits for an operation to be in a state or step, and answers it.
+    /// Waits for an operation to be in a state or step, and returns it.
     pub async fn operation_until(&self, id: &str, field: &str, want: &str) -> Value {
         eventually(&format!("operation {id} to be {field}={want}"), async || {
             let operation = self.operation(id).await;
@@ -108,7 +108,7 @@ pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
     }
 }
 
-/// Asks again until there is an answer.
+/// Polls until there is an answer.
 pub async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
     within(what, async {
         loop {

@@ -1,4 +1,4 @@
-//! Keyspaces come, are described, are watched, and go.
+//! Keyspaces are created, described, watched, and deleted.
 
 use serde_json::json;
 use vasto_core::ErrorCode;
@@ -101,7 +101,7 @@ async fn a_create_answers_with_the_reason_when_a_replica_fails() {
     let fail = async {
         let seen = node.until("the keyspace", |seen| !seen.catalogs.is_empty()).await;
         let mut reports = reports(seen.catalogs.values().next().unwrap(), node.node, None);
-        reports[0].phase = vasto_core::plan::ReplicaPhase::Failed("the disk is full".into());
+        reports[0].phase = vasto_core::report::ReplicaPhase::Failed("the disk is full".into());
         node.report(reports).await;
     };
     let (created, ()) = tokio::join!(master.create("ks1", 1), fail);

@@ -1,7 +1,7 @@
 //! A real master on loopback, a real bucket, and scripted nodes that speak the real protocol.
 #![allow(clippy::unwrap_used)]
 
-mod bill;
+mod cost;
 mod grow;
 mod harness;
 mod keyspaces;

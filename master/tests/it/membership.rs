@@ -1,4 +1,4 @@
-//! Who may join, who is alive, and how a master starts and stops.
+//! Membership: which nodes may join, liveness, and the start and stop of a master.
 
 use std::time::Duration;
 
@@ -57,7 +57,7 @@ async fn a_node_id_belongs_to_one_live_process() {
     assert!(rejected.reason.contains("127.0.0.1:10001"), "{}", rejected.reason);
     assert_eq!(master.status().await["nodes"][0]["address"], "127.0.0.1:10001");
 
-    // Its own reconnect replaces its session; once it is gone, the id may move.
+    // A reconnect of the node replaces its session; once that is gone, the id may move.
     let again = Session::join(&master.url, hello(1)).await;
     crew.stop();
     drop(again);
@@ -78,7 +78,7 @@ async fn a_silent_node_is_away_and_everything_is_sent_again_when_it_returns() {
     let (created, ()) = tokio::join!(master.create("ks1", 1), serve);
     created.unwrap();
 
-    // It says nothing more, although its connection is fine.
+    // The node sends nothing more, although its connection is fine.
     let away = eventually("the silence to be noticed", async || {
         let status = master.status().await;
         (status["nodes"][0]["state"] == "away").then_some(status)
@@ -146,7 +146,7 @@ async fn a_master_stops_with_open_streams_and_says_what_is_in_its_way() {
     while let Ok(Some(_)) = within("the end of the watch", topologies.message()).await {}
 }
 
-/// The master connects to where a node says that others reach it.
+/// The master connects to the advertised address of a node.
 #[tokio::test]
 async fn a_node_that_cannot_be_reached_where_it_says_is_refused() {
     let master = TestMaster::with(MasterConfig { dial_back: true, ..config("memory://membership-dial") }).await;
@@ -164,12 +164,12 @@ async fn a_node_that_cannot_be_reached_where_it_says_is_refused() {
         assert!(refused.reason.contains(says) && refused.reason.contains("--advertise"), "{refused:?}");
     }
     let _node = Session::join(&master.url, at(&address)).await;
-    // It answers nothing, so the keyspace is there long before its creation is answered.
+    // The node reports nothing, so the keyspace exists long before its creation is answered.
     tokio::select! {
         created = master.create("ks", 1) => panic!("{created:?}"),
         _ = eventually("the keyspace", async || master.describe("ks").await.ok()) => {}
     }
-    // One that holds something goes on with it; it gets nothing more, and people are told.
+    // A node with data continues to serve it; it gets no more replicas, and the status shows a warning.
     let status = master.status().await;
     assert!(!status["warnings"].to_string().contains("cannot be reached"), "{status}");
     drop(listener);

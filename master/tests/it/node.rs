@@ -1,4 +1,4 @@
-//! Nodes without data: they speak the membership protocol and say what they are told to say.
+//! Nodes without data: they speak the membership protocol and send scripted messages.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -8,15 +8,14 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::ids::{CatalogVersion, Incarnation, KeyspaceId, Lsn, NodeId, ReplicaId};
-use vasto_core::plan::{
-    PinnedManifest, Plan, ReplicaPhase, ReplicaReport, Sealed, SourceProgress, Step, TargetProgress, TargetStage,
-};
+use vasto_core::plan::{PinnedManifest, Plan, Step};
+use vasto_core::report::{ReplicaPhase, ReplicaReport, Sealed, SourceProgress, TargetProgress, TargetStage};
 use vasto_proto::v1::membership_client::MembershipClient;
 use vasto_proto::v1::{self, master_message, node_message};
 
 use crate::harness::within;
 
-/// What a session has received.
+/// Messages that a session has received.
 #[derive(Default, Clone)]
 pub struct Seen {
     pub welcome: Option<v1::Welcome>,
@@ -29,7 +28,7 @@ pub struct Seen {
     pub ended: bool,
 }
 
-/// One session, driven by hand.
+/// A session, driven by hand.
 pub struct Session {
     pub node: NodeId,
     pub seen: watch::Receiver<Seen>,
@@ -68,7 +67,7 @@ impl Session {
         Ok(Self { node, seen, outbound })
     }
 
-    /// The same, and waits to be welcome.
+    /// Opens a session and waits for the welcome.
     pub async fn join(url: &str, hello: v1::Hello) -> Self {
         let session = Self::open(url, hello).await.unwrap();
         session.until("the welcome", |seen| seen.welcome.is_some()).await;
@@ -97,7 +96,7 @@ impl Session {
     }
 
     async fn send(&self, message: node_message::Message) {
-        // A session that has ended takes nothing; its test sees that by itself.
+        // A session that has ended takes no message; its test notices that by itself.
         let _ = self.outbound.send(v1::NodeMessage { message: Some(message) }).await;
     }
 }
@@ -124,8 +123,8 @@ impl Seen {
     }
 }
 
-/// Nodes that do at once what catalog versions ask for, up to the step they are held at, and that
-/// follow the master wherever it restarts.
+/// Nodes that execute at once what catalog versions ask for, up to the step they are held at, and that
+/// reconnect to the master wherever it restarts.
 pub struct Crew {
     url: watch::Sender<String>,
     held_at: watch::Sender<Option<Step>>,
@@ -144,7 +143,7 @@ impl Crew {
         };
         for node in nodes {
             let (url, held_at) = (crew.url.subscribe(), crew.held_at.subscribe());
-            tokio::spawn(crew.stop.clone().run_until_cancelled_owned(obey(node, url, held_at)));
+            tokio::spawn(crew.stop.clone().run_until_cancelled_owned(apply_versions(node, url, held_at)));
         }
         crew
     }
@@ -162,7 +161,7 @@ impl Crew {
     }
 }
 
-async fn obey(node: u64, url: watch::Receiver<String>, held_at: watch::Receiver<Option<Step>>) {
+async fn apply_versions(node: u64, url: watch::Receiver<String>, held_at: watch::Receiver<Option<Step>>) {
     let known = Known::default();
     loop {
         let at = url.borrow().clone();
@@ -173,7 +172,7 @@ async fn obey(node: u64, url: watch::Receiver<String>, held_at: watch::Receiver<
     }
 }
 
-/// What a node remembers over reconnects: the highest version of each keyspace.
+/// The state that a node keeps over reconnects: the highest version of each keyspace.
 type Known = std::sync::Mutex<BTreeMap<KeyspaceId, Catalog>>;
 
 async fn serve(
@@ -217,7 +216,7 @@ async fn serve(
 
 pub const SEAL_LSN: Lsn = Lsn(20);
 
-/// What a perfect node reports under this version; its work of the held step is not done yet.
+/// Returns the reports of a perfect node under this version; its work of the held step is not done yet.
 pub fn reports(catalog: &Catalog, node: NodeId, hold: Option<Step>) -> Vec<ReplicaReport> {
     if catalog.state == KeyspaceState::Deleted {
         return Vec::new();
@@ -241,7 +240,7 @@ pub fn reports(catalog: &Catalog, node: NodeId, hold: Option<Step>) -> Vec<Repli
                 source: plan.and_then(|plan| source(catalog, plan, replica, hold)),
                 target: plan.and_then(|plan| target(plan, replica, hold)),
                 cleaned: catalog.quarantines.iter().filter(|one| one.dropping).map(|one| one.plan).collect(),
-                replication: vasto_core::plan::ReplicationReport { ready: true, ..Default::default() },
+                replication: vasto_core::report::ReplicationReport { ready: true, ..Default::default() },
             }
         })
         .collect()

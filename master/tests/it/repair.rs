@@ -1,4 +1,4 @@
-//! A master that finds its bucket without a claim, and the way back.
+//! A master whose bucket has lost its claim, and the repair.
 
 use serde_json::json;
 use vasto_core::ErrorCode;
@@ -15,7 +15,7 @@ fn bucket(url: &str) -> Bucket {
     Bucket::open(url, &BucketOptions::default()).unwrap()
 }
 
-/// A cluster with one keyspace on one node; answers its id and the node's catalog.
+/// Starts a cluster with one keyspace on one node; returns its id and the node's catalog.
 async fn a_cluster(url: &str) -> (String, Catalog) {
     let master = TestMaster::start(url).await;
     let node = Session::join(&master.url, hello(1)).await;
@@ -32,7 +32,7 @@ async fn a_cluster(url: &str) -> (String, Catalog) {
     (id, catalog)
 }
 
-/// It has not shipped anything yet.
+/// Reports the replicas of a node that has not shipped anything yet.
 async fn report(node: &Session, catalog: &Catalog) {
     let mut replicas = reports(catalog, node.node, None);
     replicas.iter_mut().for_each(|one| (one.shipped_lsn, one.manifest_lsn) = (Lsn(0), Lsn(0)));
@@ -43,7 +43,7 @@ async fn repair(master: &TestMaster, accept_loss: bool) -> Result<serde_json::Va
     json(master.client.clone().repair_bucket(v1::RepairBucketRequest { accept_loss }).await)
 }
 
-/// The node says what it remembers, and comes back when it is asked to.
+/// Answers for a node with the catalog that it remembers; the node reconnects when asked to.
 async fn remembers(master: &TestMaster, id: &str, node: Session, catalog: &Catalog) -> Session {
     let is_asked = |seen: &crate::node::Seen| seen.commands.iter().any(|one| one.kind == Kind::Catalogs as i32);
     let seen = node.until("the question", is_asked).await;
@@ -71,7 +71,7 @@ async fn a_master_without_a_claim_serves_its_repair_and_nothing_else() {
     assert_eq!(code(master.describe("ks1").await).0, ErrorCode::FailedPrecondition);
     let status = master.status().await;
     assert!(status["warnings"][0].as_str().unwrap().contains("vasto bucket repair"), "{status}");
-    // Whoever knows nothing waits; whoever belongs here is welcome, under whatever name.
+    // A node that knows nothing waits; a node of this cluster is welcome, whatever cluster it names.
     let fresh = Session::open(&master.url, hello(2)).await.unwrap();
     let seen = fresh.until("the rejection", |seen| seen.rejected.is_some()).await;
     assert_eq!(seen.rejected.unwrap().code, ErrorCode::Unavailable as u32);
@@ -96,7 +96,7 @@ async fn a_master_without_a_claim_serves_its_repair_and_nothing_else() {
 async fn an_emptied_prefix_is_given_back_to_the_nodes_that_knock() {
     let url = "memory://repair-emptied";
     let (id, mut catalog) = a_cluster(url).await;
-    // It has been through a few versions.
+    // The catalog has been through a few versions.
     catalog.version = CatalogVersion(5);
     let bucket = bucket(url);
     let all: Vec<String> = bucket.list("").await.unwrap().into_iter().map(|object| object.key).collect();
@@ -109,7 +109,7 @@ async fn an_emptied_prefix_is_given_back_to_the_nodes_that_knock() {
     let told = master.status().await["warnings"].to_string();
     assert!(told.contains(&id) && told.contains("vasto bucket repair"), "{told}");
     let node = async {
-        // As it does every other second.
+        // A node retries like this every other second.
         let node = eventually("the node to be taken in", async || {
             let session = Session::open(&master.url, own.clone()).await.ok()?;
             let seen = session.until("an answer", |seen| seen.welcome.is_some() || seen.rejected.is_some()).await;

@@ -1,4 +1,4 @@
-//! The files of a log on disk: their names, and changes of the directory that are durable.
+//! Files of a log on disk: their names, and durable changes of the directory.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -9,19 +9,19 @@ use vasto_core::record::FileHeader;
 
 use super::BinlogError;
 
-/// The file whose first record is (or will be) `first`.
+/// Returns the path of the file whose first record is (or will be) `first`.
 pub(super) fn path(dir: &Path, first: Lsn) -> PathBuf {
     dir.join(format!("{:020}.log", first.0))
 }
 
-/// The first LSN that a file name promises; `None` for names that no log file has.
+/// Returns the first LSN that a file name encodes; `None` for names that no log file has.
 fn parse_name(name: &str) -> Option<Lsn> {
     let digits = name.strip_suffix(".log")?;
     let good = digits.len() == 20 && digits.bytes().all(|c| c.is_ascii_digit());
     good.then(|| digits.parse().ok().map(Lsn)).flatten().filter(|first| first.0 > 0)
 }
 
-/// The first LSNs of the log files in the directory, ascending. Other files are left alone.
+/// Returns the first LSNs of the log files in the directory, ascending. Ignores other files.
 pub(super) fn list(dir: &Path) -> Result<Vec<Lsn>, BinlogError> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(BinlogError::io("list", dir))? {

@@ -12,7 +12,7 @@
 //!   confirmed any more: the kernel drops the dirty pages of a failed sync, so that a retry would
 //!   succeed over lost data.
 //!
-//! What the records mean, what `applied_lsn` is and how far may be truncated is left to the replica.
+//! The replica decides what the records mean, what `applied_lsn` is and how far to truncate.
 
 mod file;
 mod reader;
@@ -33,7 +33,7 @@ pub use reader::LogReader;
 pub use shared::LogShared;
 use shared::Segment;
 
-/// Where a log lives, whose it is, and when it changes files.
+/// Directory, owner and file size of a log.
 #[derive(Debug, Clone)]
 pub struct BinlogConfig {
     /// The directory; it holds nothing but this log. Created if it is missing.
@@ -48,25 +48,25 @@ pub struct BinlogConfig {
     pub file_bytes: u64,
 }
 
-/// Why the log could not do what was asked.
+/// Reason why a log operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum BinlogError {
-    /// The file system said no.
+    /// The file system returned an error.
     #[error("cannot {action} {}: {source}; check the disk, its free space and the permissions", path.display())]
     Io {
-        /// What was tried.
+        /// The failed operation.
         action: &'static str,
-        /// On which file or directory.
+        /// The file or directory.
         path: PathBuf,
-        /// The answer.
+        /// The IO error.
         source: std::io::Error,
     },
-    /// The file belongs to something else. Nothing was changed.
+    /// The file does not belong to this log. Nothing was changed.
     #[error("{} is not a file of this log ({reason}); move it out of the directory, it was not changed", file.display())]
     Foreign {
         /// The file.
         file: PathBuf,
-        /// What it says instead.
+        /// The mismatch.
         reason: String,
     },
     /// A newer version wrote the file. Nothing was changed.
@@ -86,30 +86,30 @@ pub enum BinlogError {
     Rot {
         /// The damaged file.
         file: PathBuf,
-        /// Where in it, bytes from its start.
+        /// Offset of the damage, bytes from the start of the file.
         offset: u64,
         /// The first record that is lost.
         lsn: Lsn,
-        /// Why it cannot be an unfinished write.
+        /// Evidence that the damage is not an unfinished write.
         evidence: String,
     },
-    /// The reader wants what truncation has removed.
+    /// The reader asked for records that truncation has removed.
     #[error("record {asked} is no longer in the log, which starts at {first}; start over from a checkpoint")]
     TooOld {
         /// The first record that was wanted.
         asked: Lsn,
-        /// The oldest there is.
+        /// The oldest record in the log.
         first: Lsn,
     },
-    /// The reader claims to have read what was never written here.
+    /// The reader claims to have read records that were never written here.
     #[error("the log ends at record {last} and a reader claims to hold {after}; start over from a checkpoint")]
     Ahead {
-        /// What the reader claims.
+        /// The position that the reader claims.
         after: Lsn,
         /// The last record.
         last: Lsn,
     },
-    /// An earlier write or sync failed, and what it left on disk is unknown.
+    /// An earlier write or sync failed, and the state that it left on disk is unknown.
     #[error(
         "the log takes no more writes since it failed ({reason}); reopen the replica, which verifies what is on disk"
     )]
@@ -135,7 +135,7 @@ pub struct Binlog {
     shared: Arc<LogShared>,
 }
 
-/// The file that is written to. The shared state holds the same handle, for syncing.
+/// File being written. The shared state holds the same handle, for syncing.
 #[derive(Debug)]
 struct Active {
     file: Arc<File>,
@@ -151,7 +151,7 @@ impl Active {
 }
 
 impl Binlog {
-    /// Opens the log of a directory, cuts off what a crash left unfinished, and makes the rest durable.
+    /// Opens the log of a directory, cuts off a write that a crash left unfinished, and makes the rest durable.
     ///
     /// Creates no file: an empty directory is an empty log. Reads every file once.
     ///
@@ -174,17 +174,17 @@ impl Binlog {
         Ok(Binlog { config, incarnation: Incarnation(0), active, shared })
     }
 
-    /// The last record appended; 0 when the log is empty and was given no other start.
+    /// Returns the last appended record; 0 when the log is empty and was given no other start.
     pub fn last_lsn(&self) -> Lsn {
         self.shared.appended_lsn()
     }
 
-    /// Names the incarnation in the headers of files created from now on.
+    /// Sets the incarnation in the headers of files created from now on.
     pub fn set_incarnation(&mut self, incarnation: Incarnation) {
         self.incarnation = incarnation;
     }
 
-    /// Writes one encoded record behind the last one. It is durable after the next [`Self::sync`].
+    /// Writes one encoded record behind the last one. The record is durable after the next [`Self::sync`].
     ///
     /// # Errors
     /// Any failure poisons the log: how much of the record is in the file is not known.
@@ -209,7 +209,7 @@ impl Binlog {
         Ok(())
     }
 
-    /// Makes everything appended durable and answers with the LSN up to which it is.
+    /// Makes everything appended durable and returns the LSN up to which it is.
     ///
     /// # Errors
     /// A failure poisons the log; it is not retried.
@@ -217,12 +217,12 @@ impl Binlog {
         self.shared.sync_appended()
     }
 
-    /// What other threads may use.
+    /// Returns the part that other threads may use.
     pub fn shared(&self) -> Arc<LogShared> {
         self.shared.clone()
     }
 
-    /// Sees to it that the active file can take a record of this length as record `lsn`.
+    /// Ensures that the active file can take a record of this length as record `lsn`.
     fn ready_active(&mut self, lsn: Lsn, record_bytes: u64) -> Result<(), BinlogError> {
         match &self.active {
             Some(active) if active.holds_records() => {
@@ -251,7 +251,7 @@ impl Binlog {
         Ok(())
     }
 
-    /// Puts another file in the place of the active one, so that a test sees real IO errors.
+    /// Replaces the active file, so that a test sees real IO errors.
     #[cfg(test)]
     fn replace_active(&mut self, file: File) {
         let active = self.active.as_mut().expect("only for logs with records");

@@ -1,7 +1,7 @@
-//! Sequential reading of synced records, beside the writer and across files.
+//! Sequential reading of synced records, concurrent with the writer and across files.
 //!
-//! **Invariant:** what a reader returns is contiguous, verified and synced. It reads only bytes
-//! that were appended as a whole, which never change, so a buffer of them never goes stale.
+//! **Invariant:** a reader returns contiguous, verified and synced records. The reader reads only bytes of completely
+//! appended records, which never change, so a buffer of them never goes stale.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -14,10 +14,10 @@ use vasto_core::record::{RECORD_HEADER_BYTES, frame_at, positions_at};
 use super::shared::ReadView;
 use super::{BinlogError, LogShared, file};
 
-/// Least and most that is read ahead at once.
+/// Minimum and maximum of one read-ahead.
 const READ_AHEAD_BYTES: std::ops::RangeInclusive<usize> = (4 << 10)..=(1 << 20);
 
-/// Reads a log from a position on. A file that is truncated away under it stays readable to its end.
+/// Reader of a log from a position on. A file that truncation removes meanwhile stays readable to its end.
 #[derive(Debug)]
 pub struct LogReader {
     shared: Arc<LogShared>,
@@ -29,14 +29,14 @@ pub struct LogReader {
 #[derive(Debug)]
 struct OpenFile {
     file: File,
-    /// The first LSN of the file: its name.
+    /// First LSN of the file: its name.
     first: Lsn,
-    /// The record that starts at `offset`.
+    /// Record that starts at `offset`.
     at: Lsn,
     offset: u64,
 }
 
-/// The bytes of the open file from `start` on.
+/// Bytes of the open file from `start` on.
 #[derive(Debug, Default)]
 struct Buffer {
     start: u64,
@@ -48,7 +48,7 @@ impl Buffer {
         self.bytes = Vec::new();
     }
 
-    /// `len` bytes from `offset`; reads up to `ahead` if they are not there yet, never beyond `end`.
+    /// Returns `len` bytes from `offset`; reads up to `ahead` if they are not buffered, never beyond `end`.
     fn get(&mut self, file: &File, offset: u64, len: usize, ahead: usize, end: u64) -> std::io::Result<&[u8]> {
         let inside = offset >= self.start && offset + len as u64 <= self.start + self.bytes.len() as u64;
         if !inside {
@@ -73,13 +73,13 @@ impl LogReader {
         LogReader { shared, position: after, open: None, buffer: Buffer::default() }
     }
 
-    /// The last record that was returned, or the one given at the start.
+    /// Returns the last record that was returned, or the one given at the start.
     pub fn position(&self) -> Lsn {
         self.position
     }
 
-    /// The next synced records with their encodings: as many as fit into `bytes_max`, but at least
-    /// one; none at the synced end. Blocks on the disk.
+    /// Returns the next synced records with their encodings: as many as fit into `bytes_max`, but at least one; none at
+    /// the synced end. Blocks on the disk.
     ///
     /// # Errors
     /// [`BinlogError::TooOld`] when truncation overtook the reader, [`BinlogError::Rot`] when a
@@ -94,17 +94,17 @@ impl LogReader {
         let batch = self.read(wanted, view.synced, end, bytes_max);
         match &batch {
             Ok(batch) => self.position = batch.last().expect("a synced record is there and was read").0,
-            // Starts over from the index next time.
+            // The next call starts over from the index.
             Err(_) => self.open = None,
         }
         batch
     }
 
-    /// Has the file of the wanted record open and answers where its whole records end.
+    /// Opens the file of the wanted record and returns where its whole records end.
     fn open_for(&mut self, wanted: Lsn, view: &ReadView) -> Result<u64, BinlogError> {
         let too_old = |first| BinlogError::TooOld { asked: wanted, first };
         let Some(place) = &view.place else {
-            // Truncated; but a file that is open can be read to its end.
+            // Truncated, but a file that is open can be read to its end.
             let open = self.open.as_ref().ok_or_else(|| too_old(view.first))?;
             let path = file::path(self.shared.dir(), open.first);
             let end = open.file.metadata().map_err(BinlogError::io("inspect", &path))?.len();

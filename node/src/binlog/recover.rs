@@ -1,27 +1,27 @@
-//! Opening a log: reads all of it, tells what a crash left unfinished from damage, and cuts.
+//! Opening of a log: reads all of it, distinguishes an unfinished write of a crash from damage, and cuts.
 //!
-//! Reading stops at the first bad place: a file without a good header, or a record that is torn,
-//! fails its checksum or has another LSN than the one after its predecessor. A power loss writes
-//! pages back in any order, so good records behind it prove nothing by themselves. It is **rot**,
-//! and the log is left as it is, when the record expected there is known to have been durable:
+//! Reading stops at the first bad place: a file without a good header, or a record that is torn, fails its checksum or
+//! has another LSN than the one after its predecessor. A power loss writes pages back in any order, so good records
+//! behind it prove nothing by themselves. The bad place is **rot**, and the log is left unchanged, when the record
+//! expected there is known to have been durable:
 //!
 //! - *A later file exists.* A file is created only after everything before it was synced. (So a
 //!   cut never removes a file with a good header; also a gap between two files is rot.)
 //! - *A good record behind it names a `synced_lsn` at or after it.*
-//! - *The file has bytes behind a bad header.* The header was synced before the first record was
-//!   written, so no crash takes it away again.
+//! - *The file has bytes behind a bad header.* The header was synced before the first record was written, so no crash
+//!   can remove it.
 //!
-//! Otherwise it is the end of the log: the file is **cut** there and synced before anything is
-//! appended. A file that is no longer than a header, without a good one, is the rest of a creation
-//! and is removed; if it is the only one, the log is empty and goes on at the LSN in its name. If a
-//! crash interrupts a cut, the next one finds the same place or a clean end.
+//! Otherwise the bad place is the end of the log: the file is **cut** there and synced before any append. A file that
+//! is no longer than a header, without a good one, is an unfinished creation and is removed; if no other file exists,
+//! the log is empty and goes on at the LSN in its name. If a crash interrupts a cut, the next recovery finds the same
+//! place or a clean end.
 //!
-//! A damaged record that was synced, but in the last group before the crash, cannot be told from
-//! an unfinished one: nothing behind it says that it was synced.
+//! A damaged record that was synced, but in the last group before the crash, cannot be distinguished from an unfinished
+//! one: no later record proves that it was synced.
 //!
-//! **Invariant:** everything is decided before the first change, and after a recovery all that was
-//! found is durable. The last file is synced and its pages are dropped from the cache before it is
-//! read: after a failed sync the cache holds records that the disk does not.
+//! **Invariant:** everything is decided before the first change, and after a recovery all records found are durable.
+//! The last file is synced and its pages are dropped from the cache before it is read: after a failed sync the cache
+//! holds records that the disk does not.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -39,7 +39,7 @@ use super::{BinlogConfig, BinlogError, file};
 /// A log that is ready to be appended to.
 pub(super) struct Recovered {
     pub(super) segments: VecDeque<Segment>,
-    /// The last segment's file.
+    /// File of the last segment.
     pub(super) active: Option<File>,
     pub(super) last: Lsn,
 }
@@ -97,7 +97,7 @@ pub(super) fn recover(config: &BinlogConfig) -> Result<Recovered, BinlogError> {
 
 const LATER_FILE: &str = "a later file exists, which is created only when everything before it is synced";
 
-/// True when the file has a good header of this log, false when it has none that can be read.
+/// Returns true when the file has a good header of this log, false when it has no readable header.
 fn check_header(config: &BinlogConfig, first: Lsn) -> Result<bool, BinlogError> {
     let path = file::path(&config.dir, first);
     let opened = File::open(&path).map_err(BinlogError::io("open", &path))?;
@@ -130,14 +130,14 @@ fn check_header(config: &BinlogConfig, first: Lsn) -> Result<bool, BinlogError> 
     Ok(true)
 }
 
-/// A header that is good with the format put right is damaged, not newer: its checksum covers the number.
+/// Returns true for a header that is good with the right format: damaged, not newer, as its checksum covers the format.
 fn only_format_differs(header: &[u8; FILE_HEADER_BYTES]) -> bool {
     let mut put_right = *header;
     put_right[8..12].copy_from_slice(&FILE_FORMAT.to_le_bytes());
     FileHeader::decode(&put_right).is_ok()
 }
 
-/// Makes the newest file and the directory durable as they are, and has the file read from the disk.
+/// Makes the newest file and the directory durable as they are, and drops the file's cached pages.
 fn settle(dir: &Path, newest: Lsn) -> Result<(), BinlogError> {
     let path = file::path(dir, newest);
     let opened = file::open_writable(&path)?;
@@ -149,7 +149,7 @@ fn settle(dir: &Path, newest: Lsn) -> Result<(), BinlogError> {
     Ok(())
 }
 
-/// The good records at the front of a file with a good header.
+/// Returns the good records at the front of a file with a good header.
 fn scan(bytes: &[u8], first: Lsn) -> Segment {
     let mut segment = Segment::empty(first);
     let mut offset = FILE_HEADER_BYTES;
@@ -165,12 +165,12 @@ fn scan(bytes: &[u8], first: Lsn) -> Segment {
     segment
 }
 
-/// Why record `bad`, expected at `offset` and not there, must have been durable; `None` when nothing says so.
+/// Returns the evidence that record `bad`, missing at `offset`, must have been durable; `None` without evidence.
 ///
-/// Tries every byte behind it as the start of a record. Cheap to refute, since the LSN of a true one
-/// is bounded by the room that the records between would need. A good record is stepped over as a
-/// whole, so that what users store in it is not taken for records. Should stored bytes still look
-/// like records all over, the search gives up on the safe side.
+/// Tries every byte behind it as the start of a record. A false start is cheap to refute: the LSN of a true record is
+/// bounded by the room that the records between would need. A good record is skipped as a whole, so that user data in
+/// it is not taken for records. If stored bytes still look like records everywhere, the search gives up on the safe
+/// side.
 fn evidence_behind(bytes: &[u8], offset: usize, bad: Lsn) -> Option<String> {
     let mut budget = (1u64 << 30).max(16 * bytes.len() as u64);
     let mut at = offset + 1;
@@ -200,7 +200,7 @@ fn evidence_behind(bytes: &[u8], offset: usize, bad: Lsn) -> Option<String> {
     None
 }
 
-/// Removes what follows the good records of the newest file, durably.
+/// Removes the bytes behind the good records of the newest file, durably.
 fn cut(path: &Path, good: &Segment, found_bytes: u64) -> Result<(), BinlogError> {
     let opened = file::open_writable(path)?;
     opened.set_len(good.bytes).map_err(BinlogError::io("cut", path))?;
@@ -210,7 +210,7 @@ fn cut(path: &Path, good: &Segment, found_bytes: u64) -> Result<(), BinlogError>
     Ok(())
 }
 
-/// Removes a file whose creation a crash interrupted; answers with the file before it, if any.
+/// Removes a file whose creation a crash interrupted; returns the file before it, if any.
 fn drop_unfinished(config: &BinlogConfig, path: &Path, before: Option<&Segment>) -> Result<Option<File>, BinlogError> {
     file::remove(path)?;
     file::sync_dir(&config.dir)?;

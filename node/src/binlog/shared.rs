@@ -1,7 +1,7 @@
 //! The part of a log that all threads share: positions, syncing, truncation.
 //!
-//! **Invariant:** `first_lsn - 1 <= synced <= appended`, and every file but the last is synced as
-//! a whole. Locks are taken in the order truncation, sync, state; the state's is never held over IO.
+//! **Invariant:** `first_lsn - 1 <= synced <= appended`, and every file but the last is synced as a whole. Locks are
+//! taken in the order truncation, sync, state; the state lock is never held over IO.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -15,20 +15,20 @@ use vasto_core::record::FILE_HEADER_BYTES;
 
 use super::{BinlogError, LogReader, file};
 
-/// Distance of the entries of the sparse index: what a new reader scans at most to find its place,
-/// 16 bytes of memory for each.
+/// Distance of the entries of the sparse index: the maximum that a new reader scans to find its place. Each entry takes
+/// 16 bytes of memory.
 const INDEX_STEP_BYTES: u64 = 256 << 10;
 
-/// What is known of one file.
+/// State of one file.
 #[derive(Debug, Clone)]
 pub(super) struct Segment {
-    /// The first record that it holds or will hold.
+    /// First record that the file holds or will hold.
     pub(super) first: Lsn,
-    /// The last record; the one before `first` when there is none.
+    /// Last record; the one before `first` when the file is empty.
     pub(super) last: Lsn,
     /// Length of header and whole records.
     pub(super) bytes: u64,
-    /// Some records and where they start, ascending; the first record is always in it.
+    /// Some records and their offsets, ascending; the first record is always included.
     index: Vec<(Lsn, u64)>,
 }
 
@@ -44,7 +44,7 @@ impl Segment {
         (self.last, self.bytes) = (lsn, end);
     }
 
-    /// The indexed record nearest to `lsn` from below, and where it starts.
+    /// Returns the indexed record nearest to `lsn` from below, and its offset.
     fn near(&self, lsn: Lsn) -> (Lsn, u64) {
         let after = self.index.partition_point(|(indexed, _)| *indexed <= lsn);
         after.checked_sub(1).map_or((self.first, FILE_HEADER_BYTES as u64), |at| self.index[at])
@@ -52,7 +52,7 @@ impl Segment {
 }
 
 #[derive(Debug)]
-struct State {
+struct LogState {
     segments: VecDeque<Segment>,
     active: Option<Arc<File>>,
     appended: Lsn,
@@ -60,7 +60,7 @@ struct State {
     failed: Option<String>,
 }
 
-impl State {
+impl LogState {
     fn check_failed(&self) -> Result<(), BinlogError> {
         match &self.failed {
             Some(reason) => Err(BinlogError::Poisoned { reason: reason.clone() }),
@@ -74,31 +74,31 @@ impl State {
     }
 }
 
-/// The positions of a log, and what may be done to it beside appending. Thread-safe.
+/// Positions of a log, and all operations on it except appending. Thread-safe.
 #[derive(Debug)]
 pub struct LogShared {
     dir: PathBuf,
-    state: Mutex<State>,
-    /// One sync at a time: the kernel reports a failed write-back to one caller per file handle, so
-    /// of two that run at once one would succeed over lost data.
+    state: Mutex<LogState>,
+    /// Allows one sync at a time: the kernel reports a failed write-back to one caller per file handle, so one of two
+    /// concurrent syncs would succeed over lost data.
     sync_turn: Mutex<()>,
     truncate_turn: Mutex<()>,
     synced: watch::Sender<Lsn>,
 }
 
-/// What a reader needs to know to go on.
+/// State of the log that a reader needs to go on.
 pub(super) struct ReadView {
-    /// Up to here may be read.
+    /// Last record that may be read.
     pub(super) synced: Lsn,
     /// Oldest retained record.
     pub(super) first: Lsn,
-    /// The file of the wanted record, if it is retained.
+    /// File of the wanted record, if it is retained.
     pub(super) place: Option<ReadPlace>,
 }
 
-/// Where to find a record.
+/// Location of a record.
 pub(super) struct ReadPlace {
-    /// Names the file.
+    /// First LSN of the file: its name.
     pub(super) file_first: Lsn,
     /// Length of its whole records.
     pub(super) file_bytes: u64,
@@ -107,9 +107,9 @@ pub(super) struct ReadPlace {
 }
 
 impl LogShared {
-    /// A log of these files, all of it durable.
+    /// Creates a log of these files, all of it durable.
     pub(super) fn new(dir: PathBuf, segments: VecDeque<Segment>, active: Option<Arc<File>>, last: Lsn) -> Self {
-        let state = State { segments, active, appended: last, synced: last, failed: None };
+        let state = LogState { segments, active, appended: last, synced: last, failed: None };
         LogShared {
             dir,
             state: Mutex::new(state),
@@ -119,52 +119,52 @@ impl LogShared {
         }
     }
 
-    /// The last record that is known to be durable.
+    /// Returns the last record that is known to be durable.
     pub fn synced_lsn(&self) -> Lsn {
         self.state.lock().synced
     }
 
-    /// The last record that was written, durable or not.
+    /// Returns the last record that was written, durable or not.
     pub fn appended_lsn(&self) -> Lsn {
         self.state.lock().appended
     }
 
-    /// Tells of changes of [`Self::synced_lsn`].
+    /// Subscribes to changes of [`Self::synced_lsn`].
     pub fn subscribe(&self) -> watch::Receiver<Lsn> {
         self.synced.subscribe()
     }
 
-    /// For tests: the first failure, after which nothing is written or synced any more.
+    /// For tests: returns the first failure, after which nothing is written or synced any more.
     #[cfg(test)]
     pub fn failed(&self) -> Option<String> {
         self.state.lock().failed.clone()
     }
 
-    /// The oldest retained record; the next one to be written when there is none.
+    /// Returns the oldest retained record; the next one to be written when there is none.
     pub fn first_lsn(&self) -> Lsn {
         self.state.lock().first_lsn()
     }
 
-    /// How many files there are.
+    /// Returns the number of files.
     pub fn files(&self) -> usize {
         self.state.lock().segments.len()
     }
 
-    /// Bytes of all files.
+    /// Returns the bytes of all files.
     pub fn bytes(&self) -> u64 {
         self.state.lock().segments.iter().map(|segment| segment.bytes).sum()
     }
 
-    /// Bytes of the records after `lsn`, too high by less than one step of the sparse index and a record.
+    /// Returns the bytes of the records after `lsn`, too high by less than one step of the sparse index and a record.
     pub fn bytes_after(&self, lsn: Lsn) -> u64 {
         let state = self.state.lock();
         let behind = state.segments.iter().rev().take_while(|segment| segment.last > lsn);
         behind.map(|segment| segment.bytes - segment.near(lsn.next()).1).sum()
     }
 
-    /// Makes everything appended so far durable and answers with the LSN up to which it is.
+    /// Makes everything appended so far durable and returns the LSN up to which it is.
     ///
-    /// From any thread, also while the writer appends or syncs.
+    /// Callable from any thread, also while the writer appends or syncs.
     ///
     /// # Errors
     /// A failure poisons the log; it is not retried.
@@ -180,7 +180,7 @@ impl LogShared {
                 _ => return Ok(state.synced),
             }
         };
-        // What stands in earlier files was synced before this one was created.
+        // Records in earlier files were synced before this file was created.
         if let Err(source) = file.sync_data() {
             return Err(self.poison(BinlogError::io("sync", &path)(source)));
         }
@@ -191,8 +191,8 @@ impl LogShared {
         Ok(target)
     }
 
-    /// Removes the files that hold nothing after `lsn`, oldest first, and answers with the bytes
-    /// freed. The file that is written to always stays.
+    /// Removes the files that hold nothing after `lsn`, oldest first, and returns the bytes freed. The active file
+    /// always stays.
     ///
     /// # Errors
     /// When a file cannot be removed: it stays in the log. A failed sync of the directory poisons
@@ -214,12 +214,12 @@ impl LogShared {
                 return Err(error);
             }
             freed += segment.bytes;
-            // Each removal by itself: a crash must not keep an older file and lose a newer one.
+            // Each removal is synced by itself: a crash must not keep an older file and lose a newer one.
             file::sync_dir(&self.dir).map_err(|error| self.poison(error))?;
         }
     }
 
-    /// Reads the records after `after`.
+    /// Returns a reader of the records after `after`.
     ///
     /// # Errors
     /// [`BinlogError::TooOld`] when the next one was truncated, [`BinlogError::Ahead`] when `after`
@@ -256,7 +256,7 @@ impl LogShared {
         self.state.lock().check_failed()
     }
 
-    /// Stops all writes for good; answers with the error for whoever met it.
+    /// Stops all writes for good; returns the error for the caller that met it.
     pub(super) fn poison(&self, error: BinlogError) -> BinlogError {
         self.state.lock().failed.get_or_insert_with(|| error.to_string());
         error
@@ -268,7 +268,7 @@ impl LogShared {
         state.segments.back_mut().expect("a record is appended to the last segment").push(lsn, offset, end);
     }
 
-    /// A new file is the active one.
+    /// Makes a new file the active one.
     pub(super) fn rotated(&self, segment: Segment, file: Arc<File>) {
         let mut state = self.state.lock();
         assert_eq!(state.synced, state.appended, "everything is synced before a file is created");

@@ -1,4 +1,6 @@
-//! From wire messages to checked operations.
+//! Decodes wire messages into checked operations.
+//!
+//! **Invariant:** an operation that leaves this module is within the limits of [`vasto_core::limits`].
 
 use vasto_core::catalog::{Ack, KeyspaceSpec};
 use vasto_core::ids::ReplicaId;
@@ -9,7 +11,7 @@ use vasto_core::{ErrorCode, VastoError};
 use vasto_proto::convert::ack_from_wire;
 use vasto_proto::v1;
 
-use crate::replica::job::{Change, Condition, OpId, WriteOp};
+use crate::replica::command::{Condition, OpId, OpKind, WriteOp};
 use crate::replica::metrics::refused_event_time;
 use crate::replica::read::KeyRef;
 
@@ -17,7 +19,7 @@ fn malformed(what: &str) -> VastoError {
     VastoError::new(ErrorCode::InvalidArgument, format!("the request is malformed: {what}"))
 }
 
-/// Keys of a get.
+/// Returns the checked keys of a get.
 pub(super) fn keys(request: v1::GetRequest) -> Result<Vec<KeyRef>, VastoError> {
     if request.keys.len() > BATCH_OPS_MAX {
         return Err(LimitError::BatchTooMany(request.keys.len()).into());
@@ -40,13 +42,13 @@ pub(super) struct Write {
     pub id: Option<OpId>,
 }
 
-/// Operations of a write, with the keyspace's defaults filled in.
+/// Checks a write and fills in the keyspace's defaults.
 pub(super) fn write(request: v1::WriteRequest, spec: &KeyspaceSpec, now_us: u64) -> Result<Write, VastoError> {
     if request.ops.len() > BATCH_OPS_MAX {
         return Err(LimitError::BatchTooMany(request.ops.len()).into());
     }
     let ack = ack_from_wire(request.ack).unwrap_or(spec.ack);
-    // A request may ask for more than the keyspace does, never for less.
+    // A request may raise the keyspace's acknowledgement level, never lower it.
     let ack = ack.max(spec.ack);
     if ack == Ack::Replica && spec.replicas < 2 {
         let message = "the acknowledgement level `replica` needs a second replica, and this keyspace has one";
@@ -74,19 +76,19 @@ pub(super) fn write(request: v1::WriteRequest, spec: &KeyspaceSpec, now_us: u64)
                 let ttl_ms = put.ttl_ms.or(spec.ttl_ms);
                 ttl_ms.map_or(Ok(()), check_ttl_ms)?;
                 let condition = condition(put.if_absent, put.if_version)?;
-                Change::Put { value: put.value, ttl_ms, condition }
+                OpKind::Put { value: put.value, ttl_ms, condition }
             }
             Some(v1::write_op::Op::Delete(delete)) => {
-                Change::Delete { condition: condition(false, delete.if_version)? }
+                OpKind::Delete { condition: condition(false, delete.if_version)? }
             }
-            Some(v1::write_op::Op::AddI64(addend)) => Change::AddI64(addend),
-            Some(v1::write_op::Op::AddF64(addend)) => Change::AddF64(addend),
-            Some(v1::write_op::Op::MaxF64(least)) => Change::MaxF64(least),
-            Some(v1::write_op::Op::MinF64(most)) => Change::MinF64(most),
+            Some(v1::write_op::Op::AddI64(addend)) => OpKind::AddI64(addend),
+            Some(v1::write_op::Op::AddF64(addend)) => OpKind::AddF64(addend),
+            Some(v1::write_op::Op::MaxF64(least)) => OpKind::MaxF64(least),
+            Some(v1::write_op::Op::MinF64(most)) => OpKind::MinF64(most),
             Some(v1::write_op::Op::Append(more)) => {
                 check_value(&more)?;
                 bytes += more.len();
-                Change::Append(more)
+                OpKind::Append(more)
             }
             None => return Err(malformed("an operation that does not say what to do")),
         };
@@ -177,7 +179,7 @@ mod tests {
         let checked =
             write(v1::WriteRequest { ops: vec![put(vec![1], vec![])], ..Default::default() }, &spec, NOW).unwrap();
         assert_eq!(checked.ack, Ack::Os);
-        assert!(matches!(checked.ops[0].change, Change::Put { ttl_ms: Some(5_000), .. }));
+        assert!(matches!(checked.ops[0].change, OpKind::Put { ttl_ms: Some(5_000), .. }));
         assert_eq!(checked.ops[0].created_ttl_ms, Some(5_000));
     }
 }

@@ -1,7 +1,8 @@
-//! Where a request goes.
+//! Routes a request to its replica, or refuses it.
 //!
-//! Requests carry keyspace and epoch. Lower but still owned: served. Not owned: `WrongEpoch` with
-//! the topology. Higher than the node's: the node waits for the topology, then says `NodeBehind`.
+//! Requests carry keyspace and epoch. An epoch below the node's is served while the data is still owned here. Data that
+//! is not owned here: `WrongEpoch` with the topology. An epoch above the node's: the node waits for the topology, then
+//! answers `NodeBehind`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,34 +18,34 @@ use vasto_proto::v1::request::Op;
 use super::decode;
 use super::reply::ReplySink;
 use crate::clock::since_boot;
-use crate::core::NodeCore;
+use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 use crate::replica::authority::Refusal;
-use crate::replica::job::{Number, Outcome, Role, Told, too_late};
+use crate::replica::command::{Number, OpOutcome, Role, WriteContext, too_late};
 use crate::replica::read::{GetResult, KeyRef, ScanPage};
 use crate::shortage;
 
-/// When a request came.
+/// Send and receive time of a request.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Arrival {
-    /// Boot time when its sender let go of it, as far as the caller tells.
+    /// Boot time of the send, if the caller reports one.
     pub sent: Option<Duration>,
-    /// Boot time when it was here.
+    /// Boot time of the receipt.
     pub received: Duration,
 }
 
-/// Between two looks whether authority was renewed.
+/// Interval between two checks whether authority was renewed.
 const RENEWAL_LOOK: Duration = Duration::from_millis(10);
 
-/// Who asks, and for what.
+/// Identity and conditions of a request.
 #[derive(Clone, Copy)]
 struct Caller {
     id: u64,
     keyspace: KeyspaceId,
     epoch: Epoch,
-    /// Boot time when it was sent, as far as the caller tells.
+    /// Boot time of the send, if the caller reports one.
     sent: Option<Duration>,
-    /// Boot time from which on nobody waits for the answer.
+    /// Boot time from which on the client does not wait for the answer.
     until: Option<Duration>,
     /// Only the replica that has authority may answer.
     strict: bool,
@@ -53,7 +54,7 @@ struct Caller {
 }
 
 impl Caller {
-    /// An error when the authority under which a strict read began has ended: it may be stale.
+    /// Returns an error when the authority under which a strict read began has ended: its result may be stale.
     fn check_term(&self, replica: &Replica) -> Result<(), VastoError> {
         match self.term {
             Some(term) if !replica.authority().holds(term) => Err(no_authority()),
@@ -61,7 +62,7 @@ impl Caller {
         }
     }
 
-    /// An error once nobody waits any more: what has not been begun by then is not begun.
+    /// Returns an error once the client does not wait any more: work not begun by then is not begun.
     fn check_time(&self) -> Result<(), VastoError> {
         match self.until {
             Some(until) if since_boot() >= until => Err(too_late()),
@@ -72,30 +73,34 @@ impl Caller {
 
 enum Place {
     Here(Replica),
-    /// As `Here`, with the term of authority.
+    /// Like `Here`, under this term of authority.
     Serving(Replica, u64),
-    /// It may have authority in a moment.
+    /// The replica may gain authority shortly.
     Waiting,
-    /// It may be the isolated one: a probe that begins now decides.
+    /// The replica may be the isolated one: a probe that begins now decides.
     Probing(Replica),
     /// Another replica has authority.
     NotServing,
     CatchingUp,
-    /// It does not serve, but its shard has others that may.
+    /// The replica does not serve; other replicas of its shard may.
     OutOfService(Option<String>),
-    /// The only one of its shard could not be opened.
+    /// The shard's only replica could not be opened.
     Failed(String),
     NotYet,
     Elsewhere,
 }
 
-fn place(core: &NodeCore, caller: Caller, shard: ShardId) -> Place {
-    let placed = || core.is_placed_here(caller.keyspace, shard);
-    match core.replica_of(caller.keyspace, shard) {
-        // It obeys and takes nothing any more. The only one of its shard goes on to read, and says what
-        // is to be done to whoever writes.
-        Some(replica) if replica.is_closed() && !(placed() && core.is_the_only_one(caller.keyspace, shard)) => {
-            if placed() { Place::OutOfService(replica.closed()) } else { Place::Elsewhere }
+fn place(registry: &NodeRegistry, caller: Caller, shard: ShardId) -> Place {
+    let placed = || registry.is_placed_here(caller.keyspace, shard);
+    match registry.replica_of(caller.keyspace, shard) {
+        // A closed replica applies and accepts nothing. The only replica of its shard still serves reads, and answers
+        // writes with the remedy.
+        Some(replica) if replica.is_closed() && !(placed() && registry.is_the_only_one(caller.keyspace, shard)) => {
+            if placed() {
+                Place::OutOfService(replica.closed())
+            } else {
+                Place::Elsewhere
+            }
         }
         Some(replica) if replica.epoch() >= caller.epoch => match replica.view().role {
             Role::Detached => Place::Elsewhere,
@@ -105,24 +110,24 @@ fn place(core: &NodeCore, caller: Caller, shard: ShardId) -> Place {
                 Err(Refusal::Wait) => Place::Waiting,
                 Err(Refusal::Probe) => Place::Probing(replica),
             },
-            _ if replica.is_ready() && !(core.pause.is_standing() && replica.followers().has_peers()) => {
+            _ if replica.is_ready() && !(registry.stall.is_standing() && replica.followers().has_peers()) => {
                 Place::Here(replica)
             }
             _ => Place::CatchingUp,
         },
         Some(_) => Place::NotYet,
-        None if placed() => match core.not_open(caller.keyspace, shard) {
-            why if !core.is_the_only_one(caller.keyspace, shard) => Place::OutOfService(why),
+        None if placed() => match registry.not_open(caller.keyspace, shard) {
+            why if !registry.is_the_only_one(caller.keyspace, shard) => Place::OutOfService(why),
             Some(why) => Place::Failed(why),
             None => Place::NotYet,
         },
-        None if core.known_epoch(caller.keyspace) >= caller.epoch => Place::Elsewhere,
+        None if registry.known_epoch(caller.keyspace) >= caller.epoch => Place::Elsewhere,
         None => Place::NotYet,
     }
 }
 
 /// Answers a request, at once or later.
-pub(super) fn dispatch(core: &Arc<NodeCore>, request: v1::Request, arrival: Arrival, sink: ReplySink) {
+pub(super) fn dispatch(registry: &Arc<NodeRegistry>, request: v1::Request, arrival: Arrival, sink: ReplySink) {
     let keyspace = KeyspaceId(request.keyspace_id);
     let time = (request.deadline_ms > 0).then(|| Duration::from_millis(request.deadline_ms.into()));
     let caller = Caller {
@@ -137,27 +142,27 @@ pub(super) fn dispatch(core: &Arc<NodeCore>, request: v1::Request, arrival: Arri
     let shard = ShardId(request.shard);
     let Some(op) = request.op else {
         let error = VastoError::new(ErrorCode::InvalidArgument, "the request names no operation");
-        return sink.fail(core, caller.id, caller.keyspace, caller.epoch, &error);
+        return sink.fail(registry, caller.id, caller.keyspace, caller.epoch, &error);
     };
     if let Some(error) = held_back(arrival, &op, caller.strict) {
-        return sink.fail(core, caller.id, caller.keyspace, caller.epoch, &error);
+        return sink.fail(registry, caller.id, caller.keyspace, caller.epoch, &error);
     }
-    let place = place(core, caller, shard);
-    // A request proves that its sender reaches this node only when the peers were silent already.
+    let place = place(registry, caller, shard);
+    // Only a request that arrives while the peers are already silent proves that its client reaches this node.
     let probing = matches!(place, Place::Probing(_));
     match settled(place) {
-        Some(Ok((replica, term))) => execute(core, Caller { term, ..caller }, &replica, op, sink),
-        Some(Err(error)) => sink.fail(core, caller.id, caller.keyspace, caller.epoch, &error),
+        Some(Ok((replica, term))) => execute(registry, Caller { term, ..caller }, &replica, op, sink),
+        Some(Err(error)) => sink.fail(registry, caller.id, caller.keyspace, caller.epoch, &error),
         None => {
-            let core = core.clone();
+            let registry = registry.clone();
             // Bounded by the connection's byte budget, which the sink holds; ends within EPOCH_WAIT.
-            tokio::spawn(async move { wait_for_place(core, caller, shard, op, sink, probing).await });
+            tokio::spawn(async move { wait_for_place(registry, caller, shard, op, sink, probing).await });
         }
     }
 }
 
-/// A strict write that the network held back for longer than its sender waits: it was repeated over another
-/// connection, and applied now its stamp would be above what was written since.
+/// Returns the refusal of a strict write that the network held back for longer than its client waits: the client has
+/// repeated it over another connection, and an event time assigned now would be above those of later writes.
 fn held_back(arrival: Arrival, op: &Op, strict: bool) -> Option<VastoError> {
     let late = arrival.sent.is_some_and(|sent| arrival.received.saturating_sub(sent) >= ATTEMPT_PATIENCE);
     (late && strict && matches!(op, Op::Write(_))).then(|| {
@@ -166,7 +171,7 @@ fn held_back(arrival: Arrival, op: &Op, strict: bool) -> Option<VastoError> {
     })
 }
 
-/// Where the request is done, or why it is refused; `None` when that may be known in a moment.
+/// Returns the replica that executes the request, or the refusal; `None` when that may be known shortly.
 fn settled(place: Place) -> Option<Result<(Replica, Option<u64>), VastoError>> {
     match place {
         Place::Here(replica) => Some(Ok((replica, None))),
@@ -181,22 +186,29 @@ fn settled(place: Place) -> Option<Result<(Replica, Option<u64>), VastoError>> {
 }
 
 /// Waits for the topology of the caller's epoch, or for authority.
-async fn wait_for_place(core: Arc<NodeCore>, caller: Caller, shard: ShardId, op: Op, sink: ReplySink, probing: bool) {
+async fn wait_for_place(
+    registry: Arc<NodeRegistry>,
+    caller: Caller,
+    shard: ShardId,
+    op: Op,
+    sink: ReplySink,
+    probing: bool,
+) {
     let deadline = tokio::time::Instant::now() + EPOCH_WAIT.max(AUTHORITY_WAIT);
-    let mut node_changes = core.changes();
+    let mut node_changes = registry.changes();
     let mut probed = false;
     loop {
         node_changes.borrow_and_update();
-        let mut replica_changes = core.replica_of(caller.keyspace, shard).map(|replica| replica.changes());
+        let mut replica_changes = registry.replica_of(caller.keyspace, shard).map(|replica| replica.changes());
         let mut authority_changes =
-            core.replica_of(caller.keyspace, shard).map(|replica| replica.authority().changes());
-        let mut place = place(&core, caller, shard);
+            registry.replica_of(caller.keyspace, shard).map(|replica| replica.authority().changes());
+        let mut place = place(&registry, caller, shard);
         if let Place::Probing(replica) = &place {
             if !probing {
-                return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &catching_up());
+                return sink.fail(&registry, caller.id, caller.keyspace, caller.epoch, &catching_up());
             }
             if !probed {
-                // Nobody probes for a replica whose authority has ended meanwhile.
+                // No probe runs for a replica whose authority has ended meanwhile.
                 tokio::select! {
                     () = replica.authority().probed() => probed = true,
                     () = changed(&mut authority_changes) => continue,
@@ -206,7 +218,7 @@ async fn wait_for_place(core: Arc<NodeCore>, caller: Caller, shard: ShardId, op:
             if probed {
                 match replica.authority().admit_probed() {
                     Ok(term) => place = Place::Serving(replica.clone(), term),
-                    // Should it rest on silence again, it is for another reason.
+                    // Authority that rests on silence again does so for another reason: probe again.
                     Err(_) => probed = false,
                 }
             }
@@ -215,16 +227,16 @@ async fn wait_for_place(core: Arc<NodeCore>, caller: Caller, shard: ShardId, op:
         match settled(place) {
             Some(Ok((replica, term))) => {
                 sink.room().await;
-                return execute(&core, Caller { term, ..caller }, &replica, op, sink);
+                return execute(&registry, Caller { term, ..caller }, &replica, op, sink);
             }
-            Some(Err(error)) => return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &error),
+            Some(Err(error)) => return sink.fail(&registry, caller.id, caller.keyspace, caller.epoch, &error),
             None => {}
         }
         tokio::select! {
             _ = node_changes.changed() => {}
             () = changed(&mut replica_changes) => {}
             () = changed(&mut authority_changes) => {}
-            // Beliefs are renewed without a word.
+            // Beliefs are renewed without a notification.
             () = tokio::time::sleep(RENEWAL_LOOK), if waits_for_authority => {}
             () = tokio::time::sleep_until(deadline) => {
                 let error = match waits_for_authority {
@@ -235,16 +247,16 @@ async fn wait_for_place(core: Arc<NodeCore>, caller: Caller, shard: ShardId, op:
                     )
                     .retry_after_ms(50),
                 };
-                return sink.fail(&core, caller.id, caller.keyspace, caller.epoch, &error);
+                return sink.fail(&registry, caller.id, caller.keyspace, caller.epoch, &error);
             }
         }
     }
 }
 
-/// Waits for a change, where there is anything that can change.
+/// Waits for a change; without a source of changes, forever.
 async fn changed<T>(changes: &mut Option<watch::Receiver<T>>) {
     match changes {
-        // An error means that its sender is gone: it is looked at again.
+        // An error means that the sender is gone: the caller checks again.
         Some(changes) => drop(changes.changed().await),
         None => std::future::pending().await,
     }
@@ -263,20 +275,20 @@ fn catching_up() -> VastoError {
         .retry_after_ms(50)
 }
 
-/// The rest of the node is well: its other shards are still asked here.
+/// Returns `NotPrimary`: the node is healthy, and clients keep asking it for its other shards.
 fn out_of_service(why: Option<String>) -> VastoError {
     let why = why.unwrap_or_else(|| "it is not open".into());
     let message = format!("this replica does not serve; ask another one: {why}");
     VastoError::new(ErrorCode::NotPrimary, message).retry_after_ms(20)
 }
 
-/// Nobody else has the shard.
+/// Returns the error of a shard whose only replica could not be opened.
 fn failed(why: &str) -> VastoError {
-    let code = if shortage::told_by(why).is_some() { ErrorCode::NoSpace } else { ErrorCode::Unavailable };
+    let code = if shortage::shortage_of(why).is_some() { ErrorCode::NoSpace } else { ErrorCode::Unavailable };
     VastoError::new(code, format!("the replica could not be opened: {why}")).retry_after_ms(500)
 }
 
-/// What is free on the disk is needed for what is written already.
+/// Returns the refusal of a write: the free space of the disk is needed for data written already.
 fn disk_is_low() -> VastoError {
     let message =
         "no space left on the disk of the node but its reserve, so it takes no writes; free some space, or add a node";
@@ -287,57 +299,63 @@ fn not_here() -> VastoError {
     VastoError::new(ErrorCode::WrongEpoch, "this node does not hold the shard; fetch the topology and go to its owner")
 }
 
-fn execute(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, op: Op, sink: ReplySink) {
+fn execute(registry: &Arc<NodeRegistry>, caller: Caller, replica: &Replica, op: Op, sink: ReplySink) {
     if let Err(error) = caller.check_time() {
-        return answer(core, caller, Err(error), sink);
+        return answer(registry, caller, Err(error), sink);
     }
     let result = match op {
         Op::Get(get) => match decode::keys(get) {
-            Ok(keys) => return execute_get(core, caller, replica, keys, sink),
+            Ok(keys) => return execute_get(registry, caller, replica, keys, sink),
             Err(error) => Err(error),
         },
-        Op::Write(_) if core.is_disk_low() => Err(disk_is_low()),
+        Op::Write(_) if registry.is_disk_low() => Err(disk_is_low()),
         Op::Write(write) => {
-            let Some(catalog) = core.catalog(caller.keyspace) else {
-                return sink.fail(core, caller.id, caller.keyspace, caller.epoch, &not_here());
+            let Some(catalog) = registry.catalog(caller.keyspace) else {
+                return sink.fail(registry, caller.id, caller.keyspace, caller.epoch, &not_here());
             };
-            match decode::write(write, &catalog.spec, core.clock.now_us()) {
-                Ok(checked) => return execute_write(core, caller, replica, checked, sink),
+            match decode::write(write, &catalog.spec, registry.clock.now_us()) {
+                Ok(checked) => return execute_write(registry, caller, replica, checked, sink),
                 Err(error) => Err(error),
             }
         }
         Op::Scan(scan) => match scan_page(scan) {
-            Ok(page) => return execute_scan(core, caller, replica, page, sink),
+            Ok(page) => return execute_scan(registry, caller, replica, page, sink),
             Err(error) => Err(error),
         },
     };
-    answer(core, caller, result, sink);
+    answer(registry, caller, result, sink);
 }
 
-fn answer(core: &NodeCore, caller: Caller, result: Result<Answer, VastoError>, sink: ReplySink) {
+fn answer(registry: &NodeRegistry, caller: Caller, result: Result<Answer, VastoError>, sink: ReplySink) {
     match result {
         Ok(answer) => sink.answer(caller.id, answer),
-        Err(error) => sink.fail(core, caller.id, caller.keyspace, caller.epoch, &error),
+        Err(error) => sink.fail(registry, caller.id, caller.keyspace, caller.epoch, &error),
     }
 }
 
-fn execute_write(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, write: decode::Write, sink: ReplySink) {
-    let core = core.clone();
-    let done = Box::new(move |result: Result<Vec<Outcome>, VastoError>| {
+fn execute_write(
+    registry: &Arc<NodeRegistry>,
+    caller: Caller,
+    replica: &Replica,
+    write: decode::Write,
+    sink: ReplySink,
+) {
+    let registry = registry.clone();
+    let done = Box::new(move |result: Result<Vec<OpOutcome>, VastoError>| {
         let result = result
             .map(|outcomes| Answer::Write(v1::WriteReply { outcomes: outcomes.into_iter().map(outcome).collect() }));
-        answer(&core, caller, result, sink);
+        answer(&registry, caller, result, sink);
     });
     replica.write_as(
         write.ops,
         write.ack,
         write.bytes,
-        Told { id: write.id, sent: caller.sent, until: caller.until, term: caller.term },
+        WriteContext { id: write.id, sent: caller.sent, until: caller.until, term: caller.term },
         done,
     );
 }
 
-fn outcome(outcome: Outcome) -> v1::WriteOutcome {
+fn outcome(outcome: OpOutcome) -> v1::WriteOutcome {
     let value = |event_time, version, number| {
         let payload = match number {
             Some(Number::I64(number)) => v1::value::Payload::I64(number),
@@ -347,27 +365,27 @@ fn outcome(outcome: Outcome) -> v1::WriteOutcome {
         Some(v1::Value { payload: Some(payload), event_time, expires_at: None, version })
     };
     let (kind, event_time, value) = match outcome {
-        Outcome::Applied(event_time) => (v1::write_outcome::Kind::Applied, event_time, None),
-        Outcome::Superseded(event_time) => (v1::write_outcome::Kind::Superseded, event_time, None),
-        Outcome::Modified { event_time, version, number } => {
+        OpOutcome::Applied(event_time) => (v1::write_outcome::Kind::Applied, event_time, None),
+        OpOutcome::Superseded(event_time) => (v1::write_outcome::Kind::Superseded, event_time, None),
+        OpOutcome::Modified { event_time, version, number } => {
             (v1::write_outcome::Kind::Applied, event_time, value(event_time, version, number))
         }
-        Outcome::NotApplied { event_time, version } => {
+        OpOutcome::NotApplied { event_time, version } => {
             (v1::write_outcome::Kind::NotApplied, event_time, value(event_time, version, None))
         }
     };
     v1::WriteOutcome { kind: kind as i32, event_time, value }
 }
 
-fn execute_get(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, keys: Vec<KeyRef>, sink: ReplySink) {
+fn execute_get(registry: &Arc<NodeRegistry>, caller: Caller, replica: &Replica, keys: Vec<KeyRef>, sink: ReplySink) {
     match replica.get_many(&keys, false) {
         Ok(GetResult::Values(values)) => {
-            answer(core, caller, caller.check_term(replica).map(|()| get_reply(values)), sink);
+            answer(registry, caller, caller.check_term(replica).map(|()| get_reply(values)), sink);
         }
-        Err(error) => answer(core, caller, Err(error), sink),
+        Err(error) => answer(registry, caller, Err(error), sink),
         Ok(GetResult::WouldBlock) => {
             let replica = replica.clone();
-            blocking(core, caller, sink, move || match replica.get_many(&keys, true)? {
+            blocking(registry, caller, sink, move || match replica.get_many(&keys, true)? {
                 GetResult::Values(values) => caller.check_term(&replica).map(|()| get_reply(values)),
                 GetResult::WouldBlock => Err(VastoError::new(ErrorCode::Internal, "a blocking read did not block")),
             });
@@ -396,9 +414,9 @@ fn scan_page(scan: v1::ScanRequest) -> Result<ScanPage, VastoError> {
     })
 }
 
-fn execute_scan(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, page: ScanPage, sink: ReplySink) {
+fn execute_scan(registry: &Arc<NodeRegistry>, caller: Caller, replica: &Replica, page: ScanPage, sink: ReplySink) {
     let replica = replica.clone();
-    blocking(core, caller, sink, move || {
+    blocking(registry, caller, sink, move || {
         let reply = replica.scan(caller.epoch, &page)?;
         caller.check_term(&replica).map(|()| Answer::Scan(reply))
     });
@@ -406,16 +424,16 @@ fn execute_scan(core: &Arc<NodeCore>, caller: Caller, replica: &Replica, page: S
 
 /// Runs a read that may block on the bounded pool.
 fn blocking(
-    core: &Arc<NodeCore>,
+    registry: &Arc<NodeRegistry>,
     caller: Caller,
     sink: ReplySink,
     read: impl FnOnce() -> Result<Answer, VastoError> + Send + 'static,
 ) {
-    let core = core.clone();
+    let registry = registry.clone();
     tokio::spawn(async move {
-        let permit = reader(&core, &sink).await;
+        let permit = reader(&registry, &sink).await;
         if let Err(error) = caller.check_time() {
-            return answer(&core, caller, Err(error), sink);
+            return answer(&registry, caller, Err(error), sink);
         }
         let result = tokio::task::spawn_blocking(move || {
             let _permit = permit;
@@ -423,17 +441,17 @@ fn blocking(
         })
         .await
         .unwrap_or_else(|error| Err(VastoError::new(ErrorCode::Internal, format!("a read failed: {error}"))));
-        answer(&core, caller, result, sink);
+        answer(&registry, caller, result, sink);
     });
 }
 
-/// One of the node's readers, for a connection that has room for its reply. Whoever waits for room
+/// Acquires one of the node's readers, for a connection that has room for its reply. A request that waits for room
 /// holds no reader: one client that does not read would stop the reads of all others.
-async fn reader(core: &NodeCore, sink: &ReplySink) -> Option<OwnedSemaphorePermit> {
+async fn reader(registry: &NodeRegistry, sink: &ReplySink) -> Option<OwnedSemaphorePermit> {
     loop {
         sink.room().await;
         // The semaphore is never closed.
-        let permit = core.readers.clone().acquire_owned().await.ok();
+        let permit = registry.readers.clone().acquire_owned().await.ok();
         if sink.has_room() {
             return permit;
         }
@@ -455,8 +473,8 @@ mod tests {
 
     const REPLY_BYTES: usize = 1 << 20;
 
-    fn node() -> Arc<NodeCore> {
-        Arc::new(NodeCore::new(NodeId(1), Arc::new(SystemClock::default()), 1))
+    fn node() -> Arc<NodeRegistry> {
+        Arc::new(NodeRegistry::new(NodeId(1), Arc::new(SystemClock::default()), 1))
     }
 
     fn caller(until: Option<Duration>) -> Caller {
@@ -468,22 +486,22 @@ mod tests {
         Ok(Answer::Scan(v1::ScanReply { rows: vec![row], ..v1::ScanReply::default() }))
     }
 
-    /// The readers' queue is fair and there is one: when the other connection is served, every read
-    /// that came before has been done, or waits for its own connection.
+    /// The queue for the only reader is fair: when the other connection is served, every earlier read has been done, or
+    /// waits for its own connection.
     #[tokio::test]
     async fn a_client_that_does_not_read_holds_one_queue_of_replies_and_no_reader() {
-        let core = node();
+        let registry = node();
         let (queue, mut replies) = ReplyQueue::new(Arc::default());
         let asked = CONNECTION_BYTES_MAX / REPLY_BYTES + 16;
         for _ in 0..asked {
-            blocking(&core, caller(None), ReplySink::new(queue.clone(), Vec::new()), long_read);
+            blocking(&registry, caller(None), ReplySink::new(queue.clone(), Vec::new()), long_read);
         }
         let (other, mut other_replies) = ReplyQueue::new(Arc::default());
-        blocking(&core, caller(None), ReplySink::new(other, Vec::new()), long_read);
+        blocking(&registry, caller(None), ReplySink::new(other, Vec::new()), long_read);
         other_replies.recv().await.unwrap();
         let waiting = replies.len();
         assert!(waiting * REPLY_BYTES <= CONNECTION_BYTES_MAX + REPLY_BYTES, "{waiting} replies wait");
-        // Once it reads, it gets them all.
+        // A client that reads again receives all replies.
         for _ in 0..asked {
             let reply = replies.recv().await.unwrap();
             queue.sent(reply.bytes);
@@ -492,7 +510,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_read_that_nobody_waits_for_any_more_is_not_begun() {
-        let core = node();
+        let registry = node();
         let (queue, mut replies) = ReplyQueue::new(Arc::default());
         let (release, held) = oneshot::channel::<()>();
         let begun = Arc::new(AtomicU64::new(0));
@@ -500,10 +518,10 @@ mod tests {
             held.blocking_recv().unwrap();
             long_read()
         };
-        blocking(&core, caller(None), ReplySink::new(queue.clone(), Vec::new()), first);
+        blocking(&registry, caller(None), ReplySink::new(queue.clone(), Vec::new()), first);
         let until = since_boot() + Duration::from_millis(20);
         let count = begun.clone();
-        blocking(&core, caller(Some(until)), ReplySink::new(queue.clone(), Vec::new()), move || {
+        blocking(&registry, caller(Some(until)), ReplySink::new(queue.clone(), Vec::new()), move || {
             count.fetch_add(1, Ordering::Relaxed);
             long_read()
         });
@@ -511,7 +529,7 @@ mod tests {
             tokio::task::yield_now().await;
         }
         release.send(()).unwrap();
-        // They may come in any order.
+        // Replies may arrive in any order.
         let mut errors = Vec::new();
         for _ in 0..2 {
             if let Some(Answer::Error(error)) = replies.recv().await.unwrap().reply.result {

@@ -1,16 +1,16 @@
 //! The data service: batches of operations over one bidirectional stream per connection.
 //!
 //! **Invariants**
-//! - Bytes are bounded before anything is queued, for each connection and for all of them together: one that
-//!   has too much in flight is not read from until it drains.
+//! - Bytes are bounded before anything is queued, for each connection and for all of them together: a connection that
+//!   has too much in flight is not read until it drains.
 //! - Limits are checked before anything is written.
-//! - What nobody waits for any more is not begun: it is answered `DeadlineExceeded`.
+//! - A request whose client does not wait any more is not begun: it is answered `DeadlineExceeded`.
 //! - A request is answered exactly once, in any order.
 
 mod decode;
 mod dispatch;
-mod lateness;
 mod reply;
+mod request_age;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -29,31 +29,31 @@ use vasto_proto::v1;
 use vasto_proto::v1::data_server::Data;
 
 use crate::clock::since_boot;
-use crate::core::NodeCore;
+use crate::registry::NodeRegistry;
 use dispatch::Arrival;
-use lateness::Lateness;
 use reply::{NodeBudget, Queued, ReplyQueue, ReplySink};
+use request_age::RequestAge;
 
 /// Serves `vasto.v1.Data`.
 #[derive(Clone)]
 pub struct DataService {
-    core: Arc<NodeCore>,
+    registry: Arc<NodeRegistry>,
     connections: Arc<Semaphore>,
     unary: Arc<Semaphore>,
     budget: Arc<NodeBudget>,
 }
 
 impl DataService {
-    /// The service over the node's replicas.
-    pub fn new(core: Arc<NodeCore>) -> Self {
+    /// Creates the service over the node's replicas.
+    pub fn new(registry: Arc<NodeRegistry>) -> Self {
         let (connections, unary) = (Semaphore::new(CONNECTIONS_MAX), Semaphore::new(UNARY_REQUESTS_MAX));
-        Self { core, connections: Arc::new(connections), unary: Arc::new(unary), budget: Arc::default() }
+        Self { registry, connections: Arc::new(connections), unary: Arc::new(unary), budget: Arc::default() }
     }
 }
 
-/// A reply frame is closed at this size.
+/// Size at which a reply frame is closed.
 const FRAME_BYTES: usize = 4 << 20;
-/// And at this many replies.
+/// Number of replies at which a reply frame is closed.
 const FRAME_REPLIES: usize = 1024;
 
 #[tonic::async_trait]
@@ -72,16 +72,16 @@ impl Data for DataService {
         let hangup = request.extensions().get::<Hangup>().cloned().unwrap_or_default();
         let mut frames = request.into_inner();
         let (queue, receiver) = ReplyQueue::new(self.budget.clone());
-        let core = self.core.clone();
+        let registry = self.registry.clone();
         let room = Arc::new(Semaphore::new(CONNECTION_BYTES_MAX));
         let (replies, owed) = (queue.clone(), queue.clone());
         let requests = self.budget.requests.clone();
-        let (opened, mut lateness) = (since_boot(), Lateness::default());
+        let (opened, mut request_age) = (since_boot(), RequestAge::default());
         // Ends with the connection: the stream of frames ends or fails when the peer is gone.
         let serving = async move {
             while let Ok(Some(frame)) = frames.message().await {
                 let now = since_boot();
-                let late = lateness.of(now - opened, Duration::from_micros(frame.sent_us));
+                let late = request_age.of(now - opened, Duration::from_micros(frame.sent_us));
                 let sent = (frame.sent_us > 0).then(|| now.saturating_sub(late));
                 for request in frame.requests {
                     let weight = (request.encoded_len() + 256).min(CONNECTION_BYTES_MAX) as u32;
@@ -90,7 +90,7 @@ impl Data for DataService {
                     replies.room().await;
                     let arrival = Arrival { sent, received: now };
                     let sink = ReplySink::new(replies.clone(), vec![permit, of_node]);
-                    dispatch::dispatch(&core, request, arrival, sink);
+                    dispatch::dispatch(&registry, request, arrival, sink);
                 }
             }
         };
@@ -114,19 +114,19 @@ impl Data for DataService {
         })?;
         let (queue, mut receiver) = ReplyQueue::new(self.budget.clone());
         let arrival = Arrival { sent: None, received: since_boot() };
-        dispatch::dispatch(&self.core, request.into_inner(), arrival, ReplySink::new(queue, vec![permit]));
+        dispatch::dispatch(&self.registry, request.into_inner(), arrival, ReplySink::new(queue, vec![permit]));
         let queued = receiver.recv().await.ok_or_else(|| Status::internal("the request was dropped"))?;
         Ok(Response::new(queued.reply))
     }
 }
 
-/// Gathers what is ready into frames.
+/// Packs ready replies into frames.
 fn frames_of(
     queue: Arc<ReplyQueue>,
     receiver: UnboundedReceiver<Queued>,
 ) -> impl Stream<Item = Result<v1::ReplyFrame, Status>> {
     futures::stream::unfold((queue, receiver, None, 0), |(queue, mut receiver, carried, before)| async move {
-        // Asked for the next frame, the transport has let go of the one before.
+        // A transport that asks for the next frame has released the previous one.
         queue.sent(before);
         let first: Queued = match carried {
             Some(queued) => queued,
@@ -157,9 +157,9 @@ mod tests {
 
     #[tokio::test]
     async fn single_requests_are_few_at_a_time() {
-        let core = Arc::new(NodeCore::new(NodeId(1), Arc::new(SystemClock::default()), 1));
-        let service = DataService::new(core);
-        // Of an epoch that the node has not heard of: it waits.
+        let registry = Arc::new(NodeRegistry::new(NodeId(1), Arc::new(SystemClock::default()), 1));
+        let service = DataService::new(registry);
+        // The node does not know this epoch yet: the request waits.
         let ask = || {
             let op = Some(v1::request::Op::Get(v1::GetRequest::default()));
             service.execute(Request::new(v1::Request { keyspace_id: 1, epoch: 1, op, ..v1::Request::default() }))

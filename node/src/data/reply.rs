@@ -1,10 +1,11 @@
-//! The way back to a caller.
+//! Replies of a connection: their queue, their byte budgets, and the sink that answers a request.
 //!
 //! **Invariants**
-//! - Replies that wait for a slow reader are bounded: a connection whose queue is over its limit gets no further
-//!   request begun, so at most what was already being answered is added.
-//! - So are those of all connections together, and the requests in flight: over a budget of the node, only a
-//!   connection for which nothing waits gets another request begun, and one whose peer takes nothing is ended.
+//! - Replies that wait for a slow reader are bounded: while a connection's queue is over its limit, none of its
+//!   requests is begun, so only replies to requests already in execution are added.
+//! - Replies and requests in flight of all connections together are bounded: over a budget of the node, only a
+//!   connection without waiting replies gets another request begun, and a connection whose peer takes nothing is
+//!   closed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -21,7 +22,7 @@ use vasto_proto::v1;
 use vasto_proto::v1::reply::Result as Answer;
 
 use crate::clock::since_boot;
-use crate::core::NodeCore;
+use crate::registry::NodeRegistry;
 
 /// A reply with its size, and its request's share of the connection's budget.
 pub(super) struct Queued {
@@ -30,10 +31,10 @@ pub(super) struct Queued {
     _permits: Permits,
 }
 
-/// Shares of a budget of requests, given back when the request's reply is on its way.
+/// Shares of a request budget, released when the request's reply is on its way.
 pub(super) type Permits = Vec<OwnedSemaphorePermit>;
 
-/// What all connections of a node may hold in memory together.
+/// Memory that all connections of a node may hold together.
 pub(super) struct NodeBudget {
     /// Bytes of requests in flight.
     pub requests: Arc<Semaphore>,
@@ -59,7 +60,7 @@ impl NodeBudget {
         self.waiting_bytes.load(Ordering::Acquire) >= self.most_waiting
     }
 
-    /// Somebody has to wait for what others hold.
+    /// Returns true when a connection has to wait for memory that others hold.
     fn is_short(&self) -> bool {
         self.is_full() || self.requests.available_permits() == 0
     }
@@ -70,7 +71,7 @@ pub(super) struct ReplyQueue {
     sender: UnboundedSender<Queued>,
     waiting_bytes: AtomicUsize,
     sent: Notify,
-    /// Milliseconds since boot when the peer last took one, or began to be owed one.
+    /// Milliseconds since boot when the peer last took a reply, or when its empty queue got one.
     moved_ms: AtomicU64,
     node: Arc<NodeBudget>,
 }
@@ -89,7 +90,7 @@ impl ReplyQueue {
         (Arc::new(Self { sender, waiting_bytes, sent: Notify::new(), moved_ms, node }), receiver)
     }
 
-    /// Returns once the peer has taken nothing for so long while the node is short of what waits here.
+    /// Waits until the peer has taken nothing for `patience` while replies wait here and the node is short of memory.
     pub(super) async fn stalled(&self, patience: Duration) {
         loop {
             tokio::time::sleep(patience / 4).await;
@@ -120,13 +121,13 @@ impl ReplyQueue {
         }
     }
 
-    /// True while the queue is below its limits, or nobody reads it any more.
+    /// Returns true while the queue is below its limits, or when its reader is gone.
     pub(super) fn has_room(&self) -> bool {
         let waiting = self.waiting_bytes.load(Ordering::Acquire);
         waiting < CONNECTION_BYTES_MAX && (waiting == 0 || !self.node.is_full()) || self.sender.is_closed()
     }
 
-    /// These bytes have left.
+    /// Releases bytes that have left.
     pub(super) fn sent(&self, bytes: usize) {
         if bytes == 0 {
             return;
@@ -147,7 +148,7 @@ impl ReplyQueue {
     }
 }
 
-/// Answers one request.
+/// Sink for the reply to one request.
 pub(super) struct ReplySink {
     queue: Arc<ReplyQueue>,
     permits: Permits,
@@ -163,7 +164,7 @@ impl ReplySink {
         self.queue.room().await;
     }
 
-    /// True while the connection has room for another reply.
+    /// Returns true while the connection has room for another reply.
     pub(super) fn has_room(&self) -> bool {
         self.queue.has_room()
     }
@@ -176,13 +177,12 @@ impl ReplySink {
         let _ = self.queue.sender.send(Queued { reply, bytes, _permits: self.permits });
     }
 
-    /// Answers with an error; one that sends the caller elsewhere carries the topology when it is newer
-    /// than the caller's.
-    pub(super) fn fail(self, core: &NodeCore, id: u64, keyspace: KeyspaceId, epoch: Epoch, error: &VastoError) {
+    /// Answers with an error. `WrongEpoch` and `NotPrimary` carry the topology when it is newer than the caller's.
+    pub(super) fn fail(self, registry: &NodeRegistry, id: u64, keyspace: KeyspaceId, epoch: Epoch, error: &VastoError) {
         let mut wire = error_to_wire(error, None);
         let elsewhere = matches!(error.code, ErrorCode::WrongEpoch | ErrorCode::NotPrimary);
-        if elsewhere && core.known_epoch(keyspace) > epoch {
-            wire.topology = core.topology(keyspace).map(|topology| topology_to_wire(&topology));
+        if elsewhere && registry.known_epoch(keyspace) > epoch {
+            wire.topology = registry.topology(keyspace).map(|topology| topology_to_wire(&topology));
         }
         self.answer(id, Answer::Error(wire));
     }
@@ -201,7 +201,7 @@ mod tests {
         ReplySink::new(queue.clone(), Permits::new()).answer(1, answer);
     }
 
-    /// Forty of them would hold 64 MiB each.
+    /// Without the shared budget forty connections would hold 64 MiB each.
     #[tokio::test]
     async fn all_connections_together_hold_one_budget_of_replies() {
         let node = Arc::new(NodeBudget::of(MIB, 16 * MIB));
@@ -214,13 +214,13 @@ mod tests {
             }
         }
         let waiting = node.waiting_bytes.load(Ordering::Acquire);
-        // Each that owes nothing may begin one.
+        // A connection without waiting replies may begin one request.
         assert!(waiting <= (16 + 41 * 4) * MIB + 40 * 64, "{waiting}");
         let (fresh, _receiver) = ReplyQueue::new(node.clone());
         assert!(fresh.has_room(), "whoever reads is served");
         reply(&fresh, MIB);
         assert!(!fresh.has_room());
-        // The peer of another one goes away.
+        // The peers of the other connections disconnect.
         let room = fresh.clone();
         let waits = tokio::spawn(async move { room.room().await });
         drop(queues);

@@ -1,9 +1,9 @@
-//! A batch of changes that becomes visible at once.
+//! Batch of changes that becomes visible at once.
 
 use vasto_core::record::BandRange;
 use vasto_core::stored_key::MetaKey;
 
-/// What one log record changes.
+/// Changes of one log record.
 #[derive(Default)]
 pub struct Batch {
     pub(super) inner: rocksdb::WriteBatch,

@@ -4,7 +4,7 @@ use rocksdb::{DBRawIterator, ReadOptions, Snapshot};
 
 use super::{Engine, EngineError, RowRef, failed};
 
-/// The database as it was at one moment.
+/// The database at one point in time.
 pub struct View<'a> {
     snapshot: Snapshot<'a>,
 }
@@ -19,7 +19,7 @@ thread_local! {
     static OPENED: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
-/// How many cursors this thread has opened.
+/// Returns the number of cursors that this thread has opened.
 #[cfg(test)]
 pub fn cursors_opened() -> usize {
     OPENED.with(std::cell::Cell::get)
@@ -33,7 +33,7 @@ impl Engine {
 }
 
 impl View<'_> {
-    /// A cursor at the first stored key of `[from, to)`.
+    /// Opens a cursor at the first stored key of `[from, to)`.
     pub fn cursor(&self, from: &[u8], to: Vec<u8>) -> Cursor<'_> {
         let mut options = ReadOptions::default();
         options.set_iterate_upper_bound(to);
@@ -46,7 +46,7 @@ impl View<'_> {
 }
 
 impl Cursor<'_> {
-    /// The stored key and value here; `None` at the end. A damaged file is an error, not an end.
+    /// Returns the stored key and value here; `None` at the end. A damaged file is an error, not an end.
     pub fn current(&self) -> Result<Option<RowRef<'_>>, EngineError> {
         match self.inner.item() {
             Some(item) => Ok(Some(item)),
@@ -54,12 +54,12 @@ impl Cursor<'_> {
         }
     }
 
-    /// Goes to the first stored key at or behind this one.
+    /// Moves to the first stored key at or behind this one.
     pub fn seek(&mut self, to: &[u8]) {
         self.inner.seek(to);
     }
 
-    /// Moves on.
+    /// Moves to the next stored key.
     pub fn advance(&mut self) {
         self.inner.next();
     }

@@ -40,15 +40,15 @@ pub use cursor::{Cursor, View};
 pub use scratch::{BandRows, ImportFile, Scratch};
 pub use tables::{TableSet, WrittenTable};
 
-/// RocksDB said no.
+/// Error of the database.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum EngineError {
     /// A RocksDB call failed.
     #[error("{doing}: {message}")]
     Rocks {
-        /// What was being done.
+        /// The failed operation.
         doing: &'static str,
-        /// RocksDB's words.
+        /// Message of RocksDB.
         message: String,
     },
     /// Another process has the directory open.
@@ -65,19 +65,19 @@ pub(crate) fn failed(doing: &'static str) -> impl Fn(rocksdb::Error) -> EngineEr
 pub struct EngineShared {
     buffers: WriteBufferManager,
     base: Options,
-    /// Replicas being opened, about one for each core: each reads its log in files of 64 MiB, and a
+    /// Replicas being opened, about one for each CPU core: each reads its log in files of 64 MiB, and a
     /// node that restarts opens all it has.
     pub(crate) opening: Arc<Semaphore>,
 }
 
-/// How much of the machine the engines of a node may use together.
+/// Share of the machine that the engines of a node may use together.
 #[derive(Debug, Clone, Copy)]
 pub struct EngineBudget {
     /// Block cache, bytes.
     pub cache_bytes: usize,
     /// All memtables together, bytes.
     pub write_buffer_bytes: usize,
-    /// Flushes and compactions at a time.
+    /// Maximum number of concurrent flushes and compactions.
     pub background_jobs: u32,
     /// Flush and compaction bytes per second; 0 is no limit.
     pub rate_limit: u64,
@@ -89,18 +89,18 @@ impl Default for EngineBudget {
     }
 }
 
-/// How RocksDB names a lock that another process holds; what else keeps it from opening the lock file, such as
-/// a want of descriptors, is named otherwise.
+/// RocksDB's message for a lock that another process holds; other failures to open the lock file, such as a lack of
+/// descriptors, have other messages.
 const LOCK_REFUSED: &str = "While lock file";
 
-/// By how much a MANIFEST grows at a time.
+/// Step by which a MANIFEST grows.
 const MANIFEST_PREALLOCATION: usize = 64 << 10;
 
 /// Target size of an SST file.
 const TABLE_BYTES: u64 = 32 << 20;
 
 impl EngineShared {
-    /// The shared parts.
+    /// Creates the shared parts.
     pub fn new(budget: EngineBudget) -> Self {
         let cache = Cache::new_lru_cache(budget.cache_bytes);
         let buffers = WriteBufferManager::new_write_buffer_manager(budget.write_buffer_bytes, false);
@@ -119,7 +119,7 @@ impl EngineShared {
         base.set_max_log_file_size(4 << 20);
         base.set_stats_dump_period_sec(0);
         base.set_stats_persist_period_sec(0);
-        // The default takes 4 MiB of disk for each, and a node has hundreds.
+        // The default takes 4 MiB of disk for each replica, and a node has hundreds.
         base.set_manifest_preallocation_size(MANIFEST_PREALLOCATION);
         base.set_allow_concurrent_memtable_write(false); // one writer per instance
         base.set_avoid_flush_during_shutdown(true); // the log has it; shutdown flushes explicitly
@@ -131,13 +131,13 @@ impl EngineShared {
         Self { buffers, base, opening: Arc::new(Semaphore::new(cores)) }
     }
 
-    /// With this many tables open in each instance.
+    /// Sets the number of tables that each instance keeps open.
     pub fn with_tables_open(mut self, each: usize) -> Self {
         self.base.set_max_open_files(each.min(TABLES_OPEN_MAX) as i32);
         self
     }
 
-    /// The part of the memtables' budget that is used; can exceed 1.
+    /// Returns the used part of the memtables' budget; can exceed 1.
     pub fn memtables_used(&self) -> f64 {
         self.buffers.get_mutable_memtable_memory_usage() as f64 / self.buffers.get_buffer_size().max(1) as f64
     }
@@ -154,7 +154,7 @@ fn table_options(cache: &Cache) -> BlockBasedOptions {
     table
 }
 
-/// Told by RocksDB before it makes a flush; must make the log durable.
+/// Hook that RocksDB calls before a flush; must make the log durable.
 pub trait FlushGuard: Send + Sync + 'static {
     /// Syncs everything appended to the log so far. A failure poisons the log by itself.
     fn before_flush(&self);
@@ -179,7 +179,7 @@ impl EventListener for Listener {
         status: rocksdb::event_listener::MutableStatus,
     ) {
         let error = status.result().as_ref().err().map(ToString::to_string);
-        // The first one tells what happened.
+        // The first error shows what happened.
         let _ = self.failed.set(error.unwrap_or_else(|| "RocksDB does not say why".to_owned()));
     }
 }
@@ -190,14 +190,14 @@ pub type Row = (Vec<u8>, Vec<u8>);
 /// A stored key and its value, borrowed from a cursor.
 pub type RowRef<'a> = (&'a [u8], &'a [u8]);
 
-/// A point lookup.
+/// Result of a point lookup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Lookup {
     /// The stored bytes.
     Found(Vec<u8>),
     /// Certainly not stored.
     Missing,
-    /// The answer is not in memory; ask again from a thread that may block.
+    /// Not in memory; retry from a thread that may block.
     NotCached,
 }
 
@@ -212,8 +212,8 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Opens or creates the database in `path`. `floor` is the collection floor that compactions
-    /// apply; `guard` is called before every flush.
+    /// Opens or creates the database in `path`. Compactions apply the gc floor in `floor`; `guard` is called before
+    /// every flush.
     pub fn open(
         shared: &EngineShared,
         path: &Path,
@@ -243,7 +243,7 @@ impl Engine {
         Ok(Self { db: Arc::new(db), options, floor, failed: failed_flag, write_options, cached_only })
     }
 
-    /// Why a flush or a compaction failed, once one has: the replica must be closed to writes.
+    /// Returns why a flush or a compaction failed, once one has: the replica must be closed to writes.
     pub fn failure(&self) -> Option<&str> {
         self.failed.get().map(String::as_str)
     }
@@ -258,7 +258,7 @@ impl Engine {
         self.db.write_opt(&batch.inner, &self.write_options).map_err(failed("apply a record"))
     }
 
-    /// A lookup that never blocks on the disk.
+    /// Looks a key up without blocking on the disk.
     pub fn get_cached(&self, key: &[u8]) -> Result<Lookup, EngineError> {
         match self.db.get_pinned_opt(key, &self.cached_only) {
             Ok(Some(value)) => Ok(Lookup::Found(value.to_vec())),
@@ -268,12 +268,12 @@ impl Engine {
         }
     }
 
-    /// A lookup that may block.
+    /// Looks a key up; may block.
     pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, EngineError> {
         self.db.get(key).map_err(failed("read"))
     }
 
-    /// What would be there if the process died now: the value without the memtables.
+    /// Returns the value without the memtables: the one that would be there if the process died now.
     pub fn get_persisted(&self, key: &[u8]) -> Result<Option<Vec<u8>>, EngineError> {
         let mut options = ReadOptions::default();
         options.set_read_tier(ReadTier::Persisted);
@@ -287,14 +287,14 @@ impl Engine {
         self.db.flush_opt(&options).map_err(failed("flush"))
     }
 
-    /// Hard-links a consistent copy into `dir`, which must not exist.
+    /// Hard-links a checkpoint into `dir`, which must not exist.
     pub fn checkpoint(&self, dir: &Path) -> Result<(), EngineError> {
         Checkpoint::new(&self.db)
             .and_then(|checkpoint| checkpoint.create_checkpoint(dir))
             .map_err(failed("make a checkpoint"))
     }
 
-    /// All SSTs.
+    /// Returns all SSTs.
     pub fn live_files(&self) -> Result<Vec<LiveFile>, EngineError> {
         self.db.live_files().map_err(failed("list the SSTs"))
     }
@@ -311,8 +311,8 @@ impl Engine {
         self.db.ingest_external_file_opts(&options, files).map_err(failed("ingest SSTs"))
     }
 
-    /// Drops whole SSTs inside the bands. On its own this is **not** a removal: it skips the
-    /// memtable, L0 and files that cross the edge, and can uncover older versions.
+    /// Drops whole SSTs inside the bands. On its own this is **not** a removal: it skips the memtable, L0 and files
+    /// that cross the edge, and can uncover older versions.
     pub fn delete_files_in(&self, range: BandRange) -> Result<(), EngineError> {
         self.db.delete_file_in_range([range.first.0], [range.last.0 + 1]).map_err(failed("drop SSTs"))
     }
@@ -333,7 +333,7 @@ impl Engine {
         self.db.compact_range_opt::<&[u8], &[u8]>(None, None, &options);
     }
 
-    /// `(files wholly inside the bands, files that reach beyond them)`, bytes.
+    /// Returns `(files wholly inside the bands, files that reach beyond them)`, bytes.
     pub fn band_bytes(&self, range: BandRange) -> Result<(u64, u64), EngineError> {
         let mut inside = 0;
         let mut crossing = 0;
@@ -354,9 +354,9 @@ impl Engine {
         Ok((inside, crossing))
     }
 
-    /// `(stored entries, those of SSTs with nothing but metadata, bytes of SSTs)`; an entry counts once
-    /// for each version that is not compacted away yet. The first number leaves the second out, and
-    /// counts metadata that is stored among data.
+    /// Returns `(stored entries, those of SSTs with nothing but metadata, bytes of SSTs)`; an entry counts once for
+    /// each version that is not compacted away yet. The first number excludes the second, and includes metadata that is
+    /// stored among data.
     pub fn size(&self) -> (u64, u64, u64) {
         let number = |name: &'static str| self.db.property_int_value(name).ok().flatten().unwrap_or(0);
         let in_memory = number("rocksdb.num-entries-active-mem-table") + number("rocksdb.num-entries-imm-mem-tables");
@@ -372,7 +372,7 @@ impl Engine {
         (stored + in_memory, metadata, number("rocksdb.total-sst-files-size"))
     }
 
-    /// True when a data key exists in the bands.
+    /// Returns true when a data key exists in the bands.
     pub fn any_in(&self, range: BandRange) -> Result<bool, EngineError> {
         let view = self.view();
         let cursor = view.cursor(&[range.first.0], vec![range.last.0 + 1]);
@@ -384,7 +384,7 @@ impl Engine {
         self.db.cancel_all_background_work(true);
     }
 
-    /// The options new SSTs are written with, so that they look like this database's own.
+    /// Returns the options for new SSTs, so that they match this database's own.
     pub(crate) fn options(&self) -> &Options {
         &self.options
     }
@@ -394,12 +394,12 @@ pub(crate) fn first_byte(key: Option<&[u8]>) -> Option<u8> {
     key?.first().copied()
 }
 
-/// The stored keys of a band: `[band]..[band + 1]`.
+/// Returns the bounds of a band's stored keys: `[band]..[band + 1]`.
 pub fn band_bounds(band: Band) -> ([u8; 1], [u8; 1]) {
     ([band.0], [band.0 + 1])
 }
 
-/// A checkpoint opened read-only, to read what it really holds.
+/// Checkpoint opened read-only, to read what it really holds.
 pub struct CheckpointView {
     db: DB,
 }
@@ -412,24 +412,24 @@ impl CheckpointView {
         DB::open_for_read_only(&options, dir, false).map(|db| Self { db }).map_err(failed("open the checkpoint"))
     }
 
-    /// A stored value.
+    /// Returns a stored value.
     pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, EngineError> {
         self.db.get(key).map_err(failed("read the checkpoint"))
     }
 
-    /// All stored keys with a prefix.
+    /// Returns all stored keys with a prefix.
     pub fn with_prefix(&self, prefix: &[u8]) -> Result<Vec<Row>, EngineError> {
         collect_prefix(self.db.raw_iterator(), prefix)
     }
 
-    /// Its SSTs.
+    /// Returns its SSTs.
     pub fn files(&self) -> Result<Vec<LiveFile>, EngineError> {
         self.db.live_files().map_err(failed("list the SSTs of the checkpoint"))
     }
 }
 
 impl Engine {
-    /// All stored keys with a prefix; for metadata.
+    /// Returns all stored keys with a prefix; for metadata.
     pub fn with_prefix(&self, prefix: &[u8]) -> Result<Vec<Row>, EngineError> {
         collect_prefix(self.db.raw_iterator(), prefix)
     }

@@ -1,7 +1,7 @@
-//! How many of the stored entries are rows that a reader would see, from a walk over some of them.
+//! Estimate of how many stored entries are rows that a reader would see, from a walk over some of them.
 //!
-//! RocksDB counts entries: one for each version that is not compacted away yet, tombstones and expired values
-//! included. A walk sees what is there, and RocksDB tells beside it how many versions it passed over.
+//! RocksDB counts entries: one for each version that is not compacted away yet, tombstones and expired values included.
+//! A walk examines the entries, and RocksDB reports how many versions it passed over.
 
 use rocksdb::ReadOptions;
 use rocksdb::perf::{PerfContext, PerfMetric, PerfStatsLevel, set_perf_stats};
@@ -9,24 +9,24 @@ use vasto_core::stored_key::META_PREFIX;
 
 use super::{Engine, EngineError, failed};
 
-/// Places in the database at which a walk looks.
+/// Number of places in the database that a walk samples.
 const SPOTS: usize = 16;
 
-/// What a walk has found.
+/// Result of a walk.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Walk {
     /// Rows that a reader would see.
     pub live: u64,
-    /// Entries that were passed: those rows, what is not shown, and older versions.
+    /// Entries that were passed: those rows, hidden rows, and older versions.
     pub entries: u64,
-    /// The walk saw everything: `live` is exact.
+    /// True when the walk saw everything: `live` is exact.
     pub complete: bool,
 }
 
 impl Engine {
-    /// Walks over the data from its beginning; when that does not end within `rows` stored rows, over as many at
-    /// places spread over all of it. `is_live` is given the stored key and value. Reads from the disk, and leaves
-    /// the block cache as it is.
+    /// Walks over the data from its beginning; when that does not end within `rows` stored rows, over as many at places
+    /// spread over all of it. `is_live` receives the stored key and value. Reads from the disk, and leaves the block
+    /// cache unchanged.
     pub fn walk(&self, rows: usize, is_live: impl Fn(&[u8], &[u8]) -> bool) -> Result<Walk, EngineError> {
         let (walk, at_end) = self.walk_at(&[Vec::new()], rows, &is_live)?;
         if at_end {
@@ -37,7 +37,7 @@ impl Engine {
         Ok(self.walk_at(&spots, each, &is_live)?.0)
     }
 
-    /// From each of these keys over so many rows; whether the last walk has met the end.
+    /// Walks over `each` rows from each of these keys; also returns whether the last walk reached the end.
     fn walk_at(
         &self,
         spots: &[Vec<u8>],
@@ -61,19 +61,19 @@ impl Engine {
             }
             cursor.status().map_err(failed("walk over the rows"))?;
         }
-        // Each step passes the row that it leaves; what is passed beyond that are older versions.
+        // Each step passes the row that it leaves; further passed entries are older versions.
         walk.entries = passed + counting.skipped().saturating_sub(passed);
         Ok((walk, !cursor.valid()))
     }
 
-    /// Places spread over the data, as the SSTs divide it.
+    /// Returns places spread over the data, as the SSTs divide it.
     fn spots(&self) -> Result<Vec<Vec<u8>>, EngineError> {
         let files = self.live_files()?;
         let mut starts: Vec<Vec<u8>> = files.into_iter().filter_map(|file| file.start_key).collect();
         starts.retain(|start| start.first().is_some_and(|first| *first < META_PREFIX));
         starts.sort_unstable();
         starts.dedup();
-        // Of a database without files: bands.
+        // Without files: bands.
         if starts.len() < SPOTS {
             starts.extend((1..META_PREFIX).step_by(usize::from(META_PREFIX) / SPOTS / 2).map(|band| vec![band]));
             starts.sort_unstable();
@@ -83,7 +83,7 @@ impl Engine {
     }
 }
 
-/// RocksDB counts on this thread for as long as this lives.
+/// Guard: RocksDB counts on this thread as long as this lives.
 struct Counting(PerfContext);
 
 impl Counting {

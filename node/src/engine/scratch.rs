@@ -1,8 +1,8 @@
-//! Reads SSTs that came from a bucket: imports them into a throw-away database and iterates.
+//! Reader of SSTs downloaded from a bucket: imports them into a throw-away database and iterates.
 //!
-//! There is no reader for a single SST in RocksDB's C API. The levels and sequence ranges of the
-//! manifest are correctness data: an import with wrong ones, or with an L0 file left out, returns
-//! wrong rows without an error, so they are taken over exactly.
+//! RocksDB's C API has no reader for a single SST. The levels and sequence ranges of the manifest are correctness data:
+//! an import with wrong ones, or with an L0 file left out, returns wrong rows without an error, so they are used
+//! exactly.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use vasto_core::Band;
 
 use super::{EngineError, RowRef, band_bounds, failed};
 
-/// One downloaded SST with what its manifest says of it.
+/// Downloaded SST with the data of its manifest.
 #[derive(Debug, Clone)]
 pub struct ImportFile {
     /// File name inside the download directory.
@@ -34,7 +34,7 @@ pub struct ImportFile {
 
 const CF: &str = "import";
 
-/// A throw-away database over downloaded SSTs.
+/// Throw-away database over downloaded SSTs.
 pub struct Scratch {
     db: DB,
 }
@@ -76,7 +76,7 @@ impl Scratch {
         Ok(Self { db })
     }
 
-    /// The rows of one band in the order of their keys.
+    /// Returns the rows of one band in the order of their keys.
     pub fn rows(&self, band: Band) -> BandRows<'_> {
         let (from, to) = band_bounds(band);
         let mut options = rocksdb::ReadOptions::default();
@@ -93,13 +93,13 @@ impl Scratch {
     }
 }
 
-/// A cursor over one band.
+/// Cursor over one band.
 pub struct BandRows<'a> {
     iterator: DBRawIterator<'a>,
 }
 
 impl BandRows<'_> {
-    /// `(user key, entry)` under the cursor; `None` at the end.
+    /// Returns `(user key, entry)` under the cursor; `None` at the end.
     pub fn current(&self) -> Result<Option<RowRef<'_>>, EngineError> {
         match self.iterator.item() {
             Some((key, value)) => Ok(Some((&key[1..], value))),
@@ -110,7 +110,7 @@ impl BandRows<'_> {
         }
     }
 
-    /// Moves on.
+    /// Moves to the next row.
     pub fn advance(&mut self) {
         self.iterator.next();
     }

@@ -12,9 +12,9 @@ use super::{Engine, EngineError, TABLE_BYTES, failed};
 /// A finished SST.
 #[derive(Debug, Clone)]
 pub struct WrittenTable {
-    /// Where it is.
+    /// Path of the file.
     pub path: PathBuf,
-    /// Its size.
+    /// Size of the file.
     pub bytes: u64,
 }
 
@@ -34,7 +34,7 @@ pub struct TableSet<'a> {
 }
 
 impl<'a> TableSet<'a> {
-    /// Tables in `dir` that look like `engine`'s own.
+    /// Creates tables in `dir` that match `engine`'s own.
     pub fn new(engine: &'a Engine, dir: &Path) -> Self {
         Self {
             options: engine.options(),
@@ -71,7 +71,7 @@ impl<'a> TableSet<'a> {
         Ok(())
     }
 
-    /// Closes all tables; answers them and the number of rows.
+    /// Closes all tables; returns them and the number of rows.
     pub fn finish(mut self) -> Result<(Vec<WrittenTable>, u64), EngineError> {
         while let Some((_, table)) = self.open.pop_first() {
             self.finish_one(table)?;

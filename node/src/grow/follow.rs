@@ -1,8 +1,8 @@
 //! Follows the log of every source: chunks from the bucket first, then the live stream; chunks again when
-//! the source does not hold any more what was not read in time.
+//! the source no longer holds log that was not read in time.
 //!
 //! **Invariant:** the durable cursor of a source never passes a record that concerns this shard and
-//! is not stored here; what is reported to the master is the durable cursor.
+//! is not stored here; the master receives the durable cursor.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use tonic::transport::Endpoint;
 use vasto_core::ids::{Lsn, ReplicaId};
 use vasto_core::limits::{CONNECT_TIMEOUT, GROUP_BYTES_MAX, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX};
 use vasto_core::plan::{Plan, Source};
-use vasto_core::record::{Body, KeyEntry, Progress, Record};
+use vasto_core::record::{Body, KeyEntry, Record, TailProgress};
 use vasto_proto::v1;
 use vasto_proto::v1::replication_client::ReplicationClient;
 use vasto_shipping::chunk::Chunk;
@@ -22,7 +22,7 @@ use vasto_shipping::layout;
 use super::{Build, BuildError, Shape};
 use crate::tail::Filter;
 
-/// Between two attempts to reach a source.
+/// Pause between two attempts to reach a source.
 const RETRY: Duration = Duration::from_millis(100);
 
 /// Runs until the plan is over.
@@ -60,7 +60,7 @@ struct Follower<'a> {
     filter: Filter,
     lags: Arc<parking_lot::Mutex<BTreeMap<ReplicaId, u64>>>,
     cursor: Lsn,
-    /// The chunks up to here are read, or concern nothing that is not; a chunk begins behind it.
+    /// Chunks up to here are read, or hold no unread record of this shard; a chunk begins behind it.
     chunks: Lsn,
 }
 
@@ -114,8 +114,8 @@ impl Follower<'_> {
         if covered <= self.cursor {
             return Ok(());
         }
-        // In slices that fit into a record; the cursor moves with the last one. What a crash leaves
-        // of the others is merged again, which changes nothing.
+        // In slices that fit into a record; the cursor moves with the last one. Slices that a crash leaves behind
+        // are merged again, which changes nothing.
         let mut slice = Vec::new();
         let mut bytes = 0;
         for one in entries {
@@ -126,7 +126,7 @@ impl Follower<'_> {
                 bytes = 0;
             }
         }
-        self.build.replica.apply(slice, vec![Progress::Tail(self.source.replica, covered)]).await?;
+        self.build.replica.apply(slice, vec![TailProgress::Tail(self.source.replica, covered)]).await?;
         self.cursor = covered;
         self.build.progress.lock().cursors.insert(self.source.replica, covered);
         Ok(())
@@ -139,12 +139,12 @@ impl Follower<'_> {
             lags.values().fold(0u64, |sum, lag| sum.saturating_add(*lag))
         };
         self.build.progress.lock().lag_lsns = total;
-        self.build.core.report.notify_one();
+        self.build.registry.report.notify_one();
     }
 
-    /// The outer error ends the build; the inner one is a reason to connect again.
+    /// Reads the live stream. The outer error ends the build; the inner one is a reason to reconnect.
     async fn read_stream(&mut self) -> Result<Result<(), String>, BuildError> {
-        let Some(address) = self.build.core.address(self.source.node) else {
+        let Some(address) = self.build.registry.address(self.source.node) else {
             return Ok(Err(format!("node {} has no known address", self.source.node)));
         };
         let endpoint = match Endpoint::from_shared(format!("http://{address}")) {
@@ -169,7 +169,7 @@ impl Follower<'_> {
         };
         let mut frames = match client.tail(request).await {
             Ok(response) => response.into_inner(),
-            // The log does not reach back any more: what is missing is in the bucket, or lost.
+            // The log no longer reaches back: the missing part is in the bucket, or lost.
             Err(status) if status.code() == tonic::Code::FailedPrecondition => {
                 let before = self.cursor;
                 self.read_chunks().await?;

@@ -6,17 +6,18 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use vasto_core::catalog::Catalog;
-use vasto_core::plan::{Plan, Source, TargetStage};
-use vasto_core::record::{BandRange, IngestedObject, Progress};
+use vasto_core::plan::{Plan, Source};
+use vasto_core::record::{BandRange, IngestedObject, TailProgress};
+use vasto_core::report::TargetStage;
 use vasto_shipping::download::{DownloadProgress, Wanted, download};
 use vasto_shipping::manifest::{Manifest, ManifestFile};
 
 use super::rewrite::{Rewritten, SourceFiles, rewrite};
 use super::{Build, BuildError, Shape};
 use crate::engine::ImportFile;
-use crate::replica::job::Control;
+use crate::replica::command::Control;
 
-/// Ranged requests at a time.
+/// Parallel ranged requests.
 const PARALLEL: usize = 8;
 
 struct Chosen {
@@ -27,7 +28,7 @@ struct Chosen {
 
 pub(super) async fn load(build: &Build, catalog: &Arc<Catalog>, plan: &Plan) -> Result<(), BuildError> {
     let work = build.tmp.join(format!("build-{}-{}", build.replica.id, plan.id));
-    // Downloads that were finished before an interruption are kept.
+    // Downloads that finished before an interruption are kept.
     let result = load_in(build, catalog, plan, &work).await;
     if result.as_ref().map_or_else(|error| !error.is_transient(), |()| true) {
         let _ = tokio::fs::remove_dir_all(&work).await;
@@ -60,7 +61,7 @@ async fn load_in(build: &Build, catalog: &Arc<Catalog>, plan: &Plan, work: &Path
         shown.objects_read += progress.requests.load(Ordering::Relaxed);
         shown.stage = TargetStage::Rewriting;
     }
-    build.core.report.notify_one();
+    build.registry.report.notify_one();
     let rewritten = rewrite_chosen(build, catalog, plan, &chosen, work).await?;
     ingest(build, plan, &chosen, rewritten).await
 }
@@ -158,8 +159,8 @@ async fn ingest(build: &Build, plan: &Plan, chosen: &[Chosen], rewritten: Rewrit
         .flat_map(|one| &one.files)
         .map(|file| IngestedObject { key: file.key.clone(), bytes: file.bytes, crc32c: file.crc32c })
         .collect();
-    let cursors: Vec<Progress> =
-        chosen.iter().map(|one| Progress::Tail(one.source.replica, one.manifest.lsn)).collect();
+    let cursors: Vec<TailProgress> =
+        chosen.iter().map(|one| TailProgress::Tail(one.source.replica, one.manifest.lsn)).collect();
     let bytes_moved: u64 = rewritten.tables.iter().map(|table| table.bytes).sum();
     let order = Control::Ingest {
         plan: plan.id,

@@ -1,12 +1,12 @@
-//! The target's side of a grow: load the moving bands from the bucket, then follow the sources.
+//! The target's side of a grow: loads the moving bands from the bucket, then follows the sources.
 //!
 //! **Invariants**
 //! - All inputs of the arriving range are merged by the merge rule into files that do not overlap,
 //!   and enter in ONE ingest, into a range recorded as arriving; the `ingest` record follows it. A
-//!   restart that finds an arriving range without that record throws the replica away and begins
+//!   restart that finds an arriving range without that record deletes the replica and begins
 //!   again.
-//! - A tail starts exactly at the LSN of the pinned manifest, and its cursor is durable with what
-//!   it brought; repetition is harmless because of the merge.
+//! - A tail starts exactly at the LSN of the pinned manifest, and its cursor is durable with the records
+//!   that it brought; repetition is harmless because of the merge.
 //! - Bulk bytes come from the bucket; nodes stream only log records.
 
 mod follow;
@@ -20,18 +20,19 @@ use std::sync::atomic::Ordering;
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::Catalog;
-use vasto_core::plan::{Plan, TargetProgress, TargetStage};
+use vasto_core::plan::Plan;
 use vasto_core::record::BandRange;
+use vasto_core::report::{TargetProgress, TargetStage};
 use vasto_shipping::bucket::{Bucket, BucketError};
 use vasto_shipping::download::DownloadError;
 
-use crate::core::NodeCore;
 use crate::engine::EngineError;
+use crate::registry::NodeRegistry;
 use crate::replica::Replica;
-use crate::replica::job::ReplicaError;
+use crate::replica::command::ReplicaError;
 use crate::ship::{ShipError, ShipHandle};
 
-/// Why a target cannot be built; the plan is aborted when it does not help to try again.
+/// Why a target cannot be built; the plan is aborted when a retry does not help.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
     /// The bucket failed.
@@ -49,15 +50,15 @@ pub enum BuildError {
     /// Shipping the first manifest failed.
     #[error(transparent)]
     Ship(#[from] ShipError),
-    /// What the bucket holds is not what the plan names.
+    /// The bucket does not hold the objects that the plan names.
     #[error("{0}")]
     Bad(String),
     /// A local file failed.
     #[error("{path}: {source}")]
     Io {
-        /// Which.
+        /// The file.
         path: PathBuf,
-        /// Why.
+        /// The error.
         source: std::io::Error,
     },
     /// The plan is over.
@@ -66,7 +67,7 @@ pub enum BuildError {
 }
 
 impl BuildError {
-    /// True when trying again can help.
+    /// Returns true when a retry can succeed.
     pub fn is_transient(&self) -> bool {
         match self {
             BuildError::Bucket(_) | BuildError::Ship(_) => true,
@@ -80,33 +81,33 @@ impl BuildError {
     }
 }
 
-/// What a build works with.
+/// The inputs of a build.
 pub struct Build {
     /// The target.
     pub replica: Replica,
     /// Its shipper, for the first manifest.
     pub ship: ShipHandle,
-    /// Where the bytes come from.
+    /// The bucket to read from.
     pub bucket: Bucket,
-    /// For the addresses of the sources.
-    pub core: Arc<NodeCore>,
-    /// A place for downloads on the data file system.
+    /// The registry, for the addresses of the sources.
+    pub registry: Arc<NodeRegistry>,
+    /// Download directory on the data file system.
     pub tmp: PathBuf,
-    /// What the master is told.
+    /// The progress that is reported to the master.
     pub progress: Arc<Mutex<TargetProgress>>,
-    /// The plan is over.
+    /// Fires when the plan is over.
     pub cancel: CancellationToken,
 }
 
-/// Progress of a target that has just begun.
+/// Returns the progress of a target that has just begun.
 pub fn fresh_progress(plan: &Plan) -> TargetProgress {
     TargetProgress::new(plan.id)
 }
 
-/// What a grow changes.
+/// The layout that a grow creates.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Shape {
-    /// Shards afterwards.
+    /// Shard count afterwards.
     pub shards: u32,
     /// The bands that move.
     pub moving: BandRange,
@@ -125,7 +126,7 @@ impl Build {
         if self.replica.ranges().ingested != Some(plan.id) {
             load::load(&self, &catalog, &plan).await?;
         }
-        // Of the targets of a shard one ships; the others take part without a manifest of their own.
+        // One target of a shard ships; the others take part without a manifest of their own.
         let ships = self.ship.positions.ships.load(Ordering::Acquire);
         if ships {
             self.ship.checkpoint(None).await?;
@@ -134,10 +135,10 @@ impl Build {
             let mut progress = self.progress.lock();
             progress.manifest_shipped = ships;
             progress.stage = TargetStage::Tailing;
-            // Not caught up until the followers say so.
+            // Not caught up until the followers report so.
             progress.lag_lsns = u64::MAX;
         }
-        self.core.report.notify_one();
+        self.registry.report.notify_one();
         follow::follow_all(&self, &plan).await
     }
 }

@@ -1,8 +1,8 @@
-//! Decodes moved rows, gives them their new bands, and writes SSTs that do not overlap.
+//! Decodes moved rows, assigns their new bands, and writes SSTs that do not overlap.
 //!
 //! The rows of one old band arrive in key order from every source; merged by key they feed one open
-//! table per new band, each of which again sees its keys in order. So one pass and a bounded amount
-//! of memory suffice, whatever the size.
+//! table per new band, each of which again receives its keys in order. One pass and a bounded amount
+//! of memory therefore suffice for any size.
 //!
 //! **Invariant:** every row of the moving bands is written exactly once, to the band that its hash
 //! has in this shard; a row that does not belong here stops the build.
@@ -26,7 +26,7 @@ pub(super) struct SourceFiles {
     pub files: Vec<ImportFile>,
 }
 
-/// What came out.
+/// The result of a rewrite.
 pub(super) struct Rewritten {
     pub tables: Vec<WrittenTable>,
     pub rows: u64,
@@ -41,8 +41,8 @@ pub(super) fn rewrite(
     floor: u64,
     out: &Path,
 ) -> Result<Rewritten, BuildError> {
-    // Left-overs of an interrupted attempt; the downloads are moved into the scratch databases only
-    // by links, so they are still there.
+    // Left over from an interrupted attempt; the scratch databases only link to the downloads, so
+    // these are still there.
     for dir in sources.iter().map(|source| source.scratch_dir.as_path()).chain([out]) {
         if dir.exists() {
             std::fs::remove_dir_all(dir).map_err(|source| BuildError::Io { path: dir.to_owned(), source })?;
@@ -70,7 +70,7 @@ pub(super) fn rewrite(
 
 type Row = (Band, Vec<u8>, Vec<u8>);
 
-/// Takes the least key from all sources; answers one winner per new band (several only when a key
+/// Takes the least key from all sources; returns one winner per new band (several only when a key
 /// is stored under several partitions), or `None` at the end.
 fn next_key(
     rows: &mut [BandRows<'_>],

@@ -1,12 +1,11 @@
-//! The one owner of a node's leases: events in, decisions by [`vasto_core::lease`], messages out.
+//! The actor that owns a node's leases: events in, decisions by [`vasto_core::lease`], messages out.
 //!
 //! **Invariants**
-//! - A promise lasts [`LEASE_PROMISE`] from the last heartbeat of its link that was taken note of. It ends
-//!   earlier only when its holder says so after it has seen it, when another process has taken the holder's
-//!   place, or when the holder's process has ended (its link is closed and nobody listens at its address).
-//! - A heartbeat is answered after everything that it brings has been decided, so that its echo renews only
-//!   what still stands.
-//! - Silence counts only while this node was listening: after its own threads stood still it begins anew.
+//! - A promise lasts [`LEASE_PROMISE`] from the last heartbeat of its link that the actor has processed. It ends
+//!   earlier only when its holder releases it after having seen it, when another process has replaced the holder's, or
+//!   when the holder's process has ended (its link is closed and nothing listens at its address).
+//! - A heartbeat is answered after everything in it has been decided, so that its echo renews only what still stands.
+//! - Silence of peers counts only while this node was listening: after a stall of its own threads the count restarts.
 
 mod decide;
 mod incoming;
@@ -31,49 +30,49 @@ use vasto_proto::v1::lease_grant::State;
 
 use super::link::{News, Reach};
 use super::seat::{Named, Seat};
-use crate::core::NodeCore;
+use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 use crate::replica::authority::{Belief, now_ms};
-use crate::replication::duties::Duties;
+use crate::replication::replicator::Replicator;
 
-/// Between two looks at everything.
+/// Interval between two checks of all links and replicas.
 const TICK: Duration = Duration::from_millis(50);
-/// Between two looks at whether it is to end, when there is nothing else to do.
+/// Interval between two checks of the end condition while the actor is idle.
 const TICK_AT_REST: Duration = Duration::from_secs(1);
-/// Between two looks at what only waits for records to arrive.
+/// Interval between two checks of replicas that only wait for records to arrive.
 const PENDING_TICK: Duration = Duration::from_millis(2);
-/// A writer that does not say within this time what it holds is not waited for.
+/// Longest wait for a writer to report what its replica holds.
 const NAMING_TIMEOUT: Duration = Duration::from_millis(200);
-/// A hand-over that was not taken by now is given up.
+/// Time after which a leadership transfer that no successor has taken is given up.
 const HAND_OVER_MAX: Duration = Duration::from_millis(1_500);
-/// Events that are taken before messages go out.
+/// Events that are processed before messages are sent.
 const BATCH: usize = 64;
 
 pub(super) type Key = (KeyspaceId, ShardId);
 
-/// What the actor hears of.
+/// Events that the actor receives.
 pub(super) enum Event {
-    /// A replica was opened, or placed otherwise; `served` says that the process before this one may have served it.
-    Seat { replica: Replica, duties: Arc<Duties>, order: Vec<Placed>, primary_version: u64, served: bool },
-    /// A replica is about to stop.
+    /// A replica was opened, or its placement changed; `served`: the previous process may have served it.
+    Seat { replica: Replica, replicator: Arc<Replicator>, order: Vec<Placed>, primary_version: u64, served: bool },
+    /// A replica is about to stop and transfers leadership.
     HandOver { key: Key, replica: ReplicaId, done: oneshot::Sender<()> },
     /// A replica has stopped.
     Leave { key: Key, replica: ReplicaId },
-    /// A replica said what it holds.
+    /// A replica has reported what it holds.
     Named { key: Key, replica: ReplicaId, turn: u64, named: Named },
     /// An incoming link was opened.
     Opened { id: u64, replies: mpsc::Sender<Result<v1::LeaseReply, Status>> },
-    /// A heartbeat came.
+    /// A heartbeat has arrived.
     Request { id: u64, request: v1::LeaseRequest },
     /// An incoming link has ended.
     Closed { id: u64 },
-    /// News of an outgoing link.
+    /// Report of an outgoing link.
     Link { node: NodeId, news: News },
-    /// A round of probes has ended; these nodes can be reached.
+    /// A round of probes has ended and found these nodes reachable.
     Probed { key: Key, replica: Replica, round: u64, reachable: Vec<NodeId> },
 }
 
-/// A claim that came over an incoming link.
+/// A claim received over an incoming link.
 #[derive(Debug, Clone, Copy)]
 struct Claimed {
     replica: ReplicaId,
@@ -92,17 +91,17 @@ struct Incoming {
     seen_reply: u64,
     open: bool,
     claims: HashMap<Key, Claimed>,
-    /// What it was told of its claims.
+    /// State that was last sent for each of its claims.
     told: HashMap<Key, (ReplicaId, State, u64)>,
     news: Vec<v1::LeaseGrant>,
     number: u64,
     /// The number of the last reply that denied a claim.
     denied: u64,
-    /// Until when its replicas cannot serve without a promise from here, because they were just answered.
+    /// Time until which the peer's replicas cannot serve without a promise from here, because they were just answered.
     subdued: Belief,
 }
 
-/// What another node has said of a claim.
+/// Answer of another node to a claim.
 struct Granted {
     claimant: ReplicaId,
     state: State,
@@ -119,27 +118,27 @@ struct Outgoing {
     reset: Arc<Notify>,
     took_ms: Arc<AtomicU64>,
     beats: Option<mpsc::Sender<v1::LeaseRequest>>,
-    /// How the last attempt to connect ended, while there is no stream.
+    /// Result of the last connection attempt, while there is no stream.
     reach: Option<Reach>,
-    /// It could not be reached since the last stream.
+    /// A connection attempt has failed since the last stream.
     cut: bool,
-    /// Silence counts from here: it was heard, or has only become reachable.
+    /// Start of the peer's silence: its last message, or the time when it became reachable.
     heard_ms: u64,
-    /// When the stream was opened or brought a reply.
+    /// Time of the last reply, or of the opening of the stream.
     replied_ms: u64,
     believed: Belief,
-    /// Until when what the attempts to connect have shown excuses its replicas.
+    /// Time until which the results of connection attempts excuse its replicas.
     excused: Belief,
-    /// When the last attempt to connect that has ended began.
+    /// Start of the last connection attempt that has ended.
     tried_ms: u64,
     grants: HashMap<Key, Granted>,
     seen_reply: u64,
     sent: Option<Vec<v1::LeaseClaim>>,
 }
 
-/// Owns everything.
+/// Owner of all lease state of a node.
 pub(super) struct Actor {
-    core: Arc<NodeCore>,
+    registry: Arc<NodeRegistry>,
     events: mpsc::Sender<Event>,
     receiver: mpsc::Receiver<Event>,
     process: u64,
@@ -155,9 +154,9 @@ pub(super) struct Actor {
     /// A claim may have changed.
     dirty: bool,
     probing: BTreeSet<Key>,
-    /// It is at rest ...
+    /// The actor is idle.
     rests: bool,
-    /// ... and says so.
+    /// Publishes whether the actor is idle.
     rest: watch::Sender<bool>,
 }
 
@@ -167,13 +166,13 @@ fn ms(time: Duration) -> u64 {
 
 impl Actor {
     pub fn new(
-        core: Arc<NodeCore>,
+        registry: Arc<NodeRegistry>,
         events: mpsc::Sender<Event>,
         receiver: mpsc::Receiver<Event>,
         rest: watch::Sender<bool>,
     ) -> Self {
         Self {
-            core,
+            registry,
             events,
             receiver,
             process: rand::random_range(1..=u64::MAX),
@@ -192,12 +191,12 @@ impl Actor {
         }
     }
 
-    /// True when no replica here has peers, nor any node a link: only an event changes anything.
+    /// Returns true when no replica here has peers and no node has a link: only an event changes anything.
     fn is_at_rest(&self) -> bool {
         self.outgoing.is_empty() && self.incoming.is_empty() && self.seats.values().all(Seat::rests)
     }
 
-    /// Runs until `ended` says so.
+    /// Runs until `ended` returns true.
     pub async fn run(mut self, ended: impl Fn() -> bool) {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -206,7 +205,7 @@ impl Actor {
             let (pending, rests) = (self.seats.values().any(|seat| seat.pending), self.is_at_rest());
             if self.rests && !rests {
                 self.notice_gap(now_ms());
-                self.core.pulse.store(now_ms(), Ordering::Release);
+                self.registry.pulse.store(now_ms(), Ordering::Release);
             }
             self.rests = rests;
             self.rest.send_if_modified(|before| std::mem::replace(before, rests) != rests);
@@ -248,13 +247,13 @@ impl Actor {
 
     fn take(&mut self, event: Event, now: u64) {
         match event {
-            Event::Seat { replica, duties, order, primary_version, served } => {
+            Event::Seat { replica, replicator, order, primary_version, served } => {
                 self.notice_gap(now);
                 let listened = now.saturating_sub(self.listening_ms) >= ms(LEASE_SILENCE);
                 let key = (replica.keyspace, replica.shard);
                 let seat = self.seats.remove(&key).filter(|seat| seat.replica.id == replica.id);
-                let mut seat = seat.unwrap_or_else(|| Seat::new(replica.clone(), duties.clone(), served));
-                (seat.replica, seat.duties, seat.primary_version) = (replica, duties, primary_version);
+                let mut seat = seat.unwrap_or_else(|| Seat::new(replica.clone(), replicator.clone(), served));
+                (seat.replica, seat.replicator, seat.primary_version) = (replica, replicator, primary_version);
                 seat.place(order, listened, now);
                 self.seats.insert(key, seat);
                 self.connect();
@@ -275,7 +274,7 @@ impl Actor {
                     seat.handed_over();
                 }
                 for incoming in self.incoming.values_mut() {
-                    incoming.tell_absent(key);
+                    incoming.grant_absent(key);
                 }
                 self.connect();
                 self.dirty = true;
@@ -306,7 +305,7 @@ impl Actor {
                 };
                 self.incoming.insert(id, incoming);
             }
-            Event::Request { id, request } => self.hear(id, request, now),
+            Event::Request { id, request } => self.handle_request(id, request, now),
             Event::Closed { id } => {
                 let Some(incoming) = self.incoming.get_mut(&id) else { return };
                 incoming.open = false;
@@ -314,7 +313,7 @@ impl Actor {
                 self.forget_the_dead(node);
                 self.settle_all_of(node, now);
             }
-            Event::Link { node, news } => self.hear_of_link(node, news, now),
+            Event::Link { node, news } => self.handle_link(node, news, now),
             Event::Probed { key, replica, round, reachable } => {
                 for node in reachable {
                     self.reached(node, Reach::Reachable, 0, now);
@@ -324,19 +323,19 @@ impl Actor {
                 }
                 self.settle(key, now);
                 replica.authority().end_round(round);
-                // Only now: who has waited for this round needs no further one.
+                // Removed only now: a request that has waited for this round needs no further round.
                 self.probing.remove(&key);
             }
         }
     }
 
-    /// Silence of others counts anew when this node has not listened; at rest it looks seldom.
+    /// Restarts the count of the peers' silence when this node has not listened; an idle actor checks less often.
     fn notice_gap(&mut self, now: u64) {
         let deaf = ms(LEASE_DEAF_GAP);
         let gap = now.saturating_sub(self.ticked_ms);
         let is_deaf = match self.rests {
             true => gap > deaf + ms(TICK_AT_REST),
-            false => gap > deaf || now.saturating_sub(self.core.pulse.load(Ordering::Acquire)) > deaf,
+            false => gap > deaf || now.saturating_sub(self.registry.pulse.load(Ordering::Acquire)) > deaf,
         };
         if is_deaf {
             self.listening_ms = now;
@@ -352,7 +351,7 @@ impl Actor {
                 outgoing.reset.notify_one();
             }
         }
-        // Of a closed link nothing is left once its promises have ended.
+        // A closed link is dropped once its promises have ended.
         self.incoming.retain(|_, link| link.open || now < link.heard_ms + ms(LEASE_PROMISE));
         self.newest.retain(|_, id| self.incoming.contains_key(id));
         let keys: Vec<Key> = self.seats.iter().filter(|(_, seat)| !seat.rests()).map(|(key, _)| *key).collect();

@@ -1,7 +1,7 @@
-//! The outgoing half of a lease link: connects to one node, tells how that went, carries heartbeats.
+//! The outgoing half of a lease link: connects to one node, reports the results, carries heartbeats.
 //!
-//! **Invariant:** how an attempt to connect ended is told as the kernel said it: refused (nobody listens there),
-//! reachable, or unreachable. What follows from that is decided elsewhere.
+//! **Invariant:** the result of a connection attempt is reported as the kernel gave it: refused (nothing listens
+//! there), reachable, or unreachable. Conclusions are drawn elsewhere.
 
 use std::io::ErrorKind;
 use std::sync::Arc;
@@ -19,32 +19,32 @@ use vasto_proto::v1;
 use vasto_proto::v1::replication_client::ReplicationClient;
 
 use super::actor::Event;
-use crate::core::NodeCore;
+use crate::registry::NodeRegistry;
 use crate::replica::authority::now_ms;
 
 /// Heartbeats that may wait for the transport.
 const BEATS_AHEAD: usize = 8;
-/// First and longest pause between two attempts to connect.
+/// First and longest pause between two connection attempts.
 const AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(100));
-/// Between two attempts while it is not known where the node listens.
+/// Pause between two attempts while the node's address is unknown.
 const NO_ADDRESS: Duration = Duration::from_millis(200);
-/// A stream that is not open by now is tried again.
+/// Time after which a stream that is not open is tried again.
 const OPEN_TIMEOUT: Duration = Duration::from_millis(300);
 
-/// How an attempt to connect ended.
+/// Result of a connection attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Reach {
-    /// Nobody listens there.
+    /// Nothing listens there.
     Refused,
     /// The machine accepts connections.
     Reachable,
-    /// It does not answer, or there is no way to it.
+    /// The machine does not answer, or there is no route to it.
     Unreachable,
 }
 
-/// What the task of a link tells.
+/// Reports of a link's task.
 pub(super) enum News {
-    /// An attempt to connect, begun at this time (milliseconds since boot), has ended.
+    /// A connection attempt, begun at this time (milliseconds since boot), has ended.
     Reach(Reach, u64),
     /// The stream is open; heartbeats go here.
     Up(mpsc::Sender<v1::LeaseRequest>),
@@ -56,12 +56,12 @@ pub(super) enum News {
 
 /// The task of a link.
 pub(super) struct Link {
-    pub core: Arc<NodeCore>,
+    pub registry: Arc<NodeRegistry>,
     pub node: NodeId,
     pub events: mpsc::Sender<Event>,
-    /// Makes it begin anew.
+    /// Makes the task connect anew.
     pub reset: Arc<Notify>,
-    /// How long connecting took last, milliseconds.
+    /// Duration of the last successful connection attempt, milliseconds.
     pub took_ms: Arc<AtomicU64>,
 }
 
@@ -71,7 +71,7 @@ impl Link {
         let _ = cancel.run_until_cancelled(self.serve()).await;
     }
 
-    async fn tell(&self, news: News) {
+    async fn send(&self, news: News) {
         // The actor ends after its links.
         let _ = self.events.send(Event::Link { node: self.node, news }).await;
     }
@@ -79,7 +79,7 @@ impl Link {
     async fn serve(&self) {
         let mut pause = AGAIN.0;
         loop {
-            let Some(address) = self.core.address(self.node) else {
+            let Some(address) = self.registry.address(self.node) else {
                 tokio::time::sleep(NO_ADDRESS).await;
                 continue;
             };
@@ -88,19 +88,19 @@ impl Link {
             if reach == Reach::Reachable {
                 self.took_ms.store(now_ms().saturating_sub(began).max(1), Ordering::Relaxed);
             }
-            self.tell(News::Reach(reach, began)).await;
+            self.send(News::Reach(reach, began)).await;
             if reach == Reach::Reachable {
                 if self.hold(&address).await {
                     pause = AGAIN.0;
                 }
-                self.tell(News::Lost).await;
+                self.send(News::Lost).await;
             }
             tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
             pause = (pause * 2).min(AGAIN.1);
         }
     }
 
-    /// Holds a stream as long as it lives; answers whether there was one.
+    /// Holds a stream as long as it lives; returns whether a stream was opened.
     async fn hold(&self, address: &str) -> bool {
         let Ok(endpoint) = Endpoint::from_shared(format!("http://{address}")) else { return false };
         let endpoint = endpoint.connect_timeout(LEASE_SILENCE).tcp_nodelay(true);
@@ -119,11 +119,11 @@ impl Link {
             () = &mut reset => return false,
         };
         let Ok(Some(mut replies)) = opened else { return false };
-        self.tell(News::Up(beats)).await;
+        self.send(News::Up(beats)).await;
         loop {
             tokio::select! {
                 reply = replies.message() => match reply {
-                    Ok(Some(reply)) => self.tell(News::Reply(reply)).await,
+                    Ok(Some(reply)) => self.send(News::Reply(reply)).await,
                     Ok(None) | Err(_) => return true,
                 },
                 () = &mut reset => return true,
@@ -132,7 +132,7 @@ impl Link {
     }
 }
 
-/// Tries to connect to an address; `took_ms` is how long that took before, 0 if it never did.
+/// Tries to connect to an address; `took_ms` is the duration of the last successful attempt, 0 for none.
 pub(super) async fn reach(address: &str, took_ms: u64) -> Reach {
     let patience = match took_ms {
         0 => PROBE_TIMEOUT.1,

@@ -1,11 +1,11 @@
 //! Serving leases: which replica of a shard answers strict requests. The rules are in [`vasto_core::lease`].
 //!
-//! A node has one link to every node that holds another replica of one of its shards. A thread of its own
-//! owns all state (`actor`), so that heartbeats do not wait for the data path.
+//! A node has one link to every node that holds another replica of one of its shards. A dedicated thread owns all state
+//! (`actor`), so that heartbeats do not wait for the data path.
 //!
 //! **Invariants**
-//! - A replica with peers has no authority before the leases say so.
-//! - Everything that a replica is told about its authority is published by the one actor, in order.
+//! - A replica with peers has no authority before the leases grant it.
+//! - Every change of a replica's authority is published by the one actor, in order.
 
 mod actor;
 mod link;
@@ -21,16 +21,16 @@ use vasto_core::catalog::Catalog;
 use vasto_core::ids::{Incarnation, KeyspaceId, ReplicaId, ShardId};
 use vasto_proto::v1;
 
-use crate::core::NodeCore;
+use crate::registry::NodeRegistry;
 use crate::replica::Replica;
-use crate::replication::duties::Duties;
+use crate::replication::replicator::Replicator;
 use actor::{Actor, Event};
 
-/// Events that may wait for the actor; whoever brings more waits.
+/// Events that may wait for the actor; further senders wait.
 const EVENTS_MAX: usize = 1_024;
 /// Replies that may wait for the transport of an incoming link.
 const REPLIES_AHEAD: usize = 8;
-/// The main runtime gives a sign of life this often.
+/// Interval at which the main runtime proves that it runs.
 const PULSE: Duration = Duration::from_millis(50);
 
 /// The handle of a node's leases.
@@ -39,29 +39,29 @@ pub struct Leases {
     events: mpsc::Sender<Event>,
 }
 
-/// May the process before this one have served the replica? Not when that was not placed yet; a catalog older than the
-/// one that it has obeyed does not tell.
+/// Returns whether the previous process may have served the replica. Not when the replica was not placed yet; a catalog
+/// older than the one that the replica has applied proves nothing.
 fn may_have_served(replica: &Replica, catalog: &Catalog) -> bool {
     let may_be_placed = catalog.is_placed(replica.id) || replica.version() > catalog.version;
     may_be_placed && replica.incarnation() > Incarnation(1)
 }
 
 impl Leases {
-    /// Starts the leases of a node on a thread of their own; they end when `ended` says so.
+    /// Starts the leases of a node on a dedicated thread; they end when `ended` returns true.
     ///
     /// # Errors
     /// When there are no threads left.
-    pub fn start(core: &Arc<NodeCore>, ended: impl Fn() -> bool + Send + 'static) -> std::io::Result<Self> {
+    pub fn start(registry: &Arc<NodeRegistry>, ended: impl Fn() -> bool + Send + 'static) -> std::io::Result<Self> {
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let pulse = core.pulse.clone();
+        let pulse = registry.pulse.clone();
         let (rest, mut rests) = watch::channel(false);
         // Ends with the leases.
         tokio::spawn(async move {
             let mut tick = tokio::time::interval(PULSE);
             tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             loop {
-                // While nobody counts the silence of others, nobody needs to know that it is that of others.
+                // While the actor is idle it counts no silence, and needs no proof that this node listens.
                 if rests.wait_for(|rests| !rests).await.is_err() {
                     break;
                 }
@@ -69,8 +69,8 @@ impl Leases {
                 pulse.store(crate::replica::authority::now_ms(), std::sync::atomic::Ordering::Release);
             }
         });
-        let actor = Actor::new(core.clone(), events.clone(), receiver, rest);
-        // What it logs names the node where several share a process.
+        let actor = Actor::new(registry.clone(), events.clone(), receiver, rest);
+        // The span names the node where several share a process.
         let span = tracing::Span::current();
         std::thread::Builder::new().name("leases".into()).spawn(move || {
             let _node = span.enter();
@@ -84,14 +84,14 @@ impl Leases {
         let _ = self.events.send(event).await;
     }
 
-    /// A replica was opened, or its catalog has a new version.
-    pub async fn seat(&self, replica: &Replica, duties: &Arc<Duties>, catalog: &Catalog) {
+    /// Reports a replica that was opened, or a new version of its catalog.
+    pub async fn seat(&self, replica: &Replica, replicator: &Arc<Replicator>, catalog: &Catalog) {
         let shard = catalog.shard(replica.shard).filter(|_| catalog.is_placed(replica.id));
         let order = shard.map(|shard| shard.replicas.clone()).unwrap_or_default();
         let primary = shard.and_then(|shard| shard.primary()).is_some_and(|one| one.replica == replica.id);
         let event = Event::Seat {
             replica: replica.clone(),
-            duties: duties.clone(),
+            replicator: replicator.clone(),
             order,
             primary_version: if primary { catalog.version.0 } else { 0 },
             served: may_have_served(replica, catalog),
@@ -99,15 +99,15 @@ impl Leases {
         self.send(event).await;
     }
 
-    /// The replica is about to stop: another one takes over, which holds everything. Answers when that is done, or
-    /// when there is nobody.
-    pub async fn hand_over(&self, replica: &Replica) {
+    /// Transfers leadership of a replica that is about to stop to a successor that holds everything. Returns when that
+    /// is done, or when there is no successor.
+    pub async fn transfer_leadership(&self, replica: &Replica) {
         let (done, over) = oneshot::channel();
         self.send(Event::HandOver { key: (replica.keyspace, replica.shard), replica: replica.id, done }).await;
         let _ = over.await;
     }
 
-    /// The replica has stopped.
+    /// Reports that the replica has stopped.
     pub async fn leave(&self, keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId) {
         self.send(Event::Leave { key: (keyspace, shard), replica }).await;
     }

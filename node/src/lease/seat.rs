@@ -1,6 +1,6 @@
-//! What a node keeps of one of its own replicas: its claim, its promise, its authority.
+//! The lease state of one of the node's own replicas: its claim, its promise, its authority.
 //!
-//! **Invariant:** a replica that has promised itself serves nothing, and one that serves has promised nothing.
+//! **Invariant:** a replica that has promised itself serves nothing, and a replica that serves has promised nothing.
 
 use std::sync::Arc;
 
@@ -12,54 +12,55 @@ use vasto_core::limits::{LEASE_EXCUSE, TAIL_LAG_LSNS_MAX, WRITER_RECOVERED, WRIT
 
 use crate::replica::Replica;
 use crate::replica::authority::{Belief, Standing, Term};
-use crate::replication::duties::Duties;
+use crate::replication::replicator::Replicator;
 
 /// A promise to another replica.
 #[derive(Debug, Clone)]
 pub(super) struct Promise {
     pub holder: ReplicaId,
-    /// The incoming link over which it was given; it lasts as long as that one is heard.
+    /// The incoming link over which the promise was given; the promise lasts as long as that link brings heartbeats.
     pub link: u64,
-    /// Names it.
+    /// Number that names the promise.
     pub grant: u64,
-    /// The reply that carried it: what the holder sent before it had seen that says nothing of it.
+    /// Number of the reply that carried the promise: claims that the holder sent before it had seen that reply say
+    /// nothing of it.
     pub reply: u64,
-    /// The term before it, when everything done in it was named, and whether authority had lasted until then.
+    /// The term before the promise, when everything done in it was named, and whether authority had lasted until then.
     pub handed_term: Option<(u64, bool)>,
 }
 
-/// What the replica held once it had stopped to serve.
+/// Position of a replica that has stopped serving.
 #[derive(Debug, Clone)]
 pub(super) struct Named {
     pub vector: Vector,
-    /// The writer itself said so: nothing that was admitted comes after it.
+    /// The writer itself reported it: nothing that was admitted comes after it.
     pub complete: bool,
 }
 
-/// Why another replica does not serve.
+/// Reason why another replica does not serve.
 #[derive(Debug, Clone)]
 pub(super) enum Basis {
-    /// It promised itself.
+    /// The peer promised itself.
     Granted { grant: u64, belief: Belief },
-    /// It is away by evidence, which must be found anew by then.
+    /// The peer is away by evidence, which must be found anew by then.
     Excused(Belief),
-    /// It is silent, and no more is known.
+    /// The peer is silent, and no more is known.
     Silent,
 }
 
-/// The last time of authority.
+/// The last term of authority.
 #[derive(Debug, Clone, Default)]
 pub(super) struct LastTerm {
     pub number: u64,
     pub basis: Vec<(ReplicaId, Basis)>,
-    /// It was given up: what follows is another one.
+    /// The term was given up: the next authority is another term.
     pub closed: bool,
-    /// It rested on the silence of others alone, so each request waited for a probe.
+    /// The term rested on the silence of peers alone, so each request waited for a probe.
     pub probing: bool,
 }
 
 impl LastTerm {
-    /// The promise of a peer on which it stands.
+    /// Returns the promise of a peer on which the term rests.
     pub fn promise_of(&self, peer: ReplicaId) -> Option<(u64, Belief)> {
         self.basis.iter().find_map(|(id, basis)| match basis {
             Basis::Granted { grant, belief } if *id == peer => Some((*grant, belief.clone())),
@@ -67,12 +68,12 @@ impl LastTerm {
         })
     }
 
-    /// Could this peer not have served until now, although it promised nothing?
+    /// Returns true when this peer cannot have served until now, although it promised nothing.
     pub fn excused(&self, peer: ReplicaId) -> bool {
         self.basis.iter().all(|(id, basis)| *id != peer || matches!(basis, Basis::Excused(_)))
     }
 
-    /// Was any peer silent that is not by this basis?
+    /// Returns true when a peer was silent that is not silent by this basis.
     pub fn was_silent(&self, basis: &[(ReplicaId, Basis)]) -> bool {
         let silent = |of: &[(ReplicaId, Basis)], id: ReplicaId| {
             of.iter().any(|(one, basis)| *one == id && matches!(basis, Basis::Silent))
@@ -80,7 +81,7 @@ impl LastTerm {
         self.basis.iter().any(|(id, _)| silent(&self.basis, *id) && !silent(basis, *id))
     }
 
-    /// Did nobody else serve in between? All the same promises stand, which exclude that.
+    /// Returns true when no other replica served in between: all the same promises stand, which exclude that.
     pub fn goes_on(&self, basis: &[(ReplicaId, Basis)]) -> bool {
         let same = |(id, basis): &(ReplicaId, Basis)| match basis {
             Basis::Granted { grant, .. } => self.promise_of(*id).is_some_and(|(before, _)| before == *grant),
@@ -90,42 +91,42 @@ impl LastTerm {
     }
 }
 
-/// One replica of this node.
+/// Lease state of one replica of this node.
 pub(super) struct Seat {
     pub replica: Replica,
-    pub duties: Arc<Duties>,
+    pub replicator: Arc<Replicator>,
     /// The placed replicas in the order of preference.
     pub order: Vec<Placed>,
-    /// Those that were placed while this one had authority: they have not served, and until then they cannot begin to
-    /// without its promise.
+    /// Replicas that were placed while this one had authority: they have not served, and until the time given cannot
+    /// begin to without its promise.
     newcomers: Vec<(ReplicaId, Belief)>,
     pub primary_version: u64,
-    /// It is about to stop; whoever waits for the hand-over, and until when.
+    /// Deadline and waiters of the leadership transfer of a replica that is about to stop.
     pub stopping: Option<(u64, Vec<oneshot::Sender<()>>)>,
-    /// When its writer was seen stalled last.
+    /// Time when the writer was last seen stalled.
     pub stalled_ms: Option<u64>,
     pub promise: Option<Promise>,
-    /// Counts the times it was asked what it holds; an answer to an earlier one is out of date.
+    /// Counts the requests for the replica's position; an answer to an earlier one is out of date.
     pub turn: u64,
     pub naming: bool,
     pub named: Option<Named>,
-    /// Who serves by this one's promise although another claim is better, and since when that is known.
+    /// Replica that serves by this one's promise although another claim is better, and since when that is known.
     pub outranked: Option<(ReplicaId, u64)>,
     pub term: LastTerm,
     pub serving: bool,
-    /// It had authority since its last promise, or the process before this one may have had it.
+    /// The replica had authority since its last promise, or the previous process may have had it.
     pub served: bool,
-    /// It had authority since it was opened.
+    /// The replica had authority since it was opened.
     pub served_here: bool,
-    /// Its own claim is the best it knows.
+    /// The replica's own claim is the best known.
     pub wants: bool,
-    /// It waits for something that no message announces.
+    /// The replica waits for something that no message announces.
     pub pending: bool,
     pub claim: Option<Claim>,
     published: Option<Published>,
 }
 
-/// What was published last, to be compared.
+/// Last published standing, for comparison.
 #[derive(PartialEq, Eq)]
 enum Published {
     Alone(u64),
@@ -135,11 +136,11 @@ enum Published {
 }
 
 impl Seat {
-    /// `served` says that the process before this one may have served it.
-    pub fn new(replica: Replica, duties: Arc<Duties>, served: bool) -> Self {
+    /// Creates the state of a replica; `served`: the previous process may have served it.
+    pub fn new(replica: Replica, replicator: Arc<Replicator>, served: bool) -> Self {
         Self {
             replica,
-            duties,
+            replicator,
             order: Vec::new(),
             newcomers: Vec::new(),
             primary_version: 0,
@@ -161,14 +162,14 @@ impl Seat {
         }
     }
 
-    /// What it said when it was about to promise itself is out of date.
+    /// Discards the position that was reported for a promise.
     pub fn unname(&mut self) {
         self.turn += u64::from(self.naming || self.named.is_some());
         (self.naming, self.named) = (false, None);
     }
 
-    /// The replicas of its shard are these; `listened` says that this node has listened without a gap for so long that
-    /// none of them can have taken it for silent.
+    /// Sets the placed replicas of the shard; `listened`: this node has listened without a gap for so long that none of
+    /// them can have taken it for silent.
     pub fn place(&mut self, order: Vec<Placed>, listened: bool, now: u64) {
         self.newcomers.retain(|(id, _)| order.iter().any(|one| one.replica == *id));
         if listened && self.has_authority() && !self.term.probing {
@@ -179,17 +180,17 @@ impl Seat {
         self.order = order;
     }
 
-    /// Until when a replica is excused because it has only just been placed.
+    /// Returns until when a replica is excused because it has only just been placed.
     pub fn newcomer(&self, replica: ReplicaId) -> Option<Belief> {
         self.newcomers.iter().find(|(id, _)| *id == replica).map(|(_, until)| until.clone())
     }
 
-    /// Has it authority that is valid at this moment?
+    /// Returns whether the replica has valid authority now.
     pub fn has_authority(&self) -> bool {
         self.serving && self.replica.authority().is_serving()
     }
 
-    /// What it claims, given the replica that serves now; nothing once it is closed.
+    /// Returns the replica's claim, given the replica that serves now; `None` once this one is closed.
     pub fn own_claim(&mut self, server: Option<ReplicaId>, now: u64) -> Option<Claim> {
         if self.replica.is_closed() {
             return None;
@@ -200,14 +201,15 @@ impl Seat {
         let recovering = self.stalled_ms.is_some_and(|at| now.saturating_sub(at) < WRITER_RECOVERED.as_millis() as u64);
         let serving = self.has_authority();
         let near = serving
-            || server.is_none_or(|server| self.duties.lag_behind(server).is_some_and(|lag| lag <= TAIL_LAG_LSNS_MAX));
+            || server
+                .is_none_or(|server| self.replicator.lag_behind(server).is_some_and(|lag| lag <= TAIL_LAG_LSNS_MAX));
         let ready = serving || self.replica.is_ready();
         let able = ready && near && !recovering && self.stopping.is_none();
         self.replica.authority().set_stalled(recovering);
         Some(Claim { able, primary_version: self.primary_version, serving })
     }
 
-    /// It has authority, or goes on to have it.
+    /// Publishes authority, whether new or continued.
     pub fn serve(&mut self, number: u64, basis: Vec<(ReplicaId, Basis)>, master: Option<Belief>, probing: bool) {
         let granted = basis.iter().filter_map(|(_, basis)| match basis {
             Basis::Granted { belief, .. } | Basis::Excused(belief) => Some(belief.clone()),
@@ -234,8 +236,8 @@ impl Seat {
         );
     }
 
-    /// It admits nothing more; what was admitted is finished, unless its authority rests on silence: that has ended
-    /// without a sign.
+    /// Stops admitting requests. Admitted requests are finished, unless authority rests on silence, which ends without
+    /// a sign.
     pub fn begin_to_yield(&mut self) {
         if !self.has_authority() || self.term.probing {
             return self.step_back(false);
@@ -250,7 +252,7 @@ impl Seat {
         self.publish(Published::Yielding(term.number), Standing::Yielding(term));
     }
 
-    /// It does not serve.
+    /// Publishes that the replica does not serve; `elsewhere`: another replica is known to serve.
     pub fn step_back(&mut self, elsewhere: bool) {
         if self.serving && self.term.number > 0 {
             tracing::info!(
@@ -266,14 +268,14 @@ impl Seat {
         self.replica.authority().set_acting(false);
         self.publish(Published::Out { elsewhere }, Standing::Out { elsewhere });
         if self.term.probing {
-            // What rests on silence does not go on.
+            // A term that rests on silence is not continued.
             self.replica.authority().lapse(self.term.number);
         }
     }
 
-    /// The shard has no other replica.
+    /// Publishes the authority of a shard's only replica.
     pub fn stand_alone(&mut self) {
-        // What was done while others had authority, or may have had it, belongs to another term.
+        // Requests done while others had authority, or may have had it, belong to another term.
         let goes_on = self.has_authority() && !self.term.probing;
         let number = if goes_on { self.term.number } else { self.term.number + 1 };
         self.term = LastTerm { number, ..LastTerm::default() };
@@ -282,7 +284,8 @@ impl Seat {
         self.publish(Published::Alone(number), Standing::Serving(Term { number, ..Term::default() }));
     }
 
-    /// Nothing but its catalog or a request can change anything: it stands alone, and nobody waits.
+    /// Returns true when only the catalog or a request can change anything: the replica stands alone, and no caller
+    /// waits.
     pub fn rests(&self) -> bool {
         matches!(self.published, Some(Published::Alone(_)))
             && self.order.len() == 1
@@ -298,7 +301,7 @@ impl Seat {
         }
     }
 
-    /// Whoever waits for the hand-over goes on.
+    /// Releases the callers that wait for the leadership transfer.
     pub fn handed_over(&mut self) {
         if let Some((_, waiting)) = &mut self.stopping {
             for one in waiting.drain(..) {

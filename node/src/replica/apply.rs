@@ -1,4 +1,4 @@
-//! What a log record changes in the database: the one function behind replay and control records.
+//! Application of log records to the database: the one function behind replay and control records.
 //!
 //! **Invariant:** applying a record is a pure function of the record and the metadata before it,
 //! so a replay after a crash gives the same database as the first application did.
@@ -8,7 +8,7 @@ use vasto_core::codec::DecodeError;
 use vasto_core::entry::{Entry, event_time_of};
 use vasto_core::hash::partition_hash;
 use vasto_core::ids::{Origin, OwnSeq, ShardId, Vector};
-use vasto_core::record::{Body, Progress, RangeState, Record};
+use vasto_core::record::{Body, RangeState, Record, TailProgress};
 use vasto_core::stored_key::{MetaKey, data_key};
 
 use super::state::{Head, Identity, Ranges, Seal};
@@ -17,22 +17,22 @@ use crate::engine::Batch;
 /// The metadata that records change.
 #[derive(Debug, Clone)]
 pub struct Meta {
-    /// Who the replica is.
+    /// Identity of the replica.
     pub identity: Identity,
-    /// Where it stands.
+    /// Head of the replica: LSN, times, floor, epoch.
     pub head: Head,
-    /// The state of its bands.
+    /// State of its bands.
     pub ranges: Ranges,
     /// Per origin, the last record that is applied.
     pub vector: Vector,
     /// Commit time of the last record that stored something.
     pub data_commit_time: u64,
-    /// Entries of the vector that have changed and are not published yet.
+    /// Changed entries of the vector that are not published yet.
     pub news: Vec<(Origin, OwnSeq)>,
 }
 
 impl Meta {
-    /// True when this very replica accepted the record first, in whatever incarnation.
+    /// Returns true when this replica first accepted the record, in any incarnation.
     pub fn is_own(&self, record: &Record) -> bool {
         record.origin.replica == self.identity.replica
     }
@@ -44,37 +44,37 @@ pub enum ApplyError {
     /// An entry does not decode.
     #[error("an entry of record {lsn} is damaged: {source}")]
     Entry {
-        /// The record.
+        /// LSN of the record.
         lsn: u64,
-        /// What is wrong.
+        /// The decode error.
         source: DecodeError,
     },
-    /// A key can never live in this shard.
+    /// A key can never belong to this shard.
     #[error("record {lsn} holds a key that can never live in shard {shard}")]
     Foreign {
-        /// The record.
+        /// LSN of the record.
         lsn: u64,
         /// This shard.
         shard: ShardId,
     },
 }
 
-/// The band of an entry inside a shard; `None` when it can never live there.
+/// Returns the band of an entry inside a shard; `None` when the key can never belong to the shard.
 pub fn band_of(shard: ShardId, user_key: &[u8], own_partition: Option<u64>) -> Option<Band> {
     Band::in_shard(own_partition.unwrap_or_else(|| partition_hash(user_key)), shard)
 }
 
-/// Adds the cursor changes of a record.
-pub fn put_progress(batch: &mut Batch, progress: &[Progress]) {
+/// Adds the cursor changes of a record to the batch.
+pub fn put_progress(batch: &mut Batch, progress: &[TailProgress]) {
     for one in progress {
         match one {
-            Progress::Tail(replica, lsn) => batch.put_meta(MetaKey::TailCursor(*replica), &lsn.0.to_le_bytes()),
-            Progress::Forward(shard, lsn) => batch.put_meta(MetaKey::ForwardCursor(shard.0), &lsn.0.to_le_bytes()),
+            TailProgress::Tail(replica, lsn) => batch.put_meta(MetaKey::TailCursor(*replica), &lsn.0.to_le_bytes()),
+            TailProgress::Forward(shard, lsn) => batch.put_meta(MetaKey::ForwardCursor(shard.0), &lsn.0.to_le_bytes()),
         }
     }
 }
 
-/// Moves the head past a record and adds it to the batch.
+/// Advances the head past a record and adds it to the batch.
 pub fn put_head(batch: &mut Batch, meta: &mut Meta, record: &Record) {
     let head = &mut meta.head;
     head.applied_lsn = record.lsn;
@@ -83,7 +83,7 @@ pub fn put_head(batch: &mut Batch, meta: &mut Meta, record: &Record) {
     }
     head.commit_time_max = head.commit_time_max.max(record.commit_time);
     head.floor = head.floor.max(record.floor);
-    // What another replica has obeyed or stamped says nothing about this one.
+    // Epochs applied and commit times assigned by another replica say nothing about this one.
     if record.origin.replica == meta.identity.replica {
         head.commit_time = head.commit_time.max(record.commit_time);
         head.epoch = head.epoch.max(record.epoch);
@@ -99,14 +99,14 @@ pub fn put_head(batch: &mut Batch, meta: &mut Meta, record: &Record) {
     batch.put_meta(MetaKey::Head, &head.encode());
 }
 
-/// Builds the batch of a record and moves `meta` past it.
+/// Builds the batch of a record and advances `meta` past it.
 pub fn apply_record(meta: &mut Meta, record: &Record) -> Result<Batch, ApplyError> {
     let mut batch = Batch::default();
     add_record(&mut batch, meta, record)?;
     Ok(batch)
 }
 
-/// Adds what a record changes to the batch and moves `meta` past it.
+/// Adds the changes of a record to the batch and advances `meta` past it.
 pub fn add_record(batch: &mut Batch, meta: &mut Meta, record: &Record) -> Result<(), ApplyError> {
     match &record.body {
         Body::Data { entries, results, progress } => {
@@ -125,7 +125,7 @@ pub fn add_record(batch: &mut Batch, meta: &mut Meta, record: &Record) -> Result
             put_progress(batch, progress);
         }
         Body::GcFloor { floor } => meta.head.floor = meta.head.floor.max(*floor),
-        // A peer's, or one of this replica's own that was pulled back, changes nothing here.
+        // An adopt record of a peer, or an own one that was pulled back, changes nothing here.
         Body::Adopt { .. } if !meta.is_own(record) || record.origin.incarnation <= meta.identity.incarnation => {}
         Body::Adopt { .. } => {
             meta.identity.incarnation = record.origin.incarnation;
@@ -152,7 +152,7 @@ pub fn add_record(batch: &mut Batch, meta: &mut Meta, record: &Record) -> Result
             if *state == RangeState::Clearing {
                 batch.delete_bands(*range);
             }
-            // Ownership has been decided: a seal of this range has served its purpose.
+            // Ownership is decided: a seal that overlaps this range is no longer needed.
             if meta.ranges.seal.is_some_and(|seal| seal.range.overlaps(*range)) {
                 meta.ranges.seal = None;
             }

@@ -1,12 +1,12 @@
-//! May this replica serve strict requests at this moment? Decided by the leases, asked by the data path.
+//! Admission and acknowledgement of strict requests: the leases decide, the data path asks.
 //!
 //! **Invariants**
-//! - A strict request is admitted only under authority, and carries its term. The writer refuses it once the
+//! - A strict request is admitted only under authority, and carries its term. The writer refuses the request once the
 //!   term has changed.
-//! - A write is acknowledged only while authority holds, or when the replica that took over holds it. One that is
-//!   done and may not be acknowledged yet waits here, bounded in time; then its outcome is unknown.
-//! - Validity is compared with the boot-time clock by whoever answers: a process that stood still has lost
-//!   its authority before anything of it runs again.
+//! - A write is acknowledged only while authority holds, or when the replica that took over holds the write. A
+//!   completed write that may not be acknowledged yet waits here for a bounded time; then its outcome is unknown.
+//! - The answering thread compares validity with the boot-time clock: a process that stalled has lost its authority
+//!   before any of its code runs again.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -20,22 +20,22 @@ use vasto_core::{ErrorCode, VastoError};
 
 use crate::clock::since_boot;
 
-/// Boot time in milliseconds until which something is believed.
+/// Boot time in milliseconds until which a condition of authority is believed.
 pub type Belief = Arc<AtomicU64>;
 
-/// Milliseconds of the boot-time clock.
+/// Returns the boot-time clock in milliseconds.
 pub fn now_ms() -> u64 {
     since_boot().as_millis() as u64
 }
 
-/// An uninterrupted time of authority.
+/// One uninterrupted period of authority.
 #[derive(Debug, Clone, Default)]
 pub struct Term {
-    /// Counts the terms of this opening.
+    /// Number of the term, counted from this opening.
     pub number: u64,
-    /// All of them must be believed.
+    /// Conditions of the term; all must be believed.
     pub beliefs: Vec<Belief>,
-    /// Each request waits for a probe of the silent peers first.
+    /// True when each request first waits for a probe of the silent peers.
     pub probing: bool,
 }
 
@@ -46,37 +46,37 @@ impl Term {
     }
 }
 
-/// What the leases say.
+/// State of authority that the leases have decided.
 #[derive(Debug, Clone)]
 pub enum Standing {
-    /// There are no leases: nobody else serves.
+    /// No leases: no other replica serves.
     Alone,
-    /// It serves.
+    /// The replica serves.
     Serving(Term),
-    /// It admits nothing more; what was admitted is finished for its successor.
+    /// The replica admits no more requests; admitted ones are finished for its successor.
     Yielding(Term),
-    /// It does not serve.
+    /// The replica does not serve.
     Out {
-        /// Another replica is known to serve.
+        /// True when another replica is known to serve.
         elsewhere: bool,
     },
 }
 
-/// Why a strict request is not admitted.
+/// Reason why a strict request is not admitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
     /// Another replica serves.
     Elsewhere,
-    /// It may have authority soon.
+    /// This replica may have authority soon.
     Wait,
-    /// It may be the isolated one: the request waits for a probe that begins now.
+    /// This replica may be the isolated one: the request waits for a probe that begins now.
     Probe,
 }
 
 struct Held {
     term: u64,
     modifies: bool,
-    /// Rounds of probes that had begun when it came.
+    /// Probe rounds that had begun when the write arrived.
     begun: u64,
     until: Duration,
     answer: Box<dyn FnOnce(Result<(), VastoError>) + Send>,
@@ -86,7 +86,7 @@ struct Held {
 #[derive(Debug, Clone, Copy)]
 struct HandedOver {
     term: u64,
-    /// Its authority lasted until all of them were named.
+    /// True when authority lasted until all of the writes were listed.
     lasted: bool,
 }
 
@@ -94,16 +94,16 @@ struct HandedOver {
 pub struct Authority {
     standing: ArcSwap<Standing>,
     changed: watch::Sender<u64>,
-    /// Terms of which another replica holds all that was done in them; the last ones.
+    /// Terms of which another replica holds all writes; the most recent ones.
     handed_over: Mutex<Vec<HandedOver>>,
     held: Mutex<Vec<Held>>,
-    /// No read-modify-write of an earlier term than this one is acknowledged any more, unless it was handed over.
+    /// First term whose read-modify-writes may be acknowledged; those of transferred terms may be, too.
     first: AtomicU64,
-    /// Rounds of probes that have begun, and those that have ended.
+    /// Probe rounds that have begun, and those that have ended.
     rounds: watch::Sender<(u64, u64)>,
-    /// Boot time since which it serves in the place of the primary, milliseconds; 0 when it does not.
+    /// Boot time since which the replica is acting primary, milliseconds; 0 when it is not.
     acting_since_ms: AtomicU64,
-    /// Its writer does not come back from the disk, or did not a moment ago.
+    /// True while the writer is stalled at the disk, and shortly afterwards.
     stalled: AtomicBool,
 }
 
@@ -122,7 +122,7 @@ impl Default for Authority {
     }
 }
 
-/// The handed-over terms that are remembered: an answer does not wait for longer than [`HELD_ACK_MAX`].
+/// Maximum number of transferred terms that are remembered: an answer waits no longer than [`HELD_ACK_MAX`].
 const HANDED_OVER_MAX: usize = 64;
 
 fn lapsed() -> VastoError {
@@ -133,10 +133,10 @@ fn lapsed() -> VastoError {
 }
 
 impl Authority {
-    /// The term under which a strict request may begin now; 0 without leases.
+    /// Returns the term under which a strict request may begin now; 0 without leases.
     ///
     /// # Errors
-    /// Why not.
+    /// The reason for the refusal.
     pub fn admit(&self) -> Result<u64, Refusal> {
         match &**self.standing.load() {
             Standing::Alone => Ok(0),
@@ -149,10 +149,10 @@ impl Authority {
         }
     }
 
-    /// As [`Self::admit`] after a round of probes that began after the request came.
+    /// Like [`Self::admit`], after a probe round that began after the request arrived.
     ///
     /// # Errors
-    /// Why not.
+    /// The reason for the refusal.
     pub fn admit_probed(&self) -> Result<u64, Refusal> {
         match &**self.standing.load() {
             Standing::Serving(term) if term.probing && term.is_valid() => Ok(term.number),
@@ -160,7 +160,7 @@ impl Authority {
         }
     }
 
-    /// Does the term hold at this moment? What was read under it is then not stale.
+    /// Returns whether the term holds now: a read under it is then not stale.
     pub fn holds(&self, number: u64) -> bool {
         match &**self.standing.load() {
             Standing::Alone => true,
@@ -169,7 +169,7 @@ impl Authority {
         }
     }
 
-    /// The present term while its authority is valid; 0 without leases.
+    /// Returns the current term while its authority is valid; 0 without leases.
     pub fn term(&self) -> Option<u64> {
         match &**self.standing.load() {
             Standing::Alone => Some(0),
@@ -178,15 +178,15 @@ impl Authority {
         }
     }
 
-    /// True while it serves, also without other replicas.
+    /// Returns true while the replica serves, also without other replicas.
     pub fn is_serving(&self) -> bool {
         self.term().is_some()
     }
 
-    /// Says what the leases have decided.
+    /// Publishes the decision of the leases.
     pub fn publish(&self, standing: Standing) {
         if let Standing::Serving(term) = &standing {
-            // What was promised for an earlier term has been taken back.
+            // Promises for earlier terms were taken back.
             self.first.fetch_max(term.number, Ordering::AcqRel);
         }
         self.standing.store(Arc::new(standing));
@@ -194,13 +194,13 @@ impl Authority {
         self.settle();
     }
 
-    /// Changes of what is published.
+    /// Subscribes to changes of the published state.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
 
-    /// All that was done in the term, and before it, is held by the replica that took over; `lasted` says that
-    /// authority had lasted until all of it was named, so that nobody else has served in between.
+    /// Records that the replica that took over holds all writes of the term and of earlier ones; `lasted` means that
+    /// authority lasted until all of them were listed, so that no other replica served in between.
     pub fn handed_over(&self, term: u64, lasted: bool) {
         {
             let mut terms = self.handed_over.lock();
@@ -211,7 +211,7 @@ impl Authority {
         self.settle();
     }
 
-    /// Says whether it serves in the place of the primary.
+    /// Sets whether the replica is acting primary.
     pub fn set_acting(&self, acting: bool) {
         if !acting {
             self.acting_since_ms.store(0, Ordering::Release);
@@ -220,7 +220,7 @@ impl Authority {
         }
     }
 
-    /// For how long it has been serving in the place of the primary, milliseconds.
+    /// Returns for how long the replica has been acting primary, milliseconds.
     pub fn acting_ms(&self) -> u64 {
         match self.acting_since_ms.load(Ordering::Acquire) {
             0 => 0,
@@ -228,31 +228,31 @@ impl Authority {
         }
     }
 
-    /// Says whether its writer stands still.
+    /// Sets whether the writer is stalled.
     pub fn set_stalled(&self, stalled: bool) {
         self.stalled.store(stalled, Ordering::Release);
     }
 
-    /// True while its writer does not come back from the disk, and for a while after it did.
+    /// Returns true while the writer is stalled at the disk, and for a while afterwards.
     pub fn is_stalled(&self) -> bool {
         self.stalled.load(Ordering::Acquire)
     }
 
-    /// May a write of this term be acknowledged?
+    /// Returns whether a write of this term may be acknowledged.
     ///
-    /// `begun` is the last round of probes that had begun at the write; `ended` is the last that has ended, read
-    /// before this looks at the standing: what a probe found is published before it ends.
+    /// `begun` is the last probe round that had begun at the write; `ended` is the last that has ended, read before the
+    /// standing: the findings of a round are published before it ends.
     fn may_acknowledge(&self, number: u64, modifies: bool, begun: u64, ended: u64) -> bool {
-        // What rests on silence may have ended without a sign: only a probe that began after the write tells.
+        // Authority resting on a peer's silence may have ended unnoticed: only a probe begun after the write proves it.
         let lasts = |term: &Term| term.is_valid() && (!term.probing || ended > begun);
         let valid = match &**self.standing.load() {
             Standing::Alone => true,
-            // A read-modify-write was done on what stood in its own term; a put or delete is only ordered.
+            // A read-modify-write depends on the value of its own term; a put or delete is only ordered.
             Standing::Serving(term) => lasts(term) && (term.number == number || !modifies),
             Standing::Yielding(term) => lasts(term) && term.number == number,
             Standing::Out { .. } => false,
         };
-        // A read-modify-write would build on what another one has changed meanwhile.
+        // Otherwise another replica may have changed the value that a read-modify-write was based on.
         let counts =
             |over: &HandedOver| if modifies { over.lasted && over.term == number } else { over.term >= number };
         valid || self.handed_over.lock().iter().any(counts)
@@ -266,11 +266,11 @@ impl Authority {
         }
         let until = since_boot() + HELD_ACK_MAX;
         self.held.lock().push(Held { term, modifies, begun, until, answer: Box::new(answer) });
-        // It may have been published in between.
+        // The standing may have been published in between.
         self.settle();
     }
 
-    /// Answers what waits and may be acknowledged now, and what has waited too long.
+    /// Answers the held writes that may be acknowledged now, and those that have waited too long.
     pub fn settle(&self) {
         if self.held.lock().is_empty() {
             return;
@@ -299,13 +299,13 @@ impl Authority {
         }
     }
 
-    /// The term is over, and nobody knows whether it had lasted: none of its read-modify-writes is acknowledged.
+    /// Ends a term of which it is unknown whether it lasted: none of its read-modify-writes is acknowledged.
     pub fn lapse(&self, term: u64) {
         self.first.fetch_max(term + 1, Ordering::AcqRel);
         self.settle();
     }
 
-    /// The replica stops: what waits is not acknowledged any more.
+    /// Gives up all held writes, because the replica stops: none is acknowledged any more.
     pub fn abandon(&self) {
         let held = std::mem::take(&mut *self.held.lock());
         for one in held {
@@ -313,20 +313,20 @@ impl Authority {
         }
     }
 
-    /// Waits for a round of probes that begins after this call.
+    /// Waits for a probe round that begins after this call.
     pub async fn probed(&self) {
         let mut rounds = self.rounds.subscribe();
         let wanted = rounds.borrow_and_update().0 + 1;
-        // An error would mean that the sender is gone, and it is in `self`.
+        // An error would mean that the sender is gone, but `self` owns it.
         let _ = rounds.wait_for(|(_, ended)| *ended >= wanted).await;
     }
 
-    /// True when a request or an acknowledgement waits for a probe.
+    /// Returns true when a request or an acknowledgement waits for a probe.
     pub fn wants_probe(&self) -> bool {
         self.rounds.receiver_count() > 0 || !self.held.lock().is_empty()
     }
 
-    /// A round of probes begins; answers its number.
+    /// Begins a probe round and returns its number.
     pub fn begin_round(&self) -> u64 {
         let mut number = 0;
         self.rounds.send_modify(|(begun, _)| {
@@ -336,7 +336,7 @@ impl Authority {
         number
     }
 
-    /// The round has ended, with what it found published before.
+    /// Ends a probe round, whose findings were published before.
     pub fn end_round(&self, number: u64) {
         self.rounds.send_modify(|(_, ended)| *ended = (*ended).max(number));
         self.settle();
@@ -366,7 +366,7 @@ mod tests {
             authority.end_round(next);
             assert!(answers.try_recv().unwrap());
             assert!(!authority.wants_probe());
-            // The silent one was there: another term has begun, or none.
+            // The silent peer was there: another term has begun, or none.
             let (sender, answers) = channel();
             authority.acknowledge(4, modifies, move |answer| sender.send(answer.is_ok()).unwrap());
             let next = authority.begin_round();
@@ -376,7 +376,7 @@ mod tests {
         }
     }
 
-    /// The term has ended and not lasted until all was named: a put is only ordered, a counter has another basis.
+    /// The term ended before all writes were listed: a put is only ordered, a counter has another basis.
     #[test]
     fn once_a_term_has_ended_a_put_waits_for_the_successor_to_hold_it_and_a_modification_is_given_up() {
         let authority = Authority::default();
@@ -392,7 +392,7 @@ mod tests {
         assert!(answers.try_recv().is_err());
         authority.handed_over(4, false);
         assert_eq!(answers.try_recv().unwrap(), ("put", true));
-        // One that was written just before, and comes to be acknowledged after it.
+        // A write just before the transfer, whose acknowledgement is requested after it.
         let late = sender.clone();
         authority.acknowledge(4, true, move |verdict| late.send(("late", verdict.is_ok())).unwrap());
         assert_eq!(answers.try_recv().unwrap(), ("late", false));

@@ -1,8 +1,8 @@
 //! Writes that are answered once a chunk in the bucket covers them.
 //!
-//! **Invariant:** each is answered exactly once: as done when the bucket holds the log up to its record,
-//! as `Unknown` when it does not in time. Whoever waits wakes the shipper, and everybody who came while
-//! a chunk was under way shares the next one.
+//! **Invariant:** each write is answered exactly once: with success when the bucket holds the log up to its record,
+//! with `Unknown` when the bucket does not in time. A waiting write wakes the shipper, and all writes that arrive while
+//! a chunk is being uploaded share the next one.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -13,11 +13,11 @@ use vasto_core::ids::Lsn;
 use vasto_core::limits::BUCKET_ACK_TIMEOUT;
 use vasto_core::{ErrorCode, VastoError};
 
-use super::job::{Outcome, WriteJob};
+use super::command::{OpOutcome, WriteCommand};
 
 struct Waiting {
-    job: WriteJob,
-    outcomes: Vec<Outcome>,
+    command: WriteCommand,
+    outcomes: Vec<OpOutcome>,
     lsn: Lsn,
     until: Instant,
 }
@@ -28,7 +28,7 @@ struct Inner {
     covered: Lsn,
 }
 
-/// The writes of one replica that wait for the bucket.
+/// Writes of one replica that wait for the bucket.
 #[derive(Default)]
 pub struct BucketAcks {
     inner: Mutex<Inner>,
@@ -43,20 +43,20 @@ fn not_in_time() -> VastoError {
 }
 
 impl BucketAcks {
-    /// A write that is durable here, with the LSN that covers it.
-    pub fn wait(&self, job: WriteJob, outcomes: Vec<Outcome>, lsn: Lsn) {
+    /// Adds a write that is durable here, with the LSN that covers it.
+    pub fn wait(&self, command: WriteCommand, outcomes: Vec<OpOutcome>, lsn: Lsn) {
         let mut inner = self.inner.lock();
         if inner.covered >= lsn {
             drop(inner);
-            return job.answer(Ok(outcomes));
+            return command.answer(Ok(outcomes));
         }
         let until = Instant::now() + BUCKET_ACK_TIMEOUT;
-        inner.waiting.push_back(Waiting { job, outcomes, lsn, until });
+        inner.waiting.push_back(Waiting { command, outcomes, lsn, until });
         drop(inner);
         self.wanted.notify_one();
     }
 
-    /// The bucket holds the log up to here.
+    /// Answers the writes up to `lsn`, which the bucket now holds.
     pub fn covered(&self, lsn: Lsn) {
         let mut done = Vec::new();
         {
@@ -67,26 +67,26 @@ impl BucketAcks {
             }
         }
         for one in done {
-            one.job.answer(Ok(one.outcomes));
+            one.command.answer(Ok(one.outcomes));
         }
     }
 
-    /// The first record that somebody waits for.
+    /// Returns the first record that a write waits for.
     pub fn first(&self) -> Option<Lsn> {
         self.inner.lock().waiting.front().map(|one| one.lsn)
     }
 
-    /// The last record that somebody waits for.
+    /// Returns the last record that a write waits for.
     pub fn last(&self) -> Option<Lsn> {
         self.inner.lock().waiting.back().map(|one| one.lsn)
     }
 
-    /// Somebody waits.
+    /// Waits until a write waits for the bucket.
     pub async fn wanted(&self) {
         self.wanted.notified().await;
     }
 
-    /// Answers what has waited too long.
+    /// Answers the writes that have waited too long.
     pub fn expire(&self) {
         let now = Instant::now();
         let mut late = Vec::new();
@@ -97,15 +97,15 @@ impl BucketAcks {
             }
         }
         for one in late {
-            one.job.answer(Err(not_in_time()));
+            one.command.answer(Err(not_in_time()));
         }
     }
 
-    /// The replica has stopped, and so has its shipper.
+    /// Answers all waiting writes: the replica has stopped, and so has its shipper.
     pub fn abandon(&self) {
         let waiting = std::mem::take(&mut self.inner.lock().waiting);
         for one in waiting {
-            one.job.answer(Err(not_in_time()));
+            one.command.answer(Err(not_in_time()));
         }
     }
 }
@@ -118,19 +118,19 @@ mod tests {
     use std::sync::mpsc::{Receiver, TryRecvError, channel};
     use vasto_core::catalog::Ack;
 
-    use crate::replica::job::{Change, WriteOp};
+    use crate::replica::command::{OpKind, WriteOp};
 
-    fn put() -> (WriteJob, Receiver<Result<Vec<Outcome>, VastoError>>) {
+    fn put() -> (WriteCommand, Receiver<Result<Vec<OpOutcome>, VastoError>>) {
         let (sender, receiver) = channel();
         let op = WriteOp {
             key: Bytes::from_static(b"k"),
             partition_hash: None,
             event_time: None,
-            change: Change::Delete { condition: None },
+            change: OpKind::Delete { condition: None },
             created_ttl_ms: None,
         };
         let done = Box::new(move |answer| sender.send(answer).unwrap());
-        (WriteJob::new(vec![op], Ack::Bucket, done, None), receiver)
+        (WriteCommand::new(vec![op], Ack::Bucket, done, None), receiver)
     }
 
     #[test]

@@ -1,11 +1,11 @@
-//! Who pulls a replica's log, how far they are, and the writes that wait for them.
+//! Followers that pull a replica's log, their positions, and the writes that wait for them.
 //!
 //! **Invariants**
-//! - A write that wants another replica's sync is answered once a *placed* replica has synced it, or
-//!   as `Unknown` when none did in time; exactly once.
-//! - A read-modify-write counts only when the other replica took it before it knew of a newer epoch,
-//!   and only when it won there: a new primary that works on without it, or one that worked on without
-//!   this one, must not make it look replicated.
+//! - A write that requires another replica's sync is answered exactly once: after a *placed* replica has synced it, or
+//!   as `Unknown` when none did in time.
+//! - A read-modify-write counts only when the other replica took it before it knew of a newer epoch, and only when it
+//!   won there: neither a new primary that goes on without it, nor one that went on without this replica, may make it
+//!   look replicated.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Instant;
@@ -15,40 +15,40 @@ use vasto_core::ids::{Epoch, Lsn, OwnSeq, ReplicaId};
 use vasto_core::limits::REPLICA_ACK_TIMEOUT;
 use vasto_core::{ErrorCode, VastoError};
 
-use super::job::{Outcome, WriteJob};
+use super::command::{OpOutcome, WriteCommand};
 
-/// Records that are known to have lost an entry elsewhere: more than can wait to be confirmed at once.
+/// Maximum number of records known to have lost an entry elsewhere: more than can wait for acknowledgement at once.
 const LOST_MAX: usize = 65_536;
 
-/// How far a follower is.
+/// Position of a follower.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Follower {
-    /// Everything of this log up to here is durable there.
+    /// LSN of this log up to which everything is durable there.
     covered: Lsn,
-    /// The last of this incarnation's records that is durable there.
+    /// Last record of this incarnation that is durable there.
     own_seq: OwnSeq,
-    /// The highest epoch that it has named.
+    /// Highest epoch that the follower has reported.
     epoch: Epoch,
 }
 
 struct Waiting {
-    job: WriteJob,
-    outcomes: Vec<Outcome>,
+    command: WriteCommand,
+    outcomes: Vec<OpOutcome>,
     own_seq: OwnSeq,
     epoch: Epoch,
     until: Instant,
 }
 
 impl Waiting {
-    /// Does it count that a placed replica holds the record, which it took at this epoch?
+    /// Decides whether the record counts as replicated, when a placed replica took it at this epoch.
     fn judge(&self, taken: Epoch, lost: &BTreeSet<OwnSeq>) -> Result<(), VastoError> {
-        if self.job.modifies() && lost.contains(&self.own_seq) {
+        if self.command.modifies() && lost.contains(&self.own_seq) {
             return Err(VastoError::new(
                 ErrorCode::Unknown,
                 "another replica holds a later value, which this was not done on; read the value back",
             ));
         }
-        if self.job.modifies() && taken > self.epoch {
+        if self.command.modifies() && taken > self.epoch {
             return Err(VastoError::new(
                 ErrorCode::Unknown,
                 "another replica became primary while this was replicated; read the value back",
@@ -58,18 +58,18 @@ impl Waiting {
     }
 
     fn answer(self, verdict: Result<(), VastoError>) {
-        self.job.answer(verdict.map(|()| self.outcomes));
+        self.command.answer(verdict.map(|()| self.outcomes));
     }
 }
 
 #[derive(Default)]
 struct Inner {
-    /// The replicas that the catalog names, for which the log is kept.
+    /// Replicas that the catalog names, for which the log is kept.
     wanted: BTreeSet<ReplicaId>,
-    /// Those whose sync counts.
+    /// Replicas whose sync counts.
     placed: BTreeSet<ReplicaId>,
     known: BTreeMap<ReplicaId, Follower>,
-    /// Records of this incarnation of which an entry lost at a follower; the last ones.
+    /// Records of this incarnation of which an entry lost at a follower; the most recent ones.
     lost: BTreeSet<OwnSeq>,
     waiting: VecDeque<Waiting>,
 }
@@ -80,7 +80,7 @@ pub struct Followers {
     inner: Mutex<Inner>,
 }
 
-/// The answer to a write that nobody else has synced in time.
+/// Returns the error for a write that no other replica has synced in time.
 fn not_in_time() -> VastoError {
     VastoError::new(
         ErrorCode::Unknown,
@@ -89,7 +89,7 @@ fn not_in_time() -> VastoError {
 }
 
 impl Followers {
-    /// What the catalog says: for whom the log is kept, and whose sync counts.
+    /// Sets the replicas for which the log is kept, and those whose sync counts, from the catalog.
     pub fn expect(&self, wanted: impl IntoIterator<Item = ReplicaId>, placed: impl IntoIterator<Item = ReplicaId>) {
         let mut inner = self.inner.lock();
         inner.wanted = wanted.into_iter().collect();
@@ -98,20 +98,20 @@ impl Followers {
         known.retain(|id, _| wanted.contains(id));
     }
 
-    /// True when the shard has other placed replicas.
+    /// Returns true when the shard has other placed replicas.
     pub fn has_peers(&self) -> bool {
         !self.inner.lock().placed.is_empty()
     }
 
-    /// A write that is durable here waits for another replica.
-    pub fn wait(&self, job: WriteJob, outcomes: Vec<Outcome>, own_seq: OwnSeq, epoch: Epoch) {
-        let one = Waiting { job, outcomes, own_seq, epoch, until: Instant::now() + REPLICA_ACK_TIMEOUT };
+    /// Adds a write that is durable here and waits for another replica.
+    pub fn wait(&self, command: WriteCommand, outcomes: Vec<OpOutcome>, own_seq: OwnSeq, epoch: Epoch) {
+        let one = Waiting { command, outcomes, own_seq, epoch, until: Instant::now() + REPLICA_ACK_TIMEOUT };
         if own_seq.0 == 0 {
             return one.answer(Ok(()));
         }
         let mut inner = self.inner.lock();
         let placed = inner.placed.iter().filter_map(|id| inner.known.get(id));
-        // Which of its epochs the record was taken at is not known here: it counts as the last one.
+        // The epoch at which a follower took the record is not known here: its last one counts.
         let taken = placed.filter(|follower| follower.own_seq >= own_seq).map(|follower| follower.epoch).min();
         let Some(taken) = taken else { return inner.waiting.push_back(one) };
         let verdict = one.judge(taken, &inner.lost);
@@ -119,8 +119,8 @@ impl Followers {
         one.answer(verdict);
     }
 
-    /// A follower says what is durable there: this log up to `covered`, this incarnation up to
-    /// `own_seq`, taken at its `epoch`.
+    /// Records what a follower reports as durable there: this log up to `covered`, this incarnation up to `own_seq`,
+    /// taken at its `epoch`.
     pub fn progress(&self, follower: ReplicaId, covered: Lsn, own_seq: OwnSeq, epoch: Epoch) {
         let mut ready = Vec::new();
         {
@@ -141,7 +141,7 @@ impl Followers {
         }
     }
 
-    /// An entry of each of these records lost at a follower, which is about to say that it has them.
+    /// Notes that an entry of each of these records lost at a follower, which is about to acknowledge them.
     pub fn lost(&self, own_seqs: impl IntoIterator<Item = OwnSeq>) {
         let mut inner = self.inner.lock();
         inner.lost.extend(own_seqs);
@@ -150,12 +150,12 @@ impl Followers {
         }
     }
 
-    /// Somebody waits.
+    /// Returns true when a write waits.
     pub fn has_waiting(&self) -> bool {
         !self.inner.lock().waiting.is_empty()
     }
 
-    /// Answers what has waited too long.
+    /// Answers the writes that have waited too long.
     pub fn expire(&self) {
         let now = Instant::now();
         let mut late = Vec::new();
@@ -170,7 +170,7 @@ impl Followers {
         }
     }
 
-    /// The replica stops: nothing that waits will be confirmed any more.
+    /// Answers all waiting writes, because the replica stops: none will be acknowledged any more.
     pub fn abandon(&self) {
         let waiting = std::mem::take(&mut self.inner.lock().waiting);
         for one in waiting {
@@ -178,27 +178,27 @@ impl Followers {
         }
     }
 
-    /// Up to where everybody who must read this log has it; `None` when nobody must.
+    /// Returns the LSN up to which all wanted followers hold this log; `None` without wanted followers.
     pub fn covered_by_all(&self) -> Option<Lsn> {
         let inner = self.inner.lock();
         let covered = |id| inner.known.get(id).map_or(Lsn(0), |follower| follower.covered);
         inner.wanted.iter().map(covered).min()
     }
 
-    /// The wanted follower that holds the log back most, and where it is.
+    /// Returns the wanted follower that holds the log back most, and its LSN.
     pub fn last(&self) -> Option<(ReplicaId, Lsn)> {
         let inner = self.inner.lock();
         let covered = |id: &ReplicaId| (*id, inner.known.get(id).map_or(Lsn(0), |follower| follower.covered));
         inner.wanted.iter().map(covered).min_by_key(|(_, covered)| *covered)
     }
 
-    /// True when a placed replica holds this log up to the LSN.
+    /// Returns true when a placed replica holds this log up to the LSN.
     pub fn anybody_covers(&self, lsn: Lsn) -> bool {
         let inner = self.inner.lock();
         inner.placed.iter().any(|id| inner.known.get(id).is_some_and(|follower| follower.covered >= lsn))
     }
 
-    /// The placed replicas that hold this log up to the LSN.
+    /// Returns the placed replicas that hold this log up to the LSN.
     pub fn covered_by(&self, lsn: Lsn) -> Vec<ReplicaId> {
         let inner = self.inner.lock();
         let covers = |id: &&ReplicaId| inner.known.get(id).is_some_and(|follower| follower.covered >= lsn);
@@ -214,27 +214,27 @@ mod tests {
     use std::sync::mpsc::{Receiver, TryRecvError, channel};
     use vasto_core::catalog::Ack;
 
-    use crate::replica::job::{Change, WriteOp};
+    use crate::replica::command::{OpKind, WriteOp};
 
-    type Answer = Result<Vec<Outcome>, VastoError>;
+    type Answer = Result<Vec<OpOutcome>, VastoError>;
 
-    fn put() -> (WriteJob, Receiver<Answer>) {
+    fn put() -> (WriteCommand, Receiver<Answer>) {
         let (sender, receiver) = channel();
         let op = WriteOp {
             key: Bytes::from_static(b"k"),
             partition_hash: None,
             event_time: None,
-            change: Change::Delete { condition: None },
+            change: OpKind::Delete { condition: None },
             created_ttl_ms: None,
         };
         let done = Box::new(move |answer| sender.send(answer).unwrap());
-        (WriteJob::new(vec![op], Ack::Replica, done, None), receiver)
+        (WriteCommand::new(vec![op], Ack::Replica, done, None), receiver)
     }
 
-    fn add() -> (WriteJob, Receiver<Answer>) {
-        let (mut job, answer) = put();
-        job.ops[0].change = Change::AddI64(1);
-        (job, answer)
+    fn add() -> (WriteCommand, Receiver<Answer>) {
+        let (mut command, answer) = put();
+        command.ops[0].change = OpKind::AddI64(1);
+        (command, answer)
     }
 
     fn followers() -> Followers {
@@ -246,40 +246,40 @@ mod tests {
     #[test]
     fn a_write_waits_for_a_placed_replica() {
         let followers = followers();
-        let (job, answer) = put();
-        followers.wait(job, Vec::new(), OwnSeq(5), Epoch(1));
+        let (command, answer) = put();
+        followers.wait(command, Vec::new(), OwnSeq(5), Epoch(1));
         followers.progress(ReplicaId(2), Lsn(4), OwnSeq(4), Epoch(1));
         followers.progress(ReplicaId(9), Lsn(9), OwnSeq(9), Epoch(1));
         followers.expire();
         assert_eq!(answer.try_recv(), Err(TryRecvError::Empty));
         followers.progress(ReplicaId(3), Lsn(6), OwnSeq(5), Epoch(1));
         assert!(answer.try_recv().unwrap().is_ok());
-        // What is known to be there already needs no waiting.
-        let (job, answer) = put();
-        followers.wait(job, Vec::new(), OwnSeq(5), Epoch(1));
+        // A record that a follower already holds needs no wait.
+        let (command, answer) = put();
+        followers.wait(command, Vec::new(), OwnSeq(5), Epoch(1));
         assert!(answer.try_recv().unwrap().is_ok());
     }
 
-    /// The follower is faster than the answer's way here, and then everything is idle.
+    /// The follower acknowledges before the write begins to wait, and then everything is idle.
     #[test]
     fn a_modification_that_is_confirmed_before_it_waits_is_answered_at_once() {
         let followers = followers();
         followers.progress(ReplicaId(2), Lsn(5), OwnSeq(5), Epoch(1));
-        let (job, answer) = add();
-        followers.wait(job, Vec::new(), OwnSeq(5), Epoch(1));
+        let (command, answer) = add();
+        followers.wait(command, Vec::new(), OwnSeq(5), Epoch(1));
         assert!(answer.try_recv().unwrap().is_ok());
-        // It may have taken this one after it had heard of the next primary.
+        // The follower may have taken this record after it learned of the next primary.
         followers.progress(ReplicaId(2), Lsn(6), OwnSeq(6), Epoch(2));
-        let (job, answer) = add();
-        followers.wait(job, Vec::new(), OwnSeq(6), Epoch(1));
+        let (command, answer) = add();
+        followers.wait(command, Vec::new(), OwnSeq(6), Epoch(1));
         assert_eq!(answer.try_recv().unwrap().unwrap_err().code, ErrorCode::Unknown);
     }
 
     #[test]
     fn who_stops_waiting_leaves_the_outcome_open() {
         let followers = followers();
-        let (job, answer) = put();
-        followers.wait(job, Vec::new(), OwnSeq(5), Epoch(1));
+        let (command, answer) = put();
+        followers.wait(command, Vec::new(), OwnSeq(5), Epoch(1));
         followers.abandon();
         assert_eq!(answer.try_recv().unwrap().unwrap_err().code, ErrorCode::Unknown);
     }

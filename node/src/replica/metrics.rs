@@ -1,4 +1,4 @@
-//! What a writer tells the meter.
+//! Metrics that a writer records.
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -59,7 +59,7 @@ fn instruments() -> &'static Instruments {
     })
 }
 
-/// A group commit of this many requests.
+/// Counts a group commit of this many requests.
 pub(super) fn group(requests: usize) {
     if requests > 0 {
         instruments().groups.add(1, &[]);
@@ -67,38 +67,38 @@ pub(super) fn group(requests: usize) {
     }
 }
 
-/// A sync of the log took this long.
+/// Records the duration of a log sync.
 pub(super) fn sync(duration: Duration) {
     instruments().sync_seconds.record(duration.as_secs_f64(), &[]);
 }
 
-/// A sync of the log failed.
+/// Counts a failed log sync.
 pub(super) fn sync_error() {
     instruments().sync_errors.add(1, &[]);
 }
 
-/// Records of other replicas were taken.
+/// Counts records taken from other replicas.
 pub(super) fn replicated(records: u64) {
     instruments().replicated.add(records, &[]);
 }
 
-/// An entry of another replica met a different one, and won or lost.
+/// Counts an entry of another replica that met a different one, and won or lost.
 pub(super) fn conflict(won: bool) {
     let winner = if won { "incoming" } else { "stored" };
     instruments().conflicts.add(1, &[KeyValue::new("winner", winner)]);
 }
 
-/// An entry of another replica belongs to bands that were given away.
+/// Counts an entry of another replica for bands that were given away.
 pub(super) fn given_away() {
     instruments().given_away.add(1, &[]);
 }
 
-/// An entry of another replica is too far ahead of the clock.
+/// Counts an entry of another replica that is too far ahead of the clock.
 pub(super) fn event_time_ahead() {
     instruments().ahead.add(1, &[]);
 }
 
-/// A client's event time was refused.
+/// Counts a refused event time of a client.
 pub(crate) fn refused_event_time() {
     instruments().refused_times.add(1, &[]);
 }

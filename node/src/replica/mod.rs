@@ -1,28 +1,28 @@
-//! One copy of a shard: its engine, its log, its writer, and the handle that others use.
+//! One replica of a shard: its engine, log, writer, and the handle that other modules use.
 //!
 //! **Invariants**
-//! - Only the writer changes a replica; readers see what it has published.
+//! - Only the writer changes a replica; readers see the state that it has published.
 //! - Every open is a new incarnation, whose `adopt` record is synced before the first own write.
 //! - Opening replays the log after `applied_lsn`; a log that ends before what the database holds,
 //!   or that has a hole, stops the replica with a named error instead of serving less than was
 //!   acknowledged.
 
 pub mod apply;
+mod assign;
 pub mod authority;
 pub mod bucket_acks;
+pub mod command;
+mod dedup;
 pub mod followers;
-pub mod job;
-mod losses;
+mod max_event_times;
 pub(crate) mod metrics;
 mod queue;
 pub mod read;
 mod replicate;
-mod results;
 mod rmw;
 pub mod size;
-mod slots;
-mod stamp;
 pub mod state;
+mod superseded;
 mod writer;
 
 use std::path::{Path, PathBuf};
@@ -37,7 +37,7 @@ use vasto_core::ids::{
     CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, Origin, OwnSeq, ReplicaId, ShardId, Vector, covers,
 };
 use vasto_core::limits::{BINLOG_FILE_BYTES, WRITE_QUEUE_BYTES_MAX};
-use vasto_core::record::{BandRange, KeyEntry, Progress, RangeState, Record};
+use vasto_core::record::{BandRange, KeyEntry, RangeState, Record, TailProgress};
 use vasto_core::stored_key::MetaKey;
 use vasto_core::{ErrorCode, VastoError};
 
@@ -48,16 +48,19 @@ use crate::node_dir::sync_dir;
 use apply::{ApplyError, Meta, apply_record};
 use authority::Authority;
 use bucket_acks::BucketAcks;
+use command::{
+    ApplyCommand, Command, Completion, Control, Position, ReplicaError, ReplicateCommand, Role, WriteCommand,
+    WriteContext, WriteOp,
+};
+use dedup::DedupTable;
 use followers::Followers;
-use job::{ApplyJob, Completion, Control, Job, Position, ReplicaError, ReplicateJob, Role, Told, WriteJob, WriteOp};
-use losses::Losses;
 use queue::Queue;
-use results::Results;
 use size::KeyCount;
 use state::{Head, Identity, Ranges};
+use superseded::SupersededRecords;
 use writer::Writer;
 
-/// Why a replica does not open.
+/// Reason why a replica does not open.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The log is damaged, foreign or cannot be read.
@@ -79,21 +82,21 @@ pub enum OpenError {
     Foreign {
         /// The directory.
         path: PathBuf,
-        /// Whose it is.
+        /// Replica that it belongs to.
         found: ReplicaId,
-        /// Its keyspace.
+        /// Keyspace of that replica.
         keyspace: KeyspaceId,
-        /// Who was to be opened.
+        /// Replica that was to be opened.
         wanted: ReplicaId,
     },
-    /// The log misses records that the database has.
+    /// The log lacks records that the database holds.
     #[error(
         "the log ends at LSN {log} but the database holds LSN {database}: log files are missing; restore {path} or replace the node"
     )]
     LogBehind {
         /// Last LSN of the log.
         log: Lsn,
-        /// What the database holds.
+        /// LSN that the database holds.
         database: Lsn,
         /// The directory.
         path: PathBuf,
@@ -105,7 +108,7 @@ pub enum OpenError {
     LogAhead {
         /// First LSN of the log.
         first: Lsn,
-        /// What the database holds.
+        /// LSN that the database holds.
         database: Lsn,
         /// The directory.
         path: PathBuf,
@@ -113,17 +116,17 @@ pub enum OpenError {
     /// The first records could not be written.
     #[error(transparent)]
     Replica(#[from] ReplicaError),
-    /// A directory cannot be made.
+    /// A directory cannot be created.
     #[error("{path}: {source}")]
     Io {
-        /// Which.
+        /// The directory.
         path: PathBuf,
-        /// Why.
+        /// The IO error.
         source: std::io::Error,
     },
 }
 
-/// How to open a replica.
+/// Options for opening a replica.
 pub struct OpenOptions {
     /// Its directory; `db` and `log` live below it.
     pub dir: PathBuf,
@@ -135,23 +138,23 @@ pub struct OpenOptions {
     pub replica: ReplicaId,
     /// The node's engine budget.
     pub shared: EngineShared,
-    /// The clock for stamps.
+    /// Clock for event times and commit times.
     pub clock: SharedClock,
-    /// For a new replica: what it owns at first, and the version that says so.
+    /// For a new replica: its first range and state, and the catalog version that demands them.
     pub initial: Option<(CatalogVersion, BandRange, RangeState)>,
 }
 
-/// What a replica serves and since when, published as one: whoever compares an epoch with a range
-/// state must never see the one without the other.
+/// Served ranges and their epoch, published together: a comparison of an epoch with a range state must never see one
+/// without the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct View {
     /// The state of its bands.
     pub ranges: Ranges,
-    /// The epoch that it has obeyed.
+    /// Epoch that the replica has applied.
     pub epoch: Epoch,
-    /// The catalog version that it has obeyed.
+    /// Catalog version that the replica has applied.
     pub version: CatalogVersion,
-    /// What it is to its shard under that version.
+    /// Role of the replica in its shard under that version.
     pub role: Role,
 }
 
@@ -168,7 +171,7 @@ impl View {
     }
 }
 
-/// What the writer shares with everybody else.
+/// State that the writer shares with all other threads.
 pub struct Shared {
     pub(crate) engine: Engine,
     pub(crate) log: Arc<LogShared>,
@@ -178,7 +181,7 @@ pub struct Shared {
     incarnation: AtomicU64,
     closed: ArcSwapOption<String>,
     changed: watch::Sender<u64>,
-    /// Durable or about to be: per origin, the last record that is applied.
+    /// Per origin, the last applied record; durable or about to be.
     vector: Mutex<Vector>,
     /// Raised with every change of the vector.
     vector_changes: watch::Sender<u64>,
@@ -186,32 +189,32 @@ pub struct Shared {
     data_commit_time: AtomicU64,
     pub(crate) followers: Followers,
     pub(crate) bucket_acks: BucketAcks,
-    losses: Losses,
+    superseded: SupersededRecords,
     /// False until the replica has caught up with its peers since it was opened.
     ready: AtomicBool,
-    /// It is not primary before it has obeyed this version, whatever an older one said.
+    /// The replica is not primary before it has applied this version, whatever an older one said.
     primary_from: AtomicU64,
-    /// Nor before it has obeyed this epoch, which a follower has named.
+    /// Nor before it has applied this epoch, which a follower has reported.
     followers_epoch: AtomicU64,
     /// The log is far over its cap: writes are refused.
     shed: AtomicBool,
     pauses_us: Mutex<Vec<u64>>,
-    /// How many results of read-modify-writes are stored.
+    /// Number of stored results of read-modify-writes.
     results: AtomicU64,
-    /// The last look at how many keys there are.
+    /// Last count of the keys.
     key_count: Mutex<Option<KeyCount>>,
     ended: AtomicBool,
     authority: Arc<Authority>,
     /// Boot time since which the writer waits for its disk, milliseconds; 0 while it does not.
     busy_since_ms: AtomicU64,
-    /// The last own record that is in the log, applied or not.
+    /// Last own record in the log, applied or not.
     logged_own_seq: AtomicU64,
 }
 
 /// Identity, head and range states.
 const META_ROWS: u64 = 3;
 
-/// Why a replica closes of whose records others hold more than it has ever written.
+/// Reason for closing a replica of whose records others hold more than it has ever written.
 pub const OLD_COPY: &str = "others hold records of this replica that it has never written: its directory is an old \
                             copy; evict the replica (`vasto keyspace evict`), it is rebuilt from the others";
 
@@ -273,22 +276,22 @@ pub struct Replica {
     /// The replica.
     pub id: ReplicaId,
     shared: Arc<Shared>,
-    jobs: Arc<Queue>,
+    commands: Arc<Queue>,
     queue_bytes: Arc<Semaphore>,
 }
 
-/// Directory of the database below a replica's directory.
+/// Returns the directory of the database below a replica's directory.
 pub fn database_dir(dir: &Path) -> PathBuf {
     dir.join("db")
 }
 
-/// Directory of the log below a replica's directory.
+/// Returns the directory of the log below a replica's directory.
 pub fn log_dir(dir: &Path) -> PathBuf {
     dir.join("log")
 }
 
-/// Creates the directories of a replica and makes their names durable before anything in them is
-/// promised to anybody. Also when they are there: who made them may have died in between.
+/// Creates the directories of a replica and makes their names durable before their contents are promised. Syncs
+/// existing directories too: their creator may have died in between.
 fn create_dirs(dir: &Path, below: [&Path; 2], sync: impl Fn(&Path) -> std::io::Result<()>) -> Result<(), OpenError> {
     let io = |path: &Path| {
         let path = path.to_owned();
@@ -304,9 +307,8 @@ fn create_dirs(dir: &Path, below: [&Path; 2], sync: impl Fn(&Path) -> std::io::R
 }
 
 impl Replica {
-    /// Opens (or, with `initial`, creates) a replica: recovers its log, replays, begins a new
-    /// incarnation. Blocks on the disk; how many open at a time is their callers' business
-    /// ([`EngineShared::opening`]).
+    /// Opens (or, with `initial`, creates) a replica: recovers its log, replays, begins a new incarnation. Blocks on
+    /// the disk; callers limit how many replicas open at a time ([`EngineShared::opening`]).
     pub fn open(options: OpenOptions) -> Result<Self, OpenError> {
         let OpenOptions { dir, keyspace, shard, replica, shared, clock, initial } = options;
         let engines = shared;
@@ -337,7 +339,7 @@ impl Replica {
             data_commit_time: AtomicU64::new(meta.data_commit_time),
             followers: Followers::default(),
             bucket_acks: BucketAcks::default(),
-            losses: Losses::default(),
+            superseded: SupersededRecords::default(),
             ready: AtomicBool::new(true),
             primary_from: AtomicU64::new(0),
             followers_epoch: AtomicU64::new(0),
@@ -355,29 +357,29 @@ impl Replica {
             logged_own_seq: AtomicU64::new(0),
             engine,
         });
-        let results = Results::load(&shared.engine.with_prefix(&MetaKey::result_prefix())?);
-        let (jobs, receiver) = std::sync::mpsc::channel();
-        let mut writer = Writer::new(shared.clone(), log, meta, results, receiver);
+        let dedup = DedupTable::load(&shared.engine.with_prefix(&MetaKey::result_prefix())?);
+        let (commands, receiver) = std::sync::mpsc::channel();
+        let mut writer = Writer::new(shared.clone(), log, meta, dedup, receiver);
         writer.adopt()?;
         if let Some((version, range, state)) = initial
             && shared.view.load().ranges.state(range.first) != state
         {
             writer.set_range(Epoch(0), version, range, state)?;
         }
-        let jobs = Queue::new(jobs, writer, format!("writer-{keyspace}-{shard}-{replica}"));
+        let commands = Queue::new(commands, writer, format!("writer-{keyspace}-{shard}-{replica}"));
         let queue_bytes = Arc::new(Semaphore::new(WRITE_QUEUE_BYTES_MAX));
-        Ok(Self { keyspace, shard, id: replica, shared, jobs: Arc::new(jobs), queue_bytes })
+        Ok(Self { keyspace, shard, id: replica, shared, commands: Arc::new(commands), queue_bytes })
     }
 
-    /// For tests: a write of which its sender told nothing.
+    /// For tests: queues a write without a context from its sender.
     #[cfg(test)]
     pub fn write(&self, ops: Vec<WriteOp>, ack: Ack, bytes: usize, done: Completion) {
-        self.write_as(ops, ack, bytes, Told::default(), done);
+        self.write_as(ops, ack, bytes, WriteContext::default(), done);
     }
 
-    /// Queues a client's write, with what its sender told of it; `done` is called exactly once. Refused at once when
-    /// the queue is full.
-    pub fn write_as(&self, ops: Vec<WriteOp>, ack: Ack, bytes: usize, told: Told, done: Completion) {
+    /// Queues a client's write with the context that its sender reported; calls `done` exactly once. Refuses the write
+    /// at once when the queue is full.
+    pub fn write_as(&self, ops: Vec<WriteOp>, ack: Ack, bytes: usize, context: WriteContext, done: Completion) {
         if self.shared.shed.load(Ordering::Relaxed) {
             done(Err(VastoError::new(
                 ErrorCode::Overloaded,
@@ -392,32 +394,33 @@ impl Replica {
                 .retry_after_ms(20)));
             return;
         };
-        // A job that is refused because the writer has ended answers for itself when it is dropped.
-        let _ = self.jobs.send(Job::Write(WriteJob::new(ops, ack, done, Some(permit)).told(told)));
+        // A command that is refused because the writer has ended answers itself when it is dropped.
+        let _ =
+            self.commands.send(Command::Write(WriteCommand::new(ops, ack, done, Some(permit)).with_context(context)));
     }
 
-    /// Merges another log's entries, no more than a batch; answers once they are durable here.
-    pub async fn apply(&self, entries: Vec<KeyEntry>, progress: Vec<Progress>) -> Result<Lsn, ReplicaError> {
+    /// Merges entries of another log, at most a batch; returns once they are durable here.
+    pub async fn apply(&self, entries: Vec<KeyEntry>, progress: Vec<TailProgress>) -> Result<Lsn, ReplicaError> {
         let (done, answer) = oneshot::channel();
-        self.jobs.send(Job::Apply(ApplyJob { entries, progress, done }))?;
+        self.commands.send(Command::Apply(ApplyCommand { entries, progress, done }))?;
         answer.await.map_err(|_| ReplicaError::Stopped)?
     }
 
-    /// Takes records of another replica's log; answers once they are durable here.
+    /// Takes records of another replica's log; returns once they are durable here.
     ///
     /// # Errors
-    /// [`ReplicaError::Gap`] when a record before them is missing: nothing of what follows it is taken.
+    /// [`ReplicaError::Gap`] when a record before them is missing: no record after the gap is taken.
     pub async fn replicate(&self, source: ReplicaId, records: Vec<Record>, covered: Lsn) -> Result<(), ReplicaError> {
         let (done, answer) = oneshot::channel();
-        let job = ReplicateJob { source, records, covered, done };
-        self.jobs.send(Job::Replicate(job))?;
+        let command = ReplicateCommand { source, records, covered, done };
+        self.commands.send(Command::Replicate(command))?;
         answer.await.map_err(|_| ReplicaError::Stopped)?
     }
 
-    /// Where the replica stands, with everything durable. One that is closed says what it settled before.
+    /// Returns the position of the replica, with everything durable. A closed replica returns what it settled before.
     pub async fn position(&self) -> Result<Position, ReplicaError> {
         let (done, answer) = oneshot::channel();
-        let asked = self.jobs.send(Job::Look(done)).is_ok();
+        let asked = self.commands.send(Command::Look(done)).is_ok();
         match if asked { answer.await.ok() } else { None } {
             Some(Ok(position)) => Ok(position),
             _ if self.closed().is_some() && !self.shared.ended.load(Ordering::Acquire) => Ok(self.settled()),
@@ -426,9 +429,9 @@ impl Replica {
         }
     }
 
-    /// What is durable and visible, without the writer's help.
+    /// Returns the position that is durable and visible, without the writer.
     pub(crate) fn settled(&self) -> Position {
-        // In this order: what is applied is in the vector.
+        // Read in this order: every applied record is in the vector.
         let synced = self.shared.log.synced_lsn();
         let applied = self.applied_lsn();
         let mut vector = self.vector();
@@ -441,17 +444,17 @@ impl Replica {
         Position { lsn: applied.min(synced), vector, floor: self.floor(), incarnation: own.incarnation }
     }
 
-    /// Changes the replica itself; answers once it is durable.
+    /// Changes the replica itself; returns once the change is durable.
     pub async fn control(&self, order: Control) -> Result<Lsn, ReplicaError> {
         let (done, answer) = oneshot::channel();
-        self.jobs.send(Job::Control(order, done))?;
+        self.commands.send(Command::Control(order, done))?;
         answer.await.map_err(|_| ReplicaError::Stopped)?
     }
 
     /// Syncs, flushes and ends the writer, then stops the engine's background work.
     pub async fn stop(&self) {
         let _ = self.control(Control::Stop).await;
-        let (shared, thread) = (self.shared.clone(), self.jobs.take_thread());
+        let (shared, thread) = (self.shared.clone(), self.commands.take_thread());
         let end = move || {
             if let Some(thread) = thread {
                 let _ = thread.join();
@@ -461,120 +464,120 @@ impl Replica {
         let _ = tokio::task::spawn_blocking(end).await;
     }
 
-    /// The database.
+    /// Returns the database.
     pub fn engine(&self) -> &Engine {
         &self.shared.engine
     }
 
-    /// The log, for readers.
+    /// Returns the log, for readers.
     pub fn log(&self) -> &Arc<LogShared> {
         &self.shared.log
     }
 
-    /// What it serves, and since which epoch.
+    /// Returns the ranges that the replica serves, and since which epoch.
     pub fn view(&self) -> Arc<View> {
         self.shared.view.load_full()
     }
 
-    /// The state of its bands.
+    /// Returns the state of its bands.
     pub fn ranges(&self) -> Ranges {
         self.shared.view.load().ranges.clone()
     }
 
-    /// The epoch it has obeyed.
+    /// Returns the epoch that the replica has applied.
     pub fn epoch(&self) -> Epoch {
         self.shared.view.load().epoch
     }
 
-    /// The catalog version it has obeyed.
+    /// Returns the catalog version that the replica has applied.
     pub fn version(&self) -> CatalogVersion {
         self.shared.view.load().version
     }
 
-    /// This opening.
+    /// Returns the incarnation of this opening.
     pub fn incarnation(&self) -> Incarnation {
         Incarnation(self.shared.incarnation.load(Ordering::Acquire))
     }
 
-    /// The last record that readers see.
+    /// Returns the last record that readers see.
     pub fn applied_lsn(&self) -> Lsn {
         Lsn(self.shared.applied.load(Ordering::Acquire))
     }
 
-    /// The last record that is both durable and visible: what may be streamed and shipped.
+    /// Returns the last record that is both durable and visible: it may be streamed and shipped.
     pub fn settled_lsn(&self) -> Lsn {
         self.applied_lsn().min(self.shared.log.synced_lsn())
     }
 
-    /// The position of the database on disk, without its memtables.
+    /// Returns the position of the database on disk, without its memtables.
     pub fn persisted_lsn(&self) -> Result<Lsn, EngineError> {
         let bytes = self.shared.engine.get_persisted(&writer::head_key())?;
         Ok(bytes.and_then(|bytes| Head::decode(&bytes).ok()).map(|head| head.applied_lsn).unwrap_or_default())
     }
 
-    /// Per origin, the last record that is applied.
+    /// Returns, per origin, the last record that is applied.
     pub fn vector(&self) -> Vector {
         self.shared.vector.lock().clone()
     }
 
-    /// A number that rises with every change of the vector.
+    /// Subscribes to a number that rises with every change of the vector.
     pub fn vector_changes(&self) -> watch::Receiver<u64> {
         self.shared.vector_changes.subscribe()
     }
 
-    /// True when it holds at least what the vector names.
+    /// Returns true when the replica holds at least the records of the vector.
     pub fn covers(&self, vector: &Vector) -> bool {
         covers(&self.shared.vector.lock(), vector)
     }
 
-    /// The collection floor, a commit time.
+    /// Returns the gc floor, a commit time.
     pub fn floor(&self) -> u64 {
         self.shared.floor.load(Ordering::Acquire)
     }
 
-    /// Commit time of the last record that stored something.
+    /// Returns the commit time of the last record that stored something.
     pub fn data_commit_time(&self) -> u64 {
         self.shared.data_commit_time.load(Ordering::Acquire)
     }
 
-    /// Who pulls its log.
+    /// Returns the followers that pull its log.
     pub fn followers(&self) -> &Followers {
         &self.shared.followers
     }
 
-    /// The writes that wait for the bucket.
+    /// Returns the writes that wait for the bucket.
     pub fn bucket_acks(&self) -> &BucketAcks {
         &self.shared.bucket_acks
     }
 
-    /// False while it has not caught up with its peers since it was opened.
+    /// Returns false while the replica has not caught up with its peers since it was opened.
     pub fn is_ready(&self) -> bool {
         self.shared.ready.load(Ordering::Acquire)
     }
 
-    /// Says whether it has caught up; who waits for changes is told.
+    /// Sets whether the replica has caught up; notifies the receivers of [`Self::changes`].
     pub fn set_ready(&self, ready: bool) {
         if self.shared.ready.swap(ready, Ordering::AcqRel) != ready {
             self.shared.changed.send_modify(|count| *count += 1);
         }
     }
 
-    /// It is not primary before it has obeyed this version.
+    /// Keeps the replica from being primary before it has applied this version.
     pub fn primary_from(&self, version: CatalogVersion) {
         self.shared.primary_from.fetch_max(version.0, Ordering::AcqRel);
     }
 
-    /// A follower has obeyed this epoch, under which another replica may be primary.
+    /// Records that a follower has applied this epoch, under which another replica may be primary.
     pub fn follower_at(&self, epoch: Epoch) {
         self.shared.followers_epoch.fetch_max(epoch.0, Ordering::AcqRel);
     }
 
-    /// May it serve strict requests?
+    /// Returns the authority that decides on strict requests.
     pub fn authority(&self) -> &Arc<Authority> {
         &self.shared.authority
     }
 
-    /// For how long its writer has been waiting for the disk, milliseconds.
+    /// Returns for how long the writer has been waiting for the disk, milliseconds.
     pub fn busy_ms(&self, now_ms: u64) -> u64 {
         match self.shared.busy_since_ms.load(Ordering::Acquire) {
             0 => 0,
@@ -582,12 +585,12 @@ impl Replica {
         }
     }
 
-    /// The last record of this opening that is in the log. A peer may hold it before it is visible here.
+    /// Returns the last record of this opening that is in the log. A peer may hold it before it is visible here.
     pub fn logged_own_seq(&self) -> OwnSeq {
         OwnSeq(self.shared.logged_own_seq.load(Ordering::Acquire))
     }
 
-    /// Does another replica hold records of this one that it has never written? Its directory is then an old copy.
+    /// Returns whether another replica holds records of this one that it never wrote: its directory is an old copy.
     pub fn is_behind_itself(&self, others: &Vector) -> bool {
         let (me, incarnation) = (self.id, self.incarnation());
         others.iter().any(|(origin, seq)| {
@@ -600,42 +603,42 @@ impl Replica {
         })
     }
 
-    /// Records of another replica that lost an entry here; see [`Losses::of`].
+    /// Returns records of another replica that lost an entry here; see [`SupersededRecords::of`].
     pub fn losses_of(&self, replica: ReplicaId, after: u64) -> (Vec<(Origin, OwnSeq)>, u64) {
-        self.shared.losses.of(replica, after)
+        self.shared.superseded.of(replica, after)
     }
 
-    /// Refuses writes while the log is far over its cap.
+    /// Sets whether writes are refused because the log is far over its cap.
     pub fn set_shed(&self, shed: bool) {
         self.shared.shed.store(shed, Ordering::Relaxed);
     }
 
-    /// Closes it to writes: it must not go on.
+    /// Closes the replica to writes: it must not go on.
     pub fn close(&self, reason: String) {
         self.shared.close(reason);
     }
 
-    /// Why it takes no writes, if it does not.
+    /// Returns the reason why the replica takes no writes, if it is closed.
     pub fn closed(&self) -> Option<String> {
         self.shared.closed()
     }
 
-    /// True when it takes no writes any more.
+    /// Returns true when the replica takes no more writes.
     pub fn is_closed(&self) -> bool {
         self.shared.closed.load().is_some()
     }
 
-    /// Changes of ranges, epoch, version and closure.
+    /// Subscribes to changes of ranges, epoch, version and closure.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.shared.changed.subscribe()
     }
 
-    /// Takes the pauses that writes of sealed ranges have suffered, microseconds.
+    /// Takes the pauses of writes to sealed ranges, microseconds.
     pub fn take_pauses(&self) -> Vec<u64> {
         std::mem::take(&mut *self.shared.pauses_us.lock())
     }
 
-    /// Durable cursors of the tails that feed it.
+    /// Returns the durable cursors of the tails that feed the replica.
     pub fn tail_cursors(&self) -> Result<Vec<(ReplicaId, Lsn)>, EngineError> {
         let rows = self.shared.engine.with_prefix(&MetaKey::tail_cursor_prefix())?;
         Ok(rows.iter().filter_map(|(key, value)| parse_cursor(key, value)).collect())
@@ -672,7 +675,7 @@ fn read_meta(engine: &Engine, keyspace: KeyspaceId, shard: ShardId, replica: Rep
         None => Ranges::all(RangeState::Empty),
     };
     let vector = parse_vector(&engine.with_prefix(&MetaKey::vector_prefix())?);
-    // What is flushed may hold deletes as late as this.
+    // The flushed data may hold deletes up to this commit time.
     let data_commit_time = head.commit_time_max;
     Ok(Meta { identity, head, ranges, vector, data_commit_time, news: Vec::new() })
 }

@@ -1,10 +1,10 @@
-//! The queue of a replica's writer, and the thread that serves it: a node has hundreds of replicas, most of which
-//! have nothing to do, so a writer gives its thread back after a while and gets another one with its next job.
+//! Queue of a replica's writer, and the thread that serves it. A node has hundreds of replicas, most of them idle: an
+//! idle writer gives its thread back after a while and gets another with its next command.
 //!
 //! **Invariants**
-//! - There is at most one thread at a time.
-//! - No job stays in the queue without a thread: a writer rests only when it has seen the queue empty after it had
-//!   said that it rests, and whoever sends looks at that after it has sent.
+//! - A writer has at most one thread at a time.
+//! - No command stays in the queue without a thread: a writer becomes idle only when it has found the queue empty after
+//!   setting `rests`, and a sender checks `rests` after it has sent.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
@@ -15,40 +15,40 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::Shared;
-use super::job::{Job, ReplicaError};
+use super::command::{Command, ReplicaError};
 use super::writer::Writer;
 use crate::shortage::NO_THREAD;
 
-/// A writer without a job for so long gives its thread back.
+/// Time without a command after which a writer gives its thread back.
 const REST_AFTER: Duration = if cfg!(test) { Duration::from_millis(20) } else { Duration::from_secs(1) };
 
-/// See the top of this file.
+/// Queue of a writer; see the top of this file.
 pub(super) struct Queue {
-    jobs: Sender<Job>,
+    commands: Sender<Command>,
     seat: Arc<Seat>,
 }
 
-/// Where a writer rests.
+/// State that senders and the writer's thread share.
 struct Seat {
     name: String,
     span: tracing::Span,
     shared: Arc<Shared>,
-    /// It has no thread. Written only with the lock held.
+    /// True while the writer has no thread. Written only with the lock held.
     rests: AtomicBool,
-    state: Mutex<State>,
+    state: Mutex<QueueState>,
 }
 
 #[derive(Default)]
-struct State {
-    /// Until a thread takes it.
+struct QueueState {
+    /// The writer, until a thread takes it.
     writer: Option<Writer>,
-    /// The last one that was started.
+    /// The last thread that was started.
     thread: Option<JoinHandle<()>>,
-    /// Every handle is gone.
+    /// True once every handle is gone.
     is_over: bool,
 }
 
-/// A writer that dies leaves a replica that says so.
+/// Closes the replica when its writer panics.
 struct CloseOnPanic(Arc<Shared>);
 
 impl Drop for CloseOnPanic {
@@ -60,20 +60,20 @@ impl Drop for CloseOnPanic {
 }
 
 impl Queue {
-    /// The queue of a writer that rests; its threads get this name and log in the current span.
-    pub(super) fn new(jobs: Sender<Job>, writer: Writer, name: String) -> Self {
+    /// Creates the queue of an idle writer; its threads get this name and log in the current span.
+    pub(super) fn new(commands: Sender<Command>, writer: Writer, name: String) -> Self {
         let (shared, span) = (writer.shared.clone(), tracing::Span::current());
-        let state = Mutex::new(State { writer: Some(writer), ..State::default() });
-        Self { jobs, seat: Arc::new(Seat { name, span, shared, rests: AtomicBool::new(true), state }) }
+        let state = Mutex::new(QueueState { writer: Some(writer), ..QueueState::default() });
+        Self { commands, seat: Arc::new(Seat { name, span, shared, rests: AtomicBool::new(true), state }) }
     }
 
-    /// Queues a job.
+    /// Queues a command.
     ///
     /// # Errors
-    /// When the writer has ended; the job is dropped.
-    pub(super) fn send(&self, job: Job) -> Result<(), ReplicaError> {
-        self.jobs.send(job).map_err(|_| ReplicaError::Stopped)?;
-        // The job is in the queue before the look; see `Seat::rest`.
+    /// When the writer has ended; the command is dropped.
+    pub(super) fn send(&self, command: Command) -> Result<(), ReplicaError> {
+        self.commands.send(command).map_err(|_| ReplicaError::Stopped)?;
+        // The command is queued before `rests` is read; see `Seat::rest`.
         fence(Ordering::SeqCst);
         if self.seat.rests.load(Ordering::SeqCst) {
             Seat::wake(&self.seat);
@@ -81,12 +81,12 @@ impl Queue {
         Ok(())
     }
 
-    /// The thread in which the writer ends.
+    /// Takes the thread in which the writer ends.
     pub(super) fn take_thread(&self) -> Option<JoinHandle<()>> {
         self.seat.state.lock().thread.take()
     }
 
-    /// True while the writer has no thread.
+    /// Returns true while the writer has no thread.
     #[cfg(test)]
     pub(super) fn rests(&self) -> bool {
         self.seat.rests.load(Ordering::SeqCst)
@@ -98,11 +98,11 @@ impl Drop for Queue {
         let resting = {
             let mut state = self.seat.state.lock();
             state.is_over = true;
-            // One that was just woken ends by itself.
+            // A writer that was just woken ends by itself.
             state.writer.take_if(|_| self.seat.rests.load(Ordering::SeqCst))
         };
         let Some(mut writer) = resting else { return };
-        // It would meet the end of the queue. Where no thread is to be had the log keeps what it has.
+        // An idle writer would meet the end of the queue. If no thread can be started, the log keeps its records.
         let _ = std::thread::Builder::new().name(self.seat.name.clone()).spawn(move || writer.stop());
     }
 }
@@ -117,7 +117,7 @@ impl Seat {
         match std::thread::Builder::new().name(seat.name.clone()).spawn(move || taken.serve()) {
             Ok(thread) => {
                 seat.rests.store(false, Ordering::SeqCst);
-                // The thread before has let go of the writer, and ends.
+                // The previous thread has released the writer, and ends.
                 state.thread = Some(thread);
             }
             Err(error) => {
@@ -127,13 +127,13 @@ impl Seat {
                 seat.shared.followers.abandon();
                 seat.shared.bucket_acks.abandon();
                 seat.shared.authority.abandon();
-                // What is queued was not begun, and says so as it is dropped.
+                // Queued commands were not begun, and answer so when they are dropped.
                 drop(writer);
             }
         }
     }
 
-    /// The life of a thread.
+    /// Runs the writer on its thread until it is idle or ends.
     fn serve(&self) {
         let _named = self.span.enter();
         let _guard = CloseOnPanic(self.shared.clone());
@@ -143,20 +143,20 @@ impl Seat {
         }
     }
 
-    /// The writer rests, unless a job has come meanwhile.
+    /// Makes the writer idle, unless a command has arrived meanwhile.
     fn rest(&self, mut writer: Writer) -> Option<Writer> {
         let mut state = self.state.lock();
         if state.is_over {
-            return Some(writer); // it meets the end of its queue
+            return Some(writer); // the writer meets the end of its queue
         }
         self.rests.store(true, Ordering::SeqCst);
-        // Either the job of a sender is seen here, or that one sees that nobody serves the queue.
+        // Either the sender's command is seen here, or the sender sees that the writer has no thread.
         fence(Ordering::SeqCst);
-        match writer.jobs.try_recv() {
-            Ok(job) => {
+        match writer.commands.try_recv() {
+            Ok(command) => {
                 self.rests.store(false, Ordering::SeqCst);
                 drop(state);
-                (!writer.take(job)).then_some(writer)
+                (!writer.take(command)).then_some(writer)
             }
             Err(_) => {
                 state.writer = Some(writer);

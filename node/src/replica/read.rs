@@ -1,15 +1,15 @@
-//! Reads: they never pass through the writer.
+//! Reads, which never pass through the writer.
 //!
 //! **Invariants**
-//! - A read sees owned bands only, and checks the range states again after it has read, so that an
-//!   answer given after a seal has aged, or after a hand-over, is refused instead of stale.
-//! - A page of a scan is bounded in what it looks at, not only in what it shows: it says how far it
-//!   got, and the next one goes on there.
-//! - Rows come in the order of user keys and, for one user key, of the hashes of its partitions, each of
-//!   which is a record of its own: a page may end between them, and the next one goes on there.
+//! - A read sees owned bands only, and checks the range states again afterwards: an answer given after a seal has aged,
+//!   or after the bands have moved, is refused instead of stale.
+//! - A page of a scan bounds the rows that it examines, not only those that it returns: it reports how far it got, and
+//!   the next page continues there.
+//! - Rows are ordered by user key and, for one user key, by the hashes of its partitions, each of which is a record of
+//!   its own: a page may end between them, and the next page continues there.
 //!
-//! A page finds the first key of every owned band with one shared cursor. A band gets a cursor of its own
-//! once a row of it is next, so that a short scan opens few of them.
+//! A page finds the first key of every owned band with one shared cursor. A band gets its own cursor once its row is
+//! next, so that a short scan opens few cursors.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -31,11 +31,11 @@ use super::Replica;
 use super::apply::band_of;
 use crate::engine::{Cursor, EngineError, Lookup, RowRef, View};
 
-/// How a lookup went.
+/// Result of a lookup.
 pub enum GetResult {
-    /// In the order of the keys.
+    /// Values in the order of the keys.
     Values(Vec<Option<v1::Value>>),
-    /// A key is not in memory; ask again from a thread that may block.
+    /// A key is not in memory; retry from a thread that may block.
     WouldBlock,
 }
 
@@ -50,17 +50,17 @@ pub struct KeyRef {
 /// One page of a scan of one shard.
 #[derive(Debug, Clone, Default)]
 pub struct ScanPage {
-    /// Keys begin with this.
+    /// Prefix of all keys.
     pub prefix: Bytes,
-    /// Resume after this user key.
+    /// User key after which to resume.
     pub after: Option<Bytes>,
     /// With `after`: resume after the row of that key and this partition, not after all rows of the key.
     pub after_partition_hash: Option<u64>,
-    /// Only this partition.
+    /// The only partition to scan.
     pub partition_hash: Option<u64>,
-    /// At most this many rows; 0 is as many as a page holds.
+    /// Maximum number of rows; 0 means a full page.
     pub limit: usize,
-    /// Leave the values out.
+    /// True to leave the values out.
     pub keys_only: bool,
 }
 
@@ -82,7 +82,7 @@ impl From<EngineError> for VastoError {
     }
 }
 
-/// The value of an encoded entry as clients see it; `None` for tombstones and expired values.
+/// Returns the value of an encoded entry as clients see it; `None` for tombstones and expired values.
 pub fn visible_value(encoded: &[u8], now_us: u64, keys_only: bool) -> Result<Option<v1::Value>, VastoError> {
     let entry = Entry::decode(encoded)
         .map_err(|error| VastoError::new(ErrorCode::Corrupt, format!("a stored entry is damaged: {error}")))?;
@@ -102,7 +102,7 @@ pub fn visible_value(encoded: &[u8], now_us: u64, keys_only: bool) -> Result<Opt
 }
 
 impl Replica {
-    /// The owned band of a key, or why it cannot be read here.
+    /// Returns the owned band of a key, or why it cannot be read here.
     fn readable_band(&self, key: &KeyRef) -> Result<Band, VastoError> {
         let band = band_of(self.shard, &key.key, key.partition_hash).ok_or_else(wrong_epoch)?;
         let view = self.shared.view.load();
@@ -116,7 +116,7 @@ impl Replica {
         Ok(band)
     }
 
-    /// Looks keys up. With `may_block` false it answers only what is in memory.
+    /// Reads keys. With `may_block` false it answers only from memory.
     pub fn get_many(&self, keys: &[KeyRef], may_block: bool) -> Result<GetResult, VastoError> {
         let now_us = self.shared.clock.now_us();
         let mut values = Vec::with_capacity(keys.len());
@@ -149,8 +149,8 @@ impl Replica {
         Ok(GetResult::Values(values))
     }
 
-    /// One page in the order of user keys. The request's epoch must be the one in force here: a
-    /// scan of another epoch would miss or repeat what moved. Blocks on the disk.
+    /// Returns one page in the order of user keys. The request's epoch must be the one in force here: a scan of another
+    /// epoch would miss or repeat moved rows. Blocks on the disk.
     pub fn scan(&self, epoch: Epoch, page: &ScanPage) -> Result<v1::ScanReply, VastoError> {
         let view = self.view();
         let before = &view.ranges;
@@ -171,7 +171,7 @@ impl Replica {
             return Err(behind());
         }
         let reply = self.scan_bands(&bands, page)?;
-        // What was read is the state of one moment in which every band was owned, or it is not answered.
+        // The page is answered only if it shows a point in time at which every band was owned.
         let view = self.view();
         let after = &view.ranges;
         let still_owned = bands.iter().all(|band| after.state(*band) == RangeState::Owned);
@@ -199,13 +199,13 @@ impl Replica {
             _ => true,
         };
         let view = self.shared.engine.view();
-        // The next row of each band.
+        // Next row of each band.
         let mut heap = first_rows(&view, bands, &start, &page.prefix)?;
         let mut cursors: Vec<Option<Cursor<'_>>> = Vec::new();
         cursors.resize_with(1 + usize::from(u8::MAX), || None);
         let mut reply = v1::ScanReply::default();
         let mut bytes = 0;
-        // From here on, not before the seeks: however slow they were, a page gets on.
+        // Measured from here, not before the seeks: a page makes progress however slow they were.
         let (started, mut examined) = (Instant::now(), 0);
         while let Some(Reverse(at)) = heap.pop() {
             let cursor = cursors[usize::from(at.band.0)]
@@ -232,7 +232,7 @@ impl Replica {
             if let Some(row) = cursor.current()? {
                 heap.push(Reverse(Place::of(at.band, row)));
             }
-            // A page that is cut by what it has looked at ends behind all rows of a key.
+            // A page that ends at the examination limit ends behind all rows of a key.
             let next = heap.peek().map(|Reverse(next)| next.key.as_slice());
             if resume_after.as_deref().zip(next).is_some_and(|(last, next)| last != next) {
                 reply.more = true;
@@ -244,29 +244,29 @@ impl Replica {
     }
 }
 
-/// Where a stored row stands among all rows.
+/// Position of a stored row among all rows.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Place {
     key: Vec<u8>,
-    /// Of its partition key.
+    /// Hash of its partition key.
     hash: u64,
     band: Band,
-    /// The partition key is not the user key itself.
+    /// True when the partition key is not the user key itself.
     other_partition: bool,
 }
 
 impl Place {
     fn of(band: Band, (stored, encoded): RowRef<'_>) -> Self {
         let key = stored[1..].to_vec();
-        // What is damaged is told by who reads it.
+        // The reader of a damaged entry reports it.
         let named = Entry::decode(encoded).ok().and_then(|entry| entry.partition_hash);
         let hash = named.unwrap_or_else(|| partition_hash(&key));
         Self { key, hash, band, other_partition: named.is_some() }
     }
 }
 
-/// The first row at or behind `start` of each band that has one with the prefix. One cursor seeks them
-/// all: where it lands also tells which bands are empty.
+/// Returns the first row at or behind `start` of each band that has one with the prefix. One cursor seeks them all: its
+/// position also shows which bands are empty.
 fn first_rows(
     view: &View<'_>,
     bands: &[Band],
@@ -302,7 +302,7 @@ fn value_bytes(value: &v1::Value) -> usize {
     }
 }
 
-/// The first stored key behind all keys of the band that begin with the prefix.
+/// Returns the first stored key behind all keys of the band that begin with the prefix.
 fn upper_bound(band: Band, prefix: &[u8]) -> Vec<u8> {
     let mut bound = data_key(band, prefix);
     while let Some(last) = bound.pop() {

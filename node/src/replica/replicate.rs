@@ -1,11 +1,11 @@
-//! Taking records of another replica's log.
+//! Replication: takes records from another replica's log.
 //!
 //! **Invariants**
-//! - The records of an origin are taken in order, each once: one that is here already is skipped, one
-//!   that comes too early is an error, never a skip.
-//! - A record keeps its origin, number, commit time and floor; it is logged here, synced, and applied
-//!   in one batch with the vector. Of its entries those are logged that win here, so that a replay
-//!   needs no comparison. Whoever pulls this log meets the winners first, because they stand before it.
+//! - The records of an origin are taken in order, each once: a record that is here already is skipped, a record that
+//!   comes too early is an error, never a skip.
+//! - A record keeps its origin, number, commit time and floor; it is logged here, synced, and applied in one batch with
+//!   the vector. Only its entries that win here are logged, so that a replay needs no comparison. A follower of this
+//!   log receives the winners first, because they precede the record.
 //! - The floor that a record carries is raised before its entries are compared.
 
 use std::time::Duration;
@@ -14,14 +14,14 @@ use vasto_core::entry::Entry;
 use vasto_core::ids::{Lsn, OwnSeq, ReplicaId};
 use vasto_core::limits::MAX_CLOCK_AHEAD;
 use vasto_core::merge::supersedes;
-use vasto_core::record::{Body, KeyEntry, Progress, RangeState, Record};
+use vasto_core::record::{Body, KeyEntry, RangeState, Record, TailProgress};
 use vasto_core::stored_key::data_key;
 
 use super::OLD_COPY;
 use super::apply::{add_record, band_of};
-use super::job::ReplicaError;
+use super::assign::WriteGroup;
+use super::command::ReplicaError;
 use super::metrics;
-use super::stamp::Group;
 use super::writer::Writer;
 use crate::engine::Batch;
 
@@ -37,7 +37,7 @@ impl Writer {
             return Err(ReplicaError::Closed(reason));
         }
         let mut batch = Batch::default();
-        let mut group = Group::default();
+        let mut group = WriteGroup::default();
         let mut taken = 0u64;
         let mut failed = None;
         let last_data = records.iter().rposition(|record| matches!(record.body, Body::Data { .. }));
@@ -55,7 +55,8 @@ impl Writer {
                 failed = Some(ReplicaError::Gap { origin: record.origin, next, got: record.own_seq });
                 break;
             }
-            let progress = if Some(index) == last_data { vec![Progress::Tail(source, covered)] } else { Vec::new() };
+            let progress =
+                if Some(index) == last_data { vec![TailProgress::Tail(source, covered)] } else { Vec::new() };
             match self.add_foreign(record, progress, &mut group, &mut batch) {
                 Ok(()) => taken += 1,
                 Err(error) => {
@@ -69,7 +70,7 @@ impl Writer {
             self.write_batch(batch)?;
             metrics::replicated(taken);
         } else if self.unsynced_since.is_some() {
-            // What is here already may have come by another way a moment ago.
+            // Records that are here already may have arrived another way just before.
             self.sync()?;
         }
         match failed {
@@ -78,12 +79,12 @@ impl Writer {
         }
     }
 
-    /// Logs one record as this replica's next and adds it to the batch.
+    /// Logs one record as this replica's next record and adds it to the batch.
     fn add_foreign(
         &mut self,
         record: Record,
-        progress: Vec<Progress>,
-        group: &mut Group,
+        progress: Vec<TailProgress>,
+        group: &mut WriteGroup,
         batch: &mut Batch,
     ) -> Result<(), ReplicaError> {
         self.meta.head.floor = self.meta.head.floor.max(record.floor);
@@ -91,7 +92,7 @@ impl Writer {
             Body::Data { entries, .. } => {
                 let (entries, lost) = self.winners(entries, group)?;
                 if lost {
-                    self.shared.losses.note(record.origin, record.own_seq);
+                    self.shared.superseded.note(record.origin, record.own_seq);
                 }
                 Body::Data { entries, results: Vec::new(), progress }
             }
@@ -106,8 +107,12 @@ impl Writer {
         add_record(batch, &mut self.meta, &logged).map_err(|error| self.close(error.to_string()))
     }
 
-    /// The entries that win over what stands here, and whether one lost against something else.
-    fn winners(&mut self, entries: Vec<KeyEntry>, group: &mut Group) -> Result<(Vec<KeyEntry>, bool), ReplicaError> {
+    /// Returns the entries that win over the stored ones, and whether one lost against a different entry.
+    fn winners(
+        &mut self,
+        entries: Vec<KeyEntry>,
+        group: &mut WriteGroup,
+    ) -> Result<(Vec<KeyEntry>, bool), ReplicaError> {
         let ahead = self.now_us().saturating_add(MAX_CLOCK_AHEAD.as_micros() as u64);
         let mut winners = Vec::with_capacity(entries.len());
         let mut lost = false;
@@ -121,13 +126,13 @@ impl Writer {
             let band = band_of(self.meta.identity.shard, &one.key, entry.partition_hash)
                 .ok_or_else(|| ReplicaError::Refused("a streamed entry can never live in this shard".into()))?;
             if !matches!(self.meta.ranges.state(band), RangeState::Arriving | RangeState::Owned) {
-                // Given away: before that was decided the new owner had everything that any replica
-                // of this shard had accepted.
+                // Given away: before that was decided, the new owner had everything that any replica of this shard had
+                // accepted.
                 metrics::given_away();
                 continue;
             }
             let stored_key = data_key(band, &one.key);
-            let blind = event_time > self.slots.max_of(&one.key);
+            let blind = event_time > self.max_event_times.max_of(&one.key);
             let wins = blind || {
                 let current = match group.get(&stored_key) {
                     Some(entry) => Some(entry.to_vec()),
@@ -141,7 +146,7 @@ impl Writer {
                 wins
             };
             if wins {
-                self.slots.raise(&one.key, event_time);
+                self.max_event_times.raise(&one.key, event_time);
                 group.set(stored_key, &one.key, one.entry.clone());
                 winners.push(one);
             }
@@ -150,7 +155,7 @@ impl Writer {
     }
 }
 
-/// Replication never skips a record: its origin has checked the time. But somebody's clock is wrong.
+/// Warns of a wrong clock. Replication never skips a record: its origin has checked the time.
 fn alarm_ahead(by_us: u64) {
     metrics::event_time_ahead();
     static LAST: parking_lot::Mutex<Option<std::time::Instant>> = parking_lot::Mutex::new(None);

@@ -1,16 +1,16 @@
-//! What a read-modify-write makes of the value that stands.
+//! Result of a read-modify-write on the stored value.
 //!
-//! **Invariant:** pure. A key that is deleted or expired has no value. Nothing is stored that is no
-//! number where a number is promised, or that is over a limit.
+//! **Invariant:** pure. A deleted or expired key has no value. A change never stores a non-number where a number is
+//! promised, or a value over a limit.
 
 use bytes::Bytes;
 use vasto_core::entry::{Entry, Payload, version_of};
 use vasto_core::limits::check_value;
 use vasto_core::{ErrorCode, VastoError};
 
-use super::job::{Change, Condition, Number};
+use super::command::{Condition, Number, OpKind};
 
-/// What is to be stored.
+/// Content to store.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Content {
     /// These bytes.
@@ -21,10 +21,10 @@ pub enum Content {
     Nothing,
 }
 
-/// What a change leads to.
+/// Result of a change.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Modified {
-    /// Store this; it expires at this time, microseconds since 1970.
+    /// Content to store, and its expiry, microseconds since 1970.
     Store(Content, Option<u64>),
     /// The condition does not hold.
     NotApplied,
@@ -46,21 +46,21 @@ fn overflow(what: &str) -> VastoError {
     VastoError::new(ErrorCode::OutOfRange, format!("{what}; nothing was changed"))
 }
 
-/// A live value: the entry and its encoding.
+/// Live stored value: the entry and its encoding.
 pub type Standing<'a> = Option<(Entry<'a>, &'a [u8])>;
 
 fn expiry(ttl_ms: Option<u64>, now_us: u64) -> Option<u64> {
     ttl_ms.map(|ms| now_us.saturating_add(ms.saturating_mul(1000)))
 }
 
-/// Applies a change to the value that stands; `None` when there is none. What stands keeps its expiry;
-/// a number or bytes that the change creates get `created_ttl_ms`.
+/// Applies a change to the stored live value; `None` when there is none. A stored value keeps its expiry; a number or
+/// bytes that the change creates get `created_ttl_ms`.
 ///
 /// # Errors
 /// `WrongType` when the value has another type; `OutOfRange` when the operand is not finite, or the result
 /// is no number of its type; `InvalidArgument` when the result is over a limit.
 pub fn modify(
-    change: &Change,
+    change: &OpKind,
     standing: Standing<'_>,
     created_ttl_ms: Option<u64>,
     now_us: u64,
@@ -76,7 +76,7 @@ pub fn modify(
             Some(Payload::F64(number)) => number,
             Some(other) => return Err(wrong_type(&other)),
         };
-        // The larger of a number and of none is the number: the caller would not hear of its mistake.
+        // The larger of a number and NaN is the number: the caller would not notice its mistake.
         if !operand.is_finite() {
             return Err(overflow("the operand is not a finite number"));
         }
@@ -87,7 +87,7 @@ pub fn modify(
         Ok(Modified::Store(Content::Number(Number::F64(number.to_bits())), expires_at))
     };
     match change {
-        Change::AddI64(addend) => {
+        OpKind::AddI64(addend) => {
             let before = match payload {
                 None => 0,
                 Some(Payload::I64(number)) => number,
@@ -97,10 +97,10 @@ pub fn modify(
                 before.checked_add(*addend).ok_or_else(|| overflow("the sum is over the range of a counter (i64)"))?;
             Ok(Modified::Store(Content::Number(Number::I64(sum)), expires_at))
         }
-        Change::AddF64(addend) => float(|a, b| a + b, *addend, 0.0),
-        Change::MaxF64(least) => float(f64::max, *least, *least),
-        Change::MinF64(most) => float(f64::min, *most, *most),
-        Change::Append(more) => {
+        OpKind::AddF64(addend) => float(|a, b| a + b, *addend, 0.0),
+        OpKind::MaxF64(least) => float(f64::max, *least, *least),
+        OpKind::MinF64(most) => float(f64::min, *most, *most),
+        OpKind::Append(more) => {
             let mut bytes = match payload {
                 None => Vec::with_capacity(more.len()),
                 Some(Payload::Bytes(bytes)) => bytes.to_vec(),
@@ -110,13 +110,13 @@ pub fn modify(
             check_value(&bytes)?;
             Ok(Modified::Store(Content::Bytes(bytes.into()), expires_at))
         }
-        Change::Put { value, ttl_ms, condition } => {
+        OpKind::Put { value, ttl_ms, condition } => {
             if !holds(*condition, standing) {
                 return Ok(Modified::NotApplied);
             }
             Ok(Modified::Store(Content::Bytes(value.clone()), expiry(*ttl_ms, now_us)))
         }
-        Change::Delete { condition } => match holds(*condition, standing) {
+        OpKind::Delete { condition } => match holds(*condition, standing) {
             true => Ok(Modified::Store(Content::Nothing, None)),
             false => Ok(Modified::NotApplied),
         },
@@ -142,7 +142,7 @@ mod tests {
         Entry { event_time: 5, expires_at, partition_hash: None, commit_time, payload: Some(payload) }.encode()
     }
 
-    fn on(stands: Option<&[u8]>, change: Change) -> Result<Modified, VastoError> {
+    fn on(stands: Option<&[u8]>, change: OpKind) -> Result<Modified, VastoError> {
         modify(&change, stands.map(|bytes| (Entry::decode(bytes).unwrap(), bytes)), None, 1_000)
     }
 
@@ -157,24 +157,24 @@ mod tests {
     #[test]
     fn numbers() {
         let seven = encoded(Payload::I64(7), None);
-        assert_eq!(on(None, Change::AddI64(-3)).unwrap(), i64_of(-3));
-        assert_eq!(on(Some(&seven), Change::AddI64(-3)).unwrap(), i64_of(4));
+        assert_eq!(on(None, OpKind::AddI64(-3)).unwrap(), i64_of(-3));
+        assert_eq!(on(Some(&seven), OpKind::AddI64(-3)).unwrap(), i64_of(4));
         let most = encoded(Payload::I64(i64::MAX), None);
-        assert_eq!(on(Some(&most), Change::AddI64(1)).unwrap_err().code, ErrorCode::OutOfRange);
+        assert_eq!(on(Some(&most), OpKind::AddI64(1)).unwrap_err().code, ErrorCode::OutOfRange);
         let half = encoded(Payload::F64(0.5), None);
-        assert_eq!(on(Some(&half), Change::AddF64(1.0)).unwrap(), f64_of(1.5));
-        assert_eq!(on(Some(&half), Change::MaxF64(0.25)).unwrap(), f64_of(0.5));
-        assert_eq!(on(Some(&half), Change::MinF64(0.25)).unwrap(), f64_of(0.25));
-        assert_eq!(on(None, Change::MinF64(9.0)).unwrap(), f64_of(9.0));
+        assert_eq!(on(Some(&half), OpKind::AddF64(1.0)).unwrap(), f64_of(1.5));
+        assert_eq!(on(Some(&half), OpKind::MaxF64(0.25)).unwrap(), f64_of(0.5));
+        assert_eq!(on(Some(&half), OpKind::MinF64(0.25)).unwrap(), f64_of(0.25));
+        assert_eq!(on(None, OpKind::MinF64(9.0)).unwrap(), f64_of(9.0));
         for bad in [f64::NAN, f64::INFINITY] {
-            assert_eq!(on(Some(&half), Change::AddF64(bad)).unwrap_err().code, ErrorCode::OutOfRange);
+            assert_eq!(on(Some(&half), OpKind::AddF64(bad)).unwrap_err().code, ErrorCode::OutOfRange);
             for stands in [None, Some(half.as_slice())] {
-                assert_eq!(on(stands, Change::MaxF64(bad)).unwrap_err().code, ErrorCode::OutOfRange);
-                assert_eq!(on(stands, Change::MinF64(bad)).unwrap_err().code, ErrorCode::OutOfRange);
+                assert_eq!(on(stands, OpKind::MaxF64(bad)).unwrap_err().code, ErrorCode::OutOfRange);
+                assert_eq!(on(stands, OpKind::MinF64(bad)).unwrap_err().code, ErrorCode::OutOfRange);
             }
         }
         let most = encoded(Payload::F64(f64::MAX), None);
-        assert_eq!(on(Some(&most), Change::AddF64(f64::MAX)).unwrap_err().code, ErrorCode::OutOfRange);
+        assert_eq!(on(Some(&most), OpKind::AddF64(f64::MAX)).unwrap_err().code, ErrorCode::OutOfRange);
     }
 
     #[test]
@@ -182,10 +182,10 @@ mod tests {
         let text = encoded(Payload::Bytes(b"x"), None);
         let seven = encoded(Payload::I64(7), None);
         for (stands, change) in [
-            (&text, Change::AddI64(1)),
-            (&text, Change::AddF64(1.0)),
-            (&seven, Change::MaxF64(1.0)),
-            (&seven, Change::Append(Bytes::from_static(b"y"))),
+            (&text, OpKind::AddI64(1)),
+            (&text, OpKind::AddF64(1.0)),
+            (&seven, OpKind::MaxF64(1.0)),
+            (&seven, OpKind::Append(Bytes::from_static(b"y"))),
         ] {
             let error = on(Some(stands), change).unwrap_err();
             assert_eq!(error.code, ErrorCode::WrongType);
@@ -196,33 +196,33 @@ mod tests {
     #[test]
     fn appends_end_at_the_limit_and_keep_the_time_to_live() {
         let text = encoded(Payload::Bytes(b"ab"), Some(9_000));
-        let joined = on(Some(&text), Change::Append(Bytes::from_static(b"c"))).unwrap();
+        let joined = on(Some(&text), OpKind::Append(Bytes::from_static(b"c"))).unwrap();
         assert_eq!(joined, Modified::Store(Content::Bytes(Bytes::from_static(b"abc")), Some(9_000)));
         let most = Bytes::from(vec![0; VALUE_BYTES_MAX - 2]);
-        assert!(on(Some(&text), Change::Append(most)).is_ok());
+        assert!(on(Some(&text), OpKind::Append(most)).is_ok());
         let over = Bytes::from(vec![0; VALUE_BYTES_MAX - 1]);
-        assert_eq!(on(Some(&text), Change::Append(over)).unwrap_err().code, ErrorCode::InvalidArgument);
+        assert_eq!(on(Some(&text), OpKind::Append(over)).unwrap_err().code, ErrorCode::InvalidArgument);
     }
 
     #[test]
     fn what_a_change_creates_lives_as_long_as_the_keyspace_says() {
-        let create = |change: Change| modify(&change, None, Some(5), 1_000).unwrap();
+        let create = |change: OpKind| modify(&change, None, Some(5), 1_000).unwrap();
         for change in [
-            Change::AddI64(1),
-            Change::AddF64(1.0),
-            Change::MaxF64(1.0),
-            Change::MinF64(1.0),
-            Change::Append(Bytes::from_static(b"x")),
+            OpKind::AddI64(1),
+            OpKind::AddF64(1.0),
+            OpKind::MaxF64(1.0),
+            OpKind::MinF64(1.0),
+            OpKind::Append(Bytes::from_static(b"x")),
         ] {
             assert!(matches!(create(change), Modified::Store(_, Some(6_000))));
         }
-        // A put brings its own, and what stands keeps its own, also for ever.
-        let put = Change::Put { value: Bytes::new(), ttl_ms: None, condition: None };
+        // A put brings its own expiry, and a stored value keeps its own, even none.
+        let put = OpKind::Put { value: Bytes::new(), ttl_ms: None, condition: None };
         assert!(matches!(create(put), Modified::Store(_, None)));
         for expires_at in [None, Some(9_000)] {
             let seven = encoded(Payload::I64(7), expires_at);
             let standing = Some((Entry::decode(&seven).unwrap(), seven.as_slice()));
-            let changed = modify(&Change::AddI64(1), standing, Some(5), 1_000).unwrap();
+            let changed = modify(&OpKind::AddI64(1), standing, Some(5), 1_000).unwrap();
             assert!(matches!(changed, Modified::Store(_, at) if at == expires_at));
         }
     }
@@ -231,7 +231,7 @@ mod tests {
     fn conditions() {
         let text = encoded(Payload::Bytes(b"ab"), None);
         let version = Some(Condition::Version(version_of(&text)));
-        let put = |condition| Change::Put { value: Bytes::from_static(b"n"), ttl_ms: None, condition };
+        let put = |condition| OpKind::Put { value: Bytes::from_static(b"n"), ttl_ms: None, condition };
         let stored = Modified::Store(Content::Bytes(Bytes::from_static(b"n")), None);
         assert_eq!(on(None, put(Some(Condition::Absent))).unwrap(), stored);
         assert_eq!(on(Some(&text), put(Some(Condition::Absent))).unwrap(), Modified::NotApplied);
@@ -239,8 +239,8 @@ mod tests {
         assert_eq!(on(None, put(version)).unwrap(), Modified::NotApplied);
         let other = Some(Condition::Version(1));
         assert_eq!(on(Some(&text), put(other)).unwrap(), Modified::NotApplied);
-        assert_eq!(on(Some(&text), Change::Delete { condition: other }).unwrap(), Modified::NotApplied);
+        assert_eq!(on(Some(&text), OpKind::Delete { condition: other }).unwrap(), Modified::NotApplied);
         let gone = Modified::Store(Content::Nothing, None);
-        assert_eq!(on(Some(&text), Change::Delete { condition: version }).unwrap(), gone);
+        assert_eq!(on(Some(&text), OpKind::Delete { condition: version }).unwrap(), gone);
     }
 }

@@ -1,4 +1,4 @@
-//! How large a replica is, for those who place, plan and look.
+//! Size of a replica, for placement, planning and status.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -11,26 +11,26 @@ use vasto_core::stored_key::split_data_key;
 use super::{META_ROWS, Replica};
 use crate::engine::EngineError;
 
-/// Rows that are looked at to know how many there are: a few milliseconds.
+/// Rows that a count examines: a few milliseconds.
 const ROWS_WALKED: usize = 5_000;
 
-/// What a size depends on, but for the background work of RocksDB.
+/// Inputs of a size, except for the background work of RocksDB.
 pub type SizeVersion = (Lsn, Option<Instant>);
 
-/// The last count.
+/// Last count of the keys.
 #[derive(Debug, Clone, Copy)]
 pub struct KeyCount {
     at: Instant,
-    /// What was applied before it.
+    /// Last record applied before the count.
     applied: Lsn,
     keys: u64,
-    /// What [`Replica::stored`] said then.
+    /// Result of [`Replica::stored`] at that time.
     stored: u64,
 }
 
 impl Replica {
-    /// `(keys, bytes of SSTs)`. The number of keys is exact for a small replica that nobody writes to, and an
-    /// estimate otherwise: that of the last look, and all that was stored since.
+    /// Returns `(keys, bytes of SSTs)`. The number of keys is exact for a small replica without writes, and an estimate
+    /// otherwise: the last count, and all that was stored since.
     pub fn size(&self) -> (u64, u64) {
         let (stored, bytes) = self.stored();
         let count = *self.shared.key_count.lock();
@@ -42,36 +42,36 @@ impl Replica {
         (keys, bytes)
     }
 
-    /// Changes whenever something was written or counted.
+    /// Returns a version that changes whenever something was written or counted.
     pub fn size_version(&self) -> SizeVersion {
         (self.applied_lsn(), self.shared.key_count.lock().map(|count| count.at))
     }
 
-    /// `(stored entries, bytes of SSTs)`: an entry counts once for each version that is not compacted away yet.
+    /// Returns `(stored entries, bytes of SSTs)`: an entry counts once for each version that is not compacted away yet.
     fn stored(&self) -> (u64, u64) {
         let (keys, apart, bytes) = self.shared.engine.size();
         // The memtables also hold the head and the vector entry that every unflushed record has written.
         let unflushed = self.applied_lsn().0.saturating_sub(self.persisted_lsn().unwrap_or_default().0);
-        // Counted, not read: this is asked for with every report.
+        // Counted, not read: every report requests it.
         let origins = self.shared.vector.lock().len() as u64;
         let metadata = META_ROWS + origins + self.shared.results.load(Ordering::Relaxed);
         let among_data = metadata.saturating_sub(apart);
         (keys.saturating_sub(unflushed * 2).saturating_sub(among_data), bytes)
     }
 
-    /// Something was applied since the last count, which is at least so old.
+    /// Returns true when a record was applied since the last count, which is at least `age` old.
     pub fn key_count_is_stale(&self, age: Duration) -> bool {
         let count = *self.shared.key_count.lock();
         self.closed().is_none()
             && count.is_none_or(|count| count.at.elapsed() >= age && count.applied != self.applied_lsn())
     }
 
-    /// How long ago it was counted.
+    /// Returns the age of the last count.
     pub fn key_count_age(&self) -> Duration {
         self.shared.key_count.lock().map_or(Duration::MAX, |count| count.at.elapsed())
     }
 
-    /// Looks how many keys there are. Blocks on the disk.
+    /// Counts the keys. Blocks on the disk.
     pub fn count_keys(&self) -> Result<(), EngineError> {
         let applied = self.applied_lsn();
         let now_us = self.shared.clock.now_us();

@@ -23,7 +23,7 @@ fn check_format(reader: &mut Reader<'_>, what: &'static str) -> Result<(), Decod
     }
 }
 
-/// Who a replica is.
+/// Identity of a replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
     /// Its keyspace.
@@ -32,12 +32,12 @@ pub struct Identity {
     pub shard: ShardId,
     /// The replica.
     pub replica: ReplicaId,
-    /// The incarnation that wrote this.
+    /// Incarnation that wrote this value.
     pub incarnation: Incarnation,
 }
 
 impl Identity {
-    /// The stored value.
+    /// Encodes the stored value.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = vec![FORMAT];
         for field in [self.keyspace.0, u64::from(self.shard.0), self.replica.0, self.incarnation.0] {
@@ -46,7 +46,7 @@ impl Identity {
         out
     }
 
-    /// Reads the stored value.
+    /// Decodes the stored value.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut reader = Reader::new(bytes, "replica identity");
         check_format(&mut reader, "replica identity format")?;
@@ -61,29 +61,29 @@ impl Identity {
     }
 }
 
-/// Where a replica stands.
+/// Head of a replica: LSN, times, floor, epoch.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Head {
-    /// The last record that is applied.
+    /// The last applied record.
     pub applied_lsn: Lsn,
-    /// The own_seq of this incarnation's last streamed record.
+    /// Own sequence of this incarnation's last streamed record.
     pub own_seq: OwnSeq,
-    /// The last commit time that this data directory stamped, microseconds.
+    /// The last commit time that this data directory assigned, microseconds.
     pub commit_time: u64,
-    /// The greatest commit time of any record here, whoever stamped it, microseconds.
+    /// The greatest commit time of any record here, from any replica, microseconds.
     pub commit_time_max: u64,
     /// The greatest event time in the data, microseconds.
     pub event_time_max: u64,
-    /// The collection floor, a commit time.
+    /// The gc floor, a commit time.
     pub floor: u64,
-    /// The highest epoch obeyed.
+    /// The highest epoch applied.
     pub epoch: Epoch,
-    /// The highest catalog version obeyed.
+    /// The highest catalog version applied.
     pub version: CatalogVersion,
 }
 
 impl Head {
-    /// The stored value.
+    /// Encodes the stored value.
     pub fn encode(&self) -> [u8; 65] {
         let mut out = [0u8; 65];
         out[0] = FORMAT;
@@ -103,7 +103,7 @@ impl Head {
         out
     }
 
-    /// Reads the stored value.
+    /// Decodes the stored value.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut reader = Reader::new(bytes, "replica head");
         check_format(&mut reader, "replica head format")?;
@@ -130,9 +130,9 @@ fn u64_at_end(bytes: &[u8]) -> u64 {
 /// A range that accepts no writes until its plan is decided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seal {
-    /// The plan that asked.
+    /// Plan that requested the seal.
     pub plan: PlanId,
-    /// The sealing version.
+    /// Catalog version that seals.
     pub version: CatalogVersion,
     /// The bands.
     pub range: BandRange,
@@ -142,7 +142,7 @@ pub struct Seal {
     pub since: Option<Duration>,
 }
 
-/// The state of every band, and what is known of changes under way.
+/// State of every band, and known changes under way.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ranges {
     states: [RangeState; BANDS + 1],
@@ -153,14 +153,14 @@ pub struct Ranges {
 }
 
 impl Ranges {
-    /// Every band in one state.
+    /// Creates ranges with every band in one state.
     pub fn all(state: RangeState) -> Self {
         let mut states = [state; BANDS + 1];
         states[0] = RangeState::Empty; // no band has the number 0
         Self { states, seal: None, ingested: None }
     }
 
-    /// The state of a band.
+    /// Returns the state of a band.
     pub fn state(&self, band: Band) -> RangeState {
         self.states.get(usize::from(band.0)).copied().unwrap_or(RangeState::Empty)
     }
@@ -172,36 +172,36 @@ impl Ranges {
         }
     }
 
-    /// True when every band of the range has the state.
+    /// Returns true when every band of the range has the state.
     pub fn all_are(&self, range: BandRange, state: RangeState) -> bool {
         range.bands().all(|band| self.state(band) == state)
     }
 
-    /// The bands that reads may see, in order.
+    /// Returns the bands that reads may see, in order.
     pub fn owned(&self) -> impl Iterator<Item = Band> + '_ {
         Band::all().filter(|band| self.state(*band) == RangeState::Owned)
     }
 
-    /// True while a plan fills the replica and has not recorded its ingest: what is there may be
-    /// thrown away and begun again.
+    /// Returns true while a plan fills the replica and has not recorded its ingest: the data may be thrown away and the
+    /// fill begun again.
     pub fn is_being_filled(&self) -> bool {
         self.ingested.is_none() && self.states.contains(&RangeState::Arriving)
     }
 
-    /// True when a write to the band must wait for a plan's outcome.
+    /// Returns true when a write to the band must wait for a plan's outcome.
     pub fn is_sealed(&self, band: Band) -> bool {
         self.seal.is_some_and(|seal| seal.range.contains(band))
     }
 
-    /// True when a read of the band must be refused: sealed for longer than `patience` without
-    /// word of the outcome, or sealed before a restart.
+    /// Returns true when a read of the band must be refused: sealed for longer than `patience` without a known outcome,
+    /// or sealed before a restart.
     pub fn is_stale(&self, band: Band, patience: Duration) -> bool {
         self.seal.is_some_and(|seal| {
             seal.range.contains(band) && seal.since.is_none_or(|since| since_boot().saturating_sub(since) > patience)
         })
     }
 
-    /// The range states as a list, for a manifest: runs of equal states.
+    /// Returns the range states as a list, for a manifest: runs of equal states.
     pub fn runs(&self) -> Vec<(BandRange, u8)> {
         let mut out: Vec<(BandRange, u8)> = Vec::new();
         for band in Band::all() {
@@ -214,7 +214,7 @@ impl Ranges {
         out
     }
 
-    /// The stored value.
+    /// Encodes the stored value.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = vec![FORMAT];
         out.extend(self.states[1..].iter().map(|state| *state as u8));
@@ -231,7 +231,7 @@ impl Ranges {
         out
     }
 
-    /// Reads the stored value. A seal that is read back has no age: its reads stay refused.
+    /// Decodes the stored value. A decoded seal has no age: its reads stay refused.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let what = "range states";
         let mut reader = Reader::new(bytes, what);

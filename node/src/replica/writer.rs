@@ -1,19 +1,19 @@
-//! The writer of a replica: the one thread that changes it, while there is something to do (see [`super::queue`]).
+//! The writer of a replica: the only thread that changes it, started when there are commands (see [`super::queue`]).
 //!
-//! It drains its queue, builds one log record and one batch from what waits (group commit),
-//! appends, syncs once, applies, answers.
+//! The writer drains its queue, builds one log record and one batch from the waiting commands (group commit), appends,
+//! syncs once, applies, answers.
 //!
 //! **Invariants**
-//! - append, then sync (if anybody asked for it), then apply, then answer; nothing is answered
-//!   before it is as durable as it was asked to be.
+//! - append, then sync (if a request needs it), then apply, then answer; no request is answered before it is as durable
+//!   as requested.
 //! - A record holds at most one entry per stored key; the second write of a key in one group sees
 //!   the first.
-//! - A group that is full is committed before the next request is stamped, so that no record is over
-//!   its limit, whatever waits in the queue.
-//! - A failed append, sync or apply closes the replica to writes; the outcome of what was in
-//!   flight is `Unknown`, and nothing is retried as if it had not happened.
-//! - Writes to a sealed range wait for the plan's outcome and are then applied or sent on; none is
-//!   refused as "not applied" and applied later.
+//! - A full group is committed before the next request is assigned, so that no record is over its limit, whatever waits
+//!   in the queue.
+//! - A failed append, sync or apply closes the replica to writes; the outcome of requests in flight is `Unknown`, and
+//!   none is retried as if it had not happened.
+//! - Writes to a sealed range wait for the plan's outcome and are then applied or redirected; none is refused as "not
+//!   applied" and applied later.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -26,16 +26,16 @@ use vasto_core::clock::HybridClock;
 use vasto_core::entry::event_time_of;
 use vasto_core::ids::{CatalogVersion, Epoch, Lsn, Origin, OwnSeq};
 use vasto_core::limits::{ATTEMPT_PATIENCE, GROUP_BYTES_MAX, GROUP_OPS_MAX, OS_SYNC_INTERVAL, SEALED_WRITES_WAIT};
-use vasto_core::record::{Body, OpResult, Progress, RangeState, Record};
+use vasto_core::record::{Body, OpResult, RangeState, Record, TailProgress};
 use vasto_core::stored_key::MetaKey;
 use vasto_core::{ErrorCode, VastoError};
 
 use super::apply::{Meta, apply_record, band_of, put_head, put_progress};
+use super::assign::{WriteGroup, op_bytes};
 use super::authority::now_ms;
-use super::job::{ApplyJob, Control, Job, Outcome, Position, ReplicaError, Role, WriteJob, too_late};
-use super::results::{self, Kept, Results};
-use super::slots::SlotTable;
-use super::stamp::{Group, op_bytes};
+use super::command::{ApplyCommand, Command, Control, OpOutcome, Position, ReplicaError, Role, WriteCommand, too_late};
+use super::dedup::{self, DedupTable, StoredResult};
+use super::max_event_times::MaxEventTimes;
 use super::{Shared, metrics};
 use crate::binlog::Binlog;
 use crate::clock::since_boot;
@@ -43,44 +43,44 @@ use crate::engine::Batch;
 
 /// A write that waits for the outcome of a seal.
 struct Held {
-    job: WriteJob,
+    command: WriteCommand,
     since: Instant,
 }
 
-/// The state that the writer thread owns.
+/// State that the writer thread owns.
 pub(super) struct Writer {
     pub shared: Arc<Shared>,
     pub log: Binlog,
     pub meta: Meta,
-    pub slots: SlotTable,
+    pub max_event_times: MaxEventTimes,
     pub clock: HybridClock,
-    /// The clock when the request was about to be checked, microseconds: what is stamped belongs to a moment at
-    /// which authority held, however long the thread then stands still.
+    /// Clock reading just before the request is checked, microseconds: an assigned time belongs to a point in time at
+    /// which authority held, however long the thread then stalls.
     pub stamp_us: u64,
-    pub jobs: Receiver<Job>,
+    pub commands: Receiver<Command>,
     role: Role,
-    results: Results,
+    dedup: DedupTable,
     held: Vec<Held>,
     sealed_at: Option<Instant>,
     pub(super) unsynced_since: Option<Instant>,
     encoded: Vec<u8>,
 }
 
-/// What became of a write; of one that was done before also its record, and at which epoch that was.
-type Done = (Vec<Outcome>, Option<(OwnSeq, Epoch)>);
+/// Outcomes of a write; for a repetition also the record of the first execution, and its epoch.
+type Done = (Vec<OpOutcome>, Option<(OwnSeq, Epoch)>);
 
-/// A group commit under construction, and who waits for it.
+/// Group commit under construction, and the requests that wait for it.
 #[derive(Default)]
 struct OpenGroup {
     commit_time: u64,
-    group: Group,
+    group: WriteGroup,
     must_sync: bool,
-    answers: Vec<(WriteJob, Done)>,
-    progress: Vec<Progress>,
+    answers: Vec<(WriteCommand, Done)>,
+    progress: Vec<TailProgress>,
     applied: Vec<oneshot::Sender<Result<Lsn, ReplicaError>>>,
 }
 
-/// What is known of a write before it is committed.
+/// Result of the check of a write before its commit.
 enum Checked {
     Ready,
     Sealed,
@@ -88,20 +88,26 @@ enum Checked {
 }
 
 impl Writer {
-    pub(super) fn new(shared: Arc<Shared>, log: Binlog, meta: Meta, results: Results, jobs: Receiver<Job>) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        log: Binlog,
+        meta: Meta,
+        dedup: DedupTable,
+        commands: Receiver<Command>,
+    ) -> Self {
         let event_time_max = meta.head.event_time_max;
-        shared.results.store(results.len(), Ordering::Relaxed);
+        shared.results.store(dedup.len(), Ordering::Relaxed);
         Self {
             shared,
             log,
-            slots: SlotTable::starting_at(event_time_max),
-            // What is stored raises the stamps of its own key alone.
+            max_event_times: MaxEventTimes::starting_at(event_time_max),
+            // A stored entry raises the event times of its own key alone.
             clock: HybridClock::default(),
             stamp_us: 0,
             meta,
-            jobs,
+            commands,
             role: Role::default(),
-            results,
+            dedup,
             held: Vec::new(),
             sealed_at: None,
             unsynced_since: None,
@@ -109,13 +115,13 @@ impl Writer {
         }
     }
 
-    /// Runs until it is stopped, every handle is gone, or there has been nothing to do for `patience`: then it
-    /// answers with itself.
+    /// Runs until the writer is stopped, every handle is gone, or no command has come for `patience`: then it returns
+    /// itself.
     pub(super) fn run(mut self, patience: Duration) -> Option<Self> {
         loop {
             let is_idle = self.held.is_empty() && self.unsynced_since.is_none();
-            let first = match self.jobs.recv_timeout(if is_idle { patience } else { Duration::from_millis(50) }) {
-                Ok(job) => Some(job),
+            let first = match self.commands.recv_timeout(if is_idle { patience } else { Duration::from_millis(50) }) {
+                Ok(command) => Some(command),
                 Err(RecvTimeoutError::Timeout) if is_idle => return Some(self),
                 Err(RecvTimeoutError::Timeout) => None,
                 Err(RecvTimeoutError::Disconnected) => break,
@@ -134,25 +140,25 @@ impl Writer {
         None
     }
 
-    /// Handles one job and what waits behind it; true when the writer has ended.
-    pub(super) fn take(&mut self, first: Job) -> bool {
+    /// Executes one command and those queued behind it; returns true when the writer has ended.
+    pub(super) fn take(&mut self, first: Command) -> bool {
         let mut writes = Vec::new();
         let mut applies = Vec::new();
         let mut weight = 0;
         let mut count = 0;
         let mut next = Some(first);
         let mut last = None;
-        while let Some(job) = next.take() {
-            match job {
-                Job::Write(job) => {
-                    count += job.ops.len();
-                    weight += job.ops.iter().map(op_bytes).sum::<usize>();
-                    writes.push(job);
+        while let Some(command) = next.take() {
+            match command {
+                Command::Write(command) => {
+                    count += command.ops.len();
+                    weight += command.ops.iter().map(op_bytes).sum::<usize>();
+                    writes.push(command);
                 }
-                Job::Apply(job) => {
-                    count += job.entries.len() + 1;
-                    weight += job.entries.iter().map(|one| one.key.len() + one.entry.len()).sum::<usize>();
-                    applies.push(job);
+                Command::Apply(command) => {
+                    count += command.entries.len() + 1;
+                    weight += command.entries.iter().map(|one| one.key.len() + one.entry.len()).sum::<usize>();
+                    applies.push(command);
                 }
                 other => {
                     last = Some(other);
@@ -162,24 +168,24 @@ impl Writer {
             if count >= GROUP_OPS_MAX || weight >= GROUP_BYTES_MAX {
                 break;
             }
-            next = self.jobs.try_recv().ok();
+            next = self.commands.try_recv().ok();
         }
         self.commit(writes, applies);
         match last {
-            Some(Job::Control(order, done)) => return self.obey(order, done),
-            Some(Job::Replicate(job)) => {
-                let result = self.take_records(job.source, job.records, job.covered);
-                let _ = job.done.send(result);
+            Some(Command::Control(order, done)) => return self.control(order, done),
+            Some(Command::Replicate(command)) => {
+                let result = self.take_records(command.source, command.records, command.covered);
+                let _ = command.done.send(result);
             }
-            Some(Job::Look(done)) => {
+            Some(Command::Look(done)) => {
                 let _ = done.send(self.look());
             }
-            Some(Job::Write(_) | Job::Apply(_)) | None => {}
+            Some(Command::Write(_) | Command::Apply(_)) | None => {}
         }
         false
     }
 
-    /// Makes everything durable and says where the replica stands.
+    /// Makes everything durable and returns the position of the replica.
     fn look(&mut self) -> Result<Position, ReplicaError> {
         if let Some(reason) = self.shared.closed() {
             return Err(ReplicaError::Closed(reason));
@@ -203,7 +209,7 @@ impl Writer {
         self.now_us().max(self.meta.head.commit_time + 1).max(self.meta.head.floor + 1)
     }
 
-    fn check(&self, job: &mut WriteJob) -> Checked {
+    fn check(&self, command: &mut WriteCommand) -> Checked {
         if let Some(reason) = self.shared.closed() {
             return Checked::Refused(ReplicaError::Closed(reason).into());
         }
@@ -211,23 +217,25 @@ impl Writer {
             return Checked::Refused(wrong_epoch());
         }
         let now = since_boot();
-        if job.until.is_some_and(|until| now >= until) {
+        if command.until.is_some_and(|until| now >= until) {
             return Checked::Refused(too_late());
         }
-        let modifies = job.modifies();
-        match (job.term, modifies) {
-            // Another replica may have taken over since it was admitted: applied now, its stamp would be above
-            // what was written there since.
+        let modifies = command.modifies();
+        match (command.term, modifies) {
+            // Another replica may have taken over since the admission: applied now, the write would get an event time
+            // above those written there since.
             (Some(term), _) if self.shared.authority.term() != Some(term) => {
                 return Checked::Refused(without_authority());
             }
             (Some(_), _) => {}
             (None, true) => match self.shared.authority.term() {
-                Some(term) => job.term = Some(term),
+                Some(term) => command.term = Some(term),
                 None => return Checked::Refused(without_authority()),
             },
-            // Whoever chose this replica has long gone to another one.
-            (None, false) if now.saturating_sub(job.sent) >= ATTEMPT_PATIENCE && self.shared.followers.has_peers() => {
+            // The sender that chose this replica has long gone to another one.
+            (None, false)
+                if now.saturating_sub(command.sent) >= ATTEMPT_PATIENCE && self.shared.followers.has_peers() =>
+            {
                 let message =
                     "the request was under way for too long, its sender has gone to another replica; send it again";
                 return Checked::Refused(VastoError::new(ErrorCode::CatchingUp, message).retry_after_ms(50));
@@ -240,11 +248,11 @@ impl Writer {
                 && self.meta.head.epoch.0 >= self.shared.followers_epoch.load(Ordering::Acquire);
             match self.role {
                 Role::Primary if known => {}
-                Role::HandingOver => sealed = true,
+                Role::TransferringLeadership => sealed = true,
                 Role::Primary | Role::Secondary | Role::Detached => return Checked::Refused(not_primary()),
             }
         }
-        for op in &job.ops {
+        for op in &command.ops {
             let Some(band) = band_of(self.meta.identity.shard, &op.key, op.partition_hash) else {
                 return Checked::Refused(wrong_epoch());
             };
@@ -259,55 +267,55 @@ impl Writer {
         if sealed { Checked::Sealed } else { Checked::Ready }
     }
 
-    /// Does the jobs, in as many group commits as they need.
-    fn commit(&mut self, writes: Vec<WriteJob>, applies: Vec<ApplyJob>) {
+    /// Executes the commands, in as many group commits as they need.
+    fn commit(&mut self, writes: Vec<WriteCommand>, applies: Vec<ApplyCommand>) {
         let mut open = self.begin();
-        for mut job in writes {
+        for mut command in writes {
             if open.group.is_full() {
                 self.finish(open);
                 open = self.begin();
             }
             self.stamp_us = self.now_us();
-            match self.check(&mut job) {
-                Checked::Refused(error) => job.answer(Err(error)),
-                Checked::Sealed => self.held.push(Held { job, since: Instant::now() }),
-                Checked::Ready => match self.do_once(&job, &mut open.group, open.commit_time) {
+            match self.check(&mut command) {
+                Checked::Refused(error) => command.answer(Err(error)),
+                Checked::Sealed => self.held.push(Held { command, since: Instant::now() }),
+                Checked::Ready => match self.do_once(&command, &mut open.group, open.commit_time) {
                     Ok(done) => {
-                        open.must_sync |= job.ack != Ack::Os;
-                        open.answers.push((job, done));
+                        open.must_sync |= command.ack != Ack::Os;
+                        open.answers.push((command, done));
                     }
-                    Err(error) => job.answer(Err(error)),
+                    Err(error) => command.answer(Err(error)),
                 },
             }
         }
-        for job in applies {
+        for command in applies {
             if open.group.is_full() {
                 self.finish(open);
                 open = self.begin();
             }
-            match self.merge_all(&job.entries, &mut open.group) {
+            match self.merge_all(&command.entries, &mut open.group) {
                 Ok(()) => {
                     open.must_sync = true;
-                    open.progress.extend(&job.progress);
-                    open.applied.push(job.done);
+                    open.progress.extend(&command.progress);
+                    open.applied.push(command.done);
                 }
-                Err(error) => drop(job.done.send(Err(error))),
+                Err(error) => drop(command.done.send(Err(error))),
             }
         }
         self.finish(open);
     }
 
-    /// A group commit with nothing in it.
+    /// Returns an empty group commit.
     fn begin(&self) -> OpenGroup {
         OpenGroup { commit_time: self.commit_time(), ..OpenGroup::default() }
     }
 
-    /// Makes a group as durable as it was asked to be, and answers.
+    /// Makes a group as durable as requested, and answers.
     fn finish(&mut self, open: OpenGroup) {
         let OpenGroup { commit_time, group, must_sync, answers, progress, applied } = open;
         let ops = answers.len();
         let result = if group.entries.is_empty() && group.results.is_empty() && progress.is_empty() {
-            // Nothing new to store; what stands may have been acknowledged as `os` only.
+            // Nothing new to store, but stored entries may have been acknowledged as `os` only.
             if must_sync && self.unsynced_since.is_some() { self.sync() } else { Ok(()) }
         } else {
             self.log_and_apply(group, progress, commit_time, must_sync)
@@ -315,19 +323,19 @@ impl Writer {
         match result {
             Ok(()) => {
                 metrics::group(ops);
-                for (mut job, (outcomes, done_before)) in answers {
-                    job.authority = Some(self.shared.authority.clone());
-                    match job.ack {
-                        Ack::Os | Ack::Fsync => job.answer(Ok(outcomes)),
+                for (mut command, (outcomes, done_before)) in answers {
+                    command.authority = Some(self.shared.authority.clone());
+                    match command.ack {
+                        Ack::Os | Ack::Fsync => command.answer(Ok(outcomes)),
                         Ack::Replica => {
                             let (own_seq, epoch) = (self.meta.head.own_seq, self.meta.head.epoch);
                             let stands = done_before.unwrap_or((own_seq, epoch));
                             match stands.1 < epoch {
-                                true => job.answer(Err(worked_on_without())),
-                                false => self.shared.followers.wait(job, outcomes, stands.0, stands.1),
+                                true => command.answer(Err(worked_on_without())),
+                                false => self.shared.followers.wait(command, outcomes, stands.0, stands.1),
                             }
                         }
-                        Ack::Bucket => self.shared.bucket_acks.wait(job, outcomes, self.meta.head.applied_lsn),
+                        Ack::Bucket => self.shared.bucket_acks.wait(command, outcomes, self.meta.head.applied_lsn),
                     }
                 }
                 for done in applied {
@@ -335,8 +343,9 @@ impl Writer {
                 }
             }
             Err(error) => {
-                for (job, _) in answers {
-                    job.answer(Err(VastoError::new(ErrorCode::Unknown, format!("the outcome is not known: {error}"))));
+                for (command, _) in answers {
+                    command
+                        .answer(Err(VastoError::new(ErrorCode::Unknown, format!("the outcome is not known: {error}"))));
                 }
                 for done in applied {
                     let _ = done.send(Err(error.clone()));
@@ -347,17 +356,17 @@ impl Writer {
 
     fn log_and_apply(
         &mut self,
-        group: Group,
-        progress: Vec<Progress>,
+        group: WriteGroup,
+        progress: Vec<TailProgress>,
         commit_time: u64,
         must_sync: bool,
     ) -> Result<(), ReplicaError> {
         let (own_seq, epoch) = (OwnSeq(self.meta.head.own_seq.0 + 1), self.meta.head.epoch);
-        let Group { entries, stored_keys, results: outcomes, .. } = group;
-        let result = |((client, sequence), outcomes): &((u64, u64), Vec<Outcome>)| OpResult {
+        let WriteGroup { entries, stored_keys, results: outcomes, .. } = group;
+        let result = |((client, sequence), outcomes): &((u64, u64), Vec<OpOutcome>)| OpResult {
             client: *client,
             sequence: *sequence,
-            outcome: results::encode(commit_time, epoch, outcomes),
+            outcome: dedup::encode(commit_time, epoch, outcomes),
         };
         let results = outcomes.iter().map(result).collect();
         let record = self.record(Body::Data { entries, results, progress }, own_seq, commit_time);
@@ -376,7 +385,7 @@ impl Writer {
             batch.put_meta(MetaKey::Result(one.client, one.sequence), &one.outcome);
         }
         if !results.is_empty() {
-            for (client, sequence) in self.results.forget(self.now_us()) {
+            for (client, sequence) in self.dedup.forget(self.now_us()) {
                 batch.delete_meta(MetaKey::Result(client, sequence));
             }
         }
@@ -384,28 +393,33 @@ impl Writer {
         put_head(&mut batch, &mut self.meta, &record);
         self.write_batch(batch)?;
         for (id, outcomes) in outcomes {
-            self.results.keep(id, commit_time, Kept { outcomes, epoch, own_seq: Some(own_seq) });
+            self.dedup.keep(id, commit_time, StoredResult { outcomes, epoch, own_seq: Some(own_seq) });
         }
-        self.shared.results.store(self.results.len(), Ordering::Relaxed);
+        self.shared.results.store(self.dedup.len(), Ordering::Relaxed);
         Ok(())
     }
 
-    /// Stamps the operations of a request, unless it is a repetition of one whose result is known; then
-    /// says in which record that was done, and at which epoch.
-    fn do_once(&mut self, job: &WriteJob, group: &mut Group, commit_time: u64) -> Result<Done, VastoError> {
-        let Some(id) = job.id.filter(|_| job.modifies()) else {
-            return Ok((self.stamp_all(&job.ops, group, commit_time)?, None));
+    /// Assigns the operations of a request, unless it is a repetition whose result is known; then also returns the
+    /// record of the first execution, and its epoch.
+    fn do_once(
+        &mut self,
+        command: &WriteCommand,
+        group: &mut WriteGroup,
+        commit_time: u64,
+    ) -> Result<Done, VastoError> {
+        let Some(id) = command.id.filter(|_| command.modifies()) else {
+            return Ok((self.assign_all(&command.ops, group, commit_time)?, None));
         };
         let key = (id.client, id.sequence);
         if let Some((_, outcomes)) = group.results.iter().find(|(known, _)| *known == key) {
             return Ok((outcomes.clone(), None));
         }
-        if let Some(kept) = self.results.recall(&id, self.meta.identity.replica, self.now_us())? {
-            // One of an earlier incarnation stands before all that is here.
+        if let Some(kept) = self.dedup.recall(&id, self.meta.identity.replica, self.now_us())? {
+            // A result of an earlier incarnation precedes all records of this one.
             let own_seq = kept.own_seq.unwrap_or(self.meta.head.own_seq);
             return Ok((kept.outcomes.clone(), Some((own_seq, kept.epoch))));
         }
-        let outcomes = self.stamp_all(&job.ops, group, commit_time)?;
+        let outcomes = self.assign_all(&command.ops, group, commit_time)?;
         group.results.push((key, outcomes.clone()));
         Ok((outcomes, None))
     }
@@ -428,7 +442,7 @@ impl Writer {
         record.encode_into(&mut self.encoded);
         let own = Origin { replica: self.meta.identity.replica, incarnation: self.meta.identity.incarnation };
         if record.origin == own && record.own_seq.0 > 0 {
-            // Before it can be read by anybody.
+            // Stored before any reader can see the record.
             self.shared.logged_own_seq.store(record.own_seq.0, Ordering::Release);
         }
         let _waits = self.wait_for_disk();
@@ -463,7 +477,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Others see for how long the writer has been waiting, until the guard is dropped.
+    /// Publishes that the writer waits for its disk, until the guard is dropped.
     fn wait_for_disk(&self) -> WaitsForDisk {
         self.shared.busy_since_ms.store(now_ms().max(1), Ordering::Release);
         WaitsForDisk(self.shared.clone())
@@ -503,7 +517,7 @@ impl Writer {
         Ok(record.lsn)
     }
 
-    /// Begins this opening of the replica: ends the previous incarnation where this disk has it.
+    /// Begins this incarnation, and ends the previous one where this disk has it.
     pub(super) fn adopt(&mut self) -> Result<Lsn, ReplicaError> {
         let body = Body::Adopt { previous: self.meta.identity.incarnation, head: self.meta.head.own_seq };
         self.log_control(body)
@@ -521,7 +535,7 @@ impl Writer {
         self.log_control(Body::RangeState { version, range, state })
     }
 
-    fn obey(&mut self, order: Control, done: oneshot::Sender<Result<Lsn, ReplicaError>>) -> bool {
+    fn control(&mut self, order: Control, done: oneshot::Sender<Result<Lsn, ReplicaError>>) -> bool {
         let result = match order {
             Control::Seal { plan, version, range } => self.seal(plan, version, range),
             Control::Unseal { version } => self.unseal(version),
@@ -533,17 +547,17 @@ impl Writer {
             Control::Ingest { plan, range, files, objects, event_time_max, progress } => {
                 self.ingest(plan, range, files, objects, event_time_max, progress)
             }
-            Control::Obey { epoch, version, role } => {
+            Control::ApplyCatalog { epoch, version, role } => {
                 self.meta.head.epoch = self.meta.head.epoch.max(epoch);
                 self.meta.head.version = self.meta.head.version.max(version);
                 self.role = role;
                 self.shared.publish(&mut self.meta, role);
-                if role != Role::HandingOver {
+                if role != Role::TransferringLeadership {
                     self.outcome_known();
                 }
                 Ok(self.meta.head.applied_lsn)
             }
-            Control::Promise { commit_time } => self.promise(commit_time),
+            Control::FenceCommitTime { commit_time } => self.promise(commit_time),
             Control::GcFloor { floor } => self.raise_floor(floor),
             #[cfg(test)]
             Control::Sync => self.sync().map(|()| self.meta.head.applied_lsn),
@@ -557,7 +571,7 @@ impl Writer {
         false
     }
 
-    /// A stamp above the commit time, durable: no later one can be at or below it.
+    /// Makes a commit time above this one durable: no later one can be at or below it.
     fn promise(&mut self, commit_time: u64) -> Result<Lsn, ReplicaError> {
         if self.meta.head.commit_time > commit_time {
             if self.unsynced_since.is_some() {
@@ -600,7 +614,7 @@ impl Writer {
         result
     }
 
-    /// The seal is decided: what waited is tried again, which applies it or sends it on.
+    /// Retries the held writes once the seal is decided, which applies or redirects them.
     fn outcome_known(&mut self) {
         if self.meta.ranges.seal.is_some() {
             return;
@@ -610,10 +624,10 @@ impl Writer {
         let held = std::mem::take(&mut self.held);
         pauses.extend(held.iter().map(|held| held.since.elapsed().as_micros() as u64));
         self.shared.add_pauses(pauses);
-        self.commit(held.into_iter().map(|held| held.job).collect(), Vec::new());
+        self.commit(held.into_iter().map(|held| held.command).collect(), Vec::new());
     }
 
-    /// Sends writes back that have waited too long; the client tries again.
+    /// Answers held writes that have waited too long; the client retries.
     fn release_overdue(&mut self) {
         if self.held.iter().all(|held| held.since.elapsed() < SEALED_WRITES_WAIT) {
             return;
@@ -623,7 +637,7 @@ impl Writer {
         self.held = held;
         let overdue: Vec<Held> = overdue;
         for held in overdue {
-            held.job.answer(Err(VastoError::new(
+            held.command.answer(Err(VastoError::new(
                 ErrorCode::NodeBehind,
                 "the key is changing its shard and the outcome is not known yet; try again",
             )
@@ -638,7 +652,7 @@ impl Writer {
         files: Vec<std::path::PathBuf>,
         objects: Vec<vasto_core::record::IngestedObject>,
         event_time_max: u64,
-        progress: Vec<Progress>,
+        progress: Vec<TailProgress>,
     ) -> Result<Lsn, ReplicaError> {
         if self.meta.ranges.ingested == Some(plan) {
             return Ok(self.meta.head.applied_lsn);
@@ -646,15 +660,15 @@ impl Writer {
         if !self.meta.ranges.all_are(range, RangeState::Arriving) {
             return Err(ReplicaError::Refused("only an arriving range can be filled".into()));
         }
-        // The memtable first: an ingested file is durable at once, and nothing older may come after it.
+        // Flushed first: an ingested file is durable at once, and no older write may become durable after it.
         self.sync()?;
         self.shared.engine.flush()?;
         self.shared.engine.ingest(files)?;
-        self.slots.raise_all(event_time_max);
+        self.max_event_times.raise_all(event_time_max);
         self.log_control(Body::Ingest { plan, range, objects, event_time_max, progress })
     }
 
-    /// Ends it; what is queued is not done any more.
+    /// Ends the writer; queued commands are not executed any more.
     pub(super) fn stop(&mut self) {
         self.held.clear();
         self.shared.followers.abandon();
@@ -671,7 +685,7 @@ impl Writer {
     }
 }
 
-/// The writer waits for its disk as long as this lives.
+/// Guard: the writer waits for its disk as long as this lives.
 struct WaitsForDisk(Arc<Shared>);
 
 impl Drop for WaitsForDisk {
@@ -684,7 +698,7 @@ fn wrong_epoch() -> VastoError {
     VastoError::new(ErrorCode::WrongEpoch, "this node does not own the key; fetch the topology and go to its owner")
 }
 
-/// The answer to a repetition of what was done before another replica may have been primary.
+/// Returns the error for a repetition of a write done before another replica may have been primary.
 fn worked_on_without() -> VastoError {
     VastoError::new(
         ErrorCode::Unknown,
@@ -708,7 +722,7 @@ fn not_primary() -> VastoError {
     .retry_after_ms(20)
 }
 
-/// The stored key of the head, for the persisted-position read.
+/// Returns the stored key of the head, for the persisted-position read.
 pub(super) fn head_key() -> Vec<u8> {
     MetaKey::Head.encode()
 }

@@ -1,7 +1,7 @@
 //! Connections to other nodes, one for each, shared by everything that replicates.
 //!
-//! **Invariant:** a connection that stands still is noticed by both ends within seconds (keepalive,
-//! also while nothing is asked), and every call that answers once has a deadline.
+//! **Invariant:** both ends notice a stalled connection within seconds (keepalive, also while idle), and every unary
+//! call has a deadline.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -16,9 +16,9 @@ use vasto_proto::convert::status_of;
 use vasto_proto::v1;
 use vasto_proto::v1::replication_client::ReplicationClient;
 
-use crate::core::NodeCore;
+use crate::registry::NodeRegistry;
 
-/// Bytes that one stream, and one connection, may have on their way.
+/// Flow-control windows of a stream and of a connection, bytes.
 const WINDOWS: (u32, u32) = (4 << 20, 16 << 20);
 
 /// The connections of a node to its peers, by address.
@@ -32,15 +32,15 @@ fn unreachable(reason: String) -> Status {
 }
 
 impl Peers {
-    /// A client of the node's replication service; connecting happens with the first call.
+    /// Returns a client of the node's replication service; the first call connects.
     // A gRPC status is large, and this is not a hot path.
     #[allow(clippy::result_large_err)]
-    pub fn client(&self, core: &NodeCore, node: NodeId) -> Result<ReplicationClient<Channel>, Status> {
+    pub fn client(&self, registry: &NodeRegistry, node: NodeId) -> Result<ReplicationClient<Channel>, Status> {
         let address =
-            core.address(node).ok_or_else(|| unreachable(format!("where node {node} listens is not known")))?;
+            registry.address(node).ok_or_else(|| unreachable(format!("where node {node} listens is not known")))?;
         let mut channels = self.channels.lock();
-        // A connection from before the node was cut off stands still until its transport tries again.
-        let links = core.links_of(node);
+        // A connection from before the node was cut off hangs until its transport tries again.
+        let links = registry.links_of(node);
         let channel = match channels.get(&address) {
             Some((channel, made)) if *made == links => channel.clone(),
             _ => {
@@ -54,8 +54,8 @@ impl Peers {
                     .initial_connection_window_size(WINDOWS.1)
                     .tcp_nodelay(true);
                 let channel = endpoint.connect_lazy();
-                // A node that listens somewhere else now does not come back here.
-                channels.retain(|known, _| core.is_address(known));
+                // Connections to addresses that no node has any more are dropped.
+                channels.retain(|known, _| registry.is_address(known));
                 channels.insert(address, (channel.clone(), links));
                 channel
             }
@@ -65,14 +65,14 @@ impl Peers {
             .max_encoding_message_size(MESSAGE_BYTES_MAX))
     }
 
-    /// Where a replica of another node stands; waits there as long as the request says.
+    /// Returns the position of a replica of another node; waits there as long as the request allows.
     pub async fn position(
         &self,
-        core: &NodeCore,
+        registry: &NodeRegistry,
         node: NodeId,
         request: v1::PositionRequest,
     ) -> Result<v1::PositionReply, Status> {
-        let mut client = self.client(core, node)?;
+        let mut client = self.client(registry, node)?;
         let patience = CONNECT_TIMEOUT + Duration::from_millis(request.wait_ms.into());
         match tokio::time::timeout(patience, client.position(request)).await {
             Ok(reply) => Ok(reply?.into_inner()),
@@ -80,14 +80,14 @@ impl Peers {
         }
     }
 
-    /// Has a replica of another node promise never to stamp a commit time at or below one again.
+    /// Asks a replica of another node to promise a commit-time fence.
     pub async fn promise(
         &self,
-        core: &NodeCore,
+        registry: &NodeRegistry,
         node: NodeId,
         request: v1::PromiseRequest,
     ) -> Result<v1::PositionReply, Status> {
-        let mut client = self.client(core, node)?;
+        let mut client = self.client(registry, node)?;
         match tokio::time::timeout(CONNECT_TIMEOUT, client.promise(request)).await {
             Ok(reply) => Ok(reply?.into_inner()),
             Err(_) => Err(unreachable(format!("node {node} did not answer within {CONNECT_TIMEOUT:?}"))),
@@ -107,14 +107,14 @@ mod tests {
 
     #[tokio::test]
     async fn addresses_that_nobody_has_any_more_are_forgotten() {
-        let core = NodeCore::new(NodeId(1), Arc::new(SystemClock::default()), 1);
+        let registry = NodeRegistry::new(NodeId(1), Arc::new(SystemClock::default()), 1);
         let peers = Peers::default();
         for port in 1..5 {
             let at = |address: String| NodeAddress { address, zone: String::new() };
             let moves = (NodeId(2), at(format!("127.0.0.1:{port}")));
-            core.set_addresses([moves, (NodeId(3), at("127.0.0.1:9".into()))].into());
-            peers.client(&core, NodeId(3)).unwrap();
-            peers.client(&core, NodeId(2)).unwrap();
+            registry.set_addresses([moves, (NodeId(3), at("127.0.0.1:9".into()))].into());
+            peers.client(&registry, NodeId(3)).unwrap();
+            peers.client(&registry, NodeId(2)).unwrap();
         }
         assert_eq!(peers.channels.lock().len(), 2);
     }

@@ -1,4 +1,4 @@
-//! Where a replica stands, for its peers; and promises about its stamps.
+//! Serves peers the position of a replica, and its commit-time fences.
 //!
 //! **Invariant:** everything that a reply names is durable.
 
@@ -10,33 +10,33 @@ use vasto_core::{ErrorCode, VastoError};
 use vasto_proto::convert::{status_of, vector_to_wire};
 use vasto_proto::v1;
 
-use crate::core::NodeCore;
+use crate::registry::NodeRegistry;
 use crate::replica::Replica;
-use crate::replica::job::Control;
+use crate::replica::command::Control;
 
 /// Longest wait that a caller may ask for.
 const WAIT_MAX: Duration = Duration::from_secs(10);
 
 // A gRPC status is large, and this is not a hot path.
 #[allow(clippy::result_large_err)]
-fn find(core: &NodeCore, keyspace: u64, replica: u64) -> Result<Replica, Status> {
-    core.replica(KeyspaceId(keyspace), ReplicaId(replica)).ok_or_else(|| {
+fn find(registry: &NodeRegistry, keyspace: u64, replica: u64) -> Result<Replica, Status> {
+    registry.replica(KeyspaceId(keyspace), ReplicaId(replica)).ok_or_else(|| {
         let reason = format!("replica {replica} of keyspace {keyspace} is not open on this node");
         status_of(&VastoError::new(ErrorCode::Unavailable, reason))
     })
 }
 
-/// Answers `Position`: waits for the version and the seal that the caller wants to see.
-pub async fn serve(core: &NodeCore, request: v1::PositionRequest) -> Result<v1::PositionReply, Status> {
-    let replica = find(core, request.keyspace_id, request.replica_id)?;
+/// Answers `Position`: waits for the version and the seal that the caller asks for.
+pub async fn serve(registry: &NodeRegistry, request: v1::PositionRequest) -> Result<v1::PositionReply, Status> {
+    let replica = find(registry, request.keyspace_id, request.replica_id)?;
     let mut changes = replica.changes();
     let deadline = tokio::time::Instant::now() + Duration::from_millis(request.wait_ms.into()).min(WAIT_MAX);
     loop {
         changes.borrow_and_update();
         let view = replica.view();
         let sealed = view.ranges.seal.is_some_and(|seal| seal.version == CatalogVersion(request.sealed_version));
-        let obeyed = view.version >= CatalogVersion(request.min_version);
-        let enough = obeyed && (request.sealed_version == 0 || sealed);
+        let applied = view.version >= CatalogVersion(request.min_version);
+        let enough = applied && (request.sealed_version == 0 || sealed);
         if enough || tokio::time::timeout_at(deadline, changes.changed()).await.is_err() {
             return answer(&replica).await;
         }
@@ -44,15 +44,15 @@ pub async fn serve(core: &NodeCore, request: v1::PositionRequest) -> Result<v1::
 }
 
 /// Answers `Promise`.
-pub async fn promise(core: &NodeCore, request: v1::PromiseRequest) -> Result<v1::PositionReply, Status> {
-    let replica = find(core, request.keyspace_id, request.replica_id)?;
-    let order = Control::Promise { commit_time: request.commit_time };
+pub async fn promise(registry: &NodeRegistry, request: v1::PromiseRequest) -> Result<v1::PositionReply, Status> {
+    let replica = find(registry, request.keyspace_id, request.replica_id)?;
+    let order = Control::FenceCommitTime { commit_time: request.commit_time };
     replica.control(order).await.map_err(|error| status_of(&error.into()))?;
     answer(&replica).await
 }
 
 async fn answer(replica: &Replica) -> Result<v1::PositionReply, Status> {
-    // The view first: what it says was so before the position was taken.
+    // The view is read first: its state held before the position was taken.
     let view = replica.view();
     let position = replica.position().await.map_err(|error| status_of(&error.into()))?;
     Ok(v1::PositionReply {

@@ -1,12 +1,11 @@
 //! The source's side of a pull: sends a follower every synced record that it lacks.
 //!
 //! **Invariants**
-//! - Records go out in the order of the log, whatever their origin; only synced and applied ones.
-//! - `covered_lsn` says up to where the follower lacks nothing; what it has by another way is left
-//!   out, and never what it has not.
-//! - A follower that asks too late is told so by the first frame: it names where the stream begins
-//!   and what it would have to hold at its head.
-//! - Served in every state of the replica.
+//! - Records are sent in the order of the log, whatever their origin; only synced and applied ones.
+//! - The follower lacks nothing up to `covered_lsn`; only records that it has from another source are left out.
+//! - The first frame shows a follower that it asks too late: it names where the stream begins and the vector that the
+//!   follower must hold at the head.
+//! - A replica serves pulls in every state.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,24 +24,24 @@ use vasto_proto::v1;
 use vasto_proto::v1::pull_message::Message;
 
 use crate::binlog::LogReader;
-use crate::core::NodeCore;
+use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 use crate::tail::log_status;
 
 /// Frames that may wait for a slow follower.
 const FRAMES_AHEAD: usize = 4;
-/// A record of a third replica usually comes to the follower by itself: it is sent from here only
-/// when the follower does not say within this time that it has it.
+/// Delay before a record of a third replica is sent: the follower usually pulls it from there, and reports it in this
+/// time.
 const THIRD_PARTY_PATIENCE: Duration = Duration::from_millis(50);
-/// Progress that carries no records is announced at most this often.
+/// Shortest interval between two frames without records.
 const QUIET_FRAME: Duration = Duration::from_millis(10);
 
-/// What the follower has said that it holds.
+/// Position that the follower has reported.
 struct Known {
     vector: Mutex<Vector>,
     changed: Notify,
     follower: ReplicaId,
-    /// The follower's present incarnation: nobody has more of it than the follower itself.
+    /// The follower's present incarnation: no other replica has more of it than the follower itself.
     incarnation: Incarnation,
 }
 
@@ -55,7 +54,7 @@ impl Known {
 
 /// Begins to serve a follower.
 pub async fn serve(
-    core: &NodeCore,
+    registry: &NodeRegistry,
     mut messages: Streaming<v1::PullMessage>,
 ) -> Result<ReceiverStream<Result<v1::PullFrame, Status>>, Status> {
     let malformed = || status_of(&VastoError::new(ErrorCode::InvalidArgument, "a pull begins with PullStart"));
@@ -63,7 +62,7 @@ pub async fn serve(
         return Err(malformed());
     };
     let (keyspace, id) = (KeyspaceId(start.keyspace_id), ReplicaId(start.replica_id));
-    let replica = core.replica(keyspace, id).ok_or_else(|| {
+    let replica = registry.replica(keyspace, id).ok_or_else(|| {
         let reason = format!("replica {id} of keyspace {keyspace} is not open on this node");
         status_of(&VastoError::new(ErrorCode::Unavailable, reason))
     })?;
@@ -82,7 +81,7 @@ pub async fn serve(
         // Ends with the follower's half of the stream.
         async move {
             tokio::select! {
-                () = hear(&replica, &known, messages) => {}
+                () = handle(&replica, &known, messages) => {}
                 () = frames.closed() => {}
             }
         }
@@ -97,8 +96,8 @@ pub async fn serve(
     Ok(ReceiverStream::new(receiver))
 }
 
-/// Takes note of what the follower says.
-async fn hear(replica: &Replica, known: &Known, mut messages: Streaming<v1::PullMessage>) {
+/// Records the progress that the follower reports.
+async fn handle(replica: &Replica, known: &Known, mut messages: Streaming<v1::PullMessage>) {
     while let Ok(Some(message)) = messages.message().await {
         let Some(Message::Progress(progress)) = message.message else { continue };
         let own = Origin { replica: replica.id, incarnation: replica.incarnation() };
@@ -182,7 +181,7 @@ fn read(reader: &mut LogReader) -> Result<Vec<(Lsn, Vec<u8>)>, Status> {
     reader.next_batch(PULL_FRAME_BYTES).map_err(|error| log_status(&error))
 }
 
-/// The records of a batch that the follower lacks.
+/// Returns the records of a batch that the follower lacks.
 async fn lacking(batch: Vec<(Lsn, Vec<u8>)>, source: ReplicaId, known: &Known) -> Vec<bytes::Bytes> {
     let mut records: Vec<(Peek, Vec<u8>)> = batch
         .into_iter()
@@ -193,7 +192,7 @@ async fn lacking(batch: Vec<(Lsn, Vec<u8>)>, source: ReplicaId, known: &Known) -
     loop {
         let changed = known.changed.notified();
         tokio::pin!(changed);
-        // From here on no word of the follower is missed.
+        // From here on no progress report is missed.
         changed.as_mut().enable();
         records.retain(|(peek, _)| known.lacks(*peek));
         let third_party = records.iter().any(|(peek, _)| peek.origin.replica != source);

@@ -1,9 +1,9 @@
-//! The follower's side: pulls every record that this replica lacks from each of its peers.
+//! The follower's side of a pull: pulls every record that this replica lacks from each of its peers.
 //!
 //! **Invariants**
-//! - What is acknowledged to a source is durable here.
-//! - A pull resumes from a durable cursor; what is sent again is skipped by the vector. A record that
-//!   is missing is never skipped: the peer is then of no use any more (`too_old`).
+//! - Everything that is acknowledged to a source is durable here.
+//! - A pull resumes from a durable cursor; the vector skips repeated records. A missing record is never skipped: the
+//!   peer is then of no use as a source any more (`too_old`).
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,16 +25,16 @@ use vasto_proto::v1::pull_message::Message;
 
 use super::peers::Peers;
 use crate::clock::since_boot;
-use crate::core::NodeCore;
-use crate::replica::job::ReplicaError;
+use crate::registry::NodeRegistry;
+use crate::replica::command::ReplicaError;
 use crate::replica::{OLD_COPY, Replica};
 
-/// Between two attempts to reach a peer.
+/// Pause between two attempts to reach a peer.
 const RETRY: Duration = Duration::from_millis(100);
-/// What this replica got by other ways is told to each source this often.
+/// Interval at which records from other sources are reported to each source.
 const TELL: Duration = Duration::from_millis(20);
 
-/// Lag in records, and in milliseconds.
+/// Returns the gauges of the lag, in records and in milliseconds.
 fn gauges() -> &'static (Gauge<u64>, Gauge<u64>) {
     static GAUGES: OnceLock<(Gauge<u64>, Gauge<u64>)> = OnceLock::new();
     GAUGES.get_or_init(|| {
@@ -50,30 +50,30 @@ fn gauges() -> &'static (Gauge<u64>, Gauge<u64>) {
     })
 }
 
-/// How far one pull is.
+/// Progress of one pull.
 #[derive(Debug, Default)]
 pub struct PullState {
     /// A stream is open.
     pub connected: AtomicBool,
-    /// Synced records of the peer that are not here.
+    /// Synced records of the peer that this replica lacks.
     pub lag_lsns: AtomicU64,
-    /// Age of the last record that came, while there are more, milliseconds.
+    /// Age of the last record received, while there are more, milliseconds.
     pub lag_ms: AtomicU64,
-    /// Boot time since which no stream is open, milliseconds; means nothing while one is.
+    /// Boot time since which no stream is open, milliseconds; meaningless while a stream is open.
     pub broken_ms: AtomicU64,
-    /// The peer's log does not reach back to where this replica stands.
+    /// The peer's log does not reach back to this replica's position.
     pub too_old: AtomicBool,
 }
 
 impl PullState {
-    /// No stream is open yet, or any more.
+    /// Notes that no stream is open.
     fn broken(&self) {
         self.broken_ms.store(since_boot().as_millis() as u64, Ordering::Release);
         self.connected.store(false, Ordering::Release);
     }
 
-    /// Milliseconds. Nothing is known of a peer while no stream is open: then the lag is at least as old
-    /// as that.
+    /// Returns the lag in milliseconds. The position of a peer is unknown while no stream is open: then the lag is at
+    /// least as old as that.
     fn lag_ms(&self) -> u64 {
         let lag = self.lag_ms.load(Ordering::Acquire);
         if self.connected.load(Ordering::Acquire) {
@@ -91,7 +91,7 @@ struct Pull {
 
 /// The pulls of one replica.
 pub struct Pullers {
-    core: Arc<NodeCore>,
+    registry: Arc<NodeRegistry>,
     peers: Arc<Peers>,
     replica: Replica,
     cancel: CancellationToken,
@@ -108,12 +108,12 @@ pub struct Lag {
 }
 
 impl Pullers {
-    /// No pulls yet; all end with `cancel`.
-    pub fn new(core: Arc<NodeCore>, peers: Arc<Peers>, replica: Replica, cancel: CancellationToken) -> Self {
-        Self { core, peers, replica, cancel, pulls: Mutex::default() }
+    /// Creates the state without pulls; all pulls end with `cancel`.
+    pub fn new(registry: Arc<NodeRegistry>, peers: Arc<Peers>, replica: Replica, cancel: CancellationToken) -> Self {
+        Self { registry, peers, replica, cancel, pulls: Mutex::default() }
     }
 
-    /// Pulls from exactly these.
+    /// Pulls from exactly these sources.
     pub fn follow(&self, sources: &[Placed]) {
         let mut pulls = self.pulls.lock();
         pulls.retain(|id, pull| {
@@ -129,7 +129,7 @@ impl Pullers {
                 let state = Arc::new(PullState::default());
                 state.broken();
                 let task = Puller {
-                    core: self.core.clone(),
+                    registry: self.registry.clone(),
                     peers: self.peers.clone(),
                     replica: self.replica.clone(),
                     source: *source,
@@ -143,8 +143,8 @@ impl Pullers {
         }
     }
 
-    /// The largest lag behind a peer; the records are those of peers that are connected, because nobody
-    /// can tell what the others have.
+    /// Returns the largest lag behind a peer; records are counted for connected peers only, because the positions of
+    /// the others are unknown.
     pub fn lag(&self) -> Lag {
         let pulls = self.pulls.lock();
         let connected = pulls.values().filter(|pull| pull.state.connected.load(Ordering::Acquire));
@@ -154,19 +154,19 @@ impl Pullers {
         }
     }
 
-    /// The lag behind one peer; `None` while nothing is known of it.
+    /// Returns the lag behind one peer, in records; `None` while that is unknown.
     pub fn lag_behind(&self, peer: ReplicaId) -> Option<u64> {
         let pulls = self.pulls.lock();
         let pull = pulls.get(&peer).filter(|pull| pull.state.connected.load(Ordering::Acquire))?;
         Some(pull.state.lag_lsns.load(Ordering::Acquire))
     }
 
-    /// True while a stream from the peer is open.
+    /// Returns true while a stream from the peer is open.
     pub fn is_connected(&self, peer: ReplicaId) -> bool {
         self.pulls.lock().get(&peer).is_some_and(|pull| pull.state.connected.load(Ordering::Acquire))
     }
 
-    /// Tells the meter how far each pull is.
+    /// Records the progress of each pull in the metrics.
     pub fn measure(&self) {
         let (keyspace, replica) = (self.replica.keyspace.0 as i64, self.replica.id.0 as i64);
         for (peer, pull) in &*self.pulls.lock() {
@@ -180,7 +180,7 @@ impl Pullers {
         }
     }
 
-    /// True when a peer is connected that cannot bring this replica up to date, and none that can.
+    /// Returns true when a peer's log cannot bring this replica up to date, and no connected peer's log can.
     pub fn is_too_old(&self) -> bool {
         let pulls = self.pulls.lock();
         let too_old = |pull: &Pull| pull.state.too_old.load(Ordering::Acquire);
@@ -190,20 +190,20 @@ impl Pullers {
 }
 
 struct Puller {
-    core: Arc<NodeCore>,
+    registry: Arc<NodeRegistry>,
     peers: Arc<Peers>,
     replica: Replica,
     source: Placed,
     state: Arc<PullState>,
 }
 
-/// Why a stream ended.
+/// Reason why a stream ended.
 enum Ended {
-    /// Try again.
+    /// The pull is tried again.
     Interrupted(String),
     /// The peer's log begins too late.
     TooOld(String),
-    /// This replica cannot go on.
+    /// This replica cannot continue.
     Closed(String),
 }
 
@@ -222,21 +222,21 @@ impl From<ReplicaError> for Ended {
     }
 }
 
-/// Until it is proven that nothing is missing, nothing is covered.
+/// Returns the covered LSN: zero until it is proven that nothing is missing.
 fn covered(unproven: &Option<(Lsn, Vector)>, cursor: Lsn) -> Lsn {
     if unproven.is_none() { cursor } else { Lsn(0) }
 }
 
 impl Puller {
     async fn run(self) {
-        // From the beginning of the peer's log instead of from the cursor: what is here already is
-        // left out by the vector.
+        // A rescan begins at the start of the peer's log instead of at the cursor: the vector skips records that are
+        // here already.
         let mut rescan = false;
         let (keyspace, shard, peer) = (self.replica.keyspace.0, self.replica.shard.0, self.source.replica.0);
-        let mut said = String::new();
+        let mut last_logged = String::new();
         loop {
-            let links = self.core.links_of(self.source.node);
-            let again = self.core.linked_again(self.source.node, links);
+            let links = self.registry.links_of(self.source.node);
+            let again = self.registry.linked_again(self.source.node, links);
             let ended = tokio::select! {
                 Err(ended) = self.pull(rescan) => ended,
                 () = again => Ended::Interrupted("the peer could be reached again".into()),
@@ -247,7 +247,8 @@ impl Puller {
             let mut pause = RETRY;
             let reason = match ended {
                 Ended::Interrupted(reason) => reason,
-                // A peer whose disk lost what it had called synced has begun its log anew below the cursor.
+                // A peer whose disk lost records that it had reported as synced has begun its log anew below the
+                // cursor.
                 Ended::TooOld(reason) if !rescan => {
                     rescan = true;
                     reason
@@ -270,19 +271,19 @@ impl Puller {
                     reason
                 }
             };
-            self.core.report.notify_one();
-            if said != reason {
+            self.registry.report.notify_one();
+            if last_logged != reason {
                 tracing::info!(keyspace, shard, peer, reason, "a pull is interrupted; it goes on");
-                said = reason;
+                last_logged = reason;
             }
-            // Tried at once when it can be reached again.
-            let again = self.core.linked_again(self.source.node, links);
+            // A peer that can be reached again is tried at once.
+            let again = self.registry.linked_again(self.source.node, links);
             let _ = tokio::time::timeout(pause.mul_f64(rand::random_range(0.5..1.5)), again).await;
         }
     }
 
     async fn pull(&self, rescan: bool) -> Result<std::convert::Infallible, Ended> {
-        let mut client = self.peers.client(&self.core, self.source.node)?;
+        let mut client = self.peers.client(&self.registry, self.source.node)?;
         let cursors = self.replica.tail_cursors().map_err(|error| Ended::Closed(error.to_string()))?;
         let cursor = cursors.into_iter().find(|(id, _)| *id == self.source.replica).map_or(Lsn(0), |(_, lsn)| lsn);
         let mut cursor = if rescan { Lsn(0) } else { cursor };
@@ -316,7 +317,7 @@ impl Puller {
                 self.prove(needed)?;
                 (unproven, has_news) = (None, true);
                 self.state.too_old.store(false, Ordering::Release);
-                self.core.report.notify_one();
+                self.registry.report.notify_one();
             }
             tokio::select! {
                 frame = frames.message() => {
@@ -337,9 +338,9 @@ impl Puller {
             changes.mark_unchanged();
             let vector = self.replica.vector();
             let news = vector.iter().filter(|(origin, seq)| told.get(origin) != Some(*seq));
-            // Read after the vector: what lost of that which it covers is among them.
+            // Read after the vector: the superseded records that the vector covers are among them.
             let (lost, last_loss) = self.replica.losses_of(self.source.replica, told_losses);
-            // Read after the records were taken: a newer one only makes the source more careful.
+            // Read after the records were taken: a newer epoch only makes the source more careful.
             let epoch = self.replica.epoch();
             let progress = v1::PullProgress {
                 covered_lsn: covered(&unproven, cursor).0,
@@ -353,8 +354,8 @@ impl Puller {
         }
     }
 
-    /// All of the peer's log that was there at the beginning has been read: what the peer held then
-    /// must be here, else its log began too late.
+    /// Checks, once the log that the peer had at the beginning has been read, that this replica holds what the peer
+    /// held then; if not, the peer's log began too late.
     fn prove(&self, needed: &Vector) -> Result<(), Ended> {
         let have = self.replica.vector();
         if covers(&have, needed) {
@@ -364,7 +365,7 @@ impl Puller {
             self.replica.close(OLD_COPY.into());
             return Err(Ended::Closed(OLD_COPY.into()));
         }
-        // What this replica is about to apply is in its log.
+        // Records that this replica is about to apply are in its log.
         let mut missing = needed.iter().filter(|(origin, seq)| {
             let own = origin.replica == self.replica.id && origin.incarnation == self.replica.incarnation();
             !own && have.get(origin).is_none_or(|have| have < *seq)
@@ -389,7 +390,7 @@ impl Puller {
         *cursor = (*cursor).max(covered);
         let lag = frame.head_lsn.saturating_sub(cursor.0);
         let lag_ms = match last {
-            Some(commit_time) if lag > 0 => self.core.clock.now_us().saturating_sub(commit_time) / 1000,
+            Some(commit_time) if lag > 0 => self.registry.clock.now_us().saturating_sub(commit_time) / 1000,
             _ if lag == 0 => 0,
             _ => self.state.lag_ms.load(Ordering::Acquire),
         };

@@ -1,4 +1,4 @@
-//! Serves `vasto.v1.Replication`: what other nodes ask of the replicas here.
+//! Serves `vasto.v1.Replication`: requests of other nodes to the replicas here.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -9,19 +9,19 @@ use vasto_proto::v1;
 use vasto_proto::v1::replication_server::Replication;
 
 use super::{position, pull};
-use crate::core::NodeCore;
+use crate::registry::NodeRegistry;
 use crate::tail::{self, TailStream};
 
 /// The service over the node's replicas.
 #[derive(Clone)]
 pub struct ReplicationService {
-    core: Arc<NodeCore>,
+    registry: Arc<NodeRegistry>,
 }
 
 impl ReplicationService {
-    /// The service over the node's replicas.
-    pub fn new(core: Arc<NodeCore>) -> Self {
-        Self { core }
+    /// Creates the service over the node's replicas.
+    pub fn new(registry: Arc<NodeRegistry>) -> Self {
+        Self { registry }
     }
 }
 
@@ -34,11 +34,11 @@ impl Replication for ReplicationService {
     type LeaseStream = Frames<v1::LeaseReply>;
 
     async fn tail(&self, request: Request<v1::TailRequest>) -> Result<Response<TailStream>, Status> {
-        tail::serve(&self.core, &request.into_inner()).map(Response::new)
+        tail::serve(&self.registry, &request.into_inner()).map(Response::new)
     }
 
     async fn pull(&self, request: Request<Streaming<v1::PullMessage>>) -> Result<Response<Self::PullStream>, Status> {
-        let frames = pull::serve(&self.core, request.into_inner()).await?;
+        let frames = pull::serve(&self.registry, request.into_inner()).await?;
         Ok(Response::new(Box::pin(frames)))
     }
 
@@ -46,17 +46,17 @@ impl Replication for ReplicationService {
         &self,
         request: Request<Streaming<v1::LeaseRequest>>,
     ) -> Result<Response<Self::LeaseStream>, Status> {
-        let Some(leases) = self.core.leases.get() else {
+        let Some(leases) = self.registry.leases.get() else {
             return Err(Status::unavailable("this node has only just started; try again"));
         };
         Ok(Response::new(Box::pin(leases.serve(request.into_inner()).await)))
     }
 
     async fn position(&self, request: Request<v1::PositionRequest>) -> Result<Response<v1::PositionReply>, Status> {
-        position::serve(&self.core, request.into_inner()).await.map(Response::new)
+        position::serve(&self.registry, request.into_inner()).await.map(Response::new)
     }
 
     async fn promise(&self, request: Request<v1::PromiseRequest>) -> Result<Response<v1::PositionReply>, Status> {
-        position::promise(&self.core, request.into_inner()).await.map(Response::new)
+        position::promise(&self.registry, request.into_inner()).await.map(Response::new)
     }
 }

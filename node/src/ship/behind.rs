@@ -1,29 +1,29 @@
-//! Where a replica that begins to ship goes on: behind what the others of its shard have shipped.
+//! Where a replica that begins to ship continues: behind what the others of its shard have shipped.
 //!
 //! **Invariants**
-//! - What lies before its next chunk is in the bucket: every record by origin and number in what others have
-//!   shipped, or in what it has shipped itself. What is in doubt is shipped again; where its log does not
-//!   reach back far enough for that, a checkpoint comes first.
-//! - The chunk names an object of the other replica as the one before it, so that nobody takes what is not
-//!   in this replica's own folder for a hole.
+//! - The log before its next chunk is in the bucket: every record by origin and own sequence in the archives of
+//!   others, or in its own. Doubtful records are shipped again; where the log does not reach back far enough
+//!   for that, a checkpoint comes first.
+//! - The chunk names an object of the other replica as its predecessor, so that records that are not
+//!   in this replica's own archive are not mistaken for a gap.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use vasto_core::ids::{Lsn, Origin, OwnSeq, ReplicaId, Vector, covers, join};
 use vasto_core::limits::SHIPPED_READ_BYTES_MAX;
 use vasto_core::record::Record;
+use vasto_shipping::archive::{self, ArchiveError, Newest, ReplicaArchive};
 use vasto_shipping::bucket::Bucket;
-use vasto_shipping::history::{self, Folder, HistoryError, Newest};
 use vasto_shipping::layout::{self, Owner};
 
 use super::{ShipError, Shipper, blocking};
 use crate::binlog::BinlogError;
 use crate::replica::Replica;
 
-/// Bytes of the log that are read at once.
+/// Bytes of the log per read.
 const READ_BYTES: usize = 4 << 20;
 
-/// The numbered records of a part of this replica's log, by origin: where each of them is.
+/// Numbered records of a part of this replica's log, by origin, with their LSNs.
 #[derive(Default)]
 struct Logged(BTreeMap<Origin, (OwnSeq, Vec<Lsn>)>);
 
@@ -35,7 +35,7 @@ impl Logged {
         }
     }
 
-    /// What of a vector is not in this part.
+    /// Returns the part of a vector that lies before this part of the log.
     fn before(&self, vector: &Vector) -> Vector {
         let before = |(origin, seq): (&Origin, &OwnSeq)| {
             let seq = self.0.get(origin).map_or(*seq, |(first, _)| OwnSeq(first.0 - 1));
@@ -44,7 +44,7 @@ impl Logged {
         vector.iter().map(before).collect()
     }
 
-    /// The first record that a vector does not cover, and its origin.
+    /// Returns the first record that a vector does not cover, and its origin.
     fn first_beyond(&self, held: &Vector) -> Option<(Lsn, Origin)> {
         let of = |(origin, (first, lsns)): (&Origin, &(OwnSeq, Vec<Lsn>))| {
             let next = held.get(origin).copied().unwrap_or_default().0 + 1;
@@ -55,44 +55,45 @@ impl Logged {
     }
 }
 
-/// What others hold in the bucket.
+/// The coverage of other replicas' archives.
 #[derive(Default)]
 struct Held {
     vector: Vector,
-    /// There is a checkpoint.
+    /// True when any of the archives has a checkpoint.
     has_base: bool,
-    /// The last object of the one who shipped last, and when that was.
+    /// Upload time and key of the last object of the replica that shipped last.
     last: Option<(u64, String, ReplicaId)>,
     /// Chunks behind its checkpoint.
     chunks: u64,
 }
 
 impl Shipper {
-    /// Looks once, when it begins to ship, for what others have shipped.
+    /// Reads the archives of the others, once, when this replica begins to ship.
     pub(super) async fn go_on_behind_others(&mut self) -> Result<(), ShipError> {
         let replica = self.context.replica.clone();
         let reaches = self.may_ship_chunks() && replica.log().first_lsn() <= self.state.shipped_lsn.next();
         if self.looked || (!self.stands_in() && reaches) {
             return Ok(());
         }
-        let mut folders = history::folders(&self.context.bucket, replica.keyspace, replica.shard).await.map_err(odd)?;
-        folders.remove(&replica.id);
-        if !folders.is_empty() {
+        let mut archives =
+            archive::archives(&self.context.bucket, replica.keyspace, replica.shard).await.map_err(odd)?;
+        archives.remove(&replica.id);
+        if !archives.is_empty() {
             let position = replica.position().await?;
-            // Whoever's records are not here, a target of a plan that was undone, is no help.
-            folders.retain(|id, _| position.vector.keys().any(|origin| origin.replica == *id));
+            // A replica whose records are not here, such as a target of a plan that was undone, is no help.
+            archives.retain(|id, _| position.vector.keys().any(|origin| origin.replica == *id));
             let after = if reaches { self.state.shipped_lsn } else { Lsn(replica.log().first_lsn().0 - 1) };
             let logged = match logged(&replica, after, position.lsn).await {
                 Err(ShipError::Log(BinlogError::TooOld { .. })) => return Ok(()), // cut meanwhile
                 other => other?,
             };
             let before = if reaches { Vector::new() } else { logged.before(&position.vector) };
-            let held = held_by_others(&self.context.bucket, &replica, folders, &logged, &before).await?;
+            let held = held_by_others(&self.context.bucket, &replica, archives, &logged, &before).await?;
             let next = logged.first_beyond(&held.vector).map_or(position.lsn.next(), |(lsn, _)| lsn);
             let next = next.max(after.next());
             if let Some((_, previous, other)) = held.last
                 && covers(&held.vector, &before)
-                // What this replica began with is in no record.
+                // The state that this replica began with is in no record.
                 && (reaches || held.has_base || !self.began_full())
                 && (!reaches || next > self.state.shipped_lsn.next())
             {
@@ -106,7 +107,7 @@ impl Shipper {
                 );
                 self.state.shipped_lsn = Lsn(next.0 - 1);
                 self.state.went_on_behind = Some(self.state.shipped_lsn);
-                // What lies before is in no chunk of its own.
+                // Earlier records are in no chunk of this replica.
                 self.state.chained_from = Some(self.state.shipped_lsn);
                 self.state.previous = Some(previous);
                 self.state.chunks = held.chunks;
@@ -118,7 +119,7 @@ impl Shipper {
     }
 }
 
-/// Where the records behind `after` are in the log, up to `last`.
+/// Returns where the records behind `after` are in the log, up to `last`.
 async fn logged(replica: &Replica, after: Lsn, last: Lsn) -> Result<Logged, ShipError> {
     let log = replica.log().clone();
     blocking(move || {
@@ -141,29 +142,29 @@ async fn logged(replica: &Replica, after: Lsn, last: Lsn) -> Result<Logged, Ship
     .await
 }
 
-/// What others of the shard have shipped, as far as that has to be known to find the first record that is
-/// missing there. Too little of it costs a repetition, or a checkpoint.
+/// Returns the coverage of the other archives of the shard, as far as it is needed to find the first record that is
+/// missing there. Too little of it costs a repeated upload, or a checkpoint.
 async fn held_by_others(
     bucket: &Bucket,
     replica: &Replica,
-    folders: BTreeMap<ReplicaId, Folder>,
+    archives: BTreeMap<ReplicaId, ReplicaArchive>,
     logged: &Logged,
     before: &Vector,
 ) -> Result<Held, ShipError> {
     let mut held = Held::default();
     let mut left = SHIPPED_READ_BYTES_MAX;
-    for (id, folder) in folders {
+    for (id, archive) in archives {
         let owner = Owner { keyspace: replica.keyspace, shard: replica.shard, replica: id };
-        let from_the_start = folder.chunks.first() == Some(&Lsn(1));
-        let newest = match history::newest_base(bucket, owner, &folder, None).await {
-            Err(HistoryError::Bucket(error)) => return Err(error.into()),
+        let from_the_start = archive.chunks.first() == Some(&Lsn(1));
+        let newest = match archive::newest_checkpoint(bucket, owner, &archive, None).await {
+            Err(ArchiveError::Bucket(error)) => return Err(error.into()),
             Err(_) if from_the_start => Newest::default(),
             Err(_) => continue, // it cannot be read by others either
             Ok(newest) => newest,
         };
         let leads_back = newest.base.is_some()
             || from_the_start
-            || history::begins_behind_another(bucket, owner, &folder).await.map_err(odd)?;
+            || archive::begins_behind_another(bucket, owner, &archive).await.map_err(odd)?;
         if !leads_back {
             continue;
         }
@@ -172,42 +173,42 @@ async fn held_by_others(
             held.vector = join(&held.vector, &base.manifest.vector);
             held.has_base = true;
         }
-        let behind = folder.chunks.partition_point(|first| *first <= start);
+        let behind = archive.chunks.partition_point(|first| *first <= start);
         let mut met = BTreeSet::new();
-        for first in folder.chunks[behind..].iter().rev() {
+        for first in archive.chunks[behind..].iter().rev() {
             let beyond = logged.first_beyond(&held.vector);
             let known = beyond.is_none_or(|(_, origin)| met.contains(&origin)) && covers(&held.vector, before);
             if known || left == 0 {
                 break;
             }
-            let read = history::chunk_after(bucket, owner, &[], Lsn(first.0 - 1)).await;
+            let read = archive::chunk_after(bucket, owner, &[], Lsn(first.0 - 1)).await;
             let Some((chunk, bytes)) = read.map_err(odd)? else { continue };
             left = left.saturating_sub(bytes);
             let vector = chunk.vector();
             held.vector = join(&held.vector, &vector);
             met.extend(vector.into_keys());
         }
-        let last_chunk = folder.chunks.last().filter(|first| **first > start).map(|first| {
+        let last_chunk = archive.chunks.last().filter(|first| **first > start).map(|first| {
             let key = layout::chunk(owner.keyspace, owner.shard, owner.replica, *first);
-            (folder.times.chunks.get(first).copied().unwrap_or_default(), key)
+            (archive.times.chunks.get(first).copied().unwrap_or_default(), key)
         });
         let last = last_chunk.or_else(|| {
             let base = newest.base.as_ref()?;
-            Some((folder.times.manifests.get(&base.manifest.lsn).copied().unwrap_or_default(), base.key.clone()))
+            Some((archive.times.manifests.get(&base.manifest.lsn).copied().unwrap_or_default(), base.key.clone()))
         });
         if let Some((at, key)) = last
             && held.last.as_ref().is_none_or(|(known, ..)| *known <= at)
         {
             held.last = Some((at, key, id));
-            held.chunks = (folder.chunks.len() - behind) as u64;
+            held.chunks = (archive.chunks.len() - behind) as u64;
         }
     }
     Ok(held)
 }
 
-fn odd(error: HistoryError) -> ShipError {
+fn odd(error: ArchiveError) -> ShipError {
     match error {
-        HistoryError::Bucket(error) => error.into(),
+        ArchiveError::Bucket(error) => error.into(),
         other => ShipError::Checkpoint(other.to_string()),
     }
 }
@@ -252,7 +253,7 @@ mod tests {
         assert_eq!(beyond(&[(1, 5), (2, 8)]), Some(13));
         assert_eq!(beyond(&[(1, 9), (2, 7)]), Some(14));
         assert_eq!(beyond(&[(1, 6)]), Some(11), "an origin that nobody has heard of");
-        // What the log does not hold any more has to be there.
+        // Records that the log no longer holds must be in the archives.
         let before = logged.before(&vector(&[(1, 6), (2, 8), (3, 2)]));
         assert_eq!(before, vector(&[(1, 3), (2, 6), (3, 2)]));
     }

@@ -2,8 +2,8 @@
 //!
 //! **Invariants**
 //! - Everything in a manifest is read from the checkpoint, and is in the bucket before the manifest.
-//! - What a checkpoint holds has been synced in the log.
-//! - What an attempt uploaded serves the next one, unless it is so old that it may be collected.
+//! - All records in a checkpoint have been synced in the log.
+//! - Files that an attempt uploaded serve the next one, unless they are so old that they may be collected.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 use vasto_core::ids::Lsn;
 use vasto_core::limits::UPLOAD_STALL_MAX;
 use vasto_core::plan::PinnedManifest;
-use vasto_core::record::{BandRange, Progress};
+use vasto_core::record::{BandRange, TailProgress};
 use vasto_core::stored_key::MetaKey;
 use vasto_shipping::bucket::{Bucket, Create};
 use vasto_shipping::layout;
@@ -31,39 +31,39 @@ use crate::engine::{CheckpointView, EngineError, EngineShared};
 use crate::replica::state::{Head, Ranges};
 use crate::replica::{Replica, parse_vector};
 
-/// Files of one checkpoint that wait for their turn at once.
+/// Files of one checkpoint that wait for an upload turn concurrently.
 const UPLOADS: usize = 4;
 
 /// A checkpoint under way.
 pub(super) struct Making {
     task: AbortOnDropHandle<Made>,
     waiters: Vec<Waiter>,
-    /// Chunks that it supersedes.
+    /// Number of chunks that it supersedes.
     chunks: u64,
-    /// Its LSN is being fixed: no chunk may go beyond what was settled before.
+    /// True while its LSN is being fixed: no chunk may go beyond what was settled before.
     fixing: Arc<AtomicBool>,
-    /// It trusts nothing that is in the bucket.
+    /// True when it trusts nothing in the bucket.
     anew: bool,
 }
 
 impl Making {
-    /// It trusts nothing that is in the bucket.
+    /// Returns true when it trusts nothing in the bucket.
     pub(super) fn is_anew(&self) -> bool {
         self.anew
     }
 }
 
-/// How far it is.
+/// Progress of a checkpoint.
 pub(super) enum Made {
-    /// It is on the disk.
+    /// The checkpoint is on the disk.
     Described(Folder, Box<Described>),
     /// Its files are in the bucket.
     Uploaded(Box<Described>, Vec<ManifestFile>, DatabaseFile),
-    /// It is not to be.
+    /// The checkpoint failed.
     Failed(ShipError),
 }
 
-/// The next thing that happens to the checkpoint under way; never, when there is none.
+/// Waits for the next step of the checkpoint under way; for ever when there is none.
 pub(super) async fn made(making: &mut Option<Making>) -> Made {
     match making {
         Some(making) => (&mut making.task)
@@ -73,7 +73,7 @@ pub(super) async fn made(making: &mut Option<Making>) -> Made {
     }
 }
 
-/// A directory that goes with its owner.
+/// A directory that is removed with its owner.
 pub(super) struct Folder(PathBuf);
 
 impl Drop for Folder {
@@ -83,25 +83,25 @@ impl Drop for Folder {
 }
 
 impl Shipper {
-    /// True while nobody knows yet where the checkpoint under way will end. What was settled before this
-    /// was asked is in it.
+    /// Returns true while the LSN of the checkpoint under way is unknown. Records that were settled before this
+    /// call are in it.
     pub(super) fn is_fixing(&self) -> bool {
         self.making.as_ref().is_some_and(|making| making.fixing.load(Ordering::SeqCst))
     }
 
-    /// True until everything has been uploaded again, once that was begun with or asked for.
+    /// Returns true from the start or request of an upload of everything until it has succeeded.
     pub(super) fn is_anew(&self) -> bool {
         self.anew || self.making.as_ref().is_some_and(|making| making.anew)
     }
 
-    /// Begins with a checkpoint of now unless one is under way.
+    /// Begins a checkpoint of the current state unless one is under way.
     pub(super) fn begin_checkpoint(&mut self) {
         if self.making.is_none() && Instant::now() >= self.checkpoint_not_before {
             self.start(Vec::new(), Vec::new());
         }
     }
 
-    /// Begins with the checkpoint that somebody has asked for: one that was begun before may not hold all.
+    /// Begins the requested checkpoint: a checkpoint that was begun before the request may not hold everything.
     pub(super) fn make_what_is_wanted(&mut self) {
         if self.making.is_none() && !self.wanted.is_empty() {
             let (compact, waiters): (Vec<_>, Vec<_>) = std::mem::take(&mut self.wanted).into_iter().unzip();
@@ -129,7 +129,7 @@ impl Shipper {
         self.making = Some(Making { task, waiters, chunks: self.state.chunks, fixing, anew });
     }
 
-    /// One step further with the checkpoint under way.
+    /// Advances the checkpoint under way.
     pub(super) async fn go_on(&mut self, made: Made) {
         let done = match made {
             Made::Described(folder, described) => match self.upload(folder, described).await {
@@ -172,7 +172,7 @@ impl Shipper {
         self.make_what_is_wanted();
     }
 
-    /// Sends the files on their way; answers the last manifest when nothing has changed since.
+    /// Starts the upload of the files; returns the last manifest when nothing has changed since.
     async fn upload(&mut self, folder: Folder, described: Box<Described>) -> Result<Option<PinnedManifest>, ShipError> {
         if let Some(making) = &self.making {
             making.fixing.store(false, Ordering::SeqCst);
@@ -191,13 +191,13 @@ impl Shipper {
         if self.ships() {
             self.go_on_behind_others().await?;
         }
-        // The log up to here too, so that every moment in between can be restored; not what came before
-        // a beginning that the log does not hold.
+        // The log up to here is shipped too, so that every time in between can be restored; not for the first
+        // checkpoint of a replica that began with more than its log holds.
         let chained = self.ships() && self.may_ship_chunks();
         while chained && self.state.shipped_lsn < lsn {
             let before = self.state.shipped_lsn;
             match self.ship_chunk(lsn).await {
-                // The checkpoint supersedes it.
+                // The checkpoint supersedes the chunk.
                 Err(ShipError::Log(BinlogError::TooOld { .. }) | ShipError::InTheWay { .. }) => break,
                 other => other?,
             }
@@ -229,12 +229,12 @@ impl Shipper {
         Ok(None)
     }
 
-    /// The last manifest names the SSTs that need no second upload.
+    /// Loads the last manifest, which names the SSTs that need no second upload.
     async fn load_last(&mut self) -> Result<(), ShipError> {
         let known = self.state.manifest.as_ref().map(|pinned| &pinned.key).or(self.state.inherited.as_ref());
         if let (None, Some(key)) = (&self.last, known) {
             let bytes = self.context.bucket.get(key).await?;
-            // One that is gone or damaged is no help: everything is uploaded.
+            // A missing or damaged manifest is no help: everything is uploaded.
             self.last = bytes.and_then(|bytes| Manifest::decode(&bytes).ok());
         }
         Ok(())
@@ -278,8 +278,8 @@ impl Shipper {
         };
         if let Create::Exists(found) = self.context.bucket.create(&key, manifest.encode()).await? {
             // Written by this very opening before ship.json was: the same state, with its own objects.
-            // Anything else is another history of this replica, and must not stand for this one.
-            // What cannot be read, or was put there for another one, is no history of this one at all.
+            // Another state is another history of this replica, and must not stand for this one.
+            // An unreadable object, or one that belongs elsewhere, is no history of this replica at all.
             let in_the_way = |what: String| ShipError::InTheWay { key: key.clone(), what };
             let found = Manifest::decode(&found).map_err(|error| in_the_way(error.to_string()))?;
             let place = |one: &Manifest| (one.keyspace, one.shard, one.replica, one.lsn);
@@ -306,7 +306,7 @@ impl Shipper {
         self.uploaded.forget();
         self.state.chunks = self.state.chunks.saturating_sub(superseded);
         if lsn > self.state.shipped_lsn {
-            // What lies in between is in no chunk.
+            // Records in between are in no chunk.
             self.state.chained_from = Some(lsn);
             self.state.shipped_lsn = lsn;
             self.state.previous = Some(key);
@@ -327,8 +327,7 @@ struct Upload {
     uploaded: Arc<Uploaded>,
 }
 
-/// The key of an uploaded file, its checksum, and when that was, by the clock that goes on while the machine
-/// sleeps.
+/// Key, checksum and upload time of an uploaded file, by the clock that continues while the machine sleeps.
 type UploadedFile = (String, u32, Duration);
 
 /// Files that were uploaded and that no manifest names yet, by number and size.
@@ -344,7 +343,7 @@ impl Uploaded {
         self.0.lock().insert((file.file_number, file.bytes), (key, crc32c, since_boot()));
     }
 
-    /// How long ago the first of these files was uploaded, of those that no manifest names.
+    /// Returns how long ago the first of these files was uploaded, of those that no manifest names.
     fn age_of(&self, files: &[ManifestFile]) -> Duration {
         let known = self.0.lock();
         let times = files.iter().filter_map(|file| Some(known.get(&(file.file_number, file.bytes))?.2));
@@ -383,7 +382,7 @@ impl Upload {
         futures::stream::iter(uploads).buffered(UPLOADS).try_collect().await
     }
 
-    /// The database's own list of its files: with it they open as they are.
+    /// Uploads the database's own list of its files, with which the files open as they are.
     async fn database(&self, dir: &Path, lsn: Lsn) -> Result<DatabaseFile, ShipError> {
         let odd = |what: String| ShipError::Checkpoint(what);
         let current = tokio::fs::read_to_string(dir.join("CURRENT")).await;
@@ -399,7 +398,7 @@ impl Upload {
     }
 }
 
-/// Makes the checkpoint, after rewriting the bands that somebody is about to read.
+/// Makes the checkpoint, after rewriting the bands that a plan is about to read.
 async fn make(
     replica: Replica,
     engines: EngineShared,
@@ -419,7 +418,7 @@ async fn make(
     }
     if (compacted && last == Some(replica.settled_lsn())) || anew {
         // The same records in other files, or under other names: a manifest of their own needs an LSN of its own.
-        replica.apply(Vec::new(), vec![Progress::Tail(replica.id, replica.settled_lsn())]).await?;
+        replica.apply(Vec::new(), vec![TailProgress::Tail(replica.id, replica.settled_lsn())]).await?;
     }
     let path = dir.to_owned();
     fixing.store(true, Ordering::SeqCst);
@@ -430,7 +429,7 @@ async fn make(
     .await
 }
 
-/// True when two manifests describe the same records of the same opening of a replica.
+/// Returns true when two manifests describe the same records of the same opening of a replica.
 fn same_state(a: &Manifest, b: &Manifest) -> bool {
     let state = |manifest: &Manifest| {
         (manifest.replica, manifest.incarnation, manifest.lsn, manifest.commit_time_max, manifest.event_time_max)
@@ -438,7 +437,7 @@ fn same_state(a: &Manifest, b: &Manifest) -> bool {
     state(a) == state(b) && a.vector == b.vector
 }
 
-/// What a checkpoint holds, read from the checkpoint itself.
+/// Contents of a checkpoint, read from the checkpoint itself.
 pub(super) struct Described {
     head: Head,
     ranges: Ranges,
@@ -478,8 +477,8 @@ fn describe(engines: &EngineShared, dir: &Path) -> Result<Described, ShipError> 
     })
 }
 
-/// A reader of the bands must fetch every file that touches them. When files that reach beyond the
-/// bands are more than a tenth of it, rewriting the bands first is cheaper than shipping them.
+/// Rewrites the bands if that pays. A reader of the bands must fetch every file that touches them: when files that
+/// reach beyond the bands are more than a tenth of it, rewriting the bands first is cheaper than shipping them.
 fn compact_if_it_pays(replica: &Replica, range: BandRange) -> Result<bool, EngineError> {
     let engine = replica.engine();
     engine.flush()?;

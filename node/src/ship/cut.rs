@@ -1,9 +1,9 @@
-//! Cuts the front of a replica's log when nobody needs it any more.
+//! Truncates the front of a replica's log when it is not needed any more.
 //!
-//! **Invariant:** what goes is persisted in the database, covered by the bucket (while this replica ships; what
-//! is old enough for that while another one does), not needed by a running plan and read by every follower. At
-//! the byte cap the bucket's cover is given up, but never behind what a plan needs: what that can read from the
-//! bucket goes, and the rest holds. Who else is in the way is named, and the master takes it out of the way.
+//! **Invariant:** truncated log is persisted in the database, covered by the bucket (while this replica ships; old
+//! enough for that while another one does), not needed by a running plan and read by every follower. At the byte cap
+//! the bucket's cover is given up, but never log that a plan needs: log that the plan can read from the bucket is
+//! truncated, and the rest stays. Any other holder of the log is named, and the master removes it.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -18,29 +18,29 @@ use super::{Positions, ShipError, blocking};
 use crate::clock::with_others;
 use crate::replica::Replica;
 
-/// At the cap the database is flushed when so much of the log is not in it yet.
+/// Bytes of log that the database must lack before it is flushed at the cap.
 const FLUSH_WORTH_BYTES: u64 = 16 << 20;
 
-/// Who cuts the log of one replica.
+/// Truncates the log of one replica.
 pub(super) struct Cut {
     replica: Replica,
     positions: Arc<Positions>,
-    /// Bytes of log that are kept, at most.
+    /// Upper bound of the log bytes that are kept.
     cap: u64,
-    /// The bucket's cover was given up, and that was said.
+    /// The bucket's cover was given up, and that was logged.
     given_up: bool,
     ends: Ends,
 }
 
-/// Where the log ended at some moments: what is younger than that is kept although another replica ships.
+/// Ends of the log over time: younger log is kept although another replica ships.
 struct Ends {
     kept_for: Duration,
-    /// The oldest first, of which at most one is older than what is kept.
+    /// Ascending; at most one entry is older than `kept_for`.
     known: VecDeque<(Instant, Lsn)>,
 }
 
 impl Ends {
-    /// Everything up to here is so old that the replica that ships has shipped it, if it can.
+    /// Returns the LSN up to which the log is so old that the shipping replica has shipped it, if it can.
     fn old(&mut self, now: Instant, end: Lsn) -> Lsn {
         if self.known.back().is_none_or(|(at, lsn)| *lsn < end && now - *at >= self.kept_for / 16) {
             self.known.push_back((now, end));
@@ -60,7 +60,7 @@ impl Cut {
         Self { replica, positions, cap, given_up: false, ends }
     }
 
-    /// Looks again and again; ends when it is dropped.
+    /// Truncates repeatedly; ends when it is dropped.
     pub(super) async fn run(mut self, every: Duration) {
         let mut grown = self.replica.log().subscribe();
         loop {
@@ -85,7 +85,7 @@ impl Cut {
         }
     }
 
-    /// Answers whether nothing can be cut before the log grows.
+    /// Truncates once; returns true when nothing more can be truncated before the log grows.
     async fn once(&mut self) -> Result<bool, ShipError> {
         let (replica, positions, cap) = (self.replica.clone(), self.positions.clone(), self.cap);
         let shipped = Lsn(positions.shipped.load(Ordering::Acquire));
@@ -110,10 +110,10 @@ impl Cut {
                 replica.engine().flush()?;
             }
             let persisted = replica.persisted_lsn()?;
-            // What is about to be shipped or cut is not in the way.
+            // Log that is about to be shipped or truncated does not count.
             let kept = if full { log.bytes_after(needed) } else { 0 };
             positions.over_cap.store(kept > cap && needed < persisted, Ordering::Release);
-            // Not what the log holds: the file that is written to stays even when everybody has read it.
+            // Not all bytes of the log: the file that is being written stays even when every follower has read it.
             let unread = if full { log.bytes_after(followed) } else { 0 };
             positions.held_back.store(unread > cap, Ordering::Release);
             replica.set_shed(unread > cap.saturating_mul(2));
@@ -137,9 +137,9 @@ impl Cut {
     }
 }
 
-/// The log after here is needed by a plan and nowhere else to be had. Whoever reads the log from the bucket
-/// when it is not here any more needs nothing that chunks without a gap cover. 0 is a plan whose checkpoint is
-/// still being made: that holds everything that is shipped by now.
+/// Returns the LSN behind which a plan needs the log and cannot get it elsewhere. A plan that reads missing log from
+/// the bucket needs nothing that chunks without a gap cover. 0 is a plan whose checkpoint is still being made: it
+/// will hold everything that is shipped by now.
 fn needed_here(needed: Lsn, from_bucket: bool, chained_from: Lsn, shipped: Lsn) -> Lsn {
     match from_bucket && (needed == Lsn(0) || chained_from <= needed) && needed != Lsn(u64::MAX) {
         true => needed.max(shipped),
@@ -175,7 +175,7 @@ mod tests {
         for second in 1..60 {
             assert_eq!(old_at(second, 100 + second), 0, "{second}");
         }
-        // A minute later what was there then may go, and not much more is kept.
+        // A minute later the log of that time may be truncated, and not much more is kept.
         assert_eq!(old_at(60, 160), 100);
         assert_eq!(old_at(120, 220), 160);
         assert_eq!(old_at(1_000, 220), 220, "an idle log is old in the end");

@@ -1,5 +1,5 @@
-//! What all uploads of a node share: how many there are at once, how much memory they take, how fast they may
-//! be, and what keeps them from going on.
+//! Limits that all uploads of a node share: their number, their memory and their rate; and the faults that
+//! keep them from continuing.
 //!
 //! **Invariant:** the memory that uploads take is bounded, however many replicas ship at once: by
 //! [`UPLOAD_MEMORY_MAX`] for checkpoints and [`LOG_MEMORY_MAX`] for the log. Neither waits for the other.
@@ -13,21 +13,21 @@ use tokio::time::Instant;
 use vasto_core::ids::{KeyspaceId, ShardId};
 use vasto_core::limits::{LOG_MEMORY_MAX, UPLOAD_MEMORY_MAX};
 
-/// Files that a node uploads at once, and as many chunks of the log.
+/// Maximum number of concurrent file uploads of a node, and of concurrent chunk uploads.
 pub const UPLOADS_MAX: usize = 4;
 
-/// The right to upload.
+/// The limiter of uploads.
 pub struct Pace {
     files: Lane,
     log: Lane,
-    /// Bytes a second; `None` is as fast as the bucket takes them.
+    /// Bytes a second; `None` sets no limit.
     rate: Option<u64>,
-    /// When the next upload may begin.
+    /// Earliest start of the next upload.
     next: Mutex<Instant>,
     trouble: Mutex<BTreeMap<(KeyspaceId, ShardId), String>>,
 }
 
-/// Uploads of one kind.
+/// The limits of one kind of upload.
 struct Lane {
     permits: Semaphore,
     /// In KiB.
@@ -35,7 +35,7 @@ struct Lane {
     memory_max: u64,
 }
 
-/// One upload's turn; it ends with this.
+/// Permission for one upload; dropping it ends the turn.
 pub struct Turn<'a> {
     _permit: SemaphorePermit<'a>,
     _memory: SemaphorePermit<'a>,
@@ -47,7 +47,7 @@ impl Lane {
         Self { permits: Semaphore::new(UPLOADS_MAX), memory: Semaphore::new(kib), memory_max }
     }
 
-    /// In the order in which they came. One that is larger than everything there is waits for all of it.
+    /// Grants turns in order of arrival. An upload larger than the whole budget waits for all of it.
     async fn turn(&self, bytes: u64) -> Option<Turn<'_>> {
         let permit = self.permits.acquire().await.ok()?;
         let kib = u32::try_from(bytes.min(self.memory_max) >> 10).expect("at most a few MiB");
@@ -57,7 +57,7 @@ impl Lane {
 }
 
 impl Pace {
-    /// With a rate in bytes a second; 0 sets none.
+    /// Creates the limiter with a rate in bytes a second; 0 sets none.
     pub fn new(rate: u64) -> Self {
         Self {
             files: Lane::new(UPLOAD_MEMORY_MAX),
@@ -88,7 +88,7 @@ impl Pace {
         self.log.turn(bytes).await
     }
 
-    /// A shard's shipping failed, or goes on.
+    /// Records that a shard's shipping failed, or continues.
     pub(super) fn note(&self, shard: (KeyspaceId, ShardId), trouble: Option<String>) {
         let mut known = self.trouble.lock();
         match trouble {
@@ -97,7 +97,7 @@ impl Pace {
         };
     }
 
-    /// What keeps shards of this node from being shipped: how many, and what the first of them said.
+    /// Returns the fault that keeps shards of this node from being shipped: the first one, and how many there are.
     pub fn trouble(&self) -> Option<String> {
         let known = self.trouble.lock();
         let ((keyspace, shard), first) = known.first_key_value()?;
@@ -140,7 +140,7 @@ mod tests {
         let half = pace.turn(UPLOAD_MEMORY_MAX / 2).await.unwrap();
         let mut large = std::pin::pin!(pace.turn(u64::MAX));
         assert!(futures::poll!(&mut large).is_pending());
-        // Nobody overtakes it.
+        // No smaller upload overtakes it.
         let mut small = std::pin::pin!(pace.turn(10 << 10));
         assert!(futures::poll!(&mut small).is_pending());
         let log = pace.log_turn(LOG_MEMORY_MAX).await.unwrap();

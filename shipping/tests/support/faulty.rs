@@ -1,4 +1,4 @@
-//! An object store that wraps a real one and misbehaves where it is told to.
+//! An object store that wraps a real one and injects faults.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,13 +13,13 @@ use object_store::*;
 pub struct Faults {
     /// Every create overwrites, and succeeds.
     pub ignore_conditions: bool,
-    /// So many creates are carried out, and their replies lost.
+    /// Number of creates that are carried out, but whose replies are lost.
     pub lost_replies: AtomicU32,
-    /// So many creates answer 409 and do nothing.
+    /// Number of creates that answer 409 and do nothing.
     pub conflicts: AtomicU32,
-    /// So many bodies end early without an error.
+    /// Number of bodies that end early without an error.
     pub short_bodies: AtomicU32,
-    /// So many bodies break off with an error.
+    /// Number of bodies that break off with an error.
     pub broken_bodies: AtomicU32,
 }
 

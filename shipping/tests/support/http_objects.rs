@@ -1,10 +1,10 @@
-//! What S3 answers when nothing goes wrong: the part of it that Vasto uses, in memory.
+//! Correct S3 answers: the part of the protocol that Vasto uses, in memory.
 
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
 
-use super::{Answer, Ask, BUCKET, Request, error};
+use super::{Ask, BUCKET, HttpReply, Request, error};
 
 #[derive(Debug, Default)]
 pub struct Objects {
@@ -15,8 +15,8 @@ pub struct Objects {
     pub page: usize,
 }
 
-fn ok(status: u16, headers: Vec<(&'static str, String)>, body: impl Into<Bytes>) -> Answer {
-    Answer { status, headers, body: body.into() }
+fn ok(status: u16, headers: Vec<(&'static str, String)>, body: impl Into<Bytes>) -> HttpReply {
+    HttpReply { status, headers, body: body.into() }
 }
 
 fn stamps() -> Vec<(&'static str, String)> {
@@ -28,7 +28,7 @@ impl Objects {
         self.objects.get(key).cloned()
     }
 
-    /// Puts an object there under a name that Vasto would not give.
+    /// Inserts an object under a foreign name.
     pub fn insert(&mut self, key: &str, body: Bytes) {
         self.objects.insert(key.to_owned(), body);
     }
@@ -37,7 +37,7 @@ impl Objects {
         self.uploads.len()
     }
 
-    pub fn answer(&mut self, request: &Request) -> Answer {
+    pub fn answer(&mut self, request: &Request) -> HttpReply {
         let url = url::Url::parse(&format!("http://x{}", request.target)).unwrap();
         let query: BTreeMap<String, String> = url.query_pairs().into_owned().collect();
         let key = url.path().trim_start_matches('/').trim_start_matches(BUCKET).trim_start_matches('/').to_owned();
@@ -102,7 +102,7 @@ impl Objects {
         }
     }
 
-    fn list(&self, prefix: &str, after: &str) -> Answer {
+    fn list(&self, prefix: &str, after: &str) -> HttpReply {
         let page = if self.page == 0 { usize::MAX } else { self.page };
         let all = self.objects.iter().filter(|(key, _)| key.starts_with(prefix) && key.as_str() > after);
         let all: Vec<_> = all.collect();
@@ -120,8 +120,8 @@ impl Objects {
     }
 }
 
-/// The whole object, or the range `bytes=first-last`.
-fn part_of(body: &Bytes, range: Option<&String>) -> Answer {
+/// Returns the whole object, or the range `bytes=first-last`.
+fn part_of(body: &Bytes, range: Option<&String>) -> HttpReply {
     let Some(range) = range else { return ok(200, stamps(), body.clone()) };
     let (first, last) = range.trim_start_matches("bytes=").split_once('-').unwrap();
     let (first, last): (usize, usize) = (first.parse().unwrap(), last.parse().unwrap());

@@ -1,9 +1,9 @@
-//! An S3 server on loopback that answers wrongly where it is told to.
+//! An S3 server on loopback that injects faults into its answers.
 //!
-//! **Invariant:** a fault that comes before the work leaves the objects alone, one that comes after
-//! it does not undo it. A test knows of every request what was asked and what was answered.
+//! **Invariant:** a fault before the operation leaves the objects alone, a fault after it
+//! does not undo it. The server records the request and the answer of every call for the test.
 //!
-//! What a good answer is, is in [`objects`]; who may ask is [`Keys`]' to say.
+//! [`objects`] produces correct answers; [`Keys`] decides which keys are accepted.
 
 #[path = "http_objects.rs"]
 pub mod objects;
@@ -23,12 +23,12 @@ use super::metadata::Keys;
 use objects::Objects;
 
 pub const BUCKET: &str = "faults";
-/// What the client is configured with when no role gives it its keys.
+/// The client's configured keys when no role provides them.
 const KEY: &str = "AKIAFIXED";
 const SECRET: &str = "fixed-secret";
 pub const SESSION_TOKEN: &str = "session-token-canary";
 
-/// What a request asks for.
+/// The kind of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Ask {
     Put,
@@ -42,28 +42,28 @@ pub enum Ask {
     Abort,
 }
 
-/// What is answered instead of the truth.
+/// The fault injected into an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// 503; nothing is done.
+    /// 503; no effect.
     SlowDown,
-    /// 500; nothing is done.
+    /// 500; no effect.
     InternalError,
-    /// 200 with an error in its body, as S3 does for long requests and batches; nothing is done.
+    /// 200 with an error in its body, as S3 does for long requests and batches; no effect.
     ErrorInBody,
-    /// 400; nothing is done.
+    /// 400; no effect.
     ExpiredToken,
-    /// 403; nothing is done.
+    /// 403; no effect.
     AccessDenied,
-    /// 403; nothing is done.
+    /// 403; no effect.
     TimeTooSkewed,
-    /// The connection is reset; nothing is done.
+    /// The connection is reset; no effect.
     ResetBefore,
-    /// It is done, and the connection is reset.
+    /// The connection is reset after the operation.
     ResetAfter,
-    /// It is done, and no answer comes.
+    /// No answer is sent after the operation.
     SilentAfter,
-    /// It is done, and half of the answer comes.
+    /// Half of the answer is sent after the operation.
     EndsEarly,
 }
 
@@ -85,19 +85,19 @@ impl Request {
 }
 
 #[derive(Debug, Clone)]
-pub struct Answer {
+pub struct HttpReply {
     pub status: u16,
     pub headers: Vec<(&'static str, String)>,
     pub body: Bytes,
 }
 
-/// A request as it is remembered.
+/// A recorded request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Served {
     pub ask: Ask,
     pub target: String,
     pub key_id: String,
-    /// What was answered, or would have been.
+    /// The status that was sent, or would have been.
     pub status: u16,
     pub fault: Option<Fault>,
 }
@@ -125,12 +125,12 @@ impl Drop for HttpStore {
 }
 
 impl HttpStore {
-    /// A store that takes one fixed key.
+    /// Starts a store that accepts one fixed key.
     pub async fn start() -> HttpStore {
         Self::serve(Shared::default()).await
     }
 
-    /// A store that takes the keys of a role as long as they live.
+    /// Starts a store that accepts the keys of a role until they expire.
     pub async fn with_keys(keys: &Arc<Keys>) -> HttpStore {
         Self::serve(Shared { keys: Some(Arc::clone(keys)), ..Shared::default() }).await
     }
@@ -141,7 +141,7 @@ impl HttpStore {
         let shared = Arc::new(shared);
         let of_server = Arc::clone(&shared);
         let server = tokio::spawn(async move {
-            // Ends its connections when it is dropped.
+            // Dropping the set ends its connections.
             let mut connections = JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
                 connections.spawn(connection(stream, Arc::clone(&of_server)));
@@ -150,7 +150,7 @@ impl HttpStore {
         HttpStore { address, shared, server }
     }
 
-    /// The bucket, with fixed keys.
+    /// Opens the bucket with fixed keys.
     pub fn bucket(&self) -> Bucket {
         let options =
             BucketOptions { access_key_id: Some(KEY.into()), secret_access_key: Some(SECRET.into()), ..self.options() };
@@ -158,7 +158,7 @@ impl HttpStore {
         Bucket::open_in(&format!("s3://{BUCKET}/root"), &options, environment).unwrap()
     }
 
-    /// The bucket, with the keys of the role that this metadata service knows.
+    /// Opens the bucket with the keys of the role that this metadata service provides.
     pub fn bucket_of_role(&self, metadata_endpoint: &str) -> Bucket {
         let environment = [("AWS_METADATA_ENDPOINT".into(), metadata_endpoint.into())];
         Bucket::open_in(&format!("s3://{BUCKET}/root"), &self.options(), environment).unwrap()
@@ -173,50 +173,50 @@ impl HttpStore {
         }
     }
 
-    /// The next so many requests of the kind are answered so.
+    /// Injects the fault into the next `times` requests of the kind.
     pub fn fail(&self, ask: Ask, fault: Fault, times: u32) {
         self.shared.faults.lock().unwrap().push((ask, fault, times));
     }
 
-    /// Every request is answered so, until told otherwise.
+    /// Injects the fault into every request; `None` ends it.
     pub fn fail_everything(&self, fault: Option<Fault>) {
         *self.shared.everything.lock().unwrap() = fault;
     }
 
-    /// From now on, half of all requests are throttled. Which ones depends on what is asked for and
-    /// how often it has been, not on the order in which requests come.
+    /// Throttles half of all requests from now on. The choice depends on the requested target and
+    /// the number of its requests so far, not on the order of arrival.
     pub fn throttle_half(&self) {
         *self.shared.throttled.lock().unwrap() = Some(HashMap::new());
     }
 
-    /// The requests since this was asked last.
+    /// Returns the requests since the last call.
     pub fn take_served(&self) -> Vec<Served> {
         std::mem::take(&mut self.shared.served.lock().unwrap())
     }
 
-    /// What is under the key.
+    /// Returns the object under the key.
     pub fn object(&self, key: &str) -> Option<Bytes> {
         self.shared.objects.lock().unwrap().object(&format!("root/{key}"))
     }
 
-    /// An object whose name Vasto would not give.
+    /// Inserts an object under a foreign name.
     pub fn put_foreign(&self, key: &str) {
         self.shared.objects.lock().unwrap().insert(&format!("root/{key}"), Bytes::from_static(b"not ours"));
     }
 
-    /// Listings have pages of so many objects.
+    /// Sets the number of objects in a page of a listing.
     pub fn list_in_pages_of(&self, objects: usize) {
         self.shared.objects.lock().unwrap().page = objects;
     }
 
-    /// Uploads in parts that were neither completed nor aborted.
+    /// Returns the number of multipart uploads that were neither completed nor aborted.
     pub fn open_uploads(&self) -> usize {
         self.shared.objects.lock().unwrap().open_uploads()
     }
 }
 
 impl Shared {
-    /// What is to go wrong with this request.
+    /// Returns the fault to inject into this request.
     fn fault(&self, request: &Request) -> Option<Fault> {
         if let Some(fault) = *self.everything.lock().unwrap() {
             return Some(fault);
@@ -234,8 +234,8 @@ impl Shared {
         hasher.finish().is_multiple_of(2).then_some(Fault::SlowDown)
     }
 
-    /// The answer, and how it is to be spoilt.
-    fn answer(&self, request: &Request) -> (Answer, Option<Fault>) {
+    /// Returns the answer, and the fault to inject into it.
+    fn answer(&self, request: &Request) -> (HttpReply, Option<Fault>) {
         let fault = self.fault(request);
         let refused = match fault {
             Some(Fault::SlowDown) => Some(error(503, "SlowDown", "Please reduce your request rate.", "")),
@@ -254,7 +254,7 @@ impl Shared {
                     "The difference between the request time and the current time is too large.",
                     "<MaxAllowedSkewMilliseconds>900000</MaxAllowedSkewMilliseconds>",
                 );
-                // Long ago: the client is ahead.
+                // The store's date lies far back: the client is ahead.
                 refused.headers.push(("Date", "Thu, 01 Jan 2026 00:00:00 GMT".to_owned()));
                 Some(refused)
             }
@@ -277,17 +277,17 @@ impl Shared {
     }
 }
 
-/// An error as S3 words it.
-pub fn error(status: u16, code: &str, message: &str, more: &str) -> Answer {
+/// Returns an error in S3's format.
+pub fn error(status: u16, code: &str, message: &str, more: &str) -> HttpReply {
     let body = format!(
         "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>{code}</Code><Message>{message}</Message>{more}\
          <RequestId>1234567890ABCDEF</RequestId><HostId>aG9zdA==</HostId></Error>"
     );
-    Answer { status, headers: vec![("Content-Type", "application/xml".to_owned())], body: body.into() }
+    HttpReply { status, headers: vec![("Content-Type", "application/xml".to_owned())], body: body.into() }
 }
 
-/// S3 repeats the token that it refuses.
-fn expired(request: &Request) -> Answer {
+/// Returns the refusal of an expired token; S3 repeats the token in it.
+fn expired(request: &Request) -> HttpReply {
     let token = request.headers.get("x-amz-security-token").map_or("", String::as_str);
     error(400, "ExpiredToken", "The provided token has expired.", &format!("<Token-0>{token}</Token-0>"))
 }
@@ -315,7 +315,7 @@ async fn connection(stream: TcpStream, shared: Arc<Shared>) -> std::io::Result<(
     Ok(())
 }
 
-fn encode(request: &Request, answer: &Answer) -> (Vec<u8>, Bytes) {
+fn encode(request: &Request, answer: &HttpReply) -> (Vec<u8>, Bytes) {
     let mut head = format!("HTTP/1.1 {} Some Reason\r\nContent-Length: {}\r\n", answer.status, answer.body.len());
     for (name, value) in &answer.headers {
         head.push_str(&format!("{name}: {value}\r\n"));
@@ -325,7 +325,7 @@ fn encode(request: &Request, answer: &Answer) -> (Vec<u8>, Bytes) {
     (head.into_bytes(), body)
 }
 
-/// The next request, or `None` when the client is gone.
+/// Reads the next request; `None` when the client has disconnected.
 pub async fn read(stream: &mut BufReader<TcpStream>) -> std::io::Result<Option<Request>> {
     let mut line = String::new();
     if stream.read_line(&mut line).await? == 0 {

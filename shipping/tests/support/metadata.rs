@@ -1,7 +1,7 @@
-//! A role whose keys live for a moment, and the instance-metadata service that hands them out.
+//! A role with short-lived keys, and the instance-metadata service that provides them.
 //!
-//! **Invariant:** when a key has expired, the service hands it out once more before it has a new one,
-//! as a service does whose own copy lags. So every change of keys shows at the store as a refusal.
+//! **Invariant:** the service returns an expired key once more before it has a new one, like a
+//! service with a stale cache. So every change of keys causes a refusal at the store.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -16,15 +16,15 @@ use super::http_store::read;
 #[derive(Debug)]
 pub struct Keys {
     life: Duration,
-    /// The last one is current.
+    /// All keys so far; the last is current.
     keys: Mutex<Vec<Key>>,
 }
 
 #[derive(Debug)]
 struct Key {
-    /// When it was first handed out.
+    /// Time at which the key was first returned.
     born: Instant,
-    /// It was handed out again after its end.
+    /// True when the key was returned again after it expired.
     late: bool,
 }
 
@@ -33,19 +33,19 @@ impl Keys {
         Arc::new(Keys { life, keys: Mutex::default() })
     }
 
-    /// How many there have been.
+    /// Returns the number of keys so far.
     pub fn count(&self) -> usize {
         self.keys.lock().unwrap().len()
     }
 
-    /// Whether the store takes a request that was signed with this one.
+    /// Returns true when the store accepts a request that was signed with this key.
     pub fn are_good(&self, key_id: &str) -> bool {
         let keys = self.keys.lock().unwrap();
         let number = key_id.strip_prefix("ASIA").and_then(|number| number.parse::<usize>().ok());
         number.and_then(|number| keys.get(number)).is_some_and(|key| key.born.elapsed() < self.life)
     }
 
-    /// The number of the key that is handed out now, and how long it will live.
+    /// Returns the number of the current key, and its remaining lifetime.
     fn hand_out(&self) -> (usize, Duration) {
         let mut keys = self.keys.lock().unwrap();
         let left = keys.last().map_or(Duration::ZERO, |key| self.life.saturating_sub(key.born.elapsed()));

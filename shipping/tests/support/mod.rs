@@ -1,4 +1,4 @@
-//! What the conformance suite runs against: real S3 servers, and stores that misbehave on purpose.
+//! Stores for the conformance suite: real S3 servers, and stores that inject faults.
 
 pub mod faulty;
 pub mod s3_server;

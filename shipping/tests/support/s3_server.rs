@@ -1,6 +1,6 @@
-//! Real S3 servers on loopback, gone when the value is dropped, also by a panic.
+//! Real S3 servers on loopback, stopped when the value is dropped, also by a panic.
 //!
-//! Two that have nothing in common: SeaweedFS, in Go, and moto, in Python, which answers with the
+//! Two unrelated implementations: SeaweedFS, in Go, and moto, in Python, which answers with the
 //! codes and texts of AWS.
 
 use std::net::TcpListener;
@@ -38,7 +38,7 @@ impl Drop for S3Server {
     }
 }
 
-/// The program of this name: where the variable says, on the path, or where `make setup` puts it.
+/// Finds a program: where the variable says, on the path, or where `make setup` installs it.
 fn program(name: &str, variable: &str) -> PathBuf {
     let on_path = std::env::var_os("PATH")
         .into_iter()
@@ -51,7 +51,7 @@ fn program(name: &str, variable: &str) -> PathBuf {
     })
 }
 
-/// Ports that are free now, all different, below the range from which the system hands out its own.
+/// Returns ports that are free now, all different, below the system's ephemeral range.
 fn free_ports<const N: usize>() -> [u16; N] {
     let mut held = Vec::new();
     let mut next = 10_000 + (std::process::id() % 1_000) as u16 * 10;
@@ -65,7 +65,7 @@ fn free_ports<const N: usize>() -> [u16; N] {
 }
 
 impl S3Server {
-    /// Starts it and waits until it takes a PUT. Another process may take a port first: tries again.
+    /// Starts the server and waits until it accepts a PUT. Retries, since another process may take a port first.
     pub async fn start(kind: Kind) -> S3Server {
         for _ in 0..3 {
             let mut server = Self::launch(kind);
@@ -113,7 +113,7 @@ impl S3Server {
         false
     }
 
-    /// object_store makes no buckets. Making one again is fine; the PUT that follows tells whether it is there.
+    /// Creates the bucket, which object_store cannot. An existing bucket is no error; the PUT that follows checks it.
     async fn make_bucket(&self) -> std::io::Result<()> {
         let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", self.port)).await?;
         let request =
@@ -139,7 +139,7 @@ impl S3Server {
         }
     }
 
-    /// The same bucket, past everything that Vasto does.
+    /// Returns the same bucket without any layer of Vasto.
     pub fn raw(&self) -> Arc<dyn ObjectStore> {
         let store = object_store::aws::AmazonS3Builder::new()
             .with_endpoint(format!("http://127.0.0.1:{}", self.port))
@@ -155,7 +155,7 @@ impl S3Server {
     }
 }
 
-/// The command, and the port on which it will take requests.
+/// Returns the command, and the port on which it will accept requests.
 fn seaweedfs(dir: &Path) -> (Command, u16) {
     let [s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc, admin, admin_grpc] =
         free_ports::<10>();
@@ -179,7 +179,7 @@ fn seaweedfs(dir: &Path) -> (Command, u16) {
     (command, s3)
 }
 
-/// The same of moto, which keeps its objects in memory.
+/// Returns the same for moto, which keeps its objects in memory.
 fn moto() -> (Command, u16) {
     let [port] = free_ports::<1>();
     let mut command = Command::new(program("moto_server", "VASTO_TEST_MOTO"));

@@ -1,10 +1,10 @@
-//! What the bucket costs and gives, in one run on one machine: how fast a lost node is replaced beside a
-//! plain download of the same objects, what that does to clients, what is lost without a second replica,
-//! and how many requests it takes.
+//! Costs and benefits of the bucket, in one run on one machine: the speed of replacing a lost node compared with a
+//! plain download of the same objects, its effect on clients, the writes lost without a second replica, and the
+//! number of requests.
 //!
 //! `VASTO_BENCH_GIB` (4) is the size of the replica, `VASTO_BENCH_SECONDS` (10) the length of each phase,
-//! `VASTO_BENCH_IDLE_SECONDS` (60) that of the idle one; with `VASTO_BENCH_S3=1` the bucket is on a
-//! SeaweedFS server instead of in a local directory.
+//! `VASTO_BENCH_IDLE_SECONDS` (60) that of the idle phase; with `VASTO_BENCH_S3=1` the bucket is on a SeaweedFS
+//! server instead of in a local directory.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -92,7 +92,7 @@ fn bucket(s3: Option<&S3Server>, cluster: &Cluster) -> Result<Bucket> {
     Ok(Bucket::open(cluster.bucket(), &options)?)
 }
 
-/// 16 KiB that no compression makes smaller.
+/// Returns 16 KiB that do not compress.
 fn value(index: u64) -> bytes::Bytes {
     let mut numbers = Numbers::new(index);
     (0..VALUE_BYTES / 8).flat_map(|_| numbers.draw().to_le_bytes()).collect()
@@ -112,7 +112,8 @@ async fn fill(keyspace: &Keyspace, from: u64, to: u64) -> Result<()> {
     Ok(())
 }
 
-/// Puts and gets in turn by 8 clients until told to stop: p50 and p99 of all, milliseconds.
+/// Foreground load: mixed puts and gets by 8 clients until stopped; reports p50 and p99 of all operations in
+/// milliseconds.
 struct Front {
     stop: Arc<AtomicBool>,
     clients: Vec<tokio::task::JoinHandle<Result<Vec<Duration>>>>,
@@ -154,7 +155,7 @@ impl Front {
     }
 }
 
-/// Sums of all nodes: puts, other requests, bytes sent.
+/// Returns the sums over all nodes: puts, other requests, bytes sent.
 async fn requests(cluster: &Cluster) -> Result<(u64, u64, u64)> {
     let status = cluster.json(&["cluster", "status"]).await?;
     let nodes = status["nodes"].as_array().context("no nodes")?.clone();
@@ -242,7 +243,8 @@ async fn replacement(s3: Option<&S3Server>) -> Result<()> {
     let bytes = report["bytes_from_bucket"].as_u64().context("no bytes")?;
     let seconds = report["duration_ms"].as_u64().context("no duration")? as f64 / 1000.0;
 
-    // The yardstick: the objects of the same checkpoint to files, synced, with as many requests at once.
+    // The baseline: a download of the same checkpoint's objects to files, synced, with the same number of concurrent
+    // requests.
     let bucket = bucket(s3, &cluster)?;
     let dir = tempfile::tempdir()?;
     let began = Instant::now();
@@ -265,7 +267,7 @@ async fn replacement(s3: Option<&S3Server>) -> Result<()> {
     cluster.finish().await
 }
 
-/// Downloads the SSTs of the shard's newest checkpoint that is not the replacement's own.
+/// Downloads the SSTs of the shard's newest checkpoint, from the replica that was replaced.
 async fn download(bucket: &Bucket, cluster: &Cluster, dir: &Path) -> Result<u64> {
     let described = cluster.json(&["keyspace", "describe", "bulk"]).await?;
     let keyspace = described["keyspace_id"].as_u64().context("no keyspace_id")?;
@@ -302,7 +304,7 @@ async fn download(bucket: &Bucket, cluster: &Cluster, dir: &Path) -> Result<u64>
     Ok(sizes.into_iter().sum())
 }
 
-/// What is lost with the only node while clients write.
+/// Measures the writes lost with the only node while clients write.
 async fn tail(s3: Option<&S3Server>, interval: &str, ack: Ack) -> Result<()> {
     let name = format!("tail-{interval}-{ack}");
     let mut cluster = cluster(s3, &name, interval).await?;

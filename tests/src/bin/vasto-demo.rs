@@ -1,7 +1,7 @@
-//! The main job from end to end, by itself: a cluster of separate processes comes up on a local
-//! directory as its bucket, takes real and generated data, and grows from two shards to three while
-//! clients write and read. A node is lost with its disk and replaced from the bucket, and what a bad
-//! delete has removed is restored. Every record is verified after each.
+//! The main use case end to end, unattended: a cluster of separate processes starts on a local directory as its
+//! bucket, is loaded with real and generated data, and grows from two shards to three while clients write and read. A
+//! node is lost with its disk and replaced from the bucket, and records removed by a bad delete are restored. Every
+//! record is verified after each step.
 //!
 //! Exit code 0 only when nothing was lost or stale and all bulk bytes came from the bucket.
 
@@ -22,9 +22,9 @@ use vasto_tests::{Cluster, DEADLINE, History, Load, LoadSpec, LoadSummary, Seen,
 const RECORDS: u64 = 1_000_000;
 /// Writes in a batch, keys in a get.
 const BATCH: usize = 500;
-/// Batches under way at the same time.
+/// Batches in flight.
 const PARALLEL: usize = 8;
-/// How much more than what moves may be read from the bucket.
+/// Maximum ratio of bytes read from the bucket to bytes moved.
 const READ_RATIO_MAX: f64 = 1.25;
 
 const ABOUT: &str = "\
@@ -122,7 +122,7 @@ async fn demo() -> Result<()> {
     Ok(())
 }
 
-/// Grows 2 -> 3 while clients are at work; gives the report and what the clients saw.
+/// Grows 2 -> 3 under client load; returns the report and the clients' summary.
 async fn grow(cluster: &Cluster, history: &Arc<History>) -> Result<(Value, LoadSummary)> {
     step("grow");
     let spec =
@@ -163,11 +163,11 @@ async fn grow(cluster: &Cluster, history: &Arc<History>) -> Result<(Value, LoadS
     Ok((report, summary))
 }
 
-/// A node is lost with its disk while clients work on a keyspace with two replicas; what it alone held
-/// of `demo` comes back from the bucket.
+/// Loses a node with its disk while clients work on a keyspace with two replicas; the shards of `demo` that only this
+/// node held are replaced from the bucket.
 async fn lose_a_node(cluster: &mut Cluster) -> Result<LoadSummary> {
     step("node loss");
-    // Its disk is lost too: only what two replicas have synced before the answer is safe from that.
+    // Its disk is lost too: only writes that two replicas synced before the answer survive that.
     let orders = ["keyspace", "create", "orders", "--shards", "2", "--replicas", "2", "--ack", "replica"];
     vasto(cluster, &orders).await?;
     let history = Arc::new(History::default());
@@ -219,7 +219,7 @@ async fn lose_a_node(cluster: &mut Cluster) -> Result<LoadSummary> {
 /// Keys that are deleted by mistake.
 const DELETED: u64 = 100_000;
 
-/// Deletes what should have stayed, and brings back the time before into a keyspace of its own.
+/// Deletes records by mistake, and restores the state before the delete into a separate keyspace.
 async fn undo_a_bad_delete(cluster: &Cluster, keyspace: &Keyspace) -> Result<Keyspace> {
     step("restore");
     tokio::time::sleep(Duration::from_millis(20)).await;
@@ -250,7 +250,7 @@ async fn undo_a_bad_delete(cluster: &Cluster, keyspace: &Keyspace) -> Result<Key
     cluster.keyspace("before").await
 }
 
-/// What was not as it should be.
+/// Counts of wrong records.
 #[derive(Debug, Default)]
 struct Wrong {
     lost: u64,
@@ -266,7 +266,7 @@ impl Wrong {
     }
 }
 
-/// Everything by get, then everything by scan.
+/// Verifies all records by get, then all records by scan.
 async fn verify(keyspace: &Keyspace, synsets: &[Synset], history: &History) -> Result<Wrong> {
     let mut wrong = Wrong::default();
     let began = Instant::now();
@@ -367,7 +367,7 @@ async fn load(keyspace: &Keyspace, what: &str, records: impl Iterator<Item = Rec
     Ok(())
 }
 
-/// Runs a command of `vasto` and shows it.
+/// Runs a command of `vasto` and prints it.
 async fn vasto(cluster: &Cluster, args: &[&str]) -> Result<Value> {
     let began = Instant::now();
     let answer = cluster.json(args).await?;
@@ -375,7 +375,7 @@ async fn vasto(cluster: &Cluster, args: &[&str]) -> Result<Value> {
     Ok(answer)
 }
 
-/// Prints what each shard holds.
+/// Prints the contents of each shard.
 async fn shards(cluster: &Cluster) -> Result<()> {
     let described = cluster.json(&["keyspace", "describe", "demo"]).await?;
     let of = |shard: &Value, name: &str| shard["replicas"][0][name].as_u64().unwrap_or_default();
@@ -405,7 +405,7 @@ fn rate(what: &str, number: u64, began: Instant) -> String {
     format!("{} {what}: {seconds:.1} s, {}/s", count(number), count((number as f64 / seconds.max(0.001)) as u64))
 }
 
-/// `1234567` as `1,234,567`.
+/// Formats `1234567` as `1,234,567`.
 fn count(number: u64) -> String {
     let digits = number.to_string();
     let mut out = String::new();

@@ -1,6 +1,6 @@
-//! What becomes of one replica of this node: it serves, promises itself to another one, or waits.
+//! Decides whether a replica of this node serves, promises itself to another replica, or waits.
 //!
-//! **Invariant:** a replica stops to serve before it says what it holds, and says that before it promises itself.
+//! **Invariant:** a replica stops serving before it names what it holds, and names that before it promises itself.
 
 use vasto_core::catalog::Placed;
 use vasto_core::ids::{Origin, ReplicaId};
@@ -25,11 +25,11 @@ impl Actor {
         let Some(my_order) =
             seat.order.iter().position(|one| one.replica == me).filter(|_| settled_in || seat.order.len() == 1)
         else {
-            // Not placed; or the process before this one may have promised something that is still believed.
+            // The replica is not placed, or a promise of the previous process may still be believed.
             seat.step_back(settled_in);
             (seat.promise, seat.claim, seat.wants) = (None, None, false);
             for incoming in self.incoming.values_mut() {
-                incoming.tell_absent(key);
+                incoming.grant_absent(key);
             }
             return seat.handed_over();
         };
@@ -40,9 +40,9 @@ impl Actor {
             (seat.claim, seat.wants) = (None, false);
             seat.unname();
             match seat.promise.clone() {
-                // Whoever was placed beside it may still believe in what was promised.
+                // A former peer may still believe in the promise.
                 Some(promise) => {
-                    self.tell(promise.link, key, promise.holder, State::Denied, None);
+                    self.send(promise.link, key, promise.holder, State::Denied, None);
                     seat.step_back(true);
                 }
                 None => seat.stand_alone(),
@@ -89,12 +89,12 @@ impl Actor {
             outranked.map(|one| (one, seat.outranked.filter(|(id, _)| *id == one).map_or(now, |(_, at)| at)));
         for (order, link, one) in &claims {
             if best != Some(*order) && !self.hands_over_by_itself(seat, one, wants, now) {
-                self.tell(*link, key, one.replica, State::Denied, None);
+                self.send(*link, key, one.replica, State::Denied, None);
             }
         }
         let placed = |promise: &Promise| seat.order.iter().any(|one| one.replica == promise.holder);
         if let Some(promise) = seat.promise.clone().filter(|promise| !placed(promise)) {
-            self.tell(promise.link, key, promise.holder, State::Denied, None);
+            self.send(promise.link, key, promise.holder, State::Denied, None);
         }
         let is_over = !seat.serving && !seat.naming && (claims.is_empty() || is_taken(seat, &claims));
         let nobody = claims.is_empty() && seat.order.iter().all(|one| one.replica == me || self.is_away(one.node));
@@ -103,9 +103,9 @@ impl Actor {
         }
     }
 
-    /// Does a replica that serves by this one's promise hear of the better claim? It hands over by itself then,
-    /// and says what it holds; if it were denied before it had heard, all that it has not acknowledged yet would
-    /// end with an unknown outcome. Only for a while: the claim may have been lost on its way.
+    /// Returns whether a replica that serves by this one's promise is receiving the better claim. It then transfers
+    /// leadership by itself, and names what it holds; if it were denied before, all its unacknowledged writes would end
+    /// with an unknown outcome. Bounded in time: the claim may have been lost on its way.
     fn hands_over_by_itself(&self, seat: &Seat, one: &Claimed, wants: bool, now: u64) -> bool {
         let is_new = |(id, at): (ReplicaId, u64)| id == one.replica && now.saturating_sub(at) < ms(LEASE_BEAT) * 3;
         let node = seat.order.iter().find(|placed| placed.replica == one.replica).map(|placed| placed.node);
@@ -113,19 +113,19 @@ impl Actor {
         seat.outranked.is_some_and(is_new) && (is_linked || !wants)
     }
 
-    /// Promises the replica to another one, once it serves nothing any more.
+    /// Promises the replica to a claimant, once the replica serves nothing any more.
     pub(super) fn grant(&mut self, key: Key, seat: &mut Seat, link: u64, to: Claimed, now: u64) {
         if let Some(promise) = &mut seat.promise {
             let steady = promise.holder == to.replica && promise.link == link;
             if steady && to.held_grant == promise.grant && to.covered {
-                // Only now is what was acknowledged here known to be held there.
+                // Only now is the holder known to hold everything that was acknowledged here.
                 seat.served = false;
                 if let Some((term, lasted)) = promise.handed_term.take() {
                     seat.replica.authority().handed_over(term, lasted);
                 }
             }
             if steady || promise.holder != to.replica {
-                // To another one it is promised once the holder has let go.
+                // A promise to another claimant waits until the holder has released this one.
                 let fresh = self.is_fresh(promise.link, now);
                 return seat.step_back(fresh);
             }
@@ -142,22 +142,23 @@ impl Actor {
         self.grants += 1;
         let grant = self.grants;
         let number = self.incoming.get(&link).map_or(0, |one| one.number + 1);
-        // Where authority lasted until everything was named nobody else had it in between.
+        // If authority lasted until everything was named, no other replica had it in between.
         let lasted = seat.replica.authority().holds(seat.term.number);
         let handed_term = named.complete.then_some((seat.term.number, lasted));
         let mut named = named;
         if !seat.served_here {
-            // Nothing strict was acknowledged in this opening: whoever serves need not wait for its first record.
+            // No strict request was acknowledged in this incarnation: the serving replica need not wait for its first
+            // record.
             let own = Origin { replica: seat.replica.id, incarnation: seat.replica.incarnation() };
             named.vector.remove(&own);
         }
         seat.promise = Some(Promise { holder: to.replica, link, grant, reply: number, handed_term });
         let served = seat.served;
         seat.step_back(true);
-        self.tell(link, key, to.replica, State::Granted, Some((grant, &named.vector, served)));
+        self.send(link, key, to.replica, State::Granted, Some((grant, &named.vector, served)));
     }
 
-    /// Asks the replica what it holds.
+    /// Asks the replica for its position.
     pub(super) fn name(&mut self, key: Key, seat: &mut Seat) {
         seat.turn += 1;
         seat.naming = true;
@@ -167,17 +168,17 @@ impl Actor {
             let position = tokio::time::timeout(NAMING_TIMEOUT, replica.position()).await;
             let named = match position {
                 Ok(Ok(position)) => Named { vector: position.vector, complete: true },
-                // Its writer stands still: what was acknowledged is applied and synced.
+                // The writer is stalled: everything acknowledged is applied and synced.
                 Ok(Err(_)) | Err(_) => Named { vector: replica.settled().vector, complete: false },
             };
             let _ = events.send(Event::Named { key, replica: replica.id, turn, named }).await;
         });
     }
 
-    /// Finds out whether this replica, whose claim is the best, has authority.
+    /// Decides whether this replica, whose claim is the best, has authority.
     fn claim(&mut self, key: Key, seat: &mut Seat, claims: &[(usize, u64, Claimed)], now: u64) {
         let goes_on = seat.has_authority();
-        // What rested on nothing but silence does not excuse anybody who is heard again.
+        // Authority that rested on silence alone does not excuse a peer that sends messages again.
         let had = goes_on && !seat.term.probing;
         let me = seat.replica.id;
         let others: Vec<Placed> = seat.order.iter().filter(|one| one.replica != me).copied().collect();
@@ -201,7 +202,7 @@ impl Actor {
                     Basis::Granted { grant, belief }
                 }
                 (Peer::Silent { .. }, _) => Basis::Silent,
-                // Over a majority, silence that is about to end is still silence.
+                // With a majority of promises, a peer whose silence is about to end still counts as silent.
                 (Peer::Unsettled { excused: false }, _) => Basis::Silent,
                 (Peer::Granted { .. } | Peer::Absent { .. }, _) => {
                     Basis::Excused(link.map(|link| link.believed.clone()).unwrap_or_default())
@@ -218,7 +219,7 @@ impl Actor {
             peers.push(peer);
             basis.push((placed.replica, stands));
         }
-        // Whoever was only silent, and is not any more, may have served.
+        // A peer that was only silent, and is not any more, may have served.
         let goes_on = goes_on && !(seat.term.probing && seat.term.was_silent(&basis));
         match authority(&peers, had) {
             Verdict::Missing => seat.step_back(false),
@@ -227,10 +228,10 @@ impl Actor {
                     true => seat.term.number,
                     false => seat.term.number + 1,
                 };
-                let master = by_master.then(|| self.core.master_word());
+                let master = by_master.then(|| self.registry.master_word());
                 if by_master {
-                    // Its word is needed often.
-                    self.core.report.notify_one();
+                    // The master's statement must be renewed often.
+                    self.registry.report.notify_one();
                 }
                 seat.serve(number, basis, master, probing);
                 if probing && seat.replica.authority().wants_probe() && self.probing.insert(key) {
@@ -242,7 +243,7 @@ impl Actor {
     }
 }
 
-/// Does the replica to which this one is promised serve, and hold everything?
+/// Returns whether the replica to which this one is promised serves and holds everything.
 fn is_taken(seat: &Seat, claims: &[(usize, u64, Claimed)]) -> bool {
     let Some(promise) = &seat.promise else { return false };
     claims.iter().any(|(_, _, one)| {

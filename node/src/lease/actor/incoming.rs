@@ -1,7 +1,7 @@
-//! Incoming links: the claims of other nodes, and what they are told.
+//! Incoming links: the claims of other nodes, and the replies to them.
 //!
-//! **Invariant:** a heartbeat is answered after everything that it brings has been decided; what has ended is
-//! said before its echo.
+//! **Invariant:** a heartbeat is answered after everything in it has been decided; the end of a promise is sent before
+//! the echo.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
@@ -20,15 +20,15 @@ use crate::lease::seat::{Promise, Seat};
 use crate::replica::authority::{Belief, now_ms};
 
 impl Actor {
-    /// Takes note of a heartbeat, decides what follows from it, and answers it.
-    pub(super) fn hear(&mut self, id: u64, request: v1::LeaseRequest, now: u64) {
+    /// Records a heartbeat, decides what follows from it, and answers it.
+    pub(super) fn handle_request(&mut self, id: u64, request: v1::LeaseRequest, now: u64) {
         let node = NodeId(request.node_id);
         let Some(incoming) = self.incoming.get_mut(&id) else { return };
         let first = incoming.process == 0;
         if first {
             (incoming.node, incoming.process) = (node, request.process);
             let process = request.process;
-            // A new process knows nothing of what was promised to the one before it.
+            // A new process does not know the promises made to its predecessor.
             self.incoming.retain(|other, link| *other == id || link.node != node || link.process == process);
             self.newest.insert(node, id);
         }
@@ -38,7 +38,7 @@ impl Actor {
         };
         let mut changed: BTreeSet<Key> = BTreeSet::new();
         if lapsed {
-            // Its promises have ended, and what it was told of them is void.
+            // The link's promises have ended, and the states sent for them are void.
             for (key, seat) in &mut self.seats {
                 if seat.promise.as_ref().is_some_and(|promise| promise.link == id) {
                     seat.promise = None;
@@ -47,11 +47,11 @@ impl Actor {
             }
         }
         if lapsed {
-            // Said before the echo, which would renew what has ended.
+            // Sent before the echo, which would renew the ended promises.
             let told = self.incoming.get_mut(&id).map(|incoming| std::mem::take(&mut incoming.told));
             for (key, (claimant, state, _)) in told.into_iter().flatten() {
                 if state == State::Granted {
-                    self.tell(id, key, claimant, State::Denied, None);
+                    self.send(id, key, claimant, State::Denied, None);
                 }
             }
         }
@@ -91,7 +91,7 @@ impl Actor {
                 true => self.settle(key, now),
                 false => {
                     if let Some(incoming) = self.incoming.get_mut(&id) {
-                        incoming.tell_absent(key);
+                        incoming.grant_absent(key);
                     }
                 }
             }
@@ -101,7 +101,7 @@ impl Actor {
         }
     }
 
-    /// Sends what was decided outside of a heartbeat.
+    /// Sends decisions that were made outside of a heartbeat.
     pub(super) fn flush(&mut self) {
         let process = self.process;
         for incoming in self.incoming.values_mut().filter(|one| one.open && !one.news.is_empty()) {
@@ -109,7 +109,7 @@ impl Actor {
         }
     }
 
-    /// Links of a process that has ended promise and claim nothing any more.
+    /// Drops the links of a process that has ended: they promise and claim nothing any more.
     pub(super) fn forget_the_dead(&mut self, node: NodeId) {
         let dead = self.outgoing.get(&node).is_some_and(|one| one.beats.is_none() && one.reach == Some(Reach::Refused));
         if dead {
@@ -120,7 +120,7 @@ impl Actor {
         }
     }
 
-    /// The live claims of the others for a shard, with their place in the order and their link.
+    /// Returns the live claims of a shard's other replicas, with their place in the order of preference and their link.
     pub(super) fn claims(&self, key: Key, seat: &Seat, now: u64) -> Vec<(usize, u64, Claimed)> {
         let others = seat.order.iter().enumerate().filter(|(_, one)| one.replica != seat.replica.id);
         others
@@ -128,7 +128,7 @@ impl Actor {
                 let id = *self.newest.get(&placed.node)?;
                 let link = self.incoming.get(&id).filter(|link| now < link.heard_ms + ms(LEASE_PROMISE))?;
                 let mut claimed = *link.claims.get(&key).filter(|one| one.replica == placed.replica)?;
-                // It reaches this node, but this node does not reach it, and clients will not either.
+                // The peer reaches this node, but this node does not reach it, and clients will not either.
                 claimed.claim.able &= !self.is_out_of_reach(placed.node);
                 Some((order, id, claimed))
             })
@@ -139,8 +139,8 @@ impl Actor {
         self.outgoing.get(&node).is_some_and(|one| one.beats.is_none() && one.reach == Some(Reach::Unreachable))
     }
 
-    /// Until when a replica that is out of reach cannot serve: it has taken note that its claim was denied here,
-    /// and does not take this node for silent while it is answered.
+    /// Returns until when an unreachable replica cannot serve: the replica has seen that its claim was denied here, and
+    /// does not take this node for silent while it is answered.
     pub(super) fn subdued(&self, key: Key, placed: &Placed) -> Option<Belief> {
         let id = self.newest.get(&placed.node)?;
         let link = self.incoming.get(id).filter(|link| link.open && link.seen_reply >= link.denied)?;
@@ -149,7 +149,7 @@ impl Actor {
         (denied && !claimed.claim.serving && claimed.held_grant == 0).then(|| link.subdued.clone())
     }
 
-    /// Does a promise still bind?
+    /// Returns whether a promise still binds.
     pub(super) fn binds(&self, key: Key, promise: &Promise, now: u64) -> bool {
         let Some(link) = self.incoming.get(&promise.link) else { return false };
         if now >= link.heard_ms + ms(LEASE_PROMISE) {
@@ -160,14 +160,14 @@ impl Actor {
         !released
     }
 
-    /// Is the holder of a promise heard? One that may be silent is not named to clients: they would ask it in
-    /// vain, and this replica may serve in a moment.
+    /// Returns whether the holder of a promise still sends heartbeats. A holder that may be silent is not named to
+    /// clients: they would ask it in vain, and this replica may serve shortly.
     pub(super) fn is_fresh(&self, link: u64, now: u64) -> bool {
         self.incoming.get(&link).is_some_and(|link| now.saturating_sub(link.heard_ms) < ms(LEASE_BEAT) * 3)
     }
 
-    /// Tells a claimant what became of its claim, unless it knows.
-    pub(super) fn tell(
+    /// Sends a claimant the state of its claim, unless that was sent already.
+    pub(super) fn send(
         &mut self,
         link: u64,
         key: Key,
@@ -196,7 +196,7 @@ impl Actor {
 }
 
 impl Incoming {
-    pub(super) fn tell_absent(&mut self, key: Key) {
+    pub(super) fn grant_absent(&mut self, key: Key) {
         let Some(claimed) = self.claims.get(&key) else { return };
         let told = (claimed.replica, State::Absent, 0);
         if self.told.insert(key, told) == Some(told) {
@@ -211,15 +211,15 @@ impl Incoming {
         });
     }
 
-    /// Sends the echo of the last heartbeat, with what changed since the last reply.
+    /// Sends the echo of the last heartbeat, with the changes since the last reply.
     pub(super) fn reply(&mut self, process: u64) {
         let number = self.number + 1;
         let reply = v1::LeaseReply { process, sent_ms: self.sent_ms, number, grants: self.news.clone() };
-        // A transport that is full is slow: what was not sent goes with the next reply.
+        // A full transport is slow: unsent changes go with the next reply.
         if self.replies.try_send(Ok(reply)).is_ok() {
             self.number = number;
             self.news.clear();
-            // It cannot take this node for silent before then.
+            // The peer cannot take this node for silent before then.
             self.subdued.store(now_ms() + ms(LEASE_EXCUSE), Ordering::Release);
         }
     }

@@ -1,7 +1,7 @@
-//! Outgoing links: this node's claims, what became of them, and what is known of nodes that are silent.
+//! Outgoing links: this node's claims, the answers to them, and the evidence about silent nodes.
 //!
-//! **Invariant:** how an attempt to connect ended counts for a bounded time from its beginning, and failures of before
-//! anybody was heard again count for nothing: this node was the one that was cut off.
+//! **Invariant:** the result of a connection attempt counts for a bounded time from its start, and failures from before
+//! any peer was reached again count for nothing: this node was the one that was cut off.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -23,9 +23,9 @@ use crate::lease::seat::Seat;
 use crate::replica::authority::{Belief, now_ms};
 
 impl Actor {
-    /// Holds a link to each node that holds another replica of a shard of this one.
+    /// Keeps a link to each node that holds another replica of a shard of this node.
     pub(super) fn connect(&mut self) {
-        let me = self.core.node_id;
+        let me = self.registry.node_id;
         let wanted: BTreeSet<NodeId> = self
             .seats
             .values()
@@ -47,7 +47,7 @@ impl Actor {
             let (cancel, reset) = (CancellationToken::new(), Arc::new(Notify::new()));
             let took_ms: Arc<AtomicU64> = Arc::default();
             let link = Link {
-                core: self.core.clone(),
+                registry: self.registry.clone(),
                 node,
                 events: self.events.clone(),
                 reset: reset.clone(),
@@ -75,15 +75,15 @@ impl Actor {
         }
     }
 
-    /// The last attempt to reach a node has failed.
+    /// Returns true when the last attempt to reach a node has failed.
     pub(super) fn is_away(&self, node: NodeId) -> bool {
         let failed =
             |link: &Outgoing| link.beats.is_none() && matches!(link.reach, Some(Reach::Refused | Reach::Unreachable));
         self.outgoing.get(&node).is_some_and(failed)
     }
 
-    /// Somebody is heard again who could not be reached: the attempts that have failed until now say nothing of
-    /// the others, because this node was the one that was cut off.
+    /// Voids failed connection attempts when an unreachable node is reached again or sends a message: this node was the
+    /// one that was cut off, so the failures until now prove nothing about the others.
     pub(super) fn network_is_back(&mut self, node: NodeId, now: u64) {
         if self.outgoing.get(&node).is_none_or(|one| one.reach != Some(Reach::Unreachable)) {
             return;
@@ -99,7 +99,7 @@ impl Actor {
         }
         let Some(outgoing) = self.outgoing.get_mut(&node) else { return };
         if reach == Reach::Reachable && outgoing.reach == Some(Reach::Refused) {
-            // Its silence until now was another process's.
+            // The silence until now was that of another process.
             outgoing.heard_ms = now;
         }
         outgoing.cut |= reach != Reach::Reachable;
@@ -110,7 +110,7 @@ impl Actor {
         outgoing.reach = Some(reach);
     }
 
-    pub(super) fn hear_of_link(&mut self, node: NodeId, news: News, now: u64) {
+    pub(super) fn handle_link(&mut self, node: NodeId, news: News, now: u64) {
         match news {
             News::Reach(reach, began) => {
                 self.reached(node, reach, began, now);
@@ -120,13 +120,13 @@ impl Actor {
                 let Some(outgoing) = self.outgoing.get_mut(&node) else { return };
                 outgoing.beats = Some(beats);
                 outgoing.replied_ms = now;
-                // Promises over the link before are believed as long as they were, and not longer.
+                // Promises over the previous link are believed as long as before, and not longer.
                 outgoing.believed = Arc::default();
                 outgoing.grants.clear();
                 outgoing.seen_reply = 0;
                 outgoing.sent = None;
                 if std::mem::take(&mut outgoing.cut) {
-                    self.core.link_is_up(node);
+                    self.registry.link_is_up(node);
                 }
                 self.dirty = true;
             }
@@ -136,7 +136,7 @@ impl Actor {
                 outgoing.reach = None;
             }
             News::Reply(reply) => {
-                let keys = self.hear_reply(node, reply, now);
+                let keys = self.handle_reply(node, reply, now);
                 for key in keys {
                     self.settle(key, now);
                 }
@@ -146,8 +146,8 @@ impl Actor {
         self.settle_all_of(node, now);
     }
 
-    /// Takes note of a reply; answers the shards for which it changes something.
-    pub(super) fn hear_reply(&mut self, node: NodeId, reply: v1::LeaseReply, now: u64) -> Vec<Key> {
+    /// Records a reply; returns the shards that it changes.
+    pub(super) fn handle_reply(&mut self, node: NodeId, reply: v1::LeaseReply, now: u64) -> Vec<Key> {
         let Some(outgoing) = self.outgoing.get_mut(&node) else { return Vec::new() };
         let mut keys: Vec<Key> = Vec::new();
         for grant in reply.grants {
@@ -174,7 +174,7 @@ impl Actor {
         if was_believed {
             outgoing.believed.fetch_max(until, Ordering::AcqRel);
         } else {
-            // A term that has lapsed is not valid again before everything in the reply has been decided.
+            // A lapsed term is not valid again before everything in the reply has been decided.
             outgoing.believed = Arc::new(until.into());
             keys.extend(outgoing.grants.keys());
         }
@@ -182,7 +182,7 @@ impl Actor {
         keys
     }
 
-    /// Sends claims that changed, and heartbeats when they are due.
+    /// Sends changed claims, and heartbeats when they are due.
     pub(super) fn beat(&mut self, due: bool, now: u64) {
         self.dirty = false;
         for (node, outgoing) in &mut self.outgoing {
@@ -215,16 +215,16 @@ impl Actor {
                 continue;
             }
             let request = v1::LeaseRequest {
-                node_id: self.core.node_id.0,
+                node_id: self.registry.node_id.0,
                 process: self.process,
                 sent_ms: now,
                 seen_reply: outgoing.seen_reply,
                 unchanged,
                 claims: if unchanged { Vec::new() } else { claims.clone() },
             };
-            // A transport that is full is slow: the next heartbeat says it all again.
+            // A full transport is slow: the next heartbeat repeats everything.
             if beats.try_send(request).is_ok() {
-                // The promise of which the heartbeat says nothing ends with it: it is not relied on again.
+                // A promise that the heartbeat does not name ends with it, and is not relied on again.
                 outgoing.grants.retain(|key, one| {
                     let said = |claim: &v1::LeaseClaim| (claim.keyspace_id, claim.shard) == (key.0.0, key.1.0);
                     let held = claims.iter().find(|claim| said(claim)).map_or(0, |claim| claim.held_grant);
@@ -235,7 +235,7 @@ impl Actor {
         }
     }
 
-    /// What is known of a peer, and the promise on which that stands.
+    /// Returns what is known of a peer, and the promise on which that rests.
     pub(super) fn peer(
         &self,
         key: Key,
@@ -270,14 +270,15 @@ impl Actor {
         let heard = outgoing.heard_ms.max(self.listening_ms);
         let quiet = now.saturating_sub(heard) >= ms(LEASE_SILENCE);
         let linked = self.newest.get(&placed.node).and_then(|id| self.incoming.get(id)).is_some_and(|link| link.open);
-        // Not only once: each attempt to connect must find it anew.
+        // Evidence expires: each connection attempt must find it anew.
         let found = outgoing.excused.load(Ordering::Acquire) > now;
         match outgoing.reach {
             Some(Reach::Refused) if !linked && found => (Peer::Dead, None),
             Some(Reach::Reachable) if quiet && found => (Peer::Hung, None),
             Some(Reach::Unreachable) if quiet => {
-                // Tried again since the master said so.
-                let gone = self.core.master_says_gone(placed.node, now).is_some_and(|since| since <= outgoing.tried_ms);
+                // The last attempt began after the master had reported the node gone.
+                let gone =
+                    self.registry.master_says_gone(placed.node, now).is_some_and(|since| since <= outgoing.tried_ms);
                 (Peer::Silent { gone }, None)
             }
             Some(Reach::Unreachable) if self.subdued(key, placed).is_some() => (Peer::Subdued, None),
@@ -285,7 +286,7 @@ impl Actor {
         }
     }
 
-    /// Finds out whether the silent peers can be reached now.
+    /// Probes whether the silent peers can be reached now.
     pub(super) fn probe(&self, key: Key, seat: &Seat) {
         let silent = seat.order.iter().filter(|one| {
             self.outgoing
@@ -295,12 +296,12 @@ impl Actor {
         let targets: Vec<(NodeId, Option<String>, u64)> = silent
             .map(|one| {
                 let took_ms = self.outgoing.get(&one.node).map_or(0, |link| link.took_ms.load(Ordering::Relaxed));
-                (one.node, self.core.address(one.node), took_ms)
+                (one.node, self.registry.address(one.node), took_ms)
             })
             .collect();
         let round = seat.replica.authority().begin_round();
         let (replica, events) = (seat.replica.clone(), self.events.clone());
-        // Ends with the patience of each attempt.
+        // Ends with the time-outs of the attempts.
         tokio::spawn(async move {
             let tries = targets.into_iter().map(|(node, address, took_ms)| async move {
                 (reach(&address?, took_ms).await != Reach::Unreachable).then_some(node)

@@ -1,20 +1,20 @@
-//! What the others are told, and when.
+//! Which messages the actor sends to other nodes, and when.
 #![allow(clippy::unwrap_used)]
 
 use super::*;
 use crate::lease::may_have_served;
 use crate::replica::authority::Refusal;
-use crate::replica::job::{Control, Role};
-use crate::replica::tests::duties::{Member, members, shard_on};
+use crate::replica::command::{Control, Role};
+use crate::replica::tests::replicator::{Member, members, shard_on};
 use crate::replica::tests::support::{Rig, START_US};
 use vasto_core::ids::{CatalogVersion, Epoch, Origin};
-use vasto_core::members::evict;
+use vasto_core::reconcile::evict;
 use vasto_core::record::RangeState;
 
 const KEY: Key = (KeyspaceId(7), ShardId(0));
 const LINK: u64 = 5;
 
-/// What was sent over the incoming link since the last look.
+/// Returns the states that were sent over the incoming link since the last call.
 fn states(actor: &mut Actor, sent: &mut mpsc::Receiver<Result<v1::LeaseReply, Status>>) -> Vec<(State, u64, u64)> {
     actor.flush();
     let mut all = Vec::new();
@@ -40,25 +40,26 @@ fn heartbeat(held_grant: u64, seen_reply: u64) -> Event {
     Event::Request { id: LINK, request }
 }
 
-/// Who acts for the home serves by the home's promise. The home is able again: the other one hears its claim and
-/// hands over; if it were denied before, what it has not acknowledged yet would end with an unknown outcome.
+/// The acting primary serves by the preferred primary's promise. When the preferred primary is able again, the acting
+/// primary receives its claim and transfers leadership; denied before, its unacknowledged writes would end with an
+/// unknown outcome.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_serves_by_a_promise_hears_the_better_claim_before_it_is_denied() {
     let all = members(2).await;
     let (home, catalog) = (&all[0], shard_on(2));
-    home.duties.follow(&catalog);
+    home.replicator.follow(&catalog);
     let deadline = std::time::Instant::now() + Duration::from_secs(20);
-    while home.duties.lag_behind(ReplicaId(2)).is_none() {
+    while home.replicator.lag_behind(ReplicaId(2)).is_none() {
         assert!(std::time::Instant::now() < deadline, "it does not pull");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     let (events, receiver) = mpsc::channel(64);
-    let mut actor = Actor::new(home.core.clone(), events, receiver, watch::channel(false).0);
+    let mut actor = Actor::new(home.registry.clone(), events, receiver, watch::channel(false).0);
     actor.began_ms = 0;
     let order = catalog.shard(ShardId(0)).unwrap().replicas.clone();
     let seat = |primary_version| Event::Seat {
         replica: home.replica.clone(),
-        duties: home.duties.clone(),
+        replicator: home.replicator.clone(),
         order: order.clone(),
         primary_version,
         served: false,
@@ -81,19 +82,19 @@ async fn whoever_serves_by_a_promise_hears_the_better_claim_before_it_is_denied(
     assert_eq!(state, State::Granted);
     actor.take(heartbeat(grant, number), start);
     assert_eq!(states(&mut actor, &mut sent), []);
-    // It is primary.
+    // The preferred primary becomes primary.
     actor.take(seat(9), start);
     assert!(actor.seats[&KEY].wants);
     assert_eq!(states(&mut actor, &mut sent), [], "denied before it can have heard the better claim");
     actor.take(heartbeat(grant, number), start + ms(LEASE_BEAT));
     assert_eq!(states(&mut actor, &mut sent), []);
-    // It does not hear it: it is denied.
+    // The acting primary does not receive the claim: it is denied.
     actor.take(heartbeat(grant, number), start + ms(LEASE_BEAT) * 4);
     actor.tick(start + ms(LEASE_BEAT) * 4);
     assert_eq!(states(&mut actor, &mut sent).iter().map(|one| one.0).collect::<Vec<_>>(), [State::Denied]);
 }
 
-/// A claimant of two: what the other one promises, and the claims that were sent to it.
+/// Actor of one of two replicas, with the claims and replies that it sends to the scripted peer.
 struct Claimant {
     actor: Actor,
     claims: mpsc::Receiver<v1::LeaseRequest>,
@@ -104,23 +105,23 @@ struct Claimant {
 impl Claimant {
     fn new(home: &Member) -> Self {
         let catalog = shard_on(2);
-        home.duties.follow(&catalog);
+        home.replicator.follow(&catalog);
         let (events, receiver) = mpsc::channel(64);
-        let mut actor = Actor::new(home.core.clone(), events, receiver, watch::channel(false).0);
+        let mut actor = Actor::new(home.registry.clone(), events, receiver, watch::channel(false).0);
         (actor.began_ms, actor.listening_ms) = (0, 0);
-        home.core.pulse.store(now_ms(), Ordering::Release);
+        home.registry.pulse.store(now_ms(), Ordering::Release);
         let (beats, claims) = mpsc::channel(64);
         let start = now_ms();
         let order = catalog.shard(ShardId(0)).unwrap().replicas.clone();
-        let (replica, duties) = (home.replica.clone(), home.duties.clone());
-        actor.take(Event::Seat { replica, duties, order, primary_version: 5, served: false }, start);
+        let (replica, replicator) = (home.replica.clone(), home.replicator.clone());
+        actor.take(Event::Seat { replica, replicator, order, primary_version: 5, served: false }, start);
         actor.take(Event::Link { node: NodeId(2), news: News::Up(beats) }, start);
         let (sender, replies) = mpsc::channel(64);
         actor.take(Event::Opened { id: LINK, replies: sender }, start);
         Self { actor, claims, replies, start }
     }
 
-    /// The other one promises itself.
+    /// Delivers the peer's promise.
     fn promise(&mut self, grant: u64) {
         let state = State::Granted as i32;
         let (keyspace_id, shard) = (KEY.0.0, KEY.1.0);
@@ -129,7 +130,7 @@ impl Claimant {
         self.actor.take(Event::Link { node: NodeId(2), news: News::Reply(reply) }, self.start);
     }
 
-    /// The other one claims the shard, better than this one or not.
+    /// Delivers the peer's claim, better than this replica's or not.
     fn claim(&mut self, primary_version: u64) {
         let (keyspace_id, shard) = (KEY.0.0, KEY.1.0);
         let claim =
@@ -139,7 +140,7 @@ impl Claimant {
         self.actor.take(Event::Request { id: LINK, request }, self.start);
     }
 
-    /// What the heartbeat that is due now says to hold.
+    /// Returns the grant that the heartbeat due now names as held.
     fn held(&mut self) -> u64 {
         self.actor.beat(true, self.start);
         let mut held = None;
@@ -149,7 +150,7 @@ impl Claimant {
         held.unwrap()
     }
 
-    /// The origins of what it names as it promises itself to the other one.
+    /// Returns the origins that the replica names as it promises itself to the peer.
     async fn named(&mut self) -> Vec<Origin> {
         loop {
             match self.actor.receiver.recv().await.unwrap() {
@@ -187,7 +188,7 @@ async fn a_promise_that_was_let_go_of_is_not_relied_on_again() {
     assert_eq!((one.held(), one.serves()), (9, true));
     one.claim(6);
     assert_eq!((one.held(), one.serves()), (0, false));
-    // The other one has been free to serve since; that it has denied this one is still on its way.
+    // The peer has been free to serve since; its denial is still on its way.
     one.claim(4);
     assert_eq!((one.held(), one.serves()), (0, false), "it relies on a promise that it has given back");
     one.promise(10);
@@ -210,18 +211,19 @@ async fn one_that_was_opened_again_says_that_it_has_served() {
     for again in [false, true] {
         let (rig, replica) = tokio::task::spawn_blocking(move || open(again)).await.unwrap();
         let one = Member::of(rig, replica);
-        // What the process before this one has acknowledged may be held by nobody else.
+        // Writes that the previous process acknowledged may be held by no other replica.
         assert_eq!(may_have_served(&one.replica, &placed), again);
-        // A copy that is not placed yet has acknowledged nothing.
+        // A replica under construction has acknowledged nothing.
         assert!(!may_have_served(&one.replica, &elsewhere));
         let version = CatalogVersion(elsewhere.version.0 + 1);
-        let order = Control::Obey { epoch: Epoch(1), version, role: Role::Detached };
+        let order = Control::ApplyCatalog { epoch: Epoch(1), version, role: Role::Detached };
         one.replica.control(order).await.unwrap();
         assert_eq!(may_have_served(&one.replica, &elsewhere), again, "that catalog is of before");
     }
 }
 
-/// Its first record of this opening is nothing that anybody was told: whoever serves goes on without it.
+/// The first record of an incarnation that has not served was acknowledged to no client: the serving replica goes on
+/// without it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_that_has_not_served_since_it_was_opened_names_nothing_of_this_opening() {
     for serves in [false, true] {
@@ -237,15 +239,15 @@ async fn one_that_has_not_served_since_it_was_opened_names_nothing_of_this_openi
     }
 }
 
-/// The shard has lost its other replica, and gets another one: nobody else can have served meanwhile.
+/// The shard loses its other replica and gets a new one: no other replica can have served meanwhile.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_that_serves_alone_goes_on_in_the_same_term() {
     let all = members(2).await;
     let mut one = Claimant::new(&all[0]);
     let placed = |one: &mut Claimant, count| {
-        let (replica, duties) = (all[0].replica.clone(), all[0].duties.clone());
+        let (replica, replicator) = (all[0].replica.clone(), all[0].replicator.clone());
         let order = shard_on(count).shard(ShardId(0)).unwrap().replicas.clone();
-        one.actor.take(Event::Seat { replica, duties, order, primary_version: 5, served: false }, one.start);
+        one.actor.take(Event::Seat { replica, replicator, order, primary_version: 5, served: false }, one.start);
         all[0].replica.authority().admit().ok()
     };
     one.promise(9);
@@ -255,7 +257,7 @@ async fn one_that_serves_alone_goes_on_in_the_same_term() {
     assert_eq!(placed(&mut one, 1), Some(term + 1), "another one may have served in between");
 }
 
-/// The other one has ended while the network was cut: it may have served until then.
+/// The peer has ended while the network was cut: it may have served until then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn authority_that_rested_on_silence_is_another_term_once_the_silent_one_is_found_dead() {
     let all = members(2).await;
@@ -268,7 +270,7 @@ async fn authority_that_rested_on_silence_is_another_term_once_the_silent_one_is
     }
     for beat in 1..=20 {
         let now = one.start + ms(LEASE_BEAT) * beat;
-        all[0].core.pulse.store(now, Ordering::Release);
+        all[0].registry.pulse.store(now, Ordering::Release);
         one.actor.tick(now);
     }
     assert_eq!(authority.admit(), Err(Refusal::Probe));

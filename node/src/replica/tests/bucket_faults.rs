@@ -1,5 +1,5 @@
-//! Every request to the bucket fails in every way, and the process dies before and after each: what
-//! is in the bucket afterwards brings everything back, or says by name what it cannot.
+//! Every request to the bucket fails in every way, and the process dies before and after each: afterwards the objects
+//! in the bucket restore everything, or the restore names what is missing.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,41 +24,41 @@ use vasto_shipping::{Bucket, CatalogStore, CatalogWrite, RetryBudget};
 use super::shipping::Shipping;
 use super::support::*;
 use crate::bootstrap::{Adoption, Bootstrap, Log};
-use crate::core::NodeCore;
 use crate::grow::fresh_progress;
-use crate::past::{self, Without};
+use crate::registry::NodeRegistry;
 use crate::replica::{OpenOptions, Replica};
+use crate::restore::{self, Without};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
-    /// Nothing happens, and an error is answered.
+    /// The request is not executed, and an error is returned.
     Before,
-    /// It happens, and an error is answered.
+    /// The request is executed, and an error is returned.
     After,
-    /// It may or may not have happened; nothing is answered.
+    /// The request may or may not be executed; no response is returned.
     Silence,
     /// 503 SlowDown.
     Throttle,
     /// A body ends early without an error.
     Short,
-    /// One bit of a body is another one.
+    /// One bit of a body is flipped.
     Flip,
-    /// The process dies before it.
+    /// The process dies before the request.
     DieBefore,
-    /// The process dies after it.
+    /// The process dies after the request.
     DieAfter,
 }
 
-/// A store that does one thing wrong, at one call.
+/// A store that fails in one way, at one call.
 #[derive(Debug)]
 pub struct Scripted {
     store: Arc<dyn ObjectStore>,
     calls: AtomicU64,
     at: AtomicU64,
     fault: Mutex<Option<Fault>>,
-    /// Nothing is answered but errors.
+    /// Every request is answered with an error.
     pub down: AtomicBool,
-    /// A stored body was altered: only reading can tell.
+    /// A stored body was altered: only a read can detect that.
     altered: AtomicBool,
     /// The planned fault has happened.
     fired: AtomicBool,
@@ -93,7 +93,7 @@ impl Scripted {
         })
     }
 
-    /// What is to happen at this call.
+    /// Returns the fault of this call.
     fn turn(&self) -> Option<Fault> {
         let call = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
         if self.down.load(Ordering::SeqCst) {
@@ -120,7 +120,7 @@ impl Scripted {
         Bucket::from_store("memory://scripted", self.clone()).with_retry(budget)
     }
 
-    /// The same content without faults.
+    /// Returns a bucket with the same content, without faults.
     pub fn good(&self) -> Bucket {
         Bucket::from_store("memory://scripted", self.store.clone())
     }
@@ -232,7 +232,7 @@ impl ObjectStore for Scripted {
 
     fn list(&self, prefix: Option<&ObjectPath>) -> BoxStream<'static, Result<ObjectMeta>> {
         match self.turn() {
-            // A listing that is silent is ended by the time-out of the HTTP client.
+            // A listing without a response is ended by the time-out of the HTTP client.
             Some(Fault::Before | Fault::After | Fault::Throttle | Fault::Silence) => {
                 futures::stream::iter([Err(broken("list"))]).boxed()
             }
@@ -278,7 +278,7 @@ async fn fill(replica: &Replica, round: usize) {
     tokio::task::spawn_blocking(work).await.unwrap();
 }
 
-/// The keyspace in the catalog: without it nothing of its data is judged.
+/// Registers the keyspace in the catalog: without that none of its data is judged.
 async fn register(bucket: &Bucket) {
     let store = CatalogStore::new(bucket.clone());
     store.claim_cluster("c".into()).await.unwrap();
@@ -288,7 +288,7 @@ async fn register(bucket: &Bucket) {
 
 const STRICT: Retention = Retention { keep_checkpoints: 1, keep_for: Duration::ZERO, min_age: Duration::ZERO };
 
-/// What the bucket holds of the replica, as a keyspace of its own; tries again as a node does.
+/// Restores what the bucket holds of the replica as a keyspace of its own; retries as a node does.
 async fn restored(rig: &Rig, bucket: &Bucket, rounds: usize, died: &Notify) -> std::result::Result<Contents, String> {
     let dir = memory_dir();
     let plan = Plan {
@@ -301,7 +301,7 @@ async fn restored(rig: &Rig, bucket: &Bucket, rounds: usize, died: &Notify) -> s
         targets: Vec::new(),
         seals_undone: 0,
     };
-    let log = Log::Past { shards: 1, until_us: None };
+    let log = Log::Fork { shards: 1, until_us: None };
     let owned: BandRange = Band::owned(1).into();
     let mut last = String::new();
     for _ in 0..10 {
@@ -311,14 +311,14 @@ async fn restored(rig: &Rig, bucket: &Bucket, rounds: usize, died: &Notify) -> s
             dir: dir.path().to_owned(),
             side: dir.path().join("side"),
             progress: Arc::new(Mutex::new(fresh_progress(&plan))),
-            core: Arc::new(NodeCore::new(NodeId(1), rig.clock.clone(), 1)),
+            registry: Arc::new(NodeRegistry::new(NodeId(1), rig.clock.clone(), 1)),
             cancel: CancellationToken::new(),
         };
         let kept = Mutex::new(None::<Replica>);
         let attempt = async {
             let text = |error: crate::bootstrap::BootstrapError| error.to_string();
-            let choose = past::candidates(bucket, KEYSPACE, rig.shard, &[], Without::default(), None);
-            let found = past::chosen(bucket, &dir.path().join("sources.json"), choose).await.map_err(text)?;
+            let choose = restore::candidates(bucket, KEYSPACE, rig.shard, &[], Without::default(), None);
+            let found = restore::chosen(bucket, &dir.path().join("sources.json"), choose).await.map_err(text)?;
             let is_new = !crate::replica::database_dir(dir.path()).join("CURRENT").exists();
             if let Some(base) = found.all.first().and_then(|one| one.base.as_ref()).filter(|_| is_new) {
                 let adoption = Adoption {
@@ -360,8 +360,8 @@ async fn restored(rig: &Rig, bucket: &Bucket, rounds: usize, died: &Notify) -> s
     Err(last)
 }
 
-/// Three rounds of writes and checkpoints, a tail of log, a collection; a process that dies is
-/// followed by the next, on what a crash left of its directory.
+/// Runs three rounds of writes and checkpoints, a tail of log, a garbage collection; after a crash the next process
+/// runs on what the crash left of the directory.
 async fn life(rig: &Rig, script: &Arc<Scripted>) -> Contents {
     let bucket = script.bucket();
     let mut path = rig.path.clone();
@@ -383,7 +383,7 @@ async fn life(rig: &Rig, script: &Arc<Scripted>) -> Contents {
     }
     fill(&replica, 3).await;
     for _ in 0..5 {
-        // The rest of the log goes out when the shipper ends.
+        // The shipper ships the rest of the log when it ends.
         let shipping = Shipping::start(rig, &path, &replica, &bucket, Duration::from_secs(3_600));
         let handle = shipping.handle.clone();
         tokio::select! {
@@ -439,7 +439,7 @@ async fn run(at: u64, fault: Option<Fault>) -> Cell {
             refused = Some(error);
         }
     }
-    // What a fault left behind does not stay in the way of the next attempt.
+    // Leftovers of a fault do not block the next attempt.
     if !altered {
         assert_eq!(restored(&rig, &script.good(), 4, &Notify::new()).await.as_ref(), Ok(&wanted), "{cell}: afterwards");
     }

@@ -1,5 +1,5 @@
-//! Removing a range that was given away: nothing of it stays, nothing else is touched, and a crash
-//! between any two steps is made good.
+//! Removal of a range that was given away: nothing of it stays, nothing else is touched, and a crash between any two
+//! steps is recovered.
 
 use vasto_core::Band;
 use vasto_core::ids::CatalogVersion;
@@ -8,13 +8,13 @@ use vasto_core::record::{BandRange, RangeState};
 use super::support::*;
 use crate::host::clean_up;
 use crate::replica::Replica;
-use crate::replica::job::Control;
+use crate::replica::command::Control;
 
 const RANGE: BandRange = BandRange { first: Band(2), last: Band(3) };
 const VERSION: CatalogVersion = CatalogVersion(8);
 
-/// Old versions at the bottom level, newer ones and tombstones in L0 in a file that reaches across
-/// all bands, the newest in the memtable; then the range is given away.
+/// Creates old versions at the bottom level, newer ones and tombstones in an L0 file that spans all bands, the newest
+/// versions in the memtable; then gives the range away.
 fn given_away() -> (Rig, Replica) {
     let rig = Rig::new();
     let replica = rig.create();
@@ -47,7 +47,7 @@ fn anything_visible(replica: &Replica) -> bool {
     replica.engine().any_in(RANGE).unwrap()
 }
 
-/// No SST holds a key of the range, also none that a range delete hides.
+/// Returns true when an SST overlaps the range, also when a range delete hides its keys.
 fn anything_on_disk(replica: &Replica) -> bool {
     replica.engine().live_files().unwrap().iter().any(|file| {
         let (first, last) = (file.start_key.as_ref().unwrap()[0], file.end_key.as_ref().unwrap()[0]);
@@ -62,7 +62,7 @@ fn clean(replica: &Replica) {
 
 fn assert_clean(replica: &Replica, neighbours: &Rows, when: &str) {
     assert!(!anything_visible(replica), "{when}");
-    // One file that still spans the range but holds nothing of it would be seen here as well.
+    // The check also detects a file that spans the range but holds nothing of it.
     assert!(!anything_on_disk(replica), "{when}: {:?}", replica.engine().live_files());
     assert_eq!(outside(&data_rows(replica)), *neighbours, "{when}: the neighbours are as they were");
     assert!(replica.ranges().all_are(RANGE, RangeState::Empty), "{when}");
@@ -79,7 +79,7 @@ fn a_clean_up_leaves_nothing_of_the_range_and_all_of_its_neighbours() {
     assert_clean(&replica, &neighbours, "cleaned twice");
     let (_dir, again) = rig.crash(&replica);
     assert_clean(&again, &neighbours, "after a restart");
-    // The range can be filled again, and nothing old shines through.
+    // The range can be filled again, and no old value becomes visible.
     set_range(&again, RANGE, RangeState::Owned);
     for band in RANGE.bands() {
         for key in keys_in(band, "k", 40) {
@@ -90,7 +90,7 @@ fn a_clean_up_leaves_nothing_of_the_range_and_all_of_its_neighbours() {
 
 #[test]
 fn dropping_files_alone_is_not_a_clean_up() {
-    // The control of the test above: it must be able to see what this leaves.
+    // Control of the test above: that test must detect what this leaves behind.
     let (_rig, replica) = given_away();
     let before = data_rows(&replica);
     replica.engine().delete_files_in(RANGE).unwrap();

@@ -1,11 +1,11 @@
-//! Crashes at particular moments: around flushes, in the first records of a replica, again and again.
+//! Crashes at particular points in time: around flushes, in the first records of a replica, repeatedly.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use vasto_core::ids::{Lsn, ReplicaId};
-use vasto_core::record::{Body, Progress, RangeState};
+use vasto_core::record::{Body, RangeState, TailProgress};
 
 use super::support::*;
 use crate::replica::{OpenError, create_dirs, database_dir, log_dir};
@@ -73,10 +73,11 @@ fn cursors_are_as_durable_as_what_they_brought() {
     let rig = Rig::new();
     let replica = rig.create();
     let source = ReplicaId(44);
-    let lsn = apply(&replica, vec![value_entry("k", START_US, "v")], vec![Progress::Tail(source, Lsn(10))]).unwrap();
+    let lsn =
+        apply(&replica, vec![value_entry("k", START_US, "v")], vec![TailProgress::Tail(source, Lsn(10))]).unwrap();
     assert!(replica.log().synced_lsn() >= lsn, "answered once it is durable");
-    // Nothing of interest in it, but the position moves on.
-    apply(&replica, Vec::new(), vec![Progress::Tail(source, Lsn(25))]).unwrap();
+    // The record has no entries, but the position advances.
+    apply(&replica, Vec::new(), vec![TailProgress::Tail(source, Lsn(25))]).unwrap();
     let (_dir, again) = rig.crash(&replica);
     assert_eq!(again.tail_cursors().unwrap(), vec![(source, Lsn(25))]);
     assert_eq!(get(&again, "k").as_deref(), Some("v"));
@@ -90,7 +91,7 @@ fn entries_of_a_band_that_is_not_held_are_refused_whole() {
     set_range(&replica, (lost..=lost).into(), RangeState::Leaving);
     let other = keys_in(if lost.0 == 1 { vasto_core::Band(2) } else { vasto_core::Band(1) }, "x", 1).remove(0);
     let entries = vec![value_entry(&other, START_US, "v"), value_entry("k", START_US, "v")];
-    let progress = vec![Progress::Tail(ReplicaId(3), Lsn(5))];
+    let progress = vec![TailProgress::Tail(ReplicaId(3), Lsn(5))];
     assert!(apply(&replica, entries, progress).is_err());
     assert!(data_rows(&replica).is_empty() && replica.tail_cursors().unwrap().is_empty());
 }
@@ -116,7 +117,7 @@ fn the_names_of_a_replicas_directories_are_durable_before_it_opens() {
     let top = memory_dir();
     let dir = top.path().join("7-1");
     let (db, log) = (database_dir(&dir), log_dir(&dir));
-    // The second time it finds what somebody made and perhaps never synced.
+    // The second round finds directories that exist but may never have been synced.
     for _ in 0..2 {
         let synced = RefCell::new(BTreeMap::new());
         let sync = |path: &Path| {

@@ -1,4 +1,4 @@
-//! What an acknowledgement is worth, and what happens when the disk says no.
+//! The guarantee of an acknowledgement, and disk errors.
 
 use std::sync::mpsc::channel;
 
@@ -6,7 +6,7 @@ use vasto_core::ErrorCode;
 use vasto_core::catalog::Ack;
 
 use super::support::*;
-use crate::replica::job::{Change, WriteOp};
+use crate::replica::command::{OpKind, WriteOp};
 use crate::replica::{Replica, log_dir};
 
 #[test]
@@ -17,7 +17,7 @@ fn an_fsync_write_is_answered_only_after_its_record_is_synced() {
         let (done, answer) = channel();
         let log = replica.log().clone();
         let seen = move |result: Result<_, _>| {
-            // Called by the writer itself: nothing can be synced between its decision and this look.
+            // The writer itself calls this: nothing can be synced between its decision and this check.
             done.send((result.is_ok(), log.synced_lsn(), log.appended_lsn())).unwrap();
         };
         replica.write(vec![put(&format!("k{i}"), "v")], Ack::Fsync, 0, Box::new(seen));
@@ -31,7 +31,7 @@ fn an_fsync_answer_that_writes_nothing_still_waits_for_what_it_saw() {
     let rig = Rig::new();
     let replica = rig.create();
     let time = START_US + 1_000;
-    // In the log, but not synced yet; the same write again, now with `fsync`, changes nothing.
+    // The write is in the log, but not synced yet; the same write again, now with `fsync`, changes nothing.
     send(&replica, vec![at(time, put("k", "v"))], Ack::Os).recv_timeout(DEADLINE).unwrap().unwrap();
     let log = replica.log().clone();
     let (done, answer) = channel();
@@ -66,7 +66,7 @@ fn unsynced_os_writes_are_synced_in_the_background_and_not_streamed_before() {
 
 fn fill(replica: &Replica, from: usize, count: usize) -> Vec<Result<String, ErrorCode>> {
     let big = |key: &str| WriteOp {
-        change: Change::Put { value: vec![7u8; 4 << 20].into(), ttl_ms: None, condition: None },
+        change: OpKind::Put { value: vec![7u8; 4 << 20].into(), ttl_ms: None, condition: None },
         ..put(key, "")
     };
     (from..from + count)
@@ -93,7 +93,7 @@ fn a_log_that_fails_closes_the_replica_and_the_outcome_is_unknown() {
     assert_eq!(try_write(&replica, vec![put("after", "x")]).unwrap_err().code, ErrorCode::Unavailable);
     assert!(apply(&replica, vec![value_entry("peer", START_US, "x")], Vec::new()).is_err());
     assert_eq!(get(&replica, "before").as_deref(), Some("kept"), "reads go on");
-    // Opened again, it has all that was acknowledged and takes writes.
+    // The reopened replica has all that was acknowledged and takes writes.
     std::fs::rename(&away, &dir).unwrap();
     let (_dir, again) = rig.crash(&replica);
     for key in answers.iter().flatten() {

@@ -1,4 +1,4 @@
-//! A target's side of a grow: rewrite, one ingest, the tail; equal to a straightforward model.
+//! The target of a resize: rewrite, one ingest, the tail; its content equals a straightforward model.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,31 +11,32 @@ use vasto_core::catalog::{Catalog, KeyspaceSpec};
 use vasto_core::entry::Entry;
 use vasto_core::hash::{jump, partition_hash};
 use vasto_core::ids::{CatalogVersion, Epoch, Lsn, NodeId, PlanId, ReplicaId, ShardId};
-use vasto_core::plan::{PinnedManifest, Plan, PlanKind, Source, Step, Target, TargetProgress, TargetStage};
+use vasto_core::plan::{PinnedManifest, Plan, PlanKind, Source, Step, Target};
 use vasto_core::record::{Body, RangeState};
+use vasto_core::report::{TargetProgress, TargetStage};
 use vasto_core::stored_key::data_key;
 use vasto_shipping::Bucket;
 
 use super::shipping::{Shipping, bucket};
 use super::support::*;
 use crate::clock::SharedClock;
-use crate::core::NodeCore;
 use crate::engine::TableSet;
 use crate::grow::{Build, BuildError, fresh_progress};
-use crate::host::{Tenant, open_or_begin_again};
+use crate::host::{ReplicaSpec, open_or_begin_again};
+use crate::registry::NodeRegistry;
 use crate::replica::Replica;
-use crate::replica::job::{Control, WriteOp};
+use crate::replica::command::{Control, WriteOp};
 
 const SHARDS: u32 = 3;
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// The home of a key when there are so many shards.
+/// Returns the shard of a key at this number of shards.
 fn home(key: &str, shards: u32) -> u32 {
     jump(partition_hash(key.as_bytes()), shards).shard.0
 }
 
-/// Writes what lives in this source: old versions at the bottom level, newer ones and tombstones in
-/// L0; the same user key under one partition here and another one in the other source.
+/// Writes the keys of this source: old versions at the bottom level, newer ones and tombstones in L0; the same user key
+/// under one partition here and another one in the other source.
 fn load(replica: &Replica, round: &str) {
     let mine: Vec<String> =
         (0..600).map(|i| format!("key{i}")).filter(|key| home(key, SHARDS - 1) == replica.shard.0).collect();
@@ -50,7 +51,7 @@ fn load(replica: &Replica, round: &str) {
     replica.engine().flush().unwrap();
     put_all("newest", 7);
     for i in 0..60u64 {
-        // A partition that has its home here now and moves.
+        // A partition that belongs to this shard now and moves.
         let hash = (0u64..).map(|n| partition_hash(&(i * 1_000_000 + n).to_le_bytes()));
         let moves =
             |hash: &u64| jump(*hash, SHARDS - 1).shard == replica.shard && jump(*hash, SHARDS).shard.0 == SHARDS - 1;
@@ -59,7 +60,7 @@ fn load(replica: &Replica, round: &str) {
     }
 }
 
-/// What must be in the target: every row that moves, in its new band, merged by bytes.
+/// Returns the rows that must be in the target: every row that moves, in its new band, merged by bytes.
 fn model(sources: &[&Replica]) -> Rows {
     let mut out = BTreeMap::new();
     for (stored, entry) in sources.iter().flat_map(|source| data_rows(source)) {
@@ -121,7 +122,7 @@ impl Grow {
         model(&[&self.sources[0].1, &self.sources[1].1])
     }
 
-    /// Builds until the tails have taken what the bucket holds, then cancels; answers the progress.
+    /// Builds until the tails have taken what the bucket holds, then cancels; returns the progress.
     async fn build(&self, rig: &Rig, replica: &Replica, reached: impl Fn(&TargetProgress) -> bool) -> TargetProgress {
         let shipping = Shipping::start(rig, &rig.path, replica, &self.bucket, HOUR);
         let tmp = memory_dir();
@@ -132,7 +133,7 @@ impl Grow {
             replica: replica.clone(),
             ship: shipping.handle.clone(),
             bucket: self.bucket.clone(),
-            core: Arc::new(NodeCore::new(NodeId(1), clock, 1)),
+            registry: Arc::new(NodeRegistry::new(NodeId(1), clock, 1)),
             tmp: tmp.path().to_owned(),
             progress: progress.clone(),
             cancel: cancel.clone(),
@@ -183,10 +184,10 @@ async fn a_target_holds_what_the_model_says() {
     let cursors = target.tail_cursors().unwrap();
     let pinned: Vec<_> = grow.plan.sources.iter().map(|one| (one.replica, one.manifest.clone().unwrap().lsn)).collect();
     assert_eq!(cursors, pinned, "the tails begin at the pinned manifests");
-    // It took nothing over before it owns: no read, no write.
+    // Before it owns the bands the target serves nothing: no read, no write.
     let key = String::from_utf8(expected.keys().next().unwrap()[1..].to_vec()).unwrap();
     assert!(try_get(&target, &key).is_err() && try_write(&target, vec![put(&key, "x")]).is_err());
-    // The stamp of a write after the opening is above everything that was moved.
+    // The event time of a write after the opening is above those of all moved entries.
     set_range(&target, Band::owned(SHARDS).into(), RangeState::Owned);
     for stored in expected.keys().filter(|stored| stored[1..].starts_with(b"key")) {
         let key = std::str::from_utf8(&stored[1..]).unwrap();
@@ -236,7 +237,7 @@ async fn a_build_that_died_between_ingest_and_record_begins_again() {
     let grow = Grow::prepare().await;
     let rig = target_rig();
     let target = rig.create();
-    // As the ingest does, up to the crash: files are in the database, the log does not say so.
+    // Same state as the ingest leaves at the crash: files are in the database, the log does not name them.
     let dir = memory_dir();
     let mut tables = TableSet::new(target.engine(), dir.path());
     tables.put(Band(90), b"left over", &value_entry("left over", START_US, "x").entry).unwrap();
@@ -247,7 +248,7 @@ async fn a_build_that_died_between_ingest_and_record_begins_again() {
     let (crashed, again) = rig.crash(&target);
     assert_eq!(data_rows(&again).len(), 1, "the ingested file is durable at once");
     rig.close(again);
-    let tenant = Tenant {
+    let spec = ReplicaSpec {
         keyspace: KEYSPACE,
         shard: rig.shard,
         replica: rig.replica,
@@ -258,7 +259,7 @@ async fn a_build_that_died_between_ingest_and_record_begins_again() {
     let fresh = tokio::task::spawn_blocking(move || {
         let mut opened = None;
         wait_for("the lock of the database", || {
-            opened = open_or_begin_again(&tenant, &engines, &clock, initial).ok();
+            opened = open_or_begin_again(&spec, &engines, &clock, initial).ok();
             opened.is_some()
         });
         opened.unwrap()

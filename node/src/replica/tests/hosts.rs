@@ -1,4 +1,4 @@
-//! A hosted replica and the versions that it obeys.
+//! A hosted replica and the catalog versions that it applies.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -7,21 +7,21 @@ use std::time::{Duration, Instant};
 use vasto_core::catalog::{Catalog, Placed};
 use vasto_core::ids::{Epoch, NodeId, ReplicaId, ShardId};
 use vasto_core::limits::BINLOG_BYTES_MAX;
-use vasto_core::members::evict;
-use vasto_core::plan::ReplicaPhase;
+use vasto_core::reconcile::evict;
+use vasto_core::report::ReplicaPhase;
 
-use super::duties::{shard_on, until};
+use super::replicator::{shard_on, until};
 use super::shipping::bucket;
 use super::support::*;
 use crate::caretaker::waits_for_disk;
-use crate::core::NodeCore;
-use crate::host::{Host, HostContext, Tenant};
+use crate::host::{Host, HostContext, ReplicaSpec};
+use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 use crate::replica::authority::now_ms;
-use crate::replica::job::Role;
+use crate::replica::command::Role;
 use crate::ship::Pace;
 
-/// A node that hosts replica 1, and none of whose peers can be reached.
+/// A node that hosts replica 1 and cannot reach any peer.
 struct Hosted {
     rig: Rig,
     context: Arc<HostContext>,
@@ -31,9 +31,9 @@ struct Hosted {
 impl Hosted {
     fn new() -> Self {
         let rig = Rig::new();
-        let core = Arc::new(NodeCore::new(NodeId(1), rig.clock.clone(), 2));
+        let registry = Arc::new(NodeRegistry::new(NodeId(1), rig.clock.clone(), 2));
         let context = HostContext {
-            core,
+            registry,
             engines: rig.shared.clone(),
             bucket: bucket(),
             ship_interval: Duration::from_secs(3600),
@@ -46,22 +46,22 @@ impl Hosted {
     }
 
     fn start(&self, catalog: &Catalog) -> Host {
-        let tenant = Tenant {
+        let spec = ReplicaSpec {
             keyspace: KEYSPACE,
             shard: ShardId(0),
             replica: ReplicaId(1),
             dir: self.rig.path.clone(),
             tmp: self.tmp.path().to_owned(),
         };
-        Host::start(self.context.clone(), tenant, Arc::new(catalog.clone()))
+        Host::start(self.context.clone(), spec, Arc::new(catalog.clone()))
     }
 
     async fn replica(&self) -> Replica {
         let found = async {
             loop {
-                match self.context.core.replica(KEYSPACE, ReplicaId(1)) {
+                match self.context.registry.replica(KEYSPACE, ReplicaId(1)) {
                     Some(replica) => return replica,
-                    // At once, to see it as early as others can.
+                    // No pause: the replica is seen as early as others can see it.
                     None => tokio::task::yield_now().await,
                 }
             }
@@ -77,7 +77,7 @@ fn left(catalog: &Catalog) -> Catalog {
 fn placed_again(catalog: &Catalog) -> Catalog {
     let mut next = catalog.next(START_US, 3);
     next.epoch = Epoch(catalog.epoch.0 + 1);
-    next.unsealed.clear();
+    next.draining.clear();
     next.placement[0].replicas.push(Placed { replica: ReplicaId(1), node: NodeId(1) });
     next
 }
@@ -90,10 +90,10 @@ async fn one_that_becomes_a_member_catches_up_before_it_serves() {
     let replica = hosted.replica().await;
     until("the replica to serve", || replica.is_ready() && replica.version() == catalog.version).await;
     let outside = left(&catalog);
-    host.obey(Arc::new(outside.clone()));
+    host.apply_catalog(Arc::new(outside.clone()));
     until("it to leave", || replica.view().role == Role::Detached).await;
     let inside = placed_again(&outside);
-    host.obey(Arc::new(inside.clone()));
+    host.apply_catalog(Arc::new(inside.clone()));
     until("it to be a member", || replica.version() == inside.version).await;
     assert!(!replica.is_ready(), "its peer has not said what it holds");
     until("the silent peer to be skipped", || replica.is_ready()).await;
@@ -105,7 +105,7 @@ async fn one_that_left_is_at_no_moment_taken_for_the_primary() {
     for (catalog, role) in [(shard_on(2), Role::Primary), (left(&shard_on(2)), Role::Detached)] {
         let hosted = Hosted::new();
         let host = hosted.start(&catalog);
-        assert_eq!(hosted.replica().await.view().role, role, "before it has obeyed anything");
+        assert_eq!(hosted.replica().await.view().role, role, "before it has applied anything");
         host.stop().await;
     }
 }
@@ -140,14 +140,14 @@ async fn one_that_stops_waits_no_longer_than_it_must() {
             until("it to end", || replica.closed().is_some()).await;
             stopping.await.unwrap();
         } else {
-            // Its files are to go: it has been drained, or is given up.
+            // The replica's files will be removed: it was drained, or given up.
             host.stop_to_discard().await;
             assert!(replica.is_ready());
         }
     }
 }
 
-/// The home is away: who acts for it ships from then on, however new the version is that says so.
+/// The preferred primary is away: the acting primary ships as soon as a version names it, however new that version is.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_acts_for_the_home_ships_at_once() {
     let hosted = Hosted::new();
@@ -155,11 +155,11 @@ async fn who_acts_for_the_home_ships_at_once() {
     catalog.placement[0].replicas.reverse();
     let host = hosted.start(&catalog);
     let replica = hosted.replica().await;
-    until("the version to be obeyed", || replica.version() == catalog.version).await;
+    until("the version to be applied", || replica.version() == catalog.version).await;
     assert!(host.shipper().is_none(), "the home does");
     catalog.placement[0].primary = Some(ReplicaId(1));
     catalog.version = vasto_core::ids::CatalogVersion(2);
-    host.obey(Arc::new(catalog));
+    host.apply_catalog(Arc::new(catalog));
     until("it to ship", || host.shipper().is_some()).await;
     host.stop_to_discard().await;
 }
@@ -171,7 +171,7 @@ async fn a_node_that_restarts_opens_its_replicas_a_few_at_a_time() {
     let all = turns.clone().acquire_many_owned(turns.available_permits() as u32).await.unwrap();
     let host = hosted.start(&shard_on(1));
     tokio::time::sleep(Duration::from_millis(100)).await;
-    assert_eq!(host.report(&hosted.context.core).phase, ReplicaPhase::Opening, "others have their turn");
+    assert_eq!(host.report(&hosted.context.registry).phase, ReplicaPhase::Opening, "others have their turn");
     drop(all);
     let replica = hosted.replica().await;
     until("the turn to be given back", || turns.available_permits() > 0).await;
@@ -184,14 +184,14 @@ async fn a_replica_with_nothing_to_do_has_no_thread() {
     let hosted = Hosted::new();
     let host = hosted.start(&shard_on(1));
     let replica = hosted.replica().await;
-    until("its writer to rest", || replica.jobs.rests()).await;
+    until("its writer to rest", || replica.commands.rests()).await;
     let wrote = tokio::task::spawn_blocking({
         let replica = replica.clone();
         move || write_one(&replica, put("k", "v"))
     });
     wrote.await.unwrap();
     assert_eq!(get(&replica, "k").as_deref(), Some("v"));
-    until("its writer to rest again", || replica.jobs.rests()).await;
+    until("its writer to rest again", || replica.commands.rests()).await;
     host.stop().await;
 }
 
@@ -200,8 +200,8 @@ async fn a_node_whose_disk_does_not_answer_says_so() {
     let hosted = Hosted::new();
     let host = hosted.start(&shard_on(1));
     let replica = hosted.replica().await;
-    until("its writer to rest", || replica.jobs.rests()).await;
-    let told = || waits_for_disk(&hosted.context.core, now_ms()).collect::<Vec<_>>();
+    until("its writer to rest", || replica.commands.rests()).await;
+    let told = || waits_for_disk(&hosted.context.registry, now_ms()).collect::<Vec<_>>();
     assert_eq!(told(), Vec::<String>::new());
     replica.shared.busy_since_ms.store(now_ms() - 2_000, Ordering::Release);
     assert_eq!(told(), ["shard 0 of keyspace 7 waits for its disk"]);

@@ -1,9 +1,9 @@
-//! A shard lives through what happens to shards, and is restored at moments that are drawn: what comes out is
-//! what a model holds, or it is refused; never less in silence.
+//! A shard runs through random histories and is restored at random points in time: the result equals that of a model,
+//! or the restore is refused; no write is lost silently.
 //!
-//! Clocks run ahead, behind, and are set right; nodes go away and come back, restart, or are given up; who
-//! ships changes; deletes are forgotten; the shard gives keys away. The store has a clock of its own.
-//! `VASTO_MOMENTS` sets the number of lives, `VASTO_MOMENTS_SEED` the first of them.
+//! Clocks run ahead, behind, and are corrected; nodes leave and return, restart, or are given up; the shipping replica
+//! changes; tombstones are forgotten; the shard gives keys away. The store has a clock of its own.
+//! `VASTO_MOMENTS` sets the number of histories, `VASTO_MOMENTS_SEED` the seed of the first.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -22,23 +22,23 @@ use vasto_core::hash::{jump, partition_hash};
 use vasto_core::ids::{CatalogVersion, Epoch, Lsn, ReplicaId, ShardId};
 use vasto_core::record::{BandRange, RangeState, Record};
 use vasto_shipping::Bucket;
-use vasto_shipping::history::manifest_at;
+use vasto_shipping::archive::manifest_at;
 
-use super::past::{bootstrap_into, restore_from};
 use super::replication::{member, pull};
+use super::restore::{bootstrap_into, restore_from};
 use super::shipping::Shipping;
 use super::support::*;
 use crate::bootstrap::{Adoption, Log};
 use crate::clock::Clock;
-use crate::past::Without;
 use crate::replica::Replica;
-use crate::replica::job::Control;
+use crate::replica::command::Control;
+use crate::restore::Without;
 use crate::ship::Positions;
 
 const SECOND: u64 = 1_000_000;
 const HOUR: Duration = Duration::from_secs(3_600);
 const YEARS_US: u64 = 50 * 365 * 86_400 * SECOND;
-/// What good clocks may differ by, and a little.
+/// Largest difference between good clocks, with a margin.
 const SLACK: u64 = 10 * SECOND;
 
 /// A store in memory with a clock of its own.
@@ -47,7 +47,7 @@ pub struct Dated {
     store: memory::InMemory,
     clock: Arc<TestClock>,
     written: Mutex<HashMap<ObjectPath, u64>>,
-    /// It says of everything that it was written long after now.
+    /// The store reports for every object a write time long after now.
     tells_nothing: AtomicBool,
 }
 
@@ -140,7 +140,7 @@ impl ObjectStore for Dated {
     }
 }
 
-/// Numbers that only the seed decides.
+/// Random numbers that only the seed decides.
 struct Numbers(u64);
 
 impl Numbers {
@@ -165,10 +165,10 @@ impl Numbers {
 #[derive(Debug, Clone)]
 struct Write {
     key: String,
-    /// `None` deletes.
+    /// The value; `None` deletes.
     value: Option<String>,
     event_time: u64,
-    /// Who took it, when that was, and what it was stamped with.
+    /// The replica that accepted the write, the time of that, and the commit time.
     by: ReplicaId,
     at: u64,
     commit_time: u64,
@@ -176,13 +176,13 @@ struct Write {
 
 struct Node {
     rig: Rig,
-    /// Always there but while it restarts.
+    /// Open replica; `None` only during a restart.
     open: Option<Replica>,
     here: bool,
     offset: i64,
-    /// The writes that it holds ...
+    /// Writes that the replica holds.
     holds: BTreeSet<usize>,
-    /// ... and those that are in its log as they were written.
+    /// Writes whose records are in the replica's log as they were written.
     whole: BTreeSet<usize>,
 }
 
@@ -197,11 +197,11 @@ impl Node {
     }
 }
 
-/// What a replica has put into the bucket.
+/// Writes that a replica has shipped.
 #[derive(Default, Clone)]
 struct InBucket {
     holds: BTreeSet<usize>,
-    /// What is there as it was written, and since when.
+    /// Writes whose records were shipped as they were written, and since when.
     whole: BTreeMap<usize, u64>,
 }
 
@@ -210,30 +210,30 @@ struct World {
     now: u64,
     store: Arc<Dated>,
     bucket: Bucket,
-    /// In the order of preference.
+    /// Nodes in the order of preference.
     nodes: Vec<Node>,
     writes: Vec<Write>,
     shipped: BTreeMap<ReplicaId, InBucket>,
     given_up: Vec<GivenUp>,
     version: CatalogVersion,
     next_replica: u64,
-    /// When the shard gave keys away.
+    /// Time when the shard gave keys away.
     resized: Option<u64>,
     story: Vec<String>,
     restored: u32,
     refused: u32,
     planted: Planted,
-    /// What is not as it should be.
+    /// The deviation found.
     wrong: Option<String>,
 }
 
-/// What is left out, to see that the model notices.
+/// Planted fault, which the model must detect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Planted {
     Nothing,
-    /// Nobody remembers whose loss was accepted.
+    /// The restore does not know which losses were accepted.
     GivenUpIsForgotten,
-    /// The store does not say when it got an object: only stamps tell.
+    /// The store does not report when it got an object: only commit times are known.
     StampsAreBelieved,
 }
 
@@ -289,7 +289,7 @@ impl World {
         (0..self.nodes.len()).filter(|at| self.nodes[*at].here).collect()
     }
 
-    /// Who serves and ships: the first that is there.
+    /// Returns the node that serves and ships: the first that is there.
     fn acting(&self) -> usize {
         self.here()[0]
     }
@@ -335,7 +335,7 @@ impl World {
         self.nodes[to].holds.extend(theirs);
     }
 
-    /// Everybody who is there pulls from everybody.
+    /// Lets each present node pull from every other.
     fn replicate(&mut self) {
         let here = self.here();
         for _ in 0..2 {
@@ -372,12 +372,12 @@ impl World {
         self.tell(format!("{id} ships{}", if checkpoint { " a checkpoint" } else { "" }));
     }
 
-    fn obey(&mut self) {
+    fn apply_catalog(&mut self) {
         self.version = CatalogVersion(self.version.0 + 1);
         let (epoch, version) = (Epoch(self.version.0), self.version);
         for at in self.here() {
             let replica = self.nodes[at].replica();
-            let order = Control::Obey { epoch, version, role: replica.view().role };
+            let order = Control::ApplyCatalog { epoch, version, role: replica.view().role };
             block_in_place(|| control(replica, order)).unwrap();
         }
     }
@@ -389,7 +389,7 @@ impl World {
         node.open = loop {
             match block_in_place(|| node.rig.open(&node.rig.path, false)) {
                 Ok(replica) => break Some(replica),
-                // The last look of a shipper that was stopped may not be over.
+                // The last poll of a stopped shipper may still run.
                 Err(error) => assert!(began.elapsed() < DEADLINE, "{error}"),
             }
             std::thread::park_timeout(Duration::from_millis(2));
@@ -398,7 +398,8 @@ impl World {
         self.tell(format!("{id} restarts"));
     }
 
-    /// All promise, all hold all, the floor is logged, and what it covers is forgotten.
+    /// Runs a gc floor round: all promise, all hold all, the floor is logged, and tombstones that it covers are
+    /// removed.
     fn collect(&mut self) {
         if self.here().len() < self.nodes.len() {
             return;
@@ -409,7 +410,7 @@ impl World {
         let acting = self.acting();
         block_in_place(|| {
             for node in &self.nodes {
-                control(node.replica(), Control::Promise { commit_time: floor }).unwrap();
+                control(node.replica(), Control::FenceCommitTime { commit_time: floor }).unwrap();
             }
         });
         self.replicate();
@@ -424,7 +425,7 @@ impl World {
         self.tell(format!("deletes until {floor} are forgotten"));
     }
 
-    /// One that is away is given up: what it had shipped is taken over by the one that serves, or not. A copy
+    /// Gives up a node that is away: the serving node takes over what that node had shipped, or not. A new replica
     /// takes its place.
     async fn give_up(&mut self) {
         let Some(at) = (0..self.nodes.len()).find(|at| !self.nodes[*at].here) else { return };
@@ -444,13 +445,13 @@ impl World {
                 self.tell(format!("what {id} had shipped is taken over"));
             }
         }
-        self.obey();
+        self.apply_catalog();
         self.given_up.push(GivenUp { replica: id, version: self.version });
         self.tell(format!("{id} is given up"));
         self.copy().await;
     }
 
-    /// One more replica from a checkpoint of the one that serves.
+    /// Adds a replica from a checkpoint of the serving one.
     async fn copy(&mut self) {
         let acting = self.acting();
         self.ship(acting, true).await;
@@ -466,7 +467,7 @@ impl World {
         let adoption = Adoption { keyspace: KEYSPACE, replica: id, owned, version, epoch };
         let base = manifest_at(&self.bucket, &pinned.key).await.unwrap();
         let bootstrap = bootstrap_into(&rig, &self.bucket, &rig.path);
-        bootstrap.take(&base, adoption, Log::Joined).await.unwrap();
+        bootstrap.take(&base, adoption, Log::Replicate).await.unwrap();
         let replica = block_in_place(|| rig.open(&rig.path, true)).unwrap();
         let holds = self.nodes[acting].holds.clone();
         self.nodes.push(Node { rig, open: Some(replica), here: true, offset: 0, holds, whole: BTreeSet::new() });
@@ -474,7 +475,7 @@ impl World {
         self.tell(format!("{id} is made"));
     }
 
-    /// The shard becomes one of two: what belongs to the other one is given away.
+    /// Makes the shard one of two: keys of the other shard are given away.
     fn resize(&mut self) {
         if self.resized.is_some() || self.here().len() < self.nodes.len() {
             return;
@@ -490,7 +491,7 @@ impl World {
         self.tell("the shard gives keys away".into());
     }
 
-    /// What the winner of these writes is, by key.
+    /// Returns the winner of these writes, by key.
     fn winners(&self, of: impl Iterator<Item = usize>) -> BTreeMap<&str, &Write> {
         let mut winners: BTreeMap<&str, &Write> = BTreeMap::new();
         for index in of {
@@ -503,7 +504,7 @@ impl World {
         winners
     }
 
-    /// What must be in a restore to a moment, or it is refused.
+    /// Returns the writes that a restore to a point in time must contain unless it is refused.
     fn required(&self, at: Option<u64>) -> BTreeSet<usize> {
         let given_up = |id: &ReplicaId| self.given_up.iter().any(|lost| lost.replica == *id);
         let kept: Vec<&InBucket> =
@@ -514,7 +515,8 @@ impl World {
             let first = whole.entry(*index).or_insert(*held);
             *first = (*held).min(*first);
         }
-        // A clock that is ahead by less than a write waited to be shipped does not show, nor do those behind it.
+        // A clock that is ahead by less than a write waited to be shipped goes undetected, and so do the writes behind
+        // it.
         let hides = |one: &Write, held: u64| one.commit_time > until && one.commit_time <= held + SLACK;
         let mut hidden = BTreeSet::new();
         let mut required = BTreeSet::new();
@@ -533,7 +535,7 @@ impl World {
     }
 
     async fn restore(&mut self, at: Option<u64>) {
-        // The nodes that are there ship first.
+        // The present nodes ship first.
         self.replicate();
         let acting = self.acting();
         let checkpoint = self.numbers.below(2) == 0;
@@ -543,7 +545,7 @@ impl World {
             (Some(_), _) => 2,
             (None, _) => 1,
         };
-        // A moment in the middle of it belongs to neither shape.
+        // A point in time during the resize belongs to neither shape.
         if self.resized.zip(at).is_some_and(|(resized, at)| at.abs_diff(resized) < 2 * 3_600 * SECOND) {
             return;
         }
@@ -652,7 +654,7 @@ impl World {
         }
     }
 
-    /// Lives, and answers how often it was restored and how often that was refused, or what is wrong.
+    /// Runs a history; returns the numbers of restores and of refusals, or the deviation found.
     async fn live(seed: u64, planted: Planted) -> Result<(u32, u32), String> {
         let mut world = Self::new(seed, planted);
         for step in 0..=120 {
@@ -674,7 +676,7 @@ impl World {
     }
 }
 
-/// The last record of a log.
+/// Returns the last record of a log.
 fn last_record(replica: &Replica) -> Record {
     control(replica, Control::Sync).unwrap();
     let mut reader = replica.log().reader(Lsn(replica.applied_lsn().0 - 1)).unwrap();

@@ -1,15 +1,15 @@
-//! Replay equals live: after any history, a crash and a restart give the same replica again.
+//! Replay equals live: after any history, a crash and a restart yield the same replica.
 
 use proptest::prelude::*;
 use vasto_core::Band;
 use vasto_core::catalog::Ack;
 use vasto_core::ids::{CatalogVersion, Lsn, Origin, OwnSeq, PlanId, ReplicaId};
-use vasto_core::record::{BandRange, Body, KeyEntry, Progress, RangeState};
+use vasto_core::record::{BandRange, Body, KeyEntry, RangeState, TailProgress};
 use vasto_core::stored_key::MetaKey;
 
 use super::support::*;
 use crate::replica::Replica;
-use crate::replica::job::{Change, Control, Role, WriteOp};
+use crate::replica::command::{Control, OpKind, Role, WriteOp};
 use crate::replica::state::{Head, Identity};
 
 #[derive(Debug, Clone)]
@@ -46,8 +46,8 @@ fn key(number: u8) -> String {
 
 fn op((number, value, event_time, ttl): (u8, u8, Option<u16>, Option<u16>)) -> WriteOp {
     let change = match value % 4 {
-        0 => Change::Delete { condition: None },
-        _ => Change::Put { value: vec![value; usize::from(value)].into(), ttl_ms: ttl.map(u64::from), condition: None },
+        0 => OpKind::Delete { condition: None },
+        _ => OpKind::Put { value: vec![value; usize::from(value)].into(), ttl_ms: ttl.map(u64::from), condition: None },
     };
     let event_time = event_time.map(|time| START_US + u64::from(time));
     WriteOp { key: key(number).into_bytes().into(), partition_hash: None, event_time, change, created_ttl_ms: None }
@@ -66,22 +66,22 @@ fn one_band(band: u8) -> BandRange {
     BandRange { first: Band(band), last: Band(band) }
 }
 
-/// Does a step; an answer other than "it is done" is one of those that the state allows.
+/// Executes a step; an answer other than success is one that the state allows.
 fn take(rig: &Rig, replica: &Replica, step: &Step) {
     match step {
         Step::Batch(ops, synced) => {
             let ack = if *synced { Ack::Fsync } else { Ack::Os };
             let answer = send(replica, ops.iter().copied().map(op).collect(), ack);
-            // A write to a sealed band is answered later; everything before this order is done after it.
+            // A write to a sealed band is answered later; the writer executes this command after everything before it.
             control(
                 replica,
-                Control::Obey { epoch: Default::default(), version: Default::default(), role: Role::Primary },
+                Control::ApplyCatalog { epoch: Default::default(), version: Default::default(), role: Role::Primary },
             )
             .unwrap();
             drop(answer);
         }
         Step::Apply(entries, lsn) => {
-            let progress = vec![Progress::Tail(ReplicaId(9), Lsn(*lsn))];
+            let progress = vec![TailProgress::Tail(ReplicaId(9), Lsn(*lsn))];
             let _ = apply(replica, entries.iter().copied().map(entry).collect(), progress);
         }
         Step::Seal(band) => {
@@ -113,7 +113,7 @@ fn head(rows: &Rows) -> Head {
     Head::decode(&rows[&MetaKey::Head.encode()]).unwrap()
 }
 
-/// The reopened replica is the live one plus one `adopt` record.
+/// Checks that the reopened replica is the live one plus one `adopt` record.
 fn assert_same(live: &Replica, again: &Replica) {
     assert_eq!(data_rows(live), data_rows(again));
     let (before, mut after) = (meta_rows(live), meta_rows(again));
@@ -181,7 +181,7 @@ fn a_stop_and_a_start_are_one_more_incarnation_and_nothing_else() {
         assert_eq!(try_write(&replica, vec![put("late", "x")]).unwrap_err().code, vasto_core::ErrorCode::Unavailable);
         rig.close(replica);
         let mut again = None;
-        // The writer's thread lets go of the database a moment after it has said that it ended.
+        // The writer's thread releases the database shortly after it has reported its end.
         wait_for("the lock of the database", || {
             again = rig.open(&rig.path, false).ok();
             again.is_some()

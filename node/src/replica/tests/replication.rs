@@ -8,7 +8,7 @@ use vasto_core::{Band, ErrorCode};
 
 use super::support::*;
 use crate::replica::Replica;
-use crate::replica::job::{Control, ReplicaError};
+use crate::replica::command::{Control, ReplicaError};
 
 pub fn member(id: u64) -> Rig {
     Rig::of(ShardId(0), ReplicaId(id), 1, RangeState::Owned)
@@ -27,7 +27,7 @@ pub fn pull(to: &Replica, from: &Replica) {
     take(to, from, streamed(from)).unwrap();
 }
 
-/// Everything that is stored, as bytes.
+/// Returns everything that is stored, as bytes.
 fn rows(replica: &Replica) -> Vec<(Vec<u8>, Vec<u8>)> {
     let data = Band::all().flat_map(|band| replica.engine().with_prefix(&[band.0]).unwrap());
     data.collect()
@@ -43,7 +43,7 @@ fn two_replicas_that_take_writes_hold_the_same_bytes() {
             &b,
             if n % 7 == 0 { delete(&format!("k{}", n % 20)) } else { put(&format!("k{}", n % 20), &format!("b{n}")) },
         );
-        // The same event time on both sides, and other bytes.
+        // Both sides get the same event time with different bytes.
         write_one(&a, at(START_US + 1, put("tie", "a")));
         write_one(&b, at(START_US + 1, put("tie", "b")));
     }
@@ -61,7 +61,7 @@ fn two_replicas_that_take_writes_hold_the_same_bytes() {
     }
 }
 
-/// Hazards 6, 10, 14: a gap is an error, progress and data are one.
+/// Hazards 6, 10, 14: a gap is an error, progress and data are atomic.
 #[test]
 fn a_record_that_comes_too_early_is_refused_and_one_that_is_there_is_skipped() {
     let (one, two) = (member(1), member(2));
@@ -82,7 +82,7 @@ fn a_record_that_comes_too_early_is_refused_and_one_that_is_there_is_skipped() {
     assert_eq!(b.log().appended_lsn(), logged, "a repetition is not logged again");
     take(&b, &a, all.clone()).unwrap();
     assert_eq!(rows(&a), rows(&b));
-    // Of an origin that nobody has heard of only the first record is taken.
+    // Of an unknown origin only the first record is taken.
     let stranger = Origin { replica: ReplicaId(9), incarnation: Incarnation(1) };
     let unknown = Record { origin: stranger, own_seq: OwnSeq(2), ..all[1].clone() };
     assert!(matches!(take(&b, &a, vec![unknown]), Err(ReplicaError::Gap { .. })));
@@ -96,15 +96,15 @@ fn a_third_replica_gets_everything_through_the_second() {
     write_one(&a, at(START_US + 50, put("k", "older")));
     write_one(&a, put("other", "v"));
     pull(&b, &a);
-    // The first dies: the third never hears of it but through the second.
+    // The first replica dies: the third receives its records only through the second.
     pull(&c, &b);
     assert_eq!(rows(&c), rows(&b));
     assert_eq!(get(&c, "k").as_deref(), Some("newer"));
     assert!(vasto_core::ids::covers(&c.vector(), &a.vector()));
 }
 
-/// Hazard 12, and the power loss that an `os` acknowledgement allows: the tail of an incarnation that
-/// the disk lost comes back from a peer that kept it.
+/// Hazard 12, and the power loss that an `os` acknowledgement allows: a peer that kept it returns the tail of an
+/// incarnation that the disk lost.
 #[test]
 fn what_this_disk_lost_of_an_earlier_incarnation_is_pulled_back() {
     let (one, two) = (member(1), member(2));
@@ -127,14 +127,14 @@ fn what_this_disk_lost_of_an_earlier_incarnation_is_pulled_back() {
     assert_eq!(restarted.incarnation(), Incarnation(2), "its own old adopt changes nothing");
 }
 
-/// Hazards 25, 42: a directory that was put back from a copy must not count on.
+/// Hazards 25, 42: a directory that was restored from a copy must not continue its numbering.
 #[test]
 fn a_directory_that_is_an_old_copy_closes() {
     let (one, two) = (member(1), member(2));
     let a = one.create();
     let (_dir, copy) = one.crash(&a);
     let b = two.create();
-    // The real one goes on to the same incarnation as the copy, and writes.
+    // The original continues with the same incarnation as the copy, and writes.
     one.close(a);
     let real = one.open(&one.path, false).unwrap();
     assert_eq!(real.incarnation(), copy.incarnation());
@@ -152,7 +152,7 @@ fn a_floor_comes_with_the_records_and_hides_what_it_covers() {
     write_one(&a, put("k", "v"));
     write_one(&a, delete("k"));
     let floor = a.data_commit_time();
-    control(&a, Control::Promise { commit_time: floor }).unwrap();
+    control(&a, Control::FenceCommitTime { commit_time: floor }).unwrap();
     control(&a, Control::GcFloor { floor }).unwrap();
     assert_eq!(a.floor(), floor);
     pull(&b, &a);
@@ -161,7 +161,7 @@ fn a_floor_comes_with_the_records_and_hides_what_it_covers() {
     a.engine().flush().unwrap();
     a.engine().compact_all();
     assert_eq!(rows(&a), [], "compaction removes it");
-    // One that hears of the delete after the floor does not take it at all.
+    // A replica that receives the delete after the floor does not take it at all.
     let three = member(3);
     let c = three.create();
     let (floors, others): (Vec<Record>, Vec<Record>) =
@@ -170,7 +170,7 @@ fn a_floor_comes_with_the_records_and_hides_what_it_covers() {
     assert!(matches!(late.body, Body::Data { .. }) && floors.len() == 1);
     take(&c, &a, others[..others.len() - 1].to_vec()).unwrap();
     take(&c, &a, vec![late]).unwrap();
-    // On those that have compacted and on those that have not, an older write does the same.
+    // An older write has the same effect on replicas that have compacted and on those that have not.
     for replica in [&a, &b, &c] {
         write_one(replica, at(START_US - 5, put("k", "revived")));
         assert_eq!(get(replica, "k").as_deref(), Some("revived"));
@@ -185,13 +185,13 @@ fn a_promise_holds_also_for_a_clock_that_is_a_day_slow() {
     let replica = rig.create();
     write_one(&replica, put("k", "v"));
     let day_us = 86_400_000_000;
-    control(&replica, Control::Promise { commit_time: START_US + day_us }).unwrap();
+    control(&replica, Control::FenceCommitTime { commit_time: START_US + day_us }).unwrap();
     let (_dir, again) = rig.crash(&replica);
     write_one(&again, delete("k"));
     let last = records(&again).pop().unwrap();
     assert!(last.commit_time > START_US + day_us, "{}", last.commit_time);
     let logged = again.log().appended_lsn();
-    control(&again, Control::Promise { commit_time: START_US }).unwrap();
+    control(&again, Control::FenceCommitTime { commit_time: START_US }).unwrap();
     assert_eq!(again.log().appended_lsn(), logged, "what holds already costs nothing");
 }
 
@@ -201,14 +201,14 @@ fn a_write_that_wants_a_second_copy_is_answered_when_there_is_one() {
     let replica = rig.create();
     replica.followers().expect([ReplicaId(2)], [ReplicaId(2)]);
     let answer = send(&replica, vec![put("k", "v")], Ack::Replica);
-    // Durable and visible here, and still not acknowledged.
+    // The write is durable and visible here, and not acknowledged yet.
     while get(&replica, "k").is_none() {}
     assert!(answer.try_recv().is_err());
     let own = Origin { replica: replica.id, incarnation: replica.incarnation() };
     let (lsn, own_seq) = (replica.applied_lsn(), replica.vector()[&own]);
     replica.followers().progress(ReplicaId(2), lsn, own_seq, replica.epoch());
     assert!(answer.recv_timeout(DEADLINE).unwrap().is_ok());
-    // Nobody confirms any more when the replica stops.
+    // No replica confirms the write once the replica stops.
     let answer = send(&replica, vec![put("k", "w")], Ack::Replica);
     while get(&replica, "k").as_deref() != Some("w") {}
     rig.close(replica);

@@ -1,4 +1,4 @@
-//! Read-modify-writes on a real replica: done once, whoever asks how often.
+//! Read-modify-writes on a real replica: executed once, however often they are repeated.
 
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, channel};
@@ -10,42 +10,42 @@ use vasto_core::{Band, ErrorCode, VastoError};
 
 use super::support::*;
 use crate::replica::Replica;
-use crate::replica::job::{Change, Condition, Control, Number, OpId, Outcome, Role, Told, WriteOp};
+use crate::replica::command::{Condition, Control, Number, OpId, OpKind, OpOutcome, Role, WriteContext, WriteOp};
 use crate::replica::read::GetResult;
 
 fn add(key: &str, addend: i64) -> WriteOp {
-    WriteOp { change: Change::AddI64(addend), ..put(key, "") }
+    WriteOp { change: OpKind::AddI64(addend), ..put(key, "") }
 }
 
 fn id(sequence: u64, tried: Option<u64>) -> OpId {
     OpId { client: 77, sequence, tried: tried.map(ReplicaId), age_ms: if tried.is_some() { 10 } else { 0 } }
 }
 
-type Answer = Receiver<Result<Vec<Outcome>, VastoError>>;
+type WriteReply = Receiver<Result<Vec<OpOutcome>, VastoError>>;
 
-fn ask(replica: &Replica, op: WriteOp, id: OpId) -> Answer {
+fn ask(replica: &Replica, op: WriteOp, id: OpId) -> WriteReply {
     ask_for(Ack::Fsync, replica, op, id)
 }
 
-fn ask_for(ack: Ack, replica: &Replica, op: WriteOp, id: OpId) -> Answer {
+fn ask_for(ack: Ack, replica: &Replica, op: WriteOp, id: OpId) -> WriteReply {
     let (done, answer) = channel();
     replica.write_as(
         vec![op],
         ack,
         0,
-        Told { id: Some(id), ..Told::default() },
+        WriteContext { id: Some(id), ..WriteContext::default() },
         Box::new(move |result| drop(done.send(result))),
     );
     answer
 }
 
-fn answered(answer: Answer) -> Result<Outcome, VastoError> {
+fn answered(answer: WriteReply) -> Result<OpOutcome, VastoError> {
     answer.recv_timeout(DEADLINE).unwrap().map(|mut outcomes| outcomes.remove(0))
 }
 
-fn number(outcome: Result<Outcome, VastoError>) -> i64 {
+fn number(outcome: Result<OpOutcome, VastoError>) -> i64 {
     match outcome.unwrap() {
-        Outcome::Modified { number: Some(Number::I64(number)), .. } => number,
+        OpOutcome::Modified { number: Some(Number::I64(number)), .. } => number,
         other => panic!("{other:?}"),
     }
 }
@@ -93,7 +93,7 @@ fn a_repetition_at_the_same_replica_counts_once() {
     let (_dir, restarted) = rig.crash(&replica);
     assert_eq!(number(answered(ask(&restarted, add("c", 5), id(1, Some(1))))), 5, "also after a restart");
     assert_eq!(counter(&restarted, "c"), Some(6));
-    // One that never arrived is done now.
+    // A request that never arrived is executed now.
     assert_eq!(number(answered(ask(&restarted, add("c", 1), id(3, Some(1))))), 7);
 }
 
@@ -106,7 +106,7 @@ fn a_repetition_elsewhere_or_after_too_long_is_unknown() {
     let late = OpId { age_ms: 700_000, ..id(2, Some(1)) };
     assert_eq!(answered(ask(&replica, add("c", 5), late)).unwrap_err().code, ErrorCode::Unknown);
     assert_eq!(counter(&replica, "c"), None, "nothing was done");
-    // A result that was kept for ten minutes is gone, and that is known.
+    // A result older than ten minutes is gone, and that is detected.
     number(answered(ask(&replica, add("c", 5), id(3, None))));
     rig.clock.set(START_US + 601_000_000);
     number(answered(ask(&replica, add("c", 1), id(4, None))));
@@ -121,17 +121,17 @@ fn two_in_one_group_see_each_other() {
     let rig = Rig::new();
     let replica = rig.create();
     let release = hold_writer(&replica);
-    let answers: Vec<Answer> = (0..50).map(|n| ask(&replica, add("c", 1), id(n, None))).collect();
+    let answers: Vec<WriteReply> = (0..50).map(|n| ask(&replica, add("c", 1), id(n, None))).collect();
     let put_if_absent = || WriteOp {
-        change: Change::Put { value: "x".into(), ttl_ms: None, condition: Some(Condition::Absent) },
+        change: OpKind::Put { value: "x".into(), ttl_ms: None, condition: Some(Condition::Absent) },
         ..put("once", "")
     };
-    let races: Vec<Answer> = (100..110).map(|n| ask(&replica, put_if_absent(), id(n, None))).collect();
+    let races: Vec<WriteReply> = (100..110).map(|n| ask(&replica, put_if_absent(), id(n, None))).collect();
     drop(release);
     let sums: Vec<i64> = answers.into_iter().map(|answer| number(answered(answer))).collect();
     assert_eq!(sums, (1..=50).collect::<Vec<i64>>());
-    let outcomes: Vec<Outcome> = races.into_iter().map(|answer| answered(answer).unwrap()).collect();
-    let won = outcomes.iter().filter(|outcome| matches!(outcome, Outcome::Modified { .. })).count();
+    let outcomes: Vec<OpOutcome> = races.into_iter().map(|answer| answered(answer).unwrap()).collect();
+    let won = outcomes.iter().filter(|outcome| matches!(outcome, OpOutcome::Modified { .. })).count();
     assert_eq!(won, 1, "{outcomes:?}");
 }
 
@@ -151,32 +151,33 @@ fn what_fails_changes_nothing() {
 fn only_the_primary_does_it_and_one_that_hands_over_lets_it_wait() {
     let rig = Rig::new();
     let replica = rig.create();
-    let obey = |version, role| {
-        control(&replica, Control::Obey { epoch: Epoch(version), version: CatalogVersion(version), role }).unwrap();
+    let apply_catalog = |version, role| {
+        control(&replica, Control::ApplyCatalog { epoch: Epoch(version), version: CatalogVersion(version), role })
+            .unwrap();
     };
-    obey(2, Role::Secondary);
+    apply_catalog(2, Role::Secondary);
     assert_eq!(answered(ask(&replica, add("c", 1), id(1, None))).unwrap_err().code, ErrorCode::NotPrimary);
     write_one(&replica, put("any", "replica takes puts"));
-    obey(3, Role::HandingOver);
+    apply_catalog(3, Role::TransferringLeadership);
     let waits = ask(&replica, add("c", 1), id(2, None));
     write_one(&replica, put("any", "also now"));
     assert!(waits.try_recv().is_err());
-    obey(4, Role::Secondary);
+    apply_catalog(4, Role::Secondary);
     assert_eq!(answered(waits).unwrap_err().code, ErrorCode::NotPrimary);
-    obey(5, Role::HandingOver);
+    apply_catalog(5, Role::TransferringLeadership);
     let waits = ask(&replica, add("c", 1), id(3, None));
-    obey(6, Role::Primary);
+    apply_catalog(6, Role::Primary);
     assert_eq!(number(answered(waits)), 1, "a hand-over that was undone");
-    // One that was replaced while it was away does nothing before it has heard of that.
+    // A primary that was replaced while it was away does nothing before it has applied that version.
     replica.primary_from(CatalogVersion(9));
     assert_eq!(answered(ask(&replica, add("c", 1), id(4, None))).unwrap_err().code, ErrorCode::NotPrimary);
-    obey(9, Role::Primary);
+    apply_catalog(9, Role::Primary);
     assert_eq!(number(answered(ask(&replica, add("c", 1), id(5, None)))), 2);
-    obey(10, Role::Detached);
+    apply_catalog(10, Role::Detached);
     assert_eq!(try_write(&replica, vec![put("k", "v")]).unwrap_err().code, ErrorCode::WrongEpoch);
 }
 
-/// The report says how many keys there are: results, origins and the replica's own rows are none.
+/// The report counts the keys: results, origins and the replica's own rows are none.
 #[test]
 fn what_is_kept_for_repetitions_does_not_count_as_keys() {
     let rig = Rig::new();
@@ -193,11 +194,11 @@ fn what_is_kept_for_repetitions_does_not_count_as_keys() {
     assert_eq!(replica.size().0, 300);
     replica.engine().compact_all();
     assert_eq!(replica.size().0, 300, "also when they have tables of their own");
-    // What is too old goes with the next one.
+    // Expired results are removed with the next request.
     rig.clock.set(START_US + 601_000_000);
     number(answered(ask(&replica, add("c", 1), id(300, None))));
     assert_eq!((kept(&replica), counted(&replica)), (1, 1));
-    // A replay brings back what was not flushed as forgotten; the next one takes it away again.
+    // A replay restores results whose removal was not flushed; the next request removes them again.
     let (_dir, again) = rig.crash(&replica);
     assert_eq!(counted(&again), kept(&again));
 }
@@ -216,16 +217,16 @@ fn a_counter_ends_with_the_time_to_live_it_began_with() {
     assert_eq!(number(answered(ask(&replica, add(), id(3, None)))), 1, "and it begins anew");
 }
 
-/// Between the two another replica may have been primary without it.
+/// Between the two epochs another replica may have been primary without this result.
 #[test]
 fn a_result_that_was_kept_under_an_earlier_epoch_counts_as_replicated_no_more() {
     let rig = Rig::new();
     let replica = rig.create();
-    let obey = |epoch| {
-        let order = Control::Obey { epoch: Epoch(epoch), version: CatalogVersion(epoch), role: Role::Primary };
+    let apply_catalog = |epoch| {
+        let order = Control::ApplyCatalog { epoch: Epoch(epoch), version: CatalogVersion(epoch), role: Role::Primary };
         control(&replica, order).unwrap();
     };
-    obey(1);
+    apply_catalog(1);
     replica.followers().expect([ReplicaId(2)], [ReplicaId(2)]);
     let first = ask_for(Ack::Replica, &replica, add("c", 5), id(1, None));
     while counter(&replica, "c").is_none() {}
@@ -236,12 +237,12 @@ fn a_result_that_was_kept_under_an_earlier_epoch_counts_as_replicated_no_more() 
     confirm(1);
     assert_eq!(number(answered(first)), 5);
     assert_eq!(number(answered(ask_for(Ack::Replica, &replica, add("c", 5), id(1, Some(1))))), 5);
-    obey(2);
+    apply_catalog(2);
     let again = ask_for(Ack::Replica, &replica, add("c", 5), id(1, Some(1)));
     write_one(&replica, put("another", "write"));
     confirm(2);
     assert_eq!(answered(again).unwrap_err().code, ErrorCode::Unknown);
-    // Also when the replica was opened anew meanwhile; who asks for less is told what was done here.
+    // The same holds after a restart; a request for a lower level gets the result of this replica.
     let (_dir, restarted) = rig.crash(&replica);
     restarted.followers().expect([ReplicaId(2)], [ReplicaId(2)]);
     let again = ask_for(Ack::Replica, &restarted, add("c", 5), id(1, Some(1)));

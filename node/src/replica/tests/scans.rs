@@ -1,4 +1,4 @@
-//! Scans: key order over all bands, pages, and what they must not show.
+//! Scans: key order over all bands, pages, and rows that must stay hidden.
 
 use bytes::Bytes;
 use vasto_core::hash::partition_hash;
@@ -9,7 +9,7 @@ use vasto_core::{Band, ErrorCode};
 
 use super::support::*;
 use crate::replica::Replica;
-use crate::replica::job::{Change, Control, Role, WriteOp};
+use crate::replica::command::{Control, OpKind, Role, WriteOp};
 use crate::replica::read::ScanPage;
 
 fn load(replica: &Replica, prefix: &str, count: usize) -> Vec<String> {
@@ -59,7 +59,7 @@ fn a_page_says_whether_more_follows_and_holds_at_most_its_limits() {
     assert!(largest.rows.len() == SCAN_PAGE_ROWS_MAX || largest.resume_after.is_some(), "full, or out of time");
 }
 
-/// Deletes, expired values and other partitions may outnumber by any factor what a scan shows.
+/// Deletes, expired values and other partitions may outnumber the visible rows of a scan by any factor.
 #[test]
 fn a_page_ends_also_when_it_shows_nothing() {
     let rig = Rig::new();
@@ -100,7 +100,7 @@ fn a_page_ends_also_when_it_shows_nothing() {
     assert_eq!(pages(ScanPage { limit: 1, ..ScanPage::default() }).1, all);
     let (_, seen) = pages(ScanPage { partition_hash: Some(hash), ..ScanPage::default() });
     assert_eq!(seen, [rare]);
-    // What lies behind the prefix is not looked at.
+    // Rows behind the prefix are not read.
     assert_eq!(
         pages(ScanPage { prefix: Bytes::from_static(b"k00000"), ..ScanPage::default() }),
         (1, alive[..2].to_vec())
@@ -112,7 +112,7 @@ fn the_bytes_of_a_page_are_bounded_and_a_larger_row_still_comes() {
     let rig = Rig::new();
     let replica = rig.create();
     let big = |key: &str, bytes: usize| WriteOp {
-        change: Change::Put { value: vec![1; bytes].into(), ttl_ms: None, condition: None },
+        change: OpKind::Put { value: vec![1; bytes].into(), ttl_ms: None, condition: None },
         ..put(key, "")
     };
     for i in 0..8 {
@@ -144,7 +144,7 @@ fn tombstones_and_expired_values_are_skipped() {
             0 => drop(write_one(&replica, delete(key))),
             1 => drop(write_one(
                 &replica,
-                WriteOp { change: Change::Put { value: "x".into(), ttl_ms: Some(5), condition: None }, ..put(key, "") },
+                WriteOp { change: OpKind::Put { value: "x".into(), ttl_ms: Some(5), condition: None }, ..put(key, "") },
             )),
             _ => {}
         }
@@ -165,7 +165,7 @@ fn a_partition_scan_shows_that_partition_only() {
     for i in 0..20 {
         write_one(&replica, WriteOp { partition_hash: Some(hash), ..put(&format!("user:1:{i:02}"), "x") });
     }
-    // Neighbours in the same band, between them in key order.
+    // Neighbours in the same band, and between them in key order.
     for key in keys_in(here, "user:1:0", 20) {
         write_one(&replica, put(&key, "another partition"));
     }
@@ -189,19 +189,20 @@ fn only_owned_bands_are_read_and_only_at_the_epoch_in_force() {
     let gone = keys.iter().find(|key| moved.contains(band(&replica, key))).unwrap();
     let page = ScanPage { partition_hash: Some(partition_hash(gone.as_bytes())), ..ScanPage::default() };
     assert_eq!(replica.scan(Epoch(0), &page).unwrap_err().code, ErrorCode::WrongEpoch);
-    control(&replica, Control::Obey { epoch: Epoch(4), version: CatalogVersion(9), role: Role::Primary }).unwrap();
+    control(&replica, Control::ApplyCatalog { epoch: Epoch(4), version: CatalogVersion(9), role: Role::Primary })
+        .unwrap();
     assert_eq!(replica.scan(Epoch(3), &ScanPage::default()).unwrap_err().code, ErrorCode::WrongEpoch);
     assert_eq!(replica.scan(Epoch(5), &ScanPage::default()).unwrap_err().code, ErrorCode::NodeBehind);
     assert_eq!(replica.scan(Epoch(4), &ScanPage::default()).unwrap().rows.len(), staying.len());
 }
 
-/// Each is a record of its own, wherever a page ends.
+/// Each partition's row is an entry of its own, wherever a page ends.
 #[test]
 fn one_key_under_several_partitions_is_a_row_for_each() {
     let rig = Rig::new();
     let replica = rig.create();
     load(&replica, "k", 20);
-    // Of one band they would be one record.
+    // In one band the rows would be one entry.
     let own = Band::in_shard(partition_hash(b"k00007"), replica.shard).unwrap();
     let mut bands = std::collections::BTreeSet::from([own]);
     let mut hashes: Vec<u64> = (0..)
@@ -237,7 +238,7 @@ fn one_key_under_several_partitions_is_a_row_for_each() {
     }
 }
 
-/// Opening a cursor costs more than a seek: a short scan opens them for the bands that it shows.
+/// Opening a cursor costs more than a seek: a short scan opens cursors only for the bands that it shows.
 #[test]
 fn a_short_scan_opens_few_cursors() {
     let rig = Rig::new();

@@ -1,4 +1,4 @@
-//! A sealed range: its writes wait, its reads go on for a while, everything else goes on for good.
+//! A sealed range: its writes wait, its reads go on for a while, all other requests go on indefinitely.
 
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use vasto_core::{Band, ErrorCode};
 
 use super::support::*;
 use crate::replica::Replica;
-use crate::replica::job::{Control, ReplicaError};
+use crate::replica::command::{Control, ReplicaError};
 
 const MOVING: BandRange = BandRange { first: Band(1), last: Band(1) };
 
@@ -18,7 +18,7 @@ fn seal(replica: &Replica, plan: u64, version: u64) -> Result<Lsn, ReplicaError>
     control(replica, Control::Seal { plan: PlanId(plan), version: CatalogVersion(version), range: MOVING })
 }
 
-/// A key that moves and one that stays.
+/// Returns a key that moves and one that stays.
 fn keys() -> (String, String) {
     (keys_in(Band(1), "m", 1).remove(0), keys_in(Band(2), "s", 1).remove(0))
 }
@@ -71,7 +71,7 @@ fn giving_the_range_away_sends_the_waiting_writes_on() {
     assert_eq!(try_get(&replica, &moving).unwrap_err().code, ErrorCode::WrongEpoch);
     write_one(&replica, put(&staying, "goes on"));
     assert_eq!(replica.ranges().seal, None);
-    // What was refused is not applied behind anybody's back.
+    // A refused write is not applied later.
     let (_dir, again) = rig.crash(&replica);
     assert!(!records(&again).iter().any(|record| {
         let Body::Data { entries, .. } = &record.body else { return false };
@@ -100,7 +100,7 @@ fn reads_of_a_sealed_range_end_with_the_patience_of_the_boot_clock() {
     assert!(!ranges.is_stale(Band(1), Duration::from_secs(3600)));
     wait_for("the seal to age", || ranges.is_stale(Band(1), Duration::from_millis(1)));
     assert!(!ranges.is_stale(Band(2), Duration::ZERO), "other bands never");
-    // With the real patience: refused in the end, gets and scans alike, until there is an outcome.
+    // With the real time-out: gets and scans alike are refused in the end, until the outcome is known.
     let (moving, staying) = keys();
     wait_for(
         "reads to be refused",

@@ -17,18 +17,18 @@ use vasto_proto::v1::reply::Result as Answer;
 use vasto_proto::v1::request::Op;
 
 use super::support::*;
-use crate::core::NodeCore;
 use crate::data::DataService;
+use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 use crate::replica::authority::{Standing, Term};
-use crate::replica::job::{Control, Role};
+use crate::replica::command::{Control, Role};
 
 const NODE: NodeId = NodeId(1);
 
 struct Served {
     _rig: Rig,
     replica: Replica,
-    core: Arc<NodeCore>,
+    registry: Arc<NodeRegistry>,
     client: DataClient<Channel>,
 }
 
@@ -42,20 +42,23 @@ fn catalog(version: u64, epoch: u64) -> Arc<Catalog> {
 async fn serve() -> Served {
     let rig = Rig::new();
     let replica = rig.create();
-    replica.control(Control::Obey { epoch: Epoch(1), version: CatalogVersion(1), role: Role::Primary }).await.unwrap();
-    let core = Arc::new(NodeCore::new(NODE, rig.clock.clone(), 2));
-    core.set_catalog(catalog(1, 1));
-    core.add_replica(replica.clone());
+    replica
+        .control(Control::ApplyCatalog { epoch: Epoch(1), version: CatalogVersion(1), role: Role::Primary })
+        .await
+        .unwrap();
+    let registry = Arc::new(NodeRegistry::new(NODE, rig.clock.clone(), 2));
+    registry.set_catalog(catalog(1, 1));
+    registry.add_replica(replica.clone());
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let service = DataServer::new(DataService::new(core.clone()))
+    let service = DataServer::new(DataService::new(registry.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     // Ends with the test's runtime.
     tokio::spawn(Server::builder().add_service(service).serve_with_incoming(TcpListenerStream::new(listener)));
     let client = DataClient::connect(format!("http://{address}")).await.unwrap();
     let client = client.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX);
-    Served { _rig: rig, replica, core, client }
+    Served { _rig: rig, replica, registry, client }
 }
 
 impl Served {
@@ -75,7 +78,7 @@ impl Served {
         self.ask_at(1, op).await
     }
 
-    /// The code's name and the topology's epoch of a refusal.
+    /// Returns the error of a refusal and the epoch of its topology.
     async fn refused_at(&self, epoch: u64, op: Op) -> (v1::Error, Option<u64>) {
         match self.ask_at(epoch, op).await {
             Answer::Error(error) => {
@@ -129,7 +132,7 @@ async fn unary_requests_write_read_and_scan() {
     assert_eq!(data, vec![bytes("2"), None, bytes("1")]);
     let Answer::Scan(page) = served.ask(scan_of()).await else { panic!() };
     assert_eq!((page.rows.len(), page.more), (2, false));
-    // Lower epochs that still own are served; scans need the very epoch.
+    // Lower epochs are served while the data is still owned; scans need exactly the current epoch.
     let Answer::Get(_) = served.ask_at(0, get_of(vec![key("a")])).await else { panic!() };
     assert!(is(&served.refused_at(0, scan_of()).await.0, vasto_core::ErrorCode::WrongEpoch));
 }
@@ -177,7 +180,7 @@ async fn a_get_of_too_many_bytes_is_refused() {
 async fn a_key_that_moved_is_answered_with_the_topology() {
     let served = serve().await;
     let moving = keys_in(Band(1), "m", 1).remove(0);
-    served.core.set_catalog(catalog(2, 2));
+    served.registry.set_catalog(catalog(2, 2));
     let range = (Band(1)..=Band(1)).into();
     served
         .replica
@@ -191,7 +194,7 @@ async fn a_key_that_moved_is_answered_with_the_topology() {
         .unwrap();
     served
         .replica
-        .control(Control::Obey { epoch: Epoch(2), version: CatalogVersion(2), role: Role::Primary })
+        .control(Control::ApplyCatalog { epoch: Epoch(2), version: CatalogVersion(2), role: Role::Primary })
         .await
         .unwrap();
     for op in [get_of(vec![key(moving.clone())]), write_of(vec![put_op(moving.clone(), vec![])]), scan_of()] {
@@ -199,7 +202,7 @@ async fn a_key_that_moved_is_answered_with_the_topology() {
         assert!(is(&error, vasto_core::ErrorCode::WrongEpoch), "{error:?}");
         assert_eq!(topology, Some(2));
     }
-    // A shard that is not here at all.
+    // A shard that is not on this node.
     let request = v1::Request {
         id: 1,
         keyspace_id: KEYSPACE.0,
@@ -222,22 +225,22 @@ async fn a_request_of_a_higher_epoch_waits_for_the_topology() {
     tokio::pin!(asked);
     let early = tokio::time::timeout(Duration::from_millis(50), &mut asked).await;
     assert!(early.is_err(), "it waits");
-    served.core.set_catalog(catalog(2, 2));
+    served.registry.set_catalog(catalog(2, 2));
     served
         .replica
-        .control(Control::Obey { epoch: Epoch(2), version: CatalogVersion(2), role: Role::Primary })
+        .control(Control::ApplyCatalog { epoch: Epoch(2), version: CatalogVersion(2), role: Role::Primary })
         .await
         .unwrap();
     let started = tokio::time::Instant::now();
     let Answer::Write(_) = asked.await else { panic!("answered once the topology is here") };
     assert!(started.elapsed() < EPOCH_WAIT / 2);
-    // And if it does not come: try again, nothing was done.
+    // Without the topology the client is asked to retry, and nothing was done.
     let (error, _) = served.refused_at(3, write_of(vec![put_op("never", b"v".to_vec())])).await;
     assert!(is(&error, vasto_core::ErrorCode::NodeBehind) && error.retry_after_ms > 0, "{error:?}");
     assert_eq!(get(&served.replica, "never"), None);
 }
 
-/// A cut heals while a request waits for a probe: no probe begins any more, and the client is told to go elsewhere.
+/// A network cut heals while a request waits for a probe: no further probe begins, and the client is sent elsewhere.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_waits_for_a_probe_only_while_authority_rests_on_silence() {
     let served = serve().await;

@@ -33,12 +33,12 @@ pub struct Shipping {
 }
 
 impl Shipping {
-    /// With an hour between chunks nothing is shipped but on request and at the end.
+    /// Starts a shipper; with an hour between chunks it ships only on request and at the end.
     pub fn start(rig: &Rig, dir: &Path, replica: &Replica, bucket: &Bucket, interval: Duration) -> Self {
         Self::with_cap(rig, dir, replica, bucket, interval, vasto_core::limits::BINLOG_BYTES_MAX)
     }
 
-    /// With a log of its own size at most.
+    /// Starts a shipper with a cap on the log.
     pub fn with_cap(
         rig: &Rig,
         dir: &Path,
@@ -71,7 +71,7 @@ impl Shipping {
         self.task.await.unwrap();
     }
 
-    /// Ends at once, as a crash does.
+    /// Ends the shipper at once, as a crash does.
     pub fn kill(self) {
         self.task.abort();
     }
@@ -96,7 +96,7 @@ pub async fn manifest(bucket: &Bucket, pinned: &PinnedManifest) -> Manifest {
     Manifest::decode(&bucket.get(&pinned.key).await.unwrap().unwrap()).unwrap()
 }
 
-/// All records behind an LSN, walked by name as a restore would.
+/// Returns all records behind an LSN, walked by name as a restore does.
 async fn walk(bucket: &Bucket, replica: &Replica, after: Lsn) -> Vec<Record> {
     let mut out = Vec::new();
     let mut next = after.next();
@@ -123,7 +123,7 @@ fn put_many(replica: &Replica, prefix: &str, count: usize) {
     }
 }
 
-/// Sent from the test's own thread while the runtime works.
+/// Writes from the test's own thread while the runtime works.
 async fn put_async(replica: &Replica, prefix: &'static str, count: usize) {
     let replica = replica.clone();
     tokio::task::spawn_blocking(move || put_many(&replica, prefix, count)).await.unwrap();
@@ -156,7 +156,7 @@ async fn a_manifest_says_what_its_checkpoint_holds_under_concurrent_writes() {
         // One incarnation: own_seq counts all but the one local record (the first range state).
         let vector: Vec<u64> = manifest.vector.values().map(|seq| seq.0).collect();
         assert_eq!(vector, vec![manifest.lsn.0 - 1]);
-        // The rows of its files, read as an importer would, are the log up to its LSN and no more.
+        // The rows of the checkpoint's files, read as an importer would, are the log up to its LSN and no more.
         let dir = memory_dir();
         let import: Vec<_> = manifest
             .files
@@ -274,7 +274,7 @@ async fn a_lost_or_stale_position_recovers_from_what_the_bucket_holds() {
     }
 }
 
-/// Only what this replica has shipped itself says that the directory is an old copy.
+/// Only objects that this replica has shipped itself prove that the directory is an old copy.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_damaged_object_in_the_way_closes_nobody_and_another_history_does() {
     let rig = Rig::new();
@@ -293,7 +293,7 @@ async fn a_damaged_object_in_the_way_closes_nobody_and_another_history_does() {
     .await;
     assert_eq!(replica.closed(), None);
     put_async(&replica, "b", 5).await;
-    // A checkpoint goes on behind it.
+    // A checkpoint makes shipping continue behind it.
     let head = replica.settled_lsn();
     shipping.handle.checkpoint(None).await.unwrap();
     assert!(shipping.shipped() >= head);
@@ -349,11 +349,11 @@ async fn a_position_that_the_log_no_longer_reaches_is_replaced_by_a_checkpoint()
     assert_contiguous(&walk(&bucket, &replica, lsn).await, lsn.next(), head);
 }
 
-/// More than one file of the log.
+/// Writes more than one file of the log.
 pub fn fill_a_file(replica: &Replica) {
-    use crate::replica::job::{Change, WriteOp};
+    use crate::replica::command::{OpKind, WriteOp};
     for i in 0..18 {
-        let change = Change::Put { value: vec![3u8; 4 << 20].into(), ttl_ms: None, condition: None };
+        let change = OpKind::Put { value: vec![3u8; 4 << 20].into(), ttl_ms: None, condition: None };
         write_one(replica, WriteOp { change, ..put(&format!("big{}", i % 2), "") });
     }
 }
@@ -372,7 +372,7 @@ async fn the_log_is_truncated_only_behind_what_is_persisted_shipped_and_not_need
     let head = replica.settled_lsn();
     until("the chunks", || shipping.shipped() >= head).await;
     replica.engine().flush().unwrap();
-    // Rounds of the shipper pass; each would truncate if it might.
+    // Rounds of the shipper pass; each would truncate if that were allowed.
     for round in ["x", "y"] {
         put_async(&replica, round, 1).await;
         let head = replica.settled_lsn();
@@ -395,7 +395,7 @@ async fn what_is_only_in_the_memtable_or_not_shipped_keeps_its_log() {
     let filler = replica.clone();
     tokio::task::spawn_blocking(move || fill_a_file(&filler)).await.unwrap();
     let bucket = bucket();
-    // Shipped, not persisted (unless the memtable was flushed by its size: then up to there).
+    // Shipped, not persisted (unless the size of the memtable caused a flush: then persisted up to there).
     let shipping = Shipping::start(&rig, &rig.path, &replica, &bucket, AT_ONCE);
     let head = replica.settled_lsn();
     until("the chunks", || shipping.shipped() >= head).await;
@@ -411,7 +411,7 @@ async fn what_is_only_in_the_memtable_or_not_shipped_keeps_its_log() {
     std::fs::remove_file(rig.path.join("ship.json")).unwrap();
     let before = replica.log().first_lsn();
     let quiet = Shipping::start(&rig, &rig.path, &replica, &super::shipping::bucket(), HOUR);
-    // Longer than a tick of the shipper.
+    // The wait is longer than a tick of the shipper.
     let truncated = until("the log to be cut too early", || replica.log().first_lsn() != before);
     assert!(tokio::time::timeout(Duration::from_millis(700), truncated).await.is_err());
     quiet.stop().await;

@@ -1,4 +1,4 @@
-//! How many keys a replica says it holds.
+//! The number of keys that a replica reports.
 
 use vasto_core::Band;
 use vasto_core::record::{BandRange, RangeState};
@@ -31,7 +31,7 @@ fn a_small_replica_counts_its_keys_whatever_was_overwritten_and_deleted() {
     load(&replica, 1_000, 1_200);
     let since = replica.size().0;
     assert!((900..=1_100).contains(&since), "what was stored since is added: {since}");
-    // What has moved to another shard is not counted here.
+    // Keys that moved to another shard are not counted here.
     set_range(&replica, BandRange::from(Band(1)..=Band(1)), RangeState::Leaving);
     replica.count_keys().unwrap();
     assert!(replica.size().0 < 700, "{}", replica.size().0);

@@ -1,4 +1,4 @@
-//! A place for replicas with a clock that the test sets, and short forms of what tests do to them.
+//! Test rig: directories for replicas, a clock that the test sets, and helpers for common operations.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,13 +13,13 @@ use tempfile::TempDir;
 use vasto_core::catalog::Ack;
 use vasto_core::entry::{Entry, Payload};
 use vasto_core::ids::{CatalogVersion, KeyspaceId, Lsn, ReplicaId, ShardId};
-use vasto_core::record::{BandRange, Body, KeyEntry, Progress, RangeState, Record};
+use vasto_core::record::{BandRange, Body, KeyEntry, RangeState, Record, TailProgress};
 use vasto_core::{Band, VastoError};
 
 use crate::clock::Clock;
 use crate::engine::{EngineBudget, EngineShared};
 use crate::replica::apply::band_of;
-use crate::replica::job::{Change, Control, Outcome, ReplicaError, WriteOp};
+use crate::replica::command::{Control, OpKind, OpOutcome, ReplicaError, WriteOp};
 use crate::replica::read::{GetResult, KeyRef, ScanPage};
 use crate::replica::{OpenError, OpenOptions, Replica};
 
@@ -27,7 +27,7 @@ pub const DEADLINE: Duration = Duration::from_secs(30);
 pub const START_US: u64 = 1_700_000_000_000_000;
 pub const KEYSPACE: KeyspaceId = KeyspaceId(7);
 
-/// A clock that stands until it is moved.
+/// A clock that stands still until the test sets it.
 #[derive(Debug)]
 pub struct TestClock(pub AtomicU64);
 
@@ -43,15 +43,15 @@ impl Clock for TestClock {
     }
 }
 
-/// A directory in memory where there is one: a sync is still a call, and costs nothing.
+/// Creates a directory in memory where there is one: a sync is still a call, and costs nothing.
 pub fn memory_dir() -> TempDir {
     tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
-/// A directory and what opens a replica in it.
+/// A directory, and the context that opens a replica in it.
 ///
-/// Directories stay until every replica that the rig opened has stopped: a flush into a directory
-/// that is gone would hold up the flushes of all others in the process.
+/// Directories stay until every replica that the rig opened has stopped: a flush into a deleted directory would hold up
+/// the flushes of all other databases in the process.
 pub struct Rig {
     pub path: PathBuf,
     dirs: Mutex<Vec<TempDir>>,
@@ -70,7 +70,7 @@ pub fn small_engine() -> EngineShared {
 }
 
 impl Rig {
-    /// The only shard of a keyspace: it owns every band.
+    /// Creates the only shard of a keyspace: it owns every band.
     pub fn new() -> Self {
         Self::of(ShardId(0), ReplicaId(1), 1, RangeState::Owned)
     }
@@ -101,7 +101,7 @@ impl Rig {
         }
     }
 
-    /// Opens it for the first time.
+    /// Opens the replica for the first time.
     pub fn create(&self) -> Replica {
         self.open(&self.path, true).unwrap()
     }
@@ -115,17 +115,17 @@ impl Rig {
     /// Stops a replica so that its directory can be opened again.
     pub fn close(&self, replica: Replica) {
         let _ = control(&replica, Control::Stop);
-        // The thread lets go of the database only at its end.
-        if let Some(writer) = replica.jobs.take_thread() {
+        // The thread releases the database only at its end.
+        if let Some(writer) = replica.commands.take_thread() {
             let _ = writer.join();
         }
         self.opened.lock().retain(|one| !std::ptr::eq(one.engine(), replica.engine()));
     }
 
-    /// What a crash of the process would leave now, opened.
+    /// Opens a copy of what a crash of the process would leave now.
     pub fn crash(&self, replica: &Replica) -> (PathBuf, Replica) {
         assert!(replica.applied_lsn() >= Lsn(1));
-        // A file may be compacted away between its listing and its copy; then it is taken again.
+        // A file may be compacted away between its listing and its copy; then the copy is repeated.
         for _ in 0..20 {
             let copy = memory_dir();
             if copy_tree(&self.path, copy.path()).is_ok() {
@@ -148,16 +148,15 @@ impl Drop for Rig {
     fn drop(&mut self) {
         for replica in self.opened.lock().drain(..) {
             let _ = control(&replica, Control::Stop);
-            // The thread lets go of the database only at its end, and RocksDB must not be closed while
-            // the process exits.
-            if let Some(writer) = replica.jobs.take_thread() {
+            // The thread releases the database only at its end, and RocksDB must not be closed while the process exits.
+            if let Some(writer) = replica.commands.take_thread() {
                 let _ = writer.join();
             }
         }
     }
 }
 
-/// The database first: a log that is copied later holds at least as much.
+/// Copies the database first: a log that is copied later holds at least as much.
 fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
     let mut names: Vec<_> =
         std::fs::read_dir(from)?.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?;
@@ -175,45 +174,45 @@ fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
 }
 
 pub fn put(key: &str, value: &str) -> WriteOp {
-    let change = Change::Put { value: Bytes::copy_from_slice(value.as_bytes()), ttl_ms: None, condition: None };
+    let change = OpKind::Put { value: Bytes::copy_from_slice(value.as_bytes()), ttl_ms: None, condition: None };
     let key = Bytes::copy_from_slice(key.as_bytes());
     WriteOp { key, partition_hash: None, event_time: None, change, created_ttl_ms: None }
 }
 
 pub fn delete(key: &str) -> WriteOp {
-    WriteOp { change: Change::Delete { condition: None }, ..put(key, "") }
+    WriteOp { change: OpKind::Delete { condition: None }, ..put(key, "") }
 }
 
 pub fn at(event_time: u64, op: WriteOp) -> WriteOp {
     WriteOp { event_time: Some(event_time), ..op }
 }
 
-type Answer = Receiver<Result<Vec<Outcome>, VastoError>>;
+type WriteReply = Receiver<Result<Vec<OpOutcome>, VastoError>>;
 
 /// Queues a write.
-pub fn send(replica: &Replica, ops: Vec<WriteOp>, ack: Ack) -> Answer {
+pub fn send(replica: &Replica, ops: Vec<WriteOp>, ack: Ack) -> WriteReply {
     let (done, answer) = channel();
     replica.write(ops, ack, 0, Box::new(move |result| drop(done.send(result))));
     answer
 }
 
-pub fn try_write(replica: &Replica, ops: Vec<WriteOp>) -> Result<Vec<Outcome>, VastoError> {
+pub fn try_write(replica: &Replica, ops: Vec<WriteOp>) -> Result<Vec<OpOutcome>, VastoError> {
     send(replica, ops, Ack::Fsync).recv_timeout(DEADLINE).unwrap()
 }
 
-pub fn write(replica: &Replica, ops: Vec<WriteOp>) -> Vec<Outcome> {
+pub fn write(replica: &Replica, ops: Vec<WriteOp>) -> Vec<OpOutcome> {
     try_write(replica, ops).unwrap()
 }
 
-pub fn write_one(replica: &Replica, op: WriteOp) -> Outcome {
+pub fn write_one(replica: &Replica, op: WriteOp) -> OpOutcome {
     write(replica, vec![op])[0]
 }
 
-pub fn applied_at(outcome: Outcome) -> u64 {
+pub fn applied_at(outcome: OpOutcome) -> u64 {
     match outcome {
-        Outcome::Applied(event_time) => event_time,
-        other @ (Outcome::Modified { .. } | Outcome::NotApplied { .. }) => panic!("{other:?} is no plain write"),
-        Outcome::Superseded(event_time) => panic!("superseded by {event_time}"),
+        OpOutcome::Applied(event_time) => event_time,
+        other @ (OpOutcome::Modified { .. } | OpOutcome::NotApplied { .. }) => panic!("{other:?} is no plain write"),
+        OpOutcome::Superseded(event_time) => panic!("superseded by {event_time}"),
     }
 }
 
@@ -239,11 +238,11 @@ pub fn set_range(replica: &Replica, range: BandRange, state: RangeState) {
         .unwrap();
 }
 
-pub fn apply(replica: &Replica, entries: Vec<KeyEntry>, progress: Vec<Progress>) -> Result<Lsn, ReplicaError> {
+pub fn apply(replica: &Replica, entries: Vec<KeyEntry>, progress: Vec<TailProgress>) -> Result<Lsn, ReplicaError> {
     futures::executor::block_on(replica.apply(entries, progress))
 }
 
-/// An entry as another replica's log would bring it.
+/// Returns an entry as another replica's log would bring it.
 pub fn value_entry(key: &str, event_time: u64, value: &str) -> KeyEntry {
     let payload = Some(Payload::Bytes(value.as_bytes()));
     let entry = Entry { event_time, expires_at: None, partition_hash: None, commit_time: None, payload };
@@ -273,7 +272,7 @@ pub fn get(replica: &Replica, key: &str) -> Option<String> {
     try_get(replica, key).unwrap()
 }
 
-/// All keys that a scan shows, page by page.
+/// Returns all keys that a scan shows, page by page.
 pub fn scan_keys(replica: &Replica, mut page: ScanPage) -> Vec<String> {
     let mut keys = Vec::new();
     loop {
@@ -291,13 +290,13 @@ pub fn band(replica: &Replica, key: &str) -> Band {
     band_of(replica.shard, key.as_bytes(), None).unwrap()
 }
 
-/// Keys `<prefix>0…` that live in the band of shard 0.
+/// Returns keys `<prefix>0…` that live in the band of shard 0.
 pub fn keys_in(wanted: Band, prefix: &str, count: usize) -> Vec<String> {
     let keys = (0..).map(|i| format!("{prefix}{i:05}"));
     keys.filter(|key| band_of(ShardId(0), key.as_bytes(), None) == Some(wanted)).take(count).collect()
 }
 
-/// The records that are in the log, decoded.
+/// Returns the records in the log, decoded.
 pub fn records(replica: &Replica) -> Vec<Record> {
     control(replica, Control::Sync).unwrap();
     let first = replica.log().first_lsn();
@@ -312,13 +311,13 @@ pub fn records(replica: &Replica) -> Vec<Record> {
     }
 }
 
-/// Keys of a data record.
+/// Returns the keys of a data record.
 pub fn data_keys(record: &Record) -> Vec<String> {
     let Body::Data { entries, .. } = &record.body else { return Vec::new() };
     entries.iter().map(|one| String::from_utf8(one.key.clone()).unwrap()).collect()
 }
 
-/// LSNs are contiguous; own_seq is contiguous from 1 in every incarnation, which begins with `adopt`.
+/// Checks that LSNs are contiguous, and own_seq from 1 in every incarnation, which begins with `adopt`.
 pub fn assert_log_is_whole(records: &[Record]) {
     let mut previous: Option<&Record> = None;
     let mut own_seq = 0;
@@ -349,7 +348,7 @@ pub fn assert_log_is_whole(records: &[Record]) {
 
 pub type Rows = BTreeMap<Vec<u8>, Vec<u8>>;
 
-/// Everything under data bands, as stored.
+/// Returns everything under data bands, as stored.
 pub fn data_rows(replica: &Replica) -> Rows {
     Band::all().flat_map(|band| replica.engine().with_prefix(&[band.0]).unwrap()).collect()
 }

@@ -1,12 +1,12 @@
-//! Equal event times: kind, then bytes decide, whoever comes first and on whatever path.
+//! Equal event times: kind, then bytes decide, whichever write comes first and on whatever path.
 
 use super::support::*;
 use crate::replica::Replica;
-use crate::replica::job::{Outcome, WriteOp};
+use crate::replica::command::{OpOutcome, WriteOp};
 
 const T: u64 = START_US + 5_000_000;
 
-/// Two writes with one event time; the second of a pair wins.
+/// Returns pairs of writes with one event time; the second of a pair wins.
 fn pairs() -> Vec<(&'static str, WriteOp, WriteOp)> {
     vec![
         ("bytes", put("bytes", "aaa"), put("bytes", "bbb")),
@@ -37,12 +37,12 @@ fn ties_on_the_write_path_are_decided_by_kind_then_bytes_in_both_orders() {
         for (key, loser, winner) in pairs() {
             let (loser, winner) = (at(T, loser), at(T, winner));
             if loser_first {
-                assert_eq!(write_one(&replica, loser), Outcome::Applied(T), "{key}");
-                assert_eq!(write_one(&replica, winner), Outcome::Applied(T), "{key}");
+                assert_eq!(write_one(&replica, loser), OpOutcome::Applied(T), "{key}");
+                assert_eq!(write_one(&replica, winner), OpOutcome::Applied(T), "{key}");
             } else {
-                assert_eq!(write_one(&replica, winner), Outcome::Applied(T), "{key}");
+                assert_eq!(write_one(&replica, winner), OpOutcome::Applied(T), "{key}");
                 let logged = replica.log().appended_lsn();
-                assert_eq!(write_one(&replica, loser), Outcome::Superseded(T), "{key}");
+                assert_eq!(write_one(&replica, loser), OpOutcome::Superseded(T), "{key}");
                 assert_eq!(replica.log().appended_lsn(), logged, "a superseded write is not logged");
             }
         }

@@ -1,4 +1,4 @@
-//! Groups, stamps and expiry on the write path.
+//! Write groups, event times and expiry on the write path.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use vasto_core::{Band, ErrorCode};
 use super::support::*;
 use crate::clock::since_boot;
 use crate::replica::Replica;
-use crate::replica::job::{Change, Control, Outcome, ReplicaError, Told, WriteOp};
+use crate::replica::command::{Control, OpKind, OpOutcome, ReplicaError, WriteContext, WriteOp};
 
 fn stored(replica: &crate::replica::Replica, key: &str) -> Vec<u8> {
     replica.engine().get(&data_key(band(replica, key), key.as_bytes())).unwrap().unwrap()
@@ -28,13 +28,13 @@ fn the_second_write_of_a_key_in_one_group_sees_the_first() {
     let before = replica.applied_lsn();
     let first = send(&replica, vec![put("k", "one")], Ack::Fsync);
     let second = send(&replica, vec![put("k", "two")], Ack::Fsync);
-    // As old as the first: it must lose against it, which it can only see in the group.
+    // The write is as old as the first: it must lose against the first, which is visible only in the group.
     let older = send(&replica, vec![at(START_US - 1, put("k", "older"))], Ack::Fsync);
     drop(release);
     let one = applied_at(first.recv_timeout(DEADLINE).unwrap().unwrap()[0]);
     let two = applied_at(second.recv_timeout(DEADLINE).unwrap().unwrap()[0]);
     assert!(two > one, "the second is stamped behind the first");
-    assert_eq!(older.recv_timeout(DEADLINE).unwrap().unwrap(), vec![Outcome::Superseded(two)]);
+    assert_eq!(older.recv_timeout(DEADLINE).unwrap().unwrap(), vec![OpOutcome::Superseded(two)]);
     assert_eq!(get(&replica, "k").as_deref(), Some("two"));
     let logged: Vec<_> = records(&replica).into_iter().filter(|record| record.lsn > before).collect();
     assert_eq!(logged.len(), 1, "it was one group");
@@ -57,7 +57,7 @@ fn put_delete_put_in_one_batch_leaves_the_last_and_logs_one_entry() {
     let outcomes = write(&replica, batch);
     assert_eq!(
         outcomes,
-        vec![Outcome::Applied(base + 2), Outcome::Superseded(base + 2), Outcome::Superseded(base + 2)]
+        vec![OpOutcome::Applied(base + 2), OpOutcome::Superseded(base + 2), OpOutcome::Superseded(base + 2)]
     );
     assert_eq!(get(&replica, "e").as_deref(), Some("newest"));
     let last = records(&replica).pop().unwrap();
@@ -81,7 +81,7 @@ fn a_refused_batch_leaves_nothing_of_itself_in_its_group() {
     let time = applied_at(write_one(&replica, put(key, "mine")));
     let mut foreign = at(time + 1, put(key, "another partition's"));
     foreign.partition_hash = Some(same_band[0]);
-    // A stamp above the slot's maximum would be blind; an equal one reads.
+    // An event time above the slot's maximum would be blind; an equal one needs a read.
     foreign.event_time = Some(time);
     let release = hold_writer(&replica);
     let good = send(&replica, vec![put("a", "1")], Ack::Fsync);
@@ -101,8 +101,8 @@ fn a_write_that_nobody_waits_for_any_more_is_not_done() {
     let release = hold_writer(&replica);
     let ask = |key: &str, time: Duration| {
         let (done, answer) = std::sync::mpsc::channel();
-        let told = Told { until: Some(since_boot() + time), ..Told::default() };
-        replica.write_as(vec![put(key, "v")], Ack::Fsync, 0, told, Box::new(move |result| drop(done.send(result))));
+        let context = WriteContext { until: Some(since_boot() + time), ..WriteContext::default() };
+        replica.write_as(vec![put(key, "v")], Ack::Fsync, 0, context, Box::new(move |result| drop(done.send(result))));
         answer
     };
     let (late, in_time) = (ask("late", Duration::ZERO), ask("in time", DEADLINE));
@@ -131,7 +131,7 @@ fn a_stamped_write_wins_over_an_event_time_in_the_future() {
     let rig = Rig::new();
     let replica = rig.create();
     let ahead = START_US + 50_000_000;
-    assert_eq!(write_one(&replica, at(ahead, put("k", "from the future"))), Outcome::Applied(ahead));
+    assert_eq!(write_one(&replica, at(ahead, put("k", "from the future"))), OpOutcome::Applied(ahead));
     let stamped = applied_at(write_one(&replica, put("k", "stamped")));
     assert!(stamped > ahead);
     assert_eq!(get(&replica, "k").as_deref(), Some("stamped"));
@@ -154,9 +154,9 @@ fn after_a_restart_older_event_times_still_lose_and_newer_ones_still_win() {
     let (_dir, again) = rig.crash(&replica);
     for i in 0..200 {
         let key = format!("k{i}");
-        assert_eq!(write_one(&again, at(base + i - 1, put(&key, "older"))), Outcome::Superseded(base + i));
+        assert_eq!(write_one(&again, at(base + i - 1, put(&key, "older"))), OpOutcome::Superseded(base + i));
         assert_eq!(get(&again, &key).as_deref(), Some("kept"));
-        assert!(matches!(write_one(&again, put(&key, "newer")), Outcome::Applied(time) if time > base + i));
+        assert!(matches!(write_one(&again, put(&key, "newer")), OpOutcome::Applied(time) if time > base + i));
         assert_eq!(get(&again, &key).as_deref(), Some("newer"));
     }
 }
@@ -167,7 +167,7 @@ fn a_delete_with_an_old_event_time_does_not_hide_a_newer_value() {
     let replica = rig.create();
     let time = applied_at(write_one(&replica, put("k", "newer")));
     let logged = records(&replica).len();
-    assert_eq!(write_one(&replica, at(time - 1, delete("k"))), Outcome::Superseded(time));
+    assert_eq!(write_one(&replica, at(time - 1, delete("k"))), OpOutcome::Superseded(time));
     assert_eq!(get(&replica, "k").as_deref(), Some("newer"));
     assert_eq!(records(&replica).len(), logged, "a superseded write is not logged");
 }
@@ -177,7 +177,7 @@ fn expired_values_are_not_visible_and_keep_their_commit_time() {
     let rig = Rig::new();
     let replica = rig.create();
     let mut op = put("k", "short lived");
-    op.change = Change::Put { value: "short lived".into(), ttl_ms: Some(1_000), condition: None };
+    op.change = OpKind::Put { value: "short lived".into(), ttl_ms: Some(1_000), condition: None };
     write_one(&replica, op);
     let bytes = stored(&replica, "k");
     let entry = Entry::decode(&bytes).unwrap();
@@ -189,7 +189,7 @@ fn expired_values_are_not_visible_and_keep_their_commit_time() {
     assert_eq!(get(&replica, "k"), None);
     assert!(scan_keys(&replica, Default::default()).is_empty());
     // An expired value still counts in the merge: an older write does not come back from behind it.
-    assert!(matches!(write_one(&replica, at(START_US - 1, put("k", "old"))), Outcome::Superseded(_)));
+    assert!(matches!(write_one(&replica, at(START_US - 1, put("k", "old"))), OpOutcome::Superseded(_)));
     assert_eq!(get(&replica, "k"), None);
     // Values without an expiry carry no commit time; tombstones do.
     write_one(&replica, put("plain", "x"));
@@ -199,10 +199,10 @@ fn expired_values_are_not_visible_and_keep_their_commit_time() {
     assert_eq!(commit_time, Some(records(&replica).last().unwrap().commit_time));
 }
 
-/// Long enough that seven of them are more than a record.
+/// Value size of which seven exceed a record.
 const LONG: usize = 3_900 << 10;
 
-/// Seven keys with long values.
+/// Writes seven keys with long values.
 fn long_values(replica: &Replica) -> Vec<String> {
     let keys: Vec<String> = (0..7).map(|i| format!("long{i}")).collect();
     let value = "v".repeat(LONG);
@@ -213,7 +213,7 @@ fn long_values(replica: &Replica) -> Vec<String> {
 }
 
 fn append(key: &str) -> WriteOp {
-    WriteOp { change: Change::Append("x".into()), ..put(key, "") }
+    WriteOp { change: OpKind::Append("x".into()), ..put(key, "") }
 }
 
 fn assert_records_fit(replica: &Replica) {
@@ -221,7 +221,7 @@ fn assert_records_fit(replica: &Replica) {
     assert!(longest < RECORD_BYTES_MAX, "{longest}");
 }
 
-/// A byte that is appended makes an entry of the whole value.
+/// An append of one byte makes an entry of the whole value.
 #[test]
 fn short_appends_to_long_values_do_not_outgrow_a_record() {
     let rig = Rig::new();
@@ -237,7 +237,7 @@ fn short_appends_to_long_values_do_not_outgrow_a_record() {
         assert_eq!(get(&replica, key).unwrap().len(), LONG + 1);
     }
     assert_records_fit(&replica);
-    // What waits for the outcome of a seal is done in one go, too.
+    // Writes that wait for the outcome of a seal are executed in one go, too.
     let range = BandRange { first: Band::FIRST, last: Band::LAST };
     control(&replica, Control::Seal { plan: PlanId(1), version: CatalogVersion(5), range }).unwrap();
     let answers: Vec<_> = keys.iter().map(|key| send(&replica, vec![append(key)], Ack::Fsync)).collect();
@@ -258,7 +258,7 @@ fn one_request_that_would_store_more_than_a_batch_is_refused_as_a_whole() {
     assert_eq!(refused.code, ErrorCode::InvalidArgument, "{refused}");
     assert!(keys.iter().all(|key| get(&replica, key).unwrap().len() == LONG), "nothing of it is stored");
     write(&replica, keys[..4].iter().map(|key| append(key)).collect());
-    // One key again and again is one entry.
+    // Repeated writes of one key are one entry.
     write(&replica, (0..20).map(|_| append(&keys[0])).collect());
     assert_eq!(get(&replica, &keys[0]).unwrap().len(), LONG + 21);
     assert_records_fit(&replica);
@@ -311,7 +311,7 @@ fn entries_of_other_logs_do_not_outgrow_a_record_either() {
     assert_records_fit(&replica);
 }
 
-/// An event time from the future concerns its own key alone: other keys, and other replicas, go by their clocks.
+/// An event time from the future affects its own key alone: other keys, and other replicas, use their clocks.
 #[test]
 fn an_event_time_from_the_future_shifts_the_stamps_of_no_other_key() {
     let rig = Rig::new();
@@ -334,14 +334,14 @@ fn a_writer_that_is_about_to_rest_takes_every_job() {
     let rig = Rig::new();
     let replica = rig.create();
     let rests = std::sync::atomic::AtomicUsize::new(0);
-    // Writes come about as long after one another as a writer waits before it rests.
+    // The interval of the writes is about the time that a writer waits before it becomes idle.
     std::thread::scope(|scope| {
         for client in 0..2 {
             let (replica, rests) = (&replica, &rests);
             scope.spawn(move || {
                 for n in 0..60 {
                     std::thread::sleep(Duration::from_micros(19_000 + 97 * n));
-                    rests.fetch_add(usize::from(replica.jobs.rests()), std::sync::atomic::Ordering::Relaxed);
+                    rests.fetch_add(usize::from(replica.commands.rests()), std::sync::atomic::Ordering::Relaxed);
                     write_one(replica, put(&format!("{client}-{n}"), "v"));
                 }
             });

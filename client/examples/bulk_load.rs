@@ -1,0 +1,43 @@
+//! Loads many rows as fast as the cluster takes them: batches, several at a time. The client slows down by itself
+//! where nodes do.
+//!
+//! `cargo run -p vasto-client --example bulk_load -- http://127.0.0.1:8278 quickstart 20000`
+
+use std::time::Instant;
+
+use futures::{StreamExt, TryStreamExt};
+use vasto_client::{Batch, Vasto};
+
+const BATCH: u64 = 500;
+const AT_A_TIME: usize = 8;
+
+#[tokio::main]
+async fn main() -> Result<(), vasto_client::Error> {
+    let mut arguments = std::env::args().skip(1);
+    let url = arguments.next().unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
+    let keyspace = arguments.next().unwrap_or_else(|| "quickstart".to_owned());
+    let rows = arguments.next().and_then(|rows| rows.parse().ok()).unwrap_or(20_000u64);
+    let ks = Vasto::connect(&url).await?.keyspace(&keyspace).await?;
+
+    let began = Instant::now();
+    let loaded = futures::stream::iter((0..rows).step_by(BATCH as usize))
+        .map(|first| {
+            let keys = first..(first + BATCH).min(rows);
+            let batch =
+                keys.fold(Batch::new(), |batch, n| batch.put(format!("row:{n:08}"), format!("value of row {n}")));
+            async { ks.write(batch).await.map(|outcomes| outcomes.len()) }
+        })
+        .buffer_unordered(AT_A_TIME)
+        .try_fold(0, |sum, written| async move { Ok(sum + written) })
+        .await?;
+    println!("loaded {loaded} rows in {:.1?}", began.elapsed());
+
+    let mut found = 0u64;
+    let mut scan = ks.scan().prefix("row:").keys_only().stream();
+    while scan.try_next().await?.is_some() {
+        found += 1;
+    }
+    println!("a scan finds {found}");
+    assert!(found >= rows, "rows are missing");
+    Ok(())
+}

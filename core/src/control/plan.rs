@@ -1,0 +1,168 @@
+//! The running structural change of a keyspace, as data of its catalog.
+//!
+//! **Invariant:** its JSON is in the bucket: names that are persisted stay.
+
+use serde::{Deserialize, Serialize};
+
+use crate::band::Band;
+use crate::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
+use crate::record::BandRange;
+
+/// Kind of a plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PlanKind {
+    /// More shards.
+    Grow {
+        /// Shards before.
+        from: u32,
+        /// Shards after.
+        to: u32,
+    },
+    /// One more replica of a shard: from the checkpoint of another replica in the bucket, then from its log.
+    #[serde(rename = "replica")]
+    AddReplica {
+        /// The shard.
+        shard: ShardId,
+    },
+    /// A replica that replaces all replicas of its shard, which have failed or whose nodes are gone: from the bucket
+    /// alone.
+    #[serde(rename = "takeover")]
+    RecoverReplica {
+        /// The shard.
+        shard: ShardId,
+    },
+    /// A new keyspace from what the bucket holds of another one.
+    Restore {
+        /// The keyspace that is restored.
+        keyspace: KeyspaceId,
+        /// The version of its catalog that was in force at that time.
+        version: CatalogVersion,
+        /// The point in time, microseconds since 1970; `None` takes everything.
+        #[serde(default)]
+        at_us: Option<u64>,
+    },
+}
+
+/// Step of a plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Step {
+    /// Sources make the checkpoint from which every target takes its bytes.
+    Prepare,
+    /// Targets load the moving bands, then follow the sources' logs.
+    Tail,
+    /// Sources refuse writes to the moving bands; targets catch up to the seals.
+    Sealing,
+    /// Ownership has changed; targets open, sources release the waiting requests.
+    Committed,
+}
+
+/// The manifest that all targets of a source use.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PinnedManifest {
+    /// Full object key.
+    pub key: String,
+    /// The LSN that the manifest covers; tails start after it.
+    pub lsn: Lsn,
+}
+
+/// A replica that gives keys away.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Source {
+    /// Its shard.
+    pub shard: ShardId,
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Its node.
+    pub node: NodeId,
+    /// The manifest, known from the step `tail` on.
+    #[serde(default)]
+    pub manifest: Option<PinnedManifest>,
+}
+
+/// A replica under construction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Target {
+    /// Its shard.
+    pub shard: ShardId,
+    /// The replica; its id was given out by the version that started the plan.
+    pub replica: ReplicaId,
+    /// Its node.
+    pub node: NodeId,
+}
+
+/// A running structural change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Unique in the keyspace.
+    pub id: PlanId,
+    /// Kind of the change.
+    pub kind: PlanKind,
+    /// The epoch from which the plan started.
+    pub from_epoch: Epoch,
+    /// Start time, microseconds since 1970.
+    pub started_at_us: u64,
+    /// The step that it has reached.
+    pub step: Step,
+    /// Replicas that give.
+    pub sources: Vec<Source>,
+    /// Replicas that receive.
+    pub targets: Vec<Target>,
+    /// Seals that did not complete in time.
+    #[serde(default)]
+    pub seals_undone: u32,
+}
+
+impl Plan {
+    /// Returns the bands that change owners, if any do.
+    pub fn moving(&self) -> Option<BandRange> {
+        let (from, to) = self.growth()?;
+        Some(Band::leaving(from, to).into())
+    }
+
+    /// Returns the nodes that take part. The sources of a recovery do not.
+    pub fn nodes(&self) -> impl Iterator<Item = NodeId> + '_ {
+        let gone = matches!(self.kind, PlanKind::RecoverReplica { .. });
+        let sources = self.sources.iter().filter(move |_| !gone).map(|source| source.node);
+        sources.chain(self.targets.iter().map(|target| target.node))
+    }
+
+    /// Returns the replicas that take part, with their shards. The sources of a recovery do not: they have failed, or
+    /// their nodes are gone.
+    pub fn members(&self) -> impl Iterator<Item = (ShardId, ReplicaId)> + '_ {
+        let gone = matches!(self.kind, PlanKind::RecoverReplica { .. });
+        let sources = self.sources.iter().filter(move |_| !gone).map(|source| (source.shard, source.replica));
+        sources.chain(self.targets.iter().map(|target| (target.shard, target.replica)))
+    }
+
+    /// Returns the shard counts before and after, of a plan that changes them.
+    pub fn growth(&self) -> Option<(u32, u32)> {
+        match self.kind {
+            PlanKind::Grow { from, to } => Some((from, to)),
+            PlanKind::AddReplica { .. } | PlanKind::RecoverReplica { .. } | PlanKind::Restore { .. } => None,
+        }
+    }
+
+    /// Returns true when a target becomes one more member of an existing shard: it follows the others.
+    pub fn adds_member(&self) -> bool {
+        matches!(self.kind, PlanKind::AddReplica { .. } | PlanKind::RecoverReplica { .. })
+    }
+
+    /// Returns the name of the operation.
+    pub fn name(&self) -> &'static str {
+        match self.kind {
+            PlanKind::Grow { .. } => "grow",
+            PlanKind::AddReplica { .. } => "replica",
+            PlanKind::RecoverReplica { .. } => "takeover",
+            PlanKind::Restore { .. } => "restore",
+        }
+    }
+}
+
+/// Number of undone seals after which the plan aborts.
+pub const SEALS_UNDONE_MAX: u32 = 20;
+
+/// Time away after which a node aborts a plan that has not committed, and is not waited for by one that has,
+/// microseconds.
+pub const NODE_AWAY_MAX_US: u64 = 60_000_000;

@@ -1,0 +1,132 @@
+//! Structural changes as data: what a plan is, how it begins, and the function that decides the next catalog version.
+//!
+//! `prepare -> tail -> sealing -> committed -> finished`, with `sealing -> tail` when a seal does
+//! not complete in time, and abort from every step before `committed`.
+//!
+//! **Invariant:** [`advance`] is a pure function of the last catalog version, the nodes' reports
+//! and the time, so any master can continue at any step; a commit is decided by one create-only
+//! version, and only reports that name the running plan and the sealing version count.
+//! Silence is never a reason to go forward: it makes the plan wait, unseal or abort. After the commit nothing is left
+//! to decide, and a node that does not come back is not waited for.
+
+use super::commit::advance_committed;
+use super::copy::{advance_copy, advance_restore};
+use super::grow::{advance_prepare, advance_sealing, advance_tail, undo_seal};
+use super::outcome::abort;
+use super::progress::{Advance, others_of_sources, source_progress, target_progress};
+use super::quarantine::advance_quarantines;
+use crate::catalog::Catalog;
+use crate::control::plan::{NODE_AWAY_MAX_US, Plan, PlanKind, SEALS_UNDONE_MAX, Step};
+use crate::control::report::{ReplicaPhase, Reports};
+use crate::ids::{NodeId, ReplicaId};
+use crate::limits::SEAL_TIMEOUT;
+
+/// Decides the next catalog version of a keyspace.
+///
+/// `away_us` returns how long a node has been unreachable (0 for a live one), `here_us` how long a live one has been
+/// there.
+pub fn advance(
+    catalog: &Catalog,
+    reports: &Reports,
+    away_us: impl Fn(NodeId) -> u64,
+    here_us: impl Fn(NodeId) -> u64,
+    now_us: u64,
+    nonce: u64,
+) -> Advance {
+    match &catalog.plan {
+        Some(plan) => advance_plan(catalog, plan, reports, away_us, here_us, now_us, nonce),
+        None => advance_quarantines(catalog, reports, now_us, nonce),
+    }
+}
+
+fn advance_plan(
+    catalog: &Catalog,
+    plan: &Plan,
+    reports: &Reports,
+    away_us: impl Fn(NodeId) -> u64,
+    here_us: impl Fn(NodeId) -> u64,
+    now_us: u64,
+    nonce: u64,
+) -> Advance {
+    let abort_with = |reason: String| match abort(catalog, &reason, reports, now_us, nonce) {
+        Some(next) => Advance::Write(Box::new(next)),
+        None => Advance::Wait(reason),
+    };
+    if plan.step != Step::Committed {
+        let failed = plan
+            .sources
+            .iter()
+            .filter_map(|source| source_progress(plan, source.replica, reports)?.failed.clone())
+            .chain(
+                plan.targets.iter().filter_map(|target| target_progress(plan, target.replica, reports)?.failed.clone()),
+            )
+            .next();
+        if let Some(reason) = failed {
+            return abort_with(reason);
+        }
+        match returned(plan, reports, &away_us) {
+            Some(Returned::Serves(replica, node)) => {
+                return abort_with(format!("replica {replica} is back on {node} and serves; it is copied instead"));
+            }
+            Some(Returned::NotYet(replica, node)) => {
+                return Advance::Wait(format!("{node}, which is back, to open replica {replica} or to fail to"));
+            }
+            None => {}
+        }
+        let others = others_of_sources(catalog, plan);
+        for (shard, replica) in plan.members().chain(others.iter().map(|(shard, one)| (*shard, one.replica))) {
+            if let Some(ReplicaPhase::Failed(reason)) = reports.get(&replica).map(|report| &report.phase) {
+                return abort_with(format!("the replica of shard {shard} has failed: {reason}"));
+            }
+        }
+        let nodes: Vec<NodeId> = plan.nodes().chain(others.iter().map(|(_, one)| one.node)).collect();
+        for node in nodes.iter().copied() {
+            if away_us(node) > NODE_AWAY_MAX_US {
+                return abort_with(format!("node {node} has been away for {} s", away_us(node) / 1_000_000));
+            }
+        }
+        // The last report of a node that is away says nothing about its present state.
+        if plan.step == Step::Tail
+            && let Some(node) = nodes.into_iter().find(|node| away_us(*node) > 0)
+        {
+            return Advance::Wait(format!("node {node} to come back"));
+        }
+    }
+    match plan.step {
+        Step::Tail if plan.adds_member() => advance_copy(catalog, plan, reports, here_us, now_us, nonce),
+        Step::Tail if matches!(plan.kind, PlanKind::Restore { .. }) => {
+            advance_restore(catalog, plan, reports, now_us, nonce)
+        }
+        Step::Prepare => advance_prepare(catalog, plan, reports, now_us, nonce),
+        Step::Tail => advance_tail(catalog, plan, reports, here_us, now_us, nonce),
+        Step::Sealing => advance_sealing(catalog, plan, reports, now_us, nonce).unwrap_or_else(|| {
+            if plan.seals_undone >= SEALS_UNDONE_MAX {
+                return abort_with(format!(
+                    "the seal did not complete within {SEAL_TIMEOUT:?}, {SEALS_UNDONE_MAX} times"
+                ));
+            }
+            Advance::Write(Box::new(undo_seal(catalog, plan, now_us, nonce)))
+        }),
+        Step::Committed => advance_committed(catalog, plan, reports, away_us, now_us, nonce),
+    }
+}
+
+/// A replica that a recovery was to replace, and whose node is back.
+enum Returned {
+    Serves(ReplicaId, NodeId),
+    NotYet(ReplicaId, NodeId),
+}
+
+/// Finds a replica that was given up and is back before it was replaced: it holds records that the bucket does not,
+/// and may have taken writes since. A failed replica does not count: its failure is why it was given up.
+fn returned(plan: &Plan, reports: &Reports, away_us: impl Fn(NodeId) -> u64) -> Option<Returned> {
+    let given_up = plan.sources.iter().filter(|_| matches!(plan.kind, PlanKind::RecoverReplica { .. }));
+    let live = given_up.filter(|source| away_us(source.node) == 0);
+    let states = live.filter_map(|source| match reports.get(&source.replica) {
+        Some(report) if report.has_failed() => None,
+        Some(report) if report.replication.ready => Some(Returned::Serves(source.replica, source.node)),
+        _ => Some(Returned::NotYet(source.replica, source.node)),
+    });
+    // A serving replica decides, whatever the others do.
+    states.min_by_key(|state| matches!(state, Returned::NotYet(..)))
+}

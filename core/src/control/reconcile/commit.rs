@@ -1,0 +1,92 @@
+//! The commit of a plan, and its end.
+//!
+//! **Invariant:** a commit is one version; a committed plan only ever ends.
+
+use super::outcome::report_of;
+use super::placement::remove_from_placement;
+use super::progress::{Advance, others_of_sources, shipping_targets, source_progress, target_progress};
+use super::quarantine::remove_from_quarantines;
+use crate::catalog::{Catalog, Placed, Quarantine, ShardPlacement};
+use crate::control::operation::OperationOutcome;
+use crate::control::plan::{NODE_AWAY_MAX_US, Plan, PlanKind, Step};
+use crate::control::report::{ReplicaReport, Reports, TargetStage};
+use crate::ids::{Epoch, NodeId, ReplicaId};
+
+pub(super) fn commit(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce: u64) -> Catalog {
+    let mut next = catalog.next(now_us, nonce);
+    next.epoch = Epoch(catalog.epoch.0 + 1);
+    if let Some((_, to)) = plan.growth() {
+        next.spec.shards = to;
+    }
+    for target in &plan.targets {
+        let placed = Placed { replica: target.replica, node: target.node };
+        match next.placement.iter_mut().find(|shard| shard.shard == target.shard) {
+            Some(shard) => {
+                shard.replicas.push(placed);
+                if matches!(plan.kind, PlanKind::RecoverReplica { .. }) {
+                    let gone = plan.sources.iter().map(|source| source.replica);
+                    for gone in gone.clone() {
+                        remove_from_quarantines(&mut next.quarantines, gone, Some(target.replica));
+                    }
+                    remove_from_placement(shard, &mut next.draining, gone, now_us);
+                }
+            }
+            None => next.placement.push(ShardPlacement::new(target.shard, vec![placed])),
+        }
+    }
+    next.placement.sort_by_key(|shard| shard.shard);
+    next.quarantines.extend(plan.moving().map(|range| {
+        Quarantine {
+            plan: plan.id,
+            range,
+            replicas: plan
+                .sources
+                .iter()
+                .map(|source| source.replica)
+                .chain(others_of_sources(catalog, plan).into_iter().map(|(_, one)| one.replica))
+                .collect(),
+            targets: shipping_targets(plan)
+                .map(|target| {
+                    (target.replica, reports.get(&target.replica).map(|report| report.lsn).unwrap_or_default())
+                })
+                .collect(),
+            until_us: now_us + catalog.spec.quarantine_ms * 1000,
+            dropping: false,
+        }
+    }));
+    next.plan = Some(Plan { step: Step::Committed, ..plan.clone() });
+    next
+}
+
+/// Ends a plan that has committed. A replica that is away for long, or has failed, applies the newest version once it
+/// is back: it opens or gives away then, and sends on the waiting requests.
+pub(super) fn advance_committed(
+    catalog: &Catalog,
+    plan: &Plan,
+    reports: &Reports,
+    away_us: impl Fn(NodeId) -> u64,
+    now_us: u64,
+    nonce: u64,
+) -> Advance {
+    let is_out = |replica: ReplicaId, node: NodeId| {
+        away_us(node) > NODE_AWAY_MAX_US || reports.get(&replica).is_some_and(ReplicaReport::has_failed)
+    };
+    for target in plan.targets.iter().filter(|target| !is_out(target.replica, target.node)) {
+        if target_progress(plan, target.replica, reports).is_none_or(|progress| progress.stage != TargetStage::Open) {
+            return Advance::Wait(format!("shard {} to open", target.shard));
+        }
+    }
+    let giving = plan.sources.iter().filter(|_| plan.moving().is_some());
+    let sources = giving.map(|source| (source.shard, source.replica, source.node));
+    let others = others_of_sources(catalog, plan).into_iter().map(|(shard, one)| (shard, one.replica, one.node));
+    for (shard, replica, _) in sources.chain(others).filter(|(_, replica, node)| !is_out(*replica, *node)) {
+        if source_progress(plan, replica, reports).is_none_or(|progress| !progress.released) {
+            return Advance::Wait(format!("replica {replica} of shard {shard} to release its writers"));
+        }
+    }
+    let mut next = catalog.next(now_us, nonce);
+    next.plan = None;
+    next.pins.clear();
+    next.remember(report_of(catalog, plan, reports, OperationOutcome::Done, None, now_us));
+    Advance::Write(Box::new(next))
+}

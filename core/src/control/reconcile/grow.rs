@@ -1,0 +1,220 @@
+//! Growing a keyspace by one shard, step by step up to its commit.
+//!
+//! **Invariant:** only a source whose seal names the running plan and the sealing version counts as sealed.
+
+use super::commit::commit;
+use super::copy::wait_to_begin;
+use super::progress::{Advance, others_of_sources, shipping_targets, source_progress, target_progress};
+use crate::band::{ShardCountError, check_shard_count};
+use crate::catalog::{Catalog, KeyspaceState};
+use crate::control::operation::operation_id;
+use crate::control::plan::{Plan, PlanKind, Source, Step, Target};
+use crate::control::report::{Reports, TargetStage};
+use crate::ids::{NodeId, PlanId, ReplicaId, ShardId};
+use crate::limits::{SEAL_TIMEOUT, TAIL_LAG_LSNS_MAX};
+
+/// Reasons why a grow is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// The count is not legal.
+    #[error(transparent)]
+    Count(#[from] ShardCountError),
+    /// The keyspace already has this count.
+    #[error("the keyspace already has {0} shards")]
+    SameCount(u32),
+    /// Shrinking is not supported yet.
+    #[error("shrinking from {from} to {to} shards is not supported yet; ask for more shards, not fewer")]
+    Shrink {
+        /// Shards now.
+        from: u32,
+        /// Shards asked for.
+        to: u32,
+    },
+    /// Only one-step grows so far.
+    #[error("growing from {from} to {to} shards at once is not supported yet; grow to {next} first")]
+    ManySteps {
+        /// Shards now.
+        from: u32,
+        /// Shards asked for.
+        to: u32,
+        /// The count that is possible.
+        next: u32,
+    },
+    /// Growing above 64 shards is not supported yet.
+    #[error("growing above 64 shards is not supported yet")]
+    Above64,
+    /// Another plan is running.
+    #[error(
+        "operation {0} is running on this keyspace; wait for it (`vasto operation show {0}`) or cancel it (`vasto operation cancel {0}`)"
+    )]
+    Busy(String),
+    /// The keyspace was deleted.
+    #[error("the keyspace was deleted")]
+    Deleted,
+    /// Too few nodes could take the new shard.
+    #[error("the new shard needs {0} live nodes with room for it; start more with `vasto serve node`")]
+    NoNode(u32),
+    /// A replica has not been drained.
+    #[error(
+        "replica {0} of shard {1} has left its placement and may hold writes that nobody else has; start its node so that it is drained, or give up what {2} alone holds with `vasto node replace {2} --accept-loss --yes`"
+    )]
+    DrainingReplica(ReplicaId, ShardId, NodeId),
+}
+
+/// Returns the version that starts growing `catalog` to `to` shards with the replicas of the new shard on
+/// `target_nodes`, its preferred primary first.
+pub fn start_grow(
+    catalog: &Catalog,
+    to: u32,
+    target_nodes: &[NodeId],
+    now_us: u64,
+    nonce: u64,
+) -> Result<Catalog, PlanError> {
+    if catalog.state == KeyspaceState::Deleted {
+        return Err(PlanError::Deleted);
+    }
+    check_shard_count(to)?;
+    let from = catalog.spec.shards;
+    if to == from {
+        return Err(PlanError::SameCount(from));
+    }
+    if to < from {
+        return Err(PlanError::Shrink { from, to });
+    }
+    if let Some(plan) = &catalog.plan {
+        return Err(PlanError::Busy(operation_id(catalog.keyspace, plan.id)));
+    }
+    if from >= 64 {
+        return Err(PlanError::Above64);
+    }
+    if to != from + 1 {
+        return Err(PlanError::ManySteps { from, to, next: from + 1 });
+    }
+    if let Some(one) = catalog.draining.first() {
+        return Err(PlanError::DrainingReplica(one.replica, one.shard, one.node));
+    }
+    if target_nodes.len() != catalog.spec.replicas as usize {
+        return Err(PlanError::NoNode(catalog.spec.replicas));
+    }
+    let mut next = catalog.next(now_us, nonce);
+    let sources = catalog
+        .placement
+        .iter()
+        .filter_map(|shard| Some((shard.shard, shard.shipper()?)))
+        .map(|(shard, one)| Source { shard, replica: one.replica, node: one.node, manifest: None })
+        .collect();
+    next.plan = Some(Plan {
+        id: catalog.next_plan,
+        kind: PlanKind::Grow { from, to },
+        from_epoch: catalog.epoch,
+        started_at_us: now_us,
+        step: Step::Prepare,
+        sources,
+        targets: target_nodes
+            .iter()
+            .zip(catalog.next_replica.0..)
+            .map(|(node, id)| Target { shard: ShardId(from), replica: ReplicaId(id), node: *node })
+            .collect(),
+        seals_undone: 0,
+    });
+    next.next_plan = PlanId(catalog.next_plan.0 + 1);
+    next.next_replica = ReplicaId(catalog.next_replica.0 + target_nodes.len() as u64);
+    Ok(next)
+}
+
+pub(super) fn advance_prepare(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce: u64) -> Advance {
+    let mut next_plan = plan.clone();
+    for source in &mut next_plan.sources {
+        match source_progress(plan, source.replica, reports).and_then(|progress| progress.manifest.clone()) {
+            Some(manifest) => source.manifest = Some(manifest),
+            None => return Advance::Wait(format!("the checkpoint of shard {}", source.shard)),
+        }
+    }
+    next_plan.step = Step::Tail;
+    let mut next = catalog.next(now_us, nonce);
+    next.pins = next_plan.sources.iter().filter_map(|source| Some(source.manifest.as_ref()?.key.clone())).collect();
+    next.plan = Some(next_plan);
+    Advance::Write(Box::new(next))
+}
+
+pub(super) fn advance_tail(
+    catalog: &Catalog,
+    plan: &Plan,
+    reports: &Reports,
+    here_us: impl Fn(NodeId) -> u64,
+    now_us: u64,
+    nonce: u64,
+) -> Advance {
+    for target in &plan.targets {
+        let Some(progress) = target_progress(plan, target.replica, reports) else {
+            let what = format!("the target on {}", target.node);
+            return wait_to_begin(catalog, target, reports, what, here_us(target.node), now_us, nonce);
+        };
+        if progress.stage != TargetStage::Tailing {
+            return Advance::Wait(format!("shard {} to load its bands", target.shard));
+        }
+        if !progress.manifest_shipped && shipping_targets(plan).any(|one| one.replica == target.replica) {
+            return Advance::Wait(format!("the first manifest of shard {}", target.shard));
+        }
+        if progress.lag_lsns > TAIL_LAG_LSNS_MAX {
+            return Advance::Wait(format!("shard {} to catch up ({} records behind)", target.shard, progress.lag_lsns));
+        }
+    }
+    // After an undone seal the next one waits a little longer each time.
+    let pause_us = u64::from(plan.seals_undone) * 250_000;
+    if now_us < catalog.written_at_us + pause_us {
+        return Advance::Wait("the pause after an undone seal".into());
+    }
+    let mut next = catalog.next(now_us, nonce);
+    next.plan = Some(Plan { step: Step::Sealing, ..plan.clone() });
+    Advance::Write(Box::new(next))
+}
+
+/// Advances the step `sealing`; `None` when the seal took too long.
+pub(super) fn advance_sealing(
+    catalog: &Catalog,
+    plan: &Plan,
+    reports: &Reports,
+    now_us: u64,
+    nonce: u64,
+) -> Option<Advance> {
+    match sealed_and_caught_up(catalog, plan, reports) {
+        Ok(()) => Some(Advance::Write(Box::new(commit(catalog, plan, reports, now_us, nonce)))),
+        Err(_) if now_us.saturating_sub(catalog.written_at_us) > SEAL_TIMEOUT.as_micros() as u64 => None,
+        Err(missing) => Some(Advance::Wait(missing)),
+    }
+}
+
+/// Checks that every placed replica of the sources' shards has sealed under this very version, and that every target
+/// holds each source's log up to the seal, where it holds everything that these replicas had accepted.
+fn sealed_and_caught_up(catalog: &Catalog, plan: &Plan, reports: &Reports) -> Result<(), String> {
+    let seal_of = |shard: ShardId, replica: ReplicaId| {
+        source_progress(plan, replica, reports)
+            .and_then(|progress| progress.sealed)
+            .filter(|sealed| sealed.version == catalog.version)
+            .ok_or_else(|| format!("replica {replica} of shard {shard} to seal"))
+    };
+    for (shard, one) in others_of_sources(catalog, plan) {
+        seal_of(shard, one.replica)?;
+    }
+    for source in &plan.sources {
+        let sealed = seal_of(source.shard, source.replica)?;
+        for target in &plan.targets {
+            let cursor = target_progress(plan, target.replica, reports)
+                .and_then(|progress| progress.cursors.get(&source.replica).copied())
+                .unwrap_or_default();
+            if cursor < sealed.lsn {
+                return Err(format!("shard {} to reach the seal of shard {}", target.shard, source.shard));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Returns the version that goes back from `sealing` to `tail`: the seal did not complete in time, or its version
+/// took too long to write for writers to be paused under it.
+pub fn undo_seal(catalog: &Catalog, plan: &Plan, now_us: u64, nonce: u64) -> Catalog {
+    let mut next = catalog.next(now_us, nonce);
+    next.plan = Some(Plan { step: Step::Tail, seals_undone: plan.seals_undone + 1, ..plan.clone() });
+    next
+}

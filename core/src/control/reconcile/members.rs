@@ -1,0 +1,77 @@
+//! Membership of a shard: replicas that leave the placement, are drained, and are replaced by new ones.
+//!
+//! **Invariant:** pure. A shard keeps at least one replica. A replica leaves its placement only while another one has
+//! authority and has received everything that was decided, and it stays recorded until a serving replica holds
+//! everything it has, or until its loss is accepted; only then may its files be deleted. A replica that stands still
+//! does not count as serving. No membership change happens while another plan runs.
+//!
+//! A change that cannot go on reports what it waits for, and the way out ([`waits_for`]).
+
+use super::drain::drain_nodes;
+use super::repair::start_copy;
+use super::view::{Around, View};
+use crate::catalog::{Catalog, DrainingReplica, GivenUp, KeyspaceState, Placed};
+use crate::control::report::Reports;
+
+/// Returns the version that is due because of the replicas' reports, or because a node is draining.
+pub fn advance_members(
+    catalog: &Catalog,
+    reports: &Reports,
+    around: &Around<'_>,
+    now_us: u64,
+    nonce: u64,
+) -> Option<Catalog> {
+    if catalog.state != KeyspaceState::Active || catalog.plan.is_some() {
+        return None;
+    }
+    let view = View { catalog, reports, around };
+    if catalog.draining.iter().any(|one| view.may_go(one)) {
+        let mut next = catalog.next(now_us, nonce);
+        let going: Vec<&DrainingReplica> = catalog.draining.iter().filter(|one| view.may_go(one)).collect();
+        next.draining.retain(|one| !going.contains(&one));
+        next.remove_for_good(going.iter().map(|one| one.replica));
+        // Data of undrained replicas that no other replica took over is given up.
+        let lost = going.iter().filter(|one| !view.is_drained(one.replica));
+        let version = next.version;
+        next.given_up.extend(lost.map(|one| GivenUp { replica: one.replica, version }));
+        return Some(next);
+    }
+    for shard in &catalog.placement {
+        for one in &shard.replicas {
+            let another_serves = shard.replicas.iter().any(|other| other.replica != one.replica && view.serves(other));
+            if !another_serves {
+                continue;
+            }
+            // A replica that cannot catch up, or keeps others' logs from being truncated, is evicted; one that does
+            // not serve any more is evicted when a new replica can take its place.
+            let has_room = || (around.room)(catalog, shard.shard).is_some();
+            let failed = view.has_failed_for_good(one.replica) && has_room();
+            let too_old = view.replication(one.replica).is_some_and(|report| report.too_old);
+            let has_it_in_the_way = |other: &Placed| {
+                other.replica != one.replica
+                    && view.replication(other.replica).is_some_and(|report| report.evict == Some(one.replica))
+            };
+            let in_the_way = shard.replicas.iter().any(has_it_in_the_way);
+            // A replica whose log this one does not read probably cannot read this one's log either.
+            let may_follow = |other: &Placed| view.serves(other) && !has_it_in_the_way(other);
+            let lost = (around.lost)(one.node) && has_room();
+            if (failed || too_old || in_the_way || lost || view.is_given_up(one))
+                && let Some(next) = view.take_out(shard, one, may_follow, now_us, nonce)
+            {
+                return Some(next);
+            }
+        }
+    }
+    if let Some(next) = start_copy(&view, now_us, nonce) {
+        return Some(next);
+    }
+    drain_nodes(&view, now_us, nonce)
+}
+
+/// Returns true when a shard has too few replicas, or a replica or a node is draining.
+pub fn is_incomplete(catalog: &Catalog) -> bool {
+    catalog.state == KeyspaceState::Active
+        && (!catalog.draining.is_empty()
+            || !catalog.draining_nodes.is_empty()
+            || catalog.placement.iter().any(|shard| shard.replicas.len() < catalog.spec.replicas as usize))
+}

@@ -1,0 +1,40 @@
+//! The rules: which catalog version comes next.
+//!
+//! **Invariant:** every rule is a pure function of the last version, the reports and the time; silence is never a reason
+//! to go forward.
+
+mod advance;
+mod commit;
+mod copy;
+mod drain;
+mod evict;
+mod failover;
+mod grow;
+mod members;
+#[cfg(test)]
+mod members_tests;
+mod outcome;
+mod placement;
+#[cfg(test)]
+mod plan_tests;
+mod progress;
+mod quarantine;
+mod repair;
+mod view;
+mod waits;
+
+pub use advance::advance;
+pub use copy::give_up_on;
+pub use drain::{cancel_drain, concerns, drain_node, so_far};
+pub use evict::{EvictError, evict, evict_on_request};
+pub use failover::{
+    HOME_FOR_US, LeadershipChanges, Presence, QUIET_US, advance_primaries, is_unsettled, leadership_changes_between,
+    successor, transfer_leadership,
+};
+pub use grow::{PlanError, start_grow, undo_seal};
+pub use members::{advance_members, is_incomplete};
+pub use outcome::{abort, report_of};
+pub use progress::Advance;
+pub use repair::{AVOID_NODE_US, COPY_AGAIN_MAX_US, COPY_AGAIN_US, nodes_to_avoid};
+pub use view::Around;
+pub use waits::waits_for;

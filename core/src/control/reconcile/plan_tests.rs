@@ -1,0 +1,419 @@
+//! Plans, from their start to their end.
+#![allow(clippy::unwrap_used)]
+
+use super::grow::{PlanError, start_grow};
+use super::outcome::abort;
+use super::progress::Advance;
+use crate::band::Band;
+use crate::catalog::{Catalog, KeyspaceSpec, Quarantine};
+use crate::control::operation::{OperationOutcome, Reached};
+use crate::control::plan::{NODE_AWAY_MAX_US, PinnedManifest, Plan, PlanKind, SEALS_UNDONE_MAX, Source, Step, Target};
+use crate::control::report::{
+    PauseMs, ReplicaPhase, ReplicaReport, ReplicationReport, Reports, Sealed, SourceProgress, TargetProgress,
+    TargetStage,
+};
+use crate::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
+use crate::limits::TARGET_SILENT_MAX;
+
+const NODE: fn(u64) -> NodeId = NodeId;
+
+/// Calls the real function, for nodes that have always been there.
+fn advance(catalog: &Catalog, reports: &Reports, away_us: impl Fn(NodeId) -> u64, now_us: u64, nonce: u64) -> Advance {
+    super::advance(catalog, reports, away_us, |_| u64::MAX, now_us, nonce)
+}
+
+fn two_shards() -> Catalog {
+    let spec = KeyspaceSpec { shards: 2, quarantine_ms: 1000, ..KeyspaceSpec::default() };
+    Catalog::first(KeyspaceId(7), "ks1", spec, &[vec![NODE(1)], vec![NODE(2)]], 1_000, 1)
+}
+
+fn report(replica: u64) -> ReplicaReport {
+    ReplicaReport {
+        keyspace: KeyspaceId(7),
+        shard: ShardId(replica as u32 - 1),
+        replica: ReplicaId(replica),
+        incarnation: Incarnation(1),
+        version: CatalogVersion(1),
+        phase: ReplicaPhase::Serving,
+        lsn: Lsn(100),
+        shipped_lsn: Lsn(100),
+        manifest_lsn: Lsn(100),
+        keys: 0,
+        bytes: 0,
+        source: None,
+        target: None,
+        cleaned: Vec::new(),
+        replication: ReplicationReport { ready: true, ..Default::default() },
+    }
+}
+
+fn source(replica: u64, progress: SourceProgress) -> (ReplicaId, ReplicaReport) {
+    (ReplicaId(replica), ReplicaReport { source: Some(progress), ..report(replica) })
+}
+
+fn source_progress_of(sealed: Option<Sealed>) -> SourceProgress {
+    SourceProgress {
+        plan: PlanId(1),
+        manifest: Some(PinnedManifest { key: "m".into(), lsn: Lsn(10) }),
+        sealed,
+        released: false,
+        pauses_us: vec![5_000],
+        failed: None,
+    }
+}
+
+fn target(stage: TargetStage, cursors: &[(u64, u64)]) -> (ReplicaId, ReplicaReport) {
+    let progress = TargetProgress {
+        plan: PlanId(1),
+        stage,
+        cursors: cursors.iter().map(|(r, l)| (ReplicaId(*r), Lsn(*l))).collect(),
+        lag_lsns: 0,
+        bytes_total: 10,
+        bytes_done: 10,
+        keys_moved: 3,
+        bytes_moved: 10,
+        bytes_from_bucket: 11,
+        objects_read: 2,
+        bytes_from_peers: 1,
+        manifest_shipped: true,
+        reached: Vec::new(),
+        failed: None,
+    };
+    (ReplicaId(3), ReplicaReport { target: Some(progress), ..report(3) })
+}
+
+fn write(advance: Advance) -> Catalog {
+    match advance {
+        Advance::Write(next) => *next,
+        other => panic!("expected a version, got {other:?}"),
+    }
+}
+
+fn at(step: Step) -> Catalog {
+    let mut catalog = start_grow(&two_shards(), 3, &[NODE(3)], 2_000, 2).unwrap();
+    catalog.plan.as_mut().unwrap().step = step;
+    catalog
+}
+
+#[test]
+fn a_grow_goes_through_every_step_and_ends_with_its_figures() {
+    let catalog = at(Step::Prepare);
+    assert_eq!(catalog.members_on(NODE(3)), vec![(ShardId(2), ReplicaId(3), false)]);
+    let mut reports = Reports::from([source(1, source_progress_of(None)), source(2, source_progress_of(None))]);
+    let tail = write(advance(&catalog, &reports, |_| 0, 3_000, 3));
+    assert_eq!(tail.plan.as_ref().unwrap().step, Step::Tail);
+    assert_eq!(tail.pins.len(), 2);
+    assert!(matches!(advance(&tail, &reports, |_| 0, 3_000, 3), Advance::Wait(_)));
+
+    reports.extend([target(TargetStage::Tailing, &[(1, 10), (2, 10)])]);
+    let sealing = write(advance(&tail, &reports, |_| 0, 4_000, 4));
+    assert_eq!(sealing.plan.as_ref().unwrap().step, Step::Sealing);
+    assert_eq!(sealing.epoch, catalog.epoch, "no epoch before the commit");
+
+    let sealed = Some(Sealed { version: sealing.version, lsn: Lsn(20) });
+    reports.extend([source(1, source_progress_of(sealed)), source(2, source_progress_of(sealed))]);
+    assert!(matches!(advance(&sealing, &reports, |_| 0, 5_000, 5), Advance::Wait(_)), "the target is behind the seal");
+    reports.extend([target(TargetStage::Tailing, &[(1, 20), (2, 19)])]);
+    assert!(matches!(advance(&sealing, &reports, |_| 0, 5_000, 5), Advance::Wait(_)), "one source is not reached");
+    reports.extend([target(TargetStage::Tailing, &[(1, 20), (2, 20)])]);
+    let committed = write(advance(&sealing, &reports, |_| 0, 5_000, 5));
+    assert_eq!((committed.epoch, committed.spec.shards, committed.placement.len()), (Epoch(2), 3, 3));
+    assert_eq!(committed.quarantines.len(), 1);
+
+    assert!(matches!(advance(&committed, &reports, |_| 0, 6_000, 6), Advance::Wait(_)));
+    reports.extend([target(TargetStage::Open, &[(1, 20), (2, 20)])]);
+    for replica in [1, 2] {
+        let released = SourceProgress { released: true, ..source_progress_of(sealed) };
+        reports.extend([source(replica, released)]);
+    }
+    let finished = write(advance(&committed, &reports, |_| 0, 7_000, 7));
+    assert!(finished.plan.is_none() && finished.pins.is_empty());
+    let operation = finished.operations.last().unwrap();
+    assert_eq!(
+        (operation.outcome, operation.keys_moved, operation.write_pause_ms.p50),
+        (OperationOutcome::Done, 3, 5.0)
+    );
+
+    assert_eq!(advance(&finished, &reports, |_| 0, 8_000, 8), Advance::Idle, "the quarantine runs");
+    let dropping = write(advance(&finished, &reports, |_| 0, 2_000_000, 9));
+    assert!(dropping.quarantines[0].dropping);
+    assert!(matches!(advance(&dropping, &reports, |_| 0, 2_000_000, 9), Advance::Wait(_)));
+    for replica in [1, 2] {
+        reports.get_mut(&ReplicaId(replica)).unwrap().cleaned = vec![PlanId(1)];
+    }
+    let clean = write(advance(&dropping, &reports, |_| 0, 2_000_001, 10));
+    assert!(clean.quarantines.is_empty());
+}
+
+#[test]
+fn seals_of_another_version_or_plan_do_not_count() {
+    let sealing = at(Step::Sealing);
+    let old = Some(Sealed { version: CatalogVersion(sealing.version.0 - 1), lsn: Lsn(20) });
+    let reports = Reports::from([
+        source(1, source_progress_of(old)),
+        source(2, source_progress_of(old)),
+        target(TargetStage::Tailing, &[(1, 99), (2, 99)]),
+    ]);
+    assert!(matches!(advance(&sealing, &reports, |_| 0, 2_001, 3), Advance::Wait(_)));
+    let mut foreign = reports.clone();
+    for report in foreign.values_mut() {
+        if let Some(progress) = &mut report.source {
+            progress.plan = PlanId(99);
+        }
+    }
+    assert!(matches!(advance(&sealing, &foreign, |_| 0, 2_001, 3), Advance::Wait(_)));
+}
+
+#[test]
+fn a_seal_that_takes_too_long_is_undone_and_in_the_end_the_plan_is_aborted() {
+    let mut sealing = at(Step::Sealing);
+    let late = sealing.written_at_us + 1_000_001;
+    let back = write(advance(&sealing, &Reports::new(), |_| 0, late, 3));
+    let plan = back.plan.as_ref().unwrap();
+    assert_eq!((plan.step, plan.seals_undone, back.epoch), (Step::Tail, 1, sealing.epoch));
+    sealing.plan.as_mut().unwrap().seals_undone = SEALS_UNDONE_MAX;
+    let gone = write(advance(&sealing, &Reports::new(), |_| 0, late, 3));
+    assert!(gone.plan.is_none());
+    assert_eq!(gone.operations.last().unwrap().outcome, OperationOutcome::Aborted);
+}
+
+#[test]
+fn a_failure_or_a_lost_node_aborts_before_the_commit_and_never_after_it() {
+    for step in [Step::Prepare, Step::Tail, Step::Sealing] {
+        let catalog = at(step);
+        let gone = write(advance(&catalog, &Reports::new(), |_| NODE_AWAY_MAX_US + 1, 2_001, 3));
+        assert_eq!((gone.spec.shards, gone.plan.is_none()), (2, true), "{step:?}");
+        let failed = SourceProgress { failed: Some("disk full".into()), ..source_progress_of(None) };
+        let gone = write(advance(&catalog, &Reports::from([source(1, failed)]), |_| 0, 2_001, 3));
+        assert_eq!(gone.operations.last().unwrap().reason.as_deref(), Some("disk full"));
+    }
+    let committed = at(Step::Committed);
+    assert!(matches!(advance(&committed, &Reports::new(), |_| NODE_AWAY_MAX_US, 2_001, 3), Advance::Wait(_)));
+    assert_eq!(abort(&committed, "cancelled", &Reports::new(), 1, 1), None);
+}
+
+#[test]
+fn a_committed_plan_finishes_without_those_who_do_not_come_back() {
+    let committed = at(Step::Committed);
+    let released = |id| source(id, SourceProgress { released: true, ..source_progress_of(None) });
+    let open = target(TargetStage::Open, &[]);
+    let away = |gone: u64| move |node| if node == NODE(gone) { NODE_AWAY_MAX_US + 1 } else { 0 };
+    let finished = |next: &Catalog| next.plan.is_none() && next.operations[0].outcome == OperationOutcome::Done;
+    // The target is away, then a source.
+    let reports = Reports::from([released(1), released(2), target(TargetStage::Tailing, &[])]);
+    assert!(matches!(advance(&committed, &reports, away(2), 3_000, 3), Advance::Wait(_)), "the target is there");
+    assert!(finished(&write(advance(&committed, &reports, away(3), 3_000, 3))));
+    let reports = Reports::from([source(1, source_progress_of(None)), released(2), open.clone()]);
+    assert!(matches!(advance(&committed, &reports, away(3), 3_000, 3), Advance::Wait(_)), "the source is there");
+    assert!(finished(&write(advance(&committed, &reports, away(1), 3_000, 3))));
+    // A failed replica applies the version when it is opened again.
+    let failed = ReplicaReport { phase: ReplicaPhase::Failed("rot".into()), ..report(1) };
+    let reports = Reports::from([(ReplicaId(1), failed), released(2), open]);
+    assert!(finished(&write(advance(&committed, &reports, |_| 0, 3_000, 3))));
+}
+
+#[test]
+fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
+    let mut catalog = two_shards();
+    let leaving = crate::catalog::NodeDrain::new(NODE(1), true, 1);
+    catalog.draining_nodes.push(leaving);
+    for (plan, replicas, targets) in [(1, vec![1, 2], vec![(2, 7)]), (2, vec![2], vec![(1, 9), (2, 7)])] {
+        catalog.quarantines.push(Quarantine {
+            plan: PlanId(plan),
+            range: Band::leaving(2, 3).into(),
+            replicas: replicas.into_iter().map(ReplicaId).collect(),
+            targets: targets.into_iter().map(|(id, lsn)| (ReplicaId(id), Lsn(lsn))).collect(),
+            until_us: u64::MAX,
+            dropping: false,
+        });
+    }
+    catalog.plan = Some(Plan {
+        id: PlanId(1),
+        kind: PlanKind::RecoverReplica { shard: ShardId(0) },
+        from_epoch: catalog.epoch,
+        started_at_us: 1,
+        step: Step::Tail,
+        sources: vec![Source { shard: ShardId(0), replica: ReplicaId(1), node: NODE(1), manifest: None }],
+        targets: vec![Target { shard: ShardId(0), replica: ReplicaId(3), node: NODE(3) }],
+        seals_undone: 0,
+    });
+    let gone = |node| if node == NODE(1) { NODE_AWAY_MAX_US + 1 } else { 0 };
+    let taken = write(advance(&catalog, &Reports::from([target(TargetStage::Tailing, &[])]), gone, 5_000, 3));
+    assert_eq!((taken.placement[0].replicas[0].replica, taken.draining[0].replica), (ReplicaId(3), ReplicaId(1)));
+    assert_eq!((&taken.quarantines[0].replicas[..], taken.quarantines[0].targets.len()), (&[ReplicaId(2)][..], 1));
+    assert_eq!(taken.quarantines[1].targets, [(ReplicaId(3), Lsn(1)), (ReplicaId(2), Lsn(7))]);
+}
+
+#[test]
+fn grows_that_cannot_be_are_refused_with_what_to_do() {
+    let catalog = two_shards();
+    let grow = |to| start_grow(&catalog, to, &[NODE(3)], 1, 1);
+    assert_eq!(grow(2), Err(PlanError::SameCount(2)));
+    assert_eq!(grow(1), Err(PlanError::Shrink { from: 2, to: 1 }));
+    assert_eq!(grow(5), Err(PlanError::ManySteps { from: 2, to: 5, next: 3 }));
+    assert!(matches!(grow(5000), Err(PlanError::Count(_))));
+    assert_eq!(start_grow(&catalog, 3, &[], 1, 1), Err(PlanError::NoNode(1)));
+    let running = at(Step::Tail);
+    assert!(matches!(start_grow(&running, 3, &[NODE(3)], 1, 1), Err(PlanError::Busy(_))));
+}
+
+#[test]
+fn a_quarantine_waits_for_a_manifest_of_the_target() {
+    let mut catalog = two_shards();
+    catalog.quarantines.push(Quarantine {
+        plan: PlanId(1),
+        range: Band::leaving(2, 3).into(),
+        replicas: vec![ReplicaId(1)],
+        targets: vec![(ReplicaId(3), Lsn(101))],
+        until_us: 10,
+        dropping: false,
+    });
+    let mut reports = Reports::from([target(TargetStage::Open, &[])]);
+    assert!(matches!(advance(&catalog, &reports, |_| 0, 11, 3), Advance::Wait(_)));
+    reports.get_mut(&ReplicaId(3)).unwrap().manifest_lsn = Lsn(101);
+    assert!(write(advance(&catalog, &reports, |_| 0, 11, 3)).quarantines[0].dropping);
+}
+
+#[test]
+fn catalogs_survive_unknown_fields_and_round_trip() {
+    let catalog = at(Step::Tail);
+    let mut json: serde_json::Value = serde_json::to_value(&catalog).unwrap();
+    json["from_the_future"] = serde_json::json!({"x": 1});
+    assert_eq!(serde_json::from_value::<Catalog>(json).unwrap(), catalog);
+}
+
+#[test]
+fn pause_percentiles() {
+    assert_eq!(PauseMs::of(vec![]), PauseMs::default());
+    assert_eq!(PauseMs::of(vec![3_000, 1_000, 2_000]), PauseMs { p50: 2.0, p99: 3.0, max: 3.0 });
+}
+
+#[test]
+fn a_member_that_has_failed_aborts_the_plan_and_an_away_node_keeps_it_from_sealing() {
+    let tail = at(Step::Tail);
+    let ready = Reports::from([target(TargetStage::Tailing, &[(1, 10), (2, 10)])]);
+    assert!(matches!(advance(&tail, &ready, |_| 0, 9_000, 3), Advance::Write(_)));
+    let away = |node| if node == NODE(3) { 1 } else { 0 };
+    assert!(matches!(advance(&tail, &ready, away, 9_000, 3), Advance::Wait(_)), "its last report is old");
+    let mut failed = ready.clone();
+    failed.insert(ReplicaId(1), ReplicaReport { phase: ReplicaPhase::Failed("rot".into()), ..report(1) });
+    let gone = write(advance(&tail, &failed, |_| 0, 9_000, 3));
+    assert!(gone.plan.is_none() && gone.operations[0].reason.as_deref().is_some_and(|reason| reason.contains("rot")));
+}
+
+#[test]
+fn what_the_targets_of_an_undone_grow_shipped_is_nobodys_past() {
+    let catalog = at(Step::Tail);
+    let undone = abort(&catalog, "cancelled", &Reports::new(), 3_000, 3).unwrap();
+    assert_eq!(undone.discarded, [ReplicaId(3)]);
+    // The next attempt has a target of its own, which counts.
+    let again = start_grow(&undone, 3, &[NODE(3)], 4_000, 4).unwrap();
+    let targets: Vec<ReplicaId> = again.plan.as_ref().unwrap().targets.iter().map(|target| target.replica).collect();
+    assert_eq!((targets, again.discarded), (vec![ReplicaId(4)], vec![ReplicaId(3)]));
+}
+
+#[test]
+fn a_restore_ends_when_the_bucket_holds_what_was_restored() {
+    let mut catalog = two_shards();
+    let kind = PlanKind::Restore { keyspace: KeyspaceId(1), version: CatalogVersion(9), at_us: None };
+    let target =
+        |replica: u64| Target { shard: ShardId(replica as u32 - 1), replica: ReplicaId(replica), node: NODE(replica) };
+    catalog.plan = Some(Plan {
+        id: PlanId(1),
+        kind,
+        from_epoch: Epoch(1),
+        started_at_us: 1_000,
+        step: Step::Tail,
+        sources: Vec::new(),
+        targets: vec![target(1), target(2)],
+        seals_undone: 0,
+    });
+    let reports = |shipped: bool| -> Reports {
+        let progress = TargetProgress {
+            stage: TargetStage::Open,
+            manifest_shipped: shipped,
+            reached: vec![(ReplicaId(5), Lsn(77))],
+            ..TargetProgress::new(PlanId(1))
+        };
+        let of = |replica: u64| ReplicaReport { target: Some(progress.clone()), ..report(replica) };
+        Reports::from([(ReplicaId(1), of(1)), (ReplicaId(2), of(2))])
+    };
+    assert!(matches!(advance(&catalog, &reports(false), |_| 0, 2_000, 2), Advance::Wait(_)));
+    let done = write(advance(&catalog, &reports(true), |_| 0, 2_000, 2));
+    assert_eq!(done.plan, None);
+    let reached = &done.operations.last().unwrap().reached;
+    assert_eq!(reached.len(), 2);
+    assert_eq!(reached[1], Reached { shard: ShardId(1), replica: ReplicaId(5), lsn: Lsn(77) });
+}
+
+fn taking_over() -> Catalog {
+    let mut catalog = two_shards();
+    catalog.plan = Some(Plan {
+        id: PlanId(1),
+        kind: PlanKind::RecoverReplica { shard: ShardId(0) },
+        from_epoch: catalog.epoch,
+        started_at_us: 1,
+        step: Step::Tail,
+        sources: vec![Source { shard: ShardId(0), replica: ReplicaId(1), node: NODE(1), manifest: None }],
+        targets: vec![Target { shard: ShardId(0), replica: ReplicaId(3), node: NODE(3) }],
+        seals_undone: 0,
+    });
+    catalog
+}
+
+#[test]
+fn a_take_over_goes_on_although_its_source_reports_that_it_has_failed() {
+    let failed = ReplicaReport { phase: ReplicaPhase::Failed("log files are missing".into()), ..report(1) };
+    let reports = Reports::from([(ReplicaId(1), failed), target(TargetStage::Tailing, &[])]);
+    for away_us in [0, NODE_AWAY_MAX_US + 1] {
+        let away = |node| if node == NODE(1) { away_us } else { 0 };
+        let taken = write(advance(&taking_over(), &reports, away, 5_000, 3));
+        assert_eq!(taken.placement[0].replicas[0].replica, ReplicaId(3), "away for {away_us}");
+    }
+    // A failure of the target counts.
+    let failed = ReplicaReport { phase: ReplicaPhase::Failed("rot".into()), ..report(3) };
+    let gone = |node| if node == NODE(1) { NODE_AWAY_MAX_US + 1 } else { 0 };
+    let undone = write(advance(&taking_over(), &Reports::from([(ReplicaId(3), failed)]), gone, 5_000, 3));
+    assert_eq!(
+        (undone.operations[0].outcome, &undone.operations[0].failed_on[..]),
+        (OperationOutcome::Aborted, &[NODE(3)][..])
+    );
+}
+
+#[test]
+fn a_take_over_does_not_commit_over_a_source_that_is_back() {
+    let reports = Reports::from([(ReplicaId(1), report(1)), target(TargetStage::Tailing, &[])]);
+    let undone = write(advance(&taking_over(), &reports, |_| 0, 5_000, 3));
+    assert_eq!(undone.placement[0].replicas[0].replica, ReplicaId(1));
+    assert!(undone.operations[0].reason.as_ref().is_some_and(|reason| reason.contains("is back")));
+    assert!(undone.operations[0].failed_on.is_empty(), "that is not the target's fault");
+    // A replica that is being opened is waited for: it may serve soon.
+    let opening =
+        ReplicaReport { phase: ReplicaPhase::Opening, replication: ReplicationReport::default(), ..report(1) };
+    let reports = Reports::from([(ReplicaId(1), opening), target(TargetStage::Tailing, &[])]);
+    assert!(matches!(advance(&taking_over(), &reports, |_| 0, 5_000, 3), Advance::Wait(what) if what.contains("open")));
+    let silent = Reports::from([target(TargetStage::Tailing, &[])]);
+    assert!(matches!(advance(&taking_over(), &silent, |_| 0, 5_000, 3), Advance::Wait(_)));
+}
+
+#[test]
+fn a_target_whose_node_is_there_and_begins_nothing_is_given_up() {
+    let mut copying = taking_over();
+    copying.plan.as_mut().unwrap().kind = PlanKind::AddReplica { shard: ShardId(0) };
+    let silent_us = TARGET_SILENT_MAX.as_micros() as u64;
+    for catalog in [copying, at(Step::Tail)] {
+        let late = catalog.written_at_us + silent_us;
+        assert!(matches!(advance(&catalog, &Reports::new(), |_| 0, late, 3), Advance::Wait(_)));
+        let undone = write(advance(&catalog, &Reports::new(), |_| 0, late + 1, 3));
+        assert_eq!((undone.plan, &undone.operations[0].failed_on[..]), (None, &[NODE(3)][..]));
+        let away = |node| if node == NODE(3) { 1 } else { 0 };
+        assert!(matches!(advance(&catalog, &Reports::new(), away, late + 1, 3), Advance::Wait(_)), "it may come back");
+        let back = super::advance(&catalog, &Reports::new(), |_| 0, |_| silent_us, late + 1, 3);
+        assert!(matches!(back, Advance::Wait(_)), "it has only just come back");
+        let target = catalog.plan.as_ref().unwrap().targets[0].replica;
+        let mut opening = report(target.0);
+        opening.phase = ReplicaPhase::Opening;
+        let opening = Reports::from([(target, opening)]);
+        assert!(matches!(advance(&catalog, &opening, |_| 0, late + 1, 3), Advance::Wait(_)), "it opens what it has");
+    }
+}

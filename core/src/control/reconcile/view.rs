@@ -1,0 +1,143 @@
+//! The catalog, the reports and the presence of nodes together, as the rules about members see them.
+//!
+//! **Invariant:** a replica leaves its shard only when another one has authority, or none here can have it.
+
+use super::evict::evict;
+use super::failover::{Presence, successor, transfer_leadership};
+use crate::catalog::{Catalog, DrainingReplica, NodeDrain, Placed, ShardPlacement};
+use crate::control::report::{ReplicaReport, ReplicationReport, Reports};
+use crate::ids::{NodeId, ReplicaId, ShardId};
+use crate::limits::TAIL_LAG_LSNS_MAX;
+
+/// State of the nodes around a keyspace.
+pub struct Around<'a> {
+    /// Presence of a node.
+    pub presence: &'a dyn Fn(NodeId) -> Presence,
+    /// Whether a node is away for so long that it is not expected back at once.
+    pub long_gone: &'a dyn Fn(NodeId) -> bool,
+    /// Whether a node is away for so long that its replicas are rebuilt elsewhere without a request.
+    pub lost: &'a dyn Fn(NodeId) -> bool,
+    /// Live node that could take one more replica of a shard.
+    pub room: &'a dyn Fn(&Catalog, ShardId) -> Option<NodeId>,
+}
+
+impl Around<'_> {
+    pub(super) fn is_here(&self, node: NodeId) -> bool {
+        matches!((self.presence)(node), Presence::Here(_))
+    }
+}
+
+/// A keyspace with its reports, for decisions about its members.
+pub(super) struct View<'a> {
+    pub(super) catalog: &'a Catalog,
+    pub(super) reports: &'a Reports,
+    pub(super) around: &'a Around<'a>,
+}
+
+impl View<'_> {
+    pub(super) fn replication(&self, replica: ReplicaId) -> Option<&ReplicationReport> {
+        self.reports.get(&replica).map(|report| &report.replication)
+    }
+
+    pub(super) fn has_failed(&self, replica: ReplicaId) -> bool {
+        self.reports.get(&replica).is_some_and(ReplicaReport::has_failed)
+    }
+
+    /// Returns true when the replica has failed and does not open again by itself.
+    pub(super) fn has_failed_for_good(&self, replica: ReplicaId) -> bool {
+        self.has_failed(replica) && !self.replication(replica).is_some_and(|report| report.passing)
+    }
+
+    /// Returns true when the replica serves, by its last report.
+    pub(super) fn is_ready(&self, one: &Placed) -> bool {
+        self.around.is_here(one.node)
+            && !self.has_failed(one.replica)
+            && self.replication(one.replica).is_some_and(|report| report.ready)
+    }
+
+    /// Returns true when the replica serves, and not only by a report from before it stood still or was cut off: it
+    /// has applied the version that is in force.
+    pub(super) fn serves(&self, one: &Placed) -> bool {
+        let has_heard = |report: &ReplicaReport| report.version >= self.catalog.version;
+        self.is_ready(one) && self.reports.get(&one.replica).is_some_and(has_heard)
+    }
+
+    /// Returns true when the replica answers strict requests: it holds everything that the others have acknowledged.
+    pub(super) fn has_authority(&self, one: &Placed) -> bool {
+        let has_authority = |report: &ReplicaReport| report.has_authority(self.catalog.version);
+        self.is_ready(one) && self.reports.get(&one.replica).is_some_and(has_authority)
+    }
+
+    /// Returns the version that evicts a replica, or transfers leadership first; `None` while the replica may be the
+    /// only one that holds what it has acknowledged. If it is away, the others find out themselves whether they may
+    /// serve.
+    pub(super) fn take_out(
+        &self,
+        shard: &ShardPlacement,
+        one: &Placed,
+        stays: impl Fn(&Placed) -> bool,
+        now_us: u64,
+        nonce: u64,
+    ) -> Option<Catalog> {
+        // A lagging replica is not able to serve yet.
+        let is_close =
+            |other: &Placed| self.replication(other.replica).is_some_and(|report| report.lag_lsns <= TAIL_LAG_LSNS_MAX);
+        let may = |other: &Placed| stays(other) && is_close(other);
+        let successor = successor(shard, one.replica, |node| self.around.is_here(node), may);
+        if let Some(successor) = successor.filter(|_| !self.has_failed(one.replica)) {
+            return transfer_leadership(self.catalog, one.replica, successor, now_us, nonce);
+        }
+        let mut others = shard.replicas.iter().filter(|other| other.replica != one.replica);
+        others
+            .any(|other| self.has_authority(other))
+            .then(|| evict(self.catalog, one.replica, false, now_us, nonce).ok())
+            .flatten()
+    }
+
+    pub(super) fn drain_of(&self, node: NodeId) -> Option<&NodeDrain> {
+        self.catalog.draining_nodes.iter().find(|drain| drain.node == node)
+    }
+
+    pub(super) fn leaves(&self, one: &Placed) -> bool {
+        self.drain_of(one.node).is_some()
+    }
+
+    /// Returns true when the replica is not waited for: its node is to be replaced and is gone, or is there and the
+    /// replica has failed.
+    pub(super) fn is_given_up(&self, one: &Placed) -> bool {
+        let replaced = self.drain_of(one.node).is_some_and(|drain| drain.replace);
+        replaced
+            && match (self.around.presence)(one.node) {
+                Presence::Gone => true,
+                Presence::Here(_) => self.has_failed_for_good(one.replica),
+                Presence::Away => false,
+            }
+    }
+
+    pub(super) fn is_drained(&self, replica: ReplicaId) -> bool {
+        self.replication(replica).is_some_and(|report| report.drained)
+    }
+
+    /// Returns true when deleting its files loses nothing: another replica serves and holds everything it has, or its
+    /// loss was accepted and everything that it had shipped was recovered.
+    pub(super) fn may_go(&self, one: &DrainingReplica) -> bool {
+        let others = || self.catalog.shard(one.shard).into_iter().flat_map(|shard| &shard.replicas);
+        if let Some(report) = self.replication(one.replica).filter(|_| self.is_drained(one.replica)) {
+            // A node of an older version does not report which replicas hold the data.
+            let holds = |id: ReplicaId| report.drained_by.is_empty() || report.drained_by.contains(&id);
+            return others().any(|other| holds(other.replica) && self.serves(other));
+        }
+        let gone = Placed { replica: one.replica, node: one.node };
+        let accepted = self.drain_of(one.node).is_some_and(|drain| drain.accept_loss);
+        // A replica that is cut off only briefly is still drained when it is back.
+        let is_over = (self.around.long_gone)(one.node) || (self.around.is_here(one.node) && self.is_given_up(&gone));
+        accepted
+            && is_over
+            && others().any(|other| {
+                self.serves(other)
+                    && self
+                        .replication(other.replica)
+                        .is_some_and(|report| report.took_from_bucket.contains(&one.replica))
+            })
+    }
+}

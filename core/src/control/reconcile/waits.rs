@@ -1,0 +1,94 @@
+//! What an operation waits for, in words, with the way out.
+//!
+//! **Invariant:** this decides nothing.
+
+use super::failover::Presence;
+use super::repair::copy_not_before;
+use super::view::{Around, View};
+use crate::catalog::{Catalog, DrainingReplica, KeyspaceState, Placed, ShardPlacement};
+use crate::control::report::Reports;
+use crate::limits::COPIES_PER_NODE_MAX;
+
+/// Returns what keeps a keyspace from having all its replicas, and the remedy; `None` when nothing does.
+pub fn waits_for(catalog: &Catalog, reports: &Reports, around: &Around<'_>, now_us: u64) -> Option<String> {
+    if catalog.state != KeyspaceState::Active || catalog.plan.is_some() {
+        return None;
+    }
+    let view = View { catalog, reports, around };
+    let mut of_shards = catalog.placement.iter().filter_map(|shard| {
+        let leaves = shard.replicas.iter().any(|one| view.leaves(one));
+        let staying = shard.replicas.iter().filter(|one| !view.leaves(one)).count();
+        let lacks = staying < catalog.spec.replicas as usize;
+        if !leaves && !lacks {
+            return None;
+        }
+        if !shard.replicas.iter().any(|one| view.is_ready(one)) {
+            return Some(nobody_serves(&view, shard));
+        }
+        if !lacks {
+            let waits = shard.replicas.iter().filter(|one| !view.leaves(one) && !view.serves(one));
+            let who = waits.map(|one| format!("replica {} on {}", one.replica, one.node)).collect::<Vec<_>>();
+            let stays = shard.replicas.iter().any(|one| !view.leaves(one) && view.serves(one));
+            return Some(match stays {
+                true => format!("shard {} of {} to be handed over", shard.shard, catalog.name),
+                false => format!(
+                    "{} to serve shard {} of {}: start its node, or undo with `vasto operation cancel`",
+                    who.join(" or "),
+                    shard.shard,
+                    catalog.name
+                ),
+            });
+        }
+        let again_us = copy_not_before(catalog, shard.shard);
+        if now_us < again_us {
+            let seconds = (again_us - now_us).div_ceil(1_000_000);
+            return Some(format!(
+                "{seconds} s to pass until shard {} of {} is copied again; `vasto operation list` says why the last copy failed",
+                shard.shard, catalog.name
+            ));
+        }
+        Some(format!(
+            "a node that can take a copy of shard {} of {}: live, without one of it, not cordoned, with room for a \
+             replica and its files, and fewer than {COPIES_PER_NODE_MAX} copies under way; start one with `vasto \
+             serve node`",
+            shard.shard, catalog.name
+        ))
+    });
+    of_shards.next().or_else(|| {
+        let waits = |one: &&DrainingReplica| view.drain_of(one.node).is_some_and(|drain| drain.accept_loss);
+        catalog.draining.iter().find(waits).map(|one| match around.is_here(one.node) {
+            true => format!("replica {} on {} to be drained", one.replica, one.node),
+            false => format!("what replica {} had shipped to be taken over from the bucket", one.replica),
+        })
+    })
+}
+
+/// Returns why no replica of a shard serves, and what brings one back.
+fn nobody_serves(view: &View<'_>, shard: &ShardPlacement) -> String {
+    let mut ways: Vec<String> = Vec::new();
+    let of_one = |one: &Placed| {
+        let replaced = view.drain_of(one.node).is_some_and(|drain| drain.replace);
+        let state = match ((view.around.presence)(one.node), view.has_failed(one.replica)) {
+            (Presence::Here(_), true) => "has failed",
+            (Presence::Here(_), false) => "does not serve yet",
+            _ => "is away",
+        };
+        if !replaced && state == "is away" {
+            ways.push(format!("start {0} or give it up with `vasto node replace {0}`", one.node));
+        } else if !replaced && state == "has failed" {
+            ways.push(format!("put the files of {0} back or give it up with `vasto node replace {0}`", one.node));
+        }
+        format!("replica {} on {} {state}{}", one.replica, one.node, if replaced { " and is replaced" } else { "" })
+    };
+    let states: Vec<String> = shard.replicas.iter().map(of_one).collect();
+    let ways = match ways.is_empty() {
+        // All replicas are given up: only a node that could take over is missing.
+        true if shard.replicas.iter().all(|one| view.is_given_up(one)) => {
+            "it is taken over from the bucket as soon as a live node has room: start one with `vasto serve node`"
+                .to_owned()
+        }
+        true => "it is waited for".to_owned(),
+        false => ways.join("; "),
+    };
+    format!("a replica of shard {} of {} that serves: {}; {ways}", shard.shard, view.catalog.name, states.join(", "))
+}

@@ -1,0 +1,244 @@
+//! What a replica reports about itself, and about its part in a plan.
+//!
+//! **Invariant:** a report names the catalog version that the replica has applied; rules count no report that has not
+//! reached the version they wait for.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::control::plan::PinnedManifest;
+use crate::ids::{CatalogVersion, Incarnation, KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
+
+/// Phase of a replica.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReplicaPhase {
+    /// Opening or replaying its log.
+    Opening,
+    /// A target that is not open yet.
+    Building,
+    /// Serving what it owns.
+    Serving,
+    /// Stopped, with the reason.
+    Failed(String),
+}
+
+/// Report of a node on one of its replicas.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaReport {
+    /// Its keyspace.
+    pub keyspace: KeyspaceId,
+    /// Its shard.
+    pub shard: ShardId,
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Its incarnation.
+    pub incarnation: Incarnation,
+    /// The highest catalog version it has applied.
+    pub version: CatalogVersion,
+    /// Its phase.
+    pub phase: ReplicaPhase,
+    /// Last synced LSN.
+    pub lsn: Lsn,
+    /// LSN up to which the bucket's manifests and chunks cover the log.
+    pub shipped_lsn: Lsn,
+    /// LSN up to which the last manifest in the bucket covers the log.
+    pub manifest_lsn: Lsn,
+    /// Estimated number of keys.
+    pub keys: u64,
+    /// Bytes of its SSTs.
+    pub bytes: u64,
+    /// Its progress as a source of the running plan.
+    #[serde(default)]
+    pub source: Option<SourceProgress>,
+    /// Its progress as a target of the running plan.
+    #[serde(default)]
+    pub target: Option<TargetProgress>,
+    /// Plans whose quarantined range it has removed.
+    #[serde(default)]
+    pub cleaned: Vec<PlanId>,
+    /// Its replication state among the replicas of its shard.
+    #[serde(default)]
+    pub replication: ReplicationReport,
+}
+
+impl ReplicaReport {
+    /// Returns true when the replica answered strict requests while it had applied this version or a later one: it
+    /// holds everything that the others of its shard have acknowledged. A node that does not know authority is
+    /// trusted.
+    pub fn has_authority(&self, version: CatalogVersion) -> bool {
+        self.version >= version && self.replication.serving != Some(false)
+    }
+
+    /// Returns true when the replica has failed and serves nothing any more.
+    pub fn has_failed(&self) -> bool {
+        matches!(self.phase, ReplicaPhase::Failed(_))
+    }
+}
+
+/// Replication state of a replica among the others of its shard.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ReplicationReport {
+    /// The replica has caught up since it was opened and takes requests.
+    pub ready: bool,
+    /// Synced records of a peer that the replica has not applied; the maximum over its peers.
+    pub lag_lsns: u64,
+    /// Age of the oldest of these records, milliseconds.
+    pub lag_ms: u64,
+    /// Version of the transfer to the replica under which it holds everything that the old primary named.
+    pub took_over: Option<CatalogVersion>,
+    /// The replica takes no writes any more, and another member holds everything it has.
+    pub drained: bool,
+    /// The members that hold it; empty from a node of an older version.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub drained_by: Vec<ReplicaId>,
+    /// Replicas that left the placement and whose archive the replica has recovered, as far as that is possible.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub took_from_bucket: Vec<ReplicaId>,
+    /// No peer's log reaches back to the replica's position: it must be rebuilt.
+    pub too_old: bool,
+    /// The member that does not read the replica's log, which is at the cap because of that.
+    pub evict: Option<ReplicaId>,
+    /// The replica has authority: it answers strict requests. `None` from a node that does not know authority.
+    #[serde(default)]
+    pub serving: Option<bool>,
+    /// The replica's writer is stalled at the disk, or was shortly before.
+    #[serde(default)]
+    pub stalled: bool,
+    /// Time for which the replica has been serving in place of the primary, milliseconds.
+    #[serde(default)]
+    pub acting_ms: u64,
+    /// The replica failed shortly before for lack of disk or descriptors: it may open again by itself.
+    pub passing: bool,
+}
+
+/// A durable seal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sealed {
+    /// The version that asked for the seal.
+    pub version: CatalogVersion,
+    /// The LSN of the seal record: no record after it touches the range.
+    pub lsn: Lsn,
+}
+
+/// Progress of a source in a plan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceProgress {
+    /// The plan.
+    pub plan: PlanId,
+    /// The checkpoint that the source made.
+    #[serde(default)]
+    pub manifest: Option<PinnedManifest>,
+    /// The seal, once durable.
+    #[serde(default)]
+    pub sealed: Option<Sealed>,
+    /// The source has applied the commit and sent on the waiting requests.
+    #[serde(default)]
+    pub released: bool,
+    /// Times for which writes of the moving range waited, microseconds; the pause itself first.
+    #[serde(default)]
+    pub pauses_us: Vec<u64>,
+    /// Reason why the source cannot go on.
+    #[serde(default)]
+    pub failed: Option<String>,
+}
+
+/// Stage of a target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TargetStage {
+    /// Taking objects from the bucket.
+    Downloading,
+    /// Rewriting and ingesting.
+    Rewriting,
+    /// Following the sources' logs.
+    Tailing,
+    /// Serving.
+    Open,
+}
+
+/// Progress of a target in a plan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TargetProgress {
+    /// The plan.
+    pub plan: PlanId,
+    /// Its stage.
+    pub stage: TargetStage,
+    /// Per source replica the LSN up to which everything that concerns this target is durable here.
+    #[serde(default)]
+    pub cursors: BTreeMap<ReplicaId, Lsn>,
+    /// Log records that the sources had and the target had not, at the last check.
+    pub lag_lsns: u64,
+    /// Bytes to take from the bucket.
+    pub bytes_total: u64,
+    /// Bytes taken so far.
+    pub bytes_done: u64,
+    /// Keys that moved, not counting the tail.
+    pub keys_moved: u64,
+    /// Bytes of the ingested SSTs.
+    pub bytes_moved: u64,
+    /// Body bytes of all GETs.
+    pub bytes_from_bucket: u64,
+    /// Number of GETs.
+    pub objects_read: u64,
+    /// Bytes of log records streamed by nodes.
+    pub bytes_from_peers: u64,
+    /// The target's own first manifest is in the bucket and covers the ingest.
+    pub manifest_shipped: bool,
+    /// Replicas whose logs were read from the bucket, and the LSN reached in each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reached: Vec<(ReplicaId, Lsn)>,
+    /// Reason why the target cannot go on.
+    #[serde(default)]
+    pub failed: Option<String>,
+}
+
+impl TargetProgress {
+    /// Creates a progress with nothing done yet.
+    pub fn new(plan: PlanId) -> Self {
+        Self {
+            plan,
+            stage: TargetStage::Downloading,
+            cursors: BTreeMap::new(),
+            lag_lsns: 0,
+            bytes_total: 0,
+            bytes_done: 0,
+            keys_moved: 0,
+            bytes_moved: 0,
+            bytes_from_bucket: 0,
+            objects_read: 0,
+            bytes_from_peers: 0,
+            manifest_shipped: false,
+            reached: Vec::new(),
+            failed: None,
+        }
+    }
+}
+
+/// Percentiles of the time for which writes of moving keys waited, milliseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct PauseMs {
+    /// Median.
+    pub p50: f64,
+    /// 99th percentile.
+    pub p99: f64,
+    /// Longest.
+    pub max: f64,
+}
+
+impl PauseMs {
+    /// Returns the percentiles of microsecond samples; all zero when there are none.
+    pub fn of(mut samples_us: Vec<u64>) -> Self {
+        samples_us.sort_unstable();
+        let at = |fraction: f64| match samples_us.len() {
+            0 => 0.0,
+            n => samples_us[((n as f64 * fraction).ceil() as usize).clamp(1, n) - 1] as f64 / 1000.0,
+        };
+        Self { p50: at(0.5), p99: at(0.99), max: at(1.0) }
+    }
+}
+
+/// Newest report of each replica of the keyspace.
+pub type Reports = BTreeMap<ReplicaId, ReplicaReport>;

@@ -1,0 +1,272 @@
+//! Opening a replica: from its directory, from the bucket, or as one that is built.
+//!
+//! **Invariant:** a registered replica whose files are gone is reported, never made anew.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use vasto_core::Band;
+use vasto_core::catalog::Catalog;
+use vasto_core::ids::{CatalogVersion, Lsn};
+use vasto_core::plan::{Plan, PlanKind, Step};
+use vasto_core::record::{BandRange, RangeState};
+use vasto_core::report::TargetStage;
+use vasto_shipping::layout::Owner;
+use vasto_shipping::{CatalogStore, archive};
+
+use super::ReplicaSpec;
+use super::runner::{RETRY, RETRY_MAX, Runner, drop_blocking};
+use crate::bootstrap::{Adoption, Bootstrap, BootstrapError, Log};
+use crate::clock::SharedClock;
+use crate::engine::EngineShared;
+use crate::grow::fresh_progress;
+use crate::old_copy;
+use crate::replica::command::ReplicaError;
+use crate::replica::{OpenOptions, Replica, database_dir};
+use crate::restore::{self, RestoreSource, RestoreSources, Without};
+use crate::ship;
+
+/// Returns the replicas whose objects a restore does not use as they are.
+pub(super) fn without(catalog: &Catalog) -> Without<'_> {
+    Without { discarded: &catalog.discarded, given_up: &catalog.given_up }
+}
+
+/// Opens a replica. A replica that was being filled and has no record of its ingest is deleted first.
+pub(crate) fn open_or_begin_again(
+    spec: &ReplicaSpec,
+    engines: &EngineShared,
+    clock: &SharedClock,
+    initial: (CatalogVersion, BandRange, RangeState),
+) -> Result<Replica, String> {
+    let open = |initial| {
+        Replica::open(OpenOptions {
+            dir: spec.dir.clone(),
+            keyspace: spec.keyspace,
+            shard: spec.shard,
+            replica: spec.replica,
+            shared: engines.clone(),
+            clock: clock.clone(),
+            initial,
+        })
+        .map_err(|error| error.to_string())
+    };
+    let is_new = !spec.dir.join("db").join("CURRENT").exists();
+    let replica = open(is_new.then_some(initial))?;
+    let ranges = replica.ranges();
+    let arriving = Band::all().any(|band| ranges.state(band) == RangeState::Arriving);
+    let untouched = ranges.owned().next().is_none() && !arriving;
+    let interrupted = ranges.is_being_filled() && !is_new;
+    if !interrupted && !untouched {
+        return Ok(replica);
+    }
+    if untouched && initial.2 == RangeState::Owned {
+        // Created before a crash, but its first range record did not reach the disk.
+        drop_blocking(replica);
+        return open(Some(initial));
+    }
+    drop_blocking(replica);
+    std::fs::remove_dir_all(&spec.dir).map_err(|error| format!("{}: {error}", spec.dir.display()))?;
+    open(Some(initial))
+}
+
+impl Runner {
+    /// Returns the running plan, if it makes this replica one more member of its shard.
+    pub(super) fn copy_plan<'a>(&self, catalog: &'a Catalog) -> Option<&'a Plan> {
+        let plan = catalog.plan.as_ref()?;
+        let mine = plan.targets.iter().any(|target| target.replica == self.spec.replica);
+        (mine && plan.adds_member()).then_some(plan)
+    }
+
+    /// Returns the running plan, if this replica begins with objects of the bucket.
+    pub(super) fn bucket_plan<'a>(&self, catalog: &'a Catalog) -> Option<&'a Plan> {
+        let plan = catalog.plan.as_ref().filter(|plan| plan.step != Step::Committed)?;
+        let mine = plan.targets.iter().any(|target| target.replica == self.spec.replica);
+        (mine && plan.growth().is_none()).then_some(plan)
+    }
+
+    /// Opens the replica, from the bucket if the plan says so; `None` when the host is cancelled before.
+    pub(super) async fn open(
+        &self,
+        catalogs: &mut watch::Receiver<Arc<Catalog>>,
+    ) -> Result<Option<(Replica, Arc<Catalog>)>, String> {
+        let catalog = loop {
+            let catalog = catalogs.borrow_and_update().clone();
+            // The source's checkpoint comes first.
+            if self.bucket_plan(&catalog).is_none_or(|plan| plan.step != Step::Prepare) {
+                break catalog;
+            }
+            match self.cancel.run_until_cancelled(catalogs.changed()).await {
+                Some(Ok(())) => {}
+                Some(Err(_)) | None => return Ok(None),
+            }
+        };
+        let Some(plan) = self.bucket_plan(&catalog) else {
+            return Ok(Some((self.open_what_is_here(&catalog).await?, catalog)));
+        };
+        let progress = Arc::new(Mutex::new(fresh_progress(plan)));
+        *self.target.lock() = Some(progress.clone());
+        let spec = &self.spec;
+        let bootstrap = Bootstrap {
+            bucket: self.context.bucket.clone(),
+            engines: self.context.engines.clone(),
+            dir: spec.dir.clone(),
+            side: spec.dir.join("bootstrap"),
+            progress: progress.clone(),
+            registry: self.context.registry.clone(),
+            cancel: self.cancel.clone(),
+        };
+        let mut opened = None;
+        let mut pause = RETRY;
+        loop {
+            match self.take_from_bucket(&bootstrap, &catalog, plan, &mut opened).await {
+                Ok(()) => return Ok(opened.map(|replica| (replica, catalog.clone()))),
+                Err(_) if self.cancel.is_cancelled() => {
+                    if let Some(replica) = opened {
+                        replica.stop().await;
+                    }
+                    return Ok(None);
+                }
+                Err(error) if error.is_transient() => {
+                    tracing::warn!(%error, plan = plan.id.0, "building from the bucket is interrupted; it goes on");
+                    let _ = self.cancel.run_until_cancelled(tokio::time::sleep(pause)).await;
+                    pause = (pause * 2).min(RETRY_MAX);
+                }
+                Err(error) => {
+                    progress.lock().failed = Some(error.to_string());
+                    return Err(error.to_string());
+                }
+            }
+        }
+    }
+
+    pub(super) async fn take_from_bucket(
+        &self,
+        bootstrap: &Bootstrap,
+        catalog: &Catalog,
+        plan: &Plan,
+        opened: &mut Option<Replica>,
+    ) -> Result<(), BootstrapError> {
+        let sources = self.spec.dir.join("sources.json");
+        let found = restore::chosen(&self.context.bucket, &sources, self.sources_in_bucket(catalog, plan)).await?;
+        let log = match plan.kind {
+            PlanKind::Restore { at_us, .. } => Log::Fork { shards: catalog.spec.shards, until_us: at_us },
+            _ => Log::Replicate,
+        };
+        bootstrap.progress.lock().reached.clear();
+        if opened.is_none() {
+            let is_new = !database_dir(&self.spec.dir).join("CURRENT").exists();
+            match found.all.first().and_then(|first| first.base.as_ref()) {
+                Some(base) if is_new => {
+                    let adoption = Adoption {
+                        keyspace: self.spec.keyspace,
+                        replica: self.spec.replica,
+                        owned: catalog.owned_bands(),
+                        version: catalog.version,
+                        epoch: catalog.epoch,
+                    };
+                    bootstrap.take(base, adoption, log).await?;
+                }
+                // The log of the other replicas is at any time longer than what this replica has shipped.
+                None if is_new => ship::begin_with_a_checkpoint(&self.spec.dir)?,
+                _ => {}
+            }
+            let replica = self.open_local(catalog).await;
+            *opened = Some(replica.map_err(|reason| ReplicaError::Closed(reason.clone()))?);
+        }
+        let Some(replica) = opened.as_ref() else { return Err(BootstrapError::Cancelled) };
+        match log {
+            Log::Fork { shards, until_us } => bootstrap.merge_all(replica, &found, shards, until_us).await?,
+            Log::Replicate => {
+                let whose = plan.sources.first().map(|source| source.replica).unwrap_or_default();
+                bootstrap.join_all(replica, &found, whose).await?;
+            }
+        }
+        tracing::info!(
+            keyspace = self.spec.keyspace.0,
+            shard = self.spec.shard.0,
+            reached = ?bootstrap.progress.lock().reached,
+            "took over what the bucket holds"
+        );
+        bootstrap.progress.lock().stage = TargetStage::Tailing;
+        Ok(())
+    }
+
+    /// Returns the archives that this replica begins with, the best first.
+    pub(super) async fn sources_in_bucket(
+        &self,
+        catalog: &Catalog,
+        plan: &Plan,
+    ) -> Result<RestoreSources, BootstrapError> {
+        let (bucket, shard) = (&self.context.bucket, self.spec.shard);
+        match (plan.kind, plan.sources.first()) {
+            (PlanKind::Restore { keyspace, version, at_us }, _) => {
+                let tip = CatalogStore::new(bucket.clone()).tip(keyspace, version).await?;
+                let without = tip.as_ref().map(without).unwrap_or_default();
+                restore::candidates(bucket, keyspace, shard, &[], without, at_us).await
+            }
+            (_, Some(source)) => match &source.manifest {
+                Some(pinned) => {
+                    let base = archive::manifest_at(bucket, &pinned.key).await?;
+                    let owner = Owner { keyspace: catalog.keyspace, shard, replica: source.replica };
+                    // The log behind it comes from the source itself.
+                    Ok(RestoreSources { all: vec![RestoreSource::of_base(owner, base)], ..RestoreSources::default() })
+                }
+                None => {
+                    let preferred = [source.replica];
+                    restore::candidates(bucket, catalog.keyspace, shard, &preferred, without(catalog), None).await
+                }
+            },
+            (_, None) => Ok(RestoreSources::default()),
+        }
+    }
+
+    /// Opens the replica from its directory, unless the bucket proves that the directory is an old copy. Only the
+    /// shipping replica finds itself in the bucket; the others know each other.
+    pub(super) async fn open_what_is_here(&self, catalog: &Catalog) -> Result<Replica, String> {
+        let spec = &self.spec;
+        let shipper = catalog.shard(spec.shard).and_then(|shard| shard.shipper());
+        if shipper.is_none_or(|one| one.replica != spec.replica) {
+            return self.open_local(catalog).await;
+        }
+        let owner = Owner { keyspace: spec.keyspace, shard: spec.shard, replica: spec.replica };
+        let shipped = ship::shipped_by(&spec.dir);
+        let bucket = &self.context.bucket;
+        if !database_dir(&spec.dir).join("CURRENT").exists() {
+            // A replica that existed before is never created anew.
+            return match old_copy::held_beyond(bucket, owner, shipped, Lsn(0)).await {
+                Some(held) => Err(old_copy::reason(held, Lsn(0))),
+                None => self.open_local(catalog).await,
+            };
+        }
+        let replica = self.open_local(catalog).await?;
+        // The last record marks this opening; the records of openings that were refused before carry nothing else.
+        let opened = replica.settled_lsn();
+        let end = old_copy::end_of(&spec.dir, Lsn(opened.0.saturating_sub(1))).map_err(|error| error.to_string())?;
+        let Some(held) = old_copy::held_beyond(bucket, owner, shipped, end).await else { return Ok(replica) };
+        let written = old_copy::note(&spec.dir, end, opened);
+        replica.stop().await;
+        written.map_err(|error| error.to_string())?;
+        Err(old_copy::reason(held, end))
+    }
+
+    #[tracing::instrument(name = "open a replica", skip_all, fields(keyspace = self.spec.keyspace.0, shard = self.spec.shard.0))]
+    pub(super) async fn open_local(&self, catalog: &Catalog) -> Result<Replica, String> {
+        let spec = self.spec.clone();
+        let (engines, clock) = (self.context.engines.clone(), self.context.clock.clone());
+        // Initial ownership: the bands of a placed replica, nothing for a target.
+        let placed = catalog.placement.iter().flat_map(|shard| &shard.replicas).any(|one| one.replica == spec.replica);
+        let growth = catalog.plan.as_ref().and_then(Plan::growth);
+        let initial = match growth {
+            Some((_, to)) if !placed => (catalog.version, BandRange::from(Band::owned(to)), RangeState::Arriving),
+            _ => (catalog.version, catalog.owned_bands(), RangeState::Owned),
+        };
+        // The wait happens here rather than on a blocking thread.
+        let turn = engines.opening.clone().acquire_owned().await.map_err(|error| error.to_string())?;
+        let open = move || {
+            let _turn = turn;
+            open_or_begin_again(&spec, &engines, &clock, initial)
+        };
+        tokio::task::spawn_blocking(open).await.map_err(|error| error.to_string())?
+    }
+}
