@@ -89,7 +89,7 @@ python_package() {
 }
 
 for_test() {
-    # The tests of network partitions make networks of their own (as root; else they say that they skip).
+    # The tests of network partitions make networks of their own (as root; else they fail).
     packages iproute2 iptables
     if ! cargo nextest --version >/dev/null 2>&1; then
         say "installing the test runner cargo-nextest (this compiles for some minutes)"

@@ -122,6 +122,22 @@ fn literal<'a>(text: &'a str, call: &str) -> Option<&'a str> {
     Some(&rest[..rest.find('"')?])
 }
 
+/// Where the chain of calls that `text` begins with ends: at a `;`, or a `,` outside of parentheses and strings.
+fn builder_end(text: &str) -> usize {
+    let (mut depth, mut in_string) = (0i32, false);
+    let ends = |(_, char): &(usize, char)| {
+        match char {
+            '"' => in_string = !in_string,
+            '(' if !in_string => depth += 1,
+            ')' if !in_string => depth -= 1,
+            ';' | ',' if !in_string && depth <= 0 => return true,
+            _ => {}
+        }
+        false
+    };
+    text.char_indices().find(ends).map_or(text.len(), |(at, _)| at)
+}
+
 fn metrics() -> String {
     let mut rows = Vec::new();
     for member in ["client", "master", "node", "observability", "shipping", "cli"] {
@@ -129,12 +145,12 @@ fn metrics() -> String {
         sources(&checkout().join(member).join("src"), &mut files);
         for file in files.iter().filter(|file| !file.ends_with("reference.rs")) {
             let text = std::fs::read_to_string(file).unwrap();
-            for (at, _) in text.match_indices("(\"vasto_") {
+            for (at, _) in text.match_indices("(\"vasto") {
                 let kind = text[..at].rsplit('.').next().unwrap();
                 let known = ["counter", "gauge", "histogram"].into_iter().find(|known| kind.ends_with(known));
                 let Some(known) = known else { continue };
-                let built = &text[at..at + text[at..].find(".build()").unwrap()];
-                let name = literal(built, "(").unwrap();
+                let built = &text[at..at + builder_end(&text[at..])];
+                let name = literal(built, "(").unwrap().replace('.', "_");
                 let unit = literal(built, ".with_unit(");
                 let suffix = match unit {
                     Some("By") => "_bytes",
@@ -152,8 +168,7 @@ fn metrics() -> String {
     rows.sort();
     rows.dedup();
     let mut out = format!("# Metrics\n{HEAD}");
-    out += "As `/metrics` of the admin port names them; over OTLP without the suffixes. Each has the labels `role` and \
-            `node` of its server.\n\n| metric | kind | from | meaning |\n|---|---|---|---|\n";
+    out += "As `/metrics` of the admin port names them; over OTLP without the suffixes.\n\n| metric | kind | from | meaning |\n|---|---|---|---|\n";
     out.extend(rows);
     out
 }

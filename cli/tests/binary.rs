@@ -388,3 +388,37 @@ fn spans_reach_a_collector_and_one_that_is_gone_is_told() {
     }
     assert!(dev.dir.path().exists());
 }
+
+/// Directories and bucket as an earlier version stored them: see `testdata/v1/README.md`.
+#[test]
+fn a_cluster_that_an_earlier_version_stored_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let stored = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/v1/cluster.tar.gz");
+    assert!(Command::new("tar").arg("xzf").arg(stored).arg("-C").arg(dir.path()).status().unwrap().success());
+    let data = dir.path().join("data");
+    let mut dev = Dev::run(command(), data, &[], dir);
+    let rows = |keyspace: &str| -> Vec<Value> {
+        let shown = dev.vasto(&["kv", "scan", keyspace, "--output", "json"]);
+        let rows: Vec<Value> = serde_json::from_str(&shown).unwrap();
+        rows.iter().for_each(|row| assert!(row["value"].is_string() && row["event_time"].is_u64(), "{row}"));
+        rows
+    };
+    let before = rows("first");
+    assert_eq!(before.len(), 59);
+    for (key, value) in [("key:1", "value 1\n"), ("key:40", "value 40\n"), ("key:60", "value 60\n"), ("long", "x\n")] {
+        assert_eq!(dev.vasto(&["kv", "get", "first", key]), value, "{key}");
+    }
+    let described: Value =
+        serde_json::from_str(&dev.vasto(&["keyspace", "describe", "first", "--output", "json"])).unwrap();
+    assert_eq!(described["placement"].as_array().unwrap().len(), 2, "{described}");
+    let operations = dev.vasto(&["operation", "list", "--output", "json"]);
+    assert!(operations.contains("\"op-1-1\"") && operations.contains("\"grow\""), "{operations}");
+
+    // Also its bucket, and changes of it.
+    dev.vasto(&["keyspace", "restore", "first", "--into", "again"]);
+    assert_eq!(rows("again"), before);
+    dev.vasto(&["keyspace", "resize", "first", "--shards", "3"]);
+    assert_eq!(rows("first"), before);
+    dev.vasto(&["bucket", "fsck", "--deep"]);
+    assert_eq!(dev.terminate(), Some(0));
+}

@@ -1,6 +1,7 @@
 //! Moves an amount between two accounts: a batch within one partition is applied as a whole or not at all.
+//! Needs the keyspace of the example `quickstart`.
 //!
-//! `cargo run -p vasto-client --example batch -- http://127.0.0.1:8278 quickstart`
+//! `cargo run -p vasto-client --example batch -- http://127.0.0.1:8278`
 
 use vasto_client::{Batch, Key, Keyspace, Vasto};
 
@@ -15,10 +16,8 @@ async fn balance(ks: &Keyspace, name: &str) -> Result<u64, vasto_client::Error> 
 
 #[tokio::main]
 async fn main() -> Result<(), vasto_client::Error> {
-    let mut arguments = std::env::args().skip(1);
-    let url = arguments.next().unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
-    let keyspace = arguments.next().unwrap_or_else(|| "quickstart".to_owned());
-    let ks = Vasto::connect(&url).await?.keyspace(&keyspace).await?;
+    let url = std::env::args().nth(1).unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
+    let ks = Vasto::connect(&url).await?.keyspace("quickstart").await?;
 
     ks.write(Batch::new().put(account("ada", "checking"), "100").put(account("ada", "savings"), "0")).await?;
     let (checking, savings) = (balance(&ks, "checking").await?, balance(&ks, "savings").await?);

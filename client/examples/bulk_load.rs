@@ -1,7 +1,8 @@
 //! Loads many rows as fast as the cluster takes them: batches, several at a time. The client slows down by itself
 //! where nodes do.
+//! Needs the keyspace of the example `quickstart`.
 //!
-//! `cargo run -p vasto-client --example bulk_load -- http://127.0.0.1:8278 quickstart 20000`
+//! `cargo run -p vasto-client --example bulk_load -- http://127.0.0.1:8278 20000`
 
 use std::time::Instant;
 
@@ -13,11 +14,9 @@ const AT_A_TIME: usize = 8;
 
 #[tokio::main]
 async fn main() -> Result<(), vasto_client::Error> {
-    let mut arguments = std::env::args().skip(1);
-    let url = arguments.next().unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
-    let keyspace = arguments.next().unwrap_or_else(|| "quickstart".to_owned());
-    let rows = arguments.next().and_then(|rows| rows.parse().ok()).unwrap_or(20_000u64);
-    let ks = Vasto::connect(&url).await?.keyspace(&keyspace).await?;
+    let url = std::env::args().nth(1).unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
+    let rows = std::env::args().nth(2).and_then(|rows| rows.parse().ok()).unwrap_or(20_000u64);
+    let ks = Vasto::connect(&url).await?.keyspace("quickstart").await?;
 
     let began = Instant::now();
     let loaded = futures::stream::iter((0..rows).step_by(BATCH as usize))

@@ -1,6 +1,7 @@
 //! Takes a lock with `if_absent`, and changes a document with `if_version` until no other writer interferes.
+//! Needs the keyspace of the example `quickstart`.
 //!
-//! `cargo run -p vasto-client --example conditional_write -- http://127.0.0.1:8278 quickstart`
+//! `cargo run -p vasto-client --example conditional_write -- http://127.0.0.1:8278`
 
 use std::time::Duration;
 
@@ -23,10 +24,8 @@ async fn add_line(ks: &Keyspace, key: &str, line: &str) -> Result<u32, vasto_cli
 
 #[tokio::main]
 async fn main() -> Result<(), vasto_client::Error> {
-    let mut arguments = std::env::args().skip(1);
-    let url = arguments.next().unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
-    let keyspace = arguments.next().unwrap_or_else(|| "quickstart".to_owned());
-    let ks = Vasto::connect(&url).await?.keyspace(&keyspace).await?;
+    let url = std::env::args().nth(1).unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
+    let ks = Vasto::connect(&url).await?.keyspace("quickstart").await?;
 
     // A lock that ends by itself if its holder dies.
     ks.delete("lock").await?;

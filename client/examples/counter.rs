@@ -1,15 +1,14 @@
 //! Counts with `add_i64`, keeps a maximum and appends to a log: the primary does each exactly once.
+//! Needs the keyspace of the example `quickstart`.
 //!
-//! `cargo run -p vasto-client --example counter -- http://127.0.0.1:8278 quickstart`
+//! `cargo run -p vasto-client --example counter -- http://127.0.0.1:8278`
 
 use vasto_client::{ErrorKind, Vasto};
 
 #[tokio::main]
 async fn main() -> Result<(), vasto_client::Error> {
-    let mut arguments = std::env::args().skip(1);
-    let url = arguments.next().unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
-    let keyspace = arguments.next().unwrap_or_else(|| "quickstart".to_owned());
-    let ks = Vasto::connect(&url).await?.keyspace(&keyspace).await?;
+    let url = std::env::args().nth(1).unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
+    let ks = Vasto::connect(&url).await?.keyspace("quickstart").await?;
 
     ks.delete("hits").await?;
     let tasks = (0..8).map(|_| {

@@ -1,6 +1,7 @@
 //! Feeds readings that arrive out of order: the later event time stands, whatever comes last.
+//! Needs the keyspace of the example `quickstart`.
 //!
-//! `cargo run -p vasto-client --example event_time -- http://127.0.0.1:8278 quickstart`
+//! `cargo run -p vasto-client --example event_time -- http://127.0.0.1:8278`
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -8,10 +9,8 @@ use vasto_client::{Outcome, Vasto};
 
 #[tokio::main]
 async fn main() -> Result<(), vasto_client::Error> {
-    let mut arguments = std::env::args().skip(1);
-    let url = arguments.next().unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
-    let keyspace = arguments.next().unwrap_or_else(|| "quickstart".to_owned());
-    let ks = Vasto::connect(&url).await?.keyspace(&keyspace).await?;
+    let url = std::env::args().nth(1).unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
+    let ks = Vasto::connect(&url).await?.keyspace("quickstart").await?;
 
     // Microseconds since 1970.
     #[allow(clippy::disallowed_methods)] // A program of its own reads the clock of its machine.

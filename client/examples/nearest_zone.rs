@@ -1,15 +1,14 @@
 //! Reads from the nearest zone where it may lag behind, and from the primary where it must not.
+//! Needs the keyspace of the example `quickstart`.
 //!
-//! `cargo run -p vasto-client --example nearest_zone -- http://127.0.0.1:8278 quickstart`
+//! `cargo run -p vasto-client --example nearest_zone -- http://127.0.0.1:8278`
 
 use vasto_client::{Ack, ReadFrom, Vasto, WriteTo};
 
 #[tokio::main]
 async fn main() -> Result<(), vasto_client::Error> {
-    let mut arguments = std::env::args().skip(1);
-    let url = arguments.next().unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
-    let keyspace = arguments.next().unwrap_or_else(|| "quickstart".to_owned());
-    let ks = Vasto::connect(&url).await?.keyspace(&keyspace).await?;
+    let url = std::env::args().nth(1).unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
+    let ks = Vasto::connect(&url).await?.keyspace("quickstart").await?;
 
     // Acknowledged once a second replica holds it, where the keyspace has one.
     ks.put("price", "42").ack(Ack::Replica).await?;

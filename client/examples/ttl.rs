@@ -1,6 +1,7 @@
 //! Keeps sessions that end by themselves.
+//! Needs the keyspace of the example `quickstart`.
 //!
-//! `cargo run -p vasto-client --example ttl -- http://127.0.0.1:8278 quickstart`
+//! `cargo run -p vasto-client --example ttl -- http://127.0.0.1:8278`
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -8,10 +9,8 @@ use vasto_client::Vasto;
 
 #[tokio::main]
 async fn main() -> Result<(), vasto_client::Error> {
-    let mut arguments = std::env::args().skip(1);
-    let url = arguments.next().unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
-    let keyspace = arguments.next().unwrap_or_else(|| "quickstart".to_owned());
-    let ks = Vasto::connect(&url).await?.keyspace(&keyspace).await?;
+    let url = std::env::args().nth(1).unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
+    let ks = Vasto::connect(&url).await?.keyspace("quickstart").await?;
 
     ks.put("session:long", "Ada").ttl(Duration::from_secs(3_600)).await?;
     ks.put("session:short", "Bob").ttl(Duration::from_millis(300)).await?;

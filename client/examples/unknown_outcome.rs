@@ -1,6 +1,7 @@
 //! Handles each kind of failure: what to repeat, when, and what to read back first.
+//! Needs the keyspace of the example `quickstart`.
 //!
-//! `cargo run -p vasto-client --example unknown_outcome -- http://127.0.0.1:8278 quickstart`
+//! `cargo run -p vasto-client --example unknown_outcome -- http://127.0.0.1:8278`
 
 use std::time::Duration;
 
@@ -29,10 +30,8 @@ async fn put_for_sure(ks: &Keyspace, key: &str, value: &str) -> Result<u32, Erro
 
 #[tokio::main]
 async fn main() -> Result<(), Error> {
-    let mut arguments = std::env::args().skip(1);
-    let url = arguments.next().unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
-    let keyspace = arguments.next().unwrap_or_else(|| "quickstart".to_owned());
-    let ks = Vasto::connect(&url).await?.keyspace(&keyspace).await?.with_deadline(Duration::from_secs(2));
+    let url = std::env::args().nth(1).unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
+    let ks = Vasto::connect(&url).await?.keyspace("quickstart").await?.with_deadline(Duration::from_secs(2));
 
     println!("the put stands after {} attempt", put_for_sure(&ks, "order:7", "paid").await?);
 

@@ -89,7 +89,8 @@ pub const TABLES_OPEN_MIN: usize = 64;
 pub const DISK_LOW_BYTES_MIN: u64 = 16 * MIB as u64;
 /// See [`DISK_LOW_BYTES_MIN`].
 pub const DISK_LOW_BYTES_MAX: u64 = 1024 * MIB as u64;
-/// Shortest pause after a failed attempt to reopen a replica that was closed for lack of disk or descriptors.
+/// Pause between the failure of a replica for lack of disk or descriptors and the first attempt to reopen it; doubled
+/// for each further one.
 pub const REOPEN_AFTER: Duration = Duration::from_secs(1);
 /// Longest such pause, however often the attempt has failed.
 pub const REOPEN_AFTER_MAX: Duration = Duration::from_secs(30);
@@ -125,8 +126,8 @@ pub const BUCKET_ACK_TIMEOUT: Duration = Duration::from_secs(8);
 /// Delay before a replica that ships in place of the preferred primary begins with a checkpoint, which uploads
 /// everything; none if a request waits for the bucket. Continuing behind the existing archive needs no checkpoint.
 pub const SHIP_INSTEAD_AFTER: Duration = Duration::from_secs(300);
-/// Least log, in time, that a replica keeps while it does not ship, beside that of three ship intervals, so that it
-/// can continue where the preferred primary stopped.
+/// Least log, in time, that a replica keeps while it does not ship (three ship intervals where that is longer), so that
+/// it can continue where the preferred primary stopped.
 pub const LOG_KEPT_FOR_SHIPPING: Duration = Duration::from_secs(60);
 /// Most bytes of another replica's log that are read from the bucket to find where to continue behind it.
 pub const SHIPPED_READ_BYTES_MAX: u64 = 256 * MIB as u64;

@@ -18,7 +18,7 @@ use vasto_core::ids::{
 };
 use vasto_core::plan::{PinnedManifest, Plan, PlanKind, Source, Step, Target};
 use vasto_core::record::{
-    BandRange, Body, FileHeader, IngestedObject, KeyEntry, OpResult, RangeState, Record, TailProgress,
+    BandRange, Body, FeedProgress, FileHeader, IngestedObject, KeyEntry, OpResult, RangeState, Record,
 };
 use vasto_core::stored_key::{MetaKey, data_key, split_data_key};
 
@@ -143,7 +143,7 @@ fn range() -> BandRange {
 fn bodies() -> Vec<(String, Body)> {
     let key_entry = |key: &[u8], entry: &[u8]| KeyEntry { key: key.to_vec(), entry: entry.to_vec() };
     let progress =
-        vec![TailProgress::Tail(ReplicaId(0x51), Lsn(0x52)), TailProgress::Forward(ShardId(0x53), Lsn(0x54))];
+        vec![FeedProgress::Tail(ReplicaId(0x51), Lsn(0x52)), FeedProgress::Forward(ShardId(0x53), Lsn(0x54))];
     let object = |key: &str| IngestedObject { key: key.to_owned(), bytes: 0x0102_0304_0506_0708, crc32c: 0xa1b2_c3d4 };
     let mut out = vec![
         ("data-empty", Body::data(Vec::new())),

@@ -456,9 +456,10 @@ pub(crate) fn changed(
             evict_on_request(catalog, replica, accept_loss, serves, now_us, nonce).map_err(|error| {
                 let code = match &error {
                     EvictError::NotThere(_) | EvictError::Deleted => ErrorCode::NotFound,
-                    EvictError::Last(..) | EvictError::OnlyOneServes(..) | EvictError::Busy(_) => {
-                        ErrorCode::FailedPrecondition
-                    }
+                    EvictError::Draining(_)
+                    | EvictError::Last(..)
+                    | EvictError::OnlyOneServes(..)
+                    | EvictError::Busy(_) => ErrorCode::FailedPrecondition,
                 };
                 VastoError::new(code, error.to_string())
             })

@@ -134,6 +134,7 @@ impl Master {
         let cluster = Cluster::new(cluster_id.clone(), bucket, settings, shutdown.clone());
         lost.into_iter().for_each(|why| cluster.lose(why));
         cluster.note_odd_catalogs(odd);
+        cluster.state().node_silence = Some(config.node_silence);
         cluster.state().replace_after_us = Some(config.replace_after.as_micros() as u64).filter(|after| *after > 0);
         cluster.learn_settings(decided);
         let loaded = catalogs.len();

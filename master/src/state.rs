@@ -46,6 +46,8 @@ pub(crate) struct ClusterState {
     last_command: u64,
     /// How long a node may be away before its replicas are replaced elsewhere, microseconds.
     pub(crate) replace_after_us: Option<u64>,
+    /// How long a node that was placed before the master started may take to register; [`NODE_SILENCE`] when `None`.
+    pub(crate) node_silence: Option<Duration>,
     /// The load of each node.
     pub(crate) loads: Loads,
     /// Decisions about nodes, not about keyspaces.
@@ -260,14 +262,14 @@ impl ClusterState {
     }
 
     /// Returns the presence of a node. A node that has not registered since the master started may still
-    /// come: it counts as gone only after [`NODE_SILENCE`].
+    /// come: it counts as gone only after `master.node_silence`.
     pub(crate) fn presence(&self, node: NodeId, now_us: u64) -> Presence {
         let (away_us, patience) = match self.nodes.get(&node) {
             Some(node) if node.session.is_some() => {
                 return Presence::Here(now_us.saturating_sub(node.here_since_us));
             }
             Some(node) => (now_us.saturating_sub(node.away_since_us), FAILOVER_AWAY),
-            None => (now_us, NODE_SILENCE),
+            None => (now_us, self.node_silence.unwrap_or(NODE_SILENCE)),
         };
         if away_us >= patience.as_micros() as u64 { Presence::Gone } else { Presence::Away }
     }

@@ -499,3 +499,13 @@ fn what_is_over_is_forgotten_and_what_is_not_stays() {
     let three = state.connect(&hello(3, "a:3"), false, late).unwrap().0;
     assert_eq!(report(&mut state, 3, three, vec![replica_report(1, 1)], late), [Odd::UnknownKeyspace(KS)]);
 }
+
+#[test]
+fn a_node_that_has_not_registered_since_the_start_counts_as_gone_after_the_silence_that_is_set() {
+    let mut state = ClusterState::default();
+    state.install(catalog(), Delivery::Push);
+    let presence = |state: &ClusterState, seconds: u64| state.presence(NodeId(1), seconds * 1_000_000);
+    assert_eq!((presence(&state, 9), presence(&state, 10)), (Presence::Away, Presence::Gone));
+    state.node_silence = Some(Duration::from_secs(60));
+    assert_eq!((presence(&state, 59), presence(&state, 60)), (Presence::Away, Presence::Gone));
+}

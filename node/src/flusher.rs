@@ -1,8 +1,9 @@
 //! Flushes the replica whose unflushed data is oldest when the memtables of the node fill up.
 //!
-//! RocksDB's write-buffer manager makes the writing replica flush its own memtable; without this task, a
-//! replica without writes would keep its memory for ever, and the busy ones would flush ever
-//! smaller files. A replica whose data has waited very long is flushed too, which bounds its replay.
+//! All databases of the node share one memtable budget. RocksDB's write-buffer manager makes the writing replica flush
+//! its own memtable; without this task, a replica without writes would keep its memory for ever, and the busy ones
+//! would flush ever smaller files. A replica with data unflushed for `AGE_MAX` is flushed too, which bounds the part
+//! of its binlog that is replayed after a restart.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,20 +18,22 @@ use crate::engine::EngineShared;
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 
-/// Interval between two polls.
+/// Poll interval.
 const LOOK: Duration = Duration::from_secs(1);
-/// While the node is idle one poll in so many is taken.
+/// While the node is idle and the budget is not full, only one poll in so many is carried out.
 const LOOKS_AT_REST: u32 = 10;
-/// Fill level of the memtable budget above which the oldest is flushed.
+/// Share of the memtable budget in mutable memtables (not yet being flushed) above which the oldest replica is flushed.
+/// It is below the 7/8 at which RocksDB makes the writing replica flush, so that this task acts first.
 const FULL: f64 = 0.7;
 /// Maximum age of unflushed data.
 const AGE_MAX: Duration = Duration::from_secs(600);
 
-/// Since when the unflushed data of each replica has waited.
+/// Replicas with unflushed data, and since which poll.
 #[derive(Default)]
 struct Waiting {
     since: HashMap<(KeyspaceId, ReplicaId), Instant>,
-    /// The incarnation and LSN at which all data was found in SSTs: a check costs a read.
+    /// The incarnation and LSN at which all data of a replica was found in SSTs. Until the replica applies another
+    /// record, this spares the check, which reads the persisted LSN from the database.
     clean: HashMap<(KeyspaceId, ReplicaId), (Incarnation, Lsn)>,
 }
 
@@ -40,9 +43,11 @@ impl Waiting {
         let is_dirty = |replica: &&Replica| {
             let key = (replica.keyspace, replica.id);
             let stands = (replica.incarnation(), replica.applied_lsn());
+            // A closed replica takes no writes, for instance after a fault.
             if self.clean.get(&key) == Some(&stands) || replica.closed().is_some() {
                 return false;
             }
+            // The LSN up to which all data is in SSTs; later records are in memtables only.
             match replica.persisted_lsn() {
                 Ok(lsn) if lsn < stands.1 => return true,
                 Ok(_) => drop(self.clean.insert(key, stands)),

@@ -395,12 +395,13 @@ impl Manager {
         })
     }
 
-    /// Transfers leadership of all primaries of this node, which is about to stop. Ends within seconds.
-    pub async fn transfer_leadership(&self) {
+    /// Hands authority of every hosted replica over to another one, because the node is about to stop. Ends within
+    /// seconds.
+    pub async fn hand_over_authority(&self) {
         let keys: Vec<(KeyspaceId, ReplicaId)> = self.hosts.lock().keys().copied().collect();
         let registry = &self.context.registry;
         futures::future::join_all(
-            keys.into_iter().map(|(keyspace, id)| Host::transfer_leadership(registry, keyspace, id)),
+            keys.into_iter().map(|(keyspace, id)| Host::hand_over_authority(registry, keyspace, id)),
         )
         .await;
     }

@@ -353,8 +353,8 @@ async fn serve(running: Running) -> Result<(), NodeError> {
             Err(NodeError::Session(error))
         }
     };
-    // Transfer leadership, stop accepting requests, ship the pending log and flush, then leave.
-    manager.transfer_leadership().await;
+    // Hand authority over, stop accepting requests, ship the pending log and flush, then leave.
+    manager.hand_over_authority().await;
     stop_serving.cancel();
     let _ = server.await;
     let _ = flusher.await;

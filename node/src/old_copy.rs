@@ -1,6 +1,6 @@
 //! Detects a directory that was put back from an old copy by what the bucket holds of the replica.
 //!
-//! No peer of a replica without peers knows more of it than itself. The replica ships only synced records,
+//! A replica without peers has no other replica that knows more of it than itself. It ships only synced records,
 //! so its archive ends before its log does; when the archive reaches further, the directory is not the
 //! one that has shipped it.
 //!

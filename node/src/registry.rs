@@ -1,7 +1,7 @@
 //! State that the services of a node share: hosted replicas, known catalogs, other nodes' addresses.
 //!
-//! **Invariant:** a catalog is in [`NodeRegistry::catalog`] before any replica acts on it, so every
-//! `WrongEpoch` reply carries the topology to follow.
+//! **Invariant:** a catalog is in [`NodeRegistry::catalog`] before any replica acts on it, so a
+//! `WrongEpoch` reply carries the topology whenever that of the caller is older.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

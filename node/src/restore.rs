@@ -1,14 +1,17 @@
-//! The archives of a shard: which replicas shipped them, with which one a restore begins, and how the
-//! logs of all of them are merged into a new keyspace.
+//! The archives of a shard: which replicas shipped them, which one a restore or a recovered replica starts from,
+//! and how the logs of all of them are merged into a new keyspace up to a target time.
 //!
 //! **Invariants**
 //! - A record is applied once: a record that a checkpoint or another log has brought already is skipped,
-//!   even if the entries that it wrote were deleted and forgotten since.
-//! - Nothing is skipped in silence. The records of an origin are applied in order; a record that is missing
-//!   from every log, a time that no log reaches, and a collected archive are errors that say so.
-//! - Whether a record precedes a time is decided by the commit time that its replica assigned, and by the store:
-//!   what the store had by then precedes it, whatever the commit time. A commit time ahead of the store is not trusted.
-//! - The choice of the sources is made once and kept, whatever is shipped meanwhile.
+//!   even if its entries were deleted and the tombstones purged since.
+//! - Nothing is skipped in silence. The records of an origin are applied in order. Errors report a record that is
+//!   missing from every log, a target time after the end of every log, and an archive that was garbage-collected.
+//! - Two clocks decide whether a record precedes the target time: its replica's, by the commit time, and the object
+//!   store's. Every record whose object the store had received by the target time precedes it, whatever the commit
+//!   time. Example: a replica whose clock is a minute ahead commits at 12:01:00 by its clock, the store receives the
+//!   chunk at 12:00:05, the target is 12:00:30: the record is applied. A commit time more than
+//!   [`CLOCK_AHEAD_TRUSTED`] ahead of the store's time is not trusted to be after the target time.
+//! - The sources are chosen once and the choice is stored on disk, whatever is shipped meanwhile.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -18,7 +21,7 @@ use vasto_core::catalog::GivenUp;
 use vasto_core::entry::Entry;
 use vasto_core::ids::{Incarnation, KeyspaceId, Lsn, Origin, OwnSeq, ReplicaId, ShardId, Vector, covers, join};
 use vasto_core::limits::{CLOCK_AHEAD_TRUSTED, GROUP_BYTES_MAX};
-use vasto_core::record::{KeyEntry, TailProgress};
+use vasto_core::record::{FeedProgress, KeyEntry};
 use vasto_shipping::archive::{self, ArchiveError, ArchivedCheckpoint, Later, Newest, STORE_TIME_GRAIN_US, Times};
 use vasto_shipping::bucket::Bucket;
 use vasto_shipping::chunk::Chunk;
@@ -41,9 +44,9 @@ pub struct RestoreSource {
     pub chunks: Vec<Lsn>,
     /// Lower bound of the end of the shipped log.
     pub end: Lsn,
-    /// When the store received the listed objects.
+    /// Times at which the object store received the listed objects.
     pub times: Times,
-    /// Checkpoints that are newer than the wanted time, ascending.
+    /// Checkpoints that hold something newer than the target time, ascending.
     pub later: Vec<Later>,
 }
 
@@ -58,12 +61,12 @@ impl RestoreSource {
         Self { owner, base: None, chunks, end: Lsn(0), times: Times::default(), later: Vec::new() }
     }
 
-    /// Returns the LSN behind which the log matters.
+    /// Returns the LSN after which the log is read: that of the base checkpoint, which covers everything before.
     pub(crate) fn start(&self) -> Lsn {
         self.base.as_ref().map_or(Lsn(0), |base| base.manifest.lsn)
     }
 
-    /// Returns an error that names the first missing chunk, unless nothing was listed behind this LSN.
+    /// Returns an error that names the first missing chunk when objects after this LSN were listed.
     pub(crate) fn ends_at(&self, at: Lsn) -> Result<(), ArchiveError> {
         if at >= self.end {
             return Ok(());
@@ -71,39 +74,43 @@ impl RestoreSource {
         Err(ArchiveError::Missing(layout::chunk(self.owner.keyspace, self.owner.shard, self.owner.replica, at.next())))
     }
 
-    /// Returns the first chunk that was listed behind an LSN.
+    /// Returns the first listed chunk that begins after an LSN.
     pub(crate) fn next_listed(&self, at: Lsn) -> Option<Lsn> {
         self.chunks.get(self.chunks.partition_point(|first| *first <= at)).copied()
     }
 }
 
-/// All archives that can restore a shard, the best one first.
+/// All archives from which a shard can be made, the best one first.
 #[derive(Debug, Clone, Default)]
 pub struct RestoreSources {
     /// The archives.
     pub all: Vec<RestoreSource>,
-    /// The preferred replicas, the replicas behind whose objects their logs continue, and so on.
+    /// The preferred replicas, then the replicas whose archives their logs continue, then those that these continue,
+    /// and so on: their archives together hold the complete logs of the preferred replicas.
     pub chain: Vec<ReplicaId>,
-    /// Archives of replicas whose loss was accepted: the checkpoint of the first source should contain them.
-    /// Read only when records are missing, because another log continues behind them.
+    /// Archives of replicas whose loss was accepted before the checkpoint of the first source was made: that
+    /// checkpoint should contain them. Read only when records are missing without them, because another log
+    /// continues one of these archives.
     pub set_aside: Vec<RestoreSource>,
-    /// The greatest commit time in the oldest checkpoint that is newer than the wanted time.
+    /// The greatest commit time in the oldest checkpoint that is newer than the target time, microseconds.
     pub later_us: Option<u64>,
 }
 
-/// Replicas whose objects are not used as they are.
+/// Replicas whose archives are ignored or treated apart.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Without<'a> {
-    /// Replicas whose records were never part of the keyspace.
+    /// Targets of plans that were undone: their records were never part of the keyspace; the archives are ignored.
     pub discarded: &'a [ReplicaId],
-    /// Replicas of which the shipped records that no other replica had taken over by then were given up.
+    /// Replicas whose loss was accepted, each with the catalog version that did so. Shipped records that no other
+    /// replica had taken over by then are given up. The archives come later in the order or are set aside.
     pub given_up: &'a [GivenUp],
 }
 
-/// Selects the sources of a restore from everything that was shipped of a shard.
+/// Selects and orders the archives to restore from, among everything that was shipped of a shard. `until_us` is the
+/// target time, microseconds; `None` selects everything.
 ///
 /// # Errors
-/// `NotRetained` when there are archives, but none that reaches back to the time.
+/// `NotRetained` when there are archives, but none that reaches back to the target time.
 pub async fn candidates(
     bucket: &Bucket,
     keyspace: KeyspaceId,
@@ -124,8 +131,8 @@ pub async fn candidates(
         if let Err(ArchiveError::Bucket(error)) = newest {
             return Err(error.into());
         }
-        // A checkpoint covers the log before it. Without one the first record of the log, also with LSN 1, may follow
-        // what another replica has shipped, with which this one began.
+        // A checkpoint covers the log before it. Without one, the log may lean on another archive: the replica was made
+        // from what another one had shipped, and even its record with LSN 1 continues that archive.
         let has_base = newest.as_ref().is_ok_and(|newest| newest.base.is_some());
         let leans = !has_base && archive::begins_behind_another(bucket, owner, &archived).await?;
         let from_the_start = !has_base && !leans && archived.chunks.first() == Some(&Lsn(1));
@@ -139,8 +146,7 @@ pub async fn candidates(
         anything |= !archived.manifests.is_empty() || !archived.chunks.is_empty();
         let later_us = newest.later.first().map(|later| later.commit_time_max);
         found.later_us = found.later_us.into_iter().chain(later_us).min();
-        // A log without its beginning is useless without a checkpoint, unless it continues behind what another
-        // replica has shipped.
+        // A log without its beginning is useless without a checkpoint, unless it continues another replica's archive.
         if leans {
             leaning.insert(replica);
         }
@@ -156,12 +162,12 @@ pub async fn candidates(
             });
         }
     }
-    // Such an archive can be read from its beginning without any other.
+    // The archive can be read without any other: it has a checkpoint, or its log begins at LSN 1.
     let stands_alone = |one: &RestoreSource| !leaning.contains(&one.owner.replica);
     if anything && !found.all.iter().any(stands_alone) {
         return Err(BootstrapError::NotRetained { shard, oldest: found.later_us.map(time_text) });
     }
-    // The logs of preferred replicas continue behind objects of others, those again, and so on: all belong together.
+    // The logs of preferred replicas continue the archives of others, these again others, and so on.
     let mut chain = preferred.to_vec();
     let mut next = 0;
     while let Some(replica) = chain.get(next).copied() {
@@ -173,16 +179,21 @@ pub async fn candidates(
     }
     let given_up = |one: &RestoreSource| without.given_up.iter().find(|lost| lost.replica == one.owner.replica);
     let rank = |one: &RestoreSource| chain.iter().position(|id| *id == one.owner.replica).unwrap_or(chain.len());
-    // The checkpoint that has forgotten most deletes comes first: what it has forgotten is in the rows of others,
-    // and their rows are merged only when it lacks some of them.
+    // Sort order: archives that stand alone, then those of the chain in its order, then those with a checkpoint, then
+    // those whose loss was not accepted, then the greatest gc floor. The first checkpoint becomes the database. The one
+    // with the greatest floor has purged the most tombstones, with the values under them; an older checkpoint may
+    // still hold such a value without its tombstone. The rows of another checkpoint are merged only when the first
+    // lacks some of its records (see `merge_base`), so a covered one cannot bring the deleted value back. In the
+    // other order the old value would be in the database, and the rows of the newer one would have no tombstone for it.
     let forgot =
         |one: &RestoreSource| one.base.as_ref().map_or((0, 0), |b| (b.manifest.floor, b.manifest.commit_time_max));
     found.all.sort_by_key(|one| {
         let last = std::cmp::Reverse(forgot(one));
         (!stands_alone(one), rank(one), one.base.is_none(), given_up(one).is_some(), last)
     });
-    // A checkpoint made after the loss of a replica was accepted contains what was taken over from that replica.
-    // The replica's archive contains more: entries that were deleted and forgotten since.
+    // An archive is set aside when the first checkpoint was made under the catalog version that accepted the loss of
+    // its replica, or a later one: the checkpoint contains what was taken over from that replica. The archive may also
+    // hold entries that were deleted since and whose tombstones were purged.
     let first = found.all.first().map(|one| one.owner);
     let version = found.all.first().and_then(|one| one.base.as_ref()).map(|base| base.manifest.version);
     let is_over = |one: &RestoreSource| {
@@ -200,7 +211,7 @@ fn time_text(us: u64) -> String {
     humantime::format_rfc3339_micros(time).to_string()
 }
 
-/// [`RestoreSources`] by key, as stored for the next attempt.
+/// [`RestoreSources`] as stored on disk for the next attempt: object keys and LSNs in place of decoded manifests.
 #[derive(Serialize, Deserialize)]
 struct StoredCandidates {
     all: Vec<StoredCandidate>,
@@ -261,7 +272,7 @@ impl StoredCandidate {
     }
 }
 
-/// Returns the choice that an earlier attempt stored, or the one that `choose` makes now.
+/// Returns the choice that an earlier attempt stored in `path`; otherwise the one that `choose` makes, and stores it.
 pub async fn chosen(
     bucket: &Bucket,
     path: &Path,
@@ -290,33 +301,37 @@ pub async fn chosen(
 /// Progress of a merge of logs.
 struct Taken {
     filter: Filter,
+    /// The target time, microseconds; `None` applies everything.
     until_us: Option<u64>,
-    /// Upper bound of the time at which anything that was read can have been written.
+    /// Upper bound of the time at which any record that is read was written, microseconds.
     now_us: u64,
-    /// Per origin, the last applied record.
+    /// Per origin, the last record that is applied or contained in a merged checkpoint.
     seen: Vector,
     /// Commit time of the newest applied record.
     newest_us: u64,
-    /// A log continued beyond the wanted time, without a gap.
+    /// A log without a gap reached the target time.
     passed: bool,
-    /// The first commit time behind the wanted time that is known otherwise.
+    /// The least commit time at or after the target time that is known otherwise: from a newer checkpoint, or from a
+    /// log after a gap. Without `passed`, records between it and the newest applied one may be missing: `NotReached`.
     later_us: Option<u64>,
-    /// Per replica, the first record behind the wanted time: all later ones are behind it too.
+    /// Per replica, its first known record that is not applied because it was committed after the target time. Commit
+    /// times of a replica never fall: all its later records were committed after the target time too.
     over: BTreeMap<ReplicaId, (Incarnation, OwnSeq)>,
-    /// Per origin, the last record with a later commit time, but from a clock that was ahead.
+    /// Per origin, the last record whose commit time is after the target time, but not trusted (clock ahead).
     doubtful: BTreeMap<Origin, Doubt>,
 }
 
-/// A record that may precede or follow the wanted time.
+/// A record of which it is unknown whether it was written before or after the target time.
 struct Doubt {
     own_seq: OwnSeq,
     commit_time: u64,
+    /// Upper bound of the time at which it was written, microseconds, by the object store's clock.
     held_by_us: u64,
 }
 
 /// Why the reading of a log ended.
 enum Ended {
-    /// The end of the log is reached.
+    /// The reader reached the end of the log.
     There,
     /// A record of an origin is missing before this chunk; another log may have it.
     Gap(Lsn),
@@ -325,26 +340,27 @@ enum Ended {
 /// A log that is being read.
 pub(crate) struct Reading<'a> {
     pub(crate) one: &'a RestoreSource,
+    /// LSN of the last record that was read or skipped.
     pub(crate) at: Lsn,
-    /// Nothing is missing before this position.
+    /// No chunk is missing before this position, except where the log continues another replica's archive.
     whole: bool,
-    /// The next chunk does not begin where the last one ended.
+    /// The next chunk does not begin directly after the last one.
     apart: bool,
 }
 
 impl<'a> Reading<'a> {
-    /// Begins behind an LSN.
+    /// Creates a reader whose first record is the one after an LSN.
     pub(crate) fn behind(one: &'a RestoreSource, at: Lsn) -> Self {
         Self { one, at, whole: true, apart: false }
     }
 
-    /// Returns the next chunk, whatever is missing before it.
+    /// Returns the next chunk, also after a gap; `None` at the end of the log.
     pub(crate) async fn next(&mut self, bootstrap: &Bootstrap) -> Result<Option<Chunk>, BootstrapError> {
         loop {
             if let Some((chunk, _)) = bootstrap.next_chunk(self.one, self.at).await? {
                 if std::mem::take(&mut self.apart) {
-                    // Before it lies another replica's archive, or a gap: other logs may hold the missing records, and
-                    // the records behind the gap will show whether they do.
+                    // The log continues another replica's archive here, or has a gap. Other logs may hold the records
+                    // of the gap; the own sequences of the records after it will show whether they do.
                     self.whole &= archive::goes_on_behind_another(&chunk);
                 }
                 return Ok(Some(chunk));
@@ -357,7 +373,8 @@ impl<'a> Reading<'a> {
 
 impl Taken {
     /// Returns the new entries of a chunk; `None` when a record before it is missing. `whole`: nothing is missing from
-    /// the log before it. All its records were written by `held_by_us`, by the store's clock.
+    /// the log before it. `held_by_us`: time, microseconds by the object store's clock, by which the chunk was in the
+    /// object store, so that none of its records was written later.
     fn news(&mut self, chunk: &Chunk, whole: bool, held_by_us: u64) -> Option<Vec<KeyEntry>> {
         let mut seen = self.seen.clone();
         let mut newest_us = self.newest_us;
@@ -366,6 +383,8 @@ impl Taken {
         // A decoded chunk holds whole records only.
         for record in chunk.records().map_while(Result::ok) {
             if let Some(until) = self.until_us {
+                // Proven: the object store had the record by the target time, so the clock that assigned a later commit
+                // time was ahead.
                 let is_later = record.commit_time > until && !archive::is_proven(held_by_us, until);
                 if is_later || record.commit_time == until {
                     after.push((record.origin, record.own_seq, record.commit_time));
@@ -374,7 +393,8 @@ impl Taken {
                     continue;
                 }
             }
-            // Records without an own sequence concern only their own replica.
+            // Records without an own sequence (seals and other control records that peers do not replicate) concern
+            // only the replica that wrote them.
             if record.own_seq.0 > 0 {
                 let have = seen.get(&record.origin).copied().unwrap_or_default();
                 if record.own_seq <= have {
@@ -395,7 +415,23 @@ impl Taken {
         Some(entries)
     }
 
-    /// Records an unapplied record whose commit time is the wanted time or later.
+    /// Evaluates a record whose commit time is the target time, or is later and left it unapplied: is it evidence that
+    /// the log reaches the target time?
+    /// - local: the record has no own sequence (peers do not replicate it);
+    /// - in: it is applied already, from this log, another one or a checkpoint;
+    /// - trusted: its commit time is at most [`CLOCK_AHEAD_TRUSTED`] after `held_by_us`, so its clock was not ahead;
+    /// - over: `over` holds this record or an earlier one of the same replica.
+    ///
+    /// | local | in | trusted | over | result |
+    /// |---|---|---|---|---|
+    /// | yes | – | yes | – | evidence |
+    /// | yes | – | no | – | ignored |
+    /// | no | yes | – | – | evidence |
+    /// | no | no | yes | – | evidence; enters `over` if it is the first of its replica |
+    /// | no | no | no | yes | evidence |
+    /// | no | no | no | no | enters `doubtful`: an error in the end unless it was applied |
+    ///
+    /// Evidence in a log that is `whole` sets `passed`; after a gap it lowers `later_us`.
     fn note_later(&mut self, origin: Origin, own_seq: OwnSeq, commit_time: u64, whole: bool, held_by_us: u64) {
         let is_local = own_seq.0 == 0;
         let is_in = !is_local && self.seen.get(&origin).is_some_and(|seen| *seen >= own_seq);
@@ -424,8 +460,8 @@ impl Taken {
         }
     }
 
-    /// Returns true when the log up to this checkpoint holds no unapplied record before the wanted time: records that
-    /// its origins committed after that time need not be read.
+    /// Returns true when the log up to this newer checkpoint need not be read: for each origin, every record that the
+    /// checkpoint contains is applied already, or was committed after the target time (`over`).
     fn needs_nothing_before(&self, later: &Later) -> bool {
         self.until_us.is_some()
             && later.vector.iter().all(|(origin, seq)| {
@@ -435,7 +471,7 @@ impl Taken {
             })
     }
 
-    /// Checks that no record is left of which it is unknown whether it precedes the wanted time.
+    /// Returns `ClockAhead` when a doubtful record was not applied in the end: it may have preceded the target time.
     fn doubt(&self, shard: ShardId) -> Result<(), BootstrapError> {
         let open = |(origin, doubt): &(&Origin, &Doubt)| self.seen.get(origin).is_none_or(|seen| *seen < doubt.own_seq);
         let Some((origin, doubt)) = self.doubtful.iter().find(open) else { return Ok(()) };
@@ -450,11 +486,12 @@ impl Taken {
 }
 
 impl Bootstrap {
-    /// Applies everything that was shipped of a shard until a time to a replica with a new history.
-    /// The first source's checkpoint is its database already.
+    /// Applies everything that was shipped of a shard until the target time to a replica of a new keyspace, which
+    /// takes over neither vector nor cursors. The first source's checkpoint is its database already.
     ///
     /// # Errors
-    /// `Gap`, `NotReached` and `ClockAhead` when the bucket does not hold all of it, or leaves it open.
+    /// `Gap` when a record is missing from every log, `NotReached` when the logs end before the target time,
+    /// `ClockAhead` when it cannot be decided whether a record precedes the target time.
     pub async fn merge_all(
         &self,
         replica: &Replica,
@@ -492,7 +529,8 @@ impl Bootstrap {
                     Ended::There => {
                         moved = true;
                         self.progress.lock().reached.push((owner.replica, log.at));
-                        // The log must have reached the end of a manifest that could not be read.
+                        // A newer manifest may have been skipped because it could not be read: the log must reach its
+                        // LSN, or the records between would be lost in silence.
                         if until_us.is_none() {
                             log.one.ends_at(log.at)?;
                         }
@@ -530,7 +568,7 @@ impl Bootstrap {
         self.count_what_logs_brought(replica, found).await
     }
 
-    /// Counts the rows at the end if only logs have brought them: no checkpoint says how many they are.
+    /// Counts the rows when only logs have brought them: without a checkpoint no manifest states their number.
     pub(crate) async fn count_what_logs_brought(
         &self,
         replica: &Replica,
@@ -552,7 +590,8 @@ impl Bootstrap {
         Ok(())
     }
 
-    /// Merges the rows of another replica's checkpoint unless the applied records cover it.
+    /// Merges the rows of another replica's checkpoint, unless `taken.seen` covers its vector. Stores its LSN as a
+    /// cursor, so that it is not merged again after a restart.
     async fn merge_base(
         &self,
         replica: &Replica,
@@ -569,13 +608,14 @@ impl Bootstrap {
             if !covers(&taken.seen, &base.manifest.vector) {
                 self.merge_rows(replica, base, shards).await?;
             }
-            replica.apply(Vec::new(), vec![TailProgress::Tail(cursor, base.manifest.lsn)]).await?;
+            replica.apply(Vec::new(), vec![FeedProgress::Tail(cursor, base.manifest.lsn)]).await?;
         }
         taken.seen = join(&taken.seen, &base.manifest.vector);
         taken.newest_us = taken.newest_us.max(base.manifest.commit_time_max);
         Ok(())
     }
 
+    /// Reads and applies a log until its end or a gap; skips to a newer checkpoint where nothing before it is needed.
     async fn read_on(
         &self,
         replica: &Replica,
@@ -589,7 +629,7 @@ impl Bootstrap {
                 log.at = later.lsn;
             }
             let Some(chunk) = log.next(self).await? else {
-                // The log is whole up to a newer checkpoint: no time before that is lost.
+                // The log is complete up to a checkpoint that is newer than the target time: the target is reached.
                 taken.passed |= log.whole && log.one.later.first().is_some_and(|later| log.at >= later.lsn);
                 return Ok(Ended::There);
             };
@@ -604,7 +644,7 @@ impl Bootstrap {
     }
 }
 
-/// Logs that the archive of a lost replica is needed after all.
+/// Logs that an archive that was set aside is needed: another log continues it.
 pub(crate) fn log_restored(one: &RestoreSource, first: Lsn) {
     let (keyspace, shard, replica) = (one.owner.keyspace.0, one.owner.shard.0, one.owner.replica.0);
     tracing::info!(
@@ -630,6 +670,7 @@ fn count_values(replica: &Replica) -> Result<u64, EngineError> {
     Ok(count)
 }
 
+/// Applies entries in groups of about [`GROUP_BYTES_MAX`].
 pub(crate) async fn apply_all(replica: &Replica, entries: Vec<KeyEntry>) -> Result<(), BootstrapError> {
     let (mut slice, mut bytes) = (Vec::new(), 0);
     for one in entries {

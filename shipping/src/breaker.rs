@@ -5,7 +5,7 @@
 //! detects its end for all. A store that throttles still answers and serves some requests: an outage takes far
 //! more refusals in a row, and until then each request backs off by itself.
 //!
-//! **Invariant:** no request waits here longer than its own budget.
+//! **Invariant:** no request waits here longer than its own patience: the time that is left for its retries.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -17,7 +17,8 @@ use crate::failure::{Failure, Kind};
 
 /// Weight of failures in a row that makes an outage.
 const OUTAGE: u32 = 20;
-/// Weight of an unanswered request ...
+/// Weight of an unanswered request, and of one whose signing time the store refuses (`Skewed`): that is no throttling,
+/// since the same clock signs all other requests ...
 const UNANSWERED: u32 = 4;
 /// ... and of an answer that asks for a retry. Where nine of ten requests are throttled, one in eight
 /// runs of this length is refused throughout; where half are, one in a million.
@@ -33,6 +34,8 @@ pub(crate) const PROBE_BYTES_MAX: u64 = 256 << 10;
 #[derive(Debug)]
 pub(crate) struct Breaker {
     state: Mutex<BreakerState>,
+    /// Wakes the waiting requests to check the state again: when the breaker closes, and, while it stays open, when a
+    /// trial request has ended.
     closed: Notify,
     pause_first: Duration,
     pause_max: Duration,
@@ -48,6 +51,7 @@ impl Default for Breaker {
 struct BreakerState {
     /// Total weight of the failures in a row.
     failures: u32,
+    /// The current outage; the breaker is open while there is one.
     outage: Option<Outage>,
     /// Number of outages that have ended.
     ended: u64,
@@ -56,8 +60,11 @@ struct BreakerState {
 #[derive(Debug, Clone)]
 struct Outage {
     since: Instant,
+    /// Earliest time of the next trial request.
     next: Instant,
+    /// Pause before that trial request; doubled after each failed one.
     pause: Duration,
+    /// A trial request is in flight.
     tried: bool,
     last: Failure,
 }
@@ -65,7 +72,9 @@ struct Outage {
 /// The right to send one request; a pass that is dropped without a report counts as a request never sent.
 pub(crate) struct Pass<'a> {
     breaker: &'a Breaker,
+    /// The request is the trial request of an outage.
     stands_for_all: bool,
+    /// The outcome was reported.
     is_told: bool,
 }
 
@@ -78,7 +87,7 @@ impl Breaker {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for the right to send a request, at most for `patience`.
+    /// Waits for the right to send a request, at most for `patience`; fails with the last failure of the outage.
     pub(crate) async fn pass(&self, patience: Duration) -> Result<Pass<'_>, Failure> {
         let deadline = Instant::now() + patience;
         loop {

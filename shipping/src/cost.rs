@@ -75,9 +75,9 @@ pub struct Usage {
 pub struct Estimate {
     /// All requests; `None` when no process was measured.
     pub requests: Option<f64>,
-    /// Stored bytes; `None` when the size of the bucket is unknown.
+    /// Cost of the stored bytes; `None` when the size of the bucket is unknown.
     pub storage: Option<f64>,
-    /// Bytes read from the bucket; `None` when no process was measured.
+    /// Cost of the bytes read from the bucket; `None` when no process was measured.
     pub egress: Option<f64>,
     /// The sum; `None` when a part of it is unknown.
     pub total: Option<f64>,

@@ -34,7 +34,7 @@ pub enum PlanKind {
     },
     /// A new keyspace from what the bucket holds of another one.
     Restore {
-        /// The keyspace that is restored.
+        /// The source keyspace, whose data is restored.
         keyspace: KeyspaceId,
         /// The version of its catalog that was in force at that time.
         version: CatalogVersion,

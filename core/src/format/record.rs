@@ -50,7 +50,7 @@ pub struct OpResult {
 
 /// Durable progress of a feed into or out of this log. Persisted: never reuse a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TailProgress {
+pub enum FeedProgress {
     /// LSN up to which everything of the source replica's log that concerns this shard is applied.
     Tail(ReplicaId, Lsn),
     /// LSN up to which everything of this replica's log that belongs to the shard was forwarded.
@@ -142,7 +142,7 @@ pub enum Body {
         /// Results of read-modify-writes in the record.
         results: Vec<OpResult>,
         /// Cursors that advance with the record.
-        progress: Vec<TailProgress>,
+        progress: Vec<FeedProgress>,
     },
     /// The gc floor was agreed to be this commit time.
     GcFloor {
@@ -183,7 +183,7 @@ pub enum Body {
         /// Greatest event time in the objects.
         event_time_max: u64,
         /// Positions from which the tails of the sources start.
-        progress: Vec<TailProgress>,
+        progress: Vec<FeedProgress>,
     },
     /// The range has this state from now on.
     RangeState {
@@ -242,12 +242,12 @@ pub struct Record {
     pub body: Body,
 }
 
-fn put_progress(out: &mut Vec<u8>, progress: &[TailProgress]) {
+fn put_progress(out: &mut Vec<u8>, progress: &[FeedProgress]) {
     out.extend_from_slice(&(progress.len() as u32).to_le_bytes());
     for one in progress {
         let (kind, id, lsn) = match one {
-            TailProgress::Tail(replica, lsn) => (1u8, replica.0, lsn),
-            TailProgress::Forward(shard, lsn) => (2u8, u64::from(shard.0), lsn),
+            FeedProgress::Tail(replica, lsn) => (1u8, replica.0, lsn),
+            FeedProgress::Forward(shard, lsn) => (2u8, u64::from(shard.0), lsn),
         };
         out.push(kind);
         out.extend_from_slice(&id.to_le_bytes());
@@ -255,7 +255,7 @@ fn put_progress(out: &mut Vec<u8>, progress: &[TailProgress]) {
     }
 }
 
-fn read_progress(reader: &mut Reader<'_>) -> Result<Vec<TailProgress>, DecodeError> {
+fn read_progress(reader: &mut Reader<'_>) -> Result<Vec<FeedProgress>, DecodeError> {
     let count = reader.u32_le()?;
     let mut out = Vec::new();
     for _ in 0..count {
@@ -263,10 +263,10 @@ fn read_progress(reader: &mut Reader<'_>) -> Result<Vec<TailProgress>, DecodeErr
         let id = reader.u64_le()?;
         let lsn = Lsn(reader.u64_le()?);
         out.push(match kind {
-            1 => TailProgress::Tail(ReplicaId(id), lsn),
+            1 => FeedProgress::Tail(ReplicaId(id), lsn),
             2 => {
                 let shard = u32::try_from(id).map_err(|_| DecodeError::Malformed { what: "progress shard" })?;
-                TailProgress::Forward(ShardId(shard), lsn)
+                FeedProgress::Forward(ShardId(shard), lsn)
             }
             other => return Err(DecodeError::Unknown { what: "progress kind", value: other.into() }),
         });
@@ -577,11 +577,11 @@ mod tests {
         (1u8..=98, 1u8..=98).prop_map(|(a, b)| BandRange { first: Band(a.min(b)), last: Band(a.max(b)) })
     }
 
-    fn any_progress() -> impl Strategy<Value = Vec<TailProgress>> {
+    fn any_progress() -> impl Strategy<Value = Vec<FeedProgress>> {
         proptest::collection::vec(
             prop_oneof![
-                (any::<u64>(), any::<u64>()).prop_map(|(r, l)| TailProgress::Tail(ReplicaId(r), Lsn(l))),
-                (any::<u32>(), any::<u64>()).prop_map(|(s, l)| TailProgress::Forward(ShardId(s), Lsn(l))),
+                (any::<u64>(), any::<u64>()).prop_map(|(r, l)| FeedProgress::Tail(ReplicaId(r), Lsn(l))),
+                (any::<u32>(), any::<u64>()).prop_map(|(s, l)| FeedProgress::Forward(ShardId(s), Lsn(l))),
             ],
             0..3,
         )

@@ -435,12 +435,11 @@ fn blocking(
         if let Err(error) = caller.check_time() {
             return answer(&registry, caller, Err(error), sink);
         }
-        let result = tokio::task::spawn_blocking(move || {
-            let _permit = permit;
-            read()
-        })
-        .await
-        .unwrap_or_else(|error| Err(VastoError::new(ErrorCode::Internal, format!("a read failed: {error}"))));
+        // The reader is free once its reply counts: the next read must see how much waits.
+        let (result, _permit) = match tokio::task::spawn_blocking(move || (read(), permit)).await {
+            Ok(done) => done,
+            Err(error) => (Err(VastoError::new(ErrorCode::Internal, format!("a read failed: {error}"))), None),
+        };
         answer(&registry, caller, result, sink);
     });
 }

@@ -13,7 +13,7 @@ use tonic::transport::Endpoint;
 use vasto_core::ids::{Lsn, ReplicaId};
 use vasto_core::limits::{CONNECT_TIMEOUT, GROUP_BYTES_MAX, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX};
 use vasto_core::plan::{Plan, Source};
-use vasto_core::record::{Body, KeyEntry, Record, TailProgress};
+use vasto_core::record::{Body, FeedProgress, KeyEntry, Record};
 use vasto_proto::v1;
 use vasto_proto::v1::replication_client::ReplicationClient;
 use vasto_shipping::chunk::Chunk;
@@ -126,7 +126,7 @@ impl Follower<'_> {
                 bytes = 0;
             }
         }
-        self.build.replica.apply(slice, vec![TailProgress::Tail(self.source.replica, covered)]).await?;
+        self.build.replica.apply(slice, vec![FeedProgress::Tail(self.source.replica, covered)]).await?;
         self.cursor = covered;
         self.build.progress.lock().cursors.insert(self.source.replica, covered);
         Ok(())

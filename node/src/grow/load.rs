@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use vasto_core::catalog::Catalog;
 use vasto_core::plan::{Plan, Source};
-use vasto_core::record::{BandRange, IngestedObject, TailProgress};
+use vasto_core::record::{BandRange, FeedProgress, IngestedObject};
 use vasto_core::report::TargetStage;
 use vasto_shipping::download::{DownloadProgress, Wanted, download};
 use vasto_shipping::manifest::{Manifest, ManifestFile};
@@ -159,8 +159,8 @@ async fn ingest(build: &Build, plan: &Plan, chosen: &[Chosen], rewritten: Rewrit
         .flat_map(|one| &one.files)
         .map(|file| IngestedObject { key: file.key.clone(), bytes: file.bytes, crc32c: file.crc32c })
         .collect();
-    let cursors: Vec<TailProgress> =
-        chosen.iter().map(|one| TailProgress::Tail(one.source.replica, one.manifest.lsn)).collect();
+    let cursors: Vec<FeedProgress> =
+        chosen.iter().map(|one| FeedProgress::Tail(one.source.replica, one.manifest.lsn)).collect();
     let bytes_moved: u64 = rewritten.tables.iter().map(|table| table.bytes).sum();
     let order = Control::Ingest {
         plan: plan.id,

@@ -1,6 +1,7 @@
 //! Removal of bands that were given away.
 //!
-//! **Invariant:** a range is `Clearing`, durably, before the first key of it is removed.
+//! **Invariant:** whole files go while the range is still `Leaving`; the range delete enters together with `Clearing`;
+//! a range is `Empty` only after nothing of it is left.
 
 use vasto_core::ids::CatalogVersion;
 use vasto_core::record::{BandRange, RangeState};

@@ -1,6 +1,7 @@
 //! Draining from the bucket: what replicas that left the placement have shipped is taken over.
 //!
-//! **Invariant:** a draining replica is reported as taken over only when everything that it shipped is here.
+//! **Invariant:** a draining replica is reported as taken over only when everything that it shipped, as far as the bucket
+//! still has it, is here; a fault of this node never counts.
 
 use std::sync::Arc;
 

@@ -131,10 +131,10 @@ impl Host {
         self.catalogs.send_replace(catalog);
     }
 
-    /// Transfers leadership to another replica of the shard, because the replica is about to stop.
-    pub async fn transfer_leadership(registry: &NodeRegistry, keyspace: KeyspaceId, replica: ReplicaId) {
+    /// Hands authority over to another replica of the shard, because the replica is about to stop.
+    pub async fn hand_over_authority(registry: &NodeRegistry, keyspace: KeyspaceId, replica: ReplicaId) {
         if let (Some(leases), Some(replica)) = (registry.leases.get(), registry.replica(keyspace, replica)) {
-            leases.transfer_leadership(&replica).await;
+            leases.hand_over_authority(&replica).await;
         }
     }
 

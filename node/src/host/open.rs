@@ -1,6 +1,7 @@
 //! Opening a replica: from its directory, from the bucket, or as one that is built.
 //!
-//! **Invariant:** a registered replica whose files are gone is reported, never made anew.
+//! **Invariant:** a replica that was only being filled is begun again; one that has served and has lost its files is never
+//! created anew (the manager checks that).
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! The task of a host: opens the replica, applies each catalog version, and keeps house in between.
+//! The task of a host: opens the replica, applies each catalog version, and runs periodic housekeeping in between.
 //!
 //! **Invariant:** a version that fails is applied again until it succeeds or a newer one comes.
 
@@ -33,46 +33,56 @@ pub(super) const RETRY_MAX: Duration = Duration::from_secs(15);
 /// Interval of polls for state that sends no event.
 pub(super) const HOUSEKEEPING: Duration = Duration::from_millis(100);
 
-/// The same for an idle replica.
+/// Housekeeping interval of an idle replica.
 pub(super) const HOUSEKEEPING_AT_REST: Duration = Duration::from_secs(4);
 
+/// Task of one host. The shared fields are also read by its [`Host`](super::Host).
 pub(super) struct Runner {
     pub(super) context: Arc<HostContext>,
     pub(super) spec: ReplicaSpec,
     pub(super) status: Arc<Mutex<HostStatus>>,
+    /// Progress of the plan that makes this replica, while one runs.
     pub(super) target: Arc<Mutex<Option<Arc<Mutex<TargetProgress>>>>>,
     pub(super) ship: Arc<Mutex<Option<ShipHandle>>>,
     pub(super) replicator: Arc<Mutex<Option<Arc<Replicator>>>>,
     pub(super) cancel: CancellationToken,
+    /// The replica is stopped to be deleted: its last records need not reach another replica or the bucket.
     pub(super) discard: Arc<AtomicBool>,
 }
 
 /// Background work of one host, at most one task of each kind.
 #[derive(Default)]
 pub(super) struct Background {
+    /// Plan whose target this replica is, and the token that cancels its build.
     pub(super) build: Option<(PlanId, CancellationToken)>,
+    /// Plan for which this replica, as a source, has begun its checkpoint.
     pub(super) checkpoint: Option<PlanId>,
+    /// Plans whose quarantined bands are being removed here, or have been.
     pub(super) cleaning: BTreeSet<PlanId>,
+    /// LSN for which a running checkpoint is to make a manifest that covers it.
     pub(super) covering: Option<Lsn>,
+    /// Draining replicas whose archive is being applied from the bucket, or has been.
     pub(super) drained: BTreeSet<ReplicaId>,
-    /// Replicas whose loss was accepted: what they have shipped since they left is read once more.
+    /// Draining replicas whose loss the operator has accepted: each one's archive is applied once more.
     pub(super) accepted: BTreeSet<ReplicaId>,
 }
 
-/// Returns true when the replica is idle, apart from changes that it announces itself: no request waits for peers or
-/// for the bucket, no plan runs, and there is nothing to catch up.
+/// Returns true when the replica needs no short housekeeping interval: no plan runs, no replica drains, no write waits
+/// for peers or for the bucket, nothing is to be caught up, and no follower holds the log back. Events still wake the
+/// runner: changes of the replica (ranges, epoch, version, closure, readiness) and of its authority.
 pub(super) fn is_at_rest(catalog: &Catalog, replica: &Replica, ship: &ShipHandle) -> bool {
     catalog.plan.is_none()
         && catalog.draining.is_empty()
         && replica.is_ready()
-        // The duration of acting changes all the time.
+        // An acting primary reports for how long it has acted, and only housekeeping reads that.
         && replica.authority().acting_ms() == 0
         && !replica.followers().has_waiting()
         && replica.bucket_acks().last().is_none()
         && !ship.positions.held_back.load(Ordering::Acquire)
 }
 
-/// Returns true for the one replica of a shard that ships, and for the target that will.
+/// Returns true for the one replica of a shard that ships while all are well: the preferred primary, or the plan's
+/// first target for the shard while the shard has no placement.
 pub(super) fn ships(catalog: &Catalog, replica: &Replica) -> bool {
     match catalog.shard(replica.shard).and_then(|shard| shard.shipper()) {
         Some(shipper) => shipper.replica == replica.id,
@@ -134,7 +144,8 @@ impl Runner {
         *self.replicator.lock() = Some(replicator.clone());
         let mut pauses = self.context.registry.stall.pauses();
         replicator.begin_to_catch_up(&first);
-        // The role is set first: the replica is never primary by mistake. A writer that has ended refuses everything.
+        // The role is set first, so that the replica never acts as primary by mistake. The writer keeps the maximum of
+        // epoch and version, so 0 changes neither. An error is ignored: a writer that has ended refuses everything.
         let role = replicator.role(&first);
         let _ = replica.control(Control::ApplyCatalog { epoch: Epoch(0), version: CatalogVersion(0), role }).await;
         self.take_seat(&replica, &replicator, &first).await;
@@ -142,13 +153,14 @@ impl Runner {
         let this = Arc::new(self);
         let (mut own, mut standing) = (replica.changes(), replica.authority().changes());
         let mut last_housekeeping = tokio::time::Instant::now();
-        // Held while the replica is not idle.
+        // Guard that counts the replica as active at the registry; `None` while the replica is idle.
         let mut active = Some(this.context.registry.activity());
         let mut seen = Lsn(0);
         let mut reported = ReplicationReport::default();
         let background = Arc::new(Mutex::new(Background::default()));
         let mut pause = RETRY;
         loop {
+            // Each pass applies the newest version; the inner loop waits for the next one, or for the retry.
             let catalog = catalogs.borrow_and_update().clone();
             let again = match this.apply_catalog(&replica, &ship, &replicator, &catalog, &background).await {
                 Ok(()) => {
@@ -157,16 +169,19 @@ impl Runner {
                 }
                 Err(error) => {
                     tracing::error!(%error, keyspace = this.spec.keyspace.0, shard = this.spec.shard.0, "a version could not be applied");
-                    pause = (pause * 2).min(RETRY_MAX);
                     true
                 }
             };
             this.context.registry.report.notify_one();
             let retry = tokio::time::sleep(pause);
             tokio::pin!(retry);
+            if again {
+                pause = (pause * 2).min(RETRY_MAX);
+            }
             active.get_or_insert_with(|| this.context.registry.activity());
             loop {
                 let rests = active.is_none();
+                // Idle replicas wake together: `with_others` rounds up to a whole second, the same for all.
                 let due = match rests {
                     true => with_others(last_housekeeping + HOUSEKEEPING_AT_REST),
                     false => last_housekeeping + HOUSEKEEPING,
@@ -175,10 +190,12 @@ impl Runner {
                     () = this.cancel.cancelled() => break,
                     _ = catalogs.changed() => break,
                     () = &mut retry, if again => break,
+                    // The process stood still: peers may have taken over and acknowledged writes that are not here.
                     _ = pauses.changed() => replicator.begin_to_catch_up(&catalog),
                     _ = own.changed(), if rests => active = Some(this.context.registry.activity()),
                     _ = standing.changed(), if rests => active = Some(this.context.registry.activity()),
                     () = tokio::time::sleep_until(due) => {
+                        // Begins a gc floor round when one is due.
                         replicator.collect(&catalog);
                         this.housekeeping(&catalog, &replica, &ship, &replicator, &mut reported);
                         let lsn = replica.applied_lsn();
@@ -215,7 +232,8 @@ impl Runner {
         replica.stop().await;
     }
 
-    /// Passes the placement of the replica to the leases. A replica with peers serves nothing before they allow it.
+    /// Passes the placement of the replica to the leases. A replica that is not registered yet is published as not
+    /// serving first: with peers, it serves nothing before the leases grant it authority.
     pub(super) async fn take_seat(&self, replica: &Replica, replicator: &Arc<Replicator>, catalog: &Catalog) {
         let Some(leases) = self.context.registry.leases.get() else { return };
         if self.context.registry.replica(replica.keyspace, replica.id).is_none() {
@@ -224,7 +242,8 @@ impl Runner {
         leases.seat(replica, replicator, catalog).await;
     }
 
-    /// Polls the state that sends no event.
+    /// Polls the state that sends no event: expires waiting writes, reports changes to the master, and names the
+    /// follower to evict.
     pub(super) fn housekeeping(
         &self,
         catalog: &Catalog,
@@ -246,10 +265,12 @@ impl Runner {
         replica.followers().expire();
         replica.bucket_acks().expire();
         replicator.measure();
+        // The log is over its cap because a follower does not read it: the follower that is furthest behind is reported
+        // to the master for eviction.
         let over_cap = ship.positions.held_back.load(Ordering::Acquire);
         replicator.set_evict(replica.followers().last().filter(|_| over_cap).map(|(follower, _)| follower));
         let report = replicator.report();
-        // The lag changes all the time; the regular reports carry it.
+        // A change of the lag alone triggers no report: it changes all the time, and the regular reports carry it.
         let told = |report: &ReplicationReport| ReplicationReport { lag_lsns: 0, lag_ms: 0, ..report.clone() };
         if told(&report) != told(reported) {
             self.context.registry.report.notify_one();
@@ -257,7 +278,9 @@ impl Runner {
         *reported = report;
     }
 
-    /// Decides whether this replica ships: the preferred primary does, and the acting primary while that is away.
+    /// Decides whether this replica ships: the preferred primary does (`home`), and a replica that the catalog names as
+    /// primary (`acts`). An acting primary is not `home`: it ships as a substitute (`stands_in`) while the preferred
+    /// primary is away. When the decision changes, the shipper checks its work at once.
     pub(super) fn set_shipper(&self, catalog: &Catalog, replica: &Replica, ship: &ShipHandle) {
         let home = ships(catalog, replica);
         let acts = catalog.shard(replica.shard).is_some_and(|shard| shard.primary == Some(replica.id));

@@ -1,7 +1,7 @@
 //! What a host reports: phase, size, and its part in a plan.
 //!
 //! **Invariant:** a report is cheap; the size of a replica is read from its database at most every few hundred
-//! milliseconds.
+//! milliseconds, and with each new checkpoint.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;

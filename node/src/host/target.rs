@@ -1,6 +1,6 @@
 //! A replica under construction: it takes its bytes from the bucket and follows its sources.
 //!
-//! **Invariant:** it owns nothing before its plan has committed.
+//! **Invariant:** it serves nothing before it is placed; the target of a grow owns nothing until then.
 
 use std::sync::Arc;
 

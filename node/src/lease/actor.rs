@@ -43,7 +43,7 @@ const TICK_AT_REST: Duration = Duration::from_secs(1);
 const PENDING_TICK: Duration = Duration::from_millis(2);
 /// Longest wait for a writer to report what its replica holds.
 const NAMING_TIMEOUT: Duration = Duration::from_millis(200);
-/// Time after which a leadership transfer that no successor has taken is given up.
+/// Time after which a hand-over of authority that no successor has taken is given up.
 const HAND_OVER_MAX: Duration = Duration::from_millis(1_500);
 /// Events that are processed before messages are sent.
 const BATCH: usize = 64;
@@ -54,7 +54,7 @@ pub(super) type Key = (KeyspaceId, ShardId);
 pub(super) enum Event {
     /// A replica was opened, or its placement changed; `served`: the previous process may have served it.
     Seat { replica: Replica, replicator: Arc<Replicator>, order: Vec<Placed>, primary_version: u64, served: bool },
-    /// A replica is about to stop and transfers leadership.
+    /// A replica is about to stop and hands its authority over.
     HandOver { key: Key, replica: ReplicaId, done: oneshot::Sender<()> },
     /// A replica has stopped.
     Leave { key: Key, replica: ReplicaId },

@@ -99,9 +99,9 @@ impl Leases {
         self.send(event).await;
     }
 
-    /// Transfers leadership of a replica that is about to stop to a successor that holds everything. Returns when that
+    /// Hands authority of a replica that is about to stop over to a successor that holds everything. Returns when that
     /// is done, or when there is no successor.
-    pub async fn transfer_leadership(&self, replica: &Replica) {
+    pub async fn hand_over_authority(&self, replica: &Replica) {
         let (done, over) = oneshot::channel();
         self.send(Event::HandOver { key: (replica.keyspace, replica.shard), replica: replica.id, done }).await;
         let _ = over.await;

@@ -8,7 +8,7 @@ use vasto_core::codec::DecodeError;
 use vasto_core::entry::{Entry, event_time_of};
 use vasto_core::hash::partition_hash;
 use vasto_core::ids::{Origin, OwnSeq, ShardId, Vector};
-use vasto_core::record::{Body, RangeState, Record, TailProgress};
+use vasto_core::record::{Body, FeedProgress, RangeState, Record};
 use vasto_core::stored_key::{MetaKey, data_key};
 
 use super::state::{Head, Identity, Ranges, Seal};
@@ -65,11 +65,11 @@ pub fn band_of(shard: ShardId, user_key: &[u8], own_partition: Option<u64>) -> O
 }
 
 /// Adds the cursor changes of a record to the batch.
-pub fn put_progress(batch: &mut Batch, progress: &[TailProgress]) {
+pub fn put_progress(batch: &mut Batch, progress: &[FeedProgress]) {
     for one in progress {
         match one {
-            TailProgress::Tail(replica, lsn) => batch.put_meta(MetaKey::TailCursor(*replica), &lsn.0.to_le_bytes()),
-            TailProgress::Forward(shard, lsn) => batch.put_meta(MetaKey::ForwardCursor(shard.0), &lsn.0.to_le_bytes()),
+            FeedProgress::Tail(replica, lsn) => batch.put_meta(MetaKey::TailCursor(*replica), &lsn.0.to_le_bytes()),
+            FeedProgress::Forward(shard, lsn) => batch.put_meta(MetaKey::ForwardCursor(shard.0), &lsn.0.to_le_bytes()),
         }
     }
 }

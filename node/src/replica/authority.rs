@@ -101,7 +101,7 @@ pub struct Authority {
     first: AtomicU64,
     /// Probe rounds that have begun, and those that have ended.
     rounds: watch::Sender<(u64, u64)>,
-    /// Boot time since which the replica is acting primary, milliseconds; 0 when it is not.
+    /// Boot time since which the replica serves in place of the primary, milliseconds; 0 when it is not.
     acting_since_ms: AtomicU64,
     /// True while the writer is stalled at the disk, and shortly afterwards.
     stalled: AtomicBool,
@@ -211,7 +211,7 @@ impl Authority {
         self.settle();
     }
 
-    /// Sets whether the replica is acting primary.
+    /// Sets whether the replica serves in place of the primary.
     pub fn set_acting(&self, acting: bool) {
         if !acting {
             self.acting_since_ms.store(0, Ordering::Release);
@@ -220,7 +220,7 @@ impl Authority {
         }
     }
 
-    /// Returns for how long the replica has been acting primary, milliseconds.
+    /// Returns for how long the replica has served in place of the primary, milliseconds.
     pub fn acting_ms(&self) -> u64 {
         match self.acting_since_ms.load(Ordering::Acquire) {
             0 => 0,

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use vasto_core::catalog::Ack;
 use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, Lsn, Origin, OwnSeq, PlanId, ReplicaId, Vector};
-use vasto_core::record::{BandRange, IngestedObject, KeyEntry, RangeState, Record, TailProgress};
+use vasto_core::record::{BandRange, FeedProgress, IngestedObject, KeyEntry, RangeState, Record};
 use vasto_core::{ErrorCode, VastoError};
 
 use super::authority::Authority;
@@ -230,7 +230,7 @@ pub struct ApplyCommand {
     /// User keys and encoded entries.
     pub entries: Vec<KeyEntry>,
     /// Cursors that become durable with the entries.
-    pub progress: Vec<TailProgress>,
+    pub progress: Vec<FeedProgress>,
     /// Receives the LSN that covers the entries, synced.
     pub done: oneshot::Sender<Result<Lsn, ReplicaError>>,
 }
@@ -314,7 +314,7 @@ pub enum Control {
         /// Greatest event time in them.
         event_time_max: u64,
         /// Positions at which the tails start.
-        progress: Vec<TailProgress>,
+        progress: Vec<FeedProgress>,
     },
     /// The version was applied: requests may carry its epoch.
     ApplyCatalog {

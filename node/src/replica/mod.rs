@@ -37,7 +37,7 @@ use vasto_core::ids::{
     CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, Origin, OwnSeq, ReplicaId, ShardId, Vector, covers,
 };
 use vasto_core::limits::{BINLOG_FILE_BYTES, WRITE_QUEUE_BYTES_MAX};
-use vasto_core::record::{BandRange, KeyEntry, RangeState, Record, TailProgress};
+use vasto_core::record::{BandRange, FeedProgress, KeyEntry, RangeState, Record};
 use vasto_core::stored_key::MetaKey;
 use vasto_core::{ErrorCode, VastoError};
 
@@ -400,7 +400,7 @@ impl Replica {
     }
 
     /// Merges entries of another log, at most a batch; returns once they are durable here.
-    pub async fn apply(&self, entries: Vec<KeyEntry>, progress: Vec<TailProgress>) -> Result<Lsn, ReplicaError> {
+    pub async fn apply(&self, entries: Vec<KeyEntry>, progress: Vec<FeedProgress>) -> Result<Lsn, ReplicaError> {
         let (done, answer) = oneshot::channel();
         self.commands.send(Command::Apply(ApplyCommand { entries, progress, done }))?;
         answer.await.map_err(|_| ReplicaError::Stopped)?

@@ -14,7 +14,7 @@ use vasto_core::entry::Entry;
 use vasto_core::ids::{Lsn, OwnSeq, ReplicaId};
 use vasto_core::limits::MAX_CLOCK_AHEAD;
 use vasto_core::merge::supersedes;
-use vasto_core::record::{Body, KeyEntry, RangeState, Record, TailProgress};
+use vasto_core::record::{Body, FeedProgress, KeyEntry, RangeState, Record};
 use vasto_core::stored_key::data_key;
 
 use super::OLD_COPY;
@@ -56,7 +56,7 @@ impl Writer {
                 break;
             }
             let progress =
-                if Some(index) == last_data { vec![TailProgress::Tail(source, covered)] } else { Vec::new() };
+                if Some(index) == last_data { vec![FeedProgress::Tail(source, covered)] } else { Vec::new() };
             match self.add_foreign(record, progress, &mut group, &mut batch) {
                 Ok(()) => taken += 1,
                 Err(error) => {
@@ -83,7 +83,7 @@ impl Writer {
     fn add_foreign(
         &mut self,
         record: Record,
-        progress: Vec<TailProgress>,
+        progress: Vec<FeedProgress>,
         group: &mut WriteGroup,
         batch: &mut Batch,
     ) -> Result<(), ReplicaError> {

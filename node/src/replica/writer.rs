@@ -26,7 +26,7 @@ use vasto_core::clock::HybridClock;
 use vasto_core::entry::event_time_of;
 use vasto_core::ids::{CatalogVersion, Epoch, Lsn, Origin, OwnSeq};
 use vasto_core::limits::{ATTEMPT_PATIENCE, GROUP_BYTES_MAX, GROUP_OPS_MAX, OS_SYNC_INTERVAL, SEALED_WRITES_WAIT};
-use vasto_core::record::{Body, OpResult, RangeState, Record, TailProgress};
+use vasto_core::record::{Body, FeedProgress, OpResult, RangeState, Record};
 use vasto_core::stored_key::MetaKey;
 use vasto_core::{ErrorCode, VastoError};
 
@@ -76,7 +76,7 @@ struct OpenGroup {
     group: WriteGroup,
     must_sync: bool,
     answers: Vec<(WriteCommand, Done)>,
-    progress: Vec<TailProgress>,
+    progress: Vec<FeedProgress>,
     applied: Vec<oneshot::Sender<Result<Lsn, ReplicaError>>>,
 }
 
@@ -357,7 +357,7 @@ impl Writer {
     fn log_and_apply(
         &mut self,
         group: WriteGroup,
-        progress: Vec<TailProgress>,
+        progress: Vec<FeedProgress>,
         commit_time: u64,
         must_sync: bool,
     ) -> Result<(), ReplicaError> {
@@ -652,7 +652,7 @@ impl Writer {
         files: Vec<std::path::PathBuf>,
         objects: Vec<vasto_core::record::IngestedObject>,
         event_time_max: u64,
-        progress: Vec<TailProgress>,
+        progress: Vec<FeedProgress>,
     ) -> Result<Lsn, ReplicaError> {
         if self.meta.ranges.ingested == Some(plan) {
             return Ok(self.meta.head.applied_lsn);

@@ -1,11 +1,19 @@
-//! GC floor rounds: agreement of all replicas that could still have older writes on when tombstones may be forgotten.
+//! GC floor rounds: all replicas of a shard agree on the commit time up to which tombstones may be purged.
 //!
-//! The primary asks twice. First every replica durably promises a commit-time fence at the candidate, and names what it
-//! holds; when all hold the join of that, they name what they hold once more; when all hold that join too, the floor is
-//! logged and replicated like a write.
+//! The primary proposes a candidate, one grace before now, and waits twice until all replicas hold the same records:
+//! 1. Each replica durably promises a commit-time fence: it never assigns a commit time at or below the candidate
+//!    again. Then it reports its vector. The pointwise maximum of these vectors contains every record that is committed
+//!    at or below the candidate. When all replicas hold it, each has all tombstones that the floor will purge, and
+//!    each reports its vector again.
+//! 2. The fence does not cover records with a later commit time: a replica that did not hold a tombstone yet may have
+//!    written one with an older event time, which must lose to the tombstone everywhere. All such records are in the
+//!    pointwise maximum of the second vectors; later ones are written by replicas that hold all those tombstones. When
+//!    all replicas hold this maximum too, no record is under way that a purged tombstone would have to defeat.
 //!
-//! **Invariant:** no floor without the answer of every placed replica, while a plan runs, or while a replica that left
-//! its placement is not drained. Silence only keeps tombstones longer.
+//! The primary then logs the floor, and it is replicated like a write.
+//!
+//! **Invariant:** no floor is raised without the answers of every placed replica, while a plan runs, or while a replica
+//! that left the placement is still draining. A missing answer only delays the purge.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -22,14 +30,15 @@ use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 use crate::replica::command::{Control, Role};
 
-/// Time after which a round is given up; the next round begins anew.
+/// Time after which a round fails when a replica still lags; the next round starts anew.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Interval between two checks of what the members hold.
+/// Interval between two polls of the replicas' vectors.
 const LOOK: Duration = Duration::from_millis(50);
-/// Shortest interval between rounds, and the longest for long graces.
+/// Shortest and longest interval between rounds.
 const INTERVALS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(3_600));
 
-/// Returns the interval between the rounds of a keyspace: a share of the grace, so that collection is late by little.
+/// Returns the interval between the rounds of a keyspace: 1/24 of the grace (an hour for a grace of a day), so that
+/// waiting for the next round adds little to the grace.
 pub fn interval(grace_ms: u64) -> Duration {
     Duration::from_millis(grace_ms / 24).clamp(INTERVALS.0, INTERVALS.1)
 }
@@ -42,7 +51,7 @@ pub(super) struct FloorRound {
 }
 
 impl FloorRound {
-    /// Returns the floor that a round would propose; `None` when no round is due at this replica.
+    /// Returns the floor that a round would propose, microseconds; `None` when no round is due at this replica.
     pub fn candidate(&self, catalog: &Catalog) -> Option<u64> {
         let replica = &self.replica;
         let due = replica.is_ready()
@@ -51,18 +60,19 @@ impl FloorRound {
             && catalog.plan.is_none()
             && catalog.draining.is_empty();
         let candidate = self.registry.clock.now_us().saturating_sub(catalog.spec.grace_ms() * 1000);
-        // Once everything that was written is at or below the floor, an idle replica stays idle.
+        // `data_commit_time` is that of the last record with entries. Once it is at or below the floor, a greater floor
+        // would purge nothing more: an idle replica logs none and stays idle.
         (due && candidate > replica.floor() && replica.data_commit_time() > replica.floor()).then_some(candidate)
     }
 
-    /// Runs one whole round.
+    /// Runs one round. A round that fails leaves the floor as it is.
     pub async fn agree(&self, catalog: &Catalog, floor: u64) -> Result<(), Status> {
         let members = catalog.shard(self.replica.shard).map(|shard| shard.replicas.clone()).unwrap_or_default();
         let until = Instant::now() + PATIENCE;
         let promised = try_join_all(members.iter().map(|one| self.promise(*one, floor))).await?;
         let held = self.until_all_hold(&members, &joined(&promised), until).await?;
         self.until_all_hold(&members, &joined(&held), until).await?;
-        // The conditions of the beginning must still hold.
+        // The conditions of [`Self::candidate`] must still hold, under the same epoch.
         let now = self.registry.catalog(catalog.keyspace);
         if now.is_none_or(|now| now.epoch != catalog.epoch || self.candidate(&now).is_none()) {
             return Err(Status::aborted("the keyspace has changed meanwhile"));
@@ -77,6 +87,7 @@ impl FloorRound {
         Ok(())
     }
 
+    /// Obtains the fence of a replica; returns the vector that the replica holds after that.
     async fn promise(&self, member: Placed, commit_time: u64) -> Result<Vector, Status> {
         if member.replica == self.replica.id {
             let order = Control::FenceCommitTime { commit_time };
@@ -89,6 +100,7 @@ impl FloorRound {
         Ok(vector_from_wire(&reply.vector))
     }
 
+    /// Returns the durable vector of a replica. The own one is converted to the wire form and back, like a peer's.
     async fn position(&self, member: Placed) -> Result<Vector, Status> {
         if member.replica == self.replica.id {
             let position = self.replica.position().await.map_err(|error| status_of(&error.into()))?;
@@ -103,7 +115,7 @@ impl FloorRound {
         Ok(vector_from_wire(&reply.vector))
     }
 
-    /// Waits until every member holds `needed`; returns what each holds then.
+    /// Polls until every member's vector covers `needed`; returns the vectors of that poll.
     async fn until_all_hold(&self, members: &[Placed], needed: &Vector, until: Instant) -> Result<Vec<Vector>, Status> {
         loop {
             let held = try_join_all(members.iter().map(|one| self.position(*one))).await?;
@@ -118,6 +130,7 @@ impl FloorRound {
     }
 }
 
+/// Returns the pointwise maximum of the vectors.
 fn joined(vectors: &[Vector]) -> Vector {
     vectors.iter().fold(Vector::new(), |all, one| join(&all, one))
 }

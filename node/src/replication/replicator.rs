@@ -37,7 +37,7 @@ const ASK_AGAIN: Duration = Duration::from_millis(100);
 /// Longest wait of a stopping replica for another one to hold its log.
 const HAND_ON_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Granularity of the time that an acting primary reports.
+/// Granularity of the time that a replica which serves in place of the primary reports.
 const ACTING_STEP_MS: u64 = 100;
 
 /// The replication of one hosted replica.

@@ -18,7 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 use vasto_core::ids::Lsn;
 use vasto_core::limits::UPLOAD_STALL_MAX;
 use vasto_core::plan::PinnedManifest;
-use vasto_core::record::{BandRange, TailProgress};
+use vasto_core::record::{BandRange, FeedProgress};
 use vasto_core::stored_key::MetaKey;
 use vasto_shipping::bucket::{Bucket, Create};
 use vasto_shipping::layout;
@@ -418,7 +418,7 @@ async fn make(
     }
     if (compacted && last == Some(replica.settled_lsn())) || anew {
         // The same records in other files, or under other names: a manifest of their own needs an LSN of its own.
-        replica.apply(Vec::new(), vec![TailProgress::Tail(replica.id, replica.settled_lsn())]).await?;
+        replica.apply(Vec::new(), vec![FeedProgress::Tail(replica.id, replica.settled_lsn())]).await?;
     }
     let path = dir.to_owned();
     fixing.store(true, Ordering::SeqCst);

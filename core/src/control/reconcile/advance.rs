@@ -1,4 +1,4 @@
-//! Structural changes as data: what a plan is, how it begins, and the function that decides the next catalog version.
+//! The function that decides the next catalog version of a running plan.
 //!
 //! `prepare -> tail -> sealing -> committed -> finished`, with `sealing -> tail` when a seal does
 //! not complete in time, and abort from every step before `committed`.

@@ -1,6 +1,7 @@
 //! Draining nodes: every replica moves elsewhere, one per shard at a time.
 //!
-//! **Invariant:** a node is drained when no placement names it and nothing on it is needed.
+//! **Invariant:** a node is drained when no placement names it and, where its loss is accepted, no replica on it waits to
+//! be drained.
 
 use super::outcome::abort;
 use super::repair::{begin, may_copy};

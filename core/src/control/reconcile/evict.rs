@@ -1,6 +1,10 @@
-//! Taking a replica out of its shard.
+//! Eviction of a replica from the placement of its shard.
 //!
-//! **Invariant:** a replica whose records nobody else holds stays draining, unless its loss is accepted.
+//! Without `accept_loss` an evicted replica is draining: the others pull the records that they lack. The reconciler
+//! (`members`) ends that with a version that names the replica removed, once a serving replica holds everything that it
+//! holds; an eviction with `accept_loss` ends it at once.
+//!
+//! **Invariant:** a replica whose records no other replica holds stays draining, unless its loss is accepted.
 
 use super::quarantine::remove_from_quarantines;
 use crate::catalog::{Catalog, DrainingReplica, GivenUp, KeyspaceState, Placed};
@@ -13,6 +17,12 @@ pub enum EvictError {
     /// The replica is neither placed nor draining.
     #[error("replica {0} is not placed and not waiting to be drained; see `vasto keyspace describe`")]
     NotThere(ReplicaId),
+    /// The replica has left its placement and is draining.
+    #[error(
+        "replica {0} has left its shard already and is being drained; wait for that, or give up what it alone holds \
+         with --accept-loss"
+    )]
+    Draining(ReplicaId),
     /// The replica is the only one of its shard.
     #[error("replica {0} is the only one of shard {1}: nothing would be left of the shard")]
     Last(ReplicaId, ShardId),
@@ -29,8 +39,9 @@ pub enum EvictError {
     Deleted,
 }
 
-/// Returns the version that evicts a replica from its placement. With `accept_loss`, data that no other replica holds
-/// is given up too, and the files are deleted when the node is back.
+/// Returns the catalog version that evicts a replica from its placement. With `accept_loss`, data that no other replica
+/// holds is given up too, also that of a replica that is draining already, and the files are deleted when the node is
+/// back. `nonce` is the random number that distinguishes this version from a rival writer's with the same number.
 pub fn evict(
     catalog: &Catalog,
     replica: ReplicaId,
@@ -45,7 +56,11 @@ pub fn evict(
         return Err(EvictError::Busy(operation_id(catalog.keyspace, plan.id)));
     }
     let mut next = catalog.next(now_us, nonce);
-    if accept_loss && catalog.draining.iter().any(|one| one.replica == replica) {
+    // A draining replica is not placed: its removal changes neither ownership nor placement, so the epoch stays.
+    if catalog.draining.iter().any(|one| one.replica == replica) {
+        if !accept_loss {
+            return Err(EvictError::Draining(replica));
+        }
         next.draining.retain(|one| one.replica != replica);
         next.remove_for_good([replica]);
         next.given_up.push(GivenUp { replica, version: next.version });
@@ -58,10 +73,14 @@ pub fn evict(
     }
     let node = shard.replicas.iter().find(|one| one.replica == replica).map(|one| one.node).unwrap_or_default();
     shard.replicas.retain(|one| one.replica != replica);
+    // `None` means that the first replica is primary: it takes over from an evicted primary, and needs no mention when
+    // it is the acting primary and the eviction made it the first.
     if shard.primary == Some(replica) || shard.primary == shard.replicas.first().map(|one| one.replica) {
         shard.primary = None;
     }
     shard.transferring_to = None;
+    // Moved bands stay in quarantine until a manifest of each shipping target covers them. If the evicted replica is
+    // such a target, the replica that ships from now on (the first) takes its place there.
     let successor = shard.shipper().map(|one| one.replica);
     let shard = shard.shard;
     next.epoch = Epoch(catalog.epoch.0 + 1);
@@ -75,8 +94,8 @@ pub fn evict(
     Ok(next)
 }
 
-/// Returns the version that evicts a replica on request: never the only one that serves, whatever else may be given
-/// up.
+/// Returns the catalog version that evicts a replica on an operator's request. Refuses to evict the only replica of its
+/// shard that serves, even with `accept_loss`.
 pub fn evict_on_request(
     catalog: &Catalog,
     replica: ReplicaId,

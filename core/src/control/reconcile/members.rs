@@ -5,7 +5,7 @@
 //! everything it has, or until its loss is accepted; only then may its files be deleted. A replica that stands still
 //! does not count as serving. No membership change happens while another plan runs.
 //!
-//! A change that cannot go on reports what it waits for, and the way out ([`waits_for`]).
+//! A change that cannot go on reports what it waits for, and the way out ([`waits_for`](super::waits_for)).
 
 use super::drain::drain_nodes;
 use super::repair::start_copy;

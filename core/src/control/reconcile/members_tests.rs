@@ -134,6 +134,9 @@ fn who_cannot_catch_up_or_is_in_the_way_leaves_and_the_last_one_never() {
     let one = evict(&two, ReplicaId(2), false, NOW, 3).unwrap();
     assert_eq!(evict(&one, ReplicaId(3), true, NOW, 4), Err(EvictError::Last(ReplicaId(3), ShardId(0))));
     assert_eq!(evict(&one, ReplicaId(9), true, NOW, 4), Err(EvictError::NotThere(ReplicaId(9))));
+    let again = evict(&one, ReplicaId(2), false, NOW, 4).unwrap_err();
+    assert_eq!(again, EvictError::Draining(ReplicaId(2)));
+    assert!(again.to_string().contains("--accept-loss"), "{again}");
     // The loss of a draining replica may still be accepted.
     let lost = evict(&one, ReplicaId(2), true, NOW, 4).unwrap();
     assert_eq!((lost.draining.len(), lost.removed.len()), (0, 2));

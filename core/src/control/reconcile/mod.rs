@@ -1,7 +1,6 @@
 //! The rules: which catalog version comes next.
 //!
-//! **Invariant:** every rule is a pure function of the last version, the reports and the time; silence is never a reason
-//! to go forward.
+//! **Invariant:** every rule is a pure function of the last version, the reports, the presence of the nodes and the time.
 
 mod advance;
 mod commit;

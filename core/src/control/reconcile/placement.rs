@@ -1,6 +1,6 @@
 //! Removal of replicas from the placement of a shard.
 //!
-//! **Invariant:** whoever leaves a placement is draining.
+//! **Invariant:** a replica that leaves a placement here is draining.
 
 use crate::catalog::{DrainingReplica, ShardPlacement};
 use crate::ids::ReplicaId;

@@ -1,6 +1,6 @@
 //! Moved bands: kept on their old shard until they are safe to remove.
 //!
-//! **Invariant:** a quarantine ends only when every target has a manifest of its own that covers it.
+//! **Invariant:** moved bands are removed only after a manifest of each shipping target, or of its successor, covers them.
 
 use super::progress::Advance;
 use crate::catalog::{Catalog, Quarantine};

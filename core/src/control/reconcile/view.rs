@@ -1,6 +1,6 @@
 //! The catalog, the reports and the presence of nodes together, as the rules about members see them.
 //!
-//! **Invariant:** a replica leaves its shard only when another one has authority, or none here can have it.
+//! **Invariant:** a replica is taken out of its shard only while another one has authority.
 
 use super::evict::evict;
 use super::failover::{Presence, successor, transfer_leadership};

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use vasto_core::ids::{Lsn, ReplicaId};
-use vasto_core::record::{Body, RangeState, TailProgress};
+use vasto_core::record::{Body, FeedProgress, RangeState};
 
 use super::support::*;
 use crate::replica::{OpenError, create_dirs, database_dir, log_dir};
@@ -74,10 +74,10 @@ fn cursors_are_as_durable_as_what_they_brought() {
     let replica = rig.create();
     let source = ReplicaId(44);
     let lsn =
-        apply(&replica, vec![value_entry("k", START_US, "v")], vec![TailProgress::Tail(source, Lsn(10))]).unwrap();
+        apply(&replica, vec![value_entry("k", START_US, "v")], vec![FeedProgress::Tail(source, Lsn(10))]).unwrap();
     assert!(replica.log().synced_lsn() >= lsn, "answered once it is durable");
     // The record has no entries, but the position advances.
-    apply(&replica, Vec::new(), vec![TailProgress::Tail(source, Lsn(25))]).unwrap();
+    apply(&replica, Vec::new(), vec![FeedProgress::Tail(source, Lsn(25))]).unwrap();
     let (_dir, again) = rig.crash(&replica);
     assert_eq!(again.tail_cursors().unwrap(), vec![(source, Lsn(25))]);
     assert_eq!(get(&again, "k").as_deref(), Some("v"));
@@ -91,7 +91,7 @@ fn entries_of_a_band_that_is_not_held_are_refused_whole() {
     set_range(&replica, (lost..=lost).into(), RangeState::Leaving);
     let other = keys_in(if lost.0 == 1 { vasto_core::Band(2) } else { vasto_core::Band(1) }, "x", 1).remove(0);
     let entries = vec![value_entry(&other, START_US, "v"), value_entry("k", START_US, "v")];
-    let progress = vec![TailProgress::Tail(ReplicaId(3), Lsn(5))];
+    let progress = vec![FeedProgress::Tail(ReplicaId(3), Lsn(5))];
     assert!(apply(&replica, entries, progress).is_err());
     assert!(data_rows(&replica).is_empty() && replica.tail_cursors().unwrap().is_empty());
 }

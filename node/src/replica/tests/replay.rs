@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use vasto_core::Band;
 use vasto_core::catalog::Ack;
 use vasto_core::ids::{CatalogVersion, Lsn, Origin, OwnSeq, PlanId, ReplicaId};
-use vasto_core::record::{BandRange, Body, KeyEntry, RangeState, TailProgress};
+use vasto_core::record::{BandRange, Body, FeedProgress, KeyEntry, RangeState};
 use vasto_core::stored_key::MetaKey;
 
 use super::support::*;
@@ -81,7 +81,7 @@ fn take(rig: &Rig, replica: &Replica, step: &Step) {
             drop(answer);
         }
         Step::Apply(entries, lsn) => {
-            let progress = vec![TailProgress::Tail(ReplicaId(9), Lsn(*lsn))];
+            let progress = vec![FeedProgress::Tail(ReplicaId(9), Lsn(*lsn))];
             let _ = apply(replica, entries.iter().copied().map(entry).collect(), progress);
         }
         Step::Seal(band) => {

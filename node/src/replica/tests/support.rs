@@ -13,7 +13,7 @@ use tempfile::TempDir;
 use vasto_core::catalog::Ack;
 use vasto_core::entry::{Entry, Payload};
 use vasto_core::ids::{CatalogVersion, KeyspaceId, Lsn, ReplicaId, ShardId};
-use vasto_core::record::{BandRange, Body, KeyEntry, RangeState, Record, TailProgress};
+use vasto_core::record::{BandRange, Body, FeedProgress, KeyEntry, RangeState, Record};
 use vasto_core::{Band, VastoError};
 
 use crate::clock::Clock;
@@ -238,7 +238,7 @@ pub fn set_range(replica: &Replica, range: BandRange, state: RangeState) {
         .unwrap();
 }
 
-pub fn apply(replica: &Replica, entries: Vec<KeyEntry>, progress: Vec<TailProgress>) -> Result<Lsn, ReplicaError> {
+pub fn apply(replica: &Replica, entries: Vec<KeyEntry>, progress: Vec<FeedProgress>) -> Result<Lsn, ReplicaError> {
     futures::executor::block_on(replica.apply(entries, progress))
 }
 
