@@ -1,16 +1,22 @@
-//! Reads from the nearest zone where it may lag behind, and from the primary where it must not.
-//! Needs the keyspace of the example `quickstart`.
+//! Reads from the nearest zone where it may lag behind, and from the primary where it must not. Creates a keyspace
+//! with two replicas of each shard, so it needs a cluster of two nodes or more.
 //!
 //! `cargo run -p vasto-client --example nearest_zone -- http://127.0.0.1:8278`
 
-use vasto_client::{Ack, ReadFrom, Vasto, WriteTo};
+use vasto_client::{Ack, ErrorKind, KeyspaceSpec, ReadFrom, Vasto, WriteTo};
 
 #[tokio::main]
 async fn main() -> Result<(), vasto_client::Error> {
     let url = std::env::args().nth(1).unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
-    let ks = Vasto::connect(&url).await?.keyspace("quickstart").await?;
+    let vasto = Vasto::connect(&url).await?;
+    match vasto.create_keyspace("prices", KeyspaceSpec::default().replicas(2)).await {
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(error),
+    }
+    let ks = vasto.keyspace("prices").await?;
 
-    // Acknowledged once a second replica holds it, where the keyspace has one.
+    // Acknowledged once a second replica holds it.
     ks.put("price", "42").ack(Ack::Replica).await?;
     println!("at the primary: {:?}", ks.get("price").await?.map(|value| value.to_string()));
 
