@@ -17,21 +17,17 @@ use vasto_core::limits::{
     ADMIN_DEADLINE, HANDOVER_TIMEOUT, KEPT_MS_MAX, REPLICAS_MAX, SHARDS_SERVED_MAX, check_keyspace_name, check_ttl_ms,
 };
 use vasto_core::operation::operation_id;
-use vasto_core::reconcile::Presence;
-use vasto_core::reconcile::successor;
+use vasto_core::reconcile::{Presence, successor};
 use vasto_core::report::ReplicaPhase;
 use vasto_proto::convert::ack_from_wire;
 use vasto_proto::v1;
 use vasto_shipping::{CatalogError, ClusterSettings};
 
 use crate::cluster::{Cluster, nonce, now_us};
-use crate::cost;
-use crate::document;
 use crate::driver::{CatalogChange, Request, changed, has_ended};
 use crate::placement::place;
-use crate::relocation;
-use crate::shipped;
 use crate::state::{ClusterState, Delivery, Keyspace};
+use crate::{cost, document, relocation, shipped};
 
 /// The longest wait before an answer: the caller's own deadline is [`ADMIN_DEADLINE`].
 const ANSWER_WITHIN: Duration = ADMIN_DEADLINE.saturating_sub(Duration::from_secs(1));

@@ -20,9 +20,10 @@ use vasto_core::ids::{Epoch, KeyspaceId, PlanId, ReplicaId};
 use vasto_core::limits::SEALING_WRITE_MAX;
 use vasto_core::operation::operation_id;
 use vasto_core::plan::{Plan, PlanKind, Step};
-use vasto_core::reconcile::{Advance, PlanError, abort, start_grow};
-use vasto_core::reconcile::{EvictError, cancel_drain, drain_node, evict_on_request, transfer_leadership};
-use vasto_core::reconcile::{LeadershipChanges, Presence, leadership_changes_between};
+use vasto_core::reconcile::{
+    Advance, EvictError, LeadershipChanges, PlanError, Presence, abort, cancel_drain, drain_node, evict_on_request,
+    leadership_changes_between, start_grow, transfer_leadership,
+};
 use vasto_shipping::CatalogWrite;
 
 use crate::cluster::{Cluster, nonce, now_us};

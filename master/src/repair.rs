@@ -20,8 +20,7 @@ use vasto_proto::v1;
 use vasto_shipping::{ClusterSettings, layout};
 
 use crate::cluster::Cluster;
-use crate::document;
-use crate::upkeep;
+use crate::{document, upkeep};
 
 /// How long nodes have to come back and report what they hold.
 const NODES_WAIT: Duration = Duration::from_secs(10);

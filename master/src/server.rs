@@ -22,10 +22,9 @@ use vasto_shipping::garbage::Retention;
 use vasto_shipping::{Bucket, BucketError, BucketOptions, CatalogError, ClusterSettings, Prices};
 
 use crate::cluster::{Cluster, Settings};
-use crate::metrics;
 use crate::service::MasterService;
 use crate::session::MembershipService;
-use crate::upkeep;
+use crate::{metrics, upkeep};
 
 /// The configuration of a master.
 #[derive(Debug, Clone)]

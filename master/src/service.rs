@@ -13,9 +13,8 @@ use vasto_core::error::{ErrorCode, VastoError};
 use vasto_proto::convert::status_of;
 use vasto_proto::v1::{self, command::Kind, master_server};
 
-use crate::admin;
 use crate::cluster::Cluster;
-use crate::{relocation, repair, shipped, upkeep};
+use crate::{admin, relocation, repair, shipped, upkeep};
 
 /// The service for people and clients.
 pub(crate) struct MasterService {

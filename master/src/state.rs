@@ -19,9 +19,10 @@ use vasto_core::limits::{
     ACCEPTED_LOSS_AWAY, COPIES_PER_NODE_MAX, FAILOVER_AWAY, NODE_FORGOTTEN_AFTER, NODE_REPLICAS_MAX, NODE_SILENCE,
 };
 use vasto_core::plan::{Plan, SEALS_UNDONE_MAX, Step};
-use vasto_core::reconcile::{Advance, abort, advance, give_up_on, undo_seal};
-use vasto_core::reconcile::{Around, advance_members, is_incomplete, nodes_to_avoid, waits_for};
-use vasto_core::reconcile::{Presence, advance_primaries, is_unsettled};
+use vasto_core::reconcile::{
+    Advance, Around, Presence, abort, advance, advance_members, advance_primaries, give_up_on, is_incomplete,
+    is_unsettled, nodes_to_avoid, undo_seal, waits_for,
+};
 use vasto_core::report::{ReplicaReport, Reports};
 use vasto_core::topology::{NodeAddress, Topology};
 use vasto_proto::convert::topology_to_wire;

@@ -22,22 +22,18 @@ use vasto_proto::v1::replication_server::ReplicationServer;
 use vasto_shipping::bucket::{Bucket, BucketError, BucketOptions};
 use vasto_shipping::{RetryBudget, layout};
 
-use crate::caretaker;
 use crate::clock::{SharedClock, SystemClock};
-use crate::counting;
 use crate::data::DataService;
 use crate::engine::{EngineBudget, EngineShared};
-use crate::flusher;
 use crate::host::HostContext;
 use crate::lease::Leases;
 use crate::manager::Manager;
 use crate::node_dir::{DirError, NodeDir, NodeIdentity, read_json};
-use crate::open_files;
 use crate::registry::NodeRegistry;
 use crate::replication::ReplicationService;
 use crate::session::{Joined, NODES_FILE, Session, SessionConfig, SessionContext, SessionError, join, keep};
 use crate::ship::Pace;
-use crate::stall;
+use crate::{caretaker, counting, flusher, open_files, stall};
 
 /// Configuration of a node.
 #[derive(Debug, Clone)]

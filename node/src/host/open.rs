@@ -22,11 +22,10 @@ use crate::bootstrap::{Adoption, Bootstrap, BootstrapError, Log};
 use crate::clock::SharedClock;
 use crate::engine::EngineShared;
 use crate::grow::fresh_progress;
-use crate::old_copy;
 use crate::replica::command::ReplicaError;
 use crate::replica::{OpenOptions, Replica, database_dir};
 use crate::restore::{self, RestoreSource, RestoreSources, Without};
-use crate::ship;
+use crate::{old_copy, ship};
 
 /// Returns the replicas whose objects a restore does not use as they are.
 pub(super) fn without(catalog: &Catalog) -> Without<'_> {

@@ -17,12 +17,11 @@ use vasto_core::merge::supersedes;
 use vasto_core::record::{Body, FeedProgress, KeyEntry, RangeState, Record};
 use vasto_core::stored_key::data_key;
 
-use super::OLD_COPY;
 use super::apply::{add_record, band_of};
 use super::assign::WriteGroup;
 use super::command::ReplicaError;
-use super::metrics;
 use super::writer::Writer;
+use super::{OLD_COPY, metrics};
 use crate::engine::Batch;
 
 impl Writer {

@@ -10,12 +10,11 @@ use parking_lot::Mutex;
 use tempfile::TempDir;
 use tokio::task::block_in_place;
 use tokio_util::sync::CancellationToken;
-use vasto_core::Band;
-use vasto_core::ErrorCode;
 use vasto_core::catalog::{Ack, Catalog, GivenUp, KeyspaceSpec};
 use vasto_core::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use vasto_core::record::{BandRange, RangeState};
 use vasto_core::report::TargetProgress;
+use vasto_core::{Band, ErrorCode};
 use vasto_shipping::garbage::{Retention, collect, fsck};
 use vasto_shipping::{Bucket, CatalogStore, CatalogWrite, Chunk, layout};
 
