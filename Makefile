@@ -44,7 +44,7 @@ soak: ## the same storms, histories and outages for an hour instead of minutes
 	VASTO_LINEAR_SECONDS=240 VASTO_STORM_KILLS=200 VASTO_BUCKET_KILLS=150 VASTO_MOMENTS=100 VASTO_TEST_OUTAGE=24x48 \
 	VASTO_TEST_KEYSPACES=300 VASTO_MODEL=full \
 	cargo nextest run $(selection) --no-fail-fast --config-file .config/soak.toml \
-	    -E 'binary(linearizable) | binary(storm) | binary(bucket_kills) | binary(outage) | binary(many_replicas) |
+	    -E 'package(vasto-tests) & test(/^(linearizable|storm|bucket_kills|outage|many_replicas)::/) |
 	        binary(lease_model) | test(moments)'
 
 check: ## formatting, lints, and the licences and sources of dependencies

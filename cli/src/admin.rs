@@ -8,45 +8,43 @@ pub mod operation;
 pub mod resize;
 
 use serde_json::Value;
+use vasto_client::Answer;
 
-use crate::output::{format_bytes, format_count};
+use crate::output::{self, OutputFormat, format_bytes, format_count};
 
-/// The elements of a JSON array; empty for any other value.
-fn list(value: &Value) -> &[Value] {
-    value.as_array().map_or(&[], Vec::as_slice)
+/// Prints an answer of the master: its document with all fields that came, or as the text that `shown` makes of it.
+fn print<T>(answer: &Answer<T>, format: OutputFormat, shown: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
+    match format {
+        OutputFormat::Json => output::print_json(&serde_json::from_str::<Value>(answer.json())?)?,
+        OutputFormat::Table => output::print(&shown(answer))?,
+    }
+    Ok(())
 }
 
-/// A string or a number as text, `-` for a value that has not been reported.
-fn text(value: &Value) -> String {
-    match value {
-        Value::Null => "-".to_owned(),
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    }
+/// A value as text, `-` when it has not been reported.
+fn text(value: Option<impl ToString>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
 
 /// A number with thousands separators.
-fn count(value: &Value) -> String {
-    value.as_u64().map_or_else(|| text(value), format_count)
+fn count(value: Option<u64>) -> String {
+    text(value.map(format_count))
 }
 
 /// A number of bytes with its unit.
-fn bytes(value: &Value) -> String {
-    value.as_u64().map_or_else(|| text(value), format_bytes)
+fn bytes(value: Option<u64>) -> String {
+    text(value.map(format_bytes))
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
     fn what_nobody_has_reported_is_a_dash() {
-        assert_eq!([text(&Value::Null), count(&Value::Null), bytes(&Value::Null)], ["-", "-", "-"]);
-        assert_eq!(count(&json!(1_234)), "1,234");
-        assert_eq!(bytes(&json!(2_048)), "2.0 KiB");
-        assert_eq!(text(&json!("a")), "a");
-        assert!(list(&json!({})).is_empty());
+        assert_eq!([text(None::<u64>), count(None), bytes(None)], ["-", "-", "-"]);
+        assert_eq!(count(Some(1_234)), "1,234");
+        assert_eq!(bytes(Some(2_048)), "2.0 KiB");
+        assert_eq!(text(Some("a")), "a");
     }
 }

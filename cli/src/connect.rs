@@ -1,9 +1,7 @@
 //! The connection from `--master` to the cluster, and the mapping of client library errors to messages and exit
 //! codes: 2 when the request itself is wrong, 1 for everything else.
 
-use anyhow::Context;
-use serde_json::Value;
-use vasto_client::{Ack, Error, ErrorKind, Keyspace, Operation, Vasto};
+use vasto_client::{Ack, Error, ErrorKind, Keyspace, Vasto};
 
 use crate::{args, output::Failure};
 
@@ -36,24 +34,6 @@ pub fn failure(error: Error) -> Failure {
         ErrorKind::Internal => failure.or_hint("this is a defect in Vasto: please report it"),
         _ => failure,
     }
-}
-
-/// Parses the document that an administrative call returned.
-///
-/// # Errors
-/// [`Failure`]: the call failed, or its answer is not JSON.
-pub fn document(answer: Result<String, Error>) -> anyhow::Result<Value> {
-    let text = answer.map_err(failure)?;
-    serde_json::from_str(&text)
-        .context("the master answered something that is no JSON; is it of the same version as this program?")
-}
-
-/// Parses the document of an operation.
-///
-/// # Errors
-/// As for [`document`].
-pub fn operation(answer: Result<Operation, Error>) -> anyhow::Result<Value> {
-    document(answer.map(|operation| operation.json))
 }
 
 /// Converts to the acknowledgement level of the client library.

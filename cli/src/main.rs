@@ -45,7 +45,7 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Config(ConfigCommand::Check(check)) => {
-            config::check_file(&check.file).map_err(|error| output::Failure::finding(&error))?;
+            config::check_file(&check.file).map_err(|error| error.finding())?;
             output::print(&format!("{} is good\n", check.file.display()))?;
             Ok(())
         }

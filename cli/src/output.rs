@@ -18,7 +18,6 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
 
 pub use self::progress::{ProgressLine, Unit};
-use crate::config::ConfigError;
 
 /// The output format: for people or for scripts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
@@ -53,12 +52,6 @@ impl Failure {
     /// Creates a failure of a command that is invalid as given: exit code 2.
     pub fn usage(message: impl Into<String>) -> Failure {
         Failure { usage: true, ..Failure::new(message) }
-    }
-
-    /// Creates the failure of a configuration check that found errors. The command itself worked, so the exit code is
-    /// 1, where a server that is started with the same configuration exits with 2.
-    pub fn finding(error: &ConfigError) -> Failure {
-        Failure { hint: error.hint(), ..Failure::new(error.to_string()) }
     }
 
     /// Parses a text with the problem and then, after a semicolon, the remedy: the form of the errors of the servers
@@ -112,9 +105,8 @@ fn describe(error: &anyhow::Error) -> (String, u8) {
         }
     }
     let failure = error.chain().find_map(|cause| cause.downcast_ref::<Failure>());
-    let config = error.chain().find_map(|cause| cause.downcast_ref::<ConfigError>());
-    let hint = failure.and_then(|failure| failure.hint.clone()).or_else(|| config.and_then(ConfigError::hint));
-    let usage = failure.map_or(config.is_some(), |failure| failure.usage);
+    let hint = failure.and_then(|failure| failure.hint.as_deref());
+    let usage = failure.is_some_and(|failure| failure.usage);
     let mut text = format!("error: {message}\n");
     if let Some(hint) = hint {
         text += &format!("hint: {hint}\n");

@@ -5,19 +5,15 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
 
 use clap::CommandFactory;
 use vasto_core::error::{Effect, ErrorCode, Retry};
+use vasto_testkit::sources;
 
 use crate::args::Cli;
 use crate::config;
 
 const HEAD: &str = "<!-- Made from the code by `cli/src/reference.rs`; do not edit. -->\n\n";
-
-fn checkout() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
-}
 
 /// The doc comment above the line that begins with `item`, on one line.
 fn doc_above(source: &str, item: &str) -> String {
@@ -104,17 +100,6 @@ fn errors() -> String {
     out
 }
 
-fn sources(dir: &Path, out: &mut Vec<PathBuf>) {
-    for entry in std::fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            sources(&path, out);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            out.push(path);
-        }
-    }
-}
-
 /// The text of the string literal that follows `call(` in `text`.
 fn literal<'a>(text: &'a str, call: &str) -> Option<&'a str> {
     let rest = &text[text.find(call)? + call.len()..];
@@ -141,10 +126,9 @@ fn builder_end(text: &str) -> usize {
 fn metrics() -> String {
     let mut rows = Vec::new();
     for member in ["client", "master", "node", "observability", "shipping", "cli"] {
-        let mut files = Vec::new();
-        sources(&checkout().join(member).join("src"), &mut files);
-        for file in files.iter().filter(|file| !file.ends_with("reference.rs")) {
-            let text = std::fs::read_to_string(file).unwrap();
+        for (_, text) in
+            sources::below(&format!("{member}/src")).iter().filter(|(path, _)| !path.ends_with("reference.rs"))
+        {
             for (at, _) in text.match_indices("(\"vasto") {
                 let kind = text[..at].rsplit('.').next().unwrap();
                 let known = ["counter", "gauge", "histogram"].into_iter().find(|known| kind.ends_with(known));
@@ -175,7 +159,7 @@ fn metrics() -> String {
 
 #[test]
 fn the_reference_in_docs_is_what_the_code_says() {
-    let dir = checkout().join("docs/reference");
+    let dir = sources::checkout().join("docs/reference");
     let update = std::env::var_os("VASTO_UPDATE_REFERENCE").is_some();
     let documents =
         [("cli.md", commands()), ("config.md", settings()), ("errors.md", errors()), ("metrics.md", metrics())];

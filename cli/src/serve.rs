@@ -18,7 +18,7 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use vasto_master::{Master, MasterConfig};
 use vasto_node::{EngineBudget, Node, NodeConfig};
 use vasto_observability::{AdminServer, Readiness, Telemetry, TelemetryConfig};
-use vasto_shipping::{BucketOptions, Prices, garbage::Retention};
+use vasto_shipping::{BucketOptions, Prices, gc::Retention};
 
 pub use self::dev::dev;
 use self::signals::Signals;
@@ -98,7 +98,7 @@ pub async fn node(args: &ServeNode, file: Option<&Path>) -> anyhow::Result<()> {
         // Unconverted: not every path can be represented as text.
         config.node.dir = Some(dir.clone());
     }
-    let settings = node_config(&config, config.check_node()?);
+    let settings = node_config(&config, config.check_node().map_err(Failure::from)?);
     let master = settings.master.clone();
     let server = Server::start("node", &config, config.node.admin_listen).await?;
     let Some(running) = server.starting(Node::start(settings, server.stop.clone())).await? else {
@@ -128,7 +128,7 @@ fn keep_files_private() {
 
 // ------------------------------------------------------------ from configuration to settings
 
-fn master_config(config: &Config) -> Result<MasterConfig, config::ConfigError> {
+fn master_config(config: &Config) -> Result<MasterConfig, Failure> {
     Ok(MasterConfig {
         bucket_url: config.check_master()?.to_owned(),
         bucket_options: bucket_options(config),

@@ -24,7 +24,7 @@ async fn main() -> Result<(), vasto_client::Error> {
     written?;
     let resized = vasto.wait_operation(resize?).await?;
     println!("resize {}: {:?}", resized.id, resized.state);
-    assert_eq!(resized.state, OperationState::Done, "{}", resized.json);
+    assert_eq!(resized.state, OperationState::Done, "{}", resized.json());
 
     vasto.checkpoint_keyspace("orders").await?;
     let copy = format!("orders-copy-{shards}");

@@ -91,6 +91,12 @@ pub(crate) fn closed() -> Error {
     Error::new(ErrorKind::Closed, "this client was closed; connect anew")
 }
 
+/// Returns the error for a reply of another type than the request's.
+pub(crate) fn strange_reply(write: bool) -> Error {
+    let kind = if write { ErrorKind::Unknown } else { ErrorKind::Internal };
+    Error::new(kind, "the node answered with something else than was asked; please report it")
+}
+
 /// Maps a wire code to the kind that the caller of this library sees.
 pub(crate) fn kind_of(code: ErrorCode) -> ErrorKind {
     match code {

@@ -1,4 +1,4 @@
-//! The execution of one operation: route, send, learn from the failure, retry.
+//! The execution of one operation: route, attempt, learn from the failure, retry.
 //!
 //! **Invariant:** every attempt uses one table for routing and epoch; the result of an attempt (a
 //! newer topology, that a write may have been applied) is kept for the next. [`crate::retry::decide`]
@@ -13,19 +13,16 @@ use futures::stream::FuturesUnordered;
 use tokio::time::Instant;
 use vasto_core::error::ErrorCode;
 use vasto_core::ids::ShardId;
-use vasto_core::limits::ATTEMPT_PATIENCE;
-use vasto_proto::convert::{error_from_wire, topology_from_wire};
-use vasto_proto::v1;
 use vasto_proto::v1::reply::Result as Reply;
 use vasto_proto::v1::request::Op;
 
-use crate::connection::NodeReply;
+use crate::attempt::{Attempt, Failed};
 use crate::error::{Error, ErrorKind, closed};
 use crate::node::Node;
 use crate::retry::{
     Action, Budget, Failure, Fewer, Situation, decide, fewer_may_do, give_up, maybe_applied, with_jitter,
 };
-use crate::route::{ReadFrom, Routing, Source, Table, group_by_shard};
+use crate::route::{ReadFrom, Routing, Table, group_by_shard};
 use crate::tuning::DEADLINE_MAX;
 
 /// The progress of an operation.
@@ -70,34 +67,12 @@ impl RequestProgress {
     }
 }
 
-/// A failed attempt.
-pub(crate) struct Failed {
-    failure: Failure,
-    message: String,
-    retry_after: Duration,
-    /// True when another replica can be asked.
-    elsewhere: bool,
-    /// The node whose replica is out of service.
-    out_of_service: Option<Arc<Node>>,
-}
+/// The answer for the positions of a group, or its final error.
+pub(crate) type GroupResult = Result<(Vec<usize>, Reply), Error>;
 
-impl Failed {
-    /// How the attempt failed.
-    pub fn failure(&self) -> Failure {
-        self.failure
-    }
-
-    pub fn new(failure: Failure, message: impl Into<String>) -> Self {
-        Self { failure, message: message.into(), retry_after: Duration::ZERO, elsewhere: false, out_of_service: None }
-    }
-}
-
-/// The result of one attempt of a group.
-pub(crate) enum GroupResult {
-    /// The answer for these positions.
-    Done(Vec<usize>, Reply),
-    /// The final error of the group.
-    Failed(Error),
+/// The end of one attempt of a group.
+enum GroupAttempt {
+    Finished(GroupResult),
     /// Positions to group again, perhaps by a newer table.
     Again(Vec<usize>, RequestProgress),
 }
@@ -177,26 +152,26 @@ impl Executor {
                 let table = match self.table(&progress) {
                     Ok(table) => table,
                     Err(error) => {
-                        done(GroupResult::Failed(error));
+                        done(Err(error));
                         continue;
                     }
                 };
                 for (shard, positions) in group_by_shard(&table.topology, &positions, &hash_of) {
                     for positions in split(positions, &progress) {
                         let (op, bytes) = op(&positions);
-                        running.push(self.one_group(table.clone(), shard, positions, progress.clone(), op, bytes));
+                        running.push(self.attempt_group(table.clone(), shard, positions, progress.clone(), op, bytes));
                     }
                 }
             }
             match running.next().await {
                 None => return,
-                Some(GroupResult::Again(positions, progress)) => to_group.push((positions, progress)),
-                Some(finished) => done(finished),
+                Some(GroupAttempt::Again(positions, progress)) => to_group.push((positions, progress)),
+                Some(GroupAttempt::Finished(result)) => done(result),
             }
         }
     }
 
-    async fn one_group(
+    async fn attempt_group(
         &self,
         table: Arc<Table>,
         shard: ShardId,
@@ -204,9 +179,9 @@ impl Executor {
         mut progress: RequestProgress,
         op: Op,
         bytes: usize,
-    ) -> GroupResult {
+    ) -> GroupAttempt {
         let failed = match self.attempt(&table, shard, &progress, op, bytes).await {
-            Ok(reply) => return GroupResult::Done(positions, reply),
+            Ok(reply) => return GroupAttempt::Finished(Ok((positions, reply))),
             Err(failed) => failed,
         };
         match fewer_may_do(failed.failure, progress.write, positions.len()) {
@@ -214,16 +189,16 @@ impl Executor {
             Fewer::AfterPause => progress.group_most = positions.len().div_ceil(2),
             Fewer::Now => {
                 progress.group_most = positions.len().div_ceil(2);
-                return GroupResult::Again(positions, progress);
+                return GroupAttempt::Again(positions, progress);
             }
         }
         match self.recover(&table, &mut progress, failed).await {
-            Ok(()) => GroupResult::Again(positions, progress),
-            Err(error) => GroupResult::Failed(error),
+            Ok(()) => GroupAttempt::Again(positions, progress),
+            Err(error) => GroupAttempt::Finished(Err(error)),
         }
     }
 
-    /// Sends a request once.
+    /// Sends a request once, to the node that the topology and the progress name.
     pub async fn attempt(
         &self,
         table: &Table,
@@ -241,8 +216,8 @@ impl Executor {
             return Err(Failed::new(Failure::Unreachable, message));
         };
         let strict = progress.from == ReadFrom::Primary;
-        let result = self.attempt_at(table, shard, node, progress.deadline, op, bytes, strict).await;
-        result.map_err(|failed| {
+        let attempt = Attempt { table, shard, node, deadline: progress.deadline, strict };
+        self.attempt_at(attempt, op, bytes).await.map_err(|failed| {
             let unable = [ErrorCode::NotPrimary, ErrorCode::CatchingUp, ErrorCode::NoSpace];
             let refused = matches!(failed.failure, Failure::Refused { code, .. } if unable.contains(&code));
             let out_of_service = refused.then(|| node.clone());
@@ -250,104 +225,11 @@ impl Executor {
         })
     }
 
-    /// Sends a request once, to this node. A node that cannot be reached or is silent becomes suspect; when
-    /// another replica can be asked, the attempt does not wait for it. Only the replica that has authority over
-    /// the shard answers a strict request.
-    #[expect(clippy::too_many_arguments, reason = "one attempt, named once")]
-    pub async fn attempt_at(
-        &self,
-        table: &Table,
-        shard: ShardId,
-        node: &Arc<Node>,
-        deadline: Instant,
-        op: Op,
-        bytes: usize,
-        strict: bool,
-    ) -> Result<Reply, Failed> {
-        let probe = || v1::Request {
-            keyspace_id: table.topology.keyspace.0,
-            epoch: table.topology.epoch.0,
-            shard: shard.0,
-            op: Some(Op::Get(v1::GetRequest::default())),
-            ..v1::Request::default()
-        };
-        let impatient = table.topology.routes(shard).len() > 1;
-        let connect_by = if impatient { deadline.min(Instant::now() + ATTEMPT_PATIENCE) } else { deadline };
-        let connecting = self.routing.closed().run_until_cancelled(node.connection(connect_by)).await;
-        let connection = match connecting {
-            Some(Ok(connection)) => connection,
-            None => return Err(Failed::new(Failure::Unreachable, "this client was closed")),
-            Some(Err(message)) => {
-                node.suspect(probe());
-                return Err(Failed::new(Failure::Unreachable, message));
-            }
-        };
-        let write = matches!(op, Op::Write(_));
-        let request = v1::Request {
-            id: 0,
-            keyspace_id: table.topology.keyspace.0,
-            epoch: table.topology.epoch.0,
-            shard: shard.0,
-            deadline_ms: 0,
-            strict,
-            op: Some(op),
-        };
-        let call = connection.call(request, bytes, deadline);
-        tokio::pin!(call);
-        // A request that waits for another replica, the bucket or a change of shards takes seconds even at a healthy
-        // node; repeating it costs more than waiting. So a write is repeated only after an easy probe got no answer.
-        let before_asking = if write && impatient { ATTEMPT_PATIENCE / 2 } else { ATTEMPT_PATIENCE };
-        let answer = loop {
-            if let Ok(answer) = tokio::time::timeout(before_asking, &mut call).await {
-                break answer;
-            }
-            // The node answers other requests: this request is only slow.
-            if !impatient || !connection.is_silent_for(before_asking) {
-                continue;
-            }
-            if write {
-                let asked = connection.call(probe(), 0, Instant::now() + (ATTEMPT_PATIENCE - before_asking));
-                tokio::select! {
-                    biased;
-                    answer = &mut call => break answer,
-                    heard = asked => {
-                        if !matches!(heard, NodeReply::Expired { .. }) || !connection.is_silent_for(ATTEMPT_PATIENCE) {
-                            continue;
-                        }
-                    }
-                }
-            }
-            node.suspect(probe());
-            let message = format!("the node at {} is silent", node.address());
-            return Err(Failed::new(Failure::Lost { sent: true }, message));
-        };
-        match answer {
-            NodeReply::Reply(Reply::Error(error)) => Err(self.refused(&error)),
-            NodeReply::Reply(reply) => {
-                self.budget.succeeded();
-                Ok(reply)
-            }
-            NodeReply::Lost { sent } => {
-                node.suspect(probe());
-                let message = format!("the connection to the node at {} ended before the reply", node.address());
-                Err(Failed::new(Failure::Lost { sent }, message))
-            }
-            NodeReply::Expired { sent } => {
-                let message = format!("the node at {} did not answer before the deadline", node.address());
-                Err(Failed::new(Failure::Expired { sent }, message))
-            }
-        }
-    }
-
-    /// Reads an error reply and adopts the topology that came with it.
-    fn refused(&self, error: &v1::Error) -> Failed {
-        if let Some(topology) = &error.topology {
-            self.routing.offer(topology_from_wire(topology), Source::Node);
-        }
-        let error = error_from_wire(error);
-        let retry_after = Duration::from_millis(error.retry_after_ms.into());
-        let failure = Failure::Refused { code: error.code, retry_after };
-        Failed { failure, message: error.message, retry_after, elsewhere: false, out_of_service: None }
+    /// Sends a request once, to the node of the attempt.
+    pub async fn attempt_at(&self, attempt: Attempt<'_>, op: Op, bytes: usize) -> Result<Reply, Failed> {
+        let reply = attempt.send(&self.routing, op, bytes).await?;
+        self.budget.succeeded();
+        Ok(reply)
     }
 
     /// Waits as [`decide`] says, or returns why there is no further attempt.
@@ -415,10 +297,4 @@ impl Executor {
         };
         Err(Error::new(kind, message).with_retry_after(failed.retry_after))
     }
-}
-
-/// Returns the error for a reply of another type than the request's.
-pub(crate) fn strange_reply(write: bool) -> Error {
-    let kind = if write { ErrorKind::Unknown } else { ErrorKind::Internal };
-    Error::new(kind, "the node answered with something else than was asked; please report it")
 }

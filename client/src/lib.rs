@@ -25,37 +25,36 @@
 
 #![deny(missing_docs)]
 
+mod admin;
+pub mod answer;
+mod attempt;
 mod batch;
+mod client;
 mod connection;
 mod error;
 mod execute;
 mod key;
 mod keyspace;
-mod merge;
-mod modify;
+mod master;
 mod node;
-mod operation;
-mod requests;
+mod request;
 mod retry;
 mod route;
-mod scan;
 mod spec;
+mod transport;
 mod tuning;
 mod value;
-mod vasto;
 mod watch;
 
+pub use answer::{Answer, Operation, OperationState};
 pub use batch::{Batch, WriteOptions};
 pub use bytes::Bytes;
+pub use client::Vasto;
 pub use error::{Error, ErrorKind};
 pub use key::{IntoBytes, Key};
 pub use keyspace::Keyspace;
-pub use modify::Modify;
-pub use operation::{Operation, OperationState};
-pub use requests::{Delete, Put, WriteBatch};
+pub use request::{Delete, Modify, Put, Rows, Scan, WriteBatch};
 pub use route::{ReadFrom, WriteTo};
-pub use scan::{Rows, Scan};
 pub use spec::KeyspaceSpec;
 pub use value::{Outcome, Payload, Row, Value};
-pub use vasto::Vasto;
 pub use vasto_core::catalog::Ack;

@@ -76,8 +76,8 @@ impl Node {
 
     /// Drops a connection, so that the next caller makes a new one.
     fn drop_connection(&self, connection: &Arc<Connection>) {
-        let known = self.connection.load();
-        if known.as_ref().is_some_and(|known| Arc::ptr_eq(known, connection)) {
+        let current = self.connection.load();
+        if current.as_ref().is_some_and(|current| Arc::ptr_eq(current, connection)) {
             self.connection.store(None);
         }
     }

@@ -74,21 +74,21 @@ impl Table {
     pub fn node(&self, shard: ShardId, from: ReadFrom, unreachable: u32, but: &[Arc<Node>]) -> Option<&Arc<Node>> {
         let replicas = self.nodes.get(shard.0 as usize)?;
         let routes = self.topology.routes(shard);
-        let mut known: Vec<(usize, &Arc<Node>)> =
+        let mut candidates: Vec<(usize, &Arc<Node>)> =
             replicas.iter().enumerate().filter_map(|(at, node)| Some((at, node.as_ref()?))).collect();
-        if known.iter().any(|(_, node)| !is_among(but, node)) {
-            known.retain(|(_, node)| !is_among(but, node));
+        if candidates.iter().any(|(_, node)| !is_among(but, node)) {
+            candidates.retain(|(_, node)| !is_among(but, node));
         }
         let preferred = match &from {
             ReadFrom::Primary => None,
-            ReadFrom::Any => Some(rand::random_range(0..known.len().max(1))),
+            ReadFrom::Any => Some(rand::random_range(0..candidates.len().max(1))),
             ReadFrom::Zone(zone) => {
-                known.iter().position(|(at, _)| routes.get(*at).is_some_and(|one| one.zone == *zone))
+                candidates.iter().position(|(at, _)| routes.get(*at).is_some_and(|route| route.zone == *zone))
             }
         };
-        let ordered = preferred.and_then(|at| known.get(at)).into_iter().chain(&known);
+        let ordered = preferred.and_then(|at| candidates.get(at)).into_iter().chain(&candidates);
         let well = ordered.map(|(_, node)| *node).find(|node| !node.is_suspect());
-        well.or_else(|| known.get(unreachable as usize % known.len().max(1)).map(|(_, node)| *node))
+        well.or_else(|| candidates.get(unreachable as usize % candidates.len().max(1)).map(|(_, node)| *node))
     }
 
     /// Returns the primary of a shard.
@@ -111,7 +111,7 @@ impl Table {
 }
 
 fn is_among(nodes: &[Arc<Node>], node: &Arc<Node>) -> bool {
-    nodes.iter().any(|one| Arc::ptr_eq(one, node))
+    nodes.iter().any(|other| Arc::ptr_eq(other, node))
 }
 
 /// The sender of a topology.
@@ -135,13 +135,13 @@ pub(crate) fn follow(current: &Topology, mut offered: Topology, source: Source) 
     if new < old || (new == old && source == Source::Node) {
         return None;
     }
-    let known = |node| {
+    let last_address = |node| {
         let mut routes = current.shards.iter().flatten();
         routes.find(|route| route.node == node && route.address.is_some()).and_then(|route| route.address.clone())
     };
     for route in offered.shards.iter_mut().flatten() {
         if route.address.is_none() {
-            route.address = known(route.node);
+            route.address = last_address(route.node);
         }
     }
     (offered != *current).then_some(offered)

@@ -1,4 +1,4 @@
-//! The watch of a keyspace's topology at the master.
+//! The background task that follows a keyspace's topology at the master.
 //!
 //! **Invariant:** losing the master changes nothing: the last topology stays in force, and the watch
 //! reconnects by itself, with jittered pauses so that thousands of clients do not reconnect at once.
@@ -8,36 +8,17 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
-use vasto_core::limits::CONNECT_TIMEOUT;
-use vasto_core::topology::Topology;
 use vasto_proto::convert::topology_from_wire;
 use vasto_proto::v1;
 
-use crate::error::{Error, ErrorKind};
+use crate::master::Master;
 use crate::retry::{backoff, with_jitter};
 use crate::route::{Routing, Source};
 use crate::tuning::WATCH_BACKOFF_MAX;
-use crate::vasto::{MasterClient, error_of_status};
-
-/// Opens the watch and reads the first topology.
-pub(crate) async fn open(mut master: MasterClient, name: &str) -> Result<(Topology, Streaming<v1::Topology>), Error> {
-    let opening = async {
-        let request = v1::WatchRequest { keyspace: name.to_owned() };
-        let mut stream = master.watch(request).await.map_err(|status| error_of_status(&status, false))?.into_inner();
-        match stream.message().await.map_err(|status| error_of_status(&status, false))? {
-            Some(first) => Ok((topology_from_wire(&first), stream)),
-            None => Err(Error::new(ErrorKind::Unavailable, "the master is stopping; try again")),
-        }
-    };
-    tokio::time::timeout(CONNECT_TIMEOUT, opening).await.unwrap_or_else(|_| {
-        let message = format!("the master did not send the topology of `{name}` within {CONNECT_TIMEOUT:?}");
-        Err(Error::new(ErrorKind::Unavailable, message))
-    })
-}
 
 /// Offers every change to `routing` until cancelled or the keyspace is deleted.
 pub(crate) async fn follow(
-    master: MasterClient,
+    master: Master,
     name: String,
     stream: Streaming<v1::Topology>,
     routing: Arc<Routing>,
@@ -46,12 +27,7 @@ pub(crate) async fn follow(
     let _ = cancel.run_until_cancelled(follow_forever(master, name, stream, routing)).await;
 }
 
-async fn follow_forever(
-    master: MasterClient,
-    name: String,
-    mut stream: Streaming<v1::Topology>,
-    routing: Arc<Routing>,
-) {
+async fn follow_forever(master: Master, name: String, mut stream: Streaming<v1::Topology>, routing: Arc<Routing>) {
     let mut failures = 0u32;
     loop {
         while let Ok(Some(topology)) = stream.message().await {
@@ -65,7 +41,7 @@ async fn follow_forever(
         stream = loop {
             failures = failures.saturating_add(1);
             tokio::time::sleep(with_jitter(pause(failures), false, rand::random())).await;
-            match open(master.clone(), &name).await {
+            match master.watch(&name).await {
                 Ok((topology, stream)) => {
                     routing.offer(topology, Source::Master);
                     break stream;

@@ -110,6 +110,19 @@ async fn pages_are_asked_for_again_after_a_lost_connection() {
 }
 
 #[tokio::test]
+async fn a_scan_outlives_the_handles_that_it_was_made_from() {
+    let cluster = Cluster::start(2).await;
+    let vasto = cluster.vasto().await;
+    let ks = vasto.keyspace("ks1").await.unwrap();
+    let keys = fill(&ks, 60).await;
+    cluster.state.lock().page_rows = 4;
+    let mut rows = ks.scan().stream();
+    assert_eq!(rows.try_next().await.unwrap().unwrap().key, keys[0]);
+    drop((ks, vasto));
+    assert_eq!(keys_of(rows).await, keys[1..]);
+}
+
+#[tokio::test]
 async fn one_key_under_two_partitions_is_two_rows_that_name_their_record() {
     let cluster = Cluster::start(3).await;
     let ks = cluster.keyspace().await;

@@ -1,8 +1,6 @@
 //! The handle that all tasks of a master share: state, catalog store, clock, shutdown.
 //!
 //! **Invariant:** the state's lock is held for synchronous work only, never across an await.
-//! [`Cluster::install`] is the only entry for a catalog version, and starts the only driver of
-//! a keyspace.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -12,17 +10,13 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use vasto_core::catalog::Catalog;
 use vasto_core::error::{ErrorCode, VastoError};
-use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId};
-use vasto_core::plan::Step;
-use vasto_shipping::garbage::Retention;
+use vasto_core::ids::{KeyspaceId, NodeId};
+use vasto_shipping::gc::Retention;
 use vasto_shipping::{Bucket, CatalogStore, ClusterSettings, Prices};
 
-use crate::cost::Stored;
-use crate::driver::KeyspaceDriver;
 use crate::metrics::Metrics;
-use crate::state::{ClusterState, Delivery};
+use crate::state::ClusterState;
 
 /// The shortest interval between look-ups of a keyspace that nodes name and this master does not know.
 const LOOK_UP_INTERVAL: Duration = Duration::from_secs(10);
@@ -39,6 +33,14 @@ pub(crate) struct Settings {
     pub(crate) prices: Prices,
 }
 
+/// The result of a listing of the whole bucket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Stored {
+    pub(crate) bytes: u64,
+    /// The time of the listing, by the master's own clock.
+    pub(crate) at_us: u64,
+}
+
 /// State that the tasks of one master share.
 pub(crate) struct Cluster {
     /// Empty while the owner of the prefix is not known.
@@ -47,8 +49,10 @@ pub(crate) struct Cluster {
     lost: watch::Sender<Option<String>>,
     /// Nodes of other clusters that asked to join, with the cluster that they name.
     refused: Mutex<BTreeMap<NodeId, String>>,
-    /// Oddities of the catalog, and the findings of the last check of the bucket.
-    odd: Mutex<(Vec<String>, Vec<String>)>,
+    /// Oddities of the catalog.
+    odd_catalogs: Mutex<Vec<String>>,
+    /// The findings of the last check of the bucket.
+    findings: Mutex<Vec<String>>,
     pub(crate) bucket: Bucket,
     pub(crate) store: CatalogStore,
     pub(crate) settings: Settings,
@@ -72,7 +76,8 @@ impl Cluster {
             cluster_id: Mutex::new(cluster_id),
             lost: watch::Sender::new(None),
             refused: Mutex::default(),
-            odd: Mutex::default(),
+            odd_catalogs: Mutex::default(),
+            findings: Mutex::default(),
             store: CatalogStore::new(bucket.clone()),
             bucket,
             settings,
@@ -144,12 +149,12 @@ impl Cluster {
 
     /// Records the oddities of the catalog.
     pub(crate) fn note_odd_catalogs(&self, odd: Vec<String>) {
-        self.odd.lock().0 = odd;
+        *self.odd_catalogs.lock() = odd;
     }
 
     /// Records the findings of the last check of the bucket.
     pub(crate) fn note_findings(&self, findings: Vec<String>) {
-        self.odd.lock().1 = findings;
+        *self.findings.lock() = findings;
     }
 
     /// Returns the warnings about the bucket.
@@ -165,7 +170,8 @@ impl Cluster {
                  `vasto bucket repair` puts back what its nodes know"
             )
         });
-        let (catalogs, findings) = self.odd.lock().clone();
+        let catalogs = self.odd_catalogs.lock().clone();
+        let findings = self.findings.lock().clone();
         lost.into_iter().chain(outage).chain(refused).chain(catalogs).chain(findings).collect()
     }
 
@@ -184,21 +190,6 @@ impl Cluster {
         *self.stored.lock()
     }
 
-    /// Installs a catalog version that is in the bucket, shows it as `delivery` says, and starts the
-    /// driver of a new keyspace. Returns false when a higher version is known already.
-    pub(crate) fn install(self: &Arc<Self>, catalog: Catalog, delivery: Delivery) -> bool {
-        let keyspace = catalog.keyspace;
-        self.store.note_used(keyspace);
-        let mut state = self.state();
-        let (taken, requests) = state.install(catalog, delivery);
-        if let Some(requests) = requests {
-            let wake = state.keyspaces[&keyspace].wake.clone();
-            drop(state);
-            self.tasks.spawn(KeyspaceDriver::new(self.clone(), keyspace, wake, requests).run());
-        }
-        taken
-    }
-
     /// Returns a guard for the places that a version assigns, held until the outcome of its write is known.
     pub(crate) fn hold_places(self: &Arc<Self>, hold: u64) -> Held {
         Held { cluster: self.clone(), hold }
@@ -207,8 +198,8 @@ impl Cluster {
     /// Reads what other masters have decided about nodes; returns true when that is new. While the bucket does
     /// not answer nothing is decided either: the next write waits for the bucket.
     pub(crate) async fn refresh_settings(&self) -> bool {
-        let known = self.state().settings.clone();
-        match tokio::time::timeout(SETTINGS_PATIENCE, self.store.settings(&known)).await {
+        let before = self.state().settings.clone();
+        match tokio::time::timeout(SETTINGS_PATIENCE, self.store.settings(&before)).await {
             Ok(Ok(newest)) => self.learn_settings(newest),
             Ok(Err(error)) => {
                 tracing::warn!(%error, "cannot read what was decided about the nodes");
@@ -224,45 +215,20 @@ impl Cluster {
         let is_news = settings.version > state.settings.version;
         if is_news {
             state.settings = Arc::new(settings);
-            state.keyspaces.values().for_each(|known| known.notify());
+            state.keyspaces.values().for_each(|keyspace| keyspace.notify());
         }
         is_news
     }
 
-    /// Adopts a version that another master wrote, or that was found at the start.
-    pub(crate) fn adopt(self: &Arc<Self>, catalog: Catalog) -> bool {
-        let sealing = catalog.plan.as_ref().is_some_and(|plan| plan.step == Step::Sealing);
-        self.install(catalog, if sealing { Delivery::Hold } else { Delivery::Push })
-    }
-
-    /// Looks up a keyspace that a node knows and this master does not: another master created it.
-    pub(crate) fn look_up(self: &Arc<Self>, keyspace: KeyspaceId) {
-        if self.is_lost() {
-            return; // the bucket is not trusted yet
-        }
-        {
-            let mut looked_up = self.looked_up.lock();
-            looked_up.retain(|_, at| at.elapsed() < LOOK_UP_INTERVAL);
-            if looked_up.contains_key(&keyspace) || looked_up.len() >= LOOK_UPS_MAX {
-                return;
-            }
+    /// Returns true when a keyspace that this master does not know may be looked up now; the next look-up of it waits.
+    pub(crate) fn may_look_up(&self, keyspace: KeyspaceId) -> bool {
+        let mut looked_up = self.looked_up.lock();
+        looked_up.retain(|_, at| at.elapsed() < LOOK_UP_INTERVAL);
+        let may = !looked_up.contains_key(&keyspace) && looked_up.len() < LOOK_UPS_MAX;
+        if may {
             looked_up.insert(keyspace, Instant::now());
         }
-        let cluster = self.clone();
-        self.tasks.spawn(async move {
-            let tip = cluster.store.tip(keyspace, CatalogVersion(1));
-            match cluster.shutdown.run_until_cancelled(tip).await {
-                None => {}
-                Some(Ok(Some(catalog))) => {
-                    tracing::info!(%keyspace, name = catalog.name, version = %catalog.version, "learned of a keyspace from a node");
-                    cluster.adopt(catalog);
-                }
-                Some(Ok(None)) => {
-                    tracing::warn!(%keyspace, "a node reports a keyspace that the bucket does not know")
-                }
-                Some(Err(error)) => tracing::warn!(%keyspace, %error, "cannot look for a keyspace that a node reports"),
-            }
-        });
+        may
     }
 }
 

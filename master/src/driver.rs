@@ -9,25 +9,26 @@
 //! the decision is made again. A `sealing` version that was slow to write is never shown: it is
 //! undone, so a slow bucket does not pause writers.
 
+mod change;
+mod entry;
+#[cfg(test)]
+mod tests;
+mod write;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rand::RngExt;
-use tokio::sync::{Notify, mpsc, oneshot};
-use vasto_core::catalog::{Catalog, KeyspaceState, NodeDrain, Placed};
+use tokio::sync::{Notify, mpsc};
+use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::error::{ErrorCode, VastoError};
-use vasto_core::ids::{Epoch, KeyspaceId, PlanId, ReplicaId};
-use vasto_core::limits::SEALING_WRITE_MAX;
-use vasto_core::operation::operation_id;
-use vasto_core::plan::{Plan, PlanKind, Step};
-use vasto_core::reconcile::{
-    Advance, EvictError, LeadershipChanges, PlanError, Presence, abort, cancel_drain, drain_node, evict_on_request,
-    leadership_changes_between, start_grow, transfer_leadership,
-};
-use vasto_shipping::CatalogWrite;
+use vasto_core::ids::KeyspaceId;
+use vasto_core::reconcile::Advance;
 
+pub(crate) use self::change::{changed, has_ended};
+pub(crate) use self::entry::{adopt, adopt_all, install, look_up};
+use self::write::Written;
 use crate::cluster::{Cluster, nonce, now_us};
-use crate::state::{ClusterState, Delivery, Keyspace};
+use crate::state::{CatalogChange, ChangeRequest, ClusterState};
 
 /// The interval at which a running plan or a due quarantine is checked when nothing is reported.
 const TICK: Duration = Duration::from_millis(100);
@@ -42,79 +43,38 @@ const DELETED_KEPT_MIN: Duration = Duration::from_secs(48 * 3_600);
 const DELETED_TOLD_FOR: Duration = Duration::from_secs(600);
 /// The longest sleep until a quarantine ends, so that a stepped clock is noticed.
 const LOOK_MAX: Duration = Duration::from_secs(60);
-/// First and longest pause between attempts at a bucket that fails.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 /// The shortest interval between reads of the tip that reports of nodes cause.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
 /// The most lost races before a request is given up.
 const ATTEMPTS_MAX: usize = 16;
 
-/// The reason of an operation that an administrator cancelled.
-const CANCELLED: &str = "cancelled by an administrator";
-
-/// A change that an administrator can request of a keyspace.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum CatalogChange {
-    /// Add shards.
-    Grow { to: u32 },
-    /// Undo the running plan.
-    Cancel { plan: PlanId },
-    /// Transfer leadership to another replica of the shard.
-    TransferLeadership { from: ReplicaId, to: ReplicaId },
-    /// Evict a replica from its placement; with `accept_loss`, for good.
-    Evict { replica: ReplicaId, accept_loss: bool },
-    /// Move a node's replicas elsewhere.
-    DrainNode(NodeDrain),
-    /// Cancel the operation that drains a node: the node keeps the replicas that it still has.
-    Stay { operation: String },
-    /// Drop the keyspace.
-    Delete,
-}
-
-/// A change, and the channel that waits for its version.
-pub(crate) struct Request {
-    pub(crate) change: CatalogChange,
-    pub(crate) reply: oneshot::Sender<Result<Arc<Catalog>, VastoError>>,
-}
-
-/// The outcome of a write.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Written {
-    /// The version is the catalog.
-    Won,
-    /// Another version won; the state holds the tip, so decide again.
-    Overtaken,
-    /// The master stops.
-    Stopping,
-}
-
 /// The driver of one keyspace, which owns its catalog.
-pub(crate) struct KeyspaceDriver {
+struct KeyspaceDriver {
     cluster: Arc<Cluster>,
     keyspace: KeyspaceId,
     wake: Arc<Notify>,
-    requests: mpsc::Receiver<Request>,
+    requests: mpsc::Receiver<ChangeRequest>,
     refreshed: Option<Instant>,
 }
 
 enum Event {
     Stop,
     Look,
-    Request(Request),
+    Change(ChangeRequest),
 }
 
 impl KeyspaceDriver {
-    pub(crate) fn new(
+    fn new(
         cluster: Arc<Cluster>,
         keyspace: KeyspaceId,
         wake: Arc<Notify>,
-        requests: mpsc::Receiver<Request>,
+        requests: mpsc::Receiver<ChangeRequest>,
     ) -> Self {
         Self { cluster, keyspace, wake, requests, refreshed: None }
     }
 
     /// Runs until the master stops.
-    pub(crate) async fn run(mut self) {
+    async fn run(mut self) {
         loop {
             if self.refresh().await == Written::Stopping || self.drive().await == Written::Stopping {
                 return;
@@ -125,7 +85,7 @@ impl KeyspaceDriver {
             match self.select().await {
                 Event::Stop => return,
                 Event::Look => {}
-                Event::Request(request) => self.change(request).await,
+                Event::Change(request) => self.change(request).await,
             }
         }
     }
@@ -142,11 +102,11 @@ impl KeyspaceDriver {
             let state = self.cluster.state();
             let unsettled = state.is_unsettled(self.keyspace, self.cluster.mono_us());
             let incomplete = state.is_incomplete(self.keyspace);
-            state.keyspaces.get(&self.keyspace).and_then(|known| match known.behind {
+            state.keyspaces.get(&self.keyspace).and_then(|keyspace| match keyspace.behind {
                 true => Some(REFRESH_INTERVAL),
                 false if unsettled => Some(TICK),
                 false => {
-                    let looks = [next_look(&known.catalog, now_us()), incomplete.then_some(LOOK_INCOMPLETE)];
+                    let looks = [next_look(&keyspace.catalog, now_us()), incomplete.then_some(LOOK_INCOMPLETE)];
                     looks.into_iter().flatten().min()
                 }
             })
@@ -160,7 +120,7 @@ impl KeyspaceDriver {
         tokio::select! {
             biased;
             () = self.cluster.shutdown.cancelled() => Event::Stop,
-            Some(request) = self.requests.recv() => Event::Request(request),
+            Some(request) = self.requests.recv() => Event::Change(request),
             () = self.wake.notified() => Event::Look,
             () = look => Event::Look,
         }
@@ -169,7 +129,7 @@ impl KeyspaceDriver {
     /// Reads the tip when a node has applied a version that this master does not know.
     async fn refresh(&mut self) -> Written {
         let hint = match self.cluster.state().keyspaces.get(&self.keyspace) {
-            Some(known) if known.behind => known.catalog.version,
+            Some(keyspace) if keyspace.behind => keyspace.catalog.version,
             _ => return Written::Overtaken,
         };
         if self.refreshed.is_some_and(|at| at.elapsed() < REFRESH_INTERVAL) {
@@ -187,8 +147,8 @@ impl KeyspaceDriver {
                 return Written::Overtaken;
             }
         }
-        if let Some(known) = self.cluster.state().keyspaces.get_mut(&self.keyspace) {
-            known.behind = false;
+        if let Some(keyspace) = self.cluster.state().keyspaces.get_mut(&self.keyspace) {
+            keyspace.behind = false;
         }
         Written::Overtaken
     }
@@ -225,16 +185,15 @@ impl KeyspaceDriver {
     }
 
     fn note_waiting(&self, state: &mut ClusterState, what: Option<String>) {
-        let Some(known) = state.keyspaces.get_mut(&self.keyspace).filter(|known| known.waiting_for != what) else {
-            return;
-        };
+        let keyspace = state.keyspaces.get_mut(&self.keyspace);
+        let Some(keyspace) = keyspace.filter(|keyspace| keyspace.waiting_for != what) else { return };
         if let Some(what) = &what {
-            tracing::debug!(keyspace = known.catalog.name, what, "waiting for");
+            tracing::debug!(keyspace = keyspace.catalog.name, what, "waiting for");
         }
-        known.waiting_for = what;
+        keyspace.waiting_for = what;
     }
 
-    async fn change(&mut self, request: Request) {
+    async fn change(&mut self, request: ChangeRequest) {
         for _ in 0..ATTEMPTS_MAX {
             if request.reply.is_closed() {
                 return;
@@ -244,8 +203,8 @@ impl KeyspaceDriver {
             }
             let next = {
                 let mut state = self.cluster.state();
-                let Some(known) = state.keyspaces.get(&self.keyspace) else { return };
-                let next = changed(&state, known, &request.change, self.cluster.mono_us(), now_us(), nonce());
+                let Some(keyspace) = state.keyspaces.get(&self.keyspace) else { return };
+                let next = changed(&state, keyspace, &request.change, self.cluster.mono_us(), now_us(), nonce());
                 next.map(|next| {
                     let hold = state.hold_places(&next);
                     (next, hold)
@@ -270,130 +229,6 @@ impl KeyspaceDriver {
         let busy = "other masters keep changing this keyspace; try again";
         let _ = request.reply.send(Err(VastoError::new(ErrorCode::Unavailable, busy)));
     }
-
-    /// Writes a version and installs the tip of afterwards. Retries a failing bucket until the outcome is
-    /// known or the master stops.
-    async fn write(&mut self, next: Catalog) -> Written {
-        let started = Instant::now();
-        let base = next.version;
-        match self.cluster.shutdown.run_until_cancelled(self.cluster.store.write(&next)).await {
-            None => Written::Stopping,
-            Some(Ok(CatalogWrite::Won)) => {
-                self.cluster.metrics.catalog_write("won");
-                self.won(next, started.elapsed());
-                Written::Won
-            }
-            Some(Ok(CatalogWrite::Lost(other))) => {
-                self.cluster.metrics.catalog_write("lost");
-                tracing::info!(
-                    keyspace = next.name, version = %base, winner = %other.version,
-                    "another master wrote first; going on from its version"
-                );
-                // The hint is a version that this master knows for certain; the tip may be higher.
-                self.settle(&next, *other, started).await
-            }
-            Some(Err(error)) => {
-                self.cluster.metrics.catalog_write("failed");
-                tracing::warn!(keyspace = next.name, version = %base, %error, "a catalog write failed; reading the tip");
-                self.read_tip(&next, started).await
-            }
-        }
-    }
-
-    /// Settles a lost race: the tip is at or beyond `other`.
-    async fn settle(&mut self, ours: &Catalog, other: Catalog, started: Instant) -> Written {
-        let hint = other.version;
-        let tip = self.cluster.store.tip(self.keyspace, hint);
-        match self.cluster.shutdown.run_until_cancelled(tip).await {
-            None => Written::Stopping,
-            Some(Ok(tip)) => {
-                self.adopt(tip.filter(|tip| tip.version >= hint).unwrap_or(other));
-                Written::Overtaken
-            }
-            Some(Err(error)) => {
-                tracing::warn!(keyspace = ours.name, %error, "cannot read the tip of the catalog");
-                self.read_tip(ours, started).await
-            }
-        }
-    }
-
-    /// Reads the tip after a write with an unknown outcome, for as long as that takes.
-    async fn read_tip(&mut self, ours: &Catalog, started: Instant) -> Written {
-        let (mut pause, pause_max) = BACKOFF;
-        let hint = self.cluster.state().keyspaces.get(&self.keyspace).map_or(ours.version, |k| k.catalog.version);
-        loop {
-            let jittered = pause.mul_f64(rand::rng().random_range(0.5..1.0));
-            if self.cluster.shutdown.run_until_cancelled(tokio::time::sleep(jittered)).await.is_none() {
-                return Written::Stopping;
-            }
-            pause = (pause * 2).min(pause_max);
-            match self.cluster.shutdown.run_until_cancelled(self.cluster.store.tip(self.keyspace, hint)).await {
-                None => return Written::Stopping,
-                Some(Ok(Some(tip))) if tip.version == ours.version && tip.nonce == ours.nonce => {
-                    self.won(tip, started.elapsed());
-                    return Written::Won;
-                }
-                Some(Ok(Some(tip))) => {
-                    self.adopt(tip);
-                    return Written::Overtaken;
-                }
-                Some(Ok(None)) => {
-                    tracing::warn!(
-                        keyspace = ours.name,
-                        "the bucket has no catalog of this keyspace; was its prefix deleted?"
-                    );
-                }
-                Some(Err(error)) => {
-                    tracing::warn!(keyspace = ours.name, %error, "cannot read the tip of the catalog; trying again");
-                }
-            }
-        }
-    }
-
-    fn won(&self, next: Catalog, took: Duration) {
-        let delivery = delivery_of(&next, took);
-        log_version(&next, delivery, took);
-        let before = self.cluster.state().keyspaces.get(&next.keyspace).map(|known| known.catalog.clone());
-        let changes = before.map(|before| leadership_changes_between(&before, &next)).unwrap_or_default();
-        if changes != LeadershipChanges::default() {
-            tracing::info!(
-                keyspace = next.name,
-                failovers = changes.failovers,
-                handovers = changes.handovers,
-                "primaries have changed"
-            );
-            self.cluster.metrics.primaries_moved(changes);
-        }
-        self.cluster.install(next, delivery);
-    }
-
-    fn adopt(&self, tip: Catalog) {
-        let (name, version) = (tip.name.clone(), tip.version);
-        if self.cluster.adopt(tip) {
-            tracing::info!(keyspace = name, %version, "adopted the tip of the catalog");
-        }
-    }
-}
-
-/// Returns how a version that this master wrote may be shown.
-fn delivery_of(next: &Catalog, took: Duration) -> Delivery {
-    let sealing = next.plan.as_ref().is_some_and(|plan| plan.step == Step::Sealing);
-    if sealing && took > SEALING_WRITE_MAX { Delivery::Undo } else { Delivery::Push }
-}
-
-fn log_version(next: &Catalog, delivery: Delivery, took: Duration) {
-    let took_ms = took.as_millis() as u64;
-    match &next.plan {
-        Some(plan) => tracing::info!(
-            keyspace = next.name, version = %next.version, epoch = %next.epoch,
-            operation = operation_id(next.keyspace, plan.id), step = ?plan.step, took_ms,
-            "{}",
-            if delivery == Delivery::Undo { "the bucket was too slow to seal; undoing" } else { "plan goes on" }
-        ),
-        None => tracing::info!(
-            keyspace = next.name, version = %next.version, epoch = %next.epoch, took_ms, "wrote a catalog version"
-        ),
-    }
 }
 
 /// Returns when the keyspace must be checked although nothing is reported.
@@ -404,115 +239,9 @@ fn next_look(catalog: &Catalog, now_us: u64) -> Option<Duration> {
     if catalog.plan.is_some() {
         return Some(TICK);
     }
-    let waits = catalog.quarantines.iter().map(|one| match one.dropping {
+    let waits = catalog.quarantines.iter().map(|quarantine| match quarantine.dropping {
         true => TICK,
-        false => Duration::from_micros(one.until_us.saturating_sub(now_us)).clamp(TICK, LOOK_MAX),
+        false => Duration::from_micros(quarantine.until_us.saturating_sub(now_us)).clamp(TICK, LOOK_MAX),
     });
     waits.min()
 }
-
-/// Returns the version that makes a change.
-pub(crate) fn changed(
-    state: &ClusterState,
-    known: &Keyspace,
-    change: &CatalogChange,
-    mono_us: u64,
-    now_us: u64,
-    nonce: u64,
-) -> Result<Catalog, VastoError> {
-    let (catalog, reports) = (&*known.catalog, &known.reports);
-    let refuse = |message: String| Err(VastoError::new(ErrorCode::FailedPrecondition, message));
-    match *change {
-        CatalogChange::Grow { to } => {
-            let (targets, missing) = match state.grow_targets(known) {
-                Ok(targets) => (targets, None),
-                Err(missing) => (Vec::new(), Some(missing)),
-            };
-            start_grow(catalog, to, &targets, now_us, nonce).map_err(|error| match (error, missing) {
-                // The error names live nodes that get no replica.
-                (PlanError::NoNode(_), Some(missing)) => missing.into(),
-                (error, _) => plan_error(error),
-            })
-        }
-        CatalogChange::Cancel { plan } => {
-            let id = operation_id(catalog.keyspace, plan);
-            match catalog.plan.as_ref().filter(|running| running.id == plan) {
-                None => Err(has_ended(&id)),
-                Some(_) => abort(catalog, CANCELLED, reports, now_us, nonce).map_or_else(
-                    || {
-                        refuse(format!(
-                            "operation {id} has changed ownership already and cannot be cancelled; it ends by itself"
-                        ))
-                    },
-                    Ok,
-                ),
-            }
-        }
-        CatalogChange::Evict { replica, accept_loss } => {
-            let serves = |one: &Placed| {
-                let report = reports.get(&one.replica);
-                matches!(state.presence(one.node, mono_us), Presence::Here(_))
-                    && report.is_some_and(|report| report.replication.ready && !report.has_failed())
-            };
-            evict_on_request(catalog, replica, accept_loss, serves, now_us, nonce).map_err(|error| {
-                let code = match &error {
-                    EvictError::NotThere(_) | EvictError::Deleted => ErrorCode::NotFound,
-                    EvictError::Draining(_)
-                    | EvictError::Last(..)
-                    | EvictError::OnlyOneServes(..)
-                    | EvictError::Busy(_) => ErrorCode::FailedPrecondition,
-                };
-                VastoError::new(code, error.to_string())
-            })
-        }
-        CatalogChange::TransferLeadership { from, to } => transfer_leadership(catalog, from, to, now_us, nonce)
-            .map_or_else(
-                || {
-                    refuse(format!(
-                        "replica {from} cannot hand over to replica {to} now; see `vasto keyspace describe`"
-                    ))
-                },
-                Ok,
-            ),
-        CatalogChange::DrainNode(ref drain) => drain_node(catalog, drain.clone(), now_us, nonce).ok_or_else(|| {
-            let message = format!("node {} has no replica of keyspace {}", drain.node, catalog.name);
-            VastoError::new(ErrorCode::NotFound, message)
-        }),
-        CatalogChange::Stay { ref operation } => {
-            cancel_drain(catalog, operation, CANCELLED, reports, now_us, nonce).ok_or_else(|| has_ended(operation))
-        }
-        CatalogChange::Delete => {
-            let ends = |plan: &&Plan| !matches!(plan.kind, PlanKind::Restore { .. });
-            if let Some(plan) = catalog.plan.as_ref().filter(ends) {
-                return Err(plan_error(PlanError::Busy(operation_id(catalog.keyspace, plan.id))));
-            }
-            if catalog.state == KeyspaceState::Deleted {
-                return Err(plan_error(PlanError::Deleted));
-            }
-            let mut next = catalog.next(now_us, nonce);
-            next.state = KeyspaceState::Deleted;
-            next.epoch = Epoch(catalog.epoch.0 + 1);
-            next.quarantines.clear();
-            next.pins.clear();
-            Ok(next)
-        }
-    }
-}
-
-pub(crate) fn has_ended(id: &str) -> VastoError {
-    VastoError::new(ErrorCode::FailedPrecondition, format!("operation {id} has ended already"))
-}
-
-fn plan_error(error: PlanError) -> VastoError {
-    let code = match &error {
-        PlanError::Count(_) | PlanError::SameCount(_) => ErrorCode::InvalidArgument,
-        PlanError::Shrink { .. } | PlanError::ManySteps { .. } | PlanError::Above64 => ErrorCode::FailedPrecondition,
-        PlanError::Busy(_) | PlanError::NoNode(_) | PlanError::DrainingReplica(..) => ErrorCode::FailedPrecondition,
-        PlanError::Deleted => ErrorCode::NotFound,
-    };
-    VastoError::new(code, error.to_string())
-}
-
-#[cfg(test)]
-#[path = "driver_tests.rs"]
-mod tests;

@@ -92,8 +92,8 @@ impl Loads {
 
 /// Returns the bytes of a shard, by the reports of its replicas.
 pub(crate) fn shard_bytes(catalog: &Catalog, shard: vasto_core::ids::ShardId, reports: &Reports) -> u64 {
-    let placed = catalog.shard(shard).into_iter().flat_map(|one| &one.replicas);
-    placed.filter_map(|one| Some(reports.get(&one.replica)?.bytes)).max().unwrap_or_default()
+    let placed = catalog.shard(shard).into_iter().flat_map(|shard| &shard.replicas);
+    placed.filter_map(|placed| Some(reports.get(&placed.replica)?.bytes)).max().unwrap_or_default()
 }
 
 fn shares_of(catalog: &Catalog, reports: &Reports) -> Vec<Share> {
@@ -101,9 +101,9 @@ fn shares_of(catalog: &Catalog, reports: &Reports) -> Vec<Share> {
     let is_target = |id| plan.is_some_and(|plan| plan.targets.iter().any(|target| target.replica == id));
     let members = catalog.members().into_iter();
     members
-        .map(|(shard, one, _)| match is_target(one.replica) {
-            true => Share { node: one.node, copying: true, promised: shard_bytes(catalog, shard, reports) },
-            false => Share { node: one.node, copying: false, promised: 0 },
+        .map(|(shard, member, _)| match is_target(member.replica) {
+            true => Share { node: member.node, copying: true, promised: shard_bytes(catalog, shard, reports) },
+            false => Share { node: member.node, copying: false, promised: 0 },
         })
         .collect()
 }

@@ -71,9 +71,9 @@ pub(crate) struct Shut(Vec<String>);
 
 impl Shut {
     pub(crate) fn of(candidates: &[NodeCandidate]) -> Self {
-        let why = |one: &NodeCandidate| match (one.cordoned, one.disk.room()) {
-            (true, _) => Some(format!("{0} is cordoned (`vasto node uncordon {0}`)", one.node)),
-            (false, 0) => Some(format!("{} has only {} MiB of disk left", one.node, one.disk.free >> 20)),
+        let why = |node: &NodeCandidate| match (node.cordoned, node.disk.room()) {
+            (true, _) => Some(format!("{0} is cordoned (`vasto node uncordon {0}`)", node.node)),
+            (false, 0) => Some(format!("{} has only {} MiB of disk left", node.node, node.disk.free >> 20)),
             _ => None,
         };
         Self(candidates.iter().filter_map(why).collect())
@@ -122,7 +122,7 @@ pub(crate) fn place(
         return Err(PlacementError::NoNode);
     }
     let shut = Shut::of(candidates);
-    let open = |one: &&NodeCandidate| !one.cordoned && one.disk.room() > 0;
+    let open = |node: &&NodeCandidate| !node.cordoned && node.disk.room() > 0;
     let mut pool: Vec<NodeCandidate> = candidates.iter().filter(open).cloned().collect();
     if pool.len() < replicas as usize {
         return Err(PlacementError::TooFewNodes { replicas, nodes: pool.len(), shut });
@@ -141,11 +141,11 @@ pub(crate) fn place(
             for _ in 0..replicas {
                 let best = pool
                     .iter_mut()
-                    .filter(|one| one.room() > 0 && !chosen.iter().any(|(node, _)| *node == one.node))
+                    .filter(|node| node.room() > 0 && !chosen.iter().any(|(id, _)| *id == node.node))
                     // Evenly within this keyspace first: its load must spread.
-                    .min_by_key(|one| {
-                        let zone_used = chosen.iter().any(|(_, zone)| *zone == one.zone);
-                        (zone_used, one.of_keyspace, one.replicas, one.node)
+                    .min_by_key(|node| {
+                        let zone_used = chosen.iter().any(|(_, zone)| *zone == node.zone);
+                        (zone_used, node.of_keyspace, node.replicas, node.node)
                     })
                     .ok_or_else(|| full.clone())?;
                 best.replicas += 1;

@@ -18,13 +18,14 @@ use vasto_core::limits::{
 use vasto_proto::incoming::Incoming;
 use vasto_proto::v1::master_server::MasterServer;
 use vasto_proto::v1::membership_server::MembershipServer;
-use vasto_shipping::garbage::Retention;
+use vasto_shipping::gc::Retention;
 use vasto_shipping::{Bucket, BucketError, BucketOptions, CatalogError, ClusterSettings, Prices};
 
 use crate::cluster::{Cluster, Settings};
+use crate::driver::adopt;
 use crate::service::MasterService;
 use crate::session::MembershipService;
-use crate::{metrics, upkeep};
+use crate::{gauges, upkeep};
 
 /// The configuration of a master.
 #[derive(Debug, Clone)]
@@ -138,9 +139,9 @@ impl Master {
         cluster.learn_settings(decided);
         let loaded = catalogs.len();
         for catalog in catalogs {
-            cluster.adopt(catalog);
+            adopt(&cluster, catalog);
         }
-        metrics::observe(&cluster);
+        gauges::observe(&cluster);
         tracing::info!(%listen, cluster = cluster_id, bucket = cluster.bucket.url(), keyspaces = loaded, "master serves");
 
         if !config.gc_interval.is_zero() {

@@ -5,10 +5,11 @@
 //! reconnect; a slow node delays only itself and skips versions that are superseded anyway.
 //! A node id belongs to one live session.
 
+mod dial;
+
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
@@ -16,13 +17,15 @@ use tonic::{Request, Response, Status, Streaming};
 use vasto_core::address::check_address;
 use vasto_core::error::ErrorCode;
 use vasto_core::ids::NodeId;
-use vasto_core::limits::{CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT};
+use vasto_core::limits::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT};
 use vasto_core::report::ReplicaReport;
 use vasto_proto::PROTOCOL;
 use vasto_proto::v1::{self, master_message, membership_server::Membership, node_message};
 
+use self::dial::{dial_back, dial_until_reached, is_member};
 use crate::cluster::Cluster;
-use crate::state::{Odd, Sent};
+use crate::driver::look_up;
+use crate::state::{Odd, Registration, Sent};
 
 /// Messages that may wait for the transport.
 const OUTBOUND_MAX: usize = 8;
@@ -30,11 +33,6 @@ const OUTBOUND_MAX: usize = 8;
 const DISPUTE_LOOK: Duration = Duration::from_millis(20);
 /// The silence after which an old session loses a disputed node id.
 const DISPUTE_MAX: Duration = KEEPALIVE_INTERVAL.saturating_add(KEEPALIVE_TIMEOUT);
-
-/// Attempts to connect to the advertised address of a node, and the pause between them.
-const DIALS: (usize, Duration) = (2, Duration::from_millis(200));
-/// The interval of attempts for a node that was taken in although nothing answers at its address.
-const DIAL_AGAIN: Duration = Duration::from_secs(5);
 
 /// The service for nodes.
 pub(crate) struct MembershipService {
@@ -105,7 +103,7 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
             return reject(&outbound, ErrorCode::FailedPrecondition, reason).await;
         }
     };
-    let (session, replaced, wake) = match register(&cluster, &hello).await {
+    let Registration { session, replaced, wake } = match register(&cluster, &hello).await {
         Ok(registered) => registered,
         Err(reason) => {
             tracing::warn!(node = %NodeId(hello.node_id), address = hello.address, reason, "refused a node");
@@ -145,73 +143,6 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
     }
 }
 
-/// Returns true for a node that was taken in before. A failure to reach it says as much about the network
-/// around this master as about its address, and its data must be served: it is never refused for that.
-fn is_member(hello: &v1::Hello) -> bool {
-    !hello.cluster_id.is_empty()
-}
-
-/// Connects to the advertised address of a new node. When nothing answers there, a node without data is
-/// refused; a node with data continues to serve it, gets no more replicas, and is reported in the status:
-/// `Ok(Some(why))`.
-async fn dial_back(cluster: &Cluster, hello: &v1::Hello) -> Result<Option<String>, String> {
-    if !cluster.settings.dial_back || is_member(hello) {
-        return Ok(None);
-    }
-    let Err(cause) = dial(&hello.address).await else { return Ok(None) };
-    if cluster.state().loads.of(NodeId(hello.node_id)).replicas > 0 {
-        tracing::warn!(node = %NodeId(hello.node_id), address = hello.address, cause, "a node cannot be reached where it says");
-        return Ok(Some(cause));
-    }
-    Err(format!(
-        "the master cannot connect to {}, where this node says that clients and other nodes reach it: {cause}; start \
-         the node with --advertise HOST:PORT that they can connect to",
-        hello.address
-    ))
-}
-
-/// Connects with more than one attempt: a connection that was just lost proves nothing.
-async fn dial(address: &str) -> Result<(), String> {
-    let (attempts, pause) = DIALS;
-    let mut cause = String::new();
-    for attempt in 0..attempts {
-        if attempt > 0 {
-            tokio::time::sleep(pause).await;
-        }
-        cause = match timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
-            Ok(Ok(_)) => return Ok(()),
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("no answer within {} s", CONNECT_TIMEOUT.as_secs()),
-        };
-    }
-    Err(cause)
-}
-
-/// Retries until the node is reached; never ends. A member is taken in before the first attempt, so that
-/// nothing waits for an address that does not answer.
-async fn dial_until_reached(
-    cluster: &Cluster,
-    node: NodeId,
-    session: u64,
-    hello: &v1::Hello,
-    mut unreachable: Option<String>,
-) {
-    let mut untried = cluster.settings.dial_back && is_member(hello);
-    while untried || unreachable.is_some() {
-        if !untried {
-            tokio::time::sleep(DIAL_AGAIN).await;
-        }
-        let before = unreachable.take();
-        unreachable = dial(&hello.address).await.err();
-        if let (Some(cause), None) = (&unreachable, &before) {
-            tracing::warn!(%node, address = hello.address, cause, "a node cannot be reached where it says");
-        }
-        cluster.state().reached(node, session, unreachable.clone());
-        untried = false;
-    }
-    std::future::pending().await
-}
-
 /// Handles the messages of the node until it is silent or gone; returns why the session ended.
 async fn read(
     cluster: &Arc<Cluster>,
@@ -244,12 +175,12 @@ async fn read(
                     // A node that does not read receives it with its next report.
                     let _ = outbound.try_send(Ok(message));
                 }
-                for one in &odd {
-                    if let Odd::UnknownKeyspace(keyspace) = one {
-                        cluster.look_up(*keyspace);
+                for odd in &odd {
+                    if let Odd::UnknownKeyspace(keyspace) = odd {
+                        look_up(cluster, *keyspace);
                     }
                 }
-                let misplaced = odd.iter().find(|one| matches!(one, Odd::NotItsReplica(..)));
+                let misplaced = odd.iter().find(|odd| matches!(odd, Odd::NotItsReplica(..)));
                 if (bad.is_some() || misplaced.is_some()) && !complained {
                     complained = true;
                     tracing::warn!(%node, unreadable = bad, ?misplaced, "ignored a part of a report");
@@ -308,10 +239,7 @@ fn check(hello: &v1::Hello, cluster_id: &str) -> Result<(), (ErrorCode, String)>
 
 /// Registers the session. When a session from another address has the node id, the master does not guess
 /// whether that session is alive: it keeps the id if one more message of it arrives.
-async fn register(
-    cluster: &Arc<Cluster>,
-    hello: &v1::Hello,
-) -> Result<(u64, tokio_util::sync::CancellationToken, Arc<tokio::sync::Notify>), String> {
+async fn register(cluster: &Arc<Cluster>, hello: &v1::Hello) -> Result<Registration, String> {
     let began = tokio::time::Instant::now();
     let mut disputed: Option<(u64, u64)> = None;
     loop {

@@ -11,13 +11,11 @@ use std::time::Duration;
 use vasto_core::catalog::KeyspaceState;
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::report::ReplicaPhase;
-use vasto_shipping::garbage::{self, Fsck, Known, KnownReplica};
+use vasto_shipping::gc::{self, Fsck, Known, KnownReplica};
 use vasto_shipping::layout::{self, Owner};
 use vasto_shipping::{CatalogError, RetryBudget};
 
-use crate::admin::JsonResult;
 use crate::cluster::{Cluster, now_us};
-use crate::document;
 
 /// The longest pause before the first collection, and after one that ended early or failed.
 const SOON_MAX: Duration = Duration::from_secs(600);
@@ -46,7 +44,7 @@ fn known(cluster: &Cluster) -> Known {
             continue; // its data is being deleted
         }
         for shard in &keyspace.catalog.placement {
-            let reports = shard.replicas.iter().filter_map(|one| keyspace.reports.get(&one.replica));
+            let reports = shard.replicas.iter().filter_map(|placed| keyspace.reports.get(&placed.replica));
             let serving = reports.filter(|report| report.phase == ReplicaPhase::Serving);
             known.replicas.extend(serving.filter(|report| report.shipped_lsn.0 > 0).map(|report| KnownReplica {
                 owner: Owner { keyspace: *id, shard: shard.shard, replica: report.replica },
@@ -63,7 +61,7 @@ pub(crate) async fn look(cluster: &Cluster, deep: bool) -> Result<Fsck, VastoErr
     is_there(cluster).await?;
     // Read before the bucket is listed: objects that are known now are in that listing.
     let known = known(cluster);
-    let found = garbage::check(&cluster.bucket, deep, &known, now_us()).await.map_err(|error| unavailable(&error))?;
+    let found = gc::check(&cluster.bucket, deep, &known, now_us()).await.map_err(|error| unavailable(&error))?;
     cluster.bucket_holds(found.bytes);
     Ok(found)
 }
@@ -82,22 +80,11 @@ pub(crate) fn findings(found: &Fsck) -> Vec<String> {
     broken.chain(found.warnings.iter().map(|text| format!("in the bucket: {text}"))).collect()
 }
 
-/// Checks the bucket and returns the findings.
-pub(crate) async fn check(cluster: &Cluster, deep: bool) -> JsonResult {
-    let found = look(cluster, deep).await?;
-    cluster.note_findings(findings(&found));
-    Ok(document::json(&found))
-}
-
 /// Deletes objects that are not needed, or only lists them.
-pub(crate) async fn collect(cluster: &Cluster, dry_run: bool) -> JsonResult {
-    Ok(document::json(&collected(cluster, dry_run).await?))
-}
-
-async fn collected(cluster: &Cluster, dry_run: bool) -> Result<garbage::Collected, VastoError> {
+pub(crate) async fn collect(cluster: &Cluster, dry_run: bool) -> Result<gc::Collected, VastoError> {
     cluster.check_found()?;
     is_there(cluster).await?;
-    let collected = garbage::collect_at(&cluster.bucket, cluster.settings.retention, dry_run, now_us()).await;
+    let collected = gc::collect_at(&cluster.bucket, cluster.settings.retention, dry_run, now_us()).await;
     let collected = collected.map_err(|error| unavailable(&error))?;
     cluster.bucket_holds(collected.stored_bytes);
     cluster.note_findings(collected.warnings.iter().map(|text| format!("in the bucket: {text}")).collect());
@@ -139,7 +126,7 @@ pub(crate) async fn collect_regularly(cluster: Arc<Cluster>, interval: Duration)
         }
         let cut = if let Last::Cut(times) = last { times.saturating_add(1) } else { 1 };
         let stop = cluster.shutdown.clone();
-        last = match stop.run_until_cancelled(collected(&cluster, false)).await {
+        last = match stop.run_until_cancelled(collect(&cluster, false)).await {
             Some(Err(error)) => {
                 tracing::warn!(error = error.message, "garbage was not collected; it is tried again");
                 Last::Cut(cut)

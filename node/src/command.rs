@@ -143,20 +143,7 @@ async fn hold_what_others_hold(
 
 /// Returns the vector of another replica of the shard; `None` when it does not answer in time.
 async fn held_by(context: &HostContext, replica: &Replica, one: Placed) -> Option<Vector> {
-    let began = Instant::now();
-    while let Some(left) = PEER_PATIENCE.checked_sub(began.elapsed()) {
-        let request = v1::PositionRequest {
-            keyspace_id: replica.keyspace.0,
-            replica_id: one.replica.0,
-            wait_ms: left.as_millis() as u32,
-            ..v1::PositionRequest::default()
-        };
-        let asked = context.peers.position(&context.registry, one.node, request);
-        match tokio::time::timeout(left, asked).await {
-            Ok(Ok(reply)) => return Some(vector_from_wire(&reply.vector)),
-            Ok(Err(_)) => tokio::time::sleep(LOOK.min(left)).await,
-            Err(_) => return None,
-        }
-    }
-    None
+    let (keyspace, any) = (replica.keyspace, CatalogVersion(0));
+    let reply = context.peers.position_under(&context.registry, keyspace, one, any, any, PEER_PATIENCE).await?;
+    Some(vector_from_wire(&reply.vector))
 }

@@ -24,11 +24,7 @@ const AGE_MIN: Duration = Duration::from_secs(5);
 /// Runs until `cancel` fires.
 pub async fn run(registry: Arc<NodeRegistry>, cancel: CancellationToken) {
     let mut sparse = Sparse::one_in(TURNS_AT_REST);
-    loop {
-        tokio::select! {
-            () = cancel.cancelled() => return,
-            () = tokio::time::sleep(TURN) => {}
-        }
+    while cancel.run_until_cancelled(tokio::time::sleep(TURN)).await.is_some() {
         if sparse.leaves_out(registry.is_at_rest()) {
             continue;
         }

@@ -76,11 +76,7 @@ impl Waiting {
 pub async fn run(registry: Arc<NodeRegistry>, engines: EngineShared, cancel: CancellationToken) {
     let mut waiting = Waiting::default();
     let mut sparse = Sparse::one_in(LOOKS_AT_REST);
-    loop {
-        tokio::select! {
-            () = cancel.cancelled() => return,
-            () = tokio::time::sleep(LOOK) => {}
-        }
+    while cancel.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_some() {
         let full = engines.memtables_used() > FULL;
         if sparse.leaves_out(registry.is_at_rest() && !full) {
             continue;

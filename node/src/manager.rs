@@ -18,11 +18,12 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::ids::{KeyspaceId, ReplicaId, ShardId};
-use vasto_core::limits::{PASSING_MAX, REOPEN_AFTER, REOPEN_AFTER_MAX};
 use vasto_core::report::{ReplicaPhase, ReplicaReport};
 
 use crate::host::{Host, HostContext, ReplicaSpec};
 use crate::node_dir::{DirError, NodeDir, Registered};
+use crate::reopen::{ReopenSchedule, ReplicaKey};
+use crate::replica::Replica;
 use crate::ship::ShipHandle;
 use crate::shortage::{self, Shortage};
 
@@ -36,22 +37,13 @@ const LOOK: Duration = Duration::from_millis(10);
 pub struct Manager {
     context: Arc<HostContext>,
     dir: Arc<Mutex<NodeDir>>,
-    hosts: Mutex<HashMap<(KeyspaceId, ReplicaId), Host>>,
-    failed: Mutex<HashMap<(KeyspaceId, ReplicaId), (ShardId, String)>>,
+    hosts: Mutex<HashMap<ReplicaKey, Host>>,
+    failed: Mutex<HashMap<ReplicaKey, (ShardId, String)>>,
     replicas_max: usize,
     /// The reopening schedule of replicas that a shortage has closed.
-    again: Mutex<HashMap<(KeyspaceId, ReplicaId), Again>>,
+    again: Mutex<ReopenSchedule>,
     stopping: CancellationToken,
     turns: Mutex<HashMap<KeyspaceId, Arc<tokio::sync::Mutex<()>>>>,
-}
-
-/// The next attempt to reopen a replica that a shortage has closed.
-struct Again {
-    /// When the replica was first found closed.
-    since: Instant,
-    not_before: Instant,
-    /// Pause between this attempt and the following one.
-    pause: Duration,
 }
 
 impl Manager {
@@ -163,7 +155,7 @@ impl Manager {
         Ok(())
     }
 
-    fn fail(&self, key: (KeyspaceId, ReplicaId), shard: ShardId, reason: String) {
+    fn fail(&self, key: ReplicaKey, shard: ShardId, reason: String) {
         if self.failed.lock().insert(key, (shard, reason.clone())).is_none() {
             tracing::error!(keyspace = key.0.0, replica = key.1.0, reason, "the replica cannot be hosted");
         }
@@ -208,49 +200,35 @@ impl Manager {
 
     /// Returns the replicas of this node that do not serve, with the reasons.
     pub fn failures(&self) -> Vec<(ReplicaSpec, String)> {
-        let registry = &self.context.registry;
         let hosts = self.hosts.lock();
-        let of_hosts = hosts.values().filter_map(|host| host.failure(registry).map(|why| (host.spec.clone(), why)));
-        of_hosts.collect()
+        hosts.values().filter_map(|host| Some((host.spec().clone(), host.failure()?))).collect()
     }
 
     /// Reopens those of the failed replicas that were closed by a shortage that is over. Nothing is damaged: the
     /// state is as after a restart of the node.
     pub async fn reopen(&self, failures: Vec<(ReplicaSpec, String)>) {
+        let keys: HashSet<ReplicaKey> = failures.iter().map(|(spec, _)| (spec.keyspace, spec.replica)).collect();
         let now = Instant::now();
-        {
-            let failing = |key| failures.iter().any(|(spec, _)| (spec.keyspace, spec.replica) == key);
-            // A replica that keeps failing is retried less and less often.
-            self.again.lock().retain(|key, again| failing(*key) || now < again.not_before + REOPEN_AFTER_MAX);
-        }
+        self.again.lock().keep(&keys, now);
         let mut due = Vec::new();
         let mut over: HashMap<Shortage, bool> = HashMap::new();
         for (spec, reason) in failures {
             let Some(shortage) = shortage::shortage_of(&reason) else { continue };
             let key = (spec.keyspace, spec.replica);
-            let is_due = {
-                let mut again = self.again.lock();
-                let first = || {
-                    tracing::warn!(
-                        keyspace = key.0.0,
-                        replica = key.1.0,
-                        reason,
-                        "a replica is closed for want of something; it opens again by itself"
-                    );
-                    Again { since: now, not_before: now + REOPEN_AFTER, pause: REOPEN_AFTER }
-                };
-                now >= again.entry(key).or_insert_with(first).not_before
-            };
-            if is_due && !over.contains_key(&shortage) {
-                let place = spec.dir.parent().unwrap_or(&spec.dir).to_owned();
-                let is_over = tokio::task::spawn_blocking(move || shortage.is_over(&place)).await.unwrap_or(false);
-                over.insert(shortage, is_over);
+            if !self.again.lock().is_due(key, &reason, now) {
+                continue;
             }
-            if is_due && over.get(&shortage) == Some(&true) {
-                if let Some(again) = self.again.lock().get_mut(&key) {
-                    again.pause = (again.pause * 2).min(REOPEN_AFTER_MAX);
-                    again.not_before = Instant::now() + again.pause;
+            let is_over = match over.get(&shortage) {
+                Some(is_over) => *is_over,
+                None => {
+                    let place = spec.dir.parent().unwrap_or(&spec.dir).to_owned();
+                    let is_over = tokio::task::spawn_blocking(move || shortage.is_over(&place)).await.unwrap_or(false);
+                    over.insert(shortage, is_over);
+                    is_over
                 }
+            };
+            if is_over {
+                self.again.lock().attempt(key, Instant::now());
                 due.push(key);
             }
         }
@@ -258,7 +236,7 @@ impl Manager {
         futures::future::join_all(due.into_iter().map(|key| self.open_again(key))).await;
     }
 
-    async fn open_again(&self, key: (KeyspaceId, ReplicaId)) {
+    async fn open_again(&self, key: ReplicaKey) {
         let turn = self.turns.lock().entry(key.0).or_default().clone();
         let _turn = turn.lock().await;
         let registry = &self.context.registry;
@@ -268,7 +246,7 @@ impl Manager {
             return;
         }
         let Some(host) = self.hosts.lock().remove(&key) else { return };
-        let spec = host.spec.clone();
+        let spec = host.spec().clone();
         host.stop().await;
         let mut hosts = self.hosts.lock();
         if !self.stopping.is_cancelled() {
@@ -279,7 +257,7 @@ impl Manager {
 
     /// Marks open members as settled: from now on the loss of their files is reported, never repaired silently.
     pub fn settle(&self) {
-        let hosted: HashSet<(KeyspaceId, ReplicaId)> = self.hosts.lock().keys().copied().collect();
+        let hosted: HashSet<ReplicaKey> = self.hosts.lock().keys().copied().collect();
         // When the directory is busy, the next report settles them.
         let Some(mut dir) = self.dir.try_lock() else { return };
         for one in dir.replicas().into_iter().filter(|one| one.building) {
@@ -300,38 +278,20 @@ impl Manager {
     /// Returns the reports of all replicas.
     pub fn reports(&self) -> Vec<ReplicaReport> {
         self.settle();
-        let registry = &self.context.registry;
         let hosts = self.hosts.lock();
-        let mut reports: Vec<ReplicaReport> = hosts.values().map(|host| host.report(registry)).collect();
+        let mut reports: Vec<ReplicaReport> = hosts.values().map(Host::report).collect();
         for report in &mut reports {
             report.replication.passing = match &report.phase {
                 ReplicaPhase::Failed(reason) if shortage::shortage_of(reason).is_some() => {
-                    let again = self.again.lock();
-                    let known = again.get(&(report.keyspace, report.replica));
-                    known.is_none_or(|again| again.since.elapsed() < PASSING_MAX)
+                    self.again.lock().is_passing((report.keyspace, report.replica))
                 }
                 _ => false,
             };
         }
         for ((keyspace, replica), (shard, reason)) in &*self.failed.lock() {
             if !hosts.contains_key(&(*keyspace, *replica)) {
-                reports.push(ReplicaReport {
-                    keyspace: *keyspace,
-                    shard: *shard,
-                    replica: *replica,
-                    incarnation: Default::default(),
-                    version: Default::default(),
-                    phase: ReplicaPhase::Failed(reason.clone()),
-                    lsn: Default::default(),
-                    shipped_lsn: Default::default(),
-                    manifest_lsn: Default::default(),
-                    keys: 0,
-                    bytes: 0,
-                    source: None,
-                    target: None,
-                    cleaned: Vec::new(),
-                    replication: Default::default(),
-                });
+                let phase = ReplicaPhase::Failed(reason.clone());
+                reports.push(ReplicaReport::new(*keyspace, *shard, *replica, phase));
             }
         }
         reports
@@ -386,24 +346,23 @@ impl Manager {
     fn is_opening(&self) -> bool {
         let registry = &self.context.registry;
         self.hosts.lock().values().any(|host| {
-            let ReplicaSpec { keyspace, replica, .. } = host.spec;
+            let ReplicaSpec { keyspace, replica, .. } = *host.spec();
             registry.catalog(keyspace).is_some_and(|catalog| {
                 let is_target = catalog.plan.iter().flat_map(|plan| &plan.targets).any(|one| one.replica == replica);
                 catalog.is_placed(replica) && !is_target
             }) && registry.replica(keyspace, replica).is_none()
-                && !host.report(registry).has_failed()
+                && host.failure().is_none()
         })
     }
 
     /// Hands authority of every hosted replica over to another one, because the node is about to stop. Ends within
     /// seconds.
     pub async fn hand_over_authority(&self) {
-        let keys: Vec<(KeyspaceId, ReplicaId)> = self.hosts.lock().keys().copied().collect();
-        let registry = &self.context.registry;
-        futures::future::join_all(
-            keys.into_iter().map(|(keyspace, id)| Host::hand_over_authority(registry, keyspace, id)),
-        )
-        .await;
+        let HostContext { leases: Some(leases), registry, .. } = &*self.context else { return };
+        let keys: Vec<ReplicaKey> = self.hosts.lock().keys().copied().collect();
+        let replicas: Vec<Replica> =
+            keys.into_iter().filter_map(|(keyspace, id)| registry.replica(keyspace, id)).collect();
+        futures::future::join_all(replicas.iter().map(|replica| leases.hand_over_authority(replica))).await;
     }
 
     /// Stops all hosts, in parallel.

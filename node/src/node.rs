@@ -1,7 +1,7 @@
 //! A whole node: directory, services, session and hosts, in their order of start and stop.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -140,9 +140,7 @@ impl Node {
         if let Some(address) = &config.advertise {
             check_address(address)?;
         }
-        let listen_failed = |source| NodeError::Listen { listen: config.listen, source };
-        let listener = TcpListener::bind(config.listen).await.map_err(listen_failed)?;
-        let listen = listener.local_addr().map_err(listen_failed)?;
+        let (listener, listen) = listen(config.listen).await?;
         let fresh_id = NodeId(rand::random());
         let path = config.dir.clone();
         let dir = tokio::task::spawn_blocking(move || NodeDir::open(&path, fresh_id))
@@ -163,34 +161,15 @@ impl Node {
         let bucket = Bucket::open(&joined.bucket_url, &config.bucket_options)?;
         let labels = [KeyValue::new("role", "node"), KeyValue::new("node", node_id.to_string())];
         vasto_shipping::metrics::observe(&bucket, &labels);
-        if first.is_some() && holds_replicas {
-            // Replicas on this node are served whatever the bucket answers. Ends within the time-out of a probe.
-            let bucket = bucket.clone();
-            tokio::spawn(async move {
-                if let Err(error) = look_at(&bucket).await {
-                    tracing::warn!(%error, "the bucket cannot be used now; this node serves, and ships when it can");
-                }
-            });
-        } else if first.is_some() {
-            match look_at(&bucket).await {
-                Err(NodeError::Bucket(error @ (BucketError::Unreachable { .. } | BucketError::ClockSkewed { .. }))) => {
-                    tracing::warn!(%error, "the bucket cannot be reached now; this node ships when it can");
-                }
-                looked => looked?,
-            }
+        if first.is_some() {
+            check_bucket(&bucket, holds_replicas).await?;
         }
         let clock: SharedClock = Arc::new(SystemClock { shift_ms: config.clock_shift_ms });
         let registry = Arc::new(NodeRegistry::new(node_id, clock.clone(), config.read_threads));
         let leases_end = CancellationToken::new();
         let ended = leases_end.clone();
         let leases = Leases::start(&registry, move || ended.is_cancelled()).map_err(NodeError::Thread)?;
-        // Set only once.
-        let _ = registry.leases.set(leases);
-        let limit = open_files::raise();
-        let tables_each = open_files::tables_each(limit, config.max_replicas);
-        let connections = open_files::connections(limit);
-        tracing::info!(limit, tables_each, connections, "open files");
-        let engines = EngineShared::new(config.budget).with_tables_open(tables_each);
+        let (engines, connections) = share_open_files(config.budget, config.max_replicas);
         let host_context = Arc::new(HostContext {
             registry: registry.clone(),
             engines: engines.clone(),
@@ -198,26 +177,12 @@ impl Node {
             ship_interval: config.ship_interval,
             clock,
             peers: Arc::default(),
+            leases: Some(leases.clone()),
             log_cap: config.log_cap,
             pace: Arc::new(Pace::new(config.ship_rate)),
         });
         let manager = Arc::new(Manager::new(host_context, dir.clone(), config.max_replicas));
-        let known: Option<Vec<(NodeId, String, String)>> = read_json(&config.dir.join(NODES_FILE)).unwrap_or_default();
-        let known = known.unwrap_or_default().into_iter();
-        registry.set_addresses(known.map(|(id, address, zone)| (id, NodeAddress { address, zone })).collect());
-        let (remembered, damaged) = dir.lock().catalogs()?;
-        for error in damaged {
-            tracing::error!(%error, "a keyspace's catalog version is not known until the master tells it");
-        }
-        for catalog in remembered {
-            let catalog = Arc::new(catalog);
-            if let Err(error) = manager.apply_catalog(catalog.clone(), true).await {
-                // A fault of one keyspace does not affect the others.
-                tracing::error!(%error, keyspace = catalog.keyspace.0, "a remembered catalog version cannot be applied yet");
-                let manager = manager.clone();
-                tokio::spawn(async move { manager.apply_catalog_at_last(catalog).await });
-            }
-        }
+        remember(&config.dir, &dir, &registry, &manager).await?;
         let opening = manager.clone();
         let trouble = registry.trouble();
         let task = tokio::spawn(serve(Running {
@@ -232,6 +197,7 @@ impl Node {
             connections,
             data_dir: config.dir,
             shutdown: shutdown.clone(),
+            leases,
             leases_end,
         }));
         // A node that reports ready has its replicas open, unless that takes very long.
@@ -241,6 +207,22 @@ impl Node {
         }
         Ok(RunningNode { node_id, listen, cluster_id: joined.cluster_id, trouble, task })
     }
+}
+
+async fn listen(on: SocketAddr) -> Result<(TcpListener, SocketAddr), NodeError> {
+    let failed = |source| NodeError::Listen { listen: on, source };
+    let listener = TcpListener::bind(on).await.map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    Ok((listener, address))
+}
+
+/// Divides the files that this process may open; returns the engines' share, and the number of connections.
+fn share_open_files(budget: EngineBudget, max_replicas: usize) -> (EngineShared, usize) {
+    let limit = open_files::raise();
+    let tables_each = open_files::tables_each(limit, max_replicas);
+    let connections = open_files::connections(limit);
+    tracing::info!(limit, tables_each, connections, "open files");
+    (EngineShared::new(budget).with_tables_open(tables_each), connections)
 }
 
 async fn first_session(
@@ -270,6 +252,54 @@ async fn first_session(
     }
 }
 
+/// Applies what the directory remembers of the cluster: the addresses of the nodes and the catalog versions.
+async fn remember(
+    path: &Path,
+    dir: &Mutex<NodeDir>,
+    registry: &NodeRegistry,
+    manager: &Arc<Manager>,
+) -> Result<(), NodeError> {
+    let known: Option<Vec<(NodeId, String, String)>> = read_json(&path.join(NODES_FILE)).unwrap_or_default();
+    let known = known.unwrap_or_default().into_iter();
+    registry.set_addresses(known.map(|(id, address, zone)| (id, NodeAddress { address, zone })).collect());
+    let (remembered, damaged) = dir.lock().catalogs()?;
+    for error in damaged {
+        tracing::error!(%error, "a keyspace's catalog version is not known until the master tells it");
+    }
+    for catalog in remembered {
+        let catalog = Arc::new(catalog);
+        if let Err(error) = manager.apply_catalog(catalog.clone(), true).await {
+            // A fault of one keyspace does not affect the others.
+            tracing::error!(%error, keyspace = catalog.keyspace.0, "a remembered catalog version cannot be applied yet");
+            let manager = manager.clone();
+            tokio::spawn(async move { manager.apply_catalog_at_last(catalog).await });
+        }
+    }
+    Ok(())
+}
+
+/// Checks the bucket of a node that has a session. Replicas on this node are served whatever the bucket answers; without
+/// any, a bucket that cannot be reached now does not matter either, but another cluster's bucket does.
+async fn check_bucket(bucket: &Bucket, holds_replicas: bool) -> Result<(), NodeError> {
+    if holds_replicas {
+        let bucket = bucket.clone();
+        // Ends within the time-out of a probe.
+        tokio::spawn(async move {
+            if let Err(error) = look_at(&bucket).await {
+                tracing::warn!(%error, "the bucket cannot be used now; this node serves, and ships when it can");
+            }
+        });
+        return Ok(());
+    }
+    match look_at(bucket).await {
+        Err(NodeError::Bucket(error @ (BucketError::Unreachable { .. } | BucketError::ClockSkewed { .. }))) => {
+            tracing::warn!(%error, "the bucket cannot be reached now; this node ships when it can");
+            Ok(())
+        }
+        looked => looked,
+    }
+}
+
 /// Checks that this node reaches the bucket of its cluster and has access.
 async fn look_at(bucket: &Bucket) -> Result<(), NodeError> {
     match bucket.with_retry(RetryBudget::probe()).head(&layout::cluster()).await? {
@@ -290,17 +320,18 @@ struct Running {
     connections: usize,
     data_dir: PathBuf,
     shutdown: CancellationToken,
+    leases: Leases,
     leases_end: CancellationToken,
 }
 
 async fn serve(running: Running) -> Result<(), NodeError> {
     let Running { registry, engines, manager, bucket, dir, session_config, first, .. } = running;
-    let Running { listener, connections, data_dir, shutdown, leases_end, .. } = running;
+    let Running { listener, connections, data_dir, shutdown, leases, leases_end, .. } = running;
     let stop_serving = CancellationToken::new();
     let data = DataServer::new(DataService::new(registry.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    let tails = ReplicationServer::new(ReplicationService::new(registry.clone()))
+    let tails = ReplicationServer::new(ReplicationService::new(registry.clone(), Some(leases)))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let server = Server::builder()

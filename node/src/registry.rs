@@ -4,8 +4,8 @@
 //! `WrongEpoch` reply carries the topology whenever that of the caller is older.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
@@ -16,7 +16,6 @@ use vasto_core::limits::MASTER_WORD;
 use vasto_core::topology::{NodeAddress, Topology};
 
 use crate::clock::SharedClock;
-use crate::lease::Leases;
 use crate::replica::Replica;
 use crate::replica::authority::{Belief, now_ms};
 use crate::stall::StallDetector;
@@ -37,8 +36,6 @@ pub struct NodeRegistry {
     pub stall: StallDetector,
     /// Boot time when the runtime of the services was last seen to run, milliseconds.
     pub pulse: Arc<AtomicU64>,
-    /// Leases of the replicas; set once the node has started.
-    pub leases: OnceLock<Leases>,
     /// Nodes without a session at the master, and since when it reports that (milliseconds since boot).
     master_word: ArcSwap<HashMap<NodeId, u64>>,
     master_believed: Belief,
@@ -69,7 +66,6 @@ impl NodeRegistry {
             report: Notify::new(),
             stall: StallDetector::default(),
             pulse: Arc::new(AtomicU64::new(now_ms())),
-            leases: OnceLock::new(),
             active: Arc::default(),
             master_word: ArcSwap::default(),
             master_believed: Belief::default(),

@@ -16,7 +16,9 @@ use crate::chunk::{self, Chunk, ChunkError};
 use crate::envelope::EnvelopeError;
 use crate::layout::{self, Owner, Shipped};
 use crate::manifest::Manifest;
-use crate::survey::READS;
+
+/// Reads in flight.
+pub(crate) const READS: usize = 8;
 
 /// Why the archive cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -186,7 +188,7 @@ pub async fn newest_checkpoint(
     let mut newest = Newest::default();
     let mut unreadable = None;
     for lsn in archive.manifests.iter().rev() {
-        let key = layout::manifest(owner.keyspace, owner.shard, owner.replica, *lsn);
+        let key = owner.manifest(*lsn);
         let would_do = |manifest: &Manifest| {
             until_us
                 .is_none_or(|until| manifest.commit_time_max <= until || is_proven(archive.times.held_by(*lsn), until))
@@ -234,7 +236,7 @@ pub async fn begins_behind_another(
 /// # Errors
 /// When the bucket does not answer.
 pub async fn goes_on_behind(bucket: &Bucket, owner: Owner, firsts: &[Lsn]) -> Result<BTreeSet<ReplicaId>, BucketError> {
-    let key = |first: &Lsn| layout::chunk(owner.keyspace, owner.shard, owner.replica, *first);
+    let key = |first: &Lsn| owner.chunk(*first);
     let keys: Vec<String> = firsts.iter().map(key).collect();
     let says = futures::stream::iter(keys).map(|key| async move {
         let found = bucket.beginning(&key, chunk::BEGINNING_BYTES).await?;
@@ -263,7 +265,7 @@ pub async fn chunk_after(
 }
 
 async fn chunk_at(bucket: &Bucket, owner: Owner, first: Lsn) -> Result<Option<(Chunk, u64)>, ArchiveError> {
-    let key = layout::chunk(owner.keyspace, owner.shard, owner.replica, first);
+    let key = owner.chunk(first);
     let Some(bytes) = bucket.get(&key).await? else { return Ok(None) };
     let chunk = Chunk::decode(&bytes).map_err(|source| ArchiveError::Chunk { key: key.clone(), source })?;
     let says = (chunk.keyspace, chunk.shard, chunk.replica, chunk.first_lsn);

@@ -8,7 +8,7 @@
 
 use std::time::Duration;
 
-use crate::counts::RequestCounts;
+use crate::bucket::{RequestCounts, Usage};
 
 /// The month of the bills.
 pub const MONTH: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -59,15 +59,6 @@ impl Prices {
     fn of_egress(&self, counts: &RequestCounts) -> f64 {
         counts.bytes_read as f64 / GIB * self.egress_gib
     }
-}
-
-/// Requests of one process to the bucket, and the time in which it sent them.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// Requests and bytes since the process opened the bucket.
-    pub counts: RequestCounts,
-    /// The time since then; zero when unknown.
-    pub elapsed: Duration,
 }
 
 /// Estimated costs of a month at the measured rate.

@@ -5,6 +5,9 @@
 
 use vasto_core::{CatalogVersion, KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
 
+/// The layout format of the prefix that this version writes, and the newest that it uses.
+pub const CLUSTER_FORMAT: u64 = 1;
+
 /// Key of the cluster's claim.
 pub fn cluster() -> String {
     "cluster.json".to_owned()
@@ -100,6 +103,18 @@ pub struct Owner {
     pub shard: ShardId,
     /// The replica that shipped the object.
     pub replica: ReplicaId,
+}
+
+impl Owner {
+    /// Key of the manifest of the replica's checkpoint at `lsn`.
+    pub fn manifest(&self, lsn: Lsn) -> String {
+        manifest(self.keyspace, self.shard, self.replica, lsn)
+    }
+
+    /// Key of the replica's log chunk that starts with `first`.
+    pub fn chunk(&self, first: Lsn) -> String {
+        chunk(self.keyspace, self.shard, self.replica, first)
+    }
 }
 
 /// The kind of a replica's object.

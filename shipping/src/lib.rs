@@ -10,37 +10,24 @@
 #![warn(missing_docs)]
 
 pub mod archive;
-mod breaker;
 pub mod bucket;
-pub mod catalog_store;
+pub mod catalog;
 pub mod chunk;
-mod cluster_settings;
+mod clock;
 pub mod cost;
-mod counts;
-pub mod download;
 pub mod due;
 pub mod envelope;
-pub mod error;
-mod failure;
-mod fsck;
-pub mod garbage;
+pub mod gc;
 pub mod layout;
-mod listing;
 pub mod manifest;
 pub mod metrics;
-mod open;
-mod retry;
-mod survey;
-mod upload;
-mod wire;
 
-pub use bucket::{Bucket, BucketError, BucketOptions, Create, ObjectInfo, RequestCounts, Uploaded};
-pub use catalog_store::{CatalogError, CatalogStore, CatalogWrite};
+pub use bucket::download::{self, DownloadError, DownloadProgress, Wanted, download};
+pub use bucket::{
+    Bucket, BucketError, BucketOptions, Create, Listing, ObjectInfo, RequestCounts, RetryBudget, Uploaded, Usage,
+};
+pub use catalog::{CatalogError, CatalogStore, CatalogWrite, ClusterSettings};
 pub use chunk::{Chunk, ChunkError};
-pub use cluster_settings::ClusterSettings;
-pub use cost::{Prices, Usage};
-pub use download::{DownloadError, DownloadProgress, Wanted, download};
+pub use cost::Prices;
 pub use envelope::EnvelopeError;
-pub use listing::Listing;
 pub use manifest::{DatabaseFile, Manifest, ManifestFile};
-pub use retry::RetryBudget;

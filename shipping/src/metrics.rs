@@ -8,8 +8,7 @@
 
 use opentelemetry::KeyValue;
 
-use crate::bucket::Bucket;
-use crate::counts::RequestCounts;
+use crate::bucket::{Bucket, RequestCounts};
 
 /// Registers the counts of this bucket, to be read at each export. Keeps only a weak handle.
 pub fn observe(bucket: &Bucket, labels: &[KeyValue]) {

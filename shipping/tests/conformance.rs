@@ -4,18 +4,13 @@
 //! body fails. The cases run one after the other on one store; each has its own prefix.
 #![allow(clippy::unwrap_used)]
 
-mod support;
-
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use object_store::memory::InMemory;
 use object_store::{ObjectStore, ObjectStoreExt};
-use support::faulty::{Faults, Faulty};
-use support::s3_server::{BUCKET, Kind, S3Server};
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{Catalog, KeyspaceSpec, KeyspaceState};
 use vasto_core::{CatalogVersion, KeyspaceId, NodeId};
@@ -23,6 +18,9 @@ use vasto_shipping::{
     Bucket, BucketError, BucketOptions, CatalogError, CatalogStore, CatalogWrite, Create, DownloadError,
     DownloadProgress, RetryBudget, Wanted, download, layout,
 };
+use vasto_testkit::faulty::{Call, Fault, Faulty};
+use vasto_testkit::http_store::HttpStore;
+use vasto_testkit::{BUCKET, S3Kind, S3Server};
 
 type Raw = Box<dyn Fn(&str) -> (Arc<dyn ObjectStore>, String)>;
 
@@ -103,7 +101,7 @@ async fn local_directory() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s3() {
-    let server = S3Server::start(Kind::SeaweedFs).await;
+    let server = S3Server::start(S3Kind::SeaweedFs).await.unwrap();
     run_all(&on_server(&server)).await;
     signatures_of_s3(&server).await;
     missing_bucket_of_s3(&server).await;
@@ -113,7 +111,7 @@ async fn s3() {
 /// signature, so the first tests the refusal of wrong ones.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn s3_of_another_make() {
-    let server = S3Server::start(Kind::Moto).await;
+    let server = S3Server::start(S3Kind::Moto).await.unwrap();
     run_all(&on_server(&server)).await;
     missing_bucket_of_s3(&server).await;
 }
@@ -342,7 +340,7 @@ async fn catalog_races(subject: &Subject) {
     assert_eq!(store.write(&fourth).await.unwrap(), CatalogWrite::Won);
     assert_eq!(store.write(&third).await.unwrap(), CatalogWrite::Lost(Box::new(fourth)));
     // An object under another's name is refused.
-    let moved = vasto_shipping::catalog_store::encode_catalog(&first);
+    let moved = vasto_shipping::catalog::encode_catalog(&first);
     subject.overwrite("races", &layout::catalog_version(KeyspaceId(1), CatalogVersion(5)), &moved).await;
     let error = store.tip(KeyspaceId(1), CatalogVersion(4)).await.unwrap_err();
     assert!(matches!(error, CatalogError::Misplaced { .. }), "{error}");
@@ -487,37 +485,40 @@ async fn missing_bucket_of_s3(server: &S3Server) {
     assert!(matches!(error, BucketError::UnknownBucket { .. }), "{error:?}");
 }
 
-fn faulty(faults: Faults) -> (Bucket, Arc<Faults>) {
-    let faults = Arc::new(faults);
-    let store = Faulty { store: Arc::new(InMemory::new()), faults: Arc::clone(&faults) };
-    (Bucket::from_store("memory://faulty", Arc::new(store)), faults)
+fn faulty() -> (Bucket, Arc<Faulty>) {
+    let store = Faulty::in_memory();
+    (Bucket::from_store("memory://faulty", store.clone()), store)
 }
 
 #[tokio::test]
 async fn a_store_that_ignores_conditions_is_refused() {
-    let (bucket, _) = faulty(Faults { ignore_conditions: true, ..Faults::default() });
-    let error = bucket.probe().await.unwrap_err();
-    assert!(matches!(error, BucketError::IgnoresConditions { .. }), "{error:?}");
-    assert!(error.to_string().contains("use another store"), "{error}");
-    assert_eq!(bucket.list("").await.unwrap(), [], "the probe removes its object");
+    let (in_memory, store) = faulty();
+    store.ignore_conditions();
+    let server = HttpStore::without_conditions().await;
+    for bucket in [in_memory, server.bucket()] {
+        let error = bucket.probe().await.unwrap_err();
+        assert!(matches!(error, BucketError::IgnoresConditions { .. }), "{error:?}");
+        assert!(error.to_string().contains("use another store"), "{error}");
+        assert_eq!(bucket.list("").await.unwrap(), [], "the probe removes its object");
+    }
 }
 
 #[tokio::test]
 async fn lost_replies_and_conflicts_are_resolved_by_reading_back() {
-    let (bucket, faults) = faulty(Faults { lost_replies: 3.into(), ..Faults::default() });
+    let (bucket, store) = faulty();
+    store.fail(Call::Put, Fault::ResetAfter, 3);
     let mine = Bytes::from_static(b"mine");
     assert_eq!(bucket.create("k", mine.clone()).await.unwrap(), Create::Created);
-    assert_eq!(bucket.counts().put, 2, "the attempt that was lost, and the one that found it");
+    assert_eq!(bucket.counts().put, 4, "three attempts whose replies were lost, and the one that found it");
     // 409 without an object has no winner: the create is retried.
-    faults.lost_replies.store(0, Ordering::SeqCst);
-    faults.conflicts.store(2, Ordering::SeqCst);
+    store.fail(Call::Put, Fault::Conflict, 2);
     assert_eq!(bucket.create("j", mine.clone()).await.unwrap(), Create::Created);
-    assert_eq!(bucket.counts().put, 5);
+    assert_eq!(bucket.counts().put, 7);
     // A rival's object is never taken for the caller's, also after a lost reply of another attempt.
-    faults.conflicts.store(1, Ordering::SeqCst);
+    store.fail(Call::Put, Fault::Conflict, 1);
     assert_eq!(bucket.create("k", Bytes::from_static(b"rival")).await.unwrap(), Create::Exists(mine));
     // Endless conflicts are an error that leaves the outcome unknown, within the budget.
-    faults.conflicts.store(u32::MAX, Ordering::SeqCst);
+    store.fail(Call::Put, Fault::Conflict, u32::MAX);
     let budget = RetryBudget { total: Duration::from_millis(300), ..RetryBudget::default() };
     let error = bucket.with_retry(budget).create("l", Bytes::new()).await.unwrap_err();
     assert!(matches!(error, BucketError::Store { .. }), "{error:?}");
@@ -525,7 +526,7 @@ async fn lost_replies_and_conflicts_are_resolved_by_reading_back() {
 
 #[tokio::test]
 async fn short_and_broken_bodies_are_fetched_again() {
-    let (bucket, faults) = faulty(Faults::default());
+    let (bucket, store) = faulty();
     let body = Bytes::from(pattern(20_000_000));
     bucket.create("k", body.clone()).await.unwrap();
     let dir = tempfile::tempdir().unwrap();
@@ -535,19 +536,20 @@ async fn short_and_broken_bodies_are_fetched_again() {
         crc32c: crc32c::crc32c(&body),
         file_name: "1.sst".into(),
     }];
-    faults.broken_bodies.store(3, Ordering::SeqCst);
+    store.fail(Call::Get, Fault::BrokenBody, 3);
     let (result, requests, _) = fetch(&bucket, &wanted, &dir.path().join("broken")).await;
     assert_eq!((result, requests), (Ok(()), 3 + 3), "each broken request is repeated alone");
-    faults.short_bodies.store(1, Ordering::SeqCst);
+    store.fail(Call::Get, Fault::ShortBody, 1);
     let (result, _, _) = fetch(&bucket, &wanted, &dir.path().join("short")).await;
     assert_eq!(result, Ok(()), "a short body is fetched once more");
     assert!(std::fs::read(dir.path().join("short/1.sst")).unwrap() == body);
-    faults.short_bodies.store(u32::MAX, Ordering::SeqCst);
+    store.fail(Call::Get, Fault::ShortBody, u32::MAX);
     let (result, _, _) = fetch(&bucket, &wanted, &dir.path().join("always short")).await;
     // The cause is reported before any checksum is checked.
     let named = |key: &str, detail: &str| key == "k" && detail.contains("ends at");
     assert!(matches!(&result, Err(DownloadError::Corrupt { key, detail }) if named(key, detail)), "{result:?}");
-    faults.short_bodies.store(1, Ordering::SeqCst);
+    store.heal();
+    store.fail(Call::Get, Fault::ShortBody, 1);
     assert_eq!(bucket.get("k").await.unwrap(), Some(body), "a whole get is repeated as well");
 }
 

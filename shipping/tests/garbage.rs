@@ -11,7 +11,7 @@ use vasto_core::record::{Body, Record};
 use vasto_core::{
     CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, Origin, OwnSeq, PlanId, ReplicaId, ShardId,
 };
-use vasto_shipping::garbage::{Known, KnownReplica, Retention, check, collect, collect_at, fsck, interrupt};
+use vasto_shipping::gc::{Known, KnownReplica, Retention, check, collect, collect_at, fsck, interrupt};
 use vasto_shipping::{
     Bucket, BucketOptions, CatalogStore, CatalogWrite, Chunk, Create, DatabaseFile, Manifest, ManifestFile, layout,
 };

@@ -13,7 +13,7 @@ use vasto_core::record::{BandRange, Body, KeyEntry, Record};
 use vasto_core::{
     Band, CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, Origin, OwnSeq, PlanId, ReplicaId, ShardId,
 };
-use vasto_shipping::catalog_store::{decode_catalog, encode_catalog};
+use vasto_shipping::catalog::{decode_catalog, encode_catalog};
 use vasto_shipping::{Chunk, Manifest, ManifestFile};
 
 fn golden(name: &str, encoded: &[u8]) -> Vec<u8> {

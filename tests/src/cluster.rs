@@ -3,6 +3,8 @@
 //! **Invariant:** a test ends with [`Cluster::finish`], which stops every process gracefully within the promised 10 s
 //! and fails on any log line of level WARN or above that the test did not allow.
 
+mod builder;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,12 +14,14 @@ use serde_json::Value;
 use tempfile::TempDir;
 use vasto_client::{Keyspace, Vasto};
 use vasto_core::limits::SHUTDOWN_DEADLINE;
+use vasto_testkit::{DEADLINE, Process, free_port, tail, until};
 
 use crate::binary::vasto_binary;
 use crate::catalog::CatalogDir;
+use crate::command::Ran;
 use crate::logs;
-use crate::process::{Process, free_port, run};
-use crate::wait::{DEADLINE, until};
+
+pub use builder::ClusterBuilder;
 
 /// The port of a restarted server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,88 +30,6 @@ pub enum Port {
     Same,
     /// Another port.
     New,
-}
-
-/// Settings of a cluster to start.
-#[derive(Debug, Clone)]
-pub struct ClusterBuilder {
-    nodes: usize,
-    bucket: Option<String>,
-    env: Vec<(String, String)>,
-    settings: Vec<String>,
-    allowed: Vec<String>,
-    dir: Option<PathBuf>,
-}
-
-impl ClusterBuilder {
-    /// Sets the number of nodes; 3 by default.
-    pub fn nodes(mut self, nodes: usize) -> Self {
-        self.nodes = nodes;
-        self
-    }
-
-    /// Uses this bucket instead of a local directory.
-    pub fn bucket(mut self, url: &str) -> Self {
-        self.bucket = Some(url.to_owned());
-        self
-    }
-
-    /// Adds an environment variable for all processes.
-    pub fn env(mut self, key: &str, value: &str) -> Self {
-        self.env.push((key.to_owned(), value.to_owned()));
-        self
-    }
-
-    /// Adds `section.field=value` for the nodes.
-    pub fn set(mut self, setting: &str) -> Self {
-        self.settings.push(setting.to_owned());
-        self
-    }
-
-    /// Allows log lines of level WARN and above that contain this text.
-    pub fn allow(mut self, text: &str) -> Self {
-        self.allowed.push(text.to_owned());
-        self
-    }
-
-    /// Creates the temporary directory inside `dir`.
-    pub fn inside(mut self, dir: &Path) -> Self {
-        self.dir = Some(dir.to_owned());
-        self
-    }
-
-    /// Starts the master, then the nodes, and returns when all serve.
-    ///
-    /// # Errors
-    /// When a process does not start.
-    pub async fn start(self) -> Result<Cluster> {
-        let mut builder = tempfile::Builder::new();
-        builder.prefix("vasto-");
-        let dir = match &self.dir {
-            Some(dir) => builder.tempdir_in(dir)?,
-            None => builder.tempdir()?,
-        };
-        for part in ["bucket", "logs"] {
-            std::fs::create_dir(dir.path().join(part))?;
-        }
-        let bucket = self.bucket.unwrap_or_else(|| format!("file://{}", dir.path().join("bucket").display()));
-        let mut cluster = Cluster {
-            bucket,
-            env: self.env,
-            settings: self.settings,
-            allowed: self.allowed,
-            logs: Vec::new(),
-            master: Server::new("master"),
-            nodes: Vec::new(),
-            finished: false,
-            dir,
-        };
-        cluster.start_master(Port::New).await?;
-        for _ in 0..self.nodes {
-            cluster.add_node().await?;
-        }
-        Ok(cluster)
-    }
 }
 
 #[derive(Debug)]
@@ -141,30 +63,10 @@ pub struct Cluster {
     dir: TempDir,
 }
 
-/// The outcome of a command of `vasto`.
-#[derive(Debug, Clone)]
-pub struct Ran {
-    /// The exit code; -1 when a signal ended it.
-    pub code: i32,
-    /// Output on stdout.
-    pub stdout: String,
-    /// Output on stderr.
-    pub stderr: String,
-}
-
 impl Cluster {
     /// Returns a builder with three nodes on a local directory.
     pub fn builder() -> ClusterBuilder {
-        ClusterBuilder {
-            nodes: 3,
-            bucket: None,
-            env: Vec::new(),
-            settings: ["node.cache=64MiB", "node.write_buffer=32MiB", "node.ship_interval=1s"]
-                .map(str::to_owned)
-                .to_vec(),
-            allowed: Vec::new(),
-            dir: None,
-        }
+        ClusterBuilder::default()
     }
 
     /// Returns the URL of the master.
@@ -464,62 +366,11 @@ impl Drop for Cluster {
         }
         eprintln!("the cluster was dropped before its end; the last lines of its logs:");
         for log in &self.logs {
-            eprintln!("--- {}\n{}", log.display(), logs::tail(log, 25));
+            eprintln!("--- {}\n{}", log.display(), tail(log, 25));
         }
         if std::env::var_os("VASTO_TEST_KEEP").is_some() {
             self.dir.disable_cleanup(true);
             eprintln!("kept: {}", self.dir.path().display());
         }
     }
-}
-
-impl Ran {
-    /// Runs `vasto <args>` with only these variables added.
-    ///
-    /// # Errors
-    /// When the command does not end in time.
-    pub async fn of(args: &[&str], env: &[(String, String)], deadline: Duration) -> Result<Self> {
-        let output = run(vasto_binary(), args, env, deadline).await?;
-        Ok(Self {
-            code: output.status.code().unwrap_or(-1),
-            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
-            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-        })
-    }
-
-    /// Checks for a refusal: this exit code, nothing on stdout, and an `error:` (with its `hint:`) that contains all
-    /// these texts.
-    ///
-    /// # Errors
-    /// The difference from such a refusal.
-    pub fn refused(&self, code: i32, texts: &[&str]) -> Result<()> {
-        ensure!(self.code == code, "the exit code is {}, not {code}: {self:?}", self.code);
-        ensure!(self.stdout.is_empty(), "a refused command printed a result: {self:?}");
-        ensure!(self.stderr.lines().any(|line| line.starts_with("error: ")), "there is no error: {self:?}");
-        ensure!(!self.stderr.contains("panicked"), "it panicked: {self:?}");
-        for text in texts {
-            ensure!(self.stderr.contains(text), "the message does not say {text:?}: {}", self.stderr);
-        }
-        Ok(())
-    }
-}
-
-/// Formats the figures of a resize in one line.
-pub fn resized(report: &Value) -> String {
-    let number = |name: &str| report[name].as_u64().unwrap_or_default();
-    let pause = |name: &str| report["write_pause_ms"][name].as_f64().unwrap_or_default();
-    format!(
-        "{} -> {}: {} keys, {} bytes moved, {} from the bucket ({} objects), {} from peers, pause {:.1}/{:.1}/{:.1} ms, {} ms",
-        number("from"),
-        number("to"),
-        number("keys_moved"),
-        number("bytes_moved"),
-        number("bytes_from_bucket"),
-        number("objects_read"),
-        number("bytes_from_peers"),
-        pause("p50"),
-        pause("p99"),
-        pause("max"),
-        number("duration_ms"),
-    )
 }

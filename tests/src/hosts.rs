@@ -8,9 +8,10 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use serde_json::Value;
+use vasto_testkit::{DEADLINE, Process};
 
 use crate::netns::{Network, available};
-use crate::{CatalogDir, DEADLINE, Process, Ran, vasto_binary};
+use crate::{CatalogDir, Ran, vasto_binary};
 
 /// A master, and nodes in namespaces.
 #[derive(Debug)]

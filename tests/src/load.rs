@@ -13,10 +13,9 @@ use anyhow::{Context, Result, ensure};
 use parking_lot::Mutex;
 use tokio::task::JoinSet;
 use vasto_client::{Batch, ErrorKind, Keyspace, Vasto};
+use vasto_testkit::{DEADLINE, Numbers, until};
 
 use crate::history::{History, is_delete, key_of, number_of, value_of};
-use crate::wait::until;
-use crate::{DEADLINE, Numbers};
 
 /// The size of a load.
 #[derive(Debug, Clone)]

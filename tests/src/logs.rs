@@ -1,7 +1,5 @@
 //! The logs of processes under test: an unexpected warning is a failure.
 
-use std::path::Path;
-
 use serde_json::Value;
 
 /// Returns the lines of a JSON log that are warnings, errors or not JSON at all (a panic), unless they contain one of
@@ -16,13 +14,6 @@ pub(crate) fn unexpected(log: &str, allowed: &[String]) -> Vec<String> {
         .filter(|line| !allowed.iter().any(|text| line.contains(text.as_str())))
         .map(str::to_owned)
         .collect()
-}
-
-/// Returns the last lines of a file.
-pub(crate) fn tail(path: &Path, lines: usize) -> String {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    let all: Vec<&str> = text.lines().collect();
-    all[all.len().saturating_sub(lines)..].join("\n")
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! fails and prints the reason.
 
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result, ensure};
 
@@ -18,9 +19,15 @@ fn run(program: &str, args: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// Returns a number that no other network of this process has.
+fn number() -> u32 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
 /// Returns whether networks can be made and cut on this machine; prints the reason when not.
 pub fn available() -> bool {
-    let probe = format!("vasto-probe-{}", std::process::id());
+    let probe = format!("vasto-probe-{}-{}", std::process::id(), number());
     let made = run("ip", &["netns", "add", &probe]).and_then(|()| {
         let cut = run("ip", &["netns", "exec", &probe, "iptables", "-A", "INPUT", "-j", "DROP"]);
         run("ip", &["netns", "del", &probe])?;
@@ -46,8 +53,10 @@ impl Network {
     /// # Errors
     /// When the network cannot be made.
     pub fn new(hosts: usize) -> Result<Self> {
-        let id = std::process::id();
-        let network = Self { bridge: format!("vb{}", id % 1_000_000), subnet: id % 250 + 1, hosts };
+        let (id, number) = (std::process::id(), number());
+        // The kernel takes 15 characters for the name of a link, which is the longest name made of this.
+        let bridge = format!("vb{}n{}", id % 1_000_000, number % 1_000);
+        let network = Self { bridge, subnet: (id + 7 * number) % 250 + 1, hosts };
         run("ip", &["link", "add", &network.bridge, "type", "bridge"])?;
         run("ip", &["addr", "add", &format!("{}/24", network.address(None)), "dev", &network.bridge])?;
         run("ip", &["link", "set", &network.bridge, "up"])?;

@@ -1,8 +1,7 @@
 //! Generated records: any number, deterministic.
 
 use bytes::Bytes;
-
-use crate::Numbers;
+use vasto_testkit::Numbers;
 
 /// Bytes of a generated value.
 pub const VALUE_BYTES: usize = 100;

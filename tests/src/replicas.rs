@@ -15,10 +15,10 @@ use vasto_proto::v1;
 use vasto_proto::v1::data_client::DataClient;
 use vasto_proto::v1::reply::Result as Reply;
 use vasto_proto::v1::request::Op;
+use vasto_testkit::{DEADLINE, until};
 
 use crate::catalog::CatalogDir;
 use crate::cluster::Cluster;
-use crate::wait::{DEADLINE, until};
 
 /// Key to version.
 pub type Contents = BTreeMap<Vec<u8>, u64>;

@@ -2,14 +2,16 @@
 
 use std::time::Duration;
 
-use serde_json::Value;
-use vasto_client::Vasto;
+use vasto_client::{
+    Vasto,
+    answer::{Bill, ClusterStatus, NodeStatus},
+};
 
-use super::{bytes, keyspace, list, resize, text};
+use super::{bytes, keyspace, print, resize, text};
 use crate::{
     args::{Cluster, ClusterCommand, Node, NodeCommand},
     connect,
-    output::{self, OutputFormat, format_duration, table},
+    output::{OutputFormat, format_duration, table},
 };
 
 /// Runs one command of `vasto node`.
@@ -20,8 +22,8 @@ pub async fn node(args: &Node, format: OutputFormat) -> anyhow::Result<()> {
     let vasto = connect::connect(&args.connect).await?;
     let (started, no_wait) = match &args.command {
         NodeCommand::List => return list_nodes(&vasto, format).await,
-        NodeCommand::Cordon(one) => return cordon(&vasto, &one.node, true, format).await,
-        NodeCommand::Uncordon(one) => return cordon(&vasto, &one.node, false, format).await,
+        NodeCommand::Cordon(which) => return cordon(&vasto, &which.node, true, format).await,
+        NodeCommand::Uncordon(which) => return cordon(&vasto, &which.node, false, format).await,
         NodeCommand::Replace(replace) if replace.accept_loss => {
             (vasto.start_giving_up_node(&replace.node, replace.with.as_deref()).await, replace.no_wait)
         }
@@ -30,25 +32,16 @@ pub async fn node(args: &Node, format: OutputFormat) -> anyhow::Result<()> {
         }
         NodeCommand::Drain(drain) => (vasto.start_emptying_node(&drain.node, None, false).await, drain.no_wait),
     };
-    resize::wait(&vasto, connect::operation(started)?, no_wait, format).await
+    resize::wait(&vasto, started.map_err(connect::failure)?, no_wait, format).await
 }
 
 async fn cordon(vasto: &Vasto, node: &str, cordoned: bool, format: OutputFormat) -> anyhow::Result<()> {
-    let now = connect::document(vasto.cordon_node(node, cordoned).await)?;
-    match format {
-        OutputFormat::Json => output::print_json(&now)?,
-        OutputFormat::Table => output::print(&listing(&Value::Array(vec![now])))?,
-    }
-    Ok(())
+    let now = vasto.cordon_node(node, cordoned).await.map_err(connect::failure)?;
+    print(&now, format, |node| listing(std::slice::from_ref(node)))
 }
 
 async fn list_nodes(vasto: &Vasto, format: OutputFormat) -> anyhow::Result<()> {
-    let nodes = connect::document(vasto.list_nodes().await)?;
-    match format {
-        OutputFormat::Json => output::print_json(&nodes)?,
-        OutputFormat::Table => output::print(&listing(&nodes))?,
-    }
-    Ok(())
+    print(&vasto.list_nodes().await.map_err(connect::failure)?, format, |nodes| listing(nodes))
 }
 
 /// Runs one command of `vasto cluster`.
@@ -57,66 +50,53 @@ async fn list_nodes(vasto: &Vasto, format: OutputFormat) -> anyhow::Result<()> {
 /// An error of the cluster.
 pub async fn cluster(args: &Cluster, format: OutputFormat) -> anyhow::Result<()> {
     let ClusterCommand::Status = args.command;
-    let status = connect::document(connect::connect(&args.connect).await?.cluster_status().await)?;
-    match format {
-        OutputFormat::Json => output::print_json(&status)?,
-        OutputFormat::Table => output::print(&overview(&status))?,
-    }
-    Ok(())
+    let status = connect::connect(&args.connect).await?.cluster_status().await.map_err(connect::failure)?;
+    print(&status, format, overview)
 }
 
-fn listing(nodes: &Value) -> String {
-    let rows = list(nodes).iter().map(|node| {
-        let column = |name: &str| text(&node[name]);
+fn listing(nodes: &[NodeStatus]) -> String {
+    let rows = nodes.iter().map(|node| {
         vec![
-            column("node_id"),
-            column("address"),
-            column("zone"),
-            match node["cordoned"].as_bool() {
-                Some(true) => format!("{}, cordoned", column("state")),
-                _ => column("state"),
-            },
-            column("replicas"),
-            bytes(&node["disk_used"]),
-            bytes(&node["disk_free"]),
+            node.node_id.clone(),
+            text(node.address.as_ref()),
+            text(node.zone.as_ref()),
+            if node.cordoned { format!("{}, cordoned", node.state) } else { node.state.clone() },
+            node.replicas.to_string(),
+            bytes(node.disk_used),
+            bytes(node.disk_free),
         ]
     });
     table(&["NODE", "ADDRESS", "ZONE", "STATE", ">REPLICAS", ">DISK USED", ">DISK FREE"], rows)
 }
 
-fn overview(status: &Value) -> String {
-    let mut out = format!("cluster {}", text(&status["cluster_id"]));
-    if let Some(bucket) = status["master"]["bucket"].as_str() {
+fn overview(status: &ClusterStatus) -> String {
+    let mut out = format!("cluster {}", status.cluster_id);
+    if let Some(bucket) = status.master.as_ref().and_then(|master| master.bucket.as_ref()) {
         out += &format!(", bucket {bucket}");
     }
-    out += &format!("\n\n{}\n{}", listing(&status["nodes"]), keyspace::listing(&status["keyspaces"]));
-    out += &bill(&status["bill"]);
-    let warnings = list(&status["warnings"]);
-    if warnings.is_empty() {
+    out += &format!("\n\n{}\n{}", listing(&status.nodes), keyspace::listing(&status.keyspaces));
+    out += &status.bill.as_ref().map(estimated).unwrap_or_default();
+    if status.warnings.is_empty() {
         return out + "\nno warnings\n";
     }
     out += "\n";
-    warnings.iter().for_each(|warning| out += &format!("warning: {}\n", text(warning)));
+    status.warnings.iter().for_each(|warning| out += &format!("warning: {warning}\n"));
     out
 }
 
-/// Formats the estimated monthly cost and its note; empty when the master reports no estimate.
-fn bill(bill: &Value) -> String {
-    if bill.is_null() {
-        return String::new();
-    }
-    let amount = |part: &str| bill["per_month"][part].as_f64().map_or("-".to_owned(), |amount| format!("{amount:.2}"));
-    let measured = Duration::from_secs(bill["measured_s"].as_u64().unwrap_or_default());
+/// Formats the estimated monthly cost and its note.
+fn estimated(bill: &Bill) -> String {
+    let amount = |part: Option<f64>| text(part.map(|amount| format!("{amount:.2}")));
     let mut out = format!(
         "\nestimated bill of the bucket, {} a month: {} (requests {}, storage {}, egress {}), measured over {}\n",
-        text(&bill["currency"]),
-        amount("total"),
-        amount("requests"),
-        amount("storage"),
-        amount("egress"),
-        format_duration(measured),
+        bill.currency,
+        amount(bill.per_month.total),
+        amount(bill.per_month.requests),
+        amount(bill.per_month.storage),
+        amount(bill.per_month.egress),
+        format_duration(Duration::from_secs(bill.measured_s)),
     );
-    if let Some(note) = bill["note"].as_str() {
+    if let Some(note) = &bill.note {
         out += &format!("  {note}\n");
     }
     out
@@ -124,9 +104,14 @@ fn bill(bill: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    #![allow(clippy::unwrap_used)]
+    use serde_json::{Value, from_value, json};
 
     use super::*;
+
+    fn overview_of(status: &Value) -> String {
+        overview(&from_value(status.clone()).unwrap())
+    }
 
     #[test]
     fn a_status_shows_nodes_keyspaces_and_warnings() {
@@ -136,7 +121,7 @@ mod tests {
                 "disk_used": 1024, "disk_free": null}],
             "keyspaces": [{"name": "users"}], "warnings": ["n-2 is away"],
         });
-        let text = overview(&status);
+        let text = overview_of(&status);
         for part in [
             "cluster c-1, bucket file:///b\n",
             "n-1   127.0.0.1:1  a     alive, cordoned         2    1.0 KiB          -\n",
@@ -148,11 +133,11 @@ mod tests {
         assert!(!text.contains("bill"), "{text}");
         status["bill"] = json!({"currency": "USD", "measured_s": 7_380, "note": "not yet",
             "per_month": {"requests": 1.204, "storage": null, "egress": 0.0, "total": null}});
-        let text = overview(&status);
+        let text = overview_of(&status);
         let line = "\nestimated bill of the bucket, USD a month: - (requests 1.20, storage -, egress 0.00), \
                     measured over 2 h 3 min\n  not yet\n\nwarning:";
         assert!(text.contains(line), "{text}");
         status["warnings"] = json!([]);
-        assert!(overview(&status).ends_with("\nno warnings\n"));
+        assert!(overview_of(&status).ends_with("\nno warnings\n"));
     }
 }

@@ -1,13 +1,17 @@
 //! `vasto keyspace`, except for `resize`, which has its own module.
 
-use serde_json::Value;
-use vasto_client::KeyspaceSpec;
+use std::collections::BTreeSet;
 
-use super::{bytes, count, list, resize, text};
+use vasto_client::{
+    KeyspaceSpec, Vasto,
+    answer::{KeyspaceDescription, KeyspaceSummary},
+};
+
+use super::{bytes, count, operation, print, resize, text};
 use crate::{
-    args::{Keyspace, KeyspaceCommand, KeyspaceCreate},
+    args::{Keyspace, KeyspaceCommand, KeyspaceCreate, KeyspaceRestore},
     connect,
-    output::{self, OutputFormat, ProgressLine, Unit, table},
+    output::{OutputFormat, ProgressLine, Unit, format_bytes, table},
 };
 
 /// Runs one command of `vasto keyspace`.
@@ -16,63 +20,65 @@ use crate::{
 /// An error of the cluster.
 pub async fn run(args: &Keyspace, format: OutputFormat) -> anyhow::Result<()> {
     let vasto = connect::connect(&args.connect).await?;
-    let (answer, shown): (Value, fn(&Value) -> String) = match &args.command {
+    match &args.command {
         KeyspaceCommand::Create(create) => {
-            (connect::document(vasto.create_keyspace(&create.name, spec(create)).await)?, created)
+            let answer = vasto.create_keyspace(&create.name, spec(create)).await.map_err(connect::failure)?;
+            print(&answer, format, created)
         }
-        KeyspaceCommand::List => (connect::document(vasto.list_keyspaces().await)?, listing),
+        KeyspaceCommand::List => {
+            print(&vasto.list_keyspaces().await.map_err(connect::failure)?, format, |all| listing(all))
+        }
         KeyspaceCommand::Describe(which) => {
-            (connect::document(vasto.describe_keyspace(&which.name).await)?, description)
+            print(&vasto.describe_keyspace(&which.name).await.map_err(connect::failure)?, format, description)
         }
-        KeyspaceCommand::Delete(delete) => (connect::document(vasto.delete_keyspace(&delete.name).await)?, |answer| {
-            format!("deleted keyspace {}; its objects stay in the bucket\n", text(&answer["name"]))
-        }),
+        KeyspaceCommand::Delete(delete) => {
+            let deleted = vasto.delete_keyspace(&delete.name).await.map_err(connect::failure)?;
+            print(&deleted, format, |deleted| {
+                format!("deleted keyspace {}; its objects stay in the bucket\n", deleted.name)
+            })
+        }
         KeyspaceCommand::Evict(evict) => {
-            let answer = vasto.evict_replica(&evict.name, evict.replica, evict.accept_loss).await;
-            (connect::document(answer)?, |answer| {
-                format!(
-                    "replica {} of {} is {}\n",
-                    text(&answer["replica_id"]),
-                    text(&answer["name"]),
-                    text(&answer["state"])
-                )
+            let evicted = vasto.evict_replica(&evict.name, evict.replica, evict.accept_loss).await;
+            print(&evicted.map_err(connect::failure)?, format, |evicted| {
+                format!("replica {} of {} is {}\n", evicted.replica_id, evicted.name, evicted.state)
             })
         }
         KeyspaceCommand::Checkpoint(which) => {
             let progress = ProgressLine::start(format!("checkpoint of {}", which.name), Unit::Items, None);
-            let answer = connect::document(vasto.checkpoint_keyspace(&which.name).await);
+            let done = vasto.checkpoint_keyspace(&which.name).await;
             progress.clear();
-            (answer?, |answer| format!("every shard of {} has a checkpoint in the bucket\n", text(&answer["keyspace"])))
+            print(&done.map_err(connect::failure)?, format, |done| {
+                format!("every shard of {} has a checkpoint in the bucket\n", done.keyspace)
+            })
         }
         KeyspaceCommand::Compact(which) => {
             let progress = ProgressLine::start(format!("compaction of {}", which.name), Unit::Items, None);
-            let answer = connect::document(vasto.compact_keyspace(&which.name).await);
+            let done = vasto.compact_keyspace(&which.name).await;
             progress.clear();
-            (answer?, |answer| format!("every shard of {} is compacted\n", text(&answer["keyspace"])))
+            print(&done.map_err(connect::failure)?, format, |done| {
+                format!("every shard of {} is compacted\n", done.keyspace)
+            })
         }
-        KeyspaceCommand::Resize(args) => return resize::run(&vasto, args, format).await,
-        KeyspaceCommand::Restore(restore) => {
-            let at_us = restore.at.map(|at| u64::try_from(at.as_microsecond()).unwrap_or_default());
-            let started = match restore.from_bucket {
-                true => vasto.start_restore_from_bucket(&restore.name, &restore.into, at_us).await,
-                false => vasto.start_restore(&restore.name, &restore.into, at_us).await,
-            };
-            let started = connect::operation(started)?;
-            for absent in started["without"].as_array().into_iter().flatten() {
-                eprintln!(
-                    "warning: node {} is away, or its replica has failed: what it alone holds of shard {} is missing",
-                    text(&absent["node_id"]),
-                    absent["shards"].as_array().into_iter().flatten().map(text).collect::<Vec<_>>().join(", ")
-                );
-            }
-            return resize::wait(&vasto, started, restore.no_wait, format).await;
-        }
-    };
-    match format {
-        OutputFormat::Json => output::print_json(&answer)?,
-        OutputFormat::Table => output::print(&shown(&answer))?,
+        KeyspaceCommand::Resize(args) => resize::run(&vasto, args, format).await,
+        KeyspaceCommand::Restore(args) => restore(&vasto, args, format).await,
     }
-    Ok(())
+}
+
+async fn restore(vasto: &Vasto, args: &KeyspaceRestore, format: OutputFormat) -> anyhow::Result<()> {
+    let at_us = args.at.map(|at| u64::try_from(at.as_microsecond()).unwrap_or_default());
+    let started = match args.from_bucket {
+        true => vasto.start_restore_from_bucket(&args.name, &args.into, at_us).await,
+        false => vasto.start_restore(&args.name, &args.into, at_us).await,
+    };
+    let started = started.map_err(connect::failure)?;
+    for absent in &started.without {
+        eprintln!(
+            "warning: node {} is away, or its replica has failed: what it alone holds of shard {} is missing",
+            absent.node_id,
+            joined(&absent.shards)
+        );
+    }
+    resize::wait(vasto, started, args.no_wait, format).await
 }
 
 fn spec(create: &KeyspaceCreate) -> KeyspaceSpec {
@@ -88,105 +94,90 @@ fn spec(create: &KeyspaceCreate) -> KeyspaceSpec {
     }
 }
 
-fn created(keyspace: &Value) -> String {
-    let shards = keyspace["shards"].as_u64().unwrap_or_default();
-    let nodes: std::collections::BTreeSet<_> =
-        replicas(keyspace).map(|(_, replica)| text(&replica["node_id"])).collect();
+fn created(keyspace: &KeyspaceDescription) -> String {
+    let shards = keyspace.shards;
+    let placed = keyspace.placement.iter().flat_map(|shard| &shard.replicas);
+    let nodes: BTreeSet<&str> = placed.map(|replica| replica.node_id.as_str()).collect();
     format!(
         "created keyspace {}: {shards} {} on {} {}, acknowledged at {}\n",
-        text(&keyspace["name"]),
+        keyspace.name,
         if shards == 1 { "shard" } else { "shards" },
         nodes.len(),
         if nodes.len() == 1 { "node" } else { "nodes" },
-        text(&keyspace["ack"]),
+        keyspace.ack,
     )
 }
 
 /// The table of `keyspace list`, also part of `cluster status`.
-pub(super) fn listing(keyspaces: &Value) -> String {
-    let rows = list(keyspaces).iter().map(|one| {
-        let column = |name: &str| text(&one[name]);
+pub(super) fn listing(keyspaces: &[KeyspaceSummary]) -> String {
+    let rows = keyspaces.iter().map(|keyspace| {
         vec![
-            column("name"),
-            column("shards"),
-            column("replicas"),
-            column("ack"),
-            column("state"),
-            count(keys(one)),
-            bytes(&one["bytes"]),
-            column("operation"),
+            keyspace.name.clone(),
+            keyspace.shards.to_string(),
+            keyspace.replicas.to_string(),
+            keyspace.ack.to_string(),
+            keyspace.state.clone(),
+            count(keyspace.keys_estimate.or(keyspace.keys)),
+            format_bytes(keyspace.bytes),
+            text(keyspace.operation.as_ref()),
         ]
     });
     table(&["NAME", ">SHARDS", ">REPLICAS", "ACK", "STATE", ">~KEYS", ">BYTES", "OPERATION"], rows)
 }
 
-/// Returns the estimated number of keys; a master of an older version names the field `keys`.
-fn keys(document: &Value) -> &Value {
-    match &document["keys_estimate"] {
-        Value::Null => &document["keys"],
-        estimate => estimate,
-    }
-}
-
-/// Returns each replica with its shard.
-fn replicas(keyspace: &Value) -> impl Iterator<Item = (&Value, &Value)> {
-    let shards = list(&keyspace["placement"]).iter();
-    shards.flat_map(|shard| list(&shard["replicas"]).iter().map(move |replica| (&shard["shard"], replica)))
-}
-
-fn description(keyspace: &Value) -> String {
-    let column = |name: &str| text(&keyspace[name]);
+fn description(keyspace: &KeyspaceDescription) -> String {
     let mut out = format!(
         "{}: {}, {} shards x {} replicas, ack {}, epoch {}\n\n",
-        column("name"),
-        column("state"),
-        column("shards"),
-        column("replicas"),
-        column("ack"),
-        column("epoch"),
+        keyspace.name, keyspace.state, keyspace.shards, keyspace.replicas, keyspace.ack, keyspace.epoch,
     );
-    let rows = replicas(keyspace).map(|(shard, replica)| {
-        let column = |name: &str| text(&replica[name]);
-        let state = match replica["reason"].as_str() {
-            Some(reason) => format!("{}: {reason}", column("state")),
-            None => column("state"),
+    let replicas =
+        keyspace.placement.iter().flat_map(|shard| shard.replicas.iter().map(|replica| (shard.shard, replica)));
+    let rows = replicas.map(|(shard, replica)| {
+        let state = match &replica.reason {
+            Some(reason) => format!("{}: {reason}", replica.state),
+            None => replica.state.clone(),
         };
         vec![
-            text(shard),
-            column("replica_id"),
-            column("node_id"),
-            column("role"),
-            column("lsn"),
-            column("shipped_lsn"),
-            count(keys(replica)),
-            bytes(&replica["bytes"]),
+            shard.to_string(),
+            replica.replica_id.to_string(),
+            replica.node_id.clone(),
+            replica.role.clone(),
+            text(replica.lsn),
+            text(replica.shipped_lsn),
+            count(replica.keys_estimate.or(replica.keys)),
+            bytes(replica.bytes),
             state,
         ]
     });
     let headings = [">SHARD", ">REPLICA", "NODE", "ROLE", ">LSN", ">SHIPPED", ">~KEYS", ">BYTES", "STATE"];
     out += &table(&headings, rows);
-    for (index, quarantine) in list(&keyspace["quarantines"]).iter().enumerate() {
-        let replicas: Vec<String> = list(&quarantine["replicas"]).iter().map(text).collect();
-        let until = quarantine["until_us"].as_i64().and_then(|micros| jiff::Timestamp::from_microsecond(micros).ok());
+    for (index, quarantine) in keyspace.quarantines.iter().enumerate() {
+        let until = quarantine.until_us.and_then(|micros| i64::try_from(micros).ok());
+        let until = until.and_then(|micros| jiff::Timestamp::from_microsecond(micros).ok());
         let until = until.map_or_else(String::new, |until| format!(" until {until:.0}"));
         let blank = if index == 0 { "\n" } else { "" };
-        out += &format!("{blank}moved keys are kept, unserved, on replicas {}{until}\n", replicas.join(", "));
+        let replicas = joined(&quarantine.replicas);
+        out += &format!("{blank}moved keys are kept, unserved, on replicas {replicas}{until}\n");
     }
-    let operation = &keyspace["operation"];
-    if operation.is_object() {
-        out += &format!("\nrunning: {}\n", super::operation::line(operation));
+    if let Some(running) = &keyspace.operation {
+        out += &format!("\nrunning: {}\n", operation::line(running));
     }
     out
 }
 
+fn joined(numbers: &[impl ToString]) -> String {
+    numbers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    #![allow(clippy::unwrap_used)]
+    use serde_json::{from_value, json};
 
     use super::*;
 
-    fn keyspace() -> Value {
-        json!({
+    fn keyspace() -> KeyspaceDescription {
+        let document = json!({
             "name": "users", "shards": 2, "replicas": 1, "epoch": 3, "ack": "fsync", "state": "active",
             "placement": [
                 {"shard": 0, "replicas": [{"node_id": "n-1", "replica_id": 1, "role": "primary", "state": "serving",
@@ -197,7 +188,8 @@ mod tests {
             "quarantines": [{"replicas": [1, 2], "until_us": 86_400_000_000_i64}],
             "operation": {"id": "op-1-1", "kind": "grow", "keyspace": "users", "from": 2, "to": 3, "state": "running",
                 "step": "tail", "waiting_for": "n-2", "bytes_done": 1, "bytes_total": 2},
-        })
+        });
+        from_value(document).unwrap()
     }
 
     #[test]
@@ -218,9 +210,10 @@ mod tests {
     #[test]
     fn a_list_and_a_creation_read_well() {
         assert_eq!(created(&keyspace()), "created keyspace users: 2 shards on 2 nodes, acknowledged at fsync\n");
-        let text = listing(&json!([{"name": "users", "shards": 2, "replicas": 1, "ack": "os", "state": "active",
-            "keys": 1000, "bytes": 0, "operation": null}]));
+        let all = json!([{"name": "users", "shards": 2, "replicas": 1, "ack": "os", "state": "active",
+            "keys": 1000, "bytes": 0, "operation": null}]);
+        let text = listing(&from_value::<Vec<_>>(all).unwrap());
         assert_eq!(text.lines().nth(1), Some("users       2         1  os   active  1,000    0 B  -"));
-        assert_eq!(listing(&json!([])).lines().count(), 1);
+        assert_eq!(listing(&[]).lines().count(), 1);
     }
 }

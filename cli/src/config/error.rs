@@ -4,6 +4,8 @@
 
 use std::{fmt, io, net::SocketAddr};
 
+use crate::output::Failure;
+
 /// Why no configuration is usable. The text states the problem, [`ConfigError::hint`] the remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -56,27 +58,37 @@ pub enum ConfigError {
 
 impl ConfigError {
     /// Returns the remedy for the error.
-    pub fn hint(&self) -> Option<String> {
+    pub fn hint(&self) -> String {
         match self {
-            ConfigError::Unreadable { .. } => {
-                Some("give the path of a TOML file that you may read with --config".to_owned())
-            }
-            ConfigError::Syntax { .. } => Some("text values stand in double quotes".to_owned()),
-            ConfigError::Invalid(_) => Some("`vasto config show` lists every field with its value".to_owned()),
+            ConfigError::Unreadable { .. } => "give the path of a TOML file that you may read with --config".to_owned(),
+            ConfigError::Syntax { .. } => "text values stand in double quotes".to_owned(),
+            ConfigError::Invalid(_) => "`vasto config show` lists every field with its value".to_owned(),
             ConfigError::Missing { path, flag } => {
-                Some(format!("give {flag}, set {}, or write it into the file of --config", variable(path)))
+                format!("give {flag}, set {}, or write it into the file of --config", variable(path))
             }
             ConfigError::Unprotected { .. } => {
-                Some("bind to 127.0.0.1, or, on a network where everybody is trusted, say --insecure".to_owned())
+                "bind to 127.0.0.1, or, on a network where everybody is trusted, say --insecure".to_owned()
             }
-            ConfigError::NotAdvertised(address) => Some(format!(
+            ConfigError::NotAdvertised(address) => format!(
                 "say under which name others reach this node: --advertise HOST:{}",
                 match address.port() {
                     0 => "PORT, with the same port in --listen".to_owned(),
                     port => port.to_string(),
                 }
-            )),
+            ),
         }
+    }
+
+    /// Returns the failure of a configuration check that found the error. The command itself worked, so the exit code
+    /// is 1, where a server that is started with the same configuration exits with 2.
+    pub fn finding(&self) -> Failure {
+        Failure::new(self.to_string()).hint(self.hint())
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Failure {
+        error.finding().into_usage()
     }
 }
 

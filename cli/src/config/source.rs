@@ -11,7 +11,7 @@ use figment::{
 };
 use serde::Serialize;
 
-use super::{ConfigError, field};
+use super::{error::ConfigError, field};
 
 /// The kinds of sources, from the weakest to the strongest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]

@@ -156,7 +156,7 @@ async fn start(
             })?;
             let threads = Threads::start(&format!("node-{number}"))?;
             let node = threads.run(Node::start(node_config(&config, &dir), stop)).await?.map_err(advice)?;
-            Ok(DevNode { node, threads })
+            Ok::<_, Failure>(DevNode { node, threads })
         }
     });
     let nodes = try_join_all(starts).await?;

@@ -4,8 +4,42 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::control::plan::PlanKind;
 use crate::control::report::PauseMs;
 use crate::ids::{KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
+
+/// Kind of an operation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OperationKind {
+    /// More shards.
+    Grow,
+    /// One more replica of a shard, from a live one.
+    #[serde(rename = "replica")]
+    AddReplica,
+    /// One more replica of a shard, from the bucket alone.
+    #[serde(rename = "takeover")]
+    RecoverReplica,
+    /// A new keyspace from what the bucket holds of another one.
+    Restore,
+    /// A node is drained of its replicas.
+    #[serde(rename = "replace")]
+    DrainNode,
+    /// A kind that only a later version knows; its name is kept.
+    #[serde(untagged)]
+    Other(String),
+}
+
+impl From<PlanKind> for OperationKind {
+    fn from(kind: PlanKind) -> Self {
+        match kind {
+            PlanKind::Grow { .. } => OperationKind::Grow,
+            PlanKind::AddReplica { .. } => OperationKind::AddReplica,
+            PlanKind::RecoverReplica { .. } => OperationKind::RecoverReplica,
+            PlanKind::Restore { .. } => OperationKind::Restore,
+        }
+    }
+}
 
 /// Outcome of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,8 +56,8 @@ pub enum OperationOutcome {
 pub struct OperationReport {
     /// `op-<keyspace id>-<plan id>`.
     pub id: String,
-    /// `grow`, `replica`, `takeover`, `restore` or `replace`.
-    pub kind: String,
+    /// Its kind.
+    pub kind: OperationKind,
     /// Name of the keyspace.
     pub keyspace: String,
     /// Shards before.
@@ -74,7 +108,7 @@ fn is_zero(n: &u64) -> bool {
 impl OperationReport {
     /// Returns true when the operation made, or was to make, one more member of a shard.
     pub fn is_copy(&self) -> bool {
-        matches!(self.kind.as_str(), "replica" | "takeover")
+        matches!(self.kind, OperationKind::AddReplica | OperationKind::RecoverReplica)
     }
 
     /// Returns the end time, microseconds since 1970.
@@ -97,4 +131,26 @@ pub struct Reached {
 /// Returns the id of an operation, as people and scripts see it.
 pub fn operation_id(keyspace: KeyspaceId, plan: PlanId) -> String {
     format!("op-{keyspace}-{plan}")
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn kinds_keep_their_persisted_names_and_those_of_later_versions() {
+        for (kind, name) in [
+            (OperationKind::Grow, "grow"),
+            (OperationKind::AddReplica, "replica"),
+            (OperationKind::RecoverReplica, "takeover"),
+            (OperationKind::Restore, "restore"),
+            (OperationKind::DrainNode, "replace"),
+            (OperationKind::Other("of_a_later_version".into()), "of_a_later_version"),
+        ] {
+            let text = serde_json::to_string(name).unwrap();
+            assert_eq!(serde_json::to_string(&kind).unwrap(), text);
+            assert_eq!(serde_json::from_str::<OperationKind>(&text).unwrap(), kind);
+        }
+    }
 }

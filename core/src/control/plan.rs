@@ -148,16 +148,6 @@ impl Plan {
     pub fn adds_member(&self) -> bool {
         matches!(self.kind, PlanKind::AddReplica { .. } | PlanKind::RecoverReplica { .. })
     }
-
-    /// Returns the name of the operation.
-    pub fn name(&self) -> &'static str {
-        match self.kind {
-            PlanKind::Grow { .. } => "grow",
-            PlanKind::AddReplica { .. } => "replica",
-            PlanKind::RecoverReplica { .. } => "takeover",
-            PlanKind::Restore { .. } => "restore",
-        }
-    }
 }
 
 /// Number of undone seals after which the plan aborts.

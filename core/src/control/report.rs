@@ -64,6 +64,27 @@ pub struct ReplicaReport {
 }
 
 impl ReplicaReport {
+    /// Creates the report of a replica that has done nothing yet: every figure is 0, every list is empty.
+    pub fn new(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId, phase: ReplicaPhase) -> Self {
+        Self {
+            keyspace,
+            shard,
+            replica,
+            incarnation: Incarnation(0),
+            version: CatalogVersion(0),
+            phase,
+            lsn: Lsn(0),
+            shipped_lsn: Lsn(0),
+            manifest_lsn: Lsn(0),
+            keys: 0,
+            bytes: 0,
+            source: None,
+            target: None,
+            cleaned: Vec::new(),
+            replication: ReplicationReport::default(),
+        }
+    }
+
     /// Returns true when the replica answered strict requests while it had applied this version or a later one: it
     /// holds everything that the others of its shard have acknowledged. A node that does not know authority is
     /// trusted.

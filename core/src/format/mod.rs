@@ -4,6 +4,8 @@
 
 pub mod codec;
 pub mod entry;
+mod file_header;
 pub mod merge;
+mod range;
 pub mod record;
 pub mod stored_key;

@@ -1,4 +1,4 @@
-//! The binlog's record and file header: the format in which data is written ahead, replayed, streamed and shipped.
+//! The binlog's record: the format in which data is written ahead, replayed, streamed and shipped.
 //!
 //! Record (little-endian; frozen by `testdata/v1/records.txt`):
 //!
@@ -22,8 +22,11 @@
 
 use crate::band::Band;
 use crate::codec::{DecodeError, Reader, put_bytes_le};
-use crate::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, Origin, OwnSeq, PlanId, ReplicaId, ShardId};
+use crate::ids::{CatalogVersion, Epoch, Incarnation, Lsn, Origin, OwnSeq, PlanId, ReplicaId, ShardId};
 use crate::limits::RECORD_BYTES_MAX;
+
+pub use super::file_header::{FILE_FORMAT, FILE_HEADER_BYTES, FILE_MAGIC, FileHeader};
+pub use super::range::{BandRange, RangeState};
 
 /// Bytes before the body.
 pub const RECORD_HEADER_BYTES: usize = 76;
@@ -66,69 +69,6 @@ pub struct IngestedObject {
     pub bytes: u64,
     /// CRC-32C of the whole object.
     pub crc32c: u32,
-}
-
-/// State of a range of bands in a replica. Persisted: never reuse a number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[repr(u8)]
-pub enum RangeState {
-    /// Nothing is stored or served.
-    Empty = 0,
-    /// Served.
-    Owned = 1,
-    /// Being filled; not served yet.
-    Arriving = 2,
-    /// Given away; kept for the quarantine, not served.
-    Leaving = 3,
-    /// Logically removed: a range delete is applied and its compaction is still to come. Becomes
-    /// `Empty` only once nothing of it is left in any file.
-    Clearing = 4,
-}
-
-impl RangeState {
-    /// Reads the persisted number.
-    pub fn from_u8(value: u8) -> Result<Self, DecodeError> {
-        Ok(match value {
-            0 => RangeState::Empty,
-            1 => RangeState::Owned,
-            2 => RangeState::Arriving,
-            3 => RangeState::Leaving,
-            4 => RangeState::Clearing,
-            other => return Err(DecodeError::Unknown { what: "range state", value: other.into() }),
-        })
-    }
-}
-
-/// An inclusive range of bands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
-pub struct BandRange {
-    /// First band.
-    pub first: Band,
-    /// Last band.
-    pub last: Band,
-}
-
-impl BandRange {
-    /// Iterates over the bands.
-    pub fn bands(self) -> impl Iterator<Item = Band> {
-        (self.first.0..=self.last.0).map(Band)
-    }
-
-    /// Returns true when the band lies in the range.
-    pub fn contains(self, band: Band) -> bool {
-        (self.first..=self.last).contains(&band)
-    }
-
-    /// Returns true when the two ranges share a band.
-    pub fn overlaps(self, other: BandRange) -> bool {
-        self.first <= other.last && other.first <= self.last
-    }
-}
-
-impl From<std::ops::RangeInclusive<Band>> for BandRange {
-    fn from(range: std::ops::RangeInclusive<Band>) -> Self {
-        Self { first: *range.start(), last: *range.end() }
-    }
 }
 
 /// Content of a record. `Data`, `GcFloor` and `Adopt` are streamed and counted by own sequence; the other kinds
@@ -495,78 +435,6 @@ pub fn peek(bytes: &[u8]) -> Option<Peek> {
     Some(Peek { origin, own_seq: OwnSeq(reader.u64_le().ok()?) })
 }
 
-/// First bytes of every binlog file.
-pub const FILE_MAGIC: &[u8; 8] = b"VASTOLOG";
-
-/// Format number that this version writes, and the newest that it reads.
-pub const FILE_FORMAT: u32 = 1;
-
-/// Length of an encoded [`FileHeader`].
-pub const FILE_HEADER_BYTES: usize = 64;
-
-/// Header of a binlog file. Names its owner, so that a stray file can never be replayed into another replica.
-///
-/// 64 bytes: magic, format u32, reserved u32, keyspace u64, shard u32, reserved u32, replica u64,
-/// incarnation u64, first LSN u64, reserved u32, crc32c u32 over the bytes before it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FileHeader {
-    /// The keyspace it belongs to.
-    pub keyspace: KeyspaceId,
-    /// The shard.
-    pub shard: ShardId,
-    /// The replica.
-    pub replica: ReplicaId,
-    /// The incarnation that created the file.
-    pub incarnation: Incarnation,
-    /// The LSN of the first record in it.
-    pub first_lsn: Lsn,
-}
-
-impl FileHeader {
-    /// Returns the encoding, [`FILE_HEADER_BYTES`] long.
-    pub fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(FILE_HEADER_BYTES);
-        out.extend_from_slice(FILE_MAGIC);
-        out.extend_from_slice(&FILE_FORMAT.to_le_bytes());
-        out.extend_from_slice(&[0; 4]);
-        out.extend_from_slice(&self.keyspace.0.to_le_bytes());
-        out.extend_from_slice(&self.shard.0.to_le_bytes());
-        out.extend_from_slice(&[0; 4]);
-        out.extend_from_slice(&self.replica.0.to_le_bytes());
-        out.extend_from_slice(&self.incarnation.0.to_le_bytes());
-        out.extend_from_slice(&self.first_lsn.0.to_le_bytes());
-        out.extend_from_slice(&[0; 4]);
-        let crc = crc32c::crc32c(&out);
-        out.extend_from_slice(&crc.to_le_bytes());
-        out
-    }
-
-    /// Decodes a header from the front of a file.
-    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let mut reader = Reader::new(bytes, "binlog file header");
-        if reader.take(8)? != FILE_MAGIC {
-            return Err(DecodeError::Malformed { what: "binlog file magic" });
-        }
-        let format = reader.u32_le()?;
-        if format != FILE_FORMAT {
-            return Err(DecodeError::Unknown { what: "binlog file format", value: format.into() });
-        }
-        reader.take(4)?;
-        let keyspace = KeyspaceId(reader.u64_le()?);
-        let shard = ShardId(reader.u32_le()?);
-        reader.take(4)?;
-        let replica = ReplicaId(reader.u64_le()?);
-        let incarnation = Incarnation(reader.u64_le()?);
-        let first_lsn = Lsn(reader.u64_le()?);
-        reader.take(4)?;
-        let crc = reader.u32_le()?;
-        if crc32c::crc32c(&bytes[..FILE_HEADER_BYTES - 4]) != crc {
-            return Err(DecodeError::Checksum { what: "binlog file header" });
-        }
-        Ok(FileHeader { keyspace, shard, replica, incarnation, first_lsn })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -684,28 +552,6 @@ mod tests {
         #[test]
         fn body_decoder_is_total(kind in 0u8..10, bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
             let _ = Record::decode_body(kind, &mut Reader::new(&bytes, "record"));
-        }
-    }
-
-    #[test]
-    fn file_headers_round_trip_and_refuse_newer_formats() {
-        let header = FileHeader {
-            keyspace: KeyspaceId(1),
-            shard: ShardId(2),
-            replica: ReplicaId(3),
-            incarnation: Incarnation(4),
-            first_lsn: Lsn(5),
-        };
-        let bytes = header.encode();
-        assert_eq!(bytes.len(), FILE_HEADER_BYTES);
-        assert_eq!(FileHeader::decode(&bytes).unwrap(), header);
-        let mut newer = bytes.clone();
-        newer[8] = 2;
-        assert_eq!(FileHeader::decode(&newer), Err(DecodeError::Unknown { what: "binlog file format", value: 2 }));
-        for position in 0..FILE_HEADER_BYTES {
-            let mut altered = bytes.clone();
-            altered[position] ^= 1;
-            assert!(FileHeader::decode(&altered).is_err(), "byte {position}");
         }
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::Value;
 use vasto_master::MasterConfig;
 use vasto_proto::v1;
-use vasto_shipping::garbage::Retention;
+use vasto_shipping::gc::Retention;
 use vasto_shipping::{Bucket, BucketOptions, Prices};
 
 use crate::harness::{TestMaster, config, json};

@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use vasto_core::record::{FILE_HEADER_BYTES, FileHeader, RECORD_HEADER_BYTES, positions_at};
-use vasto_core::{Incarnation, KeyspaceId, Lsn, ReplicaId, ShardId};
+use vasto_core::{ErrorCode, Incarnation, KeyspaceId, Lsn, ReplicaId, ShardId, VastoError};
 
 pub use reader::LogReader;
 pub use shared::LogShared;
@@ -123,6 +123,16 @@ impl BinlogError {
     fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> BinlogError {
         let path = path.to_owned();
         move |source| BinlogError::Io { action, path, source }
+    }
+}
+
+impl From<BinlogError> for VastoError {
+    fn from(error: BinlogError) -> Self {
+        let code = match &error {
+            BinlogError::TooOld { .. } => ErrorCode::FailedPrecondition,
+            _ => ErrorCode::Unavailable,
+        };
+        VastoError::new(code, error.to_string())
     }
 }
 

@@ -9,16 +9,11 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use tempfile::TempDir;
 use vasto_core::record::{Body, FILE_HEADER_BYTES, KeyEntry, Record, frame_at};
 use vasto_core::{Epoch, Origin, OwnSeq};
+use vasto_testkit::memory_dir;
 
 use super::*;
-
-/// A directory in memory where there is one: these tests are about bytes, not about the disk.
-fn memory_dir() -> TempDir {
-    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
-}
 
 fn config(dir: &Path, file_bytes: u64) -> BinlogConfig {
     BinlogConfig { dir: dir.to_owned(), keyspace: KeyspaceId(7), shard: ShardId(3), replica: ReplicaId(11), file_bytes }

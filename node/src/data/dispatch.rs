@@ -7,124 +7,23 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::OwnedSemaphorePermit;
 use vasto_core::ids::{Epoch, KeyspaceId, ShardId};
-use vasto_core::limits::{ATTEMPT_PATIENCE, AUTHORITY_WAIT, EPOCH_WAIT, check_key};
+use vasto_core::limits::{ATTEMPT_PATIENCE, check_key};
 use vasto_core::{ErrorCode, VastoError};
 use vasto_proto::v1;
 use vasto_proto::v1::reply::Result as Answer;
 use vasto_proto::v1::request::Op;
 
+use super::caller::{Arrival, Caller};
 use super::decode;
+use super::place::{Place, place, settled, wait_for_place};
+use super::refusal::{disk_is_low, not_here};
 use super::reply::ReplySink;
-use crate::clock::since_boot;
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
-use crate::replica::authority::Refusal;
-use crate::replica::command::{Number, OpOutcome, Role, WriteContext, too_late};
+use crate::replica::command::{Number, OpOutcome, WriteContext};
 use crate::replica::read::{GetResult, KeyRef, ScanPage};
-use crate::shortage;
-
-/// Send and receive time of a request.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Arrival {
-    /// Boot time of the send, if the caller reports one.
-    pub sent: Option<Duration>,
-    /// Boot time of the receipt.
-    pub received: Duration,
-}
-
-/// Interval between two checks whether authority was renewed.
-const RENEWAL_LOOK: Duration = Duration::from_millis(10);
-
-/// Identity and conditions of a request.
-#[derive(Clone, Copy)]
-struct Caller {
-    id: u64,
-    keyspace: KeyspaceId,
-    epoch: Epoch,
-    /// Boot time of the send, if the caller reports one.
-    sent: Option<Duration>,
-    /// Boot time from which on the client does not wait for the answer.
-    until: Option<Duration>,
-    /// Only the replica that has authority may answer.
-    strict: bool,
-    /// The term of authority under which a strict request was admitted.
-    term: Option<u64>,
-}
-
-impl Caller {
-    /// Returns an error when the authority under which a strict read began has ended: its result may be stale.
-    fn check_term(&self, replica: &Replica) -> Result<(), VastoError> {
-        match self.term {
-            Some(term) if !replica.authority().holds(term) => Err(no_authority()),
-            _ => Ok(()),
-        }
-    }
-
-    /// Returns an error once the client does not wait any more: work not begun by then is not begun.
-    fn check_time(&self) -> Result<(), VastoError> {
-        match self.until {
-            Some(until) if since_boot() >= until => Err(too_late()),
-            _ => Ok(()),
-        }
-    }
-}
-
-enum Place {
-    Here(Replica),
-    /// Like `Here`, under this term of authority.
-    Serving(Replica, u64),
-    /// The replica may gain authority shortly.
-    Waiting,
-    /// The replica may be the isolated one: a probe that begins now decides.
-    Probing(Replica),
-    /// Another replica has authority.
-    NotServing,
-    CatchingUp,
-    /// The replica does not serve; other replicas of its shard may.
-    OutOfService(Option<String>),
-    /// The shard's only replica could not be opened.
-    Failed(String),
-    NotYet,
-    Elsewhere,
-}
-
-fn place(registry: &NodeRegistry, caller: Caller, shard: ShardId) -> Place {
-    let placed = || registry.is_placed_here(caller.keyspace, shard);
-    match registry.replica_of(caller.keyspace, shard) {
-        // A closed replica applies and accepts nothing. The only replica of its shard still serves reads, and answers
-        // writes with the remedy.
-        Some(replica) if replica.is_closed() && !(placed() && registry.is_the_only_one(caller.keyspace, shard)) => {
-            if placed() {
-                Place::OutOfService(replica.closed())
-            } else {
-                Place::Elsewhere
-            }
-        }
-        Some(replica) if replica.epoch() >= caller.epoch => match replica.view().role {
-            Role::Detached => Place::Elsewhere,
-            _ if caller.strict => match replica.authority().admit() {
-                Ok(term) => Place::Serving(replica, term),
-                Err(Refusal::Elsewhere) => Place::NotServing,
-                Err(Refusal::Wait) => Place::Waiting,
-                Err(Refusal::Probe) => Place::Probing(replica),
-            },
-            _ if replica.is_ready() && !(registry.stall.is_standing() && replica.followers().has_peers()) => {
-                Place::Here(replica)
-            }
-            _ => Place::CatchingUp,
-        },
-        Some(_) => Place::NotYet,
-        None if placed() => match registry.not_open(caller.keyspace, shard) {
-            why if !registry.is_the_only_one(caller.keyspace, shard) => Place::OutOfService(why),
-            Some(why) => Place::Failed(why),
-            None => Place::NotYet,
-        },
-        None if registry.known_epoch(caller.keyspace) >= caller.epoch => Place::Elsewhere,
-        None => Place::NotYet,
-    }
-}
 
 /// Answers a request, at once or later.
 pub(super) fn dispatch(registry: &Arc<NodeRegistry>, request: v1::Request, arrival: Arrival, sink: ReplySink) {
@@ -148,15 +47,22 @@ pub(super) fn dispatch(registry: &Arc<NodeRegistry>, request: v1::Request, arriv
         return sink.fail(registry, caller.id, caller.keyspace, caller.epoch, &error);
     }
     let place = place(registry, caller, shard);
-    // Only a request that arrives while the peers are already silent proves that its client reaches this node.
     let probing = matches!(place, Place::Probing(_));
     match settled(place) {
         Some(Ok((replica, term))) => execute(registry, Caller { term, ..caller }, &replica, op, sink),
         Some(Err(error)) => sink.fail(registry, caller.id, caller.keyspace, caller.epoch, &error),
         None => {
             let registry = registry.clone();
-            // Bounded by the connection's byte budget, which the sink holds; ends within EPOCH_WAIT.
-            tokio::spawn(async move { wait_for_place(registry, caller, shard, op, sink, probing).await });
+            // Bounded by the connection's byte budget, which the sink holds, and in time.
+            tokio::spawn(async move {
+                match wait_for_place(&registry, caller, shard, probing).await {
+                    Ok((replica, term)) => {
+                        sink.room().await;
+                        execute(&registry, Caller { term, ..caller }, &replica, op, sink);
+                    }
+                    Err(error) => sink.fail(&registry, caller.id, caller.keyspace, caller.epoch, &error),
+                }
+            });
         }
     }
 }
@@ -169,134 +75,6 @@ fn held_back(arrival: Arrival, op: &Op, strict: bool) -> Option<VastoError> {
         let message = "the request was under way for too long and may have been repeated since; send it again";
         VastoError::new(ErrorCode::Overloaded, message).retry_after_ms(20)
     })
-}
-
-/// Returns the replica that executes the request, or the refusal; `None` when that may be known shortly.
-fn settled(place: Place) -> Option<Result<(Replica, Option<u64>), VastoError>> {
-    match place {
-        Place::Here(replica) => Some(Ok((replica, None))),
-        Place::Serving(replica, term) => Some(Ok((replica, Some(term)))),
-        Place::NotServing => Some(Err(no_authority())),
-        Place::Elsewhere => Some(Err(not_here())),
-        Place::CatchingUp => Some(Err(catching_up())),
-        Place::OutOfService(why) => Some(Err(out_of_service(why))),
-        Place::Failed(why) => Some(Err(failed(&why))),
-        Place::NotYet | Place::Waiting | Place::Probing(_) => None,
-    }
-}
-
-/// Waits for the topology of the caller's epoch, or for authority.
-async fn wait_for_place(
-    registry: Arc<NodeRegistry>,
-    caller: Caller,
-    shard: ShardId,
-    op: Op,
-    sink: ReplySink,
-    probing: bool,
-) {
-    let deadline = tokio::time::Instant::now() + EPOCH_WAIT.max(AUTHORITY_WAIT);
-    let mut node_changes = registry.changes();
-    let mut probed = false;
-    loop {
-        node_changes.borrow_and_update();
-        let mut replica_changes = registry.replica_of(caller.keyspace, shard).map(|replica| replica.changes());
-        let mut authority_changes =
-            registry.replica_of(caller.keyspace, shard).map(|replica| replica.authority().changes());
-        let mut place = place(&registry, caller, shard);
-        if let Place::Probing(replica) = &place {
-            if !probing {
-                return sink.fail(&registry, caller.id, caller.keyspace, caller.epoch, &catching_up());
-            }
-            if !probed {
-                // No probe runs for a replica whose authority has ended meanwhile.
-                tokio::select! {
-                    () = replica.authority().probed() => probed = true,
-                    () = changed(&mut authority_changes) => continue,
-                    () = tokio::time::sleep_until(deadline) => {}
-                }
-            }
-            if probed {
-                match replica.authority().admit_probed() {
-                    Ok(term) => place = Place::Serving(replica.clone(), term),
-                    // Authority that rests on silence again does so for another reason: probe again.
-                    Err(_) => probed = false,
-                }
-            }
-        }
-        let waits_for_authority = matches!(place, Place::Waiting | Place::Probing(_));
-        match settled(place) {
-            Some(Ok((replica, term))) => {
-                sink.room().await;
-                return execute(&registry, Caller { term, ..caller }, &replica, op, sink);
-            }
-            Some(Err(error)) => return sink.fail(&registry, caller.id, caller.keyspace, caller.epoch, &error),
-            None => {}
-        }
-        tokio::select! {
-            _ = node_changes.changed() => {}
-            () = changed(&mut replica_changes) => {}
-            () = changed(&mut authority_changes) => {}
-            // Beliefs are renewed without a notification.
-            () = tokio::time::sleep(RENEWAL_LOOK), if waits_for_authority => {}
-            () = tokio::time::sleep_until(deadline) => {
-                let error = match waits_for_authority {
-                    true => catching_up(),
-                    false => VastoError::new(
-                        ErrorCode::NodeBehind,
-                        "the node has not heard of this epoch yet; try again",
-                    )
-                    .retry_after_ms(50),
-                };
-                return sink.fail(&registry, caller.id, caller.keyspace, caller.epoch, &error);
-            }
-        }
-    }
-}
-
-/// Waits for a change; without a source of changes, forever.
-async fn changed<T>(changes: &mut Option<watch::Receiver<T>>) {
-    match changes {
-        // An error means that the sender is gone: the caller checks again.
-        Some(changes) => drop(changes.changed().await),
-        None => std::future::pending().await,
-    }
-}
-
-fn no_authority() -> VastoError {
-    VastoError::new(
-        ErrorCode::NotPrimary,
-        "another replica serves this shard now, and sees what was acknowledged; ask it, or read by choice from any replica",
-    )
-    .retry_after_ms(20)
-}
-
-fn catching_up() -> VastoError {
-    VastoError::new(ErrorCode::CatchingUp, "this replica is catching up with its peers; ask another one")
-        .retry_after_ms(50)
-}
-
-/// Returns `NotPrimary`: the node is healthy, and clients keep asking it for its other shards.
-fn out_of_service(why: Option<String>) -> VastoError {
-    let why = why.unwrap_or_else(|| "it is not open".into());
-    let message = format!("this replica does not serve; ask another one: {why}");
-    VastoError::new(ErrorCode::NotPrimary, message).retry_after_ms(20)
-}
-
-/// Returns the error of a shard whose only replica could not be opened.
-fn failed(why: &str) -> VastoError {
-    let code = if shortage::shortage_of(why).is_some() { ErrorCode::NoSpace } else { ErrorCode::Unavailable };
-    VastoError::new(code, format!("the replica could not be opened: {why}")).retry_after_ms(500)
-}
-
-/// Returns the refusal of a write: the free space of the disk is needed for data written already.
-fn disk_is_low() -> VastoError {
-    let message =
-        "no space left on the disk of the node but its reserve, so it takes no writes; free some space, or add a node";
-    VastoError::new(ErrorCode::NoSpace, message).retry_after_ms(1_000)
-}
-
-fn not_here() -> VastoError {
-    VastoError::new(ErrorCode::WrongEpoch, "this node does not hold the shard; fetch the topology and go to its owner")
 }
 
 fn execute(registry: &Arc<NodeRegistry>, caller: Caller, replica: &Replica, op: Op, sink: ReplySink) {
@@ -468,7 +246,7 @@ mod tests {
 
     use super::super::reply::ReplyQueue;
     use super::*;
-    use crate::clock::SystemClock;
+    use crate::clock::{SystemClock, since_boot};
 
     const REPLY_BYTES: usize = 1 << 20;
 

@@ -7,8 +7,11 @@
 //! - A request whose client does not wait any more is not begun: it is answered `DeadlineExceeded`.
 //! - A request is answered exactly once, in any order.
 
+mod caller;
 mod decode;
 mod dispatch;
+mod place;
+mod refusal;
 mod reply;
 mod request_age;
 
@@ -30,7 +33,7 @@ use vasto_proto::v1::data_server::Data;
 
 use crate::clock::since_boot;
 use crate::registry::NodeRegistry;
-use dispatch::Arrival;
+use caller::Arrival;
 use reply::{NodeBudget, Queued, ReplyQueue, ReplySink};
 use request_age::RequestAge;
 

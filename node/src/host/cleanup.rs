@@ -1,14 +1,63 @@
-//! Removal of bands that were given away.
+//! Quarantines: removal of bands that were given away, once the manifest of their new owner covers them.
 //!
 //! **Invariant:** whole files go while the range is still `Leaving`; the range delete enters together with `Clearing`;
 //! a range is `Empty` only after nothing of it is left.
 
+use std::sync::Arc;
+
+use vasto_core::catalog::Catalog;
 use vasto_core::ids::CatalogVersion;
 use vasto_core::record::{BandRange, RangeState};
 
+use super::hosted::Hosted;
+use super::shared::RETRY;
 use crate::replica::Replica;
 use crate::replica::command::{Control, ReplicaError};
 use crate::ship::{self, blocking};
+
+impl Hosted {
+    /// Removes the bands that the version names, and ships what this replica took over from others' quarantines.
+    pub(super) fn reconcile_quarantines(self: &Arc<Self>, catalog: &Catalog) {
+        let mine: Vec<_> =
+            catalog.quarantines.iter().filter(|one| one.replicas.contains(&self.replica.id)).cloned().collect();
+        self.shared.status.lock().cleaned.retain(|plan| mine.iter().any(|one| one.plan == *plan));
+        for quarantine in mine.into_iter().filter(|one| one.dropping) {
+            if !self.background.lock().cleaning.insert(quarantine.plan) {
+                continue;
+            }
+            let (this, version) = (self.clone(), catalog.version);
+            tokio::spawn(async move {
+                let replica = &this.replica;
+                while let Err(error) = clean_up(replica, quarantine.range, version).await {
+                    if this.shared.cancel.is_cancelled() || replica.closed().is_some() {
+                        this.background.lock().cleaning.remove(&quarantine.plan);
+                        return;
+                    }
+                    tracing::warn!(%error, "removing moved bands failed; it is tried again");
+                    this.shared.pause(RETRY).await;
+                }
+                tracing::info!(
+                    keyspace = replica.keyspace.0,
+                    shard = replica.shard.0,
+                    "removed the bands that it gave away"
+                );
+                this.shared.status.lock().cleaned.insert(quarantine.plan);
+                this.shared.notify();
+            });
+        }
+        // The moved bands are removed only once a manifest of the new owner covers what it took over.
+        let wanted = catalog
+            .quarantines
+            .iter()
+            .flat_map(|one| &one.targets)
+            .filter(|(id, _)| *id == self.replica.id)
+            .map(|(_, lsn)| *lsn)
+            .max();
+        if let Some(lsn) = wanted {
+            self.cover_by_a_manifest(lsn);
+        }
+    }
+}
 
 /// Removes a range that was given away (DESIGN: clean-up).
 ///

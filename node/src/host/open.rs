@@ -12,23 +12,22 @@ use vasto_core::catalog::Catalog;
 use vasto_core::ids::{CatalogVersion, Lsn};
 use vasto_core::plan::{Plan, PlanKind, Step};
 use vasto_core::record::{BandRange, RangeState};
-use vasto_core::report::TargetStage;
+use vasto_core::report::{TargetProgress, TargetStage};
 use vasto_shipping::layout::Owner;
 use vasto_shipping::{CatalogStore, archive};
 
 use super::ReplicaSpec;
-use super::runner::{RETRY, RETRY_MAX, Runner, drop_blocking};
-use crate::bootstrap::{Adoption, Bootstrap, BootstrapError, Log};
+use super::shared::{RETRY, RETRY_MAX, Shared};
+use crate::build::sources::{self, RestoreSource, RestoreSources, Without};
+use crate::build::{Adoption, Bootstrap, BuildError, Log};
 use crate::clock::SharedClock;
 use crate::engine::EngineShared;
-use crate::grow::fresh_progress;
 use crate::replica::command::ReplicaError;
 use crate::replica::{OpenOptions, Replica, database_dir};
-use crate::restore::{self, RestoreSource, RestoreSources, Without};
-use crate::{old_copy, ship};
+use crate::ship::{self, old_copy};
 
 /// Returns the replicas whose objects a restore does not use as they are.
-pub(super) fn without(catalog: &Catalog) -> Without<'_> {
+fn without(catalog: &Catalog) -> Without<'_> {
     Without { discarded: &catalog.discarded, given_up: &catalog.given_up }
 }
 
@@ -70,16 +69,14 @@ pub(crate) fn open_or_begin_again(
     open(Some(initial))
 }
 
-impl Runner {
-    /// Returns the running plan, if it makes this replica one more member of its shard.
-    pub(super) fn copy_plan<'a>(&self, catalog: &'a Catalog) -> Option<&'a Plan> {
-        let plan = catalog.plan.as_ref()?;
-        let mine = plan.targets.iter().any(|target| target.replica == self.spec.replica);
-        (mine && plan.adds_member()).then_some(plan)
-    }
+/// Stops a replica's writer and engine from a blocking thread.
+fn drop_blocking(replica: Replica) {
+    tokio::runtime::Handle::current().block_on(replica.stop());
+}
 
+impl Shared {
     /// Returns the running plan, if this replica begins with objects of the bucket.
-    pub(super) fn bucket_plan<'a>(&self, catalog: &'a Catalog) -> Option<&'a Plan> {
+    fn bucket_plan<'a>(&self, catalog: &'a Catalog) -> Option<&'a Plan> {
         let plan = catalog.plan.as_ref().filter(|plan| plan.step != Step::Committed)?;
         let mine = plan.targets.iter().any(|target| target.replica == self.spec.replica);
         (mine && plan.growth().is_none()).then_some(plan)
@@ -104,8 +101,8 @@ impl Runner {
         let Some(plan) = self.bucket_plan(&catalog) else {
             return Ok(Some((self.open_what_is_here(&catalog).await?, catalog)));
         };
-        let progress = Arc::new(Mutex::new(fresh_progress(plan)));
-        *self.target.lock() = Some(progress.clone());
+        let progress = Arc::new(Mutex::new(TargetProgress::new(plan.id)));
+        self.status.lock().target = Some(progress.clone());
         let spec = &self.spec;
         let bootstrap = Bootstrap {
             bucket: self.context.bucket.clone(),
@@ -129,7 +126,7 @@ impl Runner {
                 }
                 Err(error) if error.is_transient() => {
                     tracing::warn!(%error, plan = plan.id.0, "building from the bucket is interrupted; it goes on");
-                    let _ = self.cancel.run_until_cancelled(tokio::time::sleep(pause)).await;
+                    self.pause(pause).await;
                     pause = (pause * 2).min(RETRY_MAX);
                 }
                 Err(error) => {
@@ -140,15 +137,15 @@ impl Runner {
         }
     }
 
-    pub(super) async fn take_from_bucket(
+    async fn take_from_bucket(
         &self,
         bootstrap: &Bootstrap,
         catalog: &Catalog,
         plan: &Plan,
         opened: &mut Option<Replica>,
-    ) -> Result<(), BootstrapError> {
+    ) -> Result<(), BuildError> {
         let sources = self.spec.dir.join("sources.json");
-        let found = restore::chosen(&self.context.bucket, &sources, self.sources_in_bucket(catalog, plan)).await?;
+        let found = sources::chosen(&self.context.bucket, &sources, self.sources_in_bucket(catalog, plan)).await?;
         let log = match plan.kind {
             PlanKind::Restore { at_us, .. } => Log::Fork { shards: catalog.spec.shards, until_us: at_us },
             _ => Log::Replicate,
@@ -174,7 +171,7 @@ impl Runner {
             let replica = self.open_local(catalog).await;
             *opened = Some(replica.map_err(|reason| ReplicaError::Closed(reason.clone()))?);
         }
-        let Some(replica) = opened.as_ref() else { return Err(BootstrapError::Cancelled) };
+        let Some(replica) = opened.as_ref() else { return Err(BuildError::Cancelled) };
         match log {
             Log::Fork { shards, until_us } => bootstrap.merge_all(replica, &found, shards, until_us).await?,
             Log::Replicate => {
@@ -193,17 +190,13 @@ impl Runner {
     }
 
     /// Returns the archives that this replica begins with, the best first.
-    pub(super) async fn sources_in_bucket(
-        &self,
-        catalog: &Catalog,
-        plan: &Plan,
-    ) -> Result<RestoreSources, BootstrapError> {
+    async fn sources_in_bucket(&self, catalog: &Catalog, plan: &Plan) -> Result<RestoreSources, BuildError> {
         let (bucket, shard) = (&self.context.bucket, self.spec.shard);
         match (plan.kind, plan.sources.first()) {
             (PlanKind::Restore { keyspace, version, at_us }, _) => {
                 let tip = CatalogStore::new(bucket.clone()).tip(keyspace, version).await?;
                 let without = tip.as_ref().map(without).unwrap_or_default();
-                restore::candidates(bucket, keyspace, shard, &[], without, at_us).await
+                sources::candidates(bucket, keyspace, shard, &[], without, at_us).await
             }
             (_, Some(source)) => match &source.manifest {
                 Some(pinned) => {
@@ -214,7 +207,7 @@ impl Runner {
                 }
                 None => {
                     let preferred = [source.replica];
-                    restore::candidates(bucket, catalog.keyspace, shard, &preferred, without(catalog), None).await
+                    sources::candidates(bucket, catalog.keyspace, shard, &preferred, without(catalog), None).await
                 }
             },
             (_, None) => Ok(RestoreSources::default()),
@@ -223,7 +216,7 @@ impl Runner {
 
     /// Opens the replica from its directory, unless the bucket proves that the directory is an old copy. Only the
     /// shipping replica finds itself in the bucket; the others know each other.
-    pub(super) async fn open_what_is_here(&self, catalog: &Catalog) -> Result<Replica, String> {
+    async fn open_what_is_here(&self, catalog: &Catalog) -> Result<Replica, String> {
         let spec = &self.spec;
         let shipper = catalog.shard(spec.shard).and_then(|shard| shard.shipper());
         if shipper.is_none_or(|one| one.replica != spec.replica) {
@@ -251,7 +244,7 @@ impl Runner {
     }
 
     #[tracing::instrument(name = "open a replica", skip_all, fields(keyspace = self.spec.keyspace.0, shard = self.spec.shard.0))]
-    pub(super) async fn open_local(&self, catalog: &Catalog) -> Result<Replica, String> {
+    async fn open_local(&self, catalog: &Catalog) -> Result<Replica, String> {
         let spec = self.spec.clone();
         let (engines, clock) = (self.context.engines.clone(), self.context.clock.clone());
         // Initial ownership: the bands of a placed replica, nothing for a target.

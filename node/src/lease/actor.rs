@@ -18,22 +18,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
-use vasto_core::catalog::Placed;
-use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId, ShardId, Vector};
+use vasto_core::ids::{NodeId, ReplicaId, Vector};
 use vasto_core::lease::Claim;
 use vasto_core::limits::{LEASE_BEAT, LEASE_DEAF_GAP, LEASE_PROMISE, LEASE_SILENCE};
 use vasto_proto::v1;
 use vasto_proto::v1::lease_grant::State;
 
-use super::link::{News, Reach};
-use super::seat::{Named, Seat};
+use super::event::{Event, Key, Reach};
+use super::seat::Seat;
 use crate::registry::NodeRegistry;
-use crate::replica::Replica;
 use crate::replica::authority::{Belief, now_ms};
-use crate::replication::replicator::Replicator;
 
 /// Interval between two checks of all links and replicas.
 const TICK: Duration = Duration::from_millis(50);
@@ -47,30 +44,6 @@ const NAMING_TIMEOUT: Duration = Duration::from_millis(200);
 const HAND_OVER_MAX: Duration = Duration::from_millis(1_500);
 /// Events that are processed before messages are sent.
 const BATCH: usize = 64;
-
-pub(super) type Key = (KeyspaceId, ShardId);
-
-/// Events that the actor receives.
-pub(super) enum Event {
-    /// A replica was opened, or its placement changed; `served`: the previous process may have served it.
-    Seat { replica: Replica, replicator: Arc<Replicator>, order: Vec<Placed>, primary_version: u64, served: bool },
-    /// A replica is about to stop and hands its authority over.
-    HandOver { key: Key, replica: ReplicaId, done: oneshot::Sender<()> },
-    /// A replica has stopped.
-    Leave { key: Key, replica: ReplicaId },
-    /// A replica has reported what it holds.
-    Named { key: Key, replica: ReplicaId, turn: u64, named: Named },
-    /// An incoming link was opened.
-    Opened { id: u64, replies: mpsc::Sender<Result<v1::LeaseReply, Status>> },
-    /// A heartbeat has arrived.
-    Request { id: u64, request: v1::LeaseRequest },
-    /// An incoming link has ended.
-    Closed { id: u64 },
-    /// Report of an outgoing link.
-    Link { node: NodeId, news: News },
-    /// A round of probes has ended and found these nodes reachable.
-    Probed { key: Key, replica: Replica, round: u64, reachable: Vec<NodeId> },
-}
 
 /// A claim received over an incoming link.
 #[derive(Debug, Clone, Copy)]
@@ -99,6 +72,26 @@ struct Incoming {
     denied: u64,
     /// Time until which the peer's replicas cannot serve without a promise from here, because they were just answered.
     subdued: Belief,
+}
+
+impl Incoming {
+    fn new(replies: mpsc::Sender<Result<v1::LeaseReply, Status>>, now: u64) -> Self {
+        Self {
+            replies,
+            node: NodeId(0),
+            process: 0,
+            heard_ms: now,
+            sent_ms: 0,
+            seen_reply: 0,
+            open: true,
+            claims: HashMap::new(),
+            told: HashMap::new(),
+            news: Vec::new(),
+            number: 0,
+            denied: 0,
+            subdued: Arc::default(),
+        }
+    }
 }
 
 /// Answer of another node to a claim.
@@ -288,22 +281,7 @@ impl Actor {
                 }
             }
             Event::Opened { id, replies } => {
-                let incoming = Incoming {
-                    replies,
-                    node: NodeId(0),
-                    process: 0,
-                    heard_ms: now,
-                    sent_ms: 0,
-                    seen_reply: 0,
-                    open: true,
-                    claims: HashMap::new(),
-                    told: HashMap::new(),
-                    news: Vec::new(),
-                    number: 0,
-                    denied: 0,
-                    subdued: Arc::default(),
-                };
-                self.incoming.insert(id, incoming);
+                self.incoming.insert(id, Incoming::new(replies, now));
             }
             Event::Request { id, request } => self.handle_request(id, request, now),
             Event::Closed { id } => {

@@ -15,10 +15,9 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
 use vasto_core::ids::NodeId;
 use vasto_core::limits::{LEASE_SILENCE, MESSAGE_BYTES_MAX, PROBE_TIMEOUT};
-use vasto_proto::v1;
 use vasto_proto::v1::replication_client::ReplicationClient;
 
-use super::actor::Event;
+use super::event::{Event, News, Reach};
 use crate::registry::NodeRegistry;
 use crate::replica::authority::now_ms;
 
@@ -30,29 +29,6 @@ const AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_m
 const NO_ADDRESS: Duration = Duration::from_millis(200);
 /// Time after which a stream that is not open is tried again.
 const OPEN_TIMEOUT: Duration = Duration::from_millis(300);
-
-/// Result of a connection attempt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Reach {
-    /// Nothing listens there.
-    Refused,
-    /// The machine accepts connections.
-    Reachable,
-    /// The machine does not answer, or there is no route to it.
-    Unreachable,
-}
-
-/// Reports of a link's task.
-pub(super) enum News {
-    /// A connection attempt, begun at this time (milliseconds since boot), has ended.
-    Reach(Reach, u64),
-    /// The stream is open; heartbeats go here.
-    Up(mpsc::Sender<v1::LeaseRequest>),
-    /// The node has answered a heartbeat.
-    Reply(v1::LeaseReply),
-    /// The stream has ended.
-    Lost,
-}
 
 /// The task of a link.
 pub(super) struct Link {

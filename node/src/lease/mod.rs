@@ -8,6 +8,7 @@
 //! - Every change of a replica's authority is published by the one actor, in order.
 
 mod actor;
+mod event;
 mod link;
 mod seat;
 
@@ -24,7 +25,8 @@ use vasto_proto::v1;
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 use crate::replication::replicator::Replicator;
-use actor::{Actor, Event};
+use actor::Actor;
+use event::Event;
 
 /// Events that may wait for the actor; further senders wait.
 const EVENTS_MAX: usize = 1_024;

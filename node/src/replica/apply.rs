@@ -8,7 +8,7 @@ use vasto_core::codec::DecodeError;
 use vasto_core::entry::{Entry, event_time_of};
 use vasto_core::hash::partition_hash;
 use vasto_core::ids::{Origin, OwnSeq, ShardId, Vector};
-use vasto_core::record::{Body, FeedProgress, RangeState, Record};
+use vasto_core::record::{Body, FeedProgress, KeyEntry, OpResult, RangeState, Record};
 use vasto_core::stored_key::{MetaKey, data_key};
 
 use super::state::{Head, Identity, Ranges, Seal};
@@ -64,10 +64,24 @@ pub fn band_of(shard: ShardId, user_key: &[u8], own_partition: Option<u64>) -> O
     Band::in_shard(own_partition.unwrap_or_else(|| partition_hash(user_key)), shard)
 }
 
+/// Adds an entry to the batch.
+pub fn put_entry(batch: &mut Batch, meta: &mut Meta, stored_key: &[u8], encoded: &[u8]) {
+    batch.put(stored_key, encoded);
+    let event_time = event_time_of(encoded).unwrap_or(0);
+    meta.head.event_time_max = meta.head.event_time_max.max(event_time);
+}
+
+/// Adds results of read-modify-writes to the batch.
+pub fn put_results(batch: &mut Batch, results: &[OpResult]) {
+    for result in results {
+        batch.put_meta(MetaKey::Result(result.client, result.sequence), &result.outcome);
+    }
+}
+
 /// Adds the cursor changes of a record to the batch.
 pub fn put_progress(batch: &mut Batch, progress: &[FeedProgress]) {
-    for one in progress {
-        match one {
+    for cursor in progress {
+        match cursor {
             FeedProgress::Tail(replica, lsn) => batch.put_meta(MetaKey::TailCursor(*replica), &lsn.0.to_le_bytes()),
             FeedProgress::Forward(shard, lsn) => batch.put_meta(MetaKey::ForwardCursor(shard.0), &lsn.0.to_le_bytes()),
         }
@@ -89,7 +103,7 @@ pub fn put_head(batch: &mut Batch, meta: &mut Meta, record: &Record) {
         head.epoch = head.epoch.max(record.epoch);
     }
     if record.own_seq.0 > 0 {
-        if record.origin.replica == meta.identity.replica && record.origin.incarnation == meta.identity.incarnation {
+        if record.origin == meta.identity.origin() {
             head.own_seq = record.own_seq;
         }
         meta.vector.insert(record.origin, record.own_seq);
@@ -110,18 +124,13 @@ pub fn apply_record(meta: &mut Meta, record: &Record) -> Result<Batch, ApplyErro
 pub fn add_record(batch: &mut Batch, meta: &mut Meta, record: &Record) -> Result<(), ApplyError> {
     match &record.body {
         Body::Data { entries, results, progress } => {
-            for one in entries {
-                let entry =
-                    Entry::decode(&one.entry).map_err(|source| ApplyError::Entry { lsn: record.lsn.0, source })?;
-                let band = band_of(meta.identity.shard, &one.key, entry.partition_hash)
+            for KeyEntry { key, entry: encoded } in entries {
+                let entry = Entry::decode(encoded).map_err(|source| ApplyError::Entry { lsn: record.lsn.0, source })?;
+                let band = band_of(meta.identity.shard, key, entry.partition_hash)
                     .ok_or(ApplyError::Foreign { lsn: record.lsn.0, shard: meta.identity.shard })?;
-                batch.put(&data_key(band, &one.key), &one.entry);
-                let event_time = event_time_of(&one.entry).unwrap_or(0);
-                meta.head.event_time_max = meta.head.event_time_max.max(event_time);
+                put_entry(batch, meta, &data_key(band, key), encoded);
             }
-            for one in results {
-                batch.put_meta(MetaKey::Result(one.client, one.sequence), &one.outcome);
-            }
+            put_results(batch, results);
             put_progress(batch, progress);
         }
         Body::GcFloor { floor } => meta.head.floor = meta.head.floor.max(*floor),

@@ -62,23 +62,23 @@ impl BucketAcks {
         {
             let mut inner = self.inner.lock();
             inner.covered = inner.covered.max(lsn);
-            while inner.waiting.front().is_some_and(|one| one.lsn <= lsn) {
+            while inner.waiting.front().is_some_and(|write| write.lsn <= lsn) {
                 done.extend(inner.waiting.pop_front());
             }
         }
-        for one in done {
-            one.command.answer(Ok(one.outcomes));
+        for write in done {
+            write.command.answer(Ok(write.outcomes));
         }
     }
 
     /// Returns the first record that a write waits for.
     pub fn first(&self) -> Option<Lsn> {
-        self.inner.lock().waiting.front().map(|one| one.lsn)
+        self.inner.lock().waiting.front().map(|write| write.lsn)
     }
 
     /// Returns the last record that a write waits for.
     pub fn last(&self) -> Option<Lsn> {
-        self.inner.lock().waiting.back().map(|one| one.lsn)
+        self.inner.lock().waiting.back().map(|write| write.lsn)
     }
 
     /// Waits until a write waits for the bucket.
@@ -92,20 +92,20 @@ impl BucketAcks {
         let mut late = Vec::new();
         {
             let mut inner = self.inner.lock();
-            while inner.waiting.front().is_some_and(|one| one.until <= now) {
+            while inner.waiting.front().is_some_and(|write| write.until <= now) {
                 late.extend(inner.waiting.pop_front());
             }
         }
-        for one in late {
-            one.command.answer(Err(not_in_time()));
+        for write in late {
+            write.command.answer(Err(not_in_time()));
         }
     }
 
     /// Answers all waiting writes: the replica has stopped, and so has its shipper.
     pub fn abandon(&self) {
         let waiting = std::mem::take(&mut self.inner.lock().waiting);
-        for one in waiting {
-            one.command.answer(Err(not_in_time()));
+        for write in waiting {
+            write.command.answer(Err(not_in_time()));
         }
     }
 }

@@ -1,94 +1,24 @@
-//! Commands of a replica's writer, and their outcomes.
+//! Commands of a replica's writer: what it is asked to do, and how each command is answered.
+//!
+//! **Invariant:** a command that waits for an answer gets exactly one, also when it is dropped before it was begun.
+
+mod operation;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use vasto_core::catalog::Ack;
 use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, Lsn, Origin, OwnSeq, PlanId, ReplicaId, Vector};
 use vasto_core::record::{BandRange, FeedProgress, IngestedObject, KeyEntry, RangeState, Record};
 use vasto_core::{ErrorCode, VastoError};
 
+pub use operation::{Condition, Number, OpId, OpKind, OpOutcome, WriteOp};
+
 use super::authority::Authority;
 use crate::clock::since_boot;
 use crate::shortage;
-
-/// One operation of a write.
-#[derive(Debug, Clone)]
-pub struct WriteOp {
-    /// The user key.
-    pub key: Bytes,
-    /// Hash of the partition key when it is not the key itself.
-    pub partition_hash: Option<u64>,
-    /// Event time of the caller, microseconds since 1970; the writer assigns one for `None`.
-    pub event_time: Option<u64>,
-    /// The change to make.
-    pub change: OpKind,
-    /// Time to live of the keyspace for a value that a read-modify-write creates, milliseconds.
-    pub created_ttl_ms: Option<u64>,
-}
-
-/// Put or delete.
-#[derive(Debug, Clone)]
-pub enum OpKind {
-    /// Store a value.
-    Put {
-        /// The value.
-        value: Bytes,
-        /// Time to live, milliseconds.
-        ttl_ms: Option<u64>,
-        /// Condition that must hold; makes the put a read-modify-write.
-        condition: Option<Condition>,
-    },
-    /// Store a tombstone.
-    Delete {
-        /// Condition, as of a put.
-        condition: Option<Condition>,
-    },
-    /// Add to a counter.
-    AddI64(i64),
-    /// Add to a number.
-    AddF64(f64),
-    /// Raise a number to at least this.
-    MaxF64(f64),
-    /// Lower a number to at most this.
-    MinF64(f64),
-    /// Append to bytes.
-    Append(Bytes),
-}
-
-/// Condition of a conditional write.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Condition {
-    /// The key does not exist.
-    Absent,
-    /// The stored entry has this version.
-    Version(u64),
-}
-
-/// A number that was stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Number {
-    /// An integer.
-    I64(i64),
-    /// The bits of a float.
-    F64(u64),
-}
-
-/// Identity of a read-modify-write: client and sequence number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct OpId {
-    /// The client.
-    pub client: u64,
-    /// Number that the client gave it.
-    pub sequence: u64,
-    /// Replica that received an earlier attempt.
-    pub tried: Option<ReplicaId>,
-    /// Time since the first attempt, milliseconds.
-    pub age_ms: u64,
-}
 
 /// Facts that the sender of a write reports.
 #[derive(Debug, Clone, Copy, Default)]
@@ -108,39 +38,9 @@ pub(crate) fn too_late() -> VastoError {
     VastoError::new(ErrorCode::DeadlineExceeded, "the time for the operation ended before the node came to it")
 }
 
-impl OpKind {
-    /// Returns true for a read-modify-write, which only the primary does.
-    pub fn modifies(&self) -> bool {
-        match self {
-            OpKind::Put { condition, .. } | OpKind::Delete { condition } => condition.is_some(),
-            OpKind::AddI64(_) | OpKind::AddF64(_) | OpKind::MaxF64(_) | OpKind::MinF64(_) | OpKind::Append(_) => true,
-        }
-    }
-}
-
-/// Outcome of one operation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OpOutcome {
-    /// The entry is stored with this event time.
-    Applied(u64),
-    /// The stored entry has this later event time.
-    Superseded(u64),
-    /// The read-modify-write is stored.
-    Modified {
-        /// Its event time.
-        event_time: u64,
-        /// Version of the entry that is now stored.
-        version: u64,
-        /// The number that is now stored.
-        number: Option<Number>,
-    },
-    /// The condition does not hold.
-    NotApplied {
-        /// Event time of the stored entry; 0 without one.
-        event_time: u64,
-        /// Version of the stored entry; 0 without one.
-        version: u64,
-    },
+/// Returns the error for a key outside the owned bands.
+pub(super) fn wrong_epoch() -> VastoError {
+    VastoError::new(ErrorCode::WrongEpoch, "this node does not own the key; fetch the topology and go to its owner")
 }
 
 /// Callback that is called exactly once with the result.

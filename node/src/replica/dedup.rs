@@ -67,8 +67,8 @@ pub fn decode(bytes: &[u8]) -> Result<(u64, StoredResult), DecodeError> {
     };
     let rest = reader.rest();
     let mut outcomes = Vec::new();
-    for one in rest.chunks(26) {
-        let mut reader = Reader::new(one, what);
+    for outcome in rest.chunks(26) {
+        let mut reader = Reader::new(outcome, what);
         let (kind, event_time, version) = (reader.u8()?, reader.u64_le()?, reader.u64_le()?);
         let number = match (reader.u8()?, reader.u64_le()?) {
             (0, _) => None,
@@ -96,7 +96,7 @@ fn certain_after(forgotten: u64) -> u64 {
 /// Results that a replica keeps.
 #[derive(Default)]
 pub struct DedupTable {
-    known: HashMap<(u64, u64), StoredResult>,
+    by_id: HashMap<(u64, u64), StoredResult>,
     order: VecDeque<(u64, (u64, u64))>,
     /// Results from before this time may have been forgotten, microseconds.
     complete_from: u64,
@@ -122,7 +122,7 @@ impl DedupTable {
         }
         for (at, id, kept) in all {
             results.order.push_back((at, id));
-            results.known.insert(id, kept);
+            results.by_id.insert(id, kept);
         }
         results
     }
@@ -132,7 +132,7 @@ impl DedupTable {
     /// # Errors
     /// `Unknown` when the operation may have been done elsewhere, or so long ago that its result is forgotten.
     pub fn recall(&self, id: &OpId, here: ReplicaId, now_us: u64) -> Result<Option<&StoredResult>, VastoError> {
-        if let Some(kept) = self.known.get(&(id.client, id.sequence)) {
+        if let Some(kept) = self.by_id.get(&(id.client, id.sequence)) {
             return Ok(Some(kept));
         }
         let unknown = |why: &str| {
@@ -161,7 +161,7 @@ impl DedupTable {
     /// Stores a result.
     pub fn keep(&mut self, id: (u64, u64), commit_time: u64, kept: StoredResult) {
         self.order.push_back((commit_time, id));
-        self.known.insert(id, kept);
+        self.by_id.insert(id, kept);
     }
 
     /// Forgets results that are too old or too many; returns those to remove from the database.
@@ -172,7 +172,7 @@ impl DedupTable {
             && (at < oldest || self.order.len() > self.kept_max)
         {
             self.order.pop_front();
-            self.known.remove(&id);
+            self.by_id.remove(&id);
             self.complete_from = self.complete_from.max(certain_after(at));
             gone.push(id);
         }

@@ -17,7 +17,7 @@ use vasto_core::{ErrorCode, VastoError};
 
 use super::command::{OpOutcome, WriteCommand};
 
-/// Maximum number of records known to have lost an entry elsewhere: more than can wait for acknowledgement at once.
+/// Maximum number of records noted to have lost an entry elsewhere: more than can wait for acknowledgement at once.
 const LOST_MAX: usize = 65_536;
 
 /// Position of a follower.
@@ -68,7 +68,7 @@ struct Inner {
     wanted: BTreeSet<ReplicaId>,
     /// Replicas whose sync counts.
     placed: BTreeSet<ReplicaId>,
-    known: BTreeMap<ReplicaId, Follower>,
+    positions: BTreeMap<ReplicaId, Follower>,
     /// Records of this incarnation of which an entry lost at a follower; the most recent ones.
     lost: BTreeSet<OwnSeq>,
     waiting: VecDeque<Waiting>,
@@ -94,8 +94,8 @@ impl Followers {
         let mut inner = self.inner.lock();
         inner.wanted = wanted.into_iter().collect();
         inner.placed = placed.into_iter().collect();
-        let Inner { wanted, known, .. } = &mut *inner;
-        known.retain(|id, _| wanted.contains(id));
+        let Inner { wanted, positions, .. } = &mut *inner;
+        positions.retain(|id, _| wanted.contains(id));
     }
 
     /// Returns true when the shard has other placed replicas.
@@ -105,18 +105,18 @@ impl Followers {
 
     /// Adds a write that is durable here and waits for another replica.
     pub fn wait(&self, command: WriteCommand, outcomes: Vec<OpOutcome>, own_seq: OwnSeq, epoch: Epoch) {
-        let one = Waiting { command, outcomes, own_seq, epoch, until: Instant::now() + REPLICA_ACK_TIMEOUT };
+        let write = Waiting { command, outcomes, own_seq, epoch, until: Instant::now() + REPLICA_ACK_TIMEOUT };
         if own_seq.0 == 0 {
-            return one.answer(Ok(()));
+            return write.answer(Ok(()));
         }
         let mut inner = self.inner.lock();
-        let placed = inner.placed.iter().filter_map(|id| inner.known.get(id));
+        let placed = inner.placed.iter().filter_map(|id| inner.positions.get(id));
         // The epoch at which a follower took the record is not known here: its last one counts.
         let taken = placed.filter(|follower| follower.own_seq >= own_seq).map(|follower| follower.epoch).min();
-        let Some(taken) = taken else { return inner.waiting.push_back(one) };
-        let verdict = one.judge(taken, &inner.lost);
+        let Some(taken) = taken else { return inner.waiting.push_back(write) };
+        let verdict = write.judge(taken, &inner.lost);
         drop(inner);
-        one.answer(verdict);
+        write.answer(verdict);
     }
 
     /// Records what a follower reports as durable there: this log up to `covered`, this incarnation up to `own_seq`,
@@ -125,19 +125,19 @@ impl Followers {
         let mut ready = Vec::new();
         {
             let mut inner = self.inner.lock();
-            let known = inner.known.entry(follower).or_insert(Follower { covered, own_seq, epoch });
-            known.covered = known.covered.max(covered);
-            known.own_seq = known.own_seq.max(own_seq);
-            known.epoch = known.epoch.max(epoch);
+            let position = inner.positions.entry(follower).or_insert(Follower { covered, own_seq, epoch });
+            position.covered = position.covered.max(covered);
+            position.own_seq = position.own_seq.max(own_seq);
+            position.epoch = position.epoch.max(epoch);
             if inner.placed.contains(&follower) {
-                while let Some(one) = inner.waiting.pop_front_if(|one| one.own_seq <= own_seq) {
-                    let verdict = one.judge(epoch, &inner.lost);
-                    ready.push((one, verdict));
+                while let Some(write) = inner.waiting.pop_front_if(|write| write.own_seq <= own_seq) {
+                    let verdict = write.judge(epoch, &inner.lost);
+                    ready.push((write, verdict));
                 }
             }
         }
-        for (one, verdict) in ready {
-            one.answer(verdict);
+        for (write, verdict) in ready {
+            write.answer(verdict);
         }
     }
 
@@ -161,47 +161,47 @@ impl Followers {
         let mut late = Vec::new();
         {
             let mut inner = self.inner.lock();
-            while inner.waiting.front().is_some_and(|one| one.until <= now) {
+            while inner.waiting.front().is_some_and(|write| write.until <= now) {
                 late.extend(inner.waiting.pop_front());
             }
         }
-        for one in late {
-            one.answer(Err(not_in_time()));
+        for write in late {
+            write.answer(Err(not_in_time()));
         }
     }
 
     /// Answers all waiting writes, because the replica stops: none will be acknowledged any more.
     pub fn abandon(&self) {
         let waiting = std::mem::take(&mut self.inner.lock().waiting);
-        for one in waiting {
-            one.answer(Err(not_in_time()));
+        for write in waiting {
+            write.answer(Err(not_in_time()));
         }
     }
 
     /// Returns the LSN up to which all wanted followers hold this log; `None` without wanted followers.
     pub fn covered_by_all(&self) -> Option<Lsn> {
         let inner = self.inner.lock();
-        let covered = |id| inner.known.get(id).map_or(Lsn(0), |follower| follower.covered);
+        let covered = |id| inner.positions.get(id).map_or(Lsn(0), |follower| follower.covered);
         inner.wanted.iter().map(covered).min()
     }
 
     /// Returns the wanted follower that holds the log back most, and its LSN.
     pub fn last(&self) -> Option<(ReplicaId, Lsn)> {
         let inner = self.inner.lock();
-        let covered = |id: &ReplicaId| (*id, inner.known.get(id).map_or(Lsn(0), |follower| follower.covered));
+        let covered = |id: &ReplicaId| (*id, inner.positions.get(id).map_or(Lsn(0), |follower| follower.covered));
         inner.wanted.iter().map(covered).min_by_key(|(_, covered)| *covered)
     }
 
     /// Returns true when a placed replica holds this log up to the LSN.
     pub fn anybody_covers(&self, lsn: Lsn) -> bool {
         let inner = self.inner.lock();
-        inner.placed.iter().any(|id| inner.known.get(id).is_some_and(|follower| follower.covered >= lsn))
+        inner.placed.iter().any(|id| inner.positions.get(id).is_some_and(|follower| follower.covered >= lsn))
     }
 
     /// Returns the placed replicas that hold this log up to the LSN.
     pub fn covered_by(&self, lsn: Lsn) -> Vec<ReplicaId> {
         let inner = self.inner.lock();
-        let covers = |id: &&ReplicaId| inner.known.get(id).is_some_and(|follower| follower.covered >= lsn);
+        let covers = |id: &&ReplicaId| inner.positions.get(id).is_some_and(|follower| follower.covered >= lsn);
         inner.placed.iter().filter(covers).copied().collect()
     }
 }

@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::Shared;
 use super::command::{Command, ReplicaError};
+use super::shared::Shared;
 use super::writer::Writer;
 use crate::shortage::NO_THREAD;
 
@@ -62,7 +62,7 @@ impl Drop for CloseOnPanic {
 impl Queue {
     /// Creates the queue of an idle writer; its threads get this name and log in the current span.
     pub(super) fn new(commands: Sender<Command>, writer: Writer, name: String) -> Self {
-        let (shared, span) = (writer.shared.clone(), tracing::Span::current());
+        let (shared, span) = (writer.shared().clone(), tracing::Span::current());
         let state = Mutex::new(QueueState { writer: Some(writer), ..QueueState::default() });
         Self { commands, seat: Arc::new(Seat { name, span, shared, rests: AtomicBool::new(true), state }) }
     }
@@ -124,9 +124,7 @@ impl Seat {
                 seat.shared.close(format!("{NO_THREAD}: {error}"));
                 let writer = state.writer.take();
                 drop(state);
-                seat.shared.followers.abandon();
-                seat.shared.bucket_acks.abandon();
-                seat.shared.authority.abandon();
+                seat.shared.abandon_acknowledgements();
                 // Queued commands were not begun, and answer so when they are dropped.
                 drop(writer);
             }
@@ -152,13 +150,13 @@ impl Seat {
         self.rests.store(true, Ordering::SeqCst);
         // Either the sender's command is seen here, or the sender sees that the writer has no thread.
         fence(Ordering::SeqCst);
-        match writer.commands.try_recv() {
-            Ok(command) => {
+        match writer.waiting() {
+            Some(command) => {
                 self.rests.store(false, Ordering::SeqCst);
                 drop(state);
                 (!writer.take(command)).then_some(writer)
             }
-            Err(_) => {
+            None => {
                 state.writer = Some(writer);
                 None
             }

@@ -10,21 +10,24 @@
 
 use std::time::Duration;
 
-use vasto_core::entry::Entry;
 use vasto_core::ids::{Lsn, OwnSeq, ReplicaId};
 use vasto_core::limits::MAX_CLOCK_AHEAD;
-use vasto_core::merge::supersedes;
 use vasto_core::record::{Body, FeedProgress, KeyEntry, RangeState, Record};
 use vasto_core::stored_key::data_key;
 
 use super::apply::{add_record, band_of};
-use super::assign::WriteGroup;
 use super::command::ReplicaError;
-use super::writer::Writer;
-use super::{OLD_COPY, metrics};
+use super::merge::decode_streamed;
+use super::metrics;
+use super::store::Store;
+use super::write_group::WriteGroup;
 use crate::engine::Batch;
 
-impl Writer {
+/// Reason for closing a replica of whose records others hold more than it has ever written.
+pub const OLD_COPY: &str = "others hold records of this replica that it has never written: its directory is an old \
+                            copy; evict the replica (`vasto keyspace evict`), it is rebuilt from the others";
+
+impl Store {
     /// Takes the records; afterwards everything is durable and visible.
     pub(super) fn take_records(
         &mut self,
@@ -32,9 +35,7 @@ impl Writer {
         records: Vec<Record>,
         covered: Lsn,
     ) -> Result<(), ReplicaError> {
-        if let Some(reason) = self.shared.closed() {
-            return Err(ReplicaError::Closed(reason));
-        }
+        self.shared.check_open()?;
         let mut batch = Batch::default();
         let mut group = WriteGroup::default();
         let mut taken = 0u64;
@@ -68,9 +69,9 @@ impl Writer {
             self.sync()?;
             self.write_batch(batch)?;
             metrics::replicated(taken);
-        } else if self.unsynced_since.is_some() {
+        } else {
             // Records that are here already may have arrived another way just before.
-            self.sync()?;
+            self.sync_rest()?;
         }
         match failed {
             Some(error) => Err(error),
@@ -106,7 +107,7 @@ impl Writer {
         add_record(batch, &mut self.meta, &logged).map_err(|error| self.close(error.to_string()))
     }
 
-    /// Returns the entries that win over the stored ones, and whether one lost against a different entry.
+    /// Returns the entries that win over the stored ones, and whether another one lost against a different entry.
     fn winners(
         &mut self,
         entries: Vec<KeyEntry>,
@@ -115,14 +116,13 @@ impl Writer {
         let ahead = self.now_us().saturating_add(MAX_CLOCK_AHEAD.as_micros() as u64);
         let mut winners = Vec::with_capacity(entries.len());
         let mut lost = false;
-        for one in entries {
-            let entry = Entry::decode(&one.entry)
-                .map_err(|error| ReplicaError::Refused(format!("a streamed entry is damaged: {error}")))?;
+        for incoming in entries {
+            let entry = decode_streamed(&incoming)?;
             let event_time = entry.event_time;
             if event_time > ahead {
                 alarm_ahead(event_time - ahead);
             }
-            let band = band_of(self.meta.identity.shard, &one.key, entry.partition_hash)
+            let band = band_of(self.meta.identity.shard, &incoming.key, entry.partition_hash)
                 .ok_or_else(|| ReplicaError::Refused("a streamed entry can never live in this shard".into()))?;
             if !matches!(self.meta.ranges.state(band), RangeState::Arriving | RangeState::Owned) {
                 // Given away: before that was decided, the new owner had everything that any replica of this shard had
@@ -130,24 +130,13 @@ impl Writer {
                 metrics::given_away();
                 continue;
             }
-            let stored_key = data_key(band, &one.key);
-            let blind = event_time > self.max_event_times.max_of(&one.key);
-            let wins = blind || {
-                let current = match group.get(&stored_key) {
-                    Some(entry) => Some(entry.to_vec()),
-                    None => self.shared.engine.get(&stored_key)?,
-                };
-                let wins = supersedes(self.meta.head.floor, current.as_deref(), &one.entry);
-                if current.is_some_and(|current| current != one.entry) {
-                    metrics::conflict(wins);
-                    lost |= !wins;
-                }
-                wins
-            };
-            if wins {
-                self.max_event_times.raise(&one.key, event_time);
-                group.set(stored_key, &one.key, one.entry.clone());
-                winners.push(one);
+            let merged = self.merge(data_key(band, &incoming.key), &incoming, event_time, group)?;
+            if merged.conflicts {
+                metrics::conflict(merged.wins);
+                lost |= !merged.wins;
+            }
+            if merged.wins {
+                winners.push(incoming);
             }
         }
         Ok((winners, lost))

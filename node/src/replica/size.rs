@@ -8,25 +8,18 @@ use vasto_core::ids::Lsn;
 use vasto_core::record::RangeState;
 use vasto_core::stored_key::split_data_key;
 
-use super::{META_ROWS, Replica};
+use super::handle::Replica;
+use super::shared::KeyCount;
 use crate::engine::EngineError;
+
+/// Identity, head and range states.
+const META_ROWS: u64 = 3;
 
 /// Rows that a count examines: a few milliseconds.
 const ROWS_WALKED: usize = 5_000;
 
 /// Inputs of a size, except for the background work of RocksDB.
 pub type SizeVersion = (Lsn, Option<Instant>);
-
-/// Last count of the keys.
-#[derive(Debug, Clone, Copy)]
-pub struct KeyCount {
-    at: Instant,
-    /// Last record applied before the count.
-    applied: Lsn,
-    keys: u64,
-    /// Result of [`Replica::stored`] at that time.
-    stored: u64,
-}
 
 impl Replica {
     /// Returns `(keys, bytes of SSTs)`. The number of keys is exact for a small replica without writes, and an estimate

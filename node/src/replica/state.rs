@@ -9,8 +9,11 @@ use std::time::Duration;
 use vasto_core::Band;
 use vasto_core::band::BANDS;
 use vasto_core::codec::{DecodeError, Reader};
-use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, OwnSeq, PlanId, ReplicaId, ShardId};
+use vasto_core::ids::{
+    CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, Origin, OwnSeq, PlanId, ReplicaId, ShardId, Vector,
+};
 use vasto_core::record::{BandRange, RangeState};
+use vasto_core::stored_key::MetaKey;
 
 use crate::clock::since_boot;
 
@@ -37,6 +40,11 @@ pub struct Identity {
 }
 
 impl Identity {
+    /// Returns the origin of the records that this incarnation writes.
+    pub fn origin(&self) -> Origin {
+        Origin { replica: self.replica, incarnation: self.incarnation }
+    }
+
     /// Encodes the stored value.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = vec![FORMAT];
@@ -260,6 +268,16 @@ impl Ranges {
         ranges.ingested = Some(PlanId(reader.u64_le()?)).filter(|plan| plan.0 > 0);
         Ok(ranges)
     }
+}
+
+/// Reads a vector out of stored metadata rows.
+pub fn parse_vector(rows: &[(Vec<u8>, Vec<u8>)]) -> Vector {
+    rows.iter()
+        .filter_map(|(key, value)| {
+            let MetaKey::Vector(origin) = MetaKey::decode(key).ok()? else { return None };
+            Some((origin, OwnSeq(u64::from_le_bytes(value.as_slice().try_into().ok()?))))
+        })
+        .collect()
 }
 
 #[cfg(test)]

@@ -75,11 +75,11 @@ mod tests {
         let origin = |replica| Origin { replica: ReplicaId(replica), incarnation: Incarnation(1) };
         superseded.note(origin(1), OwnSeq(5));
         superseded.note(origin(2), OwnSeq(7));
-        let (first, told) = superseded.of(ReplicaId(1), 0);
+        let (first, last) = superseded.of(ReplicaId(1), 0);
         assert_eq!(first, [(origin(1), OwnSeq(5))]);
-        assert_eq!(superseded.of(ReplicaId(1), told), (Vec::new(), told));
+        assert_eq!(superseded.of(ReplicaId(1), last), (Vec::new(), last));
         superseded.note(origin(1), OwnSeq(6));
-        assert_eq!(superseded.of(ReplicaId(1), told).0, [(origin(1), OwnSeq(6))]);
+        assert_eq!(superseded.of(ReplicaId(1), last).0, [(origin(1), OwnSeq(6))]);
         assert_eq!(superseded.of(ReplicaId(1), 0).0.len(), 2);
     }
 }

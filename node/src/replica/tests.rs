@@ -8,6 +8,7 @@
 mod bucket_faults;
 mod clean_up;
 mod crashes;
+mod dated;
 mod failures;
 mod grow;
 mod hosts;

@@ -4,7 +4,9 @@ pub mod gc_floor;
 pub mod peers;
 mod position;
 mod pull;
-pub mod puller;
+mod pull_state;
+mod puller;
+mod pullers;
 pub mod replicator;
 mod service;
 

@@ -4,12 +4,13 @@
 //! call has a deadline.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
-use vasto_core::ids::NodeId;
+use tonic::{Response, Status};
+use vasto_core::catalog::Placed;
+use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId};
 use vasto_core::limits::{CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX};
 use vasto_core::{ErrorCode, VastoError};
 use vasto_proto::convert::status_of;
@@ -20,6 +21,9 @@ use crate::registry::NodeRegistry;
 
 /// Flow-control windows of a stream and of a connection, bytes.
 const WINDOWS: (u32, u32) = (4 << 20, 16 << 20);
+
+/// Pause before a peer that did not answer is asked again.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 /// The connections of a node to its peers, by address.
 #[derive(Default)]
@@ -74,10 +78,7 @@ impl Peers {
     ) -> Result<v1::PositionReply, Status> {
         let mut client = self.client(registry, node)?;
         let patience = CONNECT_TIMEOUT + Duration::from_millis(request.wait_ms.into());
-        match tokio::time::timeout(patience, client.position(request)).await {
-            Ok(reply) => Ok(reply?.into_inner()),
-            Err(_) => Err(unreachable(format!("node {node} did not answer within {patience:?}"))),
-        }
+        answered(node, patience, client.position(request)).await
     }
 
     /// Asks a replica of another node to promise a commit-time fence.
@@ -88,10 +89,53 @@ impl Peers {
         request: v1::PromiseRequest,
     ) -> Result<v1::PositionReply, Status> {
         let mut client = self.client(registry, node)?;
-        match tokio::time::timeout(CONNECT_TIMEOUT, client.promise(request)).await {
-            Ok(reply) => Ok(reply?.into_inner()),
-            Err(_) => Err(unreachable(format!("node {node} did not answer within {CONNECT_TIMEOUT:?}"))),
+        answered(node, CONNECT_TIMEOUT, client.promise(request)).await
+    }
+
+    /// Returns the position that a peer has once it has applied `min_version` and, unless that is 0, sealed under
+    /// `sealed`; asks again until then. `None` when `patience` is over.
+    pub async fn position_under(
+        &self,
+        registry: &NodeRegistry,
+        keyspace: KeyspaceId,
+        peer: Placed,
+        min_version: CatalogVersion,
+        sealed: CatalogVersion,
+        patience: Duration,
+    ) -> Option<v1::PositionReply> {
+        let began = Instant::now();
+        loop {
+            let left = patience.checked_sub(began.elapsed())?;
+            let request = v1::PositionRequest {
+                keyspace_id: keyspace.0,
+                replica_id: peer.replica.0,
+                min_version: min_version.0,
+                sealed_version: sealed.0,
+                wait_ms: left.as_millis() as u32,
+            };
+            let asked = tokio::time::timeout(left, self.position(registry, peer.node, request)).await;
+            match asked {
+                Ok(Ok(reply))
+                    if reply.version >= min_version.0 && (sealed.0 == 0 || reply.sealed_version == sealed.0) =>
+                {
+                    return Some(reply);
+                }
+                Ok(_) => tokio::time::sleep(ASK_AGAIN.min(left)).await,
+                Err(_) => return None,
+            }
         }
+    }
+}
+
+/// Bounds a call by a deadline.
+async fn answered<T>(
+    node: NodeId,
+    patience: Duration,
+    call: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T, Status> {
+    match tokio::time::timeout(patience, call).await {
+        Ok(reply) => Ok(reply?.into_inner()),
+        Err(_) => Err(unreachable(format!("node {node} did not answer within {patience:?}"))),
     }
 }
 

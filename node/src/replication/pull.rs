@@ -26,7 +26,6 @@ use vasto_proto::v1::pull_message::Message;
 use crate::binlog::LogReader;
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
-use crate::tail::log_status;
 
 /// Frames that may wait for a slow follower.
 const FRAMES_AHEAD: usize = 4;
@@ -136,7 +135,7 @@ async fn stream(
     if frames.send(Ok(hello)).await.is_err() {
         return Ok(());
     }
-    let mut reader = replica.log().reader(from).map_err(|error| log_status(&error))?;
+    let mut reader = replica.log().reader(from).map_err(|error| status_of(&error.into()))?;
     let mut synced = replica.log().subscribe();
     loop {
         synced.borrow_and_update();
@@ -178,7 +177,7 @@ async fn stream(
 // One result per megabyte of log.
 #[allow(clippy::result_large_err)]
 fn read(reader: &mut LogReader) -> Result<Vec<(Lsn, Vec<u8>)>, Status> {
-    reader.next_batch(PULL_FRAME_BYTES).map_err(|error| log_status(&error))
+    reader.next_batch(PULL_FRAME_BYTES).map_err(|error| status_of(&error.into()))
 }
 
 /// Returns the records of a batch that the follower lacks.

@@ -1,30 +1,25 @@
-//! The follower's side of a pull: pulls every record that this replica lacks from each of its peers.
+//! The follower's side of a pull: pulls every record that this replica lacks from one of its peers.
 //!
 //! **Invariants**
 //! - Everything that is acknowledged to a source is durable here.
 //! - A pull resumes from a durable cursor; the vector skips repeated records. A missing record is never skipped: the
 //!   peer is then of no use as a source any more (`too_old`).
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use opentelemetry::KeyValue;
-use opentelemetry::metrics::Gauge;
-use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::Placed;
-use vasto_core::ids::{Epoch, Lsn, NodeId, ReplicaId, Vector, covers};
+use vasto_core::ids::{Epoch, Lsn, Vector, covers};
 use vasto_core::record::Record;
 use vasto_proto::convert::{vector_from_wire, vector_to_wire};
 use vasto_proto::v1;
 use vasto_proto::v1::pull_message::Message;
 
 use super::peers::Peers;
-use crate::clock::since_boot;
+use super::pull_state::PullState;
 use crate::registry::NodeRegistry;
 use crate::replica::command::ReplicaError;
 use crate::replica::{OLD_COPY, Replica};
@@ -34,167 +29,21 @@ const RETRY: Duration = Duration::from_millis(100);
 /// Interval at which records from other sources are reported to each source.
 const TELL: Duration = Duration::from_millis(20);
 
-/// Returns the gauges of the lag, in records and in milliseconds.
-fn gauges() -> &'static (Gauge<u64>, Gauge<u64>) {
-    static GAUGES: OnceLock<(Gauge<u64>, Gauge<u64>)> = OnceLock::new();
-    GAUGES.get_or_init(|| {
-        let meter = opentelemetry::global::meter("vasto-node");
-        let lsns = meter
-            .u64_gauge("vasto_replication_lag_lsns")
-            .with_description("Synced records of a peer that a replica has not applied");
-        let ms = meter
-            .u64_gauge("vasto_replication_lag")
-            .with_unit("ms")
-            .with_description("Age of the last record that came, while there are more; time without a connection");
-        (lsns.build(), ms.build())
-    })
+/// The task that pulls from one source.
+pub(super) struct Puller {
+    pub registry: Arc<NodeRegistry>,
+    pub peers: Arc<Peers>,
+    pub replica: Replica,
+    pub source: Placed,
+    pub state: Arc<PullState>,
 }
 
-/// Progress of one pull.
-#[derive(Debug, Default)]
-pub struct PullState {
-    /// A stream is open.
-    pub connected: AtomicBool,
-    /// Synced records of the peer that this replica lacks.
-    pub lag_lsns: AtomicU64,
-    /// Age of the last record received, while there are more, milliseconds.
-    pub lag_ms: AtomicU64,
-    /// Boot time since which no stream is open, milliseconds; meaningless while a stream is open.
-    pub broken_ms: AtomicU64,
-    /// The peer's log does not reach back to this replica's position.
-    pub too_old: AtomicBool,
-}
-
-impl PullState {
-    /// Notes that no stream is open.
-    fn broken(&self) {
-        self.broken_ms.store(since_boot().as_millis() as u64, Ordering::Release);
-        self.connected.store(false, Ordering::Release);
-    }
-
-    /// Returns the lag in milliseconds. The position of a peer is unknown while no stream is open: then the lag is at
-    /// least as old as that.
-    fn lag_ms(&self) -> u64 {
-        let lag = self.lag_ms.load(Ordering::Acquire);
-        if self.connected.load(Ordering::Acquire) {
-            return lag;
-        }
-        lag.max((since_boot().as_millis() as u64).saturating_sub(self.broken_ms.load(Ordering::Acquire)))
-    }
-}
-
-struct Pull {
-    node: NodeId,
-    cancel: CancellationToken,
-    state: Arc<PullState>,
-}
-
-/// The pulls of one replica.
-pub struct Pullers {
-    registry: Arc<NodeRegistry>,
-    peers: Arc<Peers>,
-    replica: Replica,
-    cancel: CancellationToken,
-    pulls: Mutex<HashMap<ReplicaId, Pull>>,
-}
-
-/// The largest lag of a replica behind its peers.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Lag {
-    /// Records.
-    pub lsns: u64,
-    /// Milliseconds.
-    pub ms: u64,
-}
-
-impl Pullers {
-    /// Creates the state without pulls; all pulls end with `cancel`.
-    pub fn new(registry: Arc<NodeRegistry>, peers: Arc<Peers>, replica: Replica, cancel: CancellationToken) -> Self {
-        Self { registry, peers, replica, cancel, pulls: Mutex::default() }
-    }
-
-    /// Pulls from exactly these sources.
-    pub fn follow(&self, sources: &[Placed]) {
-        let mut pulls = self.pulls.lock();
-        pulls.retain(|id, pull| {
-            let keep = sources.iter().any(|one| one.replica == *id && one.node == pull.node);
-            if !keep {
-                pull.cancel.cancel();
-            }
-            keep
-        });
-        for source in sources {
-            pulls.entry(source.replica).or_insert_with(|| {
-                let cancel = self.cancel.child_token();
-                let state = Arc::new(PullState::default());
-                state.broken();
-                let task = Puller {
-                    registry: self.registry.clone(),
-                    peers: self.peers.clone(),
-                    replica: self.replica.clone(),
-                    source: *source,
-                    state: state.clone(),
-                };
-                let ended = cancel.clone();
-                // Ends with its token.
-                tokio::spawn(async move { ended.run_until_cancelled(task.run()).await });
-                Pull { node: source.node, cancel, state }
-            });
-        }
-    }
-
-    /// Returns the largest lag behind a peer; records are counted for connected peers only, because the positions of
-    /// the others are unknown.
-    pub fn lag(&self) -> Lag {
-        let pulls = self.pulls.lock();
-        let connected = pulls.values().filter(|pull| pull.state.connected.load(Ordering::Acquire));
-        Lag {
-            lsns: connected.map(|pull| pull.state.lag_lsns.load(Ordering::Acquire)).max().unwrap_or(0),
-            ms: pulls.values().map(|pull| pull.state.lag_ms()).max().unwrap_or(0),
-        }
-    }
-
-    /// Returns the lag behind one peer, in records; `None` while that is unknown.
-    pub fn lag_behind(&self, peer: ReplicaId) -> Option<u64> {
-        let pulls = self.pulls.lock();
-        let pull = pulls.get(&peer).filter(|pull| pull.state.connected.load(Ordering::Acquire))?;
-        Some(pull.state.lag_lsns.load(Ordering::Acquire))
-    }
-
-    /// Returns true while a stream from the peer is open.
-    pub fn is_connected(&self, peer: ReplicaId) -> bool {
-        self.pulls.lock().get(&peer).is_some_and(|pull| pull.state.connected.load(Ordering::Acquire))
-    }
-
-    /// Records the progress of each pull in the metrics.
-    pub fn measure(&self) {
-        let (keyspace, replica) = (self.replica.keyspace.0 as i64, self.replica.id.0 as i64);
-        for (peer, pull) in &*self.pulls.lock() {
-            let labels = [
-                KeyValue::new("keyspace", keyspace),
-                KeyValue::new("replica", replica),
-                KeyValue::new("peer", peer.0 as i64),
-            ];
-            gauges().0.record(pull.state.lag_lsns.load(Ordering::Acquire), &labels);
-            gauges().1.record(pull.state.lag_ms(), &labels);
-        }
-    }
-
-    /// Returns true when a peer's log cannot bring this replica up to date, and no connected peer's log can.
-    pub fn is_too_old(&self) -> bool {
-        let pulls = self.pulls.lock();
-        let too_old = |pull: &Pull| pull.state.too_old.load(Ordering::Acquire);
-        pulls.values().any(too_old)
-            && !pulls.values().any(|pull| !too_old(pull) && pull.state.connected.load(Ordering::Acquire))
-    }
-}
-
-struct Puller {
-    registry: Arc<NodeRegistry>,
-    peers: Arc<Peers>,
-    replica: Replica,
-    source: Placed,
-    state: Arc<PullState>,
+/// What the source was last told of this replica.
+struct Reported {
+    vector: Vector,
+    /// Number of the last superseded record of the source that was reported.
+    losses: u64,
+    epoch: Epoch,
 }
 
 /// Reason why a stream ended.
@@ -228,7 +77,8 @@ fn covered(unproven: &Option<(Lsn, Vector)>, cursor: Lsn) -> Lsn {
 }
 
 impl Puller {
-    async fn run(self) {
+    /// Pulls until the task is cancelled.
+    pub async fn run(self) {
         // A rescan begins at the start of the peer's log instead of at the cursor: the vector skips records that are
         // here already.
         let mut rescan = false;
@@ -288,15 +138,14 @@ impl Puller {
         let cursor = cursors.into_iter().find(|(id, _)| *id == self.source.replica).map_or(Lsn(0), |(_, lsn)| lsn);
         let mut cursor = if rescan { Lsn(0) } else { cursor };
         let (mut changes, mut views) = (self.replica.vector_changes(), self.replica.changes());
-        let mut told = self.replica.vector();
-        let (mut told_losses, mut told_epoch) = (0, Epoch(0));
+        let mut reported = Reported { vector: self.replica.vector(), losses: 0, epoch: Epoch(0) };
         let (messages, outgoing) = mpsc::channel(8);
         let start = v1::PullStart {
             keyspace_id: self.replica.keyspace.0,
             replica_id: self.source.replica.0,
             follower_id: self.replica.id.0,
             after_lsn: cursor.0,
-            vector: vector_to_wire(&told),
+            vector: vector_to_wire(&reported.vector),
         };
         let closed = |_| Ended::Interrupted("the stream ended".into());
         messages.send(v1::PullMessage { message: Some(Message::Start(start)) }).await.map_err(closed)?;
@@ -329,29 +178,34 @@ impl Puller {
                     continue;
                 }
                 _ = views.changed(), if !has_news => {
-                    has_news = self.replica.epoch() != told_epoch;
+                    has_news = self.replica.epoch() != reported.epoch;
                     continue;
                 }
                 _ = tick.tick(), if has_news => {}
             }
             has_news = false;
             changes.mark_unchanged();
-            let vector = self.replica.vector();
-            let news = vector.iter().filter(|(origin, seq)| told.get(origin) != Some(*seq));
-            // Read after the vector: the superseded records that the vector covers are among them.
-            let (lost, last_loss) = self.replica.losses_of(self.source.replica, told_losses);
-            // Read after the records were taken: a newer epoch only makes the source more careful.
-            let epoch = self.replica.epoch();
-            let progress = v1::PullProgress {
-                covered_lsn: covered(&unproven, cursor).0,
-                vector: vector_to_wire(news),
-                epoch: epoch.0,
-                lost: vector_to_wire(lost.iter().map(|(origin, seq)| (origin, seq))),
-            };
+            let progress = self.progress(&mut reported, covered(&unproven, cursor));
             messages.send(v1::PullMessage { message: Some(Message::Progress(progress)) }).await.map_err(closed)?;
-            told = vector;
-            (told_losses, told_epoch) = (last_loss, epoch);
         }
+    }
+
+    /// Returns what changed since the last report to the source.
+    fn progress(&self, reported: &mut Reported, covered: Lsn) -> v1::PullProgress {
+        let vector = self.replica.vector();
+        let news = vector.iter().filter(|(origin, seq)| reported.vector.get(origin) != Some(*seq));
+        // Read after the vector: the superseded records that the vector covers are among them.
+        let (lost, losses) = self.replica.losses_of(self.source.replica, reported.losses);
+        // Read after the records were taken: a newer epoch only makes the source more careful.
+        let epoch = self.replica.epoch();
+        let progress = v1::PullProgress {
+            covered_lsn: covered.0,
+            vector: vector_to_wire(news),
+            epoch: epoch.0,
+            lost: vector_to_wire(lost.iter().map(|(origin, seq)| (origin, seq))),
+        };
+        *reported = Reported { vector, losses, epoch };
+        progress
     }
 
     /// Checks, once the log that the peer had at the beginning has been read, that this replica holds what the peer

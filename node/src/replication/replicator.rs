@@ -24,15 +24,13 @@ use vasto_proto::v1;
 
 use super::gc_floor::{FloorRound, interval};
 use super::peers::Peers;
-use super::puller::Pullers;
+use super::pullers::Pullers;
 use crate::registry::NodeRegistry;
 use crate::replica::command::{ReplicaError, Role};
 use crate::replica::{OLD_COPY, Replica};
 
 /// Interval between two checks for records or versions that a peer or the pulls bring.
 const LOOK: Duration = Duration::from_millis(2);
-/// Pause before a peer that did not answer is asked again.
-const ASK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Longest wait of a stopping replica for another one to hold its log.
 const HAND_ON_PATIENCE: Duration = Duration::from_secs(1);
@@ -203,7 +201,7 @@ impl Replicator {
         );
     }
 
-    /// Returns the position of a peer; `None` when the peer does not answer in time.
+    /// Returns the position of a peer under these versions; `None` when the peer does not answer in time.
     async fn ask(
         &self,
         peer: Placed,
@@ -211,27 +209,8 @@ impl Replicator {
         sealed: CatalogVersion,
         patience: Duration,
     ) -> Option<v1::PositionReply> {
-        let began = Instant::now();
-        loop {
-            let left = patience.checked_sub(began.elapsed())?;
-            let request = v1::PositionRequest {
-                keyspace_id: self.replica.keyspace.0,
-                replica_id: peer.replica.0,
-                min_version: min_version.0,
-                sealed_version: sealed.0,
-                wait_ms: left.as_millis() as u32,
-            };
-            let asked = tokio::time::timeout(left, self.peers.position(&self.registry, peer.node, request)).await;
-            match asked {
-                Ok(Ok(reply))
-                    if reply.version >= min_version.0 && (sealed.0 == 0 || reply.sealed_version == sealed.0) =>
-                {
-                    return Some(reply);
-                }
-                Ok(_) => tokio::time::sleep(ASK_AGAIN.min(left)).await,
-                Err(_) => return None,
-            }
-        }
+        let keyspace = self.replica.keyspace;
+        self.peers.position_under(&self.registry, keyspace, peer, min_version, sealed, patience).await
     }
 
     async fn hold(&self, needed: &Vector, patience: Duration) -> bool {
@@ -349,12 +328,12 @@ impl Replicator {
     }
 
     /// Sets the member that keeps this replica's log at its cap.
-    pub fn set_evict(&self, evict: Option<vasto_core::ids::ReplicaId>) {
+    pub fn set_evict(&self, evict: Option<ReplicaId>) {
         self.state.lock().evict = evict;
     }
 
     /// Returns the lag behind one peer, in records; `None` while that is unknown.
-    pub fn lag_behind(&self, peer: vasto_core::ids::ReplicaId) -> Option<u64> {
+    pub fn lag_behind(&self, peer: ReplicaId) -> Option<u64> {
         self.pullers.lag_behind(peer)
     }
 

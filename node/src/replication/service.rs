@@ -9,19 +9,21 @@ use vasto_proto::v1;
 use vasto_proto::v1::replication_server::Replication;
 
 use super::{position, pull};
+use crate::build::grow::tail::{self, TailStream};
+use crate::lease::Leases;
 use crate::registry::NodeRegistry;
-use crate::tail::{self, TailStream};
 
 /// The service over the node's replicas.
 #[derive(Clone)]
 pub struct ReplicationService {
     registry: Arc<NodeRegistry>,
+    leases: Option<Leases>,
 }
 
 impl ReplicationService {
-    /// Creates the service over the node's replicas.
-    pub fn new(registry: Arc<NodeRegistry>) -> Self {
-        Self { registry }
+    /// Creates the service over the node's replicas; without leases it refuses lease links.
+    pub fn new(registry: Arc<NodeRegistry>, leases: Option<Leases>) -> Self {
+        Self { registry, leases }
     }
 }
 
@@ -46,7 +48,7 @@ impl Replication for ReplicationService {
         &self,
         request: Request<Streaming<v1::LeaseRequest>>,
     ) -> Result<Response<Self::LeaseStream>, Status> {
-        let Some(leases) = self.registry.leases.get() else {
+        let Some(leases) = &self.leases else {
             return Err(Status::unavailable("this node has only just started; try again"));
         };
         Ok(Response::new(Box::pin(leases.serve(request.into_inner()).await)))

@@ -16,8 +16,8 @@ use vasto_shipping::archive::{self, ArchiveError, Newest, ReplicaArchive};
 use vasto_shipping::bucket::Bucket;
 use vasto_shipping::layout::{self, Owner};
 
-use super::{ShipError, Shipper, blocking};
-use crate::binlog::BinlogError;
+use super::context::ShipContext;
+use super::error::{ShipError, blocking};
 use crate::replica::Replica;
 
 /// Bytes of the log per read.
@@ -67,56 +67,70 @@ struct Held {
     chunks: u64,
 }
 
-impl Shipper {
-    /// Reads the archives of the others, once, when this replica begins to ship.
-    pub(super) async fn go_on_behind_others(&mut self) -> Result<(), ShipError> {
-        let replica = self.context.replica.clone();
-        let reaches = self.may_ship_chunks() && replica.log().first_lsn() <= self.state.shipped_lsn.next();
-        if self.looked || (!self.stands_in() && reaches) {
-            return Ok(());
-        }
-        let mut archives =
-            archive::archives(&self.context.bucket, replica.keyspace, replica.shard).await.map_err(odd)?;
-        archives.remove(&replica.id);
-        if !archives.is_empty() {
-            let position = replica.position().await?;
-            // A replica whose records are not here, such as a target of a plan that was undone, is no help.
-            archives.retain(|id, _| position.vector.keys().any(|origin| origin.replica == *id));
-            let after = if reaches { self.state.shipped_lsn } else { Lsn(replica.log().first_lsn().0 - 1) };
-            let logged = match logged(&replica, after, position.lsn).await {
-                Err(ShipError::Log(BinlogError::TooOld { .. })) => return Ok(()), // cut meanwhile
-                other => other?,
-            };
-            let before = if reaches { Vector::new() } else { logged.before(&position.vector) };
-            let held = held_by_others(&self.context.bucket, &replica, archives, &logged, &before).await?;
-            let next = logged.first_beyond(&held.vector).map_or(position.lsn.next(), |(lsn, _)| lsn);
-            let next = next.max(after.next());
-            if let Some((_, previous, other)) = held.last
-                && covers(&held.vector, &before)
-                // The state that this replica began with is in no record.
-                && (reaches || held.has_base || !self.began_full())
-                && (!reaches || next > self.state.shipped_lsn.next())
-            {
-                tracing::info!(
-                    keyspace = replica.keyspace.0,
-                    shard = replica.shard.0,
-                    replica = replica.id.0,
-                    behind = other.0,
-                    lsn = next.0,
-                    "shipping goes on behind what another replica has shipped"
-                );
-                self.state.shipped_lsn = Lsn(next.0 - 1);
-                self.state.went_on_behind = Some(self.state.shipped_lsn);
-                // Earlier records are in no chunk of this replica.
-                self.state.chained_from = Some(self.state.shipped_lsn);
-                self.state.previous = Some(previous);
-                self.state.chunks = held.chunks;
-                self.save()?;
-            }
-        }
-        self.looked = true;
-        Ok(())
+/// The log of the replica that begins to ship.
+#[derive(Clone, Copy)]
+pub(super) enum OwnLog {
+    /// It continues this replica's own archive, which covers it up to this LSN.
+    Behind(Lsn),
+    /// It does not reach back that far.
+    Cut {
+        /// The replica began with more than its log holds.
+        began_full: bool,
+    },
+}
+
+/// Where shipping continues.
+pub(super) struct Place {
+    /// LSN up to which the archives of others cover the log.
+    pub(super) covered: Lsn,
+    /// Key of the last object of the replica that shipped last.
+    pub(super) previous: String,
+    /// Chunks behind the manifest of that replica.
+    pub(super) chunks: u64,
+}
+
+/// Reads the archives of the others; returns where to continue behind them, `None` when they are no help.
+///
+/// # Errors
+/// [`BinlogError::TooOld`](crate::binlog::BinlogError::TooOld) when the log is cut meanwhile.
+pub(super) async fn find(context: &ShipContext, own: OwnLog) -> Result<Option<Place>, ShipError> {
+    let replica = &context.replica;
+    let mut archives = archive::archives(&context.bucket, replica.keyspace, replica.shard).await.map_err(odd)?;
+    archives.remove(&replica.id);
+    if archives.is_empty() {
+        return Ok(None);
     }
+    let position = replica.position().await?;
+    // A replica whose records are not here, such as a target of a plan that was undone, is no help.
+    archives.retain(|id, _| position.vector.keys().any(|origin| origin.replica == *id));
+    let after = match own {
+        OwnLog::Behind(shipped) => shipped,
+        OwnLog::Cut { .. } => Lsn(replica.log().first_lsn().0 - 1),
+    };
+    let logged = logged(replica, after, position.lsn).await?;
+    let before = match own {
+        OwnLog::Behind(_) => Vector::new(),
+        OwnLog::Cut { .. } => logged.before(&position.vector),
+    };
+    let held = held_by_others(&context.bucket, replica, archives, &logged, &before).await?;
+    let next = logged.first_beyond(&held.vector).map_or(position.lsn.next(), |(lsn, _)| lsn).max(after.next());
+    let is_help = match own {
+        OwnLog::Behind(shipped) => next > shipped.next(),
+        // The state that this replica began with is in no record.
+        OwnLog::Cut { began_full } => held.has_base || !began_full,
+    };
+    let Some((_, previous, other)) = held.last.filter(|_| is_help && covers(&held.vector, &before)) else {
+        return Ok(None);
+    };
+    tracing::info!(
+        keyspace = replica.keyspace.0,
+        shard = replica.shard.0,
+        replica = replica.id.0,
+        behind = other.0,
+        lsn = next.0,
+        "shipping goes on behind what another replica has shipped"
+    );
+    Ok(Some(Place { covered: Lsn(next.0 - 1), previous, chunks: held.chunks }))
 }
 
 /// Returns where the records behind `after` are in the log, up to `last`.
@@ -177,8 +191,8 @@ async fn held_by_others(
         let mut met = BTreeSet::new();
         for first in archive.chunks[behind..].iter().rev() {
             let beyond = logged.first_beyond(&held.vector);
-            let known = beyond.is_none_or(|(_, origin)| met.contains(&origin)) && covers(&held.vector, before);
-            if known || left == 0 {
+            let is_enough = beyond.is_none_or(|(_, origin)| met.contains(&origin)) && covers(&held.vector, before);
+            if is_enough || left == 0 {
                 break;
             }
             let read = archive::chunk_after(bucket, owner, &[], Lsn(first.0 - 1)).await;
@@ -197,7 +211,7 @@ async fn held_by_others(
             Some((archive.times.manifests.get(&base.manifest.lsn).copied().unwrap_or_default(), base.key.clone()))
         });
         if let Some((at, key)) = last
-            && held.last.as_ref().is_none_or(|(known, ..)| *known <= at)
+            && held.last.as_ref().is_none_or(|(latest, ..)| *latest <= at)
         {
             held.last = Some((at, key, id));
             held.chunks = (archive.chunks.len() - behind) as u64;

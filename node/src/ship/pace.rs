@@ -90,20 +90,20 @@ impl Pace {
 
     /// Records that a shard's shipping failed, or continues.
     pub(super) fn note(&self, shard: (KeyspaceId, ShardId), trouble: Option<String>) {
-        let mut known = self.trouble.lock();
+        let mut all = self.trouble.lock();
         match trouble {
-            Some(text) => known.insert(shard, text),
-            None => known.remove(&shard),
+            Some(text) => all.insert(shard, text),
+            None => all.remove(&shard),
         };
     }
 
     /// Returns the fault that keeps shards of this node from being shipped: the first one, and how many there are.
     pub fn trouble(&self) -> Option<String> {
-        let known = self.trouble.lock();
-        let ((keyspace, shard), first) = known.first_key_value()?;
-        let others = match known.len() {
+        let all = self.trouble.lock();
+        let ((keyspace, shard), first) = all.first_key_value()?;
+        let others = match all.len() {
             1 => String::new(),
-            all => format!(" and of {} others", all - 1),
+            count => format!(" and of {} others", count - 1),
         };
         Some(format!("shipping of shard {shard} of keyspace {keyspace}{others} fails: {first}"))
     }
@@ -160,8 +160,8 @@ mod tests {
         for shard in 0..3 {
             pace.note((KeyspaceId(1), ShardId(shard)), Some("no bucket".into()));
         }
-        let told = pace.trouble().unwrap();
-        assert!(told.contains("shard 0 of keyspace 1 and of 2 others fails: no bucket"), "{told}");
+        let trouble = pace.trouble().unwrap();
+        assert!(trouble.contains("shard 0 of keyspace 1 and of 2 others fails: no bucket"), "{trouble}");
         for shard in 0..3 {
             pace.note((KeyspaceId(1), ShardId(shard)), None);
         }

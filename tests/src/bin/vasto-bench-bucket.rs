@@ -19,15 +19,14 @@ use serde_json::Value;
 use vasto_client::{Ack, Batch, Keyspace};
 use vasto_core::ids::{KeyspaceId, ReplicaId, ShardId};
 use vasto_shipping::{Bucket, BucketOptions, layout};
-use vasto_tests::{Cluster, DEADLINE, History, Load, LoadSpec, Numbers, S3Server, Seen, key_of, number_of, until};
+use vasto_tests::{
+    Cluster, DEADLINE, History, Load, LoadSpec, Numbers, S3Kind, S3Server, Seen, cpu_seconds, key_of, number_of,
+    setting, until,
+};
 
 const VALUE_BYTES: usize = 16 << 10;
 const BATCH: u64 = 64;
 const PARALLEL: usize = 8;
-
-fn number(name: &str, otherwise: u64) -> u64 {
-    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise)
-}
 
 const ABOUT: &str = "\
 What the bucket costs and gives: how fast a lost node is replaced, what is lost without a second replica, and
@@ -50,9 +49,9 @@ async fn main() -> Result<ExitCode> {
 }
 
 async fn measure() -> Result<()> {
-    let s3 = match number("VASTO_BENCH_S3", 0) {
+    let s3 = match setting("VASTO_BENCH_S3", 0) {
         0 => None,
-        _ => Some(S3Server::start().await?),
+        _ => Some(S3Server::start(S3Kind::SeaweedFs).await?),
     };
     println!("bucket: {}\n", if s3.is_some() { "SeaweedFS on this machine" } else { "a local directory" });
     replacement(s3.as_ref()).await?;
@@ -68,27 +67,13 @@ async fn measure() -> Result<()> {
 async fn cluster(s3: Option<&S3Server>, root: &str, interval: &str) -> Result<Cluster> {
     let mut builder = Cluster::builder().nodes(2).set(&format!("node.ship_interval={interval}"));
     if let Some(s3) = s3 {
-        builder = builder.bucket(&s3.url(root));
-        for (key, value) in s3.env() {
-            builder = builder.env(&key, &value);
-        }
+        builder = builder.s3(s3, root);
     }
     builder.start().await
 }
 
 fn bucket(s3: Option<&S3Server>, cluster: &Cluster) -> Result<Bucket> {
-    let mut options = BucketOptions::default();
-    if let Some(s3) = s3 {
-        let env: std::collections::HashMap<String, String> = s3.env().into_iter().collect();
-        let of = |name: &str| env.get(name).cloned();
-        options = BucketOptions {
-            endpoint: of("AWS_ENDPOINT_URL"),
-            region: of("AWS_REGION"),
-            access_key_id: of("AWS_ACCESS_KEY_ID"),
-            secret_access_key: of("AWS_SECRET_ACCESS_KEY"),
-            allow_http: true,
-        };
-    }
+    let options = s3.map_or_else(BucketOptions::default, S3Server::options);
     Ok(Bucket::open(cluster.bucket(), &options)?)
 }
 
@@ -164,13 +149,6 @@ async fn requests(cluster: &Cluster) -> Result<(u64, u64, u64)> {
     Ok((sum("put"), others, sum("bytes_written")))
 }
 
-fn cpu_seconds(pid: u32) -> Result<f64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let fields: Vec<&str> = stat.rsplit_once(')').context("stat")?.1.split_whitespace().collect();
-    let ticks: f64 = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
-    Ok(ticks / 100.0)
-}
-
 fn mib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }
@@ -180,34 +158,40 @@ async fn holder(cluster: &Cluster, name: &str) -> Result<usize> {
     cluster.node_of(described["placement"][0]["replicas"][0]["node_id"].as_str().context("no node")?)
 }
 
-async fn replacement(s3: Option<&S3Server>) -> Result<()> {
-    let gib = number("VASTO_BENCH_GIB", 4);
-    let phase = Duration::from_secs(number("VASTO_BENCH_SECONDS", 10));
-    let records = (gib << 30) / VALUE_BYTES as u64;
-    let mut cluster = cluster(s3, "bench", "1s").await?;
-    cluster.create("bulk", 1, &[]).await?;
-    cluster.create("front", 1, &[]).await?;
-    let (bulk, front) = (cluster.keyspace("bulk").await?, cluster.keyspace("front").await?);
-    let before = requests(&cluster).await?;
+/// Loads the records; prints how long it takes until the bucket has them, and the requests of that and of idle time.
+async fn load(cluster: &Cluster, bulk: &Keyspace, gib: u64, records: u64) -> Result<()> {
+    let before = requests(cluster).await?;
     let began = Instant::now();
-    fill(&bulk, 0, records).await?;
+    fill(bulk, 0, records).await?;
     println!("loaded {gib} GiB in {:.1} s", began.elapsed().as_secs_f64());
     let began = Instant::now();
     cluster.json(&["keyspace", "checkpoint", "bulk"]).await?;
     println!("and the rest of it is in the bucket {:.1} s later", began.elapsed().as_secs_f64());
-    let after = requests(&cluster).await?;
+    let after = requests(cluster).await?;
     println!(
         "requests for it: {} PUT, {} others; {:.2} bytes sent per byte written (log and SSTs)\n",
         after.0 - before.0,
         after.1 - before.1,
         (after.2 - before.2) as f64 / (gib << 30) as f64
     );
-    let idle = Duration::from_secs(number("VASTO_BENCH_IDLE_SECONDS", 60));
+    let idle = Duration::from_secs(setting("VASTO_BENCH_IDLE_SECONDS", 60));
     tokio::time::sleep(Duration::from_secs(5)).await;
-    let before = requests(&cluster).await?;
+    let before = requests(cluster).await?;
     tokio::time::sleep(idle).await;
-    let after = requests(&cluster).await?;
+    let after = requests(cluster).await?;
     println!("{} requests in {} idle seconds\n", after.0 + after.1 - before.0 - before.1, idle.as_secs());
+    Ok(())
+}
+
+async fn replacement(s3: Option<&S3Server>) -> Result<()> {
+    let gib = setting("VASTO_BENCH_GIB", 4);
+    let phase = Duration::from_secs(setting("VASTO_BENCH_SECONDS", 10));
+    let records = (gib << 30) / VALUE_BYTES as u64;
+    let mut cluster = cluster(s3, "bench", "1s").await?;
+    cluster.create("bulk", 1, &[]).await?;
+    cluster.create("front", 1, &[]).await?;
+    let (bulk, front) = (cluster.keyspace("bulk").await?, cluster.keyspace("front").await?);
+    load(&cluster, &bulk, gib, records).await?;
 
     let running = Front::start(&front);
     tokio::time::sleep(phase).await;

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use futures::{StreamExt, TryStreamExt};
 use serde_json::Value;
 use vasto_client::{Batch, Keyspace};
@@ -269,12 +269,20 @@ impl Wrong {
 /// Verifies all records by get, then all records by scan.
 async fn verify(keyspace: &Keyspace, synsets: &[Synset], history: &History) -> Result<Wrong> {
     let mut wrong = Wrong::default();
+    get_loaded(keyspace, synsets, &mut wrong).await?;
+    let present = get_written(keyspace, history, &mut wrong).await?;
+    let scanned = scan(keyspace, synsets, history, &mut wrong).await?;
+    let found = synsets.len() as u64 + RECORDS + present;
+    ensure!(scanned == found, "the scan gives {scanned} rows, gets find {found}");
+    Ok(wrong)
+}
+
+async fn get_loaded(keyspace: &Keyspace, synsets: &[Synset], wrong: &mut Wrong) -> Result<()> {
     let began = Instant::now();
     let loaded = synsets
         .iter()
         .map(|one| (one.key.clone(), one.value.clone().into()))
         .chain((0..RECORDS).map(|index| (records::key(index), records::value(index))));
-    let total = synsets.len() as u64 + RECORDS;
     let found: Vec<Wrong> = batches(loaded)
         .map(|batch| async move {
             let mut wrong = Wrong::default();
@@ -291,8 +299,12 @@ async fn verify(keyspace: &Keyspace, synsets: &[Synset], history: &History) -> R
         .try_collect()
         .await?;
     found.iter().for_each(|one| wrong.add(one));
-    note(&rate("gets of all loaded records", total, began));
+    note(&rate("gets of all loaded records", synsets.len() as u64 + RECORDS, began));
+    Ok(())
+}
 
+/// Returns how many of the keys written during the grow exist.
+async fn get_written(keyspace: &Keyspace, history: &History, wrong: &mut Wrong) -> Result<u64> {
     let began = Instant::now();
     let written = history.all();
     let names: Vec<&String> = written.keys().collect();
@@ -311,7 +323,11 @@ async fn verify(keyspace: &Keyspace, synsets: &[Synset], history: &History) -> R
     }
     let (keys, acked) = history.counts();
     note(&rate(&format!("gets of the keys of the {} writes during the grow", count(acked)), keys as u64, began));
+    Ok(present)
+}
 
+/// Returns the number of rows.
+async fn scan(keyspace: &Keyspace, synsets: &[Synset], history: &History, wrong: &mut Wrong) -> Result<u64> {
     let began = Instant::now();
     let synsets: HashMap<&[u8], &[u8]> = synsets.iter().map(|one| (one.key.as_bytes(), one.value.as_bytes())).collect();
     let mut rows = std::pin::pin!(keyspace.scan().stream());
@@ -334,10 +350,7 @@ async fn verify(keyspace: &Keyspace, synsets: &[Synset], history: &History) -> R
         scanned += 1;
     }
     note(&rate("rows of one scan of everything", scanned, began));
-    if scanned != total + present {
-        bail!("the scan gives {scanned} rows, gets find {}", total + present);
-    }
-    Ok(wrong)
+    Ok(scanned)
 }
 
 type Record = (String, bytes::Bytes);

@@ -13,10 +13,10 @@ use super::commit::advance_committed;
 use super::copy::{advance_copy, advance_restore};
 use super::grow::{advance_prepare, advance_sealing, advance_tail, undo_seal};
 use super::outcome::abort;
-use super::progress::{Advance, others_of_sources, source_progress, target_progress};
+use super::progress::{Advance, Running, others_of_sources, source_progress, target_progress};
 use super::quarantine::advance_quarantines;
 use crate::catalog::Catalog;
-use crate::control::plan::{NODE_AWAY_MAX_US, Plan, PlanKind, SEALS_UNDONE_MAX, Step};
+use crate::control::plan::{NODE_AWAY_MAX_US, Plan, PlanKind, SEALS_UNDONE_MAX, Source, Step, Target};
 use crate::control::report::{ReplicaPhase, Reports};
 use crate::ids::{NodeId, ReplicaId};
 use crate::limits::SEAL_TIMEOUT;
@@ -34,81 +34,75 @@ pub fn advance(
     nonce: u64,
 ) -> Advance {
     match &catalog.plan {
-        Some(plan) => advance_plan(catalog, plan, reports, away_us, here_us, now_us, nonce),
+        Some(plan) => advance_plan(Running { catalog, plan, reports, now_us, nonce }, away_us, here_us),
         None => advance_quarantines(catalog, reports, now_us, nonce),
     }
 }
 
-fn advance_plan(
-    catalog: &Catalog,
-    plan: &Plan,
-    reports: &Reports,
-    away_us: impl Fn(NodeId) -> u64,
-    here_us: impl Fn(NodeId) -> u64,
-    now_us: u64,
-    nonce: u64,
-) -> Advance {
-    let abort_with = |reason: String| match abort(catalog, &reason, reports, now_us, nonce) {
-        Some(next) => Advance::Write(Box::new(next)),
-        None => Advance::Wait(reason),
-    };
-    if plan.step != Step::Committed {
-        let failed = plan
-            .sources
-            .iter()
-            .filter_map(|source| source_progress(plan, source.replica, reports)?.failed.clone())
-            .chain(
-                plan.targets.iter().filter_map(|target| target_progress(plan, target.replica, reports)?.failed.clone()),
-            )
-            .next();
-        if let Some(reason) = failed {
-            return abort_with(reason);
-        }
-        match returned(plan, reports, &away_us) {
-            Some(Returned::Serves(replica, node)) => {
-                return abort_with(format!("replica {replica} is back on {node} and serves; it is copied instead"));
-            }
-            Some(Returned::NotYet(replica, node)) => {
-                return Advance::Wait(format!("{node}, which is back, to open replica {replica} or to fail to"));
-            }
-            None => {}
-        }
-        let others = others_of_sources(catalog, plan);
-        for (shard, replica) in plan.members().chain(others.iter().map(|(shard, one)| (*shard, one.replica))) {
-            if let Some(ReplicaPhase::Failed(reason)) = reports.get(&replica).map(|report| &report.phase) {
-                return abort_with(format!("the replica of shard {shard} has failed: {reason}"));
-            }
-        }
-        let nodes: Vec<NodeId> = plan.nodes().chain(others.iter().map(|(_, one)| one.node)).collect();
-        for node in nodes.iter().copied() {
-            if away_us(node) > NODE_AWAY_MAX_US {
-                return abort_with(format!("node {node} has been away for {} s", away_us(node) / 1_000_000));
-            }
-        }
-        // The last report of a node that is away says nothing about its present state.
-        if plan.step == Step::Tail
-            && let Some(node) = nodes.into_iter().find(|node| away_us(*node) > 0)
-        {
-            return Advance::Wait(format!("node {node} to come back"));
-        }
+fn advance_plan(running: Running<'_>, away_us: impl Fn(NodeId) -> u64, here_us: impl Fn(NodeId) -> u64) -> Advance {
+    let Running { catalog, plan, now_us, nonce, .. } = running;
+    if plan.step != Step::Committed
+        && let Some(decision) = obstacle(running, &away_us)
+    {
+        return decision;
     }
     match plan.step {
-        Step::Tail if plan.adds_member() => advance_copy(catalog, plan, reports, here_us, now_us, nonce),
-        Step::Tail if matches!(plan.kind, PlanKind::Restore { .. }) => {
-            advance_restore(catalog, plan, reports, now_us, nonce)
-        }
-        Step::Prepare => advance_prepare(catalog, plan, reports, now_us, nonce),
-        Step::Tail => advance_tail(catalog, plan, reports, here_us, now_us, nonce),
-        Step::Sealing => advance_sealing(catalog, plan, reports, now_us, nonce).unwrap_or_else(|| {
+        Step::Tail if plan.adds_member() => advance_copy(running, here_us),
+        Step::Tail if matches!(plan.kind, PlanKind::Restore { .. }) => advance_restore(running),
+        Step::Prepare => advance_prepare(running),
+        Step::Tail => advance_tail(running, here_us),
+        Step::Sealing => advance_sealing(running).unwrap_or_else(|| {
             if plan.seals_undone >= SEALS_UNDONE_MAX {
-                return abort_with(format!(
-                    "the seal did not complete within {SEAL_TIMEOUT:?}, {SEALS_UNDONE_MAX} times"
-                ));
+                let reason = format!("the seal did not complete within {SEAL_TIMEOUT:?}, {SEALS_UNDONE_MAX} times");
+                return abort_with(running, reason);
             }
             Advance::Write(Box::new(undo_seal(catalog, plan, now_us, nonce)))
         }),
-        Step::Committed => advance_committed(catalog, plan, reports, away_us, now_us, nonce),
+        Step::Committed => advance_committed(running, away_us),
     }
+}
+
+fn abort_with(running: Running<'_>, reason: String) -> Advance {
+    match abort(running.catalog, &reason, running.reports, running.now_us, running.nonce) {
+        Some(next) => Advance::Write(Box::new(next)),
+        None => Advance::Wait(reason),
+    }
+}
+
+/// Returns the decision that a failed or absent member forces on a plan that has not committed.
+fn obstacle(running: Running<'_>, away_us: impl Fn(NodeId) -> u64) -> Option<Advance> {
+    let Running { catalog, plan, reports, .. } = running;
+    let of_source = |source: &Source| source_progress(plan, source.replica, reports)?.failed.clone();
+    let of_target = |target: &Target| target_progress(plan, target.replica, reports)?.failed.clone();
+    let failed = plan.sources.iter().find_map(of_source).or_else(|| plan.targets.iter().find_map(of_target));
+    if let Some(reason) = failed {
+        return Some(abort_with(running, reason));
+    }
+    match returned(plan, reports, &away_us) {
+        Some(Returned::Serves(replica, node)) => {
+            let reason = format!("replica {replica} is back on {node} and serves; it is copied instead");
+            return Some(abort_with(running, reason));
+        }
+        Some(Returned::NotYet(replica, node)) => {
+            let what = format!("{node}, which is back, to open replica {replica} or to fail to");
+            return Some(Advance::Wait(what));
+        }
+        None => {}
+    }
+    let others = others_of_sources(catalog, plan);
+    for (shard, replica) in plan.members().chain(others.iter().map(|(shard, one)| (*shard, one.replica))) {
+        if let Some(ReplicaPhase::Failed(reason)) = reports.get(&replica).map(|report| &report.phase) {
+            return Some(abort_with(running, format!("the replica of shard {shard} has failed: {reason}")));
+        }
+    }
+    let nodes: Vec<NodeId> = plan.nodes().chain(others.iter().map(|(_, one)| one.node)).collect();
+    if let Some(node) = nodes.iter().copied().find(|node| away_us(*node) > NODE_AWAY_MAX_US) {
+        let reason = format!("node {node} has been away for {} s", away_us(node) / 1_000_000);
+        return Some(abort_with(running, reason));
+    }
+    // The last report of a node that is away says nothing about its present state.
+    let away = nodes.into_iter().find(|node| plan.step == Step::Tail && away_us(*node) > 0)?;
+    Some(Advance::Wait(format!("node {away} to come back")))
 }
 
 /// A replica that a recovery was to replace, and whose node is back.

@@ -4,15 +4,16 @@
 
 use super::outcome::report_of;
 use super::placement::remove_from_placement;
-use super::progress::{Advance, others_of_sources, shipping_targets, source_progress, target_progress};
+use super::progress::{Advance, Running, others_of_sources, shipping_targets, source_progress, target_progress};
 use super::quarantine::remove_from_quarantines;
 use crate::catalog::{Catalog, Placed, Quarantine, ShardPlacement};
 use crate::control::operation::OperationOutcome;
 use crate::control::plan::{NODE_AWAY_MAX_US, Plan, PlanKind, Step};
-use crate::control::report::{ReplicaReport, Reports, TargetStage};
+use crate::control::report::{ReplicaReport, TargetStage};
 use crate::ids::{Epoch, NodeId, ReplicaId};
 
-pub(super) fn commit(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce: u64) -> Catalog {
+pub(super) fn commit(running: Running<'_>) -> Catalog {
+    let Running { catalog, plan, reports, now_us, nonce } = running;
     let mut next = catalog.next(now_us, nonce);
     next.epoch = Epoch(catalog.epoch.0 + 1);
     if let Some((_, to)) = plan.growth() {
@@ -60,14 +61,8 @@ pub(super) fn commit(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: 
 
 /// Ends a plan that has committed. A replica that is away for long, or has failed, applies the newest version once it
 /// is back: it opens or gives away then, and sends on the waiting requests.
-pub(super) fn advance_committed(
-    catalog: &Catalog,
-    plan: &Plan,
-    reports: &Reports,
-    away_us: impl Fn(NodeId) -> u64,
-    now_us: u64,
-    nonce: u64,
-) -> Advance {
+pub(super) fn advance_committed(running: Running<'_>, away_us: impl Fn(NodeId) -> u64) -> Advance {
+    let Running { catalog, plan, reports, now_us, nonce } = running;
     let is_out = |replica: ReplicaId, node: NodeId| {
         away_us(node) > NODE_AWAY_MAX_US || reports.get(&replica).is_some_and(ReplicaReport::has_failed)
     };

@@ -4,58 +4,52 @@
 
 use super::commit::commit;
 use super::outcome::{abort, report_of};
-use super::progress::{Advance, target_progress};
+use super::progress::{Advance, Running, target_progress};
 use crate::catalog::Catalog;
 use crate::control::operation::OperationOutcome;
-use crate::control::plan::{Plan, Target};
-use crate::control::report::{ReplicaPhase, Reports, TargetStage};
+use crate::control::plan::Target;
+use crate::control::report::{ReplicaPhase, Reports, TargetProgress, TargetStage};
 use crate::ids::NodeId;
 use crate::limits::{TAIL_LAG_LSNS_MAX, TARGET_SILENT_MAX};
 
 /// Advances a plan that adds a member. Such a plan has no seal: the target is placed once it follows the others
 /// closely.
-pub(super) fn advance_copy(
-    catalog: &Catalog,
-    plan: &Plan,
-    reports: &Reports,
-    here_us: impl Fn(NodeId) -> u64,
-    now_us: u64,
-    nonce: u64,
-) -> Advance {
-    for target in &plan.targets {
-        let Some(progress) = target_progress(plan, target.replica, reports) else {
-            let what = format!("the copy on {}", target.node);
-            return wait_to_begin(catalog, target, reports, what, here_us(target.node), now_us, nonce);
+pub(super) fn advance_copy(running: Running<'_>, here_us: impl Fn(NodeId) -> u64) -> Advance {
+    for target in &running.plan.targets {
+        let progress = match begun(running, target, "copy", &here_us) {
+            Ok(progress) => progress,
+            Err(decision) => return decision,
         };
         if progress.stage != TargetStage::Tailing || progress.lag_lsns > TAIL_LAG_LSNS_MAX {
             return Advance::Wait(format!("the copy of shard {} to catch up", target.shard));
         }
     }
-    Advance::Write(Box::new(commit(catalog, plan, reports, now_us, nonce)))
+    Advance::Write(Box::new(commit(running)))
 }
 
-/// Waits until a target begins, but not without limit: a node that is there and begins nothing cannot, since its disk
-/// may not even take the version. The silence of a node that has only just come back, or opens the replica, does not
-/// count yet.
-pub(super) fn wait_to_begin(
-    catalog: &Catalog,
+/// Returns the progress of a target (`role` names it in texts), or the decision while it has not begun.
+///
+/// A target is not waited for without limit: a node that is there and begins nothing cannot, since its disk may not
+/// even take the version. The silence of a node that has only just come back, or opens the replica, does not count yet.
+pub(super) fn begun<'a>(
+    running: Running<'a>,
     target: &Target,
-    reports: &Reports,
-    what: String,
-    here_us: u64,
-    now_us: u64,
-    nonce: u64,
-) -> Advance {
+    role: &str,
+    here_us: impl Fn(NodeId) -> u64,
+) -> Result<&'a TargetProgress, Advance> {
+    let Running { catalog, plan, reports, now_us, nonce } = running;
+    if let Some(progress) = target_progress(plan, target.replica, reports) {
+        return Ok(progress);
+    }
+    let wait = Advance::Wait(format!("the {role} on {}", target.node));
     let opens = reports.get(&target.replica).is_some_and(|report| report.phase == ReplicaPhase::Opening);
-    let silent_us = now_us.saturating_sub(catalog.written_at_us).min(here_us);
+    let silent_us = now_us.saturating_sub(catalog.written_at_us).min(here_us(target.node));
     if opens || silent_us <= TARGET_SILENT_MAX.as_micros() as u64 {
-        return Advance::Wait(what);
+        return Err(wait);
     }
     let reason = format!("{} has not begun within {} s; its log says why", target.node, TARGET_SILENT_MAX.as_secs());
-    match give_up_on(catalog, &reason, target.node, reports, now_us, nonce) {
-        Some(next) => Advance::Write(Box::new(next)),
-        None => Advance::Wait(what),
-    }
+    let next = give_up_on(catalog, &reason, target.node, reports, now_us, nonce);
+    Err(next.map_or(wait, |next| Advance::Write(Box::new(next))))
 }
 
 /// Aborts as [`abort`] does, because of one node: the next attempt is made elsewhere, if possible.
@@ -76,7 +70,8 @@ pub fn give_up_on(
 
 /// Advances a restore, which is done when every shard is open and has a checkpoint of its own in the bucket: until
 /// then garbage collection keeps all of the source keyspace, whose objects these checkpoints name.
-pub(super) fn advance_restore(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce: u64) -> Advance {
+pub(super) fn advance_restore(running: Running<'_>) -> Advance {
+    let Running { catalog, plan, reports, now_us, nonce } = running;
     for target in &plan.targets {
         let Some(progress) = target_progress(plan, target.replica, reports) else {
             return Advance::Wait(format!("shard {} to be restored", target.shard));

@@ -7,7 +7,7 @@ use super::outcome::abort;
 use super::repair::{begin, may_copy};
 use super::view::View;
 use crate::catalog::{Catalog, KeyspaceState, NodeDrain, Placed};
-use crate::control::operation::{OperationOutcome, OperationReport};
+use crate::control::operation::{OperationKind, OperationOutcome, OperationReport};
 use crate::control::plan::{Plan, PlanKind};
 use crate::control::report::{PauseMs, Reports};
 
@@ -74,7 +74,7 @@ pub(super) fn end_of(
     let moved = &drain.moved;
     OperationReport {
         id: drain.operation_id(),
-        kind: "replace".into(),
+        kind: OperationKind::DrainNode,
         keyspace: catalog.name.clone(),
         from: catalog.spec.shards,
         to: catalog.spec.shards,

@@ -238,24 +238,10 @@ mod tests {
     }
 
     fn report(replica: u64, replication: ReplicationReport) -> (ReplicaId, ReplicaReport) {
-        let report = ReplicaReport {
-            keyspace: KeyspaceId(1),
-            shard: ShardId(0),
-            replica: ReplicaId(replica),
-            incarnation: Default::default(),
-            version: CatalogVersion(1),
-            phase: ReplicaPhase::Serving,
-            lsn: Default::default(),
-            shipped_lsn: Default::default(),
-            manifest_lsn: Default::default(),
-            keys: 0,
-            bytes: 0,
-            source: None,
-            target: None,
-            cleaned: Vec::new(),
-            replication,
-        };
-        (ReplicaId(replica), report)
+        let (keyspace, shard, replica) = (KeyspaceId(1), ShardId(0), ReplicaId(replica));
+        let report = ReplicaReport::new(keyspace, shard, replica, ReplicaPhase::Serving);
+        let report = ReplicaReport { version: CatalogVersion(1), replication, ..report };
+        (replica, report)
     }
 
     fn all_ready() -> Reports {

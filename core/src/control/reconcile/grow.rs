@@ -3,13 +3,13 @@
 //! **Invariant:** only a source whose seal names the running plan and the sealing version counts as sealed.
 
 use super::commit::commit;
-use super::copy::wait_to_begin;
-use super::progress::{Advance, others_of_sources, shipping_targets, source_progress, target_progress};
+use super::copy::begun;
+use super::progress::{Advance, Running, others_of_sources, shipping_targets, source_progress, target_progress};
 use crate::band::{ShardCountError, check_shard_count};
 use crate::catalog::{Catalog, KeyspaceState};
 use crate::control::operation::operation_id;
 use crate::control::plan::{Plan, PlanKind, Source, Step, Target};
-use crate::control::report::{Reports, TargetStage};
+use crate::control::report::TargetStage;
 use crate::ids::{NodeId, PlanId, ReplicaId, ShardId};
 use crate::limits::{SEAL_TIMEOUT, TAIL_LAG_LSNS_MAX};
 
@@ -122,7 +122,8 @@ pub fn start_grow(
     Ok(next)
 }
 
-pub(super) fn advance_prepare(catalog: &Catalog, plan: &Plan, reports: &Reports, now_us: u64, nonce: u64) -> Advance {
+pub(super) fn advance_prepare(running: Running<'_>) -> Advance {
+    let Running { catalog, plan, reports, now_us, nonce } = running;
     let mut next_plan = plan.clone();
     for source in &mut next_plan.sources {
         match source_progress(plan, source.replica, reports).and_then(|progress| progress.manifest.clone()) {
@@ -137,18 +138,12 @@ pub(super) fn advance_prepare(catalog: &Catalog, plan: &Plan, reports: &Reports,
     Advance::Write(Box::new(next))
 }
 
-pub(super) fn advance_tail(
-    catalog: &Catalog,
-    plan: &Plan,
-    reports: &Reports,
-    here_us: impl Fn(NodeId) -> u64,
-    now_us: u64,
-    nonce: u64,
-) -> Advance {
+pub(super) fn advance_tail(running: Running<'_>, here_us: impl Fn(NodeId) -> u64) -> Advance {
+    let Running { catalog, plan, now_us, nonce, .. } = running;
     for target in &plan.targets {
-        let Some(progress) = target_progress(plan, target.replica, reports) else {
-            let what = format!("the target on {}", target.node);
-            return wait_to_begin(catalog, target, reports, what, here_us(target.node), now_us, nonce);
+        let progress = match begun(running, target, "target", &here_us) {
+            Ok(progress) => progress,
+            Err(decision) => return decision,
         };
         if progress.stage != TargetStage::Tailing {
             return Advance::Wait(format!("shard {} to load its bands", target.shard));
@@ -171,23 +166,20 @@ pub(super) fn advance_tail(
 }
 
 /// Advances the step `sealing`; `None` when the seal took too long.
-pub(super) fn advance_sealing(
-    catalog: &Catalog,
-    plan: &Plan,
-    reports: &Reports,
-    now_us: u64,
-    nonce: u64,
-) -> Option<Advance> {
-    match sealed_and_caught_up(catalog, plan, reports) {
-        Ok(()) => Some(Advance::Write(Box::new(commit(catalog, plan, reports, now_us, nonce)))),
-        Err(_) if now_us.saturating_sub(catalog.written_at_us) > SEAL_TIMEOUT.as_micros() as u64 => None,
+pub(super) fn advance_sealing(running: Running<'_>) -> Option<Advance> {
+    match sealed_and_caught_up(running) {
+        Ok(()) => Some(Advance::Write(Box::new(commit(running)))),
+        Err(_) if running.now_us.saturating_sub(running.catalog.written_at_us) > SEAL_TIMEOUT.as_micros() as u64 => {
+            None
+        }
         Err(missing) => Some(Advance::Wait(missing)),
     }
 }
 
 /// Checks that every placed replica of the sources' shards has sealed under this very version, and that every target
 /// holds each source's log up to the seal, where it holds everything that these replicas had accepted.
-fn sealed_and_caught_up(catalog: &Catalog, plan: &Plan, reports: &Reports) -> Result<(), String> {
+fn sealed_and_caught_up(running: Running<'_>) -> Result<(), String> {
+    let Running { catalog, plan, reports, .. } = running;
     let seal_of = |shard: ShardId, replica: ReplicaId| {
         source_progress(plan, replica, reports)
             .and_then(|progress| progress.sealed)

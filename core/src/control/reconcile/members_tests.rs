@@ -10,7 +10,7 @@ use super::repair::{COPY_AGAIN_US, copy_not_before, may_copy, nodes_to_avoid};
 use super::view::Around;
 use super::waits::waits_for;
 use crate::catalog::{Catalog, KeyspaceSpec, NodeDrain, Placed, Quarantine, REMOVED_KEPT};
-use crate::control::operation::{OperationOutcome, OperationReport};
+use crate::control::operation::{OperationKind, OperationOutcome, OperationReport};
 use crate::control::plan::{PlanKind, Step};
 use crate::control::report::{ReplicaPhase, ReplicaReport, ReplicationReport, Reports};
 use crate::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
@@ -43,24 +43,10 @@ fn reports(change: impl Fn(u64, &mut ReplicationReport)) -> Reports {
     let report = |replica: u64| {
         let mut replication = ReplicationReport { ready: true, ..Default::default() };
         change(replica, &mut replication);
-        let report = ReplicaReport {
-            keyspace: KeyspaceId(1),
-            shard: ShardId(0),
-            replica: ReplicaId(replica),
-            incarnation: Default::default(),
-            version: CatalogVersion(1_000),
-            phase: ReplicaPhase::Serving,
-            lsn: Default::default(),
-            shipped_lsn: Default::default(),
-            manifest_lsn: Default::default(),
-            keys: 0,
-            bytes: 0,
-            source: None,
-            target: None,
-            cleaned: Vec::new(),
-            replication,
-        };
-        (ReplicaId(replica), report)
+        let (keyspace, shard, replica) = (KeyspaceId(1), ShardId(0), ReplicaId(replica));
+        let report = ReplicaReport::new(keyspace, shard, replica, ReplicaPhase::Serving);
+        let report = ReplicaReport { version: CatalogVersion(1_000), replication, ..report };
+        (replica, report)
     };
     (1..=4).map(report).collect()
 }
@@ -512,7 +498,7 @@ fn a_shard_whose_copies_keep_failing_is_tried_less_and_less_often() {
 
 fn copy(catalog: &Catalog, outcome: OperationOutcome) -> OperationReport {
     let mut report = end_of(catalog, &NodeDrain::new(NodeId(9), false, 1), outcome, None, NOW);
-    (report.kind, report.shard) = ("replica".into(), Some(ShardId(0)));
+    (report.kind, report.shard) = (OperationKind::AddReplica, Some(ShardId(0)));
     (report.bytes_moved, report.duration_ms, report.started_at_us) = (100, 0, NOW);
     report
 }

@@ -49,7 +49,7 @@ pub fn report_of(
         .collect();
     OperationReport {
         id: operation_id(catalog.keyspace, plan.id),
-        kind: plan.name().into(),
+        kind: plan.kind.into(),
         keyspace: catalog.name.clone(),
         from,
         to,

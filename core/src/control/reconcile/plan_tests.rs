@@ -28,22 +28,15 @@ fn two_shards() -> Catalog {
 }
 
 fn report(replica: u64) -> ReplicaReport {
+    let shard = ShardId(replica as u32 - 1);
     ReplicaReport {
-        keyspace: KeyspaceId(7),
-        shard: ShardId(replica as u32 - 1),
-        replica: ReplicaId(replica),
         incarnation: Incarnation(1),
         version: CatalogVersion(1),
-        phase: ReplicaPhase::Serving,
         lsn: Lsn(100),
         shipped_lsn: Lsn(100),
         manifest_lsn: Lsn(100),
-        keys: 0,
-        bytes: 0,
-        source: None,
-        target: None,
-        cleaned: Vec::new(),
         replication: ReplicationReport { ready: true, ..Default::default() },
+        ..ReplicaReport::new(KeyspaceId(7), shard, ReplicaId(replica), ReplicaPhase::Serving)
     }
 }
 

@@ -7,6 +7,21 @@ use crate::control::plan::{Plan, Target};
 use crate::control::report::{Reports, SourceProgress, TargetProgress};
 use crate::ids::{ReplicaId, ShardId};
 
+/// A running plan as its rules see it.
+#[derive(Clone, Copy)]
+pub(super) struct Running<'a> {
+    /// The last version.
+    pub(super) catalog: &'a Catalog,
+    /// The plan in it.
+    pub(super) plan: &'a Plan,
+    /// Newest reports of the keyspace's replicas.
+    pub(super) reports: &'a Reports,
+    /// Microseconds since 1970.
+    pub(super) now_us: u64,
+    /// Nonce of the next version.
+    pub(super) nonce: u64,
+}
+
 /// Decision of the driver.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Advance {

@@ -2,7 +2,6 @@
 //!
 //! **Invariant:** this decides nothing.
 
-use super::failover::Presence;
 use super::repair::copy_not_before;
 use super::view::{Around, View};
 use crate::catalog::{Catalog, DrainingReplica, KeyspaceState, Placed, ShardPlacement};
@@ -68,15 +67,13 @@ fn nobody_serves(view: &View<'_>, shard: &ShardPlacement) -> String {
     let mut ways: Vec<String> = Vec::new();
     let of_one = |one: &Placed| {
         let replaced = view.drain_of(one.node).is_some_and(|drain| drain.replace);
-        let state = match ((view.around.presence)(one.node), view.has_failed(one.replica)) {
-            (Presence::Here(_), true) => "has failed",
-            (Presence::Here(_), false) => "does not serve yet",
-            _ => "is away",
+        let (state, remedy) = match (view.around.is_here(one.node), view.has_failed(one.replica)) {
+            (true, true) => ("has failed", Some(format!("put the files of {} back", one.node))),
+            (true, false) => ("does not serve yet", None),
+            (false, _) => ("is away", Some(format!("start {}", one.node))),
         };
-        if !replaced && state == "is away" {
-            ways.push(format!("start {0} or give it up with `vasto node replace {0}`", one.node));
-        } else if !replaced && state == "has failed" {
-            ways.push(format!("put the files of {0} back or give it up with `vasto node replace {0}`", one.node));
+        if let Some(remedy) = remedy.filter(|_| !replaced) {
+            ways.push(format!("{remedy} or give it up with `vasto node replace {}`", one.node));
         }
         format!("replica {} on {} {state}{}", one.replica, one.node, if replaced { " and is replaced" } else { "" })
     };

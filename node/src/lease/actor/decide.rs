@@ -8,7 +8,8 @@ use vasto_core::lease::{Peer, Verdict, authority, best};
 use vasto_core::limits::{LEASE_BEAT, LEASE_PROMISE};
 use vasto_proto::v1::lease_grant::State;
 
-use super::{Actor, Claimed, Event, Key, NAMING_TIMEOUT, ms};
+use super::{Actor, Claimed, NAMING_TIMEOUT, ms};
+use crate::lease::event::{Event, Key};
 use crate::lease::seat::{Basis, Named, Promise, Seat};
 
 impl Actor {
@@ -78,6 +79,24 @@ impl Actor {
                 }
             }
         }
+        self.answer_the_others(key, seat, &claims, best, now);
+        let is_over = !seat.serving && !seat.naming && (claims.is_empty() || is_taken(seat, &claims));
+        let nobody = claims.is_empty() && seat.order.iter().all(|one| one.replica == me || self.is_away(one.node));
+        if seat.stopping.is_some() && (is_over || nobody) {
+            seat.handed_over();
+        }
+    }
+
+    /// Denies the claims that are not the best one (`best`: the order of its replica), and promises to replicas that
+    /// are not placed any more.
+    fn answer_the_others(
+        &mut self,
+        key: Key,
+        seat: &mut Seat,
+        claims: &[(usize, u64, Claimed)],
+        best: Option<usize>,
+        now: u64,
+    ) {
         let serves_by_promise = claims.iter().find(|(_, link, one)| {
             one.claim.serving
                 && seat.promise.as_ref().is_some_and(|promise| {
@@ -87,8 +106,8 @@ impl Actor {
         let outranked = serves_by_promise.filter(|(order, ..)| best != Some(*order)).map(|(_, _, one)| one.replica);
         seat.outranked =
             outranked.map(|one| (one, seat.outranked.filter(|(id, _)| *id == one).map_or(now, |(_, at)| at)));
-        for (order, link, one) in &claims {
-            if best != Some(*order) && !self.hands_over_by_itself(seat, one, wants, now) {
+        for (order, link, one) in claims {
+            if best != Some(*order) && !self.hands_over_by_itself(seat, one, now) {
                 self.send(*link, key, one.replica, State::Denied, None);
             }
         }
@@ -96,21 +115,16 @@ impl Actor {
         if let Some(promise) = seat.promise.clone().filter(|promise| !placed(promise)) {
             self.send(promise.link, key, promise.holder, State::Denied, None);
         }
-        let is_over = !seat.serving && !seat.naming && (claims.is_empty() || is_taken(seat, &claims));
-        let nobody = claims.is_empty() && seat.order.iter().all(|one| one.replica == me || self.is_away(one.node));
-        if seat.stopping.is_some() && (is_over || nobody) {
-            seat.handed_over();
-        }
     }
 
     /// Returns whether a replica that serves by this one's promise is receiving the better claim. It then transfers
     /// leadership by itself, and names what it holds; if it were denied before, all its unacknowledged writes would end
     /// with an unknown outcome. Bounded in time: the claim may have been lost on its way.
-    fn hands_over_by_itself(&self, seat: &Seat, one: &Claimed, wants: bool, now: u64) -> bool {
+    fn hands_over_by_itself(&self, seat: &Seat, one: &Claimed, now: u64) -> bool {
         let is_new = |(id, at): (ReplicaId, u64)| id == one.replica && now.saturating_sub(at) < ms(LEASE_BEAT) * 3;
         let node = seat.order.iter().find(|placed| placed.replica == one.replica).map(|placed| placed.node);
         let is_linked = node.and_then(|node| self.outgoing.get(&node)).is_some_and(|link| link.beats.is_some());
-        seat.outranked.is_some_and(is_new) && (is_linked || !wants)
+        seat.outranked.is_some_and(is_new) && (is_linked || !seat.wants)
     }
 
     /// Promises the replica to a claimant, once the replica serves nothing any more.

@@ -14,8 +14,8 @@ use vasto_proto::convert::vector_to_wire;
 use vasto_proto::v1;
 use vasto_proto::v1::lease_grant::State;
 
-use super::{Actor, Claimed, Incoming, Key, ms};
-use crate::lease::link::Reach;
+use super::{Actor, Claimed, Incoming, ms};
+use crate::lease::event::{Key, Reach};
 use crate::lease::seat::{Promise, Seat};
 use crate::replica::authority::{Belief, now_ms};
 
@@ -36,29 +36,8 @@ impl Actor {
             let Some(incoming) = self.incoming.get_mut(&id) else { return };
             now.saturating_sub(incoming.heard_ms) >= ms(LEASE_PROMISE)
         };
-        let mut changed: BTreeSet<Key> = BTreeSet::new();
-        if lapsed {
-            // The link's promises have ended, and the states sent for them are void.
-            for (key, seat) in &mut self.seats {
-                if seat.promise.as_ref().is_some_and(|promise| promise.link == id) {
-                    seat.promise = None;
-                    changed.insert(*key);
-                }
-            }
-        }
-        if lapsed {
-            // Sent before the echo, which would renew the ended promises.
-            let told = self.incoming.get_mut(&id).map(|incoming| std::mem::take(&mut incoming.told));
-            for (key, (claimant, state, _)) in told.into_iter().flatten() {
-                if state == State::Granted {
-                    self.send(id, key, claimant, State::Denied, None);
-                }
-            }
-        }
+        let mut changed = if lapsed { self.lapse(id) } else { BTreeSet::new() };
         let Some(incoming) = self.incoming.get_mut(&id) else { return };
-        if lapsed {
-            changed.extend(incoming.claims.keys());
-        }
         incoming.heard_ms = now;
         incoming.sent_ms = request.sent_ms;
         let seen_before = std::mem::replace(&mut incoming.seen_reply, request.seen_reply);
@@ -99,6 +78,27 @@ impl Actor {
         if let Some(incoming) = self.incoming.get_mut(&id) {
             incoming.reply(self.process);
         }
+    }
+
+    /// Ends the promises of a link that was silent for too long; the states sent for them are void. Returns the shards
+    /// that this concerns.
+    fn lapse(&mut self, id: u64) -> BTreeSet<Key> {
+        let mut changed: BTreeSet<Key> = BTreeSet::new();
+        for (key, seat) in &mut self.seats {
+            if seat.promise.as_ref().is_some_and(|promise| promise.link == id) {
+                seat.promise = None;
+                changed.insert(*key);
+            }
+        }
+        // Sent before the echo, which would renew the ended promises.
+        let told = self.incoming.get_mut(&id).map(|incoming| std::mem::take(&mut incoming.told));
+        for (key, (claimant, state, _)) in told.into_iter().flatten() {
+            if state == State::Granted {
+                self.send(id, key, claimant, State::Denied, None);
+            }
+        }
+        changed.extend(self.incoming.get(&id).into_iter().flat_map(|incoming| incoming.claims.keys()));
+        changed
     }
 
     /// Sends decisions that were made outside of a heartbeat.

@@ -17,8 +17,9 @@ use vasto_proto::convert::vector_from_wire;
 use vasto_proto::v1;
 use vasto_proto::v1::lease_grant::State;
 
-use super::{Actor, Event, Granted, Key, Outgoing, ms};
-use crate::lease::link::{Link, News, Reach, reach};
+use super::{Actor, Granted, Outgoing, ms};
+use crate::lease::event::{Event, Key, News, Reach};
+use crate::lease::link::{Link, reach};
 use crate::lease::seat::Seat;
 use crate::replica::authority::{Belief, now_ms};
 

@@ -2,12 +2,13 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
+use crate::lease::event::News;
 use crate::lease::may_have_served;
 use crate::replica::authority::Refusal;
 use crate::replica::command::{Control, Role};
 use crate::replica::tests::replicator::{Member, members, shard_on};
 use crate::replica::tests::support::{Rig, START_US};
-use vasto_core::ids::{CatalogVersion, Epoch, Origin};
+use vasto_core::ids::{CatalogVersion, Epoch, KeyspaceId, Origin, ShardId};
 use vasto_core::reconcile::evict;
 use vasto_core::record::RangeState;
 

@@ -18,16 +18,16 @@ use vasto_core::catalog::{Catalog, KeyspaceSpec};
 use vasto_core::ids::{CatalogVersion, Epoch, KeyspaceId, NodeId, PlanId, ReplicaId};
 use vasto_core::plan::{Plan, PlanKind, Step};
 use vasto_core::record::{BandRange, RangeState};
-use vasto_shipping::garbage::{Retention, collect, fsck};
+use vasto_core::report::TargetProgress;
+use vasto_shipping::gc::{Retention, collect, fsck};
 use vasto_shipping::{Bucket, CatalogStore, CatalogWrite, RetryBudget};
 
 use super::shipping::Shipping;
 use super::support::*;
-use crate::bootstrap::{Adoption, Bootstrap, Log};
-use crate::grow::fresh_progress;
+use crate::build::sources::{self, Without};
+use crate::build::{Adoption, Bootstrap, Log};
 use crate::registry::NodeRegistry;
 use crate::replica::{OpenOptions, Replica};
-use crate::restore::{self, Without};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
@@ -310,15 +310,15 @@ async fn restored(rig: &Rig, bucket: &Bucket, rounds: usize, died: &Notify) -> s
             engines: rig.shared.clone(),
             dir: dir.path().to_owned(),
             side: dir.path().join("side"),
-            progress: Arc::new(Mutex::new(fresh_progress(&plan))),
+            progress: Arc::new(Mutex::new(TargetProgress::new(plan.id))),
             registry: Arc::new(NodeRegistry::new(NodeId(1), rig.clock.clone(), 1)),
             cancel: CancellationToken::new(),
         };
         let kept = Mutex::new(None::<Replica>);
         let attempt = async {
-            let text = |error: crate::bootstrap::BootstrapError| error.to_string();
-            let choose = restore::candidates(bucket, KEYSPACE, rig.shard, &[], Without::default(), None);
-            let found = restore::chosen(bucket, &dir.path().join("sources.json"), choose).await.map_err(text)?;
+            let text = |error: crate::build::BuildError| error.to_string();
+            let choose = sources::candidates(bucket, KEYSPACE, rig.shard, &[], Without::default(), None);
+            let found = sources::chosen(bucket, &dir.path().join("sources.json"), choose).await.map_err(text)?;
             let is_new = !crate::replica::database_dir(dir.path()).join("CURRENT").exists();
             if let Some(base) = found.all.first().and_then(|one| one.base.as_ref()).filter(|_| is_new) {
                 let adoption = Adoption {
@@ -390,7 +390,7 @@ async fn life(rig: &Rig, script: &Arc<Scripted>) -> Contents {
             () = shipping.stop() => {}
             () = script.died.notified() => {}
         }
-        if handle.positions.shipped.load(Ordering::Acquire) >= replica.settled_lsn().0 {
+        if handle.status().shipped >= replica.settled_lsn() {
             break;
         }
     }

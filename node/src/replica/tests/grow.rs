@@ -1,13 +1,17 @@
 //! The target of a resize: rewrite, one ingest, the tail; its content equals a straightforward model.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::Stream;
 use parking_lot::Mutex;
+use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tonic::{Request, Response, Status, Streaming};
 use vasto_core::Band;
-use vasto_core::catalog::{Catalog, KeyspaceSpec};
 use vasto_core::entry::Entry;
 use vasto_core::hash::{jump, partition_hash};
 use vasto_core::ids::{CatalogVersion, Epoch, Lsn, NodeId, PlanId, ReplicaId, ShardId};
@@ -15,13 +19,17 @@ use vasto_core::plan::{PinnedManifest, Plan, PlanKind, Source, Step, Target};
 use vasto_core::record::{Body, RangeState};
 use vasto_core::report::{TargetProgress, TargetStage};
 use vasto_core::stored_key::data_key;
-use vasto_shipping::Bucket;
+use vasto_core::topology::NodeAddress;
+use vasto_proto::v1;
+use vasto_proto::v1::replication_server::{Replication, ReplicationServer};
+use vasto_shipping::{Bucket, Chunk, Create, layout};
 
 use super::shipping::{Shipping, bucket};
 use super::support::*;
+use crate::build::BuildError;
+use crate::build::grow::Build;
 use crate::clock::SharedClock;
 use crate::engine::TableSet;
-use crate::grow::{Build, BuildError, fresh_progress};
 use crate::host::{ReplicaSpec, open_or_begin_again};
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
@@ -79,7 +87,45 @@ struct Grow {
     sources: [(Rig, Replica); 2],
     bucket: Bucket,
     plan: Plan,
-    catalog: Arc<Catalog>,
+    /// Where the nodes of the sources listen; empty while the target cannot reach them.
+    addresses: HashMap<NodeId, NodeAddress>,
+}
+
+/// A node whose logs have been cut: each replica refuses its first tail, and has nothing to say in those after it.
+#[derive(Default)]
+struct Cut(Mutex<HashSet<u64>>);
+
+type Frames<T> = Pin<Box<dyn Stream<Item = std::result::Result<T, Status>> + Send>>;
+type Answer<T> = std::result::Result<Response<T>, Status>;
+
+#[tonic::async_trait]
+impl Replication for Cut {
+    type TailStream = Frames<v1::TailFrame>;
+    type PullStream = Frames<v1::PullFrame>;
+    type LeaseStream = Frames<v1::LeaseReply>;
+
+    async fn tail(&self, request: Request<v1::TailRequest>) -> Answer<Self::TailStream> {
+        if self.0.lock().insert(request.get_ref().replica_id) {
+            return Err(Status::failed_precondition("the log is cut"));
+        }
+        Ok(Response::new(Box::pin(futures::stream::pending())))
+    }
+
+    async fn pull(&self, _: Request<Streaming<v1::PullMessage>>) -> Answer<Self::PullStream> {
+        Err(Status::unimplemented("not here"))
+    }
+
+    async fn lease(&self, _: Request<Streaming<v1::LeaseRequest>>) -> Answer<Self::LeaseStream> {
+        Err(Status::unimplemented("not here"))
+    }
+
+    async fn position(&self, _: Request<v1::PositionRequest>) -> Answer<v1::PositionReply> {
+        Err(Status::unimplemented("not here"))
+    }
+
+    async fn promise(&self, _: Request<v1::PromiseRequest>) -> Answer<v1::PositionReply> {
+        Err(Status::unimplemented("not here"))
+    }
 }
 
 fn target_rig() -> Rig {
@@ -112,10 +158,7 @@ impl Grow {
             targets: vec![Target { shard: ShardId(SHARDS - 1), replica: ReplicaId(3), node }],
             seals_undone: 0,
         };
-        let spec = KeyspaceSpec { shards: SHARDS - 1, ..KeyspaceSpec::default() };
-        let mut catalog = Catalog::first(KEYSPACE, "ks", spec, &[vec![node], vec![node]], START_US, 1);
-        catalog.plan = Some(plan.clone());
-        Self { sources, bucket, plan, catalog: Arc::new(catalog) }
+        Self { sources, bucket, plan, addresses: HashMap::new() }
     }
 
     fn model(&self) -> Rows {
@@ -126,19 +169,21 @@ impl Grow {
     async fn build(&self, rig: &Rig, replica: &Replica, reached: impl Fn(&TargetProgress) -> bool) -> TargetProgress {
         let shipping = Shipping::start(rig, &rig.path, replica, &self.bucket, HOUR);
         let tmp = memory_dir();
-        let progress = Arc::new(Mutex::new(fresh_progress(&self.plan)));
+        let progress = Arc::new(Mutex::new(TargetProgress::new(self.plan.id)));
         let clock: SharedClock = rig.clock.clone();
         let cancel = CancellationToken::new();
+        let registry = Arc::new(NodeRegistry::new(NodeId(1), clock, 1));
+        registry.set_addresses(self.addresses.clone());
         let build = Build {
             replica: replica.clone(),
             ship: shipping.handle.clone(),
             bucket: self.bucket.clone(),
-            registry: Arc::new(NodeRegistry::new(NodeId(1), clock, 1)),
+            registry,
             tmp: tmp.path().to_owned(),
             progress: progress.clone(),
             cancel: cancel.clone(),
         };
-        let mut running = tokio::spawn(build.run(self.catalog.clone(), self.plan.clone()));
+        let mut running = tokio::spawn(build.run(self.plan.clone()));
         let deadline = tokio::time::Instant::now() + DEADLINE;
         while !reached(&progress.lock()) {
             assert!(tokio::time::Instant::now() < deadline, "{:?}", progress.lock());
@@ -214,6 +259,42 @@ async fn the_tail_brings_what_was_written_behind_the_manifest() {
     let (_dir, again) = rig.crash(&target);
     assert_eq!(again.tail_cursors().unwrap(), heads.into_iter().collect::<Vec<_>>());
     assert_eq!(data_rows(&again), grow.model());
+}
+
+/// A crash between the upload of a chunk and its note has left a manifest that ends inside a chunk.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tail_whose_log_is_cut_goes_on_inside_a_chunk() {
+    let mut grow = Grow::prepare().await;
+    let mut heads = BTreeMap::new();
+    for ((_, replica), source) in grow.sources.iter().zip(&grow.plan.sources) {
+        let loaded = replica.clone();
+        tokio::task::spawn_blocking(move || load(&loaded, "later")).await.unwrap();
+        let pinned = source.manifest.as_ref().unwrap().lsn;
+        let read = replica.clone();
+        let all = tokio::task::spawn_blocking(move || records(&read)).await.unwrap();
+        let last_lsn = all.last().unwrap().lsn;
+        let chunk = Chunk {
+            keyspace: KEYSPACE,
+            shard: replica.shard,
+            replica: replica.id,
+            first_lsn: pinned,
+            last_lsn,
+            previous: None,
+            records: all.iter().filter(|record| record.lsn >= pinned).flat_map(|record| record.encode()).collect(),
+        };
+        let key = layout::chunk(KEYSPACE, replica.shard, replica.id, pinned);
+        assert_eq!(grow.bucket.create(&key, chunk.encode()).await.unwrap(), Create::Created);
+        heads.insert(replica.id, last_lsn);
+    }
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = NodeAddress { address: listener.local_addr().unwrap().to_string(), zone: String::new() };
+    grow.addresses.insert(NodeId(1), address);
+    let service = ReplicationServer::new(Cut::default());
+    tokio::spawn(Server::builder().add_service(service).serve_with_incoming(TcpListenerStream::new(listener)));
+    let rig = target_rig();
+    let target = rig.create();
+    grow.build(&rig, &target, |progress| tailing(progress) && progress.cursors == heads).await;
+    assert_eq!(data_rows(&target), grow.model());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -10,7 +10,7 @@ use vasto_core::limits::BINLOG_BYTES_MAX;
 use vasto_core::reconcile::evict;
 use vasto_core::report::ReplicaPhase;
 
-use super::replicator::{shard_on, until};
+use super::replicator::shard_on;
 use super::shipping::bucket;
 use super::support::*;
 use crate::caretaker::waits_for_disk;
@@ -39,6 +39,7 @@ impl Hosted {
             ship_interval: Duration::from_secs(3600),
             clock: rig.clock.clone(),
             peers: Arc::default(),
+            leases: None,
             log_cap: BINLOG_BYTES_MAX,
             pace: Arc::new(Pace::new(0)),
         };
@@ -171,7 +172,7 @@ async fn a_node_that_restarts_opens_its_replicas_a_few_at_a_time() {
     let all = turns.clone().acquire_many_owned(turns.available_permits() as u32).await.unwrap();
     let host = hosted.start(&shard_on(1));
     tokio::time::sleep(Duration::from_millis(100)).await;
-    assert_eq!(host.report(&hosted.context.registry).phase, ReplicaPhase::Opening, "others have their turn");
+    assert_eq!(host.report().phase, ReplicaPhase::Opening, "others have their turn");
     drop(all);
     let replica = hosted.replica().await;
     until("the turn to be given back", || turns.available_permits() > 0).await;

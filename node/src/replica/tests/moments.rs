@@ -5,16 +5,10 @@
 //! changes; tombstones are forgotten; the shard gives keys away. The store has a clock of its own.
 //! `VASTO_MOMENTS` sets the number of histories, `VASTO_MOMENTS_SEED` the seed of the first.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use futures::StreamExt;
-use futures::stream::BoxStream;
-use object_store::path::Path as ObjectPath;
-use object_store::*;
-use parking_lot::Mutex;
 use tokio::task::block_in_place;
 use vasto_core::Band;
 use vasto_core::catalog::GivenUp;
@@ -23,143 +17,23 @@ use vasto_core::ids::{CatalogVersion, Epoch, Lsn, ReplicaId, ShardId};
 use vasto_core::record::{BandRange, RangeState, Record};
 use vasto_shipping::Bucket;
 use vasto_shipping::archive::manifest_at;
+use vasto_testkit::{Numbers, setting};
 
+use super::dated::Dated;
 use super::replication::{member, pull};
 use super::restore::{bootstrap_into, restore_from};
 use super::shipping::Shipping;
 use super::support::*;
-use crate::bootstrap::{Adoption, Log};
-use crate::clock::Clock;
+use crate::build::sources::Without;
+use crate::build::{Adoption, Log};
 use crate::replica::Replica;
 use crate::replica::command::Control;
-use crate::restore::Without;
-use crate::ship::Positions;
+use crate::ship::Assignment;
 
 const SECOND: u64 = 1_000_000;
 const HOUR: Duration = Duration::from_secs(3_600);
-const YEARS_US: u64 = 50 * 365 * 86_400 * SECOND;
 /// Largest difference between good clocks, with a margin.
 const SLACK: u64 = 10 * SECOND;
-
-/// A store in memory with a clock of its own.
-#[derive(Debug)]
-pub struct Dated {
-    store: memory::InMemory,
-    clock: Arc<TestClock>,
-    written: Mutex<HashMap<ObjectPath, u64>>,
-    /// The store reports for every object a write time long after now.
-    tells_nothing: AtomicBool,
-}
-
-impl std::fmt::Display for Dated {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Dated")
-    }
-}
-
-impl Dated {
-    pub fn new(now_us: u64) -> Arc<Self> {
-        let clock = Arc::new(TestClock(now_us.into()));
-        Arc::new(Self {
-            store: memory::InMemory::new(),
-            clock,
-            written: Mutex::default(),
-            tells_nothing: AtomicBool::new(false),
-        })
-    }
-
-    pub fn set(&self, now_us: u64) {
-        self.clock.set(now_us);
-    }
-
-    pub fn bucket(self: &Arc<Self>) -> Bucket {
-        Bucket::from_store("memory://dated", self.clone())
-    }
-
-    fn dated(&self, mut meta: ObjectMeta) -> ObjectMeta {
-        if let Some(at) = self.written.lock().get(&meta.location) {
-            meta.last_modified = time_of(*at).into();
-        }
-        meta
-    }
-}
-
-fn time_of(us: u64) -> std::time::SystemTime {
-    std::time::UNIX_EPOCH + Duration::from_micros(us)
-}
-
-#[async_trait::async_trait]
-impl ObjectStore for Dated {
-    async fn put_opts(&self, location: &ObjectPath, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
-        let result = self.store.put_opts(location, payload, options).await?;
-        let now_us = self.clock.now_us() + if self.tells_nothing.load(Ordering::SeqCst) { YEARS_US } else { 0 };
-        self.written.lock().insert(location.clone(), now_us);
-        Ok(result)
-    }
-
-    async fn put_multipart_opts(
-        &self,
-        location: &ObjectPath,
-        options: PutMultipartOptions,
-    ) -> Result<Box<dyn MultipartUpload>> {
-        self.store.put_multipart_opts(location, options).await
-    }
-
-    async fn get_opts(&self, location: &ObjectPath, options: GetOptions) -> Result<GetResult> {
-        let mut result = self.store.get_opts(location, options).await?;
-        result.meta = self.dated(result.meta);
-        Ok(result)
-    }
-
-    fn delete_stream(
-        &self,
-        locations: BoxStream<'static, Result<ObjectPath>>,
-    ) -> BoxStream<'static, Result<ObjectPath>> {
-        self.store.delete_stream(locations)
-    }
-
-    fn list(&self, prefix: Option<&ObjectPath>) -> BoxStream<'static, Result<ObjectMeta>> {
-        let written = self.written.lock().clone();
-        let dated = move |meta: Result<ObjectMeta>| {
-            meta.map(|mut meta| {
-                if let Some(at) = written.get(&meta.location) {
-                    meta.last_modified = time_of(*at).into();
-                }
-                meta
-            })
-        };
-        self.store.list(prefix).map(dated).boxed()
-    }
-
-    async fn list_with_delimiter(&self, prefix: Option<&ObjectPath>) -> Result<ListResult> {
-        self.store.list_with_delimiter(prefix).await
-    }
-
-    async fn copy_opts(&self, from: &ObjectPath, to: &ObjectPath, options: CopyOptions) -> Result<()> {
-        self.store.copy_opts(from, to, options).await
-    }
-}
-
-/// Random numbers that only the seed decides.
-struct Numbers(u64);
-
-impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    fn of<T: Copy>(&mut self, all: &[T]) -> T {
-        all[self.below(all.len() as u64) as usize]
-    }
-}
 
 /// One acknowledged write.
 #[derive(Debug, Clone)]
@@ -240,9 +114,9 @@ enum Planted {
 impl World {
     fn new(seed: u64, planted: Planted) -> Self {
         let store = Dated::new(START_US);
-        store.tells_nothing.store(planted == Planted::StampsAreBelieved, Ordering::SeqCst);
+        store.date_after_now(planted == Planted::StampsAreBelieved);
         let mut world = Self {
-            numbers: Numbers(seed),
+            numbers: Numbers::new(seed),
             now: START_US,
             bucket: store.bucket(),
             store,
@@ -350,8 +224,7 @@ impl World {
     fn shipping(&self, at: usize) -> Shipping {
         let node = &self.nodes[at];
         let shipping = Shipping::start(&node.rig, &node.rig.path, node.replica(), &self.bucket, HOUR);
-        let positions: &Positions = &shipping.handle.positions;
-        positions.stands_in.store(at != 0, Ordering::Release);
+        shipping.handle.assign(if at == 0 { Assignment::Preferred } else { Assignment::StandIn });
         shipping
     }
 
@@ -683,13 +556,9 @@ fn last_record(replica: &Replica) -> Record {
     Record::decode(&reader.next_batch(1).unwrap()[0].1).unwrap()
 }
 
-fn number(name: &str, otherwise: u64) -> u64 {
-    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise)
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restore_at_any_moment_is_what_was_there_or_is_refused() {
-    let (lives, first) = (number("VASTO_MOMENTS", 12), number("VASTO_MOMENTS_SEED", 1));
+    let (lives, first) = (setting("VASTO_MOMENTS", 12), setting("VASTO_MOMENTS_SEED", 1));
     let (mut restored, mut refused) = (0, 0);
     for seed in first..first + lives {
         let (one, two) = World::live(seed, Planted::Nothing).await.unwrap_or_else(|wrong| panic!("{wrong}"));

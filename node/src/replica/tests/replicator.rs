@@ -62,7 +62,7 @@ impl Drop for Member {
 pub async fn serve(registry: &Arc<NodeRegistry>) -> String {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let service = ReplicationServer::new(ReplicationService::new(registry.clone()));
+    let service = ReplicationServer::new(ReplicationService::new(registry.clone(), None));
     tokio::spawn(Server::builder().add_service(service).serve_with_incoming(TcpListenerStream::new(listener)));
     address
 }
@@ -82,14 +82,6 @@ async fn connect(members: &[Member]) {
     }
     for one in members {
         one.registry.set_addresses(addresses.clone());
-    }
-}
-
-pub async fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = tokio::time::Instant::now() + DEADLINE;
-    while !holds() {
-        assert!(tokio::time::Instant::now() < deadline, "in vain: {what}");
-        tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }
 

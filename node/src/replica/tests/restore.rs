@@ -15,19 +15,20 @@ use vasto_core::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, PlanId, Re
 use vasto_core::record::{BandRange, RangeState};
 use vasto_core::report::TargetProgress;
 use vasto_core::{Band, ErrorCode};
-use vasto_shipping::garbage::{Retention, collect, fsck};
+use vasto_shipping::gc::{Retention, collect, fsck};
 use vasto_shipping::{Bucket, CatalogStore, CatalogWrite, Chunk, layout};
 
 use super::bucket_faults::Scripted;
-use super::moments::Dated;
+use super::dated::Dated;
 use super::replication::{member, pull};
-use super::shipping::{Shipping, bucket, fill_a_file, manifest, until};
+use super::shipping::{Shipping, bucket, fill_a_file, manifest};
 use super::support::*;
-use crate::bootstrap::{Adoption, Bootstrap, BootstrapError, Log};
+use crate::build::sources::{self, Without};
+use crate::build::{Adoption, Bootstrap, BuildError, Log};
 use crate::registry::NodeRegistry;
 use crate::replica::command::{Control, Role};
 use crate::replica::{OpenOptions, Replica};
-use crate::restore::{self, Without};
+use crate::ship::{Assignment, LogNeed};
 
 const HOUR: Duration = Duration::from_secs(3_600);
 const NEW: KeyspaceId = KeyspaceId(8);
@@ -61,7 +62,7 @@ pub fn bootstrap_into(rig: &Rig, bucket: &Bucket, dir: &Path) -> Bootstrap {
     }
 }
 
-async fn restore(rig: &Rig, bucket: &Bucket, until_us: Option<u64>) -> Result<Restored, BootstrapError> {
+async fn restore(rig: &Rig, bucket: &Bucket, until_us: Option<u64>) -> Result<Restored, BuildError> {
     restore_from(rig, bucket, Without::default(), 1, until_us).await
 }
 
@@ -71,10 +72,10 @@ pub async fn restore_from(
     without: Without<'_>,
     shards: u32,
     until_us: Option<u64>,
-) -> Result<Restored, BootstrapError> {
+) -> Result<Restored, BuildError> {
     let dir = memory_dir();
     let bootstrap = bootstrap_into(rig, bucket, dir.path());
-    let found = restore::candidates(bucket, KEYSPACE, rig.shard, &[], without, until_us).await?;
+    let found = sources::candidates(bucket, KEYSPACE, rig.shard, &[], without, until_us).await?;
     let owned: BandRange = Band::owned(shards).into();
     if let Some(base) = found.all.first().and_then(|one| one.base.as_ref()) {
         let (version, epoch) = (CatalogVersion(1), Epoch(1));
@@ -109,7 +110,7 @@ async fn take_the_place_of(
     bucket: &Bucket,
     without: Without<'_>,
 ) -> (Replica, Option<ReplicaId>) {
-    let found = restore::candidates(bucket, KEYSPACE, rig.shard, &[whose], without, None).await.unwrap();
+    let found = sources::candidates(bucket, KEYSPACE, rig.shard, &[whose], without, None).await.unwrap();
     let bootstrap = bootstrap_into(rig, bucket, &rig.path);
     let base = found.all[0].base.as_ref();
     if let Some(base) = base {
@@ -197,7 +198,7 @@ async fn a_hole_in_the_log_is_an_error_unless_another_log_fills_it() {
     let state = fsck(&bucket, false).await.unwrap();
     assert_eq!(state.missing, [chunks[1].clone()]);
     let refused = restore(&one, &bucket, None).await.err().unwrap();
-    assert!(matches!(&refused, BootstrapError::Gap { chunk, .. } if *chunk == chunks[2]), "{refused}");
+    assert!(matches!(&refused, BuildError::Gap { chunk, .. } if *chunk == chunks[2]), "{refused}");
     block_in_place(|| pull(&b, &a));
     chunk(&two, &b, &bucket).await;
     let restored = restore(&one, &bucket, None).await.unwrap();
@@ -232,7 +233,7 @@ async fn a_moment_inside_of_a_hole_is_refused_and_those_around_it_are_not() {
         bucket.delete(chunk).await.unwrap();
     }
     let refused = restore(&rig, &bucket, Some(times[1])).await.err().unwrap();
-    assert!(matches!(refused, BootstrapError::NotReached { .. }), "{refused}");
+    assert!(matches!(refused, BuildError::NotReached { .. }), "{refused}");
     let before = restore(&rig, &bucket, Some(times[0])).await.unwrap();
     assert_eq!((before.get("first").as_deref(), before.get("second")), (Some("v"), None));
     before.close().await;
@@ -242,7 +243,7 @@ async fn a_moment_inside_of_a_hole_is_refused_and_those_around_it_are_not() {
     // A collected archive is not taken for an empty one.
     bucket.delete(&chunks[0]).await.unwrap();
     let refused = restore(&rig, &bucket, Some(times[0])).await.err().unwrap();
-    assert!(matches!(refused, BootstrapError::NotRetained { oldest: Some(_), .. }), "{refused}");
+    assert!(matches!(refused, BuildError::NotRetained { oldest_us: Some(_), .. }), "{refused}");
 }
 
 /// A bucket acknowledgement counts only while no version lets the shard go on without this replica.
@@ -336,7 +337,7 @@ async fn the_log_is_shipped_while_a_checkpoint_is_uploaded() {
         block_in_place(|| confirmed.recv_timeout(DEADLINE)).unwrap().unwrap();
     }
     assert!(!waiting.is_finished());
-    let lsn = Lsn(shipping.handle.positions.shipped.load(Ordering::Acquire));
+    let lsn = shipping.shipped();
     drop(turns);
     let pinned = waiting.await.unwrap().unwrap();
     shipping.stop().await;
@@ -354,7 +355,7 @@ async fn an_outage_of_the_bucket_stops_nothing_and_costs_moments_only() {
     register(&store.good()).await;
     let replica = block_in_place(|| rig.create());
     let shipping = Shipping::with_cap(&rig, &rig.path, &replica, &store.bucket(), Duration::ZERO, CAP);
-    shipping.handle.positions.needed_after.store(u64::MAX, Ordering::Release);
+    shipping.handle.set_need(LogNeed::NONE);
     put_now(&replica, "before", "v");
     let before = replica.data_commit_time();
     let head = replica.settled_lsn();
@@ -392,7 +393,7 @@ async fn an_outage_of_the_bucket_stops_nothing_and_costs_moments_only() {
     assert_eq!((then.get("before").as_deref(), then.get("during0")), (Some("v"), None));
     then.close().await;
     let refused = restore(&rig, &bucket, Some(during)).await.err().unwrap();
-    assert!(matches!(refused, BootstrapError::NotReached { .. }), "{refused}");
+    assert!(matches!(refused, BuildError::NotReached { .. }), "{refused}");
 }
 
 /// A replica that has left its placement confirms nothing either, however new the version that it applies.
@@ -444,12 +445,12 @@ async fn a_clock_that_was_ahead_hides_nothing_from_a_moment() {
     assert_eq!((all.get("first").as_deref(), all.get("after19").as_deref()), (Some("v"), Some("v")));
     all.close().await;
     let some = restore(&rig, &bucket, moment(61)).await.err().unwrap();
-    let BootstrapError::ClockAhead { shard, replica: whose, ahead_s, .. } = &some else { panic!("{some}") };
+    let BuildError::ClockAhead { shard, replica: whose, ahead_s, .. } = &some else { panic!("{some}") };
     assert_eq!((*shard, *whose), (ShardId(0), replica.id));
     assert!((3_500..=3_600).contains(ahead_s), "{some}");
     let from = humantime::format_rfc3339_micros(std::time::UNIX_EPOCH + Duration::from_micros(START_US + 71 * SECOND));
     assert!(some.to_string().contains(&from.to_string()), "it says from when on: {some}");
-    assert!(matches!(restore(&rig, &bucket, moment(30)).await.err(), Some(BootstrapError::ClockAhead { .. })));
+    assert!(matches!(restore(&rig, &bucket, moment(30)).await.err(), Some(BuildError::ClockAhead { .. })));
     let from = restore(&rig, &bucket, moment(71)).await.unwrap();
     assert_eq!(from.get("after19").as_deref(), Some("v"));
     from.close().await;
@@ -463,7 +464,7 @@ async fn a_clock_that_was_ahead_hides_nothing_from_a_moment() {
     assert_eq!((begun.get("first").as_deref(), begun.get("after19").as_deref()), (Some("v"), Some("v")));
     begun.close().await;
     // Without a checkpoint and without the log the state before is unknown.
-    assert!(matches!(restore(&rig, &bucket, moment(650)).await.err(), Some(BootstrapError::NotRetained { .. })));
+    assert!(matches!(restore(&rig, &bucket, moment(650)).await.err(), Some(BuildError::NotRetained { .. })));
 }
 
 /// Good clocks differ a little from the store's: no restore is refused for that.
@@ -638,7 +639,7 @@ async fn register_two(bucket: &Bucket) {
 /// Starts the shipper of an acting primary.
 fn standing_in(rig: &Rig, replica: &Replica, bucket: &Bucket) -> Shipping {
     let shipping = Shipping::start(rig, &rig.path, replica, bucket, HOUR);
-    shipping.handle.positions.stands_in.store(true, Ordering::Release);
+    shipping.handle.assign(Assignment::StandIn);
     shipping
 }
 
@@ -742,7 +743,7 @@ async fn what_was_asked_for_is_shipped_by_whoever_is_asked() {
     put_now(&a, "not shipped", "v");
     block_in_place(|| pull(&b, &a));
     let shipping = Shipping::start(&two, &two.path, &b, &bucket, HOUR);
-    shipping.handle.positions.ships.store(false, Ordering::Release);
+    shipping.handle.assign(Assignment::Idle);
     shipping.handle.log().await.unwrap();
     assert_eq!((chunks_of(&bucket, &b).await.len(), files_of(&bucket, &b).await), (1, 0));
     shipping.stop().await;

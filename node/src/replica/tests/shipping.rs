@@ -15,7 +15,7 @@ use vasto_shipping::{Bucket, BucketOptions, Chunk, Manifest, layout};
 
 use super::support::*;
 use crate::replica::Replica;
-use crate::ship::{self, Pace, ShipContext, ShipHandle};
+use crate::ship::{self, Assignment, LogNeed, Pace, ShipContext, ShipHandle};
 
 pub fn bucket() -> Bucket {
     static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -62,7 +62,7 @@ impl Shipping {
         };
         let cancel = CancellationToken::new();
         let (handle, shipper) = ship::start(context, cancel.clone());
-        handle.positions.ships.store(true, Ordering::Release);
+        handle.assign(Assignment::Preferred);
         Self { handle, pace, cancel, task: tokio::spawn(shipper), _tmp: tmp }
     }
 
@@ -77,20 +77,12 @@ impl Shipping {
     }
 
     pub fn shipped(&self) -> Lsn {
-        Lsn(self.handle.positions.shipped.load(Ordering::Acquire))
+        self.handle.status().shipped
     }
 }
 
 const HOUR: Duration = Duration::from_secs(3600);
 const AT_ONCE: Duration = Duration::ZERO;
-
-pub async fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = tokio::time::Instant::now() + DEADLINE;
-    while !holds() {
-        assert!(tokio::time::Instant::now() < deadline, "in vain: {what}");
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
-}
 
 pub async fn manifest(bucket: &Bucket, pinned: &PinnedManifest) -> Manifest {
     Manifest::decode(&bucket.get(&pinned.key).await.unwrap().unwrap()).unwrap()
@@ -344,9 +336,22 @@ async fn a_position_that_the_log_no_longer_reaches_is_replaced_by_a_checkpoint()
     put_async(&replica, "after", 5).await;
     let head = replica.settled_lsn();
     until("chunks behind it", || shipping.shipped() >= head).await;
-    let lsn = Lsn(shipping.handle.positions.manifest.load(Ordering::Acquire));
+    let lsn = shipping.handle.status().manifest;
     shipping.stop().await;
     assert_contiguous(&walk(&bucket, &replica, lsn).await, lsn.next(), head);
+}
+
+/// The chunk is in the bucket, and `ship.json` cannot be written.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_position_that_is_not_recorded_is_not_published() {
+    let (rig, bucket) = (Rig::new(), bucket());
+    let replica = rig.create();
+    put_async(&replica, "k", 1).await;
+    let shipping = Shipping::start(&rig, &rig.path.join("no such directory"), &replica, &bucket, HOUR);
+    shipping.handle.log().await.unwrap_err();
+    assert_eq!(shipping.shipped(), Lsn(0));
+    shipping.stop().await;
+    assert!(!walk(&bucket, &replica, Lsn(0)).await.is_empty());
 }
 
 /// Writes more than one file of the log.
@@ -367,8 +372,7 @@ async fn the_log_is_truncated_only_behind_what_is_persisted_shipped_and_not_need
     tokio::task::spawn_blocking(move || fill_a_file(&filler)).await.unwrap();
     let first_file_end = replica.applied_lsn();
     let shipping = Shipping::start(&rig, &rig.path, &replica, &bucket, AT_ONCE);
-    let positions = shipping.handle.positions.clone();
-    positions.needed_after.store(1, Ordering::Release);
+    shipping.handle.set_need(LogNeed { after: Lsn(1), from_bucket: false });
     let head = replica.settled_lsn();
     until("the chunks", || shipping.shipped() >= head).await;
     replica.engine().flush().unwrap();
@@ -379,7 +383,7 @@ async fn the_log_is_truncated_only_behind_what_is_persisted_shipped_and_not_need
         until("another round", || shipping.shipped() >= head).await;
         assert_eq!(replica.log().first_lsn(), Lsn(1), "a plan needs it");
     }
-    positions.needed_after.store(u64::MAX, Ordering::Release);
+    shipping.handle.set_need(LogNeed::NONE);
     until("the truncation", || replica.log().first_lsn() > Lsn(1)).await;
     assert!(replica.log().first_lsn() <= first_file_end.next());
     assert!(replica.log().first_lsn() <= replica.persisted_lsn().unwrap().next());

@@ -15,6 +15,7 @@ use vasto_core::entry::{Entry, Payload};
 use vasto_core::ids::{CatalogVersion, KeyspaceId, Lsn, ReplicaId, ShardId};
 use vasto_core::record::{BandRange, Body, FeedProgress, KeyEntry, RangeState, Record};
 use vasto_core::{Band, VastoError};
+pub use vasto_testkit::{DEADLINE, memory_dir};
 
 use crate::clock::Clock;
 use crate::engine::{EngineBudget, EngineShared};
@@ -23,7 +24,6 @@ use crate::replica::command::{Control, OpKind, OpOutcome, ReplicaError, WriteOp}
 use crate::replica::read::{GetResult, KeyRef, ScanPage};
 use crate::replica::{OpenError, OpenOptions, Replica};
 
-pub const DEADLINE: Duration = Duration::from_secs(30);
 pub const START_US: u64 = 1_700_000_000_000_000;
 pub const KEYSPACE: KeyspaceId = KeyspaceId(7);
 
@@ -41,11 +41,6 @@ impl Clock for TestClock {
     fn now_us(&self) -> u64 {
         self.0.load(Ordering::SeqCst)
     }
-}
-
-/// Creates a directory in memory where there is one: a sync is still a call, and costs nothing.
-pub fn memory_dir() -> TempDir {
-    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
 /// A directory, and the context that opens a replica in it.
@@ -357,11 +352,20 @@ pub fn meta_rows(replica: &Replica) -> Rows {
     replica.engine().with_prefix(&[0xFF]).unwrap().into_iter().collect()
 }
 
-/// Waits for a condition.
+/// Waits for a condition, on a thread without a runtime.
 pub fn wait_for(what: &str, mut holds: impl FnMut() -> bool) {
     let started = Instant::now();
     while !holds() {
         assert!(started.elapsed() < DEADLINE, "in vain: {what}");
         std::thread::park_timeout(Duration::from_millis(1));
+    }
+}
+
+/// Waits for a condition without holding up the runtime.
+pub async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = tokio::time::Instant::now() + DEADLINE;
+    while !holds() {
+        assert!(tokio::time::Instant::now() < deadline, "in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }

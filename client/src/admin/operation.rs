@@ -1,0 +1,175 @@
+//! Calls that start, follow and cancel structural changes.
+
+use tokio::time::Instant;
+use vasto_core::band::check_shard_count;
+use vasto_core::limits::{ADMIN_DEADLINE, check_keyspace_name};
+use vasto_proto::v1;
+
+use crate::answer::{Answer, Operation, OperationState, ResizePlan};
+use crate::client::Vasto;
+use crate::error::{Error, ErrorKind};
+use crate::master::Call;
+use crate::tuning::OPERATION_POLL;
+
+impl Vasto {
+    /// Changes the number of shards while reads and writes go on, and waits until the operation is done,
+    /// however long that takes. Dropping the future does not stop the operation.
+    ///
+    /// # Errors
+    /// As of [`Vasto::start_resize`]; `FailedPrecondition` with the reason when it was aborted.
+    pub async fn resize_keyspace(&self, name: &str, shards: u32) -> Result<Answer<Operation>, Error> {
+        let started = self.start_resize(name, shards).await?;
+        self.wait_operation(started).await
+    }
+
+    /// Starts to change the number of shards and returns the running operation at once.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an illegal count (the message names legal ones), `NotFound`,
+    /// `FailedPrecondition` while another change runs or when a node is missing.
+    pub async fn start_resize(&self, name: &str, shards: u32) -> Result<Answer<Operation>, Error> {
+        let request = resize_request(name, shards, false)?;
+        self.master.call(Call::Change, |mut master| async move { master.resize_keyspace(request).await }).await
+    }
+
+    /// Returns the cost of a resize without starting it.
+    ///
+    /// # Errors
+    /// As of [`Vasto::start_resize`].
+    pub async fn plan_resize(&self, name: &str, shards: u32) -> Result<Answer<ResizePlan>, Error> {
+        let request = resize_request(name, shards, true)?;
+        self.master.call(Call::Ask, |mut master| async move { master.resize_keyspace(request).await }).await
+    }
+
+    /// Starts to restore the new keyspace `into` from the archive of another one, which may be deleted, and
+    /// whose nodes may all be lost: everything, or the state at a time, microseconds since 1970. Returns the
+    /// running operation at once.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such keyspace, or was none at that time; `AlreadyExists`;
+    /// `FailedPrecondition` without nodes to hold it; `Unavailable` when a shard that serves cannot ship the
+    /// acknowledged writes, or has no live replica while other shards have.
+    pub async fn start_restore(&self, name: &str, into: &str, at_us: Option<u64>) -> Result<Answer<Operation>, Error> {
+        self.restore(name, into, at_us, false).await
+    }
+
+    /// Starts a restore without asking nodes to ship what they hold first: the bucket alone is used.
+    ///
+    /// # Errors
+    /// As of [`Vasto::start_restore`].
+    pub async fn start_restore_from_bucket(
+        &self,
+        name: &str,
+        into: &str,
+        at_us: Option<u64>,
+    ) -> Result<Answer<Operation>, Error> {
+        self.restore(name, into, at_us, true).await
+    }
+
+    async fn restore(
+        &self,
+        name: &str,
+        into: &str,
+        at_us: Option<u64>,
+        from_bucket: bool,
+    ) -> Result<Answer<Operation>, Error> {
+        let request = v1::RestoreRequest { name: name.to_owned(), into: into.to_owned(), at_us, from_bucket };
+        self.master.call(Call::ChangeLong, |mut master| async move { master.restore_keyspace(request).await }).await
+    }
+
+    /// Starts to move all replicas of a node elsewhere: to node `to`, or to any node with room. With
+    /// `replace` the node may be lost: data that it alone held comes from the bucket. Returns the running
+    /// operation at once.
+    ///
+    /// # Errors
+    /// `NotFound` when the node has no replicas; `FailedPrecondition` when the node is away and not to be
+    /// replaced, or no node has room.
+    pub async fn start_emptying_node(
+        &self,
+        node: &str,
+        to: Option<&str>,
+        replace: bool,
+    ) -> Result<Answer<Operation>, Error> {
+        self.empty_node(node, to, replace, false).await
+    }
+
+    /// As [`Self::start_emptying_node`] with `replace`, for a node that is lost for good: data that is not even
+    /// in the bucket is given up, and nothing waits for the node any more.
+    ///
+    /// # Errors
+    /// As [`Self::start_emptying_node`].
+    pub async fn start_giving_up_node(&self, node: &str, to: Option<&str>) -> Result<Answer<Operation>, Error> {
+        self.empty_node(node, to, true, true).await
+    }
+
+    async fn empty_node(
+        &self,
+        node: &str,
+        to: Option<&str>,
+        replace: bool,
+        accept_loss: bool,
+    ) -> Result<Answer<Operation>, Error> {
+        let to_node_id = to.unwrap_or_default().to_owned();
+        let request = v1::EmptyNodeRequest { node_id: node.to_owned(), to_node_id, replace, accept_loss };
+        self.master.call(Call::Change, |mut master| async move { master.empty_node(request).await }).await
+    }
+
+    /// Waits until an operation is finished. Tolerates a master that is away for less than 30 s.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` with the reason when it was aborted; `NotFound` when the master has forgotten it.
+    pub async fn wait_operation(&self, mut operation: Answer<Operation>) -> Result<Answer<Operation>, Error> {
+        let mut heard = Instant::now();
+        while operation.state == OperationState::Running {
+            tokio::time::sleep(OPERATION_POLL).await;
+            match self.show_operation(&operation.id).await {
+                Ok(now) => {
+                    operation = now;
+                    heard = Instant::now();
+                }
+                Err(error) if error.kind() == ErrorKind::Unavailable && heard.elapsed() < ADMIN_DEADLINE => {}
+                Err(error) => return Err(error),
+            }
+        }
+        match operation.state {
+            OperationState::Aborted => {
+                let why = operation.reason.as_deref().unwrap_or("no reason is recorded");
+                let message = format!("the operation {} was aborted: {why}", operation.id);
+                Err(Error::new(ErrorKind::FailedPrecondition, message))
+            }
+            OperationState::Running | OperationState::Done => Ok(operation),
+        }
+    }
+
+    /// Returns running and recent operations, the newest first.
+    ///
+    /// # Errors
+    /// When the master does not answer.
+    pub async fn list_operations(&self) -> Result<Answer<Vec<Operation>>, Error> {
+        self.master.call(Call::Ask, |mut master| async move { master.list_operations(v1::Empty {}).await }).await
+    }
+
+    /// Returns the progress of an operation, or its result.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    pub async fn show_operation(&self, id: &str) -> Result<Answer<Operation>, Error> {
+        let request = v1::OperationRequest { id: id.to_owned() };
+        self.master.call(Call::Ask, |mut master| async move { master.show_operation(request).await }).await
+    }
+
+    /// Aborts a running operation.
+    ///
+    /// # Errors
+    /// `NotFound`; `FailedPrecondition` once the operation is committed.
+    pub async fn cancel_operation(&self, id: &str) -> Result<Answer<Operation>, Error> {
+        let request = v1::OperationRequest { id: id.to_owned() };
+        self.master.call(Call::Change, |mut master| async move { master.cancel_operation(request).await }).await
+    }
+}
+
+fn resize_request(name: &str, shards: u32, plan_only: bool) -> Result<v1::ResizeRequest, Error> {
+    check_keyspace_name(name)?;
+    check_shard_count(shards)?;
+    Ok(v1::ResizeRequest { name: name.to_owned(), shards, plan_only })
+}

@@ -1,0 +1,194 @@
+//! Documents of structural changes: the plan of one, its progress, and its report.
+
+use std::fmt;
+
+use serde::Deserialize;
+
+/// The state of an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OperationState {
+    /// The operation is in progress.
+    Running,
+    /// The operation is done.
+    Done,
+    /// The operation was aborted; nothing has changed.
+    Aborted,
+}
+
+impl fmt::Display for OperationState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            OperationState::Running => "running",
+            OperationState::Done => "done",
+            OperationState::Aborted => "aborted",
+        })
+    }
+}
+
+/// A snapshot of a structural change. Figures that are not known at that time are `None`.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct Operation {
+    /// For [`Vasto::show_operation`](crate::Vasto::show_operation) and
+    /// [`Vasto::cancel_operation`](crate::Vasto::cancel_operation).
+    pub id: String,
+    /// Its state.
+    pub state: OperationState,
+    /// `grow`, `restore`, `replace` and others.
+    pub kind: Option<String>,
+    /// The name of the keyspace; several, separated by commas, of an operation on a node.
+    pub keyspace: Option<String>,
+    /// The number of shards before, or the node that is emptied.
+    pub from: Option<ShardsOrNode>,
+    /// The number of shards after, or the node that takes the replicas, if it was named.
+    pub to: Option<ShardsOrNode>,
+    /// The current step, while it runs.
+    pub step: Option<String>,
+    /// What the step waits for.
+    pub waiting_for: Option<String>,
+    /// Bytes that the step has read, while it runs.
+    pub bytes_done: Option<u64>,
+    /// Bytes that the step has to read, as far as that is known; while it runs.
+    pub bytes_total: Option<u64>,
+    /// Why it was aborted.
+    pub reason: Option<String>,
+    /// When it started, microseconds since 1970.
+    pub started_at_us: Option<u64>,
+    /// Time from start to end, milliseconds.
+    pub duration_ms: Option<u64>,
+    /// Keys that have moved, not counting the tail.
+    pub keys_moved: Option<u64>,
+    /// Bytes of the SSTs that the targets hold for the moved keys, compressed.
+    pub bytes_moved: Option<u64>,
+    /// Body bytes of all GETs.
+    pub bytes_from_bucket: Option<u64>,
+    /// Bytes of log records that nodes streamed.
+    pub bytes_from_peers: Option<u64>,
+    /// Number of GETs.
+    pub objects_read: Option<u64>,
+    /// Time for which writes of moving keys waited.
+    pub write_pause_ms: Option<WritePauseMs>,
+    /// Number of replicas that have left the node that is emptied.
+    pub replicas_moved: Option<u64>,
+    /// Number of replicas that are still on it.
+    pub replicas_left: Option<u64>,
+    /// Of a restore: nodes that could not ship what they alone hold.
+    #[serde(default)]
+    pub without: Vec<AbsentNode>,
+    /// Ends of the logs that were read from the bucket; later records are missing from the result.
+    #[serde(default)]
+    pub reached: Vec<ReachedLog>,
+}
+
+/// What an operation changes: the number of shards of a keyspace, or the place of the replicas of a node.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum ShardsOrNode {
+    /// A number of shards.
+    Shards(u32),
+    /// The id of a node, `n-…`.
+    Node(String),
+}
+
+impl fmt::Display for ShardsOrNode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ShardsOrNode::Shards(shards) => shards.fmt(f),
+            ShardsOrNode::Node(id) => id.fmt(f),
+        }
+    }
+}
+
+/// Percentiles of the time for which writes of moving keys waited, milliseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct WritePauseMs {
+    /// Median.
+    pub p50: f64,
+    /// 99th percentile.
+    pub p99: f64,
+    /// Longest.
+    pub max: f64,
+}
+
+/// A node that did not get a command, or whose replica has failed.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct AbsentNode {
+    /// Its id, `n-…`.
+    pub node_id: String,
+    /// The shards of which it holds replicas.
+    pub shards: Vec<u32>,
+}
+
+/// The end of a log in the bucket.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct ReachedLog {
+    /// The shard.
+    pub shard: u32,
+    /// The replica that wrote the log.
+    pub replica: u64,
+    /// The last record of it that was read.
+    pub lsn: u64,
+}
+
+/// The estimated cost of a resize.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct ResizePlan {
+    /// The name of the keyspace.
+    pub keyspace: String,
+    /// Number of shards before.
+    pub from: u32,
+    /// Number of shards after.
+    pub to: u32,
+    /// The share of the keys that move, in `0.0..=1.0`.
+    pub moving_fraction: f64,
+    /// The shards that keys move from.
+    pub sources: Vec<ResizeSource>,
+    /// Number of requests to the bucket.
+    pub requests: u64,
+    /// How long it takes.
+    pub seconds: f64,
+}
+
+/// What one shard gives in a resize.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct ResizeSource {
+    /// Its number.
+    pub shard: u32,
+    /// The estimated number of its keys.
+    pub keys: u64,
+    /// Its bytes on disk.
+    pub bytes: u64,
+    /// Bytes that must be read for the keys that move.
+    pub bytes_to_read: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn documents_of_the_master() {
+        let read = |json: &str| serde_json::from_str::<Operation>(json);
+        let aborted = read(r#"{"id":"op-1-1","state":"aborted","reason":"cancelled","more":[1]}"#).unwrap();
+        assert_eq!((aborted.id.as_str(), aborted.state), ("op-1-1", OperationState::Aborted));
+        assert_eq!(aborted.reason.as_deref(), Some("cancelled"));
+        for bad in ["", "{}", r#"{"id":"a"}"#, r#"{"id":"a","state":"odd"}"#, "[]"] {
+            assert!(read(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_operation_is_on_shards_or_on_a_node() {
+        let read = |json: &str| serde_json::from_str::<Operation>(json).unwrap();
+        let grow = read(r#"{"id":"op-1-1","state":"running","from":2,"to":3,"step":"tail"}"#);
+        assert_eq!((grow.from, grow.to), (Some(ShardsOrNode::Shards(2)), Some(ShardsOrNode::Shards(3))));
+        let replace = read(r#"{"id":"node-n-1-2","state":"running","from":"n-1","to":null}"#);
+        assert_eq!((replace.from, replace.to), (Some(ShardsOrNode::Node("n-1".to_owned())), None));
+    }
+}

@@ -1,0 +1,19 @@
+//! The calls of people and scripts, as functions that return a document or one error that says what to do.
+//!
+//! **Invariant:** nothing here writes a catalog version of an existing keyspace; that goes through
+//! the keyspace's driver. A call that only plans changes nothing. Nothing is remembered here: any master
+//! continues what a call has begun.
+
+mod answer;
+mod ask;
+pub(crate) mod bucket;
+pub(crate) mod drain;
+pub(crate) mod evict;
+pub(crate) mod keyspace;
+pub(crate) mod node;
+pub(crate) mod operation;
+pub(crate) mod restore;
+pub(crate) mod ship;
+
+pub(crate) use self::answer::{Answer, find};
+pub(crate) use self::ask::command;

@@ -1,0 +1,104 @@
+//! What a call asks of others: a first version of the bucket, a change of the keyspace's driver, a command of its
+//! nodes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+use vasto_core::catalog::Catalog;
+use vasto_core::error::VastoError;
+use vasto_core::ids::{KeyspaceId, NodeId};
+use vasto_proto::v1;
+use vasto_shipping::CatalogError;
+
+use super::answer::{ANSWER_WITHIN, Answer, find, taken, too_busy, unavailable, unsure};
+use crate::cluster::{Cluster, Held};
+use crate::driver::adopt_all;
+use crate::placement::place;
+use crate::state::{CatalogChange, ChangeRequest};
+use crate::view::json;
+use crate::view::outcome::ExecutedDoc;
+
+/// Chooses the nodes for the replicas of a new keyspace, and holds the places until the guard is dropped.
+pub(super) fn places(
+    cluster: &Arc<Cluster>,
+    shards: u32,
+    replicas: u32,
+) -> Result<(Vec<Vec<NodeId>>, Held), VastoError> {
+    let mut state = cluster.state();
+    let nodes = place(shards, replicas, &state.candidates(None))?;
+    let hold = state.loads.hold(nodes.iter().flatten().copied(), false, 0);
+    Ok((nodes, cluster.hold_places(hold)))
+}
+
+/// Writes the first version of a keyspace, under an id that the bucket has free; `what` says what that is for.
+pub(super) async fn first_version(
+    cluster: &Arc<Cluster>,
+    name: &str,
+    what: &str,
+    within: Duration,
+    build: impl Fn(KeyspaceId) -> Catalog,
+) -> Result<Catalog, VastoError> {
+    match timeout(within, cluster.store.create_keyspace(build)).await {
+        Ok(Ok(catalog)) => Ok(catalog),
+        Ok(Err(CatalogError::NameTaken { .. })) => {
+            adopt_all(cluster).await;
+            Err(taken(name))
+        }
+        Ok(Err(cause)) => Err(unsure(what, &cause.to_string())),
+        Err(_) => Err(unsure(what, "the bucket did not answer in time")),
+    }
+}
+
+/// Sends a change to the keyspace's driver and waits for its version.
+pub(super) async fn change(
+    cluster: &Arc<Cluster>,
+    keyspace: KeyspaceId,
+    change: CatalogChange,
+) -> Result<Arc<Catalog>, VastoError> {
+    let stopping = || unavailable("this master is stopping; try again");
+    let requests = cluster.state().keyspaces.get(&keyspace).map(|keyspace| keyspace.requests.clone());
+    let requests = requests.ok_or_else(stopping)?;
+    let (reply, answer) = oneshot::channel();
+    let asked = async {
+        requests.send(ChangeRequest { change, reply }).await.map_err(|_| stopping())?;
+        answer.await.map_err(|_| stopping())?
+    };
+    timeout(ANSWER_WITHIN, asked)
+        .await
+        .unwrap_or_else(|_| Err(unsure("writing the catalog", "the bucket did not answer in time")))
+}
+
+/// Sends a command to every node with replicas of a keyspace and waits for all of them, as long as
+/// their sessions live.
+pub(crate) async fn command(cluster: &Arc<Cluster>, name: &str, kind: v1::command::Kind) -> Answer {
+    let waiting: Vec<(NodeId, _)> = {
+        let mut state = cluster.state();
+        let keyspace = find(&state, name)?;
+        let id = keyspace.catalog.keyspace;
+        let placed = keyspace.catalog.placement.iter().flat_map(|shard| &shard.replicas);
+        let mut nodes: Vec<NodeId> = placed.map(|placed| placed.node).collect();
+        nodes.sort_unstable();
+        nodes.dedup();
+        let away: Vec<String> = nodes.iter().filter(|node| !state.is_live(**node)).map(NodeId::to_string).collect();
+        if !away.is_empty() {
+            let away = away.join(", ");
+            return Err(unavailable(format!("{away} of keyspace {name} is away; start it, then try again")));
+        }
+        let mut send = |node| Ok((node, state.command(node, kind, id).ok_or_else(|| too_busy(node))?));
+        nodes.into_iter().map(&mut send).collect::<Result<_, VastoError>>()?
+    };
+    let mut nodes = Vec::new();
+    for (node, done) in waiting {
+        match done.await {
+            Ok(Ok(_)) => nodes.push(node),
+            Ok(Err(reason)) => return Err(unavailable(format!("{node} could not do it: {reason}"))),
+            Err(_) => {
+                let message = format!("{node} was lost before it was done; try again when it is back");
+                return Err(unavailable(message));
+            }
+        }
+    }
+    Ok(json(&ExecutedDoc { keyspace: name.to_owned(), nodes }))
+}

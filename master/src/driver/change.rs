@@ -1,0 +1,130 @@
+//! The version that makes a change, or the error that says why there is none.
+//!
+//! **Invariant:** pure; nothing is written here.
+
+use vasto_core::catalog::{Catalog, KeyspaceState, Placed};
+use vasto_core::error::{ErrorCode, VastoError};
+use vasto_core::ids::{Epoch, PlanId, ReplicaId};
+use vasto_core::operation::operation_id;
+use vasto_core::plan::{Plan, PlanKind};
+use vasto_core::reconcile::{
+    EvictError, PlanError, Presence, abort, cancel_drain, drain_node, evict_on_request, start_grow, transfer_leadership,
+};
+
+use crate::state::{CatalogChange, ClusterState, Keyspace};
+
+/// The reason of an operation that an administrator cancelled.
+const CANCELLED: &str = "cancelled by an administrator";
+
+/// Returns the version that makes a change.
+pub(crate) fn changed(
+    state: &ClusterState,
+    keyspace: &Keyspace,
+    change: &CatalogChange,
+    mono_us: u64,
+    now_us: u64,
+    nonce: u64,
+) -> Result<Catalog, VastoError> {
+    let (catalog, reports) = (&*keyspace.catalog, &keyspace.reports);
+    match *change {
+        CatalogChange::Grow { to } => grown(state, keyspace, to, now_us, nonce),
+        CatalogChange::Cancel { plan } => cancelled(keyspace, plan, now_us, nonce),
+        CatalogChange::TransferLeadership { from, to } => transfer_leadership(catalog, from, to, now_us, nonce)
+            .ok_or_else(|| {
+                let message =
+                    format!("replica {from} cannot hand over to replica {to} now; see `vasto keyspace describe`");
+                VastoError::new(ErrorCode::FailedPrecondition, message)
+            }),
+        CatalogChange::Evict { replica, accept_loss } => {
+            evicted(state, keyspace, replica, accept_loss, mono_us, now_us, nonce)
+        }
+        CatalogChange::DrainNode(ref drain) => drain_node(catalog, drain.clone(), now_us, nonce).ok_or_else(|| {
+            let message = format!("node {} has no replica of keyspace {}", drain.node, catalog.name);
+            VastoError::new(ErrorCode::NotFound, message)
+        }),
+        CatalogChange::Stay { ref operation } => {
+            cancel_drain(catalog, operation, CANCELLED, reports, now_us, nonce).ok_or_else(|| has_ended(operation))
+        }
+        CatalogChange::Delete => deleted(catalog, now_us, nonce),
+    }
+}
+
+fn grown(state: &ClusterState, keyspace: &Keyspace, to: u32, now_us: u64, nonce: u64) -> Result<Catalog, VastoError> {
+    let (targets, missing) = match state.grow_targets(keyspace) {
+        Ok(targets) => (targets, None),
+        Err(missing) => (Vec::new(), Some(missing)),
+    };
+    start_grow(&keyspace.catalog, to, &targets, now_us, nonce).map_err(|error| match (error, missing) {
+        // The error names live nodes that get no replica.
+        (PlanError::NoNode(_), Some(missing)) => missing.into(),
+        (error, _) => plan_error(error),
+    })
+}
+
+fn cancelled(keyspace: &Keyspace, plan: PlanId, now_us: u64, nonce: u64) -> Result<Catalog, VastoError> {
+    let catalog = &keyspace.catalog;
+    let id = operation_id(catalog.keyspace, plan);
+    if catalog.plan.as_ref().is_none_or(|running| running.id != plan) {
+        return Err(has_ended(&id));
+    }
+    abort(catalog, CANCELLED, &keyspace.reports, now_us, nonce).ok_or_else(|| {
+        let message =
+            format!("operation {id} has changed ownership already and cannot be cancelled; it ends by itself");
+        VastoError::new(ErrorCode::FailedPrecondition, message)
+    })
+}
+
+fn evicted(
+    state: &ClusterState,
+    keyspace: &Keyspace,
+    replica: ReplicaId,
+    accept_loss: bool,
+    mono_us: u64,
+    now_us: u64,
+    nonce: u64,
+) -> Result<Catalog, VastoError> {
+    let serves = |placed: &Placed| {
+        let report = keyspace.reports.get(&placed.replica);
+        matches!(state.presence(placed.node, mono_us), Presence::Here(_))
+            && report.is_some_and(|report| report.replication.ready && !report.has_failed())
+    };
+    evict_on_request(&keyspace.catalog, replica, accept_loss, serves, now_us, nonce).map_err(|error| {
+        let code = match &error {
+            EvictError::NotThere(_) | EvictError::Deleted => ErrorCode::NotFound,
+            EvictError::Draining(_) | EvictError::Last(..) | EvictError::OnlyOneServes(..) | EvictError::Busy(_) => {
+                ErrorCode::FailedPrecondition
+            }
+        };
+        VastoError::new(code, error.to_string())
+    })
+}
+
+fn deleted(catalog: &Catalog, now_us: u64, nonce: u64) -> Result<Catalog, VastoError> {
+    let ends = |plan: &&Plan| !matches!(plan.kind, PlanKind::Restore { .. });
+    if let Some(plan) = catalog.plan.as_ref().filter(ends) {
+        return Err(plan_error(PlanError::Busy(operation_id(catalog.keyspace, plan.id))));
+    }
+    if catalog.state == KeyspaceState::Deleted {
+        return Err(plan_error(PlanError::Deleted));
+    }
+    let mut next = catalog.next(now_us, nonce);
+    next.state = KeyspaceState::Deleted;
+    next.epoch = Epoch(catalog.epoch.0 + 1);
+    next.quarantines.clear();
+    next.pins.clear();
+    Ok(next)
+}
+
+pub(crate) fn has_ended(id: &str) -> VastoError {
+    VastoError::new(ErrorCode::FailedPrecondition, format!("operation {id} has ended already"))
+}
+
+fn plan_error(error: PlanError) -> VastoError {
+    let code = match &error {
+        PlanError::Count(_) | PlanError::SameCount(_) => ErrorCode::InvalidArgument,
+        PlanError::Shrink { .. } | PlanError::ManySteps { .. } | PlanError::Above64 => ErrorCode::FailedPrecondition,
+        PlanError::Busy(_) | PlanError::NoNode(_) | PlanError::DrainingReplica(..) => ErrorCode::FailedPrecondition,
+        PlanError::Deleted => ErrorCode::NotFound,
+    };
+    VastoError::new(code, error.to_string())
+}

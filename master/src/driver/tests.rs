@@ -1,0 +1,304 @@
+//! Tests of the driver: see there.
+
+#![allow(clippy::unwrap_used)]
+use super::write::delivery_of;
+use super::*;
+use crate::cluster::Settings;
+use crate::state::Delivery;
+use object_store::memory::InMemory;
+use object_store::throttle::{ThrottleConfig, ThrottledStore};
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+use vasto_core::catalog::{KeyspaceSpec, Quarantine};
+use vasto_core::ids::{Epoch, Incarnation, Lsn, NodeId, PlanId, ReplicaId, ShardId};
+use vasto_core::limits::SEALING_WRITE_MAX;
+use vasto_core::plan::{PinnedManifest, Step};
+use vasto_core::reconcile::start_grow;
+use vasto_core::report::{ReplicaPhase, ReplicaReport, SourceProgress, TargetProgress, TargetStage};
+use vasto_proto::v1;
+use vasto_shipping::{Bucket, CatalogWrite, RetryBudget};
+use vasto_testkit::faulty::{Call, Fault, Faulty};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+fn first(keyspace: KeyspaceId) -> Catalog {
+    Catalog::first(keyspace, "ks1", KeyspaceSpec::default(), &[vec![NodeId(1)]], 1_000, 1)
+}
+
+fn growing(step: Step) -> Catalog {
+    let mut catalog = start_grow(&first(KeyspaceId(1)), 2, &[NodeId(1)], 2_000, 2).unwrap();
+    catalog.plan.as_mut().unwrap().step = step;
+    catalog
+}
+
+#[test]
+fn only_a_slow_sealing_version_is_held_back() {
+    let (fast, slow) = (SEALING_WRITE_MAX, SEALING_WRITE_MAX + Duration::from_millis(1));
+    for step in [Step::Prepare, Step::Tail, Step::Committed] {
+        assert_eq!(delivery_of(&growing(step), slow), Delivery::Push, "{step:?}");
+    }
+    assert_eq!(delivery_of(&growing(Step::Sealing), fast), Delivery::Push);
+    assert_eq!(delivery_of(&growing(Step::Sealing), slow), Delivery::Undo);
+    assert_eq!(delivery_of(&first(KeyspaceId(1)), slow), Delivery::Push);
+}
+
+#[test]
+fn idle_keyspaces_are_not_looked_at() {
+    let mut catalog = first(KeyspaceId(1));
+    assert_eq!(next_look(&catalog, 5), None);
+    assert_eq!(next_look(&growing(Step::Tail), 5), Some(TICK));
+    catalog.quarantines.push(Quarantine {
+        plan: PlanId(1),
+        range: catalog.owned_bands(),
+        replicas: vec![ReplicaId(1)],
+        targets: Vec::new(),
+        until_us: 3_000_000,
+        dropping: false,
+    });
+    assert_eq!(next_look(&catalog, 1_000_000), Some(Duration::from_secs(2)));
+    assert_eq!(next_look(&catalog, 9_000_000), Some(TICK), "it is due");
+    catalog.quarantines[0].until_us = u64::MAX;
+    assert_eq!(next_look(&catalog, 0), Some(LOOK_MAX));
+    catalog.quarantines[0].dropping = true;
+    assert_eq!(next_look(&catalog, 0), Some(TICK));
+    catalog.state = KeyspaceState::Deleted;
+    assert_eq!(next_look(&catalog, 0), Some(LOOK_DELETED));
+}
+
+/// Returns the keyspace after a change while these nodes are live.
+fn asked(catalog: &Catalog, change: &CatalogChange, nodes: &[NodeId]) -> Result<Catalog, VastoError> {
+    let mut state = ClusterState::default();
+    for node in nodes {
+        state.connect(&crate::state::tests::hello(node.0, "a:1"), false, 1).unwrap();
+    }
+    state.install(catalog.clone(), Delivery::Push);
+    changed(&state, &state.keyspaces[&catalog.keyspace], change, 9, 9, 9)
+}
+
+#[test]
+fn changes_that_are_refused_say_what_to_do() {
+    let refused = |catalog: &Catalog, change, nodes: &[NodeId]| asked(catalog, &change, nodes).unwrap_err();
+    let idle = first(KeyspaceId(1));
+    assert_eq!(refused(&idle, CatalogChange::Grow { to: 1 }, &[NodeId(1)]).code, ErrorCode::InvalidArgument);
+    assert_eq!(refused(&idle, CatalogChange::Grow { to: 5000 }, &[NodeId(1)]).code, ErrorCode::InvalidArgument);
+    assert_eq!(refused(&idle, CatalogChange::Grow { to: 3 }, &[NodeId(1)]).code, ErrorCode::FailedPrecondition);
+    assert!(refused(&idle, CatalogChange::Grow { to: 2 }, &[]).message.contains("vasto serve node"));
+    assert_eq!(refused(&idle, CatalogChange::Cancel { plan: PlanId(1) }, &[]).code, ErrorCode::FailedPrecondition);
+    let busy = growing(Step::Tail);
+    for change in [CatalogChange::Grow { to: 2 }, CatalogChange::Grow { to: 3 }, CatalogChange::Delete] {
+        assert_eq!(refused(&busy, change.clone(), &[NodeId(1)]).code, ErrorCode::FailedPrecondition, "{change:?}");
+    }
+    let committed = growing(Step::Committed);
+    assert!(refused(&committed, CatalogChange::Cancel { plan: PlanId(1) }, &[]).message.contains("changed ownership"));
+    let other = CatalogChange::Cancel { plan: PlanId(2) };
+    assert!(refused(&busy, other, &[]).message.contains("ended"), "only the operation that was named");
+}
+
+#[test]
+fn a_delete_raises_the_epoch_and_forgets_what_waits() {
+    let deleted = asked(&first(KeyspaceId(1)), &CatalogChange::Delete, &[]).unwrap();
+    assert_eq!((deleted.state, deleted.epoch, deleted.version.0), (KeyspaceState::Deleted, Epoch(2), 2));
+    assert_eq!(deleted.placement.len(), 1, "nodes find their part in it");
+}
+
+struct Fixture {
+    cluster: Arc<Cluster>,
+    keyspace: KeyspaceId,
+    session: u64,
+    store: Arc<ThrottledStore<InMemory>>,
+}
+
+fn throttled() -> Arc<ThrottledStore<InMemory>> {
+    Arc::new(ThrottledStore::new(InMemory::new(), ThrottleConfig::default()))
+}
+
+/// Starts a keyspace in a bucket with a real driver, and one registered node.
+async fn driven() -> Fixture {
+    let store = throttled();
+    driven_in(Bucket::from_store("memory://driver", store.clone()), store).await
+}
+
+async fn driven_in(bucket: Bucket, store: Arc<ThrottledStore<InMemory>>) -> Fixture {
+    let settings = Settings {
+        dial_back: false,
+        node_silence: Duration::from_secs(10),
+        retention: Default::default(),
+        prices: Default::default(),
+    };
+    let cluster = Cluster::new("c-1".into(), bucket, settings, CancellationToken::new());
+    let created = cluster.store.create_keyspace(first).await.unwrap();
+    let keyspace = created.keyspace;
+    let hello = v1::Hello { node_id: 1, address: "a:1".into(), ..v1::Hello::default() };
+    let session = cluster.state().connect(&hello, false, 0).unwrap().session;
+    install(&cluster, created, Delivery::Push);
+    Fixture { cluster, keyspace, session, store }
+}
+
+impl Fixture {
+    async fn ask(&self, change: CatalogChange) -> Result<Arc<Catalog>, VastoError> {
+        let requests = self.cluster.state().keyspaces[&self.keyspace].requests.clone();
+        let (reply, answer) = oneshot::channel();
+        requests.send(ChangeRequest { change, reply }).await.unwrap();
+        tokio::time::timeout(DEADLINE, answer).await.unwrap().unwrap()
+    }
+
+    fn report(&self, reports: Vec<ReplicaReport>) {
+        let odd = self.cluster.state().report(NodeId(1), self.session, &v1::Report::default(), reports, 1);
+        assert_eq!(odd, []);
+    }
+
+    async fn until(&self, what: &str, holds: impl Fn(&crate::state::Keyspace) -> bool) {
+        let mut changes = self.cluster.state().keyspaces[&self.keyspace].changes();
+        let wait = async {
+            while !holds(&self.cluster.state().keyspaces[&self.keyspace]) {
+                changes.changed().await.unwrap();
+            }
+        };
+        assert!(tokio::time::timeout(DEADLINE, wait).await.is_ok(), "waited in vain for {what}");
+    }
+
+    fn replica(&self, replica: u64) -> ReplicaReport {
+        let shard = ShardId(replica as u32 - 1);
+        ReplicaReport {
+            incarnation: Incarnation(1),
+            version: vasto_core::ids::CatalogVersion(1),
+            lsn: Lsn(100),
+            shipped_lsn: Lsn(100),
+            manifest_lsn: Lsn(100),
+            replication: vasto_core::report::ReplicationReport { ready: true, ..Default::default() },
+            ..ReplicaReport::new(self.keyspace, shard, ReplicaId(replica), ReplicaPhase::Serving)
+        }
+    }
+
+    /// Returns reports of a source with its checkpoint and a target that tails: ready to seal.
+    fn ready_to_seal(&self) -> Vec<ReplicaReport> {
+        let source = SourceProgress {
+            plan: PlanId(1),
+            manifest: Some(PinnedManifest { key: "m".into(), lsn: Lsn(10) }),
+            sealed: None,
+            released: false,
+            pauses_us: Vec::new(),
+            failed: None,
+        };
+        let target =
+            TargetProgress { stage: TargetStage::Tailing, manifest_shipped: true, ..TargetProgress::new(PlanId(1)) };
+        vec![
+            ReplicaReport { source: Some(source), ..self.replica(1) },
+            ReplicaReport { target: Some(target), ..self.replica(2) },
+        ]
+    }
+}
+
+#[tokio::test]
+async fn a_slow_bucket_never_makes_a_node_seal() {
+    let fixture = driven().await;
+    let mut sent = crate::state::Sent::default();
+    let shown = |sent: &mut crate::state::Sent| -> Vec<Catalog> {
+        let messages = fixture.cluster.state().outstanding(NodeId(1), fixture.session, sent);
+        let catalogs = messages.into_iter().filter_map(|message| match message.message? {
+            v1::master_message::Message::Keyspace(version) => {
+                Some(serde_json::from_str(&version.catalog_json).unwrap())
+            }
+            _ => None,
+        });
+        catalogs.collect()
+    };
+    fixture.ask(CatalogChange::Grow { to: 2 }).await.unwrap();
+    shown(&mut sent);
+    fixture.store.config_mut(|config| config.wait_put_per_call = SEALING_WRITE_MAX + Duration::from_millis(20));
+    fixture.report(fixture.ready_to_seal());
+    // Two rounds of tail -> sealing -> tail, checked after each change: no sealing version is shown.
+    let seals = |known: &crate::state::Keyspace| known.catalog.plan.as_ref().map_or(0, |plan| plan.seals_undone);
+    let mut changes = fixture.cluster.state().keyspaces[&fixture.keyspace].changes();
+    let rounds = async {
+        while seals(&fixture.cluster.state().keyspaces[&fixture.keyspace]) < 2 {
+            changes.changed().await.unwrap();
+            for catalog in shown(&mut sent) {
+                assert_ne!(catalog.plan.unwrap().step, Step::Sealing, "a node was told to seal");
+            }
+        }
+    };
+    assert!(tokio::time::timeout(DEADLINE, rounds).await.is_ok(), "the slow seals were not undone");
+    // The bucket holds the sealing versions, each followed by the version that undoes it.
+    fixture.store.config_mut(|config| config.wait_put_per_call = Duration::ZERO);
+    fixture
+        .until("a fast seal", |known| {
+            known
+                .catalog
+                .plan
+                .as_ref()
+                .is_some_and(|plan| plan.step == Step::Sealing && known.delivery == Delivery::Push)
+        })
+        .await;
+    assert!(shown(&mut sent).iter().any(|catalog| catalog.plan.as_ref().unwrap().step == Step::Sealing));
+    fixture.cluster.shutdown.cancel();
+}
+
+#[tokio::test]
+async fn a_lost_race_adopts_the_winners_tip_and_decides_again() {
+    let fixture = driven().await;
+    // Another master changes the time to live three times while this one knows version 1 only.
+    let mut tip = fixture.cluster.state().keyspaces[&fixture.keyspace].catalog.as_ref().clone();
+    for round in 0..3 {
+        tip = tip.next(5_000 + round, 100 + round);
+        tip.spec.ttl_ms = Some(round);
+        assert!(matches!(fixture.cluster.store.write(&tip).await.unwrap(), CatalogWrite::Won));
+    }
+    let grown = fixture.ask(CatalogChange::Grow { to: 2 }).await.unwrap();
+    assert_eq!((grown.version.0, grown.spec.ttl_ms), (5, Some(2)), "it went on from the winner's tip");
+    fixture.cluster.shutdown.cancel();
+}
+
+#[tokio::test]
+async fn a_node_that_is_ahead_makes_the_master_read_the_tip() {
+    let fixture = driven().await;
+    let first = fixture.cluster.state().keyspaces[&fixture.keyspace].catalog.as_ref().clone();
+    let second = first.next(5_000, 77);
+    fixture.cluster.store.write(&second).await.unwrap();
+    fixture.report(vec![ReplicaReport { version: second.version, ..fixture.replica(1) }]);
+    fixture.until("version 2", |known| known.catalog.version.0 == 2 && !known.behind).await;
+    fixture.cluster.shutdown.cancel();
+}
+
+#[tokio::test]
+async fn a_cancelled_plan_cannot_be_cancelled_twice() {
+    let fixture = driven().await;
+    fixture.ask(CatalogChange::Grow { to: 2 }).await.unwrap();
+    let cancelled = fixture.ask(CatalogChange::Cancel { plan: PlanId(1) }).await.unwrap();
+    assert!(cancelled.plan.is_none());
+    assert_eq!(
+        fixture.ask(CatalogChange::Cancel { plan: PlanId(1) }).await.unwrap_err().code,
+        ErrorCode::FailedPrecondition
+    );
+    assert_eq!(fixture.ask(CatalogChange::Grow { to: 2 }).await.unwrap().plan.as_ref().unwrap().id, PlanId(2));
+    fixture.cluster.shutdown.cancel();
+}
+
+#[tokio::test]
+async fn a_write_whose_outcome_is_unknown_is_settled_by_the_tip() {
+    for arrives in [true, false] {
+        let store = Faulty::in_memory();
+        let patience = RetryBudget { total: Duration::from_millis(20), ..RetryBudget::default() };
+        let bucket = Bucket::from_store("memory://outage", store.clone()).with_retry(patience);
+        let fixture = driven_in(bucket, throttled()).await;
+        store.fail(Call::Put, if arrives { Fault::UnknownAfter } else { Fault::UnknownBefore }, u32::MAX);
+        for call in [Call::Multipart, Call::Get, Call::Head] {
+            store.fail(call, Fault::UnknownBefore, u32::MAX);
+        }
+        let end = async {
+            // Several attempts to write and to read the tip fail; then the bucket is back.
+            while store.hit() < 5 {
+                tokio::task::yield_now().await;
+            }
+            let shown = fixture.cluster.state().keyspaces[&fixture.keyspace].catalog.version.0;
+            assert_eq!(shown, 1, "no version is shown before its write is known to have won");
+            store.heal();
+        };
+        let (grown, ()) = tokio::join!(fixture.ask(CatalogChange::Grow { to: 2 }), end);
+        let grown = grown.unwrap();
+        assert_eq!((grown.version.0, grown.plan.as_ref().unwrap().id), (2, PlanId(1)), "arrives: {arrives}");
+        let tip = fixture.cluster.store.tip(fixture.keyspace, grown.version).await.unwrap().unwrap();
+        assert_eq!(tip, *grown, "what is answered is what is in the bucket");
+        fixture.cluster.shutdown.cancel();
+    }
+}

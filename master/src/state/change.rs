@@ -1,0 +1,33 @@
+//! The changes that an administrator can request of a keyspace, as its driver receives them.
+
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+use vasto_core::catalog::{Catalog, NodeDrain};
+use vasto_core::error::VastoError;
+use vasto_core::ids::{PlanId, ReplicaId};
+
+/// A change that an administrator can request of a keyspace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum CatalogChange {
+    /// Add shards.
+    Grow { to: u32 },
+    /// Undo the running plan.
+    Cancel { plan: PlanId },
+    /// Transfer leadership to another replica of the shard.
+    TransferLeadership { from: ReplicaId, to: ReplicaId },
+    /// Evict a replica from its placement; with `accept_loss`, for good.
+    Evict { replica: ReplicaId, accept_loss: bool },
+    /// Move a node's replicas elsewhere.
+    DrainNode(NodeDrain),
+    /// Cancel the operation that drains a node: the node keeps the replicas that it still has.
+    Stay { operation: String },
+    /// Drop the keyspace.
+    Delete,
+}
+
+/// A change, and the channel that waits for its version.
+pub(crate) struct ChangeRequest {
+    pub(crate) change: CatalogChange,
+    pub(crate) reply: oneshot::Sender<Result<Arc<Catalog>, VastoError>>,
+}

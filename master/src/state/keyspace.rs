@@ -1,0 +1,140 @@
+//! The state of one keyspace: its last catalog version, the reports of its replicas, and the channels of those that
+//! wait for either.
+//!
+//! **Invariant:** a report is kept only from the node on which the catalog places the replica.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::{Notify, mpsc, watch};
+use vasto_core::catalog::{Catalog, KeyspaceState};
+use vasto_core::ids::{NodeId, ReplicaId};
+use vasto_core::report::{ReplicaReport, Reports};
+use vasto_proto::v1;
+
+use super::change::ChangeRequest;
+
+/// The most requests that may wait for one driver.
+const REQUESTS_MAX: usize = 16;
+
+/// How nodes may receive a version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Delivery {
+    /// Nodes receive it at once.
+    Push,
+    /// A `sealing` version that this master did not write just now (loaded at start, or another
+    /// master's): it is decided or undone, but not sent to further nodes.
+    Hold,
+    /// A `sealing` version that took too long to write: it is undone at once and never shown.
+    Undo,
+}
+
+/// The state of one keyspace.
+pub(crate) struct Keyspace {
+    pub(crate) catalog: Arc<Catalog>,
+    /// When this master learned of this version.
+    pub(super) installed: Instant,
+    pub(crate) delivery: Delivery,
+    pub(crate) reports: Reports,
+    pub(super) reporters: BTreeMap<ReplicaId, NodeId>,
+    /// A node has applied a version that this master does not know.
+    pub(crate) behind: bool,
+    /// The condition that the plan waits for.
+    pub(crate) waiting_for: Option<String>,
+    pub(super) topology: watch::Sender<v1::Topology>,
+    /// Raised by every change; for tasks that wait for a condition.
+    changed: watch::Sender<u64>,
+    /// Wakes the driver.
+    pub(crate) wake: Arc<Notify>,
+    pub(crate) requests: mpsc::Sender<ChangeRequest>,
+}
+
+impl Keyspace {
+    /// Creates the state of a new keyspace, and the receiver of its requests, which its driver must own.
+    pub(super) fn new(
+        catalog: Arc<Catalog>,
+        delivery: Delivery,
+        topology: v1::Topology,
+    ) -> (Self, mpsc::Receiver<ChangeRequest>) {
+        let (requests, waiting) = mpsc::channel(REQUESTS_MAX);
+        let keyspace = Self {
+            catalog,
+            installed: Instant::now(),
+            delivery,
+            reports: Reports::new(),
+            reporters: BTreeMap::new(),
+            behind: false,
+            waiting_for: None,
+            topology: watch::Sender::new(topology),
+            changed: watch::Sender::new(0),
+            wake: Arc::new(Notify::new()),
+            requests,
+        };
+        (keyspace, waiting)
+    }
+
+    /// Replaces the catalog by a higher version.
+    pub(super) fn replace(&mut self, catalog: Arc<Catalog>, delivery: Delivery, topology: v1::Topology) {
+        // No node reports a removed replica again.
+        let is_gone = |replica: &ReplicaId| catalog.is_removed(*replica);
+        self.reports.retain(|replica, _| !is_gone(replica));
+        self.reporters.retain(|replica, _| !is_gone(replica));
+        self.catalog = catalog;
+        self.installed = Instant::now();
+        self.delivery = delivery;
+        self.behind = false;
+        self.waiting_for = None;
+        self.topology.send_replace(topology);
+        self.notify();
+    }
+
+    /// Subscribes to the newest topology, and every later one.
+    pub(crate) fn topology(&self) -> watch::Receiver<v1::Topology> {
+        self.topology.subscribe()
+    }
+
+    /// Subscribes to changes: every report and every version.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// Wakes the driver and the tasks that wait for a condition.
+    pub(crate) fn notify(&self) {
+        self.wake.notify_one();
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Returns true when the keyspace concerns the node. A serving keyspace concerns every node (routing
+    /// and tails need it); a deleted one only the nodes of its last placement and those that report replicas of it.
+    pub(super) fn concerns(&self, node: NodeId) -> bool {
+        let mut placed = self.catalog.placement.iter().flat_map(|shard| &shard.replicas);
+        self.catalog.state == KeyspaceState::Active
+            || placed.any(|replica| replica.node == node)
+            || self.reporters.values().any(|reporter| *reporter == node)
+    }
+
+    /// Takes a report; returns the replica when the catalog places it on another node.
+    pub(super) fn take(&mut self, node: NodeId, report: ReplicaReport) -> Result<(), ReplicaId> {
+        let replica = report.replica;
+        if self.catalog.node_of(replica).is_some_and(|placed| placed != node) {
+            return Err(replica);
+        }
+        self.behind |= report.version > self.catalog.version;
+        self.reporters.insert(replica, node);
+        self.reports.insert(replica, report);
+        Ok(())
+    }
+
+    /// Forgets what a node has reported.
+    pub(super) fn forget_reports_of(&mut self, node: NodeId) {
+        let reports = &mut self.reports;
+        self.reporters.retain(|replica, reporter| {
+            let keep = *reporter != node;
+            if !keep {
+                reports.remove(replica);
+            }
+            keep
+        });
+    }
+}

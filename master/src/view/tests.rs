@@ -1,0 +1,137 @@
+//! Tests of the documents: see there.
+
+#![allow(clippy::unwrap_used)]
+use super::cost::cost;
+use super::estimate::estimate;
+use super::keyspace::describe;
+use super::operation::{OperationDoc, operations};
+use super::status::cluster;
+use super::*;
+use crate::state::ClusterState;
+use crate::state::Delivery;
+use crate::state::tests::{replica_report, two_nodes};
+use serde_json::{Value, json as value};
+use vasto_core::ids::{KeyspaceId, NodeId, PlanId};
+use vasto_core::operation::{OperationOutcome, operation_id};
+use vasto_core::reconcile::start_grow;
+use vasto_core::report::ReplicaPhase;
+use vasto_proto::v1;
+use vasto_shipping::Usage;
+
+const KS: KeyspaceId = KeyspaceId(1);
+
+fn parsed(document: &impl Serialize) -> Value {
+    serde_json::from_str(&json(document)).unwrap()
+}
+
+fn keys(document: &Value) -> Vec<&str> {
+    document.as_object().unwrap().keys().map(String::as_str).collect()
+}
+
+fn has(document: &Value, fields: &[&str]) {
+    for field in fields {
+        assert!(document.get(field).is_some(), "`{field}` is promised and missing in {:?}", keys(document));
+    }
+}
+
+#[test]
+fn describe_has_what_the_interface_promises() {
+    let (mut state, one, _) = two_nodes();
+    state.report(NodeId(1), one, &v1::Report::default(), vec![replica_report(1, 1)], 20);
+    let document = parsed(&describe(&state, &state.keyspaces[&KS]));
+    has(&document, &["name", "shards", "replicas", "epoch", "ack", "state", "placement", "operation"]);
+    has(&document, &["keyspace_id", "version", "quarantines"]);
+    assert_eq!(
+        document["placement"][0],
+        value!({"shard": 0, "replicas": [{
+            "node_id": "n-0000000000000001", "replica_id": 1, "role": "primary", "state": "serving", "lsn": 100,
+            "shipped_lsn": 90, "lag_ms": 0, "keys": 1000, "keys_estimate": 1000, "bytes": 1 << 20,
+        }]})
+    );
+    let silent = &document["placement"][1]["replicas"][0];
+    assert_eq!((&silent["state"], &silent["keys"]), (&value!("unknown"), &Value::Null), "nothing is made up");
+    assert_eq!(
+        (&document["ack"], &document["state"], &document["operation"]),
+        (&value!("fsync"), &value!("active"), &Value::Null)
+    );
+}
+
+#[test]
+fn operations_have_what_the_interface_promises() {
+    let (mut state, ..) = two_nodes();
+    let mut growing = start_grow(&state.keyspaces[&KS].catalog, 3, &[NodeId(1)], 5_000, 2).unwrap();
+    growing.operations.push(vasto_core::reconcile::report_of(
+        &growing,
+        growing.plan.as_ref().unwrap(),
+        &Default::default(),
+        OperationOutcome::Done,
+        None,
+        6_000,
+    ));
+    growing.operations[0].id = operation_id(KS, PlanId(9));
+    state.install(growing, Delivery::Push);
+    let all = operations(&state.keyspaces[&KS]);
+    assert_eq!(all.iter().map(OperationDoc::id).collect::<Vec<_>>(), ["op-1-1", "op-1-9"]);
+    let running = parsed(&all[0]);
+    has(&running, &["id", "kind", "keyspace", "from", "to", "state", "step", "waiting_for", "bytes_done"]);
+    has(&running, &["bytes_total", "keys_moved", "started_at_us"]);
+    assert_eq!((&running["state"], &running["step"]), (&value!("running"), &value!("prepare")));
+    let done = parsed(&all[1]);
+    has(&done, &["id", "kind", "keyspace", "from", "to", "keys_moved", "bytes_moved", "bytes_from_bucket"]);
+    has(&done, &["bytes_from_peers", "objects_read", "write_pause_ms", "duration_ms", "state"]);
+    has(&done["write_pause_ms"], &["p50", "p99", "max"]);
+    assert_eq!(done["state"], "done");
+}
+
+#[test]
+fn an_estimate_adds_up() {
+    let (mut state, one, two) = two_nodes();
+    let big = |replica| vasto_core::report::ReplicaReport { bytes: 300 << 20, ..replica_report(replica, 1) };
+    state.report(NodeId(1), one, &v1::Report::default(), vec![big(1)], 20);
+    state.report(NodeId(2), two, &v1::Report::default(), vec![big(2)], 20);
+    let estimate = parsed(&estimate(&state.keyspaces[&KS], 3));
+    has(&estimate, &["keyspace", "from", "to", "moving_fraction", "sources", "requests", "seconds"]);
+    assert_eq!(estimate["sources"].as_array().unwrap().len(), 2);
+    has(&estimate["sources"][0], &["shard", "keys", "bytes", "bytes_to_read"]);
+    assert_eq!(estimate["sources"][0]["bytes_to_read"], 100 << 20);
+    assert_eq!(estimate["requests"], 2 * 2 * (1 + 13));
+    assert_eq!(estimate["seconds"], 2.0 + 4.0);
+}
+
+#[test]
+fn the_cluster_warns_of_what_a_person_must_look_at() {
+    let (mut state, one, two) = two_nodes();
+    let report = v1::Report { disk_used: 1 << 40, disk_free: 1 << 20, ..v1::Report::default() };
+    state.report(NodeId(1), one, &report, vec![replica_report(1, 1)], 20);
+    let broken =
+        vasto_core::report::ReplicaReport { phase: ReplicaPhase::Failed("bad record".into()), ..replica_report(2, 1) };
+    state.report(NodeId(2), two, &v1::Report::default(), vec![broken], 20);
+    let status = |state: &ClusterState| {
+        let own = Usage::default();
+        let bill = cost(state, own, None, &Default::default(), "memory://x", 5_000_010);
+        parsed(&cluster(state, "c-1".into(), "memory://x", own, bill, Vec::new(), 5_000_010))
+    };
+    let document = status(&state);
+    has(&document, &["cluster_id", "term", "nodes", "keyspaces", "warnings", "master", "bill"]);
+    has(&document["bill"], &["currency", "per_month", "processes", "measured_s", "stored_bytes", "note"]);
+    has(&document["bill"]["per_month"], &["requests", "storage", "egress", "total"]);
+    for process in [&document["nodes"][0], &document["master"]] {
+        let counts = &process["bucket_requests"];
+        has(counts, &["get", "put", "list", "head", "delete", "bytes_read", "bytes_written", "elapsed_s"]);
+    }
+    has(&document["nodes"][0], &["node_id", "address", "zone", "state", "disk_used", "disk_free", "bucket_requests"]);
+    let warnings = |document: &Value| -> Vec<String> {
+        document["warnings"].as_array().unwrap().iter().map(|text| text.as_str().unwrap().to_owned()).collect()
+    };
+    let said = warnings(&document);
+    assert_eq!(said.len(), 2, "{said:?}");
+    assert!(said[0].contains("n-0000000000000001") && said[0].contains("disk"));
+    assert!(said[1].contains("bad record"));
+
+    state.disconnect(NodeId(1), one, 10);
+    let away = status(&state);
+    assert_eq!(away["nodes"][0]["state"], "away");
+    let said = warnings(&away);
+    assert!(said[0].contains("away for 5 s"), "{said:?}");
+    assert_eq!(said.iter().filter(|text| text.contains("away")).count(), 1, "{said:?}");
+}

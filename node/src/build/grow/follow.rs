@@ -1,0 +1,197 @@
+//! Follows the log of every source: chunks from the bucket first, then the live stream; chunks again when
+//! the source no longer holds log that was not read in time.
+//!
+//! **Invariant:** the durable cursor of a source never passes a record that concerns this shard and
+//! is not stored here; the master receives the durable cursor.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::try_join_all;
+use tonic::transport::Endpoint;
+use vasto_core::ids::{Lsn, ReplicaId};
+use vasto_core::limits::{CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX};
+use vasto_core::plan::{Plan, Source};
+use vasto_core::record::{Body, FeedProgress, KeyEntry, Record};
+use vasto_proto::v1;
+use vasto_proto::v1::replication_client::ReplicationClient;
+use vasto_shipping::archive;
+use vasto_shipping::layout::Owner;
+
+use super::{Build, Shape};
+use crate::build::chunks::ChunkReader;
+use crate::build::error::BuildError;
+use crate::build::filter::ShardFilter;
+use crate::build::groups::apply_in_groups;
+
+/// Pause between two attempts to reach a source.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// Runs until the plan is over.
+pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildError> {
+    let cursors: BTreeMap<ReplicaId, Lsn> = build.replica.tail_cursors()?.into_iter().collect();
+    build.progress.lock().cursors = cursors.clone();
+    let filter = ShardFilter { shard: build.replica.shard, shards: Shape::of(plan)?.shards };
+    let lags =
+        Arc::new(parking_lot::Mutex::new(plan.sources.iter().map(|source| (source.replica, u64::MAX)).collect()));
+    let followers = plan.sources.iter().map(|source| {
+        let cursor = cursors.get(&source.replica).copied();
+        let pinned = source.manifest.as_ref().map(|manifest| manifest.lsn);
+        let owner = Owner { keyspace: build.replica.keyspace, shard: source.shard, replica: source.replica };
+        let follower = Follower {
+            build,
+            source,
+            filter,
+            lags: Arc::clone(&lags),
+            cursor: cursor.unwrap_or_default(),
+            chunks: ChunkReader::behind(owner, Vec::new(), pinned.unwrap_or_default()),
+        };
+        async move {
+            match pinned.zip(cursor) {
+                Some((pinned, cursor)) if cursor >= pinned => follower.run().await,
+                _ => Err(BuildError::Mismatch(format!("the target has no cursor for shard {}", source.shard))),
+            }
+        }
+    });
+    try_join_all(followers).await.map(|_| ())
+}
+
+struct Follower<'a> {
+    build: &'a Build,
+    source: &'a Source,
+    filter: ShardFilter,
+    lags: Arc<parking_lot::Mutex<BTreeMap<ReplicaId, u64>>>,
+    cursor: Lsn,
+    /// The source's log in the bucket. Its position is behind the pinned manifest or a chunk, where the next chunk
+    /// begins; the cursor may be further.
+    chunks: ChunkReader,
+}
+
+impl Follower<'_> {
+    async fn run(mut self) -> Result<(), BuildError> {
+        let cancel = self.build.cancel.clone();
+        tokio::select! {
+            () = cancel.cancelled() => Err(BuildError::Cancelled),
+            result = self.follow() => result,
+        }
+    }
+
+    async fn follow(&mut self) -> Result<(), BuildError> {
+        self.read_chunks().await?;
+        loop {
+            if let Err(reason) = self.read_stream().await? {
+                tracing::info!(shard = self.source.shard.0, reason, "the tail is interrupted; it goes on");
+                self.set_lag(u64::MAX);
+            }
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    /// Applies the chunks behind the position of `chunks`; what the stream has brought meanwhile is passed over.
+    async fn read_chunks(&mut self) -> Result<(), BuildError> {
+        while let Some(chunk) = self.chunks.next(&self.build.reader()).await? {
+            self.chunks.at = self.chunks.at.max(self.cursor);
+            let entries = self.chunks.entries(&chunk, self.filter);
+            self.chunks.at = chunk.last_lsn;
+            self.apply(entries, chunk.last_lsn).await?;
+        }
+        Ok(())
+    }
+
+    /// Reads on in the bucket when the source has cut its log. The cursor may lie inside a chunk, which only a listing
+    /// finds. Returns true when the bucket had more.
+    async fn read_listed_chunks(&mut self) -> Result<bool, BuildError> {
+        let before = self.cursor;
+        let mut archives =
+            archive::archives(&self.build.bucket, self.build.replica.keyspace, self.source.shard).await?;
+        self.chunks.listed = archives.remove(&self.source.replica).unwrap_or_default().chunks;
+        self.chunks.at = self.cursor;
+        self.read_chunks().await?;
+        Ok(self.cursor > before)
+    }
+
+    async fn apply(&mut self, entries: Vec<KeyEntry>, covered: Lsn) -> Result<(), BuildError> {
+        if covered <= self.cursor {
+            return Ok(());
+        }
+        let cursor = FeedProgress::Tail(self.source.replica, covered);
+        apply_in_groups(&self.build.replica, entries, vec![cursor]).await?;
+        self.cursor = covered;
+        self.build.progress.lock().cursors.insert(self.source.replica, covered);
+        Ok(())
+    }
+
+    fn set_lag(&self, lag: u64) {
+        let total = {
+            let mut lags = self.lags.lock();
+            lags.insert(self.source.replica, lag);
+            lags.values().fold(0u64, |sum, lag| sum.saturating_add(*lag))
+        };
+        self.build.progress.lock().lag_lsns = total;
+        self.build.registry.report.notify_one();
+    }
+
+    /// Reads the live stream. The outer error ends the build; the inner one is a reason to reconnect.
+    async fn read_stream(&mut self) -> Result<Result<(), String>, BuildError> {
+        let Some(address) = self.build.registry.address(self.source.node) else {
+            return Ok(Err(format!("node {} has no known address", self.source.node)));
+        };
+        let endpoint = match Endpoint::from_shared(format!("http://{address}")) {
+            Ok(endpoint) => endpoint
+                .connect_timeout(CONNECT_TIMEOUT)
+                .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
+                .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+                .tcp_nodelay(true),
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        let channel = match endpoint.connect().await {
+            Ok(channel) => channel,
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        let mut client = ReplicationClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let request = v1::TailRequest {
+            keyspace_id: self.build.replica.keyspace.0,
+            replica_id: self.source.replica.0,
+            after_lsn: self.cursor.0,
+            final_shard: self.filter.shard.0,
+            final_shards: self.filter.shards,
+        };
+        let mut frames = match client.tail(request).await {
+            Ok(response) => response.into_inner(),
+            // The log no longer reaches back: the missing part is in the bucket, or lost.
+            Err(status) if status.code() == tonic::Code::FailedPrecondition => {
+                if self.read_listed_chunks().await? {
+                    return Ok(Err("the source has cut its log; going on from the bucket".into()));
+                }
+                let reason = status.message().to_owned();
+                return Err(BuildError::TailLost { shard: self.source.shard, reason });
+            }
+            Err(status) => return Ok(Err(status.to_string())),
+        };
+        loop {
+            match frames.message().await {
+                Ok(Some(frame)) => self.take(frame).await?,
+                Ok(None) => return Ok(Err("the source ended the stream".into())),
+                Err(status) => return Ok(Err(status.to_string())),
+            }
+        }
+    }
+
+    async fn take(&mut self, frame: v1::TailFrame) -> Result<(), BuildError> {
+        let mut entries = Vec::new();
+        let mut bytes = 0;
+        for encoded in &frame.records {
+            bytes += encoded.len() as u64;
+            let record = Record::decode(encoded)
+                .map_err(|error| BuildError::Mismatch(format!("a streamed record is damaged: {error}")))?;
+            if let Body::Data { entries: more, .. } = record.body {
+                entries.extend(more);
+            }
+        }
+        self.apply(entries, Lsn(frame.covered_lsn)).await?;
+        self.build.progress.lock().bytes_from_peers += bytes;
+        self.set_lag(frame.head_lsn.saturating_sub(self.cursor.0));
+        Ok(())
+    }
+}

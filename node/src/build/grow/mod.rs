@@ -1,0 +1,92 @@
+//! A grow: the target loads the moving bands from the bucket, then follows the logs of the sources.
+//!
+//! **Invariants**
+//! - All inputs of the arriving range are merged by the merge rule into files that do not overlap,
+//!   and enter in ONE ingest, into a range recorded as arriving; the `ingest` record follows it. A
+//!   restart that finds an arriving range without that record deletes the replica and begins
+//!   again.
+//! - A tail starts exactly at the LSN of the pinned manifest, and its cursor is durable with the records
+//!   that it brought; repetition is harmless because of the merge.
+//! - Bulk bytes come from the bucket; nodes stream only log records.
+
+mod follow;
+mod load;
+mod rewrite;
+pub(crate) mod tail;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+use vasto_core::plan::Plan;
+use vasto_core::record::BandRange;
+use vasto_core::report::{TargetProgress, TargetStage};
+use vasto_shipping::bucket::Bucket;
+
+use super::error::BuildError;
+use super::reader::BucketReader;
+use crate::registry::NodeRegistry;
+use crate::replica::Replica;
+use crate::ship::ShipHandle;
+
+/// The inputs of a build.
+pub(crate) struct Build {
+    /// The target.
+    pub replica: Replica,
+    /// Its shipper, for the first manifest.
+    pub ship: ShipHandle,
+    /// The bucket to read from.
+    pub bucket: Bucket,
+    /// The registry, for the addresses of the sources.
+    pub registry: Arc<NodeRegistry>,
+    /// Download directory on the data file system.
+    pub tmp: PathBuf,
+    /// The progress that is reported to the master.
+    pub progress: Arc<Mutex<TargetProgress>>,
+    /// Fires when the plan is over.
+    pub cancel: CancellationToken,
+}
+
+/// The layout that a grow creates.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    /// Shard count afterwards.
+    pub shards: u32,
+    /// The bands that move.
+    pub moving: BandRange,
+}
+
+impl Shape {
+    fn of(plan: &Plan) -> Result<Self, BuildError> {
+        let shape = plan.growth().zip(plan.moving()).map(|((_, shards), moving)| Self { shards, moving });
+        shape.ok_or_else(|| BuildError::Mismatch("the plan moves no bands".into()))
+    }
+}
+
+impl Build {
+    fn reader(&self) -> BucketReader<'_> {
+        BucketReader { bucket: &self.bucket, progress: &self.progress, registry: &self.registry, cancel: &self.cancel }
+    }
+
+    /// Runs until the plan is over: loads, ships the first manifest, follows the sources.
+    pub(crate) async fn run(self, plan: Plan) -> Result<(), BuildError> {
+        if self.replica.ranges().ingested != Some(plan.id) {
+            load::load(&self, &plan).await?;
+        }
+        // One target of a shard ships; the others take part without a manifest of their own.
+        let ships = self.ship.ships();
+        if ships {
+            self.ship.checkpoint(None).await?;
+        }
+        {
+            let mut progress = self.progress.lock();
+            progress.manifest_shipped = ships;
+            progress.stage = TargetStage::Tailing;
+            // Not caught up until the followers report so.
+            progress.lag_lsns = u64::MAX;
+        }
+        self.registry.report.notify_one();
+        follow::follow_all(&self, &plan).await
+    }
+}

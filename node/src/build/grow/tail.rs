@@ -1,0 +1,134 @@
+//! The source's side of a tail: streams a replica's log to the replica of another shard that takes over some of its
+//! keys.
+//!
+//! **Invariants**
+//! - Only settled records are streamed, in order, without a gap; `covered_lsn` is the LSN up to which
+//!   everything that concerns the requesting shard has been sent.
+//! - A position that the log no longer reaches is an explicit error, never a silent jump.
+//! - Served in every state of the replica.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::Stream;
+use tokio::sync::mpsc::{Sender, channel};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+use vasto_core::ids::{KeyspaceId, Lsn, ReplicaId, ShardId};
+use vasto_core::record::{Body, Record};
+use vasto_core::{ErrorCode, VastoError};
+use vasto_proto::convert::status_of;
+use vasto_proto::v1;
+
+use crate::binlog::LogReader;
+use crate::build::filter::ShardFilter;
+use crate::registry::NodeRegistry;
+use crate::replica::Replica;
+
+/// Bytes read from the log for one frame.
+const FRAME_BYTES: usize = 1 << 20;
+/// Frames that may be buffered for a slow reader.
+const FRAMES_AHEAD: usize = 4;
+/// Minimum interval of progress frames without records.
+const QUIET_FRAME: Duration = Duration::from_millis(10);
+
+/// The frames of a tail.
+pub(crate) type TailStream = Pin<Box<dyn Stream<Item = Result<v1::TailFrame, Status>> + Send>>;
+
+/// Starts a tail.
+// A gRPC status is large, and this is not a hot path.
+#[allow(clippy::result_large_err)]
+pub(crate) fn serve(registry: &NodeRegistry, request: &v1::TailRequest) -> Result<TailStream, Status> {
+    if !vasto_core::band::is_legal_shard_count(request.final_shards) || request.final_shard >= request.final_shards {
+        return Err(status_of(&VastoError::new(ErrorCode::InvalidArgument, "the tail names no legal shard")));
+    }
+    let (keyspace, id) = (KeyspaceId(request.keyspace_id), ReplicaId(request.replica_id));
+    let replica = registry.replica(keyspace, id).ok_or_else(|| {
+        status_of(&VastoError::new(
+            ErrorCode::Unavailable,
+            format!("replica {id} of keyspace {keyspace} is not open on this node"),
+        ))
+    })?;
+    let reader = replica.log().reader(Lsn(request.after_lsn)).map_err(|error| status_of(&error.into()))?;
+    let filter = ShardFilter { shard: ShardId(request.final_shard), shards: request.final_shards };
+    let (frames, receiver) = channel(FRAMES_AHEAD);
+    // Ends when the reader disconnects: sending fails then, also while the log is idle.
+    tokio::spawn(async move {
+        if let Err(status) = stream(replica, reader, filter, &frames).await {
+            let _ = frames.send(Err(status)).await;
+        }
+    });
+    Ok(Box::pin(ReceiverStream::new(receiver)))
+}
+
+async fn stream(
+    replica: Replica,
+    mut reader: LogReader,
+    filter: ShardFilter,
+    frames: &Sender<Result<v1::TailFrame, Status>>,
+) -> Result<(), Status> {
+    let mut synced = replica.log().subscribe();
+    // Reports how far behind the reader is, also when the log is idle.
+    let hello =
+        v1::TailFrame { records: Vec::new(), covered_lsn: reader.position().0, head_lsn: replica.log().synced_lsn().0 };
+    if frames.send(Ok(hello)).await.is_err() {
+        return Ok(());
+    }
+    loop {
+        synced.borrow_and_update();
+        let head = replica.log().synced_lsn();
+        let (back, batch) = tokio::task::spawn_blocking(move || {
+            let batch = read_filtered(&mut reader, filter);
+            (reader, batch)
+        })
+        .await
+        .map_err(|error| Status::internal(error.to_string()))?;
+        reader = back;
+        let batch = batch?;
+        if batch.covered > Lsn(0) {
+            let quiet = batch.records.is_empty() && !batch.control;
+            let frame = v1::TailFrame {
+                records: batch.records,
+                covered_lsn: batch.covered.0,
+                head_lsn: head.0.max(batch.covered.0),
+            };
+            if frames.send(Ok(frame)).await.is_err() {
+                return Ok(());
+            }
+            if quiet {
+                tokio::time::sleep(QUIET_FRAME).await;
+            }
+            continue;
+        }
+        tokio::select! {
+            changed = synced.changed() => if changed.is_err() { return Ok(()) },
+            () = frames.closed() => return Ok(()),
+        }
+    }
+}
+
+struct Filtered {
+    records: Vec<Bytes>,
+    covered: Lsn,
+    control: bool,
+}
+
+// A gRPC status is large, and this is not a hot path: one result per megabyte of log.
+#[allow(clippy::result_large_err)]
+fn read_filtered(reader: &mut LogReader, filter: ShardFilter) -> Result<Filtered, Status> {
+    let mut out = Filtered { records: Vec::new(), covered: Lsn(0), control: false };
+    for (lsn, bytes) in reader.next_batch(FRAME_BYTES).map_err(|error| status_of(&error.into()))? {
+        out.covered = lsn;
+        let record = Record::decode(&bytes).map_err(|error| {
+            status_of(&VastoError::new(ErrorCode::Corrupt, format!("record {lsn} of the log is damaged: {error}")))
+        })?;
+        out.control |= !record.body.is_streamed();
+        let (head, entries) = (Record { body: Body::data(Vec::new()), ..record.clone() }, filter.pick(record));
+        if !entries.is_empty() {
+            let own_seq = vasto_core::OwnSeq(head.own_seq.0.max(1));
+            out.records.push(Record { own_seq, body: Body::data(entries), ..head }.encode().into());
+        }
+    }
+    Ok(out)
+}

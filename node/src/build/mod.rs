@@ -1,0 +1,33 @@
+//! How a replica gets its bulk bytes: a checkpoint and the log behind it, both from the bucket, never from a node that
+//! serves.
+//!
+//! | file | owns |
+//! |---|---|
+//! | `sources` | the archives of a shard: which one a replica begins with, which others its logs need |
+//! | `reader`, `chunks` | the bucket as a build reads it: downloads, manifests, the chunks of a log |
+//! | `checkpoint`, `adopt` | a checkpoint becomes the database of a replica, or its rows are merged |
+//! | `join` | the log is taken as it is: the replica becomes a member of its shard |
+//! | `restore`, `taken` | the logs are merged up to a target time: the replica begins a new keyspace |
+//! | `files`, `groups`, `filter` | a file of a checkpoint, groups that fit into a record, the entries of one shard |
+//! | `grow` | the moving bands of other shards, and the tails of their logs |
+//!
+//! **Invariant:** a build that fails leaves nothing that is opened as a replica; downloaded files stay for the next
+//! attempt while one can succeed.
+
+mod adopt;
+mod bootstrap;
+mod checkpoint;
+mod chunks;
+mod error;
+mod files;
+mod filter;
+mod groups;
+pub(crate) mod grow;
+mod join;
+mod reader;
+mod restore;
+pub(crate) mod sources;
+mod taken;
+
+pub(crate) use bootstrap::{Adoption, Bootstrap, Log};
+pub(crate) use error::BuildError;

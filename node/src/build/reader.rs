@@ -1,0 +1,103 @@
+//! The bucket as a build reads it.
+//!
+//! **Invariants**
+//! - Every byte and request of an object is counted in the progress that the master receives.
+//! - A read ends when the build is cancelled.
+
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+use vasto_core::ids::Lsn;
+use vasto_core::report::TargetProgress;
+use vasto_shipping::archive::{self, ArchiveError, ArchivedCheckpoint};
+use vasto_shipping::bucket::Bucket;
+use vasto_shipping::chunk::Chunk;
+use vasto_shipping::download::{DownloadProgress, Wanted, download};
+use vasto_shipping::layout::Owner;
+
+use super::error::BuildError;
+use crate::registry::NodeRegistry;
+
+/// Parallel ranged requests of a download.
+const PARALLEL: usize = 8;
+/// Interval at which a running download is reported.
+const REPORT: Duration = Duration::from_millis(200);
+
+/// The bucket, where its reads are counted, and what ends them.
+#[derive(Clone, Copy)]
+pub(super) struct BucketReader<'a> {
+    /// The bucket to read from.
+    pub bucket: &'a Bucket,
+    /// The progress that is reported to the master.
+    pub progress: &'a Mutex<TargetProgress>,
+    /// The registry that sends the report.
+    pub registry: &'a NodeRegistry,
+    /// Cancels the build.
+    pub cancel: &'a CancellationToken,
+}
+
+impl BucketReader<'_> {
+    /// Reads a manifest.
+    pub(super) async fn manifest(&self, key: &str) -> Result<ArchivedCheckpoint, BuildError> {
+        let base = self.read(archive::manifest_at(self.bucket, key)).await?;
+        // The object is what its content encodes to.
+        self.count(base.manifest.encode().len() as u64);
+        Ok(base)
+    }
+
+    /// Reads the chunk that holds the record after an LSN. `listed`: first LSNs of the chunks known by a listing,
+    /// ascending.
+    pub(super) async fn chunk_after(&self, owner: Owner, listed: &[Lsn], at: Lsn) -> Result<Option<Chunk>, BuildError> {
+        let found = self.read(archive::chunk_after(self.bucket, owner, listed, at)).await?;
+        Ok(found.map(|(chunk, bytes)| {
+            self.count(bytes);
+            chunk
+        }))
+    }
+
+    /// Downloads objects; files that an earlier attempt has downloaded are kept and count as done.
+    pub(super) async fn download(&self, wanted: &[Wanted], dir: &Path) -> Result<(), BuildError> {
+        let fetched = DownloadProgress::default();
+        let before = self.progress.lock().clone();
+        let show = || {
+            let mut shown = self.progress.lock();
+            let bytes = fetched.bytes.load(Ordering::Relaxed);
+            shown.bytes_done = (before.bytes_done + bytes).min(shown.bytes_total);
+            shown.bytes_from_bucket = before.bytes_from_bucket + bytes;
+            shown.objects_read = before.objects_read + fetched.requests.load(Ordering::Relaxed);
+        };
+        let result = {
+            let fetch = download(self.bucket, wanted, dir, PARALLEL, &fetched, self.cancel);
+            tokio::pin!(fetch);
+            let mut tick = tokio::time::interval(REPORT);
+            loop {
+                tokio::select! {
+                    result = &mut fetch => break result,
+                    _ = tick.tick() => {
+                        show();
+                        self.registry.report.notify_one();
+                    }
+                }
+            }
+        };
+        show();
+        result?;
+        let total: u64 = wanted.iter().map(|object| object.bytes).sum();
+        let mut shown = self.progress.lock();
+        shown.bytes_done = (before.bytes_done + total).min(shown.bytes_total);
+        Ok(())
+    }
+
+    async fn read<T>(&self, read: impl Future<Output = Result<T, ArchiveError>>) -> Result<T, BuildError> {
+        Ok(self.cancel.run_until_cancelled(read).await.ok_or(BuildError::Cancelled)??)
+    }
+
+    fn count(&self, bytes: u64) {
+        let mut shown = self.progress.lock();
+        shown.bytes_from_bucket += bytes;
+        shown.objects_read += 1;
+    }
+}

@@ -1,0 +1,82 @@
+//! An open replica with its shipping, its replication, and the work that runs for it in the background.
+//!
+//! **Invariant:** at most one task of each kind runs for a replica.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+use vasto_core::catalog::Catalog;
+use vasto_core::ids::{Lsn, PlanId, ReplicaId};
+
+use super::HostContext;
+use super::shared::{RETRY, RETRY_MAX, Shared};
+use crate::replica::Replica;
+use crate::replica::authority::Standing;
+use crate::replication::replicator::Replicator;
+use crate::ship::ShipHandle;
+
+/// An open replica under its host.
+pub(super) struct Hosted {
+    pub(super) shared: Arc<Shared>,
+    pub(super) replica: Replica,
+    pub(super) ship: ShipHandle,
+    pub(super) replicator: Arc<Replicator>,
+    pub(super) background: Mutex<Background>,
+}
+
+/// Background work of one host, at most one task of each kind.
+#[derive(Default)]
+pub(super) struct Background {
+    /// Plan whose target this replica is, and the token that cancels its build.
+    pub(super) build: Option<(PlanId, CancellationToken)>,
+    /// Plan for which this replica, as a source, has begun its checkpoint.
+    pub(super) checkpoint: Option<PlanId>,
+    /// Plans whose quarantined bands are being removed here, or have been.
+    pub(super) cleaning: BTreeSet<PlanId>,
+    /// LSN for which a running checkpoint is to make a manifest that covers it.
+    pub(super) covering: Option<Lsn>,
+    /// Draining replicas whose archive is being applied from the bucket, or has been.
+    pub(super) drained: BTreeSet<ReplicaId>,
+    /// Draining replicas whose loss the operator has accepted: each one's archive is applied once more.
+    pub(super) accepted: BTreeSet<ReplicaId>,
+}
+
+impl Hosted {
+    /// Passes the placement of the replica to the leases. A replica that is not registered yet is published as not
+    /// serving first: with peers, it serves nothing before the leases grant it authority.
+    pub(super) async fn take_seat(&self, catalog: &Catalog) {
+        let HostContext { leases: Some(leases), registry, .. } = &*self.shared.context else { return };
+        let replica = &self.replica;
+        if registry.replica(replica.keyspace, replica.id).is_none() {
+            replica.authority().publish(Standing::Out { elsewhere: false });
+        }
+        leases.seat(replica, &self.replicator, catalog).await;
+    }
+
+    /// Makes checkpoints until a manifest covers the LSN.
+    pub(super) fn cover_by_a_manifest(self: &Arc<Self>, lsn: Lsn) {
+        if self.ship.status().manifest >= lsn || self.background.lock().covering.replace(lsn) == Some(lsn) {
+            return;
+        }
+        let this = self.clone();
+        let mut pause = RETRY;
+        tokio::spawn(async move {
+            loop {
+                let result = tokio::select! {
+                    () = this.shared.cancel.cancelled() => return,
+                    result = this.ship.checkpoint(None) => result,
+                };
+                match result {
+                    Ok(_) => break,
+                    Err(error) => tracing::warn!(%error, "a checkpoint that is waited for failed; it is tried again"),
+                }
+                this.shared.pause(pause).await;
+                pause = (pause * 2).min(RETRY_MAX);
+            }
+            this.background.lock().covering = None;
+            this.shared.notify();
+        });
+    }
+}

@@ -1,0 +1,107 @@
+//! The report of a host: phase, size, and its part in a plan.
+//!
+//! **Invariant:** a report is cheap; the size of a replica is read from its database at most every few hundred
+//! milliseconds, and with each new checkpoint.
+
+use std::time::{Duration, Instant};
+
+use vasto_core::ids::Lsn;
+use vasto_core::report::{ReplicaPhase, ReplicaReport};
+
+use super::Host;
+use super::shared::Shared;
+use crate::replica::Replica;
+use crate::replica::size::SizeVersion;
+
+/// Maximum age of the reported size of a replica.
+const SIZE_AGE: Duration = Duration::from_millis(400);
+
+/// Maximum age of the size while there are no writes: then only compactions change it.
+const IDLE_SIZE_AGE: Duration = Duration::from_secs(20);
+
+/// The size of a replica at a point in time.
+#[derive(Clone, Copy)]
+pub(super) struct KnownSize {
+    pub(super) at: Instant,
+    pub(super) manifest: Lsn,
+    /// What the size depends on, apart from the background work of RocksDB.
+    pub(super) version: SizeVersion,
+    pub(super) keys_and_bytes: (u64, u64),
+}
+
+impl Host {
+    /// Returns a cached size while it is fresh: a busy tail causes hundreds of reports a second, too many to scan all
+    /// files. A new checkpoint always refreshes it, so that a report that shows the checkpoint shows its size too.
+    fn size_of(&self, replica: &Replica, manifest: Lsn) -> (u64, u64) {
+        let mut size = self.size.lock();
+        match *size {
+            Some(known) if known.manifest == manifest && known.at.elapsed() < SIZE_AGE => known.keys_and_bytes,
+            Some(known)
+                if known.manifest == manifest
+                    && known.version == replica.size_version()
+                    && known.at.elapsed() < IDLE_SIZE_AGE =>
+            {
+                known.keys_and_bytes
+            }
+            _ => {
+                let version = replica.size_version();
+                let keys_and_bytes = replica.size();
+                *size = Some(KnownSize { at: Instant::now(), manifest, version, keys_and_bytes });
+                keys_and_bytes
+            }
+        }
+    }
+
+    /// Returns why the replica does not serve, if it does not.
+    pub fn failure(&self) -> Option<String> {
+        if let Some(ReplicaPhase::Failed(reason)) = &self.shared.status.lock().phase {
+            return Some(reason.clone());
+        }
+        self.hosted()?.closed()
+    }
+
+    /// Returns the replica while it is open.
+    fn hosted(&self) -> Option<Replica> {
+        let Shared { context, spec, .. } = &*self.shared;
+        context.registry.replica_of(spec.keyspace, spec.shard).filter(|replica| replica.id == spec.replica)
+    }
+
+    /// Returns the report for the master.
+    pub fn report(&self) -> ReplicaReport {
+        let status = self.shared.status.lock();
+        let spec = &self.shared.spec;
+        let phase = status.phase.clone().unwrap_or(ReplicaPhase::Opening);
+        let mut report = ReplicaReport {
+            source: status.source.clone(),
+            target: status.target.as_ref().map(|progress| progress.lock().clone()),
+            cleaned: status.cleaned.iter().copied().collect(),
+            replication: status.replicator.as_ref().map(|replicator| replicator.report()).unwrap_or_default(),
+            ..ReplicaReport::new(spec.keyspace, spec.shard, spec.replica, phase)
+        };
+        report.replication.took_from_bucket = status.took_from_bucket.iter().copied().collect();
+        if let Some(ship) = &status.ship {
+            let published = ship.status();
+            (report.shipped_lsn, report.manifest_lsn) = (published.shipped, published.manifest);
+            if published.over_cap
+                && let Some(source) = &mut report.source
+            {
+                source.failed = Some("the log has reached its cap while the plan needed it".into());
+            }
+        }
+        if let Some(target) = &mut report.target {
+            // A replica that is being filled has no manifest.
+            target.manifest_shipped |= report.manifest_lsn.0 > 0;
+        }
+        if let Some(replica) = self.hosted() {
+            let (keys, bytes) = self.size_of(&replica, report.manifest_lsn);
+            report.incarnation = replica.incarnation();
+            report.version = replica.version();
+            report.lsn = replica.settled_lsn();
+            (report.keys, report.bytes) = (keys, bytes);
+            if let Some(reason) = replica.closed() {
+                report.phase = ReplicaPhase::Failed(reason);
+            }
+        }
+        report
+    }
+}

@@ -1,0 +1,126 @@
+//! The handle by which the rest of the node reaches a replica's shipper.
+
+use tokio::sync::{mpsc, oneshot, watch};
+use vasto_core::plan::PinnedManifest;
+use vasto_core::record::BandRange;
+
+use super::error::ShipError;
+use super::status::{Assignment, Duty, LogNeed, ShipStatus};
+
+/// Receives the outcome of a request.
+pub(super) type Waiter<T> = oneshot::Sender<Result<T, ShipError>>;
+
+/// A request to a shipper.
+pub(super) enum ShipRequest {
+    /// A checkpoint of the current state.
+    Checkpoint {
+        /// Bands that a plan is about to read: they are rewritten first when that saves readers more than it costs.
+        compact: Option<BandRange>,
+        /// It trusts nothing in the bucket: everything is uploaded.
+        anew: bool,
+        /// Receives the manifest.
+        done: Waiter<PinnedManifest>,
+    },
+    /// The log up to its current end, whichever replica ships otherwise.
+    Log {
+        /// Notified once the bucket covers it.
+        done: Waiter<()>,
+    },
+}
+
+/// A handle to a replica's shipper.
+#[derive(Clone)]
+pub(crate) struct ShipHandle {
+    requests: mpsc::UnboundedSender<ShipRequest>,
+    duty: watch::Sender<Duty>,
+    status: watch::Receiver<ShipStatus>,
+}
+
+/// The shipper's ends of its handle.
+pub(super) struct ShipperEnds {
+    pub(super) requests: mpsc::UnboundedReceiver<ShipRequest>,
+    pub(super) duty: watch::Receiver<Duty>,
+    pub(super) status: watch::Sender<ShipStatus>,
+}
+
+/// Creates a handle with the ends that the shipper keeps.
+pub(super) fn handle() -> (ShipHandle, ShipperEnds) {
+    let (sender, requests) = mpsc::unbounded_channel();
+    let (duty, duties) = watch::channel(Duty::default());
+    let (publisher, status) = watch::channel(ShipStatus::default());
+    (ShipHandle { requests: sender, duty, status }, ShipperEnds { requests, duty: duties, status: publisher })
+}
+
+impl ShipHandle {
+    /// Makes a checkpoint and waits for its manifest.
+    pub(crate) async fn checkpoint(&self, compact: Option<BandRange>) -> Result<PinnedManifest, ShipError> {
+        self.ask(|done| ShipRequest::Checkpoint { compact, anew: false, done }).await
+    }
+
+    /// Uploads everything again, when this replica ships; `None` when it does not.
+    pub(crate) async fn checkpoint_anew(&self) -> Result<Option<PinnedManifest>, ShipError> {
+        if !self.ships() {
+            return Ok(None);
+        }
+        self.ask(|done| ShipRequest::Checkpoint { compact: None, anew: true, done }).await.map(Some)
+    }
+
+    /// Waits until the bucket covers the log up to its current end; this replica ships it if no other does.
+    pub(crate) async fn log(&self) -> Result<(), ShipError> {
+        self.ask(|done| ShipRequest::Log { done }).await
+    }
+
+    /// Decides whether this replica ships. On a change the shipper checks its work at once.
+    pub(crate) fn assign(&self, assignment: Assignment) {
+        self.set(|duty| duty.assignment = assignment);
+    }
+
+    /// Sets which part of the log a running plan needs.
+    pub(crate) fn set_need(&self, need: LogNeed) {
+        self.set(|duty| duty.need = need);
+    }
+
+    /// Returns true when this replica ships for its shard.
+    pub(crate) fn ships(&self) -> bool {
+        self.duty.borrow().ships()
+    }
+
+    /// Returns the last published status.
+    pub(crate) fn status(&self) -> ShipStatus {
+        *self.status.borrow()
+    }
+
+    fn set(&self, change: impl FnOnce(&mut Duty)) {
+        self.duty.send_if_modified(|duty| {
+            let before = *duty;
+            change(duty);
+            *duty != before
+        });
+    }
+
+    async fn ask<T>(&self, request: impl FnOnce(Waiter<T>) -> ShipRequest) -> Result<T, ShipError> {
+        let (done, answer) = oneshot::channel();
+        self.requests.send(request(done)).map_err(|_| ShipError::Stopped)?;
+        answer.await.map_err(|_| ShipError::Stopped)?
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_duty_that_stays_the_same_wakes_no_shipper() {
+        let (handle, mut ends) = handle();
+        handle.set_need(LogNeed::NONE);
+        handle.assign(Assignment::StandIn);
+        assert!(handle.ships() && ends.duty.has_changed().unwrap());
+        ends.duty.mark_unchanged();
+        handle.set_need(LogNeed::NONE);
+        handle.assign(Assignment::StandIn);
+        assert!(!ends.duty.has_changed().unwrap());
+        handle.assign(Assignment::Idle);
+        assert!(!handle.ships() && ends.duty.has_changed().unwrap());
+    }
+}

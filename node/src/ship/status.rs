@@ -1,0 +1,69 @@
+//! The two values that a shipper shares with the rest of the node: the [`Duty`] that the host of the replica sets, and
+//! the [`ShipStatus`] that the shipper and the truncation of the log publish.
+//!
+//! **Invariants**
+//! - A published status never claims more than is durable in the bucket and recorded in `ship.json`.
+//! - Each value is replaced as a whole: a reader never sees the LSNs of two different moments.
+
+use vasto_core::ids::Lsn;
+
+/// Whether a replica ships for its shard.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Assignment {
+    /// Another replica does, or no catalog version has been applied yet.
+    #[default]
+    Idle,
+    /// It ships, as the preferred primary does while all are well.
+    Preferred,
+    /// It ships in place of the preferred primary, which is away.
+    StandIn,
+}
+
+/// The part of the log that a running plan needs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct LogNeed {
+    /// LSN after which the log is needed; `u64::MAX` when no plan needs it, 0 until that is known.
+    pub(crate) after: Lsn,
+    /// The plan can read log that is not here any more from the bucket.
+    pub(crate) from_bucket: bool,
+}
+
+impl LogNeed {
+    /// No plan needs the log.
+    pub(crate) const NONE: Self = Self { after: Lsn(u64::MAX), from_bucket: false };
+}
+
+/// What the host of a replica asks of its shipper.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Duty {
+    pub(super) assignment: Assignment,
+    pub(super) need: LogNeed,
+}
+
+impl Duty {
+    pub(super) fn ships(&self) -> bool {
+        self.assignment != Assignment::Idle
+    }
+
+    /// Returns true when this replica is not the one that ships while all are well.
+    pub(super) fn stands_in(&self) -> bool {
+        self.assignment != Assignment::Preferred
+    }
+}
+
+/// Coverage of the log by the bucket, and what holds the log back, for reports and truncation.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct ShipStatus {
+    /// LSN up to which chunks and manifests cover the log.
+    pub(crate) shipped: Lsn,
+    /// LSN up to which the last manifest covers the log.
+    pub(crate) manifest: Lsn,
+    /// LSN from which chunks cover the log without a gap, up to `shipped`.
+    pub(super) chained_from: Lsn,
+    /// A client has requested a bucket acknowledgement here: from then on this replica ships too.
+    pub(super) for_acks: bool,
+    /// The log is at its cap and only a running plan keeps it: the plan has to end.
+    pub(crate) over_cap: bool,
+    /// The log is at its cap and only a follower keeps it: the follower has to be evicted.
+    pub(crate) held_back: bool,
+}

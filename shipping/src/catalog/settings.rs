@@ -1,0 +1,132 @@
+//! The settings of a cluster's nodes: numbered create-only objects like the catalog, of which
+//! the last is in force.
+//!
+//! **Invariant:** a version is written after the version before it was seen, and never changed. A change is
+//! made to the newest version, however many masters make changes at once.
+
+use serde::{Deserialize, Serialize};
+use vasto_core::NodeId;
+use vasto_core::limits::CORDONED_MAX;
+
+use super::error::CatalogError;
+use super::store::{CatalogStore, decode};
+use crate::layout;
+
+const SETTINGS: &str = "cluster-settings";
+
+/// One version of the settings; version 0 is empty.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterSettings {
+    /// The number of this version, the same as in its object name; 0 when there is none.
+    pub version: u64,
+    /// Drawn by the writer: distinguishes its own object from a rival's after a lost reply.
+    pub nonce: u64,
+    /// Time of the write, microseconds since 1970.
+    pub written_at_us: u64,
+    /// Nodes that get no new replicas, in the order in which they were cordoned.
+    #[serde(default)]
+    pub cordoned: Vec<NodeId>,
+}
+
+impl ClusterSettings {
+    /// Returns true when the node is to get no replicas.
+    pub fn is_cordoned(&self, node: NodeId) -> bool {
+        self.cordoned.contains(&node)
+    }
+
+    /// Returns the next version, with the node cordoned or not; `None` when nothing changes. Above
+    /// `CORDONED_MAX` the earliest are dropped: nodes that left long ago.
+    pub fn with_cordon(&self, node: NodeId, cordoned: bool, now_us: u64, nonce: u64) -> Option<Self> {
+        if self.is_cordoned(node) == cordoned {
+            return None;
+        }
+        let mut next =
+            Self { version: self.version + 1, nonce, written_at_us: now_us, cordoned: self.cordoned.clone() };
+        next.cordoned.retain(|one| *one != node);
+        if cordoned {
+            next.cordoned.push(node);
+        }
+        let excess = next.cordoned.len().saturating_sub(CORDONED_MAX);
+        next.cordoned.drain(..excess);
+        Some(next)
+    }
+}
+
+impl CatalogStore {
+    /// Returns the newest settings, found upward from `known`. Sends one request when `known` is the newest.
+    ///
+    /// # Errors
+    /// When the bucket does not answer, or an object in it cannot be read.
+    pub async fn settings(&self, known: &ClusterSettings) -> Result<ClusterSettings, CatalogError> {
+        let last = self.last(known.version, layout::cluster_settings).await?;
+        if last == known.version {
+            return Ok(known.clone());
+        }
+        let key = layout::cluster_settings(last);
+        let found = self.bucket().get(&key).await?;
+        found.map_or_else(|| Ok(known.clone()), |bytes| decode(SETTINGS, &key, &bytes))
+    }
+
+    /// Makes a change to the newest settings; returns the settings in force, which hold the change. `change`
+    /// returns `None` when there is nothing to do.
+    ///
+    /// # Errors
+    /// After an error the outcome is unknown; the change can be made again.
+    pub async fn change_settings(
+        &self,
+        known: &ClusterSettings,
+        change: impl Fn(&ClusterSettings) -> Option<ClusterSettings>,
+    ) -> Result<ClusterSettings, CatalogError> {
+        let mut newest = self.settings(known).await?;
+        loop {
+            let Some(next) = change(&newest) else { return Ok(newest) };
+            let key = layout::cluster_settings(next.version);
+            let Some(found) = self.create(&key, SETTINGS, &next).await? else { return Ok(next) };
+            let found: ClusterSettings = decode(SETTINGS, &key, &found)?;
+            if found.nonce == next.nonce {
+                return Ok(next);
+            }
+            newest = self.settings(&found).await?;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::bucket::Bucket;
+
+    #[tokio::test]
+    async fn changes_of_several_masters_are_all_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let url = format!("file://{}", dir.path().display());
+        let bucket = Bucket::open(&url, &crate::BucketOptions::default()).unwrap();
+        let (one, two) = (CatalogStore::new(bucket.clone()), CatalogStore::new(bucket));
+        let nothing = ClusterSettings::default();
+        assert_eq!(one.settings(&nothing).await.unwrap(), nothing);
+        let cordon = |node: u64, nonce: u64| move |now: &ClusterSettings| now.with_cordon(NodeId(node), true, 1, nonce);
+        let (first, second) =
+            futures::join!(one.change_settings(&nothing, cordon(1, 11)), two.change_settings(&nothing, cordon(2, 22)));
+        let newest = one.settings(&nothing).await.unwrap();
+        assert_eq!(newest.version, 2);
+        assert!(newest.is_cordoned(NodeId(1)) && newest.is_cordoned(NodeId(2)));
+        assert!(first.unwrap().is_cordoned(NodeId(1)) && second.unwrap().is_cordoned(NodeId(2)));
+        // A change already in force is not written again.
+        assert_eq!(one.change_settings(&nothing, cordon(1, 33)).await.unwrap(), newest);
+        let free = |now: &ClusterSettings| now.with_cordon(NodeId(1), false, 1, 44);
+        let free = two.change_settings(&newest, free).await.unwrap();
+        assert_eq!((free.version, &free.cordoned[..]), (3, &[NodeId(2)][..]));
+        let found = crate::gc::fsck(one.bucket(), false).await.unwrap();
+        assert!(found.orphans.is_empty(), "{:?}", found.orphans);
+    }
+
+    #[test]
+    fn cordons_are_bounded() {
+        let mut settings = ClusterSettings::default();
+        for node in 0..=CORDONED_MAX as u64 {
+            settings = settings.with_cordon(NodeId(node), true, 1, node).unwrap();
+        }
+        assert_eq!((settings.cordoned.len(), settings.is_cordoned(NodeId(0))), (CORDONED_MAX, false));
+    }
+}

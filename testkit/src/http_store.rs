@@ -1,0 +1,486 @@
+//! An S3 server on loopback that injects faults into its answers, or ignores the conditions of PUTs.
+//!
+//! **Invariant:** a fault before the operation leaves the objects alone, a fault after it
+//! does not undo it. The server records the request and the answer of every call for the test.
+//!
+//! Correct answers come from memory ([`objects`]; [`Keys`] decides which keys are accepted), or from a real S3
+//! server that this one stands before.
+
+mod objects;
+
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{JoinHandle, JoinSet};
+use vasto_shipping::{Bucket, BucketOptions};
+
+use crate::metadata::Keys;
+use objects::Objects;
+
+const BUCKET: &str = "faults";
+/// The client's configured keys when no role provides them.
+const KEY: &str = "AKIAFIXED";
+const SECRET: &str = "fixed-secret";
+pub const SESSION_TOKEN: &str = "session-token-canary";
+
+/// The kind of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Ask {
+    Put,
+    Get,
+    Head,
+    List,
+    Delete,
+    Begin,
+    Part,
+    Complete,
+    Abort,
+}
+
+/// The fault injected into an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// 503; no effect.
+    SlowDown,
+    /// 500; no effect.
+    InternalError,
+    /// 200 with an error in its body, as S3 does for long requests and batches; no effect.
+    ErrorInBody,
+    /// 400; no effect.
+    ExpiredToken,
+    /// 403; no effect.
+    AccessDenied,
+    /// 403; no effect.
+    TimeTooSkewed,
+    /// The connection is reset; no effect.
+    ResetBefore,
+    /// The connection is reset after the operation.
+    ResetAfter,
+    /// No answer is sent after the operation.
+    SilentAfter,
+    /// Half of the answer is sent after the operation.
+    EndsEarly,
+    /// One bit of the answer's body is flipped.
+    Flip,
+    /// Half of the answer's body is sent as if it were the whole.
+    Shorten,
+    /// One bit of the request's body is flipped before the operation.
+    FlipSent,
+}
+
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub ask: Ask,
+    pub method: String,
+    /// Path and query.
+    pub target: String,
+    pub headers: HashMap<String, String>,
+    pub body: Bytes,
+}
+
+impl Request {
+    pub fn key_id(&self) -> &str {
+        let credential = self.headers.get("authorization").and_then(|text| text.split_once("Credential="));
+        credential.and_then(|(_, rest)| rest.split('/').next()).unwrap_or_default()
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct HttpReply {
+    pub status: u16,
+    pub headers: Vec<(&'static str, String)>,
+    pub body: Bytes,
+}
+
+/// A recorded request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Served {
+    pub ask: Ask,
+    pub target: String,
+    pub key_id: String,
+    /// The status that was sent, or would have been.
+    pub status: u16,
+    pub fault: Option<Fault>,
+    /// The body arrived with other bytes than were sent: the answer's, or for [`Fault::FlipSent`] the request's.
+    pub altered: bool,
+}
+
+/// Requests of a kind that are to fail.
+struct Script {
+    ask: Ask,
+    /// Requests that succeed before.
+    skip: u32,
+    fault: Fault,
+    /// Requests that are still to fail.
+    times: u32,
+}
+
+#[derive(Default)]
+struct Shared {
+    keys: Option<Arc<Keys>>,
+    /// The address of the real server; without one, `objects` answers.
+    server: Option<SocketAddr>,
+    objects: Mutex<Objects>,
+    faults: Mutex<Vec<Script>>,
+    everything: Mutex<Option<Fault>>,
+    throttled: Mutex<Option<HashMap<(Ask, String), u32>>>,
+    served: Mutex<Vec<Served>>,
+}
+
+pub struct HttpStore {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    server: JoinHandle<()>,
+}
+
+impl Drop for HttpStore {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+impl HttpStore {
+    /// Starts a store that accepts one fixed key.
+    pub async fn start() -> HttpStore {
+        Self::serve(Shared::default()).await
+    }
+
+    /// Starts a store that accepts the keys of a role until they expire.
+    pub async fn with_keys(keys: &Arc<Keys>) -> HttpStore {
+        Self::serve(Shared { keys: Some(Arc::clone(keys)), ..Shared::default() }).await
+    }
+
+    /// Starts a store that stands before the real server of these options, and opens a bucket through it.
+    pub async fn before(options: &BucketOptions, url: &str) -> (HttpStore, Bucket) {
+        let server = options.endpoint.as_ref().and_then(|url| url.strip_prefix("http://")?.parse().ok());
+        assert!(server.is_some(), "{options:?}");
+        let store = Self::serve(Shared { server, ..Shared::default() }).await;
+        let options = BucketOptions { endpoint: Some(store.endpoint()), ..options.clone() };
+        let bucket = Bucket::open_in(url, &options, []).unwrap();
+        (store, bucket)
+    }
+
+    async fn serve(shared: Shared) -> HttpStore {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shared = Arc::new(shared);
+        let of_server = Arc::clone(&shared);
+        let server = tokio::spawn(async move {
+            // Dropping the set ends its connections.
+            let mut connections = JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                connections.spawn(connection(stream, Arc::clone(&of_server)));
+            }
+        });
+        HttpStore { address, shared, server }
+    }
+
+    /// Starts a store that accepts every PUT, whatever its condition: the kind that must not be used.
+    pub async fn without_conditions() -> HttpStore {
+        let store = Self::start().await;
+        store.shared.objects.lock().unwrap().ignores_conditions = true;
+        store
+    }
+
+    /// Returns the URL of the bucket that [`HttpStore::bucket`] opens.
+    pub fn url(&self) -> String {
+        format!("s3://{BUCKET}/root")
+    }
+
+    /// Returns the environment variables that select the server, with the fixed keys.
+    pub fn env(&self) -> [(&'static str, String); 5] {
+        crate::s3_server::env(&format!("http://{}", self.address), KEY, SECRET)
+    }
+
+    /// Opens the bucket with fixed keys.
+    pub fn bucket(&self) -> Bucket {
+        let options =
+            BucketOptions { access_key_id: Some(KEY.into()), secret_access_key: Some(SECRET.into()), ..self.options() };
+        let environment = [("AWS_SESSION_TOKEN".into(), SESSION_TOKEN.into())];
+        Bucket::open_in(&self.url(), &options, environment).unwrap()
+    }
+
+    /// Opens the bucket with the keys of the role that this metadata service provides.
+    pub fn bucket_of_role(&self, metadata_endpoint: &str) -> Bucket {
+        let environment = [("AWS_METADATA_ENDPOINT".into(), metadata_endpoint.into())];
+        Bucket::open_in(&self.url(), &self.options(), environment).unwrap()
+    }
+
+    fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    fn options(&self) -> BucketOptions {
+        BucketOptions {
+            endpoint: Some(self.endpoint()),
+            region: Some("us-east-1".into()),
+            allow_http: true,
+            ..BucketOptions::default()
+        }
+    }
+
+    /// Injects the fault into the next `times` requests of the kind.
+    pub fn fail(&self, ask: Ask, fault: Fault, times: u32) {
+        self.fail_after(ask, 0, fault, times);
+    }
+
+    /// Injects the fault into the `times` requests of the kind that follow the next `skip`.
+    pub fn fail_after(&self, ask: Ask, skip: u32, fault: Fault, times: u32) {
+        self.shared.faults.lock().unwrap().push(Script { ask, skip, fault, times });
+    }
+
+    /// Checks that every planned fault was injected; a cell whose fault never happened has shown nothing.
+    pub fn assert_all_fired(&self) {
+        for script in self.shared.faults.lock().unwrap().drain(..) {
+            let Script { ask, fault, times, .. } = script;
+            assert_eq!(times, 0, "{ask:?} {fault:?} was not injected {times} times more");
+        }
+    }
+
+    /// Injects the fault into every request; `None` ends it.
+    pub fn fail_everything(&self, fault: Option<Fault>) {
+        *self.shared.everything.lock().unwrap() = fault;
+    }
+
+    /// Throttles half of all requests from now on. The choice depends on the requested target and
+    /// the number of its requests so far, not on the order of arrival.
+    pub fn throttle_half(&self) {
+        *self.shared.throttled.lock().unwrap() = Some(HashMap::new());
+    }
+
+    /// Returns the requests since the last call.
+    pub fn take_served(&self) -> Vec<Served> {
+        std::mem::take(&mut self.shared.served.lock().unwrap())
+    }
+
+    /// Returns the object under the key.
+    pub fn object(&self, key: &str) -> Option<Bytes> {
+        self.shared.objects.lock().unwrap().object(&format!("root/{key}"))
+    }
+
+    /// Inserts an object under a foreign name.
+    pub fn put_foreign(&self, key: &str) {
+        self.shared.objects.lock().unwrap().insert(&format!("root/{key}"), Bytes::from_static(b"not ours"));
+    }
+
+    /// Sets the number of objects in a page of a listing.
+    pub fn list_in_pages_of(&self, objects: usize) {
+        self.shared.objects.lock().unwrap().page = objects;
+    }
+
+    /// Returns the number of multipart uploads that were neither completed nor aborted.
+    pub fn open_uploads(&self) -> usize {
+        self.shared.objects.lock().unwrap().open_uploads()
+    }
+}
+
+impl Shared {
+    /// Returns the fault to inject into this request.
+    fn fault(&self, request: &Request) -> Option<Fault> {
+        if let Some(fault) = *self.everything.lock().unwrap() {
+            return Some(fault);
+        }
+        let mut faults = self.faults.lock().unwrap();
+        if let Some(script) = faults.iter_mut().find(|script| script.ask == request.ask && script.times > 0) {
+            if script.skip == 0 {
+                script.times -= 1;
+                return Some(script.fault);
+            }
+            script.skip -= 1;
+        }
+        let mut throttled = self.throttled.lock().unwrap();
+        let asked = throttled.as_mut()?.entry((request.ask, request.target.clone())).or_default();
+        *asked += 1;
+        let mut hasher = DefaultHasher::new();
+        (request.ask, &request.target, *asked).hash(&mut hasher);
+        hasher.finish().is_multiple_of(2).then_some(Fault::SlowDown)
+    }
+
+    /// Returns the answer, and the fault to inject into it.
+    async fn answer(&self, request: &mut Request) -> std::io::Result<(HttpReply, Option<Fault>)> {
+        let fault = self.fault(request);
+        let sent = request.body.clone();
+        if fault == Some(Fault::FlipSent) {
+            request.body = flipped(&sent);
+        }
+        let refused = match fault {
+            Some(Fault::SlowDown) => Some(error(503, "SlowDown", "Please reduce your request rate.", "")),
+            Some(Fault::InternalError) => {
+                Some(error(500, "InternalError", "We encountered an internal error. Please try again.", ""))
+            }
+            Some(Fault::ErrorInBody) => {
+                Some(error(200, "InternalError", "We encountered an internal error. Please try again.", ""))
+            }
+            Some(Fault::ExpiredToken) => Some(expired(request)),
+            Some(Fault::AccessDenied) => Some(error(403, "AccessDenied", "Access Denied", "")),
+            Some(Fault::TimeTooSkewed) => {
+                let mut refused = error(
+                    403,
+                    "RequestTimeTooSkewed",
+                    "The difference between the request time and the current time is too large.",
+                    "<MaxAllowedSkewMilliseconds>900000</MaxAllowedSkewMilliseconds>",
+                );
+                // The store's date lies far back: the client is ahead.
+                refused.headers.push(("Date", "Thu, 01 Jan 2026 00:00:00 GMT".to_owned()));
+                Some(refused)
+            }
+            Some(Fault::ResetBefore) => Some(error(0, "Unanswered", "", "")),
+            _ => match &self.keys {
+                Some(keys) if !keys.are_good(request.key_id()) => Some(expired(request)),
+                None if self.server.is_none() && request.key_id() != KEY => {
+                    Some(error(403, "InvalidAccessKeyId", "It does not exist.", ""))
+                }
+                _ => None,
+            },
+        };
+        let mut answer = match (refused, self.server) {
+            (Some(refused), _) => refused,
+            (None, Some(server)) => forward(server, request).await?,
+            (None, None) => self.objects.lock().unwrap().answer(request),
+        };
+        let whole = answer.body.clone();
+        match fault {
+            Some(Fault::Flip) => answer.body = flipped(&whole),
+            Some(Fault::Shorten) => {
+                answer.body = whole.slice(..whole.len() / 2);
+                answer.headers.retain(|(name, _)| *name != "Content-Length");
+            }
+            _ => {}
+        }
+        self.served.lock().unwrap().push(Served {
+            ask: request.ask,
+            target: request.target.clone(),
+            key_id: request.key_id().to_owned(),
+            status: answer.status,
+            fault,
+            altered: answer.body != whole || request.body != sent,
+        });
+        Ok((answer, fault))
+    }
+}
+
+/// Returns an error in S3's format.
+pub fn error(status: u16, code: &str, message: &str, more: &str) -> HttpReply {
+    let body = format!(
+        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>{code}</Code><Message>{message}</Message>{more}\
+         <RequestId>1234567890ABCDEF</RequestId><HostId>aG9zdA==</HostId></Error>"
+    );
+    HttpReply { status, headers: vec![("Content-Type", "application/xml".to_owned())], body: body.into() }
+}
+
+/// Returns the refusal of an expired token; S3 repeats the token in it.
+fn expired(request: &Request) -> HttpReply {
+    let token = request.headers.get("x-amz-security-token").map_or("", String::as_str);
+    error(400, "ExpiredToken", "The provided token has expired.", &format!("<Token-0>{token}</Token-0>"))
+}
+
+async fn connection(stream: TcpStream, shared: Arc<Shared>) -> std::io::Result<()> {
+    let mut stream = BufReader::new(stream);
+    while let Some(mut request) = read(&mut stream).await? {
+        let (answer, fault) = shared.answer(&mut request).await?;
+        match fault {
+            Some(Fault::ResetBefore | Fault::ResetAfter) => return stream.get_ref().set_zero_linger(),
+            Some(Fault::SilentAfter) => std::future::pending().await,
+            _ => {}
+        }
+        let (head, body) = encode(&request, &answer);
+        if fault == Some(Fault::EndsEarly) {
+            let cut = if body.is_empty() { &head[..head.len() / 2] } else { &head[..] };
+            stream.write_all(cut).await?;
+            stream.write_all(&body[..body.len() / 2]).await?;
+            return stream.shutdown().await;
+        }
+        stream.write_all(&head).await?;
+        stream.write_all(&body).await?;
+        stream.flush().await?;
+    }
+    Ok(())
+}
+
+fn encode(request: &Request, answer: &HttpReply) -> (Vec<u8>, Bytes) {
+    let mut head = format!("HTTP/1.1 {} Some Reason\r\n", answer.status);
+    // The real answer to a HEAD has a length, and no body.
+    if !answer.headers.iter().any(|(name, _)| *name == "Content-Length") {
+        head.push_str(&format!("Content-Length: {}\r\n", answer.body.len()));
+    }
+    for (name, value) in &answer.headers {
+        head.push_str(&format!("{name}: {value}\r\n"));
+    }
+    head.push_str("\r\n");
+    let body = if request.ask == Ask::Head { Bytes::new() } else { answer.body.clone() };
+    (head.into_bytes(), body)
+}
+
+fn flipped(body: &Bytes) -> Bytes {
+    let mut body = body.to_vec();
+    let middle = body.len() / 2;
+    if let Some(byte) = body.get_mut(middle) {
+        *byte ^= 1;
+    }
+    body.into()
+}
+
+/// Lets the real server answer. HTTP/1.0, so that the answer ends with the connection, and is not sent in chunks.
+async fn forward(server: SocketAddr, request: &Request) -> std::io::Result<HttpReply> {
+    let mut stream = TcpStream::connect(server).await?;
+    let mut head = format!("{} {} HTTP/1.0\r\n", request.method, request.target);
+    for (name, value) in request.headers.iter().filter(|(name, _)| *name != "connection") {
+        head.push_str(&format!("{name}: {value}\r\n"));
+    }
+    stream.write_all(format!("{head}\r\n").as_bytes()).await?;
+    stream.write_all(&request.body).await?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await?;
+    let end = answer.windows(4).position(|window| window == b"\r\n\r\n").ok_or(std::io::ErrorKind::UnexpectedEof)?;
+    let head = String::from_utf8_lossy(&answer[..end]).into_owned();
+    let mut lines = head.lines();
+    let status = lines.next().and_then(|line| line.split(' ').nth(1)?.parse().ok()).unwrap_or_default();
+    const KEPT: [&str; 6] = ["Content-Length", "Content-Range", "Content-Type", "Date", "ETag", "Last-Modified"];
+    let headers = lines.filter_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        Some((*KEPT.iter().find(|kept| kept.eq_ignore_ascii_case(name))?, value.trim().to_owned()))
+    });
+    Ok(HttpReply { status, headers: headers.collect(), body: answer.split_off(end + 4).into() })
+}
+
+/// Reads the next request; `None` when the client has disconnected.
+pub async fn read(stream: &mut BufReader<TcpStream>) -> std::io::Result<Option<Request>> {
+    let mut line = String::new();
+    if stream.read_line(&mut line).await? == 0 {
+        return Ok(None);
+    }
+    let mut words = line.split(' ');
+    let (method, target) = (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or_default().to_owned());
+    let mut headers = HashMap::new();
+    loop {
+        let mut header = String::new();
+        stream.read_line(&mut header).await?;
+        let Some((name, value)) = header.trim_end().split_once(':') else { break };
+        headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
+    }
+    let length = headers.get("content-length").map_or(0, |length| length.parse().unwrap());
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).await?;
+    Ok(Some(Request { ask: ask(&method, &target), method, target, headers, body: body.into() }))
+}
+
+fn ask(method: &str, target: &str) -> Ask {
+    let query = target.split_once('?').map_or("", |(_, query)| query);
+    let has = |name: &str| query.split('&').any(|pair| pair.split('=').next() == Some(name));
+    match method {
+        "PUT" if has("partNumber") => Ask::Part,
+        "PUT" => Ask::Put,
+        "POST" if has("uploads") => Ask::Begin,
+        "POST" if has("uploadId") => Ask::Complete,
+        "POST" | "DELETE" if !has("uploadId") => Ask::Delete,
+        "DELETE" => Ask::Abort,
+        "HEAD" => Ask::Head,
+        _ if has("list-type") => Ask::List,
+        _ => Ask::Get,
+    }
+}

@@ -1,0 +1,112 @@
+//! What a cluster is started with.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use vasto_testkit::S3Server;
+
+use super::{Cluster, Port, Server};
+
+/// Settings of a cluster to start.
+#[derive(Debug, Clone)]
+pub struct ClusterBuilder {
+    nodes: usize,
+    bucket: Option<String>,
+    env: Vec<(String, String)>,
+    settings: Vec<String>,
+    allowed: Vec<String>,
+    dir: Option<PathBuf>,
+}
+
+impl Default for ClusterBuilder {
+    /// Three nodes on a local directory.
+    fn default() -> Self {
+        Self {
+            nodes: 3,
+            bucket: None,
+            env: Vec::new(),
+            settings: ["node.cache=64MiB", "node.write_buffer=32MiB", "node.ship_interval=1s"]
+                .map(str::to_owned)
+                .to_vec(),
+            allowed: Vec::new(),
+            dir: None,
+        }
+    }
+}
+
+impl ClusterBuilder {
+    /// Sets the number of nodes; 3 by default.
+    pub fn nodes(mut self, nodes: usize) -> Self {
+        self.nodes = nodes;
+        self
+    }
+
+    /// Uses this bucket instead of a local directory.
+    pub fn bucket(mut self, url: &str) -> Self {
+        self.bucket = Some(url.to_owned());
+        self
+    }
+
+    /// Uses a prefix of the bucket of a server.
+    pub fn s3(mut self, server: &S3Server, prefix: &str) -> Self {
+        self.env.extend(server.env().map(|(key, value)| (key.to_owned(), value)));
+        self.bucket(&server.url(prefix))
+    }
+
+    /// Adds an environment variable for all processes; of the same variable, the last one counts.
+    pub fn env(mut self, key: &str, value: &str) -> Self {
+        self.env.push((key.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Adds `section.field=value` for the nodes.
+    pub fn set(mut self, setting: &str) -> Self {
+        self.settings.push(setting.to_owned());
+        self
+    }
+
+    /// Allows log lines of level WARN and above that contain this text.
+    pub fn allow(mut self, text: &str) -> Self {
+        self.allowed.push(text.to_owned());
+        self
+    }
+
+    /// Creates the temporary directory inside `dir`.
+    pub fn inside(mut self, dir: &Path) -> Self {
+        self.dir = Some(dir.to_owned());
+        self
+    }
+
+    /// Starts the master, then the nodes, and returns when all serve.
+    ///
+    /// # Errors
+    /// When a process does not start.
+    pub async fn start(self) -> Result<Cluster> {
+        let mut builder = tempfile::Builder::new();
+        builder.prefix("vasto-");
+        let dir = match &self.dir {
+            Some(dir) => builder.tempdir_in(dir)?,
+            None => builder.tempdir()?,
+        };
+        for part in ["bucket", "logs"] {
+            std::fs::create_dir(dir.path().join(part))?;
+        }
+        let bucket = self.bucket.unwrap_or_else(|| format!("file://{}", dir.path().join("bucket").display()));
+        let mut cluster = Cluster {
+            bucket,
+            env: self.env,
+            settings: self.settings,
+            allowed: self.allowed,
+            logs: Vec::new(),
+            master: Server::new("master"),
+            nodes: Vec::new(),
+            finished: false,
+            dir,
+        };
+        cluster.start_master(Port::New).await?;
+        for _ in 0..self.nodes {
+            cluster.add_node().await?;
+        }
+        Ok(cluster)
+    }
+}

@@ -1,0 +1,29 @@
+//! The end-to-end tests: one module for each subject, all in one program.
+//!
+//! **Invariant:** a test that starts processes runs alone on the machine, which `.config/nextest.toml` ensures for all
+//! modules but [`architecture`] and [`programs`]; each takes its ports, directories and networks from the harness, so
+//! that threads of one process (`cargo test`) do not meet.
+#![allow(clippy::unwrap_used)]
+
+mod architecture;
+mod bad_input;
+mod bucket_kills;
+mod conditions;
+mod drains;
+mod examples;
+mod grows;
+mod kills;
+mod lag;
+mod linearizable;
+mod many_replicas;
+mod members;
+mod original;
+mod outage;
+mod partition;
+mod programs;
+mod replication;
+mod s3_bucket;
+mod shipped;
+mod shortage;
+mod storm;
+mod visibility;
