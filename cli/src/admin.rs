@@ -1,11 +1,11 @@
 //! The commands that administer a cluster. Each prints the master's document as JSON, or as a table made from the
 //! same document: both formats show the same data.
 
-pub mod bucket;
-pub mod cluster;
-pub mod keyspace;
-pub mod operation;
-pub mod resize;
+pub(crate) mod bucket;
+pub(crate) mod cluster;
+pub(crate) mod keyspace;
+pub(crate) mod operation;
+pub(crate) mod resize;
 
 use serde_json::Value;
 use vasto_client::Answer;

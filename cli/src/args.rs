@@ -15,7 +15,7 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use self::parse::{parse_assignment, parse_duration, parse_ttl};
-pub use self::{data::*, server::*};
+pub(crate) use self::{data::*, server::*};
 use crate::output::OutputFormat;
 
 /// A distributed key-value store on local RocksDB shards that grows and heals from a bucket.
@@ -34,7 +34,7 @@ use crate::output::OutputFormat;
         vasto keyspace resize users --shards 3\n  \
         vasto cluster status --output json"
 )]
-pub struct Cli {
+pub(crate) struct Cli {
     /// Flags that every command takes.
     #[command(flatten)]
     pub global: Global,
@@ -45,7 +45,7 @@ pub struct Cli {
 
 /// Flags that every command takes.
 #[derive(Debug, Args)]
-pub struct Global {
+pub(crate) struct Global {
     /// Read the configuration from this TOML file
     #[arg(long, global = true, value_name = "FILE", help_heading = "Global options")]
     pub config: Option<PathBuf>,
@@ -56,7 +56,7 @@ pub struct Global {
 
 /// The commands.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Run a whole cluster in this process, to try things out
     Dev(Dev),
     /// Run one server of a cluster
@@ -85,7 +85,7 @@ pub enum Command {
 
 /// How to find the cluster.
 #[derive(Debug, Args)]
-pub struct Connect {
+pub(crate) struct Connect {
     /// The master of the cluster
     #[arg(long, global = true, value_name = "URL", env = "VASTO_MASTER", default_value = "http://127.0.0.1:8278")]
     pub master: String,
@@ -93,7 +93,7 @@ pub struct Connect {
 
 /// The acknowledgement levels of a write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Ack {
+pub(crate) enum Ack {
     /// The operating system has it: survives a crash of the process, not a loss of power
     Os,
     /// It is on the disk of the node
@@ -106,7 +106,7 @@ pub enum Ack {
 
 /// `vasto keyspace`
 #[derive(Debug, Args)]
-pub struct Keyspace {
+pub(crate) struct Keyspace {
     #[command(flatten)]
     pub connect: Connect,
     #[command(subcommand)]
@@ -115,7 +115,7 @@ pub struct Keyspace {
 
 /// The commands of `vasto keyspace`.
 #[derive(Debug, Subcommand)]
-pub enum KeyspaceCommand {
+pub(crate) enum KeyspaceCommand {
     /// Create a keyspace
     Create(KeyspaceCreate),
     /// List all keyspaces
@@ -143,7 +143,7 @@ pub enum KeyspaceCommand {
 
 /// A keyspace by its name.
 #[derive(Debug, Args)]
-pub struct KeyspaceName {
+pub(crate) struct KeyspaceName {
     /// The keyspace
     pub name: String,
 }
@@ -153,7 +153,7 @@ pub struct KeyspaceName {
 #[command(after_help = "Examples:\n  \
     vasto keyspace create users\n  \
     vasto keyspace create sessions --shards 4 --ack os --ttl 30d")]
-pub struct KeyspaceCreate {
+pub(crate) struct KeyspaceCreate {
     /// A name: a to z first, then a to z, 0 to 9, _ and -, at most 63 in all
     pub name: String,
     /// Shards: 1 to 64
@@ -178,7 +178,7 @@ pub struct KeyspaceCreate {
 
 /// `vasto keyspace delete`
 #[derive(Debug, Args)]
-pub struct KeyspaceDelete {
+pub(crate) struct KeyspaceDelete {
     /// The keyspace
     pub name: String,
     /// Say that you mean it
@@ -188,7 +188,7 @@ pub struct KeyspaceDelete {
 
 /// `vasto keyspace evict`
 #[derive(Debug, Args)]
-pub struct KeyspaceEvict {
+pub(crate) struct KeyspaceEvict {
     /// The keyspace
     pub name: String,
     /// The replica, as `vasto keyspace describe` numbers it
@@ -208,7 +208,7 @@ pub struct KeyspaceEvict {
     Examples:\n  \
     vasto keyspace resize users --shards 3 --plan\n  \
     vasto keyspace resize users --shards 3")]
-pub struct KeyspaceResize {
+pub(crate) struct KeyspaceResize {
     /// The keyspace
     pub name: String,
     /// The new number of shards
@@ -229,7 +229,7 @@ pub struct KeyspaceResize {
     Examples:\n  \
     vasto keyspace restore users --into users-2\n  \
     vasto keyspace restore users --into users-before --at 2026-11-24T08:30:00Z")]
-pub struct KeyspaceRestore {
+pub(crate) struct KeyspaceRestore {
     /// Whose data
     pub name: String,
     /// The name of the new keyspace
@@ -248,7 +248,7 @@ pub struct KeyspaceRestore {
 
 /// `vasto node`
 #[derive(Debug, Args)]
-pub struct Node {
+pub(crate) struct Node {
     #[command(flatten)]
     pub connect: Connect,
     #[command(subcommand)]
@@ -257,7 +257,7 @@ pub struct Node {
 
 /// The commands of `vasto node`.
 #[derive(Debug, Subcommand)]
-pub enum NodeCommand {
+pub(crate) enum NodeCommand {
     /// List all nodes with their address, zone, state and disk
     List,
     /// Give the replicas of a node to others; it may be lost for good
@@ -280,14 +280,14 @@ pub enum NodeCommand {
 
 /// A node by its id.
 #[derive(Debug, Args)]
-pub struct NodeName {
+pub(crate) struct NodeName {
     /// The node, as `vasto node list` names it
     pub node: String,
 }
 
 /// `vasto node replace`
 #[derive(Debug, Args)]
-pub struct NodeReplace {
+pub(crate) struct NodeReplace {
     /// The node, as `vasto node list` names it
     pub node: String,
     /// Who takes its replicas [default: whoever has room]
@@ -306,7 +306,7 @@ pub struct NodeReplace {
 
 /// `vasto node drain`
 #[derive(Debug, Args)]
-pub struct NodeDrain {
+pub(crate) struct NodeDrain {
     /// The node, as `vasto node list` names it
     pub node: String,
     /// Start it and return; follow it with `vasto operation show`
@@ -316,7 +316,7 @@ pub struct NodeDrain {
 
 /// `vasto cluster`
 #[derive(Debug, Args)]
-pub struct Cluster {
+pub(crate) struct Cluster {
     #[command(flatten)]
     pub connect: Connect,
     #[command(subcommand)]
@@ -325,14 +325,14 @@ pub struct Cluster {
 
 /// The commands of `vasto cluster`.
 #[derive(Debug, Subcommand)]
-pub enum ClusterCommand {
+pub(crate) enum ClusterCommand {
     /// Show nodes, keyspaces and warnings
     Status,
 }
 
 /// `vasto bucket`
 #[derive(Debug, Args)]
-pub struct Bucket {
+pub(crate) struct Bucket {
     #[command(flatten)]
     pub connect: Connect,
     #[command(subcommand)]
@@ -341,7 +341,7 @@ pub struct Bucket {
 
 /// The commands of `vasto bucket`.
 #[derive(Debug, Subcommand)]
-pub enum BucketCommand {
+pub(crate) enum BucketCommand {
     /// Look for objects that are missing, damaged, or needed by nothing
     #[command(after_help = "Exits with 1 when anything is missing or damaged.\n\n\
         Examples:\n  \
@@ -380,7 +380,7 @@ pub enum BucketCommand {
 
 /// `vasto operation`
 #[derive(Debug, Args)]
-pub struct Operation {
+pub(crate) struct Operation {
     #[command(flatten)]
     pub connect: Connect,
     #[command(subcommand)]
@@ -389,7 +389,7 @@ pub struct Operation {
 
 /// The commands of `vasto operation`.
 #[derive(Debug, Subcommand)]
-pub enum OperationCommand {
+pub(crate) enum OperationCommand {
     /// List running and recent operations
     List,
     /// Show one operation
@@ -400,7 +400,7 @@ pub enum OperationCommand {
 
 /// An operation by its id.
 #[derive(Debug, Args)]
-pub struct OperationId {
+pub(crate) struct OperationId {
     /// The id, as `vasto operation list` shows it
     pub id: String,
 }
@@ -409,7 +409,7 @@ pub struct OperationId {
 
 /// The commands of `vasto config`.
 #[derive(Debug, Subcommand)]
-pub enum ConfigCommand {
+pub(crate) enum ConfigCommand {
     /// Show every value in force and where it comes from; secrets are not shown
     #[command(after_help = "Defaults < the file of --config < VASTO_SECTION__FIELD < flags.\n\n\
         Examples:\n  \
@@ -423,7 +423,7 @@ pub enum ConfigCommand {
 
 /// `vasto config show`
 #[derive(Debug, Args)]
-pub struct ConfigShow {
+pub(crate) struct ConfigShow {
     /// Show it as if a server had been started with this (repeatable)
     #[arg(long, value_name = "SECTION.FIELD=VALUE", value_parser = parse_assignment)]
     pub set: Vec<(String, String)>,
@@ -431,7 +431,7 @@ pub struct ConfigShow {
 
 /// `vasto config check`
 #[derive(Debug, Args)]
-pub struct ConfigCheck {
+pub(crate) struct ConfigCheck {
     /// The TOML file
     pub file: PathBuf,
 }

@@ -49,7 +49,7 @@ const SEED: u64 = 1;
 ///
 /// # Errors
 /// An error of the cluster or the database; a run in which an operation failed, after its report.
-pub async fn run(args: &Bench, format: OutputFormat) -> anyhow::Result<()> {
+pub(crate) async fn run(args: &Bench, format: OutputFormat) -> anyhow::Result<()> {
     if args.value_size > vasto_core::limits::VALUE_BYTES_MAX {
         let most = vasto_core::limits::VALUE_BYTES_MAX;
         let failure = Failure::usage(format!("values of {} bytes are over the limit of {most}", args.value_size));

@@ -28,7 +28,7 @@ use self::{
     field::Kind,
     source::Layer,
 };
-pub use self::{
+pub(crate) use self::{
     sections::{Config, NodeSection},
     source::{Overrides, Source},
 };
@@ -36,7 +36,7 @@ use crate::output::Failure;
 
 /// A configuration in force, and the source of each value.
 #[derive(Debug, Clone)]
-pub struct Loaded {
+pub(crate) struct Loaded {
     /// The values.
     pub config: Config,
     origins: Origins,
@@ -46,7 +46,7 @@ pub struct Loaded {
 ///
 /// # Errors
 /// Every problem that can be found at once.
-pub fn load(file: Option<&Path>, flags: Overrides) -> Result<Loaded, Failure> {
+pub(crate) fn load(file: Option<&Path>, flags: Overrides) -> Result<Loaded, Failure> {
     let text = |os: std::ffi::OsString| os.to_string_lossy().into_owned();
     let environment = std::env::vars_os().map(|(name, value)| (text(name), text(value)));
     Ok(load_from(file, environment, flags)?)
@@ -215,7 +215,7 @@ impl Config {
     ///
     /// # Errors
     /// [`ConfigError::Missing`] or [`ConfigError::Unprotected`].
-    pub fn check_master(&self) -> Result<&str, ConfigError> {
+    pub(crate) fn check_master(&self) -> Result<&str, ConfigError> {
         self.check_bind("master.listen", self.master.listen)?;
         self.check_bind("master.admin_listen", self.master.admin_listen)?;
         self.bucket.url.as_deref().ok_or(ConfigError::Missing { path: "bucket.url", flag: "--bucket s3://NAME/PREFIX" })
@@ -225,7 +225,7 @@ impl Config {
     ///
     /// # Errors
     /// [`ConfigError::Missing`], [`ConfigError::Unprotected`] or [`ConfigError::NotAdvertised`].
-    pub fn check_node(&self) -> Result<&Path, ConfigError> {
+    pub(crate) fn check_node(&self) -> Result<&Path, ConfigError> {
         self.check_bind("node.listen", self.node.listen)?;
         self.check_bind("node.admin_listen", self.node.admin_listen)?;
         if self.node.listen.ip().is_unspecified() && self.node.advertise.is_none() {
@@ -247,7 +247,7 @@ impl Config {
 ///
 /// # Errors
 /// [`ConfigError`] with the problems of the file.
-pub fn check_file(file: &Path) -> Result<(), ConfigError> {
+pub(crate) fn check_file(file: &Path) -> Result<(), ConfigError> {
     load_from(Some(file), [], Overrides::new()).map(|_| ())
 }
 

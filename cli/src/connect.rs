@@ -9,7 +9,7 @@ use crate::{args, output::Failure};
 ///
 /// # Errors
 /// [`Failure`] when the URL is invalid, or no server answers there.
-pub async fn connect(to: &args::Connect) -> Result<Vasto, Failure> {
+pub(crate) async fn connect(to: &args::Connect) -> Result<Vasto, Failure> {
     Vasto::connect(&to.master).await.map_err(failure)
 }
 
@@ -17,12 +17,12 @@ pub async fn connect(to: &args::Connect) -> Result<Vasto, Failure> {
 ///
 /// # Errors
 /// [`Failure`], also when the keyspace does not exist.
-pub async fn keyspace(to: &args::Connect, name: &str) -> Result<Keyspace, Failure> {
+pub(crate) async fn keyspace(to: &args::Connect, name: &str) -> Result<Keyspace, Failure> {
     connect(to).await?.keyspace(name).await.map_err(failure)
 }
 
 /// Converts an error of the client library to a failure: with the advice in its message, or with that of its kind.
-pub fn failure(error: Error) -> Failure {
+pub(crate) fn failure(error: Error) -> Failure {
     let failure = Failure::with_advice(error.message());
     match error.kind() {
         ErrorKind::InvalidArgument => failure.into_usage(),
@@ -37,7 +37,7 @@ pub fn failure(error: Error) -> Failure {
 }
 
 /// Converts to the acknowledgement level of the client library.
-pub fn ack(ack: args::Ack) -> Ack {
+pub(crate) fn ack(ack: args::Ack) -> Ack {
     match ack {
         args::Ack::Os => Ack::Os,
         args::Ack::Fsync => Ack::Fsync,

@@ -25,7 +25,7 @@ use crate::{
 ///
 /// # Errors
 /// An error of the cluster; a key to read that does not exist.
-pub async fn run(args: &Kv, format: OutputFormat) -> anyhow::Result<()> {
+pub(crate) async fn run(args: &Kv, format: OutputFormat) -> anyhow::Result<()> {
     match &args.command {
         KvCommand::Get(get) => self::get(args, get, format).await,
         KvCommand::Put(put) => self::put(args, put, format).await,

@@ -17,11 +17,11 @@ use clap::ValueEnum;
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use serde::Serialize;
 
-pub use self::progress::{ProgressLine, Unit};
+pub(crate) use self::progress::{ProgressLine, Unit};
 
 /// The output format: for people or for scripts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
-pub enum OutputFormat {
+pub(crate) enum OutputFormat {
     /// Aligned columns for people.
     #[default]
     Table,
@@ -37,7 +37,7 @@ const REPORT_PATIENCE: Duration = Duration::from_secs(1);
 /// A failure with the message for the user: the problem, and the next step.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
-pub struct Failure {
+pub(crate) struct Failure {
     message: String,
     hint: Option<String>,
     usage: bool,
@@ -45,18 +45,18 @@ pub struct Failure {
 
 impl Failure {
     /// Creates a failure of a command that was understood: exit code 1.
-    pub fn new(message: impl Into<String>) -> Failure {
+    pub(crate) fn new(message: impl Into<String>) -> Failure {
         Failure { message: message.into(), hint: None, usage: false }
     }
 
     /// Creates a failure of a command that is invalid as given: exit code 2.
-    pub fn usage(message: impl Into<String>) -> Failure {
+    pub(crate) fn usage(message: impl Into<String>) -> Failure {
         Failure { usage: true, ..Failure::new(message) }
     }
 
     /// Parses a text with the problem and then, after a semicolon, the remedy: the form of the errors of the servers
     /// and of the client library.
-    pub fn with_advice(text: &str) -> Failure {
+    pub(crate) fn with_advice(text: &str) -> Failure {
         match text.split_once("; ") {
             Some((message, hint)) => Failure::new(message).hint(hint),
             None => Failure::new(text),
@@ -64,24 +64,24 @@ impl Failure {
     }
 
     /// Changes the exit code to 2.
-    pub fn into_usage(self) -> Failure {
+    pub(crate) fn into_usage(self) -> Failure {
         Failure { usage: true, ..self }
     }
 
     /// Sets the next step for the user.
-    pub fn hint(self, hint: impl Into<String>) -> Failure {
+    pub(crate) fn hint(self, hint: impl Into<String>) -> Failure {
         Failure { hint: Some(hint.into()), ..self }
     }
 
     /// Sets the hint when there is none yet.
-    pub fn or_hint(self, hint: &str) -> Failure {
+    pub(crate) fn or_hint(self, hint: &str) -> Failure {
         Failure { hint: self.hint.or_else(|| Some(hint.to_owned())), ..self }
     }
 }
 
 /// Prints `error: ...` and, when there is one, `hint: ...` on stderr, and returns the exit code: 1 for a failure, 2
 /// for a command or a configuration that cannot be used.
-pub fn report(error: &anyhow::Error) -> u8 {
+pub(crate) fn report(error: &anyhow::Error) -> u8 {
     let (text, code) = describe(error);
     let (done, written) = std::sync::mpsc::channel();
     // On its own thread: the process must end even when stderr has no reader.
@@ -120,7 +120,7 @@ fn describe(error: &anyhow::Error) -> (String, u8) {
 ///
 /// # Errors
 /// Any other error of the operating system.
-pub fn print(text: &str) -> io::Result<()> {
+pub(crate) fn print(text: &str) -> io::Result<()> {
     print_bytes(text.as_bytes()).map(|_| ())
 }
 
@@ -129,7 +129,7 @@ pub fn print(text: &str) -> io::Result<()> {
 ///
 /// # Errors
 /// Any other error of the operating system.
-pub fn print_bytes(bytes: &[u8]) -> io::Result<bool> {
+pub(crate) fn print_bytes(bytes: &[u8]) -> io::Result<bool> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
         Ok(()) => Ok(true),
@@ -142,7 +142,7 @@ pub fn print_bytes(bytes: &[u8]) -> io::Result<bool> {
 ///
 /// # Errors
 /// An error of the operating system.
-pub fn print_json(value: &impl Serialize) -> io::Result<()> {
+pub(crate) fn print_json(value: &impl Serialize) -> io::Result<()> {
     print(&(serde_json::to_string_pretty(value)? + "\n"))
 }
 
@@ -150,13 +150,13 @@ pub fn print_json(value: &impl Serialize) -> io::Result<()> {
 ///
 /// # Errors
 /// An error of the operating system.
-pub fn print_json_line(value: &impl Serialize) -> io::Result<()> {
+pub(crate) fn print_json_line(value: &impl Serialize) -> io::Result<()> {
     print(&(serde_json::to_string(value)? + "\n"))
 }
 
 /// Formats aligned columns under headings, without lines, so that `awk` can parse them as well. A heading that starts
 /// with `>` makes a right-aligned column of figures.
-pub fn table(headings: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+pub(crate) fn table(headings: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     table.set_content_arrangement(ContentArrangement::Disabled);
@@ -173,7 +173,7 @@ pub fn table(headings: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> 
 
 /// Escapes user bytes for display: control characters and bytes that are not UTF-8 become `\xNN`, a backslash `\\`. A
 /// key on the command line is parsed by the same rules.
-pub fn printable(bytes: &[u8]) -> String {
+pub(crate) fn printable(bytes: &[u8]) -> String {
     let mut out = String::with_capacity(bytes.len());
     let escape = |out: &mut String, bytes: &[u8]| bytes.iter().for_each(|byte| *out += &format!("\\x{byte:02x}"));
     for chunk in bytes.utf8_chunks() {
@@ -192,12 +192,12 @@ pub fn printable(bytes: &[u8]) -> String {
 // ----------------------------------------------------------------------------- figures
 
 /// Formats bytes as `1.5 MiB`.
-pub fn format_bytes(bytes: u64) -> String {
+pub(crate) fn format_bytes(bytes: u64) -> String {
     ByteSize::b(bytes).display().iec().to_string()
 }
 
 /// Formats a count as `1,234,567`.
-pub fn format_count(count: u64) -> String {
+pub(crate) fn format_count(count: u64) -> String {
     let digits = count.to_string();
     let mut text = String::with_capacity(digits.len() * 4 / 3);
     for (index, digit) in digits.chars().enumerate() {
@@ -210,7 +210,7 @@ pub fn format_count(count: u64) -> String {
 }
 
 /// Formats a duration with three figures and the fitting unit: `350 µs`, `1.24 s`, `2 h 3 min`.
-pub fn format_duration(duration: Duration) -> String {
+pub(crate) fn format_duration(duration: Duration) -> String {
     let seconds = duration.as_secs_f64();
     match duration.as_secs() {
         0 if duration.is_zero() => "0 s".to_owned(),

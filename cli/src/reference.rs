@@ -57,11 +57,11 @@ fn settings() -> String {
     out += "Defaults < TOML file (`--config`) < environment (`VASTO_SECTION__FIELD`) < flags (`--set section.field=VALUE`).\n\
             `vasto config show` prints what is in force and where it came from.\n\n\
             | setting | meaning | expects | default |\n|---|---|---|---|\n";
-    let source = include_str!("config.rs");
+    let source = include_str!("config/sections.rs");
     for field in config::reference() {
         let name = field.path.rsplit('.').next().unwrap();
         let section = field.path.split('.').next().unwrap();
-        let of_section = format!("pub struct {}{}Section", section[..1].to_uppercase(), &section[1..]);
+        let of_section = format!("struct {}{}Section", section[..1].to_uppercase(), &section[1..]);
         let from = source.find(&of_section).unwrap_or_else(|| panic!("no `{of_section}`"));
         let meaning = doc_above(&source[from..], &format!("pub {name}:"));
         writeln!(
@@ -131,8 +131,9 @@ fn metrics() -> String {
         {
             for (at, _) in text.match_indices("(\"vasto") {
                 let kind = text[..at].rsplit('.').next().unwrap();
-                let known = ["counter", "gauge", "histogram"].into_iter().find(|known| kind.ends_with(known));
-                let Some(known) = known else { continue };
+                let instrument =
+                    ["counter", "gauge", "histogram"].into_iter().find(|instrument| kind.ends_with(instrument));
+                let Some(instrument) = instrument else { continue };
                 let built = &text[at..at + builder_end(&text[at..])];
                 let name = literal(built, "(").unwrap().replace('.', "_");
                 let unit = literal(built, ".with_unit(");
@@ -143,9 +144,9 @@ fn metrics() -> String {
                     Some(other) => panic!("no suffix for the unit {other} of {name}"),
                     None => "",
                 };
-                let total = if known == "counter" { "_total" } else { "" };
+                let total = if instrument == "counter" { "_total" } else { "" };
                 let what = literal(built, ".with_description(").unwrap_or_else(|| panic!("{name} has no description"));
-                rows.push(format!("| `{name}{suffix}{total}` | {known} | {member} | {} |\n", cell(what)));
+                rows.push(format!("| `{name}{suffix}{total}` | {instrument} | {member} | {} |\n", cell(what)));
             }
         }
     }

@@ -20,7 +20,7 @@ use vasto_node::{EngineBudget, Node, NodeConfig};
 use vasto_observability::{AdminServer, Readiness, Telemetry, TelemetryConfig};
 use vasto_shipping::{BucketOptions, Prices, gc::Retention};
 
-pub use self::dev::dev;
+pub(crate) use self::dev::dev;
 use self::signals::Signals;
 use crate::{
     args::{ServeMaster, ServeNode},
@@ -58,7 +58,7 @@ struct ReadyNode {
 ///
 /// # Errors
 /// A configuration that cannot be used, or the error that keeps the master from starting.
-pub async fn master(args: &ServeMaster, file: Option<&Path>) -> anyhow::Result<()> {
+pub(crate) async fn master(args: &ServeMaster, file: Option<&Path>) -> anyhow::Result<()> {
     keep_files_private();
     let config = config::load(file, args.overrides())?.config;
     let settings = master_config(&config)?;
@@ -91,7 +91,7 @@ pub async fn master(args: &ServeMaster, file: Option<&Path>) -> anyhow::Result<(
 ///
 /// # Errors
 /// A configuration that cannot be used, or the error that keeps the node from starting.
-pub async fn node(args: &ServeNode, file: Option<&Path>) -> anyhow::Result<()> {
+pub(crate) async fn node(args: &ServeNode, file: Option<&Path>) -> anyhow::Result<()> {
     keep_files_private();
     let mut config = config::load(file, args.overrides())?.config;
     if let Some(dir) = &args.dir {
@@ -298,8 +298,9 @@ impl Server {
 async fn watch_trouble(readiness: Readiness, mut servers: Vec<watch::Receiver<Option<String>>>) {
     loop {
         // Marks all values as seen: an unseen value would count as a change for ever.
-        let told: Vec<Option<String>> = servers.iter_mut().map(|server| server.borrow_and_update().clone()).collect();
-        match told.into_iter().flatten().next() {
+        let troubles: Vec<Option<String>> =
+            servers.iter_mut().map(|server| server.borrow_and_update().clone()).collect();
+        match troubles.into_iter().flatten().next() {
             Some(reason) => readiness.set_not_ready(reason),
             None => readiness.set_ready(),
         }

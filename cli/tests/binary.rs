@@ -183,7 +183,7 @@ fn command() -> Command {
 
 /// Returns every file and directory below `dir`.
 fn all_below(dir: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
+    let mut paths = Vec::new();
     let mut next = vec![dir.to_owned()];
     while let Some(path) = next.pop() {
         // RocksDB may remove files at any time.
@@ -191,10 +191,10 @@ fn all_below(dir: &Path) -> Vec<PathBuf> {
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 next.push(entry.path());
             }
-            found.push(entry.path());
+            paths.push(entry.path());
         }
     }
-    found
+    paths
 }
 
 #[test]

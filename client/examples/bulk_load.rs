@@ -31,12 +31,12 @@ async fn main() -> Result<(), vasto_client::Error> {
         .await?;
     println!("loaded {loaded} rows in {:.1?}", began.elapsed());
 
-    let mut found = 0u64;
+    let mut scanned = 0u64;
     let mut scan = ks.scan().prefix("row:").keys_only().stream();
     while scan.try_next().await?.is_some() {
-        found += 1;
+        scanned += 1;
     }
-    println!("a scan finds {found}");
-    assert!(found >= rows, "rows are missing");
+    println!("a scan finds {scanned}");
+    assert!(scanned >= rows, "rows are missing");
     Ok(())
 }

@@ -1,8 +1,9 @@
 //! What the master answers to administrative calls: documents with the fields that `vasto --output json` prints.
 //!
 //! **Invariant:** a document of another version of the master can be read as long as the types of its fields are the
-//! same: unknown fields are passed over, missing ones get the default of their type. A figure that no node has
-//! reported is `None`.
+//! same: unknown fields are passed over, missing ones get the default of their type (only the id and the state of an
+//! operation must be there), and a name that only another version has, of a state for instance, is kept as text. A
+//! figure that no node has reported is `None`.
 
 mod bucket;
 mod cluster;
@@ -79,6 +80,56 @@ mod tests {
         let answer = Answer::<BucketCheck>::read(json.to_owned(), false).unwrap();
         assert_eq!((answer.objects, answer.bytes, answer.orphans[0].key.as_str()), (3, 0, "a"));
         assert_eq!(answer.json(), json);
+    }
+
+    /// Every document of the master, as its own tests pin them.
+    const PINNED: &str = include_str!("../../master/testdata/v1/documents.txt");
+
+    fn pinned<T: DeserializeOwned>(name: &str) -> T {
+        let mut lines = PINNED.lines();
+        assert!(lines.any(|line| line.strip_prefix("# ") == Some(name)), "no document of {name}");
+        // `N` stands for a number that depends on the clock.
+        let document = lines.next().unwrap().replace(":N,", ":0,").replace(":N}", ":0}");
+        Answer::<T>::read(document, false).unwrap().into_document()
+    }
+
+    #[test]
+    fn every_document_of_the_master_is_read() {
+        let orders: KeyspaceDescription = pinned("keyspace describe");
+        let failed = &orders.placement[0].replicas[1];
+        assert_eq!((orders.ack.as_str(), failed.state.as_str(), failed.lsn), ("replica", "failed", Some(100)));
+        assert_eq!(orders.placement[0].replicas[2].keys_estimate, None);
+        assert_eq!((&orders.quarantines[0].replicas, orders.quarantines[0].until_us), (&vec![1], Some(9_000_000)));
+        assert_eq!(orders.operation.unwrap().bytes_total, Some(1_000));
+        assert_eq!(pinned::<KeyspaceDescription>("keyspace describe, idle").operation, None);
+        assert_eq!(pinned::<Vec<KeyspaceSummary>>("keyspace list").len(), 4);
+        assert_eq!(pinned::<ResizePlan>("keyspace resize --plan").sources[1].bytes_to_read, 349_525);
+        assert_eq!(pinned::<CommandedNodes>("keyspace compact").nodes.len(), 2);
+        assert_eq!(pinned::<CommandedNodes>("keyspace checkpoint").keyspace, "one");
+        assert_eq!(pinned::<EvictedReplica>("keyspace evict").state, "draining");
+        assert!(pinned::<DeletedKeyspace>("keyspace delete").shipped);
+        assert_eq!(pinned::<Operation>("keyspace restore").without[0].shards, [0]);
+
+        let nodes: Vec<NodeStatus> = pinned("node list");
+        assert_eq!((nodes.len(), nodes[0].disk_free, &nodes[3].address), (5, Some(1 << 20), &None));
+        assert!(pinned::<NodeStatus>("node cordon").cordoned);
+        let status: ClusterStatus = pinned("cluster status");
+        assert_eq!((status.nodes.len(), status.keyspaces.len(), status.warnings.len()), (5, 4, 11));
+        assert_eq!(status.bill.unwrap().per_month.total, Some(7.4402));
+
+        assert_eq!(pinned::<Vec<Operation>>("operation list").len(), 7);
+        let states = [
+            ("operation show, running", OperationState::Running),
+            ("operation show, done", OperationState::Done),
+            ("operation show, aborted", OperationState::Aborted),
+            ("operation show, a drain that runs", OperationState::Running),
+            ("operation show, a drain that is done", OperationState::Done),
+            ("operation show, a drain that was aborted", OperationState::Aborted),
+        ];
+        for (name, state) in states {
+            assert_eq!(pinned::<Operation>(name).state, state, "{name}");
+        }
+        assert_eq!(pinned::<BucketRepair>("bucket repair").unknown_keyspaces, [7]);
     }
 
     #[test]

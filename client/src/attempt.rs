@@ -34,7 +34,7 @@ pub(crate) struct Failed {
 }
 
 impl Failed {
-    pub fn new(failure: Failure, message: impl Into<String>) -> Self {
+    pub(crate) fn new(failure: Failure, message: impl Into<String>) -> Self {
         Self { failure, message: message.into(), retry_after: Duration::ZERO, elsewhere: false, out_of_service: None }
     }
 }
@@ -52,7 +52,7 @@ pub(crate) struct Attempt<'a> {
 
 impl Attempt<'_> {
     /// Sends a request of about `bytes`. A topology that comes with a refusal is offered to `routing`.
-    pub async fn send(self, routing: &Routing, op: Op, bytes: usize) -> Result<Reply, Failed> {
+    pub(crate) async fn send(self, routing: &Routing, op: Op, bytes: usize) -> Result<Reply, Failed> {
         let connection = self.connect(routing).await?;
         let write = matches!(op, Op::Write(_));
         let call = connection.call(self.request(op, self.strict), bytes, self.deadline);

@@ -45,7 +45,7 @@ pub(crate) struct Write {
 
 impl Write {
     /// Checks the write against the limits; `now_us` is the clock, microseconds since 1970.
-    pub fn check(&self, now_us: u64) -> Result<(), LimitError> {
+    pub(crate) fn check(&self, now_us: u64) -> Result<(), LimitError> {
         self.key.check()?;
         if let Some(value) = &self.value {
             check_value(value)?;
@@ -60,11 +60,11 @@ impl Write {
     }
 
     /// Returns the bytes of key and value.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.key.key.len() + self.value.as_ref().map_or(0, Bytes::len)
     }
 
-    pub fn to_wire(&self) -> v1::WriteOp {
+    pub(crate) fn to_wire(&self) -> v1::WriteOp {
         let op = match &self.value {
             Some(value) => v1::write_op::Op::Put(v1::Put {
                 value: value.clone(),

@@ -41,7 +41,7 @@ pub(crate) struct Connection {
 impl Connection {
     /// Connects and opens the stream; the task that serves the stream ends with the connection, with
     /// `cancel`, or once the handle is dropped and nothing is in flight.
-    pub async fn open(address: &str, tasks: &TaskTracker, cancel: CancellationToken) -> Result<Self, String> {
+    pub(crate) async fn open(address: &str, tasks: &TaskTracker, cancel: CancellationToken) -> Result<Self, String> {
         let unreachable =
             |error: &dyn std::error::Error| format!("cannot reach the node at {address}: {}", deepest(error));
         let endpoint = endpoint(format!("http://{address}")).map_err(|error| unreachable(&error))?;
@@ -76,18 +76,18 @@ impl Connection {
     }
 
     /// Returns true when no reply has arrived for `time`.
-    pub fn is_silent_for(&self, time: Duration) -> bool {
+    pub(crate) fn is_silent_for(&self, time: Duration) -> bool {
         let heard = self.opened + Duration::from_millis(self.heard_ms.load(Ordering::Acquire));
         heard.elapsed() >= time
     }
 
     /// Returns false once the connection has ended.
-    pub fn is_open(&self) -> bool {
+    pub(crate) fn is_open(&self) -> bool {
         !self.queue.is_closed()
     }
 
     /// Sends a request of about `bytes` and waits for its answer. Waits for byte permits first.
-    pub async fn call(&self, mut request: v1::Request, bytes: usize, deadline: Instant) -> NodeReply {
+    pub(crate) async fn call(&self, mut request: v1::Request, bytes: usize, deadline: Instant) -> NodeReply {
         let bytes = bytes + REQUEST_OVERHEAD_BYTES;
         let cost = u32::try_from(bytes.min(IN_FLIGHT_BYTES_MAX)).unwrap_or(u32::MAX);
         let permit = match self.in_flight.clone().try_acquire_many_owned(cost) {

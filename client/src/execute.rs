@@ -45,7 +45,7 @@ pub(crate) struct RequestProgress {
 
 impl RequestProgress {
     /// Returns the progress of an operation that begins now and has `time`.
-    pub fn new(write: bool, time: Duration) -> Self {
+    pub(crate) fn new(write: bool, time: Duration) -> Self {
         let deadline = Instant::now() + time.min(DEADLINE_MAX);
         Self {
             write,
@@ -61,7 +61,7 @@ impl RequestProgress {
     }
 
     /// Sets the replica to ask first.
-    pub fn from(mut self, from: ReadFrom) -> Self {
+    pub(crate) fn from(mut self, from: ReadFrom) -> Self {
         self.from = from;
         self
     }
@@ -87,18 +87,18 @@ pub(crate) struct Executor {
 }
 
 impl Executor {
-    pub fn new(routing: Arc<Routing>) -> Self {
+    pub(crate) fn new(routing: Arc<Routing>) -> Self {
         let client_id = rand::random_range(1..=u64::MAX);
         Self { routing, budget: Budget::default(), client_id, sequence: AtomicU64::new(1) }
     }
 
     /// Returns the id of this client and the number of its next read-modify-write.
-    pub fn next_operation(&self) -> (u64, u64) {
+    pub(crate) fn next_operation(&self) -> (u64, u64) {
         (self.client_id, self.sequence.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Returns the table in force, unless the keyspace is gone or the client was closed.
-    pub fn table(&self, progress: &RequestProgress) -> Result<Arc<Table>, Error> {
+    pub(crate) fn table(&self, progress: &RequestProgress) -> Result<Arc<Table>, Error> {
         if self.routing.closed().is_cancelled() {
             return Err(match progress.maybe_applied {
                 true => Error::new(
@@ -117,7 +117,7 @@ impl Executor {
     }
 
     /// Runs one operation on one partition.
-    pub async fn run(
+    pub(crate) async fn run(
         &self,
         hash: u64,
         mut progress: RequestProgress,
@@ -136,7 +136,7 @@ impl Executor {
 
     /// Runs one operation on many partitions: `split` cuts the positions of a shard into requests, `op`
     /// makes a request and returns its size in bytes. Answers come for groups, in any order.
-    pub async fn run_many(
+    pub(crate) async fn run_many(
         &self,
         count: usize,
         progress: RequestProgress,
@@ -199,7 +199,7 @@ impl Executor {
     }
 
     /// Sends a request once, to the node that the topology and the progress name.
-    pub async fn attempt(
+    pub(crate) async fn attempt(
         &self,
         table: &Table,
         shard: ShardId,
@@ -226,14 +226,14 @@ impl Executor {
     }
 
     /// Sends a request once, to the node of the attempt.
-    pub async fn attempt_at(&self, attempt: Attempt<'_>, op: Op, bytes: usize) -> Result<Reply, Failed> {
+    pub(crate) async fn attempt_at(&self, attempt: Attempt<'_>, op: Op, bytes: usize) -> Result<Reply, Failed> {
         let reply = attempt.send(&self.routing, op, bytes).await?;
         self.budget.succeeded();
         Ok(reply)
     }
 
     /// Waits as [`decide`] says, or returns why there is no further attempt.
-    pub async fn recover(&self, table: &Table, progress: &mut RequestProgress, failed: Failed) -> Result<(), Error> {
+    pub(crate) async fn recover(&self, table: &Table, progress: &mut RequestProgress, failed: Failed) -> Result<(), Error> {
         progress.attempts = progress.attempts.saturating_add(1);
         match failed.failure {
             Failure::Lost { sent } => {

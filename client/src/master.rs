@@ -1,7 +1,7 @@
 //! The connection to the master: calls that are answered with a document, and their errors.
 //!
-//! **Invariant:** a call that may have changed something and was not answered is [`ErrorKind::Unknown`]; every other
-//! error of a call promises that nothing was changed.
+//! **Invariant:** a call that may have changed something and was not answered, or whose answer cannot be read, is
+//! [`ErrorKind::Unknown`]. An error that the master answered keeps its kind.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -69,7 +69,7 @@ pub(crate) struct Master {
 
 impl Master {
     /// Connects to the master at a URL.
-    pub async fn connect(url: &str, closed: CancellationToken) -> Result<Self, Error> {
+    pub(crate) async fn connect(url: &str, closed: CancellationToken) -> Result<Self, Error> {
         let url = check_url(url)?;
         let unreachable = |why: String| {
             let message = format!(
@@ -90,12 +90,12 @@ impl Master {
     }
 
     /// Returns the URL, normalized.
-    pub fn url(&self) -> &str {
+    pub(crate) fn url(&self) -> &str {
         &self.url
     }
 
     /// Opens the stream of a keyspace's topologies and reads the first.
-    pub async fn watch(&self, keyspace: &str) -> Result<(Topology, Streaming<v1::Topology>), Error> {
+    pub(crate) async fn watch(&self, keyspace: &str) -> Result<(Topology, Streaming<v1::Topology>), Error> {
         let failed = |status: Status| error_of_status(&status, false);
         let opening = async {
             let request = v1::WatchRequest { keyspace: keyspace.to_owned() };
@@ -112,7 +112,7 @@ impl Master {
     }
 
     /// Makes a call and reads the document that answers it.
-    pub async fn call<T, F>(&self, kind: Call, call: impl FnOnce(MasterClient) -> F) -> Result<Answer<T>, Error>
+    pub(crate) async fn call<T, F>(&self, kind: Call, call: impl FnOnce(MasterClient) -> F) -> Result<Answer<T>, Error>
     where
         T: DeserializeOwned,
         F: Future<Output = Result<Response<v1::JsonReply>, Status>>,

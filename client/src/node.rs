@@ -49,17 +49,17 @@ pub(crate) struct Node {
 
 impl Node {
     /// Returns the address, `host:port`.
-    pub fn address(&self) -> &str {
+    pub(crate) fn address(&self) -> &str {
         &self.address
     }
 
     /// Returns true while operations should skip the node.
-    pub fn is_suspect(&self) -> bool {
+    pub(crate) fn is_suspect(&self) -> bool {
         self.suspect.load(Ordering::Acquire)
     }
 
     /// Makes the node suspect until it answers `probe`, a request that any healthy node answers.
-    pub fn suspect(self: &Arc<Self>, probe: v1::Request) {
+    pub(crate) fn suspect(self: &Arc<Self>, probe: v1::Request) {
         if self.suspect.swap(true, Ordering::AcqRel) {
             return;
         }
@@ -83,7 +83,7 @@ impl Node {
     }
 
     /// Returns the open connection or a new one; an error says why there is none by the deadline.
-    pub async fn connection(&self, deadline: Instant) -> Result<Arc<Connection>, String> {
+    pub(crate) async fn connection(&self, deadline: Instant) -> Result<Arc<Connection>, String> {
         if let Some(connection) = self.open_connection() {
             return Ok(connection);
         }
@@ -149,17 +149,17 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    pub fn new(tasks: Tasks) -> Self {
+    pub(crate) fn new(tasks: Tasks) -> Self {
         Self { nodes: Mutex::default(), tasks }
     }
 
     /// Returns the token that is cancelled when the client is closed.
-    pub fn closed(&self) -> &CancellationToken {
+    pub(crate) fn closed(&self) -> &CancellationToken {
         &self.tasks.cancel
     }
 
     /// Returns the node at an address. It lives as long as a topology names it.
-    pub fn node(&self, address: &str) -> Arc<Node> {
+    pub(crate) fn node(&self, address: &str) -> Arc<Node> {
         let mut nodes = self.nodes.lock();
         if let Some(node) = nodes.get(address).and_then(Weak::upgrade) {
             return node;

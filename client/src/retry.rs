@@ -201,7 +201,7 @@ impl Default for Budget {
 
 impl Budget {
     /// Adds the share of a successful operation.
-    pub fn succeeded(&self) {
+    pub(crate) fn succeeded(&self) {
         // The plain load keeps the common case (a full budget) free of contended writes.
         if self.shares.load(Ordering::Relaxed) < RETRY_BUDGET * RETRY_SHARE {
             self.shares.fetch_add(1, Ordering::Relaxed);
@@ -209,7 +209,7 @@ impl Budget {
     }
 
     /// Takes one retry; returns false when none is left.
-    pub fn take(&self) -> bool {
+    pub(crate) fn take(&self) -> bool {
         self.shares.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |shares| shares.checked_sub(RETRY_SHARE)).is_ok()
     }
 }

@@ -71,7 +71,7 @@ impl Table {
 
     /// Returns the node to ask for a shard: the first in the order of preference that is not suspect. When all
     /// are suspect, another one after each failure. Nodes in `but` are asked only when there is no other.
-    pub fn node(&self, shard: ShardId, from: ReadFrom, unreachable: u32, but: &[Arc<Node>]) -> Option<&Arc<Node>> {
+    pub(crate) fn node(&self, shard: ShardId, from: ReadFrom, unreachable: u32, but: &[Arc<Node>]) -> Option<&Arc<Node>> {
         let replicas = self.nodes.get(shard.0 as usize)?;
         let routes = self.topology.routes(shard);
         let mut candidates: Vec<(usize, &Arc<Node>)> =
@@ -92,20 +92,20 @@ impl Table {
     }
 
     /// Returns the primary of a shard.
-    pub fn primary(&self, shard: ShardId) -> Option<(ReplicaId, &Arc<Node>)> {
+    pub(crate) fn primary(&self, shard: ShardId) -> Option<(ReplicaId, &Arc<Node>)> {
         let node = self.nodes.get(shard.0 as usize)?.first()?.as_ref()?;
         Some((self.topology.routes(shard).first()?.replica, node))
     }
 
     /// Returns true when a node other than `node`, and not in `but`, can be asked for the shard.
-    pub fn has_other(&self, shard: ShardId, node: &Arc<Node>, but: &[Arc<Node>]) -> bool {
+    pub(crate) fn has_other(&self, shard: ShardId, node: &Arc<Node>, but: &[Arc<Node>]) -> bool {
         let replicas = self.nodes.get(shard.0 as usize).map_or(&[][..], Vec::as_slice);
         let is_other = |other: &Arc<Node>| !Arc::ptr_eq(other, node) && !is_among(but, other);
         replicas.iter().flatten().any(|other| is_other(other) && !other.is_suspect())
     }
 
     /// Returns true when `other` names the same owners: cursors and groups stay valid.
-    pub fn same_owners(&self, other: &Table) -> bool {
+    pub(crate) fn same_owners(&self, other: &Table) -> bool {
         self.topology.epoch == other.topology.epoch && self.topology.shards.len() == other.topology.shards.len()
     }
 }
@@ -176,23 +176,23 @@ pub(crate) struct Routing {
 }
 
 impl Routing {
-    pub fn new(topology: Topology, pool: Arc<Pool>) -> Self {
+    pub(crate) fn new(topology: Topology, pool: Arc<Pool>) -> Self {
         let table = Table::new(topology, 1, &pool);
         Self { table: ArcSwap::from_pointee(table), generation: watch::Sender::new(1), changing: Mutex::new(()), pool }
     }
 
     /// Returns the token that is cancelled when the client is closed.
-    pub fn closed(&self) -> &CancellationToken {
+    pub(crate) fn closed(&self) -> &CancellationToken {
         self.pool.closed()
     }
 
     /// Returns the table in force.
-    pub fn table(&self) -> Arc<Table> {
+    pub(crate) fn table(&self) -> Arc<Table> {
         self.table.load_full()
     }
 
     /// Adopts a topology if it is newer.
-    pub fn offer(&self, offered: Topology, source: Source) {
+    pub(crate) fn offer(&self, offered: Topology, source: Source) {
         let _one_at_a_time = self.changing.lock();
         let current = self.table.load();
         if let Some(next) = follow(&current.topology, offered, source) {
@@ -205,7 +205,7 @@ impl Routing {
     }
 
     /// Waits until the table is newer than `generation`.
-    pub async fn newer_than(&self, generation: u64) {
+    pub(crate) async fn newer_than(&self, generation: u64) {
         let mut changes = self.generation.subscribe();
         // An error would mean that the sender was dropped, and `self` holds it.
         let _ = changes.wait_for(|now| *now > generation).await;

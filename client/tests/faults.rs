@@ -150,7 +150,7 @@ async fn a_stalled_node_makes_writers_wait_instead_of_filling_memory() {
     }
     let bytes = cluster.state.lock().nodes[&NodeId(1)].bytes;
     assert!(bytes <= 32 << 20, "{bytes}");
-    let count = |kind| kinds.iter().filter(|one| **one == kind).count();
+    let count = |kind| kinds.iter().filter(|seen| **seen == kind).count();
     // Writes that never got permits are known not to be written.
     assert!(count(ErrorKind::DeadlineExceeded) >= 32, "{kinds:?}");
     assert!(count(ErrorKind::Unknown) >= 1, "{kinds:?}");
@@ -244,7 +244,7 @@ async fn closing_ends_everything() {
 }
 
 #[tokio::test]
-async fn an_absent_master_is_told_in_time_with_what_to_do() {
+async fn an_absent_master_is_reported_in_time_with_a_remedy() {
     let cluster = Cluster::start(0).await;
     let url = cluster.url();
     cluster.master.stop().await;

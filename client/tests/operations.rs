@@ -64,7 +64,7 @@ async fn many_keys_and_batches_are_answered_in_order() {
     });
     let outcomes = ks.write(batch).await.unwrap();
     assert_eq!(outcomes.len(), 2_000);
-    assert!(outcomes.iter().all(|one| matches!(one, Outcome::Applied { .. })));
+    assert!(outcomes.iter().all(|outcome| matches!(outcome, Outcome::Applied { .. })));
     for (at, value) in ks.get_many(&all).await.unwrap().into_iter().enumerate() {
         let want = (at % 3 != 0).then(|| at.to_string());
         assert_eq!(value.map(|value| value.to_string()), want);

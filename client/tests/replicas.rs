@@ -82,7 +82,7 @@ async fn a_dead_primary_costs_no_pause_and_the_next_dead_one_neither() {
 }
 
 #[tokio::test]
-async fn one_that_catches_up_sends_its_callers_elsewhere_until_it_is_done() {
+async fn a_replica_that_catches_up_sends_its_callers_elsewhere() {
     let (cluster, keyspace) = three().await;
     let behind = VastoError::new(ErrorCode::CatchingUp, "catching up").retry_after_ms(50);
     cluster.always(1, Fault::Refuse(behind));
@@ -96,7 +96,7 @@ async fn one_that_catches_up_sends_its_callers_elsewhere_until_it_is_done() {
 }
 
 #[tokio::test]
-async fn one_that_is_out_of_service_sends_on_what_others_do_and_its_node_is_well() {
+async fn a_replica_out_of_service_sends_its_callers_elsewhere_and_its_node_is_not_suspect() {
     let (cluster, keyspace) = three().await;
     let closed = || Fault::Refuse(VastoError::new(ErrorCode::NotPrimary, "the disk failed").retry_after_ms(20));
     cluster.always(1, closed());

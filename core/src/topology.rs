@@ -65,12 +65,12 @@ impl Topology {
                 .placement
                 .iter()
                 .map(|shard| {
-                    let route = |one: Placed| {
-                        let (address, zone) = match address_of(one.node) {
-                            Some(known) => (Some(known.address), known.zone),
+                    let route = |member: Placed| {
+                        let (address, zone) = match address_of(member.node) {
+                            Some(listed) => (Some(listed.address), listed.zone),
                             None => (None, String::new()),
                         };
-                        Route { replica: one.replica, node: one.node, address, zone }
+                        Route { replica: member.replica, node: member.node, address, zone }
                     };
                     shard.primary_first().into_iter().map(route).collect()
                 })

@@ -15,5 +15,5 @@ pub(crate) mod operation;
 pub(crate) mod restore;
 pub(crate) mod ship;
 
-pub(crate) use self::answer::{Answer, find};
+pub(crate) use self::answer::{Answer, STOPPED_MEANWHILE, find, stopping, unsure};
 pub(crate) use self::ask::command;

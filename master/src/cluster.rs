@@ -46,7 +46,7 @@ pub(crate) struct Cluster {
     /// Empty while the owner of the prefix is not known.
     cluster_id: Mutex<String>,
     /// Why this master serves nothing but the repair: the prefix belongs to a cluster whose id is missing.
-    lost: watch::Sender<Option<String>>,
+    restricted: watch::Sender<Option<String>>,
     /// Nodes of other clusters that asked to join, with the cluster that they name.
     refused: Mutex<BTreeMap<NodeId, String>>,
     /// Oddities of the catalog.
@@ -74,7 +74,7 @@ impl Cluster {
     ) -> Arc<Self> {
         Arc::new(Self {
             cluster_id: Mutex::new(cluster_id),
-            lost: watch::Sender::new(None),
+            restricted: watch::Sender::new(None),
             refused: Mutex::default(),
             odd_catalogs: Mutex::default(),
             findings: Mutex::default(),
@@ -102,26 +102,26 @@ impl Cluster {
     }
 
     /// Stops serving everything but the repair, for this reason.
-    pub(crate) fn lose(&self, why: String) {
+    pub(crate) fn restrict(&self, why: String) {
         tracing::error!(why, "the bucket has to be repaired before this master serves");
-        self.lost.send_replace(Some(why));
+        self.restricted.send_replace(Some(why));
     }
 
     /// Returns why only the repair is served, while that is so.
     pub(crate) fn trouble(&self) -> watch::Receiver<Option<String>> {
-        self.lost.subscribe()
+        self.restricted.subscribe()
     }
 
     /// Records the cluster that owns the prefix; the master serves again.
-    pub(crate) fn found(&self, cluster_id: String) {
+    pub(crate) fn owned_by(&self, cluster_id: String) {
         *self.cluster_id.lock() = cluster_id;
-        self.lost.send_replace(None);
+        self.restricted.send_replace(None);
         self.refused.lock().clear();
     }
 
     /// Refuses a call that needs more than the repair: a retry would not help.
-    pub(crate) fn check_found(&self) -> Result<(), VastoError> {
-        match &*self.lost.borrow() {
+    pub(crate) fn check_unrestricted(&self) -> Result<(), VastoError> {
+        match &*self.restricted.borrow() {
             None => Ok(()),
             Some(why) => {
                 let message = format!("{why}; start the nodes, then run `vasto bucket repair`");
@@ -131,8 +131,8 @@ impl Cluster {
     }
 
     /// Returns true while only the repair is served.
-    pub(crate) fn is_lost(&self) -> bool {
-        self.lost.borrow().is_some()
+    pub(crate) fn is_restricted(&self) -> bool {
+        self.restricted.borrow().is_some()
     }
 
     /// Records a refused node of another cluster; returns true the first time.
@@ -159,7 +159,7 @@ impl Cluster {
 
     /// Returns the warnings about the bucket.
     pub(crate) fn warnings(&self) -> Vec<String> {
-        let lost = self.check_found().err().map(|error| error.message);
+        let restricted = self.check_unrestricted().err().map(|error| error.message);
         let outage = self
             .bucket
             .outage()
@@ -172,7 +172,7 @@ impl Cluster {
         });
         let catalogs = self.odd_catalogs.lock().clone();
         let findings = self.findings.lock().clone();
-        lost.into_iter().chain(outage).chain(refused).chain(catalogs).chain(findings).collect()
+        restricted.into_iter().chain(outage).chain(refused).chain(catalogs).chain(findings).collect()
     }
 
     /// Returns the microseconds since this master started; never goes back.

@@ -33,16 +33,16 @@ use crate::state::{CatalogChange, ChangeRequest, ClusterState};
 /// The interval at which a running plan or a due quarantine is checked when nothing is reported.
 const TICK: Duration = Duration::from_millis(100);
 /// The same for a keyspace that lacks members: all that ends this state is reported, except the passing of time.
-const LOOK_INCOMPLETE: Duration = Duration::from_millis(500);
+const CHECK_INCOMPLETE: Duration = Duration::from_millis(500);
 /// The interval at which a deleted keyspace is checked for whether it can be forgotten.
-const LOOK_DELETED: Duration = Duration::from_secs(3_600);
+const CHECK_DELETED: Duration = Duration::from_secs(3_600);
 /// The shortest time that a deleted keyspace is known: nodes that hold replicas of it must learn of the deletion,
 /// and people must be able to undo it.
 const DELETED_KEPT_MIN: Duration = Duration::from_secs(48 * 3_600);
 /// How long the deletion of a keyspace is sent to nodes after this master learned of it.
-const DELETED_TOLD_FOR: Duration = Duration::from_secs(600);
+const DELETED_SENT_FOR: Duration = Duration::from_secs(600);
 /// The longest sleep until a quarantine ends, so that a stepped clock is noticed.
-const LOOK_MAX: Duration = Duration::from_secs(60);
+const CHECK_MAX: Duration = Duration::from_secs(60);
 /// The shortest interval between reads of the tip that reports of nodes cause.
 const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
 /// The most lost races before a request is given up.
@@ -59,7 +59,7 @@ struct KeyspaceDriver {
 
 enum Event {
     Stop,
-    Look,
+    Check,
     Change(ChangeRequest),
 }
 
@@ -84,7 +84,7 @@ impl KeyspaceDriver {
             }
             match self.select().await {
                 Event::Stop => return,
-                Event::Look => {}
+                Event::Check => {}
                 Event::Change(request) => self.change(request).await,
             }
         }
@@ -94,7 +94,7 @@ impl KeyspaceDriver {
     fn is_over(&self) -> bool {
         let kept = self.cluster.settings.retention.keep_for.max(DELETED_KEPT_MIN);
         let kept_us = kept.as_micros() as u64;
-        self.cluster.state().forget_deleted(self.keyspace, now_us(), kept_us, DELETED_TOLD_FOR)
+        self.cluster.state().forget_deleted(self.keyspace, now_us(), kept_us, DELETED_SENT_FOR)
     }
 
     async fn select(&mut self) -> Event {
@@ -106,12 +106,12 @@ impl KeyspaceDriver {
                 true => Some(REFRESH_INTERVAL),
                 false if unsettled => Some(TICK),
                 false => {
-                    let looks = [next_look(&keyspace.catalog, now_us()), incomplete.then_some(LOOK_INCOMPLETE)];
-                    looks.into_iter().flatten().min()
+                    let checks = [next_check(&keyspace.catalog, now_us()), incomplete.then_some(CHECK_INCOMPLETE)];
+                    checks.into_iter().flatten().min()
                 }
             })
         };
-        let look = async {
+        let check = async {
             match look_in {
                 Some(pause) => tokio::time::sleep(pause).await,
                 None => std::future::pending().await,
@@ -121,8 +121,8 @@ impl KeyspaceDriver {
             biased;
             () = self.cluster.shutdown.cancelled() => Event::Stop,
             Some(request) = self.requests.recv() => Event::Change(request),
-            () = self.wake.notified() => Event::Look,
-            () = look => Event::Look,
+            () = self.wake.notified() => Event::Check,
+            () = check => Event::Check,
         }
     }
 
@@ -232,16 +232,16 @@ impl KeyspaceDriver {
 }
 
 /// Returns when the keyspace must be checked although nothing is reported.
-fn next_look(catalog: &Catalog, now_us: u64) -> Option<Duration> {
+fn next_check(catalog: &Catalog, now_us: u64) -> Option<Duration> {
     if catalog.state == KeyspaceState::Deleted {
-        return Some(LOOK_DELETED);
+        return Some(CHECK_DELETED);
     }
     if catalog.plan.is_some() {
         return Some(TICK);
     }
     let waits = catalog.quarantines.iter().map(|quarantine| match quarantine.dropping {
         true => TICK,
-        false => Duration::from_micros(quarantine.until_us.saturating_sub(now_us)).clamp(TICK, LOOK_MAX),
+        false => Duration::from_micros(quarantine.until_us.saturating_sub(now_us)).clamp(TICK, CHECK_MAX),
     });
     waits.min()
 }

@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_and_full_nodes_are_said() {
+    fn too_few_nodes_and_full_nodes_are_errors() {
         assert_eq!(place(1, 1, &[]), Err(PlacementError::NoNode));
         let full = [node(1, "", MOST - 1, 0)];
         assert_eq!(place(2, 1, &full), Err(PlacementError::Full { room: 1, needed: 2, shut: Shut::default() }));
@@ -250,13 +250,13 @@ mod tests {
             let nodes: Vec<NodeCandidate> = (0..count).map(|i| node(i as u64 + 1, names[i % zones], 0, 0)).collect();
             let placed = place(shards, replicas, &nodes);
             prop_assert_eq!(placed.is_ok(), count >= replicas as usize);
-            let mut primaries: BTreeMap<NodeId, usize> = nodes.iter().map(|one| (one.node, 0)).collect();
+            let mut primaries: BTreeMap<NodeId, usize> = nodes.iter().map(|candidate| (candidate.node, 0)).collect();
             for shard in placed.unwrap_or_default() {
                 let mut distinct = shard.clone();
                 distinct.sort_unstable();
                 distinct.dedup();
                 prop_assert_eq!(distinct.len(), replicas as usize);
-                let zones_of = |nodes: &[NodeId]| nodes.iter().map(|one| (one.0 as usize - 1) % zones).collect::<std::collections::BTreeSet<_>>();
+                let zones_of = |nodes: &[NodeId]| nodes.iter().map(|id| (id.0 as usize - 1) % zones).collect::<std::collections::BTreeSet<_>>();
                 prop_assert_eq!(zones_of(&shard).len(), zones.min(replicas as usize).min(count));
                 *primaries.get_mut(&shard[0]).unwrap() += 1;
             }
@@ -270,7 +270,7 @@ mod tests {
             let nodes: Vec<NodeCandidate> = (0..count).map(|i| node(i as u64 + 1, "", loads[i], 0)).collect();
             let placed = place(shards, 1, &nodes).unwrap();
             prop_assert_eq!(placed.len(), shards as usize);
-            let mut per_node: BTreeMap<NodeId, usize> = nodes.iter().map(|one| (one.node, 0)).collect();
+            let mut per_node: BTreeMap<NodeId, usize> = nodes.iter().map(|candidate| (candidate.node, 0)).collect();
             for shard in &placed {
                 *per_node.get_mut(&shard[0]).unwrap() += 1;
             }

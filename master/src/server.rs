@@ -112,7 +112,7 @@ impl Master {
         bucket.probe().await?;
         let store = vasto_shipping::CatalogStore::new(bucket.clone());
         let claimed = store.claim_cluster(format!("c-{:016x}", rand::random::<u64>())).await;
-        let (cluster_id, lost) = match claimed {
+        let (cluster_id, restricted) = match claimed {
             Ok(id) => (id, None),
             // The objects belong to a cluster: its nodes know which, and an administrator has to confirm it.
             Err(CatalogError::Unclaimed { url, .. }) if is_of_a_cluster(&bucket).await? => {
@@ -120,7 +120,7 @@ impl Master {
             }
             Err(error) => return Err(error.into()),
         };
-        let ((catalogs, odd), decided) = match lost {
+        let ((catalogs, odd), decided) = match restricted {
             None => (store.load_all_told().await?, store.settings(&ClusterSettings::default()).await?),
             Some(_) => Default::default(),
         };
@@ -132,7 +132,7 @@ impl Master {
             prices: config.prices,
         };
         let cluster = Cluster::new(cluster_id.clone(), bucket, settings, shutdown.clone());
-        lost.into_iter().for_each(|why| cluster.lose(why));
+        restricted.into_iter().for_each(|why| cluster.restrict(why));
         cluster.note_odd_catalogs(odd);
         cluster.state().node_silence = Some(config.node_silence);
         cluster.state().replace_after_us = Some(config.replace_after.as_micros() as u64).filter(|after| *after > 0);

@@ -27,23 +27,27 @@ impl MasterService {
     /// Runs a call until it ends or the master stops; unfinished work is then cleaned up as after a
     /// crash.
     async fn run(&self, name: &'static str, call: impl Future<Output = Answer>) -> Reply {
-        self.found()?;
+        self.check_unrestricted()?;
         self.run_always(name, call).await
     }
 
     /// Refuses while the cluster that owns the bucket is not known.
-    fn found(&self) -> Result<(), Status> {
-        self.cluster.check_found().map_err(|error| status_of(&error))
+    fn check_unrestricted(&self) -> Result<(), Status> {
+        self.cluster.check_unrestricted().map_err(|error| status_of(&error))
     }
 
     /// Runs a call also while the cluster that owns the bucket is not known.
     async fn run_always(&self, name: &'static str, call: impl Future<Output = Answer>) -> Reply {
         // A span for traces; the call itself logs what it does.
         let call = call.instrument(tracing::info_span!("call of the master", call = name));
-        let stopping = || Err(VastoError::new(ErrorCode::Unavailable, "this master is stopping; try again"));
+        let shutdown = &self.cluster.shutdown;
+        if shutdown.is_cancelled() {
+            return reply(Err(api::stopping()));
+        }
+        // What the call has written so far stays: a client must not take a call that was cut off for one without effect.
+        let cut_off = || Err(api::unsure(name, api::STOPPED_MEANWHILE));
         // Boxed: some calls are large futures, and all of them are rare.
-        let outcome = self.cluster.shutdown.run_until_cancelled(Box::pin(call)).await.unwrap_or_else(stopping);
-        reply(outcome)
+        reply(shutdown.run_until_cancelled(Box::pin(call)).await.unwrap_or_else(cut_off))
     }
 }
 
@@ -63,8 +67,8 @@ impl master_server::Master for MasterService {
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         // The client keeps its topology until it receives a newer one.
-        let lost = |error: VastoError| status_of(&VastoError { code: ErrorCode::Unavailable, ..error });
-        self.cluster.check_found().map_err(lost)?;
+        let retried = |error: VastoError| status_of(&VastoError { code: ErrorCode::Unavailable, ..error });
+        self.cluster.check_unrestricted().map_err(retried)?;
         let name = request.into_inner().keyspace;
         let mut topology = api::find(&self.cluster.state(), &name).map_err(|error| status_of(&error))?.topology();
         topology.mark_changed();
@@ -85,12 +89,12 @@ impl master_server::Master for MasterService {
     }
 
     async fn list_keyspaces(&self, _: Request<v1::Empty>) -> Reply {
-        self.found()?;
+        self.check_unrestricted()?;
         reply(Ok(keyspace::list(&self.cluster)))
     }
 
     async fn describe_keyspace(&self, request: Request<v1::KeyspaceRequest>) -> Reply {
-        self.found()?;
+        self.check_unrestricted()?;
         reply(keyspace::describe(&self.cluster, &request.into_inner().name))
     }
 
@@ -156,5 +160,46 @@ impl master_server::Master for MasterService {
 
     async fn cluster_status(&self, _: Request<v1::Empty>) -> Reply {
         reply(Ok(node::status(&self.cluster)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::time::Duration;
+
+    use tokio::sync::Notify;
+    use tokio_util::sync::CancellationToken;
+    use vasto_proto::convert::error_of;
+    use vasto_testkit::faulty::Faulty;
+
+    use super::*;
+    use crate::cluster::Settings;
+
+    #[tokio::test]
+    async fn a_change_that_a_stopping_master_cuts_off_has_an_unknown_outcome() {
+        let settings = Settings {
+            dial_back: false,
+            node_silence: Duration::from_secs(10),
+            retention: Default::default(),
+            prices: Default::default(),
+        };
+        let bucket = vasto_shipping::Bucket::from_store("memory://b", Faulty::in_memory());
+        let service = MasterService { cluster: Cluster::new("c-1".into(), bucket, settings, CancellationToken::new()) };
+        let begun = Notify::new();
+        let write = async {
+            begun.notify_one();
+            std::future::pending().await
+        };
+        let stop = async {
+            begun.notified().await;
+            service.cluster.shutdown.cancel();
+        };
+        let (cut_off, ()) = tokio::join!(service.run("resize_keyspace", write), stop);
+        let cut_off = error_of(&cut_off.unwrap_err());
+        assert_eq!(cut_off.code, ErrorCode::Unknown);
+        assert!(cut_off.message.contains("vasto keyspace list"), "{cut_off}");
+        let refused = service.run("resize_keyspace", async { unreachable!("a stopped master begins nothing") }).await;
+        assert_eq!(error_of(&refused.unwrap_err()).code, ErrorCode::Unavailable);
     }
 }

@@ -30,7 +30,7 @@ use crate::state::{Odd, Registration, Sent};
 /// Messages that may wait for the transport.
 const OUTBOUND_MAX: usize = 8;
 /// The interval at which the old session is checked while a node id is disputed.
-const DISPUTE_LOOK: Duration = Duration::from_millis(20);
+const DISPUTE_POLL: Duration = Duration::from_millis(20);
 /// The silence after which an old session loses a disputed node id.
 const DISPUTE_MAX: Duration = KEEPALIVE_INTERVAL.saturating_add(KEEPALIVE_TIMEOUT);
 
@@ -87,7 +87,7 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
     let Ok(Ok(Some(v1::NodeMessage { message: Some(node_message::Message::Hello(hello)) }))) = first else {
         return reject(&outbound, ErrorCode::InvalidArgument, "a session begins with Hello".into()).await;
     };
-    let own = if cluster.is_lost() { hello.cluster_id.clone() } else { cluster.cluster_id() };
+    let own = if cluster.is_restricted() { hello.cluster_id.clone() } else { cluster.cluster_id() };
     if let Err((code, reason)) = check(&hello, &own) {
         let of_another = code == ErrorCode::FailedPrecondition && hello.cluster_id != own;
         // The node asks again every other second.
@@ -260,7 +260,7 @@ async fn register(cluster: &Arc<Cluster>, hello: &v1::Hello) -> Result<Registrat
             Some(_) => {}
             None => disputed = Some((conflict.session, conflict.heard_us)),
         }
-        tokio::time::sleep(DISPUTE_LOOK).await;
+        tokio::time::sleep(DISPUTE_POLL).await;
     }
 }
 

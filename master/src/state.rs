@@ -52,7 +52,7 @@ pub(crate) struct ClusterState {
     pub(crate) settings: Arc<ClusterSettings>,
     /// Nodes examined for decisions, so that a test can count the work.
     #[cfg(test)]
-    pub(crate) looks: std::cell::Cell<u64>,
+    pub(crate) examined: std::cell::Cell<u64>,
 }
 
 impl ClusterState {

@@ -30,8 +30,8 @@ fn unavailable(error: &CatalogError) -> VastoError {
 
 /// Fails within seconds when the bucket does not answer, before a check that would retry for minutes.
 async fn is_there(cluster: &Cluster) -> Result<(), VastoError> {
-    let looked = cluster.bucket.with_retry(RetryBudget::probe()).head(&layout::cluster()).await;
-    looked.map(drop).map_err(|error| unavailable(&error.into()))
+    let probed = cluster.bucket.with_retry(RetryBudget::probe()).head(&layout::cluster()).await;
+    probed.map(drop).map_err(|error| unavailable(&error.into()))
 }
 
 /// Returns the objects that must exist according to nodes and catalogs.
@@ -57,17 +57,17 @@ fn known(cluster: &Cluster) -> Known {
 }
 
 /// Checks for missing, damaged and orphaned objects.
-pub(crate) async fn look(cluster: &Cluster, deep: bool) -> Result<Fsck, VastoError> {
+pub(crate) async fn check(cluster: &Cluster, deep: bool) -> Result<Fsck, VastoError> {
     is_there(cluster).await?;
     // Read before the bucket is listed: objects that are known now are in that listing.
     let known = known(cluster);
-    let found = gc::check(&cluster.bucket, deep, &known, now_us()).await.map_err(|error| unavailable(&error))?;
-    cluster.bucket_holds(found.bytes);
-    Ok(found)
+    let fsck = gc::check(&cluster.bucket, deep, &known, now_us()).await.map_err(|error| unavailable(&error))?;
+    cluster.bucket_holds(fsck.bytes);
+    Ok(fsck)
 }
 
 /// Returns the findings of a check that the cluster status shows.
-pub(crate) fn findings(found: &Fsck) -> Vec<String> {
+pub(crate) fn findings(fsck: &Fsck) -> Vec<String> {
     let what = |what: &str, keys: &[String]| {
         let named: Vec<&str> = keys.iter().take(NAMED).map(String::as_str).collect();
         let more = if keys.len() > NAMED { ", …" } else { "" };
@@ -76,13 +76,13 @@ pub(crate) fn findings(found: &Fsck) -> Vec<String> {
             format!("{all} objects of the bucket are {what} ({}{more}): run `vasto bucket repair`", named.join(", "))
         })
     };
-    let broken = [what("missing", &found.missing), what("damaged", &found.corrupt)].into_iter().flatten();
-    broken.chain(found.warnings.iter().map(|text| format!("in the bucket: {text}"))).collect()
+    let broken = [what("missing", &fsck.missing), what("damaged", &fsck.corrupt)].into_iter().flatten();
+    broken.chain(fsck.warnings.iter().map(|text| format!("in the bucket: {text}"))).collect()
 }
 
 /// Deletes objects that are not needed, or only lists them.
 pub(crate) async fn collect(cluster: &Cluster, dry_run: bool) -> Result<gc::Collected, VastoError> {
-    cluster.check_found()?;
+    cluster.check_unrestricted()?;
     is_there(cluster).await?;
     let collected = gc::collect_at(&cluster.bucket, cluster.settings.retention, dry_run, now_us()).await;
     let collected = collected.map_err(|error| unavailable(&error))?;
@@ -164,10 +164,13 @@ mod tests {
     #[test]
     fn findings_name_a_few_and_say_what_to_do() {
         let missing = (0..5).map(|n| format!("data/{n}")).collect();
-        let found = Fsck { missing, warnings: vec!["a stranger".into()], ..Fsck::default() };
-        let told = findings(&found);
-        assert_eq!(told.len(), 2);
-        assert!(told[0].contains("5 objects of the bucket are missing (data/0, data/1, data/2, …)"), "{told:?}");
-        assert!(told[0].contains("vasto bucket repair"), "{told:?}");
+        let fsck = Fsck { missing, warnings: vec!["a stranger".into()], ..Fsck::default() };
+        let warnings = findings(&fsck);
+        assert_eq!(warnings.len(), 2);
+        assert!(
+            warnings[0].contains("5 objects of the bucket are missing (data/0, data/1, data/2, …)"),
+            "{warnings:?}"
+        );
+        assert!(warnings[0].contains("vasto bucket repair"), "{warnings:?}");
     }
 }

@@ -11,28 +11,27 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use vasto_core::limits::WRITER_STALL;
 
-use crate::clock::Sparse;
+use crate::clock::{Sparse, now_ms};
 use crate::host::ReplicaSpec;
 use crate::manager::Manager;
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
-use crate::replica::authority::now_ms;
 use crate::shortage::DiskRoom;
 
 /// Interval between two polls: a disk that fills at 100 MB/s loses a fraction of its reserve in between.
-const LOOK: Duration = Duration::from_millis(250);
+const POLL: Duration = Duration::from_millis(250);
 /// While there is no warning, the replicas are polled once in this many polls of the disk.
-const LOOKS_EACH: u32 = 4;
+const POLLS_EACH: u32 = 4;
 
 /// Runs until `cancel` fires.
-pub async fn run(registry: Arc<NodeRegistry>, manager: Arc<Manager>, dir: PathBuf, cancel: CancellationToken) {
-    let (mut sparse, mut troubled) = (Sparse::one_in(LOOKS_EACH), true);
+pub(crate) async fn run(registry: Arc<NodeRegistry>, manager: Arc<Manager>, dir: PathBuf, cancel: CancellationToken) {
+    let (mut sparse, mut troubled) = (Sparse::one_in(POLLS_EACH), true);
     loop {
         let place = dir.join("replicas");
         let room = tokio::task::spawn_blocking(move || DiskRoom::of(&place)).await.ok().flatten();
         let was_low = registry.is_disk_low();
         poll_disk(&registry, room);
-        if !sparse.leaves_out(!troubled && registry.is_disk_low() == was_low) {
+        if !sparse.skips(!troubled && registry.is_disk_low() == was_low) {
             for replica in registry.replicas() {
                 // Includes replicas without writes.
                 if let (None, Some(why)) = (replica.closed(), replica.engine().failure()) {
@@ -43,15 +42,15 @@ pub async fn run(registry: Arc<NodeRegistry>, manager: Arc<Manager>, dir: PathBu
             let fails = |(spec, reason): &(ReplicaSpec, String)| {
                 format!("shard {} of keyspace {} does not serve: {reason}", spec.shard, spec.keyspace)
             };
-            let told =
+            let warning =
                 trouble(registry.is_disk_low(), failures.iter().map(fails).chain(waits_for_disk(&registry, now_ms())));
-            troubled = told.is_some();
-            registry.set_trouble(told);
+            troubled = warning.is_some();
+            registry.set_trouble(warning);
             if cancel.run_until_cancelled(manager.reopen(failures)).await.is_none() {
                 return;
             }
         }
-        if cancel.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_none() {
+        if cancel.run_until_cancelled(tokio::time::sleep(POLL)).await.is_none() {
             return;
         }
     }
@@ -104,20 +103,17 @@ mod tests {
     fn writes_are_refused_before_the_disk_is_full_and_taken_again_with_room_to_spare() {
         let registry = NodeRegistry::new(NodeId(1), Arc::new(SystemClock::default()), 1);
         const MIB: u64 = 1 << 20;
-        let look = |free: u64| {
+        let is_low_at = |free: u64| {
             poll_disk(&registry, Some(DiskRoom { free: free * MIB, total: 256 * MIB }));
             registry.is_disk_low()
         };
-        assert_eq!(
-            [look(100), look(17), look(15), look(17), look(19), look(21), look(17)],
-            [false, false, true, true, true, false, false]
-        );
+        assert_eq!([100, 17, 15, 17, 19, 21, 17].map(is_low_at), [false, false, true, true, true, false, false]);
         poll_disk(&registry, None);
         assert!(!registry.is_disk_low());
     }
 
     #[test]
-    fn trouble_is_told_and_ends() {
+    fn the_warning_names_the_first_trouble_and_counts_the_others() {
         let failures = |reasons: &[&str]| reasons.iter().map(|reason| (*reason).to_owned()).collect::<Vec<_>>();
         assert_eq!(trouble(false, failures(&[]).into_iter()), None);
         assert_eq!(trouble(false, failures(&["a"]).into_iter()).unwrap(), "a");

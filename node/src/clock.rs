@@ -9,14 +9,14 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// Wall clock for event and commit times.
-pub trait Clock: Send + Sync + 'static {
+pub(crate) trait Clock: Send + Sync + 'static {
     /// Microseconds since 1970.
     fn now_us(&self) -> u64;
 }
 
 /// The machine's clock.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct SystemClock {
+pub(crate) struct SystemClock {
     /// Offset, milliseconds; 0 except in tests of wrong clocks.
     pub shift_ms: i64,
 }
@@ -30,11 +30,11 @@ impl Clock for SystemClock {
 }
 
 /// A shared clock.
-pub type SharedClock = Arc<dyn Clock>;
+pub(crate) type SharedClock = Arc<dyn Clock>;
 
 /// Returns the next whole second after `at`, the same for all callers: work that can be delayed a little wakes
 /// together, which costs an idle node one wake-up instead of hundreds.
-pub fn with_others(at: Instant) -> Instant {
+pub(crate) fn with_others(at: Instant) -> Instant {
     static BEGAN: OnceLock<Instant> = OnceLock::new();
     let began = *BEGAN.get_or_init(Instant::now);
     began + Duration::from_secs(at.saturating_duration_since(began).as_secs() + 1)
@@ -42,37 +42,42 @@ pub fn with_others(at: Instant) -> Instant {
 
 /// Skips polls while idle: of the idle polls one in `every` is taken.
 #[derive(Debug)]
-pub struct Sparse {
+pub(crate) struct Sparse {
     every: u32,
-    left_out: u32,
+    skipped: u32,
 }
 
 impl Sparse {
     /// Creates a filter that takes the first poll.
-    pub fn one_in(every: u32) -> Self {
-        Self { every, left_out: every }
+    pub(crate) fn one_in(every: u32) -> Self {
+        Self { every, skipped: every }
     }
 
     /// Makes the next poll be taken.
-    pub fn wake(&mut self) {
-        self.left_out = self.every;
+    pub(crate) fn wake(&mut self) {
+        self.skipped = self.every;
     }
 
     /// Returns true when this poll is skipped.
-    pub fn leaves_out(&mut self, rests: bool) -> bool {
-        self.left_out = self.left_out.saturating_add(1);
-        let leaves_out = rests && self.left_out < self.every;
-        if !leaves_out {
-            self.left_out = 0;
+    pub(crate) fn skips(&mut self, idle: bool) -> bool {
+        self.skipped = self.skipped.saturating_add(1);
+        let skips = idle && self.skipped < self.every;
+        if !skips {
+            self.skipped = 0;
         }
-        leaves_out
+        skips
     }
 }
 
 /// Returns the time since the machine booted, suspension included.
-pub fn since_boot() -> Duration {
+pub(crate) fn since_boot() -> Duration {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+}
+
+/// Returns [`since_boot`] in milliseconds.
+pub(crate) fn now_ms() -> u64 {
+    since_boot().as_millis() as u64
 }
 
 #[cfg(test)]
@@ -80,11 +85,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_look_in_so_many_is_taken_at_rest_and_each_one_while_something_goes_on() {
+    fn one_poll_in_three_is_taken_while_idle_and_each_one_otherwise() {
         let mut sparse = Sparse::one_in(3);
-        let taken = |sparse: &mut Sparse, rests| !sparse.leaves_out(rests);
-        let at_rest: Vec<bool> = (0..7).map(|_| taken(&mut sparse, true)).collect();
-        assert_eq!(at_rest, [true, false, false, true, false, false, true]);
+        let taken = |sparse: &mut Sparse, idle| !sparse.skips(idle);
+        let while_idle: Vec<bool> = (0..7).map(|_| taken(&mut sparse, true)).collect();
+        assert_eq!(while_idle, [true, false, false, true, false, false, true]);
         assert!((0..5).all(|_| taken(&mut sparse, false)));
         assert!(!taken(&mut sparse, true));
         sparse.wake();

@@ -25,13 +25,13 @@ const PEER_PATIENCE: Duration = Duration::from_secs(5);
 /// ... and for this replica to hold it too.
 const HOLD_PATIENCE: Duration = Duration::from_secs(20);
 /// Interval between two polls of either.
-const LOOK: Duration = Duration::from_millis(10);
+const POLL: Duration = Duration::from_millis(10);
 
 /// Executes the command; returns catalogs when it asks for them.
 ///
 /// # Errors
 /// The reason of the failure, for the operator.
-pub async fn execute(manager: &Manager, command: &v1::Command) -> Result<Vec<String>, String> {
+pub(crate) async fn execute(manager: &Manager, command: &v1::Command) -> Result<Vec<String>, String> {
     use v1::command::Kind;
     let keyspace = KeyspaceId(command.keyspace_id);
     match Kind::try_from(command.kind).unwrap_or_default() {
@@ -60,9 +60,9 @@ pub async fn execute(manager: &Manager, command: &v1::Command) -> Result<Vec<Str
             Ok(Vec::new())
         }
         Kind::Catalogs => {
-            let known = manager.known_catalogs().await.map_err(|error| error.to_string())?;
+            let catalogs = manager.known_catalogs().await.map_err(|error| error.to_string())?;
             let json = |catalog: &Arc<Catalog>| serde_json::to_string(&**catalog).map_err(|error| error.to_string());
-            known.iter().map(json).collect()
+            catalogs.iter().map(json).collect()
         }
         Kind::Compact => {
             let replicas = manager.context().registry.replicas();
@@ -96,7 +96,7 @@ async fn open(manager: &Manager, command: &v1::Command, id: ReplicaId) -> Result
         if began.elapsed() > OPEN_PATIENCE {
             return Err(format!("replica {id} is not open yet"));
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(POLL).await;
     }
 }
 
@@ -122,10 +122,11 @@ async fn hold_what_others_hold(
     absent: &[ReplicaId],
 ) -> Result<(), String> {
     let mut others = catalog.sources_of(replica.shard, replica.id);
-    others.retain(|one| !absent.contains(&one.replica));
+    others.retain(|peer| !absent.contains(&peer.replica));
     let mut needed = Vector::new();
-    for (one, vector) in others.iter().zip(join_all(others.iter().map(|one| held_by(context, replica, *one))).await) {
-        let silent = || format!("its replica {} on node {} does not say what it holds", one.replica, one.node);
+    for (peer, vector) in others.iter().zip(join_all(others.iter().map(|peer| held_by(context, replica, *peer))).await)
+    {
+        let silent = || format!("its replica {} on node {} does not say what it holds", peer.replica, peer.node);
         needed = join(&needed, &vector.ok_or_else(silent)?);
     }
     let began = Instant::now();
@@ -136,14 +137,14 @@ async fn hold_what_others_hold(
         if began.elapsed() > HOLD_PATIENCE {
             return Err(format!("replica {} does not hold yet what the others hold", replica.id));
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(POLL).await;
     }
     Ok(())
 }
 
 /// Returns the vector of another replica of the shard; `None` when it does not answer in time.
-async fn held_by(context: &HostContext, replica: &Replica, one: Placed) -> Option<Vector> {
+async fn held_by(context: &HostContext, replica: &Replica, peer: Placed) -> Option<Vector> {
     let (keyspace, any) = (replica.keyspace, CatalogVersion(0));
-    let reply = context.peers.position_under(&context.registry, keyspace, one, any, any, PEER_PATIENCE).await?;
+    let reply = context.peers.position_under(&context.registry, keyspace, peer, any, any, PEER_PATIENCE).await?;
     Some(vector_from_wire(&reply.vector))
 }

@@ -14,18 +14,18 @@ use crate::registry::NodeRegistry;
 
 /// Interval between two turns.
 const TURN: Duration = Duration::from_secs(1);
-/// While the node is idle one turn in so many is taken.
-const TURNS_AT_REST: u32 = 4;
+/// While the node is idle one turn in this many is taken.
+const TURNS_WHILE_IDLE: u32 = 4;
 /// Upper bound of the counting time in a turn, approximately.
 const TURN_SHARE: Duration = Duration::from_millis(50);
 /// Interval between two counts of a replica that changes all the time.
 const AGE_MIN: Duration = Duration::from_secs(5);
 
 /// Runs until `cancel` fires.
-pub async fn run(registry: Arc<NodeRegistry>, cancel: CancellationToken) {
-    let mut sparse = Sparse::one_in(TURNS_AT_REST);
+pub(crate) async fn run(registry: Arc<NodeRegistry>, cancel: CancellationToken) {
+    let mut sparse = Sparse::one_in(TURNS_WHILE_IDLE);
     while cancel.run_until_cancelled(tokio::time::sleep(TURN)).await.is_some() {
-        if sparse.leaves_out(registry.is_at_rest()) {
+        if sparse.skips(registry.is_at_rest()) {
             continue;
         }
         let began = Instant::now();

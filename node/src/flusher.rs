@@ -19,9 +19,9 @@ use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 
 /// Poll interval.
-const LOOK: Duration = Duration::from_secs(1);
+const POLL: Duration = Duration::from_secs(1);
 /// While the node is idle and the budget is not full, only one poll in so many is carried out.
-const LOOKS_AT_REST: u32 = 10;
+const POLLS_WHILE_IDLE: u32 = 10;
 /// Share of the memtable budget in mutable memtables (not yet being flushed) above which the oldest replica is flushed.
 /// It is below the 7/8 at which RocksDB makes the writing replica flush, so that this task acts first.
 const FULL: f64 = 0.7;
@@ -56,7 +56,8 @@ impl Waiting {
             false
         };
         let dirty: Vec<&Replica> = replicas.iter().filter(is_dirty).collect();
-        let is_hosted = |key: &(KeyspaceId, ReplicaId)| replicas.iter().any(|one| (one.keyspace, one.id) == *key);
+        let is_hosted =
+            |key: &(KeyspaceId, ReplicaId)| replicas.iter().any(|replica| (replica.keyspace, replica.id) == *key);
         if self.clean.len() > replicas.len() {
             self.clean.retain(|key, _| is_hosted(key));
         }
@@ -73,12 +74,12 @@ impl Waiting {
 }
 
 /// Runs until `cancel` fires.
-pub async fn run(registry: Arc<NodeRegistry>, engines: EngineShared, cancel: CancellationToken) {
+pub(crate) async fn run(registry: Arc<NodeRegistry>, engines: EngineShared, cancel: CancellationToken) {
     let mut waiting = Waiting::default();
-    let mut sparse = Sparse::one_in(LOOKS_AT_REST);
-    while cancel.run_until_cancelled(tokio::time::sleep(LOOK)).await.is_some() {
+    let mut sparse = Sparse::one_in(POLLS_WHILE_IDLE);
+    while cancel.run_until_cancelled(tokio::time::sleep(POLL)).await.is_some() {
         let full = engines.memtables_used() > FULL;
-        if sparse.leaves_out(registry.is_at_rest() && !full) {
+        if sparse.skips(registry.is_at_rest() && !full) {
             continue;
         }
         let replicas = registry.replicas();

@@ -31,31 +31,31 @@ use crate::shortage::{self, Shortage};
 const OBEY_AGAIN: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
 /// Interval between two polls of opening replicas.
-const LOOK: Duration = Duration::from_millis(10);
+const POLL: Duration = Duration::from_millis(10);
 
 /// The hosts of a node.
-pub struct Manager {
+pub(crate) struct Manager {
     context: Arc<HostContext>,
     dir: Arc<Mutex<NodeDir>>,
     hosts: Mutex<HashMap<ReplicaKey, Host>>,
     failed: Mutex<HashMap<ReplicaKey, (ShardId, String)>>,
     replicas_max: usize,
     /// The reopening schedule of replicas that a shortage has closed.
-    again: Mutex<ReopenSchedule>,
+    reopening: Mutex<ReopenSchedule>,
     stopping: CancellationToken,
     turns: Mutex<HashMap<KeyspaceId, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 impl Manager {
     /// Creates a manager of the directory's replicas.
-    pub fn new(context: Arc<HostContext>, dir: Arc<Mutex<NodeDir>>, replicas_max: usize) -> Self {
+    pub(crate) fn new(context: Arc<HostContext>, dir: Arc<Mutex<NodeDir>>, replicas_max: usize) -> Self {
         Self {
             context,
             dir,
             hosts: Mutex::default(),
             failed: Mutex::default(),
             replicas_max,
-            again: Mutex::default(),
+            reopening: Mutex::default(),
             stopping: CancellationToken::new(),
             turns: Mutex::default(),
         }
@@ -63,7 +63,7 @@ impl Manager {
 
     /// Applies a version that the master sends only once, retrying until it is applied, a newer version is known,
     /// or the node stops.
-    pub async fn apply_catalog_at_last(&self, catalog: Arc<Catalog>) {
+    pub(crate) async fn apply_catalog_at_last(&self, catalog: Arc<Catalog>) {
         let (mut pause, longest) = OBEY_AGAIN;
         while let Err(error) = self.apply_catalog(catalog.clone(), false).await {
             if self.stopping.is_cancelled() {
@@ -84,19 +84,19 @@ impl Manager {
     }
 
     /// Applies a catalog version. `remembered` says that it was read from this directory.
-    pub async fn apply_catalog(&self, catalog: Arc<Catalog>, remembered: bool) -> Result<(), DirError> {
+    pub(crate) async fn apply_catalog(&self, catalog: Arc<Catalog>, remembered: bool) -> Result<(), DirError> {
         // One version of a keyspace at a time; keyspaces do not wait for each other.
         let turn = self.turns.lock().entry(catalog.keyspace).or_default().clone();
         let _turn = turn.lock().await;
         let registry = &self.context.registry;
-        if registry.catalog(catalog.keyspace).is_some_and(|known| known.version > catalog.version) {
+        if registry.catalog(catalog.keyspace).is_some_and(|current| current.version > catalog.version) {
             // Versions travel in parallel: an overtaken one is normal, and so is one of an old master.
             tracing::debug!(keyspace = catalog.keyspace.0, version = catalog.version.0, "a lower version is refused");
             return Ok(());
         }
         let members = catalog.members_on(registry.node_id);
-        let concerned =
-            !members.is_empty() || self.dir.lock().replicas().iter().any(|one| one.keyspace == catalog.keyspace);
+        let concerned = !members.is_empty()
+            || self.dir.lock().replicas().iter().any(|registered| registered.keyspace == catalog.keyspace);
         if !remembered && concerned {
             let (dir, noted) = (self.dir.clone(), catalog.clone());
             on_disk(move || dir.lock().remember_catalog(&noted)).await?;
@@ -129,12 +129,12 @@ impl Manager {
         }
         // A member that the keyspace's first version created empty may be recreated until it has been open; a
         // member that a plan has filled may not once it is placed.
-        let has_served = registered.is_some_and(|one| !one.building || (placed && one.target));
+        let has_served = registered.is_some_and(|registered| !registered.building || (placed && registered.target));
         if has_served && !path.join("db").join("CURRENT").exists() && !hosts.contains_key(&key) {
             self.fail(key, shard, format!("{} has lost its files; put them back, or replace the node", path.display()));
             return Ok(());
         }
-        let version = registered.map_or(catalog.version, |one| one.version);
+        let version = registered.map_or(catalog.version, |registered| registered.version);
         if let Some(host) = hosts.get(&key) {
             host.apply_catalog(catalog.clone());
             return Ok(());
@@ -167,55 +167,57 @@ impl Manager {
             let dir = self.dir.lock();
             dir.replicas()
                 .into_iter()
-                .filter(|one| one.keyspace == catalog.keyspace && catalog.version >= one.version)
-                .filter(|one| !members.iter().any(|(_, replica, _)| *replica == one.replica))
-                .filter(|one| {
-                    one.building || catalog.state == KeyspaceState::Deleted || catalog.is_removed(one.replica)
+                .filter(|registered| registered.keyspace == catalog.keyspace && catalog.version >= registered.version)
+                .filter(|registered| !members.iter().any(|(_, replica, _)| *replica == registered.replica))
+                .filter(|registered| {
+                    registered.building
+                        || catalog.state == KeyspaceState::Deleted
+                        || catalog.is_removed(registered.replica)
                 })
                 .collect()
         };
-        for one in gone {
+        for registered in gone {
             let host = {
                 let mut hosts = self.hosts.lock();
                 if self.stopping.is_cancelled() {
                     return Ok(()); // its files may still be open; the next start removes them
                 }
-                hosts.remove(&(one.keyspace, one.replica))
+                hosts.remove(&(registered.keyspace, registered.replica))
             };
             if let Some(host) = host {
                 host.stop_to_discard().await;
             }
             tracing::info!(
-                keyspace = one.keyspace.0,
-                replica = one.replica.0,
+                keyspace = registered.keyspace.0,
+                replica = registered.replica.0,
                 version = catalog.version.0,
                 "removing a replica"
             );
             let dir = self.dir.clone();
-            on_disk(move || dir.lock().discard(one.keyspace, one.replica)).await?;
-            self.failed.lock().remove(&(one.keyspace, one.replica));
+            on_disk(move || dir.lock().discard(registered.keyspace, registered.replica)).await?;
+            self.failed.lock().remove(&(registered.keyspace, registered.replica));
         }
         Ok(())
     }
 
     /// Returns the replicas of this node that do not serve, with the reasons.
-    pub fn failures(&self) -> Vec<(ReplicaSpec, String)> {
+    pub(crate) fn failures(&self) -> Vec<(ReplicaSpec, String)> {
         let hosts = self.hosts.lock();
         hosts.values().filter_map(|host| Some((host.spec().clone(), host.failure()?))).collect()
     }
 
     /// Reopens those of the failed replicas that were closed by a shortage that is over. Nothing is damaged: the
     /// state is as after a restart of the node.
-    pub async fn reopen(&self, failures: Vec<(ReplicaSpec, String)>) {
+    pub(crate) async fn reopen(&self, failures: Vec<(ReplicaSpec, String)>) {
         let keys: HashSet<ReplicaKey> = failures.iter().map(|(spec, _)| (spec.keyspace, spec.replica)).collect();
         let now = Instant::now();
-        self.again.lock().keep(&keys, now);
+        self.reopening.lock().keep(&keys, now);
         let mut due = Vec::new();
         let mut over: HashMap<Shortage, bool> = HashMap::new();
         for (spec, reason) in failures {
             let Some(shortage) = shortage::shortage_of(&reason) else { continue };
             let key = (spec.keyspace, spec.replica);
-            if !self.again.lock().is_due(key, &reason, now) {
+            if !self.reopening.lock().is_due(key, &reason, now) {
                 continue;
             }
             let is_over = match over.get(&shortage) {
@@ -228,7 +230,7 @@ impl Manager {
                 }
             };
             if is_over {
-                self.again.lock().attempt(key, Instant::now());
+                self.reopening.lock().attempt(key, Instant::now());
                 due.push(key);
             }
         }
@@ -256,19 +258,23 @@ impl Manager {
     }
 
     /// Marks open members as settled: from now on the loss of their files is reported, never repaired silently.
-    pub fn settle(&self) {
+    pub(crate) fn settle(&self) {
         let hosted: HashSet<ReplicaKey> = self.hosts.lock().keys().copied().collect();
         // When the directory is busy, the next report settles them.
         let Some(mut dir) = self.dir.try_lock() else { return };
-        for one in dir.replicas().into_iter().filter(|one| one.building) {
-            let open = self.context.registry.replica(one.keyspace, one.replica).is_some();
-            let placed = self.context.registry.catalog(one.keyspace).is_some_and(|catalog| {
-                catalog.placement.iter().flat_map(|shard| &shard.replicas).any(|placed| placed.replica == one.replica)
+        for registered in dir.replicas().into_iter().filter(|registered| registered.building) {
+            let open = self.context.registry.replica(registered.keyspace, registered.replica).is_some();
+            let placed = self.context.registry.catalog(registered.keyspace).is_some_and(|catalog| {
+                catalog
+                    .placement
+                    .iter()
+                    .flat_map(|shard| &shard.replicas)
+                    .any(|member| member.replica == registered.replica)
             });
             if open
                 && placed
-                && hosted.contains(&(one.keyspace, one.replica))
-                && let Err(error) = dir.register(Registered { building: false, ..one })
+                && hosted.contains(&(registered.keyspace, registered.replica))
+                && let Err(error) = dir.register(Registered { building: false, ..registered })
             {
                 tracing::error!(%error, "the register of replicas could not be written");
             }
@@ -276,14 +282,14 @@ impl Manager {
     }
 
     /// Returns the reports of all replicas.
-    pub fn reports(&self) -> Vec<ReplicaReport> {
+    pub(crate) fn reports(&self) -> Vec<ReplicaReport> {
         self.settle();
         let hosts = self.hosts.lock();
         let mut reports: Vec<ReplicaReport> = hosts.values().map(Host::report).collect();
         for report in &mut reports {
             report.replication.passing = match &report.phase {
                 ReplicaPhase::Failed(reason) if shortage::shortage_of(reason).is_some() => {
-                    self.again.lock().is_passing((report.keyspace, report.replica))
+                    self.reopening.lock().is_passing((report.keyspace, report.replica))
                 }
                 _ => false,
             };
@@ -298,27 +304,27 @@ impl Manager {
     }
 
     /// Returns the shippers of a keyspace's replicas on this node.
-    pub fn shippers(&self, keyspace: KeyspaceId) -> Vec<ShipHandle> {
+    pub(crate) fn shippers(&self, keyspace: KeyspaceId) -> Vec<ShipHandle> {
         self.hosts.lock().iter().filter(|((ks, _), _)| *ks == keyspace).filter_map(|(_, host)| host.shipper()).collect()
     }
 
     /// Returns the shipper of a replica, whether the replica ships or not.
-    pub fn any_shipper(&self, keyspace: KeyspaceId, replica: ReplicaId) -> Option<ShipHandle> {
+    pub(crate) fn any_shipper(&self, keyspace: KeyspaceId, replica: ReplicaId) -> Option<ShipHandle> {
         self.hosts.lock().get(&(keyspace, replica)).and_then(Host::any_shipper)
     }
 
     /// Returns the context that all hosts share.
-    pub fn context(&self) -> &HostContext {
+    pub(crate) fn context(&self) -> &HostContext {
         &self.context
     }
 
     /// Returns the fault that keeps this node's shards from being shipped, as text.
-    pub fn shipping_trouble(&self) -> Option<String> {
+    pub(crate) fn shipping_trouble(&self) -> Option<String> {
         self.context.pace.trouble()
     }
 
     /// Returns the newest catalog versions that this directory remembers or this node has received.
-    pub async fn known_catalogs(&self) -> Result<Vec<Arc<Catalog>>, DirError> {
+    pub(crate) async fn known_catalogs(&self) -> Result<Vec<Arc<Catalog>>, DirError> {
         let dir = self.dir.clone();
         let remembered = tokio::task::spawn_blocking(move || dir.lock().catalogs()).await;
         let (remembered, damaged) = remembered.unwrap_or_else(|error| Err(DirError::CutOff(error.to_string())))?;
@@ -328,7 +334,7 @@ impl Manager {
         }
         let mut newest = self.context.registry.catalogs();
         for catalog in remembered {
-            if newest.get(&catalog.keyspace).is_none_or(|known| known.version < catalog.version) {
+            if newest.get(&catalog.keyspace).is_none_or(|current| current.version < catalog.version) {
                 newest.insert(catalog.keyspace, Arc::new(catalog));
             }
         }
@@ -337,9 +343,9 @@ impl Manager {
 
     /// Waits until each replica that the known catalogs place here is open or has failed. Targets of a running
     /// plan are not waited for.
-    pub async fn opened(&self) {
+    pub(crate) async fn opened(&self) {
         while self.is_opening() {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL).await;
         }
     }
 
@@ -348,7 +354,8 @@ impl Manager {
         self.hosts.lock().values().any(|host| {
             let ReplicaSpec { keyspace, replica, .. } = *host.spec();
             registry.catalog(keyspace).is_some_and(|catalog| {
-                let is_target = catalog.plan.iter().flat_map(|plan| &plan.targets).any(|one| one.replica == replica);
+                let is_target =
+                    catalog.plan.iter().flat_map(|plan| &plan.targets).any(|target| target.replica == replica);
                 catalog.is_placed(replica) && !is_target
             }) && registry.replica(keyspace, replica).is_none()
                 && host.failure().is_none()
@@ -357,7 +364,7 @@ impl Manager {
 
     /// Hands authority of every hosted replica over to another one, because the node is about to stop. Ends within
     /// seconds.
-    pub async fn hand_over_authority(&self) {
+    pub(crate) async fn hand_over_authority(&self) {
         let HostContext { leases: Some(leases), registry, .. } = &*self.context else { return };
         let keys: Vec<ReplicaKey> = self.hosts.lock().keys().copied().collect();
         let replicas: Vec<Replica> =
@@ -366,7 +373,7 @@ impl Manager {
     }
 
     /// Stops all hosts, in parallel.
-    pub async fn stop(&self) {
+    pub(crate) async fn stop(&self) {
         let hosts: Vec<Host> = {
             let mut hosts = self.hosts.lock();
             self.stopping.cancel();

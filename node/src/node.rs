@@ -228,7 +228,7 @@ fn share_open_files(budget: EngineBudget, max_replicas: usize) -> (EngineShared,
 async fn first_session(
     config: &SessionConfig,
     dir: &Mutex<NodeDir>,
-    known: &NodeIdentity,
+    identity: &NodeIdentity,
     holds_replicas: bool,
 ) -> Result<(Option<Session>, Joined), NodeError> {
     let deadline = tokio::time::Instant::now() + FIRST_MASTER_WAIT;
@@ -241,9 +241,9 @@ async fn first_session(
             Err(error) if error.is_fatal() => return Err(error.into()),
             // Nothing would be served: the operator has named the master of another cluster.
             Err(error @ SessionError::OtherCluster(_)) if !holds_replicas => return Err(error.into()),
-            Err(error) if !known.cluster_id.is_empty() => {
+            Err(error) if !identity.cluster_id.is_empty() => {
                 tracing::info!(%error, "serving from what this node remembers");
-                let (cluster_id, bucket_url) = (known.cluster_id.clone(), known.bucket_url.clone());
+                let (cluster_id, bucket_url) = (identity.cluster_id.clone(), identity.bucket_url.clone());
                 return Ok((None, Joined { cluster_id, bucket_url }));
             }
             Err(error) if tokio::time::Instant::now() >= deadline => return Err(error.into()),
@@ -259,12 +259,12 @@ async fn remember(
     registry: &NodeRegistry,
     manager: &Arc<Manager>,
 ) -> Result<(), NodeError> {
-    let known: Option<Vec<(NodeId, String, String)>> = read_json(&path.join(NODES_FILE)).unwrap_or_default();
-    let known = known.unwrap_or_default().into_iter();
-    registry.set_addresses(known.map(|(id, address, zone)| (id, NodeAddress { address, zone })).collect());
+    let addresses: Option<Vec<(NodeId, String, String)>> = read_json(&path.join(NODES_FILE)).unwrap_or_default();
+    let addresses = addresses.unwrap_or_default().into_iter();
+    registry.set_addresses(addresses.map(|(id, address, zone)| (id, NodeAddress { address, zone })).collect());
     let (remembered, damaged) = dir.lock().catalogs()?;
     for error in damaged {
-        tracing::error!(%error, "a keyspace's catalog version is not known until the master tells it");
+        tracing::error!(%error, "a keyspace's catalog version is not known until the master sends it");
     }
     for catalog in remembered {
         let catalog = Arc::new(catalog);
@@ -285,23 +285,23 @@ async fn check_bucket(bucket: &Bucket, holds_replicas: bool) -> Result<(), NodeE
         let bucket = bucket.clone();
         // Ends within the time-out of a probe.
         tokio::spawn(async move {
-            if let Err(error) = look_at(&bucket).await {
+            if let Err(error) = probe(&bucket).await {
                 tracing::warn!(%error, "the bucket cannot be used now; this node serves, and ships when it can");
             }
         });
         return Ok(());
     }
-    match look_at(bucket).await {
+    match probe(bucket).await {
         Err(NodeError::Bucket(error @ (BucketError::Unreachable { .. } | BucketError::ClockSkewed { .. }))) => {
             tracing::warn!(%error, "the bucket cannot be reached now; this node ships when it can");
             Ok(())
         }
-        looked => looked,
+        result => result,
     }
 }
 
 /// Checks that this node reaches the bucket of its cluster and has access.
-async fn look_at(bucket: &Bucket) -> Result<(), NodeError> {
+async fn probe(bucket: &Bucket) -> Result<(), NodeError> {
     match bucket.with_retry(RetryBudget::probe()).head(&layout::cluster()).await? {
         Some(_) => Ok(()),
         None => Err(NodeError::OtherBucket(bucket.url().to_owned())),

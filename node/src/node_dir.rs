@@ -88,7 +88,7 @@ fn io(path: &Path) -> impl FnOnce(std::io::Error) -> DirError {
 
 /// The identity of a directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NodeIdentity {
+pub(crate) struct NodeIdentity {
     /// Format of the directory.
     pub format: u32,
     /// Its cluster; empty until the node first joins a master.
@@ -101,7 +101,7 @@ pub struct NodeIdentity {
 
 /// A replica that the directory holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Registered {
+pub(crate) struct Registered {
     /// Its keyspace.
     pub keyspace: KeyspaceId,
     /// Its shard.
@@ -118,7 +118,7 @@ pub struct Registered {
 }
 
 /// An opened and locked data directory.
-pub struct NodeDir {
+pub(crate) struct NodeDir {
     dir: PathBuf,
     tmp: PathBuf,
     _lock: File,
@@ -128,7 +128,7 @@ pub struct NodeDir {
 
 impl NodeDir {
     /// Opens or creates the directory; `fresh_id` becomes the node id of a new one.
-    pub fn open(dir: &Path, fresh_id: NodeId) -> Result<Self, DirError> {
+    pub(crate) fn open(dir: &Path, fresh_id: NodeId) -> Result<Self, DirError> {
         let is_new = !dir.exists();
         std::fs::create_dir_all(dir).map_err(io(dir))?;
         keep_private(dir);
@@ -140,9 +140,9 @@ impl NodeDir {
         let path = dir.join("node.json");
         let identity = match read_json::<serde_json::Value>(&path)? {
             Some(value) => {
-                let found = value.get("format").and_then(serde_json::Value::as_u64).unwrap_or(0) as u32;
-                if found > FORMAT {
-                    return Err(DirError::NewerFormat { dir: dir.to_owned(), found });
+                let format = value.get("format").and_then(serde_json::Value::as_u64).unwrap_or(0) as u32;
+                if format > FORMAT {
+                    return Err(DirError::NewerFormat { dir: dir.to_owned(), found: format });
                 }
                 serde_json::from_value(value).map_err(|error| DirError::Damaged { path, reason: error.to_string() })?
             }
@@ -182,17 +182,17 @@ impl NodeDir {
             tmp,
             _lock: lock,
             identity,
-            replicas: registered.into_iter().map(|one| ((one.keyspace, one.replica), one)).collect(),
+            replicas: registered.into_iter().map(|replica| ((replica.keyspace, replica.replica), replica)).collect(),
         })
     }
 
     /// Returns the identity of the node.
-    pub fn identity(&self) -> &NodeIdentity {
+    pub(crate) fn identity(&self) -> &NodeIdentity {
         &self.identity
     }
 
     /// Joins the cluster on first contact; refuses any other cluster later.
-    pub fn join(&mut self, cluster_id: &str, bucket_url: &str) -> Result<(), DirError> {
+    pub(crate) fn join(&mut self, cluster_id: &str, bucket_url: &str) -> Result<(), DirError> {
         if !self.identity.cluster_id.is_empty() && self.identity.cluster_id != cluster_id {
             return Err(DirError::OtherCluster {
                 dir: self.dir.clone(),
@@ -209,19 +209,19 @@ impl NodeDir {
     }
 
     /// Returns the registered replicas.
-    pub fn replicas(&self) -> Vec<Registered> {
+    pub(crate) fn replicas(&self) -> Vec<Registered> {
         self.replicas.values().copied().collect()
     }
 
     /// Returns the registration of a replica.
-    pub fn registered(&self, keyspace: KeyspaceId, replica: ReplicaId) -> Option<Registered> {
+    pub(crate) fn registered(&self, keyspace: KeyspaceId, replica: ReplicaId) -> Option<Registered> {
         self.replicas.get(&(keyspace, replica)).copied()
     }
 
     /// Registers a replica, durably, before it serves anything.
-    pub fn register(&mut self, one: Registered) -> Result<(), DirError> {
+    pub(crate) fn register(&mut self, replica: Registered) -> Result<(), DirError> {
         let mut next = self.replicas.clone();
-        if next.insert((one.keyspace, one.replica), one) == Some(one) {
+        if next.insert((replica.keyspace, replica.replica), replica) == Some(replica) {
             return Ok(());
         }
         self.replace_register(next)
@@ -229,7 +229,7 @@ impl NodeDir {
 
     /// Unregisters a replica and removes its files. The order (register last) makes a crash in between
     /// show up as a registered replica without files, which is removed again.
-    pub fn discard(&mut self, keyspace: KeyspaceId, replica: ReplicaId) -> Result<(), DirError> {
+    pub(crate) fn discard(&mut self, keyspace: KeyspaceId, replica: ReplicaId) -> Result<(), DirError> {
         let path = self.replica_dir(keyspace, replica);
         let grave = self.tmp().join(format!("removed-{keyspace}-{replica}"));
         match std::fs::rename(&path, &grave) {
@@ -257,25 +257,25 @@ impl NodeDir {
     }
 
     /// Returns the directory of a replica.
-    pub fn replica_dir(&self, keyspace: KeyspaceId, replica: ReplicaId) -> PathBuf {
+    pub(crate) fn replica_dir(&self, keyspace: KeyspaceId, replica: ReplicaId) -> PathBuf {
         self.dir.join("replicas").join(format!("{keyspace}-{replica}"))
     }
 
     /// Returns the directory for temporary files on the file system of the replicas: finished files are renamed into
     /// place, and `replicas` may be a mount of its own.
-    pub fn tmp(&self) -> PathBuf {
+    pub(crate) fn tmp(&self) -> PathBuf {
         self.tmp.clone()
     }
 
     /// Remembers a catalog version before it is applied.
-    pub fn remember_catalog(&self, catalog: &Catalog) -> Result<(), DirError> {
+    pub(crate) fn remember_catalog(&self, catalog: &Catalog) -> Result<(), DirError> {
         write_json(&self.dir.join("catalog").join(format!("{}.json", catalog.keyspace)), catalog)
     }
 
     /// Returns all remembered catalog versions that can be read, and the errors of the others. A keyspace with an
     /// unreadable version is served once the master has sent it again; its replicas remember for themselves
     /// which versions they refuse.
-    pub fn catalogs(&self) -> Result<(Vec<Catalog>, Vec<DirError>), DirError> {
+    pub(crate) fn catalogs(&self) -> Result<(Vec<Catalog>, Vec<DirError>), DirError> {
         let dir = self.dir.join("catalog");
         let (mut out, mut damaged) = (Vec::new(), Vec::new());
         for entry in std::fs::read_dir(&dir).map_err(io(&dir))? {
@@ -365,7 +365,7 @@ mod tests {
         assert!(matches!(NodeDir::open(temp.path(), NodeId(8)), Err(DirError::Locked(_))));
         dir.join("c1", "file:///b").unwrap();
         assert!(matches!(dir.join("c2", "file:///b"), Err(DirError::OtherCluster { .. })));
-        let one = Registered {
+        let replica = Registered {
             keyspace: KeyspaceId(1),
             shard: ShardId(0),
             replica: ReplicaId(1),
@@ -373,18 +373,18 @@ mod tests {
             building: false,
             target: false,
         };
-        dir.register(one).unwrap();
+        dir.register(replica).unwrap();
         drop(dir);
         let dir = NodeDir::open(temp.path(), NodeId(8)).unwrap();
         assert_eq!(dir.identity().node_id, NodeId(7));
-        assert_eq!(dir.replicas(), vec![one]);
+        assert_eq!(dir.replicas(), vec![replica]);
     }
 
     #[test]
     fn what_could_not_be_registered_is_not_and_is_tried_again() {
         let temp = tempfile::tempdir().unwrap();
         let mut dir = NodeDir::open(temp.path(), NodeId(7)).unwrap();
-        let one = Registered {
+        let replica = Registered {
             keyspace: KeyspaceId(1),
             shard: ShardId(0),
             replica: ReplicaId(1),
@@ -394,14 +394,14 @@ mod tests {
         };
         let in_the_way = temp.path().join("replicas.json.part");
         std::fs::create_dir(&in_the_way).unwrap();
-        assert!(matches!(dir.register(one), Err(DirError::Io { .. })));
-        assert_eq!(dir.registered(one.keyspace, one.replica), None);
+        assert!(matches!(dir.register(replica), Err(DirError::Io { .. })));
+        assert_eq!(dir.registered(replica.keyspace, replica.replica), None);
         std::fs::remove_dir(&in_the_way).unwrap();
-        dir.register(one).unwrap();
+        dir.register(replica).unwrap();
         std::fs::create_dir(&in_the_way).unwrap();
-        assert!(matches!(dir.discard(one.keyspace, one.replica), Err(DirError::Io { .. })));
+        assert!(matches!(dir.discard(replica.keyspace, replica.replica), Err(DirError::Io { .. })));
         std::fs::remove_dir(&in_the_way).unwrap();
-        dir.discard(one.keyspace, one.replica).unwrap();
+        dir.discard(replica.keyspace, replica.replica).unwrap();
         drop(dir);
         assert_eq!(NodeDir::open(temp.path(), NodeId(8)).unwrap().replicas(), []);
     }
@@ -423,7 +423,7 @@ mod tests {
         // `/dev/shm` is a file system of its own on every Linux machine.
         let other = tempfile::tempdir_in("/dev/shm").unwrap();
         std::os::unix::fs::symlink(other.path(), temp.path().join("replicas")).unwrap();
-        let one = registered(1);
+        let replica = registered(1);
         for _ in 0..2 {
             let mut dir = NodeDir::open(temp.path(), NodeId(7)).unwrap();
             assert_eq!(std::fs::read_dir(dir.tmp()).unwrap().count(), 0);
@@ -431,10 +431,10 @@ mod tests {
             // Replicas are built there, and removed replicas are moved there.
             let built = dir.tmp().join("built");
             std::fs::create_dir(&built).unwrap();
-            let place = dir.replica_dir(one.keyspace, one.replica);
+            let place = dir.replica_dir(replica.keyspace, replica.replica);
             std::fs::rename(&built, &place).unwrap();
-            dir.register(one).unwrap();
-            dir.discard(one.keyspace, one.replica).unwrap();
+            dir.register(replica).unwrap();
+            dir.discard(replica.keyspace, replica.replica).unwrap();
             assert!(!place.exists());
         }
         let plain = tempfile::tempdir().unwrap();

@@ -14,7 +14,7 @@ const OTHERS_EACH: u64 = 16;
 const CONNECTIONS_MIN: usize = 16;
 
 /// Raises the limit as far as this process may; returns the resulting limit.
-pub fn raise() -> u64 {
+pub(crate) fn raise() -> u64 {
     let limit = getrlimit(Resource::Nofile);
     let wanted = limit.maximum.unwrap_or(UNLIMITED);
     match setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum: limit.maximum }) {
@@ -28,12 +28,12 @@ pub fn raise() -> u64 {
 
 /// Returns the number of connections that the node accepts under a limit: at most a quarter of a low one, the
 /// rest belongs to replicas.
-pub fn connections(limit: u64) -> usize {
+pub(crate) fn connections(limit: u64) -> usize {
     usize::try_from(limit / 4).unwrap_or(CONNECTIONS_MAX).clamp(CONNECTIONS_MIN, CONNECTIONS_MAX)
 }
 
 /// Returns the number of tables that each of so many replicas may keep open under a limit.
-pub fn tables_each(limit: u64, replicas: usize) -> usize {
+pub(crate) fn tables_each(limit: u64, replicas: usize) -> usize {
     let replicas = replicas.max(1) as u64;
     let left = limit.saturating_sub(CONNECTIONS_MAX as u64 + replicas * OTHERS_EACH);
     usize::try_from(left / replicas).unwrap_or(TABLES_OPEN_MAX).clamp(TABLES_OPEN_MIN, TABLES_OPEN_MAX)

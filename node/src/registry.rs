@@ -15,15 +15,15 @@ use vasto_core::ids::{Epoch, KeyspaceId, NodeId, ReplicaId, ShardId};
 use vasto_core::limits::MASTER_WORD;
 use vasto_core::topology::{NodeAddress, Topology};
 
-use crate::clock::SharedClock;
+use crate::clock::{SharedClock, now_ms};
 use crate::replica::Replica;
-use crate::replica::authority::{Belief, now_ms};
+use crate::replica::authority::Belief;
 use crate::stall::StallDetector;
 
 type Routes = HashMap<(KeyspaceId, ShardId), Replica>;
 
 /// Shared state; everything in it is cheap to read on the data path.
-pub struct NodeRegistry {
+pub(crate) struct NodeRegistry {
     /// This node.
     pub node_id: NodeId,
     /// Clock for event and commit times and expiry.
@@ -58,7 +58,7 @@ pub struct NodeRegistry {
 
 impl NodeRegistry {
     /// Creates the registry of a node that hosts nothing yet.
-    pub fn new(node_id: NodeId, clock: SharedClock, read_threads: usize) -> Self {
+    pub(crate) fn new(node_id: NodeId, clock: SharedClock, read_threads: usize) -> Self {
         Self {
             node_id,
             clock,
@@ -82,29 +82,29 @@ impl NodeRegistry {
     }
 
     /// Returns the replica that serves a shard on this node.
-    pub fn replica_of(&self, keyspace: KeyspaceId, shard: ShardId) -> Option<Replica> {
+    pub(crate) fn replica_of(&self, keyspace: KeyspaceId, shard: ShardId) -> Option<Replica> {
         self.routes.load().get(&(keyspace, shard)).cloned()
     }
 
     /// Returns a hosted replica by its id.
-    pub fn replica(&self, keyspace: KeyspaceId, id: ReplicaId) -> Option<Replica> {
-        self.routes.load().values().find(|one| one.keyspace == keyspace && one.id == id).cloned()
+    pub(crate) fn replica(&self, keyspace: KeyspaceId, id: ReplicaId) -> Option<Replica> {
+        self.routes.load().values().find(|replica| replica.keyspace == keyspace && replica.id == id).cloned()
     }
 
     /// Returns all hosted replicas.
-    pub fn replicas(&self) -> Vec<Replica> {
+    pub(crate) fn replicas(&self) -> Vec<Replica> {
         self.routes.load().values().cloned().collect()
     }
 
     /// Stops replicas with peers from serving until they have caught up, because the process stood still.
-    pub fn stop_serving_what_has_peers(&self) {
+    pub(crate) fn stop_serving_what_has_peers(&self) {
         for replica in self.replicas().into_iter().filter(|replica| replica.followers().has_peers()) {
             replica.set_ready(false);
         }
     }
 
     /// Hosts a replica.
-    pub fn add_replica(&self, replica: Replica) {
+    pub(crate) fn add_replica(&self, replica: Replica) {
         let _guard = self.update.lock();
         let mut routes = Routes::clone(&self.routes.load());
         routes.insert((replica.keyspace, replica.shard), replica);
@@ -113,10 +113,11 @@ impl NodeRegistry {
     }
 
     /// Stops hosting a replica; returns its handle.
-    pub fn remove_replica(&self, keyspace: KeyspaceId, id: ReplicaId) -> Option<Replica> {
+    pub(crate) fn remove_replica(&self, keyspace: KeyspaceId, id: ReplicaId) -> Option<Replica> {
         let _guard = self.update.lock();
         let mut routes = Routes::clone(&self.routes.load());
-        let key = routes.iter().find(|(_, one)| one.keyspace == keyspace && one.id == id).map(|(key, _)| *key)?;
+        let key =
+            routes.iter().find(|(_, replica)| replica.keyspace == keyspace && replica.id == id).map(|(key, _)| *key)?;
         let replica = routes.remove(&key);
         self.routes.store(Arc::new(routes));
         self.bump();
@@ -124,7 +125,7 @@ impl NodeRegistry {
     }
 
     /// Records the nodes that had no session with the master, as of a question sent at `sent_ms`.
-    pub fn set_presence(&self, sent_ms: u64, gone: HashSet<NodeId>) {
+    pub(crate) fn set_presence(&self, sent_ms: u64, gone: HashSet<NodeId>) {
         let (before, now) = (self.master_word.load(), now_ms());
         let since = |node: NodeId| (node, before.get(&node).copied().unwrap_or(now));
         self.master_word.store(Arc::new(gone.into_iter().map(since).collect()));
@@ -132,49 +133,49 @@ impl NodeRegistry {
     }
 
     /// Returns until when the master's presence answer is valid.
-    pub fn master_word(&self) -> Belief {
+    pub(crate) fn master_word(&self) -> Belief {
         self.master_believed.clone()
     }
 
     /// Returns since when the master reports the node without a session, milliseconds since boot; `None` when it does
     /// not, or when its last answer is too old.
-    pub fn master_says_gone(&self, node: NodeId, now_ms: u64) -> Option<u64> {
+    pub(crate) fn master_says_gone(&self, node: NodeId, now_ms: u64) -> Option<u64> {
         let believed = self.master_believed.load(Ordering::Acquire) > now_ms;
         self.master_word.load().get(&node).copied().filter(|_| believed)
     }
 
     /// Announces that the node is reachable again: older connections are stuck until their transport retries.
-    pub fn link_is_up(&self, node: NodeId) {
+    pub(crate) fn link_is_up(&self, node: NodeId) {
         self.links.send_modify(|links| *links.entry(node).or_default() += 1);
     }
 
     /// Returns how often the node became reachable again.
-    pub fn links_of(&self, node: NodeId) -> u64 {
+    pub(crate) fn links_of(&self, node: NodeId) -> u64 {
         self.links.borrow().get(&node).copied().unwrap_or(0)
     }
 
     /// Waits until the node has become reachable again, once more than `before`.
-    pub async fn linked_again(&self, node: NodeId, before: u64) {
+    pub(crate) async fn linked_again(&self, node: NodeId, before: u64) {
         let mut links = self.links.subscribe();
         // An error would mean that the sender is dropped, and `self` owns it.
         let _ = links.wait_for(|links| links.get(&node).copied().unwrap_or(0) > before).await;
     }
 
     /// Returns the last version known of a keyspace.
-    pub fn catalog(&self, keyspace: KeyspaceId) -> Option<Arc<Catalog>> {
+    pub(crate) fn catalog(&self, keyspace: KeyspaceId) -> Option<Arc<Catalog>> {
         self.catalogs.load().get(&keyspace).cloned()
     }
 
     /// Returns the last version known of every keyspace.
-    pub fn catalogs(&self) -> HashMap<KeyspaceId, Arc<Catalog>> {
+    pub(crate) fn catalogs(&self) -> HashMap<KeyspaceId, Arc<Catalog>> {
         HashMap::clone(&self.catalogs.load())
     }
 
     /// Stores a version; false when it is not newer than the known one.
-    pub fn set_catalog(&self, catalog: Arc<Catalog>) -> bool {
+    pub(crate) fn set_catalog(&self, catalog: Arc<Catalog>) -> bool {
         let _guard = self.update.lock();
         let catalogs = self.catalogs.load();
-        if catalogs.get(&catalog.keyspace).is_some_and(|known| known.version >= catalog.version) {
+        if catalogs.get(&catalog.keyspace).is_some_and(|current| current.version >= catalog.version) {
             return false;
         }
         let mut next = HashMap::clone(&catalogs);
@@ -185,53 +186,53 @@ impl NodeRegistry {
     }
 
     /// Replaces the addresses of the nodes.
-    pub fn set_addresses(&self, addresses: HashMap<NodeId, NodeAddress>) {
+    pub(crate) fn set_addresses(&self, addresses: HashMap<NodeId, NodeAddress>) {
         self.addresses.store(Arc::new(addresses));
         self.bump();
     }
 
     /// Returns the address of a node.
-    pub fn address(&self, node: NodeId) -> Option<String> {
-        self.addresses.load().get(&node).map(|known| known.address.clone())
+    pub(crate) fn address(&self, node: NodeId) -> Option<String> {
+        self.addresses.load().get(&node).map(|node| node.address.clone())
     }
 
     /// Returns true when a node listens at the address.
-    pub fn is_address(&self, address: &str) -> bool {
-        self.addresses.load().values().any(|known| known.address == address)
+    pub(crate) fn is_address(&self, address: &str) -> bool {
+        self.addresses.load().values().any(|node| node.address == address)
     }
 
     /// Returns the topology of a keyspace as this node knows it.
-    pub fn topology(&self, keyspace: KeyspaceId) -> Option<Topology> {
+    pub(crate) fn topology(&self, keyspace: KeyspaceId) -> Option<Topology> {
         let catalog = self.catalog(keyspace)?;
         let addresses = self.addresses.load();
         Some(Topology::derive(&catalog, |node| addresses.get(&node).cloned()))
     }
 
     /// Returns the epoch of a keyspace as this node knows it.
-    pub fn known_epoch(&self, keyspace: KeyspaceId) -> Epoch {
+    pub(crate) fn known_epoch(&self, keyspace: KeyspaceId) -> Epoch {
         self.catalogs.load().get(&keyspace).map(|catalog| catalog.epoch).unwrap_or_default()
     }
 
     /// Returns true when the known catalog places a replica of the shard on this node, open or not.
-    pub fn is_placed_here(&self, keyspace: KeyspaceId, shard: ShardId) -> bool {
+    pub(crate) fn is_placed_here(&self, keyspace: KeyspaceId, shard: ShardId) -> bool {
         self.catalogs.load().get(&keyspace).is_some_and(|catalog| {
             catalog.members_on(self.node_id).iter().any(|(member, _, placed)| *member == shard && *placed)
         })
     }
 
     /// Returns true when the known catalog places no other replica of the shard.
-    pub fn is_the_only_one(&self, keyspace: KeyspaceId, shard: ShardId) -> bool {
+    pub(crate) fn is_the_only_one(&self, keyspace: KeyspaceId, shard: ShardId) -> bool {
         let catalogs = self.catalogs.load();
-        catalogs.get(&keyspace).and_then(|catalog| catalog.shard(shard)).is_none_or(|one| one.replicas.len() < 2)
+        catalogs.get(&keyspace).and_then(|catalog| catalog.shard(shard)).is_none_or(|shard| shard.replicas.len() < 2)
     }
 
     /// Returns why the replica of the shard is not open here, if an attempt has failed.
-    pub fn not_open(&self, keyspace: KeyspaceId, shard: ShardId) -> Option<String> {
+    pub(crate) fn not_open(&self, keyspace: KeyspaceId, shard: ShardId) -> Option<String> {
         self.not_open.load().get(&(keyspace, shard)).cloned()
     }
 
     /// Records why the replica of a shard is not open; `None` means that it is retried.
-    pub fn set_not_open(&self, keyspace: KeyspaceId, shard: ShardId, reason: Option<String>) {
+    pub(crate) fn set_not_open(&self, keyspace: KeyspaceId, shard: ShardId, reason: Option<String>) {
         let _one_at_a_time = self.update.lock();
         let mut next = HashMap::clone(&self.not_open.load());
         match reason {
@@ -243,41 +244,41 @@ impl NodeRegistry {
     }
 
     /// Returns true while client writes are refused because the disk is almost full.
-    pub fn is_disk_low(&self) -> bool {
+    pub(crate) fn is_disk_low(&self) -> bool {
         self.disk_low.load(Ordering::Relaxed)
     }
 
     /// Marks a replica as active for as long as the returned guard lives.
-    pub fn activity(&self) -> Arc<()> {
+    pub(crate) fn activity(&self) -> Arc<()> {
         self.active.clone()
     }
 
     /// Returns true when all replicas are idle.
-    pub fn is_at_rest(&self) -> bool {
+    pub(crate) fn is_at_rest(&self) -> bool {
         Arc::strong_count(&self.active) == 1
     }
 
     /// Refuses client writes because the disk is almost full, or accepts them again.
-    pub fn set_disk_low(&self, low: bool) {
+    pub(crate) fn set_disk_low(&self, low: bool) {
         self.disk_low.store(low, Ordering::Relaxed);
     }
 
     /// Returns the warning about what keeps the node from doing all of its work; `None` when there is none.
-    pub fn trouble(&self) -> watch::Receiver<Option<String>> {
+    pub(crate) fn trouble(&self) -> watch::Receiver<Option<String>> {
         self.trouble.subscribe()
     }
 
     /// Publishes the warning.
-    pub fn set_trouble(&self, trouble: Option<String>) {
-        self.trouble.send_if_modified(|told| {
-            let news = *told != trouble;
-            *told = trouble;
-            news
+    pub(crate) fn set_trouble(&self, trouble: Option<String>) {
+        self.trouble.send_if_modified(|warning| {
+            let is_new = *warning != trouble;
+            *warning = trouble;
+            is_new
         });
     }
 
     /// Returns a receiver of changes of the state above.
-    pub fn changes(&self) -> watch::Receiver<u64> {
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
 

@@ -11,11 +11,11 @@ use vasto_core::ids::{KeyspaceId, ReplicaId};
 use vasto_core::limits::{PASSING_MAX, REOPEN_AFTER, REOPEN_AFTER_MAX};
 
 /// Identity of a replica on a node.
-pub type ReplicaKey = (KeyspaceId, ReplicaId);
+pub(crate) type ReplicaKey = (KeyspaceId, ReplicaId);
 
 /// The next attempt for each replica that a shortage has closed.
 #[derive(Default)]
-pub struct ReopenSchedule(HashMap<ReplicaKey, Attempt>);
+pub(crate) struct ReopenSchedule(HashMap<ReplicaKey, Attempt>);
 
 struct Attempt {
     /// When the replica was first found closed.
@@ -26,13 +26,13 @@ struct Attempt {
 }
 
 impl ReopenSchedule {
-    /// Forgets replicas that have not been closed for long. One that fails again before keeps its growing pause.
-    pub fn keep(&mut self, closed: &HashSet<ReplicaKey>, now: Instant) {
+    /// Forgets replicas that have been open for a while. One that is closed again before that keeps its growing pause.
+    pub(crate) fn keep(&mut self, closed: &HashSet<ReplicaKey>, now: Instant) {
         self.0.retain(|key, attempt| closed.contains(key) || now < attempt.not_before + REOPEN_AFTER_MAX);
     }
 
     /// Returns true when the replica may be tried now; the first call, with the reason of its closing, only schedules it.
-    pub fn is_due(&mut self, key: ReplicaKey, reason: &str, now: Instant) -> bool {
+    pub(crate) fn is_due(&mut self, key: ReplicaKey, reason: &str, now: Instant) -> bool {
         let first = || {
             tracing::warn!(
                 keyspace = key.0.0,
@@ -46,7 +46,7 @@ impl ReopenSchedule {
     }
 
     /// Records an attempt.
-    pub fn attempt(&mut self, key: ReplicaKey, now: Instant) {
+    pub(crate) fn attempt(&mut self, key: ReplicaKey, now: Instant) {
         if let Some(attempt) = self.0.get_mut(&key) {
             attempt.pause = (attempt.pause * 2).min(REOPEN_AFTER_MAX);
             attempt.not_before = now + attempt.pause;
@@ -54,7 +54,7 @@ impl ReopenSchedule {
     }
 
     /// Returns true while a closed replica may still open again by itself.
-    pub fn is_passing(&self, key: ReplicaKey) -> bool {
+    pub(crate) fn is_passing(&self, key: ReplicaKey) -> bool {
         self.0.get(&key).is_none_or(|attempt| attempt.since.elapsed() < PASSING_MAX)
     }
 }

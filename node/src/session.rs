@@ -27,16 +27,16 @@ use vasto_shipping::Usage;
 use vasto_shipping::bucket::Bucket;
 
 use crate::clock::Sparse;
+use crate::clock::now_ms;
 use crate::command;
 use crate::manager::Manager;
 use crate::node_dir::{DirError, NodeDir, write_json};
 use crate::registry::NodeRegistry;
-use crate::replica::authority::now_ms;
 
 /// Longest pause between two attempts to reach the master.
 const RETRY_MAX: Duration = Duration::from_secs(2);
 /// While the node is idle, one report in so many polls the replicas.
-const LOOKS_AT_REST: u32 = 8;
+const POLLS_WHILE_IDLE: u32 = 8;
 /// Minimum interval between reports, so that a busy tail does not flood the master.
 const REPORT_GAP: Duration = Duration::from_millis(2);
 
@@ -78,7 +78,7 @@ impl SessionError {
 
 /// The master's answer to a join.
 #[derive(Debug, Clone)]
-pub struct Joined {
+pub(crate) struct Joined {
     /// The cluster.
     pub cluster_id: String,
     /// The bucket to ship to.
@@ -86,7 +86,7 @@ pub struct Joined {
 }
 
 /// What a node sends to join a master.
-pub struct SessionConfig {
+pub(crate) struct SessionConfig {
     /// `http://host:port` of the master.
     pub master: String,
     /// Address that clients and other nodes connect to.
@@ -100,7 +100,7 @@ pub struct SessionConfig {
 }
 
 /// The opened stream of a session.
-pub struct Session {
+pub(crate) struct Session {
     to_master: mpsc::Sender<v1::NodeMessage>,
     from_master: tonic::Streaming<v1::MasterMessage>,
     /// The master's answer to the join.
@@ -129,7 +129,7 @@ fn unreachable(master: &str, error: &dyn std::error::Error) -> SessionError {
 }
 
 /// Sends the hello and waits for the master's answer.
-pub async fn join(config: &SessionConfig, dir: &Mutex<NodeDir>) -> Result<Session, SessionError> {
+pub(crate) async fn join(config: &SessionConfig, dir: &Mutex<NodeDir>) -> Result<Session, SessionError> {
     let channel = connect(&config.master).await?;
     let mut client = MembershipClient::new(channel)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -172,7 +172,7 @@ pub async fn join(config: &SessionConfig, dir: &Mutex<NodeDir>) -> Result<Sessio
 }
 
 /// Context of a running session.
-pub struct SessionContext {
+pub(crate) struct SessionContext {
     /// Shared state.
     pub registry: Arc<NodeRegistry>,
     /// Applies catalog versions.
@@ -185,7 +185,7 @@ pub struct SessionContext {
 
 /// Keeps a session with the master until `cancel` fires; rejoins whenever it is lost.
 /// Returns early, through `fatal`, when the master refuses the node for good.
-pub async fn keep(
+pub(crate) async fn keep(
     context: SessionContext,
     config: SessionConfig,
     dir: Arc<Mutex<NodeDir>>,
@@ -271,10 +271,10 @@ async fn handle(
             Ok(())
         }
         FromMaster::Nodes(nodes) => {
-            let known =
-                |one: v1::NodeAddress| (NodeId(one.node_id), NodeAddress { address: one.address, zone: one.zone });
-            let nodes: Vec<(NodeId, NodeAddress)> = nodes.nodes.into_iter().map(known).collect();
-            let list: Vec<_> = nodes.iter().map(|(id, one)| (*id, one.address.clone(), one.zone.clone())).collect();
+            let decoded =
+                |node: v1::NodeAddress| (NodeId(node.node_id), NodeAddress { address: node.address, zone: node.zone });
+            let nodes: Vec<(NodeId, NodeAddress)> = nodes.nodes.into_iter().map(decoded).collect();
+            let list: Vec<_> = nodes.iter().map(|(id, node)| (*id, node.address.clone(), node.zone.clone())).collect();
             context.registry.set_addresses(nodes.into_iter().collect());
             // A hint for a start without the master; the next list replaces it.
             let path = context.dir.join(NODES_FILE);
@@ -309,11 +309,11 @@ async fn handle(
 /// Reports changes, at once when something that the master waits for has happened.
 async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessage>) -> String {
     let mut last: HashMap<(KeyspaceId, ReplicaId), ReplicaReport> = HashMap::new();
-    let mut sparse = Sparse::one_in(LOOKS_AT_REST);
+    let mut sparse = Sparse::one_in(POLLS_WHILE_IDLE);
     loop {
         let mut replicas = Vec::new();
-        let looks = !sparse.leaves_out(context.registry.is_at_rest());
-        for report in looks.then(|| context.manager.reports()).into_iter().flatten() {
+        let is_polled = !sparse.skips(context.registry.is_at_rest());
+        for report in is_polled.then(|| context.manager.reports()).into_iter().flatten() {
             let key = (report.keyspace, report.replica);
             if last.get(&key) != Some(&report) {
                 replicas.push(serde_json::to_string(&report).expect("plain data always has a JSON form"));

@@ -11,7 +11,7 @@ use vasto_core::limits::{DISK_LOW_BYTES_MAX, DISK_LOW_BYTES_MIN};
 
 /// The resource that is short.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Shortage {
+pub(crate) enum Shortage {
     /// Space on the disk, or in a quota of it.
     Disk,
     /// Descriptors, of the process or of the machine.
@@ -23,7 +23,7 @@ pub enum Shortage {
 }
 
 /// Error of a replica whose writer did not get a thread.
-pub const NO_THREAD: &str = "there is no thread for its writer";
+pub(crate) const NO_THREAD: &str = "there is no thread for its writer";
 
 /// Texts by which the operating system, the standard library and RocksDB name shortages.
 const WORDS: [(&str, Shortage); 7] = [
@@ -40,13 +40,13 @@ const WORDS: [(&str, Shortage); 7] = [
 const DESCRIPTORS_WANTED: usize = 48;
 
 /// Returns the shortage that an error names, if any.
-pub fn shortage_of(error: &str) -> Option<Shortage> {
+pub(crate) fn shortage_of(error: &str) -> Option<Shortage> {
     WORDS.iter().find(|(words, _)| error.contains(words)).map(|(_, shortage)| *shortage)
 }
 
 impl Shortage {
     /// Returns whether the shortage is over for files in this directory.
-    pub fn is_over(self, dir: &Path) -> bool {
+    pub(crate) fn is_over(self, dir: &Path) -> bool {
         match self {
             Shortage::Disk => DiskRoom::of(dir).is_some_and(|room| room.is_comfortable()),
             Shortage::Threads => std::thread::Builder::new().spawn(|| ()).is_ok(),
@@ -63,7 +63,7 @@ fn can_open(count: usize) -> bool {
 
 /// Space on the file system of a directory, bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DiskRoom {
+pub(crate) struct DiskRoom {
     /// Bytes that an unprivileged process may still use.
     pub free: u64,
     /// Total bytes.
@@ -72,9 +72,9 @@ pub struct DiskRoom {
 
 impl DiskRoom {
     /// Reads the current space; `None` when the file system does not report it.
-    pub fn of(dir: &Path) -> Option<Self> {
-        let found = rustix::fs::statvfs(dir).ok()?;
-        Some(Self { free: found.f_bavail * found.f_frsize, total: found.f_blocks * found.f_frsize })
+    pub(crate) fn of(dir: &Path) -> Option<Self> {
+        let stat = rustix::fs::statvfs(dir).ok()?;
+        Some(Self { free: stat.f_bavail * stat.f_frsize, total: stat.f_blocks * stat.f_frsize })
     }
 
     /// Returns the reserve: free space below it belongs to flushes, compactions and data that is written already.
@@ -83,12 +83,12 @@ impl DiskRoom {
     }
 
     /// Returns true when client writes are to be refused.
-    pub fn is_low(self) -> bool {
+    pub(crate) fn is_low(self) -> bool {
         self.free < self.reserve()
     }
 
     /// Returns true when client writes can be accepted again: above the reserve by a margin, against flapping.
-    pub fn is_comfortable(self) -> bool {
+    pub(crate) fn is_comfortable(self) -> bool {
         self.free >= self.reserve() + self.reserve() / 4
     }
 }
@@ -119,6 +119,14 @@ mod tests {
         ] {
             assert_eq!(shortage_of(&other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn a_database_that_its_last_user_has_not_released_yet_is_a_passing_shortage() {
+        let temp = tempfile::tempdir().unwrap();
+        let _user = rocksdb::DB::open_default(temp.path()).unwrap();
+        let Err(error) = rocksdb::DB::open_default(temp.path()) else { panic!("a database was opened twice") };
+        assert_eq!(shortage_of(error.as_ref()), Some(Shortage::Database), "{error}");
     }
 
     #[test]

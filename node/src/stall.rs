@@ -13,14 +13,14 @@ use std::time::Duration;
 use tokio::sync::watch;
 use vasto_core::limits::ATTEMPT_PATIENCE;
 
-use crate::clock::since_boot;
+use crate::clock::now_ms;
 
 /// Interval between two heartbeats.
 const TICK: Duration = Duration::from_millis(100);
 
 /// When the process was last seen to run.
 #[derive(Debug)]
-pub struct StallDetector {
+pub(crate) struct StallDetector {
     seen_ms: AtomicU64,
     pauses: watch::Sender<u64>,
 }
@@ -31,23 +31,19 @@ impl Default for StallDetector {
     }
 }
 
-fn now_ms() -> u64 {
-    since_boot().as_millis() as u64
-}
-
 impl StallDetector {
     /// Returns true while the process stands still, or has just continued and the pause is not detected yet.
-    pub fn is_standing(&self) -> bool {
+    pub(crate) fn is_standing(&self) -> bool {
         now_ms().saturating_sub(self.seen_ms.load(Ordering::Acquire)) >= ATTEMPT_PATIENCE.as_millis() as u64
     }
 
     /// Returns a receiver of the number of pauses.
-    pub fn pauses(&self) -> watch::Receiver<u64> {
+    pub(crate) fn pauses(&self) -> watch::Receiver<u64> {
         self.pauses.subscribe()
     }
 
     /// Records a heartbeat; `after_pause` runs before any other code sees that the process is back.
-    pub fn tick(&self, after_pause: impl FnOnce(Duration)) {
+    pub(crate) fn tick(&self, after_pause: impl FnOnce(Duration)) {
         let since = now_ms().saturating_sub(self.seen_ms.load(Ordering::Acquire));
         if since >= ATTEMPT_PATIENCE.as_millis() as u64 {
             after_pause(Duration::from_millis(since));
@@ -60,7 +56,7 @@ impl StallDetector {
 /// Records heartbeats until `ended` returns true; runs on its own thread.
 // The thread does nothing else.
 #[allow(clippy::disallowed_methods)]
-pub fn watch(detector: &StallDetector, after_pause: impl Fn(Duration), ended: impl Fn() -> bool) {
+pub(crate) fn watch(detector: &StallDetector, after_pause: impl Fn(Duration), ended: impl Fn() -> bool) {
     while !ended() {
         detector.tick(&after_pause);
         std::thread::sleep(TICK);

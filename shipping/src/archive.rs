@@ -1,7 +1,7 @@
-//! The archive of a shard in the bucket: the checkpoints of its replicas, and the log behind each checkpoint.
+//! The archive of a shard in the bucket: the checkpoints of its replicas, and the log after each checkpoint.
 //!
 //! **Invariant:** every object is found by name and checked when it is read; a chunk is the next chunk
-//! only when it begins exactly behind the last record.
+//! only when it begins exactly after the last record.
 //!
 //! Uses LIST requests, so for bootstrap, restore and fsck only.
 
@@ -174,7 +174,7 @@ pub fn is_proven(held_by_us: u64, until_us: u64) -> bool {
 /// Returns the last checkpoint of a replica that holds nothing newer than a time, microseconds; without a time
 /// the last of all. "Nothing newer" is decided by the commit times, or by the store having received the
 /// checkpoint by then, which also holds when the clock that assigned the commit times was ahead. An unreadable
-/// checkpoint is skipped while there is an older one: the log behind the older one covers it, and the reader of
+/// checkpoint is skipped while there is an older one: the log after the older one covers it, and the reader of
 /// the log detects when it does not.
 ///
 /// # Errors

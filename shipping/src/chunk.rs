@@ -337,7 +337,7 @@ mod tests {
             prop_assert!(Chunk::decode(&bytes).is_err());
         }
 
-        // With a matching checksum, so that the fields behind it are reached.
+        // With a matching checksum, so that the fields after it are reached.
         #[test]
         fn fields_are_decoded_totally(chunk in any_chunk(), at: usize, value: u8, cut in 0usize..40) {
             let mut bytes = chunk.encode().to_vec();

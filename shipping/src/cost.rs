@@ -82,11 +82,11 @@ pub struct Estimate {
 
 /// Extrapolates to a 30-day month. Processes without a known time are left out.
 pub fn estimate(usages: &[Usage], stored_bytes: Option<u64>, prices: &Prices) -> Estimate {
-    let known: Vec<&Usage> = usages.iter().filter(|usage| !usage.elapsed.is_zero()).collect();
-    let measured = known.iter().map(|usage| usage.elapsed).min().unwrap_or_default();
+    let timed: Vec<&Usage> = usages.iter().filter(|usage| !usage.elapsed.is_zero()).collect();
+    let measured = timed.iter().map(|usage| usage.elapsed).min().unwrap_or_default();
     let monthly = |price: fn(&Prices, &RequestCounts) -> f64| {
         let of = |usage: &&Usage| price(prices, &usage.counts) * MONTH.as_secs_f64() / usage.elapsed.as_secs_f64();
-        (!known.is_empty()).then(|| known.iter().map(of).sum::<f64>())
+        (!timed.is_empty()).then(|| timed.iter().map(of).sum::<f64>())
     };
     let (requests, egress) = (monthly(Prices::of_requests), monthly(Prices::of_egress));
     let storage = stored_bytes.map(|bytes| bytes as f64 / GIB * prices.gib_month);
@@ -95,7 +95,7 @@ pub fn estimate(usages: &[Usage], stored_bytes: Option<u64>, prices: &Prices) ->
         storage,
         egress,
         total: requests.zip(storage).zip(egress).map(|((requests, storage), egress)| requests + storage + egress),
-        processes: known.len(),
+        processes: timed.len(),
         measured,
         is_short: measured < MEASURED_MIN,
     }
@@ -111,9 +111,9 @@ mod tests {
         Usage { counts, elapsed }
     }
 
-    fn close(found: Option<f64>, wanted: f64) {
-        let found = found.expect("it was measured");
-        assert!((found - wanted).abs() < 1e-9, "{found} instead of {wanted}");
+    fn assert_close(estimated: Option<f64>, wanted: f64) {
+        let estimated = estimated.expect("a process was measured");
+        assert!((estimated - wanted).abs() < 1e-9, "{estimated} instead of {wanted}");
     }
 
     #[test]
@@ -123,17 +123,17 @@ mod tests {
             let estimate = estimate(usages, Some(1 << 30), &Prices::default());
             assert_eq!((estimate.requests, estimate.egress, estimate.total), (None, None, None));
             assert_eq!((estimate.processes, estimate.measured, estimate.is_short), (0, Duration::ZERO, true));
-            close(estimate.storage, 0.023);
+            assert_close(estimate.storage, 0.023);
         }
     }
 
     #[test]
     fn an_idle_cluster_pays_for_what_it_stores_alone() {
         let estimate = estimate(&[usage(RequestCounts::default(), HOUR)], Some(100 << 30), &Prices::default());
-        close(estimate.requests, 0.0);
-        close(estimate.egress, 0.0);
-        close(estimate.storage, 2.3);
-        close(estimate.total, 2.3);
+        assert_close(estimate.requests, 0.0);
+        assert_close(estimate.egress, 0.0);
+        assert_close(estimate.storage, 2.3);
+        assert_close(estimate.total, 2.3);
         assert!(!estimate.is_short);
     }
 
@@ -157,10 +157,10 @@ mod tests {
             bytes_written: 1 << 40,
         };
         let estimate = estimate(&[usage(counts, MONTH)], Some(1 << 40), &prices);
-        close(estimate.requests, 1.0 + 2.0 * 10.0 + 100.0);
-        close(estimate.egress, 14.0);
-        close(estimate.storage, 0.0);
-        close(estimate.total, 135.0);
+        assert_close(estimate.requests, 1.0 + 2.0 * 10.0 + 100.0);
+        assert_close(estimate.egress, 14.0);
+        assert_close(estimate.storage, 0.0);
+        assert_close(estimate.total, 135.0);
     }
 
     #[test]
@@ -169,9 +169,9 @@ mod tests {
         let old = usage(RequestCounts { put: 8640, ..RequestCounts::default() }, 24 * HOUR);
         let young = usage(RequestCounts { put: 360, ..RequestCounts::default() }, HOUR);
         let month = 259_200.0 / 1000.0 * 0.005;
-        close(estimate(&[old], Some(0), &Prices::default()).requests, month);
+        assert_close(estimate(&[old], Some(0), &Prices::default()).requests, month);
         let both = estimate(&[old, young], Some(0), &Prices::default());
-        close(both.requests, 2.0 * month);
+        assert_close(both.requests, 2.0 * month);
         assert_eq!((both.processes, both.measured), (2, HOUR));
     }
 
@@ -187,6 +187,6 @@ mod tests {
     fn a_size_that_nobody_knows_leaves_the_total_open() {
         let estimate = estimate(&[usage(RequestCounts::default(), HOUR)], None, &Prices::default());
         assert_eq!((estimate.storage, estimate.total), (None, None));
-        close(estimate.requests, 0.0);
+        assert_close(estimate.requests, 0.0);
     }
 }

@@ -1,4 +1,4 @@
-//! When a checkpoint is due: before replaying the log behind the last checkpoint would take too long.
+//! When a checkpoint is due: before replaying the log after the last checkpoint would take too long.
 //!
 //! **Invariant:** an idle replica is never due: the rule compares work, not time. A busy replica is due by
 //! the bytes of its log, a slow replica by the number of its chunks, each of which is a request.
@@ -14,7 +14,7 @@ const RECORDS_PER_SECOND: f64 = 50_000.0;
 /// ... and the wait for each chunk.
 const SECONDS_PER_CHUNK: f64 = 0.05;
 
-/// The log behind the last checkpoint.
+/// The log after the last checkpoint.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Replay {
     /// Its bytes.
@@ -34,7 +34,7 @@ impl Replay {
     }
 }
 
-/// Returns true when this much log behind the last checkpoint makes a new one due.
+/// Returns true when this much log after the last checkpoint makes a new one due.
 pub fn checkpoint_is_due(since: Replay) -> bool {
     since.bytes >= CHECKPOINT_LOG_BYTES || since.takes() >= REPLAY_MAX
 }

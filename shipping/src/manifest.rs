@@ -127,7 +127,7 @@ impl Manifest {
 
     /// Returns the keys of all named objects.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
-        self.files.iter().map(|file| file.key.as_str()).chain(self.database.iter().map(|one| one.key.as_str()))
+        self.files.iter().map(|file| file.key.as_str()).chain(self.database.iter().map(|list| list.key.as_str()))
     }
 
     /// Returns the total size of the SSTs.

@@ -182,7 +182,7 @@ async fn only_what_the_retained_checkpoints_need_stays() {
     rig.three_checkpoints().await;
     let before = fsck(&rig.bucket, true).await.unwrap();
     assert!(before.is_clean(), "{before:?}");
-    assert_eq!(before.orphans.iter().map(|one| one.key.clone()).collect::<Vec<_>>(), [rig.sst(9)]);
+    assert_eq!(before.orphans.iter().map(|orphan| orphan.key.clone()).collect::<Vec<_>>(), [rig.sst(9)]);
     let all = rig.keys().await;
     let planned = collect(&rig.bucket, STRICT, true).await.unwrap();
     assert_eq!(rig.keys().await, all, "a dry run deletes nothing");
@@ -422,8 +422,8 @@ async fn one_object_of_the_future_ages_no_other() {
         let collected = collect(&rig.rig.bucket, Retention::default(), dry_run).await.unwrap();
         assert_eq!(collected.deleted, 0, "{collected:?}");
         assert!(collected.young > 0, "{collected:?}");
-        let told = collected.warnings.iter().filter(|text| text.contains("notes.txt")).count();
-        assert_eq!(told, 1, "{collected:?}");
+        let warnings = collected.warnings.iter().filter(|text| text.contains("notes.txt")).count();
+        assert_eq!(warnings, 1, "{collected:?}");
         assert_eq!(rig.rig.keys().await, all);
     }
     // A keyspace that was just deleted can be restored for a week.
@@ -488,10 +488,10 @@ async fn strangers_cost_a_word_each_and_nothing_else() {
         std::fs::create_dir_all(rig.path(key).parent().unwrap()).unwrap();
         std::fs::write(rig.path(key), "not ours").unwrap();
     };
-    let odd = std::ffi::OsStr::from_bytes(b"odd-\xff\xfe");
+    let not_utf8 = std::ffi::OsStr::from_bytes(b"odd-\xff\xfe");
     for folder in ["", "data", "catalog", "gc-term", "names"] {
         std::fs::create_dir_all(rig.path(folder)).unwrap();
-        std::fs::write(rig.path(folder).join(odd), "not ours").unwrap();
+        std::fs::write(rig.path(folder).join(not_utf8), "not ours").unwrap();
         std::os::unix::fs::symlink("..", rig.path(folder).join("circle")).unwrap();
         std::os::unix::fs::symlink("nowhere", rig.path(folder).join("dangling")).unwrap();
         std::os::unix::fs::symlink("itself", rig.path(folder).join("itself")).unwrap();
@@ -507,9 +507,9 @@ async fn strangers_cost_a_word_each_and_nothing_else() {
     // A staged file that a crash in the middle of a write has left.
     let staged = format!("{}#1", rig.rig.sst(77));
     std::fs::write(rig.path(&staged), vec![0; 1_000]).unwrap();
-    let (loaded, odd) = rig.rig.store.load_all_told().await.unwrap();
+    let (loaded, warnings) = rig.rig.store.load_all_told().await.unwrap();
     assert_eq!(loaded, std::slice::from_ref(&rig.rig.catalog));
-    assert_eq!(odd.len(), 2, "{odd:?}");
+    assert_eq!(warnings.len(), 2, "{warnings:?}");
     let next = |id| Catalog::first(id, "other", KeyspaceSpec::default(), &[vec![NodeId(1)]], 1, 1);
     assert_eq!(rig.rig.store.create_keyspace(next).await.unwrap().keyspace, KeyspaceId(2));
     let found = fsck(&rig.rig.bucket, true).await.unwrap();
@@ -517,7 +517,7 @@ async fn strangers_cost_a_word_each_and_nothing_else() {
     for word in ["odd-", "circle", "dangling", "itself"] {
         assert_eq!(found.warnings.iter().filter(|text| text.contains(word)).count(), 5, "{word}: {:?}", found.warnings);
     }
-    let orphans: Vec<&str> = found.orphans.iter().map(|one| one.key.as_str()).collect();
+    let orphans: Vec<&str> = found.orphans.iter().map(|orphan| orphan.key.as_str()).collect();
     for key in [staged.as_str(), "lost+found/x", "catalog/x", "data/x/y"] {
         assert!(orphans.contains(&key), "{key}: {orphans:?}");
     }
@@ -711,7 +711,7 @@ async fn what_was_given_up_goes_when_nothing_leans_on_it() {
     assert!(!keys.contains(&given_up) && !keys.contains(&rig.sst(1)) && keys.contains(&rig.sst(7)), "{keys:?}");
 }
 
-/// A hole in the log behind the last checkpoint is reported as missing; a hole before it is not.
+/// A hole in the log after the last checkpoint is reported as missing; a hole before it is not.
 #[tokio::test]
 async fn a_hole_in_the_log_is_found() {
     let rig = Rig::new("hole").await;

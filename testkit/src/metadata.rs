@@ -96,11 +96,11 @@ async fn connection(stream: TcpStream, keys: Arc<Keys>) -> std::io::Result<()> {
     const ROLE: &str = "/latest/meta-data/iam/security-credentials/";
     let mut stream = BufReader::new(stream);
     while let Some(request) = read(&mut stream).await? {
-        let known = request.headers.get("x-aws-ec2-metadata-token").is_some_and(|token| token == "session");
+        let has_token = request.headers.get("x-aws-ec2-metadata-token").is_some_and(|token| token == "session");
         let (status, body) = match (request.method.as_str(), request.target.strip_prefix(ROLE)) {
             ("PUT", None) if request.target == "/latest/api/token" => (200, "session".to_owned()),
-            ("GET", Some("")) if known => (200, "vasto".to_owned()),
-            ("GET", Some("vasto")) if known => (200, credentials(&keys)),
+            ("GET", Some("")) if has_token => (200, "vasto".to_owned()),
+            ("GET", Some("vasto")) if has_token => (200, credentials(&keys)),
             _ => (401, String::new()),
         };
         let answer = format!("HTTP/1.1 {status} Some Reason\r\nContent-Length: {}\r\n\r\n{body}", body.len());

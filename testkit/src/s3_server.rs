@@ -195,7 +195,7 @@ fn seaweedfs(dir: &Path, port: u16) -> Vec<String> {
     for service in ["master", "volume", "filer", "admin"] {
         args.extend([format!("-{service}.port={}", free_port()), format!("-{service}.port.grpc={}", free_port())]);
     }
-    // It would leave sockets of other names behind in /tmp.
+    // By default SeaweedFS leaves its sockets in /tmp.
     args.extend(["s3", "filer"].map(|of| format!("-{of}.localSocket={}", dir.join(format!("{of}.sock")).display())));
     args
 }

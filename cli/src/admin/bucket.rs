@@ -16,7 +16,7 @@ const SHOWN: usize = 20;
 ///
 /// # Errors
 /// An error of the cluster; objects that are missing or damaged.
-pub async fn run(args: &Bucket, format: OutputFormat) -> anyhow::Result<()> {
+pub(crate) async fn run(args: &Bucket, format: OutputFormat) -> anyhow::Result<()> {
     let vasto = connect::connect(&args.connect).await?;
     let progress = ProgressLine::start("looking through the bucket", Unit::Items, None);
     let (missing, corrupt, hint) = match args.command {

@@ -18,7 +18,7 @@ use crate::{
 ///
 /// # Errors
 /// An error of the cluster.
-pub async fn node(args: &Node, format: OutputFormat) -> anyhow::Result<()> {
+pub(crate) async fn node(args: &Node, format: OutputFormat) -> anyhow::Result<()> {
     let vasto = connect::connect(&args.connect).await?;
     let (started, no_wait) = match &args.command {
         NodeCommand::List => return list_nodes(&vasto, format).await,
@@ -48,7 +48,7 @@ async fn list_nodes(vasto: &Vasto, format: OutputFormat) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// An error of the cluster.
-pub async fn cluster(args: &Cluster, format: OutputFormat) -> anyhow::Result<()> {
+pub(crate) async fn cluster(args: &Cluster, format: OutputFormat) -> anyhow::Result<()> {
     let ClusterCommand::Status = args.command;
     let status = connect::connect(&args.connect).await?.cluster_status().await.map_err(connect::failure)?;
     print(&status, format, overview)

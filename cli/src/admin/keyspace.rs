@@ -18,7 +18,7 @@ use crate::{
 ///
 /// # Errors
 /// An error of the cluster.
-pub async fn run(args: &Keyspace, format: OutputFormat) -> anyhow::Result<()> {
+pub(crate) async fn run(args: &Keyspace, format: OutputFormat) -> anyhow::Result<()> {
     let vasto = connect::connect(&args.connect).await?;
     match &args.command {
         KeyspaceCommand::Create(create) => {
@@ -115,7 +115,7 @@ pub(super) fn listing(keyspaces: &[KeyspaceSummary]) -> String {
             keyspace.name.clone(),
             keyspace.shards.to_string(),
             keyspace.replicas.to_string(),
-            keyspace.ack.to_string(),
+            keyspace.ack.clone(),
             keyspace.state.clone(),
             count(keyspace.keys_estimate.or(keyspace.keys)),
             format_bytes(keyspace.bytes),

@@ -15,7 +15,7 @@ use crate::{
 ///
 /// # Errors
 /// An error of the cluster.
-pub async fn run(args: &args::Operation, format: OutputFormat) -> anyhow::Result<()> {
+pub(crate) async fn run(args: &args::Operation, format: OutputFormat) -> anyhow::Result<()> {
     let vasto = connect::connect(&args.connect).await?;
     match &args.command {
         OperationCommand::List => {
@@ -65,12 +65,12 @@ fn milliseconds(value: Option<u64>) -> String {
 fn show(operation: &Operation) -> String {
     match operation.state {
         OperationState::Running => line(operation) + "\n",
-        OperationState::Done | OperationState::Aborted => report(operation),
+        _ => report(operation),
     }
 }
 
 /// Formats a running operation in one line.
-pub fn line(operation: &Operation) -> String {
+pub(crate) fn line(operation: &Operation) -> String {
     let mut out = format!(
         "{} {} {} from {} to {}: {}",
         operation.id,
@@ -90,7 +90,7 @@ pub fn line(operation: &Operation) -> String {
 }
 
 /// Formats the report of a finished operation.
-pub fn report(operation: &Operation) -> String {
+pub(crate) fn report(operation: &Operation) -> String {
     let keyspace = text(operation.keyspace.as_ref());
     let (from, to) = (text(operation.from.as_ref()), text(operation.to.as_ref()));
     // With a fraction, as in JSON: `20.0`.

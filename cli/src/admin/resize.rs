@@ -23,7 +23,7 @@ const AWAY_MAX: Duration = Duration::from_secs(120);
 ///
 /// # Errors
 /// An error of the cluster; an operation that was aborted.
-pub async fn run(vasto: &Vasto, args: &KeyspaceResize, format: OutputFormat) -> anyhow::Result<()> {
+pub(crate) async fn run(vasto: &Vasto, args: &KeyspaceResize, format: OutputFormat) -> anyhow::Result<()> {
     if args.plan {
         let plan = vasto.plan_resize(&args.name, args.shards).await.map_err(connect::failure)?;
         return print(&plan, format, estimate);
@@ -36,7 +36,7 @@ pub async fn run(vasto: &Vasto, args: &KeyspaceResize, format: OutputFormat) -> 
 ///
 /// # Errors
 /// An error of the cluster; an operation that was aborted.
-pub async fn wait(
+pub(crate) async fn wait(
     vasto: &Vasto,
     started: Answer<Operation>,
     no_wait: bool,
@@ -58,12 +58,20 @@ pub async fn wait(
         }
     };
     print(&ended, format, operation::report)?;
-    if ended.state == OperationState::Done {
-        return Ok(());
-    }
-    let reason = ended.reason.as_deref().unwrap_or("no reason is known");
-    let failure = Failure::new(format!("operation {id} was aborted: {reason}"));
-    Err(failure.hint("nothing has changed; try again when the reason is gone").into())
+    let failure = match &ended.state {
+        OperationState::Done => return Ok(()),
+        OperationState::Aborted => {
+            let reason = ended.reason.as_deref().unwrap_or("no reason is known");
+            let failure = Failure::new(format!("operation {id} was aborted: {reason}"));
+            failure.hint("nothing has changed; try again when the reason is gone")
+        }
+        state => {
+            let failure =
+                Failure::new(format!("operation {id} is in the state `{state}`, which this version does not know"));
+            failure.hint(format!("follow it with `vasto operation show {id}` of the version of the master"))
+        }
+    };
+    Err(failure.into())
 }
 
 /// Shows the progress on stderr until the operation has ended; returns its final document.

@@ -22,7 +22,7 @@ use super::{
     In keys, prefixes and partitions \\xNN is the byte NN and \\\\ a backslash; keys are printed the same way.\n\
     A row of a scan that was written with a partition names it: read it with --partition, or with the\n\
     --partition-hash that the row shows.")]
-pub struct Kv {
+pub(crate) struct Kv {
     #[command(flatten)]
     pub connect: Connect,
     #[command(subcommand)]
@@ -31,7 +31,7 @@ pub struct Kv {
 
 /// The commands of `vasto kv`.
 #[derive(Debug, Subcommand)]
-pub enum KvCommand {
+pub(crate) enum KvCommand {
     /// Print the value of a key; exit code 1 when there is none
     Get(KvGet),
     /// Write a value
@@ -44,7 +44,7 @@ pub enum KvCommand {
 
 /// A key in a keyspace.
 #[derive(Debug, Args)]
-pub struct KvKey {
+pub(crate) struct KvKey {
     /// The keyspace
     pub keyspace: String,
     /// The key; \xNN is the byte NN, \\ a backslash
@@ -60,7 +60,7 @@ pub struct KvKey {
 
 /// How to write.
 #[derive(Debug, Args)]
-pub struct KvWrite {
+pub(crate) struct KvWrite {
     /// Ask for more certainty than the keyspace does
     #[arg(long, value_enum)]
     pub ack: Option<Ack>,
@@ -71,14 +71,14 @@ pub struct KvWrite {
 
 /// `vasto kv get`
 #[derive(Debug, Args)]
-pub struct KvGet {
+pub(crate) struct KvGet {
     #[command(flatten)]
     pub key: KvKey,
 }
 
 /// `vasto kv put`
 #[derive(Debug, Args)]
-pub struct KvPut {
+pub(crate) struct KvPut {
     #[command(flatten)]
     pub key: KvKey,
     /// The value, as it is [default: all bytes of stdin]
@@ -93,7 +93,7 @@ pub struct KvPut {
 
 /// `vasto kv delete`
 #[derive(Debug, Args)]
-pub struct KvDelete {
+pub(crate) struct KvDelete {
     #[command(flatten)]
     pub key: KvKey,
     #[command(flatten)]
@@ -102,7 +102,7 @@ pub struct KvDelete {
 
 /// `vasto kv scan`
 #[derive(Debug, Args)]
-pub struct KvScan {
+pub(crate) struct KvScan {
     /// The keyspace
     pub keyspace: String,
     /// Only keys that start with this
@@ -118,7 +118,7 @@ pub struct KvScan {
 
 /// The workloads of `vasto bench`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Workload {
+pub(crate) enum Workload {
     /// Writes of random keys
     Put,
     /// Reads of random keys
@@ -146,7 +146,7 @@ pub enum Workload {
     vasto bench users --workload get --clients 256 --requests 1000000 --output json\n  \
     vasto bench --embedded /tmp/rocksdb --workload put --ack fsync\n\n\
     Its keys are bench:0000000000 and so on. They are deleted at the end, unless --keep is given.")]
-pub struct Bench {
+pub(crate) struct Bench {
     /// The keyspace
     #[arg(required_unless_present = "embedded", conflicts_with = "embedded")]
     pub keyspace: Option<String>,

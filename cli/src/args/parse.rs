@@ -34,7 +34,7 @@ pub(super) fn parse_size(text: &str) -> Result<usize, String> {
 
 /// Bytes that were given as escaped text; [`crate::output::printable`] is the inverse.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Escaped(pub Vec<u8>);
+pub(crate) struct Escaped(pub Vec<u8>);
 
 /// Parses escapes: `\xNN` is the byte NN, `\\` a backslash. Everything else, including bytes that are not UTF-8, is
 /// taken literally, and so is a backslash that begins neither escape, as in `C:\dir`.

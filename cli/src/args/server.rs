@@ -9,7 +9,7 @@ use crate::config::Overrides;
 
 /// Flags that all servers take.
 #[derive(Debug, Args)]
-pub struct Server {
+pub(crate) struct Server {
     /// Serve /healthz, /readyz and /metrics here [default: 127.0.0.1:0, a free port]
     #[arg(long, value_name = "IP:PORT")]
     pub admin_listen: Option<SocketAddr>,
@@ -37,7 +37,7 @@ impl Server {
     vasto dev\n  \
     vasto dev --nodes 5 --dir /tmp/vasto\n  \
     vasto dev --bucket s3://my-bucket/dev")]
-pub struct Dev {
+pub(crate) struct Dev {
     /// How many nodes
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub nodes: u16,
@@ -56,7 +56,7 @@ pub struct Dev {
 
 impl Dev {
     /// Converts the flags to configuration; the admin address becomes that of the master section.
-    pub fn overrides(&self) -> Overrides {
+    pub(crate) fn overrides(&self) -> Overrides {
         self.server.overrides("master").set("bucket.url", "--bucket", self.bucket.as_ref()).set(
             "master.listen",
             "--master-listen",
@@ -67,7 +67,7 @@ impl Dev {
 
 /// `vasto serve`
 #[derive(Debug, Subcommand)]
-pub enum Serve {
+pub(crate) enum Serve {
     /// Run a master: it places shards, drives changes and publishes the topology
     Master(ServeMaster),
     /// Run a node: it holds replicas of shards and serves reads and writes
@@ -79,7 +79,7 @@ pub enum Serve {
 #[command(after_help = "Examples:\n  \
     vasto serve master --bucket file:///var/lib/vasto/bucket\n  \
     vasto serve master --bucket s3://my-bucket/prod --listen 10.0.0.1:8278 --insecure")]
-pub struct ServeMaster {
+pub(crate) struct ServeMaster {
     /// The bucket of the cluster: file:///path, s3://bucket/prefix, gs://…, az://…
     #[arg(long, value_name = "URL")]
     pub bucket: Option<String>,
@@ -92,7 +92,7 @@ pub struct ServeMaster {
 
 impl ServeMaster {
     /// Converts the flags to configuration.
-    pub fn overrides(&self) -> Overrides {
+    pub(crate) fn overrides(&self) -> Overrides {
         self.server.overrides("master").set("bucket.url", "--bucket", self.bucket.as_ref()).set(
             "master.listen",
             "--listen",
@@ -108,7 +108,7 @@ impl ServeMaster {
     vasto serve node --master http://10.0.0.1:8278 --dir /data --listen 0.0.0.0:8279 \
     --advertise node-1:8279 --zone a --insecure\n  \
     vasto serve node --dir /data --set node.cache=4GiB")]
-pub struct ServeNode {
+pub(crate) struct ServeNode {
     /// The master [default: http://127.0.0.1:8278, or VASTO_MASTER]
     #[arg(long, value_name = "URL")]
     pub master: Option<String>,
@@ -130,7 +130,7 @@ pub struct ServeNode {
 
 impl ServeNode {
     /// Converts the flags to configuration.
-    pub fn overrides(&self) -> Overrides {
+    pub(crate) fn overrides(&self) -> Overrides {
         self.server
             .overrides("node")
             .set("node.master", "--master", self.master.as_ref())

@@ -95,7 +95,7 @@ fn every_command_of_the_contract_parses() {
 }
 
 #[test]
-fn what_makes_no_sense_is_a_usage_error() {
+fn missing_bad_and_contradicting_arguments_are_usage_errors() {
     for line in [
         "vasto",
         "vasto keyspace",

@@ -20,7 +20,7 @@ const LOAD_PARALLEL: usize = 8;
 const SAMPLE: u64 = 64;
 
 /// Returns whether the keys `0..keys` exist, judged by a sample that includes the first and the last.
-pub async fn loaded(keyspace: &Keyspace, keys: u64) -> Result<bool, Error> {
+pub(super) async fn loaded(keyspace: &Keyspace, keys: u64) -> Result<bool, Error> {
     let sample = (0..SAMPLE.min(keys)).map(|step| key(sampled(step, keys)));
     Ok(keyspace.get_many(sample).await?.iter().all(Option::is_some))
 }
@@ -32,7 +32,7 @@ fn sampled(step: u64, keys: u64) -> u64 {
 }
 
 /// Writes the keys `0..keys`; `progress` receives the number of keys written since its last call.
-pub async fn load(keyspace: &Keyspace, keys: u64, values: &Values, progress: impl Fn(u64)) -> Result<(), Error> {
+pub(super) async fn load(keyspace: &Keyspace, keys: u64, values: &Values, progress: impl Fn(u64)) -> Result<(), Error> {
     let starts = (0..keys).step_by(LOAD_BATCH as usize);
     let batches = stream::iter(starts).map(|start| async move {
         let end = keys.min(start + LOAD_BATCH);
@@ -48,7 +48,7 @@ pub async fn load(keyspace: &Keyspace, keys: u64, values: &Values, progress: imp
 
 /// Deletes those of the keys `0..keys` that exist, and nothing else; `progress` receives the number of keys deleted
 /// since its last call.
-pub async fn unload(keyspace: &Keyspace, keys: u64, progress: impl Fn(u64)) -> Result<(), Error> {
+pub(super) async fn unload(keyspace: &Keyspace, keys: u64, progress: impl Fn(u64)) -> Result<(), Error> {
     let rows = keyspace.scan().prefix(KEY_PREFIX).keys_only().stream();
     let mine = rows.try_filter(|row| {
         let mine = row.partition_hash.is_none() && number_of(&row.key).is_some_and(|number| number < keys);
@@ -66,7 +66,7 @@ pub async fn unload(keyspace: &Keyspace, keys: u64, progress: impl Fn(u64)) -> R
 }
 
 /// Runs one task per generator, until the run ends.
-pub async fn run(run: &Arc<Run>, keyspace: &Keyspace, generators: Vec<Generator>, values: &Values, ack: Option<Ack>) {
+pub(super) async fn run(run: &Arc<Run>, keyspace: &Keyspace, generators: Vec<Generator>, values: &Values, ack: Option<Ack>) {
     let mut clients = JoinSet::new();
     for (number, generator) in generators.into_iter().enumerate() {
         let client = Client { keyspace: keyspace.clone(), values: values.clone(), ack };

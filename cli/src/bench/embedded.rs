@@ -25,7 +25,7 @@ const MARK: &str = "VASTO-BENCH";
 const LOAD_BATCH: u64 = 1_000;
 
 /// An open database.
-pub struct Embedded {
+pub(super) struct Embedded {
     db: DB,
     sync: bool,
 }
@@ -36,7 +36,7 @@ impl Embedded {
     /// # Errors
     /// [`Failure`] for a directory with other contents, for an acknowledgement level that one process cannot give,
     /// and for an error of RocksDB.
-    pub fn open(dir: &Path, ack: Ack, cache_bytes: usize, write_buffer_bytes: usize) -> anyhow::Result<Embedded> {
+    pub(super) fn open(dir: &Path, ack: Ack, cache_bytes: usize, write_buffer_bytes: usize) -> anyhow::Result<Embedded> {
         let sync = match ack {
             Ack::Os => false,
             Ack::Fsync => true,
@@ -52,12 +52,12 @@ impl Embedded {
     }
 
     /// Returns whether the key of this number exists.
-    pub fn has(&self, number: u64) -> anyhow::Result<bool> {
+    pub(super) fn has(&self, number: u64) -> anyhow::Result<bool> {
         Ok(self.db.get_pinned(key(number))?.is_some())
     }
 
     /// Writes the keys `0..keys`; `progress` receives the number of keys written so far.
-    pub fn load(&self, keys: u64, values: &Values, progress: impl Fn(u64)) -> anyhow::Result<()> {
+    pub(super) fn load(&self, keys: u64, values: &Values, progress: impl Fn(u64)) -> anyhow::Result<()> {
         let mut start = 0;
         while start < keys {
             let end = keys.min(start + LOAD_BATCH);
@@ -71,7 +71,7 @@ impl Embedded {
     }
 
     /// Runs one thread per generator, until the run ends.
-    pub fn run(&self, run: &Arc<Run>, generators: Vec<Generator>, values: &Values) {
+    pub(super) fn run(&self, run: &Arc<Run>, generators: Vec<Generator>, values: &Values) {
         std::thread::scope(|threads| {
             for (client, mut generator) in generators.into_iter().enumerate() {
                 threads.spawn(move || {

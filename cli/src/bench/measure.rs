@@ -24,7 +24,7 @@ const RECORDERS: usize = 32;
 
 /// The end condition of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Until {
+pub(super) enum Until {
     /// After this number of operations was begun.
     Requests(u64),
     /// After this time has passed.
@@ -33,7 +33,7 @@ pub enum Until {
 
 /// The outcome of an operation that did not fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Found {
+pub(super) enum Found {
     /// The key read exists, or the key was written.
     Yes,
     /// The key read does not exist.
@@ -42,7 +42,7 @@ pub enum Found {
 
 /// A run: shared by all of its clients.
 #[derive(Debug)]
-pub struct Run {
+pub(super) struct Run {
     started: Instant,
     until: Until,
     begun: AtomicU64,
@@ -78,7 +78,7 @@ impl Recorder {
 
 impl Run {
     /// Starts the clock of a run.
-    pub fn start(until: Until) -> Run {
+    pub(super) fn start(until: Until) -> Run {
         Run {
             started: Instant::now(),
             until,
@@ -90,7 +90,7 @@ impl Run {
     }
 
     /// Returns whether another operation may begin.
-    pub fn begin(&self) -> bool {
+    pub(super) fn begin(&self) -> bool {
         if self.stopped.load(Ordering::Relaxed) {
             return false;
         }
@@ -101,12 +101,12 @@ impl Run {
     }
 
     /// Ends the run: no further operation begins.
-    pub fn stop(&self) {
+    pub(super) fn stop(&self) {
         self.stopped.store(true, Ordering::Relaxed);
     }
 
     /// Records that an operation of this client was done.
-    pub fn record(&self, client: usize, latency: Duration, found: Found) {
+    pub(super) fn record(&self, client: usize, latency: Duration, found: Found) {
         let mut recorder = self.recorders[client % RECORDERS].lock();
         recorder.nanoseconds.saturating_record(u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX).max(1));
         recorder.not_found += u64::from(found == Found::No);
@@ -115,7 +115,7 @@ impl Run {
     }
 
     /// Records that an operation of this client failed; a hopeless failure ends the run.
-    pub fn fail(&self, client: usize, error: impl ToString, hopeless: bool) {
+    pub(super) fn fail(&self, client: usize, error: impl ToString, hopeless: bool) {
         let mut recorder = self.recorders[client % RECORDERS].lock();
         recorder.errors += 1;
         recorder.first_error.get_or_insert_with(|| error.to_string());
@@ -126,12 +126,12 @@ impl Run {
     }
 
     /// Returns the number of operations done so far.
-    pub fn done(&self) -> u64 {
+    pub(super) fn done(&self) -> u64 {
         self.done.load(Ordering::Relaxed)
     }
 
     /// Returns the total number of operations, when it is known in advance.
-    pub fn total(&self) -> Option<u64> {
+    pub(super) fn total(&self) -> Option<u64> {
         match self.until {
             Until::Requests(requests) => Some(requests),
             Until::Elapsed(_) => None,
@@ -139,7 +139,7 @@ impl Run {
     }
 
     /// Returns the figures, and the text of the first error.
-    pub fn finish(&self, elapsed: Duration) -> (Figures, Option<String>) {
+    pub(super) fn finish(&self, elapsed: Duration) -> (Figures, Option<String>) {
         let mut all = Recorder::new();
         self.recorders.iter().for_each(|recorder| all.add(&recorder.lock()));
         let ops = all.nanoseconds.len();
@@ -160,7 +160,7 @@ impl Run {
     }
 
     /// Returns the time since the start.
-    pub fn elapsed(&self) -> Duration {
+    pub(super) fn elapsed(&self) -> Duration {
         self.started.elapsed()
     }
 }
@@ -171,7 +171,7 @@ fn micros(nanoseconds: u64) -> f64 {
 
 /// Latencies in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Latency {
+pub(super) struct Latency {
     p50: f64,
     p95: f64,
     p99: f64,
@@ -181,7 +181,7 @@ pub struct Latency {
 
 /// The measurements of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Figures {
+pub(super) struct Figures {
     /// Operations done, without failed ones.
     pub ops: u64,
     /// Operations that failed.
@@ -195,7 +195,7 @@ pub struct Figures {
 
 /// The JSON of `vasto bench`: the fields that are a contract come first.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Report {
+pub(super) struct Report {
     /// Name of the workload on the command line.
     pub workload: String,
     /// Number of concurrent clients.
@@ -215,7 +215,7 @@ pub struct Report {
 
 impl Report {
     /// Formats the report for people.
-    pub fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         let Figures { ops, errors, seconds, ops_per_sec, latency_us, not_found } = self.figures;
         let time = |micros: f64| format_duration(Duration::from_nanos((micros * 1e3) as u64));
         let mut text = format!(

@@ -17,15 +17,15 @@ use super::zipf::{YCSB_THETA, Zipf};
 use crate::args::Workload;
 
 /// Maximum rows of a scan; scans ask for 1 to this many, uniformly, as in YCSB.
-pub const SCAN_ROWS_MAX: usize = 100;
+pub(super) const SCAN_ROWS_MAX: usize = 100;
 /// Prefix of all keys.
-pub const KEY_PREFIX: &str = "bench:";
+pub(super) const KEY_PREFIX: &str = "bench:";
 /// Bytes of the pool that values are cut from.
 const POOL_BYTES: usize = 1 << 20;
 
 /// One operation; the number is that of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Op {
+pub(super) enum Op {
     /// Read a key.
     Get(u64),
     /// Write a key, old or new.
@@ -70,13 +70,13 @@ fn mix(workload: Workload) -> Mix {
 }
 
 /// Returns whether the workload expects the keys to exist.
-pub fn reads(workload: Workload) -> bool {
+pub(super) fn reads(workload: Workload) -> bool {
     mix(workload).update < 100
 }
 
 /// Number of keys, shared by all clients of a run: inserts raise it.
 #[derive(Debug)]
-pub struct Population {
+pub(super) struct Population {
     keys: AtomicU64,
     /// The last keys, as many as there are clients, may still be in flight.
     clients: u64,
@@ -84,12 +84,12 @@ pub struct Population {
 
 impl Population {
     /// Creates a population of `keys` existing keys, for `clients` inserting clients.
-    pub fn new(keys: u64, clients: u32) -> Arc<Population> {
+    pub(super) fn new(keys: u64, clients: u32) -> Arc<Population> {
         Arc::new(Population { keys: AtomicU64::new(keys), clients: clients.into() })
     }
 
     /// Returns the number of keys that may have been written.
-    pub fn all(&self) -> u64 {
+    pub(super) fn all(&self) -> u64 {
         self.keys.load(Ordering::Relaxed)
     }
 
@@ -105,7 +105,7 @@ impl Population {
 
 /// Generator of the operations of one client.
 #[derive(Debug)]
-pub struct Generator {
+pub(super) struct Generator {
     mix: Mix,
     keys: u64,
     population: Arc<Population>,
@@ -115,7 +115,7 @@ pub struct Generator {
 
 impl Generator {
     /// Creates a generator; the same seed gives the same operations as long as no other client inserts.
-    pub fn new(workload: Workload, keys: u64, population: Arc<Population>, seed: u64) -> Generator {
+    pub(super) fn new(workload: Workload, keys: u64, population: Arc<Population>, seed: u64) -> Generator {
         Generator {
             mix: mix(workload),
             keys,
@@ -126,7 +126,7 @@ impl Generator {
     }
 
     /// Draws the next operation.
-    pub fn next_op(&mut self) -> Op {
+    pub(super) fn next_op(&mut self) -> Op {
         let Mix { update, insert, scan, modify, .. } = self.mix;
         let roll = self.rng.random_range(0..100u32);
         if roll < update {
@@ -144,7 +144,7 @@ impl Generator {
     }
 
     /// Draws a number that selects a value.
-    pub fn random(&mut self) -> u64 {
+    pub(super) fn random(&mut self) -> u64 {
         self.rng.random()
     }
 
@@ -170,7 +170,7 @@ impl Generator {
 }
 
 /// Permutes the numbers without a visible pattern (the finalizer of SplitMix64).
-pub fn spread(number: u64) -> u64 {
+pub(super) fn spread(number: u64) -> u64 {
     let mut x = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -178,18 +178,18 @@ pub fn spread(number: u64) -> u64 {
 }
 
 /// The key of a number: 16 bytes up to ten thousand million keys.
-pub fn key(number: u64) -> String {
+pub(super) fn key(number: u64) -> String {
     format!("{KEY_PREFIX}{number:010}")
 }
 
 /// Parses the number out of a key made by [`key`].
-pub fn number_of(key: &[u8]) -> Option<u64> {
+pub(super) fn number_of(key: &[u8]) -> Option<u64> {
     let number = std::str::from_utf8(key).ok()?.strip_prefix(KEY_PREFIX)?.parse().ok()?;
     (self::key(number).as_bytes() == key).then_some(number)
 }
 
 /// Returns the prefix of a hundred keys around this one.
-pub fn neighbourhood(number: u64) -> String {
+pub(super) fn neighbourhood(number: u64) -> String {
     let mut prefix = key(number);
     prefix.truncate(prefix.len() - 2);
     prefix
@@ -197,14 +197,14 @@ pub fn neighbourhood(number: u64) -> String {
 
 /// Values of one size that do not compress, cut from one pool without copying.
 #[derive(Debug, Clone)]
-pub struct Values {
+pub(super) struct Values {
     pool: Bytes,
     size: usize,
 }
 
 impl Values {
     /// Creates values of `size` bytes; the same seed gives the same values.
-    pub fn new(size: usize, seed: u64) -> Values {
+    pub(super) fn new(size: usize, seed: u64) -> Values {
         let mut rng = SmallRng::seed_from_u64(spread(seed));
         let mut pool = vec![0; POOL_BYTES + size];
         rng.fill(&mut pool[..]);
@@ -212,7 +212,7 @@ impl Values {
     }
 
     /// Returns one of about a million values; values of adjacent numbers do not overlap in the pool.
-    pub fn at(&self, number: u64) -> Bytes {
+    pub(super) fn at(&self, number: u64) -> Bytes {
         let start = (spread(number) % POOL_BYTES as u64) as usize;
         self.pool.slice(start..start + self.size)
     }

@@ -5,11 +5,11 @@
 //! workload of the latest records needs.
 
 /// The skew that YCSB uses.
-pub const YCSB_THETA: f64 = 0.99;
+pub(super) const YCSB_THETA: f64 = 0.99;
 
 /// A Zipf distribution of ranks from 1 to `n`.
 #[derive(Debug, Clone, Copy)]
-pub struct Zipf {
+pub(super) struct Zipf {
     n: u64,
     theta: f64,
     /// The integral at 1.5, less 1.
@@ -22,7 +22,7 @@ pub struct Zipf {
 
 impl Zipf {
     /// Creates a distribution of ranks from 1 to `n` (at least 1), with a skew of `theta` above 0 and other than 1.
-    pub fn new(n: u64, theta: f64) -> Zipf {
+    pub(super) fn new(n: u64, theta: f64) -> Zipf {
         assert!(n >= 1 && theta > 0.0 && theta != 1.0, "there is no such distribution");
         let mut zipf = Zipf { n, theta, low: 0.0, high: 0.0, near: 0.0 };
         zipf.low = zipf.integral(1.5) - 1.0;
@@ -32,12 +32,12 @@ impl Zipf {
     }
 
     /// Returns the number of ranks.
-    pub fn ranks(&self) -> u64 {
+    pub(super) fn ranks(&self) -> u64 {
         self.n
     }
 
     /// Draws the next rank. `uniform` draws numbers from 0 (inclusive) to 1 (exclusive).
-    pub fn rank(&self, mut uniform: impl FnMut() -> f64) -> u64 {
+    pub(super) fn rank(&self, mut uniform: impl FnMut() -> f64) -> u64 {
         loop {
             let point = self.high + uniform() * (self.low - self.high);
             let x = self.inverse(point);

@@ -8,7 +8,7 @@ use crate::output::Failure;
 
 /// Why no configuration is usable. The text states the problem, [`ConfigError::hint`] the remedy.
 #[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
+pub(crate) enum ConfigError {
     /// The file cannot be read.
     #[error("cannot read the configuration file {file}: {source}")]
     Unreadable {
@@ -58,7 +58,7 @@ pub enum ConfigError {
 
 impl ConfigError {
     /// Returns the remedy for the error.
-    pub fn hint(&self) -> String {
+    pub(crate) fn hint(&self) -> String {
         match self {
             ConfigError::Unreadable { .. } => "give the path of a TOML file that you may read with --config".to_owned(),
             ConfigError::Syntax { .. } => "text values stand in double quotes".to_owned(),
@@ -81,7 +81,7 @@ impl ConfigError {
 
     /// Returns the failure of a configuration check that found the error. The command itself worked, so the exit code
     /// is 1, where a server that is started with the same configuration exits with 2.
-    pub fn finding(&self) -> Failure {
+    pub(crate) fn finding(&self) -> Failure {
         Failure::new(self.to_string()).hint(self.hint())
     }
 }
@@ -94,7 +94,7 @@ impl From<ConfigError> for Failure {
 
 /// A problem in one source.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Problem(pub(super) String);
+pub(crate) struct Problem(pub(super) String);
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

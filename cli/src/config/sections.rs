@@ -14,7 +14,7 @@ use super::values::{self, Secret};
 /// All configuration sections.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Config {
+pub(crate) struct Config {
     /// `[bucket]`
     pub bucket: BucketSection,
     /// `[master]`
@@ -32,7 +32,7 @@ pub struct Config {
 /// The object store. Values that are not set come from the standard variables of the cloud.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct BucketSection {
+pub(crate) struct BucketSection {
     /// `file:///path`, `s3://bucket/prefix`, `gs://…`, `az://…`
     pub url: Option<String>,
     /// The address of an S3-compatible server.
@@ -80,7 +80,7 @@ impl Default for BucketSection {
 /// The master.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct MasterSection {
+pub(crate) struct MasterSection {
     /// Address on which the master serves.
     pub listen: SocketAddr,
     /// Address of `/healthz`, `/readyz` and `/metrics`.
@@ -107,7 +107,7 @@ impl Default for MasterSection {
 /// A node.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct NodeSection {
+pub(crate) struct NodeSection {
     /// The URL of the master.
     pub master: String,
     /// The data directory.
@@ -177,7 +177,7 @@ impl Default for NodeSection {
 /// Logs.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct LogSection {
+pub(crate) struct LogSection {
     /// A filter such as `info,vasto_node=debug`.
     pub filter: String,
     /// The form of log lines.
@@ -194,7 +194,7 @@ impl Default for LogSection {
 /// Permissions.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct SecuritySection {
+pub(crate) struct SecuritySection {
     /// Serve on other addresses than loopback without TLS and authentication.
     pub insecure: bool,
 }
@@ -202,7 +202,7 @@ pub struct SecuritySection {
 /// Prices of the bucket's provider; `vasto cluster status` estimates the bill from these.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct PricesSection {
+pub(crate) struct PricesSection {
     /// The currency of all prices.
     pub currency: String,
     /// Price of 1,000 PUT requests.

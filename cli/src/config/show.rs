@@ -12,7 +12,7 @@ use crate::output;
 
 /// A line of `vasto config show`.
 #[derive(Debug, Clone, Serialize)]
-pub struct Row {
+pub(crate) struct Row {
     /// `section.field`.
     pub name: &'static str,
     /// The value in force; null when there is none, `***` for a secret.
@@ -25,7 +25,7 @@ pub struct Row {
 
 impl Loaded {
     /// Returns every value in force with its source, in the order of the sections.
-    pub fn rows(&self) -> Vec<Row> {
+    pub(crate) fn rows(&self) -> Vec<Row> {
         let config = serde_json::to_value(&self.config).expect("a configuration has only text keys");
         let row = |field: &'static Field| {
             let value = &config[field.path.split('.').next().unwrap_or_default()]
@@ -47,7 +47,7 @@ impl Loaded {
     ///
     /// # Errors
     /// An error of the operating system.
-    pub fn show(&self, format: output::OutputFormat) -> io::Result<()> {
+    pub(crate) fn show(&self, format: output::OutputFormat) -> io::Result<()> {
         let rows = self.rows();
         if format == output::OutputFormat::Json {
             return output::print_json(&rows);

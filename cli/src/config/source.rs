@@ -16,7 +16,7 @@ use super::{error::ConfigError, field};
 /// The kinds of sources, from the weakest to the strongest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Source {
+pub(crate) enum Source {
     /// No source sets the value.
     Default,
     /// The TOML file of `--config`.
@@ -81,16 +81,16 @@ impl Provider for Layer {
 
 /// Values of flags as text; parsed by the kind of their field.
 #[derive(Debug, Clone, Default)]
-pub struct Overrides(Vec<(String, String, String)>);
+pub(crate) struct Overrides(Vec<(String, String, String)>);
 
 impl Overrides {
     /// Creates an empty set of overrides.
-    pub fn new() -> Overrides {
+    pub(crate) fn new() -> Overrides {
         Overrides::default()
     }
 
     /// Sets `path` to the value of `flag`, if the flag was given.
-    pub fn set(mut self, path: &str, flag: &str, value: Option<impl ToString>) -> Overrides {
+    pub(crate) fn set(mut self, path: &str, flag: &str, value: Option<impl ToString>) -> Overrides {
         if let Some(value) = value {
             self.0.push((path.to_owned(), value.to_string(), flag.to_owned()));
         }
@@ -98,12 +98,12 @@ impl Overrides {
     }
 
     /// Sets `path` to true if the flag was given; a flag that is absent sets nothing.
-    pub fn switch(self, path: &str, flag: &str, given: bool) -> Overrides {
+    pub(crate) fn switch(self, path: &str, flag: &str, given: bool) -> Overrides {
         self.set(path, flag, given.then_some(true))
     }
 
     /// Adds the `SECTION.FIELD=VALUE` assignments of `--set`.
-    pub fn assign(self, assignments: &[(String, String)]) -> Overrides {
+    pub(crate) fn assign(self, assignments: &[(String, String)]) -> Overrides {
         assignments
             .iter()
             .fold(self, |overrides, (path, value)| overrides.set(path, &format!("--set {path}"), Some(value)))

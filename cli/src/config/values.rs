@@ -9,16 +9,16 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 /// A value that no log, error or `config show` prints: it always shows as `***`.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Secret<T>(T);
+pub(crate) struct Secret<T>(T);
 
 impl<T> Secret<T> {
     #[cfg(test)]
-    pub fn new(value: T) -> Secret<T> {
+    pub(crate) fn new(value: T) -> Secret<T> {
         Secret(value)
     }
 
     /// Returns the secret value, for the only code that has to send it.
-    pub fn expose(&self) -> &T {
+    pub(crate) fn expose(&self) -> &T {
         &self.0
     }
 }

@@ -12,7 +12,7 @@ use super::{format_bytes, format_count, format_duration};
 
 /// The unit that a progress line counts in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unit {
+pub(crate) enum Unit {
     /// Bytes, shown as KiB, MiB, ...
     Bytes,
     /// Keys, operations, objects.
@@ -34,7 +34,7 @@ const LINE_INTERVAL: Duration = Duration::from_secs(2);
 /// The progress of a long operation on stderr: a bar with amount, rate and time left when stderr
 /// is a terminal, a plain line every two seconds otherwise.
 #[derive(Debug)]
-pub struct ProgressLine {
+pub(crate) struct ProgressLine {
     label: String,
     unit: Unit,
     started: Instant,
@@ -44,7 +44,7 @@ pub struct ProgressLine {
 
 impl ProgressLine {
     /// Starts the clock. The total may be set later.
-    pub fn start(label: impl Into<String>, unit: Unit, total: Option<u64>) -> ProgressLine {
+    pub(crate) fn start(label: impl Into<String>, unit: Unit, total: Option<u64>) -> ProgressLine {
         let label = label.into();
         let started = Instant::now();
         let bar = io::stderr().is_terminal().then(|| bar(&label, unit, total));
@@ -52,7 +52,7 @@ impl ProgressLine {
     }
 
     /// Sets the amount done, and the total.
-    pub fn set(&mut self, done: u64, total: Option<u64>) {
+    pub(crate) fn set(&mut self, done: u64, total: Option<u64>) {
         if let Some(bar) = &self.bar {
             if let (Some(total), true) = (total, bar.length() != total) {
                 bar.set_length(total);
@@ -70,7 +70,7 @@ impl ProgressLine {
     }
 
     /// Changes the label before the figures: the current step.
-    pub fn label(&mut self, label: impl Into<String>) {
+    pub(crate) fn label(&mut self, label: impl Into<String>) {
         self.label = label.into();
         match &self.bar {
             Some(bar) => bar.set_message(self.label.clone()),
@@ -79,13 +79,13 @@ impl ProgressLine {
     }
 
     /// Removes the bar and leaves one line with the outcome.
-    pub fn finish(self, summary: &str) {
+    pub(crate) fn finish(self, summary: &str) {
         self.clear();
         eprintln!("{summary}");
     }
 
     /// Removes the bar without a trace.
-    pub fn clear(self) {
+    pub(crate) fn clear(self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
@@ -157,8 +157,8 @@ mod tests {
     #[test]
     fn every_style_builds() {
         for unit in [Unit::Bytes, Unit::Items] {
-            for known in [true, false] {
-                style(unit, known);
+            for has_total in [true, false] {
+                style(unit, has_total);
             }
         }
     }

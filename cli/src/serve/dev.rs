@@ -32,7 +32,7 @@ const SHARE_MIN: ByteSize = ByteSize::mib(16);
 ///
 /// # Errors
 /// A configuration that cannot be used, or the error that keeps a server from starting.
-pub async fn dev(args: &Dev, file: Option<&Path>) -> anyhow::Result<()> {
+pub(crate) async fn dev(args: &Dev, file: Option<&Path>) -> anyhow::Result<()> {
     super::keep_files_private();
     let mut config = config::load(file, args.overrides())?.config;
     if config.bucket.url.is_none() {
@@ -53,7 +53,7 @@ pub async fn dev(args: &Dev, file: Option<&Path>) -> anyhow::Result<()> {
         return server.end().await;
     };
     let cluster_id = cluster.master.cluster_id.clone();
-    let nodes = cluster.nodes.iter().map(|one| &one.node);
+    let nodes = cluster.nodes.iter().map(|dev_node| &dev_node.node);
     let nodes = nodes.map(|node| ReadyNode { node_id: node.node_id.to_string(), listen: node.listen });
     let ready = Ready {
         ready: true,
@@ -66,7 +66,7 @@ pub async fn dev(args: &Dev, file: Option<&Path>) -> anyhow::Result<()> {
         nodes: Some(nodes.collect()),
         pid: std::process::id(),
     };
-    let of_nodes = cluster.nodes.iter().map(|one| one.node.trouble.clone());
+    let of_nodes = cluster.nodes.iter().map(|dev_node| dev_node.node.trouble.clone());
     let trouble = of_nodes.chain([cluster.master.trouble.clone()]).collect();
     server.serve(&ready, trouble, cluster.stopped(stop_master)).await
 }

@@ -117,7 +117,8 @@ impl Vasto {
     /// Waits until an operation is finished. Tolerates a master that is away for less than 30 s.
     ///
     /// # Errors
-    /// `FailedPrecondition` with the reason when it was aborted; `NotFound` when the master has forgotten it.
+    /// `FailedPrecondition` with the reason when it was aborted; `NotFound` when the master has forgotten it;
+    /// `Internal` when it is in a state that only a later version of the master has.
     pub async fn wait_operation(&self, mut operation: Answer<Operation>) -> Result<Answer<Operation>, Error> {
         let mut heard = Instant::now();
         while operation.state == OperationState::Running {
@@ -131,11 +132,19 @@ impl Vasto {
                 Err(error) => return Err(error),
             }
         }
-        match operation.state {
+        match &operation.state {
             OperationState::Aborted => {
                 let why = operation.reason.as_deref().unwrap_or("no reason is recorded");
                 let message = format!("the operation {} was aborted: {why}", operation.id);
                 Err(Error::new(ErrorKind::FailedPrecondition, message))
+            }
+            OperationState::Other(name) => {
+                let message = format!(
+                    "the operation {} is in the state `{name}`, which this version does not know; see `vasto operation \
+                     show {}`",
+                    operation.id, operation.id
+                );
+                Err(Error::new(ErrorKind::Internal, message))
             }
             OperationState::Running | OperationState::Done => Ok(operation),
         }

@@ -1,7 +1,6 @@
 //! Documents of `vasto keyspace`, except for those of operations.
 
 use serde::Deserialize;
-use vasto_core::catalog::Ack;
 
 use super::operation::Operation;
 
@@ -17,8 +16,8 @@ pub struct KeyspaceDescription {
     pub replicas: u32,
     /// Raised by each change of ownership or placement.
     pub epoch: u64,
-    /// When a write is acknowledged unless it asks for more.
-    pub ack: Ack,
+    /// When a write is acknowledged unless it asks for more: `os`, `fsync`, `replica` or `bucket`.
+    pub ack: String,
     /// `active` while it serves.
     pub state: String,
     /// The shards, in their order.
@@ -61,7 +60,7 @@ pub struct ReplicaStatus {
     pub lsn: Option<u64>,
     /// The last record that the bucket holds.
     pub shipped_lsn: Option<u64>,
-    /// How far it is behind its peers, milliseconds.
+    /// Its replication lag, milliseconds.
     pub lag_ms: Option<u64>,
     /// As `keys_estimate`: the name of older versions.
     pub keys: Option<u64>,
@@ -97,8 +96,8 @@ pub struct KeyspaceSummary {
     pub replicas: u32,
     /// Raised by each change of ownership or placement.
     pub epoch: u64,
-    /// When a write is acknowledged unless it asks for more.
-    pub ack: Ack,
+    /// When a write is acknowledged unless it asks for more: `os`, `fsync`, `replica` or `bucket`.
+    pub ack: String,
     /// `active` while it serves.
     pub state: String,
     /// Its catalog version.

@@ -5,8 +5,9 @@ use std::fmt;
 use serde::Deserialize;
 
 /// The state of an operation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum OperationState {
     /// The operation is in progress.
     Running,
@@ -14,6 +15,9 @@ pub enum OperationState {
     Done,
     /// The operation was aborted; nothing has changed.
     Aborted,
+    /// A state that only a later version of the master has; its name is kept.
+    #[serde(untagged)]
+    Other(String),
 }
 
 impl fmt::Display for OperationState {
@@ -22,6 +26,7 @@ impl fmt::Display for OperationState {
             OperationState::Running => "running",
             OperationState::Done => "done",
             OperationState::Aborted => "aborted",
+            OperationState::Other(name) => name,
         })
     }
 }
@@ -178,7 +183,9 @@ mod tests {
         let aborted = read(r#"{"id":"op-1-1","state":"aborted","reason":"cancelled","more":[1]}"#).unwrap();
         assert_eq!((aborted.id.as_str(), aborted.state), ("op-1-1", OperationState::Aborted));
         assert_eq!(aborted.reason.as_deref(), Some("cancelled"));
-        for bad in ["", "{}", r#"{"id":"a"}"#, r#"{"id":"a","state":"odd"}"#, "[]"] {
+        let later = read(r#"{"id":"a","state":"paused"}"#).unwrap();
+        assert_eq!((later.state.to_string().as_str(), later.state), ("paused", OperationState::Other("paused".into())));
+        for bad in ["", "{}", r#"{"id":"a"}"#, r#"{"id":"a","state":1}"#, "[]"] {
             assert!(read(bad).is_err(), "{bad}");
         }
     }

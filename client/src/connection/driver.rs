@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_shares_a_frame_up_to_its_bounds() {
+    fn queued_requests_share_a_frame_up_to_its_bounds() {
         let mut bench = Bench::new();
         let _small: Vec<_> = (0..10).map(|_| bench.enqueue(100, 5)).collect();
         let _large = bench.enqueue(FRAME_BYTES * 3, 5);

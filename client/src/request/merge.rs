@@ -45,9 +45,9 @@ pub(crate) struct Wanted {
 pub(crate) struct Page {
     /// In the order of user keys and partitions.
     pub rows: Vec<Row>,
-    /// There may be more rows behind the page.
+    /// There may be more rows after the page.
     pub more: bool,
-    /// The shard has no more rows up to this key, which may be behind the last row.
+    /// The shard has no more rows up to this key, which may come after the last row.
     pub resume_after: Option<Bytes>,
 }
 
@@ -86,22 +86,22 @@ fn share_of(wanted: usize, lanes: usize) -> usize {
 
 impl Merge {
     /// Merges `lanes` shards, at most `limit` rows, pages of at most `page_rows`.
-    pub fn new(lanes: usize, limit: usize, page_rows: usize) -> Self {
+    pub(super) fn new(lanes: usize, limit: usize, page_rows: usize) -> Self {
         let mut merge = Self { lanes: Vec::new(), last: None, remaining: limit, page_rows };
         merge.restart(lanes, page_rows);
         merge
     }
 
-    /// Restarts behind the last emitted row, with other shards. Pages requested before must not be
+    /// Restarts after the last emitted row, with other shards. Pages requested before must not be
     /// given to [`Merge::page`] any more.
-    pub fn restart(&mut self, lanes: usize, page_rows: usize) {
+    pub(super) fn restart(&mut self, lanes: usize, page_rows: usize) {
         let after = self.last.clone();
         self.lanes = std::iter::repeat_with(|| Lane { after: after.clone(), ..Lane::default() }).take(lanes).collect();
         self.page_rows = page_rows;
     }
 
     /// Returns the pages to request now; each is returned once.
-    pub fn wanted(&mut self) -> Vec<Wanted> {
+    pub(super) fn wanted(&mut self) -> Vec<Wanted> {
         let (remaining, page_rows) = (self.remaining, self.page_rows);
         // No prefetch where the rows at hand and in flight are most likely enough for the limit.
         let expected = self.lanes.iter().fold(0usize, |all, lane| all.saturating_add(lane.rows.len() + lane.asked));
@@ -123,7 +123,7 @@ impl Merge {
 
     /// Takes a page that arrived. Refuses a page that breaks the order, since rows would be lost, and a
     /// page that makes no progress.
-    pub fn page(&mut self, lane: usize, page: Page) -> Result<(), Error> {
+    pub(super) fn page(&mut self, lane: usize, page: Page) -> Result<(), Error> {
         let Some(lane) = self.lanes.get_mut(lane) else { return Ok(()) };
         let Page { rows, more, resume_after } = page;
         let rising = rows.is_sorted_by(|a, b| a.order(b) != Ordering::Greater);
@@ -146,7 +146,7 @@ impl Merge {
     }
 
     /// Returns the next row, if it is known.
-    pub fn step(&mut self) -> Step {
+    pub(super) fn step(&mut self) -> Step {
         loop {
             if self.remaining == 0 {
                 return Step::End;
@@ -196,7 +196,7 @@ mod tests {
         Page { rows: rows(keys), more, resume_after: None }
     }
 
-    /// Returns the place behind all rows of the key.
+    /// Returns the place after all rows of the key.
     fn behind(key: u16) -> Option<Place> {
         Some((row(key).key, u64::MAX))
     }

@@ -1,7 +1,7 @@
 //! Scans: rows of one partition or of a whole keyspace, page by page.
 //!
 //! **Invariant:** all pages of a scan in use were read at one epoch. When ownership changes, the scan
-//! restarts every shard behind the last row that it returned; [`merge`](super::merge) does the rest.
+//! restarts every shard after the last row that it returned; [`merge`](super::merge) does the rest.
 
 use std::collections::VecDeque;
 use std::pin::Pin;

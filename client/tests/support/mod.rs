@@ -34,7 +34,7 @@ use vasto_proto::v1::request::Op;
 
 /// The reaction of a node to the next request.
 #[derive(Clone)]
-pub enum Fault {
+pub(crate) enum Fault {
     /// Answers with an error; nothing is done.
     Refuse(VastoError),
     /// Ends the stream; nothing is done.
@@ -50,7 +50,7 @@ pub enum Fault {
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub struct Entry {
+pub(crate) struct Entry {
     pub value: Bytes,
     pub partition_hash: u64,
     pub event_time: u64,
@@ -58,7 +58,7 @@ pub struct Entry {
 }
 
 #[derive(Default)]
-pub struct NodeState {
+pub(crate) struct NodeState {
     /// Consumed one by one, except the last if `sticky`.
     pub faults: VecDeque<Fault>,
     pub sticky: bool,
@@ -69,7 +69,7 @@ pub struct NodeState {
     pub writes: Vec<v1::WriteRequest>,
 }
 
-pub struct FakeCluster {
+pub(crate) struct FakeCluster {
     /// The topology that nodes apply.
     pub topology: Topology,
     /// Entries by user key and hash of the partition.
@@ -87,17 +87,17 @@ pub struct FakeCluster {
     pub scans: Vec<v1::ScanRequest>,
 }
 
-pub struct Cluster {
+pub(crate) struct Cluster {
     pub state: Arc<Mutex<FakeCluster>>,
     /// The topology that the master publishes.
-    pub told: watch::Sender<Topology>,
+    pub published: watch::Sender<Topology>,
     pub changed: watch::Sender<u64>,
     pub master: Running,
     pub nodes: Vec<Running>,
 }
 
 /// A server in a runtime of its own, so that stopping it closes its connections as a kill does.
-pub struct Running {
+pub(crate) struct Running {
     pub address: SocketAddr,
     runtime: Option<tokio::runtime::Runtime>,
 }
@@ -116,7 +116,7 @@ impl Running {
     }
 
     /// Closes the connections and the port.
-    pub async fn stop(mut self) {
+    pub(crate) async fn stop(mut self) {
         let runtime = self.runtime.take().unwrap();
         tokio::task::spawn_blocking(move || runtime.shutdown_timeout(Duration::from_secs(10))).await.unwrap();
     }
@@ -133,12 +133,12 @@ impl Drop for Running {
 #[derive(Clone)]
 struct Shared {
     state: Arc<Mutex<FakeCluster>>,
-    told: watch::Sender<Topology>,
+    published: watch::Sender<Topology>,
     changed: watch::Sender<u64>,
     me: NodeId,
 }
 
-pub fn topology(version: u64, nodes: &[(NodeId, Option<String>)]) -> Topology {
+pub(crate) fn topology(version: u64, nodes: &[(NodeId, Option<String>)]) -> Topology {
     Topology {
         keyspace: KeyspaceId(7),
         name: "ks1".into(),
@@ -164,7 +164,7 @@ pub fn topology(version: u64, nodes: &[(NodeId, Option<String>)]) -> Topology {
 
 impl Cluster {
     /// Starts `nodes` nodes with one shard each.
-    pub async fn start(nodes: usize) -> Self {
+    pub(crate) async fn start(nodes: usize) -> Self {
         let state = Arc::new(Mutex::new(FakeCluster {
             topology: topology(1, &[]),
             store: BTreeMap::new(),
@@ -177,9 +177,9 @@ impl Cluster {
             calls: Vec::new(),
             scans: Vec::new(),
         }));
-        let (told, changed) = (watch::Sender::new(topology(0, &[])), watch::Sender::new(0));
-        let master = start_master(&state, &told, &changed, None);
-        let mut cluster = Self { state, told, changed, master, nodes: Vec::new() };
+        let (published, changed) = (watch::Sender::new(topology(0, &[])), watch::Sender::new(0));
+        let master = start_master(&state, &published, &changed, None);
+        let mut cluster = Self { state, published, changed, master, nodes: Vec::new() };
         for _ in 0..nodes {
             cluster.add_node();
         }
@@ -189,7 +189,7 @@ impl Cluster {
         cluster
     }
 
-    pub fn add_node(&mut self) -> NodeId {
+    pub(crate) fn add_node(&mut self) -> NodeId {
         let id = NodeId(self.nodes.len() as u64 + 1);
         self.state.lock().nodes.insert(id, NodeState::default());
         let node = self.serve_node(id);
@@ -198,9 +198,13 @@ impl Cluster {
     }
 
     /// Starts a node with this id on a new port.
-    pub fn serve_node(&self, id: NodeId) -> Running {
-        let shared =
-            Shared { state: self.state.clone(), told: self.told.clone(), changed: self.changed.clone(), me: id };
+    pub(crate) fn serve_node(&self, id: NodeId) -> Running {
+        let shared = Shared {
+            state: self.state.clone(),
+            published: self.published.clone(),
+            changed: self.changed.clone(),
+            me: id,
+        };
         let service = DataServer::new(shared.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
@@ -212,7 +216,7 @@ impl Cluster {
     }
 
     /// Returns a topology with one shard on each of the first `nodes` nodes.
-    pub fn topology(&self, version: u64, nodes: usize) -> Topology {
+    pub(crate) fn topology(&self, version: u64, nodes: usize) -> Topology {
         let nodes: Vec<_> = self.nodes[..nodes]
             .iter()
             .enumerate()
@@ -222,7 +226,7 @@ impl Cluster {
     }
 
     /// Returns a topology of one shard with a replica on each node, in this order of preference.
-    pub fn replicated(&self, version: u64, order: &[u64]) -> Topology {
+    pub(crate) fn replicated(&self, version: u64, order: &[u64]) -> Topology {
         let route = |id: &u64| Route {
             replica: ReplicaId(*id),
             node: NodeId(*id),
@@ -233,40 +237,40 @@ impl Cluster {
     }
 
     /// Sets the topology that nodes apply and clients receive.
-    pub fn publish(&self, topology: Topology) {
+    pub(crate) fn publish(&self, topology: Topology) {
         self.set_topology(topology.clone());
         self.tell(topology);
     }
 
-    pub fn set_topology(&self, topology: Topology) {
+    pub(crate) fn set_topology(&self, topology: Topology) {
         self.state.lock().topology = topology;
     }
 
-    pub fn tell(&self, topology: Topology) {
-        self.told.send_replace(topology);
+    pub(crate) fn tell(&self, topology: Topology) {
+        self.published.send_replace(topology);
     }
 
-    pub fn fault(&self, node: u64, fault: Fault) {
+    pub(crate) fn fault(&self, node: u64, fault: Fault) {
         self.state.lock().nodes.get_mut(&NodeId(node)).unwrap().faults.push_back(fault);
     }
 
-    pub fn always(&self, node: u64, fault: Fault) {
+    pub(crate) fn always(&self, node: u64, fault: Fault) {
         let mut state = self.state.lock();
         let node = state.nodes.get_mut(&NodeId(node)).unwrap();
         node.faults = VecDeque::from([fault]);
         node.sticky = true;
     }
 
-    pub fn answer(&self, call: &'static str, answer: Result<&str, Status>) {
+    pub(crate) fn answer(&self, call: &'static str, answer: Result<&str, Status>) {
         self.state.lock().json.entry(call).or_default().push_back(answer.map(str::to_owned));
     }
 
-    pub fn requests(&self) -> u64 {
+    pub(crate) fn requests(&self) -> u64 {
         self.state.lock().nodes.values().map(|node| node.requests).sum()
     }
 
     /// Waits until the servers' state satisfies the condition.
-    pub async fn until(&self, what: &str, condition: impl Fn(&FakeCluster) -> bool) {
+    pub(crate) async fn until(&self, what: &str, condition: impl Fn(&FakeCluster) -> bool) {
         let mut changed = self.changed.subscribe();
         let wait = async {
             while !condition(&self.state.lock()) {
@@ -276,38 +280,38 @@ impl Cluster {
         tokio::time::timeout(Duration::from_secs(20), wait).await.unwrap_or_else(|_| panic!("never: {what}"));
     }
 
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("http://{}", self.master.address)
     }
 
-    pub async fn vasto(&self) -> Vasto {
+    pub(crate) async fn vasto(&self) -> Vasto {
         Vasto::connect(&self.url()).await.unwrap()
     }
 
-    pub async fn keyspace(&self) -> Keyspace {
+    pub(crate) async fn keyspace(&self) -> Keyspace {
         self.vasto().await.keyspace("ks1").await.unwrap()
     }
 
     /// Stops the master; [`Cluster::master_back`] starts it again at the same address.
-    pub async fn stop_master(&mut self) -> SocketAddr {
+    pub(crate) async fn stop_master(&mut self) -> SocketAddr {
         let address = self.master.address;
-        let placeholder = start_master(&self.state, &self.told, &self.changed, None);
+        let placeholder = start_master(&self.state, &self.published, &self.changed, None);
         std::mem::replace(&mut self.master, placeholder).stop().await;
         address
     }
 
-    pub fn master_back(&mut self, address: SocketAddr) {
-        self.master = start_master(&self.state, &self.told, &self.changed, Some(address));
+    pub(crate) fn master_back(&mut self, address: SocketAddr) {
+        self.master = start_master(&self.state, &self.published, &self.changed, Some(address));
     }
 }
 
 fn start_master(
     state: &Arc<Mutex<FakeCluster>>,
-    told: &watch::Sender<Topology>,
+    published: &watch::Sender<Topology>,
     changed: &watch::Sender<u64>,
     address: Option<SocketAddr>,
 ) -> Running {
-    let shared = Shared { state: state.clone(), told: told.clone(), changed: changed.clone(), me: NodeId(0) };
+    let shared = Shared { state: state.clone(), published: published.clone(), changed: changed.clone(), me: NodeId(0) };
     Running::start(address, |listener| async move {
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
         Server::builder().add_service(MasterServer::new(shared)).serve_with_incoming(incoming).await.unwrap();
@@ -544,7 +548,8 @@ macro_rules! json_calls {
                     let unknown = VastoError::new(ErrorCode::NotFound, "no such keyspace; there is `ks1`");
                     return Err(status_of(&unknown));
                 }
-                let topologies = WatchStream::new(self.told.subscribe()).map(|one| Ok(topology_to_wire(&one)));
+                let topologies = WatchStream::new(self.published.subscribe());
+                let topologies = topologies.map(|topology| Ok(topology_to_wire(&topology)));
                 Ok(Response::new(Box::pin(topologies)))
             }
 

@@ -63,7 +63,7 @@ impl ShardPlacement {
 
     /// Returns the current primary.
     pub fn primary(&self) -> Option<Placed> {
-        let acting = self.replicas.iter().find(|one| Some(one.replica) == self.primary);
+        let acting = self.replicas.iter().find(|member| Some(member.replica) == self.primary);
         acting.or(self.replicas.first()).copied()
     }
 
@@ -75,7 +75,7 @@ impl ShardPlacement {
     /// Returns all replicas: the current primary first, the others in the order of preference.
     pub fn primary_first(&self) -> Vec<Placed> {
         let primary = self.primary();
-        let others = self.replicas.iter().copied().filter(|one| Some(*one) != primary);
+        let others = self.replicas.iter().copied().filter(|member| Some(*member) != primary);
         primary.into_iter().chain(others).collect()
     }
 }
@@ -320,46 +320,51 @@ impl Catalog {
         if self.state != KeyspaceState::Active {
             return Vec::new();
         }
-        let placed =
-            self.placement.iter().flat_map(|shard| shard.replicas.iter().map(move |one| (shard.shard, *one, true)));
+        let placed = self
+            .placement
+            .iter()
+            .flat_map(|shard| shard.replicas.iter().map(move |member| (shard.shard, *member, true)));
         let targets = self
             .plan
             .iter()
             .flat_map(|plan| &plan.targets)
             .map(|target| (target.shard, Placed { replica: target.replica, node: target.node }, false));
-        let draining =
-            self.draining.iter().map(|one| (one.shard, Placed { replica: one.replica, node: one.node }, false));
+        let draining = self
+            .draining
+            .iter()
+            .map(|draining| (draining.shard, Placed { replica: draining.replica, node: draining.node }, false));
         let mut seen = BTreeSet::new();
-        placed.chain(targets).chain(draining).filter(|(_, one, _)| seen.insert(one.replica)).collect()
+        placed.chain(targets).chain(draining).filter(|(_, member, _)| seen.insert(member.replica)).collect()
     }
 
     /// Returns the members on one node: `(shard, replica, placed)`.
     pub fn members_on(&self, node: NodeId) -> Vec<(ShardId, ReplicaId, bool)> {
-        let here = self.members().into_iter().filter(|(_, one, _)| one.node == node);
-        here.map(|(shard, one, placed)| (shard, one.replica, placed)).collect()
+        let here = self.members().into_iter().filter(|(_, member, _)| member.node == node);
+        here.map(|(shard, member, placed)| (shard, member.replica, placed)).collect()
     }
 
     /// Returns the node of a placed replica, a target or a draining replica.
     pub fn node_of(&self, replica: ReplicaId) -> Option<NodeId> {
-        let placed = self.placement.iter().flat_map(|shard| &shard.replicas).map(|one| (one.replica, one.node));
-        let targets = self.plan.iter().flat_map(|plan| &plan.targets).map(|one| (one.replica, one.node));
-        let draining = self.draining.iter().map(|one| (one.replica, one.node));
+        let placed =
+            self.placement.iter().flat_map(|shard| &shard.replicas).map(|member| (member.replica, member.node));
+        let targets = self.plan.iter().flat_map(|plan| &plan.targets).map(|target| (target.replica, target.node));
+        let draining = self.draining.iter().map(|draining| (draining.replica, draining.node));
         placed.chain(targets).chain(draining).find(|(id, _)| *id == replica).map(|(_, node)| node)
     }
 
     /// Returns the placement of a shard.
     pub fn shard(&self, shard: ShardId) -> Option<&ShardPlacement> {
-        self.placement.iter().find(|one| one.shard == shard)
+        self.placement.iter().find(|placement| placement.shard == shard)
     }
 
     /// Returns true when the replica serves under this version.
     pub fn is_placed(&self, replica: ReplicaId) -> bool {
-        self.placement.iter().flat_map(|shard| &shard.replicas).any(|one| one.replica == replica)
+        self.placement.iter().flat_map(|shard| &shard.replicas).any(|member| member.replica == replica)
     }
 
     /// Returns true when the replica is primary of its shard under this version.
     pub fn is_primary(&self, replica: ReplicaId) -> bool {
-        self.placement.iter().any(|shard| shard.primary().is_some_and(|one| one.replica == replica))
+        self.placement.iter().any(|shard| shard.primary().is_some_and(|primary| primary.replica == replica))
     }
 
     /// Returns the replicas whose logs a replica of the shard pulls: the other placed ones and the draining ones. A
@@ -372,18 +377,20 @@ impl Catalog {
         if !self.is_placed(replica) && !rebuilt {
             return Vec::new();
         }
-        let placed = self.shard(shard).into_iter().flat_map(|one| one.replicas.iter().copied());
-        let draining = self.draining.iter().filter(|one| one.shard == shard);
-        let draining = draining.map(|one| Placed { replica: one.replica, node: one.node });
-        placed.chain(draining).filter(|one| one.replica != replica).collect()
+        let placed = self.shard(shard).into_iter().flat_map(|placement| placement.replicas.iter().copied());
+        let draining = self.draining.iter().filter(|draining| draining.shard == shard);
+        let draining = draining.map(|draining| Placed { replica: draining.replica, node: draining.node });
+        placed.chain(draining).filter(|member| member.replica != replica).collect()
     }
 
     /// Returns the replicas that pull a replica's log, and for which the log is kept.
     pub fn followers_of(&self, shard: ShardId, replica: ReplicaId) -> Vec<ReplicaId> {
-        let placed = self.shard(shard).into_iter().flat_map(|one| &one.replicas).map(|one| one.replica);
+        let placed =
+            self.shard(shard).into_iter().flat_map(|placement| &placement.replicas).map(|member| member.replica);
         let rebuilt = self.plan.iter().filter(|plan| plan.adds_member());
-        let rebuilt = rebuilt.flat_map(|plan| &plan.targets).filter(|one| one.shard == shard).map(|one| one.replica);
-        placed.chain(rebuilt).filter(|one| *one != replica).collect()
+        let rebuilt =
+            rebuilt.flat_map(|plan| &plan.targets).filter(|target| target.shard == shard).map(|target| target.replica);
+        placed.chain(rebuilt).filter(|follower| *follower != replica).collect()
     }
 
     /// Returns true when the replica is removed for good: any node that holds its files deletes them.
@@ -400,15 +407,15 @@ impl Catalog {
             self.removed_below = self.removed_below.max(ReplicaId(replica.0 + 1));
         }
         let below = self.removed_below;
-        self.removed.retain(|one| *one >= below);
+        self.removed.retain(|removed| *removed >= below);
     }
 
     /// Records a finished operation and forgets the oldest beyond [`OPERATIONS_KEPT`]. Adds the figures of a finished
     /// replica-adding plan to the totals of the draining nodes.
     pub fn remember(&mut self, report: OperationReport) {
         if report.is_copy() && report.outcome == OperationOutcome::Done {
-            let leaving = self.draining_nodes.iter_mut().filter(|one| one.since_us <= report.started_at_us);
-            leaving.for_each(|one| one.moved.add(&report));
+            let leaving = self.draining_nodes.iter_mut().filter(|drain| drain.since_us <= report.started_at_us);
+            leaving.for_each(|drain| drain.moved.add(&report));
         }
         self.operations.push(report);
         let excess = self.operations.len().saturating_sub(OPERATIONS_KEPT);

@@ -24,7 +24,7 @@ pub fn merge<'a>(floor: u64, a: Option<&'a [u8]>, b: Option<&'a [u8]>) -> Option
     let b = b.filter(|entry| !is_collected(entry, floor));
     match (a, b) {
         (Some(a), Some(b)) => Some(a.max(b)),
-        (one, other) => one.or(other),
+        (a, b) => a.or(b),
     }
 }
 
@@ -78,19 +78,19 @@ mod tests {
                 shuffled.swap(i, (order.rotate_left(i as u32 * 7) % len as u64) as usize);
             }
             // Replica one receives everything under floor 0, then its floor rises.
-            let one = merge(floor, fold(0, &entries).as_deref(), None).map(<[u8]>::to_vec);
+            let first = merge(floor, fold(0, &entries).as_deref(), None).map(<[u8]>::to_vec);
             // Replica two receives everything shuffled and doubled, then its floor rises; a late repetition of an
             // entry that it already holds arrives before or after that.
             let held = fold(0, &shuffled);
             let last = held.clone();
-            let two = if raise_first {
+            let second = if raise_first {
                 let risen = merge(floor, held.as_deref(), None).map(<[u8]>::to_vec);
                 merge(floor, risen.as_deref(), last.as_deref()).map(<[u8]>::to_vec)
             } else {
                 let doubled = merge(0, held.as_deref(), last.as_deref()).map(<[u8]>::to_vec);
                 merge(floor, doubled.as_deref(), None).map(<[u8]>::to_vec)
             };
-            prop_assert_eq!(one, two);
+            prop_assert_eq!(first, second);
         }
     }
 

@@ -184,8 +184,8 @@ pub struct Record {
 
 fn put_progress(out: &mut Vec<u8>, progress: &[FeedProgress]) {
     out.extend_from_slice(&(progress.len() as u32).to_le_bytes());
-    for one in progress {
-        let (kind, id, lsn) = match one {
+    for feed in progress {
+        let (kind, id, lsn) = match feed {
             FeedProgress::Tail(replica, lsn) => (1u8, replica.0, lsn),
             FeedProgress::Forward(shard, lsn) => (2u8, u64::from(shard.0), lsn),
         };
@@ -266,15 +266,15 @@ impl Record {
         match &self.body {
             Body::Data { entries, results, progress } => {
                 out.extend_from_slice(&(entries.len() as u32).to_le_bytes());
-                for one in entries {
-                    put_bytes_le(out, &one.key);
-                    put_bytes_le(out, &one.entry);
+                for entry in entries {
+                    put_bytes_le(out, &entry.key);
+                    put_bytes_le(out, &entry.entry);
                 }
                 out.extend_from_slice(&(results.len() as u32).to_le_bytes());
-                for one in results {
-                    out.extend_from_slice(&one.client.to_le_bytes());
-                    out.extend_from_slice(&one.sequence.to_le_bytes());
-                    put_bytes_le(out, &one.outcome);
+                for result in results {
+                    out.extend_from_slice(&result.client.to_le_bytes());
+                    out.extend_from_slice(&result.sequence.to_le_bytes());
+                    put_bytes_le(out, &result.outcome);
                 }
                 put_progress(out, progress);
             }
@@ -296,10 +296,10 @@ impl Record {
                 out.extend_from_slice(&plan.0.to_le_bytes());
                 put_range(out, *range);
                 out.extend_from_slice(&(objects.len() as u32).to_le_bytes());
-                for one in objects {
-                    put_bytes_le(out, one.key.as_bytes());
-                    out.extend_from_slice(&one.bytes.to_le_bytes());
-                    out.extend_from_slice(&one.crc32c.to_le_bytes());
+                for object in objects {
+                    put_bytes_le(out, object.key.as_bytes());
+                    out.extend_from_slice(&object.bytes.to_le_bytes());
+                    out.extend_from_slice(&object.crc32c.to_le_bytes());
                 }
                 out.extend_from_slice(&event_time_max.to_le_bytes());
                 put_progress(out, progress);

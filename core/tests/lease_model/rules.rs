@@ -2,7 +2,7 @@
 
 /// Rules of the design. Each can be taken out.
 #[derive(Clone, Copy, Debug)]
-pub struct Rules {
+pub(crate) struct Rules {
     /// A serving replica has, from every other one, a promise or an excuse.
     pub leases: bool,
     /// A replica promises itself to one claimant at a time.
@@ -55,7 +55,7 @@ pub struct Rules {
     pub came_after_silence: bool,
 }
 
-pub const ALL: Rules = Rules {
+pub(crate) const ALL: Rules = Rules {
     leases: true,
     exclusive: true,
     stop_before_grant: true,

@@ -6,19 +6,19 @@
 use std::fmt::{self, Debug};
 use std::hash::{Hash, Hasher};
 
-pub const NODES: usize = 3;
-pub const OPS: usize = 3;
-pub const NOBODY: u8 = 3;
+pub(crate) const NODES: usize = 3;
+pub(crate) const OPS: usize = 3;
+pub(crate) const NOBODY: u8 = 3;
 /// Silence that excuses a peer: shorter than a promise, as in the real limits.
-pub const SILENCE: u8 = 1;
+pub(crate) const SILENCE: u8 = 1;
 
-pub type Node = usize;
+pub(crate) type Node = usize;
 /// A set of records or of nodes, one bit each.
-pub type Set = u8;
+pub(crate) type Set = u8;
 
 /// Faults that may still happen, and how often in all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Faults {
+pub(crate) struct Faults {
     pub pause: u8,
     pub isolate: u8,
     pub kill: u8,
@@ -31,7 +31,7 @@ pub struct Faults {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Run {
+pub(crate) enum Run {
     Up,
     Paused,
     Dead,
@@ -41,7 +41,7 @@ pub enum Run {
 
 /// Authority, as the last decision left it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Term {
+pub(crate) enum Term {
     None,
     /// The authority rests on silence alone.
     Probing,
@@ -49,7 +49,7 @@ pub enum Term {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct NodeState {
+pub(crate) struct NodeState {
     pub run: Run,
     pub cut: bool,
     pub have: Set,
@@ -76,10 +76,10 @@ pub struct NodeState {
 }
 
 /// The master has no memory of a session.
-pub const NEVER: u8 = 3;
+pub(crate) const NEVER: u8 = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Back {
+pub(crate) enum Back {
     Nothing,
     Grant { left: u8, named: Set, served: bool },
     Denied,
@@ -87,7 +87,7 @@ pub enum Back {
 
 /// Result of the last attempt to connect, while nothing is received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reach {
+pub(crate) enum Reach {
     /// Something is received from the peer, or no attempt was made yet.
     Unknown,
     Refused,
@@ -96,7 +96,7 @@ pub enum Reach {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Basis {
+pub(crate) enum Basis {
     Promise,
     Excuse,
     Silence,
@@ -104,7 +104,7 @@ pub enum Basis {
 
 /// State of a peer as one node knows it, and what is on the way from there.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Peer {
+pub(crate) struct Peer {
     pub belief: u8,
     pub named: Set,
     /// Reported by the peer with its promise.
@@ -128,7 +128,7 @@ pub struct Peer {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
+pub(crate) enum Phase {
     Idle,
     /// The operation waits at a node for a probe of the silent peers.
     Waiting,
@@ -139,7 +139,7 @@ pub enum Phase {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Op {
+pub(crate) struct Op {
     pub phase: Phase,
     pub at: u8,
     /// Records that were acknowledged before the operation began.
@@ -159,20 +159,20 @@ pub struct Op {
 
 /// Record of an append: its bit is that of the operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Record {
+pub(crate) struct Record {
     pub list: Set,
     pub stamp: u8,
     pub origin: u8,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bad {
+pub(crate) enum Bad {
     StaleRead,
     LostWrite,
 }
 
 #[derive(Clone, PartialEq, Eq)]
-pub struct State {
+pub(crate) struct State {
     pub nodes: [NodeState; NODES],
     pub peers: [[Peer; NODES]; NODES],
     pub ops: [Op; OPS],
@@ -188,7 +188,7 @@ pub struct State {
     pub bad: Option<Bad>,
 }
 
-pub const IDLE: Op = Op {
+pub(crate) const IDLE: Op = Op {
     phase: Phase::Idle,
     at: NOBODY,
     must: 0,
@@ -200,7 +200,7 @@ pub const IDLE: Op = Op {
     handed: false,
 };
 
-pub const FRESH: Peer = Peer {
+pub(crate) const FRESH: Peer = Peer {
     belief: 0,
     named: 0,
     served: false,
@@ -215,7 +215,7 @@ pub const FRESH: Peer = Peer {
     basis: Basis::Promise,
 };
 
-pub const NEW: NodeState = NodeState {
+pub(crate) const NEW: NodeState = NodeState {
     run: Run::Up,
     cut: false,
     have: 0,
@@ -233,53 +233,53 @@ pub const NEW: NodeState = NodeState {
     missing: 0,
 };
 
-pub const fn bit(n: usize) -> Set {
+pub(crate) const fn bit(n: usize) -> Set {
     1 << n
 }
 
 impl State {
-    pub fn cut(&self, i: Node, j: Node) -> bool {
+    pub(crate) fn cut(&self, i: Node, j: Node) -> bool {
         self.nodes[i].cut || self.nodes[j].cut || (self.pair_cut && i + j == 1)
     }
 
-    pub fn up(&self, i: Node) -> bool {
+    pub(crate) fn up(&self, i: Node) -> bool {
         self.nodes[i].run == Run::Up
     }
 
     /// Returns true when both run and can reach each other.
-    pub fn linked(&self, i: Node, j: Node) -> bool {
+    pub(crate) fn linked(&self, i: Node, j: Node) -> bool {
         self.up(i) && self.up(j) && !self.cut(i, j)
     }
 
-    pub fn away(&self) -> usize {
+    pub(crate) fn away(&self) -> usize {
         self.nodes.iter().filter(|node| node.run != Run::Unused && (node.run != Run::Up || node.cut)).count()
     }
 
     /// Returns the list that a node shows.
-    pub fn list(&self, i: Node) -> Set {
+    pub(crate) fn list(&self, i: Node) -> Set {
         let have = self.nodes[i].have;
         let held = self.records.iter().enumerate().filter(|(id, _)| have & bit(*id) != 0).filter_map(|(_, one)| *one);
         held.max_by_key(|one| one.stamp).map_or(0, |one| one.list)
     }
 
-    pub fn holders(&self, record: usize) -> usize {
+    pub(crate) fn holders(&self, record: usize) -> usize {
         self.nodes.iter().filter(|node| node.have & bit(record) != 0).count()
     }
 
     /// Returns true when the node's writer has begun something.
-    pub fn is_busy(&self, i: Node) -> bool {
+    pub(crate) fn is_busy(&self, i: Node) -> bool {
         self.ops.iter().any(|op| op.phase == Phase::Checked && usize::from(op.at) == i)
     }
 
     /// Returns true when the node is there and all nodes, but perhaps one, know it.
-    pub fn is_back(&self, j: Node, but: Node) -> bool {
+    pub(crate) fn is_back(&self, j: Node, but: Node) -> bool {
         let known = |i: Node| i == j || i == but || !self.up(i) || !self.peers[i][j].is_away();
         self.up(j) && !self.nodes[j].cut && self.nodes[j].young == 0 && (0..NODES).all(known)
     }
 
     /// Forgives records that only a node that goes away holds. Unless `late_copies` count, forgives also those that
     /// the others hold only since they have promised themselves: they named less.
-    pub fn forgive(&mut self, i: Node, late_copies: bool) {
+    pub(crate) fn forgive(&mut self, i: Node, late_copies: bool) {
         for record in 0..self.records.len() {
             let holds = |node: &NodeState| node.have & bit(record) != 0;
             let counts = |node: &NodeState| {
@@ -295,7 +295,7 @@ impl State {
         }
     }
 
-    pub fn end_promise(&mut self, i: Node) {
+    pub(crate) fn end_promise(&mut self, i: Node) {
         let to = self.nodes[i].promise;
         if to != NOBODY {
             self.peers[usize::from(to)][i].released = false;
@@ -310,7 +310,7 @@ impl State {
     }
 
     /// Drops everything that a process forgets when it ends, and the messages on the way to and from it.
-    pub fn forget(&mut self, i: Node) {
+    pub(crate) fn forget(&mut self, i: Node) {
         self.end_promise(i);
         self.peers[i] = [FRESH; NODES];
         let node = &mut self.nodes[i];
@@ -326,7 +326,7 @@ impl State {
     }
 
     /// Normalizes state that can make no difference any more.
-    pub fn forget_what_is_done(&mut self) {
+    pub(crate) fn forget_what_is_done(&mut self) {
         for op in &mut self.ops {
             match op.phase {
                 Phase::Done => *op = Op { phase: Phase::Done, ..IDLE },
@@ -406,7 +406,7 @@ impl NodeState {
 
 impl Peer {
     /// Returns true when the peer is known to be dead, or silent for long enough.
-    pub fn is_away(&self) -> bool {
+    pub(crate) fn is_away(&self) -> bool {
         self.reach == Reach::Refused || (self.quiet >= SILENCE && self.reach != Reach::Unknown)
     }
 

@@ -24,7 +24,7 @@ const SESSION: u8 = 2;
 
 /// Acknowledgement level of a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ack {
+pub(crate) enum Ack {
     /// One replica holds the write; records that only a node that goes away held are not promised.
     Fsync,
     /// Two replicas hold the write.
@@ -33,7 +33,7 @@ pub enum Ack {
 
 /// Size and options of an exploration.
 #[derive(Clone, Copy, Debug)]
-pub struct Leases {
+pub(crate) struct Leases {
     pub rules: Rules,
     pub nodes: usize,
     pub ack: Ack,
@@ -57,7 +57,7 @@ pub struct Leases {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
+pub(crate) enum Action {
     Tick,
     /// A request comes to a replica that can answer it only after a probe.
     Start(usize, Node),

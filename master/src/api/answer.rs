@@ -36,8 +36,16 @@ pub(super) fn unknown(message: impl Into<String>) -> VastoError {
     VastoError::new(ErrorCode::Unknown, message)
 }
 
+/// The error of a call that a stopping master has not begun.
+pub(crate) fn stopping() -> VastoError {
+    unavailable("this master is stopping; try again")
+}
+
+/// Why the outcome of a call that was begun is not known.
+pub(crate) const STOPPED_MEANWHILE: &str = "this master stopped meanwhile";
+
 /// The error of a write to the catalog whose outcome is not known.
-pub(super) fn unsure(what: &str, cause: &str) -> VastoError {
+pub(crate) fn unsure(what: &str, cause: &str) -> VastoError {
     unknown(format!("{what}: {cause}; it may or may not have taken effect: check with `vasto keyspace list`"))
 }
 

@@ -12,7 +12,7 @@ use vasto_core::ids::{KeyspaceId, NodeId};
 use vasto_proto::v1;
 use vasto_shipping::CatalogError;
 
-use super::answer::{ANSWER_WITHIN, Answer, find, taken, too_busy, unavailable, unsure};
+use super::answer::{ANSWER_WITHIN, Answer, STOPPED_MEANWHILE, find, stopping, taken, too_busy, unavailable, unsure};
 use crate::cluster::{Cluster, Held};
 use crate::driver::adopt_all;
 use crate::placement::place;
@@ -57,13 +57,13 @@ pub(super) async fn change(
     keyspace: KeyspaceId,
     change: CatalogChange,
 ) -> Result<Arc<Catalog>, VastoError> {
-    let stopping = || unavailable("this master is stopping; try again");
     let requests = cluster.state().keyspaces.get(&keyspace).map(|keyspace| keyspace.requests.clone());
     let requests = requests.ok_or_else(stopping)?;
     let (reply, answer) = oneshot::channel();
     let asked = async {
         requests.send(ChangeRequest { change, reply }).await.map_err(|_| stopping())?;
-        answer.await.map_err(|_| stopping())?
+        // The driver may have begun to write.
+        answer.await.map_err(|_| unsure("writing the catalog", STOPPED_MEANWHILE))?
     };
     timeout(ANSWER_WITHIN, asked)
         .await

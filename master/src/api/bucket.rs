@@ -30,7 +30,7 @@ use crate::view::outcome::RepairedDoc;
 /// How long nodes have to come back and report what they hold.
 const NODES_WAIT: Duration = Duration::from_secs(10);
 /// The interval at which that is checked.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL: Duration = Duration::from_millis(50);
 
 fn not_now(error: &impl std::fmt::Display) -> VastoError {
     VastoError::new(ErrorCode::Unavailable, format!("the bucket cannot be repaired now: {error}; try again"))
@@ -38,9 +38,9 @@ fn not_now(error: &impl std::fmt::Display) -> VastoError {
 
 /// Checks for missing, damaged and orphaned objects; the cluster status shows the findings.
 pub(crate) async fn check(cluster: &Cluster, deep: bool) -> Answer {
-    let found = upkeep::look(cluster, deep).await?;
-    cluster.note_findings(upkeep::findings(&found));
-    Ok(json(&found))
+    let fsck = upkeep::check(cluster, deep).await?;
+    cluster.note_findings(upkeep::findings(&fsck));
+    Ok(json(&fsck))
 }
 
 /// Deletes objects that are not needed, or only lists them.
@@ -56,7 +56,7 @@ pub(crate) async fn repair(cluster: &Arc<Cluster>, accept_loss: bool) -> Answer 
     let placed = remembered.values().filter(|catalog| catalog.state == KeyspaceState::Active);
     let placed = placed.flat_map(|catalog| &catalog.placement).flat_map(|shard| &shard.replicas);
     let away: BTreeSet<NodeId> = placed.map(|placed| placed.node).filter(|node| !here.contains(node)).collect();
-    let lacking = cluster.is_lost() || lacks_any(cluster, &remembered).await?;
+    let lacking = cluster.is_restricted() || lacks_any(cluster, &remembered).await?;
     if lacking && !away.is_empty() && !accept_loss {
         let names: Vec<String> = away.iter().map(NodeId::to_string).collect();
         return Err(refused(format!(
@@ -112,13 +112,13 @@ async fn load_anew(cluster: &Arc<Cluster>, cluster_id: String, done: &mut Repair
     done.unknown_keyspaces = owners.difference(&loaded).copied().collect();
     let decided = cluster.store.settings(&ClusterSettings::default()).await.map_err(|error| not_now(&error))?;
     cluster.learn_settings(decided);
-    let was_lost = cluster.is_lost();
+    let was_restricted = cluster.is_restricted();
     cluster.note_odd_catalogs(odd);
-    cluster.found(cluster_id);
+    cluster.owned_by(cluster_id);
     for catalog in catalogs {
         adopt(cluster, catalog);
     }
-    if was_lost {
+    if was_restricted {
         // The nodes have reported their replicas to a master that knew no catalog.
         cluster.state().begin_sessions_anew();
     }
@@ -133,13 +133,13 @@ fn live(cluster: &Cluster) -> BTreeSet<NodeId> {
 /// nodes. While there is no keyspace in it, the refused nodes are trusted.
 async fn take_in_the_refused(cluster: &Arc<Cluster>) -> Result<(), VastoError> {
     let refused = cluster.refused();
-    if refused.is_empty() || cluster.is_lost() || !cluster.state().keyspaces.is_empty() {
+    if refused.is_empty() || cluster.is_restricted() || !cluster.state().keyspaces.is_empty() {
         return Ok(());
     }
-    cluster.lose("nodes of another cluster say that this prefix was theirs".into());
+    cluster.restrict("nodes of another cluster say that this prefix was theirs".into());
     let came = async {
         while !refused.keys().all(|node| live(cluster).contains(node)) {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL).await;
         }
     };
     // Nodes that do not come are missed where their catalogs name them.
@@ -162,21 +162,22 @@ async fn ask_the_nodes(cluster: &Arc<Cluster>) -> Result<(BTreeMap<KeyspaceId, C
             }
         }
     }
-    if !cluster.is_lost() {
+    if !cluster.is_restricted() {
         ids.insert(cluster.cluster_id());
     }
     let cluster_id = match (ids.pop_first(), ids.pop_first()) {
         (Some(id), None) => id,
         (None, _) => return Err(refused("no node of the cluster is here; start the nodes first")),
-        (Some(one), Some(other)) => {
-            let message = format!("there are nodes of clusters {one} and {other}; stop those that do not belong here");
+        (Some(first), Some(second)) => {
+            let message =
+                format!("there are nodes of clusters {first} and {second}; stop those that do not belong here");
             return Err(refused(message));
         }
     };
     let mut newest: BTreeMap<KeyspaceId, Catalog> = BTreeMap::new();
     for (node, done) in waiting {
-        let said = match timeout(ADMIN_DEADLINE, done).await {
-            Ok(Ok(Ok(said))) => said,
+        let catalogs = match timeout(ADMIN_DEADLINE, done).await {
+            Ok(Ok(Ok(catalogs))) => catalogs,
             Ok(Ok(Err(reason))) => {
                 return Err(refused(format!(
                     "{node} cannot say what it remembers: {reason}; restart it, then try again"
@@ -188,7 +189,7 @@ async fn ask_the_nodes(cluster: &Arc<Cluster>) -> Result<(BTreeMap<KeyspaceId, C
                 )));
             }
         };
-        for json in said {
+        for json in catalogs {
             let catalog: Catalog = serde_json::from_str(&json)
                 .map_err(|error| refused(format!("{node} remembers a catalog that cannot be read: {error}")))?;
             if newest.get(&catalog.keyspace).is_none_or(|best| best.version < catalog.version) {
@@ -222,7 +223,7 @@ async fn all_have_reported(cluster: &Cluster, nodes: &BTreeSet<NodeId>) {
     };
     let all = async {
         while !(nodes.is_subset(&live(cluster)) && reported(cluster)) {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL).await;
         }
     };
     if timeout(NODES_WAIT, all).await.is_err() {
@@ -232,8 +233,8 @@ async fn all_have_reported(cluster: &Cluster, nodes: &BTreeSet<NodeId>) {
 
 /// Has every keyspace upload its data again that lacks some of it, then checks once more.
 async fn ship_what_is_missing(cluster: &Arc<Cluster>, done: &mut RepairedDoc) -> Result<(), VastoError> {
-    let mut found = upkeep::look(cluster, false).await?;
-    let broken = found.missing.iter().chain(&found.corrupt);
+    let mut fsck = upkeep::check(cluster, false).await?;
+    let broken = fsck.missing.iter().chain(&fsck.corrupt);
     let broken: BTreeSet<KeyspaceId> = broken.filter_map(|key| Some(layout::parse_shipped(key)?.0.keyspace)).collect();
     let names: Vec<String> = {
         let state = cluster.state();
@@ -246,10 +247,10 @@ async fn ship_what_is_missing(cluster: &Arc<Cluster>, done: &mut RepairedDoc) ->
         }
     }
     if !names.is_empty() {
-        found = upkeep::look(cluster, false).await?;
+        fsck = upkeep::check(cluster, false).await?;
     }
-    cluster.note_findings(upkeep::findings(&found));
-    done.warnings.extend(found.warnings);
-    (done.missing, done.corrupt) = (found.missing, found.corrupt);
+    cluster.note_findings(upkeep::findings(&fsck));
+    done.warnings.extend(fsck.warnings);
+    (done.missing, done.corrupt) = (fsck.missing, fsck.corrupt);
     Ok(())
 }

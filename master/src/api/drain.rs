@@ -96,7 +96,7 @@ pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
         return Err(has_ended(id));
     }
     for keyspace in concerned {
-        ask::change(cluster, keyspace, CatalogChange::Stay { operation: id.to_owned() }).await?;
+        ask::change(cluster, keyspace, CatalogChange::CancelDrain { operation: id.to_owned() }).await?;
     }
     tracing::info!(operation = id, "cancelled an operation");
     show(cluster, id)

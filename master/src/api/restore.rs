@@ -124,7 +124,7 @@ async fn ship_first(cluster: &Arc<Cluster>, request: &v1::RestoreRequest) -> Res
     let absent = match ship::everything(cluster, &request.name).await {
         Ok(Shipped::All(absent)) => absent,
         // No replica is live: only the bucket is left.
-        Ok(Shipped::NobodyIsThere) => return Ok(Absent::default()),
+        Ok(Shipped::NoLiveReplica) => return Ok(Absent::default()),
         Err(cause) if is_recent => {
             let message = format!(
                 "{}; what was acknowledged last could be missing: start the node, or take what the bucket holds with `vasto keyspace restore {} --into {} --from-bucket`",

@@ -26,7 +26,7 @@ use crate::view::outcome::{AbsentDoc, ExecutedDoc};
 /// How long the nodes have to ship what they hold.
 const SHIP_PATIENCE: Duration = Duration::from_secs(60);
 /// The interval of checks whether a node has come.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL: Duration = Duration::from_millis(50);
 
 /// Replicas that do not get the command.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -85,7 +85,7 @@ pub(super) enum Shipped {
     /// The bucket holds all that any replica held, except for these.
     All(Absent),
     /// No replica of the keyspace is live.
-    NobodyIsThere,
+    NoLiveReplica,
 }
 
 fn works(state: &ClusterState, keyspace: &Keyspace, placed: &Placed) -> bool {
@@ -126,7 +126,7 @@ async fn send(cluster: &Cluster, name: &str, kind: Kind) -> Result<(Chosen, Wait
                 return Ok((chosen, waiting));
             }
         }
-        sleep(LOOK).await;
+        sleep(POLL).await;
     }
 }
 
@@ -186,7 +186,7 @@ pub(super) async fn everything(cluster: &Arc<Cluster>, name: &str) -> Result<Shi
     let deadline = Instant::now() + SHIP_PATIENCE;
     let is_restored = |plan: &Plan| matches!(plan.kind, PlanKind::Restore { .. });
     if find(&cluster.state(), name)?.catalog.plan.as_ref().is_some_and(is_restored) {
-        return Ok(Shipped::NobodyIsThere); // no write was acknowledged yet
+        return Ok(Shipped::NoLiveReplica); // no write was acknowledged yet
     }
     loop {
         let late = |_| {
@@ -195,7 +195,7 @@ pub(super) async fn everything(cluster: &Arc<Cluster>, name: &str) -> Result<Shi
         };
         let (chosen, waiting) = timeout_at(deadline, send(cluster, name, Kind::ShipLog)).await.map_err(late)??;
         if chosen.by_node.is_empty() && !chosen.lost.is_empty() {
-            return Ok(Shipped::NobodyIsThere);
+            return Ok(Shipped::NoLiveReplica);
         }
         if !chosen.lost.is_empty() {
             return Err(lost(name, &chosen.lost));
@@ -216,7 +216,7 @@ mod tests {
     use vasto_core::ids::KeyspaceId;
 
     #[test]
-    fn one_live_replica_of_each_shard_does_it_and_the_others_are_named() {
+    fn one_live_replica_of_each_shard_ships_and_absent_replicas_are_named() {
         let spec = KeyspaceSpec { shards: 2, replicas: 3, ..KeyspaceSpec::default() };
         let nodes = [vec![NodeId(1), NodeId(2), NodeId(3)], vec![NodeId(2), NodeId(3), NodeId(1)]];
         let mut catalog = Catalog::first(KeyspaceId(1), "ks", spec, &nodes, 1, 1);
@@ -225,10 +225,10 @@ mod tests {
         assert_eq!((all.absent, all.lost), (Absent::default(), Vec::new()));
         // The preferred primary is away: the acting primary comes before the others.
         catalog.placement[0].primary = Some(ReplicaId(3));
-        let one = Chosen::of(&catalog, |one| one.node != NodeId(1));
-        assert_eq!(one.by_node, [(NodeId(2), vec![ReplicaId(4)]), (NodeId(3), vec![ReplicaId(3)])].into());
+        let chosen = Chosen::of(&catalog, |placed| placed.node != NodeId(1));
+        assert_eq!(chosen.by_node, [(NodeId(2), vec![ReplicaId(4)]), (NodeId(3), vec![ReplicaId(3)])].into());
         assert_eq!(
-            json(&one.absent.document()),
+            json(&chosen.absent.document()),
             r#"[{"node_id":"NODE","shards":[0,1]}]"#.replace("NODE", &NodeId(1).to_string())
         );
         // A replica that waits to be drained may hold something too.
@@ -238,7 +238,7 @@ mod tests {
             node: NodeId(4),
             since_us: 1,
         });
-        assert_eq!(Chosen::of(&catalog, |one| one.node != NodeId(4)).absent.ids(), [9]);
+        assert_eq!(Chosen::of(&catalog, |placed| placed.node != NodeId(4)).absent.ids(), [9]);
         let none = Chosen::of(&catalog, |_| false);
         assert!(none.by_node.is_empty());
         assert_eq!(none.lost.len(), 2);

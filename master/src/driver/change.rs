@@ -42,7 +42,7 @@ pub(crate) fn changed(
             let message = format!("node {} has no replica of keyspace {}", drain.node, catalog.name);
             VastoError::new(ErrorCode::NotFound, message)
         }),
-        CatalogChange::Stay { ref operation } => {
+        CatalogChange::CancelDrain { ref operation } => {
             cancel_drain(catalog, operation, CANCELLED, reports, now_us, nonce).ok_or_else(|| has_ended(operation))
         }
         CatalogChange::Delete => deleted(catalog, now_us, nonce),

@@ -35,7 +35,7 @@ pub(crate) fn adopt(cluster: &Arc<Cluster>, catalog: Catalog) -> bool {
 
 /// Adopts what other masters have created; lists the bucket, so only when something is known to be missing.
 pub(crate) async fn adopt_all(cluster: &Arc<Cluster>) {
-    if cluster.is_lost() {
+    if cluster.is_restricted() {
         return;
     }
     match cluster.store.load_all().await {
@@ -50,7 +50,7 @@ pub(crate) async fn adopt_all(cluster: &Arc<Cluster>) {
 
 /// Looks up a keyspace that a node knows and this master does not: another master created it.
 pub(crate) fn look_up(cluster: &Arc<Cluster>, keyspace: KeyspaceId) {
-    if cluster.is_lost() {
+    if cluster.is_restricted() {
         return; // the bucket is not trusted yet
     }
     if !cluster.may_look_up(keyspace) {

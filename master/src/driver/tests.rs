@@ -45,8 +45,8 @@ fn only_a_slow_sealing_version_is_held_back() {
 #[test]
 fn idle_keyspaces_are_not_looked_at() {
     let mut catalog = first(KeyspaceId(1));
-    assert_eq!(next_look(&catalog, 5), None);
-    assert_eq!(next_look(&growing(Step::Tail), 5), Some(TICK));
+    assert_eq!(next_check(&catalog, 5), None);
+    assert_eq!(next_check(&growing(Step::Tail), 5), Some(TICK));
     catalog.quarantines.push(Quarantine {
         plan: PlanId(1),
         range: catalog.owned_bands(),
@@ -55,14 +55,14 @@ fn idle_keyspaces_are_not_looked_at() {
         until_us: 3_000_000,
         dropping: false,
     });
-    assert_eq!(next_look(&catalog, 1_000_000), Some(Duration::from_secs(2)));
-    assert_eq!(next_look(&catalog, 9_000_000), Some(TICK), "it is due");
+    assert_eq!(next_check(&catalog, 1_000_000), Some(Duration::from_secs(2)));
+    assert_eq!(next_check(&catalog, 9_000_000), Some(TICK), "it is due");
     catalog.quarantines[0].until_us = u64::MAX;
-    assert_eq!(next_look(&catalog, 0), Some(LOOK_MAX));
+    assert_eq!(next_check(&catalog, 0), Some(CHECK_MAX));
     catalog.quarantines[0].dropping = true;
-    assert_eq!(next_look(&catalog, 0), Some(TICK));
+    assert_eq!(next_check(&catalog, 0), Some(TICK));
     catalog.state = KeyspaceState::Deleted;
-    assert_eq!(next_look(&catalog, 0), Some(LOOK_DELETED));
+    assert_eq!(next_check(&catalog, 0), Some(CHECK_DELETED));
 }
 
 /// Returns the keyspace after a change while these nodes are live.
@@ -208,7 +208,7 @@ async fn a_slow_bucket_never_makes_a_node_seal() {
     fixture.store.config_mut(|config| config.wait_put_per_call = SEALING_WRITE_MAX + Duration::from_millis(20));
     fixture.report(fixture.ready_to_seal());
     // Two rounds of tail -> sealing -> tail, checked after each change: no sealing version is shown.
-    let seals = |known: &crate::state::Keyspace| known.catalog.plan.as_ref().map_or(0, |plan| plan.seals_undone);
+    let seals = |keyspace: &crate::state::Keyspace| keyspace.catalog.plan.as_ref().map_or(0, |plan| plan.seals_undone);
     let mut changes = fixture.cluster.state().keyspaces[&fixture.keyspace].changes();
     let rounds = async {
         while seals(&fixture.cluster.state().keyspaces[&fixture.keyspace]) < 2 {
@@ -222,12 +222,12 @@ async fn a_slow_bucket_never_makes_a_node_seal() {
     // The bucket holds the sealing versions, each followed by the version that undoes it.
     fixture.store.config_mut(|config| config.wait_put_per_call = Duration::ZERO);
     fixture
-        .until("a fast seal", |known| {
-            known
+        .until("a fast seal", |keyspace| {
+            keyspace
                 .catalog
                 .plan
                 .as_ref()
-                .is_some_and(|plan| plan.step == Step::Sealing && known.delivery == Delivery::Push)
+                .is_some_and(|plan| plan.step == Step::Sealing && keyspace.delivery == Delivery::Push)
         })
         .await;
     assert!(shown(&mut sent).iter().any(|catalog| catalog.plan.as_ref().unwrap().step == Step::Sealing));
@@ -256,7 +256,7 @@ async fn a_node_that_is_ahead_makes_the_master_read_the_tip() {
     let second = first.next(5_000, 77);
     fixture.cluster.store.write(&second).await.unwrap();
     fixture.report(vec![ReplicaReport { version: second.version, ..fixture.replica(1) }]);
-    fixture.until("version 2", |known| known.catalog.version.0 == 2 && !known.behind).await;
+    fixture.until("version 2", |keyspace| keyspace.catalog.version.0 == 2 && !keyspace.behind).await;
     fixture.cluster.shutdown.cancel();
 }
 

@@ -21,7 +21,7 @@ pub(crate) enum CatalogChange {
     /// Move a node's replicas elsewhere.
     DrainNode(NodeDrain),
     /// Cancel the operation that drains a node: the node keeps the replicas that it still has.
-    Stay { operation: String },
+    CancelDrain { operation: String },
     /// Drop the keyspace.
     Delete,
 }

@@ -1,7 +1,7 @@
 //! The next catalog version of a keyspace: the pure rules of `vasto_core::reconcile`, asked in their order of urgency.
 //!
-//! **Invariant:** a pure function of the state and the time. Without any live node it waits: a master without
-//! sessions knows nothing, and another master may be driving.
+//! **Invariant:** nothing is written or sent here. Without any live node only a seal that was slow to write is undone;
+//! everything else waits: a master without sessions has no reports, and another master may be driving.
 
 use std::cell::OnceCell;
 

@@ -1,7 +1,8 @@
 //! The state of one keyspace: its last catalog version, the reports of its replicas, and the channels of those that
 //! wait for either.
 //!
-//! **Invariant:** a report is kept only from the node on which the catalog places the replica.
+//! **Invariant:** a report of a replica that the catalog places on another node is refused. A replica that the catalog
+//! does not place is reported by whichever node has it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -52,7 +52,7 @@ pub(super) struct Session {
 pub(crate) type Done = Result<Vec<String>, String>;
 
 impl Node {
-    /// Creates a node that has said nothing yet.
+    /// Creates a node that has not registered and reported yet.
     pub(super) fn new(now_us: u64) -> Self {
         Self {
             address: String::new(),

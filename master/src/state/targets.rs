@@ -38,7 +38,7 @@ impl ClusterState {
         });
         let candidates: Vec<NodeCandidate> = candidates.collect();
         #[cfg(test)]
-        self.looks.set(self.looks.get() + candidates.len() as u64);
+        self.examined.set(self.examined.get() + candidates.len() as u64);
         candidates
     }
 

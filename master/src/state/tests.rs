@@ -54,10 +54,10 @@ fn catalog() -> Catalog {
 /// Returns a state with live nodes 1 and 2, and keyspace `ks1` with a shard on each.
 pub(crate) fn two_nodes() -> (ClusterState, u64, u64) {
     let mut state = ClusterState::default();
-    let one = state.connect(&hello(1, "a:1"), false, 10).unwrap().session;
-    let two = state.connect(&hello(2, "a:2"), false, 10).unwrap().session;
+    let first = state.connect(&hello(1, "a:1"), false, 10).unwrap().session;
+    let second = state.connect(&hello(2, "a:2"), false, 10).unwrap().session;
     state.install(catalog(), Delivery::Push);
-    (state, one, two)
+    (state, first, second)
 }
 
 fn report(state: &mut ClusterState, node: u64, session: u64, replicas: Vec<ReplicaReport>, now_us: u64) -> Vec<Odd> {
@@ -77,14 +77,14 @@ fn kinds(messages: &[v1::MasterMessage]) -> Vec<&'static str> {
 
 #[test]
 fn a_session_gets_everything_once_and_everything_again_after_a_reconnect() {
-    let (mut state, one, _) = two_nodes();
+    let (mut state, first, _) = two_nodes();
     let mut sent = Sent::default();
-    assert_eq!(kinds(&state.outstanding(NodeId(1), one, &mut sent)), ["nodes", "keyspace"]);
-    assert!(state.outstanding(NodeId(1), one, &mut sent).is_empty());
+    assert_eq!(kinds(&state.outstanding(NodeId(1), first, &mut sent)), ["nodes", "keyspace"]);
+    assert!(state.outstanding(NodeId(1), first, &mut sent).is_empty());
     state.install(catalog().next(2_000, 2), Delivery::Push);
-    assert_eq!(kinds(&state.outstanding(NodeId(1), one, &mut sent)), ["keyspace"]);
+    assert_eq!(kinds(&state.outstanding(NodeId(1), first, &mut sent)), ["keyspace"]);
     state.connect(&hello(3, "a:3"), false, 20).unwrap();
-    assert_eq!(kinds(&state.outstanding(NodeId(1), one, &mut sent)), ["nodes"]);
+    assert_eq!(kinds(&state.outstanding(NodeId(1), first, &mut sent)), ["nodes"]);
 
     let again = state.connect(&hello(1, "a:1"), false, 30).unwrap().session;
     let mut sent = Sent::default();
@@ -119,23 +119,23 @@ fn a_replaced_session_can_change_nothing() {
 
 #[test]
 fn another_address_is_a_conflict_while_the_session_lives() {
-    let (mut state, one, _) = two_nodes();
+    let (mut state, first, _) = two_nodes();
     let conflict = state.connect(&hello(1, "b:1"), false, 20).unwrap_err();
-    assert_eq!(conflict, Conflict { address: "a:1".into(), session: one, heard_us: 10 });
+    assert_eq!(conflict, Conflict { address: "a:1".into(), session: first, heard_us: 10 });
     let replaced = state.nodes[&NodeId(1)].session.as_ref().unwrap().replaced.clone();
     assert!(state.connect(&hello(1, "b:1"), true, 20).is_ok());
     assert!(replaced.is_cancelled());
-    let two = state.connect(&hello(2, "a:2"), false, 20).unwrap().session;
-    state.disconnect(NodeId(2), two, 30);
+    let second = state.connect(&hello(2, "a:2"), false, 20).unwrap().session;
+    state.disconnect(NodeId(2), second, 30);
     assert!(state.connect(&hello(2, "b:2"), false, 40).is_ok(), "nobody has the id any more");
 }
 
 #[test]
 fn clients_see_a_nodes_new_address_with_the_same_version() {
-    let (mut state, one, _) = two_nodes();
+    let (mut state, first, _) = two_nodes();
     let mut topology = state.keyspaces[&KS].topology();
     assert_eq!(topology.borrow_and_update().shards[0].replicas[0].address, "a:1");
-    state.disconnect(NodeId(1), one, 20);
+    state.disconnect(NodeId(1), first, 20);
     assert!(!topology.has_changed().unwrap(), "the last address of a node that is away stays");
     state.connect(&hello(1, "b:1"), false, 30).unwrap();
     let now = topology.borrow_and_update().clone();
@@ -144,30 +144,30 @@ fn clients_see_a_nodes_new_address_with_the_same_version() {
 
 #[test]
 fn odd_reports_are_told_and_not_taken() {
-    let (mut state, one, two) = two_nodes();
+    let (mut state, first, second) = two_nodes();
     let foreign = ReplicaReport { keyspace: KeyspaceId(77), ..replica_report(1, 1) };
-    assert_eq!(report(&mut state, 1, one, vec![foreign], 20), [Odd::UnknownKeyspace(KeyspaceId(77))]);
+    assert_eq!(report(&mut state, 1, first, vec![foreign], 20), [Odd::UnknownKeyspace(KeyspaceId(77))]);
     assert_eq!(
-        report(&mut state, 2, two, vec![replica_report(1, 1)], 20),
+        report(&mut state, 2, second, vec![replica_report(1, 1)], 20),
         [Odd::NotItsReplica(KS, ReplicaId(1))],
         "replica 1 is placed on node 1"
     );
     assert!(state.keyspaces[&KS].reports.is_empty());
     assert!(!state.keyspaces[&KS].behind);
-    report(&mut state, 1, one, vec![replica_report(1, 5)], 30);
+    report(&mut state, 1, first, vec![replica_report(1, 5)], 30);
     assert!(state.keyspaces[&KS].behind, "the node applies a version that this master does not know");
 }
 
 #[test]
 fn the_end_of_a_session_ends_the_wait_for_its_commands() {
-    let (mut state, one, _) = two_nodes();
+    let (mut state, first, _) = two_nodes();
     let mut done = state.command(NodeId(1), v1::command::Kind::Compact, KS).unwrap();
     let mut lost = state.command(NodeId(1), v1::command::Kind::Compact, KS).unwrap();
     let mut sent = Sent::default();
-    assert_eq!(kinds(&state.outstanding(NodeId(1), one, &mut sent)), ["nodes", "keyspace", "command", "command"]);
-    state.command_done(NodeId(1), one, &v1::CommandDone { id: 1, ..v1::CommandDone::default() }, 20);
+    assert_eq!(kinds(&state.outstanding(NodeId(1), first, &mut sent)), ["nodes", "keyspace", "command", "command"]);
+    state.command_done(NodeId(1), first, &v1::CommandDone { id: 1, ..v1::CommandDone::default() }, 20);
     assert_eq!(done.try_recv().unwrap(), Ok(Vec::new()));
-    state.disconnect(NodeId(1), one, 30);
+    state.disconnect(NodeId(1), first, 30);
     assert!(matches!(lost.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
     assert!(state.command(NodeId(1), v1::command::Kind::Compact, KS).is_none(), "nobody is there");
 }
@@ -181,13 +181,13 @@ fn commands_that_may_wait_are_bounded() {
 }
 
 #[test]
-fn a_deleted_keyspace_concerns_only_who_had_a_part_in_it() {
-    let (mut state, one, _) = two_nodes();
-    let three = state.connect(&hello(3, "a:3"), false, 20).unwrap().session;
+fn a_deleted_keyspace_concerns_only_nodes_that_held_or_report_it() {
+    let (mut state, first, _) = two_nodes();
+    let third = state.connect(&hello(3, "a:3"), false, 20).unwrap().session;
     let deleted = Catalog { state: KeyspaceState::Deleted, ..catalog().next(2_000, 2) };
     state.install(deleted, Delivery::Push);
-    assert_eq!(kinds(&state.outstanding(NodeId(1), one, &mut Sent::default())), ["nodes", "keyspace"]);
-    assert_eq!(kinds(&state.outstanding(NodeId(3), three, &mut Sent::default())), ["nodes"]);
+    assert_eq!(kinds(&state.outstanding(NodeId(1), first, &mut Sent::default())), ["nodes", "keyspace"]);
+    assert_eq!(kinds(&state.outstanding(NodeId(3), third, &mut Sent::default())), ["nodes"]);
     assert!(state.named("ks1").is_none());
     assert_eq!(state.decide(KS, 0, u64::MAX / 2, 1), Advance::Idle);
 }
@@ -207,15 +207,15 @@ fn write(advance: Advance) -> Catalog {
 
 #[test]
 fn a_slow_sealing_version_is_never_shown_and_undone_at_once() {
-    let (mut state, one, _) = two_nodes();
+    let (mut state, first, _) = two_nodes();
     let mut sent = Sent::default();
-    state.outstanding(NodeId(1), one, &mut sent);
+    state.outstanding(NodeId(1), first, &mut sent);
     state.install(growing(Step::Sealing, 5_000), Delivery::Undo);
-    assert!(state.outstanding(NodeId(1), one, &mut sent).is_empty(), "no node may seal by it");
+    assert!(state.outstanding(NodeId(1), first, &mut sent).is_empty(), "no node may seal by it");
     let undone = write(state.decide(KS, 100, 5_001, 3));
     assert_eq!(undone.plan.as_ref().map(|plan| (plan.step, plan.seals_undone)), Some((Step::Tail, 1)));
     state.install(undone, Delivery::Push);
-    assert_eq!(kinds(&state.outstanding(NodeId(1), one, &mut sent)), ["keyspace"]);
+    assert_eq!(kinds(&state.outstanding(NodeId(1), first, &mut sent)), ["keyspace"]);
 }
 
 #[test]
@@ -254,27 +254,27 @@ fn sealed_reports(sealing: &Catalog) -> Vec<ReplicaReport> {
 
 #[test]
 fn a_restarted_master_decides_a_seal_by_reports_and_tells_no_further_node_to_seal() {
-    let (mut state, one, two) = two_nodes();
+    let (mut state, first, second) = two_nodes();
     let sealing = growing(Step::Sealing, 5_000);
     state.install(sealing.clone(), Delivery::Hold);
-    assert_eq!(kinds(&state.outstanding(NodeId(1), one, &mut Sent::default())), ["nodes"]);
+    assert_eq!(kinds(&state.outstanding(NodeId(1), first, &mut Sent::default())), ["nodes"]);
     assert!(matches!(state.decide(KS, 100, 6_000, 3), Advance::Wait(_)), "nothing is reported yet");
     let mut reports = sealed_reports(&sealing);
     let of_two = reports.remove(1);
-    report(&mut state, 1, one, reports, 20);
+    report(&mut state, 1, first, reports, 20);
     assert!(matches!(state.decide(KS, 100, 6_000, 3), Advance::Wait(_)), "one seal is missing");
-    report(&mut state, 2, two, vec![of_two], 20);
+    report(&mut state, 2, second, vec![of_two], 20);
     let committed = write(state.decide(KS, 100, 9_000_000, 3));
     assert_eq!(committed.epoch.0, 2, "complete seals commit, however late");
 }
 
 #[test]
 fn without_any_node_nothing_is_decided() {
-    let (mut state, one, two) = two_nodes();
+    let (mut state, first, second) = two_nodes();
     state.install(growing(Step::Prepare, 5_000), Delivery::Push);
-    state.disconnect(NodeId(1), one, 10);
+    state.disconnect(NodeId(1), first, 10);
     let long = 10 * NODE_AWAY_MAX_US;
-    state.disconnect(NodeId(2), two, 10);
+    state.disconnect(NodeId(2), second, 10);
     assert!(
         matches!(state.decide(KS, long, long, 3), Advance::Wait(_)),
         "this master hears nobody, so it knows nothing"
@@ -285,7 +285,7 @@ fn without_any_node_nothing_is_decided() {
 }
 
 #[test]
-fn a_node_gets_no_more_replicas_than_it_said_that_it_takes() {
+fn a_node_gets_no_more_replicas_than_its_maximum() {
     let (mut state, ..) = two_nodes();
     let full = v1::Hello { max_replicas: 1, ..hello(3, "a:3") };
     state.connect(&full, false, 10).unwrap();
@@ -301,8 +301,8 @@ fn a_node_gets_no_more_replicas_than_it_said_that_it_takes() {
 const GIB: u64 = 1 << 30;
 
 fn disk(state: &mut ClusterState, node: u64, session: u64, bytes: u64, free: u64) {
-    let told = v1::Report { disk_used: bytes - free, disk_free: free, ..Default::default() };
-    state.report(NodeId(node), session, &told, Vec::new(), 20);
+    let report = v1::Report { disk_used: bytes - free, disk_free: free, ..Default::default() };
+    state.report(NodeId(node), session, &report, Vec::new(), 20);
 }
 
 /// Returns keyspace 1 with one shard on node 1 that lacks a replica; nodes 2 and 3 could take it.
@@ -395,12 +395,12 @@ fn many_lacking(keyspaces: u64, spare: u64) -> ClusterState {
         state.install(Catalog::first(KeyspaceId(id), &name, spec.clone(), &nodes, 1_000, 1), Delivery::Push);
         let of = |node: u64| {
             let shards = (0..4).map(move |shard| (shard, shard * 2 + node));
-            let one = move |(shard, replica): (u64, u64)| ReplicaReport {
+            let report = move |(shard, replica): (u64, u64)| ReplicaReport {
                 keyspace: KeyspaceId(id),
                 shard: ShardId(shard as u32),
                 ..replica_report(replica, 1)
             };
-            shards.map(one).collect::<Vec<_>>()
+            shards.map(report).collect::<Vec<_>>()
         };
         for node in [1, 2] {
             assert!(report(&mut state, node, sessions[node as usize - 1], of(node), 20).is_empty());
@@ -460,22 +460,22 @@ fn a_look_at_many_keyspaces_that_lack_copies_is_bounded() {
         if !room {
             state.nodes.values_mut().for_each(|node| node.max_replicas = 0);
         }
-        state.looks.set(0);
+        state.examined.set(0);
         let began = std::time::Instant::now();
         for id in 1..=1_000 {
             let decided = state.decide(KeyspaceId(id), 100, 5_000, 3);
             assert_eq!(matches!(decided, Advance::Write(_)), room, "{decided:?}");
         }
-        let looks = state.looks.get();
-        println!("room {room}: {looks} nodes looked at, {:?} for 1,000 keyspaces", began.elapsed());
-        assert!(looks <= 1_000 * nodes, "{looks}");
+        let examined = state.examined.get();
+        println!("room {room}: {examined} candidates, {:?} for 1,000 keyspaces", began.elapsed());
+        assert!(examined <= 1_000 * nodes, "{examined}");
     }
 }
 
 #[test]
 fn what_is_over_is_forgotten_and_what_is_not_stays() {
-    let (mut state, one, two) = two_nodes();
-    report(&mut state, 1, one, vec![replica_report(1, 1)], 20);
+    let (mut state, first, second) = two_nodes();
+    report(&mut state, 1, first, vec![replica_report(1, 1)], 20);
     // The report of a replica that is removed is forgotten with it.
     let mut without = catalog().next(2_000, 2);
     without.placement.remove(0);
@@ -483,8 +483,8 @@ fn what_is_over_is_forgotten_and_what_is_not_stays() {
     state.install(without, Delivery::Push);
     assert!(state.keyspaces[&KS].reports.is_empty() && state.keyspaces[&KS].reporters.is_empty());
     // A node that has been away for long is forgotten if it holds nothing, and kept if it holds something.
-    state.disconnect(NodeId(1), one, 100);
-    state.disconnect(NodeId(2), two, 100);
+    state.disconnect(NodeId(1), first, 100);
+    state.disconnect(NodeId(2), second, 100);
     let late = 100 + NODE_FORGOTTEN_AFTER.as_micros() as u64;
     state.connect(&hello(3, "a:3"), false, late - 1).unwrap();
     assert!(state.nodes.contains_key(&NodeId(1)), "too early");
@@ -501,8 +501,8 @@ fn what_is_over_is_forgotten_and_what_is_not_stays() {
     assert!(state.forget_deleted(KS, 3_000 + kept_us, kept_us, at_once));
     assert!(state.keyspaces.is_empty());
     // A report of the keyspace has it looked up again.
-    let three = state.connect(&hello(3, "a:3"), false, late).unwrap().session;
-    assert_eq!(report(&mut state, 3, three, vec![replica_report(1, 1)], late), [Odd::UnknownKeyspace(KS)]);
+    let third = state.connect(&hello(3, "a:3"), false, late).unwrap().session;
+    assert_eq!(report(&mut state, 3, third, vec![replica_report(1, 1)], late), [Odd::UnknownKeyspace(KS)]);
 }
 
 #[test]

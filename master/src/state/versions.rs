@@ -46,18 +46,18 @@ impl ClusterState {
         (true, receiver)
     }
 
-    /// Forgets a keyspace that was deleted `kept_us` ago and whose deletion was sent to the nodes for `told_for`. Its
+    /// Forgets a keyspace that was deleted `kept_us` ago and whose deletion was sent to the nodes for `sent_for`. Its
     /// catalog stays in the bucket: when a node names the keyspace, it is looked up and the deletion sent again.
     pub(crate) fn forget_deleted(
         &mut self,
         keyspace: KeyspaceId,
         now_us: u64,
         kept_us: u64,
-        told_for: Duration,
+        sent_for: Duration,
     ) -> bool {
         let over = self.keyspaces.get(&keyspace).is_some_and(|keyspace| {
             keyspace.catalog.state == KeyspaceState::Deleted
-                && keyspace.installed.elapsed() >= told_for
+                && keyspace.installed.elapsed() >= sent_for
                 && now_us >= keyspace.catalog.written_at_us.saturating_add(kept_us)
         });
         if over {

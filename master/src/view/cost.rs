@@ -130,9 +130,9 @@ mod tests {
 
     #[test]
     fn nodes_and_master_are_added_up_with_what_is_stored() {
-        let (mut state, one, two) = two_nodes();
-        state.report(NodeId(1), one, &reported(1000), Vec::new(), 20);
-        state.report(NodeId(2), two, &reported(500), Vec::new(), 20);
+        let (mut state, first, second) = two_nodes();
+        state.report(NodeId(1), first, &reported(1000), Vec::new(), 20);
+        state.report(NodeId(2), second, &reported(500), Vec::new(), 20);
         let counts = RequestCounts { list: 1000, bytes_read: 1 << 30, ..RequestCounts::default() };
         let own = Usage { counts, elapsed: 2 * HOUR };
         let stored = Stored { bytes: 10 << 30, at_us: 30_000_000 };
@@ -147,11 +147,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_null_and_the_note_says_how_to_learn_it() {
-        let (mut state, one, two) = two_nodes();
-        state.report(NodeId(1), one, &reported(1000), Vec::new(), 20);
-        state.report(NodeId(2), two, &reported(1000), Vec::new(), 20);
-        state.disconnect(NodeId(2), two, 30);
+    fn unknown_figures_are_null_and_the_note_says_how_to_learn_them() {
+        let (mut state, first, second) = two_nodes();
+        state.report(NodeId(1), first, &reported(1000), Vec::new(), 20);
+        state.report(NodeId(2), second, &reported(1000), Vec::new(), 20);
+        state.disconnect(NodeId(2), second, 30);
         let own = Usage { elapsed: Duration::from_secs(59), ..Usage::default() };
         let document = shown(&state, own, None, "file:///b");
         assert_eq!(

@@ -36,8 +36,8 @@ fn has(document: &Value, fields: &[&str]) {
 
 #[test]
 fn describe_has_what_the_interface_promises() {
-    let (mut state, one, _) = two_nodes();
-    state.report(NodeId(1), one, &v1::Report::default(), vec![replica_report(1, 1)], 20);
+    let (mut state, first, _) = two_nodes();
+    state.report(NodeId(1), first, &v1::Report::default(), vec![replica_report(1, 1)], 20);
     let document = parsed(&describe(&state, &state.keyspaces[&KS]));
     has(&document, &["name", "shards", "replicas", "epoch", "ack", "state", "placement", "operation"]);
     has(&document, &["keyspace_id", "version", "quarantines"]);
@@ -85,10 +85,10 @@ fn operations_have_what_the_interface_promises() {
 
 #[test]
 fn an_estimate_adds_up() {
-    let (mut state, one, two) = two_nodes();
+    let (mut state, first, second) = two_nodes();
     let big = |replica| vasto_core::report::ReplicaReport { bytes: 300 << 20, ..replica_report(replica, 1) };
-    state.report(NodeId(1), one, &v1::Report::default(), vec![big(1)], 20);
-    state.report(NodeId(2), two, &v1::Report::default(), vec![big(2)], 20);
+    state.report(NodeId(1), first, &v1::Report::default(), vec![big(1)], 20);
+    state.report(NodeId(2), second, &v1::Report::default(), vec![big(2)], 20);
     let estimate = parsed(&estimate(&state.keyspaces[&KS], 3));
     has(&estimate, &["keyspace", "from", "to", "moving_fraction", "sources", "requests", "seconds"]);
     assert_eq!(estimate["sources"].as_array().unwrap().len(), 2);
@@ -100,12 +100,12 @@ fn an_estimate_adds_up() {
 
 #[test]
 fn the_cluster_warns_of_what_a_person_must_look_at() {
-    let (mut state, one, two) = two_nodes();
+    let (mut state, first, second) = two_nodes();
     let report = v1::Report { disk_used: 1 << 40, disk_free: 1 << 20, ..v1::Report::default() };
-    state.report(NodeId(1), one, &report, vec![replica_report(1, 1)], 20);
+    state.report(NodeId(1), first, &report, vec![replica_report(1, 1)], 20);
     let broken =
         vasto_core::report::ReplicaReport { phase: ReplicaPhase::Failed("bad record".into()), ..replica_report(2, 1) };
-    state.report(NodeId(2), two, &v1::Report::default(), vec![broken], 20);
+    state.report(NodeId(2), second, &v1::Report::default(), vec![broken], 20);
     let status = |state: &ClusterState| {
         let own = Usage::default();
         let bill = cost(state, own, None, &Default::default(), "memory://x", 5_000_010);
@@ -128,7 +128,7 @@ fn the_cluster_warns_of_what_a_person_must_look_at() {
     assert!(said[0].contains("n-0000000000000001") && said[0].contains("disk"));
     assert!(said[1].contains("bad record"));
 
-    state.disconnect(NodeId(1), one, 10);
+    state.disconnect(NodeId(1), first, 10);
     let away = status(&state);
     assert_eq!(away["nodes"][0]["state"], "away");
     let said = warnings(&away);

@@ -11,7 +11,7 @@ use vasto_shipping::{Bucket, BucketOptions, Prices};
 use crate::harness::{TestMaster, config, json};
 
 #[tokio::test]
-async fn what_is_stored_is_known_after_every_look_through_the_bucket() {
+async fn the_stored_bytes_are_known_after_every_listing_of_the_bucket() {
     let url = "memory://bill-stored";
     let prices = Prices { currency: "EUR".into(), gib_month: 1e9, ..Prices::default() };
     let retention = Retention { min_age: Duration::ZERO, ..Retention::default() };

@@ -94,7 +94,9 @@ async fn a_grow_driven_step_by_step() {
 
     // The quarantine of this keyspace is 0: the clean-up follows under versions of its own.
     let seen = node
-        .until("the clean-up", |seen| seen.catalogs[&KeyspaceId(1)].quarantines.iter().any(|one| one.dropping))
+        .until("the clean-up", |seen| {
+            seen.catalogs[&KeyspaceId(1)].quarantines.iter().any(|quarantine| quarantine.dropping)
+        })
         .await;
     node.report(reports(&seen.catalogs[&KeyspaceId(1)], node.node, None)).await;
     node.until("its end", |seen| seen.catalogs[&KeyspaceId(1)].quarantines.is_empty()).await;

@@ -12,9 +12,9 @@ use vasto_proto::v1;
 use vasto_proto::v1::master_client::MasterClient;
 use vasto_shipping::BucketOptions;
 
-pub const DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
 
-pub fn config(bucket_url: &str) -> MasterConfig {
+pub(crate) fn config(bucket_url: &str) -> MasterConfig {
     MasterConfig {
         bucket_url: bucket_url.to_owned(),
         bucket_options: BucketOptions::default(),
@@ -29,7 +29,7 @@ pub fn config(bucket_url: &str) -> MasterConfig {
     }
 }
 
-pub struct TestMaster {
+pub(crate) struct TestMaster {
     pub running: RunningMaster,
     pub url: String,
     pub client: MasterClient<Channel>,
@@ -37,11 +37,11 @@ pub struct TestMaster {
 }
 
 impl TestMaster {
-    pub async fn start(bucket_url: &str) -> Self {
+    pub(crate) async fn start(bucket_url: &str) -> Self {
         Self::with(config(bucket_url)).await
     }
 
-    pub async fn with(config: MasterConfig) -> Self {
+    pub(crate) async fn with(config: MasterConfig) -> Self {
         let shutdown = CancellationToken::new();
         let running = Master::start(config, shutdown.clone()).await.unwrap();
         let url = format!("http://{}", running.listen);
@@ -49,12 +49,12 @@ impl TestMaster {
         Self { running, url, client, shutdown }
     }
 
-    pub async fn stop(self) {
+    pub(crate) async fn stop(self) {
         self.shutdown.cancel();
         within("the master to stop", self.running.stopped()).await;
     }
 
-    pub async fn create(&self, name: &str, shards: u32) -> Result<Value, tonic::Status> {
+    pub(crate) async fn create(&self, name: &str, shards: u32) -> Result<Value, tonic::Status> {
         let request = v1::CreateKeyspaceRequest {
             name: name.into(),
             shards,
@@ -65,25 +65,25 @@ impl TestMaster {
         json(within("a create", self.client.clone().create_keyspace(request)).await)
     }
 
-    pub async fn describe(&self, name: &str) -> Result<Value, tonic::Status> {
+    pub(crate) async fn describe(&self, name: &str) -> Result<Value, tonic::Status> {
         json(self.client.clone().describe_keyspace(v1::KeyspaceRequest { name: name.into() }).await)
     }
 
-    pub async fn resize(&self, name: &str, shards: u32, plan_only: bool) -> Result<Value, tonic::Status> {
+    pub(crate) async fn resize(&self, name: &str, shards: u32, plan_only: bool) -> Result<Value, tonic::Status> {
         let request = v1::ResizeRequest { name: name.into(), shards, plan_only };
         json(within("a resize", self.client.clone().resize_keyspace(request)).await)
     }
 
-    pub async fn operation(&self, id: &str) -> Value {
+    pub(crate) async fn operation(&self, id: &str) -> Value {
         json(self.client.clone().show_operation(v1::OperationRequest { id: id.into() }).await).unwrap()
     }
 
-    pub async fn status(&self) -> Value {
+    pub(crate) async fn status(&self) -> Value {
         json(self.client.clone().cluster_status(v1::Empty {}).await).unwrap()
     }
 
     /// Waits for an operation to be in a state or step, and returns it.
-    pub async fn operation_until(&self, id: &str, field: &str, want: &str) -> Value {
+    pub(crate) async fn operation_until(&self, id: &str, field: &str, want: &str) -> Value {
         eventually(&format!("operation {id} to be {field}={want}"), async || {
             let operation = self.operation(id).await;
             (operation[field] == want).then_some(operation)
@@ -92,16 +92,16 @@ impl TestMaster {
     }
 }
 
-pub fn json(reply: Result<tonic::Response<v1::JsonReply>, tonic::Status>) -> Result<Value, tonic::Status> {
+pub(crate) fn json(reply: Result<tonic::Response<v1::JsonReply>, tonic::Status>) -> Result<Value, tonic::Status> {
     reply.map(|reply| serde_json::from_str(&reply.into_inner().json).unwrap())
 }
 
-pub fn code(result: Result<Value, tonic::Status>) -> (ErrorCode, String) {
+pub(crate) fn code(result: Result<Value, tonic::Status>) -> (ErrorCode, String) {
     let error = error_of(&result.unwrap_err());
     (error.code, error.message)
 }
 
-pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
+pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
     match tokio::time::timeout(DEADLINE, future).await {
         Ok(value) => value,
         Err(_) => panic!("waited in vain for {what}"),
@@ -109,7 +109,7 @@ pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
 }
 
 /// Polls until there is an answer.
-pub async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
+pub(crate) async fn eventually<T>(what: &str, mut ask: impl AsyncFnMut() -> Option<T>) -> T {
     within(what, async {
         loop {
             if let Some(value) = ask().await {

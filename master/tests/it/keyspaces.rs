@@ -56,7 +56,7 @@ async fn a_keyspace_is_created_described_and_deleted() {
 }
 
 #[tokio::test]
-async fn what_is_not_possible_is_refused_with_what_to_do() {
+async fn impossible_specifications_are_refused_with_a_remedy() {
     let master = TestMaster::start("memory://keyspace-refused").await;
     let refused = code(master.create("ks1", 1).await);
     assert_eq!(refused.0, ErrorCode::FailedPrecondition, "no node");
@@ -112,7 +112,7 @@ async fn a_create_answers_with_the_reason_when_a_replica_fails() {
 }
 
 #[tokio::test]
-async fn commands_reach_every_node_and_a_lost_one_is_an_error() {
+async fn commands_reach_every_node_and_a_lost_node_is_an_error() {
     let master = TestMaster::start("memory://keyspace-commands").await;
     let crew = Crew::start(&master.url, [1, 2]);
     eventually("two nodes", async || (master.status().await["nodes"].as_array()?.len() == 2).then_some(())).await;
@@ -130,12 +130,12 @@ async fn commands_reach_every_node_and_a_lost_one_is_an_error() {
     let away = code(parse(within("a refusal", master.client.clone().compact_keyspace(request.clone())).await));
     assert_eq!(away.0, ErrorCode::Unavailable);
 
-    let (one, two) = (Session::join(&master.url, hello(1)).await, Session::join(&master.url, hello(2)).await);
+    let (first, second) = (Session::join(&master.url, hello(1)).await, Session::join(&master.url, hello(2)).await);
     let lose = async {
-        let seen = one.until("the command", |seen| !seen.commands.is_empty()).await;
-        one.done(seen.commands[0].id, "").await;
-        two.until("the command", |seen| !seen.commands.is_empty()).await;
-        drop(two);
+        let seen = first.until("the command", |seen| !seen.commands.is_empty()).await;
+        first.done(seen.commands[0].id, "").await;
+        second.until("the command", |seen| !seen.commands.is_empty()).await;
+        drop(second);
     };
     let mut client = master.client.clone();
     let (outcome, ()) = tokio::join!(within("the loss to be noticed", client.compact_keyspace(request)), lose);

@@ -17,7 +17,7 @@ use crate::harness::within;
 
 /// Messages that a session has received.
 #[derive(Default, Clone)]
-pub struct Seen {
+pub(crate) struct Seen {
     pub welcome: Option<v1::Welcome>,
     pub rejected: Option<v1::Rejected>,
     pub catalogs: BTreeMap<KeyspaceId, Catalog>,
@@ -29,13 +29,13 @@ pub struct Seen {
 }
 
 /// A session, driven by hand.
-pub struct Session {
+pub(crate) struct Session {
     pub node: NodeId,
     pub seen: watch::Receiver<Seen>,
     outbound: mpsc::Sender<v1::NodeMessage>,
 }
 
-pub fn hello(node: u64) -> v1::Hello {
+pub(crate) fn hello(node: u64) -> v1::Hello {
     v1::Hello {
         node_id: node,
         cluster_id: String::new(),
@@ -49,7 +49,7 @@ pub fn hello(node: u64) -> v1::Hello {
 
 impl Session {
     /// Connects and says Hello; fails when the master cannot be reached.
-    pub async fn open(url: &str, hello: v1::Hello) -> Result<Self, tonic::Status> {
+    pub(crate) async fn open(url: &str, hello: v1::Hello) -> Result<Self, tonic::Status> {
         let unreachable = |error: tonic::transport::Error| tonic::Status::unavailable(error.to_string());
         let mut client = MembershipClient::connect(url.to_owned()).await.map_err(unreachable)?;
         let (outbound, messages) = mpsc::channel(16);
@@ -68,30 +68,30 @@ impl Session {
     }
 
     /// Opens a session and waits for the welcome.
-    pub async fn join(url: &str, hello: v1::Hello) -> Self {
+    pub(crate) async fn join(url: &str, hello: v1::Hello) -> Self {
         let session = Self::open(url, hello).await.unwrap();
         session.until("the welcome", |seen| seen.welcome.is_some()).await;
         session
     }
 
-    pub async fn until(&self, what: &str, holds: impl Fn(&Seen) -> bool) -> Seen {
+    pub(crate) async fn until(&self, what: &str, holds: impl Fn(&Seen) -> bool) -> Seen {
         let mut seen = self.seen.clone();
         within(what, seen.wait_for(holds)).await.unwrap_or_else(|_| panic!("the session died before {what}")).clone()
     }
 
-    pub async fn report(&self, replicas: Vec<ReplicaReport>) {
+    pub(crate) async fn report(&self, replicas: Vec<ReplicaReport>) {
         let replicas = replicas.iter().map(|report| serde_json::to_string(report).unwrap()).collect();
         let report = v1::Report { replicas, disk_used: 1 << 40, disk_free: 1 << 40, ..v1::Report::default() };
         self.send(node_message::Message::Report(report)).await;
     }
 
     /// Carries out a command that asks for catalogs.
-    pub async fn names_catalogs(&self, id: u64, catalogs: &[&Catalog]) {
+    pub(crate) async fn names_catalogs(&self, id: u64, catalogs: &[&Catalog]) {
         let catalogs = catalogs.iter().map(|catalog| serde_json::to_string(catalog).unwrap()).collect();
         self.send(node_message::Message::Done(v1::CommandDone { id, catalogs, ..v1::CommandDone::default() })).await;
     }
 
-    pub async fn done(&self, id: u64, error: &str) {
+    pub(crate) async fn done(&self, id: u64, error: &str) {
         self.send(node_message::Message::Done(v1::CommandDone { id, error: error.into(), catalogs: Vec::new() })).await;
     }
 
@@ -125,7 +125,7 @@ impl Seen {
 
 /// Nodes that execute at once what catalog versions ask for, up to the step they are held at, and that
 /// reconnect to the master wherever it restarts.
-pub struct Crew {
+pub(crate) struct Crew {
     url: watch::Sender<String>,
     held_at: watch::Sender<Option<Step>>,
     stop: CancellationToken,
@@ -133,7 +133,7 @@ pub struct Crew {
 }
 
 impl Crew {
-    pub fn start(url: &str, nodes: impl IntoIterator<Item = u64>) -> Self {
+    pub(crate) fn start(url: &str, nodes: impl IntoIterator<Item = u64>) -> Self {
         let stop = CancellationToken::new();
         let crew = Self {
             url: watch::Sender::new(url.to_owned()),
@@ -148,15 +148,15 @@ impl Crew {
         crew
     }
 
-    pub fn hold_at(&self, step: Option<Step>) {
+    pub(crate) fn hold_at(&self, step: Option<Step>) {
         self.held_at.send_replace(step);
     }
 
-    pub fn follow(&self, url: &str) {
+    pub(crate) fn follow(&self, url: &str) {
         self.url.send_replace(url.to_owned());
     }
 
-    pub fn stop(&self) {
+    pub(crate) fn stop(&self) {
         self.stop.cancel();
     }
 }
@@ -214,10 +214,10 @@ async fn serve(
     }
 }
 
-pub const SEAL_LSN: Lsn = Lsn(20);
+pub(crate) const SEAL_LSN: Lsn = Lsn(20);
 
 /// Returns the reports of a perfect node under this version; its work of the held step is not done yet.
-pub fn reports(catalog: &Catalog, node: NodeId, hold: Option<Step>) -> Vec<ReplicaReport> {
+pub(crate) fn reports(catalog: &Catalog, node: NodeId, hold: Option<Step>) -> Vec<ReplicaReport> {
     if catalog.state == KeyspaceState::Deleted {
         return Vec::new();
     }
@@ -239,7 +239,12 @@ pub fn reports(catalog: &Catalog, node: NodeId, hold: Option<Step>) -> Vec<Repli
                 bytes: 1 << 20,
                 source: plan.and_then(|plan| source(catalog, plan, replica, hold)),
                 target: plan.and_then(|plan| target(plan, replica, hold)),
-                cleaned: catalog.quarantines.iter().filter(|one| one.dropping).map(|one| one.plan).collect(),
+                cleaned: catalog
+                    .quarantines
+                    .iter()
+                    .filter(|quarantine| quarantine.dropping)
+                    .map(|quarantine| quarantine.plan)
+                    .collect(),
                 replication: vasto_core::report::ReplicationReport { ready: true, ..Default::default() },
             }
         })

@@ -35,7 +35,7 @@ async fn a_cluster(url: &str) -> (String, Catalog) {
 /// Reports the replicas of a node that has not shipped anything yet.
 async fn report(node: &Session, catalog: &Catalog) {
     let mut replicas = reports(catalog, node.node, None);
-    replicas.iter_mut().for_each(|one| (one.shipped_lsn, one.manifest_lsn) = (Lsn(0), Lsn(0)));
+    replicas.iter_mut().for_each(|report| (report.shipped_lsn, report.manifest_lsn) = (Lsn(0), Lsn(0)));
     node.report(replicas).await;
 }
 
@@ -45,7 +45,7 @@ async fn repair(master: &TestMaster, accept_loss: bool) -> Result<serde_json::Va
 
 /// Answers for a node with the catalog that it remembers; the node reconnects when asked to.
 async fn remembers(master: &TestMaster, id: &str, node: Session, catalog: &Catalog) -> Session {
-    let is_asked = |seen: &crate::node::Seen| seen.commands.iter().any(|one| one.kind == Kind::Catalogs as i32);
+    let is_asked = |seen: &crate::node::Seen| seen.commands.iter().any(|command| command.kind == Kind::Catalogs as i32);
     let seen = node.until("the question", is_asked).await;
     node.names_catalogs(seen.commands.last().unwrap().id, &[catalog]).await;
     node.until("the end of the session", |seen| seen.ended).await;
@@ -106,8 +106,8 @@ async fn an_emptied_prefix_is_given_back_to_the_nodes_that_knock() {
     let own = v1::Hello { cluster_id: id.clone(), ..hello(1) };
     let refused = Session::open(&master.url, own.clone()).await.unwrap();
     refused.until("the rejection", |seen| seen.rejected.is_some()).await;
-    let told = master.status().await["warnings"].to_string();
-    assert!(told.contains(&id) && told.contains("vasto bucket repair"), "{told}");
+    let warnings = master.status().await["warnings"].to_string();
+    assert!(warnings.contains(&id) && warnings.contains("vasto bucket repair"), "{warnings}");
     let node = async {
         // A node retries like this every other second.
         let node = eventually("the node to be taken in", async || {

@@ -23,16 +23,16 @@ fn parse_name(name: &str) -> Option<Lsn> {
 
 /// Returns the first LSNs of the log files in the directory, ascending. Ignores other files.
 pub(super) fn list(dir: &Path) -> Result<Vec<Lsn>, BinlogError> {
-    let mut found = Vec::new();
+    let mut firsts = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(BinlogError::io("list", dir))? {
         let entry = entry.map_err(BinlogError::io("list", dir))?;
         match entry.file_name().to_str().and_then(parse_name) {
-            Some(first) => found.push(first),
+            Some(first) => firsts.push(first),
             None => tracing::warn!(file = %entry.path().display(), "not a binlog file; it is ignored"),
         }
     }
-    found.sort_unstable();
-    Ok(found)
+    firsts.sort_unstable();
+    Ok(firsts)
 }
 
 /// Creates a file with its header, and makes both the file and its name durable.

@@ -29,13 +29,13 @@ use std::sync::Arc;
 use vasto_core::record::{FILE_HEADER_BYTES, FileHeader, RECORD_HEADER_BYTES, positions_at};
 use vasto_core::{ErrorCode, Incarnation, KeyspaceId, Lsn, ReplicaId, ShardId, VastoError};
 
-pub use reader::LogReader;
-pub use shared::LogShared;
+pub(crate) use reader::LogReader;
+pub(crate) use shared::LogShared;
 use shared::Segment;
 
 /// Directory, owner and file size of a log.
 #[derive(Debug, Clone)]
-pub struct BinlogConfig {
+pub(crate) struct BinlogConfig {
     /// The directory; it holds nothing but this log. Created if it is missing.
     pub dir: PathBuf,
     /// The keyspace of the replica.
@@ -138,7 +138,7 @@ impl From<BinlogError> for VastoError {
 
 /// The writing end of a replica's log.
 #[derive(Debug)]
-pub struct Binlog {
+pub(crate) struct Binlog {
     config: BinlogConfig,
     incarnation: Incarnation,
     active: Option<Active>,
@@ -168,7 +168,7 @@ impl Binlog {
     /// # Errors
     /// [`BinlogError::Rot`], [`BinlogError::Foreign`] and [`BinlogError::NewerFormat`] leave every
     /// file as it was.
-    pub fn open(config: BinlogConfig) -> Result<Binlog, BinlogError> {
+    pub(crate) fn open(config: BinlogConfig) -> Result<Binlog, BinlogError> {
         let recovered = recover::recover(&config)?;
         let active = recovered.active.map(|file| {
             let segment = recovered.segments.back().expect("the active file is the last segment");
@@ -185,23 +185,23 @@ impl Binlog {
     }
 
     /// Returns the last appended record; 0 when the log is empty and was given no other start.
-    pub fn last_lsn(&self) -> Lsn {
+    pub(crate) fn last_lsn(&self) -> Lsn {
         self.shared.appended_lsn()
     }
 
     /// Sets the incarnation in the headers of files created from now on.
-    pub fn set_incarnation(&mut self, incarnation: Incarnation) {
+    pub(crate) fn set_incarnation(&mut self, incarnation: Incarnation) {
         self.incarnation = incarnation;
     }
 
-    /// Writes one encoded record behind the last one. The record is durable after the next [`Self::sync`].
+    /// Writes one encoded record after the last one. The record is durable after the next [`Self::sync`].
     ///
     /// # Errors
     /// Any failure poisons the log: how much of the record is in the file is not known.
     ///
     /// # Panics
     /// When `lsn` is not the one after [`Self::last_lsn`] or not the one in the record.
-    pub fn append(&mut self, lsn: Lsn, record: &[u8]) -> Result<(), BinlogError> {
+    pub(crate) fn append(&mut self, lsn: Lsn, record: &[u8]) -> Result<(), BinlogError> {
         self.shared.check_failed()?;
         assert_eq!(lsn, self.last_lsn().next(), "records are appended in order, without gaps");
         assert!(
@@ -223,12 +223,12 @@ impl Binlog {
     ///
     /// # Errors
     /// A failure poisons the log; it is not retried.
-    pub fn sync(&mut self) -> Result<Lsn, BinlogError> {
+    pub(crate) fn sync(&mut self) -> Result<Lsn, BinlogError> {
         self.shared.sync_appended()
     }
 
     /// Returns the part that other threads may use.
-    pub fn shared(&self) -> Arc<LogShared> {
+    pub(crate) fn shared(&self) -> Arc<LogShared> {
         self.shared.clone()
     }
 

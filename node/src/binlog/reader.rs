@@ -19,7 +19,7 @@ const READ_AHEAD_BYTES: std::ops::RangeInclusive<usize> = (4 << 10)..=(1 << 20);
 
 /// Reader of a log from a position on. A file that truncation removes meanwhile stays readable to its end.
 #[derive(Debug)]
-pub struct LogReader {
+pub(crate) struct LogReader {
     shared: Arc<LogShared>,
     position: Lsn,
     open: Option<OpenFile>,
@@ -74,7 +74,7 @@ impl LogReader {
     }
 
     /// Returns the last record that was returned, or the one given at the start.
-    pub fn position(&self) -> Lsn {
+    pub(crate) fn position(&self) -> Lsn {
         self.position
     }
 
@@ -84,7 +84,7 @@ impl LogReader {
     /// # Errors
     /// [`BinlogError::TooOld`] when truncation overtook the reader, [`BinlogError::Rot`] when a
     /// record fails its checks. The position stays where it was.
-    pub fn next_batch(&mut self, bytes_max: usize) -> Result<Vec<(Lsn, Vec<u8>)>, BinlogError> {
+    pub(crate) fn next_batch(&mut self, bytes_max: usize) -> Result<Vec<(Lsn, Vec<u8>)>, BinlogError> {
         let wanted = self.position.next();
         let view = self.shared.view(wanted);
         if wanted > view.synced {

@@ -2,13 +2,13 @@
 //!
 //! Reading stops at the first bad place: a file without a good header, or a record that is torn, fails its checksum or
 //! has another LSN than the one after its predecessor. A power loss writes pages back in any order, so good records
-//! behind it prove nothing by themselves. The bad place is **rot**, and the log is left unchanged, when the record
+//! after it prove nothing by themselves. The bad place is **rot**, and the log is left unchanged, when the record
 //! expected there is known to have been durable:
 //!
 //! - *A later file exists.* A file is created only after everything before it was synced. (So a
 //!   cut never removes a file with a good header; also a gap between two files is rot.)
-//! - *A good record behind it names a `synced_lsn` at or after it.*
-//! - *The file has bytes behind a bad header.* The header was synced before the first record was written, so no crash
+//! - *A good record after it names a `synced_lsn` at or after it.*
+//! - *The file has bytes after a bad header.* The header was synced before the first record was written, so no crash
 //!   can remove it.
 //!
 //! Otherwise the bad place is the end of the log: the file is **cut** there and synced before any append. A file that
@@ -82,7 +82,7 @@ pub(super) fn recover(config: &BinlogConfig) -> Result<Recovered, BinlogError> {
         if segment.bytes < bytes.len() as u64 {
             let bad = segment.last.next();
             let evidence =
-                if newest { evidence_behind(&bytes, segment.bytes as usize, bad) } else { Some(LATER_FILE.to_owned()) };
+                if newest { evidence_after(&bytes, segment.bytes as usize, bad) } else { Some(LATER_FILE.to_owned()) };
             if let Some(evidence) = evidence {
                 return Err(BinlogError::Rot { file: path, offset: segment.bytes, lsn: bad, evidence });
             }
@@ -167,11 +167,11 @@ fn scan(bytes: &[u8], first: Lsn) -> Segment {
 
 /// Returns the evidence that record `bad`, missing at `offset`, must have been durable; `None` without evidence.
 ///
-/// Tries every byte behind it as the start of a record. A false start is cheap to refute: the LSN of a true record is
+/// Tries every byte after it as the start of a record. A false start is cheap to refute: the LSN of a true record is
 /// bounded by the room that the records between would need. A good record is skipped as a whole, so that user data in
 /// it is not taken for records. If stored bytes still look like records everywhere, the search gives up on the safe
 /// side.
-fn evidence_behind(bytes: &[u8], offset: usize, bad: Lsn) -> Option<String> {
+fn evidence_after(bytes: &[u8], offset: usize, bad: Lsn) -> Option<String> {
     let mut budget = (1u64 << 30).max(16 * bytes.len() as u64);
     let mut at = offset + 1;
     while at + RECORD_HEADER_BYTES <= bytes.len() {
@@ -200,7 +200,7 @@ fn evidence_behind(bytes: &[u8], offset: usize, bad: Lsn) -> Option<String> {
     None
 }
 
-/// Removes the bytes behind the good records of the newest file, durably.
+/// Removes the bytes after the good records of the newest file, durably.
 fn cut(path: &Path, good: &Segment, found_bytes: u64) -> Result<(), BinlogError> {
     let opened = file::open_writable(path)?;
     opened.set_len(good.bytes).map_err(BinlogError::io("cut", path))?;

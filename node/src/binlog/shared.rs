@@ -76,7 +76,7 @@ impl LogState {
 
 /// Positions of a log, and all operations on it except appending. Thread-safe.
 #[derive(Debug)]
-pub struct LogShared {
+pub(crate) struct LogShared {
     dir: PathBuf,
     state: Mutex<LogState>,
     /// Allows one sync at a time: the kernel reports a failed write-back to one caller per file handle, so one of two
@@ -120,46 +120,46 @@ impl LogShared {
     }
 
     /// Returns the last record that is known to be durable.
-    pub fn synced_lsn(&self) -> Lsn {
+    pub(crate) fn synced_lsn(&self) -> Lsn {
         self.state.lock().synced
     }
 
     /// Returns the last record that was written, durable or not.
-    pub fn appended_lsn(&self) -> Lsn {
+    pub(crate) fn appended_lsn(&self) -> Lsn {
         self.state.lock().appended
     }
 
     /// Subscribes to changes of [`Self::synced_lsn`].
-    pub fn subscribe(&self) -> watch::Receiver<Lsn> {
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Lsn> {
         self.synced.subscribe()
     }
 
     /// For tests: returns the first failure, after which nothing is written or synced any more.
     #[cfg(test)]
-    pub fn failed(&self) -> Option<String> {
+    pub(crate) fn failed(&self) -> Option<String> {
         self.state.lock().failed.clone()
     }
 
     /// Returns the oldest retained record; the next one to be written when there is none.
-    pub fn first_lsn(&self) -> Lsn {
+    pub(crate) fn first_lsn(&self) -> Lsn {
         self.state.lock().first_lsn()
     }
 
     /// Returns the number of files.
-    pub fn files(&self) -> usize {
+    pub(crate) fn files(&self) -> usize {
         self.state.lock().segments.len()
     }
 
     /// Returns the bytes of all files.
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.state.lock().segments.iter().map(|segment| segment.bytes).sum()
     }
 
     /// Returns the bytes of the records after `lsn`, too high by less than one step of the sparse index and a record.
-    pub fn bytes_after(&self, lsn: Lsn) -> u64 {
+    pub(crate) fn bytes_after(&self, lsn: Lsn) -> u64 {
         let state = self.state.lock();
-        let behind = state.segments.iter().rev().take_while(|segment| segment.last > lsn);
-        behind.map(|segment| segment.bytes - segment.near(lsn.next()).1).sum()
+        let later = state.segments.iter().rev().take_while(|segment| segment.last > lsn);
+        later.map(|segment| segment.bytes - segment.near(lsn.next()).1).sum()
     }
 
     /// Makes everything appended so far durable and returns the LSN up to which it is.
@@ -168,7 +168,7 @@ impl LogShared {
     ///
     /// # Errors
     /// A failure poisons the log; it is not retried.
-    pub fn sync_appended(&self) -> Result<Lsn, BinlogError> {
+    pub(crate) fn sync_appended(&self) -> Result<Lsn, BinlogError> {
         let _turn = self.sync_turn.lock();
         let (target, file, path) = {
             let state = self.state.lock();
@@ -197,7 +197,7 @@ impl LogShared {
     /// # Errors
     /// When a file cannot be removed: it stays in the log. A failed sync of the directory poisons
     /// the log, since a crash could then leave a gap in it.
-    pub fn truncate_to(&self, lsn: Lsn) -> Result<u64, BinlogError> {
+    pub(crate) fn truncate_to(&self, lsn: Lsn) -> Result<u64, BinlogError> {
         let _turn = self.truncate_turn.lock();
         let mut freed = 0;
         loop {
@@ -224,7 +224,7 @@ impl LogShared {
     /// # Errors
     /// [`BinlogError::TooOld`] when the next one was truncated, [`BinlogError::Ahead`] when `after`
     /// was never written.
-    pub fn reader(self: &Arc<Self>, after: Lsn) -> Result<LogReader, BinlogError> {
+    pub(crate) fn reader(self: &Arc<Self>, after: Lsn) -> Result<LogReader, BinlogError> {
         let state = self.state.lock();
         if after.next() < state.first_lsn() {
             return Err(BinlogError::TooOld { asked: after.next(), first: state.first_lsn() });

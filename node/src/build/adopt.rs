@@ -86,14 +86,14 @@ fn rewrite_metadata(
 ) -> Result<(), BuildError> {
     let manifest = &base.manifest;
     if (identity.keyspace, identity.shard, identity.replica) != (manifest.keyspace, manifest.shard, manifest.replica) {
-        let whose = format!("it is of replica {} of keyspace {}", identity.replica, identity.keyspace);
-        return Err(BuildError::unusable(base, whose));
+        let reason = format!("it is of replica {} of keyspace {}", identity.replica, identity.keyspace);
+        return Err(BuildError::unusable(base, reason));
     }
     let head = engine.get(&MetaKey::Head.encode())?.ok_or_else(|| BuildError::unusable(base, "it has no head"))?;
     let head = Head::decode(&head).map_err(|error| BuildError::unusable(base, error))?;
     if head.applied_lsn != manifest.lsn {
-        let ends = format!("it ends at {} instead of {}", head.applied_lsn, manifest.lsn);
-        return Err(BuildError::unusable(base, ends));
+        let reason = format!("it ends at {} instead of {}", head.applied_lsn, manifest.lsn);
+        return Err(BuildError::unusable(base, reason));
     }
     let foreign = foreign_bands(adoption.owned);
     for bands in &foreign {
@@ -104,11 +104,12 @@ fn rewrite_metadata(
     for bands in &foreign {
         batch.delete_bands(*bands);
     }
-    let mut forgotten = vec![MetaKey::result_prefix(), MetaKey::tail_cursor_prefix(), MetaKey::forward_cursor_prefix()];
+    let mut dropped_prefixes =
+        vec![MetaKey::result_prefix(), MetaKey::tail_cursor_prefix(), MetaKey::forward_cursor_prefix()];
     if matches!(log, Log::Fork { .. }) {
-        forgotten.push(MetaKey::vector_prefix());
+        dropped_prefixes.push(MetaKey::vector_prefix());
     }
-    for prefix in forgotten {
+    for prefix in dropped_prefixes {
         for (key, _) in engine.with_prefix(&prefix)? {
             if let Ok(key) = MetaKey::decode(&key) {
                 batch.delete_meta(key);

@@ -1,5 +1,5 @@
-//! What a replica is built with when it begins with the bucket: the inputs, the identity that it takes, and what becomes
-//! of the log.
+//! What a replica is built with when it begins with the bucket: the inputs, the identity that it takes, and what
+//! becomes of the log.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -55,7 +55,7 @@ pub(crate) struct Adoption {
     pub epoch: Epoch,
 }
 
-/// How the log behind the checkpoint is applied.
+/// How the log after the checkpoint is applied.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Log {
     /// The replica joins its shard: it keeps every record as it is, with origin and own sequence.
@@ -86,5 +86,5 @@ pub(super) fn fork_cursor(replica: ReplicaId) -> ReplicaId {
 
 /// Returns the LSN up to which a replica has taken a log, by the id that keys its cursor.
 pub(super) fn tail_cursor(replica: &Replica, id: ReplicaId) -> Result<Option<Lsn>, EngineError> {
-    Ok(replica.tail_cursors()?.into_iter().find(|(found, _)| *found == id).map(|(_, lsn)| lsn))
+    Ok(replica.tail_cursors()?.into_iter().find(|(source, _)| *source == id).map(|(_, lsn)| lsn))
 }

@@ -28,15 +28,15 @@ impl Bootstrap {
         let wanted = wanted(base)?;
         let total = wanted.iter().map(|object| object.bytes).sum();
         {
-            let mut shown = self.progress.lock();
-            (shown.bytes_total, shown.bytes_done) = (total, 0);
+            let mut progress = self.progress.lock();
+            (progress.bytes_total, progress.bytes_done) = (total, 0);
         }
         self.reader().download(&wanted, &self.side).await?;
         {
-            let mut shown = self.progress.lock();
-            shown.bytes_moved = total;
-            shown.keys_moved = base.manifest.files.iter().map(|file| file.entries).sum();
-            shown.stage = TargetStage::Rewriting;
+            let mut progress = self.progress.lock();
+            progress.bytes_moved = total;
+            progress.keys_moved = base.manifest.files.iter().map(|file| file.entries).sum();
+            progress.stage = TargetStage::Rewriting;
         }
         self.registry.report.notify_one();
         let (engines, dir, side, base) = (self.engines.clone(), self.dir.clone(), self.side.clone(), base.clone());
@@ -60,8 +60,8 @@ impl Bootstrap {
             std::fs::remove_dir_all(&scratch).map_err(io(&scratch))?;
         }
         let (groups, mut received) = channel(2);
-        let from = side.clone();
-        let reading = tokio::task::spawn_blocking(move || read_rows(&from, &imported, shards, &groups));
+        let dir = side.clone();
+        let reading = tokio::task::spawn_blocking(move || read_rows(&dir, &imported, shards, &groups));
         while let Some(group) = received.recv().await {
             replica.apply(group, Vec::new()).await?;
         }
@@ -73,8 +73,8 @@ impl Bootstrap {
 
 /// Returns the files of a checkpoint and the database's list of them.
 fn wanted(base: &ArchivedCheckpoint) -> Result<Vec<Wanted>, BuildError> {
-    let old = || BuildError::unusable(base, "it was shipped by an older version; make a new checkpoint");
-    let database = base.manifest.database.as_ref().ok_or_else(old)?;
+    let too_old = || BuildError::unusable(base, "it was shipped by an older version; make a new checkpoint");
+    let database = base.manifest.database.as_ref().ok_or_else(too_old)?;
     let list = Wanted {
         key: database.key.clone(),
         bytes: database.bytes,

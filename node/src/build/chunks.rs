@@ -1,11 +1,11 @@
 //! Reads the log of one replica from the bucket, chunk by chunk.
 //!
 //! **Invariants**
-//! - The next chunk is the one that holds the record directly behind the position, and the object that its name says.
+//! - The next chunk is the one that holds the record directly after the position, and the object that its name says.
 //!   A chunk that begins before the position is found by the listing: a crash between the upload of a chunk and its
 //!   note leaves a checkpoint that ends inside a chunk.
-//! - No chunk is passed over in silence: behind a gap the log counts as incomplete, and a listed chunk that is gone is
-//!   an error.
+//! - No chunk is passed over in silence: after a gap the log counts as incomplete, and a chunk that is listed as the
+//!   next one but gone is an error.
 
 use vasto_core::ids::Lsn;
 use vasto_core::record::{KeyEntry, Record};
@@ -26,15 +26,15 @@ pub(super) struct ChunkReader {
     /// LSN of the last record that was taken or skipped.
     pub at: Lsn,
     /// No chunk is missing before this position, except where the log continues another replica's archive.
-    pub whole: bool,
+    pub gapless: bool,
     /// The next chunk does not begin directly after the last one.
-    apart: bool,
+    jumped: bool,
 }
 
 impl ChunkReader {
     /// Creates a reader whose first record is the one after an LSN.
-    pub(super) fn behind(owner: Owner, listed: Vec<Lsn>, at: Lsn) -> Self {
-        Self { owner, listed, at, whole: true, apart: false }
+    pub(super) fn after(owner: Owner, listed: Vec<Lsn>, at: Lsn) -> Self {
+        Self { owner, listed, at, gapless: true, jumped: false }
     }
 
     /// Returns the chunk that holds the next record; `None` at a gap and at the end of the log. The caller moves the
@@ -47,23 +47,23 @@ impl ChunkReader {
     pub(super) async fn next_listed(&mut self, bucket: &BucketReader<'_>) -> Result<Option<Chunk>, BuildError> {
         loop {
             if let Some(chunk) = self.next(bucket).await? {
-                if std::mem::take(&mut self.apart) {
+                if std::mem::take(&mut self.jumped) {
                     // The log continues another replica's archive here, or has a gap. Other logs may hold the records
                     // of the gap; the own sequences of the records after it will show whether they do.
-                    self.whole &= archive::goes_on_behind_another(&chunk);
+                    self.gapless &= archive::goes_on_behind_another(&chunk);
                 }
                 return Ok(Some(chunk));
             }
-            let behind = self.listed.partition_point(|first| *first <= self.at);
-            let Some(first) = self.listed.get(behind).copied() else { return Ok(None) };
+            let index = self.listed.partition_point(|first| *first <= self.at);
+            let Some(first) = self.listed.get(index).copied() else { return Ok(None) };
             if first == self.at.next() {
                 return Err(BuildError::chunk_gone(self.owner, first));
             }
-            (self.at, self.apart) = (Lsn(first.0 - 1), true);
+            (self.at, self.jumped) = (Lsn(first.0 - 1), true);
         }
     }
 
-    /// Returns the records of a chunk behind the position. What lies before it may have been deleted since, and its
+    /// Returns the records of a chunk after the position. What lies before it may have been deleted since, and its
     /// tombstones purged: taken again, it would come back.
     pub(super) fn records<'c>(&self, chunk: &'c Chunk) -> impl Iterator<Item = Record> + 'c {
         let at = self.at;
@@ -168,13 +168,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_position_inside_a_chunk_goes_on_behind_it_and_takes_nothing_twice() {
+    async fn a_position_inside_a_chunk_continues_with_the_rest_of_it() {
         let shipped = Shipped::new();
         shipped.ship(1, 1, 5).await;
         shipped.ship(6, 6, 9).await;
-        let by_name = ChunkReader::behind(OWNER, Vec::new(), Lsn(3));
-        assert!(by_name.next(&shipped.reader()).await.unwrap().is_none(), "no chunk begins behind it");
-        let mut log = ChunkReader::behind(OWNER, vec![Lsn(1), Lsn(6)], Lsn(3));
+        let by_name = ChunkReader::after(OWNER, Vec::new(), Lsn(3));
+        assert!(by_name.next(&shipped.reader()).await.unwrap().is_none(), "no chunk begins after the position");
+        let mut log = ChunkReader::after(OWNER, vec![Lsn(1), Lsn(6)], Lsn(3));
         let chunk = log.next(&shipped.reader()).await.unwrap().unwrap();
         assert_eq!(lsns(&log, &chunk), [4, 5]);
         assert_eq!(log.entries(&chunk, FILTER).len(), 2);
@@ -188,15 +188,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_log_behind_a_gap_is_not_whole() {
+    async fn a_log_after_a_gap_is_not_gapless() {
         let shipped = Shipped::new();
         shipped.ship(1, 1, 5).await;
         shipped.ship(8, 8, 9).await;
-        let mut log = ChunkReader::behind(OWNER, vec![Lsn(1), Lsn(8)], Lsn(0));
+        let mut log = ChunkReader::after(OWNER, vec![Lsn(1), Lsn(8)], Lsn(0));
         log.at = log.next_listed(&shipped.reader()).await.unwrap().unwrap().last_lsn;
-        assert!(log.whole);
+        assert!(log.gapless);
         let chunk = log.next_listed(&shipped.reader()).await.unwrap().unwrap();
-        assert!(!log.whole && lsns(&log, &chunk) == [8, 9]);
+        assert!(!log.gapless && lsns(&log, &chunk) == [8, 9]);
     }
 
     #[tokio::test]
@@ -205,11 +205,11 @@ mod tests {
         shipped.ship(1, 1, 5).await;
         shipped.ship(9, 6, 7).await;
         for (at, listed) in [(5, 6), (4, 6), (3, 20)] {
-            let mut log = ChunkReader::behind(OWNER, vec![Lsn(listed)], Lsn(at));
+            let mut log = ChunkReader::after(OWNER, vec![Lsn(listed)], Lsn(at));
             let error = log.next_listed(&shipped.reader()).await.unwrap_err();
             assert!(matches!(error, BuildError::Archive(ArchiveError::Missing(_))), "{error}");
         }
-        let log = ChunkReader::behind(OWNER, Vec::new(), Lsn(8));
+        let log = ChunkReader::after(OWNER, Vec::new(), Lsn(8));
         let error = log.next(&shipped.reader()).await.unwrap_err();
         assert!(matches!(error, BuildError::Archive(ArchiveError::Misplaced(_))), "{error}");
     }

@@ -56,7 +56,7 @@ pub(crate) enum BuildError {
     Gap {
         /// The shard.
         shard: ShardId,
-        /// Key of the first object behind the gap.
+        /// Key of the first object after the gap.
         chunk: String,
     },
     /// The time lies in a part of the archive that was not shipped record by record.
@@ -69,7 +69,7 @@ pub(crate) enum BuildError {
         shard: ShardId,
         /// The end of the record-by-record log, microseconds.
         reached_us: u64,
-        /// The first time behind the gap that can be restored, microseconds.
+        /// The first time after the gap that can be restored, microseconds.
         next_us: u64,
     },
     /// The clock that assigned the commit times was ahead: whether the writes precede the time is unknown.

@@ -37,8 +37,8 @@ impl<T> Groups<T> {
     }
 }
 
-/// Applies entries group by group. The progress is stored with the last group: groups that a crash leaves without it are
-/// merged again, which changes nothing.
+/// Applies entries group by group. The progress is stored with the last group: groups that a crash leaves without it
+/// are merged again, which changes nothing.
 pub(super) async fn apply_in_groups(
     replica: &Replica,
     entries: Vec<KeyEntry>,

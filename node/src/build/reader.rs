@@ -1,7 +1,7 @@
 //! The bucket as a build reads it.
 //!
 //! **Invariants**
-//! - Every byte and request of an object is counted in the progress that the master receives.
+//! - Every byte and request of an object that is read here is counted in the progress that the master receives.
 //! - A read ends when the build is cancelled.
 
 use std::path::Path;
@@ -43,7 +43,7 @@ impl BucketReader<'_> {
     /// Reads a manifest.
     pub(super) async fn manifest(&self, key: &str) -> Result<ArchivedCheckpoint, BuildError> {
         let base = self.read(archive::manifest_at(self.bucket, key)).await?;
-        // The object is what its content encodes to.
+        // Its size as this version encodes it.
         self.count(base.manifest.encode().len() as u64);
         Ok(base)
     }
@@ -51,8 +51,8 @@ impl BucketReader<'_> {
     /// Reads the chunk that holds the record after an LSN. `listed`: first LSNs of the chunks known by a listing,
     /// ascending.
     pub(super) async fn chunk_after(&self, owner: Owner, listed: &[Lsn], at: Lsn) -> Result<Option<Chunk>, BuildError> {
-        let found = self.read(archive::chunk_after(self.bucket, owner, listed, at)).await?;
-        Ok(found.map(|(chunk, bytes)| {
+        let chunk = self.read(archive::chunk_after(self.bucket, owner, listed, at)).await?;
+        Ok(chunk.map(|(chunk, bytes)| {
             self.count(bytes);
             chunk
         }))
@@ -63,11 +63,11 @@ impl BucketReader<'_> {
         let fetched = DownloadProgress::default();
         let before = self.progress.lock().clone();
         let show = || {
-            let mut shown = self.progress.lock();
+            let mut progress = self.progress.lock();
             let bytes = fetched.bytes.load(Ordering::Relaxed);
-            shown.bytes_done = (before.bytes_done + bytes).min(shown.bytes_total);
-            shown.bytes_from_bucket = before.bytes_from_bucket + bytes;
-            shown.objects_read = before.objects_read + fetched.requests.load(Ordering::Relaxed);
+            progress.bytes_done = (before.bytes_done + bytes).min(progress.bytes_total);
+            progress.bytes_from_bucket = before.bytes_from_bucket + bytes;
+            progress.objects_read = before.objects_read + fetched.requests.load(Ordering::Relaxed);
         };
         let result = {
             let fetch = download(self.bucket, wanted, dir, PARALLEL, &fetched, self.cancel);
@@ -86,8 +86,8 @@ impl BucketReader<'_> {
         show();
         result?;
         let total: u64 = wanted.iter().map(|object| object.bytes).sum();
-        let mut shown = self.progress.lock();
-        shown.bytes_done = (before.bytes_done + total).min(shown.bytes_total);
+        let mut progress = self.progress.lock();
+        progress.bytes_done = (before.bytes_done + total).min(progress.bytes_total);
         Ok(())
     }
 
@@ -96,8 +96,8 @@ impl BucketReader<'_> {
     }
 
     fn count(&self, bytes: u64) {
-        let mut shown = self.progress.lock();
-        shown.bytes_from_bucket += bytes;
-        shown.objects_read += 1;
+        let mut progress = self.progress.lock();
+        progress.bytes_from_bucket += bytes;
+        progress.objects_read += 1;
     }
 }

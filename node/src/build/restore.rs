@@ -28,33 +28,33 @@ impl Bootstrap {
     pub(crate) async fn merge_all(
         &self,
         replica: &Replica,
-        found: &RestoreSources,
+        sources: &RestoreSources,
         shards: u32,
         until_us: Option<u64>,
     ) -> Result<(), BuildError> {
-        let first = found.all.first().and_then(|source| source.base.as_ref());
+        let first = sources.all.first().and_then(|source| source.base.as_ref());
         let filter = ShardFilter { shard: replica.shard, shards };
-        let mut taken = Taken::behind(first, filter, until_us, self.registry.clock.now_us(), found.later_us);
-        for source in found.all.iter().skip(1) {
+        let mut taken = Taken::after(first, filter, until_us, self.registry.clock.now_us(), sources.later_us);
+        for source in sources.all.iter().skip(1) {
             self.merge_base(replica, source, &mut taken).await?;
         }
-        let mut logs: Vec<_> = found.all.iter().map(|source| Reading::behind(source, source.start())).collect();
-        let mut may_take_up = !found.set_aside.is_empty();
+        let mut logs: Vec<_> = sources.all.iter().map(|source| Reading::after(source, source.start())).collect();
+        let mut may_take_up_set_aside = !sources.set_aside.is_empty();
         // A log with a gap waits for the records of the others.
         while !logs.is_empty() {
             let (mut waiting, mut moved, mut gap) = (Vec::new(), false, None);
             for mut reading in logs {
                 let from = reading.log.at;
-                let ended = self.read_on(replica, &mut reading, &mut taken).await?;
+                let ended = self.merge_log(replica, &mut reading, &mut taken).await?;
                 moved |= reading.log.at > from;
                 match ended {
-                    Ended::There => {
+                    Ended::AtEnd => {
                         moved = true;
                         self.progress.lock().reached.push((reading.log.owner.replica, reading.log.at));
                         // A newer manifest may have been skipped because it could not be read: the log must reach its
                         // LSN, or the records between would be lost in silence.
                         if until_us.is_none() {
-                            reading.is_at_end()?;
+                            reading.check_end()?;
                         }
                     }
                     Ended::Gap(chunk) => {
@@ -65,24 +65,24 @@ impl Bootstrap {
             }
             logs = waiting;
             if let (false, Some((owner, chunk))) = (moved, gap) {
-                if !std::mem::take(&mut may_take_up) {
+                if !std::mem::take(&mut may_take_up_set_aside) {
                     return Err(BuildError::gap(owner, chunk));
                 }
-                for source in found.take_up_set_aside(chunk) {
+                for source in sources.take_up_set_aside(chunk) {
                     self.merge_base(replica, source, &mut taken).await?;
-                    logs.push(Reading::behind(source, source.start()));
+                    logs.push(Reading::after(source, source.start()));
                 }
             }
         }
         taken.check_end(replica.shard)?;
-        self.count_what_logs_brought(replica, found).await
+        self.count_rows_of_logs(replica, sources).await
     }
 
     /// Merges the rows of another replica's checkpoint, unless `taken.seen` covers its vector. Stores its LSN as a
     /// cursor, so that it is not merged again after a restart.
-    async fn merge_base(&self, replica: &Replica, other: &RestoreSource, taken: &mut Taken) -> Result<(), BuildError> {
-        let Some(base) = &other.base else { return Ok(()) };
-        let cursor = fork_cursor(other.owner.replica);
+    async fn merge_base(&self, replica: &Replica, source: &RestoreSource, taken: &mut Taken) -> Result<(), BuildError> {
+        let Some(base) = &source.base else { return Ok(()) };
+        let cursor = fork_cursor(source.owner.replica);
         let merged_before_a_restart = tail_cursor(replica, cursor)?.is_some_and(|lsn| lsn >= base.manifest.lsn);
         if !merged_before_a_restart {
             if !covers(&taken.seen, &base.manifest.vector) {
@@ -90,12 +90,12 @@ impl Bootstrap {
             }
             replica.apply(Vec::new(), vec![FeedProgress::Tail(cursor, base.manifest.lsn)]).await?;
         }
-        taken.merged(base);
+        taken.add_checkpoint(base);
         Ok(())
     }
 
     /// Reads and applies a log until its end or a gap; skips to a newer checkpoint where nothing before it is needed.
-    async fn read_on(
+    async fn merge_log(
         &self,
         replica: &Replica,
         reading: &mut Reading<'_>,
@@ -103,19 +103,19 @@ impl Bootstrap {
     ) -> Result<Ended, BuildError> {
         let (source, log) = (reading.source, &mut reading.log);
         loop {
-            let behind =
+            let newest_unneeded =
                 source.later.iter().rev().find(|later| later.lsn > log.at && taken.needs_nothing_before(later));
-            if let Some(later) = behind {
-                taken.passed |= log.whole;
+            if let Some(later) = newest_unneeded {
+                taken.passed |= log.gapless;
                 log.at = later.lsn;
             }
             let Some(chunk) = log.next_listed(&self.reader()).await? else {
                 // The log is complete up to a checkpoint that is newer than the target time: the target is reached.
-                taken.passed |= log.whole && source.later.first().is_some_and(|later| log.at >= later.lsn);
-                return Ok(Ended::There);
+                taken.passed |= log.gapless && source.later.first().is_some_and(|later| log.at >= later.lsn);
+                return Ok(Ended::AtEnd);
             };
             let held_by_us = source.times.chunk_held_by(chunk.first_lsn, chunk.last_lsn);
-            let Some(entries) = taken.news(&chunk, log.whole, held_by_us) else {
+            let Some(entries) = taken.new_entries(&chunk, log.gapless, held_by_us) else {
                 return Ok(Ended::Gap(chunk.first_lsn));
             };
             apply_in_groups(replica, entries, Vec::new()).await?;
@@ -125,23 +125,23 @@ impl Bootstrap {
     }
 
     /// Counts the rows when only logs have brought them: without a checkpoint no manifest states their number.
-    pub(super) async fn count_what_logs_brought(
+    pub(super) async fn count_rows_of_logs(
         &self,
         replica: &Replica,
-        found: &RestoreSources,
+        sources: &RestoreSources,
     ) -> Result<(), BuildError> {
-        if found.all.iter().any(|source| source.base.is_some()) {
+        if sources.all.iter().any(|source| source.base.is_some()) {
             return Ok(());
         }
-        let counted = replica.clone();
+        let target = replica.clone();
         let counting = tokio::task::spawn_blocking(move || {
-            counted.engine().flush()?;
-            Ok::<_, EngineError>((count_values(&counted)?, counted.size().1))
+            target.engine().flush()?;
+            Ok::<_, EngineError>((count_values(&target)?, target.size().1))
         });
         let (keys, bytes) = counting.await??;
-        let mut shown = self.progress.lock();
-        (shown.keys_moved, shown.bytes_moved) = (keys, bytes);
-        (shown.bytes_total, shown.bytes_done) = (bytes, bytes);
+        let mut progress = self.progress.lock();
+        (progress.keys_moved, progress.bytes_moved) = (keys, bytes);
+        (progress.bytes_total, progress.bytes_done) = (bytes, bytes);
         Ok(())
     }
 }

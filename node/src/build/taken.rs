@@ -39,7 +39,7 @@ pub(super) struct Taken {
     later_us: Option<u64>,
     /// Per replica, its first known record that is not applied because it was committed after the target time. Commit
     /// times of a replica never fall: all its later records were committed after the target time too.
-    over: BTreeMap<ReplicaId, (Incarnation, OwnSeq)>,
+    after_target: BTreeMap<ReplicaId, (Incarnation, OwnSeq)>,
     /// Per origin, the last record whose commit time is after the target time, but not trusted (clock ahead).
     doubtful: BTreeMap<Origin, Doubt>,
 }
@@ -55,7 +55,7 @@ struct Doubt {
 impl Taken {
     /// Creates the progress of a merge that begins with a checkpoint, or empty. `now_us`: upper bound of the time at
     /// which any record was written; `later_us`: the commit time of a checkpoint that is newer than the target time.
-    pub(super) fn behind(
+    pub(super) fn after(
         base: Option<&ArchivedCheckpoint>,
         filter: ShardFilter,
         until_us: Option<u64>,
@@ -70,25 +70,25 @@ impl Taken {
             newest_us: base.map_or(0, |base| base.manifest.commit_time_max),
             passed: false,
             later_us,
-            over: BTreeMap::new(),
+            after_target: BTreeMap::new(),
             doubtful: BTreeMap::new(),
         }
     }
 
     /// Notes that the rows of another checkpoint are here.
-    pub(super) fn merged(&mut self, base: &ArchivedCheckpoint) {
+    pub(super) fn add_checkpoint(&mut self, base: &ArchivedCheckpoint) {
         self.seen = join(&self.seen, &base.manifest.vector);
         self.newest_us = self.newest_us.max(base.manifest.commit_time_max);
     }
 
-    /// Returns the new entries of a chunk; `None` when a record before it is missing. `whole`: nothing is missing from
-    /// the log before it. `held_by_us`: time, microseconds by the object store's clock, by which the chunk was in the
-    /// object store, so that none of its records was written later.
-    pub(super) fn news(&mut self, chunk: &Chunk, whole: bool, held_by_us: u64) -> Option<Vec<KeyEntry>> {
+    /// Returns the new entries of a chunk; `None` when a record before it is missing. `gapless`: nothing is missing
+    /// from the log before it. `held_by_us`: time, microseconds by the object store's clock, by which the chunk was in
+    /// the object store, so that none of its records was written later.
+    pub(super) fn new_entries(&mut self, chunk: &Chunk, gapless: bool, held_by_us: u64) -> Option<Vec<KeyEntry>> {
         let mut seen = self.seen.clone();
         let mut newest_us = self.newest_us;
         let mut entries = Vec::new();
-        let mut after = Vec::new();
+        let mut later = Vec::new();
         // A decoded chunk holds whole records only.
         for record in chunk.records().map_while(Result::ok) {
             if let Some(until) = self.until_us {
@@ -96,7 +96,7 @@ impl Taken {
                 // time was ahead.
                 let is_later = record.commit_time > until && !archive::is_proven(held_by_us, until);
                 if is_later || record.commit_time == until {
-                    after.push((record.origin, record.own_seq, record.commit_time));
+                    later.push((record.origin, record.own_seq, record.commit_time));
                 }
                 if is_later {
                     continue;
@@ -105,11 +105,11 @@ impl Taken {
             // Records without an own sequence (seals and other control records that peers do not replicate) concern
             // only the replica that wrote them.
             if record.own_seq.0 > 0 {
-                let have = seen.get(&record.origin).copied().unwrap_or_default();
-                if record.own_seq <= have {
+                let last = seen.get(&record.origin).copied().unwrap_or_default();
+                if record.own_seq <= last {
                     continue;
                 }
-                if record.own_seq > OwnSeq(have.0 + 1) {
+                if record.own_seq > OwnSeq(last.0 + 1) {
                     return None;
                 }
                 seen.insert(record.origin, record.own_seq);
@@ -118,8 +118,8 @@ impl Taken {
             entries.extend(self.filter.pick(record));
         }
         (self.seen, self.newest_us) = (seen, newest_us);
-        for (origin, own_seq, commit_time) in after {
-            self.note_later(origin, own_seq, commit_time, whole, held_by_us);
+        for (origin, own_seq, commit_time) in later {
+            self.note_later(origin, own_seq, commit_time, gapless, held_by_us);
         }
         Some(entries)
     }
@@ -127,31 +127,31 @@ impl Taken {
     /// Evaluates a record whose commit time is the target time, or is later and left it unapplied: is it evidence that
     /// the log reaches the target time?
     /// - local: the record has no own sequence (peers do not replicate it);
-    /// - in: it is applied already, from this log, another one or a checkpoint;
+    /// - applied: it is applied already, from this log, another one or a checkpoint;
     /// - trusted: its commit time is at most [`CLOCK_AHEAD_TRUSTED`] after `held_by_us`, so its clock was not ahead;
-    /// - over: `over` holds this record or an earlier one of the same replica.
+    /// - after: `after_target` holds this record or an earlier one of the same replica.
     ///
-    /// | local | in | trusted | over | result |
+    /// | local | applied | trusted | after | result |
     /// |---|---|---|---|---|
     /// | yes | – | yes | – | evidence |
     /// | yes | – | no | – | ignored |
     /// | no | yes | – | – | evidence |
-    /// | no | no | yes | – | evidence; enters `over` if it is the first of its replica |
+    /// | no | no | yes | – | evidence; enters `after_target` if it is the first of its replica |
     /// | no | no | no | yes | evidence |
     /// | no | no | no | no | enters `doubtful`: an error in the end unless it was applied |
     ///
-    /// Evidence in a log that is `whole` sets `passed`; after a gap it lowers `later_us`.
-    fn note_later(&mut self, origin: Origin, own_seq: OwnSeq, commit_time: u64, whole: bool, held_by_us: u64) {
+    /// Evidence in a log that is `gapless` sets `passed`; after a gap it lowers `later_us`.
+    fn note_later(&mut self, origin: Origin, own_seq: OwnSeq, commit_time: u64, gapless: bool, held_by_us: u64) {
         let is_local = own_seq.0 == 0;
-        let is_in = !is_local && self.seen.get(&origin).is_some_and(|seen| *seen >= own_seq);
+        let is_applied = !is_local && self.seen.get(&origin).is_some_and(|seen| *seen >= own_seq);
         let held_by_us = held_by_us.min(self.now_us);
         let trusted = commit_time <= held_by_us.saturating_add(CLOCK_AHEAD_TRUSTED.as_micros() as u64);
         let point = (origin.incarnation, own_seq);
-        let is_over = self.over.get(&origin.replica).is_some_and(|first| point >= *first);
+        let is_after_target = self.after_target.get(&origin.replica).is_some_and(|first| point >= *first);
         if is_local && !trusted {
             return;
         }
-        if !is_in && !trusted && !is_over {
+        if !is_applied && !trusted && !is_after_target {
             let doubt = Doubt { own_seq, commit_time, held_by_us };
             let last = self.doubtful.entry(origin).or_insert(Doubt { ..doubt });
             if last.own_seq < own_seq {
@@ -159,24 +159,24 @@ impl Taken {
             }
             return;
         }
-        if !is_in && !is_local && trusted {
-            let first = self.over.entry(origin.replica).or_insert(point);
+        if !is_applied && !is_local && trusted {
+            let first = self.after_target.entry(origin.replica).or_insert(point);
             *first = point.min(*first);
         }
-        self.passed |= whole;
-        if !whole {
+        self.passed |= gapless;
+        if !gapless {
             self.later_us = self.later_us.into_iter().chain([commit_time]).min();
         }
     }
 
     /// Returns true when the log up to this newer checkpoint need not be read: for each origin, every record that the
-    /// checkpoint contains is applied already, or was committed after the target time (`over`).
+    /// checkpoint contains is applied already, or was committed after the target time (`after_target`).
     pub(super) fn needs_nothing_before(&self, later: &Later) -> bool {
         self.until_us.is_some()
             && later.vector.iter().all(|(origin, seq)| {
                 let next = OwnSeq(self.seen.get(origin).copied().unwrap_or_default().0 + 1);
-                let is_over = |first: &(Incarnation, OwnSeq)| (origin.incarnation, next) >= *first;
-                *seq < next || self.over.get(&origin.replica).is_some_and(is_over)
+                let is_after_target = |first: &(Incarnation, OwnSeq)| (origin.incarnation, next) >= *first;
+                *seq < next || self.after_target.get(&origin.replica).is_some_and(is_after_target)
             })
     }
 
@@ -186,7 +186,7 @@ impl Taken {
     /// `ClockAhead` when a doubtful record was not applied: it may have preceded the target time. `NotReached` when
     /// the logs end before it.
     pub(super) fn check_end(&self, shard: ShardId) -> Result<(), BuildError> {
-        self.doubt(shard)?;
+        self.check_doubtful(shard)?;
         match self.later_us {
             Some(next_us) if !self.passed && self.until_us.is_some() => {
                 Err(BuildError::NotReached { shard, reached_us: self.newest_us, next_us })
@@ -195,7 +195,7 @@ impl Taken {
         }
     }
 
-    fn doubt(&self, shard: ShardId) -> Result<(), BuildError> {
+    fn check_doubtful(&self, shard: ShardId) -> Result<(), BuildError> {
         let open = |(origin, doubt): &(&Origin, &Doubt)| self.seen.get(origin).is_none_or(|seen| *seen < doubt.own_seq);
         let Some((origin, doubt)) = self.doubtful.iter().find(open) else { return Ok(()) };
         Err(BuildError::ClockAhead {

@@ -37,7 +37,7 @@ pub(super) struct Caller {
 
 impl Caller {
     /// Returns an error when the authority under which a strict read began has ended: its result may be stale.
-    pub fn check_term(&self, replica: &Replica) -> Result<(), VastoError> {
+    pub(super) fn check_term(&self, replica: &Replica) -> Result<(), VastoError> {
         match self.term {
             Some(term) if !replica.authority().holds(term) => Err(no_authority()),
             _ => Ok(()),
@@ -45,7 +45,7 @@ impl Caller {
     }
 
     /// Returns an error once the client does not wait any more: work not begun by then is not begun.
-    pub fn check_time(&self) -> Result<(), VastoError> {
+    pub(super) fn check_time(&self) -> Result<(), VastoError> {
         match self.until {
             Some(until) if since_boot() >= until => Err(too_late()),
             _ => Ok(()),

@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_read_that_nobody_waits_for_any_more_is_not_begun() {
+    async fn a_read_whose_client_gave_up_is_not_begun() {
         let registry = node();
         let (queue, mut replies) = ReplyQueue::new(Arc::default());
         let (release, held) = oneshot::channel::<()>();

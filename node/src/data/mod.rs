@@ -39,7 +39,7 @@ use request_age::RequestAge;
 
 /// Serves `vasto.v1.Data`.
 #[derive(Clone)]
-pub struct DataService {
+pub(crate) struct DataService {
     registry: Arc<NodeRegistry>,
     connections: Arc<Semaphore>,
     unary: Arc<Semaphore>,
@@ -48,7 +48,7 @@ pub struct DataService {
 
 impl DataService {
     /// Creates the service over the node's replicas.
-    pub fn new(registry: Arc<NodeRegistry>) -> Self {
+    pub(crate) fn new(registry: Arc<NodeRegistry>) -> Self {
         let (connections, unary) = (Semaphore::new(CONNECTIONS_MAX), Semaphore::new(UNARY_REQUESTS_MAX));
         Self { registry, connections: Arc::new(connections), unary: Arc::new(unary), budget: Arc::default() }
     }
@@ -168,8 +168,8 @@ mod tests {
             service.execute(Request::new(v1::Request { keyspace_id: 1, epoch: 1, op, ..v1::Request::default() }))
         };
         let mut waiting: Vec<_> = (0..UNARY_REQUESTS_MAX).map(|_| ask()).collect();
-        for one in &mut waiting {
-            assert!(futures::poll!(one).is_pending());
+        for request in &mut waiting {
+            assert!(futures::poll!(request).is_pending());
         }
         assert_eq!(ask().await.unwrap_err().code(), tonic::Code::ResourceExhausted);
         futures::future::try_join_all(waiting).await.unwrap();

@@ -17,7 +17,7 @@ use crate::replica::authority::Refusal;
 use crate::replica::command::Role;
 
 /// Interval between two checks whether authority was renewed.
-const RENEWAL_LOOK: Duration = Duration::from_millis(10);
+const RENEWAL_POLL: Duration = Duration::from_millis(10);
 
 /// The replica that executes a request, and the term of authority of a strict one.
 pub(super) type Executor = (Replica, Option<u64>);
@@ -127,7 +127,7 @@ pub(super) async fn wait_for_place(
             if probed {
                 match replica.authority().admit_probed() {
                     Ok(term) => place = Place::Serving(replica.clone(), term),
-                    // Authority that rests on silence again does so for another reason: probe again.
+                    // Authority that is based on silence again has another reason: probe again.
                     Err(_) => probed = false,
                 }
             }
@@ -141,7 +141,7 @@ pub(super) async fn wait_for_place(
             () = changed(&mut replica_changes) => {}
             () = changed(&mut authority_changes) => {}
             // Beliefs are renewed without a notification.
-            () = tokio::time::sleep(RENEWAL_LOOK), if waits_for_authority => {}
+            () = tokio::time::sleep(RENEWAL_POLL), if waits_for_authority => {}
             () = tokio::time::sleep_until(deadline) => {
                 return Err(match waits_for_authority {
                     true => catching_up(),

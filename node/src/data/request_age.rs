@@ -23,7 +23,7 @@ pub(super) struct RequestAge {
 impl RequestAge {
     /// Returns how much later than usual a frame arrives: `received` by this clock, `sent` by the sender's, both since
     /// the stream was opened.
-    pub fn of(&mut self, received: Duration, sent: Duration) -> Duration {
+    pub(super) fn of(&mut self, received: Duration, sent: Duration) -> Duration {
         let taken = received.saturating_sub(sent);
         match &mut self.window {
             Some((began, fastest)) if received.saturating_sub(*began) < WINDOW => *fastest = taken.min(*fastest),

@@ -5,12 +5,12 @@ use rocksdb::{DBRawIterator, ReadOptions, Snapshot};
 use super::{Engine, EngineError, RowRef, failed};
 
 /// The database at one point in time.
-pub struct View<'a> {
+pub(crate) struct View<'a> {
     snapshot: Snapshot<'a>,
 }
 
 /// A position in a [`View`].
-pub struct Cursor<'a> {
+pub(crate) struct Cursor<'a> {
     inner: DBRawIterator<'a>,
 }
 
@@ -21,20 +21,20 @@ thread_local! {
 
 /// Returns the number of cursors that this thread has opened.
 #[cfg(test)]
-pub fn cursors_opened() -> usize {
+pub(crate) fn cursors_opened() -> usize {
     OPENED.with(std::cell::Cell::get)
 }
 
 impl Engine {
     /// Pins the present state for several cursors.
-    pub fn view(&self) -> View<'_> {
+    pub(crate) fn view(&self) -> View<'_> {
         View { snapshot: self.db.snapshot() }
     }
 }
 
 impl View<'_> {
     /// Opens a cursor at the first stored key of `[from, to)`.
-    pub fn cursor(&self, from: &[u8], to: Vec<u8>) -> Cursor<'_> {
+    pub(crate) fn cursor(&self, from: &[u8], to: Vec<u8>) -> Cursor<'_> {
         let mut options = ReadOptions::default();
         options.set_iterate_upper_bound(to);
         let mut inner = self.snapshot.raw_iterator_opt(options);
@@ -47,20 +47,20 @@ impl View<'_> {
 
 impl Cursor<'_> {
     /// Returns the stored key and value here; `None` at the end. A damaged file is an error, not an end.
-    pub fn current(&self) -> Result<Option<RowRef<'_>>, EngineError> {
+    pub(crate) fn current(&self) -> Result<Option<RowRef<'_>>, EngineError> {
         match self.inner.item() {
             Some(item) => Ok(Some(item)),
             None => self.inner.status().map(|()| None).map_err(failed("scan")),
         }
     }
 
-    /// Moves to the first stored key at or behind this one.
-    pub fn seek(&mut self, to: &[u8]) {
+    /// Moves to the first stored key at or after this one.
+    pub(crate) fn seek(&mut self, to: &[u8]) {
         self.inner.seek(to);
     }
 
     /// Moves to the next stored key.
-    pub fn advance(&mut self) {
+    pub(crate) fn advance(&mut self) {
         self.inner.next();
     }
 }

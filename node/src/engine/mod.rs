@@ -33,12 +33,12 @@ use vasto_core::merge::is_collected;
 use vasto_core::record::BandRange;
 use vasto_core::stored_key::{META_PREFIX, split_data_key};
 
-pub use batch::Batch;
+pub(crate) use batch::Batch;
 #[cfg(test)]
-pub use cursor::cursors_opened;
-pub use cursor::{Cursor, View};
-pub use scratch::{BandRows, ImportFile, Scratch};
-pub use tables::{TableSet, WrittenTable};
+pub(crate) use cursor::cursors_opened;
+pub(crate) use cursor::{Cursor, View};
+pub(crate) use scratch::{BandRows, ImportFile, Scratch};
+pub(crate) use tables::{TableSet, WrittenTable};
 
 /// Error of the database.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -62,7 +62,7 @@ pub(crate) fn failed(doing: &'static str) -> impl Fn(rocksdb::Error) -> EngineEr
 
 /// Memory and background budget of a node, shared by all its replicas.
 #[derive(Clone)]
-pub struct EngineShared {
+pub(crate) struct EngineShared {
     buffers: WriteBufferManager,
     base: Options,
     /// Replicas being opened, about one for each CPU core: each reads its log in files of 64 MiB, and a
@@ -101,7 +101,7 @@ const TABLE_BYTES: u64 = 32 << 20;
 
 impl EngineShared {
     /// Creates the shared parts.
-    pub fn new(budget: EngineBudget) -> Self {
+    pub(crate) fn new(budget: EngineBudget) -> Self {
         let cache = Cache::new_lru_cache(budget.cache_bytes);
         let buffers = WriteBufferManager::new_write_buffer_manager(budget.write_buffer_bytes, false);
         let mut base = Options::default();
@@ -132,13 +132,13 @@ impl EngineShared {
     }
 
     /// Sets the number of tables that each instance keeps open.
-    pub fn with_tables_open(mut self, each: usize) -> Self {
+    pub(crate) fn with_tables_open(mut self, each: usize) -> Self {
         self.base.set_max_open_files(each.min(TABLES_OPEN_MAX) as i32);
         self
     }
 
     /// Returns the used part of the memtables' budget; can exceed 1.
-    pub fn memtables_used(&self) -> f64 {
+    pub(crate) fn memtables_used(&self) -> f64 {
         self.buffers.get_mutable_memtable_memory_usage() as f64 / self.buffers.get_buffer_size().max(1) as f64
     }
 }
@@ -155,7 +155,7 @@ fn table_options(cache: &Cache) -> BlockBasedOptions {
 }
 
 /// Hook that RocksDB calls before a flush; must make the log durable.
-pub trait FlushGuard: Send + Sync + 'static {
+pub(crate) trait FlushGuard: Send + Sync + 'static {
     /// Syncs everything appended to the log so far. A failure poisons the log by itself.
     fn before_flush(&self);
 }
@@ -185,14 +185,14 @@ impl EventListener for Listener {
 }
 
 /// A stored key and its value.
-pub type Row = (Vec<u8>, Vec<u8>);
+pub(crate) type Row = (Vec<u8>, Vec<u8>);
 
 /// A stored key and its value, borrowed from a cursor.
-pub type RowRef<'a> = (&'a [u8], &'a [u8]);
+pub(crate) type RowRef<'a> = (&'a [u8], &'a [u8]);
 
 /// Result of a point lookup.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Lookup {
+pub(crate) enum Lookup {
     /// The stored bytes.
     Found(Vec<u8>),
     /// Certainly not stored.
@@ -202,7 +202,7 @@ pub enum Lookup {
 }
 
 /// One replica's database.
-pub struct Engine {
+pub(crate) struct Engine {
     db: Arc<DB>,
     options: Options,
     floor: Arc<AtomicU64>,
@@ -214,7 +214,7 @@ pub struct Engine {
 impl Engine {
     /// Opens or creates the database in `path`. Compactions apply the gc floor in `floor`; `guard` is called before
     /// every flush.
-    pub fn open(
+    pub(crate) fn open(
         shared: &EngineShared,
         path: &Path,
         floor: Arc<AtomicU64>,
@@ -244,22 +244,22 @@ impl Engine {
     }
 
     /// Returns why a flush or a compaction failed, once one has: the replica must be closed to writes.
-    pub fn failure(&self) -> Option<&str> {
+    pub(crate) fn failure(&self) -> Option<&str> {
         self.failed.get().map(String::as_str)
     }
 
     /// Raises the floor that compactions apply.
-    pub fn raise_floor(&self, floor: u64) {
+    pub(crate) fn raise_floor(&self, floor: u64) {
         self.floor.fetch_max(floor, Ordering::AcqRel);
     }
 
     /// Applies a batch to the memtable.
-    pub fn write(&self, batch: Batch) -> Result<(), EngineError> {
+    pub(crate) fn write(&self, batch: Batch) -> Result<(), EngineError> {
         self.db.write_opt(&batch.inner, &self.write_options).map_err(failed("apply a record"))
     }
 
     /// Looks a key up without blocking on the disk.
-    pub fn get_cached(&self, key: &[u8]) -> Result<Lookup, EngineError> {
+    pub(crate) fn get_cached(&self, key: &[u8]) -> Result<Lookup, EngineError> {
         match self.db.get_pinned_opt(key, &self.cached_only) {
             Ok(Some(value)) => Ok(Lookup::Found(value.to_vec())),
             Ok(None) => Ok(Lookup::Missing),
@@ -269,38 +269,38 @@ impl Engine {
     }
 
     /// Looks a key up; may block.
-    pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, EngineError> {
+    pub(crate) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, EngineError> {
         self.db.get(key).map_err(failed("read"))
     }
 
     /// Returns the value without the memtables: the one that would be there if the process died now.
-    pub fn get_persisted(&self, key: &[u8]) -> Result<Option<Vec<u8>>, EngineError> {
+    pub(crate) fn get_persisted(&self, key: &[u8]) -> Result<Option<Vec<u8>>, EngineError> {
         let mut options = ReadOptions::default();
         options.set_read_tier(ReadTier::Persisted);
         self.db.get_opt(key, &options).map_err(failed("read"))
     }
 
     /// Writes the memtables to SSTs and waits for it.
-    pub fn flush(&self) -> Result<(), EngineError> {
+    pub(crate) fn flush(&self) -> Result<(), EngineError> {
         let mut options = FlushOptions::default();
         options.set_wait(true);
         self.db.flush_opt(&options).map_err(failed("flush"))
     }
 
     /// Hard-links a checkpoint into `dir`, which must not exist.
-    pub fn checkpoint(&self, dir: &Path) -> Result<(), EngineError> {
+    pub(crate) fn checkpoint(&self, dir: &Path) -> Result<(), EngineError> {
         Checkpoint::new(&self.db)
             .and_then(|checkpoint| checkpoint.create_checkpoint(dir))
             .map_err(failed("make a checkpoint"))
     }
 
     /// Returns all SSTs.
-    pub fn live_files(&self) -> Result<Vec<LiveFile>, EngineError> {
+    pub(crate) fn live_files(&self) -> Result<Vec<LiveFile>, EngineError> {
         self.db.live_files().map_err(failed("list the SSTs"))
     }
 
     /// Adds finished SSTs in one step; the range they cover must be empty.
-    pub fn ingest(&self, files: Vec<PathBuf>) -> Result<(), EngineError> {
+    pub(crate) fn ingest(&self, files: Vec<PathBuf>) -> Result<(), EngineError> {
         if files.is_empty() {
             return Ok(());
         }
@@ -313,12 +313,12 @@ impl Engine {
 
     /// Drops whole SSTs inside the bands. On its own this is **not** a removal: it skips the memtable, L0 and files
     /// that cross the edge, and can uncover older versions.
-    pub fn delete_files_in(&self, range: BandRange) -> Result<(), EngineError> {
+    pub(crate) fn delete_files_in(&self, range: BandRange) -> Result<(), EngineError> {
         self.db.delete_file_in_range([range.first.0], [range.last.0 + 1]).map_err(failed("drop SSTs"))
     }
 
     /// Rewrites the bands down to the bottom level, removing what was deleted.
-    pub fn compact_bands(&self, range: BandRange) {
+    pub(crate) fn compact_bands(&self, range: BandRange) {
         let mut options = CompactOptions::default();
         options.set_bottommost_level_compaction(BottommostLevelCompaction::Force);
         options.set_exclusive_manual_compaction(false);
@@ -326,7 +326,7 @@ impl Engine {
     }
 
     /// Rewrites everything.
-    pub fn compact_all(&self) {
+    pub(crate) fn compact_all(&self) {
         let mut options = CompactOptions::default();
         options.set_bottommost_level_compaction(BottommostLevelCompaction::ForceOptimized);
         options.set_exclusive_manual_compaction(false);
@@ -334,7 +334,7 @@ impl Engine {
     }
 
     /// Returns `(files wholly inside the bands, files that reach beyond them)`, bytes.
-    pub fn band_bytes(&self, range: BandRange) -> Result<(u64, u64), EngineError> {
+    pub(crate) fn band_bytes(&self, range: BandRange) -> Result<(u64, u64), EngineError> {
         let mut inside = 0;
         let mut crossing = 0;
         for file in self.live_files()? {
@@ -357,7 +357,7 @@ impl Engine {
     /// Returns `(stored entries, those of SSTs with nothing but metadata, bytes of SSTs)`; an entry counts once for
     /// each version that is not compacted away yet. The first number excludes the second, and includes metadata that is
     /// stored among data.
-    pub fn size(&self) -> (u64, u64, u64) {
+    pub(crate) fn size(&self) -> (u64, u64, u64) {
         let number = |name: &'static str| self.db.property_int_value(name).ok().flatten().unwrap_or(0);
         let in_memory = number("rocksdb.num-entries-active-mem-table") + number("rocksdb.num-entries-imm-mem-tables");
         let files = self.db.live_files().unwrap_or_default();
@@ -373,14 +373,14 @@ impl Engine {
     }
 
     /// Returns true when a data key exists in the bands.
-    pub fn any_in(&self, range: BandRange) -> Result<bool, EngineError> {
+    pub(crate) fn any_in(&self, range: BandRange) -> Result<bool, EngineError> {
         let view = self.view();
         let cursor = view.cursor(&[range.first.0], vec![range.last.0 + 1]);
         Ok(cursor.current()?.is_some())
     }
 
     /// Stops compactions and flushes; call before dropping the last handle.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         self.db.cancel_all_background_work(true);
     }
 
@@ -395,42 +395,42 @@ pub(crate) fn first_byte(key: Option<&[u8]>) -> Option<u8> {
 }
 
 /// Returns the bounds of a band's stored keys: `[band]..[band + 1]`.
-pub fn band_bounds(band: Band) -> ([u8; 1], [u8; 1]) {
+pub(crate) fn band_bounds(band: Band) -> ([u8; 1], [u8; 1]) {
     ([band.0], [band.0 + 1])
 }
 
 /// Checkpoint opened read-only, to read what it really holds.
-pub struct CheckpointView {
+pub(crate) struct CheckpointView {
     db: DB,
 }
 
 impl CheckpointView {
     /// Opens the directory that [`Engine::checkpoint`] made.
-    pub fn open(shared: &EngineShared, dir: &Path) -> Result<Self, EngineError> {
+    pub(crate) fn open(shared: &EngineShared, dir: &Path) -> Result<Self, EngineError> {
         let mut options = shared.base.clone();
         options.create_if_missing(false);
         DB::open_for_read_only(&options, dir, false).map(|db| Self { db }).map_err(failed("open the checkpoint"))
     }
 
     /// Returns a stored value.
-    pub fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, EngineError> {
+    pub(crate) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, EngineError> {
         self.db.get(key).map_err(failed("read the checkpoint"))
     }
 
     /// Returns all stored keys with a prefix.
-    pub fn with_prefix(&self, prefix: &[u8]) -> Result<Vec<Row>, EngineError> {
+    pub(crate) fn with_prefix(&self, prefix: &[u8]) -> Result<Vec<Row>, EngineError> {
         collect_prefix(self.db.raw_iterator(), prefix)
     }
 
     /// Returns its SSTs.
-    pub fn files(&self) -> Result<Vec<LiveFile>, EngineError> {
+    pub(crate) fn files(&self) -> Result<Vec<LiveFile>, EngineError> {
         self.db.live_files().map_err(failed("list the SSTs of the checkpoint"))
     }
 }
 
 impl Engine {
     /// Returns all stored keys with a prefix; for metadata.
-    pub fn with_prefix(&self, prefix: &[u8]) -> Result<Vec<Row>, EngineError> {
+    pub(crate) fn with_prefix(&self, prefix: &[u8]) -> Result<Vec<Row>, EngineError> {
         collect_prefix(self.db.raw_iterator(), prefix)
     }
 }

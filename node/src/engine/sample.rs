@@ -14,7 +14,7 @@ const SPOTS: usize = 16;
 
 /// Result of a walk.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Walk {
+pub(crate) struct Walk {
     /// Rows that a reader would see.
     pub live: u64,
     /// Entries that were passed: those rows, hidden rows, and older versions.
@@ -27,7 +27,7 @@ impl Engine {
     /// Walks over the data from its beginning; when that does not end within `rows` stored rows, over as many at places
     /// spread over all of it. `is_live` receives the stored key and value. Reads from the disk, and leaves the block
     /// cache unchanged.
-    pub fn walk(&self, rows: usize, is_live: impl Fn(&[u8], &[u8]) -> bool) -> Result<Walk, EngineError> {
+    pub(crate) fn walk(&self, rows: usize, is_live: impl Fn(&[u8], &[u8]) -> bool) -> Result<Walk, EngineError> {
         let (walk, at_end) = self.walk_at(&[Vec::new()], rows, &is_live)?;
         if at_end {
             return Ok(Walk { complete: true, ..walk });

@@ -13,7 +13,7 @@ use super::{EngineError, RowRef, band_bounds, failed};
 
 /// Downloaded SST with the data of its manifest.
 #[derive(Debug, Clone)]
-pub struct ImportFile {
+pub(crate) struct ImportFile {
     /// File name inside the download directory.
     pub name: String,
     /// Bytes.
@@ -35,14 +35,14 @@ pub struct ImportFile {
 const CF: &str = "import";
 
 /// Throw-away database over downloaded SSTs.
-pub struct Scratch {
+pub(crate) struct Scratch {
     db: DB,
 }
 
 impl Scratch {
     /// Imports `files` of `download_dir` into a new database in `dir`. Checksums must have been
     /// verified before: the import drops them.
-    pub fn import(dir: &Path, download_dir: &Path, files: &[ImportFile]) -> Result<Self, EngineError> {
+    pub(crate) fn import(dir: &Path, download_dir: &Path, files: &[ImportFile]) -> Result<Self, EngineError> {
         let mut options = Options::default();
         options.create_if_missing(true);
         options.set_disable_auto_compactions(true);
@@ -77,7 +77,7 @@ impl Scratch {
     }
 
     /// Returns the rows of one band in the order of their keys.
-    pub fn rows(&self, band: Band) -> BandRows<'_> {
+    pub(crate) fn rows(&self, band: Band) -> BandRows<'_> {
         let (from, to) = band_bounds(band);
         let mut options = rocksdb::ReadOptions::default();
         options.set_iterate_upper_bound(to);
@@ -94,13 +94,13 @@ impl Scratch {
 }
 
 /// Cursor over one band.
-pub struct BandRows<'a> {
+pub(crate) struct BandRows<'a> {
     iterator: DBRawIterator<'a>,
 }
 
 impl BandRows<'_> {
     /// Returns `(user key, entry)` under the cursor; `None` at the end.
-    pub fn current(&self) -> Result<Option<RowRef<'_>>, EngineError> {
+    pub(crate) fn current(&self) -> Result<Option<RowRef<'_>>, EngineError> {
         match self.iterator.item() {
             Some((key, value)) => Ok(Some((&key[1..], value))),
             None => {
@@ -111,7 +111,7 @@ impl BandRows<'_> {
     }
 
     /// Moves to the next row.
-    pub fn advance(&mut self) {
+    pub(crate) fn advance(&mut self) {
         self.iterator.next();
     }
 }

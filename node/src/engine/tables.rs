@@ -11,7 +11,7 @@ use super::{Engine, EngineError, TABLE_BYTES, failed};
 
 /// A finished SST.
 #[derive(Debug, Clone)]
-pub struct WrittenTable {
+pub(crate) struct WrittenTable {
     /// Path of the file.
     pub path: PathBuf,
     /// Size of the file.
@@ -24,7 +24,7 @@ struct Open<'a> {
 }
 
 /// Tables under construction. Keys of one band must arrive in ascending order; bands may mix.
-pub struct TableSet<'a> {
+pub(crate) struct TableSet<'a> {
     options: &'a Options,
     dir: PathBuf,
     open: BTreeMap<Band, Open<'a>>,
@@ -35,7 +35,7 @@ pub struct TableSet<'a> {
 
 impl<'a> TableSet<'a> {
     /// Creates tables in `dir` that match `engine`'s own.
-    pub fn new(engine: &'a Engine, dir: &Path) -> Self {
+    pub(crate) fn new(engine: &'a Engine, dir: &Path) -> Self {
         Self {
             options: engine.options(),
             dir: dir.to_owned(),
@@ -47,7 +47,7 @@ impl<'a> TableSet<'a> {
     }
 
     /// Adds a row.
-    pub fn put(&mut self, band: Band, user_key: &[u8], entry: &[u8]) -> Result<(), EngineError> {
+    pub(crate) fn put(&mut self, band: Band, user_key: &[u8], entry: &[u8]) -> Result<(), EngineError> {
         if !self.open.contains_key(&band) {
             self.files += 1;
             let path = self.dir.join(format!("{:06}.sst", self.files));
@@ -72,7 +72,7 @@ impl<'a> TableSet<'a> {
     }
 
     /// Closes all tables; returns them and the number of rows.
-    pub fn finish(mut self) -> Result<(Vec<WrittenTable>, u64), EngineError> {
+    pub(crate) fn finish(mut self) -> Result<(Vec<WrittenTable>, u64), EngineError> {
         while let Some((_, table)) = self.open.pop_first() {
             self.finish_one(table)?;
         }

@@ -18,10 +18,14 @@ use crate::ship::{self, blocking};
 impl Hosted {
     /// Removes the bands that the version names, and ships what this replica took over from others' quarantines.
     pub(super) fn reconcile_quarantines(self: &Arc<Self>, catalog: &Catalog) {
-        let mine: Vec<_> =
-            catalog.quarantines.iter().filter(|one| one.replicas.contains(&self.replica.id)).cloned().collect();
-        self.shared.status.lock().cleaned.retain(|plan| mine.iter().any(|one| one.plan == *plan));
-        for quarantine in mine.into_iter().filter(|one| one.dropping) {
+        let mine: Vec<_> = catalog
+            .quarantines
+            .iter()
+            .filter(|quarantine| quarantine.replicas.contains(&self.replica.id))
+            .cloned()
+            .collect();
+        self.shared.status.lock().cleaned.retain(|plan| mine.iter().any(|quarantine| quarantine.plan == *plan));
+        for quarantine in mine.into_iter().filter(|quarantine| quarantine.dropping) {
             if !self.background.lock().cleaning.insert(quarantine.plan) {
                 continue;
             }
@@ -49,7 +53,7 @@ impl Hosted {
         let wanted = catalog
             .quarantines
             .iter()
-            .flat_map(|one| &one.targets)
+            .flat_map(|quarantine| &quarantine.targets)
             .filter(|(id, _)| *id == self.replica.id)
             .map(|(_, lsn)| *lsn)
             .max();

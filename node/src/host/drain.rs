@@ -19,26 +19,26 @@ impl Hosted {
     /// for each such replica, by the primary; records that are present already are skipped.
     pub(super) fn drain_from_the_bucket(self: &Arc<Self>, catalog: &Catalog) {
         let Hosted { shared, replica, .. } = &**self;
-        let left = |id: &ReplicaId| catalog.draining.iter().any(|one| one.replica == *id);
+        let is_draining = |id: &ReplicaId| catalog.draining.iter().any(|member| member.replica == *id);
         {
             let mut background = self.background.lock();
-            background.drained.retain(left);
-            background.accepted.retain(left);
+            background.drained.retain(is_draining);
+            background.accepted.retain(is_draining);
             let accepted =
                 |node| catalog.draining_nodes.iter().any(|leaving| leaving.node == node && leaving.accept_loss);
-            for one in catalog.draining.iter().filter(|one| accepted(one.node)) {
-                if background.accepted.insert(one.replica) && background.drained.remove(&one.replica) {
-                    shared.status.lock().took_from_bucket.remove(&one.replica);
+            for member in catalog.draining.iter().filter(|member| accepted(member.node)) {
+                if background.accepted.insert(member.replica) && background.drained.remove(&member.replica) {
+                    shared.status.lock().took_from_bucket.remove(&member.replica);
                 }
             }
         }
-        shared.status.lock().took_from_bucket.retain(left);
+        shared.status.lock().took_from_bucket.retain(is_draining);
         if !catalog.is_primary(replica.id) {
             return;
         }
-        for one in catalog.draining.iter().filter(|one| one.shard == replica.shard) {
-            if self.background.lock().drained.insert(one.replica) {
-                tokio::spawn(self.clone().take_what_was_shipped(one.replica, catalog.spec.shards));
+        for member in catalog.draining.iter().filter(|member| member.shard == replica.shard) {
+            if self.background.lock().drained.insert(member.replica) {
+                tokio::spawn(self.clone().take_what_was_shipped(member.replica, catalog.spec.shards));
             }
         }
     }

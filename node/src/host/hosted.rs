@@ -1,6 +1,6 @@
 //! An open replica with its shipping, its replication, and the work that runs for it in the background.
 //!
-//! **Invariant:** at most one task of each kind runs for a replica.
+//! **Invariant:** work that [`Background`] names is not begun again, for the same plan, replica or LSN, while it runs.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -26,7 +26,7 @@ pub(super) struct Hosted {
     pub(super) background: Mutex<Background>,
 }
 
-/// Background work of one host, at most one task of each kind.
+/// Background work of one host that has begun.
 #[derive(Default)]
 pub(super) struct Background {
     /// Plan whose target this replica is, and the token that cancels its build.
@@ -46,7 +46,7 @@ pub(super) struct Background {
 impl Hosted {
     /// Passes the placement of the replica to the leases. A replica that is not registered yet is published as not
     /// serving first: with peers, it serves nothing before the leases grant it authority.
-    pub(super) async fn take_seat(&self, catalog: &Catalog) {
+    pub(super) async fn tell_leases(&self, catalog: &Catalog) {
         let HostContext { leases: Some(leases), registry, .. } = &*self.shared.context else { return };
         let replica = &self.replica;
         if registry.replica(replica.keyspace, replica.id).is_none() {
@@ -75,7 +75,8 @@ impl Hosted {
                 this.shared.pause(pause).await;
                 pause = (pause * 2).min(RETRY_MAX);
             }
-            this.background.lock().covering = None;
+            // A later version may have asked for a higher LSN meanwhile: that checkpoint is still under way.
+            this.background.lock().covering.take_if(|covering| *covering == lsn);
             this.shared.notify();
         });
     }

@@ -1,6 +1,7 @@
 //! What a host polls, because it sends no event.
 //!
-//! **Invariant:** an idle replica needs only the long interval: whatever it may have to do sooner wakes its runner.
+//! **Invariant:** an idle replica needs only the long interval: whatever it may have to do sooner wakes its runner, or
+//! can wait for that long.
 
 use vasto_core::catalog::Catalog;
 use vasto_core::plan::{Plan, PlanKind};
@@ -42,8 +43,8 @@ impl Hosted {
         replicator.set_evict(replica.followers().last().filter(|_| over_cap).map(|(follower, _)| follower));
         let report = replicator.report();
         // A change of the lag alone triggers no report: it changes all the time, and the regular reports carry it.
-        let told = |report: &ReplicationReport| ReplicationReport { lag_lsns: 0, lag_ms: 0, ..report.clone() };
-        if told(&report) != told(reported) {
+        let without_lag = |report: &ReplicationReport| ReplicationReport { lag_lsns: 0, lag_ms: 0, ..report.clone() };
+        if without_lag(&report) != without_lag(reported) {
             shared.notify();
         }
         *reported = report;
@@ -59,7 +60,7 @@ impl Hosted {
     /// Returns true when the replica needs no short housekeeping interval: no plan runs, no replica drains, no write waits
     /// for peers or for the bucket, nothing is to be caught up, and no follower holds the log back. Events still wake the
     /// runner: changes of the replica (ranges, epoch, version, closure, readiness) and of its authority.
-    pub(super) fn is_at_rest(&self, catalog: &Catalog) -> bool {
+    pub(super) fn is_idle(&self, catalog: &Catalog) -> bool {
         let Hosted { replica, ship, .. } = self;
         catalog.plan.is_none()
             && catalog.draining.is_empty()

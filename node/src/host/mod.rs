@@ -44,7 +44,7 @@ use crate::replication::peers::Peers;
 use crate::ship::{Pace, ShipHandle};
 
 /// Context that all hosts of a node share.
-pub struct HostContext {
+pub(crate) struct HostContext {
     /// Shared state.
     pub registry: Arc<NodeRegistry>,
     /// Engine budget.
@@ -67,7 +67,7 @@ pub struct HostContext {
 
 /// Identity and location of a hosted replica.
 #[derive(Clone)]
-pub struct ReplicaSpec {
+pub(crate) struct ReplicaSpec {
     /// Its keyspace.
     pub keyspace: KeyspaceId,
     /// Its shard.
@@ -81,7 +81,7 @@ pub struct ReplicaSpec {
 }
 
 /// A running host.
-pub struct Host {
+pub(crate) struct Host {
     shared: Arc<Shared>,
     catalogs: watch::Sender<Arc<Catalog>>,
     size: Mutex<Option<KnownSize>>,
@@ -90,7 +90,7 @@ pub struct Host {
 
 impl Host {
     /// Starts hosting; the replica is opened (or created) in the background.
-    pub fn start(context: Arc<HostContext>, spec: ReplicaSpec, catalog: Arc<Catalog>) -> Self {
+    pub(crate) fn start(context: Arc<HostContext>, spec: ReplicaSpec, catalog: Arc<Catalog>) -> Self {
         let (catalogs, receiver) = watch::channel(catalog);
         let shared = Arc::new(Shared::new(context, spec));
         let task = tokio::spawn(runner::run(shared.clone(), receiver));
@@ -98,34 +98,34 @@ impl Host {
     }
 
     /// Returns the hosted replica.
-    pub fn spec(&self) -> &ReplicaSpec {
+    pub(crate) fn spec(&self) -> &ReplicaSpec {
         &self.shared.spec
     }
 
     /// Passes a newer version of the keyspace's catalog to the host.
-    pub fn apply_catalog(&self, catalog: Arc<Catalog>) {
+    pub(crate) fn apply_catalog(&self, catalog: Arc<Catalog>) {
         self.catalogs.send_replace(catalog);
     }
 
     /// Stops the replica: ships the pending log, flushes.
-    pub async fn stop(self) {
+    pub(crate) async fn stop(self) {
         self.shared.cancel.cancel();
         let _ = self.task.await;
     }
 
     /// Stops a replica whose files are about to be removed: nothing more is shipped.
-    pub async fn stop_to_discard(self) {
+    pub(crate) async fn stop_to_discard(self) {
         self.shared.discard.store(true, Ordering::Release);
         self.stop().await;
     }
 
     /// Returns the shipper, once the replica is open and if this replica ships for its shard.
-    pub fn shipper(&self) -> Option<ShipHandle> {
+    pub(crate) fn shipper(&self) -> Option<ShipHandle> {
         self.any_shipper().filter(ShipHandle::ships)
     }
 
     /// Returns the shipper, whichever replica ships for the shard.
-    pub fn any_shipper(&self) -> Option<ShipHandle> {
+    pub(crate) fn any_shipper(&self) -> Option<ShipHandle> {
         self.shared.status.lock().ship.clone()
     }
 }

@@ -144,8 +144,8 @@ impl Shared {
         plan: &Plan,
         opened: &mut Option<Replica>,
     ) -> Result<(), BuildError> {
-        let sources = self.spec.dir.join("sources.json");
-        let found = sources::chosen(&self.context.bucket, &sources, self.sources_in_bucket(catalog, plan)).await?;
+        let choice = self.spec.dir.join("sources.json");
+        let chosen = sources::chosen(&self.context.bucket, &choice, self.sources_in_bucket(catalog, plan)).await?;
         let log = match plan.kind {
             PlanKind::Restore { at_us, .. } => Log::Fork { shards: catalog.spec.shards, until_us: at_us },
             _ => Log::Replicate,
@@ -153,7 +153,7 @@ impl Shared {
         bootstrap.progress.lock().reached.clear();
         if opened.is_none() {
             let is_new = !database_dir(&self.spec.dir).join("CURRENT").exists();
-            match found.all.first().and_then(|first| first.base.as_ref()) {
+            match chosen.all.first().and_then(|source| source.base.as_ref()) {
                 Some(base) if is_new => {
                     let adoption = Adoption {
                         keyspace: self.spec.keyspace,
@@ -173,10 +173,10 @@ impl Shared {
         }
         let Some(replica) = opened.as_ref() else { return Err(BuildError::Cancelled) };
         match log {
-            Log::Fork { shards, until_us } => bootstrap.merge_all(replica, &found, shards, until_us).await?,
+            Log::Fork { shards, until_us } => bootstrap.merge_all(replica, &chosen, shards, until_us).await?,
             Log::Replicate => {
-                let whose = plan.sources.first().map(|source| source.replica).unwrap_or_default();
-                bootstrap.join_all(replica, &found, whose).await?;
+                let source = plan.sources.first().map(|source| source.replica).unwrap_or_default();
+                bootstrap.join_all(replica, &chosen, source).await?;
             }
         }
         tracing::info!(
@@ -202,7 +202,7 @@ impl Shared {
                 Some(pinned) => {
                     let base = archive::manifest_at(bucket, &pinned.key).await?;
                     let owner = Owner { keyspace: catalog.keyspace, shard, replica: source.replica };
-                    // The log behind it comes from the source itself.
+                    // The log after it comes from the source itself.
                     Ok(RestoreSources { all: vec![RestoreSource::of_base(owner, base)], ..RestoreSources::default() })
                 }
                 None => {
@@ -219,7 +219,7 @@ impl Shared {
     async fn open_what_is_here(&self, catalog: &Catalog) -> Result<Replica, String> {
         let spec = &self.spec;
         let shipper = catalog.shard(spec.shard).and_then(|shard| shard.shipper());
-        if shipper.is_none_or(|one| one.replica != spec.replica) {
+        if shipper.is_none_or(|shipper| shipper.replica != spec.replica) {
             return self.open_local(catalog).await;
         }
         let owner = Owner { keyspace: spec.keyspace, shard: spec.shard, replica: spec.replica };
@@ -248,7 +248,8 @@ impl Shared {
         let spec = self.spec.clone();
         let (engines, clock) = (self.context.engines.clone(), self.context.clock.clone());
         // Initial ownership: the bands of a placed replica, nothing for a target.
-        let placed = catalog.placement.iter().flat_map(|shard| &shard.replicas).any(|one| one.replica == spec.replica);
+        let placed =
+            catalog.placement.iter().flat_map(|shard| &shard.replicas).any(|member| member.replica == spec.replica);
         let growth = catalog.plan.as_ref().and_then(Plan::growth);
         let initial = match growth {
             Some((_, to)) if !placed => (catalog.version, BandRange::from(Band::owned(to)), RangeState::Arriving),

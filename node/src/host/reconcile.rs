@@ -31,8 +31,8 @@ fn ships(catalog: &Catalog, replica: &Replica) -> bool {
     match catalog.shard(replica.shard).and_then(|shard| shard.shipper()) {
         Some(shipper) => shipper.replica == replica.id,
         None => {
-            let first = catalog.plan.iter().flat_map(|plan| &plan.targets).find(|one| one.shard == replica.shard);
-            first.is_some_and(|one| one.replica == replica.id)
+            let first = catalog.plan.iter().flat_map(|plan| &plan.targets).find(|target| target.shard == replica.shard);
+            first.is_some_and(|target| target.replica == replica.id)
         }
     }
 }
@@ -61,8 +61,8 @@ impl Hosted {
         }
         let order = Control::ApplyCatalog { epoch: catalog.epoch, version: catalog.version, role };
         replica.control(order).await?;
-        self.take_seat(catalog).await;
-        if catalog.draining.iter().any(|one| one.replica == replica.id) {
+        self.tell_leases(catalog).await;
+        if catalog.draining.iter().any(|member| member.replica == replica.id) {
             replicator.detach().await?;
         }
         replicator.take_over(catalog);

@@ -35,13 +35,13 @@ impl Host {
     fn size_of(&self, replica: &Replica, manifest: Lsn) -> (u64, u64) {
         let mut size = self.size.lock();
         match *size {
-            Some(known) if known.manifest == manifest && known.at.elapsed() < SIZE_AGE => known.keys_and_bytes,
-            Some(known)
-                if known.manifest == manifest
-                    && known.version == replica.size_version()
-                    && known.at.elapsed() < IDLE_SIZE_AGE =>
+            Some(cached) if cached.manifest == manifest && cached.at.elapsed() < SIZE_AGE => cached.keys_and_bytes,
+            Some(cached)
+                if cached.manifest == manifest
+                    && cached.version == replica.size_version()
+                    && cached.at.elapsed() < IDLE_SIZE_AGE =>
             {
-                known.keys_and_bytes
+                cached.keys_and_bytes
             }
             _ => {
                 let version = replica.size_version();
@@ -53,7 +53,7 @@ impl Host {
     }
 
     /// Returns why the replica does not serve, if it does not.
-    pub fn failure(&self) -> Option<String> {
+    pub(crate) fn failure(&self) -> Option<String> {
         if let Some(ReplicaPhase::Failed(reason)) = &self.shared.status.lock().phase {
             return Some(reason.clone());
         }
@@ -67,7 +67,7 @@ impl Host {
     }
 
     /// Returns the report for the master.
-    pub fn report(&self) -> ReplicaReport {
+    pub(crate) fn report(&self) -> ReplicaReport {
         let status = self.shared.status.lock();
         let spec = &self.shared.spec;
         let phase = status.phase.clone().unwrap_or(ReplicaPhase::Opening);

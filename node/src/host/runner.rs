@@ -27,7 +27,7 @@ use crate::ship::{self, ShipContext};
 const HOUSEKEEPING: Duration = Duration::from_millis(100);
 
 /// Housekeeping interval of an idle replica.
-const HOUSEKEEPING_AT_REST: Duration = Duration::from_secs(4);
+const HOUSEKEEPING_WHILE_IDLE: Duration = Duration::from_secs(4);
 
 /// How long a stopping node waits for the bucket to accept the last chunks.
 const LAST_CHUNK_PATIENCE: Duration = Duration::from_secs(5);
@@ -87,7 +87,7 @@ async fn start(shared: Arc<Shared>, replica: Replica, first: &Catalog) -> (Arc<H
     // epoch and version, so 0 changes neither. An error is ignored: a writer that has ended refuses everything.
     let role = replicator.role(first);
     let _ = replica.control(Control::ApplyCatalog { epoch: Epoch(0), version: CatalogVersion(0), role }).await;
-    hosted.take_seat(first).await;
+    hosted.tell_leases(first).await;
     shared.context.registry.add_replica(replica.clone());
     (hosted, Tasks { replicating, shipping, shipper })
 }
@@ -126,10 +126,10 @@ async fn reconcile(
         }
         active.get_or_insert_with(|| registry.activity());
         loop {
-            let rests = active.is_none();
+            let idle = active.is_none();
             // Idle replicas wake together: `with_others` rounds up to a whole second, the same for all.
-            let due = match rests {
-                true => with_others(last_housekeeping + HOUSEKEEPING_AT_REST),
+            let due = match idle {
+                true => with_others(last_housekeeping + HOUSEKEEPING_WHILE_IDLE),
                 false => last_housekeeping + HOUSEKEEPING,
             };
             tokio::select! {
@@ -138,15 +138,15 @@ async fn reconcile(
                 () = &mut retry, if again => break,
                 // The process stood still: peers may have taken over and acknowledged writes that are not here.
                 _ = pauses.changed() => replicator.begin_to_catch_up(&catalog),
-                _ = own.changed(), if rests => active = Some(registry.activity()),
-                _ = standing.changed(), if rests => active = Some(registry.activity()),
+                _ = own.changed(), if idle => active = Some(registry.activity()),
+                _ = standing.changed(), if idle => active = Some(registry.activity()),
                 () = tokio::time::sleep_until(due) => {
                     // Begins a gc floor round when one is due.
                     replicator.collect(&catalog);
                     hosted.housekeeping(&catalog, &mut reported);
                     let lsn = replica.applied_lsn();
                     let quiet = std::mem::replace(&mut seen, lsn) == lsn;
-                    match quiet && hosted.is_at_rest(&catalog) {
+                    match quiet && hosted.is_idle(&catalog) {
                         true => active = None,
                         false => drop(active.get_or_insert_with(|| registry.activity())),
                     }

@@ -1,6 +1,6 @@
 //! What a host shares with its tasks, above all its status: the one cell that every report is made from.
 //!
-//! **Invariant:** the lock of the status is taken behind that of the background work and before that of a progress, and
+//! **Invariant:** the lock of the status is taken after that of the background work and before that of a progress, and
 //! is never held across an `await`.
 
 use std::collections::BTreeSet;
@@ -55,14 +55,14 @@ pub(super) struct HostStatus {
 impl HostStatus {
     /// Returns the progress of a plan as its source; progress of an earlier plan is dropped.
     pub(super) fn source_of(&mut self, plan: PlanId) -> &mut SourceProgress {
-        let known = self.source.take().filter(|source| source.plan == plan);
-        self.source.insert(known.unwrap_or_else(|| fresh_source(plan)))
+        let current = self.source.take().filter(|source| source.plan == plan);
+        self.source.insert(current.unwrap_or_else(|| fresh_source(plan)))
     }
 
     /// Returns the progress of a plan as its target; progress of an earlier plan is dropped.
     pub(super) fn target_of(&mut self, plan: &Plan) -> Arc<Mutex<TargetProgress>> {
-        let known = self.target.take().filter(|progress| progress.lock().plan == plan.id);
-        self.target.insert(known.unwrap_or_else(|| Arc::new(Mutex::new(TargetProgress::new(plan.id))))).clone()
+        let current = self.target.take().filter(|progress| progress.lock().plan == plan.id);
+        self.target.insert(current.unwrap_or_else(|| Arc::new(Mutex::new(TargetProgress::new(plan.id))))).clone()
     }
 
     /// Records a complete seal. A seal of a plan that has ended meanwhile is ignored.

@@ -28,14 +28,15 @@ use vasto_proto::v1;
 use vasto_proto::v1::lease_grant::State;
 
 use super::event::{Event, Key, Reach};
-use super::seat::Seat;
+use super::replica_lease::ReplicaLease;
+use crate::clock::now_ms;
 use crate::registry::NodeRegistry;
-use crate::replica::authority::{Belief, now_ms};
+use crate::replica::authority::Belief;
 
 /// Interval between two checks of all links and replicas.
 const TICK: Duration = Duration::from_millis(50);
 /// Interval between two checks of the end condition while the actor is idle.
-const TICK_AT_REST: Duration = Duration::from_secs(1);
+const IDLE_TICK: Duration = Duration::from_secs(1);
 /// Interval between two checks of replicas that only wait for records to arrive.
 const PENDING_TICK: Duration = Duration::from_millis(2);
 /// Longest wait for a writer to report what its replica holds.
@@ -65,7 +66,7 @@ struct Incoming {
     open: bool,
     claims: HashMap<Key, Claimed>,
     /// State that was last sent for each of its claims.
-    told: HashMap<Key, (ReplicaId, State, u64)>,
+    last_sent: HashMap<Key, (ReplicaId, State, u64)>,
     news: Vec<v1::LeaseGrant>,
     number: u64,
     /// The number of the last reply that denied a claim.
@@ -85,7 +86,7 @@ impl Incoming {
             seen_reply: 0,
             open: true,
             claims: HashMap::new(),
-            told: HashMap::new(),
+            last_sent: HashMap::new(),
             news: Vec::new(),
             number: 0,
             denied: 0,
@@ -135,7 +136,7 @@ pub(super) struct Actor {
     events: mpsc::Sender<Event>,
     receiver: mpsc::Receiver<Event>,
     process: u64,
-    seats: HashMap<Key, Seat>,
+    leases: HashMap<Key, ReplicaLease>,
     incoming: HashMap<u64, Incoming>,
     /// The newest incoming link of each node.
     newest: HashMap<NodeId, u64>,
@@ -148,9 +149,9 @@ pub(super) struct Actor {
     dirty: bool,
     probing: BTreeSet<Key>,
     /// The actor is idle.
-    rests: bool,
+    idle: bool,
     /// Publishes whether the actor is idle.
-    rest: watch::Sender<bool>,
+    idle_changes: watch::Sender<bool>,
 }
 
 fn ms(time: Duration) -> u64 {
@@ -158,18 +159,18 @@ fn ms(time: Duration) -> u64 {
 }
 
 impl Actor {
-    pub fn new(
+    pub(super) fn new(
         registry: Arc<NodeRegistry>,
         events: mpsc::Sender<Event>,
         receiver: mpsc::Receiver<Event>,
-        rest: watch::Sender<bool>,
+        idle_changes: watch::Sender<bool>,
     ) -> Self {
         Self {
             registry,
             events,
             receiver,
             process: rand::random_range(1..=u64::MAX),
-            seats: HashMap::new(),
+            leases: HashMap::new(),
             incoming: HashMap::new(),
             newest: HashMap::new(),
             outgoing: HashMap::new(),
@@ -179,32 +180,32 @@ impl Actor {
             listening_ms: now_ms(),
             dirty: false,
             probing: BTreeSet::new(),
-            rests: false,
-            rest,
+            idle: false,
+            idle_changes,
         }
     }
 
     /// Returns true when no replica here has peers and no node has a link: only an event changes anything.
-    fn is_at_rest(&self) -> bool {
-        self.outgoing.is_empty() && self.incoming.is_empty() && self.seats.values().all(Seat::rests)
+    fn is_idle(&self) -> bool {
+        self.outgoing.is_empty() && self.incoming.is_empty() && self.leases.values().all(ReplicaLease::is_idle)
     }
 
     /// Runs until `ended` returns true.
-    pub async fn run(mut self, ended: impl Fn() -> bool) {
+    pub(super) async fn run(mut self, ended: impl Fn() -> bool) {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut beat_ms = 0;
         while !ended() {
-            let (pending, rests) = (self.seats.values().any(|seat| seat.pending), self.is_at_rest());
-            if self.rests && !rests {
+            let (pending, idle) = (self.leases.values().any(|lease| lease.pending), self.is_idle());
+            if self.idle && !idle {
                 self.notice_gap(now_ms());
                 self.registry.pulse.store(now_ms(), Ordering::Release);
             }
-            self.rests = rests;
-            self.rest.send_if_modified(|before| std::mem::replace(before, rests) != rests);
+            self.idle = idle;
+            self.idle_changes.send_if_modified(|before| std::mem::replace(before, idle) != idle);
             tokio::select! {
-                _ = tick.tick(), if !rests => self.tick(now_ms()),
-                () = tokio::time::sleep(TICK_AT_REST), if rests => self.notice_gap(now_ms()),
+                _ = tick.tick(), if !idle => self.tick(now_ms()),
+                () = tokio::time::sleep(IDLE_TICK), if idle => self.notice_gap(now_ms()),
                 () = tokio::time::sleep(PENDING_TICK), if pending => self.settle_pending(now_ms()),
                 event = self.receiver.recv() => {
                     let mut next = event;
@@ -228,43 +229,43 @@ impl Actor {
             }
             self.flush();
         }
-        self.rest.send_replace(true);
+        self.idle_changes.send_replace(true);
         for outgoing in self.outgoing.values() {
             outgoing.cancel.cancel();
         }
-        for (_, mut seat) in self.seats.drain() {
-            seat.step_back(false);
-            seat.handed_over();
+        for (_, mut lease) in self.leases.drain() {
+            lease.step_back(false);
+            lease.handed_over();
         }
     }
 
     fn take(&mut self, event: Event, now: u64) {
         match event {
-            Event::Seat { replica, replicator, order, primary_version, served } => {
+            Event::Placed { replica, replicator, order, primary_version, served } => {
                 self.notice_gap(now);
                 let listened = now.saturating_sub(self.listening_ms) >= ms(LEASE_SILENCE);
                 let key = (replica.keyspace, replica.shard);
-                let seat = self.seats.remove(&key).filter(|seat| seat.replica.id == replica.id);
-                let mut seat = seat.unwrap_or_else(|| Seat::new(replica.clone(), replicator.clone(), served));
-                (seat.replica, seat.replicator, seat.primary_version) = (replica, replicator, primary_version);
-                seat.place(order, listened, now);
-                self.seats.insert(key, seat);
+                let lease = self.leases.remove(&key).filter(|lease| lease.replica.id == replica.id);
+                let mut lease = lease.unwrap_or_else(|| ReplicaLease::new(replica.clone(), replicator.clone(), served));
+                (lease.replica, lease.replicator, lease.primary_version) = (replica, replicator, primary_version);
+                lease.place(order, listened, now);
+                self.leases.insert(key, lease);
                 self.connect();
                 self.settle(key, now);
             }
             Event::HandOver { key, replica, done } => {
-                let Some(seat) = self.seats.get_mut(&key).filter(|seat| seat.replica.id == replica) else { return };
-                let stopping = seat.stopping.get_or_insert_with(|| (now + ms(HAND_OVER_MAX), Vec::new()));
+                let Some(lease) = self.leases.get_mut(&key).filter(|lease| lease.replica.id == replica) else { return };
+                let stopping = lease.stopping.get_or_insert_with(|| (now + ms(HAND_OVER_MAX), Vec::new()));
                 stopping.1.push(done);
                 self.settle(key, now);
             }
             Event::Leave { key, replica } => {
-                if self.seats.get(&key).is_none_or(|seat| seat.replica.id != replica) {
+                if self.leases.get(&key).is_none_or(|lease| lease.replica.id != replica) {
                     return;
                 }
-                if let Some(mut seat) = self.seats.remove(&key) {
-                    seat.step_back(false);
-                    seat.handed_over();
+                if let Some(mut lease) = self.leases.remove(&key) {
+                    lease.step_back(false);
+                    lease.handed_over();
                 }
                 for incoming in self.incoming.values_mut() {
                     incoming.grant_absent(key);
@@ -273,10 +274,10 @@ impl Actor {
                 self.dirty = true;
             }
             Event::Named { key, replica, turn, named } => {
-                if let Some(seat) = self.seats.get_mut(&key).filter(|seat| seat.replica.id == replica)
-                    && seat.turn == turn
+                if let Some(lease) = self.leases.get_mut(&key).filter(|lease| lease.replica.id == replica)
+                    && lease.turn == turn
                 {
-                    (seat.naming, seat.named) = (false, Some(named));
+                    (lease.naming, lease.named) = (false, Some(named));
                     self.settle(key, now);
                 }
             }
@@ -311,8 +312,8 @@ impl Actor {
     fn notice_gap(&mut self, now: u64) {
         let deaf = ms(LEASE_DEAF_GAP);
         let gap = now.saturating_sub(self.ticked_ms);
-        let is_deaf = match self.rests {
-            true => gap > deaf + ms(TICK_AT_REST),
+        let is_deaf = match self.idle {
+            true => gap > deaf + ms(IDLE_TICK),
             false => gap > deaf || now.saturating_sub(self.registry.pulse.load(Ordering::Acquire)) > deaf,
         };
         if is_deaf {
@@ -332,28 +333,28 @@ impl Actor {
         // A closed link is dropped once its promises have ended.
         self.incoming.retain(|_, link| link.open || now < link.heard_ms + ms(LEASE_PROMISE));
         self.newest.retain(|_, id| self.incoming.contains_key(id));
-        let keys: Vec<Key> = self.seats.iter().filter(|(_, seat)| !seat.rests()).map(|(key, _)| *key).collect();
+        let keys: Vec<Key> = self.leases.iter().filter(|(_, lease)| !lease.is_idle()).map(|(key, _)| *key).collect();
         for key in keys {
             self.settle(key, now);
-            let Some(seat) = self.seats.get_mut(&key) else { continue };
-            seat.replica.authority().settle();
-            if seat.stopping.as_ref().is_some_and(|(until, _)| now >= *until) {
-                seat.handed_over();
+            let Some(lease) = self.leases.get_mut(&key) else { continue };
+            lease.replica.authority().settle();
+            if lease.stopping.as_ref().is_some_and(|(until, _)| now >= *until) {
+                lease.handed_over();
             }
         }
         self.dirty = true;
     }
 
     fn settle_pending(&mut self, now: u64) {
-        let keys: Vec<Key> = self.seats.iter().filter(|(_, seat)| seat.pending).map(|(key, _)| *key).collect();
+        let keys: Vec<Key> = self.leases.iter().filter(|(_, lease)| lease.pending).map(|(key, _)| *key).collect();
         for key in keys {
             self.settle(key, now);
         }
     }
 
     fn settle_all_of(&mut self, node: NodeId, now: u64) {
-        let of = |seat: &Seat| seat.order.iter().any(|one| one.node == node);
-        let keys: Vec<Key> = self.seats.iter().filter(|(_, seat)| of(seat)).map(|(key, _)| *key).collect();
+        let of = |lease: &ReplicaLease| lease.order.iter().any(|member| member.node == node);
+        let keys: Vec<Key> = self.leases.iter().filter(|(_, lease)| of(lease)).map(|(key, _)| *key).collect();
         for key in keys {
             self.settle(key, now);
         }

@@ -8,7 +8,7 @@ use vasto_core::catalog::Placed;
 use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId, ShardId};
 use vasto_proto::v1;
 
-use super::seat::Named;
+use super::replica_lease::Named;
 use crate::replica::Replica;
 use crate::replication::replicator::Replicator;
 
@@ -18,7 +18,7 @@ pub(super) type Key = (KeyspaceId, ShardId);
 /// Events that the actor receives.
 pub(super) enum Event {
     /// A replica was opened, or its placement changed; `served`: the previous process may have served it.
-    Seat { replica: Replica, replicator: Arc<Replicator>, order: Vec<Placed>, primary_version: u64, served: bool },
+    Placed { replica: Replica, replicator: Arc<Replicator>, order: Vec<Placed>, primary_version: u64, served: bool },
     /// A replica is about to stop and hands its authority over.
     HandOver { key: Key, replica: ReplicaId, done: oneshot::Sender<()> },
     /// A replica has stopped.

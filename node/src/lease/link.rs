@@ -18,8 +18,8 @@ use vasto_core::limits::{LEASE_SILENCE, MESSAGE_BYTES_MAX, PROBE_TIMEOUT};
 use vasto_proto::v1::replication_client::ReplicationClient;
 
 use super::event::{Event, News, Reach};
+use crate::clock::now_ms;
 use crate::registry::NodeRegistry;
-use crate::replica::authority::now_ms;
 
 /// Heartbeats that may wait for the transport.
 const BEATS_AHEAD: usize = 8;
@@ -43,7 +43,7 @@ pub(super) struct Link {
 
 impl Link {
     /// Runs until `cancel` fires.
-    pub async fn run(self, cancel: CancellationToken) {
+    pub(super) async fn run(self, cancel: CancellationToken) {
         let _ = cancel.run_until_cancelled(self.serve()).await;
     }
 

@@ -10,7 +10,7 @@
 mod actor;
 mod event;
 mod link;
-mod seat;
+mod replica_lease;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,7 +37,7 @@ const PULSE: Duration = Duration::from_millis(50);
 
 /// The handle of a node's leases.
 #[derive(Clone)]
-pub struct Leases {
+pub(crate) struct Leases {
     events: mpsc::Sender<Event>,
 }
 
@@ -53,25 +53,25 @@ impl Leases {
     ///
     /// # Errors
     /// When there are no threads left.
-    pub fn start(registry: &Arc<NodeRegistry>, ended: impl Fn() -> bool + Send + 'static) -> std::io::Result<Self> {
+    pub(crate) fn start(registry: &Arc<NodeRegistry>, ended: impl Fn() -> bool + Send + 'static) -> std::io::Result<Self> {
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let pulse = registry.pulse.clone();
-        let (rest, mut rests) = watch::channel(false);
+        let (idle_changes, mut idle) = watch::channel(false);
         // Ends with the leases.
         tokio::spawn(async move {
             let mut tick = tokio::time::interval(PULSE);
             tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             loop {
                 // While the actor is idle it counts no silence, and needs no proof that this node listens.
-                if rests.wait_for(|rests| !rests).await.is_err() {
+                if idle.wait_for(|idle| !idle).await.is_err() {
                     break;
                 }
                 tick.tick().await;
-                pulse.store(crate::replica::authority::now_ms(), std::sync::atomic::Ordering::Release);
+                pulse.store(crate::clock::now_ms(), std::sync::atomic::Ordering::Release);
             }
         });
-        let actor = Actor::new(registry.clone(), events.clone(), receiver, rest);
+        let actor = Actor::new(registry.clone(), events.clone(), receiver, idle_changes);
         // The span names the node where several share a process.
         let span = tracing::Span::current();
         std::thread::Builder::new().name("leases".into()).spawn(move || {
@@ -87,11 +87,11 @@ impl Leases {
     }
 
     /// Reports a replica that was opened, or a new version of its catalog.
-    pub async fn seat(&self, replica: &Replica, replicator: &Arc<Replicator>, catalog: &Catalog) {
+    pub(crate) async fn seat(&self, replica: &Replica, replicator: &Arc<Replicator>, catalog: &Catalog) {
         let shard = catalog.shard(replica.shard).filter(|_| catalog.is_placed(replica.id));
         let order = shard.map(|shard| shard.replicas.clone()).unwrap_or_default();
-        let primary = shard.and_then(|shard| shard.primary()).is_some_and(|one| one.replica == replica.id);
-        let event = Event::Seat {
+        let primary = shard.and_then(|shard| shard.primary()).is_some_and(|primary| primary.replica == replica.id);
+        let event = Event::Placed {
             replica: replica.clone(),
             replicator: replicator.clone(),
             order,
@@ -103,14 +103,14 @@ impl Leases {
 
     /// Hands authority of a replica that is about to stop over to a successor that holds everything. Returns when that
     /// is done, or when there is no successor.
-    pub async fn hand_over_authority(&self, replica: &Replica) {
+    pub(crate) async fn hand_over_authority(&self, replica: &Replica) {
         let (done, over) = oneshot::channel();
         self.send(Event::HandOver { key: (replica.keyspace, replica.shard), replica: replica.id, done }).await;
         let _ = over.await;
     }
 
     /// Reports that the replica has stopped.
-    pub async fn leave(&self, keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId) {
+    pub(crate) async fn leave(&self, keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId) {
         self.send(Event::Leave { key: (keyspace, shard), replica }).await;
     }
 

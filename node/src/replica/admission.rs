@@ -1,8 +1,9 @@
 //! Check of a client's write before it is assigned to a group.
 //!
 //! **Invariants**
-//! - A write is assigned only under the term of authority under which it was admitted, at a replica that owns its bands;
-//!   a read-modify-write only at the primary, under a version that no peer knows to be old.
+//! - A write that was admitted under a term of authority is assigned only under that term. Every write is assigned only
+//!   at a replica that owns its bands; a read-modify-write only under a term, at the primary, at an epoch that no
+//!   follower has passed.
 //! - A refused write has changed nothing.
 
 use std::sync::atomic::Ordering;

@@ -16,7 +16,7 @@ use crate::engine::Batch;
 
 /// The metadata that records change.
 #[derive(Debug, Clone)]
-pub struct Meta {
+pub(super) struct Meta {
     /// Identity of the replica.
     pub identity: Identity,
     /// Head of the replica: LSN, times, floor, epoch.
@@ -33,14 +33,14 @@ pub struct Meta {
 
 impl Meta {
     /// Returns true when this replica first accepted the record, in any incarnation.
-    pub fn is_own(&self, record: &Record) -> bool {
+    pub(super) fn is_own(&self, record: &Record) -> bool {
         record.origin.replica == self.identity.replica
     }
 }
 
 /// A record that cannot be applied.
 #[derive(Debug, Clone, thiserror::Error)]
-pub enum ApplyError {
+pub(crate) enum ApplyError {
     /// An entry does not decode.
     #[error("an entry of record {lsn} is damaged: {source}")]
     Entry {
@@ -60,26 +60,26 @@ pub enum ApplyError {
 }
 
 /// Returns the band of an entry inside a shard; `None` when the key can never belong to the shard.
-pub fn band_of(shard: ShardId, user_key: &[u8], own_partition: Option<u64>) -> Option<Band> {
+pub(super) fn band_of(shard: ShardId, user_key: &[u8], own_partition: Option<u64>) -> Option<Band> {
     Band::in_shard(own_partition.unwrap_or_else(|| partition_hash(user_key)), shard)
 }
 
 /// Adds an entry to the batch.
-pub fn put_entry(batch: &mut Batch, meta: &mut Meta, stored_key: &[u8], encoded: &[u8]) {
+pub(super) fn put_entry(batch: &mut Batch, meta: &mut Meta, stored_key: &[u8], encoded: &[u8]) {
     batch.put(stored_key, encoded);
     let event_time = event_time_of(encoded).unwrap_or(0);
     meta.head.event_time_max = meta.head.event_time_max.max(event_time);
 }
 
 /// Adds results of read-modify-writes to the batch.
-pub fn put_results(batch: &mut Batch, results: &[OpResult]) {
+pub(super) fn put_results(batch: &mut Batch, results: &[OpResult]) {
     for result in results {
         batch.put_meta(MetaKey::Result(result.client, result.sequence), &result.outcome);
     }
 }
 
 /// Adds the cursor changes of a record to the batch.
-pub fn put_progress(batch: &mut Batch, progress: &[FeedProgress]) {
+pub(super) fn put_progress(batch: &mut Batch, progress: &[FeedProgress]) {
     for cursor in progress {
         match cursor {
             FeedProgress::Tail(replica, lsn) => batch.put_meta(MetaKey::TailCursor(*replica), &lsn.0.to_le_bytes()),
@@ -89,7 +89,7 @@ pub fn put_progress(batch: &mut Batch, progress: &[FeedProgress]) {
 }
 
 /// Advances the head past a record and adds it to the batch.
-pub fn put_head(batch: &mut Batch, meta: &mut Meta, record: &Record) {
+pub(super) fn put_head(batch: &mut Batch, meta: &mut Meta, record: &Record) {
     let head = &mut meta.head;
     head.applied_lsn = record.lsn;
     if matches!(&record.body, Body::Data { entries, .. } if !entries.is_empty()) {
@@ -114,14 +114,14 @@ pub fn put_head(batch: &mut Batch, meta: &mut Meta, record: &Record) {
 }
 
 /// Builds the batch of a record and advances `meta` past it.
-pub fn apply_record(meta: &mut Meta, record: &Record) -> Result<Batch, ApplyError> {
+pub(super) fn apply_record(meta: &mut Meta, record: &Record) -> Result<Batch, ApplyError> {
     let mut batch = Batch::default();
     add_record(&mut batch, meta, record)?;
     Ok(batch)
 }
 
 /// Adds the changes of a record to the batch and advances `meta` past it.
-pub fn add_record(batch: &mut Batch, meta: &mut Meta, record: &Record) -> Result<(), ApplyError> {
+pub(super) fn add_record(batch: &mut Batch, meta: &mut Meta, record: &Record) -> Result<(), ApplyError> {
     match &record.body {
         Body::Data { entries, results, progress } => {
             for KeyEntry { key, entry: encoded } in entries {

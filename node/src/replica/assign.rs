@@ -16,7 +16,7 @@ use super::rmw::{Content, Modified, modify};
 use super::store::Store;
 use super::write_group::WriteGroup;
 
-/// Times that the assignment of a request rests on, microseconds.
+/// Clock readings that the assignment of a request uses, microseconds.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Times {
     /// Clock reading just before the request was checked: an assigned time belongs to a point in time at which authority
@@ -69,17 +69,17 @@ impl Store {
         let current = if !modifies && self.is_blind(&op.key, stamp) {
             None
         } else {
-            self.standing(&stored_key, std::iter::once(&*into).chain(below)).map_err(ReplicaError::from)?
+            self.current_entry(&stored_key, std::iter::once(&*into).chain(below)).map_err(ReplicaError::from)?
         };
-        let standing = current.as_deref().map(Entry::decode).transpose().map_err(damaged)?;
-        let stored = standing.filter(|entry| entry.payload.is_some());
+        let decoded = current.as_deref().map(Entry::decode).transpose().map_err(damaged)?;
+        let stored = decoded.filter(|entry| entry.payload.is_some());
         if stored.is_some_and(|entry| entry.partition_hash != op.partition_hash) {
             return Err(VastoError::new(
                 ErrorCode::InvalidArgument,
                 "the key is stored under another partition key; a key's partition must be a function of the key",
             ));
         }
-        let event_time = match (op.event_time, &standing) {
+        let event_time = match (op.event_time, &decoded) {
             (None, Some(entry)) => stamp.max(entry.event_time + 1),
             _ => stamp,
         };
@@ -106,7 +106,7 @@ impl Store {
         } else if current.as_deref() == Some(entry.as_slice()) {
             Ok(applied)
         } else {
-            Ok(OpOutcome::Superseded(standing.map_or(event_time, |entry| entry.event_time)))
+            Ok(OpOutcome::Superseded(decoded.map_or(event_time, |entry| entry.event_time)))
         }
     }
 }

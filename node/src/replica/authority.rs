@@ -18,19 +18,14 @@ use tokio::sync::watch;
 use vasto_core::limits::HELD_ACK_MAX;
 use vasto_core::{ErrorCode, VastoError};
 
-use crate::clock::since_boot;
+use crate::clock::{now_ms, since_boot};
 
 /// Boot time in milliseconds until which a condition of authority is believed.
-pub type Belief = Arc<AtomicU64>;
-
-/// Returns the boot-time clock in milliseconds.
-pub fn now_ms() -> u64 {
-    since_boot().as_millis() as u64
-}
+pub(crate) type Belief = Arc<AtomicU64>;
 
 /// One uninterrupted period of authority.
 #[derive(Debug, Clone, Default)]
-pub struct Term {
+pub(crate) struct Term {
     /// Number of the term, counted from this opening.
     pub number: u64,
     /// Conditions of the term; all must be believed.
@@ -48,7 +43,7 @@ impl Term {
 
 /// State of authority that the leases have decided.
 #[derive(Debug, Clone)]
-pub enum Standing {
+pub(crate) enum Standing {
     /// No leases: no other replica serves.
     Alone,
     /// The replica serves.
@@ -64,7 +59,7 @@ pub enum Standing {
 
 /// Reason why a strict request is not admitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
+pub(crate) enum Refusal {
     /// Another replica serves.
     Elsewhere,
     /// This replica may have authority soon.
@@ -91,7 +86,7 @@ struct HandedOver {
 }
 
 /// The authority of one replica.
-pub struct Authority {
+pub(crate) struct Authority {
     standing: ArcSwap<Standing>,
     changed: watch::Sender<u64>,
     /// Terms of which another replica holds all writes; the most recent ones.
@@ -137,7 +132,7 @@ impl Authority {
     ///
     /// # Errors
     /// The reason for the refusal.
-    pub fn admit(&self) -> Result<u64, Refusal> {
+    pub(crate) fn admit(&self) -> Result<u64, Refusal> {
         match &**self.standing.load() {
             Standing::Alone => Ok(0),
             Standing::Serving(term) if !term.is_valid() => Err(Refusal::Wait),
@@ -153,7 +148,7 @@ impl Authority {
     ///
     /// # Errors
     /// The reason for the refusal.
-    pub fn admit_probed(&self) -> Result<u64, Refusal> {
+    pub(crate) fn admit_probed(&self) -> Result<u64, Refusal> {
         match &**self.standing.load() {
             Standing::Serving(term) if term.probing && term.is_valid() => Ok(term.number),
             _ => self.admit(),
@@ -161,7 +156,7 @@ impl Authority {
     }
 
     /// Returns whether the term holds now: a read under it is then not stale.
-    pub fn holds(&self, number: u64) -> bool {
+    pub(crate) fn holds(&self, number: u64) -> bool {
         match &**self.standing.load() {
             Standing::Alone => true,
             Standing::Serving(term) | Standing::Yielding(term) => term.number == number && term.is_valid(),
@@ -170,7 +165,7 @@ impl Authority {
     }
 
     /// Returns the current term while its authority is valid; 0 without leases.
-    pub fn term(&self) -> Option<u64> {
+    pub(crate) fn term(&self) -> Option<u64> {
         match &**self.standing.load() {
             Standing::Alone => Some(0),
             Standing::Serving(term) if term.is_valid() => Some(term.number),
@@ -179,12 +174,12 @@ impl Authority {
     }
 
     /// Returns true while the replica serves, also without other replicas.
-    pub fn is_serving(&self) -> bool {
+    pub(crate) fn is_serving(&self) -> bool {
         self.term().is_some()
     }
 
     /// Publishes the decision of the leases.
-    pub fn publish(&self, standing: Standing) {
+    pub(crate) fn publish(&self, standing: Standing) {
         if let Standing::Serving(term) = &standing {
             // Promises for earlier terms were taken back.
             self.first.fetch_max(term.number, Ordering::AcqRel);
@@ -195,13 +190,13 @@ impl Authority {
     }
 
     /// Subscribes to changes of the published state.
-    pub fn changes(&self) -> watch::Receiver<u64> {
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
 
     /// Records that the replica that took over holds all writes of the term and of earlier ones; `lasted` means that
     /// authority lasted until all of them were listed, so that no other replica served in between.
-    pub fn handed_over(&self, term: u64, lasted: bool) {
+    pub(crate) fn handed_over(&self, term: u64, lasted: bool) {
         {
             let mut terms = self.handed_over.lock();
             terms.push(HandedOver { term, lasted });
@@ -212,7 +207,7 @@ impl Authority {
     }
 
     /// Sets whether the replica serves in place of the primary.
-    pub fn set_acting(&self, acting: bool) {
+    pub(crate) fn set_acting(&self, acting: bool) {
         if !acting {
             self.acting_since_ms.store(0, Ordering::Release);
         } else if self.acting_since_ms.load(Ordering::Acquire) == 0 {
@@ -221,7 +216,7 @@ impl Authority {
     }
 
     /// Returns for how long the replica has served in place of the primary, milliseconds.
-    pub fn acting_ms(&self) -> u64 {
+    pub(crate) fn acting_ms(&self) -> u64 {
         match self.acting_since_ms.load(Ordering::Acquire) {
             0 => 0,
             since => now_ms().saturating_sub(since).max(1),
@@ -229,12 +224,12 @@ impl Authority {
     }
 
     /// Sets whether the writer is stalled.
-    pub fn set_stalled(&self, stalled: bool) {
+    pub(crate) fn set_stalled(&self, stalled: bool) {
         self.stalled.store(stalled, Ordering::Release);
     }
 
     /// Returns true while the writer is stalled at the disk, and for a while afterwards.
-    pub fn is_stalled(&self) -> bool {
+    pub(crate) fn is_stalled(&self) -> bool {
         self.stalled.load(Ordering::Acquire)
     }
 
@@ -243,7 +238,8 @@ impl Authority {
     /// `begun` is the last probe round that had begun at the write; `ended` is the last that has ended, read before the
     /// standing: the findings of a round are published before it ends.
     fn may_acknowledge(&self, number: u64, modifies: bool, begun: u64, ended: u64) -> bool {
-        // Authority resting on a peer's silence may have ended unnoticed: only a probe begun after the write proves it.
+        // Authority that depends on a peer's silence may have ended unnoticed: only a probe begun after the write proves
+        // that it has not.
         let lasts = |term: &Term| term.is_valid() && (!term.probing || ended > begun);
         let valid = match &**self.standing.load() {
             Standing::Alone => true,
@@ -259,7 +255,7 @@ impl Authority {
     }
 
     /// Calls `answer` with success once a write of this term may be acknowledged, or with an unknown outcome.
-    pub fn acknowledge(&self, term: u64, modifies: bool, answer: impl FnOnce(Result<(), VastoError>) + Send + 'static) {
+    pub(crate) fn acknowledge(&self, term: u64, modifies: bool, answer: impl FnOnce(Result<(), VastoError>) + Send + 'static) {
         let (begun, ended) = *self.rounds.borrow();
         if self.may_acknowledge(term, modifies, begun, ended) {
             return answer(Ok(()));
@@ -271,7 +267,7 @@ impl Authority {
     }
 
     /// Answers the held writes that may be acknowledged now, and those that have waited too long.
-    pub fn settle(&self) {
+    pub(crate) fn settle(&self) {
         if self.held.lock().is_empty() {
             return;
         }
@@ -300,13 +296,13 @@ impl Authority {
     }
 
     /// Ends a term of which it is unknown whether it lasted: none of its read-modify-writes is acknowledged.
-    pub fn lapse(&self, term: u64) {
+    pub(crate) fn lapse(&self, term: u64) {
         self.first.fetch_max(term + 1, Ordering::AcqRel);
         self.settle();
     }
 
     /// Gives up all held writes, because the replica stops: none is acknowledged any more.
-    pub fn abandon(&self) {
+    pub(crate) fn abandon(&self) {
         let held = std::mem::take(&mut *self.held.lock());
         for write in held {
             (write.answer)(Err(lapsed()));
@@ -314,7 +310,7 @@ impl Authority {
     }
 
     /// Waits for a probe round that begins after this call.
-    pub async fn probed(&self) {
+    pub(crate) async fn probed(&self) {
         let mut rounds = self.rounds.subscribe();
         let wanted = rounds.borrow_and_update().0 + 1;
         // An error would mean that the sender is gone, but `self` owns it.
@@ -322,12 +318,12 @@ impl Authority {
     }
 
     /// Returns true when a request or an acknowledgement waits for a probe.
-    pub fn wants_probe(&self) -> bool {
+    pub(crate) fn wants_probe(&self) -> bool {
         self.rounds.receiver_count() > 0 || !self.held.lock().is_empty()
     }
 
     /// Begins a probe round and returns its number.
-    pub fn begin_round(&self) -> u64 {
+    pub(crate) fn begin_round(&self) -> u64 {
         let mut number = 0;
         self.rounds.send_modify(|(begun, _)| {
             *begun += 1;
@@ -337,7 +333,7 @@ impl Authority {
     }
 
     /// Ends a probe round, whose findings were published before.
-    pub fn end_round(&self, number: u64) {
+    pub(crate) fn end_round(&self, number: u64) {
         self.rounds.send_modify(|(_, ended)| *ended = (*ended).max(number));
         self.settle();
     }

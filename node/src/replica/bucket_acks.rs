@@ -30,7 +30,7 @@ struct Inner {
 
 /// Writes of one replica that wait for the bucket.
 #[derive(Default)]
-pub struct BucketAcks {
+pub(crate) struct BucketAcks {
     inner: Mutex<Inner>,
     wanted: Notify,
 }
@@ -44,7 +44,7 @@ fn not_in_time() -> VastoError {
 
 impl BucketAcks {
     /// Adds a write that is durable here, with the LSN that covers it.
-    pub fn wait(&self, command: WriteCommand, outcomes: Vec<OpOutcome>, lsn: Lsn) {
+    pub(crate) fn wait(&self, command: WriteCommand, outcomes: Vec<OpOutcome>, lsn: Lsn) {
         let mut inner = self.inner.lock();
         if inner.covered >= lsn {
             drop(inner);
@@ -57,7 +57,7 @@ impl BucketAcks {
     }
 
     /// Answers the writes up to `lsn`, which the bucket now holds.
-    pub fn covered(&self, lsn: Lsn) {
+    pub(crate) fn covered(&self, lsn: Lsn) {
         let mut done = Vec::new();
         {
             let mut inner = self.inner.lock();
@@ -72,22 +72,22 @@ impl BucketAcks {
     }
 
     /// Returns the first record that a write waits for.
-    pub fn first(&self) -> Option<Lsn> {
+    pub(crate) fn first(&self) -> Option<Lsn> {
         self.inner.lock().waiting.front().map(|write| write.lsn)
     }
 
     /// Returns the last record that a write waits for.
-    pub fn last(&self) -> Option<Lsn> {
+    pub(crate) fn last(&self) -> Option<Lsn> {
         self.inner.lock().waiting.back().map(|write| write.lsn)
     }
 
     /// Waits until a write waits for the bucket.
-    pub async fn wanted(&self) {
+    pub(crate) async fn wanted(&self) {
         self.wanted.notified().await;
     }
 
     /// Answers the writes that have waited too long.
-    pub fn expire(&self) {
+    pub(crate) fn expire(&self) {
         let now = Instant::now();
         let mut late = Vec::new();
         {
@@ -102,7 +102,7 @@ impl BucketAcks {
     }
 
     /// Answers all waiting writes: the replica has stopped, and so has its shipper.
-    pub fn abandon(&self) {
+    pub(crate) fn abandon(&self) {
         let waiting = std::mem::take(&mut self.inner.lock().waiting);
         for write in waiting {
             write.command.answer(Err(not_in_time()));
@@ -136,17 +136,17 @@ mod tests {
     #[test]
     fn a_write_is_answered_once_the_bucket_covers_it() {
         let acks = BucketAcks::default();
-        let ((first, one), (second, two), (third, three)) = (put(), put(), put());
+        let ((first, first_answer), (second, second_answer), (third, third_answer)) = (put(), put(), put());
         acks.wait(first, Vec::new(), Lsn(5));
         acks.wait(second, Vec::new(), Lsn(6));
         acks.covered(Lsn(5));
-        assert!(one.try_recv().unwrap().is_ok());
-        assert_eq!(two.try_recv(), Err(TryRecvError::Empty));
+        assert!(first_answer.try_recv().unwrap().is_ok());
+        assert_eq!(second_answer.try_recv(), Err(TryRecvError::Empty));
         acks.expire();
-        assert_eq!((two.try_recv(), acks.last()), (Err(TryRecvError::Empty), Some(Lsn(6))));
+        assert_eq!((second_answer.try_recv(), acks.last()), (Err(TryRecvError::Empty), Some(Lsn(6))));
         acks.wait(third, Vec::new(), Lsn(4));
-        assert!(three.try_recv().unwrap().is_ok(), "it is there already");
+        assert!(third_answer.try_recv().unwrap().is_ok(), "the bucket holds its record already");
         acks.abandon();
-        assert_eq!(two.try_recv().unwrap().unwrap_err().code, ErrorCode::Unknown);
+        assert_eq!(second_answer.try_recv().unwrap().unwrap_err().code, ErrorCode::Unknown);
     }
 }

@@ -14,7 +14,7 @@ use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, Lsn, Origin, OwnSeq, P
 use vasto_core::record::{BandRange, FeedProgress, IngestedObject, KeyEntry, RangeState, Record};
 use vasto_core::{ErrorCode, VastoError};
 
-pub use operation::{Condition, Number, OpId, OpKind, OpOutcome, WriteOp};
+pub(crate) use operation::{Condition, Number, OpId, OpKind, OpOutcome, WriteOp};
 
 use super::authority::Authority;
 use crate::clock::since_boot;
@@ -22,7 +22,7 @@ use crate::shortage;
 
 /// Facts that the sender of a write reports.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct WriteContext {
+pub(crate) struct WriteContext {
     /// Identity of a read-modify-write, which is done at most once.
     pub id: Option<OpId>,
     /// Boot time when the sender sent it.
@@ -44,10 +44,10 @@ pub(super) fn wrong_epoch() -> VastoError {
 }
 
 /// Callback that is called exactly once with the result.
-pub type Completion = Box<dyn FnOnce(Result<Vec<OpOutcome>, VastoError>) + Send>;
+pub(crate) type Completion = Box<dyn FnOnce(Result<Vec<OpOutcome>, VastoError>) + Send>;
 
 /// Request of a client: all its operations become durable together.
-pub struct WriteCommand {
+pub(crate) struct WriteCommand {
     /// Operations in order.
     pub ops: Vec<WriteOp>,
     /// Durability at which to answer.
@@ -70,7 +70,7 @@ pub struct WriteCommand {
 impl WriteCommand {
     /// Creates a write that answers through `done` exactly once: also when the command is dropped, which happens before
     /// it was begun, or when the writer dies.
-    pub fn new(ops: Vec<WriteOp>, ack: Ack, done: Completion, permit: Option<OwnedSemaphorePermit>) -> Self {
+    pub(crate) fn new(ops: Vec<WriteOp>, ack: Ack, done: Completion, permit: Option<OwnedSemaphorePermit>) -> Self {
         Self {
             ops,
             ack,
@@ -85,7 +85,7 @@ impl WriteCommand {
     }
 
     /// Adds the facts that the sender reported.
-    pub fn with_context(mut self, context: WriteContext) -> Self {
+    pub(crate) fn with_context(mut self, context: WriteContext) -> Self {
         self.id = context.id;
         self.sent = context.sent.unwrap_or(self.sent);
         self.until = context.until;
@@ -94,12 +94,12 @@ impl WriteCommand {
     }
 
     /// Returns true when the command holds a read-modify-write.
-    pub fn modifies(&self) -> bool {
+    pub(crate) fn modifies(&self) -> bool {
         self.ops.iter().any(|op| op.change.modifies())
     }
 
     /// Answers the caller.
-    pub fn answer(mut self, result: Result<Vec<OpOutcome>, VastoError>) {
+    pub(crate) fn answer(mut self, result: Result<Vec<OpOutcome>, VastoError>) {
         let modifies = self.modifies();
         let Some(done) = self.done.take() else { return };
         match (result, self.authority.take().zip(self.term)) {
@@ -126,7 +126,7 @@ impl Drop for WriteCommand {
 }
 
 /// Entries from another replica's log.
-pub struct ApplyCommand {
+pub(crate) struct ApplyCommand {
     /// User keys and encoded entries.
     pub entries: Vec<KeyEntry>,
     /// Cursors that become durable with the entries.
@@ -136,7 +136,7 @@ pub struct ApplyCommand {
 }
 
 /// Records of another replica of the shard, in the order of its log.
-pub struct ReplicateCommand {
+pub(crate) struct ReplicateCommand {
     /// Replica whose log the records come from.
     pub source: ReplicaId,
     /// Records of streamed kinds only; those that are here already are skipped.
@@ -149,7 +149,7 @@ pub struct ReplicateCommand {
 
 /// Role of a replica in its shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Role {
+pub(crate) enum Role {
     /// Not placed: a target under construction, or a draining replica. Accepts nothing from clients.
     Detached,
     /// Accepts everything but read-modify-writes.
@@ -163,7 +163,7 @@ pub enum Role {
 
 /// Consistent position of a replica, all of it durable.
 #[derive(Debug, Clone)]
-pub struct Position {
+pub(crate) struct Position {
     /// LSN of the last record.
     pub lsn: Lsn,
     /// Per origin, the last record.
@@ -175,7 +175,7 @@ pub struct Position {
 }
 
 /// A change of the replica itself, derived from a catalog version.
-pub enum Control {
+pub(crate) enum Control {
     /// Stop accepting writes for the range.
     Seal {
         /// The plan.
@@ -243,7 +243,7 @@ pub enum Control {
 }
 
 /// Command that the writer takes from its queue.
-pub enum Command {
+pub(crate) enum Command {
     /// A client's write.
     Write(WriteCommand),
     /// Entries of another log.
@@ -251,7 +251,7 @@ pub enum Command {
     /// Records of another replica.
     Replicate(ReplicateCommand),
     /// A read of the replica's position.
-    Look(oneshot::Sender<Result<Position, ReplicaError>>),
+    Position(oneshot::Sender<Result<Position, ReplicaError>>),
     /// A change of the replica.
     Control(Control, oneshot::Sender<Result<Lsn, ReplicaError>>),
 }

@@ -1,8 +1,9 @@
 //! Execution of the commands that change a replica itself: seals, range states, ingests, fences, the stop.
 //!
 //! **Invariants**
-//! - Every change but a role is a record of its own, synced before it is answered. A change that is made already writes
-//!   no second record.
+//! - Every change is a record of its own, synced before it is answered; only the epoch, version and role of a catalog
+//!   version are taken without one. A seal, an unseal, an ingest, a fence or a floor that is in force already writes no
+//!   second record.
 //! - Held writes are retried before the command that decides their outcome is answered.
 
 use std::path::PathBuf;
@@ -105,7 +106,8 @@ impl Store {
         self.log_control(Body::RangeState { version, range, state })
     }
 
-    /// Takes the epoch, version and role of a catalog version. They become durable with the next record.
+    /// Takes the epoch, version and role of a catalog version. Epoch and version become durable with the next record;
+    /// the role is not stored.
     fn apply_catalog(&mut self, epoch: Epoch, version: CatalogVersion, role: Role) {
         self.meta.head.epoch = self.meta.head.epoch.max(epoch);
         self.meta.head.version = self.meta.head.version.max(version);

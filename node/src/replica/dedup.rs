@@ -19,7 +19,7 @@ const FIRST_FORMAT: u8 = 1;
 
 /// A result, and the position of its change in this replica's log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StoredResult {
+pub(super) struct StoredResult {
     /// Outcome of each operation.
     pub outcomes: Vec<OpOutcome>,
     /// Epoch at which the operations were done.
@@ -29,7 +29,7 @@ pub struct StoredResult {
 }
 
 /// Encodes a result: its commit time, its epoch, then each outcome.
-pub fn encode(commit_time: u64, epoch: Epoch, outcomes: &[OpOutcome]) -> Vec<u8> {
+pub(super) fn encode(commit_time: u64, epoch: Epoch, outcomes: &[OpOutcome]) -> Vec<u8> {
     let mut out = vec![FORMAT];
     out.extend_from_slice(&commit_time.to_le_bytes());
     out.extend_from_slice(&epoch.0.to_le_bytes());
@@ -55,7 +55,7 @@ pub fn encode(commit_time: u64, epoch: Epoch, outcomes: &[OpOutcome]) -> Vec<u8>
 }
 
 /// Decodes the stored form.
-pub fn decode(bytes: &[u8]) -> Result<(u64, StoredResult), DecodeError> {
+pub(super) fn decode(bytes: &[u8]) -> Result<(u64, StoredResult), DecodeError> {
     let what = "result of a read-modify-write";
     let mut reader = Reader::new(bytes, what);
     let format = reader.u8()?;
@@ -95,7 +95,7 @@ fn certain_after(forgotten: u64) -> u64 {
 
 /// Results that a replica keeps.
 #[derive(Default)]
-pub struct DedupTable {
+pub(super) struct DedupTable {
     by_id: HashMap<(u64, u64), StoredResult>,
     order: VecDeque<(u64, (u64, u64))>,
     /// Results from before this time may have been forgotten, microseconds.
@@ -105,7 +105,7 @@ pub struct DedupTable {
 
 impl DedupTable {
     /// Builds the table from the rows found at the opening.
-    pub fn load(rows: &[(Vec<u8>, Vec<u8>)]) -> Self {
+    pub(super) fn load(rows: &[(Vec<u8>, Vec<u8>)]) -> Self {
         let mut all: Vec<(u64, (u64, u64), StoredResult)> = rows
             .iter()
             .filter_map(|(key, value)| {
@@ -131,7 +131,7 @@ impl DedupTable {
     ///
     /// # Errors
     /// `Unknown` when the operation may have been done elsewhere, or so long ago that its result is forgotten.
-    pub fn recall(&self, id: &OpId, here: ReplicaId, now_us: u64) -> Result<Option<&StoredResult>, VastoError> {
+    pub(super) fn recall(&self, id: &OpId, here: ReplicaId, now_us: u64) -> Result<Option<&StoredResult>, VastoError> {
         if let Some(kept) = self.by_id.get(&(id.client, id.sequence)) {
             return Ok(Some(kept));
         }
@@ -154,18 +154,18 @@ impl DedupTable {
     }
 
     /// Returns the number of stored results.
-    pub fn len(&self) -> u64 {
+    pub(super) fn len(&self) -> u64 {
         self.order.len() as u64
     }
 
     /// Stores a result.
-    pub fn keep(&mut self, id: (u64, u64), commit_time: u64, kept: StoredResult) {
+    pub(super) fn keep(&mut self, id: (u64, u64), commit_time: u64, kept: StoredResult) {
         self.order.push_back((commit_time, id));
         self.by_id.insert(id, kept);
     }
 
     /// Forgets results that are too old or too many; returns those to remove from the database.
-    pub fn forget(&mut self, now_us: u64) -> Vec<(u64, u64)> {
+    pub(super) fn forget(&mut self, now_us: u64) -> Vec<(u64, u64)> {
         let oldest = now_us.saturating_sub(RESULTS_KEPT.as_micros() as u64);
         let mut gone = Vec::new();
         while let Some((at, id)) = self.order.front().copied()
@@ -220,7 +220,7 @@ mod tests {
         results.keep((7, 1), NOW, kept(vec![OpOutcome::Applied(1)]));
         assert_eq!(results.recall(&id(1, Some(1), 5), HERE, NOW).unwrap(), Some(&kept(vec![OpOutcome::Applied(1)])));
         assert_eq!(results.recall(&id(2, None, 0), HERE, NOW).unwrap(), None);
-        assert_eq!(results.recall(&id(2, Some(1), 5), HERE, NOW).unwrap(), None, "it never came here");
+        assert_eq!(results.recall(&id(2, Some(1), 5), HERE, NOW).unwrap(), None, "no attempt came here");
         assert_eq!(results.recall(&id(2, Some(9), 5), HERE, NOW).unwrap_err().code, ErrorCode::Unknown);
         assert_eq!(results.recall(&id(2, Some(1), 600_000), HERE, NOW).unwrap_err().code, ErrorCode::Unknown);
         // Forgotten because there were too many: the outcome is unknown.
@@ -234,23 +234,28 @@ mod tests {
     }
 
     #[test]
-    fn what_is_found_at_the_opening_is_known() {
+    fn results_that_were_stored_before_the_opening_are_recalled() {
         let row =
             |sequence, at| (MetaKey::Result(7, sequence).encode(), encode(at, Epoch(1), &[OpOutcome::Applied(at)]));
         let mut results = DedupTable::load(&[row(2, NOW + 1), row(1, NOW)]);
-        let found = kept(vec![OpOutcome::Applied(NOW)]);
-        assert_eq!(results.recall(&id(1, Some(1), 1), HERE, NOW).unwrap(), Some(&found));
+        let stored = kept(vec![OpOutcome::Applied(NOW)]);
+        assert_eq!(results.recall(&id(1, Some(1), 1), HERE, NOW).unwrap(), Some(&stored));
         assert_eq!(results.forget(NOW + 1 + RESULTS_KEPT.as_micros() as u64), [(7, 1)], "the oldest goes first");
     }
 
     #[test]
-    fn what_was_forgotten_before_the_opening_stays_unknown() {
+    fn a_result_that_was_forgotten_before_the_opening_stays_unknown() {
         let row =
             |sequence, at| (MetaKey::Result(7, sequence).encode(), encode(at, Epoch(1), &[OpOutcome::Applied(at)]));
         let mut rows: Vec<_> = (0..RESULTS_MAX as u64).map(|n| row(n, NOW + n)).collect();
-        let ask =
-            |results: DedupTable| results.recall(&id(1 << 40, Some(1), 100), HERE, NOW + 1).map(|found| found.cloned());
-        assert_eq!(ask(DedupTable::load(&rows)).unwrap_err().code, ErrorCode::Unknown, "it may be one of those");
+        let ask = |results: DedupTable| {
+            results.recall(&id(1 << 40, Some(1), 100), HERE, NOW + 1).map(|stored| stored.cloned())
+        };
+        assert_eq!(
+            ask(DedupTable::load(&rows)).unwrap_err().code,
+            ErrorCode::Unknown,
+            "the table was full: the result may have been forgotten"
+        );
         rows.pop();
         assert_eq!(ask(DedupTable::load(&rows)).unwrap(), None, "none was forgotten");
     }

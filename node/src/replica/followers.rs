@@ -76,7 +76,7 @@ struct Inner {
 
 /// The followers of one replica.
 #[derive(Default)]
-pub struct Followers {
+pub(crate) struct Followers {
     inner: Mutex<Inner>,
 }
 
@@ -90,7 +90,7 @@ fn not_in_time() -> VastoError {
 
 impl Followers {
     /// Sets the replicas for which the log is kept, and those whose sync counts, from the catalog.
-    pub fn expect(&self, wanted: impl IntoIterator<Item = ReplicaId>, placed: impl IntoIterator<Item = ReplicaId>) {
+    pub(crate) fn expect(&self, wanted: impl IntoIterator<Item = ReplicaId>, placed: impl IntoIterator<Item = ReplicaId>) {
         let mut inner = self.inner.lock();
         inner.wanted = wanted.into_iter().collect();
         inner.placed = placed.into_iter().collect();
@@ -99,12 +99,12 @@ impl Followers {
     }
 
     /// Returns true when the shard has other placed replicas.
-    pub fn has_peers(&self) -> bool {
+    pub(crate) fn has_peers(&self) -> bool {
         !self.inner.lock().placed.is_empty()
     }
 
     /// Adds a write that is durable here and waits for another replica.
-    pub fn wait(&self, command: WriteCommand, outcomes: Vec<OpOutcome>, own_seq: OwnSeq, epoch: Epoch) {
+    pub(crate) fn wait(&self, command: WriteCommand, outcomes: Vec<OpOutcome>, own_seq: OwnSeq, epoch: Epoch) {
         let write = Waiting { command, outcomes, own_seq, epoch, until: Instant::now() + REPLICA_ACK_TIMEOUT };
         if own_seq.0 == 0 {
             return write.answer(Ok(()));
@@ -121,7 +121,7 @@ impl Followers {
 
     /// Records what a follower reports as durable there: this log up to `covered`, this incarnation up to `own_seq`,
     /// taken at its `epoch`.
-    pub fn progress(&self, follower: ReplicaId, covered: Lsn, own_seq: OwnSeq, epoch: Epoch) {
+    pub(crate) fn progress(&self, follower: ReplicaId, covered: Lsn, own_seq: OwnSeq, epoch: Epoch) {
         let mut ready = Vec::new();
         {
             let mut inner = self.inner.lock();
@@ -142,7 +142,7 @@ impl Followers {
     }
 
     /// Notes that an entry of each of these records lost at a follower, which is about to acknowledge them.
-    pub fn lost(&self, own_seqs: impl IntoIterator<Item = OwnSeq>) {
+    pub(crate) fn lost(&self, own_seqs: impl IntoIterator<Item = OwnSeq>) {
         let mut inner = self.inner.lock();
         inner.lost.extend(own_seqs);
         while inner.lost.len() > LOST_MAX {
@@ -151,12 +151,12 @@ impl Followers {
     }
 
     /// Returns true when a write waits.
-    pub fn has_waiting(&self) -> bool {
+    pub(crate) fn has_waiting(&self) -> bool {
         !self.inner.lock().waiting.is_empty()
     }
 
     /// Answers the writes that have waited too long.
-    pub fn expire(&self) {
+    pub(crate) fn expire(&self) {
         let now = Instant::now();
         let mut late = Vec::new();
         {
@@ -171,7 +171,7 @@ impl Followers {
     }
 
     /// Answers all waiting writes, because the replica stops: none will be acknowledged any more.
-    pub fn abandon(&self) {
+    pub(crate) fn abandon(&self) {
         let waiting = std::mem::take(&mut self.inner.lock().waiting);
         for write in waiting {
             write.answer(Err(not_in_time()));
@@ -179,27 +179,27 @@ impl Followers {
     }
 
     /// Returns the LSN up to which all wanted followers hold this log; `None` without wanted followers.
-    pub fn covered_by_all(&self) -> Option<Lsn> {
+    pub(crate) fn covered_by_all(&self) -> Option<Lsn> {
         let inner = self.inner.lock();
         let covered = |id| inner.positions.get(id).map_or(Lsn(0), |follower| follower.covered);
         inner.wanted.iter().map(covered).min()
     }
 
     /// Returns the wanted follower that holds the log back most, and its LSN.
-    pub fn last(&self) -> Option<(ReplicaId, Lsn)> {
+    pub(crate) fn last(&self) -> Option<(ReplicaId, Lsn)> {
         let inner = self.inner.lock();
         let covered = |id: &ReplicaId| (*id, inner.positions.get(id).map_or(Lsn(0), |follower| follower.covered));
         inner.wanted.iter().map(covered).min_by_key(|(_, covered)| *covered)
     }
 
     /// Returns true when a placed replica holds this log up to the LSN.
-    pub fn anybody_covers(&self, lsn: Lsn) -> bool {
+    pub(crate) fn anybody_covers(&self, lsn: Lsn) -> bool {
         let inner = self.inner.lock();
         inner.placed.iter().any(|id| inner.positions.get(id).is_some_and(|follower| follower.covered >= lsn))
     }
 
     /// Returns the placed replicas that hold this log up to the LSN.
-    pub fn covered_by(&self, lsn: Lsn) -> Vec<ReplicaId> {
+    pub(crate) fn covered_by(&self, lsn: Lsn) -> Vec<ReplicaId> {
         let inner = self.inner.lock();
         let covers = |id: &&ReplicaId| inner.positions.get(id).is_some_and(|follower| follower.covered >= lsn);
         inner.placed.iter().filter(covers).copied().collect()
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn who_stops_waiting_leaves_the_outcome_open() {
+    fn a_write_that_is_abandoned_has_an_unknown_outcome() {
         let followers = followers();
         let (command, answer) = put();
         followers.wait(command, Vec::new(), OwnSeq(5), Epoch(1));

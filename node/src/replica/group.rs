@@ -35,12 +35,12 @@ pub(super) struct CommandGroup {
 
 impl CommandGroup {
     /// Creates a group of writes that were queued before.
-    pub fn of(writes: Vec<WriteCommand>) -> Self {
+    pub(super) fn of(writes: Vec<WriteCommand>) -> Self {
         Self { writes, ..Self::default() }
     }
 
     /// Adds a command; returns it when it is executed alone.
-    pub fn add(&mut self, command: Command) -> Option<Command> {
+    pub(super) fn add(&mut self, command: Command) -> Option<Command> {
         match command {
             Command::Write(command) => {
                 self.ops += command.ops.len();
@@ -52,12 +52,12 @@ impl CommandGroup {
                 self.bytes += command.entries.iter().map(key_entry_bytes).sum::<usize>();
                 self.applies.push(command);
             }
-            alone @ (Command::Replicate(_) | Command::Look(_) | Command::Control(..)) => return Some(alone),
+            alone @ (Command::Replicate(_) | Command::Position(_) | Command::Control(..)) => return Some(alone),
         }
         None
     }
 
-    pub fn is_full(&self) -> bool {
+    pub(super) fn is_full(&self) -> bool {
         self.ops >= GROUP_OPS_MAX || self.bytes >= GROUP_BYTES_MAX
     }
 }
@@ -83,12 +83,12 @@ pub(super) struct Committer {
 }
 
 impl Committer {
-    pub fn new(store: Store) -> Self {
+    pub(super) fn new(store: Store) -> Self {
         Self { store, held: HeldWrites::default() }
     }
 
     /// Executes the commands, in as many group commits as they need.
-    pub fn commit(&mut self, commands: CommandGroup) {
+    pub(super) fn commit(&mut self, commands: CommandGroup) {
         let CommandGroup { writes, applies, .. } = commands;
         let mut open = self.begin();
         for mut command in writes {
@@ -121,7 +121,7 @@ impl Committer {
     }
 
     /// Retries the held writes once the seal is decided, which applies or redirects them.
-    pub fn retry_held(&mut self) {
+    pub(super) fn retry_held(&mut self) {
         if self.store.meta.ranges.seal.is_some() {
             return;
         }
@@ -152,7 +152,7 @@ impl Committer {
             return Ok((store.assign_all(&command.ops, group, times)?, None));
         };
         let key = (id.client, id.sequence);
-        if let Some((_, outcomes)) = group.results.iter().find(|(done, _)| *done == key) {
+        if let Some((_, outcomes)) = group.results.iter().find(|(id, _)| *id == key) {
             return Ok((outcomes.clone(), None));
         }
         if let Some(kept) = store.dedup.recall(&id, store.meta.identity.replica, store.now_us())? {

@@ -21,7 +21,7 @@ use super::shared::Shared;
 
 /// A handle to an open replica.
 #[derive(Clone)]
-pub struct Replica {
+pub(crate) struct Replica {
     /// Its keyspace.
     pub keyspace: KeyspaceId,
     /// Its shard.
@@ -47,13 +47,13 @@ impl Replica {
 
     /// For tests: queues a write without a context from its sender.
     #[cfg(test)]
-    pub fn write(&self, ops: Vec<WriteOp>, ack: Ack, bytes: usize, done: Completion) {
+    pub(crate) fn write(&self, ops: Vec<WriteOp>, ack: Ack, bytes: usize, done: Completion) {
         self.write_as(ops, ack, bytes, WriteContext::default(), done);
     }
 
     /// Queues a client's write with the context that its sender reported; calls `done` exactly once. Refuses the write
     /// at once when the queue is full.
-    pub fn write_as(&self, ops: Vec<WriteOp>, ack: Ack, bytes: usize, context: WriteContext, done: Completion) {
+    pub(crate) fn write_as(&self, ops: Vec<WriteOp>, ack: Ack, bytes: usize, context: WriteContext, done: Completion) {
         if self.shared.shed.load(Ordering::Relaxed) {
             done(Err(VastoError::new(
                 ErrorCode::Overloaded,
@@ -74,7 +74,7 @@ impl Replica {
     }
 
     /// Merges entries of another log, at most a batch; returns once they are durable here.
-    pub async fn apply(&self, entries: Vec<KeyEntry>, progress: Vec<FeedProgress>) -> Result<Lsn, ReplicaError> {
+    pub(crate) async fn apply(&self, entries: Vec<KeyEntry>, progress: Vec<FeedProgress>) -> Result<Lsn, ReplicaError> {
         self.ask(|done| Command::Apply(ApplyCommand { entries, progress, done })).await
     }
 
@@ -82,20 +82,20 @@ impl Replica {
     ///
     /// # Errors
     /// [`ReplicaError::Gap`] when a record before them is missing: no record after the gap is taken.
-    pub async fn replicate(&self, source: ReplicaId, records: Vec<Record>, covered: Lsn) -> Result<(), ReplicaError> {
+    pub(crate) async fn replicate(&self, source: ReplicaId, records: Vec<Record>, covered: Lsn) -> Result<(), ReplicaError> {
         self.ask(|done| Command::Replicate(ReplicateCommand { source, records, covered, done })).await
     }
 
     /// Returns the position of the replica, with everything durable. A closed replica returns what it settled before.
-    pub async fn position(&self) -> Result<Position, ReplicaError> {
-        match self.ask(Command::Look).await {
+    pub(crate) async fn position(&self) -> Result<Position, ReplicaError> {
+        match self.ask(Command::Position).await {
             Err(_) if self.is_closed() && !self.shared.ended.load(Ordering::Acquire) => Ok(self.settled()),
             answer => answer,
         }
     }
 
     /// Changes the replica itself; returns once the change is durable.
-    pub async fn control(&self, order: Control) -> Result<Lsn, ReplicaError> {
+    pub(crate) async fn control(&self, order: Control) -> Result<Lsn, ReplicaError> {
         self.ask(|done| Command::Control(order, done)).await
     }
 
@@ -110,7 +110,7 @@ impl Replica {
     }
 
     /// Syncs, flushes and ends the writer, then stops the engine's background work.
-    pub async fn stop(&self) {
+    pub(crate) async fn stop(&self) {
         let _ = self.control(Control::Stop).await;
         let (shared, thread) = (self.shared.clone(), self.commands.take_thread());
         let end = move || {

@@ -24,22 +24,22 @@ pub(super) struct HeldWrites {
 }
 
 impl HeldWrites {
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.held.is_empty()
     }
 
     /// Holds a write from now on.
-    pub fn hold(&mut self, command: WriteCommand) {
+    pub(super) fn hold(&mut self, command: WriteCommand) {
         self.held.push(Held { command, since: Instant::now() });
     }
 
     /// Notes when a seal began.
-    pub fn sealed_at(&mut self, at: Instant) {
+    pub(super) fn sealed_at(&mut self, at: Instant) {
         self.sealed_at = Some(at);
     }
 
     /// Returns all writes, and the pauses that end with their release, microseconds.
-    pub fn release(&mut self) -> (Vec<WriteCommand>, Vec<u64>) {
+    pub(super) fn release(&mut self) -> (Vec<WriteCommand>, Vec<u64>) {
         let held = std::mem::take(&mut self.held);
         let begun = self.sealed_at.take().into_iter().chain(held.iter().map(|held| held.since));
         let pauses = begun.map(|at| at.elapsed().as_micros() as u64).collect();
@@ -47,7 +47,7 @@ impl HeldWrites {
     }
 
     /// Answers the writes that have waited too long; the client retries.
-    pub fn answer_overdue(&mut self) {
+    pub(super) fn answer_overdue(&mut self) {
         for held in self.held.extract_if(.., |held| held.since.elapsed() >= SEALED_WRITES_WAIT) {
             held.command.answer(Err(VastoError::new(
                 ErrorCode::NodeBehind,
@@ -58,7 +58,7 @@ impl HeldWrites {
     }
 
     /// Drops all writes, which answers that the replica is stopped.
-    pub fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.held.clear();
     }
 }

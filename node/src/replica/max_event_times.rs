@@ -10,14 +10,14 @@ const SMALL: usize = 4_096;
 const LARGE: usize = 65_536;
 
 /// Table of the slots.
-pub struct MaxEventTimes {
+pub(super) struct MaxEventTimes {
     slots: Vec<u64>,
     raised: usize,
 }
 
 impl MaxEventTimes {
     /// Creates a table with all slots at the maximum that the data can hold.
-    pub fn starting_at(event_time_max: u64) -> Self {
+    pub(super) fn starting_at(event_time_max: u64) -> Self {
         Self { slots: vec![event_time_max; SMALL], raised: 0 }
     }
 
@@ -26,12 +26,12 @@ impl MaxEventTimes {
     }
 
     /// Returns an upper bound of the stored event time of the key, microseconds.
-    pub fn max_of(&self, user_key: &[u8]) -> u64 {
+    pub(super) fn max_of(&self, user_key: &[u8]) -> u64 {
         self.slots[self.slot(user_key)]
     }
 
     /// Raises the slot of a key under which an entry with this event time is now stored.
-    pub fn raise(&mut self, user_key: &[u8], event_time: u64) {
+    pub(super) fn raise(&mut self, user_key: &[u8], event_time: u64) {
         let slot = self.slot(user_key);
         self.slots[slot] = self.slots[slot].max(event_time);
         self.raised += 1;
@@ -42,7 +42,7 @@ impl MaxEventTimes {
     }
 
     /// Raises all slots: entries up to this event time are now stored somewhere.
-    pub fn raise_all(&mut self, event_time: u64) {
+    pub(super) fn raise_all(&mut self, event_time: u64) {
         for slot in &mut self.slots {
             *slot = (*slot).max(event_time);
         }

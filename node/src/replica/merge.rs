@@ -1,8 +1,8 @@
 //! Decides whether an entry is blind or must be compared with the stored one, and merges the entries of other logs.
 //!
 //! **Invariants**
-//! - An entry whose event time is above all of its key's slot wins without a read. Every other one is compared with the
-//!   entry under its key: of the group under construction, else of the database.
+//! - An entry that is no read-modify-write and whose event time is above the slot of its key wins without a read. Every
+//!   other one is compared with the entry under its key: of the group under construction, else of the database.
 //! - Every entry that enters a group raises the slot of its key.
 
 use vasto_core::entry::Entry;
@@ -20,7 +20,7 @@ use crate::engine::EngineError;
 /// Result of merging an entry of another log.
 pub(super) struct Merged {
     pub wins: bool,
-    /// True when another entry was stored under the key. A blind entry has not looked.
+    /// True when a different entry was stored under the key; always false for a blind entry, which was not compared.
     pub conflicts: bool,
 }
 
@@ -32,7 +32,7 @@ impl Store {
 
     /// Returns the entry under a key, as the next write of a group sees it: the first of `groups` that has one precedes
     /// the database.
-    pub(super) fn standing<'a>(
+    pub(super) fn current_entry<'a>(
         &self,
         stored_key: &[u8],
         groups: impl IntoIterator<Item = &'a WriteGroup>,
@@ -67,7 +67,7 @@ impl Store {
         let merged = if self.is_blind(&incoming.key, event_time) {
             Merged { wins: true, conflicts: false }
         } else {
-            let current = self.standing(&stored_key, [&*group])?;
+            let current = self.current_entry(&stored_key, [&*group])?;
             Merged {
                 wins: supersedes(self.meta.head.floor, current.as_deref(), &incoming.entry),
                 conflicts: current.is_some_and(|current| current != incoming.entry),
@@ -87,15 +87,15 @@ impl Store {
             return Err(ReplicaError::Refused(format!("{bytes} bytes of entries do not fit into one record")));
         }
         group.ops += entries.len() + 1;
-        let mut placed = Vec::with_capacity(entries.len());
+        let mut checked = Vec::with_capacity(entries.len());
         for incoming in entries {
             let entry = decode_streamed(incoming)?;
             let band = band_of(self.meta.identity.shard, &incoming.key, entry.partition_hash)
                 .filter(|band| matches!(self.meta.ranges.state(*band), RangeState::Arriving | RangeState::Owned))
                 .ok_or_else(|| ReplicaError::Refused("a streamed entry belongs to another shard".into()))?;
-            placed.push((data_key(band, &incoming.key), incoming, entry.event_time));
+            checked.push((data_key(band, &incoming.key), incoming, entry.event_time));
         }
-        for (stored_key, incoming, event_time) in placed {
+        for (stored_key, incoming, event_time) in checked {
             self.merge(stored_key, incoming, event_time, group)?;
         }
         Ok(())

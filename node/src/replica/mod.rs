@@ -9,9 +9,9 @@
 mod admission;
 mod apply;
 mod assign;
-pub mod authority;
+pub(crate) mod authority;
 mod bucket_acks;
-pub mod command;
+pub(crate) mod command;
 mod control;
 mod dedup;
 mod followers;
@@ -20,25 +20,25 @@ mod handle;
 mod held;
 mod max_event_times;
 mod merge;
-pub mod metrics;
+pub(crate) mod metrics;
 mod open;
 mod published;
 mod queue;
-pub mod read;
+pub(crate) mod read;
 mod replicate;
 mod rmw;
 mod shared;
-pub mod size;
-pub mod state;
+pub(crate) mod size;
+pub(crate) mod state;
 mod store;
 mod superseded;
 mod write_group;
 mod writer;
 
-pub use handle::Replica;
-pub use open::{OpenOptions, database_dir};
-pub use replicate::OLD_COPY;
-pub use state::parse_vector;
+pub(crate) use handle::Replica;
+pub(crate) use open::{OpenOptions, database_dir};
+pub(crate) use replicate::OLD_COPY;
+pub(crate) use state::parse_vector;
 
 #[cfg(test)]
 use open::{OpenError, create_dirs, log_dir};

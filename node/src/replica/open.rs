@@ -32,7 +32,7 @@ use crate::node_dir::sync_dir;
 
 /// Reason why a replica does not open.
 #[derive(Debug, thiserror::Error)]
-pub enum OpenError {
+pub(crate) enum OpenError {
     /// The log is damaged, foreign or cannot be read.
     #[error(transparent)]
     Log(#[from] BinlogError),
@@ -97,7 +97,7 @@ pub enum OpenError {
 }
 
 /// Options for opening a replica.
-pub struct OpenOptions {
+pub(crate) struct OpenOptions {
     /// Its directory; `db` and `log` live below it.
     pub dir: PathBuf,
     /// Its keyspace.
@@ -117,7 +117,7 @@ pub struct OpenOptions {
 impl Replica {
     /// Opens (or, with `initial`, creates) a replica: recovers its log, replays, begins a new incarnation. Blocks on
     /// the disk; callers limit how many replicas open at a time ([`EngineShared::opening`]).
-    pub fn open(options: OpenOptions) -> Result<Self, OpenError> {
+    pub(crate) fn open(options: OpenOptions) -> Result<Self, OpenError> {
         let OpenOptions { dir, keyspace, shard, replica, shared: engines, clock, initial } = options;
         let (db_dir, log_dir) = (database_dir(&dir), log_dir(&dir));
         create_dirs(&dir, [&db_dir, &log_dir], sync_dir)?;
@@ -152,12 +152,12 @@ impl Replica {
 }
 
 /// Returns the directory of the database below a replica's directory.
-pub fn database_dir(dir: &Path) -> PathBuf {
+pub(crate) fn database_dir(dir: &Path) -> PathBuf {
     dir.join("db")
 }
 
 /// Returns the directory of the log below a replica's directory.
-pub fn log_dir(dir: &Path) -> PathBuf {
+pub(super) fn log_dir(dir: &Path) -> PathBuf {
     dir.join("log")
 }
 

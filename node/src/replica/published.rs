@@ -19,52 +19,52 @@ use crate::engine::{Engine, EngineError};
 
 impl Replica {
     /// Returns the database.
-    pub fn engine(&self) -> &Engine {
+    pub(crate) fn engine(&self) -> &Engine {
         &self.shared.engine
     }
 
     /// Returns the log, for readers.
-    pub fn log(&self) -> &Arc<LogShared> {
+    pub(crate) fn log(&self) -> &Arc<LogShared> {
         &self.shared.log
     }
 
     /// Returns the ranges that the replica serves, and since which epoch.
-    pub fn view(&self) -> Arc<View> {
+    pub(crate) fn view(&self) -> Arc<View> {
         self.shared.view.load_full()
     }
 
     /// Returns the state of its bands.
-    pub fn ranges(&self) -> Ranges {
+    pub(crate) fn ranges(&self) -> Ranges {
         self.shared.view.load().ranges.clone()
     }
 
     /// Returns the epoch that the replica has applied.
-    pub fn epoch(&self) -> Epoch {
+    pub(crate) fn epoch(&self) -> Epoch {
         self.shared.view.load().epoch
     }
 
     /// Returns the catalog version that the replica has applied.
-    pub fn version(&self) -> CatalogVersion {
+    pub(crate) fn version(&self) -> CatalogVersion {
         self.shared.view.load().version
     }
 
     /// Returns the incarnation of this opening.
-    pub fn incarnation(&self) -> Incarnation {
+    pub(crate) fn incarnation(&self) -> Incarnation {
         Incarnation(self.shared.incarnation.load(Ordering::Acquire))
     }
 
     /// Returns the last record that readers see.
-    pub fn applied_lsn(&self) -> Lsn {
+    pub(crate) fn applied_lsn(&self) -> Lsn {
         Lsn(self.shared.applied.load(Ordering::Acquire))
     }
 
     /// Returns the last record that is both durable and visible: it may be streamed and shipped.
-    pub fn settled_lsn(&self) -> Lsn {
+    pub(crate) fn settled_lsn(&self) -> Lsn {
         self.applied_lsn().min(self.shared.log.synced_lsn())
     }
 
     /// Returns the position that is durable and visible, without the writer.
-    pub fn settled(&self) -> Position {
+    pub(crate) fn settled(&self) -> Position {
         // Read in this order: every applied record is in the vector.
         let synced = self.shared.log.synced_lsn();
         let applied = self.applied_lsn();
@@ -79,75 +79,75 @@ impl Replica {
     }
 
     /// Returns the position of the database on disk, without its memtables.
-    pub fn persisted_lsn(&self) -> Result<Lsn, EngineError> {
+    pub(crate) fn persisted_lsn(&self) -> Result<Lsn, EngineError> {
         let bytes = self.shared.engine.get_persisted(&MetaKey::Head.encode())?;
         Ok(bytes.and_then(|bytes| Head::decode(&bytes).ok()).map(|head| head.applied_lsn).unwrap_or_default())
     }
 
     /// Returns, per origin, the last record that is applied.
-    pub fn vector(&self) -> Vector {
+    pub(crate) fn vector(&self) -> Vector {
         self.shared.vector.lock().clone()
     }
 
     /// Subscribes to a number that rises with every change of the vector.
-    pub fn vector_changes(&self) -> watch::Receiver<u64> {
+    pub(crate) fn vector_changes(&self) -> watch::Receiver<u64> {
         self.shared.vector_changes.subscribe()
     }
 
     /// Returns true when the replica holds at least the records of the vector.
-    pub fn covers(&self, vector: &Vector) -> bool {
+    pub(crate) fn covers(&self, vector: &Vector) -> bool {
         covers(&self.shared.vector.lock(), vector)
     }
 
     /// Returns the gc floor, a commit time.
-    pub fn floor(&self) -> u64 {
+    pub(crate) fn floor(&self) -> u64 {
         self.shared.floor.load(Ordering::Acquire)
     }
 
     /// Returns the commit time of the last record that stored something.
-    pub fn data_commit_time(&self) -> u64 {
+    pub(crate) fn data_commit_time(&self) -> u64 {
         self.shared.data_commit_time.load(Ordering::Acquire)
     }
 
     /// Returns the followers that pull its log.
-    pub fn followers(&self) -> &Followers {
+    pub(crate) fn followers(&self) -> &Followers {
         &self.shared.followers
     }
 
     /// Returns the writes that wait for the bucket.
-    pub fn bucket_acks(&self) -> &BucketAcks {
+    pub(crate) fn bucket_acks(&self) -> &BucketAcks {
         &self.shared.bucket_acks
     }
 
     /// Returns false while the replica has not caught up with its peers since it was opened.
-    pub fn is_ready(&self) -> bool {
+    pub(crate) fn is_ready(&self) -> bool {
         self.shared.ready.load(Ordering::Acquire)
     }
 
     /// Sets whether the replica has caught up; notifies the receivers of [`Self::changes`].
-    pub fn set_ready(&self, ready: bool) {
+    pub(crate) fn set_ready(&self, ready: bool) {
         if self.shared.ready.swap(ready, Ordering::AcqRel) != ready {
             self.shared.changed.send_modify(|count| *count += 1);
         }
     }
 
     /// Keeps the replica from being primary before it has applied this version.
-    pub fn primary_from(&self, version: CatalogVersion) {
+    pub(crate) fn primary_from(&self, version: CatalogVersion) {
         self.shared.primary_from.fetch_max(version.0, Ordering::AcqRel);
     }
 
     /// Records that a follower has applied this epoch, under which another replica may be primary.
-    pub fn follower_at(&self, epoch: Epoch) {
+    pub(crate) fn follower_at(&self, epoch: Epoch) {
         self.shared.followers_epoch.fetch_max(epoch.0, Ordering::AcqRel);
     }
 
     /// Returns the authority that decides on strict requests.
-    pub fn authority(&self) -> &Arc<Authority> {
+    pub(crate) fn authority(&self) -> &Arc<Authority> {
         &self.shared.authority
     }
 
     /// Returns for how long the writer has been waiting for the disk, milliseconds.
-    pub fn busy_ms(&self, now_ms: u64) -> u64 {
+    pub(crate) fn busy_ms(&self, now_ms: u64) -> u64 {
         match self.shared.busy_since_ms.load(Ordering::Acquire) {
             0 => 0,
             since => now_ms.saturating_sub(since),
@@ -155,12 +155,12 @@ impl Replica {
     }
 
     /// Returns the last record of this opening that is in the log. A peer may hold it before it is visible here.
-    pub fn logged_own_seq(&self) -> OwnSeq {
+    pub(crate) fn logged_own_seq(&self) -> OwnSeq {
         OwnSeq(self.shared.logged_own_seq.load(Ordering::Acquire))
     }
 
     /// Returns whether another replica holds records of this one that it never wrote: its directory is an old copy.
-    pub fn is_behind_itself(&self, others: &Vector) -> bool {
+    pub(crate) fn is_behind_itself(&self, others: &Vector) -> bool {
         let (me, incarnation) = (self.id, self.incarnation());
         others.iter().any(|(origin, seq)| {
             origin.replica == me
@@ -173,42 +173,42 @@ impl Replica {
     }
 
     /// Returns records of another replica that lost an entry here; see [`SupersededRecords::of`].
-    pub fn losses_of(&self, replica: ReplicaId, after: u64) -> (Vec<(Origin, OwnSeq)>, u64) {
+    pub(crate) fn losses_of(&self, replica: ReplicaId, after: u64) -> (Vec<(Origin, OwnSeq)>, u64) {
         self.shared.superseded.of(replica, after)
     }
 
     /// Sets whether writes are refused because the log is far over its cap.
-    pub fn set_shed(&self, shed: bool) {
+    pub(crate) fn set_shed(&self, shed: bool) {
         self.shared.shed.store(shed, Ordering::Relaxed);
     }
 
     /// Closes the replica to writes: it must not go on.
-    pub fn close(&self, reason: String) {
+    pub(crate) fn close(&self, reason: String) {
         self.shared.close(reason);
     }
 
     /// Returns the reason why the replica takes no writes, if it is closed.
-    pub fn closed(&self) -> Option<String> {
+    pub(crate) fn closed(&self) -> Option<String> {
         self.shared.closed()
     }
 
     /// Returns true when the replica takes no more writes.
-    pub fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.shared.is_closed()
     }
 
     /// Subscribes to changes of ranges, epoch, version and closure.
-    pub fn changes(&self) -> watch::Receiver<u64> {
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
         self.shared.changed.subscribe()
     }
 
     /// Takes the pauses of writes to sealed ranges, microseconds.
-    pub fn take_pauses(&self) -> Vec<u64> {
+    pub(crate) fn take_pauses(&self) -> Vec<u64> {
         std::mem::take(&mut *self.shared.pauses_us.lock())
     }
 
     /// Returns the durable cursors of the tails that feed the replica.
-    pub fn tail_cursors(&self) -> Result<Vec<(ReplicaId, Lsn)>, EngineError> {
+    pub(crate) fn tail_cursors(&self) -> Result<Vec<(ReplicaId, Lsn)>, EngineError> {
         let rows = self.shared.engine.with_prefix(&MetaKey::tail_cursor_prefix())?;
         Ok(rows.iter().filter_map(|(key, value)| parse_cursor(key, value)).collect())
     }

@@ -4,7 +4,7 @@
 //! **Invariants**
 //! - A writer has at most one thread at a time.
 //! - No command stays in the queue without a thread: a writer becomes idle only when it has found the queue empty after
-//!   setting `rests`, and a sender checks `rests` after it has sent.
+//!   setting `is_parked`, and a sender checks `is_parked` after it has sent.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
@@ -20,21 +20,21 @@ use super::writer::Writer;
 use crate::shortage::NO_THREAD;
 
 /// Time without a command after which a writer gives its thread back.
-const REST_AFTER: Duration = if cfg!(test) { Duration::from_millis(20) } else { Duration::from_secs(1) };
+const IDLE_AFTER: Duration = if cfg!(test) { Duration::from_millis(20) } else { Duration::from_secs(1) };
 
 /// Queue of a writer; see the top of this file.
 pub(super) struct Queue {
     commands: Sender<Command>,
-    seat: Arc<Seat>,
+    worker: Arc<Worker>,
 }
 
 /// State that senders and the writer's thread share.
-struct Seat {
+struct Worker {
     name: String,
     span: tracing::Span,
     shared: Arc<Shared>,
     /// True while the writer has no thread. Written only with the lock held.
-    rests: AtomicBool,
+    is_parked: AtomicBool,
     state: Mutex<QueueState>,
 }
 
@@ -64,7 +64,7 @@ impl Queue {
     pub(super) fn new(commands: Sender<Command>, writer: Writer, name: String) -> Self {
         let (shared, span) = (writer.shared().clone(), tracing::Span::current());
         let state = Mutex::new(QueueState { writer: Some(writer), ..QueueState::default() });
-        Self { commands, seat: Arc::new(Seat { name, span, shared, rests: AtomicBool::new(true), state }) }
+        Self { commands, worker: Arc::new(Worker { name, span, shared, is_parked: AtomicBool::new(true), state }) }
     }
 
     /// Queues a command.
@@ -73,58 +73,58 @@ impl Queue {
     /// When the writer has ended; the command is dropped.
     pub(super) fn send(&self, command: Command) -> Result<(), ReplicaError> {
         self.commands.send(command).map_err(|_| ReplicaError::Stopped)?;
-        // The command is queued before `rests` is read; see `Seat::rest`.
+        // The command is queued before `is_parked` is read; see `Worker::park`.
         fence(Ordering::SeqCst);
-        if self.seat.rests.load(Ordering::SeqCst) {
-            Seat::wake(&self.seat);
+        if self.worker.is_parked.load(Ordering::SeqCst) {
+            Worker::wake(&self.worker);
         }
         Ok(())
     }
 
     /// Takes the thread in which the writer ends.
     pub(super) fn take_thread(&self) -> Option<JoinHandle<()>> {
-        self.seat.state.lock().thread.take()
+        self.worker.state.lock().thread.take()
     }
 
     /// Returns true while the writer has no thread.
     #[cfg(test)]
-    pub(super) fn rests(&self) -> bool {
-        self.seat.rests.load(Ordering::SeqCst)
+    pub(super) fn is_parked(&self) -> bool {
+        self.worker.is_parked.load(Ordering::SeqCst)
     }
 }
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        let resting = {
-            let mut state = self.seat.state.lock();
+        let parked = {
+            let mut state = self.worker.state.lock();
             state.is_over = true;
             // A writer that was just woken ends by itself.
-            state.writer.take_if(|_| self.seat.rests.load(Ordering::SeqCst))
+            state.writer.take_if(|_| self.worker.is_parked.load(Ordering::SeqCst))
         };
-        let Some(mut writer) = resting else { return };
+        let Some(mut writer) = parked else { return };
         // An idle writer would meet the end of the queue. If no thread can be started, the log keeps its records.
-        let _ = std::thread::Builder::new().name(self.seat.name.clone()).spawn(move || writer.stop());
+        let _ = std::thread::Builder::new().name(self.worker.name.clone()).spawn(move || writer.stop());
     }
 }
 
-impl Seat {
-    fn wake(seat: &Arc<Self>) {
-        let mut state = seat.state.lock();
-        if !seat.rests.load(Ordering::SeqCst) || state.writer.is_none() {
+impl Worker {
+    fn wake(worker: &Arc<Self>) {
+        let mut state = worker.state.lock();
+        if !worker.is_parked.load(Ordering::SeqCst) || state.writer.is_none() {
             return;
         }
-        let taken = seat.clone();
-        match std::thread::Builder::new().name(seat.name.clone()).spawn(move || taken.serve()) {
+        let served = worker.clone();
+        match std::thread::Builder::new().name(worker.name.clone()).spawn(move || served.serve()) {
             Ok(thread) => {
-                seat.rests.store(false, Ordering::SeqCst);
+                worker.is_parked.store(false, Ordering::SeqCst);
                 // The previous thread has released the writer, and ends.
                 state.thread = Some(thread);
             }
             Err(error) => {
-                seat.shared.close(format!("{NO_THREAD}: {error}"));
+                worker.shared.close(format!("{NO_THREAD}: {error}"));
                 let writer = state.writer.take();
                 drop(state);
-                seat.shared.abandon_acknowledgements();
+                worker.shared.abandon_acknowledgements();
                 // Queued commands were not begun, and answer so when they are dropped.
                 drop(writer);
             }
@@ -137,22 +137,22 @@ impl Seat {
         let _guard = CloseOnPanic(self.shared.clone());
         let mut writer = self.state.lock().writer.take();
         while let Some(taken) = writer {
-            writer = taken.run(REST_AFTER).and_then(|idle| self.rest(idle));
+            writer = taken.run(IDLE_AFTER).and_then(|idle| self.park(idle));
         }
     }
 
     /// Makes the writer idle, unless a command has arrived meanwhile.
-    fn rest(&self, mut writer: Writer) -> Option<Writer> {
+    fn park(&self, mut writer: Writer) -> Option<Writer> {
         let mut state = self.state.lock();
         if state.is_over {
             return Some(writer); // the writer meets the end of its queue
         }
-        self.rests.store(true, Ordering::SeqCst);
+        self.is_parked.store(true, Ordering::SeqCst);
         // Either the sender's command is seen here, or the sender sees that the writer has no thread.
         fence(Ordering::SeqCst);
         match writer.waiting() {
             Some(command) => {
-                self.rests.store(false, Ordering::SeqCst);
+                self.is_parked.store(false, Ordering::SeqCst);
                 drop(state);
                 (!writer.take(command)).then_some(writer)
             }

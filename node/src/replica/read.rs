@@ -13,7 +13,7 @@ use vasto_core::stored_key::data_key;
 use vasto_core::{Band, ErrorCode, VastoError};
 use vasto_proto::v1;
 
-pub use scan::ScanPage;
+pub(crate) use scan::ScanPage;
 
 use super::apply::band_of;
 use super::command::wrong_epoch;
@@ -21,7 +21,7 @@ use super::handle::Replica;
 use crate::engine::{EngineError, Lookup};
 
 /// Result of a lookup.
-pub enum GetResult {
+pub(crate) enum GetResult {
     /// Values in the order of the keys.
     Values(Vec<Option<v1::Value>>),
     /// A key is not in memory; retry from a thread that may block.
@@ -29,14 +29,14 @@ pub enum GetResult {
 }
 
 /// A key to look up.
-pub struct KeyRef {
+pub(crate) struct KeyRef {
     /// The user key.
     pub key: Bytes,
     /// Hash of its partition key when that is not the key itself.
     pub partition_hash: Option<u64>,
 }
 
-fn behind() -> VastoError {
+fn node_behind() -> VastoError {
     VastoError::new(
         ErrorCode::NodeBehind,
         "the key is changing its shard and the outcome is not known here yet; try again",
@@ -51,7 +51,7 @@ impl From<EngineError> for VastoError {
 }
 
 /// Returns the value of an encoded entry as clients see it; `None` for tombstones and expired values.
-pub fn visible_value(encoded: &[u8], now_us: u64, keys_only: bool) -> Result<Option<v1::Value>, VastoError> {
+pub(crate) fn visible_value(encoded: &[u8], now_us: u64, keys_only: bool) -> Result<Option<v1::Value>, VastoError> {
     let entry = Entry::decode(encoded)
         .map_err(|error| VastoError::new(ErrorCode::Corrupt, format!("a stored entry is damaged: {error}")))?;
     let Some(payload) = entry.payload.filter(|_| !entry.is_expired(now_us)) else { return Ok(None) };
@@ -79,19 +79,19 @@ impl Replica {
             return Err(wrong_epoch());
         }
         if ranges.is_stale(band, SEALED_READS) {
-            return Err(behind());
+            return Err(node_behind());
         }
         Ok(band)
     }
 
     /// Reads keys. With `may_block` false it answers only from memory.
-    pub fn get_many(&self, keys: &[KeyRef], may_block: bool) -> Result<GetResult, VastoError> {
+    pub(crate) fn get_many(&self, keys: &[KeyRef], may_block: bool) -> Result<GetResult, VastoError> {
         let now_us = self.shared.clock.now_us();
         let mut values = Vec::with_capacity(keys.len());
         let mut bytes = 0;
         for key in keys {
             let stored_key = data_key(self.readable_band(key)?, &key.key);
-            let found = if may_block {
+            let stored = if may_block {
                 self.shared.engine.get(&stored_key)?
             } else {
                 match self.shared.engine.get_cached(&stored_key)? {
@@ -100,13 +100,13 @@ impl Replica {
                     Lookup::NotCached => return Ok(GetResult::WouldBlock),
                 }
             };
-            bytes += found.as_ref().map_or(0, Vec::len);
+            bytes += stored.as_ref().map_or(0, Vec::len);
             if bytes > BATCH_BYTES_MAX {
                 let message =
                     format!("the values have more than {BATCH_BYTES_MAX} bytes together; ask for fewer keys at once");
                 return Err(VastoError::new(ErrorCode::InvalidArgument, message));
             }
-            values.push(match found {
+            values.push(match stored {
                 Some(bytes) => visible_value(&bytes, now_us, false)?,
                 None => None,
             });

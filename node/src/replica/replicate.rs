@@ -24,7 +24,7 @@ use super::write_group::WriteGroup;
 use crate::engine::Batch;
 
 /// Reason for closing a replica of whose records others hold more than it has ever written.
-pub const OLD_COPY: &str = "others hold records of this replica that it has never written: its directory is an old \
+pub(crate) const OLD_COPY: &str = "others hold records of this replica that it has never written: its directory is an old \
                             copy; evict the replica (`vasto keyspace evict`), it is rebuilt from the others";
 
 impl Store {

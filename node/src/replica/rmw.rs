@@ -12,7 +12,7 @@ use super::command::{Condition, Number, OpKind};
 
 /// Content to store.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Content {
+pub(super) enum Content {
     /// These bytes.
     Bytes(Bytes),
     /// This number.
@@ -23,15 +23,15 @@ pub enum Content {
 
 /// Result of a change.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Modified {
+pub(super) enum Modified {
     /// Content to store, and its expiry, microseconds since 1970.
     Store(Content, Option<u64>),
     /// The condition does not hold.
     NotApplied,
 }
 
-fn wrong_type(stands: &Payload<'_>) -> VastoError {
-    let what = match stands {
+fn wrong_type(stored: &Payload<'_>) -> VastoError {
+    let what = match stored {
         Payload::Bytes(_) => "bytes",
         Payload::I64(_) => "a counter (i64)",
         Payload::F64(_) => "a number (f64)",
@@ -47,7 +47,7 @@ fn overflow(what: &str) -> VastoError {
 }
 
 /// Live stored value: the entry and its encoding.
-pub type Standing<'a> = Option<(Entry<'a>, &'a [u8])>;
+pub(super) type LiveEntry<'a> = Option<(Entry<'a>, &'a [u8])>;
 
 fn expiry(ttl_ms: Option<u64>, now_us: u64) -> Option<u64> {
     ttl_ms.map(|ms| now_us.saturating_add(ms.saturating_mul(1000)))
@@ -59,17 +59,17 @@ fn expiry(ttl_ms: Option<u64>, now_us: u64) -> Option<u64> {
 /// # Errors
 /// `WrongType` when the value has another type; `OutOfRange` when the operand is not finite, or the result
 /// is no number of its type; `InvalidArgument` when the result is over a limit.
-pub fn modify(
+pub(super) fn modify(
     change: &OpKind,
-    standing: Standing<'_>,
+    live: LiveEntry<'_>,
     created_ttl_ms: Option<u64>,
     now_us: u64,
 ) -> Result<Modified, VastoError> {
-    let expires_at = match &standing {
+    let expires_at = match &live {
         Some((entry, _)) => entry.expires_at,
         None => expiry(created_ttl_ms, now_us),
     };
-    let payload = standing.as_ref().and_then(|(entry, _)| entry.payload);
+    let payload = live.as_ref().and_then(|(entry, _)| entry.payload);
     let float = |fold: fn(f64, f64) -> f64, operand: f64, nothing: f64| {
         let before = match payload {
             None => nothing,
@@ -111,23 +111,23 @@ pub fn modify(
             Ok(Modified::Store(Content::Bytes(bytes.into()), expires_at))
         }
         OpKind::Put { value, ttl_ms, condition } => {
-            if !holds(*condition, standing) {
+            if !holds(*condition, live) {
                 return Ok(Modified::NotApplied);
             }
             Ok(Modified::Store(Content::Bytes(value.clone()), expiry(*ttl_ms, now_us)))
         }
-        OpKind::Delete { condition } => match holds(*condition, standing) {
+        OpKind::Delete { condition } => match holds(*condition, live) {
             true => Ok(Modified::Store(Content::Nothing, None)),
             false => Ok(Modified::NotApplied),
         },
     }
 }
 
-fn holds(condition: Option<Condition>, standing: Standing<'_>) -> bool {
+fn holds(condition: Option<Condition>, live: LiveEntry<'_>) -> bool {
     match condition {
         None => true,
-        Some(Condition::Absent) => standing.is_none(),
-        Some(Condition::Version(version)) => standing.is_some_and(|(_, encoded)| version_of(encoded) == version),
+        Some(Condition::Absent) => live.is_none(),
+        Some(Condition::Version(version)) => live.is_some_and(|(_, encoded)| version_of(encoded) == version),
     }
 }
 
@@ -142,8 +142,8 @@ mod tests {
         Entry { event_time: 5, expires_at, partition_hash: None, commit_time, payload: Some(payload) }.encode()
     }
 
-    fn on(stands: Option<&[u8]>, change: OpKind) -> Result<Modified, VastoError> {
-        modify(&change, stands.map(|bytes| (Entry::decode(bytes).unwrap(), bytes)), None, 1_000)
+    fn on(encoded_value: Option<&[u8]>, change: OpKind) -> Result<Modified, VastoError> {
+        modify(&change, encoded_value.map(|bytes| (Entry::decode(bytes).unwrap(), bytes)), None, 1_000)
     }
 
     fn i64_of(number: i64) -> Modified {
@@ -168,9 +168,9 @@ mod tests {
         assert_eq!(on(None, OpKind::MinF64(9.0)).unwrap(), f64_of(9.0));
         for bad in [f64::NAN, f64::INFINITY] {
             assert_eq!(on(Some(&half), OpKind::AddF64(bad)).unwrap_err().code, ErrorCode::OutOfRange);
-            for stands in [None, Some(half.as_slice())] {
-                assert_eq!(on(stands, OpKind::MaxF64(bad)).unwrap_err().code, ErrorCode::OutOfRange);
-                assert_eq!(on(stands, OpKind::MinF64(bad)).unwrap_err().code, ErrorCode::OutOfRange);
+            for encoded_value in [None, Some(half.as_slice())] {
+                assert_eq!(on(encoded_value, OpKind::MaxF64(bad)).unwrap_err().code, ErrorCode::OutOfRange);
+                assert_eq!(on(encoded_value, OpKind::MinF64(bad)).unwrap_err().code, ErrorCode::OutOfRange);
             }
         }
         let most = encoded(Payload::F64(f64::MAX), None);
@@ -181,13 +181,13 @@ mod tests {
     fn other_types_are_refused_and_named() {
         let text = encoded(Payload::Bytes(b"x"), None);
         let seven = encoded(Payload::I64(7), None);
-        for (stands, change) in [
+        for (encoded_value, change) in [
             (&text, OpKind::AddI64(1)),
             (&text, OpKind::AddF64(1.0)),
             (&seven, OpKind::MaxF64(1.0)),
             (&seven, OpKind::Append(Bytes::from_static(b"y"))),
         ] {
-            let error = on(Some(stands), change).unwrap_err();
+            let error = on(Some(encoded_value), change).unwrap_err();
             assert_eq!(error.code, ErrorCode::WrongType);
             assert!(error.message.contains("the key holds"), "{error}");
         }
@@ -221,8 +221,8 @@ mod tests {
         assert!(matches!(create(put), Modified::Store(_, None)));
         for expires_at in [None, Some(9_000)] {
             let seven = encoded(Payload::I64(7), expires_at);
-            let standing = Some((Entry::decode(&seven).unwrap(), seven.as_slice()));
-            let changed = modify(&OpKind::AddI64(1), standing, Some(5), 1_000).unwrap();
+            let live = Some((Entry::decode(&seven).unwrap(), seven.as_slice()));
+            let changed = modify(&OpKind::AddI64(1), live, Some(5), 1_000).unwrap();
             assert!(matches!(changed, Modified::Store(_, at) if at == expires_at));
         }
     }

@@ -4,7 +4,7 @@
 //! **Invariants**
 //! - The position changes after the database. The vector is published before the LSN, so a reader that loads the LSN
 //!   first finds every applied record in the vector.
-//! - A closed replica stays closed until it is opened again, and keeps the first reason.
+//! - A closed replica stays closed until it is opened again.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -32,7 +32,7 @@ const PAUSES_MAX: usize = 4_096;
 /// Served ranges and their epoch, published together: a comparison of an epoch with a range state must never see one
 /// without the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct View {
+pub(crate) struct View {
     /// State of its bands.
     pub ranges: Ranges,
     /// Epoch that the replica has applied.

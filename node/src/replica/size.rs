@@ -19,12 +19,12 @@ const META_ROWS: u64 = 3;
 const ROWS_WALKED: usize = 5_000;
 
 /// Inputs of a size, except for the background work of RocksDB.
-pub type SizeVersion = (Lsn, Option<Instant>);
+pub(crate) type SizeVersion = (Lsn, Option<Instant>);
 
 impl Replica {
     /// Returns `(keys, bytes of SSTs)`. The number of keys is exact for a small replica without writes, and an estimate
     /// otherwise: the last count, and all that was stored since.
-    pub fn size(&self) -> (u64, u64) {
+    pub(crate) fn size(&self) -> (u64, u64) {
         let (stored, bytes) = self.stored();
         let count = *self.shared.key_count.lock();
         let keys = match count {
@@ -36,7 +36,7 @@ impl Replica {
     }
 
     /// Returns a version that changes whenever something was written or counted.
-    pub fn size_version(&self) -> SizeVersion {
+    pub(crate) fn size_version(&self) -> SizeVersion {
         (self.applied_lsn(), self.shared.key_count.lock().map(|count| count.at))
     }
 
@@ -53,19 +53,19 @@ impl Replica {
     }
 
     /// Returns true when a record was applied since the last count, which is at least `age` old.
-    pub fn key_count_is_stale(&self, age: Duration) -> bool {
+    pub(crate) fn key_count_is_stale(&self, age: Duration) -> bool {
         let count = *self.shared.key_count.lock();
         self.closed().is_none()
             && count.is_none_or(|count| count.at.elapsed() >= age && count.applied != self.applied_lsn())
     }
 
     /// Returns the age of the last count.
-    pub fn key_count_age(&self) -> Duration {
+    pub(crate) fn key_count_age(&self) -> Duration {
         self.shared.key_count.lock().map_or(Duration::MAX, |count| count.at.elapsed())
     }
 
     /// Counts the keys. Blocks on the disk.
-    pub fn count_keys(&self) -> Result<(), EngineError> {
+    pub(crate) fn count_keys(&self) -> Result<(), EngineError> {
         let applied = self.applied_lsn();
         let now_us = self.shared.clock.now_us();
         let view = self.view();

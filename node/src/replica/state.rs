@@ -1,6 +1,6 @@
 //! A replica's persisted metadata: identity, head, range states.
 //!
-//! **Invariant:** these values change only inside a log record's batch, so that the database's
+//! **Invariant:** these values are stored only inside a log record's batch, so that the database's
 //! metadata and data always stand at the same LSN. Encodings are little-endian with a leading
 //! version byte; total decoders.
 
@@ -28,7 +28,7 @@ fn check_format(reader: &mut Reader<'_>, what: &'static str) -> Result<(), Decod
 
 /// Identity of a replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Identity {
+pub(crate) struct Identity {
     /// Its keyspace.
     pub keyspace: KeyspaceId,
     /// Its shard.
@@ -41,12 +41,12 @@ pub struct Identity {
 
 impl Identity {
     /// Returns the origin of the records that this incarnation writes.
-    pub fn origin(&self) -> Origin {
+    pub(crate) fn origin(&self) -> Origin {
         Origin { replica: self.replica, incarnation: self.incarnation }
     }
 
     /// Encodes the stored value.
-    pub fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = vec![FORMAT];
         for field in [self.keyspace.0, u64::from(self.shard.0), self.replica.0, self.incarnation.0] {
             out.extend_from_slice(&field.to_le_bytes());
@@ -55,7 +55,7 @@ impl Identity {
     }
 
     /// Decodes the stored value.
-    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut reader = Reader::new(bytes, "replica identity");
         check_format(&mut reader, "replica identity format")?;
         let keyspace = KeyspaceId(reader.u64_le()?);
@@ -71,7 +71,7 @@ impl Identity {
 
 /// Head of a replica: LSN, times, floor, epoch.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Head {
+pub(crate) struct Head {
     /// The last applied record.
     pub applied_lsn: Lsn,
     /// Own sequence of this incarnation's last streamed record.
@@ -92,7 +92,7 @@ pub struct Head {
 
 impl Head {
     /// Encodes the stored value.
-    pub fn encode(&self) -> [u8; 65] {
+    pub(crate) fn encode(&self) -> [u8; 65] {
         let mut out = [0u8; 65];
         out[0] = FORMAT;
         let fields = [
@@ -112,7 +112,7 @@ impl Head {
     }
 
     /// Decodes the stored value.
-    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut reader = Reader::new(bytes, "replica head");
         check_format(&mut reader, "replica head format")?;
         let mut head = Self {
@@ -137,7 +137,7 @@ fn u64_at_end(bytes: &[u8]) -> u64 {
 
 /// A range that accepts no writes until its plan is decided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Seal {
+pub(crate) struct Seal {
     /// Plan that requested the seal.
     pub plan: PlanId,
     /// Catalog version that seals.
@@ -152,7 +152,7 @@ pub struct Seal {
 
 /// State of every band, and known changes under way.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ranges {
+pub(crate) struct Ranges {
     states: [RangeState; BANDS + 1],
     /// The seal in force.
     pub seal: Option<Seal>,
@@ -162,55 +162,55 @@ pub struct Ranges {
 
 impl Ranges {
     /// Creates ranges with every band in one state.
-    pub fn all(state: RangeState) -> Self {
+    pub(crate) fn all(state: RangeState) -> Self {
         let mut states = [state; BANDS + 1];
         states[0] = RangeState::Empty; // no band has the number 0
         Self { states, seal: None, ingested: None }
     }
 
     /// Returns the state of a band.
-    pub fn state(&self, band: Band) -> RangeState {
+    pub(crate) fn state(&self, band: Band) -> RangeState {
         self.states.get(usize::from(band.0)).copied().unwrap_or(RangeState::Empty)
     }
 
     /// Sets the state of a range.
-    pub fn set(&mut self, range: BandRange, state: RangeState) {
+    pub(crate) fn set(&mut self, range: BandRange, state: RangeState) {
         for band in range.bands() {
             self.states[usize::from(band.0)] = state;
         }
     }
 
     /// Returns true when every band of the range has the state.
-    pub fn all_are(&self, range: BandRange, state: RangeState) -> bool {
+    pub(crate) fn all_are(&self, range: BandRange, state: RangeState) -> bool {
         range.bands().all(|band| self.state(band) == state)
     }
 
     /// Returns the bands that reads may see, in order.
-    pub fn owned(&self) -> impl Iterator<Item = Band> + '_ {
+    pub(crate) fn owned(&self) -> impl Iterator<Item = Band> + '_ {
         Band::all().filter(|band| self.state(*band) == RangeState::Owned)
     }
 
     /// Returns true while a plan fills the replica and has not recorded its ingest: the data may be thrown away and the
     /// fill begun again.
-    pub fn is_being_filled(&self) -> bool {
+    pub(crate) fn is_being_filled(&self) -> bool {
         self.ingested.is_none() && self.states.contains(&RangeState::Arriving)
     }
 
     /// Returns true when a write to the band must wait for a plan's outcome.
-    pub fn is_sealed(&self, band: Band) -> bool {
+    pub(crate) fn is_sealed(&self, band: Band) -> bool {
         self.seal.is_some_and(|seal| seal.range.contains(band))
     }
 
     /// Returns true when a read of the band must be refused: sealed for longer than `patience` without a known outcome,
     /// or sealed before a restart.
-    pub fn is_stale(&self, band: Band, patience: Duration) -> bool {
+    pub(crate) fn is_stale(&self, band: Band, patience: Duration) -> bool {
         self.seal.is_some_and(|seal| {
             seal.range.contains(band) && seal.since.is_none_or(|since| since_boot().saturating_sub(since) > patience)
         })
     }
 
     /// Returns the range states as a list, for a manifest: runs of equal states.
-    pub fn runs(&self) -> Vec<(BandRange, u8)> {
+    pub(crate) fn runs(&self) -> Vec<(BandRange, u8)> {
         let mut out: Vec<(BandRange, u8)> = Vec::new();
         for band in Band::all() {
             let state = self.state(band) as u8;
@@ -223,7 +223,7 @@ impl Ranges {
     }
 
     /// Encodes the stored value.
-    pub fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = vec![FORMAT];
         out.extend(self.states[1..].iter().map(|state| *state as u8));
         match &self.seal {
@@ -240,7 +240,7 @@ impl Ranges {
     }
 
     /// Decodes the stored value. A decoded seal has no age: its reads stay refused.
-    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let what = "range states";
         let mut reader = Reader::new(bytes, what);
         check_format(&mut reader, "range states format")?;
@@ -271,7 +271,7 @@ impl Ranges {
 }
 
 /// Reads a vector out of stored metadata rows.
-pub fn parse_vector(rows: &[(Vec<u8>, Vec<u8>)]) -> Vector {
+pub(crate) fn parse_vector(rows: &[(Vec<u8>, Vec<u8>)]) -> Vector {
     rows.iter()
         .filter_map(|(key, value)| {
             let MetaKey::Vector(origin) = MetaKey::decode(key).ok()? else { return None };

@@ -1,8 +1,9 @@
 //! Store of a replica: its log and its database, which change together.
 //!
 //! **Invariants**
-//! - append, then sync (where the caller needs it), then apply: the database never holds what the log lacks.
-//! - All metadata of a record are in its batch; they are published once the batch is written.
+//! - append, then sync (where the caller needs it), then apply: no batch is written before its record is in the log.
+//!   Only the SSTs of an ingest come before their record, into a range that is not served yet.
+//! - What a record changes in the metadata is in its batch, and is published once the batch is written.
 //! - A failed append, sync or apply closes the replica to writes; nothing is retried as if it had not happened.
 
 use std::sync::Arc;
@@ -16,7 +17,6 @@ use vasto_core::record::{Body, FeedProgress, OpResult, Record};
 use vasto_core::stored_key::MetaKey;
 
 use super::apply::{Meta, apply_record, put_entry, put_head, put_progress, put_results};
-use super::authority::now_ms;
 use super::command::{OpOutcome, Position, ReplicaError, Role};
 use super::dedup::{self, DedupTable, StoredResult};
 use super::max_event_times::MaxEventTimes;
@@ -24,7 +24,7 @@ use super::metrics;
 use super::shared::Shared;
 use super::write_group::WriteGroup;
 use crate::binlog::Binlog;
-use crate::clock::since_boot;
+use crate::clock::{now_ms, since_boot};
 use crate::engine::Batch;
 
 /// Log and database of a replica, and what is kept in memory of them.
@@ -43,7 +43,7 @@ pub(super) struct Store {
 }
 
 impl Store {
-    pub fn new(shared: Arc<Shared>, log: Binlog, meta: Meta, dedup: DedupTable) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, log: Binlog, meta: Meta, dedup: DedupTable) -> Self {
         shared.results.store(dedup.len(), Ordering::Relaxed);
         Self {
             shared,
@@ -58,17 +58,17 @@ impl Store {
         }
     }
 
-    pub fn now_us(&self) -> u64 {
+    pub(super) fn now_us(&self) -> u64 {
         self.shared.clock.now_us()
     }
 
     /// Returns the commit time of the next record: above every one that was assigned here, and above the gc floor.
-    pub fn commit_time(&self) -> u64 {
+    pub(super) fn commit_time(&self) -> u64 {
         self.now_us().max(self.meta.head.commit_time + 1).max(self.meta.head.floor + 1)
     }
 
     /// Makes everything durable and returns the position of the replica.
-    pub fn position(&mut self) -> Result<Position, ReplicaError> {
+    pub(super) fn position(&mut self) -> Result<Position, ReplicaError> {
         self.shared.check_open()?;
         self.sync_rest()?;
         Ok(Position {
@@ -80,7 +80,7 @@ impl Store {
     }
 
     /// Logs a write group as one record, durably with `must_sync`, and applies it.
-    pub fn log_group(
+    pub(super) fn log_group(
         &mut self,
         group: WriteGroup,
         progress: Vec<FeedProgress>,
@@ -122,12 +122,12 @@ impl Store {
     }
 
     /// Logs a control record durably and applies it.
-    pub fn log_control(&mut self, body: Body) -> Result<Lsn, ReplicaError> {
+    pub(super) fn log_control(&mut self, body: Body) -> Result<Lsn, ReplicaError> {
         self.log_control_at(body, self.commit_time())
     }
 
     /// Does the same with this commit time.
-    pub fn log_control_at(&mut self, body: Body, commit_time: u64) -> Result<Lsn, ReplicaError> {
+    pub(super) fn log_control_at(&mut self, body: Body, commit_time: u64) -> Result<Lsn, ReplicaError> {
         self.shared.check_open()?;
         let own_seq = if body.is_streamed() { OwnSeq(self.meta.head.own_seq.0 + 1) } else { OwnSeq(0) };
         let mut record = self.record(body, own_seq, commit_time);
@@ -162,7 +162,7 @@ impl Store {
     }
 
     /// Appends a record to the log.
-    pub fn append(&mut self, record: &Record) -> Result<(), ReplicaError> {
+    pub(super) fn append(&mut self, record: &Record) -> Result<(), ReplicaError> {
         self.encoded.clear();
         record.encode_into(&mut self.encoded);
         if record.origin == self.meta.identity.origin() && record.own_seq.0 > 0 {
@@ -179,7 +179,7 @@ impl Store {
     }
 
     /// Makes the log durable.
-    pub fn sync(&mut self) -> Result<(), ReplicaError> {
+    pub(super) fn sync(&mut self) -> Result<(), ReplicaError> {
         let started = Instant::now();
         let _waits = self.wait_for_disk();
         self.log.sync().map_err(|error| {
@@ -191,24 +191,24 @@ impl Store {
         Ok(())
     }
 
-    pub fn is_synced(&self) -> bool {
+    pub(super) fn is_synced(&self) -> bool {
         self.unsynced_since.is_none()
     }
 
     /// Makes durable what is not yet.
-    pub fn sync_rest(&mut self) -> Result<(), ReplicaError> {
+    pub(super) fn sync_rest(&mut self) -> Result<(), ReplicaError> {
         if self.is_synced() { Ok(()) } else { self.sync() }
     }
 
     /// Makes durable what has waited for long enough. A failure closes the replica.
-    pub fn sync_overdue(&mut self) {
+    pub(super) fn sync_overdue(&mut self) {
         if self.unsynced_since.is_some_and(|since| since.elapsed() >= OS_SYNC_INTERVAL) {
             let _ = self.sync();
         }
     }
 
     /// Writes the batch of a logged record to the database, and publishes the metadata.
-    pub fn write_batch(&mut self, batch: Batch) -> Result<(), ReplicaError> {
+    pub(super) fn write_batch(&mut self, batch: Batch) -> Result<(), ReplicaError> {
         if let Some(why) = self.shared.engine.failure() {
             return Err(self.close(format!("the database could not write to its disk: {why}")));
         }
@@ -220,12 +220,12 @@ impl Store {
     }
 
     /// Publishes the metadata and the role.
-    pub fn publish(&mut self) {
+    pub(super) fn publish(&mut self) {
         self.shared.publish(&mut self.meta, self.role);
     }
 
     /// Closes the replica to writes for good (until it is opened again).
-    pub fn close(&self, reason: String) -> ReplicaError {
+    pub(super) fn close(&self, reason: String) -> ReplicaError {
         self.shared.close(reason.clone());
         ReplicaError::Closed(reason)
     }

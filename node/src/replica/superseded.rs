@@ -35,13 +35,13 @@ struct Inner {
 
 /// The last superseded records of a replica.
 #[derive(Default)]
-pub struct SupersededRecords {
+pub(super) struct SupersededRecords {
     inner: Mutex<Inner>,
 }
 
 impl SupersededRecords {
     /// Notes that an entry of this record lost here.
-    pub fn note(&self, origin: Origin, own_seq: OwnSeq) {
+    pub(super) fn note(&self, origin: Origin, own_seq: OwnSeq) {
         let mut inner = self.inner.lock();
         let now = Instant::now();
         while inner.kept.front().is_some_and(|loss| now - loss.at > KEPT) || inner.kept.len() >= KEPT_MAX {
@@ -52,8 +52,8 @@ impl SupersededRecords {
         inner.kept.push_back(SupersededRecord { number, at: now, origin, own_seq });
     }
 
-    /// Returns the superseded records of a replica that were noted behind the number `after`, and the last number.
-    pub fn of(&self, replica: ReplicaId, after: u64) -> (Vec<(Origin, OwnSeq)>, u64) {
+    /// Returns the superseded records of a replica that were noted after the number `after`, and the last number.
+    pub(super) fn of(&self, replica: ReplicaId, after: u64) -> (Vec<(Origin, OwnSeq)>, u64) {
         let inner = self.inner.lock();
         if inner.last == after {
             return (Vec::new(), after);
@@ -70,7 +70,7 @@ mod tests {
     use vasto_core::ids::Incarnation;
 
     #[test]
-    fn each_replica_is_told_of_its_own_and_again_over_a_new_stream() {
+    fn each_replica_gets_its_own_records_and_gets_them_again_over_a_new_stream() {
         let superseded = SupersededRecords::default();
         let origin = |replica| Origin { replica: ReplicaId(replica), incarnation: Incarnation(1) };
         superseded.note(origin(1), OwnSeq(5));

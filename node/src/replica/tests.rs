@@ -23,6 +23,6 @@ mod seals;
 mod service;
 mod shipping;
 mod size;
-pub mod support;
+pub(crate) mod support;
 mod ties;
 mod writes;

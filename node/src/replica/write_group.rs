@@ -29,26 +29,26 @@ pub(super) struct WriteGroup {
 }
 
 impl WriteGroup {
-    pub fn get(&self, stored_key: &[u8]) -> Option<&[u8]> {
+    pub(super) fn get(&self, stored_key: &[u8]) -> Option<&[u8]> {
         self.index.get(stored_key).map(|at| self.entries[*at].entry.as_slice())
     }
 
     /// Returns true when the group has nothing to log.
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.entries.is_empty() && self.results.is_empty()
     }
 
     /// Returns true when the group takes no further request. Until then it has room for the largest.
-    pub fn is_full(&self) -> bool {
+    pub(super) fn is_full(&self) -> bool {
         self.bytes >= GROUP_BYTES_MAX || self.ops >= GROUP_OPS_MAX
     }
 
     /// Returns the bytes of keys and values: entry headers do not count, as in the check of requests.
-    pub fn payload_bytes(&self) -> usize {
+    pub(super) fn payload_bytes(&self) -> usize {
         self.bytes.saturating_sub(self.entries.len() * ENTRY_HEADER_BYTES_MAX)
     }
 
-    pub fn set(&mut self, stored_key: Vec<u8>, user_key: &[u8], entry: Vec<u8>) {
+    pub(super) fn set(&mut self, stored_key: Vec<u8>, user_key: &[u8], entry: Vec<u8>) {
         self.bytes += entry.len();
         match self.index.entry(stored_key) {
             MapEntry::Occupied(at) => {
@@ -65,7 +65,7 @@ impl WriteGroup {
     }
 
     /// Sets the entries of another group.
-    pub fn set_all(&mut self, other: WriteGroup) {
+    pub(super) fn set_all(&mut self, other: WriteGroup) {
         for (stored_key, staged) in other.stored_keys.into_iter().zip(other.entries) {
             self.set(stored_key, &staged.key, staged.entry);
         }

@@ -2,7 +2,7 @@
 //!
 //! **Invariants**
 //! - Commands are executed in the order of the queue. Those of clients and of other shards' logs that wait together are
-//!   one group; any other command ends the group and is executed alone behind it.
+//!   one group; any other command ends the group and is executed alone after it.
 //! - What was acknowledged as `os` is synced soon: a writer becomes idle only once nothing waits and all is synced.
 
 use std::sync::Arc;
@@ -57,7 +57,7 @@ impl Writer {
         None
     }
 
-    /// Executes one command and those queued behind it; returns true when the writer has ended.
+    /// Executes one command and those queued after it; returns true when the writer has ended.
     pub(super) fn take(&mut self, first: Command) -> bool {
         let mut group = CommandGroup::default();
         let mut alone = None;
@@ -80,7 +80,7 @@ impl Writer {
                 let result = self.committer.store.take_records(command.source, command.records, command.covered);
                 let _ = command.done.send(result);
             }
-            Some(Command::Look(done)) => {
+            Some(Command::Position(done)) => {
                 let _ = done.send(self.committer.store.position());
             }
             Some(Command::Write(_) | Command::Apply(_)) | None => {}

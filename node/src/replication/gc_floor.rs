@@ -33,13 +33,13 @@ use crate::replica::command::{Control, Role};
 /// Time after which a round fails when a replica still lags; the next round starts anew.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Interval between two polls of the replicas' vectors.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL: Duration = Duration::from_millis(50);
 /// Shortest and longest interval between rounds.
 const INTERVALS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(3_600));
 
 /// Returns the interval between the rounds of a keyspace: 1/24 of the grace (an hour for a grace of a day), so that
 /// waiting for the next round adds little to the grace.
-pub fn interval(grace_ms: u64) -> Duration {
+pub(crate) fn interval(grace_ms: u64) -> Duration {
     Duration::from_millis(grace_ms / 24).clamp(INTERVALS.0, INTERVALS.1)
 }
 
@@ -52,7 +52,7 @@ pub(super) struct FloorRound {
 
 impl FloorRound {
     /// Returns the floor that a round would propose, microseconds; `None` when no round is due at this replica.
-    pub fn candidate(&self, catalog: &Catalog) -> Option<u64> {
+    pub(super) fn candidate(&self, catalog: &Catalog) -> Option<u64> {
         let replica = &self.replica;
         let due = replica.is_ready()
             && replica.closed().is_none()
@@ -66,10 +66,10 @@ impl FloorRound {
     }
 
     /// Runs one round. A round that fails leaves the floor as it is.
-    pub async fn agree(&self, catalog: &Catalog, floor: u64) -> Result<(), Status> {
+    pub(super) async fn agree(&self, catalog: &Catalog, floor: u64) -> Result<(), Status> {
         let members = catalog.shard(self.replica.shard).map(|shard| shard.replicas.clone()).unwrap_or_default();
         let until = Instant::now() + PATIENCE;
-        let promised = try_join_all(members.iter().map(|one| self.promise(*one, floor))).await?;
+        let promised = try_join_all(members.iter().map(|member| self.promise(*member, floor))).await?;
         let held = self.until_all_hold(&members, &joined(&promised), until).await?;
         self.until_all_hold(&members, &joined(&held), until).await?;
         // The conditions of [`Self::candidate`] must still hold, under the same epoch.
@@ -118,21 +118,21 @@ impl FloorRound {
     /// Polls until every member's vector covers `needed`; returns the vectors of that poll.
     async fn until_all_hold(&self, members: &[Placed], needed: &Vector, until: Instant) -> Result<Vec<Vector>, Status> {
         loop {
-            let held = try_join_all(members.iter().map(|one| self.position(*one))).await?;
+            let held = try_join_all(members.iter().map(|member| self.position(*member))).await?;
             if held.iter().all(|held| covers(held, needed)) {
                 return Ok(held);
             }
             if Instant::now() > until {
                 return Err(Status::deadline_exceeded("a replica lags behind"));
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL).await;
         }
     }
 }
 
 /// Returns the pointwise maximum of the vectors.
 fn joined(vectors: &[Vector]) -> Vector {
-    vectors.iter().fold(Vector::new(), |all, one| join(&all, one))
+    vectors.iter().fold(Vector::new(), |all, vector| join(&all, vector))
 }
 
 #[cfg(test)]

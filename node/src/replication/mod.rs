@@ -1,13 +1,13 @@
 //! Replication between the replicas of a shard: every replica pulls every record that it lacks.
 
-pub mod gc_floor;
-pub mod peers;
+pub(crate) mod gc_floor;
+pub(crate) mod peers;
 mod position;
 mod pull;
 mod pull_state;
 mod puller;
 mod pullers;
-pub mod replicator;
+pub(crate) mod replicator;
 mod service;
 
-pub use service::ReplicationService;
+pub(crate) use service::ReplicationService;

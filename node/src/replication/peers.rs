@@ -23,11 +23,11 @@ use crate::registry::NodeRegistry;
 const WINDOWS: (u32, u32) = (4 << 20, 16 << 20);
 
 /// Pause before a peer that did not answer is asked again.
-const ASK_AGAIN: Duration = Duration::from_millis(100);
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
 
 /// The connections of a node to its peers, by address.
 #[derive(Default)]
-pub struct Peers {
+pub(crate) struct Peers {
     channels: Mutex<HashMap<String, (Channel, u64)>>,
 }
 
@@ -39,7 +39,7 @@ impl Peers {
     /// Returns a client of the node's replication service; the first call connects.
     // A gRPC status is large, and this is not a hot path.
     #[allow(clippy::result_large_err)]
-    pub fn client(&self, registry: &NodeRegistry, node: NodeId) -> Result<ReplicationClient<Channel>, Status> {
+    pub(crate) fn client(&self, registry: &NodeRegistry, node: NodeId) -> Result<ReplicationClient<Channel>, Status> {
         let address =
             registry.address(node).ok_or_else(|| unreachable(format!("where node {node} listens is not known")))?;
         let mut channels = self.channels.lock();
@@ -59,7 +59,7 @@ impl Peers {
                     .tcp_nodelay(true);
                 let channel = endpoint.connect_lazy();
                 // Connections to addresses that no node has any more are dropped.
-                channels.retain(|known, _| registry.is_address(known));
+                channels.retain(|cached, _| registry.is_address(cached));
                 channels.insert(address, (channel.clone(), links));
                 channel
             }
@@ -70,7 +70,7 @@ impl Peers {
     }
 
     /// Returns the position of a replica of another node; waits there as long as the request allows.
-    pub async fn position(
+    pub(crate) async fn position(
         &self,
         registry: &NodeRegistry,
         node: NodeId,
@@ -82,7 +82,7 @@ impl Peers {
     }
 
     /// Asks a replica of another node to promise a commit-time fence.
-    pub async fn promise(
+    pub(crate) async fn promise(
         &self,
         registry: &NodeRegistry,
         node: NodeId,
@@ -94,7 +94,7 @@ impl Peers {
 
     /// Returns the position that a peer has once it has applied `min_version` and, unless that is 0, sealed under
     /// `sealed`; asks again until then. `None` when `patience` is over.
-    pub async fn position_under(
+    pub(crate) async fn position_under(
         &self,
         registry: &NodeRegistry,
         keyspace: KeyspaceId,
@@ -120,7 +120,7 @@ impl Peers {
                 {
                     return Some(reply);
                 }
-                Ok(_) => tokio::time::sleep(ASK_AGAIN.min(left)).await,
+                Ok(_) => tokio::time::sleep(RETRY_PAUSE.min(left)).await,
                 Err(_) => return None,
             }
         }
@@ -150,7 +150,7 @@ mod tests {
     use crate::clock::SystemClock;
 
     #[tokio::test]
-    async fn addresses_that_nobody_has_any_more_are_forgotten() {
+    async fn connections_to_addresses_without_a_node_are_dropped() {
         let registry = NodeRegistry::new(NodeId(1), Arc::new(SystemClock::default()), 1);
         let peers = Peers::default();
         for port in 1..5 {

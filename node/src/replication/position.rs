@@ -27,7 +27,7 @@ fn find(registry: &NodeRegistry, keyspace: u64, replica: u64) -> Result<Replica,
 }
 
 /// Answers `Position`: waits for the version and the seal that the caller asks for.
-pub async fn serve(registry: &NodeRegistry, request: v1::PositionRequest) -> Result<v1::PositionReply, Status> {
+pub(super) async fn serve(registry: &NodeRegistry, request: v1::PositionRequest) -> Result<v1::PositionReply, Status> {
     let replica = find(registry, request.keyspace_id, request.replica_id)?;
     let mut changes = replica.changes();
     let deadline = tokio::time::Instant::now() + Duration::from_millis(request.wait_ms.into()).min(WAIT_MAX);
@@ -44,7 +44,7 @@ pub async fn serve(registry: &NodeRegistry, request: v1::PositionRequest) -> Res
 }
 
 /// Answers `Promise`.
-pub async fn promise(registry: &NodeRegistry, request: v1::PromiseRequest) -> Result<v1::PositionReply, Status> {
+pub(super) async fn promise(registry: &NodeRegistry, request: v1::PromiseRequest) -> Result<v1::PositionReply, Status> {
     let replica = find(registry, request.keyspace_id, request.replica_id)?;
     let order = Control::FenceCommitTime { commit_time: request.commit_time };
     replica.control(order).await.map_err(|error| status_of(&error.into()))?;

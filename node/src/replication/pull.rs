@@ -36,7 +36,7 @@ const THIRD_PARTY_PATIENCE: Duration = Duration::from_millis(50);
 const QUIET_FRAME: Duration = Duration::from_millis(10);
 
 /// Position that the follower has reported.
-struct Known {
+struct FollowerPosition {
     vector: Mutex<Vector>,
     changed: Notify,
     follower: ReplicaId,
@@ -44,7 +44,7 @@ struct Known {
     incarnation: Incarnation,
 }
 
-impl Known {
+impl FollowerPosition {
     fn lacks(&self, peek: Peek) -> bool {
         let own = peek.origin.replica == self.follower && peek.origin.incarnation >= self.incarnation;
         peek.own_seq.0 > 0 && !own && self.vector.lock().get(&peek.origin).is_none_or(|have| *have < peek.own_seq)
@@ -52,7 +52,7 @@ impl Known {
 }
 
 /// Begins to serve a follower.
-pub async fn serve(
+pub(super) async fn serve(
     registry: &NodeRegistry,
     mut messages: Streaming<v1::PullMessage>,
 ) -> Result<ReceiverStream<Result<v1::PullFrame, Status>>, Status> {
@@ -67,8 +67,8 @@ pub async fn serve(
     })?;
     let follower = ReplicaId(start.follower_id);
     let vector = vector_from_wire(&start.vector);
-    let incarnation = vector.keys().filter(|one| one.replica == follower).map(|one| one.incarnation).max();
-    let known = Arc::new(Known {
+    let incarnation = vector.keys().filter(|origin| origin.replica == follower).map(|origin| origin.incarnation).max();
+    let reported = Arc::new(FollowerPosition {
         vector: Mutex::new(vector),
         changed: Notify::new(),
         follower,
@@ -76,11 +76,11 @@ pub async fn serve(
     });
     let (frames, receiver) = channel(FRAMES_AHEAD);
     tokio::spawn({
-        let (replica, known, frames) = (replica.clone(), known.clone(), frames.clone());
+        let (replica, reported, frames) = (replica.clone(), reported.clone(), frames.clone());
         // Ends with the follower's half of the stream.
         async move {
             tokio::select! {
-                () = handle(&replica, &known, messages) => {}
+                () = handle(&replica, &reported, messages) => {}
                 () = frames.closed() => {}
             }
         }
@@ -88,7 +88,7 @@ pub async fn serve(
     let begun = Lsn(start.after_lsn);
     // Ends when the follower is gone: sending fails then, also while the log is idle.
     tokio::spawn(async move {
-        if let Err(status) = stream(replica, begun, &known, &frames).await {
+        if let Err(status) = stream(replica, begun, &reported, &frames).await {
             let _ = frames.send(Err(status)).await;
         }
     });
@@ -96,31 +96,33 @@ pub async fn serve(
 }
 
 /// Records the progress that the follower reports.
-async fn handle(replica: &Replica, known: &Known, mut messages: Streaming<v1::PullMessage>) {
+async fn handle(replica: &Replica, reported: &FollowerPosition, mut messages: Streaming<v1::PullMessage>) {
     while let Ok(Some(message)) = messages.message().await {
         let Some(Message::Progress(progress)) = message.message else { continue };
         let own = Origin { replica: replica.id, incarnation: replica.incarnation() };
         let own_seq = {
-            let mut vector = known.vector.lock();
+            let mut vector = reported.vector.lock();
             for (origin, own_seq) in vector_from_wire(&progress.vector) {
                 let have = vector.entry(origin).or_default();
                 *have = (*have).max(own_seq);
             }
             vector.get(&own).copied().unwrap_or(OwnSeq(0))
         };
-        known.changed.notify_waiters();
-        let lost =
-            progress.lost.iter().filter(|one| (one.replica_id, one.incarnation) == (own.replica.0, own.incarnation.0));
-        replica.followers().lost(lost.map(|one| OwnSeq(one.own_seq)));
+        reported.changed.notify_waiters();
+        let lost = progress
+            .lost
+            .iter()
+            .filter(|lost| (lost.replica_id, lost.incarnation) == (own.replica.0, own.incarnation.0));
+        replica.followers().lost(lost.map(|lost| OwnSeq(lost.own_seq)));
         replica.follower_at(Epoch(progress.epoch));
-        replica.followers().progress(known.follower, Lsn(progress.covered_lsn), own_seq, Epoch(progress.epoch));
+        replica.followers().progress(reported.follower, Lsn(progress.covered_lsn), own_seq, Epoch(progress.epoch));
     }
 }
 
 async fn stream(
     replica: Replica,
     begun: Lsn,
-    known: &Known,
+    reported: &FollowerPosition,
     frames: &Sender<Result<v1::PullFrame, Status>>,
 ) -> Result<(), Status> {
     let position = replica.position().await.map_err(|error| status_of(&error.into()))?;
@@ -156,7 +158,7 @@ async fn stream(
             continue;
         };
         let covered = *covered;
-        let records = lacking(batch, replica.id, known).await;
+        let records = lacking(batch, replica.id, reported).await;
         let quiet = records.is_empty();
         let frame = v1::PullFrame {
             records,
@@ -181,19 +183,19 @@ fn read(reader: &mut LogReader) -> Result<Vec<(Lsn, Vec<u8>)>, Status> {
 }
 
 /// Returns the records of a batch that the follower lacks.
-async fn lacking(batch: Vec<(Lsn, Vec<u8>)>, source: ReplicaId, known: &Known) -> Vec<bytes::Bytes> {
+async fn lacking(batch: Vec<(Lsn, Vec<u8>)>, source: ReplicaId, reported: &FollowerPosition) -> Vec<bytes::Bytes> {
     let mut records: Vec<(Peek, Vec<u8>)> = batch
         .into_iter()
         .filter_map(|(_, bytes)| Some((peek(&bytes)?, bytes)))
-        .filter(|(peek, _)| known.lacks(*peek))
+        .filter(|(peek, _)| reported.lacks(*peek))
         .collect();
     let deadline = tokio::time::Instant::now() + THIRD_PARTY_PATIENCE;
     loop {
-        let changed = known.changed.notified();
+        let changed = reported.changed.notified();
         tokio::pin!(changed);
         // From here on no progress report is missed.
         changed.as_mut().enable();
-        records.retain(|(peek, _)| known.lacks(*peek));
+        records.retain(|(peek, _)| reported.lacks(*peek));
         let third_party = records.iter().any(|(peek, _)| peek.origin.replica != source);
         if !third_party || tokio::time::timeout_at(deadline, changed).await.is_err() {
             break;

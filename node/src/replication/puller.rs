@@ -27,7 +27,7 @@ use crate::replica::{OLD_COPY, Replica};
 /// Pause between two attempts to reach a peer.
 const RETRY: Duration = Duration::from_millis(100);
 /// Interval at which records from other sources are reported to each source.
-const TELL: Duration = Duration::from_millis(20);
+const REPORT_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The task that pulls from one source.
 pub(super) struct Puller {
@@ -38,7 +38,7 @@ pub(super) struct Puller {
     pub state: Arc<PullState>,
 }
 
-/// What the source was last told of this replica.
+/// Position of this replica that was last reported to the source.
 struct Reported {
     vector: Vector,
     /// Number of the last superseded record of the source that was reported.
@@ -78,7 +78,7 @@ fn covered(unproven: &Option<(Lsn, Vector)>, cursor: Lsn) -> Lsn {
 
 impl Puller {
     /// Pulls until the task is cancelled.
-    pub async fn run(self) {
+    pub(super) async fn run(self) {
         // A rescan begins at the start of the peer's log instead of at the cursor: the vector skips records that are
         // here already.
         let mut rescan = false;
@@ -156,7 +156,7 @@ impl Puller {
         cursor = Lsn(hello.from_lsn);
         self.state.lag_lsns.store(hello.head_lsn.saturating_sub(cursor.0), Ordering::Release);
         let mut unproven = Some((head, needed));
-        let mut tick = tokio::time::interval(TELL);
+        let mut tick = tokio::time::interval(REPORT_INTERVAL);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut has_news = true;
         loop {

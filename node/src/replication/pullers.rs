@@ -61,15 +61,15 @@ pub(super) struct Lag {
 
 impl Pullers {
     /// Creates the state without pulls; all pulls end with `cancel`.
-    pub fn new(registry: Arc<NodeRegistry>, peers: Arc<Peers>, replica: Replica, cancel: CancellationToken) -> Self {
+    pub(super) fn new(registry: Arc<NodeRegistry>, peers: Arc<Peers>, replica: Replica, cancel: CancellationToken) -> Self {
         Self { registry, peers, replica, cancel, pulls: Mutex::default() }
     }
 
     /// Pulls from exactly these sources.
-    pub fn follow(&self, sources: &[Placed]) {
+    pub(super) fn follow(&self, sources: &[Placed]) {
         let mut pulls = self.pulls.lock();
         pulls.retain(|id, pull| {
-            let keep = sources.iter().any(|one| one.replica == *id && one.node == pull.node);
+            let keep = sources.iter().any(|source| source.replica == *id && source.node == pull.node);
             if !keep {
                 pull.cancel.cancel();
             }
@@ -97,7 +97,7 @@ impl Pullers {
 
     /// Returns the largest lag behind a peer; records are counted for connected peers only, because the positions of
     /// the others are unknown.
-    pub fn lag(&self) -> Lag {
+    pub(super) fn lag(&self) -> Lag {
         let pulls = self.pulls.lock();
         let connected = pulls.values().filter(|pull| pull.state.connected.load(Ordering::Acquire));
         Lag {
@@ -107,19 +107,19 @@ impl Pullers {
     }
 
     /// Returns the lag behind one peer, in records; `None` while that is unknown.
-    pub fn lag_behind(&self, peer: ReplicaId) -> Option<u64> {
+    pub(super) fn lag_behind(&self, peer: ReplicaId) -> Option<u64> {
         let pulls = self.pulls.lock();
         let pull = pulls.get(&peer).filter(|pull| pull.state.connected.load(Ordering::Acquire))?;
         Some(pull.state.lag_lsns.load(Ordering::Acquire))
     }
 
     /// Returns true while a stream from the peer is open.
-    pub fn is_connected(&self, peer: ReplicaId) -> bool {
+    pub(super) fn is_connected(&self, peer: ReplicaId) -> bool {
         self.pulls.lock().get(&peer).is_some_and(|pull| pull.state.connected.load(Ordering::Acquire))
     }
 
     /// Records the progress of each pull in the metrics.
-    pub fn measure(&self) {
+    pub(super) fn measure(&self) {
         let (keyspace, replica) = (self.replica.keyspace.0 as i64, self.replica.id.0 as i64);
         for (peer, pull) in &*self.pulls.lock() {
             let labels = [
@@ -133,7 +133,7 @@ impl Pullers {
     }
 
     /// Returns true when a peer's log cannot bring this replica up to date, and no connected peer's log can.
-    pub fn is_too_old(&self) -> bool {
+    pub(super) fn is_too_old(&self) -> bool {
         let pulls = self.pulls.lock();
         let too_old = |pull: &Pull| pull.state.too_old.load(Ordering::Acquire);
         pulls.values().any(too_old)

@@ -30,7 +30,7 @@ use crate::replica::command::{ReplicaError, Role};
 use crate::replica::{OLD_COPY, Replica};
 
 /// Interval between two checks for records or versions that a peer or the pulls bring.
-const LOOK: Duration = Duration::from_millis(2);
+const POLL: Duration = Duration::from_millis(2);
 
 /// Longest wait of a stopping replica for another one to hold its log.
 const HAND_ON_PATIENCE: Duration = Duration::from_secs(1);
@@ -39,7 +39,7 @@ const HAND_ON_PATIENCE: Duration = Duration::from_secs(1);
 const ACTING_STEP_MS: u64 = 100;
 
 /// The replication of one hosted replica.
-pub struct Replicator {
+pub(crate) struct Replicator {
     registry: Arc<NodeRegistry>,
     peers: Arc<Peers>,
     replica: Replica,
@@ -64,7 +64,7 @@ struct ReplicatorState {
 
 impl Replicator {
     /// Creates the replicator of a replica that was just opened; its tasks end with `cancel`.
-    pub fn new(
+    pub(crate) fn new(
         registry: Arc<NodeRegistry>,
         peers: Arc<Peers>,
         replica: Replica,
@@ -77,11 +77,11 @@ impl Replicator {
     /// Returns the other replicas of the shard under this version.
     fn others(&self, catalog: &Catalog) -> Vec<Placed> {
         let placed = catalog.shard(self.replica.shard).into_iter().flat_map(|shard| shard.replicas.iter().copied());
-        placed.filter(|one| one.replica != self.replica.id).collect()
+        placed.filter(|member| member.replica != self.replica.id).collect()
     }
 
     /// Returns the role of the replica in its shard under this version.
-    pub fn role(&self, catalog: &Catalog) -> Role {
+    pub(crate) fn role(&self, catalog: &Catalog) -> Role {
         let Some(shard) = catalog.shard(self.replica.shard).filter(|_| catalog.is_placed(self.replica.id)) else {
             return Role::Detached;
         };
@@ -95,10 +95,10 @@ impl Replicator {
     }
 
     /// Aligns pulls and followers with a version.
-    pub fn follow(&self, catalog: &Catalog) {
+    pub(crate) fn follow(&self, catalog: &Catalog) {
         let (shard, id) = (self.replica.shard, self.replica.id);
         self.pullers.follow(&catalog.sources_of(shard, id));
-        let placed = self.others(catalog).into_iter().map(|one| one.replica);
+        let placed = self.others(catalog).into_iter().map(|member| member.replica);
         self.replica.followers().expect(catalog.followers_of(shard, id), placed);
         if catalog.is_placed(id) {
             self.state.lock().last_lsn = None;
@@ -106,7 +106,7 @@ impl Replicator {
     }
 
     /// Begins the catch-up: a replica with peers serves nothing until it has caught up.
-    pub fn begin_to_catch_up(self: &Arc<Self>, catalog: &Catalog) {
+    pub(crate) fn begin_to_catch_up(self: &Arc<Self>, catalog: &Catalog) {
         let others = self.others(catalog);
         let turn = {
             let mut state = self.state.lock();
@@ -134,18 +134,19 @@ impl Replicator {
 
     async fn catch_up(&self, others: Vec<Placed>) {
         let began = Instant::now();
-        let asked =
-            join_all(others.iter().map(|one| self.ask(*one, CatalogVersion(0), CatalogVersion(0), CATCH_UP_PATIENCE)));
+        let asked = join_all(
+            others.iter().map(|peer| self.ask(*peer, CatalogVersion(0), CatalogVersion(0), CATCH_UP_PATIENCE)),
+        );
         let replies = asked.await;
         let mut needed: Vec<(ReplicaId, Vector)> = Vec::new();
         let mut version = 0;
-        for (one, reply) in others.iter().zip(replies) {
+        for (peer, reply) in others.iter().zip(replies) {
             let Some(reply) = reply else {
                 tracing::info!(
                     keyspace = self.replica.keyspace.0,
                     shard = self.replica.shard.0,
-                    peer = one.replica.0,
-                    node = %one.node,
+                    peer = peer.replica.0,
+                    node = %peer.node,
                     "a peer does not answer; this replica serves without knowing what it holds"
                 );
                 continue;
@@ -157,7 +158,7 @@ impl Replicator {
                 return std::future::pending().await;
             }
             version = version.max(reply.version);
-            needed.push((one.replica, vector));
+            needed.push((peer.replica, vector));
         }
         // A primary that was replaced while it was away must learn of that first.
         self.replica.primary_from(CatalogVersion(version));
@@ -177,7 +178,7 @@ impl Replicator {
             if !missing {
                 break;
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL).await;
         }
         if needed.iter().any(|(_, vector)| !self.replica.covers(vector)) {
             tracing::info!(
@@ -190,7 +191,7 @@ impl Replicator {
         // `primary_from` keeps this replica from acting in its former role.
         let versions = Instant::now();
         while self.replica.version().0 < version && versions.elapsed() < CATCH_UP_PATIENCE {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL).await;
         }
         tracing::info!(
             keyspace = self.replica.keyspace.0,
@@ -219,13 +220,13 @@ impl Replicator {
             if began.elapsed() > patience {
                 return false;
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL).await;
         }
         true
     }
 
     /// Works on a leadership transfer to this replica, if the version names one.
-    pub fn take_over(self: &Arc<Self>, catalog: &Arc<Catalog>) {
+    pub(crate) fn take_over(self: &Arc<Self>, catalog: &Arc<Catalog>) {
         let shard = catalog.shard(self.replica.shard);
         let from =
             shard.filter(|shard| shard.transferring_to == Some(self.replica.id)).and_then(|shard| shard.primary());
@@ -256,10 +257,10 @@ impl Replicator {
 
     /// Waits until every other placed replica has sealed under the version and this one holds all that they named;
     /// returns the end of its log then. `None` when that takes too long.
-    pub async fn sealed_by_all(&self, catalog: &Catalog) -> Option<Lsn> {
+    pub(crate) async fn sealed_by_all(&self, catalog: &Catalog) -> Option<Lsn> {
         let others = self.others(catalog);
         let replies =
-            join_all(others.iter().map(|one| self.ask(*one, catalog.version, catalog.version, SEAL_TIMEOUT))).await;
+            join_all(others.iter().map(|peer| self.ask(*peer, catalog.version, catalog.version, SEAL_TIMEOUT))).await;
         let mut needed = Vector::new();
         for reply in replies {
             needed = join(&needed, &vector_from_wire(&reply?.vector));
@@ -271,7 +272,7 @@ impl Replicator {
     }
 
     /// Notes the end of the log of a replica that left the placement, once it accepts no more writes.
-    pub async fn detach(&self) -> Result<(), ReplicaError> {
+    pub(crate) async fn detach(&self) -> Result<(), ReplicaError> {
         if self.state.lock().last_lsn.is_none() {
             let lsn = self.replica.position().await?.lsn;
             self.state.lock().last_lsn = Some(lsn);
@@ -280,7 +281,7 @@ impl Replicator {
     }
 
     /// Stops the replica in order: it accepts nothing more, and records that it alone has go to another replica first.
-    pub async fn hand_on(&self) {
+    pub(crate) async fn hand_on(&self) {
         if !self.replica.followers().has_peers() {
             return;
         }
@@ -293,12 +294,12 @@ impl Replicator {
         let Ok(position) = self.replica.position().await else { return };
         let began = Instant::now();
         while !self.replica.followers().anybody_covers(position.lsn) && began.elapsed() < HAND_ON_PATIENCE {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL).await;
         }
     }
 
     /// Begins a gc floor round when one is due.
-    pub fn collect(self: &Arc<Self>, catalog: &Arc<Catalog>) {
+    pub(crate) fn collect(self: &Arc<Self>, catalog: &Arc<Catalog>) {
         let round =
             FloorRound { registry: self.registry.clone(), peers: self.peers.clone(), replica: self.replica.clone() };
         {
@@ -328,22 +329,22 @@ impl Replicator {
     }
 
     /// Sets the member that keeps this replica's log at its cap.
-    pub fn set_evict(&self, evict: Option<ReplicaId>) {
+    pub(crate) fn set_evict(&self, evict: Option<ReplicaId>) {
         self.state.lock().evict = evict;
     }
 
     /// Returns the lag behind one peer, in records; `None` while that is unknown.
-    pub fn lag_behind(&self, peer: ReplicaId) -> Option<u64> {
+    pub(crate) fn lag_behind(&self, peer: ReplicaId) -> Option<u64> {
         self.pullers.lag_behind(peer)
     }
 
     /// Records the progress of the pulls in the metrics.
-    pub fn measure(&self) {
+    pub(crate) fn measure(&self) {
         self.pullers.measure();
     }
 
     /// Returns the report for the master.
-    pub fn report(&self) -> ReplicationReport {
+    pub(crate) fn report(&self) -> ReplicationReport {
         let lag = self.pullers.lag();
         let state = self.state.lock();
         let drained_by = state.last_lsn.map(|lsn| self.replica.followers().covered_by(lsn)).unwrap_or_default();

@@ -15,14 +15,14 @@ use crate::registry::NodeRegistry;
 
 /// The service over the node's replicas.
 #[derive(Clone)]
-pub struct ReplicationService {
+pub(crate) struct ReplicationService {
     registry: Arc<NodeRegistry>,
     leases: Option<Leases>,
 }
 
 impl ReplicationService {
     /// Creates the service over the node's replicas; without leases it refuses lease links.
-    pub fn new(registry: Arc<NodeRegistry>, leases: Option<Leases>) -> Self {
+    pub(crate) fn new(registry: Arc<NodeRegistry>, leases: Option<Leases>) -> Self {
         Self { registry, leases }
     }
 }

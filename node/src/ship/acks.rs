@@ -23,9 +23,9 @@ const ACK_FENCED: Duration = Duration::from_millis(50);
 /// are being uploaded again.
 pub(super) async fn cover(context: &ShipContext, shipped: Lsn, is_anew: bool) -> Result<Duration, ShipError> {
     let replica = &context.replica;
-    let waits_for_what_is_there = replica.bucket_acks().first().is_some_and(|first| first <= shipped);
+    let shipped_write_waits = replica.bucket_acks().first().is_some_and(|first| first <= shipped);
     // A chunk is no acknowledgement while the objects that it builds on are being uploaded again.
-    if !waits_for_what_is_there || is_anew {
+    if !shipped_write_waits || is_anew {
         return Ok(ACK_SOON);
     }
     // A replica that left its placement acknowledges no more writes: its archive may have been read already.
@@ -34,12 +34,12 @@ pub(super) async fn cover(context: &ShipContext, shipped: Lsn, is_anew: bool) ->
         return Ok(ACK_SOON);
     }
     let applied = replica.version();
-    let version = |n: u64| layout::catalog_version(replica.keyspace, CatalogVersion(n));
-    let (next, this) = (version(applied.0 + 1), version(applied.0));
-    let (next, found) = tokio::try_join!(context.bucket.head(&next), context.bucket.head(&this))?;
+    let key = |version: u64| layout::catalog_version(replica.keyspace, CatalogVersion(version));
+    let (next_key, applied_key) = (key(applied.0 + 1), key(applied.0));
+    let (next, current) = tokio::try_join!(context.bucket.head(&next_key), context.bucket.head(&applied_key))?;
     // Readers find the data by the catalog.
-    if next.is_none() && found.is_none() {
-        return Err(ShipError::NoCatalog(this));
+    if next.is_none() && current.is_none() {
+        return Err(ShipError::NoCatalog(applied_key));
     }
     let overtaken = next.is_some();
     if overtaken || replica.version() != applied || replica.view().role == Role::Detached {

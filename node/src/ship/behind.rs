@@ -1,4 +1,4 @@
-//! Where a replica that begins to ship continues: behind what the others of its shard have shipped.
+//! Where a replica that begins to ship continues: after what the others of its shard have shipped.
 //!
 //! **Invariants**
 //! - The log before its next chunk is in the bucket: every record by origin and own sequence in the archives of
@@ -63,7 +63,7 @@ struct Held {
     has_base: bool,
     /// Upload time and key of the last object of the replica that shipped last.
     last: Option<(u64, String, ReplicaId)>,
-    /// Chunks behind its checkpoint.
+    /// Chunks after its checkpoint.
     chunks: u64,
 }
 
@@ -85,11 +85,11 @@ pub(super) struct Place {
     pub(super) covered: Lsn,
     /// Key of the last object of the replica that shipped last.
     pub(super) previous: String,
-    /// Chunks behind the manifest of that replica.
+    /// Chunks after the manifest of that replica.
     pub(super) chunks: u64,
 }
 
-/// Reads the archives of the others; returns where to continue behind them, `None` when they are no help.
+/// Reads the archives of the others; returns where to continue after them, `None` when they are no help.
 ///
 /// # Errors
 /// [`BinlogError::TooOld`](crate::binlog::BinlogError::TooOld) when the log is cut meanwhile.
@@ -133,11 +133,11 @@ pub(super) async fn find(context: &ShipContext, own: OwnLog) -> Result<Option<Pl
     Ok(Some(Place { covered: Lsn(next.0 - 1), previous, chunks: held.chunks }))
 }
 
-/// Returns where the records behind `after` are in the log, up to `last`.
+/// Returns where the records after `after` are in the log, up to `last`.
 async fn logged(replica: &Replica, after: Lsn, last: Lsn) -> Result<Logged, ShipError> {
     let log = replica.log().clone();
     blocking(move || {
-        let mut found = Logged::default();
+        let mut records = Logged::default();
         let mut reader = log.reader(after)?;
         while reader.position() < last {
             let batch = reader.next_batch(READ_BYTES)?;
@@ -147,11 +147,11 @@ async fn logged(replica: &Replica, after: Lsn, last: Lsn) -> Result<Logged, Ship
             for (lsn, bytes) in &batch {
                 let record = Record::decode(bytes).map_err(|error| ShipError::Checkpoint(error.to_string()))?;
                 if *lsn <= last {
-                    found.add(&record);
+                    records.add(&record);
                 }
             }
         }
-        Ok::<_, ShipError>(found)
+        Ok::<_, ShipError>(records)
     })
     .await
 }
@@ -187,11 +187,12 @@ async fn held_by_others(
             held.vector = join(&held.vector, &base.manifest.vector);
             held.has_base = true;
         }
-        let behind = archive.chunks.partition_point(|first| *first <= start);
-        let mut met = BTreeSet::new();
-        for first in archive.chunks[behind..].iter().rev() {
+        let after_base = archive.chunks.partition_point(|first| *first <= start);
+        let mut origins_read = BTreeSet::new();
+        for first in archive.chunks[after_base..].iter().rev() {
             let beyond = logged.first_beyond(&held.vector);
-            let is_enough = beyond.is_none_or(|(_, origin)| met.contains(&origin)) && covers(&held.vector, before);
+            let is_enough =
+                beyond.is_none_or(|(_, origin)| origins_read.contains(&origin)) && covers(&held.vector, before);
             if is_enough || left == 0 {
                 break;
             }
@@ -200,7 +201,7 @@ async fn held_by_others(
             left = left.saturating_sub(bytes);
             let vector = chunk.vector();
             held.vector = join(&held.vector, &vector);
-            met.extend(vector.into_keys());
+            origins_read.extend(vector.into_keys());
         }
         let last_chunk = archive.chunks.last().filter(|first| **first > start).map(|first| {
             let key = layout::chunk(owner.keyspace, owner.shard, owner.replica, *first);
@@ -214,7 +215,7 @@ async fn held_by_others(
             && held.last.as_ref().is_none_or(|(latest, ..)| *latest <= at)
         {
             held.last = Some((at, key, id));
-            held.chunks = (archive.chunks.len() - behind) as u64;
+            held.chunks = (archive.chunks.len() - after_base) as u64;
         }
     }
     Ok(held)

@@ -1,8 +1,8 @@
 //! The log as chunks in the bucket: cuts settled records into objects, and owns the position that they have reached.
 //!
 //! **Invariants**
-//! - The position moves only behind a durable object; `ship.json` is written before the position is published.
-//! - A chunk begins exactly behind the object before it, or behind what other replicas have shipped.
+//! - The position moves only after an object is durable; `ship.json` is written before the position is published.
+//! - A chunk begins exactly after the object before it, or after what other replicas have shipped.
 //! - A log that does not reach back to the beginning needs a checkpoint before the first chunk.
 
 use std::sync::Arc;
@@ -70,7 +70,7 @@ pub(super) struct Chunks {
     /// Upper bound of the bytes of the next chunk: halved by failed attempts, doubled by successful ones.
     bytes_max: usize,
     /// The archives of the others were read when this replica began to ship.
-    looked: bool,
+    read_others: bool,
     /// Requests for the log up to an LSN to be in the bucket.
     requests: Vec<(Lsn, Waiter<()>)>,
 }
@@ -84,7 +84,7 @@ impl Chunks {
     ) -> Self {
         let state = ShipState::read(&context.dir);
         let chunks =
-            Self { context, duty, status, state, bytes_max: CHUNK_BYTES_MAX, looked: false, requests: Vec::new() };
+            Self { context, duty, status, state, bytes_max: CHUNK_BYTES_MAX, read_others: false, requests: Vec::new() };
         chunks.publish();
         chunks
     }
@@ -150,41 +150,41 @@ impl Chunks {
 
     /// Makes the next beginning read the archives of the others once more.
     pub(super) fn pause(&mut self) {
-        self.looked = false;
+        self.read_others = false;
     }
 
-    /// Reads the archives of the others, once, when this replica begins to ship, and continues behind them.
-    pub(super) async fn go_on_behind_others(&mut self) -> Result<(), ShipError> {
+    /// Reads the archives of the others, once, when this replica begins to ship, and continues after them.
+    pub(super) async fn continue_after_others(&mut self) -> Result<(), ShipError> {
         let shipped = self.state.shipped_lsn;
         let reaches = self.are_usable() && self.context.replica.log().first_lsn() <= shipped.next();
-        if self.looked || (!self.stands_in() && reaches) {
+        if self.read_others || (!self.stands_in() && reaches) {
             return Ok(());
         }
         let own = match reaches {
             true => OwnLog::Behind(shipped),
             false => OwnLog::Cut { began_full: self.began_full() },
         };
-        let found = match behind::find(&self.context, own).await {
+        let place = match behind::find(&self.context, own).await {
             Err(ShipError::Log(BinlogError::TooOld { .. })) => return Ok(()), // cut meanwhile
-            found => found?,
+            place => place?,
         };
-        if let Some(place) = found {
-            self.state.go_on_behind(place.covered, place.previous, place.chunks);
+        if let Some(place) = place {
+            self.state.continue_after(place.covered, place.previous, place.chunks);
             self.save()?;
         }
-        self.looked = true;
+        self.read_others = true;
         Ok(())
     }
 
     /// Ships all settled records, as far as that is possible before a checkpoint.
     pub(super) async fn ship_all(&mut self, checkpoint: Option<&UnderWay>) -> Result<Progress, ShipError> {
-        self.go_on_behind_others().await?;
+        self.continue_after_others().await?;
         if !self.are_usable() {
             return Ok(Progress::NeedsCheckpoint);
         }
         let settled = self.context.replica.settled_lsn();
         while self.state.shipped_lsn < settled {
-            match self.ship_one(ALL, checkpoint).await {
+            match self.ship_chunk(ALL, checkpoint).await {
                 // The log was truncated here at its cap: a checkpoint supersedes the missing part.
                 Err(ShipError::Log(BinlogError::TooOld { .. })) => return Ok(Progress::NeedsCheckpoint),
                 Ok(false) => break,
@@ -194,9 +194,9 @@ impl Chunks {
         Ok(Progress::Shipped)
     }
 
-    /// Ships the next chunk, with no record behind `limit`; returns false when there is none now.
+    /// Ships the next chunk, with no record after `limit`; returns false when there is none now.
     #[tracing::instrument(name = "ship a chunk", skip_all, fields(keyspace = self.context.replica.keyspace.0, shard = self.context.replica.shard.0))]
-    pub(super) async fn ship_one(&mut self, limit: Lsn, checkpoint: Option<&UnderWay>) -> Result<bool, ShipError> {
+    pub(super) async fn ship_chunk(&mut self, limit: Lsn, checkpoint: Option<&UnderWay>) -> Result<bool, ShipError> {
         let context = self.context.clone();
         let after = self.state.shipped_lsn;
         let settled = context.replica.settled_lsn().min(limit);
@@ -267,13 +267,13 @@ impl Chunks {
         drop(chunk);
         match self.context.bucket.create(key, encoded.clone()).await {
             Ok(Create::Created) => Ok(last),
-            Ok(Create::Exists(found)) => {
+            Ok(Create::Exists(existing)) => {
                 let ours = Chunk::decode(&encoded).map_err(|error| ShipError::InTheWay {
                     key: key.to_owned(),
                     what: format!("what is here: {error}"),
                 })?;
                 let place = |chunk: &Chunk| (chunk.keyspace, chunk.shard, chunk.replica, chunk.first_lsn);
-                Ok(take_existing(key, Chunk::decode(&found), &ours, place, begin_alike)?.last_lsn)
+                Ok(take_existing(key, Chunk::decode(&existing), &ours, place, begin_alike)?.last_lsn)
             }
             Err(error) => {
                 // An upload that takes too long as a whole may succeed in parts.

@@ -12,22 +12,22 @@ use super::error::ShipError;
 /// Returns the existing object when it agrees with `ours`.
 pub(super) fn take_existing<T, P: PartialEq>(
     key: &str,
-    found: Result<T, impl Display>,
+    existing: Result<T, impl Display>,
     ours: &T,
     place: impl Fn(&T) -> P,
     agrees: impl Fn(&T, &T) -> bool,
 ) -> Result<T, ShipError> {
     // An unreadable object, or one that belongs elsewhere, is no history of this replica at all.
     let in_the_way = |what: String| ShipError::InTheWay { key: key.to_owned(), what };
-    let found = found.map_err(|error| in_the_way(error.to_string()))?;
-    if place(&found) != place(ours) {
+    let existing = existing.map_err(|error| in_the_way(error.to_string()))?;
+    if place(&existing) != place(ours) {
         return Err(in_the_way("it belongs elsewhere".to_owned()));
     }
     // Another history of this replica must not stand for this one.
-    if !agrees(&found, ours) {
+    if !agrees(&existing, ours) {
         return Err(ShipError::Foreign(key.to_owned()));
     }
-    Ok(found)
+    Ok(existing)
 }
 
 #[cfg(test)]
@@ -36,8 +36,8 @@ mod tests {
 
     #[test]
     fn an_existing_object_stands_for_the_new_one_only_when_it_agrees_with_it() {
-        let take = |found: Result<(u8, u8), &str>| {
-            take_existing("a key", found, &(1, 2), |object| object.0, |found, ours| found.1 >= ours.1)
+        let take = |existing: Result<(u8, u8), &str>| {
+            take_existing("a key", existing, &(1, 2), |object| object.0, |existing, ours| existing.1 >= ours.1)
         };
         assert!(matches!(take(Ok((1, 3))), Ok((1, 3))));
         assert!(matches!(take(Ok((1, 1))), Err(ShipError::Foreign(key)) if key == "a key"));

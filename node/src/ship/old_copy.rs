@@ -25,13 +25,13 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Returns the error of a replica whose archive reaches further than its directory.
 pub(crate) fn reason(held: Lsn, end: Lsn) -> String {
-    let here = match end {
+    let local_end = match end {
         Lsn(0) => "there is nothing of it here".to_owned(),
         end => format!("its log ends at record {end} here"),
     };
     format!(
-        "{OLD_COPY}: the bucket holds this replica up to record {held}, and {here}; stop the node and put its newer \
-         data directory back, or have another node take over what the bucket holds with `vasto node replace`"
+        "{OLD_COPY}: the bucket holds this replica up to record {held}, and {local_end}; stop the node and put its \
+         newer data directory back, or have another node take over what the bucket holds with `vasto node replace`"
     )
 }
 
@@ -65,7 +65,7 @@ pub(crate) fn end_of(dir: &Path, end: Lsn) -> Result<Lsn, DirError> {
 /// record of what it has shipped. `None` also when the bucket does not answer in time.
 pub(crate) async fn held_beyond(bucket: &Bucket, owner: Owner, shipped: Lsn, end: Lsn) -> Option<Lsn> {
     let bucket = bucket.with_retry(RetryBudget::probe());
-    match tokio::time::timeout(PATIENCE, look(&bucket, owner, shipped, end)).await {
+    match tokio::time::timeout(PATIENCE, archive_end_beyond(&bucket, owner, shipped, end)).await {
         Ok(Ok(held)) => held,
         Ok(Err(error)) => {
             tracing::info!(%error, keyspace = owner.keyspace.0, shard = owner.shard.0, "the bucket does not say what it holds of a replica; it serves");
@@ -82,7 +82,7 @@ pub(crate) async fn held_beyond(bucket: &Bucket, owner: Owner, shipped: Lsn, end
     }
 }
 
-async fn look(bucket: &Bucket, owner: Owner, shipped: Lsn, end: Lsn) -> Result<Option<Lsn>, BucketError> {
+async fn archive_end_beyond(bucket: &Bucket, owner: Owner, shipped: Lsn, end: Lsn) -> Result<Option<Lsn>, BucketError> {
     let Owner { keyspace, shard, replica } = owner;
     let listed = bucket.list(&layout::checkpoint_prefix(keyspace, shard, replica)).await?;
     let newest = listed.iter().filter_map(|object| layout::parse_manifest_lsn(&object.key)).max();
@@ -93,7 +93,7 @@ async fn look(bucket: &Bucket, owner: Owner, shipped: Lsn, end: Lsn) -> Result<O
             Err(_) => {} // no evidence about this replica
         }
     }
-    // Chunks are found by name: the next one begins behind the last record of this one.
+    // Chunks are found by name: the next one begins after the last record of this one.
     let mut at = shipped;
     loop {
         match archive::chunk_after(bucket, owner, &[], at).await {
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_the_bucket_holds_beyond_the_end_of_a_log_tells_an_old_copy() {
+    async fn an_archive_beyond_the_end_of_the_log_reveals_an_old_copy() {
         let dir = tempfile::tempdir().unwrap();
         let url = format!("file://{}", dir.path().display());
         let bucket = Bucket::open(&url, &BucketOptions::default()).unwrap();

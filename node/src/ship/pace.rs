@@ -14,10 +14,10 @@ use vasto_core::ids::{KeyspaceId, ShardId};
 use vasto_core::limits::{LOG_MEMORY_MAX, UPLOAD_MEMORY_MAX};
 
 /// Maximum number of concurrent file uploads of a node, and of concurrent chunk uploads.
-pub const UPLOADS_MAX: usize = 4;
+pub(crate) const UPLOADS_MAX: usize = 4;
 
 /// The limiter of uploads.
-pub struct Pace {
+pub(crate) struct Pace {
     files: Lane,
     log: Lane,
     /// Bytes a second; `None` sets no limit.
@@ -36,7 +36,7 @@ struct Lane {
 }
 
 /// Permission for one upload; dropping it ends the turn.
-pub struct Turn<'a> {
+pub(crate) struct Turn<'a> {
     _permit: SemaphorePermit<'a>,
     _memory: SemaphorePermit<'a>,
 }
@@ -58,7 +58,7 @@ impl Lane {
 
 impl Pace {
     /// Creates the limiter with a rate in bytes a second; 0 sets none.
-    pub fn new(rate: u64) -> Self {
+    pub(crate) fn new(rate: u64) -> Self {
         Self {
             files: Lane::new(UPLOAD_MEMORY_MAX),
             log: Lane::new(LOG_MEMORY_MAX),
@@ -69,7 +69,7 @@ impl Pace {
     }
 
     /// Waits for the turn of a file of so many bytes.
-    pub async fn turn(&self, bytes: u64) -> Option<Turn<'_>> {
+    pub(crate) async fn turn(&self, bytes: u64) -> Option<Turn<'_>> {
         let turn = self.files.turn(bytes).await?;
         if let Some(rate) = self.rate {
             let begin = {
@@ -98,7 +98,7 @@ impl Pace {
     }
 
     /// Returns the fault that keeps shards of this node from being shipped: the first one, and how many there are.
-    pub fn trouble(&self) -> Option<String> {
+    pub(crate) fn trouble(&self) -> Option<String> {
         let all = self.trouble.lock();
         let ((keyspace, shard), first) = all.first_key_value()?;
         let others = match all.len() {

@@ -2,7 +2,8 @@
 //! follows from a failure.
 //!
 //! **Invariants**
-//! - A write is acknowledged only after the chunk that covers it is in the bucket.
+//! - A write that waits for the bucket is acknowledged only after the bucket holds it: in a chunk, in a checkpoint or in
+//!   the archive of another replica.
 //! - A replica whose archive in the bucket holds another history closes before a request is answered.
 
 use std::sync::Arc;
@@ -31,7 +32,7 @@ use crate::ship::old_copy::OLD_COPY;
 /// Interval between two polls for pending work.
 const TICK: Duration = Duration::from_millis(500);
 /// The same while everything is shipped; growth of the log wakes the shipper.
-const LOOK_AT_REST: Duration = Duration::from_secs(10);
+const TICK_WHILE_IDLE: Duration = Duration::from_secs(10);
 /// Minimum interval between checkpoints that are due by the number of chunks alone.
 const CHECKPOINTS_APART: Duration = Duration::from_secs(600);
 
@@ -87,7 +88,7 @@ impl Shipper {
         let mut grown = replica.log().subscribe();
         loop {
             grown.mark_unchanged();
-            let rests = self.is_at_rest();
+            let idle = self.is_idle();
             let ack_poll = self.ack_poll();
             tokio::select! {
                 () = cancel.cancelled() => break,
@@ -104,8 +105,8 @@ impl Shipper {
                     }
                 }
                 Ok(()) = duty.changed() => due = Instant::now(),
-                _ = grown.changed(), if rests => {}
-                () = tokio::time::sleep_until(if rests { with_others(due + LOOK_AT_REST) } else { due }) => {
+                _ = grown.changed(), if idle => {}
+                () = tokio::time::sleep_until(if idle { with_others(due + TICK_WHILE_IDLE) } else { due }) => {
                     due = Instant::now() + TICK;
                     self.hurry_after_an_outage();
                     if self.backoff.is_over() {
@@ -120,14 +121,14 @@ impl Shipper {
     }
 
     /// Returns true when there is no work before the log grows or a request arrives.
-    fn is_at_rest(&self) -> bool {
+    fn is_idle(&self) -> bool {
         let replica = &self.context.replica;
         let ships = self.chunks.ships();
         let is_shipped = replica.log().appended_lsn() <= self.chunks.state().shipped_lsn && self.chunks.are_usable();
         (is_shipped || !ships)
             && self.began.is_some() == ships
             && !self.backoff.is_failing()
-            && self.checkpoints.is_at_rest()
+            && self.checkpoints.is_idle()
             && !replica.ranges().is_being_filled()
     }
 
@@ -329,7 +330,7 @@ impl Shipper {
     async fn end(mut self) {
         self.checkpoints.end();
         if self.chunks.ships() {
-            match self.chunks.go_on_behind_others().await {
+            match self.chunks.continue_after_others().await {
                 Ok(()) => self.ship_the_rest().await,
                 Err(error) => {
                     tracing::warn!(%error, "what others have shipped is not known; the last chunk is not shipped");
@@ -347,7 +348,7 @@ impl Shipper {
             && !self.context.replica.ranges().is_being_filled()
             && self.chunks.are_usable()
         {
-            match self.chunks.ship_one(ALL, None).await {
+            match self.chunks.ship_chunk(ALL, None).await {
                 Ok(true) => {}
                 Ok(false) => return,
                 Err(error) => {

@@ -26,13 +26,13 @@ pub(super) struct ShipState {
     /// as long as the plan that restores this keyspace keeps them.
     #[serde(default)]
     pub(super) inherited: Option<String>,
-    /// Chunks behind the last manifest.
+    /// Chunks after the last manifest.
     #[serde(default)]
     pub(super) chunks: u64,
     /// LSN from which chunks cover the log without a gap; unknown in files of older versions.
     #[serde(default)]
     chained_from: Option<Lsn>,
-    /// LSN up to which archives of others covered the log when this replica continued behind them.
+    /// LSN up to which archives of others covered the log when this replica continued after them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) went_on_behind: Option<Lsn>,
 }
@@ -84,8 +84,8 @@ impl ShipState {
     }
 
     /// Records that archives of others cover the log up to `lsn`: `previous` is their last object, with so many chunks
-    /// behind a manifest.
-    pub(super) fn go_on_behind(&mut self, lsn: Lsn, previous: String, chunks: u64) {
+    /// after a manifest.
+    pub(super) fn continue_after(&mut self, lsn: Lsn, previous: String, chunks: u64) {
         self.shipped_lsn = lsn;
         self.went_on_behind = Some(lsn);
         // Earlier records are in no chunk of this replica.

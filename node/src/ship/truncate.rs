@@ -34,7 +34,7 @@ pub(super) struct Truncation {
     ends: LogEnds,
 }
 
-/// LSNs behind which the log is kept, each for a reason of its own.
+/// LSNs after which the log is kept, each for a reason of its own.
 #[derive(Debug, Clone, Copy)]
 struct Bounds {
     /// The database needs it after a restart.
@@ -172,7 +172,7 @@ fn publish_kept(status: &watch::Sender<ShipStatus>, over_cap: bool, held_back: b
     status.send_modify(|status| (status.over_cap, status.held_back) = (over_cap, held_back));
 }
 
-/// Returns the LSN behind which a plan needs the log and cannot get it elsewhere. At the cap, a plan that reads missing
+/// Returns the LSN after which a plan needs the log and cannot get it elsewhere. At the cap, a plan that reads missing
 /// log from the bucket needs nothing that chunks without a gap cover. 0 is a plan whose checkpoint is still being made:
 /// it will hold everything that is shipped by now.
 fn needed_here(need: LogNeed, full: bool, chained_from: Lsn, shipped: Lsn) -> Lsn {

@@ -1,6 +1,7 @@
 //! Single attempts and their repetition.
 //!
-//! **Invariant:** an attempt passes the breaker, ends within a limit, and reports to the breaker how it ended.
+//! **Invariant:** an attempt of [`Bucket::once`] passes the breaker, ends within a limit, and reports to the breaker how
+//! it ended, except for a large upload that timed out. What runs inside another operation is only limited: [`within`].
 
 use std::future::Future;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use super::retry::Retry;
 use crate::layout;
 
 impl Bucket {
-    /// Makes one attempt, cut off after `limit`, behind the breaker. `sends` is its upload size: large uploads
+    /// Makes one attempt, cut off after `limit`, when the breaker lets it pass. `sends` is its upload size: large uploads
     /// are not used as trial requests, and a slow large upload says nothing about other requests.
     pub(super) async fn once<T, E: Into<Failure>>(
         &self,
@@ -29,26 +30,26 @@ impl Bucket {
             let pass = breaker.pass(retry.left()).await?;
             self.inner.counters.head();
             let path = self.path(&layout::cluster()).map_err(|error| Failure::of_name(&error))?;
-            let looked = within(self.budget.attempt, self.inner.store.head(&path)).await;
-            pass.tell(looked.err().map(|failure| failure.with_clock(self.clock_ahead_s())).as_ref());
+            let answer = within(self.budget.attempt, self.inner.store.head(&path)).await;
+            pass.report(answer.err().map(|failure| failure.with_clock(self.clock_ahead_s())).as_ref());
         }
         let pass = breaker.pass(retry.left()).await?;
         match tokio::time::timeout(limit, attempt).await {
             Ok(Ok(value)) => {
-                pass.tell(None);
+                pass.report(None);
                 Ok(value)
             }
             Ok(Err(error)) => {
                 let failure = error.into().with_clock(self.clock_ahead_s());
-                pass.tell(Some(&failure));
+                pass.report(Some(&failure));
                 Err(failure)
             }
             Err(_) => {
                 let failure = Failure::timed_out(limit);
                 if is_large {
-                    pass.say_nothing()
+                    pass.discard()
                 } else {
-                    pass.tell(Some(&failure))
+                    pass.report(Some(&failure))
                 }
                 Err(failure)
             }

@@ -73,9 +73,9 @@ struct Outage {
 pub(super) struct Pass<'a> {
     breaker: &'a Breaker,
     /// The request is the trial request of an outage.
-    stands_for_all: bool,
+    is_trial: bool,
     /// The outcome was reported.
-    is_told: bool,
+    is_reported: bool,
 }
 
 impl Breaker {
@@ -97,10 +97,10 @@ impl Breaker {
                 let mut state = self.state();
                 let now = Instant::now();
                 match &mut state.outage {
-                    None => return Ok(Pass { breaker: self, stands_for_all: false, is_told: false }),
+                    None => return Ok(Pass { breaker: self, is_trial: false, is_reported: false }),
                     Some(outage) if !outage.tried && outage.next <= now => {
                         outage.tried = true;
-                        return Ok(Pass { breaker: self, stands_for_all: true, is_told: false });
+                        return Ok(Pass { breaker: self, is_trial: true, is_reported: false });
                     }
                     Some(outage) if now >= deadline => return Err(outage.last.clone()),
                     Some(outage) => {
@@ -134,8 +134,8 @@ impl Breaker {
 
 impl Pass<'_> {
     /// Reports the outcome of the request.
-    pub(super) fn tell(mut self, failure: Option<&Failure>) {
-        self.is_told = true;
+    pub(super) fn report(mut self, failure: Option<&Failure>) {
+        self.is_reported = true;
         let mut state = self.breaker.state();
         let weight = match failure.map(|failure| failure.kind) {
             Some(Kind::Unreachable | Kind::Skewed) => UNANSWERED,
@@ -154,7 +154,7 @@ impl Pass<'_> {
         };
         let now = Instant::now();
         match &mut state.outage {
-            Some(outage) if self.stands_for_all => {
+            Some(outage) if self.is_trial => {
                 outage.pause = (outage.pause * 2).min(self.breaker.pause_max);
                 outage.next = now + outage.pause.mul_f64(0.75 + 0.25 * rand::random::<f64>());
                 outage.tried = false;
@@ -177,12 +177,12 @@ impl Pass<'_> {
     }
 
     /// Drops the pass of a request whose failure says nothing about other requests.
-    pub(super) fn say_nothing(self) {}
+    pub(super) fn discard(self) {}
 }
 
 impl Drop for Pass<'_> {
     fn drop(&mut self) {
-        if self.is_told || !self.stands_for_all {
+        if self.is_reported || !self.is_trial {
             return;
         }
         if let Some(outage) = &mut self.breaker.state().outage {
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_outage_costs_a_request_now_and_then_however_many_want_one() {
+    async fn an_outage_costs_few_requests_however_many_wait() {
         const WANT: u32 = 80;
         let breaker = fast();
         let sent = std::sync::atomic::AtomicU32::new(0);
@@ -227,7 +227,7 @@ mod tests {
                     sent.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                 }
                 tokio::time::sleep(Duration::from_millis(1)).await;
-                pass.tell((!well).then(unanswered).as_ref());
+                pass.report((!well).then(unanswered).as_ref());
                 if well {
                     return;
                 }
@@ -240,11 +240,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn nobody_waits_longer_than_its_patience_and_one_who_gives_up_lets_others_try() {
+    async fn no_request_waits_longer_than_its_patience_and_a_dropped_trial_lets_others_try() {
         let breaker = fast();
         for _ in 0..OUTAGE / UNANSWERED {
             assert!(!breaker.is_open());
-            breaker.pass(PATIENCE).await.ok().unwrap().tell(Some(&unanswered()));
+            breaker.pass(PATIENCE).await.ok().unwrap().report(Some(&unanswered()));
         }
         assert!(breaker.is_open() && breaker.outage().unwrap().1 == "connection refused");
         let trying = breaker.pass(PATIENCE).await.ok().unwrap();
@@ -257,7 +257,7 @@ mod tests {
         let trying = breaker.pass(Duration::ZERO).await.ok().unwrap();
         // "No such object" is an answer.
         let answer = Failure { kind: Kind::NotFound, transient: false, detail: String::new() };
-        trying.tell(Some(&answer));
+        trying.report(Some(&answer));
         assert!(!breaker.is_open());
     }
 
@@ -267,10 +267,10 @@ mod tests {
         for (failure, weight) in [(unanswered(), UNANSWERED), (slow_down(), REFUSED)] {
             for _ in 0..20 {
                 for _ in 1..OUTAGE / weight {
-                    breaker.pass(PATIENCE).await.ok().unwrap().tell(Some(&failure));
+                    breaker.pass(PATIENCE).await.ok().unwrap().report(Some(&failure));
                 }
                 assert!(!breaker.is_open(), "{failure:?}");
-                breaker.pass(PATIENCE).await.ok().unwrap().tell(None);
+                breaker.pass(PATIENCE).await.ok().unwrap().report(None);
             }
         }
     }

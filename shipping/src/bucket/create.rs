@@ -9,12 +9,15 @@ use super::handle::Bucket;
 use super::object::Create;
 use super::retry::Retry;
 
+/// Reads of a taken key, of which two must agree.
+const READS_BACK: usize = 3;
+
 impl Bucket {
     /// Writes the object unless the key is taken.
     ///
     /// When the store reports that the key is taken (also 409 and 412), the object is read back: the same
     /// bytes mean that an earlier attempt of this call succeeded and its reply was lost. So bodies
-    /// that decide something must carry a nonce.
+    /// that decide something must carry a nonce. Other bytes are returned only when two reads agree.
     ///
     /// # Errors
     /// After an error the outcome is unknown: read before deciding anything.
@@ -35,15 +38,29 @@ impl Bucket {
                 Err(failure) => failure,
             };
             if failure.kind == Kind::Taken {
-                match self.get(key).await? {
-                    Some(found) if found == body => return Ok(Create::Created),
-                    Some(found) => return Ok(Create::Exists(found)),
-                    None => failure = Failure::contended(),
+                match self.read_back(key, &body).await? {
+                    Ok(outcome) => return Ok(outcome),
+                    Err(undecided) => failure = undecided,
                 }
             }
             if !failure.transient || !retry.pause().await {
                 return Err(failure.into_error(self.url(), key));
             }
         }
+    }
+
+    /// Reads what is under a taken key. The inner error: nothing is there, or no two reads agree.
+    async fn read_back(&self, key: &str, body: &Bytes) -> Result<Result<Create, Failure>, BucketError> {
+        let mut last = None;
+        // A body altered on its way would make the caller's own object look like another writer's.
+        for _ in 0..READS_BACK {
+            match self.get(key).await? {
+                None => return Ok(Err(Failure::contended())),
+                Some(stored) if stored == *body => return Ok(Ok(Create::Created)),
+                Some(stored) if last.as_ref() == Some(&stored) => return Ok(Ok(Create::Exists(stored))),
+                stored => last = stored,
+            }
+        }
+        Ok(Err(Failure::disagreeing_reads()))
     }
 }

@@ -120,7 +120,7 @@ pub async fn download(
     let directory = dir.to_owned();
     blocking(move || std::fs::create_dir_all(directory)).await.map_err(|error| local(dir, &error))?;
     let work = futures::stream::iter(wanted.to_vec())
-        .map(|one| Arc::clone(&task).fetch(one))
+        .map(|file| Arc::clone(&task).fetch(file))
         .buffer_unordered(parallel)
         .try_for_each(|()| std::future::ready(Ok(())));
     tokio::select! {
@@ -134,8 +134,8 @@ pub async fn download(
 
 fn check_names(wanted: &[Wanted]) -> Result<(), DownloadError> {
     let mut seen = std::collections::HashSet::new();
-    for one in wanted {
-        let name = one.file_name.as_str();
+    for file in wanted {
+        let name = file.file_name.as_str();
         let plain = Path::new(name).file_name().is_some_and(|only| only == name);
         if !plain || name.contains(['/', '\0']) || name.ends_with(".part") || !seen.insert(name) {
             return Err(DownloadError::BadFileName { file_name: name.to_owned() });
@@ -381,14 +381,14 @@ fn is_whole(path: &Path, bytes: u64, crc: u32) -> std::io::Result<bool> {
         return Ok(false);
     }
     let mut buffer = vec![0; BUFFER_BYTES];
-    let (mut found, mut at) = (0, 0);
+    let (mut checksum, mut at) = (0, 0);
     while at < bytes {
         let length = (bytes - at).min(BUFFER_BYTES as u64) as usize;
         file.read_exact_at(&mut buffer[..length], at)?;
-        found = crc32c::crc32c_append(found, &buffer[..length]);
+        checksum = crc32c::crc32c_append(checksum, &buffer[..length]);
         at += length as u64;
     }
-    Ok(found == crc)
+    Ok(checksum == crc)
 }
 
 #[cfg(test)]

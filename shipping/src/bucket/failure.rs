@@ -75,6 +75,11 @@ impl Failure {
         }
     }
 
+    /// No two reads of an object returned the same bytes.
+    pub(super) fn disagreeing_reads() -> Self {
+        Self { kind: Kind::Other, transient: true, detail: "each read of the object returned other bytes".to_owned() }
+    }
+
     pub(super) fn short_body(expected: u64, found: u64) -> Self {
         Self {
             kind: Kind::Unreachable,
@@ -173,14 +178,14 @@ fn sources<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dy
 }
 
 fn find<'a, T: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a T> {
-    sources(error).find_map(|one| one.downcast_ref::<T>())
+    sources(error).find_map(|cause| cause.downcast_ref::<T>())
 }
 
 /// Joins the texts of an error and its causes, each once, on one line.
 fn chain(error: &(dyn Error + 'static)) -> String {
     let mut out = String::new();
-    for one in sources(error) {
-        let text = one.to_string();
+    for cause in sources(error) {
+        let text = cause.to_string();
         if !out.contains(&text) {
             if !out.is_empty() {
                 out.push_str(": ");

@@ -21,7 +21,7 @@ const LIST_PAGE: u64 = 1000;
 
 impl Bucket {
     /// Lists all objects in the folder `prefix` (which ends with `/`; the empty prefix is everything), in
-    /// no particular order. For start-up and fsck only: no decision rests on a listing. Foreign objects, whose
+    /// no particular order. For start-up and fsck only: no decision is based on a listing. Foreign objects, whose
     /// names Vasto cannot use, are skipped; [`Bucket::take_strangers`] returns them.
     pub async fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>, BucketError> {
         Ok(self.list_all(prefix).await?.objects)

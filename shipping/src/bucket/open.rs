@@ -318,7 +318,7 @@ mod tests {
 
     // A machine without a role: no metadata service answers with credentials.
     #[tokio::test]
-    async fn a_machine_without_a_role_is_told_so_within_seconds() {
+    async fn a_machine_without_a_role_gets_an_error_within_seconds() {
         let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let metadata = format!("http://{closed}");
         let opened = open_with("s3://b/p", &BucketOptions::default(), &[("AWS_METADATA_ENDPOINT", &metadata)]).unwrap();

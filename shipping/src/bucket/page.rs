@@ -4,7 +4,7 @@
 use super::strangers::oddity;
 
 /// Removes the objects with unreadable names from an S3 page, and reports their names.
-pub(super) fn without_strangers(page: &str, mut tell: impl FnMut(&str, String)) -> Option<String> {
+pub(super) fn without_strangers(page: &str, mut report: impl FnMut(&str, String)) -> Option<String> {
     const OPEN: &str = "<Contents>";
     const CLOSE: &str = "</Contents>";
     let mut kept = String::new();
@@ -17,7 +17,7 @@ pub(super) fn without_strangers(page: &str, mut tell: impl FnMut(&str, String)) 
         if let Some(why) = oddity(&key) {
             // A console's folder marker is no object, and needs no warning.
             if key.trim_end_matches('/').is_empty() || !key.ends_with('/') || key.ends_with("//") {
-                tell(&key, why);
+                report(&key, why);
             }
             kept.push_str(&page[copied..begin]);
             copied = end;
@@ -71,8 +71,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn page_of(keys: &[&str]) -> String {
-        let one = |key: &&str| format!("<Contents><Key>{key}</Key><Size>1</Size></Contents>");
-        format!("<List><IsTruncated>false</IsTruncated>{}</List>", keys.iter().map(one).collect::<String>())
+        let contents = |key: &&str| format!("<Contents><Key>{key}</Key><Size>1</Size></Contents>");
+        format!("<List><IsTruncated>false</IsTruncated>{}</List>", keys.iter().map(contents).collect::<String>())
     }
 
     #[test]
@@ -81,10 +81,10 @@ mod tests {
         let good = ["a/b", "a&amp;b", "&lt;", "a b", "ä", "&unknown;", "&", "a..b", "&#99999999;"];
         for stranger in odd {
             let mixed = page_of(&["first", stranger, "between", stranger, "last"]);
-            let mut told = Vec::new();
-            let kept = without_strangers(&mixed, |key, _| told.push(key.to_owned())).unwrap();
+            let mut reported = Vec::new();
+            let kept = without_strangers(&mixed, |key, _| reported.push(key.to_owned())).unwrap();
             assert_eq!(kept, page_of(&["first", "between", "last"]), "{stranger}");
-            assert_eq!(told, [unescaped(stranger), unescaped(stranger)]);
+            assert_eq!(reported, [unescaped(stranger), unescaped(stranger)]);
         }
         let folder = without_strangers(&page_of(&["a/b", "a/"]), |key, _| panic!("{key}"));
         assert_eq!(folder, Some(page_of(&["a/b"])));

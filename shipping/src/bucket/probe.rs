@@ -43,7 +43,7 @@ impl Bucket {
             return refuse("a fresh name held an object");
         }
         let again = self.create(&key, second).await;
-        // Write permission need not include delete; gc removes a probe that stays behind.
+        // Write permission need not include delete; gc removes a probe that remains.
         if let Err(error) = self.delete(&key).await {
             tracing::debug!(%error, key, "the probe could not be removed");
         }

@@ -17,23 +17,23 @@ const STRANGER_CHARS: usize = 200;
 pub(super) struct Strangers(Mutex<BTreeMap<String, String>>);
 
 impl Strangers {
-    fn known(&self) -> MutexGuard<'_, BTreeMap<String, String>> {
+    fn names(&self) -> MutexGuard<'_, BTreeMap<String, String>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Remembers a name; logs it the first time.
     pub(super) fn add(&self, name: &str, why: &str) {
         let name: String = name.chars().take(STRANGER_CHARS).flat_map(char::escape_debug).collect();
-        let mut known = self.known();
-        if known.len() < STRANGERS_MAX && !known.contains_key(&name) {
+        let mut names = self.names();
+        if names.len() < STRANGERS_MAX && !names.contains_key(&name) {
             tracing::warn!(name, why, "something in the bucket is not an object of Vasto; it is passed by");
-            known.insert(name, why.to_owned());
+            names.insert(name, why.to_owned());
         }
     }
 
     /// Returns the remembered names, each on a line of its own, and forgets them.
     pub(super) fn take(&self) -> Vec<String> {
-        std::mem::take(&mut *self.known()).into_iter().map(|(name, why)| format!("{name}: {why}")).collect()
+        std::mem::take(&mut *self.names()).into_iter().map(|(name, why)| format!("{name}: {why}")).collect()
     }
 }
 

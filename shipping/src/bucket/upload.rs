@@ -3,7 +3,7 @@
 //! Up to [`SINGLE_PUT_BYTES_MAX`] a file is uploaded in one create-only request. A larger file is uploaded in parts:
 //! no store can make that create-only, so the name is checked first, and it carries an attempt
 //! id that no other upload draws. An upload that could not be begun or completed is repeated whole.
-//! Either way the size is verified at the end; objects that a crash leaves behind are named by no manifest
+//! Either way the size is verified at the end; objects that a crash leaves are named by no manifest
 //! and are collected.
 
 use std::path::Path;
@@ -21,7 +21,7 @@ use super::object::{Create, Uploaded};
 use super::retry::{PartRetry, Retry};
 
 /// Largest file that is uploaded in one request, and held in memory for it.
-pub const SINGLE_PUT_BYTES_MAX: u64 = 64 << 20;
+pub(super) const SINGLE_PUT_BYTES_MAX: u64 = 64 << 20;
 /// Part size of larger files. 10,000 parts, S3's limit, make 160 GB.
 const PART_BYTES: usize = 16 << 20;
 /// Parts of one file in flight: bounds the memory to 64 MiB, as much as one request.

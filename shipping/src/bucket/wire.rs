@@ -58,7 +58,7 @@ struct Wire {
 #[async_trait::async_trait]
 impl HttpService for Wire {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
-        let lists = request.uri().query().is_some_and(|query| query.split('&').any(|one| one == "list-type=2"));
+        let lists = request.uri().query().is_some_and(|query| query.split('&').any(|pair| pair == "list-type=2"));
         let response = self.inner.execute(request).await?;
         if let Some(date) = response.headers().get("date").and_then(|date| date.to_str().ok()) {
             self.learned.note_date(date);
@@ -68,8 +68,8 @@ impl HttpService for Wire {
         }
         let (parts, body) = response.into_parts();
         let bytes = body.bytes().await?;
-        let odd = |error| HttpError::new(HttpErrorKind::Decode, error);
-        let page = std::str::from_utf8(&bytes).map_err(odd)?;
+        let undecodable = |error| HttpError::new(HttpErrorKind::Decode, error);
+        let page = std::str::from_utf8(&bytes).map_err(undecodable)?;
         let kept = without_strangers(page, |name, why| self.learned.strangers.add(name, &why));
         let body = kept.map_or(bytes, Bytes::from);
         Ok(HttpResponse::from_parts(parts, body.into()))
@@ -82,7 +82,7 @@ fn http_date(text: &str) -> Option<i64> {
     let mut words = text.split_once(", ")?.1.split(' ');
     let day: i64 = words.next()?.parse().ok()?;
     let name = words.next()?;
-    let month = MONTHS.iter().position(|one| *one == name)? as i64 + 1;
+    let month = MONTHS.iter().position(|month| *month == name)? as i64 + 1;
     let year: i64 = words.next()?.parse().ok()?;
     let mut clock = words.next()?.split(':').map(|part| part.parse::<i64>().ok());
     let (hour, minute, second) = (clock.next()??, clock.next()??, clock.next()??);

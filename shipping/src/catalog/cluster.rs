@@ -1,6 +1,7 @@
 //! The claim of the prefix: which cluster it belongs to.
 //!
-//! **Invariant:** a prefix that is not empty is never claimed.
+//! **Invariant:** a prefix that is not empty is never claimed for a new cluster; only the lost claim of the cluster that
+//! the nodes belong to is written again.
 
 use serde::{Deserialize, Serialize};
 

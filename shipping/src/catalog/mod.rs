@@ -5,7 +5,7 @@
 //! monotonic, and the tip is found by galloping upward from any version known to exist.
 //!
 //! `store` reads and writes versions, on which `cluster` (the claim of the prefix), `names`, `keyspaces` and
-//! `settings` rest. The master decides what a version contains; the nodes apply it.
+//! `settings` are built. The master decides what a version contains; the nodes apply it.
 
 mod cluster;
 mod error;

@@ -42,7 +42,7 @@ impl ClusterSettings {
         }
         let mut next =
             Self { version: self.version + 1, nonce, written_at_us: now_us, cordoned: self.cordoned.clone() };
-        next.cordoned.retain(|one| *one != node);
+        next.cordoned.retain(|cordoned| *cordoned != node);
         if cordoned {
             next.cordoned.push(node);
         }
@@ -81,12 +81,12 @@ impl CatalogStore {
         loop {
             let Some(next) = change(&newest) else { return Ok(newest) };
             let key = layout::cluster_settings(next.version);
-            let Some(found) = self.create(&key, SETTINGS, &next).await? else { return Ok(next) };
-            let found: ClusterSettings = decode(SETTINGS, &key, &found)?;
-            if found.nonce == next.nonce {
+            let Some(existing) = self.create(&key, SETTINGS, &next).await? else { return Ok(next) };
+            let existing: ClusterSettings = decode(SETTINGS, &key, &existing)?;
+            if existing.nonce == next.nonce {
                 return Ok(next);
             }
-            newest = self.settings(&found).await?;
+            newest = self.settings(&existing).await?;
         }
     }
 }
@@ -102,23 +102,25 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let url = format!("file://{}", dir.path().display());
         let bucket = Bucket::open(&url, &crate::BucketOptions::default()).unwrap();
-        let (one, two) = (CatalogStore::new(bucket.clone()), CatalogStore::new(bucket));
+        let (store, rival) = (CatalogStore::new(bucket.clone()), CatalogStore::new(bucket));
         let nothing = ClusterSettings::default();
-        assert_eq!(one.settings(&nothing).await.unwrap(), nothing);
+        assert_eq!(store.settings(&nothing).await.unwrap(), nothing);
         let cordon = |node: u64, nonce: u64| move |now: &ClusterSettings| now.with_cordon(NodeId(node), true, 1, nonce);
-        let (first, second) =
-            futures::join!(one.change_settings(&nothing, cordon(1, 11)), two.change_settings(&nothing, cordon(2, 22)));
-        let newest = one.settings(&nothing).await.unwrap();
+        let (first, second) = futures::join!(
+            store.change_settings(&nothing, cordon(1, 11)),
+            rival.change_settings(&nothing, cordon(2, 22))
+        );
+        let newest = store.settings(&nothing).await.unwrap();
         assert_eq!(newest.version, 2);
         assert!(newest.is_cordoned(NodeId(1)) && newest.is_cordoned(NodeId(2)));
         assert!(first.unwrap().is_cordoned(NodeId(1)) && second.unwrap().is_cordoned(NodeId(2)));
         // A change already in force is not written again.
-        assert_eq!(one.change_settings(&nothing, cordon(1, 33)).await.unwrap(), newest);
+        assert_eq!(store.change_settings(&nothing, cordon(1, 33)).await.unwrap(), newest);
         let free = |now: &ClusterSettings| now.with_cordon(NodeId(1), false, 1, 44);
-        let free = two.change_settings(&newest, free).await.unwrap();
+        let free = rival.change_settings(&newest, free).await.unwrap();
         assert_eq!((free.version, &free.cordoned[..]), (3, &[NodeId(2)][..]));
-        let found = crate::gc::fsck(one.bucket(), false).await.unwrap();
-        assert!(found.orphans.is_empty(), "{:?}", found.orphans);
+        let checked = crate::gc::fsck(store.bucket(), false).await.unwrap();
+        assert!(checked.orphans.is_empty(), "{:?}", checked.orphans);
     }
 
     #[test]

@@ -130,10 +130,10 @@ impl CatalogStore {
     /// Creates the version; the nonce decides whether an existing object is the caller's.
     pub(super) async fn claim(&self, catalog: &Catalog) -> Result<CatalogWrite, CatalogError> {
         let key = layout::catalog_version(catalog.keyspace, catalog.version);
-        let Some(found) = self.create(&key, CATALOG, catalog).await? else { return Ok(CatalogWrite::Won) };
-        let found = read_catalog(&key, &found, catalog.keyspace, catalog.version)?;
-        let ours = found.nonce == catalog.nonce;
-        Ok(if ours { CatalogWrite::Won } else { CatalogWrite::Lost(Box::new(found)) })
+        let Some(existing) = self.create(&key, CATALOG, catalog).await? else { return Ok(CatalogWrite::Won) };
+        let existing = read_catalog(&key, &existing, catalog.keyspace, catalog.version)?;
+        let ours = existing.nonce == catalog.nonce;
+        Ok(if ours { CatalogWrite::Won } else { CatalogWrite::Lost(Box::new(existing)) })
     }
 
     /// Creates a document; `None` when the caller's bytes are there, else the bytes found instead.
@@ -145,7 +145,7 @@ impl CatalogStore {
     ) -> Result<Option<Bytes>, CatalogError> {
         Ok(match self.bucket.create(key, envelope::encode(kind, body)).await? {
             Create::Created => None,
-            Create::Exists(found) => Some(found),
+            Create::Exists(existing) => Some(existing),
         })
     }
 

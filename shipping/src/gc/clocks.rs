@@ -1,6 +1,5 @@
-//! The two clocks by which ages are judged: the store's and the collector's.
-//!
-//! **Invariant:** a wrong clock raises a warning, and makes no object older.
+//! Warnings about the two clocks by which ages are judged: the store's and the collector's. The earlier of the two times
+//! counts as now, so that a clock that is ahead makes no object older.
 
 use std::time::Duration;
 

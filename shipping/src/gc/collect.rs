@@ -91,20 +91,20 @@ pub async fn collect_at(
     let shipped = Shipments::of(&survey);
     let covered = covered(bucket, &survey, &shipped, retention).await?;
     let garbage = garbage(&survey, &shipped, &covered, retention);
-    let going = Going::of(&survey, &garbage, retention);
+    let deletable = Deletable::of(&survey, &garbage, retention);
     let mut out = Collected {
         dry_run,
-        young: going.young,
-        kept: going.kept,
+        young: deletable.young,
+        kept: deletable.kept,
         warnings: warnings(&survey, store_us, clock_us),
         ..Collected::default()
     };
     match &term {
-        Some(term) => delete(bucket, &survey, term, going, &mut out).await?,
-        None => going.objects.into_iter().chain(going.staged).for_each(|object| out.count(object)),
+        Some(term) => delete(bucket, &survey, term, deletable, &mut out).await?,
+        None => deletable.objects.into_iter().chain(deletable.staged).for_each(|object| out.count(object)),
     }
-    let found: u64 = survey.objects.iter().chain(&survey.staged).map(|object| object.bytes).sum();
-    out.stored_bytes = found - if dry_run { 0 } else { out.bytes };
+    let surveyed: u64 = survey.objects.iter().chain(&survey.staged).map(|object| object.bytes).sum();
+    out.stored_bytes = surveyed - if dry_run { 0 } else { out.bytes };
     Ok(out)
 }
 
@@ -138,7 +138,7 @@ fn warnings(survey: &Survey, store_us: u64, clock_us: u64) -> Vec<String> {
 }
 
 /// What a collection deletes.
-struct Going<'a> {
+struct Deletable<'a> {
     /// Manifests first: no remaining manifest names a deleted object.
     objects: Vec<&'a ObjectInfo>,
     /// Files of interrupted writes.
@@ -149,7 +149,7 @@ struct Going<'a> {
     kept: u64,
 }
 
-impl<'a> Going<'a> {
+impl<'a> Deletable<'a> {
     fn of(survey: &'a Survey, garbage: &BTreeSet<&str>, retention: Retention) -> Self {
         let named: BTreeSet<&str> = survey.all_manifests().flat_map(Manifest::keys).collect();
         let before = |age: Duration| survey.now_us.saturating_sub(age.as_micros() as u64);
@@ -159,25 +159,25 @@ impl<'a> Going<'a> {
                     && !named.contains(object.key.as_str());
             object.modified_us <= before(if may_be_awaited { retention.unnamed_age() } else { retention.min_age })
         };
-        let mut going = Self { objects: Vec::new(), staged: Vec::new(), young: 0, kept: 0 };
+        let mut deletable = Self { objects: Vec::new(), staged: Vec::new(), young: 0, kept: 0 };
         for object in &survey.objects {
             if !garbage.contains(object.key.as_str()) {
-                going.kept += 1;
+                deletable.kept += 1;
             } else if is_old(object) {
-                going.objects.push(object);
+                deletable.objects.push(object);
             } else {
-                going.young += 1;
+                deletable.young += 1;
             }
         }
         for file in &survey.staged {
             if file.modified_us <= before(retention.unnamed_age()) {
-                going.staged.push(file);
+                deletable.staged.push(file);
             } else {
-                going.young += 1;
+                deletable.young += 1;
             }
         }
-        going.objects.sort_by_key(|object| !is_manifest(object));
-        going
+        deletable.objects.sort_by_key(|object| !is_manifest(object));
+        deletable
     }
 }
 
@@ -190,16 +190,16 @@ async fn delete(
     bucket: &Bucket,
     survey: &Survey,
     term: &Term,
-    mut going: Going<'_>,
+    mut deletable: Deletable<'_>,
     out: &mut Collected,
 ) -> Result<(), CatalogError> {
     let changed = changed_since(bucket, survey).await?;
-    going.objects.retain(|object| match layout::parse_shipped(&object.key) {
+    deletable.objects.retain(|object| match layout::parse_shipped(&object.key) {
         Some((owner, _)) => !changed.contains(&owner.keyspace),
         None => true,
     });
-    let manifests = going.objects.iter().take_while(|object| is_manifest(object)).count();
-    let (first, then) = going.objects.split_at(manifests);
+    let manifests = deletable.objects.iter().take_while(|object| is_manifest(object)).count();
+    let (first, then) = deletable.objects.split_at(manifests);
     for batch in first.chunks(DELETED_AT_ONCE).chain(then.chunks(DELETED_AT_ONCE)) {
         if !term.is_the_last().await? {
             out.stopped = Some("another collection, or a restore, has begun".into());
@@ -213,7 +213,7 @@ async fn delete(
         bucket.delete_many(&keys).await?;
         batch.iter().for_each(|object| out.count(object));
     }
-    for file in going.staged {
+    for file in deletable.staged {
         bucket.delete_staged(&file.key).await?;
         out.count(file);
     }
@@ -224,9 +224,9 @@ async fn delete(
 async fn changed_since(bucket: &Bucket, survey: &Survey) -> Result<BTreeSet<KeyspaceId>, CatalogError> {
     let store = CatalogStore::new(bucket.clone());
     let mut changed = BTreeSet::new();
-    for (keyspace, known) in &survey.catalogs {
-        let tip = store.tip(*keyspace, known.version).await?;
-        if tip.is_none_or(|tip| tip.version != known.version) {
+    for (keyspace, surveyed) in &survey.catalogs {
+        let tip = store.tip(*keyspace, surveyed.version).await?;
+        if tip.is_none_or(|tip| tip.version != surveyed.version) {
             changed.insert(*keyspace);
         }
     }

@@ -44,7 +44,7 @@ pub struct Fsck {
     pub referenced: u64,
     /// The objects that are not needed.
     pub orphans: Vec<Orphan>,
-    /// Keys of missing objects that a manifest names, or that the log behind it needs.
+    /// Keys of missing objects that a manifest names, or that the log after it needs.
     pub missing: Vec<String>,
     /// Keys of objects that differ from what was written.
     pub corrupt: Vec<String>,
@@ -256,7 +256,7 @@ async fn read_object(
 }
 
 async fn read_chunk(bucket: &Bucket, key: &str, owner: Owner, first: Lsn, deep: bool) -> Result<Read, BucketError> {
-    let says = if deep {
+    let header = if deep {
         match read(bucket, key).await? {
             Found::Gone => return Ok(Read::Good),
             Found::Bytes(bytes) => Chunk::decode(&bytes).ok().map(|chunk| chunk.says()),
@@ -265,12 +265,12 @@ async fn read_chunk(bucket: &Bucket, key: &str, owner: Owner, first: Lsn, deep: 
     } else {
         match bucket.beginning(key, chunk::BEGINNING_BYTES).await? {
             None => return Ok(Read::Good),
-            Some((bytes, size)) => chunk::peek(&bytes).ok().filter(|says| says.bytes == size),
+            Some((bytes, size)) => chunk::peek(&bytes).ok().filter(|header| header.bytes == size),
         }
     };
-    let Some(says) = says else { return Ok(Read::Altered) };
-    let range = Range { owner, first, last: says.last_lsn, behind_another: says.behind.is_some() };
-    let good = (says.keyspace, says.shard, says.replica, says.first_lsn)
+    let Some(header) = header else { return Ok(Read::Altered) };
+    let range = Range { owner, first, last: header.last_lsn, behind_another: header.behind.is_some() };
+    let good = (header.keyspace, header.shard, header.replica, header.first_lsn)
         == (owner.keyspace, owner.shard, owner.replica, first);
     Ok(Read::Chunk { range, good })
 }

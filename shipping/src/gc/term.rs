@@ -1,6 +1,7 @@
 //! The gc term: the right to collect garbage.
 //!
-//! **Invariant:** terms are created under ascending numbers; a collection deletes only while its term is the last.
+//! **Invariant:** terms are created under ascending numbers; before each batch of deletions a collection checks that its
+//! term is still the last.
 
 use bytes::Bytes;
 

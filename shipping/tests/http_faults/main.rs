@@ -61,8 +61,11 @@ async fn call(bucket: &Bucket, ask: Ask, folder: &str, body: &Bytes) -> Result<(
         Ask::Get => assert_eq!(bucket.get(&key).await?.as_ref(), Some(body)),
         Ask::Head => assert_eq!(bucket.head(&key).await?, Some(body.len() as u64)),
         Ask::List => {
-            let found = bucket.list(&format!("{folder}/")).await?;
-            assert_eq!(found.iter().map(|one| (&one.key, one.bytes)).collect::<Vec<_>>(), [(&key, body.len() as u64)]);
+            let listed = bucket.list(&format!("{folder}/")).await?;
+            assert_eq!(
+                listed.iter().map(|object| (&object.key, object.bytes)).collect::<Vec<_>>(),
+                [(&key, body.len() as u64)]
+            );
         }
         Ask::Delete => bucket.delete(&key).await?,
         other => panic!("{other:?} is not one call"),
@@ -78,7 +81,7 @@ async fn prepare(bucket: &Bucket, ask: Ask, folder: &str, body: &Bytes) {
 }
 
 fn of(served: &[Served], ask: Ask) -> Vec<&Served> {
-    served.iter().filter(|one| one.ask == ask).collect()
+    served.iter().filter(|request| request.ask == ask).collect()
 }
 
 fn pattern(length: usize) -> Vec<u8> {
@@ -111,7 +114,7 @@ async fn every_call_gets_over_what_passes() {
         store.fail(ask, fault, 2);
         call(&bucket, ask, &folder, &body).await.unwrap_or_else(|error| panic!("{ask:?} {fault:?}: {error}"));
         let served = store.take_served();
-        let faults: Vec<Option<Fault>> = of(&served, ask).iter().map(|one| one.fault).collect();
+        let faults: Vec<Option<Fault>> = of(&served, ask).iter().map(|request| request.fault).collect();
         assert_eq!(faults, [Some(fault), Some(fault), None], "{ask:?} {fault:?}");
         let kept = store.object(&format!("{folder}/key"));
         assert_eq!(kept, (ask != Ask::Delete).then(|| body.clone()), "{ask:?} {fault:?}");
@@ -119,7 +122,7 @@ async fn every_call_gets_over_what_passes() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_refusal_is_told_at_once() {
+async fn a_refusal_is_reported_at_once() {
     let store = HttpStore::start().await;
     let bucket = impatient(&store.bucket());
     let body = Bytes::from_static(b"body");
@@ -142,7 +145,7 @@ async fn a_refusal_is_told_at_once() {
 
 /// A wrong clock is an outage that ends when the clock is set, and is reported as a wrong clock.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_wrong_clock_is_told_and_passes() {
+async fn a_wrong_clock_is_reported_and_passes() {
     let store = HttpStore::start().await;
     let body = Bytes::from_static(b"body");
     for ask in CALLS {
@@ -177,12 +180,12 @@ async fn a_listing_passes_by_what_it_cannot_name() {
     store.take_served();
     store.fail(Ask::List, Fault::ResetAfter, 2);
     let found = bucket.list("").await.unwrap();
-    assert_eq!(found.iter().filter(|one| one.key.starts_with("data/")).count(), 25, "{found:?}");
+    assert_eq!(found.iter().filter(|object| object.key.starts_with("data/")).count(), 25, "{found:?}");
     assert_eq!(found.len(), 25);
     assert_eq!(of(&store.take_served(), Ask::List).len(), 3 + 2, "three pages, one of them asked for three times");
-    let told = bucket.take_strangers().join("\n");
+    let strangers = bucket.take_strangers().join("\n");
     for name in ["catalog//x", "data/..", "zz//"] {
-        assert!(told.contains(name), "{name}: {told}");
+        assert!(strangers.contains(name), "{name}: {strangers}");
     }
     assert_eq!(bucket.list("catalog/").await.unwrap(), []);
 }
@@ -310,11 +313,11 @@ async fn half_of_all_requests_are_throttled_and_all_uploads_are_done() {
         assert!(store.object(key).unwrap() == *body, "{key}");
     }
     let served = store.take_served();
-    let throttled = served.iter().filter(|one| one.fault.is_some()).count();
+    let throttled = served.iter().filter(|request| request.fault.is_some()).count();
     assert!((40..60).contains(&(100 * throttled / served.len())), "{throttled} of {} throttled", served.len());
     let mut attempts: HashMap<(Ask, &str), usize> = HashMap::new();
-    for one in &served {
-        *attempts.entry((one.ask, &one.target)).or_default() += 1;
+    for request in &served {
+        *attempts.entry((request.ask, &request.target)).or_default() += 1;
     }
     let most = attempts.values().max().unwrap();
     println!("{} requests, {throttled} throttled, at most {most} attempts for one", served.len());
@@ -373,20 +376,20 @@ async fn uploads_go_on_while_the_keys_of_a_role_expire() {
         assert!(store.object(&format!("data/{n}")).unwrap() == pattern(n), "{n}");
     }
     let served = store.take_served();
-    let refused: Vec<&Served> = served.iter().filter(|one| one.status == 400).collect();
+    let refused: Vec<&Served> = served.iter().filter(|request| request.status == 400).collect();
     println!("{uploaded} uploads, {} keys, {} requests refused", keys.count(), refused.len());
     assert!(refused.len() >= CHANGES, "each change shows at the store: {refused:?}");
-    for one in refused {
-        let later = served.iter().rfind(|later| (later.ask, &later.target) == (one.ask, &one.target)).unwrap();
+    for request in refused {
+        let later = served.iter().rfind(|later| (later.ask, &later.target) == (request.ask, &request.target)).unwrap();
         assert!(
-            later.status < 300 && later.key_id != one.key_id,
-            "{one:?} was not repeated with other keys: {later:?}"
+            later.status < 300 && later.key_id != request.key_id,
+            "{request:?} was not repeated with other keys: {later:?}"
         );
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_outage_longer_than_the_budget_is_told_and_passes() {
+async fn an_outage_longer_than_the_budget_is_reported_and_passes() {
     let store = HttpStore::start().await;
     let bucket = store.bucket().with_retry(for_a_second());
     let body = Bytes::from_static(b"body");

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use super::{Ask, BUCKET, HttpReply, Request, error};
 
 #[derive(Debug, Default)]
-pub struct Objects {
+pub(super) struct Objects {
     objects: BTreeMap<String, Bytes>,
     uploads: BTreeMap<String, BTreeMap<u32, Bytes>>,
     begun: u32,
@@ -26,20 +26,20 @@ fn stamps() -> Vec<(&'static str, String)> {
 }
 
 impl Objects {
-    pub fn object(&self, key: &str) -> Option<Bytes> {
+    pub(super) fn object(&self, key: &str) -> Option<Bytes> {
         self.objects.get(key).cloned()
     }
 
     /// Inserts an object under a foreign name.
-    pub fn insert(&mut self, key: &str, body: Bytes) {
+    pub(super) fn insert(&mut self, key: &str, body: Bytes) {
         self.objects.insert(key.to_owned(), body);
     }
 
-    pub fn open_uploads(&self) -> usize {
+    pub(super) fn open_uploads(&self) -> usize {
         self.uploads.len()
     }
 
-    pub fn answer(&mut self, request: &Request) -> HttpReply {
+    pub(super) fn answer(&mut self, request: &Request) -> HttpReply {
         let url = url::Url::parse(&format!("http://x{}", request.target)).unwrap();
         let query: BTreeMap<String, String> = url.query_pairs().into_owned().collect();
         let key = url.path().trim_start_matches('/').trim_start_matches(BUCKET).trim_start_matches('/').to_owned();
@@ -112,7 +112,7 @@ impl Objects {
         let page = if self.page == 0 { usize::MAX } else { self.page };
         let all = self.objects.iter().filter(|(key, _)| key.starts_with(prefix) && key.as_str() > after);
         let all: Vec<_> = all.collect();
-        let found = all.iter().take(page).map(|(key, body)| {
+        let listed = all.iter().take(page).map(|(key, body)| {
             format!(
                 "<Contents><Key>{key}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>\
                  <ETag>&quot;1&quot;</ETag><Size>{}</Size></Contents>",
@@ -122,7 +122,7 @@ impl Objects {
         let next = all.get(page.saturating_sub(1)).filter(|_| all.len() > page);
         let next =
             next.map_or(String::new(), |(key, _)| format!("<NextContinuationToken>{key}</NextContinuationToken>"));
-        ok(200, vec![], format!("<ListBucketResult>{}{next}</ListBucketResult>", found.collect::<String>()))
+        ok(200, vec![], format!("<ListBucketResult>{}{next}</ListBucketResult>", listed.collect::<String>()))
     }
 }
 

@@ -46,7 +46,7 @@ impl Did {
 
 /// The state of a key.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct State {
+pub(super) struct State {
     held: Option<Held>,
     /// The event time of the current content, or a time that is certainly earlier.
     time: u64,
@@ -55,7 +55,7 @@ pub struct State {
 
 /// The model of one key.
 #[derive(Debug, Clone)]
-pub struct OneKey;
+pub(super) struct OneKey;
 
 impl State {
     fn becomes(&self, held: Option<Held>, time: Option<u64>) -> (bool, Self) {

@@ -90,12 +90,12 @@ fn obstacle(running: Running<'_>, away_us: impl Fn(NodeId) -> u64) -> Option<Adv
         None => {}
     }
     let others = others_of_sources(catalog, plan);
-    for (shard, replica) in plan.members().chain(others.iter().map(|(shard, one)| (*shard, one.replica))) {
+    for (shard, replica) in plan.members().chain(others.iter().map(|(shard, member)| (*shard, member.replica))) {
         if let Some(ReplicaPhase::Failed(reason)) = reports.get(&replica).map(|report| &report.phase) {
             return Some(abort_with(running, format!("the replica of shard {shard} has failed: {reason}")));
         }
     }
-    let nodes: Vec<NodeId> = plan.nodes().chain(others.iter().map(|(_, one)| one.node)).collect();
+    let nodes: Vec<NodeId> = plan.nodes().chain(others.iter().map(|(_, member)| member.node)).collect();
     if let Some(node) = nodes.iter().copied().find(|node| away_us(*node) > NODE_AWAY_MAX_US) {
         let reason = format!("node {node} has been away for {} s", away_us(node) / 1_000_000);
         return Some(abort_with(running, reason));

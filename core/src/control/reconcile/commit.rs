@@ -44,7 +44,7 @@ pub(super) fn commit(running: Running<'_>) -> Catalog {
                 .sources
                 .iter()
                 .map(|source| source.replica)
-                .chain(others_of_sources(catalog, plan).into_iter().map(|(_, one)| one.replica))
+                .chain(others_of_sources(catalog, plan).into_iter().map(|(_, member)| member.replica))
                 .collect(),
             targets: shipping_targets(plan)
                 .map(|target| {
@@ -73,7 +73,8 @@ pub(super) fn advance_committed(running: Running<'_>, away_us: impl Fn(NodeId) -
     }
     let giving = plan.sources.iter().filter(|_| plan.moving().is_some());
     let sources = giving.map(|source| (source.shard, source.replica, source.node));
-    let others = others_of_sources(catalog, plan).into_iter().map(|(shard, one)| (shard, one.replica, one.node));
+    let others =
+        others_of_sources(catalog, plan).into_iter().map(|(shard, member)| (shard, member.replica, member.node));
     for (shard, replica, _) in sources.chain(others).filter(|(_, replica, node)| !is_out(*replica, *node)) {
         if source_progress(plan, replica, reports).is_none_or(|progress| !progress.released) {
             return Advance::Wait(format!("replica {replica} of shard {shard} to release its writers"));

@@ -16,20 +16,20 @@ use crate::control::report::{PauseMs, Reports};
 pub(super) fn drain_nodes(view: &View<'_>, now_us: u64, nonce: u64) -> Option<Catalog> {
     let View { catalog, around, .. } = *view;
     for shard in &catalog.placement {
-        let staying = shard.replicas.iter().filter(|one| !view.leaves(one)).count();
-        let Some(one) = shard.replicas.iter().find(|one| view.leaves(one)) else { continue };
+        let staying = shard.replicas.iter().filter(|member| !view.leaves(member)).count();
+        let Some(member) = shard.replicas.iter().find(|member| view.leaves(member)) else { continue };
         if staying >= catalog.spec.replicas as usize {
             // Not before a replica that stays has taken over: the leaving one may be the only one that can be read.
             let stays = |other: &Placed| !view.leaves(other) && view.serves(other);
             if !shard.replicas.iter().any(stays) {
                 continue;
             }
-            match view.take_out(shard, one, stays, now_us, nonce) {
+            match view.take_out(shard, member, stays, now_us, nonce) {
                 Some(next) => return Some(next),
                 None => continue,
             }
         }
-        if shard.replicas.iter().all(|one| view.is_given_up(one))
+        if shard.replicas.iter().all(|member| view.is_given_up(member))
             && may_copy(catalog, shard.shard, now_us)
             && let Some(node) = (around.room)(catalog, shard.shard)
         {
@@ -53,8 +53,8 @@ pub(super) fn drain_nodes(view: &View<'_>, now_us: u64, nonce: u64) -> Option<Ca
 /// Returns true when nothing is left on a draining node and, if its data is given up, no replica of it waits to be
 /// drained.
 pub(super) fn is_drained(catalog: &Catalog, drain: &NodeDrain) -> bool {
-    let waits = catalog.draining.iter().any(|one| one.node == drain.node);
-    let holds = catalog.placement.iter().any(|shard| shard.replicas.iter().any(|one| one.node == drain.node));
+    let waits = catalog.draining.iter().any(|draining| draining.node == drain.node);
+    let holds = catalog.placement.iter().any(|shard| shard.replicas.iter().any(|member| member.node == drain.node));
     !(holds || (drain.accept_loss && waits))
 }
 
@@ -109,7 +109,7 @@ pub fn cancel_drain(
     let copying = catalog.plan.as_ref().is_some_and(Plan::adds_member);
     let aborted = if copying { abort(catalog, reason, reports, now_us, nonce) } else { None };
     let mut next = aborted.unwrap_or_else(|| catalog.next(now_us, nonce));
-    next.draining_nodes.retain(|one| one != drain);
+    next.draining_nodes.retain(|other| other != drain);
     next.remember(end_of(catalog, drain, OperationOutcome::Aborted, Some(reason.to_owned()), now_us));
     Some(next)
 }
@@ -129,6 +129,6 @@ pub fn drain_node(catalog: &Catalog, drain: NodeDrain, now_us: u64, nonce: u64) 
 
 /// Returns true when the node has replicas of the keyspace, or draining ones that are to be given up.
 pub fn concerns(catalog: &Catalog, drain: &NodeDrain) -> bool {
-    let placed = catalog.placement.iter().any(|shard| shard.replicas.iter().any(|one| one.node == drain.node));
-    placed || (drain.accept_loss && catalog.draining.iter().any(|one| one.node == drain.node))
+    let placed = catalog.placement.iter().any(|shard| shard.replicas.iter().any(|member| member.node == drain.node));
+    placed || (drain.accept_loss && catalog.draining.iter().any(|draining| draining.node == drain.node))
 }

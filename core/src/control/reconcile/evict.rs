@@ -57,31 +57,32 @@ pub fn evict(
     }
     let mut next = catalog.next(now_us, nonce);
     // A draining replica is not placed: its removal changes neither ownership nor placement, so the epoch stays.
-    if catalog.draining.iter().any(|one| one.replica == replica) {
+    if catalog.draining.iter().any(|draining| draining.replica == replica) {
         if !accept_loss {
             return Err(EvictError::Draining(replica));
         }
-        next.draining.retain(|one| one.replica != replica);
+        next.draining.retain(|draining| draining.replica != replica);
         next.remove_for_good([replica]);
         next.given_up.push(GivenUp { replica, version: next.version });
         return Ok(next);
     }
-    let shard = next.placement.iter_mut().find(|shard| shard.replicas.iter().any(|one| one.replica == replica));
+    let shard = next.placement.iter_mut().find(|shard| shard.replicas.iter().any(|member| member.replica == replica));
     let shard = shard.ok_or(EvictError::NotThere(replica))?;
     if shard.replicas.len() < 2 {
         return Err(EvictError::Last(replica, shard.shard));
     }
-    let node = shard.replicas.iter().find(|one| one.replica == replica).map(|one| one.node).unwrap_or_default();
-    shard.replicas.retain(|one| one.replica != replica);
+    let node =
+        shard.replicas.iter().find(|member| member.replica == replica).map(|member| member.node).unwrap_or_default();
+    shard.replicas.retain(|member| member.replica != replica);
     // `None` means that the first replica is primary: it takes over from an evicted primary, and needs no mention when
     // it is the acting primary and the eviction made it the first.
-    if shard.primary == Some(replica) || shard.primary == shard.replicas.first().map(|one| one.replica) {
+    if shard.primary == Some(replica) || shard.primary == shard.replicas.first().map(|member| member.replica) {
         shard.primary = None;
     }
     shard.transferring_to = None;
     // Moved bands stay in quarantine until a manifest of each shipping target covers them. If the evicted replica is
     // such a target, the replica that ships from now on (the first) takes its place there.
-    let successor = shard.shipper().map(|one| one.replica);
+    let successor = shard.shipper().map(|shipper| shipper.replica);
     let shard = shard.shard;
     next.epoch = Epoch(catalog.epoch.0 + 1);
     remove_from_quarantines(&mut next.quarantines, replica, successor);
@@ -105,9 +106,13 @@ pub fn evict_on_request(
     nonce: u64,
 ) -> Result<Catalog, EvictError> {
     let next = evict(catalog, replica, accept_loss, now_us, nonce)?;
-    let shard = catalog.placement.iter().find(|shard| shard.replicas.iter().any(|one| one.replica == replica));
-    let serving: Vec<ReplicaId> =
-        shard.into_iter().flat_map(|shard| &shard.replicas).filter(|one| serves(one)).map(|one| one.replica).collect();
+    let shard = catalog.placement.iter().find(|shard| shard.replicas.iter().any(|member| member.replica == replica));
+    let serving: Vec<ReplicaId> = shard
+        .into_iter()
+        .flat_map(|shard| &shard.replicas)
+        .filter(|member| serves(member))
+        .map(|member| member.replica)
+        .collect();
     match (shard, &serving[..]) {
         (Some(shard), [only]) if *only == replica => Err(EvictError::OnlyOneServes(replica, shard.shard)),
         _ => Ok(next),

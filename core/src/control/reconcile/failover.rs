@@ -100,7 +100,7 @@ pub fn advance_primaries(
 pub fn leadership_changes_between(before: &Catalog, after: &Catalog) -> LeadershipChanges {
     let mut changes = LeadershipChanges::default();
     for (old, new) in before.placement.iter().zip(&after.placement) {
-        let Some(primary) = new.primary().filter(|one| Some(*one) != old.primary()) else { continue };
+        let Some(primary) = new.primary().filter(|primary| Some(*primary) != old.primary()) else { continue };
         if old.transferring_to == Some(primary.replica) {
             changes.handovers += 1;
         } else {
@@ -116,12 +116,12 @@ pub fn is_unsettled(catalog: &Catalog, presence: impl Fn(NodeId) -> Presence) ->
         && catalog.placement.iter().filter(|shard| shard.replicas.len() > 1).any(|shard| {
             shard.transferring_to.is_some()
                 || shard.primary.is_some()
-                || shard.primary().is_some_and(|one| presence(one.node) == Presence::Away)
+                || shard.primary().is_some_and(|primary| presence(primary.node) == Presence::Away)
         })
 }
 
 fn set_primary(shard: &mut ShardPlacement, id: ReplicaId) {
-    let home = shard.replicas.first().map(|one| one.replica);
+    let home = shard.replicas.first().map(|member| member.replica);
     shard.primary = Some(id).filter(|id| Some(*id) != home);
     shard.transferring_to = None;
 }
@@ -151,8 +151,9 @@ fn decide(
     if presence(primary.node) == Presence::Gone || failed(primary.replica) {
         // Only a replica that has authority holds everything that any reachable replica holds.
         let serves = |id: ReplicaId| serving(id).unwrap_or(true);
-        let successor = shard.replicas.iter().find(|one| here(one.node) && ready(one.replica) && serves(one.replica));
-        return successor.map_or(Decision::Keep, |one| Decision::Replace(one.replica));
+        let successor =
+            shard.replicas.iter().find(|member| here(member.node) && ready(member.replica) && serves(member.replica));
+        return successor.map_or(Decision::Keep, |successor| Decision::Replace(successor.replica));
     }
     if serving(primary.replica) == Some(false) && shard.transferring_to.is_none() {
         let acting = |id: ReplicaId| {
@@ -161,14 +162,15 @@ fn decide(
                     && report.replication.serving == Some(true)
             })
         };
-        let instead = shard.replicas.iter().find(|one| here(one.node) && ready(one.replica) && acting(one.replica));
+        let instead =
+            shard.replicas.iter().find(|member| here(member.node) && ready(member.replica) && acting(member.replica));
         if let Some(instead) = instead {
             return Decision::Replace(instead.replica);
         }
     }
     if let Some(to) = shard.transferring_to {
         let took_over = reports.get(&to).and_then(|report| report.replication.took_over);
-        let node = shard.replicas.iter().find(|one| one.replica == to).map(|one| one.node);
+        let node = shard.replicas.iter().find(|member| member.replica == to).map(|member| member.node);
         return match took_over {
             _ if failed(to) => Decision::Undo,
             Some(version) if version == catalog.version => Decision::End(to),
@@ -196,8 +198,8 @@ pub fn successor(
     may: impl Fn(&Placed) -> bool,
 ) -> Option<ReplicaId> {
     shard.primary().filter(|primary| primary.replica == replica && here(primary.node))?;
-    let successor = shard.replicas.iter().find(|one| one.replica != replica && here(one.node) && may(one));
-    successor.map(|one| one.replica)
+    let successor = shard.replicas.iter().find(|member| member.replica != replica && here(member.node) && may(member));
+    successor.map(|successor| successor.replica)
 }
 
 /// Returns the version in which a primary begins to transfer leadership to another replica of its shard.
@@ -210,9 +212,9 @@ pub fn transfer_leadership(
 ) -> Option<Catalog> {
     let may = catalog.state == KeyspaceState::Active && catalog.plan.is_none();
     let mut next = catalog.next(now_us, nonce);
-    let shard = next.placement.iter_mut().find(|shard| shard.primary().is_some_and(|one| one.replica == from));
-    let shard =
-        shard.filter(|shard| shard.transferring_to.is_none() && shard.replicas.iter().any(|one| one.replica == to));
+    let shard = next.placement.iter_mut().find(|shard| shard.primary().is_some_and(|primary| primary.replica == from));
+    let shard = shard
+        .filter(|shard| shard.transferring_to.is_none() && shard.replicas.iter().any(|member| member.replica == to));
     shard.filter(|_| may && from != to)?.transferring_to = Some(to);
     Some(next)
 }
@@ -406,7 +408,7 @@ mod tests {
                 for (before, after) in catalog.placement.iter().zip(&next.placement) {
                     prop_assert_eq!(&before.replicas, &after.replicas);
                     prop_assert!(after.replicas.contains(&after.primary().unwrap()));
-                    prop_assert!(after.transferring_to.is_none() || after.transferring_to != after.primary().map(|one| one.replica));
+                    prop_assert!(after.transferring_to.is_none() || after.transferring_to != after.primary().map(|primary| primary.replica));
                     moved |= before.primary() != after.primary();
                 }
                 prop_assert_eq!(moved, next.epoch != catalog.epoch);

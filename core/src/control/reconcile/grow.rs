@@ -90,8 +90,8 @@ pub fn start_grow(
     if to != from + 1 {
         return Err(PlanError::ManySteps { from, to, next: from + 1 });
     }
-    if let Some(one) = catalog.draining.first() {
-        return Err(PlanError::DrainingReplica(one.replica, one.shard, one.node));
+    if let Some(draining) = catalog.draining.first() {
+        return Err(PlanError::DrainingReplica(draining.replica, draining.shard, draining.node));
     }
     if target_nodes.len() != catalog.spec.replicas as usize {
         return Err(PlanError::NoNode(catalog.spec.replicas));
@@ -101,7 +101,7 @@ pub fn start_grow(
         .placement
         .iter()
         .filter_map(|shard| Some((shard.shard, shard.shipper()?)))
-        .map(|(shard, one)| Source { shard, replica: one.replica, node: one.node, manifest: None })
+        .map(|(shard, member)| Source { shard, replica: member.replica, node: member.node, manifest: None })
         .collect();
     next.plan = Some(Plan {
         id: catalog.next_plan,
@@ -148,7 +148,7 @@ pub(super) fn advance_tail(running: Running<'_>, here_us: impl Fn(NodeId) -> u64
         if progress.stage != TargetStage::Tailing {
             return Advance::Wait(format!("shard {} to load its bands", target.shard));
         }
-        if !progress.manifest_shipped && shipping_targets(plan).any(|one| one.replica == target.replica) {
+        if !progress.manifest_shipped && shipping_targets(plan).any(|shipping| shipping.replica == target.replica) {
             return Advance::Wait(format!("the first manifest of shard {}", target.shard));
         }
         if progress.lag_lsns > TAIL_LAG_LSNS_MAX {
@@ -186,8 +186,8 @@ fn sealed_and_caught_up(running: Running<'_>) -> Result<(), String> {
             .filter(|sealed| sealed.version == catalog.version)
             .ok_or_else(|| format!("replica {replica} of shard {shard} to seal"))
     };
-    for (shard, one) in others_of_sources(catalog, plan) {
-        seal_of(shard, one.replica)?;
+    for (shard, member) in others_of_sources(catalog, plan) {
+        seal_of(shard, member.replica)?;
     }
     for source in &plan.sources {
         let sealed = seal_of(source.shard, source.replica)?;

@@ -25,38 +25,39 @@ pub fn advance_members(
         return None;
     }
     let view = View { catalog, reports, around };
-    if catalog.draining.iter().any(|one| view.may_go(one)) {
+    if catalog.draining.iter().any(|draining| view.may_go(draining)) {
         let mut next = catalog.next(now_us, nonce);
-        let going: Vec<&DrainingReplica> = catalog.draining.iter().filter(|one| view.may_go(one)).collect();
-        next.draining.retain(|one| !going.contains(&one));
-        next.remove_for_good(going.iter().map(|one| one.replica));
+        let going: Vec<&DrainingReplica> = catalog.draining.iter().filter(|draining| view.may_go(draining)).collect();
+        next.draining.retain(|draining| !going.contains(&draining));
+        next.remove_for_good(going.iter().map(|draining| draining.replica));
         // Data of undrained replicas that no other replica took over is given up.
-        let lost = going.iter().filter(|one| !view.is_drained(one.replica));
+        let lost = going.iter().filter(|draining| !view.is_drained(draining.replica));
         let version = next.version;
-        next.given_up.extend(lost.map(|one| GivenUp { replica: one.replica, version }));
+        next.given_up.extend(lost.map(|draining| GivenUp { replica: draining.replica, version }));
         return Some(next);
     }
     for shard in &catalog.placement {
-        for one in &shard.replicas {
-            let another_serves = shard.replicas.iter().any(|other| other.replica != one.replica && view.serves(other));
+        for member in &shard.replicas {
+            let another_serves =
+                shard.replicas.iter().any(|other| other.replica != member.replica && view.serves(other));
             if !another_serves {
                 continue;
             }
             // A replica that cannot catch up, or keeps others' logs from being truncated, is evicted; one that does
             // not serve any more is evicted when a new replica can take its place.
             let has_room = || (around.room)(catalog, shard.shard).is_some();
-            let failed = view.has_failed_for_good(one.replica) && has_room();
-            let too_old = view.replication(one.replica).is_some_and(|report| report.too_old);
-            let has_it_in_the_way = |other: &Placed| {
-                other.replica != one.replica
-                    && view.replication(other.replica).is_some_and(|report| report.evict == Some(one.replica))
+            let failed = view.has_failed_for_good(member.replica) && has_room();
+            let too_old = view.replication(member.replica).is_some_and(|report| report.too_old);
+            let asks_to_evict = |other: &Placed| {
+                other.replica != member.replica
+                    && view.replication(other.replica).is_some_and(|report| report.evict == Some(member.replica))
             };
-            let in_the_way = shard.replicas.iter().any(has_it_in_the_way);
+            let asked_to_evict = shard.replicas.iter().any(asks_to_evict);
             // A replica whose log this one does not read probably cannot read this one's log either.
-            let may_follow = |other: &Placed| view.serves(other) && !has_it_in_the_way(other);
-            let lost = (around.lost)(one.node) && has_room();
-            if (failed || too_old || in_the_way || lost || view.is_given_up(one))
-                && let Some(next) = view.take_out(shard, one, may_follow, now_us, nonce)
+            let may_follow = |other: &Placed| view.serves(other) && !asks_to_evict(other);
+            let lost = (around.lost)(member.node) && has_room();
+            if (failed || too_old || asked_to_evict || lost || view.is_given_up(member))
+                && let Some(next) = view.take_out(shard, member, may_follow, now_us, nonce)
             {
                 return Some(next);
             }

@@ -52,7 +52,7 @@ fn reports(change: impl Fn(u64, &mut ReplicationReport)) -> Reports {
 }
 
 fn ids(catalog: &Catalog) -> Vec<u64> {
-    catalog.placement[0].replicas.iter().map(|one| one.replica.0).collect()
+    catalog.placement[0].replicas.iter().map(|member| member.replica.0).collect()
 }
 
 #[test]
@@ -82,7 +82,7 @@ fn a_primary_that_is_to_leave_hands_over_to_one_that_is_there_and_ready() {
     let shard = &catalog.placement[0];
     let here = |node: NodeId| node != NodeId(2);
     assert_eq!(successor(shard, ReplicaId(1), here, |_| true), Some(ReplicaId(3)));
-    assert_eq!(successor(shard, ReplicaId(1), here, |one| one.replica != ReplicaId(3)), None);
+    assert_eq!(successor(shard, ReplicaId(1), here, |member| member.replica != ReplicaId(3)), None);
     assert_eq!(successor(shard, ReplicaId(3), here, |_| true), None, "it is not primary");
     assert_eq!(successor(shard, ReplicaId(1), |node| node != NodeId(1), |_| true), None, "it is replaced");
     let handing = transfer_leadership(&catalog, ReplicaId(1), ReplicaId(3), NOW, 2).unwrap();
@@ -116,14 +116,14 @@ fn who_cannot_catch_up_or_is_in_the_way_leaves_and_the_last_one_never() {
     assert_eq!(next(&catalog(), &nobody, HERE, NOWHERE), None, "nobody else serves");
     let two = evict(&catalog(), ReplicaId(1), true, NOW, 2).unwrap();
     assert_eq!(two.removed, [ReplicaId(1)]);
-    let one = evict(&two, ReplicaId(2), false, NOW, 3).unwrap();
-    assert_eq!(evict(&one, ReplicaId(3), true, NOW, 4), Err(EvictError::Last(ReplicaId(3), ShardId(0))));
-    assert_eq!(evict(&one, ReplicaId(9), true, NOW, 4), Err(EvictError::NotThere(ReplicaId(9))));
-    let again = evict(&one, ReplicaId(2), false, NOW, 4).unwrap_err();
+    let alone = evict(&two, ReplicaId(2), false, NOW, 3).unwrap();
+    assert_eq!(evict(&alone, ReplicaId(3), true, NOW, 4), Err(EvictError::Last(ReplicaId(3), ShardId(0))));
+    assert_eq!(evict(&alone, ReplicaId(9), true, NOW, 4), Err(EvictError::NotThere(ReplicaId(9))));
+    let again = evict(&alone, ReplicaId(2), false, NOW, 4).unwrap_err();
     assert_eq!(again, EvictError::Draining(ReplicaId(2)));
     assert!(again.to_string().contains("--accept-loss"), "{again}");
     // The loss of a draining replica may still be accepted.
-    let lost = evict(&one, ReplicaId(2), true, NOW, 4).unwrap();
+    let lost = evict(&alone, ReplicaId(2), true, NOW, 4).unwrap();
     assert_eq!((lost.draining.len(), lost.removed.len()), (0, 2));
 }
 
@@ -331,7 +331,7 @@ fn what_is_drained_goes_only_while_one_serves_that_holds_everything() {
 fn nobody_is_evicted_on_request_who_alone_serves() {
     let catalog = catalog();
     let ask = |replica: u64, accept_loss: bool, serving: &[u64]| {
-        let serves = |one: &Placed| serving.contains(&one.replica.0);
+        let serves = |member: &Placed| serving.contains(&member.replica.0);
         evict_on_request(&catalog, ReplicaId(replica), accept_loss, serves, NOW, 2)
     };
     assert_eq!(ask(1, false, &[1]), Err(EvictError::OnlyOneServes(ReplicaId(1), ShardId(0))));
@@ -366,15 +366,15 @@ fn a_shard_that_lost_all_its_replicas_is_taken_over_once_all_of_them_are_given_u
     let catalog = Catalog::first(KeyspaceId(1), "ks", spec, &[vec![NodeId(1), NodeId(2)]], NOW, 1);
     let dead = |node: NodeId| if node.0 <= 2 { Presence::Gone } else { HERE(node) };
     let to_three = |_: &Catalog, _: ShardId| Some(NodeId(3));
-    let one = drain_node(&catalog, NodeDrain::new(NodeId(1), true, NOW), NOW, 2).unwrap();
-    assert_eq!(next(&one, &Reports::new(), dead, to_three), None, "nobody gave the other one up");
+    let first = drain_node(&catalog, NodeDrain::new(NodeId(1), true, NOW), NOW, 2).unwrap();
+    assert_eq!(next(&first, &Reports::new(), dead, to_three), None, "nobody gave the other one up");
     let around =
         Around { presence: &dead, long_gone: &|node| dead(node) == Presence::Gone, lost: &|_| false, room: &to_three };
-    let waits = waits_for(&one, &Reports::new(), &around, NOW).unwrap();
+    let waits = waits_for(&first, &Reports::new(), &around, NOW).unwrap();
     let way_out = format!("start {0} or give it up with `vasto node replace {0}`", NodeId(2));
     assert!(waits.contains("shard 0 of ks") && waits.contains(&way_out), "{waits}");
     assert!(!waits.contains(&format!("node replace {}", NodeId(1))), "that was said already: {waits}");
-    let both = drain_node(&one, NodeDrain::new(NodeId(2), true, NOW), NOW, 3).unwrap();
+    let both = drain_node(&first, NodeDrain::new(NodeId(2), true, NOW), NOW, 3).unwrap();
     let taking = next(&both, &Reports::new(), dead, to_three).unwrap();
     let plan = taking.plan.as_ref().unwrap();
     assert_eq!((plan.kind, plan.sources.len()), (PlanKind::RecoverReplica { shard: ShardId(0) }, 2));
@@ -514,7 +514,7 @@ fn the_report_of_an_emptied_node_counts_all_copies() {
     }
     catalog.remember(copy(&catalog, OperationOutcome::Aborted));
     let ended = next(&catalog, &reports(|_, _| {}), HERE, NOWHERE).unwrap();
-    let figures: Vec<u64> = ended.operations.iter().rev().take(2).map(|one| one.bytes_moved).collect();
+    let figures: Vec<u64> = ended.operations.iter().rev().take(2).map(|report| report.bytes_moved).collect();
     assert_eq!(figures, [1_000, 4_000]);
 }
 
@@ -563,7 +563,7 @@ fn replicas_that_are_gone_for_good_are_named_in_bounded_space_and_none_is_forgot
         gone.push(ReplicaId(n));
         assert!(catalog.removed.len() <= REMOVED_KEPT);
     }
-    assert!(gone.iter().all(|one| catalog.is_removed(*one)));
+    assert!(gone.iter().all(|replica| catalog.is_removed(*replica)));
     for stays in [1, 2, 3, 1_000] {
         assert!(!catalog.is_removed(ReplicaId(stays)), "{stays}");
     }

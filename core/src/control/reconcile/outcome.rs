@@ -67,7 +67,7 @@ pub fn report_of(
             .targets
             .iter()
             .filter_map(|target| Some((target.shard, target_progress(plan, target.replica, reports)?)))
-            .flat_map(|(shard, progress)| progress.reached.iter().map(move |one| (shard, *one)))
+            .flat_map(|(shard, progress)| progress.reached.iter().map(move |reached| (shard, *reached)))
             .map(|(shard, (replica, lsn))| Reached { shard, replica, lsn })
             .collect(),
         copies: 0,
@@ -78,8 +78,8 @@ pub fn report_of(
         failed_on: plan
             .targets
             .iter()
-            .filter(|one| outcome == OperationOutcome::Aborted && failed_at(plan, one, reports))
-            .map(|one| one.node)
+            .filter(|target| outcome == OperationOutcome::Aborted && failed_at(plan, target, reports))
+            .map(|target| target.node)
             .collect(),
     }
 }

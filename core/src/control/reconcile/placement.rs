@@ -13,9 +13,9 @@ pub(crate) fn remove_from_placement(
     now_us: u64,
 ) {
     for replica in gone {
-        let Some(at) = shard.replicas.iter().position(|one| one.replica == replica) else { continue };
-        let one = shard.replicas.swap_remove(at);
-        draining.push(DrainingReplica { shard: shard.shard, replica, node: one.node, since_us: now_us });
+        let Some(at) = shard.replicas.iter().position(|member| member.replica == replica) else { continue };
+        let member = shard.replicas.swap_remove(at);
+        draining.push(DrainingReplica { shard: shard.shard, replica, node: member.node, since_us: now_us });
     }
     shard.primary = None;
     shard.transferring_to = None;

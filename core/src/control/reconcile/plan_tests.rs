@@ -295,7 +295,7 @@ fn a_member_that_has_failed_aborts_the_plan_and_an_away_node_keeps_it_from_seali
 }
 
 #[test]
-fn what_the_targets_of_an_undone_grow_shipped_is_nobodys_past() {
+fn what_the_targets_of_an_aborted_grow_shipped_is_discarded() {
     let catalog = at(Step::Tail);
     let undone = abort(&catalog, "cancelled", &Reports::new(), 3_000, 3).unwrap();
     assert_eq!(undone.discarded, [ReplicaId(3)]);

@@ -46,17 +46,17 @@ pub(super) fn others_of_sources(catalog: &Catalog, plan: &Plan) -> Vec<(ShardId,
         return Vec::new();
     }
     let is_source = |id: ReplicaId| plan.sources.iter().any(|source| source.replica == id);
-    let shards = catalog.placement.iter().filter(|shard| plan.sources.iter().any(|one| one.shard == shard.shard));
+    let shards = catalog.placement.iter().filter(|shard| plan.sources.iter().any(|source| source.shard == shard.shard));
     shards
-        .flat_map(|shard| shard.replicas.iter().map(|one| (shard.shard, *one)))
-        .filter(|(_, one)| !is_source(one.replica))
+        .flat_map(|shard| shard.replicas.iter().map(|member| (shard.shard, *member)))
+        .filter(|(_, member)| !is_source(member.replica))
         .collect()
 }
 
 /// Returns the one target of each shard that ships: the first.
 pub(super) fn shipping_targets(plan: &Plan) -> impl Iterator<Item = &Target> {
     plan.targets.iter().enumerate().filter_map(|(index, target)| {
-        let first = plan.targets.iter().position(|one| one.shard == target.shard);
+        let first = plan.targets.iter().position(|other| other.shard == target.shard);
         (first == Some(index)).then_some(target)
     })
 }

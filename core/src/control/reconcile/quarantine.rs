@@ -45,9 +45,9 @@ pub(super) fn advance_quarantines(catalog: &Catalog, reports: &Reports, now_us: 
 /// ships in its place covers what its own manifest was to cover.
 pub(crate) fn remove_from_quarantines(quarantines: &mut [Quarantine], gone: ReplicaId, successor: Option<ReplicaId>) {
     for quarantine in quarantines {
-        quarantine.replicas.retain(|one| *one != gone);
-        let Some(at) = quarantine.targets.iter().position(|(one, _)| *one == gone) else { continue };
-        match successor.filter(|successor| quarantine.targets.iter().all(|(one, _)| one != successor)) {
+        quarantine.replicas.retain(|replica| *replica != gone);
+        let Some(at) = quarantine.targets.iter().position(|(target, _)| *target == gone) else { continue };
+        match successor.filter(|successor| quarantine.targets.iter().all(|(target, _)| target != successor)) {
             // The successor began to ship after the range had moved: each of its manifests covers the whole range.
             Some(successor) => quarantine.targets[at] = (successor, Lsn(1)),
             None => drop(quarantine.targets.remove(at)),

@@ -20,9 +20,9 @@ pub const AVOID_NODE_US: u64 = 600_000_000;
 
 /// Returns the operations that failed to add a replica to a shard since the last success, newest first.
 fn failures(catalog: &Catalog, shard: ShardId) -> impl Iterator<Item = &OperationReport> {
-    let of_shard = move |one: &&OperationReport| one.is_copy() && one.shard.is_none_or(|of| of == shard);
+    let of_shard = move |report: &&OperationReport| report.is_copy() && report.shard.is_none_or(|of| of == shard);
     let newest_first = catalog.operations.iter().rev().filter(of_shard);
-    newest_first.take_while(|one| one.outcome == OperationOutcome::Aborted)
+    newest_first.take_while(|report| report.outcome == OperationOutcome::Aborted)
 }
 
 /// Returns the time, microseconds since 1970, before which no new replica of a shard is begun after one failed. Other
@@ -41,9 +41,9 @@ pub(super) fn may_copy(catalog: &Catalog, shard: ShardId, now_us: u64) -> bool {
 /// Returns the nodes on which a new replica of this keyspace has failed lately: they are chosen only when no other
 /// node can take the next one.
 pub fn nodes_to_avoid(catalog: &Catalog, now_us: u64) -> Vec<NodeId> {
-    let copies = catalog.operations.iter().filter(|one| one.is_copy());
-    let lately = copies.filter(|one| now_us < one.ended_at_us().saturating_add(AVOID_NODE_US));
-    lately.flat_map(|one| one.failed_on.iter().copied()).collect()
+    let copies = catalog.operations.iter().filter(|report| report.is_copy());
+    let lately = copies.filter(|report| now_us < report.ended_at_us().saturating_add(AVOID_NODE_US));
+    lately.flat_map(|report| report.failed_on.iter().copied()).collect()
 }
 
 /// Returns the version that begins one more replica of a shard that has too few on nodes that stay; a shard whose
@@ -51,15 +51,15 @@ pub fn nodes_to_avoid(catalog: &Catalog, now_us: u64) -> Vec<NodeId> {
 pub(super) fn start_copy(view: &View<'_>, now_us: u64, nonce: u64) -> Option<Catalog> {
     let catalog = view.catalog;
     let lacks = |shard: &&ShardPlacement| {
-        let staying = shard.replicas.iter().filter(|one| !view.leaves(one)).count();
+        let staying = shard.replicas.iter().filter(|member| !view.leaves(member)).count();
         staying < catalog.spec.replicas as usize && may_copy(catalog, shard.shard, now_us)
     };
     let mut shards: Vec<&ShardPlacement> = catalog.placement.iter().filter(lacks).collect();
     shards.sort_by_key(|shard| failures(catalog, shard.shard).next().map(OperationReport::ended_at_us));
     shards.into_iter().find_map(|shard| {
         // The shipper has most of its files in the bucket already.
-        let shipper = shard.shipper().filter(|one| view.is_ready(one));
-        let source = shipper.or_else(|| shard.primary_first().into_iter().find(|one| view.is_ready(one)))?;
+        let shipper = shard.shipper().filter(|shipper| view.is_ready(shipper));
+        let source = shipper.or_else(|| shard.primary_first().into_iter().find(|member| view.is_ready(member)))?;
         let node = (view.around.room)(catalog, shard.shard)?;
         let kind = PlanKind::AddReplica { shard: shard.shard };
         Some(begin(catalog, kind, shard.shard, &[source], node, now_us, nonce))
@@ -76,7 +76,7 @@ pub(super) fn begin(
     now_us: u64,
     nonce: u64,
 ) -> Catalog {
-    let source = |one: &Placed| Source { shard, replica: one.replica, node: one.node, manifest: None };
+    let source = |member: &Placed| Source { shard, replica: member.replica, node: member.node, manifest: None };
     let mut next = catalog.next(now_us, nonce);
     next.plan = Some(Plan {
         id: catalog.next_plan,

@@ -49,23 +49,23 @@ impl View<'_> {
     }
 
     /// Returns true when the replica serves, by its last report.
-    pub(super) fn is_ready(&self, one: &Placed) -> bool {
-        self.around.is_here(one.node)
-            && !self.has_failed(one.replica)
-            && self.replication(one.replica).is_some_and(|report| report.ready)
+    pub(super) fn is_ready(&self, member: &Placed) -> bool {
+        self.around.is_here(member.node)
+            && !self.has_failed(member.replica)
+            && self.replication(member.replica).is_some_and(|report| report.ready)
     }
 
     /// Returns true when the replica serves, and not only by a report from before it stood still or was cut off: it
     /// has applied the version that is in force.
-    pub(super) fn serves(&self, one: &Placed) -> bool {
+    pub(super) fn serves(&self, member: &Placed) -> bool {
         let has_heard = |report: &ReplicaReport| report.version >= self.catalog.version;
-        self.is_ready(one) && self.reports.get(&one.replica).is_some_and(has_heard)
+        self.is_ready(member) && self.reports.get(&member.replica).is_some_and(has_heard)
     }
 
     /// Returns true when the replica answers strict requests: it holds everything that the others have acknowledged.
-    pub(super) fn has_authority(&self, one: &Placed) -> bool {
+    pub(super) fn has_authority(&self, member: &Placed) -> bool {
         let has_authority = |report: &ReplicaReport| report.has_authority(self.catalog.version);
-        self.is_ready(one) && self.reports.get(&one.replica).is_some_and(has_authority)
+        self.is_ready(member) && self.reports.get(&member.replica).is_some_and(has_authority)
     }
 
     /// Returns the version that evicts a replica, or transfers leadership first; `None` while the replica may be the
@@ -74,7 +74,7 @@ impl View<'_> {
     pub(super) fn take_out(
         &self,
         shard: &ShardPlacement,
-        one: &Placed,
+        member: &Placed,
         stays: impl Fn(&Placed) -> bool,
         now_us: u64,
         nonce: u64,
@@ -83,14 +83,14 @@ impl View<'_> {
         let is_close =
             |other: &Placed| self.replication(other.replica).is_some_and(|report| report.lag_lsns <= TAIL_LAG_LSNS_MAX);
         let may = |other: &Placed| stays(other) && is_close(other);
-        let successor = successor(shard, one.replica, |node| self.around.is_here(node), may);
-        if let Some(successor) = successor.filter(|_| !self.has_failed(one.replica)) {
-            return transfer_leadership(self.catalog, one.replica, successor, now_us, nonce);
+        let successor = successor(shard, member.replica, |node| self.around.is_here(node), may);
+        if let Some(successor) = successor.filter(|_| !self.has_failed(member.replica)) {
+            return transfer_leadership(self.catalog, member.replica, successor, now_us, nonce);
         }
-        let mut others = shard.replicas.iter().filter(|other| other.replica != one.replica);
+        let mut others = shard.replicas.iter().filter(|other| other.replica != member.replica);
         others
             .any(|other| self.has_authority(other))
-            .then(|| evict(self.catalog, one.replica, false, now_us, nonce).ok())
+            .then(|| evict(self.catalog, member.replica, false, now_us, nonce).ok())
             .flatten()
     }
 
@@ -98,18 +98,18 @@ impl View<'_> {
         self.catalog.draining_nodes.iter().find(|drain| drain.node == node)
     }
 
-    pub(super) fn leaves(&self, one: &Placed) -> bool {
-        self.drain_of(one.node).is_some()
+    pub(super) fn leaves(&self, member: &Placed) -> bool {
+        self.drain_of(member.node).is_some()
     }
 
     /// Returns true when the replica is not waited for: its node is to be replaced and is gone, or is there and the
     /// replica has failed.
-    pub(super) fn is_given_up(&self, one: &Placed) -> bool {
-        let replaced = self.drain_of(one.node).is_some_and(|drain| drain.replace);
+    pub(super) fn is_given_up(&self, member: &Placed) -> bool {
+        let replaced = self.drain_of(member.node).is_some_and(|drain| drain.replace);
         replaced
-            && match (self.around.presence)(one.node) {
+            && match (self.around.presence)(member.node) {
                 Presence::Gone => true,
-                Presence::Here(_) => self.has_failed_for_good(one.replica),
+                Presence::Here(_) => self.has_failed_for_good(member.replica),
                 Presence::Away => false,
             }
     }
@@ -120,24 +120,25 @@ impl View<'_> {
 
     /// Returns true when deleting its files loses nothing: another replica serves and holds everything it has, or its
     /// loss was accepted and everything that it had shipped was recovered.
-    pub(super) fn may_go(&self, one: &DrainingReplica) -> bool {
-        let others = || self.catalog.shard(one.shard).into_iter().flat_map(|shard| &shard.replicas);
-        if let Some(report) = self.replication(one.replica).filter(|_| self.is_drained(one.replica)) {
+    pub(super) fn may_go(&self, draining: &DrainingReplica) -> bool {
+        let others = || self.catalog.shard(draining.shard).into_iter().flat_map(|shard| &shard.replicas);
+        if let Some(report) = self.replication(draining.replica).filter(|_| self.is_drained(draining.replica)) {
             // A node of an older version does not report which replicas hold the data.
             let holds = |id: ReplicaId| report.drained_by.is_empty() || report.drained_by.contains(&id);
             return others().any(|other| holds(other.replica) && self.serves(other));
         }
-        let gone = Placed { replica: one.replica, node: one.node };
-        let accepted = self.drain_of(one.node).is_some_and(|drain| drain.accept_loss);
+        let gone = Placed { replica: draining.replica, node: draining.node };
+        let accepted = self.drain_of(draining.node).is_some_and(|drain| drain.accept_loss);
         // A replica that is cut off only briefly is still drained when it is back.
-        let is_over = (self.around.long_gone)(one.node) || (self.around.is_here(one.node) && self.is_given_up(&gone));
+        let is_over =
+            (self.around.long_gone)(draining.node) || (self.around.is_here(draining.node) && self.is_given_up(&gone));
         accepted
             && is_over
             && others().any(|other| {
                 self.serves(other)
                     && self
                         .replication(other.replica)
-                        .is_some_and(|report| report.took_from_bucket.contains(&one.replica))
+                        .is_some_and(|report| report.took_from_bucket.contains(&draining.replica))
             })
     }
 }

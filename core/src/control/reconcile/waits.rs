@@ -15,19 +15,19 @@ pub fn waits_for(catalog: &Catalog, reports: &Reports, around: &Around<'_>, now_
     }
     let view = View { catalog, reports, around };
     let mut of_shards = catalog.placement.iter().filter_map(|shard| {
-        let leaves = shard.replicas.iter().any(|one| view.leaves(one));
-        let staying = shard.replicas.iter().filter(|one| !view.leaves(one)).count();
+        let leaves = shard.replicas.iter().any(|member| view.leaves(member));
+        let staying = shard.replicas.iter().filter(|member| !view.leaves(member)).count();
         let lacks = staying < catalog.spec.replicas as usize;
         if !leaves && !lacks {
             return None;
         }
-        if !shard.replicas.iter().any(|one| view.is_ready(one)) {
-            return Some(nobody_serves(&view, shard));
+        if !shard.replicas.iter().any(|member| view.is_ready(member)) {
+            return Some(why_none_serves(&view, shard));
         }
         if !lacks {
-            let waits = shard.replicas.iter().filter(|one| !view.leaves(one) && !view.serves(one));
-            let who = waits.map(|one| format!("replica {} on {}", one.replica, one.node)).collect::<Vec<_>>();
-            let stays = shard.replicas.iter().any(|one| !view.leaves(one) && view.serves(one));
+            let waits = shard.replicas.iter().filter(|member| !view.leaves(member) && !view.serves(member));
+            let who = waits.map(|member| format!("replica {} on {}", member.replica, member.node)).collect::<Vec<_>>();
+            let stays = shard.replicas.iter().any(|member| !view.leaves(member) && view.serves(member));
             return Some(match stays {
                 true => format!("shard {} of {} to be handed over", shard.shard, catalog.name),
                 false => format!(
@@ -54,33 +54,38 @@ pub fn waits_for(catalog: &Catalog, reports: &Reports, around: &Around<'_>, now_
         ))
     });
     of_shards.next().or_else(|| {
-        let waits = |one: &&DrainingReplica| view.drain_of(one.node).is_some_and(|drain| drain.accept_loss);
-        catalog.draining.iter().find(waits).map(|one| match around.is_here(one.node) {
-            true => format!("replica {} on {} to be drained", one.replica, one.node),
-            false => format!("what replica {} had shipped to be taken over from the bucket", one.replica),
+        let waits = |draining: &&DrainingReplica| view.drain_of(draining.node).is_some_and(|drain| drain.accept_loss);
+        catalog.draining.iter().find(waits).map(|draining| match around.is_here(draining.node) {
+            true => format!("replica {} on {} to be drained", draining.replica, draining.node),
+            false => format!("what replica {} had shipped to be taken over from the bucket", draining.replica),
         })
     })
 }
 
 /// Returns why no replica of a shard serves, and what brings one back.
-fn nobody_serves(view: &View<'_>, shard: &ShardPlacement) -> String {
+fn why_none_serves(view: &View<'_>, shard: &ShardPlacement) -> String {
     let mut ways: Vec<String> = Vec::new();
-    let of_one = |one: &Placed| {
-        let replaced = view.drain_of(one.node).is_some_and(|drain| drain.replace);
-        let (state, remedy) = match (view.around.is_here(one.node), view.has_failed(one.replica)) {
-            (true, true) => ("has failed", Some(format!("put the files of {} back", one.node))),
+    let state_of = |member: &Placed| {
+        let replaced = view.drain_of(member.node).is_some_and(|drain| drain.replace);
+        let (state, remedy) = match (view.around.is_here(member.node), view.has_failed(member.replica)) {
+            (true, true) => ("has failed", Some(format!("put the files of {} back", member.node))),
             (true, false) => ("does not serve yet", None),
-            (false, _) => ("is away", Some(format!("start {}", one.node))),
+            (false, _) => ("is away", Some(format!("start {}", member.node))),
         };
         if let Some(remedy) = remedy.filter(|_| !replaced) {
-            ways.push(format!("{remedy} or give it up with `vasto node replace {}`", one.node));
+            ways.push(format!("{remedy} or give it up with `vasto node replace {}`", member.node));
         }
-        format!("replica {} on {} {state}{}", one.replica, one.node, if replaced { " and is replaced" } else { "" })
+        format!(
+            "replica {} on {} {state}{}",
+            member.replica,
+            member.node,
+            if replaced { " and is replaced" } else { "" }
+        )
     };
-    let states: Vec<String> = shard.replicas.iter().map(of_one).collect();
+    let states: Vec<String> = shard.replicas.iter().map(state_of).collect();
     let ways = match ways.is_empty() {
         // All replicas are given up: only a node that could take over is missing.
-        true if shard.replicas.iter().all(|one| view.is_given_up(one)) => {
+        true if shard.replicas.iter().all(|member| view.is_given_up(member)) => {
             "it is taken over from the bucket as soon as a live node has room: start one with `vasto serve node`"
                 .to_owned()
         }

@@ -45,7 +45,7 @@ pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildEr
             filter,
             lags: Arc::clone(&lags),
             cursor: cursor.unwrap_or_default(),
-            chunks: ChunkReader::behind(owner, Vec::new(), pinned.unwrap_or_default()),
+            chunks: ChunkReader::after(owner, Vec::new(), pinned.unwrap_or_default()),
         };
         async move {
             match pinned.zip(cursor) {
@@ -63,7 +63,7 @@ struct Follower<'a> {
     filter: ShardFilter,
     lags: Arc<parking_lot::Mutex<BTreeMap<ReplicaId, u64>>>,
     cursor: Lsn,
-    /// The source's log in the bucket. Its position is behind the pinned manifest or a chunk, where the next chunk
+    /// The source's log in the bucket. Its position is after the pinned manifest or a chunk, where the next chunk
     /// begins; the cursor may be further.
     chunks: ChunkReader,
 }
@@ -81,14 +81,18 @@ impl Follower<'_> {
         self.read_chunks().await?;
         loop {
             if let Err(reason) = self.read_stream().await? {
-                tracing::info!(shard = self.source.shard.0, reason, "the tail is interrupted; it goes on");
+                tracing::info!(
+                    shard = self.source.shard.0,
+                    reason,
+                    "the tail is interrupted; the source is asked again"
+                );
                 self.set_lag(u64::MAX);
             }
             tokio::time::sleep(RETRY).await;
         }
     }
 
-    /// Applies the chunks behind the position of `chunks`; what the stream has brought meanwhile is passed over.
+    /// Applies the chunks after the position of `chunks`; what the stream has brought meanwhile is skipped.
     async fn read_chunks(&mut self) -> Result<(), BuildError> {
         while let Some(chunk) = self.chunks.next(&self.build.reader()).await? {
             self.chunks.at = self.chunks.at.max(self.cursor);

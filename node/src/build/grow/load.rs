@@ -36,9 +36,9 @@ async fn load_in(build: &Build, plan: &Plan, work: &Path) -> Result<(), BuildErr
     let shape = Shape::of(plan)?;
     let chosen = choose(build, plan, shape.moving).await?;
     {
-        let mut shown = build.progress.lock();
-        shown.bytes_total = chosen.iter().flat_map(|chosen| &chosen.files).map(|file| file.bytes).sum();
-        shown.bytes_done = 0;
+        let mut progress = build.progress.lock();
+        progress.bytes_total = chosen.iter().flat_map(|chosen| &chosen.files).map(|file| file.bytes).sum();
+        progress.bytes_done = 0;
     }
     for Chosen { source, files, .. } in &chosen {
         let wanted: Vec<Wanted> = files.iter().map(files::wanted).collect();
@@ -79,7 +79,7 @@ async fn rewrite_chosen(build: &Build, shape: Shape, chosen: &[Chosen], work: &P
             files: files.iter().map(files::imported).collect(),
         })
         .collect();
-    let floor = chosen.iter().map(|one| one.manifest.floor).max().unwrap_or(0);
+    let floor = chosen.iter().map(|chosen| chosen.manifest.floor).max().unwrap_or(0);
     let Shape { shards, moving } = shape;
     let (replica, out) = (build.replica.clone(), work.join("tables"));
     tokio::task::spawn_blocking(move || rewrite(&replica, &sources, moving, shards, floor, &out)).await?
@@ -98,7 +98,7 @@ async fn ingest(
         .map(|file| IngestedObject { key: file.key.clone(), bytes: file.bytes, crc32c: file.crc32c })
         .collect();
     let cursors: Vec<FeedProgress> =
-        chosen.iter().map(|one| FeedProgress::Tail(one.source.replica, one.manifest.lsn)).collect();
+        chosen.iter().map(|chosen| FeedProgress::Tail(chosen.source.replica, chosen.manifest.lsn)).collect();
     let bytes_moved: u64 = rewritten.tables.iter().map(|table| table.bytes).sum();
     let order = Control::Ingest {
         plan: plan.id,
@@ -109,8 +109,8 @@ async fn ingest(
         progress: cursors,
     };
     build.replica.control(order).await?;
-    let mut shown = build.progress.lock();
-    shown.keys_moved = rewritten.rows;
-    shown.bytes_moved = bytes_moved;
+    let mut progress = build.progress.lock();
+    progress.keys_moved = rewritten.rows;
+    progress.bytes_moved = bytes_moved;
     Ok(())
 }

@@ -89,7 +89,7 @@ fn next_key(
     let Some(key) = least else { return Ok(None) };
     let mut winners: Vec<Row> = Vec::new();
     for source in rows.iter_mut() {
-        let Some((_, entry)) = source.current()?.filter(|(found, _)| *found == key.as_slice()) else { continue };
+        let Some((_, entry)) = source.current()?.filter(|(current, _)| *current == key.as_slice()) else { continue };
         let band = new_band(replica, &key, entry, shards)?;
         match winners.iter_mut().find(|(winner, _, _)| *winner == band) {
             Some((_, _, held)) => {

@@ -1,8 +1,9 @@
 //! Which archives of a shard a build reads, and in which order.
 //!
 //! **Invariants**
-//! - An archive that was garbage-collected behind the target time is an error, unless another one reaches back.
-//! - The archive that has forgotten the most comes first: what it has purged cannot come back.
+//! - Archives that no longer reach back to the target time are an error, unless another one does.
+//! - Among archives of equal rank the one that has purged the most tombstones comes first: what it has purged cannot
+//!   come back.
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
@@ -21,9 +22,9 @@ struct Shipped {
     /// The archives that can be read, alone or together with others.
     all: Vec<RestoreSource>,
     /// The ones among them that cannot be read without another replica's.
-    leaning: BTreeSet<ReplicaId>,
+    dependent: BTreeSet<ReplicaId>,
     /// There are objects, whether they can be read or not.
-    anything: bool,
+    has_objects: bool,
     /// The greatest commit time in the oldest checkpoint that is newer than the target time, microseconds.
     later_us: Option<u64>,
 }
@@ -47,10 +48,10 @@ pub(crate) async fn candidates(
             shipped.add(bucket, Owner { keyspace, shard, replica }, archived, until_us).await?;
         }
     }
-    let Shipped { mut all, leaning, anything, later_us } = shipped;
+    let Shipped { mut all, dependent, has_objects, later_us } = shipped;
     // The archive can be read without any other: it has a checkpoint, or its log begins at LSN 1.
-    let stands_alone = |source: &RestoreSource| !leaning.contains(&source.owner.replica);
-    if anything && !all.iter().any(stands_alone) {
+    let stands_alone = |source: &RestoreSource| !dependent.contains(&source.owner.replica);
+    if has_objects && !all.iter().any(stands_alone) {
         return Err(BuildError::NotRetained { shard, oldest_us: later_us });
     }
     let chain = chain_of(bucket, preferred, &all).await?;
@@ -62,11 +63,11 @@ pub(crate) async fn candidates(
     // still hold such a value without its tombstone. The rows of another checkpoint are merged only when the first
     // lacks some of its records (see `merge_base`), so a covered one cannot bring the deleted value back. In the
     // other order the old value would be in the database, and the rows of the newer one would have no tombstone for it.
-    let forgot = |source: &RestoreSource| {
+    let purged = |source: &RestoreSource| {
         source.base.as_ref().map_or((0, 0), |base| (base.manifest.floor, base.manifest.commit_time_max))
     };
     all.sort_by_key(|source| {
-        let last = Reverse(forgot(source));
+        let last = Reverse(purged(source));
         (!stands_alone(source), rank(source), source.base.is_none(), given_up(source).is_some(), last)
     });
     // An archive is set aside when the first checkpoint was made under the catalog version that accepted the loss of
@@ -98,8 +99,8 @@ impl Shipped {
         // A checkpoint covers the log before it. Without one, the log may lean on another archive: the replica was made
         // from what another one had shipped, and even its record with LSN 1 continues that archive.
         let has_base = newest.as_ref().is_ok_and(|newest| newest.base.is_some());
-        let leans = !has_base && archive::begins_behind_another(bucket, owner, &archived).await?;
-        let from_the_start = !has_base && !leans && archived.chunks.first() == Some(&Lsn(1));
+        let continues_another = !has_base && archive::begins_behind_another(bucket, owner, &archived).await?;
+        let from_the_start = !has_base && !continues_another && archived.chunks.first() == Some(&Lsn(1));
         let newest = match newest {
             Err(error) if from_the_start => {
                 tracing::warn!(%error, "no checkpoint can be read; the log is read from its beginning");
@@ -107,14 +108,14 @@ impl Shipped {
             }
             other => other?,
         };
-        self.anything |= !archived.manifests.is_empty() || !archived.chunks.is_empty();
+        self.has_objects |= !archived.manifests.is_empty() || !archived.chunks.is_empty();
         let later_us = newest.later.first().map(|later| later.commit_time_max);
         self.later_us = self.later_us.into_iter().chain(later_us).min();
-        if leans {
-            self.leaning.insert(owner.replica);
+        if continues_another {
+            self.dependent.insert(owner.replica);
         }
         // A log without its beginning is useless without a checkpoint, unless it continues another replica's archive.
-        if has_base || from_the_start || leans {
+        if has_base || from_the_start || continues_another {
             let end = archived.manifests.last().into_iter().chain(archived.chunks.last()).max();
             self.all.push(RestoreSource {
                 owner,
@@ -141,8 +142,8 @@ async fn chain_of(
     while let Some(replica) = chain.get(next).copied() {
         next += 1;
         let Some(source) = all.iter().find(|source| source.owner.replica == replica) else { continue };
-        let behind = source.chunks.partition_point(|first| *first <= source.start());
-        for other in archive::goes_on_behind(bucket, source.owner, &source.chunks[behind..]).await? {
+        let unread = source.chunks.partition_point(|first| *first <= source.start());
+        for other in archive::goes_on_behind(bucket, source.owner, &source.chunks[unread..]).await? {
             if !chain.contains(&other) {
                 chain.push(other);
             }

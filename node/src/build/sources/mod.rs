@@ -81,7 +81,7 @@ impl RestoreSources {
                 shard = source.owner.shard.0,
                 replica = source.owner.replica.0,
                 before = first.0,
-                "what a replica has shipped whose loss was accepted is read: another log goes on behind it"
+                "what a replica has shipped whose loss was accepted is read: another log continues it"
             );
         })
     }
@@ -96,19 +96,19 @@ pub(super) struct Reading<'a> {
 /// Why the reading of a log ended.
 pub(super) enum Ended {
     /// The reader reached the end of the log.
-    There,
+    AtEnd,
     /// A record of an origin is missing before the chunk that begins with this LSN; another log may have it.
     Gap(Lsn),
 }
 
 impl<'a> Reading<'a> {
-    /// Reads the log of a source behind an LSN.
-    pub(super) fn behind(source: &'a RestoreSource, at: Lsn) -> Self {
-        Self { source, log: ChunkReader::behind(source.owner, source.chunks.clone(), at) }
+    /// Reads the log of a source after an LSN.
+    pub(super) fn after(source: &'a RestoreSource, at: Lsn) -> Self {
+        Self { source, log: ChunkReader::after(source.owner, source.chunks.clone(), at) }
     }
 
-    /// Returns an error that names the first missing chunk when objects behind the position were listed.
-    pub(super) fn is_at_end(&self) -> Result<(), BuildError> {
+    /// Returns an error that names the first missing chunk when objects after the position were listed.
+    pub(super) fn check_end(&self) -> Result<(), BuildError> {
         if self.log.at >= self.source.end {
             return Ok(());
         }

@@ -81,21 +81,22 @@ pub(crate) async fn chosen(
     choose: impl Future<Output = Result<RestoreSources, BuildError>>,
 ) -> Result<RestoreSources, BuildError> {
     if let Some(stored) = read_json::<StoredSources>(path)? {
-        let mut found = RestoreSources { chain: stored.chain, later_us: stored.later_us, ..RestoreSources::default() };
+        let mut sources =
+            RestoreSources { chain: stored.chain, later_us: stored.later_us, ..RestoreSources::default() };
         for source in stored.all {
-            found.all.push(source.read(bucket).await?);
+            sources.all.push(source.read(bucket).await?);
         }
         for source in stored.set_aside {
-            found.set_aside.push(source.read(bucket).await?);
+            sources.set_aside.push(source.read(bucket).await?);
         }
-        return Ok(found);
+        return Ok(sources);
     }
-    let found = choose.await?;
+    let sources = choose.await?;
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir).map_err(io(dir))?;
     }
-    let stored = |sources: &[RestoreSource]| sources.iter().map(StoredSource::of).collect();
-    let (all, set_aside) = (stored(&found.all), stored(&found.set_aside));
-    write_json(path, &StoredSources { all, chain: found.chain.clone(), set_aside, later_us: found.later_us })?;
-    Ok(found)
+    let stored = |list: &[RestoreSource]| list.iter().map(StoredSource::of).collect();
+    let (all, set_aside) = (stored(&sources.all), stored(&sources.set_aside));
+    write_json(path, &StoredSources { all, chain: sources.chain.clone(), set_aside, later_us: sources.later_us })?;
+    Ok(sources)
 }

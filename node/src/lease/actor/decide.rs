@@ -10,80 +10,84 @@ use vasto_proto::v1::lease_grant::State;
 
 use super::{Actor, Claimed, NAMING_TIMEOUT, ms};
 use crate::lease::event::{Event, Key};
-use crate::lease::seat::{Basis, Named, Promise, Seat};
+use crate::lease::replica_lease::{Basis, Named, Promise, ReplicaLease};
 
 impl Actor {
     pub(super) fn settle(&mut self, key: Key, now: u64) {
-        let Some(mut seat) = self.seats.remove(&key) else { return };
-        self.decide(key, &mut seat, now);
-        self.seats.insert(key, seat);
+        let Some(mut lease) = self.leases.remove(&key) else { return };
+        self.decide(key, &mut lease, now);
+        self.leases.insert(key, lease);
     }
 
-    pub(super) fn decide(&mut self, key: Key, seat: &mut Seat, now: u64) {
-        let me = seat.replica.id;
-        seat.pending = false;
+    pub(super) fn decide(&mut self, key: Key, lease: &mut ReplicaLease, now: u64) {
+        let me = lease.replica.id;
+        lease.pending = false;
         let settled_in = now.saturating_sub(self.began_ms) >= ms(LEASE_PROMISE);
         let Some(my_order) =
-            seat.order.iter().position(|one| one.replica == me).filter(|_| settled_in || seat.order.len() == 1)
+            lease.order.iter().position(|member| member.replica == me).filter(|_| settled_in || lease.order.len() == 1)
         else {
             // The replica is not placed, or a promise of the previous process may still be believed.
-            seat.step_back(settled_in);
-            (seat.promise, seat.claim, seat.wants) = (None, None, false);
+            lease.step_back(settled_in);
+            (lease.promise, lease.claim, lease.wants) = (None, None, false);
             for incoming in self.incoming.values_mut() {
                 incoming.grant_absent(key);
             }
-            return seat.handed_over();
+            return lease.handed_over();
         };
-        if seat.promise.as_ref().is_some_and(|promise| !self.binds(key, promise, now)) {
-            seat.promise = None;
+        if lease.promise.as_ref().is_some_and(|promise| !self.binds(key, promise, now)) {
+            lease.promise = None;
         }
-        if seat.order.len() == 1 {
-            (seat.claim, seat.wants) = (None, false);
-            seat.unname();
-            match seat.promise.clone() {
+        if lease.order.len() == 1 {
+            (lease.claim, lease.wants) = (None, false);
+            lease.unname();
+            match lease.promise.clone() {
                 // A former peer may still believe in the promise.
                 Some(promise) => {
                     self.send(promise.link, key, promise.holder, State::Denied, None);
-                    seat.step_back(true);
+                    lease.step_back(true);
                 }
-                None => seat.stand_alone(),
+                None => lease.stand_alone(),
             }
-            return seat.handed_over();
+            return lease.handed_over();
         }
-        let claims = self.claims(key, seat, now);
-        let server = claims.iter().find(|(_, _, one)| one.claim.serving).map(|(_, _, one)| one.replica);
-        let claim = seat.own_claim(server, now);
-        self.dirty |= claim != seat.claim;
-        seat.claim = claim;
-        let all = claims.iter().map(|(order, _, one)| (*order, one.claim)).chain(claim.map(|claim| (my_order, claim)));
+        let claims = self.claims(key, lease, now);
+        let server = claims.iter().find(|(_, _, claimed)| claimed.claim.serving).map(|(_, _, claimed)| claimed.replica);
+        let claim = lease.own_claim(server, now);
+        self.dirty |= claim != lease.claim;
+        lease.claim = claim;
+        let all = claims
+            .iter()
+            .map(|(order, _, claimed)| (*order, claimed.claim))
+            .chain(claim.map(|claim| (my_order, claim)));
         let best = best(all);
         let wants = best == Some(my_order);
-        self.dirty |= wants != seat.wants;
-        seat.wants = wants;
+        self.dirty |= wants != lease.wants;
+        lease.wants = wants;
         match best.filter(|order| *order != my_order) {
             Some(order) => {
                 let to = claims.iter().find(|(at, _, _)| *at == order).copied();
                 if let Some((_, link, claimed)) = to {
-                    self.grant(key, seat, link, claimed, now);
+                    self.grant(key, lease, link, claimed, now);
                 }
             }
             None => {
-                seat.unname();
-                match (&seat.promise, wants) {
+                lease.unname();
+                match (&lease.promise, wants) {
                     (Some(promise), _) => {
                         let fresh = self.is_fresh(promise.link, now);
-                        seat.step_back(fresh);
+                        lease.step_back(fresh);
                     }
-                    (None, true) => self.claim(key, seat, &claims, now),
-                    (None, false) => seat.step_back(false),
+                    (None, true) => self.claim(key, lease, &claims, now),
+                    (None, false) => lease.step_back(false),
                 }
             }
         }
-        self.answer_the_others(key, seat, &claims, best, now);
-        let is_over = !seat.serving && !seat.naming && (claims.is_empty() || is_taken(seat, &claims));
-        let nobody = claims.is_empty() && seat.order.iter().all(|one| one.replica == me || self.is_away(one.node));
-        if seat.stopping.is_some() && (is_over || nobody) {
-            seat.handed_over();
+        self.answer_the_others(key, lease, &claims, best, now);
+        let is_over = !lease.serving && !lease.naming && (claims.is_empty() || is_taken(lease, &claims));
+        let nobody =
+            claims.is_empty() && lease.order.iter().all(|member| member.replica == me || self.is_away(member.node));
+        if lease.stopping.is_some() && (is_over || nobody) {
+            lease.handed_over();
         }
     }
 
@@ -92,27 +96,28 @@ impl Actor {
     fn answer_the_others(
         &mut self,
         key: Key,
-        seat: &mut Seat,
+        lease: &mut ReplicaLease,
         claims: &[(usize, u64, Claimed)],
         best: Option<usize>,
         now: u64,
     ) {
-        let serves_by_promise = claims.iter().find(|(_, link, one)| {
-            one.claim.serving
-                && seat.promise.as_ref().is_some_and(|promise| {
-                    (promise.holder, promise.link, promise.grant) == (one.replica, *link, one.held_grant)
+        let serves_by_promise = claims.iter().find(|(_, link, claimed)| {
+            claimed.claim.serving
+                && lease.promise.as_ref().is_some_and(|promise| {
+                    (promise.holder, promise.link, promise.grant) == (claimed.replica, *link, claimed.held_grant)
                 })
         });
-        let outranked = serves_by_promise.filter(|(order, ..)| best != Some(*order)).map(|(_, _, one)| one.replica);
-        seat.outranked =
-            outranked.map(|one| (one, seat.outranked.filter(|(id, _)| *id == one).map_or(now, |(_, at)| at)));
-        for (order, link, one) in claims {
-            if best != Some(*order) && !self.hands_over_by_itself(seat, one, now) {
-                self.send(*link, key, one.replica, State::Denied, None);
+        let outranked =
+            serves_by_promise.filter(|(order, ..)| best != Some(*order)).map(|(_, _, claimed)| claimed.replica);
+        lease.outranked =
+            outranked.map(|holder| (holder, lease.outranked.filter(|(id, _)| *id == holder).map_or(now, |(_, at)| at)));
+        for (order, link, claimed) in claims {
+            if best != Some(*order) && !self.hands_over_by_itself(lease, claimed, now) {
+                self.send(*link, key, claimed.replica, State::Denied, None);
             }
         }
-        let placed = |promise: &Promise| seat.order.iter().any(|one| one.replica == promise.holder);
-        if let Some(promise) = seat.promise.clone().filter(|promise| !placed(promise)) {
+        let placed = |promise: &Promise| lease.order.iter().any(|member| member.replica == promise.holder);
+        if let Some(promise) = lease.promise.clone().filter(|promise| !placed(promise)) {
             self.send(promise.link, key, promise.holder, State::Denied, None);
         }
     }
@@ -120,63 +125,63 @@ impl Actor {
     /// Returns whether a replica that serves by this one's promise is receiving the better claim. It then transfers
     /// leadership by itself, and names what it holds; if it were denied before, all its unacknowledged writes would end
     /// with an unknown outcome. Bounded in time: the claim may have been lost on its way.
-    fn hands_over_by_itself(&self, seat: &Seat, one: &Claimed, now: u64) -> bool {
-        let is_new = |(id, at): (ReplicaId, u64)| id == one.replica && now.saturating_sub(at) < ms(LEASE_BEAT) * 3;
-        let node = seat.order.iter().find(|placed| placed.replica == one.replica).map(|placed| placed.node);
+    fn hands_over_by_itself(&self, lease: &ReplicaLease, claimed: &Claimed, now: u64) -> bool {
+        let is_new = |(id, at): (ReplicaId, u64)| id == claimed.replica && now.saturating_sub(at) < ms(LEASE_BEAT) * 3;
+        let node = lease.order.iter().find(|placed| placed.replica == claimed.replica).map(|placed| placed.node);
         let is_linked = node.and_then(|node| self.outgoing.get(&node)).is_some_and(|link| link.beats.is_some());
-        seat.outranked.is_some_and(is_new) && (is_linked || !seat.wants)
+        lease.outranked.is_some_and(is_new) && (is_linked || !lease.wants)
     }
 
     /// Promises the replica to a claimant, once the replica serves nothing any more.
-    pub(super) fn grant(&mut self, key: Key, seat: &mut Seat, link: u64, to: Claimed, now: u64) {
-        if let Some(promise) = &mut seat.promise {
+    pub(super) fn grant(&mut self, key: Key, lease: &mut ReplicaLease, link: u64, to: Claimed, now: u64) {
+        if let Some(promise) = &mut lease.promise {
             let steady = promise.holder == to.replica && promise.link == link;
             if steady && to.held_grant == promise.grant && to.covered {
                 // Only now is the holder known to hold everything that was acknowledged here.
-                seat.served = false;
+                lease.served = false;
                 if let Some((term, lasted)) = promise.handed_term.take() {
-                    seat.replica.authority().handed_over(term, lasted);
+                    lease.replica.authority().handed_over(term, lasted);
                 }
             }
             if steady || promise.holder != to.replica {
                 // A promise to another claimant waits until the holder has released this one.
                 let fresh = self.is_fresh(promise.link, now);
-                return seat.step_back(fresh);
+                return lease.step_back(fresh);
             }
         }
-        let Some(named) = seat.named.take() else {
-            if !seat.naming {
-                if seat.promise.is_none() {
-                    seat.begin_to_yield();
+        let Some(named) = lease.named.take() else {
+            if !lease.naming {
+                if lease.promise.is_none() {
+                    lease.begin_to_yield();
                 }
-                self.name(key, seat);
+                self.name(key, lease);
             }
             return;
         };
         self.grants += 1;
         let grant = self.grants;
-        let number = self.incoming.get(&link).map_or(0, |one| one.number + 1);
+        let number = self.incoming.get(&link).map_or(0, |incoming| incoming.number + 1);
         // If authority lasted until everything was named, no other replica had it in between.
-        let lasted = seat.replica.authority().holds(seat.term.number);
-        let handed_term = named.complete.then_some((seat.term.number, lasted));
+        let lasted = lease.replica.authority().holds(lease.term.number);
+        let handed_term = named.complete.then_some((lease.term.number, lasted));
         let mut named = named;
-        if !seat.served_here {
+        if !lease.served_here {
             // No strict request was acknowledged in this incarnation: the serving replica need not wait for its first
             // record.
-            let own = Origin { replica: seat.replica.id, incarnation: seat.replica.incarnation() };
+            let own = Origin { replica: lease.replica.id, incarnation: lease.replica.incarnation() };
             named.vector.remove(&own);
         }
-        seat.promise = Some(Promise { holder: to.replica, link, grant, reply: number, handed_term });
-        let served = seat.served;
-        seat.step_back(true);
+        lease.promise = Some(Promise { holder: to.replica, link, grant, reply: number, handed_term });
+        let served = lease.served;
+        lease.step_back(true);
         self.send(link, key, to.replica, State::Granted, Some((grant, &named.vector, served)));
     }
 
     /// Asks the replica for its position.
-    pub(super) fn name(&mut self, key: Key, seat: &mut Seat) {
-        seat.turn += 1;
-        seat.naming = true;
-        let (replica, turn, events) = (seat.replica.clone(), seat.turn, self.events.clone());
+    pub(super) fn name(&mut self, key: Key, lease: &mut ReplicaLease) {
+        lease.turn += 1;
+        lease.naming = true;
+        let (replica, turn, events) = (lease.replica.clone(), lease.turn, self.events.clone());
         // Ends within NAMING_TIMEOUT.
         tokio::spawn(async move {
             let position = tokio::time::timeout(NAMING_TIMEOUT, replica.position()).await;
@@ -190,26 +195,27 @@ impl Actor {
     }
 
     /// Decides whether this replica, whose claim is the best, has authority.
-    fn claim(&mut self, key: Key, seat: &mut Seat, claims: &[(usize, u64, Claimed)], now: u64) {
-        let goes_on = seat.has_authority();
-        // Authority that rested on silence alone does not excuse a peer that sends messages again.
-        let had = goes_on && !seat.term.probing;
-        let me = seat.replica.id;
-        let others: Vec<Placed> = seat.order.iter().filter(|one| one.replica != me).copied().collect();
+    fn claim(&mut self, key: Key, lease: &mut ReplicaLease, claims: &[(usize, u64, Claimed)], now: u64) {
+        let goes_on = lease.has_authority();
+        // Authority that was based on silence alone does not excuse a peer that sends messages again.
+        let had = goes_on && !lease.term.probing;
+        let me = lease.replica.id;
+        let others: Vec<Placed> = lease.order.iter().filter(|member| member.replica != me).copied().collect();
         for placed in &others {
-            if let Some(said) = self.outgoing.get_mut(&placed.node).and_then(|one| one.grants.get_mut(&key))
-                && said.state == State::Granted
-                && !said.covered
+            if let Some(granted) =
+                self.outgoing.get_mut(&placed.node).and_then(|outgoing| outgoing.grants.get_mut(&key))
+                && granted.state == State::Granted
+                && !granted.covered
             {
-                said.covered = seat.replica.covers(&said.vector);
-                self.dirty |= said.covered;
-                seat.pending |= !said.covered;
+                granted.covered = lease.replica.covers(&granted.vector);
+                self.dirty |= granted.covered;
+                lease.pending |= !granted.covered;
             }
         }
         let mut peers = Vec::with_capacity(others.len());
         let mut basis = Vec::with_capacity(others.len());
         for placed in &others {
-            let (peer, promise) = self.peer(key, seat, placed, had, now);
+            let (peer, promise) = self.peer(key, lease, placed, had, now);
             let link = self.outgoing.get(&placed.node);
             let stands = match (peer, promise) {
                 (Peer::Granted { believed: true, covered: true, .. }, Some((grant, belief))) => {
@@ -223,8 +229,10 @@ impl Actor {
                 }
                 (Peer::Subdued, _) => Basis::Excused(self.subdued(key, placed).unwrap_or_default()),
                 (Peer::Unsettled { .. }, _)
-                    if let Some(until) = seat.newcomer(placed.replica)
-                        && !claims.iter().any(|(_, _, one)| one.replica == placed.replica && one.claim.serving) =>
+                    if let Some(until) = lease.newcomer(placed.replica)
+                        && !claims
+                            .iter()
+                            .any(|(_, _, claimed)| claimed.replica == placed.replica && claimed.claim.serving) =>
                 {
                     Basis::Excused(until)
                 }
@@ -234,33 +242,36 @@ impl Actor {
             basis.push((placed.replica, stands));
         }
         // A peer that was only silent, and is not any more, may have served.
-        let goes_on = goes_on && !(seat.term.probing && seat.term.was_silent(&basis));
+        let goes_on = goes_on && !(lease.term.probing && lease.term.was_silent(&basis));
         match authority(&peers, had) {
-            Verdict::Missing => seat.step_back(false),
+            Verdict::Missing => lease.step_back(false),
             Verdict::Authority { by_master, probing } => {
-                let number = match goes_on || seat.term.goes_on(&basis) {
-                    true => seat.term.number,
-                    false => seat.term.number + 1,
+                let number = match goes_on || lease.term.goes_on(&basis) {
+                    true => lease.term.number,
+                    false => lease.term.number + 1,
                 };
                 let master = by_master.then(|| self.registry.master_word());
                 if by_master {
                     // The master's statement must be renewed often.
                     self.registry.report.notify_one();
                 }
-                seat.serve(number, basis, master, probing);
-                if probing && seat.replica.authority().wants_probe() && self.probing.insert(key) {
-                    self.probe(key, seat);
+                lease.serve(number, basis, master, probing);
+                if probing && lease.replica.authority().wants_probe() && self.probing.insert(key) {
+                    self.probe(key, lease);
                 }
-                seat.pending |= probing;
+                lease.pending |= probing;
             }
         }
     }
 }
 
 /// Returns whether the replica to which this one is promised serves and holds everything.
-fn is_taken(seat: &Seat, claims: &[(usize, u64, Claimed)]) -> bool {
-    let Some(promise) = &seat.promise else { return false };
-    claims.iter().any(|(_, _, one)| {
-        one.replica == promise.holder && one.held_grant == promise.grant && one.covered && one.claim.serving
+fn is_taken(lease: &ReplicaLease, claims: &[(usize, u64, Claimed)]) -> bool {
+    let Some(promise) = &lease.promise else { return false };
+    claims.iter().any(|(_, _, claimed)| {
+        claimed.replica == promise.holder
+            && claimed.held_grant == promise.grant
+            && claimed.covered
+            && claimed.claim.serving
     })
 }

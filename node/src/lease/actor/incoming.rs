@@ -15,9 +15,10 @@ use vasto_proto::v1;
 use vasto_proto::v1::lease_grant::State;
 
 use super::{Actor, Claimed, Incoming, ms};
+use crate::clock::now_ms;
 use crate::lease::event::{Key, Reach};
-use crate::lease::seat::{Promise, Seat};
-use crate::replica::authority::{Belief, now_ms};
+use crate::lease::replica_lease::{Promise, ReplicaLease};
+use crate::replica::authority::Belief;
 
 impl Actor {
     /// Records a heartbeat, decides what follows from it, and answers it.
@@ -44,18 +45,18 @@ impl Actor {
         if !request.unchanged {
             let before = std::mem::take(&mut incoming.claims);
             changed.extend(before.keys());
-            for one in &request.claims {
-                let key = (KeyspaceId(one.keyspace_id), ShardId(one.shard));
+            for claim in &request.claims {
+                let key = (KeyspaceId(claim.keyspace_id), ShardId(claim.shard));
                 let claimed = Claimed {
-                    replica: ReplicaId(one.replica_id),
-                    claim: Claim { able: one.able, primary_version: one.primary_version, serving: one.serving },
-                    held_grant: one.held_grant,
-                    covered: one.covered,
+                    replica: ReplicaId(claim.replica_id),
+                    claim: Claim { able: claim.able, primary_version: claim.primary_version, serving: claim.serving },
+                    held_grant: claim.held_grant,
+                    covered: claim.covered,
                 };
                 incoming.claims.insert(key, claimed);
                 changed.insert(key);
             }
-            incoming.told.retain(|key, _| incoming.claims.contains_key(key));
+            incoming.last_sent.retain(|key, _| incoming.claims.contains_key(key));
         } else if seen_before != request.seen_reply {
             changed.extend(incoming.claims.keys());
         }
@@ -66,7 +67,7 @@ impl Actor {
             outgoing.heard_ms = now;
         }
         for key in changed {
-            match self.seats.contains_key(&key) {
+            match self.leases.contains_key(&key) {
                 true => self.settle(key, now),
                 false => {
                     if let Some(incoming) = self.incoming.get_mut(&id) {
@@ -84,15 +85,15 @@ impl Actor {
     /// that this concerns.
     fn lapse(&mut self, id: u64) -> BTreeSet<Key> {
         let mut changed: BTreeSet<Key> = BTreeSet::new();
-        for (key, seat) in &mut self.seats {
-            if seat.promise.as_ref().is_some_and(|promise| promise.link == id) {
-                seat.promise = None;
+        for (key, lease) in &mut self.leases {
+            if lease.promise.as_ref().is_some_and(|promise| promise.link == id) {
+                lease.promise = None;
                 changed.insert(*key);
             }
         }
         // Sent before the echo, which would renew the ended promises.
-        let told = self.incoming.get_mut(&id).map(|incoming| std::mem::take(&mut incoming.told));
-        for (key, (claimant, state, _)) in told.into_iter().flatten() {
+        let last_sent = self.incoming.get_mut(&id).map(|incoming| std::mem::take(&mut incoming.last_sent));
+        for (key, (claimant, state, _)) in last_sent.into_iter().flatten() {
             if state == State::Granted {
                 self.send(id, key, claimant, State::Denied, None);
             }
@@ -104,14 +105,17 @@ impl Actor {
     /// Sends decisions that were made outside of a heartbeat.
     pub(super) fn flush(&mut self) {
         let process = self.process;
-        for incoming in self.incoming.values_mut().filter(|one| one.open && !one.news.is_empty()) {
+        for incoming in self.incoming.values_mut().filter(|link| link.open && !link.news.is_empty()) {
             incoming.reply(process);
         }
     }
 
     /// Drops the links of a process that has ended: they promise and claim nothing any more.
     pub(super) fn forget_the_dead(&mut self, node: NodeId) {
-        let dead = self.outgoing.get(&node).is_some_and(|one| one.beats.is_none() && one.reach == Some(Reach::Refused));
+        let dead = self
+            .outgoing
+            .get(&node)
+            .is_some_and(|outgoing| outgoing.beats.is_none() && outgoing.reach == Some(Reach::Refused));
         if dead {
             self.incoming.retain(|_, link| link.node != node || link.open);
             if self.newest.get(&node).is_some_and(|id| !self.incoming.contains_key(id)) {
@@ -121,13 +125,13 @@ impl Actor {
     }
 
     /// Returns the live claims of a shard's other replicas, with their place in the order of preference and their link.
-    pub(super) fn claims(&self, key: Key, seat: &Seat, now: u64) -> Vec<(usize, u64, Claimed)> {
-        let others = seat.order.iter().enumerate().filter(|(_, one)| one.replica != seat.replica.id);
+    pub(super) fn claims(&self, key: Key, lease: &ReplicaLease, now: u64) -> Vec<(usize, u64, Claimed)> {
+        let others = lease.order.iter().enumerate().filter(|(_, member)| member.replica != lease.replica.id);
         others
             .filter_map(|(order, placed)| {
                 let id = *self.newest.get(&placed.node)?;
                 let link = self.incoming.get(&id).filter(|link| now < link.heard_ms + ms(LEASE_PROMISE))?;
-                let mut claimed = *link.claims.get(&key).filter(|one| one.replica == placed.replica)?;
+                let mut claimed = *link.claims.get(&key).filter(|claimed| claimed.replica == placed.replica)?;
                 // The peer reaches this node, but this node does not reach it, and clients will not either.
                 claimed.claim.able &= !self.is_out_of_reach(placed.node);
                 Some((order, id, claimed))
@@ -136,7 +140,9 @@ impl Actor {
     }
 
     pub(super) fn is_out_of_reach(&self, node: NodeId) -> bool {
-        self.outgoing.get(&node).is_some_and(|one| one.beats.is_none() && one.reach == Some(Reach::Unreachable))
+        self.outgoing
+            .get(&node)
+            .is_some_and(|outgoing| outgoing.beats.is_none() && outgoing.reach == Some(Reach::Unreachable))
     }
 
     /// Returns until when an unreachable replica cannot serve: the replica has seen that its claim was denied here, and
@@ -144,8 +150,8 @@ impl Actor {
     pub(super) fn subdued(&self, key: Key, placed: &Placed) -> Option<Belief> {
         let id = self.newest.get(&placed.node)?;
         let link = self.incoming.get(id).filter(|link| link.open && link.seen_reply >= link.denied)?;
-        let claimed = link.claims.get(&key).filter(|one| one.replica == placed.replica)?;
-        let denied = matches!(link.told.get(&key), Some((_, State::Denied, _)));
+        let claimed = link.claims.get(&key).filter(|claimed| claimed.replica == placed.replica)?;
+        let denied = matches!(link.last_sent.get(&key), Some((_, State::Denied, _)));
         (denied && !claimed.claim.serving && claimed.held_grant == 0).then(|| link.subdued.clone())
     }
 
@@ -156,7 +162,10 @@ impl Actor {
             return false;
         }
         let released = link.seen_reply >= promise.reply
-            && link.claims.get(&key).is_none_or(|one| one.replica != promise.holder || one.held_grant != promise.grant);
+            && link
+                .claims
+                .get(&key)
+                .is_none_or(|claimed| claimed.replica != promise.holder || claimed.held_grant != promise.grant);
         !released
     }
 
@@ -177,7 +186,7 @@ impl Actor {
     ) {
         let Some(incoming) = self.incoming.get_mut(&link) else { return };
         let grant = promise.map_or(0, |(grant, _, _)| grant);
-        if incoming.told.insert(key, (claimant, state, grant)) == Some((claimant, state, grant)) {
+        if incoming.last_sent.insert(key, (claimant, state, grant)) == Some((claimant, state, grant)) {
             return;
         }
         if state == State::Denied {
@@ -198,8 +207,8 @@ impl Actor {
 impl Incoming {
     pub(super) fn grant_absent(&mut self, key: Key) {
         let Some(claimed) = self.claims.get(&key) else { return };
-        let told = (claimed.replica, State::Absent, 0);
-        if self.told.insert(key, told) == Some(told) {
+        let answer = (claimed.replica, State::Absent, 0);
+        if self.last_sent.insert(key, answer) == Some(answer) {
             return;
         }
         self.news.push(v1::LeaseGrant {

@@ -18,20 +18,21 @@ use vasto_proto::v1;
 use vasto_proto::v1::lease_grant::State;
 
 use super::{Actor, Granted, Outgoing, ms};
+use crate::clock::now_ms;
 use crate::lease::event::{Event, Key, News, Reach};
 use crate::lease::link::{Link, reach};
-use crate::lease::seat::Seat;
-use crate::replica::authority::{Belief, now_ms};
+use crate::lease::replica_lease::ReplicaLease;
+use crate::replica::authority::Belief;
 
 impl Actor {
     /// Keeps a link to each node that holds another replica of a shard of this node.
     pub(super) fn connect(&mut self) {
         let me = self.registry.node_id;
         let wanted: BTreeSet<NodeId> = self
-            .seats
+            .leases
             .values()
-            .filter(|seat| seat.order.iter().any(|one| one.replica == seat.replica.id))
-            .flat_map(|seat| seat.order.iter().map(|one| one.node))
+            .filter(|lease| lease.order.iter().any(|member| member.replica == lease.replica.id))
+            .flat_map(|lease| lease.order.iter().map(|member| member.node))
             .filter(|node| *node != me)
             .collect();
         self.outgoing.retain(|node, outgoing| {
@@ -86,10 +87,10 @@ impl Actor {
     /// Voids failed connection attempts when an unreachable node is reached again or sends a message: this node was the
     /// one that was cut off, so the failures until now prove nothing about the others.
     pub(super) fn network_is_back(&mut self, node: NodeId, now: u64) {
-        if self.outgoing.get(&node).is_none_or(|one| one.reach != Some(Reach::Unreachable)) {
+        if self.outgoing.get(&node).is_none_or(|outgoing| outgoing.reach != Some(Reach::Unreachable)) {
             return;
         }
-        for outgoing in self.outgoing.values_mut().filter(|one| one.reach == Some(Reach::Unreachable)) {
+        for outgoing in self.outgoing.values_mut().filter(|outgoing| outgoing.reach == Some(Reach::Unreachable)) {
             (outgoing.reach, outgoing.heard_ms) = (None, now);
         }
     }
@@ -189,28 +190,27 @@ impl Actor {
         for (node, outgoing) in &mut self.outgoing {
             let Some(beats) = &outgoing.beats else { continue };
             let mut claims: Vec<v1::LeaseClaim> = self
-                .seats
+                .leases
                 .iter()
-                .filter(|(_, seat)| seat.order.iter().any(|one| one.node == *node))
-                .filter_map(|(key, seat)| {
-                    let claim = seat.claim?;
-                    let held = outgoing
-                        .grants
-                        .get(key)
-                        .filter(|one| seat.wants && one.state == State::Granted && one.claimant == seat.replica.id);
+                .filter(|(_, lease)| lease.order.iter().any(|member| member.node == *node))
+                .filter_map(|(key, lease)| {
+                    let claim = lease.claim?;
+                    let held = outgoing.grants.get(key).filter(|granted| {
+                        lease.wants && granted.state == State::Granted && granted.claimant == lease.replica.id
+                    });
                     Some(v1::LeaseClaim {
                         keyspace_id: key.0.0,
                         shard: key.1.0,
-                        replica_id: seat.replica.id.0,
+                        replica_id: lease.replica.id.0,
                         able: claim.able,
                         primary_version: claim.primary_version,
                         serving: claim.serving,
-                        held_grant: held.map_or(0, |one| one.grant),
-                        covered: held.is_some_and(|one| one.covered),
+                        held_grant: held.map_or(0, |granted| granted.grant),
+                        covered: held.is_some_and(|granted| granted.covered),
                     })
                 })
                 .collect();
-            claims.sort_unstable_by_key(|one| (one.keyspace_id, one.shard));
+            claims.sort_unstable_by_key(|claim| (claim.keyspace_id, claim.shard));
             let unchanged = outgoing.sent.as_ref() == Some(&claims);
             if unchanged && !due {
                 continue;
@@ -226,45 +226,47 @@ impl Actor {
             // A full transport is slow: the next heartbeat repeats everything.
             if beats.try_send(request).is_ok() {
                 // A promise that the heartbeat does not name ends with it, and is not relied on again.
-                outgoing.grants.retain(|key, one| {
-                    let said = |claim: &v1::LeaseClaim| (claim.keyspace_id, claim.shard) == (key.0.0, key.1.0);
-                    let held = claims.iter().find(|claim| said(claim)).map_or(0, |claim| claim.held_grant);
-                    one.state != State::Granted || one.grant == held
+                outgoing.grants.retain(|key, granted| {
+                    let is_of_key = |claim: &v1::LeaseClaim| (claim.keyspace_id, claim.shard) == (key.0.0, key.1.0);
+                    let held = claims.iter().find(|claim| is_of_key(claim)).map_or(0, |claim| claim.held_grant);
+                    granted.state != State::Granted || granted.grant == held
                 });
                 outgoing.sent = Some(claims);
             }
         }
     }
 
-    /// Returns what is known of a peer, and the promise on which that rests.
+    /// Returns what is known of a peer, and the promise on which that is based.
     pub(super) fn peer(
         &self,
         key: Key,
-        seat: &Seat,
+        lease: &ReplicaLease,
         placed: &Placed,
         had: bool,
         now: u64,
     ) -> (Peer, Option<(u64, Belief)>) {
-        let before = seat.term.promise_of(placed.replica).filter(|_| had);
+        let before = lease.term.promise_of(placed.replica).filter(|_| had);
         let earlier = || match before.clone() {
             Some((grant, belief)) => {
                 let believed = belief.load(Ordering::Acquire) > now;
                 (Peer::Granted { believed, covered: true, served: false }, Some((grant, belief)))
             }
-            None => (Peer::Unsettled { excused: had && seat.term.excused(placed.replica) }, None),
+            None => (Peer::Unsettled { excused: had && lease.term.excused(placed.replica) }, None),
         };
         let Some(outgoing) = self.outgoing.get(&placed.node) else { return earlier() };
         if outgoing.beats.is_some() {
-            let said = outgoing.grants.get(&key).filter(|one| one.claimant == seat.replica.id);
-            let Some(said) = said else { return earlier() };
-            return match said.state {
+            let granted = outgoing.grants.get(&key).filter(|granted| granted.claimant == lease.replica.id);
+            let Some(granted) = granted else { return earlier() };
+            return match granted.state {
                 State::Granted => {
                     let believed = outgoing.believed.load(Ordering::Acquire) > now;
-                    let peer = Peer::Granted { believed, covered: said.covered, served: said.served };
-                    (peer, Some((said.grant, outgoing.believed.clone())))
+                    let peer = Peer::Granted { believed, covered: granted.covered, served: granted.served };
+                    (peer, Some((granted.grant, outgoing.believed.clone())))
                 }
                 State::Denied => (Peer::Denied, None),
-                State::Absent => (Peer::Absent { long: now.saturating_sub(said.since_ms) >= ms(LEASE_OPENING) }, None),
+                State::Absent => {
+                    (Peer::Absent { long: now.saturating_sub(granted.since_ms) >= ms(LEASE_OPENING) }, None)
+                }
                 State::Unspecified => earlier(),
             };
         }
@@ -272,10 +274,10 @@ impl Actor {
         let quiet = now.saturating_sub(heard) >= ms(LEASE_SILENCE);
         let linked = self.newest.get(&placed.node).and_then(|id| self.incoming.get(id)).is_some_and(|link| link.open);
         // Evidence expires: each connection attempt must find it anew.
-        let found = outgoing.excused.load(Ordering::Acquire) > now;
+        let evident = outgoing.excused.load(Ordering::Acquire) > now;
         match outgoing.reach {
-            Some(Reach::Refused) if !linked && found => (Peer::Dead, None),
-            Some(Reach::Reachable) if quiet && found => (Peer::Hung, None),
+            Some(Reach::Refused) if !linked && evident => (Peer::Dead, None),
+            Some(Reach::Reachable) if quiet && evident => (Peer::Hung, None),
             Some(Reach::Unreachable) if quiet => {
                 // The last attempt began after the master had reported the node gone.
                 let gone =
@@ -288,20 +290,20 @@ impl Actor {
     }
 
     /// Probes whether the silent peers can be reached now.
-    pub(super) fn probe(&self, key: Key, seat: &Seat) {
-        let silent = seat.order.iter().filter(|one| {
+    pub(super) fn probe(&self, key: Key, lease: &ReplicaLease) {
+        let silent = lease.order.iter().filter(|member| {
             self.outgoing
-                .get(&one.node)
+                .get(&member.node)
                 .is_some_and(|link| link.beats.is_none() && link.reach == Some(Reach::Unreachable))
         });
         let targets: Vec<(NodeId, Option<String>, u64)> = silent
-            .map(|one| {
-                let took_ms = self.outgoing.get(&one.node).map_or(0, |link| link.took_ms.load(Ordering::Relaxed));
-                (one.node, self.registry.address(one.node), took_ms)
+            .map(|member| {
+                let took_ms = self.outgoing.get(&member.node).map_or(0, |link| link.took_ms.load(Ordering::Relaxed));
+                (member.node, self.registry.address(member.node), took_ms)
             })
             .collect();
-        let round = seat.replica.authority().begin_round();
-        let (replica, events) = (seat.replica.clone(), self.events.clone());
+        let round = lease.replica.authority().begin_round();
+        let (replica, events) = (lease.replica.clone(), self.events.clone());
         // Ends with the time-outs of the attempts.
         tokio::spawn(async move {
             let tries = targets.into_iter().map(|(node, address, took_ms)| async move {

@@ -20,7 +20,7 @@ fn states(actor: &mut Actor, sent: &mut mpsc::Receiver<Result<v1::LeaseReply, St
     actor.flush();
     let mut all = Vec::new();
     while let Ok(Ok(reply)) = sent.try_recv() {
-        all.extend(reply.grants.iter().map(|one| (one.state(), one.grant, reply.number)));
+        all.extend(reply.grants.iter().map(|grant| (grant.state(), grant.grant, reply.number)));
     }
     all
 }
@@ -58,7 +58,7 @@ async fn whoever_serves_by_a_promise_hears_the_better_claim_before_it_is_denied(
     let mut actor = Actor::new(home.registry.clone(), events, receiver, watch::channel(false).0);
     actor.began_ms = 0;
     let order = catalog.shard(ShardId(0)).unwrap().replicas.clone();
-    let seat = |primary_version| Event::Seat {
+    let placement = |primary_version| Event::Placed {
         replica: home.replica.clone(),
         replicator: home.replicator.clone(),
         order: order.clone(),
@@ -68,7 +68,7 @@ async fn whoever_serves_by_a_promise_hears_the_better_claim_before_it_is_denied(
     let (replies, mut sent) = mpsc::channel(64);
     let (beats, _claims) = mpsc::channel(64);
     let start = now_ms();
-    actor.take(seat(0), start);
+    actor.take(placement(0), start);
     actor.take(Event::Link { node: NodeId(2), news: News::Up(beats) }, start);
     actor.take(Event::Opened { id: LINK, replies }, start);
     actor.take(heartbeat(0, 0), start);
@@ -84,15 +84,15 @@ async fn whoever_serves_by_a_promise_hears_the_better_claim_before_it_is_denied(
     actor.take(heartbeat(grant, number), start);
     assert_eq!(states(&mut actor, &mut sent), []);
     // The preferred primary becomes primary.
-    actor.take(seat(9), start);
-    assert!(actor.seats[&KEY].wants);
+    actor.take(placement(9), start);
+    assert!(actor.leases[&KEY].wants);
     assert_eq!(states(&mut actor, &mut sent), [], "denied before it can have heard the better claim");
     actor.take(heartbeat(grant, number), start + ms(LEASE_BEAT));
     assert_eq!(states(&mut actor, &mut sent), []);
     // The acting primary does not receive the claim: it is denied.
     actor.take(heartbeat(grant, number), start + ms(LEASE_BEAT) * 4);
     actor.tick(start + ms(LEASE_BEAT) * 4);
-    assert_eq!(states(&mut actor, &mut sent).iter().map(|one| one.0).collect::<Vec<_>>(), [State::Denied]);
+    assert_eq!(states(&mut actor, &mut sent).iter().map(|sent| sent.0).collect::<Vec<_>>(), [State::Denied]);
 }
 
 /// Actor of one of two replicas, with the claims and replies that it sends to the scripted peer.
@@ -115,7 +115,7 @@ impl Claimant {
         let start = now_ms();
         let order = catalog.shard(ShardId(0)).unwrap().replicas.clone();
         let (replica, replicator) = (home.replica.clone(), home.replicator.clone());
-        actor.take(Event::Seat { replica, replicator, order, primary_version: 5, served: false }, start);
+        actor.take(Event::Placed { replica, replicator, order, primary_version: 5, served: false }, start);
         actor.take(Event::Link { node: NodeId(2), news: News::Up(beats) }, start);
         let (sender, replies) = mpsc::channel(64);
         actor.take(Event::Opened { id: LINK, replies: sender }, start);
@@ -146,7 +146,7 @@ impl Claimant {
         self.actor.beat(true, self.start);
         let mut held = None;
         while let Ok(request) = self.claims.try_recv() {
-            held = request.claims.first().map(|one| one.held_grant).or(held);
+            held = request.claims.first().map(|claim| claim.held_grant).or(held);
         }
         held.unwrap()
     }
@@ -165,7 +165,7 @@ impl Claimant {
         self.actor.flush();
         loop {
             let reply = self.replies.recv().await.unwrap().unwrap();
-            let granted = reply.grants.iter().find(|one| one.state() == State::Granted);
+            let granted = reply.grants.iter().find(|grant| grant.state() == State::Granted);
             if let Some(granted) = granted {
                 return vasto_proto::convert::vector_from_wire(&granted.vector).into_keys().collect();
             }
@@ -173,27 +173,27 @@ impl Claimant {
     }
 
     fn serves(&self) -> bool {
-        self.actor.seats[&KEY].has_authority()
+        self.actor.leases[&KEY].has_authority()
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_promise_that_was_let_go_of_is_not_relied_on_again() {
     let all = members(2).await;
-    let mut one = Claimant::new(&all[0]);
-    one.promise(9);
-    assert_eq!((one.held(), one.serves()), (9, true));
-    one.claim(6);
+    let mut claimant = Claimant::new(&all[0]);
+    claimant.promise(9);
+    assert_eq!((claimant.held(), claimant.serves()), (9, true));
+    claimant.claim(6);
     // Nothing was sent meanwhile: the promise stands.
-    one.claim(4);
-    assert_eq!((one.held(), one.serves()), (9, true));
-    one.claim(6);
-    assert_eq!((one.held(), one.serves()), (0, false));
+    claimant.claim(4);
+    assert_eq!((claimant.held(), claimant.serves()), (9, true));
+    claimant.claim(6);
+    assert_eq!((claimant.held(), claimant.serves()), (0, false));
     // The peer has been free to serve since; its denial is still on its way.
-    one.claim(4);
-    assert_eq!((one.held(), one.serves()), (0, false), "it relies on a promise that it has given back");
-    one.promise(10);
-    assert_eq!((one.held(), one.serves()), (10, true));
+    claimant.claim(4);
+    assert_eq!((claimant.held(), claimant.serves()), (0, false), "it relies on a promise that it has given back");
+    claimant.promise(10);
+    assert_eq!((claimant.held(), claimant.serves()), (10, true));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -211,32 +211,32 @@ async fn one_that_was_opened_again_says_that_it_has_served() {
     let elsewhere = evict(&placed, ReplicaId(1), false, START_US, 2).unwrap();
     for again in [false, true] {
         let (rig, replica) = tokio::task::spawn_blocking(move || open(again)).await.unwrap();
-        let one = Member::of(rig, replica);
+        let member = Member::of(rig, replica);
         // Writes that the previous process acknowledged may be held by no other replica.
-        assert_eq!(may_have_served(&one.replica, &placed), again);
+        assert_eq!(may_have_served(&member.replica, &placed), again);
         // A replica under construction has acknowledged nothing.
-        assert!(!may_have_served(&one.replica, &elsewhere));
+        assert!(!may_have_served(&member.replica, &elsewhere));
         let version = CatalogVersion(elsewhere.version.0 + 1);
         let order = Control::ApplyCatalog { epoch: Epoch(1), version, role: Role::Detached };
-        one.replica.control(order).await.unwrap();
-        assert_eq!(may_have_served(&one.replica, &elsewhere), again, "that catalog is of before");
+        member.replica.control(order).await.unwrap();
+        assert_eq!(may_have_served(&member.replica, &elsewhere), again, "that catalog is of before");
     }
 }
 
 /// The first record of an incarnation that has not served was acknowledged to no client: the serving replica goes on
 /// without it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_that_has_not_served_since_it_was_opened_names_nothing_of_this_opening() {
+async fn a_reopened_replica_that_has_not_served_names_no_record_of_this_incarnation() {
     for serves in [false, true] {
         let all = members(2).await;
-        let mut one = Claimant::new(&all[0]);
+        let mut claimant = Claimant::new(&all[0]);
         if serves {
-            one.promise(9);
+            claimant.promise(9);
         }
-        assert_eq!(one.serves(), serves);
-        one.claim(6);
+        assert_eq!(claimant.serves(), serves);
+        claimant.claim(6);
         let own = Origin { replica: ReplicaId(1), incarnation: all[0].replica.incarnation() };
-        assert_eq!(one.named().await.contains(&own), serves);
+        assert_eq!(claimant.named().await.contains(&own), serves);
     }
 }
 
@@ -244,39 +244,41 @@ async fn one_that_has_not_served_since_it_was_opened_names_nothing_of_this_openi
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_that_serves_alone_goes_on_in_the_same_term() {
     let all = members(2).await;
-    let mut one = Claimant::new(&all[0]);
-    let placed = |one: &mut Claimant, count| {
+    let mut claimant = Claimant::new(&all[0]);
+    let placed = |claimant: &mut Claimant, count| {
         let (replica, replicator) = (all[0].replica.clone(), all[0].replicator.clone());
         let order = shard_on(count).shard(ShardId(0)).unwrap().replicas.clone();
-        one.actor.take(Event::Seat { replica, replicator, order, primary_version: 5, served: false }, one.start);
+        claimant
+            .actor
+            .take(Event::Placed { replica, replicator, order, primary_version: 5, served: false }, claimant.start);
         all[0].replica.authority().admit().ok()
     };
-    one.promise(9);
-    let term = placed(&mut one, 2).unwrap();
-    assert_eq!([1, 2, 1].map(|count| placed(&mut one, count)), [Some(term); 3]);
-    one.actor.seats.get_mut(&KEY).unwrap().step_back(false);
-    assert_eq!(placed(&mut one, 1), Some(term + 1), "another one may have served in between");
+    claimant.promise(9);
+    let term = placed(&mut claimant, 2).unwrap();
+    assert_eq!([1, 2, 1].map(|count| placed(&mut claimant, count)), [Some(term); 3]);
+    claimant.actor.leases.get_mut(&KEY).unwrap().step_back(false);
+    assert_eq!(placed(&mut claimant, 1), Some(term + 1), "another one may have served in between");
 }
 
 /// The peer has ended while the network was cut: it may have served until then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn authority_that_rested_on_silence_is_another_term_once_the_silent_one_is_found_dead() {
     let all = members(2).await;
-    let mut one = Claimant::new(&all[0]);
-    one.promise(9);
+    let mut claimant = Claimant::new(&all[0]);
+    claimant.promise(9);
     let authority = all[0].replica.authority();
-    one.actor.take(Event::Closed { id: LINK }, one.start);
-    for news in [News::Lost, News::Reach(Reach::Unreachable, one.start)] {
-        one.actor.take(Event::Link { node: NodeId(2), news }, one.start);
+    claimant.actor.take(Event::Closed { id: LINK }, claimant.start);
+    for news in [News::Lost, News::Reach(Reach::Unreachable, claimant.start)] {
+        claimant.actor.take(Event::Link { node: NodeId(2), news }, claimant.start);
     }
     for beat in 1..=20 {
-        let now = one.start + ms(LEASE_BEAT) * beat;
+        let now = claimant.start + ms(LEASE_BEAT) * beat;
         all[0].registry.pulse.store(now, Ordering::Release);
-        one.actor.tick(now);
+        claimant.actor.tick(now);
     }
     assert_eq!(authority.admit(), Err(Refusal::Probe));
     let silent = authority.admit_probed().unwrap();
-    let now = one.start + ms(LEASE_BEAT) * 20;
-    one.actor.take(Event::Link { node: NodeId(2), news: News::Reach(Reach::Refused, now) }, now);
+    let now = claimant.start + ms(LEASE_BEAT) * 20;
+    claimant.actor.take(Event::Link { node: NodeId(2), news: News::Reach(Reach::Refused, now) }, now);
     assert_eq!(authority.admit(), Ok(silent + 1));
 }

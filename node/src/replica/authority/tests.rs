@@ -94,7 +94,7 @@ fn a_write_without_authority_waits_and_a_modification_is_bound_to_its_term() {
 }
 
 #[test]
-fn what_the_successor_holds_is_acknowledged_after_the_hand_over() {
+fn a_write_that_the_successor_holds_is_acknowledged_after_the_hand_over() {
     let authority = Authority::default();
     authority.publish(Standing::Out { elsewhere: true });
     let (sender, answers) = channel();

@@ -5,7 +5,7 @@ use vasto_core::ids::ReplicaId;
 
 /// One operation of a write.
 #[derive(Debug, Clone)]
-pub struct WriteOp {
+pub(crate) struct WriteOp {
     /// The user key.
     pub key: Bytes,
     /// Hash of the partition key when it is not the key itself.
@@ -20,7 +20,7 @@ pub struct WriteOp {
 
 impl WriteOp {
     /// Returns the bytes of the key and of the value; a number counts as 8.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.key.len()
             + match &self.change {
                 OpKind::Put { value, .. } => value.len(),
@@ -36,7 +36,7 @@ impl WriteOp {
 
 /// Change that an operation makes to its key.
 #[derive(Debug, Clone)]
-pub enum OpKind {
+pub(crate) enum OpKind {
     /// Store a value.
     Put {
         /// The value.
@@ -65,7 +65,7 @@ pub enum OpKind {
 
 impl OpKind {
     /// Returns true for a read-modify-write, which only the primary does.
-    pub fn modifies(&self) -> bool {
+    pub(crate) fn modifies(&self) -> bool {
         match self {
             OpKind::Put { condition, .. } | OpKind::Delete { condition } => condition.is_some(),
             OpKind::AddI64(_) | OpKind::AddF64(_) | OpKind::MaxF64(_) | OpKind::MinF64(_) | OpKind::Append(_) => true,
@@ -75,7 +75,7 @@ impl OpKind {
 
 /// Condition of a conditional write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Condition {
+pub(crate) enum Condition {
     /// The key does not exist.
     Absent,
     /// The stored entry has this version.
@@ -84,7 +84,7 @@ pub enum Condition {
 
 /// A number that was stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Number {
+pub(crate) enum Number {
     /// An integer.
     I64(i64),
     /// The bits of a float.
@@ -93,7 +93,7 @@ pub enum Number {
 
 /// Identity of a read-modify-write: client and sequence number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct OpId {
+pub(crate) struct OpId {
     /// The client.
     pub client: u64,
     /// Number that the client gave it.
@@ -106,7 +106,7 @@ pub struct OpId {
 
 /// Outcome of one operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OpOutcome {
+pub(crate) enum OpOutcome {
     /// The entry is stored with this event time.
     Applied(u64),
     /// The stored entry has this later event time.

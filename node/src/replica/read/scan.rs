@@ -25,14 +25,14 @@ use vasto_core::stored_key::data_key;
 use vasto_core::{Band, VastoError};
 use vasto_proto::v1;
 
-use super::{behind, visible_value};
+use super::{node_behind, visible_value};
 use crate::engine::{Cursor, EngineError, RowRef, View};
 use crate::replica::command::wrong_epoch;
 use crate::replica::handle::Replica;
 
 /// One page of a scan of one shard.
 #[derive(Debug, Clone, Default)]
-pub struct ScanPage {
+pub(crate) struct ScanPage {
     /// Prefix of all keys.
     pub prefix: Bytes,
     /// User key after which to resume.
@@ -50,11 +50,11 @@ pub struct ScanPage {
 impl Replica {
     /// Returns one page in the order of user keys. The request's epoch must be the one in force here: a scan of another
     /// epoch would miss or repeat moved rows. Blocks on the disk.
-    pub fn scan(&self, epoch: Epoch, page: &ScanPage) -> Result<v1::ScanReply, VastoError> {
+    pub(crate) fn scan(&self, epoch: Epoch, page: &ScanPage) -> Result<v1::ScanReply, VastoError> {
         let view = self.view();
         let before = &view.ranges;
         if epoch != view.epoch {
-            return Err(if epoch > view.epoch { behind() } else { wrong_epoch() });
+            return Err(if epoch > view.epoch { node_behind() } else { wrong_epoch() });
         }
         let bands: Vec<Band> = match page.partition_hash {
             None => before.owned().collect(),
@@ -67,7 +67,7 @@ impl Replica {
             }
         };
         if bands.iter().any(|band| before.is_stale(*band, SEALED_READS)) {
-            return Err(behind());
+            return Err(node_behind());
         }
         let reply = self.scan_bands(&bands, page)?;
         // The page is answered only if it shows a point in time at which every band was owned.
@@ -78,7 +78,7 @@ impl Replica {
             return Err(wrong_epoch());
         }
         if bands.iter().any(|band| after.is_stale(*band, SEALED_READS)) {
-            return Err(behind());
+            return Err(node_behind());
         }
         Ok(reply)
     }
@@ -93,7 +93,7 @@ impl Replica {
             (Some(after), Some(_)) => after.to_vec(),
             (None, _) => page.prefix.to_vec(),
         };
-        let is_behind = |at: &Place| match (after, page.after_partition_hash) {
+        let is_after = |at: &Place| match (after, page.after_partition_hash) {
             (Some(after), Some(hash)) => at.key != after.as_ref() || at.hash > hash,
             _ => true,
         };
@@ -115,7 +115,7 @@ impl Replica {
             let resume_after = is_last.then(|| Bytes::copy_from_slice(&at.key));
             let in_partition = page.partition_hash.is_none_or(|hash| at.hash == hash);
             if in_partition
-                && is_behind(&at)
+                && is_after(&at)
                 && let Some(value) = visible_value(encoded, now_us, page.keys_only)?
             {
                 let weight = at.key.len() + 64 + value_bytes(&value);
@@ -131,7 +131,7 @@ impl Replica {
             if let Some(row) = cursor.current()? {
                 heap.push(Reverse(Place::of(at.band, row)));
             }
-            // A page that ends at the examination limit ends behind all rows of a key.
+            // A page that ends at the examination limit ends after all rows of a key.
             let next = heap.peek().map(|Reverse(next)| next.key.as_slice());
             if resume_after.as_deref().zip(next).is_some_and(|(last, next)| last != next) {
                 reply.more = true;
@@ -164,7 +164,7 @@ impl Place {
     }
 }
 
-/// Returns the first row at or behind `start` of each band that has one with the prefix. One cursor seeks them all: its
+/// Returns the first row at or after `start` of each band that has one with the prefix. One cursor seeks them all: its
 /// position also shows which bands are empty.
 fn first_rows(
     view: &View<'_>,
@@ -201,7 +201,7 @@ fn value_bytes(value: &v1::Value) -> usize {
     }
 }
 
-/// Returns the first stored key behind all keys of the band that begin with the prefix.
+/// Returns the first stored key after all keys of the band that begin with the prefix.
 fn upper_bound(band: Band, prefix: &[u8]) -> Vec<u8> {
     let mut bound = data_key(band, prefix);
     while let Some(last) = bound.pop() {
@@ -218,7 +218,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn upper_bounds_end_behind_the_prefix_and_inside_the_band() {
+    fn an_upper_bound_is_after_the_prefix_and_inside_the_band() {
         assert_eq!(upper_bound(Band(3), b"ab"), vec![3, b'a', b'c']);
         assert_eq!(upper_bound(Band(3), &[0xFF, 0xFF]), vec![4]);
         assert_eq!(upper_bound(Band(98), b""), vec![99]);

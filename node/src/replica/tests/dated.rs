@@ -19,7 +19,7 @@ const YEARS_US: u64 = 50 * 365 * 86_400 * 1_000_000;
 
 /// A store in memory with a clock of its own.
 #[derive(Debug)]
-pub struct Dated {
+pub(super) struct Dated {
     store: memory::InMemory,
     clock: Arc<TestClock>,
     written: Mutex<HashMap<ObjectPath, u64>>,
@@ -34,7 +34,7 @@ impl std::fmt::Display for Dated {
 }
 
 impl Dated {
-    pub fn new(now_us: u64) -> Arc<Self> {
+    pub(super) fn new(now_us: u64) -> Arc<Self> {
         let clock = Arc::new(TestClock(now_us.into()));
         Arc::new(Self {
             store: memory::InMemory::new(),
@@ -44,16 +44,16 @@ impl Dated {
         })
     }
 
-    pub fn set(&self, now_us: u64) {
+    pub(super) fn set(&self, now_us: u64) {
         self.clock.set(now_us);
     }
 
     /// Dates what is written from now on by decades after now.
-    pub fn date_after_now(&self, far: bool) {
+    pub(super) fn date_after_now(&self, far: bool) {
         self.dates_after_now.store(far, Ordering::SeqCst);
     }
 
-    pub fn bucket(self: &Arc<Self>) -> Bucket {
+    pub(super) fn bucket(self: &Arc<Self>) -> Bucket {
         Bucket::from_store("memory://dated", self.clone())
     }
 

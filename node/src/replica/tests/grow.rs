@@ -227,7 +227,8 @@ async fn a_target_holds_what_the_model_says() {
     assert_eq!(shown.keys_moved, expected.len() as u64);
     assert!(shown.manifest_shipped && shown.bytes_from_bucket > 0 && shown.bytes_from_peers == 0);
     let cursors = target.tail_cursors().unwrap();
-    let pinned: Vec<_> = grow.plan.sources.iter().map(|one| (one.replica, one.manifest.clone().unwrap().lsn)).collect();
+    let pinned: Vec<_> =
+        grow.plan.sources.iter().map(|source| (source.replica, source.manifest.clone().unwrap().lsn)).collect();
     assert_eq!(cursors, pinned, "the tails begin at the pinned manifests");
     // Before it owns the bands the target serves nothing: no read, no write.
     let key = String::from_utf8(expected.keys().next().unwrap()[1..].to_vec()).unwrap();

@@ -14,10 +14,10 @@ use super::replicator::shard_on;
 use super::shipping::bucket;
 use super::support::*;
 use crate::caretaker::waits_for_disk;
+use crate::clock::now_ms;
 use crate::host::{Host, HostContext, ReplicaSpec};
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
-use crate::replica::authority::now_ms;
 use crate::replica::command::Role;
 use crate::ship::Pace;
 
@@ -58,7 +58,7 @@ impl Hosted {
     }
 
     async fn replica(&self) -> Replica {
-        let found = async {
+        let opened = async {
             loop {
                 match self.context.registry.replica(KEYSPACE, ReplicaId(1)) {
                     Some(replica) => return replica,
@@ -67,7 +67,7 @@ impl Hosted {
                 }
             }
         };
-        tokio::time::timeout(DEADLINE, found).await.unwrap()
+        tokio::time::timeout(DEADLINE, opened).await.unwrap()
     }
 }
 
@@ -84,7 +84,7 @@ fn placed_again(catalog: &Catalog) -> Catalog {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_that_becomes_a_member_catches_up_before_it_serves() {
+async fn a_replica_that_becomes_a_member_catches_up_before_it_serves() {
     let hosted = Hosted::new();
     let catalog = shard_on(2);
     let host = hosted.start(&catalog);
@@ -102,7 +102,7 @@ async fn one_that_becomes_a_member_catches_up_before_it_serves() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_that_left_is_at_no_moment_taken_for_the_primary() {
+async fn a_replica_that_left_is_at_no_moment_taken_for_the_primary() {
     for (catalog, role) in [(shard_on(2), Role::Primary), (left(&shard_on(2)), Role::Detached)] {
         let hosted = Hosted::new();
         let host = hosted.start(&catalog);
@@ -112,7 +112,7 @@ async fn one_that_left_is_at_no_moment_taken_for_the_primary() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_that_stops_takes_nothing_more_and_waits_until_another_has_its_log() {
+async fn a_replica_that_stops_takes_nothing_more_and_waits_until_another_has_its_log() {
     let (hosted, catalog) = (Hosted::new(), shard_on(2));
     let host = hosted.start(&catalog);
     let replica = hosted.replica().await;
@@ -127,7 +127,7 @@ async fn one_that_stops_takes_nothing_more_and_waits_until_another_has_its_log()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_that_stops_waits_no_longer_than_it_must() {
+async fn a_replica_that_stops_waits_no_longer_than_it_must() {
     for confirmed in [true, false] {
         let (hosted, catalog) = (Hosted::new(), shard_on(2));
         let host = hosted.start(&catalog);
@@ -185,14 +185,14 @@ async fn a_replica_with_nothing_to_do_has_no_thread() {
     let hosted = Hosted::new();
     let host = hosted.start(&shard_on(1));
     let replica = hosted.replica().await;
-    until("its writer to rest", || replica.commands.rests()).await;
+    until("its writer to give its thread back", || replica.commands.is_parked()).await;
     let wrote = tokio::task::spawn_blocking({
         let replica = replica.clone();
         move || write_one(&replica, put("k", "v"))
     });
     wrote.await.unwrap();
     assert_eq!(get(&replica, "k").as_deref(), Some("v"));
-    until("its writer to rest again", || replica.commands.rests()).await;
+    until("its writer to give its thread back again", || replica.commands.is_parked()).await;
     host.stop().await;
 }
 
@@ -201,12 +201,12 @@ async fn a_node_whose_disk_does_not_answer_says_so() {
     let hosted = Hosted::new();
     let host = hosted.start(&shard_on(1));
     let replica = hosted.replica().await;
-    until("its writer to rest", || replica.commands.rests()).await;
-    let told = || waits_for_disk(&hosted.context.registry, now_ms()).collect::<Vec<_>>();
-    assert_eq!(told(), Vec::<String>::new());
+    until("its writer to give its thread back", || replica.commands.is_parked()).await;
+    let reported = || waits_for_disk(&hosted.context.registry, now_ms()).collect::<Vec<_>>();
+    assert_eq!(reported(), Vec::<String>::new());
     replica.shared.busy_since_ms.store(now_ms() - 2_000, Ordering::Release);
-    assert_eq!(told(), ["shard 0 of keyspace 7 waits for its disk"]);
+    assert_eq!(reported(), ["shard 0 of keyspace 7 waits for its disk"]);
     replica.shared.busy_since_ms.store(0, Ordering::Release);
-    assert_eq!(told(), Vec::<String>::new());
+    assert_eq!(reported(), Vec::<String>::new());
     host.stop().await;
 }

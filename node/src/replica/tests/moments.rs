@@ -52,7 +52,7 @@ struct Node {
     rig: Rig,
     /// Open replica; `None` only during a restart.
     open: Option<Replica>,
-    here: bool,
+    present: bool,
     offset: i64,
     /// Writes that the replica holds.
     holds: BTreeSet<usize>,
@@ -139,7 +139,7 @@ impl World {
             world.nodes.push(Node {
                 rig,
                 open: Some(replica),
-                here: true,
+                present: true,
                 offset: 0,
                 holds: BTreeSet::new(),
                 whole: BTreeSet::new(),
@@ -148,7 +148,7 @@ impl World {
         world
     }
 
-    fn tell(&mut self, what: String) {
+    fn note(&mut self, what: String) {
         self.story.push(format!("{:8.1} s: {what}", (self.now - START_US) as f64 / SECOND as f64));
     }
 
@@ -159,13 +159,13 @@ impl World {
         }
     }
 
-    fn here(&self) -> Vec<usize> {
-        (0..self.nodes.len()).filter(|at| self.nodes[*at].here).collect()
+    fn present(&self) -> Vec<usize> {
+        (0..self.nodes.len()).filter(|at| self.nodes[*at].present).collect()
     }
 
-    /// Returns the node that serves and ships: the first that is there.
+    /// Returns the node that serves and ships: the first that is present.
     fn acting(&self) -> usize {
-        self.here()[0]
+        self.present()[0]
     }
 
     fn pass(&mut self, us: u64) {
@@ -188,7 +188,7 @@ impl World {
         node.whole.insert(index);
         let by = node.replica().id;
         let commit_time = block_in_place(|| last_record(node.replica()).commit_time);
-        self.tell(format!("{by} takes {index}: {key} = {value:?} at {event_time}, stamped {commit_time}"));
+        self.note(format!("{by} takes {index}: {key} = {value:?} at {event_time}, stamped {commit_time}"));
         self.writes.push(Write { key, value, event_time, by, at: self.now, commit_time });
         self.pass(1_000);
     }
@@ -198,23 +198,23 @@ impl World {
         let (theirs, their_whole) = (self.nodes[from].holds.clone(), self.nodes[from].whole.clone());
         let mine = &self.nodes[to].holds;
         let loses = |index: &usize| {
-            let one = &self.writes[*index];
+            let write = &self.writes[*index];
             mine.iter()
                 .map(|other| &self.writes[*other])
-                .any(|other| other.key == one.key && other.event_time > one.event_time)
+                .any(|other| other.key == write.key && other.event_time > write.event_time)
         };
         let whole: Vec<usize> =
-            theirs.difference(mine).copied().filter(|one| their_whole.contains(one) && !loses(one)).collect();
+            theirs.difference(mine).copied().filter(|index| their_whole.contains(index) && !loses(index)).collect();
         self.nodes[to].whole.extend(whole);
         self.nodes[to].holds.extend(theirs);
     }
 
     /// Lets each present node pull from every other.
     fn replicate(&mut self) {
-        let here = self.here();
+        let present = self.present();
         for _ in 0..2 {
-            for to in &here {
-                for from in here.iter().filter(|from| *from != to) {
+            for to in &present {
+                for from in present.iter().filter(|from| *from != to) {
                     self.pull(*to, *from);
                 }
             }
@@ -242,13 +242,13 @@ impl World {
         for index in whole {
             in_bucket.whole.entry(index).or_insert(self.now);
         }
-        self.tell(format!("{id} ships{}", if checkpoint { " a checkpoint" } else { "" }));
+        self.note(format!("{id} ships{}", if checkpoint { " a checkpoint" } else { "" }));
     }
 
     fn apply_catalog(&mut self) {
         self.version = CatalogVersion(self.version.0 + 1);
         let (epoch, version) = (Epoch(self.version.0), self.version);
-        for at in self.here() {
+        for at in self.present() {
             let replica = self.nodes[at].replica();
             let order = Control::ApplyCatalog { epoch, version, role: replica.view().role };
             block_in_place(|| control(replica, order)).unwrap();
@@ -268,13 +268,13 @@ impl World {
             std::thread::park_timeout(Duration::from_millis(2));
         };
         let id = self.nodes[at].replica().id;
-        self.tell(format!("{id} restarts"));
+        self.note(format!("{id} restarts"));
     }
 
     /// Runs a gc floor round: all promise, all hold all, the floor is logged, and tombstones that it covers are
     /// removed.
     fn collect(&mut self) {
-        if self.here().len() < self.nodes.len() {
+        if self.present().len() < self.nodes.len() {
             return;
         }
         self.replicate();
@@ -295,13 +295,13 @@ impl World {
                 node.replica().engine().compact_all();
             });
         }
-        self.tell(format!("deletes until {floor} are forgotten"));
+        self.note(format!("deletes until {floor} are forgotten"));
     }
 
     /// Gives up a node that is away: the serving node takes over what that node had shipped, or not. A new replica
     /// takes its place.
     async fn give_up(&mut self) {
-        let Some(at) = (0..self.nodes.len()).find(|at| !self.nodes[*at].here) else { return };
+        let Some(at) = (0..self.nodes.len()).find(|at| !self.nodes[*at].present) else { return };
         let mut lost = self.nodes.remove(at);
         let id = lost.replica().id;
         lost.close();
@@ -315,16 +315,16 @@ impl World {
             if bootstrap.join_what_was_shipped(node.replica(), id, shards).await.is_ok() {
                 let taken = self.shipped[&id].holds.clone();
                 self.nodes[acting].holds.extend(taken);
-                self.tell(format!("what {id} had shipped is taken over"));
+                self.note(format!("what {id} had shipped is taken over"));
             }
         }
         self.apply_catalog();
         self.given_up.push(GivenUp { replica: id, version: self.version });
-        self.tell(format!("{id} is given up"));
+        self.note(format!("{id} is given up"));
         self.copy().await;
     }
 
-    /// Adds a replica from a checkpoint of the serving one.
+    /// Adds a replica from a checkpoint of the serving replica.
     async fn copy(&mut self) {
         let acting = self.acting();
         self.ship(acting, true).await;
@@ -343,14 +343,14 @@ impl World {
         bootstrap.take(&base, adoption, Log::Replicate).await.unwrap();
         let replica = block_in_place(|| rig.open(&rig.path, true)).unwrap();
         let holds = self.nodes[acting].holds.clone();
-        self.nodes.push(Node { rig, open: Some(replica), here: true, offset: 0, holds, whole: BTreeSet::new() });
+        self.nodes.push(Node { rig, open: Some(replica), present: true, offset: 0, holds, whole: BTreeSet::new() });
         self.set_clocks();
-        self.tell(format!("{id} is made"));
+        self.note(format!("{id} is made"));
     }
 
     /// Makes the shard one of two: keys of the other shard are given away.
     fn resize(&mut self) {
-        if self.resized.is_some() || self.here().len() < self.nodes.len() {
+        if self.resized.is_some() || self.present().len() < self.nodes.len() {
             return;
         }
         self.replicate();
@@ -361,17 +361,17 @@ impl World {
         }
         self.resized = Some(self.now);
         self.pass(SECOND);
-        self.tell("the shard gives keys away".into());
+        self.note("the shard gives keys away".into());
     }
 
     /// Returns the winner of these writes, by key.
     fn winners(&self, of: impl Iterator<Item = usize>) -> BTreeMap<&str, &Write> {
         let mut winners: BTreeMap<&str, &Write> = BTreeMap::new();
         for index in of {
-            let one = &self.writes[index];
-            let known = winners.entry(&one.key).or_insert(one);
-            if known.event_time < one.event_time {
-                *known = one;
+            let write = &self.writes[index];
+            let winner = winners.entry(&write.key).or_insert(write);
+            if winner.event_time < write.event_time {
+                *winner = write;
             }
         }
         winners
@@ -380,26 +380,26 @@ impl World {
     /// Returns the writes that a restore to a point in time must contain unless it is refused.
     fn required(&self, at: Option<u64>) -> BTreeSet<usize> {
         let given_up = |id: &ReplicaId| self.given_up.iter().any(|lost| lost.replica == *id);
-        let kept: Vec<&InBucket> =
+        let counted: Vec<&InBucket> =
             self.shipped.iter().filter(|(id, _)| !given_up(id)).map(|(_, shipped)| shipped).collect();
-        let Some(until) = at else { return kept.iter().flat_map(|shipped| &shipped.holds).copied().collect() };
+        let Some(until) = at else { return counted.iter().flat_map(|shipped| &shipped.holds).copied().collect() };
         let mut whole: BTreeMap<usize, u64> = BTreeMap::new();
-        for (index, held) in kept.iter().flat_map(|shipped| &shipped.whole) {
+        for (index, held) in counted.iter().flat_map(|shipped| &shipped.whole) {
             let first = whole.entry(*index).or_insert(*held);
             *first = (*held).min(*first);
         }
-        // A clock that is ahead by less than a write waited to be shipped goes undetected, and so do the writes behind
+        // A clock that is ahead by less than a write waited to be shipped goes undetected, and so do the writes after
         // it.
-        let hides = |one: &Write, held: u64| one.commit_time > until && one.commit_time <= held + SLACK;
+        let hides = |write: &Write, held: u64| write.commit_time > until && write.commit_time <= held + SLACK;
         let mut hidden = BTreeSet::new();
         let mut required = BTreeSet::new();
         for (index, held) in whole {
-            let one = &self.writes[index];
-            if one.at + SLACK > until || hidden.contains(&one.by) {
+            let write = &self.writes[index];
+            if write.at + SLACK > until || hidden.contains(&write.by) {
                 continue;
             }
-            if hides(one, held) {
-                hidden.insert(one.by);
+            if hides(write, held) {
+                hidden.insert(write.by);
             } else {
                 required.insert(index);
             }
@@ -429,7 +429,7 @@ impl World {
             Ok(restored) => restored,
             Err(error) => {
                 self.refused += 1;
-                self.tell(format!("refused at {at:?}: {error}"));
+                self.note(format!("refused at {at:?}: {error}"));
                 if at.is_none() {
                     self.wrong = Some(format!("a restore of everything is refused: {error}"));
                 }
@@ -439,9 +439,9 @@ impl World {
         self.restored += 1;
         let everything: BTreeSet<usize> = self.shipped.values().flat_map(|shipped| &shipped.holds).copied().collect();
         let required = self.required(at);
-        let may_be_in = |one: &Write| at.is_none_or(|until| one.at <= until + SLACK || one.commit_time <= until);
+        let may_be_in = |write: &Write| at.is_none_or(|until| write.at <= until + SLACK || write.commit_time <= until);
         let allowed: Vec<&Write> =
-            everything.iter().map(|one| &self.writes[*one]).filter(|one| may_be_in(one)).collect();
+            everything.iter().map(|index| &self.writes[*index]).filter(|write| may_be_in(write)).collect();
         let winners = self.winners(required.iter().copied());
         let mut wrong = Vec::new();
         for n in 0..12 {
@@ -451,9 +451,10 @@ impl World {
             }
             let got = restored.get(&key);
             let winner = winners.get(key.as_str()).copied();
-            let event_time = winner.map_or(0, |one| one.event_time);
-            let expected = winner.and_then(|one| one.value.clone());
-            let later = allowed.iter().any(|one| one.key == key && one.event_time >= event_time && one.value == got);
+            let event_time = winner.map_or(0, |write| write.event_time);
+            let expected = winner.and_then(|write| write.value.clone());
+            let later =
+                allowed.iter().any(|write| write.key == key && write.event_time >= event_time && write.value == got);
             if got != expected && !later {
                 wrong.push(format!("{key}: {got:?} instead of {expected:?} ({winner:?})"));
             }
@@ -462,7 +463,7 @@ impl World {
         if !wrong.is_empty() {
             self.wrong = Some(format!("restored at {at:?} with {shards} shards:\n{}", wrong.join("\n")));
         }
-        self.tell(format!("restored at {at:?}"));
+        self.note(format!("restored at {at:?}"));
     }
 
     async fn step(&mut self) {
@@ -472,8 +473,8 @@ impl World {
                 self.write(acting);
             }
             30..36 => {
-                let here = self.here();
-                let at = self.numbers.of(&here);
+                let present = self.present();
+                let at = self.numbers.of(&present);
                 self.write(at);
             }
             36..48 => self.replicate(),
@@ -492,11 +493,11 @@ impl World {
             }
             72..77 => {
                 let at = self.numbers.below(self.nodes.len() as u64) as usize;
-                if self.here() != [at] {
-                    self.nodes[at].here = !self.nodes[at].here;
-                    let (id, here) = (self.nodes[at].replica().id, self.nodes[at].here);
-                    self.tell(format!("{id} is {}", if here { "back" } else { "away" }));
-                    if here {
+                if self.present() != [at] {
+                    self.nodes[at].present = !self.nodes[at].present;
+                    let (id, present) = (self.nodes[at].replica().id, self.nodes[at].present);
+                    self.note(format!("{id} is {}", if present { "back" } else { "away" }));
+                    if present {
                         self.replicate();
                     }
                 }
@@ -507,12 +508,12 @@ impl World {
                 self.nodes[at].offset =
                     self.numbers.of(&[0, second, -second, 600 * second, 3_600 * second, -3_600 * second]);
                 let (id, offset) = (self.nodes[at].replica().id, self.nodes[at].offset / second);
-                self.tell(format!("the clock of {id} is {offset} s ahead"));
+                self.note(format!("the clock of {id} is {offset} s ahead"));
                 self.set_clocks();
             }
             82..85 => {
-                let here = self.here();
-                let at = self.numbers.of(&here);
+                let present = self.present();
+                let at = self.numbers.of(&present);
                 self.restart(at);
             }
             85..88 => self.collect(),
@@ -528,7 +529,7 @@ impl World {
     }
 
     /// Runs a history; returns the numbers of restores and of refusals, or the deviation found.
-    async fn live(seed: u64, planted: Planted) -> Result<(u32, u32), String> {
+    async fn run_history(seed: u64, planted: Planted) -> Result<(u32, u32), String> {
         let mut world = Self::new(seed, planted);
         for step in 0..=120 {
             match step {
@@ -558,27 +559,28 @@ fn last_record(replica: &Replica) -> Record {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restore_at_any_moment_is_what_was_there_or_is_refused() {
-    let (lives, first) = (setting("VASTO_MOMENTS", 12), setting("VASTO_MOMENTS_SEED", 1));
+    let (histories, first) = (setting("VASTO_MOMENTS", 12), setting("VASTO_MOMENTS_SEED", 1));
     let (mut restored, mut refused) = (0, 0);
-    for seed in first..first + lives {
-        let (one, two) = World::live(seed, Planted::Nothing).await.unwrap_or_else(|wrong| panic!("{wrong}"));
-        (restored, refused) = (restored + one, refused + two);
+    for seed in first..first + histories {
+        let (restores, refusals) =
+            World::run_history(seed, Planted::Nothing).await.unwrap_or_else(|wrong| panic!("{wrong}"));
+        (restored, refused) = (restored + restores, refused + refusals);
     }
-    println!("{lives} lives from seed {first}: {restored} restored, {refused} refused");
+    println!("{histories} histories from seed {first}: {restored} restored, {refused} refused");
     assert!(restored > refused / 4, "too little is restored: {restored}, and {refused} refused");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_model_notices_what_is_restored_wrong() {
+async fn the_model_notices_a_wrong_restore() {
     for planted in [Planted::GivenUpIsForgotten, Planted::StampsAreBelieved] {
         let mut seed = 1;
         let wrong = loop {
             assert!(seed < 200, "nobody notices {planted:?}");
-            match World::live(seed, planted).await {
+            match World::run_history(seed, planted).await {
                 Err(wrong) => break wrong,
                 Ok(_) => seed += 1,
             }
         };
-        println!("{planted:?} is noticed in life {seed}: {}", wrong.lines().take(2).collect::<Vec<_>>().join(" "));
+        println!("{planted:?} is noticed in history {seed}: {}", wrong.lines().take(2).collect::<Vec<_>>().join(" "));
     }
 }

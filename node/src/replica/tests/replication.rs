@@ -10,7 +10,7 @@ use super::support::*;
 use crate::replica::Replica;
 use crate::replica::command::{Control, ReplicaError};
 
-pub fn member(id: u64) -> Rig {
+pub(super) fn member(id: u64) -> Rig {
     Rig::of(ShardId(0), ReplicaId(id), 1, RangeState::Owned)
 }
 
@@ -23,7 +23,7 @@ fn take(to: &Replica, from: &Replica, records: Vec<Record>) -> Result<(), Replic
     block_on(to.replicate(from.id, records, covered))
 }
 
-pub fn pull(to: &Replica, from: &Replica) {
+pub(super) fn pull(to: &Replica, from: &Replica) {
     take(to, from, streamed(from)).unwrap();
 }
 
@@ -35,8 +35,8 @@ fn rows(replica: &Replica) -> Vec<(Vec<u8>, Vec<u8>)> {
 
 #[test]
 fn two_replicas_that_take_writes_hold_the_same_bytes() {
-    let (one, two) = (member(1), member(2));
-    let (a, b) = (one.create(), two.create());
+    let (rig_a, rig_b) = (member(1), member(2));
+    let (a, b) = (rig_a.create(), rig_b.create());
     for n in 0..50 {
         write_one(&a, put(&format!("k{}", n % 20), &format!("a{n}")));
         write_one(
@@ -53,7 +53,7 @@ fn two_replicas_that_take_writes_hold_the_same_bytes() {
     assert_eq!(rows(&a), rows(&b));
     assert_eq!(get(&a, "tie").as_deref(), Some("b"));
     assert_eq!(a.vector(), b.vector());
-    for (rig, replica) in [(&one, &a), (&two, &b)] {
+    for (rig, replica) in [(&rig_a, &a), (&rig_b, &b)] {
         let (_dir, again) = rig.crash(replica);
         assert_eq!(rows(&again), rows(replica), "a replay gives the same");
         let old: Vec<Origin> = replica.vector().keys().copied().collect();
@@ -64,8 +64,8 @@ fn two_replicas_that_take_writes_hold_the_same_bytes() {
 /// Hazards 6, 10, 14: a gap is an error, progress and data are atomic.
 #[test]
 fn a_record_that_comes_too_early_is_refused_and_one_that_is_there_is_skipped() {
-    let (one, two) = (member(1), member(2));
-    let (a, b) = (one.create(), two.create());
+    let (rig_a, rig_b) = (member(1), member(2));
+    let (a, b) = (rig_a.create(), rig_b.create());
     for n in 0..5 {
         write_one(&a, put(&format!("k{n}"), "v"));
     }
@@ -107,15 +107,15 @@ fn a_third_replica_gets_everything_through_the_second() {
 /// incarnation that the disk lost.
 #[test]
 fn what_this_disk_lost_of_an_earlier_incarnation_is_pulled_back() {
-    let (one, two) = (member(1), member(2));
-    let (a, b) = (one.create(), two.create());
+    let (rig_a, rig_b) = (member(1), member(2));
+    let (a, b) = (rig_a.create(), rig_b.create());
     write_one(&a, put("kept", "v"));
-    let (_dir, restarted) = one.crash(&a);
+    let (_dir, restarted) = rig_a.crash(&a);
     for n in 0..10 {
         write_one(&a, put(&format!("lost{n}"), "v"));
     }
     pull(&b, &a);
-    one.close(a);
+    rig_a.close(a);
     assert_eq!(get(&restarted, "lost3"), None);
     for n in 0..10 {
         write_one(&restarted, put(&format!("new{n}"), "v"));
@@ -130,13 +130,13 @@ fn what_this_disk_lost_of_an_earlier_incarnation_is_pulled_back() {
 /// Hazards 25, 42: a directory that was restored from a copy must not continue its numbering.
 #[test]
 fn a_directory_that_is_an_old_copy_closes() {
-    let (one, two) = (member(1), member(2));
-    let a = one.create();
-    let (_dir, copy) = one.crash(&a);
-    let b = two.create();
+    let (rig_a, rig_b) = (member(1), member(2));
+    let a = rig_a.create();
+    let (_dir, copy) = rig_a.crash(&a);
+    let b = rig_b.create();
     // The original continues with the same incarnation as the copy, and writes.
-    one.close(a);
-    let real = one.open(&one.path, false).unwrap();
+    rig_a.close(a);
+    let real = rig_a.open(&rig_a.path, false).unwrap();
     assert_eq!(real.incarnation(), copy.incarnation());
     write_one(&real, put("k", "v"));
     pull(&b, &real);
@@ -147,8 +147,8 @@ fn a_directory_that_is_an_old_copy_closes() {
 
 #[test]
 fn a_floor_comes_with_the_records_and_hides_what_it_covers() {
-    let (one, two) = (member(1), member(2));
-    let (a, b) = (one.create(), two.create());
+    let (rig_a, rig_b) = (member(1), member(2));
+    let (a, b) = (rig_a.create(), rig_b.create());
     write_one(&a, put("k", "v"));
     write_one(&a, delete("k"));
     let floor = a.data_commit_time();
@@ -162,8 +162,8 @@ fn a_floor_comes_with_the_records_and_hides_what_it_covers() {
     a.engine().compact_all();
     assert_eq!(rows(&a), [], "compaction removes it");
     // A replica that receives the delete after the floor does not take it at all.
-    let three = member(3);
-    let c = three.create();
+    let rig_c = member(3);
+    let c = rig_c.create();
     let (floors, others): (Vec<Record>, Vec<Record>) =
         streamed(&a).into_iter().partition(|record| matches!(record.body, Body::GcFloor { .. }));
     let late = Record { floor, ..others.last().unwrap().clone() };
@@ -175,7 +175,7 @@ fn a_floor_comes_with_the_records_and_hides_what_it_covers() {
         write_one(replica, at(START_US - 5, put("k", "revived")));
         assert_eq!(get(replica, "k").as_deref(), Some("revived"));
     }
-    let (_dir, again) = one.crash(&a);
+    let (_dir, again) = rig_a.crash(&a);
     assert_eq!(again.floor(), floor, "it survives a restart");
 }
 
@@ -217,9 +217,9 @@ fn a_write_that_wants_a_second_copy_is_answered_when_there_is_one() {
 
 #[test]
 fn records_keep_what_their_origin_said() {
-    let (one, two) = (member(1), member(2));
-    two.clock.set(START_US + 3_600_000_000);
-    let (a, b) = (one.create(), two.create());
+    let (rig_a, rig_b) = (member(1), member(2));
+    rig_b.clock.set(START_US + 3_600_000_000);
+    let (a, b) = (rig_a.create(), rig_b.create());
     write_one(&a, put("k", "v"));
     pull(&b, &a);
     let theirs: Vec<Record> = streamed(&b).into_iter().filter(|record| record.origin.replica == a.id).collect();

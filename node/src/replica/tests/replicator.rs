@@ -22,13 +22,13 @@ use crate::replication::ReplicationService;
 use crate::replication::replicator::Replicator;
 
 /// Returns the catalog of one shard on the nodes 1 to `nodes`, whose replicas have the same numbers.
-pub fn shard_on(nodes: u64) -> Catalog {
+pub(crate) fn shard_on(nodes: u64) -> Catalog {
     let spec = KeyspaceSpec { replicas: nodes as u32, ..KeyspaceSpec::default() };
     Catalog::first(KEYSPACE, "ks", spec, &[(1..=nodes).map(NodeId).collect()], START_US, 1)
 }
 
 /// A node with the replica of the same number.
-pub struct Member {
+pub(crate) struct Member {
     pub rig: Rig,
     pub replica: Replica,
     pub registry: Arc<NodeRegistry>,
@@ -37,13 +37,13 @@ pub struct Member {
 }
 
 impl Member {
-    pub fn new(id: u64) -> Self {
+    pub(crate) fn new(id: u64) -> Self {
         let rig = Rig::of(ShardId(0), ReplicaId(id), 1, RangeState::Owned);
         let replica = rig.create();
         Self::of(rig, replica)
     }
 
-    pub fn of(rig: Rig, replica: Replica) -> Self {
+    pub(crate) fn of(rig: Rig, replica: Replica) -> Self {
         let registry = Arc::new(NodeRegistry::new(NodeId(replica.id.0), rig.clock.clone(), 2));
         registry.add_replica(replica.clone());
         let cancel = CancellationToken::new();
@@ -59,7 +59,7 @@ impl Drop for Member {
 }
 
 /// Serves requests of other nodes; ends with the test's runtime.
-pub async fn serve(registry: &Arc<NodeRegistry>) -> String {
+pub(crate) async fn serve(registry: &Arc<NodeRegistry>) -> String {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let service = ReplicationServer::new(ReplicationService::new(registry.clone(), None));
@@ -68,7 +68,7 @@ pub async fn serve(registry: &Arc<NodeRegistry>) -> String {
 }
 
 /// Creates the nodes 1 to `count`, each of which knows the addresses of the others. No node pulls yet.
-pub async fn members(count: u64) -> Vec<Member> {
+pub(crate) async fn members(count: u64) -> Vec<Member> {
     let members: Vec<Member> = (1..=count).map(Member::new).collect();
     connect(&members).await;
     members
@@ -76,30 +76,30 @@ pub async fn members(count: u64) -> Vec<Member> {
 
 async fn connect(members: &[Member]) {
     let mut addresses = std::collections::HashMap::new();
-    for one in members {
-        let address = NodeAddress { address: serve(&one.registry).await, zone: String::new() };
-        addresses.insert(one.registry.node_id, address);
+    for member in members {
+        let address = NodeAddress { address: serve(&member.registry).await, zone: String::new() };
+        addresses.insert(member.registry.node_id, address);
     }
-    for one in members {
-        one.registry.set_addresses(addresses.clone());
+    for member in members {
+        member.registry.set_addresses(addresses.clone());
     }
 }
 
 /// The process stalled, and before the replica is notified it has no peer left to wait for, or is not placed yet.
 #[tokio::test]
-async fn after_a_pause_one_that_has_nobody_to_wait_for_serves() {
-    let one = Member::new(1);
-    let two = shard_on(2);
-    one.replicator.follow(&two);
-    let alone = evict(&two, ReplicaId(2), true, START_US, 2).unwrap();
-    let elsewhere = evict(&two, ReplicaId(1), false, START_US, 2).unwrap();
+async fn after_a_pause_a_replica_that_has_nobody_to_wait_for_serves() {
+    let member = Member::new(1);
+    let catalog_of_two = shard_on(2);
+    member.replicator.follow(&catalog_of_two);
+    let alone = evict(&catalog_of_two, ReplicaId(2), true, START_US, 2).unwrap();
+    let elsewhere = evict(&catalog_of_two, ReplicaId(1), false, START_US, 2).unwrap();
     for catalog in [alone, elsewhere] {
-        one.replicator.follow(&two);
-        one.registry.stop_serving_what_has_peers();
-        assert!(!one.replica.is_ready());
-        one.replicator.follow(&catalog);
-        one.replicator.begin_to_catch_up(&catalog);
-        assert!(one.replica.is_ready());
+        member.replicator.follow(&catalog_of_two);
+        member.registry.stop_serving_what_has_peers();
+        assert!(!member.replica.is_ready());
+        member.replicator.follow(&catalog);
+        member.replicator.begin_to_catch_up(&catalog);
+        assert!(member.replica.is_ready());
     }
 }
 
@@ -151,7 +151,7 @@ async fn an_increment_that_loses_at_the_one_who_confirms_it_is_not_acknowledged(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_hears_of_a_higher_epoch_modifies_nothing_before_it_has_applied_it() {
+async fn a_replica_that_hears_of_a_higher_epoch_modifies_nothing_before_it_has_applied_it() {
     let all = members(2).await;
     let (old, next) = (&all[0], &all[1]);
     apply_catalog(old, 1, Role::Primary);
@@ -159,11 +159,11 @@ async fn who_hears_of_a_higher_epoch_modifies_nothing_before_it_has_applied_it()
     next.replicator.follow(&shard_on(2));
     let covered = || old.replica.followers().anybody_covers(old.replica.applied_lsn());
     old.replica.followers().expect([ReplicaId(2)], [ReplicaId(2)]);
-    until("the next one to have everything", covered).await;
+    until("the next primary to have everything", covered).await;
     write_one(&old.replica, add("c", 1));
     apply_catalog(next, 2, Role::Primary);
     let refused = || try_write(&old.replica, vec![add("c", 1)]).is_err_and(|error| error.code == ErrorCode::NotPrimary);
-    until("the old one to have heard of it", refused).await;
+    until("the old primary to have heard of the next epoch", refused).await;
     write_one(&old.replica, put("any", "replica takes puts"));
     apply_catalog(old, 2, Role::Primary);
     write_one(&old.replica, add("c", 1));
@@ -171,7 +171,7 @@ async fn who_hears_of_a_higher_epoch_modifies_nothing_before_it_has_applied_it()
 
 /// A replica serves replication in every state.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_that_is_closed_is_pulled_and_drained() {
+async fn a_closed_replica_is_pulled_and_drained() {
     let all = members(2).await;
     let (closed, other) = (&all[0], &all[1]);
     for n in 0..10 {
@@ -191,9 +191,9 @@ async fn one_that_is_closed_is_pulled_and_drained() {
 
 #[tokio::test]
 async fn the_lag_behind_a_peer_that_cannot_be_reached_grows() {
-    let one = Member::new(1);
-    one.replicator.follow(&shard_on(2));
-    until("the lag to grow", || one.replicator.report().lag_ms > 50).await;
+    let member = Member::new(1);
+    member.replicator.follow(&shard_on(2));
+    until("the lag to grow", || member.replicator.report().lag_ms > 50).await;
 }
 
 /// A directory was restored from a copy, and the peers were away when it was opened.
@@ -224,25 +224,25 @@ async fn an_old_copy_that_learns_of_it_by_a_pull_closes() {
 async fn an_origin_that_was_idle_for_a_day_goes_on() {
     let all = members(3).await;
     let catalog = shard_on(3);
-    all.iter().for_each(|one| one.replicator.follow(&catalog));
-    let agree = || all.iter().all(|one| one.replica.vector() == all[0].replica.vector());
+    all.iter().for_each(|member| member.replicator.follow(&catalog));
+    let agree = || all.iter().all(|member| member.replica.vector() == all[0].replica.vector());
     for n in 0..20 {
         write_one(&all[n % 3].replica, put(&format!("k{n}"), "v"));
     }
     write_one(&all[1].replica, delete("k7"));
     until("all to hold the same", agree).await;
-    let incarnations: Vec<_> = all.iter().map(|one| one.replica.incarnation()).collect();
-    all.iter().for_each(|one| one.rig.clock.set(START_US + 86_400_000_000));
+    let incarnations: Vec<_> = all.iter().map(|member| member.replica.incarnation()).collect();
+    all.iter().for_each(|member| member.rig.clock.set(START_US + 86_400_000_000));
     write_one(&all[0].replica, put("k1", "a day later"));
     write_one(&all[2].replica, delete("k2"));
     until("all to hold the same", agree).await;
-    for one in &all {
-        assert_eq!(get(&one.replica, "k1").as_deref(), Some("a day later"));
-        assert_eq!((get(&one.replica, "k2"), get(&one.replica, "k7")), (None, None));
-        assert_eq!(get(&one.replica, "k3").as_deref(), Some("v"));
-        assert_eq!(data_rows(&one.replica), data_rows(&all[0].replica));
+    for member in &all {
+        assert_eq!(get(&member.replica, "k1").as_deref(), Some("a day later"));
+        assert_eq!((get(&member.replica, "k2"), get(&member.replica, "k7")), (None, None));
+        assert_eq!(get(&member.replica, "k3").as_deref(), Some("v"));
+        assert_eq!(data_rows(&member.replica), data_rows(&all[0].replica));
     }
-    assert_eq!(all.iter().map(|one| one.replica.incarnation()).collect::<Vec<_>>(), incarnations);
+    assert_eq!(all.iter().map(|member| member.replica.incarnation()).collect::<Vec<_>>(), incarnations);
 }
 
 /// The second of three replicas keeps taking writes: its records prove nothing about the third.
@@ -258,12 +258,14 @@ async fn what_a_dead_peer_named_is_given_up_although_others_write() {
     tokio::time::sleep(Duration::from_millis(500)).await;
     // The third replica dies: nothing listens at its address any more.
     let mut addresses = std::collections::HashMap::new();
-    for one in &all[..2] {
-        addresses
-            .insert(one.registry.node_id, NodeAddress { address: serve(&one.registry).await, zone: String::new() });
+    for member in &all[..2] {
+        addresses.insert(
+            member.registry.node_id,
+            NodeAddress { address: serve(&member.registry).await, zone: String::new() },
+        );
     }
     addresses.insert(NodeId(3), NodeAddress { address: "127.0.0.1:1".into(), zone: String::new() });
-    all.iter().for_each(|one| one.registry.set_addresses(addresses.clone()));
+    all.iter().for_each(|member| member.registry.set_addresses(addresses.clone()));
     restarted.replicator.follow(&catalog);
     let began = std::time::Instant::now();
     let mut n = 0;
@@ -307,7 +309,7 @@ async fn a_replica_whose_database_stalls_is_no_old_copy() {
         .collect();
     until("a record to be synced and sent that is not applied", || {
         let own = vasto_core::ids::Origin { replica: ReplicaId(1), incarnation: slow.replica.incarnation() };
-        let have = |one: &Member| one.replica.vector().get(&own).copied().unwrap_or_default();
+        let have = |member: &Member| member.replica.vector().get(&own).copied().unwrap_or_default();
         have(other) > have(slow)
     })
     .await;

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -17,8 +16,9 @@ use vasto_core::report::TargetProgress;
 use vasto_core::{Band, ErrorCode};
 use vasto_shipping::gc::{Retention, collect, fsck};
 use vasto_shipping::{Bucket, CatalogStore, CatalogWrite, Chunk, layout};
+use vasto_testkit::faulty::Faulty;
 
-use super::bucket_faults::Scripted;
+use super::bucket_faults::impatient;
 use super::dated::Dated;
 use super::replication::{member, pull};
 use super::shipping::{Shipping, bucket, fill_a_file, manifest};
@@ -34,23 +34,23 @@ const HOUR: Duration = Duration::from_secs(3_600);
 const NEW: KeyspaceId = KeyspaceId(8);
 
 /// A restored replica and where it lives.
-pub struct Restored {
+pub(super) struct Restored {
     replica: Replica,
     dir: TempDir,
     progress: TargetProgress,
 }
 
 impl Restored {
-    pub fn get(&self, key: &str) -> Option<String> {
+    pub(super) fn get(&self, key: &str) -> Option<String> {
         block_in_place(|| get(&self.replica, key))
     }
 
-    pub async fn close(self) {
+    pub(super) async fn close(self) {
         self.replica.stop().await;
     }
 }
 
-pub fn bootstrap_into(rig: &Rig, bucket: &Bucket, dir: &Path) -> Bootstrap {
+pub(super) fn bootstrap_into(rig: &Rig, bucket: &Bucket, dir: &Path) -> Bootstrap {
     Bootstrap {
         bucket: bucket.clone(),
         engines: rig.shared.clone(),
@@ -66,7 +66,7 @@ async fn restore(rig: &Rig, bucket: &Bucket, until_us: Option<u64>) -> Result<Re
     restore_from(rig, bucket, Without::default(), 1, until_us).await
 }
 
-pub async fn restore_from(
+pub(super) async fn restore_from(
     rig: &Rig,
     bucket: &Bucket,
     without: Without<'_>,
@@ -75,9 +75,9 @@ pub async fn restore_from(
 ) -> Result<Restored, BuildError> {
     let dir = memory_dir();
     let bootstrap = bootstrap_into(rig, bucket, dir.path());
-    let found = sources::candidates(bucket, KEYSPACE, rig.shard, &[], without, until_us).await?;
+    let candidates = sources::candidates(bucket, KEYSPACE, rig.shard, &[], without, until_us).await?;
     let owned: BandRange = Band::owned(shards).into();
-    if let Some(base) = found.all.first().and_then(|one| one.base.as_ref()) {
+    if let Some(base) = candidates.all.first().and_then(|source| source.base.as_ref()) {
         let (version, epoch) = (CatalogVersion(1), Epoch(1));
         let adoption = Adoption { keyspace: NEW, replica: ReplicaId(1), owned, version, epoch };
         bootstrap.take(base, adoption, Log::Fork { shards, until_us }).await?;
@@ -91,7 +91,7 @@ pub async fn restore_from(
         })
     })
     .unwrap();
-    match bootstrap.merge_all(&replica, &found, shards, until_us).await {
+    match bootstrap.merge_all(&replica, &candidates, shards, until_us).await {
         Ok(()) => {
             let progress = bootstrap.progress.lock().clone();
             Ok(Restored { replica, dir, progress })
@@ -105,14 +105,14 @@ pub async fn restore_from(
 
 /// Recovers a lost replica from the bucket alone; returns the new replica and the one whose checkpoint it began with.
 async fn take_the_place_of(
-    whose: ReplicaId,
+    replaced: ReplicaId,
     rig: &Rig,
     bucket: &Bucket,
     without: Without<'_>,
 ) -> (Replica, Option<ReplicaId>) {
-    let found = sources::candidates(bucket, KEYSPACE, rig.shard, &[whose], without, None).await.unwrap();
+    let candidates = sources::candidates(bucket, KEYSPACE, rig.shard, &[replaced], without, None).await.unwrap();
     let bootstrap = bootstrap_into(rig, bucket, &rig.path);
-    let base = found.all[0].base.as_ref();
+    let base = candidates.all[0].base.as_ref();
     if let Some(base) = base {
         let (version, epoch) = (CatalogVersion(1), Epoch(1));
         let owned: BandRange = Band::owned(1).into();
@@ -120,7 +120,7 @@ async fn take_the_place_of(
         bootstrap.take(base, adoption, Log::Replicate).await.unwrap();
     }
     let replica = block_in_place(|| rig.open(&rig.path, true)).unwrap();
-    bootstrap.join_all(&replica, &found, whose).await.unwrap();
+    bootstrap.join_all(&replica, &candidates, replaced).await.unwrap();
     (replica, base.map(|base| base.manifest.replica))
 }
 
@@ -150,24 +150,24 @@ async fn register(bucket: &Bucket) -> (CatalogStore, Catalog) {
 
 async fn chunks_of(bucket: &Bucket, replica: &Replica) -> Vec<String> {
     let prefix = layout::replica_prefix(replica.keyspace, replica.shard, replica.id);
-    let mut found: Vec<String> = bucket.list(&prefix).await.unwrap().into_iter().map(|one| one.key).collect();
-    found.retain(|key| key.ends_with(".chunk"));
-    found.sort();
-    found
+    let mut chunks: Vec<String> = bucket.list(&prefix).await.unwrap().into_iter().map(|object| object.key).collect();
+    chunks.retain(|key| key.ends_with(".chunk"));
+    chunks.sort();
+    chunks
 }
 
 /// Another replica's checkpoint covers all of a log, and has forgotten a delete since.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_key_that_was_deleted_and_forgotten_does_not_come_back() {
-    let (one, two, bucket) = (member(1), member(2), bucket());
-    let (a, b) = block_in_place(|| (one.create(), two.create()));
-    checkpoint(&one, &a, &bucket).await;
+    let (rig_a, rig_b, bucket) = (member(1), member(2), bucket());
+    let (a, b) = block_in_place(|| (rig_a.create(), rig_b.create()));
+    checkpoint(&rig_a, &a, &bucket).await;
     put_now(&a, "gone", "v");
     put_now(&a, "stays", "v");
-    chunk(&one, &a, &bucket).await;
+    chunk(&rig_a, &a, &bucket).await;
     block_in_place(|| {
         pull(&b, &a);
-        two.clock.set(START_US + 1_000_000);
+        rig_b.clock.set(START_US + 1_000_000);
         write_one(&b, delete("gone"));
         let floor = b.data_commit_time();
         control(&b, Control::FenceCommitTime { commit_time: floor }).unwrap();
@@ -175,8 +175,8 @@ async fn a_key_that_was_deleted_and_forgotten_does_not_come_back() {
         b.engine().flush().unwrap();
         b.engine().compact_all();
     });
-    checkpoint(&two, &b, &bucket).await;
-    let restored = restore(&two, &bucket, None).await.unwrap();
+    checkpoint(&rig_b, &b, &bucket).await;
+    let restored = restore(&rig_b, &bucket, None).await.unwrap();
     assert_eq!((restored.get("gone"), restored.get("stays")), (None, Some("v".into())));
     restored.close().await;
 }
@@ -184,12 +184,12 @@ async fn a_key_that_was_deleted_and_forgotten_does_not_come_back() {
 /// A missing chunk is reported, unless another replica has shipped the same records.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hole_in_the_log_is_an_error_unless_another_log_fills_it() {
-    let (one, two, bucket) = (member(1), member(2), bucket());
+    let (rig_a, rig_b, bucket) = (member(1), member(2), bucket());
     register(&bucket).await;
-    let (a, b) = block_in_place(|| (one.create(), two.create()));
+    let (a, b) = block_in_place(|| (rig_a.create(), rig_b.create()));
     for n in 0..3 {
         put_now(&a, &format!("k{n}"), "v");
-        chunk(&one, &a, &bucket).await;
+        chunk(&rig_a, &a, &bucket).await;
     }
     let chunks = chunks_of(&bucket, &a).await;
     assert_eq!(chunks.len(), 3);
@@ -197,11 +197,11 @@ async fn a_hole_in_the_log_is_an_error_unless_another_log_fills_it() {
     bucket.delete(&chunks[1]).await.unwrap();
     let state = fsck(&bucket, false).await.unwrap();
     assert_eq!(state.missing, [chunks[1].clone()]);
-    let refused = restore(&one, &bucket, None).await.err().unwrap();
+    let refused = restore(&rig_a, &bucket, None).await.err().unwrap();
     assert!(matches!(&refused, BuildError::Gap { chunk, .. } if *chunk == chunks[2]), "{refused}");
     block_in_place(|| pull(&b, &a));
-    chunk(&two, &b, &bucket).await;
-    let restored = restore(&one, &bucket, None).await.unwrap();
+    chunk(&rig_b, &b, &bucket).await;
+    let restored = restore(&rig_a, &bucket, None).await.unwrap();
     for n in 0..3 {
         assert_eq!(restored.get(&format!("k{n}")).as_deref(), Some("v"), "k{n}");
     }
@@ -264,7 +264,7 @@ async fn a_replica_that_was_given_up_confirms_nothing_for_the_bucket() {
         assert!(tokio::time::Instant::now() < deadline, "the second chunk is never shipped");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    assert!(block_in_place(|| unknown.recv_timeout(Duration::from_millis(300))).is_err(), "it was confirmed");
+    assert!(block_in_place(|| unknown.recv_timeout(Duration::from_millis(300))).is_err(), "the write was confirmed");
     replica.bucket_acks().abandon();
     let answer = block_in_place(|| unknown.recv_timeout(DEADLINE)).unwrap();
     assert_eq!(answer.unwrap_err().code, ErrorCode::Unknown);
@@ -301,9 +301,9 @@ async fn a_clone_shares_the_objects_and_keeps_them() {
     // The new keyspace is in the catalog, the old one is deleted, and all objects are old.
     let new = Catalog::first(NEW, "new", KeyspaceSpec::default(), &[vec![NodeId(1)]], 1, 3);
     assert_eq!(store.write(&new).await.unwrap(), CatalogWrite::Won);
-    let mut gone = first.next(2, 2);
-    gone.state = vasto_core::catalog::KeyspaceState::Deleted;
-    assert_eq!(store.write(&gone).await.unwrap(), CatalogWrite::Won);
+    let mut deleted = first.next(2, 2);
+    deleted.state = vasto_core::catalog::KeyspaceState::Deleted;
+    assert_eq!(store.write(&deleted).await.unwrap(), CatalogWrite::Won);
     let strict = Retention { keep_checkpoints: 1, keep_for: Duration::ZERO, min_age: Duration::ZERO };
     let collected = collect(&bucket, strict, false).await.unwrap();
     assert!(collected.deleted > 0, "{collected:?}");
@@ -341,7 +341,7 @@ async fn the_log_is_shipped_while_a_checkpoint_is_uploaded() {
     drop(turns);
     let pinned = waiting.await.unwrap().unwrap();
     shipping.stop().await;
-    // The chunk behind the manifest begins exactly behind its LSN.
+    // The chunk after the manifest begins exactly after its LSN.
     let next = layout::chunk(KEYSPACE, ShardId(0), replica.id, pinned.lsn.next());
     assert!(pinned.lsn >= lsn || bucket.head(&next).await.unwrap().is_some(), "{next} is not there");
 }
@@ -351,16 +351,16 @@ async fn the_log_is_shipped_while_a_checkpoint_is_uploaded() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_outage_of_the_bucket_stops_nothing_and_costs_moments_only() {
     const CAP: u64 = 100 << 20;
-    let (rig, store) = (Rig::new(), Scripted::new());
-    register(&store.good()).await;
+    let (rig, store) = (Rig::new(), Faulty::in_memory());
+    register(&store.without_faults()).await;
     let replica = block_in_place(|| rig.create());
-    let shipping = Shipping::with_cap(&rig, &rig.path, &replica, &store.bucket(), Duration::ZERO, CAP);
+    let shipping = Shipping::with_cap(&rig, &rig.path, &replica, &impatient(&store), Duration::ZERO, CAP);
     shipping.handle.set_need(LogNeed::NONE);
     put_now(&replica, "before", "v");
     let before = replica.data_commit_time();
     let head = replica.settled_lsn();
     until("the first chunk", || shipping.shipped() >= head).await;
-    store.down.store(true, Ordering::SeqCst);
+    store.go_down();
     let mut during = 0;
     for round in 0..4 {
         rig.clock.set(START_US + 1_000_000 * (round + 1));
@@ -375,12 +375,12 @@ async fn an_outage_of_the_bucket_stops_nothing_and_costs_moments_only() {
     assert!(replica.log().first_lsn() > head, "nothing was given up");
     let unshipped = send(&replica, vec![put("wanted", "v")], Ack::Bucket);
     assert!(block_in_place(|| unshipped.recv_timeout(Duration::from_millis(200))).is_err());
-    store.down.store(false, Ordering::SeqCst);
+    store.heal();
     let settled = replica.settled_lsn();
     until("the bucket to hold everything again", || shipping.shipped() >= settled).await;
     block_in_place(|| unshipped.recv_timeout(DEADLINE)).unwrap().unwrap();
     shipping.stop().await;
-    let bucket = store.good();
+    let bucket = store.without_faults();
     let prefix = layout::checkpoint_prefix(KEYSPACE, rig.shard, replica.id);
     assert_eq!(bucket.list(&prefix).await.unwrap().len(), 1, "one checkpoint stands for all of it");
     assert!(fsck(&bucket, true).await.unwrap().is_clean());
@@ -399,18 +399,18 @@ async fn an_outage_of_the_bucket_stops_nothing_and_costs_moments_only() {
 /// A replica that has left its placement confirms nothing either, however new the version that it applies.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_that_left_confirms_nothing_for_the_bucket() {
-    let (rig, store) = (Rig::new(), Scripted::new());
-    register(&store.good()).await;
+    let (rig, store) = (Rig::new(), Faulty::in_memory());
+    register(&store.without_faults()).await;
     let replica = block_in_place(|| rig.create());
-    let shipping = Shipping::start(&rig, &rig.path, &replica, &store.bucket(), HOUR);
-    store.down.store(true, Ordering::SeqCst);
+    let shipping = Shipping::start(&rig, &rig.path, &replica, &impatient(&store), HOUR);
+    store.go_down();
     let waiting = send(&replica, vec![put("k", "v")], Ack::Bucket);
     until("the write to wait", || replica.bucket_acks().last().is_some()).await;
     block_in_place(|| {
         let (epoch, version) = (Epoch(1), CatalogVersion(2));
         control(&replica, Control::ApplyCatalog { epoch, version, role: Role::Detached }).unwrap();
     });
-    store.down.store(false, Ordering::SeqCst);
+    store.heal();
     let answer = block_in_place(|| waiting.recv_timeout(DEADLINE)).unwrap();
     assert_eq!(answer.unwrap_err().code, ErrorCode::Unknown);
     shipping.stop().await;
@@ -444,12 +444,12 @@ async fn a_clock_that_was_ahead_hides_nothing_from_a_moment() {
     let all = restore(&rig, &bucket, moment(120)).await.unwrap();
     assert_eq!((all.get("first").as_deref(), all.get("after19").as_deref()), (Some("v"), Some("v")));
     all.close().await;
-    let some = restore(&rig, &bucket, moment(61)).await.err().unwrap();
-    let BuildError::ClockAhead { shard, replica: whose, ahead_s, .. } = &some else { panic!("{some}") };
-    assert_eq!((*shard, *whose), (ShardId(0), replica.id));
-    assert!((3_500..=3_600).contains(ahead_s), "{some}");
+    let refused = restore(&rig, &bucket, moment(61)).await.err().unwrap();
+    let BuildError::ClockAhead { shard, replica: ahead, ahead_s, .. } = &refused else { panic!("{refused}") };
+    assert_eq!((*shard, *ahead), (ShardId(0), replica.id));
+    assert!((3_500..=3_600).contains(ahead_s), "{refused}");
     let from = humantime::format_rfc3339_micros(std::time::UNIX_EPOCH + Duration::from_micros(START_US + 71 * SECOND));
-    assert!(some.to_string().contains(&from.to_string()), "it says from when on: {some}");
+    assert!(refused.to_string().contains(&from.to_string()), "the error names the first possible time: {refused}");
     assert!(matches!(restore(&rig, &bucket, moment(30)).await.err(), Some(BuildError::ClockAhead { .. })));
     let from = restore(&rig, &bucket, moment(71)).await.unwrap();
     assert_eq!(from.get("after19").as_deref(), Some("v"));
@@ -487,47 +487,47 @@ async fn a_clock_that_is_a_little_ahead_is_believed() {
 /// A restore to a point in time reads the objects around it, not everything that was written since.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restore_to_a_moment_does_not_read_what_came_long_after() {
-    let (one, two, store) = (member(1), member(2), Dated::new(START_US));
+    let (rig_a, rig_b, store) = (member(1), member(2), Dated::new(START_US));
     let bucket = store.bucket();
-    let (a, b) = block_in_place(|| (one.create(), two.create()));
+    let (a, b) = block_in_place(|| (rig_a.create(), rig_b.create()));
     let at = |seconds: u64| {
         store.set(START_US + seconds * SECOND);
-        one.clock.set(START_US + seconds * SECOND);
-        two.clock.set(START_US + seconds * SECOND);
+        rig_a.clock.set(START_US + seconds * SECOND);
+        rig_b.clock.set(START_US + seconds * SECOND);
     };
     put_now(&a, "k", "before");
     // The first replica pulls from another one, which is idle.
     block_in_place(|| pull(&a, &b));
     at(1);
-    checkpoint(&one, &a, &bucket).await;
+    checkpoint(&rig_a, &a, &bucket).await;
     at(10);
     put_now(&a, "k", "then");
-    chunk(&one, &a, &bucket).await;
+    chunk(&rig_a, &a, &bucket).await;
     let big = "x".repeat(100_000);
     for round in 0..40u64 {
         at(100 + round * 10);
         put_now(&a, "k", &big);
         if round % 8 == 7 {
-            checkpoint(&one, &a, &bucket).await;
+            checkpoint(&rig_a, &a, &bucket).await;
         } else {
-            chunk(&one, &a, &bucket).await;
+            chunk(&rig_a, &a, &bucket).await;
         }
     }
-    let restored = restore(&one, &bucket, Some(START_US + 50 * SECOND)).await.unwrap();
+    let restored = restore(&rig_a, &bucket, Some(START_US + 50 * SECOND)).await.unwrap();
     assert_eq!(restored.get("k").as_deref(), Some("then"));
     let read = restored.progress.bytes_from_bucket;
     assert!(read < 300_000, "{read} bytes of 4 MB were read, in {} objects", restored.progress.objects_read);
     restored.close().await;
     // A write that another replica accepted before that time, and that this one received later, is not omitted.
-    let late = restore(&one, &bucket, Some(START_US + 500 * SECOND)).await.unwrap();
+    let late = restore(&rig_a, &bucket, Some(START_US + 500 * SECOND)).await.unwrap();
     late.close().await;
-    two.clock.set(START_US + 20 * SECOND);
+    rig_b.clock.set(START_US + 20 * SECOND);
     put_now(&b, "late", "v");
     at(600);
     block_in_place(|| pull(&a, &b));
     put_now(&a, "k", "end");
-    checkpoint(&one, &a, &bucket).await;
-    let restored = restore(&one, &bucket, Some(START_US + 50 * SECOND)).await.unwrap();
+    checkpoint(&rig_a, &a, &bucket).await;
+    let restored = restore(&rig_a, &bucket, Some(START_US + 50 * SECOND)).await.unwrap();
     assert_eq!((restored.get("k").as_deref(), restored.get("late").as_deref()), (Some("then"), Some("v")));
     restored.close().await;
 }
@@ -553,26 +553,26 @@ async fn what_comes_from_the_log_alone_is_counted() {
 /// not bring back what its checkpoint holds, and a restore to a point in time before that still does.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_taken_over_from_a_lost_replica_is_not_taken_again() {
-    let (one, two, store) = (member(1), member(2), Dated::new(START_US));
+    let (rig_a, rig_b, store) = (member(1), member(2), Dated::new(START_US));
     let bucket = store.bucket();
-    let (a, b) = block_in_place(|| (one.create(), two.create()));
+    let (a, b) = block_in_place(|| (rig_a.create(), rig_b.create()));
     for n in 0..10 {
         put_now(&a, &format!("old{n}"), "v");
     }
     block_in_place(|| pull(&b, &a));
     // The other replica has a write that no third one has, and ships a checkpoint.
     put_now(&b, "only here", "v");
-    checkpoint(&two, &b, &bucket).await;
+    checkpoint(&rig_b, &b, &bucket).await;
     store.set(START_US + 10 * SECOND);
-    let before = checkpoint(&one, &a, &bucket).await;
+    let before = checkpoint(&rig_a, &a, &bucket).await;
     // The other replica is lost, its checkpoint is taken over, and its loss accepted.
     let dir = memory_dir();
-    let bootstrap = bootstrap_into(&one, &bucket, dir.path());
+    let bootstrap = bootstrap_into(&rig_a, &bucket, dir.path());
     bootstrap.join_what_was_shipped(&a, b.id, 1).await.unwrap();
     assert_eq!(block_in_place(|| get(&a, "only here")).as_deref(), Some("v"));
     let version = CatalogVersion(5);
     block_in_place(|| control(&a, Control::ApplyCatalog { epoch: Epoch(2), version, role: a.view().role })).unwrap();
-    one.clock.set(START_US + 60 * SECOND);
+    rig_a.clock.set(START_US + 60 * SECOND);
     block_in_place(|| {
         for n in 0..10 {
             write_one(&a, delete(&format!("old{n}")));
@@ -584,16 +584,16 @@ async fn what_was_taken_over_from_a_lost_replica_is_not_taken_again() {
         a.engine().compact_all();
     });
     store.set(START_US + 60 * SECOND);
-    checkpoint(&one, &a, &bucket).await;
+    checkpoint(&rig_a, &a, &bucket).await;
     let given_up = [GivenUp { replica: b.id, version }];
     let without = Without { discarded: &[], given_up: &given_up };
-    let restored = restore_from(&one, &bucket, without, 1, None).await.unwrap();
+    let restored = restore_from(&rig_a, &bucket, without, 1, None).await.unwrap();
     for n in 0..10 {
         assert_eq!(restored.get(&format!("old{n}")), None, "old{n} is back");
     }
     assert_eq!(restored.get("only here").as_deref(), Some("v"));
     restored.close().await;
-    let then = restore_from(&one, &bucket, without, 1, Some(START_US + 20 * SECOND)).await.unwrap();
+    let then = restore_from(&rig_a, &bucket, without, 1, Some(START_US + 20 * SECOND)).await.unwrap();
     assert_eq!((then.get("old3").as_deref(), then.get("only here").as_deref()), (Some("v"), Some("v")));
     then.close().await;
     assert!(bucket.head(&before.key).await.unwrap().is_some());
@@ -603,16 +603,16 @@ async fn what_was_taken_over_from_a_lost_replica_is_not_taken_again() {
 /// what another one has forgotten.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_checkpoint_that_has_forgotten_most_comes_first() {
-    let (one, two, bucket) = (member(1), member(2), bucket());
-    let (a, b) = block_in_place(|| (one.create(), two.create()));
+    let (rig_a, rig_b, bucket) = (member(1), member(2), bucket());
+    let (a, b) = block_in_place(|| (rig_a.create(), rig_b.create()));
     put_now(&a, "old", "v");
     block_in_place(|| pull(&b, &a));
-    two.clock.set(START_US + 3_600 * SECOND);
+    rig_b.clock.set(START_US + 3_600 * SECOND);
     put_now(&b, "ahead", "v");
-    checkpoint(&two, &b, &bucket).await;
+    checkpoint(&rig_b, &b, &bucket).await;
     block_in_place(|| {
         pull(&a, &b);
-        one.clock.set(START_US + SECOND);
+        rig_a.clock.set(START_US + SECOND);
         write_one(&a, delete("old"));
         let floor = START_US + 2 * SECOND;
         control(&a, Control::FenceCommitTime { commit_time: floor }).unwrap();
@@ -621,8 +621,8 @@ async fn the_checkpoint_that_has_forgotten_most_comes_first() {
         a.engine().compact_all();
     });
     put_now(&a, "new", "v");
-    checkpoint(&one, &a, &bucket).await;
-    let restored = restore(&one, &bucket, None).await.unwrap();
+    checkpoint(&rig_a, &a, &bucket).await;
+    let restored = restore(&rig_a, &bucket, None).await.unwrap();
     assert_eq!((restored.get("old"), restored.get("ahead").as_deref()), (None, Some("v")));
     restored.close().await;
 }
@@ -645,33 +645,33 @@ fn standing_in(rig: &Rig, replica: &Replica, bucket: &Bucket) -> Shipping {
 
 async fn files_of(bucket: &Bucket, replica: &Replica) -> usize {
     let prefix = layout::replica_prefix(replica.keyspace, replica.shard, replica.id);
-    bucket.list(&prefix).await.unwrap().iter().filter(|one| one.key.ends_with(".sst")).count()
+    bucket.list(&prefix).await.unwrap().iter().filter(|object| object.key.ends_with(".sst")).count()
 }
 
 /// The preferred primary is lost. The acting primary confirms for the bucket at once, without uploading the shard
 /// again, and the archives of both are one log: for a restore, for the recovery of the second replica when that is lost
 /// too, and for a check of the bucket.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_acts_for_the_home_goes_on_behind_what_it_has_shipped() {
+async fn an_acting_primary_continues_the_archive_of_the_preferred_one() {
     for checkpointed in [true, false] {
-        let (one, two, bucket) = (member(1), member(2), bucket());
+        let (rig_a, rig_b, bucket) = (member(1), member(2), bucket());
         register_two(&bucket).await;
-        let (a, b) = block_in_place(|| (one.create(), two.create()));
+        let (a, b) = block_in_place(|| (rig_a.create(), rig_b.create()));
         for n in 0..20 {
             put_now(&a, &format!("k{n}"), "v");
         }
         block_in_place(|| pull(&b, &a));
         if checkpointed {
             // Same as for a replica made from another one.
-            crate::ship::begin_with_a_checkpoint(&two.path).unwrap();
-            checkpoint(&one, &a, &bucket).await;
+            crate::ship::begin_with_a_checkpoint(&rig_b.path).unwrap();
+            checkpoint(&rig_a, &a, &bucket).await;
         }
         block_in_place(|| pull(&a, &b));
         put_now(&a, "shipped", "v");
-        chunk(&one, &a, &bucket).await;
+        chunk(&rig_a, &a, &bucket).await;
         put_now(&a, "not shipped", "v");
         block_in_place(|| pull(&b, &a));
-        let shipping = standing_in(&two, &b, &bucket);
+        let shipping = standing_in(&rig_b, &b, &bucket);
         let confirmed = send(&b, vec![put("acted", "v")], Ack::Bucket);
         block_in_place(|| confirmed.recv_timeout(DEADLINE)).unwrap().unwrap();
         assert_eq!(files_of(&bucket, &b).await, 0, "the shard was sent again");
@@ -683,14 +683,14 @@ async fn who_acts_for_the_home_goes_on_behind_what_it_has_shipped() {
         put_now(&b, "later", "v");
         shipping.stop().await;
         assert!(fsck(&bucket, false).await.unwrap().is_clean());
-        let restored = restore(&one, &bucket, None).await.unwrap();
+        let restored = restore(&rig_a, &bucket, None).await.unwrap();
         for key in ["k0", "k19", "shipped", "not shipped", "acted", "later"] {
             assert_eq!(restored.get(key).as_deref(), Some("v"), "{key}");
         }
         restored.close().await;
         // The second replica is lost too: the recovered one holds the same.
-        let three = member(3);
-        let (c, _) = take_the_place_of(b.id, &three, &bucket, Without::default()).await;
+        let rig_c = member(3);
+        let (c, _) = take_the_place_of(b.id, &rig_c, &bucket, Without::default()).await;
         assert!(vasto_core::ids::covers(&c.vector(), &b.vector()));
         assert_eq!(block_in_place(|| get(&c, "later")).as_deref(), Some("v"));
         // Without the archive of the preferred primary the second archive is useless, and the restore fails.
@@ -698,19 +698,19 @@ async fn who_acts_for_the_home_goes_on_behind_what_it_has_shipped() {
         for object in bucket.list(&prefix).await.unwrap() {
             bucket.delete(&object.key).await.unwrap();
         }
-        assert!(restore(&one, &bucket, None).await.is_err());
+        assert!(restore(&rig_a, &bucket, None).await.is_err());
     }
 }
 
 /// Records that the preferred primary had not shipped are not in the log any more: then everything is uploaded, and
 /// nothing is missing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_cannot_go_on_behind_the_home_begins_with_a_checkpoint() {
-    let (one, two, bucket) = (member(1), member(2), bucket());
+async fn an_acting_primary_that_lacks_log_begins_with_a_checkpoint() {
+    let (rig_a, rig_b, bucket) = (member(1), member(2), bucket());
     register_two(&bucket).await;
-    let (a, b) = block_in_place(|| (one.create(), two.create()));
+    let (a, b) = block_in_place(|| (rig_a.create(), rig_b.create()));
     put_now(&a, "shipped", "v");
-    chunk(&one, &a, &bucket).await;
+    chunk(&rig_a, &a, &bucket).await;
     put_now(&a, "not shipped", "v");
     block_in_place(|| {
         pull(&b, &a);
@@ -719,12 +719,12 @@ async fn who_cannot_go_on_behind_the_home_begins_with_a_checkpoint() {
         b.log().truncate_to(b.persisted_lsn().unwrap()).unwrap();
     });
     assert!(b.log().first_lsn() > Lsn(10));
-    let shipping = standing_in(&two, &b, &bucket);
+    let shipping = standing_in(&rig_b, &b, &bucket);
     let confirmed = send(&b, vec![put("acted", "v")], Ack::Bucket);
     block_in_place(|| confirmed.recv_timeout(DEADLINE)).unwrap().unwrap();
     shipping.stop().await;
     assert!(files_of(&bucket, &b).await > 0);
-    let restored = restore(&one, &bucket, None).await.unwrap();
+    let restored = restore(&rig_a, &bucket, None).await.unwrap();
     for key in ["shipped", "not shipped", "acted"] {
         assert_eq!(restored.get(key).as_deref(), Some("v"), "{key}");
     }
@@ -734,20 +734,20 @@ async fn who_cannot_go_on_behind_the_home_begins_with_a_checkpoint() {
 /// No write waits for the bucket: in place of a preferred primary that may be back shortly the shard is not uploaded
 /// whole.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_was_asked_for_is_shipped_by_whoever_is_asked() {
-    let (one, two, bucket) = (member(1), member(2), bucket());
+async fn an_explicit_request_is_shipped_by_any_replica() {
+    let (rig_a, rig_b, bucket) = (member(1), member(2), bucket());
     register_two(&bucket).await;
-    let (a, b) = block_in_place(|| (one.create(), two.create()));
+    let (a, b) = block_in_place(|| (rig_a.create(), rig_b.create()));
     put_now(&a, "k", "v");
-    chunk(&one, &a, &bucket).await;
+    chunk(&rig_a, &a, &bucket).await;
     put_now(&a, "not shipped", "v");
     block_in_place(|| pull(&b, &a));
-    let shipping = Shipping::start(&two, &two.path, &b, &bucket, HOUR);
+    let shipping = Shipping::start(&rig_b, &rig_b.path, &b, &bucket, HOUR);
     shipping.handle.assign(Assignment::Idle);
     shipping.handle.log().await.unwrap();
     assert_eq!((chunks_of(&bucket, &b).await.len(), files_of(&bucket, &b).await), (1, 0));
     shipping.stop().await;
-    let restored = restore(&one, &bucket, None).await.unwrap();
+    let restored = restore(&rig_a, &bucket, None).await.unwrap();
     assert_eq!(restored.get("not shipped").as_deref(), Some("v"));
     restored.close().await;
 }
@@ -756,12 +756,12 @@ async fn what_was_asked_for_is_shipped_by_whoever_is_asked() {
 /// makes a checkpoint before it holds all of that archive: a restore still needs it, and so does the recovery of the
 /// second replica.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_another_log_goes_on_behind_is_read_although_its_loss_was_accepted() {
-    let (one, two, three, bucket) = (member(1), member(2), member(3), bucket());
+async fn an_archive_that_another_log_continues_is_read_although_its_loss_was_accepted() {
+    let (rig_a, rig_b, rig_c, bucket) = (member(1), member(2), member(3), bucket());
     register_two(&bucket).await;
-    let (a, b) = block_in_place(|| (one.create(), two.create()));
+    let (a, b) = block_in_place(|| (rig_a.create(), rig_b.create()));
     put_now(&a, "old", "v");
-    let c = block_in_place(|| three.create());
+    let c = block_in_place(|| rig_c.create());
     block_in_place(|| {
         pull(&b, &a);
         pull(&c, &a);
@@ -770,18 +770,18 @@ async fn what_another_log_goes_on_behind_is_read_although_its_loss_was_accepted(
     block_in_place(|| pull(&b, &a));
     put_now(&b, "of the second", "v");
     block_in_place(|| pull(&a, &b));
-    chunk(&one, &a, &bucket).await;
-    let shipping = standing_in(&two, &b, &bucket);
+    chunk(&rig_a, &a, &bucket).await;
+    let shipping = standing_in(&rig_b, &b, &bucket);
     put_now(&b, "behind", "v");
     shipping.handle.log().await.unwrap();
     shipping.stop().await;
     // The preferred primary is given up. The third replica has applied that version, but lacks some records.
     let version = CatalogVersion(5);
     block_in_place(|| control(&c, Control::ApplyCatalog { epoch: Epoch(2), version, role: c.view().role })).unwrap();
-    checkpoint(&three, &c, &bucket).await;
+    checkpoint(&rig_c, &c, &bucket).await;
     let given_up = [GivenUp { replica: a.id, version }];
     let without = Without { discarded: &[], given_up: &given_up };
-    let restored = restore_from(&one, &bucket, without, 1, None).await.unwrap();
+    let restored = restore_from(&rig_a, &bucket, without, 1, None).await.unwrap();
     for key in ["old", "shipped", "of the second", "behind"] {
         assert_eq!(restored.get(key).as_deref(), Some("v"), "{key}");
     }
@@ -794,29 +794,29 @@ async fn what_another_log_goes_on_behind_is_read_although_its_loss_was_accepted(
     assert!(vasto_core::ids::covers(&d.vector(), &b.vector()));
 }
 
-/// A recovered replica ships from the first record of its own log, behind the archive of the lost one. Its log is not
-/// the whole shard: the recovery of that replica in turn begins with the checkpoint of the first.
+/// A recovered replica ships from the first record of its own log, which continues the archive of the lost one. Its log
+/// is not the whole shard: the recovery of that replica in turn begins with the checkpoint of the first.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_log_that_begins_behind_another_one_is_not_the_whole_shard() {
-    let (one, two, bucket) = (member(1), member(2), bucket());
+async fn a_log_that_continues_another_archive_is_not_the_whole_shard() {
+    let (rig_a, rig_b, bucket) = (member(1), member(2), bucket());
     register_two(&bucket).await;
-    let a = block_in_place(|| one.create());
+    let a = block_in_place(|| rig_a.create());
     for n in 0..20 {
         put_now(&a, &format!("k{n}"), "v");
     }
-    checkpoint(&one, &a, &bucket).await;
-    let (b, began_with) = take_the_place_of(a.id, &two, &bucket, Without::default()).await;
-    assert_eq!(began_with, Some(a.id), "it begins with nothing");
+    checkpoint(&rig_a, &a, &bucket).await;
+    let (b, began_with) = take_the_place_of(a.id, &rig_b, &bucket, Without::default()).await;
+    assert_eq!(began_with, Some(a.id), "the checkpoint that the replica begins with");
     put_now(&b, "of the second", "v");
-    chunk(&two, &b, &bucket).await;
+    chunk(&rig_b, &b, &bucket).await;
     assert_eq!(chunks_of(&bucket, &b).await, [layout::chunk(KEYSPACE, b.shard, b.id, Lsn(1))]);
-    let three = member(3);
-    let (c, began_with) = take_the_place_of(b.id, &three, &bucket, Without::default()).await;
-    assert_eq!(began_with, Some(a.id), "it begins with nothing");
+    let rig_c = member(3);
+    let (c, began_with) = take_the_place_of(b.id, &rig_c, &bucket, Without::default()).await;
+    assert_eq!(began_with, Some(a.id), "the checkpoint that the replica begins with");
     for key in ["k0", "k19", "of the second"] {
         assert_eq!(block_in_place(|| get(&c, key)).as_deref(), Some("v"), "{key}");
     }
-    let restored = restore(&one, &bucket, None).await.unwrap();
+    let restored = restore(&rig_a, &bucket, None).await.unwrap();
     assert_eq!((restored.get("k7").as_deref(), restored.get("of the second").as_deref()), (Some("v"), Some("v")));
     restored.close().await;
 }

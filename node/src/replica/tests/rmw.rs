@@ -117,7 +117,7 @@ fn a_repetition_elsewhere_or_after_too_long_is_unknown() {
 }
 
 #[test]
-fn two_in_one_group_see_each_other() {
+fn two_modifications_in_one_group_see_each_other() {
     let rig = Rig::new();
     let replica = rig.create();
     let release = hold_writer(&replica);
@@ -136,7 +136,7 @@ fn two_in_one_group_see_each_other() {
 }
 
 #[test]
-fn what_fails_changes_nothing() {
+fn a_modification_that_fails_changes_nothing() {
     let rig = Rig::new();
     let replica = rig.create();
     write_one(&replica, put("text", "abc"));
@@ -179,7 +179,7 @@ fn only_the_primary_does_it_and_one_that_hands_over_lets_it_wait() {
 
 /// The report counts the keys: results, origins and the replica's own rows are none.
 #[test]
-fn what_is_kept_for_repetitions_does_not_count_as_keys() {
+fn results_kept_for_repetitions_do_not_count_as_keys() {
     let rig = Rig::new();
     let replica = rig.create();
     let kept = |replica: &Replica| replica.engine().with_prefix(&MetaKey::result_prefix()).unwrap().len() as u64;

@@ -75,7 +75,7 @@ fn giving_the_range_away_sends_the_waiting_writes_on() {
     let (_dir, again) = rig.crash(&replica);
     assert!(!records(&again).iter().any(|record| {
         let Body::Data { entries, .. } = &record.body else { return false };
-        entries.iter().any(|one| one.entry.ends_with(b"late"))
+        entries.iter().any(|entry| entry.entry.ends_with(b"late"))
     }));
 }
 
@@ -125,8 +125,11 @@ fn a_replica_that_restarts_sealed_stays_sealed_and_reads_nothing_of_the_range() 
             replica.engine().flush().unwrap();
         }
         let (_dir, again) = rig.crash(&replica);
-        let found = again.ranges().seal.unwrap();
-        assert_eq!((found.plan, found.version, found.range, found.lsn), (PlanId(3), CatalogVersion(5), MOVING, lsn));
+        let restored = again.ranges().seal.unwrap();
+        assert_eq!(
+            (restored.plan, restored.version, restored.range, restored.lsn),
+            (PlanId(3), CatalogVersion(5), MOVING, lsn)
+        );
         assert_eq!(try_get(&again, &moving).unwrap_err().code, ErrorCode::NodeBehind);
         assert_eq!(get(&again, &staying).as_deref(), Some("before"));
         let waiting = send(&again, vec![put(&moving, "after")], Ack::Fsync);

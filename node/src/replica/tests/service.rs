@@ -124,10 +124,10 @@ async fn unary_requests_write_read_and_scan() {
         panic!()
     };
     assert_eq!(written.outcomes.len(), 2);
-    assert!(written.outcomes.iter().all(|one| one.kind == v1::write_outcome::Kind::Applied as i32));
+    assert!(written.outcomes.iter().all(|outcome| outcome.kind == v1::write_outcome::Kind::Applied as i32));
     let Answer::Get(got) = served.ask(get_of(vec![key("b"), key("missing"), key("a")])).await else { panic!() };
     let data: Vec<_> =
-        got.values.iter().map(|one| one.value.as_ref().and_then(|value| value.payload.clone())).collect();
+        got.values.iter().map(|entry| entry.value.as_ref().and_then(|value| value.payload.clone())).collect();
     let bytes = |text: &'static str| Some(v1::value::Payload::Data(text.into()));
     assert_eq!(data, vec![bytes("2"), None, bytes("1")]);
     let Answer::Scan(page) = served.ask(scan_of()).await else { panic!() };

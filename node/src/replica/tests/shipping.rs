@@ -17,14 +17,14 @@ use super::support::*;
 use crate::replica::Replica;
 use crate::ship::{self, Assignment, LogNeed, Pace, ShipContext, ShipHandle};
 
-pub fn bucket() -> Bucket {
+pub(super) fn bucket() -> Bucket {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let name = format!("memory://replica-tests-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
     Bucket::open(&name, &BucketOptions::default()).unwrap()
 }
 
 /// A running shipper.
-pub struct Shipping {
+pub(super) struct Shipping {
     pub handle: ShipHandle,
     pub pace: Arc<Pace>,
     cancel: CancellationToken,
@@ -34,12 +34,12 @@ pub struct Shipping {
 
 impl Shipping {
     /// Starts a shipper; with an hour between chunks it ships only on request and at the end.
-    pub fn start(rig: &Rig, dir: &Path, replica: &Replica, bucket: &Bucket, interval: Duration) -> Self {
+    pub(super) fn start(rig: &Rig, dir: &Path, replica: &Replica, bucket: &Bucket, interval: Duration) -> Self {
         Self::with_cap(rig, dir, replica, bucket, interval, vasto_core::limits::BINLOG_BYTES_MAX)
     }
 
     /// Starts a shipper with a cap on the log.
-    pub fn with_cap(
+    pub(super) fn with_cap(
         rig: &Rig,
         dir: &Path,
         replica: &Replica,
@@ -66,17 +66,17 @@ impl Shipping {
         Self { handle, pace, cancel, task: tokio::spawn(shipper), _tmp: tmp }
     }
 
-    pub async fn stop(self) {
+    pub(super) async fn stop(self) {
         self.cancel.cancel();
         self.task.await.unwrap();
     }
 
     /// Ends the shipper at once, as a crash does.
-    pub fn kill(self) {
+    pub(super) fn kill(self) {
         self.task.abort();
     }
 
-    pub fn shipped(&self) -> Lsn {
+    pub(super) fn shipped(&self) -> Lsn {
         self.handle.status().shipped
     }
 }
@@ -84,7 +84,7 @@ impl Shipping {
 const HOUR: Duration = Duration::from_secs(3600);
 const AT_ONCE: Duration = Duration::ZERO;
 
-pub async fn manifest(bucket: &Bucket, pinned: &PinnedManifest) -> Manifest {
+pub(super) async fn manifest(bucket: &Bucket, pinned: &PinnedManifest) -> Manifest {
     Manifest::decode(&bucket.get(&pinned.key).await.unwrap().unwrap()).unwrap()
 }
 
@@ -200,8 +200,8 @@ async fn a_second_checkpoint_uploads_only_what_is_new() {
     put_async(&replica, "second", 5).await;
     let second = shipping.handle.checkpoint(None).await.unwrap();
     let second = manifest(&bucket, &second).await;
-    let known: Vec<&String> = first.files.iter().map(|file| &file.key).collect();
-    let (kept, new): (Vec<_>, Vec<_>) = second.files.iter().partition(|file| known.contains(&&file.key));
+    let first_keys: Vec<&String> = first.files.iter().map(|file| &file.key).collect();
+    let (kept, new): (Vec<_>, Vec<_>) = second.files.iter().partition(|file| first_keys.contains(&&file.key));
     assert_eq!(kept.len(), first.files.len(), "every SST of the first is named again, not uploaded again");
     assert_eq!(new.len(), 1);
     let prefix = format!("{}sst/", layout::replica_prefix(replica.keyspace, replica.shard, replica.id));
@@ -355,7 +355,7 @@ async fn a_position_that_is_not_recorded_is_not_published() {
 }
 
 /// Writes more than one file of the log.
-pub fn fill_a_file(replica: &Replica) {
+pub(super) fn fill_a_file(replica: &Replica) {
     use crate::replica::command::{OpKind, WriteOp};
     for i in 0..18 {
         let change = OpKind::Put { value: vec![3u8; 4 << 20].into(), ttl_ms: None, condition: None };

@@ -15,7 +15,7 @@ use vasto_core::entry::{Entry, Payload};
 use vasto_core::ids::{CatalogVersion, KeyspaceId, Lsn, ReplicaId, ShardId};
 use vasto_core::record::{BandRange, Body, FeedProgress, KeyEntry, RangeState, Record};
 use vasto_core::{Band, VastoError};
-pub use vasto_testkit::{DEADLINE, memory_dir};
+pub(crate) use vasto_testkit::{DEADLINE, memory_dir};
 
 use crate::clock::Clock;
 use crate::engine::{EngineBudget, EngineShared};
@@ -24,15 +24,15 @@ use crate::replica::command::{Control, OpKind, OpOutcome, ReplicaError, WriteOp}
 use crate::replica::read::{GetResult, KeyRef, ScanPage};
 use crate::replica::{OpenError, OpenOptions, Replica};
 
-pub const START_US: u64 = 1_700_000_000_000_000;
-pub const KEYSPACE: KeyspaceId = KeyspaceId(7);
+pub(crate) const START_US: u64 = 1_700_000_000_000_000;
+pub(crate) const KEYSPACE: KeyspaceId = KeyspaceId(7);
 
 /// A clock that stands still until the test sets it.
 #[derive(Debug)]
-pub struct TestClock(pub AtomicU64);
+pub(crate) struct TestClock(pub AtomicU64);
 
 impl TestClock {
-    pub fn set(&self, now_us: u64) {
+    pub(crate) fn set(&self, now_us: u64) {
         self.0.store(now_us, Ordering::SeqCst);
     }
 }
@@ -47,7 +47,7 @@ impl Clock for TestClock {
 ///
 /// Directories stay until every replica that the rig opened has stopped: a flush into a deleted directory would hold up
 /// the flushes of all other databases in the process.
-pub struct Rig {
+pub(crate) struct Rig {
     pub path: PathBuf,
     dirs: Mutex<Vec<TempDir>>,
     opened: Mutex<Vec<Replica>>,
@@ -58,7 +58,7 @@ pub struct Rig {
     pub initial: (CatalogVersion, BandRange, RangeState),
 }
 
-pub fn small_engine() -> EngineShared {
+pub(crate) fn small_engine() -> EngineShared {
     let budget =
         EngineBudget { cache_bytes: 16 << 20, write_buffer_bytes: 64 << 20, background_jobs: 2, rate_limit: 0 };
     EngineShared::new(budget)
@@ -66,11 +66,11 @@ pub fn small_engine() -> EngineShared {
 
 impl Rig {
     /// Creates the only shard of a keyspace: it owns every band.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::of(ShardId(0), ReplicaId(1), 1, RangeState::Owned)
     }
 
-    pub fn of(shard: ShardId, replica: ReplicaId, shards: u32, state: RangeState) -> Self {
+    pub(crate) fn of(shard: ShardId, replica: ReplicaId, shards: u32, state: RangeState) -> Self {
         let dir = memory_dir();
         Self {
             path: dir.path().to_owned(),
@@ -84,7 +84,7 @@ impl Rig {
         }
     }
 
-    pub fn options(&self, dir: &Path, initial: bool) -> OpenOptions {
+    pub(crate) fn options(&self, dir: &Path, initial: bool) -> OpenOptions {
         OpenOptions {
             dir: dir.to_owned(),
             keyspace: KEYSPACE,
@@ -97,28 +97,28 @@ impl Rig {
     }
 
     /// Opens the replica for the first time.
-    pub fn create(&self) -> Replica {
+    pub(crate) fn create(&self) -> Replica {
         self.open(&self.path, true).unwrap()
     }
 
-    pub fn open(&self, dir: &Path, initial: bool) -> Result<Replica, OpenError> {
+    pub(crate) fn open(&self, dir: &Path, initial: bool) -> Result<Replica, OpenError> {
         let replica = Replica::open(self.options(dir, initial))?;
         self.opened.lock().push(replica.clone());
         Ok(replica)
     }
 
     /// Stops a replica so that its directory can be opened again.
-    pub fn close(&self, replica: Replica) {
+    pub(crate) fn close(&self, replica: Replica) {
         let _ = control(&replica, Control::Stop);
         // The thread releases the database only at its end.
         if let Some(writer) = replica.commands.take_thread() {
             let _ = writer.join();
         }
-        self.opened.lock().retain(|one| !std::ptr::eq(one.engine(), replica.engine()));
+        self.opened.lock().retain(|open| !std::ptr::eq(open.engine(), replica.engine()));
     }
 
     /// Opens a copy of what a crash of the process would leave now.
-    pub fn crash(&self, replica: &Replica) -> (PathBuf, Replica) {
+    pub(crate) fn crash(&self, replica: &Replica) -> (PathBuf, Replica) {
         assert!(replica.applied_lsn() >= Lsn(1));
         // A file may be compacted away between its listing and its copy; then the copy is repeated.
         for _ in 0..20 {
@@ -168,42 +168,42 @@ fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-pub fn put(key: &str, value: &str) -> WriteOp {
+pub(crate) fn put(key: &str, value: &str) -> WriteOp {
     let change = OpKind::Put { value: Bytes::copy_from_slice(value.as_bytes()), ttl_ms: None, condition: None };
     let key = Bytes::copy_from_slice(key.as_bytes());
     WriteOp { key, partition_hash: None, event_time: None, change, created_ttl_ms: None }
 }
 
-pub fn delete(key: &str) -> WriteOp {
+pub(crate) fn delete(key: &str) -> WriteOp {
     WriteOp { change: OpKind::Delete { condition: None }, ..put(key, "") }
 }
 
-pub fn at(event_time: u64, op: WriteOp) -> WriteOp {
+pub(crate) fn at(event_time: u64, op: WriteOp) -> WriteOp {
     WriteOp { event_time: Some(event_time), ..op }
 }
 
 type WriteReply = Receiver<Result<Vec<OpOutcome>, VastoError>>;
 
 /// Queues a write.
-pub fn send(replica: &Replica, ops: Vec<WriteOp>, ack: Ack) -> WriteReply {
+pub(crate) fn send(replica: &Replica, ops: Vec<WriteOp>, ack: Ack) -> WriteReply {
     let (done, answer) = channel();
     replica.write(ops, ack, 0, Box::new(move |result| drop(done.send(result))));
     answer
 }
 
-pub fn try_write(replica: &Replica, ops: Vec<WriteOp>) -> Result<Vec<OpOutcome>, VastoError> {
+pub(crate) fn try_write(replica: &Replica, ops: Vec<WriteOp>) -> Result<Vec<OpOutcome>, VastoError> {
     send(replica, ops, Ack::Fsync).recv_timeout(DEADLINE).unwrap()
 }
 
-pub fn write(replica: &Replica, ops: Vec<WriteOp>) -> Vec<OpOutcome> {
+pub(crate) fn write(replica: &Replica, ops: Vec<WriteOp>) -> Vec<OpOutcome> {
     try_write(replica, ops).unwrap()
 }
 
-pub fn write_one(replica: &Replica, op: WriteOp) -> OpOutcome {
+pub(crate) fn write_one(replica: &Replica, op: WriteOp) -> OpOutcome {
     write(replica, vec![op])[0]
 }
 
-pub fn applied_at(outcome: OpOutcome) -> u64 {
+pub(crate) fn applied_at(outcome: OpOutcome) -> u64 {
     match outcome {
         OpOutcome::Applied(event_time) => event_time,
         other @ (OpOutcome::Modified { .. } | OpOutcome::NotApplied { .. }) => panic!("{other:?} is no plain write"),
@@ -212,7 +212,7 @@ pub fn applied_at(outcome: OpOutcome) -> u64 {
 }
 
 /// Keeps the writer busy, so that everything sent until the answer is dropped becomes one group.
-pub fn hold_writer(replica: &Replica) -> Sender<()> {
+pub(crate) fn hold_writer(replica: &Replica) -> Sender<()> {
     let (release, held) = channel::<()>();
     let (entered, inside) = channel();
     let done = move |_| {
@@ -224,37 +224,37 @@ pub fn hold_writer(replica: &Replica) -> Sender<()> {
     release
 }
 
-pub fn control(replica: &Replica, order: Control) -> Result<Lsn, ReplicaError> {
+pub(crate) fn control(replica: &Replica, order: Control) -> Result<Lsn, ReplicaError> {
     futures::executor::block_on(replica.control(order))
 }
 
-pub fn set_range(replica: &Replica, range: BandRange, state: RangeState) {
+pub(crate) fn set_range(replica: &Replica, range: BandRange, state: RangeState) {
     control(replica, Control::SetRange { epoch: Default::default(), version: CatalogVersion(2), range, state })
         .unwrap();
 }
 
-pub fn apply(replica: &Replica, entries: Vec<KeyEntry>, progress: Vec<FeedProgress>) -> Result<Lsn, ReplicaError> {
+pub(crate) fn apply(replica: &Replica, entries: Vec<KeyEntry>, progress: Vec<FeedProgress>) -> Result<Lsn, ReplicaError> {
     futures::executor::block_on(replica.apply(entries, progress))
 }
 
 /// Returns an entry as another replica's log would bring it.
-pub fn value_entry(key: &str, event_time: u64, value: &str) -> KeyEntry {
+pub(crate) fn value_entry(key: &str, event_time: u64, value: &str) -> KeyEntry {
     let payload = Some(Payload::Bytes(value.as_bytes()));
     let entry = Entry { event_time, expires_at: None, partition_hash: None, commit_time: None, payload };
     KeyEntry { key: key.as_bytes().to_vec(), entry: entry.encode() }
 }
 
-pub fn tombstone_entry(key: &str, event_time: u64, commit_time: u64) -> KeyEntry {
+pub(crate) fn tombstone_entry(key: &str, event_time: u64, commit_time: u64) -> KeyEntry {
     let entry =
         Entry { event_time, expires_at: None, partition_hash: None, commit_time: Some(commit_time), payload: None };
     KeyEntry { key: key.as_bytes().to_vec(), entry: entry.encode() }
 }
 
-pub fn key_ref(key: &str) -> KeyRef {
+pub(crate) fn key_ref(key: &str) -> KeyRef {
     KeyRef { key: Bytes::copy_from_slice(key.as_bytes()), partition_hash: None }
 }
 
-pub fn try_get(replica: &Replica, key: &str) -> Result<Option<String>, VastoError> {
+pub(crate) fn try_get(replica: &Replica, key: &str) -> Result<Option<String>, VastoError> {
     let GetResult::Values(mut values) = replica.get_many(&[key_ref(key)], true)? else { panic!("it may block") };
     let text = |value: vasto_proto::v1::Value| match value.payload {
         Some(vasto_proto::v1::value::Payload::Data(bytes)) => String::from_utf8(bytes.to_vec()).unwrap(),
@@ -263,12 +263,12 @@ pub fn try_get(replica: &Replica, key: &str) -> Result<Option<String>, VastoErro
     Ok(values.remove(0).map(text))
 }
 
-pub fn get(replica: &Replica, key: &str) -> Option<String> {
+pub(crate) fn get(replica: &Replica, key: &str) -> Option<String> {
     try_get(replica, key).unwrap()
 }
 
 /// Returns all keys that a scan shows, page by page.
-pub fn scan_keys(replica: &Replica, mut page: ScanPage) -> Vec<String> {
+pub(crate) fn scan_keys(replica: &Replica, mut page: ScanPage) -> Vec<String> {
     let mut keys = Vec::new();
     loop {
         let reply = replica.scan(replica.epoch(), &page).unwrap();
@@ -281,18 +281,18 @@ pub fn scan_keys(replica: &Replica, mut page: ScanPage) -> Vec<String> {
     }
 }
 
-pub fn band(replica: &Replica, key: &str) -> Band {
+pub(crate) fn band(replica: &Replica, key: &str) -> Band {
     band_of(replica.shard, key.as_bytes(), None).unwrap()
 }
 
 /// Returns keys `<prefix>0…` that live in the band of shard 0.
-pub fn keys_in(wanted: Band, prefix: &str, count: usize) -> Vec<String> {
+pub(crate) fn keys_in(wanted: Band, prefix: &str, count: usize) -> Vec<String> {
     let keys = (0..).map(|i| format!("{prefix}{i:05}"));
     keys.filter(|key| band_of(ShardId(0), key.as_bytes(), None) == Some(wanted)).take(count).collect()
 }
 
 /// Returns the records in the log, decoded.
-pub fn records(replica: &Replica) -> Vec<Record> {
+pub(crate) fn records(replica: &Replica) -> Vec<Record> {
     control(replica, Control::Sync).unwrap();
     let first = replica.log().first_lsn();
     let mut reader = replica.log().reader(Lsn(first.0 - 1)).unwrap();
@@ -307,13 +307,13 @@ pub fn records(replica: &Replica) -> Vec<Record> {
 }
 
 /// Returns the keys of a data record.
-pub fn data_keys(record: &Record) -> Vec<String> {
+pub(crate) fn data_keys(record: &Record) -> Vec<String> {
     let Body::Data { entries, .. } = &record.body else { return Vec::new() };
-    entries.iter().map(|one| String::from_utf8(one.key.clone()).unwrap()).collect()
+    entries.iter().map(|entry| String::from_utf8(entry.key.clone()).unwrap()).collect()
 }
 
 /// Checks that LSNs are contiguous, and own_seq from 1 in every incarnation, which begins with `adopt`.
-pub fn assert_log_is_whole(records: &[Record]) {
+pub(crate) fn assert_log_is_whole(records: &[Record]) {
     let mut previous: Option<&Record> = None;
     let mut own_seq = 0;
     for record in records {
@@ -341,19 +341,19 @@ pub fn assert_log_is_whole(records: &[Record]) {
     }
 }
 
-pub type Rows = BTreeMap<Vec<u8>, Vec<u8>>;
+pub(crate) type Rows = BTreeMap<Vec<u8>, Vec<u8>>;
 
 /// Returns everything under data bands, as stored.
-pub fn data_rows(replica: &Replica) -> Rows {
+pub(crate) fn data_rows(replica: &Replica) -> Rows {
     Band::all().flat_map(|band| replica.engine().with_prefix(&[band.0]).unwrap()).collect()
 }
 
-pub fn meta_rows(replica: &Replica) -> Rows {
+pub(crate) fn meta_rows(replica: &Replica) -> Rows {
     replica.engine().with_prefix(&[0xFF]).unwrap().into_iter().collect()
 }
 
 /// Waits for a condition, on a thread without a runtime.
-pub fn wait_for(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) fn wait_for(what: &str, mut holds: impl FnMut() -> bool) {
     let started = Instant::now();
     while !holds() {
         assert!(started.elapsed() < DEADLINE, "in vain: {what}");
@@ -362,7 +362,7 @@ pub fn wait_for(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 /// Waits for a condition without holding up the runtime.
-pub async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = tokio::time::Instant::now() + DEADLINE;
     while !holds() {
         assert!(tokio::time::Instant::now() < deadline, "in vain: {what}");

@@ -80,8 +80,8 @@ fn ties_on_the_apply_path_are_decided_alike_and_repetition_changes_nothing() {
         let replica = rig.create();
         for (loser, winner) in entries.clone() {
             let order = if loser_first { [loser, winner] } else { [winner, loser] };
-            for one in order {
-                apply(&replica, vec![one], Vec::new()).unwrap();
+            for entry in order {
+                apply(&replica, vec![entry], Vec::new()).unwrap();
             }
         }
         check(&replica, "applied");
@@ -98,16 +98,16 @@ fn ties_on_the_apply_path_are_decided_alike_and_repetition_changes_nothing() {
 
 #[test]
 fn replicas_that_get_the_same_writes_in_any_order_hold_the_same_bytes() {
-    let (one, two) = (Rig::new(), Rig::new());
-    let (first, second) = (one.create(), two.create());
+    let (rig_a, rig_b) = (Rig::new(), Rig::new());
+    let (first, second) = (rig_a.create(), rig_b.create());
     let entries: Vec<_> = (0..60)
         .map(|i| match i % 3 {
             0 => tombstone_entry(&format!("k{}", i % 7), T + i / 20, START_US + i),
             _ => value_entry(&format!("k{}", i % 7), T + i / 20, &format!("{i}")),
         })
         .collect();
-    for one in &entries {
-        apply(&first, vec![one.clone()], Vec::new()).unwrap();
+    for entry in &entries {
+        apply(&first, vec![entry.clone()], Vec::new()).unwrap();
     }
     apply(&second, entries.into_iter().rev().collect(), Vec::new()).unwrap();
     assert_eq!(data_rows(&first), data_rows(&second));

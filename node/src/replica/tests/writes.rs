@@ -31,10 +31,10 @@ fn the_second_write_of_a_key_in_one_group_sees_the_first() {
     // The write is as old as the first: it must lose against the first, which is visible only in the group.
     let older = send(&replica, vec![at(START_US - 1, put("k", "older"))], Ack::Fsync);
     drop(release);
-    let one = applied_at(first.recv_timeout(DEADLINE).unwrap().unwrap()[0]);
-    let two = applied_at(second.recv_timeout(DEADLINE).unwrap().unwrap()[0]);
-    assert!(two > one, "the second is stamped behind the first");
-    assert_eq!(older.recv_timeout(DEADLINE).unwrap().unwrap(), vec![OpOutcome::Superseded(two)]);
+    let first_time = applied_at(first.recv_timeout(DEADLINE).unwrap().unwrap()[0]);
+    let second_time = applied_at(second.recv_timeout(DEADLINE).unwrap().unwrap()[0]);
+    assert!(second_time > first_time, "the second is stamped after the first");
+    assert_eq!(older.recv_timeout(DEADLINE).unwrap().unwrap(), vec![OpOutcome::Superseded(second_time)]);
     assert_eq!(get(&replica, "k").as_deref(), Some("two"));
     let logged: Vec<_> = records(&replica).into_iter().filter(|record| record.lsn > before).collect();
     assert_eq!(logged.len(), 1, "it was one group");
@@ -333,15 +333,15 @@ fn an_event_time_from_the_future_shifts_the_stamps_of_no_other_key() {
 fn a_writer_that_is_about_to_rest_takes_every_job() {
     let rig = Rig::new();
     let replica = rig.create();
-    let rests = std::sync::atomic::AtomicUsize::new(0);
+    let parked = std::sync::atomic::AtomicUsize::new(0);
     // The interval of the writes is about the time that a writer waits before it becomes idle.
     std::thread::scope(|scope| {
         for client in 0..2 {
-            let (replica, rests) = (&replica, &rests);
+            let (replica, parked) = (&replica, &parked);
             scope.spawn(move || {
                 for n in 0..60 {
                     std::thread::sleep(Duration::from_micros(19_000 + 97 * n));
-                    rests.fetch_add(usize::from(replica.commands.rests()), std::sync::atomic::Ordering::Relaxed);
+                    parked.fetch_add(usize::from(replica.commands.is_parked()), std::sync::atomic::Ordering::Relaxed);
                     write_one(replica, put(&format!("{client}-{n}"), "v"));
                 }
             });
@@ -352,5 +352,5 @@ fn a_writer_that_is_about_to_rest_takes_every_job() {
             assert_eq!(get(&replica, &format!("{client}-{n}")).as_deref(), Some("v"));
         }
     }
-    assert!(rests.into_inner() > 0, "it never rested");
+    assert!(parked.into_inner() > 0, "the writer never gave its thread back");
 }

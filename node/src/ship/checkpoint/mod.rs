@@ -4,7 +4,8 @@
 //! **Invariants**
 //! - Everything that a manifest names is in the bucket before the manifest.
 //! - All records in a checkpoint have been synced in the log.
-//! - A chunk ends at the LSN of a checkpoint, so that the next one begins exactly behind it.
+//! - A chunk ends at the LSN of a checkpoint, so that the next one begins exactly after it; where chunks cannot reach
+//!   that LSN, the checkpoint supersedes them and their chain begins anew there.
 //!
 //! Leaks: SSTs of a checkpoint that did not reach its manifest (removed by garbage collection).
 
@@ -127,7 +128,7 @@ impl Checkpoints {
     }
 
     /// Returns true when no checkpoint is under way, or owed.
-    pub(super) fn is_at_rest(&self) -> bool {
+    pub(super) fn is_idle(&self) -> bool {
         self.making.is_none() && !self.anew && self.trouble.is_none()
     }
 
@@ -141,8 +142,10 @@ impl Checkpoints {
         self.published.is_some_and(|at| at.elapsed() < apart)
     }
 
-    /// Ends the checkpoint under way; what failed before is no fault of a shipper that ends.
+    /// Ends the checkpoint under way; what failed before is no fault of a shipper that ends. An upload of everything
+    /// that is cut off stays owed: no write is acknowledged on top of what it was to replace.
     pub(super) fn end(&mut self) {
+        self.anew = self.is_anew();
         (self.making, self.trouble) = (None, None);
     }
 
@@ -253,13 +256,13 @@ impl Checkpoints {
             self.load_last(chunks).await?;
         }
         if chunks.ships() {
-            chunks.go_on_behind_others().await?;
+            chunks.continue_after_others().await?;
         }
         // The log up to here is shipped too, so that every time in between can be restored; not for the first
         // checkpoint of a replica that began with more than its log holds.
         let chained = chunks.ships() && chunks.are_usable();
         while chained && chunks.state().shipped_lsn < lsn {
-            match chunks.ship_one(lsn, Some(&making.under_way)).await {
+            match chunks.ship_chunk(lsn, Some(&making.under_way)).await {
                 // The checkpoint supersedes the chunk.
                 Err(ShipError::Log(BinlogError::TooOld { .. }) | ShipError::InTheWay { .. }) => break,
                 Ok(false) => return Err(ShipError::Checkpoint("its log cannot be read up to it".into())),
@@ -316,10 +319,10 @@ impl Checkpoints {
         let previous = chunks.state().manifest.as_ref().map(|manifest| manifest.key.clone());
         let mut manifest = described.manifest(&self.context, files, database, previous);
         let key = layout::manifest(manifest.keyspace, manifest.shard, manifest.replica, manifest.lsn);
-        if let Create::Exists(found) = self.context.bucket.create(&key, manifest.encode()).await? {
+        if let Create::Exists(existing) = self.context.bucket.create(&key, manifest.encode()).await? {
             let place = |manifest: &Manifest| (manifest.keyspace, manifest.shard, manifest.replica, manifest.lsn);
             // The same state, with its own objects: written by this very opening before ship.json was.
-            manifest = take_existing(&key, Manifest::decode(&found), &manifest, place, same_state)?;
+            manifest = take_existing(&key, Manifest::decode(&existing), &manifest, place, same_state)?;
         }
         let pinned = PinnedManifest { key, lsn: manifest.lsn };
         tracing::info!(

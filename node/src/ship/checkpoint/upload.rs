@@ -73,7 +73,7 @@ impl Upload {
             let path = dir.join(format!("{:06}.sst", file.file_number));
             uploads.push(async move {
                 let (key, crc32c) = match in_the_bucket {
-                    Some(found) => found,
+                    Some(uploaded) => uploaded,
                     None => {
                         let _turn = self.context.pace.turn(file.bytes).await;
                         let uploaded = self.context.bucket.upload_file(&key, &path).await?;
@@ -95,7 +95,7 @@ impl Upload {
         let replica = &self.context.replica;
         let key = layout::database(replica.keyspace, replica.shard, replica.id, lsn, &attempt());
         let path = dir.join(&name);
-        let bytes = tokio::fs::metadata(&path).await.map_or(0, |found| found.len());
+        let bytes = tokio::fs::metadata(&path).await.map_or(0, |metadata| metadata.len());
         let _turn = self.context.pace.turn(bytes).await;
         let uploaded = self.context.bucket.upload_file(&key, &path).await?;
         Ok(DatabaseFile { key, name, bytes: uploaded.bytes, crc32c: uploaded.crc32c })

@@ -1,11 +1,11 @@
-//! The seat of a replica: the lease state of one replica that this node hosts (its claim, its promise to a peer, its
-//! authority). The actor owns all seats and decides; a seat keeps the state and publishes the authority. All times are
-//! boot time in milliseconds; a [`Belief`] is such a time, shared with the link that renews it.
+//! The lease state of one replica that this node hosts: its claim, its promise to a peer, its authority. The actor owns
+//! these states and decides; this module keeps the state and publishes the authority. All times are boot time in
+//! milliseconds; a [`Belief`] is such a time, shared with the link that renews it.
 //!
 //! **Invariant:** while a replica's promise to another replica lasts, it answers no strict request; a replica with
 //! authority has no promise outstanding. Enforced in `actor/decide.rs`: before a promise is made, the replica stops
-//! admitting requests ([`Seat::begin_to_yield`]); only a seat without a promise reaches [`Seat::serve`] or
-//! [`Seat::stand_alone`].
+//! admitting requests ([`ReplicaLease::begin_to_yield`]); only a lease without a promise reaches [`ReplicaLease::serve`] or
+//! [`ReplicaLease::stand_alone`].
 
 use std::sync::Arc;
 
@@ -47,7 +47,7 @@ pub(super) struct Named {
     pub complete: bool,
 }
 
-/// Reason why another placed replica (the peer) does not serve: a term rests on one for each peer.
+/// Reason why another placed replica (the peer) does not serve: a term is based on one for each peer.
 #[derive(Debug, Clone)]
 pub(super) enum Basis {
     /// The peer promised this replica not to serve; `belief` is the time until which this replica relies on it.
@@ -70,7 +70,7 @@ pub(super) struct LastTerm {
     pub basis: Vec<(ReplicaId, Basis)>,
     /// The replica has begun to yield: the next authority is another term.
     pub closed: bool,
-    /// The term rested on the silence of peers, without a majority of promises and without the master's report. Each
+    /// The term was based on the silence of peers, without a majority of promises and without the master's report. Each
     /// request then waits until a probe of the silent peers that began after its arrival has failed. Were this node the
     /// one that was cut off, a request that arrives shows that its network is back; the probe then reaches the peer,
     /// and the term ends before the request is answered. Not covered: replicas that are cut from each other while
@@ -79,8 +79,8 @@ pub(super) struct LastTerm {
 }
 
 impl LastTerm {
-    /// Returns the promise of a peer on which the term rests: its number, and until when it is believed.
-    pub fn promise_of(&self, peer: ReplicaId) -> Option<(u64, Belief)> {
+    /// Returns the promise of a peer on which the term is based: its number, and until when it is believed.
+    pub(super) fn promise_of(&self, peer: ReplicaId) -> Option<(u64, Belief)> {
         self.basis.iter().find_map(|(id, basis)| match basis {
             Basis::Granted { grant, belief } if *id == peer => Some((*grant, belief.clone())),
             Basis::Granted { .. } | Basis::Excused(_) | Basis::Silent => None,
@@ -89,22 +89,22 @@ impl LastTerm {
 
     /// Returns true when this peer cannot have served during the term, although it gave no promise: it was excused, or
     /// was not yet placed.
-    pub fn excused(&self, peer: ReplicaId) -> bool {
+    pub(super) fn excused(&self, peer: ReplicaId) -> bool {
         self.basis.iter().all(|(id, basis)| *id != peer || matches!(basis, Basis::Excused(_)))
     }
 
-    /// Returns true when a peer on whose silence the term rested is not silent by this new basis: it may have served
+    /// Returns true when a peer on whose silence the term was based is not silent by this new basis: it may have served
     /// meanwhile, so the term must not continue.
-    pub fn was_silent(&self, basis: &[(ReplicaId, Basis)]) -> bool {
+    pub(super) fn was_silent(&self, basis: &[(ReplicaId, Basis)]) -> bool {
         let silent = |of: &[(ReplicaId, Basis)], id: ReplicaId| {
-            of.iter().any(|(one, basis)| *one == id && matches!(basis, Basis::Silent))
+            of.iter().any(|(peer, basis)| *peer == id && matches!(basis, Basis::Silent))
         };
         self.basis.iter().any(|(id, _)| silent(&self.basis, *id) && !silent(basis, *id))
     }
 
     /// Returns true when the term may continue after a gap (a heartbeat late): the new basis consists of the very same
     /// promises of all peers, so no other replica served in the gap.
-    pub fn goes_on(&self, basis: &[(ReplicaId, Basis)]) -> bool {
+    pub(super) fn goes_on(&self, basis: &[(ReplicaId, Basis)]) -> bool {
         let same = |(id, basis): &(ReplicaId, Basis)| match basis {
             Basis::Granted { grant, .. } => self.promise_of(*id).is_some_and(|(before, _)| before == *grant),
             Basis::Excused(_) | Basis::Silent => false,
@@ -114,12 +114,12 @@ impl LastTerm {
 }
 
 /// Lease state of one replica that this node hosts.
-pub(super) struct Seat {
+pub(super) struct ReplicaLease {
     pub replica: Replica,
     pub replicator: Arc<Replicator>,
     /// The placed replicas in the order of preference.
     pub order: Vec<Placed>,
-    /// Replicas that were placed while this one had authority that did not rest on silence: they have not served, and
+    /// Replicas that were placed while this one had authority that was not based on silence: they have not served, and
     /// cannot begin to without its promise before the time given.
     newcomers: Vec<(ReplicaId, Belief)>,
     /// Catalog version by which this replica is primary; 0 when it is not primary by the catalog.
@@ -150,7 +150,7 @@ pub(super) struct Seat {
     pub served_here: bool,
     /// The replica's own claim is the best known: it names the promises that it holds, and serves when they suffice.
     pub wants: bool,
-    /// The actor polls this seat at short intervals, because no event announces what it waits for: records that a peer
+    /// The actor polls this replica at short intervals, because no event announces what it waits for: records that a peer
     /// named, or requests that need a probe.
     pub pending: bool,
     /// The claim that is sent to the peers; `None` without peers, when not placed, or closed.
@@ -168,9 +168,9 @@ enum Published {
     Out { elsewhere: bool },
 }
 
-impl Seat {
-    /// Creates the seat of a replica; `served` means that the previous process may have had authority.
-    pub fn new(replica: Replica, replicator: Arc<Replicator>, served: bool) -> Self {
+impl ReplicaLease {
+    /// Creates the lease state of a replica; `served` means that the previous process may have had authority.
+    pub(super) fn new(replica: Replica, replicator: Arc<Replicator>, served: bool) -> Self {
         Self {
             replica,
             replicator,
@@ -196,7 +196,7 @@ impl Seat {
     }
 
     /// Discards the final vector that was requested or reported for a promise: the promise is not made.
-    pub fn unname(&mut self) {
+    pub(super) fn unname(&mut self) {
         self.turn += u64::from(self.naming || self.named.is_some());
         (self.naming, self.named) = (false, None);
     }
@@ -205,23 +205,23 @@ impl Seat {
     /// [`LEASE_SILENCE`](vasto_core::limits::LEASE_SILENCE). A newcomer serves without this replica's promise only
     /// after as long a silence of this node, so none serves yet: the term continues, and each newcomer is excused for
     /// [`LEASE_EXCUSE`], which is shorter. After a stall a newcomer may have counted the silence already.
-    pub fn place(&mut self, order: Vec<Placed>, listened: bool, now: u64) {
-        self.newcomers.retain(|(id, _)| order.iter().any(|one| one.replica == *id));
+    pub(super) fn place(&mut self, order: Vec<Placed>, listened: bool, now: u64) {
+        self.newcomers.retain(|(id, _)| order.iter().any(|member| member.replica == *id));
         if listened && self.has_authority() && !self.term.probing {
-            let is_new = |one: &&Placed| !self.order.iter().any(|before| before.replica == one.replica);
+            let is_new = |member: &&Placed| !self.order.iter().any(|before| before.replica == member.replica);
             let until = now + LEASE_EXCUSE.as_millis() as u64;
-            self.newcomers.extend(order.iter().filter(is_new).map(|one| (one.replica, Arc::new(until.into()))));
+            self.newcomers.extend(order.iter().filter(is_new).map(|member| (member.replica, Arc::new(until.into()))));
         }
         self.order = order;
     }
 
     /// Returns the time until which a replica is excused because it was placed only just now.
-    pub fn newcomer(&self, replica: ReplicaId) -> Option<Belief> {
+    pub(super) fn newcomer(&self, replica: ReplicaId) -> Option<Belief> {
         self.newcomers.iter().find(|(id, _)| *id == replica).map(|(_, until)| until.clone())
     }
 
-    /// Returns true when the last decision granted authority and no belief that it rests on has expired.
-    pub fn has_authority(&self) -> bool {
+    /// Returns true when the last decision granted authority and no belief that it is based on has expired.
+    pub(super) fn has_authority(&self) -> bool {
         self.serving && self.replica.authority().is_serving()
     }
 
@@ -229,7 +229,7 @@ impl Seat {
     /// that serves now. The claim is able when the replica has caught up, lags at most [`TAIL_LAG_LSNS_MAX`] records
     /// behind `server`, has had no writer stall for [`WRITER_RECOVERED`], and is not about to stop. A serving replica
     /// counts as caught up.
-    pub fn own_claim(&mut self, server: Option<ReplicaId>, now: u64) -> Option<Claim> {
+    pub(super) fn own_claim(&mut self, server: Option<ReplicaId>, now: u64) -> Option<Claim> {
         if self.replica.is_closed() {
             return None;
         }
@@ -250,7 +250,7 @@ impl Seat {
     /// Publishes authority under the term `number`, whether new or continued. It ends by itself when any belief of the
     /// basis expires, or `master`: the time until which the master's report that a silent peer has no session counts,
     /// `None` when authority does not rely on such a report.
-    pub fn serve(&mut self, number: u64, basis: Vec<(ReplicaId, Basis)>, master: Option<Belief>, probing: bool) {
+    pub(super) fn serve(&mut self, number: u64, basis: Vec<(ReplicaId, Basis)>, master: Option<Belief>, probing: bool) {
         let granted = basis.iter().filter_map(|(_, basis)| match basis {
             Basis::Granted { belief, .. } | Basis::Excused(belief) => Some(belief.clone()),
             Basis::Silent => None,
@@ -277,9 +277,9 @@ impl Seat {
     }
 
     /// Stops admitting requests. Admitted requests are finished under the term as long as its beliefs last. Not when
-    /// the term rests on silence: the silent peer may have taken over without a message that would end the term, so the
+    /// the term is based on silence: the silent peer may have taken over without a message that would end the term, so the
     /// replica steps back at once.
-    pub fn begin_to_yield(&mut self) {
+    pub(super) fn begin_to_yield(&mut self) {
         if !self.has_authority() || self.term.probing {
             return self.step_back(false);
         }
@@ -294,7 +294,7 @@ impl Seat {
     }
 
     /// Publishes that the replica does not serve; `elsewhere` means that clients are sent to another replica.
-    pub fn step_back(&mut self, elsewhere: bool) {
+    pub(super) fn step_back(&mut self, elsewhere: bool) {
         if self.serving && self.term.number > 0 {
             tracing::info!(
                 keyspace = self.replica.keyspace.0,
@@ -315,7 +315,7 @@ impl Seat {
     }
 
     /// Publishes the authority of a shard's only replica.
-    pub fn stand_alone(&mut self) {
+    pub(super) fn stand_alone(&mut self) {
         // The term continues only when no former peer can have had authority since it began.
         let goes_on = self.has_authority() && !self.term.probing;
         let number = if goes_on { self.term.number } else { self.term.number + 1 };
@@ -325,9 +325,9 @@ impl Seat {
         self.publish(Published::Alone(number), Standing::Serving(Term { number, ..Term::default() }));
     }
 
-    /// Returns true when the seat is idle: the replica is the only one of its shard and serves, has no promise
+    /// Returns true when nothing is due here: the replica is the only one of its shard and serves, has no promise
     /// outstanding, and is not about to stop. The actor then skips it until an event arrives.
-    pub fn rests(&self) -> bool {
+    pub(super) fn is_idle(&self) -> bool {
         matches!(self.published, Some(Published::Alone(_)))
             && self.order.len() == 1
             && self.order[0].replica == self.replica.id
@@ -343,10 +343,10 @@ impl Seat {
     }
 
     /// Releases the callers that wait for the transfer of authority, whether it succeeded or was given up.
-    pub fn handed_over(&mut self) {
+    pub(super) fn handed_over(&mut self) {
         if let Some((_, waiting)) = &mut self.stopping {
-            for one in waiting.drain(..) {
-                let _ = one.send(());
+            for caller in waiting.drain(..) {
+                let _ = caller.send(());
             }
         }
     }
