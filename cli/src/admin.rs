@@ -1,5 +1,5 @@
-//! The commands that administer a cluster. Each prints the master's document as JSON, or as a table made from the
-//! same document: both formats show the same data.
+//! The commands that administer a cluster. Each prints the master's document as JSON, or as a table
+//! made from the same document: both formats show the same data.
 
 pub(crate) mod bucket;
 pub(crate) mod cluster;
@@ -12,8 +12,13 @@ use vasto_client::Answer;
 
 use crate::output::{self, OutputFormat, format_bytes, format_count};
 
-/// Prints an answer of the master: its document with all fields that came, or as the text that `shown` makes of it.
-fn print<T>(answer: &Answer<T>, format: OutputFormat, shown: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
+/// Prints an answer of the master: its document with all fields that came, or as the text that
+/// `shown` makes of it.
+fn print<T>(
+    answer: &Answer<T>,
+    format: OutputFormat,
+    shown: impl FnOnce(&T) -> String,
+) -> anyhow::Result<()> {
     match format {
         OutputFormat::Json => output::print_json(&serde_json::from_str::<Value>(answer.json())?)?,
         OutputFormat::Table => output::print(&shown(answer))?,

@@ -1,10 +1,11 @@
 //! The command line: every command, flag and help text of `vasto`.
 //!
-//! Invariant: names and flags are a contract with scripts; commands and flags are added, never changed. Every example
-//! in a help text parses; a test checks that.
+//! Invariant: names and flags are a contract with scripts; commands and flags are added, never
+//! changed. Every example in a help text parses; a test checks that.
 //!
-//! Not here: executing the commands. Flags that belong to the configuration become [`crate::config::Overrides`], so
-//! that a flag that was not given leaves the value of the file or the environment in force.
+//! Not here: executing the commands. Flags that belong to the configuration become
+//! [`crate::config::Overrides`], so that a flag that was not given leaves the value of the file or
+//! the environment in force.
 
 mod data;
 mod parse;
@@ -87,7 +88,13 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 pub(crate) struct Connect {
     /// The master of the cluster
-    #[arg(long, global = true, value_name = "URL", env = "VASTO_MASTER", default_value = "http://127.0.0.1:8278")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "URL",
+        env = "VASTO_MASTER",
+        default_value = "http://127.0.0.1:8278"
+    )]
     pub master: String,
 }
 
@@ -204,10 +211,12 @@ pub(crate) struct KeyspaceEvict {
 
 /// `vasto keyspace resize`
 #[derive(Debug, Args)]
-#[command(after_help = "The new shards take their keys from the bucket; reads and writes go on.\n\n\
+#[command(
+    after_help = "The new shards take their keys from the bucket; reads and writes go on.\n\n\
     Examples:\n  \
     vasto keyspace resize users --shards 3 --plan\n  \
-    vasto keyspace resize users --shards 3")]
+    vasto keyspace resize users --shards 3"
+)]
 pub(crate) struct KeyspaceResize {
     /// The keyspace
     pub name: String,
@@ -224,11 +233,13 @@ pub(crate) struct KeyspaceResize {
 
 /// `vasto keyspace restore`
 #[derive(Debug, Args)]
-#[command(after_help = "The source may be deleted, and all its nodes may be gone. The time is compared with the\n\
+#[command(
+    after_help = "The source may be deleted, and all its nodes may be gone. The time is compared with the\n\
     clocks of the nodes that took the writes, each shard by itself.\n\n\
     Examples:\n  \
     vasto keyspace restore users --into users-2\n  \
-    vasto keyspace restore users --into users-before --at 2026-11-24T08:30:00Z")]
+    vasto keyspace restore users --into users-before --at 2026-11-24T08:30:00Z"
+)]
 pub(crate) struct KeyspaceRestore {
     /// Whose data
     pub name: String,
@@ -261,12 +272,14 @@ pub(crate) enum NodeCommand {
     /// List all nodes with their address, zone, state and disk
     List,
     /// Give the replicas of a node to others; it may be lost for good
-    #[command(after_help = "What nobody else holds comes from the bucket; should the node return, what was not\n\
+    #[command(
+        after_help = "What nobody else holds comes from the bucket; should the node return, what was not\n\
         shipped is drained from it.\n\n\
         Examples:\n  \
         vasto node replace n-1f2e3d4c5b6a7988\n  \
         vasto node replace n-1f2e3d4c5b6a7988 --with n-0a1b2c3d4e5f6071\n  \
-        vasto node replace n-1f2e3d4c5b6a7988 --accept-loss --yes")]
+        vasto node replace n-1f2e3d4c5b6a7988 --accept-loss --yes"
+    )]
     Replace(NodeReplace),
     /// Move all replicas away from a running node, and cordon it
     Drain(NodeDrain),
@@ -293,7 +306,8 @@ pub(crate) struct NodeReplace {
     /// Who takes its replicas [default: whoever has room]
     #[arg(long, value_name = "NODE")]
     pub with: Option<String>,
-    /// Give up what it alone holds, once it is gone and the bucket was read: nothing waits for it any more
+    /// Give up what it alone holds, once it is gone and the bucket was read: nothing waits for it
+    /// any more
     #[arg(long, requires = "yes")]
     pub accept_loss: bool,
     /// Say that you mean it

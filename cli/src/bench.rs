@@ -1,11 +1,11 @@
-//! `vasto bench`: throughput and latency of a workload, on a keyspace of a cluster or, as the baseline, on RocksDB
-//! embedded in this process.
+//! `vasto bench`: throughput and latency of a workload, on a keyspace of a cluster or, as the
+//! baseline, on RocksDB embedded in this process.
 //!
-//! Every client has one operation in flight and starts the next when it is answered (a closed loop). Keys are 16
-//! bytes, values do not compress. The read-modify-write of YCSB F is a get and then a put of the same key, counted as
-//! one operation, without a guard against concurrent writes in between. The short scans of YCSB E read up to 100 keys
-//! that share all but their last two digits. A run deletes at its end what it wrote to a keyspace, unless `--keep` is
-//! given.
+//! Every client has one operation in flight and starts the next when it is answered (a closed
+//! loop). Keys are 16 bytes, values do not compress. The read-modify-write of YCSB F is a get and
+//! then a put of the same key, counted as one operation, without a guard against concurrent writes
+//! in between. The short scans of YCSB E read up to 100 keys that share all but their last two
+//! digits. A run deletes at its end what it wrote to a keyspace, unless `--keep` is given.
 
 mod cluster;
 mod embedded;
@@ -52,14 +52,19 @@ const SEED: u64 = 1;
 pub(crate) async fn run(args: &Bench, format: OutputFormat) -> anyhow::Result<()> {
     if args.value_size > vasto_core::limits::VALUE_BYTES_MAX {
         let most = vasto_core::limits::VALUE_BYTES_MAX;
-        let failure = Failure::usage(format!("values of {} bytes are over the limit of {most}", args.value_size));
+        let failure = Failure::usage(format!(
+            "values of {} bytes are over the limit of {most}",
+            args.value_size
+        ));
         return Err(failure.hint("give a smaller --value-size").into());
     }
     let values = Values::new(args.value_size, SEED);
     let measured = match (&args.embedded, &args.keyspace) {
         (Some(dir), _) => on_embedded(args, dir, &values).await?,
         (None, Some(keyspace)) => on_cluster(args, keyspace, &values).await?,
-        (None, None) => return Err(Failure::usage("name a keyspace, or give --embedded DIR").into()),
+        (None, None) => {
+            return Err(Failure::usage("name a keyspace, or give --embedded DIR").into());
+        }
     };
     finish(args, &measured, format)
 }
@@ -88,10 +93,11 @@ fn finish(args: &Bench, measured: &Measured, format: OutputFormat) -> anyhow::Re
     }
     match first_error {
         Some(error) if figures.ops == 0 => Err(Failure::with_advice(&error).into()),
-        Some(error) => {
-            Err(Failure::new(format!("{} operations failed, the first one: {error}", format_count(figures.errors)))
-                .into())
-        }
+        Some(error) => Err(Failure::new(format!(
+            "{} operations failed, the first one: {error}",
+            format_count(figures.errors)
+        ))
+        .into()),
         None => Ok(()),
     }
 }
@@ -108,8 +114,9 @@ fn until(args: &Bench) -> Until {
 }
 
 fn generators(args: &Bench, population: &Arc<Population>) -> Vec<Generator> {
-    let generator =
-        |client: u32| Generator::new(args.workload, args.keys, population.clone(), SEED + u64::from(client));
+    let generator = |client: u32| {
+        Generator::new(args.workload, args.keys, population.clone(), SEED + u64::from(client))
+    };
     (0..args.clients).map(generator).collect()
 }
 
@@ -117,17 +124,27 @@ fn generators(args: &Bench, population: &Arc<Population>) -> Vec<Generator> {
 
 async fn on_cluster(args: &Bench, name: &str, values: &Values) -> anyhow::Result<Measured> {
     let keyspace = connect::keyspace(&args.connect, name).await?;
-    if reads(args.workload) && !cluster::loaded(&keyspace, args.keys).await.map_err(connect::failure)? {
+    if reads(args.workload)
+        && !cluster::loaded(&keyspace, args.keys).await.map_err(connect::failure)?
+    {
         let done = AtomicU64::new(0);
         let add = |count| {
             done.fetch_add(count, Ordering::Relaxed);
         };
         let load = cluster::load(&keyspace, args.keys, values, add);
-        loading(args.keys, || done.load(Ordering::Relaxed), load).await.map_err(connect::failure)?;
+        loading(args.keys, || done.load(Ordering::Relaxed), load)
+            .await
+            .map_err(connect::failure)?;
     }
     let population = Population::new(args.keys, args.clients);
     let run = Arc::new(Run::start(until(args)));
-    let clients = cluster::run(&run, &keyspace, generators(args, &population), values, args.ack.map(connect::ack));
+    let clients = cluster::run(
+        &run,
+        &keyspace,
+        generators(args, &population),
+        values,
+        args.ack.map(connect::ack),
+    );
     watching(args, &run, clients).await;
     let elapsed = run.elapsed();
     if !args.keep {
@@ -145,7 +162,9 @@ async fn tidy(keyspace: &vasto_client::Keyspace, keys: u64) {
     let progress = || done.load(Ordering::Relaxed);
     match showing("deleting its keys", None, progress, cluster::unload(keyspace, keys, add)).await {
         Ok(()) => {}
-        Err(error) => eprintln!("not all keys of the benchmark were deleted: {error}; run it again, or delete bench:*"),
+        Err(error) => eprintln!(
+            "not all keys of the benchmark were deleted: {error}; run it again, or delete bench:*"
+        ),
     }
 }
 
@@ -160,18 +179,24 @@ async fn on_embedded(args: &Bench, dir: &Path, values: &Values) -> anyhow::Resul
     let embedded = Arc::new(embedded);
     if reads(args.workload) && !(embedded.has(0)? && embedded.has(args.keys - 1)?) {
         let done = Arc::new(AtomicU64::new(0));
-        let (db, values, keys, counter) = (embedded.clone(), values.clone(), args.keys, done.clone());
-        let load = blocking(move || db.load(keys, &values, |count| counter.store(count, Ordering::Relaxed)));
+        let (db, values, keys, counter) =
+            (embedded.clone(), values.clone(), args.keys, done.clone());
+        let load = blocking(move || {
+            db.load(keys, &values, |count| counter.store(count, Ordering::Relaxed))
+        });
         loading(args.keys, || done.load(Ordering::Relaxed), load).await??;
     }
     let run = Arc::new(Run::start(until(args)));
     let population = Population::new(args.keys, args.clients);
-    let (db, values, clients, shared) = (embedded, values.clone(), generators(args, &population), run.clone());
+    let (db, values, clients, shared) =
+        (embedded, values.clone(), generators(args, &population), run.clone());
     watching(args, &run, blocking(move || db.run(&shared, clients, &values))).await?;
     Ok(Measured { elapsed: run.elapsed(), run, target: "embedded", ack: Some(ack) })
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> anyhow::Result<T> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> anyhow::Result<T> {
     tokio::task::spawn_blocking(work).await.context("a client of the embedded database panicked")
 }
 
@@ -184,7 +209,12 @@ async fn loading<T>(keys: u64, done: impl Fn() -> u64, load: impl Future<Output 
 }
 
 /// Shows the progress until `work` ends.
-async fn showing<T>(what: &str, of: Option<u64>, done: impl Fn() -> u64, work: impl Future<Output = T>) -> T {
+async fn showing<T>(
+    what: &str,
+    of: Option<u64>,
+    done: impl Fn() -> u64,
+    work: impl Future<Output = T>,
+) -> T {
     let mut progress = ProgressLine::start(what, Unit::Items, of);
     let mut ticks = tokio::time::interval(TICK);
     tokio::pin!(work);
@@ -240,26 +270,42 @@ mod tests {
     fn a_run_ends_as_the_flags_say() {
         let bench = "vasto bench ks --workload put";
         assert_eq!(until(&args(bench)), Until::Elapsed(Duration::from_secs(SECONDS_DEFAULT)));
-        assert_eq!(until(&args(&format!("{bench} --seconds 3"))), Until::Elapsed(Duration::from_secs(3)));
+        assert_eq!(
+            until(&args(&format!("{bench} --seconds 3"))),
+            Until::Elapsed(Duration::from_secs(3))
+        );
         assert_eq!(until(&args(&format!("{bench} --requests 9"))), Until::Requests(9));
-        assert_eq!(generators(&args(&format!("{bench} --clients 5")), &Population::new(1, 5)).len(), 5);
+        assert_eq!(
+            generators(&args(&format!("{bench} --clients 5")), &Population::new(1, 5)).len(),
+            5
+        );
     }
 
     #[test]
     fn reports_use_the_words_of_the_command_line() {
-        assert_eq!((name_of(Workload::YcsbA), name_of(Ack::Os)), ("ycsb-a".to_owned(), "os".to_owned()));
+        assert_eq!(
+            (name_of(Workload::YcsbA), name_of(Ack::Os)),
+            ("ycsb-a".to_owned(), "os".to_owned())
+        );
     }
 
     #[test]
     fn a_run_in_which_something_failed_is_a_failure() {
         let args = args("vasto bench ks --workload put --requests 2");
-        let measured =
-            Measured { run: Arc::new(Run::start(until(&args))), elapsed: TICK, target: "cluster", ack: None };
+        let measured = Measured {
+            run: Arc::new(Run::start(until(&args))),
+            elapsed: TICK,
+            target: "cluster",
+            ack: None,
+        };
         measured.run.record(0, TICK, measure::Found::Yes);
         assert!(finish(&args, &measured, OutputFormat::Json).is_ok());
         measured.run.fail(0, "the node is away", false);
         let error = finish(&args, &measured, OutputFormat::Json).unwrap_err();
-        assert!(error.to_string().contains("1 operations failed, the first one: the node is away"), "{error}");
+        assert!(
+            error.to_string().contains("1 operations failed, the first one: the node is away"),
+            "{error}"
+        );
     }
 
     #[tokio::test]

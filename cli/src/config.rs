@@ -1,7 +1,8 @@
 //! The configuration of the servers: defaults < TOML file < environment < flags.
 //!
-//! Invariant: every value in force was checked. A field that does not exist, in whichever source, is an error that
-//! names the field and the nearest known field. No message and no listing ever shows a secret.
+//! Invariant: every value in force was checked. A field that does not exist, in whichever source,
+//! is an error that names the field and the nearest known field. No message and no listing ever
+//! shows a secret.
 //!
 //! Not here: the use of the values. Flags become [`Overrides`] in `args`.
 
@@ -73,7 +74,10 @@ fn load_from(
     let figment = Figment::from(Serialized::defaults(Config::default()));
     let figment = layers.iter().cloned().fold(figment, Figment::merge);
     let origins = Origins { figment, layers };
-    let config: Config = origins.figment.extract().map_err(|error| ConfigError::Invalid(origins.bad_values(error)))?;
+    let config: Config = origins
+        .figment
+        .extract()
+        .map_err(|error| ConfigError::Invalid(origins.bad_values(error)))?;
     let bad_forms = origins.bad_forms(&config);
     match bad_forms.is_empty() {
         true => Ok(Loaded { config, origins }),
@@ -84,20 +88,25 @@ fn load_from(
 /// Likeness from which a variable counts as a misspelling of a field's variable.
 const VARIABLE_LIKENESS_MIN: f64 = 0.85;
 
-/// Returns variables that would be read with two underscores after the section. Other variables that begin with
-/// `VASTO_` may belong to other programs.
+/// Returns variables that would be read with two underscores after the section. Other variables
+/// that begin with `VASTO_` may belong to other programs.
 fn misnamed_variables<'a>(names: impl Iterator<Item = &'a str>) -> Vec<Problem> {
     let meant = |name: &str| {
         let rest = name.strip_prefix("VASTO_").filter(|rest| !rest.contains("__"))?;
         let likeness = |field: &field::Field| {
-            strsim::normalized_damerau_levenshtein(rest, &field.path.to_uppercase().replace('.', "_"))
+            strsim::normalized_damerau_levenshtein(
+                rest,
+                &field.path.to_uppercase().replace('.', "_"),
+            )
         };
         let nearest = field::FIELDS.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
         (likeness(nearest) >= VARIABLE_LIKENESS_MIN).then(|| variable(nearest.path))
     };
     let problem = |name: &str| {
         let meant = meant(name).filter(|_| !source::is_alias(name))?;
-        Some(Problem(format!("the variable {name} is not read; did you mean {meant}, with two underscores?")))
+        Some(Problem(format!(
+            "the variable {name} is not read; did you mean {meant}, with two underscores?"
+        )))
     };
     names.filter_map(problem).collect()
 }
@@ -155,8 +164,14 @@ impl Origins {
         let problems = [
             ("bucket.url", bucket.err().map(|error| error.to_string())),
             ("bucket.endpoint", endpoint.err()),
-            ("node.master", Vasto::check_url(&config.node.master).err().map(|error| error.to_string())),
-            ("log.filter", Telemetry::check_filter(&config.log.filter).err().map(|error| error.to_string())),
+            (
+                "node.master",
+                Vasto::check_url(&config.node.master).err().map(|error| error.to_string()),
+            ),
+            (
+                "log.filter",
+                Telemetry::check_filter(&config.log.filter).err().map(|error| error.to_string()),
+            ),
         ];
         let problem = |(path, why): (&str, Option<String>)| {
             let place = self.origin(path).map(|origin| format!(" in {origin}")).unwrap_or_default();
@@ -175,9 +190,10 @@ impl Origins {
                 Some(field) => {
                     let given = match field.kind {
                         Kind::Secret => "the value".to_owned(),
-                        _ => {
-                            self.figment.find_value(&path).map_or_else(|_| "the value".to_owned(), |value| show(&value))
-                        }
+                        _ => self
+                            .figment
+                            .find_value(&path)
+                            .map_or_else(|_| "the value".to_owned(), |value| show(&value)),
                     };
                     Problem(format!("{path}{place}: {given} is not {}", field.kind.expected()))
                 }
@@ -188,12 +204,15 @@ impl Origins {
     }
 }
 
-/// Checks an S3 endpoint: `http://` or `https://`, and a host. The message omits the value, which may hold a secret.
+/// Checks an S3 endpoint: `http://` or `https://`, and a host. The message omits the value, which
+/// may hold a secret.
 fn check_endpoint(url: &str) -> Result<(), String> {
     let rest = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://"));
     let host = rest.and_then(|rest| rest.split('/').next()).unwrap_or_default();
     match host.is_empty() || host.contains(char::is_whitespace) {
-        true => Err("it is no address of a server; write for example http://127.0.0.1:9000".to_owned()),
+        true => {
+            Err("it is no address of a server; write for example http://127.0.0.1:9000".to_owned())
+        }
         false => Ok(()),
     }
 }
@@ -201,7 +220,9 @@ fn check_endpoint(url: &str) -> Result<(), String> {
 fn show(value: &Value) -> String {
     match value {
         Value::String(_, text) => format!("{text:?}"),
-        Value::Num(..) | Value::Bool(..) => serde_json::to_string(value).unwrap_or_else(|_| "the value".to_owned()),
+        Value::Num(..) | Value::Bool(..) => {
+            serde_json::to_string(value).unwrap_or_else(|_| "the value".to_owned())
+        }
         Value::Array(..) => "a list".to_owned(),
         Value::Dict(..) => "a table".to_owned(),
         Value::Char(..) | Value::Empty(..) => "the value".to_owned(),
@@ -218,7 +239,10 @@ impl Config {
     pub(crate) fn check_master(&self) -> Result<&str, ConfigError> {
         self.check_bind("master.listen", self.master.listen)?;
         self.check_bind("master.admin_listen", self.master.admin_listen)?;
-        self.bucket.url.as_deref().ok_or(ConfigError::Missing { path: "bucket.url", flag: "--bucket s3://NAME/PREFIX" })
+        self.bucket
+            .url
+            .as_deref()
+            .ok_or(ConfigError::Missing { path: "bucket.url", flag: "--bucket s3://NAME/PREFIX" })
     }
 
     /// Checks the values that `vasto serve node` needs, and returns the data directory.

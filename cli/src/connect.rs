@@ -1,5 +1,5 @@
-//! The connection from `--master` to the cluster, and the mapping of client library errors to messages and exit
-//! codes: 2 when the request itself is wrong, 1 for everything else.
+//! The connection from `--master` to the cluster, and the mapping of client library errors to
+//! messages and exit codes: 2 when the request itself is wrong, 1 for everything else.
 
 use vasto_client::{Ack, Error, ErrorKind, Keyspace, Vasto};
 
@@ -21,7 +21,8 @@ pub(crate) async fn keyspace(to: &args::Connect, name: &str) -> Result<Keyspace,
     connect(to).await?.keyspace(name).await.map_err(failure)
 }
 
-/// Converts an error of the client library to a failure: with the advice in its message, or with that of its kind.
+/// Converts an error of the client library to a failure: with the advice in its message, or with
+/// that of its kind.
 pub(crate) fn failure(error: Error) -> Failure {
     let failure = Failure::with_advice(error.message());
     match error.kind() {
@@ -30,7 +31,9 @@ pub(crate) fn failure(error: Error) -> Failure {
             failure.or_hint("try again; `vasto cluster status` shows which servers are away")
         }
         ErrorKind::Unknown => failure.or_hint("it may have been done: look before trying again"),
-        ErrorKind::Corrupt => failure.or_hint("the log of the node says more; do not delete its directory"),
+        ErrorKind::Corrupt => {
+            failure.or_hint("the log of the node says more; do not delete its directory")
+        }
         ErrorKind::Internal => failure.or_hint("this is a defect in Vasto: please report it"),
         _ => failure,
     }

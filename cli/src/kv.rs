@@ -1,8 +1,8 @@
 //! `vasto kv`: single keys, and scans.
 //!
-//! Invariant: `get` writes a value to a pipe or a file unchanged. Keys and rows are escaped everywhere, so that a row
-//! is a line and a key that a scan prints can be passed to `get`. In JSON, bytes that are not UTF-8 are in a field
-//! whose name ends in `_base64`.
+//! Invariant: `get` writes a value to a pipe or a file unchanged. Keys and rows are escaped
+//! everywhere, so that a row is a line and a key that a scan prints can be passed to `get`. In
+//! JSON, bytes that are not UTF-8 are in a field whose name ends in `_base64`.
 
 use std::{
     io::{self, IsTerminal, Read},
@@ -47,8 +47,7 @@ async fn get(args: &Kv, get: &KvGet, format: OutputFormat) -> anyhow::Result<()>
     let keyspace = connect::keyspace(&args.connect, &get.key.keyspace).await?;
     let Some(value) = keyspace.get(key_of(&get.key)).await.map_err(connect::failure)? else {
         let failure = Failure::new(format!("not found: {}", printable(&get.key.key.0)));
-        let hint =
-            "a key that was written with a partition is read with it; `vasto kv scan` shows which records there are";
+        let hint = "a key that was written with a partition is read with it; `vasto kv scan` shows which records there are";
         return Err(failure.hint(hint).into());
     };
     match format {
@@ -56,12 +55,17 @@ async fn get(args: &Kv, get: &KvGet, format: OutputFormat) -> anyhow::Result<()>
             let partition_hash = get.key.partition.as_ref().map(|partition| hash_of(&partition.0));
             let partition_hash = partition_hash.or(get.key.partition_hash);
             let partition_hash = partition_hash.filter(|hash| *hash != hash_of(&get.key.key.0));
-            let row = Row { key: Bytes::from(get.key.key.0.clone()), partition_hash, value: Some(value) };
+            let row =
+                Row { key: Bytes::from(get.key.key.0.clone()), partition_hash, value: Some(value) };
             output::print_json(&row_json(&row))?;
         }
         OutputFormat::Table => {
             let bytes = value.bytes();
-            let mut line = if io::stdout().is_terminal() { printable(&bytes).into_bytes() } else { bytes.to_vec() };
+            let mut line = if io::stdout().is_terminal() {
+                printable(&bytes).into_bytes()
+            } else {
+                bytes.to_vec()
+            };
             line.push(b'\n');
             output::print_bytes(&line)?;
         }
@@ -92,12 +96,18 @@ fn from_stdin() -> anyhow::Result<Vec<u8>> {
     let mut stdin = io::stdin().lock();
     if stdin.is_terminal() {
         let failure = Failure::usage("there is no value");
-        return Err(failure.hint("write it behind the key, or let stdin be a file or a pipe").into());
+        return Err(failure
+            .hint("write it behind the key, or let stdin be a file or a pipe")
+            .into());
     }
     let mut value = Vec::new();
     // One byte above the limit is enough for the typed error; the rest is not read.
     let most = vasto_core::limits::VALUE_BYTES_MAX as u64 + 1;
-    stdin.by_ref().take(most).read_to_end(&mut value).context("cannot read the value from stdin")?;
+    stdin
+        .by_ref()
+        .take(most)
+        .read_to_end(&mut value)
+        .context("cannot read the value from stdin")?;
     Ok(value)
 }
 
@@ -118,9 +128,15 @@ fn show(outcome: Outcome, format: OutputFormat) -> anyhow::Result<()> {
         (OutputFormat::Json, Outcome::Applied { event_time }) => {
             output::print_json(&json!({"outcome": "applied", "event_time": event_time}))?;
         }
-        (OutputFormat::Json, Outcome::NotApplied) => output::print_json(&json!({"outcome": "not_applied"}))?,
-        (OutputFormat::Table, Outcome::NotApplied) => output::print("not applied: the condition does not hold\n")?,
-        (OutputFormat::Json, Outcome::Superseded) => output::print_json(&json!({"outcome": "superseded"}))?,
+        (OutputFormat::Json, Outcome::NotApplied) => {
+            output::print_json(&json!({"outcome": "not_applied"}))?
+        }
+        (OutputFormat::Table, Outcome::NotApplied) => {
+            output::print("not applied: the condition does not hold\n")?
+        }
+        (OutputFormat::Json, Outcome::Superseded) => {
+            output::print_json(&json!({"outcome": "superseded"}))?
+        }
         (OutputFormat::Table, Outcome::Applied { .. }) => output::print("ok\n")?,
         (OutputFormat::Table, Outcome::Superseded) => {
             output::print("superseded: an entry with a later event time stands\n")?;
@@ -142,7 +158,8 @@ async fn scan(args: &Kv, scan: &KvScan, format: OutputFormat) -> anyhow::Result<
         request = request.limit(usize::try_from(limit).unwrap_or(usize::MAX));
     }
     let mut rows = request.stream();
-    let mut out = RowPrinter { format, terminal: io::stdout().is_terminal(), buffer: Vec::new(), rows: 0 };
+    let mut out =
+        RowPrinter { format, terminal: io::stdout().is_terminal(), buffer: Vec::new(), rows: 0 };
     while let Some(row) = rows.try_next().await.map_err(connect::failure)? {
         if !out.row(&row)? {
             return Ok(());
@@ -181,7 +198,11 @@ impl RowPrinter {
         }
         self.rows += 1;
         // On a terminal, rows appear as they arrive.
-        if self.terminal || self.buffer.len() >= Self::BUFFER_BYTES { self.flush() } else { Ok(true) }
+        if self.terminal || self.buffer.len() >= Self::BUFFER_BYTES {
+            self.flush()
+        } else {
+            Ok(true)
+        }
     }
 
     fn end(mut self) -> anyhow::Result<()> {
@@ -235,7 +256,8 @@ mod tests {
     use super::*;
 
     fn row(key: &'static [u8], value: Payload) -> Row {
-        let value = vasto_client::Value { payload: value, event_time: 7, expires_at: None, version: 0xab };
+        let value =
+            vasto_client::Value { payload: value, event_time: 7, expires_at: None, version: 0xab };
         Row { key: Bytes::from_static(key), partition_hash: None, value: Some(value) }
     }
 
@@ -246,17 +268,28 @@ mod tests {
             "version": "00000000000000ab"});
         assert_eq!(text, expected);
         let bytes = row_json(&row(b"\xff", Payload::Bytes(Bytes::from_static(b"\x00\xff"))));
-        assert_eq!((&bytes["key_base64"], &bytes["value_base64"]), (&json!("/w=="), &json!("AP8=")));
+        assert_eq!(
+            (&bytes["key_base64"], &bytes["value_base64"]),
+            (&json!("/w=="), &json!("AP8="))
+        );
         assert!(bytes.get("key").is_none() && bytes.get("value").is_none());
         assert_eq!(row_json(&row(b"n", Payload::I64(-3)))["value"], -3);
-        let partitioned = Row { partition_hash: Some(0xab), value: None, ..row(b"k", Payload::I64(0)) };
-        assert_eq!(row_json(&partitioned), json!({"key": "k", "partition_hash": "00000000000000ab"}));
+        let partitioned =
+            Row { partition_hash: Some(0xab), value: None, ..row(b"k", Payload::I64(0)) };
+        assert_eq!(
+            row_json(&partitioned),
+            json!({"key": "k", "partition_hash": "00000000000000ab"})
+        );
     }
 
     #[test]
     fn rows_are_one_json_array_or_lines() {
         let in_partition = Row { partition_hash: Some(0xab), ..row(b"\xff", Payload::I64(2)) };
-        let rows = [row(b"a", Payload::I64(1)), row(b"b\n", Payload::Bytes(Bytes::from_static(b"\x1b"))), in_partition];
+        let rows = [
+            row(b"a", Payload::I64(1)),
+            row(b"b\n", Payload::Bytes(Bytes::from_static(b"\x1b"))),
+            in_partition,
+        ];
         let printed = |format, terminal: bool| {
             // On a terminal each row would be flushed.
             let mut out = RowPrinter { format, terminal: false, buffer: Vec::new(), rows: 0 };

@@ -1,7 +1,8 @@
 //! The `vasto` binary: servers, administration, data and measurements.
 //!
-//! Where to start: `args` has every command, and each of the other modules executes one group: `serve`, `admin`,
-//! `kv`, `bench`, `config`. `connect` connects to a cluster, `output` writes for the user.
+//! Where to start: `args` has every command, and each of the other modules executes one group:
+//! `serve`, `admin`, `kv`, `bench`, `config`. `connect` connects to a cluster, `output` writes for
+//! the user.
 
 mod admin;
 mod args;
@@ -32,8 +33,9 @@ fn main() {
     vasto_observability::flush_logs(RUNTIME_END);
     // A failure cannot be reported anywhere: stdout is gone.
     let _ = std::io::stdout().flush();
-    // All data that must be durable is durable. A thread that still closes a database would abort the process if the
-    // globals of the database library were destroyed meanwhile, as happens when `main` returns.
+    // All data that must be durable is durable. A thread that still closes a database would abort
+    // the process if the globals of the database library were destroyed meanwhile, as happens when
+    // `main` returns.
     signal_hook::low_level::exit(code.into());
 }
 

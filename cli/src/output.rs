@@ -1,7 +1,7 @@
 //! Output of the commands: tables and JSON on stdout, progress and errors on stderr, exit codes.
 //!
-//! Invariant: stdout carries only results, so that it can be piped; a reader that closes the pipe early (`vasto ... |
-//! head`) is not an error. User bytes never reach a terminal unescaped.
+//! Invariant: stdout carries only results, so that it can be piped; a reader that closes the pipe
+//! early (`vasto ... | head`) is not an error. User bytes never reach a terminal unescaped.
 //!
 //! Not here: the content that is printed. Logs belong to `tracing`.
 
@@ -54,8 +54,8 @@ impl Failure {
         Failure { usage: true, ..Failure::new(message) }
     }
 
-    /// Parses a text with the problem and then, after a semicolon, the remedy: the form of the errors of the servers
-    /// and of the client library.
+    /// Parses a text with the problem and then, after a semicolon, the remedy: the form of the
+    /// errors of the servers and of the client library.
     pub(crate) fn with_advice(text: &str) -> Failure {
         match text.split_once("; ") {
             Some((message, hint)) => Failure::new(message).hint(hint),
@@ -79,8 +79,8 @@ impl Failure {
     }
 }
 
-/// Prints `error: ...` and, when there is one, `hint: ...` on stderr, and returns the exit code: 1 for a failure, 2
-/// for a command or a configuration that cannot be used.
+/// Prints `error: ...` and, when there is one, `hint: ...` on stderr, and returns the exit code: 1
+/// for a failure, 2 for a command or a configuration that cannot be used.
 pub(crate) fn report(error: &anyhow::Error) -> u8 {
     let (text, code) = describe(error);
     let (done, written) = std::sync::mpsc::channel();
@@ -124,8 +124,8 @@ pub(crate) fn print(text: &str) -> io::Result<()> {
     print_bytes(text.as_bytes()).map(|_| ())
 }
 
-/// Writes bytes to stdout; returns false when the reader has closed the pipe, so that a caller with more output can
-/// stop.
+/// Writes bytes to stdout; returns false when the reader has closed the pipe, so that a caller with
+/// more output can stop.
 ///
 /// # Errors
 /// Any other error of the operating system.
@@ -154,8 +154,8 @@ pub(crate) fn print_json_line(value: &impl Serialize) -> io::Result<()> {
     print(&(serde_json::to_string(value)? + "\n"))
 }
 
-/// Formats aligned columns under headings, without lines, so that `awk` can parse them as well. A heading that starts
-/// with `>` makes a right-aligned column of figures.
+/// Formats aligned columns under headings, without lines, so that `awk` can parse them as well. A
+/// heading that starts with `>` makes a right-aligned column of figures.
 pub(crate) fn table(headings: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
@@ -171,11 +171,13 @@ pub(crate) fn table(headings: &[&str], rows: impl IntoIterator<Item = Vec<String
     table.lines().map(|line| line.trim_end().to_owned() + "\n").collect()
 }
 
-/// Escapes user bytes for display: control characters and bytes that are not UTF-8 become `\xNN`, a backslash `\\`. A
-/// key on the command line is parsed by the same rules.
+/// Escapes user bytes for display: control characters and bytes that are not UTF-8 become `\xNN`, a
+/// backslash `\\`. A key on the command line is parsed by the same rules.
 pub(crate) fn printable(bytes: &[u8]) -> String {
     let mut out = String::with_capacity(bytes.len());
-    let escape = |out: &mut String, bytes: &[u8]| bytes.iter().for_each(|byte| *out += &format!("\\x{byte:02x}"));
+    let escape = |out: &mut String, bytes: &[u8]| {
+        bytes.iter().for_each(|byte| *out += &format!("\\x{byte:02x}"))
+    };
     for chunk in bytes.utf8_chunks() {
         for c in chunk.valid().chars() {
             match c {
@@ -240,7 +242,10 @@ mod tests {
             .context("cannot describe it")
             .unwrap_err();
         let (text, code) = describe(&error);
-        assert_eq!(text, "error: cannot describe it: no keyspace ks1\nhint: see `vasto keyspace list`\n");
+        assert_eq!(
+            text,
+            "error: cannot describe it: no keyspace ks1\nhint: see `vasto keyspace list`\n"
+        );
         assert_eq!(code, 1);
         let (text, code) = describe(&Failure::usage("--yes is missing").into());
         assert_eq!((text.as_str(), code), ("error: --yes is missing\n", 2));
@@ -248,12 +253,22 @@ mod tests {
 
     #[test]
     fn advice_becomes_the_hint() {
-        let failure = Failure::with_advice("127.0.0.1:1 is in use; stop what listens there; or choose another port");
+        let failure = Failure::with_advice(
+            "127.0.0.1:1 is in use; stop what listens there; or choose another port",
+        );
         let text = describe(&failure.into()).0;
-        assert_eq!(text, "error: 127.0.0.1:1 is in use\nhint: stop what listens there; or choose another port\n");
-        assert!(describe(&Failure::with_advice("a; b").or_hint("c").into()).0.ends_with("hint: b\n"));
+        assert_eq!(
+            text,
+            "error: 127.0.0.1:1 is in use\nhint: stop what listens there; or choose another port\n"
+        );
+        assert!(
+            describe(&Failure::with_advice("a; b").or_hint("c").into()).0.ends_with("hint: b\n")
+        );
         assert!(describe(&Failure::with_advice("a").or_hint("c").into()).0.ends_with("hint: c\n"));
-        assert_eq!(describe(&Failure::with_advice("gone").into_usage().into()), ("error: gone\n".to_owned(), 2));
+        assert_eq!(
+            describe(&Failure::with_advice("gone").into_usage().into()),
+            ("error: gone\n".to_owned(), 2)
+        );
     }
 
     #[test]

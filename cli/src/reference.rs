@@ -1,7 +1,8 @@
-//! The reference of `docs/reference`: commands, settings, metrics and error codes, made from the code.
+//! The reference of `docs/reference`: commands, settings, metrics and error codes, made from the
+//! code.
 //!
-//! **Invariant:** the files are what this renders; the test fails when one is not, and writes them when
-//! `VASTO_UPDATE_REFERENCE=1` is set.
+//! **Invariant:** the files are what this renders; the test fails when one is not, and writes them
+//! when `VASTO_UPDATE_REFERENCE=1` is set.
 #![allow(clippy::unwrap_used)]
 
 use std::fmt::Write as _;
@@ -18,9 +19,16 @@ const HEAD: &str = "<!-- Made from the code by `cli/src/reference.rs`; do not ed
 /// The doc comment above the line that begins with `item`, on one line.
 fn doc_above(source: &str, item: &str) -> String {
     let lines: Vec<&str> = source.lines().map(str::trim).collect();
-    let at = lines.iter().position(|line| line.starts_with(item)).unwrap_or_else(|| panic!("no `{item}`"));
-    let before = lines[..at].iter().rev().take_while(|line| line.starts_with("///") || line.starts_with("#["));
-    let mut doc: Vec<&str> = before.filter_map(|line| line.strip_prefix("///")).map(str::trim).collect();
+    let at = lines
+        .iter()
+        .position(|line| line.starts_with(item))
+        .unwrap_or_else(|| panic!("no `{item}`"));
+    let before = lines[..at]
+        .iter()
+        .rev()
+        .take_while(|line| line.starts_with("///") || line.starts_with("#["));
+    let mut doc: Vec<&str> =
+        before.filter_map(|line| line.strip_prefix("///")).map(str::trim).collect();
     doc.reverse();
     doc.join(" ")
 }
@@ -95,7 +103,13 @@ fn errors() -> String {
             Retry::Elsewhere => "may succeed at another replica; the client does it",
         };
         let meaning = doc_above(codes, &format!("{code:?} ="));
-        writeln!(out, "| {} | `{code:?}` | {} | {changed} | {retry} |", code as u32, cell(&meaning)).unwrap();
+        writeln!(
+            out,
+            "| {} | `{code:?}` | {} | {changed} | {retry} |",
+            code as u32,
+            cell(&meaning)
+        )
+        .unwrap();
     }
     out
 }
@@ -107,7 +121,8 @@ fn literal<'a>(text: &'a str, call: &str) -> Option<&'a str> {
     Some(&rest[..rest.find('"')?])
 }
 
-/// Where the chain of calls that `text` begins with ends: at a `;`, or a `,` outside of parentheses and strings.
+/// Where the chain of calls that `text` begins with ends: at a `;`, or a `,` outside of parentheses
+/// and strings.
 fn builder_end(text: &str) -> usize {
     let (mut depth, mut in_string) = (0i32, false);
     let ends = |(_, char): &(usize, char)| {
@@ -126,13 +141,15 @@ fn builder_end(text: &str) -> usize {
 fn metrics() -> String {
     let mut rows = Vec::new();
     for member in ["client", "master", "node", "observability", "shipping", "cli"] {
-        for (_, text) in
-            sources::below(&format!("{member}/src")).iter().filter(|(path, _)| !path.ends_with("reference.rs"))
+        for (_, text) in sources::below(&format!("{member}/src"))
+            .iter()
+            .filter(|(path, _)| !path.ends_with("reference.rs"))
         {
             for (at, _) in text.match_indices("(\"vasto") {
                 let kind = text[..at].rsplit('.').next().unwrap();
-                let instrument =
-                    ["counter", "gauge", "histogram"].into_iter().find(|instrument| kind.ends_with(instrument));
+                let instrument = ["counter", "gauge", "histogram"]
+                    .into_iter()
+                    .find(|instrument| kind.ends_with(instrument));
                 let Some(instrument) = instrument else { continue };
                 let built = &text[at..at + builder_end(&text[at..])];
                 let name = literal(built, "(").unwrap().replace('.', "_");
@@ -145,8 +162,12 @@ fn metrics() -> String {
                     None => "",
                 };
                 let total = if instrument == "counter" { "_total" } else { "" };
-                let what = literal(built, ".with_description(").unwrap_or_else(|| panic!("{name} has no description"));
-                rows.push(format!("| `{name}{suffix}{total}` | {instrument} | {member} | {} |\n", cell(what)));
+                let what = literal(built, ".with_description(")
+                    .unwrap_or_else(|| panic!("{name} has no description"));
+                rows.push(format!(
+                    "| `{name}{suffix}{total}` | {instrument} | {member} | {} |\n",
+                    cell(what)
+                ));
             }
         }
     }
@@ -162,8 +183,12 @@ fn metrics() -> String {
 fn the_reference_in_docs_is_what_the_code_says() {
     let dir = sources::checkout().join("docs/reference");
     let update = std::env::var_os("VASTO_UPDATE_REFERENCE").is_some();
-    let documents =
-        [("cli.md", commands()), ("config.md", settings()), ("errors.md", errors()), ("metrics.md", metrics())];
+    let documents = [
+        ("cli.md", commands()),
+        ("config.md", settings()),
+        ("errors.md", errors()),
+        ("metrics.md", metrics()),
+    ];
     for (name, wanted) in documents {
         let wanted = format!("{}\n", wanted.trim_end());
         let path = dir.join(name);

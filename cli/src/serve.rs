@@ -1,8 +1,8 @@
-//! `vasto serve` and the code that it shares with `vasto dev`: from configuration to a running server, its readiness
-//! line, and its shutdown.
+//! `vasto serve` and the code that it shares with `vasto dev`: from configuration to a running
+//! server, its readiness line, and its shutdown.
 //!
-//! Invariant: stdout gets exactly one line, after the server serves. The first SIGTERM or SIGINT stops the server
-//! gracefully (exit code 0), the second ends the process at once.
+//! Invariant: stdout gets exactly one line, after the server serves. The first SIGTERM or SIGINT
+//! stops the server gracefully (exit code 0), the second ends the process at once.
 //!
 //! Not here: all the work of a server.
 
@@ -120,8 +120,8 @@ pub(crate) async fn node(args: &ServeNode, file: Option<&Path>) -> anyhow::Resul
     server.serve(&ready, trouble, async { running.stopped().await.map_err(advice) }).await
 }
 
-/// Restricts every file that this process creates from now on, including RocksDB's files and a bucket in a directory,
-/// to its own user: the files hold user data.
+/// Restricts every file that this process creates from now on, including RocksDB's files and a
+/// bucket in a directory, to its own user: the files hold user data.
 fn keep_files_private() {
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
 }
@@ -188,7 +188,8 @@ fn bucket_options(config: &Config) -> BucketOptions {
     }
 }
 
-// ------------------------------------------------------------------------ the lifecycle of a server
+// ------------------------------------------------------------------------ the lifecycle of a
+// server
 
 /// The parts around every server: telemetry, the admin port, signals.
 struct Server {
@@ -204,7 +205,11 @@ struct Server {
 }
 
 impl Server {
-    async fn start(role: &'static str, config: &Config, admin_listen: SocketAddr) -> anyhow::Result<Server> {
+    async fn start(
+        role: &'static str,
+        config: &Config,
+        admin_listen: SocketAddr,
+    ) -> anyhow::Result<Server> {
         let stop = CancellationToken::new();
         // Before any slow step, so that a signal is never lost.
         let signals = Signals::listen(stop.clone())?;
@@ -217,16 +222,24 @@ impl Server {
         })
         .map_err(advice)?;
         if config.security.insecure {
-            tracing::warn!("--insecure: whoever reaches these ports can read and change everything");
+            tracing::warn!(
+                "--insecure: whoever reaches these ports can read and change everything"
+            );
         }
         let readiness = Readiness::new();
         let stopped = CancellationToken::new();
-        let admin = AdminServer::start(admin_listen, telemetry.registry(), readiness.clone(), stopped.clone());
+        let admin = AdminServer::start(
+            admin_listen,
+            telemetry.registry(),
+            readiness.clone(),
+            stopped.clone(),
+        );
         let admin = admin.await.map_err(advice)?;
         Ok(Server { role, telemetry, readiness, admin, stop, stopped, signals })
     }
 
-    /// Waits for a start; returns `None` when a signal came first and the start failed or did not end in time.
+    /// Waits for a start; returns `None` when a signal came first and the start failed or did not
+    /// end in time.
     async fn starting<T, E: std::error::Error>(
         &self,
         start: impl Future<Output = Result<T, E>>,
@@ -242,8 +255,8 @@ impl Server {
         started.map(Some).map_err(|error| advice(error).into())
     }
 
-    /// Prints the readiness line, and serves until a signal; then waits for `stopped`. A server that stops by itself,
-    /// because its cluster refuses it, is a failure with its reason.
+    /// Prints the readiness line, and serves until a signal; then waits for `stopped`. A server
+    /// that stops by itself, because its cluster refuses it, is a failure with its reason.
     async fn serve(
         self,
         ready: &Ready<'_>,
@@ -254,7 +267,8 @@ impl Server {
             self.readiness.set_ready();
             output::print_json_line(ready)?;
         }
-        let watching = AbortOnDropHandle::new(tokio::spawn(watch_trouble(self.readiness.clone(), trouble)));
+        let watching =
+            AbortOnDropHandle::new(tokio::spawn(watch_trouble(self.readiness.clone(), trouble)));
         tokio::pin!(stopped);
         let result = tokio::select! {
             result = &mut stopped => {
@@ -304,7 +318,8 @@ async fn watch_trouble(readiness: Readiness, mut servers: Vec<watch::Receiver<Op
             Some(reason) => readiness.set_not_ready(reason),
             None => readiness.set_ready(),
         }
-        let mut changes: FuturesUnordered<_> = servers.iter_mut().map(|server| server.changed()).collect();
+        let mut changes: FuturesUnordered<_> =
+            servers.iter_mut().map(|server| server.changed()).collect();
         // A server that has ended sends no more changes.
         if !matches!(changes.next().await, Some(Ok(()))) {
             return;
@@ -312,7 +327,8 @@ async fn watch_trouble(readiness: Readiness, mut servers: Vec<watch::Receiver<Op
     }
 }
 
-/// Converts an error of a server, whose text is the problem and then, after a semicolon, the remedy.
+/// Converts an error of a server, whose text is the problem and then, after a semicolon, the
+/// remedy.
 fn advice(error: impl std::error::Error) -> Failure {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -368,9 +384,16 @@ mod tests {
     #[test]
     fn the_prices_reach_the_master() {
         let flags = Overrides::new().assign(
-            &["currency=EUR", "put_per_1000=1", "get_per_1000=2", "list_per_1000=3", "gib_month=4", "egress_gib=5"]
-                .map(|given| given.split_once('=').unwrap())
-                .map(|(field, value)| (format!("prices.{field}"), value.to_owned())),
+            &[
+                "currency=EUR",
+                "put_per_1000=1",
+                "get_per_1000=2",
+                "list_per_1000=3",
+                "gib_month=4",
+                "egress_gib=5",
+            ]
+            .map(|given| given.split_once('=').unwrap())
+            .map(|(field, value)| (format!("prices.{field}"), value.to_owned())),
         );
         let mut config = config::load(None, flags).unwrap().config;
         config.bucket.url = Some("file:///b".to_owned());

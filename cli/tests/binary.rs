@@ -1,5 +1,5 @@
-//! Tests of the binary itself: exit codes, help, configuration. These tests also make cargo build the binary, next to
-//! which the end-to-end tests expect it.
+//! Tests of the binary itself: exit codes, help, configuration. These tests also make cargo build
+//! the binary, next to which the end-to-end tests expect it.
 #![allow(clippy::unwrap_used)]
 #![expect(clippy::disallowed_methods, reason = "these tests wait for processes without a runtime")]
 
@@ -25,7 +25,9 @@ fn help_shows_every_command_of_the_contract() {
     let shown = vasto(&["--help"]);
     let text = String::from_utf8_lossy(&shown.stdout);
     assert!(shown.status.success());
-    for command in ["dev", "serve", "keyspace", "node", "cluster", "operation", "kv", "bench", "config"] {
+    for command in
+        ["dev", "serve", "keyspace", "node", "cluster", "operation", "kv", "bench", "config"]
+    {
         assert!(text.contains(command), "{command} is missing in:\n{text}");
     }
 }
@@ -70,11 +72,18 @@ impl Dev {
 
     /// Runs the command as `vasto dev` with its data in `data`.
     fn run(mut command: Command, data: PathBuf, flags: &[&str], dir: tempfile::TempDir) -> Dev {
-        command.args(["dev", "--nodes", "2", "--master-listen", "127.0.0.1:0", "--dir"]).arg(data).args(flags);
+        command
+            .args(["dev", "--nodes", "2", "--master-listen", "127.0.0.1:0", "--dir"])
+            .arg(data)
+            .args(flags);
         let mut process = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        Dev { ready: serde_json::from_str(&line).expect("the line that says it is ready"), process, dir }
+        Dev {
+            ready: serde_json::from_str(&line).expect("the line that says it is ready"),
+            process,
+            dir,
+        }
     }
 
     /// Sends SIGTERM; returns the exit code if the process ends within the promised time.
@@ -127,21 +136,34 @@ fn requests_are_counted_by_kind_and_the_bill_is_estimated_from_them() {
     dev.vasto(&["keyspace", "checkpoint", "ks1"]);
 
     // Each server of this process has its own series.
-    let nodes: Vec<&str> =
-        dev.ready["nodes"].as_array().unwrap().iter().map(|node| node["node_id"].as_str().unwrap()).collect();
+    let nodes: Vec<&str> = dev.ready["nodes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|node| node["node_id"].as_str().unwrap())
+        .collect();
     let metrics = dev.metrics();
     for kind in ["put", "get", "head", "list", "delete"] {
         for node in &nodes {
             let labels = [("role", "node"), ("node", *node), ("kind", kind)];
-            assert!(series(&metrics, "vasto_bucket_requests_total", &labels).is_some(), "{labels:?} in:\n{metrics}");
+            assert!(
+                series(&metrics, "vasto_bucket_requests_total", &labels).is_some(),
+                "{labels:?} in:\n{metrics}"
+            );
         }
     }
     let master = [("role", "master"), ("kind", "put")];
     assert!(series(&metrics, "vasto_bucket_requests_total", &master).unwrap() > 0.0, "{metrics}");
     for node in &nodes {
         let labels = [("role", "node"), ("node", *node)];
-        assert!(series(&metrics, "vasto_bucket_sent_bytes_total", &labels).unwrap() > 0.0, "{metrics}");
-        assert!(series(&metrics, "vasto_bucket_received_bytes_total", &labels).is_some(), "{metrics}");
+        assert!(
+            series(&metrics, "vasto_bucket_sent_bytes_total", &labels).unwrap() > 0.0,
+            "{metrics}"
+        );
+        assert!(
+            series(&metrics, "vasto_bucket_received_bytes_total", &labels).is_some(),
+            "{metrics}"
+        );
         let puts = [("role", "node"), ("node", *node), ("kind", "put")];
         assert!(series(&metrics, "vasto_bucket_requests_total", &puts).unwrap() > 0.0, "{metrics}");
     }
@@ -149,7 +171,9 @@ fn requests_are_counted_by_kind_and_the_bill_is_estimated_from_them() {
     let deadline = Instant::now() + Duration::from_secs(20);
     let status = loop {
         let status = dev.status();
-        if status["bill"]["processes"] == 3 && status["nodes"][0]["bucket_requests"]["put"].as_u64() > Some(0) {
+        if status["bill"]["processes"] == 3
+            && status["nodes"][0]["bucket_requests"]["put"].as_u64() > Some(0)
+        {
             break status;
         }
         assert!(Instant::now() < deadline, "not all servers were measured: {status}");
@@ -157,7 +181,11 @@ fn requests_are_counted_by_kind_and_the_bill_is_estimated_from_them() {
     let bill = &status["bill"];
     assert_eq!(bill["currency"], "EUR");
     assert!(bill["per_month"]["requests"].as_f64().unwrap() > 0.0, "{bill}");
-    assert_eq!((&bill["per_month"]["storage"], &bill["per_month"]["total"]), (&Value::Null, &Value::Null), "{bill}");
+    assert_eq!(
+        (&bill["per_month"]["storage"], &bill["per_month"]["total"]),
+        (&Value::Null, &Value::Null),
+        "{bill}"
+    );
     assert!(bill["note"].as_str().unwrap().contains("vasto bucket gc --dry-run"), "{bill}");
     // A status query makes no bucket requests.
     let master_requests = |status: &Value| {
@@ -203,7 +231,9 @@ fn files_of_a_server_are_its_users_alone() {
     let data = dir.path().join("data");
     // The usual umask of a shell, independent of the umask of this test.
     let mut shell = Command::new("sh");
-    shell.args(["-c", r#"umask 022; exec "$0" "$@""#, env!("CARGO_BIN_EXE_vasto")]).stderr(Stdio::null());
+    shell
+        .args(["-c", r#"umask 022; exec "$0" "$@""#, env!("CARGO_BIN_EXE_vasto")])
+        .stderr(Stdio::null());
     let dev = Dev::run(shell, data.clone(), &[], dir);
     dev.vasto(&["keyspace", "create", "ks1", "--shards", "2"]);
     dev.vasto(&["kv", "put", "ks1", "a", "1"]);
@@ -212,10 +242,15 @@ fn files_of_a_server_are_its_users_alone() {
     for part in ["bucket", "node-1/LOCK", "node-1/node.json"] {
         assert!(all.contains(&data.join(part)), "{part} is missing");
     }
-    assert!(all.iter().any(|path| path.extension().is_some_and(|extension| extension == "manifest")), "{all:?}");
+    assert!(
+        all.iter().any(|path| path.extension().is_some_and(|extension| extension == "manifest")),
+        "{all:?}"
+    );
     let wide: Vec<_> = std::iter::once(&data)
         .chain(&all)
-        .filter(|path| path.metadata().is_ok_and(|metadata| metadata.permissions().mode() & 0o077 != 0))
+        .filter(|path| {
+            path.metadata().is_ok_and(|metadata| metadata.permissions().mode() & 0o077 != 0)
+        })
         .collect();
     assert!(wide.is_empty(), "others can read {wide:?}");
 }
@@ -231,10 +266,14 @@ fn directories_may_be_called_anything() {
     dev.vasto(&["keyspace", "create", "ks1"]);
     dev.vasto(&["kv", "put", "ks1", "a", "1"]);
     dev.vasto(&["keyspace", "checkpoint", "ks1"]);
-    let names: Vec<_> = std::fs::read_dir(&parent).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let names: Vec<_> =
+        std::fs::read_dir(&parent).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names, [strange], "nothing is made elsewhere");
     assert!(parent.join(strange).join("bucket/cluster.json").is_file());
-    assert_eq!(dev.vasto(&["bucket", "fsck", "--output", "json"]).matches("\"missing\": []").count(), 1);
+    assert_eq!(
+        dev.vasto(&["bucket", "fsck", "--output", "json"]).matches("\"missing\": []").count(),
+        1
+    );
     assert_eq!(dev.terminate(), Some(0));
 }
 
@@ -247,9 +286,12 @@ fn silent_peers_and_unread_logs_hold_up_nothing() {
     unread.stderr(Stdio::piped());
     let mut dev = Dev::run(unread, data, &["--set", "log.filter=trace"], dir);
     let _unread = dev.process.stderr.take().unwrap();
-    let addresses = [&dev.ready["listen"], &dev.ready["admin_listen"], &dev.ready["nodes"][0]["listen"]];
-    let _silent: Vec<_> =
-        addresses.iter().map(|address| TcpStream::connect(address.as_str().unwrap()).unwrap()).collect();
+    let addresses =
+        [&dev.ready["listen"], &dev.ready["admin_listen"], &dev.ready["nodes"][0]["listen"]];
+    let _silent: Vec<_> = addresses
+        .iter()
+        .map(|address| TcpStream::connect(address.as_str().unwrap()).unwrap())
+        .collect();
     dev.vasto(&["keyspace", "create", "ks1", "--shards", "2"]);
     dev.vasto(&["bench", "ks1", "--workload", "mixed", "--requests", "2000", "--keys", "100"]);
     let dropped = |dev: &Dev| {
@@ -280,10 +322,13 @@ fn log_lines_of_dev_name_the_node() {
     dev.vasto(&["keyspace", "delete", "ks1", "--yes"]);
     assert_eq!(dev.terminate(), Some(0));
     let text = std::fs::read_to_string(&log).unwrap();
-    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
+    let lines: Vec<Value> =
+        text.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
     let of_nodes: Vec<_> = lines
         .iter()
-        .filter(|line| line["target"].as_str().is_some_and(|target| target.starts_with("vasto_node")))
+        .filter(|line| {
+            line["target"].as_str().is_some_and(|target| target.starts_with("vasto_node"))
+        })
         .collect();
     assert!(of_nodes.len() > 5, "{text}");
     for line in of_nodes {
@@ -303,14 +348,36 @@ fn a_benchmark_leaves_nothing_behind_unless_told_to() {
         dev.vasto(&["kv", "put", "ks1", mine, "1"]);
     }
     let keys = || {
-        let rows: Value = serde_json::from_str(&dev.vasto(&["kv", "scan", "ks1", "--output", "json"])).unwrap();
+        let rows: Value =
+            serde_json::from_str(&dev.vasto(&["kv", "scan", "ks1", "--output", "json"])).unwrap();
         rows.as_array().unwrap().len()
     };
     for workload in ["put", "ycsb-d", "get"] {
-        dev.vasto(&["bench", "ks1", "--workload", workload, "--requests", "300", "--keys", "1200", "--clients", "4"]);
+        dev.vasto(&[
+            "bench",
+            "ks1",
+            "--workload",
+            workload,
+            "--requests",
+            "300",
+            "--keys",
+            "1200",
+            "--clients",
+            "4",
+        ]);
         assert_eq!(keys(), 5, "after {workload}");
     }
-    dev.vasto(&["bench", "ks1", "--workload", "get", "--requests", "10", "--keys", "1200", "--keep"]);
+    dev.vasto(&[
+        "bench",
+        "ks1",
+        "--workload",
+        "get",
+        "--requests",
+        "10",
+        "--keys",
+        "1200",
+        "--keep",
+    ]);
     assert_eq!(keys(), 1_205);
 }
 
@@ -351,7 +418,8 @@ fn spans_reach_a_collector_and_one_that_is_gone_is_told() {
         .env("OTEL_EXPORTER_OTLP_TIMEOUT", "1000")
         .env("OTEL_METRIC_EXPORT_INTERVAL", "500");
     let seen = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
-    let (collected, stop) = (seen.clone(), std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false)));
+    let (collected, stop) =
+        (seen.clone(), std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false)));
     let stopped = stop.clone();
     let collecting = std::thread::spawn(move || {
         for stream in collector.incoming() {
@@ -383,7 +451,11 @@ fn spans_reach_a_collector_and_one_that_is_gone_is_told() {
     drop(TcpStream::connect(endpoint.trim_start_matches("http://")));
     collecting.join().unwrap();
     while !std::fs::read_to_string(&log).unwrap().contains("do not reach the OTLP collector") {
-        assert!(Instant::now() < deadline + Duration::from_secs(30), "{}", std::fs::read_to_string(&log).unwrap());
+        assert!(
+            Instant::now() < deadline + Duration::from_secs(30),
+            "{}",
+            std::fs::read_to_string(&log).unwrap()
+        );
         std::thread::sleep(Duration::from_millis(50));
     }
     assert!(dev.dir.path().exists());
@@ -394,22 +466,39 @@ fn spans_reach_a_collector_and_one_that_is_gone_is_told() {
 fn a_cluster_that_an_earlier_version_stored_goes_on() {
     let dir = tempfile::tempdir().unwrap();
     let stored = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata/v1/cluster.tar.gz");
-    assert!(Command::new("tar").arg("xzf").arg(stored).arg("-C").arg(dir.path()).status().unwrap().success());
+    assert!(
+        Command::new("tar")
+            .arg("xzf")
+            .arg(stored)
+            .arg("-C")
+            .arg(dir.path())
+            .status()
+            .unwrap()
+            .success()
+    );
     let data = dir.path().join("data");
     let mut dev = Dev::run(command(), data, &[], dir);
     let rows = |keyspace: &str| -> Vec<Value> {
         let shown = dev.vasto(&["kv", "scan", keyspace, "--output", "json"]);
         let rows: Vec<Value> = serde_json::from_str(&shown).unwrap();
-        rows.iter().for_each(|row| assert!(row["value"].is_string() && row["event_time"].is_u64(), "{row}"));
+        rows.iter().for_each(|row| {
+            assert!(row["value"].is_string() && row["event_time"].is_u64(), "{row}")
+        });
         rows
     };
     let before = rows("first");
     assert_eq!(before.len(), 59);
-    for (key, value) in [("key:1", "value 1\n"), ("key:40", "value 40\n"), ("key:60", "value 60\n"), ("long", "x\n")] {
+    for (key, value) in [
+        ("key:1", "value 1\n"),
+        ("key:40", "value 40\n"),
+        ("key:60", "value 60\n"),
+        ("long", "x\n"),
+    ] {
         assert_eq!(dev.vasto(&["kv", "get", "first", key]), value, "{key}");
     }
     let described: Value =
-        serde_json::from_str(&dev.vasto(&["keyspace", "describe", "first", "--output", "json"])).unwrap();
+        serde_json::from_str(&dev.vasto(&["keyspace", "describe", "first", "--output", "json"]))
+            .unwrap();
     assert_eq!(described["placement"].as_array().unwrap().len(), 2, "{described}");
     let operations = dev.vasto(&["operation", "list", "--output", "json"]);
     assert!(operations.contains("\"op-1-1\"") && operations.contains("\"grow\""), "{operations}");

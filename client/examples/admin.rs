@@ -1,4 +1,5 @@
-//! Creates a keyspace, grows it while a client writes, makes a checkpoint, restores it under another name.
+//! Creates a keyspace, grows it while a client writes, makes a checkpoint, restores it under
+//! another name.
 //!
 //! `cargo run -p vasto-client --example admin -- http://127.0.0.1:8278`
 
@@ -10,7 +11,9 @@ async fn main() -> Result<(), vasto_client::Error> {
     let vasto = Vasto::connect(&url).await?;
     match vasto.create_keyspace("orders", KeyspaceSpec::default().shards(1)).await {
         Ok(_) => {}
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => println!("the keyspace `orders` exists"),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            println!("the keyspace `orders` exists")
+        }
         Err(error) => return Err(error),
     }
     let ks = vasto.keyspace("orders").await?;

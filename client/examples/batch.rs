@@ -1,5 +1,5 @@
-//! Moves an amount between two accounts: a batch within one partition is applied as a whole or not at all.
-//! Needs the keyspace of the example `quickstart`.
+//! Moves an amount between two accounts: a batch within one partition is applied as a whole or not
+//! at all. Needs the keyspace of the example `quickstart`.
 //!
 //! `cargo run -p vasto-client --example batch -- http://127.0.0.1:8278`
 
@@ -19,17 +19,26 @@ async fn main() -> Result<(), vasto_client::Error> {
     let url = std::env::args().nth(1).unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
     let ks = Vasto::connect(&url).await?.keyspace("quickstart").await?;
 
-    ks.write(Batch::new().put(account("ada", "checking"), "100").put(account("ada", "savings"), "0")).await?;
+    ks.write(
+        Batch::new().put(account("ada", "checking"), "100").put(account("ada", "savings"), "0"),
+    )
+    .await?;
     let (checking, savings) = (balance(&ks, "checking").await?, balance(&ks, "savings").await?);
     let moved = Batch::new()
         .put(account("ada", "checking"), (checking - 40).to_string())
         .put(account("ada", "savings"), (savings + 40).to_string())
         .put(account("ada", "last_transfer"), "40 to savings");
     println!("{} operations: {:?}", moved.len(), ks.write(moved).await?);
-    println!("checking {}, savings {}", balance(&ks, "checking").await?, balance(&ks, "savings").await?);
+    println!(
+        "checking {}, savings {}",
+        balance(&ks, "checking").await?,
+        balance(&ks, "savings").await?
+    );
 
-    // Keys of several partitions go to their shards side by side: faster than single puts, not atomic.
-    let many = (0..500).fold(Batch::new(), |batch, n| batch.put(format!("item:{n:03}"), n.to_string()));
+    // Keys of several partitions go to their shards side by side: faster than single puts, not
+    // atomic.
+    let many =
+        (0..500).fold(Batch::new(), |batch, n| batch.put(format!("item:{n:03}"), n.to_string()));
     println!("{} puts to {} shards", ks.write(many).await?.len(), ks.shards());
     Ok(())
 }

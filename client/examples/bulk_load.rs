@@ -1,6 +1,5 @@
-//! Loads many rows as fast as the cluster takes them: batches, several at a time. The client slows down by itself
-//! where nodes do.
-//! Needs the keyspace of the example `quickstart`.
+//! Loads many rows as fast as the cluster takes them: batches, several at a time. The client slows
+//! down by itself where nodes do. Needs the keyspace of the example `quickstart`.
 //!
 //! `cargo run -p vasto-client --example bulk_load -- http://127.0.0.1:8278 20000`
 
@@ -22,8 +21,9 @@ async fn main() -> Result<(), vasto_client::Error> {
     let loaded = futures::stream::iter((0..rows).step_by(BATCH as usize))
         .map(|first| {
             let keys = first..(first + BATCH).min(rows);
-            let batch =
-                keys.fold(Batch::new(), |batch, n| batch.put(format!("row:{n:08}"), format!("value of row {n}")));
+            let batch = keys.fold(Batch::new(), |batch, n| {
+                batch.put(format!("row:{n:08}"), format!("value of row {n}"))
+            });
             async { ks.write(batch).await.map(|outcomes| outcomes.len()) }
         })
         .buffer_unordered(AT_A_TIME)

@@ -1,5 +1,5 @@
-//! Takes a lock with `if_absent`, and changes a document with `if_version` until no other writer interferes.
-//! Needs the keyspace of the example `quickstart`.
+//! Takes a lock with `if_absent`, and changes a document with `if_version` until no other writer
+//! interferes. Needs the keyspace of the example `quickstart`.
 //!
 //! `cargo run -p vasto-client --example conditional_write -- http://127.0.0.1:8278`
 
@@ -12,7 +12,9 @@ async fn add_line(ks: &Keyspace, key: &str, line: &str) -> Result<u32, vasto_cli
     let mut attempts = 1;
     loop {
         let outcome = match ks.get(key).await? {
-            Some(value) => ks.put(key, format!("{value}{line}\n")).if_version(value.version).await?,
+            Some(value) => {
+                ks.put(key, format!("{value}{line}\n")).if_version(value.version).await?
+            }
             None => ks.put(key, format!("{line}\n")).if_absent().await?,
         };
         match outcome {
@@ -39,7 +41,9 @@ async fn main() -> Result<(), vasto_client::Error> {
     ks.delete("document").await?;
     let writers = (0..4).map(|writer| {
         let ks = ks.clone();
-        tokio::spawn(async move { add_line(&ks, "document", &format!("line of writer {writer}")).await })
+        tokio::spawn(
+            async move { add_line(&ks, "document", &format!("line of writer {writer}")).await },
+        )
     });
     let mut attempts = 0;
     for writer in writers.collect::<Vec<_>>() {

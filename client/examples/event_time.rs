@@ -14,10 +14,12 @@ async fn main() -> Result<(), vasto_client::Error> {
 
     // Microseconds since 1970.
     #[allow(clippy::disallowed_methods)] // A program of its own reads the clock of its machine.
-    let now_us = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as u64;
+    let now_us =
+        SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as u64;
     let readings = [(3_000_000, "19.5"), (1_000_000, "18.0"), (2_000_000, "19.0")];
     for (after_us, celsius) in readings {
-        let outcome = ks.put("sensor:1", celsius).event_time(now_us + after_us - 10_000_000).await?;
+        let outcome =
+            ks.put("sensor:1", celsius).event_time(now_us + after_us - 10_000_000).await?;
         match outcome {
             Outcome::Applied { event_time } => println!("{celsius} stands since {event_time}"),
             Outcome::Superseded => println!("{celsius} is older than what stands"),

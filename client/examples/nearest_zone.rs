@@ -1,5 +1,5 @@
-//! Reads from the nearest zone where it may lag behind, and from the primary where it must not. Creates a keyspace
-//! with two replicas of each shard, so it needs a cluster of two nodes or more.
+//! Reads from the nearest zone where it may lag behind, and from the primary where it must not.
+//! Creates a keyspace with two replicas of each shard, so it needs a cluster of two nodes or more.
 //!
 //! `cargo run -p vasto-client --example nearest_zone -- http://127.0.0.1:8278`
 
@@ -20,7 +20,8 @@ async fn main() -> Result<(), vasto_client::Error> {
     ks.put("price", "42").ack(Ack::Replica).await?;
     println!("at the primary: {:?}", ks.get("price").await?.map(|value| value.to_string()));
 
-    // A replica in the zone "eu" where there is one, else the primary: it may lag behind by a moment.
+    // A replica in the zone "eu" where there is one, else the primary: it may lag behind by a
+    // moment.
     let near = ks.clone().read_from(ReadFrom::Zone("eu".to_owned()));
     println!("in the zone:    {:?}", near.get("price").await?.map(|value| value.to_string()));
 

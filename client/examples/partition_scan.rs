@@ -27,7 +27,11 @@ async fn main() -> Result<(), vasto_client::Error> {
     let mut rows = ks.scan().partition("user:42").prefix("user:42:order:").limit(3).stream();
     while let Some(row) = rows.next().await {
         let row = row?;
-        println!("  {} = {}", String::from_utf8_lossy(&row.key), row.value.map(|v| v.to_string()).unwrap_or_default());
+        println!(
+            "  {} = {}",
+            String::from_utf8_lossy(&row.key),
+            row.value.map(|v| v.to_string()).unwrap_or_default()
+        );
     }
 
     let mut count = 0u64;
@@ -35,6 +39,9 @@ async fn main() -> Result<(), vasto_client::Error> {
     while all.try_next().await?.is_some() {
         count += 1;
     }
-    println!("{count} orders of all users, merged from {} shards in the order of keys", ks.shards());
+    println!(
+        "{count} orders of all users, merged from {} shards in the order of keys",
+        ks.shards()
+    );
     Ok(())
 }

@@ -17,7 +17,8 @@ async fn main() -> Result<(), vasto_client::Error> {
 
     let long = ks.get("session:long").await?.expect("it was just written");
     #[allow(clippy::disallowed_methods)] // A program of its own reads the clock of its machine.
-    let now_us = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as u64;
+    let now_us =
+        SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as u64;
     let left_us = long.expires_at.map_or(0, |at| at.saturating_sub(now_us));
     println!("session:long ends in {} minutes", (left_us + 30_000_000) / 60_000_000);
 

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use vasto_client::{Error, ErrorKind, Keyspace, Vasto};
 
-/// Puts a value and does not return before it stands. A put may be repeated: the second one changes nothing.
+/// Puts a value and does not return before it stands. A put may be repeated: the second one changes
+/// nothing.
 async fn put_for_sure(ks: &Keyspace, key: &str, value: &str) -> Result<u32, Error> {
     let mut attempts = 1;
     loop {
@@ -31,7 +32,11 @@ async fn put_for_sure(ks: &Keyspace, key: &str, value: &str) -> Result<u32, Erro
 #[tokio::main]
 async fn main() -> Result<(), Error> {
     let url = std::env::args().nth(1).unwrap_or_else(|| "http://127.0.0.1:8278".to_owned());
-    let ks = Vasto::connect(&url).await?.keyspace("quickstart").await?.with_deadline(Duration::from_secs(2));
+    let ks = Vasto::connect(&url)
+        .await?
+        .keyspace("quickstart")
+        .await?
+        .with_deadline(Duration::from_secs(2));
 
     println!("the put stands after {} attempt", put_for_sure(&ks, "order:7", "paid").await?);
 
@@ -40,7 +45,10 @@ async fn main() -> Result<(), Error> {
     match ks.add_i64("stock", 10).await {
         Ok(stock) => println!("stock = {stock}"),
         Err(error) if error.kind() == ErrorKind::Unknown => {
-            println!("it may have been done: {:?}", ks.get("stock").await?.and_then(|value| value.as_i64()));
+            println!(
+                "it may have been done: {:?}",
+                ks.get("stock").await?.and_then(|value| value.as_i64())
+            );
         }
         Err(error) => return Err(error),
     }

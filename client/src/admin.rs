@@ -1,7 +1,8 @@
 //! Administrative calls to the master. Each answers a document of [`crate::answer`].
 //!
 //! **Invariant:** a call that may have changed something and was not answered is
-//! [`ErrorKind::Unknown`](crate::ErrorKind::Unknown). Names and counts are checked before anything is sent.
+//! [`ErrorKind::Unknown`](crate::ErrorKind::Unknown). Names and counts are checked before anything
+//! is sent.
 
 mod cluster;
 mod keyspace;

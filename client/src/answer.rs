@@ -1,9 +1,11 @@
-//! What the master answers to administrative calls: documents with the fields that `vasto --output json` prints.
+//! What the master answers to administrative calls: documents with the fields that
+//! `vasto --output json` prints.
 //!
-//! **Invariant:** a document of another version of the master can be read as long as the types of its fields are the
-//! same: unknown fields are passed over, missing ones get the default of their type (only the id and the state of an
-//! operation must be there), and a name that only another version has, of a state for instance, is kept as text. A
-//! figure that no node has reported is `None`.
+//! **Invariant:** a document of another version of the master can be read as long as the types of
+//! its fields are the same: unknown fields are passed over, missing ones get the default of their
+//! type (only the id and the state of an operation must be there), and a name that only another
+//! version has, of a state for instance, is kept as text. A figure that no node has reported is
+//! `None`.
 
 mod bucket;
 mod cluster;
@@ -17,16 +19,18 @@ use serde::de::DeserializeOwned;
 pub use bucket::{BucketCheck, BucketRepair, GarbageCollection, Orphan};
 pub use cluster::{Bill, BillPerMonth, ClusterStatus, MasterStatus, NodeStatus};
 pub use keyspace::{
-    CommandedNodes, DeletedKeyspace, EvictedReplica, KeyspaceDescription, KeyspaceSummary, Quarantine, ReplicaStatus,
-    ShardPlacement,
+    CommandedNodes, DeletedKeyspace, EvictedReplica, KeyspaceDescription, KeyspaceSummary,
+    Quarantine, ReplicaStatus, ShardPlacement,
 };
 pub use operation::{
-    AbsentNode, Operation, OperationState, ReachedLog, ResizePlan, ResizeSource, ShardsOrNode, WritePauseMs,
+    AbsentNode, Operation, OperationState, ReachedLog, ResizePlan, ResizeSource, ShardsOrNode,
+    WritePauseMs,
 };
 
 use crate::error::{Error, ErrorKind};
 
-/// An answer of the master: a document, which it dereferences to, and the JSON text that the master sent.
+/// An answer of the master: a document, which it dereferences to, and the JSON text that the master
+/// sent.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Answer<T> {
     document: T,
@@ -54,15 +58,16 @@ impl<T> Deref for Answer<T> {
 }
 
 impl<T: DeserializeOwned> Answer<T> {
-    /// Reads the answer to a call. A call that `changes` something was carried out, so that an answer to it that
-    /// cannot be read is [`ErrorKind::Unknown`].
+    /// Reads the answer to a call. A call that `changes` something was carried out, so that an
+    /// answer to it that cannot be read is [`ErrorKind::Unknown`].
     pub(crate) fn read(json: String, changes: bool) -> Result<Self, Error> {
         match serde_json::from_str(&json) {
             Ok(document) => Ok(Self { document, json }),
             Err(error) => {
                 let kind = if changes { ErrorKind::Unknown } else { ErrorKind::Internal };
-                let message =
-                    format!("the master's answer cannot be read ({error}); is it of the same version as this program?");
+                let message = format!(
+                    "the master's answer cannot be read ({error}); is it of the same version as this program?"
+                );
                 Err(Error::new(kind, message))
             }
         }
@@ -97,13 +102,22 @@ mod tests {
     fn every_document_of_the_master_is_read() {
         let orders: KeyspaceDescription = pinned("keyspace describe");
         let failed = &orders.placement[0].replicas[1];
-        assert_eq!((orders.ack.as_str(), failed.state.as_str(), failed.lsn), ("replica", "failed", Some(100)));
+        assert_eq!(
+            (orders.ack.as_str(), failed.state.as_str(), failed.lsn),
+            ("replica", "failed", Some(100))
+        );
         assert_eq!(orders.placement[0].replicas[2].keys_estimate, None);
-        assert_eq!((&orders.quarantines[0].replicas, orders.quarantines[0].until_us), (&vec![1], Some(9_000_000)));
+        assert_eq!(
+            (&orders.quarantines[0].replicas, orders.quarantines[0].until_us),
+            (&vec![1], Some(9_000_000))
+        );
         assert_eq!(orders.operation.unwrap().bytes_total, Some(1_000));
         assert_eq!(pinned::<KeyspaceDescription>("keyspace describe, idle").operation, None);
         assert_eq!(pinned::<Vec<KeyspaceSummary>>("keyspace list").len(), 4);
-        assert_eq!(pinned::<ResizePlan>("keyspace resize --plan").sources[1].bytes_to_read, 349_525);
+        assert_eq!(
+            pinned::<ResizePlan>("keyspace resize --plan").sources[1].bytes_to_read,
+            349_525
+        );
         assert_eq!(pinned::<CommandedNodes>("keyspace compact").nodes.len(), 2);
         assert_eq!(pinned::<CommandedNodes>("keyspace checkpoint").keyspace, "one");
         assert_eq!(pinned::<EvictedReplica>("keyspace evict").state, "draining");
@@ -136,7 +150,10 @@ mod tests {
     fn a_change_with_an_answer_that_cannot_be_read_may_have_been_made() {
         for (changes, kind) in [(true, ErrorKind::Unknown), (false, ErrorKind::Internal)] {
             for json in ["", "[", r#"{"objects": "many"}"#] {
-                assert_eq!(Answer::<BucketCheck>::read(json.to_owned(), changes).unwrap_err().kind(), kind);
+                assert_eq!(
+                    Answer::<BucketCheck>::read(json.to_owned(), changes).unwrap_err().kind(),
+                    kind
+                );
             }
         }
     }

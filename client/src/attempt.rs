@@ -1,8 +1,8 @@
 //! One attempt of a request: sent once, to one node.
 //!
-//! **Invariant:** an attempt ends with the reply, or with a [`Failed`] that says whether the node may have received
-//! the request. A node that cannot be reached or is silent becomes suspect; when another replica can be asked, the
-//! attempt does not wait for it.
+//! **Invariant:** an attempt ends with the reply, or with a [`Failed`] that says whether the node
+//! may have received the request. A node that cannot be reached or is silent becomes suspect; when
+//! another replica can be asked, the attempt does not wait for it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,7 +35,13 @@ pub(crate) struct Failed {
 
 impl Failed {
     pub(crate) fn new(failure: Failure, message: impl Into<String>) -> Self {
-        Self { failure, message: message.into(), retry_after: Duration::ZERO, elsewhere: false, out_of_service: None }
+        Self {
+            failure,
+            message: message.into(),
+            retry_after: Duration::ZERO,
+            elsewhere: false,
+            out_of_service: None,
+        }
     }
 }
 
@@ -51,8 +57,14 @@ pub(crate) struct Attempt<'a> {
 }
 
 impl Attempt<'_> {
-    /// Sends a request of about `bytes`. A topology that comes with a refusal is offered to `routing`.
-    pub(crate) async fn send(self, routing: &Routing, op: Op, bytes: usize) -> Result<Reply, Failed> {
+    /// Sends a request of about `bytes`. A topology that comes with a refusal is offered to
+    /// `routing`.
+    pub(crate) async fn send(
+        self,
+        routing: &Routing,
+        op: Op,
+        bytes: usize,
+    ) -> Result<Reply, Failed> {
         let connection = self.connect(routing).await?;
         let write = matches!(op, Op::Write(_));
         let call = connection.call(self.request(op, self.strict), bytes, self.deadline);
@@ -61,11 +73,17 @@ impl Attempt<'_> {
             NodeReply::Reply(reply) => Ok(reply),
             NodeReply::Lost { sent } => {
                 self.node.suspect(self.probe());
-                let message = format!("the connection to the node at {} ended before the reply", self.node.address());
+                let message = format!(
+                    "the connection to the node at {} ended before the reply",
+                    self.node.address()
+                );
                 Err(Failed::new(Failure::Lost { sent }, message))
             }
             NodeReply::Expired { sent } => {
-                let message = format!("the node at {} did not answer before the deadline", self.node.address());
+                let message = format!(
+                    "the node at {} did not answer before the deadline",
+                    self.node.address()
+                );
                 Err(Failed::new(Failure::Expired { sent }, message))
             }
         }
@@ -108,7 +126,8 @@ impl Attempt<'_> {
         }
     }
 
-    /// Waits for the answer as long as the node answers anything at all, or there is no other replica.
+    /// Waits for the answer as long as the node answers anything at all, or there is no other
+    /// replica.
     async fn answer_of(
         &self,
         call: impl Future<Output = NodeReply>,
@@ -117,9 +136,11 @@ impl Attempt<'_> {
     ) -> Result<NodeReply, Failed> {
         tokio::pin!(call);
         let impatient = self.is_impatient();
-        // A request that waits for another replica, the bucket or a change of shards takes seconds even at a healthy
-        // node; repeating it costs more than waiting. So a write is repeated only after an easy probe got no answer.
-        let before_asking = if write && impatient { ATTEMPT_PATIENCE / 2 } else { ATTEMPT_PATIENCE };
+        // A request that waits for another replica, the bucket or a change of shards takes seconds
+        // even at a healthy node; repeating it costs more than waiting. So a write is repeated only
+        // after an easy probe got no answer.
+        let before_asking =
+            if write && impatient { ATTEMPT_PATIENCE / 2 } else { ATTEMPT_PATIENCE };
         loop {
             if let Ok(answer) = tokio::time::timeout(before_asking, &mut call).await {
                 return Ok(answer);
@@ -129,7 +150,11 @@ impl Attempt<'_> {
                 continue;
             }
             if write {
-                let asked = connection.call(self.probe(), 0, Instant::now() + (ATTEMPT_PATIENCE - before_asking));
+                let asked = connection.call(
+                    self.probe(),
+                    0,
+                    Instant::now() + (ATTEMPT_PATIENCE - before_asking),
+                );
                 tokio::select! {
                     biased;
                     answer = &mut call => return Ok(answer),

@@ -6,7 +6,9 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use vasto_core::limits::{BATCH_BYTES_MAX, BATCH_OPS_MAX, LimitError, check_event_time, check_ttl_ms, check_value};
+use vasto_core::limits::{
+    BATCH_BYTES_MAX, BATCH_OPS_MAX, LimitError, check_event_time, check_ttl_ms, check_value,
+};
 use vasto_proto::v1;
 
 use crate::key::{IntoBytes, Key};
@@ -19,15 +21,15 @@ pub struct WriteOptions {
 }
 
 impl WriteOptions {
-    /// Sets the time to live, at least 1 ms; the keyspace's default if not given. Has no effect on a
-    /// delete.
+    /// Sets the time to live, at least 1 ms; the keyspace's default if not given. Has no effect on
+    /// a delete.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.ttl = Some(ttl);
         self
     }
 
-    /// Sets the event time in microseconds since 1970, not 0 and at most a minute ahead of the clock.
-    /// The replica assigns one if not given. The later event time wins.
+    /// Sets the event time in microseconds since 1970, not 0 and at most a minute ahead of the
+    /// clock. The replica assigns one if not given. The later event time wins.
     pub fn event_time(mut self, micros: u64) -> Self {
         self.event_time = Some(micros);
         self
@@ -69,17 +71,24 @@ impl Write {
             Some(value) => v1::write_op::Op::Put(v1::Put {
                 value: value.clone(),
                 // `check` refuses a time to live that does not fit.
-                ttl_ms: self.options.ttl.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
+                ttl_ms: self
+                    .options
+                    .ttl
+                    .map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
                 ..Default::default()
             }),
             None => v1::write_op::Op::Delete(v1::Delete::default()),
         };
-        v1::WriteOp { key: Some(self.key.to_wire()), event_time: self.options.event_time, op: Some(op) }
+        v1::WriteOp {
+            key: Some(self.key.to_wire()),
+            event_time: self.options.event_time,
+            op: Some(op),
+        }
     }
 }
 
-/// Several writes that are sent together: atomic for each partition key, and the writes of one shard
-/// become durable together. At most 16 MiB or 10,000 writes.
+/// Several writes that are sent together: atomic for each partition key, and the writes of one
+/// shard become durable together. At most 16 MiB or 10,000 writes.
 #[derive(Debug, Clone, Default)]
 #[must_use = "a batch does nothing until it is given to `Keyspace::write`"]
 pub struct Batch {
@@ -98,7 +107,12 @@ impl Batch {
     }
 
     /// Adds a put with a time to live or an event time.
-    pub fn put_with(mut self, key: impl Into<Key>, value: impl IntoBytes, options: WriteOptions) -> Self {
+    pub fn put_with(
+        mut self,
+        key: impl Into<Key>,
+        value: impl IntoBytes,
+        options: WriteOptions,
+    ) -> Self {
         self.writes.push(Write { key: key.into(), value: Some(value.into_bytes()), options });
         self
     }

@@ -27,7 +27,8 @@ impl Vasto {
     /// Connects to the master at `http://host:port`.
     ///
     /// # Errors
-    /// `InvalidArgument` for another kind of URL; `Unavailable`, within 2 s, when no master answers.
+    /// `InvalidArgument` for another kind of URL; `Unavailable`, within 2 s, when no master
+    /// answers.
     pub async fn connect(url: &str) -> Result<Self, Error> {
         let tasks = Tasks::default();
         let master = Master::connect(url, tasks.cancel.clone()).await?;
@@ -59,19 +60,23 @@ impl Vasto {
         let opened = self.tasks.cancel.run_until_cancelled(self.master.watch(name)).await;
         let (topology, stream) = opened.unwrap_or_else(|| Err(closed()))?;
         if !topology.active {
-            return Err(Error::new(ErrorKind::NotFound, format!("the keyspace `{name}` was deleted")));
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                format!("the keyspace `{name}` was deleted"),
+            ));
         }
         let routing = Arc::new(Routing::new(topology, self.pool.clone()));
         let cancel = self.tasks.cancel.child_token();
         let watch = cancel.clone().drop_guard();
-        let follow = watch::follow(self.master.clone(), name.to_owned(), stream, routing.clone(), cancel);
+        let follow =
+            watch::follow(self.master.clone(), name.to_owned(), stream, routing.clone(), cancel);
         self.tasks.tracker.spawn(follow);
         Ok(Keyspace::new(Executor::new(routing), OPERATION_DEADLINE, watch, self.alive.clone()))
     }
 
-    /// Ends all connections and background tasks, also those of handles made from this client, and waits
-    /// for them. Later calls of these handles return [`ErrorKind::Closed`] at once. Dropping all handles
-    /// does the same without waiting.
+    /// Ends all connections and background tasks, also those of handles made from this client, and
+    /// waits for them. Later calls of these handles return [`ErrorKind::Closed`] at once. Dropping
+    /// all handles does the same without waiting.
     pub async fn close(self) {
         self.tasks.cancel.cancel();
         self.tasks.tracker.close();

@@ -1,7 +1,7 @@
 //! A connection to a node: a bidirectional stream that carries frames of operations with ids.
 //!
-//! **Invariant:** every request gets exactly one [`NodeReply`], which says whether the node may have
-//! received the request. One task owns all state ([`ConnectionDriver`]).
+//! **Invariant:** every request gets exactly one [`NodeReply`], which says whether the node may
+//! have received the request. One task owns all state ([`ConnectionDriver`]).
 //!
 //! Callers take byte permits before they enqueue, so the queue is bounded in bytes and a slow node
 //! makes callers wait. A frame takes every request that is queued when it can be sent: concurrent
@@ -39,12 +39,18 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
-    /// Connects and opens the stream; the task that serves the stream ends with the connection, with
-    /// `cancel`, or once the handle is dropped and nothing is in flight.
-    pub(crate) async fn open(address: &str, tasks: &TaskTracker, cancel: CancellationToken) -> Result<Self, String> {
-        let unreachable =
-            |error: &dyn std::error::Error| format!("cannot reach the node at {address}: {}", deepest(error));
-        let endpoint = endpoint(format!("http://{address}")).map_err(|error| unreachable(&error))?;
+    /// Connects and opens the stream; the task that serves the stream ends with the connection,
+    /// with `cancel`, or once the handle is dropped and nothing is in flight.
+    pub(crate) async fn open(
+        address: &str,
+        tasks: &TaskTracker,
+        cancel: CancellationToken,
+    ) -> Result<Self, String> {
+        let unreachable = |error: &dyn std::error::Error| {
+            format!("cannot reach the node at {address}: {}", deepest(error))
+        };
+        let endpoint =
+            endpoint(format!("http://{address}")).map_err(|error| unreachable(&error))?;
         let (frames, outgoing) = mpsc::channel(FRAMES_AHEAD);
         let opening = async {
             let channel = endpoint.connect().await.map_err(|error| unreachable(&error))?;
@@ -52,11 +58,15 @@ impl Connection {
                 .max_decoding_message_size(MESSAGE_BYTES_MAX)
                 .max_encoding_message_size(MESSAGE_BYTES_MAX);
             let replies = client.stream(ReceiverStream::new(outgoing)).await;
-            replies.map_err(|status| format!("the node at {address} refused the stream: {}", status.message()))
+            replies.map_err(|status| {
+                format!("the node at {address} refused the stream: {}", status.message())
+            })
         };
         let replies = tokio::time::timeout(CONNECT_TIMEOUT, opening)
             .await
-            .map_err(|_| format!("the node at {address} did not answer within {CONNECT_TIMEOUT:?}"))??
+            .map_err(|_| {
+                format!("the node at {address} did not answer within {CONNECT_TIMEOUT:?}")
+            })??
             .into_inner();
         // Unbounded in number, bounded in bytes: every sender holds permits for its request.
         let (queue, jobs) = mpsc::unbounded_channel();
@@ -87,14 +97,24 @@ impl Connection {
     }
 
     /// Sends a request of about `bytes` and waits for its answer. Waits for byte permits first.
-    pub(crate) async fn call(&self, mut request: v1::Request, bytes: usize, deadline: Instant) -> NodeReply {
+    pub(crate) async fn call(
+        &self,
+        mut request: v1::Request,
+        bytes: usize,
+        deadline: Instant,
+    ) -> NodeReply {
         let bytes = bytes + REQUEST_OVERHEAD_BYTES;
         let cost = u32::try_from(bytes.min(IN_FLIGHT_BYTES_MAX)).unwrap_or(u32::MAX);
         let permit = match self.in_flight.clone().try_acquire_many_owned(cost) {
             Ok(permit) => permit,
             Err(TryAcquireError::Closed) => return NodeReply::Lost { sent: false },
             Err(TryAcquireError::NoPermits) => {
-                match tokio::time::timeout_at(deadline, self.in_flight.clone().acquire_many_owned(cost)).await {
+                match tokio::time::timeout_at(
+                    deadline,
+                    self.in_flight.clone().acquire_many_owned(cost),
+                )
+                .await
+                {
                     Ok(Ok(permit)) => permit,
                     Ok(Err(_closed)) => return NodeReply::Lost { sent: false },
                     Err(_elapsed) => return NodeReply::Expired { sent: false },
@@ -106,7 +126,8 @@ impl Connection {
         if self.queue.send(QueuedRequest { request, bytes, deadline, answer, permit }).is_err() {
             return NodeReply::Lost { sent: false };
         }
-        // The task answers every request that it took; without an answer the request may have been sent.
+        // The task answers every request that it took; without an answer the request may have been
+        // sent.
         answered.await.unwrap_or(NodeReply::Lost { sent: true })
     }
 }
@@ -144,8 +165,8 @@ async fn drive(
             job = jobs.recv(), if handles_left => match job {
                 Some(job) => {
                     driver.enqueue(job);
-                    // Callers that were woken together are still enqueueing their requests: let them, so that
-                    // they share a frame.
+                    // Callers that were woken together are still enqueueing their requests: let
+                    // them, so that they share a frame.
                     tokio::task::yield_now().await;
                     while let Ok(job) = jobs.try_recv() {
                         driver.enqueue(job);

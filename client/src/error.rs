@@ -24,18 +24,18 @@ pub enum ErrorKind {
     Overloaded,
     /// The deadline passed before anything was done. Try again, perhaps with more time.
     DeadlineExceeded,
-    /// The write may or may not have taken effect, or took effect in part. Read it back, or repeat it if
-    /// that does no harm (a put or a delete).
+    /// The write may or may not have taken effect, or took effect in part. Read it back, or repeat
+    /// it if that does no harm (a put or a delete).
     Unknown,
     /// The current state does not allow the operation. The message says what to do first.
     FailedPrecondition,
     /// The stored value has another type. Read it with the accessor of its type.
     WrongType,
-    /// The number given is not finite, or the result would exceed the range of its type; nothing was
-    /// changed. The same request fails again.
+    /// The number given is not finite, or the result would exceed the range of its type; nothing
+    /// was changed. The same request fails again.
     OutOfRange,
-    /// The disk of a node is full, or the node has run out of another resource; nothing was changed. The
-    /// node recovers by itself once there is room: free some, or add a node.
+    /// The disk of a node is full, or the node has run out of another resource; nothing was
+    /// changed. The node recovers by itself once there is room: free some, or add a node.
     NoSpace,
     /// The client was closed by [`Vasto::close`](crate::Vasto::close). Connect anew.
     Closed,

@@ -1,8 +1,8 @@
 //! The execution of one operation: route, attempt, learn from the failure, retry.
 //!
 //! **Invariant:** every attempt uses one table for routing and epoch; the result of an attempt (a
-//! newer topology, that a write may have been applied) is kept for the next. [`crate::retry::decide`]
-//! makes the decision itself.
+//! newer topology, that a write may have been applied) is kept for the next.
+//! [`crate::retry::decide`] makes the decision itself.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,7 +20,8 @@ use crate::attempt::{Attempt, Failed};
 use crate::error::{Error, ErrorKind, closed};
 use crate::node::Node;
 use crate::retry::{
-    Action, Budget, Failure, Fewer, Situation, decide, fewer_may_do, give_up, maybe_applied, with_jitter,
+    Action, Budget, Failure, Fewer, Situation, decide, fewer_may_do, give_up, maybe_applied,
+    with_jitter,
 };
 use crate::route::{ReadFrom, Routing, Table, group_by_shard};
 use crate::tuning::DEADLINE_MAX;
@@ -31,10 +32,11 @@ pub(crate) struct RequestProgress {
     pub write: bool,
     pub deadline: Instant,
     pub attempts: u32,
-    /// Most keys that a request should hold: halved after each failure, so that values which exceeded
-    /// one reply then fit.
+    /// Most keys that a request should hold: halved after each failure, so that values which
+    /// exceeded one reply then fit.
     pub group_most: usize,
-    /// The replica to ask first. Other than the primary: a request by choice, and its answers are eventual.
+    /// The replica to ask first. Other than the primary: a request by choice, and its answers are
+    /// eventual.
     pub from: ReadFrom,
     losses: u32,
     unreachable: u32,
@@ -134,8 +136,8 @@ impl Executor {
         }
     }
 
-    /// Runs one operation on many partitions: `split` cuts the positions of a shard into requests, `op`
-    /// makes a request and returns its size in bytes. Answers come for groups, in any order.
+    /// Runs one operation on many partitions: `split` cuts the positions of a shard into requests,
+    /// `op` makes a request and returns its size in bytes. Answers come for groups, in any order.
     pub(crate) async fn run_many(
         &self,
         count: usize,
@@ -159,13 +161,22 @@ impl Executor {
                 for (shard, positions) in group_by_shard(&table.topology, &positions, &hash_of) {
                     for positions in split(positions, &progress) {
                         let (op, bytes) = op(&positions);
-                        running.push(self.attempt_group(table.clone(), shard, positions, progress.clone(), op, bytes));
+                        running.push(self.attempt_group(
+                            table.clone(),
+                            shard,
+                            positions,
+                            progress.clone(),
+                            op,
+                            bytes,
+                        ));
                     }
                 }
             }
             match running.next().await {
                 None => return,
-                Some(GroupAttempt::Again(positions, progress)) => to_group.push((positions, progress)),
+                Some(GroupAttempt::Again(positions, progress)) => {
+                    to_group.push((positions, progress))
+                }
                 Some(GroupAttempt::Finished(result)) => done(result),
             }
         }
@@ -219,21 +230,32 @@ impl Executor {
         let attempt = Attempt { table, shard, node, deadline: progress.deadline, strict };
         self.attempt_at(attempt, op, bytes).await.map_err(|failed| {
             let unable = [ErrorCode::NotPrimary, ErrorCode::CatchingUp, ErrorCode::NoSpace];
-            let refused = matches!(failed.failure, Failure::Refused { code, .. } if unable.contains(&code));
+            let refused =
+                matches!(failed.failure, Failure::Refused { code, .. } if unable.contains(&code));
             let out_of_service = refused.then(|| node.clone());
             Failed { elsewhere: table.has_other(shard, node, but), out_of_service, ..failed }
         })
     }
 
     /// Sends a request once, to the node of the attempt.
-    pub(crate) async fn attempt_at(&self, attempt: Attempt<'_>, op: Op, bytes: usize) -> Result<Reply, Failed> {
+    pub(crate) async fn attempt_at(
+        &self,
+        attempt: Attempt<'_>,
+        op: Op,
+        bytes: usize,
+    ) -> Result<Reply, Failed> {
         let reply = attempt.send(&self.routing, op, bytes).await?;
         self.budget.succeeded();
         Ok(reply)
     }
 
     /// Waits as [`decide`] says, or returns why there is no further attempt.
-    pub(crate) async fn recover(&self, table: &Table, progress: &mut RequestProgress, failed: Failed) -> Result<(), Error> {
+    pub(crate) async fn recover(
+        &self,
+        table: &Table,
+        progress: &mut RequestProgress,
+        failed: Failed,
+    ) -> Result<(), Error> {
         progress.attempts = progress.attempts.saturating_add(1);
         match failed.failure {
             Failure::Lost { sent } => {
@@ -247,7 +269,8 @@ impl Executor {
             Some(node) if failed.elsewhere => progress.out_of_service.push(node),
             // All replicas have been asked: ask them again.
             Some(_) => progress.out_of_service.clear(),
-            // A replica that reported another one as serving may serve now that this one does not answer.
+            // A replica that reported another one as serving may serve now that this one does not
+            // answer.
             None if matches!(failed.failure, Failure::Lost { .. } | Failure::Unreachable) => {
                 progress.out_of_service.clear();
             }
@@ -267,7 +290,9 @@ impl Executor {
         progress.maybe_applied |= progress.write && maybe_applied(failed.failure);
         let kind = match decide(failed.failure, situation) {
             Action::Now => return Ok(()),
-            Action::After { paid: true, .. } if !self.budget.take() => give_up(failed.failure, situation),
+            Action::After { paid: true, .. } if !self.budget.take() => {
+                give_up(failed.failure, situation)
+            }
             Action::After { pause, at_least, .. } => {
                 let pause = with_jitter(pause, at_least, rand::random()).min(situation.time_left);
                 let news = async {
@@ -292,7 +317,9 @@ impl Executor {
                 "the write may or may not have taken effect ({}); read it back, or repeat it if that does no harm",
                 failed.message
             ),
-            _ if progress.attempts > 1 => format!("{} (gave up after {} attempts)", failed.message, progress.attempts),
+            _ if progress.attempts > 1 => {
+                format!("{} (gave up after {} attempts)", failed.message, progress.attempts)
+            }
             _ => failed.message,
         };
         Err(Error::new(kind, message).with_retry_after(failed.retry_after))

@@ -56,8 +56,8 @@ impl<const N: usize> IntoBytes for [u8; N] {
 
 /// A user key, with the partition key that decides its shard.
 ///
-/// A string or bytes alone are a key whose partition key is the key itself. The partition key must be
-/// a function of the key: the same key under two partition keys is two records.
+/// A string or bytes alone are a key whose partition key is the key itself. The partition key must
+/// be a function of the key: the same key under two partition keys is two records.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Key {
     pub(crate) key: Bytes,
@@ -81,8 +81,8 @@ impl Key {
         Self { key: key.into_bytes(), partition: Partition::Own }
     }
 
-    /// Sets the partition key: keys with the same partition key share a shard, can be scanned by one
-    /// seek, and written atomically in one batch.
+    /// Sets the partition key: keys with the same partition key share a shard, can be scanned by
+    /// one seek, and written atomically in one batch.
     pub fn partition(mut self, partition: impl IntoBytes) -> Self {
         self.partition = Partition::Named(partition.into_bytes());
         self
@@ -124,7 +124,10 @@ impl Key {
             Partition::Named(partition) => *partition == self.key,
             Partition::Hashed(hash) => *hash == partition_hash(&self.key),
         };
-        v1::KeyRef { key: self.key.clone(), partition_hash: if own { None } else { Some(self.hash()) } }
+        v1::KeyRef {
+            key: self.key.clone(),
+            partition_hash: if own { None } else { Some(self.hash()) },
+        }
     }
 }
 
@@ -164,12 +167,16 @@ mod tests {
         assert_eq!(other.hash(), Key::new("p").hash());
         let by_hash = Key::new("a").partition_hash(partition_hash(b"p"));
         assert_eq!((by_hash.to_wire(), by_hash.hash()), (other.to_wire(), other.hash()));
-        assert_eq!(Key::new("a").partition_hash(partition_hash(b"a")).to_wire().partition_hash, None);
+        assert_eq!(
+            Key::new("a").partition_hash(partition_hash(b"a")).to_wire().partition_hash,
+            None
+        );
     }
 
     #[test]
     fn a_row_is_the_key_of_its_own_record() {
-        let row = |partition_hash| Row { key: Bytes::from_static(b"a"), partition_hash, value: None };
+        let row =
+            |partition_hash| Row { key: Bytes::from_static(b"a"), partition_hash, value: None };
         assert_eq!(Key::from(&row(None)), Key::new("a"));
         assert_eq!(Key::from(&row(Some(7))).to_wire().partition_hash, Some(7));
     }

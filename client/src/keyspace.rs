@@ -1,5 +1,5 @@
-//! The handle of a keyspace: its options, and what its requests share. The requests themselves are in
-//! [`crate::request`].
+//! The handle of a keyspace: its options, and what its requests share. The requests themselves are
+//! in [`crate::request`].
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +24,12 @@ pub struct Keyspace {
 }
 
 impl Keyspace {
-    pub(crate) fn new(executor: Executor, time: Duration, watch: DropGuard, client: Arc<DropGuard>) -> Self {
+    pub(crate) fn new(
+        executor: Executor,
+        time: Duration,
+        watch: DropGuard,
+        client: Arc<DropGuard>,
+    ) -> Self {
         Self {
             executor: Arc::new(executor),
             time,
@@ -43,9 +48,9 @@ impl Keyspace {
 
     /// Sets the replica that puts, deletes and batches go to; the primary unless set.
     ///
-    /// Writes by choice ([`WriteTo::Zone`]) are *eventual*: every replica takes them, the later event time wins
-    /// everywhere, also for deletes, and a reader at the primary sees them once they are replicated. Conditional
-    /// writes, counters and appends go to the primary regardless.
+    /// Writes by choice ([`WriteTo::Zone`]) are *eventual*: every replica takes them, the later
+    /// event time wins everywhere, also for deletes, and a reader at the primary sees them once
+    /// they are replicated. Conditional writes, counters and appends go to the primary regardless.
     pub fn write_to(mut self, to: WriteTo) -> Self {
         self.write_to = to;
         self
@@ -67,7 +72,8 @@ impl Keyspace {
         self.executor.routing.table().topology.shards.len() as u32
     }
 
-    /// Returns the epoch of the topology that this handle knows: raised by each change of ownership.
+    /// Returns the epoch of the topology that this handle knows: raised by each change of
+    /// ownership.
     pub fn epoch(&self) -> u64 {
         self.executor.routing.table().topology.epoch.0
     }

@@ -1,7 +1,7 @@
 //! The connection to the master: calls that are answered with a document, and their errors.
 //!
-//! **Invariant:** a call that may have changed something and was not answered, or whose answer cannot be read, is
-//! [`ErrorKind::Unknown`]. An error that the master answered keeps its kind.
+//! **Invariant:** a call that may have changed something and was not answered, or whose answer
+//! cannot be read, is [`ErrorKind::Unknown`]. An error that the master answered keeps its kind.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -95,24 +95,35 @@ impl Master {
     }
 
     /// Opens the stream of a keyspace's topologies and reads the first.
-    pub(crate) async fn watch(&self, keyspace: &str) -> Result<(Topology, Streaming<v1::Topology>), Error> {
+    pub(crate) async fn watch(
+        &self,
+        keyspace: &str,
+    ) -> Result<(Topology, Streaming<v1::Topology>), Error> {
         let failed = |status: Status| error_of_status(&status, false);
         let opening = async {
             let request = v1::WatchRequest { keyspace: keyspace.to_owned() };
             let mut stream = self.client.clone().watch(request).await.map_err(failed)?.into_inner();
             match stream.message().await.map_err(failed)? {
                 Some(first) => Ok((topology_from_wire(&first), stream)),
-                None => Err(Error::new(ErrorKind::Unavailable, "the master is stopping; try again")),
+                None => {
+                    Err(Error::new(ErrorKind::Unavailable, "the master is stopping; try again"))
+                }
             }
         };
         tokio::time::timeout(CONNECT_TIMEOUT, opening).await.unwrap_or_else(|_| {
-            let message = format!("the master did not send the topology of `{keyspace}` within {CONNECT_TIMEOUT:?}");
+            let message = format!(
+                "the master did not send the topology of `{keyspace}` within {CONNECT_TIMEOUT:?}"
+            );
             Err(Error::new(ErrorKind::Unavailable, message))
         })
     }
 
     /// Makes a call and reads the document that answers it.
-    pub(crate) async fn call<T, F>(&self, kind: Call, call: impl FnOnce(MasterClient) -> F) -> Result<Answer<T>, Error>
+    pub(crate) async fn call<T, F>(
+        &self,
+        kind: Call,
+        call: impl FnOnce(MasterClient) -> F,
+    ) -> Result<Answer<T>, Error>
     where
         T: DeserializeOwned,
         F: Future<Output = Result<Response<v1::JsonReply>, Status>>,
@@ -124,7 +135,8 @@ impl Master {
         let answer = tokio::time::timeout(time, call(self.client.clone()));
         match self.closed.run_until_cancelled(answer).await {
             None if changes => {
-                let message = "this client was closed before the master answered; it may have been done";
+                let message =
+                    "this client was closed before the master answered; it may have been done";
                 Err(Error::new(ErrorKind::Unknown, message))
             }
             None => Err(closed()),
@@ -159,11 +171,15 @@ fn error_of_status(status: &Status, changes: bool) -> Error {
     }
     let cause = match std::error::Error::source(status) {
         Some(source) => deepest(source),
-        None if status.message().is_empty() => format!("it answered `{}` and nothing else", status.code()),
+        None if status.message().is_empty() => {
+            format!("it answered `{}` and nothing else", status.code())
+        }
         None => status.message().to_owned(),
     };
     if changes && !never_sent(status) {
-        let message = format!("the master went away ({cause}); it may have been done: look before trying again");
+        let message = format!(
+            "the master went away ({cause}); it may have been done: look before trying again"
+        );
         return Error::new(ErrorKind::Unknown, message);
     }
     let kind = match Error::from(error_of(status)).kind() {
@@ -199,7 +215,11 @@ mod tests {
         assert_eq!(error_of_status(&Status::unknown("?"), false).kind(), ErrorKind::Unavailable);
         let empty = error_of_status(&Status::internal(""), false);
         assert!(empty.message().contains("answered `"), "{empty}");
-        let answered = vasto_core::VastoError::new(vasto_core::ErrorCode::NotFound, "no such keyspace");
-        assert_eq!(error_of_status(&vasto_proto::convert::status_of(&answered), true).kind(), ErrorKind::NotFound);
+        let answered =
+            vasto_core::VastoError::new(vasto_core::ErrorCode::NotFound, "no such keyspace");
+        assert_eq!(
+            error_of_status(&vasto_proto::convert::status_of(&answered), true).kind(),
+            ErrorKind::NotFound
+        );
     }
 }

@@ -1,11 +1,11 @@
 //! Nodes by address, each with at most one connection, shared by all keyspaces of a client.
 //!
-//! A node that could not be reached, or was silent, is *suspect*: operations that another replica can
-//! execute skip it until a background probe finds it healthy. An outage costs only the operations that
-//! meet it first.
+//! A node that could not be reached, or was silent, is *suspect*: operations that another replica
+//! can execute skip it until a background probe finds it healthy. An outage costs only the
+//! operations that meet it first.
 //!
-//! **Invariant:** at most one attempt to connect to an address is under way; callers that wait for it
-//! share its result, and for a short time also its failure. A node has at most one probe.
+//! **Invariant:** at most one attempt to connect to an address is under way; callers that wait for
+//! it share its result, and for a short time also its failure. A node has at most one probe.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,8 +24,8 @@ use vasto_proto::v1;
 
 use crate::connection::{Connection, NodeReply};
 
-/// Time for which a failed attempt to connect is returned to callers: hundreds of callers that wait for a
-/// node to come back must not become hundreds of connection attempts.
+/// Time for which a failed attempt to connect is returned to callers: hundreds of callers that wait
+/// for a node to come back must not become hundreds of connection attempts.
 const FAILURE_STANDS: Duration = Duration::from_millis(20);
 
 /// First and longest pause between two probes of a suspect node.
@@ -89,7 +89,9 @@ impl Node {
         }
         match tokio::time::timeout_at(deadline, self.connect()).await {
             Ok(result) => result,
-            Err(_elapsed) => Err(format!("the node at {} could not be reached in time", self.address)),
+            Err(_elapsed) => {
+                Err(format!("the node at {} could not be reached in time", self.address))
+            }
         }
     }
 
@@ -99,10 +101,12 @@ impl Node {
         if let Some(connection) = self.open_connection() {
             return Ok(connection);
         }
-        if let Some((_, message)) = failure.as_ref().filter(|(at, _)| *at + FAILURE_STANDS > asked) {
+        if let Some((_, message)) = failure.as_ref().filter(|(at, _)| *at + FAILURE_STANDS > asked)
+        {
             return Err(message.clone());
         }
-        match Connection::open(&self.address, &self.tasks.tracker, self.tasks.cancel.clone()).await {
+        match Connection::open(&self.address, &self.tasks.tracker, self.tasks.cancel.clone()).await
+        {
             Ok(connection) => {
                 let connection = Arc::new(connection);
                 self.connection.store(Some(connection.clone()));
@@ -127,7 +131,9 @@ async fn probe_until_well(node: Weak<Node>, probe: v1::Request) {
         let deadline = Instant::now() + ATTEMPT_PATIENCE;
         let Ok(connection) = node.connection(deadline).await else { continue };
         match connection.call(probe.clone(), 0, deadline).await {
-            NodeReply::Reply(v1::reply::Result::Error(error)) if error.code == ErrorCode::CatchingUp as u32 => {
+            NodeReply::Reply(v1::reply::Result::Error(error))
+                if error.code == ErrorCode::CatchingUp as u32 =>
+            {
                 pause = PROBE_PAUSES.0;
             }
             NodeReply::Reply(_) => {

@@ -1,7 +1,8 @@
-//! The requests of a keyspace's handle, each beside the method of [`Keyspace`](crate::Keyspace) that makes it.
+//! The requests of a keyspace's handle, each beside the method of [`Keyspace`](crate::Keyspace)
+//! that makes it.
 //!
-//! **Invariant:** nothing is sent before all checks of a request are made. Answers come in the order of the request,
-//! whatever shards they came from.
+//! **Invariant:** nothing is sent before all checks of a request are made. Answers come in the
+//! order of the request, whatever shards they came from.
 
 mod get;
 mod merge;

@@ -3,9 +3,9 @@
 //! **Invariant:** [`decide`] is a pure function. Once a write may have been applied, giving up is
 //! always [`ErrorKind::Unknown`], whatever the error of the last attempt.
 //!
-//! Puts and deletes are repeated after a lost reply (one may then take effect twice, the second time
-//! with a later event time). Retries that load a server which answered, or may have, are paid from a
-//! [`Budget`]; waiting for a node to come back is not, since connection attempts are shared.
+//! Puts and deletes are repeated after a lost reply (one may then take effect twice, the second
+//! time with a later event time). Retries that load a server which answered, or may have, are paid
+//! from a [`Budget`]; waiting for a node to come back is not, since connection attempts are shared.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -69,7 +69,8 @@ pub(crate) enum Action {
         pause: Duration,
         /// The retry must be paid from the budget; an empty budget means giving up.
         paid: bool,
-        /// A server named the pause: jitter may only lengthen it, and a new topology does not shorten it.
+        /// A server named the pause: jitter may only lengthen it, and a new topology does not
+        /// shorten it.
         at_least: bool,
     },
     /// Give up.
@@ -117,9 +118,11 @@ pub(crate) fn decide(failure: Failure, now: Situation) -> Action {
     let moves_on = match failure {
         Failure::Unreachable => true,
         Failure::Lost { sent } => !sent || now.losses <= 1,
-        // An operation that any replica can execute goes to the next one while this one is out of service.
+        // An operation that any replica can execute goes to the next one while this one is out of
+        // service.
         Failure::Refused { code, .. } => {
-            code.retry() == Retry::Elsewhere || matches!(code, ErrorCode::NotPrimary | ErrorCode::NoSpace)
+            code.retry() == Retry::Elsewhere
+                || matches!(code, ErrorCode::NotPrimary | ErrorCode::NoSpace)
         }
         Failure::Expired { .. } => false,
     };
@@ -128,13 +131,19 @@ pub(crate) fn decide(failure: Failure, now: Situation) -> Action {
     }
     match failure {
         Failure::Expired { .. } => give_up,
-        Failure::Unreachable | Failure::Lost { sent: false } => Action::After { pause, paid: false, at_least: false },
+        Failure::Unreachable | Failure::Lost { sent: false } => {
+            Action::After { pause, paid: false, at_least: false }
+        }
         // The first loss is a node that went away; later losses may be caused by this very request.
-        Failure::Lost { sent: true } => Action::After { pause, paid: now.losses > 1, at_least: false },
+        Failure::Lost { sent: true } => {
+            Action::After { pause, paid: now.losses > 1, at_least: false }
+        }
         Failure::Refused { code, retry_after } => match code.retry() {
             Retry::Never => give_up,
             Retry::WithNewTopology if now.newer_topology => Action::Now,
-            Retry::WithNewTopology | Retry::Elsewhere => Action::After { pause, paid: false, at_least: false },
+            Retry::WithNewTopology | Retry::Elsewhere => {
+                Action::After { pause, paid: false, at_least: false }
+            }
             Retry::Later if retry_after >= now.time_left => give_up,
             Retry::Later => Action::After {
                 pause: pause.max(retry_after),
@@ -156,14 +165,19 @@ pub(crate) enum Fewer {
     Now,
 }
 
-/// Returns whether half as many keys may succeed: nodes refuse a read whose values do not fit into one
-/// reply, which the client cannot know before.
+/// Returns whether half as many keys may succeed: nodes refuse a read whose values do not fit into
+/// one reply, which the client cannot know before.
 pub(crate) fn fewer_may_do(failure: Failure, write: bool, keys: usize) -> Fewer {
     match failure {
         _ if write || keys < 2 => Fewer::No,
         Failure::Refused { code: ErrorCode::InvalidArgument, .. } => Fewer::Now,
-        Failure::Refused { code: ErrorCode::Overloaded, .. } | Failure::Lost { sent: true } => Fewer::AfterPause,
-        Failure::Refused { .. } | Failure::Lost { .. } | Failure::Expired { .. } | Failure::Unreachable => Fewer::No,
+        Failure::Refused { code: ErrorCode::Overloaded, .. } | Failure::Lost { sent: true } => {
+            Fewer::AfterPause
+        }
+        Failure::Refused { .. }
+        | Failure::Lost { .. }
+        | Failure::Expired { .. }
+        | Failure::Unreachable => Fewer::No,
     }
 }
 
@@ -172,8 +186,8 @@ pub(crate) fn backoff(attempts: u32) -> Duration {
     BACKOFF_FIRST.saturating_mul(1 << attempts.saturating_sub(1).min(16)).min(BACKOFF_MAX)
 }
 
-/// Spreads callers that failed together: over the second half of the pause, or over an additional half
-/// pause when the pause is the minimum that a server named. `random` is in `0.0..1.0`.
+/// Spreads callers that failed together: over the second half of the pause, or over an additional
+/// half pause when the pause is the minimum that a server named. `random` is in `0.0..1.0`.
 pub(crate) fn with_jitter(pause: Duration, at_least: bool, random: f64) -> Duration {
     let low = if at_least { 1.0 } else { 0.5 };
     pause.mul_f64(low + random.clamp(0.0, 1.0) / 2.0)
@@ -210,7 +224,11 @@ impl Budget {
 
     /// Takes one retry; returns false when none is left.
     pub(crate) fn take(&self) -> bool {
-        self.shares.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |shares| shares.checked_sub(RETRY_SHARE)).is_ok()
+        self.shares
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |shares| {
+                shares.checked_sub(RETRY_SHARE)
+            })
+            .is_ok()
     }
 }
 
@@ -262,11 +280,23 @@ mod tests {
             );
             assert_eq!(!matches!(action, Action::Fail(_)), want_retry, "{failure:?} -> {action:?}");
         }
-        assert_eq!(decide(refused(ErrorCode::WrongEpoch), Situation { newer_topology: true, ..FRESH }), Action::Now);
-        assert_eq!(decide(refused(ErrorCode::InvalidArgument), FRESH), Action::Fail(ErrorKind::InvalidArgument));
+        assert_eq!(
+            decide(refused(ErrorCode::WrongEpoch), Situation { newer_topology: true, ..FRESH }),
+            Action::Now
+        );
+        assert_eq!(
+            decide(refused(ErrorCode::InvalidArgument), FRESH),
+            Action::Fail(ErrorKind::InvalidArgument)
+        );
         assert_eq!(decide(refused(ErrorCode::Unknown), FRESH), Action::Fail(ErrorKind::Unknown));
-        assert_eq!(decide(Failure::Expired { sent: true }, FRESH), Action::Fail(ErrorKind::Unknown));
-        assert_eq!(decide(Failure::Expired { sent: false }, FRESH), Action::Fail(ErrorKind::DeadlineExceeded));
+        assert_eq!(
+            decide(Failure::Expired { sent: true }, FRESH),
+            Action::Fail(ErrorKind::Unknown)
+        );
+        assert_eq!(
+            decide(Failure::Expired { sent: false }, FRESH),
+            Action::Fail(ErrorKind::DeadlineExceeded)
+        );
     }
 
     #[test]
@@ -280,14 +310,23 @@ mod tests {
         ] {
             assert_eq!(decide(failure, now), Action::Now, "{failure:?}");
         }
-        assert!(matches!(decide(Failure::Lost { sent: true }, Situation { losses: 2, ..now }), Action::After { .. }));
-        assert!(matches!(decide(Failure::Unreachable, Situation { attempts: 9, ..now }), Action::After { .. }));
+        assert!(matches!(
+            decide(Failure::Lost { sent: true }, Situation { losses: 2, ..now }),
+            Action::After { .. }
+        ));
+        assert!(matches!(
+            decide(Failure::Unreachable, Situation { attempts: 9, ..now }),
+            Action::After { .. }
+        ));
         assert!(matches!(decide(refused(ErrorCode::Overloaded), now), Action::After { .. }));
     }
 
     #[test]
     fn the_server_names_the_least_pause() {
-        let overloaded = Failure::Refused { code: ErrorCode::Overloaded, retry_after: Duration::from_millis(300) };
+        let overloaded = Failure::Refused {
+            code: ErrorCode::Overloaded,
+            retry_after: Duration::from_millis(300),
+        };
         let want = Action::After { pause: Duration::from_millis(300), paid: true, at_least: true };
         assert_eq!(decide(overloaded, FRESH), want);
         let too_late = Situation { time_left: Duration::from_millis(200), ..FRESH };
@@ -308,17 +347,29 @@ mod tests {
 
     #[test]
     fn a_read_is_never_unknown_because_of_the_transport() {
-        for failure in [Failure::Unreachable, Failure::Lost { sent: true }, Failure::Expired { sent: true }] {
-            let now = Situation { write: false, maybe_applied: true, time_left: Duration::ZERO, ..FRESH };
-            assert!(!matches!(decide(failure, now), Action::Fail(ErrorKind::Unknown)), "{failure:?}");
+        for failure in
+            [Failure::Unreachable, Failure::Lost { sent: true }, Failure::Expired { sent: true }]
+        {
+            let now =
+                Situation { write: false, maybe_applied: true, time_left: Duration::ZERO, ..FRESH };
+            assert!(
+                !matches!(decide(failure, now), Action::Fail(ErrorKind::Unknown)),
+                "{failure:?}"
+            );
         }
     }
 
     #[test]
     fn the_second_loss_is_paid() {
         let lost = Failure::Lost { sent: true };
-        assert!(matches!(decide(lost, Situation { losses: 1, ..FRESH }), Action::After { paid: false, .. }));
-        assert!(matches!(decide(lost, Situation { losses: 2, ..FRESH }), Action::After { paid: true, .. }));
+        assert!(matches!(
+            decide(lost, Situation { losses: 1, ..FRESH }),
+            Action::After { paid: false, .. }
+        ));
+        assert!(matches!(
+            decide(lost, Situation { losses: 2, ..FRESH }),
+            Action::After { paid: true, .. }
+        ));
     }
 
     #[test]

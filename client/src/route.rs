@@ -18,13 +18,14 @@ use crate::node::{Node, Pool};
 /// The replica that answers reads.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum ReadFrom {
-    /// The replica that serves the shard: the primary, or the acting primary. Reads see every write that was
-    /// acknowledged before them.
+    /// The replica that serves the shard: the primary, or the acting primary. Reads see every write
+    /// that was acknowledged before them.
     #[default]
     Primary,
     /// Any replica: *eventual*, reads may lag behind by the replication delay.
     Any,
-    /// A replica in this zone where there is one, else the primary: *eventual*, reads may lag behind.
+    /// A replica in this zone where there is one, else the primary: *eventual*, reads may lag
+    /// behind.
     Zone(String),
 }
 
@@ -34,8 +35,8 @@ pub enum WriteTo {
     /// The replica that serves the shard: every later read at the primary sees the write.
     #[default]
     Primary,
-    /// A replica in this zone where there is one that answers, else another one: *eventual*. The later event time
-    /// wins everywhere, and readers elsewhere see the write once it is replicated.
+    /// A replica in this zone where there is one that answers, else another one: *eventual*. The
+    /// later event time wins everywhere, and readers elsewhere see the write once it is replicated.
     Zone(String),
 }
 
@@ -64,31 +65,48 @@ impl Table {
         let nodes = topology
             .shards
             .iter()
-            .map(|routes| routes.iter().map(|route| route.address.as_deref().map(|at| pool.node(at))).collect())
+            .map(|routes| {
+                routes
+                    .iter()
+                    .map(|route| route.address.as_deref().map(|at| pool.node(at)))
+                    .collect()
+            })
             .collect();
         Self { topology, generation, nodes }
     }
 
-    /// Returns the node to ask for a shard: the first in the order of preference that is not suspect. When all
-    /// are suspect, another one after each failure. Nodes in `but` are asked only when there is no other.
-    pub(crate) fn node(&self, shard: ShardId, from: ReadFrom, unreachable: u32, but: &[Arc<Node>]) -> Option<&Arc<Node>> {
+    /// Returns the node to ask for a shard: the first in the order of preference that is not
+    /// suspect. When all are suspect, another one after each failure. Nodes in `but` are asked only
+    /// when there is no other.
+    pub(crate) fn node(
+        &self,
+        shard: ShardId,
+        from: ReadFrom,
+        unreachable: u32,
+        but: &[Arc<Node>],
+    ) -> Option<&Arc<Node>> {
         let replicas = self.nodes.get(shard.0 as usize)?;
         let routes = self.topology.routes(shard);
-        let mut candidates: Vec<(usize, &Arc<Node>)> =
-            replicas.iter().enumerate().filter_map(|(at, node)| Some((at, node.as_ref()?))).collect();
+        let mut candidates: Vec<(usize, &Arc<Node>)> = replicas
+            .iter()
+            .enumerate()
+            .filter_map(|(at, node)| Some((at, node.as_ref()?)))
+            .collect();
         if candidates.iter().any(|(_, node)| !is_among(but, node)) {
             candidates.retain(|(_, node)| !is_among(but, node));
         }
         let preferred = match &from {
             ReadFrom::Primary => None,
             ReadFrom::Any => Some(rand::random_range(0..candidates.len().max(1))),
-            ReadFrom::Zone(zone) => {
-                candidates.iter().position(|(at, _)| routes.get(*at).is_some_and(|route| route.zone == *zone))
-            }
+            ReadFrom::Zone(zone) => candidates
+                .iter()
+                .position(|(at, _)| routes.get(*at).is_some_and(|route| route.zone == *zone)),
         };
         let ordered = preferred.and_then(|at| candidates.get(at)).into_iter().chain(&candidates);
         let well = ordered.map(|(_, node)| *node).find(|node| !node.is_suspect());
-        well.or_else(|| candidates.get(unreachable as usize % candidates.len().max(1)).map(|(_, node)| *node))
+        well.or_else(|| {
+            candidates.get(unreachable as usize % candidates.len().max(1)).map(|(_, node)| *node)
+        })
     }
 
     /// Returns the primary of a shard.
@@ -106,7 +124,8 @@ impl Table {
 
     /// Returns true when `other` names the same owners: cursors and groups stay valid.
     pub(crate) fn same_owners(&self, other: &Table) -> bool {
-        self.topology.epoch == other.topology.epoch && self.topology.shards.len() == other.topology.shards.len()
+        self.topology.epoch == other.topology.epoch
+            && self.topology.shards.len() == other.topology.shards.len()
     }
 }
 
@@ -124,10 +143,14 @@ pub(crate) enum Source {
 }
 
 /// Returns the topology that follows `current` when `offered` arrives; `None` when nothing changes.
-pub(crate) fn follow(current: &Topology, mut offered: Topology, source: Source) -> Option<Topology> {
+pub(crate) fn follow(
+    current: &Topology,
+    mut offered: Topology,
+    source: Source,
+) -> Option<Topology> {
     if offered.keyspace != current.keyspace {
-        // The name belongs to another keyspace now: the keyspace of this handle is gone. Only the master
-        // can know.
+        // The name belongs to another keyspace now: the keyspace of this handle is gone. Only the
+        // master can know.
         let gone = source == Source::Master && current.active;
         return gone.then(|| Topology { active: false, ..current.clone() });
     }
@@ -137,7 +160,9 @@ pub(crate) fn follow(current: &Topology, mut offered: Topology, source: Source) 
     }
     let last_address = |node| {
         let mut routes = current.shards.iter().flatten();
-        routes.find(|route| route.node == node && route.address.is_some()).and_then(|route| route.address.clone())
+        routes
+            .find(|route| route.node == node && route.address.is_some())
+            .and_then(|route| route.address.clone())
     };
     for route in offered.shards.iter_mut().flatten() {
         if route.address.is_none() {
@@ -178,7 +203,12 @@ pub(crate) struct Routing {
 impl Routing {
     pub(crate) fn new(topology: Topology, pool: Arc<Pool>) -> Self {
         let table = Table::new(topology, 1, &pool);
-        Self { table: ArcSwap::from_pointee(table), generation: watch::Sender::new(1), changing: Mutex::new(()), pool }
+        Self {
+            table: ArcSwap::from_pointee(table),
+            generation: watch::Sender::new(1),
+            changing: Mutex::new(()),
+            pool,
+        }
     }
 
     /// Returns the token that is cancelled when the client is closed.

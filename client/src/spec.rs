@@ -21,7 +21,14 @@ pub struct KeyspaceSpec {
 
 impl Default for KeyspaceSpec {
     fn default() -> Self {
-        Self { shards: 1, replicas: 1, ack: Ack::Fsync, ttl_ms: None, quarantine_ms: None, tombstone_grace_ms: None }
+        Self {
+            shards: 1,
+            replicas: 1,
+            ack: Ack::Fsync,
+            ttl_ms: None,
+            quarantine_ms: None,
+            tombstone_grace_ms: None,
+        }
     }
 }
 
@@ -44,22 +51,23 @@ impl KeyspaceSpec {
         self
     }
 
-    /// Sets the time to live of values that are put without their own, or that a counter, a maximum, a
-    /// minimum or an append creates; at least 1 ms. An update of a value keeps its expiry.
+    /// Sets the time to live of values that are put without their own, or that a counter, a
+    /// maximum, a minimum or an append creates; at least 1 ms. An update of a value keeps its
+    /// expiry.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.ttl_ms = Some(u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX));
         self
     }
 
-    /// Sets how long keys that moved to another shard are kept on their old one, unserved; 24 h if not
-    /// given.
+    /// Sets how long keys that moved to another shard are kept on their old one, unserved; 24 h if
+    /// not given.
     pub fn quarantine(mut self, time: Duration) -> Self {
         self.quarantine_ms = Some(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
         self
     }
 
-    /// Sets how long deletes are remembered at least, so that a replica that was away cannot bring a deleted
-    /// key back; at least 1 s, 24 h if not given.
+    /// Sets how long deletes are remembered at least, so that a replica that was away cannot bring
+    /// a deleted key back; at least 1 s, 24 h if not given.
     pub fn tombstone_grace(mut self, time: Duration) -> Self {
         self.tombstone_grace_ms = Some(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
         self
@@ -68,7 +76,8 @@ impl KeyspaceSpec {
     pub(crate) fn check(&self) -> Result<(), Error> {
         check_shard_count(self.shards)?;
         if !(1..=REPLICAS_MAX).contains(&self.replicas) {
-            let message = format!("{} replicas are not possible; use 1 to {REPLICAS_MAX}", self.replicas);
+            let message =
+                format!("{} replicas are not possible; use 1 to {REPLICAS_MAX}", self.replicas);
             return Err(Error::new(ErrorKind::InvalidArgument, message));
         }
         self.ttl_ms.map_or(Ok(()), check_ttl_ms)?;
@@ -84,7 +93,10 @@ mod tests {
     fn specifications_that_cannot_be() {
         let spec = KeyspaceSpec::default;
         assert!(spec().shards(64).replicas(7).ttl(Duration::from_secs(1)).check().is_ok());
-        assert!(spec().ttl(Duration::from_secs(100 * 365 * 86_400)).check().is_ok(), "a hundred years");
+        assert!(
+            spec().ttl(Duration::from_secs(100 * 365 * 86_400)).check().is_ok(),
+            "a hundred years"
+        );
         for bad in [
             spec().shards(0),
             spec().shards(65),

@@ -72,7 +72,12 @@ impl Value {
                 ));
             }
         };
-        Ok(Self { payload, event_time: wire.event_time, expires_at: wire.expires_at, version: wire.version })
+        Ok(Self {
+            payload,
+            event_time: wire.event_time,
+            expires_at: wire.expires_at,
+            version: wire.version,
+        })
     }
 }
 
@@ -135,7 +140,9 @@ pub enum Outcome {
 impl Outcome {
     pub(crate) fn from_wire(wire: &v1::WriteOutcome) -> Result<Self, Error> {
         match wire.kind() {
-            v1::write_outcome::Kind::Applied => Ok(Outcome::Applied { event_time: wire.event_time }),
+            v1::write_outcome::Kind::Applied => {
+                Ok(Outcome::Applied { event_time: wire.event_time })
+            }
             v1::write_outcome::Kind::Superseded => Ok(Outcome::Superseded),
             v1::write_outcome::Kind::NotApplied => Ok(Outcome::NotApplied),
             v1::write_outcome::Kind::Unspecified => Err(Error::new(

@@ -1,7 +1,8 @@
 //! The background task that follows a keyspace's topology at the master.
 //!
-//! **Invariant:** losing the master changes nothing: the last topology stays in force, and the watch
-//! reconnects by itself, with jittered pauses so that thousands of clients do not reconnect at once.
+//! **Invariant:** losing the master changes nothing: the last topology stays in force, and the
+//! watch reconnects by itself, with jittered pauses so that thousands of clients do not reconnect
+//! at once.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,7 +28,12 @@ pub(crate) async fn follow(
     let _ = cancel.run_until_cancelled(follow_forever(master, name, stream, routing)).await;
 }
 
-async fn follow_forever(master: Master, name: String, mut stream: Streaming<v1::Topology>, routing: Arc<Routing>) {
+async fn follow_forever(
+    master: Master,
+    name: String,
+    mut stream: Streaming<v1::Topology>,
+    routing: Arc<Routing>,
+) {
     let mut failures = 0u32;
     loop {
         while let Ok(Some(topology)) = stream.message().await {
@@ -46,7 +52,9 @@ async fn follow_forever(master: Master, name: String, mut stream: Streaming<v1::
                     routing.offer(topology, Source::Master);
                     break stream;
                 }
-                Err(error) => tracing::debug!(keyspace = %name, %error, failures, "no watch of the topology"),
+                Err(error) => {
+                    tracing::debug!(keyspace = %name, %error, failures, "no watch of the topology")
+                }
             }
         };
     }

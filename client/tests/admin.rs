@@ -32,9 +32,15 @@ async fn documents_of_the_master_are_read_and_handed_on() {
         ("evict_replica", r#"{"name":"ks1","replica_id":3,"state":"draining","version":9}"#),
         ("list_nodes", r#"[{"node_id":"n-1","state":"live","disk_free":5,"pid":null}]"#),
         ("cordon_node", r#"{"node_id":"n-1","cordoned":true}"#),
-        ("cluster_status", r#"{"cluster_id":"c-1","warnings":["odd"],"bill":{"per_month":{"total":1.5}}}"#),
+        (
+            "cluster_status",
+            r#"{"cluster_id":"c-1","warnings":["odd"],"bill":{"per_month":{"total":1.5}}}"#,
+        ),
         ("list_operations", r#"[{"id":"op-1-1","state":"running","from":2,"to":3}]"#),
-        ("check_bucket", r#"{"objects":2,"orphans":[{"key":"a","bytes":1,"age_s":2}],"missing":["b"]}"#),
+        (
+            "check_bucket",
+            r#"{"objects":2,"orphans":[{"key":"a","bytes":1,"age_s":2}],"missing":["b"]}"#,
+        ),
         ("collect_garbage", r#"{"dry_run":true,"deleted":1,"keys":["a"]}"#),
         ("repair_bucket", r#"{"cluster_id":"c-1","claimed":true,"written":12}"#),
     ];
@@ -57,7 +63,10 @@ async fn documents_of_the_master_are_read_and_handed_on() {
     assert!(vasto.cordon_node("n-1", true).await.unwrap().cordoned);
     let status = vasto.cluster_status().await.unwrap();
     assert_eq!(status.bill.as_ref().unwrap().per_month.total, Some(1.5));
-    assert_eq!((status.warnings.as_slice(), status.json()), (["odd".to_owned()].as_slice(), sent("cluster_status")));
+    assert_eq!(
+        (status.warnings.as_slice(), status.json()),
+        (["odd".to_owned()].as_slice(), sent("cluster_status"))
+    );
     assert_eq!(vasto.list_operations().await.unwrap()[0].state, OperationState::Running);
     assert_eq!(vasto.check_bucket(false).await.unwrap().orphans[0].age_s, 2);
     assert_eq!(vasto.collect_garbage(true).await.unwrap().into_document().keys, ["a"]);
@@ -75,17 +84,28 @@ async fn an_answer_that_cannot_be_read_is_unknown_only_if_the_call_changes_somet
     assert_eq!(vasto.start_resize("ks1", 3).await.unwrap_err().kind(), ErrorKind::Unknown);
     assert_eq!(vasto.show_operation("op-1-1").await.unwrap_err().kind(), ErrorKind::Internal);
     let error = vasto.describe_keyspace("ks1").await.unwrap_err();
-    assert!(error.kind() == ErrorKind::Internal && error.message().contains("of the same version"), "{error}");
+    assert!(
+        error.kind() == ErrorKind::Internal && error.message().contains("of the same version"),
+        "{error}"
+    );
 }
 
 #[tokio::test]
 async fn a_keyspace_is_created_as_asked() {
     let cluster = Cluster::start(0).await;
     let vasto = cluster.vasto().await;
-    let spec = KeyspaceSpec::default().shards(3).replicas(2).ack(Ack::Os).ttl(Duration::from_secs(30));
+    let spec =
+        KeyspaceSpec::default().shards(3).replicas(2).ack(Ack::Os).ttl(Duration::from_secs(30));
     vasto.create_keyspace("ks1", spec).await.unwrap();
     let sent = cluster.state.lock().calls.pop().unwrap();
-    for part in ["\"ks1\"", "shards: 3", "replicas: 2", "ack: Os", "ttl_ms: Some(30000)", "quarantine_ms: None"] {
+    for part in [
+        "\"ks1\"",
+        "shards: 3",
+        "replicas: 2",
+        "ack: Os",
+        "ttl_ms: Some(30000)",
+        "quarantine_ms: None",
+    ] {
         assert!(sent.contains(part), "{part} in {sent}");
     }
     cluster.answer("create_keyspace", refused(ErrorCode::AlreadyExists, "`ks1` exists"));
@@ -96,7 +116,8 @@ async fn a_keyspace_is_created_as_asked() {
         let error = vasto.create_keyspace(name, KeyspaceSpec::default()).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidArgument);
     }
-    let error = vasto.create_keyspace("ks2", KeyspaceSpec::default().shards(4097)).await.unwrap_err();
+    let error =
+        vasto.create_keyspace("ks2", KeyspaceSpec::default().shards(4097)).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidArgument);
     assert_eq!(cluster.state.lock().calls.len(), calls, "nothing was sent");
 }
@@ -114,7 +135,10 @@ async fn a_resize_is_waited_for() {
     assert_eq!(done.keys_moved, Some(7));
     assert!(done.json().contains("\"keys_moved\":7"));
     cluster.answer("resize_keyspace", Ok(r#"{"id":"op-1-2","state":"running"}"#));
-    cluster.answer("show_operation", Ok(r#"{"id":"op-1-2","state":"aborted","reason":"cancelled by a user"}"#));
+    cluster.answer(
+        "show_operation",
+        Ok(r#"{"id":"op-1-2","state":"aborted","reason":"cancelled by a user"}"#),
+    );
     let error = vasto.resize_keyspace("ks1", 5).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
     assert!(error.message().contains("cancelled by a user"), "{error}");
@@ -150,6 +174,10 @@ async fn a_port_that_is_no_masters_is_named_as_such() {
         vasto.create_keyspace("ks1", KeyspaceSpec::default()).await.unwrap_err(),
     ] {
         assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
-        assert!(error.message().contains("the port of a node") && error.message().contains("give the URL"), "{error}");
+        assert!(
+            error.message().contains("the port of a node")
+                && error.message().contains("give the URL"),
+            "{error}"
+        );
     }
 }

@@ -97,7 +97,8 @@ async fn a_write_whose_reply_never_comes_is_unknown() {
         assert!(error.message().contains("read it back"), "{error}");
         assert!(begun.elapsed() < Duration::from_secs(5));
     }
-    // A later error that would be a plain failure does not hide that the first try may have been applied.
+    // A later error that would be a plain failure does not hide that the first try may have been
+    // applied.
     let mut faults = vec![Fault::DropAfter];
     faults.push(Fault::Refuse(VastoError::new(ErrorCode::FailedPrecondition, "the disk is full")));
     cluster.state.lock().nodes.get_mut(&NodeId(1)).unwrap().faults = faults.into();
@@ -123,14 +124,18 @@ async fn a_read_without_an_answer_is_a_plain_failure() {
 async fn an_overloaded_node_is_given_the_time_it_asks_for() {
     let cluster = Cluster::start(1).await;
     let ks = cluster.keyspace().await;
-    let overloaded = |ms| Fault::Refuse(VastoError::new(ErrorCode::Overloaded, "queue full").retry_after_ms(ms));
+    let overloaded =
+        |ms| Fault::Refuse(VastoError::new(ErrorCode::Overloaded, "queue full").retry_after_ms(ms));
     cluster.fault(1, overloaded(150));
     let begun = Instant::now();
     assert!(applied(ks.put("k", "v").await.unwrap()));
     assert!(begun.elapsed() >= Duration::from_millis(150));
     cluster.always(1, overloaded(60_000));
     let error = ks.put("k", "v").await.unwrap_err();
-    assert_eq!((error.kind(), error.retry_after()), (ErrorKind::Overloaded, Some(Duration::from_secs(60))));
+    assert_eq!(
+        (error.kind(), error.retry_after()),
+        (ErrorKind::Overloaded, Some(Duration::from_secs(60)))
+    );
 }
 
 #[tokio::test]
@@ -252,7 +257,10 @@ async fn an_absent_master_is_reported_in_time_with_a_remedy() {
     let error = Vasto::connect(&url).await.err().unwrap();
     assert!(begun.elapsed() < Duration::from_secs(4));
     assert_eq!(error.kind(), ErrorKind::Unavailable);
-    assert!(error.message().contains("vasto serve master") && error.message().contains(&url), "{error}");
+    assert!(
+        error.message().contains("vasto serve master") && error.message().contains(&url),
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -269,7 +277,11 @@ async fn after_close_every_handle_answers_at_once_that_it_is_closed() {
     let began = Instant::now();
     vasto.close().await;
     assert_eq!(reading.await.unwrap().unwrap_err().kind(), ErrorKind::Closed);
-    assert_eq!(writing.await.unwrap().unwrap_err().kind(), ErrorKind::Unknown, "the node may have done it");
+    assert_eq!(
+        writing.await.unwrap().unwrap_err().kind(),
+        ErrorKind::Unknown,
+        "the node may have done it"
+    );
     assert_eq!(ks.put("k", "v").await.unwrap_err().kind(), ErrorKind::Closed);
     assert_eq!(ks.get("k").await.unwrap_err().kind(), ErrorKind::Closed);
     assert_eq!(ks.add_i64("n", 1).await.unwrap_err().kind(), ErrorKind::Closed);
@@ -305,6 +317,8 @@ async fn a_full_disk_is_told_at_once_and_another_replica_is_asked_first() {
             tokio::task::yield_now().await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(20), knows).await.expect("the client hears of the second replica");
+    tokio::time::timeout(Duration::from_secs(20), knows)
+        .await
+        .expect("the client hears of the second replica");
     assert!(applied(ks.put("k", "v").await.unwrap()));
 }

@@ -21,16 +21,25 @@ async fn what_is_put_is_read_until_it_is_deleted() {
     let ks = cluster.keyspace().await;
     assert_eq!((ks.name().as_str(), ks.shards(), ks.epoch()), ("ks1", 3, 1));
     for key in keys(50) {
-        assert!(matches!(ks.put(&key, format!("v-{key}")).await.unwrap(), Outcome::Applied { event_time: 1_001.. }));
+        assert!(matches!(
+            ks.put(&key, format!("v-{key}")).await.unwrap(),
+            Outcome::Applied { event_time: 1_001.. }
+        ));
     }
     let value = ks.get("key-00007").await.unwrap().unwrap();
-    assert_eq!((value.bytes().as_ref(), value.version, value.expires_at), (b"v-key-00007".as_slice(), 99, None));
+    assert_eq!(
+        (value.bytes().as_ref(), value.version, value.expires_at),
+        (b"v-key-00007".as_slice(), 99, None)
+    );
     ks.delete("key-00007").await.unwrap();
     assert_eq!(ks.get("key-00007").await.unwrap(), None);
     ks.put("empty", "").await.unwrap();
     assert_eq!(ks.get("empty").await.unwrap().unwrap().bytes(), "");
     let state = cluster.state.lock();
-    assert!(state.nodes.values().all(|node| node.requests > 5 && node.streams == 1), "all nodes, one stream each");
+    assert!(
+        state.nodes.values().all(|node| node.requests > 5 && node.streams == 1),
+        "all nodes, one stream each"
+    );
 }
 
 #[tokio::test]
@@ -38,20 +47,26 @@ async fn options_reach_the_node() {
     let cluster = Cluster::start(1).await;
     let ks = cluster.keyspace().await;
     let put = ks.put(Key::new("user:1:name").partition("user:1"), "Ada");
-    let outcome = put.ttl(Duration::from_secs(60)).event_time(5_000_000).ack(Ack::Os).await.unwrap();
+    let outcome =
+        put.ttl(Duration::from_secs(60)).event_time(5_000_000).ack(Ack::Os).await.unwrap();
     assert_eq!(outcome, Outcome::Applied { event_time: 5_000_000 });
     let sent = cluster.state.lock().nodes.values().next().unwrap().writes.last().cloned().unwrap();
     assert_eq!(sent.ack, vasto_proto::v1::Ack::Os as i32);
     assert_eq!(sent.ops[0].event_time, Some(5_000_000));
     assert_eq!(sent.ops[0].key.as_ref().unwrap().partition_hash, Some(partition_hash(b"user:1")));
-    let stored = cluster.state.lock().store[&("user:1:name".into(), partition_hash(b"user:1"))].clone();
+    let stored =
+        cluster.state.lock().store[&("user:1:name".into(), partition_hash(b"user:1"))].clone();
     assert_eq!(stored.ttl_ms, Some(60_000));
-    let older = ks.delete(Key::new("user:1:name").partition("user:1")).event_time(4_000_000).await.unwrap();
+    let older =
+        ks.delete(Key::new("user:1:name").partition("user:1")).event_time(4_000_000).await.unwrap();
     assert_eq!(older, Outcome::Superseded);
     ks.put("plain", "v").await.unwrap();
     let sent = cluster.state.lock().nodes.values().next().unwrap().writes.last().cloned().unwrap();
     assert_eq!((sent.ack, sent.ops[0].event_time), (0, None));
-    assert_eq!(cluster.state.lock().store[&("plain".into(), partition_hash(b"plain"))].ttl_ms, None);
+    assert_eq!(
+        cluster.state.lock().store[&("plain".into(), partition_hash(b"plain"))].ttl_ms,
+        None
+    );
 }
 
 #[tokio::test]
@@ -73,7 +88,10 @@ async fn many_keys_and_batches_are_answered_in_order() {
     let older = WriteOptions::default().event_time(8_000_000);
     let batch = Batch::new().put_with("a", "1", newer).put("b", "1").put_with("a", "2", older);
     let outcomes = ks.write(batch).await.unwrap();
-    assert_eq!((outcomes[0], outcomes[2]), (Outcome::Applied { event_time: 9_000_000 }, Outcome::Superseded));
+    assert_eq!(
+        (outcomes[0], outcomes[2]),
+        (Outcome::Applied { event_time: 9_000_000 }, Outcome::Superseded)
+    );
     assert_eq!(ks.write(Batch::new()).await.unwrap(), []);
     assert_eq!(ks.get_many(Vec::<&str>::new()).await.unwrap(), []);
 }
@@ -98,7 +116,12 @@ async fn concurrent_single_writes_share_frames() {
     let state = cluster.state.lock();
     let node = state.nodes.values().next().unwrap();
     assert_eq!((node.requests, state.store.len()), (5_120, 5_120));
-    assert!(node.frames * 4 < node.requests, "{} frames for {} requests", node.frames, node.requests);
+    assert!(
+        node.frames * 4 < node.requests,
+        "{} frames for {} requests",
+        node.frames,
+        node.requests
+    );
 }
 
 #[tokio::test]
@@ -112,7 +135,9 @@ async fn values_too_large_for_one_reply_are_asked_for_in_parts() {
     for code in [ErrorCode::InvalidArgument, ErrorCode::Overloaded] {
         cluster.always(1, Fault::KeysAtMost(3, code));
         let values = ks.get_many(&all).await.unwrap();
-        assert!(values.into_iter().zip(&all).all(|(value, key)| value.unwrap().to_string() == *key));
+        assert!(
+            values.into_iter().zip(&all).all(|(value, key)| value.unwrap().to_string() == *key)
+        );
     }
     cluster.always(1, Fault::KeysAtMost(0, ErrorCode::InvalidArgument));
     assert_eq!(ks.get_many(&all).await.unwrap_err().kind(), ErrorKind::InvalidArgument);
@@ -153,5 +178,8 @@ async fn a_batch_that_fails_on_one_shard_is_unknown_and_names_the_cause() {
     let batch = keys(100).iter().fold(Batch::new(), |batch, key| batch.put(key, "v"));
     let error = ks.write(batch).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unknown);
-    assert!(error.message().contains("in part") && error.message().contains("the disk is full"), "{error}");
+    assert!(
+        error.message().contains("in part") && error.message().contains("the disk is full"),
+        "{error}"
+    );
 }

@@ -60,7 +60,11 @@ async fn a_silent_primary_is_passed_by_until_it_answers_a_probe() {
     for _ in 0..50 {
         keyspace.put("k", "v").await.unwrap();
     }
-    assert_eq!(requests(&cluster)[1], elsewhere + 50, "the outage costs only the operation that met it");
+    assert_eq!(
+        requests(&cluster)[1],
+        elsewhere + 50,
+        "the outage costs only the operation that met it"
+    );
     heal(&cluster, 1);
     at_home(&cluster, &keyspace).await;
 }
@@ -98,7 +102,9 @@ async fn a_replica_that_catches_up_sends_its_callers_elsewhere() {
 #[tokio::test]
 async fn a_replica_out_of_service_sends_its_callers_elsewhere_and_its_node_is_not_suspect() {
     let (cluster, keyspace) = three().await;
-    let closed = || Fault::Refuse(VastoError::new(ErrorCode::NotPrimary, "the disk failed").retry_after_ms(20));
+    let closed = || {
+        Fault::Refuse(VastoError::new(ErrorCode::NotPrimary, "the disk failed").retry_after_ms(20))
+    };
     cluster.always(1, closed());
     let began = Instant::now();
     for n in 0..20 {
@@ -106,10 +112,19 @@ async fn a_replica_out_of_service_sends_its_callers_elsewhere_and_its_node_is_no
         assert!(keyspace.get(format!("k{n}")).await.unwrap().is_some());
     }
     assert_eq!(keyspace.get_many(["k1", "k2"]).await.unwrap().len(), 2);
-    assert_eq!(requests(&cluster), [41, 41, 0], "each asks the next one, and the node is not suspect");
+    assert_eq!(
+        requests(&cluster),
+        [41, 41, 0],
+        "each asks the next one, and the node is not suspect"
+    );
     assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
     // An operation that only the primary executes waits for a new primary.
-    let error = keyspace.clone().with_deadline(Duration::from_millis(200)).add_i64("n", 1).await.unwrap_err();
+    let error = keyspace
+        .clone()
+        .with_deadline(Duration::from_millis(200))
+        .add_i64("n", 1)
+        .await
+        .unwrap_err();
     assert_eq!((error.kind(), requests(&cluster)[1]), (ErrorKind::Unavailable, 41), "{error}");
     // With all replicas out of service they are asked in turn until one is back.
     cluster.always(2, closed());
@@ -155,8 +170,13 @@ async fn a_modification_follows_the_primary_and_is_never_repeated_elsewhere() {
     keyspace.add_i64("n", 1).await.unwrap();
     {
         let state = cluster.state.lock();
-        let [.., first, again] = &state.nodes[&NodeId(2)].writes[..] else { panic!("no two attempts") };
-        assert_eq!((first.client_id, first.sequence, first.tried_replica), (again.client_id, again.sequence, 0));
+        let [.., first, again] = &state.nodes[&NodeId(2)].writes[..] else {
+            panic!("no two attempts")
+        };
+        assert_eq!(
+            (first.client_id, first.sequence, first.tried_replica),
+            (again.client_id, again.sequence, 0)
+        );
         assert_eq!(again.tried_replica, 2);
     }
     // Executed, and then another replica becomes primary: the outcome is unknown.
@@ -173,14 +193,15 @@ async fn a_modification_follows_the_primary_and_is_never_repeated_elsewhere() {
     assert_eq!(requests(&cluster)[2], 0);
 }
 
-/// A wait for another replica's sync takes seconds at times, and no other answer shows meanwhile that
-/// the node is healthy.
+/// A wait for another replica's sync takes seconds at times, and no other answer shows meanwhile
+/// that the node is healthy.
 #[tokio::test]
 async fn a_write_that_a_healthy_primary_answers_late_is_not_repeated_elsewhere() {
     let (cluster, keyspace) = three().await;
     keyspace.put("k", "v").await.unwrap();
     cluster.fault(1, Fault::Silent);
-    let waits = keyspace.clone().with_deadline(ATTEMPT_PATIENCE * 5 / 2).put("k", "w").await.unwrap_err();
+    let waits =
+        keyspace.clone().with_deadline(ATTEMPT_PATIENCE * 5 / 2).put("k", "w").await.unwrap_err();
     assert_eq!(waits.kind(), ErrorKind::Unknown, "{waits}");
     let [first, second, third] = requests(&cluster);
     assert!(first > 2, "it is asked whether it is well");

@@ -133,8 +133,10 @@ async fn one_key_under_two_partitions_is_two_rows_that_name_their_record() {
     }
     for rows in [1, 2, 1_000] {
         cluster.state.lock().page_rows = rows;
-        let rows: Vec<_> = ks.scan().prefix("key-00007").stream().map(Result::unwrap).collect().await;
-        let mut values: Vec<String> = rows.iter().map(|row| row.value.as_ref().unwrap().to_string()).collect();
+        let rows: Vec<_> =
+            ks.scan().prefix("key-00007").stream().map(Result::unwrap).collect().await;
+        let mut values: Vec<String> =
+            rows.iter().map(|row| row.value.as_ref().unwrap().to_string()).collect();
         values.sort();
         assert_eq!(values, ["p0", "p1", "p2", "p3", "p4", "v-key-00007"]);
         for row in &rows {
@@ -145,7 +147,11 @@ async fn one_key_under_two_partitions_is_two_rows_that_name_their_record() {
     }
     let row = ks.scan().partition("p3").stream().try_next().await.unwrap().unwrap();
     ks.delete(&row).await.unwrap();
-    assert_eq!(keys_of(ks.scan().prefix("key-00007").stream()).await.len(), 5, "only that record is gone");
+    assert_eq!(
+        keys_of(ks.scan().prefix("key-00007").stream()).await.len(),
+        5,
+        "only that record is gone"
+    );
 }
 
 #[tokio::test]
@@ -155,7 +161,11 @@ async fn a_short_scan_reads_about_as_many_rows_as_it_shows() {
     let keys = fill(&ks, 4_000).await;
     let before = cluster.requests();
     assert_eq!(keys_of(ks.scan().limit(10).stream()).await, keys[..10]);
-    assert!(cluster.requests() - before <= 10, "hardly a second page: {}", cluster.requests() - before);
+    assert!(
+        cluster.requests() - before <= 10,
+        "hardly a second page: {}",
+        cluster.requests() - before
+    );
     let asked: u32 = cluster.state.lock().scans.iter().map(|scan| scan.limit).sum();
     assert!(asked <= 8 * 7, "{asked} rows for ten");
 }

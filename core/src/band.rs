@@ -81,13 +81,17 @@ impl Band {
         Band::of_next_jump(u64::from(shards))..=Band::LAST
     }
 
-    /// Returns the bands whose keys leave their shard when a keyspace grows from `from` to `to` shards.
+    /// Returns the bands whose keys leave their shard when a keyspace grows from `from` to `to`
+    /// shards.
     ///
     /// # Panics
     /// When a count is not legal or `from >= to`.
     pub fn leaving(from: u32, to: u32) -> RangeInclusive<Band> {
         assert!(from < to, "a grow goes from fewer to more shards");
-        assert!(is_legal_shard_count(from) && is_legal_shard_count(to), "{from} -> {to} are not legal shard counts");
+        assert!(
+            is_legal_shard_count(from) && is_legal_shard_count(to),
+            "{from} -> {to} are not legal shard counts"
+        );
         Band::of_next_jump(u64::from(from))..=Band(Band::of_next_jump(u64::from(to)).0 - 1)
     }
 }
@@ -132,7 +136,11 @@ pub fn check_shard_count(shards: u32) -> Result<u32, ShardCountError> {
         n if is_legal_shard_count(n) => Ok(n),
         n => {
             let band = Band::of_next_jump(u64::from(n));
-            Err(ShardCountError::NotABandEdge { asked: n, below: band.low_edge(), above: Band(band.0 + 1).low_edge() })
+            Err(ShardCountError::NotABandEdge {
+                asked: n,
+                below: band.low_edge(),
+                above: Band(band.0 + 1).low_edge(),
+            })
         }
     }
 }
@@ -179,7 +187,10 @@ mod tests {
     fn refused_counts_name_their_neighbours() {
         assert_eq!(check_shard_count(0), Err(ShardCountError::Zero));
         assert_eq!(check_shard_count(5000), Err(ShardCountError::TooMany(5000)));
-        assert_eq!(check_shard_count(73), Err(ShardCountError::NotABandEdge { asked: 73, below: 72, above: 80 }));
+        assert_eq!(
+            check_shard_count(73),
+            Err(ShardCountError::NotABandEdge { asked: 73, below: 72, above: 80 })
+        );
         assert_eq!(
             check_shard_count(3000),
             Err(ShardCountError::NotABandEdge { asked: 3000, below: 2048, above: 4096 })

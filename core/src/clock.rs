@@ -1,7 +1,7 @@
 //! Hybrid logical clock: physical microseconds that never go back and never repeat.
 //!
-//! **Invariant:** every assigned time is greater than every time assigned before it and than every time that was
-//! observed. The clock is pure: the physical time is an argument.
+//! **Invariant:** every assigned time is greater than every time assigned before it and than every
+//! time that was observed. The clock is pure: the physical time is an argument.
 
 /// The state of one clock.
 #[derive(Debug, Clone, Default)]
@@ -15,7 +15,8 @@ impl HybridClock {
         Self { last_us: floor_us }
     }
 
-    /// Assigns a new time, microseconds since 1970: the greater of the physical time and the last time plus one.
+    /// Assigns a new time, microseconds since 1970: the greater of the physical time and the last
+    /// time plus one.
     pub fn stamp(&mut self, physical_us: u64) -> u64 {
         self.last_us = physical_us.max(self.last_us + 1);
         self.last_us

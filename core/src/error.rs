@@ -58,15 +58,16 @@ pub enum ErrorCode {
     DeadlineExceeded = 12,
     /// A defect in Vasto.
     Internal = 13,
-    /// Only the primary of the shard does this, and this replica is not primary, or not yet. A replica that is out of
-    /// service also returns this code for requests that any other replica can serve.
+    /// Only the primary of the shard does this, and this replica is not primary, or not yet. A
+    /// replica that is out of service also returns this code for requests that any other replica
+    /// can serve.
     NotPrimary = 14,
     /// The replica has not caught up with the others since it was opened; ask another replica.
     CatchingUp = 15,
     /// The given number, or the result, does not fit its type: not finite, or out of its range.
     OutOfRange = 16,
-    /// The disk of the replica is full, or another resource of its node is used up. The condition clears by itself
-    /// once there is room again.
+    /// The disk of the replica is full, or another resource of its node is used up. The condition
+    /// clears by itself once there is room again.
     NoSpace = 17,
 }
 

@@ -46,7 +46,8 @@ impl Sequence {
     }
 }
 
-/// Returns the shard of a hash among `shards` shards, and the shard count above which the hash leaves it.
+/// Returns the shard of a hash among `shards` shards, and the shard count above which the hash
+/// leaves it.
 ///
 /// # Panics
 /// When `shards` is 0.
@@ -64,8 +65,8 @@ pub fn jump(hash: u64, shards: u32) -> Jump {
 
 /// Returns the next jump of a hash from `shard`, or `None` if its sequence never visits that shard.
 ///
-/// The result does not depend on the number of shards, so where a key is stored inside a shard is a pure function of
-/// the key and the shard.
+/// The result does not depend on the number of shards, so where a key is stored inside a shard is a
+/// pure function of the key and the shard.
 pub fn next_jump_from(hash: u64, shard: ShardId) -> Option<u64> {
     let mut sequence = Sequence::new(hash);
     loop {
@@ -87,7 +88,9 @@ mod tests {
     #[test]
     fn published_vectors_of_the_paper_hold() {
         // Known answers of the reference implementation (hash, buckets) -> bucket.
-        for (hash, n, want) in [(0u64, 1u32, 0u32), (0xdead_10cc, 666, 361), (256, 1024, 520), (1, 1, 0)] {
+        for (hash, n, want) in
+            [(0u64, 1u32, 0u32), (0xdead_10cc, 666, 361), (256, 1024, 520), (1, 1, 0)]
+        {
             assert_eq!(jump(hash, n).shard.0, want, "jump({hash:#x}, {n})");
         }
     }
@@ -103,7 +106,10 @@ mod tests {
             let mean = keys as f64 / f64::from(n);
             let tolerance = 6.0 * mean.sqrt();
             for (shard, count) in counts.iter().enumerate() {
-                assert!((*count as f64 - mean).abs() < tolerance, "shard {shard} of {n}: {count}, mean {mean}");
+                assert!(
+                    (*count as f64 - mean).abs() < tolerance,
+                    "shard {shard} of {n}: {count}, mean {mean}"
+                );
             }
         }
     }

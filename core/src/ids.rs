@@ -50,7 +50,8 @@ number! {
     CatalogVersion(u64)
 }
 number! {
-    /// Position in one replica's binlog, contiguous from 1; 0 is the position before the first record.
+    /// Position in one replica's binlog, contiguous from 1; 0 is the position before the first
+    /// record.
     Lsn(u64)
 }
 number! {
@@ -118,7 +119,9 @@ impl<'de> Deserialize<'de> for NodeId {
 }
 
 /// Origin of a record: the incarnation of the replica that first wrote it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 pub struct Origin {
     /// The accepting replica.
     pub replica: ReplicaId,

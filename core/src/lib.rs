@@ -23,5 +23,6 @@ pub use control::{catalog, operation, plan, reconcile, report};
 pub use error::{ErrorCode, VastoError};
 pub use format::{codec, entry, merge, record, stored_key};
 pub use ids::{
-    CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, Origin, OwnSeq, PlanId, ReplicaId, ShardId,
+    CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, Origin, OwnSeq, PlanId, ReplicaId,
+    ShardId,
 };

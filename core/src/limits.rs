@@ -22,13 +22,15 @@ pub const BATCH_OPS_MAX: usize = 10_000;
 pub const SCAN_PAGE_BYTES_MAX: usize = MIB;
 /// Rows after which a scan page stops, even of tiny rows.
 pub const SCAN_PAGE_ROWS_MAX: usize = 10_000;
-/// Stored rows after which a scan page ends, even when few or none are returned: deleted rows, expired rows, and rows
-/// of other partitions. About a tenth of a second of a reader when all are in memory.
+/// Stored rows after which a scan page ends, even when few or none are returned: deleted rows,
+/// expired rows, and rows of other partitions. About a tenth of a second of a reader when all are
+/// in memory.
 pub const SCAN_PAGE_EXAMINED_MAX: usize = 50_000;
-/// Time after which a scan page ends, for rows from a slow disk: readers are few and shared by all requests.
+/// Time after which a scan page ends, for rows from a slow disk: readers are few and shared by all
+/// requests.
 pub const SCAN_PAGE_TIME: Duration = Duration::from_millis(100);
-/// Most shards that a keyspace is created with. The formats allow more, growing does not yet: a keyspace created with
-/// more could never add a shard.
+/// Most shards that a keyspace is created with. The formats allow more, growing does not yet: a
+/// keyspace created with more could never add a shard.
 pub const SHARDS_SERVED_MAX: u32 = 64;
 /// Longest keyspace name (it becomes part of an object name).
 pub const KEYSPACE_NAME_MAX: usize = 63;
@@ -40,12 +42,13 @@ pub const RECORD_BYTES_MAX: usize = 24 * MIB;
 pub const GROUP_BYTES_MAX: usize = 4 * MIB;
 /// Operations at which a writer stops adding to a group commit.
 pub const GROUP_OPS_MAX: usize = 4_096;
-/// Most bytes that an operation takes in a record beside its key and value: the entry's header, two lengths, and the
-/// stored result of a read-modify-write with its name.
+/// Most bytes that an operation takes in a record beside its key and value: the entry's header, two
+/// lengths, and the stored result of a read-modify-write with its name.
 const OP_FRAMING_BYTES: usize = ENTRY_HEADER_BYTES_MAX + 8 + 64;
 // An almost full group takes one more batch, and the record that holds both can still be written.
 const _: () = assert!(
-    GROUP_BYTES_MAX + BATCH_BYTES_MAX + (GROUP_OPS_MAX + BATCH_OPS_MAX) * OP_FRAMING_BYTES + KIB <= RECORD_BYTES_MAX
+    GROUP_BYTES_MAX + BATCH_BYTES_MAX + (GROUP_OPS_MAX + BATCH_OPS_MAX) * OP_FRAMING_BYTES + KIB
+        <= RECORD_BYTES_MAX
 );
 /// Bytes that may wait in one replica's writer queue before backpressure begins.
 pub const WRITE_QUEUE_BYTES_MAX: usize = 64 * MIB;
@@ -55,16 +58,19 @@ pub const MESSAGE_BYTES_MAX: usize = 32 * MIB;
 pub const CONNECTION_BYTES_MAX: usize = 64 * MIB;
 /// Bytes of requests that all connections of a node may have in flight together.
 pub const NODE_REQUEST_BYTES_MAX: usize = 512 * MIB;
-/// Bytes of replies that wait for slow readers, over all connections of a node: above it a node begins a request only
-/// for a connection that has no reply waiting.
+/// Bytes of replies that wait for slow readers, over all connections of a node: above it a node
+/// begins a request only for a connection that has no reply waiting.
 pub const NODE_REPLY_BYTES_MAX: usize = 256 * MIB;
-/// Time without taking a reply after which a peer is disconnected while its node is over one of these budgets.
+/// Time without taking a reply after which a peer is disconnected while its node is over one of
+/// these budgets.
 pub const REPLY_STALL_MAX: Duration = Duration::from_secs(10);
-/// Unary requests that a node answers at a time: they have no byte budget, and each may be a batch with its reply.
+/// Unary requests that a node answers at a time: they have no byte budget, and each may be a batch
+/// with its reply.
 pub const UNARY_REQUESTS_MAX: usize = 64;
 /// Default limit of replicas on a node: each is a RocksDB instance with its own files.
 pub const NODE_REPLICAS_MAX: usize = 512;
-/// Replicas under construction on one node at a time: more would share its disk and network and finish no sooner.
+/// Replicas under construction on one node at a time: more would share its disk and network and
+/// finish no sooner.
 pub const COPIES_PER_NODE_MAX: usize = 4;
 /// A node gets no new replicas when less than one part in this many of its disk is free ...
 pub const DISK_RESERVE_PART: u64 = 20;
@@ -72,8 +78,8 @@ pub const DISK_RESERVE_PART: u64 = 20;
 pub const DISK_RESERVE_BYTES_MAX: u64 = 1024 * MIB as u64;
 /// Time after which a target that has begun nothing, although its node is there, is given up.
 pub const TARGET_SILENT_MAX: Duration = Duration::from_secs(60);
-/// Time away after which a node whose loss was accepted counts as lost; until then data that it alone holds may still
-/// be drained.
+/// Time away after which a node whose loss was accepted counts as lost; until then data that it
+/// alone holds may still be drained.
 pub const ACCEPTED_LOSS_AWAY: Duration = Duration::from_secs(15);
 
 /// Time after which a node that is away and has no part in anything is forgotten.
@@ -84,24 +90,27 @@ pub const CORDONED_MAX: usize = 1_024;
 pub const TABLES_OPEN_MAX: usize = 4_096;
 /// ... and fewest: with fewer, every read opens a file.
 pub const TABLES_OPEN_MIN: usize = 64;
-/// A node whose disk has less than a fiftieth free, between these bounds, refuses client writes: the rest is reserved
-/// for flushes, compactions and data already written, which would otherwise fail halfway.
+/// A node whose disk has less than a fiftieth free, between these bounds, refuses client writes:
+/// the rest is reserved for flushes, compactions and data already written, which would otherwise
+/// fail halfway.
 pub const DISK_LOW_BYTES_MIN: u64 = 16 * MIB as u64;
 /// See [`DISK_LOW_BYTES_MIN`].
 pub const DISK_LOW_BYTES_MAX: u64 = 1024 * MIB as u64;
-/// Pause between the failure of a replica for lack of disk or descriptors and the first attempt to reopen it; doubled
-/// for each further one.
+/// Pause between the failure of a replica for lack of disk or descriptors and the first attempt to
+/// reopen it; doubled for each further one.
 pub const REOPEN_AFTER: Duration = Duration::from_secs(1);
 /// Longest such pause, however often the attempt has failed.
 pub const REOPEN_AFTER_MAX: Duration = Duration::from_secs(30);
-/// Time after which a replica that stays closed for lack of a resource is replaced like any other failed replica.
+/// Time after which a replica that stays closed for lack of a resource is replaced like any other
+/// failed replica.
 pub const PASSING_MAX: Duration = Duration::from_secs(60);
 /// Size at which a binlog file is closed and a new one begun.
 pub const BINLOG_FILE_BYTES: u64 = 64 * MIB as u64;
 /// Most bytes of log that a replica keeps. At the cap, cover by the bucket is given up first.
 pub const BINLOG_BYTES_MAX: u64 = 4 * 1024 * MIB as u64;
-/// Most log in a chunk, unless a single record is longer. A fraction of a second of any link but a slow one, where it
-/// takes a minute at a megabit a second; a thousand chunks hold 8 GiB for half a cent.
+/// Most log in a chunk, unless a single record is longer. A fraction of a second of any link but a
+/// slow one, where it takes a minute at a megabit a second; a thousand chunks hold 8 GiB for half a
+/// cent.
 pub const CHUNK_BYTES_MAX: usize = 8 * MIB;
 /// Least log in a chunk when there is more to ship, even after failed attempts.
 pub const CHUNK_BYTES_MIN: usize = 256 * KIB;
@@ -113,32 +122,35 @@ pub const UPLOAD_MEMORY_MAX: u64 = 64 * MIB as u64;
 pub const CHECKPOINT_LOG_BYTES: u64 = 512 * MIB as u64;
 /// Replay time of the log since the last checkpoint above which the next one is due.
 pub const REPLAY_MAX: Duration = Duration::from_secs(60);
-/// Age of its first uploaded file at which a checkpoint starts over: garbage collection does not know of it yet, and
-/// deletes objects that are older than a day and named by nothing.
+/// Age of its first uploaded file at which a checkpoint starts over: garbage collection does not
+/// know of it yet, and deletes objects that are older than a day and named by nothing.
 pub const UPLOAD_STALL_MAX: Duration = Duration::from_secs(12 * 3_600);
-/// Age up to which an SST that no manifest names may belong to a checkpoint that is being uploaded: an hour more than
-/// the upload may take.
+/// Age up to which an SST that no manifest names may belong to a checkpoint that is being uploaded:
+/// an hour more than the upload may take.
 pub const UNNAMED_AGE_MIN: Duration = Duration::from_secs(13 * 3_600);
 
 /// Time after which a write that waits for the bucket's acknowledgement is `Unknown`.
 pub const BUCKET_ACK_TIMEOUT: Duration = Duration::from_secs(8);
 
-/// Delay before a replica that ships in place of the preferred primary begins with a checkpoint, which uploads
-/// everything; none if a request waits for the bucket. Continuing behind the existing archive needs no checkpoint.
+/// Delay before a replica that ships in place of the preferred primary begins with a checkpoint,
+/// which uploads everything; none if a request waits for the bucket. Continuing behind the existing
+/// archive needs no checkpoint.
 pub const SHIP_INSTEAD_AFTER: Duration = Duration::from_secs(300);
-/// Least log, in time, that a replica keeps while it does not ship (three ship intervals where that is longer), so that
-/// it can continue where the preferred primary stopped.
+/// Least log, in time, that a replica keeps while it does not ship (three ship intervals where that
+/// is longer), so that it can continue where the preferred primary stopped.
 pub const LOG_KEPT_FOR_SHIPPING: Duration = Duration::from_secs(60);
-/// Most bytes of another replica's log that are read from the bucket to find where to continue behind it.
+/// Most bytes of another replica's log that are read from the bucket to find where to continue
+/// behind it.
 pub const SHIPPED_READ_BYTES_MAX: u64 = 256 * MIB as u64;
 
-/// A commit time further ahead than this of the time at which the bucket had its record shows a clock that was ahead:
-/// a point-in-time restore does not rely on it. The usual difference between good clocks is less.
+/// A commit time further ahead than this of the time at which the bucket had its record shows a
+/// clock that was ahead: a point-in-time restore does not rely on it. The usual difference between
+/// good clocks is less.
 pub const CLOCK_AHEAD_TRUSTED: Duration = Duration::from_secs(5);
 /// Event times further ahead of the clock than this are refused when a client sends them.
 pub const MAX_CLOCK_AHEAD: Duration = Duration::from_secs(60);
-/// Longest time to live, of a value and of a keyspace's default: a thousand years, far from any overflow of
-/// the clock.
+/// Longest time to live, of a value and of a keyspace's default: a thousand years, far from any
+/// overflow of the clock.
 pub const TTL_MS_MAX: u64 = 1_000 * 365 * 86_400_000;
 /// Longest quarantine and longest tombstone grace: ten years.
 pub const KEPT_MS_MAX: u64 = 10 * 365 * 86_400_000;
@@ -164,9 +176,11 @@ pub const ADMIN_DEADLINE: Duration = Duration::from_secs(30);
 pub const EPOCH_WAIT: Duration = Duration::from_secs(1);
 /// Time for which reads of a sealed range continue without a report of the outcome.
 pub const SEALED_READS: Duration = Duration::from_secs(2);
-/// Time for which writes to a sealed range wait for the outcome before they are returned for a retry.
+/// Time for which writes to a sealed range wait for the outcome before they are returned for a
+/// retry.
 pub const SEALED_WRITES_WAIT: Duration = Duration::from_secs(3);
-/// Time within which the `sealing` version must be written, else the bucket is too slow to seal now.
+/// Time within which the `sealing` version must be written, else the bucket is too slow to seal
+/// now.
 pub const SEALING_WRITE_MAX: Duration = Duration::from_millis(200);
 /// Time within which all sources must have sealed and all targets caught up, else the plan unseals.
 pub const SEAL_TIMEOUT: Duration = Duration::from_secs(1);
@@ -174,42 +188,49 @@ pub const SEAL_TIMEOUT: Duration = Duration::from_secs(1);
 pub const TAIL_LAG_LSNS_MAX: u64 = 64;
 /// Deadline of a whole SIGTERM shutdown: drain, then exit.
 pub const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
-/// Time into a stop of the master after which its remaining connections are closed: all requests have been answered,
-/// and a silent peer must not delay the stop.
+/// Time into a stop of the master after which its remaining connections are closed: all requests
+/// have been answered, and a silent peer must not delay the stop.
 pub const MASTER_DRAIN: Duration = Duration::from_secs(1);
 /// Interval of the background sync of log that was acknowledged as `os`.
 pub const OS_SYNC_INTERVAL: Duration = Duration::from_millis(200);
-/// Time for which an opened replica waits for its peers to report what they hold; silent peers are skipped.
+/// Time for which an opened replica waits for its peers to report what they hold; silent peers are
+/// skipped.
 pub const CATCH_UP_PATIENCE: Duration = Duration::from_secs(2);
 /// Time without an answer after which an attempt is repeated at another replica.
 pub const ATTEMPT_PATIENCE: Duration = Duration::from_secs(1);
 /// Interval between two heartbeats of a lease link.
 pub const LEASE_BEAT: Duration = Duration::from_millis(100);
-/// Time for which a replica believes in a peer's promise after it SENT the heartbeat that was echoed.
+/// Time for which a replica believes in a peer's promise after it SENT the heartbeat that was
+/// echoed.
 pub const LEASE_BELIEF: Duration = Duration::from_millis(700);
-/// Time for which a replica keeps its promise after it RECEIVED the last heartbeat: longer than the holder believes
-/// in it, even when the two clocks run a few percent apart, and below [`ATTEMPT_PATIENCE`], so that a client that
-/// gave up on a silent primary finds its successor free.
+/// Time for which a replica keeps its promise after it RECEIVED the last heartbeat: longer than the
+/// holder believes in it, even when the two clocks run a few percent apart, and below
+/// [`ATTEMPT_PATIENCE`], so that a client that gave up on a silent primary finds its successor
+/// free.
 pub const LEASE_PROMISE: Duration = Duration::from_millis(850);
 /// Silence after which a peer is excused, provided that this node itself was running.
 pub const LEASE_SILENCE: Duration = Duration::from_millis(600);
-/// Time without scheduling of its own threads after which a node counts as not having listened: the silence of others
-/// is counted from then on.
+/// Time without scheduling of its own threads after which a node counts as not having listened: the
+/// silence of others is counted from then on.
 pub const LEASE_DEAF_GAP: Duration = Duration::from_millis(250);
 /// Time for which a peer that reports its replica as not open is waited for before it is excused.
 pub const LEASE_OPENING: Duration = Duration::from_secs(2);
-/// Time for which the master's report on a node is believed after the question was sent: by then a node that comes
-/// back may take over from a silent one.
+/// Time for which the master's report on a node is believed after the question was sent: by then a
+/// node that comes back may take over from a silent one.
 pub const MASTER_WORD: Duration = Duration::from_millis(550);
-/// Time for which a peer is excused, from the beginning of the attempt to connect on which the excuse rests.
+/// Time for which a peer is excused, from the beginning of the attempt to connect on which the
+/// excuse rests.
 pub const LEASE_EXCUSE: Duration = Duration::from_millis(550);
 /// Time for which a strict request waits at a replica that is about to have authority.
 pub const AUTHORITY_WAIT: Duration = Duration::from_secs(1);
-/// Time for which a write that is done but may not be acknowledged waits for authority before its outcome is unknown.
+/// Time for which a write that is done but may not be acknowledged waits for authority before its
+/// outcome is unknown.
 pub const HELD_ACK_MAX: Duration = Duration::from_secs(5);
-/// Shortest and longest timeout of a probe, which connects to a silent peer to find out whether this node is the
-/// isolated one. In between, the timeout is four times as long as connecting to the peer took before.
-pub const PROBE_TIMEOUT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
+/// Shortest and longest timeout of a probe, which connects to a silent peer to find out whether
+/// this node is the isolated one. In between, the timeout is four times as long as connecting to
+/// the peer took before.
+pub const PROBE_TIMEOUT: (Duration, Duration) =
+    (Duration::from_millis(50), Duration::from_millis(500));
 /// Time at its disk after which a writer is stalled: another replica serves in its place.
 pub const WRITER_STALL: Duration = Duration::from_secs(2);
 /// Time that a once stalled writer must run before its replica takes its place back.
@@ -219,11 +240,13 @@ pub const ACTING_PRIMARY_AFTER: Duration = Duration::from_millis(500);
 const _: () = assert!(LEASE_EXCUSE.as_millis() < LEASE_SILENCE.as_millis());
 const _: () = assert!(MASTER_WORD.as_millis() < LEASE_SILENCE.as_millis());
 const _: () = assert!(LEASE_BELIEF.as_millis() * 11 / 10 < LEASE_PROMISE.as_millis());
-const _: () = assert!(LEASE_PROMISE.as_millis() + LEASE_BEAT.as_millis() < ATTEMPT_PATIENCE.as_millis());
-/// Time for which a write that needs another replica's sync waits for it before its outcome is unknown.
+const _: () =
+    assert!(LEASE_PROMISE.as_millis() + LEASE_BEAT.as_millis() < ATTEMPT_PATIENCE.as_millis());
+/// Time for which a write that needs another replica's sync waits for it before its outcome is
+/// unknown.
 pub const REPLICA_ACK_TIMEOUT: Duration = Duration::from_secs(5);
-/// Time away after which a primary is replaced by the next replica: long enough for a process that restarts at once,
-/// short enough for read-modify-writes to wait.
+/// Time away after which a primary is replaced by the next replica: long enough for a process that
+/// restarts at once, short enough for read-modify-writes to wait.
 pub const FAILOVER_AWAY: Duration = Duration::from_millis(500);
 /// Time after which a leadership transfer that has not ended is undone.
 pub const HANDOVER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -257,7 +280,9 @@ pub enum LimitError {
     #[error("the key has {0} bytes, over the limit of {KEY_BYTES_MAX}; use a shorter key")]
     KeyTooLong(usize),
     /// See [`VALUE_BYTES_MAX`].
-    #[error("the value has {0} bytes, over the limit of {VALUE_BYTES_MAX}; split it over several keys")]
+    #[error(
+        "the value has {0} bytes, over the limit of {VALUE_BYTES_MAX}; split it over several keys"
+    )]
     ValueTooLong(usize),
     /// See [`BATCH_BYTES_MAX`].
     #[error("the batch has {0} bytes, over the limit of {BATCH_BYTES_MAX}; send it in parts")]
@@ -295,7 +320,11 @@ pub fn check_value(value: &[u8]) -> Result<(), LimitError> {
 
 /// Checks a time to live.
 pub fn check_ttl_ms(ttl_ms: u64) -> Result<(), LimitError> {
-    if ttl_ms == 0 || ttl_ms > TTL_MS_MAX { Err(LimitError::BadTtl(ttl_ms / 1_000)) } else { Ok(()) }
+    if ttl_ms == 0 || ttl_ms > TTL_MS_MAX {
+        Err(LimitError::BadTtl(ttl_ms / 1_000))
+    } else {
+        Ok(())
+    }
 }
 
 /// Checks an event time that a client gave against the clock.
@@ -334,7 +363,9 @@ mod tests {
         for good in ["a", "ks1", "a_b-c9", &"a".repeat(63)] {
             assert!(check_keyspace_name(good).is_ok(), "{good}");
         }
-        for bad in ["", "A", "1a", "..", "a/b", "a.b", "a b", "ä", "a\0", &"a".repeat(64), "-a", "_a"] {
+        for bad in
+            ["", "A", "1a", "..", "a/b", "a.b", "a b", "ä", "a\0", &"a".repeat(64), "-a", "_a"]
+        {
             assert!(check_keyspace_name(bad).is_err(), "{bad}");
         }
     }
@@ -342,7 +373,10 @@ mod tests {
     #[test]
     fn keys_values_and_event_times_at_the_boundary() {
         assert!(check_key(&vec![0; KEY_BYTES_MAX]).is_ok());
-        assert_eq!(check_key(&vec![0; KEY_BYTES_MAX + 1]), Err(LimitError::KeyTooLong(KEY_BYTES_MAX + 1)));
+        assert_eq!(
+            check_key(&vec![0; KEY_BYTES_MAX + 1]),
+            Err(LimitError::KeyTooLong(KEY_BYTES_MAX + 1))
+        );
         assert_eq!(check_key(b""), Err(LimitError::EmptyKey));
         assert!(check_value(&vec![0; VALUE_BYTES_MAX]).is_ok());
         assert!(check_value(&vec![0; VALUE_BYTES_MAX + 1]).is_err());

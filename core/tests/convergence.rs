@@ -1,9 +1,9 @@
-//! Convergence: replicas that apply the same writes in any order, any number of times, by any path, hold the same
-//! bytes, whatever the clocks of the accepting replicas said.
+//! Convergence: replicas that apply the same writes in any order, any number of times, by any path,
+//! hold the same bytes, whatever the clocks of the accepting replicas said.
 //!
 //! A history is a few origins that accept writes (with clocks off by up to an hour), each with its
-//! own log; records travel directly and through third replicas, late and repeatedly, in the order of
-//! each origin. 100,000 histories are tried; a failure names its seed.
+//! own log; records travel directly and through third replicas, late and repeatedly, in the order
+//! of each origin. 100,000 histories are tried; a failure names its seed.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
@@ -85,17 +85,22 @@ impl Replica {
         let event_time = match numbers.below(4) {
             0 => START_US + numbers.below(4),
             _ => {
-                let standing =
-                    self.rows.get(&key).and_then(|row| Entry::decode(row).ok()).map_or(0, |row| row.event_time);
+                let standing = self
+                    .rows
+                    .get(&key)
+                    .and_then(|row| Entry::decode(row).ok())
+                    .map_or(0, |row| row.event_time);
                 self.clock.stamp(now_us).max(standing + 1)
             }
         };
         self.last_commit = self.last_commit.max(now_us) + 1;
         let bytes = [numbers.below(3) as u8];
         let payload = (numbers.below(3) > 0).then_some(Payload::Bytes(&bytes));
-        let expires_at = (payload.is_some() && numbers.below(4) == 0).then(|| now_us + numbers.below(HOUR_US));
+        let expires_at =
+            (payload.is_some() && numbers.below(4) == 0).then(|| now_us + numbers.below(HOUR_US));
         let commit_time = (payload.is_none() || expires_at.is_some()).then_some(self.last_commit);
-        let entry = Entry { event_time, expires_at, partition_hash: None, commit_time, payload }.encode();
+        let entry =
+            Entry { event_time, expires_at, partition_hash: None, commit_time, payload }.encode();
         let own_seq = OwnSeq(self.vector.get(&self.origin).map_or(0, |seq| seq.0) + 1);
         self.take(Record { origin: self.origin, own_seq, key, entry }, rule);
     }
@@ -121,7 +126,8 @@ fn history(seed: u64, rule: Rule) -> Vec<BTreeMap<u8, Vec<u8>>> {
     let count = 2 + numbers.below(3) as usize;
     let mut replicas: Vec<Replica> =
         (0..count).map(|id| Replica::new(id as u64 + 1, numbers.below(2 * HOUR_US))).collect();
-    // Positions up to which each replica has read each other's log; a cursor may fall back, which repeats records.
+    // Positions up to which each replica has read each other's log; a cursor may fall back, which
+    // repeats records.
     let mut cursors = vec![vec![0usize; count]; count];
     let mut now_us = START_US;
     for _ in 0..(8 + numbers.below(24)) {
@@ -140,7 +146,10 @@ fn history(seed: u64, rule: Rule) -> Vec<BTreeMap<u8, Vec<u8>>> {
         }
     }
     for one in &replicas {
-        assert!(covers(&one.vector, &replicas[0].vector) && covers(&replicas[0].vector, &one.vector), "seed {seed}");
+        assert!(
+            covers(&one.vector, &replicas[0].vector) && covers(&replicas[0].vector, &one.vector),
+            "seed {seed}"
+        );
     }
     replicas.into_iter().map(|replica| replica.rows).collect()
 }
@@ -160,7 +169,8 @@ fn pull(
         let cursor = &mut cursors[follower][source];
         *cursor -= (numbers.below(3) as usize).min(*cursor);
         let most = most.unwrap_or_else(|| numbers.below(4) as usize);
-        let records: Vec<Record> = replicas[source].log.iter().skip(*cursor).take(most).cloned().collect();
+        let records: Vec<Record> =
+            replicas[source].log.iter().skip(*cursor).take(most).cloned().collect();
         *cursor += records.len();
         for record in records {
             replicas[follower].take(record, rule);
@@ -181,7 +191,10 @@ fn a_hundred_thousand_histories_converge_byte_for_byte() {
         // The same above any floor that all replicas have reached.
         let floor = START_US + seed % (2 * HOUR_US);
         let above = |rows: &BTreeMap<u8, Vec<u8>>| -> BTreeMap<u8, Vec<u8>> {
-            rows.iter().filter(|(_, row)| !is_collected(row, floor)).map(|(key, row)| (*key, row.clone())).collect()
+            rows.iter()
+                .filter(|(_, row)| !is_collected(row, floor))
+                .map(|(key, row)| (*key, row.clone()))
+                .collect()
         };
         assert!(rows.iter().all(|one| above(one) == above(&rows[0])), "seed {seed}");
     }

@@ -14,11 +14,13 @@ use vasto_core::catalog::{Ack, Catalog, KeyspaceSpec, Quarantine};
 use vasto_core::entry::{Entry, Payload, version_of};
 use vasto_core::hash::{jump, next_jump_from, partition_hash};
 use vasto_core::ids::{
-    CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, Origin, OwnSeq, PlanId, ReplicaId, ShardId,
+    CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, Origin, OwnSeq, PlanId, ReplicaId,
+    ShardId,
 };
 use vasto_core::plan::{PinnedManifest, Plan, PlanKind, Source, Step, Target};
 use vasto_core::record::{
-    BandRange, Body, FeedProgress, FileHeader, IngestedObject, KeyEntry, OpResult, RangeState, Record,
+    BandRange, Body, FeedProgress, FileHeader, IngestedObject, KeyEntry, OpResult, RangeState,
+    Record,
 };
 use vasto_core::stored_key::{MetaKey, data_key, split_data_key};
 
@@ -36,12 +38,16 @@ fn lines(name: &str) -> Vec<Vec<String>> {
 
 fn unhex(text: &str) -> Vec<u8> {
     assert!(text.len().is_multiple_of(2), "{text}");
-    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
+    (0..text.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap())
+        .collect()
 }
 
 /// Returns the named bytes of a file; the names must be exactly those that the test knows.
 fn named(file: &str, known: &[String]) -> BTreeMap<String, Vec<u8>> {
-    let found: BTreeMap<_, _> = lines(file).into_iter().map(|line| (line[0].clone(), unhex(&line[1]))).collect();
+    let found: BTreeMap<_, _> =
+        lines(file).into_iter().map(|line| (line[0].clone(), unhex(&line[1]))).collect();
     let mut names: Vec<_> = known.to_vec();
     names.sort();
     assert_eq!(found.keys().cloned().collect::<Vec<_>>(), names, "{file}");
@@ -91,7 +97,11 @@ fn bands_and_their_edges() {
     for line in lines("leaving.txt") {
         let number = |at: usize| line[at].parse::<u32>().unwrap();
         let leaving = Band::leaving(number(0), number(1));
-        assert_eq!((u32::from(leaving.start().0), u32::from(leaving.end().0)), (number(2), number(3)), "{line:?}");
+        assert_eq!(
+            (u32::from(leaving.start().0), u32::from(leaving.end().0)),
+            (number(2), number(3)),
+            "{line:?}"
+        );
         assert_eq!(*Band::owned(number(1)).start(), Band(leaving.end().0 + 1));
     }
 }
@@ -111,11 +121,16 @@ fn entries() -> Vec<(String, Entry<'static>)> {
                 if payload.is_none() && expires_at.is_some() {
                     continue;
                 }
-                let commit_time = (payload.is_none() || expires_at.is_some()).then_some(0x1112_1314_1516_1718);
+                let commit_time =
+                    (payload.is_none() || expires_at.is_some()).then_some(0x1112_1314_1516_1718);
                 let flags = [expires_at.map(|_| "-expires"), partition_hash.map(|_| "-partition")];
-                let name = flags.into_iter().flatten().fold(name.to_owned(), |name, flag| name + flag);
+                let name =
+                    flags.into_iter().flatten().fold(name.to_owned(), |name, flag| name + flag);
                 let event_time = 0x2122_2324_2526_2728;
-                out.push((name, Entry { event_time, expires_at, partition_hash, commit_time, payload }));
+                out.push((
+                    name,
+                    Entry { event_time, expires_at, partition_hash, commit_time, payload },
+                ));
             }
         }
     }
@@ -141,17 +156,28 @@ fn range() -> BandRange {
 }
 
 fn bodies() -> Vec<(String, Body)> {
-    let key_entry = |key: &[u8], entry: &[u8]| KeyEntry { key: key.to_vec(), entry: entry.to_vec() };
-    let progress =
-        vec![FeedProgress::Tail(ReplicaId(0x51), Lsn(0x52)), FeedProgress::Forward(ShardId(0x53), Lsn(0x54))];
-    let object = |key: &str| IngestedObject { key: key.to_owned(), bytes: 0x0102_0304_0506_0708, crc32c: 0xa1b2_c3d4 };
+    let key_entry =
+        |key: &[u8], entry: &[u8]| KeyEntry { key: key.to_vec(), entry: entry.to_vec() };
+    let progress = vec![
+        FeedProgress::Tail(ReplicaId(0x51), Lsn(0x52)),
+        FeedProgress::Forward(ShardId(0x53), Lsn(0x54)),
+    ];
+    let object = |key: &str| IngestedObject {
+        key: key.to_owned(),
+        bytes: 0x0102_0304_0506_0708,
+        crc32c: 0xa1b2_c3d4,
+    };
     let mut out = vec![
         ("data-empty", Body::data(Vec::new())),
         (
             "data",
             Body::Data {
                 entries: vec![key_entry(b"key", b"entry"), key_entry(b"\x00\xff", b"")],
-                results: vec![OpResult { client: 0x61, sequence: 0x62, outcome: b"outcome".to_vec() }],
+                results: vec![OpResult {
+                    client: 0x61,
+                    sequence: 0x62,
+                    outcome: b"outcome".to_vec(),
+                }],
                 progress: progress.clone(),
             },
         ),
@@ -170,8 +196,13 @@ fn bodies() -> Vec<(String, Body)> {
             },
         ),
     ];
-    let states =
-        [RangeState::Empty, RangeState::Owned, RangeState::Arriving, RangeState::Leaving, RangeState::Clearing];
+    let states = [
+        RangeState::Empty,
+        RangeState::Owned,
+        RangeState::Arriving,
+        RangeState::Leaving,
+        RangeState::Clearing,
+    ];
     let names = ["range-empty", "range-owned", "range-arriving", "range-leaving", "range-clearing"];
     for (name, state) in names.into_iter().zip(states) {
         out.push((name, Body::RangeState { version: CatalogVersion(0x7a), range: range(), state }));
@@ -186,7 +217,10 @@ fn record(body: Body) -> Record {
         commit_time: 0x2122_2324_2526_2728,
         floor: 0x3132_3334_3536_3738,
         epoch: Epoch(0x4142_4344_4546_4748),
-        origin: Origin { replica: ReplicaId(0x5152_5354_5556_5758), incarnation: Incarnation(0x6162_6364_6566_6768) },
+        origin: Origin {
+            replica: ReplicaId(0x5152_5354_5556_5758),
+            incarnation: Incarnation(0x6162_6364_6566_6768),
+        },
         own_seq: OwnSeq(if body.is_streamed() { 0x7172_7374_7576_7778 } else { 0 }),
         body,
     }
@@ -222,7 +256,10 @@ fn the_header_of_a_log_file() {
 }
 
 fn meta_keys() -> Vec<(String, MetaKey)> {
-    let origin = Origin { replica: ReplicaId(0x0102_0304_0506_0708), incarnation: Incarnation(0x1112_1314_1516_1718) };
+    let origin = Origin {
+        replica: ReplicaId(0x0102_0304_0506_0708),
+        incarnation: Incarnation(0x1112_1314_1516_1718),
+    };
     let all = [
         ("identity", MetaKey::Identity),
         ("head", MetaKey::Head),
@@ -244,7 +281,10 @@ fn data_keys() -> Vec<(String, Band, &'static [u8])> {
 
 #[test]
 fn stored_keys_of_data_and_metadata() {
-    let names = meta_keys().into_iter().map(|(name, _)| name).chain(data_keys().into_iter().map(|(name, _, _)| name));
+    let names = meta_keys()
+        .into_iter()
+        .map(|(name, _)| name)
+        .chain(data_keys().into_iter().map(|(name, _, _)| name));
     let found = named("stored_keys.txt", &names.collect::<Vec<_>>());
     for (name, key) in meta_keys() {
         assert_eq!(MetaKey::decode(&found[&name]).unwrap(), key, "{name}");
@@ -267,8 +307,14 @@ fn catalog() -> Catalog {
         quarantine_ms: 5_000,
         tombstone_grace_ms: None,
     };
-    let mut catalog =
-        Catalog::first(KeyspaceId(9), "ks-1", spec, &[vec![one, two], vec![two, one]], 1_700_000_000_000_000, u64::MAX);
+    let mut catalog = Catalog::first(
+        KeyspaceId(9),
+        "ks-1",
+        spec,
+        &[vec![one, two], vec![two, one]],
+        1_700_000_000_000_000,
+        u64::MAX,
+    );
     catalog.version = CatalogVersion(12);
     catalog.epoch = Epoch(5);
     let pinned = PinnedManifest { key: "data/9/0/1/checkpoint/7.manifest".to_owned(), lsn: Lsn(7) };
@@ -279,7 +325,12 @@ fn catalog() -> Catalog {
         started_at_us: 1_700_000_000_000_001,
         step: Step::Sealing,
         sources: vec![
-            Source { shard: ShardId(0), replica: ReplicaId(1), node: one, manifest: Some(pinned.clone()) },
+            Source {
+                shard: ShardId(0),
+                replica: ReplicaId(1),
+                node: one,
+                manifest: Some(pinned.clone()),
+            },
             Source { shard: ShardId(1), replica: ReplicaId(3), node: two, manifest: None },
         ],
         targets: vec![Target { shard: ShardId(2), replica: ReplicaId(5), node: two }],

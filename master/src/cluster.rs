@@ -18,7 +18,8 @@ use vasto_shipping::{Bucket, CatalogStore, ClusterSettings, Prices};
 use crate::metrics::Metrics;
 use crate::state::ClusterState;
 
-/// The shortest interval between look-ups of a keyspace that nodes name and this master does not know.
+/// The shortest interval between look-ups of a keyspace that nodes name and this master does not
+/// know.
 const LOOK_UP_INTERVAL: Duration = Duration::from_secs(10);
 /// How long the bucket has to return new settings of nodes.
 const SETTINGS_PATIENCE: Duration = Duration::from_secs(2);
@@ -45,7 +46,8 @@ pub(crate) struct Stored {
 pub(crate) struct Cluster {
     /// Empty while the owner of the prefix is not known.
     cluster_id: Mutex<String>,
-    /// Why this master serves nothing but the repair: the prefix belongs to a cluster whose id is missing.
+    /// Why this master serves nothing but the repair: the prefix belongs to a cluster whose id is
+    /// missing.
     restricted: watch::Sender<Option<String>>,
     /// Nodes of other clusters that asked to join, with the cluster that they name.
     refused: Mutex<BTreeMap<NodeId, String>>,
@@ -160,10 +162,9 @@ impl Cluster {
     /// Returns the warnings about the bucket.
     pub(crate) fn warnings(&self) -> Vec<String> {
         let restricted = self.check_unrestricted().err().map(|error| error.message);
-        let outage = self
-            .bucket
-            .outage()
-            .map(|(since, why)| format!("the bucket has not answered this master for {} s: {why}", since.as_secs()));
+        let outage = self.bucket.outage().map(|(since, why)| {
+            format!("the bucket has not answered this master for {} s: {why}", since.as_secs())
+        });
         let refused = self.refused().into_iter().map(|(node, cluster)| {
             format!(
                 "{node} belongs to cluster {cluster} and is not taken in: if the bucket of that cluster was emptied, \
@@ -172,7 +173,13 @@ impl Cluster {
         });
         let catalogs = self.odd_catalogs.lock().clone();
         let findings = self.findings.lock().clone();
-        restricted.into_iter().chain(outage).chain(refused).chain(catalogs).chain(findings).collect()
+        restricted
+            .into_iter()
+            .chain(outage)
+            .chain(refused)
+            .chain(catalogs)
+            .chain(findings)
+            .collect()
     }
 
     /// Returns the microseconds since this master started; never goes back.
@@ -190,13 +197,14 @@ impl Cluster {
         *self.stored.lock()
     }
 
-    /// Returns a guard for the places that a version assigns, held until the outcome of its write is known.
+    /// Returns a guard for the places that a version assigns, held until the outcome of its write
+    /// is known.
     pub(crate) fn hold_places(self: &Arc<Self>, hold: u64) -> Held {
         Held { cluster: self.clone(), hold }
     }
 
-    /// Reads what other masters have decided about nodes; returns true when that is new. While the bucket does
-    /// not answer nothing is decided either: the next write waits for the bucket.
+    /// Reads what other masters have decided about nodes; returns true when that is new. While the
+    /// bucket does not answer nothing is decided either: the next write waits for the bucket.
     pub(crate) async fn refresh_settings(&self) -> bool {
         let before = self.state().settings.clone();
         match tokio::time::timeout(SETTINGS_PATIENCE, self.store.settings(&before)).await {
@@ -220,7 +228,8 @@ impl Cluster {
         is_news
     }
 
-    /// Returns true when a keyspace that this master does not know may be looked up now; the next look-up of it waits.
+    /// Returns true when a keyspace that this master does not know may be looked up now; the next
+    /// look-up of it waits.
     pub(crate) fn may_look_up(&self, keyspace: KeyspaceId) -> bool {
         let mut looked_up = self.looked_up.lock();
         looked_up.retain(|_, at| at.elapsed() < LOOK_UP_INTERVAL);
@@ -245,9 +254,14 @@ impl Drop for Held {
 }
 
 /// Returns the wall clock in microseconds since 1970.
-#[expect(clippy::disallowed_methods, reason = "the one place where this service reads the wall clock")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the one place where this service reads the wall clock"
+)]
 pub(crate) fn now_us() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |since| since.as_micros() as u64)
 }
 
 /// Returns a number that distinguishes the object of one writer from a rival's.

@@ -1,7 +1,8 @@
 //! The exact text of every document that the master answers.
 //!
-//! `testdata/v1/documents.txt` holds a name and a document on each pair of lines. Scripts parse these documents, so a
-//! difference here is a change of the interface: fields are added, never renamed or removed.
+//! `testdata/v1/documents.txt` holds a name and a document on each pair of lines. Scripts parse
+//! these documents, so a difference here is a change of the interface: fields are added, never
+//! renamed or removed.
 
 #![allow(clippy::unwrap_used)]
 use std::sync::Arc;
@@ -9,13 +10,17 @@ use std::time::Duration;
 
 use object_store::memory::InMemory;
 use tokio_util::sync::CancellationToken;
-use vasto_core::catalog::{Ack, Catalog, DrainingReplica, KeyspaceSpec, Moved, NodeDrain, Quarantine};
+use vasto_core::catalog::{
+    Ack, Catalog, DrainingReplica, KeyspaceSpec, Moved, NodeDrain, Quarantine,
+};
 use vasto_core::error::VastoError;
 use vasto_core::ids::{KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use vasto_core::operation::{OperationKind, OperationOutcome, OperationReport, Reached};
 use vasto_core::plan::{Plan, PlanKind, Step, Target};
 use vasto_core::reconcile::start_grow;
-use vasto_core::report::{PauseMs, ReplicaPhase, ReplicaReport, ReplicationReport, TargetProgress, TargetStage};
+use vasto_core::report::{
+    PauseMs, ReplicaPhase, ReplicaReport, ReplicationReport, TargetProgress, TargetStage,
+};
 use vasto_proto::v1;
 use vasto_shipping::{Bucket, ClusterSettings};
 
@@ -48,7 +53,12 @@ fn report(keyspace: KeyspaceId, shard: u32, replica: u64) -> ReplicaReport {
     ReplicaReport { keyspace, shard: ShardId(shard), ..replica_report(replica, 1) }
 }
 
-fn ended(id: &str, kind: OperationKind, keyspace: &str, outcome: OperationOutcome) -> OperationReport {
+fn ended(
+    id: &str,
+    kind: OperationKind,
+    keyspace: &str,
+    outcome: OperationOutcome,
+) -> OperationReport {
     OperationReport {
         id: id.into(),
         kind,
@@ -72,10 +82,16 @@ fn ended(id: &str, kind: OperationKind, keyspace: &str, outcome: OperationOutcom
     }
 }
 
-/// A keyspace that grows, with a replica in every state, a draining replica, a quarantine and ended operations.
+/// A keyspace that grows, with a replica in every state, a draining replica, a quarantine and ended
+/// operations.
 fn orders() -> Catalog {
-    let spec =
-        KeyspaceSpec { shards: 2, replicas: 2, ack: Ack::Replica, ttl_ms: Some(86_400_000), ..KeyspaceSpec::default() };
+    let spec = KeyspaceSpec {
+        shards: 2,
+        replicas: 2,
+        ack: Ack::Replica,
+        ttl_ms: Some(86_400_000),
+        ..KeyspaceSpec::default()
+    };
     let nodes = [vec![NodeId(1), NodeId(2)], vec![NodeId(2), NodeId(4)]];
     let first = Catalog::first(ORDERS, "orders", spec, &nodes, 1_000, 1);
     let mut growing = start_grow(&first, 3, &[NodeId(1), NodeId(2)], 5_000, 2).unwrap();
@@ -137,9 +153,13 @@ fn users(drain: &NodeDrain) -> Catalog {
 
 /// A keyspace that remembers drains that have ended.
 fn events(done: &str, aborted: &str) -> Catalog {
-    let mut catalog = Catalog::first(EVENTS, "events", KeyspaceSpec::default(), &[vec![NodeId(3)]], 1_000, 1);
+    let mut catalog =
+        Catalog::first(EVENTS, "events", KeyspaceSpec::default(), &[vec![NodeId(3)]], 1_000, 1);
     catalog.operations = vec![
-        OperationReport { copies: 2, ..ended(done, OperationKind::DrainNode, "events", OperationOutcome::Done) },
+        OperationReport {
+            copies: 2,
+            ..ended(done, OperationKind::DrainNode, "events", OperationOutcome::Done)
+        },
         OperationReport {
             reason: Some("no node has room".into()),
             ..ended(aborted, OperationKind::DrainNode, "events", OperationOutcome::Aborted)
@@ -150,16 +170,20 @@ fn events(done: &str, aborted: &str) -> Catalog {
 
 /// Returns a state with every condition that a document can show.
 fn rich(cluster: &Arc<Cluster>) -> [String; 3] {
-    let drains = [(1, 6_500), (2, 3_000), (3, 3_500)].map(|(node, since)| NodeDrain::new(NodeId(node), true, since));
+    let drains = [(1, 6_500), (2, 3_000), (3, 3_500)]
+        .map(|(node, since)| NodeDrain::new(NodeId(node), true, since));
     let ids = drains.clone().map(|drain| drain.operation_id());
     let mut state = ClusterState::default();
-    let sessions =
-        [1, 2, 3, 5].map(|node| state.connect(&hello(node, &format!("a:{node}")), false, 10).unwrap().session);
+    let sessions = [1, 2, 3, 5]
+        .map(|node| state.connect(&hello(node, &format!("a:{node}")), false, 10).unwrap().session);
     state.install(orders(), Delivery::Push);
     state.install(users(&drains[0]), Delivery::Push);
     state.install(events(&ids[1], &ids[2]), Delivery::Push);
     let spec = KeyspaceSpec { shards: 2, ..KeyspaceSpec::default() };
-    state.install(Catalog::first(IDLE, "idle", spec, &[vec![NodeId(1)], vec![NodeId(2)]], 1_000, 1), Delivery::Push);
+    state.install(
+        Catalog::first(IDLE, "idle", spec, &[vec![NodeId(1)], vec![NodeId(2)]], 1_000, 1),
+        Delivery::Push,
+    );
     let loading = |plan, replica| ReplicaReport {
         phase: ReplicaPhase::Building,
         target: Some(TargetProgress {
@@ -171,8 +195,12 @@ fn rich(cluster: &Arc<Cluster>) -> [String; 3] {
         }),
         ..replica
     };
-    let failed = ReplicaReport { phase: ReplicaPhase::Failed("bad \"record\"".into()), ..report(ORDERS, 0, 2) };
-    let replication = ReplicationReport { ready: true, stalled: true, lag_ms: 40, ..Default::default() };
+    let failed = ReplicaReport {
+        phase: ReplicaPhase::Failed("bad \"record\"".into()),
+        ..report(ORDERS, 0, 2)
+    };
+    let replication =
+        ReplicationReport { ready: true, stalled: true, lag_ms: 40, ..Default::default() };
     let stalled = ReplicaReport { replication, ..report(ORDERS, 1, 3) };
     let late = ReplicaReport { replication: Default::default(), ..report(IDLE, 1, 2) };
     let requests = v1::BucketRequests {
@@ -185,17 +213,27 @@ fn rich(cluster: &Arc<Cluster>) -> [String; 3] {
         bytes_written: 7,
         elapsed_ms: 3_600_999,
     };
-    let of_one = v1::Report { disk_used: 1 << 40, disk_free: 1 << 20, bucket: Some(requests), ..Default::default() };
+    let of_one = v1::Report {
+        disk_used: 1 << 40,
+        disk_free: 1 << 20,
+        bucket: Some(requests),
+        ..Default::default()
+    };
     let of_two = v1::Report { bucket_trouble: "access denied".into(), ..Default::default() };
-    let replicas =
-        vec![report(ORDERS, 0, 1), loading(1, report(ORDERS, 2, 5)), report(USERS, 0, 1), report(IDLE, 0, 1)];
+    let replicas = vec![
+        report(ORDERS, 0, 1),
+        loading(1, report(ORDERS, 2, 5)),
+        report(USERS, 0, 1),
+        report(IDLE, 0, 1),
+    ];
     assert_eq!(state.report(NodeId(1), sessions[0], &of_one, replicas, 20), []);
     let replicas = vec![failed, stalled, loading(3, report(USERS, 0, 2)), late];
     assert_eq!(state.report(NodeId(2), sessions[1], &of_two, replicas, 20), []);
     state.reached(NodeId(2), sessions[1], Some("connection refused".into()));
     state.disconnect(NodeId(3), sessions[2], 30);
     state.keyspaces.get_mut(&ORDERS).unwrap().waiting_for = Some("shard 2 to load".into());
-    state.settings = Arc::new(ClusterSettings::default().with_cordon(NodeId(2), true, 1, 1).unwrap());
+    state.settings =
+        Arc::new(ClusterSettings::default().with_cordon(NodeId(2), true, 1, 1).unwrap());
     *cluster.state() = state;
     ids
 }
@@ -243,12 +281,18 @@ async fn answered(
     }
 }
 
-/// Returns the documents of calls that change something, of keyspaces with live nodes 1 and 2 and the lost node 3.
+/// Returns the documents of calls that change something, of keyspaces with live nodes 1 and 2 and
+/// the lost node 3.
 async fn changes() -> Vec<(&'static str, String)> {
     let cluster = cluster();
     cluster.state().node_silence = Some(Duration::ZERO);
-    let sessions = [1, 2].map(|node| cluster.state().connect(&hello(node, "a:1"), false, 0).unwrap().session);
-    let placed = [("one", [NodeId(1), NodeId(2)]), ("two", [NodeId(1), NodeId(2)]), ("three", [NodeId(1), NodeId(3)])];
+    let sessions =
+        [1, 2].map(|node| cluster.state().connect(&hello(node, "a:1"), false, 0).unwrap().session);
+    let placed = [
+        ("one", [NodeId(1), NodeId(2)]),
+        ("two", [NodeId(1), NodeId(2)]),
+        ("three", [NodeId(1), NodeId(3)]),
+    ];
     for (name, nodes) in placed {
         let spec = KeyspaceSpec { replicas: 2, ..KeyspaceSpec::default() };
         let build = |id| Catalog::first(id, name, spec.clone(), &[nodes.to_vec()], 1_000, 1);
@@ -256,12 +300,25 @@ async fn changes() -> Vec<(&'static str, String)> {
         let keyspace = created.keyspace;
         install(&cluster, created, Delivery::Push);
         let mut state = cluster.state();
-        state.report(NodeId(1), sessions[0], &v1::Report::default(), vec![report(keyspace, 0, 1)], 20);
+        state.report(
+            NodeId(1),
+            sessions[0],
+            &v1::Report::default(),
+            vec![report(keyspace, 0, 1)],
+            20,
+        );
         if nodes[1] == NodeId(2) {
-            state.report(NodeId(2), sessions[1], &v1::Report::default(), vec![report(keyspace, 0, 2)], 20);
+            state.report(
+                NodeId(2),
+                sessions[1],
+                &v1::Report::default(),
+                vec![report(keyspace, 0, 2)],
+                20,
+            );
         }
     }
-    let four = v1::RestoreRequest { name: "three".into(), into: "four".into(), ..Default::default() };
+    let four =
+        v1::RestoreRequest { name: "three".into(), into: "four".into(), ..Default::default() };
     let second = v1::EvictRequest { name: "two".into(), replica_id: 2, ..Default::default() };
     let compact = api::command(&cluster, "one", v1::command::Kind::Compact);
     let compact = answered(&cluster, sessions, compact).await;
@@ -313,7 +370,8 @@ async fn documents_are_what_scripts_know() {
     ];
     documents.extend(changes().await);
     documents.push(("bucket repair", json(&repaired())));
-    let text: String = documents.iter().map(|(name, document)| format!("# {name}\n{document}\n")).collect();
+    let text: String =
+        documents.iter().map(|(name, document)| format!("# {name}\n{document}\n")).collect();
     if text != PINNED {
         let differs = text.lines().zip(PINNED.lines()).find(|(is, was)| is != was);
         panic!("documents have changed, first here: {differs:#?}\nall of them are now:\n{text}");

@@ -32,12 +32,13 @@ use crate::state::{CatalogChange, ChangeRequest, ClusterState};
 
 /// The interval at which a running plan or a due quarantine is checked when nothing is reported.
 const TICK: Duration = Duration::from_millis(100);
-/// The same for a keyspace that lacks members: all that ends this state is reported, except the passing of time.
+/// The same for a keyspace that lacks members: all that ends this state is reported, except the
+/// passing of time.
 const CHECK_INCOMPLETE: Duration = Duration::from_millis(500);
 /// The interval at which a deleted keyspace is checked for whether it can be forgotten.
 const CHECK_DELETED: Duration = Duration::from_secs(3_600);
-/// The shortest time that a deleted keyspace is known: nodes that hold replicas of it must learn of the deletion,
-/// and people must be able to undo it.
+/// The shortest time that a deleted keyspace is known: nodes that hold replicas of it must learn of
+/// the deletion, and people must be able to undo it.
 const DELETED_KEPT_MIN: Duration = Duration::from_secs(48 * 3_600);
 /// How long the deletion of a keyspace is sent to nodes after this master learned of it.
 const DELETED_SENT_FOR: Duration = Duration::from_secs(600);
@@ -76,7 +77,8 @@ impl KeyspaceDriver {
     /// Runs until the master stops.
     async fn run(mut self) {
         loop {
-            if self.refresh().await == Written::Stopping || self.drive().await == Written::Stopping {
+            if self.refresh().await == Written::Stopping || self.drive().await == Written::Stopping
+            {
                 return;
             }
             if self.is_over() {
@@ -106,7 +108,10 @@ impl KeyspaceDriver {
                 true => Some(REFRESH_INTERVAL),
                 false if unsettled => Some(TICK),
                 false => {
-                    let checks = [next_check(&keyspace.catalog, now_us()), incomplete.then_some(CHECK_INCOMPLETE)];
+                    let checks = [
+                        next_check(&keyspace.catalog, now_us()),
+                        incomplete.then_some(CHECK_INCOMPLETE),
+                    ];
                     checks.into_iter().flatten().min()
                 }
             })
@@ -136,7 +141,12 @@ impl KeyspaceDriver {
             return Written::Overtaken;
         }
         self.refreshed = Some(Instant::now());
-        match self.cluster.shutdown.run_until_cancelled(self.cluster.store.tip(self.keyspace, hint)).await {
+        match self
+            .cluster
+            .shutdown
+            .run_until_cancelled(self.cluster.store.tip(self.keyspace, hint))
+            .await
+        {
             None => return Written::Stopping,
             Some(Ok(Some(tip))) if tip.version > hint => self.adopt(tip),
             Some(Ok(_)) => {
@@ -186,7 +196,9 @@ impl KeyspaceDriver {
 
     fn note_waiting(&self, state: &mut ClusterState, what: Option<String>) {
         let keyspace = state.keyspaces.get_mut(&self.keyspace);
-        let Some(keyspace) = keyspace.filter(|keyspace| keyspace.waiting_for != what) else { return };
+        let Some(keyspace) = keyspace.filter(|keyspace| keyspace.waiting_for != what) else {
+            return;
+        };
         if let Some(what) = &what {
             tracing::debug!(keyspace = keyspace.catalog.name, what, "waiting for");
         }
@@ -204,7 +216,14 @@ impl KeyspaceDriver {
             let next = {
                 let mut state = self.cluster.state();
                 let Some(keyspace) = state.keyspaces.get(&self.keyspace) else { return };
-                let next = changed(&state, keyspace, &request.change, self.cluster.mono_us(), now_us(), nonce());
+                let next = changed(
+                    &state,
+                    keyspace,
+                    &request.change,
+                    self.cluster.mono_us(),
+                    now_us(),
+                    nonce(),
+                );
                 next.map(|next| {
                     let hold = state.hold_places(&next);
                     (next, hold)
@@ -241,7 +260,9 @@ fn next_check(catalog: &Catalog, now_us: u64) -> Option<Duration> {
     }
     let waits = catalog.quarantines.iter().map(|quarantine| match quarantine.dropping {
         true => TICK,
-        false => Duration::from_micros(quarantine.until_us.saturating_sub(now_us)).clamp(TICK, CHECK_MAX),
+        false => {
+            Duration::from_micros(quarantine.until_us.saturating_sub(now_us)).clamp(TICK, CHECK_MAX)
+        }
     });
     waits.min()
 }

@@ -1,6 +1,6 @@
 //! The instruments that the exporter reads from the state, through the global OpenTelemetry meter:
-//! `vasto_master_nodes{state}`, `vasto_master_plan_step{keyspace}` (0 none, 1 prepare, 2 tail, 3 sealing,
-//! 4 committed). Requests to the bucket are in [`vasto_shipping::metrics`].
+//! `vasto_master_nodes{state}`, `vasto_master_plan_step{keyspace}` (0 none, 1 prepare, 2 tail, 3
+//! sealing, 4 committed). Requests to the bucket are in [`vasto_shipping::metrics`].
 //!
 //! **Invariant:** a stopped master reports nothing.
 
@@ -11,8 +11,8 @@ use vasto_core::plan::Step;
 
 use crate::cluster::Cluster;
 
-/// Registers the instruments that are observed on demand. Only a weak handle is kept: a stopped master
-/// reports nothing.
+/// Registers the instruments that are observed on demand. Only a weak handle is kept: a stopped
+/// master reports nothing.
 pub(crate) fn observe(cluster: &Arc<Cluster>) {
     vasto_shipping::metrics::observe(&cluster.bucket, &[KeyValue::new("role", "master")]);
     let meter = opentelemetry::global::meter("vasto-master");
@@ -33,7 +33,9 @@ pub(crate) fn observe(cluster: &Arc<Cluster>) {
     let weak = Arc::downgrade(cluster);
     meter
         .u64_observable_gauge("vasto_master_plan_step")
-        .with_description("Step of the running plan: 0 none, 1 prepare, 2 tail, 3 sealing, 4 committed")
+        .with_description(
+            "Step of the running plan: 0 none, 1 prepare, 2 tail, 3 sealing, 4 committed",
+        )
         .with_callback(move |observer| {
             let Some(cluster) = running(&weak) else { return };
             let steps: Vec<(String, u64)> = {
@@ -45,7 +47,10 @@ pub(crate) fn observe(cluster: &Arc<Cluster>) {
                     Step::Committed => 4,
                 };
                 let steps = state.active().map(|keyspace| {
-                    (keyspace.catalog.name.clone(), keyspace.catalog.plan.as_ref().map_or(0, |plan| step(plan.step)))
+                    (
+                        keyspace.catalog.name.clone(),
+                        keyspace.catalog.plan.as_ref().map_or(0, |plan| step(plan.step)),
+                    )
                 });
                 steps.collect()
             };

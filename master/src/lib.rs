@@ -7,12 +7,13 @@
 //! reports. A catalog version is shown to a node or a client only after its create-only write
 //! has won, so any number of masters may run at once; the losers adopt.
 //!
-//! Where to start reading: [`Master::start`] in `server`, then `state` (synchronous; what the master knows and
-//! decides), `driver` (one task per keyspace, the only writer of its catalog), `session` (nodes), `service` and
-//! `api` (people), `view` (the JSON for scripts), `loads` and `placement` (which node gets which replica).
+//! Where to start reading: [`Master::start`] in `server`, then `state` (synchronous; what the
+//! master knows and decides), `driver` (one task per keyspace, the only writer of its catalog),
+//! `session` (nodes), `service` and `api` (people), `view` (the JSON for scripts), `loads` and
+//! `placement` (which node gets which replica).
 //!
-//! Modules import downwards only: `placement`, `loads`, `metrics` < `state` < `cluster` < `driver`, `upkeep`, `view` <
-//! `api` < `service`, `session`, `gauges` < `server`.
+//! Modules import downwards only: `placement`, `loads`, `metrics` < `state` < `cluster` < `driver`,
+//! `upkeep`, `view` < `api` < `service`, `session`, `gauges` < `server`.
 
 mod api;
 mod cluster;

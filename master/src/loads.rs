@@ -1,8 +1,8 @@
 //! The load of every node, updated with every catalog version instead of counted for each decision.
 //!
-//! **Invariant:** a load is the sum of what the last known version of every keyspace puts on the node, and
-//! of the places held by decisions whose version is not known yet: two decisions that are made before
-//! either is written do not both count the same room.
+//! **Invariant:** a load is the sum of what the last known version of every keyspace puts on the
+//! node, and of the places held by decisions whose version is not known yet: two decisions that are
+//! made before either is written do not both count the same room.
 
 use std::collections::BTreeMap;
 
@@ -59,8 +59,14 @@ impl Loads {
     }
 
     /// Holds places on these nodes until they are given back; returns the id of the hold.
-    pub(crate) fn hold(&mut self, nodes: impl IntoIterator<Item = NodeId>, copying: bool, promised: u64) -> u64 {
-        let shares: Vec<Share> = nodes.into_iter().map(|node| Share { node, copying, promised }).collect();
+    pub(crate) fn hold(
+        &mut self,
+        nodes: impl IntoIterator<Item = NodeId>,
+        copying: bool,
+        promised: u64,
+    ) -> u64 {
+        let shares: Vec<Share> =
+            nodes.into_iter().map(|node| Share { node, copying, promised }).collect();
         shares.iter().for_each(|share| self.add(*share));
         self.last_hold += 1;
         self.held.insert(self.last_hold, shares);
@@ -91,18 +97,28 @@ impl Loads {
 }
 
 /// Returns the bytes of a shard, by the reports of its replicas.
-pub(crate) fn shard_bytes(catalog: &Catalog, shard: vasto_core::ids::ShardId, reports: &Reports) -> u64 {
+pub(crate) fn shard_bytes(
+    catalog: &Catalog,
+    shard: vasto_core::ids::ShardId,
+    reports: &Reports,
+) -> u64 {
     let placed = catalog.shard(shard).into_iter().flat_map(|shard| &shard.replicas);
     placed.filter_map(|placed| Some(reports.get(&placed.replica)?.bytes)).max().unwrap_or_default()
 }
 
 fn shares_of(catalog: &Catalog, reports: &Reports) -> Vec<Share> {
-    let plan = catalog.plan.as_ref().filter(|plan| plan.adds_member() && plan.step != Step::Committed);
-    let is_target = |id| plan.is_some_and(|plan| plan.targets.iter().any(|target| target.replica == id));
+    let plan =
+        catalog.plan.as_ref().filter(|plan| plan.adds_member() && plan.step != Step::Committed);
+    let is_target =
+        |id| plan.is_some_and(|plan| plan.targets.iter().any(|target| target.replica == id));
     let members = catalog.members().into_iter();
     members
         .map(|(shard, member, _)| match is_target(member.replica) {
-            true => Share { node: member.node, copying: true, promised: shard_bytes(catalog, shard, reports) },
+            true => Share {
+                node: member.node,
+                copying: true,
+                promised: shard_bytes(catalog, shard, reports),
+            },
             false => Share { node: member.node, copying: false, promised: 0 },
         })
         .collect()
@@ -132,7 +148,10 @@ mod tests {
         loads.give_back(hold);
         loads.give_back(hold);
         assert_eq!(replicas(&loads), [1, 1, 1]);
-        loads.count(&Catalog { state: KeyspaceState::Deleted, ..catalog(1, &[1, 3]) }, &Reports::new());
+        loads.count(
+            &Catalog { state: KeyspaceState::Deleted, ..catalog(1, &[1, 3]) },
+            &Reports::new(),
+        );
         loads.forget(KeyspaceId(2));
         assert!(loads.nodes.is_empty());
     }

@@ -1,5 +1,6 @@
-//! The master's own counters, through the global OpenTelemetry meter: `vasto_catalog_writes{result}` and
-//! `vasto_primary_moves{why}` (the Prometheus exporter adds `_total`).
+//! The master's own counters, through the global OpenTelemetry meter:
+//! `vasto_catalog_writes{result}` and `vasto_primary_moves{why}` (the Prometheus exporter adds
+//! `_total`).
 
 use opentelemetry::KeyValue;
 use opentelemetry::metrics::Counter;
@@ -16,7 +17,9 @@ impl Metrics {
         let meter = opentelemetry::global::meter("vasto-master");
         let catalog_writes = meter
             .u64_counter("vasto_catalog_writes")
-            .with_description("Catalog versions that this master tried to write, by result: won, lost or failed")
+            .with_description(
+                "Catalog versions that this master tried to write, by result: won, lost or failed",
+            )
             .build();
         let primary_moves = meter
             .u64_counter("vasto_primary_moves")

@@ -1,8 +1,8 @@
 //! The choice of nodes for the replicas of a new keyspace and for the new shard of a grow.
 //!
 //! **Invariant:** pure and deterministic; the replicas of a shard are on distinct nodes, and in
-//! distinct zones while there are enough. No node gets more replicas than its maximum; a cordoned node
-//! gets none, and neither does a node whose free disk is down to the reserve.
+//! distinct zones while there are enough. No node gets more replicas than its maximum; a cordoned
+//! node gets none, and neither does a node whose free disk is down to the reserve.
 
 use std::collections::BTreeMap;
 
@@ -49,7 +49,8 @@ impl Disk {
         }
     }
 
-    /// Returns true when so little is left that a replica under construction there cannot be completed.
+    /// Returns true when so little is left that a replica under construction there cannot be
+    /// completed.
     pub(crate) fn is_exhausted(&self) -> bool {
         self.bytes > 0 && self.free < disk_reserve(self.bytes) / 4
     }
@@ -73,7 +74,9 @@ impl Shut {
     pub(crate) fn of(candidates: &[NodeCandidate]) -> Self {
         let why = |node: &NodeCandidate| match (node.cordoned, node.disk.room()) {
             (true, _) => Some(format!("{0} is cordoned (`vasto node uncordon {0}`)", node.node)),
-            (false, 0) => Some(format!("{} has only {} MiB of disk left", node.node, node.disk.free >> 20)),
+            (false, 0) => {
+                Some(format!("{} has only {} MiB of disk left", node.node, node.disk.free >> 20))
+            }
             _ => None,
         };
         Self(candidates.iter().filter_map(why).collect())
@@ -86,7 +89,9 @@ impl std::fmt::Display for Shut {
         let Self(all) = self;
         match all.len() {
             0 => Ok(()),
-            n if n > NAMED => write!(f, "; not counted: {} and {} more", all[..NAMED].join(", "), n - NAMED),
+            n if n > NAMED => {
+                write!(f, "; not counted: {} and {} more", all[..NAMED].join(", "), n - NAMED)
+            }
             _ => write!(f, "; not counted: {}", all.join(", ")),
         }
     }
@@ -95,9 +100,13 @@ impl std::fmt::Display for Shut {
 /// Why no node can be chosen.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum PlacementError {
-    #[error("no live node; start one with `vasto serve node --master URL --dir DIR`, then try again")]
+    #[error(
+        "no live node; start one with `vasto serve node --master URL --dir DIR`, then try again"
+    )]
     NoNode,
-    #[error("{replicas} copies of a shard need {replicas} live nodes, and there are {nodes}; start more nodes{shut}")]
+    #[error(
+        "{replicas} copies of a shard need {replicas} live nodes, and there are {nodes}; start more nodes{shut}"
+    )]
     TooFewNodes { replicas: u32, nodes: usize, shut: Shut },
     #[error(
         "the live nodes have room for {room} more replicas, and {needed} are needed; start more nodes, raise their \
@@ -112,7 +121,8 @@ impl From<PlacementError> for VastoError {
     }
 }
 
-/// Returns the nodes of each shard, primary first: spread evenly, nodes with the fewest replicas first.
+/// Returns the nodes of each shard, primary first: spread evenly, nodes with the fewest replicas
+/// first.
 pub(crate) fn place(
     shards: u32,
     replicas: u32,
@@ -141,7 +151,9 @@ pub(crate) fn place(
             for _ in 0..replicas {
                 let best = pool
                     .iter_mut()
-                    .filter(|node| node.room() > 0 && !chosen.iter().any(|(id, _)| *id == node.node))
+                    .filter(|node| {
+                        node.room() > 0 && !chosen.iter().any(|(id, _)| *id == node.node)
+                    })
                     // Evenly within this keyspace first: its load must spread.
                     .min_by_key(|node| {
                         let zone_used = chosen.iter().any(|(_, zone)| *zone == node.zone);
@@ -153,7 +165,8 @@ pub(crate) fn place(
                 chosen.push((best.node, best.zone.clone()));
             }
             let mut nodes: Vec<NodeId> = chosen.into_iter().map(|(node, _)| node).collect();
-            let fewest = (0..nodes.len()).min_by_key(|at| (primaries.get(&nodes[*at]).copied().unwrap_or(0), *at));
+            let fewest = (0..nodes.len())
+                .min_by_key(|at| (primaries.get(&nodes[*at]).copied().unwrap_or(0), *at));
             if let Some(fewest) = fewest {
                 nodes.swap(0, fewest);
                 *primaries.entry(nodes[0]).or_default() += 1;
@@ -205,11 +218,18 @@ mod tests {
     fn too_few_nodes_and_full_nodes_are_errors() {
         assert_eq!(place(1, 1, &[]), Err(PlacementError::NoNode));
         let full = [node(1, "", MOST - 1, 0)];
-        assert_eq!(place(2, 1, &full), Err(PlacementError::Full { room: 1, needed: 2, shut: Shut::default() }));
+        assert_eq!(
+            place(2, 1, &full),
+            Err(PlacementError::Full { room: 1, needed: 2, shut: Shut::default() })
+        );
         assert_eq!(place(1, 1, &full).unwrap(), [[NodeId(1)]]);
         let small = [NodeCandidate { replicas_max: 2, ..node(1, "", 0, 0) }, node(2, "", 50, 0)];
         let placed = place(5, 1, &small).unwrap();
-        assert_eq!(placed.iter().filter(|nodes| nodes[0] == NodeId(1)).count(), 2, "each by its own limit");
+        assert_eq!(
+            placed.iter().filter(|nodes| nodes[0] == NodeId(1)).count(),
+            2,
+            "each by its own limit"
+        );
     }
 
     #[test]
@@ -230,15 +250,22 @@ mod tests {
         let all = [full.clone(), cordoned, good];
         assert_eq!(place(2, 1, &all).unwrap(), [[NodeId(3)], [NodeId(3)]]);
         let error = place(1, 2, &all).unwrap_err().to_string();
-        for part in ["need 2 live nodes, and there are 1", "has only 1024 MiB of disk left", "vasto node uncordon"] {
+        for part in [
+            "need 2 live nodes, and there are 1",
+            "has only 1024 MiB of disk left",
+            "vasto node uncordon",
+        ] {
             assert!(error.contains(part), "{error}");
         }
-        // Bytes promised to replicas under construction are not free; a small disk has a small reserve.
+        // Bytes promised to replicas under construction are not free; a small disk has a small
+        // reserve.
         let promised = NodeCandidate { disk: disk(3 * gib, 2 * gib), ..node(4, "", 0, 0) };
         assert_eq!((full.room(), promised.room(), promised.disk.room()), (0, 0, 0));
         let small = Disk { bytes: 40 << 20, free: 3 << 20, promised: 0 };
         assert_eq!((small.room(), small.is_exhausted()), (1 << 20, false));
-        assert!(Disk { free: 100 << 10, ..small }.is_exhausted() && !Disk::default().is_exhausted());
+        assert!(
+            Disk { free: 100 << 10, ..small }.is_exhausted() && !Disk::default().is_exhausted()
+        );
     }
 
     proptest! {

@@ -13,7 +13,8 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use vasto_core::limits::{
-    KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MASTER_CONNECTIONS_MAX, MASTER_DRAIN, MESSAGE_BYTES_MAX, SHUTDOWN_DEADLINE,
+    KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MASTER_CONNECTIONS_MAX, MASTER_DRAIN, MESSAGE_BYTES_MAX,
+    SHUTDOWN_DEADLINE,
 };
 use vasto_proto::incoming::Incoming;
 use vasto_proto::v1::master_server::MasterServer;
@@ -39,10 +40,11 @@ pub struct MasterConfig {
     /// The silence after which a node is away; [`NODE_SILENCE`](vasto_core::limits::NODE_SILENCE)
     /// unless there is a reason.
     pub node_silence: Duration,
-    /// Whether to connect to the advertised address of a node that joins, and refuse it when nothing answers there.
+    /// Whether to connect to the advertised address of a node that joins, and refuse it when
+    /// nothing answers there.
     pub dial_back: bool,
-    /// How long a node may be away before its replicas are replaced on others, when others serve and there
-    /// is room; never when it is zero.
+    /// How long a node may be away before its replicas are replaced on others, when others serve
+    /// and there is room; never when it is zero.
     pub replace_after: Duration,
     /// The retention of objects that nothing serves from any more.
     pub retention: Retention,
@@ -65,7 +67,9 @@ pub enum MasterError {
     #[error("{0} is in use; stop what listens there, or choose another port with --listen")]
     PortInUse(SocketAddr),
     /// The address cannot be bound.
-    #[error("cannot listen on {address}: {source}; choose an address of this machine with --listen")]
+    #[error(
+        "cannot listen on {address}: {source}; choose an address of this machine with --listen"
+    )]
     Listen {
         /// The requested address.
         address: SocketAddr,
@@ -100,12 +104,15 @@ impl RunningMaster {
 }
 
 impl Master {
-    /// Binds the address, opens and probes the bucket, claims the cluster, loads every catalog, and serves until
-    /// `shutdown` is cancelled.
+    /// Binds the address, opens and probes the bucket, claims the cluster, loads every catalog, and
+    /// serves until `shutdown` is cancelled.
     ///
     /// # Errors
     /// [`MasterError`]: the bucket cannot be used, or the address cannot be bound.
-    pub async fn start(config: MasterConfig, shutdown: CancellationToken) -> Result<RunningMaster, MasterError> {
+    pub async fn start(
+        config: MasterConfig,
+        shutdown: CancellationToken,
+    ) -> Result<RunningMaster, MasterError> {
         // Bind first: a start that cannot serve leaves no objects in the bucket.
         let (listener, listen) = bind(config.listen).await?;
         let bucket = Bucket::open(&config.bucket_url, &config.bucket_options)?;
@@ -114,14 +121,18 @@ impl Master {
         let claimed = store.claim_cluster(format!("c-{:016x}", rand::random::<u64>())).await;
         let (cluster_id, restricted) = match claimed {
             Ok(id) => (id, None),
-            // The objects belong to a cluster: its nodes know which, and an administrator has to confirm it.
-            Err(CatalogError::Unclaimed { url, .. }) if is_of_a_cluster(&bucket).await? => {
-                (String::new(), Some(format!("{url} holds a cluster's objects, but its cluster.json is missing")))
-            }
+            // The objects belong to a cluster: its nodes know which, and an administrator has to
+            // confirm it.
+            Err(CatalogError::Unclaimed { url, .. }) if is_of_a_cluster(&bucket).await? => (
+                String::new(),
+                Some(format!("{url} holds a cluster's objects, but its cluster.json is missing")),
+            ),
             Err(error) => return Err(error.into()),
         };
         let ((catalogs, odd), decided) = match restricted {
-            None => (store.load_all_told().await?, store.settings(&ClusterSettings::default()).await?),
+            None => {
+                (store.load_all_told().await?, store.settings(&ClusterSettings::default()).await?)
+            }
             Some(_) => Default::default(),
         };
 
@@ -135,7 +146,8 @@ impl Master {
         restricted.into_iter().for_each(|why| cluster.restrict(why));
         cluster.note_odd_catalogs(odd);
         cluster.state().node_silence = Some(config.node_silence);
-        cluster.state().replace_after_us = Some(config.replace_after.as_micros() as u64).filter(|after| *after > 0);
+        cluster.state().replace_after_us =
+            Some(config.replace_after.as_micros() as u64).filter(|after| *after > 0);
         cluster.learn_settings(decided);
         let loaded = catalogs.len();
         for catalog in catalogs {
@@ -156,7 +168,12 @@ impl Master {
 /// Returns true when the prefix holds anything that only a cluster writes.
 async fn is_of_a_cluster(bucket: &Bucket) -> Result<bool, BucketError> {
     for folder in ["catalog/", "names/", "gc-term/", "cluster/", "data/"] {
-        if bucket.list(folder).await?.iter().any(|object| vasto_shipping::layout::is_known(&object.key)) {
+        if bucket
+            .list(folder)
+            .await?
+            .iter()
+            .any(|object| vasto_shipping::layout::is_known(&object.key))
+        {
             return Ok(true);
         }
     }
@@ -174,7 +191,11 @@ async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), MasterEr
 }
 
 /// Serves until the token is cancelled, then drains.
-async fn supervise(cluster: std::sync::Arc<Cluster>, listener: TcpListener, shutdown: CancellationToken) {
+async fn supervise(
+    cluster: std::sync::Arc<Cluster>,
+    listener: TcpListener,
+    shutdown: CancellationToken,
+) {
     let master = MasterServer::new(MasterService { cluster: cluster.clone() })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);

@@ -44,7 +44,8 @@ impl MasterService {
         if shutdown.is_cancelled() {
             return reply(Err(api::stopping()));
         }
-        // What the call has written so far stays: a client must not take a call that was cut off for one without effect.
+        // What the call has written so far stays: a client must not take a call that was cut off
+        // for one without effect.
         let cut_off = || Err(api::unsure(name, api::STOPPED_MEANWHILE));
         // Boxed: some calls are large futures, and all of them are rare.
         reply(shutdown.run_until_cancelled(Box::pin(call)).await.unwrap_or_else(cut_off))
@@ -65,12 +66,17 @@ fn reply(outcome: Answer) -> Reply {
 impl master_server::Master for MasterService {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::Topology, Status>> + Send>>;
 
-    async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(
+        &self,
+        request: Request<v1::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
         // The client keeps its topology until it receives a newer one.
-        let retried = |error: VastoError| status_of(&VastoError { code: ErrorCode::Unavailable, ..error });
+        let retried =
+            |error: VastoError| status_of(&VastoError { code: ErrorCode::Unavailable, ..error });
         self.cluster.check_unrestricted().map_err(retried)?;
         let name = request.into_inner().keyspace;
-        let mut topology = api::find(&self.cluster.state(), &name).map_err(|error| status_of(&error))?.topology();
+        let mut topology =
+            api::find(&self.cluster.state(), &name).map_err(|error| status_of(&error))?.topology();
         topology.mark_changed();
         let topologies = futures::stream::unfold(Some(topology), |watched| async {
             let mut watched = watched?;
@@ -80,7 +86,8 @@ impl master_server::Master for MasterService {
             let rest = topology.active.then_some(watched);
             Some((topology, rest))
         });
-        let until_stop = topologies.map(Ok).take_until(self.cluster.shutdown.clone().cancelled_owned());
+        let until_stop =
+            topologies.map(Ok).take_until(self.cluster.shutdown.clone().cancelled_owned());
         Ok(Response::new(Box::pin(until_stop)))
     }
 
@@ -99,15 +106,21 @@ impl master_server::Master for MasterService {
     }
 
     async fn delete_keyspace(&self, request: Request<v1::KeyspaceRequest>) -> Reply {
-        self.run("delete_keyspace", keyspace::delete(&self.cluster, &request.into_inner().name)).await
+        self.run("delete_keyspace", keyspace::delete(&self.cluster, &request.into_inner().name))
+            .await
     }
 
     async fn checkpoint_keyspace(&self, request: Request<v1::KeyspaceRequest>) -> Reply {
-        self.run("checkpoint_keyspace", ship::checkpoint(&self.cluster, &request.into_inner().name)).await
+        self.run("checkpoint_keyspace", ship::checkpoint(&self.cluster, &request.into_inner().name))
+            .await
     }
 
     async fn compact_keyspace(&self, request: Request<v1::KeyspaceRequest>) -> Reply {
-        self.run("compact_keyspace", api::command(&self.cluster, &request.into_inner().name, Kind::Compact)).await
+        self.run(
+            "compact_keyspace",
+            api::command(&self.cluster, &request.into_inner().name, Kind::Compact),
+        )
+        .await
     }
 
     async fn resize_keyspace(&self, request: Request<v1::ResizeRequest>) -> Reply {
@@ -131,15 +144,21 @@ impl master_server::Master for MasterService {
     }
 
     async fn check_bucket(&self, request: Request<v1::CheckBucketRequest>) -> Reply {
-        self.run_always("check_bucket", bucket::check(&self.cluster, request.into_inner().deep)).await
+        self.run_always("check_bucket", bucket::check(&self.cluster, request.into_inner().deep))
+            .await
     }
 
     async fn collect_garbage(&self, request: Request<v1::CollectGarbageRequest>) -> Reply {
-        self.run("collect_garbage", bucket::collect(&self.cluster, request.into_inner().dry_run)).await
+        self.run("collect_garbage", bucket::collect(&self.cluster, request.into_inner().dry_run))
+            .await
     }
 
     async fn repair_bucket(&self, request: Request<v1::RepairBucketRequest>) -> Reply {
-        self.run_always("repair_bucket", bucket::repair(&self.cluster, request.into_inner().accept_loss)).await
+        self.run_always(
+            "repair_bucket",
+            bucket::repair(&self.cluster, request.into_inner().accept_loss),
+        )
+        .await
     }
 
     async fn list_operations(&self, _: Request<v1::Empty>) -> Reply {
@@ -151,7 +170,8 @@ impl master_server::Master for MasterService {
     }
 
     async fn cancel_operation(&self, request: Request<v1::OperationRequest>) -> Reply {
-        self.run("cancel_operation", operation::cancel(&self.cluster, &request.into_inner().id)).await
+        self.run("cancel_operation", operation::cancel(&self.cluster, &request.into_inner().id))
+            .await
     }
 
     async fn list_nodes(&self, _: Request<v1::Empty>) -> Reply {
@@ -185,7 +205,9 @@ mod tests {
             prices: Default::default(),
         };
         let bucket = vasto_shipping::Bucket::from_store("memory://b", Faulty::in_memory());
-        let service = MasterService { cluster: Cluster::new("c-1".into(), bucket, settings, CancellationToken::new()) };
+        let service = MasterService {
+            cluster: Cluster::new("c-1".into(), bucket, settings, CancellationToken::new()),
+        };
         let begun = Notify::new();
         let write = async {
             begun.notify_one();
@@ -199,7 +221,9 @@ mod tests {
         let cut_off = error_of(&cut_off.unwrap_err());
         assert_eq!(cut_off.code, ErrorCode::Unknown);
         assert!(cut_off.message.contains("vasto keyspace list"), "{cut_off}");
-        let refused = service.run("resize_keyspace", async { unreachable!("a stopped master begins nothing") }).await;
+        let refused = service
+            .run("resize_keyspace", async { unreachable!("a stopped master begins nothing") })
+            .await;
         assert_eq!(error_of(&refused.unwrap_err()).code, ErrorCode::Unavailable);
     }
 }

@@ -76,7 +76,9 @@ struct Registered {
 impl Drop for Registered {
     fn drop(&mut self) {
         let now_us = self.cluster.mono_us();
-        if self.cluster.state().disconnect(self.node, self.session, now_us) && !self.cluster.shutdown.is_cancelled() {
+        if self.cluster.state().disconnect(self.node, self.session, now_us)
+            && !self.cluster.shutdown.is_cancelled()
+        {
             tracing::info!(node = %self.node, why = self.why, "node is away");
         }
     }
@@ -84,8 +86,11 @@ impl Drop for Registered {
 
 async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, outbound: Outbound) {
     let first = timeout(cluster.settings.node_silence, inbound.message()).await;
-    let Ok(Ok(Some(v1::NodeMessage { message: Some(node_message::Message::Hello(hello)) }))) = first else {
-        return reject(&outbound, ErrorCode::InvalidArgument, "a session begins with Hello".into()).await;
+    let Ok(Ok(Some(v1::NodeMessage { message: Some(node_message::Message::Hello(hello)) }))) =
+        first
+    else {
+        return reject(&outbound, ErrorCode::InvalidArgument, "a session begins with Hello".into())
+            .await;
     };
     let own = if cluster.is_restricted() { hello.cluster_id.clone() } else { cluster.cluster_id() };
     if let Err((code, reason)) = check(&hello, &own) {
@@ -111,7 +116,8 @@ async fn serve(cluster: Arc<Cluster>, mut inbound: Streaming<v1::NodeMessage>, o
         }
     };
     let node = NodeId(hello.node_id);
-    let mut registered = Registered { cluster: cluster.clone(), node, session, why: "its connection closed".into() };
+    let mut registered =
+        Registered { cluster: cluster.clone(), node, session, why: "its connection closed".into() };
     tracing::info!(%node, address = hello.address, zone = hello.zone, pid = hello.pid, "node registered");
     if !is_member(&hello) {
         cluster.state().reached(node, session, unreachable.clone());
@@ -166,12 +172,21 @@ async fn read(
                 let (odd, gone) = {
                     let mut state = cluster.state();
                     let odd = state.report(node, session, &report, replicas, now_us);
-                    (odd, if report.sent_ms > 0 { state.gone_beside(node, now_us) } else { Vec::new() })
+                    (
+                        odd,
+                        if report.sent_ms > 0 {
+                            state.gone_beside(node, now_us)
+                        } else {
+                            Vec::new()
+                        },
+                    )
                 };
                 if report.sent_ms > 0 {
                     let gone = gone.into_iter().map(|node| node.0).collect();
                     let presence = v1::Presence { sent_ms: report.sent_ms, gone };
-                    let message = v1::MasterMessage { message: Some(master_message::Message::Presence(presence)) };
+                    let message = v1::MasterMessage {
+                        message: Some(master_message::Message::Presence(presence)),
+                    };
                     // A node that does not read receives it with its next report.
                     let _ = outbound.try_send(Ok(message));
                 }
@@ -186,7 +201,9 @@ async fn read(
                     tracing::warn!(%node, unreadable = bad, ?misplaced, "ignored a part of a report");
                 }
             }
-            Some(node_message::Message::Done(done)) => cluster.state().command_done(node, session, &done, now_us),
+            Some(node_message::Message::Done(done)) => {
+                cluster.state().command_done(node, session, &done, now_us)
+            }
             Some(node_message::Message::Hello(_)) => return "it said Hello twice".into(),
             // A message of a newer node: the node is alive, and this master understands no more.
             None => {}
@@ -224,12 +241,14 @@ fn check(hello: &v1::Hello, cluster_id: &str) -> Result<(), (ErrorCode, String)>
         return Err((ErrorCode::FailedPrecondition, reason));
     }
     if cluster_id.is_empty() {
-        let reason =
-            "this master does not know yet whose the bucket is, so no new node can join it; it has to be repaired";
+        let reason = "this master does not know yet whose the bucket is, so no new node can join it; it has to be repaired";
         return Err((ErrorCode::Unavailable, reason.into()));
     }
     if hello.node_id == 0 || hello.address.is_empty() {
-        return Err((ErrorCode::InvalidArgument, "a node needs an id other than 0 and an address".into()));
+        return Err((
+            ErrorCode::InvalidArgument,
+            "a node needs an id other than 0 and an address".into(),
+        ));
     }
     if let Err(bad) = check_address(&hello.address) {
         return Err((ErrorCode::InvalidArgument, format!("{bad}; say so with --advertise")));
@@ -237,8 +256,8 @@ fn check(hello: &v1::Hello, cluster_id: &str) -> Result<(), (ErrorCode, String)>
     Ok(())
 }
 
-/// Registers the session. When a session from another address has the node id, the master does not guess
-/// whether that session is alive: it keeps the id if one more message of it arrives.
+/// Registers the session. When a session from another address has the node id, the master does not
+/// guess whether that session is alive: it keeps the id if one more message of it arrives.
 async fn register(cluster: &Arc<Cluster>, hello: &v1::Hello) -> Result<Registration, String> {
     let began = tokio::time::Instant::now();
     let mut disputed: Option<(u64, u64)> = None;
@@ -249,7 +268,9 @@ async fn register(cluster: &Arc<Cluster>, hello: &v1::Hello) -> Result<Registrat
             Err(conflict) => conflict,
         };
         match disputed {
-            Some((session, heard_us)) if session != conflict.session || conflict.heard_us > heard_us => {
+            Some((session, heard_us))
+                if session != conflict.session || conflict.heard_us > heard_us =>
+            {
                 return Err(format!(
                     "node {} is alive at {}; two processes must not share a node id: do not copy a data directory, \
                      stop the other one first",

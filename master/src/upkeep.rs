@@ -2,8 +2,8 @@
 //!
 //! **Invariants**
 //! - Several masters may try at once; the last term continues, the others stop.
-//! - After a collection that ended early, or after its start, a master waits minutes for the next one, not
-//!   a whole interval: otherwise restarts and restores could postpone it for ever.
+//! - After a collection that ended early, or after its start, a master waits minutes for the next
+//!   one, not a whole interval: otherwise restarts and restores could postpone it for ever.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,10 +25,14 @@ const AGAIN_MIN: Duration = Duration::from_secs(60);
 const NAMED: usize = 3;
 
 fn unavailable(error: &CatalogError) -> VastoError {
-    VastoError::new(ErrorCode::Unavailable, format!("the bucket cannot be looked through: {error}; try again"))
+    VastoError::new(
+        ErrorCode::Unavailable,
+        format!("the bucket cannot be looked through: {error}; try again"),
+    )
 }
 
-/// Fails within seconds when the bucket does not answer, before a check that would retry for minutes.
+/// Fails within seconds when the bucket does not answer, before a check that would retry for
+/// minutes.
 async fn is_there(cluster: &Cluster) -> Result<(), VastoError> {
     let probed = cluster.bucket.with_retry(RetryBudget::probe()).head(&layout::cluster()).await;
     probed.map(drop).map_err(|error| unavailable(&error.into()))
@@ -44,13 +48,16 @@ fn known(cluster: &Cluster) -> Known {
             continue; // its data is being deleted
         }
         for shard in &keyspace.catalog.placement {
-            let reports = shard.replicas.iter().filter_map(|placed| keyspace.reports.get(&placed.replica));
+            let reports =
+                shard.replicas.iter().filter_map(|placed| keyspace.reports.get(&placed.replica));
             let serving = reports.filter(|report| report.phase == ReplicaPhase::Serving);
-            known.replicas.extend(serving.filter(|report| report.shipped_lsn.0 > 0).map(|report| KnownReplica {
-                owner: Owner { keyspace: *id, shard: shard.shard, replica: report.replica },
-                manifest_lsn: report.manifest_lsn,
-                shipped_lsn: report.shipped_lsn,
-            }));
+            known.replicas.extend(serving.filter(|report| report.shipped_lsn.0 > 0).map(
+                |report| KnownReplica {
+                    owner: Owner { keyspace: *id, shard: shard.shard, replica: report.replica },
+                    manifest_lsn: report.manifest_lsn,
+                    shipped_lsn: report.shipped_lsn,
+                },
+            ));
         }
     }
     known
@@ -61,7 +68,9 @@ pub(crate) async fn check(cluster: &Cluster, deep: bool) -> Result<Fsck, VastoEr
     is_there(cluster).await?;
     // Read before the bucket is listed: objects that are known now are in that listing.
     let known = known(cluster);
-    let fsck = gc::check(&cluster.bucket, deep, &known, now_us()).await.map_err(|error| unavailable(&error))?;
+    let fsck = gc::check(&cluster.bucket, deep, &known, now_us())
+        .await
+        .map_err(|error| unavailable(&error))?;
     cluster.bucket_holds(fsck.bytes);
     Ok(fsck)
 }
@@ -73,10 +82,14 @@ pub(crate) fn findings(fsck: &Fsck) -> Vec<String> {
         let more = if keys.len() > NAMED { ", …" } else { "" };
         let all = keys.len();
         (all > 0).then(|| {
-            format!("{all} objects of the bucket are {what} ({}{more}): run `vasto bucket repair`", named.join(", "))
+            format!(
+                "{all} objects of the bucket are {what} ({}{more}): run `vasto bucket repair`",
+                named.join(", ")
+            )
         })
     };
-    let broken = [what("missing", &fsck.missing), what("damaged", &fsck.corrupt)].into_iter().flatten();
+    let broken =
+        [what("missing", &fsck.missing), what("damaged", &fsck.corrupt)].into_iter().flatten();
     broken.chain(fsck.warnings.iter().map(|text| format!("in the bucket: {text}"))).collect()
 }
 
@@ -84,11 +97,19 @@ pub(crate) fn findings(fsck: &Fsck) -> Vec<String> {
 pub(crate) async fn collect(cluster: &Cluster, dry_run: bool) -> Result<gc::Collected, VastoError> {
     cluster.check_unrestricted()?;
     is_there(cluster).await?;
-    let collected = gc::collect_at(&cluster.bucket, cluster.settings.retention, dry_run, now_us()).await;
+    let collected =
+        gc::collect_at(&cluster.bucket, cluster.settings.retention, dry_run, now_us()).await;
     let collected = collected.map_err(|error| unavailable(&error))?;
     cluster.bucket_holds(collected.stored_bytes);
-    cluster.note_findings(collected.warnings.iter().map(|text| format!("in the bucket: {text}")).collect());
-    tracing::info!(dry_run, deleted = collected.deleted, bytes = collected.bytes, "collected garbage");
+    cluster.note_findings(
+        collected.warnings.iter().map(|text| format!("in the bucket: {text}")).collect(),
+    );
+    tracing::info!(
+        dry_run,
+        deleted = collected.deleted,
+        bytes = collected.bytes,
+        "collected garbage"
+    );
     Ok(collected)
 }
 
@@ -103,8 +124,8 @@ enum Last {
     Done,
 }
 
-/// Returns the pause before the next collection. `random` is uniform in `0.0..1.0`: masters that started
-/// together do not collect together.
+/// Returns the pause before the next collection. `random` is uniform in `0.0..1.0`: masters that
+/// started together do not collect together.
 fn pause(last: Last, interval: Duration, random: f64) -> Duration {
     match last {
         Last::None => SOON_MAX.min(interval).mul_f64(0.5 + 0.5 * random),
@@ -128,7 +149,10 @@ pub(crate) async fn collect_regularly(cluster: Arc<Cluster>, interval: Duration)
         let stop = cluster.shutdown.clone();
         last = match stop.run_until_cancelled(collect(&cluster, false)).await {
             Some(Err(error)) => {
-                tracing::warn!(error = error.message, "garbage was not collected; it is tried again");
+                tracing::warn!(
+                    error = error.message,
+                    "garbage was not collected; it is tried again"
+                );
                 Last::Cut(cut)
             }
             Some(Ok(collected)) if collected.stopped.is_some() => Last::Cut(cut),
@@ -150,14 +174,21 @@ mod tests {
             let mut before = Duration::ZERO;
             for times in 1..40 {
                 let wait = pause(Last::Cut(times), day, random);
-                assert!(wait >= AGAIN_MIN / 2 && wait <= SOON_MAX && wait >= before, "{times}: {wait:?}");
+                assert!(
+                    wait >= AGAIN_MIN / 2 && wait <= SOON_MAX && wait >= before,
+                    "{times}: {wait:?}"
+                );
                 before = wait;
             }
             let done = pause(Last::Done, day, random);
             assert!(done >= day.mul_f64(0.9) && done <= day.mul_f64(1.1), "{done:?}");
             // A short interval bounds every pause.
             let often = Duration::from_millis(100);
-            assert!([Last::None, Last::Cut(1), Last::Cut(9)].iter().all(|last| pause(*last, often, random) <= often));
+            assert!(
+                [Last::None, Last::Cut(1), Last::Cut(9)]
+                    .iter()
+                    .all(|last| pause(*last, often, random) <= often)
+            );
         }
     }
 

@@ -1,8 +1,8 @@
-//! Monitors resources that can run short: refuses client writes before the disk is full, reopens replicas that a
-//! shortage has closed, and publishes warnings.
+//! Monitors resources that can run short: refuses client writes before the disk is full, reopens
+//! replicas that a shortage has closed, and publishes warnings.
 //!
-//! **Invariant:** whatever keeps a replica of this node from serving is in the node's warning, which `/readyz`
-//! shows, for as long as it lasts.
+//! **Invariant:** whatever keeps a replica of this node from serving is in the node's warning,
+//! which `/readyz` shows, for as long as it lasts.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,13 +18,19 @@ use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 use crate::shortage::DiskRoom;
 
-/// Interval between two polls: a disk that fills at 100 MB/s loses a fraction of its reserve in between.
+/// Interval between two polls: a disk that fills at 100 MB/s loses a fraction of its reserve in
+/// between.
 const POLL: Duration = Duration::from_millis(250);
 /// While there is no warning, the replicas are polled once in this many polls of the disk.
 const POLLS_EACH: u32 = 4;
 
 /// Runs until `cancel` fires.
-pub(crate) async fn run(registry: Arc<NodeRegistry>, manager: Arc<Manager>, dir: PathBuf, cancel: CancellationToken) {
+pub(crate) async fn run(
+    registry: Arc<NodeRegistry>,
+    manager: Arc<Manager>,
+    dir: PathBuf,
+    cancel: CancellationToken,
+) {
     let (mut sparse, mut troubled) = (Sparse::one_in(POLLS_EACH), true);
     loop {
         let place = dir.join("replicas");
@@ -40,10 +46,15 @@ pub(crate) async fn run(registry: Arc<NodeRegistry>, manager: Arc<Manager>, dir:
             }
             let failures = manager.failures();
             let fails = |(spec, reason): &(ReplicaSpec, String)| {
-                format!("shard {} of keyspace {} does not serve: {reason}", spec.shard, spec.keyspace)
+                format!(
+                    "shard {} of keyspace {} does not serve: {reason}",
+                    spec.shard, spec.keyspace
+                )
             };
-            let warning =
-                trouble(registry.is_disk_low(), failures.iter().map(fails).chain(waits_for_disk(&registry, now_ms())));
+            let warning = trouble(
+                registry.is_disk_low(),
+                failures.iter().map(fails).chain(waits_for_disk(&registry, now_ms())),
+            );
             troubled = warning.is_some();
             registry.set_trouble(warning);
             if cancel.run_until_cancelled(manager.reopen(failures)).await.is_none() {
@@ -58,23 +69,30 @@ pub(crate) async fn run(registry: Arc<NodeRegistry>, manager: Arc<Manager>, dir:
 
 /// Returns the replicas of this node whose writer is stalled at its disk.
 pub(crate) fn waits_for_disk(registry: &NodeRegistry, now_ms: u64) -> impl Iterator<Item = String> {
-    let stalled = move |replica: &Replica| replica.busy_ms(now_ms) >= WRITER_STALL.as_millis() as u64;
-    registry
-        .replicas()
-        .into_iter()
-        .filter(stalled)
-        .map(|replica| format!("shard {} of keyspace {} waits for its disk", replica.shard, replica.keyspace))
+    let stalled =
+        move |replica: &Replica| replica.busy_ms(now_ms) >= WRITER_STALL.as_millis() as u64;
+    registry.replicas().into_iter().filter(stalled).map(|replica| {
+        format!("shard {} of keyspace {} waits for its disk", replica.shard, replica.keyspace)
+    })
 }
 
 fn poll_disk(registry: &NodeRegistry, room: Option<DiskRoom>) {
     let Some(room) = room else { return };
     match registry.is_disk_low() {
         false if room.is_low() => {
-            tracing::warn!(free = room.free, total = room.total, "the disk is almost full: writes are refused");
+            tracing::warn!(
+                free = room.free,
+                total = room.total,
+                "the disk is almost full: writes are refused"
+            );
             registry.set_disk_low(true);
         }
         true if room.is_comfortable() => {
-            tracing::info!(free = room.free, total = room.total, "there is room on the disk again: writes are taken");
+            tracing::info!(
+                free = room.free,
+                total = room.total,
+                "there is room on the disk again: writes are taken"
+            );
             registry.set_disk_low(false);
         }
         _ => {}
@@ -82,8 +100,9 @@ fn poll_disk(registry: &NodeRegistry, room: Option<DiskRoom>) {
 }
 
 fn trouble(disk_low: bool, failures: impl Iterator<Item = String>) -> Option<String> {
-    let disk =
-        disk_low.then(|| "the disk is almost full, writes are refused; free some space or add a node".to_owned());
+    let disk = disk_low.then(|| {
+        "the disk is almost full, writes are refused; free some space or add a node".to_owned()
+    });
     let mut all = disk.into_iter().chain(failures);
     let first = all.next()?;
     Some(match all.count() {
@@ -107,14 +126,19 @@ mod tests {
             poll_disk(&registry, Some(DiskRoom { free: free * MIB, total: 256 * MIB }));
             registry.is_disk_low()
         };
-        assert_eq!([100, 17, 15, 17, 19, 21, 17].map(is_low_at), [false, false, true, true, true, false, false]);
+        assert_eq!(
+            [100, 17, 15, 17, 19, 21, 17].map(is_low_at),
+            [false, false, true, true, true, false, false]
+        );
         poll_disk(&registry, None);
         assert!(!registry.is_disk_low());
     }
 
     #[test]
     fn the_warning_names_the_first_trouble_and_counts_the_others() {
-        let failures = |reasons: &[&str]| reasons.iter().map(|reason| (*reason).to_owned()).collect::<Vec<_>>();
+        let failures = |reasons: &[&str]| {
+            reasons.iter().map(|reason| (*reason).to_owned()).collect::<Vec<_>>()
+        };
         assert_eq!(trouble(false, failures(&[]).into_iter()), None);
         assert_eq!(trouble(false, failures(&["a"]).into_iter()).unwrap(), "a");
         let all = trouble(true, failures(&["a", "b"]).into_iter()).unwrap();

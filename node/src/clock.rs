@@ -1,7 +1,8 @@
 //! The clocks of a node, injected so that tests can set them.
 //!
-//! **Invariant:** this is the only place in the node that reads a clock for event and commit times. Intervals that
-//! decide safety are measured by the boot-time clock, which continues while the machine sleeps.
+//! **Invariant:** this is the only place in the node that reads a clock for event and commit times.
+//! Intervals that decide safety are measured by the boot-time clock, which continues while the
+//! machine sleeps.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -25,15 +26,16 @@ impl Clock for SystemClock {
     #[allow(clippy::disallowed_methods)]
     fn now_us(&self) -> u64 {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        now.map_or(0, |since| since.as_micros() as u64).saturating_add_signed(self.shift_ms.saturating_mul(1000))
+        now.map_or(0, |since| since.as_micros() as u64)
+            .saturating_add_signed(self.shift_ms.saturating_mul(1000))
     }
 }
 
 /// A shared clock.
 pub(crate) type SharedClock = Arc<dyn Clock>;
 
-/// Returns the next whole second after `at`, the same for all callers: work that can be delayed a little wakes
-/// together, which costs an idle node one wake-up instead of hundreds.
+/// Returns the next whole second after `at`, the same for all callers: work that can be delayed a
+/// little wakes together, which costs an idle node one wake-up instead of hundreds.
 pub(crate) fn with_others(at: Instant) -> Instant {
     static BEGAN: OnceLock<Instant> = OnceLock::new();
     let began = *BEGAN.get_or_init(Instant::now);

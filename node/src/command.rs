@@ -1,7 +1,7 @@
 //! Operator commands that change no ownership: checkpoints, compactions, and shipping the log.
 //!
-//! **Invariant:** [`ship_log`] succeeds only when the bucket holds everything that was acknowledged before,
-//! by any replica of the shard that was not named as absent.
+//! **Invariant:** [`ship_log`] succeeds only when the bucket holds everything that was acknowledged
+//! before, by any replica of the shard that was not named as absent.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -31,7 +31,10 @@ const POLL: Duration = Duration::from_millis(10);
 ///
 /// # Errors
 /// The reason of the failure, for the operator.
-pub(crate) async fn execute(manager: &Manager, command: &v1::Command) -> Result<Vec<String>, String> {
+pub(crate) async fn execute(
+    manager: &Manager,
+    command: &v1::Command,
+) -> Result<Vec<String>, String> {
     use v1::command::Kind;
     let keyspace = KeyspaceId(command.keyspace_id);
     match Kind::try_from(command.kind).unwrap_or_default() {
@@ -39,7 +42,8 @@ pub(crate) async fn execute(manager: &Manager, command: &v1::Command) -> Result<
             let ships = if command.replica_ids.is_empty() {
                 manager.shippers(keyspace)
             } else {
-                let named = command.replica_ids.iter().map(|id| open(manager, command, ReplicaId(*id)));
+                let named =
+                    command.replica_ids.iter().map(|id| open(manager, command, ReplicaId(*id)));
                 try_join_all(named).await?.into_iter().map(|(_, ship)| ship).collect()
             };
             for ship in ships {
@@ -61,7 +65,9 @@ pub(crate) async fn execute(manager: &Manager, command: &v1::Command) -> Result<
         }
         Kind::Catalogs => {
             let catalogs = manager.known_catalogs().await.map_err(|error| error.to_string())?;
-            let json = |catalog: &Arc<Catalog>| serde_json::to_string(&**catalog).map_err(|error| error.to_string());
+            let json = |catalog: &Arc<Catalog>| {
+                serde_json::to_string(&**catalog).map_err(|error| error.to_string())
+            };
             catalogs.iter().map(json).collect()
         }
         Kind::Compact => {
@@ -77,7 +83,8 @@ pub(crate) async fn execute(manager: &Manager, command: &v1::Command) -> Result<
             Ok(Vec::new())
         }
         Kind::ShipLog => {
-            let all = command.replica_ids.iter().map(|id| ship_log(manager, command, ReplicaId(*id)));
+            let all =
+                command.replica_ids.iter().map(|id| ship_log(manager, command, ReplicaId(*id)));
             try_join_all(all).await.map(|_| Vec::new())
         }
         Kind::Unspecified => Err("the command is not known to this version of the node".into()),
@@ -85,11 +92,19 @@ pub(crate) async fn execute(manager: &Manager, command: &v1::Command) -> Result<
 }
 
 /// Waits until the replica is open under the version that the command names.
-async fn open(manager: &Manager, command: &v1::Command, id: ReplicaId) -> Result<(Replica, ShipHandle), String> {
+async fn open(
+    manager: &Manager,
+    command: &v1::Command,
+    id: ReplicaId,
+) -> Result<(Replica, ShipHandle), String> {
     let (keyspace, version) = (KeyspaceId(command.keyspace_id), CatalogVersion(command.version));
     let began = Instant::now();
     loop {
-        let replica = manager.context().registry.replica(keyspace, id).filter(|replica| replica.version() >= version);
+        let replica = manager
+            .context()
+            .registry
+            .replica(keyspace, id)
+            .filter(|replica| replica.version() >= version);
         if let Some(opened) = replica.zip(manager.any_shipper(keyspace, id)) {
             return Ok(opened);
         }
@@ -104,9 +119,11 @@ async fn open(manager: &Manager, command: &v1::Command, id: ReplicaId) -> Result
 async fn ship_log(manager: &Manager, command: &v1::Command, id: ReplicaId) -> Result<(), String> {
     let (replica, ship) = open(manager, command, id).await?;
     let context = manager.context();
-    let catalog = context.registry.catalog(replica.keyspace).ok_or("the keyspace is not known here")?;
+    let catalog =
+        context.registry.catalog(replica.keyspace).ok_or("the keyspace is not known here")?;
     let named = |error: String| format!("shard {}: {error}", replica.shard);
-    let absent: Vec<ReplicaId> = command.absent_replica_ids.iter().copied().map(ReplicaId).collect();
+    let absent: Vec<ReplicaId> =
+        command.absent_replica_ids.iter().copied().map(ReplicaId).collect();
     hold_what_others_hold(context, &replica, &catalog, &absent).await.map_err(named)?;
     match ship.log().await {
         // The replica has no writes yet.
@@ -124,9 +141,13 @@ async fn hold_what_others_hold(
     let mut others = catalog.sources_of(replica.shard, replica.id);
     others.retain(|peer| !absent.contains(&peer.replica));
     let mut needed = Vector::new();
-    for (peer, vector) in others.iter().zip(join_all(others.iter().map(|peer| held_by(context, replica, *peer))).await)
+    for (peer, vector) in others
+        .iter()
+        .zip(join_all(others.iter().map(|peer| held_by(context, replica, *peer))).await)
     {
-        let silent = || format!("its replica {} on node {} does not say what it holds", peer.replica, peer.node);
+        let silent = || {
+            format!("its replica {} on node {} does not say what it holds", peer.replica, peer.node)
+        };
         needed = join(&needed, &vector.ok_or_else(silent)?);
     }
     let began = Instant::now();
@@ -145,6 +166,9 @@ async fn hold_what_others_hold(
 /// Returns the vector of another replica of the shard; `None` when it does not answer in time.
 async fn held_by(context: &HostContext, replica: &Replica, peer: Placed) -> Option<Vector> {
     let (keyspace, any) = (replica.keyspace, CatalogVersion(0));
-    let reply = context.peers.position_under(&context.registry, keyspace, peer, any, any, PEER_PATIENCE).await?;
+    let reply = context
+        .peers
+        .position_under(&context.registry, keyspace, peer, any, any, PEER_PATIENCE)
+        .await?;
     Some(vector_from_wire(&reply.vector))
 }

@@ -1,7 +1,7 @@
 //! Key counts of the replicas: an estimate that is refreshed in the background.
 //!
-//! **Invariant:** counting costs a bounded part of one core, however many replicas there are, and nothing for
-//! replicas that do not change.
+//! **Invariant:** counting costs a bounded part of one core, however many replicas there are, and
+//! nothing for replicas that do not change.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,8 +29,11 @@ pub(crate) async fn run(registry: Arc<NodeRegistry>, cancel: CancellationToken) 
             continue;
         }
         let began = Instant::now();
-        let mut stale: Vec<_> =
-            registry.replicas().into_iter().filter(|replica| replica.key_count_is_stale(AGE_MIN)).collect();
+        let mut stale: Vec<_> = registry
+            .replicas()
+            .into_iter()
+            .filter(|replica| replica.key_count_is_stale(AGE_MIN))
+            .collect();
         stale.sort_by_key(|replica| std::cmp::Reverse(replica.key_count_age()));
         for replica in stale {
             // A replica that has just closed cannot be counted, and is skipped from then on.

@@ -1,9 +1,10 @@
 //! Flushes the replica whose unflushed data is oldest when the memtables of the node fill up.
 //!
-//! All databases of the node share one memtable budget. RocksDB's write-buffer manager makes the writing replica flush
-//! its own memtable; without this task, a replica without writes would keep its memory for ever, and the busy ones
-//! would flush ever smaller files. A replica with data unflushed for `AGE_MAX` is flushed too, which bounds the part
-//! of its binlog that is replayed after a restart.
+//! All databases of the node share one memtable budget. RocksDB's write-buffer manager makes the
+//! writing replica flush its own memtable; without this task, a replica without writes would keep
+//! its memory for ever, and the busy ones would flush ever smaller files. A replica with data
+//! unflushed for `AGE_MAX` is flushed too, which bounds the part of its binlog that is replayed
+//! after a restart.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -22,8 +23,9 @@ use crate::replica::Replica;
 const POLL: Duration = Duration::from_secs(1);
 /// While the node is idle and the budget is not full, only one poll in so many is carried out.
 const POLLS_WHILE_IDLE: u32 = 10;
-/// Share of the memtable budget in mutable memtables (not yet being flushed) above which the oldest replica is flushed.
-/// It is below the 7/8 at which RocksDB makes the writing replica flush, so that this task acts first.
+/// Share of the memtable budget in mutable memtables (not yet being flushed) above which the oldest
+/// replica is flushed. It is below the 7/8 at which RocksDB makes the writing replica flush, so
+/// that this task acts first.
 const FULL: f64 = 0.7;
 /// Maximum age of unflushed data.
 const AGE_MAX: Duration = Duration::from_secs(600);
@@ -32,14 +34,20 @@ const AGE_MAX: Duration = Duration::from_secs(600);
 #[derive(Default)]
 struct Waiting {
     since: HashMap<(KeyspaceId, ReplicaId), Instant>,
-    /// The incarnation and LSN at which all data of a replica was found in SSTs. Until the replica applies another
-    /// record, this spares the check, which reads the persisted LSN from the database.
+    /// The incarnation and LSN at which all data of a replica was found in SSTs. Until the replica
+    /// applies another record, this spares the check, which reads the persisted LSN from the
+    /// database.
     clean: HashMap<(KeyspaceId, ReplicaId), (Incarnation, Lsn)>,
 }
 
 impl Waiting {
     /// Records which replicas have unflushed data; returns the replica to flush now, if any.
-    fn choose<'a>(&mut self, replicas: &'a [Replica], full: bool, now: Instant) -> Option<&'a Replica> {
+    fn choose<'a>(
+        &mut self,
+        replicas: &'a [Replica],
+        full: bool,
+        now: Instant,
+    ) -> Option<&'a Replica> {
         let is_dirty = |replica: &&Replica| {
             let key = (replica.keyspace, replica.id);
             let stands = (replica.incarnation(), replica.applied_lsn());
@@ -56,14 +64,17 @@ impl Waiting {
             false
         };
         let dirty: Vec<&Replica> = replicas.iter().filter(is_dirty).collect();
-        let is_hosted =
-            |key: &(KeyspaceId, ReplicaId)| replicas.iter().any(|replica| (replica.keyspace, replica.id) == *key);
+        let is_hosted = |key: &(KeyspaceId, ReplicaId)| {
+            replicas.iter().any(|replica| (replica.keyspace, replica.id) == *key)
+        };
         if self.clean.len() > replicas.len() {
             self.clean.retain(|key, _| is_hosted(key));
         }
-        self.since.retain(|key, _| dirty.iter().any(|replica| (replica.keyspace, replica.id) == *key));
-        let oldest =
-            dirty.into_iter().min_by_key(|replica| *self.since.entry((replica.keyspace, replica.id)).or_insert(now))?;
+        self.since
+            .retain(|key, _| dirty.iter().any(|replica| (replica.keyspace, replica.id) == *key));
+        let oldest = dirty.into_iter().min_by_key(|replica| {
+            *self.since.entry((replica.keyspace, replica.id)).or_insert(now)
+        })?;
         let since = self.since.get(&(oldest.keyspace, oldest.id)).copied().unwrap_or(now);
         (full || now.duration_since(since) > AGE_MAX).then_some(oldest)
     }
@@ -74,7 +85,11 @@ impl Waiting {
 }
 
 /// Runs until `cancel` fires.
-pub(crate) async fn run(registry: Arc<NodeRegistry>, engines: EngineShared, cancel: CancellationToken) {
+pub(crate) async fn run(
+    registry: Arc<NodeRegistry>,
+    engines: EngineShared,
+    cancel: CancellationToken,
+) {
     let mut waiting = Waiting::default();
     let mut sparse = Sparse::one_in(POLLS_WHILE_IDLE);
     while cancel.run_until_cancelled(tokio::time::sleep(POLL)).await.is_some() {

@@ -2,12 +2,13 @@
 //!
 //! **Invariants**
 //! - A version is remembered durably before it is applied; lower ones are refused.
-//! - A replica is registered durably before it serves. A registered member that has lost its files is
-//!   never created anew.
-//! - A replica that a passing shortage has closed is reopened once the shortage is over; any other failure
-//!   stays.
-//! - A replica's files are removed only when the catalog says that the keyspace was deleted, when it
-//!   names the replica as removed, or when it was the target of a plan that is over and was never placed.
+//! - A replica is registered durably before it serves. A registered member that has lost its files
+//!   is never created anew.
+//! - A replica that a passing shortage has closed is reopened once the shortage is over; any other
+//!   failure stays.
+//! - A replica's files are removed only when the catalog says that the keyspace was deleted, when
+//!   it names the replica as removed, or when it was the target of a plan that is over and was
+//!   never placed.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -48,7 +49,11 @@ pub(crate) struct Manager {
 
 impl Manager {
     /// Creates a manager of the directory's replicas.
-    pub(crate) fn new(context: Arc<HostContext>, dir: Arc<Mutex<NodeDir>>, replicas_max: usize) -> Self {
+    pub(crate) fn new(
+        context: Arc<HostContext>,
+        dir: Arc<Mutex<NodeDir>>,
+        replicas_max: usize,
+    ) -> Self {
         Self {
             context,
             dir,
@@ -61,13 +66,14 @@ impl Manager {
         }
     }
 
-    /// Applies a version that the master sends only once, retrying until it is applied, a newer version is known,
-    /// or the node stops.
+    /// Applies a version that the master sends only once, retrying until it is applied, a newer
+    /// version is known, or the node stops.
     pub(crate) async fn apply_catalog_at_last(&self, catalog: Arc<Catalog>) {
         let (mut pause, longest) = OBEY_AGAIN;
         while let Err(error) = self.apply_catalog(catalog.clone(), false).await {
             if self.stopping.is_cancelled() {
-                // The end of the process cancels work on the disk; the version is applied after the next start.
+                // The end of the process cancels work on the disk; the version is applied after the
+                // next start.
                 return;
             }
             tracing::error!(
@@ -84,19 +90,36 @@ impl Manager {
     }
 
     /// Applies a catalog version. `remembered` says that it was read from this directory.
-    pub(crate) async fn apply_catalog(&self, catalog: Arc<Catalog>, remembered: bool) -> Result<(), DirError> {
+    pub(crate) async fn apply_catalog(
+        &self,
+        catalog: Arc<Catalog>,
+        remembered: bool,
+    ) -> Result<(), DirError> {
         // One version of a keyspace at a time; keyspaces do not wait for each other.
         let turn = self.turns.lock().entry(catalog.keyspace).or_default().clone();
         let _turn = turn.lock().await;
         let registry = &self.context.registry;
-        if registry.catalog(catalog.keyspace).is_some_and(|current| current.version > catalog.version) {
-            // Versions travel in parallel: an overtaken one is normal, and so is one of an old master.
-            tracing::debug!(keyspace = catalog.keyspace.0, version = catalog.version.0, "a lower version is refused");
+        if registry
+            .catalog(catalog.keyspace)
+            .is_some_and(|current| current.version > catalog.version)
+        {
+            // Versions travel in parallel: an overtaken one is normal, and so is one of an old
+            // master.
+            tracing::debug!(
+                keyspace = catalog.keyspace.0,
+                version = catalog.version.0,
+                "a lower version is refused"
+            );
             return Ok(());
         }
         let members = catalog.members_on(registry.node_id);
         let concerned = !members.is_empty()
-            || self.dir.lock().replicas().iter().any(|registered| registered.keyspace == catalog.keyspace);
+            || self
+                .dir
+                .lock()
+                .replicas()
+                .iter()
+                .any(|registered| registered.keyspace == catalog.keyspace);
         if !remembered && concerned {
             let (dir, noted) = (self.dir.clone(), catalog.clone());
             on_disk(move || dir.lock().remember_catalog(&noted)).await?;
@@ -110,7 +133,13 @@ impl Manager {
         Ok(())
     }
 
-    fn host(&self, catalog: &Arc<Catalog>, shard: ShardId, replica: ReplicaId, placed: bool) -> Result<(), DirError> {
+    fn host(
+        &self,
+        catalog: &Arc<Catalog>,
+        shard: ShardId,
+        replica: ReplicaId,
+        placed: bool,
+    ) -> Result<(), DirError> {
         let key = (catalog.keyspace, replica);
         let mut dir = self.dir.lock();
         let registered = dir.registered(catalog.keyspace, replica);
@@ -123,15 +152,26 @@ impl Manager {
             self.fail(
                 key,
                 shard,
-                format!("this node holds {} replicas, its limit (node.max_replicas)", self.replicas_max),
+                format!(
+                    "this node holds {} replicas, its limit (node.max_replicas)",
+                    self.replicas_max
+                ),
             );
             return Ok(());
         }
-        // A member that the keyspace's first version created empty may be recreated until it has been open; a
-        // member that a plan has filled may not once it is placed.
-        let has_served = registered.is_some_and(|registered| !registered.building || (placed && registered.target));
+        // A member that the keyspace's first version created empty may be recreated until it has
+        // been open; a member that a plan has filled may not once it is placed.
+        let has_served = registered
+            .is_some_and(|registered| !registered.building || (placed && registered.target));
         if has_served && !path.join("db").join("CURRENT").exists() && !hosts.contains_key(&key) {
-            self.fail(key, shard, format!("{} has lost its files; put them back, or replace the node", path.display()));
+            self.fail(
+                key,
+                shard,
+                format!(
+                    "{} has lost its files; put them back, or replace the node",
+                    path.display()
+                ),
+            );
             return Ok(());
         }
         let version = registered.map_or(catalog.version, |registered| registered.version);
@@ -150,25 +190,39 @@ impl Manager {
                 target: !placed,
             })?;
         }
-        let spec = ReplicaSpec { keyspace: catalog.keyspace, shard, replica, dir: path, tmp: dir.tmp() };
+        let spec =
+            ReplicaSpec { keyspace: catalog.keyspace, shard, replica, dir: path, tmp: dir.tmp() };
         hosts.insert(key, Host::start(self.context.clone(), spec, catalog.clone()));
         Ok(())
     }
 
     fn fail(&self, key: ReplicaKey, shard: ShardId, reason: String) {
         if self.failed.lock().insert(key, (shard, reason.clone())).is_none() {
-            tracing::error!(keyspace = key.0.0, replica = key.1.0, reason, "the replica cannot be hosted");
+            tracing::error!(
+                keyspace = key.0.0,
+                replica = key.1.0,
+                reason,
+                "the replica cannot be hosted"
+            );
         }
     }
 
     /// Removes the replicas that this version takes away.
-    async fn retire(&self, catalog: &Arc<Catalog>, members: &[(ShardId, ReplicaId, bool)]) -> Result<(), DirError> {
+    async fn retire(
+        &self,
+        catalog: &Arc<Catalog>,
+        members: &[(ShardId, ReplicaId, bool)],
+    ) -> Result<(), DirError> {
         let gone: Vec<Registered> = {
             let dir = self.dir.lock();
             dir.replicas()
                 .into_iter()
-                .filter(|registered| registered.keyspace == catalog.keyspace && catalog.version >= registered.version)
-                .filter(|registered| !members.iter().any(|(_, replica, _)| *replica == registered.replica))
+                .filter(|registered| {
+                    registered.keyspace == catalog.keyspace && catalog.version >= registered.version
+                })
+                .filter(|registered| {
+                    !members.iter().any(|(_, replica, _)| *replica == registered.replica)
+                })
                 .filter(|registered| {
                     registered.building
                         || catalog.state == KeyspaceState::Deleted
@@ -206,10 +260,11 @@ impl Manager {
         hosts.values().filter_map(|host| Some((host.spec().clone(), host.failure()?))).collect()
     }
 
-    /// Reopens those of the failed replicas that were closed by a shortage that is over. Nothing is damaged: the
-    /// state is as after a restart of the node.
+    /// Reopens those of the failed replicas that were closed by a shortage that is over. Nothing is
+    /// damaged: the state is as after a restart of the node.
     pub(crate) async fn reopen(&self, failures: Vec<(ReplicaSpec, String)>) {
-        let keys: HashSet<ReplicaKey> = failures.iter().map(|(spec, _)| (spec.keyspace, spec.replica)).collect();
+        let keys: HashSet<ReplicaKey> =
+            failures.iter().map(|(spec, _)| (spec.keyspace, spec.replica)).collect();
         let now = Instant::now();
         self.reopening.lock().keep(&keys, now);
         let mut due = Vec::new();
@@ -224,7 +279,9 @@ impl Manager {
                 Some(is_over) => *is_over,
                 None => {
                     let place = spec.dir.parent().unwrap_or(&spec.dir).to_owned();
-                    let is_over = tokio::task::spawn_blocking(move || shortage.is_over(&place)).await.unwrap_or(false);
+                    let is_over = tokio::task::spawn_blocking(move || shortage.is_over(&place))
+                        .await
+                        .unwrap_or(false);
                     over.insert(shortage, is_over);
                     is_over
                 }
@@ -244,7 +301,8 @@ impl Manager {
         let registry = &self.context.registry;
         let Some(catalog) = registry.catalog(key.0) else { return };
         // The plan detects that its target has failed, and begins anew itself.
-        if catalog.plan.iter().flat_map(|plan| &plan.targets).any(|target| target.replica == key.1) {
+        if catalog.plan.iter().flat_map(|plan| &plan.targets).any(|target| target.replica == key.1)
+        {
             return;
         }
         let Some(host) = self.hosts.lock().remove(&key) else { return };
@@ -257,20 +315,23 @@ impl Manager {
         }
     }
 
-    /// Marks open members as settled: from now on the loss of their files is reported, never repaired silently.
+    /// Marks open members as settled: from now on the loss of their files is reported, never
+    /// repaired silently.
     pub(crate) fn settle(&self) {
         let hosted: HashSet<ReplicaKey> = self.hosts.lock().keys().copied().collect();
         // When the directory is busy, the next report settles them.
         let Some(mut dir) = self.dir.try_lock() else { return };
         for registered in dir.replicas().into_iter().filter(|registered| registered.building) {
-            let open = self.context.registry.replica(registered.keyspace, registered.replica).is_some();
-            let placed = self.context.registry.catalog(registered.keyspace).is_some_and(|catalog| {
-                catalog
-                    .placement
-                    .iter()
-                    .flat_map(|shard| &shard.replicas)
-                    .any(|member| member.replica == registered.replica)
-            });
+            let open =
+                self.context.registry.replica(registered.keyspace, registered.replica).is_some();
+            let placed =
+                self.context.registry.catalog(registered.keyspace).is_some_and(|catalog| {
+                    catalog
+                        .placement
+                        .iter()
+                        .flat_map(|shard| &shard.replicas)
+                        .any(|member| member.replica == registered.replica)
+                });
             if open
                 && placed
                 && hosted.contains(&(registered.keyspace, registered.replica))
@@ -305,11 +366,20 @@ impl Manager {
 
     /// Returns the shippers of a keyspace's replicas on this node.
     pub(crate) fn shippers(&self, keyspace: KeyspaceId) -> Vec<ShipHandle> {
-        self.hosts.lock().iter().filter(|((ks, _), _)| *ks == keyspace).filter_map(|(_, host)| host.shipper()).collect()
+        self.hosts
+            .lock()
+            .iter()
+            .filter(|((ks, _), _)| *ks == keyspace)
+            .filter_map(|(_, host)| host.shipper())
+            .collect()
     }
 
     /// Returns the shipper of a replica, whether the replica ships or not.
-    pub(crate) fn any_shipper(&self, keyspace: KeyspaceId, replica: ReplicaId) -> Option<ShipHandle> {
+    pub(crate) fn any_shipper(
+        &self,
+        keyspace: KeyspaceId,
+        replica: ReplicaId,
+    ) -> Option<ShipHandle> {
         self.hosts.lock().get(&(keyspace, replica)).and_then(Host::any_shipper)
     }
 
@@ -327,22 +397,25 @@ impl Manager {
     pub(crate) async fn known_catalogs(&self) -> Result<Vec<Arc<Catalog>>, DirError> {
         let dir = self.dir.clone();
         let remembered = tokio::task::spawn_blocking(move || dir.lock().catalogs()).await;
-        let (remembered, damaged) = remembered.unwrap_or_else(|error| Err(DirError::CutOff(error.to_string())))?;
-        // An unreadable catalog may be the only trace of a keyspace: the caller must not take the rest for all.
+        let (remembered, damaged) =
+            remembered.unwrap_or_else(|error| Err(DirError::CutOff(error.to_string())))?;
+        // An unreadable catalog may be the only trace of a keyspace: the caller must not take the
+        // rest for all.
         if let Some(error) = damaged.into_iter().next() {
             return Err(error);
         }
         let mut newest = self.context.registry.catalogs();
         for catalog in remembered {
-            if newest.get(&catalog.keyspace).is_none_or(|current| current.version < catalog.version) {
+            if newest.get(&catalog.keyspace).is_none_or(|current| current.version < catalog.version)
+            {
                 newest.insert(catalog.keyspace, Arc::new(catalog));
             }
         }
         Ok(newest.into_values().collect())
     }
 
-    /// Waits until each replica that the known catalogs place here is open or has failed. Targets of a running
-    /// plan are not waited for.
+    /// Waits until each replica that the known catalogs place here is open or has failed. Targets
+    /// of a running plan are not waited for.
     pub(crate) async fn opened(&self) {
         while self.is_opening() {
             tokio::time::sleep(POLL).await;
@@ -354,22 +427,28 @@ impl Manager {
         self.hosts.lock().values().any(|host| {
             let ReplicaSpec { keyspace, replica, .. } = *host.spec();
             registry.catalog(keyspace).is_some_and(|catalog| {
-                let is_target =
-                    catalog.plan.iter().flat_map(|plan| &plan.targets).any(|target| target.replica == replica);
+                let is_target = catalog
+                    .plan
+                    .iter()
+                    .flat_map(|plan| &plan.targets)
+                    .any(|target| target.replica == replica);
                 catalog.is_placed(replica) && !is_target
             }) && registry.replica(keyspace, replica).is_none()
                 && host.failure().is_none()
         })
     }
 
-    /// Hands authority of every hosted replica over to another one, because the node is about to stop. Ends within
-    /// seconds.
+    /// Hands authority of every hosted replica over to another one, because the node is about to
+    /// stop. Ends within seconds.
     pub(crate) async fn hand_over_authority(&self) {
         let HostContext { leases: Some(leases), registry, .. } = &*self.context else { return };
         let keys: Vec<ReplicaKey> = self.hosts.lock().keys().copied().collect();
         let replicas: Vec<Replica> =
             keys.into_iter().filter_map(|(keyspace, id)| registry.replica(keyspace, id)).collect();
-        futures::future::join_all(replicas.iter().map(|replica| leases.hand_over_authority(replica))).await;
+        futures::future::join_all(
+            replicas.iter().map(|replica| leases.hand_over_authority(replica)),
+        )
+        .await;
     }
 
     /// Stops all hosts, in parallel.
@@ -383,8 +462,11 @@ impl Manager {
     }
 }
 
-/// Runs work on a blocking thread. An interruption, by a panic or the end of the process, is an error.
-async fn on_disk(work: impl FnOnce() -> Result<(), DirError> + Send + 'static) -> Result<(), DirError> {
+/// Runs work on a blocking thread. An interruption, by a panic or the end of the process, is an
+/// error.
+async fn on_disk(
+    work: impl FnOnce() -> Result<(), DirError> + Send + 'static,
+) -> Result<(), DirError> {
     let done = tokio::task::spawn_blocking(work).await;
     done.unwrap_or_else(|error| Err(DirError::CutOff(error.to_string())))
 }

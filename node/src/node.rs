@@ -31,7 +31,9 @@ use crate::manager::Manager;
 use crate::node_dir::{DirError, NodeDir, NodeIdentity, read_json};
 use crate::registry::NodeRegistry;
 use crate::replication::ReplicationService;
-use crate::session::{Joined, NODES_FILE, Session, SessionConfig, SessionContext, SessionError, join, keep};
+use crate::session::{
+    Joined, NODES_FILE, Session, SessionConfig, SessionContext, SessionError, join, keep,
+};
 use crate::ship::Pace;
 use crate::{caretaker, counting, flusher, open_files, stall};
 
@@ -88,7 +90,9 @@ pub enum NodeError {
     #[error("{0}; say under which address others reach this node with --advertise HOST:PORT")]
     Advertise(#[from] BadAddress),
     /// A thread could not be started.
-    #[error("a thread could not be started: {0}; raise the limit of processes (ulimit -u) and start again")]
+    #[error(
+        "a thread could not be started: {0}; raise the limit of processes (ulimit -u) and start again"
+    )]
     Thread(std::io::Error),
     /// The listen address failed.
     #[error(
@@ -132,10 +136,13 @@ impl RunningNode {
 }
 
 impl Node {
-    /// Starts a node: opens its directory, joins the master, hosts its replicas, serves; returns when the
-    /// replicas that it remembers are open. A node that has been in a cluster before also starts without its
-    /// master, from the catalogs that it remembers.
-    pub async fn start(config: NodeConfig, shutdown: CancellationToken) -> Result<RunningNode, NodeError> {
+    /// Starts a node: opens its directory, joins the master, hosts its replicas, serves; returns
+    /// when the replicas that it remembers are open. A node that has been in a cluster before also
+    /// starts without its master, from the catalogs that it remembers.
+    pub async fn start(
+        config: NodeConfig,
+        shutdown: CancellationToken,
+    ) -> Result<RunningNode, NodeError> {
         // A start that fails here leaves no trace.
         if let Some(address) = &config.advertise {
             check_address(address)?;
@@ -157,7 +164,8 @@ impl Node {
             node_id,
             max_replicas: config.max_replicas,
         };
-        let (first, joined) = first_session(&session_config, &dir, &identity, holds_replicas).await?;
+        let (first, joined) =
+            first_session(&session_config, &dir, &identity, holds_replicas).await?;
         let bucket = Bucket::open(&joined.bucket_url, &config.bucket_options)?;
         let labels = [KeyValue::new("role", "node"), KeyValue::new("node", node_id.to_string())];
         vasto_shipping::metrics::observe(&bucket, &labels);
@@ -168,7 +176,8 @@ impl Node {
         let registry = Arc::new(NodeRegistry::new(node_id, clock.clone(), config.read_threads));
         let leases_end = CancellationToken::new();
         let ended = leases_end.clone();
-        let leases = Leases::start(&registry, move || ended.is_cancelled()).map_err(NodeError::Thread)?;
+        let leases =
+            Leases::start(&registry, move || ended.is_cancelled()).map_err(NodeError::Thread)?;
         let (engines, connections) = share_open_files(config.budget, config.max_replicas);
         let host_context = Arc::new(HostContext {
             registry: registry.clone(),
@@ -216,7 +225,8 @@ async fn listen(on: SocketAddr) -> Result<(TcpListener, SocketAddr), NodeError> 
     Ok((listener, address))
 }
 
-/// Divides the files that this process may open; returns the engines' share, and the number of connections.
+/// Divides the files that this process may open; returns the engines' share, and the number of
+/// connections.
 fn share_open_files(budget: EngineBudget, max_replicas: usize) -> (EngineShared, usize) {
     let limit = open_files::raise();
     let tables_each = open_files::tables_each(limit, max_replicas);
@@ -240,10 +250,13 @@ async fn first_session(
             }
             Err(error) if error.is_fatal() => return Err(error.into()),
             // Nothing would be served: the operator has named the master of another cluster.
-            Err(error @ SessionError::OtherCluster(_)) if !holds_replicas => return Err(error.into()),
+            Err(error @ SessionError::OtherCluster(_)) if !holds_replicas => {
+                return Err(error.into());
+            }
             Err(error) if !identity.cluster_id.is_empty() => {
                 tracing::info!(%error, "serving from what this node remembers");
-                let (cluster_id, bucket_url) = (identity.cluster_id.clone(), identity.bucket_url.clone());
+                let (cluster_id, bucket_url) =
+                    (identity.cluster_id.clone(), identity.bucket_url.clone());
                 return Ok((None, Joined { cluster_id, bucket_url }));
             }
             Err(error) if tokio::time::Instant::now() >= deadline => return Err(error.into()),
@@ -252,16 +265,20 @@ async fn first_session(
     }
 }
 
-/// Applies what the directory remembers of the cluster: the addresses of the nodes and the catalog versions.
+/// Applies what the directory remembers of the cluster: the addresses of the nodes and the catalog
+/// versions.
 async fn remember(
     path: &Path,
     dir: &Mutex<NodeDir>,
     registry: &NodeRegistry,
     manager: &Arc<Manager>,
 ) -> Result<(), NodeError> {
-    let addresses: Option<Vec<(NodeId, String, String)>> = read_json(&path.join(NODES_FILE)).unwrap_or_default();
+    let addresses: Option<Vec<(NodeId, String, String)>> =
+        read_json(&path.join(NODES_FILE)).unwrap_or_default();
     let addresses = addresses.unwrap_or_default().into_iter();
-    registry.set_addresses(addresses.map(|(id, address, zone)| (id, NodeAddress { address, zone })).collect());
+    registry.set_addresses(
+        addresses.map(|(id, address, zone)| (id, NodeAddress { address, zone })).collect(),
+    );
     let (remembered, damaged) = dir.lock().catalogs()?;
     for error in damaged {
         tracing::error!(%error, "a keyspace's catalog version is not known until the master sends it");
@@ -278,8 +295,9 @@ async fn remember(
     Ok(())
 }
 
-/// Checks the bucket of a node that has a session. Replicas on this node are served whatever the bucket answers; without
-/// any, a bucket that cannot be reached now does not matter either, but another cluster's bucket does.
+/// Checks the bucket of a node that has a session. Replicas on this node are served whatever the
+/// bucket answers; without any, a bucket that cannot be reached now does not matter either, but
+/// another cluster's bucket does.
 async fn check_bucket(bucket: &Bucket, holds_replicas: bool) -> Result<(), NodeError> {
     if holds_replicas {
         let bucket = bucket.clone();
@@ -292,7 +310,9 @@ async fn check_bucket(bucket: &Bucket, holds_replicas: bool) -> Result<(), NodeE
         return Ok(());
     }
     match probe(bucket).await {
-        Err(NodeError::Bucket(error @ (BucketError::Unreachable { .. } | BucketError::ClockSkewed { .. }))) => {
+        Err(NodeError::Bucket(
+            error @ (BucketError::Unreachable { .. } | BucketError::ClockSkewed { .. }),
+        )) => {
             tracing::warn!(%error, "the bucket cannot be reached now; this node ships when it can");
             Ok(())
         }
@@ -354,7 +374,8 @@ async fn serve(running: Running) -> Result<(), NodeError> {
         }
     });
     let flusher = tokio::spawn(flusher::run(registry.clone(), engines, stop_serving.clone()));
-    let caretaker = caretaker::run(registry.clone(), manager.clone(), data_dir.clone(), stop_serving.clone());
+    let caretaker =
+        caretaker::run(registry.clone(), manager.clone(), data_dir.clone(), stop_serving.clone());
     let caretaker = tokio::spawn(caretaker);
     let counting = tokio::spawn(counting::run(registry.clone(), stop_serving.clone()));
     let watched = (registry.clone(), stop_serving.clone());
@@ -372,7 +393,14 @@ async fn serve(running: Running) -> Result<(), NodeError> {
     let (fatal_sender, fatal) = oneshot::channel();
     let session_cancel = CancellationToken::new();
     let context = SessionContext { registry, manager: manager.clone(), bucket, dir: data_dir };
-    let session = tokio::spawn(keep(context, session_config, dir, first, session_cancel.clone(), fatal_sender));
+    let session = tokio::spawn(keep(
+        context,
+        session_config,
+        dir,
+        first,
+        session_cancel.clone(),
+        fatal_sender,
+    ));
     let end = tokio::select! {
         () = shutdown.cancelled() => Ok(()),
         Ok(error) = fatal => {

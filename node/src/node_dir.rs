@@ -38,7 +38,9 @@ const TMP: &str = ".tmp";
 #[derive(Debug, thiserror::Error)]
 pub enum DirError {
     /// Another process uses the directory.
-    #[error("the data directory {0} is in use by another process; stop that one or choose another --dir")]
+    #[error(
+        "the data directory {0} is in use by another process; stop that one or choose another --dir"
+    )]
     Locked(PathBuf),
     /// The directory belongs to another cluster.
     #[error(
@@ -53,7 +55,9 @@ pub enum DirError {
         wanted: String,
     },
     /// A newer version wrote the directory.
-    #[error("the data directory {dir} has format {found}, this version reads up to {FORMAT}; use a newer vasto")]
+    #[error(
+        "the data directory {dir} has format {found}, this version reads up to {FORMAT}; use a newer vasto"
+    )]
     NewerFormat {
         /// The directory.
         dir: PathBuf,
@@ -133,18 +137,25 @@ impl NodeDir {
         std::fs::create_dir_all(dir).map_err(io(dir))?;
         keep_private(dir);
         let lock_path = dir.join("LOCK");
-        let lock = File::options().create(true).truncate(false).write(true).open(&lock_path).map_err(io(&lock_path))?;
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&lock_path)
+            .map_err(io(&lock_path))?;
         if rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
             return Err(DirError::Locked(dir.to_owned()));
         }
         let path = dir.join("node.json");
         let identity = match read_json::<serde_json::Value>(&path)? {
             Some(value) => {
-                let format = value.get("format").and_then(serde_json::Value::as_u64).unwrap_or(0) as u32;
+                let format =
+                    value.get("format").and_then(serde_json::Value::as_u64).unwrap_or(0) as u32;
                 if format > FORMAT {
                     return Err(DirError::NewerFormat { dir: dir.to_owned(), found: format });
                 }
-                serde_json::from_value(value).map_err(|error| DirError::Damaged { path, reason: error.to_string() })?
+                serde_json::from_value(value)
+                    .map_err(|error| DirError::Damaged { path, reason: error.to_string() })?
             }
             None => {
                 let identity = NodeIdentity {
@@ -157,7 +168,8 @@ impl NodeDir {
                 identity
             }
         };
-        let registered: Vec<Registered> = read_json(&dir.join("replicas.json"))?.unwrap_or_default();
+        let registered: Vec<Registered> =
+            read_json(&dir.join("replicas.json"))?.unwrap_or_default();
         for sub in ["replicas", "catalog"] {
             let path = dir.join(sub);
             std::fs::create_dir_all(&path).map_err(io(&path))?;
@@ -170,7 +182,9 @@ impl NodeDir {
         let (beside, inside) = (dir.join("tmp"), replicas.join(TMP));
         for old in [&beside, &inside] {
             match std::fs::remove_dir_all(old) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(old)(error)),
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(io(old)(error));
+                }
                 _ => {}
             }
         }
@@ -182,7 +196,10 @@ impl NodeDir {
             tmp,
             _lock: lock,
             identity,
-            replicas: registered.into_iter().map(|replica| ((replica.keyspace, replica.replica), replica)).collect(),
+            replicas: registered
+                .into_iter()
+                .map(|replica| ((replica.keyspace, replica.replica), replica))
+                .collect(),
         })
     }
 
@@ -214,7 +231,11 @@ impl NodeDir {
     }
 
     /// Returns the registration of a replica.
-    pub(crate) fn registered(&self, keyspace: KeyspaceId, replica: ReplicaId) -> Option<Registered> {
+    pub(crate) fn registered(
+        &self,
+        keyspace: KeyspaceId,
+        replica: ReplicaId,
+    ) -> Option<Registered> {
         self.replicas.get(&(keyspace, replica)).copied()
     }
 
@@ -227,13 +248,19 @@ impl NodeDir {
         self.replace_register(next)
     }
 
-    /// Unregisters a replica and removes its files. The order (register last) makes a crash in between
-    /// show up as a registered replica without files, which is removed again.
-    pub(crate) fn discard(&mut self, keyspace: KeyspaceId, replica: ReplicaId) -> Result<(), DirError> {
+    /// Unregisters a replica and removes its files. The order (register last) makes a crash in
+    /// between show up as a registered replica without files, which is removed again.
+    pub(crate) fn discard(
+        &mut self,
+        keyspace: KeyspaceId,
+        replica: ReplicaId,
+    ) -> Result<(), DirError> {
         let path = self.replica_dir(keyspace, replica);
         let grave = self.tmp().join(format!("removed-{keyspace}-{replica}"));
         match std::fs::rename(&path, &grave) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(&path)(error)),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(io(&path)(error));
+            }
             // Files that reappear after a power loss must still be in the register.
             _ => {
                 let replicas = self.dir.join("replicas");
@@ -250,7 +277,10 @@ impl NodeDir {
     }
 
     /// Replaces the register: memory equals the disk, also after a failure.
-    fn replace_register(&mut self, next: BTreeMap<(KeyspaceId, ReplicaId), Registered>) -> Result<(), DirError> {
+    fn replace_register(
+        &mut self,
+        next: BTreeMap<(KeyspaceId, ReplicaId), Registered>,
+    ) -> Result<(), DirError> {
         write_json(&self.dir.join("replicas.json"), &next.values().collect::<Vec<_>>())?;
         self.replicas = next;
         Ok(())
@@ -261,8 +291,8 @@ impl NodeDir {
         self.dir.join("replicas").join(format!("{keyspace}-{replica}"))
     }
 
-    /// Returns the directory for temporary files on the file system of the replicas: finished files are renamed into
-    /// place, and `replicas` may be a mount of its own.
+    /// Returns the directory for temporary files on the file system of the replicas: finished files
+    /// are renamed into place, and `replicas` may be a mount of its own.
     pub(crate) fn tmp(&self) -> PathBuf {
         self.tmp.clone()
     }
@@ -272,9 +302,9 @@ impl NodeDir {
         write_json(&self.dir.join("catalog").join(format!("{}.json", catalog.keyspace)), catalog)
     }
 
-    /// Returns all remembered catalog versions that can be read, and the errors of the others. A keyspace with an
-    /// unreadable version is served once the master has sent it again; its replicas remember for themselves
-    /// which versions they refuse.
+    /// Returns all remembered catalog versions that can be read, and the errors of the others. A
+    /// keyspace with an unreadable version is served once the master has sent it again; its
+    /// replicas remember for themselves which versions they refuse.
     pub(crate) fn catalogs(&self) -> Result<(Vec<Catalog>, Vec<DirError>), DirError> {
         let dir = self.dir.join("catalog");
         let (mut out, mut damaged) = (Vec::new(), Vec::new());
@@ -291,7 +321,8 @@ impl NodeDir {
     }
 }
 
-/// Returns whether files of one directory can be renamed into the other: not when that is a mount of its own.
+/// Returns whether files of one directory can be renamed into the other: not when that is a mount
+/// of its own.
 fn can_move(from: &Path, to: &Path) -> std::io::Result<bool> {
     let (probe, there) = (from.join("probe"), to.join(".probe"));
     File::create(&probe)?;
@@ -304,8 +335,8 @@ fn can_move(from: &Path, to: &Path) -> std::io::Result<bool> {
     }
 }
 
-/// Restricts access to a directory to its user. A directory that belongs to another user stays as it is: the
-/// mode is the owner's decision.
+/// Restricts access to a directory to its user. A directory that belongs to another user stays as
+/// it is: the mode is the owner's decision.
 fn keep_private(dir: &Path) {
     use std::os::unix::fs::PermissionsExt;
     if let Err(error) = std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700)) {
@@ -316,9 +347,10 @@ fn keep_private(dir: &Path) {
 /// Reads a JSON file; `None` when it does not exist.
 pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, DirError> {
     match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .map(Some)
-            .map_err(|error| DirError::Damaged { path: path.to_owned(), reason: error.to_string() }),
+        Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|error| DirError::Damaged {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        }),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(io(path)(error)),
     }
@@ -451,14 +483,20 @@ mod tests {
         std::fs::write(temp.path().join("catalog/6.json"), "{").unwrap();
         let (read, damaged) = dir.catalogs().unwrap();
         assert_eq!(read, [catalog]);
-        assert!(matches!(&damaged[..], [DirError::Damaged { path, .. }] if path.ends_with("6.json")), "{damaged:?}");
+        assert!(
+            matches!(&damaged[..], [DirError::Damaged { path, .. }] if path.ends_with("6.json")),
+            "{damaged:?}"
+        );
     }
 
     #[test]
     fn newer_formats_and_damage_are_typed() {
         let temp = tempfile::tempdir().unwrap();
         std::fs::write(temp.path().join("node.json"), r#"{"format":2,"new":"things"}"#).unwrap();
-        assert!(matches!(NodeDir::open(temp.path(), NodeId(7)), Err(DirError::NewerFormat { found: 2, .. })));
+        assert!(matches!(
+            NodeDir::open(temp.path(), NodeId(7)),
+            Err(DirError::NewerFormat { found: 2, .. })
+        ));
         std::fs::write(temp.path().join("node.json"), "{").unwrap();
         assert!(matches!(NodeDir::open(temp.path(), NodeId(7)), Err(DirError::Damaged { .. })));
     }

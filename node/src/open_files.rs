@@ -1,7 +1,8 @@
 //! The process's limit of open files, and each replica's share of it.
 //!
 //! Every SST that a replica reads is an open file. The usual limit of a shell is 1,024, which a few
-//! replicas use up; the administrator's limit is the hard limit, and the process raises its own to that.
+//! replicas use up; the administrator's limit is the hard limit, and the process raises its own to
+//! that.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use vasto_core::limits::{CONNECTIONS_MAX, TABLES_OPEN_MAX, TABLES_OPEN_MIN};
@@ -26,8 +27,8 @@ pub(crate) fn raise() -> u64 {
     }
 }
 
-/// Returns the number of connections that the node accepts under a limit: at most a quarter of a low one, the
-/// rest belongs to replicas.
+/// Returns the number of connections that the node accepts under a limit: at most a quarter of a
+/// low one, the rest belongs to replicas.
 pub(crate) fn connections(limit: u64) -> usize {
     usize::try_from(limit / 4).unwrap_or(CONNECTIONS_MAX).clamp(CONNECTIONS_MIN, CONNECTIONS_MAX)
 }
@@ -36,7 +37,9 @@ pub(crate) fn connections(limit: u64) -> usize {
 pub(crate) fn tables_each(limit: u64, replicas: usize) -> usize {
     let replicas = replicas.max(1) as u64;
     let left = limit.saturating_sub(CONNECTIONS_MAX as u64 + replicas * OTHERS_EACH);
-    usize::try_from(left / replicas).unwrap_or(TABLES_OPEN_MAX).clamp(TABLES_OPEN_MIN, TABLES_OPEN_MAX)
+    usize::try_from(left / replicas)
+        .unwrap_or(TABLES_OPEN_MAX)
+        .clamp(TABLES_OPEN_MIN, TABLES_OPEN_MAX)
 }
 
 #[cfg(test)]
@@ -63,7 +66,9 @@ mod tests {
 
     #[test]
     fn the_replicas_of_a_full_node_stay_below_the_limit() {
-        for (limit, replicas) in [(1 << 20, 256), (65_536, 256), (65_536, 16), (20_000, 64), (1 << 30, 1)] {
+        for (limit, replicas) in
+            [(1 << 20, 256), (65_536, 256), (65_536, 16), (20_000, 64), (1 << 30, 1)]
+        {
             let each = tables_each(limit, replicas);
             let all = (each as u64 + OTHERS_EACH) * replicas as u64 + CONNECTIONS_MAX as u64;
             assert!(all <= limit, "{each} for each of {replicas} under {limit}");
@@ -71,6 +76,9 @@ mod tests {
         }
         assert_eq!(tables_each(1 << 20, 256), 4_064);
         // The limit is too low for all of them: a replica works with few tables, and slowly.
-        assert_eq!((tables_each(1_024, 256), tables_each(0, 0)), (TABLES_OPEN_MIN, TABLES_OPEN_MIN));
+        assert_eq!(
+            (tables_each(1_024, 256), tables_each(0, 0)),
+            (TABLES_OPEN_MIN, TABLES_OPEN_MIN)
+        );
     }
 }

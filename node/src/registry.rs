@@ -1,4 +1,5 @@
-//! State that the services of a node share: hosted replicas, known catalogs, other nodes' addresses.
+//! State that the services of a node share: hosted replicas, known catalogs, other nodes'
+//! addresses.
 //!
 //! **Invariant:** a catalog is in [`NodeRegistry::catalog`] before any replica acts on it, so a
 //! `WrongEpoch` reply carries the topology whenever that of the caller is older.
@@ -36,7 +37,8 @@ pub(crate) struct NodeRegistry {
     pub stall: StallDetector,
     /// Boot time when the runtime of the services was last seen to run, milliseconds.
     pub pulse: Arc<AtomicU64>,
-    /// Nodes without a session at the master, and since when it reports that (milliseconds since boot).
+    /// Nodes without a session at the master, and since when it reports that (milliseconds since
+    /// boot).
     master_word: ArcSwap<HashMap<NodeId, u64>>,
     master_believed: Belief,
     /// How often each node became reachable again.
@@ -88,7 +90,11 @@ impl NodeRegistry {
 
     /// Returns a hosted replica by its id.
     pub(crate) fn replica(&self, keyspace: KeyspaceId, id: ReplicaId) -> Option<Replica> {
-        self.routes.load().values().find(|replica| replica.keyspace == keyspace && replica.id == id).cloned()
+        self.routes
+            .load()
+            .values()
+            .find(|replica| replica.keyspace == keyspace && replica.id == id)
+            .cloned()
     }
 
     /// Returns all hosted replicas.
@@ -96,9 +102,11 @@ impl NodeRegistry {
         self.routes.load().values().cloned().collect()
     }
 
-    /// Stops replicas with peers from serving until they have caught up, because the process stood still.
+    /// Stops replicas with peers from serving until they have caught up, because the process stood
+    /// still.
     pub(crate) fn stop_serving_what_has_peers(&self) {
-        for replica in self.replicas().into_iter().filter(|replica| replica.followers().has_peers()) {
+        for replica in self.replicas().into_iter().filter(|replica| replica.followers().has_peers())
+        {
             replica.set_ready(false);
         }
     }
@@ -116,8 +124,10 @@ impl NodeRegistry {
     pub(crate) fn remove_replica(&self, keyspace: KeyspaceId, id: ReplicaId) -> Option<Replica> {
         let _guard = self.update.lock();
         let mut routes = Routes::clone(&self.routes.load());
-        let key =
-            routes.iter().find(|(_, replica)| replica.keyspace == keyspace && replica.id == id).map(|(key, _)| *key)?;
+        let key = routes
+            .iter()
+            .find(|(_, replica)| replica.keyspace == keyspace && replica.id == id)
+            .map(|(key, _)| *key)?;
         let replica = routes.remove(&key);
         self.routes.store(Arc::new(routes));
         self.bump();
@@ -137,14 +147,15 @@ impl NodeRegistry {
         self.master_believed.clone()
     }
 
-    /// Returns since when the master reports the node without a session, milliseconds since boot; `None` when it does
-    /// not, or when its last answer is too old.
+    /// Returns since when the master reports the node without a session, milliseconds since boot;
+    /// `None` when it does not, or when its last answer is too old.
     pub(crate) fn master_says_gone(&self, node: NodeId, now_ms: u64) -> Option<u64> {
         let believed = self.master_believed.load(Ordering::Acquire) > now_ms;
         self.master_word.load().get(&node).copied().filter(|_| believed)
     }
 
-    /// Announces that the node is reachable again: older connections are stuck until their transport retries.
+    /// Announces that the node is reachable again: older connections are stuck until their
+    /// transport retries.
     pub(crate) fn link_is_up(&self, node: NodeId) {
         self.links.send_modify(|links| *links.entry(node).or_default() += 1);
     }
@@ -175,7 +186,8 @@ impl NodeRegistry {
     pub(crate) fn set_catalog(&self, catalog: Arc<Catalog>) -> bool {
         let _guard = self.update.lock();
         let catalogs = self.catalogs.load();
-        if catalogs.get(&catalog.keyspace).is_some_and(|current| current.version >= catalog.version) {
+        if catalogs.get(&catalog.keyspace).is_some_and(|current| current.version >= catalog.version)
+        {
             return false;
         }
         let mut next = HashMap::clone(&catalogs);
@@ -216,14 +228,20 @@ impl NodeRegistry {
     /// Returns true when the known catalog places a replica of the shard on this node, open or not.
     pub(crate) fn is_placed_here(&self, keyspace: KeyspaceId, shard: ShardId) -> bool {
         self.catalogs.load().get(&keyspace).is_some_and(|catalog| {
-            catalog.members_on(self.node_id).iter().any(|(member, _, placed)| *member == shard && *placed)
+            catalog
+                .members_on(self.node_id)
+                .iter()
+                .any(|(member, _, placed)| *member == shard && *placed)
         })
     }
 
     /// Returns true when the known catalog places no other replica of the shard.
     pub(crate) fn is_the_only_one(&self, keyspace: KeyspaceId, shard: ShardId) -> bool {
         let catalogs = self.catalogs.load();
-        catalogs.get(&keyspace).and_then(|catalog| catalog.shard(shard)).is_none_or(|shard| shard.replicas.len() < 2)
+        catalogs
+            .get(&keyspace)
+            .and_then(|catalog| catalog.shard(shard))
+            .is_none_or(|shard| shard.replicas.len() < 2)
     }
 
     /// Returns why the replica of the shard is not open here, if an attempt has failed.
@@ -232,7 +250,12 @@ impl NodeRegistry {
     }
 
     /// Records why the replica of a shard is not open; `None` means that it is retried.
-    pub(crate) fn set_not_open(&self, keyspace: KeyspaceId, shard: ShardId, reason: Option<String>) {
+    pub(crate) fn set_not_open(
+        &self,
+        keyspace: KeyspaceId,
+        shard: ShardId,
+        reason: Option<String>,
+    ) {
         let _one_at_a_time = self.update.lock();
         let mut next = HashMap::clone(&self.not_open.load());
         match reason {
@@ -263,7 +286,8 @@ impl NodeRegistry {
         self.disk_low.store(low, Ordering::Relaxed);
     }
 
-    /// Returns the warning about what keeps the node from doing all of its work; `None` when there is none.
+    /// Returns the warning about what keeps the node from doing all of its work; `None` when there
+    /// is none.
     pub(crate) fn trouble(&self) -> watch::Receiver<Option<String>> {
         self.trouble.subscribe()
     }

@@ -1,7 +1,7 @@
 //! When replicas that a passing shortage has closed are opened again.
 //!
-//! **Invariant:** a replica that keeps failing is tried less and less often, and after [`PASSING_MAX`] no longer counts
-//! as one that opens again by itself.
+//! **Invariant:** a replica that keeps failing is tried less and less often, and after
+//! [`PASSING_MAX`] no longer counts as one that opens again by itself.
 
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -26,12 +26,16 @@ struct Attempt {
 }
 
 impl ReopenSchedule {
-    /// Forgets replicas that have been open for a while. One that is closed again before that keeps its growing pause.
+    /// Forgets replicas that have been open for a while. One that is closed again before that keeps
+    /// its growing pause.
     pub(crate) fn keep(&mut self, closed: &HashSet<ReplicaKey>, now: Instant) {
-        self.0.retain(|key, attempt| closed.contains(key) || now < attempt.not_before + REOPEN_AFTER_MAX);
+        self.0.retain(|key, attempt| {
+            closed.contains(key) || now < attempt.not_before + REOPEN_AFTER_MAX
+        });
     }
 
-    /// Returns true when the replica may be tried now; the first call, with the reason of its closing, only schedules it.
+    /// Returns true when the replica may be tried now; the first call, with the reason of its
+    /// closing, only schedules it.
     pub(crate) fn is_due(&mut self, key: ReplicaKey, reason: &str, now: Instant) -> bool {
         let first = || {
             tracing::warn!(
@@ -65,7 +69,8 @@ mod tests {
 
     #[test]
     fn a_replica_that_keeps_failing_is_tried_less_and_less_often() {
-        let (key, mut schedule, mut now) = ((KeyspaceId(1), ReplicaId(2)), ReopenSchedule::default(), Instant::now());
+        let (key, mut schedule, mut now) =
+            ((KeyspaceId(1), ReplicaId(2)), ReopenSchedule::default(), Instant::now());
         assert!(!schedule.is_due(key, "full", now), "not at once");
         let mut pause = REOPEN_AFTER;
         for _ in 0..10 {
@@ -77,8 +82,14 @@ mod tests {
         }
         assert_eq!(pause, REOPEN_AFTER_MAX);
         schedule.keep(&HashSet::new(), now);
-        assert!(schedule.is_due(key, "full", now + pause), "open for a moment only: its pause stays");
+        assert!(
+            schedule.is_due(key, "full", now + pause),
+            "open for a moment only: its pause stays"
+        );
         schedule.keep(&HashSet::new(), now + pause + REOPEN_AFTER_MAX);
-        assert!(!schedule.is_due(key, "full", now + pause + REOPEN_AFTER_MAX), "open for long: it begins anew");
+        assert!(
+            !schedule.is_due(key, "full", now + pause + REOPEN_AFTER_MAX),
+            "open for long: it begins anew"
+        );
     }
 }

@@ -16,7 +16,9 @@ use tonic::transport::{Channel, Endpoint};
 use vasto_core::catalog::Catalog;
 use vasto_core::error::ErrorCode;
 use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId};
-use vasto_core::limits::{CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX, REPORT_INTERVAL};
+use vasto_core::limits::{
+    CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX, REPORT_INTERVAL,
+};
 use vasto_core::report::ReplicaReport;
 use vasto_core::topology::NodeAddress;
 use vasto_proto::v1;
@@ -47,7 +49,9 @@ pub(crate) const NODES_FILE: &str = "nodes.json";
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
     /// The master is not reachable; a retry can succeed.
-    #[error("the master at {master} is not reachable: {reason}; is it running? start one with `vasto serve master`")]
+    #[error(
+        "the master at {master} is not reachable: {reason}; is it running? start one with `vasto serve master`"
+    )]
     Unreachable {
         /// Its URL.
         master: String,
@@ -57,8 +61,9 @@ pub enum SessionError {
     /// The master refuses this node.
     #[error("the master refused this node: {0}")]
     Rejected(String),
-    /// The master does not know the cluster that this node has served in: it may have started with the wrong
-    /// bucket, or its bucket may have been emptied. The node continues to serve, and retries.
+    /// The master does not know the cluster that this node has served in: it may have started with
+    /// the wrong bucket, or its bucket may have been emptied. The node continues to serve, and
+    /// retries.
     #[error("the master refused this node, which serves on from what it remembers: {0}")]
     OtherCluster(String),
     /// The URL is not valid.
@@ -108,7 +113,8 @@ pub(crate) struct Session {
 }
 
 async fn connect(master: &str) -> Result<Channel, SessionError> {
-    let endpoint = Endpoint::from_shared(master.to_owned()).map_err(|_| SessionError::BadUrl(master.to_owned()))?;
+    let endpoint = Endpoint::from_shared(master.to_owned())
+        .map_err(|_| SessionError::BadUrl(master.to_owned()))?;
     if endpoint.uri().scheme_str() != Some("http") || endpoint.uri().port_u16().is_none() {
         return Err(SessionError::BadUrl(master.to_owned()));
     }
@@ -129,7 +135,10 @@ fn unreachable(master: &str, error: &dyn std::error::Error) -> SessionError {
 }
 
 /// Sends the hello and waits for the master's answer.
-pub(crate) async fn join(config: &SessionConfig, dir: &Mutex<NodeDir>) -> Result<Session, SessionError> {
+pub(crate) async fn join(
+    config: &SessionConfig,
+    dir: &Mutex<NodeDir>,
+) -> Result<Session, SessionError> {
     let channel = connect(&config.master).await?;
     let mut client = MembershipClient::new(channel)
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -148,7 +157,10 @@ pub(crate) async fn join(config: &SessionConfig, dir: &Mutex<NodeDir>) -> Result
     let lost = |reason: String| SessionError::Unreachable { master: config.master.clone(), reason };
     let first = v1::NodeMessage { message: Some(ToMaster::Hello(hello)) };
     to_master.send(first).await.map_err(|_| lost("the session ended at once".into()))?;
-    let response = client.session(ReceiverStream::new(receiver)).await.map_err(|status| lost(status.to_string()))?;
+    let response = client
+        .session(ReceiverStream::new(receiver))
+        .await
+        .map_err(|status| lost(status.to_string()))?;
     let mut from_master = response.into_inner();
     let joined = match from_master.message().await.map_err(|status| lost(status.to_string()))? {
         Some(v1::MasterMessage { message: Some(FromMaster::Welcome(welcome)) }) => {
@@ -158,14 +170,18 @@ pub(crate) async fn join(config: &SessionConfig, dir: &Mutex<NodeDir>) -> Result
             let is = |code: ErrorCode| rejected.code == code as u32;
             return Err(match rejected.reason {
                 reason if is(ErrorCode::Unavailable) => lost(reason),
-                reason if is(ErrorCode::FailedPrecondition) && knows_its_cluster => SessionError::OtherCluster(reason),
+                reason if is(ErrorCode::FailedPrecondition) && knows_its_cluster => {
+                    SessionError::OtherCluster(reason)
+                }
                 reason => SessionError::Rejected(reason),
             });
         }
         _ => return Err(lost("it did not answer the hello".into())),
     };
     match dir.lock().join(&joined.cluster_id, &joined.bucket_url) {
-        Err(error @ DirError::OtherCluster { .. }) => return Err(SessionError::OtherCluster(error.to_string())),
+        Err(error @ DirError::OtherCluster { .. }) => {
+            return Err(SessionError::OtherCluster(error.to_string()));
+        }
         taken => taken?,
     }
     Ok(Session { to_master, from_master, joined })
@@ -265,16 +281,20 @@ async fn handle(
             let catalog: Catalog = serde_json::from_str(&version.catalog_json)
                 .map_err(|error| format!("a catalog version cannot be read: {error}"))?;
             let manager = context.manager.clone();
-            // The manager applies the versions of a keyspace one at a time and refuses lower ones, so
-            // the next message need not wait for this one's disk.
+            // The manager applies the versions of a keyspace one at a time and refuses lower ones,
+            // so the next message need not wait for this one's disk.
             tokio::spawn(async move { manager.apply_catalog_at_last(Arc::new(catalog)).await });
             Ok(())
         }
         FromMaster::Nodes(nodes) => {
-            let decoded =
-                |node: v1::NodeAddress| (NodeId(node.node_id), NodeAddress { address: node.address, zone: node.zone });
+            let decoded = |node: v1::NodeAddress| {
+                (NodeId(node.node_id), NodeAddress { address: node.address, zone: node.zone })
+            };
             let nodes: Vec<(NodeId, NodeAddress)> = nodes.nodes.into_iter().map(decoded).collect();
-            let list: Vec<_> = nodes.iter().map(|(id, node)| (*id, node.address.clone(), node.zone.clone())).collect();
+            let list: Vec<_> = nodes
+                .iter()
+                .map(|(id, node)| (*id, node.address.clone(), node.zone.clone()))
+                .collect();
             context.registry.set_addresses(nodes.into_iter().collect());
             // A hint for a start without the master; the next list replaces it.
             let path = context.dir.join(NODES_FILE);
@@ -293,15 +313,20 @@ async fn handle(
                     Err(error) => (Vec::new(), error),
                 };
                 let done = v1::CommandDone { id: command.id, error, catalogs };
-                let _ = to_master.send(v1::NodeMessage { message: Some(ToMaster::Done(done)) }).await;
+                let _ =
+                    to_master.send(v1::NodeMessage { message: Some(ToMaster::Done(done)) }).await;
             });
             Ok(())
         }
         FromMaster::Presence(presence) => {
-            context.registry.set_presence(presence.sent_ms, presence.gone.into_iter().map(NodeId).collect());
+            context
+                .registry
+                .set_presence(presence.sent_ms, presence.gone.into_iter().map(NodeId).collect());
             Ok(())
         }
-        FromMaster::Rejected(rejected) => Err(format!("the master refused this node: {}", rejected.reason)),
+        FromMaster::Rejected(rejected) => {
+            Err(format!("the master refused this node: {}", rejected.reason))
+        }
         FromMaster::Welcome(_) => Ok(()),
     }
 }
@@ -316,7 +341,9 @@ async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessag
         for report in is_polled.then(|| context.manager.reports()).into_iter().flatten() {
             let key = (report.keyspace, report.replica);
             if last.get(&key) != Some(&report) {
-                replicas.push(serde_json::to_string(&report).expect("plain data always has a JSON form"));
+                replicas.push(
+                    serde_json::to_string(&report).expect("plain data always has a JSON form"),
+                );
                 last.insert(key, report);
             }
         }
@@ -333,11 +360,24 @@ async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessag
             elapsed_ms: elapsed.as_millis() as u64,
         };
         let outage = context.bucket.outage();
-        let outage = outage.map(|(since, why)| format!("the bucket has not answered for {} s: {why}", since.as_secs()));
-        let bucket_trouble = outage.or_else(|| context.manager.shipping_trouble()).unwrap_or_default();
-        let report =
-            v1::Report { replicas, disk_used, disk_free, bucket: Some(bucket), bucket_trouble, sent_ms: now_ms() };
-        if to_master.send(v1::NodeMessage { message: Some(ToMaster::Report(report)) }).await.is_err() {
+        let outage = outage.map(|(since, why)| {
+            format!("the bucket has not answered for {} s: {why}", since.as_secs())
+        });
+        let bucket_trouble =
+            outage.or_else(|| context.manager.shipping_trouble()).unwrap_or_default();
+        let report = v1::Report {
+            replicas,
+            disk_used,
+            disk_free,
+            bucket: Some(bucket),
+            bucket_trouble,
+            sent_ms: now_ms(),
+        };
+        if to_master
+            .send(v1::NodeMessage { message: Some(ToMaster::Report(report)) })
+            .await
+            .is_err()
+        {
             return "the master is gone".into();
         }
         tokio::time::sleep(REPORT_GAP).await;
@@ -351,7 +391,10 @@ async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessag
 /// Returns the `(used, free)` bytes of the file system that holds the directory.
 fn disk(dir: &Path) -> (u64, u64) {
     match rustix::fs::statvfs(dir) {
-        Ok(stat) => (stat.f_blocks.saturating_sub(stat.f_bfree) * stat.f_frsize, stat.f_bavail * stat.f_frsize),
+        Ok(stat) => (
+            stat.f_blocks.saturating_sub(stat.f_bfree) * stat.f_frsize,
+            stat.f_bavail * stat.f_frsize,
+        ),
         Err(_) => (0, 0),
     }
 }

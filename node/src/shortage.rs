@@ -1,8 +1,8 @@
-//! Passing shortages: a full disk, no free descriptors. A replica that ran into one is not damaged: it can continue
-//! as soon as the shortage is over.
+//! Passing shortages: a full disk, no free descriptors. A replica that ran into one is not damaged:
+//! it can continue as soon as the shortage is over.
 //!
-//! **Invariant:** only an error that certainly names a shortage counts as one; any other failure stays until an
-//! operator has checked it.
+//! **Invariant:** only an error that certainly names a shortage counts as one; any other failure
+//! stays until an operator has checked it.
 
 use std::fs::File;
 use std::path::Path;
@@ -77,7 +77,8 @@ impl DiskRoom {
         Some(Self { free: stat.f_bavail * stat.f_frsize, total: stat.f_blocks * stat.f_frsize })
     }
 
-    /// Returns the reserve: free space below it belongs to flushes, compactions and data that is written already.
+    /// Returns the reserve: free space below it belongs to flushes, compactions and data that is
+    /// written already.
     fn reserve(self) -> u64 {
         (self.total / 50).clamp(DISK_LOW_BYTES_MIN, DISK_LOW_BYTES_MAX)
     }
@@ -87,7 +88,8 @@ impl DiskRoom {
         self.free < self.reserve()
     }
 
-    /// Returns true when client writes can be accepted again: above the reserve by a margin, against flapping.
+    /// Returns true when client writes can be accepted again: above the reserve by a margin,
+    /// against flapping.
     pub(crate) fn is_comfortable(self) -> bool {
         self.free >= self.reserve() + self.reserve() / 4
     }
@@ -106,8 +108,14 @@ mod tests {
             (Error::from_raw_os_error(122).to_string(), Shortage::Disk),
             (Error::from_raw_os_error(24).to_string(), Shortage::Descriptors),
             (Error::from_raw_os_error(23).to_string(), Shortage::Descriptors),
-            ("IO error: No space left on device: While appending to file: /d/1.sst".to_owned(), Shortage::Disk),
-            ("IO error: While open a file for lock: /d/LOCK: Too many open files".to_owned(), Shortage::Descriptors),
+            (
+                "IO error: No space left on device: While appending to file: /d/1.sst".to_owned(),
+                Shortage::Disk,
+            ),
+            (
+                "IO error: While open a file for lock: /d/LOCK: Too many open files".to_owned(),
+                Shortage::Descriptors,
+            ),
         ] {
             assert_eq!(shortage_of(&error), Some(shortage), "{error}");
         }
@@ -125,7 +133,9 @@ mod tests {
     fn a_database_that_its_last_user_has_not_released_yet_is_a_passing_shortage() {
         let temp = tempfile::tempdir().unwrap();
         let _user = rocksdb::DB::open_default(temp.path()).unwrap();
-        let Err(error) = rocksdb::DB::open_default(temp.path()) else { panic!("a database was opened twice") };
+        let Err(error) = rocksdb::DB::open_default(temp.path()) else {
+            panic!("a database was opened twice")
+        };
         assert_eq!(shortage_of(error.as_ref()), Some(Shortage::Database), "{error}");
     }
 
@@ -136,7 +146,10 @@ mod tests {
         assert!(room(15, 256).is_low() && !room(17, 256).is_low(), "16 MiB of a small one");
         assert!(!room(17, 256).is_comfortable() && room(20, 256).is_comfortable());
         assert!(room(199, 10_000).is_low() && !room(201, 10_000).is_low());
-        assert!(room(1_023, 1 << 30).is_low() && !room(1_025, 1 << 30).is_low(), "1 GiB of a large one");
+        assert!(
+            room(1_023, 1 << 30).is_low() && !room(1_025, 1 << 30).is_low(),
+            "1 GiB of a large one"
+        );
         assert!(DiskRoom::of(Path::new("/")).unwrap().total > 0);
         assert_eq!(DiskRoom::of(Path::new("/no/such/place")), None);
     }

@@ -1,11 +1,11 @@
 //! Detects that the process stood still: stopped, swapped out, or its machine suspended.
 //!
 //! Peers consider a node that is silent for [`ATTEMPT_PATIENCE`] dead and do its work. When it
-//! continues, requests that clients have repeated elsewhere still wait in its sockets and queues, and its
-//! data is old.
+//! continues, requests that clients have repeated elsewhere still wait in its sockets and queues,
+//! and its data is old.
 //!
-//! **Invariant:** after a pause no replica with peers serves anything before it has caught up again,
-//! and no request from before the pause is applied with an event time from after it.
+//! **Invariant:** after a pause no replica with peers serves anything before it has caught up
+//! again, and no request from before the pause is applied with an event time from after it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -32,9 +32,11 @@ impl Default for StallDetector {
 }
 
 impl StallDetector {
-    /// Returns true while the process stands still, or has just continued and the pause is not detected yet.
+    /// Returns true while the process stands still, or has just continued and the pause is not
+    /// detected yet.
     pub(crate) fn is_standing(&self) -> bool {
-        now_ms().saturating_sub(self.seen_ms.load(Ordering::Acquire)) >= ATTEMPT_PATIENCE.as_millis() as u64
+        now_ms().saturating_sub(self.seen_ms.load(Ordering::Acquire))
+            >= ATTEMPT_PATIENCE.as_millis() as u64
     }
 
     /// Returns a receiver of the number of pauses.
@@ -56,7 +58,11 @@ impl StallDetector {
 /// Records heartbeats until `ended` returns true; runs on its own thread.
 // The thread does nothing else.
 #[allow(clippy::disallowed_methods)]
-pub(crate) fn watch(detector: &StallDetector, after_pause: impl Fn(Duration), ended: impl Fn() -> bool) {
+pub(crate) fn watch(
+    detector: &StallDetector,
+    after_pause: impl Fn(Duration),
+    ended: impl Fn() -> bool,
+) {
     while !ended() {
         detector.tick(&after_pause);
         std::thread::sleep(TICK);

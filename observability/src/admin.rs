@@ -1,8 +1,8 @@
 //! The admin HTTP server: `/healthz`, `/readyz` and `/metrics` for probes and for Prometheus.
 //!
-//! Invariant: the server holds no state of its own and changes nothing, so it may be queried at any time, also while
-//! the process starts and while it stops.
-//! The server has no authentication; the address it is bound to decides which clients can reach it.
+//! Invariant: the server holds no state of its own and changes nothing, so it may be queried at any
+//! time, also while the process starts and while it stops. The server has no authentication; the
+//! address it is bound to decides which clients can reach it.
 
 use std::{io, net::SocketAddr, time::Duration};
 
@@ -19,8 +19,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::Readiness;
 
-/// Time that open connections may continue after the stop. A scrape takes milliseconds; a client that never finishes
-/// its request must not hold up the process, which promises to end within 10 s.
+/// Time that open connections may continue after the stop. A scrape takes milliseconds; a client
+/// that never finishes its request must not hold up the process, which promises to end within 10 s.
 const STOP_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Why the admin server could not start.
@@ -127,13 +127,15 @@ async fn healthz() -> &'static str {
 async fn readyz(State(sources): State<Sources>) -> Response {
     match sources.readiness.reason() {
         None => "ready\n".into_response(),
-        Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}\n")).into_response(),
+        Some(reason) => {
+            (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}\n")).into_response()
+        }
     }
 }
 
 async fn metrics(State(sources): State<Sources>) -> Response {
-    // Gathering runs the callbacks of observable instruments; a callback that waits for a lock must not block a
-    // thread that serves requests.
+    // Gathering runs the callbacks of observable instruments; a callback that waits for a lock must
+    // not block a thread that serves requests.
     let gathered = tokio::task::spawn_blocking(move || encode(&sources.registry)).await;
     match gathered {
         Ok(Ok(text)) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),

@@ -73,7 +73,9 @@ impl<E> CountedExporter<E> {
                 %endpoint, failed, %error,
                 "{what} do not reach the OTLP collector; is it running, and is OTEL_EXPORTER_OTLP_ENDPOINT its address?"
             ),
-            (Say::Delivered(failed), _) => tracing::info!(%endpoint, failed, "{what} reach the OTLP collector again"),
+            (Say::Delivered(failed), _) => {
+                tracing::info!(%endpoint, failed, "{what} reach the OTLP collector again")
+            }
             _ => {}
         }
     }

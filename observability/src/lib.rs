@@ -4,12 +4,12 @@
 //! `/healthz`, `/readyz` and `/metrics` ([`AdminServer`]), and the flag behind `/readyz`
 //! ([`Readiness`]).
 //!
-//! Invariant: logs go to stderr, and only logs do; stdout belongs to the commands (a server prints exactly one line
-//! on it). A thread that logs never waits for the reader of stderr.
+//! Invariant: logs go to stderr, and only logs do; stdout belongs to the commands (a server prints
+//! exactly one line on it). A thread that logs never waits for the reader of stderr.
 //!
-//! Not here: the instruments. Each crate creates its own through `opentelemetry::global::meter("vasto-node")` and
-//! gives its measurements attributes such as `node_id`, because `vasto dev` runs several roles in one process over
-//! one registry.
+//! Not here: the instruments. Each crate creates its own through
+//! `opentelemetry::global::meter("vasto-node")` and gives its measurements attributes such as
+//! `node_id`, because `vasto dev` runs several roles in one process over one registry.
 
 mod admin;
 mod delivery;
@@ -24,6 +24,6 @@ pub use log_writer::flush_logs;
 pub use readiness::Readiness;
 pub use telemetry::{Telemetry, TelemetryConfig, TelemetryError, server_span};
 
-/// The registry that `/metrics` is gathered from; re-exported so that callers need no dependency on the `prometheus`
-/// crate.
+/// The registry that `/metrics` is gathered from; re-exported so that callers need no dependency on
+/// the `prometheus` crate.
 pub use prometheus::Registry;

@@ -1,8 +1,8 @@
 //! The path of log lines to stderr: a bounded queue and one writer thread.
 //!
-//! **Invariant:** a thread that logs never waits. When stderr is not read (a pipe with a stalled reader, a stopped
-//! terminal), lines are dropped and counted, and the count is the next line that is written. [`QUEUE_BYTES_MAX`]
-//! bounds the memory.
+//! **Invariant:** a thread that logs never waits. When stderr is not read (a pipe with a stalled
+//! reader, a stopped terminal), lines are dropped and counted, and the count is the next line that
+//! is written. [`QUEUE_BYTES_MAX`] bounds the memory.
 
 use std::{
     collections::VecDeque,
@@ -16,7 +16,8 @@ use std::{
 
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Log lines that wait to be written: seconds of a busy server, and negligible beside its other memory.
+/// Log lines that wait to be written: seconds of a busy server, and negligible beside its other
+/// memory.
 const QUEUE_BYTES_MAX: usize = 4 << 20;
 
 /// The destination of log lines. Cheap to clone.
@@ -54,7 +55,8 @@ impl LogWriter {
         let shared = Arc::new(Shared::default());
         let writer = LogWriter { shared: shared.clone() };
         let thread = std::thread::Builder::new().name("log-writer".to_owned());
-        // Without the thread lines are queued and then dropped: a missing log must not keep a server from serving.
+        // Without the thread lines are queued and then dropped: a missing log must not keep a
+        // server from serving.
         drop(thread.spawn(move || write_forever(&shared, out)));
         writer
     }
@@ -182,7 +184,10 @@ mod tests {
             writer.line(&line);
         }
         let dropped = writer.dropped();
-        assert!(dropped as usize >= lines - QUEUE_BYTES_MAX / line.len() - 1, "{dropped} of {lines}");
+        assert!(
+            dropped as usize >= lines - QUEUE_BYTES_MAX / line.len() - 1,
+            "{dropped} of {lines}"
+        );
         assert!(!writer.flush(Duration::from_millis(10)), "nobody reads");
         drop(opener);
         assert!(writer.flush(Duration::from_secs(20)), "there is room again");
@@ -190,8 +195,10 @@ mod tests {
         assert!(writer.flush(Duration::from_secs(20)));
         let seen = String::from_utf8(seen.lock().unwrap().clone()).unwrap();
         // In one sum or in several: the thread may have begun late.
-        let counts =
-            seen.split("\"lines\":").skip(1).map(|rest| rest.split('}').next().unwrap().parse::<u64>().unwrap());
+        let counts = seen
+            .split("\"lines\":")
+            .skip(1)
+            .map(|rest| rest.split('}').next().unwrap().parse::<u64>().unwrap());
         assert_eq!(counts.sum::<u64>(), dropped, "the number of dropped lines is written");
         assert!(seen.contains("the last\n"));
     }

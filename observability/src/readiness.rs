@@ -1,7 +1,7 @@
 //! Whether a server is ready for work, and the reason when it is not.
 //!
-//! The flag holds the process's own view; it starts as not ready. Probes read the flag, and so does a caller that
-//! starts several roles in one process and waits for all of them.
+//! The flag holds the process's own view; it starts as not ready. Probes read the flag, and so does
+//! a caller that starts several roles in one process and waits for all of them.
 
 use std::sync::Arc;
 
@@ -49,7 +49,10 @@ impl Readiness {
     /// Waits until the flag is ready. Cancel-safe; callers set their own deadline.
     pub async fn wait_ready(&self) {
         let mut changes = self.state.subscribe();
-        changes.wait_for(Option::is_none).await.expect("the sender lives in `self`, which this borrows");
+        changes
+            .wait_for(Option::is_none)
+            .await
+            .expect("the sender lives in `self`, which this borrows");
     }
 }
 

@@ -1,11 +1,11 @@
 //! One-time set-up of logs, metrics and traces for the process.
 //!
-//! Logs: `tracing` events to stderr, as text on a terminal and JSON otherwise. Metrics: one OpenTelemetry meter
-//! provider, always readable through the Prometheus registry, and pushed over OTLP as well when an endpoint is given.
-//! Traces: only over OTLP.
+//! Logs: `tracing` events to stderr, as text on a terminal and JSON otherwise. Metrics: one
+//! OpenTelemetry meter provider, always readable through the Prometheus registry, and pushed over
+//! OTLP as well when an endpoint is given. Traces: only over OTLP.
 //!
-//! Invariant: `init` works once per process, because the subscriber and the providers are process-wide; attributes
-//! distinguish the roles of one process.
+//! Invariant: `init` works once per process, because the subscriber and the providers are
+//! process-wide; attributes distinguish the roles of one process.
 
 use std::{
     io::IsTerminal,
@@ -16,7 +16,8 @@ use std::{
 use opentelemetry::{KeyValue, global, metrics::Meter, trace::TracerProvider as _};
 use opentelemetry_otlp::WithExportConfig;
 use opentelemetry_sdk::{
-    Resource, metrics::SdkMeterProvider, propagation::TraceContextPropagator, trace::SdkTracerProvider,
+    Resource, metrics::SdkMeterProvider, propagation::TraceContextPropagator,
+    trace::SdkTracerProvider,
 };
 use prometheus::Registry;
 use tracing_subscriber::{
@@ -31,8 +32,8 @@ use crate::{LogFormat, delivery::CountedExporter, log_writer::LogWriter};
 /// The log filter when none is set.
 const DEFAULT_FILTER: &str = "info";
 
-/// Time that the last export may take at shutdown. A collector that is down must not keep the process from stopping
-/// within its 10 s.
+/// Time that the last export may take at shutdown. A collector that is down must not keep the
+/// process from stopping within its 10 s.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(2);
 
 /// Time that the last log lines may take at shutdown, when stderr is read slowly.
@@ -41,8 +42,8 @@ const LOG_DEADLINE: Duration = Duration::from_millis(500);
 /// The target of [`server_span`].
 const SERVER_TARGET: &str = "server";
 
-/// Creates a span that names one of several servers of a process in every line that is logged inside it, whatever the
-/// log filter. The span is not part of traces.
+/// Creates a span that names one of several servers of a process in every line that is logged
+/// inside it, whatever the log filter. The span is not part of traces.
 pub fn server_span(name: &str) -> tracing::Span {
     tracing::error_span!(target: SERVER_TARGET, "server", node = name)
 }
@@ -52,7 +53,8 @@ static INITIALISED: AtomicBool = AtomicBool::new(false);
 /// The settings of [`Telemetry::init`].
 #[derive(Debug, Clone, Default)]
 pub struct TelemetryConfig {
-    /// `master`, `node`, `dev`, ...: becomes the service name `vasto-<role>`, unless `OTEL_SERVICE_NAME` is set.
+    /// `master`, `node`, `dev`, ...: becomes the service name `vasto-<role>`, unless
+    /// `OTEL_SERVICE_NAME` is set.
     pub role: String,
     /// The `service.instance.id`: the node id or the address; `<role>-<pid>` when absent.
     pub instance: Option<String>,
@@ -61,8 +63,8 @@ pub struct TelemetryConfig {
     pub filter: Option<String>,
     /// The form of log lines.
     pub format: LogFormat,
-    /// Endpoint for metrics and traces by OTLP over gRPC, such as `http://127.0.0.1:4317`. When absent,
-    /// `OTEL_EXPORTER_OTLP_ENDPOINT`; when that is not set either, nothing is exported.
+    /// Endpoint for metrics and traces by OTLP over gRPC, such as `http://127.0.0.1:4317`. When
+    /// absent, `OTEL_EXPORTER_OTLP_ENDPOINT`; when that is not set either, nothing is exported.
     pub otlp_endpoint: Option<String>,
 }
 
@@ -127,7 +129,8 @@ impl Telemetry {
     /// Installs the log subscriber and the OpenTelemetry providers of the process.
     ///
     /// # Errors
-    /// [`TelemetryError`]; nothing is installed in that case, except when another subscriber was installed before.
+    /// [`TelemetryError`]; nothing is installed in that case, except when another subscriber was
+    /// installed before.
     pub fn init(config: TelemetryConfig) -> Result<Telemetry, TelemetryError> {
         let filter = parse_filter(config.filter.as_deref())?;
         let endpoint = config.otlp_endpoint.clone().or_else(endpoint_from_environment);
@@ -156,7 +159,8 @@ impl Telemetry {
             global::set_text_map_propagator(TraceContextPropagator::new());
             global::set_tracer_provider(tracers.clone());
         }
-        // The exporter's own connection would trace itself endlessly, so only Vasto's spans are exported.
+        // The exporter's own connection would trace itself endlessly, so only Vasto's spans are
+        // exported.
         let spans = tracers.as_ref().map(|tracers| {
             tracing_opentelemetry::layer()
                 .with_tracer(tracers.tracer("vasto"))
@@ -203,8 +207,8 @@ impl Telemetry {
         global::meter(name)
     }
 
-    /// Sends buffered telemetry and ends the exporters, within about two seconds. A collector that cannot be reached
-    /// is logged and is not an error: the work is done by now.
+    /// Sends buffered telemetry and ends the exporters, within about two seconds. A collector that
+    /// cannot be reached is logged and is not an error: the work is done by now.
     pub async fn shutdown(self) {
         let Telemetry { meters, tracers, .. } = self;
         let ended = tokio::task::spawn_blocking(move || {
@@ -247,8 +251,12 @@ where
 
 fn parse_filter(given: Option<&str>) -> Result<EnvFilter, TelemetryError> {
     let from_environment = || ["VASTO_LOG", "RUST_LOG"].into_iter().find_map(non_empty_variable);
-    let filter = given.map(str::to_owned).or_else(from_environment).unwrap_or_else(|| DEFAULT_FILTER.to_owned());
-    EnvFilter::try_new(&filter).map_err(|error| TelemetryError::Filter { filter, reason: error.to_string() })
+    let filter = given
+        .map(str::to_owned)
+        .or_else(from_environment)
+        .unwrap_or_else(|| DEFAULT_FILTER.to_owned());
+    EnvFilter::try_new(&filter)
+        .map_err(|error| TelemetryError::Filter { filter, reason: error.to_string() })
 }
 
 fn endpoint_from_environment() -> Option<String> {
@@ -259,7 +267,8 @@ fn non_empty_variable(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.trim().is_empty())
 }
 
-/// Builds the resource; the builder has read `OTEL_RESOURCE_ATTRIBUTES` and `OTEL_SERVICE_NAME`, which win.
+/// Builds the resource; the builder has read `OTEL_RESOURCE_ATTRIBUTES` and `OTEL_SERVICE_NAME`,
+/// which win.
 fn resource(role: &str, instance: Option<&str>) -> Resource {
     let instance = match instance {
         Some(instance) => instance.to_owned(),
@@ -293,12 +302,16 @@ fn meter_provider(
             .with_endpoint(endpoint)
             .build()
             .map_err(|error| otlp_error(endpoint, error))?;
-        builder = builder.with_periodic_exporter(CountedExporter::new(exporter, "metrics", endpoint));
+        builder =
+            builder.with_periodic_exporter(CountedExporter::new(exporter, "metrics", endpoint));
     }
     Ok(builder.build())
 }
 
-fn tracer_provider(resource: Resource, endpoint: &str) -> Result<SdkTracerProvider, TelemetryError> {
+fn tracer_provider(
+    resource: Resource,
+    endpoint: &str,
+) -> Result<SdkTracerProvider, TelemetryError> {
     let exporter = opentelemetry_otlp::SpanExporter::builder()
         .with_tonic()
         .with_endpoint(endpoint)
@@ -338,8 +351,10 @@ mod tests {
 
     #[test]
     fn an_endpoint_with_tls_is_refused_with_the_way_out() {
-        let config =
-            TelemetryConfig { otlp_endpoint: Some("https://collector:4317".to_owned()), ..TelemetryConfig::default() };
+        let config = TelemetryConfig {
+            otlp_endpoint: Some("https://collector:4317".to_owned()),
+            ..TelemetryConfig::default()
+        };
         let error = Telemetry::init(config).unwrap_err().to_string();
         assert!(error.contains("https://collector:4317") && error.contains("http://"), "{error}");
     }

@@ -10,7 +10,9 @@ use tokio::{
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
-use vasto_observability::{AdminError, AdminServer, Readiness, Registry, Telemetry, TelemetryConfig, TelemetryError};
+use vasto_observability::{
+    AdminError, AdminServer, Readiness, Registry, Telemetry, TelemetryConfig, TelemetryError,
+};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -31,13 +33,18 @@ fn any_port() -> SocketAddr {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_three_endpoints_answer_and_a_counter_shows() {
-    let telemetry = Telemetry::init(TelemetryConfig { role: "node".to_owned(), ..TelemetryConfig::default() }).unwrap();
+    let telemetry =
+        Telemetry::init(TelemetryConfig { role: "node".to_owned(), ..TelemetryConfig::default() })
+            .unwrap();
     let again = Telemetry::init(TelemetryConfig::default());
     assert!(matches!(again, Err(TelemetryError::AlreadyInitialised)));
 
     let readiness = Readiness::new();
     let stop = CancellationToken::new();
-    let server = AdminServer::start(any_port(), telemetry.registry(), readiness.clone(), stop.clone()).await.unwrap();
+    let server =
+        AdminServer::start(any_port(), telemetry.registry(), readiness.clone(), stop.clone())
+            .await
+            .unwrap();
 
     let (head, body) = get(server.addr(), "/healthz").await;
     assert!(head.starts_with("HTTP/1.1 200") && body == "ok\n", "{head} {body}");
@@ -74,7 +81,9 @@ async fn a_port_in_use_is_a_typed_error_that_says_what_to_do() {
     let taken = TcpListener::bind(any_port()).await.unwrap();
     let addr = taken.local_addr().unwrap();
     let error =
-        AdminServer::start(addr, Registry::new(), Readiness::new(), CancellationToken::new()).await.unwrap_err();
+        AdminServer::start(addr, Registry::new(), Readiness::new(), CancellationToken::new())
+            .await
+            .unwrap_err();
     assert!(matches!(error, AdminError::InUse { listen } if listen == addr), "{error:?}");
     let text = error.to_string();
     assert!(text.contains(&addr.to_string()) && text.contains("--admin-listen"), "{text}");
@@ -83,7 +92,9 @@ async fn a_port_in_use_is_a_typed_error_that_says_what_to_do() {
 #[tokio::test]
 async fn a_client_that_never_finishes_its_request_does_not_hold_up_the_stop() {
     let stop = CancellationToken::new();
-    let server = AdminServer::start(any_port(), Registry::new(), Readiness::new(), stop.clone()).await.unwrap();
+    let server = AdminServer::start(any_port(), Registry::new(), Readiness::new(), stop.clone())
+        .await
+        .unwrap();
     let mut slow = TcpStream::connect(server.addr()).await.unwrap();
     slow.write_all(b"GET /metrics HTTP/1.1\r\nHost:").await.unwrap();
     // A complete request afterwards shows that the accept loop has accepted the slow connection.

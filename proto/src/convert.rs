@@ -3,7 +3,9 @@
 use tonic::{Code, Status};
 use vasto_core::catalog::Ack;
 use vasto_core::error::{ErrorCode, VastoError};
-use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, NodeId, Origin, OwnSeq, ReplicaId, Vector};
+use vasto_core::ids::{
+    CatalogVersion, Epoch, Incarnation, KeyspaceId, NodeId, Origin, OwnSeq, ReplicaId, Vector,
+};
 use vasto_core::topology::{Route, Topology};
 
 use crate::{CODE_HEADER, v1};
@@ -43,16 +45,21 @@ pub fn error_to_wire(error: &VastoError, topology: Option<&Topology>) -> v1::Err
 
 /// Reads the error of a reply.
 pub fn error_from_wire(error: &v1::Error) -> VastoError {
-    VastoError::new(ErrorCode::from_number(error.code), error.message.clone()).retry_after_ms(error.retry_after_ms)
+    VastoError::new(ErrorCode::from_number(error.code), error.message.clone())
+        .retry_after_ms(error.retry_after_ms)
 }
 
 /// Converts an error to a gRPC status whose metadata carries the code.
 pub fn status_of(error: &VastoError) -> Status {
     let code = match error.code {
-        ErrorCode::InvalidArgument | ErrorCode::WrongType | ErrorCode::OutOfRange => Code::InvalidArgument,
+        ErrorCode::InvalidArgument | ErrorCode::WrongType | ErrorCode::OutOfRange => {
+            Code::InvalidArgument
+        }
         ErrorCode::NotFound => Code::NotFound,
         ErrorCode::AlreadyExists => Code::AlreadyExists,
-        ErrorCode::WrongEpoch | ErrorCode::FailedPrecondition | ErrorCode::NotPrimary => Code::FailedPrecondition,
+        ErrorCode::WrongEpoch | ErrorCode::FailedPrecondition | ErrorCode::NotPrimary => {
+            Code::FailedPrecondition
+        }
         ErrorCode::NodeBehind | ErrorCode::Unavailable | ErrorCode::CatchingUp => Code::Unavailable,
         ErrorCode::Overloaded | ErrorCode::NoSpace => Code::ResourceExhausted,
         ErrorCode::Unknown => Code::Unknown,
@@ -65,15 +72,21 @@ pub fn status_of(error: &VastoError) -> Status {
     status
 }
 
-/// Reads the error behind a gRPC status. A status that no Vasto server made says that the server was not reached
-/// (`Unavailable`), that the deadline passed, or that the outcome is not known (`Unknown`).
+/// Reads the error behind a gRPC status. A status that no Vasto server made says that the server
+/// was not reached (`Unavailable`), that the deadline passed, or that the outcome is not known
+/// (`Unknown`).
 pub fn error_of(status: &Status) -> VastoError {
-    let number = status.metadata().get(CODE_HEADER).and_then(|value| value.to_str().ok()?.parse::<u32>().ok());
+    let number = status
+        .metadata()
+        .get(CODE_HEADER)
+        .and_then(|value| value.to_str().ok()?.parse::<u32>().ok());
     let code = match (number, status.code()) {
         (Some(number), _) => ErrorCode::from_number(number),
         (None, Code::Unavailable) => ErrorCode::Unavailable,
         (None, Code::DeadlineExceeded) => ErrorCode::DeadlineExceeded,
-        (None, Code::InvalidArgument | Code::OutOfRange | Code::Unimplemented) => ErrorCode::InvalidArgument,
+        (None, Code::InvalidArgument | Code::OutOfRange | Code::Unimplemented) => {
+            ErrorCode::InvalidArgument
+        }
         (None, Code::ResourceExhausted) => ErrorCode::Overloaded,
         (None, _) => ErrorCode::Unknown,
     };
@@ -81,7 +94,9 @@ pub fn error_of(status: &Status) -> VastoError {
 }
 
 /// Converts a vector, or the changed part of one.
-pub fn vector_to_wire<'a>(vector: impl IntoIterator<Item = (&'a Origin, &'a OwnSeq)>) -> Vec<v1::VectorEntry> {
+pub fn vector_to_wire<'a>(
+    vector: impl IntoIterator<Item = (&'a Origin, &'a OwnSeq)>,
+) -> Vec<v1::VectorEntry> {
     let entry = |(origin, own_seq): (&Origin, &OwnSeq)| v1::VectorEntry {
         replica_id: origin.replica.0,
         incarnation: origin.incarnation.0,
@@ -93,7 +108,10 @@ pub fn vector_to_wire<'a>(vector: impl IntoIterator<Item = (&'a Origin, &'a OwnS
 /// Reads a vector.
 pub fn vector_from_wire(wire: &[v1::VectorEntry]) -> Vector {
     let entry = |one: &v1::VectorEntry| {
-        let origin = Origin { replica: ReplicaId(one.replica_id), incarnation: Incarnation(one.incarnation) };
+        let origin = Origin {
+            replica: ReplicaId(one.replica_id),
+            incarnation: Incarnation(one.incarnation),
+        };
         (origin, OwnSeq(one.own_seq))
     };
     wire.iter().map(entry).collect()
@@ -187,7 +205,12 @@ mod tests {
                     address: Some("127.0.0.1:1".into()),
                     zone: "a".into(),
                 }],
-                vec![Route { replica: ReplicaId(2), node: NodeId(3), address: None, zone: String::new() }],
+                vec![Route {
+                    replica: ReplicaId(2),
+                    node: NodeId(3),
+                    address: None,
+                    zone: String::new(),
+                }],
             ],
         };
         assert_eq!(topology_from_wire(&topology_to_wire(&topology)), topology);

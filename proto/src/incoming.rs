@@ -1,11 +1,13 @@
 //! The connections that a server accepts.
 //!
 //! **Invariants**
-//! - A server has a bounded number of connections, whatever its peers do; one more is closed at once, and the accept
-//!   loop never ends because of an error: exhausted descriptors become free again.
+//! - A server has a bounded number of connections, whatever its peers do; one more is closed at
+//!   once, and the accept loop never ends because of an error: exhausted descriptors become free
+//!   again.
 //! - A peer that connects and sends nothing is closed: it is no client.
 //!
-//! The task that serves a connection can end it through its [`Hangup`], even while the peer reads nothing.
+//! The task that serves a connection can end it through its [`Hangup`], even while the peer reads
+//! nothing.
 
 use std::future::Future;
 use std::io;
@@ -35,7 +37,12 @@ pub struct Incoming {
 impl Incoming {
     /// Accepts at most `most` connections of the listener at a time.
     pub fn new(listener: TcpListener, most: usize) -> Self {
-        Self { listener, room: Arc::new(Semaphore::new(most)), patience: FIRST_BYTE_TIMEOUT, pause: None }
+        Self {
+            listener,
+            room: Arc::new(Semaphore::new(most)),
+            patience: FIRST_BYTE_TIMEOUT,
+            pause: None,
+        }
     }
 }
 
@@ -50,13 +57,21 @@ impl Stream for Incoming {
             }
             match ready!(self.listener.poll_accept(cx)) {
                 Ok((stream, peer)) => match self.room.clone().try_acquire_owned() {
-                    Ok(permit) => return Poll::Ready(Some(Ok(Connection::new(stream, permit, self.patience)))),
-                    // Dropping the stream closes it: the client sees that at once and may go elsewhere.
+                    Ok(permit) => {
+                        return Poll::Ready(Some(Ok(Connection::new(
+                            stream,
+                            permit,
+                            self.patience,
+                        ))));
+                    }
+                    // Dropping the stream closes it: the client sees that at once and may go
+                    // elsewhere.
                     Err(_) => tracing::debug!(%peer, "there is no room for another connection"),
                 },
                 Err(error) => {
                     tracing::debug!(%error, "a connection could not be accepted");
-                    // An exhausted resource is not free again at once; an aborted connection costs a pause, too.
+                    // An exhausted resource is not free again at once; an aborted connection costs
+                    // a pause, too.
                     self.pause = Some(Box::pin(tokio::time::sleep(ACCEPT_PAUSE)));
                 }
             }
@@ -64,7 +79,8 @@ impl Stream for Incoming {
     }
 }
 
-/// Handle that ends a connection; a request carries that of its own connection among its extensions.
+/// Handle that ends a connection; a request carries that of its own connection among its
+/// extensions.
 #[derive(Debug, Clone, Default)]
 pub struct Hangup(CancellationToken);
 
@@ -92,12 +108,18 @@ pub struct Connection {
 
 impl Connection {
     fn new(stream: TcpStream, permit: OwnedSemaphorePermit, patience: Duration) -> Self {
-        // Without TCP_NODELAY small frames wait for each other; a connection that is already gone fails at its first
-        // use.
+        // Without TCP_NODELAY small frames wait for each other; a connection that is already gone
+        // fails at its first use.
         let _ = stream.set_nodelay(true);
         let hangup = Hangup::default();
         let hung_up = Box::pin(hangup.0.clone().cancelled_owned());
-        Self { stream, silence: Some(Box::pin(tokio::time::sleep(patience))), hangup, hung_up, _permit: permit }
+        Self {
+            stream,
+            silence: Some(Box::pin(tokio::time::sleep(patience))),
+            hangup,
+            hung_up,
+            _permit: permit,
+        }
     }
 }
 
@@ -110,7 +132,11 @@ impl Connected for Connection {
 }
 
 impl AsyncRead for Connection {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         // A server always waits for the next byte, so cancellation wakes it here.
         if self.hung_up.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
@@ -128,7 +154,11 @@ impl AsyncRead for Connection {
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
@@ -173,7 +203,8 @@ mod tests {
         let (mut incoming, address) = incoming(2).await;
         let _first = TcpStream::connect(address).await.unwrap();
         let _second = TcpStream::connect(address).await.unwrap();
-        let taken = [incoming.next().await.unwrap().unwrap(), incoming.next().await.unwrap().unwrap()];
+        let taken =
+            [incoming.next().await.unwrap().unwrap(), incoming.next().await.unwrap().unwrap()];
         let mut refused = TcpStream::connect(address).await.unwrap();
         let mut byte = [0];
         tokio::select! {
@@ -201,7 +232,8 @@ mod tests {
         let mut connection = incoming.next().await.unwrap().unwrap();
         speaking.write_all(b"a").await.unwrap();
         assert_eq!(connection.read(&mut byte).await.unwrap(), 1);
-        let quiet = tokio::time::timeout(Duration::from_millis(500), connection.read(&mut byte)).await;
+        let quiet =
+            tokio::time::timeout(Duration::from_millis(500), connection.read(&mut byte)).await;
         assert!(quiet.is_err(), "it may be idle");
         let hangup = connection.connect_info();
         let (read, ()) = tokio::join!(connection.read(&mut byte), async { hangup.hang_up() });

@@ -1,7 +1,7 @@
 //! The wire: generated messages and services, and their conversions to and from `vasto-core`.
 //!
-//! **Invariant:** only this crate and its users at the edge see generated types; the conversions are total, and a
-//! message of a peer can at worst become a typed error.
+//! **Invariant:** only this crate and its users at the edge see generated types; the conversions
+//! are total, and a message of a peer can at worst become a typed error.
 
 /// Generated from `proto/vasto/v1`.
 #[allow(clippy::all, clippy::unwrap_used, missing_docs)]

@@ -1,7 +1,8 @@
-//! The archive of a shard in the bucket: the checkpoints of its replicas, and the log after each checkpoint.
+//! The archive of a shard in the bucket: the checkpoints of its replicas, and the log after each
+//! checkpoint.
 //!
-//! **Invariant:** every object is found by name and checked when it is read; a chunk is the next chunk
-//! only when it begins exactly after the last record.
+//! **Invariant:** every object is found by name and checked when it is read; a chunk is the next
+//! chunk only when it begins exactly after the last record.
 //!
 //! Uses LIST requests, so for bootstrap, restore and fsck only.
 
@@ -70,10 +71,11 @@ pub struct ReplicaArchive {
     pub times: Times,
 }
 
-/// Times at which the store received the objects of a replica, by the store's own clock, microseconds since 1970.
+/// Times at which the store received the objects of a replica, by the store's own clock,
+/// microseconds since 1970.
 ///
-/// A replica ships its log in order, so the time of an object bounds the time of everything before it,
-/// whatever the clocks of the nodes that accepted the writes.
+/// A replica ships its log in order, so the time of an object bounds the time of everything before
+/// it, whatever the clocks of the nodes that accepted the writes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Times {
     /// By the LSN of the checkpoint.
@@ -83,8 +85,8 @@ pub struct Times {
 }
 
 impl Times {
-    /// Returns the latest time at which the replica can have received the record with this LSN; `u64::MAX`
-    /// when no object bounds it.
+    /// Returns the latest time at which the replica can have received the record with this LSN;
+    /// `u64::MAX` when no object bounds it.
     pub fn held_by(&self, lsn: Lsn) -> u64 {
         let chunks = self.chunks.range(lsn.next()..).map(|(_, at)| *at);
         let manifests = self.manifests.range(lsn..).map(|(_, at)| *at);
@@ -129,7 +131,8 @@ pub async fn archives(
 /// Reads the manifest under a key.
 pub async fn manifest_at(bucket: &Bucket, key: &str) -> Result<ArchivedCheckpoint, ArchiveError> {
     let bytes = bucket.get(key).await?.ok_or_else(|| ArchiveError::Missing(key.to_owned()))?;
-    let manifest = Manifest::decode(&bytes).map_err(|source| ArchiveError::Manifest { key: key.to_owned(), source })?;
+    let manifest = Manifest::decode(&bytes)
+        .map_err(|source| ArchiveError::Manifest { key: key.to_owned(), source })?;
     if layout::manifest(manifest.keyspace, manifest.shard, manifest.replica, manifest.lsn) != key {
         return Err(ArchiveError::Misplaced(key.to_owned()));
     }
@@ -145,7 +148,8 @@ pub struct Newest {
     pub later: Vec<Later>,
 }
 
-/// A checkpoint that holds something newer than the wanted time: it shows which records the log up to it contains.
+/// A checkpoint that holds something newer than the wanted time: it shows which records the log up
+/// to it contains.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Later {
     /// LSN up to which the checkpoint covers the log.
@@ -159,23 +163,28 @@ pub struct Later {
 impl Later {
     /// Takes the fields from a manifest.
     pub fn of(manifest: Manifest) -> Self {
-        Self { lsn: manifest.lsn, vector: manifest.vector, commit_time_max: manifest.commit_time_max }
+        Self {
+            lsn: manifest.lsn,
+            vector: manifest.vector,
+            commit_time_max: manifest.commit_time_max,
+        }
     }
 }
 
 /// Resolution of object times: some stores report whole seconds.
 pub const STORE_TIME_GRAIN_US: u64 = 1_000_000;
 
-/// Returns true when an object held at `held_by_us` existed at `until_us` for certain, by the store's clock.
+/// Returns true when an object held at `held_by_us` existed at `until_us` for certain, by the
+/// store's clock.
 pub fn is_proven(held_by_us: u64, until_us: u64) -> bool {
     held_by_us.saturating_add(STORE_TIME_GRAIN_US) <= until_us
 }
 
-/// Returns the last checkpoint of a replica that holds nothing newer than a time, microseconds; without a time
-/// the last of all. "Nothing newer" is decided by the commit times, or by the store having received the
-/// checkpoint by then, which also holds when the clock that assigned the commit times was ahead. An unreadable
-/// checkpoint is skipped while there is an older one: the log after the older one covers it, and the reader of
-/// the log detects when it does not.
+/// Returns the last checkpoint of a replica that holds nothing newer than a time, microseconds;
+/// without a time the last of all. "Nothing newer" is decided by the commit times, or by the store
+/// having received the checkpoint by then, which also holds when the clock that assigned the commit
+/// times was ahead. An unreadable checkpoint is skipped while there is an older one: the log after
+/// the older one covers it, and the reader of the log detects when it does not.
 ///
 /// # Errors
 /// When none of the checkpoints that qualify can be read.
@@ -190,8 +199,9 @@ pub async fn newest_checkpoint(
     for lsn in archive.manifests.iter().rev() {
         let key = owner.manifest(*lsn);
         let would_do = |manifest: &Manifest| {
-            until_us
-                .is_none_or(|until| manifest.commit_time_max <= until || is_proven(archive.times.held_by(*lsn), until))
+            until_us.is_none_or(|until| {
+                manifest.commit_time_max <= until || is_proven(archive.times.held_by(*lsn), until)
+            })
         };
         match manifest_at(bucket, &key).await {
             Ok(base) if would_do(&base.manifest) => {
@@ -211,8 +221,8 @@ pub async fn newest_checkpoint(
     unreadable.map_or(Ok(newest), Err)
 }
 
-/// Returns true when the chunk continues the archive of another replica of the shard: the log before it
-/// need not be in the same archive.
+/// Returns true when the chunk continues the archive of another replica of the shard: the log
+/// before it need not be in the same archive.
 pub fn goes_on_behind_another(chunk: &Chunk) -> bool {
     chunk.says().behind.is_some()
 }
@@ -227,29 +237,39 @@ pub async fn begins_behind_another(
     archive: &ReplicaArchive,
 ) -> Result<bool, ArchiveError> {
     let Some(first) = archive.chunks.first() else { return Ok(false) };
-    Ok(chunk_at(bucket, owner, *first).await?.is_some_and(|(chunk, _)| goes_on_behind_another(&chunk)))
+    Ok(chunk_at(bucket, owner, *first)
+        .await?
+        .is_some_and(|(chunk, _)| goes_on_behind_another(&chunk)))
 }
 
-/// Returns the replicas whose archives these chunks continue, by the fields at the beginning of each chunk. An
-/// unreadable chunk is ignored: the reader of the log reports it.
+/// Returns the replicas whose archives these chunks continue, by the fields at the beginning of
+/// each chunk. An unreadable chunk is ignored: the reader of the log reports it.
 ///
 /// # Errors
 /// When the bucket does not answer.
-pub async fn goes_on_behind(bucket: &Bucket, owner: Owner, firsts: &[Lsn]) -> Result<BTreeSet<ReplicaId>, BucketError> {
+pub async fn goes_on_behind(
+    bucket: &Bucket,
+    owner: Owner,
+    firsts: &[Lsn],
+) -> Result<BTreeSet<ReplicaId>, BucketError> {
     let key = |first: &Lsn| owner.chunk(*first);
     let keys: Vec<String> = firsts.iter().map(key).collect();
     let says = futures::stream::iter(keys).map(|key| async move {
         let found = bucket.beginning(&key, chunk::BEGINNING_BYTES).await?;
-        Ok::<_, BucketError>(found.and_then(|(bytes, _)| chunk::peek(&bytes).ok()).and_then(|says| says.behind))
+        Ok::<_, BucketError>(
+            found.and_then(|(bytes, _)| chunk::peek(&bytes).ok()).and_then(|says| says.behind),
+        )
     });
     let others: Vec<Option<ReplicaId>> = says.buffer_unordered(READS).try_collect().await?;
     Ok(others.into_iter().flatten().collect())
 }
 
-/// Returns the chunk that holds the record after an LSN, and the size of its object; `None` without such a chunk.
+/// Returns the chunk that holds the record after an LSN, and the size of its object; `None` without
+/// such a chunk.
 ///
-/// The chunk almost always begins there. After a crash between the upload of a chunk and its note, a checkpoint
-/// may end inside a chunk: then the last of `known` (first LSNs, ascending) before it is read too.
+/// The chunk almost always begins there. After a crash between the upload of a chunk and its note,
+/// a checkpoint may end inside a chunk: then the last of `known` (first LSNs, ascending) before it
+/// is read too.
 pub async fn chunk_after(
     bucket: &Bucket,
     owner: Owner,
@@ -264,10 +284,15 @@ pub async fn chunk_after(
     Ok(chunk_at(bucket, owner, *first).await?.filter(|(chunk, _)| chunk.last_lsn > after))
 }
 
-async fn chunk_at(bucket: &Bucket, owner: Owner, first: Lsn) -> Result<Option<(Chunk, u64)>, ArchiveError> {
+async fn chunk_at(
+    bucket: &Bucket,
+    owner: Owner,
+    first: Lsn,
+) -> Result<Option<(Chunk, u64)>, ArchiveError> {
     let key = owner.chunk(first);
     let Some(bytes) = bucket.get(&key).await? else { return Ok(None) };
-    let chunk = Chunk::decode(&bytes).map_err(|source| ArchiveError::Chunk { key: key.clone(), source })?;
+    let chunk =
+        Chunk::decode(&bytes).map_err(|source| ArchiveError::Chunk { key: key.clone(), source })?;
     let says = (chunk.keyspace, chunk.shard, chunk.replica, chunk.first_lsn);
     if says != (owner.keyspace, owner.shard, owner.replica, first) {
         return Err(ArchiveError::Misplaced(key));

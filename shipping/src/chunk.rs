@@ -52,7 +52,9 @@ pub enum ChunkError {
     #[error("the chunk is damaged: {0}")]
     Damaged(#[from] DecodeError),
     /// Written by a newer version.
-    #[error("the chunk has format {0}, newer than {FORMAT}, the newest that this version reads; upgrade this server")]
+    #[error(
+        "the chunk has format {0}, newer than {FORMAT}, the newest that this version reads; upgrade this server"
+    )]
     Newer(u32),
     /// A record is missing or out of order.
     #[error("the chunk should hold the record with LSN {expected} next, but has {found}")]
@@ -64,7 +66,8 @@ pub enum ChunkError {
     },
 }
 
-/// Length of a chunk's beginning that holds what [`peek`] reads: its fields and the key of the object before it.
+/// Length of a chunk's beginning that holds what [`peek`] reads: its fields and the key of the
+/// object before it.
 pub const BEGINNING_BYTES: u64 = 1 << 10;
 /// Size of a chunk without its records and the key of the object before it.
 const FRAMING_BYTES: u64 = 8 + 4 + 8 + 4 + 8 + 8 + 8 + 4 + 4 + 4 + 4;
@@ -89,12 +92,19 @@ pub struct Says {
     pub behind: Option<ReplicaId>,
 }
 
-fn other_before(previous: &str, keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId) -> Option<ReplicaId> {
+fn other_before(
+    previous: &str,
+    keyspace: KeyspaceId,
+    shard: ShardId,
+    replica: ReplicaId,
+) -> Option<ReplicaId> {
     let (owner, _) = crate::layout::parse_shipped(previous)?;
-    ((owner.keyspace, owner.shard) == (keyspace, shard) && owner.replica != replica).then_some(owner.replica)
+    ((owner.keyspace, owner.shard) == (keyspace, shard) && owner.replica != replica)
+        .then_some(owner.replica)
 }
 
-/// Reads the header fields of a chunk from its first [`BEGINNING_BYTES`]; checks nothing else of it.
+/// Reads the header fields of a chunk from its first [`BEGINNING_BYTES`]; checks nothing else of
+/// it.
 ///
 /// # Errors
 /// When it is no chunk, or of a newer format.
@@ -109,13 +119,19 @@ pub fn peek(beginning: &[u8]) -> Result<Says, ChunkError> {
         newer => return Err(ChunkError::Newer(newer)),
     }
     let (keyspace, shard) = (KeyspaceId(reader.u64_le()?), ShardId(reader.u32_le()?));
-    let (replica, first_lsn, last_lsn) = (ReplicaId(reader.u64_le()?), Lsn(reader.u64_le()?), Lsn(reader.u64_le()?));
+    let (replica, first_lsn, last_lsn) =
+        (ReplicaId(reader.u64_le()?), Lsn(reader.u64_le()?), Lsn(reader.u64_le()?));
     let count = reader.u32_le()?;
     let previous = reader.bytes_le()?;
-    let behind = std::str::from_utf8(previous).ok().and_then(|key| other_before(key, keyspace, shard, replica));
+    let behind = std::str::from_utf8(previous)
+        .ok()
+        .and_then(|key| other_before(key, keyspace, shard, replica));
     let previous = previous.len() as u64;
     let records = u64::from(reader.u32_le()?);
-    if first_lsn.0 == 0 || last_lsn < first_lsn || last_lsn.0 - first_lsn.0 != u64::from(count).wrapping_sub(1) {
+    if first_lsn.0 == 0
+        || last_lsn < first_lsn
+        || last_lsn.0 - first_lsn.0 != u64::from(count).wrapping_sub(1)
+    {
         return Err(DecodeError::Malformed { what: "chunk range" }.into());
     }
     let bytes = FRAMING_BYTES + previous + records;
@@ -134,7 +150,10 @@ impl Chunk {
             first_lsn: self.first_lsn,
             last_lsn: self.last_lsn,
             bytes: FRAMING_BYTES + previous + self.records.len() as u64,
-            behind: self.previous.as_deref().and_then(|key| other_before(key, keyspace, shard, replica)),
+            behind: self
+                .previous
+                .as_deref()
+                .and_then(|key| other_before(key, keyspace, shard, replica)),
         }
     }
 
@@ -152,11 +171,12 @@ impl Chunk {
     /// Encodes the object's bytes.
     ///
     /// # Panics
-    /// When `first_lsn..=last_lsn` is empty or has more than `u32::MAX` records: the shipper cuts the
-    /// log into small chunks.
+    /// When `first_lsn..=last_lsn` is empty or has more than `u32::MAX` records: the shipper cuts
+    /// the log into small chunks.
     pub fn encode(&self) -> Bytes {
         assert!(self.first_lsn <= self.last_lsn, "a chunk holds at least one record");
-        let count = u32::try_from(self.last_lsn.0 - self.first_lsn.0 + 1).expect("chunks are cut by their size");
+        let count = u32::try_from(self.last_lsn.0 - self.first_lsn.0 + 1)
+            .expect("chunks are cut by their size");
         let mut out = Vec::with_capacity(self.records.len() + 256);
         out.extend_from_slice(MAGIC);
         out.extend_from_slice(&FORMAT.to_le_bytes());
@@ -187,7 +207,8 @@ impl Chunk {
             0 => return Err(DecodeError::Malformed { what: "chunk format" }.into()),
             newer => return Err(ChunkError::Newer(newer)),
         }
-        let (body, crc) = bytes.split_last_chunk::<4>().ok_or(DecodeError::Short { what: "chunk" })?;
+        let (body, crc) =
+            bytes.split_last_chunk::<4>().ok_or(DecodeError::Short { what: "chunk" })?;
         if crc32c::crc32c(body) != u32::from_le_bytes(*crc) {
             return Err(DecodeError::Checksum { what: "chunk" }.into());
         }
@@ -205,7 +226,10 @@ impl Chunk {
         let first_lsn = Lsn(reader.u64_le()?);
         let last_lsn = Lsn(reader.u64_le()?);
         let count = reader.u32_le()?;
-        if first_lsn.0 == 0 || last_lsn < first_lsn || last_lsn.0 - first_lsn.0 != u64::from(count).wrapping_sub(1) {
+        if first_lsn.0 == 0
+            || last_lsn < first_lsn
+            || last_lsn.0 - first_lsn.0 != u64::from(count).wrapping_sub(1)
+        {
             return Err(DecodeError::Malformed { what: "chunk range" });
         }
         let previous = std::str::from_utf8(reader.bytes_le()?)
@@ -284,7 +308,8 @@ mod tests {
     }
 
     fn chunk_of(first: u64, keys: &[Vec<u8>], previous: Option<String>) -> Chunk {
-        let records = keys.iter().zip(first..).flat_map(|(key, lsn)| record(lsn, key).encode()).collect();
+        let records =
+            keys.iter().zip(first..).flat_map(|(key, lsn)| record(lsn, key).encode()).collect();
         Chunk {
             keyspace: KeyspaceId(1),
             shard: ShardId(2),
@@ -354,7 +379,8 @@ mod tests {
     fn missing_surplus_and_swapped_records_are_found() {
         let keys = [b"a".to_vec(), b"b".to_vec(), b"c".to_vec()];
         let whole = chunk_of(5, &keys, None);
-        let gap = |expected, found| Err(ChunkError::Gap { expected: Lsn(expected), found: Lsn(found) });
+        let gap =
+            |expected, found| Err(ChunkError::Gap { expected: Lsn(expected), found: Lsn(found) });
         let with = |records: Vec<Record>| Chunk {
             records: records.iter().flat_map(Record::encode).collect(),
             ..whole.clone()
@@ -363,7 +389,8 @@ mod tests {
         assert_eq!(Chunk::decode(&cut.encode()), gap(7, 0));
         let hole = with(vec![record(5, b"a"), record(7, b"c")]);
         assert_eq!(Chunk::decode(&hole.encode()), gap(6, 7));
-        let surplus = with(vec![record(5, b"a"), record(6, b"b"), record(7, b"c"), record(8, b"d")]);
+        let surplus =
+            with(vec![record(5, b"a"), record(6, b"b"), record(7, b"c"), record(8, b"d")]);
         assert_eq!(Chunk::decode(&surplus.encode()), gap(8, 8));
         let swapped = with(vec![record(6, b"b"), record(5, b"a"), record(7, b"c")]);
         assert_eq!(Chunk::decode(&swapped.encode()), gap(5, 6));

@@ -1,10 +1,11 @@
 //! Costs of a bucket: prices, and an estimate of a month from measured requests.
 //!
-//! **Invariant:** pure, and no value is invented: a quantity that was not measured is `None`, never zero. Each
-//! process counts its own requests since it opened the bucket, so each is extrapolated over its own
-//! time, and the months are added, not the counts.
+//! **Invariant:** pure, and no value is invented: a quantity that was not measured is `None`, never
+//! zero. Each process counts its own requests since it opened the bucket, so each is extrapolated
+//! over its own time, and the months are added, not the counts.
 //!
-//! Counting ([`crate::Bucket::usage`]), the size of the bucket and the report belong to other modules.
+//! Counting ([`crate::Bucket::usage`]), the size of the bucket and the report belong to other
+//! modules.
 
 use std::time::Duration;
 
@@ -85,7 +86,9 @@ pub fn estimate(usages: &[Usage], stored_bytes: Option<u64>, prices: &Prices) ->
     let timed: Vec<&Usage> = usages.iter().filter(|usage| !usage.elapsed.is_zero()).collect();
     let measured = timed.iter().map(|usage| usage.elapsed).min().unwrap_or_default();
     let monthly = |price: fn(&Prices, &RequestCounts) -> f64| {
-        let of = |usage: &&Usage| price(prices, &usage.counts) * MONTH.as_secs_f64() / usage.elapsed.as_secs_f64();
+        let of = |usage: &&Usage| {
+            price(prices, &usage.counts) * MONTH.as_secs_f64() / usage.elapsed.as_secs_f64()
+        };
         (!timed.is_empty()).then(|| timed.iter().map(of).sum::<f64>())
     };
     let (requests, egress) = (monthly(Prices::of_requests), monthly(Prices::of_egress));
@@ -94,7 +97,10 @@ pub fn estimate(usages: &[Usage], stored_bytes: Option<u64>, prices: &Prices) ->
         requests,
         storage,
         egress,
-        total: requests.zip(storage).zip(egress).map(|((requests, storage), egress)| requests + storage + egress),
+        total: requests
+            .zip(storage)
+            .zip(egress)
+            .map(|((requests, storage), egress)| requests + storage + egress),
         processes: timed.len(),
         measured,
         is_short: measured < MEASURED_MIN,
@@ -122,14 +128,18 @@ mod tests {
         for usages in [&[][..], &[usage(busy, Duration::ZERO)]] {
             let estimate = estimate(usages, Some(1 << 30), &Prices::default());
             assert_eq!((estimate.requests, estimate.egress, estimate.total), (None, None, None));
-            assert_eq!((estimate.processes, estimate.measured, estimate.is_short), (0, Duration::ZERO, true));
+            assert_eq!(
+                (estimate.processes, estimate.measured, estimate.is_short),
+                (0, Duration::ZERO, true)
+            );
             assert_close(estimate.storage, 0.023);
         }
     }
 
     #[test]
     fn an_idle_cluster_pays_for_what_it_stores_alone() {
-        let estimate = estimate(&[usage(RequestCounts::default(), HOUR)], Some(100 << 30), &Prices::default());
+        let estimate =
+            estimate(&[usage(RequestCounts::default(), HOUR)], Some(100 << 30), &Prices::default());
         assert_close(estimate.requests, 0.0);
         assert_close(estimate.egress, 0.0);
         assert_close(estimate.storage, 2.3);
@@ -178,7 +188,10 @@ mod tests {
     #[test]
     fn a_process_that_has_just_started_makes_the_estimate_a_rough_one() {
         let long = usage(RequestCounts::default(), 24 * HOUR);
-        let short = usage(RequestCounts { put: 5, ..RequestCounts::default() }, HOUR - Duration::from_secs(1));
+        let short = usage(
+            RequestCounts { put: 5, ..RequestCounts::default() },
+            HOUR - Duration::from_secs(1),
+        );
         assert!(!estimate(&[long], Some(0), &Prices::default()).is_short);
         assert!(estimate(&[long, short], Some(0), &Prices::default()).is_short);
     }

@@ -1,7 +1,9 @@
-//! When a checkpoint is due: before replaying the log after the last checkpoint would take too long.
+//! When a checkpoint is due: before replaying the log after the last checkpoint would take too
+//! long.
 //!
-//! **Invariant:** an idle replica is never due: the rule compares work, not time. A busy replica is due by
-//! the bytes of its log, a slow replica by the number of its chunks, each of which is a request.
+//! **Invariant:** an idle replica is never due: the rule compares work, not time. A busy replica is
+//! due by the bytes of its log, a slow replica by the number of its chunks, each of which is a
+//! request.
 
 use std::time::Duration;
 
@@ -28,7 +30,8 @@ pub struct Replay {
 impl Replay {
     /// Estimates the time to rebuild a replica from this log.
     pub fn takes(self) -> Duration {
-        let seconds = (self.bytes as f64 / BYTES_PER_SECOND).max(self.records as f64 / RECORDS_PER_SECOND)
+        let seconds = (self.bytes as f64 / BYTES_PER_SECOND)
+            .max(self.records as f64 / RECORDS_PER_SECOND)
             + self.chunks as f64 * SECONDS_PER_CHUNK;
         Duration::from_secs_f64(seconds)
     }

@@ -70,7 +70,8 @@ struct Format {
 
 /// Wraps a document in an envelope.
 pub fn encode<T: Serialize>(kind: &'static str, body: &T) -> Bytes {
-    let body = serde_json::value::to_raw_value(body).expect("documents hold only strings, numbers and lists of them");
+    let body = serde_json::value::to_raw_value(body)
+        .expect("documents hold only strings, numbers and lists of them");
     let crc = checksum(&body);
     let envelope = Envelope { format: FORMAT, kind: kind.into(), crc32c: crc.into(), body: &body };
     Bytes::from(serde_json::to_vec(&envelope).expect("the body is JSON already"))
@@ -81,16 +82,25 @@ pub fn encode<T: Serialize>(kind: &'static str, body: &T) -> Bytes {
 /// # Errors
 /// When the bytes are not a document of this kind that this version reads.
 pub fn decode<T: DeserializeOwned>(kind: &'static str, bytes: &[u8]) -> Result<T, EnvelopeError> {
-    let malformed = |error: serde_json::Error| EnvelopeError::Malformed { kind, detail: error.to_string() };
+    let malformed =
+        |error: serde_json::Error| EnvelopeError::Malformed { kind, detail: error.to_string() };
     let Format { format } = serde_json::from_slice(bytes).map_err(malformed)?;
     match format {
         FORMAT => {}
-        0 => return Err(EnvelopeError::Malformed { kind, detail: "format 0 was never written".to_owned() }),
+        0 => {
+            return Err(EnvelopeError::Malformed {
+                kind,
+                detail: "format 0 was never written".to_owned(),
+            });
+        }
         format => return Err(EnvelopeError::Newer { kind, format }),
     }
     let envelope: Envelope<'_> = serde_json::from_slice(bytes).map_err(malformed)?;
     if envelope.kind != kind {
-        return Err(EnvelopeError::WrongKind { expected: kind, found: envelope.kind.chars().take(40).collect() });
+        return Err(EnvelopeError::WrongKind {
+            expected: kind,
+            found: envelope.kind.chars().take(40).collect(),
+        });
     }
     if envelope.crc32c != checksum(envelope.body) {
         return Err(EnvelopeError::Checksum { kind });
@@ -148,19 +158,27 @@ mod tests {
     fn the_bytes_are_frozen_and_each_error_says_what_to_do() {
         let doc = Doc { text: "a".into(), number: 1 };
         let text = String::from_utf8(encode("doc", &doc).to_vec()).unwrap();
-        assert_eq!(text, r#"{"format":1,"kind":"doc","crc32c":"71d32631","body":{"text":"a","number":1}}"#);
-        let newer = text.replace("\"format\":1", "\"format\":2,\"shape\":[1]").replace("body", "corpus");
+        assert_eq!(
+            text,
+            r#"{"format":1,"kind":"doc","crc32c":"71d32631","body":{"text":"a","number":1}}"#
+        );
+        let newer =
+            text.replace("\"format\":1", "\"format\":2,\"shape\":[1]").replace("body", "corpus");
         let error = decode::<Doc>("doc", newer.as_bytes()).unwrap_err();
         assert_eq!(error, EnvelopeError::Newer { kind: "doc", format: 2 });
         assert!(error.to_string().contains("upgrade"));
         let error = decode::<Doc>("manifest", text.as_bytes()).unwrap_err();
         assert_eq!(error, EnvelopeError::WrongKind { expected: "manifest", found: "doc".into() });
         let altered = text.replace("\"number\":1", "\"number\":2");
-        assert_eq!(decode::<Doc>("doc", altered.as_bytes()), Err(EnvelopeError::Checksum { kind: "doc" }));
+        assert_eq!(
+            decode::<Doc>("doc", altered.as_bytes()),
+            Err(EnvelopeError::Checksum { kind: "doc" })
+        );
         // A field that a later version added, in the envelope and in the body.
         let body = r#"{"text":"a","number":1,"later":{"x":null}}"#;
         let crc = crc32c::crc32c(body.as_bytes());
-        let wider = format!(r#"{{"format":1,"later":7,"kind":"doc","crc32c":"{crc:08x}","body":{body}}}"#);
+        let wider =
+            format!(r#"{{"format":1,"later":7,"kind":"doc","crc32c":"{crc:08x}","body":{body}}}"#);
         assert_eq!(decode::<Doc>("doc", wider.as_bytes()).unwrap(), doc);
     }
 }

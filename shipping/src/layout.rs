@@ -1,7 +1,8 @@
 //! Every object key, in one place. Keys are relative to `<root>`, the prefix in the bucket's URL.
 //!
-//! **Invariant:** keys are persisted and never change: numbers have 20 digits, so that the order of names is the
-//! order of numbers, and ids (never names that people choose, except in `names/`) make up the path.
+//! **Invariant:** keys are persisted and never change: numbers have 20 digits, so that the order of
+//! names is the order of numbers, and ids (never names that people choose, except in `names/`) make
+//! up the path.
 
 use vasto_core::{CatalogVersion, KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
 
@@ -65,12 +66,24 @@ pub fn shard_prefix(keyspace: KeyspaceId, shard: ShardId) -> String {
 }
 
 /// Key of the database's own list of files, of the checkpoint at `lsn`.
-pub fn database(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId, lsn: Lsn, attempt: &str) -> String {
+pub fn database(
+    keyspace: KeyspaceId,
+    shard: ShardId,
+    replica: ReplicaId,
+    lsn: Lsn,
+    attempt: &str,
+) -> String {
     format!("{}db/{:020}-{attempt}.manifest", replica_prefix(keyspace, shard, replica), lsn.0)
 }
 
 /// Key of an SST. `attempt` is drawn for every upload, because a restore reuses file numbers.
-pub fn sst(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId, file_number: u64, attempt: &str) -> String {
+pub fn sst(
+    keyspace: KeyspaceId,
+    shard: ShardId,
+    replica: ReplicaId,
+    file_number: u64,
+    attempt: &str,
+) -> String {
     format!("{}sst/{file_number:020}-{attempt}.sst", replica_prefix(keyspace, shard, replica))
 }
 
@@ -149,11 +162,15 @@ pub fn parse_shipped(key: &str) -> Option<(Owner, Shipped)> {
 
 /// Returns true for keys of the claim, catalogs, names, node settings and gc terms.
 pub(crate) fn is_of_the_cluster(key: &str) -> bool {
-    let of_name = |rest: &str| rest.split_once('/').is_some_and(|(name, n)| !name.is_empty() && number(n).is_some());
+    let of_name = |rest: &str| {
+        rest.split_once('/').is_some_and(|(name, n)| !name.is_empty() && number(n).is_some())
+    };
     key == cluster()
         || parse_catalog_version(key).is_some()
         || key.strip_prefix("names/").is_some_and(of_name)
-        || ["gc-term/", "cluster/"].iter().any(|folder| key.strip_prefix(folder).is_some_and(|n| number(n).is_some()))
+        || ["gc-term/", "cluster/"]
+            .iter()
+            .any(|folder| key.strip_prefix(folder).is_some_and(|n| number(n).is_some()))
 }
 
 /// Returns true for a key of any object that Vasto writes.
@@ -163,7 +180,13 @@ pub fn is_known(key: &str) -> bool {
 
 /// Key of the `n`th SST that a plan exports from one shard for another.
 pub fn export(keyspace: KeyspaceId, plan: PlanId, from: ShardId, to: ShardId, n: u64) -> String {
-    format!("{}export/{:020}/{:020}-{:020}/{n:020}.sst", keyspace_prefix(keyspace), plan.0, from.0, to.0)
+    format!(
+        "{}export/{:020}/{:020}-{:020}/{n:020}.sst",
+        keyspace_prefix(keyspace),
+        plan.0,
+        from.0,
+        to.0
+    )
 }
 
 /// Key of the object that the start-up probe writes and removes.
@@ -186,11 +209,17 @@ mod tests {
         assert_eq!(cluster(), "cluster.json");
         assert_eq!(gc_term(7), "gc-term/00000000000000000007");
         assert_eq!(name_version("ks1", 1), "names/ks1/00000000000000000001");
-        assert_eq!(catalog_version(k, CatalogVersion(u64::MAX)), "catalog/00000000000000000001/18446744073709551615");
+        assert_eq!(
+            catalog_version(k, CatalogVersion(u64::MAX)),
+            "catalog/00000000000000000001/18446744073709551615"
+        );
         let data = "data/00000000000000000001/00000000000000000002/00000000000000000003";
         assert_eq!(sst(k, s, r, 9, "ab12"), format!("{data}/sst/00000000000000000009-ab12.sst"));
         assert_eq!(chunk(k, s, r, Lsn(5)), format!("{data}/log/00000000000000000005.chunk"));
-        assert_eq!(manifest(k, s, r, Lsn(6)), format!("{data}/checkpoint/00000000000000000006.manifest"));
+        assert_eq!(
+            manifest(k, s, r, Lsn(6)),
+            format!("{data}/checkpoint/00000000000000000006.manifest")
+        );
         assert_eq!(
             export(k, PlanId(4), s, ShardId(5), 6),
             "data/00000000000000000001/export/00000000000000000004/00000000000000000002-00000000000000000005/00000000000000000006.sst"
@@ -203,7 +232,13 @@ mod tests {
         assert_eq!(parse_catalog_version(&key), Some((KeyspaceId(3), CatalogVersion(u64::MAX))));
         let key = manifest(KeyspaceId(1), ShardId(0), ReplicaId(1), Lsn(77));
         assert_eq!(parse_manifest_lsn(&key), Some(Lsn(77)));
-        for bad in ["", "catalog/", "catalog/1/2", "catalog/00000000000000000001/99999999999999999999", "x/y/z"] {
+        for bad in [
+            "",
+            "catalog/",
+            "catalog/1/2",
+            "catalog/00000000000000000001/99999999999999999999",
+            "x/y/z",
+        ] {
             assert_eq!(parse_catalog_version(bad), None, "{bad}");
             assert_eq!(parse_manifest_lsn(bad), None, "{bad}");
         }

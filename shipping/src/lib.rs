@@ -1,11 +1,11 @@
 //! Object storage: the bucket, the formats of its objects, and the catalog's create-only register.
 //!
-//! **Invariant:** an object is written once and its name never reused; a writer that finds a name taken
-//! reads back and compares instead of assuming. Every decision in the bucket is made
-//! by create-if-absent on a numbered name.
+//! **Invariant:** an object is written once and its name never reused; a writer that finds a name
+//! taken reads back and compares instead of assuming. Every decision in the bucket is made by
+//! create-if-absent on a numbered name.
 //!
-//! This crate knows neither RocksDB nor gRPC: other crates decide which files a checkpoint holds and
-//! how a node applies a catalog version.
+//! This crate knows neither RocksDB nor gRPC: other crates decide which files a checkpoint holds
+//! and how a node applies a catalog version.
 
 #![warn(missing_docs)]
 
@@ -24,7 +24,8 @@ pub mod metrics;
 
 pub use bucket::download::{self, DownloadError, DownloadProgress, Wanted, download};
 pub use bucket::{
-    Bucket, BucketError, BucketOptions, Create, Listing, ObjectInfo, RequestCounts, RetryBudget, Uploaded, Usage,
+    Bucket, BucketError, BucketOptions, Create, Listing, ObjectInfo, RequestCounts, RetryBudget,
+    Uploaded, Usage,
 };
 pub use catalog::{CatalogError, CatalogStore, CatalogWrite, ClusterSettings};
 pub use chunk::{Chunk, ChunkError};

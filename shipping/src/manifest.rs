@@ -1,8 +1,8 @@
 //! The manifest of a checkpoint: everything that is needed to open a copy of a replica.
 //!
-//! **Invariant:** a manifest is written after every object that it names was uploaded and verified, and never
-//! changed. Levels and sequence ranges are correctness data: an import with wrong values returns wrong
-//! results without an error, so they come from the checkpoint itself.
+//! **Invariant:** a manifest is written after every object that it names was uploaded and verified,
+//! and never changed. Levels and sequence ranges are correctness data: an import with wrong values
+//! returns wrong results without an error, so they come from the checkpoint itself.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -50,8 +50,8 @@ pub struct Manifest {
     pub range_states: Vec<(BandRange, u8)>,
     /// The SSTs.
     pub files: Vec<ManifestFile>,
-    /// The database's own list of its files, with which they are opened as they are; older manifests,
-    /// written before it was shipped, have none.
+    /// The database's own list of its files, with which they are opened as they are; older
+    /// manifests, written before it was shipped, have none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub database: Option<DatabaseFile>,
 }
@@ -127,7 +127,10 @@ impl Manifest {
 
     /// Returns the keys of all named objects.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
-        self.files.iter().map(|file| file.key.as_str()).chain(self.database.iter().map(|list| list.key.as_str()))
+        self.files
+            .iter()
+            .map(|file| file.key.as_str())
+            .chain(self.database.iter().map(|list| list.key.as_str()))
     }
 
     /// Returns the total size of the SSTs.
@@ -142,11 +145,16 @@ mod pairs {
     use vasto_core::ids::Vector;
     use vasto_core::{Origin, OwnSeq};
 
-    pub(super) fn serialize<S: Serializer>(vector: &Vector, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(super) fn serialize<S: Serializer>(
+        vector: &Vector,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         vector.iter().collect::<Vec<(&Origin, &OwnSeq)>>().serialize(serializer)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vector, D::Error> {
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vector, D::Error> {
         let pairs = Vec::<(Origin, OwnSeq)>::deserialize(deserializer)?;
         let count = pairs.len();
         let vector: Vector = pairs.into_iter().collect();
@@ -171,9 +179,12 @@ mod hex {
         serializer.serialize_str(&text)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<u8>, D::Error> {
         let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
-        decode(text.as_bytes()).ok_or_else(|| serde::de::Error::custom("a key is not lower-case hexadecimal text"))
+        decode(text.as_bytes())
+            .ok_or_else(|| serde::de::Error::custom("a key is not lower-case hexadecimal text"))
     }
 
     fn decode(text: &[u8]) -> Option<Vec<u8>> {
@@ -220,8 +231,9 @@ mod tests {
             .prop_map(|(r, i)| Origin { replica: ReplicaId(r), incarnation: Incarnation(i) });
         let vector = proptest::collection::btree_map(origin, any::<u64>().prop_map(OwnSeq), 0..4);
         let states = proptest::collection::vec(
-            (1u8..=98, 1u8..=98, 0u8..4)
-                .prop_map(|(a, b, state)| (BandRange { first: Band(a.min(b)), last: Band(a.max(b)) }, state)),
+            (1u8..=98, 1u8..=98, 0u8..4).prop_map(|(a, b, state)| {
+                (BandRange { first: Band(a.min(b)), last: Band(a.max(b)) }, state)
+            }),
             0..4,
         );
         let previous = proptest::option::of("[a-z0-9/.]{1,20}");
@@ -308,7 +320,8 @@ mod tests {
     #[test]
     fn metadata_overlaps_no_band_and_unknown_keys_overlap_all() {
         let all = BandRange { first: Band::FIRST, last: Band::LAST };
-        let metadata = ManifestFile { first_key: vec![0xff, 1], last_key: vec![0xff, 9], ..sample() };
+        let metadata =
+            ManifestFile { first_key: vec![0xff, 1], last_key: vec![0xff, 9], ..sample() };
         assert!(!metadata.overlaps(all));
         assert!(sample().overlaps(BandRange { first: Band(40), last: Band(40) }));
     }

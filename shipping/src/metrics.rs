@@ -1,7 +1,8 @@
 //! Metrics of a process's bucket requests, through the global OpenTelemetry meter.
 //!
 //! `vasto_bucket_requests{kind}` with the kinds of [`RequestCounts::by_kind`], `vasto_bucket_sent`
-//! and `vasto_bucket_received` (the Prometheus exporter adds `_total`, and `_bytes` to the last two).
+//! and `vasto_bucket_received` (the Prometheus exporter adds `_total`, and `_bytes` to the last
+//! two).
 //!
 //! **Invariant:** several servers may share a process, each with a bucket of its own: the caller's
 //! labels distinguish them, else one would hide the other. A closed bucket reports nothing.

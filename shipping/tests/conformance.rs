@@ -15,8 +15,8 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{Catalog, KeyspaceSpec, KeyspaceState};
 use vasto_core::{CatalogVersion, KeyspaceId, NodeId};
 use vasto_shipping::{
-    Bucket, BucketError, BucketOptions, CatalogError, CatalogStore, CatalogWrite, Create, DownloadError,
-    DownloadProgress, RetryBudget, Wanted, download, layout,
+    Bucket, BucketError, BucketOptions, CatalogError, CatalogStore, CatalogWrite, Create,
+    DownloadError, DownloadProgress, RetryBudget, Wanted, download, layout,
 };
 use vasto_testkit::faulty::{Call, Fault, Faulty};
 use vasto_testkit::http_store::HttpStore;
@@ -47,7 +47,8 @@ impl Subject {
 
 async fn run_all(subject: &Subject) {
     let began = Instant::now();
-    let done = |case: &str| println!("{:>6} ms  {} {case}", began.elapsed().as_millis(), subject.url);
+    let done =
+        |case: &str| println!("{:>6} ms  {} {case}", began.elapsed().as_millis(), subject.url);
     objects(subject).await;
     done("objects");
     create_race(subject).await;
@@ -70,12 +71,15 @@ async fn run_all(subject: &Subject) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory() {
-    // Opened by URL like any other store; each case is a store of its own, so its raw side is a bucket too.
+    // Opened by URL like any other store; each case is a store of its own, so its raw side is a
+    // bucket too.
     let subject = Subject {
         url: "memory://conformance".into(),
         options: BucketOptions::default(),
         raw: Box::new(|case| {
-            let bucket = Bucket::open(&format!("memory://conformance/{case}"), &BucketOptions::default()).unwrap();
+            let bucket =
+                Bucket::open(&format!("memory://conformance/{case}"), &BucketOptions::default())
+                    .unwrap();
             (bucket.raw_store(), String::new())
         }),
     };
@@ -92,7 +96,8 @@ async fn local_directory() {
         url: url.trim_end_matches('/').to_owned(),
         options: BucketOptions::default(),
         raw: Box::new(move |case| {
-            let store = object_store::local::LocalFileSystem::new_with_prefix(raw_root.join(case)).unwrap();
+            let store =
+                object_store::local::LocalFileSystem::new_with_prefix(raw_root.join(case)).unwrap();
             (Arc::new(store), String::new())
         }),
     };
@@ -133,7 +138,10 @@ async fn objects(subject: &Subject) {
     bucket.delete("a/1").await.unwrap();
     let body = Bytes::from_static(b"one");
     assert_eq!(bucket.create("a/1", body.clone()).await.unwrap(), Create::Created);
-    assert_eq!(bucket.create("a/1", Bytes::from_static(b"two")).await.unwrap(), Create::Exists(body.clone()));
+    assert_eq!(
+        bucket.create("a/1", Bytes::from_static(b"two")).await.unwrap(),
+        Create::Exists(body.clone())
+    );
     // The same bytes: an earlier attempt of the same caller whose reply was lost.
     assert_eq!(bucket.create("a/1", body.clone()).await.unwrap(), Create::Created);
     assert_eq!(bucket.get("a/1").await.unwrap(), Some(body));
@@ -145,8 +153,12 @@ async fn objects(subject: &Subject) {
         let bucket = bucket.clone();
         async move {
             let found = bucket.list(prefix).await.unwrap();
-            assert!(found.iter().all(|object| object.modified_us > 1_600_000_000_000_000), "{found:?}");
-            let mut found: Vec<(String, u64)> = found.into_iter().map(|object| (object.key, object.bytes)).collect();
+            assert!(
+                found.iter().all(|object| object.modified_us > 1_600_000_000_000_000),
+                "{found:?}"
+            );
+            let mut found: Vec<(String, u64)> =
+                found.into_iter().map(|object| (object.key, object.bytes)).collect();
             found.sort();
             found
         }
@@ -158,8 +170,8 @@ async fn objects(subject: &Subject) {
     assert_eq!(bucket.head("a/1").await.unwrap(), None);
     let counts = bucket.counts();
     assert_eq!((counts.put, counts.delete, counts.head, counts.list), (5, 2, 3, 4));
-    // Three requested, of which one found nothing; three read back by creates that found the name taken: two reads
-    // must agree on other bytes, one shows the same bytes.
+    // Three requested, of which one found nothing; three read back by creates that found the name
+    // taken: two reads must agree on other bytes, one shows the same bytes.
     assert_eq!((counts.get, counts.bytes_written), (6, 3 * 3 + 1));
 }
 
@@ -169,17 +181,23 @@ async fn create_race(subject: &Subject) {
         let mut tasks = tokio::task::JoinSet::new();
         for racer in 0..16 {
             let (bucket, key) = (bucket.clone(), format!("race/{round}"));
-            tasks.spawn(
-                async move { (racer, bucket.create(&key, Bytes::from(format!("racer {racer}"))).await.unwrap()) },
-            );
+            tasks.spawn(async move {
+                (racer, bucket.create(&key, Bytes::from(format!("racer {racer}"))).await.unwrap())
+            });
         }
         let outcomes = tasks.join_all().await;
-        let winners: Vec<i32> =
-            outcomes.iter().filter(|(_, outcome)| *outcome == Create::Created).map(|(racer, _)| *racer).collect();
+        let winners: Vec<i32> = outcomes
+            .iter()
+            .filter(|(_, outcome)| *outcome == Create::Created)
+            .map(|(racer, _)| *racer)
+            .collect();
         let [winner] = winners[..] else { panic!("{} winners: {winners:?}", winners.len()) };
         let won = Bytes::from(format!("racer {winner}"));
         for (racer, outcome) in outcomes {
-            assert!(racer == winner || outcome == Create::Exists(won.clone()), "racer {racer} saw {outcome:?}");
+            assert!(
+                racer == winner || outcome == Create::Exists(won.clone()),
+                "racer {racer} saw {outcome:?}"
+            );
         }
         assert_eq!(bucket.get(&format!("race/{round}")).await.unwrap(), Some(won));
     }
@@ -198,14 +216,19 @@ fn pattern(length: usize) -> Vec<u8> {
     let mut state = length as u64 | 1;
     let mut out = Vec::with_capacity(length + 8);
     while out.len() < length {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         out.extend_from_slice(&state.to_be_bytes());
     }
     out.truncate(length);
     out
 }
 
-async fn fetch(bucket: &Bucket, wanted: &[Wanted], dir: &Path) -> (Result<(), DownloadError>, u64, u64) {
+async fn fetch(
+    bucket: &Bucket,
+    wanted: &[Wanted],
+    dir: &Path,
+) -> (Result<(), DownloadError>, u64, u64) {
     let progress = DownloadProgress::default();
     let result = download(bucket, wanted, dir, 4, &progress, &CancellationToken::new()).await;
     (result, progress.requests.load(Ordering::Relaxed), progress.bytes.load(Ordering::Relaxed))
@@ -225,7 +248,12 @@ async fn transfers(subject: &Subject) {
         let key = format!("data/{n}.sst");
         let uploaded = bucket.upload_file(&key, &source).await.unwrap();
         assert_eq!((uploaded.bytes, uploaded.crc32c), (length as u64, crc32c::crc32c(&body)));
-        wanted.push(Wanted { key, bytes: uploaded.bytes, crc32c: uploaded.crc32c, file_name: format!("{n:06}.sst") });
+        wanted.push(Wanted {
+            key,
+            bytes: uploaded.bytes,
+            crc32c: uploaded.crc32c,
+            file_name: format!("{n:06}.sst"),
+        });
         contents.push(body);
     }
     // No upload overwrites an object, neither a small one nor a large one.
@@ -253,7 +281,11 @@ async fn transfers(subject: &Subject) {
     };
     assert_eq!(files(), wanted.iter().map(|file| file.file_name.clone()).collect::<Vec<_>>());
     for (file, body) in wanted.iter().zip(&contents) {
-        assert!(std::fs::read(target.join(&file.file_name)).unwrap() == *body, "{}", file.file_name);
+        assert!(
+            std::fs::read(target.join(&file.file_name)).unwrap() == *body,
+            "{}",
+            file.file_name
+        );
     }
     // Resumed: whole files are not fetched again; a damaged file and a leftover part are replaced.
     let (result, requests, _) = fetch(&bucket, &wanted, &target).await;
@@ -261,7 +293,8 @@ async fn transfers(subject: &Subject) {
     let mut damaged = contents[2].clone();
     damaged[1_000] ^= 1;
     std::fs::write(target.join(&wanted[2].file_name), damaged).unwrap();
-    std::fs::write(target.join(format!("{}.part", wanted[2].file_name)), b"left by a crash").unwrap();
+    std::fs::write(target.join(format!("{}.part", wanted[2].file_name)), b"left by a crash")
+        .unwrap();
     let (result, requests, _) = fetch(&bucket, &wanted, &target).await;
     assert_eq!((result, requests), (Ok(()), 1));
     assert!(std::fs::read(target.join(&wanted[2].file_name)).unwrap() == contents[2]);
@@ -284,13 +317,21 @@ async fn corruption(subject: &Subject) {
         std::fs::write(&source, &body).unwrap();
         let key = format!("data/{n}.sst");
         let uploaded = bucket.upload_file(&key, &source).await.unwrap();
-        let wanted = Wanted { key, bytes: uploaded.bytes, crc32c: uploaded.crc32c, file_name: "1.sst".into() };
+        let wanted = Wanted {
+            key,
+            bytes: uploaded.bytes,
+            crc32c: uploaded.crc32c,
+            file_name: "1.sst".into(),
+        };
         let mut flipped = body.clone();
         flipped[length - 2] ^= 0x10;
         let longer: Vec<u8> = body.iter().copied().chain([0]).collect();
-        for (what, bad) in
-            [("flipped", flipped), ("one short", body[..length - 1].to_vec()), ("empty", vec![]), ("long", longer)]
-        {
+        for (what, bad) in [
+            ("flipped", flipped),
+            ("one short", body[..length - 1].to_vec()),
+            ("empty", vec![]),
+            ("long", longer),
+        ] {
             subject.overwrite("corruption", &wanted.key, &bad).await;
             let target = dir.path().join(format!("{n} {what}"));
             let (result, _, _) = fetch(&bucket, std::slice::from_ref(&wanted), &target).await;
@@ -298,16 +339,27 @@ async fn corruption(subject: &Subject) {
                 Err(DownloadError::Corrupt { key, .. }) => assert_eq!(key, wanted.key, "{what}"),
                 other => panic!("{what}: {other:?}"),
             }
-            assert!(!target.join("1.sst").exists(), "{what}: a bad file must not get its final name");
+            assert!(
+                !target.join("1.sst").exists(),
+                "{what}: a bad file must not get its final name"
+            );
         }
         bucket.delete(&wanted.key).await.unwrap();
-        let (result, _, _) = fetch(&bucket, std::slice::from_ref(&wanted), &dir.path().join("gone")).await;
+        let (result, _, _) =
+            fetch(&bucket, std::slice::from_ref(&wanted), &dir.path().join("gone")).await;
         assert_eq!(result, Err(DownloadError::Missing { key: wanted.key.clone() }));
     }
 }
 
 fn catalog(keyspace: u64, name: &str, nonce: u64) -> Catalog {
-    Catalog::first(KeyspaceId(keyspace), name, KeyspaceSpec::default(), &[vec![NodeId(1)]], 1, nonce)
+    Catalog::first(
+        KeyspaceId(keyspace),
+        name,
+        KeyspaceSpec::default(),
+        &[vec![NodeId(1)]],
+        1,
+        nonce,
+    )
 }
 
 async fn catalog_races(subject: &Subject) {
@@ -332,9 +384,13 @@ async fn catalog_races(subject: &Subject) {
     assert_eq!(winner.0, winner.1.as_ref(), "the loser is shown the winner's version");
     // A lost reply: the object is there, and is the caller's.
     assert_eq!(store.write(winner.0).await.unwrap(), CatalogWrite::Won);
-    // The nonce decides, not the bytes: an older build may have encoded the same version differently.
+    // The nonce decides, not the bytes: an older build may have encoded the same version
+    // differently.
     let third = winner.0.next(3, 300);
-    bucket.create(&layout::catalog_version(KeyspaceId(1), CatalogVersion(3)), reencoded(&third)).await.unwrap();
+    bucket
+        .create(&layout::catalog_version(KeyspaceId(1), CatalogVersion(3)), reencoded(&third))
+        .await
+        .unwrap();
     assert_eq!(store.write(&third).await.unwrap(), CatalogWrite::Won);
     // The reply came so late that another master has written the next version since.
     let fourth = third.next(4, 400);
@@ -342,7 +398,9 @@ async fn catalog_races(subject: &Subject) {
     assert_eq!(store.write(&third).await.unwrap(), CatalogWrite::Lost(Box::new(fourth)));
     // An object under another's name is refused.
     let moved = vasto_shipping::catalog::encode_catalog(&first);
-    subject.overwrite("races", &layout::catalog_version(KeyspaceId(1), CatalogVersion(5)), &moved).await;
+    subject
+        .overwrite("races", &layout::catalog_version(KeyspaceId(1), CatalogVersion(5)), &moved)
+        .await;
     let error = store.tip(KeyspaceId(1), CatalogVersion(4)).await.unwrap_err();
     assert!(matches!(error, CatalogError::Misplaced { .. }), "{error}");
 }
@@ -408,11 +466,17 @@ async fn keyspaces(subject: &Subject) {
     };
     assert_eq!(names(&store.load_all().await.unwrap()), ["a", "b", "c", "d", "same"]);
 
-    // A crash after the id was claimed: the id is used up, the keyspace does not exist, the name is free.
+    // A crash after the id was claimed: the id is used up, the keyspace does not exist, the name is
+    // free.
     let orphan = 1 + store.load_all().await.unwrap().last().unwrap().keyspace.0.max(8);
     let orphan = {
         let mut id = orphan;
-        while bucket.head(&layout::catalog_version(KeyspaceId(id - 1), CatalogVersion(1))).await.unwrap().is_none() {
+        while bucket
+            .head(&layout::catalog_version(KeyspaceId(id - 1), CatalogVersion(1)))
+            .await
+            .unwrap()
+            .is_none()
+        {
             id -= 1;
         }
         id
@@ -422,7 +486,8 @@ async fn keyspaces(subject: &Subject) {
     let real = create("orphan").await.unwrap().unwrap();
     assert_eq!(real.keyspace.0, orphan + 1);
 
-    // Deleted, its name released and reused; a second release, or one for another keyspace, does nothing.
+    // Deleted, its name released and reused; a second release, or one for another keyspace, does
+    // nothing.
     let same = &made[0];
     let mut gone = same.next(5, 9_001);
     gone.state = KeyspaceState::Deleted;
@@ -440,7 +505,8 @@ async fn keyspaces(subject: &Subject) {
     let third = create("same").await.unwrap().unwrap();
     store.release_name("same", again.keyspace).await.unwrap();
     assert_eq!(create("same").await.unwrap().unwrap_err(), CatalogError::NameTaken("same".into()));
-    // Deleted keyspaces are loaded too, since nodes may still hold their replicas; the order is by id.
+    // Deleted keyspaces are loaded too, since nodes may still hold their replicas; the order is by
+    // id.
     let all = store.load_all().await.unwrap();
     assert!(all.windows(2).all(|pair| pair[0].keyspace < pair[1].keyspace));
     assert_eq!(all.iter().filter(|catalog| catalog.state == KeyspaceState::Deleted).count(), 2);
@@ -469,7 +535,10 @@ async fn cluster_claims(subject: &Subject) {
         &serde_json::json!({"cluster_id": "x", "format": 2, "created_at_us": 1}),
     );
     subject.overwrite("cluster", &layout::cluster(), &newer).await;
-    assert_eq!(store.claim_cluster("late".into()).await.unwrap_err(), CatalogError::NewerCluster(2));
+    assert_eq!(
+        store.claim_cluster("late".into()).await.unwrap_err(),
+        CatalogError::NewerCluster(2)
+    );
 }
 
 async fn signatures_of_s3(server: &S3Server) {
@@ -510,14 +579,21 @@ async fn lost_replies_and_conflicts_are_resolved_by_reading_back() {
     store.fail(Call::Put, Fault::ResetAfter, 3);
     let mine = Bytes::from_static(b"mine");
     assert_eq!(bucket.create("k", mine.clone()).await.unwrap(), Create::Created);
-    assert_eq!(bucket.counts().put, 4, "three attempts whose replies were lost, and the one that found it");
+    assert_eq!(
+        bucket.counts().put,
+        4,
+        "three attempts whose replies were lost, and the one that found it"
+    );
     // 409 without an object has no winner: the create is retried.
     store.fail(Call::Put, Fault::Conflict, 2);
     assert_eq!(bucket.create("j", mine.clone()).await.unwrap(), Create::Created);
     assert_eq!(bucket.counts().put, 7);
     // A rival's object is never taken for the caller's, also after a lost reply of another attempt.
     store.fail(Call::Put, Fault::Conflict, 1);
-    assert_eq!(bucket.create("k", Bytes::from_static(b"rival")).await.unwrap(), Create::Exists(mine));
+    assert_eq!(
+        bucket.create("k", Bytes::from_static(b"rival")).await.unwrap(),
+        Create::Exists(mine)
+    );
     // Endless conflicts are an error that leaves the outcome unknown, within the budget.
     store.fail(Call::Put, Fault::Conflict, u32::MAX);
     let budget = RetryBudget { total: Duration::from_millis(300), ..RetryBudget::default() };
@@ -535,7 +611,10 @@ async fn a_body_altered_on_its_way_back_is_not_taken_for_another_writers() {
     assert_eq!(bucket.create("k", mine.clone()).await.unwrap(), Create::Created);
     assert_eq!(store.hit(), 2, "the reply was lost, and the object was read altered");
     flip_next();
-    assert_eq!(bucket.create("k", Bytes::from_static(b"rival")).await.unwrap(), Create::Exists(mine));
+    assert_eq!(
+        bucket.create("k", Bytes::from_static(b"rival")).await.unwrap(),
+        Create::Exists(mine)
+    );
     assert_eq!(store.hit(), 3);
 }
 
@@ -562,7 +641,10 @@ async fn short_and_broken_bodies_are_fetched_again() {
     let (result, _, _) = fetch(&bucket, &wanted, &dir.path().join("always short")).await;
     // The cause is reported before any checksum is checked.
     let named = |key: &str, detail: &str| key == "k" && detail.contains("ends at");
-    assert!(matches!(&result, Err(DownloadError::Corrupt { key, detail }) if named(key, detail)), "{result:?}");
+    assert!(
+        matches!(&result, Err(DownloadError::Corrupt { key, detail }) if named(key, detail)),
+        "{result:?}"
+    );
     store.heal();
     store.fail(Call::Get, Fault::ShortBody, 1);
     assert_eq!(bucket.get("k").await.unwrap(), Some(body), "a whole get is repeated as well");
@@ -586,7 +668,10 @@ async fn an_unreachable_endpoint_is_reported_within_seconds() {
     assert!(began.elapsed() < Duration::from_secs(7), "{:?}", began.elapsed());
     // A server that accepts the connection and never answers.
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let options = BucketOptions { endpoint: Some(format!("http://{}", silent.local_addr().unwrap())), ..options };
+    let options = BucketOptions {
+        endpoint: Some(format!("http://{}", silent.local_addr().unwrap())),
+        ..options
+    };
     let began = Instant::now();
     let error = Bucket::open("s3://b/p", &options).unwrap().probe().await.unwrap_err();
     assert!(matches!(error, BucketError::Unreachable { .. }), "{error:?}");

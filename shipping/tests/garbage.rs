@@ -9,15 +9,20 @@ use vasto_core::ids::Vector;
 use vasto_core::plan::{Plan, PlanKind, Step};
 use vasto_core::record::{Body, Record};
 use vasto_core::{
-    CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, Origin, OwnSeq, PlanId, ReplicaId, ShardId,
+    CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, Origin, OwnSeq, PlanId, ReplicaId,
+    ShardId,
 };
-use vasto_shipping::gc::{Known, KnownReplica, Retention, check, collect, collect_at, fsck, interrupt};
+use vasto_shipping::gc::{
+    Known, KnownReplica, Retention, check, collect, collect_at, fsck, interrupt,
+};
 use vasto_shipping::{
-    Bucket, BucketOptions, CatalogStore, CatalogWrite, Chunk, Create, DatabaseFile, Manifest, ManifestFile, layout,
+    Bucket, BucketOptions, CatalogStore, CatalogWrite, Chunk, Create, DatabaseFile, Manifest,
+    ManifestFile, layout,
 };
 
 /// Keeps only the objects that the last checkpoint needs.
-const STRICT: Retention = Retention { keep_checkpoints: 1, keep_for: Duration::ZERO, min_age: Duration::ZERO };
+const STRICT: Retention =
+    Retention { keep_checkpoints: 1, keep_for: Duration::ZERO, min_age: Duration::ZERO };
 
 const SHARD: ShardId = ShardId(0);
 const REPLICA: ReplicaId = ReplicaId(1);
@@ -42,7 +47,8 @@ impl Rig {
         let bucket = Bucket::open(url, &BucketOptions::default()).unwrap();
         let store = CatalogStore::new(bucket.clone());
         store.claim_cluster("c".into()).await.unwrap();
-        let first = |id| Catalog::first(id, "ks", KeyspaceSpec::default(), &[vec![NodeId(1)]], 1, 1);
+        let first =
+            |id| Catalog::first(id, "ks", KeyspaceSpec::default(), &[vec![NodeId(1)]], 1, 1);
         let catalog = store.create_keyspace(first).await.unwrap();
         Self { bucket, store, catalog }
     }
@@ -64,7 +70,13 @@ impl Rig {
     }
 
     /// Uploads a chunk that holds records of [`REPLICA`], whichever replica ships it.
-    async fn chunk_of(&self, replica: ReplicaId, first: u64, last: u64, previous: Option<String>) -> String {
+    async fn chunk_of(
+        &self,
+        replica: ReplicaId,
+        first: u64,
+        last: u64,
+        previous: Option<String>,
+    ) -> String {
         let records = (first..=last).flat_map(|lsn| {
             let origin = origin();
             let record = Record {
@@ -98,7 +110,13 @@ impl Rig {
         self.checkpoint_of(REPLICA, CatalogVersion(1), lsn, numbers).await
     }
 
-    async fn checkpoint_of(&self, replica: ReplicaId, version: CatalogVersion, lsn: u64, numbers: &[u64]) -> String {
+    async fn checkpoint_of(
+        &self,
+        replica: ReplicaId,
+        version: CatalogVersion,
+        lsn: u64,
+        numbers: &[u64],
+    ) -> String {
         let body = |number: u64| Bytes::from(format!("the content of {number}"));
         let mut files = Vec::new();
         for number in numbers {
@@ -182,7 +200,10 @@ async fn only_what_the_retained_checkpoints_need_stays() {
     rig.three_checkpoints().await;
     let before = fsck(&rig.bucket, true).await.unwrap();
     assert!(before.is_clean(), "{before:?}");
-    assert_eq!(before.orphans.iter().map(|orphan| orphan.key.clone()).collect::<Vec<_>>(), [rig.sst(9)]);
+    assert_eq!(
+        before.orphans.iter().map(|orphan| orphan.key.clone()).collect::<Vec<_>>(),
+        [rig.sst(9)]
+    );
     let all = rig.keys().await;
     let planned = collect(&rig.bucket, STRICT, true).await.unwrap();
     assert_eq!(rig.keys().await, all, "a dry run deletes nothing");
@@ -204,18 +225,24 @@ async fn only_what_the_retained_checkpoints_need_stays() {
 async fn the_past_that_is_kept_begins_with_a_checkpoint_and_its_log() {
     let rig = Rig::new("past").await;
     rig.three_checkpoints().await;
-    // Every object was written just now, whatever the clock of the node said: a day's archive keeps them all.
+    // Every object was written just now, whatever the clock of the node said: a day's archive keeps
+    // them all.
     let all = rig.keys().await;
     let day = Retention { keep_for: Duration::from_secs(86_400), ..STRICT };
     collect(&rig.bucket, day, false).await.unwrap();
-    assert_eq!(rig.keys().await, all.into_iter().filter(|key| *key != rig.sst(9)).collect::<Vec<_>>());
+    assert_eq!(
+        rig.keys().await,
+        all.into_iter().filter(|key| *key != rig.sst(9)).collect::<Vec<_>>()
+    );
     // The last two checkpoints and the objects that they need.
     let two = Retention { keep_checkpoints: 2, ..STRICT };
     collect(&rig.bucket, two, false).await.unwrap();
     let keys = rig.keys().await;
     let manifest = |lsn| layout::manifest(rig.keyspace(), SHARD, REPLICA, Lsn(lsn));
     let chunk = |lsn| layout::chunk(rig.keyspace(), SHARD, REPLICA, Lsn(lsn));
-    for kept in [manifest(20), manifest(30), chunk(21), chunk(31), rig.sst(2), rig.sst(3), rig.sst(4)] {
+    for kept in
+        [manifest(20), manifest(30), chunk(21), chunk(31), rig.sst(2), rig.sst(3), rig.sst(4)]
+    {
         assert!(keys.contains(&kept), "{kept}");
     }
     for gone in [manifest(10), chunk(1), chunk(11), rig.sst(1), rig.sst(9)] {
@@ -254,7 +281,8 @@ async fn what_is_young_or_in_use_is_never_deleted() {
     // Another keyspace is restored from this one.
     let source = rig.keyspace();
     let restoring = |id| {
-        let mut catalog = Catalog::first(id, "copy", KeyspaceSpec::default(), &[vec![NodeId(1)]], 4, 4);
+        let mut catalog =
+            Catalog::first(id, "copy", KeyspaceSpec::default(), &[vec![NodeId(1)]], 4, 4);
         let kind = PlanKind::Restore { keyspace: source, version: CatalogVersion(1), at_us: None };
         catalog.plan = Some(Plan { kind, ..plan.clone() });
         catalog
@@ -264,15 +292,21 @@ async fn what_is_young_or_in_use_is_never_deleted() {
     assert_eq!(rig.keys().await, all);
 }
 
-/// A master that was killed between the two steps of creating the keyspace: no master continues the restore.
+/// A master that was killed between the two steps of creating the keyspace: no master continues the
+/// restore.
 #[tokio::test]
 async fn a_restore_that_was_cut_off_does_not_keep_its_source_for_ever() {
     let rig = Rig::new("cut-off").await;
     rig.three_checkpoints().await;
-    let mut copy = Catalog::first(KeyspaceId(2), "copy", KeyspaceSpec::default(), &[vec![NodeId(1)]], 2, 2);
+    let mut copy =
+        Catalog::first(KeyspaceId(2), "copy", KeyspaceSpec::default(), &[vec![NodeId(1)]], 2, 2);
     copy.plan = Some(Plan {
         id: PlanId(1),
-        kind: PlanKind::Restore { keyspace: rig.keyspace(), version: CatalogVersion(1), at_us: None },
+        kind: PlanKind::Restore {
+            keyspace: rig.keyspace(),
+            version: CatalogVersion(1),
+            at_us: None,
+        },
         from_epoch: Epoch(1),
         started_at_us: 2,
         step: Step::Tail,
@@ -286,7 +320,10 @@ async fn a_restore_that_was_cut_off_does_not_keep_its_source_for_ever() {
     let planned = collect(&rig.bucket, young, true).await.unwrap();
     assert_eq!((planned.deleted, planned.young), (0, 0), "{planned:?}");
     let collected = collect(&rig.bucket, STRICT, false).await.unwrap();
-    assert!(collected.keys.contains(&rig.sst(9)) && collected.keys.contains(&rig.sst(1)), "{collected:?}");
+    assert!(
+        collected.keys.contains(&rig.sst(9)) && collected.keys.contains(&rig.sst(1)),
+        "{collected:?}"
+    );
     assert!(fsck(&rig.bucket, true).await.unwrap().orphans.is_empty());
 }
 
@@ -329,7 +366,8 @@ async fn what_is_missing_or_damaged_is_found() {
     rig.bucket.delete(&rig.sst(4)).await.unwrap();
     assert_eq!(fsck(&rig.bucket, false).await.unwrap().missing, [rig.sst(4)]);
     raw.put(&Path::from(rig.sst(4)), Bytes::from("the content of 4").into()).await.unwrap();
-    let keys: Vec<String> = rig.bucket.list("").await.unwrap().into_iter().map(|object| object.key).collect();
+    let keys: Vec<String> =
+        rig.bucket.list("").await.unwrap().into_iter().map(|object| object.key).collect();
     let mut tried = 0;
     for key in keys.iter().filter(|key| key.starts_with("data/") || key.starts_with("catalog/")) {
         if *key == rig.sst(9) {
@@ -345,12 +383,19 @@ async fn what_is_missing_or_damaged_is_found() {
             // An unreadable manifest never leads to a deletion.
             let gone = collect(&rig.bucket, STRICT, true).await.unwrap();
             if key.ends_with(".manifest") && key.contains("/checkpoint/") {
-                assert_eq!(gone.keys.iter().filter(|gone| gone.starts_with("data/")).count(), 0, "{key}");
+                assert_eq!(
+                    gone.keys.iter().filter(|gone| gone.starts_with("data/")).count(),
+                    0,
+                    "{key}"
+                );
             }
             tried += 1;
         }
         raw.put(&Path::from(key.as_str()), good[..good.len() - 1].to_vec().into()).await.unwrap();
-        assert!(fsck(&rig.bucket, false).await.unwrap().corrupt.contains(key), "{key} is too short");
+        assert!(
+            fsck(&rig.bucket, false).await.unwrap().corrupt.contains(key),
+            "{key} is too short"
+        );
         raw.put(&Path::from(key.as_str()), good.into()).await.unwrap();
     }
     println!("{tried} flipped bits, all found");
@@ -362,7 +407,8 @@ async fn what_is_missing_or_damaged_is_found() {
 async fn two_collections_at_once_leave_what_is_needed() {
     let rig = Rig::new("two").await;
     rig.three_checkpoints().await;
-    let (a, b) = tokio::join!(collect(&rig.bucket, STRICT, false), collect(&rig.bucket, STRICT, false));
+    let (a, b) =
+        tokio::join!(collect(&rig.bucket, STRICT, false), collect(&rig.bucket, STRICT, false));
     println!("{:?} {:?}", a.unwrap(), b.unwrap());
     assert!(fsck(&rig.bucket, true).await.unwrap().is_clean());
     assert!(rig.keys().await.contains(&rig.sst(4)));
@@ -431,8 +477,12 @@ async fn one_object_of_the_future_ages_no_other() {
     next.state = vasto_core::catalog::KeyspaceState::Deleted;
     rig.rig.write(next).await;
     rig.put_a_note_of_the_future(8 * 24 * HOUR);
-    let collected =
-        collect(&rig.rig.bucket, Retention { min_age: Duration::ZERO, ..Retention::default() }, false).await;
+    let collected = collect(
+        &rig.rig.bucket,
+        Retention { min_age: Duration::ZERO, ..Retention::default() },
+        false,
+    )
+    .await;
     assert_eq!(collected.unwrap().keys, [rig.rig.sst(9)]);
     let found = fsck(&rig.rig.bucket, false).await.unwrap();
     assert!(found.warnings.iter().any(|text| text.contains("notes.txt")), "{found:?}");
@@ -451,13 +501,17 @@ async fn the_earlier_of_two_clocks_counts() {
     let behind = collect_at(&rig.rig.bucket, strict, false, now_us() - 2 * day).await.unwrap();
     assert_eq!((behind.deleted, rig.rig.keys().await), (0, all.clone()));
     assert!(
-        behind.warnings.iter().any(|text| text.contains("bucket's clock is") && text.contains("ahead of the master's"))
+        behind.warnings.iter().any(
+            |text| text.contains("bucket's clock is") && text.contains("ahead of the master's")
+        )
     );
     rig.age(HOUR).await;
     let ahead = collect_at(&rig.rig.bucket, strict, false, now_us() + 30 * day).await.unwrap();
     assert_eq!((ahead.deleted, rig.rig.keys().await), (0, all));
     assert!(
-        ahead.warnings.iter().any(|text| text.contains("master's clock is") && text.contains("ahead of the bucket's"))
+        ahead.warnings.iter().any(
+            |text| text.contains("master's clock is") && text.contains("ahead of the bucket's")
+        )
     );
     rig.age(48 * HOUR).await;
     let right = collect_at(&rig.rig.bucket, strict, false, now_us()).await.unwrap();
@@ -473,7 +527,10 @@ async fn what_may_be_of_an_upload_that_runs_stays_longer_than_that_may_take() {
     rig.age(11 * HOUR).await;
     let collected = collect(&rig.rig.bucket, strict, false).await.unwrap();
     assert!(collected.deleted > 5, "{collected:?}");
-    assert!(rig.rig.keys().await.contains(&rig.rig.sst(9)) && !rig.rig.keys().await.contains(&rig.rig.sst(1)));
+    assert!(
+        rig.rig.keys().await.contains(&rig.rig.sst(9))
+            && !rig.rig.keys().await.contains(&rig.rig.sst(1))
+    );
     rig.age(14 * HOUR).await;
     assert_eq!(collect(&rig.rig.bucket, strict, false).await.unwrap().keys, [rig.rig.sst(9)]);
 }
@@ -515,7 +572,12 @@ async fn strangers_cost_a_word_each_and_nothing_else() {
     let found = fsck(&rig.rig.bucket, true).await.unwrap();
     assert_eq!(found.missing, Vec::<String>::new());
     for word in ["odd-", "circle", "dangling", "itself"] {
-        assert_eq!(found.warnings.iter().filter(|text| text.contains(word)).count(), 5, "{word}: {:?}", found.warnings);
+        assert_eq!(
+            found.warnings.iter().filter(|text| text.contains(word)).count(),
+            5,
+            "{word}: {:?}",
+            found.warnings
+        );
     }
     let orphans: Vec<&str> = found.orphans.iter().map(|orphan| orphan.key.as_str()).collect();
     for key in [staged.as_str(), "lost+found/x", "catalog/x", "data/x/y"] {
@@ -527,7 +589,8 @@ async fn strangers_cost_a_word_each_and_nothing_else() {
     assert!(rig.rig.keys().await.contains(&rig.rig.sst(4)));
 }
 
-/// An object that the cluster reports as written but is not there is missing, also in an empty bucket.
+/// An object that the cluster reports as written but is not there is missing, also in an empty
+/// bucket.
 #[tokio::test]
 async fn what_is_known_to_be_there_is_looked_for() {
     let rig = Rig::new("known").await;
@@ -549,7 +612,8 @@ async fn what_is_known_to_be_there_is_looked_for() {
         assert_eq!(found.missing.first(), Some(key), "{found:?}");
         rig.put(key, body).await;
     }
-    let all: Vec<String> = rig.bucket.list("").await.unwrap().into_iter().map(|object| object.key).collect();
+    let all: Vec<String> =
+        rig.bucket.list("").await.unwrap().into_iter().map(|object| object.key).collect();
     rig.bucket.delete_many(&all.iter().map(String::as_str).collect::<Vec<_>>()).await.unwrap();
     assert!(fsck(&rig.bucket, false).await.unwrap().is_clean(), "nobody knows of anything");
     let found = check(&rig.bucket, false, &known, now_us()).await.unwrap();
@@ -567,10 +631,22 @@ async fn a_check_reads_every_byte_only_when_it_is_asked_to() {
     let long: Vec<u8> = (36..=6_035u64)
         .flat_map(|lsn| {
             let origin = Origin { replica: REPLICA, incarnation: Incarnation(1) };
-            let body = Body::data(vec![vasto_core::record::KeyEntry { key: vec![1; 100], entry: vec![2; 100] }]);
+            let body = Body::data(vec![vasto_core::record::KeyEntry {
+                key: vec![1; 100],
+                entry: vec![2; 100],
+            }]);
             let (lsn, synced_lsn) = (Lsn(lsn), Lsn(lsn - 1));
-            Record { lsn, synced_lsn, origin, own_seq: OwnSeq(lsn.0), commit_time: 1, epoch: Epoch(1), floor: 0, body }
-                .encode()
+            Record {
+                lsn,
+                synced_lsn,
+                origin,
+                own_seq: OwnSeq(lsn.0),
+                commit_time: 1,
+                epoch: Epoch(1),
+                floor: 0,
+                body,
+            }
+            .encode()
         })
         .collect();
     let bytes = long.len() as u64;
@@ -608,7 +684,8 @@ async fn a_new_keyspace_does_not_end_a_collection_that_runs() {
     let rig = Dated::new().await;
     rig.rig.three_checkpoints().await;
     for n in 100..4_100 {
-        std::fs::write(rig.path(&rig.rig.sst(n)), "of a checkpoint that never got its manifest").unwrap();
+        std::fs::write(rig.path(&rig.rig.sst(n)), "of a checkpoint that never got its manifest")
+            .unwrap();
     }
     let bucket = rig.rig.bucket.clone();
     let collecting = tokio::spawn(async move { collect(&bucket, STRICT, false).await });
@@ -625,14 +702,20 @@ async fn a_new_keyspace_does_not_end_a_collection_that_runs() {
 /// A master that finds a non-empty prefix without a claim does not claim it.
 #[tokio::test]
 async fn a_prefix_that_is_not_empty_is_never_claimed() {
-    for (n, key) in ["notes.txt", "catalog/00000000000000000001/00000000000000000001", "data/x"].into_iter().enumerate()
+    for (n, key) in ["notes.txt", "catalog/00000000000000000001/00000000000000000001", "data/x"]
+        .into_iter()
+        .enumerate()
     {
-        let bucket = Bucket::open(&format!("memory://claim-{n}"), &BucketOptions::default()).unwrap();
+        let bucket =
+            Bucket::open(&format!("memory://claim-{n}"), &BucketOptions::default()).unwrap();
         bucket.create("probe/1", Bytes::from_static(b"of a start that was cut off")).await.unwrap();
         bucket.create(key, Bytes::from_static(b"x")).await.unwrap();
         let store = CatalogStore::new(bucket.clone());
         let error = store.claim_cluster("new".into()).await.unwrap_err();
-        assert!(matches!(&error, vasto_shipping::CatalogError::Unclaimed { found, .. } if found == key), "{error:?}");
+        assert!(
+            matches!(&error, vasto_shipping::CatalogError::Unclaimed { found, .. } if found == key),
+            "{error:?}"
+        );
         assert!(error.to_string().contains("vasto bucket repair"), "{error}");
         assert_eq!(bucket.head(&layout::cluster()).await.unwrap(), None);
         bucket.delete(key).await.unwrap();
@@ -640,7 +723,8 @@ async fn a_prefix_that_is_not_empty_is_never_claimed() {
     }
 }
 
-/// The target of an undone grow shipped copies of bands that others own: its archive is deleted without a successor.
+/// The target of an undone grow shipped copies of bands that others own: its archive is deleted
+/// without a successor.
 #[tokio::test]
 async fn what_an_undone_plan_left_behind_goes() {
     let mut rig = Rig::new("undone").await;
@@ -659,8 +743,8 @@ async fn what_an_undone_plan_left_behind_goes() {
     assert!(rig.keys().await.is_empty(), "{:?}", rig.keys().await);
 }
 
-/// A replica is lost; another replica, with an old checkpoint, continues its archive. That archive stays
-/// until a checkpoint covers it.
+/// A replica is lost; another replica, with an old checkpoint, continues its archive. That archive
+/// stays until a checkpoint covers it.
 #[tokio::test]
 async fn what_another_log_goes_on_behind_stays_until_a_checkpoint_covers_it() {
     for accepted in [false, true] {
@@ -679,13 +763,20 @@ async fn what_another_log_goes_on_behind_stays_until_a_checkpoint_covers_it() {
         tokio::time::sleep(Duration::from_millis(5)).await;
         collect(&rig.bucket, STRICT, false).await.unwrap();
         let keys = rig.keys().await;
-        assert!(keys.contains(&before) && keys.contains(&rig.sst(1)) && keys.contains(&behind), "{accepted}: {keys:?}");
-        // The checkpoint covers the archive that its log continues, and so all that the lost replica has shipped.
+        assert!(
+            keys.contains(&before) && keys.contains(&rig.sst(1)) && keys.contains(&behind),
+            "{accepted}: {keys:?}"
+        );
+        // The checkpoint covers the archive that its log continues, and so all that the lost
+        // replica has shipped.
         rig.checkpoint_of(next, CatalogVersion(9), 30, &[8]).await;
         tokio::time::sleep(Duration::from_millis(5)).await;
         collect(&rig.bucket, STRICT, false).await.unwrap();
         let keys = rig.keys().await;
-        assert!(!keys.contains(&before) && !keys.contains(&rig.sst(1)) && keys.contains(&rig.sst(8)), "{keys:?}");
+        assert!(
+            !keys.contains(&before) && !keys.contains(&rig.sst(1)) && keys.contains(&rig.sst(8)),
+            "{keys:?}"
+        );
     }
 }
 
@@ -708,7 +799,10 @@ async fn what_was_given_up_goes_when_nothing_leans_on_it() {
     rig.write(catalog).await;
     collect(&rig.bucket, STRICT, false).await.unwrap();
     let keys = rig.keys().await;
-    assert!(!keys.contains(&given_up) && !keys.contains(&rig.sst(1)) && keys.contains(&rig.sst(7)), "{keys:?}");
+    assert!(
+        !keys.contains(&given_up) && !keys.contains(&rig.sst(1)) && keys.contains(&rig.sst(7)),
+        "{keys:?}"
+    );
 }
 
 /// A hole in the log after the last checkpoint is reported as missing; a hole before it is not.
@@ -720,7 +814,10 @@ async fn a_hole_in_the_log_is_found() {
     rig.chunk(41, 45).await;
     let chunk = |lsn| layout::chunk(rig.keyspace(), SHARD, REPLICA, Lsn(lsn));
     rig.bucket.delete(&chunk(11)).await.unwrap();
-    assert!(fsck(&rig.bucket, false).await.unwrap().is_clean(), "the checkpoint at 30 holds what was in it");
+    assert!(
+        fsck(&rig.bucket, false).await.unwrap().is_clean(),
+        "the checkpoint at 30 holds what was in it"
+    );
     rig.bucket.delete(&chunk(36)).await.unwrap();
     assert_eq!(fsck(&rig.bucket, false).await.unwrap().missing, [chunk(36)]);
 }
@@ -734,7 +831,8 @@ async fn a_restore_ends_a_collection_that_runs() {
     let rig = Rig::at(&format!("file://{}", dir.path().display())).await;
     rig.three_checkpoints().await;
     for n in 100..100 + GARBAGE {
-        std::fs::write(dir.path().join(rig.sst(n)), "of a checkpoint that never got its manifest").unwrap();
+        std::fs::write(dir.path().join(rig.sst(n)), "of a checkpoint that never got its manifest")
+            .unwrap();
     }
     let bucket = rig.bucket.clone();
     let collecting = tokio::spawn(async move { collect(&bucket, STRICT, false).await });
@@ -745,6 +843,10 @@ async fn a_restore_ends_a_collection_that_runs() {
     }
     interrupt(&rig.bucket).await.unwrap();
     let collected = collecting.await.unwrap().unwrap();
-    assert!(collected.stopped.is_some() && collected.deleted < GARBAGE, "{} deleted", collected.deleted);
+    assert!(
+        collected.stopped.is_some() && collected.deleted < GARBAGE,
+        "{} deleted",
+        collected.deleted
+    );
     assert!(fsck(&rig.bucket, true).await.unwrap().is_clean());
 }

@@ -11,7 +11,8 @@ use vasto_core::catalog::{Catalog, KeyspaceSpec, Quarantine};
 use vasto_core::ids::Vector;
 use vasto_core::record::{BandRange, Body, KeyEntry, Record};
 use vasto_core::{
-    Band, CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, Origin, OwnSeq, PlanId, ReplicaId, ShardId,
+    Band, CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, Origin, OwnSeq, PlanId,
+    ReplicaId, ShardId,
 };
 use vasto_shipping::catalog::{decode_catalog, encode_catalog};
 use vasto_shipping::{Chunk, Manifest, ManifestFile};
@@ -45,7 +46,13 @@ fn origin(replica: u64, incarnation: u64) -> Origin {
 #[test]
 fn manifest() {
     let file = |number: u64, level: i32, first: &[u8], last: &[u8]| ManifestFile {
-        key: vasto_shipping::layout::sst(KeyspaceId(7), ShardId(2), ReplicaId(5), number, "0123456789abcdef"),
+        key: vasto_shipping::layout::sst(
+            KeyspaceId(7),
+            ShardId(2),
+            ReplicaId(5),
+            number,
+            "0123456789abcdef",
+        ),
         file_number: number,
         bytes: 67_108_864 + number,
         crc32c: 0xdead_beef,
@@ -130,9 +137,11 @@ fn chunk() {
 fn catalog() {
     let nodes = [vec![NodeId(1)], vec![NodeId(2)]];
     let spec = KeyspaceSpec { shards: 2, ttl_ms: Some(60_000), ..KeyspaceSpec::default() };
-    let first = Catalog::first(KeyspaceId(7), "ks1", spec, &nodes, 1_700_000_000_000_000, 0xfeed_face);
+    let first =
+        Catalog::first(KeyspaceId(7), "ks1", spec, &nodes, 1_700_000_000_000_000, 0xfeed_face);
     let mut catalog =
-        vasto_core::reconcile::start_grow(&first, 3, &[NodeId(3)], 1_700_000_000_000_001, u64::MAX).unwrap();
+        vasto_core::reconcile::start_grow(&first, 3, &[NodeId(3)], 1_700_000_000_000_001, u64::MAX)
+            .unwrap();
     catalog.pins.push("data/x/checkpoint/00000000000000000001.manifest".into());
     catalog.quarantines.push(Quarantine {
         plan: PlanId(9),

@@ -1,7 +1,8 @@
 //! An object store that wraps another one and injects faults into its calls.
 //!
-//! **Invariant:** a fault before the operation leaves the objects alone, a fault after it does not undo it. A fault that
-//! alters a body counts as a hit only when the altered body was stored or served.
+//! **Invariant:** a fault before the operation leaves the objects alone, a fault after it does not
+//! undo it. A fault that alters a body counts as a hit only when the altered body was stored or
+//! served.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -33,7 +34,8 @@ pub enum Call {
 }
 
 impl Call {
-    const ALL: [Call; 6] = [Call::Put, Call::Multipart, Call::Get, Call::Head, Call::Delete, Call::List];
+    const ALL: [Call; 6] =
+        [Call::Put, Call::Multipart, Call::Get, Call::Head, Call::Delete, Call::List];
 }
 
 /// The fault injected into a call.
@@ -122,7 +124,8 @@ impl Faulty {
         Bucket::from_store("memory://faulty", self.store.clone())
     }
 
-    /// Injects the fault into the next `times` calls of the kind; `u32::MAX`: until [`Faulty::heal`].
+    /// Injects the fault into the next `times` calls of the kind; `u32::MAX`: until
+    /// [`Faulty::heal`].
     pub fn fail(&self, call: Call, fault: Fault, times: u32) {
         self.planned.lock().push((call, fault, times));
     }
@@ -175,7 +178,8 @@ impl Faulty {
 
     fn fault(&self, call: Call) -> Option<Fault> {
         let number = self.calls.fetch_add(1, Ordering::SeqCst) + 1;
-        let numbered = self.numbered.lock().take_if(|(at, _)| *at == number).map(|(_, fault)| fault);
+        let numbered =
+            self.numbered.lock().take_if(|(at, _)| *at == number).map(|(_, fault)| fault);
         let fault = numbered.or_else(|| self.planned_for(call))?;
         if !fault.alters_a_body() {
             self.count_hit();
@@ -185,7 +189,8 @@ impl Faulty {
 
     fn planned_for(&self, call: Call) -> Option<Fault> {
         let mut planned = self.planned.lock();
-        let (_, fault, times) = planned.iter_mut().find(|(of, _, times)| *of == call && *times > 0)?;
+        let (_, fault, times) =
+            planned.iter_mut().find(|(of, _, times)| *of == call && *times > 0)?;
         if *times != u32::MAX {
             *times -= 1;
         }
@@ -218,7 +223,8 @@ impl Faulty {
 
     /// Serves the body of an object under a fault that alters it.
     async fn altered(&self, location: &Path, fault: Fault, result: GetResult) -> Result<GetResult> {
-        let (meta, range, attributes) = (result.meta.clone(), result.range.clone(), result.attributes.clone());
+        let (meta, range, attributes) =
+            (result.meta.clone(), result.range.clone(), result.attributes.clone());
         let body = result.bytes().await?;
         if !body.is_empty() {
             self.count_hit();
@@ -241,7 +247,8 @@ impl std::fmt::Display for Faulty {
 }
 
 fn broken() -> Error {
-    let source = HttpError::new(HttpErrorKind::Interrupted, std::io::Error::other("connection reset"));
+    let source =
+        HttpError::new(HttpErrorKind::Interrupted, std::io::Error::other("connection reset"));
     Error::Generic { store: "faulty", source: Box::new(source) }
 }
 
@@ -290,14 +297,22 @@ async fn die(died: &Notify) -> Result<()> {
 
 #[async_trait::async_trait]
 impl ObjectStore for Faulty {
-    async fn put_opts(&self, location: &Path, payload: PutPayload, mut options: PutOptions) -> Result<PutResult> {
+    async fn put_opts(
+        &self,
+        location: &Path,
+        payload: PutPayload,
+        mut options: PutOptions,
+    ) -> Result<PutResult> {
         if self.ignores_conditions.load(Ordering::SeqCst) {
             options.mode = PutMode::Overwrite;
         }
         let fault = self.fault(Call::Put);
         before(fault, &self.died).await?;
         if fault == Some(Fault::Conflict) {
-            return Err(Error::AlreadyExists { path: location.to_string(), source: "409 Conflict".into() });
+            return Err(Error::AlreadyExists {
+                path: location.to_string(),
+                source: "409 Conflict".into(),
+            });
         }
         let is_flipped = fault == Some(Fault::FlippedBody) && payload.content_length() > 0;
         let payload = if is_flipped { flipped(&Bytes::from(payload)).into() } else { payload };
@@ -332,13 +347,18 @@ impl ObjectStore for Faulty {
         if let Some(fault) = fault.filter(|fault| fault.alters_a_body()) {
             return self.altered(location, fault, result).await;
         }
-        if let Some(misread) = self.misread.lock().as_mut().filter(|misread| misread.key == location.as_ref()) {
+        if let Some(misread) =
+            self.misread.lock().as_mut().filter(|misread| misread.key == location.as_ref())
+        {
             misread.read_again = true;
         }
         Ok(result)
     }
 
-    fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
+    fn delete_stream(
+        &self,
+        locations: BoxStream<'static, Result<Path>>,
+    ) -> BoxStream<'static, Result<Path>> {
         self.answer(Call::Delete, self.store.delete_stream(locations))
     }
 

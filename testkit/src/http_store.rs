@@ -1,10 +1,11 @@
-//! An S3 server on loopback that injects faults into its answers, or ignores the conditions of PUTs.
+//! An S3 server on loopback that injects faults into its answers, or ignores the conditions of
+//! PUTs.
 //!
 //! **Invariant:** a fault before the operation leaves the objects alone, a fault after it
 //! does not undo it. The server records the request and the answer of every call for the test.
 //!
-//! Correct answers come from memory ([`objects`]; [`Keys`] decides which keys are accepted), or from a real S3
-//! server that this one stands before.
+//! Correct answers come from memory ([`objects`]; [`Keys`] decides which keys are accepted), or
+//! from a real S3 server that this one stands before.
 
 mod objects;
 
@@ -85,7 +86,8 @@ pub struct Request {
 
 impl Request {
     pub fn key_id(&self) -> &str {
-        let credential = self.headers.get("authorization").and_then(|text| text.split_once("Credential="));
+        let credential =
+            self.headers.get("authorization").and_then(|text| text.split_once("Credential="));
         credential.and_then(|(_, rest)| rest.split('/').next()).unwrap_or_default()
     }
 }
@@ -106,7 +108,8 @@ pub struct Served {
     /// The status that was sent, or would have been.
     pub status: u16,
     pub fault: Option<Fault>,
-    /// The body arrived with other bytes than were sent: the answer's, or for [`Fault::FlipSent`] the request's.
+    /// The body arrived with other bytes than were sent: the answer's, or for [`Fault::FlipSent`]
+    /// the request's.
     pub altered: bool,
 }
 
@@ -155,9 +158,11 @@ impl HttpStore {
         Self::serve(Shared { keys: Some(Arc::clone(keys)), ..Shared::default() }).await
     }
 
-    /// Starts a store that stands before the real server of these options, and opens a bucket through it.
+    /// Starts a store that stands before the real server of these options, and opens a bucket
+    /// through it.
     pub async fn before(options: &BucketOptions, url: &str) -> (HttpStore, Bucket) {
-        let server = options.endpoint.as_ref().and_then(|url| url.strip_prefix("http://")?.parse().ok());
+        let server =
+            options.endpoint.as_ref().and_then(|url| url.strip_prefix("http://")?.parse().ok());
         assert!(server.is_some(), "{options:?}");
         let store = Self::serve(Shared { server, ..Shared::default() }).await;
         let options = BucketOptions { endpoint: Some(store.endpoint()), ..options.clone() };
@@ -180,7 +185,8 @@ impl HttpStore {
         HttpStore { address, shared, server }
     }
 
-    /// Starts a store that accepts every PUT, whatever its condition: the kind that must not be used.
+    /// Starts a store that accepts every PUT, whatever its condition: the kind that must not be
+    /// used.
     pub async fn without_conditions() -> HttpStore {
         let store = Self::start().await;
         store.shared.objects.lock().unwrap().ignores_conditions = true;
@@ -199,8 +205,11 @@ impl HttpStore {
 
     /// Opens the bucket with fixed keys.
     pub fn bucket(&self) -> Bucket {
-        let options =
-            BucketOptions { access_key_id: Some(KEY.into()), secret_access_key: Some(SECRET.into()), ..self.options() };
+        let options = BucketOptions {
+            access_key_id: Some(KEY.into()),
+            secret_access_key: Some(SECRET.into()),
+            ..self.options()
+        };
         let environment = [("AWS_SESSION_TOKEN".into(), SESSION_TOKEN.into())];
         Bucket::open_in(&self.url(), &options, environment).unwrap()
     }
@@ -234,7 +243,8 @@ impl HttpStore {
         self.shared.faults.lock().unwrap().push(Script { ask, skip, fault, times });
     }
 
-    /// Checks that every planned fault was injected; a cell whose fault never happened has shown nothing.
+    /// Checks that every planned fault was injected; a cell whose fault never happened has shown
+    /// nothing.
     pub fn assert_all_fired(&self) {
         for script in self.shared.faults.lock().unwrap().drain(..) {
             let Script { ask, fault, times, .. } = script;
@@ -265,7 +275,11 @@ impl HttpStore {
 
     /// Inserts an object under a foreign name.
     pub fn put_foreign(&self, key: &str) {
-        self.shared.objects.lock().unwrap().insert(&format!("root/{key}"), Bytes::from_static(b"not ours"));
+        self.shared
+            .objects
+            .lock()
+            .unwrap()
+            .insert(&format!("root/{key}"), Bytes::from_static(b"not ours"));
     }
 
     /// Sets the number of objects in a page of a listing.
@@ -286,7 +300,9 @@ impl Shared {
             return Some(fault);
         }
         let mut faults = self.faults.lock().unwrap();
-        if let Some(script) = faults.iter_mut().find(|script| script.ask == request.ask && script.times > 0) {
+        if let Some(script) =
+            faults.iter_mut().find(|script| script.ask == request.ask && script.times > 0)
+        {
             if script.skip == 0 {
                 script.times -= 1;
                 return Some(script.fault);
@@ -309,13 +325,21 @@ impl Shared {
             request.body = flipped(&sent);
         }
         let refused = match fault {
-            Some(Fault::SlowDown) => Some(error(503, "SlowDown", "Please reduce your request rate.", "")),
-            Some(Fault::InternalError) => {
-                Some(error(500, "InternalError", "We encountered an internal error. Please try again.", ""))
+            Some(Fault::SlowDown) => {
+                Some(error(503, "SlowDown", "Please reduce your request rate.", ""))
             }
-            Some(Fault::ErrorInBody) => {
-                Some(error(200, "InternalError", "We encountered an internal error. Please try again.", ""))
-            }
+            Some(Fault::InternalError) => Some(error(
+                500,
+                "InternalError",
+                "We encountered an internal error. Please try again.",
+                "",
+            )),
+            Some(Fault::ErrorInBody) => Some(error(
+                200,
+                "InternalError",
+                "We encountered an internal error. Please try again.",
+                "",
+            )),
             Some(Fault::ExpiredToken) => Some(expired(request)),
             Some(Fault::AccessDenied) => Some(error(403, "AccessDenied", "Access Denied", "")),
             Some(Fault::TimeTooSkewed) => {
@@ -370,13 +394,22 @@ pub fn error(status: u16, code: &str, message: &str, more: &str) -> HttpReply {
         "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>{code}</Code><Message>{message}</Message>{more}\
          <RequestId>1234567890ABCDEF</RequestId><HostId>aG9zdA==</HostId></Error>"
     );
-    HttpReply { status, headers: vec![("Content-Type", "application/xml".to_owned())], body: body.into() }
+    HttpReply {
+        status,
+        headers: vec![("Content-Type", "application/xml".to_owned())],
+        body: body.into(),
+    }
 }
 
 /// Returns the refusal of an expired token; S3 repeats the token in it.
 fn expired(request: &Request) -> HttpReply {
     let token = request.headers.get("x-amz-security-token").map_or("", String::as_str);
-    error(400, "ExpiredToken", "The provided token has expired.", &format!("<Token-0>{token}</Token-0>"))
+    error(
+        400,
+        "ExpiredToken",
+        "The provided token has expired.",
+        &format!("<Token-0>{token}</Token-0>"),
+    )
 }
 
 async fn connection(stream: TcpStream, shared: Arc<Shared>) -> std::io::Result<()> {
@@ -384,7 +417,9 @@ async fn connection(stream: TcpStream, shared: Arc<Shared>) -> std::io::Result<(
     while let Some(mut request) = read(&mut stream).await? {
         let (answer, fault) = shared.answer(&mut request).await?;
         match fault {
-            Some(Fault::ResetBefore | Fault::ResetAfter) => return stream.get_ref().set_zero_linger(),
+            Some(Fault::ResetBefore | Fault::ResetAfter) => {
+                return stream.get_ref().set_zero_linger();
+            }
             Some(Fault::SilentAfter) => std::future::pending().await,
             _ => {}
         }
@@ -425,7 +460,8 @@ fn flipped(body: &Bytes) -> Bytes {
     body.into()
 }
 
-/// Lets the real server answer. HTTP/1.0, so that the answer ends with the connection, and is not sent in chunks.
+/// Lets the real server answer. HTTP/1.0, so that the answer ends with the connection, and is not
+/// sent in chunks.
 async fn forward(server: SocketAddr, request: &Request) -> std::io::Result<HttpReply> {
     let mut stream = TcpStream::connect(server).await?;
     let mut head = format!("{} {} HTTP/1.0\r\n", request.method, request.target);
@@ -436,11 +472,16 @@ async fn forward(server: SocketAddr, request: &Request) -> std::io::Result<HttpR
     stream.write_all(&request.body).await?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).await?;
-    let end = answer.windows(4).position(|window| window == b"\r\n\r\n").ok_or(std::io::ErrorKind::UnexpectedEof)?;
+    let end = answer
+        .windows(4)
+        .position(|window| window == b"\r\n\r\n")
+        .ok_or(std::io::ErrorKind::UnexpectedEof)?;
     let head = String::from_utf8_lossy(&answer[..end]).into_owned();
     let mut lines = head.lines();
-    let status = lines.next().and_then(|line| line.split(' ').nth(1)?.parse().ok()).unwrap_or_default();
-    const KEPT: [&str; 6] = ["Content-Length", "Content-Range", "Content-Type", "Date", "ETag", "Last-Modified"];
+    let status =
+        lines.next().and_then(|line| line.split(' ').nth(1)?.parse().ok()).unwrap_or_default();
+    const KEPT: [&str; 6] =
+        ["Content-Length", "Content-Range", "Content-Type", "Date", "ETag", "Last-Modified"];
     let headers = lines.filter_map(|line| {
         let (name, value) = line.split_once(':')?;
         Some((*KEPT.iter().find(|kept| kept.eq_ignore_ascii_case(name))?, value.trim().to_owned()))
@@ -455,7 +496,8 @@ pub async fn read(stream: &mut BufReader<TcpStream>) -> std::io::Result<Option<R
         return Ok(None);
     }
     let mut words = line.split(' ');
-    let (method, target) = (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or_default().to_owned());
+    let (method, target) =
+        (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or_default().to_owned());
     let mut headers = HashMap::new();
     loop {
         let mut header = String::new();

@@ -1,8 +1,9 @@
-//! What the tests of several crates need: stores that inject faults, real S3 servers, processes under test, directories,
-//! waiting, random numbers, settings of a run, and the sources of the workspace.
+//! What the tests of several crates need: stores that inject faults, real S3 servers, processes
+//! under test, directories, waiting, random numbers, settings of a run, and the sources of the
+//! workspace.
 //!
-//! **Invariant:** the kit depends on `core` and `shipping` alone, so that tests that use it compile no RocksDB; other
-//! crates use it in their tests only.
+//! **Invariant:** the kit depends on `core` and `shipping` alone, so that tests that use it compile
+//! no RocksDB; other crates use it in their tests only.
 #![allow(clippy::unwrap_used, reason = "a test ends at the first thing that it did not expect")]
 
 mod directory;

@@ -48,7 +48,8 @@ impl Keys {
     /// Returns the number of the current key, and its remaining lifetime.
     fn hand_out(&self) -> (usize, Duration) {
         let mut keys = self.keys.lock().unwrap();
-        let left = keys.last().map_or(Duration::ZERO, |key| self.life.saturating_sub(key.born.elapsed()));
+        let left =
+            keys.last().map_or(Duration::ZERO, |key| self.life.saturating_sub(key.born.elapsed()));
         if left.is_zero() {
             match keys.last_mut() {
                 Some(key) if !key.late => key.late = true,
@@ -96,14 +97,18 @@ async fn connection(stream: TcpStream, keys: Arc<Keys>) -> std::io::Result<()> {
     const ROLE: &str = "/latest/meta-data/iam/security-credentials/";
     let mut stream = BufReader::new(stream);
     while let Some(request) = read(&mut stream).await? {
-        let has_token = request.headers.get("x-aws-ec2-metadata-token").is_some_and(|token| token == "session");
+        let has_token =
+            request.headers.get("x-aws-ec2-metadata-token").is_some_and(|token| token == "session");
         let (status, body) = match (request.method.as_str(), request.target.strip_prefix(ROLE)) {
             ("PUT", None) if request.target == "/latest/api/token" => (200, "session".to_owned()),
             ("GET", Some("")) if has_token => (200, "vasto".to_owned()),
             ("GET", Some("vasto")) if has_token => (200, credentials(&keys)),
             _ => (401, String::new()),
         };
-        let answer = format!("HTTP/1.1 {status} Some Reason\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        let answer = format!(
+            "HTTP/1.1 {status} Some Reason\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
         stream.write_all(answer.as_bytes()).await?;
     }
     Ok(())

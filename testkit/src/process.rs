@@ -1,7 +1,7 @@
 //! A process under test: its output in files, signals by its own id, and no survivors.
 //!
-//! **Invariant:** a process dies with the [`Process`] that owns it, and also when the test is killed: the kernel
-//! ensures that through `setpriv --pdeathsig` (util-linux).
+//! **Invariant:** a process dies with the [`Process`] that owns it, and also when the test is
+//! killed: the kernel ensures that through `setpriv --pdeathsig` (util-linux).
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -29,7 +29,8 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `program` in its own process group, with its output in `<dir>/<name>.out` and `<dir>/<name>.log`.
+    /// Starts `program` in its own process group, with its output in `<dir>/<name>.out` and
+    /// `<dir>/<name>.log`.
     ///
     /// # Errors
     /// When the files cannot be made or the program cannot be started.
@@ -164,7 +165,8 @@ pub async fn run<A: AsRef<OsStr>>(
 /// When there is no such process.
 pub fn cpu_seconds(pid: u32) -> Result<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let fields: Vec<&str> = stat.rsplit_once(')').context("no name")?.1.split_whitespace().collect();
+    let fields: Vec<&str> =
+        stat.rsplit_once(')').context("no name")?.1.split_whitespace().collect();
     let ticks = fields[11].parse::<f64>()? + fields[12].parse::<f64>()?;
     Ok(ticks / rustix::param::clock_ticks_per_second() as f64)
 }
@@ -187,8 +189,8 @@ fn command(program: &Path) -> Command {
     }
 }
 
-/// Returns a port without a listener. The port is below the range for outgoing connections, so that a killed server
-/// can bind it again.
+/// Returns a port without a listener. The port is below the range for outgoing connections, so that
+/// a killed server can bind it again.
 ///
 /// # Panics
 /// When no port is free.

@@ -1,7 +1,7 @@
 //! Real S3 servers on loopback, ended with the value that owns them, also by a panic.
 //!
-//! Two unrelated implementations: SeaweedFS, in Go, and moto, in Python, which answers with the codes and texts of AWS.
-//! `make setup` installs both.
+//! Two unrelated implementations: SeaweedFS, in Go, and moto, in Python, which answers with the
+//! codes and texts of AWS. `make setup` installs both.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -54,7 +54,8 @@ impl Drop for S3Server {
 }
 
 impl S3Server {
-    /// Starts the server and waits until it accepts a PUT. Retries, since another process may take a port first.
+    /// Starts the server and waits until it accepts a PUT. Retries, since another process may take
+    /// a port first.
     ///
     /// # Errors
     /// When the server is not installed (the text says how to install it) or does not start.
@@ -77,8 +78,12 @@ impl S3Server {
             S3Kind::SeaweedFs => ("weed", "VASTO_TEST_WEED", seaweedfs(dir.path(), port)),
             S3Kind::Moto => ("moto_server", "VASTO_TEST_MOTO", moto(port)),
         };
-        let env = [("AWS_ACCESS_KEY_ID", KEY), ("AWS_SECRET_ACCESS_KEY", SECRET), ("GOMEMLIMIT", "600MiB")]
-            .map(|(key, value)| (key.to_owned(), value.to_owned()));
+        let env = [
+            ("AWS_ACCESS_KEY_ID", KEY),
+            ("AWS_SECRET_ACCESS_KEY", SECRET),
+            ("GOMEMLIMIT", "600MiB"),
+        ]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()));
         let process = Process::spawn(name, &program(name, variable)?, args, &env, dir.path())?;
         Ok(Self { process, port, kind, _dir: dir })
     }
@@ -92,7 +97,8 @@ impl S3Server {
                 bail!("the S3 server ended before it was ready");
             }
             let has_bucket = self.kind == S3Kind::SeaweedFs || self.make_bucket().await.is_ok();
-            if has_bucket && store.put_opts(&path, "ready".into(), Default::default()).await.is_ok() {
+            if has_bucket && store.put_opts(&path, "ready".into(), Default::default()).await.is_ok()
+            {
                 return Ok(());
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
@@ -100,11 +106,13 @@ impl S3Server {
         bail!("the S3 server takes no PUT")
     }
 
-    /// Creates the bucket, which object_store cannot. An existing bucket is no error; the PUT that follows checks it.
+    /// Creates the bucket, which object_store cannot. An existing bucket is no error; the PUT that
+    /// follows checks it.
     async fn make_bucket(&self) -> std::io::Result<()> {
         let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", self.port)).await?;
-        let request =
-            format!("PUT /{BUCKET} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        let request = format!(
+            "PUT /{BUCKET} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        );
         stream.write_all(request.as_bytes()).await?;
         stream.read_to_end(&mut Vec::new()).await?;
         Ok(())
@@ -185,18 +193,34 @@ fn program(name: &str, variable: &str) -> Result<PathBuf> {
 }
 
 fn seaweedfs(dir: &Path, port: u16) -> Vec<String> {
-    let mut args: Vec<String> =
-        ["mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-admin.ui=false", "-webdav=false"]
-            .map(str::to_owned)
-            .into();
+    let mut args: Vec<String> = [
+        "mini",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        "-master.telemetry=false",
+        "-admin.ui=false",
+        "-webdav=false",
+    ]
+    .map(str::to_owned)
+    .into();
     args.extend(["-s3.port.iceberg=0", "-s3.port.lance=0"].map(str::to_owned));
-    args.extend([format!("-dir={}", dir.display()), format!("-bucket={BUCKET}"), format!("-s3.port={port}")]);
+    args.extend([
+        format!("-dir={}", dir.display()),
+        format!("-bucket={BUCKET}"),
+        format!("-s3.port={port}"),
+    ]);
     args.push(format!("-s3.port.grpc={}", free_port()));
     for service in ["master", "volume", "filer", "admin"] {
-        args.extend([format!("-{service}.port={}", free_port()), format!("-{service}.port.grpc={}", free_port())]);
+        args.extend([
+            format!("-{service}.port={}", free_port()),
+            format!("-{service}.port.grpc={}", free_port()),
+        ]);
     }
     // By default SeaweedFS leaves its sockets in /tmp.
-    args.extend(["s3", "filer"].map(|of| format!("-{of}.localSocket={}", dir.join(format!("{of}.sock")).display())));
+    args.extend(
+        ["s3", "filer"]
+            .map(|of| format!("-{of}.localSocket={}", dir.join(format!("{of}.sock")).display())),
+    );
     args
 }
 

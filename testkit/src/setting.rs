@@ -8,7 +8,9 @@ use std::str::FromStr;
 /// When the variable is set to something that is not such a value.
 pub fn setting<T: FromStr>(variable: &str, otherwise: T) -> T {
     match std::env::var(variable) {
-        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{variable} is {text:?}, which is not a value for it")),
+        Ok(text) => text
+            .parse()
+            .unwrap_or_else(|_| panic!("{variable} is {text:?}, which is not a value for it")),
         Err(_) => otherwise,
     }
 }

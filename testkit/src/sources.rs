@@ -13,11 +13,14 @@ pub fn members() -> Vec<String> {
     let manifest = std::fs::read_to_string(checkout().join("Cargo.toml")).unwrap();
     let (_, rest) = manifest.split_once("members = [").unwrap();
     let (list, _) = rest.split_once(']').unwrap();
-    list.split(',').map(|name| name.trim().trim_matches('"').to_owned()).filter(|name| !name.is_empty()).collect()
+    list.split(',')
+        .map(|name| name.trim().trim_matches('"').to_owned())
+        .filter(|name| !name.is_empty())
+        .collect()
 }
 
-/// Returns the Rust files below a folder of the checkout with their text, by their path in the checkout; the code that
-/// a build generates is not among them.
+/// Returns the Rust files below a folder of the checkout with their text, by their path in the
+/// checkout; the code that a build generates is not among them.
 pub fn below(folder: &str) -> BTreeMap<String, String> {
     let root = checkout();
     let mut out = BTreeMap::new();

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
-/// Returns the `vasto` binary: `VASTO_BIN`, or the binary that was built together with this program.
+/// Returns the `vasto` binary: `VASTO_BIN`, or the binary that was built together with this
+/// program.
 ///
 /// # Panics
 /// When there is no binary, or when it is older than its source.
@@ -46,17 +47,21 @@ pub fn tool(name: &str) -> PathBuf {
 
 /// Returns a file that the build named as an input of `binary` and that has changed since.
 ///
-/// A missing input proves nothing: a build directory outlives the checkout that filled it, and cargo reuses a program
-/// of equal sources from there without rewriting its list of inputs.
+/// A missing input proves nothing: a build directory outlives the checkout that filled it, and
+/// cargo reuses a program of equal sources from there without rewriting its list of inputs.
 fn newer_source(binary: &Path) -> Option<String> {
     let built = modified(binary)?;
     let listing = std::fs::read_to_string(binary.with_extension("d")).ok()?;
-    inputs(&listing).into_iter().find(|input| modified(Path::new(input)).is_some_and(|changed| changed > built))
+    inputs(&listing)
+        .into_iter()
+        .find(|input| modified(Path::new(input)).is_some_and(|changed| changed > built))
 }
 
 /// Parses the inputs of a dep-info file: `output: input input ...` with spaces escaped.
 fn inputs(listing: &str) -> Vec<String> {
-    let Some((_, list)) = listing.lines().next().and_then(|line| line.split_once(": ")) else { return Vec::new() };
+    let Some((_, list)) = listing.lines().next().and_then(|line| line.split_once(": ")) else {
+        return Vec::new();
+    };
     let marked = list.replace("\\ ", "\0");
     marked.split_whitespace().map(|input| input.replace('\0', " ")).collect()
 }
@@ -82,8 +87,11 @@ mod tests {
         let path = |name: &str| dir.path().join(name);
         std::fs::write(path("source.rs"), "").unwrap();
         std::fs::write(path("vasto"), "").unwrap();
-        std::fs::write(path("vasto.d"), format!("{}: {}\n", path("vasto").display(), path("source.rs").display()))
-            .unwrap();
+        std::fs::write(
+            path("vasto.d"),
+            format!("{}: {}\n", path("vasto").display(), path("source.rs").display()),
+        )
+        .unwrap();
         let built = modified(&path("vasto")).unwrap();
         let touch = |at: SystemTime| {
             let file = std::fs::OpenOptions::new().write(true).open(path("source.rs")).unwrap();

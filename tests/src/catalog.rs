@@ -1,5 +1,5 @@
-//! Reads the catalog in a bucket that is a local directory: the quickest way to see the step of a plan, also while no
-//! master runs.
+//! Reads the catalog in a bucket that is a local directory: the quickest way to see the step of a
+//! plan, also while no master runs.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -44,12 +44,17 @@ impl CatalogDir {
         Ok(serde_json::from_value(object["body"].take())?)
     }
 
-    /// Waits, reading every version after `after` in turn, for a version whose plan is in `step`; returns it as soon
-    /// as it exists, or `None` when the plan ends before.
+    /// Waits, reading every version after `after` in turn, for a version whose plan is in `step`;
+    /// returns it as soon as it exists, or `None` when the plan ends before.
     ///
     /// # Errors
     /// When the deadline passes.
-    pub async fn step(&self, after: &Catalog, step: Step, deadline: Duration) -> Result<Option<Catalog>> {
+    pub async fn step(
+        &self,
+        after: &Catalog,
+        step: Step,
+        deadline: Duration,
+    ) -> Result<Option<Catalog>> {
         let start = Instant::now();
         let mut version = after.version.0 + 1;
         let mut began = after.plan.is_some();
@@ -66,7 +71,10 @@ impl CatalogDir {
                 continue;
             }
             if start.elapsed() > deadline {
-                bail!("waited {deadline:?} in vain for the step {step:?}, after version {}", version - 1);
+                bail!(
+                    "waited {deadline:?} in vain for the step {step:?}, after version {}",
+                    version - 1
+                );
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

@@ -1,7 +1,7 @@
 //! A cluster of separate processes in a temporary directory, and the operations of tests on it.
 //!
-//! **Invariant:** a test ends with [`Cluster::finish`], which stops every process gracefully within the promised 10 s
-//! and fails on any log line of level WARN or above that the test did not allow.
+//! **Invariant:** a test ends with [`Cluster::finish`], which stops every process gracefully within
+//! the promised 10 s and fails on any log line of level WARN or above that the test did not allow.
 
 mod builder;
 
@@ -44,7 +44,14 @@ struct Server {
 
 impl Server {
     fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), starts: 0, port: 0, node_id: None, process: None, settings: Vec::new() }
+        Self {
+            name: name.to_owned(),
+            starts: 0,
+            port: 0,
+            node_id: None,
+            process: None,
+            settings: Vec::new(),
+        }
     }
 }
 
@@ -139,8 +146,13 @@ impl Cluster {
         let port = if port == Port::New { free_port() } else { self.master.port };
         let listen = format!("127.0.0.1:{port}");
         let args = ["serve", "master", "--bucket", &self.bucket, "--listen", &listen];
-        let ready = Self::launch(&mut self.master, &args, &self.env, self.dir.path(), &mut self.logs).await?;
-        ensure!(ready["role"] == "master" && ready["listen"] == listen.as_str(), "the ready line is {ready}");
+        let ready =
+            Self::launch(&mut self.master, &args, &self.env, self.dir.path(), &mut self.logs)
+                .await?;
+        ensure!(
+            ready["role"] == "master" && ready["listen"] == listen.as_str(),
+            "the ready line is {ready}"
+        );
         self.master.port = port;
         Ok(())
     }
@@ -183,13 +195,20 @@ impl Cluster {
         let node = &mut self.nodes[index];
         let port = if port == Port::New { free_port() } else { node.port };
         let listen = format!("127.0.0.1:{port}");
-        let mut args = vec!["serve", "node", "--master", &master, "--dir", &dir, "--listen", &listen];
+        let mut args =
+            vec!["serve", "node", "--master", &master, "--dir", &dir, "--listen", &listen];
         let own = node.settings.clone();
         args.extend(self.settings.iter().chain(&own).flat_map(|setting| ["--set", setting]));
         let ready = Self::launch(node, &args, &self.env, self.dir.path(), &mut self.logs).await?;
-        ensure!(ready["role"] == "node" && ready["listen"] == listen.as_str(), "the ready line is {ready}");
+        ensure!(
+            ready["role"] == "node" && ready["listen"] == listen.as_str(),
+            "the ready line is {ready}"
+        );
         let id = ready["node_id"].as_str().context("the ready line has no node_id")?.to_owned();
-        ensure!(node.node_id.as_ref().is_none_or(|before| *before == id), "node {index} came back as {id}");
+        ensure!(
+            node.node_id.as_ref().is_none_or(|before| *before == id),
+            "node {index} came back as {id}"
+        );
         node.node_id = Some(id);
         node.port = port;
         Ok(())
@@ -226,7 +245,12 @@ impl Cluster {
     /// # Errors
     /// When the node does not run.
     pub async fn kill9_node(&mut self, index: usize) -> Result<()> {
-        self.nodes[index].process.take().with_context(|| format!("node {index} does not run"))?.kill9().await
+        self.nodes[index]
+            .process
+            .take()
+            .with_context(|| format!("node {index} does not run"))?
+            .kill9()
+            .await
     }
 
     /// Stops the master with SIGTERM; it must end with exit code 0 within 10 s.
@@ -242,7 +266,13 @@ impl Cluster {
     /// # Errors
     /// When the node does not end so.
     pub async fn stop_node(&mut self, index: usize) -> Result<()> {
-        Self::stop(self.nodes[index].process.take().with_context(|| format!("node {index} does not run"))?).await
+        Self::stop(
+            self.nodes[index]
+                .process
+                .take()
+                .with_context(|| format!("node {index} does not run"))?,
+        )
+        .await
     }
 
     async fn stop(mut process: Process) -> Result<()> {
@@ -273,7 +303,8 @@ impl Cluster {
         all.extend(["--output", "json"]);
         let ran = self.vasto(&all).await?;
         ensure!(ran.code == 0, "vasto {args:?} ended with {}: {}", ran.code, ran.stderr);
-        serde_json::from_str(&ran.stdout).with_context(|| format!("vasto {args:?} printed {:?}", ran.stdout))
+        serde_json::from_str(&ran.stdout)
+            .with_context(|| format!("vasto {args:?} printed {:?}", ran.stdout))
     }
 
     /// Opens the keyspace with a new client.
@@ -309,12 +340,16 @@ impl Cluster {
     /// When the keyspace cannot be described.
     pub async fn catalog(&self, name: &str) -> Result<CatalogDir> {
         let described = self.json(&["keyspace", "describe", name]).await?;
-        let id = described["keyspace_id"].as_u64().with_context(|| format!("no keyspace_id in {described}"))?;
-        let root = self.bucket.strip_prefix("file://").context("the bucket is not a local directory")?;
+        let id = described["keyspace_id"]
+            .as_u64()
+            .with_context(|| format!("no keyspace_id in {described}"))?;
+        let root =
+            self.bucket.strip_prefix("file://").context("the bucket is not a local directory")?;
         Ok(CatalogDir::new(Path::new(root), id))
     }
 
-    /// Waits until earlier plans of a keyspace have ended completely: no plan, no quarantined range.
+    /// Waits until earlier plans of a keyspace have ended completely: no plan, no quarantined
+    /// range.
     ///
     /// # Errors
     /// When that takes too long.
@@ -347,7 +382,11 @@ impl Cluster {
         for log in &self.logs {
             let text = std::fs::read_to_string(log)?;
             let name = log.file_stem().unwrap_or_default().to_string_lossy();
-            found.extend(logs::unexpected(&text, &self.allowed).into_iter().map(|line| format!("{name}: {line}")));
+            found.extend(
+                logs::unexpected(&text, &self.allowed)
+                    .into_iter()
+                    .map(|line| format!("{name}: {line}")),
+            );
         }
         if !found.is_empty() {
             let count = found.len();

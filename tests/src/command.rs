@@ -33,18 +33,25 @@ impl Ran {
         })
     }
 
-    /// Checks for a refusal: this exit code, nothing on stdout, and an `error:` (with its `hint:`) that contains all
-    /// these texts.
+    /// Checks for a refusal: this exit code, nothing on stdout, and an `error:` (with its `hint:`)
+    /// that contains all these texts.
     ///
     /// # Errors
     /// The difference from such a refusal.
     pub fn refused(&self, code: i32, texts: &[&str]) -> Result<()> {
         ensure!(self.code == code, "the exit code is {}, not {code}: {self:?}", self.code);
         ensure!(self.stdout.is_empty(), "a refused command printed a result: {self:?}");
-        ensure!(self.stderr.lines().any(|line| line.starts_with("error: ")), "there is no error: {self:?}");
+        ensure!(
+            self.stderr.lines().any(|line| line.starts_with("error: ")),
+            "there is no error: {self:?}"
+        );
         ensure!(!self.stderr.contains("panicked"), "it panicked: {self:?}");
         for text in texts {
-            ensure!(self.stderr.contains(text), "the message does not say {text:?}: {}", self.stderr);
+            ensure!(
+                self.stderr.contains(text),
+                "the message does not say {text:?}: {}",
+                self.stderr
+            );
         }
         Ok(())
     }

@@ -1,11 +1,11 @@
 //! The writes that were promised for each key: the pure part of the checks.
 //!
 //! Every write of a key carries a number that grows by one; every eighth write of a key that is
-//! overwritten is a delete. One task writes a key, one write at a time, so after an acknowledged write the key holds
-//! that number, or that of a later attempt of unknown outcome.
+//! overwritten is a delete. One task writes a key, one write at a time, so after an acknowledged
+//! write the key holds that number, or that of a later attempt of unknown outcome.
 //!
-//! **Invariant:** a refused write ("nothing was changed") must never be visible, an acknowledged write never be
-//! missing; only an attempt of unknown outcome allows both.
+//! **Invariant:** a refused write ("nothing was changed") must never be visible, an acknowledged
+//! write never be missing; only an attempt of unknown outcome allows both.
 
 use std::collections::BTreeMap;
 
@@ -147,7 +147,9 @@ mod tests {
         assert!(history.get("k").allows(Seen::Number(1)));
         let two = history.begin("k");
         assert_eq!(two, 2);
-        assert!(history.get("k").allows(Seen::Number(1)) && history.get("k").allows(Seen::Number(2)));
+        assert!(
+            history.get("k").allows(Seen::Number(1)) && history.get("k").allows(Seen::Number(2))
+        );
         history.refused("k", two);
         assert!(!history.get("k").allows(Seen::Number(2)), "a refused write was seen");
     }

@@ -1,7 +1,7 @@
 //! A cluster whose nodes each have their own network, which can be cut.
 //!
-//! **Invariant:** the master and the clients are outside; [`Hosts::catalog`] shows the first keyspace that is
-//! created.
+//! **Invariant:** the master and the clients are outside; [`Hosts::catalog`] shows the first
+//! keyspace that is created.
 
 use std::path::Path;
 
@@ -50,7 +50,17 @@ impl Hosts {
         for (host, zone) in zones.iter().enumerate() {
             let listen = format!("{}:7000", network.address(Some(host)));
             let data = dir.path().join(format!("data-{host}")).display().to_string();
-            let place = ["--master", &master, "--dir", &data, "--listen", &listen, "--zone", zone, "--insecure"];
+            let place = [
+                "--master",
+                &master,
+                "--dir",
+                &data,
+                "--listen",
+                &listen,
+                "--zone",
+                zone,
+                "--insecure",
+            ];
             let args: Vec<&str> = ["serve", "node"].into_iter().chain(place).collect();
             nodes.push(server(&network, Some(host), dir.path(), &args).await?);
         }
@@ -63,7 +73,8 @@ impl Hosts {
     /// When the command fails.
     pub async fn vasto(&self, args: &[&str]) -> Result<Value> {
         let all: Vec<&str> = args.iter().copied().chain(["--output", "json"]).collect();
-        let ran = Ran::of(&all, &[("VASTO_MASTER".to_owned(), self.master.clone())], DEADLINE).await?;
+        let ran =
+            Ran::of(&all, &[("VASTO_MASTER".to_owned(), self.master.clone())], DEADLINE).await?;
         ensure!(ran.code == 0, "vasto {args:?}: {ran:?}");
         Ok(serde_json::from_str(&ran.stdout)?)
     }
@@ -116,12 +127,23 @@ fn spawn(
         None => Process::spawn(name, program, args.to_vec(), &[], dir),
         Some(namespace) => {
             let before = ["netns", "exec", namespace, &path];
-            Process::spawn(name, Path::new("ip"), before.into_iter().chain(args.iter().copied()), &[], dir)
+            Process::spawn(
+                name,
+                Path::new("ip"),
+                before.into_iter().chain(args.iter().copied()),
+                &[],
+                dir,
+            )
         }
     }
 }
 
-async fn server(network: &Network, host: Option<usize>, dir: &Path, args: &[&str]) -> Result<(Process, Value)> {
+async fn server(
+    network: &Network,
+    host: Option<usize>,
+    dir: &Path,
+    args: &[&str],
+) -> Result<(Process, Value)> {
     let name = host.map_or("master".to_owned(), |host| format!("node-{host}"));
     let mut process = spawn(network, host, &name, vasto_binary(), dir, args)?;
     let ready = process.ready_line(DEADLINE).await?;

@@ -17,7 +17,12 @@ pub async fn put_all(keyspace: &Keyspace, prefix: &str, count: u64) -> Result<()
 ///
 /// # Errors
 /// When a write fails.
-pub async fn put_each(keyspace: &Keyspace, prefix: &str, count: u64, value: impl Fn(u64) -> Bytes) -> Result<()> {
+pub async fn put_each(
+    keyspace: &Keyspace,
+    prefix: &str,
+    count: u64,
+    value: impl Fn(u64) -> Bytes,
+) -> Result<()> {
     let put = |n: u64| {
         let value = value(n);
         async move { keyspace.put(format!("{prefix}{n}"), value).await.map(|_| ()) }

@@ -1,11 +1,11 @@
 //! The harness of the end-to-end tests: real processes, real files, real signals.
 //!
-//! A [`Cluster`] is a master and nodes as separate processes in a temporary directory; [`Load`] writes and reads
-//! during a fault and records the promises in a [`History`]; [`verify`] compares the history with the contents of the
-//! cluster afterwards.
+//! A [`Cluster`] is a master and nodes as separate processes in a temporary directory; [`Load`]
+//! writes and reads during a fault and records the promises in a [`History`]; [`verify`] compares
+//! the history with the contents of the cluster afterwards.
 //!
-//! **Invariant:** no function here waits for time to pass: every wait is for a condition and has a deadline. Every
-//! started process is ended, also when a test panics or is killed.
+//! **Invariant:** no function here waits for time to pass: every wait is for a condition and has a
+//! deadline. Every started process is ended, also when a test panics or is killed.
 
 mod binary;
 mod catalog;
@@ -38,5 +38,7 @@ pub use link::Link;
 pub use load::{Load, LoadSpec, LoadSummary, preload};
 pub use proxy::Proxy;
 pub use relay::{KillPoint, KillTime, Relay};
-pub use vasto_testkit::{DEADLINE, Numbers, Process, S3Kind, S3Server, cpu_seconds, free_port, run, setting, until};
+pub use vasto_testkit::{
+    DEADLINE, Numbers, Process, S3Kind, S3Server, cpu_seconds, free_port, run, setting, until,
+};
 pub use verify::{Verified, verify};

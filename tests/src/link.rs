@@ -77,8 +77,8 @@ impl Link {
         self.shared.cut.send_replace(true);
     }
 
-    /// Passes connections again, with this many bytes a second towards the server (0: unlimited), and resets the
-    /// count of bytes.
+    /// Passes connections again, with this many bytes a second towards the server (0: unlimited),
+    /// and resets the count of bytes.
     pub fn mend(&self, rate: u64) {
         self.shared.rate.store(rate, Ordering::Relaxed);
         self.shared.sent.store(0, Ordering::Relaxed);

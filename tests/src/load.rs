@@ -1,8 +1,8 @@
 //! Clients that write and read while a fault is injected into the cluster.
 //!
-//! Each writer owns its keys and writes one at a time, so that the order of the writes of a key is known: new keys,
-//! keys in partitions, and keys that it overwrites and deletes repeatedly. Readers read the overwritten keys and
-//! check that no key ever goes back.
+//! Each writer owns its keys and writes one at a time, so that the order of the writes of a key is
+//! known: new keys, keys in partitions, and keys that it overwrites and deletes repeatedly. Readers
+//! read the overwritten keys and check that no key ever goes back.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -89,18 +89,38 @@ impl Load {
     ///
     /// # Errors
     /// When the cluster or the keyspace cannot be reached.
-    pub async fn start(master: &str, keyspace: &str, history: &Arc<History>, spec: LoadSpec) -> Result<Self> {
+    pub async fn start(
+        master: &str,
+        keyspace: &str,
+        history: &Arc<History>,
+        spec: LoadSpec,
+    ) -> Result<Self> {
         let counters = |count: usize| (0..count).map(|_| AtomicU64::new(0)).collect();
-        let shared =
-            Arc::new(Shared { acks: counters(spec.writers), reads: counters(spec.readers), ..Shared::default() });
+        let shared = Arc::new(Shared {
+            acks: counters(spec.writers),
+            reads: counters(spec.readers),
+            ..Shared::default()
+        });
         let mut tasks = JoinSet::new();
         let writing = Vasto::connect(master).await?.keyspace(keyspace).await?;
         let reading = Vasto::connect(master).await?.keyspace(keyspace).await?;
         for index in 0..spec.writers {
-            tasks.spawn(write(index, spec.clone(), writing.clone(), Arc::clone(history), Arc::clone(&shared)));
+            tasks.spawn(write(
+                index,
+                spec.clone(),
+                writing.clone(),
+                Arc::clone(history),
+                Arc::clone(&shared),
+            ));
         }
         for index in 0..spec.readers {
-            tasks.spawn(read(index, spec.clone(), reading.clone(), Arc::clone(history), Arc::clone(&shared)));
+            tasks.spawn(read(
+                index,
+                spec.clone(),
+                reading.clone(),
+                Arc::clone(history),
+                Arc::clone(&shared),
+            ));
         }
         Ok(Self { shared, history: Arc::clone(history), tasks })
     }
@@ -110,7 +130,8 @@ impl Load {
         &self.history
     }
 
-    /// Waits until every writer has had `writes` more acknowledgements and every reader as many more answers.
+    /// Waits until every writer has had `writes` more acknowledgements and every reader as many
+    /// more answers.
     ///
     /// # Errors
     /// When that takes too long: a client makes no progress.
@@ -149,7 +170,9 @@ impl Load {
     /// Returns the results of the clients so far.
     pub fn summary(&self) -> LoadSummary {
         let shared = &*self.shared;
-        let sum = |counters: &[AtomicU64]| counters.iter().map(|counter| counter.load(Ordering::Relaxed)).sum();
+        let sum = |counters: &[AtomicU64]| {
+            counters.iter().map(|counter| counter.load(Ordering::Relaxed)).sum()
+        };
         LoadSummary {
             acked: sum(&shared.acks),
             unknown: shared.unknown.load(Ordering::Relaxed),
@@ -204,7 +227,13 @@ fn overwritten_key(spec: &LoadSpec, writer: usize, index: u64) -> String {
     format!("{}:o{writer}:{index}", spec.name)
 }
 
-async fn write(writer: usize, spec: LoadSpec, keyspace: Keyspace, history: Arc<History>, shared: Arc<Shared>) {
+async fn write(
+    writer: usize,
+    spec: LoadSpec,
+    keyspace: Keyspace,
+    history: Arc<History>,
+    shared: Arc<Shared>,
+) {
     let mut numbers = Numbers::new(writer as u64);
     for turn in 0u64.. {
         if shared.stopped() {
@@ -235,7 +264,10 @@ async fn write(writer: usize, spec: LoadSpec, keyspace: Keyspace, history: Arc<H
                     history.refused(&name, number);
                     shared.refused.fetch_add(1, Ordering::Relaxed);
                 }
-                Shared::note(&shared.errors, format!("write of {name}: {:?}: {error}", error.kind()));
+                Shared::note(
+                    &shared.errors,
+                    format!("write of {name}: {:?}: {error}", error.kind()),
+                );
             }
         }
         if !spec.pace.is_zero() {
@@ -244,7 +276,13 @@ async fn write(writer: usize, spec: LoadSpec, keyspace: Keyspace, history: Arc<H
     }
 }
 
-async fn read(reader: usize, spec: LoadSpec, keyspace: Keyspace, history: Arc<History>, shared: Arc<Shared>) {
+async fn read(
+    reader: usize,
+    spec: LoadSpec,
+    keyspace: Keyspace,
+    history: Arc<History>,
+    shared: Arc<Shared>,
+) {
     let mut numbers = Numbers::new(1_000 + reader as u64);
     let mut last_seen: HashMap<String, u64> = HashMap::new();
     while !shared.stopped() {
@@ -261,7 +299,10 @@ async fn read(reader: usize, spec: LoadSpec, keyspace: Keyspace, history: Arc<Hi
             Ok(value) => value,
             Err(error) => {
                 shared.read_errors.fetch_add(1, Ordering::Relaxed);
-                Shared::note(&shared.errors, format!("read of {name}: {:?}: {error}", error.kind()));
+                Shared::note(
+                    &shared.errors,
+                    format!("read of {name}: {:?}: {error}", error.kind()),
+                );
                 continue;
             }
         };
@@ -269,7 +310,8 @@ async fn read(reader: usize, spec: LoadSpec, keyspace: Keyspace, history: Arc<Hi
         let tried = history.get(&name).tried;
         let before = last_seen.get(&name).copied().unwrap_or_default();
         let Some(value) = value else {
-            // Absent: before the first write, or after a delete that is not older than the value seen last.
+            // Absent: before the first write, or after a delete that is not older than the value
+            // seen last.
             if before > 0 && !(before..=tried).any(is_delete) {
                 Shared::note(&shared.violations, format!("{name}: {before} was there and is gone"));
             }
@@ -279,17 +321,26 @@ async fn read(reader: usize, spec: LoadSpec, keyspace: Keyspace, history: Arc<Hi
         };
         match number_of(&name, &value.bytes()) {
             Some(number) if number < before => {
-                Shared::note(&shared.violations, format!("{name}: went back from {before} to {number}"));
+                Shared::note(
+                    &shared.violations,
+                    format!("{name}: went back from {before} to {number}"),
+                );
             }
             Some(number) if number > tried || is_delete(number) => {
-                Shared::note(&shared.violations, format!("{name}: holds {number}, which nobody wrote"));
+                Shared::note(
+                    &shared.violations,
+                    format!("{name}: holds {number}, which nobody wrote"),
+                );
             }
             Some(number) => {
                 shared.stale_reads.fetch_add(u64::from(number < promised), Ordering::Relaxed);
                 last_seen.insert(name, number);
             }
             None => {
-                Shared::note(&shared.violations, format!("{name}: holds {:?}, which nobody wrote", value.bytes()));
+                Shared::note(
+                    &shared.violations,
+                    format!("{name}: holds {:?}, which nobody wrote", value.bytes()),
+                );
             }
         }
     }
@@ -299,10 +350,16 @@ async fn read(reader: usize, spec: LoadSpec, keyspace: Keyspace, history: Arc<Hi
 ///
 /// # Errors
 /// When a write fails.
-pub async fn preload(keyspace: &Keyspace, history: &History, prefix: &str, count: u64) -> Result<()> {
+pub async fn preload(
+    keyspace: &Keyspace,
+    history: &History,
+    prefix: &str,
+    count: u64,
+) -> Result<()> {
     const BATCH: u64 = 500;
     let load = |first: u64| async move {
-        let names: Vec<String> = (first..count.min(first + BATCH)).map(|index| format!("{prefix}{index:07}")).collect();
+        let names: Vec<String> =
+            (first..count.min(first + BATCH)).map(|index| format!("{prefix}{index:07}")).collect();
         let mut batch = Batch::new();
         let mut begun = Vec::with_capacity(names.len());
         for name in &names {
@@ -317,5 +374,9 @@ pub async fn preload(keyspace: &Keyspace, history: &History, prefix: &str, count
         anyhow::Ok(())
     };
     use futures::{StreamExt, TryStreamExt};
-    futures::stream::iter((0..count).step_by(BATCH as usize)).map(load).buffer_unordered(8).try_collect().await
+    futures::stream::iter((0..count).step_by(BATCH as usize))
+        .map(load)
+        .buffer_unordered(8)
+        .try_collect()
+        .await
 }

@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 
-/// Returns the lines of a JSON log that are warnings, errors or not JSON at all (a panic), unless they contain one of
-/// the allowed texts.
+/// Returns the lines of a JSON log that are warnings, errors or not JSON at all (a panic), unless
+/// they contain one of the allowed texts.
 pub(crate) fn unexpected(log: &str, allowed: &[String]) -> Vec<String> {
     log.lines()
         .filter(|line| !line.trim().is_empty())

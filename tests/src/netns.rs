@@ -1,7 +1,7 @@
 //! Networks that can be cut: namespaces on a separate bridge, and ports that drop all packets.
 //!
-//! **Invariant:** every resource made here is removed when its owner is dropped. Root is required; a test without it
-//! fails and prints the reason.
+//! **Invariant:** every resource made here is removed when its owner is dropped. Root is required;
+//! a test without it fails and prints the reason.
 
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -9,7 +9,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result, ensure};
 
 fn run(program: &str, args: &[&str]) -> Result<()> {
-    let output = Command::new(program).args(args).output().with_context(|| format!("cannot run {program}"))?;
+    let output = Command::new(program)
+        .args(args)
+        .output()
+        .with_context(|| format!("cannot run {program}"))?;
     ensure!(
         output.status.success(),
         "{program} {} failed: {}",
@@ -54,16 +57,27 @@ impl Network {
     /// When the network cannot be made.
     pub fn new(hosts: usize) -> Result<Self> {
         let (id, number) = (std::process::id(), number());
-        // The kernel takes 15 characters for the name of a link, which is the longest name made of this.
+        // The kernel takes 15 characters for the name of a link, which is the longest name made of
+        // this.
         let bridge = format!("vb{}n{}", id % 1_000_000, number % 1_000);
         let network = Self { bridge, subnet: (id + 7 * number) % 250 + 1, hosts };
         run("ip", &["link", "add", &network.bridge, "type", "bridge"])?;
-        run("ip", &["addr", "add", &format!("{}/24", network.address(None)), "dev", &network.bridge])?;
+        run(
+            "ip",
+            &["addr", "add", &format!("{}/24", network.address(None)), "dev", &network.bridge],
+        )?;
         run("ip", &["link", "set", &network.bridge, "up"])?;
         for host in 0..hosts {
-            let (namespace, outside, inside) = (network.namespace(host), network.link(host), "eth0");
+            let (namespace, outside, inside) =
+                (network.namespace(host), network.link(host), "eth0");
             run("ip", &["netns", "add", &namespace])?;
-            run("ip", &["link", "add", &outside, "type", "veth", "peer", "name", inside, "netns", &namespace])?;
+            run(
+                "ip",
+                &[
+                    "link", "add", &outside, "type", "veth", "peer", "name", inside, "netns",
+                    &namespace,
+                ],
+            )?;
             run("ip", &["link", "set", &outside, "master", &network.bridge])?;
             run("ip", &["link", "set", &outside, "up"])?;
             let address = format!("{}/24", network.address(Some(host)));
@@ -112,7 +126,10 @@ impl Network {
     /// When the rules cannot be set.
     pub fn cut_between(&self, one: usize, other: usize) -> Result<()> {
         for (host, peer) in [(one, other), (other, one)] {
-            self.inside(host, &["iptables", "-A", "INPUT", "-s", &self.address(Some(peer)), "-j", "DROP"])?;
+            self.inside(
+                host,
+                &["iptables", "-A", "INPUT", "-s", &self.address(Some(peer)), "-j", "DROP"],
+            )?;
         }
         Ok(())
     }
@@ -157,7 +174,8 @@ impl SilentPort {
 impl Drop for SilentPort {
     fn drop(&mut self) {
         for direction in ["--dport", "--sport"] {
-            let _ = run("iptables", &["-D", "INPUT", "-p", "tcp", direction, &self.0, "-j", "DROP"]);
+            let _ =
+                run("iptables", &["-D", "INPUT", "-p", "tcp", direction, &self.0, "-j", "DROP"]);
         }
     }
 }

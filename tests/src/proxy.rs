@@ -1,5 +1,6 @@
-//! A connection that can be made deaf: bytes pass between a client and a server until [`Proxy::make_deaf`], and then
-//! neither side receives anything from the other, not even its close.
+//! A connection that can be made deaf: bytes pass between a client and a server until
+//! [`Proxy::make_deaf`], and then neither side receives anything from the other, not even its
+//! close.
 
 use std::net::SocketAddr;
 
@@ -56,7 +57,11 @@ impl Drop for Proxy {
     }
 }
 
-async fn pass(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, mut deaf: watch::Receiver<bool>) {
+async fn pass(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    mut deaf: watch::Receiver<bool>,
+) {
     let mut buffer = vec![0; 64 << 10];
     loop {
         let read = tokio::select! {

@@ -11,8 +11,8 @@ pub fn key(index: u64) -> String {
     format!("record:{index:08}")
 }
 
-/// Returns the value of record `index`: 100 characters of a 64-letter alphabet, which compress about as well as real
-/// text.
+/// Returns the value of record `index`: 100 characters of a 64-letter alphabet, which compress
+/// about as well as real text.
 pub fn value(index: u64) -> Bytes {
     const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
     let mut numbers = Numbers::new(index);

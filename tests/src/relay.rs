@@ -1,10 +1,11 @@
 //! A relay between one process and the bucket, which kills the process at a chosen request.
 //!
-//! Requests are read whole and forwarded unchanged, including the `Host` header: signatures stay valid.
+//! Requests are read whole and forwarded unchanged, including the `Host` header: signatures stay
+//! valid.
 //!
-//! **Invariant:** a process that was killed *before* a request is dead without the server having received that
-//! request; a process that was killed *after* it is dead once the server has answered, and has not read a byte of the
-//! answer.
+//! **Invariant:** a process that was killed *before* a request is dead without the server having
+//! received that request; a process that was killed *after* it is dead once the server has
+//! answered, and has not read a byte of the answer.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -92,7 +93,8 @@ impl Relay {
                 while connections.try_join_next().is_some() {}
                 let (server, shared) = (server.clone(), Arc::clone(&of_task));
                 // The client handles a broken connection.
-                connections.spawn(async move { connection(client, &server, &shared).await.is_ok() });
+                connections
+                    .spawn(async move { connection(client, &server, &shared).await.is_ok() });
             }
         });
         Ok(Self { address, shared, task })
@@ -121,15 +123,19 @@ impl Relay {
         }
     }
 
-    /// Disarms the relay. Returns the first line of the request at which the process was killed since the relay was
-    /// armed, or the number of requests.
+    /// Disarms the relay. Returns the first line of the request at which the process was killed
+    /// since the relay was armed, or the number of requests.
     ///
     /// # Errors
     /// The number of requests that counted, when there was no kill.
     pub fn disarm(&self) -> Result<String, u64> {
         let mut armed = self.shared.armed.lock();
         *armed = None;
-        self.shared.killed.borrow().clone().ok_or_else(|| self.shared.counted.load(Ordering::Relaxed))
+        self.shared
+            .killed
+            .borrow()
+            .clone()
+            .ok_or_else(|| self.shared.counted.load(Ordering::Relaxed))
     }
 }
 
@@ -140,10 +146,13 @@ impl Drop for Relay {
 }
 
 impl Shared {
-    /// Counts a request. At the chosen request, kills before it, or returns the number for the kill after it.
+    /// Counts a request. At the chosen request, kills before it, or returns the number for the kill
+    /// after it.
     fn count(&self, line: &str) -> Fate {
         let mut slot = self.armed.lock();
-        let Some(armed) = slot.as_mut().filter(|armed| armed.left > 0 && line.contains(armed.strike.of)) else {
+        let Some(armed) =
+            slot.as_mut().filter(|armed| armed.left > 0 && line.contains(armed.strike.of))
+        else {
             return Fate::Pass;
         };
         self.counted.fetch_add(1, Ordering::Relaxed);
@@ -271,7 +280,10 @@ mod tests {
                 let (from, mut to) = stream.into_split();
                 let mut from = BufReader::new(from);
                 while let Ok(Some((line, bytes))) = read(&mut from).await {
-                    assert!(bytes.ends_with(b"\r\n\r\nbody") || line.starts_with("GET"), "{bytes:?}");
+                    assert!(
+                        bytes.ends_with(b"\r\n\r\nbody") || line.starts_with("GET"),
+                        "{bytes:?}"
+                    );
                     of_task.lock().push(line);
                     to.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").await.unwrap();
                 }
@@ -294,7 +306,11 @@ mod tests {
         for moment in [KillTime::Before, KillTime::After] {
             let (address, seen) = server().await;
             let relay = Relay::start(&address).await.unwrap();
-            let mut victim = tokio::process::Command::new("sleep").arg("600").kill_on_drop(true).spawn().unwrap();
+            let mut victim = tokio::process::Command::new("sleep")
+                .arg("600")
+                .kill_on_drop(true)
+                .spawn()
+                .unwrap();
             let mut stream = TcpStream::connect(relay.address).await.unwrap();
             assert!(ask(&mut stream, PUT).await.starts_with("HTTP/1.1 200"));
             relay.kill_at(KillPoint { pid: victim.id().unwrap(), call: 2, of: "PUT", moment });
@@ -313,8 +329,14 @@ mod tests {
     async fn it_kills_nobody_once_it_is_disarmed() {
         let (address, _) = server().await;
         let relay = Relay::start(&address).await.unwrap();
-        let mut victim = tokio::process::Command::new("sleep").arg("600").kill_on_drop(true).spawn().unwrap();
-        relay.kill_at(KillPoint { pid: victim.id().unwrap(), call: 2, of: "", moment: KillTime::Before });
+        let mut victim =
+            tokio::process::Command::new("sleep").arg("600").kill_on_drop(true).spawn().unwrap();
+        relay.kill_at(KillPoint {
+            pid: victim.id().unwrap(),
+            call: 2,
+            of: "",
+            moment: KillTime::Before,
+        });
         let mut stream = TcpStream::connect(relay.address).await.unwrap();
         let get = "GET /b/k HTTP/1.1\r\n\r\n";
         assert!(ask(&mut stream, get).await.starts_with("HTTP/1.1 200"));

@@ -1,7 +1,7 @@
 //! Reads every replica directly, bypassing the routing of the client.
 //!
-//! **Invariant:** two replicas are the same when each key has the same version on both: the hash of the stored entry
-//! with its event time, kind and bytes.
+//! **Invariant:** two replicas are the same when each key has the same version on both: the hash of
+//! the stored entry with its event time, kind and bytes.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -64,7 +64,9 @@ impl Direct {
     /// When the node is gone.
     pub async fn write_late(&mut self, write: v1::WriteRequest, late: Duration) -> Result<Reply> {
         let (frames, outgoing) = tokio::sync::mpsc::channel(1);
-        let stream = futures::stream::unfold(outgoing, async |mut outgoing| Some((outgoing.recv().await?, outgoing)));
+        let stream = futures::stream::unfold(outgoing, async |mut outgoing| {
+            Some((outgoing.recv().await?, outgoing))
+        });
         let mut replies = self.client.stream(stream).await?.into_inner();
         tokio::time::sleep(late).await;
         let request = v1::Request { op: Some(Op::Write(write)), ..self.request.clone() };
@@ -87,7 +89,10 @@ pub async fn contents(address: &str, catalog: &Catalog, shard: ShardId) -> Resul
             Reply::Scan(page) => {
                 after = page.resume_after.or_else(|| page.rows.last().map(|row| row.key.clone()));
                 for row in page.rows {
-                    rows.insert(row.key.to_vec(), row.value.context("a row without a value")?.version);
+                    rows.insert(
+                        row.key.to_vec(),
+                        row.value.context("a row without a value")?.version,
+                    );
                 }
                 if !page.more {
                     return Ok(rows);
@@ -107,11 +112,15 @@ pub async fn converged(cluster: &Cluster, keyspace: &str) -> Result<usize> {
     converged_by(&catalog, async || cluster.json(&["cluster", "status"]).await).await
 }
 
-/// Waits as [`converged`] does, for a cluster that is described by its catalog and its `cluster status`.
+/// Waits as [`converged`] does, for a cluster that is described by its catalog and its
+/// `cluster status`.
 ///
 /// # Errors
 /// As for [`converged`].
-pub async fn converged_by(catalog: &CatalogDir, status: impl AsyncFn() -> Result<Value>) -> Result<usize> {
+pub async fn converged_by(
+    catalog: &CatalogDir,
+    status: impl AsyncFn() -> Result<Value>,
+) -> Result<usize> {
     let mut last = String::new();
     let look = async || differences(&status().await?, &catalog.tip()?).await;
     let outcome = until("all replicas to hold the same", DEADLINE, async || match look().await {
@@ -133,7 +142,10 @@ async fn differences(status: &Value, catalog: &Catalog) -> Result<Result<usize, 
     let address_of = |node: NodeId| -> Result<String> {
         let nodes = status["nodes"].as_array().context("no nodes")?;
         let found = nodes.iter().find(|one| one["node_id"] == node.to_string().as_str());
-        Ok(found.and_then(|one| one["address"].as_str()).context("the node has no address")?.to_owned())
+        Ok(found
+            .and_then(|one| one["address"].as_str())
+            .context("the node has no address")?
+            .to_owned())
     };
     let mut keys = 0;
     for shard in &catalog.placement {
@@ -147,9 +159,13 @@ async fn differences(status: &Value, catalog: &Catalog) -> Result<Result<usize, 
                 continue;
             };
             if rows != *expected {
-                let differs = expected.iter().find(|(key, version)| rows.get(*key) != Some(version));
-                let differs = differs.or_else(|| rows.iter().find(|(key, _)| !expected.contains_key(*key)));
-                let key = differs.map(|(key, _)| String::from_utf8_lossy(key).into_owned()).unwrap_or_default();
+                let differs =
+                    expected.iter().find(|(key, version)| rows.get(*key) != Some(version));
+                let differs =
+                    differs.or_else(|| rows.iter().find(|(key, _)| !expected.contains_key(*key)));
+                let key = differs
+                    .map(|(key, _)| String::from_utf8_lossy(key).into_owned())
+                    .unwrap_or_default();
                 return Ok(Err(format!(
                     "shard {}: {} has {} rows, {} has {}; for instance {key} differs",
                     shard.shard,

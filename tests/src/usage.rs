@@ -1,10 +1,10 @@
-//! Command-line handling of the programs of this crate: no arguments are taken, and `--help` prints a description
-//! instead of running the program.
+//! Command-line handling of the programs of this crate: no arguments are taken, and `--help` prints
+//! a description instead of running the program.
 
 use std::process::ExitCode;
 
-/// Returns the exit code for a program that was given arguments: prints `about` for `--help`, a usage error for
-/// everything else; `None` when there are no arguments and the program can run.
+/// Returns the exit code for a program that was given arguments: prints `about` for `--help`, a
+/// usage error for everything else; `None` when there are no arguments and the program can run.
 pub fn answered(about: &str) -> Option<ExitCode> {
     answer(std::env::args().skip(1), about)
 }

@@ -19,8 +19,9 @@ pub struct Verified {
     pub acked: u64,
 }
 
-/// Reads every key by get and all rows by scan, with no write in flight, and checks: acknowledged writes are present;
-/// refused writes and unwritten keys are absent; the scan is in order, has each key once, and agrees with the gets.
+/// Reads every key by get and all rows by scan, with no write in flight, and checks: acknowledged
+/// writes are present; refused writes and unwritten keys are absent; the scan is in order, has each
+/// key once, and agrees with the gets.
 ///
 /// # Errors
 /// A list of the discrepancies.
@@ -54,7 +55,12 @@ pub async fn verify(master: &str, keyspace: &str, history: &History) -> Result<V
 
 async fn get<'a>(keyspace: &Keyspace, names: Vec<&'a String>) -> Result<Vec<(&'a str, Seen)>> {
     let values = keyspace.get_many(names.iter().map(|name| key_of(name))).await?;
-    anyhow::ensure!(values.len() == names.len(), "{} keys asked for, {} answered", names.len(), values.len());
+    anyhow::ensure!(
+        values.len() == names.len(),
+        "{} keys asked for, {} answered",
+        names.len(),
+        values.len()
+    );
     Ok(names
         .into_iter()
         .zip(values)
@@ -69,7 +75,11 @@ async fn get<'a>(keyspace: &Keyspace, names: Vec<&'a String>) -> Result<Vec<(&'a
         .collect())
 }
 
-async fn scan(keyspace: &Keyspace, found: &HashMap<&str, Seen>, problems: &mut Vec<String>) -> Result<usize> {
+async fn scan(
+    keyspace: &Keyspace,
+    found: &HashMap<&str, Seen>,
+    problems: &mut Vec<String>,
+) -> Result<usize> {
     let mut rows = std::pin::pin!(keyspace.scan().stream());
     let mut last: Option<Vec<u8>> = None;
     let mut present = 0;
@@ -77,8 +87,10 @@ async fn scan(keyspace: &Keyspace, found: &HashMap<&str, Seen>, problems: &mut V
         let row = row.context("scanning all keys")?;
         let name = String::from_utf8_lossy(&row.key).into_owned();
         if last.as_deref().is_some_and(|last| last >= &row.key[..]) {
-            problems
-                .push(format!("{name}: the scan gives it after {:?}", last.as_deref().map(String::from_utf8_lossy)));
+            problems.push(format!(
+                "{name}: the scan gives it after {:?}",
+                last.as_deref().map(String::from_utf8_lossy)
+            ));
         }
         last = Some(row.key.to_vec());
         present += 1;
@@ -86,7 +98,9 @@ async fn scan(keyspace: &Keyspace, found: &HashMap<&str, Seen>, problems: &mut V
         let seen = Seen::Number(number_of(&name, &value).unwrap_or(u64::MAX));
         match found.get(name.as_str()) {
             None => problems.push(format!("{name}: the scan gives it and nobody wrote it")),
-            Some(got) if *got != seen => problems.push(format!("{name}: the scan gives {seen:?}, a get {got:?}")),
+            Some(got) if *got != seen => {
+                problems.push(format!("{name}: the scan gives {seen:?}, a get {got:?}"))
+            }
             Some(_) => {}
         }
     }

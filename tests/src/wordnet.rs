@@ -33,7 +33,9 @@ pub struct Synset {
 /// When the data set is not installed (the text says how to install it) or has unexpected contents.
 pub fn load(dir: &Path) -> Result<Vec<Synset>> {
     let mut all = Vec::with_capacity(SYNSETS);
-    for (file, part) in [("data.noun", 'n'), ("data.verb", 'v'), ("data.adj", 'a'), ("data.adv", 'r')] {
+    for (file, part) in
+        [("data.noun", 'n'), ("data.verb", 'v'), ("data.adj", 'a'), ("data.adv", 'r')]
+    {
         let path = dir.join(file);
         let bytes = std::fs::read(&path).with_context(|| {
             format!(
@@ -43,21 +45,29 @@ pub fn load(dir: &Path) -> Result<Vec<Synset>> {
         })?;
         let text = String::from_utf8_lossy(&bytes);
         for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.starts_with("  ")) {
-            let synset = parse(part, line)
-                .with_context(|| format!("{}:{}: this is not a synset of WordNet 3.0", path.display(), number + 1))?;
+            let synset = parse(part, line).with_context(|| {
+                format!("{}:{}: this is not a synset of WordNet 3.0", path.display(), number + 1)
+            })?;
             all.push(synset);
         }
     }
-    ensure!(all.len() == SYNSETS, "{} holds {} synsets, WordNet 3.0 has {SYNSETS}", dir.display(), all.len());
+    ensure!(
+        all.len() == SYNSETS,
+        "{} holds {} synsets, WordNet 3.0 has {SYNSETS}",
+        dir.display(),
+        all.len()
+    );
     Ok(all)
 }
 
 fn parse(part: char, line: &str) -> Option<Synset> {
     let (data, gloss) = line.split_once(" | ")?;
     let mut fields = data.split(' ');
-    let offset = fields.next().filter(|text| text.len() == 8 && text.bytes().all(|c| c.is_ascii_digit()))?;
+    let offset =
+        fields.next().filter(|text| text.len() == 8 && text.bytes().all(|c| c.is_ascii_digit()))?;
     let count = usize::from_str_radix(fields.nth(2)?, 16).ok()?;
-    let words: Vec<String> = fields.step_by(2).take(count).map(|word| word.replace('_', " ")).collect();
+    let words: Vec<String> =
+        fields.step_by(2).take(count).map(|word| word.replace('_', " ")).collect();
     (words.len() == count && count > 0).then(|| Synset {
         key: format!("synset:{part}:{offset}"),
         value: format!("{}: {}", words.join(", "), gloss.trim()),

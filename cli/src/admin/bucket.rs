@@ -44,7 +44,8 @@ pub(crate) async fn run(args: &Bucket, format: OutputFormat) -> anyhow::Result<(
         }
     };
     if missing + corrupt > 0 {
-        let failure = Failure::new(format!("{missing} objects are missing and {corrupt} are damaged"));
+        let failure =
+            Failure::new(format!("{missing} objects are missing and {corrupt} are damaged"));
         return Err(failure.hint(hint).into());
     }
     Ok(())
@@ -63,8 +64,9 @@ fn checked(found: &BucketCheck) -> String {
     out += &each("warning", &found.warnings);
     if !found.orphans.is_empty() {
         let shown = found.orphans.iter().take(SHOWN);
-        let rows =
-            shown.map(|orphan| vec![orphan.key.clone(), format_bytes(orphan.bytes), format!("{} s", orphan.age_s)]);
+        let rows = shown.map(|orphan| {
+            vec![orphan.key.clone(), format_bytes(orphan.bytes), format!("{} s", orphan.age_s)]
+        });
         out += "\n";
         out += &table(&["NEEDED BY NOTHING", ">BYTES", ">AGE"], rows);
         out += &more(found.orphans.len());
@@ -101,7 +103,8 @@ fn repaired(answer: &BucketRepair) -> String {
     );
     out += &each("uploaded again", &answer.shipped_anew);
     out += &each("not asked, because it is away", &answer.away);
-    out += &each("in the bucket, but nobody knows its catalog: keyspace", &answer.unknown_keyspaces);
+    out +=
+        &each("in the bucket, but nobody knows its catalog: keyspace", &answer.unknown_keyspaces);
     out += &each("still missing", &answer.missing);
     out += &each("damaged", &answer.corrupt);
     out + &each("warning", &answer.warnings)
@@ -113,7 +116,11 @@ fn each(what: &str, values: &[impl std::fmt::Display]) -> String {
 }
 
 fn more(all: usize) -> String {
-    if all > SHOWN { format!("  … and {} more; --output json lists them\n", all - SHOWN) } else { String::new() }
+    if all > SHOWN {
+        format!("  … and {} more; --output json lists them\n", all - SHOWN)
+    } else {
+        String::new()
+    }
 }
 
 #[cfg(test)]
@@ -128,9 +135,12 @@ mod tests {
         let found = json!({"objects": 1200, "bytes": 4096, "referenced": 1199,
             "orphans": [{"key": "probe/1", "bytes": 9, "age_s": 70}], "missing": ["data/a"], "corrupt": ["data/b"]});
         let text = checked(&from_value(found).unwrap());
-        for part in
-            ["1,200 objects, 4.0 KiB; 1,199 are needed, 1 are not", "missing: data/a", "damaged: data/b", "70 s"]
-        {
+        for part in [
+            "1,200 objects, 4.0 KiB; 1,199 are needed, 1 are not",
+            "missing: data/a",
+            "damaged: data/b",
+            "70 s",
+        ] {
             assert!(text.contains(part), "{part:?} is not in:\n{text}");
         }
     }
@@ -159,8 +169,11 @@ mod tests {
         let keys: Vec<String> = (0..25).map(|n| format!("data/{n}")).collect();
         let answer = json!({"dry_run": true, "deleted": 25, "bytes": 1024, "young": 3, "kept": 7, "keys": keys});
         let text = collected(&from_value(answer).unwrap());
-        for part in ["would delete 25 objects, 1.0 KiB; 3 more are too young, 7 stay", "  data/19\n", "… and 5 more"]
-        {
+        for part in [
+            "would delete 25 objects, 1.0 KiB; 3 more are too young, 7 stay",
+            "  data/19\n",
+            "… and 5 more",
+        ] {
             assert!(text.contains(part), "{part:?} is not in:\n{text}");
         }
     }

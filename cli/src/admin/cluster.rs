@@ -24,18 +24,27 @@ pub(crate) async fn node(args: &Node, format: OutputFormat) -> anyhow::Result<()
         NodeCommand::List => return list_nodes(&vasto, format).await,
         NodeCommand::Cordon(which) => return cordon(&vasto, &which.node, true, format).await,
         NodeCommand::Uncordon(which) => return cordon(&vasto, &which.node, false, format).await,
-        NodeCommand::Replace(replace) if replace.accept_loss => {
-            (vasto.start_giving_up_node(&replace.node, replace.with.as_deref()).await, replace.no_wait)
+        NodeCommand::Replace(replace) if replace.accept_loss => (
+            vasto.start_giving_up_node(&replace.node, replace.with.as_deref()).await,
+            replace.no_wait,
+        ),
+        NodeCommand::Replace(replace) => (
+            vasto.start_emptying_node(&replace.node, replace.with.as_deref(), true).await,
+            replace.no_wait,
+        ),
+        NodeCommand::Drain(drain) => {
+            (vasto.start_emptying_node(&drain.node, None, false).await, drain.no_wait)
         }
-        NodeCommand::Replace(replace) => {
-            (vasto.start_emptying_node(&replace.node, replace.with.as_deref(), true).await, replace.no_wait)
-        }
-        NodeCommand::Drain(drain) => (vasto.start_emptying_node(&drain.node, None, false).await, drain.no_wait),
     };
     resize::wait(&vasto, started.map_err(connect::failure)?, no_wait, format).await
 }
 
-async fn cordon(vasto: &Vasto, node: &str, cordoned: bool, format: OutputFormat) -> anyhow::Result<()> {
+async fn cordon(
+    vasto: &Vasto,
+    node: &str,
+    cordoned: bool,
+    format: OutputFormat,
+) -> anyhow::Result<()> {
     let now = vasto.cordon_node(node, cordoned).await.map_err(connect::failure)?;
     print(&now, format, |node| listing(std::slice::from_ref(node)))
 }
@@ -50,7 +59,8 @@ async fn list_nodes(vasto: &Vasto, format: OutputFormat) -> anyhow::Result<()> {
 /// An error of the cluster.
 pub(crate) async fn cluster(args: &Cluster, format: OutputFormat) -> anyhow::Result<()> {
     let ClusterCommand::Status = args.command;
-    let status = connect::connect(&args.connect).await?.cluster_status().await.map_err(connect::failure)?;
+    let status =
+        connect::connect(&args.connect).await?.cluster_status().await.map_err(connect::failure)?;
     print(&status, format, overview)
 }
 

@@ -22,15 +22,22 @@ pub(crate) async fn run(args: &Keyspace, format: OutputFormat) -> anyhow::Result
     let vasto = connect::connect(&args.connect).await?;
     match &args.command {
         KeyspaceCommand::Create(create) => {
-            let answer = vasto.create_keyspace(&create.name, spec(create)).await.map_err(connect::failure)?;
+            let answer = vasto
+                .create_keyspace(&create.name, spec(create))
+                .await
+                .map_err(connect::failure)?;
             print(&answer, format, created)
         }
         KeyspaceCommand::List => {
-            print(&vasto.list_keyspaces().await.map_err(connect::failure)?, format, |all| listing(all))
+            print(&vasto.list_keyspaces().await.map_err(connect::failure)?, format, |all| {
+                listing(all)
+            })
         }
-        KeyspaceCommand::Describe(which) => {
-            print(&vasto.describe_keyspace(&which.name).await.map_err(connect::failure)?, format, description)
-        }
+        KeyspaceCommand::Describe(which) => print(
+            &vasto.describe_keyspace(&which.name).await.map_err(connect::failure)?,
+            format,
+            description,
+        ),
         KeyspaceCommand::Delete(delete) => {
             let deleted = vasto.delete_keyspace(&delete.name).await.map_err(connect::failure)?;
             print(&deleted, format, |deleted| {
@@ -44,7 +51,8 @@ pub(crate) async fn run(args: &Keyspace, format: OutputFormat) -> anyhow::Result
             })
         }
         KeyspaceCommand::Checkpoint(which) => {
-            let progress = ProgressLine::start(format!("checkpoint of {}", which.name), Unit::Items, None);
+            let progress =
+                ProgressLine::start(format!("checkpoint of {}", which.name), Unit::Items, None);
             let done = vasto.checkpoint_keyspace(&which.name).await;
             progress.clear();
             print(&done.map_err(connect::failure)?, format, |done| {
@@ -52,7 +60,8 @@ pub(crate) async fn run(args: &Keyspace, format: OutputFormat) -> anyhow::Result
             })
         }
         KeyspaceCommand::Compact(which) => {
-            let progress = ProgressLine::start(format!("compaction of {}", which.name), Unit::Items, None);
+            let progress =
+                ProgressLine::start(format!("compaction of {}", which.name), Unit::Items, None);
             let done = vasto.compact_keyspace(&which.name).await;
             progress.clear();
             print(&done.map_err(connect::failure)?, format, |done| {
@@ -64,7 +73,11 @@ pub(crate) async fn run(args: &Keyspace, format: OutputFormat) -> anyhow::Result
     }
 }
 
-async fn restore(vasto: &Vasto, args: &KeyspaceRestore, format: OutputFormat) -> anyhow::Result<()> {
+async fn restore(
+    vasto: &Vasto,
+    args: &KeyspaceRestore,
+    format: OutputFormat,
+) -> anyhow::Result<()> {
     let at_us = args.at.map(|at| u64::try_from(at.as_microsecond()).unwrap_or_default());
     let started = match args.from_bucket {
         true => vasto.start_restore_from_bucket(&args.name, &args.into, at_us).await,
@@ -128,10 +141,17 @@ pub(super) fn listing(keyspaces: &[KeyspaceSummary]) -> String {
 fn description(keyspace: &KeyspaceDescription) -> String {
     let mut out = format!(
         "{}: {}, {} shards x {} replicas, ack {}, epoch {}\n\n",
-        keyspace.name, keyspace.state, keyspace.shards, keyspace.replicas, keyspace.ack, keyspace.epoch,
+        keyspace.name,
+        keyspace.state,
+        keyspace.shards,
+        keyspace.replicas,
+        keyspace.ack,
+        keyspace.epoch,
     );
-    let replicas =
-        keyspace.placement.iter().flat_map(|shard| shard.replicas.iter().map(|replica| (shard.shard, replica)));
+    let replicas = keyspace
+        .placement
+        .iter()
+        .flat_map(|shard| shard.replicas.iter().map(|replica| (shard.shard, replica)));
     let rows = replicas.map(|(shard, replica)| {
         let state = match &replica.reason {
             Some(reason) => format!("{}: {reason}", replica.state),
@@ -149,7 +169,8 @@ fn description(keyspace: &KeyspaceDescription) -> String {
             state,
         ]
     });
-    let headings = [">SHARD", ">REPLICA", "NODE", "ROLE", ">LSN", ">SHIPPED", ">~KEYS", ">BYTES", "STATE"];
+    let headings =
+        [">SHARD", ">REPLICA", "NODE", "ROLE", ">LSN", ">SHIPPED", ">~KEYS", ">BYTES", "STATE"];
     out += &table(&headings, rows);
     for (index, quarantine) in keyspace.quarantines.iter().enumerate() {
         let until = quarantine.until_us.and_then(|micros| i64::try_from(micros).ok());
@@ -209,11 +230,17 @@ mod tests {
 
     #[test]
     fn a_list_and_a_creation_read_well() {
-        assert_eq!(created(&keyspace()), "created keyspace users: 2 shards on 2 nodes, acknowledged at fsync\n");
+        assert_eq!(
+            created(&keyspace()),
+            "created keyspace users: 2 shards on 2 nodes, acknowledged at fsync\n"
+        );
         let all = json!([{"name": "users", "shards": 2, "replicas": 1, "ack": "os", "state": "active",
             "keys": 1000, "bytes": 0, "operation": null}]);
         let text = listing(&from_value::<Vec<_>>(all).unwrap());
-        assert_eq!(text.lines().nth(1), Some("users       2         1  os   active  1,000    0 B  -"));
+        assert_eq!(
+            text.lines().nth(1),
+            Some("users       2         1  os   active  1,000    0 B  -")
+        );
         assert_eq!(listing(&[]).lines().count(), 1);
     }
 }

@@ -19,14 +19,18 @@ pub(crate) async fn run(args: &args::Operation, format: OutputFormat) -> anyhow:
     let vasto = connect::connect(&args.connect).await?;
     match &args.command {
         OperationCommand::List => {
-            print(&vasto.list_operations().await.map_err(connect::failure)?, format, |all| listing(all))
+            print(&vasto.list_operations().await.map_err(connect::failure)?, format, |all| {
+                listing(all)
+            })
         }
         OperationCommand::Show(which) => {
             print(&vasto.show_operation(&which.id).await.map_err(connect::failure)?, format, show)
         }
-        OperationCommand::Cancel(which) => {
-            print(&vasto.cancel_operation(&which.id).await.map_err(connect::failure)?, format, cancelled)
-        }
+        OperationCommand::Cancel(which) => print(
+            &vasto.cancel_operation(&which.id).await.map_err(connect::failure)?,
+            format,
+            cancelled,
+        ),
     }
 }
 
@@ -103,7 +107,9 @@ pub(crate) fn report(operation: &Operation) -> String {
             "what",
             match operation.kind.as_deref() {
                 Some("grow") => format!("grow {keyspace} from {from} to {to} shards"),
-                Some("replace") => format!("{} replicas of node {from}", text(operation.replicas_moved)),
+                Some("replace") => {
+                    format!("{} replicas of node {from}", text(operation.replicas_moved))
+                }
                 kind => format!("{} {keyspace}", text(kind)),
             },
         ),
@@ -119,7 +125,11 @@ pub(crate) fn report(operation: &Operation) -> String {
         ("bytes moved", bytes(operation.bytes_moved)),
         (
             "from the bucket",
-            format!("{} in {} reads", bytes(operation.bytes_from_bucket), count(operation.objects_read)),
+            format!(
+                "{} in {} reads",
+                bytes(operation.bytes_from_bucket),
+                count(operation.objects_read)
+            ),
         ),
         ("from peers", bytes(operation.bytes_from_peers)),
         (
@@ -133,10 +143,9 @@ pub(crate) fn report(operation: &Operation) -> String {
         ),
     ];
     // Records after this LSN that had not been shipped are missing from the result.
-    let reached = operation
-        .reached
-        .iter()
-        .map(|log| ("log reached", format!("shard {}: LSN {} of replica {}", log.shard, log.lsn, log.replica)));
+    let reached = operation.reached.iter().map(|log| {
+        ("log reached", format!("shard {}: LSN {} of replica {}", log.shard, log.lsn, log.replica))
+    });
     rows.into_iter().chain(reached).map(|(name, value)| format!("{name:<16} {value}\n")).collect()
 }
 
@@ -152,9 +161,11 @@ mod tests {
     }
 
     fn finished() -> Operation {
-        operation(json!({"id": "op-1-1", "kind": "grow", "keyspace": "users", "from": 2, "to": 3, "state": "done",
+        operation(
+            json!({"id": "op-1-1", "kind": "grow", "keyspace": "users", "from": 2, "to": 3, "state": "done",
             "keys_moved": 372_553, "bytes_moved": 10_485_760, "bytes_from_bucket": 11_010_048, "bytes_from_peers": 2_048,
-            "objects_read": 12, "write_pause_ms": {"p50": 20.5, "p99": 31.0, "max": 35.25}, "duration_ms": 4_200}))
+            "objects_read": 12, "write_pause_ms": {"p50": 20.5, "p99": 31.0, "max": 35.25}, "duration_ms": 4_200}),
+        )
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! `vasto keyspace resize`: starts it, follows it, prints the report.
 //!
-//! The master runs the operation and continues without this process: a client that stops waiting loses only the
-//! progress display. While no master answers, the client waits, because the next master continues the operation.
+//! The master runs the operation and continues without this process: a client that stops waiting
+//! loses only the progress display. While no master answers, the client waits, because the next
+//! master continues the operation.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,10 @@ use super::{operation, print, text};
 use crate::{
     args::KeyspaceResize,
     connect,
-    output::{Failure, OutputFormat, ProgressLine, Unit, format_bytes, format_count, format_duration, table},
+    output::{
+        Failure, OutputFormat, ProgressLine, Unit, format_bytes, format_count, format_duration,
+        table,
+    },
 };
 
 /// Interval between polls of the operation.
@@ -23,7 +27,11 @@ const AWAY_MAX: Duration = Duration::from_secs(120);
 ///
 /// # Errors
 /// An error of the cluster; an operation that was aborted.
-pub(crate) async fn run(vasto: &Vasto, args: &KeyspaceResize, format: OutputFormat) -> anyhow::Result<()> {
+pub(crate) async fn run(
+    vasto: &Vasto,
+    args: &KeyspaceResize,
+    format: OutputFormat,
+) -> anyhow::Result<()> {
     if args.plan {
         let plan = vasto.plan_resize(&args.name, args.shards).await.map_err(connect::failure)?;
         return print(&plan, format, estimate);
@@ -66,9 +74,12 @@ pub(crate) async fn wait(
             failure.hint("nothing has changed; try again when the reason is gone")
         }
         state => {
-            let failure =
-                Failure::new(format!("operation {id} is in the state `{state}`, which this version does not know"));
-            failure.hint(format!("follow it with `vasto operation show {id}` of the version of the master"))
+            let failure = Failure::new(format!(
+                "operation {id} is in the state `{state}`, which this version does not know"
+            ));
+            failure.hint(format!(
+                "follow it with `vasto operation show {id}` of the version of the master"
+            ))
         }
     };
     Err(failure.into())
@@ -92,15 +103,22 @@ async fn follow(vasto: &Vasto, started: &Operation) -> anyhow::Result<Answer<Ope
         poll.tick().await;
         let now = match vasto.show_operation(id).await {
             Ok(now) => now,
-            Err(error) if matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::DeadlineExceeded) => {
+            Err(error)
+                if matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::DeadlineExceeded) =>
+            {
                 let since = *away_since.get_or_insert_with(Instant::now);
                 if since.elapsed() < AWAY_MAX {
                     set_step(&mut progress, &mut step, &name, "waiting for a master");
                     continue;
                 }
                 progress.clear();
-                let failure = Failure::new(format!("no master for {}: {error}", format_duration(since.elapsed())));
-                return Err(failure.hint(format!("a master goes on with it; see `vasto operation show {id}`")).into());
+                let failure = Failure::new(format!(
+                    "no master for {}: {error}",
+                    format_duration(since.elapsed())
+                ));
+                return Err(failure
+                    .hint(format!("a master goes on with it; see `vasto operation show {id}`"))
+                    .into());
             }
             Err(error) => {
                 progress.clear();
@@ -113,7 +131,8 @@ async fn follow(vasto: &Vasto, started: &Operation) -> anyhow::Result<Answer<Ope
             return Ok(now);
         }
         set_step(&mut progress, &mut step, &name, &doing(&now));
-        progress.set(now.bytes_done.unwrap_or_default(), now.bytes_total.filter(|total| *total > 0));
+        progress
+            .set(now.bytes_done.unwrap_or_default(), now.bytes_total.filter(|total| *total > 0));
     }
 }
 

@@ -11,13 +11,16 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 
 pub(super) fn parse_assignment(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
-        Some((path, value)) if path.split_once('.').is_some() => Ok((path.trim().to_owned(), value.to_owned())),
+        Some((path, value)) if path.split_once('.').is_some() => {
+            Ok((path.trim().to_owned(), value.to_owned()))
+        }
         _ => Err("write SECTION.FIELD=VALUE, for example node.cache=1GiB".to_owned()),
     }
 }
 
 pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text).map_err(|error| format!("{error}; write for example 30s, 1h or 30d"))
+    humantime::parse_duration(text)
+        .map_err(|error| format!("{error}; write for example 30s, 1h or 30d"))
 }
 
 pub(super) fn parse_ttl(text: &str) -> Result<Duration, String> {
@@ -28,7 +31,8 @@ pub(super) fn parse_ttl(text: &str) -> Result<Duration, String> {
 }
 
 pub(super) fn parse_size(text: &str) -> Result<usize, String> {
-    let size: ByteSize = text.parse().map_err(|error| format!("{error}; write for example 100 or 4KiB"))?;
+    let size: ByteSize =
+        text.parse().map_err(|error| format!("{error}; write for example 100 or 4KiB"))?;
     usize::try_from(size.as_u64()).map_err(|_| "this is more than fits into memory".to_owned())
 }
 
@@ -36,8 +40,9 @@ pub(super) fn parse_size(text: &str) -> Result<usize, String> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Escaped(pub Vec<u8>);
 
-/// Parses escapes: `\xNN` is the byte NN, `\\` a backslash. Everything else, including bytes that are not UTF-8, is
-/// taken literally, and so is a backslash that begins neither escape, as in `C:\dir`.
+/// Parses escapes: `\xNN` is the byte NN, `\\` a backslash. Everything else, including bytes that
+/// are not UTF-8, is taken literally, and so is a backslash that begins neither escape, as in
+/// `C:\dir`.
 pub(super) fn escaped_parser() -> impl TypedValueParser<Value = Escaped> {
     OsStringValueParser::new().try_map(|text: OsString| unescape(&text))
 }
@@ -54,9 +59,12 @@ fn unescape(text: &OsStr) -> Result<Escaped, String> {
             }
             (b'\\', [b'x', behind @ ..]) => {
                 let digits = behind.get(..2).and_then(|digits| std::str::from_utf8(digits).ok());
-                let digits = digits.filter(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()));
+                let digits =
+                    digits.filter(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()));
                 let byte = digits.and_then(|digits| u8::from_str_radix(digits, 16).ok());
-                bytes.push(byte.ok_or("behind \\x stand two hexadecimal digits; write \\\\ for a backslash")?);
+                bytes.push(byte.ok_or(
+                    "behind \\x stand two hexadecimal digits; write \\\\ for a backslash",
+                )?);
                 rest = &behind[2..];
             }
             _ => bytes.push(byte),
@@ -66,7 +74,8 @@ fn unescape(text: &OsStr) -> Result<Escaped, String> {
 }
 
 pub(super) fn parse_hash(text: &str) -> Result<u64, String> {
-    u64::from_str_radix(text, 16).map_err(|_| "write the 16 hexadecimal digits that `vasto kv scan` shows".to_owned())
+    u64::from_str_radix(text, 16)
+        .map_err(|_| "write the 16 hexadecimal digits that `vasto kv scan` shows".to_owned())
 }
 
 /// Parses microseconds since 1970; 0 is not an event time.
@@ -74,10 +83,11 @@ pub(super) fn parse_event_time(text: &str) -> Result<u64, String> {
     let micros = match text.parse::<u64>() {
         Ok(micros) => micros,
         Err(_) => {
-            let time: jiff::Timestamp = text
-                .parse()
-                .map_err(|_| "write microseconds since 1970, or a time such as 2026-01-31T12:00:00Z".to_owned())?;
-            u64::try_from(time.as_microsecond()).map_err(|_| "times before 1970 cannot be event times".to_owned())?
+            let time: jiff::Timestamp = text.parse().map_err(|_| {
+                "write microseconds since 1970, or a time such as 2026-01-31T12:00:00Z".to_owned()
+            })?;
+            u64::try_from(time.as_microsecond())
+                .map_err(|_| "times before 1970 cannot be event times".to_owned())?
         }
     };
     match micros {
@@ -97,9 +107,16 @@ mod tests {
     #[test]
     fn every_key_can_be_named_as_it_is_printed() {
         let all: Vec<u8> = (0..=255).collect();
-        for key in
-            [&all[..], b"plain", "Ångström".as_bytes(), b"\\", b"\\x41", b"a\xff\\xz", b"\x00\n\x1b[31m", b"C:\\dir"]
-        {
+        for key in [
+            &all[..],
+            b"plain",
+            "Ångström".as_bytes(),
+            b"\\",
+            b"\\x41",
+            b"a\xff\\xz",
+            b"\x00\n\x1b[31m",
+            b"C:\\dir",
+        ] {
             let printed = printable(key);
             assert!(!printed.chars().any(char::is_control), "{printed:?}");
             assert_eq!(unescape(OsStr::new(&printed)).unwrap(), Escaped(key.to_vec()), "{printed}");
@@ -113,7 +130,10 @@ mod tests {
         assert_eq!(unescape(OsStr::new(r"C:\dir\")).unwrap().0, br"C:\dir\");
         assert_eq!(unescape(OsStr::new(r"\xfF\x00")).unwrap().0, [0xff, 0]);
         for bad in [r"\x", r"\xf", r"\xgg", r"a\x+1"] {
-            assert!(unescape(OsStr::new(bad)).unwrap_err().contains("two hexadecimal digits"), "{bad}");
+            assert!(
+                unescape(OsStr::new(bad)).unwrap_err().contains("two hexadecimal digits"),
+                "{bad}"
+            );
         }
         assert_eq!(parse_hash("00000000000000ff"), Ok(255));
         assert!(parse_hash("later").is_err());

@@ -133,7 +133,10 @@ fn missing_bad_and_contradicting_arguments_are_usage_errors() {
 fn values_may_look_like_flags() {
     match command_of("vasto kv put ks counter -1 --ttl 1h").unwrap().command {
         Command::Kv(Kv { command: KvCommand::Put(put), .. }) => {
-            assert_eq!((&put.key.key.0[..], put.value.as_deref()), (&b"counter"[..], Some(OsStr::new("-1"))));
+            assert_eq!(
+                (&put.key.key.0[..], put.value.as_deref()),
+                (&b"counter"[..], Some(OsStr::new("-1")))
+            );
             assert_eq!(put.ttl, Some(Duration::from_secs(3600)));
         }
         other => panic!("{other:?}"),
@@ -155,7 +158,9 @@ fn values_have_their_units() {
 #[test]
 fn flags_that_are_given_override_and_others_do_not() {
     let line = "vasto serve node --dir /d --zone a --insecure --set node.cache=1GiB";
-    let Command::Serve(Serve::Node(node)) = command_of(line).unwrap().command else { panic!("{line}") };
+    let Command::Serve(Serve::Node(node)) = command_of(line).unwrap().command else {
+        panic!("{line}")
+    };
     let loaded = config::load(None, node.overrides()).unwrap();
     let given: Vec<_> = loaded
         .rows()

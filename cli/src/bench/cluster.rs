@@ -1,5 +1,5 @@
-//! The operations of a workload on a keyspace of a running cluster, through the client library: one task per client,
-//! each with one operation in flight.
+//! The operations of a workload on a keyspace of a running cluster, through the client library: one
+//! task per client, each with one operation in flight.
 
 use std::{sync::Arc, time::Instant};
 
@@ -19,7 +19,8 @@ const LOAD_PARALLEL: usize = 8;
 /// Keys that [`loaded`] samples.
 const SAMPLE: u64 = 64;
 
-/// Returns whether the keys `0..keys` exist, judged by a sample that includes the first and the last.
+/// Returns whether the keys `0..keys` exist, judged by a sample that includes the first and the
+/// last.
 pub(super) async fn loaded(keyspace: &Keyspace, keys: u64) -> Result<bool, Error> {
     let sample = (0..SAMPLE.min(keys)).map(|step| key(sampled(step, keys)));
     Ok(keyspace.get_many(sample).await?.iter().all(Option::is_some))
@@ -32,11 +33,17 @@ fn sampled(step: u64, keys: u64) -> u64 {
 }
 
 /// Writes the keys `0..keys`; `progress` receives the number of keys written since its last call.
-pub(super) async fn load(keyspace: &Keyspace, keys: u64, values: &Values, progress: impl Fn(u64)) -> Result<(), Error> {
+pub(super) async fn load(
+    keyspace: &Keyspace,
+    keys: u64,
+    values: &Values,
+    progress: impl Fn(u64),
+) -> Result<(), Error> {
     let starts = (0..keys).step_by(LOAD_BATCH as usize);
     let batches = stream::iter(starts).map(|start| async move {
         let end = keys.min(start + LOAD_BATCH);
-        let batch = (start..end).fold(Batch::new(), |batch, number| batch.put(key(number), values.at(number)));
+        let batch = (start..end)
+            .fold(Batch::new(), |batch, number| batch.put(key(number), values.at(number)));
         keyspace.write(batch).await.map(|_| end - start)
     });
     let mut written = batches.buffer_unordered(LOAD_PARALLEL);
@@ -46,18 +53,24 @@ pub(super) async fn load(keyspace: &Keyspace, keys: u64, values: &Values, progre
     Ok(())
 }
 
-/// Deletes those of the keys `0..keys` that exist, and nothing else; `progress` receives the number of keys deleted
-/// since its last call.
-pub(super) async fn unload(keyspace: &Keyspace, keys: u64, progress: impl Fn(u64)) -> Result<(), Error> {
+/// Deletes those of the keys `0..keys` that exist, and nothing else; `progress` receives the number
+/// of keys deleted since its last call.
+pub(super) async fn unload(
+    keyspace: &Keyspace,
+    keys: u64,
+    progress: impl Fn(u64),
+) -> Result<(), Error> {
     let rows = keyspace.scan().prefix(KEY_PREFIX).keys_only().stream();
     let mine = rows.try_filter(|row| {
-        let mine = row.partition_hash.is_none() && number_of(&row.key).is_some_and(|number| number < keys);
+        let mine =
+            row.partition_hash.is_none() && number_of(&row.key).is_some_and(|number| number < keys);
         future::ready(mine)
     });
-    let batches = mine.try_chunks(LOAD_BATCH as usize).map_err(|error| error.1).map_ok(|rows| async move {
-        let batch = rows.iter().fold(Batch::new(), |batch, row| batch.delete(row));
-        keyspace.write(batch).await.map(|_| rows.len() as u64)
-    });
+    let batches =
+        mine.try_chunks(LOAD_BATCH as usize).map_err(|error| error.1).map_ok(|rows| async move {
+            let batch = rows.iter().fold(Batch::new(), |batch, row| batch.delete(row));
+            keyspace.write(batch).await.map(|_| rows.len() as u64)
+        });
     let mut gone = std::pin::pin!(batches.try_buffer_unordered(LOAD_PARALLEL));
     while let Some(count) = gone.try_next().await? {
         progress(count);
@@ -66,7 +79,13 @@ pub(super) async fn unload(keyspace: &Keyspace, keys: u64, progress: impl Fn(u64
 }
 
 /// Runs one task per generator, until the run ends.
-pub(super) async fn run(run: &Arc<Run>, keyspace: &Keyspace, generators: Vec<Generator>, values: &Values, ack: Option<Ack>) {
+pub(super) async fn run(
+    run: &Arc<Run>,
+    keyspace: &Keyspace,
+    generators: Vec<Generator>,
+    values: &Values,
+    ack: Option<Ack>,
+) {
     let mut clients = JoinSet::new();
     for (number, generator) in generators.into_iter().enumerate() {
         let client = Client { keyspace: keyspace.clone(), values: values.clone(), ack };
@@ -108,7 +127,8 @@ impl Client {
                 Ok(found)
             }
             Op::Scan(number, rows) => {
-                let mut scan = self.keyspace.scan().prefix(neighbourhood(number)).limit(rows).stream();
+                let mut scan =
+                    self.keyspace.scan().prefix(neighbourhood(number)).limit(rows).stream();
                 let mut found = Found::No;
                 while scan.try_next().await?.is_some() {
                     found = Found::Yes;
@@ -134,7 +154,13 @@ impl Client {
 
 /// Returns whether a repetition of the request would fail again.
 fn hopeless(kind: ErrorKind) -> bool {
-    !matches!(kind, ErrorKind::Unavailable | ErrorKind::Overloaded | ErrorKind::DeadlineExceeded | ErrorKind::Unknown)
+    !matches!(
+        kind,
+        ErrorKind::Unavailable
+            | ErrorKind::Overloaded
+            | ErrorKind::DeadlineExceeded
+            | ErrorKind::Unknown
+    )
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! The baseline: the same operations by the same number of threads on a RocksDB in this process.
 //!
-//! The database has the settings of a node's databases (compression, block size, filters, memory), and RocksDB's own
-//! write-ahead log in place of a node's binlog: synced by each write at `fsync` (RocksDB syncs once for all waiting
-//! writes), handed to the operating system at `os`.
+//! The database has the settings of a node's databases (compression, block size, filters, memory),
+//! and RocksDB's own write-ahead log in place of a node's binlog: synced by each write at `fsync`
+//! (RocksDB syncs once for all waiting writes), handed to the operating system at `os`.
 //!
 //! Invariant: a directory that does not carry this bench's mark is never written to.
 
@@ -10,7 +10,8 @@ use std::{fs, path::Path, sync::Arc, time::Instant};
 
 use anyhow::Context;
 use rocksdb::{
-    BlockBasedOptions, Cache, DB, DBCompressionType, Direction, IteratorMode, Options, WriteBatch, WriteOptions,
+    BlockBasedOptions, Cache, DB, DBCompressionType, Direction, IteratorMode, Options, WriteBatch,
+    WriteOptions,
 };
 
 use super::{
@@ -34,9 +35,14 @@ impl Embedded {
     /// Opens the database in `dir`, or creates one in a directory that is empty or does not exist.
     ///
     /// # Errors
-    /// [`Failure`] for a directory with other contents, for an acknowledgement level that one process cannot give,
-    /// and for an error of RocksDB.
-    pub(super) fn open(dir: &Path, ack: Ack, cache_bytes: usize, write_buffer_bytes: usize) -> anyhow::Result<Embedded> {
+    /// [`Failure`] for a directory with other contents, for an acknowledgement level that one
+    /// process cannot give, and for an error of RocksDB.
+    pub(super) fn open(
+        dir: &Path,
+        ack: Ack,
+        cache_bytes: usize,
+        write_buffer_bytes: usize,
+    ) -> anyhow::Result<Embedded> {
         let sync = match ack {
             Ack::Os => false,
             Ack::Fsync => true,
@@ -57,7 +63,12 @@ impl Embedded {
     }
 
     /// Writes the keys `0..keys`; `progress` receives the number of keys written so far.
-    pub(super) fn load(&self, keys: u64, values: &Values, progress: impl Fn(u64)) -> anyhow::Result<()> {
+    pub(super) fn load(
+        &self,
+        keys: u64,
+        values: &Values,
+        progress: impl Fn(u64),
+    ) -> anyhow::Result<()> {
         let mut start = 0;
         while start < keys {
             let end = keys.min(start + LOAD_BATCH);
@@ -103,7 +114,11 @@ impl Embedded {
             Op::Scan(number, rows) => {
                 let prefix = neighbourhood(number);
                 let mut count = 0;
-                for row in self.db.iterator(IteratorMode::From(prefix.as_bytes(), Direction::Forward)).take(rows) {
+                for row in self
+                    .db
+                    .iterator(IteratorMode::From(prefix.as_bytes(), Direction::Forward))
+                    .take(rows)
+                {
                     let (key, _) = row?;
                     count += usize::from(key.starts_with(prefix.as_bytes()));
                 }
@@ -127,14 +142,16 @@ fn claim(dir: &Path) -> anyhow::Result<()> {
         return Ok(());
     }
     if fs::read_dir(dir).with_context(cannot)?.next().is_some() {
-        let failure = Failure::usage(format!("{} holds files that are not of this bench", dir.display()));
+        let failure =
+            Failure::usage(format!("{} holds files that are not of this bench", dir.display()));
         return Err(failure.hint("give a directory that is empty or does not exist").into());
     }
-    fs::write(mark, "The directory of `vasto bench --embedded`; it may be removed.\n").with_context(cannot)
+    fs::write(mark, "The directory of `vasto bench --embedded`; it may be removed.\n")
+        .with_context(cannot)
 }
 
-/// The settings of a node's databases, except for the write-ahead log and for concurrent writers, which a node does
-/// not need: each of its databases has one writer.
+/// The settings of a node's databases, except for the write-ahead log and for concurrent writers,
+/// which a node does not need: each of its databases has one writer.
 fn options(cache_bytes: usize, write_buffer_bytes: usize) -> Options {
     let mut table = BlockBasedOptions::default();
     table.set_block_cache(&Cache::new_lru_cache(cache_bytes));
@@ -181,10 +198,15 @@ mod tests {
         for workload in [Workload::Mixed, Workload::YcsbA, Workload::YcsbE, Workload::YcsbF] {
             let run = Arc::new(Run::start(Until::Requests(500)));
             let population = Population::new(2_500, 4);
-            let generators = (0..4).map(|seed| Generator::new(workload, 2_500, population.clone(), seed)).collect();
+            let generators = (0..4)
+                .map(|seed| Generator::new(workload, 2_500, population.clone(), seed))
+                .collect();
             embedded.run(&run, generators, &values);
             let json = serde_json::to_value(run.finish(Duration::from_secs(1)).0).unwrap();
-            assert_eq!((&json["ops"], &json["errors"], &json["not_found"]), (&500.into(), &0.into(), &0.into()));
+            assert_eq!(
+                (&json["ops"], &json["errors"], &json["not_found"]),
+                (&500.into(), &0.into(), &0.into())
+            );
         }
     }
 

@@ -1,7 +1,7 @@
 //! Measurement of a run: counts, latency percentiles, and the report.
 //!
-//! Invariant: an operation counts once, as done or as failed; latencies are of done operations only. A client calls
-//! [`Run::begin`] before each operation, so that a run ends by itself.
+//! Invariant: an operation counts once, as done or as failed; latencies are of done operations
+//! only. A client calls [`Run::begin`] before each operation, so that a run ends by itself.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -16,10 +16,11 @@ use crate::output::{format_count, format_duration};
 
 /// Significant figures of each recorded latency.
 const FIGURES: u8 = 3;
-/// The largest latency recorded; a greater latency counts as this. No operation has a deadline near it.
+/// The largest latency recorded; a greater latency counts as this. No operation has a deadline near
+/// it.
 const LATENCY_MAX: Duration = Duration::from_secs(3_600);
-/// Recorders that clients share: enough to avoid lock contention, few enough that thousands of clients need no memory
-/// for them.
+/// Recorders that clients share: enough to avoid lock contention, few enough that thousands of
+/// clients need no memory for them.
 const RECORDERS: usize = 32;
 
 /// The end condition of a run.
@@ -62,7 +63,8 @@ struct Recorder {
 impl Recorder {
     fn new() -> Recorder {
         let most = LATENCY_MAX.as_nanos() as u64;
-        let nanoseconds = Histogram::new_with_max(most, FIGURES).expect("the constants make a histogram");
+        let nanoseconds =
+            Histogram::new_with_max(most, FIGURES).expect("the constants make a histogram");
         Recorder { nanoseconds, errors: 0, not_found: 0, first_error: None }
     }
 
@@ -108,7 +110,9 @@ impl Run {
     /// Records that an operation of this client was done.
     pub(super) fn record(&self, client: usize, latency: Duration, found: Found) {
         let mut recorder = self.recorders[client % RECORDERS].lock();
-        recorder.nanoseconds.saturating_record(u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX).max(1));
+        recorder
+            .nanoseconds
+            .saturating_record(u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX).max(1));
         recorder.not_found += u64::from(found == Found::No);
         drop(recorder);
         self.done.fetch_add(1, Ordering::Relaxed);
@@ -145,8 +149,13 @@ impl Run {
         let ops = all.nanoseconds.len();
         let seconds = elapsed.as_secs_f64();
         let at = |quantile: f64| micros(all.nanoseconds.value_at_quantile(quantile));
-        let latency_us =
-            Latency { p50: at(0.5), p95: at(0.95), p99: at(0.99), p999: at(0.999), max: micros(all.nanoseconds.max()) };
+        let latency_us = Latency {
+            p50: at(0.5),
+            p95: at(0.95),
+            p99: at(0.99),
+            p999: at(0.999),
+            max: micros(all.nanoseconds.max()),
+        };
         let ops_per_sec = (ops as f64 / seconds.max(1e-9)).round();
         let figures = Figures {
             ops,
@@ -284,7 +293,9 @@ mod tests {
         assert_eq!(json["ops_per_sec"], 2_000.0);
         let names: Vec<&String> = json["latency_us"].as_object().unwrap().keys().collect();
         assert_eq!(names.len(), 5);
-        for (name, micros) in [("p50", 500.0), ("p95", 950.0), ("p99", 990.0), ("p999", 999.0), ("max", 1_000.0)] {
+        for (name, micros) in
+            [("p50", 500.0), ("p95", 950.0), ("p99", 990.0), ("p999", 999.0), ("max", 1_000.0)]
+        {
             let found = json["latency_us"][name].as_f64().unwrap();
             assert!((found - micros).abs() <= micros * 0.002, "{name}: {found}");
         }
@@ -293,7 +304,11 @@ mod tests {
     #[test]
     fn the_text_names_what_failed() {
         let text = report().text();
-        for part in ["put: 1,000 operations in 500 ms, 2,000/s, 16 clients", "p50 500 µs", "1 operations failed"] {
+        for part in [
+            "put: 1,000 operations in 500 ms, 2,000/s, 16 clients",
+            "p50 500 µs",
+            "1 operations failed",
+        ] {
             assert!(text.contains(part), "{part:?} is not in {text}");
         }
     }

@@ -1,7 +1,8 @@
 //! The operations of each workload: a pure function of a seed.
 //!
-//! The YCSB mixes are core workloads A to F (Cooper et al., "Benchmarking cloud serving systems with YCSB", 2010):
-//! ranks by Zipf's law with a skew of 0.99, spread over the keys by a hash, so that popular keys are not adjacent.
+//! The YCSB mixes are core workloads A to F (Cooper et al., "Benchmarking cloud serving systems
+//! with YCSB", 2010): ranks by Zipf's law with a skew of 0.99, spread over the keys by a hash, so
+//! that popular keys are not adjacent.
 //!
 //! Not here: executing the operations, on a cluster or on an embedded database.
 
@@ -114,8 +115,14 @@ pub(super) struct Generator {
 }
 
 impl Generator {
-    /// Creates a generator; the same seed gives the same operations as long as no other client inserts.
-    pub(super) fn new(workload: Workload, keys: u64, population: Arc<Population>, seed: u64) -> Generator {
+    /// Creates a generator; the same seed gives the same operations as long as no other client
+    /// inserts.
+    pub(super) fn new(
+        workload: Workload,
+        keys: u64,
+        population: Arc<Population>,
+        seed: u64,
+    ) -> Generator {
         Generator {
             mix: mix(workload),
             keys,
@@ -154,7 +161,8 @@ impl Generator {
             Choice::Popular => spread(self.rank()) % self.keys,
             Choice::Latest => {
                 let settled = self.population.settled(self.keys);
-                // Rebuilt only when the population has grown noticeably: a rebuild computes several powers.
+                // Rebuilt only when the population has grown noticeably: a rebuild computes several
+                // powers.
                 if settled > self.zipf.ranks() + self.zipf.ranks() / 1_000 {
                     self.zipf = Zipf::new(settled, YCSB_THETA);
                 }
@@ -211,7 +219,8 @@ impl Values {
         Values { pool: pool.into(), size }
     }
 
-    /// Returns one of about a million values; values of adjacent numbers do not overlap in the pool.
+    /// Returns one of about a million values; values of adjacent numbers do not overlap in the
+    /// pool.
     pub(super) fn at(&self, number: u64) -> Bytes {
         let start = (spread(number) % POOL_BYTES as u64) as usize;
         self.pool.slice(start..start + self.size)
@@ -235,7 +244,8 @@ mod tests {
     /// Percent of gets, puts, scans, modifications.
     fn shares(workload: Workload) -> [usize; 4] {
         let ops = ops(workload, 10_000);
-        let share = |wanted: fn(&Op) -> bool| ops.iter().filter(|op| wanted(op)).count().div_ceil(100);
+        let share =
+            |wanted: fn(&Op) -> bool| ops.iter().filter(|op| wanted(op)).count().div_ceil(100);
         [
             share(|op| matches!(op, Op::Get(_))),
             share(|op| matches!(op, Op::Put(_))),
@@ -258,7 +268,10 @@ mod tests {
             (Workload::YcsbF, [50, 0, 0, 50]),
         ] {
             for (found, expected) in shares(workload).into_iter().zip(expected) {
-                assert!(found.abs_diff(expected) <= 2, "{workload:?}: {found} % instead of {expected} %");
+                assert!(
+                    found.abs_diff(expected) <= 2,
+                    "{workload:?}: {found} % instead of {expected} %"
+                );
             }
         }
     }
@@ -314,8 +327,13 @@ mod tests {
     fn keys_sort_like_their_numbers_and_have_neighbours() {
         assert_eq!((key(7).as_str(), key(7).len()), ("bench:0000000007", 16));
         assert!(key(9) < key(10));
-        assert_eq!((number_of(key(7).as_bytes()), number_of(key(u64::MAX).as_bytes())), (Some(7), Some(u64::MAX)));
-        for foreign in ["bench:7", "bench:000000000a", "bench:", "bench:+000000007", "other:0000000007"] {
+        assert_eq!(
+            (number_of(key(7).as_bytes()), number_of(key(u64::MAX).as_bytes())),
+            (Some(7), Some(u64::MAX))
+        );
+        for foreign in
+            ["bench:7", "bench:000000000a", "bench:", "bench:+000000007", "other:0000000007"]
+        {
             assert_eq!(number_of(foreign.as_bytes()), None, "{foreign}");
         }
         assert_eq!(neighbourhood(1_234), "bench:00000012");

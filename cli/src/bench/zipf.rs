@@ -1,8 +1,9 @@
-//! Random ranks by Zipf's law: rank 1 is the most popular, rank `k` is drawn in proportion to `1 / k^theta`.
+//! Random ranks by Zipf's law: rank 1 is the most popular, rank `k` is drawn in proportion to
+//! `1 / k^theta`.
 //!
-//! The method is rejection-inversion (Hörmann and Derflinger, "Rejection-inversion to generate variates from monotone
-//! discrete distributions", 1996): without a table, so that the number of ranks may grow during a run, as the
-//! workload of the latest records needs.
+//! The method is rejection-inversion (Hörmann and Derflinger, "Rejection-inversion to generate
+//! variates from monotone discrete distributions", 1996): without a table, so that the number of
+//! ranks may grow during a run, as the workload of the latest records needs.
 
 /// The skew that YCSB uses.
 pub(super) const YCSB_THETA: f64 = 0.99;
@@ -21,7 +22,8 @@ pub(super) struct Zipf {
 }
 
 impl Zipf {
-    /// Creates a distribution of ranks from 1 to `n` (at least 1), with a skew of `theta` above 0 and other than 1.
+    /// Creates a distribution of ranks from 1 to `n` (at least 1), with a skew of `theta` above 0
+    /// and other than 1.
     pub(super) fn new(n: u64, theta: f64) -> Zipf {
         assert!(n >= 1 && theta > 0.0 && theta != 1.0, "there is no such distribution");
         let mut zipf = Zipf { n, theta, low: 0.0, high: 0.0, near: 0.0 };
@@ -86,7 +88,10 @@ mod tests {
         for k in [1usize, 2, 3, 10, 100] {
             let expected = DRAWS as f64 * (k as f64).powf(-YCSB_THETA) / total;
             let found = counts[k] as f64;
-            assert!((found - expected).abs() < 6.0 * expected.sqrt(), "rank {k}: {found} drawn, {expected} expected");
+            assert!(
+                (found - expected).abs() < 6.0 * expected.sqrt(),
+                "rank {k}: {found} drawn, {expected} expected"
+            );
         }
     }
 

@@ -60,14 +60,22 @@ impl ConfigError {
     /// Returns the remedy for the error.
     pub(crate) fn hint(&self) -> String {
         match self {
-            ConfigError::Unreadable { .. } => "give the path of a TOML file that you may read with --config".to_owned(),
+            ConfigError::Unreadable { .. } => {
+                "give the path of a TOML file that you may read with --config".to_owned()
+            }
             ConfigError::Syntax { .. } => "text values stand in double quotes".to_owned(),
-            ConfigError::Invalid(_) => "`vasto config show` lists every field with its value".to_owned(),
+            ConfigError::Invalid(_) => {
+                "`vasto config show` lists every field with its value".to_owned()
+            }
             ConfigError::Missing { path, flag } => {
-                format!("give {flag}, set {}, or write it into the file of --config", variable(path))
+                format!(
+                    "give {flag}, set {}, or write it into the file of --config",
+                    variable(path)
+                )
             }
             ConfigError::Unprotected { .. } => {
-                "bind to 127.0.0.1, or, on a network where everybody is trusted, say --insecure".to_owned()
+                "bind to 127.0.0.1, or, on a network where everybody is trusted, say --insecure"
+                    .to_owned()
             }
             ConfigError::NotAdvertised(address) => format!(
                 "say under which name others reach this node: --advertise HOST:{}",
@@ -79,8 +87,9 @@ impl ConfigError {
         }
     }
 
-    /// Returns the failure of a configuration check that found the error. The command itself worked, so the exit code
-    /// is 1, where a server that is started with the same configuration exits with 2.
+    /// Returns the failure of a configuration check that found the error. The command itself
+    /// worked, so the exit code is 1, where a server that is started with the same configuration
+    /// exits with 2.
     pub(crate) fn finding(&self) -> Failure {
         Failure::new(self.to_string()).hint(self.hint())
     }

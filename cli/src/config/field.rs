@@ -1,4 +1,5 @@
-//! The list of all configuration fields: name, parser, error message, and the nearest field to a misspelled name.
+//! The list of all configuration fields: name, parser, error message, and the nearest field to a
+//! misspelled name.
 //!
 //! Invariant: this list and the sections of [`super::Config`] name the same fields; a test
 //! compares them.
@@ -95,8 +96,8 @@ impl Kind {
         }
     }
 
-    /// Parses a text from the environment or from a flag. Text that does not parse stays text; the check of all
-    /// values rejects it later.
+    /// Parses a text from the environment or from a flag. Text that does not parse stays text; the
+    /// check of all values rejects it later.
     pub(super) fn value_of(self, text: &str) -> Value {
         match self {
             Kind::Switch => match text {
@@ -149,7 +150,8 @@ pub(super) fn neighbours(path: &str) -> Vec<&'static str> {
     if !fields.is_empty() {
         return fields;
     }
-    let mut sections: Vec<_> = FIELDS.iter().filter_map(|field| field.path.split('.').next()).collect();
+    let mut sections: Vec<_> =
+        FIELDS.iter().filter_map(|field| field.path.split('.').next()).collect();
     sections.dedup();
     sections
 }

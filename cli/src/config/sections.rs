@@ -135,7 +135,8 @@ pub(crate) struct NodeSection {
     /// Interval at which new log records are shipped to the bucket.
     #[serde(with = "values::duration")]
     pub ship_interval: Duration,
-    /// Bytes a second that uploads of checkpoints take, all replicas of the node together; 0 sets no limit.
+    /// Bytes a second that uploads of checkpoints take, all replicas of the node together; 0 sets
+    /// no limit.
     #[serde(with = "values::size")]
     pub ship_rate: ByteSize,
     /// Threads for reads that wait for the disk.

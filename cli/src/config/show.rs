@@ -26,7 +26,8 @@ pub(crate) struct Row {
 impl Loaded {
     /// Returns every value in force with its source, in the order of the sections.
     pub(crate) fn rows(&self) -> Vec<Row> {
-        let config = serde_json::to_value(&self.config).expect("a configuration has only text keys");
+        let config =
+            serde_json::to_value(&self.config).expect("a configuration has only text keys");
         let row = |field: &'static Field| {
             let value = &config[field.path.split('.').next().unwrap_or_default()]
                 [field.path.split('.').next_back().unwrap_or_default()];
@@ -68,7 +69,8 @@ impl Loaded {
     }
 }
 
-/// Hides credentials in a URL: `s3://key:secret@bucket` is not supported, and must not be shown when a user tries it.
+/// Hides credentials in a URL: `s3://key:secret@bucket` is not supported, and must not be shown
+/// when a user tries it.
 fn without_credentials(url: &str) -> String {
     match url.split_once("://") {
         Some((scheme, rest)) => {

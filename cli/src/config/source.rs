@@ -1,5 +1,5 @@
-//! The sources of values: the file, the environment, the flags. Each becomes one layer of `section.field = value`,
-//! with the description of the place where each value was written.
+//! The sources of values: the file, the environment, the flags. Each becomes one layer of
+//! `section.field = value`, with the description of the place where each value was written.
 //!
 //! Owned by [`super`]: the precedence of the layers, and the checks of the values.
 
@@ -104,9 +104,9 @@ impl Overrides {
 
     /// Adds the `SECTION.FIELD=VALUE` assignments of `--set`.
     pub(crate) fn assign(self, assignments: &[(String, String)]) -> Overrides {
-        assignments
-            .iter()
-            .fold(self, |overrides, (path, value)| overrides.set(path, &format!("--set {path}"), Some(value)))
+        assignments.iter().fold(self, |overrides, (path, value)| {
+            overrides.set(path, &format!("--set {path}"), Some(value))
+        })
     }
 
     pub(super) fn layer(self) -> Layer {
@@ -124,8 +124,8 @@ pub(super) fn is_alias(name: &str) -> bool {
     ALIASES.iter().any(|(alias, _)| *alias == name)
 }
 
-/// Builds the layer of the environment. Empty variables count as not set; variables without the double underscore are
-/// not configuration.
+/// Builds the layer of the environment. Empty variables count as not set; variables without the
+/// double underscore are not configuration.
 pub(super) fn environment(variables: impl IntoIterator<Item = (String, String)>) -> Layer {
     let variables: Vec<_> = variables.into_iter().filter(|(_, text)| !text.is_empty()).collect();
     let aliases = ALIASES.into_iter().filter_map(|(alias, path)| {
@@ -148,11 +148,12 @@ fn entry(path: String, text: &str, origin: String) -> Entry {
     Entry { path, value, origin }
 }
 
-/// Reads the layer of a TOML file. Parse errors name line and column and omit the text of the line, which may hold a
-/// secret.
+/// Reads the layer of a TOML file. Parse errors name line and column and omit the text of the line,
+/// which may hold a secret.
 pub(super) fn file(path: &Path) -> Result<Layer, ConfigError> {
     let origin = path.display().to_string();
-    let text = fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { file: origin.clone(), source })?;
+    let text = fs::read_to_string(path)
+        .map_err(|source| ConfigError::Unreadable { file: origin.clone(), source })?;
     let document: toml::Table = toml::from_str(&text).map_err(|error| {
         let offset = error.span().map_or(0, |span| span.start);
         let before = text.get(..offset).unwrap_or_default();
@@ -169,7 +170,11 @@ pub(super) fn file(path: &Path) -> Result<Layer, ConfigError> {
             toml::Value::Table(fields) => {
                 for (name, value) in fields {
                     let value = value_of(&value);
-                    entries.push(Entry { path: format!("{section}.{name}"), value, origin: origin.clone() });
+                    entries.push(Entry {
+                        path: format!("{section}.{name}"),
+                        value,
+                        origin: origin.clone(),
+                    });
                 }
             }
             other => {

@@ -36,15 +36,20 @@ fn the_list_of_fields_and_the_sections_agree() {
         .as_object()
         .unwrap()
         .iter()
-        .flat_map(|(section, fields)| fields.as_object().unwrap().keys().map(move |name| format!("{section}.{name}")))
+        .flat_map(|(section, fields)| {
+            fields.as_object().unwrap().keys().map(move |name| format!("{section}.{name}"))
+        })
         .collect();
-    let in_list: BTreeSet<String> = field::FIELDS.iter().map(|field| field.path.to_owned()).collect();
+    let in_list: BTreeSet<String> =
+        field::FIELDS.iter().map(|field| field.path.to_owned()).collect();
     assert_eq!(in_sections, in_list);
 }
 
 #[test]
 fn flags_beat_the_environment_beats_the_file_beats_the_defaults() {
-    let file = file("[node]\ncache = \"1GiB\"\nwrite_buffer = 1048576\nread_threads = 2\nzone = \"file\"\n");
+    let file = file(
+        "[node]\ncache = \"1GiB\"\nwrite_buffer = 1048576\nread_threads = 2\nzone = \"file\"\n",
+    );
     let environment = variables(&[
         ("VASTO_NODE__WRITE_BUFFER", "2MiB"),
         ("VASTO_NODE__READ_THREADS", "8"),
@@ -103,7 +108,8 @@ fn numbers_and_words_in_the_environment_are_read_by_the_field() {
 
 #[test]
 fn well_known_variables_are_weaker_than_those_of_the_field() {
-    let mut environment = variables(&[("VASTO_MASTER", "http://m:1"), ("VASTO_LOG", "debug"), ("RUST_LOG", "trace")]);
+    let mut environment =
+        variables(&[("VASTO_MASTER", "http://m:1"), ("VASTO_LOG", "debug"), ("RUST_LOG", "trace")]);
     let loaded = load_from(None, environment.clone(), Overrides::new()).unwrap();
     assert_eq!(loaded.config.node.master, "http://m:1");
     assert_eq!(loaded.config.log.filter, "debug");
@@ -170,7 +176,8 @@ fn bad_values_name_the_field_the_place_and_what_is_expected() {
 #[test]
 fn prices_are_numbers_from_any_source_and_shown_with_it() {
     let file = file("[prices]\ncurrency = \"EUR\"\nput_per_1000 = 0.0054\negress_gib = 0\n");
-    let environment = variables(&[("VASTO_PRICES__GIB_MONTH", "0.02"), ("VASTO_PRICES__LIST_PER_1000", "1")]);
+    let environment =
+        variables(&[("VASTO_PRICES__GIB_MONTH", "0.02"), ("VASTO_PRICES__LIST_PER_1000", "1")]);
     let flags = Overrides::new().assign(&[("prices.get_per_1000".to_owned(), "4e-4".to_owned())]);
     let loaded = load_from(Some(file.path()), environment, flags).unwrap();
     let wanted = PricesSection {
@@ -195,8 +202,15 @@ fn prices_are_numbers_from_any_source_and_shown_with_it() {
         (&row(&defaults, "prices.gib_month").value, row(&defaults, "prices.gib_month").source),
         (&0.023.into(), Source::Default)
     );
-    let text = refusal("[prices]\nput_per_100 = 1\n", &[("VASTO_PRICES__PUT_PER_1000", "NaN")], Overrides::new());
-    assert!(text.contains("unknown field prices.put_per_100 in /") && text.contains("put_per_1000?"), "{text}");
+    let text = refusal(
+        "[prices]\nput_per_100 = 1\n",
+        &[("VASTO_PRICES__PUT_PER_1000", "NaN")],
+        Overrides::new(),
+    );
+    assert!(
+        text.contains("unknown field prices.put_per_100 in /") && text.contains("put_per_1000?"),
+        "{text}"
+    );
     let text = refusal("", &[("VASTO_PRICES__PUT_PER_1000", "NaN")], Overrides::new());
     assert!(text.contains("\"NaN\" is not a number from 0"), "{text}");
 }
@@ -283,7 +297,11 @@ fn texts_that_cannot_be_what_they_are_for_are_refused_with_their_place() {
         ("bucket", "url = \"s4://b/p\"", ["bucket.url in ", "s4"]),
         ("bucket", "url = \"s3://\"", ["bucket.url in ", "names no bucket"]),
         ("bucket", "url = \"file://relative\"", ["bucket.url in ", "three slashes"]),
-        ("bucket", "endpoint = \"127.0.0.1:9000\"", ["bucket.endpoint in ", "http://127.0.0.1:9000"]),
+        (
+            "bucket",
+            "endpoint = \"127.0.0.1:9000\"",
+            ["bucket.endpoint in ", "http://127.0.0.1:9000"],
+        ),
         ("node", "master = \"localhost\"", ["node.master in ", "http://127.0.0.1:8278"]),
         ("log", "filter = \"vasto_node=loud\"", ["log.filter in ", "info,vasto_node=debug"]),
     ] {
@@ -298,7 +316,10 @@ fn texts_that_cannot_be_what_they_are_for_are_refused_with_their_place() {
     assert!(text.contains("bucket.url in VASTO_BUCKET__URL"), "{text}");
     let secret = refusal("[bucket]\nurl = \"s3://user:canary-1@b\"\n", &[], Overrides::new());
     assert!(!secret.contains("canary-1"), "{secret}");
-    check_file(file("[bucket]\nurl = \"file:///a/b\"\nendpoint = \"https://s3.example.org\"\n").path()).unwrap();
+    check_file(
+        file("[bucket]\nurl = \"file:///a/b\"\nendpoint = \"https://s3.example.org\"\n").path(),
+    )
+    .unwrap();
 }
 
 #[test]
@@ -309,7 +330,8 @@ fn variables_with_one_underscore_are_told_and_those_of_others_are_not() {
         ("VASTO_BUCKET_URL", "VASTO_BUCKET__URL"),
         ("VASTO_LOG_FORMAT", "VASTO_LOG__FORMAT"),
     ] {
-        let error = load_from(None, variables(&[(given, "1")]), Overrides::new()).unwrap_err().to_string();
+        let error =
+            load_from(None, variables(&[(given, "1")]), Overrides::new()).unwrap_err().to_string();
         assert!(error.contains(&format!("{given} is not read; did you mean {meant},")), "{error}");
     }
     let others = [

@@ -51,11 +51,16 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Secret<T> {
 pub(super) mod size {
     use super::*;
 
-    pub(in crate::config) fn serialize<S: Serializer>(size: &ByteSize, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(in crate::config) fn serialize<S: Serializer>(
+        size: &ByteSize,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&exact(*size))
     }
 
-    pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ByteSize, D::Error> {
+    pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<ByteSize, D::Error> {
         #[derive(Deserialize)]
         #[serde(untagged)]
         enum Form {
@@ -74,7 +79,10 @@ pub(super) mod size {
         [(30, "GiB"), (20, "MiB"), (10, "KiB")]
             .into_iter()
             .find(|(shift, _)| bytes > 0 && bytes.trailing_zeros() >= *shift)
-            .map_or_else(|| format!("{bytes}B"), |(shift, unit)| format!("{}{unit}", bytes >> shift))
+            .map_or_else(
+                || format!("{bytes}B"),
+                |(shift, unit)| format!("{}{unit}", bytes >> shift),
+            )
     }
 }
 
@@ -82,11 +90,16 @@ pub(super) mod size {
 pub(super) mod duration {
     use super::*;
 
-    pub(in crate::config) fn serialize<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(in crate::config) fn serialize<S: Serializer>(
+        duration: &Duration,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         serializer.collect_str(&humantime::format_duration(*duration))
     }
 
-    pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Duration, D::Error> {
         let text = String::deserialize(deserializer)?;
         let duration = humantime::parse_duration(&text).map_err(D::Error::custom)?;
         match duration.is_zero() {
@@ -100,11 +113,16 @@ pub(super) mod duration {
 pub(super) mod period {
     use super::*;
 
-    pub(in crate::config) fn serialize<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(in crate::config) fn serialize<S: Serializer>(
+        duration: &Duration,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         serializer.collect_str(&humantime::format_duration(*duration))
     }
 
-    pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Duration, D::Error> {
         humantime::parse_duration(&String::deserialize(deserializer)?).map_err(D::Error::custom)
     }
 }
@@ -113,11 +131,16 @@ pub(super) mod period {
 pub(super) mod count {
     use super::*;
 
-    pub(in crate::config) fn serialize<S: Serializer>(count: &usize, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(in crate::config) fn serialize<S: Serializer>(
+        count: &usize,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         count.serialize(serializer)
     }
 
-    pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::Error> {
+    pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<usize, D::Error> {
         match u32::deserialize(deserializer)? {
             0 => Err(D::Error::custom("it is zero")),
             count => Ok(count as usize),
@@ -129,11 +152,16 @@ pub(super) mod count {
 pub(super) mod price {
     use super::*;
 
-    pub(in crate::config) fn serialize<S: Serializer>(price: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(in crate::config) fn serialize<S: Serializer>(
+        price: &f64,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         price.serialize(serializer)
     }
 
-    pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<f64, D::Error> {
         match f64::deserialize(deserializer)? {
             price if price.is_finite() && price >= 0.0 => Ok(price),
             _ => Err(D::Error::custom("it is no number from 0")),

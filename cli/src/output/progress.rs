@@ -121,7 +121,13 @@ fn style(unit: Unit, total_known: bool) -> ProgressStyle {
         .progress_chars("=> ")
 }
 
-fn progress_line(label: &str, unit: Unit, done: u64, total: Option<u64>, elapsed: Duration) -> String {
+fn progress_line(
+    label: &str,
+    unit: Unit,
+    done: u64,
+    total: Option<u64>,
+    elapsed: Duration,
+) -> String {
     let rate = done as f64 / elapsed.as_secs_f64().max(1e-9);
     let mut line = format!("{label} {}", unit.show(done));
     if let Some(total) = total {
@@ -151,7 +157,10 @@ mod tests {
             "resize 1.0 MiB of 4.0 MiB (25 %), 1.0 MiB/s, 3.00 s left"
         );
         assert_eq!(progress_line("load", Unit::Items, 5_000, None, second), "load 5,000, 5,000/s");
-        assert_eq!(progress_line("load", Unit::Items, 0, Some(0), Duration::ZERO), "load 0 of 0 (100 %), 0/s");
+        assert_eq!(
+            progress_line("load", Unit::Items, 0, Some(0), Duration::ZERO),
+            "load 0 of 0 (100 %), 0/s"
+        );
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! `vasto dev`: a master and its nodes in one process, to try things out.
 //!
-//! Each node has its own directory below `--dir`, and so has the bucket unless `--bucket` is given; a second start
-//! finds all data again. The nodes share the memory that the configuration gives to one node. Each node runs on its
-//! own threads, whose log lines name it.
+//! Each node has its own directory below `--dir`, and so has the bucket unless `--bucket` is given;
+//! a second start finds all data again. The nodes share the memory that the configuration gives to
+//! one node. Each node runs on its own threads, whose log lines name it.
 
 use std::{
     future::Future,
@@ -41,20 +41,25 @@ pub(crate) async fn dev(args: &Dev, file: Option<&Path>) -> anyhow::Result<()> {
     }
     let settings = master_config(&config)?;
     if !config.node.listen.ip().is_loopback() || config.node.listen.port() != 0 {
-        let failure = Failure::usage("the nodes of `vasto dev` listen on free ports of 127.0.0.1 only");
-        return Err(failure.hint("leave node.listen out, or run separate servers with `vasto serve`").into());
+        let failure =
+            Failure::usage("the nodes of `vasto dev` listen on free ports of 127.0.0.1 only");
+        return Err(failure
+            .hint("leave node.listen out, or run separate servers with `vasto serve`")
+            .into());
     }
     let server = Server::start("dev", &config, config.master.admin_listen).await?;
     // The nodes stop first, then the master, which receives their reports.
     let stop_master = CancellationToken::new();
-    let started = server.starting(start(&config, args, settings, stop_master.clone(), &server)).await;
+    let started =
+        server.starting(start(&config, args, settings, stop_master.clone(), &server)).await;
     let Some(cluster) = started.inspect_err(|_| stop_master.cancel())? else {
         stop_master.cancel();
         return server.end().await;
     };
     let cluster_id = cluster.master.cluster_id.clone();
     let nodes = cluster.nodes.iter().map(|dev_node| &dev_node.node);
-    let nodes = nodes.map(|node| ReadyNode { node_id: node.node_id.to_string(), listen: node.listen });
+    let nodes =
+        nodes.map(|node| ReadyNode { node_id: node.node_id.to_string(), listen: node.listen });
     let ready = Ready {
         ready: true,
         role: "dev",
@@ -102,9 +107,15 @@ impl Threads {
     }
 
     /// Runs the start of a server on these threads.
-    async fn run<T: Send + 'static>(&self, start: impl Future<Output = T> + Send + 'static) -> Result<T, Failure> {
+    async fn run<T: Send + 'static>(
+        &self,
+        start: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T, Failure> {
         let runtime = self.0.as_ref().expect("it is taken when it is dropped");
-        runtime.spawn(start).await.map_err(|error| Failure::new(format!("a node did not start: {error}")))
+        runtime
+            .spawn(start)
+            .await
+            .map_err(|error| Failure::new(format!("a node did not start: {error}")))
     }
 }
 
@@ -141,7 +152,8 @@ async fn start(
     server: &Server,
 ) -> Result<Cluster, Failure> {
     let master = Master::start(settings, stop_master).await.map_err(advice)?;
-    let share = |whole: ByteSize| ByteSize::b(whole.as_u64() / u64::from(args.nodes)).max(SHARE_MIN);
+    let share =
+        |whole: ByteSize| ByteSize::b(whole.as_u64() / u64::from(args.nodes)).max(SHARE_MIN);
     let mut config = config.clone();
     config.node.master = format!("http://{}", master.listen);
     config.node.cache = share(config.node.cache);
@@ -152,10 +164,14 @@ async fn start(
         let stop = server.stop.clone();
         async move {
             let dir = directory(&args.dir.join(format!("node-{number}"))).map_err(|error| {
-                Failure::new(format!("{error:#}")).hint("choose a directory that you may write to with --dir")
+                Failure::new(format!("{error:#}"))
+                    .hint("choose a directory that you may write to with --dir")
             })?;
             let threads = Threads::start(&format!("node-{number}"))?;
-            let node = threads.run(Node::start(node_config(&config, &dir), stop)).await?.map_err(advice)?;
+            let node = threads
+                .run(Node::start(node_config(&config, &dir), stop))
+                .await?
+                .map_err(advice)?;
             Ok::<_, Failure>(DevNode { node, threads })
         }
     });

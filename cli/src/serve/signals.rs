@@ -10,9 +10,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use vasto_core::limits::SHUTDOWN_DEADLINE;
 
-/// Deadline after which a server that has not stopped is ended: shortly before the promised time, so that the last
-/// telemetry is still sent within it.
-pub(super) const DEADLINE: Duration = SHUTDOWN_DEADLINE.saturating_sub(Duration::from_millis(1_500));
+/// Deadline after which a server that has not stopped is ended: shortly before the promised time,
+/// so that the last telemetry is still sent within it.
+pub(super) const DEADLINE: Duration =
+    SHUTDOWN_DEADLINE.saturating_sub(Duration::from_millis(1_500));
 
 /// Deadline after a signal for a server that is still starting: it has served no request yet.
 pub(super) const START_DEADLINE: Duration = Duration::from_secs(2);

@@ -12,12 +12,16 @@ use crate::master::Call;
 use crate::tuning::OPERATION_POLL;
 
 impl Vasto {
-    /// Changes the number of shards while reads and writes go on, and waits until the operation is done,
-    /// however long that takes. Dropping the future does not stop the operation.
+    /// Changes the number of shards while reads and writes go on, and waits until the operation is
+    /// done, however long that takes. Dropping the future does not stop the operation.
     ///
     /// # Errors
     /// As of [`Vasto::start_resize`]; `FailedPrecondition` with the reason when it was aborted.
-    pub async fn resize_keyspace(&self, name: &str, shards: u32) -> Result<Answer<Operation>, Error> {
+    pub async fn resize_keyspace(
+        &self,
+        name: &str,
+        shards: u32,
+    ) -> Result<Answer<Operation>, Error> {
         let started = self.start_resize(name, shards).await?;
         self.wait_operation(started).await
     }
@@ -29,7 +33,9 @@ impl Vasto {
     /// `FailedPrecondition` while another change runs or when a node is missing.
     pub async fn start_resize(&self, name: &str, shards: u32) -> Result<Answer<Operation>, Error> {
         let request = resize_request(name, shards, false)?;
-        self.master.call(Call::Change, |mut master| async move { master.resize_keyspace(request).await }).await
+        self.master
+            .call(Call::Change, |mut master| async move { master.resize_keyspace(request).await })
+            .await
     }
 
     /// Returns the cost of a resize without starting it.
@@ -38,22 +44,30 @@ impl Vasto {
     /// As of [`Vasto::start_resize`].
     pub async fn plan_resize(&self, name: &str, shards: u32) -> Result<Answer<ResizePlan>, Error> {
         let request = resize_request(name, shards, true)?;
-        self.master.call(Call::Ask, |mut master| async move { master.resize_keyspace(request).await }).await
+        self.master
+            .call(Call::Ask, |mut master| async move { master.resize_keyspace(request).await })
+            .await
     }
 
-    /// Starts to restore the new keyspace `into` from the archive of another one, which may be deleted, and
-    /// whose nodes may all be lost: everything, or the state at a time, microseconds since 1970. Returns the
-    /// running operation at once.
+    /// Starts to restore the new keyspace `into` from the archive of another one, which may be
+    /// deleted, and whose nodes may all be lost: everything, or the state at a time, microseconds
+    /// since 1970. Returns the running operation at once.
     ///
     /// # Errors
     /// `NotFound` when there is no such keyspace, or was none at that time; `AlreadyExists`;
-    /// `FailedPrecondition` without nodes to hold it; `Unavailable` when a shard that serves cannot ship the
-    /// acknowledged writes, or has no live replica while other shards have.
-    pub async fn start_restore(&self, name: &str, into: &str, at_us: Option<u64>) -> Result<Answer<Operation>, Error> {
+    /// `FailedPrecondition` without nodes to hold it; `Unavailable` when a shard that serves cannot
+    /// ship the acknowledged writes, or has no live replica while other shards have.
+    pub async fn start_restore(
+        &self,
+        name: &str,
+        into: &str,
+        at_us: Option<u64>,
+    ) -> Result<Answer<Operation>, Error> {
         self.restore(name, into, at_us, false).await
     }
 
-    /// Starts a restore without asking nodes to ship what they hold first: the bucket alone is used.
+    /// Starts a restore without asking nodes to ship what they hold first: the bucket alone is
+    /// used.
     ///
     /// # Errors
     /// As of [`Vasto::start_restore`].
@@ -73,17 +87,23 @@ impl Vasto {
         at_us: Option<u64>,
         from_bucket: bool,
     ) -> Result<Answer<Operation>, Error> {
-        let request = v1::RestoreRequest { name: name.to_owned(), into: into.to_owned(), at_us, from_bucket };
-        self.master.call(Call::ChangeLong, |mut master| async move { master.restore_keyspace(request).await }).await
+        let request =
+            v1::RestoreRequest { name: name.to_owned(), into: into.to_owned(), at_us, from_bucket };
+        self.master
+            .call(
+                Call::ChangeLong,
+                |mut master| async move { master.restore_keyspace(request).await },
+            )
+            .await
     }
 
-    /// Starts to move all replicas of a node elsewhere: to node `to`, or to any node with room. With
-    /// `replace` the node may be lost: data that it alone held comes from the bucket. Returns the running
-    /// operation at once.
+    /// Starts to move all replicas of a node elsewhere: to node `to`, or to any node with room.
+    /// With `replace` the node may be lost: data that it alone held comes from the bucket. Returns
+    /// the running operation at once.
     ///
     /// # Errors
-    /// `NotFound` when the node has no replicas; `FailedPrecondition` when the node is away and not to be
-    /// replaced, or no node has room.
+    /// `NotFound` when the node has no replicas; `FailedPrecondition` when the node is away and not
+    /// to be replaced, or no node has room.
     pub async fn start_emptying_node(
         &self,
         node: &str,
@@ -93,12 +113,16 @@ impl Vasto {
         self.empty_node(node, to, replace, false).await
     }
 
-    /// As [`Self::start_emptying_node`] with `replace`, for a node that is lost for good: data that is not even
-    /// in the bucket is given up, and nothing waits for the node any more.
+    /// As [`Self::start_emptying_node`] with `replace`, for a node that is lost for good: data that
+    /// is not even in the bucket is given up, and nothing waits for the node any more.
     ///
     /// # Errors
     /// As [`Self::start_emptying_node`].
-    pub async fn start_giving_up_node(&self, node: &str, to: Option<&str>) -> Result<Answer<Operation>, Error> {
+    pub async fn start_giving_up_node(
+        &self,
+        node: &str,
+        to: Option<&str>,
+    ) -> Result<Answer<Operation>, Error> {
         self.empty_node(node, to, true, true).await
     }
 
@@ -110,16 +134,22 @@ impl Vasto {
         accept_loss: bool,
     ) -> Result<Answer<Operation>, Error> {
         let to_node_id = to.unwrap_or_default().to_owned();
-        let request = v1::EmptyNodeRequest { node_id: node.to_owned(), to_node_id, replace, accept_loss };
-        self.master.call(Call::Change, |mut master| async move { master.empty_node(request).await }).await
+        let request =
+            v1::EmptyNodeRequest { node_id: node.to_owned(), to_node_id, replace, accept_loss };
+        self.master
+            .call(Call::Change, |mut master| async move { master.empty_node(request).await })
+            .await
     }
 
     /// Waits until an operation is finished. Tolerates a master that is away for less than 30 s.
     ///
     /// # Errors
-    /// `FailedPrecondition` with the reason when it was aborted; `NotFound` when the master has forgotten it;
-    /// `Internal` when it is in a state that only a later version of the master has.
-    pub async fn wait_operation(&self, mut operation: Answer<Operation>) -> Result<Answer<Operation>, Error> {
+    /// `FailedPrecondition` with the reason when it was aborted; `NotFound` when the master has
+    /// forgotten it; `Internal` when it is in a state that only a later version of the master has.
+    pub async fn wait_operation(
+        &self,
+        mut operation: Answer<Operation>,
+    ) -> Result<Answer<Operation>, Error> {
         let mut heard = Instant::now();
         while operation.state == OperationState::Running {
             tokio::time::sleep(OPERATION_POLL).await;
@@ -128,7 +158,9 @@ impl Vasto {
                     operation = now;
                     heard = Instant::now();
                 }
-                Err(error) if error.kind() == ErrorKind::Unavailable && heard.elapsed() < ADMIN_DEADLINE => {}
+                Err(error)
+                    if error.kind() == ErrorKind::Unavailable
+                        && heard.elapsed() < ADMIN_DEADLINE => {}
                 Err(error) => return Err(error),
             }
         }
@@ -155,7 +187,9 @@ impl Vasto {
     /// # Errors
     /// When the master does not answer.
     pub async fn list_operations(&self) -> Result<Answer<Vec<Operation>>, Error> {
-        self.master.call(Call::Ask, |mut master| async move { master.list_operations(v1::Empty {}).await }).await
+        self.master
+            .call(Call::Ask, |mut master| async move { master.list_operations(v1::Empty {}).await })
+            .await
     }
 
     /// Returns the progress of an operation, or its result.
@@ -164,7 +198,9 @@ impl Vasto {
     /// `NotFound`.
     pub async fn show_operation(&self, id: &str) -> Result<Answer<Operation>, Error> {
         let request = v1::OperationRequest { id: id.to_owned() };
-        self.master.call(Call::Ask, |mut master| async move { master.show_operation(request).await }).await
+        self.master
+            .call(Call::Ask, |mut master| async move { master.show_operation(request).await })
+            .await
     }
 
     /// Aborts a running operation.
@@ -173,7 +209,9 @@ impl Vasto {
     /// `NotFound`; `FailedPrecondition` once the operation is committed.
     pub async fn cancel_operation(&self, id: &str) -> Result<Answer<Operation>, Error> {
         let request = v1::OperationRequest { id: id.to_owned() };
-        self.master.call(Call::Change, |mut master| async move { master.cancel_operation(request).await }).await
+        self.master
+            .call(Call::Change, |mut master| async move { master.cancel_operation(request).await })
+            .await
     }
 }
 

@@ -85,7 +85,8 @@ pub struct Operation {
     pub reached: Vec<ReachedLog>,
 }
 
-/// What an operation changes: the number of shards of a keyspace, or the place of the replicas of a node.
+/// What an operation changes: the number of shards of a keyspace, or the place of the replicas of a
+/// node.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(untagged)]
 pub enum ShardsOrNode {
@@ -180,11 +181,15 @@ mod tests {
     #[test]
     fn documents_of_the_master() {
         let read = |json: &str| serde_json::from_str::<Operation>(json);
-        let aborted = read(r#"{"id":"op-1-1","state":"aborted","reason":"cancelled","more":[1]}"#).unwrap();
+        let aborted =
+            read(r#"{"id":"op-1-1","state":"aborted","reason":"cancelled","more":[1]}"#).unwrap();
         assert_eq!((aborted.id.as_str(), aborted.state), ("op-1-1", OperationState::Aborted));
         assert_eq!(aborted.reason.as_deref(), Some("cancelled"));
         let later = read(r#"{"id":"a","state":"paused"}"#).unwrap();
-        assert_eq!((later.state.to_string().as_str(), later.state), ("paused", OperationState::Other("paused".into())));
+        assert_eq!(
+            (later.state.to_string().as_str(), later.state),
+            ("paused", OperationState::Other("paused".into()))
+        );
         for bad in ["", "{}", r#"{"id":"a"}"#, r#"{"id":"a","state":1}"#, "[]"] {
             assert!(read(bad).is_err(), "{bad}");
         }
@@ -194,7 +199,10 @@ mod tests {
     fn an_operation_is_on_shards_or_on_a_node() {
         let read = |json: &str| serde_json::from_str::<Operation>(json).unwrap();
         let grow = read(r#"{"id":"op-1-1","state":"running","from":2,"to":3,"step":"tail"}"#);
-        assert_eq!((grow.from, grow.to), (Some(ShardsOrNode::Shards(2)), Some(ShardsOrNode::Shards(3))));
+        assert_eq!(
+            (grow.from, grow.to),
+            (Some(ShardsOrNode::Shards(2)), Some(ShardsOrNode::Shards(3)))
+        );
         let replace = read(r#"{"id":"node-n-1-2","state":"running","from":"n-1","to":null}"#);
         assert_eq!((replace.from, replace.to), (Some(ShardsOrNode::Node("n-1".to_owned())), None));
     }

@@ -1,7 +1,8 @@
-//! The state of a connection: requests that wait for a frame, and requests that wait for their reply.
+//! The state of a connection: requests that wait for a frame, and requests that wait for their
+//! reply.
 //!
-//! **Invariant:** every request that is enqueued here is answered exactly once. Every step is synchronous; the clock
-//! is an argument.
+//! **Invariant:** every request that is enqueued here is answered exactly once. Every step is
+//! synchronous; the clock is an argument.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -48,7 +49,8 @@ struct SentRequest {
 
 /// The state of a connection.
 pub(super) struct ConnectionDriver {
-    /// Taken after the node had answered: an age counted from it looks greater to the node than it is, never smaller.
+    /// Taken after the node had answered: an age counted from it looks greater to the node than it
+    /// is, never smaller.
     opened: Instant,
     /// Requests that are not in a frame yet.
     waiting: VecDeque<QueuedRequest>,
@@ -82,8 +84,8 @@ impl ConnectionDriver {
         self.waiting.push_back(job);
     }
 
-    /// Fills a frame from the queue. Requests whose caller is gone or whose deadline has passed are never
-    /// sent; `None` if nothing is left.
+    /// Fills a frame from the queue. Requests whose caller is gone or whose deadline has passed are
+    /// never sent; `None` if nothing is left.
     pub(super) fn next_frame(&mut self, now: Instant) -> Option<v1::RequestFrame> {
         let mut requests = Vec::with_capacity(self.waiting.len().min(FRAME_REQUESTS_MAX));
         let mut bytes = 0;
@@ -105,7 +107,8 @@ impl ConnectionDriver {
             job.request.id = self.last_id;
             job.request.deadline_ms = server_deadline_ms(job.deadline - now);
             requests.push(job.request);
-            let pending = SentRequest { deadline: job.deadline, answer: job.answer, _permit: job.permit };
+            let pending =
+                SentRequest { deadline: job.deadline, answer: job.answer, _permit: job.permit };
             self.pending.insert(self.last_id, pending);
         }
         let sent_us = ((now - self.opened).as_micros() as u64).max(1);
@@ -119,7 +122,9 @@ impl ConnectionDriver {
             let result = reply.result.unwrap_or_else(|| {
                 v1::reply::Result::Error(v1::Error {
                     code: vasto_core::ErrorCode::Internal as u32,
-                    message: "the node sent a reply that this client does not know; use a newer client".into(),
+                    message:
+                        "the node sent a reply that this client does not know; use a newer client"
+                            .into(),
                     ..v1::Error::default()
                 })
             });
@@ -131,7 +136,12 @@ impl ConnectionDriver {
     /// Expires the requests whose deadline has passed and finds the next deadline.
     pub(super) fn expire(&mut self, now: Instant) {
         let over = |deadline: Instant| deadline <= now;
-        let late: Vec<u64> = self.pending.iter().filter(|(_, sent)| over(sent.deadline)).map(|(id, _)| *id).collect();
+        let late: Vec<u64> = self
+            .pending
+            .iter()
+            .filter(|(_, sent)| over(sent.deadline))
+            .map(|(id, _)| *id)
+            .collect();
         for id in late {
             if let Some(pending) = self.pending.remove(&id) {
                 let _ = pending.answer.send(NodeReply::Expired { sent: true });
@@ -187,7 +197,13 @@ mod tests {
             let (answer, answered) = oneshot::channel();
             let permit = self.room.clone().try_acquire_many_owned(bytes as u32).unwrap();
             let deadline = self.now + Duration::from_secs(seconds);
-            self.driver.enqueue(QueuedRequest { request: v1::Request::default(), bytes, deadline, answer, permit });
+            self.driver.enqueue(QueuedRequest {
+                request: v1::Request::default(),
+                bytes,
+                deadline,
+                answer,
+                permit,
+            });
             answered
         }
 

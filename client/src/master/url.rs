@@ -30,7 +30,8 @@ pub(crate) fn check_url(url: &str) -> Result<String, Error> {
 }
 
 pub(super) fn bad_url(url: &str, why: &str) -> Error {
-    let message = format!("`{url}` is not the URL of a master: {why}; it looks like http://127.0.0.1:8278");
+    let message =
+        format!("`{url}` is not the URL of a master: {why}; it looks like http://127.0.0.1:8278");
     Error::new(ErrorKind::InvalidArgument, message)
 }
 

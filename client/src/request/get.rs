@@ -15,8 +15,8 @@ impl Keyspace {
     /// Reads a key; `None` if it does not exist.
     ///
     /// # Errors
-    /// `InvalidArgument` for a key over the limit, `NotFound` for a deleted keyspace, `Unavailable`,
-    /// `Overloaded` or `DeadlineExceeded` when no answer came in time.
+    /// `InvalidArgument` for a key over the limit, `NotFound` for a deleted keyspace,
+    /// `Unavailable`, `Overloaded` or `DeadlineExceeded` when no answer came in time.
     pub async fn get(&self, key: impl Into<Key>) -> Result<Option<Value>, Error> {
         let key = key.into();
         key.check()?;
@@ -33,7 +33,10 @@ impl Keyspace {
     ///
     /// # Errors
     /// As of [`Keyspace::get`]; one key that could not be read fails the whole call.
-    pub async fn get_many<K: Into<Key>>(&self, keys: impl IntoIterator<Item = K>) -> Result<Vec<Option<Value>>, Error> {
+    pub async fn get_many<K: Into<Key>>(
+        &self,
+        keys: impl IntoIterator<Item = K>,
+    ) -> Result<Vec<Option<Value>>, Error> {
         let keys: Vec<Key> = keys.into_iter().map(Into::into).collect();
         keys.iter().try_for_each(Key::check)?;
         let hashes: Vec<u64> = keys.iter().map(Key::hash).collect();
@@ -45,7 +48,12 @@ impl Keyspace {
         };
         let op = |positions: &[usize]| {
             let bytes = positions.iter().map(|at| keys[*at].key.len()).sum();
-            (Op::Get(v1::GetRequest { keys: positions.iter().map(|at| keys[*at].to_wire()).collect() }), bytes)
+            (
+                Op::Get(v1::GetRequest {
+                    keys: positions.iter().map(|at| keys[*at].to_wire()).collect(),
+                }),
+                bytes,
+            )
         };
         let done = |group: GroupResult| match group {
             Ok((positions, Reply::Get(reply))) if reply.values.len() == positions.len() => {
@@ -59,13 +67,19 @@ impl Keyspace {
             Err(error) => failed = Some(error),
             Ok(_) => failed = Some(strange_reply(false)),
         };
-        self.executor().run_many(keys.len(), self.begin_read(), |at| hashes[at], split, op, done).await;
+        self.executor()
+            .run_many(keys.len(), self.begin_read(), |at| hashes[at], split, op, done)
+            .await;
         failed.map_or(Ok(values), Err)
     }
 }
 
 /// Splits the keys of one shard into requests of at most `most` keys and a bounded size.
-fn split_gets(positions: Vec<usize>, most: usize, bytes_of: impl Fn(usize) -> usize) -> Vec<Vec<usize>> {
+fn split_gets(
+    positions: Vec<usize>,
+    most: usize,
+    bytes_of: impl Fn(usize) -> usize,
+) -> Vec<Vec<usize>> {
     let mut requests: Vec<Vec<usize>> = Vec::new();
     let mut bytes = 0;
     for at in positions {

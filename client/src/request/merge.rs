@@ -1,5 +1,5 @@
-//! Merging the pages of several shards into one sequence of rows, in the order of user keys and, for
-//! one user key, of the hashes of its partitions.
+//! Merging the pages of several shards into one sequence of rows, in the order of user keys and,
+//! for one user key, of the hashes of its partitions.
 //!
 //! **Invariant:** rows are emitted in strictly rising order, each once. A row is emitted only when
 //! the next row of every shard that could hold a smaller one is known. After a restart with other
@@ -96,7 +96,9 @@ impl Merge {
     /// given to [`Merge::page`] any more.
     pub(super) fn restart(&mut self, lanes: usize, page_rows: usize) {
         let after = self.last.clone();
-        self.lanes = std::iter::repeat_with(|| Lane { after: after.clone(), ..Lane::default() }).take(lanes).collect();
+        self.lanes = std::iter::repeat_with(|| Lane { after: after.clone(), ..Lane::default() })
+            .take(lanes)
+            .collect();
         self.page_rows = page_rows;
     }
 
@@ -104,7 +106,10 @@ impl Merge {
     pub(super) fn wanted(&mut self) -> Vec<Wanted> {
         let (remaining, page_rows) = (self.remaining, self.page_rows);
         // No prefetch where the rows at hand and in flight are most likely enough for the limit.
-        let expected = self.lanes.iter().fold(0usize, |all, lane| all.saturating_add(lane.rows.len() + lane.asked));
+        let expected = self
+            .lanes
+            .iter()
+            .fold(0usize, |all, lane| all.saturating_add(lane.rows.len() + lane.asked));
         let prefetch = self.lanes.len() <= PREFETCH_SHARDS_MAX && expected < remaining;
         let share = share_of(remaining, self.lanes.len());
         let mut wanted = Vec::new();
@@ -121,19 +126,25 @@ impl Merge {
         wanted
     }
 
-    /// Takes a page that arrived. Refuses a page that breaks the order, since rows would be lost, and a
-    /// page that makes no progress.
+    /// Takes a page that arrived. Refuses a page that breaks the order, since rows would be lost,
+    /// and a page that makes no progress.
     pub(super) fn page(&mut self, lane: usize, page: Page) -> Result<(), Error> {
         let Some(lane) = self.lanes.get_mut(lane) else { return Ok(()) };
         let Page { rows, more, resume_after } = page;
         let rising = rows.is_sorted_by(|a, b| a.order(b) != Ordering::Greater);
-        let behind = lane.after.as_ref().is_none_or(|after| rows.first().is_none_or(|row| row.place() > *after));
+        let behind = lane
+            .after
+            .as_ref()
+            .is_none_or(|after| rows.first().is_none_or(|row| row.place() > *after));
         let last = rows.last().map(Row::place);
         let resume_after = resume_after.map(|key| (key, u64::MAX));
         let passes_rows = resume_after.is_none() || last <= resume_after;
         let after = resume_after.or(last);
         if !rising || !behind || !passes_rows || (more && after <= lane.after) {
-            return Err(Error::new(ErrorKind::Internal, "a node sent a scan page out of order; please report it"));
+            return Err(Error::new(
+                ErrorKind::Internal,
+                "a node sent a scan page out of order; please report it",
+            ));
         }
         lane.asked = 0;
         lane.exhausted = !more;
@@ -164,7 +175,9 @@ impl Merge {
                     }
                 }
             }
-            let Some(row) = least.and_then(|at| self.lanes[at].rows.pop_front()) else { return Step::End };
+            let Some(row) = least.and_then(|at| self.lanes[at].rows.pop_front()) else {
+                return Step::End;
+            };
             let place = row.place();
             if self.last.as_ref().is_some_and(|last| place <= *last) {
                 continue;
@@ -205,11 +218,14 @@ mod tests {
         Page { resume_after: Some(row(resume_after).key), ..page(keys, true) }
     }
 
-    /// Answers one wanted page from the keys of a shard. Examines `examined` stored keys, of which the
-    /// odd ones are deleted.
+    /// Answers one wanted page from the keys of a shard. Examines `examined` stored keys, of which
+    /// the odd ones are deleted.
     fn answer(merge: &mut Merge, shards: &[BTreeSet<u16>], wanted: Wanted, examined: usize) {
         let after = wanted.after.map(|(key, _)| u16::from_be_bytes([key[0], key[1]]));
-        let mut left = shards[wanted.lane].iter().copied().filter(|key| after.is_none_or(|after| *key > after));
+        let mut left = shards[wanted.lane]
+            .iter()
+            .copied()
+            .filter(|key| after.is_none_or(|after| *key > after));
         let looked_at: Vec<u16> = left.by_ref().take(examined.min(wanted.rows)).collect();
         let alive: Vec<u16> = looked_at.iter().copied().filter(|key| key % 2 == 0).collect();
         let page = match (left.next().is_some(), looked_at.last()) {
@@ -268,21 +284,43 @@ mod tests {
     fn one_key_under_several_partitions_is_several_rows() {
         let of = |key: u16, hash: u64| Row { partition_hash: Some(hash), ..row(key) };
         let mut merge = Merge::new(2, 10, 10);
-        merge.page(0, Page { rows: vec![of(1, 3), of(1, 9)], more: true, resume_after: None }).unwrap();
-        merge.page(1, Page { rows: vec![of(1, 5), of(2, 1)], more: false, resume_after: None }).unwrap();
+        merge
+            .page(0, Page { rows: vec![of(1, 3), of(1, 9)], more: true, resume_after: None })
+            .unwrap();
+        merge
+            .page(1, Page { rows: vec![of(1, 5), of(2, 1)], more: false, resume_after: None })
+            .unwrap();
         let steps: Vec<Step> = (0..4).map(|_| merge.step()).collect();
-        assert_eq!(steps, [Step::Row(of(1, 3)), Step::Row(of(1, 5)), Step::Row(of(1, 9)), Step::Wait]);
-        assert_eq!(merge.wanted()[0].after, Some(of(1, 9).place()), "the page goes on inside of the key");
+        assert_eq!(
+            steps,
+            [Step::Row(of(1, 3)), Step::Row(of(1, 5)), Step::Row(of(1, 9)), Step::Wait]
+        );
+        assert_eq!(
+            merge.wanted()[0].after,
+            Some(of(1, 9).place()),
+            "the page goes on inside of the key"
+        );
         merge.page(0, Page { rows: vec![of(1, 10)], more: false, resume_after: None }).unwrap();
         merge.restart(1, 10);
-        assert_eq!(merge.wanted()[0].after, Some(of(1, 9).place()), "so does a scan that starts anew");
-        merge.page(0, Page { rows: vec![of(1, 10), of(2, 1)], more: false, resume_after: None }).unwrap();
-        assert_eq!([merge.step(), merge.step(), merge.step()], [Step::Row(of(1, 10)), Step::Row(of(2, 1)), Step::End]);
+        assert_eq!(
+            merge.wanted()[0].after,
+            Some(of(1, 9).place()),
+            "so does a scan that starts anew"
+        );
+        merge
+            .page(0, Page { rows: vec![of(1, 10), of(2, 1)], more: false, resume_after: None })
+            .unwrap();
+        assert_eq!(
+            [merge.step(), merge.step(), merge.step()],
+            [Step::Row(of(1, 10)), Step::Row(of(2, 1)), Step::End]
+        );
     }
 
     #[test]
     fn a_short_scan_of_many_shards_asks_each_for_its_share() {
-        let asked = |lanes, limit| Merge::new(lanes, limit, 1_000).wanted().iter().map(|page| page.rows).sum::<usize>();
+        let asked = |lanes, limit| {
+            Merge::new(lanes, limit, 1_000).wanted().iter().map(|page| page.rows).sum::<usize>()
+        };
         assert_eq!(asked(1, 100), 100);
         assert_eq!(asked(64, 1), 64);
         assert!(asked(64, 10) <= 64 * 3, "{}", asked(64, 10));

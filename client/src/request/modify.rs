@@ -1,8 +1,9 @@
-//! Read-modify-writes, executed by the primary: counters, maxima, appends, and the execution of conditional writes.
+//! Read-modify-writes, executed by the primary: counters, maxima, appends, and the execution of
+//! conditional writes.
 //!
-//! **Invariant:** each carries the client's id and its own number, so that the replica which may have
-//! executed it answers a repetition with the first result. Once that replica is no longer primary, the
-//! outcome is [`ErrorKind::Unknown`]; nothing is repeated elsewhere.
+//! **Invariant:** each carries the client's id and its own number, so that the replica which may
+//! have executed it answers a repetition with the first result. Once that replica is no longer
+//! primary, the outcome is [`ErrorKind::Unknown`]; nothing is repeated elsewhere.
 
 use std::future::IntoFuture;
 
@@ -58,8 +59,13 @@ impl<'a, T: Send + 'a> IntoFuture for Modify<'a, T> {
                 }
                 _ => size_of::<u64>(),
             };
-            let op = v1::WriteOp { key: Some(self.key.to_wire()), event_time: None, op: Some(self.change) };
-            let outcome = self.keyspace.modify(&self.key, op, self.key.key.len() + bytes, self.ack).await?;
+            let op = v1::WriteOp {
+                key: Some(self.key.to_wire()),
+                event_time: None,
+                op: Some(self.change),
+            };
+            let outcome =
+                self.keyspace.modify(&self.key, op, self.key.key.len() + bytes, self.ack).await?;
             (self.read)(outcome)
         }
         .boxed()
@@ -94,13 +100,13 @@ impl Keyspace {
 
     /// Adds to a counter, which is 0 when the key does not exist; returns the sum.
     ///
-    /// Counters are exact while one primary serves, through restarts and leadership transfers. When a
-    /// primary is lost for good, increments that no other replica had are lost with it, unless a second
-    /// replica acknowledged them.
+    /// Counters are exact while one primary serves, through restarts and leadership transfers. When
+    /// a primary is lost for good, increments that no other replica had are lost with it, unless a
+    /// second replica acknowledged them.
     ///
     /// # Errors
-    /// As of [`Keyspace::put`]; `WrongType` when the value is no counter, `OutOfRange` when the sum overflows.
-    /// `Unknown` when the primary was replaced before it answered.
+    /// As of [`Keyspace::put`]; `WrongType` when the value is no counter, `OutOfRange` when the sum
+    /// overflows. `Unknown` when the primary was replaced before it answered.
     pub fn add_i64(&self, key: impl Into<Key>, addend: i64) -> Modify<'_, i64> {
         self.change(key, Change::AddI64(addend), as_i64)
     }
@@ -147,8 +153,14 @@ impl Keyspace {
     ) -> Result<v1::WriteOutcome, Error> {
         let executor = self.executor();
         let (client_id, sequence) = executor.next_operation();
-        let request =
-            v1::WriteRequest { ops: vec![op], ack: ack_to_wire(ack), client_id, sequence, tried_replica: 0, age_ms: 0 };
+        let request = v1::WriteRequest {
+            ops: vec![op],
+            ack: ack_to_wire(ack),
+            client_id,
+            sequence,
+            tried_replica: 0,
+            age_ms: 0,
+        };
         match executor.run_at_primary(key.hash(), self.begin_modify(), bytes, request).await? {
             Reply::Write(v1::WriteReply { mut outcomes }) if outcomes.len() == 1 => {
                 outcomes.pop().ok_or_else(|| strange_reply(true))
@@ -159,7 +171,8 @@ impl Keyspace {
 }
 
 impl Executor {
-    /// Has the primary execute the request once: repeats it only at the same replica, marked as a repetition.
+    /// Has the primary execute the request once: repeats it only at the same replica, marked as a
+    /// repetition.
     async fn run_at_primary(
         &self,
         hash: u64,
@@ -173,7 +186,10 @@ impl Executor {
             let table = self.table(&progress)?;
             let shard = table.topology.shard_of(hash);
             let failed = match table.primary(shard) {
-                None => Failed::new(Failure::Unreachable, format!("the primary of shard {shard} is not known")),
+                None => Failed::new(
+                    Failure::Unreachable,
+                    format!("the primary of shard {shard} is not known"),
+                ),
                 Some((replica, node)) => {
                     if tried.is_some_and(|(before, _)| before != replica) {
                         return Err(Error::new(
@@ -185,10 +201,17 @@ impl Executor {
                     let mut request = request.clone();
                     if let Some((before, since)) = tried {
                         request.tried_replica = before.0;
-                        request.age_ms = u32::try_from(since.elapsed().as_millis()).unwrap_or(u32::MAX);
+                        request.age_ms =
+                            u32::try_from(since.elapsed().as_millis()).unwrap_or(u32::MAX);
                     }
                     let began = Instant::now();
-                    let attempt = Attempt { table: &table, shard, node, deadline: progress.deadline, strict: true };
+                    let attempt = Attempt {
+                        table: &table,
+                        shard,
+                        node,
+                        deadline: progress.deadline,
+                        strict: true,
+                    };
                     match self.attempt_at(attempt, Op::Write(request), bytes).await {
                         Ok(reply) => return Ok(reply),
                         Err(failed) => {

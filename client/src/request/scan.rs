@@ -1,7 +1,8 @@
 //! Scans: rows of one partition or of a whole keyspace, page by page.
 //!
-//! **Invariant:** all pages of a scan in use were read at one epoch. When ownership changes, the scan
-//! restarts every shard after the last row that it returned; [`merge`](super::merge) does the rest.
+//! **Invariant:** all pages of a scan in use were read at one epoch. When ownership changes, the
+//! scan restarts every shard after the last row that it returned; [`merge`](super::merge) does the
+//! rest.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -75,11 +76,11 @@ impl Scan {
         self
     }
 
-    /// Starts the scan. Rows come in the order of user keys; the same user key under several partition keys
-    /// is several rows, distinguished by [`Row::partition_hash`]. The rows are no snapshot: a row that is
-    /// written or deleted during the scan may be seen or not; all others are seen exactly once, also while
-    /// the keyspace changes its shards. Memory is bounded by two pages (1 MiB each) per shard. Each page has
-    /// the operation deadline of the handle.
+    /// Starts the scan. Rows come in the order of user keys; the same user key under several
+    /// partition keys is several rows, distinguished by [`Row::partition_hash`]. The rows are no
+    /// snapshot: a row that is written or deleted during the scan may be seen or not; all others
+    /// are seen exactly once, also while the keyspace changes its shards. Memory is bounded by two
+    /// pages (1 MiB each) per shard. Each page has the operation deadline of the handle.
     ///
     /// After an error the stream ends.
     pub fn stream(self) -> Rows {
@@ -204,7 +205,8 @@ impl Running {
             }
             for wanted in wanted {
                 let lane = wanted.lane;
-                let (keyspace, table, query) = (self.keyspace.clone(), self.table.clone(), self.query.clone());
+                let (keyspace, table, query) =
+                    (self.keyspace.clone(), self.table.clone(), self.query.clone());
                 let page = fetch(keyspace, table, self.shards[lane], query, wanted);
                 self.pages.push(async move { (lane, page.await) }.boxed());
             }
@@ -255,7 +257,11 @@ async fn fetch(
         let op = Op::Scan(v1::ScanRequest {
             prefix: query.prefix.clone(),
             after: wanted.after.as_ref().map(|(key, _)| key.clone()),
-            after_partition_hash: wanted.after.as_ref().map(|(_, hash)| *hash).filter(|hash| *hash != u64::MAX),
+            after_partition_hash: wanted
+                .after
+                .as_ref()
+                .map(|(_, hash)| *hash)
+                .filter(|hash| *hash != u64::MAX),
             partition_hash: query.partition.as_deref().map(partition_hash),
             limit: u32::try_from(wanted.rows).unwrap_or(u32::MAX),
             keys_only: query.keys_only,
@@ -263,14 +269,17 @@ async fn fetch(
         match executor.attempt(&now, shard, &progress, op, bytes).await {
             Ok(Reply::Scan(reply)) => {
                 let rows = reply.rows.into_iter().map(|row| {
-                    let value = row.value.filter(|_| !query.keys_only).map(Value::from_wire).transpose()?;
+                    let value =
+                        row.value.filter(|_| !query.keys_only).map(Value::from_wire).transpose()?;
                     Ok(Row { key: row.key, partition_hash: row.partition_hash, value })
                 });
                 let rows = rows.collect::<Result<Vec<Row>, Error>>().map_err(Stop::Failed)?;
                 return Ok(Page { rows, more: reply.more, resume_after: reply.resume_after });
             }
             Ok(_) => return Err(Stop::Failed(strange_reply(false))),
-            Err(failed) => executor.recover(&now, &mut progress, failed).await.map_err(Stop::Failed)?,
+            Err(failed) => {
+                executor.recover(&now, &mut progress, failed).await.map_err(Stop::Failed)?
+            }
         }
     }
 }

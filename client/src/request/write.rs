@@ -1,7 +1,7 @@
 //! Puts, deletes and batches, which take options before they are awaited.
 //!
-//! **Invariant:** nothing is checked or sent before the `await`. A batch that took effect in part is
-//! [`ErrorKind::Unknown`].
+//! **Invariant:** nothing is checked or sent before the `await`. A batch that took effect in part
+//! is [`ErrorKind::Unknown`].
 
 use std::future::IntoFuture;
 use std::time::{Duration, SystemTime};
@@ -26,15 +26,19 @@ impl Keyspace {
     /// Writes a key; await it, after setting options if need be:
     /// `ks.put("k", "v").ttl(Duration::from_secs(60)).await?`.
     ///
-    /// A put whose reply was lost is sent again. It may then take effect twice, the second time with a
-    /// later event time; give an [`event_time`](Put::event_time) where that matters.
+    /// A put whose reply was lost is sent again. It may then take effect twice, the second time
+    /// with a later event time; give an [`event_time`](Put::event_time) where that matters.
     ///
     /// # Errors
     /// Of the await: `InvalidArgument` over a limit, `NotFound` for a deleted keyspace,
     /// `Unavailable`, `Overloaded` or `DeadlineExceeded` when nothing was written in time, and
     /// `Unknown` when it may have been written.
     pub fn put(&self, key: impl Into<Key>, value: impl IntoBytes) -> Put<'_> {
-        let write = Write { key: key.into(), value: Some(value.into_bytes()), options: WriteOptions::default() };
+        let write = Write {
+            key: key.into(),
+            value: Some(value.into_bytes()),
+            options: WriteOptions::default(),
+        };
         Put(SingleWrite { keyspace: self, write, ack: None, condition: None })
     }
 
@@ -47,12 +51,12 @@ impl Keyspace {
         Delete(SingleWrite { keyspace: self, write, ack: None, condition: None })
     }
 
-    /// Writes a batch; await it. It is atomic for each partition key; a batch over several shards is
-    /// split and sent in parallel. The outcomes are in the order of the batch.
+    /// Writes a batch; await it. It is atomic for each partition key; a batch over several shards
+    /// is split and sent in parallel. The outcomes are in the order of the batch.
     ///
     /// # Errors
-    /// As of [`Keyspace::put`]; `Unknown` also when the batch took effect in part. No part of a batch
-    /// that exceeds a limit is sent.
+    /// As of [`Keyspace::put`]; `Unknown` also when the batch took effect in part. No part of a
+    /// batch that exceeds a limit is sent.
     pub fn write(&self, batch: Batch) -> WriteBatch<'_> {
         WriteBatch { keyspace: self, batch, ack: None }
     }
@@ -69,8 +73,8 @@ impl Put<'_> {
         self
     }
 
-    /// Sets the event time in microseconds since 1970, not 0 and at most a minute ahead of the clock.
-    /// The later event time wins; repeating a put with its own event time has no effect.
+    /// Sets the event time in microseconds since 1970, not 0 and at most a minute ahead of the
+    /// clock. The later event time wins; repeating a put with its own event time has no effect.
     pub fn event_time(mut self, micros: u64) -> Self {
         self.0.write.options = self.0.write.options.event_time(micros);
         self
@@ -88,8 +92,8 @@ impl Put<'_> {
         self
     }
 
-    /// Writes only when the stored value has this version ([`Value::version`](crate::Value::version)); else the
-    /// outcome is [`Outcome::NotApplied`].
+    /// Writes only when the stored value has this version
+    /// ([`Value::version`](crate::Value::version)); else the outcome is [`Outcome::NotApplied`].
     pub fn if_version(mut self, version: u64) -> Self {
         self.0.condition = Some(Condition::Version(version));
         self
@@ -171,7 +175,9 @@ impl SingleWrite<'_> {
         };
         let (executor, progress) = (self.keyspace.executor(), self.keyspace.begin_write());
         match executor.run(self.write.key.hash(), progress, self.write.bytes(), request).await? {
-            Reply::Write(v1::WriteReply { outcomes }) if outcomes.len() == 1 => Outcome::from_wire(&outcomes[0]),
+            Reply::Write(v1::WriteReply { outcomes }) if outcomes.len() == 1 => {
+                Outcome::from_wire(&outcomes[0])
+            }
             _ => Err(strange_reply(true)),
         }
     }
@@ -186,10 +192,18 @@ impl SingleWrite<'_> {
         match (&mut op.op, condition) {
             (Some(Change::Put(put)), Condition::Absent) => put.if_absent = true,
             (Some(Change::Put(put)), Condition::Version(version)) => put.if_version = Some(version),
-            (Some(Change::Delete(delete)), Condition::Version(version)) => delete.if_version = Some(version),
-            _ => return Err(Error::new(ErrorKind::InvalidArgument, "a delete of an absent key does nothing")),
+            (Some(Change::Delete(delete)), Condition::Version(version)) => {
+                delete.if_version = Some(version)
+            }
+            _ => {
+                return Err(Error::new(
+                    ErrorKind::InvalidArgument,
+                    "a delete of an absent key does nothing",
+                ));
+            }
         }
-        let outcome = self.keyspace.modify(&self.write.key, op, self.write.bytes(), self.ack).await?;
+        let outcome =
+            self.keyspace.modify(&self.write.key, op, self.write.bytes(), self.ack).await?;
         Outcome::from_wire(&outcome)
     }
 }
@@ -218,7 +232,14 @@ impl WriteBatch<'_> {
         let op = |positions: &[usize]| {
             let bytes = positions.iter().map(|at| writes[*at].bytes()).sum();
             let ops = positions.iter().map(|at| writes[*at].to_wire()).collect();
-            (Op::Write(v1::WriteRequest { ops, ack: ack_to_wire(self.ack), ..Default::default() }), bytes)
+            (
+                Op::Write(v1::WriteRequest {
+                    ops,
+                    ack: ack_to_wire(self.ack),
+                    ..Default::default()
+                }),
+                bytes,
+            )
         };
         let done = |group: GroupResult| match group {
             Ok((positions, Reply::Write(reply))) if reply.outcomes.len() == positions.len() => {
@@ -233,7 +254,9 @@ impl WriteBatch<'_> {
             Ok(_) => errors.push(strange_reply(true)),
         };
         let (executor, progress) = (self.keyspace.executor(), self.keyspace.begin_write());
-        executor.run_many(writes.len(), progress, |at| hashes[at], |all, _| vec![all], op, done).await;
+        executor
+            .run_many(writes.len(), progress, |at| hashes[at], |all, _| vec![all], op, done)
+            .await;
         all_or_error(outcomes, errors)
     }
 }
@@ -257,14 +280,20 @@ fn all_or_error(outcomes: Vec<Option<Outcome>>, errors: Vec<Error>) -> Result<Ve
         None => Err(strange_reply(true)),
         Some(error) if taken.is_empty() => Err(error),
         Some(error) => {
-            let message = format!("the batch took effect in part ({} of {total} writes): {error}", taken.len());
+            let message = format!(
+                "the batch took effect in part ({} of {total} writes): {error}",
+                taken.len()
+            );
             Err(Error::new(ErrorKind::Unknown, message))
         }
     }
 }
 
 /// Returns the wall clock in microseconds since 1970.
-#[expect(clippy::disallowed_methods, reason = "the one place where the client reads the wall clock")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the one place where the client reads the wall clock"
+)]
 fn now_us() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_micros()).unwrap_or(u64::MAX)

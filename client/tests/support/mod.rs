@@ -107,10 +107,16 @@ impl Running {
         address: Option<SocketAddr>,
         serve: impl FnOnce(TcpListener) -> F + Send + 'static,
     ) -> Self {
-        let socket = std::net::TcpListener::bind(address.unwrap_or_else(|| "127.0.0.1:0".parse().unwrap())).unwrap();
+        let socket =
+            std::net::TcpListener::bind(address.unwrap_or_else(|| "127.0.0.1:0".parse().unwrap()))
+                .unwrap();
         socket.set_nonblocking(true).unwrap();
         let address = socket.local_addr().unwrap();
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
         runtime.spawn(async move { serve(TcpListener::from_std(socket).unwrap()).await });
         Self { address, runtime: Some(runtime) }
     }
@@ -118,7 +124,9 @@ impl Running {
     /// Closes the connections and the port.
     pub(crate) async fn stop(mut self) {
         let runtime = self.runtime.take().unwrap();
-        tokio::task::spawn_blocking(move || runtime.shutdown_timeout(Duration::from_secs(10))).await.unwrap();
+        tokio::task::spawn_blocking(move || runtime.shutdown_timeout(Duration::from_secs(10)))
+            .await
+            .unwrap();
     }
 }
 
@@ -209,7 +217,9 @@ impl Cluster {
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
         Running::start(None, |listener| async move {
-            let server = Server::builder().initial_stream_window_size(4 << 20).initial_connection_window_size(64 << 20);
+            let server = Server::builder()
+                .initial_stream_window_size(4 << 20)
+                .initial_connection_window_size(64 << 20);
             let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
             { server }.add_service(service).serve_with_incoming(incoming).await.unwrap();
         })
@@ -277,7 +287,9 @@ impl Cluster {
                 changed.changed().await.unwrap();
             }
         };
-        tokio::time::timeout(Duration::from_secs(20), wait).await.unwrap_or_else(|_| panic!("never: {what}"));
+        tokio::time::timeout(Duration::from_secs(20), wait)
+            .await
+            .unwrap_or_else(|_| panic!("never: {what}"));
     }
 
     pub(crate) fn url(&self) -> String {
@@ -311,10 +323,19 @@ fn start_master(
     changed: &watch::Sender<u64>,
     address: Option<SocketAddr>,
 ) -> Running {
-    let shared = Shared { state: state.clone(), published: published.clone(), changed: changed.clone(), me: NodeId(0) };
+    let shared = Shared {
+        state: state.clone(),
+        published: published.clone(),
+        changed: changed.clone(),
+        me: NodeId(0),
+    };
     Running::start(address, |listener| async move {
         let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-        Server::builder().add_service(MasterServer::new(shared)).serve_with_incoming(incoming).await.unwrap();
+        Server::builder()
+            .add_service(MasterServer::new(shared))
+            .serve_with_incoming(incoming)
+            .await
+            .unwrap();
     })
 }
 
@@ -339,17 +360,18 @@ impl FakeCluster {
     }
 
     fn serve(&mut self, node: NodeId, request: &v1::Request) -> Reply {
-        let wrong = |state: &FakeCluster| refuse(ErrorCode::WrongEpoch, "not mine", Some(&state.topology));
-        let hash_of = |key: &v1::KeyRef| key.partition_hash.unwrap_or_else(|| partition_hash(&key.key));
+        let wrong =
+            |state: &FakeCluster| refuse(ErrorCode::WrongEpoch, "not mine", Some(&state.topology));
+        let hash_of =
+            |key: &v1::KeyRef| key.partition_hash.unwrap_or_else(|| partition_hash(&key.key));
         match request.op.as_ref().unwrap() {
             Op::Get(get) => {
                 if !get.keys.iter().all(|key| self.owns(node, request.shard, hash_of(key))) {
                     return wrong(self);
                 }
-                let values = get
-                    .keys
-                    .iter()
-                    .map(|key| v1::MaybeValue { value: self.store.get(&(key.key.clone(), hash_of(key))).map(to_wire) });
+                let values = get.keys.iter().map(|key| v1::MaybeValue {
+                    value: self.store.get(&(key.key.clone(), hash_of(key))).map(to_wire),
+                });
                 Reply::Get(v1::GetReply { values: values.collect() })
             }
             Op::Write(write) => {
@@ -358,25 +380,43 @@ impl FakeCluster {
                 if !keys().all(|key| self.owns(node, request.shard, hash_of(key))) {
                     return wrong(self);
                 }
-                let modifies = |op: &v1::WriteOp| matches!(op.op, Some(v1::write_op::Op::AddI64(_)));
+                let modifies =
+                    |op: &v1::WriteOp| matches!(op.op, Some(v1::write_op::Op::AddI64(_)));
                 if write.ops.iter().any(modifies) && !self.is_primary(node, request.shard) {
                     return refuse(ErrorCode::NotPrimary, "not the primary", Some(&self.topology));
                 }
-                let outcomes = write.ops.iter().map(|op| self.apply(op, hash_of(op.key.as_ref().unwrap()))).collect();
+                let outcomes = write
+                    .ops
+                    .iter()
+                    .map(|op| self.apply(op, hash_of(op.key.as_ref().unwrap())))
+                    .collect();
                 Reply::Write(v1::WriteReply { outcomes })
             }
             Op::Scan(scan) => {
                 self.scans.push(scan.clone());
-                let mine = self.topology.routes(ShardId(request.shard)).first().is_some_and(|route| route.node == node);
+                let mine = self
+                    .topology
+                    .routes(ShardId(request.shard))
+                    .first()
+                    .is_some_and(|route| route.node == node);
                 if !mine || request.epoch < self.topology.epoch.0 {
                     return wrong(self);
                 }
-                let limit = self.page_rows.min(if scan.limit == 0 { usize::MAX } else { scan.limit as usize });
-                let after = scan.after.clone().map(|key| (key, scan.after_partition_hash.unwrap_or(u64::MAX)));
-                let mut behind = self.store.iter().filter(|(place, _)| {
-                    place.0.starts_with(&scan.prefix) && after.as_ref().is_none_or(|after| *place > after)
+                let limit = self.page_rows.min(if scan.limit == 0 {
+                    usize::MAX
+                } else {
+                    scan.limit as usize
                 });
-                // A node examines keys that it does not return: here, those of other shards and partitions.
+                let after = scan
+                    .after
+                    .clone()
+                    .map(|key| (key, scan.after_partition_hash.unwrap_or(u64::MAX)));
+                let mut behind = self.store.iter().filter(|(place, _)| {
+                    place.0.starts_with(&scan.prefix)
+                        && after.as_ref().is_none_or(|after| *place > after)
+                });
+                // A node examines keys that it does not return: here, those of other shards and
+                // partitions.
                 let examined: Vec<_> = behind.by_ref().take(self.page_examined).collect();
                 let mut rows = examined.iter().filter(|(_, entry)| {
                     scan.partition_hash.is_none_or(|hash| hash == entry.partition_hash)
@@ -393,7 +433,8 @@ impl FakeCluster {
                     .collect();
                 let full = rows.next().is_some();
                 let cut = behind.next().is_some();
-                let resume_after = examined.last().filter(|_| cut && !full).map(|((key, _), _)| key.clone());
+                let resume_after =
+                    examined.last().filter(|_| cut && !full).map(|((key, _), _)| key.clone());
                 Reply::Scan(v1::ScanReply { rows: page, more: full || cut, resume_after })
             }
         }
@@ -420,7 +461,11 @@ impl FakeCluster {
                 self.sum += addend;
                 let payload = Some(v1::value::Payload::I64(self.sum));
                 let value = Some(v1::Value { payload, event_time, expires_at: None, version: 99 });
-                return v1::WriteOutcome { kind: v1::write_outcome::Kind::Applied as i32, event_time, value };
+                return v1::WriteOutcome {
+                    kind: v1::write_outcome::Kind::Applied as i32,
+                    event_time,
+                    value,
+                };
             }
             other => panic!("this stand-in does not do {other:?}"),
         }
@@ -452,7 +497,9 @@ impl Shared {
             };
             match fault {
                 None => Did::Answer(state.serve(self.me, &request)),
-                Some(Fault::Refuse(error)) => Did::Answer(Reply::Error(error_to_wire(&error, None))),
+                Some(Fault::Refuse(error)) => {
+                    Did::Answer(Reply::Error(error_to_wire(&error, None)))
+                }
                 Some(Fault::DropBefore) => Did::End,
                 Some(Fault::DropAfter) => {
                     state.serve(self.me, &request);
@@ -467,7 +514,9 @@ impl Shared {
                     Did::Answer(state.serve(self.me, &request))
                 }
                 Some(Fault::KeysAtMost(most, code)) => match &request.op {
-                    Some(Op::Get(get)) if get.keys.len() > most => Did::Answer(refuse(code, "too many", None)),
+                    Some(Op::Get(get)) if get.keys.len() > most => {
+                        Did::Answer(refuse(code, "too many", None))
+                    }
                     _ => Did::Answer(state.serve(self.me, &request)),
                 },
             }
@@ -505,7 +554,9 @@ impl Data for Shared {
                         Did::End => return,
                     }
                 }
-                if !answers.is_empty() && replies.send(Ok(v1::ReplyFrame { replies: answers })).await.is_err() {
+                if !answers.is_empty()
+                    && replies.send(Ok(v1::ReplyFrame { replies: answers })).await.is_err()
+                {
                     return;
                 }
             }

@@ -49,8 +49,8 @@ pub struct ShardPlacement {
     /// The current primary, when it is not the first replica.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub primary: Option<ReplicaId>,
-    /// Target of a running leadership transfer: the primary takes no read-modify-writes any more, and this replica
-    /// becomes primary once it holds everything that the primary held.
+    /// Target of a running leadership transfer: the primary takes no read-modify-writes any more,
+    /// and this replica becomes primary once it holds everything that the primary held.
     #[serde(rename = "handing_to", default, skip_serializing_if = "Option::is_none")]
     pub transferring_to: Option<ReplicaId>,
 }
@@ -80,8 +80,8 @@ impl ShardPlacement {
     }
 }
 
-/// A replica that left the placement while it may hold writes that no other member has: it is drained once its node
-/// is there, and nothing is collected before.
+/// A replica that left the placement while it may hold writes that no other member has: it is
+/// drained once its node is there, and nothing is collected before.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DrainingReplica {
     /// Its shard.
@@ -135,15 +135,18 @@ pub struct NodeDrain {
     /// Node that receives the replicas; `None` for any node with room.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<NodeId>,
-    /// The node may be gone: data that it alone holds is taken from the bucket, without waiting for the node.
+    /// The node may be gone: data that it alone holds is taken from the bucket, without waiting for
+    /// the node.
     #[serde(default)]
     pub replace: bool,
     /// Start time, microseconds since 1970; forms the operation id together with the node.
     pub since_us: u64,
-    /// If the node is gone, data that it alone holds is given up once everything that it had shipped was recovered.
+    /// If the node is gone, data that it alone holds is given up once everything that it had
+    /// shipped was recovered.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub accept_loss: bool,
-    /// Totals moved since the start. Not derived from the finished operations: the catalog forgets those in time.
+    /// Totals moved since the start. Not derived from the finished operations: the catalog forgets
+    /// those in time.
     #[serde(default, skip_serializing_if = "is_nothing")]
     pub moved: Moved,
 }
@@ -173,8 +176,8 @@ impl NodeDrain {
 pub struct GivenUp {
     /// The replica.
     pub replica: ReplicaId,
-    /// Catalog version that accepted the loss: anything made under it or a later version needs nothing of the
-    /// replica.
+    /// Catalog version that accepted the loss: anything made under it or a later version needs
+    /// nothing of the replica.
     pub version: CatalogVersion,
 }
 
@@ -187,8 +190,8 @@ pub struct Quarantine {
     pub range: BandRange,
     /// Replicas that still hold the range.
     pub replicas: Vec<ReplicaId>,
-    /// Each target and the LSN of its log that covers everything up to the seals: a source removes the range only
-    /// after a manifest of the target covers this LSN.
+    /// Each target and the LSN of its log that covers everything up to the seals: a source removes
+    /// the range only after a manifest of the target covers this LSN.
     pub targets: Vec<(ReplicaId, Lsn)>,
     /// End of the quarantine, microseconds since 1970.
     pub until_us: u64,
@@ -223,11 +226,12 @@ pub struct Catalog {
     /// Replicas that are removed for good: any node that holds their files deletes them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub removed: Vec<ReplicaId>,
-    /// All replicas with a lower id that are neither placed, nor targets, nor draining are removed for good too.
+    /// All replicas with a lower id that are neither placed, nor targets, nor draining are removed
+    /// for good too.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub removed_below: ReplicaId,
-    /// Removed replicas whose loss was accepted: records that they shipped are not recovered again once a later
-    /// checkpoint of another replica exists.
+    /// Removed replicas whose loss was accepted: records that they shipped are not recovered again
+    /// once a later checkpoint of another replica exists.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub given_up: Vec<GivenUp>,
     /// Targets of plans that were undone: nothing that they shipped was ever part of the keyspace.
@@ -306,7 +310,12 @@ impl Catalog {
 
     /// Returns a copy that will be the next version.
     pub fn next(&self, now_us: u64, nonce: u64) -> Self {
-        Self { version: CatalogVersion(self.version.0 + 1), nonce, written_at_us: now_us, ..self.clone() }
+        Self {
+            version: CatalogVersion(self.version.0 + 1),
+            nonce,
+            written_at_us: now_us,
+            ..self.clone()
+        }
     }
 
     /// Returns the bands that a placed replica of any shard owns under this version.
@@ -314,27 +323,27 @@ impl Catalog {
         Band::owned(self.spec.shards).into()
     }
 
-    /// Returns the placed replicas, the targets under construction and the draining replicas, each once, as
-    /// `(shard, replica, placed)`. A deleted keyspace has none.
+    /// Returns the placed replicas, the targets under construction and the draining replicas, each
+    /// once, as `(shard, replica, placed)`. A deleted keyspace has none.
     pub fn members(&self) -> Vec<(ShardId, Placed, bool)> {
         if self.state != KeyspaceState::Active {
             return Vec::new();
         }
-        let placed = self
-            .placement
-            .iter()
-            .flat_map(|shard| shard.replicas.iter().map(move |member| (shard.shard, *member, true)));
-        let targets = self
-            .plan
-            .iter()
-            .flat_map(|plan| &plan.targets)
-            .map(|target| (target.shard, Placed { replica: target.replica, node: target.node }, false));
-        let draining = self
-            .draining
-            .iter()
-            .map(|draining| (draining.shard, Placed { replica: draining.replica, node: draining.node }, false));
+        let placed = self.placement.iter().flat_map(|shard| {
+            shard.replicas.iter().map(move |member| (shard.shard, *member, true))
+        });
+        let targets = self.plan.iter().flat_map(|plan| &plan.targets).map(|target| {
+            (target.shard, Placed { replica: target.replica, node: target.node }, false)
+        });
+        let draining = self.draining.iter().map(|draining| {
+            (draining.shard, Placed { replica: draining.replica, node: draining.node }, false)
+        });
         let mut seen = BTreeSet::new();
-        placed.chain(targets).chain(draining).filter(|(_, member, _)| seen.insert(member.replica)).collect()
+        placed
+            .chain(targets)
+            .chain(draining)
+            .filter(|(_, member, _)| seen.insert(member.replica))
+            .collect()
     }
 
     /// Returns the members on one node: `(shard, replica, placed)`.
@@ -345,9 +354,16 @@ impl Catalog {
 
     /// Returns the node of a placed replica, a target or a draining replica.
     pub fn node_of(&self, replica: ReplicaId) -> Option<NodeId> {
-        let placed =
-            self.placement.iter().flat_map(|shard| &shard.replicas).map(|member| (member.replica, member.node));
-        let targets = self.plan.iter().flat_map(|plan| &plan.targets).map(|target| (target.replica, target.node));
+        let placed = self
+            .placement
+            .iter()
+            .flat_map(|shard| &shard.replicas)
+            .map(|member| (member.replica, member.node));
+        let targets = self
+            .plan
+            .iter()
+            .flat_map(|plan| &plan.targets)
+            .map(|target| (target.replica, target.node));
         let draining = self.draining.iter().map(|draining| (draining.replica, draining.node));
         placed.chain(targets).chain(draining).find(|(id, _)| *id == replica).map(|(_, node)| node)
     }
@@ -359,47 +375,61 @@ impl Catalog {
 
     /// Returns true when the replica serves under this version.
     pub fn is_placed(&self, replica: ReplicaId) -> bool {
-        self.placement.iter().flat_map(|shard| &shard.replicas).any(|member| member.replica == replica)
+        self.placement
+            .iter()
+            .flat_map(|shard| &shard.replicas)
+            .any(|member| member.replica == replica)
     }
 
     /// Returns true when the replica is primary of its shard under this version.
     pub fn is_primary(&self, replica: ReplicaId) -> bool {
-        self.placement.iter().any(|shard| shard.primary().is_some_and(|primary| primary.replica == replica))
+        self.placement
+            .iter()
+            .any(|shard| shard.primary().is_some_and(|primary| primary.replica == replica))
     }
 
-    /// Returns the replicas whose logs a replica of the shard pulls: the other placed ones and the draining ones. A
-    /// replica that is not placed pulls only while a plan builds it from other replicas of its own shard.
+    /// Returns the replicas whose logs a replica of the shard pulls: the other placed ones and the
+    /// draining ones. A replica that is not placed pulls only while a plan builds it from other
+    /// replicas of its own shard.
     pub fn sources_of(&self, shard: ShardId, replica: ReplicaId) -> Vec<Placed> {
-        let rebuilt = self
-            .plan
-            .as_ref()
-            .is_some_and(|plan| plan.adds_member() && plan.targets.iter().any(|target| target.replica == replica));
+        let rebuilt = self.plan.as_ref().is_some_and(|plan| {
+            plan.adds_member() && plan.targets.iter().any(|target| target.replica == replica)
+        });
         if !self.is_placed(replica) && !rebuilt {
             return Vec::new();
         }
-        let placed = self.shard(shard).into_iter().flat_map(|placement| placement.replicas.iter().copied());
+        let placed =
+            self.shard(shard).into_iter().flat_map(|placement| placement.replicas.iter().copied());
         let draining = self.draining.iter().filter(|draining| draining.shard == shard);
-        let draining = draining.map(|draining| Placed { replica: draining.replica, node: draining.node });
+        let draining =
+            draining.map(|draining| Placed { replica: draining.replica, node: draining.node });
         placed.chain(draining).filter(|member| member.replica != replica).collect()
     }
 
     /// Returns the replicas that pull a replica's log, and for which the log is kept.
     pub fn followers_of(&self, shard: ShardId, replica: ReplicaId) -> Vec<ReplicaId> {
-        let placed =
-            self.shard(shard).into_iter().flat_map(|placement| &placement.replicas).map(|member| member.replica);
+        let placed = self
+            .shard(shard)
+            .into_iter()
+            .flat_map(|placement| &placement.replicas)
+            .map(|member| member.replica);
         let rebuilt = self.plan.iter().filter(|plan| plan.adds_member());
-        let rebuilt =
-            rebuilt.flat_map(|plan| &plan.targets).filter(|target| target.shard == shard).map(|target| target.replica);
+        let rebuilt = rebuilt
+            .flat_map(|plan| &plan.targets)
+            .filter(|target| target.shard == shard)
+            .map(|target| target.replica);
         placed.chain(rebuilt).filter(|follower| *follower != replica).collect()
     }
 
-    /// Returns true when the replica is removed for good: any node that holds its files deletes them.
+    /// Returns true when the replica is removed for good: any node that holds its files deletes
+    /// them.
     pub fn is_removed(&self, replica: ReplicaId) -> bool {
-        self.removed.contains(&replica) || (replica < self.removed_below && self.node_of(replica).is_none())
+        self.removed.contains(&replica)
+            || (replica < self.removed_below && self.node_of(replica).is_none())
     }
 
-    /// Marks replicas as removed for good. Keeps the list short: each id is given out once, so every earlier replica
-    /// that has no part in the keyspace any more is removed.
+    /// Marks replicas as removed for good. Keeps the list short: each id is given out once, so
+    /// every earlier replica that has no part in the keyspace any more is removed.
     pub(crate) fn remove_for_good(&mut self, replicas: impl IntoIterator<Item = ReplicaId>) {
         self.removed.extend(replicas);
         let excess = self.removed.len().saturating_sub(REMOVED_KEPT);
@@ -410,11 +440,14 @@ impl Catalog {
         self.removed.retain(|removed| *removed >= below);
     }
 
-    /// Records a finished operation and forgets the oldest beyond [`OPERATIONS_KEPT`]. Adds the figures of a finished
-    /// replica-adding plan to the totals of the draining nodes.
+    /// Records a finished operation and forgets the oldest beyond [`OPERATIONS_KEPT`]. Adds the
+    /// figures of a finished replica-adding plan to the totals of the draining nodes.
     pub fn remember(&mut self, report: OperationReport) {
         if report.is_copy() && report.outcome == OperationOutcome::Done {
-            let leaving = self.draining_nodes.iter_mut().filter(|drain| drain.since_us <= report.started_at_us);
+            let leaving = self
+                .draining_nodes
+                .iter_mut()
+                .filter(|drain| drain.since_us <= report.started_at_us);
             leaving.for_each(|drain| drain.moved.add(&report));
         }
         self.operations.push(report);

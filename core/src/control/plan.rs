@@ -19,14 +19,15 @@ pub enum PlanKind {
         /// Shards after.
         to: u32,
     },
-    /// One more replica of a shard: from the checkpoint of another replica in the bucket, then from its log.
+    /// One more replica of a shard: from the checkpoint of another replica in the bucket, then from
+    /// its log.
     #[serde(rename = "replica")]
     AddReplica {
         /// The shard.
         shard: ShardId,
     },
-    /// A replica that replaces all replicas of its shard, which have failed or whose nodes are gone: from the bucket
-    /// alone.
+    /// A replica that replaces all replicas of its shard, which have failed or whose nodes are
+    /// gone: from the bucket alone.
     #[serde(rename = "takeover")]
     RecoverReplica {
         /// The shard.
@@ -128,11 +129,12 @@ impl Plan {
         sources.chain(self.targets.iter().map(|target| target.node))
     }
 
-    /// Returns the replicas that take part, with their shards. The sources of a recovery do not: they have failed, or
-    /// their nodes are gone.
+    /// Returns the replicas that take part, with their shards. The sources of a recovery do not:
+    /// they have failed, or their nodes are gone.
     pub fn members(&self) -> impl Iterator<Item = (ShardId, ReplicaId)> + '_ {
         let gone = matches!(self.kind, PlanKind::RecoverReplica { .. });
-        let sources = self.sources.iter().filter(move |_| !gone).map(|source| (source.shard, source.replica));
+        let sources =
+            self.sources.iter().filter(move |_| !gone).map(|source| (source.shard, source.replica));
         sources.chain(self.targets.iter().map(|target| (target.shard, target.replica)))
     }
 
@@ -140,11 +142,14 @@ impl Plan {
     pub fn growth(&self) -> Option<(u32, u32)> {
         match self.kind {
             PlanKind::Grow { from, to } => Some((from, to)),
-            PlanKind::AddReplica { .. } | PlanKind::RecoverReplica { .. } | PlanKind::Restore { .. } => None,
+            PlanKind::AddReplica { .. }
+            | PlanKind::RecoverReplica { .. }
+            | PlanKind::Restore { .. } => None,
         }
     }
 
-    /// Returns true when a target becomes one more member of an existing shard: it follows the others.
+    /// Returns true when a target becomes one more member of an existing shard: it follows the
+    /// others.
     pub fn adds_member(&self) -> bool {
         matches!(self.kind, PlanKind::AddReplica { .. } | PlanKind::RecoverReplica { .. })
     }
@@ -153,6 +158,6 @@ impl Plan {
 /// Number of undone seals after which the plan aborts.
 pub const SEALS_UNDONE_MAX: u32 = 20;
 
-/// Time away after which a node aborts a plan that has not committed, and is not waited for by one that has,
-/// microseconds.
+/// Time away after which a node aborts a plan that has not committed, and is not waited for by one
+/// that has, microseconds.
 pub const NODE_AWAY_MAX_US: u64 = 60_000_000;

@@ -1,7 +1,7 @@
 //! What a replica reports about itself, and about its part in a plan.
 //!
-//! **Invariant:** a report names the catalog version that the replica has applied; rules count no report that has not
-//! reached the version they wait for.
+//! **Invariant:** a report names the catalog version that the replica has applied; rules count no
+//! report that has not reached the version they wait for.
 
 use std::collections::BTreeMap;
 
@@ -64,8 +64,14 @@ pub struct ReplicaReport {
 }
 
 impl ReplicaReport {
-    /// Creates the report of a replica that has done nothing yet: every figure is 0, every list is empty.
-    pub fn new(keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId, phase: ReplicaPhase) -> Self {
+    /// Creates the report of a replica that has done nothing yet: every figure is 0, every list is
+    /// empty.
+    pub fn new(
+        keyspace: KeyspaceId,
+        shard: ShardId,
+        replica: ReplicaId,
+        phase: ReplicaPhase,
+    ) -> Self {
         Self {
             keyspace,
             shard,
@@ -85,9 +91,9 @@ impl ReplicaReport {
         }
     }
 
-    /// Returns true when the replica answered strict requests while it had applied this version or a later one: it
-    /// holds everything that the others of its shard have acknowledged. A node that does not know authority is
-    /// trusted.
+    /// Returns true when the replica answered strict requests while it had applied this version or
+    /// a later one: it holds everything that the others of its shard have acknowledged. A node that
+    /// does not know authority is trusted.
     pub fn has_authority(&self, version: CatalogVersion) -> bool {
         self.version >= version && self.replication.serving != Some(false)
     }
@@ -108,21 +114,24 @@ pub struct ReplicationReport {
     pub lag_lsns: u64,
     /// Age of the oldest of these records, milliseconds.
     pub lag_ms: u64,
-    /// Version of the transfer to the replica under which it holds everything that the old primary named.
+    /// Version of the transfer to the replica under which it holds everything that the old primary
+    /// named.
     pub took_over: Option<CatalogVersion>,
     /// The replica takes no writes any more, and another member holds everything it has.
     pub drained: bool,
     /// The members that hold it; empty from a node of an older version.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub drained_by: Vec<ReplicaId>,
-    /// Replicas that left the placement and whose archive the replica has recovered, as far as that is possible.
+    /// Replicas that left the placement and whose archive the replica has recovered, as far as that
+    /// is possible.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub took_from_bucket: Vec<ReplicaId>,
     /// No peer's log reaches back to the replica's position: it must be rebuilt.
     pub too_old: bool,
     /// The member that does not read the replica's log, which is at the cap because of that.
     pub evict: Option<ReplicaId>,
-    /// The replica has authority: it answers strict requests. `None` from a node that does not know authority.
+    /// The replica has authority: it answers strict requests. `None` from a node that does not know
+    /// authority.
     #[serde(default)]
     pub serving: Option<bool>,
     /// The replica's writer is stalled at the disk, or was shortly before.
@@ -131,7 +140,8 @@ pub struct ReplicationReport {
     /// Time for which the replica has been serving in place of the primary, milliseconds.
     #[serde(default)]
     pub acting_ms: u64,
-    /// The replica failed shortly before for lack of disk or descriptors: it may open again by itself.
+    /// The replica failed shortly before for lack of disk or descriptors: it may open again by
+    /// itself.
     pub passing: bool,
 }
 
@@ -255,7 +265,9 @@ impl PauseMs {
         samples_us.sort_unstable();
         let at = |fraction: f64| match samples_us.len() {
             0 => 0.0,
-            n => samples_us[((n as f64 * fraction).ceil() as usize).clamp(1, n) - 1] as f64 / 1000.0,
+            n => {
+                samples_us[((n as f64 * fraction).ceil() as usize).clamp(1, n) - 1] as f64 / 1000.0
+            }
         };
         Self { p50: at(0.5), p99: at(0.99), max: at(1.0) }
     }

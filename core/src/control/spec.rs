@@ -5,7 +5,9 @@
 use serde::{Deserialize, Serialize};
 
 /// Acknowledgement level: the condition under which a write is acknowledged.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum Ack {
     /// The operating system has the write: it survives a crash of the process, not a power loss.

@@ -46,7 +46,8 @@ impl<'a> Reader<'a> {
 
     /// Reads the next `n` bytes.
     pub fn take(&mut self, n: usize) -> Result<&'a [u8], DecodeError> {
-        let (head, rest) = self.rest.split_at_checked(n).ok_or(DecodeError::Short { what: self.what })?;
+        let (head, rest) =
+            self.rest.split_at_checked(n).ok_or(DecodeError::Short { what: self.what })?;
         self.rest = rest;
         Ok(head)
     }
@@ -94,6 +95,8 @@ impl<'a> Reader<'a> {
 
 /// Appends a little-endian u32 length and the bytes.
 pub fn put_bytes_le(out: &mut Vec<u8>, bytes: &[u8]) {
-    out.extend_from_slice(&u32::try_from(bytes.len()).expect("limits keep every field below 4 GiB").to_le_bytes());
+    out.extend_from_slice(
+        &u32::try_from(bytes.len()).expect("limits keep every field below 4 GiB").to_le_bytes(),
+    );
     out.extend_from_slice(bytes);
 }

@@ -58,7 +58,8 @@ pub struct Entry<'a> {
     pub expires_at: Option<u64>,
     /// Hash of the partition key, when it is not the hash of the key itself.
     pub partition_hash: Option<u64>,
-    /// Commit time of the record that carried the entry; kept for tombstones and expiring values only.
+    /// Commit time of the record that carried the entry; kept for tombstones and expiring values
+    /// only.
     pub commit_time: Option<u64>,
     /// Payload; `None` is a tombstone.
     pub payload: Option<Payload<'a>>,
@@ -73,8 +74,8 @@ impl<'a> Entry<'a> {
     /// Returns the encoding.
     ///
     /// # Panics
-    /// When `event_time` is 0, or `commit_time` is present exactly where it must not be: faults of the caller, never
-    /// of the data.
+    /// When `event_time` is 0, or `commit_time` is present exactly where it must not be: faults of
+    /// the caller, never of the data.
     pub fn encode(&self) -> Vec<u8> {
         assert!(self.event_time > 0, "event time 0 is reserved");
         let keeps_commit_time = self.payload.is_none() || self.expires_at.is_some();
@@ -105,7 +106,8 @@ impl<'a> Entry<'a> {
             flags |= HAS_PARTITION_HASH;
         }
         out.push(flags);
-        for field in [self.expires_at, self.partition_hash, self.commit_time].into_iter().flatten() {
+        for field in [self.expires_at, self.partition_hash, self.commit_time].into_iter().flatten()
+        {
             out.extend_from_slice(&field.to_be_bytes());
         }
         match self.payload {
@@ -130,15 +132,18 @@ impl<'a> Entry<'a> {
             return Err(DecodeError::Unknown { what: "entry flags", value: flags.into() });
         }
         let expires_at = if flags & HAS_EXPIRES_AT != 0 { Some(reader.u64_be()?) } else { None };
-        let partition_hash = if flags & HAS_PARTITION_HASH != 0 { Some(reader.u64_be()?) } else { None };
+        let partition_hash =
+            if flags & HAS_PARTITION_HASH != 0 { Some(reader.u64_be()?) } else { None };
         let tombstone = match kind {
             1 => false,
             2 => true,
             other => return Err(DecodeError::Unknown { what: "entry kind", value: other.into() }),
         };
-        let commit_time = if tombstone || expires_at.is_some() { Some(reader.u64_be()?) } else { None };
-        let number =
-            |rest: &[u8]| <[u8; 8]>::try_from(rest).map_err(|_| DecodeError::Malformed { what: "entry number" });
+        let commit_time =
+            if tombstone || expires_at.is_some() { Some(reader.u64_be()?) } else { None };
+        let number = |rest: &[u8]| {
+            <[u8; 8]>::try_from(rest).map_err(|_| DecodeError::Malformed { what: "entry number" })
+        };
         let rest = reader.rest();
         let payload = match (tombstone, flags & TYPE_MASK) {
             (true, TYPE_NONE) if rest.is_empty() && expires_at.is_none() => None,
@@ -146,7 +151,9 @@ impl<'a> Entry<'a> {
             (false, TYPE_BYTES) => Some(Payload::Bytes(rest)),
             (false, TYPE_I64) => Some(Payload::I64(i64::from_le_bytes(number(rest)?))),
             (false, TYPE_F64) => Some(Payload::F64(f64::from_le_bytes(number(rest)?))),
-            (false, other) => return Err(DecodeError::Unknown { what: "payload type", value: other.into() }),
+            (false, other) => {
+                return Err(DecodeError::Unknown { what: "payload type", value: other.into() });
+            }
         };
         Ok(Entry { event_time, expires_at, partition_hash, commit_time, payload })
     }
@@ -156,8 +163,8 @@ impl<'a> Entry<'a> {
         self.expires_at.is_some_and(|at| at <= now_us)
     }
 
-    /// Returns the commit time from which on collection may drop this entry: that of a tombstone, or for an expiring
-    /// value the later of commit and expiry (an expired value is a tombstone).
+    /// Returns the commit time from which on collection may drop this entry: that of a tombstone,
+    /// or for an expiring value the later of commit and expiry (an expired value is a tombstone).
     pub fn collectable_at(&self) -> Option<u64> {
         let commit_time = self.commit_time?;
         Some(self.expires_at.map_or(commit_time, |at| at.max(commit_time)))
@@ -208,7 +215,8 @@ pub(crate) mod tests {
                 event_time: self.event_time,
                 expires_at,
                 partition_hash: self.partition_hash,
-                commit_time: (payload.is_none() || expires_at.is_some()).then_some(self.commit_time),
+                commit_time: (payload.is_none() || expires_at.is_some())
+                    .then_some(self.commit_time),
                 payload,
             }
             .encode()
@@ -224,12 +232,14 @@ pub(crate) mod tests {
             t,
             proptest::option::of((any::<u8>(), proptest::collection::vec(any::<u8>(), 0..20))),
         )
-            .prop_map(|(event_time, expires_at, partition_hash, commit_time, payload)| Made {
-                event_time: event_time.max(1),
-                expires_at,
-                partition_hash,
-                commit_time,
-                payload,
+            .prop_map(|(event_time, expires_at, partition_hash, commit_time, payload)| {
+                Made {
+                    event_time: event_time.max(1),
+                    expires_at,
+                    partition_hash,
+                    commit_time,
+                    payload,
+                }
             })
     }
 

@@ -14,7 +14,8 @@ pub const FILE_FORMAT: u32 = 1;
 /// Length of an encoded [`FileHeader`].
 pub const FILE_HEADER_BYTES: usize = 64;
 
-/// Header of a binlog file. Names its owner, so that a stray file can never be replayed into another replica.
+/// Header of a binlog file. Names its owner, so that a stray file can never be replayed into
+/// another replica.
 ///
 /// 64 bytes: magic, format u32, reserved u32, keyspace u64, shard u32, reserved u32, replica u64,
 /// incarnation u64, first LSN u64, reserved u32, crc32c u32 over the bytes before it.
@@ -96,7 +97,10 @@ mod tests {
         assert_eq!(FileHeader::decode(&bytes).unwrap(), header);
         let mut newer = bytes.clone();
         newer[8] = 2;
-        assert_eq!(FileHeader::decode(&newer), Err(DecodeError::Unknown { what: "binlog file format", value: 2 }));
+        assert_eq!(
+            FileHeader::decode(&newer),
+            Err(DecodeError::Unknown { what: "binlog file format", value: 2 })
+        );
         for position in 0..FILE_HEADER_BYTES {
             let mut altered = bytes.clone();
             altered[position] ^= 1;

@@ -1,8 +1,10 @@
-//! The one merge rule, used on every path: local write, follower, replay, bootstrap, ingest, restore.
+//! The one merge rule, used on every path: local write, follower, replay, bootstrap, ingest,
+//! restore.
 //!
-//! The greater `(event_time, kind, all remaining encoded bytes)` wins, which is the greater encoding. Before
-//! comparing, a tombstone whose commit time is at or below the **gc floor** counts as absent, wherever it comes from;
-//! an expired value is a tombstone with commit time `max(commit_time, expires_at)`.
+//! The greater `(event_time, kind, all remaining encoded bytes)` wins, which is the greater
+//! encoding. Before comparing, a tombstone whose commit time is at or below the **gc floor** counts
+//! as absent, wherever it comes from; an expired value is a tombstone with commit time
+//! `max(commit_time, expires_at)`.
 //!
 //! **Invariant:** for one floor the rule is commutative, associative and idempotent, and it reads
 //! no clock; so replicas that saw the same records in any order, any number of times, hold the
@@ -10,15 +12,18 @@
 
 use crate::entry::Entry;
 
-/// Returns true when collection at `floor` (a commit time, microseconds) treats this entry as absent. An entry that
-/// does not decode is kept: collection never deletes what it does not understand.
+/// Returns true when collection at `floor` (a commit time, microseconds) treats this entry as
+/// absent. An entry that does not decode is kept: collection never deletes what it does not
+/// understand.
 pub fn is_collected(encoded: &[u8], floor: u64) -> bool {
     floor > 0
-        && Entry::decode(encoded)
-            .is_ok_and(|entry| entry.collectable_at().is_some_and(|commit_time| commit_time <= floor))
+        && Entry::decode(encoded).is_ok_and(|entry| {
+            entry.collectable_at().is_some_and(|commit_time| commit_time <= floor)
+        })
 }
 
-/// Returns the winner of two encodings of one key, or `None` when neither is present above the floor.
+/// Returns the winner of two encodings of one key, or `None` when neither is present above the
+/// floor.
 pub fn merge<'a>(floor: u64, a: Option<&'a [u8]>, b: Option<&'a [u8]>) -> Option<&'a [u8]> {
     let a = a.filter(|entry| !is_collected(entry, floor));
     let b = b.filter(|entry| !is_collected(entry, floor));
@@ -43,9 +48,9 @@ mod tests {
     use proptest::prelude::*;
 
     fn fold(floor: u64, entries: &[Vec<u8>]) -> Option<Vec<u8>> {
-        entries
-            .iter()
-            .fold(None, |held: Option<Vec<u8>>, next| merge(floor, held.as_deref(), Some(next)).map(<[u8]>::to_vec))
+        entries.iter().fold(None, |held: Option<Vec<u8>>, next| {
+            merge(floor, held.as_deref(), Some(next)).map(<[u8]>::to_vec)
+        })
     }
 
     proptest! {
@@ -64,8 +69,8 @@ mod tests {
             prop_assert_eq!(supersedes(floor, Some(&a), &b), m(Some(&a), Some(&b)) != m(Some(&a), None));
         }
 
-        // The floor rises only after every replica holds every record at or below it: from then on replicas that
-        // raise it at different times, and receive repetitions, agree above it.
+        // The floor rises only after every replica holds every record at or below it: from then on
+        // replicas that raise it at different times, and receive repetitions, agree above it.
         #[test]
         fn replicas_agree_when_floors_rise_at_random(
             made in proptest::collection::vec(any_entry(1..8), 1..8),
@@ -79,8 +84,8 @@ mod tests {
             }
             // Replica one receives everything under floor 0, then its floor rises.
             let first = merge(floor, fold(0, &entries).as_deref(), None).map(<[u8]>::to_vec);
-            // Replica two receives everything shuffled and doubled, then its floor rises; a late repetition of an
-            // entry that it already holds arrives before or after that.
+            // Replica two receives everything shuffled and doubled, then its floor rises; a late
+            // repetition of an entry that it already holds arrives before or after that.
             let held = fold(0, &shuffled);
             let last = held.clone();
             let second = if raise_first {
@@ -106,8 +111,14 @@ mod tests {
     }
 
     fn tombstone(event_time: u64, commit_time: u64) -> Vec<u8> {
-        Entry { event_time, expires_at: None, partition_hash: None, commit_time: Some(commit_time), payload: None }
-            .encode()
+        Entry {
+            event_time,
+            expires_at: None,
+            partition_hash: None,
+            commit_time: Some(commit_time),
+            payload: None,
+        }
+        .encode()
     }
 
     #[test]

@@ -22,7 +22,9 @@
 
 use crate::band::Band;
 use crate::codec::{DecodeError, Reader, put_bytes_le};
-use crate::ids::{CatalogVersion, Epoch, Incarnation, Lsn, Origin, OwnSeq, PlanId, ReplicaId, ShardId};
+use crate::ids::{
+    CatalogVersion, Epoch, Incarnation, Lsn, Origin, OwnSeq, PlanId, ReplicaId, ShardId,
+};
 use crate::limits::RECORD_BYTES_MAX;
 
 pub use super::file_header::{FILE_FORMAT, FILE_HEADER_BYTES, FILE_MAGIC, FileHeader};
@@ -71,8 +73,8 @@ pub struct IngestedObject {
     pub crc32c: u32,
 }
 
-/// Content of a record. `Data`, `GcFloor` and `Adopt` are streamed and counted by own sequence; the other kinds
-/// concern this replica alone.
+/// Content of a record. `Data`, `GcFloor` and `Adopt` are streamed and counted by own sequence; the
+/// other kinds concern this replica alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Body {
     /// Writes, at most one per key; with stored results and progress that become durable with them.
@@ -205,10 +207,13 @@ fn read_progress(reader: &mut Reader<'_>) -> Result<Vec<FeedProgress>, DecodeErr
         out.push(match kind {
             1 => FeedProgress::Tail(ReplicaId(id), lsn),
             2 => {
-                let shard = u32::try_from(id).map_err(|_| DecodeError::Malformed { what: "progress shard" })?;
+                let shard = u32::try_from(id)
+                    .map_err(|_| DecodeError::Malformed { what: "progress shard" })?;
                 FeedProgress::Forward(ShardId(shard), lsn)
             }
-            other => return Err(DecodeError::Unknown { what: "progress kind", value: other.into() }),
+            other => {
+                return Err(DecodeError::Unknown { what: "progress kind", value: other.into() });
+            }
         });
     }
     Ok(out)
@@ -324,7 +329,10 @@ impl Record {
         let commit_time = reader.u64_le()?;
         let floor = reader.u64_le()?;
         let epoch = Epoch(reader.u64_le()?);
-        let origin = Origin { replica: ReplicaId(reader.u64_le()?), incarnation: Incarnation(reader.u64_le()?) };
+        let origin = Origin {
+            replica: ReplicaId(reader.u64_le()?),
+            incarnation: Incarnation(reader.u64_le()?),
+        };
         let own_seq = OwnSeq(reader.u64_le()?);
         let kind = reader.u8()?;
         if reader.take(3)? != [0, 0, 0] {
@@ -344,7 +352,10 @@ impl Record {
                 let count = reader.u32_le()?;
                 let mut entries = Vec::new();
                 for _ in 0..count {
-                    entries.push(KeyEntry { key: reader.bytes_le()?.to_vec(), entry: reader.bytes_le()?.to_vec() });
+                    entries.push(KeyEntry {
+                        key: reader.bytes_le()?.to_vec(),
+                        entry: reader.bytes_le()?.to_vec(),
+                    });
                 }
                 let count = reader.u32_le()?;
                 let mut results = Vec::new();
@@ -358,13 +369,19 @@ impl Record {
                 Body::Data { entries, results, progress: read_progress(reader)? }
             }
             2 => Body::GcFloor { floor: reader.u64_le()? },
-            3 => Body::Adopt { previous: Incarnation(reader.u64_le()?), head: OwnSeq(reader.u64_le()?) },
+            3 => Body::Adopt {
+                previous: Incarnation(reader.u64_le()?),
+                head: OwnSeq(reader.u64_le()?),
+            },
             4 => Body::Seal {
                 plan: PlanId(reader.u64_le()?),
                 version: CatalogVersion(reader.u64_le()?),
                 range: read_range(reader)?,
             },
-            5 => Body::Unseal { plan: PlanId(reader.u64_le()?), version: CatalogVersion(reader.u64_le()?) },
+            5 => Body::Unseal {
+                plan: PlanId(reader.u64_le()?),
+                version: CatalogVersion(reader.u64_le()?),
+            },
             6 => {
                 let plan = PlanId(reader.u64_le()?);
                 let range = read_range(reader)?;
@@ -374,7 +391,11 @@ impl Record {
                     let key = std::str::from_utf8(reader.bytes_le()?)
                         .map_err(|_| DecodeError::Malformed { what: "object key" })?
                         .to_owned();
-                    objects.push(IngestedObject { key, bytes: reader.u64_le()?, crc32c: reader.u32_le()? });
+                    objects.push(IngestedObject {
+                        key,
+                        bytes: reader.u64_le()?,
+                        crc32c: reader.u32_le()?,
+                    });
                 }
                 Body::Ingest {
                     plan,
@@ -398,7 +419,8 @@ fn record_crc(record: &[u8]) -> u32 {
     crc32c::crc32c_append(crc32c::crc32c(&record[..4]), &record[8..])
 }
 
-/// Checks that a whole, unaltered record is at the front of `bytes` and returns its length. The body is not decoded.
+/// Checks that a whole, unaltered record is at the front of `bytes` and returns its length. The
+/// body is not decoded.
 pub fn frame_at(bytes: &[u8]) -> Result<usize, DecodeError> {
     let mut reader = Reader::new(bytes, "record");
     let length = reader.u32_le()? as usize;
@@ -431,7 +453,10 @@ pub struct Peek {
 /// Returns the origin and own sequence of a whole record; only the length is checked.
 pub fn peek(bytes: &[u8]) -> Option<Peek> {
     let mut reader = Reader::new(bytes.get(48..72)?, "record");
-    let origin = Origin { replica: ReplicaId(reader.u64_le().ok()?), incarnation: Incarnation(reader.u64_le().ok()?) };
+    let origin = Origin {
+        replica: ReplicaId(reader.u64_le().ok()?),
+        incarnation: Incarnation(reader.u64_le().ok()?),
+    };
     Some(Peek { origin, own_seq: OwnSeq(reader.u64_le().ok()?) })
 }
 
@@ -442,14 +467,17 @@ mod tests {
     use proptest::prelude::*;
 
     fn any_range() -> impl Strategy<Value = BandRange> {
-        (1u8..=98, 1u8..=98).prop_map(|(a, b)| BandRange { first: Band(a.min(b)), last: Band(a.max(b)) })
+        (1u8..=98, 1u8..=98)
+            .prop_map(|(a, b)| BandRange { first: Band(a.min(b)), last: Band(a.max(b)) })
     }
 
     fn any_progress() -> impl Strategy<Value = Vec<FeedProgress>> {
         proptest::collection::vec(
             prop_oneof![
-                (any::<u64>(), any::<u64>()).prop_map(|(r, l)| FeedProgress::Tail(ReplicaId(r), Lsn(l))),
-                (any::<u32>(), any::<u64>()).prop_map(|(s, l)| FeedProgress::Forward(ShardId(s), Lsn(l))),
+                (any::<u64>(), any::<u64>())
+                    .prop_map(|(r, l)| FeedProgress::Tail(ReplicaId(r), Lsn(l))),
+                (any::<u32>(), any::<u64>())
+                    .prop_map(|(s, l)| FeedProgress::Forward(ShardId(s), Lsn(l))),
             ],
             0..3,
         )
@@ -467,18 +495,21 @@ mod tests {
                     0..4
                 ),
                 proptest::collection::vec(
-                    (any::<u64>(), any::<u64>(), any_bytes()).prop_map(|(client, sequence, outcome)| OpResult {
-                        client,
-                        sequence,
-                        outcome
-                    }),
+                    (any::<u64>(), any::<u64>(), any_bytes()).prop_map(
+                        |(client, sequence, outcome)| OpResult { client, sequence, outcome }
+                    ),
                     0..3
                 ),
                 any_progress()
             )
-                .prop_map(|(entries, results, progress)| Body::Data { entries, results, progress }),
+                .prop_map(|(entries, results, progress)| Body::Data {
+                    entries,
+                    results,
+                    progress
+                }),
             any::<u64>().prop_map(|floor| Body::GcFloor { floor }),
-            (any::<u64>(), any::<u64>()).prop_map(|(p, h)| Body::Adopt { previous: Incarnation(p), head: OwnSeq(h) }),
+            (any::<u64>(), any::<u64>())
+                .prop_map(|(p, h)| Body::Adopt { previous: Incarnation(p), head: OwnSeq(h) }),
             (any::<u64>(), any::<u64>(), any_range()).prop_map(|(p, v, range)| Body::Seal {
                 plan: PlanId(p),
                 version: CatalogVersion(v),
@@ -493,15 +524,17 @@ mod tests {
                 any::<u64>(),
                 any_progress()
             )
-                .prop_map(|(plan, range, objects, event_time_max, progress)| Body::Ingest {
-                    plan: PlanId(plan),
-                    range,
-                    objects: objects
-                        .into_iter()
-                        .map(|(key, bytes, crc32c)| IngestedObject { key, bytes, crc32c })
-                        .collect(),
-                    event_time_max,
-                    progress,
+                .prop_map(|(plan, range, objects, event_time_max, progress)| {
+                    Body::Ingest {
+                        plan: PlanId(plan),
+                        range,
+                        objects: objects
+                            .into_iter()
+                            .map(|(key, bytes, crc32c)| IngestedObject { key, bytes, crc32c })
+                            .collect(),
+                        event_time_max,
+                        progress,
+                    }
                 }),
             (any::<u64>(), any_range(), 0u8..5).prop_map(|(v, range, s)| Body::RangeState {
                 version: CatalogVersion(v),
@@ -548,7 +581,8 @@ mod tests {
             let _ = FileHeader::decode(&bytes);
         }
 
-        // The checksum hides the body decoder from random bytes, so this test decodes random bodies directly.
+        // The checksum hides the body decoder from random bytes, so this test decodes random bodies
+        // directly.
         #[test]
         fn body_decoder_is_total(kind in 0u8..10, bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
             let _ = Record::decode_body(kind, &mut Reader::new(&bytes, "record"));

@@ -1,8 +1,8 @@
 //! Every kind of key in a replica's RocksDB, in one place.
 //!
-//! User data is `[band][user key]` with bands 1..=98; the replica's own metadata is `[0xFF][name]`. Metadata sorts
-//! above the data because below it every compaction would span the key space and ingests would miss the bottom level.
-//! 0 and 99..=254 are unused.
+//! User data is `[band][user key]` with bands 1..=98; the replica's own metadata is `[0xFF][name]`.
+//! Metadata sorts above the data because below it every compaction would span the key space and
+//! ingests would miss the bottom level. 0 and 99..=254 are unused.
 //!
 //! **Invariant:** a user key can never reach metadata, whatever its bytes: the first byte decides.
 
@@ -99,7 +99,12 @@ impl MetaKey {
             8 => MetaKey::ForwardCursor(u32::from_be_bytes(
                 reader.take(4)?.try_into().expect("take answers exactly 4 bytes"),
             )),
-            other => return Err(DecodeError::Unknown { what: "metadata key kind", value: other.into() }),
+            other => {
+                return Err(DecodeError::Unknown {
+                    what: "metadata key kind",
+                    value: other.into(),
+                });
+            }
         };
         reader.finish()?;
         Ok(key)

@@ -1,32 +1,36 @@
-//! A model of serving leases, explored exhaustively at small sizes: replicas that promise themselves to one another,
-//! excuse absent peers, transfer leadership, are paused, isolated, killed and stopped; a master whose reports may be
-//! wrong; clients that append to one list and read it.
+//! A model of serving leases, explored exhaustively at small sizes: replicas that promise
+//! themselves to one another, excuse absent peers, transfer leadership, are paused, isolated,
+//! killed and stopped; a master whose reports may be wrong; clients that append to one list and
+//! read it.
 //!
-//! Time is discrete and equal for all replicas (boot clocks of equal rate): every promise, belief and excuse is
-//! stored as its remaining time. Which replica *should* serve is left open: a granter may turn to any claimant at any
-//! time, so the results hold for every order of priority. Slow disks and overload are replicas that pull, answer and
-//! write at any time, or never.
+//! Time is discrete and equal for all replicas (boot clocks of equal rate): every promise, belief
+//! and excuse is stored as its remaining time. Which replica *should* serve is left open: a granter
+//! may turn to any claimant at any time, so the results hold for every order of priority. Slow
+//! disks and overload are replicas that pull, answer and write at any time, or never.
 //!
-//! The real [`vasto_core::lease::authority`] decides whether a claimant has authority; the model decides what the
-//! claimant knows of the others, and how messages, time and faults bring that about.
+//! The real [`vasto_core::lease::authority`] decides whether a claimant has authority; the model
+//! decides what the claimant knows of the others, and how messages, time and faults bring that
+//! about.
 //!
-//! A record is an appended element: it holds the whole list as its writer knew it, and a stamp; of two records the
-//! later stamp wins, as an event time does. A read whose list lacks an element that was acknowledged before the read
-//! began is stale; an acknowledged element that was appended to a list which lacks such an element has undone it: a
-//! lost conditional write. Not promised, and forgiven, are records that only a replica that goes away held, and
-//! records that the others received only after they had promised themselves to another replica (`late_copies` counts
-//! those, too).
+//! A record is an appended element: it holds the whole list as its writer knew it, and a stamp; of
+//! two records the later stamp wins, as an event time does. A read whose list lacks an element that
+//! was acknowledged before the read began is stale; an acknowledged element that was appended to a
+//! list which lacks such an element has undone it: a lost conditional write. Not promised, and
+//! forgiven, are records that only a replica that goes away held, and records that the others
+//! received only after they had promised themselves to another replica (`late_copies` counts those,
+//! too).
 //!
-//! Reductions of the state space: replicas are interchangeable; a request that needs no probe arrives when it is
-//! answered, since an earlier one must see no more; a read that sees everything changes nothing; state that can make
-//! no difference any more is normalized.
+//! Reductions of the state space: replicas are interchangeable; a request that needs no probe
+//! arrives when it is answered, since an earlier one must see no more; a read that sees everything
+//! changes nothing; state that can make no difference any more is normalized.
 //!
-//! Not in the model: requests that reach a replica only one way, replicas that are placed or removed, plain puts
-//! (which are only ordered, and so may be acknowledged in a later term, or once a successor holds them), and a
-//! planned stop without a successor in time: that is a kill.
+//! Not in the model: requests that reach a replica only one way, replicas that are placed or
+//! removed, plain puts (which are only ordered, and so may be acknowledged in a later term, or once
+//! a successor holds them), and a planned stop without a successor in time: that is a kill.
 //!
-//! **Invariant:** with all rules of [`Rules`] no reachable state is bad, at every size that is explored; without any
-//! one of them a bad state is reached, and the shortest path to it is printed.
+//! **Invariant:** with all rules of [`Rules`] no reachable state is bad, at every size that is
+//! explored; without any one of them a bad state is reached, and the shortest path to it is
+//! printed.
 #![allow(clippy::unwrap_used)]
 
 mod rules;
@@ -39,15 +43,24 @@ use rules::{ALL, Rules};
 use state::Faults;
 use steps::{Ack, Leases};
 
-const NONE: Faults =
-    Faults { pause: 0, isolate: 0, kill: 0, restart: 0, stop: 0, break_link: 0, cut_pair: 0, master_restart: 0 };
+const NONE: Faults = Faults {
+    pause: 0,
+    isolate: 0,
+    kill: 0,
+    restart: 0,
+    stop: 0,
+    break_link: 0,
+    cut_pair: 0,
+    master_restart: 0,
+};
 const PAUSE: Faults = Faults { pause: 1, ..NONE };
 const ISOLATE: Faults = Faults { isolate: 1, ..NONE };
 const KILL: Faults = Faults { kill: 1, restart: 1, ..NONE };
 const STOP: Faults = Faults { stop: 1, restart: 1, ..NONE };
 const PAIR: Faults = Faults { cut_pair: 1, ..NONE };
 
-/// Returns a model of one append and one read, acknowledged by `fsync`; one replica is away at a time.
+/// Returns a model of one append and one read, acknowledged by `fsync`; one replica is away at a
+/// time.
 const fn size(nodes: usize, faults: Faults) -> Leases {
     Leases {
         rules: ALL,
@@ -109,10 +122,12 @@ impl Leases {
     }
 }
 
-/// Explores all states, or until a bad one is found; returns the shortest path to it, and the number of states.
+/// Explores all states, or until a bad one is found; returns the shortest path to it, and the
+/// number of states.
 fn explore(name: &str, model: Leases) -> (Option<String>, usize) {
     let began = std::time::Instant::now();
-    let checker = model.checker().threads(1).finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
+    let checker =
+        model.checker().threads(1).finish_when(HasDiscoveries::AnyFailures).spawn_bfs().join();
     let found = checker.discoveries().into_iter().next().map(|(what, path)| {
         let last = path.last_state().clone();
         format!("{what}: {:?}; at last {last:?}", path.into_actions())
@@ -181,7 +196,10 @@ const THREE: &[(&str, Leases)] = &[
 
 /// Sizes that take minutes.
 const MORE: &[(&str, Leases)] = &[
-    ("two, 2 cuts, 2 appends, slow disks", two(Faults { isolate: 2, ..NONE }).appends(2).stepwise()),
+    (
+        "two, 2 cuts, 2 appends, slow disks",
+        two(Faults { isolate: 2, ..NONE }).appends(2).stepwise(),
+    ),
     ("two, a cut, 2 appends, slow disks, master", two(ISOLATE).appends(2).stepwise().master()),
     ("three, a late answer", three(NONE).late(1)),
     ("three, a pause, slow disks", three(PAUSE).stepwise()),
@@ -227,7 +245,11 @@ const PLANTED: &[Planted] = &[
     ("stop_before_grant", |rules| rules.stop_before_grant = false, two(NONE)),
     ("belief_from_sending", |rules| rules.belief_from_sending = false, two(NONE).late(2)),
     ("cover", |rules| rules.cover = false, two(NONE)),
-    ("dead_is_refused", |rules| rules.dead_is_refused = false, two(Faults { break_link: 1, ..NONE })),
+    (
+        "dead_is_refused",
+        |rules| rules.dead_is_refused = false,
+        two(Faults { break_link: 1, ..NONE }),
+    ),
     ("excuses_end", |rules| rules.excuses_end = false, two(Faults { pause: 1, ..KILL })),
     ("own_gap", |rules| rules.own_gap = false, two(PAUSE)),
     ("hung_is_connected", |rules| rules.hung_is_connected = false, two(ISOLATE)),
@@ -246,7 +268,11 @@ const PLANTED: &[Planted] = &[
     ("stamp_first", |rules| rules.stamp_first = false, two(NONE).appends(2).stepwise()),
     ("ack_in_term", |rules| rules.ack_in_term = false, two(NONE).appends(2).stepwise()),
     ("ack_after_probe", |rules| rules.ack_after_probe = false, two(ISOLATE).stepwise().master()),
-    ("ack_when_taken_over", |rules| rules.ack_when_taken_over = false, three(Faults { kill: 1, ..NONE }).replicated()),
+    (
+        "ack_when_taken_over",
+        |rules| rules.ack_when_taken_over = false,
+        three(Faults { kill: 1, ..NONE }).replicated(),
+    ),
     ("stop_when_covered", |rules| rules.stop_when_covered = false, two(STOP)),
     ("young_waits", |rules| rules.young_waits = false, two(KILL)),
     ("heard_ends_excuse", |rules| rules.heard_ends_excuse = false, two(PAUSE)),
@@ -258,7 +284,8 @@ fn without_any_one_rule_a_counterexample_is_found() {
     let mut missed = Vec::new();
     for (name, take_out, model) in PLANTED {
         // The missing rule is the cause: with all of them nothing goes wrong at this size.
-        let whole = (model.nodes == 2).then(|| explore(&format!("with {name}"), *model).0).flatten();
+        let whole =
+            (model.nodes == 2).then(|| explore(&format!("with {name}"), *model).0).flatten();
         assert!(whole.is_none(), "{name}: {whole:?}");
         let mut model = *model;
         take_out(&mut model.rules);
@@ -278,7 +305,10 @@ fn what_is_not_promised_may_fall_short() {
         ("a cut between two replicas", two(PAIR)),
         ("a cut between two of three", three(PAIR)),
         ("flaps", flaps),
-        ("a copy that came after a promise, and a kill", three(Faults { kill: 1, ..NONE }).late_copies()),
+        (
+            "a copy that came after a promise, and a kill",
+            three(Faults { kill: 1, ..NONE }).late_copies(),
+        ),
     ] {
         let way = explore(name, model).0;
         println!("    {}", way.as_deref().unwrap_or("nothing found"));

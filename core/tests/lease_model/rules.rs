@@ -15,7 +15,8 @@ pub(crate) struct Rules {
     pub cover: bool,
     /// A process is dead when its port refuses connections, not when its connection broke.
     pub dead_is_refused: bool,
-    /// An excuse holds as long as a belief, from the evidence on which it rests, and not until further notice.
+    /// An excuse holds as long as a belief, from the evidence on which it rests, and not until
+    /// further notice.
     pub excuses_end: bool,
     /// Silence counts only while the replica itself was listening.
     pub own_gap: bool,
@@ -41,13 +42,15 @@ pub(crate) struct Rules {
     pub stamp_first: bool,
     /// A write is acknowledged only while the authority lasts under which it was checked ...
     pub ack_in_term: bool,
-    /// (and, when the authority rests on silence, after a probe that began once the record was written) ...
+    /// (and, when the authority rests on silence, after a probe that began once the record was
+    /// written) ...
     pub ack_after_probe: bool,
     /// ... or after a clean transfer, once the successor reports that it covers what was named.
     pub ack_when_taken_over: bool,
     /// A planned stop ends when the holder of the promise serves and covers what was named.
     pub stop_when_covered: bool,
-    /// A process that has just started neither serves nor grants until its predecessor's promises have ended.
+    /// A process that has just started neither serves nor grants until its predecessor's promises
+    /// have ended.
     pub young_waits: bool,
     /// As soon as something is received from a peer, it is no longer excused.
     pub heard_ends_excuse: bool,

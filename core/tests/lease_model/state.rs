@@ -1,7 +1,8 @@
-//! A state of the model: what each replica is, holds and knows, the requests of clients, and the remaining faults.
+//! A state of the model: what each replica is, holds and knows, the requests of clients, and the
+//! remaining faults.
 //!
-//! **Invariant:** two states have the same hash only when one becomes the other by renaming the replicas (with
-//! collisions as unlikely as those of any 64 bits).
+//! **Invariant:** two states have the same hash only when one becomes the other by renaming the
+//! replicas (with collisions as unlikely as those of any 64 bits).
 
 use std::fmt::{self, Debug};
 use std::hash::{Hash, Hasher};
@@ -67,11 +68,14 @@ pub(crate) struct NodeState {
     pub term: Term,
     /// The promises on which the last term rested are still valid.
     pub intact: bool,
-    /// The replica had authority since its last promise, and the holder has not reported that it covers it.
+    /// The replica had authority since its last promise, and the holder has not reported that it
+    /// covers it.
     pub served: bool,
-    /// Records that were acknowledged at the isolation: a request that came just before must see them.
+    /// Records that were acknowledged at the isolation: a request that came just before must see
+    /// them.
     pub must: Set,
-    /// Time for which the master has received nothing from the replica; NEVER after a restart of the master.
+    /// Time for which the master has received nothing from the replica; NEVER after a restart of
+    /// the master.
     pub missing: u8,
 }
 
@@ -252,13 +256,21 @@ impl State {
     }
 
     pub(crate) fn away(&self) -> usize {
-        self.nodes.iter().filter(|node| node.run != Run::Unused && (node.run != Run::Up || node.cut)).count()
+        self.nodes
+            .iter()
+            .filter(|node| node.run != Run::Unused && (node.run != Run::Up || node.cut))
+            .count()
     }
 
     /// Returns the list that a node shows.
     pub(crate) fn list(&self, i: Node) -> Set {
         let have = self.nodes[i].have;
-        let held = self.records.iter().enumerate().filter(|(id, _)| have & bit(*id) != 0).filter_map(|(_, one)| *one);
+        let held = self
+            .records
+            .iter()
+            .enumerate()
+            .filter(|(id, _)| have & bit(*id) != 0)
+            .filter_map(|(_, one)| *one);
         held.max_by_key(|one| one.stamp).map_or(0, |one| one.list)
     }
 
@@ -277,8 +289,8 @@ impl State {
         self.up(j) && !self.nodes[j].cut && self.nodes[j].young == 0 && (0..NODES).all(known)
     }
 
-    /// Forgives records that only a node that goes away holds. Unless `late_copies` count, forgives also those that
-    /// the others hold only since they have promised themselves: they named less.
+    /// Forgives records that only a node that goes away holds. Unless `late_copies` count, forgives
+    /// also those that the others hold only since they have promised themselves: they named less.
     pub(crate) fn forgive(&mut self, i: Node, late_copies: bool) {
         for record in 0..self.records.len() {
             let holds = |node: &NodeState| node.have & bit(record) != 0;
@@ -309,7 +321,8 @@ impl State {
         (node.said_served, node.denying, node.taken) = (false, false, false);
     }
 
-    /// Drops everything that a process forgets when it ends, and the messages on the way to and from it.
+    /// Drops everything that a process forgets when it ends, and the messages on the way to and
+    /// from it.
     pub(crate) fn forget(&mut self, i: Node) {
         self.end_promise(i);
         self.peers[i] = [FRESH; NODES];
@@ -330,21 +343,25 @@ impl State {
         for op in &mut self.ops {
             match op.phase {
                 Phase::Done => *op = Op { phase: Phase::Done, ..IDLE },
-                // A probe does not help the operation any more: one that comes later must see no less.
+                // A probe does not help the operation any more: one that comes later must see no
+                // less.
                 Phase::Waiting if op.silent == 0 => *op = IDLE,
                 _ => {}
             }
         }
         for i in 0..NODES {
             // A pending operation there could be acknowledged in the term in which it was done.
-            let pending = |op: &Op| matches!(op.phase, Phase::Checked | Phase::Written) && !op.lapsed;
+            let pending =
+                |op: &Op| matches!(op.phase, Phase::Checked | Phase::Written) && !op.lapsed;
             let pending = self.ops.iter().any(|op| pending(op) && usize::from(op.at) == i);
             let node = &mut self.nodes[i];
             node.intact &= pending;
             let term = node.term;
             for j in 0..NODES {
-                let handed = |op: &Op| usize::from(op.at) == j && usize::from(op.to) == i && !op.handed;
-                let is_news = self.nodes[j].served || self.faults.stop > 0 || self.ops.iter().any(handed);
+                let handed =
+                    |op: &Op| usize::from(op.at) == j && usize::from(op.to) == i && !op.handed;
+                let is_news =
+                    self.nodes[j].served || self.faults.stop > 0 || self.ops.iter().any(handed);
                 let peer = &mut self.peers[i][j];
                 peer.covered &= is_news && usize::from(self.nodes[j].promise) == i;
                 if term == Term::None {
@@ -372,7 +389,8 @@ impl State {
 }
 
 /// Orders of the replicas: the old place of each new one.
-const ORDERS: [[usize; NODES]; 6] = [[0, 1, 2], [1, 0, 2], [0, 2, 1], [2, 0, 1], [1, 2, 0], [2, 1, 0]];
+const ORDERS: [[usize; NODES]; 6] =
+    [[0, 1, 2], [1, 0, 2], [0, 2, 1], [2, 0, 1], [1, 2, 0], [2, 1, 0]];
 
 type Packed = [u32; 16];
 
@@ -390,7 +408,8 @@ impl Bits {
 impl NodeState {
     /// Packs all fields except the holder of the promise.
     fn bits(&self) -> u32 {
-        let flags = [self.cut, self.said_served, self.denying, self.taken, self.intact, self.served];
+        let flags =
+            [self.cut, self.said_served, self.denying, self.taken, self.intact, self.served];
         let bits = flags.into_iter().fold(Bits(0), |bits, flag| bits.put(u8::from(flag), 1));
         bits.put(self.run as u8, 2)
             .put(self.have, 3)
@@ -440,23 +459,36 @@ impl State {
             place[*old] = new as u8;
         }
         let of = |node: u8| place[usize::from(node)];
-        let all = |set: Set| order.iter().enumerate().fold(0, |to, (new, old)| to | ((set >> old) & 1) << new);
+        let all = |set: Set| {
+            order.iter().enumerate().fold(0, |to, (new, old)| to | ((set >> old) & 1) << new)
+        };
         let mut words: Packed = [0; 16];
         for (new, old) in order.iter().enumerate() {
             let node = &self.nodes[*old];
             words[new] = node.bits() << 2 | u32::from(of(node.promise));
             for other in 0..NODES - 1 {
                 let other_new = (new + 1 + other) % NODES;
-                words[NODES + new * (NODES - 1) + other] = self.peers[*old][order[other_new]].bits();
+                words[NODES + new * (NODES - 1) + other] =
+                    self.peers[*old][order[other_new]].bits();
             }
         }
         for (n, op) in self.ops.iter().enumerate() {
-            let bits = Bits(0).put(op.phase as u8, 3).put(of(op.at), 2).put(op.must, 3).put(all(op.silent), 3);
-            let bits = bits.put(all(op.probed), 3).put(u8::from(op.lapsed), 1).put(op.stamp, 3).put(of(op.to), 2);
+            let bits = Bits(0)
+                .put(op.phase as u8, 3)
+                .put(of(op.at), 2)
+                .put(op.must, 3)
+                .put(all(op.silent), 3);
+            let bits = bits
+                .put(all(op.probed), 3)
+                .put(u8::from(op.lapsed), 1)
+                .put(op.stamp, 3)
+                .put(of(op.to), 2);
             words[9 + n] = bits.put(u8::from(op.handed), 1).0;
         }
         for record in self.records {
-            let bits = record.map_or(0, |one| Bits(1).put(one.list, 3).put(one.stamp, 3).put(of(one.origin), 2).0);
+            let bits = record.map_or(0, |one| {
+                Bits(1).put(one.list, 3).put(one.stamp, 3).put(of(one.origin), 2).0
+            });
             words[12] = words[12] << 9 | bits;
         }
         let faults = self.faults;
@@ -498,7 +530,13 @@ impl Hash for State {
 impl Debug for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (i, node) in self.nodes.iter().enumerate().filter(|(_, node)| node.run != Run::Unused) {
-            write!(f, "n{i}[{:?}{} have {:b}", node.run, if node.cut { " cut" } else { "" }, node.have)?;
+            write!(
+                f,
+                "n{i}[{:?}{} have {:b}",
+                node.run,
+                if node.cut { " cut" } else { "" },
+                node.have
+            )?;
             if node.promise != NOBODY {
                 write!(f, " promised {} {}", node.promise, node.left)?;
             }

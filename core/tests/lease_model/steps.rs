@@ -1,14 +1,15 @@
 //! The steps that can happen in a state of the model, and their results.
 //!
-//! **Invariant:** no step depends on the names of the replicas, except for a cut between the first two.
+//! **Invariant:** no step depends on the names of the replicas, except for a cut between the first
+//! two.
 
 use stateright::{Model, Property};
 use vasto_core::lease::{Peer as Known, Verdict, authority};
 
 use crate::rules::Rules;
 use crate::state::{
-    Back, Bad, Basis, FRESH, Faults, IDLE, NEVER, NEW, NOBODY, NODES, Node, NodeState, OPS, Op, Phase, Reach, Record,
-    Run, SILENCE, Set, State, Term, bit,
+    Back, Bad, Basis, FRESH, Faults, IDLE, NEVER, NEW, NOBODY, NODES, Node, NodeState, OPS, Op,
+    Phase, Reach, Record, Run, SILENCE, Set, State, Term, bit,
 };
 
 /// Time for which a claimant believes in a promise, from its request.
@@ -48,7 +49,8 @@ pub(crate) struct Leases {
     pub quick: bool,
     /// A network may be back for less time than a probe takes.
     pub flaps: bool,
-    /// Records that only an absent node held are promised again once it has promised itself to the serving node.
+    /// Records that only an absent node held are promised again once it has promised itself to the
+    /// serving node.
     pub returns: bool,
     /// Records that a replica received after it had promised itself count as held by it.
     pub late_copies: bool,
@@ -86,7 +88,8 @@ pub(crate) enum Action {
         granter: Node,
         claimant: Node,
     },
-    /// The claimant turns to another replica itself, and reports that it does not hold the promise any more.
+    /// The claimant turns to another replica itself, and reports that it does not hold the promise
+    /// any more.
     LetGo {
         granter: Node,
         claimant: Node,
@@ -136,7 +139,8 @@ impl Leases {
         self.appends
     }
 
-    /// Returns a claimant's knowledge of a peer, as the real decision takes it, and the basis that it would be.
+    /// Returns a claimant's knowledge of a peer, as the real decision takes it, and the basis that
+    /// it would be.
     fn known(&self, state: &State, i: Node, j: Node, had: bool) -> (Known, Basis) {
         let peer = &state.peers[i][j];
         let found = peer.found > 0 || !self.rules.excuses_end;
@@ -155,7 +159,10 @@ impl Leases {
         }
         if peer.belief > 0 {
             let covered = !self.rules.cover || peer.named & !state.nodes[i].have == 0;
-            return (Known::Granted { believed: true, covered, served: peer.served }, Basis::Promise);
+            return (
+                Known::Granted { believed: true, covered, served: peer.served },
+                Basis::Promise,
+            );
         }
         let before = had && peer.basis == Basis::Excuse;
         (Known::Unsettled { excused: before }, if before { Basis::Excuse } else { Basis::Silence })
@@ -179,8 +186,9 @@ impl Leases {
             return free;
         }
         let excused = node.promise != NOBODY && state.peers[i][usize::from(node.promise)].is_away();
-        let promised =
-            node.promise != NOBODY && self.rules.stop_before_grant && (self.rules.own_promise_ended || !excused);
+        let promised = node.promise != NOBODY
+            && self.rules.stop_before_grant
+            && (self.rules.own_promise_ended || !excused);
         if promised || node.run == Run::Dead || (node.young > 0 && self.rules.young_waits) {
             return Verdict::Missing;
         }
@@ -197,7 +205,8 @@ impl Leases {
         }
     }
 
-    /// Returns true when the node may serve a request after whose arrival connects to `probed` failed.
+    /// Returns true when the node may serve a request after whose arrival connects to `probed`
+    /// failed.
     fn serves(&self, state: &State, i: Node, probed: Set) -> bool {
         state.up(i)
             && match self.verdict(state, i) {
@@ -226,14 +235,17 @@ impl Leases {
             };
             let had = self.had(state, i);
             let mut by_promises = true;
-            // A silent peer for which each request was probed is only heard before it promises itself.
+            // A silent peer for which each request was probed is only heard before it promises
+            // itself.
             let mut interrupted = false;
             for j in self.others(i) {
                 let (known, basis) = self.known(state, i, j, had);
                 by_promises &= matches!(known, Known::Granted { covered: true, .. });
                 let is_silent = matches!(known, Known::Silent { .. });
                 let peer = &mut state.peers[i][j];
-                interrupted |= state.nodes[i].term == Term::Probing && peer.basis == Basis::Silence && !is_silent;
+                interrupted |= state.nodes[i].term == Term::Probing
+                    && peer.basis == Basis::Silence
+                    && !is_silent;
                 peer.basis = basis;
                 if matches!(known, Known::Absent { .. }) {
                     peer.found = EXCUSE;
@@ -252,14 +264,16 @@ impl Leases {
         }
     }
 
-    /// Handles a peer that can be reached again: the failed attempts to connect say nothing of the other peers.
+    /// Handles a peer that can be reached again: the failed attempts to connect say nothing of the
+    /// other peers.
     fn network_is_back(&self, state: &mut State, i: Node, from: Node) {
         if state.peers[i][from].reach != Reach::Unreachable {
             return;
         }
         for j in self.others(i) {
             let peer = &mut state.peers[i][j];
-            if peer.reach == Reach::Unreachable && (self.rules.connect_after_evidence || j == from) {
+            if peer.reach == Reach::Unreachable && (self.rules.connect_after_evidence || j == from)
+            {
                 peer.reach = Reach::Unknown;
                 if self.rules.hung_is_connected {
                     peer.quiet = 0;
@@ -326,14 +340,16 @@ impl Leases {
         state.changed = false;
     }
 
-    /// Applies what a running node receives within a tick, and the results of its attempts to connect.
+    /// Applies what a running node receives within a tick, and the results of its attempts to
+    /// connect.
     fn listen(&self, state: &mut State, i: Node) {
         let before = state.peers[i].map(|peer| peer.reach);
         for j in self.others(i).filter(|j| !state.cut(i, *j)).collect::<Vec<_>>() {
             self.network_is_back(state, i, j);
         }
         for j in self.others(i) {
-            let begins_anew = before[j] == Reach::Unreachable && state.peers[i][j].reach != Reach::Unreachable;
+            let begins_anew =
+                before[j] == Reach::Unreachable && state.peers[i][j].reach != Reach::Unreachable;
             let dead = state.nodes[j].run == Run::Dead;
             if state.cut(i, j) {
                 let peer = &mut state.peers[i][j];
@@ -351,7 +367,8 @@ impl Leases {
                     (peer.quiet, peer.reach) = (0, Reach::Unknown);
                 } else {
                     // The silence of a dead process was that of another process.
-                    let anew = peer.reach == Reach::Refused || (begins_anew && self.rules.hung_is_connected);
+                    let anew = peer.reach == Reach::Refused
+                        || (begins_anew && self.rules.hung_is_connected);
                     (peer.quiet, peer.reach) = (if anew { 0 } else { SILENCE }, Reach::Reachable);
                 }
             }
@@ -367,7 +384,9 @@ impl Leases {
     }
 
     fn grant(&self, state: &mut State, granter: Node, claimant: Node) -> bool {
-        if !state.linked(granter, claimant) || (self.rules.young_waits && state.nodes[granter].young > 0) {
+        if !state.linked(granter, claimant)
+            || (self.rules.young_waits && state.nodes[granter].young > 0)
+        {
             return false;
         }
         let promise = state.nodes[granter].promise;
@@ -398,7 +417,10 @@ impl Leases {
             node.served &= self.rules.served_until_covered;
         }
         self.hear(state, granter, claimant);
-        if self.returns && state.nodes[claimant].term != Term::None && state.is_back(granter, granter) {
+        if self.returns
+            && state.nodes[claimant].term != Term::None
+            && state.is_back(granter, granter)
+        {
             state.forgiven &= !state.nodes[granter].named;
         }
         let node = &mut state.nodes[granter];
@@ -425,7 +447,9 @@ impl Leases {
         let peer = &mut state.peers[claimant][granter];
         match std::mem::replace(&mut peer.back, Back::Nothing) {
             Back::Nothing => return false,
-            Back::Grant { left, named, served } => (peer.belief, peer.named, peer.served) = (left, named, served),
+            Back::Grant { left, named, served } => {
+                (peer.belief, peer.named, peer.served) = (left, named, served)
+            }
             Back::Denied => {
                 if self.rules.stop_before_release {
                     peer.belief = 0;
@@ -448,7 +472,8 @@ impl Leases {
         self.others(i).filter(silent).fold(0, |all, j| all | bit(j))
     }
 
-    /// Returns what an operation that comes now, or came just before the replica was cut off, must see.
+    /// Returns what an operation that comes now, or came just before the replica was cut off, must
+    /// see.
     fn must(&self, state: &State, at: Node) -> Set {
         if state.nodes[at].cut { state.nodes[at].must } else { state.acked }
     }
@@ -460,12 +485,14 @@ impl Leases {
                 if state.ops[op].phase != Phase::Idle || !state.up(at) || state.nodes[at].cut {
                     return false;
                 }
-                let silent = if self.rules.came_after_silence { self.silent(state, at) } else { Set::MAX };
+                let silent =
+                    if self.rules.came_after_silence { self.silent(state, at) } else { Set::MAX };
                 // Another operation comes later and must see no less.
                 if silent == 0 || (op == self.read() && self.promised(state) == 0) {
                     return false;
                 }
-                state.ops[op] = Op { phase: Phase::Waiting, at: at as u8, must: state.acked, silent, ..IDLE };
+                state.ops[op] =
+                    Op { phase: Phase::Waiting, at: at as u8, must: state.acked, silent, ..IDLE };
             }
             Action::Check(op, at) => {
                 let one = state.ops[op];
@@ -478,12 +505,15 @@ impl Leases {
                     _ => return false,
                 }
                 // A replica has one writer.
-                if !self.serves(state, at, one.probed) || (self.rules.writer_checks && state.is_busy(at)) {
+                if !self.serves(state, at, one.probed)
+                    || (self.rules.writer_checks && state.is_busy(at))
+                {
                     return false;
                 }
                 state.clock += 1;
                 let one = &mut state.ops[op];
-                (one.phase, one.stamp, one.silent, one.probed) = (Phase::Checked, state.clock, 0, 0);
+                (one.phase, one.stamp, one.silent, one.probed) =
+                    (Phase::Checked, state.clock, 0, 0);
                 if self.quick {
                     self.act(state, Action::Write(op));
                     self.act(state, Action::Ack(op));
@@ -537,7 +567,8 @@ impl Leases {
                 let waited = one.phase == Phase::Waiting && usize::from(one.at) == at;
                 let missing = |must: Set| must & !state.forgiven & !state.list(at) != 0;
                 let stale = missing(self.must(state, at)) && self.serves(state, at, 0);
-                let stale = stale || (waited && missing(one.must) && self.serves(state, at, one.probed));
+                let stale =
+                    stale || (waited && missing(one.must) && self.serves(state, at, one.probed));
                 if !stale {
                     return false;
                 }
@@ -547,9 +578,10 @@ impl Leases {
                 let missing = state.nodes[from].have & !state.nodes[to].have;
                 let origin = |id: usize| state.records[id].map(|one| (one.origin, one.stamp));
                 // Records of one origin come in their order.
-                let earlier = (0..state.records.len())
-                    .filter(|id| missing & bit(*id) != 0)
-                    .any(|id| origin(id).zip(origin(record)).is_some_and(|(a, b)| a.0 == b.0 && a.1 < b.1));
+                let earlier =
+                    (0..state.records.len()).filter(|id| missing & bit(*id) != 0).any(|id| {
+                        origin(id).zip(origin(record)).is_some_and(|(a, b)| a.0 == b.0 && a.1 < b.1)
+                    });
                 if missing & bit(record) == 0 || earlier || !state.linked(to, from) {
                     return false;
                 }
@@ -558,7 +590,10 @@ impl Leases {
             Action::Grant { granter, claimant } => return self.grant(state, granter, claimant),
             Action::Deny { granter, claimant } => {
                 let node = &state.nodes[granter];
-                if !state.linked(granter, claimant) || node.promise != claimant as u8 || node.denying {
+                if !state.linked(granter, claimant)
+                    || node.promise != claimant as u8
+                    || node.denying
+                {
                     return false;
                 }
                 state.nodes[granter].denying = true;
@@ -580,7 +615,8 @@ impl Leases {
                 self.hear(state, granter, claimant);
             }
             Action::LetGo { granter, claimant } => {
-                let held = state.nodes[granter].promise == claimant as u8 && state.peers[claimant][granter].belief > 0;
+                let held = state.nodes[granter].promise == claimant as u8
+                    && state.peers[claimant][granter].belief > 0;
                 if !state.linked(granter, claimant) || !held {
                     return false;
                 }
@@ -593,11 +629,15 @@ impl Leases {
             }
             Action::Report { granter, claimant } => {
                 let said = &state.peers[claimant][granter];
-                if !state.linked(granter, claimant) || state.nodes[granter].promise != claimant as u8 || !said.covered {
+                if !state.linked(granter, claimant)
+                    || state.nodes[granter].promise != claimant as u8
+                    || !said.covered
+                {
                     return false;
                 }
                 state.nodes[granter].served = false;
-                state.nodes[granter].taken |= self.faults.stop > 0 && self.serves(state, claimant, Set::MAX);
+                state.nodes[granter].taken |=
+                    self.faults.stop > 0 && self.serves(state, claimant, Set::MAX);
                 for op in state.ops.iter_mut().filter(|op| usize::from(op.at) == granter) {
                     op.handed |= op.to == claimant as u8;
                 }
@@ -628,7 +668,10 @@ impl Leases {
                 let mut told = false;
                 for j in self.others(i) {
                     let peer = &mut state.peers[i][j];
-                    if state.nodes[j].missing >= SESSION && peer.word < WORD && peer.quiet >= SILENCE {
+                    if state.nodes[j].missing >= SESSION
+                        && peer.word < WORD
+                        && peer.quiet >= SILENCE
+                    {
                         peer.tried &= peer.word > 0;
                         peer.word = WORD;
                         told = true;
@@ -669,7 +712,12 @@ impl Leases {
                 }
             }
             Action::Isolate(i) => {
-                if !room || !still || state.nodes[i].cut || !state.up(i) || !take(&mut state.faults.isolate) {
+                if !room
+                    || !still
+                    || state.nodes[i].cut
+                    || !state.up(i)
+                    || !take(&mut state.faults.isolate)
+                {
                     return false;
                 }
                 state.forgive(i, self.late_copies);
@@ -698,7 +746,8 @@ impl Leases {
                 if !room || !state.up(i) || !over || !take(&mut state.faults.stop) {
                     return false;
                 }
-                // The stop loses nothing by itself, but the node may be the second one that goes away.
+                // The stop loses nothing by itself, but the node may be the second one that goes
+                // away.
                 if !self.others(i).all(|j| state.is_back(j, i)) {
                     state.forgive(i, self.late_copies);
                 }
@@ -710,10 +759,14 @@ impl Leases {
                     return false;
                 }
                 state.nodes[i].run = Run::Up;
-                (state.nodes[i].young, state.nodes[i].served) = (PROMISE, self.rules.predecessor_served);
+                (state.nodes[i].young, state.nodes[i].served) =
+                    (PROMISE, self.rules.predecessor_served);
             }
             Action::BreakLink(i, j) => {
-                if self.rules.dead_is_refused || !state.linked(i, j) || !take(&mut state.faults.break_link) {
+                if self.rules.dead_is_refused
+                    || !state.linked(i, j)
+                    || !take(&mut state.faults.break_link)
+                {
                     return false;
                 }
                 self.dead(state, i, j);
@@ -745,13 +798,18 @@ impl Leases {
         true
     }
 
-    /// Returns true when nothing bad can follow any more: all is written, and every node that may come back holds it,
-    /// or nothing is promised.
+    /// Returns true when nothing bad can follow any more: all is written, and every node that may
+    /// come back holds it, or nothing is promised.
     fn is_over(&self, state: &State) -> bool {
         let ended = state.ops[..self.appends].iter().all(|op| op.phase == Phase::Done);
-        let all = (0..OPS).filter(|id| state.records[*id].is_some()).fold(0, |all, id| all | bit(id));
-        let gone = |node: &NodeState| node.run == Run::Unused || (node.run == Run::Dead && state.faults.restart == 0);
-        ended && (self.promised(state) == 0 || state.nodes.iter().all(|node| gone(node) || all & !node.have == 0))
+        let all =
+            (0..OPS).filter(|id| state.records[*id].is_some()).fold(0, |all, id| all | bit(id));
+        let gone = |node: &NodeState| {
+            node.run == Run::Unused || (node.run == Run::Dead && state.faults.restart == 0)
+        };
+        ended
+            && (self.promised(state) == 0
+                || state.nodes.iter().all(|node| gone(node) || all & !node.have == 0))
     }
 }
 
@@ -795,7 +853,9 @@ impl Model for Leases {
                 // The first append begins first.
                 Phase::Idle if op > 0 && state.ops[op - 1].phase == Phase::Idle => {}
                 Phase::Idle => {
-                    actions.extend(self.nodes().flat_map(|at| [Action::Start(op, at), Action::Check(op, at)]));
+                    actions.extend(
+                        self.nodes().flat_map(|at| [Action::Start(op, at), Action::Check(op, at)]),
+                    );
                 }
                 Phase::Waiting => actions.push(Action::Check(op, usize::from(state.ops[op].at))),
                 Phase::Checked => actions.push(Action::Write(op)),

@@ -46,11 +46,14 @@ pub(crate) const STOPPED_MEANWHILE: &str = "this master stopped meanwhile";
 
 /// The error of a write to the catalog whose outcome is not known.
 pub(crate) fn unsure(what: &str, cause: &str) -> VastoError {
-    unknown(format!("{what}: {cause}; it may or may not have taken effect: check with `vasto keyspace list`"))
+    unknown(format!(
+        "{what}: {cause}; it may or may not have taken effect: check with `vasto keyspace list`"
+    ))
 }
 
 pub(super) fn taken(name: &str) -> VastoError {
-    let message = format!("a keyspace called {name} exists; use it, choose another name, or delete it first");
+    let message =
+        format!("a keyspace called {name} exists; use it, choose another name, or delete it first");
     VastoError::new(ErrorCode::AlreadyExists, message)
 }
 
@@ -67,7 +70,8 @@ pub(super) fn too_busy(node: NodeId) -> VastoError {
 /// Returns the keyspace of that name, or an error that helps to find it.
 pub(crate) fn find<'a>(state: &'a ClusterState, name: &str) -> Result<&'a Keyspace, VastoError> {
     state.named(name).ok_or_else(|| {
-        let mut names: Vec<&str> = state.active().map(|keyspace| keyspace.catalog.name.as_str()).collect();
+        let mut names: Vec<&str> =
+            state.active().map(|keyspace| keyspace.catalog.name.as_str()).collect();
         names.sort_unstable();
         let more = if names.len() > NAMES_LISTED { ", …" } else { "" };
         names.truncate(NAMES_LISTED);

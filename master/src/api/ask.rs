@@ -1,5 +1,5 @@
-//! What a call asks of others: a first version of the bucket, a change of the keyspace's driver, a command of its
-//! nodes.
+//! What a call asks of others: a first version of the bucket, a change of the keyspace's driver, a
+//! command of its nodes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,9 @@ use vasto_core::ids::{KeyspaceId, NodeId};
 use vasto_proto::v1;
 use vasto_shipping::CatalogError;
 
-use super::answer::{ANSWER_WITHIN, Answer, STOPPED_MEANWHILE, find, stopping, taken, too_busy, unavailable, unsure};
+use super::answer::{
+    ANSWER_WITHIN, Answer, STOPPED_MEANWHILE, find, stopping, taken, too_busy, unavailable, unsure,
+};
 use crate::cluster::{Cluster, Held};
 use crate::driver::adopt_all;
 use crate::placement::place;
@@ -20,7 +22,8 @@ use crate::state::{CatalogChange, ChangeRequest};
 use crate::view::json;
 use crate::view::outcome::ExecutedDoc;
 
-/// Chooses the nodes for the replicas of a new keyspace, and holds the places until the guard is dropped.
+/// Chooses the nodes for the replicas of a new keyspace, and holds the places until the guard is
+/// dropped.
 pub(super) fn places(
     cluster: &Arc<Cluster>,
     shards: u32,
@@ -32,7 +35,8 @@ pub(super) fn places(
     Ok((nodes, cluster.hold_places(hold)))
 }
 
-/// Writes the first version of a keyspace, under an id that the bucket has free; `what` says what that is for.
+/// Writes the first version of a keyspace, under an id that the bucket has free; `what` says what
+/// that is for.
 pub(super) async fn first_version(
     cluster: &Arc<Cluster>,
     name: &str,
@@ -57,7 +61,8 @@ pub(super) async fn change(
     keyspace: KeyspaceId,
     change: CatalogChange,
 ) -> Result<Arc<Catalog>, VastoError> {
-    let requests = cluster.state().keyspaces.get(&keyspace).map(|keyspace| keyspace.requests.clone());
+    let requests =
+        cluster.state().keyspaces.get(&keyspace).map(|keyspace| keyspace.requests.clone());
     let requests = requests.ok_or_else(stopping)?;
     let (reply, answer) = oneshot::channel();
     let asked = async {
@@ -81,21 +86,28 @@ pub(crate) async fn command(cluster: &Arc<Cluster>, name: &str, kind: v1::comman
         let mut nodes: Vec<NodeId> = placed.map(|placed| placed.node).collect();
         nodes.sort_unstable();
         nodes.dedup();
-        let away: Vec<String> = nodes.iter().filter(|node| !state.is_live(**node)).map(NodeId::to_string).collect();
+        let away: Vec<String> =
+            nodes.iter().filter(|node| !state.is_live(**node)).map(NodeId::to_string).collect();
         if !away.is_empty() {
             let away = away.join(", ");
-            return Err(unavailable(format!("{away} of keyspace {name} is away; start it, then try again")));
+            return Err(unavailable(format!(
+                "{away} of keyspace {name} is away; start it, then try again"
+            )));
         }
-        let mut send = |node| Ok((node, state.command(node, kind, id).ok_or_else(|| too_busy(node))?));
+        let mut send =
+            |node| Ok((node, state.command(node, kind, id).ok_or_else(|| too_busy(node))?));
         nodes.into_iter().map(&mut send).collect::<Result<_, VastoError>>()?
     };
     let mut nodes = Vec::new();
     for (node, done) in waiting {
         match done.await {
             Ok(Ok(_)) => nodes.push(node),
-            Ok(Err(reason)) => return Err(unavailable(format!("{node} could not do it: {reason}"))),
+            Ok(Err(reason)) => {
+                return Err(unavailable(format!("{node} could not do it: {reason}")));
+            }
             Err(_) => {
-                let message = format!("{node} was lost before it was done; try again when it is back");
+                let message =
+                    format!("{node} was lost before it was done; try again when it is back");
                 return Err(unavailable(message));
             }
         }

@@ -1,11 +1,12 @@
-//! The bucket: check, garbage collection on command, and the repair, which writes objects that the bucket has lost and
-//! the nodes still know.
+//! The bucket: check, garbage collection on command, and the repair, which writes objects that the
+//! bucket has lost and the nodes still know.
 //!
 //! **Invariants**
-//! - No existing object is changed: the repair writes only objects that were missing. The only object that
-//!   it may delete is the claim of a cluster without keyspaces, made when the prefix was found empty.
-//! - Catalogs that the nodes name are written only when all nodes that may know newer versions were asked,
-//!   unless a loss was accepted.
+//! - No existing object is changed: the repair writes only objects that were missing. The only
+//!   object that it may delete is the claim of a cluster without keyspaces, made when the prefix
+//!   was found empty.
+//! - Catalogs that the nodes name are written only when all nodes that may know newer versions were
+//!   asked, unless a loss was accepted.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -33,7 +34,10 @@ const NODES_WAIT: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(50);
 
 fn not_now(error: &impl std::fmt::Display) -> VastoError {
-    VastoError::new(ErrorCode::Unavailable, format!("the bucket cannot be repaired now: {error}; try again"))
+    VastoError::new(
+        ErrorCode::Unavailable,
+        format!("the bucket cannot be repaired now: {error}; try again"),
+    )
 }
 
 /// Checks for missing, damaged and orphaned objects; the cluster status shows the findings.
@@ -55,7 +59,8 @@ pub(crate) async fn repair(cluster: &Arc<Cluster>, accept_loss: bool) -> Answer 
     let here: BTreeSet<NodeId> = live(cluster);
     let placed = remembered.values().filter(|catalog| catalog.state == KeyspaceState::Active);
     let placed = placed.flat_map(|catalog| &catalog.placement).flat_map(|shard| &shard.replicas);
-    let away: BTreeSet<NodeId> = placed.map(|placed| placed.node).filter(|node| !here.contains(node)).collect();
+    let away: BTreeSet<NodeId> =
+        placed.map(|placed| placed.node).filter(|node| !here.contains(node)).collect();
     let lacking = cluster.is_restricted() || lacks_any(cluster, &remembered).await?;
     if lacking && !away.is_empty() && !accept_loss {
         let names: Vec<String> = away.iter().map(NodeId::to_string).collect();
@@ -65,13 +70,17 @@ pub(crate) async fn repair(cluster: &Arc<Cluster>, accept_loss: bool) -> Answer 
             names.join(", ")
         )));
     }
-    let mut done =
-        RepairedDoc { cluster_id: cluster_id.clone(), away: away.into_iter().collect(), ..RepairedDoc::default() };
+    let mut done = RepairedDoc {
+        cluster_id: cluster_id.clone(),
+        away: away.into_iter().collect(),
+        ..RepairedDoc::default()
+    };
     put_back(cluster, &remembered, &mut done).await?;
     load_anew(cluster, cluster_id, &mut done).await?;
     all_have_reported(cluster, &here).await;
     ship_what_is_missing(cluster, &mut done).await?;
-    done.keyspaces = cluster.state().active().map(|keyspace| keyspace.catalog.name.clone()).collect();
+    done.keyspaces =
+        cluster.state().active().map(|keyspace| keyspace.catalog.name.clone()).collect();
     tracing::info!(
         cluster = done.cluster_id,
         written = done.written,
@@ -87,12 +96,16 @@ async fn put_back(
     remembered: &BTreeMap<KeyspaceId, Catalog>,
     done: &mut RepairedDoc,
 ) -> Result<(), VastoError> {
-    done.claimed = cluster.store.claim_again(&done.cluster_id).await.map_err(|error| not_now(&error))?;
+    done.claimed =
+        cluster.store.claim_again(&done.cluster_id).await.map_err(|error| not_now(&error))?;
     for catalog in remembered.values() {
         match cluster.store.put_back(catalog).await {
             Ok(written) => done.written += written,
             Err(error @ CatalogError::NameTaken(_)) => {
-                done.warnings.push(format!("the name of keyspace {} is not put back: {error}", catalog.keyspace));
+                done.warnings.push(format!(
+                    "the name of keyspace {} is not put back: {error}",
+                    catalog.keyspace
+                ));
             }
             Err(error) => return Err(not_now(&error)),
         }
@@ -101,16 +114,25 @@ async fn put_back(
 }
 
 /// Loads the bucket as at the start of a master, which serves again afterwards.
-async fn load_anew(cluster: &Arc<Cluster>, cluster_id: String, done: &mut RepairedDoc) -> Result<(), VastoError> {
+async fn load_anew(
+    cluster: &Arc<Cluster>,
+    cluster_id: String,
+    done: &mut RepairedDoc,
+) -> Result<(), VastoError> {
     // Names of objects that were used are never used again.
     let shipped = cluster.bucket.list("data/").await.map_err(|error| not_now(&error))?;
-    let owners = shipped.iter().filter_map(|object| Some(layout::parse_shipped(&object.key)?.0.keyspace));
+    let owners =
+        shipped.iter().filter_map(|object| Some(layout::parse_shipped(&object.key)?.0.keyspace));
     let owners: BTreeSet<KeyspaceId> = owners.collect();
     owners.iter().for_each(|keyspace| cluster.store.note_used(*keyspace));
     let (catalogs, odd) = cluster.store.load_all_told().await.map_err(|error| not_now(&error))?;
     let loaded: BTreeSet<KeyspaceId> = catalogs.iter().map(|catalog| catalog.keyspace).collect();
     done.unknown_keyspaces = owners.difference(&loaded).copied().collect();
-    let decided = cluster.store.settings(&ClusterSettings::default()).await.map_err(|error| not_now(&error))?;
+    let decided = cluster
+        .store
+        .settings(&ClusterSettings::default())
+        .await
+        .map_err(|error| not_now(&error))?;
     cluster.learn_settings(decided);
     let was_restricted = cluster.is_restricted();
     cluster.note_odd_catalogs(odd);
@@ -129,8 +151,8 @@ fn live(cluster: &Cluster) -> BTreeSet<NodeId> {
     cluster.state().live().map(|(id, _)| id).collect()
 }
 
-/// Takes in the refused nodes: the next master claims an emptied prefix anew, and refuses the prefix's own
-/// nodes. While there is no keyspace in it, the refused nodes are trusted.
+/// Takes in the refused nodes: the next master claims an emptied prefix anew, and refuses the
+/// prefix's own nodes. While there is no keyspace in it, the refused nodes are trusted.
 async fn take_in_the_refused(cluster: &Arc<Cluster>) -> Result<(), VastoError> {
     let refused = cluster.refused();
     if refused.is_empty() || cluster.is_restricted() || !cluster.state().keyspaces.is_empty() {
@@ -147,13 +169,17 @@ async fn take_in_the_refused(cluster: &Arc<Cluster>) -> Result<(), VastoError> {
     Ok(())
 }
 
-/// Returns the last version of each keyspace that any node knows, and the cluster that all nodes name.
-async fn ask_the_nodes(cluster: &Arc<Cluster>) -> Result<(BTreeMap<KeyspaceId, Catalog>, String), VastoError> {
+/// Returns the last version of each keyspace that any node knows, and the cluster that all nodes
+/// name.
+async fn ask_the_nodes(
+    cluster: &Arc<Cluster>,
+) -> Result<(BTreeMap<KeyspaceId, Catalog>, String), VastoError> {
     let mut waiting = Vec::new();
     let mut ids = BTreeSet::new();
     {
         let mut state = cluster.state();
-        let nodes: Vec<(NodeId, String)> = state.live().map(|(id, node)| (id, node.cluster_id.clone())).collect();
+        let nodes: Vec<(NodeId, String)> =
+            state.live().map(|(id, node)| (id, node.cluster_id.clone())).collect();
         for (node, cluster_id) in nodes {
             // A new node knows nothing, and named no cluster.
             ids.extend(Some(cluster_id).filter(|id| !id.is_empty()));
@@ -169,8 +195,9 @@ async fn ask_the_nodes(cluster: &Arc<Cluster>) -> Result<(BTreeMap<KeyspaceId, C
         (Some(id), None) => id,
         (None, _) => return Err(refused("no node of the cluster is here; start the nodes first")),
         (Some(first), Some(second)) => {
-            let message =
-                format!("there are nodes of clusters {first} and {second}; stop those that do not belong here");
+            let message = format!(
+                "there are nodes of clusters {first} and {second}; stop those that do not belong here"
+            );
             return Err(refused(message));
         }
     };
@@ -190,8 +217,9 @@ async fn ask_the_nodes(cluster: &Arc<Cluster>) -> Result<(BTreeMap<KeyspaceId, C
             }
         };
         for json in catalogs {
-            let catalog: Catalog = serde_json::from_str(&json)
-                .map_err(|error| refused(format!("{node} remembers a catalog that cannot be read: {error}")))?;
+            let catalog: Catalog = serde_json::from_str(&json).map_err(|error| {
+                refused(format!("{node} remembers a catalog that cannot be read: {error}"))
+            })?;
             if newest.get(&catalog.keyspace).is_none_or(|best| best.version < catalog.version) {
                 newest.insert(catalog.keyspace, catalog);
             }
@@ -201,7 +229,10 @@ async fn ask_the_nodes(cluster: &Arc<Cluster>) -> Result<(BTreeMap<KeyspaceId, C
 }
 
 /// Returns true when the bucket has lost a version that a node remembers.
-async fn lacks_any(cluster: &Cluster, remembered: &BTreeMap<KeyspaceId, Catalog>) -> Result<bool, VastoError> {
+async fn lacks_any(
+    cluster: &Cluster,
+    remembered: &BTreeMap<KeyspaceId, Catalog>,
+) -> Result<bool, VastoError> {
     for catalog in remembered.values() {
         let key = layout::catalog_version(catalog.keyspace, catalog.version);
         if cluster.bucket.head(&key).await.map_err(|error| not_now(&error))?.is_none() {
@@ -232,18 +263,28 @@ async fn all_have_reported(cluster: &Cluster, nodes: &BTreeSet<NodeId>) {
 }
 
 /// Has every keyspace upload its data again that lacks some of it, then checks once more.
-async fn ship_what_is_missing(cluster: &Arc<Cluster>, done: &mut RepairedDoc) -> Result<(), VastoError> {
+async fn ship_what_is_missing(
+    cluster: &Arc<Cluster>,
+    done: &mut RepairedDoc,
+) -> Result<(), VastoError> {
     let mut fsck = upkeep::check(cluster, false).await?;
     let broken = fsck.missing.iter().chain(&fsck.corrupt);
-    let broken: BTreeSet<KeyspaceId> = broken.filter_map(|key| Some(layout::parse_shipped(key)?.0.keyspace)).collect();
+    let broken: BTreeSet<KeyspaceId> =
+        broken.filter_map(|key| Some(layout::parse_shipped(key)?.0.keyspace)).collect();
     let names: Vec<String> = {
         let state = cluster.state();
-        broken.iter().filter_map(|id| state.keyspaces.get(id)).map(|keyspace| keyspace.catalog.name.clone()).collect()
+        broken
+            .iter()
+            .filter_map(|id| state.keyspaces.get(id))
+            .map(|keyspace| keyspace.catalog.name.clone())
+            .collect()
     };
     for name in &names {
         match ask::command(cluster, name, v1::command::Kind::ShipAnew).await {
             Ok(_) => done.shipped_anew.push(name.clone()),
-            Err(error) => done.warnings.push(format!("keyspace {name} was not uploaded again: {}", error.message)),
+            Err(error) => done
+                .warnings
+                .push(format!("keyspace {name} was not uploaded again: {}", error.message)),
         }
     }
     if !names.is_empty() {

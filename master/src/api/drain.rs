@@ -1,6 +1,7 @@
 //! The drain of a node: all of its replicas move elsewhere.
 //!
-//! **Invariant:** the drain is in the catalogs of the keyspaces, and nowhere else, so any master continues it.
+//! **Invariant:** the drain is in the catalogs of the keyspaces, and nowhere else, so any master
+//! continues it.
 
 use std::sync::Arc;
 
@@ -23,7 +24,8 @@ use crate::view::{self, Sorted, json};
 /// Begins to move all replicas of a node elsewhere.
 pub(crate) async fn drain(cluster: &Arc<Cluster>, request: v1::EmptyNodeRequest) -> Answer {
     let node = node_of(&request.node_id)?;
-    let to = Some(request.to_node_id.as_str()).filter(|id| !id.is_empty()).map(node_of).transpose()?;
+    let to =
+        Some(request.to_node_id.as_str()).filter(|id| !id.is_empty()).map(node_of).transpose()?;
     let accept_loss = request.accept_loss && request.replace;
     let drain = NodeDrain { to, accept_loss, ..NodeDrain::new(node, request.replace, now_us()) };
     cluster.refresh_settings().await;
@@ -41,14 +43,21 @@ pub(crate) async fn drain(cluster: &Arc<Cluster>, request: v1::EmptyNodeRequest)
     }
     tracing::info!(%node, ?to, "moving all replicas of a node");
     let id = drain.operation_id();
-    document(cluster, &id).ok_or_else(|| VastoError::new(ErrorCode::Internal, "the operation is not known any more"))
+    document(cluster, &id)
+        .ok_or_else(|| VastoError::new(ErrorCode::Internal, "the operation is not known any more"))
 }
 
 /// Returns the keyspaces with replicas on the node, when there is a target for each of them.
-fn check(state: &ClusterState, drain: &NodeDrain, now_us: u64) -> Result<Vec<KeyspaceId>, VastoError> {
+fn check(
+    state: &ClusterState,
+    drain: &NodeDrain,
+    now_us: u64,
+) -> Result<Vec<KeyspaceId>, VastoError> {
     let NodeDrain { node, to, replace, .. } = *drain;
     if !replace && !state.is_live(node) {
-        return Err(refused(format!("node {node} is away; replace it with `vasto node replace {node}`")));
+        return Err(refused(format!(
+            "node {node} is away; replace it with `vasto node replace {node}`"
+        )));
     }
     if let Some(to) = to
         && (to == node || !state.is_live(to))
@@ -57,7 +66,9 @@ fn check(state: &ClusterState, drain: &NodeDrain, now_us: u64) -> Result<Vec<Key
         return Err(refused(format!("node {to} cannot take over: it is {why}")));
     }
     if let Some(to) = to.filter(|to| state.settings.is_cordoned(*to)) {
-        let message = format!("node {to} is cordoned; let it get replicas with `vasto node uncordon {to}` first");
+        let message = format!(
+            "node {to} is cordoned; let it get replicas with `vasto node uncordon {to}` first"
+        );
         return Err(refused(message));
     }
     let mut concerned = Vec::new();
@@ -67,7 +78,8 @@ fn check(state: &ClusterState, drain: &NodeDrain, now_us: u64) -> Result<Vec<Key
         then.draining_nodes.push(drain.clone());
         for shard in &catalog.placement {
             let staying = shard.replicas.iter().filter(|placed| placed.node != node).count();
-            let needs_copy = staying < shard.replicas.len() && staying < then.spec.replicas as usize;
+            let needs_copy =
+                staying < shard.replicas.len() && staying < then.spec.replicas as usize;
             if needs_copy && state.copy_target(&then, shard.shard, now_us).is_none() {
                 return Err(refused(format!(
                     "no other live node has room for shard {} of {}; start one with `vasto serve node`{}",
@@ -89,14 +101,18 @@ pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
     let concerned: Vec<KeyspaceId> = {
         let state = cluster.state();
         let catalogs = state.active().map(|keyspace| &keyspace.catalog);
-        catalogs.filter(|catalog| drain_by(catalog, id).is_some()).map(|catalog| catalog.keyspace).collect()
+        catalogs
+            .filter(|catalog| drain_by(catalog, id).is_some())
+            .map(|catalog| catalog.keyspace)
+            .collect()
     };
     if concerned.is_empty() {
         show(cluster, id)?;
         return Err(has_ended(id));
     }
     for keyspace in concerned {
-        ask::change(cluster, keyspace, CatalogChange::CancelDrain { operation: id.to_owned() }).await?;
+        ask::change(cluster, keyspace, CatalogChange::CancelDrain { operation: id.to_owned() })
+            .await?;
     }
     tracing::info!(operation = id, "cancelled an operation");
     show(cluster, id)

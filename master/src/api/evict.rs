@@ -32,9 +32,14 @@ pub(crate) async fn evict(cluster: &Arc<Cluster>, request: v1::EvictRequest) -> 
     }))
 }
 
-/// Transfers leadership of a primary that is to be evicted, if there is a successor, and waits until another replica
-/// has authority. Waits at most twice as long as a transfer may take: an eviction may have its reason.
-async fn transfer_leadership_first(cluster: &Arc<Cluster>, keyspace: KeyspaceId, replica: ReplicaId) {
+/// Transfers leadership of a primary that is to be evicted, if there is a successor, and waits
+/// until another replica has authority. Waits at most twice as long as a transfer may take: an
+/// eviction may have its reason.
+async fn transfer_leadership_first(
+    cluster: &Arc<Cluster>,
+    keyspace: KeyspaceId,
+    replica: ReplicaId,
+) {
     let (change, mut changes) = {
         let (state, mono_us) = (cluster.state(), cluster.mono_us());
         let Some(keyspace) = state.keyspaces.get(&keyspace) else { return };
@@ -53,8 +58,11 @@ async fn transfer_leadership_first(cluster: &Arc<Cluster>, keyspace: KeyspaceId,
     let ended = async {
         loop {
             changes.borrow_and_update();
-            let hands_over =
-                cluster.state().keyspaces.get(&keyspace).is_some_and(|keyspace| hands_over(keyspace, replica));
+            let hands_over = cluster
+                .state()
+                .keyspaces
+                .get(&keyspace)
+                .is_some_and(|keyspace| hands_over(keyspace, replica));
             if !hands_over || changes.changed().await.is_err() {
                 return;
             }
@@ -63,12 +71,14 @@ async fn transfer_leadership_first(cluster: &Arc<Cluster>, keyspace: KeyspaceId,
     let _ = timeout(HANDOVER_TIMEOUT * 2, ended).await;
 }
 
-/// Returns true while the leadership of the replica's shard is being transferred, or no other replica has authority.
+/// Returns true while the leadership of the replica's shard is being transferred, or no other
+/// replica has authority.
 fn hands_over(keyspace: &Keyspace, replica: ReplicaId) -> bool {
     let version = keyspace.catalog.version;
     // The replica with authority holds what the evicted one has acknowledged.
-    let has_authority =
-        |placed: &Placed| keyspace.reports.get(&placed.replica).is_some_and(|report| report.has_authority(version));
+    let has_authority = |placed: &Placed| {
+        keyspace.reports.get(&placed.replica).is_some_and(|report| report.has_authority(version))
+    };
     let mut shards = keyspace.catalog.placement.iter();
     let shard = shards.find(|shard| shard.replicas.iter().any(|placed| placed.replica == replica));
     shard.filter(|shard| shard.replicas.len() > 1).is_some_and(|shard| {

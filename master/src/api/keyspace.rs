@@ -8,7 +8,9 @@ use vasto_core::band::check_shard_count;
 use vasto_core::catalog::{Ack, Catalog, KeyspaceSpec, KeyspaceState};
 use vasto_core::error::VastoError;
 use vasto_core::ids::KeyspaceId;
-use vasto_core::limits::{KEPT_MS_MAX, REPLICAS_MAX, SHARDS_SERVED_MAX, check_keyspace_name, check_ttl_ms};
+use vasto_core::limits::{
+    KEPT_MS_MAX, REPLICAS_MAX, SHARDS_SERVED_MAX, check_keyspace_name, check_ttl_ms,
+};
 use vasto_core::report::ReplicaPhase;
 use vasto_proto::convert::ack_from_wire;
 use vasto_proto::v1;
@@ -37,17 +39,33 @@ pub(crate) async fn create(cluster: &Arc<Cluster>, request: v1::CreateKeyspaceRe
     let (nodes, held) = ask::places(cluster, spec.shards, spec.replicas)?;
     let (now_us, nonce) = (now_us(), nonce());
     let build = |id: KeyspaceId| Catalog::first(id, &name, spec.clone(), &nodes, now_us, nonce);
-    let created =
-        ask::first_version(cluster, &name, &format!("creating keyspace {name}"), ANSWER_WITHIN, build).await?;
+    let created = ask::first_version(
+        cluster,
+        &name,
+        &format!("creating keyspace {name}"),
+        ANSWER_WITHIN,
+        build,
+    )
+    .await?;
     let keyspace = created.keyspace;
-    tracing::info!(keyspace = name, id = keyspace.0, shards = spec.shards, ?nodes, "created a keyspace");
+    tracing::info!(
+        keyspace = name,
+        id = keyspace.0,
+        shards = spec.shards,
+        ?nodes,
+        "created a keyspace"
+    );
     cluster.metrics.catalog_write("won");
     install(cluster, created, Delivery::Push);
     drop(held);
     let Ok(served) = timeout(ANSWER_WITHIN, serving(cluster, keyspace)).await else {
         let missing = {
             let state = cluster.state();
-            state.keyspaces.get(&keyspace).map(|keyspace| not_serving(&state, keyspace)).unwrap_or_default()
+            state
+                .keyspaces
+                .get(&keyspace)
+                .map(|keyspace| not_serving(&state, keyspace))
+                .unwrap_or_default()
         };
         let message = format!(
             "keyspace {name} was created, but does not serve after {} s: {}; see `vasto keyspace describe {name}`",
@@ -72,7 +90,8 @@ fn spec_of(request: &v1::CreateKeyspaceRequest) -> Result<KeyspaceSpec, VastoErr
         return Err(refused(message));
     }
     if request.replicas == 0 || request.replicas > REPLICAS_MAX {
-        let message = format!("{} replicas are not possible; use 1 to {REPLICAS_MAX}", request.replicas);
+        let message =
+            format!("{} replicas are not possible; use 1 to {REPLICAS_MAX}", request.replicas);
         return Err(invalid(message));
     }
     let ack = ack_from_wire(request.ack).unwrap_or_default();
@@ -82,14 +101,18 @@ fn spec_of(request: &v1::CreateKeyspaceRequest) -> Result<KeyspaceSpec, VastoErr
     }
     request.ttl_ms.map_or(Ok(()), check_ttl_ms)?;
     let most_days = KEPT_MS_MAX / 86_400_000;
-    if let Some(grace_ms) = request.tombstone_grace_ms.filter(|ms| *ms < 1_000 || *ms > KEPT_MS_MAX) {
-        let message = format!("a tombstone grace of {grace_ms} ms is not possible; use 1 s to {most_days} days");
+    if let Some(grace_ms) = request.tombstone_grace_ms.filter(|ms| *ms < 1_000 || *ms > KEPT_MS_MAX)
+    {
+        let message = format!(
+            "a tombstone grace of {grace_ms} ms is not possible; use 1 s to {most_days} days"
+        );
         return Err(invalid(message));
     }
     let defaults = KeyspaceSpec::default();
     let quarantine_ms = request.quarantine_ms.unwrap_or(defaults.quarantine_ms);
     if quarantine_ms > KEPT_MS_MAX {
-        let message = format!("a quarantine of {quarantine_ms} ms is too long; at most {most_days} days");
+        let message =
+            format!("a quarantine of {quarantine_ms} ms is too long; at most {most_days} days");
         return Err(invalid(message));
     }
     Ok(KeyspaceSpec {
@@ -121,7 +144,8 @@ async fn serving(cluster: &Arc<Cluster>, keyspace: KeyspaceId) -> Result<(), Vas
             });
             if let Some((shard, reason)) = failed {
                 let name = &keyspace.catalog.name;
-                let message = format!("keyspace {name} was created, but its shard {shard} failed: {reason}");
+                let message =
+                    format!("keyspace {name} was created, but its shard {shard} failed: {reason}");
                 return Err(unknown(message));
             }
             if not_serving(&state, keyspace).is_empty() {
@@ -154,15 +178,22 @@ pub(crate) async fn delete(cluster: &Arc<Cluster>, name: &str) -> Answer {
     let shipped = timeout(SHIP_BEFORE_DELETE, ship::everything(cluster, name)).await;
     let shipped = matches!(shipped, Ok(Ok(_)));
     if !shipped {
-        tracing::info!(keyspace = name, "not everything of a keyspace that is deleted is in the bucket");
+        tracing::info!(
+            keyspace = name,
+            "not everything of a keyspace that is deleted is in the bucket"
+        );
     }
     let deleted = ask::change(cluster, keyspace, CatalogChange::Delete).await?;
     tracing::info!(keyspace = name, id = %keyspace, "deleted a keyspace");
     // The version alone frees the name; the release only makes its next look-up cheaper.
     match timeout(ANSWER_WITHIN, cluster.store.release_name(name, keyspace)).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::info!(keyspace = name, %error, "the name of a deleted keyspace is not released yet"),
-        Err(_) => tracing::info!(keyspace = name, "the name of a deleted keyspace is not released yet"),
+        Ok(Err(error)) => {
+            tracing::info!(keyspace = name, %error, "the name of a deleted keyspace is not released yet")
+        }
+        Err(_) => {
+            tracing::info!(keyspace = name, "the name of a deleted keyspace is not released yet")
+        }
     }
     Ok(json(&DeletedDoc {
         keyspace_id: keyspace,

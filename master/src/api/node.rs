@@ -30,13 +30,19 @@ pub(crate) fn status(cluster: &Cluster) -> String {
 }
 
 /// Cordons a node, so that it gets no new replicas, or uncordons it. Its present replicas stay.
-pub(super) async fn cordon(cluster: &Arc<Cluster>, node: NodeId, cordoned: bool) -> Result<(), VastoError> {
+pub(super) async fn cordon(
+    cluster: &Arc<Cluster>,
+    node: NodeId,
+    cordoned: bool,
+) -> Result<(), VastoError> {
     let before = cluster.state().settings.clone();
     let (now_us, nonce) = (now_us(), nonce());
     let change = |now: &ClusterSettings| now.with_cordon(node, cordoned, now_us, nonce);
     let what = format!("{} {node}", if cordoned { "cordoning" } else { "uncordoning" });
     let unsure = |cause: String| {
-        let message = format!("{what}: {cause}; it may or may not have taken effect: check with `vasto node list`");
+        let message = format!(
+            "{what}: {cause}; it may or may not have taken effect: check with `vasto node list`"
+        );
         unknown(message)
     };
     match timeout(ANSWER_WITHIN, cluster.store.change_settings(&before, change)).await {

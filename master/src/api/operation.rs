@@ -23,7 +23,9 @@ pub(crate) fn show(cluster: &Cluster, id: &str) -> Answer {
     }
     let state = cluster.state();
     let mut all = state.keyspaces.values().flat_map(operations);
-    all.find(|operation| operation.id() == id).map(|operation| json(&operation)).ok_or_else(|| no_operation(id))
+    all.find(|operation| operation.id() == id)
+        .map(|operation| json(&operation))
+        .ok_or_else(|| no_operation(id))
 }
 
 /// Undoes a running operation that has not changed ownership.
@@ -41,7 +43,8 @@ pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
         match running {
             Some(running) => running,
             None => {
-                let mut ended = state.keyspaces.values().flat_map(|keyspace| &keyspace.catalog.operations);
+                let mut ended =
+                    state.keyspaces.values().flat_map(|keyspace| &keyspace.catalog.operations);
                 return Err(match ended.any(|report| report.id == id) {
                     true => has_ended(id),
                     false => no_operation(id),

@@ -38,7 +38,9 @@ pub(crate) async fn restore(cluster: &Arc<Cluster>, request: v1::RestoreRequest)
     let tip = last_of(&cluster.state(), &request.name)?;
     if let Some(at_us) = request.at_us.filter(|at| *at > now_us()) {
         let ahead_s = (at_us - now_us().min(at_us)).div_ceil(1_000_000);
-        let message = format!("that time is {ahead_s} s in the future; leave out --at to restore what is there now");
+        let message = format!(
+            "that time is {ahead_s} s in the future; leave out --at to restore what is there now"
+        );
         return Err(invalid(message));
     }
     let mut absent = Absent::default();
@@ -56,7 +58,12 @@ pub(crate) async fn restore(cluster: &Arc<Cluster>, request: v1::RestoreRequest)
     let build = |id: KeyspaceId| restoring(id, &request, &then, &nodes, started_at_us, drawn);
     let what = format!("restoring {} into {}", request.name, request.into);
     let created = ask::first_version(cluster, &request.into, &what, ADMIN_DEADLINE, build).await?;
-    tracing::info!(keyspace = request.into, of = request.name, version = then.version.0, "restoring a keyspace");
+    tracing::info!(
+        keyspace = request.into,
+        of = request.name,
+        version = then.version.0,
+        "restoring a keyspace"
+    );
     let started = RestoreDoc { operation: running_of(&created), without: absent.document() };
     install(cluster, created, Delivery::Push);
     drop(held);
@@ -72,13 +79,21 @@ async fn catalog_then(
     let then = match request.at_us {
         None => before_its_end(cluster, tip).await?,
         Some(at_us) => {
-            let found = cluster.store.at(tip, at_us).await.map_err(|cause| unavailable(cause.to_string()))?;
-            let missing = || not_found(format!("keyspace {} did not exist at that time", request.name));
+            let found = cluster
+                .store
+                .at(tip, at_us)
+                .await
+                .map_err(|cause| unavailable(cause.to_string()))?;
+            let missing =
+                || not_found(format!("keyspace {} did not exist at that time", request.name));
             found.filter(|then| then.state == KeyspaceState::Active).ok_or_else(missing)?
         }
     };
     if then.plan.as_ref().is_some_and(|plan| matches!(plan.kind, PlanKind::Restore { .. })) {
-        let message = format!("keyspace {} was itself being restored at that time; choose a later one", request.name);
+        let message = format!(
+            "keyspace {} was itself being restored at that time; choose a later one",
+            request.name
+        );
         return Err(refused(message));
     }
     if tip.state == KeyspaceState::Deleted {
@@ -96,14 +111,23 @@ fn restoring(
     started_at_us: u64,
     nonce: u64,
 ) -> Catalog {
-    let mut catalog = Catalog::first(id, &request.into, then.spec.clone(), nodes, started_at_us, nonce);
+    let mut catalog =
+        Catalog::first(id, &request.into, then.spec.clone(), nodes, started_at_us, nonce);
     let targets = catalog.placement.iter().flat_map(|shard| {
-        let target = |placed: &Placed| Target { shard: shard.shard, replica: placed.replica, node: placed.node };
+        let target = |placed: &Placed| Target {
+            shard: shard.shard,
+            replica: placed.replica,
+            node: placed.node,
+        };
         shard.replicas.iter().map(target)
     });
     catalog.plan = Some(Plan {
         id: catalog.next_plan,
-        kind: PlanKind::Restore { keyspace: then.keyspace, version: then.version, at_us: request.at_us },
+        kind: PlanKind::Restore {
+            keyspace: then.keyspace,
+            version: then.version,
+            at_us: request.at_us,
+        },
         from_epoch: catalog.epoch,
         started_at_us,
         step: Step::Tail,
@@ -115,12 +139,16 @@ fn restoring(
     catalog
 }
 
-/// Has the nodes ship what only they hold, also for a restore to an earlier time, since older writes may not be
-/// shipped yet. Returns the absent replicas: what only they hold is missing.
-async fn ship_first(cluster: &Arc<Cluster>, request: &v1::RestoreRequest) -> Result<Absent, VastoError> {
+/// Has the nodes ship what only they hold, also for a restore to an earlier time, since older
+/// writes may not be shipped yet. Returns the absent replicas: what only they hold is missing.
+async fn ship_first(
+    cluster: &Arc<Cluster>,
+    request: &v1::RestoreRequest,
+) -> Result<Absent, VastoError> {
     let now_us = now_us();
     // Older writes were shipped when they were new, unless the bucket was away for long.
-    let is_recent = request.at_us.is_none_or(|at| at.saturating_add(SHIPPED_AFTER.as_micros() as u64) > now_us);
+    let is_recent =
+        request.at_us.is_none_or(|at| at.saturating_add(SHIPPED_AFTER.as_micros() as u64) > now_us);
     let absent = match ship::everything(cluster, &request.name).await {
         Ok(Shipped::All(absent)) => absent,
         // No replica is live: only the bucket is left.
@@ -138,7 +166,10 @@ async fn ship_first(cluster: &Arc<Cluster>, request: &v1::RestoreRequest) -> Res
         }
     };
     // A new checkpoint leaves less log to read.
-    if !matches!(timeout(CHECKPOINT_FIRST, ship::checkpoint(cluster, &request.name)).await, Ok(Ok(_))) {
+    if !matches!(
+        timeout(CHECKPOINT_FIRST, ship::checkpoint(cluster, &request.name)).await,
+        Ok(Ok(_))
+    ) {
         tracing::info!(
             keyspace = request.name,
             "no new checkpoint of every shard; the log behind the last one is read"
@@ -151,19 +182,27 @@ async fn ship_first(cluster: &Arc<Cluster>, request: &v1::RestoreRequest) -> Res
 fn last_of(state: &ClusterState, name: &str) -> Result<Arc<Catalog>, VastoError> {
     let all = state.keyspaces.values().map(|keyspace| &keyspace.catalog);
     let all = all.filter(|catalog| catalog.name == name && !never_was(catalog)).cloned();
-    all.max_by_key(|catalog| (catalog.state == KeyspaceState::Active, catalog.keyspace)).ok_or_else(|| {
-        let names: Vec<&str> = state.active().map(|keyspace| keyspace.catalog.name.as_str()).collect();
-        let others =
-            if names.is_empty() { "there is none".to_owned() } else { format!("there is {}", names.join(", ")) };
-        not_found(format!("no keyspace `{name}` is in the bucket; {others}"))
-    })
+    all.max_by_key(|catalog| (catalog.state == KeyspaceState::Active, catalog.keyspace)).ok_or_else(
+        || {
+            let names: Vec<&str> =
+                state.active().map(|keyspace| keyspace.catalog.name.as_str()).collect();
+            let others = if names.is_empty() {
+                "there is none".to_owned()
+            } else {
+                format!("there is {}", names.join(", "))
+            };
+            not_found(format!("no keyspace `{name}` is in the bucket; {others}"))
+        },
+    )
 }
 
 /// Returns true for a restore that did not end: the keyspace never existed.
 fn never_was(catalog: &Catalog) -> bool {
     let ended = catalog.operations.last();
     catalog.state == KeyspaceState::Deleted
-        && ended.is_some_and(|last| last.kind == OperationKind::Restore && last.outcome == OperationOutcome::Aborted)
+        && ended.is_some_and(|last| {
+            last.kind == OperationKind::Restore && last.outcome == OperationOutcome::Aborted
+        })
 }
 
 /// Checks that the archive of a deleted keyspace was not collected since. Lists.
@@ -202,11 +241,22 @@ mod tests {
 
     #[test]
     fn a_restore_that_was_given_up_is_not_the_keyspace_that_was_deleted() {
-        let mut half = Catalog::first(KeyspaceId(2), "orders", KeyspaceSpec::default(), &[vec![NodeId(1)]], 1_000, 1);
+        let mut half = Catalog::first(
+            KeyspaceId(2),
+            "orders",
+            KeyspaceSpec::default(),
+            &[vec![NodeId(1)]],
+            1_000,
+            1,
+        );
         let whole = Catalog { state: KeyspaceState::Deleted, ..half.clone() };
         half.plan = Some(Plan {
             id: PlanId(1),
-            kind: PlanKind::Restore { keyspace: KeyspaceId(1), version: vasto_core::CatalogVersion(3), at_us: None },
+            kind: PlanKind::Restore {
+                keyspace: KeyspaceId(1),
+                version: vasto_core::CatalogVersion(3),
+                at_us: None,
+            },
             from_epoch: half.epoch,
             started_at_us: 1_000,
             step: Step::Tail,

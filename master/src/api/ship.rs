@@ -1,7 +1,8 @@
 //! Shipping on command: checkpoints, and the log before a restore.
 //!
-//! **Invariant:** one live replica of each shard ships, whichever ships otherwise, and a shard without a live
-//! replica is named. The command waits for a node as long as the node may still come.
+//! **Invariant:** one live replica of each shard ships, whichever ships otherwise, and a shard
+//! without a live replica is named. The command waits for a node as long as the node may still
+//! come.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -61,19 +62,25 @@ struct Chosen {
 }
 
 impl Chosen {
-    /// Chooses one replica of each shard: the preferred primary, else the acting primary, else any live replica.
+    /// Chooses one replica of each shard: the preferred primary, else the acting primary, else any
+    /// live replica.
     fn of(catalog: &Catalog, works: impl Fn(&Placed) -> bool) -> Self {
         let mut chosen = Self::default();
         for shard in &catalog.placement {
             let draining = catalog.draining.iter().filter(|draining| draining.shard == shard.shard);
-            let draining = draining.map(|draining| Placed { replica: draining.replica, node: draining.node });
-            for placed in shard.replicas.iter().copied().chain(draining).filter(|placed| !works(placed)) {
+            let draining =
+                draining.map(|draining| Placed { replica: draining.replica, node: draining.node });
+            for placed in
+                shard.replicas.iter().copied().chain(draining).filter(|placed| !works(placed))
+            {
                 chosen.absent.add(shard.shard, placed);
             }
             let others = shard.primary().into_iter().chain(shard.replicas.iter().copied());
             match shard.shipper().into_iter().chain(others).find(|placed| works(placed)) {
                 Some(placed) => chosen.by_node.entry(placed.node).or_default().push(placed.replica),
-                None => chosen.lost.push((shard.shard, shard.replicas.iter().map(|placed| placed.node).collect())),
+                None => chosen
+                    .lost
+                    .push((shard.shard, shard.replicas.iter().map(|placed| placed.node).collect())),
             }
         }
         chosen
@@ -95,7 +102,8 @@ fn works(state: &ClusterState, keyspace: &Keyspace, placed: &Placed) -> bool {
 
 /// Returns true while a node of the keyspace may still come back.
 fn may_come(state: &ClusterState, catalog: &Catalog, mono_us: u64) -> bool {
-    let mut nodes = catalog.placement.iter().flat_map(|shard| &shard.replicas).map(|placed| placed.node);
+    let mut nodes =
+        catalog.placement.iter().flat_map(|shard| &shard.replicas).map(|placed| placed.node);
     nodes.any(|node| state.presence(node, mono_us) == Presence::Away)
 }
 
@@ -143,7 +151,9 @@ async fn done(waiting: Waiting) -> Result<Vec<NodeId>, Undone> {
         match done.await {
             Ok(Ok(_)) => nodes.push(node),
             Ok(Err(reason)) => {
-                return Err(Undone::Failed(unavailable(format!("node {node} could not do it: {reason}"))));
+                return Err(Undone::Failed(unavailable(format!(
+                    "node {node} could not do it: {reason}"
+                ))));
             }
             Err(_) => return Err(Undone::Lost(node)),
         }
@@ -191,9 +201,12 @@ pub(super) async fn everything(cluster: &Arc<Cluster>, name: &str) -> Result<Shi
     loop {
         let late = |_| {
             let patience = SHIP_PATIENCE.as_secs();
-            unavailable(format!("the nodes of {name} did not ship what they hold within {patience} s"))
+            unavailable(format!(
+                "the nodes of {name} did not ship what they hold within {patience} s"
+            ))
         };
-        let (chosen, waiting) = timeout_at(deadline, send(cluster, name, Kind::ShipLog)).await.map_err(late)??;
+        let (chosen, waiting) =
+            timeout_at(deadline, send(cluster, name, Kind::ShipLog)).await.map_err(late)??;
         if chosen.by_node.is_empty() && !chosen.lost.is_empty() {
             return Ok(Shipped::NoLiveReplica);
         }
@@ -221,12 +234,18 @@ mod tests {
         let nodes = [vec![NodeId(1), NodeId(2), NodeId(3)], vec![NodeId(2), NodeId(3), NodeId(1)]];
         let mut catalog = Catalog::first(KeyspaceId(1), "ks", spec, &nodes, 1, 1);
         let all = Chosen::of(&catalog, |_| true);
-        assert_eq!(all.by_node, [(NodeId(1), vec![ReplicaId(1)]), (NodeId(2), vec![ReplicaId(4)])].into());
+        assert_eq!(
+            all.by_node,
+            [(NodeId(1), vec![ReplicaId(1)]), (NodeId(2), vec![ReplicaId(4)])].into()
+        );
         assert_eq!((all.absent, all.lost), (Absent::default(), Vec::new()));
         // The preferred primary is away: the acting primary comes before the others.
         catalog.placement[0].primary = Some(ReplicaId(3));
         let chosen = Chosen::of(&catalog, |placed| placed.node != NodeId(1));
-        assert_eq!(chosen.by_node, [(NodeId(2), vec![ReplicaId(4)]), (NodeId(3), vec![ReplicaId(3)])].into());
+        assert_eq!(
+            chosen.by_node,
+            [(NodeId(2), vec![ReplicaId(4)]), (NodeId(3), vec![ReplicaId(3)])].into()
+        );
         assert_eq!(
             json(&chosen.absent.document()),
             r#"[{"node_id":"NODE","shards":[0,1]}]"#.replace("NODE", &NodeId(1).to_string())

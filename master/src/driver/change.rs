@@ -8,7 +8,8 @@ use vasto_core::ids::{Epoch, PlanId, ReplicaId};
 use vasto_core::operation::operation_id;
 use vasto_core::plan::{Plan, PlanKind};
 use vasto_core::reconcile::{
-    EvictError, PlanError, Presence, abort, cancel_drain, drain_node, evict_on_request, start_grow, transfer_leadership,
+    EvictError, PlanError, Presence, abort, cancel_drain, drain_node, evict_on_request, start_grow,
+    transfer_leadership,
 };
 
 use crate::state::{CatalogChange, ClusterState, Keyspace};
@@ -29,39 +30,58 @@ pub(crate) fn changed(
     match *change {
         CatalogChange::Grow { to } => grown(state, keyspace, to, now_us, nonce),
         CatalogChange::Cancel { plan } => cancelled(keyspace, plan, now_us, nonce),
-        CatalogChange::TransferLeadership { from, to } => transfer_leadership(catalog, from, to, now_us, nonce)
-            .ok_or_else(|| {
-                let message =
-                    format!("replica {from} cannot hand over to replica {to} now; see `vasto keyspace describe`");
-                VastoError::new(ErrorCode::FailedPrecondition, message)
-            }),
+        CatalogChange::TransferLeadership { from, to } => transfer_leadership(
+            catalog, from, to, now_us, nonce,
+        )
+        .ok_or_else(|| {
+            let message = format!(
+                "replica {from} cannot hand over to replica {to} now; see `vasto keyspace describe`"
+            );
+            VastoError::new(ErrorCode::FailedPrecondition, message)
+        }),
         CatalogChange::Evict { replica, accept_loss } => {
             evicted(state, keyspace, replica, accept_loss, mono_us, now_us, nonce)
         }
-        CatalogChange::DrainNode(ref drain) => drain_node(catalog, drain.clone(), now_us, nonce).ok_or_else(|| {
-            let message = format!("node {} has no replica of keyspace {}", drain.node, catalog.name);
-            VastoError::new(ErrorCode::NotFound, message)
-        }),
+        CatalogChange::DrainNode(ref drain) => drain_node(catalog, drain.clone(), now_us, nonce)
+            .ok_or_else(|| {
+                let message =
+                    format!("node {} has no replica of keyspace {}", drain.node, catalog.name);
+                VastoError::new(ErrorCode::NotFound, message)
+            }),
         CatalogChange::CancelDrain { ref operation } => {
-            cancel_drain(catalog, operation, CANCELLED, reports, now_us, nonce).ok_or_else(|| has_ended(operation))
+            cancel_drain(catalog, operation, CANCELLED, reports, now_us, nonce)
+                .ok_or_else(|| has_ended(operation))
         }
         CatalogChange::Delete => deleted(catalog, now_us, nonce),
     }
 }
 
-fn grown(state: &ClusterState, keyspace: &Keyspace, to: u32, now_us: u64, nonce: u64) -> Result<Catalog, VastoError> {
+fn grown(
+    state: &ClusterState,
+    keyspace: &Keyspace,
+    to: u32,
+    now_us: u64,
+    nonce: u64,
+) -> Result<Catalog, VastoError> {
     let (targets, missing) = match state.grow_targets(keyspace) {
         Ok(targets) => (targets, None),
         Err(missing) => (Vec::new(), Some(missing)),
     };
-    start_grow(&keyspace.catalog, to, &targets, now_us, nonce).map_err(|error| match (error, missing) {
-        // The error names live nodes that get no replica.
-        (PlanError::NoNode(_), Some(missing)) => missing.into(),
-        (error, _) => plan_error(error),
+    start_grow(&keyspace.catalog, to, &targets, now_us, nonce).map_err(|error| {
+        match (error, missing) {
+            // The error names live nodes that get no replica.
+            (PlanError::NoNode(_), Some(missing)) => missing.into(),
+            (error, _) => plan_error(error),
+        }
     })
 }
 
-fn cancelled(keyspace: &Keyspace, plan: PlanId, now_us: u64, nonce: u64) -> Result<Catalog, VastoError> {
+fn cancelled(
+    keyspace: &Keyspace,
+    plan: PlanId,
+    now_us: u64,
+    nonce: u64,
+) -> Result<Catalog, VastoError> {
     let catalog = &keyspace.catalog;
     let id = operation_id(catalog.keyspace, plan);
     if catalog.plan.as_ref().is_none_or(|running| running.id != plan) {
@@ -88,15 +108,18 @@ fn evicted(
         matches!(state.presence(placed.node, mono_us), Presence::Here(_))
             && report.is_some_and(|report| report.replication.ready && !report.has_failed())
     };
-    evict_on_request(&keyspace.catalog, replica, accept_loss, serves, now_us, nonce).map_err(|error| {
-        let code = match &error {
-            EvictError::NotThere(_) | EvictError::Deleted => ErrorCode::NotFound,
-            EvictError::Draining(_) | EvictError::Last(..) | EvictError::OnlyOneServes(..) | EvictError::Busy(_) => {
-                ErrorCode::FailedPrecondition
-            }
-        };
-        VastoError::new(code, error.to_string())
-    })
+    evict_on_request(&keyspace.catalog, replica, accept_loss, serves, now_us, nonce).map_err(
+        |error| {
+            let code = match &error {
+                EvictError::NotThere(_) | EvictError::Deleted => ErrorCode::NotFound,
+                EvictError::Draining(_)
+                | EvictError::Last(..)
+                | EvictError::OnlyOneServes(..)
+                | EvictError::Busy(_) => ErrorCode::FailedPrecondition,
+            };
+            VastoError::new(code, error.to_string())
+        },
+    )
 }
 
 fn deleted(catalog: &Catalog, now_us: u64, nonce: u64) -> Result<Catalog, VastoError> {
@@ -122,8 +145,12 @@ pub(crate) fn has_ended(id: &str) -> VastoError {
 fn plan_error(error: PlanError) -> VastoError {
     let code = match &error {
         PlanError::Count(_) | PlanError::SameCount(_) => ErrorCode::InvalidArgument,
-        PlanError::Shrink { .. } | PlanError::ManySteps { .. } | PlanError::Above64 => ErrorCode::FailedPrecondition,
-        PlanError::Busy(_) | PlanError::NoNode(_) | PlanError::DrainingReplica(..) => ErrorCode::FailedPrecondition,
+        PlanError::Shrink { .. } | PlanError::ManySteps { .. } | PlanError::Above64 => {
+            ErrorCode::FailedPrecondition
+        }
+        PlanError::Busy(_) | PlanError::NoNode(_) | PlanError::DrainingReplica(..) => {
+            ErrorCode::FailedPrecondition
+        }
         PlanError::Deleted => ErrorCode::NotFound,
     };
     VastoError::new(code, error.to_string())

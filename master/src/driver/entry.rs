@@ -1,6 +1,8 @@
-//! The entry for catalog versions that are in the bucket: written here, by another master, or found at the start.
+//! The entry for catalog versions that are in the bucket: written here, by another master, or found
+//! at the start.
 //!
-//! **Invariant:** [`install`] is the only entry for a catalog version, and starts the only driver of a keyspace.
+//! **Invariant:** [`install`] is the only entry for a catalog version, and starts the only driver
+//! of a keyspace.
 
 use std::sync::Arc;
 
@@ -33,7 +35,8 @@ pub(crate) fn adopt(cluster: &Arc<Cluster>, catalog: Catalog) -> bool {
     install(cluster, catalog, if sealing { Delivery::Hold } else { Delivery::Push })
 }
 
-/// Adopts what other masters have created; lists the bucket, so only when something is known to be missing.
+/// Adopts what other masters have created; lists the bucket, so only when something is known to be
+/// missing.
 pub(crate) async fn adopt_all(cluster: &Arc<Cluster>) {
     if cluster.is_restricted() {
         return;

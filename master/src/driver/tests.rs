@@ -14,7 +14,9 @@ use vasto_core::ids::{Epoch, Incarnation, Lsn, NodeId, PlanId, ReplicaId, ShardI
 use vasto_core::limits::SEALING_WRITE_MAX;
 use vasto_core::plan::{PinnedManifest, Step};
 use vasto_core::reconcile::start_grow;
-use vasto_core::report::{ReplicaPhase, ReplicaReport, SourceProgress, TargetProgress, TargetStage};
+use vasto_core::report::{
+    ReplicaPhase, ReplicaReport, SourceProgress, TargetProgress, TargetStage,
+};
 use vasto_proto::v1;
 use vasto_shipping::{Bucket, CatalogWrite, RetryBudget};
 use vasto_testkit::faulty::{Call, Fault, Faulty};
@@ -66,7 +68,11 @@ fn idle_keyspaces_are_not_looked_at() {
 }
 
 /// Returns the keyspace after a change while these nodes are live.
-fn asked(catalog: &Catalog, change: &CatalogChange, nodes: &[NodeId]) -> Result<Catalog, VastoError> {
+fn asked(
+    catalog: &Catalog,
+    change: &CatalogChange,
+    nodes: &[NodeId],
+) -> Result<Catalog, VastoError> {
     let mut state = ClusterState::default();
     for node in nodes {
         state.connect(&crate::state::tests::hello(node.0, "a:1"), false, 1).unwrap();
@@ -77,27 +83,58 @@ fn asked(catalog: &Catalog, change: &CatalogChange, nodes: &[NodeId]) -> Result<
 
 #[test]
 fn changes_that_are_refused_say_what_to_do() {
-    let refused = |catalog: &Catalog, change, nodes: &[NodeId]| asked(catalog, &change, nodes).unwrap_err();
+    let refused =
+        |catalog: &Catalog, change, nodes: &[NodeId]| asked(catalog, &change, nodes).unwrap_err();
     let idle = first(KeyspaceId(1));
-    assert_eq!(refused(&idle, CatalogChange::Grow { to: 1 }, &[NodeId(1)]).code, ErrorCode::InvalidArgument);
-    assert_eq!(refused(&idle, CatalogChange::Grow { to: 5000 }, &[NodeId(1)]).code, ErrorCode::InvalidArgument);
-    assert_eq!(refused(&idle, CatalogChange::Grow { to: 3 }, &[NodeId(1)]).code, ErrorCode::FailedPrecondition);
-    assert!(refused(&idle, CatalogChange::Grow { to: 2 }, &[]).message.contains("vasto serve node"));
-    assert_eq!(refused(&idle, CatalogChange::Cancel { plan: PlanId(1) }, &[]).code, ErrorCode::FailedPrecondition);
+    assert_eq!(
+        refused(&idle, CatalogChange::Grow { to: 1 }, &[NodeId(1)]).code,
+        ErrorCode::InvalidArgument
+    );
+    assert_eq!(
+        refused(&idle, CatalogChange::Grow { to: 5000 }, &[NodeId(1)]).code,
+        ErrorCode::InvalidArgument
+    );
+    assert_eq!(
+        refused(&idle, CatalogChange::Grow { to: 3 }, &[NodeId(1)]).code,
+        ErrorCode::FailedPrecondition
+    );
+    assert!(
+        refused(&idle, CatalogChange::Grow { to: 2 }, &[]).message.contains("vasto serve node")
+    );
+    assert_eq!(
+        refused(&idle, CatalogChange::Cancel { plan: PlanId(1) }, &[]).code,
+        ErrorCode::FailedPrecondition
+    );
     let busy = growing(Step::Tail);
-    for change in [CatalogChange::Grow { to: 2 }, CatalogChange::Grow { to: 3 }, CatalogChange::Delete] {
-        assert_eq!(refused(&busy, change.clone(), &[NodeId(1)]).code, ErrorCode::FailedPrecondition, "{change:?}");
+    for change in
+        [CatalogChange::Grow { to: 2 }, CatalogChange::Grow { to: 3 }, CatalogChange::Delete]
+    {
+        assert_eq!(
+            refused(&busy, change.clone(), &[NodeId(1)]).code,
+            ErrorCode::FailedPrecondition,
+            "{change:?}"
+        );
     }
     let committed = growing(Step::Committed);
-    assert!(refused(&committed, CatalogChange::Cancel { plan: PlanId(1) }, &[]).message.contains("changed ownership"));
+    assert!(
+        refused(&committed, CatalogChange::Cancel { plan: PlanId(1) }, &[])
+            .message
+            .contains("changed ownership")
+    );
     let other = CatalogChange::Cancel { plan: PlanId(2) };
-    assert!(refused(&busy, other, &[]).message.contains("ended"), "only the operation that was named");
+    assert!(
+        refused(&busy, other, &[]).message.contains("ended"),
+        "only the operation that was named"
+    );
 }
 
 #[test]
 fn a_delete_raises_the_epoch_and_forgets_what_waits() {
     let deleted = asked(&first(KeyspaceId(1)), &CatalogChange::Delete, &[]).unwrap();
-    assert_eq!((deleted.state, deleted.epoch, deleted.version.0), (KeyspaceState::Deleted, Epoch(2), 2));
+    assert_eq!(
+        (deleted.state, deleted.epoch, deleted.version.0),
+        (KeyspaceState::Deleted, Epoch(2), 2)
+    );
     assert_eq!(deleted.placement.len(), 1, "nodes find their part in it");
 }
 
@@ -143,7 +180,13 @@ impl Fixture {
     }
 
     fn report(&self, reports: Vec<ReplicaReport>) {
-        let odd = self.cluster.state().report(NodeId(1), self.session, &v1::Report::default(), reports, 1);
+        let odd = self.cluster.state().report(
+            NodeId(1),
+            self.session,
+            &v1::Report::default(),
+            reports,
+            1,
+        );
         assert_eq!(odd, []);
     }
 
@@ -165,7 +208,10 @@ impl Fixture {
             lsn: Lsn(100),
             shipped_lsn: Lsn(100),
             manifest_lsn: Lsn(100),
-            replication: vasto_core::report::ReplicationReport { ready: true, ..Default::default() },
+            replication: vasto_core::report::ReplicationReport {
+                ready: true,
+                ..Default::default()
+            },
             ..ReplicaReport::new(self.keyspace, shard, ReplicaId(replica), ReplicaPhase::Serving)
         }
     }
@@ -180,8 +226,11 @@ impl Fixture {
             pauses_us: Vec::new(),
             failed: None,
         };
-        let target =
-            TargetProgress { stage: TargetStage::Tailing, manifest_shipped: true, ..TargetProgress::new(PlanId(1)) };
+        let target = TargetProgress {
+            stage: TargetStage::Tailing,
+            manifest_shipped: true,
+            ..TargetProgress::new(PlanId(1))
+        };
         vec![
             ReplicaReport { source: Some(source), ..self.replica(1) },
             ReplicaReport { target: Some(target), ..self.replica(2) },
@@ -205,10 +254,15 @@ async fn a_slow_bucket_never_makes_a_node_seal() {
     };
     fixture.ask(CatalogChange::Grow { to: 2 }).await.unwrap();
     shown(&mut sent);
-    fixture.store.config_mut(|config| config.wait_put_per_call = SEALING_WRITE_MAX + Duration::from_millis(20));
+    fixture.store.config_mut(|config| {
+        config.wait_put_per_call = SEALING_WRITE_MAX + Duration::from_millis(20)
+    });
     fixture.report(fixture.ready_to_seal());
-    // Two rounds of tail -> sealing -> tail, checked after each change: no sealing version is shown.
-    let seals = |keyspace: &crate::state::Keyspace| keyspace.catalog.plan.as_ref().map_or(0, |plan| plan.seals_undone);
+    // Two rounds of tail -> sealing -> tail, checked after each change: no sealing version is
+    // shown.
+    let seals = |keyspace: &crate::state::Keyspace| {
+        keyspace.catalog.plan.as_ref().map_or(0, |plan| plan.seals_undone)
+    };
     let mut changes = fixture.cluster.state().keyspaces[&fixture.keyspace].changes();
     let rounds = async {
         while seals(&fixture.cluster.state().keyspaces[&fixture.keyspace]) < 2 {
@@ -223,14 +277,14 @@ async fn a_slow_bucket_never_makes_a_node_seal() {
     fixture.store.config_mut(|config| config.wait_put_per_call = Duration::ZERO);
     fixture
         .until("a fast seal", |keyspace| {
-            keyspace
-                .catalog
-                .plan
-                .as_ref()
-                .is_some_and(|plan| plan.step == Step::Sealing && keyspace.delivery == Delivery::Push)
+            keyspace.catalog.plan.as_ref().is_some_and(|plan| {
+                plan.step == Step::Sealing && keyspace.delivery == Delivery::Push
+            })
         })
         .await;
-    assert!(shown(&mut sent).iter().any(|catalog| catalog.plan.as_ref().unwrap().step == Step::Sealing));
+    assert!(
+        shown(&mut sent).iter().any(|catalog| catalog.plan.as_ref().unwrap().step == Step::Sealing)
+    );
     fixture.cluster.shutdown.cancel();
 }
 
@@ -245,7 +299,11 @@ async fn a_lost_race_adopts_the_winners_tip_and_decides_again() {
         assert!(matches!(fixture.cluster.store.write(&tip).await.unwrap(), CatalogWrite::Won));
     }
     let grown = fixture.ask(CatalogChange::Grow { to: 2 }).await.unwrap();
-    assert_eq!((grown.version.0, grown.spec.ttl_ms), (5, Some(2)), "it went on from the winner's tip");
+    assert_eq!(
+        (grown.version.0, grown.spec.ttl_ms),
+        (5, Some(2)),
+        "it went on from the winner's tip"
+    );
     fixture.cluster.shutdown.cancel();
 }
 
@@ -256,7 +314,9 @@ async fn a_node_that_is_ahead_makes_the_master_read_the_tip() {
     let second = first.next(5_000, 77);
     fixture.cluster.store.write(&second).await.unwrap();
     fixture.report(vec![ReplicaReport { version: second.version, ..fixture.replica(1) }]);
-    fixture.until("version 2", |keyspace| keyspace.catalog.version.0 == 2 && !keyspace.behind).await;
+    fixture
+        .until("version 2", |keyspace| keyspace.catalog.version.0 == 2 && !keyspace.behind)
+        .await;
     fixture.cluster.shutdown.cancel();
 }
 
@@ -270,7 +330,10 @@ async fn a_cancelled_plan_cannot_be_cancelled_twice() {
         fixture.ask(CatalogChange::Cancel { plan: PlanId(1) }).await.unwrap_err().code,
         ErrorCode::FailedPrecondition
     );
-    assert_eq!(fixture.ask(CatalogChange::Grow { to: 2 }).await.unwrap().plan.as_ref().unwrap().id, PlanId(2));
+    assert_eq!(
+        fixture.ask(CatalogChange::Grow { to: 2 }).await.unwrap().plan.as_ref().unwrap().id,
+        PlanId(2)
+    );
     fixture.cluster.shutdown.cancel();
 }
 
@@ -281,7 +344,11 @@ async fn a_write_whose_outcome_is_unknown_is_settled_by_the_tip() {
         let patience = RetryBudget { total: Duration::from_millis(20), ..RetryBudget::default() };
         let bucket = Bucket::from_store("memory://outage", store.clone()).with_retry(patience);
         let fixture = driven_in(bucket, throttled()).await;
-        store.fail(Call::Put, if arrives { Fault::UnknownAfter } else { Fault::UnknownBefore }, u32::MAX);
+        store.fail(
+            Call::Put,
+            if arrives { Fault::UnknownAfter } else { Fault::UnknownBefore },
+            u32::MAX,
+        );
         for call in [Call::Multipart, Call::Get, Call::Head] {
             store.fail(call, Fault::UnknownBefore, u32::MAX);
         }
@@ -296,8 +363,13 @@ async fn a_write_whose_outcome_is_unknown_is_settled_by_the_tip() {
         };
         let (grown, ()) = tokio::join!(fixture.ask(CatalogChange::Grow { to: 2 }), end);
         let grown = grown.unwrap();
-        assert_eq!((grown.version.0, grown.plan.as_ref().unwrap().id), (2, PlanId(1)), "arrives: {arrives}");
-        let tip = fixture.cluster.store.tip(fixture.keyspace, grown.version).await.unwrap().unwrap();
+        assert_eq!(
+            (grown.version.0, grown.plan.as_ref().unwrap().id),
+            (2, PlanId(1)),
+            "arrives: {arrives}"
+        );
+        let tip =
+            fixture.cluster.store.tip(fixture.keyspace, grown.version).await.unwrap().unwrap();
         assert_eq!(tip, *grown, "what is answered is what is in the bucket");
         fixture.cluster.shutdown.cancel();
     }

@@ -1,7 +1,7 @@
 //! The write of a catalog version, and the way back to the tip after one that did not win.
 //!
-//! **Invariant:** a version is installed only after its write is known to have won; an outcome that is not known is
-//! settled by the tip, for as long as that takes.
+//! **Invariant:** a version is installed only after its write is known to have won; an outcome that
+//! is not known is settled by the tip, for as long as that takes.
 
 use std::time::{Duration, Instant};
 
@@ -32,8 +32,8 @@ pub(super) enum Written {
 }
 
 impl KeyspaceDriver {
-    /// Writes a version and installs the tip of afterwards. Retries a failing bucket until the outcome is
-    /// known or the master stops.
+    /// Writes a version and installs the tip of afterwards. Retries a failing bucket until the
+    /// outcome is known or the master stops.
     pub(super) async fn write(&mut self, next: Catalog) -> Written {
         let started = Instant::now();
         let base = next.version;
@@ -89,11 +89,22 @@ impl KeyspaceDriver {
             .map_or(ours.version, |keyspace| keyspace.catalog.version);
         loop {
             let jittered = pause.mul_f64(rand::rng().random_range(0.5..1.0));
-            if self.cluster.shutdown.run_until_cancelled(tokio::time::sleep(jittered)).await.is_none() {
+            if self
+                .cluster
+                .shutdown
+                .run_until_cancelled(tokio::time::sleep(jittered))
+                .await
+                .is_none()
+            {
                 return Written::Stopping;
             }
             pause = (pause * 2).min(pause_max);
-            match self.cluster.shutdown.run_until_cancelled(self.cluster.store.tip(self.keyspace, hint)).await {
+            match self
+                .cluster
+                .shutdown
+                .run_until_cancelled(self.cluster.store.tip(self.keyspace, hint))
+                .await
+            {
                 None => return Written::Stopping,
                 Some(Ok(Some(tip))) if tip.version == ours.version && tip.nonce == ours.nonce => {
                     self.won(tip, started.elapsed());
@@ -119,8 +130,14 @@ impl KeyspaceDriver {
     fn won(&self, next: Catalog, took: Duration) {
         let delivery = delivery_of(&next, took);
         log_version(&next, delivery, took);
-        let before = self.cluster.state().keyspaces.get(&next.keyspace).map(|keyspace| keyspace.catalog.clone());
-        let changes = before.map(|before| leadership_changes_between(&before, &next)).unwrap_or_default();
+        let before = self
+            .cluster
+            .state()
+            .keyspaces
+            .get(&next.keyspace)
+            .map(|keyspace| keyspace.catalog.clone());
+        let changes =
+            before.map(|before| leadership_changes_between(&before, &next)).unwrap_or_default();
         if changes != LeadershipChanges::default() {
             tracing::info!(
                 keyspace = next.name,

@@ -17,16 +17,20 @@ const DIALS: (usize, Duration) = (2, Duration::from_millis(200));
 /// The interval of attempts for a node that was taken in although nothing answers at its address.
 const DIAL_AGAIN: Duration = Duration::from_secs(5);
 
-/// Returns true for a node that was taken in before. A failure to reach it says as much about the network
-/// around this master as about its address, and its data must be served: it is never refused for that.
+/// Returns true for a node that was taken in before. A failure to reach it says as much about the
+/// network around this master as about its address, and its data must be served: it is never
+/// refused for that.
 pub(super) fn is_member(hello: &v1::Hello) -> bool {
     !hello.cluster_id.is_empty()
 }
 
-/// Connects to the advertised address of a new node. When nothing answers there, a node without data is
-/// refused; a node with data continues to serve it, gets no more replicas, and is reported in the status:
-/// `Ok(Some(why))`.
-pub(super) async fn dial_back(cluster: &Cluster, hello: &v1::Hello) -> Result<Option<String>, String> {
+/// Connects to the advertised address of a new node. When nothing answers there, a node without
+/// data is refused; a node with data continues to serve it, gets no more replicas, and is reported
+/// in the status: `Ok(Some(why))`.
+pub(super) async fn dial_back(
+    cluster: &Cluster,
+    hello: &v1::Hello,
+) -> Result<Option<String>, String> {
     if !cluster.settings.dial_back || is_member(hello) {
         return Ok(None);
     }
@@ -59,8 +63,8 @@ async fn dial(address: &str) -> Result<(), String> {
     Err(cause)
 }
 
-/// Retries until the node is reached; never ends. A member is taken in before the first attempt, so that
-/// nothing waits for an address that does not answer.
+/// Retries until the node is reached; never ends. A member is taken in before the first attempt, so
+/// that nothing waits for an address that does not answer.
 pub(super) async fn dial_until_reached(
     cluster: &Cluster,
     node: NodeId,

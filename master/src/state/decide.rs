@@ -1,7 +1,9 @@
-//! The next catalog version of a keyspace: the pure rules of `vasto_core::reconcile`, asked in their order of urgency.
+//! The next catalog version of a keyspace: the pure rules of `vasto_core::reconcile`, asked in
+//! their order of urgency.
 //!
-//! **Invariant:** nothing is written or sent here. Without any live node only a seal that was slow to write is undone;
-//! everything else waits: a master without sessions has no reports, and another master may be driving.
+//! **Invariant:** nothing is written or sent here. Without any live node only a seal that was slow
+//! to write is undone; everything else waits: a master without sessions has no reports, and another
+//! master may be driving.
 
 use std::cell::OnceCell;
 
@@ -10,7 +12,8 @@ use vasto_core::ids::{KeyspaceId, NodeId};
 use vasto_core::limits::{ACCEPTED_LOSS_AWAY, COPIES_PER_NODE_MAX};
 use vasto_core::plan::{Plan, SEALS_UNDONE_MAX, Step};
 use vasto_core::reconcile::{
-    Advance, Around, Presence, abort, advance, advance_members, advance_primaries, give_up_on, undo_seal, waits_for,
+    Advance, Around, Presence, abort, advance, advance_members, advance_primaries, give_up_on,
+    undo_seal, waits_for,
 };
 
 use super::ClusterState;
@@ -18,15 +21,22 @@ use super::keyspace::{Delivery, Keyspace};
 
 impl ClusterState {
     /// Returns the next action of a keyspace's driver.
-    pub(crate) fn decide(&self, keyspace: KeyspaceId, mono_us: u64, now_us: u64, nonce: u64) -> Advance {
+    pub(crate) fn decide(
+        &self,
+        keyspace: KeyspaceId,
+        mono_us: u64,
+        now_us: u64,
+        nonce: u64,
+    ) -> Advance {
         let Some(keyspace) = self.keyspaces.get(&keyspace) else { return Advance::Idle };
         let (catalog, reports) = (&keyspace.catalog, &keyspace.reports);
         if catalog.state == KeyspaceState::Deleted {
             return Advance::Idle;
         }
-        // A wall clock that was set back must not stretch a seal: from the version's own time on, time
-        // passes at least as fast as it has passed here since.
-        let in_force_us = u64::try_from(keyspace.installed.elapsed().as_micros()).unwrap_or(u64::MAX);
+        // A wall clock that was set back must not stretch a seal: from the version's own time on,
+        // time passes at least as fast as it has passed here since.
+        let in_force_us =
+            u64::try_from(keyspace.installed.elapsed().as_micros()).unwrap_or(u64::MAX);
         let now_us = now_us.max(catalog.written_at_us.saturating_add(in_force_us));
         if let Some(next) = without_slow_seal(keyspace, now_us, nonce) {
             return Advance::Write(Box::new(next));
@@ -48,10 +58,13 @@ impl ClusterState {
         let around = Around {
             presence: &presence,
             long_gone: &|node| self.away_us(node, mono_us) > ACCEPTED_LOSS_AWAY.as_micros() as u64,
-            lost: &|node| self.replace_after_us.is_some_and(|after| self.away_us(node, mono_us) > after),
+            lost: &|node| {
+                self.replace_after_us.is_some_and(|after| self.away_us(node, mono_us) > after)
+            },
             room: &|catalog, shard| {
                 let candidates = candidates.get_or_init(|| self.candidates(Some(catalog)));
-                let not_busy = candidates.iter().filter(|candidate| candidate.copying < COPIES_PER_NODE_MAX);
+                let not_busy =
+                    candidates.iter().filter(|candidate| candidate.copying < COPIES_PER_NODE_MAX);
                 self.best(not_busy, catalog, shard, now_us)
             },
         };
@@ -62,27 +75,33 @@ impl ClusterState {
             Presence::Here(since_us) => since_us,
             Presence::Away | Presence::Gone => 0,
         };
-        match advance(catalog, reports, |node| self.away_us(node, mono_us), here_us, now_us, nonce) {
-            Advance::Idle => waits_for(catalog, reports, &around, now_us).map_or(Advance::Idle, Advance::Wait),
+        match advance(catalog, reports, |node| self.away_us(node, mono_us), here_us, now_us, nonce)
+        {
+            Advance::Idle => {
+                waits_for(catalog, reports, &around, now_us).map_or(Advance::Idle, Advance::Wait)
+            }
             other => other,
         }
     }
 
-    /// Returns the version that aborts a plan whose target has no disk left for it. A restore from the
-    /// bucket is not aborted for that: the keyspace that it makes would be lost.
+    /// Returns the version that aborts a plan whose target has no disk left for it. A restore from
+    /// the bucket is not aborted for that: the keyspace that it makes would be lost.
     fn without_disk(&self, keyspace: &Keyspace, now_us: u64, nonce: u64) -> Option<Catalog> {
         let goes_on = |plan: &&Plan| {
-            (plan.adds_member() || plan.growth().is_some()) && matches!(plan.step, Step::Prepare | Step::Tail)
+            (plan.adds_member() || plan.growth().is_some())
+                && matches!(plan.step, Step::Prepare | Step::Tail)
         };
         let plan = keyspace.catalog.plan.as_ref().filter(goes_on)?;
-        let full = |node: NodeId| self.nodes.get(&node).is_some_and(|node| node.disk().is_exhausted());
+        let full =
+            |node: NodeId| self.nodes.get(&node).is_some_and(|node| node.disk().is_exhausted());
         let target = plan.targets.iter().find(|target| full(target.node))?;
         let reason = format!("{} has no disk left for it; free some, or add a node", target.node);
         give_up_on(&keyspace.catalog, &reason, target.node, &keyspace.reports, now_us, nonce)
     }
 }
 
-/// Returns the version that undoes a seal which took too long to write; it aborts the plan when that was so too often.
+/// Returns the version that undoes a seal which took too long to write; it aborts the plan when
+/// that was so too often.
 fn without_slow_seal(keyspace: &Keyspace, now_us: u64, nonce: u64) -> Option<Catalog> {
     let catalog = &keyspace.catalog;
     let plan = catalog.plan.as_ref().filter(|plan| plan.step == Step::Sealing)?;

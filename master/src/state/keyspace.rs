@@ -1,8 +1,8 @@
-//! The state of one keyspace: its last catalog version, the reports of its replicas, and the channels of those that
-//! wait for either.
+//! The state of one keyspace: its last catalog version, the reports of its replicas, and the
+//! channels of those that wait for either.
 //!
-//! **Invariant:** a report of a replica that the catalog places on another node is refused. A replica that the catalog
-//! does not place is reported by whichever node has it.
+//! **Invariant:** a report of a replica that the catalog places on another node is refused. A
+//! replica that the catalog does not place is reported by whichever node has it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -52,7 +52,8 @@ pub(crate) struct Keyspace {
 }
 
 impl Keyspace {
-    /// Creates the state of a new keyspace, and the receiver of its requests, which its driver must own.
+    /// Creates the state of a new keyspace, and the receiver of its requests, which its driver must
+    /// own.
     pub(super) fn new(
         catalog: Arc<Catalog>,
         delivery: Delivery,
@@ -76,7 +77,12 @@ impl Keyspace {
     }
 
     /// Replaces the catalog by a higher version.
-    pub(super) fn replace(&mut self, catalog: Arc<Catalog>, delivery: Delivery, topology: v1::Topology) {
+    pub(super) fn replace(
+        &mut self,
+        catalog: Arc<Catalog>,
+        delivery: Delivery,
+        topology: v1::Topology,
+    ) {
         // No node reports a removed replica again.
         let is_gone = |replica: &ReplicaId| catalog.is_removed(*replica);
         self.reports.retain(|replica, _| !is_gone(replica));
@@ -106,8 +112,9 @@ impl Keyspace {
         self.changed.send_modify(|count| *count += 1);
     }
 
-    /// Returns true when the keyspace concerns the node. A serving keyspace concerns every node (routing
-    /// and tails need it); a deleted one only the nodes of its last placement and those that report replicas of it.
+    /// Returns true when the keyspace concerns the node. A serving keyspace concerns every node
+    /// (routing and tails need it); a deleted one only the nodes of its last placement and those
+    /// that report replicas of it.
     pub(super) fn concerns(&self, node: NodeId) -> bool {
         let mut placed = self.catalog.placement.iter().flat_map(|shard| &shard.replicas);
         self.catalog.state == KeyspaceState::Active

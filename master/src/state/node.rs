@@ -44,7 +44,8 @@ pub(super) struct Session {
     /// There is something to send.
     pub(super) wake: Arc<Notify>,
     pub(super) commands: VecDeque<v1::Command>,
-    /// Callers that wait for a command; dropped with the session, so that they learn that the node was lost.
+    /// Callers that wait for a command; dropped with the session, so that they learn that the node
+    /// was lost.
     pub(super) waiting: HashMap<u64, oneshot::Sender<Done>>,
 }
 
@@ -84,7 +85,11 @@ impl Node {
 
     /// Returns the disk by the node's last report.
     pub(super) fn disk(&self) -> Disk {
-        Disk { bytes: self.disk_used.saturating_add(self.disk_free), free: self.disk_free, promised: 0 }
+        Disk {
+            bytes: self.disk_used.saturating_add(self.disk_free),
+            free: self.disk_free,
+            promised: 0,
+        }
     }
 }
 

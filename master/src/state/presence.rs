@@ -1,7 +1,7 @@
 //! Which nodes are there, and for how long they have been away.
 //!
-//! **Invariant:** a node that has not registered since the master started may still come: its time away counts from
-//! that start, and it is gone only after `master.node_silence`.
+//! **Invariant:** a node that has not registered since the master started may still come: its time
+//! away counts from that start, and it is gone only after `master.node_silence`.
 
 use std::collections::BTreeSet;
 
@@ -12,8 +12,8 @@ use vasto_core::reconcile::{Presence, is_incomplete, is_unsettled};
 use super::ClusterState;
 
 impl ClusterState {
-    /// Returns how long a node has been unreachable, microseconds; 0 for a live node. The time of a node
-    /// that has not come back since the master started counts from that start.
+    /// Returns how long a node has been unreachable, microseconds; 0 for a live node. The time of a
+    /// node that has not come back since the master started counts from that start.
     pub(crate) fn away_us(&self, node: NodeId, now_us: u64) -> u64 {
         match self.nodes.get(&node) {
             Some(node) if node.is_live() => 0,
@@ -22,8 +22,8 @@ impl ClusterState {
         }
     }
 
-    /// Returns the presence of a node. A node that has not registered since the master started may still
-    /// come: it counts as gone only after `master.node_silence`.
+    /// Returns the presence of a node. A node that has not registered since the master started may
+    /// still come: it counts as gone only after `master.node_silence`.
     pub(crate) fn presence(&self, node: NodeId, now_us: u64) -> Presence {
         let (away_us, patience) = match self.nodes.get(&node) {
             Some(node) if node.is_live() => {
@@ -38,15 +38,20 @@ impl ClusterState {
     /// Returns the nodes without a session among those that share a keyspace with this node.
     pub(crate) fn gone_beside(&self, node: NodeId, now_us: u64) -> Vec<NodeId> {
         let concerned = self.keyspaces.values().filter(|keyspace| keyspace.concerns(node));
-        let placed = concerned.flat_map(|keyspace| &keyspace.catalog.placement).flat_map(|shard| &shard.replicas);
-        let others: BTreeSet<NodeId> = placed.map(|replica| replica.node).filter(|other| *other != node).collect();
+        let placed = concerned
+            .flat_map(|keyspace| &keyspace.catalog.placement)
+            .flat_map(|shard| &shard.replicas);
+        let others: BTreeSet<NodeId> =
+            placed.map(|replica| replica.node).filter(|other| *other != node).collect();
         others.into_iter().filter(|other| self.presence(*other, now_us) == Presence::Gone).collect()
     }
 
     /// Returns true when the primaries of the keyspace must be checked soon.
     pub(crate) fn is_unsettled(&self, keyspace: KeyspaceId, now_us: u64) -> bool {
         let keyspace = self.keyspaces.get(&keyspace);
-        keyspace.is_some_and(|keyspace| is_unsettled(&keyspace.catalog, |node| self.presence(node, now_us)))
+        keyspace.is_some_and(|keyspace| {
+            is_unsettled(&keyspace.catalog, |node| self.presence(node, now_us))
+        })
     }
 
     /// Returns true when its members must be checked although nothing is reported.
@@ -59,12 +64,16 @@ impl ClusterState {
         let patience = NODE_FORGOTTEN_AFTER.as_micros() as u64;
         let is_named = |id: NodeId| {
             self.loads.of(id).replicas > 0
-                || self.active().any(|keyspace| keyspace.catalog.draining_nodes.iter().any(|drain| drain.node == id))
+                || self.active().any(|keyspace| {
+                    keyspace.catalog.draining_nodes.iter().any(|drain| drain.node == id)
+                })
         };
         let forgotten: Vec<NodeId> = self
             .nodes
             .iter()
-            .filter(|(_, node)| !node.is_live() && now_us.saturating_sub(node.away_since_us) >= patience)
+            .filter(|(_, node)| {
+                !node.is_live() && now_us.saturating_sub(node.away_since_us) >= patience
+            })
             .map(|(id, _)| *id)
             .filter(|id| !is_named(*id))
             .collect();

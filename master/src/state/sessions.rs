@@ -1,6 +1,8 @@
-//! Sessions of nodes: their begin and end, reports, commands and their results, and what a session has still to send.
+//! Sessions of nodes: their begin and end, reports, commands and their results, and what a session
+//! has still to send.
 //!
-//! **Invariant:** a session that was replaced can change nothing any more, and its commands end with it.
+//! **Invariant:** a session that was replaced can change nothing any more, and its commands end
+//! with it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -55,20 +57,33 @@ pub(crate) struct Sent {
 }
 
 impl ClusterState {
-    /// Starts a session; replaces a session from the same address; a session from another address is
-    /// a [`Conflict`] unless `replace`.
-    pub(crate) fn connect(&mut self, hello: &v1::Hello, replace: bool, now_us: u64) -> Result<Registration, Conflict> {
+    /// Starts a session; replaces a session from the same address; a session from another address
+    /// is a [`Conflict`] unless `replace`.
+    pub(crate) fn connect(
+        &mut self,
+        hello: &v1::Hello,
+        replace: bool,
+        now_us: u64,
+    ) -> Result<Registration, Conflict> {
         let id = NodeId(hello.node_id);
-        if let Some((node, session)) = self.nodes.get(&id).and_then(|node| Some((node, node.session.as_ref()?)))
+        if let Some((node, session)) =
+            self.nodes.get(&id).and_then(|node| Some((node, node.session.as_ref()?)))
             && node.address != hello.address
             && !replace
         {
-            return Err(Conflict { address: node.address.clone(), session: session.id, heard_us: node.heard_us });
+            return Err(Conflict {
+                address: node.address.clone(),
+                session: session.id,
+                heard_us: node.heard_us,
+            });
         }
         self.last_session += 1;
         let session = Session::new(self.last_session);
-        let registration =
-            Registration { session: session.id, replaced: session.replaced.clone(), wake: session.wake.clone() };
+        let registration = Registration {
+            session: session.id,
+            replaced: session.replaced.clone(),
+            wake: session.wake.clone(),
+        };
         let node = self.nodes.entry(id).or_insert_with(|| Node::new(now_us));
         // A session that only replaces another does not restart the time here.
         if node.session.is_none() {
@@ -98,7 +113,8 @@ impl ClusterState {
         Ok(registration)
     }
 
-    /// Records whether the master could connect to the node; a session that was replaced can change nothing.
+    /// Records whether the master could connect to the node; a session that was replaced can change
+    /// nothing.
     pub(crate) fn reached(&mut self, node: NodeId, session: u64, unreachable: Option<String>) {
         if let Some(node) = self.served_by(node, session) {
             node.unreachable = unreachable;
@@ -169,12 +185,17 @@ impl ClusterState {
         kind: v1::command::Kind,
         keyspace: KeyspaceId,
     ) -> Option<oneshot::Receiver<Done>> {
-        let command = v1::Command { kind: kind as i32, keyspace_id: keyspace.0, ..v1::Command::default() };
+        let command =
+            v1::Command { kind: kind as i32, keyspace_id: keyspace.0, ..v1::Command::default() };
         self.send_command(node, command)
     }
 
     /// Queues a command. Returns `None` when the node is away, or has too many commands already.
-    pub(crate) fn send_command(&mut self, node: NodeId, command: v1::Command) -> Option<oneshot::Receiver<Done>> {
+    pub(crate) fn send_command(
+        &mut self,
+        node: NodeId,
+        command: v1::Command,
+    ) -> Option<oneshot::Receiver<Done>> {
         self.last_command += 1;
         let id = self.last_command;
         let session = self.nodes.get_mut(&node)?.session.as_mut()?;
@@ -190,18 +211,36 @@ impl ClusterState {
     }
 
     /// Takes the result of a command; a session that was replaced can answer nothing.
-    pub(crate) fn command_done(&mut self, node: NodeId, session: u64, done: &v1::CommandDone, now_us: u64) {
+    pub(crate) fn command_done(
+        &mut self,
+        node: NodeId,
+        session: u64,
+        done: &v1::CommandDone,
+        now_us: u64,
+    ) {
         let Some(node) = self.served_by(node, session) else { return };
         node.heard_us = now_us;
-        if let Some(waiter) = node.session.as_mut().and_then(|session| session.waiting.remove(&done.id)) {
-            let result = if done.error.is_empty() { Ok(done.catalogs.clone()) } else { Err(done.error.clone()) };
+        if let Some(waiter) =
+            node.session.as_mut().and_then(|session| session.waiting.remove(&done.id))
+        {
+            let result = if done.error.is_empty() {
+                Ok(done.catalogs.clone())
+            } else {
+                Err(done.error.clone())
+            };
             // The caller may be gone and need no result.
             let _ = waiter.send(result);
         }
     }
 
-    /// Returns everything that this session has not been sent: addresses, then versions, then commands.
-    pub(crate) fn outstanding(&mut self, node_id: NodeId, session: u64, sent: &mut Sent) -> Vec<v1::MasterMessage> {
+    /// Returns everything that this session has not been sent: addresses, then versions, then
+    /// commands.
+    pub(crate) fn outstanding(
+        &mut self,
+        node_id: NodeId,
+        session: u64,
+        sent: &mut Sent,
+    ) -> Vec<v1::MasterMessage> {
         let mut out = Vec::new();
         if sent.nodes_revision != Some(self.nodes_revision) {
             sent.nodes_revision = Some(self.nodes_revision);
@@ -229,7 +268,8 @@ impl ClusterState {
                     .expect("a catalog has only string keys and finite numbers"),
             }));
         }
-        if let Some(live) = self.served_by(node_id, session).and_then(|node| node.session.as_mut()) {
+        if let Some(live) = self.served_by(node_id, session).and_then(|node| node.session.as_mut())
+        {
             out.extend(live.commands.drain(..).map(Message::Command));
         }
         out.into_iter().map(|message| v1::MasterMessage { message: Some(message) }).collect()

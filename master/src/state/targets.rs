@@ -1,7 +1,7 @@
 //! The nodes that could take a replica: candidates for placements, copies and grows.
 //!
-//! **Invariant:** places that a decision assigns are held until its write is known, so that no other decision counts
-//! on them.
+//! **Invariant:** places that a decision assigns are held until its write is known, so that no
+//! other decision counts on them.
 
 use std::collections::HashMap;
 
@@ -42,13 +42,19 @@ impl ClusterState {
         candidates
     }
 
-    /// Returns the live node that could take one more replica of a shard, even if other copies to it come first.
-    pub(crate) fn copy_target(&self, catalog: &Catalog, shard: ShardId, now_us: u64) -> Option<NodeId> {
+    /// Returns the live node that could take one more replica of a shard, even if other copies to
+    /// it come first.
+    pub(crate) fn copy_target(
+        &self,
+        catalog: &Catalog,
+        shard: ShardId,
+        now_us: u64,
+    ) -> Option<NodeId> {
         self.best(self.candidates(Some(catalog)).iter(), catalog, shard, now_us)
     }
 
-    /// Returns the best candidate for one more replica of a shard: a node that has none of it, has room for its
-    /// files, did not fail at it lately, and is in a zone that has none if possible.
+    /// Returns the best candidate for one more replica of a shard: a node that has none of it, has
+    /// room for its files, did not fail at it lately, and is in a zone that has none if possible.
     pub(super) fn best<'a>(
         &self,
         candidates: impl Iterator<Item = &'a NodeCandidate>,
@@ -57,18 +63,25 @@ impl ClusterState {
         now_us: u64,
     ) -> Option<NodeId> {
         let leaves = |node: NodeId| catalog.draining_nodes.iter().any(|drain| drain.node == node);
-        let asked = |node: NodeId| catalog.draining_nodes.iter().any(|drain| drain.to == Some(node));
+        let asked =
+            |node: NodeId| catalog.draining_nodes.iter().any(|drain| drain.to == Some(node));
         let members = catalog.members();
-        let has = |node: NodeId| members.iter().any(|(of, member, _)| *of == shard && member.node == node);
+        let has = |node: NodeId| {
+            members.iter().any(|(of, member, _)| *of == shard && member.node == node)
+        };
         let zone_of = |node: NodeId| self.nodes.get(&node).map(|node| node.zone.as_str());
-        let placed = catalog.shard(shard).map(|placed| placed.replicas.as_slice()).unwrap_or_default();
+        let placed =
+            catalog.shard(shard).map(|placed| placed.replicas.as_slice()).unwrap_or_default();
         let reports = self.keyspaces.get(&catalog.keyspace).map(|keyspace| &keyspace.reports);
         let bytes = reports.map(|reports| shard_bytes(catalog, shard, reports)).unwrap_or_default();
         let avoided = nodes_to_avoid(catalog, now_us);
         candidates
-            .filter(|node| node.room() > 0 && !has(node.node) && !leaves(node.node) && node.disk.room() > bytes)
+            .filter(|node| {
+                node.room() > 0 && !has(node.node) && !leaves(node.node) && node.disk.room() > bytes
+            })
             .min_by_key(|node| {
-                let zone_used = placed.iter().any(|other| zone_of(other.node) == Some(node.zone.as_str()));
+                let zone_used =
+                    placed.iter().any(|other| zone_of(other.node) == Some(node.zone.as_str()));
                 let failed = avoided.contains(&node.node);
                 (failed, !asked(node.node), zone_used, node.of_keyspace, node.replicas, node.node)
             })
@@ -77,17 +90,22 @@ impl ClusterState {
 
     /// Returns the nodes for the replicas of one more shard; an error when there are too few.
     pub(crate) fn grow_targets(&self, keyspace: &Keyspace) -> Result<Vec<NodeId>, PlacementError> {
-        let placed = place(1, keyspace.catalog.spec.replicas, &self.candidates(Some(&keyspace.catalog)))?;
+        let placed =
+            place(1, keyspace.catalog.spec.replicas, &self.candidates(Some(&keyspace.catalog)))?;
         Ok(placed.into_iter().next().unwrap_or_default())
     }
 
-    /// Holds the places that the next version assigns: until its write is known, other decisions must not
-    /// count on them. Returns `None` when it assigns none.
+    /// Holds the places that the next version assigns: until its write is known, other decisions
+    /// must not count on them. Returns `None` when it assigns none.
     pub(crate) fn hold_places(&mut self, next: &Catalog) -> Option<u64> {
         let keyspace = self.keyspaces.get(&next.keyspace)?;
-        let before: Vec<ReplicaId> = keyspace.catalog.members().iter().map(|(_, member, _)| member.replica).collect();
-        let new: Vec<_> =
-            next.members().into_iter().filter(|(_, member, _)| !before.contains(&member.replica)).collect();
+        let before: Vec<ReplicaId> =
+            keyspace.catalog.members().iter().map(|(_, member, _)| member.replica).collect();
+        let new: Vec<_> = next
+            .members()
+            .into_iter()
+            .filter(|(_, member, _)| !before.contains(&member.replica))
+            .collect();
         let (shard, ..) = *new.first()?;
         let copying = next.plan.as_ref().is_some_and(Plan::adds_member);
         let promised = if copying { shard_bytes(next, shard, &keyspace.reports) } else { 0 };

@@ -9,7 +9,9 @@ use vasto_core::ids::{CatalogVersion, Incarnation, Lsn, PlanId, ReplicaId, Shard
 use vasto_core::limits::{COPIES_PER_NODE_MAX, NODE_FORGOTTEN_AFTER};
 use vasto_core::plan::{NODE_AWAY_MAX_US, PinnedManifest, SEALS_UNDONE_MAX, Step};
 use vasto_core::reconcile::{Advance, Presence, start_grow};
-use vasto_core::report::{ReplicaPhase, ReplicaReport, Sealed, SourceProgress, TargetProgress, TargetStage};
+use vasto_core::report::{
+    ReplicaPhase, ReplicaReport, Sealed, SourceProgress, TargetProgress, TargetStage,
+};
 use vasto_proto::v1;
 
 const KS: KeyspaceId = KeyspaceId(1);
@@ -60,7 +62,13 @@ pub(crate) fn two_nodes() -> (ClusterState, u64, u64) {
     (state, first, second)
 }
 
-fn report(state: &mut ClusterState, node: u64, session: u64, replicas: Vec<ReplicaReport>, now_us: u64) -> Vec<Odd> {
+fn report(
+    state: &mut ClusterState,
+    node: u64,
+    session: u64,
+    replicas: Vec<ReplicaReport>,
+    now_us: u64,
+) -> Vec<Odd> {
     state.report(NodeId(node), session, &v1::Report::default(), replicas, now_us)
 }
 
@@ -146,7 +154,10 @@ fn clients_see_a_nodes_new_address_with_the_same_version() {
 fn odd_reports_are_told_and_not_taken() {
     let (mut state, first, second) = two_nodes();
     let foreign = ReplicaReport { keyspace: KeyspaceId(77), ..replica_report(1, 1) };
-    assert_eq!(report(&mut state, 1, first, vec![foreign], 20), [Odd::UnknownKeyspace(KeyspaceId(77))]);
+    assert_eq!(
+        report(&mut state, 1, first, vec![foreign], 20),
+        [Odd::UnknownKeyspace(KeyspaceId(77))]
+    );
     assert_eq!(
         report(&mut state, 2, second, vec![replica_report(1, 1)], 20),
         [Odd::NotItsReplica(KS, ReplicaId(1))],
@@ -155,7 +166,10 @@ fn odd_reports_are_told_and_not_taken() {
     assert!(state.keyspaces[&KS].reports.is_empty());
     assert!(!state.keyspaces[&KS].behind);
     report(&mut state, 1, first, vec![replica_report(1, 5)], 30);
-    assert!(state.keyspaces[&KS].behind, "the node applies a version that this master does not know");
+    assert!(
+        state.keyspaces[&KS].behind,
+        "the node applies a version that this master does not know"
+    );
 }
 
 #[test]
@@ -164,8 +178,16 @@ fn the_end_of_a_session_ends_the_wait_for_its_commands() {
     let mut done = state.command(NodeId(1), v1::command::Kind::Compact, KS).unwrap();
     let mut lost = state.command(NodeId(1), v1::command::Kind::Compact, KS).unwrap();
     let mut sent = Sent::default();
-    assert_eq!(kinds(&state.outstanding(NodeId(1), first, &mut sent)), ["nodes", "keyspace", "command", "command"]);
-    state.command_done(NodeId(1), first, &v1::CommandDone { id: 1, ..v1::CommandDone::default() }, 20);
+    assert_eq!(
+        kinds(&state.outstanding(NodeId(1), first, &mut sent)),
+        ["nodes", "keyspace", "command", "command"]
+    );
+    state.command_done(
+        NodeId(1),
+        first,
+        &v1::CommandDone { id: 1, ..v1::CommandDone::default() },
+        20,
+    );
     assert_eq!(done.try_recv().unwrap(), Ok(Vec::new()));
     state.disconnect(NodeId(1), first, 30);
     assert!(matches!(lost.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
@@ -176,7 +198,9 @@ fn the_end_of_a_session_ends_the_wait_for_its_commands() {
 fn commands_that_may_wait_are_bounded() {
     let (mut state, ..) = two_nodes();
     let waiting: Vec<_> =
-        std::iter::from_fn(|| state.command(NodeId(1), v1::command::Kind::Compact, KS)).take(1000).collect();
+        std::iter::from_fn(|| state.command(NodeId(1), v1::command::Kind::Compact, KS))
+            .take(1000)
+            .collect();
     assert_eq!(waiting.len(), COMMANDS_MAX);
 }
 
@@ -186,7 +210,10 @@ fn a_deleted_keyspace_concerns_only_nodes_that_held_or_report_it() {
     let third = state.connect(&hello(3, "a:3"), false, 20).unwrap().session;
     let deleted = Catalog { state: KeyspaceState::Deleted, ..catalog().next(2_000, 2) };
     state.install(deleted, Delivery::Push);
-    assert_eq!(kinds(&state.outstanding(NodeId(1), first, &mut Sent::default())), ["nodes", "keyspace"]);
+    assert_eq!(
+        kinds(&state.outstanding(NodeId(1), first, &mut Sent::default())),
+        ["nodes", "keyspace"]
+    );
     assert_eq!(kinds(&state.outstanding(NodeId(3), third, &mut Sent::default())), ["nodes"]);
     assert!(state.named("ks1").is_none());
     assert_eq!(state.decide(KS, 0, u64::MAX / 2, 1), Advance::Idle);
@@ -213,7 +240,10 @@ fn a_slow_sealing_version_is_never_shown_and_undone_at_once() {
     state.install(growing(Step::Sealing, 5_000), Delivery::Undo);
     assert!(state.outstanding(NodeId(1), first, &mut sent).is_empty(), "no node may seal by it");
     let undone = write(state.decide(KS, 100, 5_001, 3));
-    assert_eq!(undone.plan.as_ref().map(|plan| (plan.step, plan.seals_undone)), Some((Step::Tail, 1)));
+    assert_eq!(
+        undone.plan.as_ref().map(|plan| (plan.step, plan.seals_undone)),
+        Some((Step::Tail, 1))
+    );
     state.install(undone, Delivery::Push);
     assert_eq!(kinds(&state.outstanding(NodeId(1), first, &mut sent)), ["keyspace"]);
 }
@@ -281,7 +311,10 @@ fn without_any_node_nothing_is_decided() {
     );
     state.connect(&hello(1, "a:1"), false, long).unwrap();
     let aborted = write(state.decide(KS, long, long, 3));
-    assert!(aborted.operations[0].reason.as_ref().unwrap().contains("away"), "node 2 is a source and gone");
+    assert!(
+        aborted.operations[0].reason.as_ref().unwrap().contains("away"),
+        "node 2 is a source and gone"
+    );
 }
 
 #[test]
@@ -291,10 +324,15 @@ fn a_node_gets_no_more_replicas_than_its_maximum() {
     state.connect(&full, false, 10).unwrap();
     let catalog = state.keyspaces[&KS].catalog.clone();
     assert_eq!(state.copy_target(&catalog, ShardId(0), 1), Some(NodeId(3)));
-    let mut more = Catalog::first(KeyspaceId(2), "ks2", KeyspaceSpec::default(), &[vec![NodeId(3)]], 1_000, 1);
+    let mut more =
+        Catalog::first(KeyspaceId(2), "ks2", KeyspaceSpec::default(), &[vec![NodeId(3)]], 1_000, 1);
     more.version = CatalogVersion(2);
     state.install(more, Delivery::Push);
-    assert_eq!(state.copy_target(&catalog, ShardId(0), 1), Some(NodeId(2)), "the other one is full");
+    assert_eq!(
+        state.copy_target(&catalog, ShardId(0), 1),
+        Some(NodeId(2)),
+        "the other one is full"
+    );
     assert_eq!(state.grow_targets(&state.keyspaces[&KS]).unwrap(), [NodeId(1)]);
 }
 
@@ -308,7 +346,8 @@ fn disk(state: &mut ClusterState, node: u64, session: u64, bytes: u64, free: u64
 /// Returns keyspace 1 with one shard on node 1 that lacks a replica; nodes 2 and 3 could take it.
 fn lacking() -> (ClusterState, [u64; 3]) {
     let mut state = ClusterState::default();
-    let sessions = [1, 2, 3].map(|node| state.connect(&hello(node, &format!("a:{node}")), false, 10).unwrap().session);
+    let sessions = [1, 2, 3]
+        .map(|node| state.connect(&hello(node, &format!("a:{node}")), false, 10).unwrap().session);
     let spec = KeyspaceSpec { replicas: 2, ..KeyspaceSpec::default() };
     state.install(Catalog::first(KS, "ks1", spec, &[vec![NodeId(1)]], 1_000, 1), Delivery::Push);
     let big = ReplicaReport { bytes: 3 * GIB, ..replica_report(1, 1) };
@@ -332,7 +371,10 @@ fn a_copy_goes_to_a_node_whose_disk_has_room_for_it() {
     disk(&mut state, 3, sessions[2], 100 * GIB, 4 * GIB);
     assert_eq!(target(&state, 5_000), None, "the files of the shard and the reserve do not fit");
     let Advance::Wait(what) = state.decide(KS, 100, 5_000, 3) else { panic!("it says nothing") };
-    assert!(what.contains("room for a replica and its files") && what.contains("vasto serve node"), "{what}");
+    assert!(
+        what.contains("room for a replica and its files") && what.contains("vasto serve node"),
+        "{what}"
+    );
     disk(&mut state, 3, sessions[2], 100 * GIB, 5 * GIB);
     assert_eq!(target(&state, 5_000), Some(NodeId(3)));
     // The bytes of a replica under construction there are promised.
@@ -359,7 +401,8 @@ fn a_copy_whose_target_runs_out_of_disk_is_given_up_and_made_elsewhere() {
     let report = given_up.operations.last().unwrap();
     assert!(report.reason.as_ref().unwrap().contains("no disk left"), "{report:?}");
     state.install(given_up, Delivery::Push);
-    // Also when the node has room again at once, as when the files of the aborted replica are removed.
+    // Also when the node has room again at once, as when the files of the aborted replica are
+    // removed.
     disk(&mut state, 2, sessions[1], 100 * GIB, 90 * GIB);
     assert_eq!(target(&state, 30_000_000), Some(NodeId(3)));
     state.disconnect(NodeId(3), sessions[2], 100);
@@ -374,15 +417,17 @@ fn a_cordoned_node_gets_nothing() {
     assert_eq!(target(&state, 5_000), Some(NodeId(3)));
     let nodes = crate::placement::place(6, 2, &state.candidates(None)).unwrap();
     assert!(nodes.iter().flatten().all(|node| *node != NodeId(2)), "{nodes:?}");
-    assert!(state.grow_targets(&state.keyspaces[&KS]).unwrap().iter().all(|node| *node != NodeId(2)));
+    assert!(
+        state.grow_targets(&state.keyspaces[&KS]).unwrap().iter().all(|node| *node != NodeId(2))
+    );
     state.settings = Arc::new(settings.with_cordon(NodeId(3), true, 1, 1).unwrap());
     assert_eq!(target(&state, 5_000), None);
     let error = state.grow_targets(&state.keyspaces[&KS]).unwrap_err().to_string();
     assert!(error.contains("cordoned"), "{error}");
 }
 
-/// Returns `keyspaces` of 4 shards that each lack one of three replicas, and `spare` more nodes than the
-/// two that hold them.
+/// Returns `keyspaces` of 4 shards that each lack one of three replicas, and `spare` more nodes
+/// than the two that hold them.
 fn many_lacking(keyspaces: u64, spare: u64) -> ClusterState {
     let mut state = ClusterState::default();
     let sessions: Vec<u64> = (1..=spare + 2)
@@ -392,7 +437,10 @@ fn many_lacking(keyspaces: u64, spare: u64) -> ClusterState {
     let nodes = vec![vec![NodeId(1), NodeId(2)]; 4];
     for id in 1..=keyspaces {
         let name = format!("ks{id}");
-        state.install(Catalog::first(KeyspaceId(id), &name, spec.clone(), &nodes, 1_000, 1), Delivery::Push);
+        state.install(
+            Catalog::first(KeyspaceId(id), &name, spec.clone(), &nodes, 1_000, 1),
+            Delivery::Push,
+        );
         let of = |node: u64| {
             let shards = (0..4).map(move |shard| (shard, shard * 2 + node));
             let report = move |(shard, replica): (u64, u64)| ReplicaReport {
@@ -418,7 +466,9 @@ fn decisions_that_are_not_written_yet_do_not_all_choose_one_node() {
     let mut chosen: BTreeMap<NodeId, usize> = BTreeMap::new();
     // Each version is decided before any other is known.
     for id in 1..=50 {
-        let Advance::Write(next) = state.decide(KeyspaceId(id), 100, 5_000, 3) else { panic!("{id}: no copy begins") };
+        let Advance::Write(next) = state.decide(KeyspaceId(id), 100, 5_000, 3) else {
+            panic!("{id}: no copy begins")
+        };
         assert!(state.hold_places(&next).is_some());
         *chosen.entry(next.plan.unwrap().targets[0].node).or_default() += 1;
     }
@@ -436,22 +486,27 @@ fn a_node_makes_few_copies_at_a_time() {
             *chosen.entry(next.plan.unwrap().targets[0].node).or_default() += 1;
         }
     }
-    assert!(chosen.len() == 5 && chosen.values().all(|count| *count == COPIES_PER_NODE_MAX), "{chosen:?}");
-    // Held places are given back once the outcome of a write is known; then the next keyspaces get replicas.
+    assert!(
+        chosen.len() == 5 && chosen.values().all(|count| *count == COPIES_PER_NODE_MAX),
+        "{chosen:?}"
+    );
+    // Held places are given back once the outcome of a write is known; then the next keyspaces get
+    // replicas.
     for hold in 1..=20 {
         state.loads.give_back(hold);
     }
     assert!(matches!(state.decide(KeyspaceId(50), 100, 5_000, 3), Advance::Write(_)));
     // A drain is not refused because its replicas have to wait.
-    let busy = state.loads.hold((3..=7).flat_map(|node| [NodeId(node); COPIES_PER_NODE_MAX]), true, 0);
+    let busy =
+        state.loads.hold((3..=7).flat_map(|node| [NodeId(node); COPIES_PER_NODE_MAX]), true, 0);
     assert!(matches!(state.decide(KeyspaceId(50), 100, 5_000, 3), Advance::Wait(_)));
     let catalog = state.keyspaces[&KeyspaceId(50)].catalog.clone();
     assert!(state.copy_target(&catalog, ShardId(0), 5_000).is_some());
     state.loads.give_back(busy);
 }
 
-/// Decisions for 1,000 keyspaces that lack replicas: each examines every node once, with and without room,
-/// and no other keyspace.
+/// Decisions for 1,000 keyspaces that lack replicas: each examines every node once, with and
+/// without room, and no other keyspace.
 #[test]
 fn a_look_at_many_keyspaces_that_lack_copies_is_bounded() {
     let nodes = 12;
@@ -482,7 +537,8 @@ fn what_is_over_is_forgotten_and_what_is_not_stays() {
     without.removed.push(ReplicaId(1));
     state.install(without, Delivery::Push);
     assert!(state.keyspaces[&KS].reports.is_empty() && state.keyspaces[&KS].reporters.is_empty());
-    // A node that has been away for long is forgotten if it holds nothing, and kept if it holds something.
+    // A node that has been away for long is forgotten if it holds nothing, and kept if it holds
+    // something.
     state.disconnect(NodeId(1), first, 100);
     state.disconnect(NodeId(2), second, 100);
     let late = 100 + NODE_FORGOTTEN_AFTER.as_micros() as u64;
@@ -490,11 +546,13 @@ fn what_is_over_is_forgotten_and_what_is_not_stays() {
     assert!(state.nodes.contains_key(&NodeId(1)), "too early");
     state.connect(&hello(4, "a:4"), false, late).unwrap();
     assert_eq!(state.nodes.keys().copied().collect::<Vec<_>>(), [NodeId(2), NodeId(3), NodeId(4)]);
-    // A deleted keyspace is forgotten some time after its deletion and after this master learned of it.
+    // A deleted keyspace is forgotten some time after its deletion and after this master learned of
+    // it.
     let kept_us = 1_000_000;
     let (long, at_once) = (Duration::from_secs(600), Duration::ZERO);
     assert!(!state.forget_deleted(KS, u64::MAX, kept_us, at_once), "it serves");
-    let deleted = Catalog { state: KeyspaceState::Deleted, ..state.keyspaces[&KS].catalog.next(3_000, 3) };
+    let deleted =
+        Catalog { state: KeyspaceState::Deleted, ..state.keyspaces[&KS].catalog.next(3_000, 3) };
     state.install(deleted, Delivery::Push);
     assert!(!state.forget_deleted(KS, u64::MAX, kept_us, long), "nodes have to hear of it first");
     assert!(!state.forget_deleted(KS, 3_000 + kept_us - 1, kept_us, at_once));
@@ -502,14 +560,18 @@ fn what_is_over_is_forgotten_and_what_is_not_stays() {
     assert!(state.keyspaces.is_empty());
     // A report of the keyspace has it looked up again.
     let third = state.connect(&hello(3, "a:3"), false, late).unwrap().session;
-    assert_eq!(report(&mut state, 3, third, vec![replica_report(1, 1)], late), [Odd::UnknownKeyspace(KS)]);
+    assert_eq!(
+        report(&mut state, 3, third, vec![replica_report(1, 1)], late),
+        [Odd::UnknownKeyspace(KS)]
+    );
 }
 
 #[test]
 fn a_node_that_has_not_registered_since_the_start_counts_as_gone_after_the_silence_that_is_set() {
     let mut state = ClusterState::default();
     state.install(catalog(), Delivery::Push);
-    let presence = |state: &ClusterState, seconds: u64| state.presence(NodeId(1), seconds * 1_000_000);
+    let presence =
+        |state: &ClusterState, seconds: u64| state.presence(NodeId(1), seconds * 1_000_000);
     assert_eq!((presence(&state, 9), presence(&state, 10)), (Presence::Away, Presence::Gone));
     state.node_silence = Some(Duration::from_secs(60));
     assert_eq!((presence(&state, 59), presence(&state, 60)), (Presence::Away, Presence::Gone));

@@ -1,6 +1,7 @@
 //! Catalog versions: how they come into the state, go out as topologies, and are forgotten.
 //!
-//! **Invariant:** a catalog is replaced only by a higher version, and the loads follow every version.
+//! **Invariant:** a catalog is replaced only by a higher version, and the loads follow every
+//! version.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,8 +19,8 @@ use super::change::ChangeRequest;
 use super::keyspace::{Delivery, Keyspace};
 
 impl ClusterState {
-    /// Installs a catalog version; returns false when a higher one is known already. For a new keyspace
-    /// also returns the receiver of its requests, which its driver must own.
+    /// Installs a catalog version; returns false when a higher one is known already. For a new
+    /// keyspace also returns the receiver of its requests, which its driver must own.
     pub(crate) fn install(
         &mut self,
         catalog: Catalog,
@@ -46,8 +47,9 @@ impl ClusterState {
         (true, receiver)
     }
 
-    /// Forgets a keyspace that was deleted `kept_us` ago and whose deletion was sent to the nodes for `sent_for`. Its
-    /// catalog stays in the bucket: when a node names the keyspace, it is looked up and the deletion sent again.
+    /// Forgets a keyspace that was deleted `kept_us` ago and whose deletion was sent to the nodes
+    /// for `sent_for`. Its catalog stays in the bucket: when a node names the keyspace, it is
+    /// looked up and the deletion sent again.
     pub(crate) fn forget_deleted(
         &mut self,
         keyspace: KeyspaceId,

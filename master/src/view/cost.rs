@@ -78,7 +78,9 @@ pub(crate) fn cost(
     let all = state.node_ids().len() + 1;
     let left_out = all.saturating_sub(estimate.processes);
     if left_out > 0 {
-        notes.push(format!("{left_out} of {all} processes left out: away, or no report of theirs has come"));
+        notes.push(format!(
+            "{left_out} of {all} processes left out: away, or no report of theirs has come"
+        ));
     }
     if stored.is_none() {
         notes.push(
@@ -88,7 +90,10 @@ pub(crate) fn cost(
         );
     }
     if ["file:", "memory:"].iter().any(|local| bucket.starts_with(local)) {
-        notes.push("this bucket is local and costs nothing: it is what the configured prices make of it".into());
+        notes.push(
+            "this bucket is local and costs nothing: it is what the configured prices make of it"
+                .into(),
+        );
     }
     let rounded = |amount: Option<f64>| amount.map(|amount| (amount * 1e4).round() / 1e4);
     CostDoc {
@@ -119,7 +124,8 @@ mod tests {
 
     /// 1,000 PUTs an hour are 720,000 a month: 3.60.
     fn reported(put: u64) -> v1::Report {
-        let bucket = v1::BucketRequests { put, elapsed_ms: 3_600_000, ..v1::BucketRequests::default() };
+        let bucket =
+            v1::BucketRequests { put, elapsed_ms: 3_600_000, ..v1::BucketRequests::default() };
         v1::Report { bucket: Some(bucket), ..v1::Report::default() }
     }
 
@@ -160,9 +166,18 @@ mod tests {
             "a node that is away asks for nothing"
         );
         assert_eq!((&document["processes"], &document["measured_s"]), (&json!(2), &json!(59)));
-        assert_eq!((&document["stored_bytes"], &document["stored_age_s"]), (&Value::Null, &Value::Null));
+        assert_eq!(
+            (&document["stored_bytes"], &document["stored_age_s"]),
+            (&Value::Null, &Value::Null)
+        );
         let note = document["note"].as_str().unwrap();
-        for part in ["for 59 s only", "60 min", "1 of 3 processes left out", "vasto bucket gc --dry-run", "is local"] {
+        for part in [
+            "for 59 s only",
+            "60 min",
+            "1 of 3 processes left out",
+            "vasto bucket gc --dry-run",
+            "is local",
+        ] {
             assert!(note.contains(part), "{part:?} is not in: {note}");
         }
     }

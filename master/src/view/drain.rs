@@ -1,4 +1,5 @@
-//! The drain of a node across all keyspaces: `node drain`, `node replace`, and its part of `operation list|show`.
+//! The drain of a node across all keyspaces: `node drain`, `node replace`, and its part of
+//! `operation list|show`.
 
 use std::collections::BTreeSet;
 
@@ -67,7 +68,8 @@ pub(crate) fn drain_by<'a>(catalog: &'a Catalog, id: &str) -> Option<&'a NodeDra
 /// Returns the drains that run or are remembered.
 pub(crate) fn drains(state: &ClusterState, now_us: u64) -> Vec<DrainDoc> {
     let catalogs = || state.keyspaces.values().map(|keyspace| &keyspace.catalog);
-    let running = catalogs().flat_map(|catalog| &catalog.draining_nodes).map(NodeDrain::operation_id);
+    let running =
+        catalogs().flat_map(|catalog| &catalog.draining_nodes).map(NodeDrain::operation_id);
     let ended = catalogs().flat_map(|catalog| &catalog.operations).map(|report| report.id.clone());
     let ids: BTreeSet<String> = running.chain(ended.filter(|id| is_drain(id))).collect();
     ids.iter().filter_map(|id| drain(state, id, now_us)).collect()
@@ -78,12 +80,17 @@ pub(crate) fn drain(state: &ClusterState, id: &str, now_us: u64) -> Option<Drain
     let (node, since) = id.strip_prefix("node-")?.rsplit_once('-')?;
     let (node, since_us): (NodeId, u64) = (node.parse().ok()?, since.parse().ok()?);
     let mut keyspaces: Vec<&Keyspace> = state.keyspaces.values().collect();
-    keyspaces.retain(|keyspace| drain_by(&keyspace.catalog, id).is_some() || ended_in(&keyspace.catalog, id).is_some());
+    keyspaces.retain(|keyspace| {
+        drain_by(&keyspace.catalog, id).is_some() || ended_in(&keyspace.catalog, id).is_some()
+    });
     if keyspaces.is_empty() {
         return None;
     }
-    let is_running = |catalog: &Catalog| catalog.state == KeyspaceState::Active && drain_by(catalog, id).is_some();
-    let running: Vec<&Keyspace> = keyspaces.iter().copied().filter(|keyspace| is_running(&keyspace.catalog)).collect();
+    let is_running = |catalog: &Catalog| {
+        catalog.state == KeyspaceState::Active && drain_by(catalog, id).is_some()
+    };
+    let running: Vec<&Keyspace> =
+        keyspaces.iter().copied().filter(|keyspace| is_running(&keyspace.catalog)).collect();
     let ended: Vec<&OperationReport> =
         keyspaces.iter().filter_map(|keyspace| ended_in(&keyspace.catalog, id)).collect();
     // A finished part has its figures in its own report, a running part with the draining node.
@@ -96,17 +103,24 @@ pub(crate) fn drain(state: &ClusterState, id: &str, now_us: u64) -> Option<Drain
     let sum = |figure: fn(&OperationReport) -> u64| figures.iter().map(figure).sum();
     let ended_at_us = ended.iter().map(|report| report.ended_at_us()).max();
     let until_us = if running.is_empty() { ended_at_us.unwrap_or(since_us) } else { now_us };
-    let mut names: Vec<&str> = keyspaces.iter().map(|keyspace| keyspace.catalog.name.as_str()).collect();
+    let mut names: Vec<&str> =
+        keyspaces.iter().map(|keyspace| keyspace.catalog.name.as_str()).collect();
     names.sort_unstable();
     names.dedup();
-    let placed = running.iter().flat_map(|keyspace| &keyspace.catalog.placement).flat_map(|shard| &shard.replicas);
+    let placed = running
+        .iter()
+        .flat_map(|keyspace| &keyspace.catalog.placement)
+        .flat_map(|shard| &shard.replicas);
     let replicas_left = placed.filter(|placed| placed.node == node).count();
     Some(DrainDoc {
         id: id.to_owned(),
         kind: "replace",
         keyspace: names.join(","),
         from: node,
-        to: running.iter().filter_map(|keyspace| drain_by(&keyspace.catalog, id)).find_map(|drain| drain.to),
+        to: running
+            .iter()
+            .filter_map(|keyspace| drain_by(&keyspace.catalog, id))
+            .find_map(|drain| drain.to),
         progress: progress(&running, &ended, replicas_left),
         replicas_moved: sum(|report| report.copies),
         replicas_left,
@@ -122,9 +136,14 @@ pub(crate) fn drain(state: &ClusterState, id: &str, now_us: u64) -> Option<Drain
     })
 }
 
-fn progress(running_in: &[&Keyspace], ended: &[&OperationReport], replicas_left: usize) -> DrainProgress {
+fn progress(
+    running_in: &[&Keyspace],
+    ended: &[&OperationReport],
+    replicas_left: usize,
+) -> DrainProgress {
     if !running_in.is_empty() {
-        let plans: Vec<RunningDoc> = running_in.iter().filter_map(|keyspace| running(keyspace)).collect();
+        let plans: Vec<RunningDoc> =
+            running_in.iter().filter_map(|keyspace| running(keyspace)).collect();
         return DrainProgress::Running {
             step: format!("{replicas_left} replicas left"),
             waiting_for: running_in.iter().find_map(|keyspace| keyspace.waiting_for.clone()),

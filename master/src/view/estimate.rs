@@ -5,7 +5,8 @@ use vasto_core::ids::ShardId;
 
 use crate::state::Keyspace;
 
-/// The assumed rate at which objects of one source are read, rewritten and ingested, bytes a second.
+/// The assumed rate at which objects of one source are read, rewritten and ingested, bytes a
+/// second.
 const ASSUMED_BYTES_PER_SECOND: u64 = 50 << 20;
 /// Fixed costs of a resize: checkpoint, tail, seal.
 const ASSUMED_SECONDS: f64 = 2.0;
@@ -41,16 +42,23 @@ pub(crate) fn estimate(keyspace: &Keyspace, to: u32) -> EstimateDoc {
         .placement
         .iter()
         .map(|shard| {
-            let report = shard.replicas.first().and_then(|first| keyspace.reports.get(&first.replica));
+            let report =
+                shard.replicas.first().and_then(|first| keyspace.reports.get(&first.replica));
             let (keys, bytes) = report.map_or((0, 0), |report| (report.keys, report.bytes));
             // Banded SSTs: only the moving keys must be read.
-            SourceDoc { shard: shard.shard, keys, bytes, bytes_to_read: (bytes as f64 * moving_fraction) as u64 }
+            SourceDoc {
+                shard: shard.shard,
+                keys,
+                bytes,
+                bytes_to_read: (bytes as f64 * moving_fraction) as u64,
+            }
         })
         .collect();
     let bytes: u64 = sources.iter().map(|source| source.bytes_to_read).sum();
     // A manifest each, then the bytes in parts; sources and target ship with about as many requests
     // again.
-    let gets: u64 = sources.iter().map(|source| 1 + source.bytes_to_read.div_ceil(BYTES_PER_GET)).sum();
+    let gets: u64 =
+        sources.iter().map(|source| 1 + source.bytes_to_read.div_ceil(BYTES_PER_GET)).sum();
     EstimateDoc {
         keyspace: catalog.name.clone(),
         from,

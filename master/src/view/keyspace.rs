@@ -80,12 +80,18 @@ pub(crate) fn describe(state: &ClusterState, keyspace: &Keyspace) -> KeyspaceDoc
                 let role = if shard.primary() == Some(*placed) { "primary" } else { "replica" };
                 replica(state, report(placed.replica), placed.replica, placed.node, role)
             })
-            .chain(catalog.draining.iter().filter(|draining| draining.shard == shard.shard).map(|draining| {
-                ReplicaDoc {
+            .chain(catalog.draining.iter().filter(|draining| draining.shard == shard.shard).map(
+                |draining| ReplicaDoc {
                     state: "draining",
-                    ..replica(state, report(draining.replica), draining.replica, draining.node, "leaving")
-                }
-            }))
+                    ..replica(
+                        state,
+                        report(draining.replica),
+                        draining.replica,
+                        draining.node,
+                        "leaving",
+                    )
+                },
+            ))
             .collect(),
     });
     KeyspaceDoc {
@@ -127,7 +133,11 @@ fn replica(
     }
 }
 
-fn replica_state(state: &ClusterState, report: Option<&ReplicaReport>, node: NodeId) -> (&'static str, Option<String>) {
+fn replica_state(
+    state: &ClusterState,
+    report: Option<&ReplicaReport>,
+    node: NodeId,
+) -> (&'static str, Option<String>) {
     if !state.is_live(node) {
         return ("away", None);
     }
@@ -140,7 +150,9 @@ fn replica_state(state: &ClusterState, report: Option<&ReplicaReport>, node: Nod
                           one: look at the disk of the node";
             ("stalled", Some(reason.to_owned()))
         }
-        Some(ReplicaPhase::Serving) if report.is_some_and(|report| !report.replication.ready) => ("catching_up", None),
+        Some(ReplicaPhase::Serving) if report.is_some_and(|report| !report.replication.ready) => {
+            ("catching_up", None)
+        }
         Some(ReplicaPhase::Serving) => ("serving", None),
         Some(ReplicaPhase::Failed(reason)) => ("failed", Some(reason.clone())),
     }
@@ -149,13 +161,17 @@ fn replica_state(state: &ClusterState, report: Option<&ReplicaReport>, node: Nod
 /// Returns what keeps a keyspace from serving; empty when every replica serves.
 pub(crate) fn not_serving(state: &ClusterState, keyspace: &Keyspace) -> Vec<String> {
     let Catalog { name, placement, .. } = &*keyspace.catalog;
-    let all = placement.iter().flat_map(|shard| shard.replicas.iter().map(move |placed| (shard.shard, placed)));
+    let all = placement
+        .iter()
+        .flat_map(|shard| shard.replicas.iter().map(move |placed| (shard.shard, placed)));
     all.filter_map(|(shard, placed)| {
         let node = placed.node;
         match replica_state(state, keyspace.reports.get(&placed.replica), node) {
             ("serving", _) => None,
             (phase, None) => Some(format!("shard {shard} of {name} on {node} is {phase}")),
-            (phase, Some(reason)) => Some(format!("shard {shard} of {name} on {node} has {phase}: {reason}")),
+            (phase, Some(reason)) => {
+                Some(format!("shard {shard} of {name} on {node} has {phase}: {reason}"))
+            }
         }
     })
     .collect()
@@ -164,8 +180,12 @@ pub(crate) fn not_serving(state: &ClusterState, keyspace: &Keyspace) -> Vec<Stri
 /// Returns one line of `keyspace list`.
 pub(crate) fn summary(keyspace: &Keyspace) -> KeyspaceSummary {
     let catalog = &keyspace.catalog;
-    let first = catalog.placement.iter().filter_map(|shard| keyspace.reports.get(&shard.replicas.first()?.replica));
-    let (keys, bytes) = first.fold((0, 0), |(keys, bytes), report| (keys + report.keys, bytes + report.bytes));
+    let first = catalog
+        .placement
+        .iter()
+        .filter_map(|shard| keyspace.reports.get(&shard.replicas.first()?.replica));
+    let (keys, bytes) =
+        first.fold((0, 0), |(keys, bytes), report| (keys + report.keys, bytes + report.bytes));
     KeyspaceSummary {
         name: catalog.name.clone(),
         keyspace_id: catalog.keyspace,

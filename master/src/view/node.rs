@@ -62,7 +62,9 @@ pub(crate) fn node(state: &ClusterState, id: NodeId, mono_us: u64) -> NodeDoc {
         cordoned: state.settings.is_cordoned(id),
         unreachable: node.and_then(|node| node.unreachable.clone()),
         bucket_requests: node.map(|node| requests(usage_of(&node.bucket))),
-        bucket_trouble: node.map(|node| node.bucket_trouble.clone()).filter(|trouble| !trouble.is_empty()),
+        bucket_trouble: node
+            .map(|node| node.bucket_trouble.clone())
+            .filter(|trouble| !trouble.is_empty()),
     }
 }
 

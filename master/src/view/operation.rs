@@ -28,7 +28,8 @@ pub(crate) enum OperationDoc {
 
 /// Returns all operations, newest first. A drain of a node is a single one, across all keyspaces.
 pub(crate) fn all_operations(state: &ClusterState, now_us: u64) -> Vec<OperationDoc> {
-    let of_keyspaces = state.keyspaces.values().flat_map(operations).filter(|operation| !is_drain(operation.id()));
+    let of_keyspaces =
+        state.keyspaces.values().flat_map(operations).filter(|operation| !is_drain(operation.id()));
     let of_nodes = drains(state, now_us).into_iter().map(OperationDoc::Drain);
     let mut all: Vec<OperationDoc> = of_keyspaces.chain(of_nodes).collect();
     all.sort_by_key(|operation| Reverse(operation.started_at_us()));
@@ -37,7 +38,12 @@ pub(crate) fn all_operations(state: &ClusterState, now_us: u64) -> Vec<Operation
 
 /// Returns running and finished operations of a keyspace, newest first.
 pub(crate) fn operations(keyspace: &Keyspace) -> Vec<OperationDoc> {
-    let finished = keyspace.catalog.operations.iter().rev().map(|report| OperationDoc::Finished(finished(report)));
+    let finished = keyspace
+        .catalog
+        .operations
+        .iter()
+        .rev()
+        .map(|report| OperationDoc::Finished(finished(report)));
     running(keyspace).map(OperationDoc::Running).into_iter().chain(finished).collect()
 }
 

@@ -1,4 +1,5 @@
-//! What a command has done: the answers of `keyspace compact|checkpoint|delete|evict|restore` and `bucket repair`.
+//! What a command has done: the answers of `keyspace compact|checkpoint|delete|evict|restore` and
+//! `bucket repair`.
 
 use serde::Serialize;
 use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId, ReplicaId, ShardId};

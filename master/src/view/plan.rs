@@ -78,6 +78,10 @@ pub(crate) fn running_of(catalog: &Catalog) -> Option<RunningDoc> {
     })
 }
 
-fn progress_of<'a>(keyspace: &'a Keyspace, plan: &Plan, replica: ReplicaId) -> Option<&'a TargetProgress> {
+fn progress_of<'a>(
+    keyspace: &'a Keyspace,
+    plan: &Plan,
+    replica: ReplicaId,
+) -> Option<&'a TargetProgress> {
     keyspace.reports.get(&replica)?.target.as_ref().filter(|progress| progress.plan == plan.id)
 }

@@ -35,7 +35,8 @@ struct MasterDoc {
     bucket_requests: RequestsDoc,
 }
 
-/// Returns the document of `cluster status`; the warnings `first` come before those that the state gives.
+/// Returns the document of `cluster status`; the warnings `first` come before those that the state
+/// gives.
 pub(crate) fn cluster(
     state: &ClusterState,
     cluster_id: String,
@@ -53,7 +54,11 @@ pub(crate) fn cluster(
         nodes,
         keyspaces: state.active().map(summary).collect(),
         warnings,
-        master: MasterDoc { pid: std::process::id(), bucket: bucket.to_owned(), bucket_requests: requests(own) },
+        master: MasterDoc {
+            pid: std::process::id(),
+            bucket: bucket.to_owned(),
+            bucket_requests: requests(own),
+        },
         bill,
     }
 }
@@ -62,7 +67,11 @@ fn warnings(state: &ClusterState, nodes: &[NodeDoc]) -> Vec<String> {
     let mut warnings: Vec<String> = nodes.iter().flat_map(of_node).collect();
     warnings.extend(lost_shards(state));
     for node in nodes.iter().filter(|node| node.state == "live") {
-        warnings.extend(node.bucket_trouble.iter().map(|trouble| format!("{} does not ship: {trouble}", node.node_id)));
+        warnings.extend(
+            node.bucket_trouble
+                .iter()
+                .map(|trouble| format!("{} does not ship: {trouble}", node.node_id)),
+        );
     }
     // A node that is away is reported once, not once per replica.
     let replicas = state.active().flat_map(|keyspace| not_serving(state, keyspace));
@@ -77,7 +86,10 @@ fn of_node(node: &NodeDoc) -> Vec<String> {
     let mut warnings = Vec::new();
     if node.state == "away" {
         let seconds = node.away_ms / 1000;
-        warnings.push(format!("{id} has been away for {seconds} s; it holds {} replicas", node.replicas));
+        warnings.push(format!(
+            "{id} has been away for {seconds} s; it holds {} replicas",
+            node.replicas
+        ));
     }
     if let (Some(cause), "live") = (&node.unreachable, node.state) {
         warnings.push(format!(

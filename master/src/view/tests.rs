@@ -30,7 +30,11 @@ fn keys(document: &Value) -> Vec<&str> {
 
 fn has(document: &Value, fields: &[&str]) {
     for field in fields {
-        assert!(document.get(field).is_some(), "`{field}` is promised and missing in {:?}", keys(document));
+        assert!(
+            document.get(field).is_some(),
+            "`{field}` is promised and missing in {:?}",
+            keys(document)
+        );
     }
 }
 
@@ -39,7 +43,10 @@ fn describe_has_what_the_interface_promises() {
     let (mut state, first, _) = two_nodes();
     state.report(NodeId(1), first, &v1::Report::default(), vec![replica_report(1, 1)], 20);
     let document = parsed(&describe(&state, &state.keyspaces[&KS]));
-    has(&document, &["name", "shards", "replicas", "epoch", "ack", "state", "placement", "operation"]);
+    has(
+        &document,
+        &["name", "shards", "replicas", "epoch", "ack", "state", "placement", "operation"],
+    );
     has(&document, &["keyspace_id", "version", "quarantines"]);
     assert_eq!(
         document["placement"][0],
@@ -49,7 +56,11 @@ fn describe_has_what_the_interface_promises() {
         }]})
     );
     let silent = &document["placement"][1]["replicas"][0];
-    assert_eq!((&silent["state"], &silent["keys"]), (&value!("unknown"), &Value::Null), "nothing is made up");
+    assert_eq!(
+        (&silent["state"], &silent["keys"]),
+        (&value!("unknown"), &Value::Null),
+        "nothing is made up"
+    );
     assert_eq!(
         (&document["ack"], &document["state"], &document["operation"]),
         (&value!("fsync"), &value!("active"), &Value::Null)
@@ -73,11 +84,17 @@ fn operations_have_what_the_interface_promises() {
     let all = operations(&state.keyspaces[&KS]);
     assert_eq!(all.iter().map(OperationDoc::id).collect::<Vec<_>>(), ["op-1-1", "op-1-9"]);
     let running = parsed(&all[0]);
-    has(&running, &["id", "kind", "keyspace", "from", "to", "state", "step", "waiting_for", "bytes_done"]);
+    has(
+        &running,
+        &["id", "kind", "keyspace", "from", "to", "state", "step", "waiting_for", "bytes_done"],
+    );
     has(&running, &["bytes_total", "keys_moved", "started_at_us"]);
     assert_eq!((&running["state"], &running["step"]), (&value!("running"), &value!("prepare")));
     let done = parsed(&all[1]);
-    has(&done, &["id", "kind", "keyspace", "from", "to", "keys_moved", "bytes_moved", "bytes_from_bucket"]);
+    has(
+        &done,
+        &["id", "kind", "keyspace", "from", "to", "keys_moved", "bytes_moved", "bytes_from_bucket"],
+    );
     has(&done, &["bytes_from_peers", "objects_read", "write_pause_ms", "duration_ms", "state"]);
     has(&done["write_pause_ms"], &["p50", "p99", "max"]);
     assert_eq!(done["state"], "done");
@@ -86,11 +103,17 @@ fn operations_have_what_the_interface_promises() {
 #[test]
 fn an_estimate_adds_up() {
     let (mut state, first, second) = two_nodes();
-    let big = |replica| vasto_core::report::ReplicaReport { bytes: 300 << 20, ..replica_report(replica, 1) };
+    let big = |replica| vasto_core::report::ReplicaReport {
+        bytes: 300 << 20,
+        ..replica_report(replica, 1)
+    };
     state.report(NodeId(1), first, &v1::Report::default(), vec![big(1)], 20);
     state.report(NodeId(2), second, &v1::Report::default(), vec![big(2)], 20);
     let estimate = parsed(&estimate(&state.keyspaces[&KS], 3));
-    has(&estimate, &["keyspace", "from", "to", "moving_fraction", "sources", "requests", "seconds"]);
+    has(
+        &estimate,
+        &["keyspace", "from", "to", "moving_fraction", "sources", "requests", "seconds"],
+    );
     assert_eq!(estimate["sources"].as_array().unwrap().len(), 2);
     has(&estimate["sources"][0], &["shard", "keys", "bytes", "bytes_to_read"]);
     assert_eq!(estimate["sources"][0]["bytes_to_read"], 100 << 20);
@@ -103,8 +126,10 @@ fn the_cluster_warns_of_what_a_person_must_look_at() {
     let (mut state, first, second) = two_nodes();
     let report = v1::Report { disk_used: 1 << 40, disk_free: 1 << 20, ..v1::Report::default() };
     state.report(NodeId(1), first, &report, vec![replica_report(1, 1)], 20);
-    let broken =
-        vasto_core::report::ReplicaReport { phase: ReplicaPhase::Failed("bad record".into()), ..replica_report(2, 1) };
+    let broken = vasto_core::report::ReplicaReport {
+        phase: ReplicaPhase::Failed("bad record".into()),
+        ..replica_report(2, 1)
+    };
     state.report(NodeId(2), second, &v1::Report::default(), vec![broken], 20);
     let status = |state: &ClusterState| {
         let own = Usage::default();
@@ -113,15 +138,29 @@ fn the_cluster_warns_of_what_a_person_must_look_at() {
     };
     let document = status(&state);
     has(&document, &["cluster_id", "term", "nodes", "keyspaces", "warnings", "master", "bill"]);
-    has(&document["bill"], &["currency", "per_month", "processes", "measured_s", "stored_bytes", "note"]);
+    has(
+        &document["bill"],
+        &["currency", "per_month", "processes", "measured_s", "stored_bytes", "note"],
+    );
     has(&document["bill"]["per_month"], &["requests", "storage", "egress", "total"]);
     for process in [&document["nodes"][0], &document["master"]] {
         let counts = &process["bucket_requests"];
-        has(counts, &["get", "put", "list", "head", "delete", "bytes_read", "bytes_written", "elapsed_s"]);
+        has(
+            counts,
+            &["get", "put", "list", "head", "delete", "bytes_read", "bytes_written", "elapsed_s"],
+        );
     }
-    has(&document["nodes"][0], &["node_id", "address", "zone", "state", "disk_used", "disk_free", "bucket_requests"]);
+    has(
+        &document["nodes"][0],
+        &["node_id", "address", "zone", "state", "disk_used", "disk_free", "bucket_requests"],
+    );
     let warnings = |document: &Value| -> Vec<String> {
-        document["warnings"].as_array().unwrap().iter().map(|text| text.as_str().unwrap().to_owned()).collect()
+        document["warnings"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|text| text.as_str().unwrap().to_owned())
+            .collect()
     };
     let said = warnings(&document);
     assert_eq!(said.len(), 2, "{said:?}");

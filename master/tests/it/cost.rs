@@ -17,13 +17,18 @@ async fn the_stored_bytes_are_known_after_every_listing_of_the_bucket() {
     let retention = Retention { min_age: Duration::ZERO, ..Retention::default() };
     let master = TestMaster::with(MasterConfig { prices, retention, ..config(url) }).await;
     let bucket = Bucket::open(url, &BucketOptions::default()).unwrap();
-    let in_bucket = async || bucket.list("").await.unwrap().iter().map(|object| object.bytes).sum::<u64>();
+    let in_bucket =
+        async || bucket.list("").await.unwrap().iter().map(|object| object.bytes).sum::<u64>();
     bucket.create("probe/left-behind", vec![7; 5_000].into()).await.unwrap();
 
     let status = master.status().await;
     let bill = &status["bill"];
     assert_eq!((&bill["currency"], &bill["processes"]), (&"EUR".into(), &1.into()), "{bill}");
-    assert_eq!((&bill["stored_bytes"], &bill["per_month"]["total"]), (&Value::Null, &Value::Null), "{bill}");
+    assert_eq!(
+        (&bill["stored_bytes"], &bill["per_month"]["total"]),
+        (&Value::Null, &Value::Null),
+        "{bill}"
+    );
     assert_eq!(
         master.status().await["master"]["bucket_requests"]["list"],
         status["master"]["bucket_requests"]["list"],
@@ -35,8 +40,13 @@ async fn the_stored_bytes_are_known_after_every_listing_of_the_bucket() {
     json(client().collect_garbage(v1::CollectGarbageRequest { dry_run: true }).await).unwrap();
     let before = in_bucket().await;
     assert_eq!(stored().await, before, "nothing was deleted");
-    let collected = json(client().collect_garbage(v1::CollectGarbageRequest { dry_run: false }).await).unwrap();
-    assert_eq!((&collected["deleted"], &collected["bytes"]), (&1.into(), &5_000.into()), "{collected}");
+    let collected =
+        json(client().collect_garbage(v1::CollectGarbageRequest { dry_run: false }).await).unwrap();
+    assert_eq!(
+        (&collected["deleted"], &collected["bytes"]),
+        (&1.into(), &5_000.into()),
+        "{collected}"
+    );
     assert_eq!(collected["stored_bytes"], in_bucket().await);
     assert_eq!(stored().await, in_bucket().await, "what was deleted is not stored any more");
     assert!(in_bucket().await < before);

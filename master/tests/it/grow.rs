@@ -14,7 +14,10 @@ use crate::node::{Crew, Session, hello, reports};
 async fn cluster(bucket: &str, shards: u32) -> (TestMaster, Crew) {
     let master = TestMaster::start(bucket).await;
     let crew = Crew::start(&master.url, [1, 2]);
-    eventually("two nodes", async || (master.status().await["nodes"].as_array()?.len() == 2).then_some(())).await;
+    eventually("two nodes", async || {
+        (master.status().await["nodes"].as_array()?.len() == 2).then_some(())
+    })
+    .await;
     master.create("ks1", shards).await.unwrap();
     (master, crew)
 }
@@ -31,18 +34,30 @@ async fn a_grow_driven_step_by_step() {
     created.unwrap();
 
     let estimate = master.resize("ks1", 2, true).await.unwrap();
-    assert_eq!((&estimate["from"], &estimate["to"], &estimate["moving_fraction"]), (&json!(1), &json!(2), &json!(0.5)));
+    assert_eq!(
+        (&estimate["from"], &estimate["to"], &estimate["moving_fraction"]),
+        (&json!(1), &json!(2), &json!(0.5))
+    );
     assert_eq!(estimate["sources"][0]["bytes_to_read"], 1 << 19);
     assert_eq!(master.describe("ks1").await.unwrap()["version"], 1, "a plan changes nothing");
 
-    let mut topologies =
-        master.client.clone().watch(v1::WatchRequest { keyspace: "ks1".into() }).await.unwrap().into_inner();
+    let mut topologies = master
+        .client
+        .clone()
+        .watch(v1::WatchRequest { keyspace: "ks1".into() })
+        .await
+        .unwrap()
+        .into_inner();
     let started = master.resize("ks1", 2, false).await.unwrap();
     assert_eq!(
         (&started["id"], &started["state"], &started["step"]),
         (&json!("op-1-1"), &json!("running"), &json!("prepare"))
     );
-    assert_eq!(code(master.resize("ks1", 2, false).await).0, ErrorCode::FailedPrecondition, "one plan at a time");
+    assert_eq!(
+        code(master.resize("ks1", 2, false).await).0,
+        ErrorCode::FailedPrecondition,
+        "one plan at a time"
+    );
 
     let mut fastest = Duration::MAX;
     for step in [Step::Prepare, Step::Tail, Step::Sealing, Step::Committed] {
@@ -55,22 +70,33 @@ async fn a_grow_driven_step_by_step() {
         if step == Step::Committed {
             assert_eq!((catalog.epoch.0, catalog.spec.shards), (2, 2));
         } else {
-            assert_eq!((catalog.epoch.0, catalog.spec.shards), (1, 1), "nothing changes hands before the commit");
+            assert_eq!(
+                (catalog.epoch.0, catalog.spec.shards),
+                (1, 1),
+                "nothing changes hands before the commit"
+            );
             let running = master.operation("op-1-1").await;
             assert_eq!(running["state"], "running");
         }
         let reported = Instant::now();
         node.report(reports(&catalog, node.node, None)).await;
-        node.until("the next version", |seen| seen.catalogs[&KeyspaceId(1)].version > catalog.version).await;
+        node.until("the next version", |seen| {
+            seen.catalogs[&KeyspaceId(1)].version > catalog.version
+        })
+        .await;
         fastest = fastest.min(reported.elapsed());
     }
     // The time from the last seal to the commit is the pause that writers see: a decision that
     // waited for the driver's tick (100 ms) would show in every step.
-    assert!(fastest < Duration::from_millis(50), "reports must be acted on at once, not after {fastest:?}");
+    assert!(
+        fastest < Duration::from_millis(50),
+        "reports must be acted on at once, not after {fastest:?}"
+    );
     let done = master.operation_until("op-1-1", "state", "done").await;
     assert_eq!((&done["keys_moved"], &done["bytes_moved"]), (&json!(7), &json!(1)));
     assert_eq!(done["write_pause_ms"], json!({"p50": 5.0, "p99": 5.0, "max": 5.0}));
-    let steps: Vec<_> = node.seen.borrow().versions.iter().map(|(_, version, step)| (version.0, *step)).collect();
+    let steps: Vec<_> =
+        node.seen.borrow().versions.iter().map(|(_, version, step)| (version.0, *step)).collect();
     let want = [
         (1, None),
         (2, Some(Step::Prepare)),
@@ -105,7 +131,8 @@ async fn a_grow_driven_step_by_step() {
     master.stop().await;
 }
 
-/// Holds the nodes at `step` of the plan, then replaces the master with a new one on the same bucket.
+/// Holds the nodes at `step` of the plan, then replaces the master with a new one on the same
+/// bucket.
 async fn restart_at(step: Step, bucket: &str) {
     let (master, crew) = cluster(bucket, 2).await;
     crew.hold_at(Some(step));
@@ -163,7 +190,13 @@ async fn an_incomplete_seal_is_undone_and_the_plan_can_be_cancelled() {
     watcher.until("the seal to be undone", draining).await;
 
     let cancel = async |id: &str| {
-        parse(within("a cancel", master.client.clone().cancel_operation(v1::OperationRequest { id: id.into() })).await)
+        parse(
+            within(
+                "a cancel",
+                master.client.clone().cancel_operation(v1::OperationRequest { id: id.into() }),
+            )
+            .await,
+        )
     };
     let cancelled = cancel("op-1-1").await.unwrap();
     assert_eq!(
@@ -173,7 +206,11 @@ async fn an_incomplete_seal_is_undone_and_the_plan_can_be_cancelled() {
     assert_eq!(code(cancel("op-1-1").await).0, ErrorCode::FailedPrecondition);
     assert_eq!(code(cancel("op-1-9").await).0, ErrorCode::NotFound);
     let described = master.describe("ks1").await.unwrap();
-    assert_eq!((&described["shards"], &described["epoch"]), (&json!(1), &json!(1)), "nothing changed");
+    assert_eq!(
+        (&described["shards"], &described["epoch"]),
+        (&json!(1), &json!(1)),
+        "nothing changed"
+    );
 
     crew.hold_at(Some(Step::Committed));
     master.resize("ks1", 2, false).await.unwrap();
@@ -183,8 +220,11 @@ async fn an_incomplete_seal_is_undone_and_the_plan_can_be_cancelled() {
     assert!(refused.1.contains("changed ownership"), "{}", refused.1);
     assert_eq!(
         code(parse(
-            within("a refusal", master.client.clone().delete_keyspace(v1::KeyspaceRequest { name: "ks1".into() }))
-                .await
+            within(
+                "a refusal",
+                master.client.clone().delete_keyspace(v1::KeyspaceRequest { name: "ks1".into() })
+            )
+            .await
         ))
         .0,
         ErrorCode::FailedPrecondition
@@ -200,12 +240,16 @@ async fn of_two_masters_the_one_that_loses_adopts_what_the_other_did() {
     // The second learns of version 1 at its start, then the first goes far ahead.
     let second = TestMaster::start("memory://grow-two-masters").await;
     let _spare = Crew::start(&second.url, [5]);
-    eventually("a node", async || (second.status().await["nodes"].as_array()?.len() == 2).then_some(())).await;
+    eventually("a node", async || {
+        (second.status().await["nodes"].as_array()?.len() == 2).then_some(())
+    })
+    .await;
     first.resize("ks1", 2, false).await.unwrap();
     first.operation_until("op-1-1", "state", "done").await;
     assert_eq!(second.describe("ks1").await.unwrap()["shards"], 1, "nobody told the second");
 
-    // Its write loses against the first's version 2; from that tip, growing to 2 shards is no change.
+    // Its write loses against the first's version 2; from that tip, growing to 2 shards is no
+    // change.
     let lost = code(second.resize("ks1", 2, false).await);
     assert_eq!(lost.0, ErrorCode::InvalidArgument, "{}", lost.1);
     assert!(lost.1.contains("already has 2 shards"), "{}", lost.1);
@@ -216,7 +260,8 @@ async fn of_two_masters_the_one_that_loses_adopts_what_the_other_did() {
     assert_eq!(code(second.create("ks2", 1).await).0, ErrorCode::AlreadyExists);
     assert_eq!(second.describe("ks2").await.unwrap()["name"], "ks2");
 
-    // Both masters change the same keyspace at once: one version wins, the other request gets an error.
+    // Both masters change the same keyspace at once: one version wins, the other request gets an
+    // error.
     let (a, b) = tokio::join!(first.resize("ks1", 3, false), second.resize("ks1", 3, false));
     assert_eq!(usize::from(a.is_ok()) + usize::from(b.is_ok()), 1, "{a:?} {b:?}");
     first.stop().await;

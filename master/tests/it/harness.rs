@@ -69,13 +69,19 @@ impl TestMaster {
         json(self.client.clone().describe_keyspace(v1::KeyspaceRequest { name: name.into() }).await)
     }
 
-    pub(crate) async fn resize(&self, name: &str, shards: u32, plan_only: bool) -> Result<Value, tonic::Status> {
+    pub(crate) async fn resize(
+        &self,
+        name: &str,
+        shards: u32,
+        plan_only: bool,
+    ) -> Result<Value, tonic::Status> {
         let request = v1::ResizeRequest { name: name.into(), shards, plan_only };
         json(within("a resize", self.client.clone().resize_keyspace(request)).await)
     }
 
     pub(crate) async fn operation(&self, id: &str) -> Value {
-        json(self.client.clone().show_operation(v1::OperationRequest { id: id.into() }).await).unwrap()
+        json(self.client.clone().show_operation(v1::OperationRequest { id: id.into() }).await)
+            .unwrap()
     }
 
     pub(crate) async fn status(&self) -> Value {
@@ -92,7 +98,9 @@ impl TestMaster {
     }
 }
 
-pub(crate) fn json(reply: Result<tonic::Response<v1::JsonReply>, tonic::Status>) -> Result<Value, tonic::Status> {
+pub(crate) fn json(
+    reply: Result<tonic::Response<v1::JsonReply>, tonic::Status>,
+) -> Result<Value, tonic::Status> {
     reply.map(|reply| serde_json::from_str(&reply.into_inner().json).unwrap())
 }
 

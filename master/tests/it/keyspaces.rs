@@ -11,17 +11,30 @@ use crate::node::{Crew, Session, hello, reports};
 async fn a_keyspace_is_created_described_and_deleted() {
     let master = TestMaster::start("memory://keyspace-life").await;
     let _crew = Crew::start(&master.url, [1, 2]);
-    eventually("two nodes", async || (master.status().await["nodes"].as_array()?.len() == 2).then_some(())).await;
+    eventually("two nodes", async || {
+        (master.status().await["nodes"].as_array()?.len() == 2).then_some(())
+    })
+    .await;
 
     let created = master.create("ks1", 4).await.unwrap();
-    assert_eq!((&created["name"], &created["shards"], &created["epoch"]), (&json!("ks1"), &json!(4), &json!(1)));
+    assert_eq!(
+        (&created["name"], &created["shards"], &created["epoch"]),
+        (&json!("ks1"), &json!(4), &json!(1))
+    );
     let on = |document: &serde_json::Value, node: &str| -> usize {
         let shards = document["placement"].as_array().unwrap();
         shards.iter().filter(|shard| shard["replicas"][0]["node_id"] == node).count()
     };
-    assert_eq!((on(&created, "n-0000000000000001"), on(&created, "n-0000000000000002")), (2, 2), "spread evenly");
+    assert_eq!(
+        (on(&created, "n-0000000000000001"), on(&created, "n-0000000000000002")),
+        (2, 2),
+        "spread evenly"
+    );
     for shard in created["placement"].as_array().unwrap() {
-        assert_eq!(shard["replicas"][0]["state"], "serving", "create answers when every replica serves");
+        assert_eq!(
+            shard["replicas"][0]["state"], "serving",
+            "create answers when every replica serves"
+        );
     }
     assert_eq!(master.describe("ks1").await.unwrap()["keyspace_id"], created["keyspace_id"]);
     let list = parse(master.client.clone().list_keyspaces(v1::Empty {}).await).unwrap();
@@ -34,14 +47,21 @@ async fn a_keyspace_is_created_described_and_deleted() {
     assert_eq!(missing.0, ErrorCode::NotFound);
     assert!(missing.1.contains("ks1"), "{}", missing.1);
 
-    let mut topologies =
-        master.client.clone().watch(v1::WatchRequest { keyspace: "ks1".into() }).await.unwrap().into_inner();
+    let mut topologies = master
+        .client
+        .clone()
+        .watch(v1::WatchRequest { keyspace: "ks1".into() })
+        .await
+        .unwrap()
+        .into_inner();
     let topology = within("the topology", topologies.message()).await.unwrap().unwrap();
     assert!(topology.active && topology.shards.len() == 4);
     assert_eq!(topology.shards[0].replicas[0].address, "127.0.0.1:10001");
 
     let request = v1::KeyspaceRequest { name: "ks1".into() };
-    let deleted = parse(within("a delete", master.client.clone().delete_keyspace(request.clone())).await).unwrap();
+    let deleted =
+        parse(within("a delete", master.client.clone().delete_keyspace(request.clone())).await)
+            .unwrap();
     assert_eq!(deleted["state"], "deleted");
     let last = within("the last topology", topologies.message()).await.unwrap().unwrap();
     assert!(!last.active && last.epoch > topology.epoch);
@@ -62,9 +82,17 @@ async fn impossible_specifications_are_refused_with_a_remedy() {
     assert_eq!(refused.0, ErrorCode::FailedPrecondition, "no node");
     assert!(refused.1.contains("vasto serve node"), "{}", refused.1);
     let _crew = Crew::start(&master.url, [1]);
-    eventually("a node", async || (master.status().await["nodes"][0]["state"] == "live").then_some(())).await;
+    eventually("a node", async || {
+        (master.status().await["nodes"][0]["state"] == "live").then_some(())
+    })
+    .await;
 
-    let base = v1::CreateKeyspaceRequest { name: "ks1".into(), shards: 1, replicas: 1, ..Default::default() };
+    let base = v1::CreateKeyspaceRequest {
+        name: "ks1".into(),
+        shards: 1,
+        replicas: 1,
+        ..Default::default()
+    };
     let with = |change: fn(&mut v1::CreateKeyspaceRequest)| {
         let mut request = base.clone();
         change(&mut request);
@@ -82,11 +110,16 @@ async fn impossible_specifications_are_refused_with_a_remedy() {
         (with(|r| r.replicas = 2), FailedPrecondition, "start more nodes"),
         (with(|r| r.ack = v1::Ack::Replica as i32), FailedPrecondition, "--ack"),
         (with(|r| r.ttl_ms = Some(0)), InvalidArgument, "time to live"),
-        (with(|r| r.ttl_ms = Some(1_001 * 365 * 86_400_000)), InvalidArgument, "at most 365000 days"),
+        (
+            with(|r| r.ttl_ms = Some(1_001 * 365 * 86_400_000)),
+            InvalidArgument,
+            "at most 365000 days",
+        ),
         (with(|r| r.quarantine_ms = Some(u64::MAX)), InvalidArgument, "quarantine"),
     ];
     for (request, want, says) in cases {
-        let (got, message) = code(parse(within("a refusal", master.client.clone().create_keyspace(request)).await));
+        let (got, message) =
+            code(parse(within("a refusal", master.client.clone().create_keyspace(request)).await));
         assert_eq!(got, want, "{message}");
         assert!(message.contains(says), "{message}");
     }
@@ -115,10 +148,16 @@ async fn a_create_answers_with_the_reason_when_a_replica_fails() {
 async fn commands_reach_every_node_and_a_lost_node_is_an_error() {
     let master = TestMaster::start("memory://keyspace-commands").await;
     let crew = Crew::start(&master.url, [1, 2]);
-    eventually("two nodes", async || (master.status().await["nodes"].as_array()?.len() == 2).then_some(())).await;
+    eventually("two nodes", async || {
+        (master.status().await["nodes"].as_array()?.len() == 2).then_some(())
+    })
+    .await;
     master.create("ks1", 2).await.unwrap();
     let request = v1::KeyspaceRequest { name: "ks1".into() };
-    let done = parse(within("a checkpoint", master.client.clone().checkpoint_keyspace(request.clone())).await).unwrap();
+    let done = parse(
+        within("a checkpoint", master.client.clone().checkpoint_keyspace(request.clone())).await,
+    )
+    .unwrap();
     assert_eq!(done["nodes"].as_array().unwrap().len(), 2);
 
     crew.stop();
@@ -127,10 +166,13 @@ async fn commands_reach_every_node_and_a_lost_node_is_an_error() {
         nodes["nodes"].as_array()?.iter().all(|node| node["state"] == "away").then_some(())
     })
     .await;
-    let away = code(parse(within("a refusal", master.client.clone().compact_keyspace(request.clone())).await));
+    let away = code(parse(
+        within("a refusal", master.client.clone().compact_keyspace(request.clone())).await,
+    ));
     assert_eq!(away.0, ErrorCode::Unavailable);
 
-    let (first, second) = (Session::join(&master.url, hello(1)).await, Session::join(&master.url, hello(2)).await);
+    let (first, second) =
+        (Session::join(&master.url, hello(1)).await, Session::join(&master.url, hello(2)).await);
     let lose = async {
         let seen = first.until("the command", |seen| !seen.commands.is_empty()).await;
         first.done(seen.commands[0].id, "").await;
@@ -138,7 +180,8 @@ async fn commands_reach_every_node_and_a_lost_node_is_an_error() {
         drop(second);
     };
     let mut client = master.client.clone();
-    let (outcome, ()) = tokio::join!(within("the loss to be noticed", client.compact_keyspace(request)), lose);
+    let (outcome, ()) =
+        tokio::join!(within("the loss to be noticed", client.compact_keyspace(request)), lose);
     let (got, message) = code(parse(outcome));
     assert_eq!(got, ErrorCode::Unavailable);
     assert!(message.contains("n-0000000000000002 was lost"), "{message}");

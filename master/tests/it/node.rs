@@ -9,7 +9,9 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::ids::{CatalogVersion, Incarnation, KeyspaceId, Lsn, NodeId, ReplicaId};
 use vasto_core::plan::{PinnedManifest, Plan, Step};
-use vasto_core::report::{ReplicaPhase, ReplicaReport, Sealed, SourceProgress, TargetProgress, TargetStage};
+use vasto_core::report::{
+    ReplicaPhase, ReplicaReport, Sealed, SourceProgress, TargetProgress, TargetStage,
+};
 use vasto_proto::v1::membership_client::MembershipClient;
 use vasto_proto::v1::{self, master_message, node_message};
 
@@ -50,7 +52,8 @@ pub(crate) fn hello(node: u64) -> v1::Hello {
 impl Session {
     /// Connects and says Hello; fails when the master cannot be reached.
     pub(crate) async fn open(url: &str, hello: v1::Hello) -> Result<Self, tonic::Status> {
-        let unreachable = |error: tonic::transport::Error| tonic::Status::unavailable(error.to_string());
+        let unreachable =
+            |error: tonic::transport::Error| tonic::Status::unavailable(error.to_string());
         let mut client = MembershipClient::connect(url.to_owned()).await.map_err(unreachable)?;
         let (outbound, messages) = mpsc::channel(16);
         let node = NodeId(hello.node_id);
@@ -76,23 +79,43 @@ impl Session {
 
     pub(crate) async fn until(&self, what: &str, holds: impl Fn(&Seen) -> bool) -> Seen {
         let mut seen = self.seen.clone();
-        within(what, seen.wait_for(holds)).await.unwrap_or_else(|_| panic!("the session died before {what}")).clone()
+        within(what, seen.wait_for(holds))
+            .await
+            .unwrap_or_else(|_| panic!("the session died before {what}"))
+            .clone()
     }
 
     pub(crate) async fn report(&self, replicas: Vec<ReplicaReport>) {
-        let replicas = replicas.iter().map(|report| serde_json::to_string(report).unwrap()).collect();
-        let report = v1::Report { replicas, disk_used: 1 << 40, disk_free: 1 << 40, ..v1::Report::default() };
+        let replicas =
+            replicas.iter().map(|report| serde_json::to_string(report).unwrap()).collect();
+        let report = v1::Report {
+            replicas,
+            disk_used: 1 << 40,
+            disk_free: 1 << 40,
+            ..v1::Report::default()
+        };
         self.send(node_message::Message::Report(report)).await;
     }
 
     /// Carries out a command that asks for catalogs.
     pub(crate) async fn names_catalogs(&self, id: u64, catalogs: &[&Catalog]) {
-        let catalogs = catalogs.iter().map(|catalog| serde_json::to_string(catalog).unwrap()).collect();
-        self.send(node_message::Message::Done(v1::CommandDone { id, catalogs, ..v1::CommandDone::default() })).await;
+        let catalogs =
+            catalogs.iter().map(|catalog| serde_json::to_string(catalog).unwrap()).collect();
+        self.send(node_message::Message::Done(v1::CommandDone {
+            id,
+            catalogs,
+            ..v1::CommandDone::default()
+        }))
+        .await;
     }
 
     pub(crate) async fn done(&self, id: u64, error: &str) {
-        self.send(node_message::Message::Done(v1::CommandDone { id, error: error.into(), catalogs: Vec::new() })).await;
+        self.send(node_message::Message::Done(v1::CommandDone {
+            id,
+            error: error.into(),
+            catalogs: Vec::new(),
+        }))
+        .await;
     }
 
     async fn send(&self, message: node_message::Message) {
@@ -112,7 +135,10 @@ impl Seen {
             master_message::Message::Keyspace(version) => {
                 assert!(self.welcome.is_some(), "the welcome comes first");
                 let catalog: Catalog = serde_json::from_str(&version.catalog_json).unwrap();
-                assert_eq!((catalog.keyspace.0, catalog.version.0), (version.keyspace_id, version.version));
+                assert_eq!(
+                    (catalog.keyspace.0, catalog.version.0),
+                    (version.keyspace_id, version.version)
+                );
                 let step = catalog.plan.as_ref().map(|plan| plan.step);
                 self.versions.push((catalog.keyspace, catalog.version, step));
                 if let Some(old) = self.catalogs.insert(catalog.keyspace, catalog.clone()) {
@@ -123,8 +149,8 @@ impl Seen {
     }
 }
 
-/// Nodes that execute at once what catalog versions ask for, up to the step they are held at, and that
-/// reconnect to the master wherever it restarts.
+/// Nodes that execute at once what catalog versions ask for, up to the step they are held at, and
+/// that reconnect to the master wherever it restarts.
 pub(crate) struct Crew {
     url: watch::Sender<String>,
     held_at: watch::Sender<Option<Step>>,
@@ -143,7 +169,9 @@ impl Crew {
         };
         for node in nodes {
             let (url, held_at) = (crew.url.subscribe(), crew.held_at.subscribe());
-            tokio::spawn(crew.stop.clone().run_until_cancelled_owned(apply_versions(node, url, held_at)));
+            tokio::spawn(
+                crew.stop.clone().run_until_cancelled_owned(apply_versions(node, url, held_at)),
+            );
         }
         crew
     }
@@ -161,7 +189,11 @@ impl Crew {
     }
 }
 
-async fn apply_versions(node: u64, url: watch::Receiver<String>, held_at: watch::Receiver<Option<Step>>) {
+async fn apply_versions(
+    node: u64,
+    url: watch::Receiver<String>,
+    held_at: watch::Receiver<Option<Step>>,
+) {
     let known = Known::default();
     loop {
         let at = url.borrow().clone();
@@ -199,7 +231,12 @@ async fn serve(
             }
         }
         let hold = *held_at.borrow_and_update();
-        let reports = known.lock().unwrap().values().flat_map(|catalog| reports(catalog, session.node, hold)).collect();
+        let reports = known
+            .lock()
+            .unwrap()
+            .values()
+            .flat_map(|catalog| reports(catalog, session.node, hold))
+            .collect();
         session.report(reports).await;
         let commands = seen.borrow().commands.clone();
         for command in commands {
@@ -216,7 +253,8 @@ async fn serve(
 
 pub(crate) const SEAL_LSN: Lsn = Lsn(20);
 
-/// Returns the reports of a perfect node under this version; its work of the held step is not done yet.
+/// Returns the reports of a perfect node under this version; its work of the held step is not done
+/// yet.
 pub(crate) fn reports(catalog: &Catalog, node: NodeId, hold: Option<Step>) -> Vec<ReplicaReport> {
     if catalog.state == KeyspaceState::Deleted {
         return Vec::new();
@@ -245,13 +283,21 @@ pub(crate) fn reports(catalog: &Catalog, node: NodeId, hold: Option<Step>) -> Ve
                     .filter(|quarantine| quarantine.dropping)
                     .map(|quarantine| quarantine.plan)
                     .collect(),
-                replication: vasto_core::report::ReplicationReport { ready: true, ..Default::default() },
+                replication: vasto_core::report::ReplicationReport {
+                    ready: true,
+                    ..Default::default()
+                },
             }
         })
         .collect()
 }
 
-fn source(catalog: &Catalog, plan: &Plan, replica: ReplicaId, hold: Option<Step>) -> Option<SourceProgress> {
+fn source(
+    catalog: &Catalog,
+    plan: &Plan,
+    replica: ReplicaId,
+    hold: Option<Step>,
+) -> Option<SourceProgress> {
     plan.sources.iter().find(|source| source.replica == replica)?;
     let done = |step| plan.step == step && hold != Some(step);
     Some(SourceProgress {

@@ -28,7 +28,9 @@ pub(super) fn list(dir: &Path) -> Result<Vec<Lsn>, BinlogError> {
         let entry = entry.map_err(BinlogError::io("list", dir))?;
         match entry.file_name().to_str().and_then(parse_name) {
             Some(first) => firsts.push(first),
-            None => tracing::warn!(file = %entry.path().display(), "not a binlog file; it is ignored"),
+            None => {
+                tracing::warn!(file = %entry.path().display(), "not a binlog file; it is ignored")
+            }
         }
     }
     firsts.sort_unstable();
@@ -44,7 +46,8 @@ pub(super) fn create(dir: &Path, header: &FileHeader) -> Result<File, BinlogErro
         .create_new(true)
         .open(&path)
         .map_err(BinlogError::io("create", &path))?;
-    file.write_all_at(&header.encode(), 0).map_err(BinlogError::io("write the header of", &path))?;
+    file.write_all_at(&header.encode(), 0)
+        .map_err(BinlogError::io("write the header of", &path))?;
     file.sync_all().map_err(BinlogError::io("sync", &path))?;
     sync_dir(dir)?;
     Ok(file)
@@ -62,7 +65,9 @@ pub(super) fn remove(path: &Path) -> Result<(), BinlogError> {
 
 /// Makes creations and removals in a directory durable.
 pub(super) fn sync_dir(dir: &Path) -> Result<(), BinlogError> {
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(BinlogError::io("sync the directory", dir))
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(BinlogError::io("sync the directory", dir))
 }
 
 /// Creates the directory if it is missing, durably.
@@ -87,7 +92,9 @@ mod tests {
         assert_eq!(name, Path::new("00000000000000000042.log"));
         assert_eq!(parse_name("00000000000000000042.log"), Some(Lsn(42)));
         assert_eq!(parse_name(&format!("{}.log", u64::MAX)), Some(Lsn(u64::MAX)));
-        for stranger in ["42.log", "00000000000000000000.log", "99999999999999999999.log", "x", ".log", ""] {
+        for stranger in
+            ["42.log", "00000000000000000000.log", "99999999999999999999.log", "x", ".log", ""]
+        {
             assert_eq!(parse_name(stranger), None, "{stranger}");
         }
         assert_eq!(parse_name("+0000000000000000042.log"), None);

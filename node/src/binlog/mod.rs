@@ -94,7 +94,9 @@ pub enum BinlogError {
         evidence: String,
     },
     /// The reader asked for records that truncation has removed.
-    #[error("record {asked} is no longer in the log, which starts at {first}; start over from a checkpoint")]
+    #[error(
+        "record {asked} is no longer in the log, which starts at {first}; start over from a checkpoint"
+    )]
     TooOld {
         /// The first record that was wanted.
         asked: Lsn,
@@ -102,7 +104,9 @@ pub enum BinlogError {
         first: Lsn,
     },
     /// The reader claims to have read records that were never written here.
-    #[error("the log ends at record {last} and a reader claims to hold {after}; start over from a checkpoint")]
+    #[error(
+        "the log ends at record {last} and a reader claims to hold {after}; start over from a checkpoint"
+    )]
     Ahead {
         /// The position that the reader claims.
         after: Lsn,
@@ -161,7 +165,8 @@ impl Active {
 }
 
 impl Binlog {
-    /// Opens the log of a directory, cuts off a write that a crash left unfinished, and makes the rest durable.
+    /// Opens the log of a directory, cuts off a write that a crash left unfinished, and makes the
+    /// rest durable.
     ///
     /// Creates no file: an empty directory is an empty log. Reads every file once.
     ///
@@ -180,7 +185,12 @@ impl Binlog {
             }
         });
         let handle = active.as_ref().map(|active| active.file.clone());
-        let shared = Arc::new(LogShared::new(config.dir.clone(), recovered.segments, handle, recovered.last));
+        let shared = Arc::new(LogShared::new(
+            config.dir.clone(),
+            recovered.segments,
+            handle,
+            recovered.last,
+        ));
         Ok(Binlog { config, incarnation: Incarnation(0), active, shared })
     }
 
@@ -194,7 +204,8 @@ impl Binlog {
         self.incarnation = incarnation;
     }
 
-    /// Writes one encoded record after the last one. The record is durable after the next [`Self::sync`].
+    /// Writes one encoded record after the last one. The record is durable after the next
+    /// [`Self::sync`].
     ///
     /// # Errors
     /// Any failure poisons the log: how much of the record is in the file is not known.
@@ -205,7 +216,8 @@ impl Binlog {
         self.shared.check_failed()?;
         assert_eq!(lsn, self.last_lsn().next(), "records are appended in order, without gaps");
         assert!(
-            record.len() >= RECORD_HEADER_BYTES && positions_at(record).is_some_and(|(own, _)| own == lsn),
+            record.len() >= RECORD_HEADER_BYTES
+                && positions_at(record).is_some_and(|(own, _)| own == lsn),
             "the bytes to append are not record {lsn}"
         );
         self.ready_active(lsn, record.len() as u64)?;
@@ -254,10 +266,12 @@ impl Binlog {
             incarnation: self.incarnation,
             first_lsn: lsn,
         };
-        let file = Arc::new(file::create(&self.config.dir, &header).map_err(|e| self.shared.poison(e))?);
+        let file =
+            Arc::new(file::create(&self.config.dir, &header).map_err(|e| self.shared.poison(e))?);
         let bytes = FILE_HEADER_BYTES as u64;
         self.shared.rotated(Segment::empty(lsn), file.clone());
-        self.active = Some(Active { file, path: file::path(&self.config.dir, lsn), first: lsn, bytes });
+        self.active =
+            Some(Active { file, path: file::path(&self.config.dir, lsn), first: lsn, bytes });
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! Sequential reading of synced records, concurrent with the writer and across files.
 //!
-//! **Invariant:** a reader returns contiguous, verified and synced records. The reader reads only bytes of completely
-//! appended records, which never change, so a buffer of them never goes stale.
+//! **Invariant:** a reader returns contiguous, verified and synced records. The reader reads only
+//! bytes of completely appended records, which never change, so a buffer of them never goes stale.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -17,7 +17,8 @@ use super::{BinlogError, LogShared, file};
 /// Minimum and maximum of one read-ahead.
 const READ_AHEAD_BYTES: std::ops::RangeInclusive<usize> = (4 << 10)..=(1 << 20);
 
-/// Reader of a log from a position on. A file that truncation removes meanwhile stays readable to its end.
+/// Reader of a log from a position on. A file that truncation removes meanwhile stays readable to
+/// its end.
 #[derive(Debug)]
 pub(crate) struct LogReader {
     shared: Arc<LogShared>,
@@ -48,9 +49,18 @@ impl Buffer {
         self.bytes = Vec::new();
     }
 
-    /// Returns `len` bytes from `offset`; reads up to `ahead` if they are not buffered, never beyond `end`.
-    fn get(&mut self, file: &File, offset: u64, len: usize, ahead: usize, end: u64) -> std::io::Result<&[u8]> {
-        let inside = offset >= self.start && offset + len as u64 <= self.start + self.bytes.len() as u64;
+    /// Returns `len` bytes from `offset`; reads up to `ahead` if they are not buffered, never
+    /// beyond `end`.
+    fn get(
+        &mut self,
+        file: &File,
+        offset: u64,
+        len: usize,
+        ahead: usize,
+        end: u64,
+    ) -> std::io::Result<&[u8]> {
+        let inside =
+            offset >= self.start && offset + len as u64 <= self.start + self.bytes.len() as u64;
         if !inside {
             let want = (len.max(ahead) as u64).min(end - offset) as usize;
             if self.bytes.capacity() > 2 * want.max(*READ_AHEAD_BYTES.end()) {
@@ -78,13 +88,16 @@ impl LogReader {
         self.position
     }
 
-    /// Returns the next synced records with their encodings: as many as fit into `bytes_max`, but at least one; none at
-    /// the synced end. Blocks on the disk.
+    /// Returns the next synced records with their encodings: as many as fit into `bytes_max`, but
+    /// at least one; none at the synced end. Blocks on the disk.
     ///
     /// # Errors
     /// [`BinlogError::TooOld`] when truncation overtook the reader, [`BinlogError::Rot`] when a
     /// record fails its checks. The position stays where it was.
-    pub(crate) fn next_batch(&mut self, bytes_max: usize) -> Result<Vec<(Lsn, Vec<u8>)>, BinlogError> {
+    pub(crate) fn next_batch(
+        &mut self,
+        bytes_max: usize,
+    ) -> Result<Vec<(Lsn, Vec<u8>)>, BinlogError> {
         let wanted = self.position.next();
         let view = self.shared.view(wanted);
         if wanted > view.synced {
@@ -93,7 +106,9 @@ impl LogReader {
         let end = self.open_for(wanted, &view)?;
         let batch = self.read(wanted, view.synced, end, bytes_max);
         match &batch {
-            Ok(batch) => self.position = batch.last().expect("a synced record is there and was read").0,
+            Ok(batch) => {
+                self.position = batch.last().expect("a synced record is there and was read").0
+            }
             // The next call starts over from the index.
             Err(_) => self.open = None,
         }
@@ -114,7 +129,9 @@ impl LogReader {
             let path = file::path(self.shared.dir(), place.file_first);
             let file = match File::open(&path) {
                 // A file leaves the log's list before it is removed.
-                Err(_) if self.shared.first_lsn() > wanted => return Err(too_old(self.shared.first_lsn())),
+                Err(_) if self.shared.first_lsn() > wanted => {
+                    return Err(too_old(self.shared.first_lsn()));
+                }
                 opened => opened.map_err(BinlogError::io("open", &path))?,
             };
             let (at, offset) = place.near;
@@ -148,17 +165,22 @@ impl LogReader {
             if left < RECORD_HEADER_BYTES {
                 return Err(rot("the file ends inside a record".to_owned()));
             }
-            let head =
-                self.buffer.get(&open.file, open.offset, 4, ahead, end).map_err(BinlogError::io("read", &path))?;
-            let length = u32::from_le_bytes(head.try_into().expect("four bytes were asked for")) as usize;
+            let head = self
+                .buffer
+                .get(&open.file, open.offset, 4, ahead, end)
+                .map_err(BinlogError::io("read", &path))?;
+            let length =
+                u32::from_le_bytes(head.try_into().expect("four bytes were asked for")) as usize;
             if !(RECORD_HEADER_BYTES..=RECORD_BYTES_MAX.min(left)).contains(&length) {
                 return Err(rot(format!("a record of {length} bytes")));
             }
             if !batch.is_empty() && batch_bytes + length > bytes_max {
                 break;
             }
-            let record =
-                self.buffer.get(&open.file, open.offset, length, ahead, end).map_err(BinlogError::io("read", &path))?;
+            let record = self
+                .buffer
+                .get(&open.file, open.offset, length, ahead, end)
+                .map_err(BinlogError::io("read", &path))?;
             frame_at(record).map_err(|error| rot(error.to_string()))?;
             let (lsn, _) = positions_at(record).expect("a whole record has positions");
             if lsn != open.at {

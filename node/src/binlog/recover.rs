@@ -1,27 +1,29 @@
-//! Opening of a log: reads all of it, distinguishes an unfinished write of a crash from damage, and cuts.
+//! Opening of a log: reads all of it, distinguishes an unfinished write of a crash from damage, and
+//! cuts.
 //!
-//! Reading stops at the first bad place: a file without a good header, or a record that is torn, fails its checksum or
-//! has another LSN than the one after its predecessor. A power loss writes pages back in any order, so good records
-//! after it prove nothing by themselves. The bad place is **rot**, and the log is left unchanged, when the record
-//! expected there is known to have been durable:
+//! Reading stops at the first bad place: a file without a good header, or a record that is torn,
+//! fails its checksum or has another LSN than the one after its predecessor. A power loss writes
+//! pages back in any order, so good records after it prove nothing by themselves. The bad place is
+//! **rot**, and the log is left unchanged, when the record expected there is known to have been
+//! durable:
 //!
 //! - *A later file exists.* A file is created only after everything before it was synced. (So a
 //!   cut never removes a file with a good header; also a gap between two files is rot.)
 //! - *A good record after it names a `synced_lsn` at or after it.*
-//! - *The file has bytes after a bad header.* The header was synced before the first record was written, so no crash
-//!   can remove it.
+//! - *The file has bytes after a bad header.* The header was synced before the first record was
+//!   written, so no crash can remove it.
 //!
-//! Otherwise the bad place is the end of the log: the file is **cut** there and synced before any append. A file that
-//! is no longer than a header, without a good one, is an unfinished creation and is removed; if no other file exists,
-//! the log is empty and goes on at the LSN in its name. If a crash interrupts a cut, the next recovery finds the same
-//! place or a clean end.
+//! Otherwise the bad place is the end of the log: the file is **cut** there and synced before any
+//! append. A file that is no longer than a header, without a good one, is an unfinished creation
+//! and is removed; if no other file exists, the log is empty and goes on at the LSN in its name. If
+//! a crash interrupts a cut, the next recovery finds the same place or a clean end.
 //!
-//! A damaged record that was synced, but in the last group before the crash, cannot be distinguished from an unfinished
-//! one: no later record proves that it was synced.
+//! A damaged record that was synced, but in the last group before the crash, cannot be
+//! distinguished from an unfinished one: no later record proves that it was synced.
 //!
-//! **Invariant:** everything is decided before the first change, and after a recovery all records found are durable.
-//! The last file is synced and its pages are dropped from the cache before it is read: after a failed sync the cache
-//! holds records that the disk does not.
+//! **Invariant:** everything is decided before the first change, and after a recovery all records
+//! found are durable. The last file is synced and its pages are dropped from the cache before it is
+//! read: after a failed sync the cache holds records that the disk does not.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -31,7 +33,9 @@ use std::path::Path;
 use vasto_core::Lsn;
 use vasto_core::codec::DecodeError;
 use vasto_core::limits::RECORD_BYTES_MAX;
-use vasto_core::record::{FILE_FORMAT, FILE_HEADER_BYTES, FileHeader, RECORD_HEADER_BYTES, frame_at, positions_at};
+use vasto_core::record::{
+    FILE_FORMAT, FILE_HEADER_BYTES, FileHeader, RECORD_HEADER_BYTES, frame_at, positions_at,
+};
 
 use super::shared::Segment;
 use super::{BinlogConfig, BinlogError, file};
@@ -81,10 +85,18 @@ pub(super) fn recover(config: &BinlogConfig) -> Result<Recovered, BinlogError> {
         let segment = scan(&bytes, *first);
         if segment.bytes < bytes.len() as u64 {
             let bad = segment.last.next();
-            let evidence =
-                if newest { evidence_after(&bytes, segment.bytes as usize, bad) } else { Some(LATER_FILE.to_owned()) };
+            let evidence = if newest {
+                evidence_after(&bytes, segment.bytes as usize, bad)
+            } else {
+                Some(LATER_FILE.to_owned())
+            };
             if let Some(evidence) = evidence {
-                return Err(BinlogError::Rot { file: path, offset: segment.bytes, lsn: bad, evidence });
+                return Err(BinlogError::Rot {
+                    file: path,
+                    offset: segment.bytes,
+                    lsn: bad,
+                    evidence,
+                });
             }
             cut(&path, &segment, bytes.len() as u64)?;
         }
@@ -95,7 +107,8 @@ pub(super) fn recover(config: &BinlogConfig) -> Result<Recovered, BinlogError> {
     Ok(Recovered { segments, active: Some(active), last: Lsn(expected.0 - 1) })
 }
 
-const LATER_FILE: &str = "a later file exists, which is created only when everything before it is synced";
+const LATER_FILE: &str =
+    "a later file exists, which is created only when everything before it is synced";
 
 /// Returns true when the file has a good header of this log, false when it has no readable header.
 fn check_header(config: &BinlogConfig, first: Lsn) -> Result<bool, BinlogError> {
@@ -113,7 +126,8 @@ fn check_header(config: &BinlogConfig, first: Lsn) -> Result<bool, BinlogError> 
         }
         Err(_) => return Ok(false),
     };
-    let here = (header.keyspace, header.shard, header.replica) == (config.keyspace, config.shard, config.replica);
+    let here = (header.keyspace, header.shard, header.replica)
+        == (config.keyspace, config.shard, config.replica);
     if !here || header.first_lsn != first {
         let reason = format!(
             "it is of keyspace {}, shard {}, replica {} from record {}; this is keyspace {}, shard {}, replica {}",
@@ -130,7 +144,8 @@ fn check_header(config: &BinlogConfig, first: Lsn) -> Result<bool, BinlogError> 
     Ok(true)
 }
 
-/// Returns true for a header that is good with the right format: damaged, not newer, as its checksum covers the format.
+/// Returns true for a header that is good with the right format: damaged, not newer, as its
+/// checksum covers the format.
 fn only_format_differs(header: &[u8; FILE_HEADER_BYTES]) -> bool {
     let mut put_right = *header;
     put_right[8..12].copy_from_slice(&FILE_FORMAT.to_le_bytes());
@@ -165,19 +180,21 @@ fn scan(bytes: &[u8], first: Lsn) -> Segment {
     segment
 }
 
-/// Returns the evidence that record `bad`, missing at `offset`, must have been durable; `None` without evidence.
+/// Returns the evidence that record `bad`, missing at `offset`, must have been durable; `None`
+/// without evidence.
 ///
-/// Tries every byte after it as the start of a record. A false start is cheap to refute: the LSN of a true record is
-/// bounded by the room that the records between would need. A good record is skipped as a whole, so that user data in
-/// it is not taken for records. If stored bytes still look like records everywhere, the search gives up on the safe
-/// side.
+/// Tries every byte after it as the start of a record. A false start is cheap to refute: the LSN of
+/// a true record is bounded by the room that the records between would need. A good record is
+/// skipped as a whole, so that user data in it is not taken for records. If stored bytes still look
+/// like records everywhere, the search gives up on the safe side.
 fn evidence_after(bytes: &[u8], offset: usize, bad: Lsn) -> Option<String> {
     let mut budget = (1u64 << 30).max(16 * bytes.len() as u64);
     let mut at = offset + 1;
     while at + RECORD_HEADER_BYTES <= bytes.len() {
         let candidate = &bytes[at..];
         let room = ((at - offset) / RECORD_HEADER_BYTES) as u64;
-        let possible = positions_at(candidate).filter(|(lsn, _)| *lsn > bad && lsn.0 - bad.0 <= room);
+        let possible =
+            positions_at(candidate).filter(|(lsn, _)| *lsn > bad && lsn.0 - bad.0 <= room);
         let length = u32::from_le_bytes(candidate[..4].try_into().expect("four bytes")) as usize;
         let fits = (RECORD_HEADER_BYTES..=RECORD_BYTES_MAX.min(candidate.len())).contains(&length);
         let (Some((lsn, synced)), true) = (possible, fits) else {
@@ -186,7 +203,9 @@ fn evidence_after(bytes: &[u8], offset: usize, bad: Lsn) -> Option<String> {
         };
         if frame_at(candidate).is_ok() {
             if (bad..lsn).contains(&synced) {
-                return Some(format!("record {lsn} behind it, at byte {at}, says that {synced} was synced"));
+                return Some(format!(
+                    "record {lsn} behind it, at byte {at}, says that {synced} was synced"
+                ));
             }
             at += length;
             continue;
@@ -194,7 +213,9 @@ fn evidence_after(bytes: &[u8], offset: usize, bad: Lsn) -> Option<String> {
         at += 1;
         budget = budget.saturating_sub(length as u64);
         if budget == 0 {
-            return Some("what follows looks like records all over, and the search was given up".to_owned());
+            return Some(
+                "what follows looks like records all over, and the search was given up".to_owned(),
+            );
         }
     }
     None
@@ -211,7 +232,11 @@ fn cut(path: &Path, good: &Segment, found_bytes: u64) -> Result<(), BinlogError>
 }
 
 /// Removes a file whose creation a crash interrupted; returns the file before it, if any.
-fn drop_unfinished(config: &BinlogConfig, path: &Path, before: Option<&Segment>) -> Result<Option<File>, BinlogError> {
+fn drop_unfinished(
+    config: &BinlogConfig,
+    path: &Path,
+    before: Option<&Segment>,
+) -> Result<Option<File>, BinlogError> {
     file::remove(path)?;
     file::sync_dir(&config.dir)?;
     tracing::info!(file = %path.display(), "removed a log file that was not finished");

@@ -1,7 +1,8 @@
 //! The part of a log that all threads share: positions, syncing, truncation.
 //!
-//! **Invariant:** `first_lsn - 1 <= synced <= appended`, and every file but the last is synced as a whole. Locks are
-//! taken in the order truncation, sync, state; the state lock is never held over IO.
+//! **Invariant:** `first_lsn - 1 <= synced <= appended`, and every file but the last is synced as a
+//! whole. Locks are taken in the order truncation, sync, state; the state lock is never held over
+//! IO.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -15,8 +16,8 @@ use vasto_core::record::FILE_HEADER_BYTES;
 
 use super::{BinlogError, LogReader, file};
 
-/// Distance of the entries of the sparse index: the maximum that a new reader scans to find its place. Each entry takes
-/// 16 bytes of memory.
+/// Distance of the entries of the sparse index: the maximum that a new reader scans to find its
+/// place. Each entry takes 16 bytes of memory.
 const INDEX_STEP_BYTES: u64 = 256 << 10;
 
 /// State of one file.
@@ -34,7 +35,12 @@ pub(super) struct Segment {
 
 impl Segment {
     pub(super) fn empty(first: Lsn) -> Self {
-        Segment { first, last: Lsn(first.0 - 1), bytes: FILE_HEADER_BYTES as u64, index: Vec::new() }
+        Segment {
+            first,
+            last: Lsn(first.0 - 1),
+            bytes: FILE_HEADER_BYTES as u64,
+            index: Vec::new(),
+        }
     }
 
     pub(super) fn push(&mut self, lsn: Lsn, offset: u64, end: u64) {
@@ -79,8 +85,8 @@ impl LogState {
 pub(crate) struct LogShared {
     dir: PathBuf,
     state: Mutex<LogState>,
-    /// Allows one sync at a time: the kernel reports a failed write-back to one caller per file handle, so one of two
-    /// concurrent syncs would succeed over lost data.
+    /// Allows one sync at a time: the kernel reports a failed write-back to one caller per file
+    /// handle, so one of two concurrent syncs would succeed over lost data.
     sync_turn: Mutex<()>,
     truncate_turn: Mutex<()>,
     synced: watch::Sender<Lsn>,
@@ -108,7 +114,12 @@ pub(super) struct ReadPlace {
 
 impl LogShared {
     /// Creates a log of these files, all of it durable.
-    pub(super) fn new(dir: PathBuf, segments: VecDeque<Segment>, active: Option<Arc<File>>, last: Lsn) -> Self {
+    pub(super) fn new(
+        dir: PathBuf,
+        segments: VecDeque<Segment>,
+        active: Option<Arc<File>>,
+        last: Lsn,
+    ) -> Self {
         let state = LogState { segments, active, appended: last, synced: last, failed: None };
         LogShared {
             dir,
@@ -155,7 +166,8 @@ impl LogShared {
         self.state.lock().segments.iter().map(|segment| segment.bytes).sum()
     }
 
-    /// Returns the bytes of the records after `lsn`, too high by less than one step of the sparse index and a record.
+    /// Returns the bytes of the records after `lsn`, too high by less than one step of the sparse
+    /// index and a record.
     pub(crate) fn bytes_after(&self, lsn: Lsn) -> u64 {
         let state = self.state.lock();
         let later = state.segments.iter().rev().take_while(|segment| segment.last > lsn);
@@ -191,8 +203,8 @@ impl LogShared {
         Ok(target)
     }
 
-    /// Removes the files that hold nothing after `lsn`, oldest first, and returns the bytes freed. The active file
-    /// always stays.
+    /// Removes the files that hold nothing after `lsn`, oldest first, and returns the bytes freed.
+    /// The active file always stays.
     ///
     /// # Errors
     /// When a file cannot be removed: it stays in the log. A failed sync of the directory poisons
@@ -204,7 +216,9 @@ impl LogShared {
             let segment = {
                 let mut state = self.state.lock();
                 match state.segments.front() {
-                    Some(oldest) if state.segments.len() > 1 && oldest.last <= lsn => state.segments.pop_front(),
+                    Some(oldest) if state.segments.len() > 1 && oldest.last <= lsn => {
+                        state.segments.pop_front()
+                    }
                     _ => None,
                 }
             };
@@ -214,7 +228,8 @@ impl LogShared {
                 return Err(error);
             }
             freed += segment.bytes;
-            // Each removal is synced by itself: a crash must not keep an older file and lose a newer one.
+            // Each removal is synced by itself: a crash must not keep an older file and lose a
+            // newer one.
             file::sync_dir(&self.dir).map_err(|error| self.poison(error))?;
         }
     }
@@ -243,7 +258,10 @@ impl LogShared {
     pub(super) fn view(&self, wanted: Lsn) -> ReadView {
         let state = self.state.lock();
         let after = state.segments.partition_point(|segment| segment.first <= wanted);
-        let place = after.checked_sub(1).map(|at| &state.segments[at]).filter(|segment| wanted <= segment.last);
+        let place = after
+            .checked_sub(1)
+            .map(|at| &state.segments[at])
+            .filter(|segment| wanted <= segment.last);
         let place = place.map(|segment| ReadPlace {
             file_first: segment.first,
             file_bytes: segment.bytes,
@@ -265,7 +283,11 @@ impl LogShared {
     pub(super) fn appended(&self, lsn: Lsn, offset: u64, end: u64) {
         let mut state = self.state.lock();
         state.appended = lsn;
-        state.segments.back_mut().expect("a record is appended to the last segment").push(lsn, offset, end);
+        state
+            .segments
+            .back_mut()
+            .expect("a record is appended to the last segment")
+            .push(lsn, offset, end);
     }
 
     /// Makes a new file the active one.

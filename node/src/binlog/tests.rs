@@ -16,7 +16,13 @@ use vasto_testkit::memory_dir;
 use super::*;
 
 fn config(dir: &Path, file_bytes: u64) -> BinlogConfig {
-    BinlogConfig { dir: dir.to_owned(), keyspace: KeyspaceId(7), shard: ShardId(3), replica: ReplicaId(11), file_bytes }
+    BinlogConfig {
+        dir: dir.to_owned(),
+        keyspace: KeyspaceId(7),
+        shard: ShardId(3),
+        replica: ReplicaId(11),
+        file_bytes,
+    }
 }
 
 /// A record with `value_bytes` bytes of data that differ from record to record.
@@ -30,7 +36,17 @@ fn record_of(lsn: Lsn, synced_lsn: Lsn, value: Vec<u8>) -> Vec<u8> {
     let origin = Origin { replica: ReplicaId(11), incarnation: Incarnation(1) };
     let body = Body::data(entries);
     let commit_time = 1_000_000 + lsn.0;
-    Record { lsn, synced_lsn, commit_time, floor: 0, epoch: Epoch(1), origin, own_seq: OwnSeq(lsn.0), body }.encode()
+    Record {
+        lsn,
+        synced_lsn,
+        commit_time,
+        floor: 0,
+        epoch: Epoch(1),
+        origin,
+        own_seq: OwnSeq(lsn.0),
+        body,
+    }
+    .encode()
 }
 
 /// Appends the next record with the synced LSN of the moment; answers with its bytes.
@@ -59,8 +75,10 @@ fn read_all(log: &Binlog, after: Lsn, bytes_max: usize) -> Vec<Vec<u8>> {
 }
 
 fn files(dir: &Path) -> Vec<String> {
-    let mut names: Vec<_> =
-        std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<_> = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }
@@ -86,7 +104,11 @@ fn appends_rotates_reopens_and_reads_back() {
     assert_eq!(log.last_lsn(), Lsn(50));
     let before_sync = log.shared().synced_lsn();
     assert!(before_sync < Lsn(50) && before_sync > Lsn(0), "rotation syncs, appending does not");
-    assert_eq!(read_all(&log, Lsn(0), 500), written[..before_sync.0 as usize], "only what is synced is read");
+    assert_eq!(
+        read_all(&log, Lsn(0), 500),
+        written[..before_sync.0 as usize],
+        "only what is synced is read"
+    );
     assert_eq!(log.sync().unwrap(), Lsn(50));
     assert_eq!(read_all(&log, Lsn(0), 500), written);
 
@@ -95,12 +117,16 @@ fn appends_rotates_reopens_and_reads_back() {
         let header = FileHeader::decode(&bytes).unwrap();
         assert_eq!(name, format!("{:020}.log", header.first_lsn.0));
         assert_eq!(header.incarnation, Incarnation(5));
-        let one_record = frame_at(&bytes[FILE_HEADER_BYTES..]).unwrap() + FILE_HEADER_BYTES == bytes.len();
+        let one_record =
+            frame_at(&bytes[FILE_HEADER_BYTES..]).unwrap() + FILE_HEADER_BYTES == bytes.len();
         assert!(bytes.len() <= 2000 || one_record, "{name} has {} bytes", bytes.len());
     }
     drop(log);
     let mut log = Binlog::open(config(dir.path(), 2000)).unwrap();
-    assert_eq!((log.last_lsn(), log.shared().synced_lsn(), log.shared().first_lsn()), (Lsn(50), Lsn(50), Lsn(1)));
+    assert_eq!(
+        (log.last_lsn(), log.shared().synced_lsn(), log.shared().first_lsn()),
+        (Lsn(50), Lsn(50), Lsn(1))
+    );
     written.push(append_next(&mut log, 5));
     log.sync().unwrap();
     for after in 0..=51 {
@@ -139,7 +165,10 @@ fn batches_keep_to_their_size() {
     // Every start is found through the sparse index.
     for after in (0..2000).step_by(97) {
         let mut reader = log.shared().reader(Lsn(after)).unwrap();
-        assert_eq!(reader.next_batch(1).unwrap(), [(Lsn(after + 1), written[after as usize].clone())]);
+        assert_eq!(
+            reader.next_batch(1).unwrap(),
+            [(Lsn(after + 1), written[after as usize].clone())]
+        );
         let exact: u64 = written[after as usize..].iter().map(|r| r.len() as u64).sum();
         let about = log.shared().bytes_after(Lsn(after));
         assert!(about >= exact && about < exact + (256 << 10) + 4000, "{about} for {exact}");
@@ -201,7 +230,8 @@ fn truncation_keeps_the_active_file_and_readers_of_removed_files_finish() {
     let written: Vec<_> = (0..30).map(|_| append_next(&mut log, 200)).collect();
     log.sync().unwrap();
     let shared = log.shared();
-    let starts: Vec<u64> = files(dir.path()).iter().map(|name| name[..20].parse().unwrap()).collect();
+    let starts: Vec<u64> =
+        files(dir.path()).iter().map(|name| name[..20].parse().unwrap()).collect();
     assert!(starts.len() > 5);
 
     // Nothing goes while its file holds a record that is still wanted.
@@ -238,7 +268,9 @@ fn truncation_keeps_the_active_file_and_readers_of_removed_files_finish() {
         }
     };
     assert_eq!(slow.position(), Lsn(starts[2] - 1));
-    assert!(matches!(last, BinlogError::TooOld { asked, first } if asked.0 == starts[2] && first.0 == starts[3]));
+    assert!(
+        matches!(last, BinlogError::TooOld { asked, first } if asked.0 == starts[2] && first.0 == starts[3])
+    );
 
     // The active file stays, whatever is asked, and the log goes on after it.
     shared.truncate_to(Lsn(u64::MAX)).unwrap();
@@ -275,7 +307,9 @@ fn a_damaged_record_is_never_returned_to_a_reader() {
     assert_eq!(reader.next_batch(written[0].len() * 2).unwrap().len(), 2);
     for _ in 0..2 {
         let error = reader.next_batch(1).unwrap_err();
-        assert!(matches!(error, BinlogError::Rot { lsn: Lsn(3), offset, .. } if offset == third as u64));
+        assert!(
+            matches!(error, BinlogError::Rot { lsn: Lsn(3), offset, .. } if offset == third as u64)
+        );
         assert_eq!(reader.position(), Lsn(2));
     }
 }
@@ -291,7 +325,8 @@ fn what_is_not_synced_is_not_read() {
     assert_eq!(reader.next_batch(1 << 20).unwrap().len(), 3);
     assert!(reader.next_batch(1 << 20).unwrap().is_empty());
     log.sync().unwrap();
-    let rest: Vec<_> = reader.next_batch(1 << 20).unwrap().into_iter().map(|(_, bytes)| bytes).collect();
+    let rest: Vec<_> =
+        reader.next_batch(1 << 20).unwrap().into_iter().map(|(_, bytes)| bytes).collect();
     assert_eq!(rest, written[3..]);
 }
 
@@ -328,9 +363,15 @@ fn a_gap_is_not_appended() {
 fn assert_poisoned(log: &mut Binlog, reason: &str, synced: Lsn) {
     let shared = log.shared();
     let next = log.last_lsn().next();
-    let results = [log.append(next, &record(next, Lsn(0), 1)), log.sync().map(drop), shared.sync_appended().map(drop)];
+    let results = [
+        log.append(next, &record(next, Lsn(0), 1)),
+        log.sync().map(drop),
+        shared.sync_appended().map(drop),
+    ];
     for result in results {
-        let Err(BinlogError::Poisoned { reason: named }) = result else { panic!("not refused: {result:?}") };
+        let Err(BinlogError::Poisoned { reason: named }) = result else {
+            panic!("not refused: {result:?}")
+        };
         assert!(named.contains(reason), "{named}");
     }
     assert_eq!((shared.synced_lsn(), *shared.subscribe().borrow()), (synced, synced));
@@ -346,7 +387,9 @@ fn a_failed_append_poisons_the_log() {
     append_next(&mut log, 1);
     log.replace_active(File::options().write(true).open("/dev/full").unwrap());
     let error = log.append(Lsn(3), &record(Lsn(3), Lsn(0), 1)).unwrap_err();
-    assert!(matches!(&error, BinlogError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull));
+    assert!(
+        matches!(&error, BinlogError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull)
+    );
     assert_eq!(log.last_lsn(), Lsn(2));
     assert_poisoned(&mut log, "append", Lsn(1));
     drop(log);
@@ -357,7 +400,9 @@ fn a_failed_append_poisons_the_log() {
 fn a_failed_sync_poisons_the_log_and_a_later_good_one_is_not_tried() {
     let dir = memory_dir();
     for from_another_thread in [false, true] {
-        let mut log = Binlog::open(config(&dir.path().join(from_another_thread.to_string()), 1 << 20)).unwrap();
+        let mut log =
+            Binlog::open(config(&dir.path().join(from_another_thread.to_string()), 1 << 20))
+                .unwrap();
         append_next(&mut log, 1);
         log.sync().unwrap();
         append_next(&mut log, 1);
@@ -396,7 +441,10 @@ fn a_file_that_cannot_be_removed_stays_in_the_log() {
     let (second, away) = (file::path(dir.path(), Lsn(2)), dir.path().join("away"));
     std::fs::rename(&second, &away).unwrap();
     std::fs::create_dir(&second).unwrap();
-    assert!(matches!(log.shared().truncate_to(Lsn(3)), Err(BinlogError::Io { action: "remove", .. })));
+    assert!(matches!(
+        log.shared().truncate_to(Lsn(3)),
+        Err(BinlogError::Io { action: "remove", .. })
+    ));
     assert_eq!(log.shared().first_lsn(), Lsn(2));
     std::fs::remove_dir(&second).unwrap();
     std::fs::rename(&away, &second).unwrap();

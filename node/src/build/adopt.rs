@@ -1,11 +1,12 @@
 //! A downloaded checkpoint becomes the database of the replica under construction.
 //!
 //! **Invariants**
-//! - The database is assembled in a directory of its own on the same file system, verified, given its
-//!   new identity, and renamed into place whole.
-//! - The new replica drops the source's identity, seals, cursors and dedup table; its ranges are those of
-//!   the catalog, and rows outside of them are gone before it serves.
-//! - Its archive begins with a checkpoint of its own: its log does not hold the records that it began with.
+//! - The database is assembled in a directory of its own on the same file system, verified, given
+//!   its new identity, and renamed into place whole.
+//! - The new replica drops the source's identity, seals, cursors and dedup table; its ranges are
+//!   those of the catalog, and rows outside of them are gone before it serves.
+//! - Its archive begins with a checkpoint of its own: its log does not hold the records that it
+//!   began with.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -38,7 +39,8 @@ pub(super) fn install(
     adoption: Adoption,
     log: Log,
 ) -> Result<(), BuildError> {
-    let name = base.manifest.database.as_ref().map(|database| database.name.as_str()).unwrap_or_default();
+    let name =
+        base.manifest.database.as_ref().map(|database| database.name.as_str()).unwrap_or_default();
     let current = side.join("CURRENT");
     std::fs::write(&current, format!("{name}\n")).map_err(io(&current))?;
     let engine = Engine::open(engines, side, Arc::new(AtomicU64::new(0)), Arc::new(NoGuard))?;
@@ -58,10 +60,16 @@ pub(super) fn install(
 }
 
 /// Gives a database the identity of another replica.
-fn adopt(engine: &Engine, base: &ArchivedCheckpoint, adoption: Adoption, log: Log) -> Result<(), BuildError> {
+fn adopt(
+    engine: &Engine,
+    base: &ArchivedCheckpoint,
+    adoption: Adoption,
+    log: Log,
+) -> Result<(), BuildError> {
     let identity = engine.get(&MetaKey::Identity.encode())?;
     let identity = identity.ok_or_else(|| BuildError::unusable(base, "it has no identity"))?;
-    let identity = Identity::decode(&identity).map_err(|error| BuildError::unusable(base, error))?;
+    let identity =
+        Identity::decode(&identity).map_err(|error| BuildError::unusable(base, error))?;
     // A crash may have come between the rewrite and the rename.
     if (identity.keyspace, identity.replica) != (adoption.keyspace, adoption.replica) {
         rewrite_metadata(engine, base, identity, adoption, log)?;
@@ -71,7 +79,10 @@ fn adopt(engine: &Engine, base: &ArchivedCheckpoint, adoption: Adoption, log: Lo
             engine.compact_bands(bands);
         }
         if engine.any_in(bands)? {
-            return Err(BuildError::unusable(base, "something is left of bands that it does not own"));
+            return Err(BuildError::unusable(
+                base,
+                "something is left of bands that it does not own",
+            ));
         }
     }
     Ok(())
@@ -85,11 +96,16 @@ fn rewrite_metadata(
     log: Log,
 ) -> Result<(), BuildError> {
     let manifest = &base.manifest;
-    if (identity.keyspace, identity.shard, identity.replica) != (manifest.keyspace, manifest.shard, manifest.replica) {
-        let reason = format!("it is of replica {} of keyspace {}", identity.replica, identity.keyspace);
+    if (identity.keyspace, identity.shard, identity.replica)
+        != (manifest.keyspace, manifest.shard, manifest.replica)
+    {
+        let reason =
+            format!("it is of replica {} of keyspace {}", identity.replica, identity.keyspace);
         return Err(BuildError::unusable(base, reason));
     }
-    let head = engine.get(&MetaKey::Head.encode())?.ok_or_else(|| BuildError::unusable(base, "it has no head"))?;
+    let head = engine
+        .get(&MetaKey::Head.encode())?
+        .ok_or_else(|| BuildError::unusable(base, "it has no head"))?;
     let head = Head::decode(&head).map_err(|error| BuildError::unusable(base, error))?;
     if head.applied_lsn != manifest.lsn {
         let reason = format!("it ends at {} instead of {}", head.applied_lsn, manifest.lsn);
@@ -97,15 +113,19 @@ fn rewrite_metadata(
     }
     let foreign = foreign_bands(adoption.owned);
     for bands in &foreign {
-        // Whole files first; the range delete below hides the remaining rows, and is compacted away.
+        // Whole files first; the range delete below hides the remaining rows, and is compacted
+        // away.
         engine.delete_files_in(*bands)?;
     }
     let mut batch = Batch::default();
     for bands in &foreign {
         batch.delete_bands(*bands);
     }
-    let mut dropped_prefixes =
-        vec![MetaKey::result_prefix(), MetaKey::tail_cursor_prefix(), MetaKey::forward_cursor_prefix()];
+    let mut dropped_prefixes = vec![
+        MetaKey::result_prefix(),
+        MetaKey::tail_cursor_prefix(),
+        MetaKey::forward_cursor_prefix(),
+    ];
     if matches!(log, Log::Fork { .. }) {
         dropped_prefixes.push(MetaKey::vector_prefix());
     }
@@ -116,16 +136,28 @@ fn rewrite_metadata(
             }
         }
     }
-    let identity =
-        Identity { keyspace: adoption.keyspace, replica: adoption.replica, incarnation: Incarnation(0), ..identity };
+    let identity = Identity {
+        keyspace: adoption.keyspace,
+        replica: adoption.replica,
+        incarnation: Incarnation(0),
+        ..identity
+    };
     batch.put_meta(MetaKey::Identity, &identity.encode());
-    let head =
-        Head { applied_lsn: Lsn(0), own_seq: OwnSeq(0), epoch: adoption.epoch, version: adoption.version, ..head };
+    let head = Head {
+        applied_lsn: Lsn(0),
+        own_seq: OwnSeq(0),
+        epoch: adoption.epoch,
+        version: adoption.version,
+        ..head
+    };
     batch.put_meta(MetaKey::Head, &head.encode());
     let mut ranges = Ranges::all(RangeState::Empty);
     ranges.set(adoption.owned, RangeState::Owned);
     batch.put_meta(MetaKey::RangeStates, &ranges.encode());
-    batch.put_meta(MetaKey::TailCursor(log.cursor_of(manifest.replica)), &manifest.lsn.0.to_le_bytes());
+    batch.put_meta(
+        MetaKey::TailCursor(log.cursor_of(manifest.replica)),
+        &manifest.lsn.0.to_le_bytes(),
+    );
     engine.write(batch)?;
     Ok(engine.flush()?)
 }

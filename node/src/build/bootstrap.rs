@@ -1,5 +1,5 @@
-//! What a replica is built with when it begins with the bucket: the inputs, the identity that it takes, and what
-//! becomes of the log.
+//! What a replica is built with when it begins with the bucket: the inputs, the identity that it
+//! takes, and what becomes of the log.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -36,7 +36,12 @@ pub(crate) struct Bootstrap {
 
 impl Bootstrap {
     pub(super) fn reader(&self) -> BucketReader<'_> {
-        BucketReader { bucket: &self.bucket, progress: &self.progress, registry: &self.registry, cancel: &self.cancel }
+        BucketReader {
+            bucket: &self.bucket,
+            progress: &self.progress,
+            registry: &self.registry,
+            cancel: &self.cancel,
+        }
     }
 }
 
@@ -79,7 +84,8 @@ impl Log {
     }
 }
 
-/// Returns the id that keys the cursor of another keyspace's archive: its replica ids mean other replicas here.
+/// Returns the id that keys the cursor of another keyspace's archive: its replica ids mean other
+/// replicas here.
 pub(super) fn fork_cursor(replica: ReplicaId) -> ReplicaId {
     ReplicaId(replica.0 | 1 << 63)
 }

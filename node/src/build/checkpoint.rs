@@ -1,4 +1,5 @@
-//! A checkpoint comes out of the bucket: as the database of the replica, or as rows that are merged into it.
+//! A checkpoint comes out of the bucket: as the database of the replica, or as rows that are merged
+//! into it.
 //!
 //! **Invariant:** files that were downloaded before an interruption are kept for the next attempt.
 
@@ -24,7 +25,12 @@ impl Bootstrap {
     ///
     /// # Errors
     /// Downloaded files stay for the next attempt.
-    pub(crate) async fn take(&self, base: &ArchivedCheckpoint, adoption: Adoption, log: Log) -> Result<(), BuildError> {
+    pub(crate) async fn take(
+        &self,
+        base: &ArchivedCheckpoint,
+        adoption: Adoption,
+        log: Log,
+    ) -> Result<(), BuildError> {
         let wanted = wanted(base)?;
         let total = wanted.iter().map(|object| object.bytes).sum();
         {
@@ -39,7 +45,8 @@ impl Bootstrap {
             progress.stage = TargetStage::Rewriting;
         }
         self.registry.report.notify_one();
-        let (engines, dir, side, base) = (self.engines.clone(), self.dir.clone(), self.side.clone(), base.clone());
+        let (engines, dir, side, base) =
+            (self.engines.clone(), self.dir.clone(), self.side.clone(), base.clone());
         let work = move || install(&engines, &dir, &side, &base, adoption, log);
         tokio::task::spawn_blocking(work).await?
     }
@@ -61,7 +68,8 @@ impl Bootstrap {
         }
         let (groups, mut received) = channel(2);
         let dir = side.clone();
-        let reading = tokio::task::spawn_blocking(move || read_rows(&dir, &imported, shards, &groups));
+        let reading =
+            tokio::task::spawn_blocking(move || read_rows(&dir, &imported, shards, &groups));
         while let Some(group) = received.recv().await {
             replica.apply(group, Vec::new()).await?;
         }
@@ -73,7 +81,8 @@ impl Bootstrap {
 
 /// Returns the files of a checkpoint and the database's list of them.
 fn wanted(base: &ArchivedCheckpoint) -> Result<Vec<Wanted>, BuildError> {
-    let too_old = || BuildError::unusable(base, "it was shipped by an older version; make a new checkpoint");
+    let too_old =
+        || BuildError::unusable(base, "it was shipped by an older version; make a new checkpoint");
     let database = base.manifest.database.as_ref().ok_or_else(too_old)?;
     let list = Wanted {
         key: database.key.clone(),
@@ -84,8 +93,14 @@ fn wanted(base: &ArchivedCheckpoint) -> Result<Vec<Wanted>, BuildError> {
     Ok(base.manifest.files.iter().map(files::wanted).chain([list]).collect())
 }
 
-/// Sends the rows of the owned bands of a downloaded checkpoint, in groups that fit into one record.
-fn read_rows(dir: &Path, files: &[ImportFile], shards: u32, send: &Sender<Vec<KeyEntry>>) -> Result<(), EngineError> {
+/// Sends the rows of the owned bands of a downloaded checkpoint, in groups that fit into one
+/// record.
+fn read_rows(
+    dir: &Path,
+    files: &[ImportFile],
+    shards: u32,
+    send: &Sender<Vec<KeyEntry>>,
+) -> Result<(), EngineError> {
     let scratch = Scratch::import(&dir.join("scratch"), dir, files)?;
     let owned: BandRange = Band::owned(shards).into();
     let mut groups = Groups::new();

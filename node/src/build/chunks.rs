@@ -1,11 +1,11 @@
 //! Reads the log of one replica from the bucket, chunk by chunk.
 //!
 //! **Invariants**
-//! - The next chunk is the one that holds the record directly after the position, and the object that its name says.
-//!   A chunk that begins before the position is found by the listing: a crash between the upload of a chunk and its
-//!   note leaves a checkpoint that ends inside a chunk.
-//! - No chunk is passed over in silence: after a gap the log counts as incomplete, and a chunk that is listed as the
-//!   next one but gone is an error.
+//! - The next chunk is the one that holds the record directly after the position, and the object
+//!   that its name says. A chunk that begins before the position is found by the listing: a crash
+//!   between the upload of a chunk and its note leaves a checkpoint that ends inside a chunk.
+//! - No chunk is passed over in silence: after a gap the log counts as incomplete, and a chunk that
+//!   is listed as the next one but gone is an error.
 
 use vasto_core::ids::Lsn;
 use vasto_core::record::{KeyEntry, Record};
@@ -25,7 +25,8 @@ pub(super) struct ChunkReader {
     pub listed: Vec<Lsn>,
     /// LSN of the last record that was taken or skipped.
     pub at: Lsn,
-    /// No chunk is missing before this position, except where the log continues another replica's archive.
+    /// No chunk is missing before this position, except where the log continues another replica's
+    /// archive.
     pub gapless: bool,
     /// The next chunk does not begin directly after the last one.
     jumped: bool,
@@ -37,19 +38,26 @@ impl ChunkReader {
         Self { owner, listed, at, gapless: true, jumped: false }
     }
 
-    /// Returns the chunk that holds the next record; `None` at a gap and at the end of the log. The caller moves the
-    /// position when it has taken the records.
-    pub(super) async fn next(&self, bucket: &BucketReader<'_>) -> Result<Option<Chunk>, BuildError> {
+    /// Returns the chunk that holds the next record; `None` at a gap and at the end of the log. The
+    /// caller moves the position when it has taken the records.
+    pub(super) async fn next(
+        &self,
+        bucket: &BucketReader<'_>,
+    ) -> Result<Option<Chunk>, BuildError> {
         bucket.chunk_after(self.owner, &self.listed, self.at).await
     }
 
     /// Returns the next chunk, also after a gap; `None` at the end of the log.
-    pub(super) async fn next_listed(&mut self, bucket: &BucketReader<'_>) -> Result<Option<Chunk>, BuildError> {
+    pub(super) async fn next_listed(
+        &mut self,
+        bucket: &BucketReader<'_>,
+    ) -> Result<Option<Chunk>, BuildError> {
         loop {
             if let Some(chunk) = self.next(bucket).await? {
                 if std::mem::take(&mut self.jumped) {
-                    // The log continues another replica's archive here, or has a gap. Other logs may hold the records
-                    // of the gap; the own sequences of the records after it will show whether they do.
+                    // The log continues another replica's archive here, or has a gap. Other logs
+                    // may hold the records of the gap; the own sequences of the records after it
+                    // will show whether they do.
                     self.gapless &= archive::goes_on_behind_another(&chunk);
                 }
                 return Ok(Some(chunk));
@@ -63,8 +71,8 @@ impl ChunkReader {
         }
     }
 
-    /// Returns the records of a chunk after the position. What lies before it may have been deleted since, and its
-    /// tombstones purged: taken again, it would come back.
+    /// Returns the records of a chunk after the position. What lies before it may have been deleted
+    /// since, and its tombstones purged: taken again, it would come back.
     pub(super) fn records<'c>(&self, chunk: &'c Chunk) -> impl Iterator<Item = Record> + 'c {
         let at = self.at;
         // A decoded chunk holds whole records only.
@@ -84,7 +92,9 @@ mod tests {
 
     use parking_lot::Mutex;
     use tokio_util::sync::CancellationToken;
-    use vasto_core::ids::{Epoch, Incarnation, KeyspaceId, NodeId, Origin, OwnSeq, PlanId, ReplicaId, ShardId};
+    use vasto_core::ids::{
+        Epoch, Incarnation, KeyspaceId, NodeId, Origin, OwnSeq, PlanId, ReplicaId, ShardId,
+    };
     use vasto_core::record::Body;
     use vasto_core::report::TargetProgress;
     use vasto_shipping::archive::ArchiveError;
@@ -94,7 +104,8 @@ mod tests {
     use crate::clock::{Clock, SharedClock};
     use crate::registry::NodeRegistry;
 
-    const OWNER: Owner = Owner { keyspace: KeyspaceId(1), shard: ShardId(0), replica: ReplicaId(7) };
+    const OWNER: Owner =
+        Owner { keyspace: KeyspaceId(1), shard: ShardId(0), replica: ReplicaId(7) };
     const FILTER: ShardFilter = ShardFilter { shard: ShardId(0), shards: 1 };
 
     #[derive(Debug)]
@@ -147,7 +158,10 @@ mod tests {
                 epoch: Epoch(1),
                 origin: Origin { replica: OWNER.replica, incarnation: Incarnation(1) },
                 own_seq: OwnSeq(lsn),
-                body: Body::data(vec![KeyEntry { key: lsn.to_le_bytes().to_vec(), entry: vec![1, 2] }]),
+                body: Body::data(vec![KeyEntry {
+                    key: lsn.to_le_bytes().to_vec(),
+                    entry: vec![1, 2],
+                }]),
             };
             let chunk = Chunk {
                 keyspace: OWNER.keyspace,
@@ -173,7 +187,10 @@ mod tests {
         shipped.ship(1, 1, 5).await;
         shipped.ship(6, 6, 9).await;
         let by_name = ChunkReader::after(OWNER, Vec::new(), Lsn(3));
-        assert!(by_name.next(&shipped.reader()).await.unwrap().is_none(), "no chunk begins after the position");
+        assert!(
+            by_name.next(&shipped.reader()).await.unwrap().is_none(),
+            "no chunk begins after the position"
+        );
         let mut log = ChunkReader::after(OWNER, vec![Lsn(1), Lsn(6)], Lsn(3));
         let chunk = log.next(&shipped.reader()).await.unwrap().unwrap();
         assert_eq!(lsns(&log, &chunk), [4, 5]);

@@ -72,7 +72,8 @@ pub(crate) enum BuildError {
         /// The first time after the gap that can be restored, microseconds.
         next_us: u64,
     },
-    /// The clock that assigned the commit times was ahead: whether the writes precede the time is unknown.
+    /// The clock that assigned the commit times was ahead: whether the writes precede the time is
+    /// unknown.
     #[error(
         "shard {shard} cannot be restored to that time: the clock of its replica {replica} was {ahead_s} s ahead when it took writes that it stamped with {}, and the bucket does not tell whether they came before or after; restore to {} or later, when the bucket had them, or leave out --at",
         time_text(*stamped_us), time_text(*from_us)
@@ -97,7 +98,8 @@ pub(crate) enum BuildError {
         /// What the source said.
         reason: String,
     },
-    /// The plan, the state of the target and what a source has shipped or streamed do not fit together.
+    /// The plan, the state of the target and what a source has shipped or streamed do not fit
+    /// together.
     #[error("{0}")]
     Mismatch(String),
     /// A local file operation failed.
@@ -162,7 +164,8 @@ impl BuildError {
         matches!(self, BuildError::Bucket(_) | BuildError::Ship(_))
     }
 
-    /// Returns true when objects in the bucket are missing or damaged and nothing is wrong on this node.
+    /// Returns true when objects in the bucket are missing or damaged and nothing is wrong on this
+    /// node.
     pub(crate) fn is_about_objects(&self) -> bool {
         match self {
             BuildError::Download(error) => {
@@ -194,7 +197,8 @@ impl BuildError {
         BuildError::Unusable { key: base.key.clone(), reason: reason.to_string() }
     }
 
-    /// The error of an owner's log whose records before the chunk that begins with `first` are missing.
+    /// The error of an owner's log whose records before the chunk that begins with `first` are
+    /// missing.
     pub(super) fn gap(owner: Owner, first: Lsn) -> Self {
         BuildError::Gap { shard: owner.shard, chunk: chunk_key(owner, first) }
     }

@@ -12,10 +12,16 @@ fn local_name(file: &ManifestFile) -> String {
 
 /// Returns the object and the name that it is downloaded to.
 pub(super) fn wanted(file: &ManifestFile) -> Wanted {
-    Wanted { key: file.key.clone(), bytes: file.bytes, crc32c: file.crc32c, file_name: local_name(file) }
+    Wanted {
+        key: file.key.clone(),
+        bytes: file.bytes,
+        crc32c: file.crc32c,
+        file_name: local_name(file),
+    }
 }
 
-/// Describes the downloaded file for an import, with the level and the sequence numbers of its manifest.
+/// Describes the downloaded file for an import, with the level and the sequence numbers of its
+/// manifest.
 pub(super) fn imported(file: &ManifestFile) -> ImportFile {
     ImportFile {
         name: local_name(file),

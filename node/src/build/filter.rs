@@ -22,7 +22,8 @@ impl ShardFilter {
             .into_iter()
             .filter(|row| {
                 let own = Entry::decode(&row.entry).ok().and_then(|entry| entry.partition_hash);
-                jump(own.unwrap_or_else(|| partition_hash(&row.key)), self.shards).shard == self.shard
+                jump(own.unwrap_or_else(|| partition_hash(&row.key)), self.shards).shard
+                    == self.shard
             })
             .collect()
     }

@@ -1,7 +1,7 @@
 //! Cuts what a build takes over into groups that fit into one record or one batch.
 //!
-//! **Invariant:** a group holds less than [`GROUP_BYTES_MAX`] and one item more; the order is kept and nothing is left
-//! out.
+//! **Invariant:** a group holds less than [`GROUP_BYTES_MAX`] and one item more; the order is kept
+//! and nothing is left out.
 
 use vasto_core::limits::GROUP_BYTES_MAX;
 use vasto_core::record::{FeedProgress, KeyEntry};
@@ -37,8 +37,8 @@ impl<T> Groups<T> {
     }
 }
 
-/// Applies entries group by group. The progress is stored with the last group: groups that a crash leaves without it
-/// are merged again, which changes nothing.
+/// Applies entries group by group. The progress is stored with the last group: groups that a crash
+/// leaves without it are merged again, which changes nothing.
 pub(super) async fn apply_in_groups(
     replica: &Replica,
     entries: Vec<KeyEntry>,

@@ -1,7 +1,9 @@
-//! The logs in the bucket are taken as they are: the replica becomes, or stays, a member of its shard.
+//! The logs in the bucket are taken as they are: the replica becomes, or stays, a member of its
+//! shard.
 //!
 //! **Invariants**
-//! - A record keeps its origin and own sequence and is taken once; a record that is here already is skipped.
+//! - A record keeps its origin and own sequence and is taken once; a record that is here already is
+//!   skipped.
 //! - The records of an origin are taken in order: what is missing from every log is an error.
 
 use vasto_core::ids::{Lsn, ReplicaId, covers};
@@ -20,12 +22,13 @@ use crate::replica::Replica;
 use crate::replica::command::ReplicaError;
 
 impl Bootstrap {
-    /// Applies the log after the first candidate's checkpoint as it is, up to its last chunk. The logs of the other
-    /// candidates follow when the first one is not the replaced replica, or continues what others have shipped.
+    /// Applies the log after the first candidate's checkpoint as it is, up to its last chunk. The
+    /// logs of the other candidates follow when the first one is not the replaced replica, or
+    /// continues what others have shipped.
     ///
     /// # Errors
-    /// When a chunk before the last listed one is missing, of the replaced replica or of the replicas whose
-    /// archives its log continues.
+    /// When a chunk before the last listed one is missing, of the replaced replica or of the
+    /// replicas whose archives its log continues.
     pub(crate) async fn join_all(
         &self,
         replica: &Replica,
@@ -33,11 +36,15 @@ impl Bootstrap {
         replaced: ReplicaId,
     ) -> Result<(), BuildError> {
         let Some((first, others)) = sources.all.split_first() else { return Ok(()) };
-        let is_needed =
-            |source: &RestoreSource| source.owner == first.owner || sources.chain.contains(&source.owner.replica);
-        let mut logs = vec![Reading::after(first, tail_cursor(replica, first.owner.replica)?.unwrap_or_default())];
-        // The log of the replaced replica may begin where another replica's log ends. A gap in any other log does
-        // not affect it.
+        let is_needed = |source: &RestoreSource| {
+            source.owner == first.owner || sources.chain.contains(&source.owner.replica)
+        };
+        let mut logs = vec![Reading::after(
+            first,
+            tail_cursor(replica, first.owner.replica)?.unwrap_or_default(),
+        )];
+        // The log of the replaced replica may begin where another replica's log ends. A gap in any
+        // other log does not affect it.
         let mut needs_others = first.owner.replica != replaced;
         let mut others = Some(others).filter(|all| !all.is_empty());
         let mut may_take_up_set_aside = !sources.set_aside.is_empty();
@@ -49,12 +56,16 @@ impl Bootstrap {
                     Ended::AtEnd => {
                         reading.check_end()?;
                         moved = true;
-                        self.progress.lock().reached.push((reading.log.owner.replica, reading.log.at));
+                        self.progress
+                            .lock()
+                            .reached
+                            .push((reading.log.owner.replica, reading.log.at));
                     }
                     Ended::Gap(chunk) => {
                         moved |= reading.log.at > from;
                         needs_others = true;
-                        gap = gap.or(is_needed(reading.source).then_some((reading.log.owner, chunk)));
+                        gap =
+                            gap.or(is_needed(reading.source).then_some((reading.log.owner, chunk)));
                         waiting.push(reading);
                     }
                 }
@@ -62,29 +73,41 @@ impl Bootstrap {
             logs = waiting;
             if let Some(others) = others.take_if(|_| needs_others) {
                 for source in others {
-                    let base = source.base.as_ref().filter(|base| covers(&replica.vector(), &base.manifest.vector));
-                    logs.push(Reading::after(source, base.map_or(Lsn(0), |base| base.manifest.lsn)));
+                    let base = source
+                        .base
+                        .as_ref()
+                        .filter(|base| covers(&replica.vector(), &base.manifest.vector));
+                    logs.push(Reading::after(
+                        source,
+                        base.map_or(Lsn(0), |base| base.manifest.lsn),
+                    ));
                 }
             } else if !moved {
                 let Some((owner, chunk)) = gap else { break };
                 if !std::mem::take(&mut may_take_up_set_aside) {
                     return Err(BuildError::gap(owner, chunk));
                 }
-                logs.extend(sources.take_up_set_aside(chunk).map(|source| Reading::after(source, Lsn(0))));
+                logs.extend(
+                    sources.take_up_set_aside(chunk).map(|source| Reading::after(source, Lsn(0))),
+                );
             }
         }
-        // Own sequences begin anew with each opening of their origin: records that a checkpoint covers and no log
-        // has brought show up as missing only in its vector.
+        // Own sequences begin anew with each opening of their origin: records that a checkpoint
+        // covers and no log has brought show up as missing only in its vector.
         let held = replica.vector();
-        let needed = sources.all.iter().filter(|source| is_needed(source)).filter_map(|source| source.base.as_ref());
+        let needed = sources
+            .all
+            .iter()
+            .filter(|source| is_needed(source))
+            .filter_map(|source| source.base.as_ref());
         if let Some(base) = { needed }.find(|base| !covers(&held, &base.manifest.vector)) {
             return Err(BuildError::Gap { shard: replica.shard, chunk: base.key.clone() });
         }
         self.count_rows_of_logs(replica, sources).await
     }
 
-    /// Takes a log until its end or a gap. `needs_others`: set when one of its chunks continues the archive of another
-    /// replica.
+    /// Takes a log until its end or a gap. `needs_others`: set when one of its chunks continues the
+    /// archive of another replica.
     async fn join_log(
         &self,
         replica: &Replica,
@@ -103,25 +126,30 @@ impl Bootstrap {
         Ok(Ended::AtEnd)
     }
 
-    /// Applies the records that another member of the shard has shipped and this replica does not hold.
+    /// Applies the records that another member of the shard has shipped and this replica does not
+    /// hold.
     ///
     /// # Errors
-    /// When preceding records are missing both here and in the bucket: nothing after them is applied.
+    /// When preceding records are missing both here and in the bucket: nothing after them is
+    /// applied.
     pub(crate) async fn join_what_was_shipped(
         &self,
         replica: &Replica,
         source: ReplicaId,
         shards: u32,
     ) -> Result<Lsn, BuildError> {
-        let archived = archive::archives(&self.bucket, replica.keyspace, replica.shard).await?.remove(&source);
+        let archived =
+            archive::archives(&self.bucket, replica.keyspace, replica.shard).await?.remove(&source);
         let archived = archived.unwrap_or_default();
         let owner = Owner { keyspace: replica.keyspace, shard: replica.shard, replica: source };
         let newest = archive::newest_checkpoint(&self.bucket, owner, &archived, None).await?.base;
         let pulled = tail_cursor(replica, source)?.unwrap_or_default();
         let first = archived.chunks.first().copied().unwrap_or_default();
-        // Rows that only a checkpoint holds have no records to join: they are merged, and so is the log after them.
-        let to_merge =
-            newest.filter(|base| !covers(&replica.vector(), &base.manifest.vector) && pulled < base.manifest.lsn);
+        // Rows that only a checkpoint holds have no records to join: they are merged, and so is the
+        // log after them.
+        let to_merge = newest.filter(|base| {
+            !covers(&replica.vector(), &base.manifest.vector) && pulled < base.manifest.lsn
+        });
         let reaches_back = !archived.chunks.is_empty() && first <= pulled.next();
         let to_merge = to_merge.filter(|_| !reaches_back);
         let at = match &to_merge {

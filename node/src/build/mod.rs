@@ -1,5 +1,5 @@
-//! How a replica gets its bulk bytes: a checkpoint and the log after it, both from the bucket, never from a node that
-//! serves.
+//! How a replica gets its bulk bytes: a checkpoint and the log after it, both from the bucket,
+//! never from a node that serves.
 //!
 //! | file | owns |
 //! |---|---|
@@ -11,8 +11,8 @@
 //! | `files`, `groups`, `filter` | a file of a checkpoint, groups that fit into a record, the entries of one shard |
 //! | `grow` | the moving bands of other shards, and the tails of their logs |
 //!
-//! **Invariant:** a replica under construction serves nothing; a transient error keeps the downloaded files for the
-//! next attempt.
+//! **Invariant:** a replica under construction serves nothing; a transient error keeps the
+//! downloaded files for the next attempt.
 
 mod adopt;
 mod bootstrap;

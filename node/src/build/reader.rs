@@ -1,7 +1,8 @@
 //! The bucket as a build reads it.
 //!
 //! **Invariants**
-//! - Every byte and request of an object that is read here is counted in the progress that the master receives.
+//! - Every byte and request of an object that is read here is counted in the progress that the
+//!   master receives.
 //! - A read ends when the build is cancelled.
 
 use std::path::Path;
@@ -48,9 +49,14 @@ impl BucketReader<'_> {
         Ok(base)
     }
 
-    /// Reads the chunk that holds the record after an LSN. `listed`: first LSNs of the chunks known by a listing,
-    /// ascending.
-    pub(super) async fn chunk_after(&self, owner: Owner, listed: &[Lsn], at: Lsn) -> Result<Option<Chunk>, BuildError> {
+    /// Reads the chunk that holds the record after an LSN. `listed`: first LSNs of the chunks known
+    /// by a listing, ascending.
+    pub(super) async fn chunk_after(
+        &self,
+        owner: Owner,
+        listed: &[Lsn],
+        at: Lsn,
+    ) -> Result<Option<Chunk>, BuildError> {
         let chunk = self.read(archive::chunk_after(self.bucket, owner, listed, at)).await?;
         Ok(chunk.map(|(chunk, bytes)| {
             self.count(bytes);
@@ -91,7 +97,10 @@ impl BucketReader<'_> {
         Ok(())
     }
 
-    async fn read<T>(&self, read: impl Future<Output = Result<T, ArchiveError>>) -> Result<T, BuildError> {
+    async fn read<T>(
+        &self,
+        read: impl Future<Output = Result<T, ArchiveError>>,
+    ) -> Result<T, BuildError> {
         Ok(self.cancel.run_until_cancelled(read).await.ok_or(BuildError::Cancelled)??)
     }
 

@@ -2,8 +2,8 @@
 //!
 //! **Invariants**
 //! - A record is applied once, whichever archives hold it (see [`Taken`]).
-//! - Nothing is skipped in silence: a record that is missing from every log is an error, and so is a target time after
-//!   the end of every log.
+//! - Nothing is skipped in silence: a record that is missing from every log is an error, and so is
+//!   a target time after the end of every log.
 
 use vasto_core::entry::Entry;
 use vasto_core::ids::covers;
@@ -19,12 +19,14 @@ use crate::engine::EngineError;
 use crate::replica::Replica;
 
 impl Bootstrap {
-    /// Applies everything that was shipped of a shard until the target time to a replica of a new keyspace, which
-    /// takes over neither vector nor cursors. The first source's checkpoint is its database already.
+    /// Applies everything that was shipped of a shard until the target time to a replica of a new
+    /// keyspace, which takes over neither vector nor cursors. The first source's checkpoint is its
+    /// database already.
     ///
     /// # Errors
-    /// `Gap` when a record is missing from every log, `NotReached` when the logs end before the target time,
-    /// `ClockAhead` when it cannot be decided whether a record precedes the target time.
+    /// `Gap` when a record is missing from every log, `NotReached` when the logs end before the
+    /// target time, `ClockAhead` when it cannot be decided whether a record precedes the target
+    /// time.
     pub(crate) async fn merge_all(
         &self,
         replica: &Replica,
@@ -34,11 +36,13 @@ impl Bootstrap {
     ) -> Result<(), BuildError> {
         let first = sources.all.first().and_then(|source| source.base.as_ref());
         let filter = ShardFilter { shard: replica.shard, shards };
-        let mut taken = Taken::after(first, filter, until_us, self.registry.clock.now_us(), sources.later_us);
+        let mut taken =
+            Taken::after(first, filter, until_us, self.registry.clock.now_us(), sources.later_us);
         for source in sources.all.iter().skip(1) {
             self.merge_base(replica, source, &mut taken).await?;
         }
-        let mut logs: Vec<_> = sources.all.iter().map(|source| Reading::after(source, source.start())).collect();
+        let mut logs: Vec<_> =
+            sources.all.iter().map(|source| Reading::after(source, source.start())).collect();
         let mut may_take_up_set_aside = !sources.set_aside.is_empty();
         // A log with a gap waits for the records of the others.
         while !logs.is_empty() {
@@ -50,9 +54,12 @@ impl Bootstrap {
                 match ended {
                     Ended::AtEnd => {
                         moved = true;
-                        self.progress.lock().reached.push((reading.log.owner.replica, reading.log.at));
-                        // A newer manifest may have been skipped because it could not be read: the log must reach its
-                        // LSN, or the records between would be lost in silence.
+                        self.progress
+                            .lock()
+                            .reached
+                            .push((reading.log.owner.replica, reading.log.at));
+                        // A newer manifest may have been skipped because it could not be read: the
+                        // log must reach its LSN, or the records between would be lost in silence.
                         if until_us.is_none() {
                             reading.check_end()?;
                         }
@@ -78,12 +85,18 @@ impl Bootstrap {
         self.count_rows_of_logs(replica, sources).await
     }
 
-    /// Merges the rows of another replica's checkpoint, unless `taken.seen` covers its vector. Stores its LSN as a
-    /// cursor, so that it is not merged again after a restart.
-    async fn merge_base(&self, replica: &Replica, source: &RestoreSource, taken: &mut Taken) -> Result<(), BuildError> {
+    /// Merges the rows of another replica's checkpoint, unless `taken.seen` covers its vector.
+    /// Stores its LSN as a cursor, so that it is not merged again after a restart.
+    async fn merge_base(
+        &self,
+        replica: &Replica,
+        source: &RestoreSource,
+        taken: &mut Taken,
+    ) -> Result<(), BuildError> {
         let Some(base) = &source.base else { return Ok(()) };
         let cursor = fork_cursor(source.owner.replica);
-        let merged_before_a_restart = tail_cursor(replica, cursor)?.is_some_and(|lsn| lsn >= base.manifest.lsn);
+        let merged_before_a_restart =
+            tail_cursor(replica, cursor)?.is_some_and(|lsn| lsn >= base.manifest.lsn);
         if !merged_before_a_restart {
             if !covers(&taken.seen, &base.manifest.vector) {
                 self.merge_rows(replica, base, taken.filter.shards).await?;
@@ -94,7 +107,8 @@ impl Bootstrap {
         Ok(())
     }
 
-    /// Reads and applies a log until its end or a gap; skips to a newer checkpoint where nothing before it is needed.
+    /// Reads and applies a log until its end or a gap; skips to a newer checkpoint where nothing
+    /// before it is needed.
     async fn merge_log(
         &self,
         replica: &Replica,
@@ -103,15 +117,20 @@ impl Bootstrap {
     ) -> Result<Ended, BuildError> {
         let (source, log) = (reading.source, &mut reading.log);
         loop {
-            let newest_unneeded =
-                source.later.iter().rev().find(|later| later.lsn > log.at && taken.needs_nothing_before(later));
+            let newest_unneeded = source
+                .later
+                .iter()
+                .rev()
+                .find(|later| later.lsn > log.at && taken.needs_nothing_before(later));
             if let Some(later) = newest_unneeded {
                 taken.passed |= log.gapless;
                 log.at = later.lsn;
             }
             let Some(chunk) = log.next_listed(&self.reader()).await? else {
-                // The log is complete up to a checkpoint that is newer than the target time: the target is reached.
-                taken.passed |= log.gapless && source.later.first().is_some_and(|later| log.at >= later.lsn);
+                // The log is complete up to a checkpoint that is newer than the target time: the
+                // target is reached.
+                taken.passed |=
+                    log.gapless && source.later.first().is_some_and(|later| log.at >= later.lsn);
                 return Ok(Ended::AtEnd);
             };
             let held_by_us = source.times.chunk_held_by(chunk.first_lsn, chunk.last_lsn);
@@ -124,7 +143,8 @@ impl Bootstrap {
         }
     }
 
-    /// Counts the rows when only logs have brought them: without a checkpoint no manifest states their number.
+    /// Counts the rows when only logs have brought them: without a checkpoint no manifest states
+    /// their number.
     pub(super) async fn count_rows_of_logs(
         &self,
         replica: &Replica,

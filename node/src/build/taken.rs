@@ -1,14 +1,16 @@
-//! The progress of a merge of logs: which records it takes, and whether it has reached the target time.
+//! The progress of a merge of logs: which records it takes, and whether it has reached the target
+//! time.
 //!
 //! **Invariants**
-//! - A record is taken once: a record that a checkpoint or another log has brought already is skipped,
-//!   even if its entries were deleted and the tombstones purged since.
+//! - A record is taken once: a record that a checkpoint or another log has brought already is
+//!   skipped, even if its entries were deleted and the tombstones purged since.
 //! - The records of an origin are taken in order; a record that comes too early is a gap.
-//! - Two clocks decide whether a record precedes the target time: its replica's, by the commit time, and the object
-//!   store's. Every record whose object the store had received by the target time precedes it, whatever the commit
-//!   time. Example: a replica whose clock is a minute ahead commits at 12:01:00 by its clock, the store receives the
-//!   chunk at 12:00:05, the target is 12:00:30: the record is applied. A commit time more than
-//!   [`CLOCK_AHEAD_TRUSTED`] ahead of the store's time is not trusted to be after the target time.
+//! - Two clocks decide whether a record precedes the target time: its replica's, by the commit
+//!   time, and the object store's. Every record whose object the store had received by the target
+//!   time precedes it, whatever the commit time. Example: a replica whose clock is a minute ahead
+//!   commits at 12:01:00 by its clock, the store receives the chunk at 12:00:05, the target is
+//!   12:00:30: the record is applied. A commit time more than [`CLOCK_AHEAD_TRUSTED`] ahead of the
+//!   store's time is not trusted to be after the target time.
 
 use std::collections::BTreeMap;
 
@@ -34,13 +36,16 @@ pub(super) struct Taken {
     newest_us: u64,
     /// A log without a gap reached the target time.
     pub passed: bool,
-    /// The least commit time at or after the target time that is known otherwise: from a newer checkpoint, or from a
-    /// log after a gap. Without `passed`, records between it and the newest applied one may be missing: `NotReached`.
+    /// The least commit time at or after the target time that is known otherwise: from a newer
+    /// checkpoint, or from a log after a gap. Without `passed`, records between it and the newest
+    /// applied one may be missing: `NotReached`.
     later_us: Option<u64>,
-    /// Per replica, its first known record that is not applied because it was committed after the target time. Commit
-    /// times of a replica never fall: all its later records were committed after the target time too.
+    /// Per replica, its first known record that is not applied because it was committed after the
+    /// target time. Commit times of a replica never fall: all its later records were committed
+    /// after the target time too.
     after_target: BTreeMap<ReplicaId, (Incarnation, OwnSeq)>,
-    /// Per origin, the last record whose commit time is after the target time, but not trusted (clock ahead).
+    /// Per origin, the last record whose commit time is after the target time, but not trusted
+    /// (clock ahead).
     doubtful: BTreeMap<Origin, Doubt>,
 }
 
@@ -53,8 +58,9 @@ struct Doubt {
 }
 
 impl Taken {
-    /// Creates the progress of a merge that begins with a checkpoint, or empty. `now_us`: upper bound of the time at
-    /// which any record was written; `later_us`: the commit time of a checkpoint that is newer than the target time.
+    /// Creates the progress of a merge that begins with a checkpoint, or empty. `now_us`: upper
+    /// bound of the time at which any record was written; `later_us`: the commit time of a
+    /// checkpoint that is newer than the target time.
     pub(super) fn after(
         base: Option<&ArchivedCheckpoint>,
         filter: ShardFilter,
@@ -81,10 +87,16 @@ impl Taken {
         self.newest_us = self.newest_us.max(base.manifest.commit_time_max);
     }
 
-    /// Returns the new entries of a chunk; `None` when a record before it is missing. `gapless`: nothing is missing
-    /// from the log before it. `held_by_us`: time, microseconds by the object store's clock, by which the chunk was in
-    /// the object store, so that none of its records was written later.
-    pub(super) fn new_entries(&mut self, chunk: &Chunk, gapless: bool, held_by_us: u64) -> Option<Vec<KeyEntry>> {
+    /// Returns the new entries of a chunk; `None` when a record before it is missing. `gapless`:
+    /// nothing is missing from the log before it. `held_by_us`: time, microseconds by the object
+    /// store's clock, by which the chunk was in the object store, so that none of its records was
+    /// written later.
+    pub(super) fn new_entries(
+        &mut self,
+        chunk: &Chunk,
+        gapless: bool,
+        held_by_us: u64,
+    ) -> Option<Vec<KeyEntry>> {
         let mut seen = self.seen.clone();
         let mut newest_us = self.newest_us;
         let mut entries = Vec::new();
@@ -92,8 +104,8 @@ impl Taken {
         // A decoded chunk holds whole records only.
         for record in chunk.records().map_while(Result::ok) {
             if let Some(until) = self.until_us {
-                // Proven: the object store had the record by the target time, so the clock that assigned a later commit
-                // time was ahead.
+                // Proven: the object store had the record by the target time, so the clock that
+                // assigned a later commit time was ahead.
                 let is_later = record.commit_time > until && !archive::is_proven(held_by_us, until);
                 if is_later || record.commit_time == until {
                     later.push((record.origin, record.own_seq, record.commit_time));
@@ -102,8 +114,8 @@ impl Taken {
                     continue;
                 }
             }
-            // Records without an own sequence (seals and other control records that peers do not replicate) concern
-            // only the replica that wrote them.
+            // Records without an own sequence (seals and other control records that peers do not
+            // replicate) concern only the replica that wrote them.
             if record.own_seq.0 > 0 {
                 let last = seen.get(&record.origin).copied().unwrap_or_default();
                 if record.own_seq <= last {
@@ -124,11 +136,12 @@ impl Taken {
         Some(entries)
     }
 
-    /// Evaluates a record whose commit time is the target time, or is later and left it unapplied: is it evidence that
-    /// the log reaches the target time?
+    /// Evaluates a record whose commit time is the target time, or is later and left it unapplied:
+    /// is it evidence that the log reaches the target time?
     /// - local: the record has no own sequence (peers do not replicate it);
     /// - applied: it is applied already, from this log, another one or a checkpoint;
-    /// - trusted: its commit time is at most [`CLOCK_AHEAD_TRUSTED`] after `held_by_us`, so its clock was not ahead;
+    /// - trusted: its commit time is at most [`CLOCK_AHEAD_TRUSTED`] after `held_by_us`, so its
+    ///   clock was not ahead;
     /// - after: `after_target` holds this record or an earlier one of the same replica.
     ///
     /// | local | applied | trusted | after | result |
@@ -141,13 +154,22 @@ impl Taken {
     /// | no | no | no | no | enters `doubtful`: an error in the end unless it was applied |
     ///
     /// Evidence in a log that is `gapless` sets `passed`; after a gap it lowers `later_us`.
-    fn note_later(&mut self, origin: Origin, own_seq: OwnSeq, commit_time: u64, gapless: bool, held_by_us: u64) {
+    fn note_later(
+        &mut self,
+        origin: Origin,
+        own_seq: OwnSeq,
+        commit_time: u64,
+        gapless: bool,
+        held_by_us: u64,
+    ) {
         let is_local = own_seq.0 == 0;
         let is_applied = !is_local && self.seen.get(&origin).is_some_and(|seen| *seen >= own_seq);
         let held_by_us = held_by_us.min(self.now_us);
-        let trusted = commit_time <= held_by_us.saturating_add(CLOCK_AHEAD_TRUSTED.as_micros() as u64);
+        let trusted =
+            commit_time <= held_by_us.saturating_add(CLOCK_AHEAD_TRUSTED.as_micros() as u64);
         let point = (origin.incarnation, own_seq);
-        let is_after_target = self.after_target.get(&origin.replica).is_some_and(|first| point >= *first);
+        let is_after_target =
+            self.after_target.get(&origin.replica).is_some_and(|first| point >= *first);
         if is_local && !trusted {
             return;
         }
@@ -169,13 +191,15 @@ impl Taken {
         }
     }
 
-    /// Returns true when the log up to this newer checkpoint need not be read: for each origin, every record that the
-    /// checkpoint contains is applied already, or was committed after the target time (`after_target`).
+    /// Returns true when the log up to this newer checkpoint need not be read: for each origin,
+    /// every record that the checkpoint contains is applied already, or was committed after the
+    /// target time (`after_target`).
     pub(super) fn needs_nothing_before(&self, later: &Later) -> bool {
         self.until_us.is_some()
             && later.vector.iter().all(|(origin, seq)| {
                 let next = OwnSeq(self.seen.get(origin).copied().unwrap_or_default().0 + 1);
-                let is_after_target = |first: &(Incarnation, OwnSeq)| (origin.incarnation, next) >= *first;
+                let is_after_target =
+                    |first: &(Incarnation, OwnSeq)| (origin.incarnation, next) >= *first;
                 *seq < next || self.after_target.get(&origin.replica).is_some_and(is_after_target)
             })
     }
@@ -183,8 +207,8 @@ impl Taken {
     /// Checks, when every log has been read, that nothing before the target time can be missing.
     ///
     /// # Errors
-    /// `ClockAhead` when a doubtful record was not applied: it may have preceded the target time. `NotReached` when
-    /// the logs end before it.
+    /// `ClockAhead` when a doubtful record was not applied: it may have preceded the target time.
+    /// `NotReached` when the logs end before it.
     pub(super) fn check_end(&self, shard: ShardId) -> Result<(), BuildError> {
         self.check_doubtful(shard)?;
         match self.later_us {
@@ -196,7 +220,9 @@ impl Taken {
     }
 
     fn check_doubtful(&self, shard: ShardId) -> Result<(), BuildError> {
-        let open = |(origin, doubt): &(&Origin, &Doubt)| self.seen.get(origin).is_none_or(|seen| *seen < doubt.own_seq);
+        let open = |(origin, doubt): &(&Origin, &Doubt)| {
+            self.seen.get(origin).is_none_or(|seen| *seen < doubt.own_seq)
+        };
         let Some((origin, doubt)) = self.doubtful.iter().find(open) else { return Ok(()) };
         Err(BuildError::ClockAhead {
             shard,

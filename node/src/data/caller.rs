@@ -36,7 +36,8 @@ pub(super) struct Caller {
 }
 
 impl Caller {
-    /// Returns an error when the authority under which a strict read began has ended: its result may be stale.
+    /// Returns an error when the authority under which a strict read began has ended: its result
+    /// may be stale.
     pub(super) fn check_term(&self, replica: &Replica) -> Result<(), VastoError> {
         match self.term {
             Some(term) if !replica.authority().holds(term) => Err(no_authority()),
@@ -44,7 +45,8 @@ impl Caller {
         }
     }
 
-    /// Returns an error once the client does not wait any more: work not begun by then is not begun.
+    /// Returns an error once the client does not wait any more: work not begun by then is not
+    /// begun.
     pub(super) fn check_time(&self) -> Result<(), VastoError> {
         match self.until {
             Some(until) if since_boot() >= until => Err(too_late()),

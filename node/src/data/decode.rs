@@ -1,11 +1,13 @@
 //! Decodes wire messages into checked operations.
 //!
-//! **Invariant:** an operation that leaves this module is within the limits of [`vasto_core::limits`].
+//! **Invariant:** an operation that leaves this module is within the limits of
+//! [`vasto_core::limits`].
 
 use vasto_core::catalog::{Ack, KeyspaceSpec};
 use vasto_core::ids::ReplicaId;
 use vasto_core::limits::{
-    BATCH_BYTES_MAX, BATCH_OPS_MAX, LimitError, check_event_time, check_key, check_ttl_ms, check_value,
+    BATCH_BYTES_MAX, BATCH_OPS_MAX, LimitError, check_event_time, check_key, check_ttl_ms,
+    check_value,
 };
 use vasto_core::{ErrorCode, VastoError};
 use vasto_proto::convert::ack_from_wire;
@@ -43,7 +45,11 @@ pub(super) struct Write {
 }
 
 /// Checks a write and fills in the keyspace's defaults.
-pub(super) fn write(request: v1::WriteRequest, spec: &KeyspaceSpec, now_us: u64) -> Result<Write, VastoError> {
+pub(super) fn write(
+    request: v1::WriteRequest,
+    spec: &KeyspaceSpec,
+    now_us: u64,
+) -> Result<Write, VastoError> {
     if request.ops.len() > BATCH_OPS_MAX {
         return Err(LimitError::BatchTooMany(request.ops.len()).into());
     }
@@ -51,7 +57,8 @@ pub(super) fn write(request: v1::WriteRequest, spec: &KeyspaceSpec, now_us: u64)
     // A request may raise the keyspace's acknowledgement level, never lower it.
     let ack = ack.max(spec.ack);
     if ack == Ack::Replica && spec.replicas < 2 {
-        let message = "the acknowledgement level `replica` needs a second replica, and this keyspace has one";
+        let message =
+            "the acknowledgement level `replica` needs a second replica, and this keyspace has one";
         return Err(VastoError::new(ErrorCode::FailedPrecondition, message));
     }
     let id = (request.client_id != 0).then(|| OpId {
@@ -176,8 +183,12 @@ mod tests {
     #[test]
     fn the_keyspace_gives_its_defaults() {
         let spec = KeyspaceSpec { ttl_ms: Some(5_000), ack: Ack::Os, ..KeyspaceSpec::default() };
-        let checked =
-            write(v1::WriteRequest { ops: vec![put(vec![1], vec![])], ..Default::default() }, &spec, NOW).unwrap();
+        let checked = write(
+            v1::WriteRequest { ops: vec![put(vec![1], vec![])], ..Default::default() },
+            &spec,
+            NOW,
+        )
+        .unwrap();
         assert_eq!(checked.ack, Ack::Os);
         assert!(matches!(checked.ops[0].change, OpKind::Put { ttl_ms: Some(5_000), .. }));
         assert_eq!(checked.ops[0].created_ttl_ms, Some(5_000));

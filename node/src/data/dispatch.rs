@@ -1,8 +1,8 @@
 //! Routes a request to its replica, or refuses it.
 //!
-//! Requests carry keyspace and epoch. An epoch below the node's is served while the data is still owned here. Data that
-//! is not owned here: `WrongEpoch` with the topology. An epoch above the node's: the node waits for the topology, then
-//! answers `NodeBehind`.
+//! Requests carry keyspace and epoch. An epoch below the node's is served while the data is still
+//! owned here. Data that is not owned here: `WrongEpoch` with the topology. An epoch above the
+//! node's: the node waits for the topology, then answers `NodeBehind`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +26,12 @@ use crate::replica::command::{Number, OpOutcome, WriteContext};
 use crate::replica::read::{GetResult, KeyRef, ScanPage};
 
 /// Answers a request, at once or later.
-pub(super) fn dispatch(registry: &Arc<NodeRegistry>, request: v1::Request, arrival: Arrival, sink: ReplySink) {
+pub(super) fn dispatch(
+    registry: &Arc<NodeRegistry>,
+    request: v1::Request,
+    arrival: Arrival,
+    sink: ReplySink,
+) {
     let keyspace = KeyspaceId(request.keyspace_id);
     let time = (request.deadline_ms > 0).then(|| Duration::from_millis(request.deadline_ms.into()));
     let caller = Caller {
@@ -49,7 +54,9 @@ pub(super) fn dispatch(registry: &Arc<NodeRegistry>, request: v1::Request, arriv
     let place = place(registry, caller, shard);
     let probing = matches!(place, Place::Probing(_));
     match settled(place) {
-        Some(Ok((replica, term))) => execute(registry, Caller { term, ..caller }, &replica, op, sink),
+        Some(Ok((replica, term))) => {
+            execute(registry, Caller { term, ..caller }, &replica, op, sink)
+        }
         Some(Err(error)) => sink.fail(registry, caller.id, caller.keyspace, caller.epoch, &error),
         None => {
             let registry = registry.clone();
@@ -60,24 +67,34 @@ pub(super) fn dispatch(registry: &Arc<NodeRegistry>, request: v1::Request, arriv
                         sink.room().await;
                         execute(&registry, Caller { term, ..caller }, &replica, op, sink);
                     }
-                    Err(error) => sink.fail(&registry, caller.id, caller.keyspace, caller.epoch, &error),
+                    Err(error) => {
+                        sink.fail(&registry, caller.id, caller.keyspace, caller.epoch, &error)
+                    }
                 }
             });
         }
     }
 }
 
-/// Returns the refusal of a strict write that the network held back for longer than its client waits: the client has
-/// repeated it over another connection, and an event time assigned now would be above those of later writes.
+/// Returns the refusal of a strict write that the network held back for longer than its client
+/// waits: the client has repeated it over another connection, and an event time assigned now would
+/// be above those of later writes.
 fn held_back(arrival: Arrival, op: &Op, strict: bool) -> Option<VastoError> {
-    let late = arrival.sent.is_some_and(|sent| arrival.received.saturating_sub(sent) >= ATTEMPT_PATIENCE);
+    let late =
+        arrival.sent.is_some_and(|sent| arrival.received.saturating_sub(sent) >= ATTEMPT_PATIENCE);
     (late && strict && matches!(op, Op::Write(_))).then(|| {
         let message = "the request was under way for too long and may have been repeated since; send it again";
         VastoError::new(ErrorCode::Overloaded, message).retry_after_ms(20)
     })
 }
 
-fn execute(registry: &Arc<NodeRegistry>, caller: Caller, replica: &Replica, op: Op, sink: ReplySink) {
+fn execute(
+    registry: &Arc<NodeRegistry>,
+    caller: Caller,
+    replica: &Replica,
+    op: Op,
+    sink: ReplySink,
+) {
     if let Err(error) = caller.check_time() {
         return answer(registry, caller, Err(error), sink);
     }
@@ -104,7 +121,12 @@ fn execute(registry: &Arc<NodeRegistry>, caller: Caller, replica: &Replica, op: 
     answer(registry, caller, result, sink);
 }
 
-fn answer(registry: &NodeRegistry, caller: Caller, result: Result<Answer, VastoError>, sink: ReplySink) {
+fn answer(
+    registry: &NodeRegistry,
+    caller: Caller,
+    result: Result<Answer, VastoError>,
+    sink: ReplySink,
+) {
     match result {
         Ok(answer) => sink.answer(caller.id, answer),
         Err(error) => sink.fail(registry, caller.id, caller.keyspace, caller.epoch, &error),
@@ -120,8 +142,9 @@ fn execute_write(
 ) {
     let registry = registry.clone();
     let done = Box::new(move |result: Result<Vec<OpOutcome>, VastoError>| {
-        let result = result
-            .map(|outcomes| Answer::Write(v1::WriteReply { outcomes: outcomes.into_iter().map(outcome).collect() }));
+        let result = result.map(|outcomes| {
+            Answer::Write(v1::WriteReply { outcomes: outcomes.into_iter().map(outcome).collect() })
+        });
         answer(&registry, caller, result, sink);
     });
     replica.write_as(
@@ -144,7 +167,9 @@ fn outcome(outcome: OpOutcome) -> v1::WriteOutcome {
     };
     let (kind, event_time, value) = match outcome {
         OpOutcome::Applied(event_time) => (v1::write_outcome::Kind::Applied, event_time, None),
-        OpOutcome::Superseded(event_time) => (v1::write_outcome::Kind::Superseded, event_time, None),
+        OpOutcome::Superseded(event_time) => {
+            (v1::write_outcome::Kind::Superseded, event_time, None)
+        }
         OpOutcome::Modified { event_time, version, number } => {
             (v1::write_outcome::Kind::Applied, event_time, value(event_time, version, number))
         }
@@ -155,7 +180,13 @@ fn outcome(outcome: OpOutcome) -> v1::WriteOutcome {
     v1::WriteOutcome { kind: kind as i32, event_time, value }
 }
 
-fn execute_get(registry: &Arc<NodeRegistry>, caller: Caller, replica: &Replica, keys: Vec<KeyRef>, sink: ReplySink) {
+fn execute_get(
+    registry: &Arc<NodeRegistry>,
+    caller: Caller,
+    replica: &Replica,
+    keys: Vec<KeyRef>,
+    sink: ReplySink,
+) {
     match replica.get_many(&keys, false) {
         Ok(GetResult::Values(values)) => {
             answer(registry, caller, caller.check_term(replica).map(|()| get_reply(values)), sink);
@@ -164,15 +195,21 @@ fn execute_get(registry: &Arc<NodeRegistry>, caller: Caller, replica: &Replica, 
         Ok(GetResult::WouldBlock) => {
             let replica = replica.clone();
             blocking(registry, caller, sink, move || match replica.get_many(&keys, true)? {
-                GetResult::Values(values) => caller.check_term(&replica).map(|()| get_reply(values)),
-                GetResult::WouldBlock => Err(VastoError::new(ErrorCode::Internal, "a blocking read did not block")),
+                GetResult::Values(values) => {
+                    caller.check_term(&replica).map(|()| get_reply(values))
+                }
+                GetResult::WouldBlock => {
+                    Err(VastoError::new(ErrorCode::Internal, "a blocking read did not block"))
+                }
             });
         }
     }
 }
 
 fn get_reply(values: Vec<Option<v1::Value>>) -> Answer {
-    Answer::Get(v1::GetReply { values: values.into_iter().map(|value| v1::MaybeValue { value }).collect() })
+    Answer::Get(v1::GetReply {
+        values: values.into_iter().map(|value| v1::MaybeValue { value }).collect(),
+    })
 }
 
 fn scan_page(scan: v1::ScanRequest) -> Result<ScanPage, VastoError> {
@@ -192,7 +229,13 @@ fn scan_page(scan: v1::ScanRequest) -> Result<ScanPage, VastoError> {
     })
 }
 
-fn execute_scan(registry: &Arc<NodeRegistry>, caller: Caller, replica: &Replica, page: ScanPage, sink: ReplySink) {
+fn execute_scan(
+    registry: &Arc<NodeRegistry>,
+    caller: Caller,
+    replica: &Replica,
+    page: ScanPage,
+    sink: ReplySink,
+) {
     let replica = replica.clone();
     blocking(registry, caller, sink, move || {
         let reply = replica.scan(caller.epoch, &page)?;
@@ -216,14 +259,17 @@ fn blocking(
         // The reader is free once its reply counts: the next read must see how much waits.
         let (result, _permit) = match tokio::task::spawn_blocking(move || (read(), permit)).await {
             Ok(done) => done,
-            Err(error) => (Err(VastoError::new(ErrorCode::Internal, format!("a read failed: {error}"))), None),
+            Err(error) => {
+                (Err(VastoError::new(ErrorCode::Internal, format!("a read failed: {error}"))), None)
+            }
         };
         answer(&registry, caller, result, sink);
     });
 }
 
-/// Acquires one of the node's readers, for a connection that has room for its reply. A request that waits for room
-/// holds no reader: one client that does not read would stop the reads of all others.
+/// Acquires one of the node's readers, for a connection that has room for its reply. A request that
+/// waits for room holds no reader: one client that does not read would stop the reads of all
+/// others.
 async fn reader(registry: &NodeRegistry, sink: &ReplySink) -> Option<OwnedSemaphorePermit> {
     loop {
         sink.room().await;
@@ -255,7 +301,15 @@ mod tests {
     }
 
     fn caller(until: Option<Duration>) -> Caller {
-        Caller { id: 1, keyspace: KeyspaceId(1), epoch: Epoch(1), sent: None, until, strict: false, term: None }
+        Caller {
+            id: 1,
+            keyspace: KeyspaceId(1),
+            epoch: Epoch(1),
+            sent: None,
+            until,
+            strict: false,
+            term: None,
+        }
     }
 
     fn long_read() -> Result<Answer, VastoError> {
@@ -263,8 +317,8 @@ mod tests {
         Ok(Answer::Scan(v1::ScanReply { rows: vec![row], ..v1::ScanReply::default() }))
     }
 
-    /// The queue for the only reader is fair: when the other connection is served, every earlier read has been done, or
-    /// waits for its own connection.
+    /// The queue for the only reader is fair: when the other connection is served, every earlier
+    /// read has been done, or waits for its own connection.
     #[tokio::test]
     async fn a_client_that_does_not_read_holds_one_queue_of_replies_and_no_reader() {
         let registry = node();
@@ -277,7 +331,10 @@ mod tests {
         blocking(&registry, caller(None), ReplySink::new(other, Vec::new()), long_read);
         other_replies.recv().await.unwrap();
         let waiting = replies.len();
-        assert!(waiting * REPLY_BYTES <= CONNECTION_BYTES_MAX + REPLY_BYTES, "{waiting} replies wait");
+        assert!(
+            waiting * REPLY_BYTES <= CONNECTION_BYTES_MAX + REPLY_BYTES,
+            "{waiting} replies wait"
+        );
         // A client that reads again receives all replies.
         for _ in 0..asked {
             let reply = replies.recv().await.unwrap();
@@ -298,10 +355,15 @@ mod tests {
         blocking(&registry, caller(None), ReplySink::new(queue.clone(), Vec::new()), first);
         let until = since_boot() + Duration::from_millis(20);
         let count = begun.clone();
-        blocking(&registry, caller(Some(until)), ReplySink::new(queue.clone(), Vec::new()), move || {
-            count.fetch_add(1, Ordering::Relaxed);
-            long_read()
-        });
+        blocking(
+            &registry,
+            caller(Some(until)),
+            ReplySink::new(queue.clone(), Vec::new()),
+            move || {
+                count.fetch_add(1, Ordering::Relaxed);
+                long_read()
+            },
+        );
         while since_boot() < until {
             tokio::task::yield_now().await;
         }

@@ -1,8 +1,8 @@
 //! The data service: batches of operations over one bidirectional stream per connection.
 //!
 //! **Invariants**
-//! - Bytes are bounded before anything is queued, for each connection and for all of them together: a connection that
-//!   has too much in flight is not read until it drains.
+//! - Bytes are bounded before anything is queued, for each connection and for all of them together:
+//!   a connection that has too much in flight is not read until it drains.
 //! - Limits are checked before anything is written.
 //! - A request whose client does not wait any more is not begun: it is answered `DeadlineExceeded`.
 //! - A request is answered exactly once, in any order.
@@ -24,7 +24,9 @@ use prost::Message;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tonic::{Request, Response, Status, Streaming};
-use vasto_core::limits::{CONNECTION_BYTES_MAX, CONNECTIONS_MAX, REPLY_STALL_MAX, UNARY_REQUESTS_MAX};
+use vasto_core::limits::{
+    CONNECTION_BYTES_MAX, CONNECTIONS_MAX, REPLY_STALL_MAX, UNARY_REQUESTS_MAX,
+};
 use vasto_core::{ErrorCode, VastoError};
 use vasto_proto::convert::status_of;
 use vasto_proto::incoming::Hangup;
@@ -49,8 +51,14 @@ pub(crate) struct DataService {
 impl DataService {
     /// Creates the service over the node's replicas.
     pub(crate) fn new(registry: Arc<NodeRegistry>) -> Self {
-        let (connections, unary) = (Semaphore::new(CONNECTIONS_MAX), Semaphore::new(UNARY_REQUESTS_MAX));
-        Self { registry, connections: Arc::new(connections), unary: Arc::new(unary), budget: Arc::default() }
+        let (connections, unary) =
+            (Semaphore::new(CONNECTIONS_MAX), Semaphore::new(UNARY_REQUESTS_MAX));
+        Self {
+            registry,
+            connections: Arc::new(connections),
+            unary: Arc::new(unary),
+            budget: Arc::default(),
+        }
     }
 }
 
@@ -89,7 +97,9 @@ impl Data for DataService {
                 for request in frame.requests {
                     let weight = (request.encoded_len() + 256).min(CONNECTION_BYTES_MAX) as u32;
                     let Ok(permit) = room.clone().acquire_many_owned(weight).await else { return };
-                    let Ok(of_node) = requests.clone().acquire_many_owned(weight).await else { return };
+                    let Ok(of_node) = requests.clone().acquire_many_owned(weight).await else {
+                        return;
+                    };
                     replies.room().await;
                     let arrival = Arrival { sent, received: now };
                     let sink = ReplySink::new(replies.clone(), vec![permit, of_node]);
@@ -112,13 +122,21 @@ impl Data for DataService {
 
     async fn execute(&self, request: Request<v1::Request>) -> Result<Response<v1::Reply>, Status> {
         let permit = self.unary.clone().try_acquire_owned().map_err(|_| {
-            let message = format!("this node answers {UNARY_REQUESTS_MAX} single requests at a time; open a stream");
+            let message = format!(
+                "this node answers {UNARY_REQUESTS_MAX} single requests at a time; open a stream"
+            );
             status_of(&VastoError::new(ErrorCode::Overloaded, message).retry_after_ms(20))
         })?;
         let (queue, mut receiver) = ReplyQueue::new(self.budget.clone());
         let arrival = Arrival { sent: None, received: since_boot() };
-        dispatch::dispatch(&self.registry, request.into_inner(), arrival, ReplySink::new(queue, vec![permit]));
-        let queued = receiver.recv().await.ok_or_else(|| Status::internal("the request was dropped"))?;
+        dispatch::dispatch(
+            &self.registry,
+            request.into_inner(),
+            arrival,
+            ReplySink::new(queue, vec![permit]),
+        );
+        let queued =
+            receiver.recv().await.ok_or_else(|| Status::internal("the request was dropped"))?;
         Ok(Response::new(queued.reply))
     }
 }
@@ -128,27 +146,30 @@ fn frames_of(
     queue: Arc<ReplyQueue>,
     receiver: UnboundedReceiver<Queued>,
 ) -> impl Stream<Item = Result<v1::ReplyFrame, Status>> {
-    futures::stream::unfold((queue, receiver, None, 0), |(queue, mut receiver, carried, before)| async move {
-        // A transport that asks for the next frame has released the previous one.
-        queue.sent(before);
-        let first: Queued = match carried {
-            Some(queued) => queued,
-            None => receiver.recv().await?,
-        };
-        let mut bytes = first.bytes;
-        let mut replies = vec![first.reply];
-        let mut carried = None;
-        while replies.len() < FRAME_REPLIES {
-            let Ok(queued) = receiver.try_recv() else { break };
-            if bytes + queued.bytes > FRAME_BYTES {
-                carried = Some(queued);
-                break;
+    futures::stream::unfold(
+        (queue, receiver, None, 0),
+        |(queue, mut receiver, carried, before)| async move {
+            // A transport that asks for the next frame has released the previous one.
+            queue.sent(before);
+            let first: Queued = match carried {
+                Some(queued) => queued,
+                None => receiver.recv().await?,
+            };
+            let mut bytes = first.bytes;
+            let mut replies = vec![first.reply];
+            let mut carried = None;
+            while replies.len() < FRAME_REPLIES {
+                let Ok(queued) = receiver.try_recv() else { break };
+                if bytes + queued.bytes > FRAME_BYTES {
+                    carried = Some(queued);
+                    break;
+                }
+                bytes += queued.bytes;
+                replies.push(queued.reply);
             }
-            bytes += queued.bytes;
-            replies.push(queued.reply);
-        }
-        Some((Ok(v1::ReplyFrame { replies }), (queue, receiver, carried, bytes)))
-    })
+            Some((Ok(v1::ReplyFrame { replies }), (queue, receiver, carried, bytes)))
+        },
+    )
 }
 
 #[cfg(test)]
@@ -165,7 +186,12 @@ mod tests {
         // The node does not know this epoch yet: the request waits.
         let ask = || {
             let op = Some(v1::request::Op::Get(v1::GetRequest::default()));
-            service.execute(Request::new(v1::Request { keyspace_id: 1, epoch: 1, op, ..v1::Request::default() }))
+            service.execute(Request::new(v1::Request {
+                keyspace_id: 1,
+                epoch: 1,
+                op,
+                ..v1::Request::default()
+            }))
         };
         let mut waiting: Vec<_> = (0..UNARY_REQUESTS_MAX).map(|_| ask()).collect();
         for request in &mut waiting {

@@ -1,6 +1,8 @@
-//! Whether a request is answered here: by the state of its shard's replica, the epochs, and authority.
+//! Whether a request is answered here: by the state of its shard's replica, the epochs, and
+//! authority.
 //!
-//! **Invariant:** a strict request is admitted only under a term of authority, which its answer is checked against.
+//! **Invariant:** a strict request is admitted only under a term of authority, which its answer is
+//! checked against.
 
 use std::time::Duration;
 
@@ -46,9 +48,12 @@ pub(super) enum Place {
 pub(super) fn place(registry: &NodeRegistry, caller: Caller, shard: ShardId) -> Place {
     let placed = || registry.is_placed_here(caller.keyspace, shard);
     match registry.replica_of(caller.keyspace, shard) {
-        // A closed replica applies and accepts nothing. The only replica of its shard still serves reads, and answers
-        // writes with the remedy.
-        Some(replica) if replica.is_closed() && !(placed() && registry.is_the_only_one(caller.keyspace, shard)) => {
+        // A closed replica applies and accepts nothing. The only replica of its shard still serves
+        // reads, and answers writes with the remedy.
+        Some(replica)
+            if replica.is_closed()
+                && !(placed() && registry.is_the_only_one(caller.keyspace, shard)) =>
+        {
             if placed() {
                 Place::OutOfService(replica.closed())
             } else {
@@ -63,7 +68,9 @@ pub(super) fn place(registry: &NodeRegistry, caller: Caller, shard: ShardId) -> 
                 Err(Refusal::Wait) => Place::Waiting,
                 Err(Refusal::Probe) => Place::Probing(replica),
             },
-            _ if replica.is_ready() && !(registry.stall.is_standing() && replica.followers().has_peers()) => {
+            _ if replica.is_ready()
+                && !(registry.stall.is_standing() && replica.followers().has_peers()) =>
+            {
                 Place::Here(replica)
             }
             _ => Place::CatchingUp,
@@ -79,7 +86,8 @@ pub(super) fn place(registry: &NodeRegistry, caller: Caller, shard: ShardId) -> 
     }
 }
 
-/// Returns the replica that executes the request, or the refusal; `None` when that may be known shortly.
+/// Returns the replica that executes the request, or the refusal; `None` when that may be known
+/// shortly.
 pub(super) fn settled(place: Place) -> Option<Result<Executor, VastoError>> {
     match place {
         Place::Here(replica) => Some(Ok((replica, None))),
@@ -95,8 +103,8 @@ pub(super) fn settled(place: Place) -> Option<Result<Executor, VastoError>> {
 
 /// Waits for the topology of the caller's epoch, or for authority.
 ///
-/// `probing`: the peers were silent already when the request arrived. Only that proves that its client reaches this
-/// node. Ends within [`EPOCH_WAIT`] or [`AUTHORITY_WAIT`], whichever is longer.
+/// `probing`: the peers were silent already when the request arrived. Only that proves that its
+/// client reaches this node. Ends within [`EPOCH_WAIT`] or [`AUTHORITY_WAIT`], whichever is longer.
 pub(super) async fn wait_for_place(
     registry: &NodeRegistry,
     caller: Caller,
@@ -108,9 +116,11 @@ pub(super) async fn wait_for_place(
     let mut probed = false;
     loop {
         node_changes.borrow_and_update();
-        let mut replica_changes = registry.replica_of(caller.keyspace, shard).map(|replica| replica.changes());
-        let mut authority_changes =
-            registry.replica_of(caller.keyspace, shard).map(|replica| replica.authority().changes());
+        let mut replica_changes =
+            registry.replica_of(caller.keyspace, shard).map(|replica| replica.changes());
+        let mut authority_changes = registry
+            .replica_of(caller.keyspace, shard)
+            .map(|replica| replica.authority().changes());
         let mut place = place(registry, caller, shard);
         if let Place::Probing(replica) = &place {
             if !probing {

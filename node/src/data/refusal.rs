@@ -13,8 +13,11 @@ pub(super) fn no_authority() -> VastoError {
 }
 
 pub(super) fn catching_up() -> VastoError {
-    VastoError::new(ErrorCode::CatchingUp, "this replica is catching up with its peers; ask another one")
-        .retry_after_ms(50)
+    VastoError::new(
+        ErrorCode::CatchingUp,
+        "this replica is catching up with its peers; ask another one",
+    )
+    .retry_after_ms(50)
 }
 
 /// Returns `NotPrimary`: the node is healthy, and clients keep asking it for its other shards.
@@ -26,17 +29,23 @@ pub(super) fn out_of_service(why: Option<String>) -> VastoError {
 
 /// Returns the error of a shard whose only replica could not be opened.
 pub(super) fn failed(why: &str) -> VastoError {
-    let code = if shortage::shortage_of(why).is_some() { ErrorCode::NoSpace } else { ErrorCode::Unavailable };
+    let code = if shortage::shortage_of(why).is_some() {
+        ErrorCode::NoSpace
+    } else {
+        ErrorCode::Unavailable
+    };
     VastoError::new(code, format!("the replica could not be opened: {why}")).retry_after_ms(500)
 }
 
 /// Returns the refusal of a write: the free space of the disk is needed for data written already.
 pub(super) fn disk_is_low() -> VastoError {
-    let message =
-        "no space left on the disk of the node but its reserve, so it takes no writes; free some space, or add a node";
+    let message = "no space left on the disk of the node but its reserve, so it takes no writes; free some space, or add a node";
     VastoError::new(ErrorCode::NoSpace, message).retry_after_ms(1_000)
 }
 
 pub(super) fn not_here() -> VastoError {
-    VastoError::new(ErrorCode::WrongEpoch, "this node does not hold the shard; fetch the topology and go to its owner")
+    VastoError::new(
+        ErrorCode::WrongEpoch,
+        "this node does not hold the shard; fetch the topology and go to its owner",
+    )
 }

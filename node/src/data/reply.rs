@@ -1,11 +1,11 @@
 //! Replies of a connection: their queue, their byte budgets, and the sink that answers a request.
 //!
 //! **Invariants**
-//! - Replies that wait for a slow reader are bounded: while a connection's queue is over its limit, none of its
-//!   requests is begun, so only replies to requests already in execution are added.
-//! - Replies and requests in flight of all connections together are bounded: over a budget of the node, only a
-//!   connection without waiting replies gets another request begun, and a connection whose peer takes nothing is
-//!   closed.
+//! - Replies that wait for a slow reader are bounded: while a connection's queue is over its limit,
+//!   none of its requests is begun, so only replies to requests already in execution are added.
+//! - Replies and requests in flight of all connections together are bounded: over a budget of the
+//!   node, only a connection without waiting replies gets another request begun, and a connection
+//!   whose peer takes nothing is closed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -90,7 +90,8 @@ impl ReplyQueue {
         (Arc::new(Self { sender, waiting_bytes, sent: Notify::new(), moved_ms, node }), receiver)
     }
 
-    /// Waits until the peer has taken nothing for `patience` while replies wait here and the node is short of memory.
+    /// Waits until the peer has taken nothing for `patience` while replies wait here and the node
+    /// is short of memory.
     pub(super) async fn stalled(&self, patience: Duration) {
         loop {
             tokio::time::sleep(patience / 4).await;
@@ -124,7 +125,8 @@ impl ReplyQueue {
     /// Returns true while the queue is below its limits, or when its reader is gone.
     pub(super) fn has_room(&self) -> bool {
         let waiting = self.waiting_bytes.load(Ordering::Acquire);
-        waiting < CONNECTION_BYTES_MAX && (waiting == 0 || !self.node.is_full()) || self.sender.is_closed()
+        waiting < CONNECTION_BYTES_MAX && (waiting == 0 || !self.node.is_full())
+            || self.sender.is_closed()
     }
 
     /// Releases bytes that have left.
@@ -177,8 +179,16 @@ impl ReplySink {
         let _ = self.queue.sender.send(Queued { reply, bytes, _permits: self.permits });
     }
 
-    /// Answers with an error. `WrongEpoch` and `NotPrimary` carry the topology when it is newer than the caller's.
-    pub(super) fn fail(self, registry: &NodeRegistry, id: u64, keyspace: KeyspaceId, epoch: Epoch, error: &VastoError) {
+    /// Answers with an error. `WrongEpoch` and `NotPrimary` carry the topology when it is newer
+    /// than the caller's.
+    pub(super) fn fail(
+        self,
+        registry: &NodeRegistry,
+        id: u64,
+        keyspace: KeyspaceId,
+        epoch: Epoch,
+        error: &VastoError,
+    ) {
         let mut wire = error_to_wire(error, None);
         let elsewhere = matches!(error.code, ErrorCode::WrongEpoch | ErrorCode::NotPrimary);
         if elsewhere && registry.known_epoch(keyspace) > epoch {
@@ -224,7 +234,10 @@ mod tests {
         let room = fresh.clone();
         let waits = tokio::spawn(async move { room.room().await });
         drop(queues);
-        tokio::time::timeout(Duration::from_secs(20), waits).await.expect("there is room again").unwrap();
+        tokio::time::timeout(Duration::from_secs(20), waits)
+            .await
+            .expect("there is room again")
+            .unwrap();
         assert!(node.waiting_bytes.load(Ordering::Acquire) < 2 * MIB);
     }
 
@@ -235,9 +248,14 @@ mod tests {
         let (idle, _idle) = ReplyQueue::new(node.clone());
         let (slow, _slow) = ReplyQueue::new(node.clone());
         reply(&slow, MIB / 2);
-        assert!(tokio::time::timeout(short, slow.stalled(patience)).await.is_err(), "nobody needs the room");
+        assert!(
+            tokio::time::timeout(short, slow.stalled(patience)).await.is_err(),
+            "nobody needs the room"
+        );
         reply(&slow, 2 * MIB);
-        tokio::time::timeout(Duration::from_secs(20), slow.stalled(patience)).await.expect("it takes nothing");
+        tokio::time::timeout(Duration::from_secs(20), slow.stalled(patience))
+            .await
+            .expect("it takes nothing");
         assert!(
             tokio::time::timeout(short, idle.stalled(patience)).await.is_err(),
             "one that is owed nothing may be idle"

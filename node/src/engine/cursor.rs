@@ -46,7 +46,8 @@ impl View<'_> {
 }
 
 impl Cursor<'_> {
-    /// Returns the stored key and value here; `None` at the end. A damaged file is an error, not an end.
+    /// Returns the stored key and value here; `None` at the end. A damaged file is an error, not an
+    /// end.
     pub(crate) fn current(&self) -> Result<Option<RowRef<'_>>, EngineError> {
         match self.inner.item() {
             Some(item) => Ok(Some(item)),

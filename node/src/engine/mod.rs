@@ -22,9 +22,9 @@ use rocksdb::checkpoint::Checkpoint;
 use rocksdb::compaction_filter::Decision;
 use rocksdb::event_listener::{EventListener, FlushJobInfo};
 use rocksdb::{
-    BlockBasedOptions, BottommostLevelCompaction, Cache, CompactOptions, DB, DBCompressionType, DBRawIterator,
-    ErrorKind, FlushOptions, IngestExternalFileOptions, LiveFile, Options, ReadOptions, ReadTier,
-    SstPartitionerFactory, WriteBufferManager, WriteOptions,
+    BlockBasedOptions, BottommostLevelCompaction, Cache, CompactOptions, DB, DBCompressionType,
+    DBRawIterator, ErrorKind, FlushOptions, IngestExternalFileOptions, LiveFile, Options,
+    ReadOptions, ReadTier, SstPartitionerFactory, WriteBufferManager, WriteOptions,
 };
 use tokio::sync::Semaphore;
 use vasto_core::Band;
@@ -65,8 +65,8 @@ pub(crate) fn failed(doing: &'static str) -> impl Fn(rocksdb::Error) -> EngineEr
 pub(crate) struct EngineShared {
     buffers: WriteBufferManager,
     base: Options,
-    /// Replicas being opened, about one for each CPU core: each reads its log in files of 64 MiB, and a
-    /// node that restarts opens all it has.
+    /// Replicas being opened, about one for each CPU core: each reads its log in files of 64 MiB,
+    /// and a node that restarts opens all it has.
     pub(crate) opening: Arc<Semaphore>,
 }
 
@@ -85,12 +85,17 @@ pub struct EngineBudget {
 
 impl Default for EngineBudget {
     fn default() -> Self {
-        Self { cache_bytes: 256 << 20, write_buffer_bytes: 128 << 20, background_jobs: 2, rate_limit: 0 }
+        Self {
+            cache_bytes: 256 << 20,
+            write_buffer_bytes: 128 << 20,
+            background_jobs: 2,
+            rate_limit: 0,
+        }
     }
 }
 
-/// RocksDB's message for a lock that another process holds; other failures to open the lock file, such as a lack of
-/// descriptors, have other messages.
+/// RocksDB's message for a lock that another process holds; other failures to open the lock file,
+/// such as a lack of descriptors, have other messages.
 const LOCK_REFUSED: &str = "While lock file";
 
 /// Step by which a MANIFEST grows.
@@ -103,7 +108,8 @@ impl EngineShared {
     /// Creates the shared parts.
     pub(crate) fn new(budget: EngineBudget) -> Self {
         let cache = Cache::new_lru_cache(budget.cache_bytes);
-        let buffers = WriteBufferManager::new_write_buffer_manager(budget.write_buffer_bytes, false);
+        let buffers =
+            WriteBufferManager::new_write_buffer_manager(budget.write_buffer_bytes, false);
         let mut base = Options::default();
         base.create_if_missing(true);
         base.set_write_buffer_manager(&buffers);
@@ -139,7 +145,8 @@ impl EngineShared {
 
     /// Returns the used part of the memtables' budget; can exceed 1.
     pub(crate) fn memtables_used(&self) -> f64 {
-        self.buffers.get_mutable_memtable_memory_usage() as f64 / self.buffers.get_buffer_size().max(1) as f64
+        self.buffers.get_mutable_memtable_memory_usage() as f64
+            / self.buffers.get_buffer_size().max(1) as f64
     }
 }
 
@@ -168,7 +175,9 @@ struct Listener {
 impl EventListener for Listener {
     fn on_flush_begin(&self, _: &FlushJobInfo) {
         // A panic must not cross into C++.
-        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.guard.before_flush())).is_err() {
+        if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.guard.before_flush()))
+            .is_err()
+        {
             std::process::abort();
         }
     }
@@ -212,8 +221,8 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
-    /// Opens or creates the database in `path`. Compactions apply the gc floor in `floor`; `guard` is called before
-    /// every flush.
+    /// Opens or creates the database in `path`. Compactions apply the gc floor in `floor`; `guard`
+    /// is called before every flush.
     pub(crate) fn open(
         shared: &EngineShared,
         path: &Path,
@@ -223,27 +232,40 @@ impl Engine {
         let failed_flag = Arc::new(OnceLock::new());
         let mut options = shared.base.clone();
         let filter_floor = floor.clone();
-        options.set_compaction_filter("vasto-collect", move |_level: u32, key: &[u8], value: &[u8]| {
-            let floor = filter_floor.load(Ordering::Acquire);
-            if floor > 0 && split_data_key(key).is_some() && is_collected(value, floor) {
-                Decision::Remove
-            } else {
-                Decision::Keep
-            }
-        });
+        options.set_compaction_filter(
+            "vasto-collect",
+            move |_level: u32, key: &[u8], value: &[u8]| {
+                let floor = filter_floor.load(Ordering::Acquire);
+                if floor > 0 && split_data_key(key).is_some() && is_collected(value, floor) {
+                    Decision::Remove
+                } else {
+                    Decision::Keep
+                }
+            },
+        );
         options.add_event_listener(Listener { guard, failed: failed_flag.clone() });
         let db = DB::open(&options, path).map_err(|error| match error.kind() {
-            ErrorKind::IOError if error.to_string().contains(LOCK_REFUSED) => EngineError::Locked(path.to_owned()),
+            ErrorKind::IOError if error.to_string().contains(LOCK_REFUSED) => {
+                EngineError::Locked(path.to_owned())
+            }
             _ => EngineError::Rocks { doing: "open the database", message: error.to_string() },
         })?;
         let mut write_options = WriteOptions::default();
         write_options.disable_wal(true);
         let mut cached_only = ReadOptions::default();
         cached_only.set_read_tier(ReadTier::BlockCache);
-        Ok(Self { db: Arc::new(db), options, floor, failed: failed_flag, write_options, cached_only })
+        Ok(Self {
+            db: Arc::new(db),
+            options,
+            floor,
+            failed: failed_flag,
+            write_options,
+            cached_only,
+        })
     }
 
-    /// Returns why a flush or a compaction failed, once one has: the replica must be closed to writes.
+    /// Returns why a flush or a compaction failed, once one has: the replica must be closed to
+    /// writes.
     pub(crate) fn failure(&self) -> Option<&str> {
         self.failed.get().map(String::as_str)
     }
@@ -273,7 +295,8 @@ impl Engine {
         self.db.get(key).map_err(failed("read"))
     }
 
-    /// Returns the value without the memtables: the one that would be there if the process died now.
+    /// Returns the value without the memtables: the one that would be there if the process died
+    /// now.
     pub(crate) fn get_persisted(&self, key: &[u8]) -> Result<Option<Vec<u8>>, EngineError> {
         let mut options = ReadOptions::default();
         options.set_read_tier(ReadTier::Persisted);
@@ -311,10 +334,12 @@ impl Engine {
         self.db.ingest_external_file_opts(&options, files).map_err(failed("ingest SSTs"))
     }
 
-    /// Drops whole SSTs inside the bands. On its own this is **not** a removal: it skips the memtable, L0 and files
-    /// that cross the edge, and can uncover older versions.
+    /// Drops whole SSTs inside the bands. On its own this is **not** a removal: it skips the
+    /// memtable, L0 and files that cross the edge, and can uncover older versions.
     pub(crate) fn delete_files_in(&self, range: BandRange) -> Result<(), EngineError> {
-        self.db.delete_file_in_range([range.first.0], [range.last.0 + 1]).map_err(failed("drop SSTs"))
+        self.db
+            .delete_file_in_range([range.first.0], [range.last.0 + 1])
+            .map_err(failed("drop SSTs"))
     }
 
     /// Rewrites the bands down to the bottom level, removing what was deleted.
@@ -354,12 +379,14 @@ impl Engine {
         Ok((inside, crossing))
     }
 
-    /// Returns `(stored entries, those of SSTs with nothing but metadata, bytes of SSTs)`; an entry counts once for
-    /// each version that is not compacted away yet. The first number excludes the second, and includes metadata that is
-    /// stored among data.
+    /// Returns `(stored entries, those of SSTs with nothing but metadata, bytes of SSTs)`; an entry
+    /// counts once for each version that is not compacted away yet. The first number excludes the
+    /// second, and includes metadata that is stored among data.
     pub(crate) fn size(&self) -> (u64, u64, u64) {
-        let number = |name: &'static str| self.db.property_int_value(name).ok().flatten().unwrap_or(0);
-        let in_memory = number("rocksdb.num-entries-active-mem-table") + number("rocksdb.num-entries-imm-mem-tables");
+        let number =
+            |name: &'static str| self.db.property_int_value(name).ok().flatten().unwrap_or(0);
+        let in_memory = number("rocksdb.num-entries-active-mem-table")
+            + number("rocksdb.num-entries-imm-mem-tables");
         let files = self.db.live_files().unwrap_or_default();
         let (mut stored, mut metadata) = (0, 0);
         for file in &files {
@@ -409,7 +436,9 @@ impl CheckpointView {
     pub(crate) fn open(shared: &EngineShared, dir: &Path) -> Result<Self, EngineError> {
         let mut options = shared.base.clone();
         options.create_if_missing(false);
-        DB::open_for_read_only(&options, dir, false).map(|db| Self { db }).map_err(failed("open the checkpoint"))
+        DB::open_for_read_only(&options, dir, false)
+            .map(|db| Self { db })
+            .map_err(failed("open the checkpoint"))
     }
 
     /// Returns a stored value.

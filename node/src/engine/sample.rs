@@ -1,7 +1,9 @@
-//! Estimate of how many stored entries are rows that a reader would see, from a walk over some of them.
+//! Estimate of how many stored entries are rows that a reader would see, from a walk over some of
+//! them.
 //!
-//! RocksDB counts entries: one for each version that is not compacted away yet, tombstones and expired values included.
-//! A walk examines the entries, and RocksDB reports how many versions it passed over.
+//! RocksDB counts entries: one for each version that is not compacted away yet, tombstones and
+//! expired values included. A walk examines the entries, and RocksDB reports how many versions it
+//! passed over.
 
 use rocksdb::ReadOptions;
 use rocksdb::perf::{PerfContext, PerfMetric, PerfStatsLevel, set_perf_stats};
@@ -24,10 +26,14 @@ pub(crate) struct Walk {
 }
 
 impl Engine {
-    /// Walks over the data from its beginning; when that does not end within `rows` stored rows, over as many at places
-    /// spread over all of it. `is_live` receives the stored key and value. Reads from the disk, and leaves the block
-    /// cache unchanged.
-    pub(crate) fn walk(&self, rows: usize, is_live: impl Fn(&[u8], &[u8]) -> bool) -> Result<Walk, EngineError> {
+    /// Walks over the data from its beginning; when that does not end within `rows` stored rows,
+    /// over as many at places spread over all of it. `is_live` receives the stored key and value.
+    /// Reads from the disk, and leaves the block cache unchanged.
+    pub(crate) fn walk(
+        &self,
+        rows: usize,
+        is_live: impl Fn(&[u8], &[u8]) -> bool,
+    ) -> Result<Walk, EngineError> {
         let (walk, at_end) = self.walk_at(&[Vec::new()], rows, &is_live)?;
         if at_end {
             return Ok(Walk { complete: true, ..walk });
@@ -37,7 +43,8 @@ impl Engine {
         Ok(self.walk_at(&spots, each, &is_live)?.0)
     }
 
-    /// Walks over `each` rows from each of these keys; also returns whether the last walk reached the end.
+    /// Walks over `each` rows from each of these keys; also returns whether the last walk reached
+    /// the end.
     fn walk_at(
         &self,
         spots: &[Vec<u8>],
@@ -69,13 +76,18 @@ impl Engine {
     /// Returns places spread over the data, as the SSTs divide it.
     fn spots(&self) -> Result<Vec<Vec<u8>>, EngineError> {
         let files = self.live_files()?;
-        let mut starts: Vec<Vec<u8>> = files.into_iter().filter_map(|file| file.start_key).collect();
+        let mut starts: Vec<Vec<u8>> =
+            files.into_iter().filter_map(|file| file.start_key).collect();
         starts.retain(|start| start.first().is_some_and(|first| *first < META_PREFIX));
         starts.sort_unstable();
         starts.dedup();
         // Without files: bands.
         if starts.len() < SPOTS {
-            starts.extend((1..META_PREFIX).step_by(usize::from(META_PREFIX) / SPOTS / 2).map(|band| vec![band]));
+            starts.extend(
+                (1..META_PREFIX)
+                    .step_by(usize::from(META_PREFIX) / SPOTS / 2)
+                    .map(|band| vec![band]),
+            );
             starts.sort_unstable();
         }
         let step = starts.len().div_ceil(SPOTS - 1).max(1);

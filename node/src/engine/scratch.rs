@@ -1,12 +1,14 @@
 //! Reader of SSTs downloaded from a bucket: imports them into a throw-away database and iterates.
 //!
-//! RocksDB's C API has no reader for a single SST. The levels and sequence ranges of the manifest are correctness data:
-//! an import with wrong ones, or with an L0 file left out, returns wrong rows without an error, so they are used
-//! exactly.
+//! RocksDB's C API has no reader for a single SST. The levels and sequence ranges of the manifest
+//! are correctness data: an import with wrong ones, or with an L0 file left out, returns wrong rows
+//! without an error, so they are used exactly.
 
 use std::path::Path;
 
-use rocksdb::{DB, DBRawIterator, ExportImportFilesMetaData, ImportColumnFamilyOptions, LiveFile, Options};
+use rocksdb::{
+    DB, DBRawIterator, ExportImportFilesMetaData, ImportColumnFamilyOptions, LiveFile, Options,
+};
 use vasto_core::Band;
 
 use super::{EngineError, RowRef, band_bounds, failed};
@@ -42,7 +44,11 @@ pub(crate) struct Scratch {
 impl Scratch {
     /// Imports `files` of `download_dir` into a new database in `dir`. Checksums must have been
     /// verified before: the import drops them.
-    pub(crate) fn import(dir: &Path, download_dir: &Path, files: &[ImportFile]) -> Result<Self, EngineError> {
+    pub(crate) fn import(
+        dir: &Path,
+        download_dir: &Path,
+        files: &[ImportFile],
+    ) -> Result<Self, EngineError> {
         let mut options = Options::default();
         options.create_if_missing(true);
         options.set_disable_auto_compactions(true);

@@ -47,7 +47,12 @@ impl<'a> TableSet<'a> {
     }
 
     /// Adds a row.
-    pub(crate) fn put(&mut self, band: Band, user_key: &[u8], entry: &[u8]) -> Result<(), EngineError> {
+    pub(crate) fn put(
+        &mut self,
+        band: Band,
+        user_key: &[u8],
+        entry: &[u8],
+    ) -> Result<(), EngineError> {
         if !self.open.contains_key(&band) {
             self.files += 1;
             let path = self.dir.join(format!("{:06}.sst", self.files));

@@ -1,7 +1,8 @@
-//! Quarantines: removal of bands that were given away, once the manifest of their new owner covers them.
+//! Quarantines: removal of bands that were given away, once the manifest of their new owner covers
+//! them.
 //!
-//! **Invariant:** whole files go while the range is still `Leaving`; the range delete enters together with `Clearing`;
-//! a range is `Empty` only after nothing of it is left.
+//! **Invariant:** whole files go while the range is still `Leaving`; the range delete enters
+//! together with `Clearing`; a range is `Empty` only after nothing of it is left.
 
 use std::sync::Arc;
 
@@ -16,7 +17,8 @@ use crate::replica::command::{Control, ReplicaError};
 use crate::ship::{self, blocking};
 
 impl Hosted {
-    /// Removes the bands that the version names, and ships what this replica took over from others' quarantines.
+    /// Removes the bands that the version names, and ships what this replica took over from others'
+    /// quarantines.
     pub(super) fn reconcile_quarantines(self: &Arc<Self>, catalog: &Catalog) {
         let mine: Vec<_> = catalog
             .quarantines
@@ -24,7 +26,11 @@ impl Hosted {
             .filter(|quarantine| quarantine.replicas.contains(&self.replica.id))
             .cloned()
             .collect();
-        self.shared.status.lock().cleaned.retain(|plan| mine.iter().any(|quarantine| quarantine.plan == *plan));
+        self.shared
+            .status
+            .lock()
+            .cleaned
+            .retain(|plan| mine.iter().any(|quarantine| quarantine.plan == *plan));
         for quarantine in mine.into_iter().filter(|quarantine| quarantine.dropping) {
             if !self.background.lock().cleaning.insert(quarantine.plan) {
                 continue;
@@ -49,7 +55,8 @@ impl Hosted {
                 this.shared.notify();
             });
         }
-        // The moved bands are removed only once a manifest of the new owner covers what it took over.
+        // The moved bands are removed only once a manifest of the new owner covers what it took
+        // over.
         let wanted = catalog
             .quarantines
             .iter()
@@ -86,7 +93,9 @@ pub(crate) async fn clean_up(
             .await
             .map_err(refused)?;
     } else if !ranges.all_are(range, RangeState::Clearing) {
-        return Err(ship::ShipError::Checkpoint("the range to remove is not one that was given away".into()));
+        return Err(ship::ShipError::Checkpoint(
+            "the range to remove is not one that was given away".into(),
+        ));
     }
     let compacted = replica.clone();
     blocking(move || {
@@ -95,11 +104,16 @@ pub(crate) async fn clean_up(
         // An interrupted compaction reports nothing: check.
         let (inside, _) = compacted.engine().band_bytes(range)?;
         if inside > 0 || compacted.engine().any_in(range)? || compacted.closed().is_some() {
-            return Err(ship::ShipError::Checkpoint("something is left in the removed range".into()));
+            return Err(ship::ShipError::Checkpoint(
+                "something is left in the removed range".into(),
+            ));
         }
         Ok(())
     })
     .await?;
-    replica.control(Control::SetRange { epoch, version, range, state: RangeState::Empty }).await.map_err(refused)?;
+    replica
+        .control(Control::SetRange { epoch, version, range, state: RangeState::Empty })
+        .await
+        .map_err(refused)?;
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Draining from the bucket: what replicas that left the placement have shipped is taken over.
 //!
-//! **Invariant:** a draining replica is reported as taken over only when everything that it shipped, as far as the bucket
-//! still has it, is here; a fault of this node never counts.
+//! **Invariant:** a draining replica is reported as taken over only when everything that it
+//! shipped, as far as the bucket still has it, is here; a fault of this node never counts.
 
 use std::sync::Arc;
 
@@ -15,19 +15,27 @@ use super::shared::RETRY_MAX;
 use crate::build::{Bootstrap, BuildError};
 
 impl Hosted {
-    /// Applies the unpulled part of the archive of a replica that left its placement, perhaps for good. Done once
-    /// for each such replica, by the primary; records that are present already are skipped.
+    /// Applies the unpulled part of the archive of a replica that left its placement, perhaps for
+    /// good. Done once for each such replica, by the primary; records that are present already are
+    /// skipped.
     pub(super) fn drain_from_the_bucket(self: &Arc<Self>, catalog: &Catalog) {
         let Hosted { shared, replica, .. } = &**self;
-        let is_draining = |id: &ReplicaId| catalog.draining.iter().any(|member| member.replica == *id);
+        let is_draining =
+            |id: &ReplicaId| catalog.draining.iter().any(|member| member.replica == *id);
         {
             let mut background = self.background.lock();
             background.drained.retain(is_draining);
             background.accepted.retain(is_draining);
-            let accepted =
-                |node| catalog.draining_nodes.iter().any(|leaving| leaving.node == node && leaving.accept_loss);
+            let accepted = |node| {
+                catalog
+                    .draining_nodes
+                    .iter()
+                    .any(|leaving| leaving.node == node && leaving.accept_loss)
+            };
             for member in catalog.draining.iter().filter(|member| accepted(member.node)) {
-                if background.accepted.insert(member.replica) && background.drained.remove(&member.replica) {
+                if background.accepted.insert(member.replica)
+                    && background.drained.remove(&member.replica)
+                {
                     shared.status.lock().took_from_bucket.remove(&member.replica);
                 }
             }
@@ -38,7 +46,9 @@ impl Hosted {
         }
         for member in catalog.draining.iter().filter(|member| member.shard == replica.shard) {
             if self.background.lock().drained.insert(member.replica) {
-                tokio::spawn(self.clone().take_what_was_shipped(member.replica, catalog.spec.shards));
+                tokio::spawn(
+                    self.clone().take_what_was_shipped(member.replica, catalog.spec.shards),
+                );
             }
         }
     }

@@ -1,6 +1,8 @@
-//! An open replica with its shipping, its replication, and the work that runs for it in the background.
+//! An open replica with its shipping, its replication, and the work that runs for it in the
+//! background.
 //!
-//! **Invariant:** work that [`Background`] names is not begun again, for the same plan, replica or LSN, while it runs.
+//! **Invariant:** work that [`Background`] names is not begun again, for the same plan, replica or
+//! LSN, while it runs.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -39,15 +41,19 @@ pub(super) struct Background {
     pub(super) covering: Option<Lsn>,
     /// Draining replicas whose archive is being applied from the bucket, or has been.
     pub(super) drained: BTreeSet<ReplicaId>,
-    /// Draining replicas whose loss the operator has accepted: each one's archive is applied once more.
+    /// Draining replicas whose loss the operator has accepted: each one's archive is applied once
+    /// more.
     pub(super) accepted: BTreeSet<ReplicaId>,
 }
 
 impl Hosted {
-    /// Passes the placement of the replica to the leases. A replica that is not registered yet is published as not
-    /// serving first: with peers, it serves nothing before the leases grant it authority.
+    /// Passes the placement of the replica to the leases. A replica that is not registered yet is
+    /// published as not serving first: with peers, it serves nothing before the leases grant it
+    /// authority.
     pub(super) async fn tell_leases(&self, catalog: &Catalog) {
-        let HostContext { leases: Some(leases), registry, .. } = &*self.shared.context else { return };
+        let HostContext { leases: Some(leases), registry, .. } = &*self.shared.context else {
+            return;
+        };
         let replica = &self.replica;
         if registry.replica(replica.keyspace, replica.id).is_none() {
             replica.authority().publish(Standing::Out { elsewhere: false });
@@ -57,7 +63,9 @@ impl Hosted {
 
     /// Makes checkpoints until a manifest covers the LSN.
     pub(super) fn cover_by_a_manifest(self: &Arc<Self>, lsn: Lsn) {
-        if self.ship.status().manifest >= lsn || self.background.lock().covering.replace(lsn) == Some(lsn) {
+        if self.ship.status().manifest >= lsn
+            || self.background.lock().covering.replace(lsn) == Some(lsn)
+        {
             return;
         }
         let this = self.clone();
@@ -70,12 +78,15 @@ impl Hosted {
                 };
                 match result {
                     Ok(_) => break,
-                    Err(error) => tracing::warn!(%error, "a checkpoint that is waited for failed; it is tried again"),
+                    Err(error) => {
+                        tracing::warn!(%error, "a checkpoint that is waited for failed; it is tried again")
+                    }
                 }
                 this.shared.pause(pause).await;
                 pause = (pause * 2).min(RETRY_MAX);
             }
-            // A later version may have asked for a higher LSN meanwhile: that checkpoint is still under way.
+            // A later version may have asked for a higher LSN meanwhile: that checkpoint is still
+            // under way.
             this.background.lock().covering.take_if(|covering| *covering == lsn);
             this.shared.notify();
         });

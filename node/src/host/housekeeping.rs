@@ -1,7 +1,7 @@
 //! What a host polls, because it sends no event.
 //!
-//! **Invariant:** an idle replica needs only the long interval: whatever it may have to do sooner wakes its runner, or
-//! can wait for that long.
+//! **Invariant:** an idle replica needs only the long interval: whatever it may have to do sooner
+//! wakes its runner, or can wait for that long.
 
 use vasto_core::catalog::Catalog;
 use vasto_core::plan::{Plan, PlanKind};
@@ -20,8 +20,8 @@ fn copy_lag(plan: &Plan, replicator: &Replicator) -> Option<u64> {
 }
 
 impl Hosted {
-    /// Polls the state that sends no event: expires waiting writes, reports changes to the master, and names the
-    /// follower to evict.
+    /// Polls the state that sends no event: expires waiting writes, reports changes to the master,
+    /// and names the follower to evict.
     pub(super) fn housekeeping(&self, catalog: &Catalog, reported: &mut ReplicationReport) {
         let Hosted { shared, replica, ship, replicator, .. } = self;
         if let Some(plan) = self.copy_plan(catalog)
@@ -37,13 +37,20 @@ impl Hosted {
         replica.followers().expire();
         replica.bucket_acks().expire();
         replicator.measure();
-        // The log is over its cap because a follower does not read it: the follower that is furthest behind is reported
-        // to the master for eviction.
+        // The log is over its cap because a follower does not read it: the follower that is
+        // furthest behind is reported to the master for eviction.
         let over_cap = ship.status().held_back;
-        replicator.set_evict(replica.followers().last().filter(|_| over_cap).map(|(follower, _)| follower));
+        replicator.set_evict(
+            replica.followers().last().filter(|_| over_cap).map(|(follower, _)| follower),
+        );
         let report = replicator.report();
-        // A change of the lag alone triggers no report: it changes all the time, and the regular reports carry it.
-        let without_lag = |report: &ReplicationReport| ReplicationReport { lag_lsns: 0, lag_ms: 0, ..report.clone() };
+        // A change of the lag alone triggers no report: it changes all the time, and the regular
+        // reports carry it.
+        let without_lag = |report: &ReplicationReport| ReplicationReport {
+            lag_lsns: 0,
+            lag_ms: 0,
+            ..report.clone()
+        };
         if without_lag(&report) != without_lag(reported) {
             shared.notify();
         }
@@ -57,15 +64,17 @@ impl Hosted {
         (mine && plan.adds_member()).then_some(plan)
     }
 
-    /// Returns true when the replica needs no short housekeeping interval: no plan runs, no replica drains, no write waits
-    /// for peers or for the bucket, nothing is to be caught up, and no follower holds the log back. Events still wake the
-    /// runner: changes of the replica (ranges, epoch, version, closure, readiness) and of its authority.
+    /// Returns true when the replica needs no short housekeeping interval: no plan runs, no replica
+    /// drains, no write waits for peers or for the bucket, nothing is to be caught up, and no
+    /// follower holds the log back. Events still wake the runner: changes of the replica (ranges,
+    /// epoch, version, closure, readiness) and of its authority.
     pub(super) fn is_idle(&self, catalog: &Catalog) -> bool {
         let Hosted { replica, ship, .. } = self;
         catalog.plan.is_none()
             && catalog.draining.is_empty()
             && replica.is_ready()
-            // An acting primary reports for how long it has acted, and only housekeeping reads that.
+            // An acting primary reports for how long it has acted, and only housekeeping reads
+            // that.
             && replica.authority().acting_ms() == 0
             && !replica.followers().has_waiting()
             && replica.bucket_acks().last().is_none()

@@ -90,7 +90,11 @@ pub(crate) struct Host {
 
 impl Host {
     /// Starts hosting; the replica is opened (or created) in the background.
-    pub(crate) fn start(context: Arc<HostContext>, spec: ReplicaSpec, catalog: Arc<Catalog>) -> Self {
+    pub(crate) fn start(
+        context: Arc<HostContext>,
+        spec: ReplicaSpec,
+        catalog: Arc<Catalog>,
+    ) -> Self {
         let (catalogs, receiver) = watch::channel(catalog);
         let shared = Arc::new(Shared::new(context, spec));
         let task = tokio::spawn(runner::run(shared.clone(), receiver));

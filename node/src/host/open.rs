@@ -1,7 +1,7 @@
 //! Opening a replica: from its directory, from the bucket, or as one that is built.
 //!
-//! **Invariant:** a replica that was only being filled is begun again; one that has served and has lost its files is never
-//! created anew (the manager checks that).
+//! **Invariant:** a replica that was only being filled is begun again; one that has served and has
+//! lost its files is never created anew (the manager checks that).
 
 use std::sync::Arc;
 
@@ -31,7 +31,8 @@ fn without(catalog: &Catalog) -> Without<'_> {
     Without { discarded: &catalog.discarded, given_up: &catalog.given_up }
 }
 
-/// Opens a replica. A replica that was being filled and has no record of its ingest is deleted first.
+/// Opens a replica. A replica that was being filled and has no record of its ingest is deleted
+/// first.
 pub(crate) fn open_or_begin_again(
     spec: &ReplicaSpec,
     engines: &EngineShared,
@@ -65,7 +66,8 @@ pub(crate) fn open_or_begin_again(
         return open(Some(initial));
     }
     drop_blocking(replica);
-    std::fs::remove_dir_all(&spec.dir).map_err(|error| format!("{}: {error}", spec.dir.display()))?;
+    std::fs::remove_dir_all(&spec.dir)
+        .map_err(|error| format!("{}: {error}", spec.dir.display()))?;
     open(Some(initial))
 }
 
@@ -82,7 +84,8 @@ impl Shared {
         (mine && plan.growth().is_none()).then_some(plan)
     }
 
-    /// Opens the replica, from the bucket if the plan says so; `None` when the host is cancelled before.
+    /// Opens the replica, from the bucket if the plan says so; `None` when the host is cancelled
+    /// before.
     pub(super) async fn open(
         &self,
         catalogs: &mut watch::Receiver<Arc<Catalog>>,
@@ -145,9 +148,13 @@ impl Shared {
         opened: &mut Option<Replica>,
     ) -> Result<(), BuildError> {
         let choice = self.spec.dir.join("sources.json");
-        let chosen = sources::chosen(&self.context.bucket, &choice, self.sources_in_bucket(catalog, plan)).await?;
+        let chosen =
+            sources::chosen(&self.context.bucket, &choice, self.sources_in_bucket(catalog, plan))
+                .await?;
         let log = match plan.kind {
-            PlanKind::Restore { at_us, .. } => Log::Fork { shards: catalog.spec.shards, until_us: at_us },
+            PlanKind::Restore { at_us, .. } => {
+                Log::Fork { shards: catalog.spec.shards, until_us: at_us }
+            }
             _ => Log::Replicate,
         };
         bootstrap.progress.lock().reached.clear();
@@ -164,7 +171,8 @@ impl Shared {
                     };
                     bootstrap.take(base, adoption, log).await?;
                 }
-                // The log of the other replicas is at any time longer than what this replica has shipped.
+                // The log of the other replicas is at any time longer than what this replica has
+                // shipped.
                 None if is_new => ship::begin_with_a_checkpoint(&self.spec.dir)?,
                 _ => {}
             }
@@ -173,7 +181,9 @@ impl Shared {
         }
         let Some(replica) = opened.as_ref() else { return Err(BuildError::Cancelled) };
         match log {
-            Log::Fork { shards, until_us } => bootstrap.merge_all(replica, &chosen, shards, until_us).await?,
+            Log::Fork { shards, until_us } => {
+                bootstrap.merge_all(replica, &chosen, shards, until_us).await?
+            }
             Log::Replicate => {
                 let source = plan.sources.first().map(|source| source.replica).unwrap_or_default();
                 bootstrap.join_all(replica, &chosen, source).await?;
@@ -190,7 +200,11 @@ impl Shared {
     }
 
     /// Returns the archives that this replica begins with, the best first.
-    async fn sources_in_bucket(&self, catalog: &Catalog, plan: &Plan) -> Result<RestoreSources, BuildError> {
+    async fn sources_in_bucket(
+        &self,
+        catalog: &Catalog,
+        plan: &Plan,
+    ) -> Result<RestoreSources, BuildError> {
         let (bucket, shard) = (&self.context.bucket, self.spec.shard);
         match (plan.kind, plan.sources.first()) {
             (PlanKind::Restore { keyspace, version, at_us }, _) => {
@@ -201,21 +215,33 @@ impl Shared {
             (_, Some(source)) => match &source.manifest {
                 Some(pinned) => {
                     let base = archive::manifest_at(bucket, &pinned.key).await?;
-                    let owner = Owner { keyspace: catalog.keyspace, shard, replica: source.replica };
+                    let owner =
+                        Owner { keyspace: catalog.keyspace, shard, replica: source.replica };
                     // The log after it comes from the source itself.
-                    Ok(RestoreSources { all: vec![RestoreSource::of_base(owner, base)], ..RestoreSources::default() })
+                    Ok(RestoreSources {
+                        all: vec![RestoreSource::of_base(owner, base)],
+                        ..RestoreSources::default()
+                    })
                 }
                 None => {
                     let preferred = [source.replica];
-                    sources::candidates(bucket, catalog.keyspace, shard, &preferred, without(catalog), None).await
+                    sources::candidates(
+                        bucket,
+                        catalog.keyspace,
+                        shard,
+                        &preferred,
+                        without(catalog),
+                        None,
+                    )
+                    .await
                 }
             },
             (_, None) => Ok(RestoreSources::default()),
         }
     }
 
-    /// Opens the replica from its directory, unless the bucket proves that the directory is an old copy. Only the
-    /// shipping replica finds itself in the bucket; the others know each other.
+    /// Opens the replica from its directory, unless the bucket proves that the directory is an old
+    /// copy. Only the shipping replica finds itself in the bucket; the others know each other.
     async fn open_what_is_here(&self, catalog: &Catalog) -> Result<Replica, String> {
         let spec = &self.spec;
         let shipper = catalog.shard(spec.shard).and_then(|shard| shard.shipper());
@@ -233,10 +259,14 @@ impl Shared {
             };
         }
         let replica = self.open_local(catalog).await?;
-        // The last record marks this opening; the records of openings that were refused before carry nothing else.
+        // The last record marks this opening; the records of openings that were refused before
+        // carry nothing else.
         let opened = replica.settled_lsn();
-        let end = old_copy::end_of(&spec.dir, Lsn(opened.0.saturating_sub(1))).map_err(|error| error.to_string())?;
-        let Some(held) = old_copy::held_beyond(bucket, owner, shipped, end).await else { return Ok(replica) };
+        let end = old_copy::end_of(&spec.dir, Lsn(opened.0.saturating_sub(1)))
+            .map_err(|error| error.to_string())?;
+        let Some(held) = old_copy::held_beyond(bucket, owner, shipped, end).await else {
+            return Ok(replica);
+        };
         let written = old_copy::note(&spec.dir, end, opened);
         replica.stop().await;
         written.map_err(|error| error.to_string())?;
@@ -248,15 +278,21 @@ impl Shared {
         let spec = self.spec.clone();
         let (engines, clock) = (self.context.engines.clone(), self.context.clock.clone());
         // Initial ownership: the bands of a placed replica, nothing for a target.
-        let placed =
-            catalog.placement.iter().flat_map(|shard| &shard.replicas).any(|member| member.replica == spec.replica);
+        let placed = catalog
+            .placement
+            .iter()
+            .flat_map(|shard| &shard.replicas)
+            .any(|member| member.replica == spec.replica);
         let growth = catalog.plan.as_ref().and_then(Plan::growth);
         let initial = match growth {
-            Some((_, to)) if !placed => (catalog.version, BandRange::from(Band::owned(to)), RangeState::Arriving),
+            Some((_, to)) if !placed => {
+                (catalog.version, BandRange::from(Band::owned(to)), RangeState::Arriving)
+            }
             _ => (catalog.version, catalog.owned_bands(), RangeState::Owned),
         };
         // The wait happens here rather than on a blocking thread.
-        let turn = engines.opening.clone().acquire_owned().await.map_err(|error| error.to_string())?;
+        let turn =
+            engines.opening.clone().acquire_owned().await.map_err(|error| error.to_string())?;
         let open = move || {
             let _turn = turn;
             open_or_begin_again(&spec, &engines, &clock, initial)

@@ -1,6 +1,8 @@
-//! What a catalog version asks of a replica: the ranges it owns, its shipping, and its part as a source.
+//! What a catalog version asks of a replica: the ranges it owns, its shipping, and its part as a
+//! source.
 //!
-//! **Invariant:** each step can be repeated; nothing is derived from an older version than the one applied.
+//! **Invariant:** each step can be repeated; nothing is derived from an older version than the one
+//! applied.
 
 use std::sync::Arc;
 
@@ -16,29 +18,39 @@ use crate::replica::Replica;
 use crate::replica::command::{Control, ReplicaError, Role};
 use crate::ship::{Assignment, LogNeed};
 
-/// Returns true when the plan takes bands from the replica's shard, or adds a replica from this one.
+/// Returns true when the plan takes bands from the replica's shard, or adds a replica from this
+/// one.
 fn gives(plan: &Plan, replica: &Replica) -> bool {
     match plan.kind {
         PlanKind::Grow { .. } => plan.sources.iter().any(|source| source.shard == replica.shard),
-        PlanKind::AddReplica { .. } => plan.sources.iter().any(|source| source.replica == replica.id),
+        PlanKind::AddReplica { .. } => {
+            plan.sources.iter().any(|source| source.replica == replica.id)
+        }
         PlanKind::RecoverReplica { .. } | PlanKind::Restore { .. } => false,
     }
 }
 
-/// Returns true for the one replica of a shard that ships while all are well: the preferred primary, or the plan's
-/// first target for the shard while the shard has no placement.
+/// Returns true for the one replica of a shard that ships while all are well: the preferred
+/// primary, or the plan's first target for the shard while the shard has no placement.
 fn ships(catalog: &Catalog, replica: &Replica) -> bool {
     match catalog.shard(replica.shard).and_then(|shard| shard.shipper()) {
         Some(shipper) => shipper.replica == replica.id,
         None => {
-            let first = catalog.plan.iter().flat_map(|plan| &plan.targets).find(|target| target.shard == replica.shard);
+            let first = catalog
+                .plan
+                .iter()
+                .flat_map(|plan| &plan.targets)
+                .find(|target| target.shard == replica.shard);
             first.is_some_and(|target| target.replica == replica.id)
         }
     }
 }
 
 impl Hosted {
-    pub(super) async fn apply_catalog(self: &Arc<Self>, catalog: &Arc<Catalog>) -> Result<(), ReplicaError> {
+    pub(super) async fn apply_catalog(
+        self: &Arc<Self>,
+        catalog: &Arc<Catalog>,
+    ) -> Result<(), ReplicaError> {
         let Hosted { replica, replicator, .. } = &**self;
         if catalog.version < replica.version() {
             return Ok(());
@@ -50,12 +62,20 @@ impl Hosted {
         let role = replicator.role(catalog);
         if placed {
             if replica.view().role == Role::Detached {
-                // The target of a grow holds all that its sources had; an added replica may be behind the others.
+                // The target of a grow holds all that its sources had; an added replica may be
+                // behind the others.
                 if plan.is_none_or(|plan| plan.growth().is_none()) {
                     replicator.begin_to_catch_up(catalog);
                 }
-                // The replica serves from the point in time at which it owns the range, under the new epoch.
-                replica.control(Control::ApplyCatalog { epoch: Epoch(0), version: CatalogVersion(0), role }).await?;
+                // The replica serves from the point in time at which it owns the range, under the
+                // new epoch.
+                replica
+                    .control(Control::ApplyCatalog {
+                        epoch: Epoch(0),
+                        version: CatalogVersion(0),
+                        role,
+                    })
+                    .await?;
             }
             self.own_what_is_placed(catalog, plan).await?;
         }
@@ -67,7 +87,8 @@ impl Hosted {
         }
         replicator.take_over(catalog);
         self.drain_from_the_bucket(catalog);
-        let building = plan.filter(|plan| plan.targets.iter().any(|target| target.replica == replica.id));
+        let building =
+            plan.filter(|plan| plan.targets.iter().any(|target| target.replica == replica.id));
         let phase = if placed { ReplicaPhase::Serving } else { ReplicaPhase::Building };
         self.shared.status.lock().phase = Some(phase);
         self.reconcile_target(building, placed);
@@ -89,14 +110,28 @@ impl Hosted {
         let ranges = replica.ranges();
         // A target that is now placed opens.
         if ranges.all_are(owned, RangeState::Arriving) {
-            replica.control(Control::SetRange { epoch, version, range: owned, state: RangeState::Owned }).await?;
-            tracing::info!(keyspace = replica.keyspace.0, shard = replica.shard.0, version = version.0, "opened");
+            replica
+                .control(Control::SetRange {
+                    epoch,
+                    version,
+                    range: owned,
+                    state: RangeState::Owned,
+                })
+                .await?;
+            tracing::info!(
+                keyspace = replica.keyspace.0,
+                shard = replica.shard.0,
+                version = version.0,
+                "opened"
+            );
         }
         // Bands that the replica owned and no longer owns are given away.
         let lost: Vec<Band> = ranges.owned().filter(|band| !owned.contains(*band)).collect();
         if let (Some(first), Some(last)) = (lost.first(), lost.last()) {
             let range = BandRange { first: *first, last: *last };
-            replica.control(Control::SetRange { epoch, version, range, state: RangeState::Leaving }).await?;
+            replica
+                .control(Control::SetRange { epoch, version, range, state: RangeState::Leaving })
+                .await?;
             tracing::info!(
                 keyspace = replica.keyspace.0,
                 shard = replica.shard.0,
@@ -118,13 +153,19 @@ impl Hosted {
         }
     }
 
-    /// Seals the moving bands. The seal of a source counts once its log holds everything that any replica of the shard
-    /// accepted before its own seal: the targets read this log.
-    async fn seal(self: &Arc<Self>, catalog: &Arc<Catalog>, plan: &Plan, range: BandRange) -> Result<(), ReplicaError> {
+    /// Seals the moving bands. The seal of a source counts once its log holds everything that any
+    /// replica of the shard accepted before its own seal: the targets read this log.
+    async fn seal(
+        self: &Arc<Self>,
+        catalog: &Arc<Catalog>,
+        plan: &Plan,
+        range: BandRange,
+    ) -> Result<(), ReplicaError> {
         let (replica, version, plan_id) = (&self.replica, catalog.version, plan.id);
         let lsn = replica.control(Control::Seal { plan: plan_id, version, range }).await?;
         let is_source = plan.sources.iter().any(|source| source.replica == replica.id);
-        let waits = is_source && catalog.shard(replica.shard).is_some_and(|shard| shard.replicas.len() > 1);
+        let waits =
+            is_source && catalog.shard(replica.shard).is_some_and(|shard| shard.replicas.len() > 1);
         {
             let mut status = self.shared.status.lock();
             status.source_of(plan_id);
@@ -142,13 +183,15 @@ impl Hosted {
         Ok(())
     }
 
-    /// Decides whether this replica ships: the preferred primary does (`home`), and a replica that the catalog names as
-    /// primary (`acts`). An acting primary is not `home`: it ships as a substitute (`stands_in`) while the preferred
-    /// primary is away. When the decision changes, the shipper checks its work at once.
+    /// Decides whether this replica ships: the preferred primary does (`home`), and a replica that
+    /// the catalog names as primary (`acts`). An acting primary is not `home`: it ships as a
+    /// substitute (`stands_in`) while the preferred primary is away. When the decision changes, the
+    /// shipper checks its work at once.
     fn set_shipper(&self, catalog: &Catalog) {
         let Hosted { replica, ship, .. } = self;
         let home = ships(catalog, replica);
-        let acts = catalog.shard(replica.shard).is_some_and(|shard| shard.primary == Some(replica.id));
+        let acts =
+            catalog.shard(replica.shard).is_some_and(|shard| shard.primary == Some(replica.id));
         ship.assign(match (home, acts) {
             (true, _) => Assignment::Preferred,
             (false, true) => Assignment::StandIn,
@@ -175,24 +218,37 @@ impl Hosted {
                 source.pauses_us = replica.take_pauses();
             }
         }
-        let Some(source) = plan.sources.iter().find(|source| source.replica == replica.id) else { return };
+        let Some(source) = plan.sources.iter().find(|source| source.replica == replica.id) else {
+            return;
+        };
         // The targets read the log from the pinned manifest on; before that exists, from anywhere.
         let pinned = source.manifest.as_ref();
         let after = pinned.map_or(Lsn(0), |manifest| manifest.lsn);
-        // An added replica follows its source like any other replica; the targets of a grow read the bucket.
+        // An added replica follows its source like any other replica; the targets of a grow read
+        // the bucket.
         ship.set_need(LogNeed { after, from_bucket: plan.moving().is_some() });
-        if plan.step == Step::Prepare && background.lock().checkpoint.replace(plan.id) != Some(plan.id) {
+        if plan.step == Step::Prepare
+            && background.lock().checkpoint.replace(plan.id) != Some(plan.id)
+        {
             let (this, plan) = (self.clone(), plan.clone());
             tokio::spawn(async move {
                 let result = tokio::select! {
                     () = this.shared.cancel.cancelled() => return,
                     result = this.ship.checkpoint(plan.moving()) => result,
                 };
-                if let Some(source) = this.shared.status.lock().source.as_mut().filter(|source| source.plan == plan.id)
+                if let Some(source) = this
+                    .shared
+                    .status
+                    .lock()
+                    .source
+                    .as_mut()
+                    .filter(|source| source.plan == plan.id)
                 {
                     match result {
                         Ok(manifest) => source.manifest = Some(manifest),
-                        Err(error) => source.failed = Some(format!("the checkpoint failed: {error}")),
+                        Err(error) => {
+                            source.failed = Some(format!("the checkpoint failed: {error}"))
+                        }
                     }
                 }
                 this.shared.notify();

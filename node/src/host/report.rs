@@ -1,7 +1,7 @@
 //! The report of a host: phase, size, and its part in a plan.
 //!
-//! **Invariant:** a report is cheap; the size of a replica is read from its database at most every few hundred
-//! milliseconds, and with each new checkpoint.
+//! **Invariant:** a report is cheap; the size of a replica is read from its database at most every
+//! few hundred milliseconds, and with each new checkpoint.
 
 use std::time::{Duration, Instant};
 
@@ -30,12 +30,15 @@ pub(super) struct KnownSize {
 }
 
 impl Host {
-    /// Returns a cached size while it is fresh: a busy tail causes hundreds of reports a second, too many to scan all
-    /// files. A new checkpoint always refreshes it, so that a report that shows the checkpoint shows its size too.
+    /// Returns a cached size while it is fresh: a busy tail causes hundreds of reports a second,
+    /// too many to scan all files. A new checkpoint always refreshes it, so that a report that
+    /// shows the checkpoint shows its size too.
     fn size_of(&self, replica: &Replica, manifest: Lsn) -> (u64, u64) {
         let mut size = self.size.lock();
         match *size {
-            Some(cached) if cached.manifest == manifest && cached.at.elapsed() < SIZE_AGE => cached.keys_and_bytes,
+            Some(cached) if cached.manifest == manifest && cached.at.elapsed() < SIZE_AGE => {
+                cached.keys_and_bytes
+            }
             Some(cached)
                 if cached.manifest == manifest
                     && cached.version == replica.size_version()
@@ -63,7 +66,10 @@ impl Host {
     /// Returns the replica while it is open.
     fn hosted(&self) -> Option<Replica> {
         let Shared { context, spec, .. } = &*self.shared;
-        context.registry.replica_of(spec.keyspace, spec.shard).filter(|replica| replica.id == spec.replica)
+        context
+            .registry
+            .replica_of(spec.keyspace, spec.shard)
+            .filter(|replica| replica.id == spec.replica)
     }
 
     /// Returns the report for the master.
@@ -75,7 +81,11 @@ impl Host {
             source: status.source.clone(),
             target: status.target.as_ref().map(|progress| progress.lock().clone()),
             cleaned: status.cleaned.iter().copied().collect(),
-            replication: status.replicator.as_ref().map(|replicator| replicator.report()).unwrap_or_default(),
+            replication: status
+                .replicator
+                .as_ref()
+                .map(|replicator| replicator.report())
+                .unwrap_or_default(),
             ..ReplicaReport::new(spec.keyspace, spec.shard, spec.replica, phase)
         };
         report.replication.took_from_bucket = status.took_from_bucket.iter().copied().collect();

@@ -1,4 +1,5 @@
-//! The task of a host: opens the replica, applies each catalog version, and runs periodic housekeeping in between.
+//! The task of a host: opens the replica, applies each catalog version, and runs periodic
+//! housekeeping in between.
 //!
 //! **Invariant:** a version that fails is applied again until it succeeds or a newer one comes.
 
@@ -48,7 +49,12 @@ pub(super) async fn run(shared: Arc<Shared>, mut catalogs: watch::Receiver<Arc<C
 /// Reports why the replica does not open, until the host is cancelled.
 async fn stay_closed(shared: &Shared, reason: String) {
     let (registry, spec) = (&shared.context.registry, &shared.spec);
-    tracing::error!(keyspace = spec.keyspace.0, shard = spec.shard.0, reason, "the replica does not open");
+    tracing::error!(
+        keyspace = spec.keyspace.0,
+        shard = spec.shard.0,
+        reason,
+        "the replica does not open"
+    );
     shared.status.lock().phase = Some(ReplicaPhase::Failed(reason.clone()));
     registry.set_not_open(spec.keyspace, spec.shard, Some(reason));
     shared.notify();
@@ -80,13 +86,17 @@ async fn start(shared: Arc<Shared>, replica: Replica, first: &Catalog) -> (Arc<H
         let mut status = shared.status.lock();
         (status.ship, status.replicator) = (Some(ship.clone()), Some(replicator.clone()));
     }
-    let hosted = Arc::new(Hosted { shared, replica, ship, replicator, background: Mutex::default() });
+    let hosted =
+        Arc::new(Hosted { shared, replica, ship, replicator, background: Mutex::default() });
     let Hosted { shared, replica, replicator, .. } = &*hosted;
     replicator.begin_to_catch_up(first);
-    // The role is set first, so that the replica never acts as primary by mistake. The writer keeps the maximum of
-    // epoch and version, so 0 changes neither. An error is ignored: a writer that has ended refuses everything.
+    // The role is set first, so that the replica never acts as primary by mistake. The writer keeps
+    // the maximum of epoch and version, so 0 changes neither. An error is ignored: a writer that
+    // has ended refuses everything.
     let role = replicator.role(first);
-    let _ = replica.control(Control::ApplyCatalog { epoch: Epoch(0), version: CatalogVersion(0), role }).await;
+    let _ = replica
+        .control(Control::ApplyCatalog { epoch: Epoch(0), version: CatalogVersion(0), role })
+        .await;
     hosted.tell_leases(first).await;
     shared.context.registry.add_replica(replica.clone());
     (hosted, Tasks { replicating, shipping, shipper })
@@ -108,7 +118,8 @@ async fn reconcile(
     let mut reported = ReplicationReport::default();
     let mut pause = RETRY;
     loop {
-        // Each pass applies the newest version; the inner loop waits for the next one, or for the retry.
+        // Each pass applies the newest version; the inner loop waits for the next one, or for the
+        // retry.
         let catalog = catalogs.borrow_and_update().clone();
         let applied = hosted.apply_catalog(&catalog).await;
         let again = applied.is_err();
@@ -127,7 +138,8 @@ async fn reconcile(
         active.get_or_insert_with(|| registry.activity());
         loop {
             let idle = active.is_none();
-            // Idle replicas wake together: `with_others` rounds up to a whole second, the same for all.
+            // Idle replicas wake together: `with_others` rounds up to a whole second, the same for
+            // all.
             let due = match idle {
                 true => with_others(last_housekeeping + HOUSEKEEPING_WHILE_IDLE),
                 false => last_housekeeping + HOUSEKEEPING,
@@ -136,7 +148,8 @@ async fn reconcile(
                 () = shared.cancel.cancelled() => break,
                 _ = catalogs.changed() => break,
                 () = &mut retry, if again => break,
-                // The process stood still: peers may have taken over and acknowledged writes that are not here.
+                // The process stood still: peers may have taken over and acknowledged writes that
+                // are not here.
                 _ = pauses.changed() => replicator.begin_to_catch_up(&catalog),
                 _ = own.changed(), if idle => active = Some(registry.activity()),
                 _ = standing.changed(), if idle => active = Some(registry.activity()),
@@ -168,7 +181,8 @@ struct Tasks {
 }
 
 impl Tasks {
-    /// Ends the tasks in order, and closes the replica: its last records go to another replica and to the bucket.
+    /// Ends the tasks in order, and closes the replica: its last records go to another replica and
+    /// to the bucket.
     async fn end(self, hosted: &Hosted) {
         let Hosted { shared, replica, .. } = hosted;
         let discard = shared.discard.load(Ordering::Acquire);

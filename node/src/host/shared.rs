@@ -1,7 +1,8 @@
-//! What a host shares with its tasks, above all its status: the one cell that every report is made from.
+//! What a host shares with its tasks, above all its status: the one cell that every report is made
+//! from.
 //!
-//! **Invariant:** the lock of the status is taken after that of the background work and before that of a progress, and
-//! is never held across an `await`.
+//! **Invariant:** the lock of the status is taken after that of the background work and before that
+//! of a progress, and is never held across an `await`.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -21,7 +22,8 @@ use crate::ship::ShipHandle;
 /// First pause between attempts of work that may succeed later.
 pub(super) const RETRY: Duration = Duration::from_millis(500);
 
-/// Longest pause between attempts that keep failing: each checks the files that were downloaded before.
+/// Longest pause between attempts that keep failing: each checks the files that were downloaded
+/// before.
 pub(super) const RETRY_MAX: Duration = Duration::from_secs(15);
 
 /// What a host and its tasks share.
@@ -30,7 +32,8 @@ pub(super) struct Shared {
     pub(super) spec: ReplicaSpec,
     pub(super) status: Mutex<HostStatus>,
     pub(super) cancel: CancellationToken,
-    /// The replica is stopped to be deleted: its last records need not reach another replica or the bucket.
+    /// The replica is stopped to be deleted: its last records need not reach another replica or the
+    /// bucket.
     pub(super) discard: AtomicBool,
 }
 
@@ -62,7 +65,9 @@ impl HostStatus {
     /// Returns the progress of a plan as its target; progress of an earlier plan is dropped.
     pub(super) fn target_of(&mut self, plan: &Plan) -> Arc<Mutex<TargetProgress>> {
         let current = self.target.take().filter(|progress| progress.lock().plan == plan.id);
-        self.target.insert(current.unwrap_or_else(|| Arc::new(Mutex::new(TargetProgress::new(plan.id))))).clone()
+        self.target
+            .insert(current.unwrap_or_else(|| Arc::new(Mutex::new(TargetProgress::new(plan.id)))))
+            .clone()
     }
 
     /// Records a complete seal. A seal of a plan that has ended meanwhile is ignored.
@@ -74,7 +79,14 @@ impl HostStatus {
 }
 
 fn fresh_source(plan: PlanId) -> SourceProgress {
-    SourceProgress { plan, manifest: None, sealed: None, released: false, pauses_us: Vec::new(), failed: None }
+    SourceProgress {
+        plan,
+        manifest: None,
+        sealed: None,
+        released: false,
+        pauses_us: Vec::new(),
+        failed: None,
+    }
 }
 
 impl Shared {
@@ -93,7 +105,8 @@ impl Shared {
         self.context.registry.report.notify_one();
     }
 
-    /// Waits before another attempt; not longer than the host lives, so that a stopped host lets go of its database.
+    /// Waits before another attempt; not longer than the host lives, so that a stopped host lets go
+    /// of its database.
     pub(super) async fn pause(&self, time: Duration) {
         let _ = self.cancel.run_until_cancelled(tokio::time::sleep(time)).await;
     }

@@ -1,6 +1,7 @@
 //! A replica under construction: it takes its bytes from the bucket and follows its sources.
 //!
-//! **Invariant:** it serves nothing before it is placed; the target of a grow owns nothing until then.
+//! **Invariant:** it serves nothing before it is placed; the target of a grow owns nothing until
+//! then.
 
 use std::sync::Arc;
 
@@ -50,7 +51,12 @@ impl Hosted {
         tokio::spawn(async move { this.build(plan, progress, cancel).await });
     }
 
-    async fn build(&self, plan: Plan, progress: Arc<Mutex<TargetProgress>>, cancel: CancellationToken) {
+    async fn build(
+        &self,
+        plan: Plan,
+        progress: Arc<Mutex<TargetProgress>>,
+        cancel: CancellationToken,
+    ) {
         while !cancel.is_cancelled() {
             let build = Build {
                 replica: self.replica.clone(),

@@ -1,11 +1,15 @@
-//! The actor that owns a node's leases: events in, decisions by [`vasto_core::lease`], messages out.
+//! The actor that owns a node's leases: events in, decisions by [`vasto_core::lease`], messages
+//! out.
 //!
 //! **Invariants**
-//! - A promise lasts [`LEASE_PROMISE`] from the last heartbeat of its link that the actor has processed. It ends
-//!   earlier only when its holder releases it after having seen it, when another process has replaced the holder's, or
-//!   when the holder's process has ended (its link is closed and nothing listens at its address).
-//! - A heartbeat is answered after everything in it has been decided, so that its echo renews only what still stands.
-//! - Silence of peers counts only while this node was listening: after a stall of its own threads the count restarts.
+//! - A promise lasts [`LEASE_PROMISE`] from the last heartbeat of its link that the actor has
+//!   processed. It ends earlier only when its holder releases it after having seen it, when another
+//!   process has replaced the holder's, or when the holder's process has ended (its link is closed
+//!   and nothing listens at its address).
+//! - A heartbeat is answered after everything in it has been decided, so that its echo renews only
+//!   what still stands.
+//! - Silence of peers counts only while this node was listening: after a stall of its own threads
+//!   the count restarts.
 
 mod decide;
 mod incoming;
@@ -71,7 +75,8 @@ struct Incoming {
     number: u64,
     /// The number of the last reply that denied a claim.
     denied: u64,
-    /// Time until which the peer's replicas cannot serve without a promise from here, because they were just answered.
+    /// Time until which the peer's replicas cannot serve without a promise from here, because they
+    /// were just answered.
     subdued: Belief,
 }
 
@@ -185,9 +190,12 @@ impl Actor {
         }
     }
 
-    /// Returns true when no replica here has peers and no node has a link: only an event changes anything.
+    /// Returns true when no replica here has peers and no node has a link: only an event changes
+    /// anything.
     fn is_idle(&self) -> bool {
-        self.outgoing.is_empty() && self.incoming.is_empty() && self.leases.values().all(ReplicaLease::is_idle)
+        self.outgoing.is_empty()
+            && self.incoming.is_empty()
+            && self.leases.values().all(ReplicaLease::is_idle)
     }
 
     /// Runs until `ended` returns true.
@@ -246,16 +254,24 @@ impl Actor {
                 let listened = now.saturating_sub(self.listening_ms) >= ms(LEASE_SILENCE);
                 let key = (replica.keyspace, replica.shard);
                 let lease = self.leases.remove(&key).filter(|lease| lease.replica.id == replica.id);
-                let mut lease = lease.unwrap_or_else(|| ReplicaLease::new(replica.clone(), replicator.clone(), served));
-                (lease.replica, lease.replicator, lease.primary_version) = (replica, replicator, primary_version);
+                let mut lease = lease.unwrap_or_else(|| {
+                    ReplicaLease::new(replica.clone(), replicator.clone(), served)
+                });
+                (lease.replica, lease.replicator, lease.primary_version) =
+                    (replica, replicator, primary_version);
                 lease.place(order, listened, now);
                 self.leases.insert(key, lease);
                 self.connect();
                 self.settle(key, now);
             }
             Event::HandOver { key, replica, done } => {
-                let Some(lease) = self.leases.get_mut(&key).filter(|lease| lease.replica.id == replica) else { return };
-                let stopping = lease.stopping.get_or_insert_with(|| (now + ms(HAND_OVER_MAX), Vec::new()));
+                let Some(lease) =
+                    self.leases.get_mut(&key).filter(|lease| lease.replica.id == replica)
+                else {
+                    return;
+                };
+                let stopping =
+                    lease.stopping.get_or_insert_with(|| (now + ms(HAND_OVER_MAX), Vec::new()));
                 stopping.1.push(done);
                 self.settle(key, now);
             }
@@ -274,7 +290,8 @@ impl Actor {
                 self.dirty = true;
             }
             Event::Named { key, replica, turn, named } => {
-                if let Some(lease) = self.leases.get_mut(&key).filter(|lease| lease.replica.id == replica)
+                if let Some(lease) =
+                    self.leases.get_mut(&key).filter(|lease| lease.replica.id == replica)
                     && lease.turn == turn
                 {
                     (lease.naming, lease.named) = (false, Some(named));
@@ -302,19 +319,23 @@ impl Actor {
                 }
                 self.settle(key, now);
                 replica.authority().end_round(round);
-                // Removed only now: a request that has waited for this round needs no further round.
+                // Removed only now: a request that has waited for this round needs no further
+                // round.
                 self.probing.remove(&key);
             }
         }
     }
 
-    /// Restarts the count of the peers' silence when this node has not listened; an idle actor checks less often.
+    /// Restarts the count of the peers' silence when this node has not listened; an idle actor
+    /// checks less often.
     fn notice_gap(&mut self, now: u64) {
         let deaf = ms(LEASE_DEAF_GAP);
         let gap = now.saturating_sub(self.ticked_ms);
         let is_deaf = match self.idle {
             true => gap > deaf + ms(IDLE_TICK),
-            false => gap > deaf || now.saturating_sub(self.registry.pulse.load(Ordering::Acquire)) > deaf,
+            false => {
+                gap > deaf || now.saturating_sub(self.registry.pulse.load(Ordering::Acquire)) > deaf
+            }
         };
         if is_deaf {
             self.listening_ms = now;
@@ -333,7 +354,8 @@ impl Actor {
         // A closed link is dropped once its promises have ended.
         self.incoming.retain(|_, link| link.open || now < link.heard_ms + ms(LEASE_PROMISE));
         self.newest.retain(|_, id| self.incoming.contains_key(id));
-        let keys: Vec<Key> = self.leases.iter().filter(|(_, lease)| !lease.is_idle()).map(|(key, _)| *key).collect();
+        let keys: Vec<Key> =
+            self.leases.iter().filter(|(_, lease)| !lease.is_idle()).map(|(key, _)| *key).collect();
         for key in keys {
             self.settle(key, now);
             let Some(lease) = self.leases.get_mut(&key) else { continue };
@@ -346,7 +368,8 @@ impl Actor {
     }
 
     fn settle_pending(&mut self, now: u64) {
-        let keys: Vec<Key> = self.leases.iter().filter(|(_, lease)| lease.pending).map(|(key, _)| *key).collect();
+        let keys: Vec<Key> =
+            self.leases.iter().filter(|(_, lease)| lease.pending).map(|(key, _)| *key).collect();
         for key in keys {
             self.settle(key, now);
         }
@@ -354,7 +377,8 @@ impl Actor {
 
     fn settle_all_of(&mut self, node: NodeId, now: u64) {
         let of = |lease: &ReplicaLease| lease.order.iter().any(|member| member.node == node);
-        let keys: Vec<Key> = self.leases.iter().filter(|(_, lease)| of(lease)).map(|(key, _)| *key).collect();
+        let keys: Vec<Key> =
+            self.leases.iter().filter(|(_, lease)| of(lease)).map(|(key, _)| *key).collect();
         for key in keys {
             self.settle(key, now);
         }

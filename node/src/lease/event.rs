@@ -17,8 +17,15 @@ pub(super) type Key = (KeyspaceId, ShardId);
 
 /// Events that the actor receives.
 pub(super) enum Event {
-    /// A replica was opened, or its placement changed; `served`: the previous process may have served it.
-    Placed { replica: Replica, replicator: Arc<Replicator>, order: Vec<Placed>, primary_version: u64, served: bool },
+    /// A replica was opened, or its placement changed; `served`: the previous process may have
+    /// served it.
+    Placed {
+        replica: Replica,
+        replicator: Arc<Replicator>,
+        order: Vec<Placed>,
+        primary_version: u64,
+        served: bool,
+    },
     /// A replica is about to stop and hands its authority over.
     HandOver { key: Key, replica: ReplicaId, done: oneshot::Sender<()> },
     /// A replica has stopped.

@@ -1,7 +1,8 @@
-//! The outgoing half of a lease link: connects to one node, reports the results, carries heartbeats.
+//! The outgoing half of a lease link: connects to one node, reports the results, carries
+//! heartbeats.
 //!
-//! **Invariant:** the result of a connection attempt is reported as the kernel gave it: refused (nothing listens
-//! there), reachable, or unreachable. Conclusions are drawn elsewhere.
+//! **Invariant:** the result of a connection attempt is reported as the kernel gave it: refused
+//! (nothing listens there), reachable, or unreachable. Conclusions are drawn elsewhere.
 
 use std::io::ErrorKind;
 use std::sync::Arc;
@@ -84,8 +85,9 @@ impl Link {
         let opening = async {
             let channel = endpoint.connect().await.ok()?;
             let client = ReplicationClient::new(channel);
-            let mut client =
-                client.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX);
+            let mut client = client
+                .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                .max_encoding_message_size(MESSAGE_BYTES_MAX);
             Some(client.lease(ReceiverStream::new(outgoing)).await.ok()?.into_inner())
         };
         let reset = self.reset.notified();
@@ -108,7 +110,8 @@ impl Link {
     }
 }
 
-/// Tries to connect to an address; `took_ms` is the duration of the last successful attempt, 0 for none.
+/// Tries to connect to an address; `took_ms` is the duration of the last successful attempt, 0 for
+/// none.
 pub(super) async fn reach(address: &str, took_ms: u64) -> Reach {
     let patience = match took_ms {
         0 => PROBE_TIMEOUT.1,

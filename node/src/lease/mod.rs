@@ -1,7 +1,8 @@
-//! Serving leases: which replica of a shard answers strict requests. The rules are in [`vasto_core::lease`].
+//! Serving leases: which replica of a shard answers strict requests. The rules are in
+//! [`vasto_core::lease`].
 //!
-//! A node has one link to every node that holds another replica of one of its shards. A dedicated thread owns all state
-//! (`actor`), so that heartbeats do not wait for the data path.
+//! A node has one link to every node that holds another replica of one of its shards. A dedicated
+//! thread owns all state (`actor`), so that heartbeats do not wait for the data path.
 //!
 //! **Invariants**
 //! - A replica with peers has no authority before the leases grant it.
@@ -41,8 +42,8 @@ pub(crate) struct Leases {
     events: mpsc::Sender<Event>,
 }
 
-/// Returns whether the previous process may have served the replica. Not when the replica was not placed yet; a catalog
-/// older than the one that the replica has applied proves nothing.
+/// Returns whether the previous process may have served the replica. Not when the replica was not
+/// placed yet; a catalog older than the one that the replica has applied proves nothing.
 fn may_have_served(replica: &Replica, catalog: &Catalog) -> bool {
     let may_be_placed = catalog.is_placed(replica.id) || replica.version() > catalog.version;
     may_be_placed && replica.incarnation() > Incarnation(1)
@@ -53,7 +54,10 @@ impl Leases {
     ///
     /// # Errors
     /// When there are no threads left.
-    pub(crate) fn start(registry: &Arc<NodeRegistry>, ended: impl Fn() -> bool + Send + 'static) -> std::io::Result<Self> {
+    pub(crate) fn start(
+        registry: &Arc<NodeRegistry>,
+        ended: impl Fn() -> bool + Send + 'static,
+    ) -> std::io::Result<Self> {
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let pulse = registry.pulse.clone();
@@ -63,7 +67,8 @@ impl Leases {
             let mut tick = tokio::time::interval(PULSE);
             tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             loop {
-                // While the actor is idle it counts no silence, and needs no proof that this node listens.
+                // While the actor is idle it counts no silence, and needs no proof that this node
+                // listens.
                 if idle.wait_for(|idle| !idle).await.is_err() {
                     break;
                 }
@@ -87,10 +92,17 @@ impl Leases {
     }
 
     /// Reports a replica that was opened, or a new version of its catalog.
-    pub(crate) async fn seat(&self, replica: &Replica, replicator: &Arc<Replicator>, catalog: &Catalog) {
+    pub(crate) async fn seat(
+        &self,
+        replica: &Replica,
+        replicator: &Arc<Replicator>,
+        catalog: &Catalog,
+    ) {
         let shard = catalog.shard(replica.shard).filter(|_| catalog.is_placed(replica.id));
         let order = shard.map(|shard| shard.replicas.clone()).unwrap_or_default();
-        let primary = shard.and_then(|shard| shard.primary()).is_some_and(|primary| primary.replica == replica.id);
+        let primary = shard
+            .and_then(|shard| shard.primary())
+            .is_some_and(|primary| primary.replica == replica.id);
         let event = Event::Placed {
             replica: replica.clone(),
             replicator: replicator.clone(),
@@ -101,11 +113,16 @@ impl Leases {
         self.send(event).await;
     }
 
-    /// Hands authority of a replica that is about to stop over to a successor that holds everything. Returns when that
-    /// is done, or when there is no successor.
+    /// Hands authority of a replica that is about to stop over to a successor that holds
+    /// everything. Returns when that is done, or when there is no successor.
     pub(crate) async fn hand_over_authority(&self, replica: &Replica) {
         let (done, over) = oneshot::channel();
-        self.send(Event::HandOver { key: (replica.keyspace, replica.shard), replica: replica.id, done }).await;
+        self.send(Event::HandOver {
+            key: (replica.keyspace, replica.shard),
+            replica: replica.id,
+            done,
+        })
+        .await;
         let _ = over.await;
     }
 

@@ -1,9 +1,9 @@
 //! Check of a client's write before it is assigned to a group.
 //!
 //! **Invariants**
-//! - A write that was admitted under a term of authority is assigned only under that term. Every write is assigned only
-//!   at a replica that owns its bands; a read-modify-write only under a term, at the primary, at an epoch that no
-//!   follower has passed.
+//! - A write that was admitted under a term of authority is assigned only under that term. Every
+//!   write is assigned only at a replica that owns its bands; a read-modify-write only under a
+//!   term, at the primary, at an epoch that no follower has passed.
 //! - A refused write has changed nothing.
 
 use std::sync::atomic::Ordering;
@@ -28,7 +28,8 @@ pub(super) enum Admission {
 }
 
 impl Store {
-    /// Decides whether a write may be assigned now; binds a read-modify-write to the current term of authority.
+    /// Decides whether a write may be assigned now; binds a read-modify-write to the current term
+    /// of authority.
     ///
     /// # Errors
     /// The reason for the refusal.
@@ -50,11 +51,16 @@ impl Store {
         }
     }
 
-    fn check_term(&self, command: &mut WriteCommand, modifies: bool, now: Duration) -> Result<(), VastoError> {
+    fn check_term(
+        &self,
+        command: &mut WriteCommand,
+        modifies: bool,
+        now: Duration,
+    ) -> Result<(), VastoError> {
         let current = || self.shared.authority.term();
         match (command.term, modifies) {
-            // Another replica may have taken over since the admission: applied now, the write would get an event time
-            // above those written there since.
+            // Another replica may have taken over since the admission: applied now, the write would
+            // get an event time above those written there since.
             (Some(term), _) if current() != Some(term) => Err(without_authority()),
             (Some(_), _) => Ok(()),
             (None, true) => {
@@ -63,10 +69,10 @@ impl Store {
             }
             // The sender that chose this replica has long gone to another one.
             (None, false)
-                if now.saturating_sub(command.sent) >= ATTEMPT_PATIENCE && self.shared.followers.has_peers() =>
+                if now.saturating_sub(command.sent) >= ATTEMPT_PATIENCE
+                    && self.shared.followers.has_peers() =>
             {
-                let message =
-                    "the request was under way for too long, its sender has gone to another replica; send it again";
+                let message = "the request was under way for too long, its sender has gone to another replica; send it again";
                 Err(VastoError::new(ErrorCode::CatchingUp, message).retry_after_ms(50))
             }
             (None, false) => Ok(()),
@@ -75,7 +81,8 @@ impl Store {
 
     /// Decides whether this replica does read-modify-writes.
     fn check_primary(&self) -> Result<Admission, VastoError> {
-        let is_current = self.meta.head.version.0 >= self.shared.primary_from.load(Ordering::Acquire)
+        let is_current = self.meta.head.version.0
+            >= self.shared.primary_from.load(Ordering::Acquire)
             && self.meta.head.epoch.0 >= self.shared.followers_epoch.load(Ordering::Acquire);
         match self.role {
             Role::Primary if is_current => Ok(Admission::Ready),
@@ -87,11 +94,17 @@ impl Store {
     fn check_bands(&self, ops: &[WriteOp]) -> Result<Admission, VastoError> {
         let mut admission = Admission::Ready;
         for op in ops {
-            let band = band_of(self.meta.identity.shard, &op.key, op.partition_hash).ok_or_else(wrong_epoch)?;
+            let band = band_of(self.meta.identity.shard, &op.key, op.partition_hash)
+                .ok_or_else(wrong_epoch)?;
             match self.meta.ranges.state(band) {
-                RangeState::Owned if self.meta.ranges.is_sealed(band) => admission = Admission::Wait,
+                RangeState::Owned if self.meta.ranges.is_sealed(band) => {
+                    admission = Admission::Wait
+                }
                 RangeState::Owned => {}
-                RangeState::Arriving | RangeState::Empty | RangeState::Leaving | RangeState::Clearing => {
+                RangeState::Arriving
+                | RangeState::Empty
+                | RangeState::Leaving
+                | RangeState::Clearing => {
                     return Err(wrong_epoch());
                 }
             }

@@ -82,8 +82,12 @@ pub(super) fn put_results(batch: &mut Batch, results: &[OpResult]) {
 pub(super) fn put_progress(batch: &mut Batch, progress: &[FeedProgress]) {
     for cursor in progress {
         match cursor {
-            FeedProgress::Tail(replica, lsn) => batch.put_meta(MetaKey::TailCursor(*replica), &lsn.0.to_le_bytes()),
-            FeedProgress::Forward(shard, lsn) => batch.put_meta(MetaKey::ForwardCursor(shard.0), &lsn.0.to_le_bytes()),
+            FeedProgress::Tail(replica, lsn) => {
+                batch.put_meta(MetaKey::TailCursor(*replica), &lsn.0.to_le_bytes())
+            }
+            FeedProgress::Forward(shard, lsn) => {
+                batch.put_meta(MetaKey::ForwardCursor(shard.0), &lsn.0.to_le_bytes())
+            }
         }
     }
 }
@@ -121,11 +125,16 @@ pub(super) fn apply_record(meta: &mut Meta, record: &Record) -> Result<Batch, Ap
 }
 
 /// Adds the changes of a record to the batch and advances `meta` past it.
-pub(super) fn add_record(batch: &mut Batch, meta: &mut Meta, record: &Record) -> Result<(), ApplyError> {
+pub(super) fn add_record(
+    batch: &mut Batch,
+    meta: &mut Meta,
+    record: &Record,
+) -> Result<(), ApplyError> {
     match &record.body {
         Body::Data { entries, results, progress } => {
             for KeyEntry { key, entry: encoded } in entries {
-                let entry = Entry::decode(encoded).map_err(|source| ApplyError::Entry { lsn: record.lsn.0, source })?;
+                let entry = Entry::decode(encoded)
+                    .map_err(|source| ApplyError::Entry { lsn: record.lsn.0, source })?;
                 let band = band_of(meta.identity.shard, key, entry.partition_hash)
                     .ok_or(ApplyError::Foreign { lsn: record.lsn.0, shard: meta.identity.shard })?;
                 put_entry(batch, meta, &data_key(band, key), encoded);
@@ -135,15 +144,21 @@ pub(super) fn add_record(batch: &mut Batch, meta: &mut Meta, record: &Record) ->
         }
         Body::GcFloor { floor } => meta.head.floor = meta.head.floor.max(*floor),
         // An adopt record of a peer, or an own one that was pulled back, changes nothing here.
-        Body::Adopt { .. } if !meta.is_own(record) || record.origin.incarnation <= meta.identity.incarnation => {}
+        Body::Adopt { .. }
+            if !meta.is_own(record) || record.origin.incarnation <= meta.identity.incarnation => {}
         Body::Adopt { .. } => {
             meta.identity.incarnation = record.origin.incarnation;
             meta.head.own_seq = OwnSeq(0);
             batch.put_meta(MetaKey::Identity, &meta.identity.encode());
         }
         Body::Seal { plan, version, range } => {
-            meta.ranges.seal =
-                Some(Seal { plan: *plan, version: *version, range: *range, lsn: record.lsn, since: None });
+            meta.ranges.seal = Some(Seal {
+                plan: *plan,
+                version: *version,
+                range: *range,
+                lsn: record.lsn,
+                since: None,
+            });
             meta.head.version = meta.head.version.max(*version);
         }
         Body::Unseal { version, .. } => {
@@ -167,7 +182,10 @@ pub(super) fn add_record(batch: &mut Batch, meta: &mut Meta, record: &Record) ->
             }
         }
     }
-    if matches!(record.body, Body::Seal { .. } | Body::Unseal { .. } | Body::Ingest { .. } | Body::RangeState { .. }) {
+    if matches!(
+        record.body,
+        Body::Seal { .. } | Body::Unseal { .. } | Body::Ingest { .. } | Body::RangeState { .. }
+    ) {
         batch.put_meta(MetaKey::RangeStates, &meta.ranges.encode());
     }
     put_head(batch, meta, record);

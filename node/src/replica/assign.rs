@@ -1,7 +1,7 @@
 //! Assigns event times to operations, and decides which entries they store and supersede.
 //!
-//! **Invariant:** an event time assigned here is above that of the entry stored under the key; the second write of a key
-//! in a group sees the first.
+//! **Invariant:** an event time assigned here is above that of the entry stored under the key; the
+//! second write of a key in a group sees the first.
 
 use vasto_core::codec::DecodeError;
 use vasto_core::entry::{Entry, Payload, version_of};
@@ -19,15 +19,16 @@ use super::write_group::WriteGroup;
 /// Clock readings that the assignment of a request uses, microseconds.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Times {
-    /// Clock reading just before the request was checked: an assigned time belongs to a point in time at which authority
-    /// held, however long the thread then stalls.
+    /// Clock reading just before the request was checked: an assigned time belongs to a point in
+    /// time at which authority held, however long the thread then stalls.
     pub now_us: u64,
     /// Commit time of the group.
     pub commit_time: u64,
 }
 
 impl Store {
-    /// Adds the operations of one request to the group, with event times; on an error the group is unchanged.
+    /// Adds the operations of one request to the group, with event times; on an error the group is
+    /// unchanged.
     ///
     /// # Errors
     /// `InvalidArgument` also when the request would store more than the limit of a batch.
@@ -54,7 +55,8 @@ impl Store {
         Ok(outcomes)
     }
 
-    /// Assigns an event time to one operation and adds it to `into`; reads see the entries of `into`, then of `below`.
+    /// Assigns an event time to one operation and adds it to `into`; reads see the entries of
+    /// `into`, then of `below`.
     fn assign(
         &mut self,
         op: &WriteOp,
@@ -62,14 +64,16 @@ impl Store {
         into: &mut WriteGroup,
         times: Times,
     ) -> Result<OpOutcome, VastoError> {
-        let band = band_of(self.meta.identity.shard, &op.key, op.partition_hash).expect("it was checked before");
+        let band = band_of(self.meta.identity.shard, &op.key, op.partition_hash)
+            .expect("it was checked before");
         let stored_key = data_key(band, &op.key);
         let stamp = op.event_time.unwrap_or_else(|| self.clock.stamp(times.now_us));
         let modifies = op.change.modifies();
         let current = if !modifies && self.is_blind(&op.key, stamp) {
             None
         } else {
-            self.current_entry(&stored_key, std::iter::once(&*into).chain(below)).map_err(ReplicaError::from)?
+            self.current_entry(&stored_key, std::iter::once(&*into).chain(below))
+                .map_err(ReplicaError::from)?
         };
         let decoded = current.as_deref().map(Entry::decode).transpose().map_err(damaged)?;
         let stored = decoded.filter(|entry| entry.payload.is_some());
@@ -84,7 +88,8 @@ impl Store {
             _ => stamp,
         };
         let live = stored.filter(|entry| !entry.is_expired(times.now_us)).zip(current.as_deref());
-        let (content, expires_at) = match modify(&op.change, live, op.created_ttl_ms, times.now_us)? {
+        let (content, expires_at) = match modify(&op.change, live, op.created_ttl_ms, times.now_us)?
+        {
             Modified::Store(content, expires_at) => (content, expires_at),
             Modified::NotApplied => {
                 let (event_time, version) =
@@ -95,10 +100,14 @@ impl Store {
         let entry = encode(op, &content, expires_at, event_time, times.commit_time);
         let applied = match (modifies, &content) {
             (false, _) => OpOutcome::Applied(event_time),
-            (true, Content::Number(number)) => {
-                OpOutcome::Modified { event_time, version: version_of(&entry), number: Some(*number) }
+            (true, Content::Number(number)) => OpOutcome::Modified {
+                event_time,
+                version: version_of(&entry),
+                number: Some(*number),
+            },
+            (true, _) => {
+                OpOutcome::Modified { event_time, version: version_of(&entry), number: None }
             }
-            (true, _) => OpOutcome::Modified { event_time, version: version_of(&entry), number: None },
         };
         if supersedes(self.meta.head.floor, current.as_deref(), &entry) {
             self.keep(stored_key, &op.key, event_time, entry, into);
@@ -115,7 +124,13 @@ fn damaged(error: DecodeError) -> VastoError {
     VastoError::new(ErrorCode::Corrupt, format!("the stored entry is damaged: {error}"))
 }
 
-fn encode(op: &WriteOp, content: &Content, expires_at: Option<u64>, event_time: u64, commit_time: u64) -> Vec<u8> {
+fn encode(
+    op: &WriteOp,
+    content: &Content,
+    expires_at: Option<u64>,
+    event_time: u64,
+    commit_time: u64,
+) -> Vec<u8> {
     let payload = match content {
         Content::Bytes(bytes) => Some(Payload::Bytes(bytes)),
         Content::Number(Number::I64(number)) => Some(Payload::I64(*number)),

@@ -1,12 +1,13 @@
 //! Admission and acknowledgement of strict requests: the leases decide, the data path asks.
 //!
 //! **Invariants**
-//! - A strict request is admitted only under authority, and carries its term. The writer refuses the request once the
-//!   term has changed.
-//! - A write is acknowledged only while authority holds, or when the replica that took over holds the write. A
-//!   completed write that may not be acknowledged yet waits here for a bounded time; then its outcome is unknown.
-//! - The answering thread compares validity with the boot-time clock: a process that stalled has lost its authority
-//!   before any of its code runs again.
+//! - A strict request is admitted only under authority, and carries its term. The writer refuses
+//!   the request once the term has changed.
+//! - A write is acknowledged only while authority holds, or when the replica that took over holds
+//!   the write. A completed write that may not be acknowledged yet waits here for a bounded time;
+//!   then its outcome is unknown.
+//! - The answering thread compares validity with the boot-time clock: a process that stalled has
+//!   lost its authority before any of its code runs again.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -92,11 +93,13 @@ pub(crate) struct Authority {
     /// Terms of which another replica holds all writes; the most recent ones.
     handed_over: Mutex<Vec<HandedOver>>,
     held: Mutex<Vec<Held>>,
-    /// First term whose read-modify-writes may be acknowledged; those of transferred terms may be, too.
+    /// First term whose read-modify-writes may be acknowledged; those of transferred terms may be,
+    /// too.
     first: AtomicU64,
     /// Probe rounds that have begun, and those that have ended.
     rounds: watch::Sender<(u64, u64)>,
-    /// Boot time since which the replica serves in place of the primary, milliseconds; 0 when it is not.
+    /// Boot time since which the replica serves in place of the primary, milliseconds; 0 when it is
+    /// not.
     acting_since_ms: AtomicU64,
     /// True while the writer is stalled at the disk, and shortly afterwards.
     stalled: AtomicBool,
@@ -117,7 +120,8 @@ impl Default for Authority {
     }
 }
 
-/// Maximum number of transferred terms that are remembered: an answer waits no longer than [`HELD_ACK_MAX`].
+/// Maximum number of transferred terms that are remembered: an answer waits no longer than
+/// [`HELD_ACK_MAX`].
 const HANDED_OVER_MAX: usize = 64;
 
 fn lapsed() -> VastoError {
@@ -159,7 +163,9 @@ impl Authority {
     pub(crate) fn holds(&self, number: u64) -> bool {
         match &**self.standing.load() {
             Standing::Alone => true,
-            Standing::Serving(term) | Standing::Yielding(term) => term.number == number && term.is_valid(),
+            Standing::Serving(term) | Standing::Yielding(term) => {
+                term.number == number && term.is_valid()
+            }
             Standing::Out { .. } => false,
         }
     }
@@ -194,8 +200,9 @@ impl Authority {
         self.changed.subscribe()
     }
 
-    /// Records that the replica that took over holds all writes of the term and of earlier ones; `lasted` means that
-    /// authority lasted until all of them were listed, so that no other replica served in between.
+    /// Records that the replica that took over holds all writes of the term and of earlier ones;
+    /// `lasted` means that authority lasted until all of them were listed, so that no other replica
+    /// served in between.
     pub(crate) fn handed_over(&self, term: u64, lasted: bool) {
         {
             let mut terms = self.handed_over.lock();
@@ -235,27 +242,36 @@ impl Authority {
 
     /// Returns whether a write of this term may be acknowledged.
     ///
-    /// `begun` is the last probe round that had begun at the write; `ended` is the last that has ended, read before the
-    /// standing: the findings of a round are published before it ends.
+    /// `begun` is the last probe round that had begun at the write; `ended` is the last that has
+    /// ended, read before the standing: the findings of a round are published before it ends.
     fn may_acknowledge(&self, number: u64, modifies: bool, begun: u64, ended: u64) -> bool {
-        // Authority that depends on a peer's silence may have ended unnoticed: only a probe begun after the write proves
-        // that it has not.
+        // Authority that depends on a peer's silence may have ended unnoticed: only a probe begun
+        // after the write proves that it has not.
         let lasts = |term: &Term| term.is_valid() && (!term.probing || ended > begun);
         let valid = match &**self.standing.load() {
             Standing::Alone => true,
-            // A read-modify-write depends on the value of its own term; a put or delete is only ordered.
+            // A read-modify-write depends on the value of its own term; a put or delete is only
+            // ordered.
             Standing::Serving(term) => lasts(term) && (term.number == number || !modifies),
             Standing::Yielding(term) => lasts(term) && term.number == number,
             Standing::Out { .. } => false,
         };
-        // Otherwise another replica may have changed the value that a read-modify-write was based on.
-        let counts =
-            |over: &HandedOver| if modifies { over.lasted && over.term == number } else { over.term >= number };
+        // Otherwise another replica may have changed the value that a read-modify-write was based
+        // on.
+        let counts = |over: &HandedOver| {
+            if modifies { over.lasted && over.term == number } else { over.term >= number }
+        };
         valid || self.handed_over.lock().iter().any(counts)
     }
 
-    /// Calls `answer` with success once a write of this term may be acknowledged, or with an unknown outcome.
-    pub(crate) fn acknowledge(&self, term: u64, modifies: bool, answer: impl FnOnce(Result<(), VastoError>) + Send + 'static) {
+    /// Calls `answer` with success once a write of this term may be acknowledged, or with an
+    /// unknown outcome.
+    pub(crate) fn acknowledge(
+        &self,
+        term: u64,
+        modifies: bool,
+        answer: impl FnOnce(Result<(), VastoError>) + Send + 'static,
+    ) {
         let (begun, ended) = *self.rounds.borrow();
         if self.may_acknowledge(term, modifies, begun, ended) {
             return answer(Ok(()));
@@ -279,11 +295,14 @@ impl Authority {
             let mut at = 0;
             while at < held.len() {
                 let write = &held[at];
-                let verdict = match self.may_acknowledge(write.term, write.modifies, write.begun, ended) {
-                    true => Some(Ok(())),
-                    false if write.until <= now || (write.modifies && write.term < first) => Some(Err(lapsed())),
-                    false => None,
-                };
+                let verdict =
+                    match self.may_acknowledge(write.term, write.modifies, write.begun, ended) {
+                        true => Some(Ok(())),
+                        false if write.until <= now || (write.modifies && write.term < first) => {
+                            Some(Err(lapsed()))
+                        }
+                        false => None,
+                    };
                 match verdict {
                     Some(verdict) => done.push((held.swap_remove(at), verdict)),
                     None => at += 1,
@@ -295,7 +314,8 @@ impl Authority {
         }
     }
 
-    /// Ends a term of which it is unknown whether it lasted: none of its read-modify-writes is acknowledged.
+    /// Ends a term of which it is unknown whether it lasted: none of its read-modify-writes is
+    /// acknowledged.
     pub(crate) fn lapse(&self, term: u64) {
         self.first.fetch_max(term + 1, Ordering::AcqRel);
         self.settle();

@@ -1,8 +1,8 @@
 //! Writes that are answered once a chunk in the bucket covers them.
 //!
-//! **Invariant:** each write is answered exactly once: with success when the bucket holds the log up to its record,
-//! with `Unknown` when the bucket does not in time. A waiting write wakes the shipper, and all writes that arrive while
-//! a chunk is being uploaded share the next one.
+//! **Invariant:** each write is answered exactly once: with success when the bucket holds the log
+//! up to its record, with `Unknown` when the bucket does not in time. A waiting write wakes the
+//! shipper, and all writes that arrive while a chunk is being uploaded share the next one.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -136,14 +136,18 @@ mod tests {
     #[test]
     fn a_write_is_answered_once_the_bucket_covers_it() {
         let acks = BucketAcks::default();
-        let ((first, first_answer), (second, second_answer), (third, third_answer)) = (put(), put(), put());
+        let ((first, first_answer), (second, second_answer), (third, third_answer)) =
+            (put(), put(), put());
         acks.wait(first, Vec::new(), Lsn(5));
         acks.wait(second, Vec::new(), Lsn(6));
         acks.covered(Lsn(5));
         assert!(first_answer.try_recv().unwrap().is_ok());
         assert_eq!(second_answer.try_recv(), Err(TryRecvError::Empty));
         acks.expire();
-        assert_eq!((second_answer.try_recv(), acks.last()), (Err(TryRecvError::Empty), Some(Lsn(6))));
+        assert_eq!(
+            (second_answer.try_recv(), acks.last()),
+            (Err(TryRecvError::Empty), Some(Lsn(6)))
+        );
         acks.wait(third, Vec::new(), Lsn(4));
         assert!(third_answer.try_recv().unwrap().is_ok(), "the bucket holds its record already");
         acks.abandon();

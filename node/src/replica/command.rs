@@ -1,6 +1,7 @@
 //! Commands of a replica's writer: what it is asked to do, and how each command is answered.
 //!
-//! **Invariant:** a command that waits for an answer gets exactly one, also when it is dropped before it was begun.
+//! **Invariant:** a command that waits for an answer gets exactly one, also when it is dropped
+//! before it was begun.
 
 mod operation;
 
@@ -10,7 +11,9 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use vasto_core::catalog::Ack;
-use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, Lsn, Origin, OwnSeq, PlanId, ReplicaId, Vector};
+use vasto_core::ids::{
+    CatalogVersion, Epoch, Incarnation, Lsn, Origin, OwnSeq, PlanId, ReplicaId, Vector,
+};
 use vasto_core::record::{BandRange, FeedProgress, IngestedObject, KeyEntry, RangeState, Record};
 use vasto_core::{ErrorCode, VastoError};
 
@@ -35,12 +38,18 @@ pub(crate) struct WriteContext {
 
 /// Returns the error for a write that was not begun because its sender no longer waits.
 pub(crate) fn too_late() -> VastoError {
-    VastoError::new(ErrorCode::DeadlineExceeded, "the time for the operation ended before the node came to it")
+    VastoError::new(
+        ErrorCode::DeadlineExceeded,
+        "the time for the operation ended before the node came to it",
+    )
 }
 
 /// Returns the error for a key outside the owned bands.
 pub(super) fn wrong_epoch() -> VastoError {
-    VastoError::new(ErrorCode::WrongEpoch, "this node does not own the key; fetch the topology and go to its owner")
+    VastoError::new(
+        ErrorCode::WrongEpoch,
+        "this node does not own the key; fetch the topology and go to its owner",
+    )
 }
 
 /// Callback that is called exactly once with the result.
@@ -68,9 +77,14 @@ pub(crate) struct WriteCommand {
 }
 
 impl WriteCommand {
-    /// Creates a write that answers through `done` exactly once: also when the command is dropped, which happens before
-    /// it was begun, or when the writer dies.
-    pub(crate) fn new(ops: Vec<WriteOp>, ack: Ack, done: Completion, permit: Option<OwnedSemaphorePermit>) -> Self {
+    /// Creates a write that answers through `done` exactly once: also when the command is dropped,
+    /// which happens before it was begun, or when the writer dies.
+    pub(crate) fn new(
+        ops: Vec<WriteOp>,
+        ack: Ack,
+        done: Completion,
+        permit: Option<OwnedSemaphorePermit>,
+    ) -> Self {
         Self {
             ops,
             ack,
@@ -104,7 +118,8 @@ impl WriteCommand {
         let Some(done) = self.done.take() else { return };
         match (result, self.authority.take().zip(self.term)) {
             (Ok(outcomes), Some((authority, term))) => {
-                authority.acknowledge(term, modifies, move |verdict| done(verdict.map(|()| outcomes)));
+                authority
+                    .acknowledge(term, modifies, move |verdict| done(verdict.map(|()| outcomes)));
             }
             (result, _) => done(result),
         }
@@ -116,7 +131,10 @@ impl Drop for WriteCommand {
         if let Some(done) = self.done.take() {
             // A writer that dies inside a group leaves the outcome unknown.
             let error = if std::thread::panicking() {
-                VastoError::new(ErrorCode::Unknown, "the replica's writer died; the outcome is not known")
+                VastoError::new(
+                    ErrorCode::Unknown,
+                    "the replica's writer died; the outcome is not known",
+                )
             } else {
                 ReplicaError::Stopped.into()
             };
@@ -150,7 +168,8 @@ pub(crate) struct ReplicateCommand {
 /// Role of a replica in its shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum Role {
-    /// Not placed: a target under construction, or a draining replica. Accepts nothing from clients.
+    /// Not placed: a target under construction, or a draining replica. Accepts nothing from
+    /// clients.
     Detached,
     /// Accepts everything but read-modify-writes.
     Secondary,
@@ -266,7 +285,9 @@ pub enum ReplicaError {
     #[error("the replica is closed to writes: {0}")]
     Closed(String),
     /// A record is missing before this one: the source's log does not reach back far enough.
-    #[error("record {next} of origin {origin} was expected, and {got} came: the log of the source begins too late")]
+    #[error(
+        "record {next} of origin {origin} was expected, and {got} came: the log of the source begins too late"
+    )]
     Gap {
         /// Origin of the record.
         origin: Origin,
@@ -286,7 +307,9 @@ pub enum ReplicaError {
 impl From<ReplicaError> for VastoError {
     fn from(error: ReplicaError) -> Self {
         let code = match &error {
-            ReplicaError::Closed(reason) if shortage::shortage_of(reason).is_some() => ErrorCode::NoSpace,
+            ReplicaError::Closed(reason) if shortage::shortage_of(reason).is_some() => {
+                ErrorCode::NoSpace
+            }
             ReplicaError::Stopped | ReplicaError::Closed(_) => ErrorCode::Unavailable,
             ReplicaError::Refused(_) | ReplicaError::Gap { .. } => ErrorCode::FailedPrecondition,
             ReplicaError::Engine(_) => ErrorCode::Unavailable,

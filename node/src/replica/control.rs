@@ -1,9 +1,10 @@
-//! Execution of the commands that change a replica itself: seals, range states, ingests, fences, the stop.
+//! Execution of the commands that change a replica itself: seals, range states, ingests, fences,
+//! the stop.
 //!
 //! **Invariants**
-//! - Every change is a record of its own, synced before it is answered; only the epoch, version and role of a catalog
-//!   version are taken without one. A seal, an unseal, an ingest, a fence or a floor that is in force already writes no
-//!   second record.
+//! - Every change is a record of its own, synced before it is answered; only the epoch, version and
+//!   role of a catalog version are taken without one. A seal, an unseal, an ingest, a fence or a
+//!   floor that is in force already writes no second record.
 //! - Held writes are retried before the command that decides their outcome is answered.
 
 use std::path::PathBuf;
@@ -51,7 +52,12 @@ impl Committer {
         }
     }
 
-    fn seal(&mut self, plan: PlanId, version: CatalogVersion, range: BandRange) -> Result<Lsn, ReplicaError> {
+    fn seal(
+        &mut self,
+        plan: PlanId,
+        version: CatalogVersion,
+        range: BandRange,
+    ) -> Result<Lsn, ReplicaError> {
         if let Some(seal) = self.store.meta.ranges.seal
             && seal.plan == plan
             && seal.version == version
@@ -65,7 +71,9 @@ impl Committer {
     }
 
     fn unseal(&mut self, version: CatalogVersion) -> Result<Lsn, ReplicaError> {
-        let Some(seal) = self.store.meta.ranges.seal else { return Ok(self.store.meta.head.applied_lsn) };
+        let Some(seal) = self.store.meta.ranges.seal else {
+            return Ok(self.store.meta.head.applied_lsn);
+        };
         let result = self.store.log_control(Body::Unseal { plan: seal.plan, version });
         self.retry_held();
         result
@@ -90,7 +98,8 @@ impl Committer {
 impl Store {
     /// Begins this incarnation, and ends the previous one where this disk has it.
     pub(super) fn adopt(&mut self) -> Result<Lsn, ReplicaError> {
-        let body = Body::Adopt { previous: self.meta.identity.incarnation, head: self.meta.head.own_seq };
+        let body =
+            Body::Adopt { previous: self.meta.identity.incarnation, head: self.meta.head.own_seq };
         self.log_control(body)
     }
 
@@ -106,8 +115,8 @@ impl Store {
         self.log_control(Body::RangeState { version, range, state })
     }
 
-    /// Takes the epoch, version and role of a catalog version. Epoch and version become durable with the next record;
-    /// the role is not stored.
+    /// Takes the epoch, version and role of a catalog version. Epoch and version become durable
+    /// with the next record; the role is not stored.
     fn apply_catalog(&mut self, epoch: Epoch, version: CatalogVersion, role: Role) {
         self.meta.head.epoch = self.meta.head.epoch.max(epoch);
         self.meta.head.version = self.meta.head.version.max(version);
@@ -147,7 +156,8 @@ impl Store {
         if !self.meta.ranges.all_are(range, RangeState::Arriving) {
             return Err(ReplicaError::Refused("only an arriving range can be filled".into()));
         }
-        // Flushed first: an ingested file is durable at once, and no older write may become durable after it.
+        // Flushed first: an ingested file is durable at once, and no older write may become durable
+        // after it.
         self.sync()?;
         self.shared.engine.flush()?;
         self.shared.engine.ingest(files)?;

@@ -1,7 +1,8 @@
 //! Dedup table: results of read-modify-writes, kept so that a repetition gets the first result.
 //!
-//! **Invariant:** a result becomes durable with its change. A repetition gets that result or the answer that the
-//! outcome is not known; no operation is done twice because its result was forgotten.
+//! **Invariant:** a result becomes durable with its change. A repetition gets that result or the
+//! answer that the outcome is not known; no operation is done twice because its result was
+//! forgotten.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -87,8 +88,8 @@ pub(super) fn decode(bytes: &[u8]) -> Result<(u64, StoredResult), DecodeError> {
     Ok((commit_time, StoredResult { outcomes, epoch, own_seq: None }))
 }
 
-/// Returns the time from which on all results are known when one of this commit time was forgotten. Commit times may
-/// run slightly ahead of the clock: a result that is not certain is unknown.
+/// Returns the time from which on all results are known when one of this commit time was forgotten.
+/// Commit times may run slightly ahead of the clock: a result that is not certain is unknown.
 fn certain_after(forgotten: u64) -> u64 {
     forgotten.saturating_add(1_000_000)
 }
@@ -109,7 +110,9 @@ impl DedupTable {
         let mut all: Vec<(u64, (u64, u64), StoredResult)> = rows
             .iter()
             .filter_map(|(key, value)| {
-                let MetaKey::Result(client, sequence) = MetaKey::decode(key).ok()? else { return None };
+                let MetaKey::Result(client, sequence) = MetaKey::decode(key).ok()? else {
+                    return None;
+                };
                 let (at, kept) = decode(value).ok()?;
                 Some((at, (client, sequence), kept))
             })
@@ -130,13 +133,20 @@ impl DedupTable {
     /// Returns the result of an operation that was requested before.
     ///
     /// # Errors
-    /// `Unknown` when the operation may have been done elsewhere, or so long ago that its result is forgotten.
-    pub(super) fn recall(&self, id: &OpId, here: ReplicaId, now_us: u64) -> Result<Option<&StoredResult>, VastoError> {
+    /// `Unknown` when the operation may have been done elsewhere, or so long ago that its result is
+    /// forgotten.
+    pub(super) fn recall(
+        &self,
+        id: &OpId,
+        here: ReplicaId,
+        now_us: u64,
+    ) -> Result<Option<&StoredResult>, VastoError> {
         if let Some(kept) = self.by_id.get(&(id.client, id.sequence)) {
             return Ok(Some(kept));
         }
         let unknown = |why: &str| {
-            let message = format!("the operation may have taken effect already ({why}); read the value back");
+            let message =
+                format!("the operation may have taken effect already ({why}); read the value back");
             Err(VastoError::new(ErrorCode::Unknown, message))
         };
         match id.tried {
@@ -203,12 +213,20 @@ mod tests {
             OpOutcome::Applied(1),
             OpOutcome::Superseded(2),
             OpOutcome::Modified { event_time: 3, version: 4, number: Some(Number::I64(-5)) },
-            OpOutcome::Modified { event_time: 3, version: 4, number: Some(Number::F64(0.5f64.to_bits())) },
+            OpOutcome::Modified {
+                event_time: 3,
+                version: 4,
+                number: Some(Number::F64(0.5f64.to_bits())),
+            },
             OpOutcome::Modified { event_time: 3, version: 4, number: None },
             OpOutcome::NotApplied { event_time: 6, version: 7 },
         ];
         let encoded = encode(9, Epoch(3), &outcomes);
-        let kept = |epoch| StoredResult { outcomes: outcomes.to_vec(), epoch: Epoch(epoch), own_seq: None };
+        let kept = |epoch| StoredResult {
+            outcomes: outcomes.to_vec(),
+            epoch: Epoch(epoch),
+            own_seq: None,
+        };
         assert_eq!(decode(&encoded).unwrap(), (9, kept(3)));
         let first_format = [&[FIRST_FORMAT][..], &encoded[1..9], &encoded[17..]].concat();
         assert_eq!(decode(&first_format).unwrap(), (9, kept(0)));
@@ -218,16 +236,32 @@ mod tests {
     fn a_repetition_gets_the_first_result_or_unknown_never_a_second_effect() {
         let mut results = DedupTable { kept_max: 2, ..DedupTable::default() };
         results.keep((7, 1), NOW, kept(vec![OpOutcome::Applied(1)]));
-        assert_eq!(results.recall(&id(1, Some(1), 5), HERE, NOW).unwrap(), Some(&kept(vec![OpOutcome::Applied(1)])));
+        assert_eq!(
+            results.recall(&id(1, Some(1), 5), HERE, NOW).unwrap(),
+            Some(&kept(vec![OpOutcome::Applied(1)]))
+        );
         assert_eq!(results.recall(&id(2, None, 0), HERE, NOW).unwrap(), None);
-        assert_eq!(results.recall(&id(2, Some(1), 5), HERE, NOW).unwrap(), None, "no attempt came here");
-        assert_eq!(results.recall(&id(2, Some(9), 5), HERE, NOW).unwrap_err().code, ErrorCode::Unknown);
-        assert_eq!(results.recall(&id(2, Some(1), 600_000), HERE, NOW).unwrap_err().code, ErrorCode::Unknown);
+        assert_eq!(
+            results.recall(&id(2, Some(1), 5), HERE, NOW).unwrap(),
+            None,
+            "no attempt came here"
+        );
+        assert_eq!(
+            results.recall(&id(2, Some(9), 5), HERE, NOW).unwrap_err().code,
+            ErrorCode::Unknown
+        );
+        assert_eq!(
+            results.recall(&id(2, Some(1), 600_000), HERE, NOW).unwrap_err().code,
+            ErrorCode::Unknown
+        );
         // Forgotten because there were too many: the outcome is unknown.
         results.keep((7, 3), NOW + 1, kept(Vec::new()));
         results.keep((7, 4), NOW + 2, kept(Vec::new()));
         assert_eq!(results.forget(NOW + 3), [(7, 1)]);
-        assert_eq!(results.recall(&id(1, Some(1), 100), HERE, NOW + 3).unwrap_err().code, ErrorCode::Unknown);
+        assert_eq!(
+            results.recall(&id(1, Some(1), 100), HERE, NOW + 3).unwrap_err().code,
+            ErrorCode::Unknown
+        );
         assert_eq!(results.recall(&id(9, Some(1), 100), HERE, NOW + 5_000_000).unwrap(), None);
         // Forgotten because they are old.
         assert_eq!(results.forget(NOW + RESULTS_KEPT.as_micros() as u64 + 2), [(7, 3)]);
@@ -235,18 +269,24 @@ mod tests {
 
     #[test]
     fn results_that_were_stored_before_the_opening_are_recalled() {
-        let row =
-            |sequence, at| (MetaKey::Result(7, sequence).encode(), encode(at, Epoch(1), &[OpOutcome::Applied(at)]));
+        let row = |sequence, at| {
+            (MetaKey::Result(7, sequence).encode(), encode(at, Epoch(1), &[OpOutcome::Applied(at)]))
+        };
         let mut results = DedupTable::load(&[row(2, NOW + 1), row(1, NOW)]);
         let stored = kept(vec![OpOutcome::Applied(NOW)]);
         assert_eq!(results.recall(&id(1, Some(1), 1), HERE, NOW).unwrap(), Some(&stored));
-        assert_eq!(results.forget(NOW + 1 + RESULTS_KEPT.as_micros() as u64), [(7, 1)], "the oldest goes first");
+        assert_eq!(
+            results.forget(NOW + 1 + RESULTS_KEPT.as_micros() as u64),
+            [(7, 1)],
+            "the oldest goes first"
+        );
     }
 
     #[test]
     fn a_result_that_was_forgotten_before_the_opening_stays_unknown() {
-        let row =
-            |sequence, at| (MetaKey::Result(7, sequence).encode(), encode(at, Epoch(1), &[OpOutcome::Applied(at)]));
+        let row = |sequence, at| {
+            (MetaKey::Result(7, sequence).encode(), encode(at, Epoch(1), &[OpOutcome::Applied(at)]))
+        };
         let mut rows: Vec<_> = (0..RESULTS_MAX as u64).map(|n| row(n, NOW + n)).collect();
         let ask = |results: DedupTable| {
             results.recall(&id(1 << 40, Some(1), 100), HERE, NOW + 1).map(|stored| stored.cloned())

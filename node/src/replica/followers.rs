@@ -1,11 +1,11 @@
 //! Followers that pull a replica's log, their positions, and the writes that wait for them.
 //!
 //! **Invariants**
-//! - A write that requires another replica's sync is answered exactly once: after a *placed* replica has synced it, or
-//!   as `Unknown` when none did in time.
-//! - A read-modify-write counts only when the other replica took it before it knew of a newer epoch, and only when it
-//!   won there: neither a new primary that goes on without it, nor one that went on without this replica, may make it
-//!   look replicated.
+//! - A write that requires another replica's sync is answered exactly once: after a *placed*
+//!   replica has synced it, or as `Unknown` when none did in time.
+//! - A read-modify-write counts only when the other replica took it before it knew of a newer
+//!   epoch, and only when it won there: neither a new primary that goes on without it, nor one that
+//!   went on without this replica, may make it look replicated.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Instant;
@@ -17,7 +17,8 @@ use vasto_core::{ErrorCode, VastoError};
 
 use super::command::{OpOutcome, WriteCommand};
 
-/// Maximum number of records noted to have lost an entry elsewhere: more than can wait for acknowledgement at once.
+/// Maximum number of records noted to have lost an entry elsewhere: more than can wait for
+/// acknowledgement at once.
 const LOST_MAX: usize = 65_536;
 
 /// Position of a follower.
@@ -40,7 +41,8 @@ struct Waiting {
 }
 
 impl Waiting {
-    /// Decides whether the record counts as replicated, when a placed replica took it at this epoch.
+    /// Decides whether the record counts as replicated, when a placed replica took it at this
+    /// epoch.
     fn judge(&self, taken: Epoch, lost: &BTreeSet<OwnSeq>) -> Result<(), VastoError> {
         if self.command.modifies() && lost.contains(&self.own_seq) {
             return Err(VastoError::new(
@@ -90,7 +92,11 @@ fn not_in_time() -> VastoError {
 
 impl Followers {
     /// Sets the replicas for which the log is kept, and those whose sync counts, from the catalog.
-    pub(crate) fn expect(&self, wanted: impl IntoIterator<Item = ReplicaId>, placed: impl IntoIterator<Item = ReplicaId>) {
+    pub(crate) fn expect(
+        &self,
+        wanted: impl IntoIterator<Item = ReplicaId>,
+        placed: impl IntoIterator<Item = ReplicaId>,
+    ) {
         let mut inner = self.inner.lock();
         inner.wanted = wanted.into_iter().collect();
         inner.placed = placed.into_iter().collect();
@@ -104,33 +110,56 @@ impl Followers {
     }
 
     /// Adds a write that is durable here and waits for another replica.
-    pub(crate) fn wait(&self, command: WriteCommand, outcomes: Vec<OpOutcome>, own_seq: OwnSeq, epoch: Epoch) {
-        let write = Waiting { command, outcomes, own_seq, epoch, until: Instant::now() + REPLICA_ACK_TIMEOUT };
+    pub(crate) fn wait(
+        &self,
+        command: WriteCommand,
+        outcomes: Vec<OpOutcome>,
+        own_seq: OwnSeq,
+        epoch: Epoch,
+    ) {
+        let write = Waiting {
+            command,
+            outcomes,
+            own_seq,
+            epoch,
+            until: Instant::now() + REPLICA_ACK_TIMEOUT,
+        };
         if own_seq.0 == 0 {
             return write.answer(Ok(()));
         }
         let mut inner = self.inner.lock();
         let placed = inner.placed.iter().filter_map(|id| inner.positions.get(id));
         // The epoch at which a follower took the record is not known here: its last one counts.
-        let taken = placed.filter(|follower| follower.own_seq >= own_seq).map(|follower| follower.epoch).min();
+        let taken = placed
+            .filter(|follower| follower.own_seq >= own_seq)
+            .map(|follower| follower.epoch)
+            .min();
         let Some(taken) = taken else { return inner.waiting.push_back(write) };
         let verdict = write.judge(taken, &inner.lost);
         drop(inner);
         write.answer(verdict);
     }
 
-    /// Records what a follower reports as durable there: this log up to `covered`, this incarnation up to `own_seq`,
-    /// taken at its `epoch`.
-    pub(crate) fn progress(&self, follower: ReplicaId, covered: Lsn, own_seq: OwnSeq, epoch: Epoch) {
+    /// Records what a follower reports as durable there: this log up to `covered`, this incarnation
+    /// up to `own_seq`, taken at its `epoch`.
+    pub(crate) fn progress(
+        &self,
+        follower: ReplicaId,
+        covered: Lsn,
+        own_seq: OwnSeq,
+        epoch: Epoch,
+    ) {
         let mut ready = Vec::new();
         {
             let mut inner = self.inner.lock();
-            let position = inner.positions.entry(follower).or_insert(Follower { covered, own_seq, epoch });
+            let position =
+                inner.positions.entry(follower).or_insert(Follower { covered, own_seq, epoch });
             position.covered = position.covered.max(covered);
             position.own_seq = position.own_seq.max(own_seq);
             position.epoch = position.epoch.max(epoch);
             if inner.placed.contains(&follower) {
-                while let Some(write) = inner.waiting.pop_front_if(|write| write.own_seq <= own_seq) {
+                while let Some(write) = inner.waiting.pop_front_if(|write| write.own_seq <= own_seq)
+                {
                     let verdict = write.judge(epoch, &inner.lost);
                     ready.push((write, verdict));
                 }
@@ -141,7 +170,8 @@ impl Followers {
         }
     }
 
-    /// Notes that an entry of each of these records lost at a follower, which is about to acknowledge them.
+    /// Notes that an entry of each of these records lost at a follower, which is about to
+    /// acknowledge them.
     pub(crate) fn lost(&self, own_seqs: impl IntoIterator<Item = OwnSeq>) {
         let mut inner = self.inner.lock();
         inner.lost.extend(own_seqs);
@@ -178,7 +208,8 @@ impl Followers {
         }
     }
 
-    /// Returns the LSN up to which all wanted followers hold this log; `None` without wanted followers.
+    /// Returns the LSN up to which all wanted followers hold this log; `None` without wanted
+    /// followers.
     pub(crate) fn covered_by_all(&self) -> Option<Lsn> {
         let inner = self.inner.lock();
         let covered = |id| inner.positions.get(id).map_or(Lsn(0), |follower| follower.covered);
@@ -188,20 +219,27 @@ impl Followers {
     /// Returns the wanted follower that holds the log back most, and its LSN.
     pub(crate) fn last(&self) -> Option<(ReplicaId, Lsn)> {
         let inner = self.inner.lock();
-        let covered = |id: &ReplicaId| (*id, inner.positions.get(id).map_or(Lsn(0), |follower| follower.covered));
+        let covered = |id: &ReplicaId| {
+            (*id, inner.positions.get(id).map_or(Lsn(0), |follower| follower.covered))
+        };
         inner.wanted.iter().map(covered).min_by_key(|(_, covered)| *covered)
     }
 
     /// Returns true when a placed replica holds this log up to the LSN.
     pub(crate) fn anybody_covers(&self, lsn: Lsn) -> bool {
         let inner = self.inner.lock();
-        inner.placed.iter().any(|id| inner.positions.get(id).is_some_and(|follower| follower.covered >= lsn))
+        inner
+            .placed
+            .iter()
+            .any(|id| inner.positions.get(id).is_some_and(|follower| follower.covered >= lsn))
     }
 
     /// Returns the placed replicas that hold this log up to the LSN.
     pub(crate) fn covered_by(&self, lsn: Lsn) -> Vec<ReplicaId> {
         let inner = self.inner.lock();
-        let covers = |id: &&ReplicaId| inner.positions.get(id).is_some_and(|follower| follower.covered >= lsn);
+        let covers = |id: &&ReplicaId| {
+            inner.positions.get(id).is_some_and(|follower| follower.covered >= lsn)
+        };
         inner.placed.iter().filter(covers).copied().collect()
     }
 }

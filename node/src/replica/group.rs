@@ -1,12 +1,12 @@
 //! Group commit: executes the commands that wait together, as few log records as they need.
 //!
 //! **Invariants**
-//! - append, then sync (if a request needs it), then apply, then answer; no request is answered before it is as durable
-//!   as requested.
-//! - A full group is committed before the next request is assigned, so that no record is over its limit, whatever waits
-//!   in the queue.
-//! - After a failed append, sync or apply the outcome of requests in flight is `Unknown`, and none is retried as if it
-//!   had not happened.
+//! - append, then sync (if a request needs it), then apply, then answer; no request is answered
+//!   before it is as durable as requested.
+//! - A full group is committed before the next request is assigned, so that no record is over its
+//!   limit, whatever waits in the queue.
+//! - After a failed append, sync or apply the outcome of requests in flight is `Unknown`, and none
+//!   is retried as if it had not happened.
 
 use tokio::sync::oneshot;
 use vasto_core::catalog::Ack;
@@ -52,7 +52,9 @@ impl CommandGroup {
                 self.bytes += command.entries.iter().map(key_entry_bytes).sum::<usize>();
                 self.applies.push(command);
             }
-            alone @ (Command::Replicate(_) | Command::Position(_) | Command::Control(..)) => return Some(alone),
+            alone @ (Command::Replicate(_) | Command::Position(_) | Command::Control(..)) => {
+                return Some(alone);
+            }
         }
         None
     }
@@ -144,9 +146,14 @@ impl Committer {
         self.begin()
     }
 
-    /// Assigns the operations of a request, unless it is a repetition whose result is known; then also returns the
-    /// record of the first execution, and its epoch.
-    fn do_once(&mut self, command: &WriteCommand, group: &mut WriteGroup, times: Times) -> Result<Done, VastoError> {
+    /// Assigns the operations of a request, unless it is a repetition whose result is known; then
+    /// also returns the record of the first execution, and its epoch.
+    fn do_once(
+        &mut self,
+        command: &WriteCommand,
+        group: &mut WriteGroup,
+        times: Times,
+    ) -> Result<Done, VastoError> {
         let store = &mut self.store;
         let Some(id) = command.id.filter(|_| command.modifies()) else {
             return Ok((store.assign_all(&command.ops, group, times)?, None));
@@ -184,7 +191,10 @@ impl Committer {
                 }
             }
             Err(error) => {
-                let unknown = VastoError::new(ErrorCode::Unknown, format!("the outcome is not known: {error}"));
+                let unknown = VastoError::new(
+                    ErrorCode::Unknown,
+                    format!("the outcome is not known: {error}"),
+                );
                 for (command, _) in answers {
                     command.answer(Err(unknown.clone()));
                 }

@@ -13,8 +13,8 @@ use vasto_core::record::{FeedProgress, KeyEntry, Record};
 use vasto_core::{ErrorCode, VastoError};
 
 use super::command::{
-    ApplyCommand, Command, Completion, Control, Position, ReplicaError, ReplicateCommand, WriteCommand, WriteContext,
-    WriteOp,
+    ApplyCommand, Command, Completion, Control, Position, ReplicaError, ReplicateCommand,
+    WriteCommand, WriteContext, WriteOp,
 };
 use super::queue::Queue;
 use super::shared::Shared;
@@ -51,9 +51,16 @@ impl Replica {
         self.write_as(ops, ack, bytes, WriteContext::default(), done);
     }
 
-    /// Queues a client's write with the context that its sender reported; calls `done` exactly once. Refuses the write
-    /// at once when the queue is full.
-    pub(crate) fn write_as(&self, ops: Vec<WriteOp>, ack: Ack, bytes: usize, context: WriteContext, done: Completion) {
+    /// Queues a client's write with the context that its sender reported; calls `done` exactly
+    /// once. Refuses the write at once when the queue is full.
+    pub(crate) fn write_as(
+        &self,
+        ops: Vec<WriteOp>,
+        ack: Ack,
+        bytes: usize,
+        context: WriteContext,
+        done: Completion,
+    ) {
         if self.shared.shed.load(Ordering::Relaxed) {
             done(Err(VastoError::new(
                 ErrorCode::Overloaded,
@@ -64,32 +71,50 @@ impl Replica {
         }
         let weight = (bytes + 64).min(WRITE_QUEUE_BYTES_MAX) as u32;
         let Ok(permit) = self.queue_bytes.clone().try_acquire_many_owned(weight) else {
-            done(Err(VastoError::new(ErrorCode::Overloaded, "the replica's write queue is full; slow down")
-                .retry_after_ms(20)));
+            done(Err(VastoError::new(
+                ErrorCode::Overloaded,
+                "the replica's write queue is full; slow down",
+            )
+            .retry_after_ms(20)));
             return;
         };
         // A command that is refused because the writer has ended answers itself when it is dropped.
-        let _ =
-            self.commands.send(Command::Write(WriteCommand::new(ops, ack, done, Some(permit)).with_context(context)));
+        let _ = self.commands.send(Command::Write(
+            WriteCommand::new(ops, ack, done, Some(permit)).with_context(context),
+        ));
     }
 
     /// Merges entries of another log, at most a batch; returns once they are durable here.
-    pub(crate) async fn apply(&self, entries: Vec<KeyEntry>, progress: Vec<FeedProgress>) -> Result<Lsn, ReplicaError> {
+    pub(crate) async fn apply(
+        &self,
+        entries: Vec<KeyEntry>,
+        progress: Vec<FeedProgress>,
+    ) -> Result<Lsn, ReplicaError> {
         self.ask(|done| Command::Apply(ApplyCommand { entries, progress, done })).await
     }
 
     /// Takes records of another replica's log; returns once they are durable here.
     ///
     /// # Errors
-    /// [`ReplicaError::Gap`] when a record before them is missing: no record after the gap is taken.
-    pub(crate) async fn replicate(&self, source: ReplicaId, records: Vec<Record>, covered: Lsn) -> Result<(), ReplicaError> {
-        self.ask(|done| Command::Replicate(ReplicateCommand { source, records, covered, done })).await
+    /// [`ReplicaError::Gap`] when a record before them is missing: no record after the gap is
+    /// taken.
+    pub(crate) async fn replicate(
+        &self,
+        source: ReplicaId,
+        records: Vec<Record>,
+        covered: Lsn,
+    ) -> Result<(), ReplicaError> {
+        self.ask(|done| Command::Replicate(ReplicateCommand { source, records, covered, done }))
+            .await
     }
 
-    /// Returns the position of the replica, with everything durable. A closed replica returns what it settled before.
+    /// Returns the position of the replica, with everything durable. A closed replica returns what
+    /// it settled before.
     pub(crate) async fn position(&self) -> Result<Position, ReplicaError> {
         match self.ask(Command::Position).await {
-            Err(_) if self.is_closed() && !self.shared.ended.load(Ordering::Acquire) => Ok(self.settled()),
+            Err(_) if self.is_closed() && !self.shared.ended.load(Ordering::Acquire) => {
+                Ok(self.settled())
+            }
             answer => answer,
         }
     }

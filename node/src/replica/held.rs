@@ -1,7 +1,7 @@
 //! Writes that wait for the outcome of a seal or of a leadership transfer.
 //!
-//! **Invariant:** a held write has changed nothing. It is released to be checked anew, or answered so that the client
-//! retries; none is refused as "not applied" and applied later.
+//! **Invariant:** a held write has changed nothing. It is released to be checked anew, or answered
+//! so that the client retries; none is refused as "not applied" and applied later.
 
 use std::time::Instant;
 

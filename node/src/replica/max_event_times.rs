@@ -1,8 +1,8 @@
 //! Maximum event times per slot of keys, which decide whether a write may be blind.
 //!
-//! **Invariant:** the slot of a key is never below the event time of the entry stored under the key, so an event time
-//! above the slot wins over the stored entry without a read. Every path that stores an entry raises its slot; at open
-//! all slots stand at the replica's persisted maximum.
+//! **Invariant:** the slot of a key is never below the event time of the entry stored under the
+//! key, so an event time above the slot wins over the stored entry without a read. Every path that
+//! stores an entry raises its slot; at open all slots stand at the replica's persisted maximum.
 
 use xxhash_rust::xxh3::xxh3_64;
 

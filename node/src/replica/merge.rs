@@ -1,8 +1,10 @@
-//! Decides whether an entry is blind or must be compared with the stored one, and merges the entries of other logs.
+//! Decides whether an entry is blind or must be compared with the stored one, and merges the
+//! entries of other logs.
 //!
 //! **Invariants**
-//! - An entry that is no read-modify-write and whose event time is above the slot of its key wins without a read. Every
-//!   other one is compared with the entry under its key: of the group under construction, else of the database.
+//! - An entry that is no read-modify-write and whose event time is above the slot of its key wins
+//!   without a read. Every other one is compared with the entry under its key: of the group under
+//!   construction, else of the database.
 //! - Every entry that enters a group raises the slot of its key.
 
 use vasto_core::entry::Entry;
@@ -20,7 +22,8 @@ use crate::engine::EngineError;
 /// Result of merging an entry of another log.
 pub(super) struct Merged {
     pub wins: bool,
-    /// True when a different entry was stored under the key; always false for a blind entry, which was not compared.
+    /// True when a different entry was stored under the key; always false for a blind entry, which
+    /// was not compared.
     pub conflicts: bool,
 }
 
@@ -30,8 +33,8 @@ impl Store {
         event_time > self.max_event_times.max_of(user_key)
     }
 
-    /// Returns the entry under a key, as the next write of a group sees it: the first of `groups` that has one precedes
-    /// the database.
+    /// Returns the entry under a key, as the next write of a group sees it: the first of `groups`
+    /// that has one precedes the database.
     pub(super) fn current_entry<'a>(
         &self,
         stored_key: &[u8],
@@ -79,20 +82,34 @@ impl Store {
         Ok(merged)
     }
 
-    /// Merges entries of another shard's log into the group; when an entry is refused, the group has none of them.
-    pub(super) fn merge_all(&mut self, entries: &[KeyEntry], group: &mut WriteGroup) -> Result<(), ReplicaError> {
+    /// Merges entries of another shard's log into the group; when an entry is refused, the group
+    /// has none of them.
+    pub(super) fn merge_all(
+        &mut self,
+        entries: &[KeyEntry],
+        group: &mut WriteGroup,
+    ) -> Result<(), ReplicaError> {
         self.shared.check_open()?;
         let bytes: usize = entries.iter().map(key_entry_bytes).sum();
         if bytes > BATCH_BYTES_MAX {
-            return Err(ReplicaError::Refused(format!("{bytes} bytes of entries do not fit into one record")));
+            return Err(ReplicaError::Refused(format!(
+                "{bytes} bytes of entries do not fit into one record"
+            )));
         }
         group.ops += entries.len() + 1;
         let mut checked = Vec::with_capacity(entries.len());
         for incoming in entries {
             let entry = decode_streamed(incoming)?;
             let band = band_of(self.meta.identity.shard, &incoming.key, entry.partition_hash)
-                .filter(|band| matches!(self.meta.ranges.state(*band), RangeState::Arriving | RangeState::Owned))
-                .ok_or_else(|| ReplicaError::Refused("a streamed entry belongs to another shard".into()))?;
+                .filter(|band| {
+                    matches!(
+                        self.meta.ranges.state(*band),
+                        RangeState::Arriving | RangeState::Owned
+                    )
+                })
+                .ok_or_else(|| {
+                    ReplicaError::Refused("a streamed entry belongs to another shard".into())
+                })?;
             checked.push((data_key(band, &incoming.key), incoming, entry.event_time));
         }
         for (stored_key, incoming, event_time) in checked {

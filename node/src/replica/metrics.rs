@@ -23,8 +23,14 @@ fn instruments() -> &'static Instruments {
     INSTRUMENTS.get_or_init(|| {
         let meter = opentelemetry::global::meter("vasto-node");
         Instruments {
-            groups: meter.u64_counter("vasto_group_commits").with_description("Group commits of all replicas").build(),
-            writes: meter.u64_counter("vasto_writes").with_description("Write requests committed").build(),
+            groups: meter
+                .u64_counter("vasto_group_commits")
+                .with_description("Group commits of all replicas")
+                .build(),
+            writes: meter
+                .u64_counter("vasto_writes")
+                .with_description("Write requests committed")
+                .build(),
             sync_errors: meter
                 .u64_counter("vasto_log_sync_errors")
                 .with_description("Syncs of a log that failed; each closes its replica to writes")
@@ -39,7 +45,9 @@ fn instruments() -> &'static Instruments {
                 .build(),
             given_away: meter
                 .u64_counter("vasto_given_away_entries")
-                .with_description("Entries of other replicas for bands that were given away already")
+                .with_description(
+                    "Entries of other replicas for bands that were given away already",
+                )
                 .build(),
             ahead: meter
                 .u64_counter("vasto_event_times_ahead")
@@ -52,7 +60,9 @@ fn instruments() -> &'static Instruments {
             sync_seconds: meter
                 .f64_histogram("vasto_log_sync")
                 .with_unit("s")
-                .with_boundaries(vec![0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0])
+                .with_boundaries(vec![
+                    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0,
+                ])
                 .with_description("Duration of log syncs")
                 .build(),
         }

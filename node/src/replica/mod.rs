@@ -2,9 +2,10 @@
 //!
 //! **Invariants**
 //! - Only the writer changes a replica; readers see the state that it has published.
-//! - The modules are layers: `state` and `apply` (what is stored), `shared` (what is published), `store` (log and
-//!   database under one order), `assign`, `merge` and `replicate` (which entries win), `group` and `control` (commands),
-//!   `writer` and `queue` (the thread), `handle` and `open`.
+//! - The modules are layers: `state` and `apply` (what is stored), `shared` (what is published),
+//!   `store` (log and database under one order), `assign`, `merge` and `replicate` (which entries
+//!   win), `group` and `control` (commands), `writer` and `queue` (the thread), `handle` and
+//!   `open`.
 
 mod admission;
 mod apply;

@@ -115,14 +115,21 @@ pub(crate) struct OpenOptions {
 }
 
 impl Replica {
-    /// Opens (or, with `initial`, creates) a replica: recovers its log, replays, begins a new incarnation. Blocks on
-    /// the disk; callers limit how many replicas open at a time ([`EngineShared::opening`]).
+    /// Opens (or, with `initial`, creates) a replica: recovers its log, replays, begins a new
+    /// incarnation. Blocks on the disk; callers limit how many replicas open at a time
+    /// ([`EngineShared::opening`]).
     pub(crate) fn open(options: OpenOptions) -> Result<Self, OpenError> {
-        let OpenOptions { dir, keyspace, shard, replica, shared: engines, clock, initial } = options;
+        let OpenOptions { dir, keyspace, shard, replica, shared: engines, clock, initial } =
+            options;
         let (db_dir, log_dir) = (database_dir(&dir), log_dir(&dir));
         create_dirs(&dir, [&db_dir, &log_dir], sync_dir)?;
-        let mut log =
-            Binlog::open(BinlogConfig { dir: log_dir, keyspace, shard, replica, file_bytes: BINLOG_FILE_BYTES })?;
+        let mut log = Binlog::open(BinlogConfig {
+            dir: log_dir,
+            keyspace,
+            shard,
+            replica,
+            file_bytes: BINLOG_FILE_BYTES,
+        })?;
         let floor = Arc::new(AtomicU64::new(0));
         let engine = Engine::open(&engines, &db_dir, floor, Arc::new(LogGuard(log.shared())))?;
         let mut meta = read_meta(&engine, keyspace, shard, replica)?;
@@ -161,8 +168,8 @@ pub(super) fn log_dir(dir: &Path) -> PathBuf {
     dir.join("log")
 }
 
-/// Creates the directories of a replica and makes their names durable before their contents are promised. Syncs
-/// existing directories too: their creator may have died in between.
+/// Creates the directories of a replica and makes their names durable before their contents are
+/// promised. Syncs existing directories too: their creator may have died in between.
 pub(super) fn create_dirs(
     dir: &Path,
     below: [&Path; 2],
@@ -192,7 +199,12 @@ impl FlushGuard for LogGuard {
     }
 }
 
-fn read_meta(engine: &Engine, keyspace: KeyspaceId, shard: ShardId, replica: ReplicaId) -> Result<Meta, OpenError> {
+fn read_meta(
+    engine: &Engine,
+    keyspace: KeyspaceId,
+    shard: ShardId,
+    replica: ReplicaId,
+) -> Result<Meta, OpenError> {
     let value = |key: MetaKey| engine.get(&key.encode());
     let identity = match value(MetaKey::Identity)? {
         Some(bytes) => Identity::decode(&bytes)?,
@@ -215,7 +227,11 @@ fn read_meta(engine: &Engine, keyspace: KeyspaceId, shard: ShardId, replica: Rep
 fn replay(engine: &Engine, log: &Binlog, meta: &mut Meta, dir: &Path) -> Result<(), OpenError> {
     let applied = meta.head.applied_lsn;
     if applied > log.last_lsn() {
-        return Err(OpenError::LogBehind { log: log.last_lsn(), database: applied, path: dir.to_owned() });
+        return Err(OpenError::LogBehind {
+            log: log.last_lsn(),
+            database: applied,
+            path: dir.to_owned(),
+        });
     }
     let first = log.shared().first_lsn();
     if first > applied.next() {
@@ -236,7 +252,12 @@ fn replay(engine: &Engine, log: &Binlog, meta: &mut Meta, dir: &Path) -> Result<
         }
     }
     if replayed > 0 {
-        tracing::info!(replayed, from = applied.0 + 1, to = meta.head.applied_lsn.0, "replayed the log");
+        tracing::info!(
+            replayed,
+            from = applied.0 + 1,
+            to = meta.head.applied_lsn.0,
+            "replayed the log"
+        );
     }
     Ok(())
 }

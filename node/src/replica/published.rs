@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use tokio::sync::watch;
-use vasto_core::ids::{CatalogVersion, Epoch, Incarnation, Lsn, Origin, OwnSeq, ReplicaId, Vector, covers};
+use vasto_core::ids::{
+    CatalogVersion, Epoch, Incarnation, Lsn, Origin, OwnSeq, ReplicaId, Vector, covers,
+};
 use vasto_core::stored_key::MetaKey;
 
 use super::authority::Authority;
@@ -75,13 +77,21 @@ impl Replica {
         if let Some(own_seq) = vector.get_mut(&own) {
             own_seq.0 = own_seq.0.saturating_sub(unsynced);
         }
-        Position { lsn: applied.min(synced), vector, floor: self.floor(), incarnation: own.incarnation }
+        Position {
+            lsn: applied.min(synced),
+            vector,
+            floor: self.floor(),
+            incarnation: own.incarnation,
+        }
     }
 
     /// Returns the position of the database on disk, without its memtables.
     pub(crate) fn persisted_lsn(&self) -> Result<Lsn, EngineError> {
         let bytes = self.shared.engine.get_persisted(&MetaKey::Head.encode())?;
-        Ok(bytes.and_then(|bytes| Head::decode(&bytes).ok()).map(|head| head.applied_lsn).unwrap_or_default())
+        Ok(bytes
+            .and_then(|bytes| Head::decode(&bytes).ok())
+            .map(|head| head.applied_lsn)
+            .unwrap_or_default())
     }
 
     /// Returns, per origin, the last record that is applied.
@@ -154,12 +164,14 @@ impl Replica {
         }
     }
 
-    /// Returns the last record of this opening that is in the log. A peer may hold it before it is visible here.
+    /// Returns the last record of this opening that is in the log. A peer may hold it before it is
+    /// visible here.
     pub(crate) fn logged_own_seq(&self) -> OwnSeq {
         OwnSeq(self.shared.logged_own_seq.load(Ordering::Acquire))
     }
 
-    /// Returns whether another replica holds records of this one that it never wrote: its directory is an old copy.
+    /// Returns whether another replica holds records of this one that it never wrote: its directory
+    /// is an old copy.
     pub(crate) fn is_behind_itself(&self, others: &Vector) -> bool {
         let (me, incarnation) = (self.id, self.incarnation());
         others.iter().any(|(origin, seq)| {

@@ -1,10 +1,11 @@
-//! Queue of a replica's writer, and the thread that serves it. A node has hundreds of replicas, most of them idle: an
-//! idle writer gives its thread back after a while and gets another with its next command.
+//! Queue of a replica's writer, and the thread that serves it. A node has hundreds of replicas,
+//! most of them idle: an idle writer gives its thread back after a while and gets another with its
+//! next command.
 //!
 //! **Invariants**
 //! - A writer has at most one thread at a time.
-//! - No command stays in the queue without a thread: a writer becomes idle only when it has found the queue empty after
-//!   setting `is_parked`, and a sender checks `is_parked` after it has sent.
+//! - No command stays in the queue without a thread: a writer becomes idle only when it has found
+//!   the queue empty after setting `is_parked`, and a sender checks `is_parked` after it has sent.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
@@ -20,7 +21,8 @@ use super::writer::Writer;
 use crate::shortage::NO_THREAD;
 
 /// Time without a command after which a writer gives its thread back.
-const IDLE_AFTER: Duration = if cfg!(test) { Duration::from_millis(20) } else { Duration::from_secs(1) };
+const IDLE_AFTER: Duration =
+    if cfg!(test) { Duration::from_millis(20) } else { Duration::from_secs(1) };
 
 /// Queue of a writer; see the top of this file.
 pub(super) struct Queue {
@@ -54,7 +56,9 @@ struct CloseOnPanic(Arc<Shared>);
 impl Drop for CloseOnPanic {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.0.close("its writer died; restart the node, and report this defect with the log".into());
+            self.0.close(
+                "its writer died; restart the node, and report this defect with the log".into(),
+            );
         }
     }
 }
@@ -64,7 +68,16 @@ impl Queue {
     pub(super) fn new(commands: Sender<Command>, writer: Writer, name: String) -> Self {
         let (shared, span) = (writer.shared().clone(), tracing::Span::current());
         let state = Mutex::new(QueueState { writer: Some(writer), ..QueueState::default() });
-        Self { commands, worker: Arc::new(Worker { name, span, shared, is_parked: AtomicBool::new(true), state }) }
+        Self {
+            commands,
+            worker: Arc::new(Worker {
+                name,
+                span,
+                shared,
+                is_parked: AtomicBool::new(true),
+                state,
+            }),
+        }
     }
 
     /// Queues a command.
@@ -102,8 +115,10 @@ impl Drop for Queue {
             state.writer.take_if(|_| self.worker.is_parked.load(Ordering::SeqCst))
         };
         let Some(mut writer) = parked else { return };
-        // An idle writer would meet the end of the queue. If no thread can be started, the log keeps its records.
-        let _ = std::thread::Builder::new().name(self.worker.name.clone()).spawn(move || writer.stop());
+        // An idle writer would meet the end of the queue. If no thread can be started, the log
+        // keeps its records.
+        let _ =
+            std::thread::Builder::new().name(self.worker.name.clone()).spawn(move || writer.stop());
     }
 }
 
@@ -148,7 +163,8 @@ impl Worker {
             return Some(writer); // the writer meets the end of its queue
         }
         self.is_parked.store(true, Ordering::SeqCst);
-        // Either the sender's command is seen here, or the sender sees that the writer has no thread.
+        // Either the sender's command is seen here, or the sender sees that the writer has no
+        // thread.
         fence(Ordering::SeqCst);
         match writer.waiting() {
             Some(command) => {

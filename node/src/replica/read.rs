@@ -1,7 +1,7 @@
 //! Reads, which never pass through the writer.
 //!
-//! **Invariant:** a read sees owned bands only, and checks the range states again afterwards: an answer given after a
-//! seal has aged, or after the bands have moved, is refused instead of stale.
+//! **Invariant:** a read sees owned bands only, and checks the range states again afterwards: an
+//! answer given after a seal has aged, or after the bands have moved, is refused instead of stale.
 
 mod scan;
 
@@ -50,11 +50,19 @@ impl From<EngineError> for VastoError {
     }
 }
 
-/// Returns the value of an encoded entry as clients see it; `None` for tombstones and expired values.
-pub(crate) fn visible_value(encoded: &[u8], now_us: u64, keys_only: bool) -> Result<Option<v1::Value>, VastoError> {
-    let entry = Entry::decode(encoded)
-        .map_err(|error| VastoError::new(ErrorCode::Corrupt, format!("a stored entry is damaged: {error}")))?;
-    let Some(payload) = entry.payload.filter(|_| !entry.is_expired(now_us)) else { return Ok(None) };
+/// Returns the value of an encoded entry as clients see it; `None` for tombstones and expired
+/// values.
+pub(crate) fn visible_value(
+    encoded: &[u8],
+    now_us: u64,
+    keys_only: bool,
+) -> Result<Option<v1::Value>, VastoError> {
+    let entry = Entry::decode(encoded).map_err(|error| {
+        VastoError::new(ErrorCode::Corrupt, format!("a stored entry is damaged: {error}"))
+    })?;
+    let Some(payload) = entry.payload.filter(|_| !entry.is_expired(now_us)) else {
+        return Ok(None);
+    };
     let payload = match payload {
         Payload::Bytes(_) if keys_only => None,
         Payload::Bytes(bytes) => Some(v1::value::Payload::Data(Bytes::copy_from_slice(bytes))),
@@ -85,7 +93,11 @@ impl Replica {
     }
 
     /// Reads keys. With `may_block` false it answers only from memory.
-    pub(crate) fn get_many(&self, keys: &[KeyRef], may_block: bool) -> Result<GetResult, VastoError> {
+    pub(crate) fn get_many(
+        &self,
+        keys: &[KeyRef],
+        may_block: bool,
+    ) -> Result<GetResult, VastoError> {
         let now_us = self.shared.clock.now_us();
         let mut values = Vec::with_capacity(keys.len());
         let mut bytes = 0;
@@ -102,8 +114,9 @@ impl Replica {
             };
             bytes += stored.as_ref().map_or(0, Vec::len);
             if bytes > BATCH_BYTES_MAX {
-                let message =
-                    format!("the values have more than {BATCH_BYTES_MAX} bytes together; ask for fewer keys at once");
+                let message = format!(
+                    "the values have more than {BATCH_BYTES_MAX} bytes together; ask for fewer keys at once"
+                );
                 return Err(VastoError::new(ErrorCode::InvalidArgument, message));
             }
             values.push(match stored {

@@ -1,11 +1,12 @@
 //! Replication: takes records from another replica's log.
 //!
 //! **Invariants**
-//! - The records of an origin are taken in order, each once: a record that is here already is skipped, a record that
-//!   comes too early is an error, never a skip.
-//! - A record keeps its origin, number, commit time and floor; it is logged here, synced, and applied in one batch with
-//!   the vector. Only its entries that win here are logged, so that a replay needs no comparison. A follower of this
-//!   log receives the winners first, because they precede the record.
+//! - The records of an origin are taken in order, each once: a record that is here already is
+//!   skipped, a record that comes too early is an error, never a skip.
+//! - A record keeps its origin, number, commit time and floor; it is logged here, synced, and
+//!   applied in one batch with the vector. Only its entries that win here are logged, so that a
+//!   replay needs no comparison. A follower of this log receives the winners first, because they
+//!   precede the record.
 //! - The floor that a record carries is raised before its entries are compared.
 
 use std::time::Duration;
@@ -46,17 +47,23 @@ impl Store {
             if record.own_seq <= have {
                 continue;
             }
-            if self.meta.is_own(&record) && record.origin.incarnation >= self.meta.identity.incarnation {
+            if self.meta.is_own(&record)
+                && record.origin.incarnation >= self.meta.identity.incarnation
+            {
                 failed = Some(self.close(OLD_COPY.into()));
                 break;
             }
             let next = OwnSeq(have.0 + 1);
             if record.own_seq > next {
-                failed = Some(ReplicaError::Gap { origin: record.origin, next, got: record.own_seq });
+                failed =
+                    Some(ReplicaError::Gap { origin: record.origin, next, got: record.own_seq });
                 break;
             }
-            let progress =
-                if Some(index) == last_data { vec![FeedProgress::Tail(source, covered)] } else { Vec::new() };
+            let progress = if Some(index) == last_data {
+                vec![FeedProgress::Tail(source, covered)]
+            } else {
+                Vec::new()
+            };
             match self.add_foreign(record, progress, &mut group, &mut batch) {
                 Ok(()) => taken += 1,
                 Err(error) => {
@@ -97,17 +104,27 @@ impl Store {
                 Body::Data { entries, results: Vec::new(), progress }
             }
             body @ (Body::Adopt { .. } | Body::GcFloor { .. }) => body,
-            Body::Seal { .. } | Body::Unseal { .. } | Body::Ingest { .. } | Body::RangeState { .. } => {
-                return Err(ReplicaError::Refused("a record that concerns another replica alone was streamed".into()));
+            Body::Seal { .. }
+            | Body::Unseal { .. }
+            | Body::Ingest { .. }
+            | Body::RangeState { .. } => {
+                return Err(ReplicaError::Refused(
+                    "a record that concerns another replica alone was streamed".into(),
+                ));
             }
         };
-        let logged =
-            Record { lsn: self.log.last_lsn().next(), synced_lsn: self.shared.log.synced_lsn(), body, ..record };
+        let logged = Record {
+            lsn: self.log.last_lsn().next(),
+            synced_lsn: self.shared.log.synced_lsn(),
+            body,
+            ..record
+        };
         self.append(&logged)?;
         add_record(batch, &mut self.meta, &logged).map_err(|error| self.close(error.to_string()))
     }
 
-    /// Returns the entries that win over the stored ones, and whether another one lost against a different entry.
+    /// Returns the entries that win over the stored ones, and whether another one lost against a
+    /// different entry.
     fn winners(
         &mut self,
         entries: Vec<KeyEntry>,
@@ -123,10 +140,12 @@ impl Store {
                 alarm_ahead(event_time - ahead);
             }
             let band = band_of(self.meta.identity.shard, &incoming.key, entry.partition_hash)
-                .ok_or_else(|| ReplicaError::Refused("a streamed entry can never live in this shard".into()))?;
+                .ok_or_else(|| {
+                    ReplicaError::Refused("a streamed entry can never live in this shard".into())
+                })?;
             if !matches!(self.meta.ranges.state(band), RangeState::Arriving | RangeState::Owned) {
-                // Given away: before that was decided, the new owner had everything that any replica of this shard had
-                // accepted.
+                // Given away: before that was decided, the new owner had everything that any
+                // replica of this shard had accepted.
                 metrics::given_away();
                 continue;
             }

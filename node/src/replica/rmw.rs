@@ -1,7 +1,7 @@
 //! Result of a read-modify-write on the stored value.
 //!
-//! **Invariant:** pure. A deleted or expired key has no value. A change never stores a non-number where a number is
-//! promised, or a value over a limit.
+//! **Invariant:** pure. A deleted or expired key has no value. A change never stores a non-number
+//! where a number is promised, or a value over a limit.
 
 use bytes::Bytes;
 use vasto_core::entry::{Entry, Payload, version_of};
@@ -38,7 +38,9 @@ fn wrong_type(stored: &Payload<'_>) -> VastoError {
     };
     VastoError::new(
         ErrorCode::WrongType,
-        format!("the key holds {what}, which this operation cannot change; delete it first, or use another key"),
+        format!(
+            "the key holds {what}, which this operation cannot change; delete it first, or use another key"
+        ),
     )
 }
 
@@ -53,12 +55,12 @@ fn expiry(ttl_ms: Option<u64>, now_us: u64) -> Option<u64> {
     ttl_ms.map(|ms| now_us.saturating_add(ms.saturating_mul(1000)))
 }
 
-/// Applies a change to the stored live value; `None` when there is none. A stored value keeps its expiry; a number or
-/// bytes that the change creates get `created_ttl_ms`.
+/// Applies a change to the stored live value; `None` when there is none. A stored value keeps its
+/// expiry; a number or bytes that the change creates get `created_ttl_ms`.
 ///
 /// # Errors
-/// `WrongType` when the value has another type; `OutOfRange` when the operand is not finite, or the result
-/// is no number of its type; `InvalidArgument` when the result is over a limit.
+/// `WrongType` when the value has another type; `OutOfRange` when the operand is not finite, or the
+/// result is no number of its type; `InvalidArgument` when the result is over a limit.
 pub(super) fn modify(
     change: &OpKind,
     live: LiveEntry<'_>,
@@ -93,8 +95,9 @@ pub(super) fn modify(
                 Some(Payload::I64(number)) => number,
                 Some(other) => return Err(wrong_type(&other)),
             };
-            let sum =
-                before.checked_add(*addend).ok_or_else(|| overflow("the sum is over the range of a counter (i64)"))?;
+            let sum = before
+                .checked_add(*addend)
+                .ok_or_else(|| overflow("the sum is over the range of a counter (i64)"))?;
             Ok(Modified::Store(Content::Number(Number::I64(sum)), expires_at))
         }
         OpKind::AddF64(addend) => float(|a, b| a + b, *addend, 0.0),
@@ -127,7 +130,9 @@ fn holds(condition: Option<Condition>, live: LiveEntry<'_>) -> bool {
     match condition {
         None => true,
         Some(Condition::Absent) => live.is_none(),
-        Some(Condition::Version(version)) => live.is_some_and(|(_, encoded)| version_of(encoded) == version),
+        Some(Condition::Version(version)) => {
+            live.is_some_and(|(_, encoded)| version_of(encoded) == version)
+        }
     }
 }
 
@@ -139,11 +144,23 @@ mod tests {
 
     fn encoded(payload: Payload<'_>, expires_at: Option<u64>) -> Vec<u8> {
         let commit_time = expires_at.map(|_| 1);
-        Entry { event_time: 5, expires_at, partition_hash: None, commit_time, payload: Some(payload) }.encode()
+        Entry {
+            event_time: 5,
+            expires_at,
+            partition_hash: None,
+            commit_time,
+            payload: Some(payload),
+        }
+        .encode()
     }
 
     fn on(encoded_value: Option<&[u8]>, change: OpKind) -> Result<Modified, VastoError> {
-        modify(&change, encoded_value.map(|bytes| (Entry::decode(bytes).unwrap(), bytes)), None, 1_000)
+        modify(
+            &change,
+            encoded_value.map(|bytes| (Entry::decode(bytes).unwrap(), bytes)),
+            None,
+            1_000,
+        )
     }
 
     fn i64_of(number: i64) -> Modified {
@@ -167,14 +184,26 @@ mod tests {
         assert_eq!(on(Some(&half), OpKind::MinF64(0.25)).unwrap(), f64_of(0.25));
         assert_eq!(on(None, OpKind::MinF64(9.0)).unwrap(), f64_of(9.0));
         for bad in [f64::NAN, f64::INFINITY] {
-            assert_eq!(on(Some(&half), OpKind::AddF64(bad)).unwrap_err().code, ErrorCode::OutOfRange);
+            assert_eq!(
+                on(Some(&half), OpKind::AddF64(bad)).unwrap_err().code,
+                ErrorCode::OutOfRange
+            );
             for encoded_value in [None, Some(half.as_slice())] {
-                assert_eq!(on(encoded_value, OpKind::MaxF64(bad)).unwrap_err().code, ErrorCode::OutOfRange);
-                assert_eq!(on(encoded_value, OpKind::MinF64(bad)).unwrap_err().code, ErrorCode::OutOfRange);
+                assert_eq!(
+                    on(encoded_value, OpKind::MaxF64(bad)).unwrap_err().code,
+                    ErrorCode::OutOfRange
+                );
+                assert_eq!(
+                    on(encoded_value, OpKind::MinF64(bad)).unwrap_err().code,
+                    ErrorCode::OutOfRange
+                );
             }
         }
         let most = encoded(Payload::F64(f64::MAX), None);
-        assert_eq!(on(Some(&most), OpKind::AddF64(f64::MAX)).unwrap_err().code, ErrorCode::OutOfRange);
+        assert_eq!(
+            on(Some(&most), OpKind::AddF64(f64::MAX)).unwrap_err().code,
+            ErrorCode::OutOfRange
+        );
     }
 
     #[test]
@@ -197,11 +226,17 @@ mod tests {
     fn appends_end_at_the_limit_and_keep_the_time_to_live() {
         let text = encoded(Payload::Bytes(b"ab"), Some(9_000));
         let joined = on(Some(&text), OpKind::Append(Bytes::from_static(b"c"))).unwrap();
-        assert_eq!(joined, Modified::Store(Content::Bytes(Bytes::from_static(b"abc")), Some(9_000)));
+        assert_eq!(
+            joined,
+            Modified::Store(Content::Bytes(Bytes::from_static(b"abc")), Some(9_000))
+        );
         let most = Bytes::from(vec![0; VALUE_BYTES_MAX - 2]);
         assert!(on(Some(&text), OpKind::Append(most)).is_ok());
         let over = Bytes::from(vec![0; VALUE_BYTES_MAX - 1]);
-        assert_eq!(on(Some(&text), OpKind::Append(over)).unwrap_err().code, ErrorCode::InvalidArgument);
+        assert_eq!(
+            on(Some(&text), OpKind::Append(over)).unwrap_err().code,
+            ErrorCode::InvalidArgument
+        );
     }
 
     #[test]
@@ -231,7 +266,8 @@ mod tests {
     fn conditions() {
         let text = encoded(Payload::Bytes(b"ab"), None);
         let version = Some(Condition::Version(version_of(&text)));
-        let put = |condition| OpKind::Put { value: Bytes::from_static(b"n"), ttl_ms: None, condition };
+        let put =
+            |condition| OpKind::Put { value: Bytes::from_static(b"n"), ttl_ms: None, condition };
         let stored = Modified::Store(Content::Bytes(Bytes::from_static(b"n")), None);
         assert_eq!(on(None, put(Some(Condition::Absent))).unwrap(), stored);
         assert_eq!(on(Some(&text), put(Some(Condition::Absent))).unwrap(), Modified::NotApplied);
@@ -239,7 +275,10 @@ mod tests {
         assert_eq!(on(None, put(version)).unwrap(), Modified::NotApplied);
         let other = Some(Condition::Version(1));
         assert_eq!(on(Some(&text), put(other)).unwrap(), Modified::NotApplied);
-        assert_eq!(on(Some(&text), OpKind::Delete { condition: other }).unwrap(), Modified::NotApplied);
+        assert_eq!(
+            on(Some(&text), OpKind::Delete { condition: other }).unwrap(),
+            Modified::NotApplied
+        );
         let gone = Modified::Store(Content::Nothing, None);
         assert_eq!(on(Some(&text), OpKind::Delete { condition: version }).unwrap(), gone);
     }

@@ -1,9 +1,9 @@
-//! State of a replica that its writer shares with all other threads: the position that the writer publishes, and what
-//! others set for the writer to obey.
+//! State of a replica that its writer shares with all other threads: the position that the writer
+//! publishes, and what others set for the writer to obey.
 //!
 //! **Invariants**
-//! - The position changes after the database. The vector is published before the LSN, so a reader that loads the LSN
-//!   first finds every applied record in the vector.
+//! - The position changes after the database. The vector is published before the LSN, so a reader
+//!   that loads the LSN first finds every applied record in the vector.
 //! - A closed replica stays closed until it is opened again.
 
 use std::sync::Arc;
@@ -29,8 +29,8 @@ use crate::engine::Engine;
 /// Pause samples that are kept for a report.
 const PAUSES_MAX: usize = 4_096;
 
-/// Served ranges and their epoch, published together: a comparison of an epoch with a range state must never see one
-/// without the other.
+/// Served ranges and their epoch, published together: a comparison of an epoch with a range state
+/// must never see one without the other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct View {
     /// State of its bands.
@@ -45,7 +45,12 @@ pub(crate) struct View {
 
 impl View {
     fn of(meta: &Meta, role: Role) -> Self {
-        Self { ranges: meta.ranges.clone(), epoch: meta.head.epoch, version: meta.head.version, role }
+        Self {
+            ranges: meta.ranges.clone(),
+            epoch: meta.head.epoch,
+            version: meta.head.version,
+            role,
+        }
     }
 
     fn shows(&self, meta: &Meta, role: Role) -> bool {
@@ -109,7 +114,12 @@ pub(super) struct Shared {
 
 impl Shared {
     /// Creates the state of a replica that has been read and replayed, and has no role yet.
-    pub(super) fn new(engine: Engine, log: Arc<LogShared>, clock: SharedClock, meta: &Meta) -> Self {
+    pub(super) fn new(
+        engine: Engine,
+        log: Arc<LogShared>,
+        clock: SharedClock,
+        meta: &Meta,
+    ) -> Self {
         Self {
             engine,
             log,
@@ -178,7 +188,8 @@ impl Shared {
         }
     }
 
-    /// Answers all writes that wait for an acknowledgement, because the writer ends: none comes any more.
+    /// Answers all writes that wait for an acknowledgement, because the writer ends: none comes any
+    /// more.
     pub(super) fn abandon_acknowledgements(&self) {
         self.followers.abandon();
         self.bucket_acks.abandon();

@@ -22,8 +22,8 @@ const ROWS_WALKED: usize = 5_000;
 pub(crate) type SizeVersion = (Lsn, Option<Instant>);
 
 impl Replica {
-    /// Returns `(keys, bytes of SSTs)`. The number of keys is exact for a small replica without writes, and an estimate
-    /// otherwise: the last count, and all that was stored since.
+    /// Returns `(keys, bytes of SSTs)`. The number of keys is exact for a small replica without
+    /// writes, and an estimate otherwise: the last count, and all that was stored since.
     pub(crate) fn size(&self) -> (u64, u64) {
         let (stored, bytes) = self.stored();
         let count = *self.shared.key_count.lock();
@@ -40,11 +40,14 @@ impl Replica {
         (self.applied_lsn(), self.shared.key_count.lock().map(|count| count.at))
     }
 
-    /// Returns `(stored entries, bytes of SSTs)`: an entry counts once for each version that is not compacted away yet.
+    /// Returns `(stored entries, bytes of SSTs)`: an entry counts once for each version that is not
+    /// compacted away yet.
     fn stored(&self) -> (u64, u64) {
         let (keys, apart, bytes) = self.shared.engine.size();
-        // The memtables also hold the head and the vector entry that every unflushed record has written.
-        let unflushed = self.applied_lsn().0.saturating_sub(self.persisted_lsn().unwrap_or_default().0);
+        // The memtables also hold the head and the vector entry that every unflushed record has
+        // written.
+        let unflushed =
+            self.applied_lsn().0.saturating_sub(self.persisted_lsn().unwrap_or_default().0);
         // Counted, not read: every report requests it.
         let origins = self.shared.vector.lock().len() as u64;
         let metadata = META_ROWS + origins + self.shared.results.load(Ordering::Relaxed);
@@ -56,7 +59,9 @@ impl Replica {
     pub(crate) fn key_count_is_stale(&self, age: Duration) -> bool {
         let count = *self.shared.key_count.lock();
         self.closed().is_none()
-            && count.is_none_or(|count| count.at.elapsed() >= age && count.applied != self.applied_lsn())
+            && count.is_none_or(|count| {
+                count.at.elapsed() >= age && count.applied != self.applied_lsn()
+            })
     }
 
     /// Returns the age of the last count.
@@ -70,8 +75,10 @@ impl Replica {
         let now_us = self.shared.clock.now_us();
         let view = self.view();
         let is_live = |stored_key: &[u8], encoded: &[u8]| {
-            split_data_key(stored_key).is_some_and(|(band, _)| view.ranges.state(band) == RangeState::Owned)
-                && Entry::decode(encoded).is_ok_and(|entry| entry.payload.is_some() && !entry.is_expired(now_us))
+            split_data_key(stored_key)
+                .is_some_and(|(band, _)| view.ranges.state(band) == RangeState::Owned)
+                && Entry::decode(encoded)
+                    .is_ok_and(|entry| entry.payload.is_some() && !entry.is_expired(now_us))
         };
         let walk = self.shared.engine.walk(ROWS_WALKED, is_live)?;
         let (stored, _) = self.stored();
@@ -79,7 +86,8 @@ impl Replica {
             true => walk.live,
             false => (stored as f64 * walk.live as f64 / walk.entries.max(1) as f64).round() as u64,
         };
-        *self.shared.key_count.lock() = Some(KeyCount { at: Instant::now(), applied, keys, stored });
+        *self.shared.key_count.lock() =
+            Some(KeyCount { at: Instant::now(), applied, keys, stored });
         Ok(())
     }
 }

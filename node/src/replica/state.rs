@@ -10,7 +10,8 @@ use vasto_core::Band;
 use vasto_core::band::BANDS;
 use vasto_core::codec::{DecodeError, Reader};
 use vasto_core::ids::{
-    CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, Origin, OwnSeq, PlanId, ReplicaId, ShardId, Vector,
+    CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, Origin, OwnSeq, PlanId, ReplicaId,
+    ShardId, Vector,
 };
 use vasto_core::record::{BandRange, RangeState};
 use vasto_core::stored_key::MetaKey;
@@ -48,7 +49,8 @@ impl Identity {
     /// Encodes the stored value.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = vec![FORMAT];
-        for field in [self.keyspace.0, u64::from(self.shard.0), self.replica.0, self.incarnation.0] {
+        for field in [self.keyspace.0, u64::from(self.shard.0), self.replica.0, self.incarnation.0]
+        {
             out.extend_from_slice(&field.to_le_bytes());
         }
         out
@@ -59,7 +61,8 @@ impl Identity {
         let mut reader = Reader::new(bytes, "replica identity");
         check_format(&mut reader, "replica identity format")?;
         let keyspace = KeyspaceId(reader.u64_le()?);
-        let shard = u32::try_from(reader.u64_le()?).map_err(|_| DecodeError::Malformed { what: "replica identity" })?;
+        let shard = u32::try_from(reader.u64_le()?)
+            .map_err(|_| DecodeError::Malformed { what: "replica identity" })?;
         Ok(Self {
             keyspace,
             shard: ShardId(shard),
@@ -126,7 +129,8 @@ impl Head {
             version: CatalogVersion(reader.u64_le()?),
         };
         // Heads of replicas that had no peers end here.
-        head.commit_time_max = if reader.rest().is_empty() { head.commit_time } else { u64_at_end(bytes) };
+        head.commit_time_max =
+            if reader.rest().is_empty() { head.commit_time } else { u64_at_end(bytes) };
         Ok(head)
     }
 }
@@ -190,8 +194,8 @@ impl Ranges {
         Band::all().filter(|band| self.state(*band) == RangeState::Owned)
     }
 
-    /// Returns true while a plan fills the replica and has not recorded its ingest: the data may be thrown away and the
-    /// fill begun again.
+    /// Returns true while a plan fills the replica and has not recorded its ingest: the data may be
+    /// thrown away and the fill begun again.
     pub(crate) fn is_being_filled(&self) -> bool {
         self.ingested.is_none() && self.states.contains(&RangeState::Arriving)
     }
@@ -201,11 +205,12 @@ impl Ranges {
         self.seal.is_some_and(|seal| seal.range.contains(band))
     }
 
-    /// Returns true when a read of the band must be refused: sealed for longer than `patience` without a known outcome,
-    /// or sealed before a restart.
+    /// Returns true when a read of the band must be refused: sealed for longer than `patience`
+    /// without a known outcome, or sealed before a restart.
     pub(crate) fn is_stale(&self, band: Band, patience: Duration) -> bool {
         self.seal.is_some_and(|seal| {
-            seal.range.contains(band) && seal.since.is_none_or(|since| since_boot().saturating_sub(since) > patience)
+            seal.range.contains(band)
+                && seal.since.is_none_or(|since| since_boot().saturating_sub(since) > patience)
         })
     }
 
@@ -288,8 +293,12 @@ mod tests {
 
     #[test]
     fn values_round_trip() {
-        let identity =
-            Identity { keyspace: KeyspaceId(1), shard: ShardId(2), replica: ReplicaId(3), incarnation: Incarnation(4) };
+        let identity = Identity {
+            keyspace: KeyspaceId(1),
+            shard: ShardId(2),
+            replica: ReplicaId(3),
+            incarnation: Incarnation(4),
+        };
         assert_eq!(Identity::decode(&identity.encode()).unwrap(), identity);
         let head = Head {
             applied_lsn: Lsn(1),
@@ -305,8 +314,13 @@ mod tests {
         let mut ranges = Ranges::all(RangeState::Owned);
         let moved = BandRange { first: Band(2), last: Band(5) };
         ranges.set(moved, RangeState::Leaving);
-        ranges.seal =
-            Some(Seal { plan: PlanId(1), version: CatalogVersion(2), range: moved, lsn: Lsn(3), since: None });
+        ranges.seal = Some(Seal {
+            plan: PlanId(1),
+            version: CatalogVersion(2),
+            range: moved,
+            lsn: Lsn(3),
+            since: None,
+        });
         ranges.ingested = Some(PlanId(9));
         assert_eq!(Ranges::decode(&ranges.encode()).unwrap(), ranges);
         assert_eq!(ranges.runs().len(), 3);
@@ -317,8 +331,13 @@ mod tests {
     fn a_seal_found_at_a_restart_serves_no_read() {
         let mut ranges = Ranges::all(RangeState::Owned);
         let range = BandRange { first: Band(1), last: Band(1) };
-        ranges.seal =
-            Some(Seal { plan: PlanId(1), version: CatalogVersion(1), range, lsn: Lsn(1), since: Some(since_boot()) });
+        ranges.seal = Some(Seal {
+            plan: PlanId(1),
+            version: CatalogVersion(1),
+            range,
+            lsn: Lsn(1),
+            since: Some(since_boot()),
+        });
         assert!(!ranges.is_stale(Band(1), Duration::from_secs(2)));
         let restarted = Ranges::decode(&ranges.encode()).unwrap();
         assert!(restarted.is_stale(Band(1), Duration::from_secs(2)));

@@ -1,10 +1,13 @@
 //! Store of a replica: its log and its database, which change together.
 //!
 //! **Invariants**
-//! - append, then sync (where the caller needs it), then apply: no batch is written before its record is in the log.
-//!   Only the SSTs of an ingest come before their record, into a range that is not served yet.
-//! - What a record changes in the metadata is in its batch, and is published once the batch is written.
-//! - A failed append, sync or apply closes the replica to writes; nothing is retried as if it had not happened.
+//! - append, then sync (where the caller needs it), then apply: no batch is written before its
+//!   record is in the log. Only the SSTs of an ingest come before their record, into a range that
+//!   is not served yet.
+//! - What a record changes in the metadata is in its batch, and is published once the batch is
+//!   written.
+//! - A failed append, sync or apply closes the replica to writes; nothing is retried as if it had
+//!   not happened.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -34,8 +37,8 @@ pub(super) struct Store {
     pub meta: Meta,
     pub role: Role,
     pub max_event_times: MaxEventTimes,
-    /// Clock of the event times that this replica assigns. A stored entry raises the event times of its own key alone,
-    /// not this clock.
+    /// Clock of the event times that this replica assigns. A stored entry raises the event times of
+    /// its own key alone, not this clock.
     pub clock: HybridClock,
     pub dedup: DedupTable,
     unsynced_since: Option<Instant>,
@@ -62,7 +65,8 @@ impl Store {
         self.shared.clock.now_us()
     }
 
-    /// Returns the commit time of the next record: above every one that was assigned here, and above the gc floor.
+    /// Returns the commit time of the next record: above every one that was assigned here, and
+    /// above the gc floor.
     pub(super) fn commit_time(&self) -> u64 {
         self.now_us().max(self.meta.head.commit_time + 1).max(self.meta.head.floor + 1)
     }
@@ -100,7 +104,9 @@ impl Store {
         if must_sync {
             self.sync()?;
         }
-        let Body::Data { entries, results, progress } = &record.body else { unreachable!("it was built as data") };
+        let Body::Data { entries, results, progress } = &record.body else {
+            unreachable!("it was built as data")
+        };
         let mut batch = Batch::default();
         for (stored_key, entry) in stored_keys.iter().zip(entries) {
             put_entry(&mut batch, &mut self.meta, stored_key, &entry.entry);
@@ -115,7 +121,11 @@ impl Store {
         put_head(&mut batch, &mut self.meta, &record);
         self.write_batch(batch)?;
         for (id, outcomes) in outcomes {
-            self.dedup.keep(id, commit_time, StoredResult { outcomes, epoch, own_seq: Some(own_seq) });
+            self.dedup.keep(
+                id,
+                commit_time,
+                StoredResult { outcomes, epoch, own_seq: Some(own_seq) },
+            );
         }
         self.shared.results.store(self.dedup.len(), Ordering::Relaxed);
         Ok(())
@@ -127,9 +137,14 @@ impl Store {
     }
 
     /// Does the same with this commit time.
-    pub(super) fn log_control_at(&mut self, body: Body, commit_time: u64) -> Result<Lsn, ReplicaError> {
+    pub(super) fn log_control_at(
+        &mut self,
+        body: Body,
+        commit_time: u64,
+    ) -> Result<Lsn, ReplicaError> {
         self.shared.check_open()?;
-        let own_seq = if body.is_streamed() { OwnSeq(self.meta.head.own_seq.0 + 1) } else { OwnSeq(0) };
+        let own_seq =
+            if body.is_streamed() { OwnSeq(self.meta.head.own_seq.0 + 1) } else { OwnSeq(0) };
         let mut record = self.record(body, own_seq, commit_time);
         if let Body::Adopt { .. } = record.body {
             // The first record of the next incarnation.
@@ -140,7 +155,8 @@ impl Store {
         }
         self.append(&record)?;
         self.sync()?;
-        let batch = apply_record(&mut self.meta, &record).map_err(|error| self.close(error.to_string()))?;
+        let batch =
+            apply_record(&mut self.meta, &record).map_err(|error| self.close(error.to_string()))?;
         if let (Body::Seal { .. }, Some(seal)) = (&record.body, &mut self.meta.ranges.seal) {
             seal.since = Some(since_boot());
         }
@@ -170,7 +186,9 @@ impl Store {
             self.shared.logged_own_seq.store(record.own_seq.0, Ordering::Release);
         }
         let _waits = self.wait_for_disk();
-        self.log.append(record.lsn, &self.encoded).map_err(|error| self.close(error.to_string()))?;
+        self.log
+            .append(record.lsn, &self.encoded)
+            .map_err(|error| self.close(error.to_string()))?;
         self.unsynced_since.get_or_insert_with(Instant::now);
         if self.encoded.capacity() > GROUP_BYTES_MAX * 2 {
             self.encoded = Vec::new();

@@ -1,11 +1,12 @@
-//! Superseded records: records of other replicas of which an entry lost here, reported to their origins.
+//! Superseded records: records of other replicas of which an entry lost here, reported to their
+//! origins.
 //!
-//! A read-modify-write that loses at the replica that acknowledges it was done on a value that did not win: its sender
-//! must not be answered that it is replicated.
+//! A read-modify-write that loses at the replica that acknowledges it was done on a value that did
+//! not win: its sender must not be answered that it is replicated.
 //!
-//! **Invariant:** a superseded record is noted before the vector covers it, and kept for longer than any write waits
-//! for the record's acknowledgement. So the report reaches the origin no later than the acknowledgement, also over a
-//! new stream.
+//! **Invariant:** a superseded record is noted before the vector covers it, and kept for longer
+//! than any write waits for the record's acknowledgement. So the report reaches the origin no later
+//! than the acknowledgement, also over a new stream.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -44,7 +45,9 @@ impl SupersededRecords {
     pub(super) fn note(&self, origin: Origin, own_seq: OwnSeq) {
         let mut inner = self.inner.lock();
         let now = Instant::now();
-        while inner.kept.front().is_some_and(|loss| now - loss.at > KEPT) || inner.kept.len() >= KEPT_MAX {
+        while inner.kept.front().is_some_and(|loss| now - loss.at > KEPT)
+            || inner.kept.len() >= KEPT_MAX
+        {
             inner.kept.pop_front();
         }
         inner.last += 1;
@@ -52,7 +55,8 @@ impl SupersededRecords {
         inner.kept.push_back(SupersededRecord { number, at: now, origin, own_seq });
     }
 
-    /// Returns the superseded records of a replica that were noted after the number `after`, and the last number.
+    /// Returns the superseded records of a replica that were noted after the number `after`, and
+    /// the last number.
     pub(super) fn of(&self, replica: ReplicaId, after: u64) -> (Vec<(Origin, OwnSeq)>, u64) {
         let inner = self.inner.lock();
         if inner.last == after {

@@ -1,7 +1,7 @@
 //! Tests of a replica's guarantees on a real engine and a real log.
 //!
-//! A crash is a copy of the directory that is taken while the replica is open, without a flush or a close. Survival of
-//! a power loss is judged by what was synced.
+//! A crash is a copy of the directory that is taken while the replica is open, without a flush or a
+//! close. Survival of a power loss is judged by what was synced.
 
 #![allow(clippy::unwrap_used)]
 

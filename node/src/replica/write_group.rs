@@ -2,8 +2,8 @@
 //!
 //! **Invariants**
 //! - A group holds one entry per stored key.
-//! - A group tracks the length of its record: stored bytes count, that is the whole value even when an operation brings
-//!   only a byte of it.
+//! - A group tracks the length of its record: stored bytes count, that is the whole value even when
+//!   an operation brings only a byte of it.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as MapEntry;
@@ -38,12 +38,14 @@ impl WriteGroup {
         self.entries.is_empty() && self.results.is_empty()
     }
 
-    /// Returns true when the group takes no further request. Until then it has room for the largest.
+    /// Returns true when the group takes no further request. Until then it has room for the
+    /// largest.
     pub(super) fn is_full(&self) -> bool {
         self.bytes >= GROUP_BYTES_MAX || self.ops >= GROUP_OPS_MAX
     }
 
-    /// Returns the bytes of keys and values: entry headers do not count, as in the check of requests.
+    /// Returns the bytes of keys and values: entry headers do not count, as in the check of
+    /// requests.
     pub(super) fn payload_bytes(&self) -> usize {
         self.bytes.saturating_sub(self.entries.len() * ENTRY_HEADER_BYTES_MAX)
     }

@@ -1,9 +1,12 @@
-//! The writer of a replica: the only thread that changes it, started when there are commands (see [`super::queue`]).
+//! The writer of a replica: the only thread that changes it, started when there are commands (see
+//! [`super::queue`]).
 //!
 //! **Invariants**
-//! - Commands are executed in the order of the queue. Those of clients and of other shards' logs that wait together are
-//!   one group; any other command ends the group and is executed alone after it.
-//! - What was acknowledged as `os` is synced soon: a writer becomes idle only once nothing waits and all is synced.
+//! - Commands are executed in the order of the queue. Those of clients and of other shards' logs
+//!   that wait together are one group; any other command ends the group and is executed alone after
+//!   it.
+//! - What was acknowledged as `os` is synced soon: a writer becomes idle only once nothing waits
+//!   and all is synced.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -34,12 +37,16 @@ impl Writer {
         self.commands.try_recv().ok()
     }
 
-    /// Runs until the writer is stopped, every handle is gone, or no command has come for `patience`: then it returns
-    /// itself.
+    /// Runs until the writer is stopped, every handle is gone, or no command has come for
+    /// `patience`: then it returns itself.
     pub(super) fn run(mut self, patience: Duration) -> Option<Self> {
         loop {
             let is_idle = self.committer.held.is_empty() && self.committer.store.is_synced();
-            let first = match self.commands.recv_timeout(if is_idle { patience } else { Duration::from_millis(50) }) {
+            let first = match self.commands.recv_timeout(if is_idle {
+                patience
+            } else {
+                Duration::from_millis(50)
+            }) {
                 Ok(command) => Some(command),
                 Err(RecvTimeoutError::Timeout) if is_idle => return Some(self),
                 Err(RecvTimeoutError::Timeout) => None,
@@ -77,7 +84,11 @@ impl Writer {
                 return is_end;
             }
             Some(Command::Replicate(command)) => {
-                let result = self.committer.store.take_records(command.source, command.records, command.covered);
+                let result = self.committer.store.take_records(
+                    command.source,
+                    command.records,
+                    command.covered,
+                );
                 let _ = command.done.send(result);
             }
             Some(Command::Position(done)) => {

@@ -1,7 +1,7 @@
 //! Connections to other nodes, one for each, shared by everything that replicates.
 //!
-//! **Invariant:** both ends notice a stalled connection within seconds (keepalive, also while idle), and every unary
-//! call has a deadline.
+//! **Invariant:** both ends notice a stalled connection within seconds (keepalive, also while
+//! idle), and every unary call has a deadline.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -11,7 +11,9 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Response, Status};
 use vasto_core::catalog::Placed;
 use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId};
-use vasto_core::limits::{CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX};
+use vasto_core::limits::{
+    CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX,
+};
 use vasto_core::{ErrorCode, VastoError};
 use vasto_proto::convert::status_of;
 use vasto_proto::v1;
@@ -39,9 +41,14 @@ impl Peers {
     /// Returns a client of the node's replication service; the first call connects.
     // A gRPC status is large, and this is not a hot path.
     #[allow(clippy::result_large_err)]
-    pub(crate) fn client(&self, registry: &NodeRegistry, node: NodeId) -> Result<ReplicationClient<Channel>, Status> {
-        let address =
-            registry.address(node).ok_or_else(|| unreachable(format!("where node {node} listens is not known")))?;
+    pub(crate) fn client(
+        &self,
+        registry: &NodeRegistry,
+        node: NodeId,
+    ) -> Result<ReplicationClient<Channel>, Status> {
+        let address = registry
+            .address(node)
+            .ok_or_else(|| unreachable(format!("where node {node} listens is not known")))?;
         let mut channels = self.channels.lock();
         // A connection from before the node was cut off hangs until its transport tries again.
         let links = registry.links_of(node);
@@ -69,7 +76,8 @@ impl Peers {
             .max_encoding_message_size(MESSAGE_BYTES_MAX))
     }
 
-    /// Returns the position of a replica of another node; waits there as long as the request allows.
+    /// Returns the position of a replica of another node; waits there as long as the request
+    /// allows.
     pub(crate) async fn position(
         &self,
         registry: &NodeRegistry,
@@ -92,8 +100,8 @@ impl Peers {
         answered(node, CONNECT_TIMEOUT, client.promise(request)).await
     }
 
-    /// Returns the position that a peer has once it has applied `min_version` and, unless that is 0, sealed under
-    /// `sealed`; asks again until then. `None` when `patience` is over.
+    /// Returns the position that a peer has once it has applied `min_version` and, unless that is
+    /// 0, sealed under `sealed`; asks again until then. `None` when `patience` is over.
     pub(crate) async fn position_under(
         &self,
         registry: &NodeRegistry,
@@ -113,10 +121,12 @@ impl Peers {
                 sealed_version: sealed.0,
                 wait_ms: left.as_millis() as u32,
             };
-            let asked = tokio::time::timeout(left, self.position(registry, peer.node, request)).await;
+            let asked =
+                tokio::time::timeout(left, self.position(registry, peer.node, request)).await;
             match asked {
                 Ok(Ok(reply))
-                    if reply.version >= min_version.0 && (sealed.0 == 0 || reply.sealed_version == sealed.0) =>
+                    if reply.version >= min_version.0
+                        && (sealed.0 == 0 || reply.sealed_version == sealed.0) =>
                 {
                     return Some(reply);
                 }

@@ -27,14 +27,21 @@ fn find(registry: &NodeRegistry, keyspace: u64, replica: u64) -> Result<Replica,
 }
 
 /// Answers `Position`: waits for the version and the seal that the caller asks for.
-pub(super) async fn serve(registry: &NodeRegistry, request: v1::PositionRequest) -> Result<v1::PositionReply, Status> {
+pub(super) async fn serve(
+    registry: &NodeRegistry,
+    request: v1::PositionRequest,
+) -> Result<v1::PositionReply, Status> {
     let replica = find(registry, request.keyspace_id, request.replica_id)?;
     let mut changes = replica.changes();
-    let deadline = tokio::time::Instant::now() + Duration::from_millis(request.wait_ms.into()).min(WAIT_MAX);
+    let deadline =
+        tokio::time::Instant::now() + Duration::from_millis(request.wait_ms.into()).min(WAIT_MAX);
     loop {
         changes.borrow_and_update();
         let view = replica.view();
-        let sealed = view.ranges.seal.is_some_and(|seal| seal.version == CatalogVersion(request.sealed_version));
+        let sealed = view
+            .ranges
+            .seal
+            .is_some_and(|seal| seal.version == CatalogVersion(request.sealed_version));
         let applied = view.version >= CatalogVersion(request.min_version);
         let enough = applied && (request.sealed_version == 0 || sealed);
         if enough || tokio::time::timeout_at(deadline, changes.changed()).await.is_err() {
@@ -44,7 +51,10 @@ pub(super) async fn serve(registry: &NodeRegistry, request: v1::PositionRequest)
 }
 
 /// Answers `Promise`.
-pub(super) async fn promise(registry: &NodeRegistry, request: v1::PromiseRequest) -> Result<v1::PositionReply, Status> {
+pub(super) async fn promise(
+    registry: &NodeRegistry,
+    request: v1::PromiseRequest,
+) -> Result<v1::PositionReply, Status> {
     let replica = find(registry, request.keyspace_id, request.replica_id)?;
     let order = Control::FenceCommitTime { commit_time: request.commit_time };
     replica.control(order).await.map_err(|error| status_of(&error.into()))?;

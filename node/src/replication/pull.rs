@@ -2,9 +2,10 @@
 //!
 //! **Invariants**
 //! - Records are sent in the order of the log, whatever their origin; only synced and applied ones.
-//! - The follower lacks nothing up to `covered_lsn`; only records that it has from another source are left out.
-//! - The first frame shows a follower that it asks too late: it names where the stream begins and the vector that the
-//!   follower must hold at the head.
+//! - The follower lacks nothing up to `covered_lsn`; only records that it has from another source
+//!   are left out.
+//! - The first frame shows a follower that it asks too late: it names where the stream begins and
+//!   the vector that the follower must hold at the head.
 //! - A replica serves pulls in every state.
 
 use std::sync::Arc;
@@ -29,8 +30,8 @@ use crate::replica::Replica;
 
 /// Frames that may wait for a slow follower.
 const FRAMES_AHEAD: usize = 4;
-/// Delay before a record of a third replica is sent: the follower usually pulls it from there, and reports it in this
-/// time.
+/// Delay before a record of a third replica is sent: the follower usually pulls it from there, and
+/// reports it in this time.
 const THIRD_PARTY_PATIENCE: Duration = Duration::from_millis(50);
 /// Shortest interval between two frames without records.
 const QUIET_FRAME: Duration = Duration::from_millis(10);
@@ -40,14 +41,18 @@ struct FollowerPosition {
     vector: Mutex<Vector>,
     changed: Notify,
     follower: ReplicaId,
-    /// The follower's present incarnation: no other replica has more of it than the follower itself.
+    /// The follower's present incarnation: no other replica has more of it than the follower
+    /// itself.
     incarnation: Incarnation,
 }
 
 impl FollowerPosition {
     fn lacks(&self, peek: Peek) -> bool {
-        let own = peek.origin.replica == self.follower && peek.origin.incarnation >= self.incarnation;
-        peek.own_seq.0 > 0 && !own && self.vector.lock().get(&peek.origin).is_none_or(|have| *have < peek.own_seq)
+        let own =
+            peek.origin.replica == self.follower && peek.origin.incarnation >= self.incarnation;
+        peek.own_seq.0 > 0
+            && !own
+            && self.vector.lock().get(&peek.origin).is_none_or(|have| *have < peek.own_seq)
     }
 }
 
@@ -56,8 +61,10 @@ pub(super) async fn serve(
     registry: &NodeRegistry,
     mut messages: Streaming<v1::PullMessage>,
 ) -> Result<ReceiverStream<Result<v1::PullFrame, Status>>, Status> {
-    let malformed = || status_of(&VastoError::new(ErrorCode::InvalidArgument, "a pull begins with PullStart"));
-    let Some(v1::PullMessage { message: Some(Message::Start(start)) }) = messages.message().await? else {
+    let malformed =
+        || status_of(&VastoError::new(ErrorCode::InvalidArgument, "a pull begins with PullStart"));
+    let Some(v1::PullMessage { message: Some(Message::Start(start)) }) = messages.message().await?
+    else {
         return Err(malformed());
     };
     let (keyspace, id) = (KeyspaceId(start.keyspace_id), ReplicaId(start.replica_id));
@@ -67,7 +74,11 @@ pub(super) async fn serve(
     })?;
     let follower = ReplicaId(start.follower_id);
     let vector = vector_from_wire(&start.vector);
-    let incarnation = vector.keys().filter(|origin| origin.replica == follower).map(|origin| origin.incarnation).max();
+    let incarnation = vector
+        .keys()
+        .filter(|origin| origin.replica == follower)
+        .map(|origin| origin.incarnation)
+        .max();
     let reported = Arc::new(FollowerPosition {
         vector: Mutex::new(vector),
         changed: Notify::new(),
@@ -96,7 +107,11 @@ pub(super) async fn serve(
 }
 
 /// Records the progress that the follower reports.
-async fn handle(replica: &Replica, reported: &FollowerPosition, mut messages: Streaming<v1::PullMessage>) {
+async fn handle(
+    replica: &Replica,
+    reported: &FollowerPosition,
+    mut messages: Streaming<v1::PullMessage>,
+) {
     while let Ok(Some(message)) = messages.message().await {
         let Some(Message::Progress(progress)) = message.message else { continue };
         let own = Origin { replica: replica.id, incarnation: replica.incarnation() };
@@ -109,13 +124,17 @@ async fn handle(replica: &Replica, reported: &FollowerPosition, mut messages: St
             vector.get(&own).copied().unwrap_or(OwnSeq(0))
         };
         reported.changed.notify_waiters();
-        let lost = progress
-            .lost
-            .iter()
-            .filter(|lost| (lost.replica_id, lost.incarnation) == (own.replica.0, own.incarnation.0));
+        let lost = progress.lost.iter().filter(|lost| {
+            (lost.replica_id, lost.incarnation) == (own.replica.0, own.incarnation.0)
+        });
         replica.followers().lost(lost.map(|lost| OwnSeq(lost.own_seq)));
         replica.follower_at(Epoch(progress.epoch));
-        replica.followers().progress(reported.follower, Lsn(progress.covered_lsn), own_seq, Epoch(progress.epoch));
+        replica.followers().progress(
+            reported.follower,
+            Lsn(progress.covered_lsn),
+            own_seq,
+            Epoch(progress.epoch),
+        );
     }
 }
 
@@ -183,7 +202,11 @@ fn read(reader: &mut LogReader) -> Result<Vec<(Lsn, Vec<u8>)>, Status> {
 }
 
 /// Returns the records of a batch that the follower lacks.
-async fn lacking(batch: Vec<(Lsn, Vec<u8>)>, source: ReplicaId, reported: &FollowerPosition) -> Vec<bytes::Bytes> {
+async fn lacking(
+    batch: Vec<(Lsn, Vec<u8>)>,
+    source: ReplicaId,
+    reported: &FollowerPosition,
+) -> Vec<bytes::Bytes> {
     let mut records: Vec<(Peek, Vec<u8>)> = batch
         .into_iter()
         .filter_map(|(_, bytes)| Some((peek(&bytes)?, bytes)))

@@ -26,13 +26,16 @@ impl PullState {
         self.connected.store(false, Ordering::Release);
     }
 
-    /// Returns the lag in milliseconds. The position of a peer is unknown while no stream is open: then the lag is at
-    /// least as old as that.
+    /// Returns the lag in milliseconds. The position of a peer is unknown while no stream is open:
+    /// then the lag is at least as old as that.
     pub(super) fn lag_ms(&self) -> u64 {
         let lag = self.lag_ms.load(Ordering::Acquire);
         if self.connected.load(Ordering::Acquire) {
             return lag;
         }
-        lag.max((since_boot().as_millis() as u64).saturating_sub(self.broken_ms.load(Ordering::Acquire)))
+        lag.max(
+            (since_boot().as_millis() as u64)
+                .saturating_sub(self.broken_ms.load(Ordering::Acquire)),
+        )
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! **Invariants**
 //! - Everything that is acknowledged to a source is durable here.
-//! - A pull resumes from a durable cursor; the vector skips repeated records. A missing record is never skipped: the
-//!   peer is then of no use as a source any more (`too_old`).
+//! - A pull resumes from a durable cursor; the vector skips repeated records. A missing record is
+//!   never skipped: the peer is then of no use as a source any more (`too_old`).
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -79,10 +79,11 @@ fn covered(unproven: &Option<(Lsn, Vector)>, cursor: Lsn) -> Lsn {
 impl Puller {
     /// Pulls until the task is cancelled.
     pub(super) async fn run(self) {
-        // A rescan begins at the start of the peer's log instead of at the cursor: the vector skips records that are
-        // here already.
+        // A rescan begins at the start of the peer's log instead of at the cursor: the vector skips
+        // records that are here already.
         let mut rescan = false;
-        let (keyspace, shard, peer) = (self.replica.keyspace.0, self.replica.shard.0, self.source.replica.0);
+        let (keyspace, shard, peer) =
+            (self.replica.keyspace.0, self.replica.shard.0, self.source.replica.0);
         let mut last_logged = String::new();
         loop {
             let links = self.registry.links_of(self.source.node);
@@ -97,8 +98,8 @@ impl Puller {
             let mut pause = RETRY;
             let reason = match ended {
                 Ended::Interrupted(reason) => reason,
-                // A peer whose disk lost records that it had reported as synced has begun its log anew below the
-                // cursor.
+                // A peer whose disk lost records that it had reported as synced has begun its log
+                // anew below the cursor.
                 Ended::TooOld(reason) if !rescan => {
                     rescan = true;
                     reason
@@ -134,8 +135,12 @@ impl Puller {
 
     async fn pull(&self, rescan: bool) -> Result<std::convert::Infallible, Ended> {
         let mut client = self.peers.client(&self.registry, self.source.node)?;
-        let cursors = self.replica.tail_cursors().map_err(|error| Ended::Closed(error.to_string()))?;
-        let cursor = cursors.into_iter().find(|(id, _)| *id == self.source.replica).map_or(Lsn(0), |(_, lsn)| lsn);
+        let cursors =
+            self.replica.tail_cursors().map_err(|error| Ended::Closed(error.to_string()))?;
+        let cursor = cursors
+            .into_iter()
+            .find(|(id, _)| *id == self.source.replica)
+            .map_or(Lsn(0), |(_, lsn)| lsn);
         let mut cursor = if rescan { Lsn(0) } else { cursor };
         let (mut changes, mut views) = (self.replica.vector_changes(), self.replica.changes());
         let mut reported = Reported { vector: self.replica.vector(), losses: 0, epoch: Epoch(0) };
@@ -148,9 +153,13 @@ impl Puller {
             vector: vector_to_wire(&reported.vector),
         };
         let closed = |_| Ended::Interrupted("the stream ended".into());
-        messages.send(v1::PullMessage { message: Some(Message::Start(start)) }).await.map_err(closed)?;
+        messages
+            .send(v1::PullMessage { message: Some(Message::Start(start)) })
+            .await
+            .map_err(closed)?;
         let mut frames = client.pull(ReceiverStream::new(outgoing)).await?.into_inner();
-        let hello = frames.message().await?.ok_or_else(|| Ended::Interrupted("the stream ended".into()))?;
+        let hello =
+            frames.message().await?.ok_or_else(|| Ended::Interrupted("the stream ended".into()))?;
         let (head, needed) = (Lsn(hello.head_lsn), vector_from_wire(&hello.vector));
         self.state.connected.store(true, Ordering::Release);
         cursor = Lsn(hello.from_lsn);
@@ -186,7 +195,10 @@ impl Puller {
             has_news = false;
             changes.mark_unchanged();
             let progress = self.progress(&mut reported, covered(&unproven, cursor));
-            messages.send(v1::PullMessage { message: Some(Message::Progress(progress)) }).await.map_err(closed)?;
+            messages
+                .send(v1::PullMessage { message: Some(Message::Progress(progress)) })
+                .await
+                .map_err(closed)?;
         }
     }
 
@@ -208,8 +220,8 @@ impl Puller {
         progress
     }
 
-    /// Checks, once the log that the peer had at the beginning has been read, that this replica holds what the peer
-    /// held then; if not, the peer's log began too late.
+    /// Checks, once the log that the peer had at the beginning has been read, that this replica
+    /// holds what the peer held then; if not, the peer's log began too late.
     fn prove(&self, needed: &Vector) -> Result<(), Ended> {
         let have = self.replica.vector();
         if covers(&have, needed) {
@@ -221,11 +233,13 @@ impl Puller {
         }
         // Records that this replica is about to apply are in its log.
         let mut missing = needed.iter().filter(|(origin, seq)| {
-            let own = origin.replica == self.replica.id && origin.incarnation == self.replica.incarnation();
+            let own = origin.replica == self.replica.id
+                && origin.incarnation == self.replica.incarnation();
             !own && have.get(origin).is_none_or(|have| have < *seq)
         });
         let missing = missing.next();
-        let missing = missing.map(|(origin, seq)| format!("{origin} up to {seq}")).unwrap_or_default();
+        let missing =
+            missing.map(|(origin, seq)| format!("{origin} up to {seq}")).unwrap_or_default();
         Err(Ended::TooOld(format!("the peer's log no longer holds records of {missing}")))
     }
 
@@ -233,8 +247,9 @@ impl Puller {
         let covered = Lsn(frame.covered_lsn);
         let mut records = Vec::with_capacity(frame.records.len());
         for bytes in &frame.records {
-            let record = Record::decode(bytes)
-                .map_err(|error| Ended::Interrupted(format!("a streamed record is damaged: {error}")))?;
+            let record = Record::decode(bytes).map_err(|error| {
+                Ended::Interrupted(format!("a streamed record is damaged: {error}"))
+            })?;
             records.push(record);
         }
         let last = records.last().map(|record| record.commit_time);
@@ -244,7 +259,9 @@ impl Puller {
         *cursor = (*cursor).max(covered);
         let lag = frame.head_lsn.saturating_sub(cursor.0);
         let lag_ms = match last {
-            Some(commit_time) if lag > 0 => self.registry.clock.now_us().saturating_sub(commit_time) / 1000,
+            Some(commit_time) if lag > 0 => {
+                self.registry.clock.now_us().saturating_sub(commit_time) / 1000
+            }
             _ if lag == 0 => 0,
             _ => self.state.lag_ms.load(Ordering::Acquire),
         };

@@ -1,6 +1,7 @@
 //! The pulls of one replica: one from each of its sources, and the lag behind them.
 //!
-//! **Invariant:** one task pulls from a source; a source that is not named any more is not pulled from.
+//! **Invariant:** one task pulls from a source; a source that is not named any more is not pulled
+//! from.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
@@ -27,10 +28,9 @@ fn gauges() -> &'static (Gauge<u64>, Gauge<u64>) {
         let lsns = meter
             .u64_gauge("vasto_replication_lag_lsns")
             .with_description("Synced records of a peer that a replica has not applied");
-        let ms = meter
-            .u64_gauge("vasto_replication_lag")
-            .with_unit("ms")
-            .with_description("Age of the last record that came, while there are more; time without a connection");
+        let ms = meter.u64_gauge("vasto_replication_lag").with_unit("ms").with_description(
+            "Age of the last record that came, while there are more; time without a connection",
+        );
         (lsns.build(), ms.build())
     })
 }
@@ -61,7 +61,12 @@ pub(super) struct Lag {
 
 impl Pullers {
     /// Creates the state without pulls; all pulls end with `cancel`.
-    pub(super) fn new(registry: Arc<NodeRegistry>, peers: Arc<Peers>, replica: Replica, cancel: CancellationToken) -> Self {
+    pub(super) fn new(
+        registry: Arc<NodeRegistry>,
+        peers: Arc<Peers>,
+        replica: Replica,
+        cancel: CancellationToken,
+    ) -> Self {
         Self { registry, peers, replica, cancel, pulls: Mutex::default() }
     }
 
@@ -69,7 +74,8 @@ impl Pullers {
     pub(super) fn follow(&self, sources: &[Placed]) {
         let mut pulls = self.pulls.lock();
         pulls.retain(|id, pull| {
-            let keep = sources.iter().any(|source| source.replica == *id && source.node == pull.node);
+            let keep =
+                sources.iter().any(|source| source.replica == *id && source.node == pull.node);
             if !keep {
                 pull.cancel.cancel();
             }
@@ -95,13 +101,16 @@ impl Pullers {
         }
     }
 
-    /// Returns the largest lag behind a peer; records are counted for connected peers only, because the positions of
-    /// the others are unknown.
+    /// Returns the largest lag behind a peer; records are counted for connected peers only, because
+    /// the positions of the others are unknown.
     pub(super) fn lag(&self) -> Lag {
         let pulls = self.pulls.lock();
         let connected = pulls.values().filter(|pull| pull.state.connected.load(Ordering::Acquire));
         Lag {
-            lsns: connected.map(|pull| pull.state.lag_lsns.load(Ordering::Acquire)).max().unwrap_or(0),
+            lsns: connected
+                .map(|pull| pull.state.lag_lsns.load(Ordering::Acquire))
+                .max()
+                .unwrap_or(0),
             ms: pulls.values().map(|pull| pull.state.lag_ms()).max().unwrap_or(0),
         }
     }
@@ -115,7 +124,10 @@ impl Pullers {
 
     /// Returns true while a stream from the peer is open.
     pub(super) fn is_connected(&self, peer: ReplicaId) -> bool {
-        self.pulls.lock().get(&peer).is_some_and(|pull| pull.state.connected.load(Ordering::Acquire))
+        self.pulls
+            .lock()
+            .get(&peer)
+            .is_some_and(|pull| pull.state.connected.load(Ordering::Acquire))
     }
 
     /// Records the progress of each pull in the metrics.
@@ -132,11 +144,14 @@ impl Pullers {
         }
     }
 
-    /// Returns true when a peer's log cannot bring this replica up to date, and no connected peer's log can.
+    /// Returns true when a peer's log cannot bring this replica up to date, and no connected peer's
+    /// log can.
     pub(super) fn is_too_old(&self) -> bool {
         let pulls = self.pulls.lock();
         let too_old = |pull: &Pull| pull.state.too_old.load(Ordering::Acquire);
         pulls.values().any(too_old)
-            && !pulls.values().any(|pull| !too_old(pull) && pull.state.connected.load(Ordering::Acquire))
+            && !pulls
+                .values()
+                .any(|pull| !too_old(pull) && pull.state.connected.load(Ordering::Acquire))
     }
 }

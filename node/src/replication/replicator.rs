@@ -1,13 +1,13 @@
-//! Replication of a hosted replica: follows its peers, catches up before it serves, takes over as primary, is drained,
-//! seals together with its peers.
+//! Replication of a hosted replica: follows its peers, catches up before it serves, takes over as
+//! primary, is drained, seals together with its peers.
 //!
 //! **Invariants**
-//! - An opened replica serves nothing before it holds what the peers that answer held then; peers that are silent for
-//!   [`CATCH_UP_PATIENCE`] are skipped and named in the log.
-//! - A replica becomes primary by a leadership transfer only once it holds everything that the primary held when it had
-//!   stopped accepting read-modify-writes.
-//! - A seal of the shard is complete only once every placed replica has sealed and this one holds everything that they
-//!   named.
+//! - An opened replica serves nothing before it holds what the peers that answer held then; peers
+//!   that are silent for [`CATCH_UP_PATIENCE`] are skipped and named in the log.
+//! - A replica becomes primary by a leadership transfer only once it holds everything that the
+//!   primary held when it had stopped accepting read-modify-writes.
+//! - A seal of the shard is complete only once every placed replica has sealed and this one holds
+//!   everything that they named.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -70,19 +70,25 @@ impl Replicator {
         replica: Replica,
         cancel: CancellationToken,
     ) -> Arc<Self> {
-        let pullers = Pullers::new(registry.clone(), peers.clone(), replica.clone(), cancel.clone());
+        let pullers =
+            Pullers::new(registry.clone(), peers.clone(), replica.clone(), cancel.clone());
         Arc::new(Self { registry, peers, replica, pullers, cancel, state: Mutex::default() })
     }
 
     /// Returns the other replicas of the shard under this version.
     fn others(&self, catalog: &Catalog) -> Vec<Placed> {
-        let placed = catalog.shard(self.replica.shard).into_iter().flat_map(|shard| shard.replicas.iter().copied());
+        let placed = catalog
+            .shard(self.replica.shard)
+            .into_iter()
+            .flat_map(|shard| shard.replicas.iter().copied());
         placed.filter(|member| member.replica != self.replica.id).collect()
     }
 
     /// Returns the role of the replica in its shard under this version.
     pub(crate) fn role(&self, catalog: &Catalog) -> Role {
-        let Some(shard) = catalog.shard(self.replica.shard).filter(|_| catalog.is_placed(self.replica.id)) else {
+        let Some(shard) =
+            catalog.shard(self.replica.shard).filter(|_| catalog.is_placed(self.replica.id))
+        else {
             return Role::Detached;
         };
         match shard.primary() {
@@ -134,9 +140,10 @@ impl Replicator {
 
     async fn catch_up(&self, others: Vec<Placed>) {
         let began = Instant::now();
-        let asked = join_all(
-            others.iter().map(|peer| self.ask(*peer, CatalogVersion(0), CatalogVersion(0), CATCH_UP_PATIENCE)),
-        );
+        let asked =
+            join_all(others.iter().map(|peer| {
+                self.ask(*peer, CatalogVersion(0), CatalogVersion(0), CATCH_UP_PATIENCE)
+            }));
         let replies = asked.await;
         let mut needed: Vec<(ReplicaId, Vector)> = Vec::new();
         let mut version = 0;
@@ -153,7 +160,11 @@ impl Replicator {
             };
             let vector = vector_from_wire(&reply.vector);
             if self.replica.is_behind_itself(&vector) {
-                tracing::error!(keyspace = self.replica.keyspace.0, shard = self.replica.shard.0, reason = OLD_COPY);
+                tracing::error!(
+                    keyspace = self.replica.keyspace.0,
+                    shard = self.replica.shard.0,
+                    reason = OLD_COPY
+                );
                 self.replica.close(OLD_COPY.into());
                 return std::future::pending().await;
             }
@@ -162,14 +173,15 @@ impl Replicator {
         }
         // A primary that was replaced while it was away must learn of that first.
         self.replica.primary_from(CatalogVersion(version));
-        // Records that a peer named come from that peer, or from another one that has them; a live peer is waited for
-        // however slow it or this disk is. Records from other peers prove nothing about a peer that is gone.
+        // Records that a peer named come from that peer, or from another one that has them; a live
+        // peer is waited for however slow it or this disk is. Records from other peers prove
+        // nothing about a peer that is gone.
         let mut heard: Vec<Instant> = vec![Instant::now(); needed.len()];
         loop {
             let mut missing = false;
             for ((peer, vector), heard) in needed.iter().zip(&mut heard) {
-                // A replica that is too old for this peer's log is rebuilt, unless a peer comes back that can bring it
-                // up to date.
+                // A replica that is too old for this peer's log is rebuilt, unless a peer comes
+                // back that can bring it up to date.
                 if self.pullers.is_connected(*peer) || self.pullers.is_too_old() {
                     *heard = Instant::now();
                 }
@@ -187,8 +199,8 @@ impl Replicator {
                 "the peers that named what is missing here are gone again; this replica serves without it"
             );
         }
-        // A newer version comes from the master alone, which may be away: the version decides who is primary, and
-        // `primary_from` keeps this replica from acting in its former role.
+        // A newer version comes from the master alone, which may be away: the version decides who
+        // is primary, and `primary_from` keeps this replica from acting in its former role.
         let versions = Instant::now();
         while self.replica.version().0 < version && versions.elapsed() < CATCH_UP_PATIENCE {
             tokio::time::sleep(POLL).await;
@@ -202,7 +214,8 @@ impl Replicator {
         );
     }
 
-    /// Returns the position of a peer under these versions; `None` when the peer does not answer in time.
+    /// Returns the position of a peer under these versions; `None` when the peer does not answer in
+    /// time.
     async fn ask(
         &self,
         peer: Placed,
@@ -211,7 +224,9 @@ impl Replicator {
         patience: Duration,
     ) -> Option<v1::PositionReply> {
         let keyspace = self.replica.keyspace;
-        self.peers.position_under(&self.registry, keyspace, peer, min_version, sealed, patience).await
+        self.peers
+            .position_under(&self.registry, keyspace, peer, min_version, sealed, patience)
+            .await
     }
 
     async fn hold(&self, needed: &Vector, patience: Duration) -> bool {
@@ -228,8 +243,9 @@ impl Replicator {
     /// Works on a leadership transfer to this replica, if the version names one.
     pub(crate) fn take_over(self: &Arc<Self>, catalog: &Arc<Catalog>) {
         let shard = catalog.shard(self.replica.shard);
-        let from =
-            shard.filter(|shard| shard.transferring_to == Some(self.replica.id)).and_then(|shard| shard.primary());
+        let from = shard
+            .filter(|shard| shard.transferring_to == Some(self.replica.id))
+            .and_then(|shard| shard.primary());
         let Some(from) = from else {
             let mut state = self.state.lock();
             state.taking_over = None;
@@ -255,12 +271,16 @@ impl Replicator {
         });
     }
 
-    /// Waits until every other placed replica has sealed under the version and this one holds all that they named;
-    /// returns the end of its log then. `None` when that takes too long.
+    /// Waits until every other placed replica has sealed under the version and this one holds all
+    /// that they named; returns the end of its log then. `None` when that takes too long.
     pub(crate) async fn sealed_by_all(&self, catalog: &Catalog) -> Option<Lsn> {
         let others = self.others(catalog);
-        let replies =
-            join_all(others.iter().map(|peer| self.ask(*peer, catalog.version, catalog.version, SEAL_TIMEOUT))).await;
+        let replies = join_all(
+            others
+                .iter()
+                .map(|peer| self.ask(*peer, catalog.version, catalog.version, SEAL_TIMEOUT)),
+        )
+        .await;
         let mut needed = Vector::new();
         for reply in replies {
             needed = join(&needed, &vector_from_wire(&reply?.vector));
@@ -271,7 +291,8 @@ impl Replicator {
         Some(self.replica.position().await.ok()?.lsn)
     }
 
-    /// Notes the end of the log of a replica that left the placement, once it accepts no more writes.
+    /// Notes the end of the log of a replica that left the placement, once it accepts no more
+    /// writes.
     pub(crate) async fn detach(&self) -> Result<(), ReplicaError> {
         if self.state.lock().last_lsn.is_none() {
             let lsn = self.replica.position().await?.lsn;
@@ -280,7 +301,8 @@ impl Replicator {
         Ok(())
     }
 
-    /// Stops the replica in order: it accepts nothing more, and records that it alone has go to another replica first.
+    /// Stops the replica in order: it accepts nothing more, and records that it alone has go to
+    /// another replica first.
     pub(crate) async fn hand_on(&self) {
         if !self.replica.followers().has_peers() {
             return;
@@ -293,15 +315,20 @@ impl Replicator {
         }
         let Ok(position) = self.replica.position().await else { return };
         let began = Instant::now();
-        while !self.replica.followers().anybody_covers(position.lsn) && began.elapsed() < HAND_ON_PATIENCE {
+        while !self.replica.followers().anybody_covers(position.lsn)
+            && began.elapsed() < HAND_ON_PATIENCE
+        {
             tokio::time::sleep(POLL).await;
         }
     }
 
     /// Begins a gc floor round when one is due.
     pub(crate) fn collect(self: &Arc<Self>, catalog: &Arc<Catalog>) {
-        let round =
-            FloorRound { registry: self.registry.clone(), peers: self.peers.clone(), replica: self.replica.clone() };
+        let round = FloorRound {
+            registry: self.registry.clone(),
+            peers: self.peers.clone(),
+            replica: self.replica.clone(),
+        };
         {
             let state = self.state.lock();
             let pause = interval(catalog.spec.grace_ms());
@@ -347,9 +374,12 @@ impl Replicator {
     pub(crate) fn report(&self) -> ReplicationReport {
         let lag = self.pullers.lag();
         let state = self.state.lock();
-        let drained_by = state.last_lsn.map(|lsn| self.replica.followers().covered_by(lsn)).unwrap_or_default();
+        let drained_by =
+            state.last_lsn.map(|lsn| self.replica.followers().covered_by(lsn)).unwrap_or_default();
         ReplicationReport {
-            ready: self.replica.is_ready() && self.replica.closed().is_none() && !self.replica.authority().is_stalled(),
+            ready: self.replica.is_ready()
+                && self.replica.closed().is_none()
+                && !self.replica.authority().is_stalled(),
             serving: Some(self.replica.authority().is_serving()),
             stalled: self.replica.authority().is_stalled(),
             acting_ms: self.replica.authority().acting_ms() / ACTING_STEP_MS * ACTING_STEP_MS,

@@ -35,11 +35,17 @@ impl Replication for ReplicationService {
     type PullStream = Frames<v1::PullFrame>;
     type LeaseStream = Frames<v1::LeaseReply>;
 
-    async fn tail(&self, request: Request<v1::TailRequest>) -> Result<Response<TailStream>, Status> {
+    async fn tail(
+        &self,
+        request: Request<v1::TailRequest>,
+    ) -> Result<Response<TailStream>, Status> {
         tail::serve(&self.registry, &request.into_inner()).map(Response::new)
     }
 
-    async fn pull(&self, request: Request<Streaming<v1::PullMessage>>) -> Result<Response<Self::PullStream>, Status> {
+    async fn pull(
+        &self,
+        request: Request<Streaming<v1::PullMessage>>,
+    ) -> Result<Response<Self::PullStream>, Status> {
         let frames = pull::serve(&self.registry, request.into_inner()).await?;
         Ok(Response::new(Box::pin(frames)))
     }
@@ -54,11 +60,17 @@ impl Replication for ReplicationService {
         Ok(Response::new(Box::pin(leases.serve(request.into_inner()).await)))
     }
 
-    async fn position(&self, request: Request<v1::PositionRequest>) -> Result<Response<v1::PositionReply>, Status> {
+    async fn position(
+        &self,
+        request: Request<v1::PositionRequest>,
+    ) -> Result<Response<v1::PositionReply>, Status> {
         position::serve(&self.registry, request.into_inner()).await.map(Response::new)
     }
 
-    async fn promise(&self, request: Request<v1::PromiseRequest>) -> Result<Response<v1::PositionReply>, Status> {
+    async fn promise(
+        &self,
+        request: Request<v1::PromiseRequest>,
+    ) -> Result<Response<v1::PositionReply>, Status> {
         position::promise(&self.registry, request.into_inner()).await.map(Response::new)
     }
 }

@@ -1,11 +1,11 @@
 //! Where a replica that begins to ship continues: after what the others of its shard have shipped.
 //!
 //! **Invariants**
-//! - The log before its next chunk is in the bucket: every record by origin and own sequence in the archives of
-//!   others, or in its own. Doubtful records are shipped again; where the log does not reach back far enough
-//!   for that, a checkpoint comes first.
-//! - The chunk names an object of the other replica as its predecessor, so that records that are not
-//!   in this replica's own archive are not mistaken for a gap.
+//! - The log before its next chunk is in the bucket: every record by origin and own sequence in the
+//!   archives of others, or in its own. Doubtful records are shipped again; where the log does not
+//!   reach back far enough for that, a checkpoint comes first.
+//! - The chunk names an object of the other replica as its predecessor, so that records that are
+//!   not in this replica's own archive are not mistaken for a gap.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -89,13 +89,15 @@ pub(super) struct Place {
     pub(super) chunks: u64,
 }
 
-/// Reads the archives of the others; returns where to continue after them, `None` when they are no help.
+/// Reads the archives of the others; returns where to continue after them, `None` when they are no
+/// help.
 ///
 /// # Errors
 /// [`BinlogError::TooOld`](crate::binlog::BinlogError::TooOld) when the log is cut meanwhile.
 pub(super) async fn find(context: &ShipContext, own: OwnLog) -> Result<Option<Place>, ShipError> {
     let replica = &context.replica;
-    let mut archives = archive::archives(&context.bucket, replica.keyspace, replica.shard).await.map_err(odd)?;
+    let mut archives =
+        archive::archives(&context.bucket, replica.keyspace, replica.shard).await.map_err(odd)?;
     archives.remove(&replica.id);
     if archives.is_empty() {
         return Ok(None);
@@ -113,13 +115,17 @@ pub(super) async fn find(context: &ShipContext, own: OwnLog) -> Result<Option<Pl
         OwnLog::Cut { .. } => logged.before(&position.vector),
     };
     let held = held_by_others(&context.bucket, replica, archives, &logged, &before).await?;
-    let next = logged.first_beyond(&held.vector).map_or(position.lsn.next(), |(lsn, _)| lsn).max(after.next());
+    let next = logged
+        .first_beyond(&held.vector)
+        .map_or(position.lsn.next(), |(lsn, _)| lsn)
+        .max(after.next());
     let is_help = match own {
         OwnLog::Behind(shipped) => next > shipped.next(),
         // The state that this replica began with is in no record.
         OwnLog::Cut { began_full } => held.has_base || !began_full,
     };
-    let Some((_, previous, other)) = held.last.filter(|_| is_help && covers(&held.vector, &before)) else {
+    let Some((_, previous, other)) = held.last.filter(|_| is_help && covers(&held.vector, &before))
+    else {
         return Ok(None);
     };
     tracing::info!(
@@ -145,7 +151,8 @@ async fn logged(replica: &Replica, after: Lsn, last: Lsn) -> Result<Logged, Ship
                 break;
             }
             for (lsn, bytes) in &batch {
-                let record = Record::decode(bytes).map_err(|error| ShipError::Checkpoint(error.to_string()))?;
+                let record = Record::decode(bytes)
+                    .map_err(|error| ShipError::Checkpoint(error.to_string()))?;
                 if *lsn <= last {
                     records.add(&record);
                 }
@@ -156,8 +163,8 @@ async fn logged(replica: &Replica, after: Lsn, last: Lsn) -> Result<Logged, Ship
     .await
 }
 
-/// Returns the coverage of the other archives of the shard, as far as it is needed to find the first record that is
-/// missing there. Too little of it costs a repeated upload, or a checkpoint.
+/// Returns the coverage of the other archives of the shard, as far as it is needed to find the
+/// first record that is missing there. Too little of it costs a repeated upload, or a checkpoint.
 async fn held_by_others(
     bucket: &Bucket,
     replica: &Replica,
@@ -191,8 +198,8 @@ async fn held_by_others(
         let mut origins_read = BTreeSet::new();
         for first in archive.chunks[after_base..].iter().rev() {
             let beyond = logged.first_beyond(&held.vector);
-            let is_enough =
-                beyond.is_none_or(|(_, origin)| origins_read.contains(&origin)) && covers(&held.vector, before);
+            let is_enough = beyond.is_none_or(|(_, origin)| origins_read.contains(&origin))
+                && covers(&held.vector, before);
             if is_enough || left == 0 {
                 break;
             }
@@ -209,7 +216,10 @@ async fn held_by_others(
         });
         let last = last_chunk.or_else(|| {
             let base = newest.base.as_ref()?;
-            Some((archive.times.manifests.get(&base.manifest.lsn).copied().unwrap_or_default(), base.key.clone()))
+            Some((
+                archive.times.manifests.get(&base.manifest.lsn).copied().unwrap_or_default(),
+                base.key.clone(),
+            ))
         });
         if let Some((at, key)) = last
             && held.last.as_ref().is_none_or(|(latest, ..)| *latest <= at)
@@ -262,7 +272,8 @@ mod tests {
 
     #[test]
     fn the_first_record_that_others_lack_is_found_whoever_took_it() {
-        let logged = logged(&[(10, 1, 4), (11, 2, 7), (12, 1, 5), (13, 1, 6), (14, 2, 8), (15, 2, 0)]);
+        let logged =
+            logged(&[(10, 1, 4), (11, 2, 7), (12, 1, 5), (13, 1, 6), (14, 2, 8), (15, 2, 0)]);
         let beyond = |held: &[(u64, u64)]| logged.first_beyond(&vector(held)).map(|(lsn, _)| lsn.0);
         assert_eq!(beyond(&[(1, 6), (2, 8)]), None);
         assert_eq!(beyond(&[(1, 5), (2, 8)]), Some(13));

@@ -1,7 +1,9 @@
-//! The log as chunks in the bucket: cuts settled records into objects, and owns the position that they have reached.
+//! The log as chunks in the bucket: cuts settled records into objects, and owns the position that
+//! they have reached.
 //!
 //! **Invariants**
-//! - The position moves only after an object is durable; `ship.json` is written before the position is published.
+//! - The position moves only after an object is durable; `ship.json` is written before the position
+//!   is published.
 //! - A chunk begins exactly after the object before it, or after what other replicas have shipped.
 //! - A log that does not reach back to the beginning needs a checkpoint before the first chunk.
 
@@ -67,7 +69,8 @@ pub(super) struct Chunks {
     duty: watch::Receiver<Duty>,
     status: watch::Sender<ShipStatus>,
     state: ShipState,
-    /// Upper bound of the bytes of the next chunk: halved by failed attempts, doubled by successful ones.
+    /// Upper bound of the bytes of the next chunk: halved by failed attempts, doubled by successful
+    /// ones.
     bytes_max: usize,
     /// The archives of the others were read when this replica began to ship.
     read_others: bool,
@@ -83,8 +86,15 @@ impl Chunks {
         status: watch::Sender<ShipStatus>,
     ) -> Self {
         let state = ShipState::read(&context.dir);
-        let chunks =
-            Self { context, duty, status, state, bytes_max: CHUNK_BYTES_MAX, read_others: false, requests: Vec::new() };
+        let chunks = Self {
+            context,
+            duty,
+            status,
+            state,
+            bytes_max: CHUNK_BYTES_MAX,
+            read_others: false,
+            requests: Vec::new(),
+        };
         chunks.publish();
         chunks
     }
@@ -117,8 +127,8 @@ impl Chunks {
         self.state.began_full || self.context.replica.ranges().ingested.is_some()
     }
 
-    /// Returns true when chunks are usable: a log that does not reach back to the beginning needs a checkpoint,
-    /// or another replica's archive that it follows.
+    /// Returns true when chunks are usable: a log that does not reach back to the beginning needs a
+    /// checkpoint, or another replica's archive that it follows.
     pub(super) fn are_usable(&self) -> bool {
         self.state.manifest.is_some() || self.state.went_on_behind.is_some() || !self.began_full()
     }
@@ -153,7 +163,8 @@ impl Chunks {
         self.read_others = false;
     }
 
-    /// Reads the archives of the others, once, when this replica begins to ship, and continues after them.
+    /// Reads the archives of the others, once, when this replica begins to ship, and continues
+    /// after them.
     pub(super) async fn continue_after_others(&mut self) -> Result<(), ShipError> {
         let shipped = self.state.shipped_lsn;
         let reaches = self.are_usable() && self.context.replica.log().first_lsn() <= shipped.next();
@@ -177,7 +188,10 @@ impl Chunks {
     }
 
     /// Ships all settled records, as far as that is possible before a checkpoint.
-    pub(super) async fn ship_all(&mut self, checkpoint: Option<&UnderWay>) -> Result<Progress, ShipError> {
+    pub(super) async fn ship_all(
+        &mut self,
+        checkpoint: Option<&UnderWay>,
+    ) -> Result<Progress, ShipError> {
         self.continue_after_others().await?;
         if !self.are_usable() {
             return Ok(Progress::NeedsCheckpoint);
@@ -186,7 +200,9 @@ impl Chunks {
         while self.state.shipped_lsn < settled {
             match self.ship_chunk(ALL, checkpoint).await {
                 // The log was truncated here at its cap: a checkpoint supersedes the missing part.
-                Err(ShipError::Log(BinlogError::TooOld { .. })) => return Ok(Progress::NeedsCheckpoint),
+                Err(ShipError::Log(BinlogError::TooOld { .. })) => {
+                    return Ok(Progress::NeedsCheckpoint);
+                }
                 Ok(false) => break,
                 shipped => shipped?,
             };
@@ -196,11 +212,16 @@ impl Chunks {
 
     /// Ships the next chunk, with no record after `limit`; returns false when there is none now.
     #[tracing::instrument(name = "ship a chunk", skip_all, fields(keyspace = self.context.replica.keyspace.0, shard = self.context.replica.shard.0))]
-    pub(super) async fn ship_chunk(&mut self, limit: Lsn, checkpoint: Option<&UnderWay>) -> Result<bool, ShipError> {
+    pub(super) async fn ship_chunk(
+        &mut self,
+        limit: Lsn,
+        checkpoint: Option<&UnderWay>,
+    ) -> Result<bool, ShipError> {
         let context = self.context.clone();
         let after = self.state.shipped_lsn;
         let settled = context.replica.settled_lsn().min(limit);
-        // Asked after the settled LSN is read: the chunk would reach into what the checkpoint does not hold.
+        // Asked after the settled LSN is read: the chunk would reach into what the checkpoint does
+        // not hold.
         if checkpoint.is_some_and(UnderWay::is_fixing) || settled <= after {
             return Ok(false);
         }
@@ -218,12 +239,17 @@ impl Chunks {
     }
 
     /// Records a published manifest, which supersedes so many chunks.
-    pub(super) fn add_manifest(&mut self, manifest: PinnedManifest, superseded: u64) -> Result<(), ShipError> {
+    pub(super) fn add_manifest(
+        &mut self,
+        manifest: PinnedManifest,
+        superseded: u64,
+    ) -> Result<(), ShipError> {
         self.state.add_manifest(manifest, superseded);
         self.save()
     }
 
-    /// While clients wait for the bucket, checks that it still holds the object that the next chunk builds on.
+    /// While clients wait for the bucket, checks that it still holds the object that the next chunk
+    /// builds on.
     async fn check_previous(&mut self, checkpoint: Option<&UnderWay>) -> Result<(), ShipError> {
         if let Some(previous) = self.state.previous.clone().filter(|_| self.status().for_acks)
             && self.context.bucket.head(&previous).await?.is_none()
@@ -259,8 +285,8 @@ impl Chunks {
         }))
     }
 
-    /// Creates the object of a chunk; returns the last LSN that it covers. An object of an earlier attempt may hold
-    /// fewer or more of the same records.
+    /// Creates the object of a chunk; returns the last LSN that it covers. An object of an earlier
+    /// attempt may hold fewer or more of the same records.
     async fn create(&mut self, key: &str, chunk: Chunk) -> Result<Lsn, ShipError> {
         let last = chunk.last_lsn;
         let encoded = chunk.encode();
@@ -272,8 +298,10 @@ impl Chunks {
                     key: key.to_owned(),
                     what: format!("what is here: {error}"),
                 })?;
-                let place = |chunk: &Chunk| (chunk.keyspace, chunk.shard, chunk.replica, chunk.first_lsn);
-                Ok(take_existing(key, Chunk::decode(&existing), &ours, place, begin_alike)?.last_lsn)
+                let place =
+                    |chunk: &Chunk| (chunk.keyspace, chunk.shard, chunk.replica, chunk.first_lsn);
+                Ok(take_existing(key, Chunk::decode(&existing), &ours, place, begin_alike)?
+                    .last_lsn)
             }
             Err(error) => {
                 // An upload that takes too long as a whole may succeed in parts.

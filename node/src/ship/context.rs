@@ -1,4 +1,5 @@
-//! The surroundings of a shipper: the replica, the bucket, and what it shares with the other shippers of the node.
+//! The surroundings of a shipper: the replica, the bucket, and what it shares with the other
+//! shippers of the node.
 
 use std::path::PathBuf;
 use std::sync::Arc;

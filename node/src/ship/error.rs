@@ -59,7 +59,9 @@ pub(crate) enum ShipError {
     )]
     Lost(String),
     /// The bucket has lost the catalog.
-    #[error("object {0} is not in the bucket any more; run `vasto bucket repair` to put the catalog back")]
+    #[error(
+        "object {0} is not in the bucket any more; run `vasto bucket repair` to put the catalog back"
+    )]
     NoCatalog(String),
     /// The shipper has ended.
     #[error("the node is stopping")]
@@ -67,7 +69,9 @@ pub(crate) enum ShipError {
 }
 
 /// Runs blocking work off the async threads.
-pub(crate) async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, ShipError>
+pub(crate) async fn blocking<T, E>(
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, ShipError>
 where
     T: Send + 'static,
     E: Send + 'static,

@@ -1,9 +1,10 @@
 //! The object that a shipper finds under the name of the object it is about to create.
 //!
-//! It was shipped before a crash that preceded `ship.json`, or by an attempt whose answer was lost, or it is damaged, or
-//! another process ships a copy of this replica.
+//! It was shipped before a crash that preceded `ship.json`, or by an attempt whose answer was lost,
+//! or it is damaged, or another process ships a copy of this replica.
 //!
-//! **Invariant:** an existing object stands for the new one only when it belongs to the same place and agrees with it.
+//! **Invariant:** an existing object stands for the new one only when it belongs to the same place
+//! and agrees with it.
 
 use std::fmt::Display;
 
@@ -37,11 +38,21 @@ mod tests {
     #[test]
     fn an_existing_object_stands_for_the_new_one_only_when_it_agrees_with_it() {
         let take = |existing: Result<(u8, u8), &str>| {
-            take_existing("a key", existing, &(1, 2), |object| object.0, |existing, ours| existing.1 >= ours.1)
+            take_existing(
+                "a key",
+                existing,
+                &(1, 2),
+                |object| object.0,
+                |existing, ours| existing.1 >= ours.1,
+            )
         };
         assert!(matches!(take(Ok((1, 3))), Ok((1, 3))));
         assert!(matches!(take(Ok((1, 1))), Err(ShipError::Foreign(key)) if key == "a key"));
-        assert!(matches!(take(Ok((0, 2))), Err(ShipError::InTheWay { what, .. }) if what == "it belongs elsewhere"));
-        assert!(matches!(take(Err("damaged")), Err(ShipError::InTheWay { what, .. }) if what == "damaged"));
+        assert!(
+            matches!(take(Ok((0, 2))), Err(ShipError::InTheWay { what, .. }) if what == "it belongs elsewhere")
+        );
+        assert!(
+            matches!(take(Err("damaged")), Err(ShipError::InTheWay { what, .. }) if what == "damaged")
+        );
     }
 }

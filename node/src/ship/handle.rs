@@ -14,7 +14,8 @@ pub(super) type Waiter<T> = oneshot::Sender<Result<T, ShipError>>;
 pub(super) enum ShipRequest {
     /// A checkpoint of the current state.
     Checkpoint {
-        /// Bands that a plan is about to read: they are rewritten first when that saves readers more than it costs.
+        /// Bands that a plan is about to read: they are rewritten first when that saves readers
+        /// more than it costs.
         compact: Option<BandRange>,
         /// It trusts nothing in the bucket: everything is uploaded.
         anew: bool,
@@ -48,12 +49,18 @@ pub(super) fn handle() -> (ShipHandle, ShipperEnds) {
     let (sender, requests) = mpsc::unbounded_channel();
     let (duty, duties) = watch::channel(Duty::default());
     let (publisher, status) = watch::channel(ShipStatus::default());
-    (ShipHandle { requests: sender, duty, status }, ShipperEnds { requests, duty: duties, status: publisher })
+    (
+        ShipHandle { requests: sender, duty, status },
+        ShipperEnds { requests, duty: duties, status: publisher },
+    )
 }
 
 impl ShipHandle {
     /// Makes a checkpoint and waits for its manifest.
-    pub(crate) async fn checkpoint(&self, compact: Option<BandRange>) -> Result<PinnedManifest, ShipError> {
+    pub(crate) async fn checkpoint(
+        &self,
+        compact: Option<BandRange>,
+    ) -> Result<PinnedManifest, ShipError> {
         self.ask(|done| ShipRequest::Checkpoint { compact, anew: false, done }).await
     }
 
@@ -65,7 +72,8 @@ impl ShipHandle {
         self.ask(|done| ShipRequest::Checkpoint { compact: None, anew: true, done }).await.map(Some)
     }
 
-    /// Waits until the bucket covers the log up to its current end; this replica ships it if no other does.
+    /// Waits until the bucket covers the log up to its current end; this replica ships it if no
+    /// other does.
     pub(crate) async fn log(&self) -> Result<(), ShipError> {
         self.ask(|done| ShipRequest::Log { done }).await
     }

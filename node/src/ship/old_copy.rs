@@ -1,12 +1,12 @@
 //! Detects a directory that was put back from an old copy by what the bucket holds of the replica.
 //!
-//! A replica without peers has no other replica that knows more of it than itself. It ships only synced records,
-//! so its archive ends before its log does; when the archive reaches further, the directory is not the
-//! one that has shipped it.
+//! A replica without peers has no other replica that knows more of it than itself. It ships only
+//! synced records, so its archive ends before its log does; when the archive reaches further, the
+//! directory is not the one that has shipped it.
 //!
-//! **Invariant:** a listed object counts only once it was read whole and proves to be this replica's.
-//! A bucket that does not answer, or a damaged object, keeps no replica from serving: then the first
-//! object that is in the way of shipping reveals the old copy.
+//! **Invariant:** a listed object counts only once it was read whole and proves to be this
+//! replica's. A bucket that does not answer, or a damaged object, keeps no replica from serving:
+//! then the first object that is in the way of shipping reveals the old copy.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -50,20 +50,28 @@ fn note_path(dir: &Path) -> PathBuf {
     dir.join("old-copy.json")
 }
 
-/// Records where the log of a refused directory ends: each opening adds a record to it, which is now `opened`.
+/// Records where the log of a refused directory ends: each opening adds a record to it, which is
+/// now `opened`.
 pub(crate) fn note(dir: &Path, end: Lsn, opened: Lsn) -> Result<(), DirError> {
     write_json(&note_path(dir), &Refused { end, opened })
 }
 
-/// Returns the end of the log before any refused opening, if it ends here as such an opening has left it.
+/// Returns the end of the log before any refused opening, if it ends here as such an opening has
+/// left it.
 pub(crate) fn end_of(dir: &Path, end: Lsn) -> Result<Lsn, DirError> {
     let refused = read_json::<Refused>(&note_path(dir))?.filter(|refused| refused.opened == end);
     Ok(refused.map_or(end, |refused| refused.end))
 }
 
-/// Returns the end of the replica's archive if it is beyond the end of its log. `shipped` is the replica's own
-/// record of what it has shipped. `None` also when the bucket does not answer in time.
-pub(crate) async fn held_beyond(bucket: &Bucket, owner: Owner, shipped: Lsn, end: Lsn) -> Option<Lsn> {
+/// Returns the end of the replica's archive if it is beyond the end of its log. `shipped` is the
+/// replica's own record of what it has shipped. `None` also when the bucket does not answer in
+/// time.
+pub(crate) async fn held_beyond(
+    bucket: &Bucket,
+    owner: Owner,
+    shipped: Lsn,
+    end: Lsn,
+) -> Option<Lsn> {
     let bucket = bucket.with_retry(RetryBudget::probe());
     match tokio::time::timeout(PATIENCE, archive_end_beyond(&bucket, owner, shipped, end)).await {
         Ok(Ok(held)) => held,
@@ -82,12 +90,19 @@ pub(crate) async fn held_beyond(bucket: &Bucket, owner: Owner, shipped: Lsn, end
     }
 }
 
-async fn archive_end_beyond(bucket: &Bucket, owner: Owner, shipped: Lsn, end: Lsn) -> Result<Option<Lsn>, BucketError> {
+async fn archive_end_beyond(
+    bucket: &Bucket,
+    owner: Owner,
+    shipped: Lsn,
+    end: Lsn,
+) -> Result<Option<Lsn>, BucketError> {
     let Owner { keyspace, shard, replica } = owner;
     let listed = bucket.list(&layout::checkpoint_prefix(keyspace, shard, replica)).await?;
     let newest = listed.iter().filter_map(|object| layout::parse_manifest_lsn(&object.key)).max();
     if let Some(newest) = newest.filter(|newest| *newest > end) {
-        match archive::manifest_at(bucket, &layout::manifest(keyspace, shard, replica, newest)).await {
+        match archive::manifest_at(bucket, &layout::manifest(keyspace, shard, replica, newest))
+            .await
+        {
             Ok(_) => return Ok(Some(newest)),
             Err(ArchiveError::Bucket(error)) => return Err(error),
             Err(_) => {} // no evidence about this replica
@@ -113,7 +128,8 @@ mod tests {
     use vasto_core::record::{Body, KeyEntry, Record};
     use vasto_shipping::{BucketOptions, Chunk};
 
-    const OWNER: Owner = Owner { keyspace: KeyspaceId(1), shard: ShardId(0), replica: ReplicaId(7) };
+    const OWNER: Owner =
+        Owner { keyspace: KeyspaceId(1), shard: ShardId(0), replica: ReplicaId(7) };
 
     fn record(lsn: u64) -> Record {
         Record {
@@ -139,7 +155,10 @@ mod tests {
             records: (first..=last).flat_map(|lsn| record(lsn).encode()).collect(),
         };
         bucket
-            .create(&layout::chunk(OWNER.keyspace, OWNER.shard, OWNER.replica, Lsn(first)), chunk.encode())
+            .create(
+                &layout::chunk(OWNER.keyspace, OWNER.shard, OWNER.replica, Lsn(first)),
+                chunk.encode(),
+            )
             .await
             .unwrap();
     }
@@ -154,7 +173,11 @@ mod tests {
         ship(&bucket, 1, 50).await;
         ship(&bucket, 51, 90).await;
         assert_eq!(beyond(90, 90).await, None);
-        assert_eq!(beyond(50, 95).await, None, "a crash came before it was noted that the last chunk is shipped");
+        assert_eq!(
+            beyond(50, 95).await,
+            None,
+            "a crash came before it was noted that the last chunk is shipped"
+        );
         assert_eq!(beyond(50, 60).await, Some(Lsn(90)));
         assert_eq!(beyond(0, 0).await, Some(Lsn(50)), "nothing is left of it here");
         // A foreign object under the name of a manifest is no evidence.

@@ -1,8 +1,9 @@
-//! Limits that all uploads of a node share: their number, their memory and their rate; and the faults that
-//! keep them from continuing.
+//! Limits that all uploads of a node share: their number, their memory and their rate; and the
+//! faults that keep them from continuing.
 //!
 //! **Invariant:** the memory that uploads take is bounded, however many replicas ship at once: by
-//! [`UPLOAD_MEMORY_MAX`] for checkpoints and [`LOG_MEMORY_MAX`] for the log. Neither waits for the other.
+//! [`UPLOAD_MEMORY_MAX`] for checkpoints and [`LOG_MEMORY_MAX`] for the log. Neither waits for the
+//! other.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -47,7 +48,8 @@ impl Lane {
         Self { permits: Semaphore::new(UPLOADS_MAX), memory: Semaphore::new(kib), memory_max }
     }
 
-    /// Grants turns in order of arrival. An upload larger than the whole budget waits for all of it.
+    /// Grants turns in order of arrival. An upload larger than the whole budget waits for all of
+    /// it.
     async fn turn(&self, bytes: u64) -> Option<Turn<'_>> {
         let permit = self.permits.acquire().await.ok()?;
         let kib = u32::try_from(bytes.min(self.memory_max) >> 10).expect("at most a few MiB");
@@ -97,7 +99,8 @@ impl Pace {
         };
     }
 
-    /// Returns the fault that keeps shards of this node from being shipped: the first one, and how many there are.
+    /// Returns the fault that keeps shards of this node from being shipped: the first one, and how
+    /// many there are.
     pub(crate) fn trouble(&self) -> Option<String> {
         let all = self.trouble.lock();
         let ((keyspace, shard), first) = all.first_key_value()?;
@@ -161,7 +164,10 @@ mod tests {
             pace.note((KeyspaceId(1), ShardId(shard)), Some("no bucket".into()));
         }
         let trouble = pace.trouble().unwrap();
-        assert!(trouble.contains("shard 0 of keyspace 1 and of 2 others fails: no bucket"), "{trouble}");
+        assert!(
+            trouble.contains("shard 0 of keyspace 1 and of 2 others fails: no bucket"),
+            "{trouble}"
+        );
         for shard in 0..3 {
             pace.note((KeyspaceId(1), ShardId(shard)), None);
         }

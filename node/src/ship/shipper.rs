@@ -1,10 +1,11 @@
-//! The task that ships one replica: decides whether a chunk, a checkpoint or an acknowledgement is due, and what
-//! follows from a failure.
+//! The task that ships one replica: decides whether a chunk, a checkpoint or an acknowledgement is
+//! due, and what follows from a failure.
 //!
 //! **Invariants**
-//! - A write that waits for the bucket is acknowledged only after the bucket holds it: in a chunk, in a checkpoint or in
-//!   the archive of another replica.
-//! - A replica whose archive in the bucket holds another history closes before a request is answered.
+//! - A write that waits for the bucket is acknowledged only after the bucket holds it: in a chunk,
+//!   in a checkpoint or in the archive of another replica.
+//! - A replica whose archive in the bucket holds another history closes before a request is
+//!   answered.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,7 +54,10 @@ struct Shipper {
 }
 
 /// Starts a shipper; it ends when `cancel` fires, after it has shipped what is due.
-pub(crate) fn start(context: ShipContext, cancel: CancellationToken) -> (ShipHandle, impl Future<Output = ()> + Send) {
+pub(crate) fn start(
+    context: ShipContext,
+    cancel: CancellationToken,
+) -> (ShipHandle, impl Future<Output = ()> + Send) {
     let (handle, ends) = handle();
     let shipper = async move {
         let ShipperEnds { requests, duty, status } = ends;
@@ -124,7 +128,8 @@ impl Shipper {
     fn is_idle(&self) -> bool {
         let replica = &self.context.replica;
         let ships = self.chunks.ships();
-        let is_shipped = replica.log().appended_lsn() <= self.chunks.state().shipped_lsn && self.chunks.are_usable();
+        let is_shipped = replica.log().appended_lsn() <= self.chunks.state().shipped_lsn
+            && self.chunks.are_usable();
         (is_shipped || !ships)
             && self.began.is_some() == ships
             && !self.backoff.is_failing()
@@ -132,7 +137,8 @@ impl Shipper {
             && !replica.ranges().is_being_filled()
     }
 
-    /// Returns the pause before the next poll for writes that wait for the bucket, while there are any to ship.
+    /// Returns the pause before the next poll for writes that wait for the bucket, while there are
+    /// any to ship.
     fn ack_poll(&self) -> Option<Duration> {
         let wait = self.chunks.status().for_acks
             && self.backoff.is_over()
@@ -177,7 +183,13 @@ impl Shipper {
 
     /// Ships the log for writes that wait for the bucket.
     async fn ship_for_acks(&mut self) -> Result<(), ShipError> {
-        if self.context.replica.bucket_acks().last().is_some_and(|wanted| self.chunks.state().shipped_lsn < wanted) {
+        if self
+            .context
+            .replica
+            .bucket_acks()
+            .last()
+            .is_some_and(|wanted| self.chunks.state().shipped_lsn < wanted)
+        {
             self.ship_the_log().await?;
         }
         self.cover().await
@@ -239,9 +251,11 @@ impl Shipper {
             records: replica.settled_lsn().0.saturating_sub(manifest.0),
             chunks: state.chunks,
         };
-        // A checkpoint that is due only by its many chunks, which waiting bucket writes cause, can wait a little.
+        // A checkpoint that is due only by its many chunks, which waiting bucket writes cause, can
+        // wait a little.
         let by_chunks_alone = !checkpoint_is_due(Replay { chunks: 0, ..since });
-        checkpoint_is_due(since) && !(by_chunks_alone && self.checkpoints.is_recent(CHECKPOINTS_APART))
+        checkpoint_is_due(since)
+            && !(by_chunks_alone && self.checkpoints.is_recent(CHECKPOINTS_APART))
     }
 
     /// Ships all settled records, or begins the checkpoint that has to come first.
@@ -252,8 +266,9 @@ impl Shipper {
         Ok(())
     }
 
-    /// Begins a checkpoint because chunks are not possible. In place of the preferred primary, which may be back at
-    /// once, only when a request waits or that has been away for long: the whole shard is uploaded.
+    /// Begins a checkpoint because chunks are not possible. In place of the preferred primary,
+    /// which may be back at once, only when a request waits or that has been away for long: the
+    /// whole shard is uploaded.
     fn begin_checkpoint_instead(&mut self) {
         let for_long = self.began.is_some_and(|began| began.elapsed() >= SHIP_INSTEAD_AFTER);
         if for_long || !self.chunks.stands_in() || self.chunks.is_waited_for() {
@@ -304,8 +319,8 @@ impl Shipper {
         );
     }
 
-    /// Closes the replica: the bucket holds another history of it. Writes accepted here would never get there, and
-    /// that history is not served; no write must be acknowledged on top of it.
+    /// Closes the replica: the bucket holds another history of it. Writes accepted here would never
+    /// get there, and that history is not served; no write must be acknowledged on top of it.
     fn give_up(&self, key: &str) {
         let replica = &self.context.replica;
         if replica.closed().is_none() {
@@ -314,7 +329,12 @@ impl Shipper {
                  holds other records; stop whatever uses a copy and put the newer data directory back, or have another \
                  node take over what the bucket holds with `vasto node replace`"
             );
-            tracing::error!(keyspace = replica.keyspace.0, shard = replica.shard.0, reason, "the replica closes");
+            tracing::error!(
+                keyspace = replica.keyspace.0,
+                shard = replica.shard.0,
+                reason,
+                "the replica closes"
+            );
             replica.close(reason);
         }
     }
@@ -322,7 +342,8 @@ impl Shipper {
     /// Publishes the fault that keeps this shard from being shipped.
     fn note(&self, trouble: Option<&ShipError>) {
         let replica = &self.context.replica;
-        let trouble = trouble.map(ToString::to_string).or_else(|| self.checkpoints.trouble().cloned());
+        let trouble =
+            trouble.map(ToString::to_string).or_else(|| self.checkpoints.trouble().cloned());
         self.context.pace.note((replica.keyspace, replica.shard), trouble);
     }
 
@@ -360,7 +381,8 @@ impl Shipper {
     }
 }
 
-/// Waits until a write waits for the bucket; while one does already, for the pause before the next poll.
+/// Waits until a write waits for the bucket; while one does already, for the pause before the next
+/// poll.
 async fn acks_wanted(replica: &Replica, poll: Option<Duration>) {
     match poll {
         Some(pause) => tokio::time::sleep(pause).await,

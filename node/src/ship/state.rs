@@ -1,6 +1,7 @@
 //! The position of a shipper, in `ship.json` of the replica's directory.
 //!
-//! **Invariant:** the file is only a hint: the bucket decides. It is written after the objects that it names.
+//! **Invariant:** the file is only a hint: the bucket decides. It is written after the objects that
+//! it names.
 
 use std::path::{Path, PathBuf};
 
@@ -19,11 +20,12 @@ pub(super) struct ShipState {
     pub(super) manifest: Option<PinnedManifest>,
     /// Key of the object that the next chunk names as its predecessor.
     pub(super) previous: Option<String>,
-    /// The log does not hold the records that the replica began with: a checkpoint precedes the first chunk.
+    /// The log does not hold the records that the replica began with: a checkpoint precedes the
+    /// first chunk.
     #[serde(default)]
     pub(super) began_full: bool,
-    /// The manifest of another keyspace whose files the database began with: they need no second upload
-    /// as long as the plan that restores this keyspace keeps them.
+    /// The manifest of another keyspace whose files the database began with: they need no second
+    /// upload as long as the plan that restores this keyspace keeps them.
     #[serde(default)]
     pub(super) inherited: Option<String>,
     /// Chunks after the last manifest.
@@ -38,7 +40,8 @@ pub(super) struct ShipState {
 }
 
 impl ShipState {
-    /// Reads the position of an open replica; an unreadable one makes the next checkpoint come first.
+    /// Reads the position of an open replica; an unreadable one makes the next checkpoint come
+    /// first.
     pub(super) fn read(dir: &Path) -> Self {
         match read_json(&file(dir)) {
             Ok(state) => Option::unwrap_or_default(state),
@@ -83,8 +86,8 @@ impl ShipState {
         self.manifest = Some(manifest);
     }
 
-    /// Records that archives of others cover the log up to `lsn`: `previous` is their last object, with so many chunks
-    /// after a manifest.
+    /// Records that archives of others cover the log up to `lsn`: `previous` is their last object,
+    /// with so many chunks after a manifest.
     pub(super) fn continue_after(&mut self, lsn: Lsn, previous: String, chunks: u64) {
         self.shipped_lsn = lsn;
         self.went_on_behind = Some(lsn);

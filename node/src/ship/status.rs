@@ -1,8 +1,9 @@
-//! The two values that a shipper shares with the rest of the node: the [`Duty`] that the host of the replica sets, and
-//! the [`ShipStatus`] that the shipper and the truncation of the log publish.
+//! The two values that a shipper shares with the rest of the node: the [`Duty`] that the host of
+//! the replica sets, and the [`ShipStatus`] that the shipper and the truncation of the log publish.
 //!
 //! **Invariants**
-//! - A published status never claims more than is durable in the bucket and recorded in `ship.json`.
+//! - A published status never claims more than is durable in the bucket and recorded in
+//!   `ship.json`.
 //! - Each value is replaced as a whole: a reader never sees the LSNs of two different moments.
 
 use vasto_core::ids::Lsn;

@@ -1,9 +1,10 @@
 //! Truncates the front of a replica's log when it is not needed any more.
 //!
-//! **Invariant:** truncated log is persisted in the database, covered by the bucket (while this replica ships; old
-//! enough for that while another one does), not needed by a running plan and read by every follower. At the byte cap
-//! the bucket's cover is given up, but never log that a plan needs: log that the plan can read from the bucket is
-//! truncated, and the rest stays. Any other holder of the log is named, and the master removes it.
+//! **Invariant:** truncated log is persisted in the database, covered by the bucket (while this
+//! replica ships; old enough for that while another one does), not needed by a running plan and
+//! read by every follower. At the byte cap the bucket's cover is given up, but never log that a
+//! plan needs: log that the plan can read from the bucket is truncated, and the rest stays. Any
+//! other holder of the log is named, and the master removes it.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -48,7 +49,8 @@ struct Bounds {
 }
 
 impl Bounds {
-    /// Returns the LSN up to which the log may be truncated; at its cap the bucket's cover is given up.
+    /// Returns the LSN up to which the log may be truncated; at its cap the bucket's cover is given
+    /// up.
     fn end(self, full: bool) -> Lsn {
         let kept_at_the_cap = self.persisted.min(self.needed).min(self.followed);
         if full { kept_at_the_cap } else { kept_at_the_cap.min(self.covered) }
@@ -63,7 +65,8 @@ struct LogEnds {
 }
 
 impl LogEnds {
-    /// Returns the LSN up to which the log is so old that the shipping replica has shipped it, if it can.
+    /// Returns the LSN up to which the log is so old that the shipping replica has shipped it, if
+    /// it can.
     fn old(&mut self, now: Instant, end: Lsn) -> Lsn {
         if self.seen.back().is_none_or(|(at, lsn)| *lsn < end && now - *at >= self.kept_for / 16) {
             self.seen.push_back((now, end));
@@ -77,10 +80,21 @@ impl LogEnds {
 }
 
 impl Truncation {
-    pub(super) fn new(context: &ShipContext, duty: watch::Receiver<Duty>, status: watch::Sender<ShipStatus>) -> Self {
+    pub(super) fn new(
+        context: &ShipContext,
+        duty: watch::Receiver<Duty>,
+        status: watch::Sender<ShipStatus>,
+    ) -> Self {
         let kept_for = LOG_KEPT_FOR_SHIPPING.max(context.interval.saturating_mul(3));
         let ends = LogEnds { kept_for, seen: VecDeque::new() };
-        Self { replica: context.replica.clone(), duty, status, cap: context.log_cap, given_up: false, ends }
+        Self {
+            replica: context.replica.clone(),
+            duty,
+            status,
+            cap: context.log_cap,
+            given_up: false,
+            ends,
+        }
     }
 
     /// Truncates repeatedly; ends when it is dropped.
@@ -110,8 +124,8 @@ impl Truncation {
 
     /// Truncates once; returns true when nothing more can be truncated before the log grows.
     async fn once(&mut self) -> Result<bool, ShipError> {
-        // The status is read before the duty: the checkpoint that a plan still waits for then holds everything that
-        // counts as shipped here.
+        // The status is read before the duty: the checkpoint that a plan still waits for then holds
+        // everything that counts as shipped here.
         let published = *self.status.borrow();
         let duty = *self.duty.borrow();
         let (replica, cap) = (self.replica.clone(), self.cap);
@@ -123,7 +137,8 @@ impl Truncation {
             return Ok(true);
         }
         let status = self.status.clone();
-        let given_up = blocking(move || truncate(&replica, cap, old, duty, published, &status)).await?;
+        let given_up =
+            blocking(move || truncate(&replica, cap, old, duty, published, &status)).await?;
         if given_up && !self.given_up {
             tracing::warn!(
                 keyspace = self.replica.keyspace.0,
@@ -137,8 +152,9 @@ impl Truncation {
     }
 }
 
-/// Truncates the log up to its bounds, and publishes whether a plan or a follower keeps more of it than the cap; returns
-/// true when the bucket's cover is given up. `old` is the LSN up to which another replica has shipped.
+/// Truncates the log up to its bounds, and publishes whether a plan or a follower keeps more of it
+/// than the cap; returns true when the bucket's cover is given up. `old` is the LSN up to which
+/// another replica has shipped.
 fn truncate(
     replica: &Replica,
     cap: u64,
@@ -157,7 +173,8 @@ fn truncate(
     let persisted = replica.persisted_lsn()?;
     // Log that is about to be shipped or truncated does not count.
     let kept = if full { log.bytes_after(needed) } else { 0 };
-    // Not all bytes of the log: the file that is being written stays even when every follower has read it.
+    // Not all bytes of the log: the file that is being written stays even when every follower has
+    // read it.
     let unread = if full { log.bytes_after(followed) } else { 0 };
     publish_kept(status, kept > cap && needed < persisted, unread > cap);
     replica.set_shed(unread > cap.saturating_mul(2));
@@ -172,9 +189,9 @@ fn publish_kept(status: &watch::Sender<ShipStatus>, over_cap: bool, held_back: b
     status.send_modify(|status| (status.over_cap, status.held_back) = (over_cap, held_back));
 }
 
-/// Returns the LSN after which a plan needs the log and cannot get it elsewhere. At the cap, a plan that reads missing
-/// log from the bucket needs nothing that chunks without a gap cover. 0 is a plan whose checkpoint is still being made:
-/// it will hold everything that is shipped by now.
+/// Returns the LSN after which a plan needs the log and cannot get it elsewhere. At the cap, a plan
+/// that reads missing log from the bucket needs nothing that chunks without a gap cover. 0 is a
+/// plan whose checkpoint is still being made: it will hold everything that is shipped by now.
 fn needed_here(need: LogNeed, full: bool, chained_from: Lsn, shipped: Lsn) -> Lsn {
     let is_chained = need.after == Lsn(0) || chained_from <= need.after;
     if full && need.from_bucket && is_chained { need.after.max(shipped) } else { need.after }
@@ -187,7 +204,13 @@ mod tests {
     #[test]
     fn at_the_cap_a_plan_needs_only_what_the_bucket_does_not_hold() {
         let here = |needed, from_bucket, chained_from, shipped| {
-            needed_here(LogNeed { after: Lsn(needed), from_bucket }, true, Lsn(chained_from), Lsn(shipped)).0
+            needed_here(
+                LogNeed { after: Lsn(needed), from_bucket },
+                true,
+                Lsn(chained_from),
+                Lsn(shipped),
+            )
+            .0
         };
         assert_eq!(here(10, true, 0, 90), 90);
         assert_eq!(here(10, true, 10, 90), 90);
@@ -220,7 +243,8 @@ mod tests {
         let kept_for = Duration::from_secs(60);
         let mut ends = LogEnds { kept_for, seen: VecDeque::new() };
         let began = Instant::now();
-        let mut old_at = |seconds: u64, end: u64| ends.old(began + Duration::from_secs(seconds), Lsn(end)).0;
+        let mut old_at =
+            |seconds: u64, end: u64| ends.old(began + Duration::from_secs(seconds), Lsn(end)).0;
         assert_eq!(old_at(0, 100), 0);
         for second in 1..60 {
             assert_eq!(old_at(second, 100 + second), 0, "{second}");

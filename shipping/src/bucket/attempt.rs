@@ -1,7 +1,8 @@
 //! Single attempts and their repetition.
 //!
-//! **Invariant:** an attempt of [`Bucket::once`] passes the breaker, ends within a limit, and reports to the breaker how
-//! it ended, except for a large upload that timed out. What runs inside another operation is only limited: [`within`].
+//! **Invariant:** an attempt of [`Bucket::once`] passes the breaker, ends within a limit, and
+//! reports to the breaker how it ended, except for a large upload that timed out. What runs inside
+//! another operation is only limited: [`within`].
 
 use std::future::Future;
 use std::time::Duration;
@@ -15,8 +16,9 @@ use super::retry::Retry;
 use crate::layout;
 
 impl Bucket {
-    /// Makes one attempt, cut off after `limit`, when the breaker lets it pass. `sends` is its upload size: large uploads
-    /// are not used as trial requests, and a slow large upload says nothing about other requests.
+    /// Makes one attempt, cut off after `limit`, when the breaker lets it pass. `sends` is its
+    /// upload size: large uploads are not used as trial requests, and a slow large upload says
+    /// nothing about other requests.
     pub(super) async fn once<T, E: Into<Failure>>(
         &self,
         retry: &Retry,
@@ -31,7 +33,9 @@ impl Bucket {
             self.inner.counters.head();
             let path = self.path(&layout::cluster()).map_err(|error| Failure::of_name(&error))?;
             let answer = within(self.budget.attempt, self.inner.store.head(&path)).await;
-            pass.report(answer.err().map(|failure| failure.with_clock(self.clock_ahead_s())).as_ref());
+            pass.report(
+                answer.err().map(|failure| failure.with_clock(self.clock_ahead_s())).as_ref(),
+            );
         }
         let pass = breaker.pass(retry.left()).await?;
         match tokio::time::timeout(limit, attempt).await {
@@ -57,7 +61,11 @@ impl Bucket {
     }
 
     /// Repeats attempts until one succeeds, one fails for good, or the budget is used up.
-    pub(super) async fn retrying<T, F, Fut>(&self, limit: Duration, attempt: F) -> Result<T, Failure>
+    pub(super) async fn retrying<T, F, Fut>(
+        &self,
+        limit: Duration,
+        attempt: F,
+    ) -> Result<T, Failure>
     where
         F: Fn() -> Fut,
         Fut: Future<Output = Result<T, Failure>>,

@@ -1,11 +1,13 @@
 //! The circuit breaker of the process: whether the bucket answers.
 //!
-//! When several requests in a row went unanswered, all others wait and one at a time tries, with growing
-//! pauses. So an outage costs a request every few seconds, however many replicas wait, and a single request
-//! detects its end for all. A store that throttles still answers and serves some requests: an outage takes far
-//! more refusals in a row, and until then each request backs off by itself.
+//! When several requests in a row went unanswered, all others wait and one at a time tries, with
+//! growing pauses. So an outage costs a request every few seconds, however many replicas wait, and
+//! a single request detects its end for all. A store that throttles still answers and serves some
+//! requests: an outage takes far more refusals in a row, and until then each request backs off by
+//! itself.
 //!
-//! **Invariant:** no request waits here longer than its own patience: the time that is left for its retries.
+//! **Invariant:** no request waits here longer than its own patience: the time that is left for its
+//! retries.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -17,11 +19,11 @@ use super::failure::{Failure, Kind};
 
 /// Weight of failures in a row that makes an outage.
 const OUTAGE: u32 = 20;
-/// Weight of an unanswered request, and of one whose signing time the store refuses (`Skewed`): that is no throttling,
-/// since the same clock signs all other requests ...
+/// Weight of an unanswered request, and of one whose signing time the store refuses (`Skewed`):
+/// that is no throttling, since the same clock signs all other requests ...
 const UNANSWERED: u32 = 4;
-/// ... and of an answer that asks for a retry. Where nine of ten requests are throttled, one in eight
-/// runs of this length is refused throughout; where half are, one in a million.
+/// ... and of an answer that asks for a retry. Where nine of ten requests are throttled, one in
+/// eight runs of this length is refused throughout; where half are, one in a million.
 const REFUSED: u32 = 1;
 /// Pause before the first trial request of an outage ...
 const PAUSE_FIRST: Duration = Duration::from_millis(250);
@@ -34,8 +36,8 @@ pub(super) const PROBE_BYTES_MAX: u64 = 256 << 10;
 #[derive(Debug)]
 pub(super) struct Breaker {
     state: Mutex<BreakerState>,
-    /// Wakes the waiting requests to check the state again: when the breaker closes, and, while it stays open, when a
-    /// trial request has ended.
+    /// Wakes the waiting requests to check the state again: when the breaker closes, and, while it
+    /// stays open, when a trial request has ended.
     closed: Notify,
     pause_first: Duration,
     pause_max: Duration,
@@ -69,7 +71,8 @@ struct Outage {
     last: Failure,
 }
 
-/// The right to send one request; a pass that is dropped without a report counts as a request never sent.
+/// The right to send one request; a pass that is dropped without a report counts as a request never
+/// sent.
 pub(super) struct Pass<'a> {
     breaker: &'a Breaker,
     /// The request is the trial request of an outage.
@@ -87,7 +90,8 @@ impl Breaker {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for the right to send a request, at most for `patience`; fails with the last failure of the outage.
+    /// Waits for the right to send a request, at most for `patience`; fails with the last failure
+    /// of the outage.
     pub(super) async fn pass(&self, patience: Duration) -> Result<Pass<'_>, Failure> {
         let deadline = Instant::now() + patience;
         loop {
@@ -128,7 +132,10 @@ impl Breaker {
 
     /// Returns the duration of the current outage and the error of the last request.
     pub(super) fn outage(&self) -> Option<(Duration, String)> {
-        self.state().outage.as_ref().map(|outage| (outage.since.elapsed(), outage.last.detail.clone()))
+        self.state()
+            .outage
+            .as_ref()
+            .map(|outage| (outage.since.elapsed(), outage.last.detail.clone()))
     }
 }
 
@@ -167,10 +174,14 @@ impl Pass<'_> {
             None => {
                 state.failures += weight;
                 if state.failures >= OUTAGE {
-                    tracing::info!(error = failure.detail, "the bucket does not answer; one request at a time tries");
+                    tracing::info!(
+                        error = failure.detail,
+                        "the bucket does not answer; one request at a time tries"
+                    );
                     let pause = self.breaker.pause_first;
                     let last = failure.clone();
-                    state.outage = Some(Outage { since: now, next: now + pause, pause, tried: false, last });
+                    state.outage =
+                        Some(Outage { since: now, next: now + pause, pause, tried: false, last });
                 }
             }
         }
@@ -202,7 +213,11 @@ mod tests {
     }
 
     fn unanswered() -> Failure {
-        Failure { kind: Kind::Unreachable, transient: true, detail: "connection refused".to_owned() }
+        Failure {
+            kind: Kind::Unreachable,
+            transient: true,
+            detail: "connection refused".to_owned(),
+        }
     }
 
     const PATIENCE: Duration = Duration::from_secs(30);
@@ -236,7 +251,11 @@ mod tests {
         futures::future::join_all(work).await;
         // Each task may have had one request under way when the outage began.
         let sent = sent.into_inner();
-        assert!((WANT..WANT + 30).contains(&sent), "{sent} requests, like {} in a minute", sent - WANT);
+        assert!(
+            (WANT..WANT + 30).contains(&sent),
+            "{sent} requests, like {} in a minute",
+            sent - WANT
+        );
     }
 
     #[tokio::test]
@@ -252,7 +271,11 @@ mod tests {
         let patience = Duration::from_millis(100);
         let failure = breaker.pass(patience).await.err().unwrap();
         assert_eq!(failure.detail, "connection refused");
-        assert!(began.elapsed() >= patience && began.elapsed() < patience * 20, "{:?}", began.elapsed());
+        assert!(
+            began.elapsed() >= patience && began.elapsed() < patience * 20,
+            "{:?}",
+            began.elapsed()
+        );
         drop(trying);
         let trying = breaker.pass(Duration::ZERO).await.ok().unwrap();
         // "No such object" is an answer.

@@ -26,7 +26,13 @@ pub struct RequestCounts {
 impl RequestCounts {
     /// Returns the requests, each with the name of its kind.
     pub fn by_kind(&self) -> [(&'static str, u64); 5] {
-        [("put", self.put), ("get", self.get), ("head", self.head), ("list", self.list), ("delete", self.delete)]
+        [
+            ("put", self.put),
+            ("get", self.get),
+            ("head", self.head),
+            ("list", self.list),
+            ("delete", self.delete),
+        ]
     }
 }
 

@@ -15,9 +15,10 @@ const READS_BACK: usize = 3;
 impl Bucket {
     /// Writes the object unless the key is taken.
     ///
-    /// When the store reports that the key is taken (also 409 and 412), the object is read back: the same
-    /// bytes mean that an earlier attempt of this call succeeded and its reply was lost. So bodies
-    /// that decide something must carry a nonce. Other bytes are returned only when two reads agree.
+    /// When the store reports that the key is taken (also 409 and 412), the object is read back:
+    /// the same bytes mean that an earlier attempt of this call succeeded and its reply was lost.
+    /// So bodies that decide something must carry a nonce. Other bytes are returned only when two
+    /// reads agree.
     ///
     /// # Errors
     /// After an error the outcome is unknown: read before deciding anything.
@@ -50,14 +51,20 @@ impl Bucket {
     }
 
     /// Reads what is under a taken key. The inner error: nothing is there, or no two reads agree.
-    async fn read_back(&self, key: &str, body: &Bytes) -> Result<Result<Create, Failure>, BucketError> {
+    async fn read_back(
+        &self,
+        key: &str,
+        body: &Bytes,
+    ) -> Result<Result<Create, Failure>, BucketError> {
         let mut last = None;
         // A body altered on its way would make the caller's own object look like another writer's.
         for _ in 0..READS_BACK {
             match self.get(key).await? {
                 None => return Ok(Err(Failure::contended())),
                 Some(stored) if stored == *body => return Ok(Ok(Create::Created)),
-                Some(stored) if last.as_ref() == Some(&stored) => return Ok(Ok(Create::Exists(stored))),
+                Some(stored) if last.as_ref() == Some(&stored) => {
+                    return Ok(Ok(Create::Exists(stored)));
+                }
                 stored => last = stored,
             }
         }

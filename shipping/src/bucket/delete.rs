@@ -17,8 +17,8 @@ impl Bucket {
         self.delete_many(&[key]).await
     }
 
-    /// Removes these objects, on S3 in one request for up to a thousand of them; missing objects are
-    /// no error. After an error some of them may be gone.
+    /// Removes these objects, on S3 in one request for up to a thousand of them; missing objects
+    /// are no error. After an error some of them may be gone.
     pub async fn delete_many(&self, keys: &[&str]) -> Result<(), BucketError> {
         let mut left = Vec::with_capacity(keys.len());
         for key in keys {
@@ -26,7 +26,10 @@ impl Bucket {
         }
         let mut retry = Retry::new(self.budget);
         while !left.is_empty() {
-            let limit = self.budget.attempt.max(self.budget.transfer.min(self.budget.attempt * left.len() as u32));
+            let limit = self
+                .budget
+                .attempt
+                .max(self.budget.transfer.min(self.budget.attempt * left.len() as u32));
             let failure = match self.once(&retry, limit, 0, self.delete_once(&left)).await {
                 Ok((_, None)) => return Ok(()),
                 Ok((again, Some(failure))) => {
@@ -43,17 +46,21 @@ impl Bucket {
         Ok(())
     }
 
-    /// Deletes once. Returns the indexes of the objects that were not deleted while others were, and the first
-    /// failure among them.
+    /// Deletes once. Returns the indexes of the objects that were not deleted while others were,
+    /// and the first failure among them.
     ///
     /// # Errors
     /// When nothing was deleted.
-    async fn delete_once(&self, all: &[(&str, ObjectPath)]) -> Result<(Vec<usize>, Option<Failure>), Failure> {
+    async fn delete_once(
+        &self,
+        all: &[(&str, ObjectPath)],
+    ) -> Result<(Vec<usize>, Option<Failure>), Failure> {
         let batches = matches!(self.inner.source, Source::Pages(_));
         (0..if batches { 1 } else { all.len() }).for_each(|_| self.inner.counters.delete());
         let paths: Vec<_> = all.iter().map(|(_, path)| Ok(path.clone())).collect();
         let stream = self.inner.store.delete_stream(futures::stream::iter(paths).boxed());
-        // The store returns an answer for each key, in order; for a batch that fails whole it returns one.
+        // The store returns an answer for each key, in order; for a batch that fails whole it
+        // returns one.
         let answers: Vec<object_store::Result<ObjectPath>> = stream.collect().await;
         let whole = answers.len() != all.len();
         let mut first = None;
@@ -79,7 +86,10 @@ impl Bucket {
         self.path(key)?;
         let Source::Local(root) = &self.inner.source else { return Ok(()) };
         if staged_for(key).is_none() {
-            return Err(BucketError::BadKey { key: key.to_owned(), reason: "it is no staged file".to_owned() });
+            return Err(BucketError::BadKey {
+                key: key.to_owned(),
+                reason: "it is no staged file".to_owned(),
+            });
         }
         let path = root.join(key);
         match blocking(move || std::fs::remove_file(path)).await {

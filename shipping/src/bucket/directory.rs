@@ -1,6 +1,7 @@
 //! Listings of a bucket in a local directory.
 //!
-//! **Invariant:** a name that Vasto cannot have written, an unreadable entry and a link cycle never end a listing.
+//! **Invariant:** a name that Vasto cannot have written, an unreadable entry and a link cycle never
+//! end a listing.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -19,9 +20,10 @@ pub(super) fn walk(root: &Path, folder: &str, strangers: &Strangers) -> std::io:
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(out),
         first => first?,
     };
-    let identity = |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
-    // A directory, its name, and the identities of its ancestors. The ancestors of the bucket count too: a
-    // link out of it must not bring in the whole disk.
+    let identity =
+        |path: &Path| std::fs::metadata(path).map(|found| (found.dev(), found.ino())).ok();
+    // A directory, its name, and the identities of its ancestors. The ancestors of the bucket count
+    // too: a link out of it must not bring in the whole disk.
     let around = std::fs::canonicalize(&top)?.ancestors().filter_map(identity).collect::<Vec<_>>();
     let mut open = vec![(first, folder.to_owned(), around)];
     while let Some((entries, within, around)) = open.pop() {
@@ -35,7 +37,8 @@ pub(super) fn walk(root: &Path, folder: &str, strangers: &Strangers) -> std::io:
             };
             let raw = entry.file_name();
             let shown = raw.to_string_lossy();
-            let key = if within.is_empty() { shown.to_string() } else { format!("{within}/{shown}") };
+            let key =
+                if within.is_empty() { shown.to_string() } else { format!("{within}/{shown}") };
             if raw.to_str().is_none() {
                 strangers.add(&key, "its name is not UTF-8");
                 continue;
@@ -57,7 +60,9 @@ pub(super) fn walk(root: &Path, folder: &str, strangers: &Strangers) -> std::io:
                     continue;
                 }
                 match std::fs::read_dir(&path) {
-                    Ok(entries) => open.push((entries, key, around.iter().copied().chain([number]).collect())),
+                    Ok(entries) => {
+                        open.push((entries, key, around.iter().copied().chain([number]).collect()))
+                    }
                     Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                     Err(error) => strangers.add(&key, &format!("it cannot be read: {error}")),
                 }
@@ -71,16 +76,22 @@ pub(super) fn walk(root: &Path, folder: &str, strangers: &Strangers) -> std::io:
                 strangers.add(&key, &why);
                 continue;
             }
-            let modified = found.modified().ok().and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok());
+            let modified =
+                found.modified().ok().and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok());
             let modified_us = modified.map_or(0, |at| at.as_micros() as u64);
             let info = ObjectInfo { key, bytes: found.len(), modified_us };
-            if staged_for(&info.key).is_some() { out.staged.push(info) } else { out.objects.push(info) }
+            if staged_for(&info.key).is_some() {
+                out.staged.push(info)
+            } else {
+                out.objects.push(info)
+            }
         }
     }
     Ok(out)
 }
 
-/// Returns the object that a staged file was to become: a local directory stages `name` as `name#7`.
+/// Returns the object that a staged file was to become: a local directory stages `name` as
+/// `name#7`.
 pub(crate) fn staged_for(key: &str) -> Option<&str> {
     let (name, number) = key.rsplit_once('#')?;
     (!number.is_empty() && number.bytes().all(|c| c.is_ascii_digit())).then_some(name)

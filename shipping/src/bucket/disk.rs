@@ -48,7 +48,9 @@ impl LocalFile {
                 self.file = Some(file);
                 Ok(Bytes::from(out))
             }
-            Err(error) => Err(BucketError::LocalFile { path: self.shown.clone(), detail: error.to_string() }),
+            Err(error) => {
+                Err(BucketError::LocalFile { path: self.shown.clone(), detail: error.to_string() })
+            }
         }
     }
 
@@ -60,7 +62,9 @@ impl LocalFile {
                 self.file = Some(file);
                 Ok(())
             }
-            Err(error) => Err(BucketError::LocalFile { path: self.shown.clone(), detail: error.to_string() }),
+            Err(error) => {
+                Err(BucketError::LocalFile { path: self.shown.clone(), detail: error.to_string() })
+            }
         }
     }
 
@@ -68,7 +72,8 @@ impl LocalFile {
     pub(super) fn changed(&self) -> BucketError {
         BucketError::LocalFile {
             path: self.shown.clone(),
-            detail: "its size changed while it was read; only finished files can be uploaded".to_owned(),
+            detail: "its size changed while it was read; only finished files can be uploaded"
+                .to_owned(),
         }
     }
 }
@@ -77,5 +82,7 @@ impl LocalFile {
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
 ) -> std::io::Result<T> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(std::io::Error::other(error)))
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(std::io::Error::other(error)))
 }

@@ -69,7 +69,9 @@ pub enum DownloadError {
         key: String,
     },
     /// An object differs from its upload, twice in a row.
-    #[error("object {key} is corrupt: {detail}; use an older checkpoint, and run `vasto bucket fsck`")]
+    #[error(
+        "object {key} is corrupt: {detail}; use an older checkpoint, and run `vasto bucket fsck`"
+    )]
     Corrupt {
         /// The key.
         key: String,
@@ -118,7 +120,9 @@ pub async fn download(
         progress,
     });
     let directory = dir.to_owned();
-    blocking(move || std::fs::create_dir_all(directory)).await.map_err(|error| local(dir, &error))?;
+    blocking(move || std::fs::create_dir_all(directory))
+        .await
+        .map_err(|error| local(dir, &error))?;
     let work = futures::stream::iter(wanted.to_vec())
         .map(|file| Arc::clone(&task).fetch(file))
         .buffer_unordered(parallel)
@@ -160,7 +164,10 @@ impl Task<'_> {
     async fn fetch(self: Arc<Self>, wanted: Wanted) -> Result<(), DownloadError> {
         let target = self.dir.join(&wanted.file_name);
         let (path, bytes, crc) = (target.clone(), wanted.bytes, wanted.crc32c);
-        if blocking(move || is_whole(&path, bytes, crc)).await.map_err(|error| local(&target, &error))? {
+        if blocking(move || is_whole(&path, bytes, crc))
+            .await
+            .map_err(|error| local(&target, &error))?
+        {
             return Ok(());
         }
         match Arc::clone(&self).fetch_once(&wanted, &target).await {
@@ -172,7 +179,11 @@ impl Task<'_> {
         }
     }
 
-    async fn fetch_once(self: Arc<Self>, wanted: &Wanted, target: &Path) -> Result<(), DownloadError> {
+    async fn fetch_once(
+        self: Arc<Self>,
+        wanted: &Wanted,
+        target: &Path,
+    ) -> Result<(), DownloadError> {
         let part = self.dir.join(format!("{}.part", wanted.file_name));
         let path = part.clone();
         // Each attempt has a new file: a late write of an abandoned attempt goes to the old file.
@@ -196,9 +207,12 @@ impl Task<'_> {
             .buffered(self.parallel)
             .try_collect()
             .await?;
-        let crc = parts.iter().fold(0, |crc, (next, length)| crc32c::crc32c_combine(crc, *next, *length as usize));
+        let crc = parts
+            .iter()
+            .fold(0, |crc, (next, length)| crc32c::crc32c_combine(crc, *next, *length as usize));
         if crc != wanted.crc32c {
-            return Err(object.corrupt(format!("its checksum is {crc:08x} instead of {:08x}", wanted.crc32c)));
+            return Err(object
+                .corrupt(format!("its checksum is {crc:08x} instead of {:08x}", wanted.crc32c)));
         }
         let to = target.to_owned();
         let from = part.clone();
@@ -211,7 +225,11 @@ impl Task<'_> {
     }
 
     /// Fetches one range; returns its checksum and length.
-    async fn fetch_part(self: Arc<Self>, object: Arc<Object>, range: Range<u64>) -> Result<(u32, u64), DownloadError> {
+    async fn fetch_part(
+        self: Arc<Self>,
+        object: Arc<Object>,
+        range: Range<u64>,
+    ) -> Result<(u32, u64), DownloadError> {
         let _permit = self.permits.acquire().await.map_err(|_| DownloadError::Cancelled)?;
         let mut retry = Retry::new(self.bucket.budget);
         loop {
@@ -238,7 +256,12 @@ impl Task<'_> {
         }
     }
 
-    async fn try_part(&self, retry: &Retry, object: &Object, range: Range<u64>) -> Result<u32, Attempt> {
+    async fn try_part(
+        &self,
+        retry: &Retry,
+        object: &Object,
+        range: Range<u64>,
+    ) -> Result<u32, Attempt> {
         self.progress.requests.fetch_add(1, Ordering::Relaxed);
         let whole = range == (0..object.wanted.bytes);
         let asked = (!whole).then(|| range.clone());
@@ -258,7 +281,12 @@ impl Task<'_> {
     }
 
     /// Copies from a bucket in a local directory: plain reads, off the runtime's threads.
-    async fn copy_file(&self, object: &Object, source: File, range: Range<u64>) -> Result<u32, Attempt> {
+    async fn copy_file(
+        &self,
+        object: &Object,
+        source: File,
+        range: Range<u64>,
+    ) -> Result<u32, Attempt> {
         let source = Arc::new(source);
         let (mut crc, mut at) = (0, range.start);
         while at < range.end {
@@ -270,12 +298,19 @@ impl Task<'_> {
                 file.write_all_at(&buffer, at).map_err(CopyError::Write)?;
                 Ok(crc32c::crc32c_append(crc, &buffer))
             });
-            crc = match copied.await.unwrap_or_else(|error| Err(CopyError::Write(std::io::Error::other(error)))) {
+            crc = match copied
+                .await
+                .unwrap_or_else(|error| Err(CopyError::Write(std::io::Error::other(error))))
+            {
                 Ok(crc) => crc,
                 Err(CopyError::Read(error)) => {
-                    return Err(Attempt::Ended(object.corrupt(format!("it cannot be read: {error}"))));
+                    return Err(Attempt::Ended(
+                        object.corrupt(format!("it cannot be read: {error}")),
+                    ));
                 }
-                Err(CopyError::Write(error)) => return Err(Attempt::Ended(local(&object.part, &error))),
+                Err(CopyError::Write(error)) => {
+                    return Err(Attempt::Ended(local(&object.part, &error)));
+                }
             };
             self.received(length);
             at += length as u64;
@@ -367,7 +402,9 @@ enum CopyError {
 
 /// Returns the ranges of an object's requests; the empty object has one too.
 fn ranges(bytes: u64) -> Vec<Range<u64>> {
-    (0..bytes.div_ceil(PART_BYTES).max(1)).map(|n| n * PART_BYTES..((n + 1) * PART_BYTES).min(bytes)).collect()
+    (0..bytes.div_ceil(PART_BYTES).max(1))
+        .map(|n| n * PART_BYTES..((n + 1) * PART_BYTES).min(bytes))
+        .collect()
 }
 
 /// Returns true when the file exists with exactly these bytes.
@@ -398,7 +435,9 @@ mod tests {
 
     #[test]
     fn ranges_cover_every_byte_once() {
-        for bytes in [0, 1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1, 3 * PART_BYTES, 3 * PART_BYTES + 7] {
+        for bytes in
+            [0, 1, PART_BYTES - 1, PART_BYTES, PART_BYTES + 1, 3 * PART_BYTES, 3 * PART_BYTES + 7]
+        {
             let ranges = ranges(bytes);
             assert_eq!(ranges.first().unwrap().start, 0);
             assert_eq!(ranges.last().unwrap().end, bytes);
@@ -409,7 +448,8 @@ mod tests {
 
     #[test]
     fn names_stay_in_the_directory() {
-        let named = |name: &str| Wanted { key: "k".into(), bytes: 0, crc32c: 0, file_name: name.into() };
+        let named =
+            |name: &str| Wanted { key: "k".into(), bytes: 0, crc32c: 0, file_name: name.into() };
         for bad in ["", ".", "..", "a/b", "/a", "a/", "../a", "a.part", "a\0"] {
             assert!(check_names(&[named(bad)]).is_err(), "{bad}");
         }
@@ -420,7 +460,8 @@ mod tests {
     #[test]
     fn downloads_can_be_spawned() {
         fn is_send<T: Send>(_: T) {}
-        let bucket = Bucket::from_store("memory://t", Arc::new(object_store::memory::InMemory::new()));
+        let bucket =
+            Bucket::from_store("memory://t", Arc::new(object_store::memory::InMemory::new()));
         let (progress, cancel) = (DownloadProgress::default(), CancellationToken::new());
         is_send(download(&bucket, &[], Path::new("/x"), 1, &progress, &cancel));
     }

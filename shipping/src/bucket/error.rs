@@ -92,7 +92,9 @@ pub enum BucketError {
         detail: String,
     },
     /// The store lacks an operation.
-    #[error("the store behind {url} lacks an operation that Vasto needs; use another store: {detail}")]
+    #[error(
+        "the store behind {url} lacks an operation that Vasto needs; use another store: {detail}"
+    )]
     Unsupported {
         /// The bucket.
         url: String,
@@ -108,7 +110,9 @@ pub enum BucketError {
         reason: String,
     },
     /// An upload found another object under its name.
-    #[error("object {key} exists already with other content; upload again under a new attempt name")]
+    #[error(
+        "object {key} exists already with other content; upload again under a new attempt name"
+    )]
     Exists {
         /// The key.
         key: String,

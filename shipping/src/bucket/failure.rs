@@ -1,8 +1,9 @@
-//! Classification of failed requests: object_store's errors, sorted by the reaction that each needs.
+//! Classification of failed requests: object_store's errors, sorted by the reaction that each
+//! needs.
 //!
 //! **Invariant:** "not found" is only ever about the object. A missing bucket, refused credentials
-//! and an unreachable server are distinguished here, once, because each asks something else of a person.
-//! No error text keeps a secret: S3 repeats a refused session token in its answer.
+//! and an unreachable server are distinguished here, once, because each asks something else of a
+//! person. No error text keeps a secret: S3 repeats a refused session token in its answer.
 
 use std::error::Error;
 
@@ -52,9 +53,10 @@ const EXPIRED: [&str; 3] = ["ExpiredToken", "ExpiredTokenException", "TokenRefre
 const SKEWED: [&str; 1] = ["RequestTimeTooSkewed"];
 /// Clock difference from which a refusal is attributed to the clock; S3 accepts a smaller one.
 const SKEW_MIN_S: u64 = 14 * 60;
-/// Codes that ask for a retry, also under a status that does not say so:
-/// `RequestTimeout` and `Throttling` come with 400, errors of a batch or of a long request with 200.
-const AGAIN: [&str; 5] = ["SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling"];
+/// Codes that ask for a retry, also under a status that does not say so: `RequestTimeout` and
+/// `Throttling` come with 400, errors of a batch or of a long request with 200.
+const AGAIN: [&str; 5] =
+    ["SlowDown", "InternalError", "ServiceUnavailable", "RequestTimeout", "Throttling"];
 
 /// Returns true for a status that asks for a retry. 501 does not: the store lacks the operation.
 pub(super) fn is_transient_status(status: u16) -> bool {
@@ -63,7 +65,11 @@ pub(super) fn is_transient_status(status: u16) -> bool {
 
 impl Failure {
     pub(super) fn timed_out(after: std::time::Duration) -> Self {
-        Self { kind: Kind::Unreachable, transient: true, detail: format!("no answer within {} s", after.as_secs_f32()) }
+        Self {
+            kind: Kind::Unreachable,
+            transient: true,
+            detail: format!("no answer within {} s", after.as_secs_f32()),
+        }
     }
 
     /// The store reports that the name is taken, but no object is there: two creates raced.
@@ -77,7 +83,11 @@ impl Failure {
 
     /// No two reads of an object returned the same bytes.
     pub(super) fn disagreeing_reads() -> Self {
-        Self { kind: Kind::Other, transient: true, detail: "each read of the object returned other bytes".to_owned() }
+        Self {
+            kind: Kind::Other,
+            transient: true,
+            detail: "each read of the object returned other bytes".to_owned(),
+        }
     }
 
     pub(super) fn short_body(expected: u64, found: u64) -> Self {
@@ -108,7 +118,8 @@ impl Failure {
         }
         if self.kind == Kind::Skewed && ahead_s != 0 {
             let way = if ahead_s > 0 { "behind" } else { "ahead of" };
-            self.detail = format!("it is {} s {way} the store's: {}", ahead_s.unsigned_abs(), self.detail);
+            self.detail =
+                format!("it is {} s {way} the store's: {}", ahead_s.unsigned_abs(), self.detail);
         }
         self
     }
@@ -136,24 +147,34 @@ impl From<object_store::Error> for Failure {
         let has = |words: &[&str]| words.iter().any(|word| detail.contains(word));
         let code = |codes: &[&str]| codes.iter().any(|code| names(&detail, code));
         let http = find::<HttpError>(&error).is_some();
-        let (kind, transient) = if has(&["/latest/api/token", "/latest/meta-data", "169.254.170.", "computeMetadata"]) {
+        let (kind, transient) = if has(&[
+            "/latest/api/token",
+            "/latest/meta-data",
+            "169.254.170.",
+            "computeMetadata",
+        ]) {
             (Kind::NoCredentials, http || status.is_none_or(is_transient_status))
-        } else if has(&["NoSuchBucket", "The specified bucket does not exist", "ContainerNotFound"]) {
+        } else if has(&["NoSuchBucket", "The specified bucket does not exist", "ContainerNotFound"])
+        {
             (Kind::NoBucket, false)
         } else if code(&EXPIRED) || (status == Some(400) && has(&["performing HEAD "])) {
-            // The answer to a HEAD has no body with the code. Other causes of a 400 on every request
-            // were reported when the bucket was probed, with a PUT and a GET.
+            // The answer to a HEAD has no body with the code. Other causes of a 400 on every
+            // request were reported when the bucket was probed, with a PUT and a GET.
             (Kind::Expired, true)
         } else if code(&SKEWED) {
             (Kind::Skewed, true)
-        } else if has(&["InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"]) || code(&["AccessDenied"]) {
+        } else if has(&["InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"])
+            || code(&["AccessDenied"])
+        {
             (Kind::Denied, false)
         } else if code(&AGAIN) {
             (Kind::Busy, true)
         } else {
             match &error {
                 E::NotFound { .. } => (Kind::NotFound, false),
-                E::AlreadyExists { .. } | E::Precondition { .. } | E::NotModified { .. } => (Kind::Taken, true),
+                E::AlreadyExists { .. } | E::Precondition { .. } | E::NotModified { .. } => {
+                    (Kind::Taken, true)
+                }
                 E::PermissionDenied { .. } | E::Unauthenticated { .. } => (Kind::Denied, false),
                 E::NotImplemented { .. } | E::NotSupported { .. } => (Kind::Unsupported, false),
                 E::Generic { .. } if status == Some(501) => (Kind::Unsupported, false),
@@ -173,7 +194,9 @@ impl From<object_store::Error> for Failure {
     }
 }
 
-fn sources<'a>(error: &'a (dyn Error + 'static)) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+fn sources<'a>(
+    error: &'a (dyn Error + 'static),
+) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
     std::iter::successors(Some(error), |error: &&'a (dyn Error + 'static)| (*error).source())
 }
 
@@ -230,7 +253,8 @@ mod tests {
 
     #[test]
     fn each_cause_is_told_apart() {
-        let busy = generic("Server returned non-2xx status code: 503 Service Unavailable: SlowDown");
+        let busy =
+            generic("Server returned non-2xx status code: 503 Service Unavailable: SlowDown");
         assert_eq!((busy.kind, busy.transient), (Kind::Busy, true));
         let odd = generic("Server returned non-2xx status code: 400 Bad Request: x");
         assert_eq!((odd.kind, odd.transient), (Kind::Other, false));
@@ -238,7 +262,8 @@ mod tests {
         assert_eq!((lacking.kind, lacking.transient), (Kind::Unsupported, false));
         let missing: Failure = object_store::Error::NotFound {
             path: "x".into(),
-            source: "Server returned non-2xx status code: 404 Not Found: <Code>NoSuchBucket</Code>".into(),
+            source: "Server returned non-2xx status code: 404 Not Found: <Code>NoSuchBucket</Code>"
+                .into(),
         }
         .into();
         assert_eq!(missing.kind, Kind::NoBucket);
@@ -247,24 +272,37 @@ mod tests {
              <Error><Code>ExpiredToken</Code><Token-0>canary</Token-0><RequestId>1</RequestId></Error>",
         );
         assert_eq!((expired.kind, expired.transient), (Kind::Expired, true));
-        assert!(!expired.detail.contains("canary") && expired.detail.contains("<RequestId>1"), "{}", expired.detail);
+        assert!(
+            !expired.detail.contains("canary") && expired.detail.contains("<RequestId>1"),
+            "{}",
+            expired.detail
+        );
         // A code in an object name does not count.
-        let named = generic("Error performing PUT http://x/b/ExpiredToken - status code: 400 Bad Request: x");
+        let named = generic(
+            "Error performing PUT http://x/b/ExpiredToken - status code: 400 Bad Request: x",
+        );
         assert_eq!((named.kind, named.transient), (Kind::Other, false));
-        let bodiless = generic("Error performing HEAD http://x/b/k in 1ms - status code: 400 Bad Request: ");
+        let bodiless =
+            generic("Error performing HEAD http://x/b/k in 1ms - status code: 400 Bad Request: ");
         assert_eq!((bodiless.kind, bodiless.transient), (Kind::Expired, true));
         let unread = generic("status code: 400 Bad Request: <Code>RequestTimeout</Code>");
         assert_eq!((unread.kind, unread.transient), (Kind::Busy, true));
-        let in_a_batch = generic("DeleteObjects request failed for key k: slow down (code: SlowDown)");
+        let in_a_batch =
+            generic("DeleteObjects request failed for key k: slow down (code: SlowDown)");
         assert_eq!((in_a_batch.kind, in_a_batch.transient), (Kind::Busy, true));
-        let refused = generic("DeleteObjects request failed for key k: Access Denied (code: AccessDenied)");
+        let refused =
+            generic("DeleteObjects request failed for key k: Access Denied (code: AccessDenied)");
         assert_eq!((refused.kind, refused.transient), (Kind::Denied, false));
-        let listing =
-            generic("Error performing list request: status code: 403 Forbidden: <Code>AllAccessDisabled</Code>");
+        let listing = generic(
+            "Error performing list request: status code: 403 Forbidden: <Code>AllAccessDisabled</Code>",
+        );
         assert_eq!((listing.kind, listing.transient), (Kind::Denied, false));
         let cut: Failure = object_store::Error::Generic {
             store: "S3",
-            source: Box::new(HttpError::new(HttpErrorKind::Interrupted, std::io::Error::other("reset"))),
+            source: Box::new(HttpError::new(
+                HttpErrorKind::Interrupted,
+                std::io::Error::other("reset"),
+            )),
         }
         .into();
         assert_eq!((cut.kind, cut.transient), (Kind::Unreachable, true));

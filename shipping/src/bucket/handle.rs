@@ -77,13 +77,20 @@ impl Bucket {
     }
 
     pub(super) fn over(url: String, store: Arc<dyn ObjectStore>, root: String) -> Bucket {
-        Self::from_opened(Opened { url, store, root, source: Source::Stream, learned: Arc::default() })
+        Self::from_opened(Opened {
+            url,
+            store,
+            root,
+            source: Source::Stream,
+            learned: Arc::default(),
+        })
     }
 
     pub(super) fn from_opened(opened: Opened) -> Bucket {
         let Opened { url, store, root, source, learned } = opened;
         let (counters, breaker) = (Arc::default(), Breaker::default());
-        let inner = Inner { url, store, root, counters, opened: Instant::now(), source, learned, breaker };
+        let inner =
+            Inner { url, store, root, counters, opened: Instant::now(), source, learned, breaker };
         Bucket { inner: Arc::new(inner), budget: RetryBudget::default() }
     }
 
@@ -92,8 +99,8 @@ impl Bucket {
         Bucket { inner: Arc::clone(&self.inner), budget }
     }
 
-    /// Returns the underlying store, which bypasses all checks and counts and expects the prefix before each
-    /// key; for tests that damage objects.
+    /// Returns the underlying store, which bypasses all checks and counts and expects the prefix
+    /// before each key; for tests that damage objects.
     pub fn raw_store(&self) -> Arc<dyn ObjectStore> {
         Arc::clone(&self.inner.store)
     }
@@ -113,12 +120,14 @@ impl Bucket {
         Usage { counts: self.counts(), elapsed: self.inner.opened.elapsed() }
     }
 
-    /// Returns the duration of the current outage and the last error; `None` while the bucket answers.
+    /// Returns the duration of the current outage and the last error; `None` while the bucket
+    /// answers.
     pub fn outage(&self) -> Option<(Duration, String)> {
         self.inner.breaker.outage()
     }
 
-    /// Returns the number of outages that have ended: when it rises, a caller in backoff may retry at once.
+    /// Returns the number of outages that have ended: when it rises, a caller in backoff may retry
+    /// at once.
     pub fn outages_ended(&self) -> u64 {
         self.inner.breaker.ended()
     }
@@ -128,20 +137,26 @@ impl Bucket {
         self.inner.learned.strangers.take()
     }
 
-    /// Returns the seconds that the store's clock is ahead of this machine's; 0 while that is unknown.
+    /// Returns the seconds that the store's clock is ahead of this machine's; 0 while that is
+    /// unknown.
     pub fn clock_ahead_s(&self) -> i64 {
         self.inner.learned.ahead_s()
     }
 
-    /// Returns a source of the counts that works while the bucket is open, and does not keep it open.
-    pub(crate) fn counts_while_open(&self) -> impl Fn() -> Option<RequestCounts> + Send + Sync + use<> {
+    /// Returns a source of the counts that works while the bucket is open, and does not keep it
+    /// open.
+    pub(crate) fn counts_while_open(
+        &self,
+    ) -> impl Fn() -> Option<RequestCounts> + Send + Sync + use<> {
         let inner = Arc::downgrade(&self.inner);
         move || inner.upgrade().map(|inner| inner.counters.snapshot())
     }
 
     pub(super) fn path(&self, key: &str) -> Result<ObjectPath, BucketError> {
         match (self.inner.root.as_str(), key) {
-            (_, "") => Err(BucketError::BadKey { key: String::new(), reason: "it is empty".to_owned() }),
+            (_, "") => {
+                Err(BucketError::BadKey { key: String::new(), reason: "it is empty".to_owned() })
+            }
             ("", key) => parse_path(key),
             (root, key) => parse_path(&format!("{root}/{key}")),
         }
@@ -149,7 +164,8 @@ impl Bucket {
 }
 
 pub(super) fn parse_path(key: &str) -> Result<ObjectPath, BucketError> {
-    ObjectPath::parse(key).map_err(|error| BucketError::BadKey { key: key.to_owned(), reason: error.to_string() })
+    ObjectPath::parse(key)
+        .map_err(|error| BucketError::BadKey { key: key.to_owned(), reason: error.to_string() })
 }
 
 #[cfg(test)]

@@ -20,9 +20,10 @@ use super::object::{Listing, ObjectInfo};
 const LIST_PAGE: u64 = 1000;
 
 impl Bucket {
-    /// Lists all objects in the folder `prefix` (which ends with `/`; the empty prefix is everything), in
-    /// no particular order. For start-up and fsck only: no decision is based on a listing. Foreign objects, whose
-    /// names Vasto cannot use, are skipped; [`Bucket::take_strangers`] returns them.
+    /// Lists all objects in the folder `prefix` (which ends with `/`; the empty prefix is
+    /// everything), in no particular order. For start-up and fsck only: no decision is based on a
+    /// listing. Foreign objects, whose names Vasto cannot use, are skipped;
+    /// [`Bucket::take_strangers`] returns them.
     pub async fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>, BucketError> {
         Ok(self.list_all(prefix).await?.objects)
     }
@@ -32,7 +33,8 @@ impl Bucket {
         self.list_until(prefix, |_| false).await
     }
 
-    /// Returns the first object other than a start-up probe; `None` when nothing was ever written here.
+    /// Returns the first object other than a start-up probe; `None` when nothing was ever written
+    /// here.
     pub async fn any_object(&self) -> Result<Option<String>, BucketError> {
         let is_other = |object: &ObjectInfo| !object.key.starts_with("probe/");
         let found = self.list_until("", |page| page.iter().any(is_other)).await?;
@@ -40,7 +42,11 @@ impl Bucket {
     }
 
     /// Lists page by page until `will_do` accepts a page.
-    async fn list_until(&self, prefix: &str, will_do: impl Fn(&[ObjectInfo]) -> bool) -> Result<Listing, BucketError> {
+    async fn list_until(
+        &self,
+        prefix: &str,
+        will_do: impl Fn(&[ObjectInfo]) -> bool,
+    ) -> Result<Listing, BucketError> {
         let folder = match (self.inner.root.as_str(), prefix.trim_end_matches('/')) {
             ("", folder) => folder.to_owned(),
             (root, "") => root.to_owned(),
@@ -130,7 +136,10 @@ mod tests {
     async fn a_listing_counts_its_pages() {
         let store = Arc::new(object_store::memory::InMemory::new());
         for n in 0..2_001 {
-            store.put(&ObjectPath::from(format!("some/{n}")), PutPayload::default()).await.expect("memory takes all");
+            store
+                .put(&ObjectPath::from(format!("some/{n}")), PutPayload::default())
+                .await
+                .expect("memory takes all");
         }
         let bucket = Bucket::from_store("memory://pages", store);
         for (folder, objects, pages) in [("none/", 0, 1), ("some/", 2_001, 3)] {

@@ -1,12 +1,14 @@
 //! The bucket: the only access to object storage.
 //!
-//! **Invariant:** no operation overwrites an object. [`Bucket::create`] returns `Created` only when the bytes
-//! under the key are the caller's own, also when the reply to an earlier attempt was lost.
+//! **Invariant:** no operation overwrites an object. [`Bucket::create`] returns `Created` only when
+//! the bytes under the key are the caller's own, also when the reply to an earlier attempt was
+//! lost.
 //!
-//! From the bottom up: the data (`options`, `object`, `counts`, `error`), what a failure means (`failure`), how
-//! often a request is repeated (`retry`) and when none is sent (`breaker`), the open bucket and its single
-//! attempts (`handle`, `attempt`), the operations (`read`, `create`, `delete`, `listing`, `probe`, `upload`,
-//! [`mod@download`]), and `open`, which turns a URL into a bucket.
+//! From the bottom up: the data (`options`, `object`, `counts`, `error`), what a failure means
+//! (`failure`), how often a request is repeated (`retry`) and when none is sent (`breaker`), the
+//! open bucket and its single attempts (`handle`, `attempt`), the operations (`read`, `create`,
+//! `delete`, `listing`, `probe`, `upload`, [`mod@download`]), and `open`, which turns a URL into a
+//! bucket.
 
 mod attempt;
 mod breaker;

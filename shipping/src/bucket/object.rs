@@ -3,7 +3,8 @@
 use bytes::Bytes;
 use object_store::ObjectMeta;
 
-/// [`super::Bucket::get`] refuses larger objects, since it holds them in memory. Manifests and chunks stay far below.
+/// [`super::Bucket::get`] refuses larger objects, since it holds them in memory. Manifests and
+/// chunks stay far below.
 pub const GET_BYTES_MAX: u64 = 256 << 20;
 
 /// The outcome of a create-if-absent.

@@ -33,7 +33,8 @@ impl Bucket {
     /// `memory://name`, one store per name in the process.
     ///
     /// # Errors
-    /// `BadUrl`, `BadOptions`, `NoCredentials`; a local directory that cannot be created is `Store`.
+    /// `BadUrl`, `BadOptions`, `NoCredentials`; a local directory that cannot be created is
+    /// `Store`.
     pub fn open(url: &str, options: &BucketOptions) -> Result<Bucket, BucketError> {
         Ok(Self::from_opened(open(url, options, &mut std::env::vars_os())?))
     }
@@ -46,14 +47,14 @@ impl Bucket {
         parse(url).map(|_| ())
     }
 
-    /// Returns the URL of a bucket in a local directory, whatever characters and bytes its path holds; `None` for a
-    /// path that is not absolute.
+    /// Returns the URL of a bucket in a local directory, whatever characters and bytes its path
+    /// holds; `None` for a path that is not absolute.
     pub fn url_of_directory(path: &std::path::Path) -> Option<String> {
         Url::from_file_path(path).ok().map(String::from)
     }
 
-    /// Opens a bucket as [`Bucket::open`] does, for S3 with these variables instead of the process's
-    /// own: for several roles in one process, as in tests.
+    /// Opens a bucket as [`Bucket::open`] does, for S3 with these variables instead of the
+    /// process's own: for several roles in one process, as in tests.
     ///
     /// # Errors
     /// The errors of [`Bucket::open`].
@@ -78,14 +79,20 @@ fn parse(text: &str) -> Result<Url, BucketError> {
     }
     let has_host = !url.host_str().unwrap_or_default().is_empty();
     match url.scheme() {
-        "file" if url.to_file_path().is_err() => Err(bad("a local directory has three slashes and a full path")),
+        "file" if url.to_file_path().is_err() => {
+            Err(bad("a local directory has three slashes and a full path"))
+        }
         "s3" | "gs" | "az" if !has_host => Err(bad("it names no bucket")),
         "file" | "memory" | "s3" | "gs" | "az" => Ok(url),
         other => Err(bad(&format!("the scheme `{other}` is unknown"))),
     }
 }
 
-pub(super) fn open(text: &str, options: &BucketOptions, environment: Environment<'_>) -> Result<Opened, BucketError> {
+pub(super) fn open(
+    text: &str,
+    options: &BucketOptions,
+    environment: Environment<'_>,
+) -> Result<Opened, BucketError> {
     let bad = |reason: &str| BucketError::BadUrl { url: shown(text), reason: reason.to_owned() };
     let url = parse(text)?;
     let host = url.host_str().unwrap_or_default();
@@ -94,9 +101,17 @@ pub(super) fn open(text: &str, options: &BucketOptions, environment: Environment
     let learned = Arc::<Learned>::default();
     let (store, source): (Arc<dyn ObjectStore>, Source) = match url.scheme() {
         "file" => {
-            let path = url.to_file_path().map_err(|()| bad("a local directory has three slashes and a full path"))?;
+            let path = url
+                .to_file_path()
+                .map_err(|()| bad("a local directory has three slashes and a full path"))?;
             let store = local(&path, &shown)?;
-            return Ok(Opened { store, url: shown, root: String::new(), source: Source::Local(path), learned });
+            return Ok(Opened {
+                store,
+                url: shown,
+                root: String::new(),
+                source: Source::Local(path),
+                learned,
+            });
         }
         "memory" => (memory(&shown), Source::Stream),
         "s3" => paged(s3(host, &shown, options, environment, &learned)?),
@@ -119,7 +134,9 @@ fn paged<S: ObjectStore + PaginatedListStore>(store: S) -> (Arc<dyn ObjectStore>
 /// Returns the URL as errors may show it: without the part before an `@`.
 fn shown(text: &str) -> String {
     match (text.find("://"), text.rfind('@')) {
-        (Some(scheme), Some(at)) if at > scheme => format!("{}…{}", &text[..scheme + 3], &text[at..]),
+        (Some(scheme), Some(at)) if at > scheme => {
+            format!("{}…{}", &text[..scheme + 3], &text[at..])
+        }
         (None, Some(at)) => format!("…{}", &text[at..]),
         _ => text.to_owned(),
     }
@@ -128,13 +145,17 @@ fn shown(text: &str) -> String {
 fn local(path: &std::path::Path, url: &str) -> Result<Arc<dyn ObjectStore>, BucketError> {
     let failed = |detail: String| BucketError::BadOptions {
         url: url.to_owned(),
-        reason: format!("the directory {} cannot be used: {detail}; create it, or give another one", path.display()),
+        reason: format!(
+            "the directory {} cannot be used: {detail}; create it, or give another one",
+            path.display()
+        ),
     };
     if path.to_str().is_none() {
         return Err(failed("its name is not UTF-8, which objects cannot be named under".into()));
     }
     std::fs::create_dir_all(path).map_err(|error| failed(error.to_string()))?;
-    let store = LocalFileSystem::new_with_prefix(path).map_err(|error| failed(error.to_string()))?;
+    let store =
+        LocalFileSystem::new_with_prefix(path).map_err(|error| failed(error.to_string()))?;
     Ok(Arc::new(store.with_fsync(true)))
 }
 
@@ -142,14 +163,18 @@ fn local(path: &std::path::Path, url: &str) -> Result<Arc<dyn ObjectStore>, Buck
 fn memory(url: &str) -> Arc<dyn ObjectStore> {
     type Stores = std::sync::Mutex<HashMap<String, Arc<InMemory>>>;
     static STORES: OnceLock<Stores> = OnceLock::new();
-    let mut stores = STORES.get_or_init(Stores::default).lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut stores =
+        STORES.get_or_init(Stores::default).lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     Arc::<InMemory>::clone(stores.entry(url.to_owned()).or_default())
 }
 
 fn client_options(allow_http: bool) -> ClientOptions {
     // Each request has a limit of its own, by its size; this limit is for the largest.
     let longest = RetryBudget::default().limit_for(SINGLE_PUT_BYTES_MAX);
-    ClientOptions::new().with_connect_timeout(CONNECT_TIMEOUT).with_timeout(longest).with_allow_http(allow_http)
+    ClientOptions::new()
+        .with_connect_timeout(CONNECT_TIMEOUT)
+        .with_timeout(longest)
+        .with_allow_http(allow_http)
 }
 
 /// No retries in object_store: all are in [`super::retry`].
@@ -169,7 +194,9 @@ fn s3(
     let mut has_identity = false;
     for (name, value) in environment {
         let (Some(name), Some(value)) = (name.to_str(), value.to_str()) else { continue };
-        let Some(key) = name.strip_prefix("AWS_").and_then(|_| name.to_ascii_lowercase().parse().ok()) else {
+        let Some(key) =
+            name.strip_prefix("AWS_").and_then(|_| name.to_ascii_lowercase().parse().ok())
+        else {
             continue;
         };
         has_identity |= matches!(
@@ -181,7 +208,8 @@ fn s3(
                 | AmazonS3ConfigKey::SkipSignature
         );
         if name == "AWS_ALLOW_HTTP" {
-            allow_http |= matches!(value.to_ascii_lowercase().as_str(), "true" | "1" | "yes" | "on");
+            allow_http |=
+                matches!(value.to_ascii_lowercase().as_str(), "true" | "1" | "yes" | "on");
             continue;
         }
         builder = builder.with_config(key, value);
@@ -199,16 +227,22 @@ fn s3(
         builder = builder.with_secret_access_key(secret);
     }
     let config = |key: AmazonS3ConfigKey| builder.get_config_value(&key);
-    let endpoint = config(AmazonS3ConfigKey::S3Endpoint).or_else(|| config(AmazonS3ConfigKey::Endpoint));
+    let endpoint =
+        config(AmazonS3ConfigKey::S3Endpoint).or_else(|| config(AmazonS3ConfigKey::Endpoint));
     let has_id = config(AmazonS3ConfigKey::AccessKeyId).is_some();
     let has_secret = config(AmazonS3ConfigKey::SecretAccessKey).is_some();
     if has_id != has_secret {
         let missing = if has_id { "AWS_SECRET_ACCESS_KEY" } else { "AWS_ACCESS_KEY_ID" };
-        return Err(BucketError::NoCredentials { url: url.to_owned(), detail: format!("{missing} is not set") });
+        return Err(BucketError::NoCredentials {
+            url: url.to_owned(),
+            detail: format!("{missing} is not set"),
+        });
     }
     if let Some(endpoint) = endpoint.filter(|endpoint| endpoint.starts_with("http://")) {
         if !allow_http {
-            let reason = format!("the endpoint {endpoint} is not encrypted; use https, or set AWS_ALLOW_HTTP=true");
+            let reason = format!(
+                "the endpoint {endpoint} is not encrypted; use https, or set AWS_ALLOW_HTTP=true"
+            );
             return Err(BucketError::BadOptions { url: url.to_owned(), reason });
         }
         // A plain local server is not AWS: asking the machine's metadata service would only hang.
@@ -279,13 +313,26 @@ mod tests {
 
     use super::*;
 
-    fn open_with(url: &str, options: &BucketOptions, environment: &[(&str, &str)]) -> Result<Opened, BucketError> {
+    fn open_with(
+        url: &str,
+        options: &BucketOptions,
+        environment: &[(&str, &str)],
+    ) -> Result<Opened, BucketError> {
         open(url, options, &mut environment.iter().map(|(name, value)| (name.into(), value.into())))
     }
 
     #[test]
     fn bad_urls_are_refused_with_the_list_of_schemes() {
-        for bad in ["", "x", "/tmp/bucket", "ftp://x/y", "s3://", "s3:///prefix", "file://host/path", "s3://b/p?x=1"] {
+        for bad in [
+            "",
+            "x",
+            "/tmp/bucket",
+            "ftp://x/y",
+            "s3://",
+            "s3:///prefix",
+            "file://host/path",
+            "s3://b/p?x=1",
+        ] {
             let error = open_with(bad, &BucketOptions::default(), &[]).unwrap_err();
             assert!(matches!(error, BucketError::BadUrl { .. }), "{bad}: {error:?}");
             assert!(error.to_string().contains("s3://bucket/prefix"), "{error}");
@@ -294,7 +341,8 @@ mod tests {
 
     #[test]
     fn secrets_in_a_url_are_refused_and_not_repeated() {
-        let error = open_with("s3://key:canary@bucket/p", &BucketOptions::default(), &[]).unwrap_err();
+        let error =
+            open_with("s3://key:canary@bucket/p", &BucketOptions::default(), &[]).unwrap_err();
         assert!(matches!(error, BucketError::BadUrl { .. }));
         assert!(!error.to_string().contains("canary"), "{error}");
     }
@@ -321,7 +369,12 @@ mod tests {
     async fn a_machine_without_a_role_gets_an_error_within_seconds() {
         let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let metadata = format!("http://{closed}");
-        let opened = open_with("s3://b/p", &BucketOptions::default(), &[("AWS_METADATA_ENDPOINT", &metadata)]).unwrap();
+        let opened = open_with(
+            "s3://b/p",
+            &BucketOptions::default(),
+            &[("AWS_METADATA_ENDPOINT", &metadata)],
+        )
+        .unwrap();
         let began = std::time::Instant::now();
         let error = crate::Bucket::from_opened(opened).probe().await.unwrap_err();
         assert!(matches!(error, BucketError::NoCredentials { .. }), "{error:?}");

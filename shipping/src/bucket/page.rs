@@ -1,10 +1,13 @@
-//! Pages of an S3 listing, as text: the foreign names are cut out before object_store parses the page, since it
-//! rejects the whole page for one name.
+//! Pages of an S3 listing, as text: the foreign names are cut out before object_store parses the
+//! page, since it rejects the whole page for one name.
 
 use super::strangers::oddity;
 
 /// Removes the objects with unreadable names from an S3 page, and reports their names.
-pub(super) fn without_strangers(page: &str, mut report: impl FnMut(&str, String)) -> Option<String> {
+pub(super) fn without_strangers(
+    page: &str,
+    mut report: impl FnMut(&str, String),
+) -> Option<String> {
     const OPEN: &str = "<Contents>";
     const CLOSE: &str = "</Contents>";
     let mut kept = String::new();
@@ -12,7 +15,8 @@ pub(super) fn without_strangers(page: &str, mut report: impl FnMut(&str, String)
     let mut at = 0;
     while let Some(begin) = page[at..].find(OPEN).map(|found| at + found) {
         let end = page[begin..].find(CLOSE).map(|found| begin + found + CLOSE.len())?;
-        let key = page[begin..end].split_once("<Key>").and_then(|(_, rest)| rest.split_once("</Key>"));
+        let key =
+            page[begin..end].split_once("<Key>").and_then(|(_, rest)| rest.split_once("</Key>"));
         let key = unescaped(key.map_or("", |(key, _)| key));
         if let Some(why) = oddity(&key) {
             // A console's folder marker is no object, and needs no warning.
@@ -40,7 +44,8 @@ fn unescaped(text: &str) -> String {
         let end = rest[at..].find(';').map(|end| at + end);
         let found = end.and_then(|end| {
             let name = &rest[at + 1..end];
-            let number = |text: &str, radix| u32::from_str_radix(text, radix).ok().and_then(char::from_u32);
+            let number =
+                |text: &str, radix| u32::from_str_radix(text, radix).ok().and_then(char::from_u32);
             let character = match name {
                 "lt" => Some('<'),
                 "gt" => Some('>'),
@@ -72,7 +77,10 @@ mod tests {
 
     fn page_of(keys: &[&str]) -> String {
         let contents = |key: &&str| format!("<Contents><Key>{key}</Key><Size>1</Size></Contents>");
-        format!("<List><IsTruncated>false</IsTruncated>{}</List>", keys.iter().map(contents).collect::<String>())
+        format!(
+            "<List><IsTruncated>false</IsTruncated>{}</List>",
+            keys.iter().map(contents).collect::<String>()
+        )
     }
 
     #[test]
@@ -89,7 +97,11 @@ mod tests {
         let folder = without_strangers(&page_of(&["a/b", "a/"]), |key, _| panic!("{key}"));
         assert_eq!(folder, Some(page_of(&["a/b"])));
         for key in good {
-            assert_eq!(without_strangers(&page_of(&[key]), |key, _| panic!("{key}")), None, "{key}");
+            assert_eq!(
+                without_strangers(&page_of(&[key]), |key, _| panic!("{key}")),
+                None,
+                "{key}"
+            );
         }
     }
 

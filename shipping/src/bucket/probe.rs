@@ -12,8 +12,8 @@ use super::retry::RetryBudget;
 use crate::layout;
 
 impl Bucket {
-    /// Checks, with five small requests, that the bucket can be reached, read and written, and
-    /// that it honours create-if-absent. Returns within about 5 s, also when the bucket does not answer.
+    /// Checks, with five small requests, that the bucket can be reached, read and written, and that
+    /// it honours create-if-absent. Returns within about 5 s, also when the bucket does not answer.
     ///
     /// # Errors
     /// `Unreachable`, `NoCredentials`, `AccessDenied`, `UnknownBucket`, `IgnoresConditions`.
@@ -33,7 +33,10 @@ impl Bucket {
         let first = Bytes::from(format!("vasto probe {nonce:032x}, first"));
         let second = Bytes::from(format!("vasto probe {nonce:032x}, second"));
         let refuse = |detail: &str| {
-            Err(BucketError::IgnoresConditions { url: self.url().to_owned(), detail: detail.to_owned() })
+            Err(BucketError::IgnoresConditions {
+                url: self.url().to_owned(),
+                detail: detail.to_owned(),
+            })
         };
         let written = match self.create(&key, first.clone()).await {
             Err(BucketError::Unsupported { detail, .. }) => return refuse(&detail),

@@ -26,7 +26,9 @@ impl Bucket {
             let mut body = BytesMut::with_capacity(size as usize);
             let mut stream = result.into_stream();
             // The body may be slow, but must not stall.
-            while let Some(part) = within(self.budget.attempt, async { stream.next().await.transpose() }).await? {
+            while let Some(part) =
+                within(self.budget.attempt, async { stream.next().await.transpose() }).await?
+            {
                 self.inner.counters.received(part.len() as u64);
                 body.extend_from_slice(&part);
             }
@@ -45,8 +47,13 @@ impl Bucket {
         }
     }
 
-    /// Returns up to `bytes` bytes of the object's beginning and the size of the whole; `None` without an object.
-    pub(crate) async fn beginning(&self, key: &str, bytes: u64) -> Result<Option<(Bytes, u64)>, BucketError> {
+    /// Returns up to `bytes` bytes of the object's beginning and the size of the whole; `None`
+    /// without an object.
+    pub(crate) async fn beginning(
+        &self,
+        key: &str,
+        bytes: u64,
+    ) -> Result<Option<(Bytes, u64)>, BucketError> {
         let path = self.path(key)?;
         let read = || async {
             let result = self.get_once(&path, Some(0..bytes)).await?;
@@ -82,7 +89,11 @@ impl Bucket {
     }
 
     /// Sends one GET, counted, not retried; the caller counts the body.
-    pub(super) async fn get_once(&self, path: &ObjectPath, range: Option<Range<u64>>) -> Result<GetResult, Failure> {
+    pub(super) async fn get_once(
+        &self,
+        path: &ObjectPath,
+        range: Option<Range<u64>>,
+    ) -> Result<GetResult, Failure> {
         self.inner.counters.get();
         let options = GetOptions { range: range.map(Into::into), ..GetOptions::default() };
         Ok(self.inner.store.get_opts(path, options).await?)

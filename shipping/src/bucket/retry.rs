@@ -1,8 +1,8 @@
 //! One retry policy for every request: jittered backoff inside a total budget.
 //!
-//! object_store's own retries are set to none (`RetryConfig`): they do not cover a conditional create
-//! whose reply was lost, they would hide attempts from the request counts, and a credential or a
-//! signature is rebuilt only by a new attempt.
+//! object_store's own retries are set to none (`RetryConfig`): they do not cover a conditional
+//! create whose reply was lost, they would hide attempts from the request counts, and a credential
+//! or a signature is rebuilt only by a new attempt.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,7 +19,8 @@ pub struct RetryBudget {
     pub total: Duration,
     /// Timeout of a request without a large body.
     pub attempt: Duration,
-    /// Timeout of a request that reads or completes something large; a request with a body gets more, by its size.
+    /// Timeout of a request that reads or completes something large; a request with a body gets
+    /// more, by its size.
     pub transfer: Duration,
     /// The first pause between attempts.
     pub backoff_first: Duration,
@@ -27,8 +28,8 @@ pub struct RetryBudget {
     pub backoff_max: Duration,
 }
 
-/// Slowest accepted rate of a body, bytes a second: the least that several uploads at once over a slow link
-/// leave for each.
+/// Slowest accepted rate of a body, bytes a second: the least that several uploads at once over a
+/// slow link leave for each.
 pub(super) const SLOWEST_BODY: u64 = 128 << 10;
 
 impl Default for RetryBudget {
@@ -45,7 +46,8 @@ impl Default for RetryBudget {
 }
 
 impl RetryBudget {
-    /// Returns the budget of the start-up probe: an unreachable bucket is reported within about 5 s.
+    /// Returns the budget of the start-up probe: an unreachable bucket is reported within about 5
+    /// s.
     pub fn probe() -> Self {
         Self {
             total: Duration::from_secs(3),
@@ -118,13 +120,16 @@ impl RetryPolicy for PartRetry {
     async fn retry(&self, context: RetryContext) -> bool {
         let transient = match context.failure {
             RetryFailure::Transport(_) => true,
-            // S3 answers 400 to expired credentials and to a body that arrived slowly. Only the body of the
-            // answer distinguishes the two, and object_store does not pass it on.
-            RetryFailure::Status(status) if status.as_u16() == 400 => context.attempt <= UNEXPLAINED_MAX,
+            // S3 answers 400 to expired credentials and to a body that arrived slowly. Only the
+            // body of the answer distinguishes the two, and object_store does not pass it on.
+            RetryFailure::Status(status) if status.as_u16() == 400 => {
+                context.attempt <= UNEXPLAINED_MAX
+            }
             RetryFailure::Status(status) => is_transient_status(status.as_u16()),
             _ => false,
         };
-        // Elapsed counts from the part's first attempt; the exponent is bounded by the budget's cap.
+        // Elapsed counts from the part's first attempt; the exponent is bounded by the budget's
+        // cap.
         let factor = 1u32 << context.attempt.min(10);
         let pause = (self.budget.backoff_first * factor)
             .min(self.budget.backoff_max)

@@ -26,14 +26,21 @@ impl Strangers {
         let name: String = name.chars().take(STRANGER_CHARS).flat_map(char::escape_debug).collect();
         let mut names = self.names();
         if names.len() < STRANGERS_MAX && !names.contains_key(&name) {
-            tracing::warn!(name, why, "something in the bucket is not an object of Vasto; it is passed by");
+            tracing::warn!(
+                name,
+                why,
+                "something in the bucket is not an object of Vasto; it is passed by"
+            );
             names.insert(name, why.to_owned());
         }
     }
 
     /// Returns the remembered names, each on a line of its own, and forgets them.
     pub(super) fn take(&self) -> Vec<String> {
-        std::mem::take(&mut *self.names()).into_iter().map(|(name, why)| format!("{name}: {why}")).collect()
+        std::mem::take(&mut *self.names())
+            .into_iter()
+            .map(|(name, why)| format!("{name}: {why}"))
+            .collect()
     }
 }
 

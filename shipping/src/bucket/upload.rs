@@ -1,10 +1,10 @@
 //! Uploads of whole files.
 //!
-//! Up to [`SINGLE_PUT_BYTES_MAX`] a file is uploaded in one create-only request. A larger file is uploaded in parts:
-//! no store can make that create-only, so the name is checked first, and it carries an attempt
-//! id that no other upload draws. An upload that could not be begun or completed is repeated whole.
-//! Either way the size is verified at the end; objects that a crash leaves are named by no manifest
-//! and are collected.
+//! Up to [`SINGLE_PUT_BYTES_MAX`] a file is uploaded in one create-only request. A larger file is
+//! uploaded in parts: no store can make that create-only, so the name is checked first, and it
+//! carries an attempt id that no other upload draws. An upload that could not be begun or completed
+//! is repeated whole. Either way the size is verified at the end; objects that a crash leaves are
+//! named by no manifest and are collected.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -33,7 +33,8 @@ impl Bucket {
     ///
     /// # Errors
     /// `Exists` when other bytes are under the key; `LocalFile`; `WrongSize` when the bucket holds
-    /// something else than was sent. After any error the key must not be used again with other bytes.
+    /// something else than was sent. After any error the key must not be used again with other
+    /// bytes.
     pub async fn upload_file(&self, key: &str, path: &Path) -> Result<Uploaded, BucketError> {
         let file = LocalFile::open(path).await?;
         let uploaded = if file.bytes <= SINGLE_PUT_BYTES_MAX {
@@ -43,9 +44,11 @@ impl Bucket {
         };
         match self.head(key).await? {
             Some(found) if found == uploaded.bytes => Ok(uploaded),
-            found => {
-                Err(BucketError::WrongSize { key: key.to_owned(), expected: uploaded.bytes, found: found.unwrap_or(0) })
-            }
+            found => Err(BucketError::WrongSize {
+                key: key.to_owned(),
+                expected: uploaded.bytes,
+                found: found.unwrap_or(0),
+            }),
         }
     }
 
@@ -64,7 +67,11 @@ impl Bucket {
         }
     }
 
-    async fn upload_in_parts(&self, key: &str, mut file: LocalFile) -> Result<Uploaded, BucketError> {
+    async fn upload_in_parts(
+        &self,
+        key: &str,
+        mut file: LocalFile,
+    ) -> Result<Uploaded, BucketError> {
         if self.head(key).await?.is_some() {
             return Err(BucketError::Exists { key: key.to_owned() });
         }
@@ -83,9 +90,13 @@ impl Bucket {
         }
     }
 
-    /// Uploads from the first part to the last. The inner error: the upload could not be begun or not be
-    /// completed, and no object is under the key.
-    async fn try_in_parts(&self, key: &str, file: &mut LocalFile) -> Result<Result<Uploaded, Failure>, BucketError> {
+    /// Uploads from the first part to the last. The inner error: the upload could not be begun or
+    /// not be completed, and no object is under the key.
+    async fn try_in_parts(
+        &self,
+        key: &str,
+        file: &mut LocalFile,
+    ) -> Result<Result<Uploaded, Failure>, BucketError> {
         let path = self.path(key)?;
         let retry = PartRetry { budget: self.budget, counts: self.inner.counters.clone() };
         let options = PutMultipartOptions::default().with_retry_policy(Arc::new(retry));
@@ -93,10 +104,11 @@ impl Bucket {
             self.inner.counters.put();
             self.inner.store.put_multipart_opts(&path, options).await
         };
-        let mut upload = match self.once(&Retry::new(self.budget), self.budget.attempt, 0, begun).await {
-            Ok(upload) => upload,
-            Err(failure) => return Ok(Err(failure)),
-        };
+        let mut upload =
+            match self.once(&Retry::new(self.budget), self.budget.attempt, 0, begun).await {
+                Ok(upload) => upload,
+                Err(failure) => return Ok(Err(failure)),
+            };
         let outcome = match self.send_parts(key, file, upload.as_mut()).await {
             Ok(uploaded) => self.complete(key, uploaded, upload.as_mut()).await,
             Err(error) => Err(error),
@@ -105,7 +117,11 @@ impl Bucket {
             // Parts that remain cost money until the bucket's lifecycle rule removes them.
             self.inner.counters.delete();
             if let Err(failure) = within(self.budget.attempt, upload.abort()).await {
-                tracing::debug!(error = failure.detail, key, "the parts of a failed upload could not be removed");
+                tracing::debug!(
+                    error = failure.detail,
+                    key,
+                    "the parts of a failed upload could not be removed"
+                );
             }
         }
         outcome
@@ -119,7 +135,9 @@ impl Bucket {
         upload: &mut dyn MultipartUpload,
     ) -> Result<Result<Uploaded, Failure>, BucketError> {
         self.inner.counters.put();
-        let Err(failure) = within(self.budget.transfer, upload.complete()).await else { return Ok(Ok(uploaded)) };
+        let Err(failure) = within(self.budget.transfer, upload.complete()).await else {
+            return Ok(Ok(uploaded));
+        };
         // The reply may be lost: the object is whole or absent, as its size shows.
         match self.head(key).await {
             Ok(Some(found)) if found == uploaded.bytes => Ok(Ok(uploaded)),
@@ -152,7 +170,8 @@ impl Bucket {
             self.inner.counters.put();
             self.inner.counters.sent(part.len() as u64);
             // The limit includes the retries of the part.
-            let limit = self.budget.total + self.budget.limit_for(PARTS_IN_FLIGHT as u64 * part.len() as u64);
+            let limit = self.budget.total
+                + self.budget.limit_for(PARTS_IN_FLIGHT as u64 * part.len() as u64);
             in_flight.push(within(limit, upload.put_part(PutPayload::from(part))));
         }
         while let Some(done) = in_flight.next().await {

@@ -1,4 +1,5 @@
-//! The HTTP layer between object_store and an S3 server, where object_store drops or rejects answers.
+//! The HTTP layer between object_store and an S3 server, where object_store drops or rejects
+//! answers.
 //!
 //! Reads the server's clock from the answers, and removes from listings the names that object_store
 //! cannot parse, for which it would reject the whole page.
@@ -9,7 +10,8 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use bytes::Bytes;
 use object_store::ClientOptions;
 use object_store::client::{
-    HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpService, ReqwestConnector,
+    HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpService,
+    ReqwestConnector,
 };
 
 use crate::clock::now_us;
@@ -58,7 +60,10 @@ struct Wire {
 #[async_trait::async_trait]
 impl HttpService for Wire {
     async fn call(&self, request: HttpRequest) -> Result<HttpResponse, HttpError> {
-        let lists = request.uri().query().is_some_and(|query| query.split('&').any(|pair| pair == "list-type=2"));
+        let lists = request
+            .uri()
+            .query()
+            .is_some_and(|query| query.split('&').any(|pair| pair == "list-type=2"));
         let response = self.inner.execute(request).await?;
         if let Some(date) = response.headers().get("date").and_then(|date| date.to_str().ok()) {
             self.learned.note_date(date);
@@ -78,7 +83,8 @@ impl HttpService for Wire {
 
 /// Parses an HTTP date, `Thu, 01 Jan 2026 00:00:00 GMT`, into seconds since 1970.
 fn http_date(text: &str) -> Option<i64> {
-    const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    const MONTHS: [&str; 12] =
+        ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
     let mut words = text.split_once(", ")?.1.split(' ');
     let day: i64 = words.next()?.parse().ok()?;
     let name = words.next()?;
@@ -104,7 +110,13 @@ mod tests {
         assert_eq!(http_date("Thu, 01 Jan 1970 00:00:00 GMT"), Some(0));
         assert_eq!(http_date("Sun, 06 Nov 1994 08:49:37 GMT"), Some(784_111_777));
         assert_eq!(http_date("Thu, 29 Feb 2024 23:59:59 GMT"), Some(1_709_251_199));
-        for bad in ["", "Thu", "Thu, 01 Foo 1970 00:00:00 GMT", "Thu, 01 Jan 1970", "Thu, 01 Jan 99999999 00:00:00"] {
+        for bad in [
+            "",
+            "Thu",
+            "Thu, 01 Foo 1970 00:00:00 GMT",
+            "Thu, 01 Jan 1970",
+            "Thu, 01 Jan 99999999 00:00:00",
+        ] {
             assert_eq!(http_date(bad), None, "{bad}");
         }
     }

@@ -1,7 +1,7 @@
 //! The claim of the prefix: which cluster it belongs to.
 //!
-//! **Invariant:** a prefix that is not empty is never claimed for a new cluster; only the lost claim of the cluster that
-//! the nodes belong to is written again.
+//! **Invariant:** a prefix that is not empty is never claimed for a new cluster; only the lost
+//! claim of the cluster that the nodes belong to is written again.
 
 use serde::{Deserialize, Serialize};
 
@@ -26,8 +26,8 @@ impl CatalogStore {
     /// from `new_cluster_id` when the prefix was claimed before.
     ///
     /// # Errors
-    /// `Unclaimed` when there is anything in the prefix but no claim; `NewerCluster` when a newer version
-    /// claimed it.
+    /// `Unclaimed` when there is anything in the prefix but no claim; `NewerCluster` when a newer
+    /// version claimed it.
     pub async fn claim_cluster(&self, new_cluster_id: String) -> Result<String, CatalogError> {
         // Read first: a start-up that claims nothing should not need a write.
         if let Some(id) = self.cluster_id().await? {
@@ -49,9 +49,14 @@ impl CatalogStore {
         found.map(|found| Self::cluster_id_in(&found)).transpose()
     }
 
-    /// Writes the claim, whatever else is in the prefix; returns the cluster whose claim is in force.
+    /// Writes the claim, whatever else is in the prefix; returns the cluster whose claim is in
+    /// force.
     async fn claim_for(&self, cluster_id: String) -> Result<String, CatalogError> {
-        let cluster = Cluster { cluster_id: cluster_id.clone(), format: CLUSTER_FORMAT, created_at_us: now_us() };
+        let cluster = Cluster {
+            cluster_id: cluster_id.clone(),
+            format: CLUSTER_FORMAT,
+            created_at_us: now_us(),
+        };
         match self.bucket().create(&layout::cluster(), envelope::encode(CLUSTER, &cluster)).await? {
             Create::Created => Ok(cluster_id),
             Create::Exists(found) => Self::cluster_id_in(&found),
@@ -72,8 +77,8 @@ impl CatalogStore {
         Ok(cluster.cluster_id)
     }
 
-    /// Writes the lost claim again, for the cluster that the nodes belong to. A claim of another cluster
-    /// without a keyspace is deleted: it was made when the prefix was found empty.
+    /// Writes the lost claim again, for the cluster that the nodes belong to. A claim of another
+    /// cluster without a keyspace is deleted: it was made when the prefix was found empty.
     ///
     /// # Errors
     /// `OtherCluster` when that cluster has keyspaces.

@@ -65,8 +65,8 @@ pub enum CatalogError {
 }
 
 impl CatalogError {
-    /// Returns true when the error is about one unreadable object, and says nothing about others. An object
-    /// of a newer version does not count: the reader must be upgraded first.
+    /// Returns true when the error is about one unreadable object, and says nothing about others.
+    /// An object of a newer version does not count: the reader must be upgraded first.
     pub fn is_of_one_object(&self) -> bool {
         match self {
             CatalogError::Document { source, .. } => !matches!(source, EnvelopeError::Newer { .. }),

@@ -1,4 +1,5 @@
-//! All keyspaces of a cluster: reading them at start-up, creating one, and restoring what the bucket has lost of one.
+//! All keyspaces of a cluster: reading them at start-up, creating one, and restoring what the
+//! bucket has lost of one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
@@ -16,12 +17,13 @@ use crate::layout;
 const LOADS_IN_FLIGHT: usize = 16;
 
 impl CatalogStore {
-    /// Returns the tips of all keyspaces, in the order of their ids; for start-up, since it lists. The list
-    /// is only a hint: each tip, and the last keyspace, are found upward from it.
+    /// Returns the tips of all keyspaces, in the order of their ids; for start-up, since it lists.
+    /// The list is only a hint: each tip, and the last keyspace, are found upward from it.
     ///
-    /// An active keyspace whose name is not bound to it is left out: [`Self::create_keyspace`] ended
-    /// between its two steps. Deleted keyspaces are included: nodes may still hold their replicas.
-    /// An unreadable keyspace is logged and left out, unless a newer version wrote it; the others still load.
+    /// An active keyspace whose name is not bound to it is left out: [`Self::create_keyspace`]
+    /// ended between its two steps. Deleted keyspaces are included: nodes may still hold their
+    /// replicas. An unreadable keyspace is logged and left out, unless a newer version wrote it;
+    /// the others still load.
     pub async fn load_all(&self) -> Result<Vec<Catalog>, CatalogError> {
         Ok(self.load_all_told().await?.0)
     }
@@ -39,23 +41,28 @@ impl CatalogStore {
         for id in listed.saturating_add(1)..=self.last(listed, first_version).await? {
             hints.entry(KeyspaceId(id)).or_insert(CatalogVersion(1));
         }
-        let found: Vec<(KeyspaceId, Result<Option<Catalog>, CatalogError>)> = futures::stream::iter(hints)
-            .map(|(keyspace, hint)| {
-                let store = self.clone();
-                async move { (keyspace, store.load_one(keyspace, hint).await) }
-            })
-            .buffered(LOADS_IN_FLIGHT)
-            .collect()
-            .await;
+        let found: Vec<(KeyspaceId, Result<Option<Catalog>, CatalogError>)> =
+            futures::stream::iter(hints)
+                .map(|(keyspace, hint)| {
+                    let store = self.clone();
+                    async move { (keyspace, store.load_one(keyspace, hint).await) }
+                })
+                .buffered(LOADS_IN_FLIGHT)
+                .collect()
+                .await;
         let (mut catalogs, mut odd) = (Vec::new(), Vec::new());
         for (keyspace, loaded) in found {
             match loaded {
                 Ok(catalog) => {
-                    self.note_used(catalog.as_ref().map_or(KeyspaceId(0), |catalog| catalog.keyspace));
+                    self.note_used(
+                        catalog.as_ref().map_or(KeyspaceId(0), |catalog| catalog.keyspace),
+                    );
                     catalogs.extend(catalog);
                 }
                 Err(error) if error.is_of_one_object() => {
-                    let text = format!("keyspace {keyspace} is left out, because its catalog cannot be read: {error}");
+                    let text = format!(
+                        "keyspace {keyspace} is left out, because its catalog cannot be read: {error}"
+                    );
                     tracing::warn!(%keyspace, %error, "a keyspace is left out, because its catalog cannot be read");
                     odd.push(text);
                 }
@@ -65,8 +72,14 @@ impl CatalogStore {
         Ok((catalogs, odd))
     }
 
-    async fn load_one(self, keyspace: KeyspaceId, hint: CatalogVersion) -> Result<Option<Catalog>, CatalogError> {
-        let Some(catalog) = self.tip_below_strangers(keyspace, hint).await? else { return Ok(None) };
+    async fn load_one(
+        self,
+        keyspace: KeyspaceId,
+        hint: CatalogVersion,
+    ) -> Result<Option<Catalog>, CatalogError> {
+        let Some(catalog) = self.tip_below_strangers(keyspace, hint).await? else {
+            return Ok(None);
+        };
         if catalog.state != KeyspaceState::Active {
             return Ok(Some(catalog));
         }
@@ -93,13 +106,17 @@ impl CatalogStore {
     /// must draw a new nonce in each process.
     ///
     /// # Errors
-    /// `BadName`; `NameTaken` when a live keyspace has the name, also when it is the caller's own from
-    /// an earlier call that ended in an error.
-    pub async fn create_keyspace(&self, build: impl Fn(KeyspaceId) -> Catalog) -> Result<Catalog, CatalogError> {
+    /// `BadName`; `NameTaken` when a live keyspace has the name, also when it is the caller's own
+    /// from an earlier call that ended in an error.
+    pub async fn create_keyspace(
+        &self,
+        build: impl Fn(KeyspaceId) -> Catalog,
+    ) -> Result<Catalog, CatalogError> {
         let name = build(KeyspaceId(1)).name;
         check_keyspace_name(&name)?;
         self.free_name_version(&name).await?;
-        let mut id = self.last(self.used.load(Ordering::Acquire), first_version).await?.saturating_add(1);
+        let mut id =
+            self.last(self.used.load(Ordering::Acquire), first_version).await?.saturating_add(1);
         let catalog = loop {
             let catalog = build(KeyspaceId(id));
             assert_eq!(
@@ -119,9 +136,10 @@ impl CatalogStore {
         Ok(catalog)
     }
 
-    /// Restores what the bucket has lost of a keyspace, given the last version that any node remembers: that
-    /// version, the versions before it (of which only the numbers are left: each repeats the remembered version,
-    /// without its plan), and the name. Returns the number of objects written.
+    /// Restores what the bucket has lost of a keyspace, given the last version that any node
+    /// remembers: that version, the versions before it (of which only the numbers are left: each
+    /// repeats the remembered version, without its plan), and the name. Returns the number of
+    /// objects written.
     ///
     /// # Errors
     /// `NameTaken` when the name is bound to another live keyspace.
@@ -130,10 +148,13 @@ impl CatalogStore {
         self.note_used(keyspace);
         let folder = format!("{}{:020}/", layout::catalog_prefix(), keyspace.0);
         let listed = self.bucket().list(&folder).await?;
-        let there: BTreeSet<CatalogVersion> =
-            listed.iter().filter_map(|object| Some(layout::parse_catalog_version(&object.key)?.1)).collect();
-        let lost: Vec<u64> =
-            (1..=remembered.version.0).filter(|version| !there.contains(&CatalogVersion(*version))).collect();
+        let there: BTreeSet<CatalogVersion> = listed
+            .iter()
+            .filter_map(|object| Some(layout::parse_catalog_version(&object.key)?.1))
+            .collect();
+        let lost: Vec<u64> = (1..=remembered.version.0)
+            .filter(|version| !there.contains(&CatalogVersion(*version)))
+            .collect();
         // The remembered version is written last: a tip is found only by numbers without a gap.
         let written = futures::stream::iter(lost).map(|version| async move {
             let mut catalog = remembered.clone();
@@ -145,7 +166,8 @@ impl CatalogStore {
             let claimed = self.claim(&catalog).await?;
             Ok::<_, CatalogError>(u64::from(matches!(claimed, CatalogWrite::Won)))
         });
-        let mut count = written.buffered(LOADS_IN_FLIGHT).try_fold(0, async |all, new| Ok(all + new)).await?;
+        let mut count =
+            written.buffered(LOADS_IN_FLIGHT).try_fold(0, async |all, new| Ok(all + new)).await?;
         let hint = there.last().copied().unwrap_or_default().max(remembered.version);
         let Some(tip) = self.tip(keyspace, hint).await? else { return Ok(count) };
         if tip.state == KeyspaceState::Active && !self.is_bound(&tip).await? {

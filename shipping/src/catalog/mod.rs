@@ -4,8 +4,9 @@
 //! version is only ever written after the version before it was seen). So "does number n exist?" is
 //! monotonic, and the tip is found by galloping upward from any version known to exist.
 //!
-//! `store` reads and writes versions, on which `cluster` (the claim of the prefix), `names`, `keyspaces` and
-//! `settings` are built. The master decides what a version contains; the nodes apply it.
+//! `store` reads and writes versions, on which `cluster` (the claim of the prefix), `names`,
+//! `keyspaces` and `settings` are built. The master decides what a version contains; the nodes
+//! apply it.
 
 mod cluster;
 mod error;

@@ -20,7 +20,8 @@ struct NameBinding {
 }
 
 impl CatalogStore {
-    /// Returns true when the name is bound to the keyspace; it is not when its creation was cut off or is under way.
+    /// Returns true when the name is bound to the keyspace; it is not when its creation was cut off
+    /// or is under way.
     pub(crate) async fn is_bound(&self, catalog: &Catalog) -> Result<bool, CatalogError> {
         let bound = self.name_tip(&catalog.name).await?;
         Ok(bound.is_some_and(|(_, bound)| bound.keyspace_id == catalog.keyspace && !bound.deleted))
@@ -30,14 +31,18 @@ impl CatalogStore {
     ///
     /// # Errors
     /// `NameTaken` when the name is bound to a live keyspace.
-    pub(super) async fn bind_name(&self, name: &str, keyspace_id: KeyspaceId) -> Result<bool, CatalogError> {
+    pub(super) async fn bind_name(
+        &self,
+        name: &str,
+        keyspace_id: KeyspaceId,
+    ) -> Result<bool, CatalogError> {
         let n = self.free_name_version(name).await?;
         let binding = NameBinding { keyspace_id, deleted: false };
         Ok(self.create(&layout::name_version(name, n), NAME, &binding).await?.is_none())
     }
 
-    /// Frees the name of a deleted keyspace for reuse; does nothing when the name is not bound to it
-    /// (any more).
+    /// Frees the name of a deleted keyspace for reuse; does nothing when the name is not bound to
+    /// it (any more).
     pub async fn release_name(&self, name: &str, keyspace: KeyspaceId) -> Result<(), CatalogError> {
         check_keyspace_name(name)?;
         loop {
@@ -56,7 +61,8 @@ impl CatalogStore {
     pub(super) async fn free_name_version(&self, name: &str) -> Result<u64, CatalogError> {
         let Some((n, bound)) = self.name_tip(name).await? else { return Ok(1) };
         if !bound.deleted {
-            // A crash between the delete of a keyspace and the release of its name must not keep the name taken.
+            // A crash between the delete of a keyspace and the release of its name must not keep
+            // the name taken.
             let owner = self.tip(bound.keyspace_id, CatalogVersion(1)).await?;
             if owner.is_some_and(|owner| owner.state == KeyspaceState::Active) {
                 return Err(CatalogError::NameTaken(name.to_owned()));

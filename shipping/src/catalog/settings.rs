@@ -1,8 +1,8 @@
 //! The settings of a cluster's nodes: numbered create-only objects like the catalog, of which
 //! the last is in force.
 //!
-//! **Invariant:** a version is written after the version before it was seen, and never changed. A change is
-//! made to the newest version, however many masters make changes at once.
+//! **Invariant:** a version is written after the version before it was seen, and never changed. A
+//! change is made to the newest version, however many masters make changes at once.
 
 use serde::{Deserialize, Serialize};
 use vasto_core::NodeId;
@@ -36,12 +36,22 @@ impl ClusterSettings {
 
     /// Returns the next version, with the node cordoned or not; `None` when nothing changes. Above
     /// `CORDONED_MAX` the earliest are dropped: nodes that left long ago.
-    pub fn with_cordon(&self, node: NodeId, cordoned: bool, now_us: u64, nonce: u64) -> Option<Self> {
+    pub fn with_cordon(
+        &self,
+        node: NodeId,
+        cordoned: bool,
+        now_us: u64,
+        nonce: u64,
+    ) -> Option<Self> {
         if self.is_cordoned(node) == cordoned {
             return None;
         }
-        let mut next =
-            Self { version: self.version + 1, nonce, written_at_us: now_us, cordoned: self.cordoned.clone() };
+        let mut next = Self {
+            version: self.version + 1,
+            nonce,
+            written_at_us: now_us,
+            cordoned: self.cordoned.clone(),
+        };
         next.cordoned.retain(|cordoned| *cordoned != node);
         if cordoned {
             next.cordoned.push(node);
@@ -53,7 +63,8 @@ impl ClusterSettings {
 }
 
 impl CatalogStore {
-    /// Returns the newest settings, found upward from `known`. Sends one request when `known` is the newest.
+    /// Returns the newest settings, found upward from `known`. Sends one request when `known` is
+    /// the newest.
     ///
     /// # Errors
     /// When the bucket does not answer, or an object in it cannot be read.
@@ -67,8 +78,8 @@ impl CatalogStore {
         found.map_or_else(|| Ok(known.clone()), |bytes| decode(SETTINGS, &key, &bytes))
     }
 
-    /// Makes a change to the newest settings; returns the settings in force, which hold the change. `change`
-    /// returns `None` when there is nothing to do.
+    /// Makes a change to the newest settings; returns the settings in force, which hold the change.
+    /// `change` returns `None` when there is nothing to do.
     ///
     /// # Errors
     /// After an error the outcome is unknown; the change can be made again.
@@ -105,7 +116,9 @@ mod tests {
         let (store, rival) = (CatalogStore::new(bucket.clone()), CatalogStore::new(bucket));
         let nothing = ClusterSettings::default();
         assert_eq!(store.settings(&nothing).await.unwrap(), nothing);
-        let cordon = |node: u64, nonce: u64| move |now: &ClusterSettings| now.with_cordon(NodeId(node), true, 1, nonce);
+        let cordon = |node: u64, nonce: u64| {
+            move |now: &ClusterSettings| now.with_cordon(NodeId(node), true, 1, nonce)
+        };
         let (first, second) = futures::join!(
             store.change_settings(&nothing, cordon(1, 11)),
             rival.change_settings(&nothing, cordon(2, 22))
@@ -129,6 +142,9 @@ mod tests {
         for node in 0..=CORDONED_MAX as u64 {
             settings = settings.with_cordon(NodeId(node), true, 1, node).unwrap();
         }
-        assert_eq!((settings.cordoned.len(), settings.is_cordoned(NodeId(0))), (CORDONED_MAX, false));
+        assert_eq!(
+            (settings.cordoned.len(), settings.is_cordoned(NodeId(0))),
+            (CORDONED_MAX, false)
+        );
     }
 }

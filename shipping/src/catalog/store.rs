@@ -28,8 +28,8 @@ pub enum CatalogWrite {
 #[derive(Debug, Clone)]
 pub struct CatalogStore {
     bucket: Bucket,
-    /// The greatest keyspace id ever seen, whatever the bucket still shows of it: a reused id would find the
-    /// other keyspace's objects under its names.
+    /// The greatest keyspace id ever seen, whatever the bucket still shows of it: a reused id would
+    /// find the other keyspace's objects under its names.
     pub(super) used: Arc<AtomicU64>,
 }
 
@@ -58,8 +58,8 @@ impl CatalogStore {
             CatalogWrite::Won => {}
             lost => return Ok(lost),
         }
-        // An earlier call whose reply was lost may have written this version, and another master may
-        // have written the next one since.
+        // An earlier call whose reply was lost may have written this version, and another master
+        // may have written the next one since.
         let next = CatalogVersion(catalog.version.0 + 1);
         Ok(match self.version(catalog.keyspace, next).await? {
             Some(next) => CatalogWrite::Lost(Box::new(next)),
@@ -78,8 +78,9 @@ impl CatalogStore {
         bytes.map(|bytes| read_catalog(&key, &bytes, keyspace, version)).transpose()
     }
 
-    /// Returns the version of a keyspace that was in force at a time, microseconds since 1970; `None` when it
-    /// did not exist yet. `tip` is a version that is known to exist, and to be the last before now.
+    /// Returns the version of a keyspace that was in force at a time, microseconds since 1970;
+    /// `None` when it did not exist yet. `tip` is a version that is known to exist, and to be the
+    /// last before now.
     pub async fn at(&self, tip: &Catalog, at_us: u64) -> Result<Option<Catalog>, CatalogError> {
         if tip.written_at_us <= at_us {
             return Ok(Some(tip.clone()));
@@ -100,22 +101,30 @@ impl CatalogStore {
         Ok(found)
     }
 
-    /// Returns the last version of a keyspace, found upward from one that is known to exist (or from 1 when
-    /// the hint is too high). `None`: no such keyspace. Sends two requests when the hint is the tip.
-    pub async fn tip(&self, keyspace: KeyspaceId, hint: CatalogVersion) -> Result<Option<Catalog>, CatalogError> {
+    /// Returns the last version of a keyspace, found upward from one that is known to exist (or
+    /// from 1 when the hint is too high). `None`: no such keyspace. Sends two requests when the
+    /// hint is the tip.
+    pub async fn tip(
+        &self,
+        keyspace: KeyspaceId,
+        hint: CatalogVersion,
+    ) -> Result<Option<Catalog>, CatalogError> {
         let mut found = self.version(keyspace, CatalogVersion(hint.0.max(1))).await?;
         if found.is_none() && hint.0 > 1 {
             found = self.version(keyspace, CatalogVersion(1)).await?;
         }
         let Some(found) = found else { return Ok(None) };
-        let last = self.last(found.version.0, |n| layout::catalog_version(keyspace, CatalogVersion(n))).await?;
+        let last = self
+            .last(found.version.0, |n| layout::catalog_version(keyspace, CatalogVersion(n)))
+            .await?;
         if last == found.version.0 {
             return Ok(Some(found));
         }
         self.version(keyspace, CatalogVersion(last)).await
     }
 
-    /// Returns the same from a hint that a listing gave, ignoring foreign objects under higher numbers.
+    /// Returns the same from a hint that a listing gave, ignoring foreign objects under higher
+    /// numbers.
     pub(crate) async fn tip_below_strangers(
         &self,
         keyspace: KeyspaceId,
@@ -130,7 +139,9 @@ impl CatalogStore {
     /// Creates the version; the nonce decides whether an existing object is the caller's.
     pub(super) async fn claim(&self, catalog: &Catalog) -> Result<CatalogWrite, CatalogError> {
         let key = layout::catalog_version(catalog.keyspace, catalog.version);
-        let Some(existing) = self.create(&key, CATALOG, catalog).await? else { return Ok(CatalogWrite::Won) };
+        let Some(existing) = self.create(&key, CATALOG, catalog).await? else {
+            return Ok(CatalogWrite::Won);
+        };
         let existing = read_catalog(&key, &existing, catalog.keyspace, catalog.version)?;
         let ours = existing.nonce == catalog.nonce;
         Ok(if ours { CatalogWrite::Won } else { CatalogWrite::Lost(Box::new(existing)) })
@@ -151,14 +162,21 @@ impl CatalogStore {
 
     /// Checks the bytes of a version under its key.
     pub(crate) fn decode_version(key: &str, bytes: &[u8]) -> Result<Catalog, CatalogError> {
-        let misplaced = || CatalogError::Misplaced { key: key.to_owned(), found: "no version of a catalog".into() };
+        let misplaced = || CatalogError::Misplaced {
+            key: key.to_owned(),
+            found: "no version of a catalog".into(),
+        };
         let (keyspace, version) = layout::parse_catalog_version(key).ok_or_else(misplaced)?;
         read_catalog(key, bytes, keyspace, version)
     }
 
-    /// Returns the greatest number that exists, given that all up to `from` do: doubling steps up, then
-    /// halving steps back. Sends one request when `from` is the last.
-    pub(super) async fn last(&self, from: u64, key: impl Fn(u64) -> String) -> Result<u64, CatalogError> {
+    /// Returns the greatest number that exists, given that all up to `from` do: doubling steps up,
+    /// then halving steps back. Sends one request when `from` is the last.
+    pub(super) async fn last(
+        &self,
+        from: u64,
+        key: impl Fn(u64) -> String,
+    ) -> Result<u64, CatalogError> {
         let (mut last, mut step) = (from, 1u64);
         // No number exists beyond the range of `u64`.
         let there = async |last: u64, step: u64| match last.checked_add(step) {
@@ -184,7 +202,8 @@ pub(super) fn decode<T: serde::de::DeserializeOwned>(
     key: &str,
     bytes: &[u8],
 ) -> Result<T, CatalogError> {
-    envelope::decode(kind, bytes).map_err(|source| CatalogError::Document { key: key.to_owned(), source })
+    envelope::decode(kind, bytes)
+        .map_err(|source| CatalogError::Document { key: key.to_owned(), source })
 }
 
 fn read_catalog(

@@ -1,12 +1,13 @@
 //! The collection: deletes the objects that are not needed.
 //!
 //! **Invariants**
-//! - An object is deleted only when no retained manifest, chunk, plan or keyspace needs it, when it is older
-//!   than the minimum age, under a gc term that is still the last, and after the catalogs were read again. In
-//!   doubt it stays. Catalog and name versions are never deleted.
-//! - A manifest is deleted before the objects that it names, so that the remaining manifests stay readable.
-//! - No object's time moves the age of another object. "Now" is the earlier of two times: the store time of an
-//!   object of this very run, and the collector's own clock.
+//! - An object is deleted only when no retained manifest, chunk, plan or keyspace needs it, when it
+//!   is older than the minimum age, under a gc term that is still the last, and after the catalogs
+//!   were read again. In doubt it stays. Catalog and name versions are never deleted.
+//! - A manifest is deleted before the objects that it names, so that the remaining manifests stay
+//!   readable.
+//! - No object's time moves the age of another object. "Now" is the earlier of two times: the store
+//!   time of an object of this very run, and the collector's own clock.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -70,12 +71,16 @@ impl Collected {
 ///
 /// # Errors
 /// See [`collect_at`].
-pub async fn collect(bucket: &Bucket, retention: Retention, dry_run: bool) -> Result<Collected, CatalogError> {
+pub async fn collect(
+    bucket: &Bucket,
+    retention: Retention,
+    dry_run: bool,
+) -> Result<Collected, CatalogError> {
     collect_at(bucket, retention, dry_run, now_us()).await
 }
 
-/// Deletes objects that are no longer needed. `clock_us` is the collector's clock, microseconds since 1970. A dry
-/// run writes nothing but a probe, which it removes.
+/// Deletes objects that are no longer needed. `clock_us` is the collector's clock, microseconds
+/// since 1970. A dry run writes nothing but a probe, which it removes.
 ///
 /// # Errors
 /// When the bucket does not answer: the objects deleted until then were not needed.
@@ -101,9 +106,14 @@ pub async fn collect_at(
     };
     match &term {
         Some(term) => delete(bucket, &survey, term, deletable, &mut out).await?,
-        None => deletable.objects.into_iter().chain(deletable.staged).for_each(|object| out.count(object)),
+        None => deletable
+            .objects
+            .into_iter()
+            .chain(deletable.staged)
+            .for_each(|object| out.count(object)),
     }
-    let surveyed: u64 = survey.objects.iter().chain(&survey.staged).map(|object| object.bytes).sum();
+    let surveyed: u64 =
+        survey.objects.iter().chain(&survey.staged).map(|object| object.bytes).sum();
     out.stored_bytes = surveyed - if dry_run { 0 } else { out.bytes };
     Ok(out)
 }
@@ -131,7 +141,8 @@ fn warnings(survey: &Survey, store_us: u64, clock_us: u64) -> Vec<String> {
     out.extend(clocks::apart(store_us, clock_us));
     out.extend(clocks::of_the_future(&survey.objects, store_us.max(clock_us)));
     if !survey.corrupt.is_empty() {
-        let text = "it stays unknown what a manifest needs that cannot be read, so no SST is collected: ";
+        let text =
+            "it stays unknown what a manifest needs that cannot be read, so no SST is collected: ";
         out.push(format!("{text}{}", survey.corrupt.join(", ")));
     }
     out
@@ -154,10 +165,12 @@ impl<'a> Deletable<'a> {
         let named: BTreeSet<&str> = survey.all_manifests().flat_map(Manifest::keys).collect();
         let before = |age: Duration| survey.now_us.saturating_sub(age.as_micros() as u64);
         let is_old = |object: &ObjectInfo| {
-            let may_be_awaited =
-                matches!(layout::parse_shipped(&object.key), Some((_, Shipped::Sst | Shipped::Database)))
-                    && !named.contains(object.key.as_str());
-            object.modified_us <= before(if may_be_awaited { retention.unnamed_age() } else { retention.min_age })
+            let may_be_awaited = matches!(
+                layout::parse_shipped(&object.key),
+                Some((_, Shipped::Sst | Shipped::Database))
+            ) && !named.contains(object.key.as_str());
+            object.modified_us
+                <= before(if may_be_awaited { retention.unnamed_age() } else { retention.min_age })
         };
         let mut deletable = Self { objects: Vec::new(), staged: Vec::new(), young: 0, kept: 0 };
         for object in &survey.objects {
@@ -185,7 +198,8 @@ fn is_manifest(object: &ObjectInfo) -> bool {
     matches!(layout::parse_shipped(&object.key), Some((_, Shipped::Manifest(_))))
 }
 
-/// Deletes in batches, until the term is not the last any more or another keyspace may need the objects.
+/// Deletes in batches, until the term is not the last any more or another keyspace may need the
+/// objects.
 async fn delete(
     bucket: &Bucket,
     survey: &Survey,
@@ -221,7 +235,10 @@ async fn delete(
 }
 
 /// Returns the keyspaces that have changed since the survey: the next collection judges them.
-async fn changed_since(bucket: &Bucket, survey: &Survey) -> Result<BTreeSet<KeyspaceId>, CatalogError> {
+async fn changed_since(
+    bucket: &Bucket,
+    survey: &Survey,
+) -> Result<BTreeSet<KeyspaceId>, CatalogError> {
     let store = CatalogStore::new(bucket.clone());
     let mut changed = BTreeSet::new();
     for (keyspace, surveyed) in &survey.catalogs {
@@ -233,9 +250,12 @@ async fn changed_since(bucket: &Bucket, survey: &Survey) -> Result<BTreeSet<Keys
     Ok(changed)
 }
 
-/// Returns why a keyspace created since the survey may read objects that are to be deleted: it is restored from
-/// another keyspace. `None` without such a keyspace.
-async fn newcomer_may_read(bucket: &Bucket, survey: &Survey) -> Result<Option<String>, CatalogError> {
+/// Returns why a keyspace created since the survey may read objects that are to be deleted: it is
+/// restored from another keyspace. `None` without such a keyspace.
+async fn newcomer_may_read(
+    bucket: &Bucket,
+    survey: &Survey,
+) -> Result<Option<String>, CatalogError> {
     let store = CatalogStore::new(bucket.clone());
     let first = survey.catalogs.keys().next_back().map_or(1, |last| last.0.saturating_add(1));
     for id in (first..u64::MAX).map(KeyspaceId) {
@@ -244,12 +264,19 @@ async fn newcomer_may_read(bucket: &Bucket, survey: &Survey) -> Result<Option<St
         }
         match store.tip(id, vasto_core::CatalogVersion(1)).await {
             Ok(None) => break,
-            Ok(Some(new)) if new.plan.as_ref().is_some_and(|plan| matches!(plan.kind, PlanKind::Restore { .. })) => {
+            Ok(Some(new))
+                if new
+                    .plan
+                    .as_ref()
+                    .is_some_and(|plan| matches!(plan.kind, PlanKind::Restore { .. })) =>
+            {
                 return Ok(Some("a restore has begun".into()));
             }
             Ok(Some(_)) => {}
             Err(CatalogError::Bucket(error)) => return Err(error.into()),
-            Err(error) => return Ok(Some(format!("a keyspace was created that cannot be read: {error}"))),
+            Err(error) => {
+                return Ok(Some(format!("a keyspace was created that cannot be read: {error}")));
+            }
         }
     }
     Ok(None)

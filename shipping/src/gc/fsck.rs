@@ -1,7 +1,8 @@
 //! Checks whether every object that should be in the bucket is there and unaltered.
 //!
-//! **Invariant:** a missing object is one that others name: manifests, the log itself, and the reports of the
-//! cluster's nodes. For a cluster that has shipped, an empty bucket is not a clean one.
+//! **Invariant:** a missing object is one that others name: manifests, the log itself, and the
+//! reports of the cluster's nodes. For a cluster that has shipped, an empty bucket is not a clean
+//! one.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -92,10 +93,16 @@ pub async fn fsck(bucket: &Bucket, deep: bool) -> Result<Fsck, CatalogError> {
 ///
 /// # Errors
 /// When the bucket does not answer.
-pub async fn check(bucket: &Bucket, deep: bool, known: &Known, clock_us: u64) -> Result<Fsck, CatalogError> {
+pub async fn check(
+    bucket: &Bucket,
+    deep: bool,
+    known: &Known,
+    clock_us: u64,
+) -> Result<Fsck, CatalogError> {
     let survey = survey(bucket, clock_us).await?;
     let named = named(&survey);
-    let warnings = survey.warnings.iter().cloned().chain(of_the_future(&survey.objects, clock_us)).collect();
+    let warnings =
+        survey.warnings.iter().cloned().chain(of_the_future(&survey.objects, clock_us)).collect();
     let mut found = Fsck { corrupt: survey.corrupt.clone(), warnings, ..Fsck::default() };
     find_missing(&survey, &named, known, &mut found);
     let needed = sort_objects(&survey, &named, &mut found);
@@ -114,25 +121,36 @@ type Named<'a> = BTreeMap<&'a str, (u64, u32)>;
 fn named(survey: &Survey) -> Named<'_> {
     let mut named = BTreeMap::new();
     for manifest in survey.all_manifests() {
-        named.extend(manifest.files.iter().map(|file| (file.key.as_str(), (file.bytes, file.crc32c))));
-        named.extend(manifest.database.iter().map(|list| (list.key.as_str(), (list.bytes, list.crc32c))));
+        named.extend(
+            manifest.files.iter().map(|file| (file.key.as_str(), (file.bytes, file.crc32c))),
+        );
+        named.extend(
+            manifest.database.iter().map(|list| (list.key.as_str(), (list.bytes, list.crc32c))),
+        );
     }
     named
 }
 
-/// Finds the missing objects of the cluster, and the missing and misshapen ones that manifests name.
+/// Finds the missing objects of the cluster, and the missing and misshapen ones that manifests
+/// name.
 fn find_missing(survey: &Survey, named: &Named<'_>, known: &Known, found: &mut Fsck) {
-    let sizes: HashMap<&str, u64> = survey.objects.iter().map(|object| (object.key.as_str(), object.bytes)).collect();
+    let sizes: HashMap<&str, u64> =
+        survey.objects.iter().map(|object| (object.key.as_str(), object.bytes)).collect();
     let is_there = |key: &str| sizes.contains_key(key);
     if !is_there(&layout::cluster()) && (!survey.objects.is_empty() || *known != Known::default()) {
         found.missing.push(layout::cluster());
     }
-    let applied = known.catalogs.iter().map(|(keyspace, version)| layout::catalog_version(*keyspace, *version));
+    let applied = known
+        .catalogs
+        .iter()
+        .map(|(keyspace, version)| layout::catalog_version(*keyspace, *version));
     found.missing.extend(applied.filter(|key| !is_there(key)));
     for keyspace in &survey.unbound {
         let catalog = &survey.catalogs[keyspace];
         // A keyspace whose creation was cut off was never applied, and has no second version.
-        if catalog.version > CatalogVersion(1) || known.catalogs.iter().any(|(applied, _)| applied == keyspace) {
+        if catalog.version > CatalogVersion(1)
+            || known.catalogs.iter().any(|(applied, _)| applied == keyspace)
+        {
             found.missing.push(layout::name_version(&catalog.name, 1));
         }
     }
@@ -146,11 +164,17 @@ fn find_missing(survey: &Survey, named: &Named<'_>, known: &Known, found: &mut F
 }
 
 /// Counts the objects and finds the orphans; returns the objects that are needed.
-fn sort_objects<'a>(survey: &'a Survey, named: &Named<'_>, found: &mut Fsck) -> Vec<&'a ObjectInfo> {
+fn sort_objects<'a>(
+    survey: &'a Survey,
+    named: &Named<'_>,
+    found: &mut Fsck,
+) -> Vec<&'a ObjectInfo> {
     let mut needed = Vec::new();
     for object in &survey.objects {
         let is_needed = match layout::parse_shipped(&object.key) {
-            Some((owner, Shipped::Chunk(_) | Shipped::Manifest(_))) => survey.catalogs.contains_key(&owner.keyspace),
+            Some((owner, Shipped::Chunk(_) | Shipped::Manifest(_))) => {
+                survey.catalogs.contains_key(&owner.keyspace)
+            }
             Some((_, Shipped::Sst | Shipped::Database)) => named.contains_key(object.key.as_str()),
             None => layout::is_of_the_cluster(&object.key),
         };
@@ -193,7 +217,8 @@ async fn read_objects(
     deep: bool,
     found: &mut Fsck,
 ) -> Result<Logs, BucketError> {
-    let reads = objects.into_iter().map(|object| (object.clone(), named.get(object.key.as_str()).copied()));
+    let reads =
+        objects.into_iter().map(|object| (object.clone(), named.get(object.key.as_str()).copied()));
     let reads: Vec<_> = reads.collect();
     let reads = futures::stream::iter(reads).map(|(object, named)| async move {
         let read = read_object(bucket, &object, named, deep).await?;
@@ -239,8 +264,14 @@ async fn read_object(
         size == object.bytes && (deep || (kind == Shipped::Database && size <= LIST_BYTES_MAX))
     };
     let checksum = match (layout::parse_shipped(key), named) {
-        (Some((owner, Shipped::Chunk(first))), _) => return read_chunk(bucket, key, owner, first, deep).await,
-        (Some((_, kind @ (Shipped::Sst | Shipped::Database))), Some((size, crc))) if is_read(kind, size) => Some(crc),
+        (Some((owner, Shipped::Chunk(first))), _) => {
+            return read_chunk(bucket, key, owner, first, deep).await;
+        }
+        (Some((_, kind @ (Shipped::Sst | Shipped::Database))), Some((size, crc)))
+            if is_read(kind, size) =>
+        {
+            Some(crc)
+        }
         (None, _) if layout::parse_catalog_version(key).is_some() => None,
         _ => return Ok(Read::Good),
     };
@@ -255,7 +286,13 @@ async fn read_object(
     })
 }
 
-async fn read_chunk(bucket: &Bucket, key: &str, owner: Owner, first: Lsn, deep: bool) -> Result<Read, BucketError> {
+async fn read_chunk(
+    bucket: &Bucket,
+    key: &str,
+    owner: Owner,
+    first: Lsn,
+    deep: bool,
+) -> Result<Read, BucketError> {
     let header = if deep {
         match read(bucket, key).await? {
             Found::Gone => return Ok(Read::Good),
@@ -269,7 +306,8 @@ async fn read_chunk(bucket: &Bucket, key: &str, owner: Owner, first: Lsn, deep: 
         }
     };
     let Some(header) = header else { return Ok(Read::Altered) };
-    let range = Range { owner, first, last: header.last_lsn, behind_another: header.behind.is_some() };
+    let range =
+        Range { owner, first, last: header.last_lsn, behind_another: header.behind.is_some() };
     let good = (header.keyspace, header.shard, header.replica, header.first_lsn)
         == (owner.keyspace, owner.shard, owner.replica, first);
     Ok(Read::Chunk { range, good })
@@ -277,18 +315,24 @@ async fn read_chunk(bucket: &Bucket, key: &str, owner: Owner, first: Lsn, deep: 
 
 /// Finds the missing checkpoints and chunks of each replica.
 fn find_holes(survey: &Survey, logs: &Logs, known: &Known, found: &mut Fsck) {
-    let is_placed =
-        |owner: &Owner| survey.catalogs.get(&owner.keyspace).is_some_and(|catalog| catalog.is_placed(owner.replica));
+    let is_placed = |owner: &Owner| {
+        survey.catalogs.get(&owner.keyspace).is_some_and(|catalog| catalog.is_placed(owner.replica))
+    };
     let reported = known.replicas.iter().map(|report| report.owner);
     for owner in logs.keys().copied().chain(reported).collect::<BTreeSet<Owner>>() {
-        // Chunks that the newest checkpoint covers may be missing; without a checkpoint the log has to begin at 1,
-        // unless its replica has left the shard and gc is removing its archive.
+        // Chunks that the newest checkpoint covers may be missing; without a checkpoint the log has
+        // to begin at 1, unless its replica has left the shard and gc is removing its archive.
         let newest = survey.manifests.get(&owner).and_then(|all| all.keys().next_back().copied());
         let report = known.replicas.iter().find(|report| report.owner == owner);
-        if let Some(report) = report.filter(|report| newest.unwrap_or_default() < report.manifest_lsn) {
+        if let Some(report) =
+            report.filter(|report| newest.unwrap_or_default() < report.manifest_lsn)
+        {
             found.missing.push(owner.manifest(report.manifest_lsn));
         }
-        let Some(start) = newest.or((is_placed(&owner) || report.is_some()).then_some(Lsn(0))) else { continue };
+        let Some(start) = newest.or((is_placed(&owner) || report.is_some()).then_some(Lsn(0)))
+        else {
+            continue;
+        };
         let mut at = start;
         for (first, range) in logs.get(&owner).into_iter().flatten() {
             if *first > at.next() && range.last > start && !range.behind_another {

@@ -26,8 +26,9 @@ pub struct Retention {
 }
 
 impl Retention {
-    /// Returns the minimum age of an SST that no manifest names yet: the upload of its checkpoint may still
-    /// run, which takes up to [`UPLOAD_STALL_MAX`]. A minimum age of zero protects nothing.
+    /// Returns the minimum age of an SST that no manifest names yet: the upload of its checkpoint
+    /// may still run, which takes up to [`UPLOAD_STALL_MAX`]. A minimum age of zero protects
+    /// nothing.
     pub(super) fn unnamed_age(&self) -> Duration {
         const { assert!(UNNAMED_AGE_MIN.as_secs() > UPLOAD_STALL_MAX.as_secs()) };
         if self.min_age.is_zero() { Duration::ZERO } else { self.min_age.max(UNNAMED_AGE_MIN) }
@@ -51,10 +52,12 @@ impl Default for Retention {
 
 /// Returns true when the replica is placed or draining.
 pub(super) fn is_member(catalog: &Catalog, owner: &Owner) -> bool {
-    catalog.is_placed(owner.replica) || catalog.draining.iter().any(|lost| lost.replica == owner.replica)
+    catalog.is_placed(owner.replica)
+        || catalog.draining.iter().any(|lost| lost.replica == owner.replica)
 }
 
-/// Returns the keys that are not needed, whatever their age. `covered`: see [`super::coverage::covered`].
+/// Returns the keys that are not needed, whatever their age. `covered`: see
+/// [`super::coverage::covered`].
 pub(super) fn garbage<'a>(
     survey: &'a Survey,
     shipments: &'a Shipments<'a>,
@@ -82,7 +85,12 @@ struct Needed<'a> {
 }
 
 impl<'a> Needed<'a> {
-    fn of(survey: &'a Survey, shipments: &'a Shipments<'a>, covered: &BTreeSet<Owner>, retention: Retention) -> Self {
+    fn of(
+        survey: &'a Survey,
+        shipments: &'a Shipments<'a>,
+        covered: &BTreeSet<Owner>,
+        retention: Retention,
+    ) -> Self {
         let mut needed = Self {
             survey,
             shipments,
@@ -100,20 +108,23 @@ impl<'a> Needed<'a> {
             }
             let lsns = needed.retained_of(catalog, owner, retention);
             let manifests = survey.manifests.get(owner).into_iter().flatten();
-            let manifests = manifests.filter(|(lsn, _)| lsns.contains(lsn)).map(|(_, manifest)| manifest);
+            let manifests =
+                manifests.filter(|(lsn, _)| lsns.contains(lsn)).map(|(_, manifest)| manifest);
             needed.named.extend(manifests.flat_map(Manifest::keys));
             needed.retained.insert(*owner, lsns);
         }
         needed
     }
 
-    /// Returns true when the whole archive of a replica goes: its keyspace was deleted before the retained archive
-    /// began, or the replica ships no more, and its successor can restore the whole retained archive and all that
-    /// the replica has shipped.
+    /// Returns true when the whole archive of a replica goes: its keyspace was deleted before the
+    /// retained archive began, or the replica ships no more, and its successor can restore the
+    /// whole retained archive and all that the replica has shipped.
     fn is_over(&self, catalog: &Catalog, owner: &Owner, covered: &BTreeSet<Owner>) -> bool {
         let tip = layout::catalog_version(catalog.keyspace, catalog.version);
         let written = self.shipments.written_us(&tip);
-        if catalog.state == KeyspaceState::Deleted && written.is_some_and(|written| written <= self.keep_from) {
+        if catalog.state == KeyspaceState::Deleted
+            && written.is_some_and(|written| written <= self.keep_from)
+        {
             return true;
         }
         !is_member(catalog, owner)
@@ -128,8 +139,10 @@ impl<'a> Needed<'a> {
         let last = all.keys().rev().take(retention.keep_checkpoints.max(1)).copied();
         let recent = all.keys().filter(|lsn| self.made_us(owner, **lsn) > self.keep_from).copied();
         // The checkpoint from which the oldest point in time is restored.
-        let first = all.keys().rev().find(|lsn| self.made_us(owner, **lsn) <= self.keep_from).copied();
-        let pinned = all.keys().filter(|lsn| catalog.pins.contains(&owner.manifest(**lsn))).copied();
+        let first =
+            all.keys().rev().find(|lsn| self.made_us(owner, **lsn) <= self.keep_from).copied();
+        let pinned =
+            all.keys().filter(|lsn| catalog.pins.contains(&owner.manifest(**lsn))).copied();
         last.chain(recent).chain(first).chain(pinned).collect()
     }
 
@@ -138,9 +151,13 @@ impl<'a> Needed<'a> {
     }
 
     fn is_garbage(&self, key: &str) -> bool {
-        let Some((owner, shipped)) = layout::parse_shipped(key) else { return key.starts_with("probe/") };
+        let Some((owner, shipped)) = layout::parse_shipped(key) else {
+            return key.starts_with("probe/");
+        };
         // Objects of an unknown keyspace may belong to one that is being created.
-        if !self.survey.catalogs.contains_key(&owner.keyspace) || self.busy.contains(&owner.keyspace) {
+        if !self.survey.catalogs.contains_key(&owner.keyspace)
+            || self.busy.contains(&owner.keyspace)
+        {
             return false;
         }
         // A manifest of this shard is unreadable: the objects that it names are unknown.
@@ -150,9 +167,13 @@ impl<'a> Needed<'a> {
         }
         match shipped {
             // Named also by manifests of other keyspaces, which were restored from this one.
-            Shipped::Sst | Shipped::Database => !self.named.contains(key) && self.survey.corrupt.is_empty(),
+            Shipped::Sst | Shipped::Database => {
+                !self.named.contains(key) && self.survey.corrupt.is_empty()
+            }
             _ if self.over.contains(&owner) => true,
-            Shipped::Manifest(lsn) => !self.retained.get(&owner).is_some_and(|lsns| lsns.contains(&lsn)),
+            Shipped::Manifest(lsn) => {
+                !self.retained.get(&owner).is_some_and(|lsns| lsns.contains(&lsn))
+            }
             Shipped::Chunk(first) => self.is_covered(&owner, first),
         }
     }
@@ -160,21 +181,28 @@ impl<'a> Needed<'a> {
     /// Returns true when a whole chunk lies before the oldest retained checkpoint.
     fn is_covered(&self, owner: &Owner, first: Lsn) -> bool {
         // Without a checkpoint older than the retained archive, that archive begins with the log.
-        let reaches_back = |lsns: &&BTreeSet<Lsn>| lsns.iter().any(|lsn| self.made_us(owner, *lsn) <= self.keep_from);
+        let reaches_back = |lsns: &&BTreeSet<Lsn>| {
+            lsns.iter().any(|lsn| self.made_us(owner, *lsn) <= self.keep_from)
+        };
         let oldest = self.retained.get(owner).filter(reaches_back).and_then(|lsns| lsns.first());
-        let next = self.shipments.chunks.get(owner).and_then(|firsts| firsts.iter().find(|next| **next > first));
+        let next = self
+            .shipments
+            .chunks
+            .get(owner)
+            .and_then(|firsts| firsts.iter().find(|next| **next > first));
         oldest.zip(next).is_some_and(|(oldest, next)| next.0 <= oldest.0 + 1)
     }
 }
 
 /// Returns the keyspaces with a plan, and those that a plan restores from.
 fn busy(survey: &Survey, shipments: &Shipments<'_>, retention: Retention) -> BTreeSet<KeyspaceId> {
-    // No master continues a creation that was cut off: its plan, a restore, would keep the objects of its source
-    // for ever.
+    // No master continues a creation that was cut off: its plan, a restore, would keep the objects
+    // of its source for ever.
     let old = survey.now_us.saturating_sub(retention.min_age.as_micros() as u64);
     let is_cut_off = |catalog: &Catalog| {
         let tip = layout::catalog_version(catalog.keyspace, catalog.version);
-        survey.unbound.contains(&catalog.keyspace) && shipments.written_us(&tip).is_some_and(|written| written <= old)
+        survey.unbound.contains(&catalog.keyspace)
+            && shipments.written_us(&tip).is_some_and(|written| written <= old)
     };
     let active = survey.catalogs.values().filter(|catalog| catalog.state == KeyspaceState::Active);
     let plans = active.filter(|catalog| !is_cut_off(catalog)).filter_map(|catalog| {

@@ -24,7 +24,8 @@ pub(super) struct Survey {
     pub(super) catalogs: BTreeMap<KeyspaceId, Catalog>,
     /// Every keyspace that has a version, also an unreadable one.
     pub(super) seen: BTreeSet<KeyspaceId>,
-    /// Active keyspaces whose name is not bound to them: their creation is under way, or was cut off.
+    /// Active keyspaces whose name is not bound to them: their creation is under way, or was cut
+    /// off.
     pub(super) unbound: BTreeSet<KeyspaceId>,
     pub(super) manifests: BTreeMap<Owner, BTreeMap<Lsn, Manifest>>,
     pub(super) corrupt: Vec<String>,
@@ -47,13 +48,15 @@ pub(super) struct Shipments<'a> {
     written: HashMap<&'a str, u64>,
     /// Write time of each replica's last object.
     pub(super) newest: BTreeMap<Owner, u64>,
-    /// First LSNs of each replica's chunks, ascending; an entry for each replica that has shipped anything.
+    /// First LSNs of each replica's chunks, ascending; an entry for each replica that has shipped
+    /// anything.
     pub(super) chunks: BTreeMap<Owner, Vec<Lsn>>,
 }
 
 impl<'a> Shipments<'a> {
     pub(super) fn of(survey: &'a Survey) -> Self {
-        let mut of = Self { written: HashMap::new(), newest: BTreeMap::new(), chunks: BTreeMap::new() };
+        let mut of =
+            Self { written: HashMap::new(), newest: BTreeMap::new(), chunks: BTreeMap::new() };
         for object in &survey.objects {
             of.written.insert(&object.key, object.modified_us);
             let Some((owner, shipped)) = layout::parse_shipped(&object.key) else { continue };
@@ -89,7 +92,9 @@ pub(super) async fn read(bucket: &Bucket, key: &str) -> Result<Found, BucketErro
         Ok(None) => Ok(Found::Gone),
         Err(BucketError::TooLarge { .. }) => Ok(Found::Unreadable),
         // One file of a local directory; a bucket that denies all access has failed before.
-        Err(BucketError::AccessDenied { .. }) if bucket.url().starts_with("file:") => Ok(Found::Unreadable),
+        Err(BucketError::AccessDenied { .. }) if bucket.url().starts_with("file:") => {
+            Ok(Found::Unreadable)
+        }
         Err(error) => Err(error),
     }
 }
@@ -97,8 +102,8 @@ pub(super) async fn read(bucket: &Bucket, key: &str) -> Result<Found, BucketErro
 /// Surveys the whole bucket. `now_us` is the time by which ages are judged.
 pub(super) async fn survey(bucket: &Bucket, now_us: u64) -> Result<Survey, CatalogError> {
     bucket.take_strangers();
-    // Catalogs before objects: the list contains the objects of every plan that had ended by then. Objects of
-    // younger keyspaces are not judged.
+    // Catalogs before objects: the list contains the objects of every plan that had ended by then.
+    // Objects of younger keyspaces are not judged.
     let mut last: BTreeMap<KeyspaceId, CatalogVersion> = BTreeMap::new();
     for object in bucket.list(&layout::catalog_prefix()).await? {
         if let Some((keyspace, version)) = layout::parse_catalog_version(&object.key) {
@@ -113,12 +118,15 @@ pub(super) async fn survey(bucket: &Bucket, now_us: u64) -> Result<Survey, Catal
     let is_ours = |file: &ObjectInfo| staged_for(&file.key).is_some_and(layout::is_known);
     let (staged, foreign): (Vec<_>, Vec<_>) = listed.staged.into_iter().partition(is_ours);
     let mut warnings = bucket.take_strangers();
-    warnings.extend(foreign.into_iter().map(|file| format!("{}: it is not an object of Vasto", file.key)));
+    warnings.extend(
+        foreign.into_iter().map(|file| format!("{}: it is not an object of Vasto", file.key)),
+    );
     let (manifests, corrupt) = read_manifests(bucket, &objects).await?;
     Ok(Survey { objects, staged, catalogs, seen, unbound, manifests, corrupt, now_us, warnings })
 }
 
-/// Reads the last catalogs, given the last listed versions; also returns the keyspaces without a bound name.
+/// Reads the last catalogs, given the last listed versions; also returns the keyspaces without a
+/// bound name.
 async fn read_catalogs(
     bucket: &Bucket,
     last: BTreeMap<KeyspaceId, CatalogVersion>,

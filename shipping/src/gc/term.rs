@@ -1,7 +1,7 @@
 //! The gc term: the right to collect garbage.
 //!
-//! **Invariant:** terms are created under ascending numbers; before each batch of deletions a collection checks that its
-//! term is still the last.
+//! **Invariant:** terms are created under ascending numbers; before each batch of deletions a
+//! collection checks that its term is still the last.
 
 use bytes::Bytes;
 
@@ -29,9 +29,14 @@ impl Term {
         let number = |key: &str| key.strip_prefix("gc-term/").and_then(|n| n.parse::<u64>().ok());
         // A foreign object beside the terms must not use up the numbers.
         let sane = |n: &u64| *n < u64::MAX / 2;
-        let mut n = taken.iter().filter_map(|object| number(&object.key)).filter(sane).max().unwrap_or(0) + 1;
+        let mut n =
+            taken.iter().filter_map(|object| number(&object.key)).filter(sane).max().unwrap_or(0)
+                + 1;
         loop {
-            let body = Bytes::from(format!("vasto garbage collection, nonce {:032x}", rand::random::<u128>()));
+            let body = Bytes::from(format!(
+                "vasto garbage collection, nonce {:032x}",
+                rand::random::<u128>()
+            ));
             match bucket.create(&layout::gc_term(n), body).await? {
                 Create::Created => return Ok(Self { bucket: bucket.clone(), n }),
                 Create::Exists(_) => n += 1,

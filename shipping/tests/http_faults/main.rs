@@ -1,7 +1,8 @@
-//! Behaviour of a bucket when an S3 server answers wrongly, slowly, partially or not at all, over real HTTP.
+//! Behaviour of a bucket when an S3 server answers wrongly, slowly, partially or not at all, over
+//! real HTTP.
 //!
-//! A transient fault causes no error to the caller; a permanent fault is returned at once; a fault that
-//! outlasts the budget is returned as what it is, and ends when the server recovers.
+//! A transient fault causes no error to the caller; a permanent fault is returned at once; a fault
+//! that outlasts the budget is returned as what it is, and ends when the server recovers.
 #![allow(clippy::unwrap_used)]
 
 mod matrix;
@@ -13,7 +14,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use tokio_util::sync::CancellationToken;
-use vasto_shipping::{Bucket, BucketError, Create, DownloadError, DownloadProgress, RetryBudget, Wanted, download};
+use vasto_shipping::{
+    Bucket, BucketError, Create, DownloadError, DownloadProgress, RetryBudget, Wanted, download,
+};
 use vasto_testkit::http_store::{Ask, Fault, HttpStore, SESSION_TOKEN, Served};
 use vasto_testkit::metadata::{Keys, Metadata};
 
@@ -47,7 +50,10 @@ const ATTEMPTS_MAX: usize = 1 + 1000 / 20;
 
 /// Returns the error of a call with that budget.
 async fn given_up(call: impl Future<Output = Result<(), BucketError>>) -> BucketError {
-    tokio::time::timeout(Duration::from_secs(4), call).await.expect("the budget is one second").unwrap_err()
+    tokio::time::timeout(Duration::from_secs(4), call)
+        .await
+        .expect("the budget is one second")
+        .unwrap_err()
 }
 
 /// The calls that send a single request each.
@@ -107,14 +113,18 @@ async fn every_call_gets_over_what_passes() {
     // S3 can report for one object in a batch, under 200, what it reports for a request under 500.
     cells.push((Ask::Delete, Fault::ErrorInBody));
     for (n, (ask, fault)) in cells.into_iter().enumerate() {
-        // Keys do not contain the name of a fault: a batch of deletes that names one counts as failed.
+        // Keys do not contain the name of a fault: a batch of deletes that names one counts as
+        // failed.
         let folder = n.to_string();
         prepare(&bucket, ask, &folder, &body).await;
         store.take_served();
         store.fail(ask, fault, 2);
-        call(&bucket, ask, &folder, &body).await.unwrap_or_else(|error| panic!("{ask:?} {fault:?}: {error}"));
+        call(&bucket, ask, &folder, &body)
+            .await
+            .unwrap_or_else(|error| panic!("{ask:?} {fault:?}: {error}"));
         let served = store.take_served();
-        let faults: Vec<Option<Fault>> = of(&served, ask).iter().map(|request| request.fault).collect();
+        let faults: Vec<Option<Fault>> =
+            of(&served, ask).iter().map(|request| request.fault).collect();
         assert_eq!(faults, [Some(fault), Some(fault), None], "{ask:?} {fault:?}");
         let kept = store.object(&format!("{folder}/key"));
         assert_eq!(kept, (ask != Ask::Delete).then(|| body.clone()), "{ask:?} {fault:?}");
@@ -135,7 +145,10 @@ async fn a_refusal_is_reported_at_once() {
         let error = call(&bucket, ask, &folder, &body).await.unwrap_err();
         let served = store.take_served();
         assert_eq!(served.len(), 1, "{ask:?}: {served:?}");
-        assert!(matches!(error, BucketError::AccessDenied { .. }) && !error.is_transient(), "{ask:?}: {error:?}");
+        assert!(
+            matches!(error, BucketError::AccessDenied { .. }) && !error.is_transient(),
+            "{ask:?}: {error:?}"
+        );
         let text = error.to_string();
         assert!(text.contains("check the credentials"), "{text}");
         // The answer to a HEAD has no body.
@@ -154,7 +167,10 @@ async fn a_wrong_clock_is_reported_and_passes() {
         prepare(&bucket, ask, &folder, &body).await;
         store.fail_everything(Some(Fault::TimeTooSkewed));
         let error = given_up(call(&bucket.with_retry(for_a_second()), ask, &folder, &body)).await;
-        assert!(matches!(error, BucketError::ClockSkewed { .. }) && error.is_transient(), "{ask:?}: {error:?}");
+        assert!(
+            matches!(error, BucketError::ClockSkewed { .. }) && error.is_transient(),
+            "{ask:?}: {error:?}"
+        );
         let text = error.to_string();
         assert!(
             text.contains("s ahead of the store's") && text.contains("set this machine's clock"),
@@ -180,9 +196,17 @@ async fn a_listing_passes_by_what_it_cannot_name() {
     store.take_served();
     store.fail(Ask::List, Fault::ResetAfter, 2);
     let found = bucket.list("").await.unwrap();
-    assert_eq!(found.iter().filter(|object| object.key.starts_with("data/")).count(), 25, "{found:?}");
+    assert_eq!(
+        found.iter().filter(|object| object.key.starts_with("data/")).count(),
+        25,
+        "{found:?}"
+    );
     assert_eq!(found.len(), 25);
-    assert_eq!(of(&store.take_served(), Ask::List).len(), 3 + 2, "three pages, one of them asked for three times");
+    assert_eq!(
+        of(&store.take_served(), Ask::List).len(),
+        3 + 2,
+        "three pages, one of them asked for three times"
+    );
     let strangers = bucket.take_strangers().join("\n");
     for name in ["catalog//x", "data/..", "zz//"] {
         assert!(strangers.contains(name), "{name}: {strangers}");
@@ -230,7 +254,11 @@ async fn an_outage_is_looked_at_by_one_for_all() {
     tokio::time::sleep(Duration::from_secs(3)).await;
     let served = store.take_served();
     assert!((1..=10).contains(&served.len()), "{} requests in 3 s", served.len());
-    assert_eq!(of(&served, Ask::Put).len(), 0, "a large body is no way to ask whether anybody is there");
+    assert_eq!(
+        of(&served, Ask::Put).len(),
+        0,
+        "a large body is no way to ask whether anybody is there"
+    );
     store.fail_everything(None);
     for task in work {
         task.await.unwrap().unwrap();
@@ -273,7 +301,10 @@ async fn uploads_in_parts_get_over_what_passes() {
     let served = store.take_served();
     let counted = |ask| of(&served, ask).len();
     // A failed complete is followed by the whole upload once more.
-    assert_eq!((counted(Ask::Begin), counted(Ask::Part), counted(Ask::Complete)), (3 + 3, 3 * PARTS + 8, 3));
+    assert_eq!(
+        (counted(Ask::Begin), counted(Ask::Part), counted(Ask::Complete)),
+        (3 + 3, 3 * PARTS + 8, 3)
+    );
     assert_eq!(store.open_uploads(), 0, "what did not become an object is removed");
 
     // Completed, but the answer is lost: the object is found, no part is sent again.
@@ -281,7 +312,11 @@ async fn uploads_in_parts_get_over_what_passes() {
         store.fail(Ask::Complete, fault, 1);
         bucket.upload_file(key, &path).await.unwrap();
         let served = store.take_served();
-        assert_eq!((of(&served, Ask::Part).len(), of(&served, Ask::Complete).len()), (PARTS, 1), "{fault:?}");
+        assert_eq!(
+            (of(&served, Ask::Part).len(), of(&served, Ask::Complete).len()),
+            (PARTS, 1),
+            "{fault:?}"
+        );
         assert!(store.object(key).unwrap() == body);
     }
 
@@ -299,29 +334,47 @@ async fn half_of_all_requests_are_throttled_and_all_uploads_are_done() {
     let store = HttpStore::start().await;
     let bucket = store.bucket();
     let dir = tempfile::tempdir().unwrap();
-    let mut files: Vec<(String, Vec<u8>)> = (0..FILES).map(|n| (format!("data/{n}"), pattern(1_000 + n))).collect();
+    let mut files: Vec<(String, Vec<u8>)> =
+        (0..FILES).map(|n| (format!("data/{n}"), pattern(1_000 + n))).collect();
     files.push(("data/large".to_owned(), pattern(IN_PARTS)));
     store.throttle_half();
     let uploads = futures::stream::iter(files.iter().enumerate()).map(|(n, (key, body))| {
         let path = file(dir.path(), &n.to_string(), body);
         let bucket = &bucket;
-        async move { bucket.upload_file(key, &path).await.map(|uploaded| assert_eq!(uploaded.bytes, body.len() as u64)) }
+        async move {
+            bucket
+                .upload_file(key, &path)
+                .await
+                .map(|uploaded| assert_eq!(uploaded.bytes, body.len() as u64))
+        }
     });
     uploads.buffer_unordered(16).try_collect::<()>().await.unwrap();
-    assert_eq!((bucket.outages_ended(), bucket.outage()), (0, None), "a store that serves half is not away");
+    assert_eq!(
+        (bucket.outages_ended(), bucket.outage()),
+        (0, None),
+        "a store that serves half is not away"
+    );
     for (key, body) in &files {
         assert!(store.object(key).unwrap() == *body, "{key}");
     }
     let served = store.take_served();
     let throttled = served.iter().filter(|request| request.fault.is_some()).count();
-    assert!((40..60).contains(&(100 * throttled / served.len())), "{throttled} of {} throttled", served.len());
+    assert!(
+        (40..60).contains(&(100 * throttled / served.len())),
+        "{throttled} of {} throttled",
+        served.len()
+    );
     let mut attempts: HashMap<(Ask, &str), usize> = HashMap::new();
     for request in &served {
         *attempts.entry((request.ask, &request.target)).or_default() += 1;
     }
     let most = attempts.values().max().unwrap();
     println!("{} requests, {throttled} throttled, at most {most} attempts for one", served.len());
-    assert!(*most <= 20 && served.len() < 3 * 2 * files.len(), "{} requests, up to {most} for one", served.len());
+    assert!(
+        *most <= 20 && served.len() < 3 * 2 * files.len(),
+        "{} requests, up to {most} for one",
+        served.len()
+    );
     // Every attempt is counted, since the provider bills each.
     let counts = bucket.counts();
     assert_eq!((counts.put + counts.head + counts.delete) as usize, served.len(), "{counts:?}");
@@ -338,7 +391,10 @@ async fn a_session_token_that_has_expired_is_an_outage() {
         store.take_served();
         store.fail_everything(Some(Fault::ExpiredToken));
         let error = given_up(call(&bucket, ask, &folder, &body)).await;
-        assert!(matches!(error, BucketError::ExpiredCredentials { .. }) && error.is_transient(), "{ask:?}: {error:?}");
+        assert!(
+            matches!(error, BucketError::ExpiredCredentials { .. }) && error.is_transient(),
+            "{ask:?}: {error:?}"
+        );
         let text = format!("{error} {error:?}");
         assert!(text.contains("AWS_SESSION_TOKEN") && !text.contains(SESSION_TOKEN), "{text}");
         let attempts = store.take_served().len();
@@ -380,7 +436,10 @@ async fn uploads_go_on_while_the_keys_of_a_role_expire() {
     println!("{uploaded} uploads, {} keys, {} requests refused", keys.count(), refused.len());
     assert!(refused.len() >= CHANGES, "each change shows at the store: {refused:?}");
     for request in refused {
-        let later = served.iter().rfind(|later| (later.ask, &later.target) == (request.ask, &request.target)).unwrap();
+        let later = served
+            .iter()
+            .rfind(|later| (later.ask, &later.target) == (request.ask, &request.target))
+            .unwrap();
         assert!(
             later.status < 300 && later.key_id != request.key_id,
             "{request:?} was not repeated with other keys: {later:?}"
@@ -400,7 +459,10 @@ async fn an_outage_longer_than_the_budget_is_reported_and_passes() {
             store.take_served();
             store.fail_everything(Some(fault));
             let error = given_up(call(&bucket, ask, &folder, &body)).await;
-            assert!(matches!(error, BucketError::Unreachable { .. }) && error.is_transient(), "{ask:?}: {error:?}");
+            assert!(
+                matches!(error, BucketError::Unreachable { .. }) && error.is_transient(),
+                "{ask:?}: {error:?}"
+            );
             let attempts = store.take_served().len();
             assert!((3..=ATTEMPTS_MAX).contains(&attempts), "{ask:?}: {attempts} attempts");
             store.fail_everything(None);
@@ -427,9 +489,15 @@ async fn downloads_get_over_cut_bodies_and_outlive_an_outage() {
         store.take_served();
         store.fail(Ask::Get, fault, 3);
         let target = dir.path().join(format!("{fault:?}"));
-        download(&bucket, &wanted, &target, 4, &DownloadProgress::default(), &cancel).await.unwrap();
+        download(&bucket, &wanted, &target, 4, &DownloadProgress::default(), &cancel)
+            .await
+            .unwrap();
         assert!(std::fs::read(target.join("1.sst")).unwrap() == body, "{fault:?}");
-        assert_eq!(of(&store.take_served(), Ask::Get).len(), 3 + 3, "{fault:?}: each request is repeated alone");
+        assert_eq!(
+            of(&store.take_served(), Ask::Get).len(),
+            3 + 3,
+            "{fault:?}: each request is repeated alone"
+        );
     }
     store.fail_everything(Some(Fault::SlowDown));
     let target = dir.path().join("outage");

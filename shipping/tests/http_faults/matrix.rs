@@ -1,7 +1,9 @@
-//! Every kind of request under every kind of fault, in a store in memory and in front of two real S3 servers.
+//! Every kind of request under every kind of fault, in a store in memory and in front of two real
+//! S3 servers.
 //!
-//! **Invariant:** each cell checks that its fault was injected, and reads what the bucket holds afterwards without
-//! faults. A fault that alters a body counts only when the altered bytes were read.
+//! **Invariant:** each cell checks that its fault was injected, and reads what the bucket holds
+//! afterwards without faults. A fault that alters a body counts only when the altered bytes were
+//! read.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -15,8 +17,8 @@ use vasto_core::Lsn;
 use vasto_shipping::archive::{ArchiveError, chunk_after, manifest_at};
 use vasto_shipping::layout::{self, Owner};
 use vasto_shipping::{
-    Bucket, BucketError, CatalogError, CatalogStore, Chunk, Create, DownloadError, DownloadProgress, Manifest,
-    RetryBudget, Wanted, catalog, download,
+    Bucket, BucketError, CatalogError, CatalogStore, Chunk, Create, DownloadError,
+    DownloadProgress, Manifest, RetryBudget, Wanted, catalog, download,
 };
 
 use super::{CALLS, IN_PARTS, PARTS, call, file, of, pattern, prepare};
@@ -33,7 +35,8 @@ const PASSING: [Fault; 6] = [
     Fault::EndsEarly,
 ];
 
-/// Longest time of an upload whose abort is not answered; the HTTP client alone would wait for nine minutes.
+/// Longest time of an upload whose abort is not answered; the HTTP client alone would wait for nine
+/// minutes.
 const ABORTED_WITHIN: Duration = Duration::from_secs(60);
 
 /// A store under test.
@@ -63,7 +66,8 @@ impl Place {
         Self { bucket: patient(&bucket), direct, store, server: Some(server) }
     }
 
-    /// Returns the requests of a kind since the last call; every planned fault must have been injected.
+    /// Returns the requests of a kind since the last call; every planned fault must have been
+    /// injected.
     fn served(&self, ask: Ask) -> Vec<Served> {
         self.store.assert_all_fired();
         of(&self.store.take_served(), ask).into_iter().cloned().collect()
@@ -124,8 +128,10 @@ async fn run_all(place: &Place) {
 async fn single_requests(place: &Place) {
     let body = Bytes::from(pattern(10_000));
     let passing = PASSING.into_iter().chain([Fault::SilentAfter]);
-    let cells: Vec<(Ask, Fault)> =
-        passing.flat_map(|fault| CALLS.map(|ask| (ask, fault))).chain([(Ask::Delete, Fault::ErrorInBody)]).collect();
+    let cells: Vec<(Ask, Fault)> = passing
+        .flat_map(|fault| CALLS.map(|ask| (ask, fault)))
+        .chain([(Ask::Delete, Fault::ErrorInBody)])
+        .collect();
     for (n, (ask, fault)) in cells.into_iter().enumerate() {
         let folder = format!("single/{n}");
         prepare(&place.direct, ask, &folder, &body).await;
@@ -133,7 +139,9 @@ async fn single_requests(place: &Place) {
         // Each silence costs a timeout.
         let times = if fault == Fault::SilentAfter { 1 } else { 2 };
         place.store.fail(ask, fault, times);
-        call(&place.bucket, ask, &folder, &body).await.unwrap_or_else(|error| panic!("{ask:?} {fault:?}: {error}"));
+        call(&place.bucket, ask, &folder, &body)
+            .await
+            .unwrap_or_else(|error| panic!("{ask:?} {fault:?}: {error}"));
         let served = place.served(ask);
         assert_eq!(faults(&served), vec![fault; times as usize], "{ask:?}");
         assert_eq!(served.last().unwrap().fault, None, "{ask:?} {fault:?}");
@@ -149,8 +157,12 @@ async fn upload(place: &Place, dir: &Path, key: &str) -> Result<(), BucketError>
 
 /// Downloads the uploaded object without faults, and compares.
 async fn assert_whole(place: &Place, dir: &Path, key: &str, body: &[u8]) {
-    let wanted =
-        Wanted { key: key.into(), bytes: body.len() as u64, crc32c: crc32c::crc32c(body), file_name: "copy".into() };
+    let wanted = Wanted {
+        key: key.into(),
+        bytes: body.len() as u64,
+        crc32c: crc32c::crc32c(body),
+        file_name: "copy".into(),
+    };
     let (progress, cancel) = (DownloadProgress::default(), CancellationToken::new());
     download(&place.direct, &[wanted], dir, 4, &progress, &cancel).await.unwrap();
     assert!(std::fs::read(dir.join("copy")).unwrap() == body, "{key}");
@@ -161,7 +173,8 @@ async fn parts(place: &Place) {
     let dir = tempfile::tempdir().unwrap();
     let body = pattern(IN_PARTS);
     file(dir.path(), "file", &body);
-    // A part without an answer may be on a slow link: it is not given up before minutes have passed.
+    // A part without an answer may be on a slow link: it is not given up before minutes have
+    // passed.
     for (ask, silent) in [(Ask::Begin, Some(Fault::SilentAfter)), (Ask::Part, None)] {
         let planned: Vec<Fault> = PASSING.into_iter().chain(silent).collect();
         planned.iter().for_each(|fault| place.store.fail(ask, *fault, 1));
@@ -169,12 +182,22 @@ async fn parts(place: &Place) {
         upload(place, dir.path(), &key).await.unwrap_or_else(|error| panic!("{ask:?}: {error}"));
         let served = place.served(ask);
         assert_eq!(faults(&served), planned, "{ask:?}");
-        assert_eq!(served.len(), planned.len() + if ask == Ask::Begin { 1 } else { PARTS }, "each is repeated alone");
+        assert_eq!(
+            served.len(),
+            planned.len() + if ask == Ask::Begin { 1 } else { PARTS },
+            "each is repeated alone"
+        );
         assert_whole(place, dir.path(), &key, &body).await;
     }
 
     // Not completed: object_store discards the parts, and all are sent again.
-    let undone = [Fault::SlowDown, Fault::InternalError, Fault::ErrorInBody, Fault::ExpiredToken, Fault::ResetBefore];
+    let undone = [
+        Fault::SlowDown,
+        Fault::InternalError,
+        Fault::ErrorInBody,
+        Fault::ExpiredToken,
+        Fault::ResetBefore,
+    ];
     undone.into_iter().for_each(|fault| place.store.fail(Ask::Complete, fault, 1));
     upload(place, dir.path(), "parts/undone").await.unwrap();
     place.store.assert_all_fired();
@@ -194,10 +217,17 @@ async fn parts(place: &Place) {
         upload(place, dir.path(), &key).await.unwrap_or_else(|error| panic!("{fault:?}: {error}"));
         place.store.assert_all_fired();
         let served = place.store.take_served();
-        assert_eq!((of(&served, Ask::Part).len(), of(&served, Ask::Complete).len()), (PARTS, 1), "{fault:?}");
+        assert_eq!(
+            (of(&served, Ask::Part).len(), of(&served, Ask::Complete).len()),
+            (PARTS, 1),
+            "{fault:?}"
+        );
         assert_whole(place, dir.path(), &key, &body).await;
     }
-    assert!(place.server.is_some() || place.store.open_uploads() == 3, "only begins without an answer leave uploads");
+    assert!(
+        place.server.is_some() || place.store.open_uploads() == 3,
+        "only begins without an answer leave uploads"
+    );
 }
 
 /// A refusal for good is returned at once; nothing is under the key, and what was begun is aborted.
@@ -210,7 +240,11 @@ async fn refused_parts(place: &Place) {
         let error = upload(place, dir.path(), &key).await.unwrap_err();
         assert!(matches!(error, BucketError::AccessDenied { .. }), "{ask:?}: {error:?}");
         let aborts = place.served(Ask::Abort);
-        assert_eq!(aborts.iter().map(|request| request.status).collect::<Vec<_>>(), aborted(ask), "{ask:?}");
+        assert_eq!(
+            aborts.iter().map(|request| request.status).collect::<Vec<_>>(),
+            aborted(ask),
+            "{ask:?}"
+        );
         assert_eq!(place.direct.head(&key).await.unwrap(), None, "{ask:?}");
     }
 }
@@ -229,8 +263,10 @@ async fn aborts(place: &Place) {
         // Not a part: others would still be on their way to the store.
         place.store.fail(Ask::Complete, Fault::AccessDenied, 1);
         place.store.fail(Ask::Abort, fault, 1);
-        let uploaded = tokio::time::timeout(ABORTED_WITHIN, upload(place, dir.path(), "aborted")).await;
-        let error = uploaded.unwrap_or_else(|_| panic!("{fault:?}: the abort has no end")).unwrap_err();
+        let uploaded =
+            tokio::time::timeout(ABORTED_WITHIN, upload(place, dir.path(), "aborted")).await;
+        let error =
+            uploaded.unwrap_or_else(|_| panic!("{fault:?}: the abort has no end")).unwrap_err();
         assert!(matches!(error, BucketError::AccessDenied { .. }), "{fault:?}: {error:?}");
         assert_eq!(faults(&place.served(Ask::Abort)), [fault]);
         assert_eq!(place.direct.head("aborted").await.unwrap(), None, "{fault:?}");
@@ -239,7 +275,8 @@ async fn aborts(place: &Place) {
     assert_whole(place, dir.path(), "aborted", &body).await;
 }
 
-/// A page that fails is requested again, the pages before it are not; no listing is ever a part of one.
+/// A page that fails is requested again, the pages before it are not; no listing is ever a part of
+/// one.
 async fn listings(place: &Place) {
     const OBJECTS: usize = 2_100;
     let keys: BTreeSet<String> = (0..OBJECTS).map(|n| format!("listed/{n:04}")).collect();
@@ -263,7 +300,8 @@ async fn listings(place: &Place) {
         for fault in PASSING.into_iter().chain(silent) {
             let times = if fault == Fault::SilentAfter { 1 } else { 2 };
             place.store.fail_after(Ask::List, at as u32, fault, times as u32);
-            let found = list().await.unwrap_or_else(|error| panic!("{fault:?} on page {at}: {error}"));
+            let found =
+                list().await.unwrap_or_else(|error| panic!("{fault:?} on page {at}: {error}"));
             assert!(found == keys, "{fault:?} on page {at}: {} objects", found.len());
             let served = place.served(Ask::List);
             let at_fault: Vec<Option<Fault>> = served.iter().map(|request| request.fault).collect();
@@ -277,7 +315,11 @@ async fn listings(place: &Place) {
         for fault in [Fault::AccessDenied, Fault::Shorten] {
             place.store.fail_after(Ask::List, at as u32, fault, 1);
             let error = list().await.expect_err("a listing without one of its pages");
-            assert_eq!(matches!(error, BucketError::AccessDenied { .. }), fault == Fault::AccessDenied, "{error:?}");
+            assert_eq!(
+                matches!(error, BucketError::AccessDenied { .. }),
+                fault == Fault::AccessDenied,
+                "{error:?}"
+            );
             assert_eq!(place.served(Ask::List).len(), at + 1, "{fault:?} on page {at}");
         }
     }
@@ -294,8 +336,12 @@ async fn altered_downloads(place: &Place) {
         let body = pattern(length);
         let key = format!("altered/{length}.sst");
         place.direct.upload_file(&key, &file(dir.path(), "file", &body)).await.unwrap();
-        let wanted =
-            [Wanted { key, bytes: length as u64, crc32c: crc32c::crc32c(&body), file_name: length.to_string() }];
+        let wanted = [Wanted {
+            key,
+            bytes: length as u64,
+            crc32c: crc32c::crc32c(&body),
+            file_name: length.to_string(),
+        }];
         let fetched = target.join(length.to_string());
         for (fault, times) in [(Fault::Flip, 1), (Fault::Flip, 2 * requests), (Fault::Shorten, 1)] {
             place.store.take_served();
@@ -308,7 +354,11 @@ async fn altered_downloads(place: &Place) {
             if fault == Fault::Flip {
                 // Every byte arrived twice, the altered ones too.
                 let bytes = progress.bytes.load(Ordering::Relaxed);
-                assert_eq!((served.len(), bytes), (2 * requests as usize, 2 * length as u64), "{served:?}");
+                assert_eq!(
+                    (served.len(), bytes),
+                    (2 * requests as usize, 2 * length as u64),
+                    "{served:?}"
+                );
             }
             if times == 1 {
                 result.unwrap_or_else(|error| panic!("{fault:?}: {error}"));
@@ -322,7 +372,8 @@ async fn altered_downloads(place: &Place) {
     }
 }
 
-/// A manifest, a chunk and a catalog say so when a bit of them was flipped on the way, and are whole the next time.
+/// A manifest, a chunk and a catalog say so when a bit of them was flipped on the way, and are
+/// whole the next time.
 async fn altered_documents(place: &Place) {
     let manifest_bytes = include_bytes!("../../testdata/v1/manifest.json").as_slice();
     let chunk_bytes = include_bytes!("../../testdata/v1/chunk.bin").as_slice();
@@ -331,12 +382,18 @@ async fn altered_documents(place: &Place) {
     let chunk = Chunk::decode(chunk_bytes).unwrap();
     let catalog = catalog::decode_catalog(catalog_bytes).unwrap();
     let owner = Owner { keyspace: chunk.keyspace, shard: chunk.shard, replica: chunk.replica };
-    let manifest_key = layout::manifest(manifest.keyspace, manifest.shard, manifest.replica, manifest.lsn);
+    let manifest_key =
+        layout::manifest(manifest.keyspace, manifest.shard, manifest.replica, manifest.lsn);
     let catalog_key = layout::catalog_version(catalog.keyspace, catalog.version);
-    for (key, bytes) in
-        [(&manifest_key, manifest_bytes), (&owner.chunk(chunk.first_lsn), chunk_bytes), (&catalog_key, catalog_bytes)]
-    {
-        assert_eq!(place.direct.create(key, Bytes::from_static(bytes)).await.unwrap(), Create::Created);
+    for (key, bytes) in [
+        (&manifest_key, manifest_bytes),
+        (&owner.chunk(chunk.first_lsn), chunk_bytes),
+        (&catalog_key, catalog_bytes),
+    ] {
+        assert_eq!(
+            place.direct.create(key, Bytes::from_static(bytes)).await.unwrap(),
+            Create::Created
+        );
     }
     let store = CatalogStore::new(place.bucket.clone());
     let before = Lsn(chunk.first_lsn.0 - 1);

@@ -22,7 +22,10 @@ fn ok(status: u16, headers: Vec<(&'static str, String)>, body: impl Into<Bytes>)
 }
 
 fn stamps() -> Vec<(&'static str, String)> {
-    vec![("ETag", "\"1\"".to_owned()), ("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT".to_owned())]
+    vec![
+        ("ETag", "\"1\"".to_owned()),
+        ("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT".to_owned()),
+    ]
 }
 
 impl Objects {
@@ -42,16 +45,27 @@ impl Objects {
     pub(super) fn answer(&mut self, request: &Request) -> HttpReply {
         let url = url::Url::parse(&format!("http://x{}", request.target)).unwrap();
         let query: BTreeMap<String, String> = url.query_pairs().into_owned().collect();
-        let key = url.path().trim_start_matches('/').trim_start_matches(BUCKET).trim_start_matches('/').to_owned();
+        let key = url
+            .path()
+            .trim_start_matches('/')
+            .trim_start_matches(BUCKET)
+            .trim_start_matches('/')
+            .to_owned();
         let upload = query.get("uploadId").cloned().unwrap_or_default();
-        let unknown_upload = || error(404, "NoSuchUpload", "The specified upload does not exist.", "");
+        let unknown_upload =
+            || error(404, "NoSuchUpload", "The specified upload does not exist.", "");
         match request.ask {
             Ask::Put
                 if !self.ignores_conditions
                     && request.headers.contains_key("if-none-match")
                     && self.objects.contains_key(&key) =>
             {
-                error(412, "PreconditionFailed", "At least one of the pre-conditions you specified did not hold", "")
+                error(
+                    412,
+                    "PreconditionFailed",
+                    "At least one of the pre-conditions you specified did not hold",
+                    "",
+                )
             }
             Ask::Put => {
                 self.objects.insert(key, request.body.clone());
@@ -67,7 +81,8 @@ impl Objects {
             }
             Ask::Delete => {
                 let text = String::from_utf8(request.body.to_vec()).unwrap();
-                let keys = text.split("<Key>").skip(1).filter_map(|rest| rest.split("</Key>").next());
+                let keys =
+                    text.split("<Key>").skip(1).filter_map(|rest| rest.split("</Key>").next());
                 let mut deleted = String::new();
                 for key in keys {
                     self.objects.remove(key);
@@ -110,7 +125,8 @@ impl Objects {
 
     fn list(&self, prefix: &str, after: &str) -> HttpReply {
         let page = if self.page == 0 { usize::MAX } else { self.page };
-        let all = self.objects.iter().filter(|(key, _)| key.starts_with(prefix) && key.as_str() > after);
+        let all =
+            self.objects.iter().filter(|(key, _)| key.starts_with(prefix) && key.as_str() > after);
         let all: Vec<_> = all.collect();
         let listed = all.iter().take(page).map(|(key, body)| {
             format!(
@@ -120,9 +136,14 @@ impl Objects {
             )
         });
         let next = all.get(page.saturating_sub(1)).filter(|_| all.len() > page);
-        let next =
-            next.map_or(String::new(), |(key, _)| format!("<NextContinuationToken>{key}</NextContinuationToken>"));
-        ok(200, vec![], format!("<ListBucketResult>{}{next}</ListBucketResult>", listed.collect::<String>()))
+        let next = next.map_or(String::new(), |(key, _)| {
+            format!("<NextContinuationToken>{key}</NextContinuationToken>")
+        });
+        ok(
+            200,
+            vec![],
+            format!("<ListBucketResult>{}{next}</ListBucketResult>", listed.collect::<String>()),
+        )
     }
 }
 

@@ -1,10 +1,10 @@
-//! Costs and benefits of the bucket, in one run on one machine: the speed of replacing a lost node compared with a
-//! plain download of the same objects, its effect on clients, the writes lost without a second replica, and the
-//! number of requests.
+//! Costs and benefits of the bucket, in one run on one machine: the speed of replacing a lost node
+//! compared with a plain download of the same objects, its effect on clients, the writes lost
+//! without a second replica, and the number of requests.
 //!
-//! `VASTO_BENCH_GIB` (4) is the size of the replica, `VASTO_BENCH_SECONDS` (10) the length of each phase,
-//! `VASTO_BENCH_IDLE_SECONDS` (60) that of the idle phase; with `VASTO_BENCH_S3=1` the bucket is on a SeaweedFS
-//! server instead of in a local directory.
+//! `VASTO_BENCH_GIB` (4) is the size of the replica, `VASTO_BENCH_SECONDS` (10) the length of each
+//! phase, `VASTO_BENCH_IDLE_SECONDS` (60) that of the idle phase; with `VASTO_BENCH_S3=1` the
+//! bucket is on a SeaweedFS server instead of in a local directory.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -20,8 +20,8 @@ use vasto_client::{Ack, Batch, Keyspace};
 use vasto_core::ids::{KeyspaceId, ReplicaId, ShardId};
 use vasto_shipping::{Bucket, BucketOptions, layout};
 use vasto_tests::{
-    Cluster, DEADLINE, History, Load, LoadSpec, Numbers, S3Kind, S3Server, Seen, cpu_seconds, key_of, number_of,
-    setting, until,
+    Cluster, DEADLINE, History, Load, LoadSpec, Numbers, S3Kind, S3Server, Seen, cpu_seconds,
+    key_of, number_of, setting, until,
 };
 
 const VALUE_BYTES: usize = 16 << 10;
@@ -53,7 +53,10 @@ async fn measure() -> Result<()> {
         0 => None,
         _ => Some(S3Server::start(S3Kind::SeaweedFs).await?),
     };
-    println!("bucket: {}\n", if s3.is_some() { "SeaweedFS on this machine" } else { "a local directory" });
+    println!(
+        "bucket: {}\n",
+        if s3.is_some() { "SeaweedFS on this machine" } else { "a local directory" }
+    );
     replacement(s3.as_ref()).await?;
     for (interval, ack) in [("1s", Ack::Fsync), ("10s", Ack::Fsync), ("10s", Ack::Bucket)] {
         tail(s3.as_ref(), interval, ack).await?;
@@ -88,7 +91,8 @@ async fn fill(keyspace: &Keyspace, from: u64, to: u64) -> Result<()> {
     futures::stream::iter(batches)
         .map(|first| async move {
             let keys = first..(first + BATCH).min(to);
-            let batch = keys.fold(Batch::new(), |batch, n| batch.put(format!("bulk{n:010}"), value(n)));
+            let batch =
+                keys.fold(Batch::new(), |batch, n| batch.put(format!("bulk{n:010}"), value(n)));
             keyspace.write(batch).await.map(|_| ())
         })
         .buffer_unordered(PARALLEL)
@@ -97,8 +101,8 @@ async fn fill(keyspace: &Keyspace, from: u64, to: u64) -> Result<()> {
     Ok(())
 }
 
-/// Foreground load: mixed puts and gets by 8 clients until stopped; reports p50 and p99 of all operations in
-/// milliseconds.
+/// Foreground load: mixed puts and gets by 8 clients until stopped; reports p50 and p99 of all
+/// operations in milliseconds.
 struct Front {
     stop: Arc<AtomicBool>,
     clients: Vec<tokio::task::JoinHandle<Result<Vec<Duration>>>>,
@@ -144,7 +148,9 @@ impl Front {
 async fn requests(cluster: &Cluster) -> Result<(u64, u64, u64)> {
     let status = cluster.json(&["cluster", "status"]).await?;
     let nodes = status["nodes"].as_array().context("no nodes")?.clone();
-    let sum = |name: &str| nodes.iter().map(|node| node["bucket_requests"][name].as_u64().unwrap_or(0)).sum::<u64>();
+    let sum = |name: &str| {
+        nodes.iter().map(|node| node["bucket_requests"][name].as_u64().unwrap_or(0)).sum::<u64>()
+    };
     let others = ["get", "head", "list", "delete"].iter().map(|name| sum(name)).sum();
     Ok((sum("put"), others, sum("bytes_written")))
 }
@@ -155,10 +161,12 @@ fn mib(bytes: u64) -> f64 {
 
 async fn holder(cluster: &Cluster, name: &str) -> Result<usize> {
     let described = cluster.json(&["keyspace", "describe", name]).await?;
-    cluster.node_of(described["placement"][0]["replicas"][0]["node_id"].as_str().context("no node")?)
+    cluster
+        .node_of(described["placement"][0]["replicas"][0]["node_id"].as_str().context("no node")?)
 }
 
-/// Loads the records; prints how long it takes until the bucket has them, and the requests of that and of idle time.
+/// Loads the records; prints how long it takes until the bucket has them, and the requests of that
+/// and of idle time.
 async fn load(cluster: &Cluster, bulk: &Keyspace, gib: u64, records: u64) -> Result<()> {
     let before = requests(cluster).await?;
     let began = Instant::now();
@@ -179,7 +187,11 @@ async fn load(cluster: &Cluster, bulk: &Keyspace, gib: u64, records: u64) -> Res
     let before = requests(cluster).await?;
     tokio::time::sleep(idle).await;
     let after = requests(cluster).await?;
-    println!("{} requests in {} idle seconds\n", after.0 + after.1 - before.0 - before.1, idle.as_secs());
+    println!(
+        "{} requests in {} idle seconds\n",
+        after.0 + after.1 - before.0 - before.1,
+        idle.as_secs()
+    );
     Ok(())
 }
 
@@ -220,32 +232,47 @@ async fn replacement(s3: Option<&S3Server>) -> Result<()> {
     let (running, cpu) = (Front::start(&front), cpu_seconds(pid)?);
     let report: Value = cluster.json(&["node", "replace", &id]).await?;
     let (bootstrap, cpu) = (running.end().await?, cpu_seconds(pid)? - cpu);
-    let serves =
-        until("the replacement to serve", DEADLINE, async || bulk.get("bulk0000000001").await.ok().flatten()).await?;
+    let serves = until("the replacement to serve", DEADLINE, async || {
+        bulk.get("bulk0000000001").await.ok().flatten()
+    })
+    .await?;
     let serves_after = dead.elapsed();
     ensure!(serves.bytes() == value(1), "another value came back");
     let bytes = report["bytes_from_bucket"].as_u64().context("no bytes")?;
     let seconds = report["duration_ms"].as_u64().context("no duration")? as f64 / 1000.0;
 
-    // The baseline: a download of the same checkpoint's objects to files, synced, with the same number of concurrent
-    // requests.
+    // The baseline: a download of the same checkpoint's objects to files, synced, with the same
+    // number of concurrent requests.
     let bucket = bucket(s3, &cluster)?;
     let dir = tempfile::tempdir()?;
     let began = Instant::now();
     let raw = download(&bucket, &cluster, dir.path()).await?;
     let raw_seconds = began.elapsed().as_secs_f64();
     let (ours, plain) = (mib(bytes) / seconds, mib(raw) / raw_seconds);
-    println!("replacement of a dead node, {:.0} MiB from the bucket in {seconds:.1} s: {ours:.0} MiB/s", mib(bytes));
-    println!("the same objects to files with object_store alone: {plain:.0} MiB/s; ratio {:.2}", ours / plain);
+    println!(
+        "replacement of a dead node, {:.0} MiB from the bucket in {seconds:.1} s: {ours:.0} MiB/s",
+        mib(bytes)
+    );
+    println!(
+        "the same objects to files with object_store alone: {plain:.0} MiB/s; ratio {:.2}",
+        ours / plain
+    );
     println!("from kill -9 to the first read: {:.1} s", serves_after.as_secs_f64());
-    println!("CPU of the node meanwhile: {:.1} s per GiB (clients' work included)", cpu / (mib(bytes) / 1024.0));
+    println!(
+        "CPU of the node meanwhile: {:.1} s per GiB (clients' work included)",
+        cpu / (mib(bytes) / 1024.0)
+    );
     println!("\nclients, p50 / p99 in ms: calm {:.2} / {:.2}", calm.0, calm.1);
-    let ratio =
-        |one: (f64, f64)| format!("{:.2} / {:.2}, {:.1} x / {:.1} x", one.0, one.1, one.0 / calm.0, one.1 / calm.1);
+    let ratio = |one: (f64, f64)| {
+        format!("{:.2} / {:.2}, {:.1} x / {:.1} x", one.0, one.1, one.0 / calm.0, one.1 / calm.1)
+    };
     println!("  during a checkpoint of {:.1} s: {}", took.as_secs_f64(), ratio(checkpoint));
     println!("  during the replacement, on the same node: {}\n", ratio(bootstrap));
     for n in (0..records).step_by(997) {
-        let found = bulk.get(format!("bulk{n:010}")).await?.with_context(|| format!("record {n} is gone"))?;
+        let found = bulk
+            .get(format!("bulk{n:010}"))
+            .await?
+            .with_context(|| format!("record {n} is gone"))?;
         ensure!(found.bytes() == value(n), "record {n} is not what was written");
     }
     cluster.finish().await
@@ -260,11 +287,15 @@ async fn download(bucket: &Bucket, cluster: &Cluster, dir: &Path) -> Result<u64>
     let source = ReplicaId(left["replica_id"].as_u64().context("no replica_id")?);
     let prefix = layout::replica_prefix(KeyspaceId(keyspace), ShardId(0), source);
     let objects = bucket.list(&prefix).await?;
-    let newest = objects.iter().filter(|one| one.key.contains("/checkpoint/")).map(|one| &one.key).max();
+    let newest =
+        objects.iter().filter(|one| one.key.contains("/checkpoint/")).map(|one| &one.key).max();
     let manifest = bucket.get(newest.context("no checkpoint")?).await?.context("no manifest")?;
     let manifest = vasto_shipping::Manifest::decode(&manifest)?;
-    let root =
-        cluster.bucket().strip_prefix("s3://").and_then(|rest| rest.split_once('/')).map_or("", |(_, root)| root);
+    let root = cluster
+        .bucket()
+        .strip_prefix("s3://")
+        .and_then(|rest| rest.split_once('/'))
+        .map_or("", |(_, root)| root);
     let store = bucket.raw_store();
     let sizes = futures::stream::iter(manifest.files)
         .map(|file| {
@@ -299,11 +330,13 @@ async fn tail(s3: Option<&S3Server>, interval: &str, ack: Ack) -> Result<()> {
     tokio::time::sleep(Duration::from_secs(14)).await;
     let described = cluster.json(&["keyspace", "describe", "tail"]).await?;
     let replica = &described["placement"][0]["replicas"][0];
-    let behind = replica["lsn"].as_u64().unwrap_or(0) - replica["shipped_lsn"].as_u64().unwrap_or(0);
+    let behind =
+        replica["lsn"].as_u64().unwrap_or(0) - replica["shipped_lsn"].as_u64().unwrap_or(0);
     let lost = holder(&cluster, "tail").await?;
     cluster.kill9_node(lost).await?;
     #[allow(clippy::disallowed_methods)]
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_micros() as u64;
+    let now =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_micros() as u64;
     std::fs::remove_dir_all(cluster.node_dir(lost))?;
     let id = cluster.node_id(lost).context("no id")?;
     let summary = load.stop().await?;
@@ -313,7 +346,9 @@ async fn tail(s3: Option<&S3Server>, interval: &str, ack: Ack) -> Result<()> {
     for (name, kept) in history.all() {
         let found = keyspace.get(key_of(&name)).await?;
         newest = newest.max(found.as_ref().map_or(0, |value| value.event_time));
-        let seen = found.map_or(Seen::Absent, |value| Seen::Number(number_of(&name, &value.bytes()).unwrap_or(0)));
+        let seen = found.map_or(Seen::Absent, |value| {
+            Seen::Number(number_of(&name, &value.bytes()).unwrap_or(0))
+        });
         missing += u64::from(!kept.allows(seen));
     }
     println!(

@@ -1,7 +1,7 @@
-//! The main use case end to end, unattended: a cluster of separate processes starts on a local directory as its
-//! bucket, is loaded with real and generated data, and grows from two shards to three while clients write and read. A
-//! node is lost with its disk and replaced from the bucket, and records removed by a bad delete are restored. Every
-//! record is verified after each step.
+//! The main use case end to end, unattended: a cluster of separate processes starts on a local
+//! directory as its bucket, is loaded with real and generated data, and grows from two shards to
+//! three while clients write and read. A node is lost with its disk and replaced from the bucket,
+//! and records removed by a bad delete are restored. Every record is verified after each step.
 //!
 //! Exit code 0 only when nothing was lost or stale and all bulk bytes came from the bucket.
 
@@ -16,7 +16,10 @@ use futures::{StreamExt, TryStreamExt};
 use serde_json::Value;
 use vasto_client::{Batch, Keyspace};
 use vasto_tests::wordnet::{self, Synset};
-use vasto_tests::{Cluster, DEADLINE, History, Load, LoadSpec, LoadSummary, Seen, key_of, number_of, records, until};
+use vasto_tests::{
+    Cluster, DEADLINE, History, Load, LoadSpec, LoadSummary, Seen, key_of, number_of, records,
+    until,
+};
 
 /// Generated records.
 const RECORDS: u64 = 1_000_000;
@@ -54,12 +57,18 @@ async fn main() -> ExitCode {
 }
 
 async fn demo() -> Result<()> {
-    println!("Vasto demo: a keyspace grows, loses a node and is restored while clients write and read");
+    println!(
+        "Vasto demo: a keyspace grows, loses a node and is restored while clients write and read"
+    );
     let start = Instant::now();
     let synsets = wordnet::load(Path::new(wordnet::DIR))?;
     step("data");
     note(&format!("{} synsets: {}", count(synsets.len() as u64), wordnet::ABOUT));
-    note(&format!("{} generated records with values of {} bytes", count(RECORDS), records::VALUE_BYTES));
+    note(&format!(
+        "{} generated records with values of {} bytes",
+        count(RECORDS),
+        records::VALUE_BYTES
+    ));
 
     let began = Instant::now();
     let mut cluster = Cluster::builder()
@@ -69,14 +78,28 @@ async fn demo() -> Result<()> {
         .start()
         .await?;
     step("cluster");
-    note(&format!("1 master and {} nodes as processes of their own, up in {}", cluster.nodes(), secs(began)));
+    note(&format!(
+        "1 master and {} nodes as processes of their own, up in {}",
+        cluster.nodes(),
+        secs(began)
+    ));
     note(&format!("bucket {}", cluster.bucket()));
     vasto(&cluster, &["keyspace", "create", "demo", "--shards", "2", "--quarantine", "5s"]).await?;
     let keyspace = cluster.keyspace("demo").await?;
 
     step("load");
-    load(&keyspace, "synsets", synsets.iter().map(|one| (one.key.clone(), one.value.clone().into()))).await?;
-    load(&keyspace, "records", (0..RECORDS).map(|index| (records::key(index), records::value(index)))).await?;
+    load(
+        &keyspace,
+        "synsets",
+        synsets.iter().map(|one| (one.key.clone(), one.value.clone().into())),
+    )
+    .await?;
+    load(
+        &keyspace,
+        "records",
+        (0..RECORDS).map(|index| (records::key(index), records::value(index))),
+    )
+    .await?;
     vasto(&cluster, &["keyspace", "compact", "demo"]).await?;
     shards(&cluster).await?;
 
@@ -87,7 +110,10 @@ async fn demo() -> Result<()> {
     step("clean-up");
     let began = Instant::now();
     cluster.settled("demo").await?;
-    note(&format!("the quarantine has ended and the sources have removed what moved, after {}", secs(began)));
+    note(&format!(
+        "the quarantine has ended and the sources have removed what moved, after {}",
+        secs(began)
+    ));
     shards(&cluster).await?;
 
     step("verify");
@@ -104,12 +130,23 @@ async fn demo() -> Result<()> {
     step("result");
     let bytes = |name: &str| report[name].as_u64().unwrap_or_default();
     let ratio = bytes("bytes_from_bucket") as f64 / bytes("bytes_moved").max(1) as f64;
-    note(&format!("lost {}, stale {}, strange rows {}", count(wrong.lost), count(wrong.stale), count(wrong.strange)));
+    note(&format!(
+        "lost {}, stale {}, strange rows {}",
+        count(wrong.lost),
+        count(wrong.stale),
+        count(wrong.strange)
+    ));
     note(&format!("bytes_from_bucket / bytes_moved = {ratio:.3} (at most {READ_RATIO_MAX})"));
     note(&format!("all in {}", secs(start)));
-    ensure!(wrong.lost + wrong.stale + wrong.strange == 0, "the data is not what was written: {wrong:?}");
+    ensure!(
+        wrong.lost + wrong.stale + wrong.strange == 0,
+        "the data is not what was written: {wrong:?}"
+    );
     ensure!(bytes("bytes_moved") > 0, "nothing moved: {report}");
-    ensure!(ratio <= READ_RATIO_MAX, "the grow read {ratio:.3} times what it moved from the bucket");
+    ensure!(
+        ratio <= READ_RATIO_MAX,
+        "the grow read {ratio:.3} times what it moved from the bucket"
+    );
     for (when, clients) in [("the grow", clients), ("the loss of a node", lost)] {
         ensure!(
             clients.refused + clients.unknown + clients.read_errors + clients.stale_reads == 0,
@@ -125,8 +162,13 @@ async fn demo() -> Result<()> {
 /// Grows 2 -> 3 under client load; returns the report and the clients' summary.
 async fn grow(cluster: &Cluster, history: &Arc<History>) -> Result<(Value, LoadSummary)> {
     step("grow");
-    let spec =
-        LoadSpec { name: "live".to_owned(), writers: 8, readers: 4, overwritten: 200, pace: Duration::from_millis(1) };
+    let spec = LoadSpec {
+        name: "live".to_owned(),
+        writers: 8,
+        readers: 4,
+        overwritten: 200,
+        pace: Duration::from_millis(1),
+    };
     let clients = Load::start(&cluster.master(), "demo", history, spec).await?;
     clients.goes_on(50).await?;
     clients.reset_longest();
@@ -138,7 +180,11 @@ async fn grow(cluster: &Cluster, history: &Arc<History>) -> Result<(Value, LoadS
     let summary = clients.stop().await?;
     let number = |name: &str| report[name].as_u64().unwrap_or_default();
     let pause = |name: &str| report["write_pause_ms"][name].as_f64().unwrap_or_default();
-    note(&format!("{} keys moved in {:.1} s", count(number("keys_moved")), number("duration_ms") as f64 / 1000.0));
+    note(&format!(
+        "{} keys moved in {:.1} s",
+        count(number("keys_moved")),
+        number("duration_ms") as f64 / 1000.0
+    ));
     note(&format!(
         "bytes_moved {}, bytes_from_bucket {} in {} objects, bytes_from_peers {} (log only)",
         count(number("bytes_moved")),
@@ -163,28 +209,36 @@ async fn grow(cluster: &Cluster, history: &Arc<History>) -> Result<(Value, LoadS
     Ok((report, summary))
 }
 
-/// Loses a node with its disk while clients work on a keyspace with two replicas; the shards of `demo` that only this
-/// node held are replaced from the bucket.
+/// Loses a node with its disk while clients work on a keyspace with two replicas; the shards of
+/// `demo` that only this node held are replaced from the bucket.
 async fn lose_a_node(cluster: &mut Cluster) -> Result<LoadSummary> {
     step("node loss");
     // Its disk is lost too: only writes that two replicas synced before the answer survive that.
-    let orders = ["keyspace", "create", "orders", "--shards", "2", "--replicas", "2", "--ack", "replica"];
+    let orders =
+        ["keyspace", "create", "orders", "--shards", "2", "--replicas", "2", "--ack", "replica"];
     vasto(cluster, &orders).await?;
     let history = Arc::new(History::default());
-    let spec =
-        LoadSpec { name: "order".to_owned(), writers: 4, readers: 2, overwritten: 200, pace: Duration::from_millis(1) };
+    let spec = LoadSpec {
+        name: "order".to_owned(),
+        writers: 4,
+        readers: 2,
+        overwritten: 200,
+        pace: Duration::from_millis(1),
+    };
     let clients = Load::start(&cluster.master(), "orders", &history, spec).await?;
     vasto(cluster, &["keyspace", "checkpoint", "demo"]).await?;
     until("everything to be in the bucket", DEADLINE, async || {
         let described = cluster.json(&["keyspace", "describe", "demo"]).await.ok()?;
-        let shipped = |shard: &Value| shard["replicas"][0]["lsn"] == shard["replicas"][0]["shipped_lsn"];
+        let shipped =
+            |shard: &Value| shard["replicas"][0]["lsn"] == shard["replicas"][0]["shipped_lsn"];
         described["placement"].as_array()?.iter().all(shipped).then_some(())
     })
     .await?;
     clients.goes_on(50).await?;
     clients.reset_longest();
     let described = cluster.json(&["keyspace", "describe", "demo"]).await?;
-    let id = described["placement"][0]["replicas"][0]["node_id"].as_str().context("no node")?.to_owned();
+    let id =
+        described["placement"][0]["replicas"][0]["node_id"].as_str().context("no node")?.to_owned();
     let index = cluster.node_of(&id)?;
     cluster.kill9_node(index).await?;
     std::fs::remove_dir_all(cluster.node_dir(index))?;
@@ -230,14 +284,17 @@ async fn undo_a_bad_delete(cluster: &Cluster, keyspace: &Keyspace) -> Result<Key
     let keys: Vec<String> = (0..DELETED).map(records::key).collect();
     futures::stream::iter(keys.chunks(BATCH))
         .map(|keys| {
-            keyspace.write(keys.iter().fold(Batch::new(), |writes, key| writes.delete(key.as_str()))).into_future()
+            keyspace
+                .write(keys.iter().fold(Batch::new(), |writes, key| writes.delete(key.as_str())))
+                .into_future()
         })
         .buffer_unordered(PARALLEL)
         .try_collect::<Vec<_>>()
         .await?;
     note(&rate("records deleted by mistake", DELETED, began));
     ensure!(keyspace.get(records::key(7)).await?.is_none(), "the delete has not happened");
-    let report = vasto(cluster, &["keyspace", "restore", "demo", "--into", "before", "--at", &at]).await?;
+    let report =
+        vasto(cluster, &["keyspace", "restore", "demo", "--into", "before", "--at", &at]).await?;
     let number = |name: &str| report[name].as_u64().unwrap_or_default();
     note(&format!(
         "restored in {:.1} s: bytes_from_bucket {} in {} objects, bytes_from_peers {}",
@@ -312,9 +369,9 @@ async fn get_written(keyspace: &Keyspace, history: &History, wrong: &mut Wrong) 
     for names in names.chunks(BATCH) {
         let values = keyspace.get_many(names.iter().map(|name| key_of(name))).await?;
         for (name, value) in names.iter().zip(values) {
-            let seen = value
-                .as_ref()
-                .map_or(Seen::Absent, |value| Seen::Number(number_of(name, &value.bytes()).unwrap_or(u64::MAX)));
+            let seen = value.as_ref().map_or(Seen::Absent, |value| {
+                Seen::Number(number_of(name, &value.bytes()).unwrap_or(u64::MAX))
+            });
             present += u64::from(seen != Seen::Absent);
             if !written[*name].allows(seen) {
                 *(if seen == Seen::Absent { &mut wrong.lost } else { &mut wrong.stale }) += 1;
@@ -322,14 +379,24 @@ async fn get_written(keyspace: &Keyspace, history: &History, wrong: &mut Wrong) 
         }
     }
     let (keys, acked) = history.counts();
-    note(&rate(&format!("gets of the keys of the {} writes during the grow", count(acked)), keys as u64, began));
+    note(&rate(
+        &format!("gets of the keys of the {} writes during the grow", count(acked)),
+        keys as u64,
+        began,
+    ));
     Ok(present)
 }
 
 /// Returns the number of rows.
-async fn scan(keyspace: &Keyspace, synsets: &[Synset], history: &History, wrong: &mut Wrong) -> Result<u64> {
+async fn scan(
+    keyspace: &Keyspace,
+    synsets: &[Synset],
+    history: &History,
+    wrong: &mut Wrong,
+) -> Result<u64> {
     let began = Instant::now();
-    let synsets: HashMap<&[u8], &[u8]> = synsets.iter().map(|one| (one.key.as_bytes(), one.value.as_bytes())).collect();
+    let synsets: HashMap<&[u8], &[u8]> =
+        synsets.iter().map(|one| (one.key.as_bytes(), one.value.as_bytes())).collect();
     let mut rows = std::pin::pin!(keyspace.scan().stream());
     let mut last = bytes::Bytes::new();
     let mut scanned = 0;
@@ -343,7 +410,8 @@ async fn scan(keyspace: &Keyspace, synsets: &[Synset], history: &History, wrong:
         } else if let Some(wanted) = synsets.get(&row.key[..]) {
             *wanted == value
         } else {
-            number_of(&name, &value).is_some_and(|number| history.get(&name).allows(Seen::Number(number)))
+            number_of(&name, &value)
+                .is_some_and(|number| history.get(&name).allows(Seen::Number(number)))
         };
         wrong.strange += u64::from(!good);
         last = row.key;
@@ -363,12 +431,17 @@ fn batches(records: impl Iterator<Item = Record>) -> impl futures::Stream<Item =
     }))
 }
 
-async fn load(keyspace: &Keyspace, what: &str, records: impl Iterator<Item = Record>) -> Result<()> {
+async fn load(
+    keyspace: &Keyspace,
+    what: &str,
+    records: impl Iterator<Item = Record>,
+) -> Result<()> {
     let began = Instant::now();
     let sizes: Vec<u64> = batches(records)
         .map(|batch| async move {
             let size = batch.len() as u64;
-            let writes = batch.into_iter().fold(Batch::new(), |writes, (key, value)| writes.put(key, value));
+            let writes =
+                batch.into_iter().fold(Batch::new(), |writes, (key, value)| writes.put(key, value));
             keyspace.write(writes).await?;
             anyhow::Ok(size)
         })
@@ -376,7 +449,11 @@ async fn load(keyspace: &Keyspace, what: &str, records: impl Iterator<Item = Rec
         .try_collect()
         .await
         .with_context(|| format!("loading the {what}"))?;
-    note(&rate(&format!("{what} in batches of {BATCH}, each answered when synced to disk"), sizes.iter().sum(), began));
+    note(&rate(
+        &format!("{what} in batches of {BATCH}, each answered when synced to disk"),
+        sizes.iter().sum(),
+        began,
+    ));
     Ok(())
 }
 
@@ -415,7 +492,11 @@ fn secs(began: Instant) -> String {
 
 fn rate(what: &str, number: u64, began: Instant) -> String {
     let seconds = began.elapsed().as_secs_f64();
-    format!("{} {what}: {seconds:.1} s, {}/s", count(number), count((number as f64 / seconds.max(0.001)) as u64))
+    format!(
+        "{} {what}: {seconds:.1} s, {}/s",
+        count(number),
+        count((number as f64 / seconds.max(0.001)) as u64)
+    )
 }
 
 /// Formats `1234567` as `1,234,567`.

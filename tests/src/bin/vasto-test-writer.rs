@@ -1,5 +1,6 @@
-//! A client as a separate process, for tests that stop it with a signal: writes the keys `<prefix><n>` with the value
-//! `<mark><n>`, n = 0, 1, 2, ..., and prints each n once the write is acknowledged.
+//! A client as a separate process, for tests that stop it with a signal: writes the keys
+//! `<prefix><n>` with the value `<mark><n>`, n = 0, 1, 2, ..., and prints each n once the write is
+//! acknowledged.
 //!
 //! Usage: `vasto-test-writer MASTER KEYSPACE PREFIX [MARK]`
 

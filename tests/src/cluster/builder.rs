@@ -91,7 +91,9 @@ impl ClusterBuilder {
         for part in ["bucket", "logs"] {
             std::fs::create_dir(dir.path().join(part))?;
         }
-        let bucket = self.bucket.unwrap_or_else(|| format!("file://{}", dir.path().join("bucket").display()));
+        let bucket = self
+            .bucket
+            .unwrap_or_else(|| format!("file://{}", dir.path().join("bucket").display()));
         let mut cluster = Cluster {
             bucket,
             env: self.env,

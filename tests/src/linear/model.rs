@@ -99,7 +99,9 @@ impl Model for OneKey {
             Did::Effect(value, time) => state.becomes(Some(Held::Value(value)), Some(time)),
             Did::Delete(time) => state.becomes(None, time),
             Did::IfAbsent(value, outcome) => match outcome {
-                Some(Some(time)) if state.held.is_none() => state.becomes(Some(Held::Value(value)), Some(time)),
+                Some(Some(time)) if state.held.is_none() => {
+                    state.becomes(Some(Held::Value(value)), Some(time))
+                }
                 Some(Some(_)) => same(false),
                 Some(None) => same(state.held.is_some()),
                 None if state.held.is_none() => state.becomes(Some(Held::Value(value)), None),
@@ -122,7 +124,10 @@ impl Model for OneKey {
                     Some(Held::Value(_)) => return same(false),
                 };
                 let legal = sum.is_none_or(|sum| sum == before + by);
-                (legal, State { held: Some(Held::Count(before + by)), time: state.time, exact: false })
+                (
+                    legal,
+                    State { held: Some(Held::Count(before + by)), time: state.time, exact: false },
+                )
             }
         }
     }

@@ -41,7 +41,12 @@ impl Workload {
     }
 
     /// Reads a key; returns its version too, for a conditional write.
-    pub async fn get(&self, client: u32, keyspace: &Keyspace, key: &str) -> Option<((Held, u64), u64)> {
+    pub async fn get(
+        &self,
+        client: u32,
+        keyspace: &Keyspace,
+        key: &str,
+    ) -> Option<((Held, u64), u64)> {
         let call = self.recorder.now();
         let read = keyspace.get(key).await.ok()?;
         let seen = read.as_ref().map(|value| {
@@ -67,7 +72,8 @@ impl Workload {
             Ok(Outcome::Applied { event_time }) => {
                 self.recorder.add(key, client, call, Did::Put(value, Some(event_time)));
             }
-            // The key already held a write with a later time: this put took effect and was overwritten at once.
+            // The key already held a write with a later time: this put took effect and was
+            // overwritten at once.
             Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::Unknown => {
                 self.recorder.add(key, client, call, Did::Put(value, None));
@@ -121,7 +127,8 @@ impl Workload {
     }
 }
 
-/// Returns the outcome of a conditional write: `None` when it was refused, no outcome when it is unknown.
+/// Returns the outcome of a conditional write: `None` when it was refused, no outcome when it is
+/// unknown.
 fn conditional(outcome: Result<Outcome, vasto_client::Error>) -> Option<Option<Option<u64>>> {
     match outcome {
         Ok(Outcome::Applied { event_time }) => Some(Some(Some(event_time))),
@@ -133,5 +140,8 @@ fn conditional(outcome: Result<Outcome, vasto_client::Error>) -> Option<Option<O
 
 /// Parses the number of a value; 0 for a value that no operation put.
 fn number(bytes: &[u8]) -> u64 {
-    std::str::from_utf8(bytes).ok().and_then(|text| text.strip_prefix('v')?.parse().ok()).unwrap_or(0)
+    std::str::from_utf8(bytes)
+        .ok()
+        .and_then(|text| text.strip_prefix('v')?.parse().ok())
+        .unwrap_or(0)
 }

@@ -1,5 +1,5 @@
-//! The rules of ARCHITECTURE.md that a compiler does not hold: who may depend on whom, where RocksDB is known,
-//! a head for every file, and no file without bounds.
+//! The rules of ARCHITECTURE.md that a compiler does not hold: who may depend on whom, where
+//! RocksDB is known, a head for every file, and no file without bounds.
 
 use std::collections::BTreeMap;
 
@@ -27,14 +27,21 @@ fn crates_depend_downward_only() {
         ("cli", &["core", "client", "master", "node", "observability", "proto", "shipping"][..]),
     ]);
     for (member, may) in &allowed {
-        let text = std::fs::read_to_string(sources::checkout().join(member).join("Cargo.toml")).unwrap();
+        let text =
+            std::fs::read_to_string(sources::checkout().join(member).join("Cargo.toml")).unwrap();
         let dependencies = text.split("\n[").filter(|section| section.starts_with("dependencies]"));
         let found: Vec<&str> = dependencies
             .flat_map(str::lines)
             .filter_map(|line| line.strip_prefix("vasto-")?.split([' ', '.', '=']).next())
             .collect();
-        assert!(found.iter().all(|one| may.contains(one)), "{member} depends on {found:?}, and may on {may:?}");
-        assert!(member == &"core" || member == &"observability" || !found.is_empty(), "{member}: {text}");
+        assert!(
+            found.iter().all(|one| may.contains(one)),
+            "{member} depends on {found:?}, and may on {may:?}"
+        );
+        assert!(
+            member == &"core" || member == &"observability" || !found.is_empty(),
+            "{member}: {text}"
+        );
     }
 }
 
@@ -42,9 +49,13 @@ fn crates_depend_downward_only() {
 fn only_the_engine_knows_rocksdb() {
     let mut uses = 0;
     for (path, text) in all_sources() {
-        let knows = text.lines().any(|line| !line.trim_start().starts_with("//") && line.contains("rocksdb::"));
+        let knows = text
+            .lines()
+            .any(|line| !line.trim_start().starts_with("//") && line.contains("rocksdb::"));
         uses += usize::from(knows);
-        let may = path.starts_with("node/src/engine/") || path.contains("bench") || path.contains("/tests/");
+        let may = path.starts_with("node/src/engine/")
+            || path.contains("bench")
+            || path.contains("/tests/");
         assert!(!knows || may, "{path} uses RocksDB; that is for node/src/engine");
     }
     assert!(uses > 0, "the search finds nothing at all");

@@ -1,5 +1,5 @@
-//! Invalid inputs through the real command line: each is refused with a message that states the remedy and exit code
-//! 1 or 2, and nothing is written.
+//! Invalid inputs through the real command line: each is refused with a message that states the
+//! remedy and exit code 1 or 2, and nothing is written.
 
 use std::collections::BTreeMap;
 use std::net::TcpListener;
@@ -13,7 +13,8 @@ use vasto_tests::{Cluster, DEADLINE, Port, Ran, free_port};
 
 /// Runs a command that must be refused with an error that contains all these texts.
 async fn refused(args: &[&str], env: &[(&str, &str)], texts: &[&str]) -> Result<()> {
-    let env: Vec<(String, String)> = env.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
+    let env: Vec<(String, String)> =
+        env.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
     let ran = Ran::of(args, &env, DEADLINE).await.with_context(|| format!("vasto {args:?}"))?;
     check(&ran, texts).with_context(|| format!("vasto {}", shortened(args)))
 }
@@ -27,7 +28,8 @@ fn shortened(args: &[&str]) -> String {
     args.iter().map(|arg| arg.chars().take(60).collect::<String>()).collect::<Vec<_>>().join(" ")
 }
 
-/// Returns all files below a directory with their content, except for files that every start may change.
+/// Returns all files below a directory with their content, except for files that every start may
+/// change.
 fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut out = BTreeMap::new();
     let mut open = vec![dir.to_owned()];
@@ -37,7 +39,10 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
             if path.is_dir() {
                 open.push(path);
             } else if !path.ends_with("LOCK") {
-                out.insert(path.strip_prefix(dir).unwrap().display().to_string(), std::fs::read(&path).unwrap());
+                out.insert(
+                    path.strip_prefix(dir).unwrap().display().to_string(),
+                    std::fs::read(&path).unwrap(),
+                );
             }
         }
     }
@@ -67,7 +72,10 @@ async fn bad_requests_say_what_to_do_and_change_nothing() -> Result<()> {
         (&["kv", "put", "ks", &long_key, "v"], &["65537", "65536"]),
         (&["kv", "get", "ks", &long_key], &["65537", "65536"]),
         (&["kv", "put", "ks", "", "v"], &["empty"]),
-        (&["kv", "put", "ks", "k", "v", "--event-time", "99999999999999999"], &["ahead of the clock"]),
+        (
+            &["kv", "put", "ks", "k", "v", "--event-time", "99999999999999999"],
+            &["ahead of the clock"],
+        ),
         (&["kv", "put", "ks", "k", "v", "--event-time", "0"], &["event-time"]),
         (&["kv", "put", "ks", "k", "v", "--ttl", "0s"], &["ttl"]),
         (&["keyspace", "create", "Bad"], &["`Bad` is not a keyspace name"]),
@@ -96,17 +104,28 @@ async fn bad_requests_say_what_to_do_and_change_nothing() -> Result<()> {
         let start = Instant::now();
         let ran = cluster.vasto(args).await?;
         check(&ran, texts).with_context(|| format!("vasto {}", shortened(args)))?;
-        ensure!(start.elapsed() < Duration::from_secs(5), "vasto {} took {:?}", shortened(args), start.elapsed());
+        ensure!(
+            start.elapsed() < Duration::from_secs(5),
+            "vasto {} took {:?}",
+            shortened(args),
+            start.elapsed()
+        );
     }
     ensure!(coordination() == before, "a refused request wrote to the bucket");
 
     // A value over the limit does not fit on a command line.
     let keyspace = cluster.keyspace("ks").await?;
     let error = keyspace.put("k", vec![0; (4 << 20) + 1]).await.unwrap_err();
-    ensure!(error.kind() == ErrorKind::InvalidArgument && error.message().contains("4194304"), "{error:?}");
+    ensure!(
+        error.kind() == ErrorKind::InvalidArgument && error.message().contains("4194304"),
+        "{error:?}"
+    );
     let many = (0..10_001).fold(Batch::new(), |batch, n| batch.put(format!("k{n}"), "v"));
     let error = keyspace.write(many).await.unwrap_err();
-    ensure!(error.kind() == ErrorKind::InvalidArgument && error.message().contains("10000"), "{error:?}");
+    ensure!(
+        error.kind() == ErrorKind::InvalidArgument && error.message().contains("10000"),
+        "{error:?}"
+    );
     // A key and a value exactly at the limit are accepted.
     keyspace.put("k".repeat(65_536), vec![7; 4 << 20]).await?;
     ensure!(keyspace.get("k".repeat(65_536)).await?.unwrap().bytes().len() == 4 << 20);
@@ -152,16 +171,29 @@ async fn a_master_refuses_a_bucket_that_it_cannot_use() -> Result<()> {
     env.push(("AWS_ENDPOINT_URL", &closed));
     let start = Instant::now();
     master(&store.url(), &env, &["cannot be reached", "AWS_ENDPOINT_URL"]).await?;
-    ensure!(start.elapsed() < Duration::from_secs(20), "an unreachable bucket took {:?}", start.elapsed());
+    ensure!(
+        start.elapsed() < Duration::from_secs(20),
+        "an unreachable bucket took {:?}",
+        start.elapsed()
+    );
 
     // A store that accepts every PUT, whatever its conditions, cannot coordinate.
     env.pop();
     master(&store.url(), &env, &["ignores create-if-absent", "use another store"]).await?;
-    let puts = store.take_served().iter().filter(|served| served.ask == Ask::Put && served.status == 200).count();
+    let puts = store
+        .take_served()
+        .iter()
+        .filter(|served| served.ask == Ask::Put && served.status == 200)
+        .count();
     ensure!(puts >= 2, "the store was not tried");
     ensure!(store.object("cluster.json").is_none(), "a refused store was claimed");
 
-    refused(&["serve", "master", "--listen", &listen], &[("HOME", "/")], &["bucket.url", "--bucket"]).await
+    refused(
+        &["serve", "master", "--listen", &listen],
+        &[("HOME", "/")],
+        &["bucket.url", "--bucket"],
+    )
+    .await
 }
 
 #[tokio::test]
@@ -171,12 +203,30 @@ async fn servers_refuse_addresses_that_they_should_not_or_cannot_use() -> Result
     let data = dir.path().join("data").display().to_string();
     let taken = TcpListener::bind("127.0.0.1:0")?;
     let taken = taken.local_addr()?.to_string();
-    refused(&["serve", "master", "--bucket", &bucket, "--listen", "0.0.0.0:0"], &[], &["TLS", "--insecure"]).await?;
-    refused(&["serve", "node", "--dir", &data, "--listen", "0.0.0.0:7000"], &[], &["TLS", "--insecure"]).await?;
+    refused(
+        &["serve", "master", "--bucket", &bucket, "--listen", "0.0.0.0:0"],
+        &[],
+        &["TLS", "--insecure"],
+    )
+    .await?;
+    refused(
+        &["serve", "node", "--dir", &data, "--listen", "0.0.0.0:7000"],
+        &[],
+        &["TLS", "--insecure"],
+    )
+    .await?;
     ensure!(!dir.path().join("data").exists(), "a refused node made its directory");
     ensure!(!dir.path().join("bucket").exists(), "a refused master made its bucket");
-    refused(&["serve", "master", "--bucket", &bucket, "--listen", &taken], &[], &[&taken, "in use"]).await?;
-    ensure!(!dir.path().join("bucket").exists(), "a master without a port made or claimed its bucket");
+    refused(
+        &["serve", "master", "--bucket", &bucket, "--listen", &taken],
+        &[],
+        &[&taken, "in use"],
+    )
+    .await?;
+    ensure!(
+        !dir.path().join("bucket").exists(),
+        "a master without a port made or claimed its bucket"
+    );
     let cluster = Cluster::builder().nodes(0).start().await?;
     let args = ["serve", "node", "--dir", &data, "--listen", &taken, "--master", &cluster.master()];
     refused(&args, &[], &[&taken, "in use"]).await?;
@@ -197,11 +247,17 @@ async fn a_node_refuses_a_directory_that_is_not_its_own() -> Result<()> {
     // Another process uses the directory.
     let args = ["serve", "node", "--dir", &data, "--master", &cluster.master()];
     refused(&args, &[], &[&data, "in use by another process"]).await?;
-    ensure!(cluster.json(&["kv", "get", "ks", "k"]).await.is_ok(), "the refused start disturbed the running node");
+    ensure!(
+        cluster.json(&["kv", "get", "ks", "k"]).await.is_ok(),
+        "the refused start disturbed the running node"
+    );
     // The master serves another cluster, and this node holds no data that would be missed.
     let idle = cluster.add_node().await?;
     cluster.stop_node(idle).await?;
-    let (idle, other) = (cluster.node_dir(idle), Cluster::builder().nodes(0).allow("refused a node").start().await?);
+    let (idle, other) = (
+        cluster.node_dir(idle),
+        Cluster::builder().nodes(0).allow("refused a node").start().await?,
+    );
     let before = files(&idle);
     let args = ["serve", "node", "--dir", &idle.display().to_string(), "--master", &other.master()];
     refused(&args, &[], &["belongs to cluster", "--dir"]).await?;
@@ -242,11 +298,15 @@ async fn a_new_node_refuses_a_bucket_that_is_not_its_masters_and_an_old_one_serv
     let ours = std::fs::read(&claim)?;
     std::fs::remove_file(&claim)?;
     let data = cluster.dir().join("another").display().to_string();
-    let args = ["serve", "node", "--dir", &data, "--listen", "127.0.0.1:0", "--master", &cluster.master()];
+    let args =
+        ["serve", "node", "--dir", &data, "--listen", "127.0.0.1:0", "--master", &cluster.master()];
     refused(&args, &[], &["holds no cluster.json", "same bucket"]).await?;
     cluster.stop_node(0).await?;
     cluster.start_node(0, Port::Same).await?;
-    ensure!(keyspace.get("k").await?.is_some(), "what a node holds is served whatever the bucket says");
+    ensure!(
+        keyspace.get("k").await?.is_some(),
+        "what a node holds is served whatever the bucket says"
+    );
     std::fs::write(&claim, ours)?;
     cluster.finish().await
 }
@@ -283,10 +343,21 @@ async fn unknown_fields_of_the_configuration_are_named_with_the_nearest_one() ->
     let data = dir.path().join("data").display().to_string();
     std::fs::write(&file, "[node]\ncahce = \"1GiB\"\n")?;
     refused(&["config", "check", &path], &[], &["node.cahce", "node.cache"]).await?;
-    refused(&["serve", "node", "--config", &path, "--dir", &data], &[], &["node.cahce", "node.cache"]).await?;
-    refused(&["serve", "node", "--dir", &data, "--set", "node.cahce=1GiB"], &[], &["node.cahce", "node.cache"]).await?;
+    refused(
+        &["serve", "node", "--config", &path, "--dir", &data],
+        &[],
+        &["node.cahce", "node.cache"],
+    )
+    .await?;
+    refused(
+        &["serve", "node", "--dir", &data, "--set", "node.cahce=1GiB"],
+        &[],
+        &["node.cahce", "node.cache"],
+    )
+    .await?;
     let env = [("VASTO_NODE__CAHCE", "1GiB")];
-    refused(&["serve", "node", "--dir", &data], &env, &["VASTO_NODE__CAHCE", "VASTO_NODE__CACHE"]).await?;
+    refused(&["serve", "node", "--dir", &data], &env, &["VASTO_NODE__CAHCE", "VASTO_NODE__CACHE"])
+        .await?;
     std::fs::write(&file, "[node]\ncache = \"much\"\n")?;
     refused(&["config", "check", &path], &[], &["node.cache", "much"]).await?;
     std::fs::write(&file, "[node\n")?;

@@ -1,8 +1,10 @@
-//! `kill -9` right before and right after a request to the bucket, in every activity that makes requests:
-//! checkpoints, chunks of the log, garbage collection, restores and replicas under construction.
+//! `kill -9` right before and right after a request to the bucket, in every activity that makes
+//! requests: checkpoints, chunks of the log, garbage collection, restores and replicas under
+//! construction.
 //!
-//! The bucket is on a real S3 server; a [`Relay`] in front of it for each process kills that process at a random
-//! request. Afterwards the bucket is complete, and all writes that it had confirmed can be restored from it alone.
+//! The bucket is on a real S3 server; a [`Relay`] in front of it for each process kills that
+//! process at a random request. Afterwards the bucket is complete, and all writes that it had
+//! confirmed can be restored from it alone.
 //!
 //! `VASTO_BUCKET_KILLS` sets the number of kills, `VASTO_BUCKET_SEED` the random choices.
 
@@ -13,8 +15,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 use vasto_tests::{
-    Cluster, DEADLINE, History, KillPoint, KillTime, Load, LoadSpec, Numbers, Port, Ran, Relay, S3Kind, S3Server,
-    preload, setting, until, verify,
+    Cluster, DEADLINE, History, KillPoint, KillTime, Load, LoadSpec, Numbers, Port, Ran, Relay,
+    S3Kind, S3Server, preload, setting, until, verify,
 };
 
 /// Kills in a run of all tests, which leaves time for few.
@@ -35,18 +37,23 @@ enum Phase {
     Bootstrap,
 }
 
-const PHASES: [Phase; 5] = [Phase::Checkpoint, Phase::Chunk, Phase::Collection, Phase::Restore, Phase::Bootstrap];
+const PHASES: [Phase; 5] =
+    [Phase::Checkpoint, Phase::Chunk, Phase::Collection, Phase::Restore, Phase::Bootstrap];
 
 impl Phase {
-    /// Returns requests to kill at by kind, identified by a part of their first line: drawn by number alone these
-    /// would be rare.
+    /// Returns requests to kill at by kind, identified by a part of their first line: drawn by
+    /// number alone these would be rare.
     fn requests(self, victim: Victim) -> &'static [&'static str] {
         match (self, victim) {
-            (Self::Checkpoint, _) => &[".sst", "/db/", "PUT /vasto-test/kills/data", "/checkpoint/"],
+            (Self::Checkpoint, _) => {
+                &[".sst", "/db/", "PUT /vasto-test/kills/data", "/checkpoint/"]
+            }
             (Self::Chunk, _) => &["PUT ", "HEAD "],
             (Self::Collection, _) => &["?delete", "/gc-term/", "list-type=", "/checkpoint/"],
             (Self::Restore, Victim::Master) => &["/gc-term/", "/names/", "/catalog/", "PUT "],
-            (Self::Restore | Self::Bootstrap, Victim::Node(_)) => &[".sst", "/db/", "PUT ", "/checkpoint/", ".chunk"],
+            (Self::Restore | Self::Bootstrap, Victim::Node(_)) => {
+                &[".sst", "/db/", "PUT ", "/checkpoint/", ".chunk"]
+            }
             (Self::Bootstrap, Victim::Master) => &["/catalog/", "PUT "],
         }
     }
@@ -66,13 +73,22 @@ struct Aim {
     moment: KillTime,
 }
 
-/// Kills of every run, whatever is drawn: the phase, whether the victim is the master, and the request.
+/// Kills of every run, whatever is drawn: the phase, whether the victim is the master, and the
+/// request.
 const WANTED: [(Phase, bool, Aim); 5] = [
-    (Phase::Restore, true, Aim { call: 1, of: "PUT /vasto-test/kills/names/", moment: KillTime::Before }),
+    (
+        Phase::Restore,
+        true,
+        Aim { call: 1, of: "PUT /vasto-test/kills/names/", moment: KillTime::Before },
+    ),
     (Phase::Checkpoint, false, Aim { call: 1, of: "/checkpoint/", moment: KillTime::Before }),
     (Phase::Chunk, false, Aim { call: 1, of: "PUT ", moment: KillTime::After }),
     (Phase::Collection, true, Aim { call: 2, of: "?delete", moment: KillTime::After }),
-    (Phase::Bootstrap, false, Aim { call: 1, of: "PUT /vasto-test/kills/data/", moment: KillTime::After }),
+    (
+        Phase::Bootstrap,
+        false,
+        Aim { call: 1, of: "PUT /vasto-test/kills/data/", moment: KillTime::After },
+    ),
 ];
 
 struct Rig {
@@ -131,7 +147,8 @@ impl Rig {
 
     async fn add_node(&mut self) -> Result<usize> {
         let relay = Relay::start(&self.server).await?;
-        let index = self.cluster.add_node_with(&format!("bucket.endpoint={}", relay.endpoint())).await?;
+        let index =
+            self.cluster.add_node_with(&format!("bucket.endpoint={}", relay.endpoint())).await?;
         self.of_nodes.push(Arc::new(relay));
         self.live.push(index);
         Ok(index)
@@ -151,7 +168,9 @@ impl Rig {
     /// Returns, at random, the phase with the fewest kills or any phase.
     fn next_phase(&mut self) -> Phase {
         let drawn = PHASES[self.numbers.below(PHASES.len() as u64) as usize];
-        let kills = |phase: &Phase| self.kills.iter().filter(|((one, _), _)| one == phase).map(|(_, n)| n).sum::<u64>();
+        let kills = |phase: &Phase| {
+            self.kills.iter().filter(|((one, _), _)| one == phase).map(|(_, n)| n).sum::<u64>()
+        };
         let fewest = PHASES.into_iter().min_by_key(kills).unwrap_or(drawn);
         if self.numbers.below(2) == 0 { fewest } else { drawn }
     }
@@ -162,10 +181,14 @@ impl Rig {
 
     // -------------------------------------------------------------------------------- killing
 
-    /// Draws one of the first twelve requests, or one of the first of a kind; remaining wanted kills come first.
+    /// Draws one of the first twelve requests, or one of the first of a kind; remaining wanted
+    /// kills come first.
     fn draw(&mut self, phase: Phase, victim: Victim) -> Aim {
         let master = victim == Victim::Master;
-        if let Some(at) = self.wanted.iter().position(|(wanted, of_master, _)| (*wanted, *of_master) == (phase, master))
+        if let Some(at) = self
+            .wanted
+            .iter()
+            .position(|(wanted, of_master, _)| (*wanted, *of_master) == (phase, master))
         {
             return self.wanted.remove(at).2;
         }
@@ -182,7 +205,12 @@ impl Rig {
             Victim::Master => (&self.of_master, self.cluster.master_process()?),
             Victim::Node(index) => (&self.of_nodes[index], self.cluster.node_process(index)?),
         };
-        relay.kill_at(KillPoint { pid: process.pid(), call: aim.call, of: aim.of, moment: aim.moment });
+        relay.kill_at(KillPoint {
+            pid: process.pid(),
+            call: aim.call,
+            of: aim.of,
+            moment: aim.moment,
+        });
         Ok(Arc::clone(relay))
     }
 
@@ -190,7 +218,8 @@ impl Rig {
     async fn revive(&mut self, phase: Phase, victim: Victim, aim: Aim, line: &str) -> Result<()> {
         println!("  {phase:?}: {victim:?} killed {:?} {}", aim.moment, kind_of(line));
         *self.kills.entry((phase, aim.moment)).or_default() += 1;
-        self.requests.entry(kind_of(line)).or_default()[usize::from(aim.moment == KillTime::After)] += 1;
+        self.requests.entry(kind_of(line)).or_default()
+            [usize::from(aim.moment == KillTime::After)] += 1;
         match victim {
             Victim::Master => {
                 self.cluster.kill9_master().await?;
@@ -203,9 +232,14 @@ impl Rig {
         }
     }
 
-    /// Runs a command of `vasto` while the victim is killed, once or several times in a row. Returns the outcome of
-    /// the command, and whether the victim was killed.
-    async fn under_fire(&mut self, phase: Phase, victim: Victim, command: &[&str]) -> Result<(Ran, bool)> {
+    /// Runs a command of `vasto` while the victim is killed, once or several times in a row.
+    /// Returns the outcome of the command, and whether the victim was killed.
+    async fn under_fire(
+        &mut self,
+        phase: Phase,
+        victim: Victim,
+        command: &[&str],
+    ) -> Result<(Ran, bool)> {
         let mut aim = self.draw(phase, victim);
         let env = [("VASTO_MASTER".to_owned(), self.cluster.master())];
         let args: Vec<String> = command.iter().map(|&arg| arg.to_owned()).collect();
@@ -256,7 +290,8 @@ impl Rig {
         .with_context(|| last.clone())
     }
 
-    /// Runs a command that is safe to repeat, until the victim was killed and the command has succeeded.
+    /// Runs a command that is safe to repeat, until the victim was killed and the command has
+    /// succeeded.
     async fn repeatable(&mut self, phase: Phase, victim: Victim, command: &[&str]) -> Result<()> {
         for _ in 0..4 {
             let (ran, killed) = self.under_fire(phase, victim, command).await?;
@@ -277,7 +312,11 @@ impl Rig {
         let mut last = Value::Null;
         until("everything to be at rest", PATIENCE, async || {
             for one in self.cluster.json(&["keyspace", "list"]).await.ok()?.as_array()? {
-                let described = self.cluster.json(&["keyspace", "describe", one["name"].as_str()?]).await.ok()?;
+                let described = self
+                    .cluster
+                    .json(&["keyspace", "describe", one["name"].as_str()?])
+                    .await
+                    .ok()?;
                 last = described.clone();
                 let shipped = |one: &Value| one["lsn"].is_u64() && one["lsn"] == one["shipped_lsn"];
                 (placed(&described).all(|one| one["state"] == "serving" && shipped(one))
@@ -290,8 +329,8 @@ impl Rig {
         .with_context(|| format!("{last}"))
     }
 
-    /// Checks that no object is missing or damaged, that every confirmed write exists, and that garbage collection
-    /// deletes the leftovers of interrupted work.
+    /// Checks that no object is missing or damaged, that every confirmed write exists, and that
+    /// garbage collection deletes the leftovers of interrupted work.
     async fn check(&self) -> Result<()> {
         self.at_rest().await?;
         let found = self.fsck().await?;
@@ -305,7 +344,13 @@ impl Rig {
             collected["deleted"],
         );
         let found = self.fsck().await?;
-        ensure!(orphans(&found) == 0, "{} of {} stay: {}", orphans(&found), found["objects"], found["orphans"]);
+        ensure!(
+            orphans(&found) == 0,
+            "{} of {} stay: {}",
+            orphans(&found),
+            found["objects"],
+            found["orphans"]
+        );
         Ok(())
     }
 
@@ -318,7 +363,9 @@ impl Rig {
     /// Checks that every operation that was undone has a reason.
     async fn reasons(&mut self) -> Result<()> {
         let operations = self.insist(&["operation", "list"]).await?;
-        for one in operations.as_array().context("no list")?.iter().filter(|one| one["state"] == "aborted") {
+        for one in
+            operations.as_array().context("no list")?.iter().filter(|one| one["state"] == "aborted")
+        {
             let reason = one["reason"].as_str().unwrap_or_default();
             ensure!(!reason.is_empty(), "an operation was undone without a reason: {one}");
             let line = format!("{} {}: {reason}", one["kind"], one["keyspace"]);
@@ -335,12 +382,15 @@ impl Rig {
     async fn burst(&mut self) -> Result<()> {
         self.bursts += 1;
         let prefix = format!("b{}:", self.bursts);
-        preload(&self.cluster.keyspace(KEPT).await?, &self.history, &prefix, 200).await.context("a burst of writes")
+        preload(&self.cluster.keyspace(KEPT).await?, &self.history, &prefix, 200)
+            .await
+            .context("a burst of writes")
     }
 
     async fn load(&self) -> Result<Load> {
         let pace = Duration::from_millis(5);
-        let spec = LoadSpec { writers: 3, readers: 0, overwritten: 20, pace, ..LoadSpec::default() };
+        let spec =
+            LoadSpec { writers: 3, readers: 0, overwritten: 20, pace, ..LoadSpec::default() };
         Load::start(&self.cluster.master(), KEPT, &self.history, spec).await
     }
 
@@ -376,8 +426,9 @@ impl Rig {
 
     async fn chunk(&mut self, load: &Load) -> Result<()> {
         let described = self.insist(&["keyspace", "describe", KEPT]).await?;
-        let holders: Vec<String> =
-            placed(&described).filter_map(|one| one["node_id"].as_str().map(str::to_owned)).collect();
+        let holders: Vec<String> = placed(&described)
+            .filter_map(|one| one["node_id"].as_str().map(str::to_owned))
+            .collect();
         let holder = &holders[self.numbers.below(holders.len() as u64) as usize];
         let victim = Victim::Node(self.cluster.node_of(holder)?);
         let aim = self.draw(Phase::Chunk, victim);
@@ -401,7 +452,9 @@ impl Rig {
             // The restore was not begun, or undone: repeated without a kill.
             ran = self.cluster.vasto(&command).await?;
         }
-        verify(&self.cluster.master(), &name, &self.history).await.with_context(|| format!("in {name}"))?;
+        verify(&self.cluster.master(), &name, &self.history)
+            .await
+            .with_context(|| format!("in {name}"))?;
         self.at_rest().await?;
         self.insist(&["keyspace", "delete", &name, "--yes"]).await.map(drop)
     }
@@ -439,7 +492,8 @@ impl Rig {
         let start = Instant::now();
         let left = loop {
             let described = self.insist(&["keyspace", "describe", KEPT]).await?;
-            if placed(&described).all(|one| one["node_id"] != id.as_str() && one["state"] == "serving")
+            if placed(&described)
+                .all(|one| one["node_id"] != id.as_str() && one["state"] == "serving")
                 && described["operation"].is_null()
             {
                 break leaving(&described);
@@ -451,7 +505,16 @@ impl Rig {
         };
         // The lost node does not return.
         for replica in left {
-            self.insist(&["keyspace", "evict", KEPT, "--replica", &replica, "--accept-loss", "--yes"]).await?;
+            self.insist(&[
+                "keyspace",
+                "evict",
+                KEPT,
+                "--replica",
+                &replica,
+                "--accept-loss",
+                "--yes",
+            ])
+            .await?;
         }
         Ok(())
     }
@@ -471,7 +534,11 @@ impl Rig {
     fn figures(&self) {
         for phase in PHASES {
             let count = |moment| self.kills.get(&(phase, moment)).copied().unwrap_or_default();
-            println!("{phase:?}: killed {} times before, {} after", count(KillTime::Before), count(KillTime::After));
+            println!(
+                "{phase:?}: killed {} times before, {} after",
+                count(KillTime::Before),
+                count(KillTime::After)
+            );
         }
         for (kind, [before, after]) in &self.requests {
             println!("{kind}: killed {before} times before, {after} after");
@@ -487,7 +554,10 @@ fn placed(described: &Value) -> impl Iterator<Item = &Value> {
 
 /// Returns the ids of the draining replicas.
 fn leaving(described: &Value) -> Vec<String> {
-    replicas(described).filter(|one| one["role"] == "leaving").map(|one| one["replica_id"].to_string()).collect()
+    replicas(described)
+        .filter(|one| one["role"] == "leaving")
+        .map(|one| one["replica_id"].to_string())
+        .collect()
 }
 
 fn replicas(described: &Value) -> impl Iterator<Item = &Value> {
@@ -519,7 +589,8 @@ fn kind_of(line: &str) -> String {
         ("/gc-term/", "term"),
         ("/probe/", "probe"),
     ];
-    let kind = kinds.iter().find(|(part, _)| target.contains(part)).map_or("other", |(_, kind)| kind);
+    let kind =
+        kinds.iter().find(|(part, _)| target.contains(part)).map_or("other", |(_, kind)| kind);
     format!("{method} {kind}")
 }
 
@@ -548,7 +619,10 @@ async fn bucket_kills_lose_nothing_that_was_confirmed() -> Result<()> {
     println!("{} kills in {:.1} s", rig.all_kills(), start.elapsed().as_secs_f64());
     rig.figures();
     for phase in PHASES {
-        ensure!(rig.kills.keys().any(|(killed, _)| *killed == phase), "nobody was killed in {phase:?}");
+        ensure!(
+            rig.kills.keys().any(|(killed, _)| *killed == phase),
+            "nobody was killed in {phase:?}"
+        );
     }
     rig.cluster.finish().await?;
     s3.stop().await

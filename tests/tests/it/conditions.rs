@@ -1,5 +1,5 @@
-//! Conditional writes and numeric operations through the client, on two replicas, and on one replica after a
-//! failover.
+//! Conditional writes and numeric operations through the client, on two replicas, and on one
+//! replica after a failover.
 //!
 //! **Invariant:** of concurrent writers under one condition exactly one is applied.
 
@@ -59,21 +59,32 @@ async fn bounds_hold(keyspace: &Keyspace, prefix: &str) -> Result<()> {
     keyspace.put(most.as_str(), "text").await?;
     ensure!(keyspace.min_f64(most.as_str(), 1.0).await.unwrap_err().kind() == ErrorKind::WrongType);
     for given in [f64::NAN, f64::INFINITY] {
-        ensure!(keyspace.max_f64(least.as_str(), given).await.unwrap_err().kind() == ErrorKind::OutOfRange);
+        ensure!(
+            keyspace.max_f64(least.as_str(), given).await.unwrap_err().kind()
+                == ErrorKind::OutOfRange
+        );
     }
     ensure!(keyspace.get(least.as_str()).await?.unwrap().as_f64() == Some(7.25));
     Ok(())
 }
 
-/// Checks that exactly one of many concurrent writers under one condition is applied, and that its value is stored.
+/// Checks that exactly one of many concurrent writers under one condition is applied, and that its
+/// value is stored.
 async fn one_wins(keyspace: &Keyspace, prefix: &str) -> Result<()> {
     for round in 0..20 {
         let key = format!("{prefix}race{round}");
         let names: Vec<String> = (0..8).map(|n| format!("writer {n}")).collect();
-        let racing = names.iter().map(|name| async { keyspace.put(key.as_str(), name.as_str()).if_absent().await });
-        let outcomes: Vec<Outcome> = join_all(racing).await.into_iter().collect::<Result<_, _>>()?;
-        let winners: Vec<&String> =
-            names.iter().zip(&outcomes).filter(|(_, outcome)| applied(outcome)).map(|(name, _)| name).collect();
+        let racing = names
+            .iter()
+            .map(|name| async { keyspace.put(key.as_str(), name.as_str()).if_absent().await });
+        let outcomes: Vec<Outcome> =
+            join_all(racing).await.into_iter().collect::<Result<_, _>>()?;
+        let winners: Vec<&String> = names
+            .iter()
+            .zip(&outcomes)
+            .filter(|(_, outcome)| applied(outcome))
+            .map(|(name, _)| name)
+            .collect();
         ensure!(winners.len() == 1, "round {round}: {outcomes:?}");
         ensure!(text(keyspace, &key).await?.as_ref() == Some(winners[0]), "round {round}");
         let version = keyspace.get(key.as_str()).await?.unwrap().version;
@@ -86,8 +97,12 @@ async fn one_wins(keyspace: &Keyspace, prefix: &str) -> Result<()> {
                 }
             }
         });
-        let outcomes: Vec<Outcome> = join_all(racing).await.into_iter().collect::<Result<_, _>>()?;
-        ensure!(outcomes.iter().filter(|one| applied(one)).count() == 1, "round {round}: {outcomes:?}");
+        let outcomes: Vec<Outcome> =
+            join_all(racing).await.into_iter().collect::<Result<_, _>>()?;
+        ensure!(
+            outcomes.iter().filter(|one| applied(one)).count() == 1,
+            "round {round}: {outcomes:?}"
+        );
     }
     Ok(())
 }

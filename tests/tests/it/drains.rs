@@ -1,4 +1,5 @@
-//! Nodes that are drained, replaced, cordoned and given up, while other nodes are stalled, failed or gone.
+//! Nodes that are drained, replaced, cordoned and given up, while other nodes are stalled, failed
+//! or gone.
 
 use std::time::Duration;
 
@@ -32,7 +33,8 @@ fn id(operation: &Value) -> Result<String> {
     Ok(operation["id"].as_str().context("no id")?.to_owned())
 }
 
-/// The target node stalls just when the new replica is placed: the only replica that serves stays placed.
+/// The target node stalls just when the new replica is placed: the only replica that serves stays
+/// placed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_drain_goes_on_only_when_the_copy_serves() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(2).start().await?;
@@ -57,11 +59,15 @@ async fn a_drain_goes_on_only_when_the_copy_serves() -> Result<()> {
     });
     gone.await?;
     let tip = catalog.tip()?;
-    ensure!(tip.placement[0].replicas.contains(&home), "the only replica that serves was taken out: {tip:?}");
+    ensure!(
+        tip.placement[0].replicas.contains(&home),
+        "the only replica that serves was taken out: {tip:?}"
+    );
     ensure!(missing(&keyspace, "k", 200).await? == 0);
     let waits = shown(&cluster, &operation).await?;
     // The new replica is still under construction, or the drain waits for it to serve.
-    let says = |text: &str| ["shard 0 to open", "to serve shard 0"].iter().any(|what| text.contains(what));
+    let says =
+        |text: &str| ["shard 0 to open", "to serve shard 0"].iter().any(|what| text.contains(what));
     ensure!(waits["waiting_for"].as_str().is_some_and(says), "{waits}");
     cluster.node_process(to)?.signal(Signal::CONT);
     ensure!(ended(&cluster, &operation).await?["state"] == "done");
@@ -75,7 +81,8 @@ async fn ensure_read(keyspace: &Keyspace) {
     assert!(keyspace.get("k7").await.unwrap().is_some(), "an acknowledged key is not found");
 }
 
-/// The only replica of a shard has lost its log; the drain's message names the command that replaces the node.
+/// The only replica of a shard has lost its log; the drain's message names the command that
+/// replaces the node.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_only_replica_that_has_failed_on_a_live_node_is_taken_over() -> Result<()> {
     let mut cluster = Cluster::builder()
@@ -96,7 +103,8 @@ async fn an_only_replica_that_has_failed_on_a_live_node_is_taken_over() -> Resul
     let failed = before.placement[0].replicas[0];
     let node = index_of(&cluster, failed)?;
     cluster.stop_node(node).await?;
-    let log = cluster.node_dir(node).join(format!("replicas/{}-{}/log", before.keyspace, failed.replica));
+    let log =
+        cluster.node_dir(node).join(format!("replicas/{}-{}/log", before.keyspace, failed.replica));
     std::fs::remove_dir_all(&log)?;
     cluster.start_node(node, Port::Same).await?;
     let name = cluster.node_id(node).unwrap();
@@ -114,14 +122,16 @@ async fn an_only_replica_that_has_failed_on_a_live_node_is_taken_over() -> Resul
     keyspace.add_i64("counter", 1).await?;
     let tip = catalog.tip()?;
     ensure!(
-        tip.operations.iter().all(|one| one.outcome == OperationOutcome::Done || one.kind == OperationKind::DrainNode),
+        tip.operations.iter().all(
+            |one| one.outcome == OperationOutcome::Done || one.kind == OperationKind::DrainNode
+        ),
         "{tip:?}"
     );
     cluster.finish().await
 }
 
-/// Both nodes of a shard are gone for good: the bucket's contents are served again once both are given up, and
-/// warnings name the missing data until then.
+/// Both nodes of a shard are gone for good: the bucket's contents are served again once both are
+/// given up, and warnings name the missing data until then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_shard_whose_nodes_are_all_lost_comes_back_from_the_bucket() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(2).set("node.ship_interval=200ms").start().await?;
@@ -178,7 +188,9 @@ async fn a_drained_node_stays_empty_until_it_is_uncordoned() -> Result<()> {
     let node = cluster.node_id(0).unwrap();
     let report = cluster.json(&["node", "drain", &node]).await?;
     ensure!(report["state"] == "done", "{report}");
-    let on_it = |catalog: &CatalogDir| -> Result<usize> { Ok(catalog.tip()?.members_on(node.parse()?).len()) };
+    let on_it = |catalog: &CatalogDir| -> Result<usize> {
+        Ok(catalog.tip()?.members_on(node.parse()?).len())
+    };
     cluster.create("two", 3, &["--replicas", "2"]).await?;
     cluster.resize("one", 4).await?;
     cluster.kill9_master().await?;
@@ -191,7 +203,9 @@ async fn a_drained_node_stays_empty_until_it_is_uncordoned() -> Result<()> {
     let nodes = nodes.await?;
     let cordoned = |nodes: &Value| {
         let all = nodes.as_array().into_iter().flatten();
-        all.filter(|one| one["cordoned"] == true).map(|one| one["node_id"].clone()).collect::<Vec<_>>()
+        all.filter(|one| one["cordoned"] == true)
+            .map(|one| one["node_id"].clone())
+            .collect::<Vec<_>>()
     };
     ensure!(cordoned(&nodes) == [node.as_str()], "{nodes}");
     cluster.create("three", 2, &["--replicas", "2"]).await?;
@@ -214,7 +228,8 @@ async fn a_drained_node_stays_empty_until_it_is_uncordoned() -> Result<()> {
     cluster.finish().await
 }
 
-/// The target of a grow stalls while the sources write more log than they keep; the bucket has the log.
+/// The target of a grow stalls while the sources write more log than they keep; the bucket has the
+/// log.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_grow_goes_on_although_the_sources_have_cut_their_log() -> Result<()> {
     let mut cluster = Cluster::builder()
@@ -230,16 +245,21 @@ async fn a_grow_goes_on_although_the_sources_have_cut_their_log() -> Result<()> 
     put_all(&keyspace, "k", 300).await?;
     let catalog = cluster.catalog("cap").await?;
     let before = catalog.tip()?;
-    let operation = id(&cluster.json(&["keyspace", "resize", "cap", "--shards", "2", "--no-wait"]).await?)?;
+    let operation =
+        id(&cluster.json(&["keyspace", "resize", "cap", "--shards", "2", "--no-wait"]).await?)?;
     let tail = catalog.step(&before, Step::Tail, DEADLINE).await?.context("no tail")?;
     let plan = tail.plan.as_ref().context("no plan")?;
     ensure!(plan.kind == PlanKind::Grow { from: 1, to: 2 });
     let target = cluster.node_of(&plan.targets[0].node.to_string())?;
     ensure!(target != cluster.node_of(&plan.sources[0].node.to_string())?, "both are on one node");
     cluster.node_process(target)?.signal(Signal::STOP);
-    let log = cluster.node_dir(1 - target).join(format!("replicas/{}-{}/log", tail.keyspace, plan.sources[0].replica));
+    let log = cluster
+        .node_dir(1 - target)
+        .join(format!("replicas/{}-{}/log", tail.keyspace, plan.sources[0].replica));
     let files = || -> Result<Vec<std::ffi::OsString>> {
-        Ok(std::fs::read_dir(&log)?.map(|entry| entry.map(|one| one.file_name())).collect::<Result<_, _>>()?)
+        Ok(std::fs::read_dir(&log)?
+            .map(|entry| entry.map(|one| one.file_name()))
+            .collect::<Result<_, _>>()?)
     };
     let first = files()?.into_iter().min().context("no log")?;
     // A log file is deleted only once it is full, so more than one is written.
@@ -283,8 +303,8 @@ fn copy_dir(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
     Ok(())
 }
 
-/// The only replica's directory is restored to a state before its last writes: the replica does not serve without
-/// them, raises a warning, and is rebuilt completely on another node.
+/// The only replica's directory is restored to a state before its last writes: the replica does not
+/// serve without them, raises a warning, and is rebuilt completely on another node.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_data_directory_that_was_put_back_from_an_old_copy_is_recognised() -> Result<()> {
     let mut cluster = Cluster::builder()
@@ -310,15 +330,19 @@ async fn a_data_directory_that_was_put_back_from_an_old_copy_is_recognised() -> 
     std::fs::remove_dir_all(cluster.node_dir(node))?;
     copy_dir(&kept, &cluster.node_dir(node))?;
     cluster.start_node(node, Port::Same).await?;
-    // Each opening adds a record to the log; the log must not count as caught up with the missing records because of
-    // that.
+    // Each opening adds a record to the log; the log must not count as caught up with the missing
+    // records because of that.
     for _ in 0..4 {
         cluster.stop_node(node).await?;
         cluster.start_node(node, Port::Same).await?;
     }
     let status = cluster.json(&["cluster", "status"]).await?;
     let warned = status["warnings"].to_string();
-    ensure!(warned.contains("the data directory is an old copy") && warned.contains("vasto node replace"), "{warned}");
+    ensure!(
+        warned.contains("the data directory is an old copy")
+            && warned.contains("vasto node replace"),
+        "{warned}"
+    );
     let read = tokio::time::timeout(Duration::from_secs(1), keyspace.get("after0")).await;
     ensure!(!matches!(read, Ok(Ok(_))), "it serves what it lacks: {read:?}");
     let report = cluster.json(&["node", "replace", &name]).await?;
@@ -376,7 +400,9 @@ async fn a_node_says_under_which_address_others_reach_it_or_does_not_start() -> 
         ("no-such-host.invalid:7000", "the master cannot connect to"),
     ] {
         let master = cluster.master();
-        let ran = cluster.vasto(&["serve", "node", "--master", &master, "--dir", &dir, "--advertise", address]).await?;
+        let ran = cluster
+            .vasto(&["serve", "node", "--master", &master, "--dir", &dir, "--advertise", address])
+            .await?;
         ran.refused(1, &[says, "--advertise"]).with_context(|| address.to_owned())?;
     }
     cluster.finish().await

@@ -21,9 +21,17 @@ async fn the_examples_of_the_client_run_on_a_real_cluster() -> Result<()> {
     ] {
         let program = tool(&format!("examples/{example}"));
         let master = cluster.master();
-        let ran = tokio::process::Command::new(program).args([master.as_str(), "quickstart"]).output().await?;
-        let (out, err) = (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
-        ensure!(ran.status.success() && out.contains(shows), "{example}: {}\n{out}\n{err}", ran.status);
+        let ran = tokio::process::Command::new(program)
+            .args([master.as_str(), "quickstart"])
+            .output()
+            .await?;
+        let (out, err) =
+            (String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+        ensure!(
+            ran.status.success() && out.contains(shows),
+            "{example}: {}\n{out}\n{err}",
+            ran.status
+        );
     }
     cluster.finish().await
 }

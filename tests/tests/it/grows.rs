@@ -8,8 +8,8 @@ use futures::StreamExt;
 use rustix::process::Signal;
 use vasto_core::plan::Step;
 use vasto_tests::{
-    Cluster, DEADLINE, History, Load, LoadSpec, Process, Proxy, key_of, number_of, preload, resized, tool, until,
-    verify,
+    Cluster, DEADLINE, History, Load, LoadSpec, Process, Proxy, key_of, number_of, preload,
+    resized, tool, until, verify,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -31,10 +31,16 @@ async fn twenty_one_step_grows_lose_nothing() -> Result<()> {
     load.goes_on(10).await?;
     let summary = load.stop().await?;
     println!("{summary:?}; bytes from peers in all: {peers}");
-    ensure!(summary.refused + summary.unknown + summary.read_errors == 0, "clients saw errors: {summary:?}");
+    ensure!(
+        summary.refused + summary.unknown + summary.read_errors == 0,
+        "clients saw errors: {summary:?}"
+    );
     println!("{:?}", verify(&cluster.master(), "grows", &history).await?);
     let described = cluster.json(&["keyspace", "describe", "grows"]).await?;
-    ensure!(described["shards"] == 21 && described["placement"].as_array().unwrap().len() == 21, "{described}");
+    ensure!(
+        described["shards"] == 21 && described["placement"].as_array().unwrap().len() == 21,
+        "{described}"
+    );
     cluster.finish().await
 }
 
@@ -45,8 +51,13 @@ async fn scans_are_complete_during_a_grow() -> Result<()> {
     cluster.create("scans", 1, &["--quarantine", "1s"]).await?;
     let history = Arc::new(History::default());
     preload(&cluster.keyspace("scans").await?, &history, "stable:", STABLE).await?;
-    let load =
-        Load::start(&cluster.master(), "scans", &history, LoadSpec { writers: 2, ..LoadSpec::default() }).await?;
+    let load = Load::start(
+        &cluster.master(),
+        "scans",
+        &history,
+        LoadSpec { writers: 2, ..LoadSpec::default() },
+    )
+    .await?;
     let scanning = cluster.keyspace("scans").await?;
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let scans = tokio::spawn(async move {
@@ -57,9 +68,16 @@ async fn scans_are_complete_during_a_grow() -> Result<()> {
             while let Some(row) = rows.next().await {
                 let row = row?;
                 let name = format!("stable:{next:07}");
-                ensure!(row.key == name, "round {rounds}: {name} should follow, the scan gives {:?}", row.key);
+                ensure!(
+                    row.key == name,
+                    "round {rounds}: {name} should follow, the scan gives {:?}",
+                    row.key
+                );
                 let value = row.value.map(|value| value.bytes()).unwrap_or_default();
-                ensure!(number_of(&name, &value) == Some(1), "round {rounds}: {name} holds {value:?}");
+                ensure!(
+                    number_of(&name, &value) == Some(1),
+                    "round {rounds}: {name} holds {value:?}"
+                );
                 next += 1;
             }
             ensure!(next == STABLE, "round {rounds}: the scan ended after {next} of {STABLE} keys");
@@ -89,8 +107,8 @@ async fn quarantine_then_clean_up() -> Result<()> {
     let keyspace = cluster.keyspace("clean").await?;
     preload(&keyspace, &history, "s:", KEYS).await?;
     let before = compacted(&cluster, "clean").await?;
-    // The newest versions of many keys are in the memtable and in level 0: the clean-up must not expose older
-    // versions.
+    // The newest versions of many keys are in the memtable and in level 0: the clean-up must not
+    // expose older versions.
     let spec = LoadSpec { pace: Duration::from_millis(2), ..LoadSpec::default() };
     let load = Load::start(&cluster.master(), "clean", &history, spec).await?;
     load.goes_on(100).await?;
@@ -117,15 +135,17 @@ async fn quarantine_then_clean_up() -> Result<()> {
     cluster.finish().await
 }
 
-/// Returns the bytes of each shard after a full compaction. A report that includes the checkpoint after the
-/// compaction was made after both.
+/// Returns the bytes of each shard after a full compaction. A report that includes the checkpoint
+/// after the compaction was made after both.
 async fn compacted(cluster: &Cluster, keyspace: &str) -> Result<Vec<u64>> {
     cluster.json(&["keyspace", "compact", keyspace]).await?;
     cluster.json(&["keyspace", "checkpoint", keyspace]).await?;
     until("reports of the compacted shards", DEADLINE, async || {
         let described = cluster.json(&["keyspace", "describe", keyspace]).await.ok()?;
         let replicas = described["placement"].as_array()?.iter().map(|shard| &shard["replicas"][0]);
-        replicas.map(|one| (one["lsn"] == one["shipped_lsn"]).then(|| one["bytes"].as_u64())?).collect()
+        replicas
+            .map(|one| (one["lsn"] == one["shipped_lsn"]).then(|| one["bytes"].as_u64())?)
+            .collect()
     })
     .await
 }
@@ -143,10 +163,12 @@ async fn stale_client(cluster: &Cluster, name: &str, quarantine: &str) -> Result
     cluster.create(name, 2, &["--quarantine", quarantine]).await?;
     let history = Arc::new(History::default());
     preload(&cluster.keyspace(name).await?, &history, "s:", 2_000).await?;
-    // From its stop on, the client never reaches the master again: it continues with the oldest topology.
+    // From its stop on, the client never reaches the master again: it continues with the oldest
+    // topology.
     let master = Proxy::start(cluster.master().trim_start_matches("http://")).await?;
     let args = [format!("http://{}", master.address()), name.to_owned(), "t:".to_owned()];
-    let client = Process::spawn(name, &tool("vasto-test-writer"), args, &[], &cluster.dir().join("logs"))?;
+    let client =
+        Process::spawn(name, &tool("vasto-test-writer"), args, &[], &cluster.dir().join("logs"))?;
     // Whole lines only: the last line may be incomplete.
     let acked = || client.printed().matches('\n').count();
     until("the client to write", DEADLINE, async || (acked() >= 100).then_some(())).await?;
@@ -161,7 +183,8 @@ async fn stale_client(cluster: &Cluster, name: &str, quarantine: &str) -> Result
         cluster.settled(name).await?;
     }
     client.signal(Signal::CONT);
-    until("the client to write again", DEADLINE, async || (acked() >= before + 200).then_some(())).await?;
+    until("the client to write again", DEADLINE, async || (acked() >= before + 200).then_some(()))
+        .await?;
     let mut client = client;
     client.kill9().await?;
     let count = client.printed().matches('\n').count() as u64;
@@ -169,7 +192,10 @@ async fn stale_client(cluster: &Cluster, name: &str, quarantine: &str) -> Result
     let names: Vec<String> = (0..count).map(|n| format!("t:{n}")).collect();
     for (n, value) in keyspace.get_many(&names).await?.into_iter().enumerate() {
         let value = value.map(|value| value.bytes());
-        ensure!(value.as_deref() == Some(n.to_string().as_bytes()), "t:{n} was acknowledged and is {value:?}");
+        ensure!(
+            value.as_deref() == Some(n.to_string().as_bytes()),
+            "t:{n} was acknowledged and is {value:?}"
+        );
     }
     println!("{before} writes acknowledged before the cutovers, {} after", count - before as u64);
     Ok(())
@@ -212,11 +238,14 @@ async fn ttl_and_tombstones_survive_restart_and_grow() -> Result<()> {
     ensure!(present("kept").await? == all, "kept: {:?}", present("kept").await?);
     ensure!(present("long").await? == all, "long: {:?}", present("long").await?);
     ensure!(present("deleted").await? == (0, 0), "deleted: {:?}", present("deleted").await?);
-    until("short-lived values to end", DEADLINE, async || present("short").await.ok().filter(|found| *found == (0, 0)))
-        .await?;
+    until("short-lived values to end", DEADLINE, async || {
+        present("short").await.ok().filter(|found| *found == (0, 0))
+    })
+    .await?;
     let one = keyspace.get(name("long", 7)).await?.unwrap();
     let left = Duration::from_micros(one.expires_at.unwrap() - one.event_time);
-    // The assigned event time may be slightly later than the clock that the time to live counts from.
+    // The assigned event time may be slightly later than the clock that the time to live counts
+    // from.
     let lost = Duration::from_secs(3_600).abs_diff(left);
     ensure!(lost < Duration::from_millis(100), "the time to live has become {left:?}");
     // An older write does not bring a deleted key back on its new shard.
@@ -235,13 +264,21 @@ async fn a_cancelled_grow_changes_nothing() -> Result<()> {
     let load = Load::start(&cluster.master(), "cancel", &history, LoadSpec::default()).await?;
     let catalog = cluster.catalog("cancel").await?;
     let before = catalog.tip()?;
-    let started = cluster.json(&["keyspace", "resize", "cancel", "--shards", "2", "--no-wait"]).await?;
+    let started =
+        cluster.json(&["keyspace", "resize", "cancel", "--shards", "2", "--no-wait"]).await?;
     let id = started["id"].as_str().unwrap();
     catalog.step(&before, Step::Prepare, DEADLINE).await?.unwrap();
     let cancelled = cluster.vasto(&["operation", "cancel", id]).await?;
-    let tip = until("the plan to end", DEADLINE, async || catalog.tip().ok().filter(|tip| tip.plan.is_none())).await?;
+    let tip = until("the plan to end", DEADLINE, async || {
+        catalog.tip().ok().filter(|tip| tip.plan.is_none())
+    })
+    .await?;
     // The cancellation may lose the race against the commit; then it must have failed.
-    ensure!((cancelled.code == 0) == (tip.spec.shards == 1), "{cancelled:?}, yet {} shards", tip.spec.shards);
+    ensure!(
+        (cancelled.code == 0) == (tip.spec.shards == 1),
+        "{cancelled:?}, yet {} shards",
+        tip.spec.shards
+    );
     load.goes_on(20).await?;
     let report = cluster.json(&["operation", "show", id]).await?;
     ensure!(report["state"] == if tip.spec.shards == 1 { "aborted" } else { "done" }, "{report}");

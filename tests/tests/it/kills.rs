@@ -1,4 +1,5 @@
-//! Processes that are killed: `kill -9` of nodes and masters, while idle and in the middle of a grow.
+//! Processes that are killed: `kill -9` of nodes and masters, while idle and in the middle of a
+//! grow.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,8 +16,8 @@ use vasto_proto::v1::reply::Result as Reply;
 use vasto_proto::v1::request::Op;
 use vasto_tests::replicas::Direct;
 use vasto_tests::{
-    CatalogDir, Cluster, DEADLINE, History, Load, LoadSpec, Numbers, Port, Seen, key_of, number_of, preload, resized,
-    until, verify,
+    CatalogDir, Cluster, DEADLINE, History, Load, LoadSpec, Numbers, Port, Seen, key_of, number_of,
+    preload, resized, until, verify,
 };
 
 /// Expected log lines when a peer was killed.
@@ -43,15 +44,18 @@ async fn thirty_kills_of_a_node_under_fsync_load_lose_nothing() -> Result<()> {
         let names: Vec<&String> = promised.keys().step_by(promised.len() / 300 + 1).collect();
         let values = reading.get_many(names.iter().map(|name| key_of(name))).await?;
         for (name, value) in names.iter().zip(values) {
-            let seen =
-                value.map_or(Seen::Absent, |value| Seen::Number(number_of(name, &value.bytes()).unwrap_or(u64::MAX)));
+            let seen = value.map_or(Seen::Absent, |value| {
+                Seen::Number(number_of(name, &value.bytes()).unwrap_or(u64::MAX))
+            });
             // Writers continue meanwhile: the key may hold a newer write, not an older one.
             let (then, now) = (&promised[*name], history.get(name));
-            let newer = matches!(seen, Seen::Number(number) if number >= then.acked && number <= now.tried);
+            let newer =
+                matches!(seen, Seen::Number(number) if number >= then.acked && number <= now.tried);
             ensure!(
                 newer
                     || then.allows(seen)
-                    || (seen == Seen::Absent && (then.acked..=now.tried).any(vasto_tests::is_delete)),
+                    || (seen == Seen::Absent
+                        && (then.acked..=now.tried).any(vasto_tests::is_delete)),
                 "kill {kill}: {name} is {seen:?}; promised then {then:?}, now {now:?}"
             );
         }
@@ -124,8 +128,14 @@ async fn master_restart_disturbs_no_read_or_write() -> Result<()> {
     }
     let summary = load.stop().await?;
     println!("{summary:?}");
-    ensure!(summary.refused + summary.unknown + summary.read_errors == 0, "clients saw errors: {summary:?}");
-    ensure!(summary.longest_write.max(summary.longest_read) < Duration::from_secs(1), "a client waited: {summary:?}");
+    ensure!(
+        summary.refused + summary.unknown + summary.read_errors == 0,
+        "clients saw errors: {summary:?}"
+    );
+    ensure!(
+        summary.longest_write.max(summary.longest_read) < Duration::from_secs(1),
+        "a client waited: {summary:?}"
+    );
     verify(&cluster.master(), "calm", &history).await?;
     cluster.finish().await
 }
@@ -151,7 +161,11 @@ async fn ended(catalog: &CatalogDir, before: &Catalog, what: &str) -> Result<boo
     .with_context(|| format!("the plan is {:?}", catalog.tip().map(|tip| tip.plan)))?;
     let report = tip.operations.last().context("no report of the grow")?;
     let grown = tip.spec.shards == before.spec.shards + 1;
-    ensure!(grown == (report.outcome == OperationOutcome::Done), "{} shards, yet {report:?}", tip.spec.shards);
+    ensure!(
+        grown == (report.outcome == OperationOutcome::Done),
+        "{} shards, yet {report:?}",
+        tip.spec.shards
+    );
     ensure!(grown || tip.spec.shards == before.spec.shards, "half a grow: {tip:?}");
     println!("{what}: {:?}, {}", report.outcome, resized(&serde_json::to_value(report)?));
     Ok(grown)
@@ -176,8 +190,8 @@ fn moments(more: usize, numbers: &mut Numbers) -> Vec<KillTime> {
     STEPS.into_iter().map(|step| KillTime { step, acks_later: 0 }).chain(drawn).collect()
 }
 
-/// Starts growing by one shard and waits for the point in time; returns the versions before the plan and at its
-/// start.
+/// Starts growing by one shard and waits for the point in time; returns the versions before the
+/// plan and at its start.
 async fn grow_until(
     cluster: &Cluster,
     keyspace: &str,
@@ -226,7 +240,10 @@ async fn master_killed_during_a_resize() -> Result<()> {
         }
         let (summary, history) = load.stop_with_history().await?;
         println!("{summary:?}");
-        ensure!(summary.refused + summary.unknown + summary.read_errors == 0, "clients saw errors: {summary:?}");
+        ensure!(
+            summary.refused + summary.unknown + summary.read_errors == 0,
+            "clients saw errors: {summary:?}"
+        );
         println!("{:?}", verify(&cluster.master(), &name, &history).await?);
         cluster.settled(&name).await?;
         verify(&cluster.master(), &name, &history).await?;
@@ -242,8 +259,10 @@ async fn node_killed_during_a_resize() -> Result<()> {
     }
     let mut cluster = builder.start().await?;
     let mut numbers = Numbers::new(5);
-    let rounds: Vec<(KillTime, bool)> =
-        moments(4, &mut numbers).into_iter().flat_map(|moment| [(moment, true), (moment, false)]).collect();
+    let rounds: Vec<(KillTime, bool)> = moments(4, &mut numbers)
+        .into_iter()
+        .flat_map(|moment| [(moment, true), (moment, false)])
+        .collect();
     for (group, rounds) in rounds.chunks(GROWS).enumerate() {
         let name = format!("victim{group}");
         let (_, load, catalog) = busy(&cluster, &name, 10_000).await?;
@@ -307,7 +326,10 @@ async fn a_target_that_stands_still_during_the_seal_is_not_opened_too_early() ->
         ended(&catalog, &before, &name).await?;
         load.goes_on(10).await?;
         let summary = load.stop().await?;
-        ensure!(summary.refused + summary.unknown + summary.read_errors == 0, "clients saw errors: {summary:?}");
+        ensure!(
+            summary.refused + summary.unknown + summary.read_errors == 0,
+            "clients saw errors: {summary:?}"
+        );
         verify(&cluster.master(), &name, &history).await?;
     }
     ensure!(undone > 0, "the target was never stopped in time: this shows nothing");

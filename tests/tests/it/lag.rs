@@ -1,7 +1,7 @@
 //! Replication lag under load, and the time that a stalled follower takes to catch up.
 //!
-//! `VASTO_LAG_SECONDS` sets how long the load runs and how long the follower is stalled (3 s by default, to keep the
-//! suite short).
+//! `VASTO_LAG_SECONDS` sets how long the load runs and how long the follower is stalled (3 s by
+//! default, to keep the suite short).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,7 +20,8 @@ async fn look(cluster: &Cluster, node: &str) -> Result<(u64, u64)> {
     let described = cluster.json(&["keyspace", "describe", "lag"]).await?;
     let replicas = described["placement"][0]["replicas"].as_array().context("no replicas")?.clone();
     let primary = replicas.iter().find(|one| one["role"] == "primary").context("no primary")?;
-    let follower = replicas.iter().find(|one| one["node_id"] == node).context("no such follower")?;
+    let follower =
+        replicas.iter().find(|one| one["node_id"] == node).context("no such follower")?;
     let number = |one: &serde_json::Value, field: &str| one[field].as_u64().unwrap_or_default();
     Ok((number(primary, "lsn"), number(follower, "lsn")))
 }
@@ -39,7 +40,8 @@ async fn a_follower_that_stood_still_catches_up_under_load() -> Result<()> {
     load.goes_on(20).await?;
     // Measures from the acknowledgement of a write at the primary until the follower returns it.
     let keyspace = cluster.keyspace("lag").await?;
-    let mut direct = Direct::connect(&format!("127.0.0.1:{}", cluster.port(index)), &tip, ShardId(0)).await?;
+    let mut direct =
+        Direct::connect(&format!("127.0.0.1:{}", cluster.port(index)), &tip, ShardId(0)).await?;
     let mut lags = Vec::new();
     let began = Instant::now();
     let before = load.summary().acked;

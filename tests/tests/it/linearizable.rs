@@ -1,10 +1,12 @@
-//! Whatever happens to the servers, except for a cut between replicas that clients reach on both sides: each read at
-//! the primary sees every write that was acknowledged before it, and conditional writes and counters build on it.
-//! Histories of single keys are checked for linearizability.
+//! Whatever happens to the servers, except for a cut between replicas that clients reach on both
+//! sides: each read at the primary sees every write that was acknowledged before it, and
+//! conditional writes and counters build on it. Histories of single keys are checked for
+//! linearizability.
 //!
-//! Each test runs rounds for `VASTO_LINEAR_SECONDS` (20 s) in all. A round has its own keys and one event, drawn from
-//! the seed that is printed; `VASTO_LINEAR_SEED` repeats the rounds of a seed (the same events, but not the same
-//! interleaving with the operations). `VASTO_LINEAR_EVENT` restricts the events to one.
+//! Each test runs rounds for `VASTO_LINEAR_SECONDS` (20 s) in all. A round has its own keys and one
+//! event, drawn from the seed that is printed; `VASTO_LINEAR_SEED` repeats the rounds of a seed
+//! (the same events, but not the same interleaving with the operations). `VASTO_LINEAR_EVENT`
+//! restricts the events to one.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -52,7 +54,10 @@ fn seconds() -> Duration {
 
 fn seed() -> u64 {
     use std::hash::{BuildHasher, Hasher};
-    setting("VASTO_LINEAR_SEED", std::collections::hash_map::RandomState::new().build_hasher().finish())
+    setting(
+        "VASTO_LINEAR_SEED",
+        std::collections::hash_map::RandomState::new().build_hasher().finish(),
+    )
 }
 
 fn named_event(events: &[Happens]) -> Vec<Happens> {
@@ -102,7 +107,11 @@ impl Tally {
         for one in violations.iter().take(3) {
             println!("{one}");
         }
-        ensure!(violations.is_empty(), "{} histories that no order explains, seed {seed}", violations.len());
+        ensure!(
+            violations.is_empty(),
+            "{} histories that no order explains, seed {seed}",
+            violations.len()
+        );
         ensure!(operations > 100 && too_long * 5 <= keys, "too little was decided");
         Ok(())
     }
@@ -119,7 +128,8 @@ async fn round<T>(
     let stop = Arc::new(AtomicBool::new(false));
     let mut tasks = JoinSet::new();
     for client in 0..CLIENTS * TASKS {
-        let (keyspace, workload, stop) = (clients[(client / TASKS) as usize].clone(), workload.clone(), stop.clone());
+        let (keyspace, workload, stop) =
+            (clients[(client / TASKS) as usize].clone(), workload.clone(), stop.clone());
         let mut numbers = Numbers::new(numbers.draw());
         tasks.spawn(async move {
             while !stop.load(Ordering::Relaxed) {
@@ -146,7 +156,10 @@ async fn round<T>(
 }
 
 fn workload(round: u64, ack: Ack) -> Arc<Workload> {
-    Arc::new(Workload::new(vec![format!("r{round}a"), format!("r{round}b"), format!("r{round}c")], ack))
+    Arc::new(Workload::new(
+        vec![format!("r{round}a"), format!("r{round}b"), format!("r{round}c")],
+        ack,
+    ))
 }
 
 fn impatient(keyspace: Keyspace) -> Keyspace {
@@ -155,15 +168,19 @@ fn impatient(keyspace: Keyspace) -> Keyspace {
 
 /// Returns whether all replicas serve and the preferred primaries are primary.
 fn is_whole(catalog: &CatalogDir, described: &Value) -> bool {
-    let home = catalog
-        .tip()
-        .is_ok_and(|tip| tip.placement.iter().all(|shard| shard.primary.is_none() && shard.transferring_to.is_none()));
-    let serving =
-        |shard: &Value| shard["replicas"].as_array().is_some_and(|all| all.iter().all(|one| one["state"] == "serving"));
+    let home = catalog.tip().is_ok_and(|tip| {
+        tip.placement.iter().all(|shard| shard.primary.is_none() && shard.transferring_to.is_none())
+    });
+    let serving = |shard: &Value| {
+        shard["replicas"]
+            .as_array()
+            .is_some_and(|all| all.iter().all(|one| one["state"] == "serving"))
+    };
     home && described["placement"].as_array().is_some_and(|shards| shards.iter().all(serving))
 }
 
-// ---------------------------------------------------------------------------- processes on loopback
+// ---------------------------------------------------------------------------- processes on
+// loopback
 
 async fn whole(cluster: &Cluster, catalog: &CatalogDir) -> Result<()> {
     until("all replicas to serve, with the primary at home", DEADLINE, async || {
@@ -244,7 +261,8 @@ async fn rounds(replicas: usize, ack: Ack, events: &[Happens]) -> Result<()> {
         };
         let home = home_of(&cluster, &catalog)?;
         // Mostly the primary.
-        let node = if numbers.below(3) > 0 { home } else { numbers.below(replicas as u64) as usize };
+        let node =
+            if numbers.below(3) > 0 { home } else { numbers.below(replicas as u64) as usize };
         let lead = Duration::from_millis(200 + numbers.below(300));
         let workload = workload(tally.rounds, ack);
         let clients = clients_of(&cluster).await?;
@@ -261,14 +279,21 @@ async fn two_replicas_with_fsync() -> Result<()> {
     rounds(
         2,
         Ack::Fsync,
-        &[Happens::Stop, Happens::Stop, Happens::ShortPause, Happens::MasterKill, Happens::MasterPause],
+        &[
+            Happens::Stop,
+            Happens::Stop,
+            Happens::ShortPause,
+            Happens::MasterKill,
+            Happens::MasterPause,
+        ],
     )
     .await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_replicas_with_fsync() -> Result<()> {
-    rounds(3, Ack::Fsync, &[Happens::Stop, Happens::Stop, Happens::ShortPause, Happens::MasterKill]).await
+    rounds(3, Ack::Fsync, &[Happens::Stop, Happens::Stop, Happens::ShortPause, Happens::MasterKill])
+        .await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -278,10 +303,16 @@ async fn two_replicas_with_replica() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_replicas_with_replica() -> Result<()> {
-    rounds(3, Ack::Replica, &[Happens::Pause, Happens::Pause, Happens::Kill, Happens::Stop, Happens::MasterPause]).await
+    rounds(
+        3,
+        Ack::Replica,
+        &[Happens::Pause, Happens::Pause, Happens::Kill, Happens::Stop, Happens::MasterPause],
+    )
+    .await
 }
 
-// ------------------------------------------------------------------------------- slow and overloaded
+// ------------------------------------------------------------------------------- slow and
+// overloaded
 
 /// Writers besides the checked clients, until dropped.
 struct Pressure {
@@ -292,7 +323,8 @@ struct Pressure {
 
 impl Pressure {
     async fn start(cluster: &Cluster, handles: u64, tasks_each: u64, bytes: u64) -> Result<Self> {
-        let (stop, done, mut tasks) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)), JoinSet::new());
+        let (stop, done, mut tasks) =
+            (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)), JoinSet::new());
         for handle in 0..handles {
             let keyspace = cluster.keyspace(KEYSPACE).await?;
             for task in 0..tasks_each {
@@ -300,12 +332,16 @@ impl Pressure {
                 tasks.spawn(async move {
                     // Bytes that compress badly.
                     let mut numbers = Numbers::new(handle * 1_000 + task);
-                    let value: Vec<u8> = (0..bytes / 8).flat_map(|_| numbers.draw().to_le_bytes()).collect();
+                    let value: Vec<u8> =
+                        (0..bytes / 8).flat_map(|_| numbers.draw().to_le_bytes()).collect();
                     let mut n = 0u64;
                     while !stop.load(Ordering::Relaxed) {
                         n += 1;
                         let key = format!("load{handle}:{task}:{}", n % 20);
-                        done.fetch_add(u64::from(keyspace.put(key, value.clone()).await.is_ok()), Ordering::Relaxed);
+                        done.fetch_add(
+                            u64::from(keyspace.put(key, value.clone()).await.is_ok()),
+                            Ordering::Relaxed,
+                        );
                     }
                 });
             }
@@ -336,8 +372,11 @@ async fn under(what: &str, mut cluster: Cluster, pressure: (u64, u64, u64)) -> R
     while began.elapsed() < seconds() {
         let workload = workload(tally.rounds, Ack::Fsync);
         // Under pressure an operation waits for seconds.
-        let clients: Vec<Keyspace> =
-            clients_of(&cluster).await?.into_iter().map(|one| one.with_deadline(Duration::from_secs(10))).collect();
+        let clients: Vec<Keyspace> = clients_of(&cluster)
+            .await?
+            .into_iter()
+            .map(|one| one.with_deadline(Duration::from_secs(10)))
+            .collect();
         round(&clients, &workload, &mut numbers, Duration::from_secs(6), async { Ok(()) }).await?;
         tally.judge(Happens::Nothing, &workload);
     }
@@ -359,7 +398,8 @@ async fn under_overload() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn on_a_slow_disk() -> Result<()> {
-    let mut cluster = Cluster::builder().nodes(2).set("node.ship_interval=600s").allow("").start().await?;
+    let mut cluster =
+        Cluster::builder().nodes(2).set("node.ship_interval=600s").allow("").start().await?;
     cluster.create(KEYSPACE, 1, &["--replicas", "2"]).await?;
     let catalog = cluster.catalog(KEYSPACE).await?;
     let primary = home_of(&cluster, &catalog)?;
@@ -372,7 +412,8 @@ async fn on_a_slow_disk() -> Result<()> {
     under("a slow disk of the primary, 2 replicas, Fsync", cluster, (1, 64, 16_384)).await
 }
 
-// --------------------------------------------------------------------------------- cut off and healed
+// --------------------------------------------------------------------------------- cut off and
+// healed
 
 /// Nodes that each have their own network; the master and the clients are outside.
 struct Net {
@@ -384,7 +425,9 @@ impl Net {
     async fn start(replicas: usize) -> Result<Self> {
         let hosts = Hosts::start(&vec!["default"; replicas]).await?;
         let replicas = replicas.to_string();
-        hosts.vasto(&["keyspace", "create", KEYSPACE, "--shards", "1", "--replicas", &replicas]).await?;
+        hosts
+            .vasto(&["keyspace", "create", KEYSPACE, "--shards", "1", "--replicas", &replicas])
+            .await?;
         Ok(Self { catalog: hosts.catalog(), hosts })
     }
 
@@ -413,10 +456,13 @@ async fn isolated(replicas: usize) -> Result<()> {
         net.whole().await?;
         let mut clients = Vec::new();
         for _ in 0..CLIENTS {
-            clients.push(impatient(Vasto::connect(&net.hosts.master).await?.keyspace(KEYSPACE).await?));
+            clients.push(impatient(
+                Vasto::connect(&net.hosts.master).await?.keyspace(KEYSPACE).await?,
+            ));
         }
         let home = net.home()?;
-        let node = if numbers.below(3) > 0 { home } else { numbers.below(replicas as u64) as usize };
+        let node =
+            if numbers.below(3) > 0 { home } else { numbers.below(replicas as u64) as usize };
         let lasts = Duration::from_millis(500 + numbers.below(5_000));
         // In some rounds the primary dies just as the isolated node returns.
         let kills = replicas > 2 && node != home && numbers.below(2) == 0;

@@ -1,8 +1,9 @@
 //! The end-to-end tests: one module for each subject, all in one program.
 //!
-//! **Invariant:** a test that starts processes runs alone on the machine, which `.config/nextest.toml` ensures for all
-//! modules but [`architecture`] and [`programs`]; each takes its ports, directories and networks from the harness, so
-//! that threads of one process (`cargo test`) do not meet.
+//! **Invariant:** a test that starts processes runs alone on the machine, which
+//! `.config/nextest.toml` ensures for all modules but [`architecture`] and [`programs`]; each takes
+//! its ports, directories and networks from the harness, so that threads of one process
+//! (`cargo test`) do not meet.
 #![allow(clippy::unwrap_used)]
 
 mod architecture;

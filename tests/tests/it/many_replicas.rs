@@ -1,7 +1,7 @@
 //! Many small keyspaces: the cost of hundreds of idle replicas for a node.
 //!
-//! The suite creates 60 keyspaces; `VASTO_TEST_KEYSPACES` sets another number (`make soak`: 300). All measurements
-//! are printed; those that do not depend on the load of the machine are checked.
+//! The suite creates 60 keyspaces; `VASTO_TEST_KEYSPACES` sets another number (`make soak`: 300).
+//! All measurements are printed; those that do not depend on the load of the machine are checked.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -42,7 +42,9 @@ fn keyspaces() -> usize {
 }
 
 async fn idle(cluster: &mut Cluster, when: &str) -> Result<()> {
-    let pids = (0..NODES).map(|node| Ok(cluster.node_process(node)?.pid())).collect::<Result<Vec<u32>>>()?;
+    let pids = (0..NODES)
+        .map(|node| Ok(cluster.node_process(node)?.pid()))
+        .collect::<Result<Vec<u32>>>()?;
     // Threads that were needed temporarily end within seconds.
     let few = async || pids.iter().all(|pid| threads(*pid).unwrap() < 150).then_some(());
     vasto_tests::until("the threads to go", Duration::from_secs(60), few).await?;
@@ -51,7 +53,9 @@ async fn idle(cluster: &mut Cluster, when: &str) -> Result<()> {
     for (node, pid) in pids.iter().enumerate() {
         let (threads, disk) = (threads(*pid)?, disk_mib(&cluster.node_dir(node))?);
         let cpu = (cpu_seconds(*pid)? - before[node]) / IDLE.as_secs_f64() * 100.0;
-        println!("{when}, node {node}: {threads} threads, {disk:.1} MiB of disk, {cpu:.2} % of a core");
+        println!(
+            "{when}, node {node}: {threads} threads, {disk:.1} MiB of disk, {cpu:.2} % of a core"
+        );
         ensure!(threads < 150, "{threads} threads");
         let replicas = keyspaces() * SHARDS / NODES;
         ensure!(disk < replicas as f64 / 4.0, "{disk} MiB of disk for {replicas} empty replicas");
@@ -69,7 +73,11 @@ async fn idle_replicas_take_few_threads_and_little_disk() -> Result<()> {
     };
     let began = Instant::now();
     futures::stream::iter(&names).map(create).buffer_unordered(4).try_collect::<()>().await?;
-    println!("{} keyspaces of {SHARDS} shards created in {:.1} s", names.len(), began.elapsed().as_secs_f64());
+    println!(
+        "{} keyspaces of {SHARDS} shards created in {:.1} s",
+        names.len(),
+        began.elapsed().as_secs_f64()
+    );
     idle(&mut cluster, "new").await?;
 
     // After a restart all replicas serve, and become idle again.

@@ -6,14 +6,17 @@ use anyhow::{Context, Result, ensure};
 use vasto_client::{ErrorKind, Keyspace};
 use vasto_core::catalog::Catalog;
 use vasto_tests::replicas::converged;
-use vasto_tests::{Cluster, DEADLINE, History, Load, LoadSpec, Port, missing, preload, put_all, until, verify};
+use vasto_tests::{
+    Cluster, DEADLINE, History, Load, LoadSpec, Port, missing, preload, put_all, until, verify,
+};
 
 /// Waits until the keyspace has all its replicas again and no replica is draining.
 async fn whole(cluster: &Cluster, name: &str) -> Result<Catalog> {
     let catalog = cluster.catalog(name).await?;
     until("all replicas to be there again", DEADLINE, async || {
         let tip = catalog.tip().ok()?;
-        let whole = tip.placement.iter().all(|shard| shard.replicas.len() == tip.spec.replicas as usize);
+        let whole =
+            tip.placement.iter().all(|shard| shard.replicas.len() == tip.spec.replicas as usize);
         (whole && tip.draining.is_empty() && tip.plan.is_none()).then_some(tip)
     })
     .await
@@ -38,11 +41,18 @@ async fn an_evicted_replica_is_drained_and_made_anew_under_load() -> Result<()> 
     let victims = [before.placement[0].replicas[1], before.placement[1].replicas[0]];
     for victim in victims {
         load.goes_on(50).await?;
-        let answer = cluster.json(&["keyspace", "evict", "evict", "--replica", &victim.replica.to_string()]).await?;
+        let answer = cluster
+            .json(&["keyspace", "evict", "evict", "--replica", &victim.replica.to_string()])
+            .await?;
         ensure!(answer["state"] == "draining", "{answer}");
         let tip = whole(&cluster, "evict").await?;
         ensure!(tip.removed.contains(&victim.replica) && !tip.is_placed(victim.replica), "{tip:?}");
-        ensure!(!files(&cluster, cluster.node_of(&victim.node.to_string())?, &tip, victim.replica.0));
+        ensure!(!files(
+            &cluster,
+            cluster.node_of(&victim.node.to_string())?,
+            &tip,
+            victim.replica.0
+        ));
         println!("{:?}", tip.operations.last().context("no report")?);
     }
     load.goes_on(50).await?;
@@ -60,7 +70,9 @@ async fn an_evicted_replica_is_drained_and_made_anew_under_load() -> Result<()> 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_only_an_evicted_replica_has_is_drained_when_it_returns() -> Result<()> {
     let (mut cluster, keyspace, alone) = one_alone("drain").await?;
-    let left = cluster.json(&["keyspace", "evict", "drain", "--replica", &alone.replica.to_string()]).await?;
+    let left = cluster
+        .json(&["keyspace", "evict", "drain", "--replica", &alone.replica.to_string()])
+        .await?;
     ensure!(left["state"] == "draining", "{left}");
     let catalog = cluster.catalog("drain").await?;
     until("a copy to take its place", DEADLINE, async || {
@@ -71,7 +83,10 @@ async fn what_only_an_evicted_replica_has_is_drained_when_it_returns() -> Result
     ensure!(missing(&keyspace, "both", 100).await? == 0);
     ensure!(missing(&keyspace, "alone", 100).await? == 100, "nobody else can have them");
     let status = cluster.json(&["cluster", "status"]).await?;
-    ensure!(status["warnings"].to_string().contains("may hold writes that nobody else has"), "{status}");
+    ensure!(
+        status["warnings"].to_string().contains("may hold writes that nobody else has"),
+        "{status}"
+    );
     let grow = cluster.vasto(&["keyspace", "resize", "drain", "--shards", "2"]).await?;
     grow.refused(1, &["start its node so that it is drained"])?;
     let node = cluster.node_of(&alone.node.to_string())?;
@@ -79,8 +94,10 @@ async fn what_only_an_evicted_replica_has_is_drained_when_it_returns() -> Result
     let tip = whole(&cluster, "drain").await?;
     ensure!(tip.removed.contains(&alone.replica));
     ensure!(missing(&keyspace, "alone", 100).await? == 0, "acknowledged writes were not drained");
-    until("its files to be removed", DEADLINE, async || (!files(&cluster, node, &tip, alone.replica.0)).then_some(()))
-        .await?;
+    until("its files to be removed", DEADLINE, async || {
+        (!files(&cluster, node, &tip, alone.replica.0)).then_some(())
+    })
+    .await?;
     ensure!(converged(&cluster, "drain").await? == 200);
     cluster.finish().await
 }
@@ -90,22 +107,28 @@ async fn what_only_an_evicted_replica_has_is_drained_when_it_returns() -> Result
 async fn an_accepted_loss_stays_lost() -> Result<()> {
     let (mut cluster, keyspace, alone) = one_alone("loss").await?;
     let id = alone.replica.to_string();
-    let unsure = cluster.vasto(&["keyspace", "evict", "loss", "--replica", &id, "--accept-loss"]).await?;
+    let unsure =
+        cluster.vasto(&["keyspace", "evict", "loss", "--replica", &id, "--accept-loss"]).await?;
     ensure!(unsure.code == 2, "{unsure:?}");
-    let left = cluster.json(&["keyspace", "evict", "loss", "--replica", &id, "--accept-loss", "--yes"]).await?;
+    let left = cluster
+        .json(&["keyspace", "evict", "loss", "--replica", &id, "--accept-loss", "--yes"])
+        .await?;
     ensure!(left["state"] == "removed", "{left}");
     let tip = whole(&cluster, "loss").await?;
     let node = cluster.node_of(&alone.node.to_string())?;
     cluster.start_node(node, Port::Same).await?;
-    until("its files to be removed", DEADLINE, async || (!files(&cluster, node, &tip, alone.replica.0)).then_some(()))
-        .await?;
+    until("its files to be removed", DEADLINE, async || {
+        (!files(&cluster, node, &tip, alone.replica.0)).then_some(())
+    })
+    .await?;
     ensure!(missing(&keyspace, "both", 100).await? == 0);
     ensure!(missing(&keyspace, "alone", 100).await? == 100, "what was given up came back");
     ensure!(converged(&cluster, "loss").await? == 100);
     cluster.finish().await
 }
 
-/// Creates three nodes and one shard with two replicas; the replica that alone has acknowledged `alone*` is down.
+/// Creates three nodes and one shard with two replicas; the replica that alone has acknowledged
+/// `alone*` is down.
 async fn one_alone(name: &str) -> Result<(Cluster, Keyspace, vasto_core::catalog::Placed)> {
     let mut cluster = Cluster::builder().nodes(3).start().await?;
     cluster.create(name, 1, &["--replicas", "2"]).await?;
@@ -114,12 +137,16 @@ async fn one_alone(name: &str) -> Result<(Cluster, Keyspace, vasto_core::catalog
     converged(&cluster, name).await?;
     let tip = cluster.catalog(name).await?.tip()?;
     let [alone, other] = tip.placement[0].replicas[..] else { anyhow::bail!("{tip:?}") };
-    let (first, second) = (cluster.node_of(&alone.node.to_string())?, cluster.node_of(&other.node.to_string())?);
+    let (first, second) =
+        (cluster.node_of(&alone.node.to_string())?, cluster.node_of(&other.node.to_string())?);
     cluster.kill9_node(second).await?;
     put_all(&keyspace, "alone", 100).await?;
     cluster.kill9_node(first).await?;
     cluster.start_node(second, Port::Same).await?;
-    until("the other replica to serve alone", DEADLINE, async || keyspace.get("both1").await.ok().flatten()).await?;
+    until("the other replica to serve alone", DEADLINE, async || {
+        keyspace.get("both1").await.ok().flatten()
+    })
+    .await?;
     let catalog = cluster.catalog(name).await?;
     until("the other replica to be primary", DEADLINE, async || {
         (catalog.tip().ok()?.placement[0].primary() == Some(other)).then_some(())
@@ -149,7 +176,9 @@ async fn a_replica_that_fails_on_a_live_node_is_replaced() -> Result<()> {
         let before = catalog.tip()?;
         let failed = before.placement[0].replicas[0];
         let node = cluster.node_of(&failed.node.to_string())?;
-        let log = cluster.node_dir(node).join(format!("replicas/{}-{}/log", before.keyspace, failed.replica));
+        let log = cluster
+            .node_dir(node)
+            .join(format!("replicas/{}-{}/log", before.keyspace, failed.replica));
         if at_the_start {
             cluster.kill9_node(node).await?;
             std::fs::rename(&log, log.with_extension("away"))?;
@@ -160,7 +189,8 @@ async fn a_replica_that_fails_on_a_live_node_is_replaced() -> Result<()> {
             let value = bytes::Bytes::from(vec![7u8; 4 << 20]);
             let mut unsure = 0;
             for n in 0..20 {
-                // All writes are accepted by some replica, except for the write in progress at the failure.
+                // All writes are accepted by some replica, except for the write in progress at the
+                // failure.
                 match keyspace.put(format!("big{}", n % 4), value.clone()).await {
                     Err(error) if error.kind() == ErrorKind::Unknown && unsure == 0 => unsure += 1,
                     other => drop(other?),
@@ -169,22 +199,29 @@ async fn a_replica_that_fails_on_a_live_node_is_replaced() -> Result<()> {
             ensure!(unsure == 1, "the log did not fail");
         }
         put_all(&keyspace, "after", 500).await?;
-        ensure!(missing(&keyspace, "before", 500).await? + missing(&keyspace, "after", 500).await? == 0);
+        ensure!(
+            missing(&keyspace, "before", 500).await? + missing(&keyspace, "after", 500).await? == 0
+        );
         keyspace.add_i64("counter", 1).await?;
         let tip = until("a copy to take its place", DEADLINE, async || {
             let tip = catalog.tip().ok()?;
-            (tip.placement[0].replicas.len() == 2 && !tip.is_placed(failed.replica) && tip.plan.is_none())
-                .then_some(tip)
+            (tip.placement[0].replicas.len() == 2
+                && !tip.is_placed(failed.replica)
+                && tip.plan.is_none())
+            .then_some(tip)
         })
         .await?;
         converged(&cluster, "broken").await?;
         if at_the_start {
-            // A replica that does not open cannot be drained: a warning reports it until it is given up.
+            // A replica that does not open cannot be drained: a warning reports it until it is
+            // given up.
             ensure!(tip.draining.iter().any(|one| one.replica == failed.replica), "{tip:?}");
             let status = cluster.json(&["cluster", "status"]).await?;
             ensure!(status["warnings"].to_string().contains("--accept-loss"), "{status}");
             let id = failed.replica.to_string();
-            cluster.json(&["keyspace", "evict", "broken", "--replica", &id, "--accept-loss", "--yes"]).await?;
+            cluster
+                .json(&["keyspace", "evict", "broken", "--replica", &id, "--accept-loss", "--yes"])
+                .await?;
         }
         // A closed replica is drained like any other, and removed automatically.
         let tip = whole(&cluster, "broken").await?;
@@ -202,7 +239,8 @@ async fn a_replica_that_fails_on_a_live_node_is_replaced() -> Result<()> {
 /// A catalog version that cannot be persisted is not applied, and not lost either.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_version_that_could_not_be_remembered_is_applied_when_it_can() -> Result<()> {
-    let cluster = Cluster::builder().nodes(1).allow("could not be applied; trying again").start().await?;
+    let cluster =
+        Cluster::builder().nodes(1).allow("could not be applied; trying again").start().await?;
     let versions = cluster.node_dir(0).join("catalog");
     let away = versions.with_extension("away");
     std::fs::rename(&versions, &away)?;
@@ -222,12 +260,16 @@ async fn a_version_that_could_not_be_remembered_is_applied_when_it_can() -> Resu
     cluster.finish().await
 }
 
-/// A replica that does not read lets the others' logs fill up: at the cap it leaves the placement by itself, and
-/// returns as a new replica.
+/// A replica that does not read lets the others' logs fill up: at the cap it leaves the placement
+/// by itself, and returns as a new replica.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_that_is_away_until_the_log_is_full_is_replaced_by_a_copy() -> Result<()> {
-    let mut cluster =
-        Cluster::builder().nodes(3).set("node.max_log=1MiB").allow("the log is at its cap").start().await?;
+    let mut cluster = Cluster::builder()
+        .nodes(3)
+        .set("node.max_log=1MiB")
+        .allow("the log is at its cap")
+        .start()
+        .await?;
     cluster.create("full", 1, &["--replicas", "3"]).await?;
     let keyspace = cluster.keyspace("full").await?;
     put_all(&keyspace, "k", 500).await?;

@@ -1,5 +1,5 @@
-//! The losses of the system that this project re-creates: one scenario for each defect that was proven by running it,
-//! with two replicas of each shard unless stated otherwise.
+//! The losses of the system that this project re-creates: one scenario for each defect that was
+//! proven by running it, with two replicas of each shard unless stated otherwise.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +9,8 @@ use futures::{StreamExt, TryStreamExt};
 use vasto_client::{ErrorKind, Keyspace};
 use vasto_tests::replicas::converged;
 use vasto_tests::{
-    Cluster, ClusterBuilder, DEADLINE, History, Load, LoadSpec, Port, missing, preload, put_all, resized, until, verify,
+    Cluster, ClusterBuilder, DEADLINE, History, Load, LoadSpec, Port, missing, preload, put_all,
+    resized, until, verify,
 };
 
 fn three_nodes() -> ClusterBuilder {
@@ -36,9 +37,15 @@ async fn original_01_a_restart_loses_nothing() -> Result<()> {
             } else {
                 cluster.stop_node(node).await?;
             }
-            ensure!(missing(&keyspace, "k", 3_000).await? == 0, "keys are missing while node {node} is down");
+            ensure!(
+                missing(&keyspace, "k", 3_000).await? == 0,
+                "keys are missing while node {node} is down"
+            );
             cluster.start_node(node, if round == 0 { Port::Same } else { Port::New }).await?;
-            ensure!(missing(&keyspace, "k", 3_000).await? == 0, "keys are missing after node {node} came back");
+            ensure!(
+                missing(&keyspace, "k", 3_000).await? == 0,
+                "keys are missing after node {node} came back"
+            );
         }
     }
     ensure!(converged(&cluster, "restart").await? == 3_000);
@@ -83,7 +90,10 @@ async fn original_03_deletes_and_counters_are_on_every_replica() -> Result<()> {
     for node in 0..3 {
         cluster.kill9_node(node).await?;
         for n in 0..20 {
-            ensure!(keyspace.get(format!("k{n}")).await?.is_none(), "k{n} came back after node {node} was lost");
+            ensure!(
+                keyspace.get(format!("k{n}")).await?.is_none(),
+                "k{n} came back after node {node} was lost"
+            );
             let counter = keyspace.get(format!("c{n}")).await?.and_then(|value| value.as_i64());
             ensure!(counter == Some(3), "c{n} is {counter:?} after node {node} was lost");
         }
@@ -128,11 +138,14 @@ async fn original_05_the_development_cluster_takes_a_put() -> Result<()> {
     let port = vasto_tests::free_port();
     let (listen, at) = (format!("127.0.0.1:{port}"), dir.path().join("data").display().to_string());
     let args = ["dev", "--nodes", "2", "--dir", &at, "--master-listen", &listen];
-    let mut process = vasto_tests::Process::spawn("dev", vasto_tests::vasto_binary(), args, &[], dir.path())?;
+    let mut process =
+        vasto_tests::Process::spawn("dev", vasto_tests::vasto_binary(), args, &[], dir.path())?;
     let ready = process.ready_line(DEADLINE).await?;
     ensure!(ready["role"] == "dev", "{ready}");
     let vasto = vasto_client::Vasto::connect(&format!("http://{listen}")).await?;
-    vasto.create_keyspace("ks", vasto_client::KeyspaceSpec::default().shards(2).replicas(2)).await?;
+    vasto
+        .create_keyspace("ks", vasto_client::KeyspaceSpec::default().shards(2).replicas(2))
+        .await?;
     let keyspace = vasto.keyspace("ks").await?;
     keyspace.put("k", "v").await?;
     ensure!(keyspace.get("k").await?.unwrap().bytes() == "v");
@@ -177,8 +190,15 @@ async fn original_07_a_time_to_live_is_what_was_asked_for() -> Result<()> {
     let five = keyspace.get("five").await?.unwrap();
     let lives = five.expires_at.unwrap().abs_diff(five.event_time);
     ensure!(lives.abs_diff(5_000_000) < 100_000, "5 s have become {lives} us");
-    until("the value to expire", DEADLINE, async || keyspace.get("five").await.ok()?.is_none().then_some(())).await?;
-    ensure!(began.elapsed() >= Duration::from_millis(4_900), "it ended after {:?}", began.elapsed());
+    until("the value to expire", DEADLINE, async || {
+        keyspace.get("five").await.ok()?.is_none().then_some(())
+    })
+    .await?;
+    ensure!(
+        began.elapsed() >= Duration::from_millis(4_900),
+        "it ended after {:?}",
+        began.elapsed()
+    );
     ensure!(keyspace.get("hour").await?.is_some());
     cluster.finish().await
 }
@@ -219,7 +239,10 @@ async fn original_09_growing_with_two_replicas_loses_nothing() -> Result<()> {
     }
     let summary = load.stop().await?;
     println!("{summary:?}");
-    ensure!(summary.refused + summary.unknown + summary.read_errors == 0, "clients saw errors: {summary:?}");
+    ensure!(
+        summary.refused + summary.unknown + summary.read_errors == 0,
+        "clients saw errors: {summary:?}"
+    );
     println!("{:?}", verify(&cluster.master(), "busy", &history).await?);
     converged(&cluster, "busy").await?;
     cluster.finish().await

@@ -8,7 +8,8 @@ use serde_json::Value;
 use vasto_client::ErrorKind;
 use vasto_core::limits::{LOG_MEMORY_MAX, UPLOAD_MEMORY_MAX};
 use vasto_tests::{
-    Cluster, DEADLINE, Link, Numbers, Port, S3Kind, S3Server, missing, put_all, put_each, setting, until,
+    Cluster, DEADLINE, Link, Numbers, Port, S3Kind, S3Server, missing, put_all, put_each, setting,
+    until,
 };
 
 const MIB: u64 = 1 << 20;
@@ -41,7 +42,10 @@ async fn behind(cluster: &Cluster, name: &str) -> Option<u64> {
 }
 
 async fn is_shipped(cluster: &Cluster, name: &str, within: Duration) -> Result<()> {
-    until("everything to be shipped", within, async || (behind(cluster, name).await? == 0).then_some(())).await
+    until("everything to be shipped", within, async || {
+        (behind(cluster, name).await? == 0).then_some(())
+    })
+    .await
 }
 
 async fn warns(cluster: &Cluster, text: &str) -> Option<()> {
@@ -49,8 +53,8 @@ async fn warns(cluster: &Cluster, text: &str) -> Option<()> {
     status["warnings"].to_string().contains(text).then_some(())
 }
 
-/// A backlog is uploaded once, at the speed of the link, in memory that does not grow with the number of shards.
-/// During the outage a warning is raised, and few requests are sent.
+/// A backlog is uploaded once, at the speed of the link, in memory that does not grow with the
+/// number of shards. During the outage a warning is raised, and few requests are sent.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backlog_goes_up_once_over_a_slow_link_in_bounded_memory() -> Result<()> {
     let (shards, per_shard) = size();
@@ -118,9 +122,14 @@ async fn a_backlog_goes_up_once_over_a_slow_link_in_bounded_memory() -> Result<(
     // The memory of uploads does not depend on the number of waiting shards.
     let budget = (LOG_MEMORY_MAX + UPLOAD_MEMORY_MAX) / MIB;
     let added = most.saturating_sub(before);
-    ensure!(added as f64 <= 1.3 * budget as f64, "uploads added {added} MiB of memory, their budget is {budget}");
-    until("the warning to go", DEADLINE, async || warns(&cluster, "does not ship").await.is_none().then_some(()))
-        .await?;
+    ensure!(
+        added as f64 <= 1.3 * budget as f64,
+        "uploads added {added} MiB of memory, their budget is {budget}"
+    );
+    until("the warning to go", DEADLINE, async || {
+        warns(&cluster, "does not ship").await.is_none().then_some(())
+    })
+    .await?;
     ensure!(cluster.json(&["bucket", "fsck"]).await?["missing"] == serde_json::json!([]));
     cluster.finish().await?;
     s3.stop().await
@@ -142,8 +151,8 @@ fn names(list: &Value) -> Vec<&str> {
     list.as_array().map(|all| all.iter().filter_map(Value::as_str).collect()).unwrap_or_default()
 }
 
-/// The claim is deleted, and the master restarts: it claims nothing, all nodes keep serving, and one command repairs
-/// the bucket. Foreign objects in the prefix only cause a warning.
+/// The claim is deleted, and the master restarts: it claims nothing, all nodes keep serving, and
+/// one command repairs the bucket. Foreign objects in the prefix only cause a warning.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_claim_stops_nobody_and_is_put_back() -> Result<()> {
     let mut cluster = Cluster::builder()
@@ -188,7 +197,10 @@ async fn a_lost_claim_stops_nobody_and_is_put_back() -> Result<()> {
     let ran = cluster.vasto(&["bucket", "repair", "--output", "json"]).await?;
     let repaired: Value = serde_json::from_str(&ran.stdout).with_context(|| format!("{ran:?}"))?;
     ensure!(ran.code == 1 && names(&repaired["corrupt"]).len() == 1, "{repaired}");
-    ensure!(repaired["claimed"] == true && repaired["missing"] == serde_json::json!([]), "{repaired}");
+    ensure!(
+        repaired["claimed"] == true && repaired["missing"] == serde_json::json!([]),
+        "{repaired}"
+    );
     ensure!(names(&repaired["keyspaces"]) == ["ks"], "{repaired}");
     let now: Value = serde_json::from_slice(&std::fs::read(bucket.join("cluster.json"))?)?;
     let then: Value = serde_json::from_slice(&claim)?;
@@ -211,8 +223,8 @@ async fn a_lost_claim_stops_nobody_and_is_put_back() -> Result<()> {
     cluster.finish().await
 }
 
-/// The bucket is emptied: the loss is detected, no write is confirmed by the bucket, and the nodes upload everything
-/// again.
+/// The bucket is emptied: the loss is detected, no write is confirmed by the bucket, and the nodes
+/// upload everything again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_emptied_bucket_is_found_and_filled_again_from_the_nodes() -> Result<()> {
     let mut cluster = Cluster::builder()
@@ -236,10 +248,13 @@ async fn an_emptied_bucket_is_found_and_filled_again_from_the_nodes() -> Result<
         let said: Value = serde_json::from_str(&checked.stdout).ok()?;
         let missing = names(&said["missing"]);
         let has = |part: &&str| missing.iter().any(|key| key.contains(part));
-        (checked.code == 1 && ["cluster.json", "catalog/", "checkpoint/"].iter().all(has)).then_some(())
+        (checked.code == 1 && ["cluster.json", "catalog/", "checkpoint/"].iter().all(has))
+            .then_some(())
     })
     .await?;
-    warns(&cluster, "objects of the bucket are missing").await.context("what is missing is not told")?;
+    warns(&cluster, "objects of the bucket are missing")
+        .await
+        .context("what is missing is not told")?;
     // The catalog that places the data is missing.
     let refused = keyspace.put("unconfirmed", "v").await.unwrap_err();
     ensure!(refused.kind() == ErrorKind::Unknown, "{refused:?}");
@@ -247,16 +262,29 @@ async fn an_emptied_bucket_is_found_and_filled_again_from_the_nodes() -> Result<
     cluster.start_master(Port::Same).await?;
     until("both nodes to be there, or refused", DEADLINE, async || {
         let status = cluster.json(&["cluster", "status"]).await.ok()?;
-        let live = status["nodes"].as_array()?.iter().filter(|node| node["state"] == "live").count();
-        let told = status["warnings"].as_array()?.iter().filter(|text| text.to_string().contains("is not taken in"));
+        let live =
+            status["nodes"].as_array()?.iter().filter(|node| node["state"] == "live").count();
+        let told = status["warnings"]
+            .as_array()?
+            .iter()
+            .filter(|text| text.to_string().contains("is not taken in"));
         (live + told.count() == 2).then_some(())
     })
     .await?;
     let repaired = cluster.json(&["bucket", "repair"]).await?;
-    ensure!(repaired["missing"] == serde_json::json!([]) && repaired["corrupt"] == serde_json::json!([]), "{repaired}");
-    ensure!(names(&repaired["keyspaces"]) == ["ks"] && repaired["written"].as_u64() >= Some(2), "{repaired}");
-    until("writes to be confirmed again", DEADLINE, async || keyspace.put("confirmed", "v").await.ok().map(drop))
-        .await?;
+    ensure!(
+        repaired["missing"] == serde_json::json!([])
+            && repaired["corrupt"] == serde_json::json!([]),
+        "{repaired}"
+    );
+    ensure!(
+        names(&repaired["keyspaces"]) == ["ks"] && repaired["written"].as_u64() >= Some(2),
+        "{repaired}"
+    );
+    until("writes to be confirmed again", DEADLINE, async || {
+        keyspace.put("confirmed", "v").await.ok().map(drop)
+    })
+    .await?;
     cluster.json(&["keyspace", "restore", "ks", "--into", "copy"]).await?;
     let copy = cluster.keyspace("copy").await?;
     ensure!(missing(&copy, "a", 300).await? == 0 && missing(&copy, "b", 50).await? == 0);

@@ -9,10 +9,16 @@ use vasto_tests::netns::{SilentPort, available};
 use vasto_tests::replicas::converged_by;
 use vasto_tests::{Cluster, DEADLINE, Hosts, Port, Process, setting, tool, until};
 
-/// Starts a writer in the namespace of a host; its keys are the same as those of other writers, its values differ.
+/// Starts a writer in the namespace of a host; its keys are the same as those of other writers, its
+/// values differ.
 fn writer(hosts: &Hosts, host: usize) -> Result<Process> {
     let mark = format!("side{host}:");
-    hosts.spawn(host, &format!("writer-{host}"), &tool("vasto-test-writer"), &[&hosts.master, "split", "k", &mark])
+    hosts.spawn(
+        host,
+        &format!("writer-{host}"),
+        &tool("vasto-test-writer"),
+        &[&hosts.master, "split", "k", &mark],
+    )
 }
 
 fn written(process: &Process) -> usize {
@@ -26,21 +32,26 @@ async fn both_sides_of_a_partition_are_written_and_converge_byte_for_byte() -> R
     // Clients on both sides, which know all nodes.
     let mut writers = [writer(&hosts, 0)?, writer(&hosts, 1)?];
     for one in &writers {
-        until("the clients to write", DEADLINE, async || (written(one) >= 100).then_some(())).await?;
+        until("the clients to write", DEADLINE, async || (written(one) >= 100).then_some(()))
+            .await?;
     }
     hosts.network.cut(0)?;
     let began = Instant::now();
     let before: Vec<usize> = writers.iter().map(written).collect();
     for (one, before) in writers.iter().zip(&before) {
-        // Each side needs its patience for the shards whose primary is on the other side, and the lone side two
-        // probes for each write: before it begins, and before it is acknowledged.
+        // Each side needs its patience for the shards whose primary is on the other side, and the
+        // lone side two probes for each write: before it begins, and before it is acknowledged.
         let enough = async || (written(one) >= before + 100).then_some(());
         until("both sides to go on", DEADLINE, enough).await?;
     }
     // Long enough for the master to detect the silence and to replace the primaries.
     let catalog = hosts.catalog();
     until("the primaries to be replaced", DEADLINE, async || {
-        catalog.tip().ok().filter(|tip| tip.placement.iter().any(|shard| shard.primary.is_some())).map(|_| ())
+        catalog
+            .tip()
+            .ok()
+            .filter(|tip| tip.placement.iter().any(|shard| shard.primary.is_some()))
+            .map(|_| ())
     })
     .await?;
     println!(
@@ -51,7 +62,8 @@ async fn both_sides_of_a_partition_are_written_and_converge_byte_for_byte() -> R
     let counts: Vec<usize> = writers.iter().map(written).collect();
     hosts.network.heal(0)?;
     for (one, before) in writers.iter().zip(&counts) {
-        until("both to go on", DEADLINE, async || (written(one) >= before + 100).then_some(())).await?;
+        until("both to go on", DEADLINE, async || (written(one) >= before + 100).then_some(()))
+            .await?;
     }
     for one in &mut writers {
         one.kill9().await?;
@@ -78,11 +90,14 @@ enum Loss {
     Silence,
 }
 
-/// Measures the time from the last success at the primary to the first success elsewhere, as seen by one client that
-/// reads and writes without a pause: median and worst.
+/// Measures the time from the last success at the primary to the first success elsewhere, as seen
+/// by one client that reads and writes without a pause: median and worst.
 async fn failover(loss: Loss) -> Result<()> {
     let rounds: usize = setting("VASTO_FAILOVERS", 3);
-    ensure!(loss != Loss::Silence || available(), "ports cannot be silenced here: it takes root, ip and iptables");
+    ensure!(
+        loss != Loss::Silence || available(),
+        "ports cannot be silenced here: it takes root, ip and iptables"
+    );
     // A node that is silent for its peers is reported.
     let mut cluster = Cluster::builder().nodes(3).start().await?;
     cluster.create("failover", 1, &["--replicas", "3"]).await?;
@@ -93,13 +108,15 @@ async fn failover(loss: Loss) -> Result<()> {
             let described = cluster.json(&["keyspace", "describe", "failover"]).await.ok()?;
             let replicas = described["placement"][0]["replicas"].as_array()?.clone();
             let tip = catalog.tip().ok()?;
-            let home = tip.placement[0].primary.is_none() && tip.placement[0].transferring_to.is_none();
+            let home =
+                tip.placement[0].primary.is_none() && tip.placement[0].transferring_to.is_none();
             (home && replicas.iter().all(|one| one["state"] == "serving")).then_some(())
         })
         .await?;
         // A client that has not bypassed any node yet.
         let keyspace = cluster.keyspace("failover").await?;
-        let primary = cluster.node_of(&catalog.tip()?.placement[0].primary().unwrap().node.to_string())?;
+        let primary =
+            cluster.node_of(&catalog.tip()?.placement[0].primary().unwrap().node.to_string())?;
         for n in 0..200 {
             keyspace.put("k", format!("{round}:{n}")).await?;
         }
@@ -126,12 +143,18 @@ async fn failover(loss: Loss) -> Result<()> {
             Loss::Stop => cluster.node_process(primary)?.signal(Signal::CONT),
             Loss::Silence => drop(silence),
         }
-        let stands =
-            until("the node to answer again", DEADLINE, async || keyspace.get("k").await.ok().flatten()).await?;
+        let stands = until("the node to answer again", DEADLINE, async || {
+            keyspace.get("k").await.ok().flatten()
+        })
+        .await?;
         ensure!(stands.bytes() == format!("{round}:elsewhere"), "round {round}: {stands:?}");
     }
     gaps.sort_unstable();
-    println!("{loss:?}: median {:?}, worst {:?} of {rounds}", gaps[gaps.len() / 2], gaps[gaps.len() - 1]);
+    println!(
+        "{loss:?}: median {:?}, worst {:?} of {rounds}",
+        gaps[gaps.len() / 2],
+        gaps[gaps.len() - 1]
+    );
     cluster.finish().await
 }
 

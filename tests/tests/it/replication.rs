@@ -52,13 +52,17 @@ async fn an_origin_that_dies_after_reaching_one_of_two_peers_has_reached_both() 
     cluster.finish().await
 }
 
-/// Truncates the logs of a node as a power loss could: records that no later record marks as synced.
+/// Truncates the logs of a node as a power loss could: records that no later record marks as
+/// synced.
 fn lose_power(node_dir: &Path) -> Result<usize> {
     let mut lost = 0;
     for replica in std::fs::read_dir(node_dir.join("replicas"))? {
         let log = replica?.path().join("log");
-        let mut files: Vec<PathBuf> = std::fs::read_dir(&log)?.filter_map(|entry| Some(entry.ok()?.path())).collect();
-        files.retain(|path| path.metadata().is_ok_and(|found| found.len() > FILE_HEADER_BYTES as u64));
+        let mut files: Vec<PathBuf> =
+            std::fs::read_dir(&log)?.filter_map(|entry| Some(entry.ok()?.path())).collect();
+        files.retain(|path| {
+            path.metadata().is_ok_and(|found| found.len() > FILE_HEADER_BYTES as u64)
+        });
         files.sort();
         let Some(last) = files.last() else { continue };
         let bytes = std::fs::read(last)?;
@@ -70,14 +74,16 @@ fn lose_power(node_dir: &Path) -> Result<usize> {
             at += length;
         }
         let Some((_, (_, synced))) = records.last() else { continue };
-        let keep = records.iter().find(|(_, (lsn, _))| lsn > synced).map_or(at, |(offset, _)| *offset);
+        let keep =
+            records.iter().find(|(_, (lsn, _))| lsn > synced).map_or(at, |(offset, _)| *offset);
         lost += records.iter().filter(|(offset, _)| *offset >= keep).count();
         std::fs::OpenOptions::new().write(true).open(last)?.set_len(keep as u64)?;
     }
     Ok(lost)
 }
 
-/// The primary loses records that it had only in memory, continues to write, and converges with the others.
+/// The primary loses records that it had only in memory, continues to write, and converges with the
+/// others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_power_loss_after_os_acknowledgements_then_writes_then_all_are_the_same() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(3).start().await?;
@@ -145,7 +151,9 @@ async fn a_delete_with_an_old_event_time_beside_puts_in_flight_hides_nothing_new
     let secondary = tip.placement[0].replicas[1].node.to_string();
     let address = format!("127.0.0.1:{}", cluster.port(cluster.node_of(&secondary)?));
     let mut direct = Direct::connect(&address, &tip, ShardId(0)).await?;
-    let Outcome::Applied { event_time: begun } = keyspace.put("k0", "v").await? else { bail!("the first put") };
+    let Outcome::Applied { event_time: begun } = keyspace.put("k0", "v").await? else {
+        bail!("the first put")
+    };
     for n in 0..200 {
         let key = format!("k{n}");
         let at = begun + 1 + n;
@@ -153,7 +161,8 @@ async fn a_delete_with_an_old_event_time_beside_puts_in_flight_hides_nothing_new
         let key_ref = Some(KeyRef { key: key.clone().into(), partition_hash: None });
         let op = Some(write_op::Op::Delete(Delete::default()));
         let op = WriteOp { key: key_ref, event_time: Some(at - 1), op };
-        let delete = direct.ask(Op::Write(WriteRequest { ops: vec![op], ..WriteRequest::default() }));
+        let delete =
+            direct.ask(Op::Write(WriteRequest { ops: vec![op], ..WriteRequest::default() }));
         let (put, delete) = tokio::join!(put, delete);
         put?;
         let delete = delete?;
@@ -176,8 +185,8 @@ async fn write_in_order(keyspace: Keyspace, client: usize, stop: Arc<AtomicBool>
     Ok(round)
 }
 
-/// The nodes' clocks differ by half a second, and leadership moves between the nodes and back: a client's last write
-/// is current, through whichever replica it was made.
+/// The nodes' clocks differ by half a second, and leadership moves between the nodes and back: a
+/// client's last write is current, through whichever replica it was made.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clocks_half_a_second_apart_lose_nothing() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(0).start().await?;
@@ -189,7 +198,11 @@ async fn clocks_half_a_second_apart_lose_nothing() -> Result<()> {
     let stop = Arc::new(AtomicBool::new(false));
     let mut writers = Vec::new();
     for client in 0..2 {
-        writers.push(tokio::spawn(write_in_order(cluster.keyspace("skew").await?, client, stop.clone())));
+        writers.push(tokio::spawn(write_in_order(
+            cluster.keyspace("skew").await?,
+            client,
+            stop.clone(),
+        )));
     }
     for node in [0, 1, 0, 1] {
         cluster.stop_node(node).await?;
@@ -200,7 +213,10 @@ async fn clocks_half_a_second_apart_lose_nothing() -> Result<()> {
         cluster.start_node(node, Port::Same).await?;
         until("the primaries to be at home", DEADLINE, async || {
             let tip = catalog.tip().ok()?;
-            tip.placement.iter().all(|shard| shard.primary.is_none() && shard.transferring_to.is_none()).then_some(())
+            tip.placement
+                .iter()
+                .all(|shard| shard.primary.is_none() && shard.transferring_to.is_none())
+                .then_some(())
         })
         .await?;
     }
@@ -211,8 +227,12 @@ async fn clocks_half_a_second_apart_lose_nothing() -> Result<()> {
         let last = writer.await??;
         println!("client {client} wrote {last} rounds");
         for n in 0..8 {
-            let stands = keyspace.get(format!("{client}:{n}")).await?.context("a key is missing")?;
-            ensure!(stands.bytes() == last.to_string().as_str(), "client {client}, key {n}: {stands:?}, not {last}");
+            let stands =
+                keyspace.get(format!("{client}:{n}")).await?.context("a key is missing")?;
+            ensure!(
+                stands.bytes() == last.to_string().as_str(),
+                "client {client}, key {n}: {stands:?}, not {last}"
+            );
         }
     }
     cluster.finish().await
@@ -247,8 +267,8 @@ async fn floors(cluster: &Cluster, name: &str) -> Result<Vec<u64>> {
     floors_on(cluster, name, &[0, 1, 2]).await
 }
 
-/// Hazard 21: while a replica is away for long, tombstones are kept; after its return deleted keys stay deleted, and
-/// only then are the tombstones forgotten.
+/// Hazard 21: while a replica is away for long, tombstones are kept; after its return deleted keys
+/// stay deleted, and only then are the tombstones forgotten.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn deletes_are_forgotten_only_when_every_replica_has_them() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(3).start().await?;
@@ -272,7 +292,10 @@ async fn deletes_are_forgotten_only_when_every_replica_has_them() -> Result<()> 
     let began = Instant::now();
     while began.elapsed() < Duration::from_secs(4) {
         let floors = floors_on(&cluster, "tombstones", &present).await?;
-        ensure!(floors.len() == 2 && floors.iter().all(|floor| *floor < first), "{floors:?}, {first}");
+        ensure!(
+            floors.len() == 2 && floors.iter().all(|floor| *floor < first),
+            "{floors:?}, {first}"
+        );
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     cluster.start_node(away, Port::Same).await?;
@@ -287,7 +310,10 @@ async fn deletes_are_forgotten_only_when_every_replica_has_them() -> Result<()> 
     for node in 0..3 {
         cluster.kill9_node(node).await?;
         cluster.start_node(node, Port::Same).await?;
-        ensure!(missing(&keyspace, "k", 100).await? == 100, "a deleted key came back after a restart");
+        ensure!(
+            missing(&keyspace, "k", 100).await? == 100,
+            "a deleted key came back after a restart"
+        );
     }
     // A keyspace becomes idle: no records are written once all tombstones are forgotten.
     let lsn = async || -> Result<String> {
@@ -314,8 +340,10 @@ async fn deletes_are_forgotten_only_when_every_replica_has_them() -> Result<()> 
 
 /// Tests a clock that is a day slow and a clock that is an hour fast, with deletes and collection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_clock_a_day_slow_and_one_an_hour_fast_converge_with_deletes_and_collection() -> Result<()> {
-    let mut cluster = Cluster::builder().nodes(0).allow("too far ahead of this node's clock").start().await?;
+async fn a_clock_a_day_slow_and_one_an_hour_fast_converge_with_deletes_and_collection() -> Result<()>
+{
+    let mut cluster =
+        Cluster::builder().nodes(0).allow("too far ahead of this node's clock").start().await?;
     for shift in ["-86400000", "0", "3600000"] {
         cluster.add_node_with(&format!("node.clock_shift_ms={shift}")).await?;
     }
@@ -333,10 +361,12 @@ async fn a_clock_a_day_slow_and_one_an_hour_fast_converge_with_deletes_and_colle
         put_all(&keyspace, "while", 100).await?;
         cluster.start_node(victim, Port::Same).await?;
         converged(&cluster, "clocks").await?;
-        // After a slow clock's turn a fast clock may have raised a floor already: not every shard's floor rises.
+        // After a slow clock's turn a fast clock may have raised a floor already: not every shard's
+        // floor rises.
         until("a floor to rise at all replicas", DEADLINE, async || {
             let floors = floors(&cluster, "clocks").await.ok()?;
-            let rose = floors.iter().zip(&before).map(|(now, before)| now > before).collect::<Vec<_>>();
+            let rose =
+                floors.iter().zip(&before).map(|(now, before)| now > before).collect::<Vec<_>>();
             rose.chunks(3).any(|shard| shard.iter().all(|rose| *rose)).then_some(())
         })
         .await?;
@@ -349,7 +379,8 @@ async fn a_clock_a_day_slow_and_one_an_hour_fast_converge_with_deletes_and_colle
     cluster.finish().await
 }
 
-/// The clock of an origin jumps a day between two writes: the second write wins, and all replicas agree.
+/// The clock of an origin jumps a day between two writes: the second write wins, and all replicas
+/// agree.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_origin_that_was_idle_for_a_day_goes_on() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(0).start().await?;
@@ -420,8 +451,12 @@ async fn a_write_that_the_network_held_back_hides_nothing_that_was_written_since
     let soon = direct.write_late(write("soon"), Duration::from_millis(10)).await?;
     ensure!(matches!(soon, reply::Result::Write(_)), "{soon:?}");
     keyspace.put("k", "since").await?;
-    let late = direct.write_late(write("late"), ATTEMPT_PATIENCE + Duration::from_millis(100)).await?;
-    ensure!(matches!(&late, reply::Result::Error(error) if error.code == ErrorCode::CatchingUp as u32), "{late:?}");
+    let late =
+        direct.write_late(write("late"), ATTEMPT_PATIENCE + Duration::from_millis(100)).await?;
+    ensure!(
+        matches!(&late, reply::Result::Error(error) if error.code == ErrorCode::CatchingUp as u32),
+        "{late:?}"
+    );
     ensure!(keyspace.get("k").await?.unwrap().bytes() == "since");
     cluster.finish().await
 }

@@ -10,7 +10,9 @@ use rustix::process::Signal;
 use serde_json::Value;
 use vasto_client::{Keyspace, ReadFrom};
 use vasto_tests::replicas::converged;
-use vasto_tests::{Cluster, DEADLINE, History, Load, LoadSpec, Port, missing, preload, put_all, until, verify};
+use vasto_tests::{
+    Cluster, DEADLINE, History, Load, LoadSpec, Port, missing, preload, put_all, until, verify,
+};
 
 /// Returns all rows of a keyspace: key to value, event time and expiry.
 async fn rows(keyspace: &Keyspace) -> Result<BTreeMap<Vec<u8>, (Vec<u8>, u64)>> {
@@ -27,15 +29,17 @@ async fn rows(keyspace: &Keyspace) -> Result<BTreeMap<Vec<u8>, (Vec<u8>, u64)>> 
 /// Maximum age of a report.
 const REPORT_AGE: Duration = Duration::from_millis(1_200);
 
-/// Waits until all records of the nodes are in the bucket: until reports are unchanged for longer than the age of a
-/// report.
+/// Waits until all records of the nodes are in the bucket: until reports are unchanged for longer
+/// than the age of a report.
 async fn shipped(cluster: &Cluster, name: &str) -> Result<()> {
     let mut since: Option<(Vec<Value>, Instant)> = None;
     until("everything to be shipped", DEADLINE, async || {
         let described = cluster.json(&["keyspace", "describe", name]).await.ok()?;
         let shards = described["placement"].as_array()?.clone();
-        let lsns: Vec<Value> = shards.iter().map(|shard| shard["replicas"][0]["lsn"].clone()).collect();
-        let done = |shard: &Value| shard["replicas"][0]["lsn"] == shard["replicas"][0]["shipped_lsn"];
+        let lsns: Vec<Value> =
+            shards.iter().map(|shard| shard["replicas"][0]["lsn"].clone()).collect();
+        let done =
+            |shard: &Value| shard["replicas"][0]["lsn"] == shard["replicas"][0]["shipped_lsn"];
         if !shards.iter().all(done) {
             since = None;
             return None;
@@ -62,7 +66,16 @@ async fn holder(cluster: &Cluster, name: &str, shard: usize) -> Result<usize> {
 }
 
 fn check_report(report: &Value) -> Result<()> {
-    for field in ["id", "kind", "keyspace", "from", "keys_moved", "bytes_moved", "bytes_from_bucket", "duration_ms"] {
+    for field in [
+        "id",
+        "kind",
+        "keyspace",
+        "from",
+        "keys_moved",
+        "bytes_moved",
+        "bytes_from_bucket",
+        "duration_ms",
+    ] {
         ensure!(!report[field].is_null(), "{field} is missing: {report}");
     }
     ensure!(report["state"] == "done", "{report}");
@@ -70,11 +83,13 @@ fn check_report(report: &Value) -> Result<()> {
     Ok(())
 }
 
-/// A node with the only replica is lost for good with its disk: everything that was shipped is recovered.
+/// A node with the only replica is lost for good with its disk: everything that was shipped is
+/// recovered.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dead_node_is_replaced_from_the_bucket_alone() -> Result<()> {
     for checkpoint in [true, false] {
-        let mut cluster = Cluster::builder().nodes(2).set("node.ship_interval=200ms").start().await?;
+        let mut cluster =
+            Cluster::builder().nodes(2).set("node.ship_interval=200ms").start().await?;
         cluster.create("alone", 2, &[]).await?;
         let keyspace = cluster.keyspace("alone").await?;
         put_all(&keyspace, "a", 5_000).await?;
@@ -94,15 +109,24 @@ async fn a_dead_node_is_replaced_from_the_bucket_alone() -> Result<()> {
         check_report(&report)?;
         ensure!(report["bytes_from_peers"] == 0 && report["replicas_left"] == 0, "{report}");
         let reached = report["reached"].as_array().context("nothing says what was reached")?;
-        ensure!(!reached.is_empty() && reached.iter().all(|one| one["lsn"].as_u64() > Some(1)), "{report}");
+        ensure!(
+            !reached.is_empty() && reached.iter().all(|one| one["lsn"].as_u64() > Some(1)),
+            "{report}"
+        );
         ensure!(rows(&keyspace).await? == before, "not everything that was shipped is back");
         keyspace.put("after", "the loss").await?;
-        // The lost node may return with unshipped writes: that warning stays until the loss is accepted.
+        // The lost node may return with unshipped writes: that warning stays until the loss is
+        // accepted.
         let status = cluster.json(&["cluster", "status"]).await?;
-        ensure!(status["warnings"].to_string().contains("may hold writes that nobody else has"), "{status}");
+        ensure!(
+            status["warnings"].to_string().contains("may hold writes that nobody else has"),
+            "{status}"
+        );
         let tip = cluster.catalog("alone").await?.tip()?;
         let gone = tip.draining[0].replica.to_string();
-        cluster.json(&["keyspace", "evict", "alone", "--replica", &gone, "--accept-loss", "--yes"]).await?;
+        cluster
+            .json(&["keyspace", "evict", "alone", "--replica", &gone, "--accept-loss", "--yes"])
+            .await?;
         // The replacement is complete: it can be lost too.
         shipped(&cluster, "alone").await?;
         let next = cluster.add_node().await?;
@@ -110,7 +134,8 @@ async fn a_dead_node_is_replaced_from_the_bucket_alone() -> Result<()> {
         let before = rows(&keyspace).await?;
         cluster.kill9_node(1 - lost).await?;
         std::fs::remove_dir_all(cluster.node_dir(1 - lost))?;
-        let report = cluster.json(&["node", "replace", &second, "--with", &node_id(&cluster, next)]).await?;
+        let report =
+            cluster.json(&["node", "replace", &second, "--with", &node_id(&cluster, next)]).await?;
         check_report(&report)?;
         ensure!(rows(&keyspace).await? == before, "not everything survived the second loss");
         cluster.finish().await?;
@@ -118,7 +143,8 @@ async fn a_dead_node_is_replaced_from_the_bucket_alone() -> Result<()> {
     Ok(())
 }
 
-/// Records that were not shipped when their node was replaced are not lost: the node is drained when it returns.
+/// Records that were not shipped when their node was replaced are not lost: the node is drained
+/// when it returns.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replaced_node_that_returns_is_drained_of_what_was_never_shipped() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(2).set("node.ship_interval=1h").start().await?;
@@ -140,8 +166,10 @@ async fn a_replaced_node_that_returns_is_drained_of_what_was_never_shipped() -> 
     .await?;
     ensure!(keyspace.get("tail7").await?.unwrap().bytes() == "newer");
     let catalog = cluster.catalog("tail").await?;
-    until("the drained replica to go", DEADLINE, async || catalog.tip().ok()?.draining.is_empty().then_some(()))
-        .await?;
+    until("the drained replica to go", DEADLINE, async || {
+        catalog.tip().ok()?.draining.is_empty().then_some(())
+    })
+    .await?;
     cluster.finish().await
 }
 
@@ -187,17 +215,29 @@ async fn the_emptying_of_a_node_is_listed_and_can_be_cancelled() -> Result<()> {
     let operation = started["id"].as_str().context("no id")?.to_owned();
     let listed = async |state: &str| -> Result<bool> {
         let all = cluster.json(&["operation", "list"]).await?;
-        let found = all.as_array().context("no list")?.iter().filter(|one| one["id"] == operation.as_str());
+        let found =
+            all.as_array().context("no list")?.iter().filter(|one| one["id"] == operation.as_str());
         Ok(found.map(|one| &one["state"]).collect::<Vec<_>>() == [state])
     };
     ensure!(listed("running").await?);
     let cancelled = cluster.json(&["operation", "cancel", &operation]).await?;
     ensure!(cancelled["state"] == "aborted" && cancelled["replicas_left"] == 0, "{cancelled}");
-    ensure!(cluster.json(&["operation", "show", &operation]).await?["state"] == "aborted" && listed("aborted").await?);
-    cluster.vasto(&["operation", "cancel", &operation]).await?.refused(1, &["has ended already"])?;
+    ensure!(
+        cluster.json(&["operation", "show", &operation]).await?["state"] == "aborted"
+            && listed("aborted").await?
+    );
+    cluster
+        .vasto(&["operation", "cancel", &operation])
+        .await?
+        .refused(1, &["has ended already"])?;
     cluster.node_process(1 - full)?.signal(Signal::CONT);
     let tip = cluster.catalog("stays").await?.tip()?;
-    ensure!(tip.plan.is_none() && tip.draining_nodes.is_empty() && !tip.members_on(id.parse()?).is_empty(), "{tip:?}");
+    ensure!(
+        tip.plan.is_none()
+            && tip.draining_nodes.is_empty()
+            && !tip.members_on(id.parse()?).is_empty(),
+        "{tip:?}"
+    );
     // Invented ids are unknown, whatever their number.
     for number in ["1", "99999999999999999"] {
         let invented = format!("node-{id}-{number}");
@@ -215,7 +255,8 @@ async fn the_emptying_of_a_node_is_listed_and_can_be_cancelled() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_is_away_for_long_is_replaced_without_being_asked() -> Result<()> {
-    let mut cluster = Cluster::builder().nodes(3).env("VASTO_MASTER__REPLACE_AFTER", "2s").start().await?;
+    let mut cluster =
+        Cluster::builder().nodes(3).env("VASTO_MASTER__REPLACE_AFTER", "2s").start().await?;
     cluster.create("auto", 1, &["--replicas", "2"]).await?;
     let keyspace = cluster.keyspace("auto").await?;
     put_all(&keyspace, "k", 1_000).await?;
@@ -227,8 +268,10 @@ async fn a_node_that_is_away_for_long_is_replaced_without_being_asked() -> Resul
     until("a copy elsewhere", DEADLINE, async || {
         let tip = catalog.tip().ok()?;
         let placed = &tip.placement[0].replicas;
-        (placed.len() == 2 && tip.plan.is_none() && placed.iter().all(|one| one.node != before.replicas[0].node))
-            .then_some(())
+        (placed.len() == 2
+            && tip.plan.is_none()
+            && placed.iter().all(|one| one.node != before.replicas[0].node))
+        .then_some(())
     })
     .await?;
     ensure!(missing(&keyspace, "k", 1_000).await? == 0);
@@ -241,8 +284,8 @@ async fn a_node_that_is_away_for_long_is_replaced_without_being_asked() -> Resul
     cluster.finish().await
 }
 
-/// Every node and its disk is lost; the bucket alone restores the keyspace, both its last state and that before
-/// crashes, a change of the shipping replica, a resize and a bad delete.
+/// Every node and its disk is lost; the bucket alone restores the keyspace, both its last state and
+/// that before crashes, a change of the shipping replica, a resize and a bad delete.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_keyspace_is_restored_after_every_node_is_lost() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(3).set("node.ship_interval=200ms").start().await?;
@@ -262,7 +305,8 @@ async fn a_keyspace_is_restored_after_every_node_is_lost() -> Result<()> {
     for node in 0..3 {
         cluster.kill9_node(node).await?;
         cluster.start_node(node, Port::Same).await?;
-        until("the replicas to serve", DEADLINE, async || keyspace.get("a1").await.ok().flatten()).await?;
+        until("the replicas to serve", DEADLINE, async || keyspace.get("a1").await.ok().flatten())
+            .await?;
         put_all(&keyspace, &format!("after{node}"), 200).await?;
     }
     let tip = cluster.catalog("source").await?.tip()?;
@@ -293,20 +337,26 @@ async fn a_keyspace_is_restored_after_every_node_is_lost() -> Result<()> {
     for _ in 0..2 {
         cluster.add_node().await?;
     }
-    let report = cluster.json(&["keyspace", "restore", "source", "--into", "then", "--at", &at]).await?;
+    let report =
+        cluster.json(&["keyspace", "restore", "source", "--into", "then", "--at", &at]).await?;
     check_report(&report)?;
-    ensure!(report["kind"] == "restore" && report["bytes_from_bucket"].as_u64() > Some(0), "{report}");
+    ensure!(
+        report["kind"] == "restore" && report["bytes_from_bucket"].as_u64() > Some(0),
+        "{report}"
+    );
     same(&rows(&cluster.keyspace("then").await?).await?, &then, "then")?;
     check_report(&cluster.json(&["keyspace", "restore", "source", "--into", "last"]).await?)?;
     let restored = cluster.keyspace("last").await?;
     same(&rows(&restored).await?, &last, "last")?;
     ensure!(restored.add_i64("n", 1).await? == 43);
-    // A restored keyspace is a keyspace like any other: it gets its second replicas, grows, and can be lost.
+    // A restored keyspace is a keyspace like any other: it gets its second replicas, grows, and can
+    // be lost.
     cluster.settled("last").await?;
     let catalog = cluster.catalog("last").await?;
     until("the second replicas", DEADLINE, async || {
         let tip = catalog.tip().ok()?;
-        (tip.plan.is_none() && tip.placement.iter().all(|shard| shard.replicas.len() == 2)).then_some(())
+        (tip.plan.is_none() && tip.placement.iter().all(|shard| shard.replicas.len() == 2))
+            .then_some(())
     })
     .await?;
     converged(&cluster, "last").await?;
@@ -336,7 +386,12 @@ fn same(
         .iter()
         .filter(|(key, value)| found.get(*key) != Some(value))
         .map(|(key, value)| format!("{}: {:?} instead of {value:?}", text(key), found.get(key)))
-        .chain(found.keys().filter(|key| !wanted.contains_key(*key)).map(|key| format!("{} is too much", text(key))))
+        .chain(
+            found
+                .keys()
+                .filter(|key| !wanted.contains_key(*key))
+                .map(|key| format!("{} is too much", text(key))),
+        )
         .collect();
     let shown: Vec<&String> = wrong.iter().take(10).collect();
     ensure!(wrong.is_empty(), "{what}: {} rows are wrong: {shown:?}", wrong.len());
@@ -344,8 +399,9 @@ fn same(
     Ok(())
 }
 
-/// A node is away, and no write acknowledged since is in the bucket yet: a restore contains all of them, or names the
-/// node whose writes it cannot contain. So does a restore of a keyspace that was just deleted.
+/// A node is away, and no write acknowledged since is in the bucket yet: a restore contains all of
+/// them, or names the node whose writes it cannot contain. So does a restore of a keyspace that was
+/// just deleted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restore_while_a_node_is_away_holds_what_was_acknowledged_or_is_refused() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(3).set("node.ship_interval=1h").start().await?;
@@ -358,7 +414,10 @@ async fn a_restore_while_a_node_is_away_holds_what_was_acknowledged_or_is_refuse
     let lost = holder(&cluster, "two", 0).await?;
     let id = node_id(&cluster, lost);
     let tip = cluster.catalog("alone").await?.tip()?;
-    let shards = tip.placement.iter().filter(|shard| shard.replicas.iter().any(|one| one.node.to_string() == id));
+    let shards = tip
+        .placement
+        .iter()
+        .filter(|shard| shard.replicas.iter().any(|one| one.node.to_string() == id));
     let shards: Vec<String> = shards.map(|shard| format!("shard {}", shard.shard)).collect();
     ensure!(!shards.is_empty(), "the node holds nothing of the keyspace without copies: {tip:?}");
     cluster.kill9_node(lost).await?;
@@ -371,13 +430,18 @@ async fn a_restore_while_a_node_is_away_holds_what_was_acknowledged_or_is_refuse
     ensure!(missing(&clone, "a", 200).await? == 0 && missing(&clone, "b", 200).await? == 0);
     ensure!(clone.get("k").await?.is_some());
     let ran = cluster.vasto(&["keyspace", "restore", "two", "--into", "named"]).await?;
-    ensure!(ran.code == 0 && ran.stderr.contains(&id), "the node that is away is not named: {ran:?}");
+    ensure!(
+        ran.code == 0 && ran.stderr.contains(&id),
+        "the node that is away is not named: {ran:?}"
+    );
     // No other node has the writes of the lost node.
     let ran = cluster.vasto(&["keyspace", "restore", "alone", "--into", "part"]).await?;
     let mut texts: Vec<&str> = shards.iter().map(String::as_str).collect();
     texts.extend([id.as_str(), "--from-bucket"]);
     ran.refused(1, &texts)?;
-    check_report(&cluster.json(&["keyspace", "restore", "alone", "--into", "part", "--from-bucket"]).await?)?;
+    check_report(
+        &cluster.json(&["keyspace", "restore", "alone", "--into", "part", "--from-bucket"]).await?,
+    )?;
     cluster.json(&["keyspace", "checkpoint", "two"]).await?;
     put_all(&two, "c", 200).await?;
     cluster.json(&["keyspace", "delete", "two", "--yes"]).await?;
@@ -399,8 +463,16 @@ async fn what_cannot_be_restored_or_replaced_is_said_and_changes_nothing() -> Re
         (&["keyspace", "restore", "nothing", "--into", "x"], 1, &["no keyspace `nothing`", "one"]),
         (&["keyspace", "restore", "one", "--into", "two"], 1, &["two exists"]),
         (&["keyspace", "restore", "one", "--into", "No!"], 2, &["is not a keyspace name"]),
-        (&["keyspace", "restore", "one", "--into", "x", "--at", "2999-01-01T00:00:00Z"], 2, &["in the future"]),
-        (&["keyspace", "restore", "one", "--into", "x", "--at", "1999-01-01T00:00:00Z"], 1, &["did not exist"]),
+        (
+            &["keyspace", "restore", "one", "--into", "x", "--at", "2999-01-01T00:00:00Z"],
+            2,
+            &["in the future"],
+        ),
+        (
+            &["keyspace", "restore", "one", "--into", "x", "--at", "1999-01-01T00:00:00Z"],
+            1,
+            &["did not exist"],
+        ),
         (&["keyspace", "restore", "one", "--into", "x", "--at", "yesterday"], 2, &["--at"]),
         (&["node", "drain", &id], 1, &["no other live node has room", "vasto serve node"]),
         (&["node", "replace", "n-zzz"], 2, &["not a node id", "vasto node list"]),
@@ -429,7 +501,13 @@ async fn what_the_bucket_has_acknowledged_survives_the_loss_of_the_only_node() -
     let mut cluster = Cluster::builder().nodes(2).set("node.ship_interval=1h").start().await?;
     cluster.create("sure", 2, &["--ack", "bucket"]).await?;
     let history = Arc::new(History::default());
-    let load = Load::start(&cluster.master(), "sure", &history, LoadSpec { readers: 0, ..LoadSpec::default() }).await?;
+    let load = Load::start(
+        &cluster.master(),
+        "sure",
+        &history,
+        LoadSpec { readers: 0, ..LoadSpec::default() },
+    )
+    .await?;
     for _ in 0..2 {
         load.goes_on(100).await?;
         let lost = holder(&cluster, "sure", 0).await?;
@@ -470,13 +548,25 @@ async fn the_bucket_is_clean_and_garbage_goes() -> Result<()> {
     shipped(&cluster, "clean").await?;
     let before = rows(&keyspace).await?;
     let checked = cluster.json(&["bucket", "fsck", "--deep"]).await?;
-    ensure!(checked["missing"] == serde_json::json!([]) && checked["corrupt"] == serde_json::json!([]), "{checked}");
+    ensure!(
+        checked["missing"] == serde_json::json!([]) && checked["corrupt"] == serde_json::json!([]),
+        "{checked}"
+    );
     let planned = cluster.json(&["bucket", "gc", "--dry-run"]).await?;
     let done = cluster.json(&["bucket", "gc"]).await?;
-    println!("before: {} objects; collected {} of {} bytes", checked["objects"], done["deleted"], done["bytes"]);
-    ensure!(planned["deleted"] == done["deleted"] && done["deleted"].as_u64() > Some(4), "{planned} {done}");
+    println!(
+        "before: {} objects; collected {} of {} bytes",
+        checked["objects"], done["deleted"], done["bytes"]
+    );
+    ensure!(
+        planned["deleted"] == done["deleted"] && done["deleted"].as_u64() > Some(4),
+        "{planned} {done}"
+    );
     let checked = cluster.json(&["bucket", "fsck", "--deep"]).await?;
-    ensure!(checked["missing"] == serde_json::json!([]) && checked["corrupt"] == serde_json::json!([]), "{checked}");
+    ensure!(
+        checked["missing"] == serde_json::json!([]) && checked["corrupt"] == serde_json::json!([]),
+        "{checked}"
+    );
     check_report(&cluster.json(&["keyspace", "restore", "clean", "--into", "copy"]).await?)?;
     same(&rows(&cluster.keyspace("copy").await?).await?, &before, "after a collection")?;
     // Damage is found, named, and reported with an exit code.

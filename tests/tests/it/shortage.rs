@@ -1,5 +1,5 @@
-//! Temporary shortages: a full disk, silent peers, readers that do not read. Clients receive an error that names the
-//! shortage, and no process has to be restarted.
+//! Temporary shortages: a full disk, silent peers, readers that do not read. Clients receive an
+//! error that names the shortage, and no process has to be restarted.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -22,9 +22,14 @@ impl SmallDisk {
     fn mount(dir: &Path, mib: u64) -> Result<Self> {
         std::fs::create_dir_all(dir)?;
         let size = format!("size={mib}m,nr_inodes=10000");
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(dir).output()?;
+        let mounted =
+            Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(dir).output()?;
         let why = String::from_utf8_lossy(&mounted.stderr);
-        ensure!(mounted.status.success(), "no small file system can be mounted here, which takes root: {}", why.trim());
+        ensure!(
+            mounted.status.success(),
+            "no small file system can be mounted here, which takes root: {}",
+            why.trim()
+        );
         Ok(Self(dir.to_owned()))
     }
 
@@ -102,7 +107,8 @@ async fn a_full_disk_is_told_and_passes_by_itself() -> Result<()> {
     ensure!(ready(admin).await);
 
     disk.fill(4 << 20)?;
-    until("writes to be refused", async || put(&keyspace, "k").await == Some(ErrorKind::NoSpace)).await?;
+    until("writes to be refused", async || put(&keyspace, "k").await == Some(ErrorKind::NoSpace))
+        .await?;
     let told = keyspace.put("k", "v").await.unwrap_err();
     ensure!(told.message().contains("no space left"), "{told}");
     ensure!(keyspace.get("before").await?.is_some(), "reads go on");
@@ -131,7 +137,8 @@ async fn silent_connections_do_not_use_a_node_up() -> Result<()> {
         silent.push(TcpStream::connect(("127.0.0.1", port)).await?);
     }
     keyspace.put("k", "w").await?;
-    until("silent connections to be closed", async || open().is_ok_and(|now| now < before + 30)).await?;
+    until("silent connections to be closed", async || open().is_ok_and(|now| now < before + 30))
+        .await?;
     drop(silent);
     cluster.finish().await
 }
@@ -152,16 +159,24 @@ async fn readers_that_read_nothing_share_one_budget_and_are_ended() -> Result<()
     let keyspace = cluster.keyspace("ks").await?;
     keyspace.put("large", vec![7; 4 << 20]).await?;
     let described = cluster.json(&["keyspace", "describe", "ks"]).await?;
-    let number = |name: &str| described[name].as_u64().with_context(|| format!("no {name} in {described}"));
+    let number =
+        |name: &str| described[name].as_u64().with_context(|| format!("no {name} in {described}"));
     let (keyspace_id, epoch) = (number("keyspace_id")?, number("epoch")?);
     let pid = cluster.node_process(0)?.pid();
     let before = resident(pid)?;
     let mut ignored = Vec::new();
     for _ in 0..40 {
-        let mut client = DataClient::connect(format!("http://127.0.0.1:{}", cluster.port(0))).await?;
+        let mut client =
+            DataClient::connect(format!("http://127.0.0.1:{}", cluster.port(0))).await?;
         let keys = vec![v1::KeyRef { key: "large".into(), partition_hash: None }];
         let get = Op::Get(v1::GetRequest { keys });
-        let request = |id| v1::Request { id, keyspace_id, epoch, op: Some(get.clone()), ..v1::Request::default() };
+        let request = |id| v1::Request {
+            id,
+            keyspace_id,
+            epoch,
+            op: Some(get.clone()),
+            ..v1::Request::default()
+        };
         let frame = v1::RequestFrame { requests: (1..=16).map(request).collect(), sent_us: 0 };
         let frames = futures::stream::iter([frame]).chain(futures::stream::pending());
         ignored.push(client.stream(frames).await?);

@@ -12,7 +12,9 @@ use parking_lot::Mutex;
 use tokio::task::JoinSet;
 use vasto_client::{ErrorKind, Keyspace};
 use vasto_tests::replicas::converged;
-use vasto_tests::{CatalogDir, Cluster, DEADLINE, History, Load, LoadSpec, Numbers, Port, setting, until, verify};
+use vasto_tests::{
+    CatalogDir, Cluster, DEADLINE, History, Load, LoadSpec, Numbers, Port, setting, until, verify,
+};
 
 /// Increments of one counter: acknowledged, and of unknown outcome.
 #[derive(Debug, Clone, Copy, Default)]
@@ -64,10 +66,14 @@ impl Counters {
 }
 
 /// Returns `(acknowledged, unknown, lost, too many)` over all counters.
-async fn compare(keyspace: &Keyspace, counted: &BTreeMap<String, Counted>) -> Result<(i64, i64, i64, i64)> {
+async fn compare(
+    keyspace: &Keyspace,
+    counted: &BTreeMap<String, Counted>,
+) -> Result<(i64, i64, i64, i64)> {
     let mut sums = (0, 0, 0, 0);
     for (key, one) in counted {
-        let stands = keyspace.get(key.as_str()).await?.and_then(|value| value.as_i64()).unwrap_or(0);
+        let stands =
+            keyspace.get(key.as_str()).await?.and_then(|value| value.as_i64()).unwrap_or(0);
         sums.0 += one.acked;
         sums.1 += one.unknown;
         sums.2 += (one.acked - stands).max(0);
@@ -80,7 +86,10 @@ async fn primaries_are_home(cluster: &Cluster, name: &str) -> Result<()> {
     let catalog = cluster.catalog(name).await?;
     until("the primaries to be at home", DEADLINE, async || {
         let tip = catalog.tip().ok()?;
-        tip.placement.iter().all(|shard| shard.primary.is_none() && shard.transferring_to.is_none()).then_some(())
+        tip.placement
+            .iter()
+            .all(|shard| shard.primary.is_none() && shard.transferring_to.is_none())
+            .then_some(())
     })
     .await
 }
@@ -111,7 +120,8 @@ async fn storm(ack: &str, replicas: &str) -> Result<()> {
             }
         }
         cluster.start_node(node, if kill % 2 == 0 { Port::Same } else { Port::New }).await?;
-        // One failure at a time: the other replicas must have all writes that this replica alone has acknowledged.
+        // One failure at a time: the other replicas must have all writes that this replica alone
+        // has acknowledged.
         converged_in_role(&cluster, "storm").await?;
         converged_in_role(&cluster, "counts").await?;
     }
@@ -122,7 +132,8 @@ async fn storm(ack: &str, replicas: &str) -> Result<()> {
     converged(&cluster, "storm").await?;
     primaries_are_home(&cluster, "counts").await?;
     converged(&cluster, "counts").await?;
-    let (acked, unknown, lost, over) = compare(&cluster.keyspace("counts").await?, &counted).await?;
+    let (acked, unknown, lost, over) =
+        compare(&cluster.keyspace("counts").await?, &counted).await?;
     println!(
         "{ack}, {replicas} replicas: {acked} increments acknowledged, {unknown} unknown, {lost} lost, {over} too many"
     );
@@ -133,8 +144,8 @@ async fn storm(ack: &str, replicas: &str) -> Result<()> {
     cluster.finish().await
 }
 
-/// Waits until every replica serves, has little lag, and has every record that any replica of its shard had when all
-/// served: the logs hold the same records, in any order.
+/// Waits until every replica serves, has little lag, and has every record that any replica of its
+/// shard had when all served: the logs hold the same records, in any order.
 async fn converged_in_role(cluster: &Cluster, name: &str) -> Result<()> {
     let mut needed: Option<Vec<u64>> = None;
     until("all replicas to have caught up", DEADLINE, async || {
@@ -152,7 +163,10 @@ async fn converged_in_role(cluster: &Cluster, name: &str) -> Result<()> {
         }
         let last = |shard: &Vec<u64>| shard.iter().copied().max().unwrap_or(0);
         let needed = needed.get_or_insert_with(|| lsns.iter().map(last).collect());
-        lsns.iter().zip(needed).all(|(shard, needed)| shard.iter().all(|lsn| lsn >= needed)).then_some(())
+        lsns.iter()
+            .zip(needed)
+            .all(|(shard, needed)| shard.iter().all(|lsn| lsn >= needed))
+            .then_some(())
     })
     .await
 }
@@ -207,7 +221,8 @@ async fn counters_are_exact_through_restarts_and_planned_hand_overs() -> Result<
     cluster.finish().await
 }
 
-/// The same with `fsync`: before a primary stops, or is evicted, another replica has its increments.
+/// The same with `fsync`: before a primary stops, or is evicted, another replica has its
+/// increments.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn counters_are_exact_with_fsync_when_primaries_stop_and_leave() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(3).start().await?;

@@ -1,5 +1,5 @@
-//! Acknowledged writes stay visible under timing faults without crashes: overload, a disk that hangs, a network that
-//! is cut and heals, planned stops.
+//! Acknowledged writes stay visible under timing faults without crashes: overload, a disk that
+//! hangs, a network that is cut and heals, planned stops.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,7 +23,9 @@ impl Net {
     async fn start(zones: [&str; 3], replicas: u32) -> Result<Self> {
         let hosts = Hosts::start(&zones).await?;
         let replicas = replicas.to_string();
-        hosts.vasto(&["keyspace", "create", "split", "--shards", "1", "--replicas", &replicas]).await?;
+        hosts
+            .vasto(&["keyspace", "create", "split", "--shards", "1", "--replicas", &replicas])
+            .await?;
         Ok(Self { catalog: hosts.catalog(), hosts })
     }
 
@@ -34,14 +36,19 @@ impl Net {
     /// Returns the hosts in the order of preference, the primary first.
     fn preferred(&self) -> Result<Vec<usize>> {
         let tip = self.catalog.tip()?;
-        tip.placement[0].primary_first().iter().map(|one| self.hosts.host_of(&one.node.to_string())).collect()
+        tip.placement[0]
+            .primary_first()
+            .iter()
+            .map(|one| self.hosts.host_of(&one.node.to_string()))
+            .collect()
     }
 
     /// Waits until the preferred primary is primary and all replicas serve.
     async fn home(&self) -> Result<()> {
         until("home and all serving", DEADLINE, async || {
             let tip = self.catalog.tip().ok()?;
-            let home = tip.placement[0].primary.is_none() && tip.placement[0].transferring_to.is_none();
+            let home =
+                tip.placement[0].primary.is_none() && tip.placement[0].transferring_to.is_none();
             let described = self.hosts.vasto(&["keyspace", "describe", "split"]).await.ok()?;
             let replicas = described["placement"][0]["replicas"].as_array()?.clone();
             (home && replicas.iter().all(|one| one["state"] == "serving")).then_some(())
@@ -76,13 +83,16 @@ async fn a_primary_that_was_isolated_serves_what_was_acknowledged_meanwhile() ->
             reads += 1;
             stale += u32::from(text(keyspace.get("k").await?) != format!("{round}:v2"));
         }
-        println!("cut for {cut_ms} ms: acknowledged after {acknowledged:?}; {stale} of {reads} reads were stale");
+        println!(
+            "cut for {cut_ms} ms: acknowledged after {acknowledged:?}; {stale} of {reads} reads were stale"
+        );
         ensure!(stale == 0, "{stale} of {reads} reads did not see an acknowledged write");
     }
     net.hosts.end().await
 }
 
-/// Conditional writes and counters build on writes that were acknowledged while the primary was cut off.
+/// Conditional writes and counters build on writes that were acknowledged while the primary was cut
+/// off.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn conditions_hold_on_what_was_acknowledged_while_the_primary_was_isolated() -> Result<()> {
     let net = Net::start(["z"; 3], 3).await?;
@@ -102,19 +112,22 @@ async fn conditions_hold_on_what_was_acknowledged_while_the_primary_was_isolated
         net.hosts.network.heal(primary)?;
         let swapped = keyspace.put(k.as_str(), "v3").if_version(v1.version).ack(Ack::Replica).await;
         let counted = keyspace.add_i64(c.as_str(), 1).ack(Ack::Replica).await;
-        println!("cut for {cut_ms} ms: if_version of what was replaced {swapped:?}, an increment {counted:?}");
+        println!(
+            "cut for {cut_ms} ms: if_version of what was replaced {swapped:?}, an increment {counted:?}"
+        );
         ensure!(!matches!(swapped, Ok(Outcome::Applied { .. })), "{swapped:?}");
         ensure!(counted.as_ref().is_ok_and(|sum| *sum == 1) || counted.is_err(), "{counted:?}");
         net.home().await?;
-        let (k_now, c_now) = (text(keyspace.get(k.as_str()).await?), text(keyspace.get(c.as_str()).await?));
+        let (k_now, c_now) =
+            (text(keyspace.get(k.as_str()).await?), text(keyspace.get(c.as_str()).await?));
         ensure!(k_now == "v2", "an acknowledged write was undone: {k_now}");
         ensure!(c_now == "1" || c_now == "(none)", "an acknowledged delete was undone: {c_now}");
     }
     net.hosts.end().await
 }
 
-/// The next replica in the placement order was cut off while the others accepted writes; the primary dies as the cut
-/// heals.
+/// The next replica in the placement order was cut off while the others accepted writes; the
+/// primary dies as the cut heals.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_successor_of_a_dead_primary_holds_what_two_replicas_acknowledged() -> Result<()> {
     let net = Net::start(["z"; 3], 3).await?;
@@ -141,15 +154,17 @@ async fn the_successor_of_a_dead_primary_holds_what_two_replicas_acknowledged() 
         stale += u32::from(text(keyspace.get("k").await?) != "v2");
     }
     let count = text(keyspace.get("c").await?);
-    println!("{stale} of {reads} reads were stale; the eleventh increment {counted:?}, c = {count}");
+    println!(
+        "{stale} of {reads} reads were stale; the eleventh increment {counted:?}, c = {count}"
+    );
     ensure!(stale == 0, "{stale} of {reads} reads did not see what two replicas had acknowledged");
     let unknown = counted.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unknown);
     ensure!(count == "11" || (unknown && count == "10"), "{counted:?}, c = {count}");
     net.hosts.end().await
 }
 
-/// Both zones are cut off from each other and written through `WriteTo::Zone`; afterwards the later event time wins
-/// everywhere.
+/// Both zones are cut off from each other and written through `WriteTo::Zone`; afterwards the later
+/// event time wins everywhere.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_zones_that_are_written_by_choice_converge_on_the_later_event_time() -> Result<()> {
     let net = Net::start(["eu", "us", "us"], 3).await?;
@@ -176,12 +191,16 @@ async fn two_zones_that_are_written_by_choice_converge_on_the_later_event_time()
             _ => late.delete(key.as_str()).event_time(stamp + 2_000).await?,
         };
         early.put(key.as_str(), "early").event_time(stamp + 1_000).await?;
-        ensure!(text(early.get(key.as_str()).await?) == "early", "{key}: a zone reads what it wrote");
+        ensure!(
+            text(early.get(key.as_str()).await?) == "early",
+            "{key}: a zone reads what it wrote"
+        );
     }
     for host in 0..3 {
         net.hosts.network.heal(host)?;
     }
-    let keys = converged_by(&net.catalog, async || net.hosts.vasto(&["cluster", "status"]).await).await?;
+    let keys =
+        converged_by(&net.catalog, async || net.hosts.vasto(&["cluster", "status"]).await).await?;
     println!("{keys} keys are the same on all replicas");
     for n in 0..20u64 {
         let expected = if n % 4 < 2 { "late" } else { "(none)" };
@@ -199,9 +218,11 @@ async fn planned_stops_hide_no_acknowledged_write() -> Result<()> {
     let mut cluster = Cluster::builder().nodes(2).start().await?;
     cluster.create("ks", 1, &["--replicas", "2"]).await?;
     let keyspace = cluster.keyspace("ks").await?;
-    let (stop, rounds, stale) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)), Arc::default());
+    let (stop, rounds, stale) =
+        (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)), Arc::default());
     let writer = {
-        let (stop, rounds, stale): (_, _, Arc<AtomicU64>) = (stop.clone(), rounds.clone(), Arc::clone(&stale));
+        let (stop, rounds, stale): (_, _, Arc<AtomicU64>) =
+            (stop.clone(), rounds.clone(), Arc::clone(&stale));
         tokio::spawn(async move {
             while !stop.load(Ordering::Relaxed) {
                 let n = rounds.fetch_add(1, Ordering::Relaxed);
@@ -220,8 +241,10 @@ async fn planned_stops_hide_no_acknowledged_write() -> Result<()> {
         for node in 0..2 {
             cluster.stop_node(node).await?;
             let before = rounds.load(Ordering::Relaxed);
-            until("writes without it", DEADLINE, async || (rounds.load(Ordering::Relaxed) > before + 50).then_some(()))
-                .await?;
+            until("writes without it", DEADLINE, async || {
+                (rounds.load(Ordering::Relaxed) > before + 50).then_some(())
+            })
+            .await?;
             cluster.start_node(node, Port::Same).await?;
             cluster.settled("ks").await?;
         }
@@ -234,8 +257,8 @@ async fn planned_stops_hide_no_acknowledged_write() -> Result<()> {
     cluster.finish().await
 }
 
-/// Two replicas under far more load than the machine can serve: one foreground client reads its own writes, and its
-/// conditions and counters build on these.
+/// Two replicas under far more load than the machine can serve: one foreground client reads its own
+/// writes, and its conditions and counters build on these.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn overload_hides_no_acknowledged_write() -> Result<()> {
     let cluster = Cluster::builder().nodes(2).allow("").start().await?;
@@ -247,12 +270,15 @@ async fn overload_hides_no_acknowledged_write() -> Result<()> {
         for client in 0..128u64 {
             let (keyspace, stop) = (keyspace.clone(), stop.clone());
             load.push(tokio::spawn(async move {
-                let value: Vec<u8> =
-                    (0..65_536u64).map(|n| ((n * (client * 7 + 13)) >> 3) as u8 ^ (n >> 5) as u8).collect();
+                let value: Vec<u8> = (0..65_536u64)
+                    .map(|n| ((n * (client * 7 + 13)) >> 3) as u8 ^ (n >> 5) as u8)
+                    .collect();
                 let mut n = 0u64;
                 while !stop.load(Ordering::Relaxed) {
                     n += 1;
-                    let _ = keyspace.put(format!("load{handle}:{client}:{}", n % 20), value.clone()).await;
+                    let _ = keyspace
+                        .put(format!("load{handle}:{client}:{}", n % 20), value.clone())
+                        .await;
                 }
             }));
         }
@@ -262,7 +288,9 @@ async fn overload_hides_no_acknowledged_write() -> Result<()> {
     let (mut rounds, mut wrong) = (0, Vec::new());
     while began.elapsed() < Duration::from_secs(15) {
         let (k, c) = (format!("k{rounds}"), format!("c{rounds}"));
-        if keyspace.put(k.as_str(), "v1").await.is_err() || keyspace.add_i64(c.as_str(), 5).await.is_err() {
+        if keyspace.put(k.as_str(), "v1").await.is_err()
+            || keyspace.add_i64(c.as_str(), 5).await.is_err()
+        {
             continue;
         }
         let Ok(v1) = keyspace.get(k.as_str()).await else { continue };
@@ -272,10 +300,18 @@ async fn overload_hides_no_acknowledged_write() -> Result<()> {
             continue;
         };
         if keyspace.put(k.as_str(), "v2").await.is_ok() {
-            if keyspace.get(k.as_str()).await.ok().flatten().is_some_and(|read| read.bytes() != "v2") {
+            if keyspace
+                .get(k.as_str())
+                .await
+                .ok()
+                .flatten()
+                .is_some_and(|read| read.bytes() != "v2")
+            {
                 wrong.push(format!("{k} is old"));
             }
-            if let Ok(Outcome::Applied { .. }) = keyspace.put(k.as_str(), "v3").if_version(v1.version).await {
+            if let Ok(Outcome::Applied { .. }) =
+                keyspace.put(k.as_str(), "v3").if_version(v1.version).await
+            {
                 wrong.push(format!("{k} was swapped on a version that was replaced"));
             }
         }
@@ -301,8 +337,15 @@ struct FrozenDisk {
 }
 
 fn run(program: &str, args: &[&str]) -> Result<()> {
-    let output = std::process::Command::new(program).args(args).output().with_context(|| format!("no {program}"))?;
-    ensure!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    let output = std::process::Command::new(program)
+        .args(args)
+        .output()
+        .with_context(|| format!("no {program}"))?;
+    ensure!(
+        output.status.success(),
+        "{program} {args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     Ok(())
 }
 
@@ -332,7 +375,8 @@ impl Drop for FrozenDisk {
     }
 }
 
-/// The disk of one node accepts no writes for a while and does not answer: other nodes serve its shards.
+/// The disk of one node accepts no writes for a while and does not answer: other nodes serve its
+/// shards.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_primary_whose_disk_hangs_is_replaced() -> Result<()> {
     let outside = tempfile::tempdir()?;
@@ -364,13 +408,17 @@ async fn a_primary_whose_disk_hangs_is_replaced() -> Result<()> {
     }
     println!("all counters went on after {:?}", began.elapsed());
     let status = cluster.json(&["cluster", "status"]).await?;
-    let warned =
-        status["warnings"].as_array().is_some_and(|all| all.iter().any(|one| one.to_string().contains("stalled")));
+    let warned = status["warnings"]
+        .as_array()
+        .is_some_and(|all| all.iter().any(|one| one.to_string().contains("stalled")));
     ensure!(warned, "nobody is told: {}", status["warnings"]);
     disk.thaw()?;
     cluster.settled("ks").await?;
     for key in &keys {
-        ensure!(text(keyspace.get(key.as_str()).await?) == "during", "{key} after the disk had gone on");
+        ensure!(
+            text(keyspace.get(key.as_str()).await?) == "during",
+            "{key} after the disk had gone on"
+        );
     }
     println!("warnings meanwhile: {}", status["warnings"]);
     cluster.finish().await

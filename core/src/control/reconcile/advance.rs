@@ -5,9 +5,9 @@
 //!
 //! **Invariant:** [`advance`] is a pure function of the last catalog version, the nodes' reports
 //! and the time, so any master can continue at any step; a commit is decided by one create-only
-//! version, and only reports that name the running plan and the sealing version count.
-//! Silence is never a reason to go forward: it makes the plan wait, unseal or abort. After the commit nothing is left
-//! to decide, and a node that does not come back is not waited for.
+//! version, and only reports that name the running plan and the sealing version count. Silence is
+//! never a reason to go forward: it makes the plan wait, unseal or abort. After the commit nothing
+//! is left to decide, and a node that does not come back is not waited for.
 
 use super::commit::advance_committed;
 use super::copy::{advance_copy, advance_restore};
@@ -16,15 +16,17 @@ use super::outcome::abort;
 use super::progress::{Advance, Running, others_of_sources, source_progress, target_progress};
 use super::quarantine::advance_quarantines;
 use crate::catalog::Catalog;
-use crate::control::plan::{NODE_AWAY_MAX_US, Plan, PlanKind, SEALS_UNDONE_MAX, Source, Step, Target};
+use crate::control::plan::{
+    NODE_AWAY_MAX_US, Plan, PlanKind, SEALS_UNDONE_MAX, Source, Step, Target,
+};
 use crate::control::report::{ReplicaPhase, Reports};
 use crate::ids::{NodeId, ReplicaId};
 use crate::limits::SEAL_TIMEOUT;
 
 /// Decides the next catalog version of a keyspace.
 ///
-/// `away_us` returns how long a node has been unreachable (0 for a live one), `here_us` how long a live one has been
-/// there.
+/// `away_us` returns how long a node has been unreachable (0 for a live one), `here_us` how long a
+/// live one has been there.
 pub fn advance(
     catalog: &Catalog,
     reports: &Reports,
@@ -34,12 +36,18 @@ pub fn advance(
     nonce: u64,
 ) -> Advance {
     match &catalog.plan {
-        Some(plan) => advance_plan(Running { catalog, plan, reports, now_us, nonce }, away_us, here_us),
+        Some(plan) => {
+            advance_plan(Running { catalog, plan, reports, now_us, nonce }, away_us, here_us)
+        }
         None => advance_quarantines(catalog, reports, now_us, nonce),
     }
 }
 
-fn advance_plan(running: Running<'_>, away_us: impl Fn(NodeId) -> u64, here_us: impl Fn(NodeId) -> u64) -> Advance {
+fn advance_plan(
+    running: Running<'_>,
+    away_us: impl Fn(NodeId) -> u64,
+    here_us: impl Fn(NodeId) -> u64,
+) -> Advance {
     let Running { catalog, plan, now_us, nonce, .. } = running;
     if plan.step != Step::Committed
         && let Some(decision) = obstacle(running, &away_us)
@@ -53,7 +61,9 @@ fn advance_plan(running: Running<'_>, away_us: impl Fn(NodeId) -> u64, here_us: 
         Step::Tail => advance_tail(running, here_us),
         Step::Sealing => advance_sealing(running).unwrap_or_else(|| {
             if plan.seals_undone >= SEALS_UNDONE_MAX {
-                let reason = format!("the seal did not complete within {SEAL_TIMEOUT:?}, {SEALS_UNDONE_MAX} times");
+                let reason = format!(
+                    "the seal did not complete within {SEAL_TIMEOUT:?}, {SEALS_UNDONE_MAX} times"
+                );
                 return abort_with(running, reason);
             }
             Advance::Write(Box::new(undo_seal(catalog, plan, now_us, nonce)))
@@ -72,15 +82,19 @@ fn abort_with(running: Running<'_>, reason: String) -> Advance {
 /// Returns the decision that a failed or absent member forces on a plan that has not committed.
 fn obstacle(running: Running<'_>, away_us: impl Fn(NodeId) -> u64) -> Option<Advance> {
     let Running { catalog, plan, reports, .. } = running;
-    let of_source = |source: &Source| source_progress(plan, source.replica, reports)?.failed.clone();
-    let of_target = |target: &Target| target_progress(plan, target.replica, reports)?.failed.clone();
-    let failed = plan.sources.iter().find_map(of_source).or_else(|| plan.targets.iter().find_map(of_target));
+    let of_source =
+        |source: &Source| source_progress(plan, source.replica, reports)?.failed.clone();
+    let of_target =
+        |target: &Target| target_progress(plan, target.replica, reports)?.failed.clone();
+    let failed =
+        plan.sources.iter().find_map(of_source).or_else(|| plan.targets.iter().find_map(of_target));
     if let Some(reason) = failed {
         return Some(abort_with(running, reason));
     }
     match returned(plan, reports, &away_us) {
         Some(Returned::Serves(replica, node)) => {
-            let reason = format!("replica {replica} is back on {node} and serves; it is copied instead");
+            let reason =
+                format!("replica {replica} is back on {node} and serves; it is copied instead");
             return Some(abort_with(running, reason));
         }
         Some(Returned::NotYet(replica, node)) => {
@@ -90,12 +104,20 @@ fn obstacle(running: Running<'_>, away_us: impl Fn(NodeId) -> u64) -> Option<Adv
         None => {}
     }
     let others = others_of_sources(catalog, plan);
-    for (shard, replica) in plan.members().chain(others.iter().map(|(shard, member)| (*shard, member.replica))) {
-        if let Some(ReplicaPhase::Failed(reason)) = reports.get(&replica).map(|report| &report.phase) {
-            return Some(abort_with(running, format!("the replica of shard {shard} has failed: {reason}")));
+    for (shard, replica) in
+        plan.members().chain(others.iter().map(|(shard, member)| (*shard, member.replica)))
+    {
+        if let Some(ReplicaPhase::Failed(reason)) =
+            reports.get(&replica).map(|report| &report.phase)
+        {
+            return Some(abort_with(
+                running,
+                format!("the replica of shard {shard} has failed: {reason}"),
+            ));
         }
     }
-    let nodes: Vec<NodeId> = plan.nodes().chain(others.iter().map(|(_, member)| member.node)).collect();
+    let nodes: Vec<NodeId> =
+        plan.nodes().chain(others.iter().map(|(_, member)| member.node)).collect();
     if let Some(node) = nodes.iter().copied().find(|node| away_us(*node) > NODE_AWAY_MAX_US) {
         let reason = format!("node {node} has been away for {} s", away_us(node) / 1_000_000);
         return Some(abort_with(running, reason));
@@ -111,14 +133,18 @@ enum Returned {
     NotYet(ReplicaId, NodeId),
 }
 
-/// Finds a replica that was given up and is back before it was replaced: it holds records that the bucket does not,
-/// and may have taken writes since. A failed replica does not count: its failure is why it was given up.
+/// Finds a replica that was given up and is back before it was replaced: it holds records that the
+/// bucket does not, and may have taken writes since. A failed replica does not count: its failure
+/// is why it was given up.
 fn returned(plan: &Plan, reports: &Reports, away_us: impl Fn(NodeId) -> u64) -> Option<Returned> {
-    let given_up = plan.sources.iter().filter(|_| matches!(plan.kind, PlanKind::RecoverReplica { .. }));
+    let given_up =
+        plan.sources.iter().filter(|_| matches!(plan.kind, PlanKind::RecoverReplica { .. }));
     let live = given_up.filter(|source| away_us(source.node) == 0);
     let states = live.filter_map(|source| match reports.get(&source.replica) {
         Some(report) if report.has_failed() => None,
-        Some(report) if report.replication.ready => Some(Returned::Serves(source.replica, source.node)),
+        Some(report) if report.replication.ready => {
+            Some(Returned::Serves(source.replica, source.node))
+        }
         _ => Some(Returned::NotYet(source.replica, source.node)),
     });
     // A serving replica decides, whatever the others do.

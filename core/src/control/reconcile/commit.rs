@@ -4,7 +4,9 @@
 
 use super::outcome::report_of;
 use super::placement::remove_from_placement;
-use super::progress::{Advance, Running, others_of_sources, shipping_targets, source_progress, target_progress};
+use super::progress::{
+    Advance, Running, others_of_sources, shipping_targets, source_progress, target_progress,
+};
 use super::quarantine::remove_from_quarantines;
 use crate::catalog::{Catalog, Placed, Quarantine, ShardPlacement};
 use crate::control::operation::OperationOutcome;
@@ -44,11 +46,16 @@ pub(super) fn commit(running: Running<'_>) -> Catalog {
                 .sources
                 .iter()
                 .map(|source| source.replica)
-                .chain(others_of_sources(catalog, plan).into_iter().map(|(_, member)| member.replica))
+                .chain(
+                    others_of_sources(catalog, plan).into_iter().map(|(_, member)| member.replica),
+                )
                 .collect(),
             targets: shipping_targets(plan)
                 .map(|target| {
-                    (target.replica, reports.get(&target.replica).map(|report| report.lsn).unwrap_or_default())
+                    (
+                        target.replica,
+                        reports.get(&target.replica).map(|report| report.lsn).unwrap_or_default(),
+                    )
                 })
                 .collect(),
             until_us: now_us + catalog.spec.quarantine_ms * 1000,
@@ -59,25 +66,33 @@ pub(super) fn commit(running: Running<'_>) -> Catalog {
     next
 }
 
-/// Ends a plan that has committed. A replica that is away for long, or has failed, applies the newest version once it
-/// is back: it opens or gives away then, and sends on the waiting requests.
+/// Ends a plan that has committed. A replica that is away for long, or has failed, applies the
+/// newest version once it is back: it opens or gives away then, and sends on the waiting requests.
 pub(super) fn advance_committed(running: Running<'_>, away_us: impl Fn(NodeId) -> u64) -> Advance {
     let Running { catalog, plan, reports, now_us, nonce } = running;
     let is_out = |replica: ReplicaId, node: NodeId| {
-        away_us(node) > NODE_AWAY_MAX_US || reports.get(&replica).is_some_and(ReplicaReport::has_failed)
+        away_us(node) > NODE_AWAY_MAX_US
+            || reports.get(&replica).is_some_and(ReplicaReport::has_failed)
     };
     for target in plan.targets.iter().filter(|target| !is_out(target.replica, target.node)) {
-        if target_progress(plan, target.replica, reports).is_none_or(|progress| progress.stage != TargetStage::Open) {
+        if target_progress(plan, target.replica, reports)
+            .is_none_or(|progress| progress.stage != TargetStage::Open)
+        {
             return Advance::Wait(format!("shard {} to open", target.shard));
         }
     }
     let giving = plan.sources.iter().filter(|_| plan.moving().is_some());
     let sources = giving.map(|source| (source.shard, source.replica, source.node));
-    let others =
-        others_of_sources(catalog, plan).into_iter().map(|(shard, member)| (shard, member.replica, member.node));
-    for (shard, replica, _) in sources.chain(others).filter(|(_, replica, node)| !is_out(*replica, *node)) {
+    let others = others_of_sources(catalog, plan)
+        .into_iter()
+        .map(|(shard, member)| (shard, member.replica, member.node));
+    for (shard, replica, _) in
+        sources.chain(others).filter(|(_, replica, node)| !is_out(*replica, *node))
+    {
         if source_progress(plan, replica, reports).is_none_or(|progress| !progress.released) {
-            return Advance::Wait(format!("replica {replica} of shard {shard} to release its writers"));
+            return Advance::Wait(format!(
+                "replica {replica} of shard {shard} to release its writers"
+            ));
         }
     }
     let mut next = catalog.next(now_us, nonce);

@@ -1,4 +1,5 @@
-//! Plans that make one replica, or one keyspace, from the bucket: add replica, recover replica, restore.
+//! Plans that make one replica, or one keyspace, from the bucket: add replica, recover replica,
+//! restore.
 //!
 //! **Invariant:** a plan that waits for a replica that does not return is aborted, not committed.
 
@@ -12,8 +13,8 @@ use crate::control::report::{ReplicaPhase, Reports, TargetProgress, TargetStage}
 use crate::ids::NodeId;
 use crate::limits::{TAIL_LAG_LSNS_MAX, TARGET_SILENT_MAX};
 
-/// Advances a plan that adds a member. Such a plan has no seal: the target is placed once it follows the others
-/// closely.
+/// Advances a plan that adds a member. Such a plan has no seal: the target is placed once it
+/// follows the others closely.
 pub(super) fn advance_copy(running: Running<'_>, here_us: impl Fn(NodeId) -> u64) -> Advance {
     for target in &running.plan.targets {
         let progress = match begun(running, target, "copy", &here_us) {
@@ -27,10 +28,12 @@ pub(super) fn advance_copy(running: Running<'_>, here_us: impl Fn(NodeId) -> u64
     Advance::Write(Box::new(commit(running)))
 }
 
-/// Returns the progress of a target (`role` names it in texts), or the decision while it has not begun.
+/// Returns the progress of a target (`role` names it in texts), or the decision while it has not
+/// begun.
 ///
-/// A target is not waited for without limit: a node that is there and begins nothing cannot, since its disk may not
-/// even take the version. The silence of a node that has only just come back, or opens the replica, does not count yet.
+/// A target is not waited for without limit: a node that is there and begins nothing cannot, since
+/// its disk may not even take the version. The silence of a node that has only just come back, or
+/// opens the replica, does not count yet.
 pub(super) fn begun<'a>(
     running: Running<'a>,
     target: &Target,
@@ -42,12 +45,17 @@ pub(super) fn begun<'a>(
         return Ok(progress);
     }
     let wait = Advance::Wait(format!("the {role} on {}", target.node));
-    let opens = reports.get(&target.replica).is_some_and(|report| report.phase == ReplicaPhase::Opening);
+    let opens =
+        reports.get(&target.replica).is_some_and(|report| report.phase == ReplicaPhase::Opening);
     let silent_us = now_us.saturating_sub(catalog.written_at_us).min(here_us(target.node));
     if opens || silent_us <= TARGET_SILENT_MAX.as_micros() as u64 {
         return Err(wait);
     }
-    let reason = format!("{} has not begun within {} s; its log says why", target.node, TARGET_SILENT_MAX.as_secs());
+    let reason = format!(
+        "{} has not begun within {} s; its log says why",
+        target.node,
+        TARGET_SILENT_MAX.as_secs()
+    );
     let next = give_up_on(catalog, &reason, target.node, reports, now_us, nonce);
     Err(next.map_or(wait, |next| Advance::Write(Box::new(next))))
 }
@@ -68,8 +76,9 @@ pub fn give_up_on(
     Some(next)
 }
 
-/// Advances a restore, which is done when every shard is open and has a checkpoint of its own in the bucket: until
-/// then garbage collection keeps all of the source keyspace, whose objects these checkpoints name.
+/// Advances a restore, which is done when every shard is open and has a checkpoint of its own in
+/// the bucket: until then garbage collection keeps all of the source keyspace, whose objects these
+/// checkpoints name.
 pub(super) fn advance_restore(running: Running<'_>) -> Advance {
     let Running { catalog, plan, reports, now_us, nonce } = running;
     for target in &plan.targets {

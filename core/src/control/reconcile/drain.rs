@@ -1,7 +1,7 @@
 //! Draining nodes: every replica moves elsewhere, one per shard at a time.
 //!
-//! **Invariant:** a node is drained when no placement names it and, where its loss is accepted, no replica on it waits to
-//! be drained.
+//! **Invariant:** a node is drained when no placement names it and, where its loss is accepted, no
+//! replica on it waits to be drained.
 
 use super::outcome::abort;
 use super::repair::{begin, may_copy};
@@ -11,15 +11,18 @@ use crate::control::operation::{OperationKind, OperationOutcome, OperationReport
 use crate::control::plan::{Plan, PlanKind};
 use crate::control::report::{PauseMs, Reports};
 
-/// Returns the version that takes the next replica from a draining node, or ends the drain when nothing is left
-/// there.
+/// Returns the version that takes the next replica from a draining node, or ends the drain when
+/// nothing is left there.
 pub(super) fn drain_nodes(view: &View<'_>, now_us: u64, nonce: u64) -> Option<Catalog> {
     let View { catalog, around, .. } = *view;
     for shard in &catalog.placement {
         let staying = shard.replicas.iter().filter(|member| !view.leaves(member)).count();
-        let Some(member) = shard.replicas.iter().find(|member| view.leaves(member)) else { continue };
+        let Some(member) = shard.replicas.iter().find(|member| view.leaves(member)) else {
+            continue;
+        };
         if staying >= catalog.spec.replicas as usize {
-            // Not before a replica that stays has taken over: the leaving one may be the only one that can be read.
+            // Not before a replica that stays has taken over: the leaving one may be the only one
+            // that can be read.
             let stays = |other: &Placed| !view.leaves(other) && view.serves(other);
             if !shard.replicas.iter().any(stays) {
                 continue;
@@ -37,7 +40,10 @@ pub(super) fn drain_nodes(view: &View<'_>, now_us: u64, nonce: u64) -> Option<Ca
             return Some(begin(catalog, kind, shard.shard, &shard.replicas, node, now_us, nonce));
         }
     }
-    let complete = catalog.placement.iter().all(|shard| shard.replicas.len() >= catalog.spec.replicas as usize);
+    let complete = catalog
+        .placement
+        .iter()
+        .all(|shard| shard.replicas.len() >= catalog.spec.replicas as usize);
     let ended = |drain: &NodeDrain| complete && is_drained(catalog, drain);
     if catalog.draining_nodes.iter().any(ended) {
         let mut next = catalog.next(now_us, nonce);
@@ -50,11 +56,14 @@ pub(super) fn drain_nodes(view: &View<'_>, now_us: u64, nonce: u64) -> Option<Ca
     None
 }
 
-/// Returns true when nothing is left on a draining node and, if its data is given up, no replica of it waits to be
-/// drained.
+/// Returns true when nothing is left on a draining node and, if its data is given up, no replica of
+/// it waits to be drained.
 pub(super) fn is_drained(catalog: &Catalog, drain: &NodeDrain) -> bool {
     let waits = catalog.draining.iter().any(|draining| draining.node == drain.node);
-    let holds = catalog.placement.iter().any(|shard| shard.replicas.iter().any(|member| member.node == drain.node));
+    let holds = catalog
+        .placement
+        .iter()
+        .any(|shard| shard.replicas.iter().any(|member| member.node == drain.node));
     !(holds || (drain.accept_loss && waits))
 }
 
@@ -95,8 +104,8 @@ pub(super) fn end_of(
     }
 }
 
-/// Returns the version that cancels the drain of a node; `None` when the operation drains none. A replica under
-/// construction is given up; replicas that have moved already stay where they are.
+/// Returns the version that cancels the drain of a node; `None` when the operation drains none. A
+/// replica under construction is given up; replicas that have moved already stay where they are.
 pub fn cancel_drain(
     catalog: &Catalog,
     operation: &str,
@@ -110,12 +119,18 @@ pub fn cancel_drain(
     let aborted = if copying { abort(catalog, reason, reports, now_us, nonce) } else { None };
     let mut next = aborted.unwrap_or_else(|| catalog.next(now_us, nonce));
     next.draining_nodes.retain(|other| other != drain);
-    next.remember(end_of(catalog, drain, OperationOutcome::Aborted, Some(reason.to_owned()), now_us));
+    next.remember(end_of(
+        catalog,
+        drain,
+        OperationOutcome::Aborted,
+        Some(reason.to_owned()),
+        now_us,
+    ));
     Some(next)
 }
 
-/// Returns the version that begins to drain a node; `None` when the node has no replicas, and none that waits to be
-/// drained and is to be given up.
+/// Returns the version that begins to drain a node; `None` when the node has no replicas, and none
+/// that waits to be drained and is to be given up.
 pub fn drain_node(catalog: &Catalog, drain: NodeDrain, now_us: u64, nonce: u64) -> Option<Catalog> {
     let node = drain.node;
     if !concerns(catalog, &drain) || catalog.state == KeyspaceState::Deleted {
@@ -127,8 +142,14 @@ pub fn drain_node(catalog: &Catalog, drain: NodeDrain, now_us: u64, nonce: u64) 
     Some(next)
 }
 
-/// Returns true when the node has replicas of the keyspace, or draining ones that are to be given up.
+/// Returns true when the node has replicas of the keyspace, or draining ones that are to be given
+/// up.
 pub fn concerns(catalog: &Catalog, drain: &NodeDrain) -> bool {
-    let placed = catalog.placement.iter().any(|shard| shard.replicas.iter().any(|member| member.node == drain.node));
-    placed || (drain.accept_loss && catalog.draining.iter().any(|draining| draining.node == drain.node))
+    let placed = catalog
+        .placement
+        .iter()
+        .any(|shard| shard.replicas.iter().any(|member| member.node == drain.node));
+    placed
+        || (drain.accept_loss
+            && catalog.draining.iter().any(|draining| draining.node == drain.node))
 }

@@ -1,15 +1,16 @@
-//! Choice of the primary of a shard: failover when its node is gone or the replica itself has failed, leadership
-//! transfer when its preferred primary has returned.
+//! Choice of the primary of a shard: failover when its node is gone or the replica itself has
+//! failed, leadership transfer when its preferred primary has returned.
 //!
-//! A failover costs an epoch and nothing else: every replica takes puts and deletes, so only read-modify-writes wait
-//! for it. A leadership transfer is planned: the primary stops taking read-modify-writes under one version, its
-//! successor catches up to everything that the primary holds, and a second version changes the primary.
+//! A failover costs an epoch and nothing else: every replica takes puts and deletes, so only
+//! read-modify-writes wait for it. A leadership transfer is planned: the primary stops taking
+//! read-modify-writes under one version, its successor catches up to everything that the primary
+//! holds, and a second version changes the primary.
 //!
 //! A primary that does not serve is replaced by the replica that has been serving in its place.
 //!
-//! **Invariant:** pure, and at each epoch a shard has one primary. A replica that has not caught up since it was
-//! opened never becomes primary; the successor of a primary that is gone is a replica that has authority. A
-//! leadership transfer that does not end in time is undone.
+//! **Invariant:** pure, and at each epoch a shard has one primary. A replica that has not caught up
+//! since it was opened never becomes primary; the successor of a primary that is gone is a replica
+//! that has authority. A leadership transfer that does not end in time is undone.
 
 use crate::catalog::{Catalog, KeyspaceState, Placed, ShardPlacement};
 use crate::control::plan::Step;
@@ -28,11 +29,12 @@ pub enum Presence {
     Gone,
 }
 
-/// Time for which its node must have been back before leadership returns to the preferred primary, microseconds.
+/// Time for which its node must have been back before leadership returns to the preferred primary,
+/// microseconds.
 pub const HOME_FOR_US: u64 = 1_000_000;
 
-/// Time after a change of its catalog for which a keyspace is left alone, microseconds: after a failover or an undone
-/// transfer, leadership does not return at once.
+/// Time after a change of its catalog for which a keyspace is left alone, microseconds: after a
+/// failover or an undone transfer, leadership does not return at once.
 pub const QUIET_US: u64 = 3_000_000;
 
 /// Changes of primaries in a version.
@@ -53,7 +55,8 @@ pub fn advance_primaries(
     nonce: u64,
 ) -> Option<(Catalog, LeadershipChanges)> {
     let step = catalog.plan.as_ref().map(|plan| plan.step);
-    // A seal is decided first: a version in between would undo it. After the decision no node is waited for.
+    // A seal is decided first: a version in between would undo it. After the decision no node is
+    // waited for.
     if catalog.state != KeyspaceState::Active || step == Some(Step::Sealing) {
         return None;
     }
@@ -64,7 +67,9 @@ pub fn advance_primaries(
     for shard in next.placement.iter_mut().filter(|shard| shard.replicas.len() > 1) {
         let ready = |id: ReplicaId| {
             reports.get(&id).is_some_and(|report| {
-                report.replication.ready && !report.has_failed() && report.version <= catalog.version
+                report.replication.ready
+                    && !report.has_failed()
+                    && report.version <= catalog.version
             })
         };
         match decide(shard, catalog, reports, &presence, ready, age_us) {
@@ -100,7 +105,9 @@ pub fn advance_primaries(
 pub fn leadership_changes_between(before: &Catalog, after: &Catalog) -> LeadershipChanges {
     let mut changes = LeadershipChanges::default();
     for (old, new) in before.placement.iter().zip(&after.placement) {
-        let Some(primary) = new.primary().filter(|primary| Some(*primary) != old.primary()) else { continue };
+        let Some(primary) = new.primary().filter(|primary| Some(*primary) != old.primary()) else {
+            continue;
+        };
         if old.transferring_to == Some(primary.replica) {
             changes.handovers += 1;
         } else {
@@ -151,8 +158,10 @@ fn decide(
     if presence(primary.node) == Presence::Gone || failed(primary.replica) {
         // Only a replica that has authority holds everything that any reachable replica holds.
         let serves = |id: ReplicaId| serving(id).unwrap_or(true);
-        let successor =
-            shard.replicas.iter().find(|member| here(member.node) && ready(member.replica) && serves(member.replica));
+        let successor = shard
+            .replicas
+            .iter()
+            .find(|member| here(member.node) && ready(member.replica) && serves(member.replica));
         return successor.map_or(Decision::Keep, |successor| Decision::Replace(successor.replica));
     }
     if serving(primary.replica) == Some(false) && shard.transferring_to.is_none() {
@@ -162,15 +171,18 @@ fn decide(
                     && report.replication.serving == Some(true)
             })
         };
-        let instead =
-            shard.replicas.iter().find(|member| here(member.node) && ready(member.replica) && acting(member.replica));
+        let instead = shard
+            .replicas
+            .iter()
+            .find(|member| here(member.node) && ready(member.replica) && acting(member.replica));
         if let Some(instead) = instead {
             return Decision::Replace(instead.replica);
         }
     }
     if let Some(to) = shard.transferring_to {
         let took_over = reports.get(&to).and_then(|report| report.replication.took_over);
-        let node = shard.replicas.iter().find(|member| member.replica == to).map(|member| member.node);
+        let node =
+            shard.replicas.iter().find(|member| member.replica == to).map(|member| member.node);
         return match took_over {
             _ if failed(to) => Decision::Undo,
             Some(version) if version == catalog.version => Decision::End(to),
@@ -181,16 +193,24 @@ fn decide(
     }
     let at_home = primary == home;
     let back = matches!(presence(home.node), Presence::Here(since_us) if since_us >= HOME_FOR_US);
-    let close = reports.get(&home.replica).is_some_and(|report| report.replication.lag_lsns <= TAIL_LAG_LSNS_MAX);
-    match !at_home && back && close && ready(home.replica) && here(primary.node) && age_us >= QUIET_US {
+    let close = reports
+        .get(&home.replica)
+        .is_some_and(|report| report.replication.lag_lsns <= TAIL_LAG_LSNS_MAX);
+    match !at_home
+        && back
+        && close
+        && ready(home.replica)
+        && here(primary.node)
+        && age_us >= QUIET_US
+    {
         true => Decision::Begin(home.replica),
         false => Decision::Keep,
     }
 }
 
-/// Returns the successor of a replica that is about to leave: a primary that is there transfers leadership first,
-/// because increments that it alone has just applied must not be missed. `None` when the replica is not primary, or
-/// no other can take over.
+/// Returns the successor of a replica that is about to leave: a primary that is there transfers
+/// leadership first, because increments that it alone has just applied must not be missed. `None`
+/// when the replica is not primary, or no other can take over.
 pub fn successor(
     shard: &ShardPlacement,
     replica: ReplicaId,
@@ -198,11 +218,15 @@ pub fn successor(
     may: impl Fn(&Placed) -> bool,
 ) -> Option<ReplicaId> {
     shard.primary().filter(|primary| primary.replica == replica && here(primary.node))?;
-    let successor = shard.replicas.iter().find(|member| member.replica != replica && here(member.node) && may(member));
+    let successor = shard
+        .replicas
+        .iter()
+        .find(|member| member.replica != replica && here(member.node) && may(member));
     successor.map(|successor| successor.replica)
 }
 
-/// Returns the version in which a primary begins to transfer leadership to another replica of its shard.
+/// Returns the version in which a primary begins to transfer leadership to another replica of its
+/// shard.
 pub fn transfer_leadership(
     catalog: &Catalog,
     from: ReplicaId,
@@ -212,9 +236,13 @@ pub fn transfer_leadership(
 ) -> Option<Catalog> {
     let may = catalog.state == KeyspaceState::Active && catalog.plan.is_none();
     let mut next = catalog.next(now_us, nonce);
-    let shard = next.placement.iter_mut().find(|shard| shard.primary().is_some_and(|primary| primary.replica == from));
-    let shard = shard
-        .filter(|shard| shard.transferring_to.is_none() && shard.replicas.iter().any(|member| member.replica == to));
+    let shard = next
+        .placement
+        .iter_mut()
+        .find(|shard| shard.primary().is_some_and(|primary| primary.replica == from));
+    let shard = shard.filter(|shard| {
+        shard.transferring_to.is_none() && shard.replicas.iter().any(|member| member.replica == to)
+    });
     shard.filter(|_| may && from != to)?.transferring_to = Some(to);
     Some(next)
 }
@@ -247,7 +275,9 @@ mod tests {
     }
 
     fn all_ready() -> Reports {
-        (1..=6).map(|id| report(id, ReplicationReport { ready: true, ..Default::default() })).collect()
+        (1..=6)
+            .map(|id| report(id, ReplicationReport { ready: true, ..Default::default() }))
+            .collect()
     }
 
     fn presence(gone: &[u64]) -> impl Fn(NodeId) -> Presence + '_ {
@@ -260,12 +290,16 @@ mod tests {
     fn the_next_ready_replica_takes_the_place_of_a_primary_that_is_gone() {
         let catalog = catalog();
         assert_eq!(advance_primaries(&catalog, &all_ready(), HERE, NOW + QUIET_US, 2), None);
-        let (next, changes) = advance_primaries(&catalog, &all_ready(), presence(&[1]), NOW, 2).unwrap();
+        let (next, changes) =
+            advance_primaries(&catalog, &all_ready(), presence(&[1]), NOW, 2).unwrap();
         assert_eq!(changes, LeadershipChanges { failovers: 1, handovers: 0 });
         assert_eq!(leadership_changes_between(&catalog, &next), changes);
         assert_eq!(next.epoch, Epoch(2));
         assert_eq!(next.placement[0].primary, Some(ReplicaId(2)));
-        assert_eq!(next.placement[0].replicas, catalog.placement[0].replicas, "the order of preference stays");
+        assert_eq!(
+            next.placement[0].replicas, catalog.placement[0].replicas,
+            "the order of preference stays"
+        );
         assert_eq!(next.placement[1], catalog.placement[1]);
         // A replica that has not caught up is passed over; without a candidate, nothing happens.
         let mut reports = all_ready();
@@ -283,7 +317,11 @@ mod tests {
         for report in reports.values_mut() {
             report.replication.serving = Some(false);
         }
-        assert_eq!(advance_primaries(&catalog, &reports, presence(&[1]), NOW, 2), None, "nobody serves yet");
+        assert_eq!(
+            advance_primaries(&catalog, &reports, presence(&[1]), NOW, 2),
+            None,
+            "nobody serves yet"
+        );
         reports.get_mut(&ReplicaId(3)).unwrap().replication.serving = Some(true);
         let (next, _) = advance_primaries(&catalog, &reports, presence(&[1]), NOW, 2).unwrap();
         assert_eq!(next.placement[0].primary, Some(ReplicaId(3)));
@@ -297,7 +335,11 @@ mod tests {
         (primary.ready, primary.serving) = (false, Some(false));
         let acting = &mut reports.get_mut(&ReplicaId(2)).unwrap().replication;
         (acting.serving, acting.acting_ms) = (Some(true), 499);
-        assert_eq!(advance_primaries(&catalog, &reports, HERE, NOW, 2), None, "it may be back in a moment");
+        assert_eq!(
+            advance_primaries(&catalog, &reports, HERE, NOW, 2),
+            None,
+            "it may be back in a moment"
+        );
         reports.get_mut(&ReplicaId(2)).unwrap().replication.acting_ms = 500;
         let (next, changes) = advance_primaries(&catalog, &reports, HERE, NOW, 2).unwrap();
         assert_eq!((next.placement[0].primary, changes.failovers), (Some(ReplicaId(2)), 1));
@@ -320,38 +362,61 @@ mod tests {
             (LeadershipChanges { failovers: 1, handovers: 0 }, Some(ReplicaId(2)))
         );
         let at = next.written_at_us;
-        assert_eq!(advance_primaries(&next, &reports, HERE, at + QUIET_US, 3), None, "its home has failed");
+        assert_eq!(
+            advance_primaries(&next, &reports, HERE, at + QUIET_US, 3),
+            None,
+            "its home has failed"
+        );
         // A preferred primary that fails during the transfer does not get leadership either.
         let (handing, _) = advance_primaries(&next, &all_ready(), HERE, at + QUIET_US, 3).unwrap();
-        let (undone, _) = advance_primaries(&handing, &reports, HERE, handing.written_at_us, 4).unwrap();
-        assert_eq!((undone.placement[0].transferring_to, undone.placement[0].primary), (None, Some(ReplicaId(2))));
+        let (undone, _) =
+            advance_primaries(&handing, &reports, HERE, handing.written_at_us, 4).unwrap();
+        assert_eq!(
+            (undone.placement[0].transferring_to, undone.placement[0].primary),
+            (None, Some(ReplicaId(2)))
+        );
         // A failed replica is no successor either.
         fail(&mut reports, 2);
         let (next, _) = advance_primaries(&catalog, &reports, HERE, NOW, 2).unwrap();
         assert_eq!(next.placement[0].primary, Some(ReplicaId(3)));
         fail(&mut reports, 3);
-        assert_eq!(advance_primaries(&catalog, &reports, HERE, NOW, 2), None, "there is nobody else");
+        assert_eq!(
+            advance_primaries(&catalog, &reports, HERE, NOW, 2),
+            None,
+            "there is nobody else"
+        );
     }
 
     #[test]
     fn a_primary_is_replaced_while_a_plan_is_committed_and_not_while_it_seals() {
         let nodes = [NodeId(1), NodeId(2), NodeId(3)];
         let mut running = start_grow(&catalog(), 3, &nodes, NOW, 2).unwrap();
-        for (step, replaced) in [(Step::Tail, true), (Step::Sealing, false), (Step::Committed, true)] {
+        for (step, replaced) in
+            [(Step::Tail, true), (Step::Sealing, false), (Step::Committed, true)]
+        {
             running.plan.as_mut().unwrap().step = step;
             let next = advance_primaries(&running, &all_ready(), presence(&[1]), NOW, 3);
             assert_eq!(next.is_some(), replaced, "{step:?}");
-            assert!(next.is_none_or(|(next, _)| next.plan == running.plan), "the plan goes on as it was");
+            assert!(
+                next.is_none_or(|(next, _)| next.plan == running.plan),
+                "the plan goes on as it was"
+            );
         }
     }
 
     #[test]
     fn home_gets_the_primary_back_in_two_versions() {
-        let (away, _) = advance_primaries(&catalog(), &all_ready(), presence(&[1]), NOW, 2).unwrap();
+        let (away, _) =
+            advance_primaries(&catalog(), &all_ready(), presence(&[1]), NOW, 2).unwrap();
         assert!(is_unsettled(&away, HERE));
         let mut reports = all_ready();
-        assert_eq!(advance_primaries(&away, &reports, HERE, NOW + QUIET_US - 1, 3), None, "too soon");
-        let (handing, changes) = advance_primaries(&away, &reports, HERE, NOW + QUIET_US, 3).unwrap();
+        assert_eq!(
+            advance_primaries(&away, &reports, HERE, NOW + QUIET_US - 1, 3),
+            None,
+            "too soon"
+        );
+        let (handing, changes) =
+            advance_primaries(&away, &reports, HERE, NOW + QUIET_US, 3).unwrap();
         assert_eq!((changes, handing.epoch), (LeadershipChanges::default(), away.epoch));
         assert_eq!(handing.placement[0].transferring_to, Some(ReplicaId(1)));
         assert_eq!(handing.placement[0].primary().unwrap().replica, ReplicaId(2), "not yet");
@@ -364,29 +429,36 @@ mod tests {
         let (home, changes) = advance_primaries(&handing, &reports, HERE, at, 4).unwrap();
         assert_eq!(changes, LeadershipChanges { failovers: 0, handovers: 1 });
         assert_eq!(leadership_changes_between(&handing, &home), changes);
-        assert_eq!((home.epoch, home.placement[0].primary, home.placement[0].transferring_to), (Epoch(3), None, None));
+        assert_eq!(
+            (home.epoch, home.placement[0].primary, home.placement[0].transferring_to),
+            (Epoch(3), None, None)
+        );
         assert!(!is_unsettled(&home, HERE));
     }
 
     #[test]
     fn a_hand_over_that_does_not_end_is_undone() {
-        let (away, _) = advance_primaries(&catalog(), &all_ready(), presence(&[1]), NOW, 2).unwrap();
+        let (away, _) =
+            advance_primaries(&catalog(), &all_ready(), presence(&[1]), NOW, 2).unwrap();
         let (handing, _) = advance_primaries(&away, &all_ready(), HERE, NOW + QUIET_US, 3).unwrap();
         let late = handing.written_at_us + HANDOVER_TIMEOUT.as_micros() as u64 + 1;
         for (at, presence) in [(late, presence(&[])), (handing.written_at_us, presence(&[1]))] {
-            let (undone, changes) = advance_primaries(&handing, &all_ready(), presence, at, 4).unwrap();
+            let (undone, changes) =
+                advance_primaries(&handing, &all_ready(), presence, at, 4).unwrap();
             assert_eq!((changes, undone.epoch), (LeadershipChanges::default(), handing.epoch));
             assert_eq!(undone.placement[0].transferring_to, None);
             assert_eq!(undone.placement[0].primary, Some(ReplicaId(2)));
         }
         // The acting primary dies during the transfer: any ready replica goes on.
-        let (next, _) = advance_primaries(&handing, &all_ready(), presence(&[2]), handing.written_at_us, 4).unwrap();
+        let (next, _) =
+            advance_primaries(&handing, &all_ready(), presence(&[2]), handing.written_at_us, 4)
+                .unwrap();
         assert_eq!((next.placement[0].primary, next.placement[0].transferring_to), (None, None));
     }
 
     proptest! {
-        // In every version, whatever the nodes do, each shard has one primary among its replicas, and a change of a
-        // primary raises the epoch.
+        // In every version, whatever the nodes do, each shard has one primary among its replicas,
+        // and a change of a primary raises the epoch.
         #[test]
         fn one_primary_at_each_epoch(steps in proptest::collection::vec((0u8..8, 0u8..8, 0u64..4_000_000, any::<bool>()), 1..40)) {
             let mut catalog = catalog();

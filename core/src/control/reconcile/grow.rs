@@ -1,10 +1,13 @@
 //! Growing a keyspace by one shard, step by step up to its commit.
 //!
-//! **Invariant:** only a source whose seal names the running plan and the sealing version counts as sealed.
+//! **Invariant:** only a source whose seal names the running plan and the sealing version counts as
+//! sealed.
 
 use super::commit::commit;
 use super::copy::begun;
-use super::progress::{Advance, Running, others_of_sources, shipping_targets, source_progress, target_progress};
+use super::progress::{
+    Advance, Running, others_of_sources, shipping_targets, source_progress, target_progress,
+};
 use crate::band::{ShardCountError, check_shard_count};
 use crate::catalog::{Catalog, KeyspaceState};
 use crate::control::operation::operation_id;
@@ -23,7 +26,9 @@ pub enum PlanError {
     #[error("the keyspace already has {0} shards")]
     SameCount(u32),
     /// Shrinking is not supported yet.
-    #[error("shrinking from {from} to {to} shards is not supported yet; ask for more shards, not fewer")]
+    #[error(
+        "shrinking from {from} to {to} shards is not supported yet; ask for more shards, not fewer"
+    )]
     Shrink {
         /// Shards now.
         from: u32,
@@ -31,7 +36,9 @@ pub enum PlanError {
         to: u32,
     },
     /// Only one-step grows so far.
-    #[error("growing from {from} to {to} shards at once is not supported yet; grow to {next} first")]
+    #[error(
+        "growing from {from} to {to} shards at once is not supported yet; grow to {next} first"
+    )]
     ManySteps {
         /// Shards now.
         from: u32,
@@ -52,7 +59,9 @@ pub enum PlanError {
     #[error("the keyspace was deleted")]
     Deleted,
     /// Too few nodes could take the new shard.
-    #[error("the new shard needs {0} live nodes with room for it; start more with `vasto serve node`")]
+    #[error(
+        "the new shard needs {0} live nodes with room for it; start more with `vasto serve node`"
+    )]
     NoNode(u32),
     /// A replica has not been drained.
     #[error(
@@ -61,8 +70,8 @@ pub enum PlanError {
     DrainingReplica(ReplicaId, ShardId, NodeId),
 }
 
-/// Returns the version that starts growing `catalog` to `to` shards with the replicas of the new shard on
-/// `target_nodes`, its preferred primary first.
+/// Returns the version that starts growing `catalog` to `to` shards with the replicas of the new
+/// shard on `target_nodes`, its preferred primary first.
 pub fn start_grow(
     catalog: &Catalog,
     to: u32,
@@ -101,7 +110,12 @@ pub fn start_grow(
         .placement
         .iter()
         .filter_map(|shard| Some((shard.shard, shard.shipper()?)))
-        .map(|(shard, member)| Source { shard, replica: member.replica, node: member.node, manifest: None })
+        .map(|(shard, member)| Source {
+            shard,
+            replica: member.replica,
+            node: member.node,
+            manifest: None,
+        })
         .collect();
     next.plan = Some(Plan {
         id: catalog.next_plan,
@@ -126,14 +140,20 @@ pub(super) fn advance_prepare(running: Running<'_>) -> Advance {
     let Running { catalog, plan, reports, now_us, nonce } = running;
     let mut next_plan = plan.clone();
     for source in &mut next_plan.sources {
-        match source_progress(plan, source.replica, reports).and_then(|progress| progress.manifest.clone()) {
+        match source_progress(plan, source.replica, reports)
+            .and_then(|progress| progress.manifest.clone())
+        {
             Some(manifest) => source.manifest = Some(manifest),
             None => return Advance::Wait(format!("the checkpoint of shard {}", source.shard)),
         }
     }
     next_plan.step = Step::Tail;
     let mut next = catalog.next(now_us, nonce);
-    next.pins = next_plan.sources.iter().filter_map(|source| Some(source.manifest.as_ref()?.key.clone())).collect();
+    next.pins = next_plan
+        .sources
+        .iter()
+        .filter_map(|source| Some(source.manifest.as_ref()?.key.clone()))
+        .collect();
     next.plan = Some(next_plan);
     Advance::Write(Box::new(next))
 }
@@ -148,11 +168,16 @@ pub(super) fn advance_tail(running: Running<'_>, here_us: impl Fn(NodeId) -> u64
         if progress.stage != TargetStage::Tailing {
             return Advance::Wait(format!("shard {} to load its bands", target.shard));
         }
-        if !progress.manifest_shipped && shipping_targets(plan).any(|shipping| shipping.replica == target.replica) {
+        if !progress.manifest_shipped
+            && shipping_targets(plan).any(|shipping| shipping.replica == target.replica)
+        {
             return Advance::Wait(format!("the first manifest of shard {}", target.shard));
         }
         if progress.lag_lsns > TAIL_LAG_LSNS_MAX {
-            return Advance::Wait(format!("shard {} to catch up ({} records behind)", target.shard, progress.lag_lsns));
+            return Advance::Wait(format!(
+                "shard {} to catch up ({} records behind)",
+                target.shard, progress.lag_lsns
+            ));
         }
     }
     // After an undone seal the next one waits a little longer each time.
@@ -169,15 +194,19 @@ pub(super) fn advance_tail(running: Running<'_>, here_us: impl Fn(NodeId) -> u64
 pub(super) fn advance_sealing(running: Running<'_>) -> Option<Advance> {
     match sealed_and_caught_up(running) {
         Ok(()) => Some(Advance::Write(Box::new(commit(running)))),
-        Err(_) if running.now_us.saturating_sub(running.catalog.written_at_us) > SEAL_TIMEOUT.as_micros() as u64 => {
+        Err(_)
+            if running.now_us.saturating_sub(running.catalog.written_at_us)
+                > SEAL_TIMEOUT.as_micros() as u64 =>
+        {
             None
         }
         Err(missing) => Some(Advance::Wait(missing)),
     }
 }
 
-/// Checks that every placed replica of the sources' shards has sealed under this very version, and that every target
-/// holds each source's log up to the seal, where it holds everything that these replicas had accepted.
+/// Checks that every placed replica of the sources' shards has sealed under this very version, and
+/// that every target holds each source's log up to the seal, where it holds everything that these
+/// replicas had accepted.
 fn sealed_and_caught_up(running: Running<'_>) -> Result<(), String> {
     let Running { catalog, plan, reports, .. } = running;
     let seal_of = |shard: ShardId, replica: ReplicaId| {
@@ -196,17 +225,21 @@ fn sealed_and_caught_up(running: Running<'_>) -> Result<(), String> {
                 .and_then(|progress| progress.cursors.get(&source.replica).copied())
                 .unwrap_or_default();
             if cursor < sealed.lsn {
-                return Err(format!("shard {} to reach the seal of shard {}", target.shard, source.shard));
+                return Err(format!(
+                    "shard {} to reach the seal of shard {}",
+                    target.shard, source.shard
+                ));
             }
         }
     }
     Ok(())
 }
 
-/// Returns the version that goes back from `sealing` to `tail`: the seal did not complete in time, or its version
-/// took too long to write for writers to be paused under it.
+/// Returns the version that goes back from `sealing` to `tail`: the seal did not complete in time,
+/// or its version took too long to write for writers to be paused under it.
 pub fn undo_seal(catalog: &Catalog, plan: &Plan, now_us: u64, nonce: u64) -> Catalog {
     let mut next = catalog.next(now_us, nonce);
-    next.plan = Some(Plan { step: Step::Tail, seals_undone: plan.seals_undone + 1, ..plan.clone() });
+    next.plan =
+        Some(Plan { step: Step::Tail, seals_undone: plan.seals_undone + 1, ..plan.clone() });
     next
 }

@@ -1,11 +1,14 @@
-//! Membership of a shard: replicas that leave the placement, are drained, and are replaced by new ones.
+//! Membership of a shard: replicas that leave the placement, are drained, and are replaced by new
+//! ones.
 //!
-//! **Invariant:** pure. A shard keeps at least one replica. A replica leaves its placement only while another one has
-//! authority and has received everything that was decided, and it stays recorded until a serving replica holds
-//! everything it has, or until its loss is accepted; only then may its files be deleted. A replica that stands still
-//! does not count as serving. No membership change happens while another plan runs.
+//! **Invariant:** pure. A shard keeps at least one replica. A replica leaves its placement only
+//! while another one has authority and has received everything that was decided, and it stays
+//! recorded until a serving replica holds everything it has, or until its loss is accepted; only
+//! then may its files be deleted. A replica that stands still does not count as serving. No
+//! membership change happens while another plan runs.
 //!
-//! A change that cannot go on reports what it waits for, and the way out ([`waits_for`](super::waits_for)).
+//! A change that cannot go on reports what it waits for, and the way out
+//! ([`waits_for`](super::waits_for)).
 
 use super::drain::drain_nodes;
 use super::repair::start_copy;
@@ -27,7 +30,8 @@ pub fn advance_members(
     let view = View { catalog, reports, around };
     if catalog.draining.iter().any(|draining| view.may_go(draining)) {
         let mut next = catalog.next(now_us, nonce);
-        let going: Vec<&DrainingReplica> = catalog.draining.iter().filter(|draining| view.may_go(draining)).collect();
+        let going: Vec<&DrainingReplica> =
+            catalog.draining.iter().filter(|draining| view.may_go(draining)).collect();
         next.draining.retain(|draining| !going.contains(&draining));
         next.remove_for_good(going.iter().map(|draining| draining.replica));
         // Data of undrained replicas that no other replica took over is given up.
@@ -38,22 +42,28 @@ pub fn advance_members(
     }
     for shard in &catalog.placement {
         for member in &shard.replicas {
-            let another_serves =
-                shard.replicas.iter().any(|other| other.replica != member.replica && view.serves(other));
+            let another_serves = shard
+                .replicas
+                .iter()
+                .any(|other| other.replica != member.replica && view.serves(other));
             if !another_serves {
                 continue;
             }
-            // A replica that cannot catch up, or keeps others' logs from being truncated, is evicted; one that does
-            // not serve any more is evicted when a new replica can take its place.
+            // A replica that cannot catch up, or keeps others' logs from being truncated, is
+            // evicted; one that does not serve any more is evicted when a new replica can take its
+            // place.
             let has_room = || (around.room)(catalog, shard.shard).is_some();
             let failed = view.has_failed_for_good(member.replica) && has_room();
             let too_old = view.replication(member.replica).is_some_and(|report| report.too_old);
             let asks_to_evict = |other: &Placed| {
                 other.replica != member.replica
-                    && view.replication(other.replica).is_some_and(|report| report.evict == Some(member.replica))
+                    && view
+                        .replication(other.replica)
+                        .is_some_and(|report| report.evict == Some(member.replica))
             };
             let asked_to_evict = shard.replicas.iter().any(asks_to_evict);
-            // A replica whose log this one does not read probably cannot read this one's log either.
+            // A replica whose log this one does not read probably cannot read this one's log
+            // either.
             let may_follow = |other: &Placed| view.serves(other) && !asks_to_evict(other);
             let lost = (around.lost)(member.node) && has_room();
             if (failed || too_old || asked_to_evict || lost || view.is_given_up(member))
@@ -74,5 +84,8 @@ pub fn is_incomplete(catalog: &Catalog) -> bool {
     catalog.state == KeyspaceState::Active
         && (!catalog.draining.is_empty()
             || !catalog.draining_nodes.is_empty()
-            || catalog.placement.iter().any(|shard| shard.replicas.len() < catalog.spec.replicas as usize))
+            || catalog
+                .placement
+                .iter()
+                .any(|shard| shard.replicas.len() < catalog.spec.replicas as usize))
 }

@@ -84,10 +84,21 @@ fn a_primary_that_is_to_leave_hands_over_to_one_that_is_there_and_ready() {
     assert_eq!(successor(shard, ReplicaId(1), here, |_| true), Some(ReplicaId(3)));
     assert_eq!(successor(shard, ReplicaId(1), here, |member| member.replica != ReplicaId(3)), None);
     assert_eq!(successor(shard, ReplicaId(3), here, |_| true), None, "it is not primary");
-    assert_eq!(successor(shard, ReplicaId(1), |node| node != NodeId(1), |_| true), None, "it is replaced");
+    assert_eq!(
+        successor(shard, ReplicaId(1), |node| node != NodeId(1), |_| true),
+        None,
+        "it is replaced"
+    );
     let handing = transfer_leadership(&catalog, ReplicaId(1), ReplicaId(3), NOW, 2).unwrap();
-    assert_eq!((handing.placement[0].transferring_to, handing.epoch), (Some(ReplicaId(3)), catalog.epoch));
-    assert_eq!(transfer_leadership(&handing, ReplicaId(1), ReplicaId(2), NOW, 3), None, "one runs already");
+    assert_eq!(
+        (handing.placement[0].transferring_to, handing.epoch),
+        (Some(ReplicaId(3)), catalog.epoch)
+    );
+    assert_eq!(
+        transfer_leadership(&handing, ReplicaId(1), ReplicaId(2), NOW, 3),
+        None,
+        "one runs already"
+    );
     assert_eq!(transfer_leadership(&catalog, ReplicaId(3), ReplicaId(1), NOW, 3), None);
     assert_eq!(transfer_leadership(&catalog, ReplicaId(1), ReplicaId(9), NOW, 3), None);
     assert_eq!(transfer_leadership(&catalog, ReplicaId(1), ReplicaId(1), NOW, 3), None);
@@ -100,7 +111,10 @@ fn who_cannot_catch_up_or_is_in_the_way_leaves_and_the_last_one_never() {
     let slow = reports(|id, report| report.evict = (id == 1).then_some(ReplicaId(3)));
     assert_eq!(ids(&next(&catalog(), &slow, HERE, NOWHERE).unwrap()), [1, 2]);
     let answers = reports(|id, report| (report.too_old, report.serving) = (id <= 2, Some(id == 2)));
-    assert_eq!(next(&catalog(), &answers, HERE, NOWHERE).unwrap().placement[0].transferring_to, Some(ReplicaId(2)));
+    assert_eq!(
+        next(&catalog(), &answers, HERE, NOWHERE).unwrap().placement[0].transferring_to,
+        Some(ReplicaId(2))
+    );
     let answers = reports(|id, report| (report.too_old, report.serving) = (id == 2, Some(id == 2)));
     assert_eq!(next(&catalog(), &answers, HERE, NOWHERE), None, "it has what nobody else may hold");
     // A replica that does not read its log cannot follow it.
@@ -108,7 +122,10 @@ fn who_cannot_catch_up_or_is_in_the_way_leaves_and_the_last_one_never() {
         report.evict = (id == 2).then_some(ReplicaId(1));
         report.serving = Some(id == 1);
     });
-    assert_eq!(next(&catalog(), &slow, HERE, NOWHERE).unwrap().placement[0].transferring_to, Some(ReplicaId(3)));
+    assert_eq!(
+        next(&catalog(), &slow, HERE, NOWHERE).unwrap().placement[0].transferring_to,
+        Some(ReplicaId(3))
+    );
     let nobody = reports(|id, report| {
         report.too_old = id == 2;
         report.ready = id == 2;
@@ -117,7 +134,10 @@ fn who_cannot_catch_up_or_is_in_the_way_leaves_and_the_last_one_never() {
     let two = evict(&catalog(), ReplicaId(1), true, NOW, 2).unwrap();
     assert_eq!(two.removed, [ReplicaId(1)]);
     let alone = evict(&two, ReplicaId(2), false, NOW, 3).unwrap();
-    assert_eq!(evict(&alone, ReplicaId(3), true, NOW, 4), Err(EvictError::Last(ReplicaId(3), ShardId(0))));
+    assert_eq!(
+        evict(&alone, ReplicaId(3), true, NOW, 4),
+        Err(EvictError::Last(ReplicaId(3), ShardId(0)))
+    );
     assert_eq!(evict(&alone, ReplicaId(9), true, NOW, 4), Err(EvictError::NotThere(ReplicaId(9))));
     let again = evict(&alone, ReplicaId(2), false, NOW, 4).unwrap_err();
     assert_eq!(again, EvictError::Draining(ReplicaId(2)));
@@ -179,9 +199,13 @@ fn committed(catalog: &Catalog) -> Catalog {
 fn a_live_node_that_leaves_is_copied_first_and_a_dead_one_is_drained_later() {
     let calm = reports(|_, _| {});
     let to_four = |_: &Catalog, _: ShardId| Some(NodeId(4));
-    let leaving =
-        drain_node(&catalog(), NodeDrain { to: Some(NodeId(4)), ..NodeDrain::new(NodeId(1), true, NOW) }, NOW, 2)
-            .unwrap();
+    let leaving = drain_node(
+        &catalog(),
+        NodeDrain { to: Some(NodeId(4)), ..NodeDrain::new(NodeId(1), true, NOW) },
+        NOW,
+        2,
+    )
+    .unwrap();
     assert_eq!(drain_node(&catalog(), NodeDrain::new(NodeId(9), true, NOW), NOW, 2), None);
     let copying = next(&leaving, &calm, HERE, to_four).unwrap();
     assert_eq!(copying.plan.as_ref().unwrap().kind, PlanKind::AddReplica { shard: ShardId(0) });
@@ -192,14 +216,26 @@ fn a_live_node_that_leaves_is_copied_first_and_a_dead_one_is_drained_later() {
     });
     assert_eq!(next(&four, &behind, HERE, NOWHERE), None, "none of them is able to serve");
     let mut handing = next(&four, &calm, HERE, NOWHERE).unwrap();
-    assert_eq!((handing.placement[0].transferring_to, ids(&handing)), (Some(ReplicaId(2)), vec![1, 2, 3, 4]));
+    assert_eq!(
+        (handing.placement[0].transferring_to, ids(&handing)),
+        (Some(ReplicaId(2)), vec![1, 2, 3, 4])
+    );
     assert_eq!(next(&handing, &calm, HERE, NOWHERE), None, "it is waited for");
     handing.placement[0].primary = handing.placement[0].transferring_to.take();
-    // By the catalog another replica is primary; requests may still be answered by the one that leaves.
+    // By the catalog another replica is primary; requests may still be answered by the one that
+    // leaves.
     let answers = |who: u64| reports(move |id, report| report.serving = Some(id == who));
-    assert_eq!(next(&handing, &answers(1), HERE, NOWHERE), None, "what it acknowledges is held by it alone");
+    assert_eq!(
+        next(&handing, &answers(1), HERE, NOWHERE),
+        None,
+        "what it acknowledges is held by it alone"
+    );
     let away = |node: NodeId| if node == NodeId(1) { Presence::Away } else { HERE(node) };
-    assert_eq!(next(&handing, &answers(1), away, NOWHERE), None, "the master does not hear it, its clients may");
+    assert_eq!(
+        next(&handing, &answers(1), away, NOWHERE),
+        None,
+        "the master does not hear it, its clients may"
+    );
     let left = next(&handing, &answers(2), HERE, NOWHERE).unwrap();
     assert_eq!((ids(&left), left.draining[0].replica), (vec![2, 3, 4], ReplicaId(1)));
     let drained = reports(|id, report| report.drained = id == 1);
@@ -207,7 +243,10 @@ fn a_live_node_that_leaves_is_copied_first_and_a_dead_one_is_drained_later() {
     let ended = next(&gone, &calm, HERE, NOWHERE).unwrap();
     assert!(ended.draining_nodes.is_empty() && ended.removed == [ReplicaId(1)]);
     let report = ended.operations.last().unwrap();
-    assert_eq!((report.id.clone(), report.outcome), (leaving.draining_nodes[0].operation_id(), OperationOutcome::Done));
+    assert_eq!(
+        (report.id.clone(), report.outcome),
+        (leaving.draining_nodes[0].operation_id(), OperationOutcome::Done)
+    );
     // The same with a dead node: the others go on without it at once.
     let dead = |node: NodeId| if node == NodeId(1) { Presence::Gone } else { Presence::Here(0) };
     let left = next(&leaving, &calm, dead, to_four).unwrap();
@@ -229,7 +268,10 @@ fn a_node_that_is_to_stay_keeps_its_replicas_and_a_copy_is_given_up() {
         assert!(stays.draining_nodes.is_empty() && stays.plan.is_none());
         assert_eq!(ids(&stays), [1, 2, 3]);
         let report = stays.operations.last().unwrap();
-        assert_eq!((&report.id, report.outcome, report.duration_ms), (&id, OperationOutcome::Aborted, 5));
+        assert_eq!(
+            (&report.id, report.outcome, report.duration_ms),
+            (&id, OperationOutcome::Aborted, 5)
+        );
         assert_eq!(next(&stays, &calm, HERE, |_, _| Some(NodeId(4))), None, "nothing begins again");
     }
 }
@@ -239,17 +281,29 @@ fn the_only_replica_is_taken_over_from_the_bucket_only_when_its_node_is_gone() {
     let calm = reports(|_, _| {});
     let to_two = |_: &Catalog, _: ShardId| Some(NodeId(2));
     let dead = |node: NodeId| if node == NodeId(1) { Presence::Gone } else { Presence::Here(0) };
-    assert_eq!(next(&single(), &calm, dead, to_two), None, "nobody said that it does not come back");
+    assert_eq!(
+        next(&single(), &calm, dead, to_two),
+        None,
+        "nobody said that it does not come back"
+    );
     let drained = NodeDrain::new(NodeId(1), false, NOW);
     let drained = drain_node(&single(), drained, NOW, 2).unwrap();
-    assert_eq!(next(&drained, &calm, dead, to_two), None, "a node that is only emptied is waited for");
+    assert_eq!(
+        next(&drained, &calm, dead, to_two),
+        None,
+        "a node that is only emptied is waited for"
+    );
     let leaving = drain_node(&single(), NodeDrain::new(NodeId(1), true, NOW), NOW, 2).unwrap();
     let live = next(&leaving, &calm, HERE, to_two).unwrap().plan.unwrap();
     assert_eq!((live.kind, live.step), (PlanKind::AddReplica { shard: ShardId(0) }, Step::Prepare));
     let plan = next(&leaving, &calm, dead, to_two).unwrap().plan.unwrap();
-    assert_eq!((plan.kind, plan.step), (PlanKind::RecoverReplica { shard: ShardId(0) }, Step::Tail));
+    assert_eq!(
+        (plan.kind, plan.step),
+        (PlanKind::RecoverReplica { shard: ShardId(0) }, Step::Tail)
+    );
     assert_eq!(plan.nodes().collect::<Vec<_>>(), [NodeId(2)], "the dead one is not waited for");
-    let (mut shard, mut draining) = (committed(&next(&leaving, &calm, dead, to_two).unwrap()), Vec::new());
+    let (mut shard, mut draining) =
+        (committed(&next(&leaving, &calm, dead, to_two).unwrap()), Vec::new());
     remove_from_placement(&mut shard.placement[0], &mut draining, [ReplicaId(1)].into_iter(), NOW);
     assert_eq!((ids(&shard), draining[0].node), (vec![2], NodeId(1)));
 }
@@ -273,7 +327,8 @@ fn a_node_that_is_lost_for_long_is_replaced_when_there_is_room() {
 
 fn of_two() -> Catalog {
     let spec = KeyspaceSpec { replicas: 1, ..KeyspaceSpec::default() };
-    let mut catalog = Catalog::first(KeyspaceId(1), "ks", spec, &[vec![NodeId(1), NodeId(2)]], NOW, 1);
+    let mut catalog =
+        Catalog::first(KeyspaceId(1), "ks", spec, &[vec![NodeId(1), NodeId(2)]], NOW, 1);
     catalog.draining_nodes.push(NodeDrain::new(NodeId(1), false, 1));
     catalog
 }
@@ -287,14 +342,23 @@ fn a_drain_does_not_take_the_only_replica_out_that_serves() {
     assert_eq!(next(&catalog, &not_ready, HERE, NOWHERE), None, "the copy has not caught up");
     let mut silent = reports(|_, _| {});
     silent.remove(&ReplicaId(2));
-    assert_eq!(next(&catalog, &silent, HERE, NOWHERE), None, "the copy has said nothing since its node came back");
+    assert_eq!(
+        next(&catalog, &silent, HERE, NOWHERE),
+        None,
+        "the copy has said nothing since its node came back"
+    );
     // The new replica stands still: its last report is good, and older than the last version.
     let mut still = reports(|_, _| {});
     still.get_mut(&ReplicaId(2)).unwrap().version = CatalogVersion(0);
-    assert_eq!(next(&catalog, &still, HERE, NOWHERE), None, "the copy has not heard of this version");
+    assert_eq!(
+        next(&catalog, &still, HERE, NOWHERE),
+        None,
+        "the copy has not heard of this version"
+    );
     let begun = next(&catalog, &reports(|_, _| {}), HERE, NOWHERE).unwrap();
     assert_eq!((begun.placement[0].transferring_to, ids(&begun)), (Some(ReplicaId(2)), vec![1, 2]));
-    // The same when another replica is primary: a replica leaves while one that stays serves, and only then.
+    // The same when another replica is primary: a replica leaves while one that stays serves, and
+    // only then.
     let mut acting = catalog.clone();
     acting.placement[0].primary = Some(ReplicaId(2));
     assert_eq!(next(&acting, &reports(|_, _| {}), away, NOWHERE), None);
@@ -341,7 +405,8 @@ fn nobody_is_evicted_on_request_who_alone_serves() {
 }
 
 fn fail(reports: &mut Reports, replica: u64) {
-    reports.get_mut(&ReplicaId(replica)).unwrap().phase = ReplicaPhase::Failed("log files are missing".into());
+    reports.get_mut(&ReplicaId(replica)).unwrap().phase =
+        ReplicaPhase::Failed("log files are missing".into());
 }
 
 #[test]
@@ -356,7 +421,10 @@ fn the_only_replica_that_has_failed_on_a_live_node_is_taken_over() {
     let away = |node: NodeId| if node == NodeId(1) { Presence::Away } else { HERE(node) };
     assert_eq!(next(&replaced, &failed, away, to_two), None, "it may come back at once, repaired");
     let plan = next(&replaced, &failed, HERE, to_two).unwrap().plan.unwrap();
-    assert_eq!((plan.kind, plan.sources[0].replica), (PlanKind::RecoverReplica { shard: ShardId(0) }, ReplicaId(1)));
+    assert_eq!(
+        (plan.kind, plan.sources[0].replica),
+        (PlanKind::RecoverReplica { shard: ShardId(0) }, ReplicaId(1))
+    );
 }
 
 /// Both replicas are gone for good, and both nodes were reported as such.
@@ -368,16 +436,26 @@ fn a_shard_that_lost_all_its_replicas_is_taken_over_once_all_of_them_are_given_u
     let to_three = |_: &Catalog, _: ShardId| Some(NodeId(3));
     let first = drain_node(&catalog, NodeDrain::new(NodeId(1), true, NOW), NOW, 2).unwrap();
     assert_eq!(next(&first, &Reports::new(), dead, to_three), None, "nobody gave the other one up");
-    let around =
-        Around { presence: &dead, long_gone: &|node| dead(node) == Presence::Gone, lost: &|_| false, room: &to_three };
+    let around = Around {
+        presence: &dead,
+        long_gone: &|node| dead(node) == Presence::Gone,
+        lost: &|_| false,
+        room: &to_three,
+    };
     let waits = waits_for(&first, &Reports::new(), &around, NOW).unwrap();
     let way_out = format!("start {0} or give it up with `vasto node replace {0}`", NodeId(2));
     assert!(waits.contains("shard 0 of ks") && waits.contains(&way_out), "{waits}");
-    assert!(!waits.contains(&format!("node replace {}", NodeId(1))), "that was said already: {waits}");
+    assert!(
+        !waits.contains(&format!("node replace {}", NodeId(1))),
+        "that was said already: {waits}"
+    );
     let both = drain_node(&first, NodeDrain::new(NodeId(2), true, NOW), NOW, 3).unwrap();
     let taking = next(&both, &Reports::new(), dead, to_three).unwrap();
     let plan = taking.plan.as_ref().unwrap();
-    assert_eq!((plan.kind, plan.sources.len()), (PlanKind::RecoverReplica { shard: ShardId(0) }, 2));
+    assert_eq!(
+        (plan.kind, plan.sources.len()),
+        (PlanKind::RecoverReplica { shard: ShardId(0) }, 2)
+    );
     let mut progress = crate::report::TargetProgress::new(plan.id);
     progress.stage = crate::report::TargetStage::Tailing;
     let mut target = reports(|_, _| {})[&ReplicaId(3)].clone();
@@ -389,17 +467,26 @@ fn a_shard_that_lost_all_its_replicas_is_taken_over_once_all_of_them_are_given_u
     else {
         panic!("the take-over does not go on");
     };
-    assert_eq!((ids(&done), done.draining.len()), (vec![3], 2), "both are drained should they return");
+    assert_eq!(
+        (ids(&done), done.draining.len()),
+        (vec![3], 2),
+        "both are drained should they return"
+    );
     // Without a node that has room, the text says so.
-    let around =
-        Around { presence: &dead, long_gone: &|node| dead(node) == Presence::Gone, lost: &|_| false, room: &NOWHERE };
+    let around = Around {
+        presence: &dead,
+        long_gone: &|node| dead(node) == Presence::Gone,
+        lost: &|_| false,
+        room: &NOWHERE,
+    };
     let waits = waits_for(&both, &Reports::new(), &around, NOW).unwrap();
     assert!(waits.contains("vasto serve node"), "{waits}");
 }
 
 #[test]
 fn what_cannot_go_on_says_what_it_waits_for_and_the_way_out() {
-    let around = |presence| Around { presence, long_gone: &|_| false, lost: &|_| false, room: &NOWHERE };
+    let around =
+        |presence| Around { presence, long_gone: &|_| false, lost: &|_| false, room: &NOWHERE };
     let waits = |catalog: &Catalog, reports: &Reports, presence| {
         waits_for(catalog, reports, &around(presence), NOW).unwrap_or_default()
     };
@@ -426,13 +513,16 @@ fn what_cannot_go_on_says_what_it_waits_for_and_the_way_out() {
 #[test]
 fn a_copy_that_failed_is_made_elsewhere_and_other_shards_have_their_turn() {
     let spec = KeyspaceSpec { shards: 2, replicas: 2, ..KeyspaceSpec::default() };
-    let mut catalog = Catalog::first(KeyspaceId(1), "ks", spec, &[vec![NodeId(1)], vec![NodeId(1)]], NOW, 1);
+    let mut catalog =
+        Catalog::first(KeyspaceId(1), "ks", spec, &[vec![NodeId(1)], vec![NodeId(1)]], NOW, 1);
     let calm = reports(|_, _| {});
     let begin = |catalog: &Catalog, now_us: u64| {
         let avoided = nodes_to_avoid(catalog, now_us);
-        let room =
-            move |_: &Catalog, _: ShardId| Some(if avoided.contains(&NodeId(2)) { NodeId(3) } else { NodeId(2) });
-        let around = Around { presence: &HERE, long_gone: &|_| false, lost: &|_| false, room: &room };
+        let room = move |_: &Catalog, _: ShardId| {
+            Some(if avoided.contains(&NodeId(2)) { NodeId(3) } else { NodeId(2) })
+        };
+        let around =
+            Around { presence: &HERE, long_gone: &|_| false, lost: &|_| false, room: &room };
         advance_members(catalog, &calm, &around, now_us, 3)
     };
     let failing = |started: &Catalog, now_us: u64| {
@@ -465,7 +555,8 @@ fn a_copy_that_failed_is_made_elsewhere_and_other_shards_have_their_turn() {
         };
         now += 1;
     }
-    // The other shard does not wait for the first one's pause, and no second attempt goes to the full disk.
+    // The other shard does not wait for the first one's pause, and no second attempt goes to the
+    // full disk.
     assert_eq!(tried, [(0, 2), (1, 3)]);
     assert_eq!(begin(&catalog, now), None, "the first one waits");
     let later = begin(&catalog, now + COPY_AGAIN_US).expect("a copy begins");
@@ -486,7 +577,8 @@ fn a_shard_whose_copies_keep_failing_is_tried_less_and_less_often() {
     let mut catalog = single();
     let mut pauses = Vec::new();
     for n in 0..9 {
-        let report = OperationReport { started_at_us: NOW + n, ..copy(&catalog, OperationOutcome::Aborted) };
+        let report =
+            OperationReport { started_at_us: NOW + n, ..copy(&catalog, OperationOutcome::Aborted) };
         catalog.remember(report);
         pauses.push((copy_not_before(&catalog, ShardId(0)) - NOW - n) / 1_000_000);
     }
@@ -509,12 +601,14 @@ fn the_report_of_an_emptied_node_counts_all_copies() {
     catalog.draining_nodes.push(NodeDrain::new(NodeId(9), false, NOW));
     catalog.draining_nodes.push(NodeDrain::new(NodeId(8), false, NOW + 30));
     for n in 0..40 {
-        let report = OperationReport { started_at_us: NOW + n, ..copy(&catalog, OperationOutcome::Done) };
+        let report =
+            OperationReport { started_at_us: NOW + n, ..copy(&catalog, OperationOutcome::Done) };
         catalog.remember(report);
     }
     catalog.remember(copy(&catalog, OperationOutcome::Aborted));
     let ended = next(&catalog, &reports(|_, _| {}), HERE, NOWHERE).unwrap();
-    let figures: Vec<u64> = ended.operations.iter().rev().take(2).map(|report| report.bytes_moved).collect();
+    let figures: Vec<u64> =
+        ended.operations.iter().rev().take(2).map(|report| report.bytes_moved).collect();
     assert_eq!(figures, [1_000, 4_000]);
 }
 
@@ -526,14 +620,20 @@ fn what_a_replaced_node_alone_holds_is_given_up_once_the_bucket_was_read() {
     let begun = drain_node(&catalog(), leaving.clone(), NOW, 2).unwrap();
     let left = next(&begun, &reports(|_, _| {}), dead, NOWHERE).unwrap();
     assert_eq!((ids(&left), left.draining[0].replica), (vec![2, 3], ReplicaId(1)));
-    assert_eq!(next(&left, &reports(|_, _| {}), dead, NOWHERE), None, "the bucket has not been read");
-    let read = reports(|id, report| report.took_from_bucket = if id == 2 { vec![ReplicaId(1)] } else { Vec::new() });
+    assert_eq!(
+        next(&left, &reports(|_, _| {}), dead, NOWHERE),
+        None,
+        "the bucket has not been read"
+    );
+    let read = reports(|id, report| {
+        report.took_from_bucket = if id == 2 { vec![ReplicaId(1)] } else { Vec::new() }
+    });
     let back = |node: NodeId| HERE(node);
     assert_eq!(next(&left, &read, back, NOWHERE), None, "it is back: it is drained");
     let gone = next(&left, &read, dead, NOWHERE).unwrap();
     assert!(gone.draining.is_empty() && gone.is_removed(ReplicaId(1)));
-    // The same when the loss is accepted after the node was replaced; if it is not, nothing of the node is left to
-    // move.
+    // The same when the loss is accepted after the node was replaced; if it is not, nothing of the
+    // node is left to move.
     let mut replaced = left.clone();
     replaced.draining_nodes.clear();
     assert_eq!(drain_node(&replaced, NodeDrain::new(NodeId(1), true, NOW), NOW, 2), None);
@@ -543,8 +643,12 @@ fn what_a_replaced_node_alone_holds_is_given_up_once_the_bucket_was_read() {
     let mut whole = left;
     whole.spec.replicas = 2;
     assert_eq!(next(&whole, &reports(|_, _| {}), dead, NOWHERE), None);
-    let around =
-        Around { presence: &dead, long_gone: &|node| dead(node) == Presence::Gone, lost: &|_| false, room: &NOWHERE };
+    let around = Around {
+        presence: &dead,
+        long_gone: &|node| dead(node) == Presence::Gone,
+        lost: &|_| false,
+        room: &NOWHERE,
+    };
     let waits = waits_for(&whole, &reports(|_, _| {}), &around, NOW).unwrap();
     assert!(waits.contains("taken over from the bucket"), "{waits}");
 }

@@ -1,6 +1,7 @@
 //! The rules: which catalog version comes next.
 //!
-//! **Invariant:** every rule is a pure function of the last version, the reports, the presence of the nodes and the time.
+//! **Invariant:** every rule is a pure function of the last version, the reports, the presence of
+//! the nodes and the time.
 
 mod advance;
 mod commit;
@@ -27,8 +28,8 @@ pub use copy::give_up_on;
 pub use drain::{cancel_drain, concerns, drain_node, so_far};
 pub use evict::{EvictError, evict, evict_on_request};
 pub use failover::{
-    HOME_FOR_US, LeadershipChanges, Presence, QUIET_US, advance_primaries, is_unsettled, leadership_changes_between,
-    successor, transfer_leadership,
+    HOME_FOR_US, LeadershipChanges, Presence, QUIET_US, advance_primaries, is_unsettled,
+    leadership_changes_between, successor, transfer_leadership,
 };
 pub use grow::{PlanError, start_grow, undo_seal};
 pub use members::{advance_members, is_incomplete};

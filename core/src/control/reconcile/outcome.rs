@@ -10,12 +10,25 @@ use crate::control::report::{PauseMs, Reports, TargetProgress};
 use crate::ids::Epoch;
 
 /// Returns the version that undoes a plan that has not committed.
-pub fn abort(catalog: &Catalog, reason: &str, reports: &Reports, now_us: u64, nonce: u64) -> Option<Catalog> {
+pub fn abort(
+    catalog: &Catalog,
+    reason: &str,
+    reports: &Reports,
+    now_us: u64,
+    nonce: u64,
+) -> Option<Catalog> {
     let plan = catalog.plan.as_ref().filter(|plan| plan.step != Step::Committed)?;
     let mut next = catalog.next(now_us, nonce);
     next.plan = None;
     next.pins.clear();
-    next.remember(report_of(catalog, plan, reports, OperationOutcome::Aborted, Some(reason.to_owned()), now_us));
+    next.remember(report_of(
+        catalog,
+        plan,
+        reports,
+        OperationOutcome::Aborted,
+        Some(reason.to_owned()),
+        now_us,
+    ));
     if plan.moving().is_some() {
         // The targets' stale versions of rows of other shards must not come back with a restore.
         next.discarded.extend(plan.targets.iter().map(|target| target.replica));
@@ -38,9 +51,13 @@ pub fn report_of(
     now_us: u64,
 ) -> OperationReport {
     let (from, to) = plan.growth().unwrap_or((catalog.spec.shards, catalog.spec.shards));
-    let targets: Vec<&TargetProgress> =
-        plan.targets.iter().filter_map(|target| target_progress(plan, target.replica, reports)).collect();
-    let sum = |field: fn(&TargetProgress) -> u64| targets.iter().map(|progress| field(progress)).sum();
+    let targets: Vec<&TargetProgress> = plan
+        .targets
+        .iter()
+        .filter_map(|target| target_progress(plan, target.replica, reports))
+        .collect();
+    let sum =
+        |field: fn(&TargetProgress) -> u64| targets.iter().map(|progress| field(progress)).sum();
     let pauses = plan
         .sources
         .iter()
@@ -66,8 +83,12 @@ pub fn report_of(
         reached: plan
             .targets
             .iter()
-            .filter_map(|target| Some((target.shard, target_progress(plan, target.replica, reports)?)))
-            .flat_map(|(shard, progress)| progress.reached.iter().map(move |reached| (shard, *reached)))
+            .filter_map(|target| {
+                Some((target.shard, target_progress(plan, target.replica, reports)?))
+            })
+            .flat_map(|(shard, progress)| {
+                progress.reached.iter().map(move |reached| (shard, *reached))
+            })
             .map(|(shard, (replica, lsn))| Reached { shard, replica, lsn })
             .collect(),
         copies: 0,
@@ -78,7 +99,9 @@ pub fn report_of(
         failed_on: plan
             .targets
             .iter()
-            .filter(|target| outcome == OperationOutcome::Aborted && failed_at(plan, target, reports))
+            .filter(|target| {
+                outcome == OperationOutcome::Aborted && failed_at(plan, target, reports)
+            })
             .map(|target| target.node)
             .collect(),
     }

@@ -7,18 +7,28 @@ use super::progress::Advance;
 use crate::band::Band;
 use crate::catalog::{Catalog, KeyspaceSpec, Quarantine};
 use crate::control::operation::{OperationOutcome, Reached};
-use crate::control::plan::{NODE_AWAY_MAX_US, PinnedManifest, Plan, PlanKind, SEALS_UNDONE_MAX, Source, Step, Target};
-use crate::control::report::{
-    PauseMs, ReplicaPhase, ReplicaReport, ReplicationReport, Reports, Sealed, SourceProgress, TargetProgress,
-    TargetStage,
+use crate::control::plan::{
+    NODE_AWAY_MAX_US, PinnedManifest, Plan, PlanKind, SEALS_UNDONE_MAX, Source, Step, Target,
 };
-use crate::ids::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
+use crate::control::report::{
+    PauseMs, ReplicaPhase, ReplicaReport, ReplicationReport, Reports, Sealed, SourceProgress,
+    TargetProgress, TargetStage,
+};
+use crate::ids::{
+    CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId,
+};
 use crate::limits::TARGET_SILENT_MAX;
 
 const NODE: fn(u64) -> NodeId = NodeId;
 
 /// Calls the real function, for nodes that have always been there.
-fn advance(catalog: &Catalog, reports: &Reports, away_us: impl Fn(NodeId) -> u64, now_us: u64, nonce: u64) -> Advance {
+fn advance(
+    catalog: &Catalog,
+    reports: &Reports,
+    away_us: impl Fn(NodeId) -> u64,
+    now_us: u64,
+    nonce: u64,
+) -> Advance {
     super::advance(catalog, reports, away_us, |_| u64::MAX, now_us, nonce)
 }
 
@@ -92,7 +102,8 @@ fn at(step: Step) -> Catalog {
 fn a_grow_goes_through_every_step_and_ends_with_its_figures() {
     let catalog = at(Step::Prepare);
     assert_eq!(catalog.members_on(NODE(3)), vec![(ShardId(2), ReplicaId(3), false)]);
-    let mut reports = Reports::from([source(1, source_progress_of(None)), source(2, source_progress_of(None))]);
+    let mut reports =
+        Reports::from([source(1, source_progress_of(None)), source(2, source_progress_of(None))]);
     let tail = write(advance(&catalog, &reports, |_| 0, 3_000, 3));
     assert_eq!(tail.plan.as_ref().unwrap().step, Step::Tail);
     assert_eq!(tail.pins.len(), 2);
@@ -105,12 +116,21 @@ fn a_grow_goes_through_every_step_and_ends_with_its_figures() {
 
     let sealed = Some(Sealed { version: sealing.version, lsn: Lsn(20) });
     reports.extend([source(1, source_progress_of(sealed)), source(2, source_progress_of(sealed))]);
-    assert!(matches!(advance(&sealing, &reports, |_| 0, 5_000, 5), Advance::Wait(_)), "the target is behind the seal");
+    assert!(
+        matches!(advance(&sealing, &reports, |_| 0, 5_000, 5), Advance::Wait(_)),
+        "the target is behind the seal"
+    );
     reports.extend([target(TargetStage::Tailing, &[(1, 20), (2, 19)])]);
-    assert!(matches!(advance(&sealing, &reports, |_| 0, 5_000, 5), Advance::Wait(_)), "one source is not reached");
+    assert!(
+        matches!(advance(&sealing, &reports, |_| 0, 5_000, 5), Advance::Wait(_)),
+        "one source is not reached"
+    );
     reports.extend([target(TargetStage::Tailing, &[(1, 20), (2, 20)])]);
     let committed = write(advance(&sealing, &reports, |_| 0, 5_000, 5));
-    assert_eq!((committed.epoch, committed.spec.shards, committed.placement.len()), (Epoch(2), 3, 3));
+    assert_eq!(
+        (committed.epoch, committed.spec.shards, committed.placement.len()),
+        (Epoch(2), 3, 3)
+    );
     assert_eq!(committed.quarantines.len(), 1);
 
     assert!(matches!(advance(&committed, &reports, |_| 0, 6_000, 6), Advance::Wait(_)));
@@ -176,12 +196,16 @@ fn a_failure_or_a_lost_node_aborts_before_the_commit_and_never_after_it() {
         let catalog = at(step);
         let gone = write(advance(&catalog, &Reports::new(), |_| NODE_AWAY_MAX_US + 1, 2_001, 3));
         assert_eq!((gone.spec.shards, gone.plan.is_none()), (2, true), "{step:?}");
-        let failed = SourceProgress { failed: Some("disk full".into()), ..source_progress_of(None) };
+        let failed =
+            SourceProgress { failed: Some("disk full".into()), ..source_progress_of(None) };
         let gone = write(advance(&catalog, &Reports::from([source(1, failed)]), |_| 0, 2_001, 3));
         assert_eq!(gone.operations.last().unwrap().reason.as_deref(), Some("disk full"));
     }
     let committed = at(Step::Committed);
-    assert!(matches!(advance(&committed, &Reports::new(), |_| NODE_AWAY_MAX_US, 2_001, 3), Advance::Wait(_)));
+    assert!(matches!(
+        advance(&committed, &Reports::new(), |_| NODE_AWAY_MAX_US, 2_001, 3),
+        Advance::Wait(_)
+    ));
     assert_eq!(abort(&committed, "cancelled", &Reports::new(), 1, 1), None);
 }
 
@@ -191,13 +215,21 @@ fn a_committed_plan_finishes_without_those_who_do_not_come_back() {
     let released = |id| source(id, SourceProgress { released: true, ..source_progress_of(None) });
     let open = target(TargetStage::Open, &[]);
     let away = |gone: u64| move |node| if node == NODE(gone) { NODE_AWAY_MAX_US + 1 } else { 0 };
-    let finished = |next: &Catalog| next.plan.is_none() && next.operations[0].outcome == OperationOutcome::Done;
+    let finished = |next: &Catalog| {
+        next.plan.is_none() && next.operations[0].outcome == OperationOutcome::Done
+    };
     // The target is away, then a source.
     let reports = Reports::from([released(1), released(2), target(TargetStage::Tailing, &[])]);
-    assert!(matches!(advance(&committed, &reports, away(2), 3_000, 3), Advance::Wait(_)), "the target is there");
+    assert!(
+        matches!(advance(&committed, &reports, away(2), 3_000, 3), Advance::Wait(_)),
+        "the target is there"
+    );
     assert!(finished(&write(advance(&committed, &reports, away(3), 3_000, 3))));
     let reports = Reports::from([source(1, source_progress_of(None)), released(2), open.clone()]);
-    assert!(matches!(advance(&committed, &reports, away(3), 3_000, 3), Advance::Wait(_)), "the source is there");
+    assert!(
+        matches!(advance(&committed, &reports, away(3), 3_000, 3), Advance::Wait(_)),
+        "the source is there"
+    );
     assert!(finished(&write(advance(&committed, &reports, away(1), 3_000, 3))));
     // A failed replica applies the version when it is opened again.
     let failed = ReplicaReport { phase: ReplicaPhase::Failed("rot".into()), ..report(1) };
@@ -210,7 +242,9 @@ fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
     let mut catalog = two_shards();
     let leaving = crate::catalog::NodeDrain::new(NODE(1), true, 1);
     catalog.draining_nodes.push(leaving);
-    for (plan, replicas, targets) in [(1, vec![1, 2], vec![(2, 7)]), (2, vec![2], vec![(1, 9), (2, 7)])] {
+    for (plan, replicas, targets) in
+        [(1, vec![1, 2], vec![(2, 7)]), (2, vec![2], vec![(1, 9), (2, 7)])]
+    {
         catalog.quarantines.push(Quarantine {
             plan: PlanId(plan),
             range: Band::leaving(2, 3).into(),
@@ -226,14 +260,31 @@ fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
         from_epoch: catalog.epoch,
         started_at_us: 1,
         step: Step::Tail,
-        sources: vec![Source { shard: ShardId(0), replica: ReplicaId(1), node: NODE(1), manifest: None }],
+        sources: vec![Source {
+            shard: ShardId(0),
+            replica: ReplicaId(1),
+            node: NODE(1),
+            manifest: None,
+        }],
         targets: vec![Target { shard: ShardId(0), replica: ReplicaId(3), node: NODE(3) }],
         seals_undone: 0,
     });
     let gone = |node| if node == NODE(1) { NODE_AWAY_MAX_US + 1 } else { 0 };
-    let taken = write(advance(&catalog, &Reports::from([target(TargetStage::Tailing, &[])]), gone, 5_000, 3));
-    assert_eq!((taken.placement[0].replicas[0].replica, taken.draining[0].replica), (ReplicaId(3), ReplicaId(1)));
-    assert_eq!((&taken.quarantines[0].replicas[..], taken.quarantines[0].targets.len()), (&[ReplicaId(2)][..], 1));
+    let taken = write(advance(
+        &catalog,
+        &Reports::from([target(TargetStage::Tailing, &[])]),
+        gone,
+        5_000,
+        3,
+    ));
+    assert_eq!(
+        (taken.placement[0].replicas[0].replica, taken.draining[0].replica),
+        (ReplicaId(3), ReplicaId(1))
+    );
+    assert_eq!(
+        (&taken.quarantines[0].replicas[..], taken.quarantines[0].targets.len()),
+        (&[ReplicaId(2)][..], 1)
+    );
     assert_eq!(taken.quarantines[1].targets, [(ReplicaId(3), Lsn(1)), (ReplicaId(2), Lsn(7))]);
 }
 
@@ -287,11 +338,20 @@ fn a_member_that_has_failed_aborts_the_plan_and_an_away_node_keeps_it_from_seali
     let ready = Reports::from([target(TargetStage::Tailing, &[(1, 10), (2, 10)])]);
     assert!(matches!(advance(&tail, &ready, |_| 0, 9_000, 3), Advance::Write(_)));
     let away = |node| if node == NODE(3) { 1 } else { 0 };
-    assert!(matches!(advance(&tail, &ready, away, 9_000, 3), Advance::Wait(_)), "its last report is old");
+    assert!(
+        matches!(advance(&tail, &ready, away, 9_000, 3), Advance::Wait(_)),
+        "its last report is old"
+    );
     let mut failed = ready.clone();
-    failed.insert(ReplicaId(1), ReplicaReport { phase: ReplicaPhase::Failed("rot".into()), ..report(1) });
+    failed.insert(
+        ReplicaId(1),
+        ReplicaReport { phase: ReplicaPhase::Failed("rot".into()), ..report(1) },
+    );
     let gone = write(advance(&tail, &failed, |_| 0, 9_000, 3));
-    assert!(gone.plan.is_none() && gone.operations[0].reason.as_deref().is_some_and(|reason| reason.contains("rot")));
+    assert!(
+        gone.plan.is_none()
+            && gone.operations[0].reason.as_deref().is_some_and(|reason| reason.contains("rot"))
+    );
 }
 
 #[test]
@@ -301,16 +361,21 @@ fn what_the_targets_of_an_aborted_grow_shipped_is_discarded() {
     assert_eq!(undone.discarded, [ReplicaId(3)]);
     // The next attempt has a target of its own, which counts.
     let again = start_grow(&undone, 3, &[NODE(3)], 4_000, 4).unwrap();
-    let targets: Vec<ReplicaId> = again.plan.as_ref().unwrap().targets.iter().map(|target| target.replica).collect();
+    let targets: Vec<ReplicaId> =
+        again.plan.as_ref().unwrap().targets.iter().map(|target| target.replica).collect();
     assert_eq!((targets, again.discarded), (vec![ReplicaId(4)], vec![ReplicaId(3)]));
 }
 
 #[test]
 fn a_restore_ends_when_the_bucket_holds_what_was_restored() {
     let mut catalog = two_shards();
-    let kind = PlanKind::Restore { keyspace: KeyspaceId(1), version: CatalogVersion(9), at_us: None };
-    let target =
-        |replica: u64| Target { shard: ShardId(replica as u32 - 1), replica: ReplicaId(replica), node: NODE(replica) };
+    let kind =
+        PlanKind::Restore { keyspace: KeyspaceId(1), version: CatalogVersion(9), at_us: None };
+    let target = |replica: u64| Target {
+        shard: ShardId(replica as u32 - 1),
+        replica: ReplicaId(replica),
+        node: NODE(replica),
+    };
     catalog.plan = Some(Plan {
         id: PlanId(1),
         kind,
@@ -347,7 +412,12 @@ fn taking_over() -> Catalog {
         from_epoch: catalog.epoch,
         started_at_us: 1,
         step: Step::Tail,
-        sources: vec![Source { shard: ShardId(0), replica: ReplicaId(1), node: NODE(1), manifest: None }],
+        sources: vec![Source {
+            shard: ShardId(0),
+            replica: ReplicaId(1),
+            node: NODE(1),
+            manifest: None,
+        }],
         targets: vec![Target { shard: ShardId(0), replica: ReplicaId(3), node: NODE(3) }],
         seals_undone: 0,
     });
@@ -356,7 +426,8 @@ fn taking_over() -> Catalog {
 
 #[test]
 fn a_take_over_goes_on_although_its_source_reports_that_it_has_failed() {
-    let failed = ReplicaReport { phase: ReplicaPhase::Failed("log files are missing".into()), ..report(1) };
+    let failed =
+        ReplicaReport { phase: ReplicaPhase::Failed("log files are missing".into()), ..report(1) };
     let reports = Reports::from([(ReplicaId(1), failed), target(TargetStage::Tailing, &[])]);
     for away_us in [0, NODE_AWAY_MAX_US + 1] {
         let away = |node| if node == NODE(1) { away_us } else { 0 };
@@ -366,7 +437,8 @@ fn a_take_over_goes_on_although_its_source_reports_that_it_has_failed() {
     // A failure of the target counts.
     let failed = ReplicaReport { phase: ReplicaPhase::Failed("rot".into()), ..report(3) };
     let gone = |node| if node == NODE(1) { NODE_AWAY_MAX_US + 1 } else { 0 };
-    let undone = write(advance(&taking_over(), &Reports::from([(ReplicaId(3), failed)]), gone, 5_000, 3));
+    let undone =
+        write(advance(&taking_over(), &Reports::from([(ReplicaId(3), failed)]), gone, 5_000, 3));
     assert_eq!(
         (undone.operations[0].outcome, &undone.operations[0].failed_on[..]),
         (OperationOutcome::Aborted, &[NODE(3)][..])
@@ -381,10 +453,15 @@ fn a_take_over_does_not_commit_over_a_source_that_is_back() {
     assert!(undone.operations[0].reason.as_ref().is_some_and(|reason| reason.contains("is back")));
     assert!(undone.operations[0].failed_on.is_empty(), "that is not the target's fault");
     // A replica that is being opened is waited for: it may serve soon.
-    let opening =
-        ReplicaReport { phase: ReplicaPhase::Opening, replication: ReplicationReport::default(), ..report(1) };
+    let opening = ReplicaReport {
+        phase: ReplicaPhase::Opening,
+        replication: ReplicationReport::default(),
+        ..report(1)
+    };
     let reports = Reports::from([(ReplicaId(1), opening), target(TargetStage::Tailing, &[])]);
-    assert!(matches!(advance(&taking_over(), &reports, |_| 0, 5_000, 3), Advance::Wait(what) if what.contains("open")));
+    assert!(
+        matches!(advance(&taking_over(), &reports, |_| 0, 5_000, 3), Advance::Wait(what) if what.contains("open"))
+    );
     let silent = Reports::from([target(TargetStage::Tailing, &[])]);
     assert!(matches!(advance(&taking_over(), &silent, |_| 0, 5_000, 3), Advance::Wait(_)));
 }
@@ -400,13 +477,19 @@ fn a_target_whose_node_is_there_and_begins_nothing_is_given_up() {
         let undone = write(advance(&catalog, &Reports::new(), |_| 0, late + 1, 3));
         assert_eq!((undone.plan, &undone.operations[0].failed_on[..]), (None, &[NODE(3)][..]));
         let away = |node| if node == NODE(3) { 1 } else { 0 };
-        assert!(matches!(advance(&catalog, &Reports::new(), away, late + 1, 3), Advance::Wait(_)), "it may come back");
+        assert!(
+            matches!(advance(&catalog, &Reports::new(), away, late + 1, 3), Advance::Wait(_)),
+            "it may come back"
+        );
         let back = super::advance(&catalog, &Reports::new(), |_| 0, |_| silent_us, late + 1, 3);
         assert!(matches!(back, Advance::Wait(_)), "it has only just come back");
         let target = catalog.plan.as_ref().unwrap().targets[0].replica;
         let mut opening = report(target.0);
         opening.phase = ReplicaPhase::Opening;
         let opening = Reports::from([(target, opening)]);
-        assert!(matches!(advance(&catalog, &opening, |_| 0, late + 1, 3), Advance::Wait(_)), "it opens what it has");
+        assert!(
+            matches!(advance(&catalog, &opening, |_| 0, late + 1, 3), Advance::Wait(_)),
+            "it opens what it has"
+        );
     }
 }

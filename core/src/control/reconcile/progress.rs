@@ -37,16 +37,21 @@ pub enum Advance {
 pub(super) fn failed_at(plan: &Plan, target: &Target, reports: &Reports) -> bool {
     let Some(report) = reports.get(&target.replica) else { return false };
     report.has_failed()
-        || target_progress(plan, target.replica, reports).is_some_and(|progress| progress.failed.is_some())
+        || target_progress(plan, target.replica, reports)
+            .is_some_and(|progress| progress.failed.is_some())
 }
 
-/// Returns the placed replicas of the sources' shards that are not sources themselves: they seal too.
+/// Returns the placed replicas of the sources' shards that are not sources themselves: they seal
+/// too.
 pub(super) fn others_of_sources(catalog: &Catalog, plan: &Plan) -> Vec<(ShardId, Placed)> {
     if plan.moving().is_none() {
         return Vec::new();
     }
     let is_source = |id: ReplicaId| plan.sources.iter().any(|source| source.replica == id);
-    let shards = catalog.placement.iter().filter(|shard| plan.sources.iter().any(|source| source.shard == shard.shard));
+    let shards = catalog
+        .placement
+        .iter()
+        .filter(|shard| plan.sources.iter().any(|source| source.shard == shard.shard));
     shards
         .flat_map(|shard| shard.replicas.iter().map(|member| (shard.shard, *member)))
         .filter(|(_, member)| !is_source(member.replica))
@@ -61,10 +66,18 @@ pub(super) fn shipping_targets(plan: &Plan) -> impl Iterator<Item = &Target> {
     })
 }
 
-pub(super) fn source_progress<'a>(plan: &Plan, replica: ReplicaId, reports: &'a Reports) -> Option<&'a SourceProgress> {
+pub(super) fn source_progress<'a>(
+    plan: &Plan,
+    replica: ReplicaId,
+    reports: &'a Reports,
+) -> Option<&'a SourceProgress> {
     reports.get(&replica)?.source.as_ref().filter(|progress| progress.plan == plan.id)
 }
 
-pub(super) fn target_progress<'a>(plan: &Plan, replica: ReplicaId, reports: &'a Reports) -> Option<&'a TargetProgress> {
+pub(super) fn target_progress<'a>(
+    plan: &Plan,
+    replica: ReplicaId,
+    reports: &'a Reports,
+) -> Option<&'a TargetProgress> {
     reports.get(&replica)?.target.as_ref().filter(|progress| progress.plan == plan.id)
 }

@@ -1,13 +1,19 @@
 //! Moved bands: kept on their old shard until they are safe to remove.
 //!
-//! **Invariant:** moved bands are removed only after a manifest of each shipping target, or of its successor, covers them.
+//! **Invariant:** moved bands are removed only after a manifest of each shipping target, or of its
+//! successor, covers them.
 
 use super::progress::Advance;
 use crate::catalog::{Catalog, Quarantine};
 use crate::control::report::Reports;
 use crate::ids::{Lsn, ReplicaId};
 
-pub(super) fn advance_quarantines(catalog: &Catalog, reports: &Reports, now_us: u64, nonce: u64) -> Advance {
+pub(super) fn advance_quarantines(
+    catalog: &Catalog,
+    reports: &Reports,
+    now_us: u64,
+    nonce: u64,
+) -> Advance {
     let mut next = catalog.next(now_us, nonce);
     let mut changed = false;
     let mut waiting = None;
@@ -41,14 +47,23 @@ pub(super) fn advance_quarantines(catalog: &Catalog, reports: &Reports, now_us: 
     }
 }
 
-/// Takes a removed replica out of the quarantines: its range is not waited for, and a manifest of the replica that
-/// ships in its place covers what its own manifest was to cover.
-pub(crate) fn remove_from_quarantines(quarantines: &mut [Quarantine], gone: ReplicaId, successor: Option<ReplicaId>) {
+/// Takes a removed replica out of the quarantines: its range is not waited for, and a manifest of
+/// the replica that ships in its place covers what its own manifest was to cover.
+pub(crate) fn remove_from_quarantines(
+    quarantines: &mut [Quarantine],
+    gone: ReplicaId,
+    successor: Option<ReplicaId>,
+) {
     for quarantine in quarantines {
         quarantine.replicas.retain(|replica| *replica != gone);
-        let Some(at) = quarantine.targets.iter().position(|(target, _)| *target == gone) else { continue };
-        match successor.filter(|successor| quarantine.targets.iter().all(|(target, _)| target != successor)) {
-            // The successor began to ship after the range had moved: each of its manifests covers the whole range.
+        let Some(at) = quarantine.targets.iter().position(|(target, _)| *target == gone) else {
+            continue;
+        };
+        match successor
+            .filter(|successor| quarantine.targets.iter().all(|(target, _)| target != successor))
+        {
+            // The successor began to ship after the range had moved: each of its manifests covers
+            // the whole range.
             Some(successor) => quarantine.targets[at] = (successor, Lsn(1)),
             None => drop(quarantine.targets.remove(at)),
         }

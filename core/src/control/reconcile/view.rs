@@ -1,4 +1,5 @@
-//! The catalog, the reports and the presence of nodes together, as the rules about members see them.
+//! The catalog, the reports and the presence of nodes together, as the rules about members see
+//! them.
 //!
 //! **Invariant:** a replica is taken out of its shard only while another one has authority.
 
@@ -15,7 +16,8 @@ pub struct Around<'a> {
     pub presence: &'a dyn Fn(NodeId) -> Presence,
     /// Whether a node is away for so long that it is not expected back at once.
     pub long_gone: &'a dyn Fn(NodeId) -> bool,
-    /// Whether a node is away for so long that its replicas are rebuilt elsewhere without a request.
+    /// Whether a node is away for so long that its replicas are rebuilt elsewhere without a
+    /// request.
     pub lost: &'a dyn Fn(NodeId) -> bool,
     /// Live node that could take one more replica of a shard.
     pub room: &'a dyn Fn(&Catalog, ShardId) -> Option<NodeId>,
@@ -55,22 +57,23 @@ impl View<'_> {
             && self.replication(member.replica).is_some_and(|report| report.ready)
     }
 
-    /// Returns true when the replica serves, and not only by a report from before it stood still or was cut off: it
-    /// has applied the version that is in force.
+    /// Returns true when the replica serves, and not only by a report from before it stood still or
+    /// was cut off: it has applied the version that is in force.
     pub(super) fn serves(&self, member: &Placed) -> bool {
         let has_heard = |report: &ReplicaReport| report.version >= self.catalog.version;
         self.is_ready(member) && self.reports.get(&member.replica).is_some_and(has_heard)
     }
 
-    /// Returns true when the replica answers strict requests: it holds everything that the others have acknowledged.
+    /// Returns true when the replica answers strict requests: it holds everything that the others
+    /// have acknowledged.
     pub(super) fn has_authority(&self, member: &Placed) -> bool {
         let has_authority = |report: &ReplicaReport| report.has_authority(self.catalog.version);
         self.is_ready(member) && self.reports.get(&member.replica).is_some_and(has_authority)
     }
 
-    /// Returns the version that evicts a replica, or transfers leadership first; `None` while the replica may be the
-    /// only one that holds what it has acknowledged. If it is away, the others find out themselves whether they may
-    /// serve.
+    /// Returns the version that evicts a replica, or transfers leadership first; `None` while the
+    /// replica may be the only one that holds what it has acknowledged. If it is away, the others
+    /// find out themselves whether they may serve.
     pub(super) fn take_out(
         &self,
         shard: &ShardPlacement,
@@ -80,8 +83,10 @@ impl View<'_> {
         nonce: u64,
     ) -> Option<Catalog> {
         // A lagging replica is not able to serve yet.
-        let is_close =
-            |other: &Placed| self.replication(other.replica).is_some_and(|report| report.lag_lsns <= TAIL_LAG_LSNS_MAX);
+        let is_close = |other: &Placed| {
+            self.replication(other.replica)
+                .is_some_and(|report| report.lag_lsns <= TAIL_LAG_LSNS_MAX)
+        };
         let may = |other: &Placed| stays(other) && is_close(other);
         let successor = successor(shard, member.replica, |node| self.around.is_here(node), may);
         if let Some(successor) = successor.filter(|_| !self.has_failed(member.replica)) {
@@ -102,8 +107,8 @@ impl View<'_> {
         self.drain_of(member.node).is_some()
     }
 
-    /// Returns true when the replica is not waited for: its node is to be replaced and is gone, or is there and the
-    /// replica has failed.
+    /// Returns true when the replica is not waited for: its node is to be replaced and is gone, or
+    /// is there and the replica has failed.
     pub(super) fn is_given_up(&self, member: &Placed) -> bool {
         let replaced = self.drain_of(member.node).is_some_and(|drain| drain.replace);
         replaced
@@ -118,20 +123,25 @@ impl View<'_> {
         self.replication(replica).is_some_and(|report| report.drained)
     }
 
-    /// Returns true when deleting its files loses nothing: another replica serves and holds everything it has, or its
-    /// loss was accepted and everything that it had shipped was recovered.
+    /// Returns true when deleting its files loses nothing: another replica serves and holds
+    /// everything it has, or its loss was accepted and everything that it had shipped was
+    /// recovered.
     pub(super) fn may_go(&self, draining: &DrainingReplica) -> bool {
-        let others = || self.catalog.shard(draining.shard).into_iter().flat_map(|shard| &shard.replicas);
-        if let Some(report) = self.replication(draining.replica).filter(|_| self.is_drained(draining.replica)) {
+        let others =
+            || self.catalog.shard(draining.shard).into_iter().flat_map(|shard| &shard.replicas);
+        if let Some(report) =
+            self.replication(draining.replica).filter(|_| self.is_drained(draining.replica))
+        {
             // A node of an older version does not report which replicas hold the data.
-            let holds = |id: ReplicaId| report.drained_by.is_empty() || report.drained_by.contains(&id);
+            let holds =
+                |id: ReplicaId| report.drained_by.is_empty() || report.drained_by.contains(&id);
             return others().any(|other| holds(other.replica) && self.serves(other));
         }
         let gone = Placed { replica: draining.replica, node: draining.node };
         let accepted = self.drain_of(draining.node).is_some_and(|drain| drain.accept_loss);
         // A replica that is cut off only briefly is still drained when it is back.
-        let is_over =
-            (self.around.long_gone)(draining.node) || (self.around.is_here(draining.node) && self.is_given_up(&gone));
+        let is_over = (self.around.long_gone)(draining.node)
+            || (self.around.is_here(draining.node) && self.is_given_up(&gone));
         accepted
             && is_over
             && others().any(|other| {

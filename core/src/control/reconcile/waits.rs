@@ -8,8 +8,14 @@ use crate::catalog::{Catalog, DrainingReplica, KeyspaceState, Placed, ShardPlace
 use crate::control::report::Reports;
 use crate::limits::COPIES_PER_NODE_MAX;
 
-/// Returns what keeps a keyspace from having all its replicas, and the remedy; `None` when nothing does.
-pub fn waits_for(catalog: &Catalog, reports: &Reports, around: &Around<'_>, now_us: u64) -> Option<String> {
+/// Returns what keeps a keyspace from having all its replicas, and the remedy; `None` when nothing
+/// does.
+pub fn waits_for(
+    catalog: &Catalog,
+    reports: &Reports,
+    around: &Around<'_>,
+    now_us: u64,
+) -> Option<String> {
     if catalog.state != KeyspaceState::Active || catalog.plan.is_some() {
         return None;
     }
@@ -54,10 +60,15 @@ pub fn waits_for(catalog: &Catalog, reports: &Reports, around: &Around<'_>, now_
         ))
     });
     of_shards.next().or_else(|| {
-        let waits = |draining: &&DrainingReplica| view.drain_of(draining.node).is_some_and(|drain| drain.accept_loss);
+        let waits = |draining: &&DrainingReplica| {
+            view.drain_of(draining.node).is_some_and(|drain| drain.accept_loss)
+        };
         catalog.draining.iter().find(waits).map(|draining| match around.is_here(draining.node) {
             true => format!("replica {} on {} to be drained", draining.replica, draining.node),
-            false => format!("what replica {} had shipped to be taken over from the bucket", draining.replica),
+            false => format!(
+                "what replica {} had shipped to be taken over from the bucket",
+                draining.replica
+            ),
         })
     })
 }
@@ -67,11 +78,14 @@ fn why_none_serves(view: &View<'_>, shard: &ShardPlacement) -> String {
     let mut ways: Vec<String> = Vec::new();
     let state_of = |member: &Placed| {
         let replaced = view.drain_of(member.node).is_some_and(|drain| drain.replace);
-        let (state, remedy) = match (view.around.is_here(member.node), view.has_failed(member.replica)) {
-            (true, true) => ("has failed", Some(format!("put the files of {} back", member.node))),
-            (true, false) => ("does not serve yet", None),
-            (false, _) => ("is away", Some(format!("start {}", member.node))),
-        };
+        let (state, remedy) =
+            match (view.around.is_here(member.node), view.has_failed(member.replica)) {
+                (true, true) => {
+                    ("has failed", Some(format!("put the files of {} back", member.node)))
+                }
+                (true, false) => ("does not serve yet", None),
+                (false, _) => ("is away", Some(format!("start {}", member.node))),
+            };
         if let Some(remedy) = remedy.filter(|_| !replaced) {
             ways.push(format!("{remedy} or give it up with `vasto node replace {}`", member.node));
         }
@@ -92,5 +106,10 @@ fn why_none_serves(view: &View<'_>, shard: &ShardPlacement) -> String {
         true => "it is waited for".to_owned(),
         false => ways.join("; "),
     };
-    format!("a replica of shard {} of {} that serves: {}; {ways}", shard.shard, view.catalog.name, states.join(", "))
+    format!(
+        "a replica of shard {} of {} that serves: {}; {ways}",
+        shard.shard,
+        view.catalog.name,
+        states.join(", ")
+    )
 }

@@ -36,7 +36,12 @@ impl Image {
             let bytes = append_next(&mut log, *size);
             let active = log.active.as_ref().unwrap();
             let end = active.bytes as usize;
-            records.push(Placed { file: active.first.0, span: end - bytes.len()..end, says_synced, bytes });
+            records.push(Placed {
+                file: active.first.0,
+                span: end - bytes.len()..end,
+                says_synced,
+                bytes,
+            });
             if syncs(log.last_lsn().0) {
                 log.sync().unwrap();
             }
@@ -64,7 +69,8 @@ impl Image {
 
     /// Where the last file stops being synced.
     fn synced_bytes_of_last(&self) -> usize {
-        let mut synced = self.records[..self.synced.0 as usize].iter().filter(|r| r.file == self.last_file());
+        let mut synced =
+            self.records[..self.synced.0 as usize].iter().filter(|r| r.file == self.last_file());
         synced.next_back().map_or(FILE_HEADER_BYTES, |r| r.span.end)
     }
 
@@ -74,7 +80,8 @@ impl Image {
             let original = &self.files[&r.file][..r.span.end];
             let header = ..FILE_HEADER_BYTES;
             files.get(&r.file).is_some_and(|f| {
-                f.get(r.span.clone()) == Some(&original[r.span.clone()]) && f.get(header) == Some(&original[header])
+                f.get(r.span.clone()) == Some(&original[r.span.clone()])
+                    && f.get(header) == Some(&original[header])
             })
         };
         self.records.iter().take_while(|r| whole(r)).count()
@@ -85,8 +92,8 @@ impl Image {
     fn assert_cut(&self, files: &BTreeMap<u64, Vec<u8>>, count: usize, case: &str) {
         let dir = memory_dir();
         store(dir.path(), files);
-        let mut log =
-            Binlog::open(config(dir.path(), self.file_bytes)).unwrap_or_else(|error| panic!("{case}: {error}"));
+        let mut log = Binlog::open(config(dir.path(), self.file_bytes))
+            .unwrap_or_else(|error| panic!("{case}: {error}"));
         let mut expected: Vec<_> = self.records[..count].iter().map(|r| r.bytes.clone()).collect();
         assert_eq!(log.last_lsn().0 as usize, count, "{case}");
         assert_eq!(log.shared().synced_lsn(), log.last_lsn(), "{case}");
@@ -94,7 +101,8 @@ impl Image {
         // Other bytes than the ones that were cut off.
         (0..3).for_each(|n| expected.push(append_next(&mut log, 301 + n)));
         drop(log);
-        let log = Binlog::open(config(dir.path(), self.file_bytes)).unwrap_or_else(|error| panic!("{case}: {error}"));
+        let log = Binlog::open(config(dir.path(), self.file_bytes))
+            .unwrap_or_else(|error| panic!("{case}: {error}"));
         assert_eq!(read_all(&log, Lsn(0), 1 << 16), expected, "{case}, second opening");
     }
 
@@ -121,7 +129,9 @@ fn store(dir: &Path, files: &BTreeMap<u64, Vec<u8>>) {
 
 fn contents(dir: &Path) -> BTreeMap<u64, Vec<u8>> {
     let names = files(dir).into_iter();
-    names.map(|name| (name[..20].parse().unwrap(), std::fs::read(dir.join(name)).unwrap())).collect()
+    names
+        .map(|name| (name[..20].parse().unwrap(), std::fs::read(dir.join(name)).unwrap()))
+        .collect()
 }
 
 /// The files as if nothing after the first `bytes` had been written.
@@ -232,7 +242,11 @@ fn lose_every_subset_of_the_unsynced_pages() {
                 let files = lose_pages(&image, &lost, kept);
                 let prefix = image.whole_prefix(&files);
                 assert!(prefix >= synced_until as usize);
-                image.assert_cut(&files, prefix, &format!("synced {synced_until}, lost {subset:b}, kept {kept}"));
+                image.assert_cut(
+                    &files,
+                    prefix,
+                    &format!("synced {synced_until}, lost {subset:b}, kept {kept}"),
+                );
             }
         }
     }
@@ -281,7 +295,11 @@ fn a_missing_or_shortened_file_before_another_is_rot() {
             let mut files = image.files.clone();
             files.get_mut(gone).unwrap().truncate(length);
             let prefix = image.whole_prefix(&files);
-            image.assert_rot(&files, prefix as u64 + 1, &format!("file {gone} with {length} bytes before {next}"));
+            image.assert_rot(
+                &files,
+                prefix as u64 + 1,
+                &format!("file {gone} with {length} bytes before {next}"),
+            );
         }
     }
     // Without the front it is a truncated log.
@@ -355,7 +373,10 @@ fn only_a_later_record_that_names_the_bad_one_proves_rot() {
     // A lost stretch before it, and one that stands where it could not.
     let lost = vec![0; 500];
     assert!(proves([lost.clone(), record(Lsn(8), Lsn(7), 5)].concat()));
-    assert!(!proves([lost.clone(), record(Lsn(80), Lsn(79), 5)].concat()), "no room for records 3 to 79");
+    assert!(
+        !proves([lost.clone(), record(Lsn(80), Lsn(79), 5)].concat()),
+        "no room for records 3 to 79"
+    );
     // What users store is not evidence, but what follows it is.
     let nested = record_of(Lsn(3), Lsn(1), record(Lsn(4), Lsn(3), 5));
     assert!(!proves([lost.clone(), nested.clone()].concat()));
@@ -377,7 +398,8 @@ fn the_search_for_evidence_is_bounded() {
     let started = Instant::now();
     let mut state = 1u64;
     let noise: Vec<u8> = std::iter::repeat_with(|| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 33).to_le_bytes()
     })
     .take(2 << 20)
@@ -388,7 +410,10 @@ fn the_search_for_evidence_is_bounded() {
     let mut fake = record(Lsn(3), Lsn(2), 0);
     fake[0..4].copy_from_slice(&(8u32 << 20).to_le_bytes());
     let error = behind_a_bad_record(&fake.repeat((16 << 20) / fake.len())).unwrap_err();
-    assert!(matches!(&error, BinlogError::Rot { evidence, .. } if evidence.contains("given up")), "{error}");
+    assert!(
+        matches!(&error, BinlogError::Rot { evidence, .. } if evidence.contains("given up")),
+        "{error}"
+    );
     assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
 }
 
@@ -432,7 +457,8 @@ proptest! {
         every in 1u64..9,
         flips in proptest::collection::vec(any::<(prop::sample::Index, prop::sample::Index, u8)>(), 1..4),
     ) {
-        // Never a panic, and what is opened is a whole prefix that holds all that is known to be synced.
+        // Never a panic, and what is opened is a whole prefix that holds all that is known to be
+        // synced.
         let image = Image::build(&sizes, |lsn| lsn % every == 0, file_bytes);
         let mut files = image.files.clone();
         for (file, at, bit) in flips {

@@ -1,5 +1,5 @@
-//! Follows the log of every source: chunks from the bucket first, then the live stream; chunks again when
-//! the source no longer holds log that was not read in time.
+//! Follows the log of every source: chunks from the bucket first, then the live stream; chunks
+//! again when the source no longer holds log that was not read in time.
 //!
 //! **Invariant:** the durable cursor of a source never passes a record that concerns this shard and
 //! is not stored here; the master receives the durable cursor.
@@ -11,7 +11,9 @@ use std::time::Duration;
 use futures::future::try_join_all;
 use tonic::transport::Endpoint;
 use vasto_core::ids::{Lsn, ReplicaId};
-use vasto_core::limits::{CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX};
+use vasto_core::limits::{
+    CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX,
+};
 use vasto_core::plan::{Plan, Source};
 use vasto_core::record::{Body, FeedProgress, KeyEntry, Record};
 use vasto_proto::v1;
@@ -33,12 +35,17 @@ pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildEr
     let cursors: BTreeMap<ReplicaId, Lsn> = build.replica.tail_cursors()?.into_iter().collect();
     build.progress.lock().cursors = cursors.clone();
     let filter = ShardFilter { shard: build.replica.shard, shards: Shape::of(plan)?.shards };
-    let lags =
-        Arc::new(parking_lot::Mutex::new(plan.sources.iter().map(|source| (source.replica, u64::MAX)).collect()));
+    let lags = Arc::new(parking_lot::Mutex::new(
+        plan.sources.iter().map(|source| (source.replica, u64::MAX)).collect(),
+    ));
     let followers = plan.sources.iter().map(|source| {
         let cursor = cursors.get(&source.replica).copied();
         let pinned = source.manifest.as_ref().map(|manifest| manifest.lsn);
-        let owner = Owner { keyspace: build.replica.keyspace, shard: source.shard, replica: source.replica };
+        let owner = Owner {
+            keyspace: build.replica.keyspace,
+            shard: source.shard,
+            replica: source.replica,
+        };
         let follower = Follower {
             build,
             source,
@@ -50,7 +57,10 @@ pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildEr
         async move {
             match pinned.zip(cursor) {
                 Some((pinned, cursor)) if cursor >= pinned => follower.run().await,
-                _ => Err(BuildError::Mismatch(format!("the target has no cursor for shard {}", source.shard))),
+                _ => Err(BuildError::Mismatch(format!(
+                    "the target has no cursor for shard {}",
+                    source.shard
+                ))),
             }
         }
     });
@@ -63,8 +73,8 @@ struct Follower<'a> {
     filter: ShardFilter,
     lags: Arc<parking_lot::Mutex<BTreeMap<ReplicaId, u64>>>,
     cursor: Lsn,
-    /// The source's log in the bucket. Its position is after the pinned manifest or a chunk, where the next chunk
-    /// begins; the cursor may be further.
+    /// The source's log in the bucket. Its position is after the pinned manifest or a chunk, where
+    /// the next chunk begins; the cursor may be further.
     chunks: ChunkReader,
 }
 
@@ -92,7 +102,8 @@ impl Follower<'_> {
         }
     }
 
-    /// Applies the chunks after the position of `chunks`; what the stream has brought meanwhile is skipped.
+    /// Applies the chunks after the position of `chunks`; what the stream has brought meanwhile is
+    /// skipped.
     async fn read_chunks(&mut self) -> Result<(), BuildError> {
         while let Some(chunk) = self.chunks.next(&self.build.reader()).await? {
             self.chunks.at = self.chunks.at.max(self.cursor);
@@ -103,12 +114,13 @@ impl Follower<'_> {
         Ok(())
     }
 
-    /// Reads on in the bucket when the source has cut its log. The cursor may lie inside a chunk, which only a listing
-    /// finds. Returns true when the bucket had more.
+    /// Reads on in the bucket when the source has cut its log. The cursor may lie inside a chunk,
+    /// which only a listing finds. Returns true when the bucket had more.
     async fn read_listed_chunks(&mut self) -> Result<bool, BuildError> {
         let before = self.cursor;
         let mut archives =
-            archive::archives(&self.build.bucket, self.build.replica.keyspace, self.source.shard).await?;
+            archive::archives(&self.build.bucket, self.build.replica.keyspace, self.source.shard)
+                .await?;
         self.chunks.listed = archives.remove(&self.source.replica).unwrap_or_default().chunks;
         self.chunks.at = self.cursor;
         self.read_chunks().await?;
@@ -136,7 +148,8 @@ impl Follower<'_> {
         self.build.registry.report.notify_one();
     }
 
-    /// Reads the live stream. The outer error ends the build; the inner one is a reason to reconnect.
+    /// Reads the live stream. The outer error ends the build; the inner one is a reason to
+    /// reconnect.
     async fn read_stream(&mut self) -> Result<Result<(), String>, BuildError> {
         let Some(address) = self.build.registry.address(self.source.node) else {
             return Ok(Err(format!("node {} has no known address", self.source.node)));
@@ -153,7 +166,8 @@ impl Follower<'_> {
             Ok(channel) => channel,
             Err(error) => return Ok(Err(error.to_string())),
         };
-        let mut client = ReplicationClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let mut client =
+            ReplicationClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
         let request = v1::TailRequest {
             keyspace_id: self.build.replica.keyspace.0,
             replica_id: self.source.replica.0,
@@ -187,8 +201,9 @@ impl Follower<'_> {
         let mut bytes = 0;
         for encoded in &frame.records {
             bytes += encoded.len() as u64;
-            let record = Record::decode(encoded)
-                .map_err(|error| BuildError::Mismatch(format!("a streamed record is damaged: {error}")))?;
+            let record = Record::decode(encoded).map_err(|error| {
+                BuildError::Mismatch(format!("a streamed record is damaged: {error}"))
+            })?;
             if let Body::Data { entries: more, .. } = record.body {
                 entries.extend(more);
             }

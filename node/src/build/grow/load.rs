@@ -37,7 +37,8 @@ async fn load_in(build: &Build, plan: &Plan, work: &Path) -> Result<(), BuildErr
     let chosen = choose(build, plan, shape.moving).await?;
     {
         let mut progress = build.progress.lock();
-        progress.bytes_total = chosen.iter().flat_map(|chosen| &chosen.files).map(|file| file.bytes).sum();
+        progress.bytes_total =
+            chosen.iter().flat_map(|chosen| &chosen.files).map(|file| file.bytes).sum();
         progress.bytes_done = 0;
     }
     for Chosen { source, files, .. } in &chosen {
@@ -58,7 +59,9 @@ fn download_dir(work: &Path, source: &Source) -> PathBuf {
 async fn choose(build: &Build, plan: &Plan, moving: BandRange) -> Result<Vec<Chosen>, BuildError> {
     let mut chosen = Vec::new();
     for source in &plan.sources {
-        let none = || BuildError::Mismatch(format!("the plan names no manifest of shard {}", source.shard));
+        let none = || {
+            BuildError::Mismatch(format!("the plan names no manifest of shard {}", source.shard))
+        };
         let pinned = source.manifest.as_ref().ok_or_else(none)?;
         let base = build.reader().manifest(&pinned.key).await?;
         if (base.manifest.replica, base.manifest.lsn) != (source.replica, pinned.lsn) {
@@ -70,7 +73,12 @@ async fn choose(build: &Build, plan: &Plan, moving: BandRange) -> Result<Vec<Cho
     Ok(chosen)
 }
 
-async fn rewrite_chosen(build: &Build, shape: Shape, chosen: &[Chosen], work: &Path) -> Result<Rewritten, BuildError> {
+async fn rewrite_chosen(
+    build: &Build,
+    shape: Shape,
+    chosen: &[Chosen],
+    work: &Path,
+) -> Result<Rewritten, BuildError> {
     let sources: Vec<SourceFiles> = chosen
         .iter()
         .map(|Chosen { source, files, .. }| SourceFiles {
@@ -82,7 +90,8 @@ async fn rewrite_chosen(build: &Build, shape: Shape, chosen: &[Chosen], work: &P
     let floor = chosen.iter().map(|chosen| chosen.manifest.floor).max().unwrap_or(0);
     let Shape { shards, moving } = shape;
     let (replica, out) = (build.replica.clone(), work.join("tables"));
-    tokio::task::spawn_blocking(move || rewrite(&replica, &sources, moving, shards, floor, &out)).await?
+    tokio::task::spawn_blocking(move || rewrite(&replica, &sources, moving, shards, floor, &out))
+        .await?
 }
 
 async fn ingest(
@@ -95,10 +104,16 @@ async fn ingest(
     let objects = chosen
         .iter()
         .flat_map(|chosen| &chosen.files)
-        .map(|file| IngestedObject { key: file.key.clone(), bytes: file.bytes, crc32c: file.crc32c })
+        .map(|file| IngestedObject {
+            key: file.key.clone(),
+            bytes: file.bytes,
+            crc32c: file.crc32c,
+        })
         .collect();
-    let cursors: Vec<FeedProgress> =
-        chosen.iter().map(|chosen| FeedProgress::Tail(chosen.source.replica, chosen.manifest.lsn)).collect();
+    let cursors: Vec<FeedProgress> = chosen
+        .iter()
+        .map(|chosen| FeedProgress::Tail(chosen.source.replica, chosen.manifest.lsn))
+        .collect();
     let bytes_moved: u64 = rewritten.tables.iter().map(|table| table.bytes).sum();
     let order = Control::Ingest {
         plan: plan.id,

@@ -5,8 +5,8 @@
 //!   and enter in ONE ingest, into a range recorded as arriving; the `ingest` record follows it. A
 //!   restart that finds an arriving range without that record deletes the replica and begins
 //!   again.
-//! - A tail starts exactly at the LSN of the pinned manifest, and its cursor is durable with the records
-//!   that it brought; repetition is harmless because of the merge.
+//! - A tail starts exactly at the LSN of the pinned manifest, and its cursor is durable with the
+//!   records that it brought; repetition is harmless because of the merge.
 //! - Bulk bytes come from the bucket; nodes stream only log records.
 
 mod follow;
@@ -59,14 +59,20 @@ struct Shape {
 
 impl Shape {
     fn of(plan: &Plan) -> Result<Self, BuildError> {
-        let shape = plan.growth().zip(plan.moving()).map(|((_, shards), moving)| Self { shards, moving });
+        let shape =
+            plan.growth().zip(plan.moving()).map(|((_, shards), moving)| Self { shards, moving });
         shape.ok_or_else(|| BuildError::Mismatch("the plan moves no bands".into()))
     }
 }
 
 impl Build {
     fn reader(&self) -> BucketReader<'_> {
-        BucketReader { bucket: &self.bucket, progress: &self.progress, registry: &self.registry, cancel: &self.cancel }
+        BucketReader {
+            bucket: &self.bucket,
+            progress: &self.progress,
+            registry: &self.registry,
+            cancel: &self.cancel,
+        }
     }
 
     /// Runs until the plan is over: loads, ships the first manifest, follows the sources.

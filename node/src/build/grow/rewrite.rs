@@ -1,8 +1,8 @@
 //! Decodes moved rows, assigns their new bands, and writes SSTs that do not overlap.
 //!
 //! The rows of one old band arrive in key order from every source; merged by key they feed one open
-//! table per new band, each of which again receives its keys in order. One pass and a bounded amount
-//! of memory therefore suffice for any size.
+//! table per new band, each of which again receives its keys in order. One pass and a bounded
+//! amount of memory therefore suffice for any size.
 //!
 //! **Invariant:** every row of the moving bands is written exactly once, to the band that its hash
 //! has in this shard; a row that does not belong here stops the build.
@@ -56,10 +56,12 @@ pub(super) fn rewrite(
     let mut tables = TableSet::new(replica.engine(), out);
     let mut event_time_max = 0;
     for band in moving.bands() {
-        let mut rows: Vec<BandRows<'_>> = scratches.iter().map(|scratch| scratch.rows(band)).collect();
+        let mut rows: Vec<BandRows<'_>> =
+            scratches.iter().map(|scratch| scratch.rows(band)).collect();
         while let Some(winners) = next_key(&mut rows, replica, shards, floor)? {
             for (band, key, entry) in winners {
-                event_time_max = event_time_max.max(vasto_core::entry::event_time_of(&entry).unwrap_or(0));
+                event_time_max =
+                    event_time_max.max(vasto_core::entry::event_time_of(&entry).unwrap_or(0));
                 tables.put(band, &key, &entry)?;
             }
         }
@@ -89,11 +91,16 @@ fn next_key(
     let Some(key) = least else { return Ok(None) };
     let mut winners: Vec<Row> = Vec::new();
     for source in rows.iter_mut() {
-        let Some((_, entry)) = source.current()?.filter(|(current, _)| *current == key.as_slice()) else { continue };
+        let Some((_, entry)) = source.current()?.filter(|(current, _)| *current == key.as_slice())
+        else {
+            continue;
+        };
         let band = new_band(replica, &key, entry, shards)?;
         match winners.iter_mut().find(|(winner, _, _)| *winner == band) {
             Some((_, _, held)) => {
-                if let Some(winner) = merge(floor, Some(held.as_slice()), Some(entry)).map(<[u8]>::to_vec) {
+                if let Some(winner) =
+                    merge(floor, Some(held.as_slice()), Some(entry)).map(<[u8]>::to_vec)
+                {
                     *held = winner;
                 }
             }
@@ -106,8 +113,8 @@ fn next_key(
 }
 
 fn new_band(replica: &Replica, key: &[u8], entry: &[u8], shards: u32) -> Result<Band, BuildError> {
-    let decoded =
-        Entry::decode(entry).map_err(|error| BuildError::Mismatch(format!("a moved entry is damaged: {error}")))?;
+    let decoded = Entry::decode(entry)
+        .map_err(|error| BuildError::Mismatch(format!("a moved entry is damaged: {error}")))?;
     let hash = decoded.partition_hash.unwrap_or_else(|| partition_hash(key));
     let home = jump(hash, shards);
     if home.shard != replica.shard {

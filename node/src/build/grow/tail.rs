@@ -1,9 +1,9 @@
-//! The source's side of a tail: streams a replica's log to the replica of another shard that takes over some of its
-//! keys.
+//! The source's side of a tail: streams a replica's log to the replica of another shard that takes
+//! over some of its keys.
 //!
 //! **Invariants**
-//! - Only settled records are streamed, in order, without a gap; `covered_lsn` is the LSN up to which
-//!   everything that concerns the requesting shard has been sent.
+//! - Only settled records are streamed, in order, without a gap; `covered_lsn` is the LSN up to
+//!   which everything that concerns the requesting shard has been sent.
 //! - A position that the log no longer reaches is an explicit error, never a silent jump.
 //! - Served in every state of the replica.
 
@@ -39,9 +39,17 @@ pub(crate) type TailStream = Pin<Box<dyn Stream<Item = Result<v1::TailFrame, Sta
 /// Starts a tail.
 // A gRPC status is large, and this is not a hot path.
 #[allow(clippy::result_large_err)]
-pub(crate) fn serve(registry: &NodeRegistry, request: &v1::TailRequest) -> Result<TailStream, Status> {
-    if !vasto_core::band::is_legal_shard_count(request.final_shards) || request.final_shard >= request.final_shards {
-        return Err(status_of(&VastoError::new(ErrorCode::InvalidArgument, "the tail names no legal shard")));
+pub(crate) fn serve(
+    registry: &NodeRegistry,
+    request: &v1::TailRequest,
+) -> Result<TailStream, Status> {
+    if !vasto_core::band::is_legal_shard_count(request.final_shards)
+        || request.final_shard >= request.final_shards
+    {
+        return Err(status_of(&VastoError::new(
+            ErrorCode::InvalidArgument,
+            "the tail names no legal shard",
+        )));
     }
     let (keyspace, id) = (KeyspaceId(request.keyspace_id), ReplicaId(request.replica_id));
     let replica = registry.replica(keyspace, id).ok_or_else(|| {
@@ -50,7 +58,8 @@ pub(crate) fn serve(registry: &NodeRegistry, request: &v1::TailRequest) -> Resul
             format!("replica {id} of keyspace {keyspace} is not open on this node"),
         ))
     })?;
-    let reader = replica.log().reader(Lsn(request.after_lsn)).map_err(|error| status_of(&error.into()))?;
+    let reader =
+        replica.log().reader(Lsn(request.after_lsn)).map_err(|error| status_of(&error.into()))?;
     let filter = ShardFilter { shard: ShardId(request.final_shard), shards: request.final_shards };
     let (frames, receiver) = channel(FRAMES_AHEAD);
     // Ends when the reader disconnects: sending fails then, also while the log is idle.
@@ -70,8 +79,11 @@ async fn stream(
 ) -> Result<(), Status> {
     let mut synced = replica.log().subscribe();
     // Reports how far behind the reader is, also when the log is idle.
-    let hello =
-        v1::TailFrame { records: Vec::new(), covered_lsn: reader.position().0, head_lsn: replica.log().synced_lsn().0 };
+    let hello = v1::TailFrame {
+        records: Vec::new(),
+        covered_lsn: reader.position().0,
+        head_lsn: replica.log().synced_lsn().0,
+    };
     if frames.send(Ok(hello)).await.is_err() {
         return Ok(());
     }
@@ -121,10 +133,14 @@ fn read_filtered(reader: &mut LogReader, filter: ShardFilter) -> Result<Filtered
     for (lsn, bytes) in reader.next_batch(FRAME_BYTES).map_err(|error| status_of(&error.into()))? {
         out.covered = lsn;
         let record = Record::decode(&bytes).map_err(|error| {
-            status_of(&VastoError::new(ErrorCode::Corrupt, format!("record {lsn} of the log is damaged: {error}")))
+            status_of(&VastoError::new(
+                ErrorCode::Corrupt,
+                format!("record {lsn} of the log is damaged: {error}"),
+            ))
         })?;
         out.control |= !record.body.is_streamed();
-        let (head, entries) = (Record { body: Body::data(Vec::new()), ..record.clone() }, filter.pick(record));
+        let (head, entries) =
+            (Record { body: Body::data(Vec::new()), ..record.clone() }, filter.pick(record));
         if !entries.is_empty() {
             let own_seq = vasto_core::OwnSeq(head.own_seq.0.max(1));
             out.records.push(Record { own_seq, body: Body::data(entries), ..head }.encode().into());

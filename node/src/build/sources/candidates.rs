@@ -2,8 +2,8 @@
 //!
 //! **Invariants**
 //! - Archives that no longer reach back to the target time are an error, unless another one does.
-//! - Among archives of equal rank the one that has purged the most tombstones comes first: what it has purged cannot
-//!   come back.
+//! - Among archives of equal rank the one that has purged the most tombstones comes first: what it
+//!   has purged cannot come back.
 
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
@@ -25,12 +25,13 @@ struct Shipped {
     dependent: BTreeSet<ReplicaId>,
     /// There are objects, whether they can be read or not.
     has_objects: bool,
-    /// The greatest commit time in the oldest checkpoint that is newer than the target time, microseconds.
+    /// The greatest commit time in the oldest checkpoint that is newer than the target time,
+    /// microseconds.
     later_us: Option<u64>,
 }
 
-/// Selects and orders the archives to restore from, among everything that was shipped of a shard. `until_us` is the
-/// target time, microseconds; `None` selects everything.
+/// Selects and orders the archives to restore from, among everything that was shipped of a shard.
+/// `until_us` is the target time, microseconds; `None` selects everything.
 ///
 /// # Errors
 /// `NotRetained` when there are archives, but none that reaches back to the target time.
@@ -55,28 +56,46 @@ pub(crate) async fn candidates(
         return Err(BuildError::NotRetained { shard, oldest_us: later_us });
     }
     let chain = chain_of(bucket, preferred, &all).await?;
-    let given_up = |source: &RestoreSource| without.given_up.iter().find(|lost| lost.replica == source.owner.replica);
-    let rank = |source: &RestoreSource| chain.iter().position(|id| *id == source.owner.replica).unwrap_or(chain.len());
-    // Sort order: archives that stand alone, then those of the chain in its order, then those with a checkpoint, then
-    // those whose loss was not accepted, then the greatest gc floor. The first checkpoint becomes the database. The one
-    // with the greatest floor has purged the most tombstones, with the values under them; an older checkpoint may
-    // still hold such a value without its tombstone. The rows of another checkpoint are merged only when the first
-    // lacks some of its records (see `merge_base`), so a covered one cannot bring the deleted value back. In the
-    // other order the old value would be in the database, and the rows of the newer one would have no tombstone for it.
+    let given_up = |source: &RestoreSource| {
+        without.given_up.iter().find(|lost| lost.replica == source.owner.replica)
+    };
+    let rank = |source: &RestoreSource| {
+        chain.iter().position(|id| *id == source.owner.replica).unwrap_or(chain.len())
+    };
+    // Sort order: archives that stand alone, then those of the chain in its order, then those with
+    // a checkpoint, then those whose loss was not accepted, then the greatest gc floor. The first
+    // checkpoint becomes the database. The one with the greatest floor has purged the most
+    // tombstones, with the values under them; an older checkpoint may still hold such a value
+    // without its tombstone. The rows of another checkpoint are merged only when the first lacks
+    // some of its records (see `merge_base`), so a covered one cannot bring the deleted value back.
+    // In the other order the old value would be in the database, and the rows of the newer one
+    // would have no tombstone for it.
     let purged = |source: &RestoreSource| {
-        source.base.as_ref().map_or((0, 0), |base| (base.manifest.floor, base.manifest.commit_time_max))
+        source
+            .base
+            .as_ref()
+            .map_or((0, 0), |base| (base.manifest.floor, base.manifest.commit_time_max))
     };
     all.sort_by_key(|source| {
         let last = Reverse(purged(source));
-        (!stands_alone(source), rank(source), source.base.is_none(), given_up(source).is_some(), last)
+        (
+            !stands_alone(source),
+            rank(source),
+            source.base.is_none(),
+            given_up(source).is_some(),
+            last,
+        )
     });
-    // An archive is set aside when the first checkpoint was made under the catalog version that accepted the loss of
-    // its replica, or a later one: the checkpoint contains what was taken over from that replica. The archive may also
-    // hold entries that were deleted since and whose tombstones were purged.
+    // An archive is set aside when the first checkpoint was made under the catalog version that
+    // accepted the loss of its replica, or a later one: the checkpoint contains what was taken over
+    // from that replica. The archive may also hold entries that were deleted since and whose
+    // tombstones were purged.
     let first = all.first().map(|source| source.owner);
-    let version = all.first().and_then(|source| source.base.as_ref()).map(|base| base.manifest.version);
+    let version =
+        all.first().and_then(|source| source.base.as_ref()).map(|base| base.manifest.version);
     let is_over = |source: &RestoreSource| {
-        let is_over = given_up(source).zip(version).is_some_and(|(lost, version)| lost.version <= version);
+        let is_over =
+            given_up(source).zip(version).is_some_and(|(lost, version)| lost.version <= version);
         Some(source.owner) != first && !chain.contains(&source.owner.replica) && is_over
     };
     let (set_aside, all) = all.into_iter().partition(is_over);
@@ -96,11 +115,14 @@ impl Shipped {
         if let Err(ArchiveError::Bucket(error)) = newest {
             return Err(error.into());
         }
-        // A checkpoint covers the log before it. Without one, the log may lean on another archive: the replica was made
-        // from what another one had shipped, and even its record with LSN 1 continues that archive.
+        // A checkpoint covers the log before it. Without one, the log may lean on another archive:
+        // the replica was made from what another one had shipped, and even its record with LSN 1
+        // continues that archive.
         let has_base = newest.as_ref().is_ok_and(|newest| newest.base.is_some());
-        let continues_another = !has_base && archive::begins_behind_another(bucket, owner, &archived).await?;
-        let from_the_start = !has_base && !continues_another && archived.chunks.first() == Some(&Lsn(1));
+        let continues_another =
+            !has_base && archive::begins_behind_another(bucket, owner, &archived).await?;
+        let from_the_start =
+            !has_base && !continues_another && archived.chunks.first() == Some(&Lsn(1));
         let newest = match newest {
             Err(error) if from_the_start => {
                 tracing::warn!(%error, "no checkpoint can be read; the log is read from its beginning");
@@ -114,7 +136,8 @@ impl Shipped {
         if continues_another {
             self.dependent.insert(owner.replica);
         }
-        // A log without its beginning is useless without a checkpoint, unless it continues another replica's archive.
+        // A log without its beginning is useless without a checkpoint, unless it continues another
+        // replica's archive.
         if has_base || from_the_start || continues_another {
             let end = archived.manifests.last().into_iter().chain(archived.chunks.last()).max();
             self.all.push(RestoreSource {
@@ -130,8 +153,8 @@ impl Shipped {
     }
 }
 
-/// Returns the preferred replicas and those whose archives they continue: the logs of preferred replicas continue the
-/// archives of others, these again others, and so on.
+/// Returns the preferred replicas and those whose archives they continue: the logs of preferred
+/// replicas continue the archives of others, these again others, and so on.
 async fn chain_of(
     bucket: &Bucket,
     preferred: &[ReplicaId],
@@ -141,9 +164,12 @@ async fn chain_of(
     let mut next = 0;
     while let Some(replica) = chain.get(next).copied() {
         next += 1;
-        let Some(source) = all.iter().find(|source| source.owner.replica == replica) else { continue };
+        let Some(source) = all.iter().find(|source| source.owner.replica == replica) else {
+            continue;
+        };
         let unread = source.chunks.partition_point(|first| *first <= source.start());
-        for other in archive::goes_on_behind(bucket, source.owner, &source.chunks[unread..]).await? {
+        for other in archive::goes_on_behind(bucket, source.owner, &source.chunks[unread..]).await?
+        {
             if !chain.contains(&other) {
                 chain.push(other);
             }

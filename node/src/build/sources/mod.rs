@@ -1,6 +1,7 @@
 //! The archives of a shard that a replica is built from.
 //!
-//! **Invariant:** the sources are chosen once and the choice is stored on disk, whatever is shipped meanwhile.
+//! **Invariant:** the sources are chosen once and the choice is stored on disk, whatever is shipped
+//! meanwhile.
 
 mod candidates;
 mod stored;
@@ -38,24 +39,28 @@ pub(crate) struct RestoreSource {
 pub(crate) struct RestoreSources {
     /// The archives.
     pub all: Vec<RestoreSource>,
-    /// The preferred replicas, then the replicas whose archives their logs continue, then those that these continue,
-    /// and so on: their archives together hold the complete logs of the preferred replicas.
+    /// The preferred replicas, then the replicas whose archives their logs continue, then those
+    /// that these continue, and so on: their archives together hold the complete logs of the
+    /// preferred replicas.
     pub chain: Vec<ReplicaId>,
-    /// Archives of replicas whose loss was accepted before the checkpoint of the first source was made: that
-    /// checkpoint should contain them. Read only when records are missing without them, because another log
-    /// continues one of these archives.
+    /// Archives of replicas whose loss was accepted before the checkpoint of the first source was
+    /// made: that checkpoint should contain them. Read only when records are missing without them,
+    /// because another log continues one of these archives.
     pub set_aside: Vec<RestoreSource>,
-    /// The greatest commit time in the oldest checkpoint that is newer than the target time, microseconds.
+    /// The greatest commit time in the oldest checkpoint that is newer than the target time,
+    /// microseconds.
     pub later_us: Option<u64>,
 }
 
 /// Replicas whose archives are ignored or treated apart.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Without<'a> {
-    /// Targets of plans that were undone: their records were never part of the keyspace; the archives are ignored.
+    /// Targets of plans that were undone: their records were never part of the keyspace; the
+    /// archives are ignored.
     pub discarded: &'a [ReplicaId],
-    /// Replicas whose loss was accepted, each with the catalog version that did so. Shipped records that no other
-    /// replica had taken over by then are given up. The archives come later in the order or are set aside.
+    /// Replicas whose loss was accepted, each with the catalog version that did so. Shipped records
+    /// that no other replica had taken over by then are given up. The archives come later in the
+    /// order or are set aside.
     pub given_up: &'a [GivenUp],
 }
 
@@ -66,14 +71,16 @@ impl RestoreSource {
         Self { owner, base: Some(base), chunks, end, times, later }
     }
 
-    /// Returns the LSN after which the log is read: that of the base checkpoint, which covers everything before.
+    /// Returns the LSN after which the log is read: that of the base checkpoint, which covers
+    /// everything before.
     pub(super) fn start(&self) -> Lsn {
         self.base.as_ref().map_or(Lsn(0), |base| base.manifest.lsn)
     }
 }
 
 impl RestoreSources {
-    /// Returns the archives that were set aside, because another log continues one of them before `first`.
+    /// Returns the archives that were set aside, because another log continues one of them before
+    /// `first`.
     pub(super) fn take_up_set_aside(&self, first: Lsn) -> impl Iterator<Item = &RestoreSource> {
         self.set_aside.iter().inspect(move |source| {
             tracing::info!(
@@ -97,7 +104,8 @@ pub(super) struct Reading<'a> {
 pub(super) enum Ended {
     /// The reader reached the end of the log.
     AtEnd,
-    /// A record of an origin is missing before the chunk that begins with this LSN; another log may have it.
+    /// A record of an origin is missing before the chunk that begins with this LSN; another log may
+    /// have it.
     Gap(Lsn),
 }
 
@@ -107,7 +115,8 @@ impl<'a> Reading<'a> {
         Self { source, log: ChunkReader::after(source.owner, source.chunks.clone(), at) }
     }
 
-    /// Returns an error that names the first missing chunk when objects after the position were listed.
+    /// Returns an error that names the first missing chunk when objects after the position were
+    /// listed.
     pub(super) fn check_end(&self) -> Result<(), BuildError> {
         if self.log.at >= self.source.end {
             return Ok(());

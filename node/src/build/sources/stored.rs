@@ -1,5 +1,5 @@
-//! The choice of sources as a file beside the replica, for the next attempt: object keys and LSNs in place of decoded
-//! manifests.
+//! The choice of sources as a file beside the replica, for the next attempt: object keys and LSNs
+//! in place of decoded manifests.
 
 use std::path::Path;
 
@@ -74,15 +74,19 @@ impl StoredSource {
     }
 }
 
-/// Returns the choice that an earlier attempt stored in `path`; otherwise the one that `choose` makes, and stores it.
+/// Returns the choice that an earlier attempt stored in `path`; otherwise the one that `choose`
+/// makes, and stores it.
 pub(crate) async fn chosen(
     bucket: &Bucket,
     path: &Path,
     choose: impl Future<Output = Result<RestoreSources, BuildError>>,
 ) -> Result<RestoreSources, BuildError> {
     if let Some(stored) = read_json::<StoredSources>(path)? {
-        let mut sources =
-            RestoreSources { chain: stored.chain, later_us: stored.later_us, ..RestoreSources::default() };
+        let mut sources = RestoreSources {
+            chain: stored.chain,
+            later_us: stored.later_us,
+            ..RestoreSources::default()
+        };
         for source in stored.all {
             sources.all.push(source.read(bucket).await?);
         }
@@ -97,6 +101,9 @@ pub(crate) async fn chosen(
     }
     let stored = |list: &[RestoreSource]| list.iter().map(StoredSource::of).collect();
     let (all, set_aside) = (stored(&sources.all), stored(&sources.set_aside));
-    write_json(path, &StoredSources { all, chain: sources.chain.clone(), set_aside, later_us: sources.later_us })?;
+    write_json(
+        path,
+        &StoredSources { all, chain: sources.chain.clone(), set_aside, later_us: sources.later_us },
+    )?;
     Ok(sources)
 }

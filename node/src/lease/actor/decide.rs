@@ -1,6 +1,7 @@
 //! Decides whether a replica of this node serves, promises itself to another replica, or waits.
 //!
-//! **Invariant:** a replica stops serving before it names what it holds, and names that before it promises itself.
+//! **Invariant:** a replica stops serving before it names what it holds, and names that before it
+//! promises itself.
 
 use vasto_core::catalog::Placed;
 use vasto_core::ids::{Origin, ReplicaId};
@@ -23,10 +24,14 @@ impl Actor {
         let me = lease.replica.id;
         lease.pending = false;
         let settled_in = now.saturating_sub(self.began_ms) >= ms(LEASE_PROMISE);
-        let Some(my_order) =
-            lease.order.iter().position(|member| member.replica == me).filter(|_| settled_in || lease.order.len() == 1)
+        let Some(my_order) = lease
+            .order
+            .iter()
+            .position(|member| member.replica == me)
+            .filter(|_| settled_in || lease.order.len() == 1)
         else {
-            // The replica is not placed, or a promise of the previous process may still be believed.
+            // The replica is not placed, or a promise of the previous process may still be
+            // believed.
             lease.step_back(settled_in);
             (lease.promise, lease.claim, lease.wants) = (None, None, false);
             for incoming in self.incoming.values_mut() {
@@ -51,7 +56,10 @@ impl Actor {
             return lease.handed_over();
         }
         let claims = self.claims(key, lease, now);
-        let server = claims.iter().find(|(_, _, claimed)| claimed.claim.serving).map(|(_, _, claimed)| claimed.replica);
+        let server = claims
+            .iter()
+            .find(|(_, _, claimed)| claimed.claim.serving)
+            .map(|(_, _, claimed)| claimed.replica);
         let claim = lease.own_claim(server, now);
         self.dirty |= claim != lease.claim;
         lease.claim = claim;
@@ -83,16 +91,17 @@ impl Actor {
             }
         }
         self.answer_the_others(key, lease, &claims, best, now);
-        let is_over = !lease.serving && !lease.naming && (claims.is_empty() || is_taken(lease, &claims));
-        let nobody =
-            claims.is_empty() && lease.order.iter().all(|member| member.replica == me || self.is_away(member.node));
+        let is_over =
+            !lease.serving && !lease.naming && (claims.is_empty() || is_taken(lease, &claims));
+        let nobody = claims.is_empty()
+            && lease.order.iter().all(|member| member.replica == me || self.is_away(member.node));
         if lease.stopping.is_some() && (is_over || nobody) {
             lease.handed_over();
         }
     }
 
-    /// Denies the claims that are not the best one (`best`: the order of its replica), and promises to replicas that
-    /// are not placed any more.
+    /// Denies the claims that are not the best one (`best`: the order of its replica), and promises
+    /// to replicas that are not placed any more.
     fn answer_the_others(
         &mut self,
         key: Key,
@@ -104,36 +113,55 @@ impl Actor {
         let serves_by_promise = claims.iter().find(|(_, link, claimed)| {
             claimed.claim.serving
                 && lease.promise.as_ref().is_some_and(|promise| {
-                    (promise.holder, promise.link, promise.grant) == (claimed.replica, *link, claimed.held_grant)
+                    (promise.holder, promise.link, promise.grant)
+                        == (claimed.replica, *link, claimed.held_grant)
                 })
         });
-        let outranked =
-            serves_by_promise.filter(|(order, ..)| best != Some(*order)).map(|(_, _, claimed)| claimed.replica);
-        lease.outranked =
-            outranked.map(|holder| (holder, lease.outranked.filter(|(id, _)| *id == holder).map_or(now, |(_, at)| at)));
+        let outranked = serves_by_promise
+            .filter(|(order, ..)| best != Some(*order))
+            .map(|(_, _, claimed)| claimed.replica);
+        lease.outranked = outranked.map(|holder| {
+            (holder, lease.outranked.filter(|(id, _)| *id == holder).map_or(now, |(_, at)| at))
+        });
         for (order, link, claimed) in claims {
             if best != Some(*order) && !self.hands_over_by_itself(lease, claimed, now) {
                 self.send(*link, key, claimed.replica, State::Denied, None);
             }
         }
-        let placed = |promise: &Promise| lease.order.iter().any(|member| member.replica == promise.holder);
+        let placed =
+            |promise: &Promise| lease.order.iter().any(|member| member.replica == promise.holder);
         if let Some(promise) = lease.promise.clone().filter(|promise| !placed(promise)) {
             self.send(promise.link, key, promise.holder, State::Denied, None);
         }
     }
 
-    /// Returns whether a replica that serves by this one's promise is receiving the better claim. It then transfers
-    /// leadership by itself, and names what it holds; if it were denied before, all its unacknowledged writes would end
-    /// with an unknown outcome. Bounded in time: the claim may have been lost on its way.
+    /// Returns whether a replica that serves by this one's promise is receiving the better claim.
+    /// It then transfers leadership by itself, and names what it holds; if it were denied before,
+    /// all its unacknowledged writes would end with an unknown outcome. Bounded in time: the claim
+    /// may have been lost on its way.
     fn hands_over_by_itself(&self, lease: &ReplicaLease, claimed: &Claimed, now: u64) -> bool {
-        let is_new = |(id, at): (ReplicaId, u64)| id == claimed.replica && now.saturating_sub(at) < ms(LEASE_BEAT) * 3;
-        let node = lease.order.iter().find(|placed| placed.replica == claimed.replica).map(|placed| placed.node);
-        let is_linked = node.and_then(|node| self.outgoing.get(&node)).is_some_and(|link| link.beats.is_some());
+        let is_new = |(id, at): (ReplicaId, u64)| {
+            id == claimed.replica && now.saturating_sub(at) < ms(LEASE_BEAT) * 3
+        };
+        let node = lease
+            .order
+            .iter()
+            .find(|placed| placed.replica == claimed.replica)
+            .map(|placed| placed.node);
+        let is_linked =
+            node.and_then(|node| self.outgoing.get(&node)).is_some_and(|link| link.beats.is_some());
         lease.outranked.is_some_and(is_new) && (is_linked || !lease.wants)
     }
 
     /// Promises the replica to a claimant, once the replica serves nothing any more.
-    pub(super) fn grant(&mut self, key: Key, lease: &mut ReplicaLease, link: u64, to: Claimed, now: u64) {
+    pub(super) fn grant(
+        &mut self,
+        key: Key,
+        lease: &mut ReplicaLease,
+        link: u64,
+        to: Claimed,
+        now: u64,
+    ) {
         if let Some(promise) = &mut lease.promise {
             let steady = promise.holder == to.replica && promise.link == link;
             if steady && to.held_grant == promise.grant && to.covered {
@@ -166,12 +194,14 @@ impl Actor {
         let handed_term = named.complete.then_some((lease.term.number, lasted));
         let mut named = named;
         if !lease.served_here {
-            // No strict request was acknowledged in this incarnation: the serving replica need not wait for its first
-            // record.
-            let own = Origin { replica: lease.replica.id, incarnation: lease.replica.incarnation() };
+            // No strict request was acknowledged in this incarnation: the serving replica need not
+            // wait for its first record.
+            let own =
+                Origin { replica: lease.replica.id, incarnation: lease.replica.incarnation() };
             named.vector.remove(&own);
         }
-        lease.promise = Some(Promise { holder: to.replica, link, grant, reply: number, handed_term });
+        lease.promise =
+            Some(Promise { holder: to.replica, link, grant, reply: number, handed_term });
         let served = lease.served;
         lease.step_back(true);
         self.send(link, key, to.replica, State::Granted, Some((grant, &named.vector, served)));
@@ -195,15 +225,25 @@ impl Actor {
     }
 
     /// Decides whether this replica, whose claim is the best, has authority.
-    fn claim(&mut self, key: Key, lease: &mut ReplicaLease, claims: &[(usize, u64, Claimed)], now: u64) {
+    fn claim(
+        &mut self,
+        key: Key,
+        lease: &mut ReplicaLease,
+        claims: &[(usize, u64, Claimed)],
+        now: u64,
+    ) {
         let goes_on = lease.has_authority();
-        // Authority that was based on silence alone does not excuse a peer that sends messages again.
+        // Authority that was based on silence alone does not excuse a peer that sends messages
+        // again.
         let had = goes_on && !lease.term.probing;
         let me = lease.replica.id;
-        let others: Vec<Placed> = lease.order.iter().filter(|member| member.replica != me).copied().collect();
+        let others: Vec<Placed> =
+            lease.order.iter().filter(|member| member.replica != me).copied().collect();
         for placed in &others {
-            if let Some(granted) =
-                self.outgoing.get_mut(&placed.node).and_then(|outgoing| outgoing.grants.get_mut(&key))
+            if let Some(granted) = self
+                .outgoing
+                .get_mut(&placed.node)
+                .and_then(|outgoing| outgoing.grants.get_mut(&key))
                 && granted.state == State::Granted
                 && !granted.covered
             {
@@ -222,7 +262,8 @@ impl Actor {
                     Basis::Granted { grant, belief }
                 }
                 (Peer::Silent { .. }, _) => Basis::Silent,
-                // With a majority of promises, a peer whose silence is about to end still counts as silent.
+                // With a majority of promises, a peer whose silence is about to end still counts as
+                // silent.
                 (Peer::Unsettled { excused: false }, _) => Basis::Silent,
                 (Peer::Granted { .. } | Peer::Absent { .. }, _) => {
                     Basis::Excused(link.map(|link| link.believed.clone()).unwrap_or_default())
@@ -230,9 +271,9 @@ impl Actor {
                 (Peer::Subdued, _) => Basis::Excused(self.subdued(key, placed).unwrap_or_default()),
                 (Peer::Unsettled { .. }, _)
                     if let Some(until) = lease.newcomer(placed.replica)
-                        && !claims
-                            .iter()
-                            .any(|(_, _, claimed)| claimed.replica == placed.replica && claimed.claim.serving) =>
+                        && !claims.iter().any(|(_, _, claimed)| {
+                            claimed.replica == placed.replica && claimed.claim.serving
+                        }) =>
                 {
                     Basis::Excused(until)
                 }

@@ -1,7 +1,7 @@
 //! Incoming links: the claims of other nodes, and the replies to them.
 //!
-//! **Invariant:** a heartbeat is answered after everything in it has been decided; the end of a promise is sent before
-//! the echo.
+//! **Invariant:** a heartbeat is answered after everything in it has been decided; the end of a
+//! promise is sent before the echo.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
@@ -30,7 +30,8 @@ impl Actor {
             (incoming.node, incoming.process) = (node, request.process);
             let process = request.process;
             // A new process does not know the promises made to its predecessor.
-            self.incoming.retain(|other, link| *other == id || link.node != node || link.process == process);
+            self.incoming
+                .retain(|other, link| *other == id || link.node != node || link.process == process);
             self.newest.insert(node, id);
         }
         let lapsed = {
@@ -49,7 +50,11 @@ impl Actor {
                 let key = (KeyspaceId(claim.keyspace_id), ShardId(claim.shard));
                 let claimed = Claimed {
                     replica: ReplicaId(claim.replica_id),
-                    claim: Claim { able: claim.able, primary_version: claim.primary_version, serving: claim.serving },
+                    claim: Claim {
+                        able: claim.able,
+                        primary_version: claim.primary_version,
+                        serving: claim.serving,
+                    },
                     held_grant: claim.held_grant,
                     covered: claim.covered,
                 };
@@ -81,8 +86,8 @@ impl Actor {
         }
     }
 
-    /// Ends the promises of a link that was silent for too long; the states sent for them are void. Returns the shards
-    /// that this concerns.
+    /// Ends the promises of a link that was silent for too long; the states sent for them are void.
+    /// Returns the shards that this concerns.
     fn lapse(&mut self, id: u64) -> BTreeSet<Key> {
         let mut changed: BTreeSet<Key> = BTreeSet::new();
         for (key, lease) in &mut self.leases {
@@ -92,30 +97,32 @@ impl Actor {
             }
         }
         // Sent before the echo, which would renew the ended promises.
-        let last_sent = self.incoming.get_mut(&id).map(|incoming| std::mem::take(&mut incoming.last_sent));
+        let last_sent =
+            self.incoming.get_mut(&id).map(|incoming| std::mem::take(&mut incoming.last_sent));
         for (key, (claimant, state, _)) in last_sent.into_iter().flatten() {
             if state == State::Granted {
                 self.send(id, key, claimant, State::Denied, None);
             }
         }
-        changed.extend(self.incoming.get(&id).into_iter().flat_map(|incoming| incoming.claims.keys()));
+        changed
+            .extend(self.incoming.get(&id).into_iter().flat_map(|incoming| incoming.claims.keys()));
         changed
     }
 
     /// Sends decisions that were made outside of a heartbeat.
     pub(super) fn flush(&mut self) {
         let process = self.process;
-        for incoming in self.incoming.values_mut().filter(|link| link.open && !link.news.is_empty()) {
+        for incoming in self.incoming.values_mut().filter(|link| link.open && !link.news.is_empty())
+        {
             incoming.reply(process);
         }
     }
 
     /// Drops the links of a process that has ended: they promise and claim nothing any more.
     pub(super) fn forget_the_dead(&mut self, node: NodeId) {
-        let dead = self
-            .outgoing
-            .get(&node)
-            .is_some_and(|outgoing| outgoing.beats.is_none() && outgoing.reach == Some(Reach::Refused));
+        let dead = self.outgoing.get(&node).is_some_and(|outgoing| {
+            outgoing.beats.is_none() && outgoing.reach == Some(Reach::Refused)
+        });
         if dead {
             self.incoming.retain(|_, link| link.node != node || link.open);
             if self.newest.get(&node).is_some_and(|id| !self.incoming.contains_key(id)) {
@@ -124,15 +131,27 @@ impl Actor {
         }
     }
 
-    /// Returns the live claims of a shard's other replicas, with their place in the order of preference and their link.
-    pub(super) fn claims(&self, key: Key, lease: &ReplicaLease, now: u64) -> Vec<(usize, u64, Claimed)> {
-        let others = lease.order.iter().enumerate().filter(|(_, member)| member.replica != lease.replica.id);
+    /// Returns the live claims of a shard's other replicas, with their place in the order of
+    /// preference and their link.
+    pub(super) fn claims(
+        &self,
+        key: Key,
+        lease: &ReplicaLease,
+        now: u64,
+    ) -> Vec<(usize, u64, Claimed)> {
+        let others =
+            lease.order.iter().enumerate().filter(|(_, member)| member.replica != lease.replica.id);
         others
             .filter_map(|(order, placed)| {
                 let id = *self.newest.get(&placed.node)?;
-                let link = self.incoming.get(&id).filter(|link| now < link.heard_ms + ms(LEASE_PROMISE))?;
-                let mut claimed = *link.claims.get(&key).filter(|claimed| claimed.replica == placed.replica)?;
-                // The peer reaches this node, but this node does not reach it, and clients will not either.
+                let link = self
+                    .incoming
+                    .get(&id)
+                    .filter(|link| now < link.heard_ms + ms(LEASE_PROMISE))?;
+                let mut claimed =
+                    *link.claims.get(&key).filter(|claimed| claimed.replica == placed.replica)?;
+                // The peer reaches this node, but this node does not reach it, and clients will not
+                // either.
                 claimed.claim.able &= !self.is_out_of_reach(placed.node);
                 Some((order, id, claimed))
             })
@@ -140,16 +159,17 @@ impl Actor {
     }
 
     pub(super) fn is_out_of_reach(&self, node: NodeId) -> bool {
-        self.outgoing
-            .get(&node)
-            .is_some_and(|outgoing| outgoing.beats.is_none() && outgoing.reach == Some(Reach::Unreachable))
+        self.outgoing.get(&node).is_some_and(|outgoing| {
+            outgoing.beats.is_none() && outgoing.reach == Some(Reach::Unreachable)
+        })
     }
 
-    /// Returns until when an unreachable replica cannot serve: the replica has seen that its claim was denied here, and
-    /// does not take this node for silent while it is answered.
+    /// Returns until when an unreachable replica cannot serve: the replica has seen that its claim
+    /// was denied here, and does not take this node for silent while it is answered.
     pub(super) fn subdued(&self, key: Key, placed: &Placed) -> Option<Belief> {
         let id = self.newest.get(&placed.node)?;
-        let link = self.incoming.get(id).filter(|link| link.open && link.seen_reply >= link.denied)?;
+        let link =
+            self.incoming.get(id).filter(|link| link.open && link.seen_reply >= link.denied)?;
         let claimed = link.claims.get(&key).filter(|claimed| claimed.replica == placed.replica)?;
         let denied = matches!(link.last_sent.get(&key), Some((_, State::Denied, _)));
         (denied && !claimed.claim.serving && claimed.held_grant == 0).then(|| link.subdued.clone())
@@ -162,17 +182,18 @@ impl Actor {
             return false;
         }
         let released = link.seen_reply >= promise.reply
-            && link
-                .claims
-                .get(&key)
-                .is_none_or(|claimed| claimed.replica != promise.holder || claimed.held_grant != promise.grant);
+            && link.claims.get(&key).is_none_or(|claimed| {
+                claimed.replica != promise.holder || claimed.held_grant != promise.grant
+            });
         !released
     }
 
-    /// Returns whether the holder of a promise still sends heartbeats. A holder that may be silent is not named to
-    /// clients: they would ask it in vain, and this replica may serve shortly.
+    /// Returns whether the holder of a promise still sends heartbeats. A holder that may be silent
+    /// is not named to clients: they would ask it in vain, and this replica may serve shortly.
     pub(super) fn is_fresh(&self, link: u64, now: u64) -> bool {
-        self.incoming.get(&link).is_some_and(|link| now.saturating_sub(link.heard_ms) < ms(LEASE_BEAT) * 3)
+        self.incoming
+            .get(&link)
+            .is_some_and(|link| now.saturating_sub(link.heard_ms) < ms(LEASE_BEAT) * 3)
     }
 
     /// Sends a claimant the state of its claim, unless that was sent already.
@@ -186,7 +207,9 @@ impl Actor {
     ) {
         let Some(incoming) = self.incoming.get_mut(&link) else { return };
         let grant = promise.map_or(0, |(grant, _, _)| grant);
-        if incoming.last_sent.insert(key, (claimant, state, grant)) == Some((claimant, state, grant)) {
+        if incoming.last_sent.insert(key, (claimant, state, grant))
+            == Some((claimant, state, grant))
+        {
             return;
         }
         if state == State::Denied {
@@ -223,7 +246,8 @@ impl Incoming {
     /// Sends the echo of the last heartbeat, with the changes since the last reply.
     pub(super) fn reply(&mut self, process: u64) {
         let number = self.number + 1;
-        let reply = v1::LeaseReply { process, sent_ms: self.sent_ms, number, grants: self.news.clone() };
+        let reply =
+            v1::LeaseReply { process, sent_ms: self.sent_ms, number, grants: self.news.clone() };
         // A full transport is slow: unsent changes go with the next reply.
         if self.replies.try_send(Ok(reply)).is_ok() {
             self.number = number;

@@ -1,7 +1,8 @@
 //! Outgoing links: this node's claims, the answers to them, and the evidence about silent nodes.
 //!
-//! **Invariant:** the result of a connection attempt counts for a bounded time from its start, and failures from before
-//! any peer was reached again count for nothing: this node was the one that was cut off.
+//! **Invariant:** the result of a connection attempt counts for a bounded time from its start, and
+//! failures from before any peer was reached again count for nothing: this node was the one that
+//! was cut off.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -79,18 +80,26 @@ impl Actor {
 
     /// Returns true when the last attempt to reach a node has failed.
     pub(super) fn is_away(&self, node: NodeId) -> bool {
-        let failed =
-            |link: &Outgoing| link.beats.is_none() && matches!(link.reach, Some(Reach::Refused | Reach::Unreachable));
+        let failed = |link: &Outgoing| {
+            link.beats.is_none() && matches!(link.reach, Some(Reach::Refused | Reach::Unreachable))
+        };
         self.outgoing.get(&node).is_some_and(failed)
     }
 
-    /// Voids failed connection attempts when an unreachable node is reached again or sends a message: this node was the
-    /// one that was cut off, so the failures until now prove nothing about the others.
+    /// Voids failed connection attempts when an unreachable node is reached again or sends a
+    /// message: this node was the one that was cut off, so the failures until now prove nothing
+    /// about the others.
     pub(super) fn network_is_back(&mut self, node: NodeId, now: u64) {
-        if self.outgoing.get(&node).is_none_or(|outgoing| outgoing.reach != Some(Reach::Unreachable)) {
+        if self
+            .outgoing
+            .get(&node)
+            .is_none_or(|outgoing| outgoing.reach != Some(Reach::Unreachable))
+        {
             return;
         }
-        for outgoing in self.outgoing.values_mut().filter(|outgoing| outgoing.reach == Some(Reach::Unreachable)) {
+        for outgoing in
+            self.outgoing.values_mut().filter(|outgoing| outgoing.reach == Some(Reach::Unreachable))
+        {
             (outgoing.reach, outgoing.heard_ms) = (None, now);
         }
     }
@@ -149,7 +158,12 @@ impl Actor {
     }
 
     /// Records a reply; returns the shards that it changes.
-    pub(super) fn handle_reply(&mut self, node: NodeId, reply: v1::LeaseReply, now: u64) -> Vec<Key> {
+    pub(super) fn handle_reply(
+        &mut self,
+        node: NodeId,
+        reply: v1::LeaseReply,
+        now: u64,
+    ) -> Vec<Key> {
         let Some(outgoing) = self.outgoing.get_mut(&node) else { return Vec::new() };
         let mut keys: Vec<Key> = Vec::new();
         for grant in reply.grants {
@@ -196,7 +210,9 @@ impl Actor {
                 .filter_map(|(key, lease)| {
                     let claim = lease.claim?;
                     let held = outgoing.grants.get(key).filter(|granted| {
-                        lease.wants && granted.state == State::Granted && granted.claimant == lease.replica.id
+                        lease.wants
+                            && granted.state == State::Granted
+                            && granted.claimant == lease.replica.id
                     });
                     Some(v1::LeaseClaim {
                         keyspace_id: key.0.0,
@@ -225,10 +241,16 @@ impl Actor {
             };
             // A full transport is slow: the next heartbeat repeats everything.
             if beats.try_send(request).is_ok() {
-                // A promise that the heartbeat does not name ends with it, and is not relied on again.
+                // A promise that the heartbeat does not name ends with it, and is not relied on
+                // again.
                 outgoing.grants.retain(|key, granted| {
-                    let is_of_key = |claim: &v1::LeaseClaim| (claim.keyspace_id, claim.shard) == (key.0.0, key.1.0);
-                    let held = claims.iter().find(|claim| is_of_key(claim)).map_or(0, |claim| claim.held_grant);
+                    let is_of_key = |claim: &v1::LeaseClaim| {
+                        (claim.keyspace_id, claim.shard) == (key.0.0, key.1.0)
+                    };
+                    let held = claims
+                        .iter()
+                        .find(|claim| is_of_key(claim))
+                        .map_or(0, |claim| claim.held_grant);
                     granted.state != State::Granted || granted.grant == held
                 });
                 outgoing.sent = Some(claims);
@@ -255,24 +277,36 @@ impl Actor {
         };
         let Some(outgoing) = self.outgoing.get(&placed.node) else { return earlier() };
         if outgoing.beats.is_some() {
-            let granted = outgoing.grants.get(&key).filter(|granted| granted.claimant == lease.replica.id);
+            let granted =
+                outgoing.grants.get(&key).filter(|granted| granted.claimant == lease.replica.id);
             let Some(granted) = granted else { return earlier() };
             return match granted.state {
                 State::Granted => {
                     let believed = outgoing.believed.load(Ordering::Acquire) > now;
-                    let peer = Peer::Granted { believed, covered: granted.covered, served: granted.served };
+                    let peer = Peer::Granted {
+                        believed,
+                        covered: granted.covered,
+                        served: granted.served,
+                    };
                     (peer, Some((granted.grant, outgoing.believed.clone())))
                 }
                 State::Denied => (Peer::Denied, None),
-                State::Absent => {
-                    (Peer::Absent { long: now.saturating_sub(granted.since_ms) >= ms(LEASE_OPENING) }, None)
-                }
+                State::Absent => (
+                    Peer::Absent {
+                        long: now.saturating_sub(granted.since_ms) >= ms(LEASE_OPENING),
+                    },
+                    None,
+                ),
                 State::Unspecified => earlier(),
             };
         }
         let heard = outgoing.heard_ms.max(self.listening_ms);
         let quiet = now.saturating_sub(heard) >= ms(LEASE_SILENCE);
-        let linked = self.newest.get(&placed.node).and_then(|id| self.incoming.get(id)).is_some_and(|link| link.open);
+        let linked = self
+            .newest
+            .get(&placed.node)
+            .and_then(|id| self.incoming.get(id))
+            .is_some_and(|link| link.open);
         // Evidence expires: each connection attempt must find it anew.
         let evident = outgoing.excused.load(Ordering::Acquire) > now;
         match outgoing.reach {
@@ -280,11 +314,15 @@ impl Actor {
             Some(Reach::Reachable) if quiet && evident => (Peer::Hung, None),
             Some(Reach::Unreachable) if quiet => {
                 // The last attempt began after the master had reported the node gone.
-                let gone =
-                    self.registry.master_says_gone(placed.node, now).is_some_and(|since| since <= outgoing.tried_ms);
+                let gone = self
+                    .registry
+                    .master_says_gone(placed.node, now)
+                    .is_some_and(|since| since <= outgoing.tried_ms);
                 (Peer::Silent { gone }, None)
             }
-            Some(Reach::Unreachable) if self.subdued(key, placed).is_some() => (Peer::Subdued, None),
+            Some(Reach::Unreachable) if self.subdued(key, placed).is_some() => {
+                (Peer::Subdued, None)
+            }
             _ => earlier(),
         }
     }
@@ -298,7 +336,10 @@ impl Actor {
         });
         let targets: Vec<(NodeId, Option<String>, u64)> = silent
             .map(|member| {
-                let took_ms = self.outgoing.get(&member.node).map_or(0, |link| link.took_ms.load(Ordering::Relaxed));
+                let took_ms = self
+                    .outgoing
+                    .get(&member.node)
+                    .map_or(0, |link| link.took_ms.load(Ordering::Relaxed));
                 (member.node, self.registry.address(member.node), took_ms)
             })
             .collect();

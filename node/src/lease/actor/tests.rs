@@ -16,7 +16,10 @@ const KEY: Key = (KeyspaceId(7), ShardId(0));
 const LINK: u64 = 5;
 
 /// Returns the states that were sent over the incoming link since the last call.
-fn states(actor: &mut Actor, sent: &mut mpsc::Receiver<Result<v1::LeaseReply, Status>>) -> Vec<(State, u64, u64)> {
+fn states(
+    actor: &mut Actor,
+    sent: &mut mpsc::Receiver<Result<v1::LeaseReply, Status>>,
+) -> Vec<(State, u64, u64)> {
     actor.flush();
     let mut all = Vec::new();
     while let Ok(Ok(reply)) = sent.try_recv() {
@@ -36,14 +39,20 @@ fn heartbeat(held_grant: u64, seen_reply: u64) -> Event {
         held_grant,
         covered: held_grant != 0,
     };
-    let request =
-        v1::LeaseRequest { node_id: 2, process: 77, sent_ms: 1, seen_reply, unchanged: false, claims: vec![claim] };
+    let request = v1::LeaseRequest {
+        node_id: 2,
+        process: 77,
+        sent_ms: 1,
+        seen_reply,
+        unchanged: false,
+        claims: vec![claim],
+    };
     Event::Request { id: LINK, request }
 }
 
-/// The acting primary serves by the preferred primary's promise. When the preferred primary is able again, the acting
-/// primary receives its claim and transfers leadership; denied before, its unacknowledged writes would end with an
-/// unknown outcome.
+/// The acting primary serves by the preferred primary's promise. When the preferred primary is able
+/// again, the acting primary receives its claim and transfers leadership; denied before, its
+/// unacknowledged writes would end with an unknown outcome.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_serves_by_a_promise_hears_the_better_claim_before_it_is_denied() {
     let all = members(2).await;
@@ -86,13 +95,20 @@ async fn whoever_serves_by_a_promise_hears_the_better_claim_before_it_is_denied(
     // The preferred primary becomes primary.
     actor.take(placement(9), start);
     assert!(actor.leases[&KEY].wants);
-    assert_eq!(states(&mut actor, &mut sent), [], "denied before it can have heard the better claim");
+    assert_eq!(
+        states(&mut actor, &mut sent),
+        [],
+        "denied before it can have heard the better claim"
+    );
     actor.take(heartbeat(grant, number), start + ms(LEASE_BEAT));
     assert_eq!(states(&mut actor, &mut sent), []);
     // The acting primary does not receive the claim: it is denied.
     actor.take(heartbeat(grant, number), start + ms(LEASE_BEAT) * 4);
     actor.tick(start + ms(LEASE_BEAT) * 4);
-    assert_eq!(states(&mut actor, &mut sent).iter().map(|sent| sent.0).collect::<Vec<_>>(), [State::Denied]);
+    assert_eq!(
+        states(&mut actor, &mut sent).iter().map(|sent| sent.0).collect::<Vec<_>>(),
+        [State::Denied]
+    );
 }
 
 /// Actor of one of two replicas, with the claims and replies that it sends to the scripted peer.
@@ -108,14 +124,18 @@ impl Claimant {
         let catalog = shard_on(2);
         home.replicator.follow(&catalog);
         let (events, receiver) = mpsc::channel(64);
-        let mut actor = Actor::new(home.registry.clone(), events, receiver, watch::channel(false).0);
+        let mut actor =
+            Actor::new(home.registry.clone(), events, receiver, watch::channel(false).0);
         (actor.began_ms, actor.listening_ms) = (0, 0);
         home.registry.pulse.store(now_ms(), Ordering::Release);
         let (beats, claims) = mpsc::channel(64);
         let start = now_ms();
         let order = catalog.shard(ShardId(0)).unwrap().replicas.clone();
         let (replica, replicator) = (home.replica.clone(), home.replicator.clone());
-        actor.take(Event::Placed { replica, replicator, order, primary_version: 5, served: false }, start);
+        actor.take(
+            Event::Placed { replica, replicator, order, primary_version: 5, served: false },
+            start,
+        );
         actor.take(Event::Link { node: NodeId(2), news: News::Up(beats) }, start);
         let (sender, replies) = mpsc::channel(64);
         actor.take(Event::Opened { id: LINK, replies: sender }, start);
@@ -126,18 +146,37 @@ impl Claimant {
     fn promise(&mut self, grant: u64) {
         let state = State::Granted as i32;
         let (keyspace_id, shard) = (KEY.0.0, KEY.1.0);
-        let grant = v1::LeaseGrant { keyspace_id, shard, replica_id: 1, state, grant, ..v1::LeaseGrant::default() };
-        let reply = v1::LeaseReply { process: 77, sent_ms: self.start, number: 1, grants: vec![grant] };
+        let grant = v1::LeaseGrant {
+            keyspace_id,
+            shard,
+            replica_id: 1,
+            state,
+            grant,
+            ..v1::LeaseGrant::default()
+        };
+        let reply =
+            v1::LeaseReply { process: 77, sent_ms: self.start, number: 1, grants: vec![grant] };
         self.actor.take(Event::Link { node: NodeId(2), news: News::Reply(reply) }, self.start);
     }
 
     /// Delivers the peer's claim, better than this replica's or not.
     fn claim(&mut self, primary_version: u64) {
         let (keyspace_id, shard) = (KEY.0.0, KEY.1.0);
-        let claim =
-            v1::LeaseClaim { keyspace_id, shard, replica_id: 2, able: true, primary_version, ..Default::default() };
-        let request =
-            v1::LeaseRequest { node_id: 2, process: 77, sent_ms: 1, claims: vec![claim], ..Default::default() };
+        let claim = v1::LeaseClaim {
+            keyspace_id,
+            shard,
+            replica_id: 2,
+            able: true,
+            primary_version,
+            ..Default::default()
+        };
+        let request = v1::LeaseRequest {
+            node_id: 2,
+            process: 77,
+            sent_ms: 1,
+            claims: vec![claim],
+            ..Default::default()
+        };
         self.actor.take(Event::Request { id: LINK, request }, self.start);
     }
 
@@ -167,7 +206,9 @@ impl Claimant {
             let reply = self.replies.recv().await.unwrap().unwrap();
             let granted = reply.grants.iter().find(|grant| grant.state() == State::Granted);
             if let Some(granted) = granted {
-                return vasto_proto::convert::vector_from_wire(&granted.vector).into_keys().collect();
+                return vasto_proto::convert::vector_from_wire(&granted.vector)
+                    .into_keys()
+                    .collect();
             }
         }
     }
@@ -191,7 +232,11 @@ async fn a_promise_that_was_let_go_of_is_not_relied_on_again() {
     assert_eq!((claimant.held(), claimant.serves()), (0, false));
     // The peer has been free to serve since; its denial is still on its way.
     claimant.claim(4);
-    assert_eq!((claimant.held(), claimant.serves()), (0, false), "it relies on a promise that it has given back");
+    assert_eq!(
+        (claimant.held(), claimant.serves()),
+        (0, false),
+        "it relies on a promise that it has given back"
+    );
     claimant.promise(10);
     assert_eq!((claimant.held(), claimant.serves()), (10, true));
 }
@@ -219,12 +264,16 @@ async fn one_that_was_opened_again_says_that_it_has_served() {
         let version = CatalogVersion(elsewhere.version.0 + 1);
         let order = Control::ApplyCatalog { epoch: Epoch(1), version, role: Role::Detached };
         member.replica.control(order).await.unwrap();
-        assert_eq!(may_have_served(&member.replica, &elsewhere), again, "that catalog is of before");
+        assert_eq!(
+            may_have_served(&member.replica, &elsewhere),
+            again,
+            "that catalog is of before"
+        );
     }
 }
 
-/// The first record of an incarnation that has not served was acknowledged to no client: the serving replica goes on
-/// without it.
+/// The first record of an incarnation that has not served was acknowledged to no client: the
+/// serving replica goes on without it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reopened_replica_that_has_not_served_names_no_record_of_this_incarnation() {
     for serves in [false, true] {
@@ -240,7 +289,8 @@ async fn a_reopened_replica_that_has_not_served_names_no_record_of_this_incarnat
     }
 }
 
-/// The shard loses its other replica and gets a new one: no other replica can have served meanwhile.
+/// The shard loses its other replica and gets a new one: no other replica can have served
+/// meanwhile.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_that_serves_alone_goes_on_in_the_same_term() {
     let all = members(2).await;
@@ -248,9 +298,10 @@ async fn one_that_serves_alone_goes_on_in_the_same_term() {
     let placed = |claimant: &mut Claimant, count| {
         let (replica, replicator) = (all[0].replica.clone(), all[0].replicator.clone());
         let order = shard_on(count).shard(ShardId(0)).unwrap().replicas.clone();
-        claimant
-            .actor
-            .take(Event::Placed { replica, replicator, order, primary_version: 5, served: false }, claimant.start);
+        claimant.actor.take(
+            Event::Placed { replica, replicator, order, primary_version: 5, served: false },
+            claimant.start,
+        );
         all[0].replica.authority().admit().ok()
     };
     claimant.promise(9);
@@ -279,6 +330,8 @@ async fn authority_that_rested_on_silence_is_another_term_once_the_silent_one_is
     assert_eq!(authority.admit(), Err(Refusal::Probe));
     let silent = authority.admit_probed().unwrap();
     let now = claimant.start + ms(LEASE_BEAT) * 20;
-    claimant.actor.take(Event::Link { node: NodeId(2), news: News::Reach(Reach::Refused, now) }, now);
+    claimant
+        .actor
+        .take(Event::Link { node: NodeId(2), news: News::Reach(Reach::Refused, now) }, now);
     assert_eq!(authority.admit(), Ok(silent + 1));
 }

@@ -10,13 +10,20 @@ use super::*;
 fn what_rests_on_silence_is_acknowledged_after_a_probe_that_began_later() {
     for modifies in [false, true] {
         let authority = Authority::default();
-        authority.publish(Standing::Serving(Term { number: 4, beliefs: Vec::new(), probing: true }));
+        authority.publish(Standing::Serving(Term {
+            number: 4,
+            beliefs: Vec::new(),
+            probing: true,
+        }));
         let running = authority.begin_round();
         let (sender, answers) = channel();
         authority.acknowledge(4, modifies, move |answer| sender.send(answer.is_ok()).unwrap());
         assert!(authority.wants_probe());
         authority.end_round(running);
-        assert!(answers.try_recv().is_err(), "that probe may have failed before the write was done");
+        assert!(
+            answers.try_recv().is_err(),
+            "that probe may have failed before the write was done"
+        );
         let next = authority.begin_round();
         assert!(answers.try_recv().is_err());
         authority.end_round(next);
@@ -32,7 +39,8 @@ fn what_rests_on_silence_is_acknowledged_after_a_probe_that_began_later() {
     }
 }
 
-/// The term ended before all writes were listed: a put is only ordered, a counter has another basis.
+/// The term ended before all writes were listed: a put is only ordered, a counter has another
+/// basis.
 #[test]
 fn once_a_term_has_ended_a_put_waits_for_the_successor_to_hold_it_and_a_modification_is_given_up() {
     let authority = Authority::default();
@@ -40,7 +48,8 @@ fn once_a_term_has_ended_a_put_waits_for_the_successor_to_hold_it_and_a_modifica
     let (sender, answers) = channel();
     for (name, modifies) in [("put", false), ("add", true)] {
         let sender = sender.clone();
-        authority.acknowledge(4, modifies, move |verdict| sender.send((name, verdict.is_ok())).unwrap());
+        authority
+            .acknowledge(4, modifies, move |verdict| sender.send((name, verdict.is_ok())).unwrap());
     }
     authority.publish(Standing::Out { elsewhere: false });
     authority.lapse(4);
@@ -83,14 +92,19 @@ fn a_write_without_authority_waits_and_a_modification_is_bound_to_its_term() {
     let (sender, answers) = channel();
     for (name, modifies) in [("put", false), ("add", true)] {
         let sender = sender.clone();
-        authority.acknowledge(1, modifies, move |verdict| sender.send((name, verdict.is_ok())).unwrap());
+        authority
+            .acknowledge(1, modifies, move |verdict| sender.send((name, verdict.is_ok())).unwrap());
     }
     authority.settle();
     assert!(answers.try_recv().is_err(), "both wait");
     authority.publish(serving(2, 60_000));
     let mut both = [answers.try_recv().unwrap(), answers.try_recv().unwrap()];
     both.sort_unstable();
-    assert_eq!(both, [("add", false), ("put", true)], "what was done on an older state is not acknowledged");
+    assert_eq!(
+        both,
+        [("add", false), ("put", true)],
+        "what was done on an older state is not acknowledged"
+    );
 }
 
 #[test]
@@ -100,7 +114,8 @@ fn a_write_that_the_successor_holds_is_acknowledged_after_the_hand_over() {
     let (sender, answers) = channel();
     for term in [3, 4] {
         let sender = sender.clone();
-        authority.acknowledge(term, true, move |verdict| sender.send((term, verdict.is_ok())).unwrap());
+        authority
+            .acknowledge(term, true, move |verdict| sender.send((term, verdict.is_ok())).unwrap());
     }
     authority.handed_over(4, true);
     assert_eq!(answers.try_recv().unwrap(), (4, true));

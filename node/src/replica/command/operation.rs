@@ -68,7 +68,11 @@ impl OpKind {
     pub(crate) fn modifies(&self) -> bool {
         match self {
             OpKind::Put { condition, .. } | OpKind::Delete { condition } => condition.is_some(),
-            OpKind::AddI64(_) | OpKind::AddF64(_) | OpKind::MaxF64(_) | OpKind::MinF64(_) | OpKind::Append(_) => true,
+            OpKind::AddI64(_)
+            | OpKind::AddF64(_)
+            | OpKind::MaxF64(_)
+            | OpKind::MinF64(_)
+            | OpKind::Append(_) => true,
         }
     }
 }

@@ -1,13 +1,13 @@
 //! Scans of a shard, page by page.
 //!
 //! **Invariants**
-//! - A page of a scan bounds the rows that it examines, not only those that it returns: it reports how far it got, and
-//!   the next page continues there.
-//! - Rows are ordered by user key and, for one user key, by the hashes of its partitions, each of which is a record of
-//!   its own: a page may end between them, and the next page continues there.
+//! - A page of a scan bounds the rows that it examines, not only those that it returns: it reports
+//!   how far it got, and the next page continues there.
+//! - Rows are ordered by user key and, for one user key, by the hashes of its partitions, each of
+//!   which is a record of its own: a page may end between them, and the next page continues there.
 //!
-//! A page finds the first key of every owned band with one shared cursor. A band gets its own cursor once its row is
-//! next, so that a short scan opens few cursors.
+//! A page finds the first key of every owned band with one shared cursor. A band gets its own
+//! cursor once its row is next, so that a short scan opens few cursors.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -37,7 +37,8 @@ pub(crate) struct ScanPage {
     pub prefix: Bytes,
     /// User key after which to resume.
     pub after: Option<Bytes>,
-    /// With `after`: resume after the row of that key and this partition, not after all rows of the key.
+    /// With `after`: resume after the row of that key and this partition, not after all rows of the
+    /// key.
     pub after_partition_hash: Option<u64>,
     /// The only partition to scan.
     pub partition_hash: Option<u64>,
@@ -48,8 +49,8 @@ pub(crate) struct ScanPage {
 }
 
 impl Replica {
-    /// Returns one page in the order of user keys. The request's epoch must be the one in force here: a scan of another
-    /// epoch would miss or repeat moved rows. Blocks on the disk.
+    /// Returns one page in the order of user keys. The request's epoch must be the one in force
+    /// here: a scan of another epoch would miss or repeat moved rows. Blocks on the disk.
     pub(crate) fn scan(&self, epoch: Epoch, page: &ScanPage) -> Result<v1::ScanReply, VastoError> {
         let view = self.view();
         let before = &view.ranges;
@@ -85,7 +86,8 @@ impl Replica {
 
     fn scan_bands(&self, bands: &[Band], page: &ScanPage) -> Result<v1::ScanReply, VastoError> {
         let now_us = self.shared.clock.now_us();
-        let limit = if page.limit == 0 { SCAN_PAGE_ROWS_MAX } else { page.limit.min(SCAN_PAGE_ROWS_MAX) };
+        let limit =
+            if page.limit == 0 { SCAN_PAGE_ROWS_MAX } else { page.limit.min(SCAN_PAGE_ROWS_MAX) };
         let after = page.after.as_ref().filter(|after| after.as_ref() >= page.prefix.as_ref());
         let start = match (after, page.after_partition_hash) {
             // An immediate successor of `after` is `after` with a zero byte.
@@ -107,8 +109,9 @@ impl Replica {
         // Measured from here, not before the seeks: a page makes progress however slow they were.
         let (started, mut examined) = (Instant::now(), 0);
         while let Some(Reverse(at)) = heap.pop() {
-            let cursor = cursors[usize::from(at.band.0)]
-                .get_or_insert_with(|| view.cursor(&data_key(at.band, &at.key), upper_bound(at.band, &page.prefix)));
+            let cursor = cursors[usize::from(at.band.0)].get_or_insert_with(|| {
+                view.cursor(&data_key(at.band, &at.key), upper_bound(at.band, &page.prefix))
+            });
             let Some((_, encoded)) = cursor.current()? else { continue };
             examined += 1;
             let is_last = examined >= SCAN_PAGE_EXAMINED_MAX || started.elapsed() >= SCAN_PAGE_TIME;
@@ -119,7 +122,9 @@ impl Replica {
                 && let Some(value) = visible_value(encoded, now_us, page.keys_only)?
             {
                 let weight = at.key.len() + 64 + value_bytes(&value);
-                if reply.rows.len() >= limit || (!reply.rows.is_empty() && bytes + weight > SCAN_PAGE_BYTES_MAX) {
+                if reply.rows.len() >= limit
+                    || (!reply.rows.is_empty() && bytes + weight > SCAN_PAGE_BYTES_MAX)
+                {
                     reply.more = true;
                     return Ok(reply);
                 }
@@ -164,8 +169,8 @@ impl Place {
     }
 }
 
-/// Returns the first row at or after `start` of each band that has one with the prefix. One cursor seeks them all: its
-/// position also shows which bands are empty.
+/// Returns the first row at or after `start` of each band that has one with the prefix. One cursor
+/// seeks them all: its position also shows which bands are empty.
 fn first_rows(
     view: &View<'_>,
     bands: &[Band],
@@ -173,7 +178,9 @@ fn first_rows(
     prefix: &[u8],
 ) -> Result<BinaryHeap<Reverse<Place>>, EngineError> {
     let mut heap = BinaryHeap::new();
-    let (Some(first), Some(last)) = (bands.iter().min(), bands.iter().max()) else { return Ok(heap) };
+    let (Some(first), Some(last)) = (bands.iter().min(), bands.iter().max()) else {
+        return Ok(heap);
+    };
     let mut cursor = view.cursor(&data_key(*first, start), vec![last.0 + 1]);
     let mut bands = bands.to_vec();
     bands.sort_unstable();

@@ -1,5 +1,5 @@
-//! Every request to the bucket fails in every way, and the process dies before and after each: afterwards the objects
-//! in the bucket restore everything, or the restore names what is missing.
+//! Every request to the bucket fails in every way, and the process dies before and after each:
+//! afterwards the objects in the bucket restore everything, or the restore names what is missing.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -48,9 +48,13 @@ fn contents(replica: &Replica, rounds: usize) -> Contents {
 async fn fill(replica: &Replica, round: usize) {
     let replica = replica.clone();
     let work = move || {
-        let new = (0..KEYS).map(|n| put(&format!("r{round}-{n}"), &format!("value {n} of {round}")));
+        let new =
+            (0..KEYS).map(|n| put(&format!("r{round}-{n}"), &format!("value {n} of {round}")));
         write(&replica, new.collect());
-        write(&replica, (0..KEYS).map(|n| put(&format!("same{n}"), &format!("as of {round}"))).collect());
+        write(
+            &replica,
+            (0..KEYS).map(|n| put(&format!("same{n}"), &format!("as of {round}"))).collect(),
+        );
         write_one(&replica, delete(&format!("same{round}")));
     };
     tokio::task::spawn_blocking(work).await.unwrap();
@@ -64,9 +68,11 @@ async fn register(bucket: &Bucket) {
     assert_eq!(store.write(&first).await.unwrap(), CatalogWrite::Won);
 }
 
-const STRICT: Retention = Retention { keep_checkpoints: 1, keep_for: Duration::ZERO, min_age: Duration::ZERO };
+const STRICT: Retention =
+    Retention { keep_checkpoints: 1, keep_for: Duration::ZERO, min_age: Duration::ZERO };
 
-/// Restores what the bucket holds of the replica as a keyspace of its own; retries as a node does, also when `died` ends.
+/// Restores what the bucket holds of the replica as a keyspace of its own; retries as a node does,
+/// also when `died` ends.
 async fn restored<F: Future<Output = ()>>(
     rig: &Rig,
     bucket: &Bucket,
@@ -100,10 +106,15 @@ async fn restored<F: Future<Output = ()>>(
         let running = Mutex::new(None::<Replica>);
         let attempt = async {
             let text = |error: crate::build::BuildError| error.to_string();
-            let choose = sources::candidates(bucket, KEYSPACE, rig.shard, &[], Without::default(), None);
-            let candidates = sources::chosen(bucket, &dir.path().join("sources.json"), choose).await.map_err(text)?;
+            let choose =
+                sources::candidates(bucket, KEYSPACE, rig.shard, &[], Without::default(), None);
+            let candidates = sources::chosen(bucket, &dir.path().join("sources.json"), choose)
+                .await
+                .map_err(text)?;
             let is_new = !crate::replica::database_dir(dir.path()).join("CURRENT").exists();
-            if let Some(base) = candidates.all.first().and_then(|source| source.base.as_ref()).filter(|_| is_new) {
+            if let Some(base) =
+                candidates.all.first().and_then(|source| source.base.as_ref()).filter(|_| is_new)
+            {
                 let adoption = Adoption {
                     keyspace: KeyspaceId(8),
                     replica: ReplicaId(1),
@@ -143,8 +154,9 @@ async fn restored<F: Future<Output = ()>>(
     Err(last)
 }
 
-/// Runs three rounds of writes and checkpoints, a tail of log, a garbage collection; after a crash the next process
-/// runs on what the crash left of the directory. Returns what was written, and what the collections refused.
+/// Runs three rounds of writes and checkpoints, a tail of log, a garbage collection; after a crash
+/// the next process runs on what the crash left of the directory. Returns what was written, and
+/// what the collections refused.
 async fn life(rig: &Rig, store: &Arc<Faulty>) -> (Contents, Vec<String>) {
     let bucket = impatient(store);
     let mut path = rig.path.clone();
@@ -153,7 +165,8 @@ async fn life(rig: &Rig, store: &Arc<Faulty>) -> (Contents, Vec<String>) {
         fill(&replica, round).await;
         for attempt in 0.. {
             assert!(attempt < 20, "the checkpoint never gets through");
-            let shipping = Shipping::start(rig, &path, &replica, &bucket, Duration::from_secs(3_600));
+            let shipping =
+                Shipping::start(rig, &path, &replica, &bucket, Duration::from_secs(3_600));
             let died = tokio::select! {
                 done = shipping.handle.checkpoint(None) => { if done.is_ok() { shipping.stop().await; break } false }
                 () = store.died() => true,
@@ -224,7 +237,11 @@ async fn run(at: u64, fault: Option<Fault>) -> Cell {
     );
     if let Some(misread) = &misread {
         let is_refused = refusals.iter().any(|refusal| refusal.contains(&misread.key));
-        assert!(misread.read_again || is_refused, "{cell}: {} was neither read again nor refused", misread.key);
+        assert!(
+            misread.read_again || is_refused,
+            "{cell}: {} was neither read again nor refused",
+            misread.key
+        );
     }
     let state = fsck(&store.without_faults(), true).await.unwrap();
     let mut refused = None;
@@ -255,11 +272,21 @@ async fn matrix(faults: &[Fault]) {
         for at in 1..=calm.calls {
             cells.push(run(at, Some(*fault)).await);
         }
-        let count = |is_counted: fn(&Cell) -> bool| cells.iter().filter(|cell| is_counted(cell)).count();
+        let count =
+            |is_counted: fn(&Cell) -> bool| cells.iter().filter(|cell| is_counted(cell)).count();
         let (hit, misread) = (count(|cell| cell.is_hit), count(|cell| cell.misread.is_some()));
-        let (altered, refused) = (count(|cell| cell.stored_altered), count(|cell| cell.refused.is_some()));
-        assert_eq!(misread > 0, fault.alters_a_body(), "{fault:?}: {misread} reads returned what is not stored");
-        assert_eq!(altered > 0, *fault == Fault::FlippedBody, "{fault:?}: {altered} objects were stored altered");
+        let (altered, refused) =
+            (count(|cell| cell.stored_altered), count(|cell| cell.refused.is_some()));
+        assert_eq!(
+            misread > 0,
+            fault.alters_a_body(),
+            "{fault:?}: {misread} reads returned what is not stored"
+        );
+        assert_eq!(
+            altered > 0,
+            *fault == Fault::FlippedBody,
+            "{fault:?}: {altered} objects were stored altered"
+        );
         println!(
             "{fault:?}: {hit} of {} calls hit; {misread} bodies read altered, each read again or refused; {altered} \
              stored altered, {refused} of them refused by a restore; 0 dangling references, 0 wrong reads",
@@ -270,7 +297,14 @@ async fn matrix(faults: &[Fault]) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_request_fails_in_every_way_and_nothing_wrong_is_read() {
-    matrix(&[Fault::ResetBefore, Fault::ResetAfter, Fault::Throttle, Fault::ShortBody, Fault::FlippedBody]).await;
+    matrix(&[
+        Fault::ResetBefore,
+        Fault::ResetAfter,
+        Fault::Throttle,
+        Fault::ShortBody,
+        Fault::FlippedBody,
+    ])
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,5 +1,5 @@
-//! Removal of a range that was given away: nothing of it stays, nothing else is touched, and a crash between any two
-//! steps is recovered.
+//! Removal of a range that was given away: nothing of it stays, nothing else is touched, and a
+//! crash between any two steps is recovered.
 
 use vasto_core::Band;
 use vasto_core::ids::CatalogVersion;
@@ -13,8 +13,8 @@ use crate::replica::command::Control;
 const RANGE: BandRange = BandRange { first: Band(2), last: Band(3) };
 const VERSION: CatalogVersion = CatalogVersion(8);
 
-/// Creates old versions at the bottom level, newer ones and tombstones in an L0 file that spans all bands, the newest
-/// versions in the memtable; then gives the range away.
+/// Creates old versions at the bottom level, newer ones and tombstones in an L0 file that spans all
+/// bands, the newest versions in the memtable; then gives the range away.
 fn given_away() -> (Rig, Replica) {
     let rig = Rig::new();
     let replica = rig.create();
@@ -31,7 +31,8 @@ fn given_away() -> (Rig, Replica) {
     replica.engine().flush().unwrap();
     write_all("newest", 5);
     set_range(&replica, RANGE, RangeState::Leaving);
-    let levels: Vec<_> = replica.engine().live_files().unwrap().iter().map(|file| file.level).collect();
+    let levels: Vec<_> =
+        replica.engine().live_files().unwrap().iter().map(|file| file.level).collect();
     assert!(levels.contains(&0) && levels.iter().any(|level| *level > 0), "{levels:?}");
     (rig, replica)
 }
@@ -50,7 +51,8 @@ fn anything_visible(replica: &Replica) -> bool {
 /// Returns true when an SST overlaps the range, also when a range delete hides its keys.
 fn anything_on_disk(replica: &Replica) -> bool {
     replica.engine().live_files().unwrap().iter().any(|file| {
-        let (first, last) = (file.start_key.as_ref().unwrap()[0], file.end_key.as_ref().unwrap()[0]);
+        let (first, last) =
+            (file.start_key.as_ref().unwrap()[0], file.end_key.as_ref().unwrap()[0]);
         first <= RANGE.last.0 && last >= RANGE.first.0
     })
 }
@@ -64,7 +66,11 @@ fn assert_clean(replica: &Replica, neighbours: &Rows, when: &str) {
     assert!(!anything_visible(replica), "{when}");
     // The check also detects a file that spans the range but holds nothing of it.
     assert!(!anything_on_disk(replica), "{when}: {:?}", replica.engine().live_files());
-    assert_eq!(outside(&data_rows(replica)), *neighbours, "{when}: the neighbours are as they were");
+    assert_eq!(
+        outside(&data_rows(replica)),
+        *neighbours,
+        "{when}: the neighbours are as they were"
+    );
     assert!(replica.ranges().all_are(RANGE, RangeState::Empty), "{when}");
 }
 
@@ -110,7 +116,12 @@ fn a_clean_up_that_a_crash_interrupts_is_finished_by_the_next() {
         let set = |state| {
             let _ = control(
                 &replica,
-                Control::SetRange { epoch: Default::default(), version: VERSION, range: RANGE, state },
+                Control::SetRange {
+                    epoch: Default::default(),
+                    version: VERSION,
+                    range: RANGE,
+                    state,
+                },
             )
             .unwrap();
         };
@@ -130,7 +141,10 @@ fn a_clean_up_that_a_crash_interrupts_is_finished_by_the_next() {
         let when = format!("crashed behind step {steps}");
         assert_eq!(outside(&data_rows(&again)), neighbours, "{when}");
         assert_eq!(anything_visible(&again), steps < 2, "{when}");
-        assert!(!again.ranges().all_are(RANGE, RangeState::Empty), "{when}: it is not said to be empty too early");
+        assert!(
+            !again.ranges().all_are(RANGE, RangeState::Empty),
+            "{when}: it is not said to be empty too early"
+        );
         clean(&again);
         assert_clean(&again, &neighbours, &when);
     }

@@ -1,4 +1,5 @@
-//! Crashes at particular points in time: around flushes, in the first records of a replica, repeatedly.
+//! Crashes at particular points in time: around flushes, in the first records of a replica,
+//! repeatedly.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,10 +24,17 @@ fn every_record_is_replayed_whatever_was_flushed() {
             }
             write_one(&replica, put(&format!("k{i}"), "v"));
         }
-        assert!(replica.persisted_lsn().unwrap() < replica.applied_lsn(), "the memtable does not count");
+        assert!(
+            replica.persisted_lsn().unwrap() < replica.applied_lsn(),
+            "the memtable does not count"
+        );
         let (_dir, again) = rig.crash(&replica);
         for i in 0..6 {
-            assert_eq!(get(&again, &format!("k{i}")).as_deref(), Some("v"), "k{i}, flushed before k{flush_after}");
+            assert_eq!(
+                get(&again, &format!("k{i}")).as_deref(),
+                Some("v"),
+                "k{i}, flushed before k{flush_after}"
+            );
         }
         assert_eq!(data_rows(&again), data_rows(&replica));
         assert_log_is_whole(&records(&again));
@@ -73,8 +81,12 @@ fn cursors_are_as_durable_as_what_they_brought() {
     let rig = Rig::new();
     let replica = rig.create();
     let source = ReplicaId(44);
-    let lsn =
-        apply(&replica, vec![value_entry("k", START_US, "v")], vec![FeedProgress::Tail(source, Lsn(10))]).unwrap();
+    let lsn = apply(
+        &replica,
+        vec![value_entry("k", START_US, "v")],
+        vec![FeedProgress::Tail(source, Lsn(10))],
+    )
+    .unwrap();
     assert!(replica.log().synced_lsn() >= lsn, "answered once it is durable");
     // The record has no entries, but the position advances.
     apply(&replica, Vec::new(), vec![FeedProgress::Tail(source, Lsn(25))]).unwrap();
@@ -89,7 +101,9 @@ fn entries_of_a_band_that_is_not_held_are_refused_whole() {
     let replica = rig.create();
     let lost = band(&replica, "k");
     set_range(&replica, (lost..=lost).into(), RangeState::Leaving);
-    let other = keys_in(if lost.0 == 1 { vasto_core::Band(2) } else { vasto_core::Band(1) }, "x", 1).remove(0);
+    let other =
+        keys_in(if lost.0 == 1 { vasto_core::Band(2) } else { vasto_core::Band(1) }, "x", 1)
+            .remove(0);
     let entries = vec![value_entry(&other, START_US, "v"), value_entry("k", START_US, "v")];
     let progress = vec![FeedProgress::Tail(ReplicaId(3), Lsn(5))];
     assert!(apply(&replica, entries, progress).is_err());
@@ -121,12 +135,14 @@ fn the_names_of_a_replicas_directories_are_durable_before_it_opens() {
     for _ in 0..2 {
         let synced = RefCell::new(BTreeMap::new());
         let sync = |path: &Path| {
-            let names: BTreeSet<_> = std::fs::read_dir(path)?.map(|entry| entry.unwrap().file_name()).collect();
+            let names: BTreeSet<_> =
+                std::fs::read_dir(path)?.map(|entry| entry.unwrap().file_name()).collect();
             synced.borrow_mut().insert(path.to_owned(), names);
             Ok(())
         };
         create_dirs(&dir, [&db, &log], sync).unwrap();
-        let names = |names: &[&str]| names.iter().map(Into::into).collect::<BTreeSet<std::ffi::OsString>>();
+        let names =
+            |names: &[&str]| names.iter().map(Into::into).collect::<BTreeSet<std::ffi::OsString>>();
         let want = [(top.path().to_owned(), names(&["7-1"])), (dir.clone(), names(&["db", "log"]))];
         assert_eq!(synced.into_inner(), BTreeMap::from(want));
     }

@@ -74,9 +74,15 @@ fn time_of(us: u64) -> std::time::SystemTime {
 
 #[async_trait::async_trait]
 impl ObjectStore for Dated {
-    async fn put_opts(&self, location: &ObjectPath, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
+    async fn put_opts(
+        &self,
+        location: &ObjectPath,
+        payload: PutPayload,
+        options: PutOptions,
+    ) -> Result<PutResult> {
         let result = self.store.put_opts(location, payload, options).await?;
-        let now_us = self.clock.now_us() + if self.dates_after_now.load(Ordering::SeqCst) { YEARS_US } else { 0 };
+        let now_us = self.clock.now_us()
+            + if self.dates_after_now.load(Ordering::SeqCst) { YEARS_US } else { 0 };
         self.written.lock().insert(location.clone(), now_us);
         Ok(result)
     }
@@ -111,7 +117,12 @@ impl ObjectStore for Dated {
         self.store.list_with_delimiter(prefix).await
     }
 
-    async fn copy_opts(&self, from: &ObjectPath, to: &ObjectPath, options: CopyOptions) -> Result<()> {
+    async fn copy_opts(
+        &self,
+        from: &ObjectPath,
+        to: &ObjectPath,
+        options: CopyOptions,
+    ) -> Result<()> {
         self.store.copy_opts(from, to, options).await
     }
 }

@@ -17,7 +17,8 @@ fn an_fsync_write_is_answered_only_after_its_record_is_synced() {
         let (done, answer) = channel();
         let log = replica.log().clone();
         let seen = move |result: Result<_, _>| {
-            // The writer itself calls this: nothing can be synced between its decision and this check.
+            // The writer itself calls this: nothing can be synced between its decision and this
+            // check.
             done.send((result.is_ok(), log.synced_lsn(), log.appended_lsn())).unwrap();
         };
         replica.write(vec![put(&format!("k{i}"), "v")], Ack::Fsync, 0, Box::new(seen));
@@ -31,7 +32,8 @@ fn an_fsync_answer_that_writes_nothing_still_waits_for_what_it_saw() {
     let rig = Rig::new();
     let replica = rig.create();
     let time = START_US + 1_000;
-    // The write is in the log, but not synced yet; the same write again, now with `fsync`, changes nothing.
+    // The write is in the log, but not synced yet; the same write again, now with `fsync`, changes
+    // nothing.
     send(&replica, vec![at(time, put("k", "v"))], Ack::Os).recv_timeout(DEADLINE).unwrap().unwrap();
     let log = replica.log().clone();
     let (done, answer) = channel();
@@ -47,7 +49,10 @@ fn os_and_fsync_acknowledgements_survive_a_crash_of_the_process() {
     let replica = rig.create();
     for i in 0..100 {
         let ack = if i % 2 == 0 { Ack::Os } else { Ack::Fsync };
-        send(&replica, vec![put(&format!("k{i}"), &i.to_string())], ack).recv_timeout(DEADLINE).unwrap().unwrap();
+        send(&replica, vec![put(&format!("k{i}"), &i.to_string())], ack)
+            .recv_timeout(DEADLINE)
+            .unwrap()
+            .unwrap();
     }
     let (_dir, again) = rig.crash(&replica);
     for i in 0..100 {
@@ -86,11 +91,18 @@ fn a_log_that_fails_closes_the_replica_and_the_outcome_is_unknown() {
     let (dir, away) = (log_dir(&rig.path), rig.path.join("away"));
     std::fs::rename(&dir, &away).unwrap();
     let answers = fill(&replica, 0, 18);
-    let failed = answers.iter().position(Result::is_err).expect("a file of the log is full at 64 MiB");
+    let failed =
+        answers.iter().position(Result::is_err).expect("a file of the log is full at 64 MiB");
     assert_eq!(answers[failed], Err(ErrorCode::Unknown), "in flight when it failed");
-    assert!(answers[failed + 1..].iter().all(|answer| *answer == Err(ErrorCode::Unavailable)), "{answers:?}");
+    assert!(
+        answers[failed + 1..].iter().all(|answer| *answer == Err(ErrorCode::Unavailable)),
+        "{answers:?}"
+    );
     assert!(replica.closed().is_some());
-    assert_eq!(try_write(&replica, vec![put("after", "x")]).unwrap_err().code, ErrorCode::Unavailable);
+    assert_eq!(
+        try_write(&replica, vec![put("after", "x")]).unwrap_err().code,
+        ErrorCode::Unavailable
+    );
     assert!(apply(&replica, vec![value_entry("peer", START_US, "x")], Vec::new()).is_err());
     assert_eq!(get(&replica, "before").as_deref(), Some("kept"), "reads go on");
     // The reopened replica has all that was acknowledged and takes writes.
@@ -98,7 +110,11 @@ fn a_log_that_fails_closes_the_replica_and_the_outcome_is_unknown() {
     let (_dir, again) = rig.crash(&replica);
     for key in answers.iter().flatten() {
         assert!(
-            again.engine().get(&vasto_core::stored_key::data_key(band(&again, key), key.as_bytes())).unwrap().is_some()
+            again
+                .engine()
+                .get(&vasto_core::stored_key::data_key(band(&again, key), key.as_bytes()))
+                .unwrap()
+                .is_some()
         );
     }
     write_one(&again, put("after", "x"));

@@ -1,4 +1,5 @@
-//! The target of a resize: rewrite, one ingest, the tail; its content equals a straightforward model.
+//! The target of a resize: rewrite, one ingest, the tail; its content equals a straightforward
+//! model.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::pin::Pin;
@@ -43,13 +44,18 @@ fn home(key: &str, shards: u32) -> u32 {
     jump(partition_hash(key.as_bytes()), shards).shard.0
 }
 
-/// Writes the keys of this source: old versions at the bottom level, newer ones and tombstones in L0; the same user key
-/// under one partition here and another one in the other source.
+/// Writes the keys of this source: old versions at the bottom level, newer ones and tombstones in
+/// L0; the same user key under one partition here and another one in the other source.
 fn load(replica: &Replica, round: &str) {
-    let mine: Vec<String> =
-        (0..600).map(|i| format!("key{i}")).filter(|key| home(key, SHARDS - 1) == replica.shard.0).collect();
+    let mine: Vec<String> = (0..600)
+        .map(|i| format!("key{i}"))
+        .filter(|key| home(key, SHARDS - 1) == replica.shard.0)
+        .collect();
     let put_all = |value: &str, step: usize| {
-        write(replica, mine.iter().step_by(step).map(|key| put(key, &format!("{value} {round}"))).collect());
+        write(
+            replica,
+            mine.iter().step_by(step).map(|key| put(key, &format!("{value} {round}"))).collect(),
+        );
     };
     put_all("oldest", 1);
     replica.engine().flush().unwrap();
@@ -61,22 +67,27 @@ fn load(replica: &Replica, round: &str) {
     for i in 0..60u64 {
         // A partition that belongs to this shard now and moves.
         let hash = (0u64..).map(|n| partition_hash(&(i * 1_000_000 + n).to_le_bytes()));
-        let moves =
-            |hash: &u64| jump(*hash, SHARDS - 1).shard == replica.shard && jump(*hash, SHARDS).shard.0 == SHARDS - 1;
+        let moves = |hash: &u64| {
+            jump(*hash, SHARDS - 1).shard == replica.shard
+                && jump(*hash, SHARDS).shard.0 == SHARDS - 1
+        };
         let hash = { hash }.find(moves);
         write_one(replica, WriteOp { partition_hash: hash, ..put(&format!("twice{i}"), round) });
     }
 }
 
-/// Returns the rows that must be in the target: every row that moves, in its new band, merged by bytes.
+/// Returns the rows that must be in the target: every row that moves, in its new band, merged by
+/// bytes.
 fn model(sources: &[&Replica]) -> Rows {
     let mut out = BTreeMap::new();
     for (stored, entry) in sources.iter().flat_map(|source| data_rows(source)) {
         let key = &stored[1..];
-        let hash = Entry::decode(&entry).unwrap().partition_hash.unwrap_or_else(|| partition_hash(key));
+        let hash =
+            Entry::decode(&entry).unwrap().partition_hash.unwrap_or_else(|| partition_hash(key));
         let to = jump(hash, SHARDS);
         if to.shard.0 == SHARDS - 1 {
-            let held: &mut Vec<u8> = out.entry(data_key(Band::of_next_jump(to.next), key)).or_default();
+            let held: &mut Vec<u8> =
+                out.entry(data_key(Band::of_next_jump(to.next), key)).or_default();
             *held = entry.max(held.clone());
         }
     }
@@ -91,7 +102,8 @@ struct Grow {
     addresses: HashMap<NodeId, NodeAddress>,
 }
 
-/// A node whose logs have been cut: each replica refuses its first tail, and has nothing to say in those after it.
+/// A node whose logs have been cut: each replica refuses its first tail, and has nothing to say in
+/// those after it.
 #[derive(Default)]
 struct Cut(Mutex<HashSet<u64>>);
 
@@ -137,7 +149,12 @@ impl Grow {
         let bucket = bucket();
         let node = NodeId(1);
         let sources = [0, 1].map(|shard| {
-            let rig = Rig::of(ShardId(shard), ReplicaId(u64::from(shard) + 1), SHARDS - 1, RangeState::Owned);
+            let rig = Rig::of(
+                ShardId(shard),
+                ReplicaId(u64::from(shard) + 1),
+                SHARDS - 1,
+                RangeState::Owned,
+            );
             let replica = rig.create();
             (rig, replica)
         });
@@ -146,7 +163,12 @@ impl Grow {
             let loaded = replica.clone();
             tokio::task::spawn_blocking(move || load(&loaded, "round")).await.unwrap();
             let manifest = checkpoint(rig, replica, &bucket).await;
-            listed.push(Source { shard: replica.shard, replica: replica.id, node, manifest: Some(manifest) });
+            listed.push(Source {
+                shard: replica.shard,
+                replica: replica.id,
+                node,
+                manifest: Some(manifest),
+            });
         }
         let plan = Plan {
             id: PlanId(4),
@@ -166,7 +188,12 @@ impl Grow {
     }
 
     /// Builds until the tails have taken what the bucket holds, then cancels; returns the progress.
-    async fn build(&self, rig: &Rig, replica: &Replica, reached: impl Fn(&TargetProgress) -> bool) -> TargetProgress {
+    async fn build(
+        &self,
+        rig: &Rig,
+        replica: &Replica,
+        reached: impl Fn(&TargetProgress) -> bool,
+    ) -> TargetProgress {
         let shipping = Shipping::start(rig, &rig.path, replica, &self.bucket, HOUR);
         let tmp = memory_dir();
         let progress = Arc::new(Mutex::new(TargetProgress::new(self.plan.id)));
@@ -211,7 +238,8 @@ fn tailing(progress: &TargetProgress) -> bool {
 }
 
 fn ingests(replica: &Replica) -> Vec<Lsn> {
-    let of_ingest = |record: &vasto_core::record::Record| matches!(record.body, Body::Ingest { .. });
+    let of_ingest =
+        |record: &vasto_core::record::Record| matches!(record.body, Body::Ingest { .. });
     records(replica).iter().filter(|record| of_ingest(record)).map(|record| record.lsn).collect()
 }
 
@@ -227,8 +255,12 @@ async fn a_target_holds_what_the_model_says() {
     assert_eq!(shown.keys_moved, expected.len() as u64);
     assert!(shown.manifest_shipped && shown.bytes_from_bucket > 0 && shown.bytes_from_peers == 0);
     let cursors = target.tail_cursors().unwrap();
-    let pinned: Vec<_> =
-        grow.plan.sources.iter().map(|source| (source.replica, source.manifest.clone().unwrap().lsn)).collect();
+    let pinned: Vec<_> = grow
+        .plan
+        .sources
+        .iter()
+        .map(|source| (source.replica, source.manifest.clone().unwrap().lsn))
+        .collect();
     assert_eq!(cursors, pinned, "the tails begin at the pinned manifests");
     // Before it owns the bands the target serves nothing: no read, no write.
     let key = String::from_utf8(expected.keys().next().unwrap()[1..].to_vec()).unwrap();
@@ -281,17 +313,26 @@ async fn a_tail_whose_log_is_cut_goes_on_inside_a_chunk() {
             first_lsn: pinned,
             last_lsn,
             previous: None,
-            records: all.iter().filter(|record| record.lsn >= pinned).flat_map(|record| record.encode()).collect(),
+            records: all
+                .iter()
+                .filter(|record| record.lsn >= pinned)
+                .flat_map(|record| record.encode())
+                .collect(),
         };
         let key = layout::chunk(KEYSPACE, replica.shard, replica.id, pinned);
         assert_eq!(grow.bucket.create(&key, chunk.encode()).await.unwrap(), Create::Created);
         heads.insert(replica.id, last_lsn);
     }
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = NodeAddress { address: listener.local_addr().unwrap().to_string(), zone: String::new() };
+    let address =
+        NodeAddress { address: listener.local_addr().unwrap().to_string(), zone: String::new() };
     grow.addresses.insert(NodeId(1), address);
     let service = ReplicationServer::new(Cut::default());
-    tokio::spawn(Server::builder().add_service(service).serve_with_incoming(TcpListenerStream::new(listener)));
+    tokio::spawn(
+        Server::builder()
+            .add_service(service)
+            .serve_with_incoming(TcpListenerStream::new(listener)),
+    );
     let rig = target_rig();
     let target = rig.create();
     grow.build(&rig, &target, |progress| tailing(progress) && progress.cursors == heads).await;
@@ -319,7 +360,8 @@ async fn a_build_that_died_between_ingest_and_record_begins_again() {
     let grow = Grow::prepare().await;
     let rig = target_rig();
     let target = rig.create();
-    // Same state as the ingest leaves at the crash: files are in the database, the log does not name them.
+    // Same state as the ingest leaves at the crash: files are in the database, the log does not
+    // name them.
     let dir = memory_dir();
     let mut tables = TableSet::new(target.engine(), dir.path());
     tables.put(Band(90), b"left over", &value_entry("left over", START_US, "x").entry).unwrap();
@@ -337,7 +379,8 @@ async fn a_build_that_died_between_ingest_and_record_begins_again() {
         dir: crashed.clone(),
         tmp: crashed.clone(),
     };
-    let (engines, clock, initial) = (rig.shared.clone(), rig.clock.clone() as SharedClock, rig.initial);
+    let (engines, clock, initial) =
+        (rig.shared.clone(), rig.clock.clone() as SharedClock, rig.initial);
     let fresh = tokio::task::spawn_blocking(move || {
         let mut opened = None;
         wait_for("the lock of the database", || {

@@ -89,7 +89,8 @@ async fn a_replica_that_becomes_a_member_catches_up_before_it_serves() {
     let catalog = shard_on(2);
     let host = hosted.start(&catalog);
     let replica = hosted.replica().await;
-    until("the replica to serve", || replica.is_ready() && replica.version() == catalog.version).await;
+    until("the replica to serve", || replica.is_ready() && replica.version() == catalog.version)
+        .await;
     let outside = left(&catalog);
     host.apply_catalog(Arc::new(outside.clone()));
     until("it to leave", || replica.view().role == Role::Detached).await;
@@ -116,7 +117,8 @@ async fn a_replica_that_stops_takes_nothing_more_and_waits_until_another_has_its
     let (hosted, catalog) = (Hosted::new(), shard_on(2));
     let host = hosted.start(&catalog);
     let replica = hosted.replica().await;
-    until("the replica to serve", || replica.is_ready() && replica.version() == catalog.version).await;
+    until("the replica to serve", || replica.is_ready() && replica.version() == catalog.version)
+        .await;
     write_one(&replica, put("k", "v"));
     let began = Instant::now();
     let stopping = tokio::spawn(host.stop());
@@ -132,7 +134,10 @@ async fn a_replica_that_stops_waits_no_longer_than_it_must() {
         let (hosted, catalog) = (Hosted::new(), shard_on(2));
         let host = hosted.start(&catalog);
         let replica = hosted.replica().await;
-        until("the replica to serve", || replica.is_ready() && replica.version() == catalog.version).await;
+        until("the replica to serve", || {
+            replica.is_ready() && replica.version() == catalog.version
+        })
+        .await;
         write_one(&replica, put("k", "v"));
         let (lsn, own_seq) = (replica.applied_lsn(), *replica.vector().values().last().unwrap());
         if confirmed {
@@ -148,7 +153,8 @@ async fn a_replica_that_stops_waits_no_longer_than_it_must() {
     }
 }
 
-/// The preferred primary is away: the acting primary ships as soon as a version names it, however new that version is.
+/// The preferred primary is away: the acting primary ships as soon as a version names it, however
+/// new that version is.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_acts_for_the_home_ships_at_once() {
     let hosted = Hosted::new();

@@ -1,9 +1,10 @@
-//! A shard runs through random histories and is restored at random points in time: the result equals that of a model,
-//! or the restore is refused; no write is lost silently.
+//! A shard runs through random histories and is restored at random points in time: the result
+//! equals that of a model, or the restore is refused; no write is lost silently.
 //!
-//! Clocks run ahead, behind, and are corrected; nodes leave and return, restart, or are given up; the shipping replica
-//! changes; tombstones are forgotten; the shard gives keys away. The store has a clock of its own.
-//! `VASTO_MOMENTS` sets the number of histories, `VASTO_MOMENTS_SEED` the seed of the first.
+//! Clocks run ahead, behind, and are corrected; nodes leave and return, restart, or are given up;
+//! the shipping replica changes; tombstones are forgotten; the shard gives keys away. The store has
+//! a clock of its own. `VASTO_MOMENTS` sets the number of histories, `VASTO_MOMENTS_SEED` the seed
+//! of the first.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -175,7 +176,8 @@ impl World {
 
     fn write(&mut self, at: usize) {
         let key = format!("k{:02}", self.numbers.below(12));
-        let moved = self.resized.is_some() && jump(partition_hash(key.as_bytes()), 2).shard != ShardId(0);
+        let moved =
+            self.resized.is_some() && jump(partition_hash(key.as_bytes()), 2).shard != ShardId(0);
         if moved {
             return;
         }
@@ -188,14 +190,17 @@ impl World {
         node.whole.insert(index);
         let by = node.replica().id;
         let commit_time = block_in_place(|| last_record(node.replica()).commit_time);
-        self.note(format!("{by} takes {index}: {key} = {value:?} at {event_time}, stamped {commit_time}"));
+        self.note(format!(
+            "{by} takes {index}: {key} = {value:?} at {event_time}, stamped {commit_time}"
+        ));
         self.writes.push(Write { key, value, event_time, by, at: self.now, commit_time });
         self.pass(1_000);
     }
 
     fn pull(&mut self, to: usize, from: usize) {
         block_in_place(|| pull(self.nodes[to].replica(), self.nodes[from].replica()));
-        let (theirs, their_whole) = (self.nodes[from].holds.clone(), self.nodes[from].whole.clone());
+        let (theirs, their_whole) =
+            (self.nodes[from].holds.clone(), self.nodes[from].whole.clone());
         let mine = &self.nodes[to].holds;
         let loses = |index: &usize| {
             let write = &self.writes[*index];
@@ -203,8 +208,11 @@ impl World {
                 .map(|other| &self.writes[*other])
                 .any(|other| other.key == write.key && other.event_time > write.event_time)
         };
-        let whole: Vec<usize> =
-            theirs.difference(mine).copied().filter(|index| their_whole.contains(index) && !loses(index)).collect();
+        let whole: Vec<usize> = theirs
+            .difference(mine)
+            .copied()
+            .filter(|index| their_whole.contains(index) && !loses(index))
+            .collect();
         self.nodes[to].whole.extend(whole);
         self.nodes[to].holds.extend(theirs);
     }
@@ -223,7 +231,8 @@ impl World {
 
     fn shipping(&self, at: usize) -> Shipping {
         let node = &self.nodes[at];
-        let shipping = Shipping::start(&node.rig, &node.rig.path, node.replica(), &self.bucket, HOUR);
+        let shipping =
+            Shipping::start(&node.rig, &node.rig.path, node.replica(), &self.bucket, HOUR);
         shipping.handle.assign(if at == 0 { Assignment::Preferred } else { Assignment::StandIn });
         shipping
     }
@@ -271,8 +280,8 @@ impl World {
         self.note(format!("{id} restarts"));
     }
 
-    /// Runs a gc floor round: all promise, all hold all, the floor is logged, and tombstones that it covers are
-    /// removed.
+    /// Runs a gc floor round: all promise, all hold all, the floor is logged, and tombstones that
+    /// it covers are removed.
     fn collect(&mut self) {
         if self.present().len() < self.nodes.len() {
             return;
@@ -287,7 +296,8 @@ impl World {
             }
         });
         self.replicate();
-        block_in_place(|| control(self.nodes[acting].replica(), Control::GcFloor { floor })).unwrap();
+        block_in_place(|| control(self.nodes[acting].replica(), Control::GcFloor { floor }))
+            .unwrap();
         self.replicate();
         for node in &self.nodes {
             block_in_place(|| {
@@ -298,8 +308,8 @@ impl World {
         self.note(format!("deletes until {floor} are forgotten"));
     }
 
-    /// Gives up a node that is away: the serving node takes over what that node had shipped, or not. A new replica
-    /// takes its place.
+    /// Gives up a node that is away: the serving node takes over what that node had shipped, or
+    /// not. A new replica takes its place.
     async fn give_up(&mut self) {
         let Some(at) = (0..self.nodes.len()).find(|at| !self.nodes[*at].present) else { return };
         let mut lost = self.nodes.remove(at);
@@ -343,7 +353,14 @@ impl World {
         bootstrap.take(&base, adoption, Log::Replicate).await.unwrap();
         let replica = block_in_place(|| rig.open(&rig.path, true)).unwrap();
         let holds = self.nodes[acting].holds.clone();
-        self.nodes.push(Node { rig, open: Some(replica), present: true, offset: 0, holds, whole: BTreeSet::new() });
+        self.nodes.push(Node {
+            rig,
+            open: Some(replica),
+            present: true,
+            offset: 0,
+            holds,
+            whole: BTreeSet::new(),
+        });
         self.set_clocks();
         self.note(format!("{id} is made"));
     }
@@ -380,17 +397,25 @@ impl World {
     /// Returns the writes that a restore to a point in time must contain unless it is refused.
     fn required(&self, at: Option<u64>) -> BTreeSet<usize> {
         let given_up = |id: &ReplicaId| self.given_up.iter().any(|lost| lost.replica == *id);
-        let counted: Vec<&InBucket> =
-            self.shipped.iter().filter(|(id, _)| !given_up(id)).map(|(_, shipped)| shipped).collect();
-        let Some(until) = at else { return counted.iter().flat_map(|shipped| &shipped.holds).copied().collect() };
+        let counted: Vec<&InBucket> = self
+            .shipped
+            .iter()
+            .filter(|(id, _)| !given_up(id))
+            .map(|(_, shipped)| shipped)
+            .collect();
+        let Some(until) = at else {
+            return counted.iter().flat_map(|shipped| &shipped.holds).copied().collect();
+        };
         let mut whole: BTreeMap<usize, u64> = BTreeMap::new();
         for (index, held) in counted.iter().flat_map(|shipped| &shipped.whole) {
             let first = whole.entry(*index).or_insert(*held);
             *first = (*held).min(*first);
         }
-        // A clock that is ahead by less than a write waited to be shipped goes undetected, and so do the writes after
-        // it.
-        let hides = |write: &Write, held: u64| write.commit_time > until && write.commit_time <= held + SLACK;
+        // A clock that is ahead by less than a write waited to be shipped goes undetected, and so
+        // do the writes after it.
+        let hides = |write: &Write, held: u64| {
+            write.commit_time > until && write.commit_time <= held + SLACK
+        };
         let mut hidden = BTreeSet::new();
         let mut required = BTreeSet::new();
         for (index, held) in whole {
@@ -419,12 +444,18 @@ impl World {
             (None, _) => 1,
         };
         // A point in time during the resize belongs to neither shape.
-        if self.resized.zip(at).is_some_and(|(resized, at)| at.abs_diff(resized) < 2 * 3_600 * SECOND) {
+        if self
+            .resized
+            .zip(at)
+            .is_some_and(|(resized, at)| at.abs_diff(resized) < 2 * 3_600 * SECOND)
+        {
             return;
         }
         let forgotten = self.planted == Planted::GivenUpIsForgotten;
-        let without = Without { discarded: &[], given_up: if forgotten { &[] } else { &self.given_up } };
-        let restored = restore_from(&self.nodes[acting].rig, &self.bucket, without, shards, at).await;
+        let without =
+            Without { discarded: &[], given_up: if forgotten { &[] } else { &self.given_up } };
+        let restored =
+            restore_from(&self.nodes[acting].rig, &self.bucket, without, shards, at).await;
         let restored = match restored {
             Ok(restored) => restored,
             Err(error) => {
@@ -437,11 +468,17 @@ impl World {
             }
         };
         self.restored += 1;
-        let everything: BTreeSet<usize> = self.shipped.values().flat_map(|shipped| &shipped.holds).copied().collect();
+        let everything: BTreeSet<usize> =
+            self.shipped.values().flat_map(|shipped| &shipped.holds).copied().collect();
         let required = self.required(at);
-        let may_be_in = |write: &Write| at.is_none_or(|until| write.at <= until + SLACK || write.commit_time <= until);
-        let allowed: Vec<&Write> =
-            everything.iter().map(|index| &self.writes[*index]).filter(|write| may_be_in(write)).collect();
+        let may_be_in = |write: &Write| {
+            at.is_none_or(|until| write.at <= until + SLACK || write.commit_time <= until)
+        };
+        let allowed: Vec<&Write> = everything
+            .iter()
+            .map(|index| &self.writes[*index])
+            .filter(|write| may_be_in(write))
+            .collect();
         let winners = self.winners(required.iter().copied());
         let mut wrong = Vec::new();
         for n in 0..12 {
@@ -453,15 +490,17 @@ impl World {
             let winner = winners.get(key.as_str()).copied();
             let event_time = winner.map_or(0, |write| write.event_time);
             let expected = winner.and_then(|write| write.value.clone());
-            let later =
-                allowed.iter().any(|write| write.key == key && write.event_time >= event_time && write.value == got);
+            let later = allowed.iter().any(|write| {
+                write.key == key && write.event_time >= event_time && write.value == got
+            });
             if got != expected && !later {
                 wrong.push(format!("{key}: {got:?} instead of {expected:?} ({winner:?})"));
             }
         }
         restored.close().await;
         if !wrong.is_empty() {
-            self.wrong = Some(format!("restored at {at:?} with {shards} shards:\n{}", wrong.join("\n")));
+            self.wrong =
+                Some(format!("restored at {at:?} with {shards} shards:\n{}", wrong.join("\n")));
         }
         self.note(format!("restored at {at:?}"));
     }
@@ -505,8 +544,14 @@ impl World {
             77..82 => {
                 let at = self.numbers.below(self.nodes.len() as u64) as usize;
                 let second = SECOND as i64;
-                self.nodes[at].offset =
-                    self.numbers.of(&[0, second, -second, 600 * second, 3_600 * second, -3_600 * second]);
+                self.nodes[at].offset = self.numbers.of(&[
+                    0,
+                    second,
+                    -second,
+                    600 * second,
+                    3_600 * second,
+                    -3_600 * second,
+                ]);
                 let (id, offset) = (self.nodes[at].replica().id, self.nodes[at].offset / second);
                 self.note(format!("the clock of {id} is {offset} s ahead"));
                 self.set_clocks();
@@ -562,8 +607,9 @@ async fn a_restore_at_any_moment_is_what_was_there_or_is_refused() {
     let (histories, first) = (setting("VASTO_MOMENTS", 12), setting("VASTO_MOMENTS_SEED", 1));
     let (mut restored, mut refused) = (0, 0);
     for seed in first..first + histories {
-        let (restores, refusals) =
-            World::run_history(seed, Planted::Nothing).await.unwrap_or_else(|wrong| panic!("{wrong}"));
+        let (restores, refusals) = World::run_history(seed, Planted::Nothing)
+            .await
+            .unwrap_or_else(|wrong| panic!("{wrong}"));
         (restored, refused) = (restored + restores, refused + refusals);
     }
     println!("{histories} histories from seed {first}: {restored} restored, {refused} refused");
@@ -581,6 +627,9 @@ async fn the_model_notices_a_wrong_restore() {
                 Ok(_) => seed += 1,
             }
         };
-        println!("{planted:?} is noticed in history {seed}: {}", wrong.lines().take(2).collect::<Vec<_>>().join(" "));
+        println!(
+            "{planted:?} is noticed in history {seed}: {}",
+            wrong.lines().take(2).collect::<Vec<_>>().join(" ")
+        );
     }
 }

@@ -26,7 +26,12 @@ enum Step {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let op = (0u8..24, any::<u8>(), proptest::option::of(any::<u16>()), proptest::option::of(1u16..2000));
+    let op = (
+        0u8..24,
+        any::<u8>(),
+        proptest::option::of(any::<u16>()),
+        proptest::option::of(1u16..2000),
+    );
     prop_oneof![
         8 => (proptest::collection::vec(op, 1..6), any::<bool>()).prop_map(|(ops, synced)| Step::Batch(ops, synced)),
         3 => (proptest::collection::vec((0u8..24, any::<u16>(), any::<bool>()), 0..5), 1u64..100).prop_map(|(e, lsn)| Step::Apply(e, lsn)),
@@ -47,10 +52,20 @@ fn key(number: u8) -> String {
 fn op((number, value, event_time, ttl): (u8, u8, Option<u16>, Option<u16>)) -> WriteOp {
     let change = match value % 4 {
         0 => OpKind::Delete { condition: None },
-        _ => OpKind::Put { value: vec![value; usize::from(value)].into(), ttl_ms: ttl.map(u64::from), condition: None },
+        _ => OpKind::Put {
+            value: vec![value; usize::from(value)].into(),
+            ttl_ms: ttl.map(u64::from),
+            condition: None,
+        },
     };
     let event_time = event_time.map(|time| START_US + u64::from(time));
-    WriteOp { key: key(number).into_bytes().into(), partition_hash: None, event_time, change, created_ttl_ms: None }
+    WriteOp {
+        key: key(number).into_bytes().into(),
+        partition_hash: None,
+        event_time,
+        change,
+        created_ttl_ms: None,
+    }
 }
 
 fn entry((number, time, tombstone): (u8, u16, bool)) -> KeyEntry {
@@ -72,10 +87,15 @@ fn take(rig: &Rig, replica: &Replica, step: &Step) {
         Step::Batch(ops, synced) => {
             let ack = if *synced { Ack::Fsync } else { Ack::Os };
             let answer = send(replica, ops.iter().copied().map(op).collect(), ack);
-            // A write to a sealed band is answered later; the writer executes this command after everything before it.
+            // A write to a sealed band is answered later; the writer executes this command after
+            // everything before it.
             control(
                 replica,
-                Control::ApplyCatalog { epoch: Default::default(), version: Default::default(), role: Role::Primary },
+                Control::ApplyCatalog {
+                    epoch: Default::default(),
+                    version: Default::default(),
+                    role: Role::Primary,
+                },
             )
             .unwrap();
             drop(answer);
@@ -92,9 +112,15 @@ fn take(rig: &Rig, replica: &Replica, step: &Step) {
             };
             control(replica, order).unwrap();
         }
-        Step::Unseal => drop(control(replica, Control::Unseal { version: CatalogVersion(9) }).unwrap()),
+        Step::Unseal => {
+            drop(control(replica, Control::Unseal { version: CatalogVersion(9) }).unwrap())
+        }
         Step::Range(band, clear) => {
-            set_range(replica, one_band(*band), if *clear { RangeState::Clearing } else { RangeState::Leaving });
+            set_range(
+                replica,
+                one_band(*band),
+                if *clear { RangeState::Clearing } else { RangeState::Leaving },
+            );
             if !clear {
                 set_range(replica, one_band(*band), RangeState::Owned);
             }
@@ -178,7 +204,10 @@ fn a_stop_and_a_start_are_one_more_incarnation_and_nothing_else() {
         let rows = data_rows(&replica);
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(replica.stop());
-        assert_eq!(try_write(&replica, vec![put("late", "x")]).unwrap_err().code, vasto_core::ErrorCode::Unavailable);
+        assert_eq!(
+            try_write(&replica, vec![put("late", "x")]).unwrap_err().code,
+            vasto_core::ErrorCode::Unavailable
+        );
         rig.close(replica);
         let mut again = None;
         // The writer's thread releases the database shortly after it has reported its end.

@@ -41,7 +41,11 @@ fn two_replicas_that_take_writes_hold_the_same_bytes() {
         write_one(&a, put(&format!("k{}", n % 20), &format!("a{n}")));
         write_one(
             &b,
-            if n % 7 == 0 { delete(&format!("k{}", n % 20)) } else { put(&format!("k{}", n % 20), &format!("b{n}")) },
+            if n % 7 == 0 {
+                delete(&format!("k{}", n % 20))
+            } else {
+                put(&format!("k{}", n % 20), &format!("b{n}"))
+            },
         );
         // Both sides get the same event time with different bytes.
         write_one(&a, at(START_US + 1, put("tie", "a")));
@@ -73,7 +77,10 @@ fn a_record_that_comes_too_early_is_refused_and_one_that_is_there_is_skipped() {
     let mut holed = all.clone();
     holed.remove(2);
     let refused = take(&b, &a, holed).unwrap_err();
-    assert!(matches!(refused, ReplicaError::Gap { next: OwnSeq(3), got: OwnSeq(4), .. }), "{refused}");
+    assert!(
+        matches!(refused, ReplicaError::Gap { next: OwnSeq(3), got: OwnSeq(4), .. }),
+        "{refused}"
+    );
     let origin = all[0].origin;
     assert_eq!(b.vector()[&origin], OwnSeq(2), "what came before the hole is here");
     assert_eq!(get(&b, "k2"), None);
@@ -103,8 +110,8 @@ fn a_third_replica_gets_everything_through_the_second() {
     assert!(vasto_core::ids::covers(&c.vector(), &a.vector()));
 }
 
-/// Hazard 12, and the power loss that an `os` acknowledgement allows: a peer that kept it returns the tail of an
-/// incarnation that the disk lost.
+/// Hazard 12, and the power loss that an `os` acknowledgement allows: a peer that kept it returns
+/// the tail of an incarnation that the disk lost.
 #[test]
 fn what_this_disk_lost_of_an_earlier_incarnation_is_pulled_back() {
     let (rig_a, rig_b) = (member(1), member(2));
@@ -170,7 +177,8 @@ fn a_floor_comes_with_the_records_and_hides_what_it_covers() {
     assert!(matches!(late.body, Body::Data { .. }) && floors.len() == 1);
     take(&c, &a, others[..others.len() - 1].to_vec()).unwrap();
     take(&c, &a, vec![late]).unwrap();
-    // An older write has the same effect on replicas that have compacted and on those that have not.
+    // An older write has the same effect on replicas that have compacted and on those that have
+    // not.
     for replica in [&a, &b, &c] {
         write_one(replica, at(START_US - 5, put("k", "revived")));
         assert_eq!(get(replica, "k").as_deref(), Some("revived"));
@@ -222,13 +230,16 @@ fn records_keep_what_their_origin_said() {
     let (a, b) = (rig_a.create(), rig_b.create());
     write_one(&a, put("k", "v"));
     pull(&b, &a);
-    let theirs: Vec<Record> = streamed(&b).into_iter().filter(|record| record.origin.replica == a.id).collect();
+    let theirs: Vec<Record> =
+        streamed(&b).into_iter().filter(|record| record.origin.replica == a.id).collect();
     for (here, there) in theirs.iter().zip(streamed(&a)) {
         assert_eq!(
             (here.origin, here.own_seq, here.commit_time, here.floor, here.epoch),
             (there.origin, there.own_seq, there.commit_time, there.floor, there.epoch)
         );
-        if let (Body::Data { entries, .. }, Body::Data { entries: sent, .. }) = (&here.body, &there.body) {
+        if let (Body::Data { entries, .. }, Body::Data { entries: sent, .. }) =
+            (&here.body, &there.body)
+        {
             assert_eq!(entries, sent);
         }
     }

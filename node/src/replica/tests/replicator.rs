@@ -21,7 +21,8 @@ use crate::replica::command::{Control, OpKind, Role, WriteOp};
 use crate::replication::ReplicationService;
 use crate::replication::replicator::Replicator;
 
-/// Returns the catalog of one shard on the nodes 1 to `nodes`, whose replicas have the same numbers.
+/// Returns the catalog of one shard on the nodes 1 to `nodes`, whose replicas have the same
+/// numbers.
 pub(crate) fn shard_on(nodes: u64) -> Catalog {
     let spec = KeyspaceSpec { replicas: nodes as u32, ..KeyspaceSpec::default() };
     Catalog::first(KEYSPACE, "ks", spec, &[(1..=nodes).map(NodeId).collect()], START_US, 1)
@@ -47,7 +48,8 @@ impl Member {
         let registry = Arc::new(NodeRegistry::new(NodeId(replica.id.0), rig.clock.clone(), 2));
         registry.add_replica(replica.clone());
         let cancel = CancellationToken::new();
-        let replicator = Replicator::new(registry.clone(), Arc::default(), replica.clone(), cancel.clone());
+        let replicator =
+            Replicator::new(registry.clone(), Arc::default(), replica.clone(), cancel.clone());
         Self { rig, replica, registry, replicator, cancel }
     }
 }
@@ -63,11 +65,16 @@ pub(crate) async fn serve(registry: &Arc<NodeRegistry>) -> String {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let service = ReplicationServer::new(ReplicationService::new(registry.clone(), None));
-    tokio::spawn(Server::builder().add_service(service).serve_with_incoming(TcpListenerStream::new(listener)));
+    tokio::spawn(
+        Server::builder()
+            .add_service(service)
+            .serve_with_incoming(TcpListenerStream::new(listener)),
+    );
     address
 }
 
-/// Creates the nodes 1 to `count`, each of which knows the addresses of the others. No node pulls yet.
+/// Creates the nodes 1 to `count`, each of which knows the addresses of the others. No node pulls
+/// yet.
 pub(crate) async fn members(count: u64) -> Vec<Member> {
     let members: Vec<Member> = (1..=count).map(Member::new).collect();
     connect(&members).await;
@@ -85,7 +92,8 @@ async fn connect(members: &[Member]) {
     }
 }
 
-/// The process stalled, and before the replica is notified it has no peer left to wait for, or is not placed yet.
+/// The process stalled, and before the replica is notified it has no peer left to wait for, or is
+/// not placed yet.
 #[tokio::test]
 async fn after_a_pause_a_replica_that_has_nobody_to_wait_for_serves() {
     let member = Member::new(1);
@@ -127,8 +135,8 @@ fn apply_catalog(member: &Member, epoch: u64, role: Role) {
     control(&member.replica, order).unwrap();
 }
 
-/// The primary is cut off from the master but not from the next primary, and its clock is ahead: its increments of the
-/// old value win over those of the next primary.
+/// The primary is cut off from the master but not from the next primary, and its clock is ahead:
+/// its increments of the old value win over those of the next primary.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_increment_that_loses_at_the_one_who_confirms_it_is_not_acknowledged() {
     let all = members(2).await;
@@ -162,7 +170,10 @@ async fn a_replica_that_hears_of_a_higher_epoch_modifies_nothing_before_it_has_a
     until("the next primary to have everything", covered).await;
     write_one(&old.replica, add("c", 1));
     apply_catalog(next, 2, Role::Primary);
-    let refused = || try_write(&old.replica, vec![add("c", 1)]).is_err_and(|error| error.code == ErrorCode::NotPrimary);
+    let refused = || {
+        try_write(&old.replica, vec![add("c", 1)])
+            .is_err_and(|error| error.code == ErrorCode::NotPrimary)
+    };
     until("the old primary to have heard of the next epoch", refused).await;
     write_one(&old.replica, put("any", "replica takes puts"));
     apply_catalog(old, 2, Role::Primary);
@@ -178,7 +189,10 @@ async fn a_closed_replica_is_pulled_and_drained() {
         write_one(&closed.replica, put(&format!("k{n}"), "v"));
     }
     let settled = closed.replica.vector();
-    send(&closed.replica, vec![put("not synced", "v")], Ack::Os).recv_timeout(DEADLINE).unwrap().unwrap();
+    send(&closed.replica, vec![put("not synced", "v")], Ack::Os)
+        .recv_timeout(DEADLINE)
+        .unwrap()
+        .unwrap();
     closed.replica.close("the disk is broken".into());
     let catalog = evict(&shard_on(2), ReplicaId(1), false, START_US, 2).unwrap();
     other.replicator.follow(&catalog);
@@ -209,7 +223,8 @@ async fn an_old_copy_that_learns_of_it_by_a_pull_closes() {
         write_one(&real, put(&format!("k{n}"), "v"));
     }
     let other = Member::new(2);
-    let streamed: Vec<_> = records(&real).into_iter().filter(|record| record.body.is_streamed()).collect();
+    let streamed: Vec<_> =
+        records(&real).into_iter().filter(|record| record.body.is_streamed()).collect();
     let last = streamed.last().unwrap().lsn;
     other.replica.replicate(ReplicaId(1), streamed, last).await.unwrap();
     let all = [Member::of(rig, copy), other];
@@ -242,7 +257,10 @@ async fn an_origin_that_was_idle_for_a_day_goes_on() {
         assert_eq!(get(&member.replica, "k3").as_deref(), Some("v"));
         assert_eq!(data_rows(&member.replica), data_rows(&all[0].replica));
     }
-    assert_eq!(all.iter().map(|member| member.replica.incarnation()).collect::<Vec<_>>(), incarnations);
+    assert_eq!(
+        all.iter().map(|member| member.replica.incarnation()).collect::<Vec<_>>(),
+        incarnations
+    );
 }
 
 /// The second of three replicas keeps taking writes: its records prove nothing about the third.
@@ -277,7 +295,8 @@ async fn what_a_dead_peer_named_is_given_up_although_others_write() {
     assert!(restarted.replica.is_ready(), "it does not serve as long as others write");
 }
 
-/// A record is streamed as soon as it is synced, and applied after that: a peer may be ahead of its origin.
+/// A record is streamed as soon as it is synced, and applied after that: a peer may be ahead of its
+/// origin.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_whose_database_stalls_is_no_old_copy() {
     let mut rig = Rig::of(ShardId(0), ReplicaId(1), 1, RangeState::Owned);
@@ -308,7 +327,10 @@ async fn a_replica_whose_database_stalls_is_no_old_copy() {
         })
         .collect();
     until("a record to be synced and sent that is not applied", || {
-        let own = vasto_core::ids::Origin { replica: ReplicaId(1), incarnation: slow.replica.incarnation() };
+        let own = vasto_core::ids::Origin {
+            replica: ReplicaId(1),
+            incarnation: slow.replica.incarnation(),
+        };
         let have = |member: &Member| member.replica.vector().get(&own).copied().unwrap_or_default();
         have(other) > have(slow)
     })

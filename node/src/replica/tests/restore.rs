@@ -1,4 +1,5 @@
-//! The archives of several replicas are merged into a new keyspace, or the restore names what is missing.
+//! The archives of several replicas are merged into a new keyspace, or the restore names what is
+//! missing.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -62,7 +63,11 @@ pub(super) fn bootstrap_into(rig: &Rig, bucket: &Bucket, dir: &Path) -> Bootstra
     }
 }
 
-async fn restore(rig: &Rig, bucket: &Bucket, until_us: Option<u64>) -> Result<Restored, BuildError> {
+async fn restore(
+    rig: &Rig,
+    bucket: &Bucket,
+    until_us: Option<u64>,
+) -> Result<Restored, BuildError> {
     restore_from(rig, bucket, Without::default(), 1, until_us).await
 }
 
@@ -75,7 +80,8 @@ pub(super) async fn restore_from(
 ) -> Result<Restored, BuildError> {
     let dir = memory_dir();
     let bootstrap = bootstrap_into(rig, bucket, dir.path());
-    let candidates = sources::candidates(bucket, KEYSPACE, rig.shard, &[], without, until_us).await?;
+    let candidates =
+        sources::candidates(bucket, KEYSPACE, rig.shard, &[], without, until_us).await?;
     let owned: BandRange = Band::owned(shards).into();
     if let Some(base) = candidates.all.first().and_then(|source| source.base.as_ref()) {
         let (version, epoch) = (CatalogVersion(1), Epoch(1));
@@ -103,14 +109,16 @@ pub(super) async fn restore_from(
     }
 }
 
-/// Recovers a lost replica from the bucket alone; returns the new replica and the one whose checkpoint it began with.
+/// Recovers a lost replica from the bucket alone; returns the new replica and the one whose
+/// checkpoint it began with.
 async fn take_the_place_of(
     replaced: ReplicaId,
     rig: &Rig,
     bucket: &Bucket,
     without: Without<'_>,
 ) -> (Replica, Option<ReplicaId>) {
-    let candidates = sources::candidates(bucket, KEYSPACE, rig.shard, &[replaced], without, None).await.unwrap();
+    let candidates =
+        sources::candidates(bucket, KEYSPACE, rig.shard, &[replaced], without, None).await.unwrap();
     let bootstrap = bootstrap_into(rig, bucket, &rig.path);
     let base = candidates.all[0].base.as_ref();
     if let Some(base) = base {
@@ -129,7 +137,11 @@ async fn chunk(rig: &Rig, replica: &Replica, bucket: &Bucket) {
     Shipping::start(rig, &rig.path, replica, bucket, HOUR).stop().await;
 }
 
-async fn checkpoint(rig: &Rig, replica: &Replica, bucket: &Bucket) -> vasto_core::plan::PinnedManifest {
+async fn checkpoint(
+    rig: &Rig,
+    replica: &Replica,
+    bucket: &Bucket,
+) -> vasto_core::plan::PinnedManifest {
     let shipping = Shipping::start(rig, &rig.path, replica, bucket, HOUR);
     let pinned = shipping.handle.checkpoint(None).await.unwrap();
     shipping.stop().await;
@@ -150,7 +162,8 @@ async fn register(bucket: &Bucket) -> (CatalogStore, Catalog) {
 
 async fn chunks_of(bucket: &Bucket, replica: &Replica) -> Vec<String> {
     let prefix = layout::replica_prefix(replica.keyspace, replica.shard, replica.id);
-    let mut chunks: Vec<String> = bucket.list(&prefix).await.unwrap().into_iter().map(|object| object.key).collect();
+    let mut chunks: Vec<String> =
+        bucket.list(&prefix).await.unwrap().into_iter().map(|object| object.key).collect();
     chunks.retain(|key| key.ends_with(".chunk"));
     chunks.sort();
     chunks
@@ -208,7 +221,8 @@ async fn a_hole_in_the_log_is_an_error_unless_another_log_fills_it() {
     restored.close().await;
 }
 
-/// A point in time that the bucket does not hold record by record is refused, with the nearest ones on both sides.
+/// A point in time that the bucket does not hold record by record is refused, with the nearest ones
+/// on both sides.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_moment_inside_of_a_hole_is_refused_and_those_around_it_are_not() {
     let (rig, bucket) = (member(1), bucket());
@@ -260,26 +274,32 @@ async fn a_replica_that_was_given_up_confirms_nothing_for_the_bucket() {
     let unknown = send(&replica, vec![put("after", "v")], Ack::Bucket);
     let chunk = layout::chunk(KEYSPACE, ShardId(0), replica.id, replica.settled_lsn().next());
     let deadline = tokio::time::Instant::now() + DEADLINE;
-    while bucket.head(&chunk).await.unwrap().is_none() && chunks_of(&bucket, &replica).await.len() < 2 {
+    while bucket.head(&chunk).await.unwrap().is_none()
+        && chunks_of(&bucket, &replica).await.len() < 2
+    {
         assert!(tokio::time::Instant::now() < deadline, "the second chunk is never shipped");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    assert!(block_in_place(|| unknown.recv_timeout(Duration::from_millis(300))).is_err(), "the write was confirmed");
+    assert!(
+        block_in_place(|| unknown.recv_timeout(Duration::from_millis(300))).is_err(),
+        "the write was confirmed"
+    );
     replica.bucket_acks().abandon();
     let answer = block_in_place(|| unknown.recv_timeout(DEADLINE)).unwrap();
     assert_eq!(answer.unwrap_err().code, ErrorCode::Unknown);
     // A replica that has applied the version confirms again.
     block_in_place(|| {
         let (epoch, version) = (Epoch(1), CatalogVersion(2));
-        control(&replica, Control::ApplyCatalog { epoch, version, role: replica.view().role }).unwrap();
+        control(&replica, Control::ApplyCatalog { epoch, version, role: replica.view().role })
+            .unwrap();
     });
     let confirmed = send(&replica, vec![put("later", "v")], Ack::Bucket);
     block_in_place(|| confirmed.recv_timeout(DEADLINE)).unwrap().unwrap();
     shipping.stop().await;
 }
 
-/// A restored keyspace names the objects of its source keyspace instead of uploading them again, and garbage collection
-/// respects that, also when the source is gone.
+/// A restored keyspace names the objects of its source keyspace instead of uploading them again,
+/// and garbage collection respects that, also when the source is gone.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_clone_shares_the_objects_and_keeps_them() {
     let (rig, bucket) = (member(1), bucket());
@@ -289,25 +309,37 @@ async fn a_clone_shares_the_objects_and_keeps_them() {
         put_now(&replica, &format!("k{n}"), "v");
     }
     let pinned = checkpoint(&rig, &replica, &bucket).await;
-    let of_source: BTreeMap<String, u64> =
-        manifest(&bucket, &pinned).await.files.into_iter().map(|file| (file.key, file.bytes)).collect();
+    let of_source: BTreeMap<String, u64> = manifest(&bucket, &pinned)
+        .await
+        .files
+        .into_iter()
+        .map(|file| (file.key, file.bytes))
+        .collect();
     let restored = restore(&rig, &bucket, None).await.unwrap();
     let shipping = Shipping::start(&rig, restored.dir.path(), &restored.replica, &bucket, HOUR);
     let own = shipping.handle.checkpoint(None).await.unwrap();
     shipping.stop().await;
     let files = manifest(&bucket, &own).await.files;
     let shared = files.iter().filter(|file| of_source.contains_key(&file.key)).count();
-    assert!(shared > 0 && shared >= of_source.len(), "{shared} of {} files are shared", of_source.len());
+    assert!(
+        shared > 0 && shared >= of_source.len(),
+        "{shared} of {} files are shared",
+        of_source.len()
+    );
     // The new keyspace is in the catalog, the old one is deleted, and all objects are old.
     let new = Catalog::first(NEW, "new", KeyspaceSpec::default(), &[vec![NodeId(1)]], 1, 3);
     assert_eq!(store.write(&new).await.unwrap(), CatalogWrite::Won);
     let mut deleted = first.next(2, 2);
     deleted.state = vasto_core::catalog::KeyspaceState::Deleted;
     assert_eq!(store.write(&deleted).await.unwrap(), CatalogWrite::Won);
-    let strict = Retention { keep_checkpoints: 1, keep_for: Duration::ZERO, min_age: Duration::ZERO };
+    let strict =
+        Retention { keep_checkpoints: 1, keep_for: Duration::ZERO, min_age: Duration::ZERO };
     let collected = collect(&bucket, strict, false).await.unwrap();
     assert!(collected.deleted > 0, "{collected:?}");
-    assert!(bucket.head(&pinned.key).await.unwrap().is_none(), "the manifest of the deleted keyspace stays");
+    assert!(
+        bucket.head(&pinned.key).await.unwrap().is_none(),
+        "the manifest of the deleted keyspace stays"
+    );
     for key in of_source.keys() {
         assert!(bucket.head(key).await.unwrap().is_some(), "{key} was collected");
     }
@@ -343,18 +375,23 @@ async fn the_log_is_shipped_while_a_checkpoint_is_uploaded() {
     shipping.stop().await;
     // The chunk after the manifest begins exactly after its LSN.
     let next = layout::chunk(KEYSPACE, ShardId(0), replica.id, pinned.lsn.next());
-    assert!(pinned.lsn >= lsn || bucket.head(&next).await.unwrap().is_some(), "{next} is not there");
+    assert!(
+        pinned.lsn >= lsn || bucket.head(&next).await.unwrap().is_some(),
+        "{next} is not there"
+    );
 }
 
-/// The bucket is away for longer than the log can be kept for it: writes go on, the log stays bounded, one checkpoint
-/// replaces the records given up, and restores to the lost points in time are refused.
+/// The bucket is away for longer than the log can be kept for it: writes go on, the log stays
+/// bounded, one checkpoint replaces the records given up, and restores to the lost points in time
+/// are refused.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_outage_of_the_bucket_stops_nothing_and_costs_moments_only() {
     const CAP: u64 = 100 << 20;
     let (rig, store) = (Rig::new(), Faulty::in_memory());
     register(&store.without_faults()).await;
     let replica = block_in_place(|| rig.create());
-    let shipping = Shipping::with_cap(&rig, &rig.path, &replica, &impatient(&store), Duration::ZERO, CAP);
+    let shipping =
+        Shipping::with_cap(&rig, &rig.path, &replica, &impatient(&store), Duration::ZERO, CAP);
     shipping.handle.set_need(LogNeed::NONE);
     put_now(&replica, "before", "v");
     let before = replica.data_commit_time();
@@ -370,7 +407,8 @@ async fn an_outage_of_the_bucket_stops_nothing_and_costs_moments_only() {
             during = replica.data_commit_time();
         }
     }
-    // Two files of the log may exist beyond the cap: the current one, and one that is about to be deleted.
+    // Two files of the log may exist beyond the cap: the current one, and one that is about to be
+    // deleted.
     until("the log to be cut", || replica.log().bytes() <= CAP + (128 << 20)).await;
     assert!(replica.log().first_lsn() > head, "nothing was given up");
     let unshipped = send(&replica, vec![put("wanted", "v")], Ack::Bucket);
@@ -396,7 +434,8 @@ async fn an_outage_of_the_bucket_stops_nothing_and_costs_moments_only() {
     assert!(matches!(refused, BuildError::NotReached { .. }), "{refused}");
 }
 
-/// A replica that has left its placement confirms nothing either, however new the version that it applies.
+/// A replica that has left its placement confirms nothing either, however new the version that it
+/// applies.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_that_left_confirms_nothing_for_the_bucket() {
     let (rig, store) = (Rig::new(), Faulty::in_memory());
@@ -418,9 +457,9 @@ async fn a_replica_that_left_confirms_nothing_for_the_bucket() {
 
 const SECOND: u64 = 1_000_000;
 
-/// A node's clock was an hour ahead and was corrected: writes accepted then, and since, have commit times in the
-/// future. Writes that the bucket had by a point in time belong to it all the same; later ones may or may not, and that
-/// is reported.
+/// A node's clock was an hour ahead and was corrected: writes accepted then, and since, have commit
+/// times in the future. Writes that the bucket had by a point in time belong to it all the same;
+/// later ones may or may not, and that is reported.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_clock_that_was_ahead_hides_nothing_from_a_moment() {
     let (rig, store) = (member(1), Dated::new(START_US));
@@ -442,15 +481,28 @@ async fn a_clock_that_was_ahead_hides_nothing_from_a_moment() {
     at(600);
     let moment = |seconds: u64| Some(START_US + seconds * SECOND);
     let all = restore(&rig, &bucket, moment(120)).await.unwrap();
-    assert_eq!((all.get("first").as_deref(), all.get("after19").as_deref()), (Some("v"), Some("v")));
+    assert_eq!(
+        (all.get("first").as_deref(), all.get("after19").as_deref()),
+        (Some("v"), Some("v"))
+    );
     all.close().await;
     let refused = restore(&rig, &bucket, moment(61)).await.err().unwrap();
-    let BuildError::ClockAhead { shard, replica: ahead, ahead_s, .. } = &refused else { panic!("{refused}") };
+    let BuildError::ClockAhead { shard, replica: ahead, ahead_s, .. } = &refused else {
+        panic!("{refused}")
+    };
     assert_eq!((*shard, *ahead), (ShardId(0), replica.id));
     assert!((3_500..=3_600).contains(ahead_s), "{refused}");
-    let from = humantime::format_rfc3339_micros(std::time::UNIX_EPOCH + Duration::from_micros(START_US + 71 * SECOND));
-    assert!(refused.to_string().contains(&from.to_string()), "the error names the first possible time: {refused}");
-    assert!(matches!(restore(&rig, &bucket, moment(30)).await.err(), Some(BuildError::ClockAhead { .. })));
+    let from = humantime::format_rfc3339_micros(
+        std::time::UNIX_EPOCH + Duration::from_micros(START_US + 71 * SECOND),
+    );
+    assert!(
+        refused.to_string().contains(&from.to_string()),
+        "the error names the first possible time: {refused}"
+    );
+    assert!(matches!(
+        restore(&rig, &bucket, moment(30)).await.err(),
+        Some(BuildError::ClockAhead { .. })
+    ));
     let from = restore(&rig, &bucket, moment(71)).await.unwrap();
     assert_eq!(from.get("after19").as_deref(), Some("v"));
     from.close().await;
@@ -461,10 +513,16 @@ async fn a_clock_that_was_ahead_hides_nothing_from_a_moment() {
         bucket.delete(&key).await.unwrap();
     }
     let begun = restore(&rig, &bucket, moment(800)).await.unwrap();
-    assert_eq!((begun.get("first").as_deref(), begun.get("after19").as_deref()), (Some("v"), Some("v")));
+    assert_eq!(
+        (begun.get("first").as_deref(), begun.get("after19").as_deref()),
+        (Some("v"), Some("v"))
+    );
     begun.close().await;
     // Without a checkpoint and without the log the state before is unknown.
-    assert!(matches!(restore(&rig, &bucket, moment(650)).await.err(), Some(BuildError::NotRetained { .. })));
+    assert!(matches!(
+        restore(&rig, &bucket, moment(650)).await.err(),
+        Some(BuildError::NotRetained { .. })
+    ));
 }
 
 /// Good clocks differ a little from the store's: no restore is refused for that.
@@ -516,9 +574,14 @@ async fn a_restore_to_a_moment_does_not_read_what_came_long_after() {
     let restored = restore(&rig_a, &bucket, Some(START_US + 50 * SECOND)).await.unwrap();
     assert_eq!(restored.get("k").as_deref(), Some("then"));
     let read = restored.progress.bytes_from_bucket;
-    assert!(read < 300_000, "{read} bytes of 4 MB were read, in {} objects", restored.progress.objects_read);
+    assert!(
+        read < 300_000,
+        "{read} bytes of 4 MB were read, in {} objects",
+        restored.progress.objects_read
+    );
     restored.close().await;
-    // A write that another replica accepted before that time, and that this one received later, is not omitted.
+    // A write that another replica accepted before that time, and that this one received later, is
+    // not omitted.
     let late = restore(&rig_a, &bucket, Some(START_US + 500 * SECOND)).await.unwrap();
     late.close().await;
     rig_b.clock.set(START_US + 20 * SECOND);
@@ -528,7 +591,10 @@ async fn a_restore_to_a_moment_does_not_read_what_came_long_after() {
     put_now(&a, "k", "end");
     checkpoint(&rig_a, &a, &bucket).await;
     let restored = restore(&rig_a, &bucket, Some(START_US + 50 * SECOND)).await.unwrap();
-    assert_eq!((restored.get("k").as_deref(), restored.get("late").as_deref()), (Some("then"), Some("v")));
+    assert_eq!(
+        (restored.get("k").as_deref(), restored.get("late").as_deref()),
+        (Some("then"), Some("v"))
+    );
     restored.close().await;
 }
 
@@ -549,8 +615,9 @@ async fn what_comes_from_the_log_alone_is_counted() {
     restored.close().await;
 }
 
-/// A replica is lost for good. Another one takes over what it had shipped, deletes are forgotten since: a restore does
-/// not bring back what its checkpoint holds, and a restore to a point in time before that still does.
+/// A replica is lost for good. Another one takes over what it had shipped, deletes are forgotten
+/// since: a restore does not bring back what its checkpoint holds, and a restore to a point in time
+/// before that still does.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_taken_over_from_a_lost_replica_is_not_taken_again() {
     let (rig_a, rig_b, store) = (member(1), member(2), Dated::new(START_US));
@@ -571,7 +638,10 @@ async fn what_was_taken_over_from_a_lost_replica_is_not_taken_again() {
     bootstrap.join_what_was_shipped(&a, b.id, 1).await.unwrap();
     assert_eq!(block_in_place(|| get(&a, "only here")).as_deref(), Some("v"));
     let version = CatalogVersion(5);
-    block_in_place(|| control(&a, Control::ApplyCatalog { epoch: Epoch(2), version, role: a.view().role })).unwrap();
+    block_in_place(|| {
+        control(&a, Control::ApplyCatalog { epoch: Epoch(2), version, role: a.view().role })
+    })
+    .unwrap();
     rig_a.clock.set(START_US + 60 * SECOND);
     block_in_place(|| {
         for n in 0..10 {
@@ -593,14 +663,18 @@ async fn what_was_taken_over_from_a_lost_replica_is_not_taken_again() {
     }
     assert_eq!(restored.get("only here").as_deref(), Some("v"));
     restored.close().await;
-    let then = restore_from(&rig_a, &bucket, without, 1, Some(START_US + 20 * SECOND)).await.unwrap();
-    assert_eq!((then.get("old3").as_deref(), then.get("only here").as_deref()), (Some("v"), Some("v")));
+    let then =
+        restore_from(&rig_a, &bucket, without, 1, Some(START_US + 20 * SECOND)).await.unwrap();
+    assert_eq!(
+        (then.get("old3").as_deref(), then.get("only here").as_deref()),
+        (Some("v"), Some("v"))
+    );
     then.close().await;
     assert!(bucket.head(&before.key).await.unwrap().is_some());
 }
 
-/// Commit times do not decide which checkpoint is the newest: the checkpoint of a clock that was ahead would bring back
-/// what another one has forgotten.
+/// Commit times do not decide which checkpoint is the newest: the checkpoint of a clock that was
+/// ahead would bring back what another one has forgotten.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_checkpoint_that_has_forgotten_most_comes_first() {
     let (rig_a, rig_b, bucket) = (member(1), member(2), bucket());
@@ -648,9 +722,9 @@ async fn files_of(bucket: &Bucket, replica: &Replica) -> usize {
     bucket.list(&prefix).await.unwrap().iter().filter(|object| object.key.ends_with(".sst")).count()
 }
 
-/// The preferred primary is lost. The acting primary confirms for the bucket at once, without uploading the shard
-/// again, and the archives of both are one log: for a restore, for the recovery of the second replica when that is lost
-/// too, and for a check of the bucket.
+/// The preferred primary is lost. The acting primary confirms for the bucket at once, without
+/// uploading the shard again, and the archives of both are one log: for a restore, for the recovery
+/// of the second replica when that is lost too, and for a check of the bucket.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_acting_primary_continues_the_archive_of_the_preferred_one() {
     for checkpointed in [true, false] {
@@ -693,7 +767,8 @@ async fn an_acting_primary_continues_the_archive_of_the_preferred_one() {
         let (c, _) = take_the_place_of(b.id, &rig_c, &bucket, Without::default()).await;
         assert!(vasto_core::ids::covers(&c.vector(), &b.vector()));
         assert_eq!(block_in_place(|| get(&c, "later")).as_deref(), Some("v"));
-        // Without the archive of the preferred primary the second archive is useless, and the restore fails.
+        // Without the archive of the preferred primary the second archive is useless, and the
+        // restore fails.
         let prefix = layout::replica_prefix(KEYSPACE, a.shard, a.id);
         for object in bucket.list(&prefix).await.unwrap() {
             bucket.delete(&object.key).await.unwrap();
@@ -702,8 +777,8 @@ async fn an_acting_primary_continues_the_archive_of_the_preferred_one() {
     }
 }
 
-/// Records that the preferred primary had not shipped are not in the log any more: then everything is uploaded, and
-/// nothing is missing.
+/// Records that the preferred primary had not shipped are not in the log any more: then everything
+/// is uploaded, and nothing is missing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_acting_primary_that_lacks_log_begins_with_a_checkpoint() {
     let (rig_a, rig_b, bucket) = (member(1), member(2), bucket());
@@ -731,8 +806,8 @@ async fn an_acting_primary_that_lacks_log_begins_with_a_checkpoint() {
     restored.close().await;
 }
 
-/// No write waits for the bucket: in place of a preferred primary that may be back shortly the shard is not uploaded
-/// whole.
+/// No write waits for the bucket: in place of a preferred primary that may be back shortly the
+/// shard is not uploaded whole.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_explicit_request_is_shipped_by_any_replica() {
     let (rig_a, rig_b, bucket) = (member(1), member(2), bucket());
@@ -752,9 +827,9 @@ async fn an_explicit_request_is_shipped_by_any_replica() {
     restored.close().await;
 }
 
-/// The preferred primary is lost; the acting primary continues its archive. The loss is accepted, and another replica
-/// makes a checkpoint before it holds all of that archive: a restore still needs it, and so does the recovery of the
-/// second replica.
+/// The preferred primary is lost; the acting primary continues its archive. The loss is accepted,
+/// and another replica makes a checkpoint before it holds all of that archive: a restore still
+/// needs it, and so does the recovery of the second replica.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_archive_that_another_log_continues_is_read_although_its_loss_was_accepted() {
     let (rig_a, rig_b, rig_c, bucket) = (member(1), member(2), member(3), bucket());
@@ -775,9 +850,13 @@ async fn an_archive_that_another_log_continues_is_read_although_its_loss_was_acc
     put_now(&b, "behind", "v");
     shipping.handle.log().await.unwrap();
     shipping.stop().await;
-    // The preferred primary is given up. The third replica has applied that version, but lacks some records.
+    // The preferred primary is given up. The third replica has applied that version, but lacks some
+    // records.
     let version = CatalogVersion(5);
-    block_in_place(|| control(&c, Control::ApplyCatalog { epoch: Epoch(2), version, role: c.view().role })).unwrap();
+    block_in_place(|| {
+        control(&c, Control::ApplyCatalog { epoch: Epoch(2), version, role: c.view().role })
+    })
+    .unwrap();
     checkpoint(&rig_c, &c, &bucket).await;
     let given_up = [GivenUp { replica: a.id, version }];
     let without = Without { discarded: &[], given_up: &given_up };
@@ -794,8 +873,9 @@ async fn an_archive_that_another_log_continues_is_read_although_its_loss_was_acc
     assert!(vasto_core::ids::covers(&d.vector(), &b.vector()));
 }
 
-/// A recovered replica ships from the first record of its own log, which continues the archive of the lost one. Its log
-/// is not the whole shard: the recovery of that replica in turn begins with the checkpoint of the first.
+/// A recovered replica ships from the first record of its own log, which continues the archive of
+/// the lost one. Its log is not the whole shard: the recovery of that replica in turn begins with
+/// the checkpoint of the first.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_log_that_continues_another_archive_is_not_the_whole_shard() {
     let (rig_a, rig_b, bucket) = (member(1), member(2), bucket());
@@ -817,7 +897,10 @@ async fn a_log_that_continues_another_archive_is_not_the_whole_shard() {
         assert_eq!(block_in_place(|| get(&c, key)).as_deref(), Some("v"), "{key}");
     }
     let restored = restore(&rig_a, &bucket, None).await.unwrap();
-    assert_eq!((restored.get("k7").as_deref(), restored.get("of the second").as_deref()), (Some("v"), Some("v")));
+    assert_eq!(
+        (restored.get("k7").as_deref(), restored.get("of the second").as_deref()),
+        (Some("v"), Some("v"))
+    );
     restored.close().await;
 }
 

@@ -10,7 +10,9 @@ use vasto_core::{Band, ErrorCode, VastoError};
 
 use super::support::*;
 use crate::replica::Replica;
-use crate::replica::command::{Condition, Control, Number, OpId, OpKind, OpOutcome, Role, WriteContext, WriteOp};
+use crate::replica::command::{
+    Condition, Control, Number, OpId, OpKind, OpOutcome, Role, WriteContext, WriteOp,
+};
 use crate::replica::read::GetResult;
 
 fn add(key: &str, addend: i64) -> WriteOp {
@@ -18,7 +20,12 @@ fn add(key: &str, addend: i64) -> WriteOp {
 }
 
 fn id(sequence: u64, tried: Option<u64>) -> OpId {
-    OpId { client: 77, sequence, tried: tried.map(ReplicaId), age_ms: if tried.is_some() { 10 } else { 0 } }
+    OpId {
+        client: 77,
+        sequence,
+        tried: tried.map(ReplicaId),
+        age_ms: if tried.is_some() { 10 } else { 0 },
+    }
 }
 
 type WriteReply = Receiver<Result<Vec<OpOutcome>, VastoError>>;
@@ -68,7 +75,10 @@ fn a_counter_is_exact_through_crashes_and_replays() {
     for round in 0..5 {
         for n in 0..20 {
             expected += n;
-            assert_eq!(number(answered(ask(&replica, add("c", n), id(round * 100 + n as u64, None)))), expected);
+            assert_eq!(
+                number(answered(ask(&replica, add("c", n), id(round * 100 + n as u64, None)))),
+                expected
+            );
         }
         let (_dir, again) = rig.crash(&replica);
         assert_eq!(counter(&again, "c"), Some(expected));
@@ -85,13 +95,18 @@ fn a_repetition_at_the_same_replica_counts_once() {
     let rig = Rig::new();
     let replica = rig.create();
     let release = hold_writer(&replica);
-    let (first, again) = (ask(&replica, add("c", 5), id(1, None)), ask(&replica, add("c", 5), id(1, Some(1))));
+    let (first, again) =
+        (ask(&replica, add("c", 5), id(1, None)), ask(&replica, add("c", 5), id(1, Some(1))));
     drop(release);
     assert_eq!((number(answered(first)), number(answered(again))), (5, 5));
     assert_eq!(number(answered(ask(&replica, add("c", 1), id(2, None)))), 6);
     assert_eq!(number(answered(ask(&replica, add("c", 5), id(1, Some(1))))), 5, "the first result");
     let (_dir, restarted) = rig.crash(&replica);
-    assert_eq!(number(answered(ask(&restarted, add("c", 5), id(1, Some(1))))), 5, "also after a restart");
+    assert_eq!(
+        number(answered(ask(&restarted, add("c", 5), id(1, Some(1))))),
+        5,
+        "also after a restart"
+    );
     assert_eq!(counter(&restarted, "c"), Some(6));
     // A request that never arrived is executed now.
     assert_eq!(number(answered(ask(&restarted, add("c", 1), id(3, Some(1))))), 7);
@@ -112,7 +127,10 @@ fn a_repetition_elsewhere_or_after_too_long_is_unknown() {
     number(answered(ask(&replica, add("c", 1), id(4, None))));
     let forgotten = OpId { age_ms: 590_000, ..id(3, Some(1)) };
     rig.clock.set(START_US + 590_000_000);
-    assert_eq!(answered(ask(&replica, add("c", 5), forgotten)).unwrap_err().code, ErrorCode::Unknown);
+    assert_eq!(
+        answered(ask(&replica, add("c", 5), forgotten)).unwrap_err().code,
+        ErrorCode::Unknown
+    );
     assert_eq!(counter(&replica, "c"), Some(6));
 }
 
@@ -121,17 +139,21 @@ fn two_modifications_in_one_group_see_each_other() {
     let rig = Rig::new();
     let replica = rig.create();
     let release = hold_writer(&replica);
-    let answers: Vec<WriteReply> = (0..50).map(|n| ask(&replica, add("c", 1), id(n, None))).collect();
+    let answers: Vec<WriteReply> =
+        (0..50).map(|n| ask(&replica, add("c", 1), id(n, None))).collect();
     let put_if_absent = || WriteOp {
         change: OpKind::Put { value: "x".into(), ttl_ms: None, condition: Some(Condition::Absent) },
         ..put("once", "")
     };
-    let races: Vec<WriteReply> = (100..110).map(|n| ask(&replica, put_if_absent(), id(n, None))).collect();
+    let races: Vec<WriteReply> =
+        (100..110).map(|n| ask(&replica, put_if_absent(), id(n, None))).collect();
     drop(release);
     let sums: Vec<i64> = answers.into_iter().map(|answer| number(answered(answer))).collect();
     assert_eq!(sums, (1..=50).collect::<Vec<i64>>());
-    let outcomes: Vec<OpOutcome> = races.into_iter().map(|answer| answered(answer).unwrap()).collect();
-    let won = outcomes.iter().filter(|outcome| matches!(outcome, OpOutcome::Modified { .. })).count();
+    let outcomes: Vec<OpOutcome> =
+        races.into_iter().map(|answer| answered(answer).unwrap()).collect();
+    let won =
+        outcomes.iter().filter(|outcome| matches!(outcome, OpOutcome::Modified { .. })).count();
     assert_eq!(won, 1, "{outcomes:?}");
 }
 
@@ -152,11 +174,17 @@ fn only_the_primary_does_it_and_one_that_hands_over_lets_it_wait() {
     let rig = Rig::new();
     let replica = rig.create();
     let apply_catalog = |version, role| {
-        control(&replica, Control::ApplyCatalog { epoch: Epoch(version), version: CatalogVersion(version), role })
-            .unwrap();
+        control(
+            &replica,
+            Control::ApplyCatalog { epoch: Epoch(version), version: CatalogVersion(version), role },
+        )
+        .unwrap();
     };
     apply_catalog(2, Role::Secondary);
-    assert_eq!(answered(ask(&replica, add("c", 1), id(1, None))).unwrap_err().code, ErrorCode::NotPrimary);
+    assert_eq!(
+        answered(ask(&replica, add("c", 1), id(1, None))).unwrap_err().code,
+        ErrorCode::NotPrimary
+    );
     write_one(&replica, put("any", "replica takes puts"));
     apply_catalog(3, Role::TransferringLeadership);
     let waits = ask(&replica, add("c", 1), id(2, None));
@@ -168,9 +196,13 @@ fn only_the_primary_does_it_and_one_that_hands_over_lets_it_wait() {
     let waits = ask(&replica, add("c", 1), id(3, None));
     apply_catalog(6, Role::Primary);
     assert_eq!(number(answered(waits)), 1, "a hand-over that was undone");
-    // A primary that was replaced while it was away does nothing before it has applied that version.
+    // A primary that was replaced while it was away does nothing before it has applied that
+    // version.
     replica.primary_from(CatalogVersion(9));
-    assert_eq!(answered(ask(&replica, add("c", 1), id(4, None))).unwrap_err().code, ErrorCode::NotPrimary);
+    assert_eq!(
+        answered(ask(&replica, add("c", 1), id(4, None))).unwrap_err().code,
+        ErrorCode::NotPrimary
+    );
     apply_catalog(9, Role::Primary);
     assert_eq!(number(answered(ask(&replica, add("c", 1), id(5, None)))), 2);
     apply_catalog(10, Role::Detached);
@@ -182,10 +214,13 @@ fn only_the_primary_does_it_and_one_that_hands_over_lets_it_wait() {
 fn results_kept_for_repetitions_do_not_count_as_keys() {
     let rig = Rig::new();
     let replica = rig.create();
-    let kept = |replica: &Replica| replica.engine().with_prefix(&MetaKey::result_prefix()).unwrap().len() as u64;
+    let kept = |replica: &Replica| {
+        replica.engine().with_prefix(&MetaKey::result_prefix()).unwrap().len() as u64
+    };
     let counted = |replica: &Replica| replica.shared.results.load(Ordering::Relaxed);
     // Few bands: RocksDB counts the entries of a few new tables at a time.
-    let keys: Vec<String> = [1, 2].into_iter().flat_map(|band| keys_in(Band(band), "c", 150)).collect();
+    let keys: Vec<String> =
+        [1, 2].into_iter().flat_map(|band| keys_in(Band(band), "c", 150)).collect();
     for (n, key) in keys.iter().enumerate() {
         number(answered(ask(&replica, add(key, 1), id(n as u64, None))));
     }
@@ -223,7 +258,11 @@ fn a_result_that_was_kept_under_an_earlier_epoch_counts_as_replicated_no_more() 
     let rig = Rig::new();
     let replica = rig.create();
     let apply_catalog = |epoch| {
-        let order = Control::ApplyCatalog { epoch: Epoch(epoch), version: CatalogVersion(epoch), role: Role::Primary };
+        let order = Control::ApplyCatalog {
+            epoch: Epoch(epoch),
+            version: CatalogVersion(epoch),
+            role: Role::Primary,
+        };
         control(&replica, order).unwrap();
     };
     apply_catalog(1);

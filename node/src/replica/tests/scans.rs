@@ -31,14 +31,21 @@ fn pages_over_many_bands_come_in_key_order_and_complete() {
     let bands: std::collections::BTreeSet<_> = keys.iter().map(|key| band(&replica, key)).collect();
     assert!(bands.len() > 20, "{bands:?}");
     for limit in [0, 1, 7, 100, 1400] {
-        assert_eq!(scan_keys(&replica, ScanPage { limit, ..ScanPage::default() }), keys, "limit {limit}");
+        assert_eq!(
+            scan_keys(&replica, ScanPage { limit, ..ScanPage::default() }),
+            keys,
+            "limit {limit}"
+        );
     }
     let page = ScanPage { prefix: Bytes::from_static(b"b000"), limit: 13, ..ScanPage::default() };
     let with_prefix: Vec<_> = keys.iter().filter(|key| key.starts_with("b000")).cloned().collect();
     assert_eq!(scan_keys(&replica, page.clone()), with_prefix);
     // A cursor before, inside and behind the prefix.
-    for (after, expected) in [("a", with_prefix.clone()), ("b00049", with_prefix[50..].to_vec()), ("c", vec![])] {
-        let page = ScanPage { after: Some(Bytes::copy_from_slice(after.as_bytes())), ..page.clone() };
+    for (after, expected) in
+        [("a", with_prefix.clone()), ("b00049", with_prefix[50..].to_vec()), ("c", vec![])]
+    {
+        let page =
+            ScanPage { after: Some(Bytes::copy_from_slice(after.as_bytes())), ..page.clone() };
         assert_eq!(scan_keys(&replica, page), expected, "after {after}");
     }
 }
@@ -51,15 +58,25 @@ fn a_page_says_whether_more_follows_and_holds_at_most_its_limits() {
     let page = |limit| replica.scan(Epoch(0), &ScanPage { limit, ..ScanPage::default() }).unwrap();
     assert_eq!((page(9).rows.len(), page(9).more), (9, true));
     assert_eq!((page(10).rows.len(), page(10).more), (10, false), "no empty page behind the last");
-    let keys_only = replica.scan(Epoch(0), &ScanPage { keys_only: true, ..ScanPage::default() }).unwrap();
-    assert!(keys_only.rows.iter().all(|row| row.value.as_ref().is_some_and(|value| value.payload.is_none())));
+    let keys_only =
+        replica.scan(Epoch(0), &ScanPage { keys_only: true, ..ScanPage::default() }).unwrap();
+    assert!(
+        keys_only
+            .rows
+            .iter()
+            .all(|row| row.value.as_ref().is_some_and(|value| value.payload.is_none()))
+    );
     load(&replica, "many", SCAN_PAGE_ROWS_MAX + 5);
     let largest = page(0);
     assert!(largest.more && largest.rows.len() <= SCAN_PAGE_ROWS_MAX);
-    assert!(largest.rows.len() == SCAN_PAGE_ROWS_MAX || largest.resume_after.is_some(), "full, or out of time");
+    assert!(
+        largest.rows.len() == SCAN_PAGE_ROWS_MAX || largest.resume_after.is_some(),
+        "full, or out of time"
+    );
 }
 
-/// Deletes, expired values and other partitions may outnumber the visible rows of a scan by any factor.
+/// Deletes, expired values and other partitions may outnumber the visible rows of a scan by any
+/// factor.
 #[test]
 fn a_page_ends_also_when_it_shows_nothing() {
     let rig = Rig::new();
@@ -80,7 +97,8 @@ fn a_page_ends_also_when_it_shows_nothing() {
         let mut after: Option<Bytes> = None;
         let (mut pages, mut seen) = (0, Vec::new());
         loop {
-            let reply = replica.scan(Epoch(0), &ScanPage { after: after.clone(), ..page.clone() }).unwrap();
+            let reply =
+                replica.scan(Epoch(0), &ScanPage { after: after.clone(), ..page.clone() }).unwrap();
             pages += 1;
             seen.extend(reply.rows.iter().map(|row| String::from_utf8(row.key.to_vec()).unwrap()));
             if !reply.more {
@@ -124,7 +142,11 @@ fn the_bytes_of_a_page_are_bounded_and_a_larger_row_still_comes() {
     loop {
         let reply = replica.scan(Epoch(0), &ScanPage { after, ..ScanPage::default() }).unwrap();
         let bytes: usize = reply.rows.iter().map(prost::Message::encoded_len).sum();
-        assert!(bytes <= SCAN_PAGE_BYTES_MAX || reply.rows.len() == 1, "{bytes} bytes in {} rows", reply.rows.len());
+        assert!(
+            bytes <= SCAN_PAGE_BYTES_MAX || reply.rows.len() == 1,
+            "{bytes} bytes in {} rows",
+            reply.rows.len()
+        );
         seen += reply.rows.len();
         if !reply.more {
             break;
@@ -144,7 +166,10 @@ fn tombstones_and_expired_values_are_skipped() {
             0 => drop(write_one(&replica, delete(key))),
             1 => drop(write_one(
                 &replica,
-                WriteOp { change: OpKind::Put { value: "x".into(), ttl_ms: Some(5), condition: None }, ..put(key, "") },
+                WriteOp {
+                    change: OpKind::Put { value: "x".into(), ttl_ms: Some(5), condition: None },
+                    ..put(key, "")
+                },
             )),
             _ => {}
         }
@@ -163,7 +188,10 @@ fn a_partition_scan_shows_that_partition_only() {
     let hash = partition_hash(b"user:1");
     let here = Band::in_shard(hash, replica.shard).unwrap();
     for i in 0..20 {
-        write_one(&replica, WriteOp { partition_hash: Some(hash), ..put(&format!("user:1:{i:02}"), "x") });
+        write_one(
+            &replica,
+            WriteOp { partition_hash: Some(hash), ..put(&format!("user:1:{i:02}"), "x") },
+        );
     }
     // Neighbours in the same band, and between them in key order.
     for key in keys_in(here, "user:1:0", 20) {
@@ -183,16 +211,27 @@ fn only_owned_bands_are_read_and_only_at_the_epoch_in_force() {
     let keys = load(&replica, "k", 300);
     let moved: BandRange = (Band(1)..=Band(3)).into();
     set_range(&replica, moved, RangeState::Leaving);
-    let staying: Vec<_> = keys.iter().filter(|key| !moved.contains(band(&replica, key))).cloned().collect();
+    let staying: Vec<_> =
+        keys.iter().filter(|key| !moved.contains(band(&replica, key))).cloned().collect();
     assert!(staying.len() < keys.len());
     assert_eq!(scan_keys(&replica, ScanPage::default()), staying);
     let gone = keys.iter().find(|key| moved.contains(band(&replica, key))).unwrap();
-    let page = ScanPage { partition_hash: Some(partition_hash(gone.as_bytes())), ..ScanPage::default() };
+    let page =
+        ScanPage { partition_hash: Some(partition_hash(gone.as_bytes())), ..ScanPage::default() };
     assert_eq!(replica.scan(Epoch(0), &page).unwrap_err().code, ErrorCode::WrongEpoch);
-    control(&replica, Control::ApplyCatalog { epoch: Epoch(4), version: CatalogVersion(9), role: Role::Primary })
-        .unwrap();
-    assert_eq!(replica.scan(Epoch(3), &ScanPage::default()).unwrap_err().code, ErrorCode::WrongEpoch);
-    assert_eq!(replica.scan(Epoch(5), &ScanPage::default()).unwrap_err().code, ErrorCode::NodeBehind);
+    control(
+        &replica,
+        Control::ApplyCatalog { epoch: Epoch(4), version: CatalogVersion(9), role: Role::Primary },
+    )
+    .unwrap();
+    assert_eq!(
+        replica.scan(Epoch(3), &ScanPage::default()).unwrap_err().code,
+        ErrorCode::WrongEpoch
+    );
+    assert_eq!(
+        replica.scan(Epoch(5), &ScanPage::default()).unwrap_err().code,
+        ErrorCode::NodeBehind
+    );
     assert_eq!(replica.scan(Epoch(4), &ScanPage::default()).unwrap().rows.len(), staying.len());
 }
 
@@ -211,7 +250,10 @@ fn one_key_under_several_partitions_is_a_row_for_each() {
         .take(6)
         .collect();
     for hash in &hashes {
-        write_one(&replica, WriteOp { partition_hash: Some(*hash), ..put("k00007", &format!("{hash:x}")) });
+        write_one(
+            &replica,
+            WriteOp { partition_hash: Some(*hash), ..put("k00007", &format!("{hash:x}")) },
+        );
     }
     hashes.push(partition_hash(b"k00007"));
     hashes.sort_unstable();
@@ -232,13 +274,15 @@ fn one_key_under_several_partitions_is_a_row_for_each() {
         }
         assert_eq!(rows.len(), 26, "limit {limit}");
         let of_key = rows.iter().filter(|row| row.key == "k00007");
-        let seen: Vec<u64> =
-            of_key.map(|row| row.partition_hash.unwrap_or_else(|| partition_hash(b"k00007"))).collect();
+        let seen: Vec<u64> = of_key
+            .map(|row| row.partition_hash.unwrap_or_else(|| partition_hash(b"k00007")))
+            .collect();
         assert_eq!(seen, hashes, "limit {limit}");
     }
 }
 
-/// Opening a cursor costs more than a seek: a short scan opens cursors only for the bands that it shows.
+/// Opening a cursor costs more than a seek: a short scan opens cursors only for the bands that it
+/// shows.
 #[test]
 fn a_short_scan_opens_few_cursors() {
     let rig = Rig::new();

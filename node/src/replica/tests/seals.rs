@@ -1,4 +1,5 @@
-//! A sealed range: its writes wait, its reads go on for a while, all other requests go on indefinitely.
+//! A sealed range: its writes wait, its reads go on for a while, all other requests go on
+//! indefinitely.
 
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
@@ -15,7 +16,10 @@ use crate::replica::command::{Control, ReplicaError};
 const MOVING: BandRange = BandRange { first: Band(1), last: Band(1) };
 
 fn seal(replica: &Replica, plan: u64, version: u64) -> Result<Lsn, ReplicaError> {
-    control(replica, Control::Seal { plan: PlanId(plan), version: CatalogVersion(version), range: MOVING })
+    control(
+        replica,
+        Control::Seal { plan: PlanId(plan), version: CatalogVersion(version), range: MOVING },
+    )
 }
 
 /// Returns a key that moves and one that stays.
@@ -40,7 +44,12 @@ fn writes_to_a_sealed_range_wait_and_an_unseal_applies_them() {
     assert_eq!(get(&replica, &moving).as_deref(), Some("before"), "reads go on");
     assert_eq!(get(&replica, &staying).as_deref(), Some("goes on"));
     let touched = |record: &vasto_core::record::Record| data_keys(record).contains(&moving);
-    assert!(records(&replica).iter().filter(|record| record.lsn > sealed_at).all(|record| !touched(record)));
+    assert!(
+        records(&replica)
+            .iter()
+            .filter(|record| record.lsn > sealed_at)
+            .all(|record| !touched(record))
+    );
     control(&replica, Control::Unseal { version: CatalogVersion(6) }).unwrap();
     waiting.recv_timeout(DEADLINE).unwrap().unwrap();
     mixed.recv_timeout(DEADLINE).unwrap().unwrap();
@@ -67,7 +76,10 @@ fn giving_the_range_away_sends_the_waiting_writes_on() {
     )
     .unwrap();
     assert_eq!(waiting.recv_timeout(DEADLINE).unwrap().unwrap_err().code, ErrorCode::WrongEpoch);
-    assert_eq!(try_write(&replica, vec![put(&moving, "x")]).unwrap_err().code, ErrorCode::WrongEpoch);
+    assert_eq!(
+        try_write(&replica, vec![put(&moving, "x")]).unwrap_err().code,
+        ErrorCode::WrongEpoch
+    );
     assert_eq!(try_get(&replica, &moving).unwrap_err().code, ErrorCode::WrongEpoch);
     write_one(&replica, put(&staying, "goes on"));
     assert_eq!(replica.ranges().seal, None);
@@ -100,13 +112,17 @@ fn reads_of_a_sealed_range_end_with_the_patience_of_the_boot_clock() {
     assert!(!ranges.is_stale(Band(1), Duration::from_secs(3600)));
     wait_for("the seal to age", || ranges.is_stale(Band(1), Duration::from_millis(1)));
     assert!(!ranges.is_stale(Band(2), Duration::ZERO), "other bands never");
-    // With the real time-out: gets and scans alike are refused in the end, until the outcome is known.
+    // With the real time-out: gets and scans alike are refused in the end, until the outcome is
+    // known.
     let (moving, staying) = keys();
     wait_for(
         "reads to be refused",
         || matches!(try_get(&replica, &moving), Err(error) if error.code == ErrorCode::NodeBehind),
     );
-    assert_eq!(replica.scan(replica.epoch(), &Default::default()).unwrap_err().code, ErrorCode::NodeBehind);
+    assert_eq!(
+        replica.scan(replica.epoch(), &Default::default()).unwrap_err().code,
+        ErrorCode::NodeBehind
+    );
     assert_eq!(try_get(&replica, &staying).unwrap(), None);
     control(&replica, Control::Unseal { version: CatalogVersion(6) }).unwrap();
     assert_eq!(try_get(&replica, &moving).unwrap(), None);
@@ -135,7 +151,11 @@ fn a_replica_that_restarts_sealed_stays_sealed_and_reads_nothing_of_the_range() 
         let waiting = send(&again, vec![put(&moving, "after")], Ack::Fsync);
         write_one(&again, put(&staying, "after"));
         assert_eq!(waiting.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Timeout));
-        assert_eq!(seal(&again, 3, 5).unwrap(), lsn, "asked again after the restart, it answers the same");
+        assert_eq!(
+            seal(&again, 3, 5).unwrap(),
+            lsn,
+            "asked again after the restart, it answers the same"
+        );
         assert_eq!(
             try_get(&again, &moving).unwrap_err().code,
             ErrorCode::NodeBehind,
@@ -158,6 +178,7 @@ fn the_same_seal_is_one_record_and_a_new_version_is_another() {
     let again = seal(&replica, 1, 7).unwrap();
     assert!(again > first);
     assert_eq!(seal(&replica, 1, 7).unwrap(), again);
-    let seals = records(&replica).iter().filter(|record| matches!(record.body, Body::Seal { .. })).count();
+    let seals =
+        records(&replica).iter().filter(|record| matches!(record.body, Body::Seal { .. })).count();
     assert_eq!(seals, 2);
 }

@@ -8,7 +8,9 @@ use tonic::transport::{Channel, Server};
 use vasto_core::Band;
 use vasto_core::catalog::{Catalog, KeyspaceSpec};
 use vasto_core::ids::{CatalogVersion, Epoch, NodeId};
-use vasto_core::limits::{BATCH_OPS_MAX, EPOCH_WAIT, KEY_BYTES_MAX, MESSAGE_BYTES_MAX, VALUE_BYTES_MAX};
+use vasto_core::limits::{
+    BATCH_OPS_MAX, EPOCH_WAIT, KEY_BYTES_MAX, MESSAGE_BYTES_MAX, VALUE_BYTES_MAX,
+};
 use vasto_core::record::RangeState;
 use vasto_proto::v1;
 use vasto_proto::v1::data_client::DataClient;
@@ -33,7 +35,8 @@ struct Served {
 }
 
 fn catalog(version: u64, epoch: u64) -> Arc<Catalog> {
-    let mut catalog = Catalog::first(KEYSPACE, "ks", KeyspaceSpec::default(), &[vec![NODE]], START_US, 1);
+    let mut catalog =
+        Catalog::first(KEYSPACE, "ks", KeyspaceSpec::default(), &[vec![NODE]], START_US, 1);
     catalog.version = CatalogVersion(version);
     catalog.epoch = Epoch(epoch);
     Arc::new(catalog)
@@ -43,7 +46,11 @@ async fn serve() -> Served {
     let rig = Rig::new();
     let replica = rig.create();
     replica
-        .control(Control::ApplyCatalog { epoch: Epoch(1), version: CatalogVersion(1), role: Role::Primary })
+        .control(Control::ApplyCatalog {
+            epoch: Epoch(1),
+            version: CatalogVersion(1),
+            role: Role::Primary,
+        })
         .await
         .unwrap();
     let registry = Arc::new(NodeRegistry::new(NODE, rig.clock.clone(), 2));
@@ -55,9 +62,15 @@ async fn serve() -> Served {
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     // Ends with the test's runtime.
-    tokio::spawn(Server::builder().add_service(service).serve_with_incoming(TcpListenerStream::new(listener)));
+    tokio::spawn(
+        Server::builder()
+            .add_service(service)
+            .serve_with_incoming(TcpListenerStream::new(listener)),
+    );
     let client = DataClient::connect(format!("http://{address}")).await.unwrap();
-    let client = client.max_decoding_message_size(MESSAGE_BYTES_MAX).max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let client = client
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
     Served { _rig: rig, replica, registry, client }
 }
 
@@ -67,8 +80,15 @@ impl Served {
     }
 
     async fn ask_as(&self, epoch: u64, strict: bool, op: Op) -> Answer {
-        let request =
-            v1::Request { id: 7, keyspace_id: KEYSPACE.0, epoch, shard: 0, deadline_ms: 0, strict, op: Some(op) };
+        let request = v1::Request {
+            id: 7,
+            keyspace_id: KEYSPACE.0,
+            epoch,
+            shard: 0,
+            deadline_ms: 0,
+            strict,
+            op: Some(op),
+        };
         let reply = self.client.clone().execute(request).await.unwrap().into_inner();
         assert_eq!(reply.id, 7);
         reply.result.unwrap()
@@ -112,7 +132,8 @@ fn scan_of() -> Op {
 }
 
 fn is(error: &v1::Error, code: vasto_core::ErrorCode) -> bool {
-    error.code == vasto_proto::convert::error_to_wire(&vasto_core::VastoError::new(code, ""), None).code
+    error.code
+        == vasto_proto::convert::error_to_wire(&vasto_core::VastoError::new(code, ""), None).code
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -124,10 +145,21 @@ async fn unary_requests_write_read_and_scan() {
         panic!()
     };
     assert_eq!(written.outcomes.len(), 2);
-    assert!(written.outcomes.iter().all(|outcome| outcome.kind == v1::write_outcome::Kind::Applied as i32));
-    let Answer::Get(got) = served.ask(get_of(vec![key("b"), key("missing"), key("a")])).await else { panic!() };
-    let data: Vec<_> =
-        got.values.iter().map(|entry| entry.value.as_ref().and_then(|value| value.payload.clone())).collect();
+    assert!(
+        written
+            .outcomes
+            .iter()
+            .all(|outcome| outcome.kind == v1::write_outcome::Kind::Applied as i32)
+    );
+    let Answer::Get(got) = served.ask(get_of(vec![key("b"), key("missing"), key("a")])).await
+    else {
+        panic!()
+    };
+    let data: Vec<_> = got
+        .values
+        .iter()
+        .map(|entry| entry.value.as_ref().and_then(|value| value.payload.clone()))
+        .collect();
     let bytes = |text: &'static str| Some(v1::value::Payload::Data(text.into()));
     assert_eq!(data, vec![bytes("2"), None, bytes("1")]);
     let Answer::Scan(page) = served.ask(scan_of()).await else { panic!() };
@@ -166,11 +198,15 @@ async fn requests_over_a_limit_are_refused_before_anything_is_written() {
 async fn a_get_of_too_many_bytes_is_refused() {
     let served = serve().await;
     for i in 0..5u8 {
-        let Answer::Write(_) = served.ask(write_of(vec![put_op(vec![i], vec![i; VALUE_BYTES_MAX])])).await else {
+        let Answer::Write(_) =
+            served.ask(write_of(vec![put_op(vec![i], vec![i; VALUE_BYTES_MAX])])).await
+        else {
             panic!()
         };
     }
-    let Answer::Get(four) = served.ask(get_of((0..3).map(|i| key(vec![i])).collect())).await else { panic!() };
+    let Answer::Get(four) = served.ask(get_of((0..3).map(|i| key(vec![i])).collect())).await else {
+        panic!()
+    };
     assert_eq!(four.values.len(), 3);
     let (error, _) = served.refused_at(1, get_of((0..5).map(|i| key(vec![i])).collect())).await;
     assert!(is(&error, vasto_core::ErrorCode::InvalidArgument), "{error:?}");
@@ -194,10 +230,18 @@ async fn a_key_that_moved_is_answered_with_the_topology() {
         .unwrap();
     served
         .replica
-        .control(Control::ApplyCatalog { epoch: Epoch(2), version: CatalogVersion(2), role: Role::Primary })
+        .control(Control::ApplyCatalog {
+            epoch: Epoch(2),
+            version: CatalogVersion(2),
+            role: Role::Primary,
+        })
         .await
         .unwrap();
-    for op in [get_of(vec![key(moving.clone())]), write_of(vec![put_op(moving.clone(), vec![])]), scan_of()] {
+    for op in [
+        get_of(vec![key(moving.clone())]),
+        write_of(vec![put_op(moving.clone(), vec![])]),
+        scan_of(),
+    ] {
         let (error, topology) = served.refused_at(1, op).await;
         assert!(is(&error, vasto_core::ErrorCode::WrongEpoch), "{error:?}");
         assert_eq!(topology, Some(2));
@@ -212,7 +256,9 @@ async fn a_key_that_moved_is_answered_with_the_topology() {
         strict: false,
         op: Some(scan_of()),
     };
-    let Some(Answer::Error(error)) = served.client.clone().execute(request).await.unwrap().into_inner().result else {
+    let Some(Answer::Error(error)) =
+        served.client.clone().execute(request).await.unwrap().into_inner().result
+    else {
         panic!()
     };
     assert!(is(&error, vasto_core::ErrorCode::WrongEpoch) && error.topology.is_some());
@@ -228,7 +274,11 @@ async fn a_request_of_a_higher_epoch_waits_for_the_topology() {
     served.registry.set_catalog(catalog(2, 2));
     served
         .replica
-        .control(Control::ApplyCatalog { epoch: Epoch(2), version: CatalogVersion(2), role: Role::Primary })
+        .control(Control::ApplyCatalog {
+            epoch: Epoch(2),
+            version: CatalogVersion(2),
+            role: Role::Primary,
+        })
         .await
         .unwrap();
     let started = tokio::time::Instant::now();
@@ -240,13 +290,20 @@ async fn a_request_of_a_higher_epoch_waits_for_the_topology() {
     assert_eq!(get(&served.replica, "never"), None);
 }
 
-/// A network cut heals while a request waits for a probe: no further probe begins, and the client is sent elsewhere.
+/// A network cut heals while a request waits for a probe: no further probe begins, and the client
+/// is sent elsewhere.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_request_waits_for_a_probe_only_while_authority_rests_on_silence() {
     let served = serve().await;
     let authority = served.replica.authority();
-    for (heals, code) in [(true, vasto_core::ErrorCode::NotPrimary), (false, vasto_core::ErrorCode::CatchingUp)] {
-        authority.publish(Standing::Serving(Term { number: 1, beliefs: Vec::new(), probing: true }));
+    for (heals, code) in
+        [(true, vasto_core::ErrorCode::NotPrimary), (false, vasto_core::ErrorCode::CatchingUp)]
+    {
+        authority.publish(Standing::Serving(Term {
+            number: 1,
+            beliefs: Vec::new(),
+            probing: true,
+        }));
         let asked = served.ask_as(1, true, get_of(vec![key("k")]));
         tokio::pin!(asked);
         let early = tokio::time::timeout(Duration::from_millis(50), &mut asked).await;
@@ -286,7 +343,8 @@ async fn a_stream_answers_every_request_once() {
         requests.send(v1::RequestFrame { requests: batch.collect(), sent_us: 0 }).await.unwrap();
     }
     while !wanted.is_empty() {
-        let frame = tokio::time::timeout(DEADLINE, replies.message()).await.unwrap().unwrap().unwrap();
+        let frame =
+            tokio::time::timeout(DEADLINE, replies.message()).await.unwrap().unwrap().unwrap();
         for reply in frame.replies {
             assert!(wanted.remove(&reply.id), "{} was answered twice", reply.id);
             assert!(!matches!(reply.result, None | Some(Answer::Error(_))), "{reply:?}");

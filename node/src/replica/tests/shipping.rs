@@ -19,7 +19,11 @@ use crate::ship::{self, Assignment, LogNeed, Pace, ShipContext, ShipHandle};
 
 pub(super) fn bucket() -> Bucket {
     static NEXT: AtomicU64 = AtomicU64::new(0);
-    let name = format!("memory://replica-tests-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    let name = format!(
+        "memory://replica-tests-{}-{}",
+        std::process::id(),
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    );
     Bucket::open(&name, &BucketOptions::default()).unwrap()
 }
 
@@ -34,7 +38,13 @@ pub(super) struct Shipping {
 
 impl Shipping {
     /// Starts a shipper; with an hour between chunks it ships only on request and at the end.
-    pub(super) fn start(rig: &Rig, dir: &Path, replica: &Replica, bucket: &Bucket, interval: Duration) -> Self {
+    pub(super) fn start(
+        rig: &Rig,
+        dir: &Path,
+        replica: &Replica,
+        bucket: &Bucket,
+        interval: Duration,
+    ) -> Self {
         Self::with_cap(rig, dir, replica, bucket, interval, vasto_core::limits::BINLOG_BYTES_MAX)
     }
 
@@ -148,7 +158,8 @@ async fn a_manifest_says_what_its_checkpoint_holds_under_concurrent_writes() {
         // One incarnation: own_seq counts all but the one local record (the first range state).
         let vector: Vec<u64> = manifest.vector.values().map(|seq| seq.0).collect();
         assert_eq!(vector, vec![manifest.lsn.0 - 1]);
-        // The rows of the checkpoint's files, read as an importer would, are the log up to its LSN and no more.
+        // The rows of the checkpoint's files, read as an importer would, are the log up to its LSN
+        // and no more.
         let dir = memory_dir();
         let import: Vec<_> = manifest
             .files
@@ -169,7 +180,9 @@ async fn a_manifest_says_what_its_checkpoint_holds_under_concurrent_writes() {
             assert_eq!((bytes.len() as u64, crc32c::crc32c(&bytes)), (file.bytes, file.crc32c));
             std::fs::write(dir.path().join(&to.name), &bytes).unwrap();
         }
-        let scratch = crate::engine::Scratch::import(&dir.path().join("scratch"), dir.path(), &import).unwrap();
+        let scratch =
+            crate::engine::Scratch::import(&dir.path().join("scratch"), dir.path(), &import)
+                .unwrap();
         let mut rows = 0;
         for band in vasto_core::Band::all() {
             let mut cursor = scratch.rows(band);
@@ -201,10 +214,16 @@ async fn a_second_checkpoint_uploads_only_what_is_new() {
     let second = shipping.handle.checkpoint(None).await.unwrap();
     let second = manifest(&bucket, &second).await;
     let first_keys: Vec<&String> = first.files.iter().map(|file| &file.key).collect();
-    let (kept, new): (Vec<_>, Vec<_>) = second.files.iter().partition(|file| first_keys.contains(&&file.key));
-    assert_eq!(kept.len(), first.files.len(), "every SST of the first is named again, not uploaded again");
+    let (kept, new): (Vec<_>, Vec<_>) =
+        second.files.iter().partition(|file| first_keys.contains(&&file.key));
+    assert_eq!(
+        kept.len(),
+        first.files.len(),
+        "every SST of the first is named again, not uploaded again"
+    );
     assert_eq!(new.len(), 1);
-    let prefix = format!("{}sst/", layout::replica_prefix(replica.keyspace, replica.shard, replica.id));
+    let prefix =
+        format!("{}sst/", layout::replica_prefix(replica.keyspace, replica.shard, replica.id));
     let stored = bucket.list(&prefix).await.unwrap();
     assert_eq!(stored.len(), first.files.len() + 1);
     shipping.stop().await;
@@ -277,7 +296,10 @@ async fn a_damaged_object_in_the_way_closes_nobody_and_another_history_does() {
     let shipping = Shipping::start(&rig, &rig.path, &replica, &bucket, AT_ONCE);
     until("what is there already", || shipping.shipped().next() >= first).await;
     let next = shipping.shipped().next();
-    bucket.create(&key(next), bytes::Bytes::from_static(b"VASTOCHK, and then noise")).await.unwrap();
+    bucket
+        .create(&key(next), bytes::Bytes::from_static(b"VASTOCHK, and then noise"))
+        .await
+        .unwrap();
     put_async(&replica, "a", 5).await;
     until("the shipper to say what is in the way", || {
         shipping.pace.trouble().is_some_and(|trouble| trouble.contains("is in the way"))
@@ -298,7 +320,10 @@ async fn a_damaged_object_in_the_way_closes_nobody_and_another_history_does() {
         commit_time: 1,
         floor: 0,
         epoch: vasto_core::ids::Epoch(1),
-        origin: vasto_core::ids::Origin { replica: replica.id, incarnation: vasto_core::ids::Incarnation(1) },
+        origin: vasto_core::ids::Origin {
+            replica: replica.id,
+            incarnation: vasto_core::ids::Incarnation(1),
+        },
         own_seq: vasto_core::ids::OwnSeq(lsn.0),
         body: vasto_core::record::Body::data(Vec::new()),
     };
@@ -347,7 +372,8 @@ async fn a_position_that_is_not_recorded_is_not_published() {
     let (rig, bucket) = (Rig::new(), bucket());
     let replica = rig.create();
     put_async(&replica, "k", 1).await;
-    let shipping = Shipping::start(&rig, &rig.path.join("no such directory"), &replica, &bucket, HOUR);
+    let shipping =
+        Shipping::start(&rig, &rig.path.join("no such directory"), &replica, &bucket, HOUR);
     shipping.handle.log().await.unwrap_err();
     assert_eq!(shipping.shipped(), Lsn(0));
     shipping.stop().await;
@@ -358,7 +384,8 @@ async fn a_position_that_is_not_recorded_is_not_published() {
 pub(super) fn fill_a_file(replica: &Replica) {
     use crate::replica::command::{OpKind, WriteOp};
     for i in 0..18 {
-        let change = OpKind::Put { value: vec![3u8; 4 << 20].into(), ttl_ms: None, condition: None };
+        let change =
+            OpKind::Put { value: vec![3u8; 4 << 20].into(), ttl_ms: None, condition: None };
         write_one(replica, WriteOp { change, ..put(&format!("big{}", i % 2), "") });
     }
 }
@@ -399,7 +426,8 @@ async fn what_is_only_in_the_memtable_or_not_shipped_keeps_its_log() {
     let filler = replica.clone();
     tokio::task::spawn_blocking(move || fill_a_file(&filler)).await.unwrap();
     let bucket = bucket();
-    // Shipped, not persisted (unless the size of the memtable caused a flush: then persisted up to there).
+    // Shipped, not persisted (unless the size of the memtable caused a flush: then persisted up to
+    // there).
     let shipping = Shipping::start(&rig, &rig.path, &replica, &bucket, AT_ONCE);
     let head = replica.settled_lsn();
     until("the chunks", || shipping.shipped() >= head).await;

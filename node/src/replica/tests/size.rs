@@ -47,7 +47,10 @@ fn a_large_replica_is_estimated_from_a_sample() {
         load(&replica, 0, 30_000);
     }
     for first in (0..15_000).step_by(1_000) {
-        write(&replica, (first..first + 1_000).map(|i| delete(&format!("k{:06}", 2 * i))).collect());
+        write(
+            &replica,
+            (first..first + 1_000).map(|i| delete(&format!("k{:06}", 2 * i))).collect(),
+        );
     }
     let before = replica.size().0;
     replica.count_keys().unwrap();
@@ -62,7 +65,15 @@ fn an_empty_replica_takes_little_disk() {
     fn allocated(dir: &std::path::Path) -> u64 {
         use std::os::unix::fs::MetadataExt;
         let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
-        entries.map(|path| if path.is_dir() { allocated(&path) } else { path.metadata().unwrap().blocks() * 512 }).sum()
+        entries
+            .map(|path| {
+                if path.is_dir() {
+                    allocated(&path)
+                } else {
+                    path.metadata().unwrap().blocks() * 512
+                }
+            })
+            .sum()
     }
     let rig = Rig::new();
     let replica = rig.create();

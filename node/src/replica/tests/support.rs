@@ -1,4 +1,5 @@
-//! Test rig: directories for replicas, a clock that the test sets, and helpers for common operations.
+//! Test rig: directories for replicas, a clock that the test sets, and helpers for common
+//! operations.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -45,8 +46,8 @@ impl Clock for TestClock {
 
 /// A directory, and the context that opens a replica in it.
 ///
-/// Directories stay until every replica that the rig opened has stopped: a flush into a deleted directory would hold up
-/// the flushes of all other databases in the process.
+/// Directories stay until every replica that the rig opened has stopped: a flush into a deleted
+/// directory would hold up the flushes of all other databases in the process.
 pub(crate) struct Rig {
     pub path: PathBuf,
     dirs: Mutex<Vec<TempDir>>,
@@ -59,8 +60,12 @@ pub(crate) struct Rig {
 }
 
 pub(crate) fn small_engine() -> EngineShared {
-    let budget =
-        EngineBudget { cache_bytes: 16 << 20, write_buffer_bytes: 64 << 20, background_jobs: 2, rate_limit: 0 };
+    let budget = EngineBudget {
+        cache_bytes: 16 << 20,
+        write_buffer_bytes: 64 << 20,
+        background_jobs: 2,
+        rate_limit: 0,
+    };
     EngineShared::new(budget)
 }
 
@@ -130,7 +135,9 @@ impl Rig {
                         self.dirs.lock().push(copy);
                         return (path, opened);
                     }
-                    Err(OpenError::Engine(error)) => assert!(error.to_string().contains("No such file"), "{error}"),
+                    Err(OpenError::Engine(error)) => {
+                        assert!(error.to_string().contains("No such file"), "{error}")
+                    }
                     Err(error) => panic!("{error}"),
                 }
             }
@@ -143,7 +150,8 @@ impl Drop for Rig {
     fn drop(&mut self) {
         for replica in self.opened.lock().drain(..) {
             let _ = control(&replica, Control::Stop);
-            // The thread releases the database only at its end, and RocksDB must not be closed while the process exits.
+            // The thread releases the database only at its end, and RocksDB must not be closed
+            // while the process exits.
             if let Some(writer) = replica.commands.take_thread() {
                 let _ = writer.join();
             }
@@ -153,8 +161,9 @@ impl Drop for Rig {
 
 /// Copies the database first: a log that is copied later holds at least as much.
 fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
-    let mut names: Vec<_> =
-        std::fs::read_dir(from)?.map(|entry| entry.map(|entry| entry.path())).collect::<Result<_, _>>()?;
+    let mut names: Vec<_> = std::fs::read_dir(from)?
+        .map(|entry| entry.map(|entry| entry.path()))
+        .collect::<Result<_, _>>()?;
     names.sort();
     for path in names {
         let target = to.join(path.file_name().unwrap());
@@ -169,7 +178,11 @@ fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
 }
 
 pub(crate) fn put(key: &str, value: &str) -> WriteOp {
-    let change = OpKind::Put { value: Bytes::copy_from_slice(value.as_bytes()), ttl_ms: None, condition: None };
+    let change = OpKind::Put {
+        value: Bytes::copy_from_slice(value.as_bytes()),
+        ttl_ms: None,
+        condition: None,
+    };
     let key = Bytes::copy_from_slice(key.as_bytes());
     WriteOp { key, partition_hash: None, event_time: None, change, created_ttl_ms: None }
 }
@@ -191,7 +204,10 @@ pub(crate) fn send(replica: &Replica, ops: Vec<WriteOp>, ack: Ack) -> WriteReply
     answer
 }
 
-pub(crate) fn try_write(replica: &Replica, ops: Vec<WriteOp>) -> Result<Vec<OpOutcome>, VastoError> {
+pub(crate) fn try_write(
+    replica: &Replica,
+    ops: Vec<WriteOp>,
+) -> Result<Vec<OpOutcome>, VastoError> {
     send(replica, ops, Ack::Fsync).recv_timeout(DEADLINE).unwrap()
 }
 
@@ -206,7 +222,9 @@ pub(crate) fn write_one(replica: &Replica, op: WriteOp) -> OpOutcome {
 pub(crate) fn applied_at(outcome: OpOutcome) -> u64 {
     match outcome {
         OpOutcome::Applied(event_time) => event_time,
-        other @ (OpOutcome::Modified { .. } | OpOutcome::NotApplied { .. }) => panic!("{other:?} is no plain write"),
+        other @ (OpOutcome::Modified { .. } | OpOutcome::NotApplied { .. }) => {
+            panic!("{other:?} is no plain write")
+        }
         OpOutcome::Superseded(event_time) => panic!("superseded by {event_time}"),
     }
 }
@@ -229,24 +247,37 @@ pub(crate) fn control(replica: &Replica, order: Control) -> Result<Lsn, ReplicaE
 }
 
 pub(crate) fn set_range(replica: &Replica, range: BandRange, state: RangeState) {
-    control(replica, Control::SetRange { epoch: Default::default(), version: CatalogVersion(2), range, state })
-        .unwrap();
+    control(
+        replica,
+        Control::SetRange { epoch: Default::default(), version: CatalogVersion(2), range, state },
+    )
+    .unwrap();
 }
 
-pub(crate) fn apply(replica: &Replica, entries: Vec<KeyEntry>, progress: Vec<FeedProgress>) -> Result<Lsn, ReplicaError> {
+pub(crate) fn apply(
+    replica: &Replica,
+    entries: Vec<KeyEntry>,
+    progress: Vec<FeedProgress>,
+) -> Result<Lsn, ReplicaError> {
     futures::executor::block_on(replica.apply(entries, progress))
 }
 
 /// Returns an entry as another replica's log would bring it.
 pub(crate) fn value_entry(key: &str, event_time: u64, value: &str) -> KeyEntry {
     let payload = Some(Payload::Bytes(value.as_bytes()));
-    let entry = Entry { event_time, expires_at: None, partition_hash: None, commit_time: None, payload };
+    let entry =
+        Entry { event_time, expires_at: None, partition_hash: None, commit_time: None, payload };
     KeyEntry { key: key.as_bytes().to_vec(), entry: entry.encode() }
 }
 
 pub(crate) fn tombstone_entry(key: &str, event_time: u64, commit_time: u64) -> KeyEntry {
-    let entry =
-        Entry { event_time, expires_at: None, partition_hash: None, commit_time: Some(commit_time), payload: None };
+    let entry = Entry {
+        event_time,
+        expires_at: None,
+        partition_hash: None,
+        commit_time: Some(commit_time),
+        payload: None,
+    };
     KeyEntry { key: key.as_bytes().to_vec(), entry: entry.encode() }
 }
 
@@ -255,9 +286,13 @@ pub(crate) fn key_ref(key: &str) -> KeyRef {
 }
 
 pub(crate) fn try_get(replica: &Replica, key: &str) -> Result<Option<String>, VastoError> {
-    let GetResult::Values(mut values) = replica.get_many(&[key_ref(key)], true)? else { panic!("it may block") };
+    let GetResult::Values(mut values) = replica.get_many(&[key_ref(key)], true)? else {
+        panic!("it may block")
+    };
     let text = |value: vasto_proto::v1::Value| match value.payload {
-        Some(vasto_proto::v1::value::Payload::Data(bytes)) => String::from_utf8(bytes.to_vec()).unwrap(),
+        Some(vasto_proto::v1::value::Payload::Data(bytes)) => {
+            String::from_utf8(bytes.to_vec()).unwrap()
+        }
         other => panic!("{other:?}"),
     };
     Ok(values.remove(0).map(text))
@@ -288,7 +323,9 @@ pub(crate) fn band(replica: &Replica, key: &str) -> Band {
 /// Returns keys `<prefix>0…` that live in the band of shard 0.
 pub(crate) fn keys_in(wanted: Band, prefix: &str, count: usize) -> Vec<String> {
     let keys = (0..).map(|i| format!("{prefix}{i:05}"));
-    keys.filter(|key| band_of(ShardId(0), key.as_bytes(), None) == Some(wanted)).take(count).collect()
+    keys.filter(|key| band_of(ShardId(0), key.as_bytes(), None) == Some(wanted))
+        .take(count)
+        .collect()
 }
 
 /// Returns the records in the log, decoded.
@@ -312,7 +349,8 @@ pub(crate) fn data_keys(record: &Record) -> Vec<String> {
     entries.iter().map(|entry| String::from_utf8(entry.key.clone()).unwrap()).collect()
 }
 
-/// Checks that LSNs are contiguous, and own_seq from 1 in every incarnation, which begins with `adopt`.
+/// Checks that LSNs are contiguous, and own_seq from 1 in every incarnation, which begins with
+/// `adopt`.
 pub(crate) fn assert_log_is_whole(records: &[Record]) {
     let mut previous: Option<&Record> = None;
     let mut own_seq = 0;

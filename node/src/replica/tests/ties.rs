@@ -43,7 +43,11 @@ fn ties_on_the_write_path_are_decided_by_kind_then_bytes_in_both_orders() {
                 assert_eq!(write_one(&replica, winner), OpOutcome::Applied(T), "{key}");
                 let logged = replica.log().appended_lsn();
                 assert_eq!(write_one(&replica, loser), OpOutcome::Superseded(T), "{key}");
-                assert_eq!(replica.log().appended_lsn(), logged, "a superseded write is not logged");
+                assert_eq!(
+                    replica.log().appended_lsn(),
+                    logged,
+                    "a superseded write is not logged"
+                );
             }
         }
         check(&replica, "live");

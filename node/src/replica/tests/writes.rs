@@ -28,15 +28,20 @@ fn the_second_write_of_a_key_in_one_group_sees_the_first() {
     let before = replica.applied_lsn();
     let first = send(&replica, vec![put("k", "one")], Ack::Fsync);
     let second = send(&replica, vec![put("k", "two")], Ack::Fsync);
-    // The write is as old as the first: it must lose against the first, which is visible only in the group.
+    // The write is as old as the first: it must lose against the first, which is visible only in
+    // the group.
     let older = send(&replica, vec![at(START_US - 1, put("k", "older"))], Ack::Fsync);
     drop(release);
     let first_time = applied_at(first.recv_timeout(DEADLINE).unwrap().unwrap()[0]);
     let second_time = applied_at(second.recv_timeout(DEADLINE).unwrap().unwrap()[0]);
     assert!(second_time > first_time, "the second is stamped after the first");
-    assert_eq!(older.recv_timeout(DEADLINE).unwrap().unwrap(), vec![OpOutcome::Superseded(second_time)]);
+    assert_eq!(
+        older.recv_timeout(DEADLINE).unwrap().unwrap(),
+        vec![OpOutcome::Superseded(second_time)]
+    );
     assert_eq!(get(&replica, "k").as_deref(), Some("two"));
-    let logged: Vec<_> = records(&replica).into_iter().filter(|record| record.lsn > before).collect();
+    let logged: Vec<_> =
+        records(&replica).into_iter().filter(|record| record.lsn > before).collect();
     assert_eq!(logged.len(), 1, "it was one group");
     assert_eq!(data_keys(&logged[0]), vec!["k"], "one entry per key");
 }
@@ -45,7 +50,8 @@ fn the_second_write_of_a_key_in_one_group_sees_the_first() {
 fn put_delete_put_in_one_batch_leaves_the_last_and_logs_one_entry() {
     let rig = Rig::new();
     let replica = rig.create();
-    let outcomes = write(&replica, vec![put("k", "one"), delete("k"), put("other", "x"), put("k", "three")]);
+    let outcomes =
+        write(&replica, vec![put("k", "one"), delete("k"), put("other", "x"), put("k", "three")]);
     let times: Vec<u64> = outcomes.into_iter().map(applied_at).collect();
     assert!(times[0] < times[1] && times[1] < times[3], "{times:?}");
     assert_eq!(get(&replica, "k").as_deref(), Some("three"));
@@ -53,11 +59,19 @@ fn put_delete_put_in_one_batch_leaves_the_last_and_logs_one_entry() {
     assert_eq!(data_keys(&last), vec!["k", "other"]);
     // Event times of the caller inside one batch: the greatest wins, wherever it stands.
     let base = START_US + 1_000;
-    let batch = vec![at(base + 2, put("e", "newest")), at(base + 1, delete("e")), at(base, put("e", "oldest"))];
+    let batch = vec![
+        at(base + 2, put("e", "newest")),
+        at(base + 1, delete("e")),
+        at(base, put("e", "oldest")),
+    ];
     let outcomes = write(&replica, batch);
     assert_eq!(
         outcomes,
-        vec![OpOutcome::Applied(base + 2), OpOutcome::Superseded(base + 2), OpOutcome::Superseded(base + 2)]
+        vec![
+            OpOutcome::Applied(base + 2),
+            OpOutcome::Superseded(base + 2),
+            OpOutcome::Superseded(base + 2)
+        ]
     );
     assert_eq!(get(&replica, "e").as_deref(), Some("newest"));
     let last = records(&replica).pop().unwrap();
@@ -88,7 +102,10 @@ fn a_refused_batch_leaves_nothing_of_itself_in_its_group() {
     let bad = send(&replica, vec![put("b", "2"), foreign], Ack::Fsync);
     drop(release);
     good.recv_timeout(DEADLINE).unwrap().unwrap();
-    assert_eq!(bad.recv_timeout(DEADLINE).unwrap().unwrap_err().code, vasto_core::ErrorCode::InvalidArgument);
+    assert_eq!(
+        bad.recv_timeout(DEADLINE).unwrap().unwrap_err().code,
+        vasto_core::ErrorCode::InvalidArgument
+    );
     assert_eq!((get(&replica, "a").as_deref(), get(&replica, "b")), (Some("1"), None));
     assert_eq!(get(&replica, key).as_deref(), Some("mine"));
     assert!(records(&replica).iter().all(|record| !data_keys(record).contains(&"b".to_owned())));
@@ -102,7 +119,13 @@ fn a_write_that_nobody_waits_for_any_more_is_not_done() {
     let ask = |key: &str, time: Duration| {
         let (done, answer) = std::sync::mpsc::channel();
         let context = WriteContext { until: Some(since_boot() + time), ..WriteContext::default() };
-        replica.write_as(vec![put(key, "v")], Ack::Fsync, 0, context, Box::new(move |result| drop(done.send(result))));
+        replica.write_as(
+            vec![put(key, "v")],
+            Ack::Fsync,
+            0,
+            context,
+            Box::new(move |result| drop(done.send(result))),
+        );
         answer
     };
     let (late, in_time) = (ask("late", Duration::ZERO), ask("in time", DEADLINE));
@@ -131,7 +154,10 @@ fn a_stamped_write_wins_over_an_event_time_in_the_future() {
     let rig = Rig::new();
     let replica = rig.create();
     let ahead = START_US + 50_000_000;
-    assert_eq!(write_one(&replica, at(ahead, put("k", "from the future"))), OpOutcome::Applied(ahead));
+    assert_eq!(
+        write_one(&replica, at(ahead, put("k", "from the future"))),
+        OpOutcome::Applied(ahead)
+    );
     let stamped = applied_at(write_one(&replica, put("k", "stamped")));
     assert!(stamped > ahead);
     assert_eq!(get(&replica, "k").as_deref(), Some("stamped"));
@@ -154,9 +180,14 @@ fn after_a_restart_older_event_times_still_lose_and_newer_ones_still_win() {
     let (_dir, again) = rig.crash(&replica);
     for i in 0..200 {
         let key = format!("k{i}");
-        assert_eq!(write_one(&again, at(base + i - 1, put(&key, "older"))), OpOutcome::Superseded(base + i));
+        assert_eq!(
+            write_one(&again, at(base + i - 1, put(&key, "older"))),
+            OpOutcome::Superseded(base + i)
+        );
         assert_eq!(get(&again, &key).as_deref(), Some("kept"));
-        assert!(matches!(write_one(&again, put(&key, "newer")), OpOutcome::Applied(time) if time > base + i));
+        assert!(
+            matches!(write_one(&again, put(&key, "newer")), OpOutcome::Applied(time) if time > base + i)
+        );
         assert_eq!(get(&again, &key).as_deref(), Some("newer"));
     }
 }
@@ -189,7 +220,10 @@ fn expired_values_are_not_visible_and_keep_their_commit_time() {
     assert_eq!(get(&replica, "k"), None);
     assert!(scan_keys(&replica, Default::default()).is_empty());
     // An expired value still counts in the merge: an older write does not come back from behind it.
-    assert!(matches!(write_one(&replica, at(START_US - 1, put("k", "old"))), OpOutcome::Superseded(_)));
+    assert!(matches!(
+        write_one(&replica, at(START_US - 1, put("k", "old"))),
+        OpOutcome::Superseded(_)
+    ));
     assert_eq!(get(&replica, "k"), None);
     // Values without an expiry carry no commit time; tombstones do.
     write_one(&replica, put("plain", "x"));
@@ -228,7 +262,8 @@ fn short_appends_to_long_values_do_not_outgrow_a_record() {
     let replica = rig.create();
     let keys = long_values(&replica);
     let release = hold_writer(&replica);
-    let answers: Vec<_> = keys.iter().map(|key| send(&replica, vec![append(key)], Ack::Fsync)).collect();
+    let answers: Vec<_> =
+        keys.iter().map(|key| send(&replica, vec![append(key)], Ack::Fsync)).collect();
     drop(release);
     for answer in answers {
         answer.recv_timeout(DEADLINE).unwrap().unwrap();
@@ -239,8 +274,10 @@ fn short_appends_to_long_values_do_not_outgrow_a_record() {
     assert_records_fit(&replica);
     // Writes that wait for the outcome of a seal are executed in one go, too.
     let range = BandRange { first: Band::FIRST, last: Band::LAST };
-    control(&replica, Control::Seal { plan: PlanId(1), version: CatalogVersion(5), range }).unwrap();
-    let answers: Vec<_> = keys.iter().map(|key| send(&replica, vec![append(key)], Ack::Fsync)).collect();
+    control(&replica, Control::Seal { plan: PlanId(1), version: CatalogVersion(5), range })
+        .unwrap();
+    let answers: Vec<_> =
+        keys.iter().map(|key| send(&replica, vec![append(key)], Ack::Fsync)).collect();
     control(&replica, Control::Unseal { version: CatalogVersion(6) }).unwrap();
     for answer in answers {
         answer.recv_timeout(DEADLINE).unwrap().unwrap();
@@ -256,7 +293,10 @@ fn one_request_that_would_store_more_than_a_batch_is_refused_as_a_whole() {
     let keys = long_values(&replica);
     let refused = try_write(&replica, keys.iter().map(|key| append(key)).collect()).unwrap_err();
     assert_eq!(refused.code, ErrorCode::InvalidArgument, "{refused}");
-    assert!(keys.iter().all(|key| get(&replica, key).unwrap().len() == LONG), "nothing of it is stored");
+    assert!(
+        keys.iter().all(|key| get(&replica, key).unwrap().len() == LONG),
+        "nothing of it is stored"
+    );
     write(&replica, keys[..4].iter().map(|key| append(key)).collect());
     // Repeated writes of one key are one entry.
     write(&replica, (0..20).map(|_| append(&keys[0])).collect());
@@ -291,8 +331,11 @@ fn entries_of_other_logs_do_not_outgrow_a_record_either() {
         (0..count).map(|i| value_entry(&format!("{name}{i}"), START_US, &value)).collect()
     };
     let release = hold_writer(&replica);
-    let write =
-        send(&replica, vec![put("w", &value), put("x", &value), put("y", &value), put("z", &value)], Ack::Fsync);
+    let write = send(
+        &replica,
+        vec![put("w", &value), put("x", &value), put("y", &value), put("z", &value)],
+        Ack::Fsync,
+    );
     let applies: Vec<_> = (0..4)
         .map(|n| {
             let (replica, entries) = (replica.clone(), slice(&format!("a{n}"), 4));
@@ -311,7 +354,8 @@ fn entries_of_other_logs_do_not_outgrow_a_record_either() {
     assert_records_fit(&replica);
 }
 
-/// An event time from the future affects its own key alone: other keys, and other replicas, use their clocks.
+/// An event time from the future affects its own key alone: other keys, and other replicas, use
+/// their clocks.
 #[test]
 fn an_event_time_from_the_future_shifts_the_stamps_of_no_other_key() {
     let rig = Rig::new();
@@ -322,7 +366,11 @@ fn an_event_time_from_the_future_shifts_the_stamps_of_no_other_key() {
     assert_eq!(applied_at(write_one(&replica, put("b", "now"))), START_US + 1);
     let (_dir, again) = rig.crash(&replica);
     rig.clock.set(START_US + 10);
-    assert_eq!(applied_at(write_one(&again, put("c", "now"))), START_US + 10, "also after a restart");
+    assert_eq!(
+        applied_at(write_one(&again, put("c", "now"))),
+        START_US + 10,
+        "also after a restart"
+    );
     assert_eq!(applied_at(write_one(&again, put("a", "again"))), ahead + 2);
     assert_eq!(applied_at(write_one(&again, put("b", "again"))), START_US + 12);
 }
@@ -341,7 +389,10 @@ fn a_writer_that_is_about_to_rest_takes_every_job() {
             scope.spawn(move || {
                 for n in 0..60 {
                     std::thread::sleep(Duration::from_micros(19_000 + 97 * n));
-                    parked.fetch_add(usize::from(replica.commands.is_parked()), std::sync::atomic::Ordering::Relaxed);
+                    parked.fetch_add(
+                        usize::from(replica.commands.is_parked()),
+                        std::sync::atomic::Ordering::Relaxed,
+                    );
                     write_one(replica, put(&format!("{client}-{n}"), "v"));
                 }
             });

@@ -103,8 +103,11 @@ pub(super) async fn make(
         compacted |= blocking(move || compact_if_it_pays(&replica, range)).await?;
     }
     if (compacted && order.last == Some(replica.settled_lsn())) || order.under_way.anew {
-        // The same records in other files, or under other names: a manifest of their own needs an LSN of its own.
-        replica.apply(Vec::new(), vec![FeedProgress::Tail(replica.id, replica.settled_lsn())]).await?;
+        // The same records in other files, or under other names: a manifest of their own needs an
+        // LSN of its own.
+        replica
+            .apply(Vec::new(), vec![FeedProgress::Tail(replica.id, replica.settled_lsn())])
+            .await?;
     }
     let path = dir.to_owned();
     order.under_way.set_fixing(true);
@@ -115,8 +118,9 @@ pub(super) async fn make(
     .await
 }
 
-/// Rewrites the bands if that pays. A reader of the bands must fetch every file that touches them: when files that
-/// reach beyond the bands are more than a tenth of it, rewriting the bands first is cheaper than shipping them.
+/// Rewrites the bands if that pays. A reader of the bands must fetch every file that touches them:
+/// when files that reach beyond the bands are more than a tenth of it, rewriting the bands first is
+/// cheaper than shipping them.
 fn compact_if_it_pays(replica: &Replica, range: BandRange) -> Result<bool, EngineError> {
     let engine = replica.engine();
     engine.flush()?;
@@ -132,7 +136,8 @@ fn describe(engines: &EngineShared, dir: &Path) -> Result<Described, ShipError> 
     let odd = |what: &str| ShipError::Checkpoint(what.to_owned());
     let view = CheckpointView::open(engines, dir)?;
     let head = view.get(&MetaKey::Head.encode())?.ok_or_else(|| odd("it has no head"))?;
-    let ranges = view.get(&MetaKey::RangeStates.encode())?.ok_or_else(|| odd("it has no range states"))?;
+    let ranges =
+        view.get(&MetaKey::RangeStates.encode())?.ok_or_else(|| odd("it has no range states"))?;
     let files = view
         .files()?
         .into_iter()
@@ -140,7 +145,9 @@ fn describe(engines: &EngineShared, dir: &Path) -> Result<Described, ShipError> 
             let number = file.name.trim_start_matches('/').trim_end_matches(".sst");
             Ok(ManifestFile {
                 key: String::new(),
-                file_number: number.parse().map_err(|_| odd(&format!("{} is not an SST", file.name)))?,
+                file_number: number
+                    .parse()
+                    .map_err(|_| odd(&format!("{} is not an SST", file.name)))?,
                 bytes: file.size as u64,
                 crc32c: 0,
                 level: file.level,

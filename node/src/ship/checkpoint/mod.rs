@@ -1,11 +1,12 @@
-//! The checkpoints of one replica: made in the background (`make`), uploaded in the background (`upload`), published
-//! here.
+//! The checkpoints of one replica: made in the background (`make`), uploaded in the background
+//! (`upload`), published here.
 //!
 //! **Invariants**
 //! - Everything that a manifest names is in the bucket before the manifest.
 //! - All records in a checkpoint have been synced in the log.
-//! - A chunk ends at the LSN of a checkpoint, so that the next one begins exactly after it; where chunks cannot reach
-//!   that LSN, the checkpoint supersedes them and their chain begins anew there.
+//! - A chunk ends at the LSN of a checkpoint, so that the next one begins exactly after it; where
+//!   chunks cannot reach that LSN, the checkpoint supersedes them and their chain begins anew
+//!   there.
 //!
 //! Leaks: SSTs of a checkpoint that did not reach its manifest (removed by garbage collection).
 
@@ -142,8 +143,9 @@ impl Checkpoints {
         self.published.is_some_and(|at| at.elapsed() < apart)
     }
 
-    /// Ends the checkpoint under way; what failed before is no fault of a shipper that ends. An upload of everything
-    /// that is cut off stays owed: no write is acknowledged on top of what it was to replace.
+    /// Ends the checkpoint under way; what failed before is no fault of a shipper that ends. An
+    /// upload of everything that is cut off stays owed: no write is acknowledged on top of what it
+    /// was to replace.
     pub(super) fn end(&mut self) {
         self.anew = self.is_anew();
         (self.making, self.trouble) = (None, None);
@@ -155,7 +157,8 @@ impl Checkpoints {
         self.uploaded.forget();
     }
 
-    /// Adds a request for a checkpoint of the current state. The `compact` bands are rewritten first if that pays.
+    /// Adds a request for a checkpoint of the current state. The `compact` bands are rewritten
+    /// first if that pays.
     pub(super) fn request(&mut self, compact: Option<BandRange>, done: Waiter<PinnedManifest>) {
         self.requests.push((compact, done));
     }
@@ -167,22 +170,30 @@ impl Checkpoints {
         }
     }
 
-    /// Begins the requested checkpoint: a checkpoint that was begun before the request may not hold everything.
+    /// Begins the requested checkpoint: a checkpoint that was begun before the request may not hold
+    /// everything.
     pub(super) fn begin_requested(&mut self, chunks: &Chunks) {
         if self.making.is_none() && !self.requests.is_empty() {
-            let (compact, waiters): (Vec<_>, Vec<_>) = std::mem::take(&mut self.requests).into_iter().unzip();
+            let (compact, waiters): (Vec<_>, Vec<_>) =
+                std::mem::take(&mut self.requests).into_iter().unzip();
             self.start(compact.into_iter().flatten().collect(), waiters, chunks);
         }
     }
 
-    fn start(&mut self, compact: Vec<BandRange>, waiters: Vec<Waiter<PinnedManifest>>, chunks: &Chunks) {
+    fn start(
+        &mut self,
+        compact: Vec<BandRange>,
+        waiters: Vec<Waiter<PinnedManifest>>,
+        chunks: &Chunks,
+    ) {
         let (replica, engines) = (self.context.replica.clone(), self.context.engines.clone());
         let folder = Folder::new_in(&self.context.tmp);
         let under_way = UnderWay::new(std::mem::take(&mut self.anew));
         if under_way.anew {
             self.last = None;
         }
-        let order = Order { compact, last: chunks.state().manifest_lsn(), under_way: under_way.clone() };
+        let order =
+            Order { compact, last: chunks.state().manifest_lsn(), under_way: under_way.clone() };
         let task = tokio::spawn(async move {
             match make(replica, engines, folder.path(), order).await {
                 Ok(described) => Step::Described(folder, Box::new(described)),
@@ -246,11 +257,15 @@ impl Checkpoints {
     ) -> Result<Option<PinnedManifest>, ShipError> {
         making.under_way.set_fixing(false);
         let lsn = described.head.applied_lsn;
-        if let Some(manifest) = chunks.state().manifest.as_ref().filter(|manifest| manifest.lsn == lsn) {
+        if let Some(manifest) =
+            chunks.state().manifest.as_ref().filter(|manifest| manifest.lsn == lsn)
+        {
             return Ok(Some(manifest.clone()));
         }
         if lsn > self.context.replica.log().synced_lsn() {
-            return Err(ShipError::Checkpoint("it holds records that the log has not synced".into()));
+            return Err(ShipError::Checkpoint(
+                "it holds records that the log has not synced".into(),
+            ));
         }
         if !making.under_way.anew {
             self.load_last(chunks).await?;
@@ -258,14 +273,18 @@ impl Checkpoints {
         if chunks.ships() {
             chunks.continue_after_others().await?;
         }
-        // The log up to here is shipped too, so that every time in between can be restored; not for the first
-        // checkpoint of a replica that began with more than its log holds.
+        // The log up to here is shipped too, so that every time in between can be restored; not for
+        // the first checkpoint of a replica that began with more than its log holds.
         let chained = chunks.ships() && chunks.are_usable();
         while chained && chunks.state().shipped_lsn < lsn {
             match chunks.ship_chunk(lsn, Some(&making.under_way)).await {
                 // The checkpoint supersedes the chunk.
-                Err(ShipError::Log(BinlogError::TooOld { .. }) | ShipError::InTheWay { .. }) => break,
-                Ok(false) => return Err(ShipError::Checkpoint("its log cannot be read up to it".into())),
+                Err(ShipError::Log(BinlogError::TooOld { .. }) | ShipError::InTheWay { .. }) => {
+                    break;
+                }
+                Ok(false) => {
+                    return Err(ShipError::Checkpoint("its log cannot be read up to it".into()));
+                }
                 shipped => shipped?,
             };
         }
@@ -318,11 +337,18 @@ impl Checkpoints {
         }
         let previous = chunks.state().manifest.as_ref().map(|manifest| manifest.key.clone());
         let mut manifest = described.manifest(&self.context, files, database, previous);
-        let key = layout::manifest(manifest.keyspace, manifest.shard, manifest.replica, manifest.lsn);
-        if let Create::Exists(existing) = self.context.bucket.create(&key, manifest.encode()).await? {
-            let place = |manifest: &Manifest| (manifest.keyspace, manifest.shard, manifest.replica, manifest.lsn);
-            // The same state, with its own objects: written by this very opening before ship.json was.
-            manifest = take_existing(&key, Manifest::decode(&existing), &manifest, place, same_state)?;
+        let key =
+            layout::manifest(manifest.keyspace, manifest.shard, manifest.replica, manifest.lsn);
+        if let Create::Exists(existing) =
+            self.context.bucket.create(&key, manifest.encode()).await?
+        {
+            let place = |manifest: &Manifest| {
+                (manifest.keyspace, manifest.shard, manifest.replica, manifest.lsn)
+            };
+            // The same state, with its own objects: written by this very opening before ship.json
+            // was.
+            manifest =
+                take_existing(&key, Manifest::decode(&existing), &manifest, place, same_state)?;
         }
         let pinned = PinnedManifest { key, lsn: manifest.lsn };
         tracing::info!(
@@ -344,7 +370,13 @@ impl Checkpoints {
 /// Returns true when two manifests describe the same records of the same opening of a replica.
 fn same_state(a: &Manifest, b: &Manifest) -> bool {
     let state = |manifest: &Manifest| {
-        (manifest.replica, manifest.incarnation, manifest.lsn, manifest.commit_time_max, manifest.event_time_max)
+        (
+            manifest.replica,
+            manifest.incarnation,
+            manifest.lsn,
+            manifest.commit_time_max,
+            manifest.event_time_max,
+        )
     };
     state(a) == state(b) && a.vector == b.vector
 }

@@ -1,9 +1,11 @@
 //! Uploads the files of one checkpoint.
 //!
 //! **Invariants**
-//! - An SST is uploaded again unless the last manifest of this very replica names it, or, before there is
-//!   one, the manifest that a restored keyspace was begun with, or an attempt that did not reach its manifest.
-//! - Files that an attempt uploaded serve the next one, unless they are so old that they may be collected.
+//! - An SST is uploaded again unless the last manifest of this very replica names it, or, before
+//!   there is one, the manifest that a restored keyspace was begun with, or an attempt that did not
+//!   reach its manifest.
+//! - Files that an attempt uploaded serve the next one, unless they are so old that they may be
+//!   collected.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -23,7 +25,8 @@ use crate::clock::since_boot;
 /// Files of one checkpoint that wait for an upload turn concurrently.
 const UPLOADS: usize = 4;
 
-/// Key, checksum and upload time of an uploaded file, by the clock that continues while the machine sleeps.
+/// Key, checksum and upload time of an uploaded file, by the clock that continues while the machine
+/// sleeps.
 type UploadedFile = (String, u32, Duration);
 
 /// Files that were uploaded and that no manifest names yet, by number and size.
@@ -32,7 +35,10 @@ pub(super) struct Uploaded(Mutex<HashMap<(u64, u64), UploadedFile>>);
 
 impl Uploaded {
     fn find(&self, file: &ManifestFile) -> Option<(String, u32)> {
-        self.0.lock().get(&(file.file_number, file.bytes)).map(|(key, crc32c, _)| (key.clone(), *crc32c))
+        self.0
+            .lock()
+            .get(&(file.file_number, file.bytes))
+            .map(|(key, crc32c, _)| (key.clone(), *crc32c))
     }
 
     fn add(&self, file: &ManifestFile, key: String, crc32c: u32) {
@@ -42,7 +48,8 @@ impl Uploaded {
     /// Returns how long ago the first of these files was uploaded, of those that no manifest names.
     pub(super) fn age_of(&self, files: &[ManifestFile]) -> Duration {
         let uploaded = self.0.lock();
-        let times = files.iter().filter_map(|file| Some(uploaded.get(&(file.file_number, file.bytes))?.2));
+        let times =
+            files.iter().filter_map(|file| Some(uploaded.get(&(file.file_number, file.bytes))?.2));
         times.min().map_or(Duration::ZERO, |first| since_boot().saturating_sub(first))
     }
 
@@ -61,15 +68,27 @@ pub(super) struct Upload {
 
 impl Upload {
     /// Uploads the SSTs; returns them with their keys and checksums.
-    pub(super) async fn files(&self, dir: &Path, files: &[ManifestFile]) -> Result<Vec<ManifestFile>, ShipError> {
+    pub(super) async fn files(
+        &self,
+        dir: &Path,
+        files: &[ManifestFile],
+    ) -> Result<Vec<ManifestFile>, ShipError> {
         let replica = &self.context.replica;
         let attempt = attempt();
         let mut uploads = Vec::with_capacity(files.len());
         for file in files.iter().cloned() {
-            let is_same = |last: &&ManifestFile| last.file_number == file.file_number && last.bytes == file.bytes;
+            let is_same = |last: &&ManifestFile| {
+                last.file_number == file.file_number && last.bytes == file.bytes
+            };
             let last = self.last.iter().find(is_same).map(|last| (last.key.clone(), last.crc32c));
             let in_the_bucket = last.or_else(|| self.uploaded.find(&file));
-            let key = layout::sst(replica.keyspace, replica.shard, replica.id, file.file_number, &attempt);
+            let key = layout::sst(
+                replica.keyspace,
+                replica.shard,
+                replica.id,
+                file.file_number,
+                &attempt,
+            );
             let path = dir.join(format!("{:06}.sst", file.file_number));
             uploads.push(async move {
                 let (key, crc32c) = match in_the_bucket {
@@ -90,7 +109,9 @@ impl Upload {
     /// Uploads the database's own list of its files, with which the files open as they are.
     pub(super) async fn database(&self, dir: &Path, lsn: Lsn) -> Result<DatabaseFile, ShipError> {
         let current = tokio::fs::read_to_string(dir.join("CURRENT")).await;
-        let current = current.map_err(|error| ShipError::Checkpoint(format!("its CURRENT cannot be read: {error}")))?;
+        let current = current.map_err(|error| {
+            ShipError::Checkpoint(format!("its CURRENT cannot be read: {error}"))
+        })?;
         let name = current.trim().to_owned();
         let replica = &self.context.replica;
         let key = layout::database(replica.keyspace, replica.shard, replica.id, lsn, &attempt());
