@@ -1,4 +1,5 @@
-//! Writes before they are sent: single writes and batches, with all limit checks done here.
+//! Requests of the client to write, before they are sent: single writes and batches, with all limit
+//! checks done here.
 //!
 //! **Invariant:** nothing over a limit leaves this module; the limits are those of
 //! `vasto_core::limits`, the same as on the node.

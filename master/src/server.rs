@@ -130,9 +130,10 @@ impl Master {
             Err(error) => return Err(error.into()),
         };
         let ((catalogs, odd), decided) = match restricted {
-            None => {
-                (store.load_all_told().await?, store.settings(&ClusterSettings::default()).await?)
-            }
+            None => (
+                store.load_all_with_warnings().await?,
+                store.settings(&ClusterSettings::default()).await?,
+            ),
             Some(_) => Default::default(),
         };
 

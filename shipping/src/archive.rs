@@ -13,7 +13,7 @@ use vasto_core::ids::Vector;
 use vasto_core::{KeyspaceId, Lsn, ReplicaId, ShardId};
 
 use crate::bucket::{Bucket, BucketError};
-use crate::chunk::{self, Chunk, ChunkError};
+use crate::chunk::{self, Chunk, ChunkError, Says};
 use crate::envelope::EnvelopeError;
 use crate::layout::{self, Owner, Shipped};
 use crate::manifest::Manifest;
@@ -242,26 +242,36 @@ pub async fn begins_behind_another(
         .is_some_and(|(chunk, _)| goes_on_behind_another(&chunk)))
 }
 
-/// Returns the replicas whose archives these chunks continue, by the fields at the beginning of
-/// each chunk. An unreadable chunk is ignored: the reader of the log reports it.
+/// What the beginnings of some chunks say of the archives that they continue.
+#[derive(Debug, Default)]
+pub struct Continued {
+    /// The replicas whose archives are continued.
+    pub replicas: BTreeSet<ReplicaId>,
+    /// Chunks that are gone or whose beginning cannot be read: each may continue any archive.
+    pub unreadable: usize,
+}
+
+/// Returns what these chunks continue, by the fields at the beginning of each. Who deletes takes an
+/// unreadable one for a doubt; who reads the log passes it over and meets it there.
 ///
 /// # Errors
 /// When the bucket does not answer.
-pub async fn goes_on_behind(
+pub async fn continued_by(
     bucket: &Bucket,
     owner: Owner,
     firsts: &[Lsn],
-) -> Result<BTreeSet<ReplicaId>, BucketError> {
+) -> Result<Continued, BucketError> {
     let key = |first: &Lsn| owner.chunk(*first);
     let keys: Vec<String> = firsts.iter().map(key).collect();
     let says = futures::stream::iter(keys).map(|key| async move {
-        let found = bucket.beginning(&key, chunk::BEGINNING_BYTES).await?;
-        Ok::<_, BucketError>(
-            found.and_then(|(bytes, _)| chunk::peek(&bytes).ok()).and_then(|says| says.behind),
-        )
+        let beginning = bucket.beginning(&key, chunk::BEGINNING_BYTES).await?;
+        Ok::<_, BucketError>(beginning.and_then(|(bytes, _)| chunk::peek(&bytes).ok()))
     });
-    let others: Vec<Option<ReplicaId>> = says.buffer_unordered(READS).try_collect().await?;
-    Ok(others.into_iter().flatten().collect())
+    let read: Vec<Option<Says>> = says.buffer_unordered(READS).try_collect().await?;
+    Ok(Continued {
+        replicas: read.iter().flatten().filter_map(|says| says.behind).collect(),
+        unreadable: read.iter().filter(|says| says.is_none()).count(),
+    })
 }
 
 /// Returns the chunk that holds the record after an LSN, and the size of its object; `None` without

@@ -123,9 +123,11 @@ pub fn peek(beginning: &[u8]) -> Result<Says, ChunkError> {
         (ReplicaId(reader.u64_le()?), Lsn(reader.u64_le()?), Lsn(reader.u64_le()?));
     let count = reader.u32_le()?;
     let previous = reader.bytes_le()?;
-    let behind = std::str::from_utf8(previous)
-        .ok()
-        .and_then(|key| other_before(key, keyspace, shard, replica));
+    let key = std::str::from_utf8(previous).unwrap_or_default();
+    if !previous.is_empty() && crate::layout::parse_shipped(key).is_none() {
+        return Err(DecodeError::Malformed { what: "chunk predecessor" }.into());
+    }
+    let behind = other_before(key, keyspace, shard, replica);
     let previous = previous.len() as u64;
     let records = u64::from(reader.u32_le()?);
     if first_lsn.0 == 0

@@ -19,6 +19,7 @@ use vasto_shipping::{
     Bucket, BucketOptions, CatalogStore, CatalogWrite, Chunk, Create, DatabaseFile, Manifest,
     ManifestFile, layout,
 };
+use vasto_testkit::faulty::{Call, Fault, Faulty};
 
 /// Keeps only the objects that the last checkpoint needs.
 const STRICT: Retention =
@@ -564,7 +565,7 @@ async fn strangers_cost_a_word_each_and_nothing_else() {
     // A staged file that a crash in the middle of a write has left.
     let staged = format!("{}#1", rig.rig.sst(77));
     std::fs::write(rig.path(&staged), vec![0; 1_000]).unwrap();
-    let (loaded, warnings) = rig.rig.store.load_all_told().await.unwrap();
+    let (loaded, warnings) = rig.rig.store.load_all_with_warnings().await.unwrap();
     assert_eq!(loaded, std::slice::from_ref(&rig.rig.catalog));
     assert_eq!(warnings.len(), 2, "{warnings:?}");
     let next = |id| Catalog::first(id, "other", KeyspaceSpec::default(), &[vec![NodeId(1)]], 1, 1);
@@ -777,6 +778,54 @@ async fn what_another_log_goes_on_behind_stays_until_a_checkpoint_covers_it() {
             !keys.contains(&before) && !keys.contains(&rig.sst(1)) && keys.contains(&rig.sst(8)),
             "{keys:?}"
         );
+    }
+}
+
+/// A tip is found by numbers without a gap: while an earlier version is on its way, the newest one
+/// is not written.
+#[tokio::test]
+async fn a_repaired_catalog_gets_its_newest_version_last() {
+    let faulty = Faulty::in_memory();
+    let store = CatalogStore::new(Bucket::from_store("memory://faulty", faulty.clone()));
+    let first =
+        Catalog::first(KeyspaceId(1), "ks", KeyspaceSpec::default(), &[vec![NodeId(1)]], 1, 1);
+    let remembered = Catalog { version: CatalogVersion(9), ..first };
+    faulty.fail(Call::Put, Fault::Silence, 1);
+    let repair = store.put_back(&remembered);
+    assert!(tokio::time::timeout(Duration::from_millis(300), repair).await.is_err());
+    let written = faulty.without_faults().list("").await.unwrap();
+    let newest = layout::catalog_version(KeyspaceId(1), CatalogVersion(9));
+    assert!(!written.is_empty() && written.iter().all(|object| object.key != newest));
+    faulty.heal();
+    store.put_back(&remembered).await.unwrap();
+    assert_eq!(store.tip(KeyspaceId(1), CatalogVersion(1)).await.unwrap(), Some(remembered));
+}
+
+/// A flipped bit in the key of the chunk before, or in the magic, makes it unknown which archive a
+/// log continues: none of the shard goes before that chunk can be read.
+#[tokio::test]
+async fn an_archive_stays_while_a_chunk_that_may_continue_it_cannot_be_read() {
+    let mut rig = Rig::new("doubt").await;
+    let (lost, next) = (REPLICA, ReplicaId(2));
+    rig.checkpoint_of(next, CatalogVersion(9), 5, &[7]).await;
+    rig.checkpoint_of(lost, CatalogVersion(1), 10, &[1]).await;
+    let before = rig.chunk_of(lost, 11, 20, None).await;
+    let after = rig.chunk_of(next, 21, 30, Some(before.clone())).await;
+    let mut catalog = rig.catalog.next(2, 2);
+    catalog.placement[0].replicas[0].replica = next;
+    catalog.given_up.push(GivenUp { replica: lost, version: catalog.version });
+    rig.write(catalog).await;
+    use object_store::{ObjectStoreExt, path::Path};
+    let path = Path::from(after.as_str());
+    let sound = rig.bucket.get(&after).await.unwrap().unwrap();
+    let key_at = sound.windows(before.len()).position(|part| part == before.as_bytes()).unwrap();
+    for flipped in [0, key_at] {
+        let mut damaged = sound.to_vec();
+        damaged[flipped] ^= 1;
+        rig.bucket.raw_store().put(&path, damaged.into()).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        collect(&rig.bucket, STRICT, false).await.unwrap();
+        assert!(rig.keys().await.contains(&before), "byte {flipped}");
     }
 }
 

@@ -125,7 +125,8 @@ async fn load_anew(
         shipped.iter().filter_map(|object| Some(layout::parse_shipped(&object.key)?.0.keyspace));
     let owners: BTreeSet<KeyspaceId> = owners.collect();
     owners.iter().for_each(|keyspace| cluster.store.note_used(*keyspace));
-    let (catalogs, odd) = cluster.store.load_all_told().await.map_err(|error| not_now(&error))?;
+    let (catalogs, odd) =
+        cluster.store.load_all_with_warnings().await.map_err(|error| not_now(&error))?;
     let loaded: BTreeSet<KeyspaceId> = catalogs.iter().map(|catalog| catalog.keyspace).collect();
     done.unknown_keyspaces = owners.difference(&loaded).copied().collect();
     let decided = cluster

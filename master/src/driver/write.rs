@@ -1,7 +1,8 @@
-//! The write of a catalog version, and the way back to the tip after one that did not win.
+//! The write of a catalog version: a conditional put that only one master wins.
 //!
-//! **Invariant:** a version is installed only after its write is known to have won; an outcome that
-//! is not known is settled by the tip, for as long as that takes.
+//! **Invariant:** a version is installed (used here and sent to nodes and clients) only after its
+//! write is known to have won. A write that lost, or whose outcome is not known, is settled by
+//! reading the tip, the newest version in the bucket, for as long as that takes.
 
 use std::time::{Duration, Instant};
 
@@ -32,11 +33,11 @@ pub(super) enum Written {
 }
 
 impl KeyspaceDriver {
-    /// Writes a version and installs the tip of afterwards. Retries a failing bucket until the
-    /// outcome is known or the master stops.
+    /// Writes a version, then installs it or the one that won instead. Retries a failing bucket
+    /// until the outcome is known or the master stops.
     pub(super) async fn write(&mut self, next: Catalog) -> Written {
         let started = Instant::now();
-        let base = next.version;
+        let version = next.version;
         match self.cluster.shutdown.run_until_cancelled(self.cluster.store.write(&next)).await {
             None => Written::Stopping,
             Some(Ok(CatalogWrite::Won)) => {
@@ -47,7 +48,7 @@ impl KeyspaceDriver {
             Some(Ok(CatalogWrite::Lost(other))) => {
                 self.cluster.metrics.catalog_write("lost");
                 tracing::info!(
-                    keyspace = next.name, version = %base, winner = %other.version,
+                    keyspace = next.name, %version, winner = %other.version,
                     "another master wrote first; going on from its version"
                 );
                 // The hint is a version that this master knows for certain; the tip may be higher.
@@ -55,7 +56,7 @@ impl KeyspaceDriver {
             }
             Some(Err(error)) => {
                 self.cluster.metrics.catalog_write("failed");
-                tracing::warn!(keyspace = next.name, version = %base, %error, "a catalog write failed; reading the tip");
+                tracing::warn!(keyspace = next.name, %version, %error, "a catalog write failed; reading the tip");
                 self.read_tip(&next, started).await
             }
         }
@@ -158,7 +159,8 @@ impl KeyspaceDriver {
     }
 }
 
-/// Returns how a version that this master wrote may be shown.
+/// Returns how a version that this master wrote is delivered: one that seals and took too long to
+/// write is undone instead, since writes would wait for longer than was promised.
 pub(super) fn delivery_of(next: &Catalog, took: Duration) -> Delivery {
     let sealing = next.plan.as_ref().is_some_and(|plan| plan.step == Step::Sealing);
     if sealing && took > SEALING_WRITE_MAX { Delivery::Undo } else { Delivery::Push }

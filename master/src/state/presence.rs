@@ -1,7 +1,10 @@
-//! Which nodes are there, and for how long they have been away.
+//! Liveness of nodes, as failover and repair see it: here, away, or gone (until it comes back).
 //!
-//! **Invariant:** a node that has not registered since the master started may still come: its time
-//! away counts from that start, and it is gone only after `master.node_silence`.
+//! **Invariant:** a node is gone after `FAILOVER_AWAY` without a session. One that has not
+//! registered since the master started may still come: its time away counts from that start, and it
+//! is gone only after `master.node_silence`.
+//!
+//! All times (`mono_us`) are microseconds since the master started.
 
 use std::collections::BTreeSet;
 
@@ -14,55 +17,59 @@ use super::ClusterState;
 impl ClusterState {
     /// Returns how long a node has been unreachable, microseconds; 0 for a live node. The time of a
     /// node that has not come back since the master started counts from that start.
-    pub(crate) fn away_us(&self, node: NodeId, now_us: u64) -> u64 {
+    pub(crate) fn away_us(&self, node: NodeId, mono_us: u64) -> u64 {
         match self.nodes.get(&node) {
             Some(node) if node.is_live() => 0,
-            Some(node) => now_us.saturating_sub(node.away_since_us).max(1),
-            None => now_us.max(1),
+            Some(node) => mono_us.saturating_sub(node.away_since_us).max(1),
+            None => mono_us.max(1),
         }
     }
 
     /// Returns the presence of a node. A node that has not registered since the master started may
     /// still come: it counts as gone only after `master.node_silence`.
-    pub(crate) fn presence(&self, node: NodeId, now_us: u64) -> Presence {
-        let (away_us, patience) = match self.nodes.get(&node) {
+    pub(crate) fn presence(&self, node: NodeId, mono_us: u64) -> Presence {
+        let (away_us, timeout) = match self.nodes.get(&node) {
             Some(node) if node.is_live() => {
-                return Presence::Here(now_us.saturating_sub(node.here_since_us));
+                return Presence::Here(mono_us.saturating_sub(node.here_since_us));
             }
-            Some(node) => (now_us.saturating_sub(node.away_since_us), FAILOVER_AWAY),
-            None => (now_us, self.node_silence.unwrap_or(NODE_SILENCE)),
+            Some(node) => (mono_us.saturating_sub(node.away_since_us), FAILOVER_AWAY),
+            None => (mono_us, self.node_silence.unwrap_or(NODE_SILENCE)),
         };
-        if away_us >= patience.as_micros() as u64 { Presence::Gone } else { Presence::Away }
+        if away_us >= timeout.as_micros() as u64 { Presence::Gone } else { Presence::Away }
     }
 
-    /// Returns the nodes without a session among those that share a keyspace with this node.
-    pub(crate) fn gone_beside(&self, node: NodeId, now_us: u64) -> Vec<NodeId> {
+    /// Returns the nodes that are gone among those that share a keyspace with this node.
+    pub(crate) fn gone_peers_of(&self, node: NodeId, mono_us: u64) -> Vec<NodeId> {
         let concerned = self.keyspaces.values().filter(|keyspace| keyspace.concerns(node));
         let placed = concerned
             .flat_map(|keyspace| &keyspace.catalog.placement)
             .flat_map(|shard| &shard.replicas);
         let others: BTreeSet<NodeId> =
             placed.map(|replica| replica.node).filter(|other| *other != node).collect();
-        others.into_iter().filter(|other| self.presence(*other, now_us) == Presence::Gone).collect()
+        others
+            .into_iter()
+            .filter(|other| self.presence(*other, mono_us) == Presence::Gone)
+            .collect()
     }
 
     /// Returns true when the primaries of the keyspace must be checked soon.
-    pub(crate) fn is_unsettled(&self, keyspace: KeyspaceId, now_us: u64) -> bool {
+    pub(crate) fn is_unsettled(&self, keyspace: KeyspaceId, mono_us: u64) -> bool {
         let keyspace = self.keyspaces.get(&keyspace);
         keyspace.is_some_and(|keyspace| {
-            is_unsettled(&keyspace.catalog, |node| self.presence(node, now_us))
+            is_unsettled(&keyspace.catalog, |node| self.presence(node, mono_us))
         })
     }
 
-    /// Returns true when its members must be checked although nothing is reported.
+    /// Returns true when a shard of the keyspace lacks replicas: it must be checked although
+    /// nothing is reported.
     pub(crate) fn is_incomplete(&self, keyspace: KeyspaceId) -> bool {
         self.keyspaces.get(&keyspace).is_some_and(|keyspace| is_incomplete(&keyspace.catalog))
     }
 
-    /// Forgets nodes that have been away for long and that nothing names.
-    pub(super) fn forget_nodes(&mut self, now_us: u64) {
-        let patience = NODE_FORGOTTEN_AFTER.as_micros() as u64;
-        let is_named = |id: NodeId| {
+    /// Forgets nodes that have been away for long, unless a catalog refers to them.
+    pub(super) fn forget_nodes(&mut self, mono_us: u64) {
+        let timeout = NODE_FORGOTTEN_AFTER.as_micros() as u64;
+        let is_referenced = |id: NodeId| {
             self.loads.of(id).replicas > 0
                 || self.active().any(|keyspace| {
                     keyspace.catalog.draining_nodes.iter().any(|drain| drain.node == id)
@@ -72,10 +79,10 @@ impl ClusterState {
             .nodes
             .iter()
             .filter(|(_, node)| {
-                !node.is_live() && now_us.saturating_sub(node.away_since_us) >= patience
+                !node.is_live() && mono_us.saturating_sub(node.away_since_us) >= timeout
             })
             .map(|(id, _)| *id)
-            .filter(|id| !is_named(*id))
+            .filter(|id| !is_referenced(*id))
             .collect();
         for id in forgotten {
             self.nodes.remove(&id);

@@ -1,5 +1,7 @@
-//! Execution of the commands that change a replica itself: seals, range states, ingests, fences,
-//! the stop.
+//! Execution of the commands that change a replica itself: the seal of a range (its writes are held
+//! until the plan that moves it has committed or is undone), states of ranges, ingests of SSTs,
+//! fences of the commit time, the gc floor, the stop. A range is one of bands, which divide the
+//! hash space.
 //!
 //! **Invariants**
 //! - Every change is a record of its own, synced before it is answered; only the epoch, version and
@@ -21,9 +23,9 @@ use super::store::Store;
 
 impl Committer {
     /// Executes a control command; after a stop nothing is executed any more.
-    pub(super) fn control(&mut self, order: Control) -> Result<Lsn, ReplicaError> {
+    pub(super) fn control(&mut self, command: Control) -> Result<Lsn, ReplicaError> {
         let store = &mut self.store;
-        match order {
+        match command {
             Control::Seal { plan, version, range } => self.seal(plan, version, range),
             Control::Unseal { version } => self.unseal(version),
             Control::SetRange { epoch, version, range, state } => {
@@ -96,7 +98,8 @@ impl Committer {
 }
 
 impl Store {
-    /// Begins this incarnation, and ends the previous one where this disk has it.
+    /// Begins this incarnation (the numbering of own records since the replica was built) with a
+    /// record that says where the previous one ended.
     pub(super) fn adopt(&mut self) -> Result<Lsn, ReplicaError> {
         let body =
             Body::Adopt { previous: self.meta.identity.incarnation, head: self.meta.head.own_seq };
@@ -124,12 +127,13 @@ impl Store {
         self.publish();
     }
 
-    /// Makes a commit time above this one durable: no later one can be at or below it.
+    /// Advances the durable commit time beyond this one: every later record has a later one.
     fn fence_commit_time(&mut self, commit_time: u64) -> Result<Lsn, ReplicaError> {
         if self.meta.head.commit_time > commit_time {
             self.sync_rest()?;
             return Ok(self.meta.head.applied_lsn);
         }
+        // An empty record carries the time.
         self.log_control_at(Body::data(Vec::new()), self.commit_time().max(commit_time + 1))
     }
 

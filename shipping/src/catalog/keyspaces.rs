@@ -17,19 +17,22 @@ use crate::layout;
 const LOADS_IN_FLIGHT: usize = 16;
 
 impl CatalogStore {
-    /// Returns the tips of all keyspaces, in the order of their ids; for start-up, since it lists.
-    /// The list is only a hint: each tip, and the last keyspace, are found upward from it.
+    /// Returns the tips (newest versions) of all keyspaces, in the order of their ids. For start-up
+    /// only: it lists. The list is only a hint: each tip, and the highest keyspace id, are looked
+    /// for from there on, number by number.
     ///
     /// An active keyspace whose name is not bound to it is left out: [`Self::create_keyspace`]
     /// ended between its two steps. Deleted keyspaces are included: nodes may still hold their
-    /// replicas. An unreadable keyspace is logged and left out, unless a newer version wrote it;
+    /// replicas. An unreadable keyspace is logged and left out, unless a newer release wrote it;
     /// the others still load.
     pub async fn load_all(&self) -> Result<Vec<Catalog>, CatalogError> {
-        Ok(self.load_all_told().await?.0)
+        Ok(self.load_all_with_warnings().await?.0)
     }
 
     /// Returns the same, with a warning for each unreadable keyspace that was left out.
-    pub async fn load_all_told(&self) -> Result<(Vec<Catalog>, Vec<String>), CatalogError> {
+    pub async fn load_all_with_warnings(
+        &self,
+    ) -> Result<(Vec<Catalog>, Vec<String>), CatalogError> {
         let mut hints = BTreeMap::<KeyspaceId, CatalogVersion>::new();
         for object in self.bucket().list(&layout::catalog_prefix()).await? {
             if let Some((keyspace, version)) = layout::parse_catalog_version(&object.key) {
@@ -50,7 +53,7 @@ impl CatalogStore {
                 .buffered(LOADS_IN_FLIGHT)
                 .collect()
                 .await;
-        let (mut catalogs, mut odd) = (Vec::new(), Vec::new());
+        let (mut catalogs, mut warnings) = (Vec::new(), Vec::new());
         for (keyspace, loaded) in found {
             match loaded {
                 Ok(catalog) => {
@@ -64,12 +67,12 @@ impl CatalogStore {
                         "keyspace {keyspace} is left out, because its catalog cannot be read: {error}"
                     );
                     tracing::warn!(%keyspace, %error, "a keyspace is left out, because its catalog cannot be read");
-                    odd.push(text);
+                    warnings.push(text);
                 }
                 Err(error) => return Err(error),
             }
         }
-        Ok((catalogs, odd))
+        Ok((catalogs, warnings))
     }
 
     async fn load_one(
@@ -77,7 +80,7 @@ impl CatalogStore {
         keyspace: KeyspaceId,
         hint: CatalogVersion,
     ) -> Result<Option<Catalog>, CatalogError> {
-        let Some(catalog) = self.tip_below_strangers(keyspace, hint).await? else {
+        let Some(catalog) = self.tip_before_unreadable(keyspace, hint).await? else {
             return Ok(None);
         };
         if catalog.state != KeyspaceState::Active {
@@ -91,7 +94,7 @@ impl CatalogStore {
             }
             bound => bound?,
         };
-        // Version 2 is written only after the name was seen bound: the binding was deleted since.
+        // From version 2 on the name had been bound, and the binding was deleted since.
         if !bound && catalog.version == CatalogVersion(1) {
             tracing::info!(%keyspace, name = catalog.name, "ignored: the name was never bound to this keyspace");
             return Ok(None);
@@ -132,14 +135,15 @@ impl CatalogStore {
                 Err(error) => return Err(error),
             }
         };
+        // Another writer took the number that was free under the name: the next one is tried.
         while !self.bind_name(&name, catalog.keyspace).await? {}
         Ok(catalog)
     }
 
     /// Restores what the bucket has lost of a keyspace, given the last version that any node
-    /// remembers: that version, the versions before it (of which only the numbers are left: each
-    /// repeats the remembered version, without its plan), and the name. Returns the number of
-    /// objects written.
+    /// remembers: the versions before it (of which only the numbers are left: each repeats the
+    /// remembered version, without its plan), then that version, then the name. Returns the number
+    /// of objects written.
     ///
     /// # Errors
     /// `NameTaken` when the name is bound to another live keyspace.
@@ -148,27 +152,29 @@ impl CatalogStore {
         self.note_used(keyspace);
         let folder = format!("{}{:020}/", layout::catalog_prefix(), keyspace.0);
         let listed = self.bucket().list(&folder).await?;
-        let there: BTreeSet<CatalogVersion> = listed
+        let present: BTreeSet<CatalogVersion> = listed
             .iter()
             .filter_map(|object| Some(layout::parse_catalog_version(&object.key)?.1))
             .collect();
-        let lost: Vec<u64> = (1..=remembered.version.0)
-            .filter(|version| !there.contains(&CatalogVersion(*version)))
-            .collect();
-        // The remembered version is written last: a tip is found only by numbers without a gap.
-        let written = futures::stream::iter(lost).map(|version| async move {
-            let mut catalog = remembered.clone();
-            if version < remembered.version.0 {
-                catalog.version = CatalogVersion(version);
-                catalog.plan = None;
-                catalog.nonce = rand::random();
-            }
-            let claimed = self.claim(&catalog).await?;
+        let write = async |catalog: &Catalog| {
+            let claimed = self.claim(catalog).await?;
             Ok::<_, CatalogError>(u64::from(matches!(claimed, CatalogWrite::Won)))
-        });
-        let mut count =
-            written.buffered(LOADS_IN_FLIGHT).try_fold(0, async |all, new| Ok(all + new)).await?;
-        let hint = there.last().copied().unwrap_or_default().max(remembered.version);
+        };
+        let earlier = (1..remembered.version.0)
+            .map(CatalogVersion)
+            .filter(|version| !present.contains(version))
+            .map(|version| {
+                let nonce = rand::random();
+                Catalog { version, plan: None, nonce, ..remembered.clone() }
+            });
+        let written = futures::stream::iter(earlier).map(async |catalog| write(&catalog).await);
+        let written = written.buffer_unordered(LOADS_IN_FLIGHT);
+        let mut count = written.try_fold(0, async |all, new| Ok(all + new)).await?;
+        // Last, after all others are there: a tip is found only by numbers without a gap.
+        if !present.contains(&remembered.version) {
+            count += write(remembered).await?;
+        }
+        let hint = present.last().copied().unwrap_or_default().max(remembered.version);
         let Some(tip) = self.tip(keyspace, hint).await? else { return Ok(count) };
         if tip.state == KeyspaceState::Active && !self.is_bound(&tip).await? {
             count += u64::from(self.bind_name(&tip.name, keyspace).await?);

@@ -125,7 +125,7 @@ impl CatalogStore {
 
     /// Returns the same from a hint that a listing gave, ignoring foreign objects under higher
     /// numbers.
-    pub(crate) async fn tip_below_strangers(
+    pub(crate) async fn tip_before_unreadable(
         &self,
         keyspace: KeyspaceId,
         listed: CatalogVersion,

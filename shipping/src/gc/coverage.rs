@@ -76,7 +76,8 @@ fn succeeding<'a>(
     manifests.filter(|(lsn, _)| is_from_before(lsn)).map(|(_, manifest)| manifest).collect()
 }
 
-/// Returns true when the log of another replica of the shard continues this replica's archive.
+/// Returns true when the log of another replica of the shard continues this replica's archive, or
+/// may: a chunk of that log cannot be read.
 async fn is_leant_on(
     bucket: &Bucket,
     shipments: &Shipments<'_>,
@@ -85,9 +86,11 @@ async fn is_leant_on(
     for (other, firsts) in &shipments.chunks {
         let is_other =
             (other.keyspace, other.shard) == (owner.keyspace, owner.shard) && *other != owner;
-        if is_other
-            && archive::goes_on_behind(bucket, *other, firsts).await?.contains(&owner.replica)
-        {
+        if !is_other {
+            continue;
+        }
+        let continued = archive::continued_by(bucket, *other, firsts).await?;
+        if continued.unreadable > 0 || continued.replicas.contains(&owner.replica) {
             return Ok(true);
         }
     }

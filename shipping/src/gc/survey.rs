@@ -134,7 +134,7 @@ async fn read_catalogs(
     let store = CatalogStore::new(bucket.clone());
     let (mut catalogs, mut unbound) = (BTreeMap::new(), BTreeSet::new());
     for (keyspace, version) in last {
-        let catalog = match store.tip_below_strangers(keyspace, version).await {
+        let catalog = match store.tip_before_unreadable(keyspace, version).await {
             Ok(Some(catalog)) => catalog,
             Ok(None) | Err(CatalogError::Bucket(BucketError::TooLarge { .. })) => continue,
             Err(CatalogError::Bucket(error)) => return Err(error.into()),

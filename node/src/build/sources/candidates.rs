@@ -168,8 +168,8 @@ async fn chain_of(
             continue;
         };
         let unread = source.chunks.partition_point(|first| *first <= source.start());
-        for other in archive::goes_on_behind(bucket, source.owner, &source.chunks[unread..]).await?
-        {
+        let unread = &source.chunks[unread..];
+        for other in archive::continued_by(bucket, source.owner, unread).await?.replicas {
             if !chain.contains(&other) {
                 chain.push(other);
             }
