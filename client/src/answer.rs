@@ -1,4 +1,4 @@
-//! What the master answers to administrative calls: documents with the fields that
+//! Answers of the master to administrative calls: documents with the fields that
 //! `vasto --output json` prints.
 //!
 //! **Invariant:** a document of another version of the master can be read as long as the types of

@@ -1,5 +1,5 @@
-//! The handle of a keyspace: its options, and what its requests share. The requests themselves are
-//! in [`crate::request`].
+//! The handle of a keyspace: its options, and the state that its requests share. The requests
+//! themselves are in [`crate::request`].
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,5 +1,5 @@
-//! Which replica of a shard serves strict requests (reads at the primary, puts, deletes,
-//! conditional writes, counters): claims, promises and excuses.
+//! Leases of a shard: the rules by which one replica serves strict requests (reads at the primary,
+//! puts, deletes, conditional writes, counters). They rest on claims, promises and excuses.
 //!
 //! Every open replica sends its claim on the shard to every other placed replica. A replica
 //! promises itself to the best claim it knows, its own included, and to no other; while a promise

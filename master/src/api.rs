@@ -1,9 +1,8 @@
-//! The calls of people and scripts, as functions that return a document or one error that says what
-//! to do.
+//! Administrative calls, as functions that return a document or one error with the remedy.
 //!
 //! **Invariant:** nothing here writes a catalog version of an existing keyspace; that goes through
-//! the keyspace's driver. A call that only plans changes nothing. Nothing is remembered here: any
-//! master continues what a call has begun.
+//! the keyspace's driver. A call that only plans changes nothing. These functions keep no state:
+//! any master continues what a call has begun.
 
 mod answer;
 mod ask;

@@ -5,7 +5,8 @@
 //!
 //! **Invariant:** all state here can be rebuilt from the catalog in the bucket and the nodes'
 //! reports. A catalog version is shown to a node or a client only after its create-only write
-//! has won, so any number of masters may run at once; the losers adopt.
+//! has won, so any number of masters may run at once; a master whose write lost adopts the version
+//! that won.
 //!
 //! Where to start reading: [`Master::start`] in `server`, then `state` (synchronous; what the
 //! master knows and decides), `driver` (one task per keyspace, the only writer of its catalog),

@@ -2,7 +2,7 @@
 //!
 //! **Invariant:** a load is the sum of what the last known version of every keyspace puts on the
 //! node, and of the places held by decisions whose version is not known yet: two decisions that are
-//! made before either is written do not both count the same room.
+//! made before either is written do not both count the same capacity.
 
 use std::collections::BTreeMap;
 

@@ -1,7 +1,7 @@
 //! The JSON documents for scripts, exactly as the interface promises them.
 //!
 //! **Invariant:** every document is a struct of this module or of a crate below: a pure view of the
-//! state, for which nothing is asked. Fields are added, never renamed or removed. A figure that no
+//! state, built without a request. Fields are added, never renamed or removed. A figure that no
 //! node has reported is `null`, never made up.
 
 pub(crate) mod cost;

@@ -1,4 +1,4 @@
-//! When replicas that a passing shortage has closed are opened again.
+//! Schedule by which replicas that a passing shortage has closed are opened again.
 //!
 //! **Invariant:** a replica that keeps failing is tried less and less often, and after
 //! [`PASSING_MAX`] no longer counts as one that opens again by itself.

@@ -90,7 +90,7 @@ pub(crate) struct Joined {
     pub bucket_url: String,
 }
 
-/// What a node sends to join a master.
+/// Parameters with which a node joins a master.
 pub(crate) struct SessionConfig {
     /// `http://host:port` of the master.
     pub master: String,

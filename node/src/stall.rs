@@ -1,8 +1,8 @@
 //! Detects that the process stood still: stopped, swapped out, or its machine suspended.
 //!
-//! Peers consider a node that is silent for [`ATTEMPT_PATIENCE`] dead and do its work. When it
-//! continues, requests that clients have repeated elsewhere still wait in its sockets and queues,
-//! and its data is old.
+//! Peers consider a node that is silent for [`ATTEMPT_PATIENCE`] dead and serve in its place.
+//! When such a node continues, requests that clients have repeated elsewhere still wait in its
+//! sockets and queues, and its data is old.
 //!
 //! **Invariant:** after a pause no replica with peers serves anything before it has caught up
 //! again, and no request from before the pause is applied with an event time from after it.

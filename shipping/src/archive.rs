@@ -242,7 +242,7 @@ pub async fn begins_behind_another(
         .is_some_and(|(chunk, _)| goes_on_behind_another(&chunk)))
 }
 
-/// What the beginnings of some chunks say of the archives that they continue.
+/// Archives that some chunks continue, by the fields at the beginning of each.
 #[derive(Debug, Default)]
 pub struct Continued {
     /// The replicas whose archives are continued.

@@ -1,5 +1,5 @@
-//! When a checkpoint is due: before replaying the log after the last checkpoint would take too
-//! long.
+//! The rule by which a checkpoint is due: before replaying the log after the last checkpoint would
+//! take too long.
 //!
 //! **Invariant:** an idle replica is never due: the rule compares work, not time. A busy replica is
 //! due by the bytes of its log, a slow replica by the number of its chunks, each of which is a

@@ -1,4 +1,4 @@
-//! What the tests of several crates need: stores that inject faults, real S3 servers, processes
+//! Test support for several crates: stores that inject faults, real S3 servers, processes
 //! under test, directories, waiting, random numbers, settings of a run, and the sources of the
 //! workspace.
 //!

@@ -6,7 +6,7 @@ use super::{Overrides, field::FIELDS, load_from};
 pub(crate) struct Setting {
     /// `section.field`.
     pub(crate) path: &'static str,
-    /// What a good value looks like.
+    /// Description of a valid value.
     pub(crate) expected: &'static str,
     /// The value without any source.
     pub(crate) default: String,

@@ -20,7 +20,7 @@ pub struct ClusterStatus {
     pub warnings: Vec<String>,
     /// The master that answered.
     pub master: Option<MasterStatus>,
-    /// What the bucket is estimated to cost.
+    /// Estimated cost of the bucket.
     pub bill: Option<Bill>,
 }
 
@@ -46,7 +46,7 @@ pub struct NodeStatus {
     pub replicas: u64,
     /// Milliseconds since it was heard of last, 0 while it is live.
     pub away_ms: u64,
-    /// It gets no new replicas.
+    /// True when the node gets no new replicas.
     pub cordoned: bool,
     /// Why its address does not answer the master, while it has a session.
     pub unreachable: Option<String>,
@@ -80,7 +80,7 @@ pub struct Bill {
     pub stored_bytes: Option<u64>,
     /// The age of `stored_bytes`, seconds.
     pub stored_age_s: Option<u64>,
-    /// What the estimate leaves out, and how to learn it.
+    /// Parts that the estimate leaves out, and how to learn them.
     pub note: Option<String>,
 }
 

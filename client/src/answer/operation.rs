@@ -49,7 +49,7 @@ pub struct Operation {
     pub to: Option<ShardsOrNode>,
     /// The current step, while it runs.
     pub step: Option<String>,
-    /// What the step waits for.
+    /// Cause of the step's wait.
     pub waiting_for: Option<String>,
     /// Bytes that the step has read, while it runs.
     pub bytes_done: Option<u64>,
@@ -85,8 +85,8 @@ pub struct Operation {
     pub reached: Vec<ReachedLog>,
 }
 
-/// What an operation changes: the number of shards of a keyspace, or the place of the replicas of a
-/// node.
+/// Subject of an operation: the number of shards of a keyspace, or the node whose replicas move or
+/// that takes them.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(untagged)]
 pub enum ShardsOrNode {
@@ -159,7 +159,7 @@ pub struct ResizePlan {
     pub seconds: f64,
 }
 
-/// What one shard gives in a resize.
+/// Share of one shard in a resize: the keys and bytes that it gives away.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct ResizeSource {

@@ -2,7 +2,7 @@
 //! report (`report`), how operations ended (`operation`), and the rules that make the next catalog
 //! version of these (`reconcile`).
 //!
-//! **Invariant:** data knows no rule; rules know all data.
+//! **Invariant:** no data module depends on `reconcile`, which depends on all of them.
 
 pub mod catalog;
 pub mod operation;

@@ -1,6 +1,7 @@
-//! How structural changes ended: what `vasto operation show` prints.
+//! Operation reports: how structural changes ended, as `vasto operation show` prints it.
 //!
-//! **Invariant:** its JSON is in the catalog and in the interface: names that are persisted stay.
+//! **Invariant:** the JSON of a report is persisted in the catalog and is part of the interface:
+//! its names never change.
 
 use serde::{Deserialize, Serialize};
 

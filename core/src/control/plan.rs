@@ -1,6 +1,6 @@
 //! The running structural change of a keyspace, as data of its catalog.
 //!
-//! **Invariant:** its JSON is in the bucket: names that are persisted stay.
+//! **Invariant:** the JSON of a plan is persisted in the bucket: its names never change.
 
 use serde::{Deserialize, Serialize};
 

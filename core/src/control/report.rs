@@ -1,4 +1,4 @@
-//! What a replica reports about itself, and about its part in a plan.
+//! Reports of replicas: the state of each, and its part in a plan.
 //!
 //! **Invariant:** a report names the catalog version that the replica has applied; rules count no
 //! report that has not reached the version they wait for.

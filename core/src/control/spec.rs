@@ -1,6 +1,6 @@
-//! What the owner of a keyspace chooses.
+//! The spec of a keyspace: the settings that its owner chooses.
 //!
-//! **Invariant:** its JSON is in the catalog: names that are persisted stay.
+//! **Invariant:** the JSON of a spec is persisted in the catalog: its names never change.
 
 use serde::{Deserialize, Serialize};
 

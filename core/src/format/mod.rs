@@ -1,6 +1,6 @@
-//! The frozen bytes: entries, keys, log records, and the merge rule that orders entries.
+//! The frozen binary formats: entries, keys, log records; and the merge rule that orders entries.
 //!
-//! **Invariant:** golden vectors in `testdata/v1` hold every format; a change is a new version
+//! **Invariant:** golden vectors in `testdata/v1` fix every format; a change is a new version
 //! beside the old one.
 
 pub mod codec;

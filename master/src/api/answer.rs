@@ -1,4 +1,4 @@
-//! What a call answers: a document, or one error with the remedy.
+//! Answers of calls: a document, or one error with the remedy.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! What a call asks of others: a first version of the bucket, a change of the keyspace's driver, a
-//! command of its nodes.
+//! Requests that a call makes: the first catalog version of a keyspace goes to the bucket, a change
+//! to its driver, a command to its nodes.
 
 use std::sync::Arc;
 use std::time::Duration;

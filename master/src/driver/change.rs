@@ -1,4 +1,5 @@
-//! The version that makes a change, or the error that says why there is none.
+//! Administrative changes of a keyspace: the catalog version that makes a change, or the error that
+//! says why it cannot be made.
 //!
 //! **Invariant:** pure; nothing is written here.
 

@@ -1,8 +1,8 @@
-//! The entry for catalog versions that are in the bucket: written here, by another master, or found
-//! at the start.
+//! Installation of catalog versions that are in the bucket: written here, by another master, or
+//! found at the start.
 //!
-//! **Invariant:** [`install`] is the only entry for a catalog version, and starts the only driver
-//! of a keyspace.
+//! **Invariant:** only [`install`] installs a catalog version, and it starts the only driver of a
+//! keyspace.
 
 use std::sync::Arc;
 

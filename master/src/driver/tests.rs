@@ -1,4 +1,4 @@
-//! Tests of the driver: see there.
+//! Tests of the driver of a keyspace.
 
 #![allow(clippy::unwrap_used)]
 use super::write::delivery_of;

@@ -1,6 +1,6 @@
 //! The connection back to the advertised address of a node.
 //!
-//! **Invariant:** a node that was taken in before is never refused because it cannot be reached.
+//! **Invariant:** a node that was accepted before is never refused because it cannot be reached.
 
 use std::time::Duration;
 

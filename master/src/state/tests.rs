@@ -1,4 +1,4 @@
-//! Tests of the state: see there.
+//! Tests of the state of the master.
 
 #![allow(clippy::unwrap_used)]
 use super::sessions::{COMMANDS_MAX, Conflict};

@@ -1,4 +1,4 @@
-//! What a command has done: the answers of `keyspace compact|checkpoint|delete|evict|restore` and
+//! Outcomes of commands: the answers of `keyspace compact|checkpoint|delete|evict|restore` and
 //! `bucket repair`.
 
 use serde::Serialize;

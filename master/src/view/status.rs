@@ -1,4 +1,4 @@
-//! The cluster as a whole, with warnings of what a person must look at: `cluster status`.
+//! The cluster as a whole, with warnings for the operator: `cluster status`.
 
 use std::collections::BTreeSet;
 

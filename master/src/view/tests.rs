@@ -1,4 +1,4 @@
-//! Tests of the documents: see there.
+//! Tests of the JSON documents.
 
 #![allow(clippy::unwrap_used)]
 use super::cost::cost;

@@ -1,5 +1,5 @@
 //! Opening of a log: reads all of it, distinguishes an unfinished write of a crash from damage, and
-//! cuts.
+//! cuts the unfinished write off.
 //!
 //! Reading stops at the first bad place: a file without a good header, or a record that is torn,
 //! fails its checksum or has another LSN than the one after its predecessor. A power loss writes

@@ -1,5 +1,5 @@
 //! A log in use: appending, rotation, reading beside the writer, truncation, failures.
-//! What crashes and damage do to one is in `damage`.
+//! Crashes and damage: see `damage`.
 
 #![allow(clippy::unwrap_used)]
 

@@ -1,5 +1,5 @@
-//! What a replica is built with when it begins with the bucket: the inputs, the identity that it
-//! takes, and what becomes of the log.
+//! Parameters of a bootstrap from the bucket: its inputs, the identity that the replica takes, and
+//! how the log is applied.
 
 use std::path::PathBuf;
 use std::sync::Arc;

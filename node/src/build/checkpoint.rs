@@ -1,5 +1,5 @@
-//! A checkpoint comes out of the bucket: as the database of the replica, or as rows that are merged
-//! into it.
+//! Download of a checkpoint from the bucket: it becomes the database of the replica, or its rows
+//! are merged into the database.
 //!
 //! **Invariant:** files that were downloaded before an interruption are kept for the next attempt.
 

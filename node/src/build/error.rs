@@ -1,4 +1,4 @@
-//! Why a replica cannot be built, and what follows: another attempt, or the end of the plan.
+//! Errors of a build, and the consequence of each: another attempt, or the end of the plan.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
@@ -95,7 +95,7 @@ pub(crate) enum BuildError {
     TailLost {
         /// The source's shard.
         shard: ShardId,
-        /// What the source said.
+        /// Error text of the source.
         reason: String,
     },
     /// The plan, the state of the target and what a source has shipped or streamed do not fit

@@ -1,10 +1,10 @@
-//! The logs in the bucket are taken as they are: the replica becomes, or stays, a member of its
-//! shard.
+//! Replay of the logs in the bucket with their records unchanged: the replica becomes, or stays, a
+//! member of its shard.
 //!
 //! **Invariants**
 //! - A record keeps its origin and own sequence and is taken once; a record that is here already is
 //!   skipped.
-//! - The records of an origin are taken in order: what is missing from every log is an error.
+//! - The records of an origin are taken in order: a record missing from every log is an error.
 
 use vasto_core::ids::{Lsn, ReplicaId, covers};
 use vasto_core::record::{Body, RECORD_HEADER_BYTES, Record};

@@ -1,5 +1,5 @@
-//! How a replica gets its bulk bytes: a checkpoint and the log after it, both from the bucket,
-//! never from a node that serves.
+//! The build of a replica: its bulk bytes are a checkpoint and the log after it, both from the
+//! bucket, never from a node that serves.
 //!
 //! | file | owns |
 //! |---|---|

@@ -1,4 +1,4 @@
-//! Who sent a request, when, and under which conditions it may be answered.
+//! Sender and send time of a request, and the conditions under which it may be answered.
 
 use std::time::Duration;
 

@@ -1,5 +1,5 @@
-//! Whether a request is answered here: by the state of its shard's replica, the epochs, and
-//! authority.
+//! Decision whether this node answers a request: by the state of its shard's replica, the epochs,
+//! and authority.
 //!
 //! **Invariant:** a strict request is admitted only under a term of authority, which its answer is
 //! checked against.

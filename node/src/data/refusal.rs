@@ -1,4 +1,4 @@
-//! Why a node does not answer a request itself, and what the client is to do then.
+//! Errors by which a node refuses a request, each with the remedy for the client.
 
 use vasto_core::{ErrorCode, VastoError};
 

@@ -1,8 +1,8 @@
-//! Quarantines: removal of bands that were given away, once the manifest of their new owner covers
+//! Quarantines: removal of bands that were given away, once a manifest of their new owner covers
 //! them.
 //!
-//! **Invariant:** whole files go while the range is still `Leaving`; the range delete enters
-//! together with `Clearing`; a range is `Empty` only after nothing of it is left.
+//! **Invariant:** whole SSTs are deleted while the range is still `Leaving`; the range delete and
+//! the state `Clearing` are one record; a range is `Empty` only after nothing of it is left.
 
 use std::sync::Arc;
 
@@ -70,7 +70,7 @@ impl Hosted {
     }
 }
 
-/// Removes a range that was given away (DESIGN: clean-up).
+/// Removes a range that was given away.
 ///
 /// Whole files first; then one record with the range delete and the state; then a flush and a
 /// forced compaction; only then is the range empty. After the range delete whole files are never

@@ -1,7 +1,8 @@
-//! Draining from the bucket: what replicas that left the placement have shipped is taken over.
+//! Draining from the bucket: the primary applies the records that draining replicas have shipped.
 //!
-//! **Invariant:** a draining replica is reported as taken over only when everything that it
-//! shipped, as far as the bucket still has it, is here; a fault of this node never counts.
+//! **Invariant:** a draining replica is reported as taken over only when this replica holds every
+//! record that the draining one shipped and the bucket still has; a fault of this node never counts
+//! as a loss in the bucket.
 
 use std::sync::Arc;
 

@@ -1,7 +1,7 @@
-//! What a host polls, because it sends no event.
+//! Housekeeping of a host: state that sends no event is polled.
 //!
-//! **Invariant:** an idle replica needs only the long interval: whatever it may have to do sooner
-//! wakes its runner, or can wait for that long.
+//! **Invariant:** an idle replica needs only the long interval: all other work wakes its runner, or
+//! can wait for that long.
 
 use vasto_core::catalog::Catalog;
 use vasto_core::plan::{Plan, PlanKind};

@@ -1,4 +1,4 @@
-//! Opening a replica: from its directory, from the bucket, or as one that is built.
+//! Opening a replica: from its directory, from the bucket, or as the target of a build.
 //!
 //! **Invariant:** a replica that was only being filled is begun again; one that has served and has
 //! lost its files is never created anew (the manager checks that).

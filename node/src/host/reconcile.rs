@@ -1,5 +1,5 @@
-//! What a catalog version asks of a replica: the ranges it owns, its shipping, and its part as a
-//! source.
+//! Application of a catalog version to a replica: the ranges it owns, its shipping, and its part as
+//! a source.
 //!
 //! **Invariant:** each step can be repeated; nothing is derived from an older version than the one
 //! applied.

@@ -24,7 +24,7 @@ const IDLE_SIZE_AGE: Duration = Duration::from_secs(20);
 pub(super) struct KnownSize {
     pub(super) at: Instant,
     pub(super) manifest: Lsn,
-    /// What the size depends on, apart from the background work of RocksDB.
+    /// Inputs of the size, except for the background work of RocksDB.
     pub(super) version: SizeVersion,
     pub(super) keys_and_bytes: (u64, u64),
 }

@@ -1,5 +1,4 @@
-//! What a host shares with its tasks, above all its status: the one cell that every report is made
-//! from.
+//! State that a host shares with its tasks, above all its status, from which every report is made.
 //!
 //! **Invariant:** the lock of the status is taken after that of the background work and before that
 //! of a progress, and is never held across an `await`.
@@ -26,7 +25,7 @@ pub(super) const RETRY: Duration = Duration::from_millis(500);
 /// before.
 pub(super) const RETRY_MAX: Duration = Duration::from_secs(15);
 
-/// What a host and its tasks share.
+/// State that a host and its tasks share.
 pub(super) struct Shared {
     pub(super) context: Arc<HostContext>,
     pub(super) spec: ReplicaSpec,

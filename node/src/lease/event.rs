@@ -1,4 +1,4 @@
-//! What happens to the leases of a node: the input of the actor.
+//! Events that concern the leases of a node: the input of the actor.
 
 use std::sync::Arc;
 

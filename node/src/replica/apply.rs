@@ -1,4 +1,4 @@
-//! Application of log records to the database: the one function behind replay and control records.
+//! Application of log records to the database: the one function for replay and control records.
 //!
 //! **Invariant:** applying a record is a pure function of the record and the metadata before it,
 //! so a replay after a crash gives the same database as the first application did.

@@ -1,4 +1,4 @@
-//! What other modules read of a replica and set on it without the writer.
+//! Published state of a replica, which other modules read and set without the writer.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

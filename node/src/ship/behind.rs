@@ -1,4 +1,4 @@
-//! Where a replica that begins to ship continues: after what the others of its shard have shipped.
+//! Start of shipping at a replica: after the objects that the others of its shard have shipped.
 //!
 //! **Invariants**
 //! - The log before its next chunk is in the bucket: every record by origin and own sequence in the
@@ -70,9 +70,9 @@ struct Held {
 /// The log of the replica that begins to ship.
 #[derive(Clone, Copy)]
 pub(super) enum OwnLog {
-    /// It continues this replica's own archive, which covers it up to this LSN.
+    /// Continues this replica's own archive, which covers the log up to this LSN.
     Behind(Lsn),
-    /// It does not reach back that far.
+    /// Does not reach back to the end of this replica's own archive.
     Cut {
         /// The replica began with more than its log holds.
         began_full: bool,

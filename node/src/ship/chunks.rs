@@ -35,7 +35,7 @@ pub(super) const ALL: Lsn = Lsn(u64::MAX);
 pub(super) struct UnderWay {
     /// True while its LSN is being fixed: no chunk may go beyond what was settled before.
     fixing: Arc<AtomicBool>,
-    /// It trusts nothing in the bucket.
+    /// True when the checkpoint relies on no object that is in the bucket already.
     pub(super) anew: bool,
 }
 

@@ -1,5 +1,5 @@
-//! The surroundings of a shipper: the replica, the bucket, and what it shares with the other
-//! shippers of the node.
+//! Context of a shipper: the replica, the bucket, and the limits that all shippers of the node
+//! share.
 
 use std::path::PathBuf;
 use std::sync::Arc;

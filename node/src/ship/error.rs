@@ -1,4 +1,4 @@
-//! Why shipping fails.
+//! Errors of shipping.
 
 use std::time::Duration;
 

@@ -1,10 +1,11 @@
 //! The object that a shipper finds under the name of the object it is about to create.
 //!
-//! It was shipped before a crash that preceded `ship.json`, or by an attempt whose answer was lost,
-//! or it is damaged, or another process ships a copy of this replica.
+//! Such an object was shipped before a crash that preceded the write of `ship.json`, or by an
+//! attempt whose answer was lost; or the object is damaged; or another process ships a copy of this
+//! replica.
 //!
-//! **Invariant:** an existing object stands for the new one only when it belongs to the same place
-//! and agrees with it.
+//! **Invariant:** an existing object is used in place of the new one only when it belongs to the
+//! same place and agrees with the new one.
 
 use std::fmt::Display;
 

@@ -1,4 +1,4 @@
-//! The handle by which the rest of the node reaches a replica's shipper.
+//! Handle to a replica's shipper, for the other modules of the node.
 
 use tokio::sync::{mpsc, oneshot, watch};
 use vasto_core::plan::PinnedManifest;
@@ -17,7 +17,7 @@ pub(super) enum ShipRequest {
         /// Bands that a plan is about to read: they are rewritten first when that saves readers
         /// more than it costs.
         compact: Option<BandRange>,
-        /// It trusts nothing in the bucket: everything is uploaded.
+        /// True when everything is uploaded, whatever is in the bucket already.
         anew: bool,
         /// Receives the manifest.
         done: Waiter<PinnedManifest>,

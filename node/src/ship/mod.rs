@@ -4,10 +4,11 @@
 //! the log continues to be shipped and truncated meanwhile. Once its LSN is known a chunk ends
 //! there, so that the next one begins exactly after it.
 //!
-//! The preferred primary of a shard ships; an acting primary continues after what that has shipped.
+//! The preferred primary of a shard ships; an acting primary continues after the last object that
+//! the preferred primary has shipped.
 //!
-//! - `handle`: the requests to a shipper; `status`: what its host asks of it, and what it
-//!   publishes.
+//! - `handle`: the requests to a shipper; `status`: the duty that the host sets, and the
+//!   status that the shipper publishes.
 //! - `shipper`: the task that decides what to do next. It directs `chunks`, `checkpoint` and
 //!   `acks`; `truncate` runs beside it, independent of all waits for the bucket.
 //! - `state`: the position in `ship.json`; `behind`: where a replica that begins to ship continues.

@@ -11,12 +11,12 @@ use vasto_core::ids::Lsn;
 /// Whether a replica ships for its shard.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) enum Assignment {
-    /// Another replica does, or no catalog version has been applied yet.
+    /// Does not ship: another replica does, or no catalog version has been applied yet.
     #[default]
     Idle,
-    /// It ships, as the preferred primary does while all are well.
+    /// Ships as the preferred primary.
     Preferred,
-    /// It ships in place of the preferred primary, which is away.
+    /// Ships in place of the preferred primary, which is away.
     StandIn,
 }
 
@@ -34,7 +34,7 @@ impl LogNeed {
     pub(crate) const NONE: Self = Self { after: Lsn(u64::MAX), from_bucket: false };
 }
 
-/// What the host of a replica asks of its shipper.
+/// Duty that the host of a replica sets for its shipper.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Duty {
     pub(super) assignment: Assignment,

@@ -1,4 +1,4 @@
-//! Local files, read off the runtime's threads.
+//! Reads of local files, on blocking threads instead of those of the async runtime.
 
 use std::fs::File;
 use std::io::{Read, Seek};

@@ -60,7 +60,7 @@ impl std::fmt::Debug for Source {
     }
 }
 
-/// What opening a URL yields; no request was sent yet.
+/// Result of opening a URL; no request was sent yet.
 #[derive(Debug)]
 pub(super) struct Opened {
     pub(super) url: String,

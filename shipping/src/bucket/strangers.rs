@@ -1,6 +1,6 @@
-//! Foreign objects under the prefix: what has a name that Vasto cannot have written.
+//! Foreign objects under the prefix: those whose names Vasto cannot have written.
 //!
-//! **Invariant:** such a name costs one warning and nothing else.
+//! **Invariant:** such a name causes one warning and no error.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

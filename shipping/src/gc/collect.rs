@@ -148,7 +148,7 @@ fn warnings(survey: &Survey, store_us: u64, clock_us: u64) -> Vec<String> {
     out
 }
 
-/// What a collection deletes.
+/// Objects that a collection deletes, and counts of the others.
 struct Deletable<'a> {
     /// Manifests first: no remaining manifest names a deleted object.
     objects: Vec<&'a ObjectInfo>,

@@ -241,9 +241,9 @@ async fn read_objects(
     Ok(logs)
 }
 
-/// What reading an object has shown.
+/// Result of reading an object.
 enum Read {
-    /// It is unaltered, was not to be read, or was deleted meanwhile.
+    /// Unaltered, not to be read, or deleted meanwhile.
     Good,
     Altered,
     /// A readable chunk; not good when it is another one's under this key.

@@ -69,7 +69,7 @@ pub(super) fn garbage<'a>(
     keys.filter(|key| needed.is_garbage(key)).collect()
 }
 
-/// What decides whether an object is needed.
+/// Grounds on which an object is needed.
 struct Needed<'a> {
     survey: &'a Survey,
     shipments: &'a Shipments<'a>,

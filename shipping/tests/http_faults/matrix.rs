@@ -426,7 +426,7 @@ async fn altered_documents(place: &Place) {
     }
 }
 
-/// What is altered on its way to the store is refused by it, or detected when it is read.
+/// Uploads that are altered on their way are refused by the store, or detected when they are read.
 async fn altered_uploads(place: &Place) {
     let dir = tempfile::tempdir().unwrap();
     let body = pattern(10_000);

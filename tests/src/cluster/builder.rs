@@ -1,4 +1,4 @@
-//! What a cluster is started with.
+//! Settings with which a cluster is started.
 
 use std::path::{Path, PathBuf};
 

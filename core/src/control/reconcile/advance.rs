@@ -5,9 +5,9 @@
 //!
 //! **Invariant:** [`advance`] is a pure function of the last catalog version, the nodes' reports
 //! and the time, so any master can continue at any step; a commit is decided by one create-only
-//! version, and only reports that name the running plan and the sealing version count. Silence is
-//! never a reason to go forward: it makes the plan wait, unseal or abort. After the commit nothing
-//! is left to decide, and a node that does not come back is not waited for.
+//! version, and only reports that name the running plan and the sealing version count. Before
+//! the commit a missing report never advances a plan: the plan waits, unseals or is aborted. After
+//! the commit nothing is left to decide, and a node that does not come back is not waited for.
 
 use super::commit::advance_committed;
 use super::copy::{advance_copy, advance_restore};

@@ -1,6 +1,6 @@
 //! The commit of a plan, and its end.
 //!
-//! **Invariant:** a commit is one version; a committed plan only ever ends.
+//! **Invariant:** a commit is one catalog version; a committed plan is finished, never aborted.
 
 use super::outcome::report_of;
 use super::placement::remove_from_placement;

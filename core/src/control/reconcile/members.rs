@@ -4,11 +4,11 @@
 //! **Invariant:** pure. A shard keeps at least one replica. A replica leaves its placement only
 //! while another one has authority and has received everything that was decided, and it stays
 //! recorded until a serving replica holds everything it has, or until its loss is accepted; only
-//! then may its files be deleted. A replica that stands still does not count as serving. No
+//! then may its files be deleted. A replica that is stalled does not count as serving. No
 //! membership change happens while another plan runs.
 //!
-//! A change that cannot go on reports what it waits for, and the way out
-//! ([`waits_for`](super::waits_for)).
+//! For a change that cannot go on, [`waits_for`](super::waits_for) returns the cause and the
+//! remedy.
 
 use super::drain::drain_nodes;
 use super::repair::start_copy;

@@ -1,4 +1,4 @@
-//! Who is a member of a shard, who leaves it and who comes.
+//! Membership of a shard: its replicas, those that leave it and those that join it.
 #![allow(clippy::unwrap_used)]
 
 use super::drain::{cancel_drain, drain_node, end_of};

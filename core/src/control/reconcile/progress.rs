@@ -1,4 +1,4 @@
-//! What a plan has reached by the reports of its members, and the decision that follows.
+//! Progress of a plan by the reports of its sources and targets, and the decision that follows.
 //!
 //! **Invariant:** progress counts only when it names the running plan.
 

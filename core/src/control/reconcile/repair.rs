@@ -1,6 +1,6 @@
-//! New replicas where a shard lacks some.
+//! Repair: plans that add the replicas that a shard lacks.
 //!
-//! **Invariant:** attempts that failed are repeated ever more seldom, and elsewhere first.
+//! **Invariant:** failed attempts are repeated after growing pauses, on other nodes first.
 
 use super::view::View;
 use crate::catalog::{Catalog, Placed, ShardPlacement};

@@ -1,6 +1,6 @@
-//! What an operation waits for, in words, with the way out.
+//! Causes for which an operation waits, as text, each with the remedy.
 //!
-//! **Invariant:** this decides nothing.
+//! **Invariant:** the text is for the operator alone: no rule depends on it.
 
 use super::repair::copy_not_before;
 use super::view::{Around, View};

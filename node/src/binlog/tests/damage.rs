@@ -1,4 +1,4 @@
-//! What crashes, power losses and flipped bits do to a log, tried at every place.
+//! Crashes, power losses and flipped bits at every place of a log, and its recovery from them.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

@@ -15,7 +15,7 @@ use crate::build::error::BuildError;
 use crate::build::files;
 use crate::replica::command::Control;
 
-/// What is taken of a source: the files of its pinned manifest that touch the moving bands.
+/// Files to load from a source: those of its pinned manifest that touch the moving bands.
 struct Chosen {
     source: Source,
     manifest: Manifest,

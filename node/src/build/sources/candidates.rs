@@ -1,4 +1,4 @@
-//! Which archives of a shard a build reads, and in which order.
+//! Choice and order of the archives of a shard that a build reads.
 //!
 //! **Invariants**
 //! - Archives that no longer reach back to the target time are an error, unless another one does.

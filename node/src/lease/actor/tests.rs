@@ -1,4 +1,4 @@
-//! Which messages the actor sends to other nodes, and when.
+//! Messages that the actor sends to other nodes, and their times.
 #![allow(clippy::unwrap_used)]
 
 use super::*;

@@ -77,7 +77,7 @@ impl Described {
     }
 }
 
-/// What a checkpoint is made for.
+/// Parameters of a checkpoint to make.
 pub(super) struct Order {
     /// Bands that plans are about to read.
     pub(super) compact: Vec<BandRange>,
