@@ -251,8 +251,8 @@ pub struct Continued {
     pub unreadable: usize,
 }
 
-/// Returns what these chunks continue, by the fields at the beginning of each. Who deletes takes an
-/// unreadable one for a doubt; who reads the log passes it over and meets it there.
+/// Returns what these chunks continue, by the fields at the beginning of each. For a deletion an
+/// unreadable chunk is a doubt; a reader of the log passes it over and meets it there.
 ///
 /// # Errors
 /// When the bucket does not answer.
@@ -265,7 +265,8 @@ pub async fn continued_by(
     let keys: Vec<String> = firsts.iter().map(key).collect();
     let says = futures::stream::iter(keys).map(|key| async move {
         let beginning = bucket.beginning(&key, chunk::BEGINNING_BYTES).await?;
-        Ok::<_, BucketError>(beginning.and_then(|(bytes, _)| chunk::peek(&bytes).ok()))
+        let says = beginning.and_then(|(bytes, _)| chunk::peek(&bytes).ok());
+        Ok::<_, BucketError>(says.filter(|says| !says.unclear))
     });
     let read: Vec<Option<Says>> = says.buffer_unordered(READS).try_collect().await?;
     Ok(Continued {

@@ -21,6 +21,8 @@ use vasto_core::ids::Vector;
 use vasto_core::record::{Record, frame_at};
 use vasto_core::{KeyspaceId, Lsn, ReplicaId, ShardId};
 
+use crate::layout::{self, Owner};
+
 const MAGIC: &[u8; 8] = b"VASTOCHK";
 
 /// The format that this version writes, and the newest it reads.
@@ -90,17 +92,18 @@ pub struct Says {
     /// The other replica of the shard whose archive the log continues here: the log before it need
     /// not be in the same folder.
     pub behind: Option<ReplicaId>,
+    /// The key of the object before is none of a replica: which archive the log continues is not
+    /// known.
+    pub unclear: bool,
 }
 
-fn other_before(
-    previous: &str,
-    keyspace: KeyspaceId,
-    shard: ShardId,
-    replica: ReplicaId,
-) -> Option<ReplicaId> {
-    let (owner, _) = crate::layout::parse_shipped(previous)?;
-    ((owner.keyspace, owner.shard) == (keyspace, shard) && owner.replica != replica)
-        .then_some(owner.replica)
+/// Returns `behind` and `unclear` for a chunk of the owner after the object with this key.
+fn predecessor(key: &[u8], owner: Owner) -> (Option<ReplicaId>, bool) {
+    let before = std::str::from_utf8(key).ok().and_then(layout::parse_shipped);
+    let other = before.map(|(before, _)| before).filter(|before| {
+        (before.keyspace, before.shard) == (owner.keyspace, owner.shard) && *before != owner
+    });
+    (other.map(|other| other.replica), !key.is_empty() && before.is_none())
 }
 
 /// Reads the header fields of a chunk from its first [`BEGINNING_BYTES`]; checks nothing else of
@@ -123,11 +126,7 @@ pub fn peek(beginning: &[u8]) -> Result<Says, ChunkError> {
         (ReplicaId(reader.u64_le()?), Lsn(reader.u64_le()?), Lsn(reader.u64_le()?));
     let count = reader.u32_le()?;
     let previous = reader.bytes_le()?;
-    let key = std::str::from_utf8(previous).unwrap_or_default();
-    if !previous.is_empty() && crate::layout::parse_shipped(key).is_none() {
-        return Err(DecodeError::Malformed { what: "chunk predecessor" }.into());
-    }
-    let behind = other_before(key, keyspace, shard, replica);
+    let (behind, unclear) = predecessor(previous, Owner { keyspace, shard, replica });
     let previous = previous.len() as u64;
     let records = u64::from(reader.u32_le()?);
     if first_lsn.0 == 0
@@ -137,25 +136,24 @@ pub fn peek(beginning: &[u8]) -> Result<Says, ChunkError> {
         return Err(DecodeError::Malformed { what: "chunk range" }.into());
     }
     let bytes = FRAMING_BYTES + previous + records;
-    Ok(Says { keyspace, shard, replica, first_lsn, last_lsn, bytes, behind })
+    Ok(Says { keyspace, shard, replica, first_lsn, last_lsn, bytes, behind, unclear })
 }
 
 impl Chunk {
     /// Returns the header fields.
     pub fn says(&self) -> Says {
         let (keyspace, shard, replica) = (self.keyspace, self.shard, self.replica);
-        let previous = self.previous.as_ref().map_or(0, String::len) as u64;
+        let previous = self.previous.as_deref().unwrap_or_default().as_bytes();
+        let (behind, unclear) = predecessor(previous, Owner { keyspace, shard, replica });
         Says {
-            keyspace: self.keyspace,
-            shard: self.shard,
-            replica: self.replica,
+            keyspace,
+            shard,
+            replica,
             first_lsn: self.first_lsn,
             last_lsn: self.last_lsn,
-            bytes: FRAMING_BYTES + previous + self.records.len() as u64,
-            behind: self
-                .previous
-                .as_deref()
-                .and_then(|key| other_before(key, keyspace, shard, replica)),
+            bytes: FRAMING_BYTES + previous.len() as u64 + self.records.len() as u64,
+            behind,
+            unclear,
         }
     }
 

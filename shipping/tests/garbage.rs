@@ -657,7 +657,7 @@ async fn a_check_reads_every_byte_only_when_it_is_asked_to() {
         replica: REPLICA,
         first_lsn: Lsn(36),
         last_lsn: Lsn(6_035),
-        previous: Some("a key".into()),
+        previous: Some(rig.sst(4)),
         records: long,
     };
     let key = layout::chunk(rig.keyspace(), SHARD, REPLICA, Lsn(36));

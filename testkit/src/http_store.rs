@@ -15,11 +15,13 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
 use vasto_shipping::{Bucket, BucketOptions};
 
+pub use crate::http_request::Ask;
+use crate::http_request::{Request, read};
 use crate::metadata::Keys;
 use objects::Objects;
 
@@ -28,20 +30,6 @@ const BUCKET: &str = "faults";
 const KEY: &str = "AKIAFIXED";
 const SECRET: &str = "fixed-secret";
 pub const SESSION_TOKEN: &str = "session-token-canary";
-
-/// The kind of a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Ask {
-    Put,
-    Get,
-    Head,
-    List,
-    Delete,
-    Begin,
-    Part,
-    Complete,
-    Abort,
-}
 
 /// The fault injected into an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,24 +60,6 @@ pub enum Fault {
     Shorten,
     /// One bit of the request's body is flipped before the operation.
     FlipSent,
-}
-
-#[derive(Debug, Clone)]
-pub struct Request {
-    pub ask: Ask,
-    pub method: String,
-    /// Path and query.
-    pub target: String,
-    pub headers: HashMap<String, String>,
-    pub body: Bytes,
-}
-
-impl Request {
-    pub fn key_id(&self) -> &str {
-        let credential =
-            self.headers.get("authorization").and_then(|text| text.split_once("Credential="));
-        credential.and_then(|(_, rest)| rest.split('/').next()).unwrap_or_default()
-    }
 }
 
 #[derive(Debug, Clone)]
@@ -487,42 +457,4 @@ async fn forward(server: SocketAddr, request: &Request) -> std::io::Result<HttpR
         Some((*KEPT.iter().find(|kept| kept.eq_ignore_ascii_case(name))?, value.trim().to_owned()))
     });
     Ok(HttpReply { status, headers: headers.collect(), body: answer.split_off(end + 4).into() })
-}
-
-/// Reads the next request; `None` when the client has disconnected.
-pub async fn read(stream: &mut BufReader<TcpStream>) -> std::io::Result<Option<Request>> {
-    let mut line = String::new();
-    if stream.read_line(&mut line).await? == 0 {
-        return Ok(None);
-    }
-    let mut words = line.split(' ');
-    let (method, target) =
-        (words.next().unwrap_or_default().to_owned(), words.next().unwrap_or_default().to_owned());
-    let mut headers = HashMap::new();
-    loop {
-        let mut header = String::new();
-        stream.read_line(&mut header).await?;
-        let Some((name, value)) = header.trim_end().split_once(':') else { break };
-        headers.insert(name.to_ascii_lowercase(), value.trim().to_owned());
-    }
-    let length = headers.get("content-length").map_or(0, |length| length.parse().unwrap());
-    let mut body = vec![0; length];
-    stream.read_exact(&mut body).await?;
-    Ok(Some(Request { ask: ask(&method, &target), method, target, headers, body: body.into() }))
-}
-
-fn ask(method: &str, target: &str) -> Ask {
-    let query = target.split_once('?').map_or("", |(_, query)| query);
-    let has = |name: &str| query.split('&').any(|pair| pair.split('=').next() == Some(name));
-    match method {
-        "PUT" if has("partNumber") => Ask::Part,
-        "PUT" => Ask::Put,
-        "POST" if has("uploads") => Ask::Begin,
-        "POST" if has("uploadId") => Ask::Complete,
-        "POST" | "DELETE" if !has("uploadId") => Ask::Delete,
-        "DELETE" => Ask::Abort,
-        "HEAD" => Ask::Head,
-        _ if has("list-type") => Ask::List,
-        _ => Ask::Get,
-    }
 }

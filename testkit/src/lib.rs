@@ -8,6 +8,7 @@
 
 mod directory;
 pub mod faulty;
+mod http_request;
 pub mod http_store;
 pub mod metadata;
 mod numbers;

@@ -11,7 +11,7 @@ use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
 
-use crate::http_store::read;
+use crate::http_request::read;
 
 #[derive(Debug)]
 pub struct Keys {

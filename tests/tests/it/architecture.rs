@@ -50,7 +50,9 @@ fn crates_depend_downward_only() {
 fn only_the_engine_knows_rocksdb() {
     let mut uses = 0;
     for (path, text) in all_sources() {
-        let knows = text
+        // A test may compare the engine's words with those of RocksDB itself.
+        let code = text.split("\n#[cfg(test)]\nmod tests {").next().unwrap();
+        let knows = code
             .lines()
             .any(|line| !line.trim_start().starts_with("//") && line.contains("rocksdb::"));
         uses += usize::from(knows);
