@@ -141,12 +141,7 @@ impl KeyspaceDriver {
             return Written::Overtaken;
         }
         self.refreshed = Some(Instant::now());
-        match self
-            .cluster
-            .shutdown
-            .run_until_cancelled(self.cluster.store.tip(self.keyspace, hint))
-            .await
-        {
+        match self.tip(hint).await {
             None => return Written::Stopping,
             Some(Ok(Some(tip))) if tip.version > hint => self.adopt(tip),
             Some(Ok(_)) => {

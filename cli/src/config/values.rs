@@ -113,12 +113,7 @@ pub(super) mod duration {
 pub(super) mod period {
     use super::*;
 
-    pub(in crate::config) fn serialize<S: Serializer>(
-        duration: &Duration,
-        serializer: S,
-    ) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(&humantime::format_duration(*duration))
-    }
+    pub(in crate::config) use super::duration::serialize;
 
     pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(
         deserializer: D,

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use rand::RngExt;
 use vasto_core::catalog::Catalog;
+use vasto_core::ids::CatalogVersion;
 use vasto_core::limits::SEALING_WRITE_MAX;
 use vasto_core::operation::operation_id;
 use vasto_core::plan::Step;
 use vasto_core::reconcile::{LeadershipChanges, leadership_changes_between};
-use vasto_shipping::CatalogWrite;
+use vasto_shipping::{CatalogError, CatalogWrite};
 
 use super::KeyspaceDriver;
 use super::entry::{adopt, install};
@@ -65,8 +66,7 @@ impl KeyspaceDriver {
     /// Settles a lost race: the tip is at or beyond `other`.
     async fn settle(&mut self, ours: &Catalog, other: Catalog, started: Instant) -> Written {
         let hint = other.version;
-        let tip = self.cluster.store.tip(self.keyspace, hint);
-        match self.cluster.shutdown.run_until_cancelled(tip).await {
+        match self.tip(hint).await {
             None => Written::Stopping,
             Some(Ok(tip)) => {
                 self.adopt(tip.filter(|tip| tip.version >= hint).unwrap_or(other));
@@ -100,12 +100,7 @@ impl KeyspaceDriver {
                 return Written::Stopping;
             }
             pause = (pause * 2).min(pause_max);
-            match self
-                .cluster
-                .shutdown
-                .run_until_cancelled(self.cluster.store.tip(self.keyspace, hint))
-                .await
-            {
+            match self.tip(hint).await {
                 None => return Written::Stopping,
                 Some(Ok(Some(tip))) if tip.version == ours.version && tip.nonce == ours.nonce => {
                     self.won(tip, started.elapsed());
@@ -126,6 +121,15 @@ impl KeyspaceDriver {
                 }
             }
         }
+    }
+
+    /// Reads the tip at or beyond `hint`; `None` when the master stops.
+    pub(super) async fn tip(
+        &self,
+        hint: CatalogVersion,
+    ) -> Option<Result<Option<Catalog>, CatalogError>> {
+        let tip = self.cluster.store.tip(self.keyspace, hint);
+        self.cluster.shutdown.run_until_cancelled(tip).await
     }
 
     fn won(&self, next: Catalog, took: Duration) {

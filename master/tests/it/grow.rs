@@ -41,13 +41,7 @@ async fn a_grow_driven_step_by_step() {
     assert_eq!(estimate["sources"][0]["bytes_to_read"], 1 << 19);
     assert_eq!(master.describe("ks1").await.unwrap()["version"], 1, "a plan changes nothing");
 
-    let mut topologies = master
-        .client
-        .clone()
-        .watch(v1::WatchRequest { keyspace: "ks1".into() })
-        .await
-        .unwrap()
-        .into_inner();
+    let mut topologies = master.watch("ks1").await;
     let started = master.resize("ks1", 2, false).await.unwrap();
     assert_eq!(
         (&started["id"], &started["state"], &started["step"]),

@@ -54,6 +54,12 @@ impl TestMaster {
         within("the master to stop", self.running.stopped()).await;
     }
 
+    /// Subscribes to the topologies of a keyspace.
+    pub(crate) async fn watch(&self, keyspace: &str) -> tonic::Streaming<v1::Topology> {
+        let request = v1::WatchRequest { keyspace: keyspace.into() };
+        self.client.clone().watch(request).await.unwrap().into_inner()
+    }
+
     pub(crate) async fn create(&self, name: &str, shards: u32) -> Result<Value, tonic::Status> {
         let request = v1::CreateKeyspaceRequest {
             name: name.into(),

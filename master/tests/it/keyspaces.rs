@@ -47,13 +47,7 @@ async fn a_keyspace_is_created_described_and_deleted() {
     assert_eq!(missing.0, ErrorCode::NotFound);
     assert!(missing.1.contains("ks1"), "{}", missing.1);
 
-    let mut topologies = master
-        .client
-        .clone()
-        .watch(v1::WatchRequest { keyspace: "ks1".into() })
-        .await
-        .unwrap()
-        .into_inner();
+    let mut topologies = master.watch("ks1").await;
     let topology = within("the topology", topologies.message()).await.unwrap().unwrap();
     assert!(topology.active && topology.shards.len() == 4);
     assert_eq!(topology.shards[0].replicas[0].address, "127.0.0.1:10001");

@@ -116,13 +116,7 @@ async fn a_silent_node_is_away_and_everything_is_sent_again_when_it_returns() {
         seen.nodes,
         [v1::NodeAddress { node_id: 1, address: "127.0.0.1:7".into(), ..seen.nodes[0].clone() }]
     );
-    let mut topologies = master
-        .client
-        .clone()
-        .watch(v1::WatchRequest { keyspace: "ks1".into() })
-        .await
-        .unwrap()
-        .into_inner();
+    let mut topologies = master.watch("ks1").await;
     let topology = within("the topology", topologies.message()).await.unwrap().unwrap();
     assert_eq!(topology.shards[0].replicas[0].address, "127.0.0.1:7");
     master.stop().await;
@@ -180,13 +174,7 @@ async fn a_master_stops_with_open_streams_and_says_what_is_in_its_way() {
     })
     .await;
     master.create("ks1", 1).await.unwrap();
-    let mut topologies = master
-        .client
-        .clone()
-        .watch(v1::WatchRequest { keyspace: "ks1".into() })
-        .await
-        .unwrap()
-        .into_inner();
+    let mut topologies = master.watch("ks1").await;
     within("the topology", topologies.message()).await.unwrap().unwrap();
     let began = tokio::time::Instant::now();
     master.stop().await;
