@@ -18,6 +18,12 @@ mod file;
 mod reader;
 mod recover;
 mod shared;
+impl Drop for Binlog {
+    fn drop(&mut self) {
+        self.shared.close();
+    }
+}
+
 #[cfg(test)]
 mod tests;
 

@@ -88,7 +88,8 @@ pub(crate) struct LogShared {
     /// Allows one sync at a time: the kernel reports a failed write-back to one caller per file
     /// handle, so one of two concurrent syncs would succeed over lost data.
     sync_turn: Mutex<()>,
-    truncate_turn: Mutex<()>,
+    /// Allows one truncation at a time; true once the log was closed, which ends them.
+    truncate_turn: Mutex<bool>,
     synced: watch::Sender<Lsn>,
 }
 
@@ -125,7 +126,7 @@ impl LogShared {
             dir,
             state: Mutex::new(state),
             sync_turn: Mutex::new(()),
-            truncate_turn: Mutex::new(()),
+            truncate_turn: Mutex::new(false),
             synced: watch::Sender::new(last),
         }
     }
@@ -203,14 +204,23 @@ impl LogShared {
         Ok(target)
     }
 
+    /// Ends truncation, after the one that runs: the directory may be opened again from now on, and
+    /// its recovery must not meet a file that vanishes.
+    pub(super) fn close(&self) {
+        *self.truncate_turn.lock() = true;
+    }
+
     /// Removes the files that hold nothing after `lsn`, oldest first, and returns the bytes freed.
-    /// The active file always stays.
+    /// The active file always stays. A closed log removes nothing.
     ///
     /// # Errors
     /// When a file cannot be removed: it stays in the log. A failed sync of the directory poisons
     /// the log, since a crash could then leave a gap in it.
     pub(crate) fn truncate_to(&self, lsn: Lsn) -> Result<u64, BinlogError> {
-        let _turn = self.truncate_turn.lock();
+        let closed = self.truncate_turn.lock();
+        if *closed {
+            return Ok(0);
+        }
         let mut freed = 0;
         loop {
             let segment = {
