@@ -94,7 +94,7 @@ fn orders() -> Catalog {
     };
     let nodes = [vec![NodeId(1), NodeId(2)], vec![NodeId(2), NodeId(4)]];
     let first = Catalog::first(ORDERS, "orders", spec, &nodes, 1_000, 1);
-    let mut growing = start_grow(&first, 3, &[NodeId(1), NodeId(2)], 5_000, 2).unwrap();
+    let mut growing = start_grow(&first, 3, &[vec![NodeId(1), NodeId(2)]], 5_000, 2).unwrap();
     growing.quarantines.push(Quarantine {
         plan: PlanId(9),
         range: first.owned_bands(),

@@ -139,9 +139,14 @@ fn catalog() {
     let spec = KeyspaceSpec { shards: 2, ttl_ms: Some(60_000), ..KeyspaceSpec::default() };
     let first =
         Catalog::first(KeyspaceId(7), "ks1", spec, &nodes, 1_700_000_000_000_000, 0xfeed_face);
-    let mut catalog =
-        vasto_core::reconcile::start_grow(&first, 3, &[NodeId(3)], 1_700_000_000_000_001, u64::MAX)
-            .unwrap();
+    let mut catalog = vasto_core::reconcile::start_grow(
+        &first,
+        3,
+        &[vec![NodeId(3)]],
+        1_700_000_000_000_001,
+        u64::MAX,
+    )
+    .unwrap();
     catalog.pins.push("data/x/checkpoint/00000000000000000001.manifest".into());
     catalog.quarantines.push(Quarantine {
         plan: PlanId(9),

@@ -64,7 +64,7 @@ fn grown(
     now_us: u64,
     nonce: u64,
 ) -> Result<Catalog, VastoError> {
-    let (targets, missing) = match state.grow_targets(keyspace) {
+    let (targets, missing) = match state.grow_targets(keyspace, to) {
         Ok(targets) => (targets, None),
         Err(missing) => (Vec::new(), Some(missing)),
     };
@@ -146,9 +146,7 @@ pub(crate) fn has_ended(id: &str) -> VastoError {
 fn plan_error(error: PlanError) -> VastoError {
     let code = match &error {
         PlanError::Count(_) | PlanError::SameCount(_) => ErrorCode::InvalidArgument,
-        PlanError::Shrink { .. } | PlanError::ManySteps { .. } | PlanError::Above64 => {
-            ErrorCode::FailedPrecondition
-        }
+        PlanError::Shrink { .. } | PlanError::Above64 => ErrorCode::FailedPrecondition,
         PlanError::Busy(_) | PlanError::NoNode(_) | PlanError::DrainingReplica(..) => {
             ErrorCode::FailedPrecondition
         }

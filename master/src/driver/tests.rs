@@ -28,7 +28,7 @@ fn first(keyspace: KeyspaceId) -> Catalog {
 }
 
 fn growing(step: Step) -> Catalog {
-    let mut catalog = start_grow(&first(KeyspaceId(1)), 2, &[NodeId(1)], 2_000, 2).unwrap();
+    let mut catalog = start_grow(&first(KeyspaceId(1)), 2, &[vec![NodeId(1)]], 2_000, 2).unwrap();
     catalog.plan.as_mut().unwrap().step = step;
     catalog
 }

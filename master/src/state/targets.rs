@@ -88,11 +88,16 @@ impl ClusterState {
             .map(|node| node.node)
     }
 
-    /// Returns the nodes for the replicas of one more shard; an error when there are too few.
-    pub(crate) fn grow_targets(&self, keyspace: &Keyspace) -> Result<Vec<NodeId>, PlacementError> {
-        let placed =
-            place(1, keyspace.catalog.spec.replicas, &self.candidates(Some(&keyspace.catalog)))?;
-        Ok(placed.into_iter().next().unwrap_or_default())
+    /// Returns the nodes for the replicas of each shard that is added up to `to`; an error when
+    /// there are too few.
+    pub(crate) fn grow_targets(
+        &self,
+        keyspace: &Keyspace,
+        to: u32,
+    ) -> Result<Vec<Vec<NodeId>>, PlacementError> {
+        let catalog = &keyspace.catalog;
+        let added = to.saturating_sub(catalog.spec.shards);
+        place(added, catalog.spec.replicas, &self.candidates(Some(catalog)))
     }
 
     /// Holds the places that the next version assigns: until its write is known, other decisions

@@ -220,7 +220,7 @@ fn a_deleted_keyspace_concerns_only_nodes_that_held_or_report_it() {
 }
 
 fn growing(step: Step, written_at_us: u64) -> Catalog {
-    let mut catalog = start_grow(&catalog(), 3, &[NodeId(1)], written_at_us, 2).unwrap();
+    let mut catalog = start_grow(&catalog(), 3, &[vec![NodeId(1)]], written_at_us, 2).unwrap();
     catalog.plan.as_mut().unwrap().step = step;
     catalog
 }
@@ -333,7 +333,7 @@ fn a_node_gets_no_more_replicas_than_its_maximum() {
         Some(NodeId(2)),
         "the other one is full"
     );
-    assert_eq!(state.grow_targets(&state.keyspaces[&KS]).unwrap(), [NodeId(1)]);
+    assert_eq!(state.grow_targets(&state.keyspaces[&KS], 3).unwrap(), [[NodeId(1)]]);
 }
 
 const GIB: u64 = 1 << 30;
@@ -418,11 +418,16 @@ fn a_cordoned_node_gets_nothing() {
     let nodes = crate::placement::place(6, 2, &state.candidates(None)).unwrap();
     assert!(nodes.iter().flatten().all(|node| *node != NodeId(2)), "{nodes:?}");
     assert!(
-        state.grow_targets(&state.keyspaces[&KS]).unwrap().iter().all(|node| *node != NodeId(2))
+        state
+            .grow_targets(&state.keyspaces[&KS], 3)
+            .unwrap()
+            .iter()
+            .flatten()
+            .all(|node| *node != NodeId(2))
     );
     state.settings = Arc::new(settings.with_cordon(NodeId(3), true, 1, 1).unwrap());
     assert_eq!(target(&state, 5_000), None);
-    let error = state.grow_targets(&state.keyspaces[&KS]).unwrap_err().to_string();
+    let error = state.grow_targets(&state.keyspaces[&KS], 3).unwrap_err().to_string();
     assert!(error.contains("cordoned"), "{error}");
 }
 

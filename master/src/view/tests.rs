@@ -70,7 +70,8 @@ fn describe_has_what_the_interface_promises() {
 #[test]
 fn operations_have_what_the_interface_promises() {
     let (mut state, ..) = two_nodes();
-    let mut growing = start_grow(&state.keyspaces[&KS].catalog, 3, &[NodeId(1)], 5_000, 2).unwrap();
+    let mut growing =
+        start_grow(&state.keyspaces[&KS].catalog, 3, &[vec![NodeId(1)]], 5_000, 2).unwrap();
     growing.operations.push(vasto_core::reconcile::report_of(
         &growing,
         growing.plan.as_ref().unwrap(),

@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use futures::StreamExt;
 use rustix::process::Signal;
 use vasto_core::plan::Step;
+use vasto_tests::replicas::converged;
 use vasto_tests::{
     Cluster, DEADLINE, History, Load, LoadSpec, Process, Proxy, key_of, number_of, preload,
     resized, tool, until, verify,
@@ -41,6 +42,34 @@ async fn twenty_one_step_grows_lose_nothing() -> Result<()> {
         described["shards"] == 21 && described["placement"].as_array().unwrap().len() == 21,
         "{described}"
     );
+    cluster.finish().await
+}
+
+/// Several shards are added in one plan with one cutover, with two replicas each.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn grows_by_several_shards_lose_nothing() -> Result<()> {
+    let cluster = Cluster::builder().nodes(3).start().await?;
+    cluster.create("leaps", 1, &["--replicas", "2", "--quarantine", "1s"]).await?;
+    let history = Arc::new(History::default());
+    preload(&cluster.keyspace("leaps").await?, &history, "s:", 20_000).await?;
+    let spec = LoadSpec { writers: 4, pace: Duration::from_millis(2), ..LoadSpec::default() };
+    let load = Load::start(&cluster.master(), "leaps", &history, spec).await?;
+    for shards in [4, 5, 16] {
+        load.goes_on(3).await?;
+        let report = cluster.resize("leaps", shards).await?;
+        println!("{}", resized(&report));
+        ensure!(report["to"] == shards && report["keys_moved"].as_u64() > Some(0), "{report}");
+    }
+    load.goes_on(10).await?;
+    let summary = load.stop().await?;
+    println!("{summary:?}");
+    ensure!(
+        summary.refused + summary.unknown + summary.read_errors == 0,
+        "clients saw errors: {summary:?}"
+    );
+    println!("{:?}", verify(&cluster.master(), "leaps", &history).await?);
+    cluster.settled("leaps").await?;
+    converged(&cluster, "leaps").await?;
     cluster.finish().await
 }
 
@@ -85,7 +114,7 @@ async fn scans_are_complete_during_a_grow() -> Result<()> {
         }
         Ok(rounds)
     });
-    for shards in 2..=5 {
+    for shards in [2, 3, 8, 16] {
         println!("{}", resized(&cluster.resize("scans", shards).await?));
     }
     cluster.settled("scans").await?;

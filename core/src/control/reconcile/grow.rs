@@ -1,4 +1,4 @@
-//! Growing a keyspace by one shard, step by step up to its commit.
+//! Growing a keyspace, step by step up to its commit.
 //!
 //! **Invariant:** only a source whose seal names the running plan and the sealing version counts as
 //! sealed.
@@ -14,7 +14,7 @@ use crate::control::operation::operation_id;
 use crate::control::plan::{Plan, PlanKind, Source, Step, Target};
 use crate::control::report::TargetStage;
 use crate::ids::{NodeId, PlanId, ReplicaId, ShardId};
-use crate::limits::{SEAL_TIMEOUT, TAIL_LAG_LSNS_MAX};
+use crate::limits::{SEAL_TIMEOUT, SHARDS_SERVED_MAX, TAIL_LAG_LSNS_MAX};
 
 /// Reasons why a grow is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -35,20 +35,8 @@ pub enum PlanError {
         /// Shards asked for.
         to: u32,
     },
-    /// Only one-step grows so far.
-    #[error(
-        "growing from {from} to {to} shards at once is not supported yet; grow to {next} first"
-    )]
-    ManySteps {
-        /// Shards now.
-        from: u32,
-        /// Shards asked for.
-        to: u32,
-        /// The count that is possible.
-        next: u32,
-    },
     /// Growing above 64 shards is not supported yet.
-    #[error("growing above 64 shards is not supported yet")]
+    #[error("growing above {SHARDS_SERVED_MAX} shards is not supported yet")]
     Above64,
     /// Another plan is running.
     #[error(
@@ -58,9 +46,9 @@ pub enum PlanError {
     /// The keyspace was deleted.
     #[error("the keyspace was deleted")]
     Deleted,
-    /// Too few nodes could take the new shard.
+    /// Too few nodes could take the new shards.
     #[error(
-        "the new shard needs {0} live nodes with room for it; start more with `vasto serve node`"
+        "each new shard needs {0} live nodes with room for it; start more with `vasto serve node`"
     )]
     NoNode(u32),
     /// A replica has not been drained.
@@ -70,12 +58,12 @@ pub enum PlanError {
     DrainingReplica(ReplicaId, ShardId, NodeId),
 }
 
-/// Returns the version that starts growing `catalog` to `to` shards with the replicas of the new
-/// shard on `target_nodes`, its preferred primary first.
+/// Returns the version that starts growing `catalog` to `to` shards. `target_nodes` has the nodes
+/// for the replicas of each new shard, in the order of the shards, the preferred primary first.
 pub fn start_grow(
     catalog: &Catalog,
     to: u32,
-    target_nodes: &[NodeId],
+    target_nodes: &[Vec<NodeId>],
     now_us: u64,
     nonce: u64,
 ) -> Result<Catalog, PlanError> {
@@ -93,16 +81,15 @@ pub fn start_grow(
     if let Some(plan) = &catalog.plan {
         return Err(PlanError::Busy(operation_id(catalog.keyspace, plan.id)));
     }
-    if from >= 64 {
+    if to > SHARDS_SERVED_MAX {
         return Err(PlanError::Above64);
-    }
-    if to != from + 1 {
-        return Err(PlanError::ManySteps { from, to, next: from + 1 });
     }
     if let Some(draining) = catalog.draining.first() {
         return Err(PlanError::DrainingReplica(draining.replica, draining.shard, draining.node));
     }
-    if target_nodes.len() != catalog.spec.replicas as usize {
+    let replicas = catalog.spec.replicas as usize;
+    let is_whole = |nodes: &Vec<NodeId>| nodes.len() == replicas;
+    if target_nodes.len() != (to - from) as usize || !target_nodes.iter().all(is_whole) {
         return Err(PlanError::NoNode(catalog.spec.replicas));
     }
     let mut next = catalog.next(now_us, nonce);
@@ -117,6 +104,13 @@ pub fn start_grow(
             manifest: None,
         })
         .collect();
+    let of_shards = target_nodes.iter().zip(from..);
+    let targets: Vec<Target> = of_shards
+        .flat_map(|(nodes, shard)| nodes.iter().map(move |node| (ShardId(shard), *node)))
+        .zip(catalog.next_replica.0..)
+        .map(|((shard, node), id)| Target { shard, replica: ReplicaId(id), node })
+        .collect();
+    next.next_replica = ReplicaId(catalog.next_replica.0 + targets.len() as u64);
     next.plan = Some(Plan {
         id: catalog.next_plan,
         kind: PlanKind::Grow { from, to },
@@ -124,15 +118,10 @@ pub fn start_grow(
         started_at_us: now_us,
         step: Step::Prepare,
         sources,
-        targets: target_nodes
-            .iter()
-            .zip(catalog.next_replica.0..)
-            .map(|(node, id)| Target { shard: ShardId(from), replica: ReplicaId(id), node: *node })
-            .collect(),
+        targets,
         seals_undone: 0,
     });
     next.next_plan = PlanId(catalog.next_plan.0 + 1);
-    next.next_replica = ReplicaId(catalog.next_replica.0 + target_nodes.len() as u64);
     Ok(next)
 }
 

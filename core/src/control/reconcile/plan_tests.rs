@@ -93,7 +93,7 @@ fn write(advance: Advance) -> Catalog {
 }
 
 fn at(step: Step) -> Catalog {
-    let mut catalog = start_grow(&two_shards(), 3, &[NODE(3)], 2_000, 2).unwrap();
+    let mut catalog = start_grow(&two_shards(), 3, &[vec![NODE(3)]], 2_000, 2).unwrap();
     catalog.plan.as_mut().unwrap().step = step;
     catalog
 }
@@ -289,16 +289,57 @@ fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
 }
 
 #[test]
+fn a_grow_by_several_shards_has_the_targets_of_each_and_one_cutover() {
+    let mut two = two_shards();
+    two.spec.replicas = 2;
+    let nodes = [vec![NODE(3), NODE(1)], vec![NODE(1), NODE(2)], vec![NODE(2), NODE(3)]];
+    let mut tail = start_grow(&two, 5, &nodes, 2_000, 2).unwrap();
+    let first = two.next_replica.0;
+    let plan = tail.plan.as_mut().unwrap();
+    plan.step = Step::Tail;
+    let targets: Vec<_> = plan.targets.iter().map(|t| (t.shard.0, t.replica.0, t.node)).collect();
+    let expected: Vec<_> = (2..5)
+        .zip(&nodes)
+        .flat_map(|(shard, nodes)| nodes.iter().map(move |node| (shard, *node)))
+        .zip(first..)
+        .map(|((shard, node), replica)| (shard, replica, node))
+        .collect();
+    assert_eq!(targets, expected);
+    assert_eq!(tail.next_replica.0, first + 6);
+    let mut reports =
+        Reports::from([source(1, source_progress_of(None)), source(2, source_progress_of(None))]);
+    let caught_up = |replica: u64| {
+        let (_, of_three) = target(TargetStage::Tailing, &[(1, 20), (2, 20)]);
+        (ReplicaId(replica), ReplicaReport { target: of_three.target, ..report(replica) })
+    };
+    // All targets of all shards are waited for; then one version seals, one commits.
+    for replica in first..first + 5 {
+        reports.extend([caught_up(replica)]);
+        assert!(matches!(advance(&tail, &reports, |_| 0, 4_000, 3), Advance::Wait(_)));
+    }
+    reports.extend([caught_up(first + 5)]);
+    let sealing = write(advance(&tail, &reports, |_| 0, 4_000, 3));
+    let sealed = Some(Sealed { version: sealing.version, lsn: Lsn(20) });
+    reports.extend([source(1, source_progress_of(sealed)), source(2, source_progress_of(sealed))]);
+    let committed = write(advance(&sealing, &reports, |_| 0, 5_000, 4));
+    assert_eq!((committed.spec.shards, committed.placement.len()), (5, 5));
+    assert!(committed.placement[2..].iter().all(|shard| shard.replicas.len() == 2));
+    assert_eq!(committed.quarantines[0].targets.len(), 3, "the shipping target of each new shard");
+    assert_eq!(committed.epoch.0, two.epoch.0 + 1);
+}
+
+#[test]
 fn grows_that_cannot_be_are_refused_with_what_to_do() {
     let catalog = two_shards();
-    let grow = |to| start_grow(&catalog, to, &[NODE(3)], 1, 1);
+    let grow = |to| start_grow(&catalog, to, &[vec![NODE(3)]], 1, 1);
     assert_eq!(grow(2), Err(PlanError::SameCount(2)));
     assert_eq!(grow(1), Err(PlanError::Shrink { from: 2, to: 1 }));
-    assert_eq!(grow(5), Err(PlanError::ManySteps { from: 2, to: 5, next: 3 }));
+    assert_eq!(grow(5), Err(PlanError::NoNode(1)), "one shard of three has a node");
+    assert_eq!(grow(72), Err(PlanError::Above64));
     assert!(matches!(grow(5000), Err(PlanError::Count(_))));
     assert_eq!(start_grow(&catalog, 3, &[], 1, 1), Err(PlanError::NoNode(1)));
     let running = at(Step::Tail);
-    assert!(matches!(start_grow(&running, 3, &[NODE(3)], 1, 1), Err(PlanError::Busy(_))));
+    assert!(matches!(start_grow(&running, 3, &[vec![NODE(3)]], 1, 1), Err(PlanError::Busy(_))));
 }
 
 #[test]
@@ -360,7 +401,7 @@ fn what_the_targets_of_an_aborted_grow_shipped_is_discarded() {
     let undone = abort(&catalog, "cancelled", &Reports::new(), 3_000, 3).unwrap();
     assert_eq!(undone.discarded, [ReplicaId(3)]);
     // The next attempt has a target of its own, which counts.
-    let again = start_grow(&undone, 3, &[NODE(3)], 4_000, 4).unwrap();
+    let again = start_grow(&undone, 3, &[vec![NODE(3)]], 4_000, 4).unwrap();
     let targets: Vec<ReplicaId> =
         again.plan.as_ref().unwrap().targets.iter().map(|target| target.replica).collect();
     assert_eq!((targets, again.discarded), (vec![ReplicaId(4)], vec![ReplicaId(3)]));

@@ -1,4 +1,5 @@
-//! Downloads the moving bands of every source, rewrites them for this shard, ingests them.
+//! Downloads the bands of every source that may hold keys of this shard, rewrites them, ingests
+//! them.
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +16,7 @@ use crate::build::error::BuildError;
 use crate::build::files;
 use crate::replica::command::Control;
 
-/// Files to load from a source: those of its pinned manifest that touch the moving bands.
+/// Files to load from a source: those of its pinned manifest that touch the bands.
 struct Chosen {
     source: Source,
     manifest: Manifest,
@@ -33,8 +34,8 @@ pub(super) async fn load(build: &Build, plan: &Plan) -> Result<(), BuildError> {
 }
 
 async fn load_in(build: &Build, plan: &Plan, work: &Path) -> Result<(), BuildError> {
-    let shape = Shape::of(plan)?;
-    let chosen = choose(build, plan, shape.moving).await?;
+    let shape = Shape::of(plan, build.replica.shard)?;
+    let chosen = choose(build, plan, shape.bands).await?;
     {
         let mut progress = build.progress.lock();
         progress.bytes_total =
@@ -55,8 +56,8 @@ fn download_dir(work: &Path, source: &Source) -> PathBuf {
     work.join(format!("source-{}", source.replica))
 }
 
-/// Reads the pinned manifests and picks the files that touch the moving bands.
-async fn choose(build: &Build, plan: &Plan, moving: BandRange) -> Result<Vec<Chosen>, BuildError> {
+/// Reads the pinned manifests and picks the files that touch the bands.
+async fn choose(build: &Build, plan: &Plan, bands: BandRange) -> Result<Vec<Chosen>, BuildError> {
     let mut chosen = Vec::new();
     for source in &plan.sources {
         let none = || {
@@ -67,7 +68,7 @@ async fn choose(build: &Build, plan: &Plan, moving: BandRange) -> Result<Vec<Cho
         if (base.manifest.replica, base.manifest.lsn) != (source.replica, pinned.lsn) {
             return Err(BuildError::unusable(&base, "it is not the manifest that the plan pinned"));
         }
-        let files = base.manifest.files_overlapping(moving).into_iter().cloned().collect();
+        let files = base.manifest.files_overlapping(bands).into_iter().cloned().collect();
         chosen.push(Chosen { source: source.clone(), manifest: base.manifest, files });
     }
     Ok(chosen)
@@ -88,10 +89,8 @@ async fn rewrite_chosen(
         })
         .collect();
     let floor = chosen.iter().map(|chosen| chosen.manifest.floor).max().unwrap_or(0);
-    let Shape { shards, moving } = shape;
     let (replica, out) = (build.replica.clone(), work.join("tables"));
-    tokio::task::spawn_blocking(move || rewrite(&replica, &sources, moving, shards, floor, &out))
-        .await?
+    tokio::task::spawn_blocking(move || rewrite(&replica, &sources, shape, floor, &out)).await?
 }
 
 async fn ingest(

@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::plan::Plan;
 use vasto_core::record::BandRange;
 use vasto_core::report::{TargetProgress, TargetStage};
+use vasto_core::{Band, ShardId};
 use vasto_shipping::bucket::Bucket;
 
 use super::error::BuildError;
@@ -48,19 +49,24 @@ pub(crate) struct Build {
     pub cancel: CancellationToken,
 }
 
-/// The layout that a grow creates.
+/// What one target takes in a grow.
 #[derive(Debug, Clone, Copy)]
 struct Shape {
+    /// Shard count before.
+    pub shards_before: u32,
     /// Shard count afterwards.
     pub shards: u32,
-    /// The bands that move.
-    pub moving: BandRange,
+    /// The bands of the sources that may hold keys of the target's shard: of those that move, the
+    /// ones whose keys leave for this shard or an earlier one.
+    pub bands: BandRange,
 }
 
 impl Shape {
-    fn of(plan: &Plan) -> Result<Self, BuildError> {
-        let shape =
-            plan.growth().zip(plan.moving()).map(|((_, shards), moving)| Self { shards, moving });
+    fn of(plan: &Plan, shard: ShardId) -> Result<Self, BuildError> {
+        let shape = plan.growth().zip(plan.moving()).map(|((shards_before, shards), moving)| {
+            let last = Band::of_next_jump(u64::from(shard.0)).min(moving.last);
+            Self { shards_before, shards, bands: BandRange { last, ..moving } }
+        });
         shape.ok_or_else(|| BuildError::Mismatch("the plan moves no bands".into()))
     }
 }
@@ -94,5 +100,55 @@ impl Build {
         }
         self.registry.report.notify_one();
         follow::follow_all(&self, &plan).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use proptest::prelude::*;
+    use vasto_core::hash::{jump, next_jump_from};
+    use vasto_core::ids::{Epoch, NodeId, PlanId, ReplicaId};
+    use vasto_core::plan::{PlanKind, Step, Target};
+
+    use super::*;
+
+    fn plan(from: u32, to: u32) -> Plan {
+        let target = |shard| Target {
+            shard: ShardId(shard),
+            replica: ReplicaId(u64::from(shard) + 1),
+            node: NodeId(1),
+        };
+        Plan {
+            id: PlanId(1),
+            kind: PlanKind::Grow { from, to },
+            from_epoch: Epoch(1),
+            started_at_us: 0,
+            step: Step::Tail,
+            sources: Vec::new(),
+            targets: (from..to).map(target).collect(),
+            seals_undone: 0,
+        }
+    }
+
+    proptest! {
+        /// Each key that leaves its shard is in the bands that exactly one target reads it from and
+        /// keeps.
+        #[test]
+        fn each_moving_key_is_taken_by_one_target(hash: u64, from in 1u32..64, more in 1u32..63) {
+            let to = (from + more).min(64);
+            let source = jump(hash, from).shard;
+            let band = Band::in_shard(hash, source).unwrap();
+            let plan = plan(from, to);
+            let home = jump(hash, to).shard;
+            prop_assert_eq!(plan.moving().unwrap().contains(band), home != source);
+            let takes = |target: &&Target| {
+                let shape = Shape::of(&plan, target.shard).unwrap();
+                shape.bands.contains(band) && target.shard == home
+            };
+            let taken: Vec<_> = plan.targets.iter().filter(takes).collect();
+            prop_assert_eq!(taken.len(), usize::from(home != source), "{} {}", band, home);
+            prop_assert!(next_jump_from(hash, source).is_some());
+        }
     }
 }

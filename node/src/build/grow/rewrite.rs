@@ -1,20 +1,22 @@
 //! Decodes moved rows, assigns their new bands, and writes SSTs that do not overlap.
 //!
-//! The rows of one old band arrive in key order from every source; merged by key they feed one open
-//! table per new band, each of which again receives its keys in order. One pass and a bounded
-//! amount of memory therefore suffice for any size.
+//! The rows of each band of each source arrive in key order; merged by key they feed one open table
+//! per new band, each of which again receives its keys in order. One pass and a bounded amount of
+//! memory therefore suffice for any size.
 //!
-//! **Invariant:** every row of the moving bands is written exactly once, to the band that its hash
-//! has in this shard; a row that does not belong here stops the build.
+//! **Invariant:** every row of the bands that belongs to this shard is written exactly once, to the
+//! band that its hash has here; rows of other shards are passed over.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::path::{Path, PathBuf};
 
-use vasto_core::Band;
 use vasto_core::entry::Entry;
 use vasto_core::hash::{jump, partition_hash};
 use vasto_core::merge::merge;
-use vasto_core::record::BandRange;
+use vasto_core::{Band, ShardId};
 
+use super::Shape;
 use crate::build::error::{BuildError, io};
 use crate::engine::{BandRows, ImportFile, Scratch, TableSet, WrittenTable};
 use crate::replica::Replica;
@@ -36,8 +38,7 @@ pub(super) struct Rewritten {
 pub(super) fn rewrite(
     replica: &Replica,
     sources: &[SourceFiles],
-    moving: BandRange,
-    shards: u32,
+    shape: Shape,
     floor: u64,
     out: &Path,
 ) -> Result<Rewritten, BuildError> {
@@ -53,17 +54,16 @@ pub(super) fn rewrite(
         .iter()
         .map(|source| Scratch::import(&source.scratch_dir, &source.download_dir, &source.files))
         .collect::<Result<Vec<_>, _>>()?;
+    let cursors =
+        scratches.iter().flat_map(|scratch| shape.bands.bands().map(|band| scratch.rows(band)));
+    let mut rows = MergedRows::new(cursors.collect())?;
     let mut tables = TableSet::new(replica.engine(), out);
     let mut event_time_max = 0;
-    for band in moving.bands() {
-        let mut rows: Vec<BandRows<'_>> =
-            scratches.iter().map(|scratch| scratch.rows(band)).collect();
-        while let Some(winners) = next_key(&mut rows, replica, shards, floor)? {
-            for (band, key, entry) in winners {
-                event_time_max =
-                    event_time_max.max(vasto_core::entry::event_time_of(&entry).unwrap_or(0));
-                tables.put(band, &key, &entry)?;
-            }
+    while let Some(winners) = rows.next_key(shape, replica.shard, floor)? {
+        for (band, key, entry) in winners {
+            event_time_max =
+                event_time_max.max(vasto_core::entry::event_time_of(&entry).unwrap_or(0));
+            tables.put(band, &key, &entry)?;
         }
     }
     let (tables, rows) = tables.finish()?;
@@ -72,56 +72,83 @@ pub(super) fn rewrite(
 
 type Row = (Band, Vec<u8>, Vec<u8>);
 
-/// Takes the least key from all sources; returns one winner per new band (several only when a key
-/// is stored under several partitions), or `None` at the end.
-fn next_key(
-    rows: &mut [BandRows<'_>],
-    replica: &Replica,
-    shards: u32,
-    floor: u64,
-) -> Result<Option<Vec<Row>>, BuildError> {
-    let mut least: Option<Vec<u8>> = None;
-    for source in rows.iter() {
-        if let Some((key, _)) = source.current()?
-            && least.as_deref().is_none_or(|least| key < least)
-        {
-            least = Some(key.to_vec());
-        }
-    }
-    let Some(key) = least else { return Ok(None) };
-    let mut winners: Vec<Row> = Vec::new();
-    for source in rows.iter_mut() {
-        let Some((_, entry)) = source.current()?.filter(|(current, _)| *current == key.as_slice())
-        else {
-            continue;
-        };
-        let band = new_band(replica, &key, entry, shards)?;
-        match winners.iter_mut().find(|(winner, _, _)| *winner == band) {
-            Some((_, _, held)) => {
-                if let Some(winner) =
-                    merge(floor, Some(held.as_slice()), Some(entry)).map(<[u8]>::to_vec)
-                {
-                    *held = winner;
-                }
-            }
-            None => winners.push((band, key.clone(), entry.to_vec())),
-        }
-        source.advance();
-    }
-    winners.retain(|(_, _, entry)| !vasto_core::merge::is_collected(entry, floor));
-    Ok(Some(winners))
+/// The rows of several bands of several sources, in the order of their keys.
+struct MergedRows<'a> {
+    cursors: Vec<BandRows<'a>>,
+    /// The key under each cursor that has one, and the cursor.
+    least: BinaryHeap<Reverse<(Vec<u8>, usize)>>,
 }
 
-fn new_band(replica: &Replica, key: &[u8], entry: &[u8], shards: u32) -> Result<Band, BuildError> {
+impl<'a> MergedRows<'a> {
+    fn new(cursors: Vec<BandRows<'a>>) -> Result<Self, BuildError> {
+        let mut merged = Self { cursors, least: BinaryHeap::new() };
+        for cursor in 0..merged.cursors.len() {
+            merged.push(cursor, Vec::new())?;
+        }
+        Ok(merged)
+    }
+
+    /// Enters the key under a cursor; `buffer` is used for it.
+    fn push(&mut self, cursor: usize, mut buffer: Vec<u8>) -> Result<(), BuildError> {
+        if let Some((key, _)) = self.cursors[cursor].current()? {
+            buffer.clear();
+            buffer.extend_from_slice(key);
+            self.least.push(Reverse((buffer, cursor)));
+        }
+        Ok(())
+    }
+
+    /// Takes the least key from all cursors; returns one winner per new band of the shard (several
+    /// only when a key is stored under several partitions; none when the key belongs to other
+    /// shards), or `None` at the end.
+    fn next_key(
+        &mut self,
+        shape: Shape,
+        shard: ShardId,
+        floor: u64,
+    ) -> Result<Option<Vec<Row>>, BuildError> {
+        let Some(Reverse((key, _))) = self.least.peek() else { return Ok(None) };
+        let key = key.clone();
+        let mut winners: Vec<Row> = Vec::new();
+        while self.least.peek().is_some_and(|Reverse((least, _))| *least == key) {
+            let Some(Reverse((buffer, cursor))) = self.least.pop() else { break };
+            let Some((_, entry)) = self.cursors[cursor].current()? else { continue };
+            if let Some(band) = new_band(shape, shard, &key, entry)? {
+                match winners.iter_mut().find(|(winner, _, _)| *winner == band) {
+                    Some((_, _, held)) => {
+                        if let Some(winner) =
+                            merge(floor, Some(held.as_slice()), Some(entry)).map(<[u8]>::to_vec)
+                        {
+                            *held = winner;
+                        }
+                    }
+                    None => winners.push((band, key.clone(), entry.to_vec())),
+                }
+            }
+            self.cursors[cursor].advance();
+            self.push(cursor, buffer)?;
+        }
+        winners.retain(|(_, _, entry)| !vasto_core::merge::is_collected(entry, floor));
+        Ok(Some(winners))
+    }
+}
+
+/// Returns the band of a row in this shard; `None` when it belongs to another new shard.
+fn new_band(
+    shape: Shape,
+    shard: ShardId,
+    key: &[u8],
+    entry: &[u8],
+) -> Result<Option<Band>, BuildError> {
     let decoded = Entry::decode(entry)
         .map_err(|error| BuildError::Mismatch(format!("a moved entry is damaged: {error}")))?;
     let hash = decoded.partition_hash.unwrap_or_else(|| partition_hash(key));
-    let home = jump(hash, shards);
-    if home.shard != replica.shard {
+    let home = jump(hash, shape.shards);
+    if home.shard.0 < shape.shards_before {
         return Err(BuildError::Mismatch(format!(
-            "a key of the moving bands belongs to shard {}, not to {}",
-            home.shard, replica.shard
+            "a key of the moving bands belongs to shard {}, which it does not leave",
+            home.shard
         )));
     }
-    Ok(Band::of_next_jump(home.next))
+    Ok((home.shard == shard).then(|| Band::of_next_jump(home.next)))
 }
