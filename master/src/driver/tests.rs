@@ -95,8 +95,12 @@ fn changes_that_are_refused_say_what_to_do() {
         ErrorCode::InvalidArgument
     );
     assert_eq!(
-        refused(&idle, CatalogChange::Grow { to: 3 }, &[NodeId(1)]).code,
+        refused(&idle, CatalogChange::Grow { to: 65 }, &[NodeId(1)]).code,
         ErrorCode::FailedPrecondition
+    );
+    assert!(
+        asked(&idle, &CatalogChange::Grow { to: 3 }, &[NodeId(1)]).is_ok(),
+        "several shards at once"
     );
     assert!(
         refused(&idle, CatalogChange::Grow { to: 2 }, &[]).message.contains("vasto serve node")
