@@ -95,7 +95,7 @@ fn changes_that_are_refused_say_what_to_do() {
         ErrorCode::InvalidArgument
     );
     assert_eq!(
-        refused(&idle, CatalogChange::Grow { to: 65 }, &[NodeId(1)]).code,
+        refused(&idle, CatalogChange::Grow { to: 72 }, &[NodeId(1)]).code,
         ErrorCode::FailedPrecondition
     );
     assert!(
