@@ -55,7 +55,8 @@ impl Place {
         // Pages as large as those of the real servers.
         store.list_in_pages_of(1_000);
         let (bucket, direct) = (store.bucket(), store.bucket());
-        Self { bucket: patient(&bucket), direct, store, server: None }
+        let patience = Duration::from_secs(1);
+        Self { bucket: patient(&bucket, patience), direct, store, server: None }
     }
 
     async fn before(kind: S3Kind) -> Self {
@@ -63,7 +64,9 @@ impl Place {
         let url = format!("s3://{BUCKET}/root");
         let (store, bucket) = HttpStore::before(&server.options(), &url).await;
         let direct = Bucket::open(&url, &server.options()).unwrap();
-        Self { bucket: patient(&bucket), direct, store, server: Some(server) }
+        // A real server on a busy machine answers late: such a request would be repeated too.
+        let patience = Duration::from_secs(3);
+        Self { bucket: patient(&bucket, patience), direct, store, server: Some(server) }
     }
 
     /// Returns the requests of a kind since the last call; every planned fault must have been
@@ -74,12 +77,12 @@ impl Place {
     }
 }
 
-/// Sets timeouts that a real server on a busy machine keeps, and that cost a silent one little.
-fn patient(bucket: &Bucket) -> Bucket {
+/// Sets timeouts that the server keeps on a busy machine, and that cost a silent one little.
+fn patient(bucket: &Bucket, patience: Duration) -> Bucket {
     bucket.with_retry(RetryBudget {
-        total: Duration::from_secs(20),
-        attempt: Duration::from_secs(1),
-        transfer: Duration::from_secs(3),
+        total: patience * 20,
+        attempt: patience,
+        transfer: patience * 3,
         backoff_first: Duration::from_millis(5),
         backoff_max: Duration::from_millis(50),
     })
