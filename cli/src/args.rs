@@ -63,7 +63,7 @@ pub(crate) enum Command {
     /// Run one server of a cluster
     #[command(subcommand)]
     Serve(Serve),
-    /// Create, inspect, grow and delete keyspaces
+    /// Create, inspect, resize and delete keyspaces
     Keyspace(Keyspace),
     /// Look at the nodes
     Node(Node),
@@ -142,7 +142,7 @@ pub(crate) enum KeyspaceCommand {
     Checkpoint(KeyspaceName),
     /// Compact every shard now
     Compact(KeyspaceName),
-    /// Change the number of shards while reads and writes go on
+    /// Change the number of shards, up or down, while reads and writes go on
     Resize(KeyspaceResize),
     /// Make a new keyspace out of what the bucket holds of another one, now or at a time
     Restore(KeyspaceRestore),
@@ -212,20 +212,27 @@ pub(crate) struct KeyspaceEvict {
 /// `vasto keyspace resize`
 #[derive(Debug, Args)]
 #[command(
-    after_help = "The new shards take their keys from the bucket; reads and writes go on.\n\n\
+    after_help = "The shards that get keys take them from the bucket; reads and writes go on. The old\n\
+    place of the keys is kept for the quarantine of the keyspace. A shrink is refused while the\n\
+    shards that stay keep such keys themselves; --end-quarantine removes them first, once the\n\
+    bucket holds them elsewhere.\n\n\
     Examples:\n  \
-    vasto keyspace resize users --shards 3 --plan\n  \
-    vasto keyspace resize users --shards 3"
+    vasto keyspace resize users --shards 5 --plan\n  \
+    vasto keyspace resize users --shards 5\n  \
+    vasto keyspace resize users --shards 2 --end-quarantine"
 )]
 pub(crate) struct KeyspaceResize {
     /// The keyspace
     pub name: String,
-    /// The new number of shards
+    /// The new number of shards, more or fewer: 1 to 64
     #[arg(long)]
     pub shards: u32,
-    /// Only tell what would move, from where and how long it would take
+    /// Only tell what would move, from where, what it takes, and whether it would be refused
     #[arg(long, conflicts_with = "no_wait")]
     pub plan: bool,
+    /// Remove at once the kept keys of an earlier grow that are in the way of a shrink
+    #[arg(long, conflicts_with = "plan")]
+    pub end_quarantine: bool,
     /// Start it and return; follow it with `vasto operation show`
     #[arg(long)]
     pub no_wait: bool,

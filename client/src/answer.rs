@@ -20,11 +20,11 @@ pub use bucket::{BucketCheck, BucketRepair, GarbageCollection, Orphan};
 pub use cluster::{Bill, BillPerMonth, ClusterStatus, MasterStatus, NodeStatus};
 pub use keyspace::{
     CommandedNodes, DeletedKeyspace, EvictedReplica, KeyspaceDescription, KeyspaceSummary,
-    Quarantine, ReplicaStatus, ShardPlacement,
+    Quarantine, QuarantinesLeft, ReplicaStatus, RetiredReplica, ShardPlacement,
 };
 pub use operation::{
-    AbsentNode, Operation, OperationState, ReachedLog, ResizePlan, ResizeSource, ShardsOrNode,
-    WritePauseMs,
+    AbsentNode, NodeDisk, Operation, OperationState, ReachedLog, ResizeCost, ResizePlan,
+    ResizeRequests, ResizeSource, ShardsOrNode, WritePauseMs,
 };
 
 use crate::error::{Error, ErrorKind};
@@ -114,10 +114,12 @@ mod tests {
         assert_eq!(orders.operation.unwrap().bytes_total, Some(1_000));
         assert_eq!(pinned::<KeyspaceDescription>("keyspace describe, idle").operation, None);
         assert_eq!(pinned::<Vec<KeyspaceSummary>>("keyspace list").len(), 4);
+        let plan = pinned::<ResizePlan>("keyspace resize --plan");
         assert_eq!(
-            pinned::<ResizePlan>("keyspace resize --plan").sources[1].bytes_to_read,
-            349_525
+            (plan.kind.as_str(), plan.sources[1].bytes_to_read, plan.requests.get),
+            ("grow", 349_525, 4)
         );
+        assert_eq!((plan.disk_needed[0].free, plan.refused), (None, None));
         assert_eq!(pinned::<CommandedNodes>("keyspace compact").nodes.len(), 2);
         assert_eq!(pinned::<CommandedNodes>("keyspace checkpoint").keyspace, "one");
         assert_eq!(pinned::<EvictedReplica>("keyspace evict").state, "draining");

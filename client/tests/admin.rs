@@ -142,6 +142,26 @@ async fn a_resize_is_waited_for() {
     let error = vasto.resize_keyspace("ks1", 5).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
     assert!(error.message().contains("cancelled by a user"), "{error}");
+    // Down as well as up; a quarantine that is in the way ends when that is asked for.
+    let refusal = refused(ErrorCode::FailedPrecondition, "try `--end-quarantine`");
+    cluster.answer("resize_keyspace", refusal);
+    let error = vasto.resize_keyspace("ks1", 2).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::FailedPrecondition);
+    cluster.answer(
+        "end_quarantine",
+        Ok(r#"{"quarantines":[{"dropping":true}],"waiting_for":"a manifest"}"#),
+    );
+    let left = vasto.end_quarantine("ks1", 2).await.unwrap();
+    assert!(left.quarantines[0].dropping, "{left:?}");
+    assert_eq!(left.waiting_for.as_deref(), Some("a manifest"));
+    assert!(cluster.state.lock().calls.last().unwrap().contains("shards: 2"));
+    cluster.answer("resize_keyspace", Ok(r#"{"id":"op-1-3","state":"done","kind":"shrink"}"#));
+    let done = vasto.resize_keyspace("ks1", 2).await.unwrap();
+    assert_eq!(done.kind.as_deref(), Some("shrink"));
+    assert_eq!(
+        vasto.end_quarantine("ks1", 0).await.unwrap_err().kind(),
+        ErrorKind::InvalidArgument
+    );
     cluster.answer("resize_keyspace", Ok(r#"{"moving_fraction":0.2}"#));
     let plan = vasto.plan_resize("ks1", 5).await.unwrap();
     assert!(plan.moving_fraction == 0.2 && plan.json().contains("moving_fraction"));

@@ -330,17 +330,26 @@ fn catalog() -> Catalog {
                 replica: ReplicaId(1),
                 node: one,
                 manifest: Some(pinned.clone()),
+                export: None,
             },
-            Source { shard: ShardId(1), replica: ReplicaId(3), node: two, manifest: None },
+            Source {
+                shard: ShardId(1),
+                replica: ReplicaId(3),
+                node: two,
+                manifest: None,
+                export: None,
+            },
         ],
         targets: vec![Target { shard: ShardId(2), replica: ReplicaId(5), node: two }],
         seals_undone: 1,
+        floor: None,
     });
     catalog.quarantines = vec![Quarantine {
         plan: PlanId(2),
         range: BandRange { first: Band(1), last: Band(1) },
         replicas: vec![ReplicaId(1), ReplicaId(2)],
         targets: vec![(ReplicaId(3), Lsn(11))],
+        others: Vec::new(),
         until_us: 1_700_000_005_000_000,
         dropping: true,
     }];

@@ -17,7 +17,7 @@ use vasto_core::error::VastoError;
 use vasto_core::ids::{KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use vasto_core::operation::{OperationKind, OperationOutcome, OperationReport, Reached};
 use vasto_core::plan::{Plan, PlanKind, Step, Target};
-use vasto_core::reconcile::start_grow;
+use vasto_core::reconcile::start_resize;
 use vasto_core::report::{
     PauseMs, ReplicaPhase, ReplicaReport, ReplicationReport, TargetProgress, TargetStage,
 };
@@ -94,12 +94,13 @@ fn orders() -> Catalog {
     };
     let nodes = [vec![NodeId(1), NodeId(2)], vec![NodeId(2), NodeId(4)]];
     let first = Catalog::first(ORDERS, "orders", spec, &nodes, 1_000, 1);
-    let mut growing = start_grow(&first, 3, &[vec![NodeId(1), NodeId(2)]], 5_000, 2).unwrap();
+    let mut growing = start_resize(&first, 3, &[vec![NodeId(1), NodeId(2)]], 5_000, 2).unwrap();
     growing.quarantines.push(Quarantine {
         plan: PlanId(9),
         range: first.owned_bands(),
         replicas: vec![ReplicaId(1)],
         targets: vec![(ReplicaId(2), Lsn(20))],
+        others: Vec::new(),
         until_us: 9_000_000,
         dropping: true,
     });
@@ -147,6 +148,7 @@ fn users(drain: &NodeDrain) -> Catalog {
         sources: Vec::new(),
         targets: vec![Target { shard: ShardId(0), replica: ReplicaId(2), node: NodeId(2) }],
         seals_undone: 0,
+        floor: None,
     });
     catalog
 }

@@ -24,7 +24,7 @@ use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::KeyspaceId;
 use vasto_core::reconcile::Advance;
 
-pub(crate) use self::change::{changed, has_ended};
+pub(crate) use self::change::{changed, has_ended, start};
 pub(crate) use self::entry::{adopt, adopt_all, install, look_up};
 use self::write::Written;
 use crate::cluster::{Cluster, nonce, now_us};
@@ -205,7 +205,7 @@ impl KeyspaceDriver {
             if request.reply.is_closed() {
                 return;
             }
-            if matches!(request.change, CatalogChange::Grow { .. }) {
+            if matches!(request.change, CatalogChange::Resize { .. }) {
                 self.cluster.refresh_settings().await;
             }
             let next = {

@@ -11,16 +11,17 @@
 //! Where to start reading: [`Master::start`] in `server`, then `state` (synchronous; what the
 //! master knows and decides), `driver` (one task per keyspace, the only writer of its catalog),
 //! `session` (nodes), `service` and `api` (people), `view` (the JSON for scripts), `loads` and
-//! `placement` (which node gets which replica).
+//! `placement` (which node gets which replica), `forecast` (what a resize moves and needs).
 //!
-//! Modules import downwards only: `placement`, `loads`, `metrics` < `state` < `cluster` < `driver`,
-//! `upkeep`, `view` < `api` < `service`, `session`, `gauges` < `server`.
+//! Modules import downwards only: `placement`, `loads`, `metrics` < `state` < `forecast`, `cluster`
+//! < `driver`, `upkeep`, `view` < `api` < `service`, `session`, `gauges` < `server`.
 
 mod api;
 mod cluster;
 #[cfg(test)]
 mod documents_tests;
 mod driver;
+mod forecast;
 mod gauges;
 mod loads;
 mod metrics;

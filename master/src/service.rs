@@ -127,6 +127,11 @@ impl master_server::Master for MasterService {
         self.run("resize_keyspace", keyspace::resize(&self.cluster, request.into_inner())).await
     }
 
+    async fn end_quarantine(&self, request: Request<v1::EndQuarantineRequest>) -> Reply {
+        self.run("end_quarantine", keyspace::end_quarantine(&self.cluster, request.into_inner()))
+            .await
+    }
+
     async fn evict_replica(&self, request: Request<v1::EvictRequest>) -> Reply {
         self.run("evict_replica", evict::evict(&self.cluster, request.into_inner())).await
     }

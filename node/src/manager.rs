@@ -127,6 +127,7 @@ impl Manager {
         registry.set_catalog(catalog.clone());
         // Removals first: a new target of a shard takes the place of an aborted one.
         self.retire(&catalog, &members).await?;
+        self.stop_retired(&catalog, &members).await;
         for (shard, replica, placed) in &members {
             self.host(&catalog, *shard, *replica, *placed)?;
         }
@@ -205,6 +206,26 @@ impl Manager {
                 "the replica cannot be hosted"
             );
         }
+    }
+
+    /// Stops the replicas of shards that have retired; their files stay until the version that
+    /// removes them.
+    async fn stop_retired(&self, catalog: &Catalog, members: &[(ShardId, ReplicaId, bool)]) {
+        let stays = |id: ReplicaId| members.iter().any(|(_, member, _)| *member == id);
+        let retired = catalog.retired.iter().map(|retired| retired.replica);
+        let stopping: Vec<(ReplicaKey, Host)> = {
+            let mut hosts = self.hosts.lock();
+            if self.stopping.is_cancelled() {
+                return;
+            }
+            let keys = retired.filter(|id| !stays(*id)).map(|id| (catalog.keyspace, id));
+            keys.filter_map(|key| Some((key, hosts.remove(&key)?))).collect()
+        };
+        futures::future::join_all(stopping.into_iter().map(|(key, host)| async move {
+            host.stop().await;
+            self.failed.lock().remove(&key);
+        }))
+        .await;
     }
 
     /// Removes the replicas that this version takes away.

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use futures::{StreamExt, TryStreamExt};
 use vasto_core::ids::Vector;
-use vasto_core::{KeyspaceId, Lsn, ReplicaId, ShardId};
+use vasto_core::{KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
 
 use crate::bucket::{Bucket, BucketError};
 use crate::chunk::{self, Chunk, ChunkError, Says};
@@ -158,6 +158,8 @@ pub struct Later {
     pub vector: Vector,
     /// The greatest commit time in the checkpoint, microseconds.
     pub commit_time_max: u64,
+    /// The plan whose ingest it holds.
+    pub ingested: Option<PlanId>,
 }
 
 impl Later {
@@ -167,6 +169,7 @@ impl Later {
             lsn: manifest.lsn,
             vector: manifest.vector,
             commit_time_max: manifest.commit_time_max,
+            ingested: manifest.ingested,
         }
     }
 }

@@ -147,7 +147,7 @@ pub enum Shipped {
 pub fn parse_shipped(key: &str) -> Option<(Owner, Shipped)> {
     let mut parts = key.strip_prefix("data/")?.splitn(5, '/');
     let keyspace = KeyspaceId(number(parts.next()?)?);
-    let shard = ShardId(u32::try_from(number(parts.next()?)?).ok()?);
+    let shard = shard(parts.next()?)?;
     let replica = ReplicaId(number(parts.next()?)?);
     let (folder, name) = (parts.next()?, parts.next()?);
     let shipped = match folder {
@@ -175,18 +175,70 @@ pub(crate) fn is_of_the_cluster(key: &str) -> bool {
 
 /// Returns true for a key of any object that Vasto writes.
 pub fn is_known(key: &str) -> bool {
-    is_of_the_cluster(key) || parse_shipped(key).is_some() || key.starts_with("probe/")
+    is_of_the_cluster(key) || keyspace_of(key).is_some() || key.starts_with("probe/")
 }
 
-/// Key of the `n`th SST that a plan exports from one shard for another.
-pub fn export(keyspace: KeyspaceId, plan: PlanId, from: ShardId, to: ShardId, n: u64) -> String {
-    format!(
-        "{}export/{:020}/{:020}-{:020}/{n:020}.sst",
-        keyspace_prefix(keyspace),
-        plan.0,
-        from.0,
-        to.0
-    )
+/// Prefix of what the sources of a plan export.
+pub fn export_prefix(keyspace: KeyspaceId, plan: PlanId) -> String {
+    format!("{}export/{:020}/", keyspace_prefix(keyspace), plan.0)
+}
+
+/// Key of the `n`th SST that a plan exports from one shard for another. `attempt` is drawn anew
+/// when a source exports again.
+pub fn export_table(
+    keyspace: KeyspaceId,
+    plan: PlanId,
+    from: ShardId,
+    to: ShardId,
+    n: u64,
+    attempt: &str,
+) -> String {
+    let folder = export_prefix(keyspace, plan);
+    format!("{folder}{:020}-{:020}/{n:020}-{attempt}.sst", from.0, to.0)
+}
+
+/// Key of the manifest of what a plan exports from one shard.
+pub fn export_manifest(keyspace: KeyspaceId, plan: PlanId, from: ShardId, attempt: &str) -> String {
+    format!("{}{:020}-{attempt}.manifest", export_prefix(keyspace, plan), from.0)
+}
+
+/// Parses a key of [`export_table`] or [`export_manifest`]; `None` for any other key.
+pub fn parse_export(key: &str) -> Option<(KeyspaceId, PlanId)> {
+    parse_exported(key).map(|(keyspace, plan, _)| (keyspace, plan))
+}
+
+/// The kind of an object of an export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Exported {
+    /// An SST that holds rows of `from` for `to`.
+    Table { from: ShardId, to: ShardId },
+    /// The manifest of the export of `from`.
+    Manifest { from: ShardId },
+}
+
+/// Parses the key of an object of an export; `None` for any other key.
+pub(crate) fn parse_exported(key: &str) -> Option<(KeyspaceId, PlanId, Exported)> {
+    let (keyspace, rest) = key.strip_prefix("data/")?.split_once("/export/")?;
+    let (plan, rest) = rest.split_once('/')?;
+    let exported = match rest.split_once('/') {
+        Some((shards, name)) => {
+            let (from, to) = shards.split_once('-')?;
+            let (n, attempt) = name.strip_suffix(".sst")?.split_once('-')?;
+            (number(n).is_some() && is_attempt(attempt))
+                .then_some(Exported::Table { from: shard(from)?, to: shard(to)? })?
+        }
+        None => {
+            let (from, attempt) = rest.strip_suffix(".manifest")?.split_once('-')?;
+            is_attempt(attempt).then_some(Exported::Manifest { from: shard(from)? })?
+        }
+    };
+    Some((KeyspaceId(number(keyspace)?), PlanId(number(plan)?), exported))
+}
+
+/// Returns the keyspace whose data an object holds; `None` for a key of no such object.
+pub fn keyspace_of(key: &str) -> Option<KeyspaceId> {
+    let shipped = parse_shipped(key).map(|(owner, _)| owner.keyspace);
+    shipped.or_else(|| parse_export(key).map(|(keyspace, _)| keyspace))
 }
 
 /// Key of the object that the start-up probe writes and removes.
@@ -198,10 +250,19 @@ fn number(text: &str) -> Option<u64> {
     (text.len() == 20 && text.bytes().all(|c| c.is_ascii_digit())).then(|| text.parse().ok())?
 }
 
+fn shard(text: &str) -> Option<ShardId> {
+    Some(ShardId(u32::try_from(number(text)?).ok()?))
+}
+
+fn is_attempt(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|c| c.is_ascii_alphanumeric())
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn keys_are_frozen() {
@@ -220,9 +281,17 @@ mod tests {
             manifest(k, s, r, Lsn(6)),
             format!("{data}/checkpoint/00000000000000000006.manifest")
         );
+        let export = "data/00000000000000000001/export/00000000000000000004/";
+        assert_eq!(export_prefix(k, PlanId(4)), export);
         assert_eq!(
-            export(k, PlanId(4), s, ShardId(5), 6),
-            "data/00000000000000000001/export/00000000000000000004/00000000000000000002-00000000000000000005/00000000000000000006.sst"
+            export_table(k, PlanId(4), s, ShardId(5), 6, "ab12"),
+            format!(
+                "{export}00000000000000000002-00000000000000000005/00000000000000000006-ab12.sst"
+            )
+        );
+        assert_eq!(
+            export_manifest(k, PlanId(4), s, "ab12"),
+            format!("{export}00000000000000000002-ab12.manifest")
         );
     }
 
@@ -243,5 +312,66 @@ mod tests {
             assert_eq!(parse_manifest_lsn(bad), None, "{bad}");
         }
         assert_eq!(parse_manifest_lsn("checkpoint/+0000000000000000001.manifest"), None);
+    }
+    fn any_attempt() -> impl Strategy<Value = String> {
+        "[0-9a-f]{1,16}"
+    }
+
+    proptest! {
+        #[test]
+        fn every_export_key_is_read_and_none_of_its_alterations(
+            (k, plan, n) in any::<(u64, u64, u64)>(),
+            (from, to) in any::<(u32, u32)>(),
+            attempt in any_attempt(),
+            at: usize,
+            other in any::<char>(),
+        ) {
+            let (k, plan, from, to) = (KeyspaceId(k), PlanId(plan), ShardId(from), ShardId(to));
+            let table = export_table(k, plan, from, to, n, &attempt);
+            let manifest = export_manifest(k, plan, from, &attempt);
+            prop_assert_eq!(parse_exported(&table), Some((k, plan, Exported::Table { from, to })));
+            prop_assert_eq!(parse_exported(&manifest), Some((k, plan, Exported::Manifest { from })));
+            for key in [table, manifest] {
+                prop_assert_eq!(parse_export(&key), Some((k, plan)));
+                prop_assert_eq!(keyspace_of(&key), Some(k));
+                prop_assert!(is_known(&key) && parse_shipped(&key).is_none());
+                prop_assert!(key.starts_with(&export_prefix(k, plan)));
+                // An inserted character is part of the attempt, or the key is of no export.
+                let at = at % (key.len() + 1);
+                let altered = format!("{}{other}{}", &key[..at], &key[at..]);
+                let end = key.len() - if key.ends_with(".sst") { 4 } else { 9 };
+                let in_attempt = (end - attempt.len()..=end).contains(&at);
+                let is_read = in_attempt && other.is_ascii_alphanumeric();
+                prop_assert_eq!(parse_export(&altered).is_some(), is_read, "{}", altered);
+            }
+        }
+
+        #[test]
+        fn reading_an_export_key_is_total(key in "data/[0-9]{19,21}/export/[0-9]{19,21}/[-0-9a-z./é]{0,60}") {
+            if let Some((k, plan)) = parse_export(&key) {
+                prop_assert!(key.starts_with(&export_prefix(k, plan)), "{}", key);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_export_is_not_read_as_one() {
+        let at = "data/00000000000000000001/export/00000000000000000004/";
+        let (two, five) = ("00000000000000000002", "00000000000000000005");
+        for bad in [
+            at.to_owned(),
+            format!("{at}{two}-{five}/{two}.sst"),
+            format!("{at}{two}-{five}/{two}-.sst"),
+            format!("{at}{two}-{five}/{two}-ab/c.sst"),
+            format!("{at}{two}-{five}/{two}-ab.manifest"),
+            format!("{at}{two}-{five}/x/{two}-ab.sst"),
+            format!("{at}{two}-00000000004294967296/{two}-ab.sst"),
+            format!("{at}{two}.manifest"),
+            format!("{at}{two}-.manifest"),
+            format!("{at}{two}-ab-cd.manifest"),
+            format!("x/{at}{two}-ab.manifest"),
+        ] {
+            assert_eq!((parse_export(&bad), keyspace_of(&bad)), (None, None), "{bad}");
+        }
     }
 }

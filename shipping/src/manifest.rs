@@ -8,7 +8,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use vasto_core::ids::Vector;
 use vasto_core::record::BandRange;
-use vasto_core::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, ReplicaId, ShardId};
+use vasto_core::{CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
 
 use crate::envelope::{self, EnvelopeError};
 
@@ -48,6 +48,9 @@ pub struct Manifest {
     pub previous: Option<String>,
     /// The recorded states of band ranges ([`vasto_core::record::RangeState`] as its number).
     pub range_states: Vec<(BandRange, u8)>,
+    /// The plan whose ingest the files hold, if bands have arrived in one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ingested: Option<PlanId>,
     /// The SSTs.
     pub files: Vec<ManifestFile>,
     /// The database's own list of its files, with which they are opened as they are; older
@@ -255,6 +258,7 @@ mod tests {
                 nonce: n[10],
                 previous,
                 range_states,
+                ingested: Some(PlanId(n[1])).filter(|plan| plan.0 % 2 == 1),
                 database: files.first().map(|file| DatabaseFile {
                     key: file.key.clone(),
                     name: "MANIFEST-000001".into(),

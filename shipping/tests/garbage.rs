@@ -1,6 +1,11 @@
 //! gc keeps needed objects and deletes the others; fsck finds missing and damaged objects.
 #![allow(clippy::unwrap_used)]
 
+#[path = "garbage/exports.rs"]
+mod exports;
+#[path = "garbage/retired.rs"]
+mod retired;
+
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -45,7 +50,10 @@ impl Rig {
     }
 
     async fn at(url: &str) -> Self {
-        let bucket = Bucket::open(url, &BucketOptions::default()).unwrap();
+        Self::over(Bucket::open(url, &BucketOptions::default()).unwrap()).await
+    }
+
+    async fn over(bucket: Bucket) -> Self {
         let store = CatalogStore::new(bucket.clone());
         store.claim_cluster("c".into()).await.unwrap();
         let first =
@@ -163,6 +171,7 @@ impl Rig {
             previous: None,
             range_states: Vec::new(),
             files,
+            ingested: None,
             database: Some(database),
         };
         let key = layout::manifest(self.keyspace(), SHARD, replica, Lsn(lsn));
@@ -271,6 +280,7 @@ async fn what_is_young_or_in_use_is_never_deleted() {
         sources: Vec::new(),
         targets: Vec::new(),
         seals_undone: 0,
+        floor: None,
     };
     let mut next = rig.catalog.next(2, 2);
     next.plan = Some(plan.clone());
@@ -314,6 +324,7 @@ async fn a_restore_that_was_cut_off_does_not_keep_its_source_for_ever() {
         sources: Vec::new(),
         targets: Vec::new(),
         seals_undone: 0,
+        floor: None,
     });
     assert_eq!(rig.store.write(&copy).await.unwrap(), CatalogWrite::Won);
     // The name may be about to be bound.
@@ -338,6 +349,8 @@ async fn a_deleted_keyspace_stays_for_its_time_and_a_pinned_manifest_too() {
     rig.write(next).await;
     collect(&rig.bucket, STRICT, false).await.unwrap();
     assert!(rig.keys().await.contains(&pinned) && rig.keys().await.contains(&rig.sst(1)));
+    let export = layout::export_manifest(rig.keyspace(), PlanId(9), SHARD, "aa");
+    rig.put(&export, "of a plan that never began").await;
     let mut next = rig.catalog.next(now_us(), 3);
     next.state = vasto_core::catalog::KeyspaceState::Deleted;
     rig.write(next).await;

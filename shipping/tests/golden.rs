@@ -15,7 +15,7 @@ use vasto_core::{
     ReplicaId, ShardId,
 };
 use vasto_shipping::catalog::{decode_catalog, encode_catalog};
-use vasto_shipping::{Chunk, Manifest, ManifestFile};
+use vasto_shipping::{Chunk, ExportManifest, ExportedTable, Manifest, ManifestFile};
 
 fn golden(name: &str, encoded: &[u8]) -> Vec<u8> {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("testdata/v1").join(name);
@@ -64,6 +64,7 @@ fn manifest() {
         entries: 1_000,
     };
     let manifest = Manifest {
+        ingested: None,
         database: None,
         keyspace: KeyspaceId(7),
         shard: ShardId(2),
@@ -96,6 +97,31 @@ fn manifest() {
     assert_eq!(numbers(1, 2), [] as [u64; 0]);
     assert_eq!(numbers(3, 3), [11]);
     assert_eq!(numbers(98, 98), [11]);
+}
+
+#[test]
+fn export() {
+    let (keyspace, plan, from) = (KeyspaceId(7), PlanId(12), ShardId(5));
+    let table = |to: u32, n: u64, rows: u64| {
+        let to = ShardId(to);
+        let key =
+            vasto_shipping::layout::export_table(keyspace, plan, from, to, n, "0123456789abcdef");
+        ExportedTable { to, key, bytes: 33_554_432 + n, crc32c: 0xdead_beef, rows }
+    };
+    let manifest = ExportManifest {
+        keyspace,
+        plan,
+        shard: from,
+        replica: ReplicaId(9),
+        lsn: Lsn(123_456),
+        floor: 1_600_000_000_000_000,
+        event_time_max: u64::MAX,
+        files: vec![table(0, 1, 1_000), table(0, 2, 7), table(2, 3, u64::MAX)],
+    };
+    let bytes = golden("export.json", &manifest.encode());
+    assert_eq!(ExportManifest::decode(&bytes).unwrap(), manifest);
+    assert_eq!(manifest.encode(), bytes, "this version writes what it has always written");
+    every_bit_counts(&bytes, |bytes| ExportManifest::decode(bytes).is_ok());
 }
 
 #[test]
@@ -139,7 +165,7 @@ fn catalog() {
     let spec = KeyspaceSpec { shards: 2, ttl_ms: Some(60_000), ..KeyspaceSpec::default() };
     let first =
         Catalog::first(KeyspaceId(7), "ks1", spec, &nodes, 1_700_000_000_000_000, 0xfeed_face);
-    let mut catalog = vasto_core::reconcile::start_grow(
+    let mut catalog = vasto_core::reconcile::start_resize(
         &first,
         3,
         &[vec![NodeId(3)]],
@@ -153,6 +179,7 @@ fn catalog() {
         range: BandRange { first: Band(1), last: Band(1) },
         replicas: vec![ReplicaId(1)],
         targets: vec![(ReplicaId(2), Lsn(55))],
+        others: Vec::new(),
         until_us: 1_700_000_000_000_002,
         dropping: false,
     });

@@ -172,18 +172,39 @@ fn description(keyspace: &KeyspaceDescription) -> String {
     let headings =
         [">SHARD", ">REPLICA", "NODE", "ROLE", ">LSN", ">SHIPPED", ">~KEYS", ">BYTES", "STATE"];
     out += &table(&headings, rows);
-    for (index, quarantine) in keyspace.quarantines.iter().enumerate() {
-        let until = quarantine.until_us.and_then(|micros| i64::try_from(micros).ok());
-        let until = until.and_then(|micros| jiff::Timestamp::from_microsecond(micros).ok());
-        let until = until.map_or_else(String::new, |until| format!(" until {until:.0}"));
-        let blank = if index == 0 { "\n" } else { "" };
-        let replicas = joined(&quarantine.replicas);
-        out += &format!("{blank}moved keys are kept, unserved, on replicas {replicas}{until}\n");
+    let is_retired =
+        |replica: &u64| keyspace.retired.iter().any(|retired| retired.replica_id == *replica);
+    let mut kept: Vec<String> = Vec::new();
+    // The quarantine of a shrink keeps the retired replicas, which are listed by themselves.
+    for quarantine in
+        keyspace.quarantines.iter().filter(|kept| !kept.replicas.iter().any(is_retired))
+    {
+        let (replicas, until) = (joined(&quarantine.replicas), until(quarantine.until_us));
+        kept.push(format!("moved keys are kept, unserved, on replicas {replicas}{until}\n"));
+    }
+    for retired in &keyspace.retired {
+        kept.push(format!(
+            "retired replica {} of the former shard {} is kept, unserved, on {}{}\n",
+            retired.replica_id,
+            retired.shard,
+            retired.node_id,
+            until(retired.until_us)
+        ));
+    }
+    if !kept.is_empty() {
+        out += &format!("\n{}", kept.concat());
     }
     if let Some(running) = &keyspace.operation {
         out += &format!("\nrunning: {}\n", operation::line(running));
     }
     out
+}
+
+/// Formats the end of a quarantine, if it is known.
+fn until(micros: Option<u64>) -> String {
+    let at = micros.and_then(|micros| i64::try_from(micros).ok());
+    let at = at.and_then(|micros| jiff::Timestamp::from_microsecond(micros).ok());
+    at.map_or_else(String::new, |at| format!(" until {at:.0}"))
 }
 
 fn joined(numbers: &[impl ToString]) -> String {
@@ -206,7 +227,9 @@ mod tests {
                 {"shard": 1, "replicas": [{"node_id": "n-2", "replica_id": 2, "role": "primary", "state": "failed",
                     "reason": "disk", "lsn": null, "shipped_lsn": null, "lag_ms": null, "keys": null, "bytes": null}]},
             ],
-            "quarantines": [{"replicas": [1, 2], "until_us": 86_400_000_000_i64}],
+            "quarantines": [{"replicas": [1, 2], "until_us": 86_400_000_000_i64},
+                {"replicas": [3], "until_us": 90_000_000_000_i64}],
+            "retired": [{"shard": 2, "replica_id": 3, "node_id": "n-3", "bytes": 7, "until_us": 90_000_000_000_i64}],
             "operation": {"id": "op-1-1", "kind": "grow", "keyspace": "users", "from": 2, "to": 3, "state": "running",
                 "step": "tail", "waiting_for": "n-2", "bytes_done": 1, "bytes_total": 2},
         });
@@ -221,7 +244,8 @@ mod tests {
             "SHARD  REPLICA  NODE  ROLE     LSN  SHIPPED  ~KEYS    BYTES  STATE\n",
             "    0        1  n-1   primary    7        5  1,200  4.0 KiB  serving\n",
             "    1        2  n-2   primary    -        -      -        -  failed: disk\n",
-            "moved keys are kept, unserved, on replicas 1, 2 until 1970-01-02T00:00:00Z\n",
+            "\nmoved keys are kept, unserved, on replicas 1, 2 until 1970-01-02T00:00:00Z\n\
+             retired replica 3 of the former shard 2 is kept, unserved, on n-3 until 1970-01-02T01:00:00Z\n\n",
             "running: op-1-1",
         ] {
             assert!(text.contains(part), "{part:?} is not in:\n{text}");

@@ -106,7 +106,9 @@ pub(crate) fn report(operation: &Operation) -> String {
         (
             "what",
             match operation.kind.as_deref() {
-                Some("grow") => format!("grow {keyspace} from {from} to {to} shards"),
+                Some(kind @ ("grow" | "shrink")) => {
+                    format!("{kind} {keyspace} from {from} to {to} shards")
+                }
                 Some("replace") => {
                     format!("{} replicas of node {from}", text(operation.replicas_moved))
                 }
@@ -189,6 +191,8 @@ mod tests {
             show(&running),
             "op-1-2 grow users from 3 to 4: tail, 1.0 MiB of 2.0 MiB read, waiting for n-1 to catch up\n"
         );
+        let shrink = Operation { kind: Some("shrink".to_owned()), ..finished() };
+        assert!(show(&shrink).contains("what             shrink users from 2 to 3 shards\n"));
         let text = show(&finished());
         for part in [
             "what             grow users from 2 to 3 shards\n",

@@ -1,4 +1,5 @@
-//! `vasto keyspace resize`: starts it, follows it, prints the report.
+//! `vasto keyspace resize`: ends a quarantine that is in its way if asked to, starts it, follows
+//! it, prints the report.
 //!
 //! The master runs the operation and continues without this process: a client that stops waiting
 //! loses only the progress display. While no master answers, the client waits, because the next
@@ -6,7 +7,10 @@
 
 use std::time::{Duration, Instant};
 
-use vasto_client::{Answer, ErrorKind, Operation, OperationState, Vasto, answer::ResizePlan};
+use vasto_client::{
+    Answer, ErrorKind, Operation, OperationState, Vasto,
+    answer::{QuarantinesLeft, ResizePlan},
+};
 
 use super::{operation, print, text};
 use crate::{
@@ -36,8 +40,67 @@ pub(crate) async fn run(
         let plan = vasto.plan_resize(&args.name, args.shards).await.map_err(connect::failure)?;
         return print(&plan, format, estimate);
     }
+    if args.end_quarantine {
+        tokio::select! {
+            ended = end_quarantine(vasto, &args.name, args.shards) => ended?,
+            _ = tokio::signal::ctrl_c() => {
+                let failure = Failure::new("stopped waiting; nothing was resized");
+                return Err(failure.hint("the quarantine ends all the same; run the command again").into());
+            }
+        }
+    }
     let started = vasto.start_resize(&args.name, args.shards).await.map_err(connect::failure)?;
     wait(vasto, started, args.no_wait, format).await
+}
+
+/// Ends the quarantines that keep a keyspace from shrinking, and waits until their keys are
+/// removed.
+async fn end_quarantine(vasto: &Vasto, name: &str, shards: u32) -> anyhow::Result<()> {
+    let label = format!("{name} quarantine");
+    let mut shown = String::new();
+    let mut progress: Option<ProgressLine> = None;
+    let mut poll = tokio::time::interval(POLL);
+    let mut away_since: Option<Instant> = None;
+    loop {
+        poll.tick().await;
+        let now = match vasto.end_quarantine(name, shards).await {
+            Ok(left) if left.quarantines.is_empty() => {
+                if let Some(progress) = progress {
+                    progress.finish(&format!("{label} ended"));
+                }
+                return Ok(());
+            }
+            Ok(left) => {
+                away_since = None;
+                removing(&left)
+            }
+            // The call changes nothing when it is repeated.
+            Err(error) if error.kind() == ErrorKind::Unknown || is_away(error.kind()) => {
+                if away_since.get_or_insert_with(Instant::now).elapsed() >= AWAY_MAX {
+                    return Err(connect::failure(error).into());
+                }
+                "waiting for a master".to_owned()
+            }
+            Err(error) => return Err(connect::failure(error).into()),
+        };
+        let progress =
+            progress.get_or_insert_with(|| ProgressLine::start(label.clone(), Unit::Items, None));
+        set_step(progress, &mut shown, &label, &now);
+    }
+}
+
+/// Formats what the end of the quarantines waits for.
+fn removing(left: &QuarantinesLeft) -> String {
+    match (&left.waiting_for, left.quarantines.iter().all(|kept| kept.dropping)) {
+        (Some(what), false) => format!("waiting for {what}"),
+        (None, false) => "waiting for the bucket to hold the keys elsewhere".to_owned(),
+        (_, true) => "removing the kept keys".to_owned(),
+    }
+}
+
+/// Returns true for the error of a call that no master has answered.
+fn is_away(kind: ErrorKind) -> bool {
+    matches!(kind, ErrorKind::Unavailable | ErrorKind::DeadlineExceeded)
 }
 
 /// Follows an operation that was just started to its end, unless `no_wait` is set.
@@ -103,9 +166,7 @@ async fn follow(vasto: &Vasto, started: &Operation) -> anyhow::Result<Answer<Ope
         poll.tick().await;
         let now = match vasto.show_operation(id).await {
             Ok(now) => now,
-            Err(error)
-                if matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::DeadlineExceeded) =>
-            {
+            Err(error) if is_away(error.kind()) => {
                 let since = *away_since.get_or_insert_with(Instant::now);
                 if since.elapsed() < AWAY_MAX {
                     set_step(&mut progress, &mut step, &name, "waiting for a master");
@@ -158,28 +219,52 @@ fn summary(name: &str, ended: &Operation) -> String {
     format!("{name} {} after {}", ended.state, format_duration(took))
 }
 
+/// Formats a plan: the keys that move, the disk that is needed meanwhile, and what it costs.
 fn estimate(plan: &ResizePlan) -> String {
     let rows = plan.sources.iter().map(|source| {
         vec![
             source.shard.to_string(),
+            source.node_id.clone(),
             format_count(source.keys),
             format_bytes(source.bytes),
             format_bytes(source.bytes_to_read),
         ]
     });
-    let to_read: u64 = plan.sources.iter().map(|source| source.bytes_to_read).sum();
-    format!(
-        "{} from {} to {} shards: {:.1} % of the keys move; nothing was changed\n\n{}\n\
-         in all about {} in {} requests, {}\n",
+    let mut out = format!(
+        "{} from {} to {} shards: {:.1} % of the keys move; nothing was changed\n\n{}",
         plan.keyspace,
         plan.from,
         plan.to,
         plan.moving_fraction * 100.0,
-        table(&[">SHARD", ">KEYS", ">BYTES", ">BYTES TO READ"], rows),
-        format_bytes(to_read),
-        format_count(plan.requests),
+        table(&[">SHARD", "NODE", ">KEYS", ">BYTES", ">BYTES TO MOVE"], rows),
+    );
+    if !plan.disk_needed.is_empty() {
+        let rows = plan.disk_needed.iter().map(|disk| {
+            let free = text(disk.free.map(format_bytes));
+            vec![disk.node_id.clone(), format_bytes(disk.bytes), free]
+        });
+        out += &format!("\n{}", table(&["NODE", ">DISK NEEDED", ">FREE"], rows));
+    }
+    let requests = plan.requests;
+    out += &format!(
+        "\nin all about {} to the targets, {} from the bucket, {} reads and {} writes there, {}; {} {}\n",
+        format_bytes(plan.bytes_moved),
+        format_bytes(plan.bytes_from_bucket),
+        format_count(requests.get),
+        format_count(requests.put),
         text(Duration::try_from_secs_f64(plan.seconds).ok().map(format_duration)),
-    )
+        amount(plan.cost.amount),
+        plan.cost.currency,
+    );
+    if let Some(reason) = &plan.refused {
+        out += &format!("it would be refused: {reason}\n");
+    }
+    out
+}
+
+/// Formats an amount of money, which may be far below a cent.
+fn amount(amount: f64) -> String {
+    if amount == 0.0 || amount >= 0.01 { format!("{amount:.2}") } else { format!("{amount:.6}") }
 }
 
 #[cfg(test)]
@@ -196,18 +281,29 @@ mod tests {
     #[test]
     fn an_estimate_names_what_each_source_gives() {
         let plan = json!({"keyspace": "users", "from": 2, "to": 3, "moving_fraction": 0.3333,
-            "sources": [{"shard": 0, "keys": 1000, "bytes": 4096, "bytes_to_read": 1366},
-                        {"shard": 1, "keys": 1000, "bytes": 4096, "bytes_to_read": 1366}],
-            "requests": 7, "seconds": 2.0});
-        let text = estimate(&from_value(plan).unwrap());
+            "sources": [{"shard": 0, "node_id": "n-1", "keys": 1000, "bytes": 4096, "bytes_to_read": 1366},
+                        {"shard": 1, "node_id": "n-2", "keys": 1000, "bytes": 4096, "bytes_to_read": 1366}],
+            "bytes_moved": 2732, "bytes_from_bucket": 2732, "requests": {"get": 4, "put": 3}, "seconds": 2.0,
+            "disk_needed": [{"node_id": "n-3", "bytes": 5464, "free": 1_048_576}, {"node_id": "n-4", "bytes": 1}],
+            "cost": {"currency": "EUR", "amount": 0.000_017}, "refused": "n-3 needs more disk"});
+        let text = estimate(&from_value(plan.clone()).unwrap());
         for part in [
             "users from 2 to 3 shards: 33.3 % of the keys move; nothing was changed\n",
-            "SHARD   KEYS    BYTES  BYTES TO READ\n",
-            "    1  1,000  4.0 KiB        1.3 KiB\n",
-            "in all about 2.7 KiB in 7 requests, 2.00 s\n",
+            "SHARD  NODE   KEYS    BYTES  BYTES TO MOVE\n",
+            "    1  n-2   1,000  4.0 KiB        1.3 KiB\n",
+            "NODE  DISK NEEDED     FREE\n",
+            "n-3       5.3 KiB  1.0 MiB\n",
+            "n-4           1 B        -\n",
+            "in all about 2.7 KiB to the targets, 2.7 KiB from the bucket, 4 reads and 3 writes there, 2.00 s; \
+             0.000017 EUR\n",
+            "it would be refused: n-3 needs more disk\n",
         ] {
             assert!(text.contains(part), "{part:?} is not in:\n{text}");
         }
+        let mut begins = plan;
+        begins["refused"] = Value::Null;
+        assert!(!estimate(&from_value(begins).unwrap()).contains("refused"));
+        assert_eq!([0.0, 0.01, 12.5].map(amount), ["0.00", "0.01", "12.50"]);
     }
 
     #[test]
@@ -219,6 +315,18 @@ mod tests {
         assert_eq!(doing(&operation(&now)), "2 replicas left", "it moves");
         let tail = json!({"id": "op-1-1", "state": "running", "step": "tail", "waiting_for": null});
         assert_eq!(doing(&operation(&tail)), "tail");
+    }
+
+    #[test]
+    fn the_end_of_a_quarantine_says_what_it_waits_for() {
+        let left = |dropping: bool, waiting_for: Value| {
+            let document =
+                json!({"quarantines": [{"dropping": dropping}], "waiting_for": waiting_for});
+            removing(&from_value(document).unwrap())
+        };
+        assert_eq!(left(false, json!("a manifest")), "waiting for a manifest");
+        assert!(left(false, Value::Null).contains("the bucket"));
+        assert_eq!(left(true, json!("moved ranges")), "removing the kept keys");
     }
 
     #[test]

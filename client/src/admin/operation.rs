@@ -5,15 +5,15 @@ use vasto_core::band::check_shard_count;
 use vasto_core::limits::{ADMIN_DEADLINE, check_keyspace_name};
 use vasto_proto::v1;
 
-use crate::answer::{Answer, Operation, OperationState, ResizePlan};
+use crate::answer::{Answer, Operation, OperationState, QuarantinesLeft, ResizePlan};
 use crate::client::Vasto;
 use crate::error::{Error, ErrorKind};
 use crate::master::Call;
 use crate::tuning::OPERATION_POLL;
 
 impl Vasto {
-    /// Changes the number of shards while reads and writes go on, and waits until the operation is
-    /// done, however long that takes. Dropping the future does not stop the operation.
+    /// Changes the number of shards, up or down, while reads and writes go on, and waits until the
+    /// operation is done, however long that takes. Dropping the future does not stop the operation.
     ///
     /// # Errors
     /// As of [`Vasto::start_resize`]; `FailedPrecondition` with the reason when it was aborted.
@@ -26,11 +26,14 @@ impl Vasto {
         self.wait_operation(started).await
     }
 
-    /// Starts to change the number of shards and returns the running operation at once.
+    /// Starts to change the number of shards, up or down, and returns the running operation at
+    /// once.
     ///
     /// # Errors
     /// `InvalidArgument` for an illegal count (the message names legal ones), `NotFound`,
-    /// `FailedPrecondition` while another change runs or when a node is missing.
+    /// `FailedPrecondition` while another change runs, when a node is missing or lacks the disk,
+    /// and when the shards that stay keep keys of an earlier grow in quarantine (see
+    /// [`Vasto::end_quarantine`]).
     pub async fn start_resize(&self, name: &str, shards: u32) -> Result<Answer<Operation>, Error> {
         let request = resize_request(name, shards, false)?;
         self.master
@@ -38,14 +41,35 @@ impl Vasto {
             .await
     }
 
-    /// Returns the cost of a resize without starting it.
+    /// Returns what a resize would move and take, and whether it would be refused, without starting
+    /// it.
     ///
     /// # Errors
-    /// As of [`Vasto::start_resize`].
+    /// `InvalidArgument` for a count that is illegal or that the keyspace has, `NotFound`.
     pub async fn plan_resize(&self, name: &str, shards: u32) -> Result<Answer<ResizePlan>, Error> {
         let request = resize_request(name, shards, true)?;
         self.master
             .call(Call::Ask, |mut master| async move { master.resize_keyspace(request).await })
+            .await
+    }
+
+    /// Ends the quarantines that keep a keyspace from shrinking to `shards` at once, and returns
+    /// those that are still there: their keys are removed as soon as that is safe. Call it again
+    /// until none is left; then the keyspace can shrink.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an illegal count, `NotFound`, `FailedPrecondition` while another change
+    /// runs.
+    pub async fn end_quarantine(
+        &self,
+        name: &str,
+        shards: u32,
+    ) -> Result<Answer<QuarantinesLeft>, Error> {
+        check_keyspace_name(name)?;
+        check_shard_count(shards)?;
+        let request = v1::EndQuarantineRequest { name: name.to_owned(), shards };
+        self.master
+            .call(Call::Change, |mut master| async move { master.end_quarantine(request).await })
             .await
     }
 

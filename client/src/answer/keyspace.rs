@@ -32,6 +32,38 @@ pub struct KeyspaceDescription {
     pub ttl_ms: Option<u64>,
     /// Moved keys that are kept, unserved, until they are safe to remove.
     pub quarantines: Vec<Quarantine>,
+    /// Replicas of shards that have retired; each is kept as long as its quarantine.
+    pub retired: Vec<RetiredReplica>,
+}
+
+/// A replica of a shard that a shrink has retired.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct RetiredReplica {
+    /// The number of its former shard.
+    pub shard: u32,
+    /// Its id, unique within the keyspace.
+    pub replica_id: u64,
+    /// Its node, `n-…`.
+    pub node_id: String,
+    /// Bytes on disk.
+    pub bytes: Option<u64>,
+    /// When its quarantine ends, microseconds since 1970.
+    pub until_us: Option<u64>,
+}
+
+/// The quarantines that keep a keyspace from shrinking.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct QuarantinesLeft {
+    /// The name of the keyspace.
+    pub keyspace: String,
+    /// The number of shards that it is to shrink to.
+    pub shards: u32,
+    /// Those that are still there; empty once it can shrink.
+    pub quarantines: Vec<Quarantine>,
+    /// What their end waits for.
+    pub waiting_for: Option<String>,
 }
 
 /// A shard with its replicas.
@@ -80,6 +112,8 @@ pub struct Quarantine {
     pub replicas: Vec<u64>,
     /// When it ends, microseconds since 1970.
     pub until_us: Option<u64>,
+    /// It has ended, and the replicas remove the keys.
+    pub dropping: bool,
 }
 
 /// A keyspace in a list.
@@ -110,6 +144,8 @@ pub struct KeyspaceSummary {
     pub bytes: u64,
     /// The id of the running structural change.
     pub operation: Option<String>,
+    /// Number of replicas of shards that have retired and are kept for a while.
+    pub retired_replicas: u64,
 }
 
 /// A keyspace that was deleted.

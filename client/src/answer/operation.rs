@@ -39,7 +39,7 @@ pub struct Operation {
     pub id: String,
     /// Its state.
     pub state: OperationState,
-    /// `grow`, `restore`, `replace` and others.
+    /// `grow`, `shrink`, `restore`, `replace` and others.
     pub kind: Option<String>,
     /// The name of the keyspace; several, separated by commas, of an operation on a node.
     pub keyspace: Option<String>,
@@ -139,12 +139,14 @@ pub struct ReachedLog {
     pub lsn: u64,
 }
 
-/// The estimated cost of a resize.
+/// What a resize would move and take, by estimates.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct ResizePlan {
     /// The name of the keyspace.
     pub keyspace: String,
+    /// `grow` or `shrink`.
+    pub kind: String,
     /// Number of shards before.
     pub from: u32,
     /// Number of shards after.
@@ -153,10 +155,52 @@ pub struct ResizePlan {
     pub moving_fraction: f64,
     /// The shards that keys move from.
     pub sources: Vec<ResizeSource>,
-    /// Number of requests to the bucket.
-    pub requests: u64,
+    /// Bytes of the moved keys that all replicas hold that receive them, compressed.
+    pub bytes_moved: u64,
+    /// Bytes that are read from the bucket.
+    pub bytes_from_bucket: u64,
+    /// Requests to the bucket.
+    pub requests: ResizeRequests,
+    /// Disk that nodes need while it runs.
+    pub disk_needed: Vec<NodeDisk>,
     /// How long it takes.
     pub seconds: f64,
+    /// What the bucket's provider charges for it, at the configured prices.
+    pub cost: ResizeCost,
+    /// Why the resize would be refused now; `None` when it would begin.
+    pub refused: Option<String>,
+}
+
+/// Requests to the bucket that a resize sends.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct ResizeRequests {
+    /// Requests that read.
+    pub get: u64,
+    /// Requests that write.
+    pub put: u64,
+}
+
+/// Disk that a node needs while a resize runs.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct NodeDisk {
+    /// Its id, `n-…`.
+    pub node_id: String,
+    /// The bytes that it needs.
+    pub bytes: u64,
+    /// The bytes that are free there, as far as that is known.
+    pub free: Option<u64>,
+}
+
+/// What a resize costs.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct ResizeCost {
+    /// The currency, as configured.
+    pub currency: String,
+    /// The amount.
+    pub amount: f64,
 }
 
 /// Share of one shard in a resize: the keys and bytes that it gives away.
@@ -165,6 +209,8 @@ pub struct ResizePlan {
 pub struct ResizeSource {
     /// Its number.
     pub shard: u32,
+    /// The node that gives them away, `n-…`.
+    pub node_id: String,
     /// The estimated number of its keys.
     pub keys: u64,
     /// Its bytes on disk.

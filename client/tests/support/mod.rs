@@ -626,6 +626,7 @@ json_calls! {
     checkpoint_keyspace(v1::KeyspaceRequest);
     compact_keyspace(v1::KeyspaceRequest);
     resize_keyspace(v1::ResizeRequest);
+    end_quarantine(v1::EndQuarantineRequest);
     list_operations(v1::Empty);
     show_operation(v1::OperationRequest);
     cancel_operation(v1::OperationRequest);

@@ -14,6 +14,7 @@ use crate::control::plan::Plan;
 use crate::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use crate::record::BandRange;
 
+pub use crate::control::retirement::Retirement;
 pub use crate::control::spec::{Ack, KeyspaceSpec, NotAnAck};
 
 /// Number of removed replicas that are named one by one; earlier ones are named together, by
@@ -92,6 +93,20 @@ pub struct DrainingReplica {
     pub node: NodeId,
     /// Time at which the replica left, microseconds since 1970.
     pub since_us: u64,
+}
+
+/// A replica of a shard that a shrink has retired. It serves nothing any more; from the end of the
+/// plan to the end of its quarantine only its files are kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RetiredReplica {
+    /// Its former shard.
+    pub shard: ShardId,
+    /// The replica.
+    pub replica: ReplicaId,
+    /// Its node.
+    pub node: NodeId,
+    /// The plan that retired the shard.
+    pub plan: PlanId,
 }
 
 /// Totals of the finished plans that added or recovered a replica.
@@ -193,6 +208,10 @@ pub struct Quarantine {
     /// Each target and the LSN of its log that covers everything up to the seals: a source removes
     /// the range only after a manifest of the target covers this LSN.
     pub targets: Vec<(ReplicaId, Lsn)>,
+    /// The targets of a shrink that do not ship, with the same LSN of their logs: should one of
+    /// them ship in the place of a target, its manifests count from there on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub others: Vec<(ReplicaId, Lsn)>,
     /// End of the quarantine, microseconds since 1970.
     pub until_us: u64,
     /// Removal is allowed: nodes remove the range under the version that sets this.
@@ -223,11 +242,18 @@ pub struct Catalog {
     /// Draining replicas: they left the placement and are not drained yet.
     #[serde(rename = "unsealed", default, skip_serializing_if = "Vec::is_empty")]
     pub draining: Vec<DrainingReplica>,
+    /// Replicas of shards that a shrink has retired, until the quarantine of its plan ends.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub retired: Vec<RetiredReplica>,
+    /// Shrinks that have committed, by their shard counts, ascending: they tell replicas of shards
+    /// that have retired from those of later shards with the same numbers.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub retirements: Vec<Retirement>,
     /// Replicas that are removed for good: any node that holds their files deletes them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub removed: Vec<ReplicaId>,
-    /// All replicas with a lower id that are neither placed, nor targets, nor draining are removed
-    /// for good too.
+    /// All replicas with a lower id that are neither placed, nor targets, nor draining, nor retired
+    /// are removed for good too.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub removed_below: ReplicaId,
     /// Removed replicas whose loss was accepted: records that they shipped are not recovered again
@@ -294,6 +320,8 @@ impl Catalog {
             spec,
             placement,
             draining: Vec::new(),
+            retired: Vec::new(),
+            retirements: Vec::new(),
             removed: Vec::new(),
             removed_below: ReplicaId(0),
             given_up: Vec::new(),
@@ -323,8 +351,8 @@ impl Catalog {
         Band::owned(self.spec.shards).into()
     }
 
-    /// Returns the placed replicas, the targets under construction and the draining replicas, each
-    /// once, as `(shard, replica, placed)`. A deleted keyspace has none.
+    /// Returns the placed replicas, the targets under construction, the draining replicas and those
+    /// that the running plan has retired, each once, as `(shard, replica, placed)`. A deleted keyspace has none.
     pub fn members(&self) -> Vec<(ShardId, Placed, bool)> {
         if self.state != KeyspaceState::Active {
             return Vec::new();
@@ -338,10 +366,18 @@ impl Catalog {
         let draining = self.draining.iter().map(|draining| {
             (draining.shard, Placed { replica: draining.replica, node: draining.node }, false)
         });
+        // Until the plan that retired their shard has ended, they give away what they hold.
+        let giving = |retired: &&RetiredReplica| {
+            self.plan.as_ref().is_some_and(|plan| plan.id == retired.plan)
+        };
+        let retired = self.retired.iter().filter(giving).map(|retired| {
+            (retired.shard, Placed { replica: retired.replica, node: retired.node }, false)
+        });
         let mut seen = BTreeSet::new();
         placed
             .chain(targets)
             .chain(draining)
+            .chain(retired)
             .filter(|(_, member, _)| seen.insert(member.replica))
             .collect()
     }
@@ -352,7 +388,7 @@ impl Catalog {
         here.map(|(shard, member, placed)| (shard, member.replica, placed)).collect()
     }
 
-    /// Returns the node of a placed replica, a target or a draining replica.
+    /// Returns the node of a placed replica, a target, a draining or a retired replica.
     pub fn node_of(&self, replica: ReplicaId) -> Option<NodeId> {
         let placed = self
             .placement
@@ -365,7 +401,35 @@ impl Catalog {
             .flat_map(|plan| &plan.targets)
             .map(|target| (target.replica, target.node));
         let draining = self.draining.iter().map(|draining| (draining.replica, draining.node));
-        placed.chain(targets).chain(draining).find(|(id, _)| *id == replica).map(|(_, node)| node)
+        let retired = self.retired.iter().map(|retired| (retired.replica, retired.node));
+        placed
+            .chain(targets)
+            .chain(draining)
+            .chain(retired)
+            .find(|(id, _)| *id == replica)
+            .map(|(_, node)| node)
+    }
+
+    /// Returns true when the plan has retired replicas that are kept still.
+    pub fn has_retired(&self, plan: PlanId) -> bool {
+        self.retired.iter().any(|retired| retired.plan == plan)
+    }
+
+    /// Returns true when the replica belongs to a shard that has retired.
+    pub fn is_retired(&self, replica: ReplicaId) -> bool {
+        self.retired.iter().any(|retired| retired.replica == replica)
+    }
+
+    /// Returns the retirement of the shard for which a replica was made; `None` while that shard
+    /// exists, and for a replica of a later shard with the same number.
+    pub fn retirement_of(&self, shard: ShardId, replica: ReplicaId) -> Option<&Retirement> {
+        self.retirements.iter().find(|retirement| retirement.concerns(shard, replica))
+    }
+
+    /// Records that this version retires the shards from `first` on.
+    pub(crate) fn record_retirement(&mut self, first: ShardId) {
+        let (below, version, at_us) = (self.next_replica, self.version, self.written_at_us);
+        Retirement { first, below, version, at_us }.add_to(&mut self.retirements);
     }
 
     /// Returns the placement of a shard.
@@ -406,8 +470,12 @@ impl Catalog {
         placed.chain(draining).filter(|member| member.replica != replica).collect()
     }
 
-    /// Returns the replicas that pull a replica's log, and for which the log is kept.
+    /// Returns the replicas that pull a replica's log, and for which the log is kept. None pulls the
+    /// log of a retired replica: a new shard may have the number of its own.
     pub fn followers_of(&self, shard: ShardId, replica: ReplicaId) -> Vec<ReplicaId> {
+        if self.is_retired(replica) {
+            return Vec::new();
+        }
         let placed = self
             .shard(shard)
             .into_iter()

@@ -1,6 +1,6 @@
 //! The control plane, pure: what a keyspace is to be (`spec`, `catalog`, `plan`), what replicas
 //! report (`report`), how operations ended (`operation`), and the rules that make the next catalog
-//! version of these (`reconcile`).
+//! version of these (`reconcile`). `retirement` tells retired shards from later ones.
 //!
 //! **Invariant:** no data module depends on `reconcile`, which depends on all of them.
 
@@ -9,4 +9,5 @@ pub mod operation;
 pub mod plan;
 pub mod reconcile;
 pub mod report;
+mod retirement;
 mod spec;

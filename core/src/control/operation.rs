@@ -15,6 +15,8 @@ use crate::ids::{KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 pub enum OperationKind {
     /// More shards.
     Grow,
+    /// Fewer shards.
+    Shrink,
     /// One more replica of a shard, from a live one.
     #[serde(rename = "replica")]
     AddReplica,
@@ -35,6 +37,7 @@ impl From<PlanKind> for OperationKind {
     fn from(kind: PlanKind) -> Self {
         match kind {
             PlanKind::Grow { .. } => OperationKind::Grow,
+            PlanKind::Shrink { .. } => OperationKind::Shrink,
             PlanKind::AddReplica { .. } => OperationKind::AddReplica,
             PlanKind::RecoverReplica { .. } => OperationKind::RecoverReplica,
             PlanKind::Restore { .. } => OperationKind::Restore,
@@ -143,6 +146,7 @@ mod tests {
     fn kinds_keep_their_persisted_names_and_those_of_later_versions() {
         for (kind, name) in [
             (OperationKind::Grow, "grow"),
+            (OperationKind::Shrink, "shrink"),
             (OperationKind::AddReplica, "replica"),
             (OperationKind::RecoverReplica, "takeover"),
             (OperationKind::Restore, "restore"),

@@ -19,6 +19,14 @@ pub enum PlanKind {
         /// Shards after.
         to: u32,
     },
+    /// Fewer shards: the shards from `to` on retire, and the replicas of the others, the survivors,
+    /// receive their rows.
+    Shrink {
+        /// Shards before.
+        from: u32,
+        /// Shards after.
+        to: u32,
+    },
     /// One more replica of a shard: from the checkpoint of another replica in the bucket, then from
     /// its log.
     #[serde(rename = "replica")]
@@ -80,6 +88,9 @@ pub struct Source {
     /// The manifest, known from the step `tail` on.
     #[serde(default)]
     pub manifest: Option<PinnedManifest>,
+    /// Full object key of its export, of a plan that exports; known from the step `tail` on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub export: Option<String>,
 }
 
 /// A replica under construction.
@@ -113,13 +124,53 @@ pub struct Plan {
     /// Seals that did not complete in time.
     #[serde(default)]
     pub seals_undone: u32,
+    /// The gc floor, a commit time in microseconds, that every shard raises its own to before a
+    /// shrink exports; `None` until the present ones are known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub floor: Option<u64>,
 }
 
 impl Plan {
-    /// Returns the bands that change owners, if any do.
-    pub fn moving(&self) -> Option<BandRange> {
-        let (from, to) = self.growth()?;
-        Some(Band::leaving(from, to).into())
+    /// Returns the bands that a source gives away, of a plan that changes the shard count: in a
+    /// shrink, everything that a retiring shard owns.
+    pub fn leaving(&self) -> Option<BandRange> {
+        match self.kind {
+            PlanKind::Grow { from, to } => Some(Band::leaving(from, to).into()),
+            PlanKind::Shrink { from, .. } => Some(Band::owned(from).into()),
+            PlanKind::AddReplica { .. }
+            | PlanKind::RecoverReplica { .. }
+            | PlanKind::Restore { .. } => None,
+        }
+    }
+
+    /// Returns the bands that a target fills, of a plan that changes the shard count: everything
+    /// that a new shard owns; in a shrink, the bands that left the survivors when the retiring
+    /// shards were new.
+    pub fn arriving(&self) -> Option<BandRange> {
+        match self.kind {
+            PlanKind::Grow { to, .. } => Some(Band::owned(to).into()),
+            PlanKind::Shrink { from, to } => Some(Band::leaving(to, from).into()),
+            PlanKind::AddReplica { .. }
+            | PlanKind::RecoverReplica { .. }
+            | PlanKind::Restore { .. } => None,
+        }
+    }
+
+    /// Returns true when every source exports its leaving rows for each target shard. The targets
+    /// of a grow by one shard take the files of the sources as they are instead.
+    pub fn exports(&self) -> bool {
+        match self.kind {
+            PlanKind::Grow { from, to } => to > from + 1,
+            PlanKind::Shrink { .. } => true,
+            PlanKind::AddReplica { .. }
+            | PlanKind::RecoverReplica { .. }
+            | PlanKind::Restore { .. } => false,
+        }
+    }
+
+    /// Returns true when shards retire.
+    pub fn shrinks(&self) -> bool {
+        matches!(self.kind, PlanKind::Shrink { .. })
     }
 
     /// Returns the nodes that take part. The sources of a recovery do not.
@@ -139,9 +190,9 @@ impl Plan {
     }
 
     /// Returns the shard counts before and after, of a plan that changes them.
-    pub fn growth(&self) -> Option<(u32, u32)> {
+    pub fn resize(&self) -> Option<(u32, u32)> {
         match self.kind {
-            PlanKind::Grow { from, to } => Some((from, to)),
+            PlanKind::Grow { from, to } | PlanKind::Shrink { from, to } => Some((from, to)),
             PlanKind::AddReplica { .. }
             | PlanKind::RecoverReplica { .. }
             | PlanKind::Restore { .. } => None,

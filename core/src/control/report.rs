@@ -143,6 +143,13 @@ pub struct ReplicationReport {
     /// The replica failed shortly before for lack of disk or descriptors: it may open again by
     /// itself.
     pub passing: bool,
+    /// The replica's gc floor, a commit time in microseconds.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub floor: u64,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// A durable seal.
@@ -162,6 +169,9 @@ pub struct SourceProgress {
     /// The checkpoint that the source made.
     #[serde(default)]
     pub manifest: Option<PinnedManifest>,
+    /// Full object key of its export, of a plan that exports.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub export: Option<String>,
     /// The seal, once durable.
     #[serde(default)]
     pub sealed: Option<Sealed>,

@@ -1,4 +1,4 @@
-//! Keyspaces: create, list, describe, delete, resize.
+//! Keyspaces: create, list, describe, delete, resize, the early end of a quarantine.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,11 +6,12 @@ use std::time::Duration;
 use tokio::time::timeout;
 use vasto_core::band::check_shard_count;
 use vasto_core::catalog::{Ack, Catalog, KeyspaceSpec, KeyspaceState};
-use vasto_core::error::VastoError;
+use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::KeyspaceId;
 use vasto_core::limits::{
     KEPT_MS_MAX, REPLICAS_MAX, SHARDS_SERVED_MAX, check_keyspace_name, check_ttl_ms,
 };
+use vasto_core::reconcile::in_the_way;
 use vasto_core::report::ReplicaPhase;
 use vasto_proto::convert::ack_from_wire;
 use vasto_proto::v1;
@@ -18,7 +19,7 @@ use vasto_proto::v1;
 use super::answer::{ANSWER_WITHIN, Answer, find, invalid, not_found, refused, taken, unknown};
 use super::{ask, ship};
 use crate::cluster::{Cluster, nonce, now_us};
-use crate::driver::{changed, install};
+use crate::driver::{changed, install, start};
 use crate::state::{CatalogChange, Delivery};
 use crate::view::keyspace::{not_serving, summary};
 use crate::view::outcome::DeletedDoc;
@@ -204,18 +205,51 @@ pub(crate) async fn delete(cluster: &Arc<Cluster>, name: &str) -> Answer {
     }))
 }
 
-/// Starts a grow, or only estimates it.
+/// Starts a resize, or only plans it: the plan says what the resize itself would be answered.
 pub(crate) async fn resize(cluster: &Arc<Cluster>, request: v1::ResizeRequest) -> Answer {
-    let (keyspace, change) = {
-        let state = cluster.state();
-        let keyspace = find(&state, &request.name)?;
-        let change = CatalogChange::Grow { to: request.shards };
-        if request.plan_only {
-            changed(&state, keyspace, &change, cluster.mono_us(), now_us(), 0)?;
-            return Ok(json(&view::estimate::estimate(keyspace, request.shards)));
-        }
-        (keyspace.catalog.keyspace, change)
-    };
+    let change = CatalogChange::Resize { to: request.shards };
+    if request.plan_only {
+        return plan_resize(cluster, &request, &change);
+    }
+    let keyspace = find(&cluster.state(), &request.name)?.catalog.keyspace;
     let started = ask::change(cluster, keyspace, change).await?;
     Ok(json(&running_of(&started)))
+}
+
+fn plan_resize(cluster: &Cluster, request: &v1::ResizeRequest, change: &CatalogChange) -> Answer {
+    let state = cluster.state();
+    let keyspace = find(&state, &request.name)?;
+    let now_us = now_us();
+    let refused = match changed(&state, keyspace, change, cluster.mono_us(), now_us, 0) {
+        Ok(_) => None,
+        // Nothing can be said of a resize to a count that is not legal, or is there already.
+        Err(error) if error.code != ErrorCode::FailedPrecondition => return Err(error),
+        Err(error) => Some(error.message),
+    };
+    let next = start(&state, keyspace, request.shards, now_us, 0).ok();
+    let plan = next.as_ref().and_then(|next| next.plan.as_ref());
+    let prices = &cluster.settings.prices;
+    Ok(json(&view::estimate::estimate(&state, keyspace, request.shards, plan, refused, prices)))
+}
+
+/// Ends the quarantines that keep a keyspace from shrinking, and answers those that are still
+/// there: asked again, it answers fewer, in the end none.
+pub(crate) async fn end_quarantine(
+    cluster: &Arc<Cluster>,
+    request: v1::EndQuarantineRequest,
+) -> Answer {
+    let to = check_shard_count(request.shards)?;
+    let running = {
+        let state = cluster.state();
+        let catalog = &find(&state, &request.name)?.catalog;
+        let now_us = now_us();
+        let runs = in_the_way(catalog, to).any(|quarantine| quarantine.until_us > now_us);
+        runs.then_some(catalog.keyspace)
+    };
+    if let Some(keyspace) = running {
+        ask::change(cluster, keyspace, CatalogChange::EndQuarantines { to }).await?;
+        tracing::info!(keyspace = request.name, shards = to, "ended quarantines");
+    }
+    let state = cluster.state();
+    Ok(json(&view::keyspace::quarantines_left(find(&state, &request.name)?, to)))
 }

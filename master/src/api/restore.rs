@@ -134,6 +134,7 @@ fn restoring(
         sources: Vec::new(),
         targets: targets.collect(),
         seals_undone: 0,
+        floor: None,
     });
     catalog.next_plan = PlanId(catalog.next_plan.0 + 1);
     catalog
@@ -263,6 +264,7 @@ mod tests {
             sources: Vec::new(),
             targets: Vec::new(),
             seals_undone: 0,
+            floor: None,
         });
         let undone = abort(&half, "a node is away", &Reports::new(), 2_000, 2).unwrap();
         assert_eq!(undone.state, KeyspaceState::Deleted);

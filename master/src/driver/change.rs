@@ -9,10 +9,11 @@ use vasto_core::ids::{Epoch, PlanId, ReplicaId};
 use vasto_core::operation::operation_id;
 use vasto_core::plan::{Plan, PlanKind};
 use vasto_core::reconcile::{
-    EvictError, PlanError, Presence, abort, cancel_drain, drain_node, evict_on_request, start_grow,
-    transfer_leadership,
+    EvictError, PlanError, Presence, abort, cancel_drain, drain_node, end_quarantines,
+    evict_on_request, start_resize, transfer_leadership,
 };
 
+use crate::forecast::Forecast;
 use crate::state::{CatalogChange, ClusterState, Keyspace};
 
 /// The reason of an operation that an administrator cancelled.
@@ -29,7 +30,14 @@ pub(crate) fn changed(
 ) -> Result<Catalog, VastoError> {
     let (catalog, reports) = (&*keyspace.catalog, &keyspace.reports);
     match *change {
-        CatalogChange::Grow { to } => grown(state, keyspace, to, now_us, nonce),
+        CatalogChange::Resize { to } => resized(state, keyspace, to, now_us, nonce),
+        CatalogChange::EndQuarantines { to } => {
+            let ended = end_quarantines(catalog, to, now_us, nonce).map_err(plan_error)?;
+            ended.ok_or_else(|| {
+                let message = format!("no quarantine of keyspace {} is in the way", catalog.name);
+                VastoError::new(ErrorCode::NotFound, message)
+            })
+        }
         CatalogChange::Cancel { plan } => cancelled(keyspace, plan, now_us, nonce),
         CatalogChange::TransferLeadership { from, to } => transfer_leadership(
             catalog, from, to, now_us, nonce,
@@ -57,7 +65,21 @@ pub(crate) fn changed(
     }
 }
 
-fn grown(
+/// Returns the version that starts a resize; refuses one that a node has no disk for.
+fn resized(
+    state: &ClusterState,
+    keyspace: &Keyspace,
+    to: u32,
+    now_us: u64,
+    nonce: u64,
+) -> Result<Catalog, VastoError> {
+    let next = start(state, keyspace, to, now_us, nonce)?;
+    Forecast::of(&keyspace.catalog, &keyspace.reports, to, next.plan.as_ref()).check_room(state)?;
+    Ok(next)
+}
+
+/// Returns the version that starts a resize, whatever the disks of its nodes.
+pub(crate) fn start(
     state: &ClusterState,
     keyspace: &Keyspace,
     to: u32,
@@ -68,7 +90,7 @@ fn grown(
         Ok(targets) => (targets, None),
         Err(missing) => (Vec::new(), Some(missing)),
     };
-    start_grow(&keyspace.catalog, to, &targets, now_us, nonce).map_err(|error| {
+    start_resize(&keyspace.catalog, to, &targets, now_us, nonce).map_err(|error| {
         match (error, missing) {
             // The error names live nodes that get no replica.
             (PlanError::NoNode(_), Some(missing)) => missing.into(),
@@ -114,6 +136,7 @@ fn evicted(
             let code = match &error {
                 EvictError::NotThere(_) | EvictError::Deleted => ErrorCode::NotFound,
                 EvictError::Draining(_)
+                | EvictError::Retired(_)
                 | EvictError::Last(..)
                 | EvictError::OnlyOneServes(..)
                 | EvictError::Busy(_) => ErrorCode::FailedPrecondition,
@@ -146,7 +169,7 @@ pub(crate) fn has_ended(id: &str) -> VastoError {
 fn plan_error(error: PlanError) -> VastoError {
     let code = match &error {
         PlanError::Count(_) | PlanError::SameCount(_) => ErrorCode::InvalidArgument,
-        PlanError::Shrink { .. } | PlanError::Above64 => ErrorCode::FailedPrecondition,
+        PlanError::Above64 | PlanError::Quarantined { .. } => ErrorCode::FailedPrecondition,
         PlanError::Busy(_) | PlanError::NoNode(_) | PlanError::DrainingReplica(..) => {
             ErrorCode::FailedPrecondition
         }

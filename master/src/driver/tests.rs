@@ -13,7 +13,7 @@ use vasto_core::catalog::{KeyspaceSpec, Quarantine};
 use vasto_core::ids::{Epoch, Incarnation, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use vasto_core::limits::SEALING_WRITE_MAX;
 use vasto_core::plan::{PinnedManifest, Step};
-use vasto_core::reconcile::start_grow;
+use vasto_core::reconcile::start_resize;
 use vasto_core::report::{
     ReplicaPhase, ReplicaReport, SourceProgress, TargetProgress, TargetStage,
 };
@@ -28,7 +28,7 @@ fn first(keyspace: KeyspaceId) -> Catalog {
 }
 
 fn growing(step: Step) -> Catalog {
-    let mut catalog = start_grow(&first(KeyspaceId(1)), 2, &[vec![NodeId(1)]], 2_000, 2).unwrap();
+    let mut catalog = start_resize(&first(KeyspaceId(1)), 2, &[vec![NodeId(1)]], 2_000, 2).unwrap();
     catalog.plan.as_mut().unwrap().step = step;
     catalog
 }
@@ -54,6 +54,7 @@ fn idle_keyspaces_are_not_looked_at() {
         range: catalog.owned_bands(),
         replicas: vec![ReplicaId(1)],
         targets: Vec::new(),
+        others: Vec::new(),
         until_us: 3_000_000,
         dropping: false,
     });
@@ -87,23 +88,23 @@ fn changes_that_are_refused_say_what_to_do() {
         |catalog: &Catalog, change, nodes: &[NodeId]| asked(catalog, &change, nodes).unwrap_err();
     let idle = first(KeyspaceId(1));
     assert_eq!(
-        refused(&idle, CatalogChange::Grow { to: 1 }, &[NodeId(1)]).code,
+        refused(&idle, CatalogChange::Resize { to: 1 }, &[NodeId(1)]).code,
         ErrorCode::InvalidArgument
     );
     assert_eq!(
-        refused(&idle, CatalogChange::Grow { to: 5000 }, &[NodeId(1)]).code,
+        refused(&idle, CatalogChange::Resize { to: 5000 }, &[NodeId(1)]).code,
         ErrorCode::InvalidArgument
     );
     assert_eq!(
-        refused(&idle, CatalogChange::Grow { to: 72 }, &[NodeId(1)]).code,
+        refused(&idle, CatalogChange::Resize { to: 72 }, &[NodeId(1)]).code,
         ErrorCode::FailedPrecondition
     );
     assert!(
-        asked(&idle, &CatalogChange::Grow { to: 3 }, &[NodeId(1)]).is_ok(),
+        asked(&idle, &CatalogChange::Resize { to: 3 }, &[NodeId(1)]).is_ok(),
         "several shards at once"
     );
     assert!(
-        refused(&idle, CatalogChange::Grow { to: 2 }, &[]).message.contains("vasto serve node")
+        refused(&idle, CatalogChange::Resize { to: 2 }, &[]).message.contains("vasto serve node")
     );
     assert_eq!(
         refused(&idle, CatalogChange::Cancel { plan: PlanId(1) }, &[]).code,
@@ -111,7 +112,7 @@ fn changes_that_are_refused_say_what_to_do() {
     );
     let busy = growing(Step::Tail);
     for change in
-        [CatalogChange::Grow { to: 2 }, CatalogChange::Grow { to: 3 }, CatalogChange::Delete]
+        [CatalogChange::Resize { to: 2 }, CatalogChange::Resize { to: 3 }, CatalogChange::Delete]
     {
         assert_eq!(
             refused(&busy, change.clone(), &[NodeId(1)]).code,
@@ -130,6 +131,42 @@ fn changes_that_are_refused_say_what_to_do() {
         refused(&busy, other, &[]).message.contains("ended"),
         "only the operation that was named"
     );
+}
+
+#[test]
+fn a_resize_that_a_node_has_no_disk_for_is_refused_with_the_figures() {
+    const GIB: u64 = 1 << 30;
+    let spec = KeyspaceSpec { shards: 2, ..KeyspaceSpec::default() };
+    let nodes = [vec![NodeId(1)], vec![NodeId(2)]];
+    let catalog = Catalog::first(KeyspaceId(1), "ks1", spec, &nodes, 1_000, 1);
+    let mut state = ClusterState::default();
+    let hello = crate::state::tests::hello;
+    let first = state.connect(&hello(1, "a:1"), false, 1).unwrap().session;
+    let second = state.connect(&hello(2, "a:2"), false, 1).unwrap().session;
+    state.install(catalog, Delivery::Push);
+    let disk = |free: u64| v1::Report {
+        disk_used: 100 * GIB - free,
+        disk_free: free,
+        ..v1::Report::default()
+    };
+    let mut shrunk = |free: [u64; 2], bytes: u64| {
+        let given = ReplicaReport { bytes, ..crate::state::tests::replica_report(2, 1) };
+        state.report(NodeId(1), first, &disk(free[0]), Vec::new(), 2);
+        state.report(NodeId(2), second, &disk(free[1]), vec![given], 2);
+        let change = CatalogChange::Resize { to: 1 };
+        changed(&state, &state.keyspaces[&KeyspaceId(1)], &change, 9, 9, 9)
+    };
+    // A survivor needs twice what it receives, a source once what it exports; 1 GiB is reserved.
+    let refused = shrunk([8 * GIB, 50 * GIB], 4 * GIB).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::FailedPrecondition);
+    for part in
+        ["n-0000000000000001 needs about 8192 MiB", "7168 MiB of the 8192 MiB", "node drain"]
+    {
+        assert!(refused.message.contains(part), "{}", refused.message);
+    }
+    let refused = shrunk([50 * GIB, 4 * GIB], 4 * GIB).unwrap_err();
+    assert!(refused.message.contains("n-0000000000000002 needs about 4096 MiB"), "{refused}");
+    assert!(shrunk([9 * GIB, 5 * GIB], 4 * GIB).is_ok());
 }
 
 #[test]
@@ -225,6 +262,7 @@ impl Fixture {
         let source = SourceProgress {
             plan: PlanId(1),
             manifest: Some(PinnedManifest { key: "m".into(), lsn: Lsn(10) }),
+            export: None,
             sealed: None,
             released: false,
             pauses_us: Vec::new(),
@@ -256,7 +294,7 @@ async fn a_slow_bucket_never_makes_a_node_seal() {
         });
         catalogs.collect()
     };
-    fixture.ask(CatalogChange::Grow { to: 2 }).await.unwrap();
+    fixture.ask(CatalogChange::Resize { to: 2 }).await.unwrap();
     shown(&mut sent);
     fixture.store.config_mut(|config| {
         config.wait_put_per_call = SEALING_WRITE_MAX + Duration::from_millis(20)
@@ -302,7 +340,7 @@ async fn a_lost_race_adopts_the_winners_tip_and_decides_again() {
         tip.spec.ttl_ms = Some(round);
         assert!(matches!(fixture.cluster.store.write(&tip).await.unwrap(), CatalogWrite::Won));
     }
-    let grown = fixture.ask(CatalogChange::Grow { to: 2 }).await.unwrap();
+    let grown = fixture.ask(CatalogChange::Resize { to: 2 }).await.unwrap();
     assert_eq!(
         (grown.version.0, grown.spec.ttl_ms),
         (5, Some(2)),
@@ -327,7 +365,7 @@ async fn a_node_that_is_ahead_makes_the_master_read_the_tip() {
 #[tokio::test]
 async fn a_cancelled_plan_cannot_be_cancelled_twice() {
     let fixture = driven().await;
-    fixture.ask(CatalogChange::Grow { to: 2 }).await.unwrap();
+    fixture.ask(CatalogChange::Resize { to: 2 }).await.unwrap();
     let cancelled = fixture.ask(CatalogChange::Cancel { plan: PlanId(1) }).await.unwrap();
     assert!(cancelled.plan.is_none());
     assert_eq!(
@@ -335,7 +373,7 @@ async fn a_cancelled_plan_cannot_be_cancelled_twice() {
         ErrorCode::FailedPrecondition
     );
     assert_eq!(
-        fixture.ask(CatalogChange::Grow { to: 2 }).await.unwrap().plan.as_ref().unwrap().id,
+        fixture.ask(CatalogChange::Resize { to: 2 }).await.unwrap().plan.as_ref().unwrap().id,
         PlanId(2)
     );
     fixture.cluster.shutdown.cancel();
@@ -365,7 +403,7 @@ async fn a_write_whose_outcome_is_unknown_is_settled_by_the_tip() {
             assert_eq!(shown, 1, "no version is shown before its write is known to have won");
             store.heal();
         };
-        let (grown, ()) = tokio::join!(fixture.ask(CatalogChange::Grow { to: 2 }), end);
+        let (grown, ()) = tokio::join!(fixture.ask(CatalogChange::Resize { to: 2 }), end);
         let grown = grown.unwrap();
         assert_eq!(
             (grown.version.0, grown.plan.as_ref().unwrap().id),

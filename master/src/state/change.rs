@@ -10,8 +10,10 @@ use vasto_core::ids::{PlanId, ReplicaId};
 /// A change that an administrator can request of a keyspace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum CatalogChange {
-    /// Add shards.
-    Grow { to: u32 },
+    /// Change the number of shards, up or down.
+    Resize { to: u32 },
+    /// End the quarantines that keep the keyspace from shrinking to so many shards.
+    EndQuarantines { to: u32 },
     /// Undo the running plan.
     Cancel { plan: PlanId },
     /// Transfer leadership to another replica of the shard.

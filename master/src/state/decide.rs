@@ -84,19 +84,22 @@ impl ClusterState {
         }
     }
 
-    /// Returns the version that aborts a plan whose target has no disk left for it. A restore from
-    /// the bucket is not aborted for that: the keyspace that it makes would be lost.
+    /// Returns the version that aborts a plan for which a target has no disk left, or a source that
+    /// exports. A restore from the bucket is not aborted for that: the keyspace that it makes would
+    /// be lost.
     fn without_disk(&self, keyspace: &Keyspace, now_us: u64, nonce: u64) -> Option<Catalog> {
         let goes_on = |plan: &&Plan| {
-            (plan.adds_member() || plan.growth().is_some())
+            (plan.adds_member() || plan.resize().is_some())
                 && matches!(plan.step, Step::Prepare | Step::Tail)
         };
         let plan = keyspace.catalog.plan.as_ref().filter(goes_on)?;
         let full =
             |node: NodeId| self.nodes.get(&node).is_some_and(|node| node.disk().is_exhausted());
-        let target = plan.targets.iter().find(|target| full(target.node))?;
-        let reason = format!("{} has no disk left for it; free some, or add a node", target.node);
-        give_up_on(&keyspace.catalog, &reason, target.node, &keyspace.reports, now_us, nonce)
+        let exporting = plan.sources.iter().filter(|_| plan.exports()).map(|source| source.node);
+        let mut nodes = plan.targets.iter().map(|target| target.node).chain(exporting);
+        let node = nodes.find(|node| full(*node))?;
+        let reason = format!("{node} has no disk left for it; free some, or add a node");
+        give_up_on(&keyspace.catalog, &reason, node, &keyspace.reports, now_us, nonce)
     }
 }
 

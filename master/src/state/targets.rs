@@ -20,7 +20,10 @@ impl ClusterState {
     pub(crate) fn candidates(&self, catalog: Option<&Catalog>) -> Vec<NodeCandidate> {
         let mut of_keyspace: HashMap<NodeId, usize> = HashMap::new();
         for (_, member, _) in catalog.map(Catalog::members).unwrap_or_default() {
-            *of_keyspace.entry(member.node).or_default() += 1;
+            // A retired replica serves nothing, so it counts as disk and not as load.
+            if !catalog.is_some_and(|catalog| catalog.is_retired(member.replica)) {
+                *of_keyspace.entry(member.node).or_default() += 1;
+            }
         }
         let reachable = self.live().filter(|(_, node)| node.unreachable.is_none());
         let candidates = reachable.map(|(id, node)| {
@@ -40,6 +43,13 @@ impl ClusterState {
         #[cfg(test)]
         self.examined.set(self.examined.get() + candidates.len() as u64);
         candidates
+    }
+
+    /// Returns the disk of a node with what other decisions have promised of it; `None` of a node
+    /// that has not registered.
+    pub(crate) fn disk_of(&self, node: NodeId) -> Option<Disk> {
+        let promised = self.loads.of(node).promised;
+        self.nodes.get(&node).map(|node| Disk { promised, ..node.disk() })
     }
 
     /// Returns the live node that could take one more replica of a shard, even if other copies to
@@ -66,8 +76,12 @@ impl ClusterState {
         let asked =
             |node: NodeId| catalog.draining_nodes.iter().any(|drain| drain.to == Some(node));
         let members = catalog.members();
+        // A retired replica belonged to another shard, whatever its number.
         let has = |node: NodeId| {
-            members.iter().any(|(of, member, _)| *of == shard && member.node == node)
+            let of_shard = members
+                .iter()
+                .filter(|(of, member, _)| *of == shard && !catalog.is_retired(member.replica));
+            of_shard.into_iter().any(|(_, member, _)| member.node == node)
         };
         let zone_of = |node: NodeId| self.nodes.get(&node).map(|node| node.zone.as_str());
         let placed =

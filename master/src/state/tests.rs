@@ -8,7 +8,7 @@ use vasto_core::catalog::{Catalog, KeyspaceSpec};
 use vasto_core::ids::{CatalogVersion, Incarnation, Lsn, PlanId, ReplicaId, ShardId};
 use vasto_core::limits::{COPIES_PER_NODE_MAX, NODE_FORGOTTEN_AFTER};
 use vasto_core::plan::{NODE_AWAY_MAX_US, PinnedManifest, SEALS_UNDONE_MAX, Step};
-use vasto_core::reconcile::{Advance, Presence, start_grow};
+use vasto_core::reconcile::{Advance, Presence, start_resize};
 use vasto_core::report::{
     ReplicaPhase, ReplicaReport, Sealed, SourceProgress, TargetProgress, TargetStage,
 };
@@ -220,7 +220,7 @@ fn a_deleted_keyspace_concerns_only_nodes_that_held_or_report_it() {
 }
 
 fn growing(step: Step, written_at_us: u64) -> Catalog {
-    let mut catalog = start_grow(&catalog(), 3, &[vec![NodeId(1)]], written_at_us, 2).unwrap();
+    let mut catalog = start_resize(&catalog(), 3, &[vec![NodeId(1)]], written_at_us, 2).unwrap();
     catalog.plan.as_mut().unwrap().step = step;
     catalog
 }
@@ -264,6 +264,7 @@ fn sealed_reports(sealing: &Catalog) -> Vec<ReplicaReport> {
     let progress = SourceProgress {
         plan: PlanId(1),
         manifest: Some(PinnedManifest { key: "m".into(), lsn: Lsn(10) }),
+        export: None,
         sealed: Some(Sealed { version: sealing.version, lsn: Lsn(20) }),
         released: false,
         pauses_us: Vec::new(),
@@ -407,6 +408,35 @@ fn a_copy_whose_target_runs_out_of_disk_is_given_up_and_made_elsewhere() {
     assert_eq!(target(&state, 30_000_000), Some(NodeId(3)));
     state.disconnect(NodeId(3), sessions[2], 100);
     assert_eq!(target(&state, 30_000_000), Some(NodeId(2)), "better than nowhere");
+}
+
+#[test]
+fn a_shrink_ends_when_a_node_that_exports_runs_out_of_disk() {
+    let (mut state, first, second) = two_nodes();
+    state.install(start_resize(&catalog(), 1, &[], 2_000, 2).unwrap(), Delivery::Push);
+    report(&mut state, 1, first, vec![replica_report(1, 2)], 20);
+    report(&mut state, 2, second, vec![replica_report(2, 2)], 20);
+    let next = write(state.decide(KS, 100, 6_000, 3));
+    assert_eq!(next.plan.as_ref().unwrap().floor, Some(1), "it goes on");
+    disk(&mut state, 2, second, 100 * GIB, GIB / 5);
+    let given_up = write(state.decide(KS, 100, 6_000, 3));
+    let reason = given_up.operations[0].reason.as_deref().unwrap();
+    assert!(reason.contains("n-0000000000000002 has no disk left"), "{reason}");
+}
+
+#[test]
+fn a_retired_replica_keeps_no_node_from_a_copy_of_a_new_shard_with_its_number() {
+    let (mut state, sessions) = lacking();
+    let mut retired = state.keyspaces[&KS].catalog.next(3_000, 3);
+    retired.retired.push(vasto_core::catalog::RetiredReplica {
+        shard: ShardId(0),
+        replica: ReplicaId(77),
+        node: NodeId(2),
+        plan: PlanId(1),
+    });
+    state.install(retired, Delivery::Push);
+    state.disconnect(NodeId(3), sessions[2], 100);
+    assert_eq!(target(&state, 5_000), Some(NodeId(2)));
 }
 
 #[test]

@@ -1,71 +1,120 @@
-//! The estimate of a resize, from what the nodes have reported: `keyspace resize --plan`.
+//! The plan of a resize, from what the nodes have reported: `keyspace resize --plan`.
+
+use std::time::Duration;
 
 use serde::Serialize;
-use vasto_core::ids::ShardId;
+use vasto_core::ids::{NodeId, ShardId};
+use vasto_core::operation::OperationKind;
+use vasto_core::plan::Plan;
+use vasto_shipping::cost::{MONTH, estimate as cost_of};
+use vasto_shipping::{Prices, RequestCounts, Usage};
 
-use crate::state::Keyspace;
-
-/// The assumed rate at which objects of one source are read, rewritten and ingested, bytes a
-/// second.
-const ASSUMED_BYTES_PER_SECOND: u64 = 50 << 20;
-/// Fixed costs of a resize: checkpoint, tail, seal.
-const ASSUMED_SECONDS: f64 = 2.0;
-/// The most bytes of an object that one GET takes.
-const BYTES_PER_GET: u64 = 8 << 20;
+use crate::forecast::Forecast;
+use crate::state::{ClusterState, Keyspace};
 
 /// `keyspace resize --plan`.
 #[derive(Serialize)]
 pub(crate) struct EstimateDoc {
     keyspace: String,
+    kind: OperationKind,
     from: u32,
     to: u32,
     moving_fraction: f64,
     sources: Vec<SourceDoc>,
-    requests: u64,
+    bytes_moved: u64,
+    bytes_from_bucket: u64,
+    requests: RequestsDoc,
+    disk_needed: Vec<DiskDoc>,
     seconds: f64,
+    cost: AmountDoc,
+    /// What the resize itself would be answered now.
+    refused: Option<String>,
 }
 
 #[derive(Serialize)]
 struct SourceDoc {
     shard: ShardId,
+    node_id: NodeId,
     keys: u64,
     bytes: u64,
     bytes_to_read: u64,
 }
 
-/// Estimates from the reports what growing to `to` shards would read and how long it would take.
-pub(crate) fn estimate(keyspace: &Keyspace, to: u32) -> EstimateDoc {
+#[derive(Serialize)]
+struct RequestsDoc {
+    get: u64,
+    put: u64,
+}
+
+/// Disk that a node needs while the resize runs.
+#[derive(Serialize)]
+struct DiskDoc {
+    node_id: NodeId,
+    bytes: u64,
+    /// Its free disk; `null` while it has not reported.
+    free: Option<u64>,
+}
+
+/// The price of the requests, and of what is read.
+#[derive(Serialize)]
+struct AmountDoc {
+    currency: String,
+    amount: f64,
+}
+
+/// Estimates from the reports what changing to `to` shards moves, and what that takes. `plan` is
+/// the plan that would begin, `refused` the error that the change would be answered.
+pub(crate) fn estimate(
+    state: &ClusterState,
+    keyspace: &Keyspace,
+    to: u32,
+    plan: Option<&Plan>,
+    refused: Option<String>,
+    prices: &Prices,
+) -> EstimateDoc {
     let catalog = &keyspace.catalog;
-    let from = catalog.spec.shards;
-    let moving_fraction = f64::from(to.saturating_sub(from)) / f64::from(to.max(1));
-    let sources: Vec<SourceDoc> = catalog
-        .placement
-        .iter()
-        .map(|shard| {
-            let report =
-                shard.replicas.first().and_then(|first| keyspace.reports.get(&first.replica));
-            let (keys, bytes) = report.map_or((0, 0), |report| (report.keys, report.bytes));
-            // Banded SSTs: only the moving keys must be read.
-            SourceDoc {
-                shard: shard.shard,
-                keys,
-                bytes,
-                bytes_to_read: (bytes as f64 * moving_fraction) as u64,
-            }
-        })
-        .collect();
-    let bytes: u64 = sources.iter().map(|source| source.bytes_to_read).sum();
-    // A manifest each, then the bytes in parts; sources and target ship with about as many requests
-    // again.
-    let gets: u64 =
-        sources.iter().map(|source| 1 + source.bytes_to_read.div_ceil(BYTES_PER_GET)).sum();
+    let forecast = Forecast::of(catalog, &keyspace.reports, to, plan);
+    let (get, put, bytes_moved) = (forecast.gets(), forecast.puts(), forecast.bytes_moved());
+    let sources = forecast.sources.iter().map(|source| SourceDoc {
+        shard: source.shard,
+        node_id: source.node,
+        keys: source.keys,
+        bytes: source.bytes,
+        bytes_to_read: source.moves,
+    });
+    let disk_needed = forecast.disk_needed().into_iter().map(|(node, bytes)| DiskDoc {
+        node_id: node,
+        bytes,
+        free: state.disk_of(node).filter(|disk| disk.bytes > 0).map(|disk| disk.free),
+    });
     EstimateDoc {
         keyspace: catalog.name.clone(),
-        from,
+        kind: match to < catalog.spec.shards {
+            true => OperationKind::Shrink,
+            false => OperationKind::Grow,
+        },
+        from: catalog.spec.shards,
         to,
-        moving_fraction,
-        requests: 2 * gets,
-        seconds: ASSUMED_SECONDS + bytes as f64 / ASSUMED_BYTES_PER_SECOND as f64,
-        sources,
+        moving_fraction: forecast.moving_fraction,
+        sources: sources.collect(),
+        bytes_moved,
+        bytes_from_bucket: bytes_moved,
+        requests: RequestsDoc { get, put },
+        disk_needed: disk_needed.collect(),
+        seconds: forecast.seconds(),
+        cost: AmountDoc {
+            currency: prices.currency.clone(),
+            amount: amount(get, put, bytes_moved, prices),
+        },
+        refused,
     }
+}
+
+/// Returns the price of so many requests: that of a month in which nothing else is done.
+fn amount(get: u64, put: u64, bytes_read: u64, prices: &Prices) -> f64 {
+    let counts = RequestCounts { get, put, bytes_read, ..RequestCounts::default() };
+    let elapsed: Duration = MONTH;
+    let month = cost_of(&[Usage { counts, elapsed }], None, prices);
+    let amount = month.requests.unwrap_or_default() + month.egress.unwrap_or_default();
+    (amount * 1e6).round() / 1e6
 }

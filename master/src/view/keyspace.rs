@@ -1,9 +1,10 @@
 //! Keyspaces: `keyspace describe` and the lines of `keyspace list`.
 
 use serde::Serialize;
-use vasto_core::catalog::{Ack, Catalog, KeyspaceState, Quarantine};
+use vasto_core::catalog::{Ack, Catalog, KeyspaceState, Quarantine, RetiredReplica};
 use vasto_core::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, ReplicaId, ShardId};
 use vasto_core::operation::operation_id;
+use vasto_core::reconcile::in_the_way;
 use vasto_core::report::{ReplicaPhase, ReplicaReport};
 
 use super::plan::{RunningDoc, running};
@@ -24,6 +25,30 @@ pub(crate) struct KeyspaceDoc {
     version: CatalogVersion,
     ttl_ms: Option<u64>,
     quarantines: Vec<Quarantine>,
+    /// Replicas of shards that have retired, while there are any.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    retired: Vec<RetiredDoc>,
+}
+
+/// A replica of a shard that a shrink has retired.
+#[derive(Serialize)]
+struct RetiredDoc {
+    shard: ShardId,
+    replica_id: ReplicaId,
+    node_id: NodeId,
+    bytes: Option<u64>,
+    /// When its quarantine ends, microseconds since 1970.
+    until_us: Option<u64>,
+}
+
+/// The quarantines that keep a keyspace from shrinking.
+#[derive(Serialize)]
+pub(crate) struct QuarantinesDoc {
+    keyspace: String,
+    /// The count that it is to shrink to.
+    shards: u32,
+    quarantines: Vec<Quarantine>,
+    waiting_for: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -65,6 +90,13 @@ pub(crate) struct KeyspaceSummary {
     keys_estimate: u64,
     bytes: u64,
     operation: Option<String>,
+    /// Replicas of shards that have retired, while there are any.
+    #[serde(skip_serializing_if = "is_zero")]
+    retired_replicas: usize,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
 }
 
 /// Returns the document of `keyspace describe`.
@@ -107,6 +139,28 @@ pub(crate) fn describe(state: &ClusterState, keyspace: &Keyspace) -> KeyspaceDoc
         version: catalog.version,
         ttl_ms: catalog.spec.ttl_ms,
         quarantines: catalog.quarantines.clone(),
+        retired: catalog.retired.iter().map(|retired| retired_replica(keyspace, retired)).collect(),
+    }
+}
+
+fn retired_replica(keyspace: &Keyspace, retired: &RetiredReplica) -> RetiredDoc {
+    let kept = keyspace.catalog.quarantines.iter().find(|kept| kept.plan == retired.plan);
+    RetiredDoc {
+        shard: retired.shard,
+        replica_id: retired.replica,
+        node_id: retired.node,
+        bytes: keyspace.reports.get(&retired.replica).map(|report| report.bytes),
+        until_us: kept.map(|kept| kept.until_us),
+    }
+}
+
+/// Returns the quarantines that keep a keyspace from shrinking to `to` shards.
+pub(crate) fn quarantines_left(keyspace: &Keyspace, to: u32) -> QuarantinesDoc {
+    QuarantinesDoc {
+        keyspace: keyspace.catalog.name.clone(),
+        shards: to,
+        quarantines: in_the_way(&keyspace.catalog, to).cloned().collect(),
+        waiting_for: keyspace.waiting_for.clone(),
     }
 }
 
@@ -199,5 +253,6 @@ pub(crate) fn summary(keyspace: &Keyspace) -> KeyspaceSummary {
         keys_estimate: keys,
         bytes,
         operation: catalog.plan.as_ref().map(|plan| operation_id(catalog.keyspace, plan.id)),
+        retired_replicas: catalog.retired.len(),
     }
 }

@@ -54,7 +54,7 @@ pub(crate) fn running(keyspace: &Keyspace) -> Option<RunningDoc> {
 /// Returns the running operation from a catalog alone, before anything is reported.
 pub(crate) fn running_of(catalog: &Catalog) -> Option<RunningDoc> {
     let plan = catalog.plan.as_ref()?;
-    let (from, to) = plan.growth().unwrap_or((catalog.spec.shards, catalog.spec.shards));
+    let (from, to) = plan.resize().unwrap_or((catalog.spec.shards, catalog.spec.shards));
     let target = |target: &Target| TargetDoc {
         shard: target.shard,
         replica_id: target.replica,

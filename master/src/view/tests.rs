@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 use super::cost::cost;
 use super::estimate::estimate;
-use super::keyspace::describe;
+use super::keyspace::{describe, summary};
 use super::operation::{OperationDoc, operations};
 use super::status::cluster;
 use super::*;
@@ -11,12 +11,13 @@ use crate::state::ClusterState;
 use crate::state::Delivery;
 use crate::state::tests::{replica_report, two_nodes};
 use serde_json::{Value, json as value};
+use vasto_core::catalog::{Quarantine, RetiredReplica};
 use vasto_core::ids::{KeyspaceId, NodeId, PlanId};
 use vasto_core::operation::{OperationOutcome, operation_id};
-use vasto_core::reconcile::start_grow;
+use vasto_core::reconcile::start_resize;
 use vasto_core::report::ReplicaPhase;
 use vasto_proto::v1;
-use vasto_shipping::Usage;
+use vasto_shipping::{Prices, Usage};
 
 const KS: KeyspaceId = KeyspaceId(1);
 
@@ -68,10 +69,44 @@ fn describe_has_what_the_interface_promises() {
 }
 
 #[test]
+fn retired_replicas_are_shown_while_there_are_any() {
+    let (mut state, first, _) = two_nodes();
+    state.report(NodeId(1), first, &v1::Report::default(), vec![replica_report(1, 1)], 20);
+    let shown = |state: &ClusterState| {
+        let keyspace = &state.keyspaces[&KS];
+        (parsed(&describe(state, keyspace)), parsed(&summary(keyspace)))
+    };
+    let (described, line) = shown(&state);
+    assert_eq!((described.get("retired"), line.get("retired_replicas")), (None, None));
+    let mut one = state.keyspaces[&KS].catalog.next(2_000, 2);
+    let shard = one.placement.pop().unwrap();
+    one.retired.push(RetiredReplica {
+        shard: shard.shard,
+        replica: shard.replicas[0].replica,
+        node: NodeId(2),
+        plan: PlanId(1),
+    });
+    one.quarantines.push(Quarantine {
+        plan: PlanId(1),
+        range: one.owned_bands(),
+        replicas: vec![shard.replicas[0].replica],
+        targets: Vec::new(),
+        others: Vec::new(),
+        until_us: 9_000,
+        dropping: false,
+    });
+    state.install(one, Delivery::Push);
+    let (described, line) = shown(&state);
+    let retired = value!({"shard": 1, "replica_id": 2, "node_id": "n-0000000000000002", "bytes": null, "until_us": 9_000});
+    assert_eq!(described["retired"], value!([retired]));
+    assert_eq!(line["retired_replicas"], 1);
+}
+
+#[test]
 fn operations_have_what_the_interface_promises() {
     let (mut state, ..) = two_nodes();
     let mut growing =
-        start_grow(&state.keyspaces[&KS].catalog, 3, &[vec![NodeId(1)]], 5_000, 2).unwrap();
+        start_resize(&state.keyspaces[&KS].catalog, 3, &[vec![NodeId(1)]], 5_000, 2).unwrap();
     growing.operations.push(vasto_core::reconcile::report_of(
         &growing,
         growing.plan.as_ref().unwrap(),
@@ -110,7 +145,8 @@ fn an_estimate_adds_up() {
     };
     state.report(NodeId(1), first, &v1::Report::default(), vec![big(1)], 20);
     state.report(NodeId(2), second, &v1::Report::default(), vec![big(2)], 20);
-    let estimate = parsed(&estimate(&state.keyspaces[&KS], 3));
+    let prices = Prices { currency: "EUR".into(), egress_gib: 0.5, ..Prices::default() };
+    let estimate = parsed(&estimate(&state, &state.keyspaces[&KS], 3, None, None, &prices));
     has(
         &estimate,
         &["keyspace", "from", "to", "moving_fraction", "sources", "requests", "seconds"],
@@ -118,7 +154,13 @@ fn an_estimate_adds_up() {
     assert_eq!(estimate["sources"].as_array().unwrap().len(), 2);
     has(&estimate["sources"][0], &["shard", "keys", "bytes", "bytes_to_read"]);
     assert_eq!(estimate["sources"][0]["bytes_to_read"], 100 << 20);
-    assert_eq!(estimate["requests"], 2 * 2 * (1 + 13));
+    has(&estimate, &["kind", "bytes_moved", "bytes_from_bucket", "disk_needed", "cost", "refused"]);
+    has(&estimate["sources"][0], &["node_id"]);
+    assert_eq!((&estimate["kind"], &estimate["refused"]), (&value!("grow"), &Value::Null));
+    assert_eq!(estimate["bytes_moved"], 200 << 20);
+    assert_eq!(estimate["requests"], value!({"get": 2 * (1 + 13), "put": 2 + (1 + 25)}));
+    // 28 reads and 28 writes, and 200 of 1,024 MiB read at 0.50.
+    assert_eq!(estimate["cost"], value!({"currency": "EUR", "amount": 0.097807}));
     assert_eq!(estimate["seconds"], 2.0 + 4.0);
 }
 

@@ -8,3 +8,4 @@ mod keyspaces;
 mod membership;
 mod node;
 mod repair;
+mod shrink;

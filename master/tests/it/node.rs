@@ -285,6 +285,7 @@ pub(crate) fn reports(catalog: &Catalog, node: NodeId, hold: Option<Step>) -> Ve
                     .collect(),
                 replication: vasto_core::report::ReplicationReport {
                     ready: true,
+                    floor: plan.and_then(|plan| plan.floor).unwrap_or_default(),
                     ..Default::default()
                 },
             }
@@ -298,12 +299,21 @@ fn source(
     replica: ReplicaId,
     hold: Option<Step>,
 ) -> Option<SourceProgress> {
-    plan.sources.iter().find(|source| source.replica == replica)?;
+    let is_source = plan.sources.iter().any(|source| source.replica == replica);
+    let of_source = |shard| plan.sources.iter().any(|source| source.shard == shard);
+    let gives = catalog.members().iter().any(|(shard, member, _)| {
+        member.replica == replica && of_source(*shard) && !plan.adds_member()
+    });
+    if !is_source && !gives {
+        return None;
+    }
     let done = |step| plan.step == step && hold != Some(step);
     Some(SourceProgress {
         plan: plan.id,
         manifest: (plan.step != Step::Prepare || done(Step::Prepare))
             .then(|| PinnedManifest { key: format!("manifest-{replica}"), lsn: Lsn(10) }),
+        export: (plan.exports() && (plan.step != Step::Prepare || done(Step::Prepare)))
+            .then(|| format!("export-{replica}")),
         sealed: done(Step::Sealing).then_some(Sealed { version: catalog.version, lsn: SEAL_LSN }),
         released: done(Step::Committed),
         pauses_us: vec![5_000],

@@ -153,6 +153,10 @@ fn rewrite_metadata(
     batch.put_meta(MetaKey::Head, &head.encode());
     let mut ranges = Ranges::all(RangeState::Empty);
     ranges.set(adoption.owned, RangeState::Owned);
+    if matches!(log, Log::Replicate) {
+        // A new keyspace counts its plans anew.
+        ranges.ingested = manifest.ingested;
+    }
     batch.put_meta(MetaKey::RangeStates, &ranges.encode());
     batch.put_meta(
         MetaKey::TailCursor(log.cursor_of(manifest.replica)),

@@ -105,7 +105,7 @@ fn read_rows(
     let owned: BandRange = Band::owned(shards).into();
     let mut groups = Groups::new();
     for band in owned.bands() {
-        let mut rows = scratch.rows(band);
+        let mut rows = scratch.rows(band, 2 << 20);
         while let Some((key, entry)) = rows.current()? {
             let bytes = key.len() + entry.len();
             let full = groups.push(KeyEntry { key: key.to_vec(), entry: entry.to_vec() }, bytes);

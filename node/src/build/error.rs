@@ -90,6 +90,20 @@ pub(crate) enum BuildError {
         /// From this time on a restore includes the writes, microseconds.
         from_us: u64,
     },
+    /// The log holds an ingest behind the checkpoint that the replica begins with: the rows that
+    /// arrived in a resize are in no record.
+    #[error(
+        "shard {shard} cannot be made from what replica {replica} has shipped: rows arrived there in a resize at {}, and no readable checkpoint holds them; restore to a moment before that, or to a later one with another checkpoint, with --at; `vasto bucket fsck` names what is missing",
+        time_text(*at_us)
+    )]
+    CrossesIngest {
+        /// The shard.
+        shard: ShardId,
+        /// The replica that wrote the log.
+        replica: ReplicaId,
+        /// Commit time of the ingest, microseconds.
+        at_us: u64,
+    },
     /// The log of a source neither reaches back to the cursor nor is in the bucket.
     #[error("the tail of shard {shard} is lost: {reason}")]
     TailLost {
@@ -177,6 +191,7 @@ impl BuildError {
             | BuildError::Gap { .. }
             | BuildError::Replica(ReplicaError::Gap { .. })
             | BuildError::NotReached { .. }
+            | BuildError::CrossesIngest { .. }
             | BuildError::ClockAhead { .. } => true,
             BuildError::Bucket(_)
             | BuildError::Catalog(_)

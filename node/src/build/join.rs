@@ -6,7 +6,7 @@
 //!   skipped.
 //! - The records of an origin are taken in order: a record missing from every log is an error.
 
-use vasto_core::ids::{Lsn, ReplicaId, covers};
+use vasto_core::ids::{Lsn, PlanId, ReplicaId, covers};
 use vasto_core::record::{Body, RECORD_HEADER_BYTES, Record};
 use vasto_shipping::archive;
 use vasto_shipping::chunk::Chunk;
@@ -34,8 +34,11 @@ impl Bootstrap {
         replica: &Replica,
         sources: &RestoreSources,
         replaced: ReplicaId,
+        shards: u32,
     ) -> Result<(), BuildError> {
         let Some((first, others)) = sources.all.split_first() else { return Ok(()) };
+        let held = first.base.as_ref().and_then(|base| base.manifest.ingested);
+        let ingests = Ingests { filter: ShardFilter { shard: replica.shard, shards }, held };
         let is_needed = |source: &RestoreSource| {
             source.owner == first.owner || sources.chain.contains(&source.owner.replica)
         };
@@ -52,7 +55,7 @@ impl Bootstrap {
             let (mut waiting, mut moved, mut gap) = (Vec::new(), false, None);
             for mut reading in logs {
                 let from = reading.log.at;
-                match self.join_log(replica, &mut reading.log, &mut needs_others).await? {
+                match self.join_log(replica, &mut reading.log, ingests, &mut needs_others).await? {
                     Ended::AtEnd => {
                         reading.check_end()?;
                         moved = true;
@@ -112,10 +115,14 @@ impl Bootstrap {
         &self,
         replica: &Replica,
         log: &mut ChunkReader,
+        ingests: Ingests,
         needs_others: &mut bool,
     ) -> Result<Ended, BuildError> {
         while let Some(chunk) = log.next_listed(&self.reader()).await? {
             *needs_others |= archive::goes_on_behind_another(&chunk);
+            for record in log.records(&chunk) {
+                ingests.filter.check_ingest(&record, ingests.held)?;
+            }
             match join(replica, log, &chunk).await {
                 Err(ReplicaError::Gap { .. }) => return Ok(Ended::Gap(chunk.first_lsn)),
                 other => other?,
@@ -171,6 +178,14 @@ impl Bootstrap {
         }
         Ok(log.at)
     }
+}
+
+/// What the rows of a shard's ingests are checked against.
+#[derive(Clone, Copy)]
+struct Ingests {
+    filter: ShardFilter,
+    /// The last plan whose ingest the first checkpoint contains.
+    held: Option<PlanId>,
 }
 
 /// Takes the records of a chunk after the position of its log.

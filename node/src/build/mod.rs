@@ -9,7 +9,7 @@
 //! | `join` | the log is taken as it is: the replica becomes a member of its shard |
 //! | `restore`, `taken` | the logs are merged up to a target time: the replica begins a new keyspace |
 //! | `files`, `groups`, `filter` | a file of a checkpoint, groups that fit into a record, the entries of one shard |
-//! | `grow` | the moving bands of other shards, and the tails of their logs |
+//! | `resize` | the rows that change shards: exports of the sources, what targets load, the tails of the logs |
 //!
 //! **Invariant:** a replica under construction serves nothing; a transient error keeps the
 //! downloaded files for the next attempt.
@@ -22,9 +22,9 @@ mod error;
 mod files;
 mod filter;
 mod groups;
-pub(crate) mod grow;
 mod join;
 mod reader;
+pub(crate) mod resize;
 mod restore;
 pub(crate) mod sources;
 mod taken;

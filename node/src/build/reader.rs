@@ -17,6 +17,7 @@ use vasto_shipping::archive::{self, ArchiveError, ArchivedCheckpoint};
 use vasto_shipping::bucket::Bucket;
 use vasto_shipping::chunk::Chunk;
 use vasto_shipping::download::{DownloadProgress, Wanted, download};
+use vasto_shipping::export::ExportManifest;
 use vasto_shipping::layout::Owner;
 
 use super::error::BuildError;
@@ -47,6 +48,18 @@ impl BucketReader<'_> {
         // Its size as this version encodes it.
         self.count(base.manifest.encode().len() as u64);
         Ok(base)
+    }
+
+    /// Reads the manifest of an export.
+    pub(super) async fn export(&self, key: &str) -> Result<ExportManifest, BuildError> {
+        let read = self.cancel.run_until_cancelled(self.bucket.get(key)).await;
+        let bytes = read.ok_or(BuildError::Cancelled)??;
+        let bytes = bytes.ok_or_else(|| ArchiveError::Missing(key.to_owned()))?;
+        self.count(bytes.len() as u64);
+        ExportManifest::decode(&bytes).map_err(|error| BuildError::Unusable {
+            key: key.to_owned(),
+            reason: error.to_string(),
+        })
     }
 
     /// Reads the chunk that holds the record after an LSN. `listed`: first LSNs of the chunks known

@@ -134,7 +134,7 @@ impl Bootstrap {
                 return Ok(Ended::AtEnd);
             };
             let held_by_us = source.times.chunk_held_by(chunk.first_lsn, chunk.last_lsn);
-            let Some(entries) = taken.new_entries(&chunk, log.gapless, held_by_us) else {
+            let Some(entries) = taken.new_entries(&chunk, log.gapless, held_by_us)? else {
                 return Ok(Ended::Gap(chunk.first_lsn));
             };
             apply_in_groups(replica, entries, Vec::new()).await?;

@@ -14,7 +14,7 @@
 
 use std::collections::BTreeMap;
 
-use vasto_core::ids::{Incarnation, Origin, OwnSeq, ReplicaId, ShardId, Vector, join};
+use vasto_core::ids::{Incarnation, Origin, OwnSeq, PlanId, ReplicaId, ShardId, Vector, join};
 use vasto_core::limits::CLOCK_AHEAD_TRUSTED;
 use vasto_core::record::KeyEntry;
 use vasto_shipping::archive::{self, ArchivedCheckpoint, Later, STORE_TIME_GRAIN_US};
@@ -32,6 +32,8 @@ pub(super) struct Taken {
     now_us: u64,
     /// Per origin, the last record that is applied or contained in a merged checkpoint.
     pub seen: Vector,
+    /// The last plan whose ingest is contained in a merged checkpoint.
+    held: Option<PlanId>,
     /// Commit time of the newest applied record.
     newest_us: u64,
     /// A log without a gap reached the target time.
@@ -73,6 +75,7 @@ impl Taken {
             until_us,
             now_us: now_us.max(until_us.unwrap_or_default()),
             seen: base.map(|base| base.manifest.vector.clone()).unwrap_or_default(),
+            held: base.and_then(|base| base.manifest.ingested),
             newest_us: base.map_or(0, |base| base.manifest.commit_time_max),
             passed: false,
             later_us,
@@ -84,10 +87,12 @@ impl Taken {
     /// Notes that the rows of another checkpoint are here.
     pub(super) fn add_checkpoint(&mut self, base: &ArchivedCheckpoint) {
         self.seen = join(&self.seen, &base.manifest.vector);
+        self.held = self.held.max(base.manifest.ingested);
         self.newest_us = self.newest_us.max(base.manifest.commit_time_max);
     }
 
-    /// Returns the new entries of a chunk; `None` when a record before it is missing. `gapless`:
+    /// Returns the new entries of a chunk; `None` when a record before it is missing. Fails at an
+    /// ingest that no merged checkpoint contains. `gapless`:
     /// nothing is missing from the log before it. `held_by_us`: time, microseconds by the object
     /// store's clock, by which the chunk was in the object store, so that none of its records was
     /// written later.
@@ -96,7 +101,7 @@ impl Taken {
         chunk: &Chunk,
         gapless: bool,
         held_by_us: u64,
-    ) -> Option<Vec<KeyEntry>> {
+    ) -> Result<Option<Vec<KeyEntry>>, BuildError> {
         let mut seen = self.seen.clone();
         let mut newest_us = self.newest_us;
         let mut entries = Vec::new();
@@ -114,6 +119,7 @@ impl Taken {
                     continue;
                 }
             }
+            self.filter.check_ingest(&record, self.held)?;
             // Records without an own sequence (seals and other control records that peers do not
             // replicate) concern only the replica that wrote them.
             if record.own_seq.0 > 0 {
@@ -122,7 +128,7 @@ impl Taken {
                     continue;
                 }
                 if record.own_seq > OwnSeq(last.0 + 1) {
-                    return None;
+                    return Ok(None);
                 }
                 seen.insert(record.origin, record.own_seq);
             }
@@ -133,7 +139,7 @@ impl Taken {
         for (origin, own_seq, commit_time) in later {
             self.note_later(origin, own_seq, commit_time, gapless, held_by_us);
         }
-        Some(entries)
+        Ok(Some(entries))
     }
 
     /// Evaluates a record whose commit time is the target time, or is later and left it unapplied:
@@ -196,6 +202,8 @@ impl Taken {
     /// target time (`after_target`).
     pub(super) fn needs_nothing_before(&self, later: &Later) -> bool {
         self.until_us.is_some()
+            // The log before it may hold an ingest, which is no record of any origin.
+            && later.ingested <= self.held
             && later.vector.iter().all(|(origin, seq)| {
                 let next = OwnSeq(self.seen.get(origin).copied().unwrap_or_default().0 + 1);
                 let is_after_target =

@@ -1,6 +1,7 @@
 //! Cursors over one consistent view of the database.
 
 use rocksdb::{DBRawIterator, ReadOptions, Snapshot};
+use vasto_core::record::BandRange;
 
 use super::{Engine, EngineError, RowRef, failed};
 
@@ -41,6 +42,21 @@ impl View<'_> {
         #[cfg(test)]
         OPENED.with(|opened| opened.set(opened.get() + 1));
         inner.seek(from);
+        Cursor { inner }
+    }
+}
+
+impl View<'_> {
+    /// Opens a cursor over whole bands, for a long read in the background: it is read ahead, and
+    /// leaves the block cache to the others.
+    pub(crate) fn bulk(&self, range: BandRange) -> Cursor<'_> {
+        let mut options = ReadOptions::default();
+        options.set_iterate_upper_bound(vec![range.last.0 + 1]);
+        options.set_verify_checksums(true);
+        options.set_readahead_size(2 << 20);
+        options.fill_cache(false);
+        let mut inner = self.snapshot.raw_iterator_opt(options);
+        inner.seek([range.first.0]);
         Cursor { inner }
     }
 }

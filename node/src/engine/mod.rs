@@ -38,7 +38,7 @@ pub(crate) use batch::Batch;
 pub(crate) use cursor::cursors_opened;
 pub(crate) use cursor::{Cursor, View};
 pub(crate) use scratch::{BandRows, ImportFile, Scratch};
-pub(crate) use tables::{TableSet, WrittenTable};
+pub(crate) use tables::{TableRun, TableSet, WrittenTable};
 
 /// Error of the database.
 #[derive(Debug, Clone, thiserror::Error)]

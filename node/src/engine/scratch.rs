@@ -1,13 +1,15 @@
-//! Reader of SSTs downloaded from a bucket: imports them into a throw-away database and iterates.
+//! Reader of SSTs downloaded from a bucket: files of a checkpoint are imported into a throw-away
+//! database, tables of an export are ingested; then it iterates.
 //!
 //! RocksDB's C API has no reader for a single SST. The levels and sequence ranges of the manifest
 //! are correctness data: an import with wrong ones, or with an L0 file left out, returns wrong rows
 //! without an error, so they are used exactly.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rocksdb::{
-    DB, DBRawIterator, ExportImportFilesMetaData, ImportColumnFamilyOptions, LiveFile, Options,
+    DB, DBRawIterator, ExportImportFilesMetaData, ImportColumnFamilyOptions,
+    IngestExternalFileOptions, LiveFile, Options,
 };
 use vasto_core::Band;
 
@@ -82,13 +84,28 @@ impl Scratch {
         Ok(Self { db })
     }
 
-    /// Returns the rows of one band in the order of their keys.
-    pub(crate) fn rows(&self, band: Band) -> BandRows<'_> {
+    /// Moves tables whose keys do not overlap into a new database in `dir`.
+    pub(crate) fn ingest(dir: &Path, tables: &[PathBuf]) -> Result<Self, EngineError> {
+        let mut options = Options::default();
+        options.create_if_missing(true);
+        options.set_disable_auto_compactions(true);
+        let db = DB::open(&options, dir).map_err(failed("open the scratch database"))?;
+        if !tables.is_empty() {
+            let mut ingest = IngestExternalFileOptions::default();
+            ingest.set_move_files(true);
+            db.ingest_external_file_opts(&ingest, tables.to_vec())
+                .map_err(failed("read the exported SSTs"))?;
+        }
+        Ok(Self { db })
+    }
+
+    /// Returns the rows of one band in the order of their keys, read ahead by this many bytes.
+    pub(crate) fn rows(&self, band: Band, readahead: usize) -> BandRows<'_> {
         let (from, to) = band_bounds(band);
         let mut options = rocksdb::ReadOptions::default();
         options.set_iterate_upper_bound(to);
         options.set_verify_checksums(true);
-        options.set_readahead_size(2 << 20);
+        options.set_readahead_size(readahead);
         options.fill_cache(false);
         let mut iterator = match self.db.cf_handle(CF) {
             Some(cf) => self.db.raw_iterator_cf_opt(&cf, options),

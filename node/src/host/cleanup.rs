@@ -11,7 +11,7 @@ use vasto_core::ids::CatalogVersion;
 use vasto_core::record::{BandRange, RangeState};
 
 use super::hosted::Hosted;
-use super::shared::RETRY;
+use super::shared::{RETRY, RETRY_MAX};
 use crate::replica::Replica;
 use crate::replica::command::{Control, ReplicaError};
 use crate::ship::{self, blocking};
@@ -38,13 +38,16 @@ impl Hosted {
             let (this, version) = (self.clone(), catalog.version);
             tokio::spawn(async move {
                 let replica = &this.replica;
+                let mut pause = RETRY;
                 while let Err(error) = clean_up(replica, quarantine.range, version).await {
                     if this.shared.cancel.is_cancelled() || replica.closed().is_some() {
                         this.background.lock().cleaning.remove(&quarantine.plan);
                         return;
                     }
                     tracing::warn!(%error, "removing moved bands failed; it is tried again");
-                    this.shared.pause(RETRY).await;
+                    // An export may still read the rows.
+                    this.shared.pause(pause).await;
+                    pause = (pause * 2).min(RETRY_MAX);
                 }
                 tracing::info!(
                     keyspace = replica.keyspace.0,
@@ -70,7 +73,7 @@ impl Hosted {
     }
 }
 
-/// Removes a range that was given away.
+/// Removes a range that was given away, or that arrived for a plan that was undone.
 ///
 /// Whole files first; then one record with the range delete and the state; then a flush and a
 /// forced compaction; only then is the range empty. After the range delete whole files are never
@@ -85,7 +88,10 @@ pub(crate) async fn clean_up(
     if ranges.all_are(range, RangeState::Empty) {
         return Ok(());
     }
-    if ranges.all_are(range, RangeState::Leaving) {
+    if range
+        .bands()
+        .all(|band| matches!(ranges.state(band), RangeState::Leaving | RangeState::Arriving))
+    {
         let files = replica.clone();
         blocking(move || files.engine().delete_files_in(range)).await?;
         replica
@@ -94,7 +100,7 @@ pub(crate) async fn clean_up(
             .map_err(refused)?;
     } else if !ranges.all_are(range, RangeState::Clearing) {
         return Err(ship::ShipError::Checkpoint(
-            "the range to remove is not one that was given away".into(),
+            "the range to remove is neither one that was given away nor one that arrives".into(),
         ));
     }
     let compacted = replica.clone();

@@ -26,6 +26,16 @@ pub(super) struct Hosted {
     pub(super) ship: ShipHandle,
     pub(super) replicator: Arc<Replicator>,
     pub(super) background: Mutex<Background>,
+    /// Held while bands that arrive are cleared, or begin to be filled.
+    pub(super) filling: tokio::sync::Mutex<()>,
+}
+
+/// The preparation of a source that has begun: its checkpoint and its export.
+pub(super) struct Preparation {
+    pub(super) plan: PlanId,
+    /// The floor of the plan under which it was begun.
+    pub(super) floor: Option<u64>,
+    pub(super) cancel: CancellationToken,
 }
 
 /// Background work of one host that has begun.
@@ -33,8 +43,12 @@ pub(super) struct Hosted {
 pub(super) struct Background {
     /// Plan whose target this replica is, and the token that cancels its build.
     pub(super) build: Option<(PlanId, CancellationToken)>,
-    /// Plan for which this replica, as a source, has begun its checkpoint.
-    pub(super) checkpoint: Option<PlanId>,
+    /// The preparation of this replica as a source.
+    pub(super) preparing: Option<Preparation>,
+    /// Plan for which this replica, as a retired source, ships its log to the end.
+    pub(super) shipping_end: Option<PlanId>,
+    /// Bands that arrived for a plan that was undone are being cleared.
+    pub(super) clearing: bool,
     /// Plans whose quarantined bands are being removed here, or have been.
     pub(super) cleaning: BTreeSet<PlanId>,
     /// LSN for which a running checkpoint is to make a manifest that covers it.
@@ -44,6 +58,13 @@ pub(super) struct Background {
     /// Draining replicas whose loss the operator has accepted: each one's archive is applied once
     /// more.
     pub(super) accepted: BTreeSet<ReplicaId>,
+}
+
+impl Background {
+    /// Notes that unwanted bands are being cleared; false when they are already.
+    pub(super) fn begin_to_clear(&mut self) -> bool {
+        !std::mem::replace(&mut self.clearing, true)
+    }
 }
 
 impl Hosted {

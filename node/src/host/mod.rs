@@ -7,6 +7,7 @@
 //! - Data is removed only under a version that names it (`dropping`), after the range state records
 //!   that the range was given away.
 
+mod arrivals;
 mod cleanup;
 mod drain;
 mod hosted;
@@ -16,6 +17,7 @@ mod reconcile;
 mod report;
 mod runner;
 mod shared;
+mod source;
 mod target;
 
 use std::path::PathBuf;

@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use vasto_core::Band;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{CatalogVersion, Lsn};
 use vasto_core::plan::{Plan, PlanKind, Step};
@@ -28,7 +27,11 @@ use crate::ship::{self, old_copy};
 
 /// Returns the replicas whose objects a restore does not use as they are.
 fn without(catalog: &Catalog) -> Without<'_> {
-    Without { discarded: &catalog.discarded, given_up: &catalog.given_up }
+    Without {
+        discarded: &catalog.discarded,
+        given_up: &catalog.given_up,
+        retirements: &catalog.retirements,
+    }
 }
 
 /// Opens a replica. A replica that was being filled and has no record of its ingest is deleted
@@ -54,8 +57,7 @@ pub(crate) fn open_or_begin_again(
     let is_new = !spec.dir.join("db").join("CURRENT").exists();
     let replica = open(is_new.then_some(initial))?;
     let ranges = replica.ranges();
-    let arriving = Band::all().any(|band| ranges.state(band) == RangeState::Arriving);
-    let untouched = ranges.owned().next().is_none() && !arriving;
+    let untouched = ranges.is_blank();
     let interrupted = ranges.is_being_filled() && !is_new;
     if !interrupted && !untouched {
         return Ok(replica);
@@ -81,7 +83,7 @@ impl Shared {
     fn bucket_plan<'a>(&self, catalog: &'a Catalog) -> Option<&'a Plan> {
         let plan = catalog.plan.as_ref().filter(|plan| plan.step != Step::Committed)?;
         let mine = plan.targets.iter().any(|target| target.replica == self.spec.replica);
-        (mine && plan.growth().is_none()).then_some(plan)
+        (mine && plan.resize().is_none()).then_some(plan)
     }
 
     /// Opens the replica, from the bucket if the plan says so; `None` when the host is cancelled
@@ -186,7 +188,7 @@ impl Shared {
             }
             Log::Replicate => {
                 let source = plan.sources.first().map(|source| source.replica).unwrap_or_default();
-                bootstrap.join_all(replica, &chosen, source).await?;
+                bootstrap.join_all(replica, &chosen, source, catalog.spec.shards).await?;
             }
         }
         tracing::info!(
@@ -208,8 +210,13 @@ impl Shared {
         let (bucket, shard) = (&self.context.bucket, self.spec.shard);
         match (plan.kind, plan.sources.first()) {
             (PlanKind::Restore { keyspace, version, at_us }, _) => {
-                let tip = CatalogStore::new(bucket.clone()).tip(keyspace, version).await?;
-                let without = tip.as_ref().map(without).unwrap_or_default();
+                let store = CatalogStore::new(bucket.clone());
+                let tip = store.tip(keyspace, version).await?;
+                // A shard that has retired since is restored from what its replicas shipped.
+                let then = store.version(keyspace, version).await?;
+                let retirements = then.as_ref().map_or(&[][..], |then| &then.retirements);
+                let without =
+                    Without { retirements, ..tip.as_ref().map(without).unwrap_or_default() };
                 sources::candidates(bucket, keyspace, shard, &[], without, at_us).await
             }
             (_, Some(source)) => match &source.manifest {
@@ -283,11 +290,10 @@ impl Shared {
             .iter()
             .flat_map(|shard| &shard.replicas)
             .any(|member| member.replica == spec.replica);
-        let growth = catalog.plan.as_ref().and_then(Plan::growth);
-        let initial = match growth {
-            Some((_, to)) if !placed => {
-                (catalog.version, BandRange::from(Band::owned(to)), RangeState::Arriving)
-            }
+        let grows = |plan: &&Plan| matches!(plan.kind, PlanKind::Grow { .. });
+        let arriving = catalog.plan.as_ref().filter(grows).and_then(Plan::arriving);
+        let initial = match arriving {
+            Some(range) if !placed => (catalog.version, range, RangeState::Arriving),
             _ => (catalog.version, catalog.owned_bands(), RangeState::Owned),
         };
         // The wait happens here rather than on a blocking thread.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use vasto_core::Band;
 use vasto_core::catalog::Catalog;
-use vasto_core::ids::{CatalogVersion, Epoch, Lsn};
+use vasto_core::ids::{CatalogVersion, Epoch};
 use vasto_core::plan::{Plan, PlanKind, Step};
 use vasto_core::record::{BandRange, RangeState};
 use vasto_core::report::{ReplicaPhase, Sealed};
@@ -16,13 +16,15 @@ use vasto_core::report::{ReplicaPhase, Sealed};
 use super::hosted::Hosted;
 use crate::replica::Replica;
 use crate::replica::command::{Control, ReplicaError, Role};
-use crate::ship::{Assignment, LogNeed};
+use crate::ship::Assignment;
 
 /// Returns true when the plan takes bands from the replica's shard, or adds a replica from this
 /// one.
 fn gives(plan: &Plan, replica: &Replica) -> bool {
     match plan.kind {
-        PlanKind::Grow { .. } => plan.sources.iter().any(|source| source.shard == replica.shard),
+        PlanKind::Grow { .. } | PlanKind::Shrink { .. } => {
+            plan.sources.iter().any(|source| source.shard == replica.shard)
+        }
         PlanKind::AddReplica { .. } => {
             plan.sources.iter().any(|source| source.replica == replica.id)
         }
@@ -31,19 +33,30 @@ fn gives(plan: &Plan, replica: &Replica) -> bool {
 }
 
 /// Returns true for the one replica of a shard that ships while all are well: the preferred
-/// primary, or the plan's first target for the shard while the shard has no placement.
+/// primary, the plan's first target for the shard while the shard has no placement, or the source
+/// that the plan has retired.
 fn ships(catalog: &Catalog, replica: &Replica) -> bool {
     match catalog.shard(replica.shard).and_then(|shard| shard.shipper()) {
         Some(shipper) => shipper.replica == replica.id,
         None => {
-            let first = catalog
-                .plan
-                .iter()
-                .flat_map(|plan| &plan.targets)
-                .find(|target| target.shard == replica.shard);
+            let Some(plan) = &catalog.plan else { return false };
+            let first = plan.targets.iter().find(|target| target.shard == replica.shard);
+            let was_source = plan.sources.iter().any(|source| source.replica == replica.id);
             first.is_some_and(|target| target.replica == replica.id)
+                || (was_source && catalog.is_retired(replica.id))
         }
     }
+}
+
+/// Reason for closing a replica that is to serve bands which it has never received.
+const NOT_FILLED: &str = "this replica is to serve bands that it has not received: its directory is an old copy; \
+                          evict the replica (`vasto keyspace evict`), it is rebuilt from the others";
+
+/// Returns the range from the first to the last of these bands.
+pub(super) fn range_of(bands: impl Iterator<Item = Band>) -> Option<BandRange> {
+    bands.fold(None, |range: Option<BandRange>, band| {
+        Some(BandRange { first: range.map_or(band, |range| range.first), last: band })
+    })
 }
 
 impl Hosted {
@@ -56,6 +69,7 @@ impl Hosted {
             return Ok(());
         }
         let placed = catalog.is_placed(replica.id);
+        let retired = catalog.is_retired(replica.id);
         let plan = catalog.plan.as_ref();
         self.set_shipper(catalog);
         replicator.follow(catalog);
@@ -64,7 +78,7 @@ impl Hosted {
             if replica.view().role == Role::Detached {
                 // The target of a grow holds all that its sources had; an added replica may be
                 // behind the others.
-                if plan.is_none_or(|plan| plan.growth().is_none()) {
+                if plan.is_none_or(|plan| plan.resize().is_none()) {
                     replicator.begin_to_catch_up(catalog);
                 }
                 // The replica serves from the point in time at which it owns the range, under the
@@ -78,6 +92,8 @@ impl Hosted {
                     .await?;
             }
             self.own_what_is_placed(catalog, plan).await?;
+        } else if retired {
+            self.give_away(catalog, |_| false).await?;
         }
         let order = Control::ApplyCatalog { epoch: catalog.epoch, version: catalog.version, role };
         replica.control(order).await?;
@@ -92,7 +108,10 @@ impl Hosted {
         let phase = if placed { ReplicaPhase::Serving } else { ReplicaPhase::Building };
         self.shared.status.lock().phase = Some(phase);
         self.reconcile_target(building, placed);
-        let giving = plan.filter(|plan| gives(plan, replica) && placed);
+        if placed {
+            self.reconcile_arrivals();
+        }
+        let giving = plan.filter(|plan| gives(plan, replica) && (placed || retired));
         self.reconcile_source(giving);
         self.reconcile_quarantines(catalog);
         Ok(())
@@ -106,17 +125,18 @@ impl Hosted {
     ) -> Result<(), ReplicaError> {
         let replica = &self.replica;
         let owned = catalog.owned_bands();
-        let (epoch, version) = (catalog.epoch, catalog.version);
+        let version = catalog.version;
         let ranges = replica.ranges();
-        // A target that is now placed opens.
-        if ranges.all_are(owned, RangeState::Arriving) {
+        // Bands that have arrived here are opened.
+        let arrived = owned.bands().filter(|band| ranges.state(*band) == RangeState::Arriving);
+        if let Some(range) = range_of(arrived) {
+            if ranges.filled_by().is_none() {
+                replica.close(NOT_FILLED.into());
+                return Err(ReplicaError::Closed(NOT_FILLED.into()));
+            }
+            let state = RangeState::Owned;
             replica
-                .control(Control::SetRange {
-                    epoch,
-                    version,
-                    range: owned,
-                    state: RangeState::Owned,
-                })
+                .control(Control::SetRange { epoch: catalog.epoch, version, range, state })
                 .await?;
             tracing::info!(
                 keyspace = replica.keyspace.0,
@@ -125,22 +145,9 @@ impl Hosted {
                 "opened"
             );
         }
-        // Bands that the replica owned and no longer owns are given away.
-        let lost: Vec<Band> = ranges.owned().filter(|band| !owned.contains(*band)).collect();
-        if let (Some(first), Some(last)) = (lost.first(), lost.last()) {
-            let range = BandRange { first: *first, last: *last };
-            replica
-                .control(Control::SetRange { epoch, version, range, state: RangeState::Leaving })
-                .await?;
-            tracing::info!(
-                keyspace = replica.keyspace.0,
-                shard = replica.shard.0,
-                version = version.0,
-                "gave its leaving bands away"
-            );
-        }
+        self.give_away(catalog, |band| owned.contains(band)).await?;
         let sealing = plan.filter(|plan| plan.step == Step::Sealing && gives(plan, replica));
-        match sealing.and_then(|plan| Some((plan, plan.moving()?))) {
+        match sealing.and_then(|plan| Some((plan, plan.leaving()?))) {
             Some((plan, range)) => self.seal(catalog, plan, range).await,
             None if replica.ranges().seal.is_some() => {
                 replica.control(Control::Unseal { version }).await?;
@@ -151,6 +158,28 @@ impl Hosted {
             }
             None => Ok(()),
         }
+    }
+
+    /// Gives away the bands that the replica owns and that are not to stay.
+    async fn give_away(
+        &self,
+        catalog: &Catalog,
+        stays: impl Fn(Band) -> bool,
+    ) -> Result<(), ReplicaError> {
+        let replica = &self.replica;
+        let ranges = replica.ranges();
+        let Some(range) = range_of(ranges.owned().filter(|band| !stays(*band))) else {
+            return Ok(());
+        };
+        let (epoch, version, state) = (catalog.epoch, catalog.version, RangeState::Leaving);
+        replica.control(Control::SetRange { epoch, version, range, state }).await?;
+        tracing::info!(
+            keyspace = replica.keyspace.0,
+            shard = replica.shard.0,
+            version = version.0,
+            "gave its leaving bands away"
+        );
+        Ok(())
     }
 
     /// Seals the moving bands. The seal of a source counts once its log holds everything that any
@@ -197,62 +226,5 @@ impl Hosted {
             (false, true) => Assignment::StandIn,
             (false, false) => Assignment::Idle,
         });
-    }
-
-    fn reconcile_source(self: &Arc<Self>, plan: Option<&Plan>) {
-        let Hosted { shared, replica, ship, background, .. } = &**self;
-        let Some(plan) = plan else {
-            shared.status.lock().source = None;
-            background.lock().checkpoint = None;
-            ship.set_need(LogNeed::NONE);
-            return;
-        };
-        {
-            let mut status = shared.status.lock();
-            let source = status.source_of(plan.id);
-            if plan.step == Step::Prepare {
-                let _ = replica.take_pauses(); // those of an earlier plan
-            }
-            if plan.step == Step::Committed && !source.released {
-                source.released = true;
-                source.pauses_us = replica.take_pauses();
-            }
-        }
-        let Some(source) = plan.sources.iter().find(|source| source.replica == replica.id) else {
-            return;
-        };
-        // The targets read the log from the pinned manifest on; before that exists, from anywhere.
-        let pinned = source.manifest.as_ref();
-        let after = pinned.map_or(Lsn(0), |manifest| manifest.lsn);
-        // An added replica follows its source like any other replica; the targets of a grow read
-        // the bucket.
-        ship.set_need(LogNeed { after, from_bucket: plan.moving().is_some() });
-        if plan.step == Step::Prepare
-            && background.lock().checkpoint.replace(plan.id) != Some(plan.id)
-        {
-            let (this, plan) = (self.clone(), plan.clone());
-            tokio::spawn(async move {
-                let result = tokio::select! {
-                    () = this.shared.cancel.cancelled() => return,
-                    result = this.ship.checkpoint(plan.moving()) => result,
-                };
-                if let Some(source) = this
-                    .shared
-                    .status
-                    .lock()
-                    .source
-                    .as_mut()
-                    .filter(|source| source.plan == plan.id)
-                {
-                    match result {
-                        Ok(manifest) => source.manifest = Some(manifest),
-                        Err(error) => {
-                            source.failed = Some(format!("the checkpoint failed: {error}"))
-                        }
-                    }
-                }
-                this.shared.notify();
-            });
-        }
     }
 }

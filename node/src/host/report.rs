@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use vasto_core::ids::Lsn;
-use vasto_core::report::{ReplicaPhase, ReplicaReport};
+use vasto_core::report::{ReplicaPhase, ReplicaReport, TargetStage};
 
 use super::Host;
 use super::shared::Shared;
@@ -98,8 +98,11 @@ impl Host {
                 source.failed = Some("the log has reached its cap while the plan needed it".into());
             }
         }
-        if let Some(target) = &mut report.target {
-            // A replica that is being filled has no manifest.
+        if let Some(target) = &mut report.target
+            && (report.phase == ReplicaPhase::Building || target.stage == TargetStage::Open)
+        {
+            // A replica that is being filled has no manifest; one that serves and receives more
+            // bands has, of before.
             target.manifest_shipped |= report.manifest_lsn.0 > 0;
         }
         if let Some(replica) = self.hosted() {

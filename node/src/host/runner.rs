@@ -86,8 +86,14 @@ async fn start(shared: Arc<Shared>, replica: Replica, first: &Catalog) -> (Arc<H
         let mut status = shared.status.lock();
         (status.ship, status.replicator) = (Some(ship.clone()), Some(replicator.clone()));
     }
-    let hosted =
-        Arc::new(Hosted { shared, replica, ship, replicator, background: Mutex::default() });
+    let hosted = Arc::new(Hosted {
+        shared,
+        replica,
+        ship,
+        replicator,
+        background: Mutex::default(),
+        filling: tokio::sync::Mutex::default(),
+    });
     let Hosted { shared, replica, replicator, .. } = &*hosted;
     replicator.begin_to_catch_up(first);
     // The role is set first, so that the replica never acts as primary by mistake. The writer keeps

@@ -72,7 +72,10 @@ impl HostStatus {
     /// Records a complete seal. A seal of a plan that has ended meanwhile is ignored.
     pub(super) fn seal(&mut self, plan: PlanId, sealed: Sealed) {
         if let Some(source) = self.source.as_mut().filter(|source| source.plan == plan) {
-            source.sealed = Some(sealed);
+            let later = source.sealed.is_some_and(|held| held.version > sealed.version);
+            if !later {
+                source.sealed = Some(sealed);
+            }
         }
     }
 }
@@ -81,6 +84,7 @@ fn fresh_source(plan: PlanId) -> SourceProgress {
     SourceProgress {
         plan,
         manifest: None,
+        export: None,
         sealed: None,
         released: false,
         pauses_us: Vec::new(),

@@ -1,7 +1,7 @@
 //! A replica under construction: it takes its bytes from the bucket and follows its sources.
 //!
 //! **Invariant:** it serves nothing before it is placed; the target of a grow owns nothing until
-//! then.
+//! then, the target of a shrink nothing of what arrives before the commit.
 
 use std::sync::Arc;
 
@@ -13,12 +13,15 @@ use vasto_core::report::{TargetProgress, TargetStage};
 
 use super::hosted::Hosted;
 use super::shared::RETRY;
-use crate::build::grow::Build;
+use crate::build::resize::Build;
 
 impl Hosted {
     pub(super) fn reconcile_target(self: &Arc<Self>, plan: Option<&Plan>, placed: bool) {
+        // A replica that receives more bands in a shrink is placed all the time.
+        let open =
+            placed && plan.is_none_or(|plan| !plan.shrinks() || plan.step == Step::Committed);
         let mut work = self.background.lock();
-        if (placed || plan.is_none())
+        if (open || plan.is_none())
             && let Some((_, cancel)) = work.build.take()
         {
             cancel.cancel();
@@ -28,7 +31,7 @@ impl Hosted {
             return;
         };
         let progress = self.shared.status.lock().target_of(plan);
-        if placed {
+        if open {
             progress.lock().stage = TargetStage::Open;
             if matches!(plan.kind, PlanKind::Restore { .. }) {
                 drop(work);
@@ -42,17 +45,25 @@ impl Hosted {
             progress.lock().lag_lsns = u64::MAX;
             return;
         }
+        // A replica may be the target of one plan after the other.
+        if let Some((_, cancel)) = work.build.take_if(|(id, _)| *id != plan.id) {
+            cancel.cancel();
+        }
         if plan.step == Step::Prepare || work.build.is_some() {
             return;
         }
         let cancel = self.shared.cancel.child_token();
         work.build = Some((plan.id, cancel.clone()));
         let (this, plan) = (self.clone(), plan.clone());
-        tokio::spawn(async move { this.build(plan, progress, cancel).await });
+        tokio::spawn(async move {
+            this.build(plan, progress, cancel).await;
+            // The plan may have been undone while bands began to arrive.
+            this.reconcile_arrivals();
+        });
     }
 
     async fn build(
-        &self,
+        self: &Arc<Self>,
         plan: Plan,
         progress: Arc<Mutex<TargetProgress>>,
         cancel: CancellationToken,
@@ -67,7 +78,11 @@ impl Hosted {
                 progress: progress.clone(),
                 cancel: cancel.clone(),
             };
-            let Err(error) = build.run(plan.clone()).await else { return };
+            let built = match self.make_room(&plan, &cancel).await {
+                Ok(()) => build.run(plan.clone()).await,
+                Err(error) => Err(error),
+            };
+            let Err(error) = built else { return };
             if cancel.is_cancelled() {
                 return;
             }

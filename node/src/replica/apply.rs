@@ -167,11 +167,15 @@ pub(super) fn add_record(
         }
         Body::Ingest { plan, event_time_max, progress, .. } => {
             meta.ranges.ingested = Some(*plan);
+            meta.ranges.arrives_anew = false;
             meta.head.event_time_max = meta.head.event_time_max.max(*event_time_max);
             put_progress(batch, progress);
         }
         Body::RangeState { version, range, state } => {
             meta.ranges.set(*range, *state);
+            if *state == RangeState::Arriving {
+                meta.ranges.arrives_anew = true;
+            }
             meta.head.version = meta.head.version.max(*version);
             if *state == RangeState::Clearing {
                 batch.delete_bands(*range);

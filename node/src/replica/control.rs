@@ -154,11 +154,15 @@ impl Store {
         event_time_max: u64,
         progress: Vec<FeedProgress>,
     ) -> Result<Lsn, ReplicaError> {
-        if self.meta.ranges.ingested == Some(plan) {
+        if self.meta.ranges.filled_by() == Some(plan) {
             return Ok(self.meta.head.applied_lsn);
         }
         if !self.meta.ranges.all_are(range, RangeState::Arriving) {
             return Err(ReplicaError::Refused("only an arriving range can be filled".into()));
+        }
+        if self.shared.engine.any_in(range)? {
+            let reason = "the range to fill is not empty; it must be cleared first";
+            return Err(ReplicaError::Refused(reason.into()));
         }
         // Flushed first: an ingested file is durable at once, and no older write may become durable
         // after it.

@@ -10,7 +10,7 @@
 use vasto_core::entry::Entry;
 use vasto_core::limits::BATCH_BYTES_MAX;
 use vasto_core::merge::supersedes;
-use vasto_core::record::{KeyEntry, RangeState};
+use vasto_core::record::KeyEntry;
 use vasto_core::stored_key::data_key;
 
 use super::apply::band_of;
@@ -101,12 +101,7 @@ impl Store {
         for incoming in entries {
             let entry = decode_streamed(incoming)?;
             let band = band_of(self.meta.identity.shard, &incoming.key, entry.partition_hash)
-                .filter(|band| {
-                    matches!(
-                        self.meta.ranges.state(*band),
-                        RangeState::Arriving | RangeState::Owned
-                    )
-                })
+                .filter(|band| self.meta.ranges.takes(*band))
                 .ok_or_else(|| {
                     ReplicaError::Refused("a streamed entry belongs to another shard".into())
                 })?;

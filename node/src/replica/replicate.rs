@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use vasto_core::ids::{Lsn, OwnSeq, ReplicaId};
 use vasto_core::limits::MAX_CLOCK_AHEAD;
-use vasto_core::record::{Body, FeedProgress, KeyEntry, RangeState, Record};
+use vasto_core::record::{Body, FeedProgress, KeyEntry, Record};
 use vasto_core::stored_key::data_key;
 
 use super::apply::{add_record, band_of};
@@ -143,9 +143,10 @@ impl Store {
                 .ok_or_else(|| {
                     ReplicaError::Refused("a streamed entry can never live in this shard".into())
                 })?;
-            if !matches!(self.meta.ranges.state(band), RangeState::Arriving | RangeState::Owned) {
+            if !self.meta.ranges.takes(band) {
                 // Given away: before that was decided, the new owner had everything that any
-                // replica of this shard had accepted.
+                // replica of this shard had accepted. Or arriving and not ingested yet: this
+                // replica reads the sources' logs itself, behind its ingest.
                 metrics::given_away();
                 continue;
             }

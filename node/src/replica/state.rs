@@ -154,14 +154,19 @@ pub(crate) struct Seal {
     pub since: Option<Duration>,
 }
 
+/// Bit of the stored plan id of the last ingest: bands began to arrive after it.
+const ARRIVES_ANEW: u64 = 1 << 63;
+
 /// State of every band, and known changes under way.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Ranges {
     states: [RangeState; BANDS + 1],
     /// The seal in force.
     pub seal: Option<Seal>,
-    /// The plan whose ingest is recorded.
+    /// The plan of the last recorded ingest.
     pub ingested: Option<PlanId>,
+    /// Bands began to arrive after that ingest: it has not filled them.
+    pub arrives_anew: bool,
 }
 
 impl Ranges {
@@ -169,7 +174,7 @@ impl Ranges {
     pub(crate) fn all(state: RangeState) -> Self {
         let mut states = [state; BANDS + 1];
         states[0] = RangeState::Empty; // no band has the number 0
-        Self { states, seal: None, ingested: None }
+        Self { states, seal: None, ingested: None, arrives_anew: false }
     }
 
     /// Returns the state of a band.
@@ -194,10 +199,33 @@ impl Ranges {
         Band::all().filter(|band| self.state(*band) == RangeState::Owned)
     }
 
-    /// Returns true while a plan fills the replica and has not recorded its ingest: the data may be
-    /// thrown away and the fill begun again.
+    /// Returns true while a plan fills a replica that owns nothing and has not recorded its ingest:
+    /// the data may be thrown away and the fill begun again. A replica that serves and receives more
+    /// bands is not being filled.
     pub(crate) fn is_being_filled(&self) -> bool {
-        self.ingested.is_none() && self.states.contains(&RangeState::Arriving)
+        self.filled_by().is_none()
+            && self.states.contains(&RangeState::Arriving)
+            && self.owned().next().is_none()
+    }
+
+    /// Returns the plan whose ingest has filled the bands that arrive, or have arrived last.
+    pub(crate) fn filled_by(&self) -> Option<PlanId> {
+        self.ingested.filter(|_| !self.arrives_anew)
+    }
+
+    /// Returns true when every band is empty: nothing was ever given to the replica.
+    pub(crate) fn is_blank(&self) -> bool {
+        Band::all().all(|band| self.state(band) == RangeState::Empty)
+    }
+
+    /// Returns true when entries of other logs may be merged into the band. An arriving band takes
+    /// none before the ingest that fills it: rows below an ingested file would be hidden by it.
+    pub(crate) fn takes(&self, band: Band) -> bool {
+        match self.state(band) {
+            RangeState::Owned => true,
+            RangeState::Arriving => self.filled_by().is_some(),
+            RangeState::Empty | RangeState::Leaving | RangeState::Clearing => false,
+        }
     }
 
     /// Returns true when a write to the band must wait for a plan's outcome.
@@ -240,7 +268,9 @@ impl Ranges {
                 }
             }
         }
-        out.extend_from_slice(&self.ingested.map_or(0, |plan| plan.0).to_le_bytes());
+        let anew = if self.arrives_anew { ARRIVES_ANEW } else { 0 };
+        let ingested = self.ingested.map_or(0, |plan| plan.0) | anew;
+        out.extend_from_slice(&ingested.to_le_bytes());
         out
     }
 
@@ -270,7 +300,9 @@ impl Ranges {
                 since: None,
             });
         }
-        ranges.ingested = Some(PlanId(reader.u64_le()?)).filter(|plan| plan.0 > 0);
+        let ingested = reader.u64_le()?;
+        ranges.ingested = Some(PlanId(ingested & !ARRIVES_ANEW)).filter(|plan| plan.0 > 0);
+        ranges.arrives_anew = ingested & ARRIVES_ANEW != 0;
         Ok(ranges)
     }
 }
@@ -323,6 +355,10 @@ mod tests {
         });
         ranges.ingested = Some(PlanId(9));
         assert_eq!(Ranges::decode(&ranges.encode()).unwrap(), ranges);
+        assert_eq!(ranges.filled_by(), Some(PlanId(9)));
+        ranges.arrives_anew = true;
+        assert_eq!(Ranges::decode(&ranges.encode()).unwrap(), ranges);
+        assert_eq!(ranges.filled_by(), None);
         assert_eq!(ranges.runs().len(), 3);
         assert_eq!(ranges.owned().count(), BANDS - 4);
     }

@@ -22,6 +22,7 @@ mod scans;
 mod seals;
 mod service;
 mod shipping;
+mod shrink;
 mod size;
 pub(crate) mod support;
 mod ties;

@@ -15,9 +15,9 @@
 //!
 //! The primary then logs the floor, and it is replicated like a write.
 //!
-//! **Invariant:** no floor is raised without the answers of every placed replica, while a plan
-//! runs, or while a replica that left the placement is still draining. A missing answer only delays
-//! the purge.
+//! **Invariant:** no floor is raised without the answers of every placed replica, or while a replica
+//! that left the placement is still draining; while a plan runs, none but that which the plan names.
+//! A missing answer only delays the purge.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -26,6 +26,7 @@ use futures::future::try_join_all;
 use tonic::Status;
 use vasto_core::catalog::{Catalog, Placed};
 use vasto_core::ids::{Vector, covers, join};
+use vasto_core::plan::Step;
 use vasto_proto::convert::{status_of, vector_from_wire, vector_to_wire};
 use vasto_proto::v1;
 
@@ -59,17 +60,26 @@ impl FloorRound {
     /// this replica.
     pub(super) fn candidate(&self, catalog: &Catalog) -> Option<u64> {
         let replica = &self.replica;
-        let due = replica.is_ready()
+        let may = replica.is_ready()
             && replica.closed().is_none()
             && replica.view().role == Role::Primary
-            && catalog.plan.is_none()
             && catalog.draining.is_empty();
+        if let Some(floor) = Self::floor_of_plan(catalog) {
+            return (may && floor > replica.floor()).then_some(floor);
+        }
+        let due = may && catalog.plan.is_none();
         let candidate = self.registry.clock.now_us().saturating_sub(catalog.spec.grace_ms() * 1000);
         // `data_commit_time` is that of the last record with entries. Once it is at or below the
         // floor, a greater floor would purge nothing more: an idle replica logs none and stays
         // idle.
         (due && candidate > replica.floor() && replica.data_commit_time() > replica.floor())
             .then_some(candidate)
+    }
+
+    /// Returns the floor that the running plan brings every replica to before anything is exported.
+    pub(super) fn floor_of_plan(catalog: &Catalog) -> Option<u64> {
+        let preparing = catalog.plan.as_ref().filter(|plan| plan.step == Step::Prepare);
+        preparing.and_then(|plan| plan.floor)
     }
 
     /// Runs one round. A round that fails leaves the floor as it is.
@@ -85,7 +95,12 @@ impl FloorRound {
         self.until_all_hold(&members, &joined(&held), until).await?;
         // The conditions of [`Self::candidate`] must still hold, under the same epoch.
         let now = self.registry.catalog(catalog.keyspace);
-        if now.is_none_or(|now| now.epoch != catalog.epoch || self.candidate(&now).is_none()) {
+        let holds = |now: &Catalog| {
+            now.epoch == catalog.epoch
+                && self.candidate(now).is_some()
+                && Self::floor_of_plan(now).is_none_or(|of_plan| of_plan == floor)
+        };
+        if !now.is_some_and(|now| holds(&now)) {
             return Err(Status::aborted("the keyspace has changed meanwhile"));
         }
         self.replica

@@ -332,6 +332,7 @@ impl Replicator {
         {
             let state = self.state.lock();
             let pause = interval(catalog.spec.grace_ms());
+            let pause = if FloorRound::floor_of_plan(catalog).is_some() { POLL } else { pause };
             if state.floor_round.is_some_and(|(began, runs)| runs || began.elapsed() < pause) {
                 return;
             }
@@ -393,6 +394,7 @@ impl Replicator {
             evict: state.evict,
             // The manager knows what a closed replica waits for.
             passing: false,
+            floor: self.replica.floor(),
         }
     }
 }

@@ -9,7 +9,7 @@ use vasto_proto::v1;
 use vasto_proto::v1::replication_server::Replication;
 
 use super::{position, pull};
-use crate::build::grow::tail::{self, TailStream};
+use crate::build::resize::tail::{self, TailStream};
 use crate::lease::Leases;
 use crate::registry::NodeRegistry;
 

@@ -25,7 +25,7 @@ use super::term::Term;
 use crate::bucket::{Bucket, BucketError, ObjectInfo};
 use crate::catalog::{CatalogError, CatalogStore};
 use crate::clock::now_us;
-use crate::layout::{self, Shipped};
+use crate::layout::{self, Exported, Shipped};
 use crate::manifest::Manifest;
 
 /// Objects in one deletion batch; before each batch the gc term and the keyspaces are checked.
@@ -165,10 +165,11 @@ impl<'a> Deletable<'a> {
         let named: BTreeSet<&str> = survey.all_manifests().flat_map(Manifest::keys).collect();
         let before = |age: Duration| survey.now_us.saturating_sub(age.as_micros() as u64);
         let is_old = |object: &ObjectInfo| {
-            let may_be_awaited = matches!(
-                layout::parse_shipped(&object.key),
-                Some((_, Shipped::Sst | Shipped::Database))
-            ) && !named.contains(object.key.as_str());
+            let may_be_awaited = layout::parse_export(&object.key).is_some()
+                || (matches!(
+                    layout::parse_shipped(&object.key),
+                    Some((_, Shipped::Sst | Shipped::Database))
+                ) && !named.contains(object.key.as_str()));
             object.modified_us
                 <= before(if may_be_awaited { retention.unnamed_age() } else { retention.min_age })
         };
@@ -196,6 +197,7 @@ impl<'a> Deletable<'a> {
 
 fn is_manifest(object: &ObjectInfo) -> bool {
     matches!(layout::parse_shipped(&object.key), Some((_, Shipped::Manifest(_))))
+        || matches!(layout::parse_exported(&object.key), Some((.., Exported::Manifest { .. })))
 }
 
 /// Deletes in batches, until the term is not the last any more or another keyspace may need the
@@ -208,9 +210,8 @@ async fn delete(
     out: &mut Collected,
 ) -> Result<(), CatalogError> {
     let changed = changed_since(bucket, survey).await?;
-    deletable.objects.retain(|object| match layout::parse_shipped(&object.key) {
-        Some((owner, _)) => !changed.contains(&owner.keyspace),
-        None => true,
+    deletable.objects.retain(|object| {
+        layout::keyspace_of(&object.key).is_none_or(|keyspace| !changed.contains(&keyspace))
     });
     let manifests = deletable.objects.iter().take_while(|object| is_manifest(object)).count();
     let (first, then) = deletable.objects.split_at(manifests);

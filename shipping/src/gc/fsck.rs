@@ -1,7 +1,7 @@
 //! Checks whether every object that should be in the bucket is there and unaltered.
 //!
-//! **Invariant:** a missing object is one that others name: manifests, the log itself, and the
-//! reports of the cluster's nodes. For a cluster that has shipped, an empty bucket is not a clean
+//! **Invariant:** a missing object is one that others name: manifests, running plans, the log
+//! itself, and the reports of the cluster's nodes. For a cluster that has shipped, an empty bucket is not a clean
 //! one.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -12,6 +12,7 @@ use vasto_core::CatalogVersion;
 use vasto_core::ids::{KeyspaceId, Lsn};
 
 use super::clocks::of_the_future;
+use super::exports::{self, NamedExports};
 use super::survey::{Found, Survey, read, survey};
 use crate::archive::READS;
 use crate::bucket::{Bucket, BucketError, ObjectInfo};
@@ -45,7 +46,8 @@ pub struct Fsck {
     pub referenced: u64,
     /// The objects that are not needed.
     pub orphans: Vec<Orphan>,
-    /// Keys of missing objects that a manifest names, or that the log after it needs.
+    /// Keys of missing objects that a manifest or a running plan names, or that the log after it
+    /// needs.
     pub missing: Vec<String>,
     /// Keys of objects that differ from what was written.
     pub corrupt: Vec<String>,
@@ -100,10 +102,13 @@ pub async fn check(
     clock_us: u64,
 ) -> Result<Fsck, CatalogError> {
     let survey = survey(bucket, clock_us).await?;
-    let named = named(&survey);
+    let exports = exports::named_by_plans(bucket, &survey).await?;
+    let named = named(&survey, &exports);
     let warnings =
         survey.warnings.iter().cloned().chain(of_the_future(&survey.objects, clock_us)).collect();
-    let mut found = Fsck { corrupt: survey.corrupt.clone(), warnings, ..Fsck::default() };
+    let corrupt = survey.corrupt.iter().chain(&exports.corrupt).cloned().collect();
+    let missing = exports.missing.clone();
+    let mut found = Fsck { corrupt, missing, warnings, ..Fsck::default() };
     find_missing(&survey, &named, known, &mut found);
     let needed = sort_objects(&survey, &named, &mut found);
     let logs = read_objects(bucket, needed, &named, deep, &mut found).await?;
@@ -118,8 +123,11 @@ pub async fn check(
 /// Size and CRC-32C of each object that a manifest names, by its key.
 type Named<'a> = BTreeMap<&'a str, (u64, u32)>;
 
-fn named(survey: &Survey) -> Named<'_> {
+fn named<'a>(survey: &'a Survey, exports: &'a NamedExports) -> Named<'a> {
     let mut named = BTreeMap::new();
+    for table in exports.manifests.iter().flat_map(|manifest| &manifest.files) {
+        named.insert(table.key.as_str(), (table.bytes, table.crc32c));
+    }
     for manifest in survey.all_manifests() {
         named.extend(
             manifest.files.iter().map(|file| (file.key.as_str(), (file.bytes, file.crc32c))),
@@ -176,7 +184,14 @@ fn sort_objects<'a>(
                 survey.catalogs.contains_key(&owner.keyspace)
             }
             Some((_, Shipped::Sst | Shipped::Database)) => named.contains_key(object.key.as_str()),
-            None => layout::is_of_the_cluster(&object.key),
+            None => match layout::parse_export(&object.key) {
+                // An attempt that its running plan does not name may still be uploaded.
+                Some((keyspace, plan)) => {
+                    survey.catalogs.contains_key(&keyspace)
+                        && exports::is_needed(survey, keyspace, plan)
+                }
+                None => layout::is_of_the_cluster(&object.key),
+            },
         };
         if is_needed {
             needed.push(object);
@@ -272,6 +287,11 @@ async fn read_object(
         {
             Some(crc)
         }
+        (None, Some((size, crc)))
+            if deep && size == object.bytes && layout::parse_export(key).is_some() =>
+        {
+            Some(crc)
+        }
         (None, _) if layout::parse_catalog_version(key).is_some() => None,
         _ => return Ok(Read::Good),
     };
@@ -315,8 +335,10 @@ async fn read_chunk(
 
 /// Finds the missing checkpoints and chunks of each replica.
 fn find_holes(survey: &Survey, logs: &Logs, known: &Known, found: &mut Fsck) {
-    let is_placed = |owner: &Owner| {
-        survey.catalogs.get(&owner.keyspace).is_some_and(|catalog| catalog.is_placed(owner.replica))
+    let is_kept = |owner: &Owner| {
+        survey.catalogs.get(&owner.keyspace).is_some_and(|catalog| {
+            catalog.is_placed(owner.replica) || catalog.is_retired(owner.replica)
+        })
     };
     let reported = known.replicas.iter().map(|report| report.owner);
     for owner in logs.keys().copied().chain(reported).collect::<BTreeSet<Owner>>() {
@@ -329,8 +351,7 @@ fn find_holes(survey: &Survey, logs: &Logs, known: &Known, found: &mut Fsck) {
         {
             found.missing.push(owner.manifest(report.manifest_lsn));
         }
-        let Some(start) = newest.or((is_placed(&owner) || report.is_some()).then_some(Lsn(0)))
-        else {
+        let Some(start) = newest.or((is_kept(&owner) || report.is_some()).then_some(Lsn(0))) else {
             continue;
         };
         let mut at = start;

@@ -10,6 +10,7 @@ use vasto_core::ids::{KeyspaceId, Lsn};
 use vasto_core::limits::{UNNAMED_AGE_MIN, UPLOAD_STALL_MAX};
 use vasto_core::plan::PlanKind;
 
+use super::exports;
 use super::survey::{Shipments, Survey};
 use crate::layout::{self, Owner, Shipped};
 use crate::manifest::Manifest;
@@ -50,9 +51,10 @@ impl Default for Retention {
     }
 }
 
-/// Returns true when the replica is placed or draining.
+/// Returns true when the replica is placed, draining, or kept after the retirement of its shard.
 pub(super) fn is_member(catalog: &Catalog, owner: &Owner) -> bool {
     catalog.is_placed(owner.replica)
+        || catalog.is_retired(owner.replica)
         || catalog.draining.iter().any(|lost| lost.replica == owner.replica)
 }
 
@@ -118,7 +120,8 @@ impl<'a> Needed<'a> {
 
     /// Returns true when the whole archive of a replica goes: its keyspace was deleted before the
     /// retained archive began, or the replica ships no more, and its successor can restore the
-    /// whole retained archive and all that the replica has shipped.
+    /// whole retained archive and all that the replica has shipped. Of a shard that retired before
+    /// the retained archive began, the surviving shards are the successors.
     fn is_over(&self, catalog: &Catalog, owner: &Owner, covered: &BTreeSet<Owner>) -> bool {
         let tip = layout::catalog_version(catalog.keyspace, catalog.version);
         let written = self.shipments.written_us(&tip);
@@ -128,8 +131,29 @@ impl<'a> Needed<'a> {
             return true;
         }
         !is_member(catalog, owner)
-            && (covered.contains(owner) || catalog.discarded.contains(&owner.replica))
+            && (covered.contains(owner)
+                || catalog.discarded.contains(&owner.replica)
+                || self.retired_before(catalog, owner))
             && self.shipments.newest.get(owner).is_none_or(|newest| *newest <= self.keep_from)
+    }
+
+    /// Returns true when the replica's shard retired before the retained archive began: no point in
+    /// time that can be restored needs what it shipped. The last replicas of the shard are kept as
+    /// retired until checkpoints of the survivors cover its rows, and with them what their logs
+    /// continue.
+    fn retired_before(&self, catalog: &Catalog, owner: &Owner) -> bool {
+        let Some(retirement) = catalog.retirement_of(owner.shard, owner.replica) else {
+            return false;
+        };
+        // A restore picks the version by the time in it. Of that time and the store's the later
+        // counts, so that a clock that is behind makes the retirement no older.
+        let key = layout::catalog_version(catalog.keyspace, retirement.version);
+        let stored = self.shipments.written_us(&key);
+        // A survivor whose checkpoints cannot all be read may not have one that covers the rows.
+        let keyspace = layout::keyspace_prefix(catalog.keyspace);
+        stored.is_some_and(|stored| stored.max(retirement.at_us) <= self.keep_from)
+            && catalog.retired.iter().all(|kept| kept.shard != owner.shard)
+            && !self.survey.corrupt.iter().any(|corrupt| corrupt.starts_with(&keyspace))
     }
 
     /// Returns the checkpoints of a replica that stay.
@@ -151,6 +175,9 @@ impl<'a> Needed<'a> {
     }
 
     fn is_garbage(&self, key: &str) -> bool {
+        if let Some((keyspace, plan)) = layout::parse_export(key) {
+            return !exports::is_needed(self.survey, keyspace, plan);
+        }
         let Some((owner, shipped)) = layout::parse_shipped(key) else {
             return key.starts_with("probe/");
         };

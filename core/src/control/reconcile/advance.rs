@@ -11,10 +11,10 @@
 
 use super::commit::advance_committed;
 use super::copy::{advance_copy, advance_restore};
-use super::grow::{advance_prepare, advance_sealing, advance_tail, undo_seal};
 use super::outcome::abort;
 use super::progress::{Advance, Running, others_of_sources, source_progress, target_progress};
 use super::quarantine::advance_quarantines;
+use super::resize::{advance_prepare, advance_sealing, advance_tail, placement_change, undo_seal};
 use crate::catalog::Catalog;
 use crate::control::plan::{
     NODE_AWAY_MAX_US, Plan, PlanKind, SEALS_UNDONE_MAX, Source, Step, Target,
@@ -79,9 +79,13 @@ fn abort_with(running: Running<'_>, reason: String) -> Advance {
     }
 }
 
-/// Returns the decision that a failed or absent member forces on a plan that has not committed.
+/// Returns the decision that a failed or absent member, or a placement that has changed, forces on
+/// a plan that has not committed.
 fn obstacle(running: Running<'_>, away_us: impl Fn(NodeId) -> u64) -> Option<Advance> {
     let Running { catalog, plan, reports, .. } = running;
+    if let Some(reason) = placement_change(catalog, plan) {
+        return Some(abort_with(running, reason));
+    }
     let of_source =
         |source: &Source| source_progress(plan, source.replica, reports)?.failed.clone();
     let of_target =

@@ -7,21 +7,22 @@ use super::placement::remove_from_placement;
 use super::progress::{
     Advance, Running, others_of_sources, shipping_targets, source_progress, target_progress,
 };
-use super::quarantine::remove_from_quarantines;
-use crate::catalog::{Catalog, Placed, Quarantine, ShardPlacement};
+use super::quarantine::{remove_from_quarantines, retire_from_quarantines};
+use crate::catalog::{Catalog, Placed, Quarantine, RetiredReplica, ShardPlacement};
 use crate::control::operation::OperationOutcome;
-use crate::control::plan::{NODE_AWAY_MAX_US, Plan, PlanKind, Step};
+use crate::control::plan::{NODE_AWAY_MAX_US, Plan, PlanKind, Step, Target};
 use crate::control::report::{ReplicaReport, TargetStage};
-use crate::ids::{Epoch, NodeId, ReplicaId};
+use crate::ids::{Epoch, NodeId, ReplicaId, ShardId};
 
 pub(super) fn commit(running: Running<'_>) -> Catalog {
-    let Running { catalog, plan, reports, now_us, nonce } = running;
+    let Running { catalog, plan, now_us, nonce, .. } = running;
     let mut next = catalog.next(now_us, nonce);
     next.epoch = Epoch(catalog.epoch.0 + 1);
-    if let Some((_, to)) = plan.growth() {
+    if let Some((_, to)) = plan.resize() {
         next.spec.shards = to;
     }
-    for target in &plan.targets {
+    // The targets of a shrink are placed already.
+    for target in plan.targets.iter().filter(|_| !plan.shrinks()) {
         let placed = Placed { replica: target.replica, node: target.node };
         match next.placement.iter_mut().find(|shard| shard.shard == target.shard) {
             Some(shard) => {
@@ -38,32 +39,62 @@ pub(super) fn commit(running: Running<'_>) -> Catalog {
         }
     }
     next.placement.sort_by_key(|shard| shard.shard);
-    next.quarantines.extend(plan.moving().map(|range| {
-        Quarantine {
-            plan: plan.id,
-            range,
-            replicas: plan
-                .sources
-                .iter()
-                .map(|source| source.replica)
-                .chain(
-                    others_of_sources(catalog, plan).into_iter().map(|(_, member)| member.replica),
-                )
-                .collect(),
-            targets: shipping_targets(plan)
-                .map(|target| {
-                    (
-                        target.replica,
-                        reports.get(&target.replica).map(|report| report.lsn).unwrap_or_default(),
-                    )
-                })
-                .collect(),
-            until_us: now_us + catalog.spec.quarantine_ms * 1000,
-            dropping: false,
+    if let Some(quarantine) = quarantine_of(running) {
+        if let PlanKind::Shrink { to, .. } = plan.kind {
+            retire(&mut next, to, plan, &quarantine);
         }
-    }));
+        next.quarantines.push(quarantine);
+    }
     next.plan = Some(Plan { step: Step::Committed, ..plan.clone() });
     next
+}
+
+/// Returns the quarantine of the bands that a plan moves.
+fn quarantine_of(running: Running<'_>) -> Option<Quarantine> {
+    let Running { catalog, plan, reports, now_us, .. } = running;
+    let range = plan.leaving()?;
+    let others = others_of_sources(catalog, plan).into_iter().map(|(_, member)| member.replica);
+    let replicas = plan.sources.iter().map(|source| source.replica).chain(others).collect();
+    let is_shipping =
+        |target: &Target| shipping_targets(plan).any(|other| other.replica == target.replica);
+    let held = |target: &Target| {
+        let lsn = reports.get(&target.replica).map(|report| report.lsn).unwrap_or_default();
+        (target.replica, lsn)
+    };
+    let (targets, others): (Vec<&Target>, Vec<&Target>) =
+        plan.targets.iter().partition(|target| is_shipping(target));
+    // A replica of a new shard has shipped nothing before it held the bands.
+    let others = others.into_iter().filter(|_| plan.shrinks());
+    Some(Quarantine {
+        plan: plan.id,
+        range,
+        replicas,
+        targets: targets.into_iter().map(held).collect(),
+        others: others.map(held).collect(),
+        until_us: now_us + catalog.spec.quarantine_ms * 1000,
+        dropping: false,
+    })
+}
+
+/// Takes the shards from `to` on out of the placement, and their replicas out of the earlier
+/// quarantines.
+fn retire(next: &mut Catalog, to: u32, plan: &Plan, quarantine: &Quarantine) {
+    next.record_retirement(ShardId(to));
+    let (stay, retire): (Vec<ShardPlacement>, Vec<ShardPlacement>) =
+        next.placement.drain(..).partition(|shard| shard.shard.0 < to);
+    next.placement = stay;
+    for shard in &retire {
+        next.retired.extend(shard.replicas.iter().map(|member| RetiredReplica {
+            shard: shard.shard,
+            replica: member.replica,
+            node: member.node,
+            plan: plan.id,
+        }));
+    }
+    let retired: Vec<ReplicaId> =
+        retire.iter().flat_map(|shard| &shard.replicas).map(|member| member.replica).collect();
+    let Quarantine { targets, others, .. } = quarantine;
+    retire_from_quarantines(&mut next.quarantines, &retired, targets, others);
 }
 
 /// Ends a plan that has committed. A replica that is away for long, or has failed, applies the
@@ -81,7 +112,7 @@ pub(super) fn advance_committed(running: Running<'_>, away_us: impl Fn(NodeId) -
             return Advance::Wait(format!("shard {} to open", target.shard));
         }
     }
-    let giving = plan.sources.iter().filter(|_| plan.moving().is_some());
+    let giving = plan.sources.iter().filter(|_| plan.leaving().is_some());
     let sources = giving.map(|source| (source.shard, source.replica, source.node));
     let others = others_of_sources(catalog, plan)
         .into_iter()

@@ -26,6 +26,12 @@ pub enum EvictError {
          with --accept-loss"
     )]
     Draining(ReplicaId),
+    /// The shard of the replica has retired.
+    #[error(
+        "replica {0} belongs to a shard that has retired; it serves nothing, and goes when its quarantine ends: see \
+         `vasto keyspace describe`"
+    )]
+    Retired(ReplicaId),
     /// The replica is the only one of its shard.
     #[error("replica {0} is the only one of shard {1}: nothing would be left of the shard")]
     Last(ReplicaId, ShardId),
@@ -60,6 +66,9 @@ pub fn evict(
     }
     if let Some(plan) = &catalog.plan {
         return Err(EvictError::Busy(operation_id(catalog.keyspace, plan.id)));
+    }
+    if catalog.is_retired(replica) {
+        return Err(EvictError::Retired(replica));
     }
     let mut next = catalog.next(now_us, nonce);
     // A draining replica is not placed: its removal changes neither ownership nor placement, so the

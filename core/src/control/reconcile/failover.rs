@@ -252,7 +252,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::catalog::KeyspaceSpec;
-    use crate::control::reconcile::start_grow;
+    use crate::control::reconcile::start_resize;
     use crate::control::report::{ReplicaPhase, ReplicaReport, ReplicationReport};
     use crate::ids::{CatalogVersion, KeyspaceId, ShardId};
     use proptest::prelude::*;
@@ -390,7 +390,7 @@ mod tests {
     #[test]
     fn a_primary_is_replaced_while_a_plan_is_committed_and_not_while_it_seals() {
         let nodes = [NodeId(1), NodeId(2), NodeId(3)];
-        let mut running = start_grow(&catalog(), 3, &[nodes.to_vec()], NOW, 2).unwrap();
+        let mut running = start_resize(&catalog(), 3, &[nodes.to_vec()], NOW, 2).unwrap();
         for (step, replaced) in
             [(Step::Tail, true), (Step::Sealing, false), (Step::Committed, true)]
         {

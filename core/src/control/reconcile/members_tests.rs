@@ -174,6 +174,7 @@ fn a_quarantine_without_its_target_waits_for_the_one_that_ships_now() {
         range: catalog.owned_bands(),
         replicas: vec![ReplicaId(9)],
         targets: vec![(ReplicaId(1), Lsn(70))],
+        others: Vec::new(),
         until_us: 0,
         dropping: false,
     });

@@ -19,7 +19,14 @@ mod placement;
 mod plan_tests;
 mod progress;
 mod quarantine;
+mod refusal;
 mod repair;
+mod resize;
+#[cfg(test)]
+mod resize_tests;
+mod shrink;
+#[cfg(test)]
+mod shrink_tests;
 mod view;
 mod waits;
 
@@ -31,10 +38,12 @@ pub use failover::{
     HOME_FOR_US, LeadershipChanges, Presence, QUIET_US, advance_primaries, is_unsettled,
     leadership_changes_between, successor, transfer_leadership,
 };
-pub use grow::{PlanError, start_grow, undo_seal};
 pub use members::{advance_members, is_incomplete};
 pub use outcome::{abort, report_of};
 pub use progress::Advance;
+pub use quarantine::{end_quarantines, in_the_way};
+pub use refusal::PlanError;
 pub use repair::{AVOID_NODE_US, COPY_AGAIN_MAX_US, COPY_AGAIN_US, nodes_to_avoid};
+pub use resize::{start_resize, undo_seal};
 pub use view::Around;
 pub use waits::waits_for;

@@ -29,7 +29,7 @@ pub fn abort(
         Some(reason.to_owned()),
         now_us,
     ));
-    if plan.moving().is_some() {
+    if matches!(plan.kind, PlanKind::Grow { .. }) {
         // The targets' stale versions of rows of other shards must not come back with a restore.
         next.discarded.extend(plan.targets.iter().map(|target| target.replica));
     }
@@ -50,7 +50,7 @@ pub fn report_of(
     reason: Option<String>,
     now_us: u64,
 ) -> OperationReport {
-    let (from, to) = plan.growth().unwrap_or((catalog.spec.shards, catalog.spec.shards));
+    let (from, to) = plan.resize().unwrap_or((catalog.spec.shards, catalog.spec.shards));
     let targets: Vec<&TargetProgress> = plan
         .targets
         .iter()
@@ -94,7 +94,7 @@ pub fn report_of(
         copies: 0,
         shard: match plan.kind {
             PlanKind::AddReplica { shard } | PlanKind::RecoverReplica { shard } => Some(shard),
-            PlanKind::Grow { .. } | PlanKind::Restore { .. } => None,
+            PlanKind::Grow { .. } | PlanKind::Shrink { .. } | PlanKind::Restore { .. } => None,
         },
         failed_on: plan
             .targets

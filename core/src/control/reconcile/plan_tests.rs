@@ -1,11 +1,13 @@
 //! Plans, from their start to their end.
 #![allow(clippy::unwrap_used)]
 
-use super::grow::{PlanError, start_grow};
+use super::commit::commit;
 use super::outcome::abort;
-use super::progress::Advance;
+use super::progress::{Advance, Running};
+use super::refusal::PlanError;
+use super::resize::start_resize;
 use crate::band::Band;
-use crate::catalog::{Catalog, KeyspaceSpec, Quarantine};
+use crate::catalog::{Catalog, KeyspaceSpec, Quarantine, RetiredReplica, Retirement};
 use crate::control::operation::{OperationOutcome, Reached};
 use crate::control::plan::{
     NODE_AWAY_MAX_US, PinnedManifest, Plan, PlanKind, SEALS_UNDONE_MAX, Source, Step, Target,
@@ -57,6 +59,7 @@ fn source(replica: u64, progress: SourceProgress) -> (ReplicaId, ReplicaReport) 
 fn source_progress_of(sealed: Option<Sealed>) -> SourceProgress {
     SourceProgress {
         plan: PlanId(1),
+        export: None,
         manifest: Some(PinnedManifest { key: "m".into(), lsn: Lsn(10) }),
         sealed,
         released: false,
@@ -93,7 +96,7 @@ fn write(advance: Advance) -> Catalog {
 }
 
 fn at(step: Step) -> Catalog {
-    let mut catalog = start_grow(&two_shards(), 3, &[vec![NODE(3)]], 2_000, 2).unwrap();
+    let mut catalog = start_resize(&two_shards(), 3, &[vec![NODE(3)]], 2_000, 2).unwrap();
     catalog.plan.as_mut().unwrap().step = step;
     catalog
 }
@@ -250,6 +253,7 @@ fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
             range: Band::leaving(2, 3).into(),
             replicas: replicas.into_iter().map(ReplicaId).collect(),
             targets: targets.into_iter().map(|(id, lsn)| (ReplicaId(id), Lsn(lsn))).collect(),
+            others: Vec::new(),
             until_us: u64::MAX,
             dropping: false,
         });
@@ -265,9 +269,11 @@ fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
             replica: ReplicaId(1),
             node: NODE(1),
             manifest: None,
+            export: None,
         }],
         targets: vec![Target { shard: ShardId(0), replica: ReplicaId(3), node: NODE(3) }],
         seals_undone: 0,
+        floor: None,
     });
     let gone = |node| if node == NODE(1) { NODE_AWAY_MAX_US + 1 } else { 0 };
     let taken = write(advance(
@@ -293,7 +299,7 @@ fn a_grow_by_several_shards_has_the_targets_of_each_and_one_cutover() {
     let mut two = two_shards();
     two.spec.replicas = 2;
     let nodes = [vec![NODE(3), NODE(1)], vec![NODE(1), NODE(2)], vec![NODE(2), NODE(3)]];
-    let mut tail = start_grow(&two, 5, &nodes, 2_000, 2).unwrap();
+    let mut tail = start_resize(&two, 5, &nodes, 2_000, 2).unwrap();
     let first = two.next_replica.0;
     let plan = tail.plan.as_mut().unwrap();
     plan.step = Step::Tail;
@@ -329,17 +335,71 @@ fn a_grow_by_several_shards_has_the_targets_of_each_and_one_cutover() {
 }
 
 #[test]
+fn the_commit_of_a_shrink_tells_the_replicas_of_its_retired_shards_from_later_ones() {
+    let first = two_shards();
+    assert!(!serde_json::to_string(&first).unwrap().contains("retirements"));
+    let mut sealing = start_resize(&first, 1, &[], 2_000, 2).unwrap();
+    sealing.plan.as_mut().unwrap().step = Step::Sealing;
+    let (plan, reports) = (sealing.plan.as_ref().unwrap(), Reports::new());
+    let committed =
+        commit(Running { catalog: &sealing, plan, reports: &reports, now_us: 3_000, nonce: 3 });
+    assert!(committed.is_retired(ReplicaId(2)) && !committed.is_placed(ReplicaId(2)));
+    let retirement = Retirement {
+        first: ShardId(1),
+        below: ReplicaId(3),
+        version: committed.version,
+        at_us: 3_000,
+    };
+    assert_eq!(committed.retirement_of(ShardId(1), ReplicaId(2)), Some(&retirement));
+    let text = format!(r#"{{"first":1,"below":3,"version":{},"at_us":3000}}"#, committed.version);
+    assert_eq!(serde_json::to_string(&retirement).unwrap(), text, "the field is persisted");
+    assert_eq!(committed.retirement_of(ShardId(0), ReplicaId(1)), None, "its shard survived");
+    // The shard exists again.
+    let again = Catalog { plan: None, quarantines: Vec::new(), ..committed };
+    let again = start_resize(&again, 2, &[vec![NODE(2)]], 4_000, 4).unwrap();
+    let target = again.plan.as_ref().unwrap().targets[0];
+    assert_eq!((target.shard, target.replica), (ShardId(1), ReplicaId(3)));
+    assert_eq!(again.retirement_of(ShardId(1), ReplicaId(2)), Some(&retirement));
+    assert_eq!(again.retirement_of(ShardId(1), ReplicaId(3)), None, "it is of the later shard");
+}
+
+#[test]
 fn grows_that_cannot_be_are_refused_with_what_to_do() {
     let catalog = two_shards();
-    let grow = |to| start_grow(&catalog, to, &[vec![NODE(3)]], 1, 1);
+    let grow = |to| start_resize(&catalog, to, &[vec![NODE(3)]], 1, 1);
     assert_eq!(grow(2), Err(PlanError::SameCount(2)));
-    assert_eq!(grow(1), Err(PlanError::Shrink { from: 2, to: 1 }));
     assert_eq!(grow(5), Err(PlanError::NoNode(1)), "one shard of three has a node");
     assert_eq!(grow(72), Err(PlanError::Above64));
     assert!(matches!(grow(5000), Err(PlanError::Count(_))));
-    assert_eq!(start_grow(&catalog, 3, &[], 1, 1), Err(PlanError::NoNode(1)));
+    assert_eq!(start_resize(&catalog, 3, &[], 1, 1), Err(PlanError::NoNode(1)));
     let running = at(Step::Tail);
-    assert!(matches!(start_grow(&running, 3, &[vec![NODE(3)]], 1, 1), Err(PlanError::Busy(_))));
+    assert!(matches!(start_resize(&running, 3, &[vec![NODE(3)]], 1, 1), Err(PlanError::Busy(_))));
+}
+
+#[test]
+fn a_shrink_waits_for_the_quarantine_of_a_grow_and_not_for_that_of_a_shrink() {
+    let held = |plan, range, replica, until_us| Quarantine {
+        plan: PlanId(plan),
+        range,
+        replicas: vec![ReplicaId(replica)],
+        targets: Vec::new(),
+        until_us,
+        others: Vec::new(),
+        dropping: false,
+    };
+    let mut catalog = two_shards();
+    catalog.retired.push(RetiredReplica {
+        shard: ShardId(2),
+        replica: ReplicaId(9),
+        node: NODE(3),
+        plan: PlanId(7),
+    });
+    catalog.quarantines.push(held(7, Band::owned(3).into(), 9, 9_000_000));
+    let shrink = |catalog: &Catalog| start_resize(catalog, 1, &[], 1_000_000, 1);
+    assert!(shrink(&catalog).is_ok(), "the replicas that have retired are not touched");
+    // A grow came after the shrink.
+    catalog.quarantines.push(held(8, Band::leaving(1, 2).into(), 1, 3_500_000));
+    assert_eq!(shrink(&catalog), Err(PlanError::Quarantined { seconds: 3 }));
 }
 
 #[test]
@@ -350,6 +410,7 @@ fn a_quarantine_waits_for_a_manifest_of_the_target() {
         range: Band::leaving(2, 3).into(),
         replicas: vec![ReplicaId(1)],
         targets: vec![(ReplicaId(3), Lsn(101))],
+        others: Vec::new(),
         until_us: 10,
         dropping: false,
     });
@@ -401,7 +462,7 @@ fn what_the_targets_of_an_aborted_grow_shipped_is_discarded() {
     let undone = abort(&catalog, "cancelled", &Reports::new(), 3_000, 3).unwrap();
     assert_eq!(undone.discarded, [ReplicaId(3)]);
     // The next attempt has a target of its own, which counts.
-    let again = start_grow(&undone, 3, &[vec![NODE(3)]], 4_000, 4).unwrap();
+    let again = start_resize(&undone, 3, &[vec![NODE(3)]], 4_000, 4).unwrap();
     let targets: Vec<ReplicaId> =
         again.plan.as_ref().unwrap().targets.iter().map(|target| target.replica).collect();
     assert_eq!((targets, again.discarded), (vec![ReplicaId(4)], vec![ReplicaId(3)]));
@@ -426,6 +487,7 @@ fn a_restore_ends_when_the_bucket_holds_what_was_restored() {
         sources: Vec::new(),
         targets: vec![target(1), target(2)],
         seals_undone: 0,
+        floor: None,
     });
     let reports = |shipped: bool| -> Reports {
         let progress = TargetProgress {
@@ -458,9 +520,11 @@ fn taking_over() -> Catalog {
             replica: ReplicaId(1),
             node: NODE(1),
             manifest: None,
+            export: None,
         }],
         targets: vec![Target { shard: ShardId(0), replica: ReplicaId(3), node: NODE(3) }],
         seals_undone: 0,
+        floor: None,
     });
     catalog
 }

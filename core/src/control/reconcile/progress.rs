@@ -41,10 +41,10 @@ pub(super) fn failed_at(plan: &Plan, target: &Target, reports: &Reports) -> bool
             .is_some_and(|progress| progress.failed.is_some())
 }
 
-/// Returns the placed replicas of the sources' shards that are not sources themselves: they seal
-/// too.
+/// Returns the replicas of the sources' shards, placed or retired by this very plan, that are not
+/// sources themselves: they seal too.
 pub(super) fn others_of_sources(catalog: &Catalog, plan: &Plan) -> Vec<(ShardId, Placed)> {
-    if plan.moving().is_none() {
+    if plan.leaving().is_none() {
         return Vec::new();
     }
     let is_source = |id: ReplicaId| plan.sources.iter().any(|source| source.replica == id);
@@ -52,8 +52,13 @@ pub(super) fn others_of_sources(catalog: &Catalog, plan: &Plan) -> Vec<(ShardId,
         .placement
         .iter()
         .filter(|shard| plan.sources.iter().any(|source| source.shard == shard.shard));
+    let retired =
+        catalog.retired.iter().filter(|retired| retired.plan == plan.id).map(|retired| {
+            (retired.shard, Placed { replica: retired.replica, node: retired.node })
+        });
     shards
         .flat_map(|shard| shard.replicas.iter().map(|member| (shard.shard, *member)))
+        .chain(retired)
         .filter(|(_, member)| !is_source(member.replica))
         .collect()
 }

@@ -88,6 +88,7 @@ pub(super) fn begin(
         replica: member.replica,
         node: member.node,
         manifest: None,
+        export: None,
     };
     let mut next = catalog.next(now_us, nonce);
     next.plan = Some(Plan {
@@ -104,6 +105,7 @@ pub(super) fn begin(
         sources: sources.iter().map(source).collect(),
         targets: vec![Target { shard, replica: catalog.next_replica, node }],
         seals_undone: 0,
+        floor: None,
     });
     next.next_plan = PlanId(catalog.next_plan.0 + 1);
     next.next_replica = ReplicaId(catalog.next_replica.0 + 1);

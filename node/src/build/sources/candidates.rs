@@ -45,7 +45,9 @@ pub(crate) async fn candidates(
 ) -> Result<RestoreSources, BuildError> {
     let mut shipped = Shipped::default();
     for (replica, archived) in archive::archives(bucket, keyspace, shard).await? {
-        if !without.discarded.contains(&replica) {
+        let of_an_earlier_shard =
+            without.retirements.iter().any(|retirement| retirement.concerns(shard, replica));
+        if !without.discarded.contains(&replica) && !of_an_earlier_shard {
             shipped.add(bucket, Owner { keyspace, shard, replica }, archived, until_us).await?;
         }
     }

@@ -6,7 +6,7 @@
 mod candidates;
 mod stored;
 
-use vasto_core::catalog::GivenUp;
+use vasto_core::catalog::{GivenUp, Retirement};
 use vasto_core::ids::{Lsn, ReplicaId};
 use vasto_shipping::archive::{ArchivedCheckpoint, Later, Times};
 use vasto_shipping::layout::Owner;
@@ -62,6 +62,9 @@ pub(crate) struct Without<'a> {
     /// that no other replica had taken over by then are given up. The archives come later in the
     /// order or are set aside.
     pub given_up: &'a [GivenUp],
+    /// Retirements before the target time: the replicas that they concern belonged to an earlier
+    /// shard with the same number; the archives are ignored.
+    pub retirements: &'a [Retirement],
 }
 
 impl RestoreSource {

@@ -28,10 +28,9 @@ use vasto_shipping::{Bucket, Chunk, Create, layout};
 use super::shipping::{Shipping, bucket};
 use super::support::*;
 use crate::build::BuildError;
-use crate::build::grow::Build;
+use crate::build::resize::Build;
 use crate::clock::SharedClock;
 use crate::engine::TableSet;
-use crate::host::{ReplicaSpec, open_or_begin_again};
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 use crate::replica::command::{Control, WriteOp};
@@ -167,6 +166,7 @@ impl Grow {
                 shard: replica.shard,
                 replica: replica.id,
                 node,
+                export: None,
                 manifest: Some(manifest),
             });
         }
@@ -179,6 +179,7 @@ impl Grow {
             sources: listed,
             targets: vec![Target { shard: ShardId(SHARDS - 1), replica: ReplicaId(3), node }],
             seals_undone: 0,
+            floor: None,
         };
         Self { sources, bucket, plan, addresses: HashMap::new() }
     }
@@ -372,24 +373,7 @@ async fn a_build_that_died_between_ingest_and_record_begins_again() {
     let (crashed, again) = rig.crash(&target);
     assert_eq!(data_rows(&again).len(), 1, "the ingested file is durable at once");
     rig.close(again);
-    let spec = ReplicaSpec {
-        keyspace: KEYSPACE,
-        shard: rig.shard,
-        replica: rig.replica,
-        dir: crashed.clone(),
-        tmp: crashed.clone(),
-    };
-    let (engines, clock, initial) =
-        (rig.shared.clone(), rig.clock.clone() as SharedClock, rig.initial);
-    let fresh = tokio::task::spawn_blocking(move || {
-        let mut opened = None;
-        wait_for("the lock of the database", || {
-            opened = open_or_begin_again(&spec, &engines, &clock, initial).ok();
-            opened.is_some()
-        });
-        opened.unwrap()
-    });
-    let fresh = fresh.await.unwrap();
+    let fresh = open_again(&rig, &crashed).await;
     assert!(data_rows(&fresh).is_empty(), "it was thrown away");
     let mut restarted = target_rig();
     restarted.path = crashed;

@@ -452,8 +452,10 @@ impl World {
             return;
         }
         let forgotten = self.planted == Planted::GivenUpIsForgotten;
-        let without =
-            Without { discarded: &[], given_up: if forgotten { &[] } else { &self.given_up } };
+        let without = Without {
+            given_up: if forgotten { &[] } else { &self.given_up },
+            ..Without::default()
+        };
         let restored =
             restore_from(&self.nodes[acting].rig, &self.bucket, without, shards, at).await;
         let restored = match restored {

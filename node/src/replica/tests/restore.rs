@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use tempfile::TempDir;
 use tokio::task::block_in_place;
 use tokio_util::sync::CancellationToken;
-use vasto_core::catalog::{Ack, Catalog, GivenUp, KeyspaceSpec};
+use vasto_core::catalog::{Ack, Catalog, GivenUp, KeyspaceSpec, Retirement};
 use vasto_core::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use vasto_core::record::{BandRange, RangeState};
 use vasto_core::report::TargetProgress;
@@ -128,7 +128,7 @@ async fn take_the_place_of(
         bootstrap.take(base, adoption, Log::Replicate).await.unwrap();
     }
     let replica = block_in_place(|| rig.open(&rig.path, true)).unwrap();
-    bootstrap.join_all(&replica, &candidates, replaced).await.unwrap();
+    bootstrap.join_all(&replica, &candidates, replaced, 1).await.unwrap();
     (replica, base.map(|base| base.manifest.replica))
 }
 
@@ -656,7 +656,7 @@ async fn what_was_taken_over_from_a_lost_replica_is_not_taken_again() {
     store.set(START_US + 60 * SECOND);
     checkpoint(&rig_a, &a, &bucket).await;
     let given_up = [GivenUp { replica: b.id, version }];
-    let without = Without { discarded: &[], given_up: &given_up };
+    let without = Without { given_up: &given_up, ..Without::default() };
     let restored = restore_from(&rig_a, &bucket, without, 1, None).await.unwrap();
     for n in 0..10 {
         assert_eq!(restored.get(&format!("old{n}")), None, "old{n} is back");
@@ -671,6 +671,31 @@ async fn what_was_taken_over_from_a_lost_replica_is_not_taken_again() {
     );
     then.close().await;
     assert!(bucket.head(&before.key).await.unwrap().is_some());
+}
+
+/// A shard has retired and exists again: what the replicas of the earlier one shipped was deleted
+/// elsewhere since. A restore to a time before the retirement still reads it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_an_earlier_shard_with_the_same_number_shipped_is_not_read() {
+    let (rig_a, rig_b, bucket) = (member(1), member(2), bucket());
+    let (a, b) = block_in_place(|| (rig_a.create(), rig_b.create()));
+    put_now(&a, "of the earlier shard", "v");
+    put_now(&b, "of the later shard", "v");
+    checkpoint(&rig_a, &a, &bucket).await;
+    checkpoint(&rig_b, &b, &bucket).await;
+    let retirements = [Retirement {
+        first: ShardId(0),
+        below: ReplicaId(2),
+        version: CatalogVersion(5),
+        at_us: START_US,
+    }];
+    for (retirements, earlier) in [(&retirements[..], None), (&[], Some("v"))] {
+        let without = Without { retirements, ..Without::default() };
+        let restored = restore_from(&rig_a, &bucket, without, 1, None).await.unwrap();
+        assert_eq!(restored.get("of the earlier shard").as_deref(), earlier);
+        assert_eq!(restored.get("of the later shard").as_deref(), Some("v"));
+        restored.close().await;
+    }
 }
 
 /// Commit times do not decide which checkpoint is the newest: the checkpoint of a clock that was
@@ -859,7 +884,7 @@ async fn an_archive_that_another_log_continues_is_read_although_its_loss_was_acc
     .unwrap();
     checkpoint(&rig_c, &c, &bucket).await;
     let given_up = [GivenUp { replica: a.id, version }];
-    let without = Without { discarded: &[], given_up: &given_up };
+    let without = Without { given_up: &given_up, ..Without::default() };
     let restored = restore_from(&rig_a, &bucket, without, 1, None).await.unwrap();
     for key in ["old", "shipped", "of the second", "behind"] {
         assert_eq!(restored.get(key).as_deref(), Some("v"), "{key}");

@@ -185,7 +185,7 @@ async fn a_manifest_says_what_its_checkpoint_holds_under_concurrent_writes() {
                 .unwrap();
         let mut rows = 0;
         for band in vasto_core::Band::all() {
-            let mut cursor = scratch.rows(band);
+            let mut cursor = scratch.rows(band, 2 << 20);
             while cursor.current().unwrap().is_some() {
                 rows += 1;
                 cursor.advance();

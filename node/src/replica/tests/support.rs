@@ -18,8 +18,9 @@ use vasto_core::record::{BandRange, Body, FeedProgress, KeyEntry, RangeState, Re
 use vasto_core::{Band, VastoError};
 pub(crate) use vasto_testkit::{DEADLINE, memory_dir};
 
-use crate::clock::Clock;
+use crate::clock::{Clock, SharedClock};
 use crate::engine::{EngineBudget, EngineShared};
+use crate::host::{ReplicaSpec, open_or_begin_again};
 use crate::replica::apply::band_of;
 use crate::replica::command::{Control, OpKind, OpOutcome, ReplicaError, WriteOp};
 use crate::replica::read::{GetResult, KeyRef, ScanPage};
@@ -388,6 +389,28 @@ pub(crate) fn data_rows(replica: &Replica) -> Rows {
 
 pub(crate) fn meta_rows(replica: &Replica) -> Rows {
     replica.engine().with_prefix(&[0xFF]).unwrap().into_iter().collect()
+}
+
+/// Opens a replica as its host does after a crash.
+pub(crate) async fn open_again(rig: &Rig, dir: &Path) -> Replica {
+    let spec = ReplicaSpec {
+        keyspace: KEYSPACE,
+        shard: rig.shard,
+        replica: rig.replica,
+        dir: dir.to_owned(),
+        tmp: dir.join("tmp"),
+    };
+    let (engines, clock, initial) =
+        (rig.shared.clone(), rig.clock.clone() as SharedClock, rig.initial);
+    let opened = tokio::task::spawn_blocking(move || {
+        let mut opened = None;
+        wait_for("the lock of the database", || {
+            opened = open_or_begin_again(&spec, &engines, &clock, initial).ok();
+            opened.is_some()
+        });
+        opened.unwrap()
+    });
+    opened.await.unwrap()
 }
 
 /// Waits for a condition, on a thread without a runtime.

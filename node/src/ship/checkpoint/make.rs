@@ -71,6 +71,7 @@ impl Described {
             nonce: rand::random(),
             previous,
             range_states: self.ranges.runs(),
+            ingested: self.ranges.ingested,
             files,
             database: Some(database),
         }

@@ -34,10 +34,7 @@ const RETRY: Duration = Duration::from_millis(100);
 pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildError> {
     let cursors: BTreeMap<ReplicaId, Lsn> = build.replica.tail_cursors()?.into_iter().collect();
     build.progress.lock().cursors = cursors.clone();
-    let filter = ShardFilter {
-        shard: build.replica.shard,
-        shards: Shape::of(plan, build.replica.shard)?.shards,
-    };
+    let filter = ShardFilter { shard: build.replica.shard, shards: Shape::of(plan)?.shards };
     let lags = Arc::new(parking_lot::Mutex::new(
         plan.sources.iter().map(|source| (source.replica, u64::MAX)).collect(),
     ));

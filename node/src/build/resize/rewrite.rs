@@ -4,8 +4,8 @@
 //! per new band, each of which again receives its keys in order. One pass and a bounded amount of
 //! memory therefore suffice for any size.
 //!
-//! **Invariant:** every row of the bands that belongs to this shard is written exactly once, to the
-//! band that its hash has here; rows of other shards are passed over.
+//! **Invariant:** every row is written exactly once, to the band that its hash has in this shard; a
+//! row of another shard stops the build.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -18,15 +18,43 @@ use vasto_core::{Band, ShardId};
 
 use super::Shape;
 use crate::build::error::{BuildError, io};
-use crate::engine::{BandRows, ImportFile, Scratch, TableSet, WrittenTable};
+use crate::engine::{BandRows, EngineError, ImportFile, Scratch, TableSet, WrittenTable};
 use crate::replica::Replica;
 
 /// The downloaded files of one source.
 pub(super) struct SourceFiles {
     pub download_dir: PathBuf,
     pub scratch_dir: PathBuf,
-    pub files: Vec<ImportFile>,
+    pub files: Files,
 }
+
+/// How the files of a source are read.
+pub(super) enum Files {
+    /// Files of its checkpoint.
+    Checkpoint(Vec<ImportFile>),
+    /// Names of the tables that it exported for this shard.
+    Export(Vec<String>),
+}
+
+impl SourceFiles {
+    fn open(&self) -> Result<Scratch, EngineError> {
+        match &self.files {
+            Files::Checkpoint(files) => {
+                Scratch::import(&self.scratch_dir, &self.download_dir, files)
+            }
+            Files::Export(names) => {
+                let tables: Vec<PathBuf> =
+                    names.iter().map(|name| self.download_dir.join(name)).collect();
+                Scratch::ingest(&self.scratch_dir, &tables)
+            }
+        }
+    }
+}
+
+/// Memory for reading ahead, shared by the cursors of a rewrite.
+const READAHEAD_ALL: usize = 64 << 20;
+/// Most bytes that one cursor reads ahead, and the fewest.
+const READAHEAD: (usize, usize) = (2 << 20, 32 << 10);
 
 /// The result of a rewrite.
 pub(super) struct Rewritten {
@@ -50,12 +78,12 @@ pub(super) fn rewrite(
         }
     }
     std::fs::create_dir_all(out).map_err(io(out))?;
-    let scratches = sources
+    let scratches = sources.iter().map(SourceFiles::open).collect::<Result<Vec<_>, _>>()?;
+    let count = (scratches.len() * shape.bands.bands().count()).max(1);
+    let readahead = (READAHEAD_ALL / count).clamp(READAHEAD.1, READAHEAD.0);
+    let cursors = scratches
         .iter()
-        .map(|source| Scratch::import(&source.scratch_dir, &source.download_dir, &source.files))
-        .collect::<Result<Vec<_>, _>>()?;
-    let cursors =
-        scratches.iter().flat_map(|scratch| shape.bands.bands().map(|band| scratch.rows(band)));
+        .flat_map(|scratch| shape.bands.bands().map(move |band| scratch.rows(band, readahead)));
     let mut rows = MergedRows::new(cursors.collect())?;
     let mut tables = TableSet::new(replica.engine(), out);
     let mut event_time_max = 0;
@@ -99,8 +127,7 @@ impl<'a> MergedRows<'a> {
     }
 
     /// Takes the least key from all cursors; returns one winner per new band of the shard (several
-    /// only when a key is stored under several partitions; none when the key belongs to other
-    /// shards), or `None` at the end.
+    /// only when a key is stored under several partitions), or `None` at the end.
     fn next_key(
         &mut self,
         shape: Shape,
@@ -113,17 +140,16 @@ impl<'a> MergedRows<'a> {
         while self.least.peek().is_some_and(|Reverse((least, _))| *least == key) {
             let Some(Reverse((buffer, cursor))) = self.least.pop() else { break };
             let Some((_, entry)) = self.cursors[cursor].current()? else { continue };
-            if let Some(band) = new_band(shape, shard, &key, entry)? {
-                match winners.iter_mut().find(|(winner, _, _)| *winner == band) {
-                    Some((_, _, held)) => {
-                        if let Some(winner) =
-                            merge(floor, Some(held.as_slice()), Some(entry)).map(<[u8]>::to_vec)
-                        {
-                            *held = winner;
-                        }
+            let band = new_band(shape, shard, &key, entry)?;
+            match winners.iter_mut().find(|(winner, _, _)| *winner == band) {
+                Some((_, _, held)) => {
+                    if let Some(winner) =
+                        merge(floor, Some(held.as_slice()), Some(entry)).map(<[u8]>::to_vec)
+                    {
+                        *held = winner;
                     }
-                    None => winners.push((band, key.clone(), entry.to_vec())),
                 }
+                None => winners.push((band, key.clone(), entry.to_vec())),
             }
             self.cursors[cursor].advance();
             self.push(cursor, buffer)?;
@@ -133,22 +159,17 @@ impl<'a> MergedRows<'a> {
     }
 }
 
-/// Returns the band of a row in this shard; `None` when it belongs to another new shard.
-fn new_band(
-    shape: Shape,
-    shard: ShardId,
-    key: &[u8],
-    entry: &[u8],
-) -> Result<Option<Band>, BuildError> {
+/// Returns the band of a row in this shard.
+fn new_band(shape: Shape, shard: ShardId, key: &[u8], entry: &[u8]) -> Result<Band, BuildError> {
     let decoded = Entry::decode(entry)
         .map_err(|error| BuildError::Mismatch(format!("a moved entry is damaged: {error}")))?;
     let hash = decoded.partition_hash.unwrap_or_else(|| partition_hash(key));
     let home = jump(hash, shape.shards);
-    if home.shard.0 < shape.shards_before {
+    if home.shard != shard {
         return Err(BuildError::Mismatch(format!(
-            "a key of the moving bands belongs to shard {}, which it does not leave",
+            "a key of the moving bands belongs to shard {}, not to {shard}",
             home.shard
         )));
     }
-    Ok((home.shard == shard).then(|| Band::of_next_jump(home.next)))
+    Ok(Band::of_next_jump(home.next))
 }

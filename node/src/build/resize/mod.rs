@@ -1,14 +1,19 @@
-//! A grow: the target loads the moving bands from the bucket, then follows the logs of the sources.
+//! A resize: what the sources export, what the targets load, and the tails of the logs that they
+//! follow.
+//!
+//! A target of a grow is a new replica; a target of a shrink is a replica that serves, and receives
+//! more bands. Both take the same way.
 //!
 //! **Invariants**
 //! - All inputs of the arriving range are merged by the merge rule into files that do not overlap,
-//!   and enter in ONE ingest, into a range recorded as arriving; the `ingest` record follows it. A
-//!   restart that finds an arriving range without that record deletes the replica and begins
-//!   again.
+//!   and enter in ONE ingest, into an empty range recorded as arriving; the `ingest` record follows
+//!   it. A restart that finds an arriving range without that record deletes a new replica and
+//!   begins again; a replica that serves clears the range first.
 //! - A tail starts exactly at the LSN of the pinned manifest, and its cursor is durable with the
 //!   records that it brought; repetition is harmless because of the merge.
 //! - Bulk bytes come from the bucket; nodes stream only log records.
 
+pub(crate) mod export;
 mod follow;
 mod load;
 mod rewrite;
@@ -22,7 +27,6 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::plan::Plan;
 use vasto_core::record::BandRange;
 use vasto_core::report::{TargetProgress, TargetStage};
-use vasto_core::{Band, ShardId};
 use vasto_shipping::bucket::Bucket;
 
 use super::error::BuildError;
@@ -49,23 +53,24 @@ pub(crate) struct Build {
     pub cancel: CancellationToken,
 }
 
-/// What one target takes in a grow.
+/// What one target takes in a resize.
 #[derive(Debug, Clone, Copy)]
 struct Shape {
-    /// Shard count before.
-    pub shards_before: u32,
     /// Shard count afterwards.
     pub shards: u32,
-    /// The bands of the sources that may hold keys of the target's shard: of those that move, the
-    /// ones whose keys leave for this shard or an earlier one.
+    /// The bands that leave the sources.
     pub bands: BandRange,
+    /// The bands that they fill here.
+    pub arriving: BandRange,
 }
 
 impl Shape {
-    fn of(plan: &Plan, shard: ShardId) -> Result<Self, BuildError> {
-        let shape = plan.growth().zip(plan.moving()).map(|((shards_before, shards), moving)| {
-            let last = Band::of_next_jump(u64::from(shard.0)).min(moving.last);
-            Self { shards_before, shards, bands: BandRange { last, ..moving } }
+    fn of(plan: &Plan) -> Result<Self, BuildError> {
+        let bands = plan.leaving().zip(plan.arriving());
+        let shape = plan.resize().zip(bands).map(|((_, shards), (bands, arriving))| Self {
+            shards,
+            bands,
+            arriving,
         });
         shape.ok_or_else(|| BuildError::Mismatch("the plan moves no bands".into()))
     }
@@ -83,7 +88,7 @@ impl Build {
 
     /// Runs until the plan is over: loads, ships the first manifest, follows the sources.
     pub(crate) async fn run(self, plan: Plan) -> Result<(), BuildError> {
-        if self.replica.ranges().ingested != Some(plan.id) {
+        if self.replica.ranges().filled_by() != Some(plan.id) {
             load::load(&self, &plan).await?;
         }
         // One target of a shard ships; the others take part without a manifest of their own.
@@ -107,48 +112,46 @@ impl Build {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use proptest::prelude::*;
-    use vasto_core::hash::{jump, next_jump_from};
-    use vasto_core::ids::{Epoch, NodeId, PlanId, ReplicaId};
-    use vasto_core::plan::{PlanKind, Step, Target};
+    use vasto_core::Band;
+    use vasto_core::hash::jump;
+    use vasto_core::ids::{Epoch, PlanId};
+    use vasto_core::plan::{PlanKind, Step};
 
     use super::*;
 
     fn plan(from: u32, to: u32) -> Plan {
-        let target = |shard| Target {
-            shard: ShardId(shard),
-            replica: ReplicaId(u64::from(shard) + 1),
-            node: NodeId(1),
-        };
         Plan {
             id: PlanId(1),
-            kind: PlanKind::Grow { from, to },
+            kind: match from < to {
+                true => PlanKind::Grow { from, to },
+                false => PlanKind::Shrink { from, to },
+            },
             from_epoch: Epoch(1),
             started_at_us: 0,
             step: Step::Tail,
             sources: Vec::new(),
-            targets: (from..to).map(target).collect(),
+            targets: Vec::new(),
             seals_undone: 0,
+            floor: None,
         }
     }
 
     proptest! {
-        /// Each key that leaves its shard is in the bands that exactly one target reads it from and
-        /// keeps.
+        /// Exactly the keys whose shard changes are in the bands that leave it, and in those that
+        /// arrive at the other one; of a shrink, at a shard that had nothing in them.
         #[test]
-        fn each_moving_key_is_taken_by_one_target(hash: u64, from in 1u32..64, more in 1u32..63) {
-            let to = (from + more).min(64);
-            let source = jump(hash, from).shard;
-            let band = Band::in_shard(hash, source).unwrap();
-            let plan = plan(from, to);
-            let home = jump(hash, to).shard;
-            prop_assert_eq!(plan.moving().unwrap().contains(band), home != source);
-            let takes = |target: &&Target| {
-                let shape = Shape::of(&plan, target.shard).unwrap();
-                shape.bands.contains(band) && target.shard == home
-            };
-            let taken: Vec<_> = plan.targets.iter().filter(takes).collect();
-            prop_assert_eq!(taken.len(), usize::from(home != source), "{} {}", band, home);
-            prop_assert!(next_jump_from(hash, source).is_some());
+        fn a_key_moves_between_the_bands_of_the_plan(hash: u64, from in 1u32..=64, to in 1u32..=64) {
+            prop_assume!(from != to);
+            let shape = Shape::of(&plan(from, to)).unwrap();
+            let (before, after) = (jump(hash, from), jump(hash, to));
+            let band = Band::of_next_jump(before.next);
+            let leaves = shape.bands.contains(band) && (from < to || before.shard.0 >= to);
+            prop_assert_eq!(leaves, before.shard != after.shard);
+            if leaves {
+                let arrives = Band::of_next_jump(after.next);
+                prop_assert!(shape.arriving.contains(arrives), "{} {}", arrives, band);
+                prop_assert!(from < to || !BandRange::from(Band::owned(from)).contains(arrives));
+            }
         }
     }
 }

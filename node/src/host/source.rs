@@ -1,0 +1,175 @@
+//! The part of a replica as a source of a plan: its checkpoint, its export, its release.
+//!
+//! **Invariants**
+//! - The sources of a shrink export only under the gc floor that the plan names.
+//! - A retired source is released once the bucket has its whole log.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use vasto_core::ids::Lsn;
+use vasto_core::plan::{PinnedManifest, Plan, Step};
+
+use super::hosted::{Hosted, Preparation};
+use super::shared::{RETRY, RETRY_MAX};
+use crate::build::BuildError;
+use crate::build::resize::export::Export;
+use crate::ship::LogNeed;
+
+/// Interval of polls until the replica has the floor of the plan.
+const POLL: Duration = Duration::from_millis(20);
+
+/// Number of exports that may fail because of the bucket before the plan is given up.
+const EXPORTS_FAILED_MAX: u32 = 10;
+
+impl Hosted {
+    pub(super) fn reconcile_source(self: &Arc<Self>, plan: Option<&Plan>) {
+        let Hosted { shared, replica, ship, .. } = &**self;
+        let Some(plan) = plan else {
+            shared.status.lock().source = None;
+            self.end_preparation();
+            ship.set_need(LogNeed::NONE);
+            return;
+        };
+        {
+            let mut status = shared.status.lock();
+            let source = status.source_of(plan.id);
+            if plan.step == Step::Prepare {
+                let _ = replica.take_pauses(); // those of an earlier plan
+            }
+            let of_source = plan.sources.iter().any(|source| source.replica == replica.id);
+            if plan.step == Step::Committed && !source.released {
+                source.pauses_us.extend(replica.take_pauses());
+                source.released = !(plan.shrinks() && of_source);
+            }
+        }
+        let Some(source) = plan.sources.iter().find(|source| source.replica == replica.id) else {
+            return;
+        };
+        if plan.shrinks() && plan.step == Step::Committed {
+            self.ship_to_the_end(plan);
+        }
+        // The targets read the log from the pinned manifest on; before that exists, from anywhere.
+        let pinned = source.manifest.as_ref();
+        let after = pinned.map_or(Lsn(0), |manifest| manifest.lsn);
+        // An added replica follows its source like any other replica; the targets of a resize read
+        // the bucket.
+        ship.set_need(LogNeed { after, from_bucket: plan.leaving().is_some() });
+        if plan.step == Step::Prepare && (!plan.shrinks() || plan.floor.is_some()) {
+            self.prepare_source(plan);
+        }
+    }
+
+    /// Ships the log of a retired shard to its end, then releases: a restore to the last moments of
+    /// the shard needs it, and nobody ships it later.
+    fn ship_to_the_end(self: &Arc<Self>, plan: &Plan) {
+        if self.background.lock().shipping_end.replace(plan.id) == Some(plan.id) {
+            return;
+        }
+        let (this, id) = (self.clone(), plan.id);
+        tokio::spawn(async move {
+            let mut pause = RETRY;
+            while let Err(error) = this.ship.log().await {
+                if this.shared.cancel.is_cancelled() || this.replica.is_closed() {
+                    return;
+                }
+                tracing::warn!(%error, plan = id.0, "the last log of a retired shard is not shipped yet; it is tried again");
+                this.shared.pause(pause).await;
+                pause = (pause * 2).min(RETRY_MAX);
+            }
+            if let Some(source) =
+                this.shared.status.lock().source.as_mut().filter(|source| source.plan == id)
+            {
+                source.released = true;
+            }
+            this.shared.notify();
+        });
+    }
+
+    /// Begins the checkpoint and the export of a plan, unless that was begun already.
+    fn prepare_source(self: &Arc<Self>, plan: &Plan) {
+        let cancel = self.shared.cancel.child_token();
+        {
+            let mut background = self.background.lock();
+            let now = Preparation { plan: plan.id, floor: plan.floor, cancel: cancel.clone() };
+            match &background.preparing {
+                Some(before) if (before.plan, before.floor) == (now.plan, now.floor) => return,
+                Some(before) => before.cancel.cancel(),
+                None => {}
+            }
+            background.preparing = Some(now);
+        }
+        {
+            // What was made under a lower floor does not count.
+            let mut status = self.shared.status.lock();
+            let source = status.source_of(plan.id);
+            (source.manifest, source.export) = (None, None);
+        }
+        let (this, plan) = (self.clone(), plan.clone());
+        tokio::spawn(async move {
+            let Some(result) = cancel.run_until_cancelled(this.prepare(&plan, &cancel)).await
+            else {
+                return;
+            };
+            if let Some(source) =
+                this.shared.status.lock().source.as_mut().filter(|source| source.plan == plan.id)
+                && !cancel.is_cancelled()
+            {
+                match result {
+                    Ok((manifest, export)) => {
+                        (source.manifest, source.export) = (Some(manifest), export);
+                    }
+                    Err(reason) => source.failed = Some(reason),
+                }
+            }
+            this.shared.notify();
+        });
+    }
+
+    /// Ends the checkpoint and the export of a plan that is over.
+    fn end_preparation(&self) {
+        if let Some(preparing) = self.background.lock().preparing.take() {
+            preparing.cancel.cancel();
+        }
+    }
+
+    /// Makes the checkpoint and the export of a plan.
+    async fn prepare(
+        &self,
+        plan: &Plan,
+        cancel: &CancellationToken,
+    ) -> Result<(PinnedManifest, Option<String>), String> {
+        while plan.floor.is_some_and(|floor| self.replica.floor() < floor) {
+            tokio::time::sleep(POLL).await;
+        }
+        // The files of the checkpoint are what the targets read, unless there is an export.
+        let read = plan.leaving().filter(|_| !plan.exports());
+        let checkpoint = self.ship.checkpoint(read).await;
+        let manifest = checkpoint.map_err(|error| format!("the checkpoint failed: {error}"))?;
+        if !plan.exports() {
+            return Ok((manifest, None));
+        }
+        let export = Export {
+            replica: self.replica.clone(),
+            bucket: self.shared.context.bucket.clone(),
+            pace: self.shared.context.pace.clone(),
+            tmp: self.shared.spec.tmp.clone(),
+            cancel: cancel.clone(),
+        };
+        let (mut pause, mut failed) = (RETRY, 0);
+        loop {
+            match export.run(plan, manifest.lsn).await {
+                Ok(key) => return Ok((manifest, Some(key))),
+                // Each upload was repeated for as long as the bucket's own patience lasts.
+                Err(error @ BuildError::Bucket(_)) if failed < EXPORTS_FAILED_MAX => {
+                    failed += 1;
+                    tracing::warn!(%error, plan = plan.id.0, "the export is interrupted; it begins again");
+                    self.shared.pause(pause).await;
+                    pause = (pause * 2).min(RETRY_MAX);
+                }
+                Err(error) => return Err(format!("the export failed: {error}")),
+            }
+        }
+    }
+}
