@@ -8,14 +8,17 @@
 //! from a real S3 server that this one stands before.
 
 mod objects;
+mod wire;
 
 use std::collections::HashMap;
+use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
 use vasto_shipping::{Bucket, BucketOptions};
@@ -24,6 +27,7 @@ pub use crate::http_request::Ask;
 use crate::http_request::{Request, read};
 use crate::metadata::Keys;
 use objects::Objects;
+use wire::{encode, flipped, forward};
 
 const BUCKET: &str = "faults";
 /// The client's configured keys when no role provides them.
@@ -102,6 +106,10 @@ struct Shared {
     faults: Mutex<Vec<Script>>,
     everything: Mutex<Option<Fault>>,
     throttled: Mutex<Option<HashMap<(Ask, String), u32>>>,
+    /// The fault of every request that follows a PUT of a body that contains the text.
+    awaited: Mutex<Option<(String, Fault)>>,
+    /// Time by which every answer is sent later.
+    late: Mutex<Duration>,
     served: Mutex<Vec<Served>>,
 }
 
@@ -109,6 +117,12 @@ pub struct HttpStore {
     address: SocketAddr,
     shared: Arc<Shared>,
     server: JoinHandle<()>,
+}
+
+impl fmt::Debug for HttpStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HttpStore").field("address", &self.address).finish_non_exhaustive()
+    }
 }
 
 impl Drop for HttpStore {
@@ -227,6 +241,31 @@ impl HttpStore {
         *self.shared.everything.lock().unwrap() = fault;
     }
 
+    /// Injects the fault into every request that follows the next PUT of a body that contains the
+    /// text.
+    pub fn fail_everything_after(&self, text: &str, fault: Fault) {
+        *self.shared.awaited.lock().unwrap() = Some((text.to_owned(), fault));
+    }
+
+    /// Returns true while every request fails.
+    pub fn fails_everything(&self) -> bool {
+        self.shared.everything.lock().unwrap().is_some()
+    }
+
+    /// Sends every answer this much later from now on.
+    pub fn answer_later(&self, by: Duration) {
+        *self.shared.late.lock().unwrap() = by;
+    }
+
+    /// Ends all faults, and forgets those that are still to come.
+    pub fn heal(&self) {
+        self.shared.faults.lock().unwrap().clear();
+        *self.shared.awaited.lock().unwrap() = None;
+        *self.shared.throttled.lock().unwrap() = None;
+        *self.shared.everything.lock().unwrap() = None;
+        self.answer_later(Duration::ZERO);
+    }
+
     /// Throttles half of all requests from now on. The choice depends on the requested target and
     /// the number of its requests so far, not on the order of arrival.
     pub fn throttle_half(&self) {
@@ -241,6 +280,11 @@ impl HttpStore {
     /// Returns the object under the key.
     pub fn object(&self, key: &str) -> Option<Bytes> {
         self.shared.objects.lock().unwrap().object(&format!("root/{key}"))
+    }
+
+    /// Returns the keys that begin with the prefix, without it.
+    pub fn keys_below(&self, prefix: &str) -> Vec<String> {
+        self.shared.objects.lock().unwrap().keys_below(&format!("root/{prefix}"))
     }
 
     /// Inserts an object under a foreign name.
@@ -285,6 +329,15 @@ impl Shared {
         let mut hasher = DefaultHasher::new();
         (request.ask, &request.target, *asked).hash(&mut hasher);
         hasher.finish().is_multiple_of(2).then_some(Fault::SlowDown)
+    }
+
+    /// Begins the outage that waits for this body.
+    fn notice(&self, body: &[u8]) {
+        let mut awaited = self.awaited.lock().unwrap();
+        let contains = |text: &str| body.windows(text.len()).any(|part| part == text.as_bytes());
+        if let Some((_, fault)) = awaited.take_if(|(text, _)| contains(text)) {
+            *self.everything.lock().unwrap() = Some(fault);
+        }
     }
 
     /// Returns the answer, and the fault to inject into it.
@@ -337,6 +390,9 @@ impl Shared {
             (None, Some(server)) => forward(server, request).await?,
             (None, None) => self.objects.lock().unwrap().answer(request),
         };
+        if request.ask == Ask::Put && answer.status == 200 {
+            self.notice(&request.body);
+        }
         let whole = answer.body.clone();
         match fault {
             Some(Fault::Flip) => answer.body = flipped(&whole),
@@ -386,6 +442,10 @@ async fn connection(stream: TcpStream, shared: Arc<Shared>) -> std::io::Result<(
     let mut stream = BufReader::new(stream);
     while let Some(mut request) = read(&mut stream).await? {
         let (answer, fault) = shared.answer(&mut request).await?;
+        let late = *shared.late.lock().unwrap();
+        if !late.is_zero() {
+            tokio::time::sleep(late).await;
+        }
         match fault {
             Some(Fault::ResetBefore | Fault::ResetAfter) => {
                 return stream.get_ref().set_zero_linger();
@@ -405,56 +465,4 @@ async fn connection(stream: TcpStream, shared: Arc<Shared>) -> std::io::Result<(
         stream.flush().await?;
     }
     Ok(())
-}
-
-fn encode(request: &Request, answer: &HttpReply) -> (Vec<u8>, Bytes) {
-    let mut head = format!("HTTP/1.1 {} Some Reason\r\n", answer.status);
-    // The real answer to a HEAD has a length, and no body.
-    if !answer.headers.iter().any(|(name, _)| *name == "Content-Length") {
-        head.push_str(&format!("Content-Length: {}\r\n", answer.body.len()));
-    }
-    for (name, value) in &answer.headers {
-        head.push_str(&format!("{name}: {value}\r\n"));
-    }
-    head.push_str("\r\n");
-    let body = if request.ask == Ask::Head { Bytes::new() } else { answer.body.clone() };
-    (head.into_bytes(), body)
-}
-
-fn flipped(body: &Bytes) -> Bytes {
-    let mut body = body.to_vec();
-    let middle = body.len() / 2;
-    if let Some(byte) = body.get_mut(middle) {
-        *byte ^= 1;
-    }
-    body.into()
-}
-
-/// Lets the real server answer. HTTP/1.0, so that the answer ends with the connection, and is not
-/// sent in chunks.
-async fn forward(server: SocketAddr, request: &Request) -> std::io::Result<HttpReply> {
-    let mut stream = TcpStream::connect(server).await?;
-    let mut head = format!("{} {} HTTP/1.0\r\n", request.method, request.target);
-    for (name, value) in request.headers.iter().filter(|(name, _)| *name != "connection") {
-        head.push_str(&format!("{name}: {value}\r\n"));
-    }
-    stream.write_all(format!("{head}\r\n").as_bytes()).await?;
-    stream.write_all(&request.body).await?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).await?;
-    let end = answer
-        .windows(4)
-        .position(|window| window == b"\r\n\r\n")
-        .ok_or(std::io::ErrorKind::UnexpectedEof)?;
-    let head = String::from_utf8_lossy(&answer[..end]).into_owned();
-    let mut lines = head.lines();
-    let status =
-        lines.next().and_then(|line| line.split(' ').nth(1)?.parse().ok()).unwrap_or_default();
-    const KEPT: [&str; 6] =
-        ["Content-Length", "Content-Range", "Content-Type", "Date", "ETag", "Last-Modified"];
-    let headers = lines.filter_map(|line| {
-        let (name, value) = line.split_once(':')?;
-        Some((*KEPT.iter().find(|kept| kept.eq_ignore_ascii_case(name))?, value.trim().to_owned()))
-    });
-    Ok(HttpReply { status, headers: headers.collect(), body: answer.split_off(end + 4).into() })
 }

@@ -4,8 +4,10 @@
 //! the promised 10 s and fails on any log line of level WARN or above that the test did not allow.
 
 mod builder;
+mod look;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -14,10 +16,10 @@ use serde_json::Value;
 use tempfile::TempDir;
 use vasto_client::{Keyspace, Vasto};
 use vasto_core::limits::SHUTDOWN_DEADLINE;
-use vasto_testkit::{DEADLINE, Process, free_port, tail, until};
+use vasto_testkit::http_store::HttpStore;
+use vasto_testkit::{DEADLINE, Process, free_port, tail};
 
 use crate::binary::vasto_binary;
-use crate::catalog::CatalogDir;
 use crate::command::Ran;
 use crate::logs;
 
@@ -59,6 +61,8 @@ impl Server {
 #[derive(Debug)]
 pub struct Cluster {
     bucket: String,
+    /// The bucket, when it is a store of this process.
+    store: Option<Arc<HttpStore>>,
     env: Vec<(String, String)>,
     settings: Vec<String>,
     allowed: Vec<String>,
@@ -332,35 +336,6 @@ impl Cluster {
     /// When the command fails.
     pub async fn resize(&self, name: &str, shards: u32) -> Result<Value> {
         self.json(&["keyspace", "resize", name, "--shards", &shards.to_string()]).await
-    }
-
-    /// Returns the catalog of a keyspace in a local bucket.
-    ///
-    /// # Errors
-    /// When the keyspace cannot be described.
-    pub async fn catalog(&self, name: &str) -> Result<CatalogDir> {
-        let described = self.json(&["keyspace", "describe", name]).await?;
-        let id = described["keyspace_id"]
-            .as_u64()
-            .with_context(|| format!("no keyspace_id in {described}"))?;
-        let root =
-            self.bucket.strip_prefix("file://").context("the bucket is not a local directory")?;
-        Ok(CatalogDir::new(Path::new(root), id))
-    }
-
-    /// Waits until earlier plans of a keyspace have ended completely: no plan, no quarantined
-    /// range.
-    ///
-    /// # Errors
-    /// When that takes too long.
-    pub async fn settled(&self, name: &str) -> Result<()> {
-        let catalog = self.catalog(name).await?;
-        until(&format!("plans and quarantines of {name} to end"), DEADLINE, async || {
-            let tip = catalog.tip().ok()?;
-            (tip.plan.is_none() && tip.quarantines.is_empty()).then_some(())
-        })
-        .await
-        .with_context(|| format!("the catalog is {:?}", catalog.tip()))
     }
 
     // ------------------------------------------------------------------------- finish

@@ -13,6 +13,7 @@ use vasto_core::catalog::Catalog;
 use vasto_core::ids::{NodeId, ShardId};
 use vasto_proto::v1;
 use vasto_proto::v1::data_client::DataClient;
+use vasto_proto::v1::replication_client::ReplicationClient;
 use vasto_proto::v1::reply::Result as Reply;
 use vasto_proto::v1::request::Op;
 use vasto_testkit::{DEADLINE, until};
@@ -101,6 +102,44 @@ pub async fn contents(address: &str, catalog: &Catalog, shard: ShardId) -> Resul
             other => bail!("{address} answered a scan with {other:?}"),
         }
     }
+}
+
+/// Returns the gc floors of the replicas on these nodes.
+///
+/// # Errors
+/// When a replica does not answer.
+pub async fn floors_on(cluster: &Cluster, keyspace: &str, nodes: &[usize]) -> Result<Vec<u64>> {
+    let tip = cluster.catalog(keyspace).await?.tip()?;
+    let mut floors = Vec::new();
+    for one in tip.placement.iter().flat_map(|shard| &shard.replicas) {
+        let node = cluster.node_of(&one.node.to_string())?;
+        if !nodes.contains(&node) {
+            continue;
+        }
+        let port = cluster.port(node);
+        let mut client = ReplicationClient::connect(format!("http://127.0.0.1:{port}")).await?;
+        let request = v1::PositionRequest {
+            keyspace_id: tip.keyspace.0,
+            replica_id: one.replica.0,
+            ..v1::PositionRequest::default()
+        };
+        floors.push(client.position(request).await?.into_inner().floor);
+    }
+    Ok(floors)
+}
+
+/// Waits until every replica has forgotten the deletes up to a commit time.
+///
+/// # Errors
+/// When that takes too long.
+pub async fn floors_above(cluster: &Cluster, keyspace: &str, commit_time: u64) -> Result<()> {
+    let nodes: Vec<usize> = (0..cluster.nodes()).collect();
+    let mut last = Vec::new();
+    let risen = until("the gc floor to rise everywhere", DEADLINE, async || {
+        last = floors_on(cluster, keyspace, &nodes).await.ok()?;
+        last.iter().all(|floor| *floor > commit_time).then_some(())
+    });
+    risen.await.with_context(|| format!("{keyspace}: {last:?}, wanted above {commit_time}"))
 }
 
 /// Waits until all replicas of every shard hold the same; returns the number of keys.

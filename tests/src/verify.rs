@@ -26,6 +26,20 @@ pub struct Verified {
 /// # Errors
 /// A list of the discrepancies.
 pub async fn verify(master: &str, keyspace: &str, history: &History) -> Result<Verified> {
+    verify_beside(master, keyspace, history, &[]).await
+}
+
+/// Compares as [`verify`] does, in a keyspace that holds other keys too: those whose names begin
+/// with one of `others`.
+///
+/// # Errors
+/// As of [`verify`].
+pub async fn verify_beside(
+    master: &str,
+    keyspace: &str,
+    history: &History,
+    others: &[&str],
+) -> Result<Verified> {
     let keyspace = Vasto::connect(master).await?.keyspace(keyspace).await?;
     let all = history.all();
     let names: Vec<&String> = all.keys().collect();
@@ -44,7 +58,7 @@ pub async fn verify(master: &str, keyspace: &str, history: &History) -> Result<V
             problems.push(format!("{name}: a get gives {seen:?}, promised was {kept:?}"));
         }
     }
-    let present = scan(&keyspace, &found, &mut problems).await?;
+    let present = scan(&keyspace, &found, others, &mut problems).await?;
     if !problems.is_empty() {
         let count = problems.len();
         problems.truncate(30);
@@ -78,6 +92,7 @@ async fn get<'a>(keyspace: &Keyspace, names: Vec<&'a String>) -> Result<Vec<(&'a
 async fn scan(
     keyspace: &Keyspace,
     found: &HashMap<&str, Seen>,
+    others: &[&str],
     problems: &mut Vec<String>,
 ) -> Result<usize> {
     let mut rows = std::pin::pin!(keyspace.scan().stream());
@@ -93,6 +108,9 @@ async fn scan(
             ));
         }
         last = Some(row.key.to_vec());
+        if others.iter().any(|other| name.starts_with(other)) {
+            continue;
+        }
         present += 1;
         let value = row.value.map(|value| value.bytes()).unwrap_or_default();
         let seen = Seen::Number(number_of(&name, &value).unwrap_or(u64::MAX));

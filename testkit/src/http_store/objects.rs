@@ -33,6 +33,11 @@ impl Objects {
         self.objects.get(key).cloned()
     }
 
+    /// Returns the keys that begin with the prefix, without it.
+    pub(super) fn keys_below(&self, prefix: &str) -> Vec<String> {
+        self.objects.keys().filter_map(|key| key.strip_prefix(prefix)).map(str::to_owned).collect()
+    }
+
     /// Inserts an object under a foreign name.
     pub(super) fn insert(&mut self, key: &str, body: Bytes) {
         self.objects.insert(key.to_owned(), body);

@@ -1,9 +1,11 @@
 //! Settings with which a cluster is started.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::Result;
 use vasto_testkit::S3Server;
+use vasto_testkit::http_store::HttpStore;
 
 use super::{Cluster, Port, Server};
 
@@ -12,6 +14,7 @@ use super::{Cluster, Port, Server};
 pub struct ClusterBuilder {
     nodes: usize,
     bucket: Option<String>,
+    store: Option<Arc<HttpStore>>,
     env: Vec<(String, String)>,
     settings: Vec<String>,
     allowed: Vec<String>,
@@ -24,6 +27,7 @@ impl Default for ClusterBuilder {
         Self {
             nodes: 3,
             bucket: None,
+            store: None,
             env: Vec::new(),
             settings: ["node.cache=64MiB", "node.write_buffer=32MiB", "node.ship_interval=1s"]
                 .map(str::to_owned)
@@ -53,6 +57,21 @@ impl ClusterBuilder {
         self.bucket(&server.url(prefix))
     }
 
+    /// Uses a store of this process, whose faults the test decides.
+    pub fn http(mut self, store: &Arc<HttpStore>) -> Self {
+        self.env.extend(store.env().map(|(key, value)| (key.to_owned(), value)));
+        self.store = Some(Arc::clone(store));
+        self.bucket(&store.url())
+    }
+
+    /// Lets a collection of garbage delete every object that nothing needs, whatever its age.
+    pub fn keeps_no_garbage(mut self) -> Self {
+        for (setting, value) in [("MIN_AGE", "0s"), ("KEEP_FOR", "0s"), ("KEEP_CHECKPOINTS", "1")] {
+            self = self.env(&format!("VASTO_BUCKET__{setting}"), value);
+        }
+        self
+    }
+
     /// Adds an environment variable for all processes; of the same variable, the last one counts.
     pub fn env(mut self, key: &str, value: &str) -> Self {
         self.env.push((key.to_owned(), value.to_owned()));
@@ -69,6 +88,11 @@ impl ClusterBuilder {
     pub fn allow(mut self, text: &str) -> Self {
         self.allowed.push(text.to_owned());
         self
+    }
+
+    /// Allows all log lines of level WARN: the test injects faults that processes have to tell of.
+    pub fn allow_warnings(self) -> Self {
+        self.allow("\"level\":\"WARN\"")
     }
 
     /// Creates the temporary directory inside `dir`.
@@ -96,6 +120,7 @@ impl ClusterBuilder {
             .unwrap_or_else(|| format!("file://{}", dir.path().join("bucket").display()));
         let mut cluster = Cluster {
             bucket,
+            store: self.store,
             env: self.env,
             settings: self.settings,
             allowed: self.allowed,

@@ -92,7 +92,7 @@ async fn bad_requests_say_what_to_do_and_change_nothing() -> Result<()> {
         (&["keyspace", "resize", "ks", "--shards", "5000"], &["5000", "4096"]),
         (&["keyspace", "resize", "ks", "--shards", "73"], &["73", "72 and 80"]),
         (&["keyspace", "resize", "ks", "--shards", "2"], &["already has 2 shards"]),
-        (&["keyspace", "resize", "ks", "--shards", "1"], &["shrinking"]),
+        (&["keyspace", "resize", "ks", "--shards", "0"], &["at least 1"]),
         (&["keyspace", "resize", "ks", "--shards", "72"], &["above 64"]),
         (&["keyspace", "delete", "ks"], &["--yes"]),
         (&["operation", "show", "op-9-9"], &["op-9-9"]),

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 use vasto_tests::{
     Cluster, DEADLINE, History, KillPoint, KillTime, Load, LoadSpec, Numbers, Port, Ran, Relay,
     S3Kind, S3Server, preload, setting, until, verify,
@@ -114,15 +114,12 @@ impl Rig {
     async fn start(s3: &S3Server, seed: u64) -> Result<Self> {
         let of_master = Arc::new(Relay::start(&s3.address()).await?);
         // Each node has its own endpoint, which takes precedence.
-        let mut builder = Cluster::builder()
+        let builder = Cluster::builder()
             .nodes(0)
             .s3(s3, "kills")
             .env("AWS_ENDPOINT_URL", &of_master.endpoint())
-            .set("node.ship_interval=200ms");
-        // Garbage collection deletes every object that it may.
-        for (setting, value) in [("MIN_AGE", "0s"), ("KEEP_FOR", "0s"), ("KEEP_CHECKPOINTS", "1")] {
-            builder = builder.env(&format!("VASTO_BUCKET__{setting}"), value);
-        }
+            .set("node.ship_interval=200ms")
+            .keeps_no_garbage();
         let mut rig = Self {
             server: s3.address(),
             cluster: builder.start().await?,
@@ -333,7 +330,7 @@ impl Rig {
     /// garbage collection deletes the leftovers of interrupted work.
     async fn check(&self) -> Result<()> {
         self.at_rest().await?;
-        let found = self.fsck().await?;
+        let found = self.cluster.fsck().await?;
         let verified = verify(&self.cluster.master(), KEPT, &self.history).await?;
         let collected = self.insist(&["bucket", "gc"]).await?;
         ensure!(collected["stopped"].is_null(), "{collected}");
@@ -343,7 +340,7 @@ impl Rig {
             orphans(&found),
             collected["deleted"],
         );
-        let found = self.fsck().await?;
+        let found = self.cluster.fsck().await?;
         ensure!(
             orphans(&found) == 0,
             "{} of {} stay: {}",
@@ -352,12 +349,6 @@ impl Rig {
             found["orphans"]
         );
         Ok(())
-    }
-
-    async fn fsck(&self) -> Result<Value> {
-        let found = self.cluster.json(&["bucket", "fsck", "--deep"]).await?;
-        ensure!(found["missing"] == json!([]) && found["corrupt"] == json!([]), "{found}");
-        Ok(found)
     }
 
     /// Checks that every operation that was undone has a reason.
@@ -528,7 +519,7 @@ impl Rig {
         self.insist(&["keyspace", "restore", KEPT, "--into", "again"]).await?;
         let verified = verify(&self.cluster.master(), "again", &self.history).await?;
         println!("from the bucket alone: {verified:?}");
-        self.fsck().await.map(drop)
+        self.cluster.fsck().await.map(drop)
     }
 
     fn figures(&self) {

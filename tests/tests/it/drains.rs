@@ -103,8 +103,7 @@ async fn an_only_replica_that_has_failed_on_a_live_node_is_taken_over() -> Resul
     let failed = before.placement[0].replicas[0];
     let node = index_of(&cluster, failed)?;
     cluster.stop_node(node).await?;
-    let log =
-        cluster.node_dir(node).join(format!("replicas/{}-{}/log", before.keyspace, failed.replica));
+    let log = cluster.replica_dir(node, &before, failed.replica).join("log");
     std::fs::remove_dir_all(&log)?;
     cluster.start_node(node, Port::Same).await?;
     let name = cluster.node_id(node).unwrap();
@@ -253,9 +252,7 @@ async fn a_grow_goes_on_although_the_sources_have_cut_their_log() -> Result<()> 
     let target = cluster.node_of(&plan.targets[0].node.to_string())?;
     ensure!(target != cluster.node_of(&plan.sources[0].node.to_string())?, "both are on one node");
     cluster.node_process(target)?.signal(Signal::STOP);
-    let log = cluster
-        .node_dir(1 - target)
-        .join(format!("replicas/{}-{}/log", tail.keyspace, plan.sources[0].replica));
+    let log = cluster.replica_dir(1 - target, &tail, plan.sources[0].replica).join("log");
     let files = || -> Result<Vec<std::ffi::OsString>> {
         Ok(std::fs::read_dir(&log)?
             .map(|entry| entry.map(|one| one.file_name()))

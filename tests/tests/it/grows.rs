@@ -3,14 +3,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use futures::StreamExt;
 use rustix::process::Signal;
+use vasto_core::hash::{jump, partition_hash};
+use vasto_core::operation::OperationOutcome;
 use vasto_core::plan::Step;
+use vasto_testkit::http_store::{Ask, Fault, HttpStore};
 use vasto_tests::replicas::converged;
 use vasto_tests::{
-    Cluster, DEADLINE, History, Load, LoadSpec, Process, Proxy, key_of, number_of, preload,
-    resized, tool, until, verify,
+    Cluster, DEADLINE, History, Kept, Load, LoadSpec, Port, Process, Proxy, Resizing, key_of,
+    missing, number_of, preload, put_each, records, resized, tool, until, verify,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -70,6 +73,98 @@ async fn grows_by_several_shards_lose_nothing() -> Result<()> {
     println!("{:?}", verify(&cluster.master(), "leaps", &history).await?);
     cluster.settled("leaps").await?;
     converged(&cluster, "leaps").await?;
+    cluster.finish().await
+}
+
+/// Grows a compacted keyspace at rest and checks how much was read for what moved; returns its name
+/// and the exports.
+async fn grow_at_rest(
+    cluster: &Cluster,
+    replicas: u64,
+    from: u32,
+    to: u32,
+) -> Result<(String, Vec<String>)> {
+    const ROWS: u64 = 20_000;
+    let name = format!("from{from}to{to}by{replicas}");
+    let count = replicas.to_string();
+    cluster.create(&name, from, &["--replicas", &count, "--quarantine", "1s"]).await?;
+    let keyspace = cluster.keyspace(&name).await?;
+    put_each(&keyspace, "r", ROWS, records::value).await?;
+    cluster.json(&["keyspace", "compact", &name]).await?;
+    let grow = Resizing::start(cluster, &name, to).await?;
+    let exports = grow.exports().await?;
+    let report = grow.done().await?;
+    println!("{replicas} replicas: {}", resized(&serde_json::to_value(&report)?));
+    let moves = |n: &u64| jump(partition_hash(format!("r{n}").as_bytes()), to).shard.0 >= from;
+    let moving = (0..ROWS).filter(moves).count() as u64;
+    ensure!(report.keys_moved == replicas * moving, "{moving} keys move: {report:?}");
+    let ratio = report.bytes_from_bucket as f64 / report.bytes_moved as f64;
+    ensure!(ratio <= 1.2, "{ratio:.3} bytes were read for each byte that moved: {report:?}");
+    ensure!(converged(cluster, &name).await? as u64 == ROWS, "{name}");
+    ensure!(missing(&keyspace, "r", ROWS).await? == 0, "{name}");
+    Ok((name, exports))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn grows_by_several_shards_read_little_more_than_what_moves() -> Result<()> {
+    let cluster = Cluster::builder().keeps_no_garbage().start().await?;
+    let all = [(1, 1, 16), (1, 3, 11), (1, 4, 8), (2, 4, 8)].map(|(replicas, from, to)| {
+        let grow = grow_at_rest(&cluster, replicas, from, to);
+        async move {
+            grow.await.with_context(|| format!("{from} -> {to} with {replicas} replicas"))
+        }
+    });
+    cluster.exports_go(&futures::future::try_join_all(all).await?).await?;
+    cluster.finish().await
+}
+
+/// The bucket refuses uploads of the first export, the node of a target, which begins again with the
+/// same exports, is killed during the second, and that of a source during the third.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn exports_go_on_when_uploads_fail_and_nodes_are_killed() -> Result<()> {
+    let store = Arc::new(HttpStore::start().await);
+    let mut cluster = Cluster::builder()
+        .nodes(2)
+        .http(&store)
+        .allow_warnings()
+        .allow("the target cannot be built")
+        .start()
+        .await?;
+    cluster.create("export", 2, &["--quarantine", "1s"]).await?;
+    let kept = Kept::start(&cluster, "export", 10_000, Duration::from_millis(4)).await?;
+    for (kill, to) in [(None, 4), (Some(Step::Tail), 8), (Some(Step::Prepare), 12)] {
+        let mut grow = Resizing::start(&cluster, "export", to).await?;
+        // A fault may undo the grow, which is asked for again then.
+        for _ in 0..3 {
+            match kill {
+                None => store.fail(Ask::Put, Fault::SlowDown, 8),
+                Some(step) => {
+                    let plan = grow.reaches(step).await?.plan.context("no plan")?;
+                    let source = step == Step::Prepare;
+                    let node = if source { plan.sources[1].node } else { plan.targets[0].node };
+                    let node = cluster.node_of(&node.to_string())?;
+                    cluster.kill9_node(node).await?;
+                    cluster.start_node(node, Port::New).await?;
+                }
+            }
+            let report = grow.ended().await.with_context(|| format!("{kill:?}"))?;
+            println!(
+                "{kill:?}: {:?}, {}",
+                report.outcome,
+                resized(&serde_json::to_value(&report)?)
+            );
+            if report.outcome == OperationOutcome::Done {
+                break;
+            }
+            grow = Resizing::start(&cluster, "export", to).await?;
+        }
+        ensure!(grow.tip()?.spec.shards == to, "{kill:?}: undone again and again");
+        store.assert_all_fired();
+        kept.load().goes_on(5).await?;
+    }
+    kept.end(&cluster).await?.completely()?;
+    cluster.settled("export").await?;
+    cluster.fsck().await?;
     cluster.finish().await
 }
 
@@ -158,7 +253,7 @@ async fn quarantine_then_clean_up() -> Result<()> {
     // After a restart, removed keys stay removed, and no older version reappears.
     for node in 0..cluster.nodes() {
         cluster.kill9_node(node).await?;
-        cluster.start_node(node, vasto_tests::Port::New).await?;
+        cluster.start_node(node, Port::New).await?;
     }
     verify(&cluster.master(), "clean", &history).await?;
     cluster.finish().await
@@ -248,12 +343,12 @@ async fn ttl_and_tombstones_survive_restart_and_grow() -> Result<()> {
     use futures::TryStreamExt;
     futures::stream::iter(0..KEYS).map(write).buffer_unordered(64).try_collect::<()>().await?;
     cluster.kill9_node(0).await?;
-    cluster.start_node(0, vasto_tests::Port::New).await?;
+    cluster.start_node(0, Port::New).await?;
     for shards in [2, 3] {
         println!("{}", resized(&cluster.resize("ttl", shards).await?));
         for node in 0..cluster.nodes() {
             cluster.kill9_node(node).await?;
-            cluster.start_node(node, vasto_tests::Port::Same).await?;
+            cluster.start_node(node, Port::Same).await?;
         }
     }
     let keyspace = cluster.keyspace("ttl").await?;

@@ -8,7 +8,6 @@ use anyhow::{Context, Result, ensure};
 use futures::StreamExt;
 use rustix::process::Signal;
 use vasto_client::Keyspace;
-use vasto_core::catalog::Catalog;
 use vasto_core::operation::OperationOutcome;
 use vasto_core::plan::Step;
 use vasto_proto::v1;
@@ -16,7 +15,7 @@ use vasto_proto::v1::reply::Result as Reply;
 use vasto_proto::v1::request::Op;
 use vasto_tests::replicas::Direct;
 use vasto_tests::{
-    CatalogDir, Cluster, DEADLINE, History, Load, LoadSpec, Numbers, Port, Seen, key_of, number_of,
+    Cluster, DEADLINE, History, Load, LoadSpec, Numbers, Port, Resizing, Seen, key_of, number_of,
     preload, resized, until, verify,
 };
 
@@ -140,35 +139,22 @@ async fn master_restart_disturbs_no_read_or_write() -> Result<()> {
     cluster.finish().await
 }
 
-/// Creates a keyspace with some data and clients under load; returns its catalog too.
-async fn busy(cluster: &Cluster, name: &str, keys: u64) -> Result<(Keyspace, Load, CatalogDir)> {
+/// Creates a keyspace with some data and clients under load.
+async fn busy(cluster: &Cluster, name: &str, keys: u64) -> Result<(Keyspace, Load)> {
     cluster.create(name, 1, &["--quarantine", "1s"]).await?;
     let history = Arc::new(History::default());
     let keyspace = cluster.keyspace(name).await?;
     preload(&keyspace, &history, "s:", keys).await?;
     let spec = LoadSpec { writers: 6, pace: Duration::from_millis(1), ..LoadSpec::default() };
     let load = Load::start(&cluster.master(), name, &history, spec).await?;
-    Ok((keyspace, load, cluster.catalog(name).await?))
+    Ok((keyspace, load))
 }
 
-/// Waits for the end of the running plan; returns whether the plan took effect.
-async fn ended(catalog: &CatalogDir, before: &Catalog, what: &str) -> Result<bool> {
-    let deadline = Duration::from_secs(90);
-    let tip = until(&format!("the grow to end ({what})"), deadline, async || {
-        catalog.tip().ok().filter(|tip| tip.plan.is_none() && tip.next_plan > before.next_plan)
-    })
-    .await
-    .with_context(|| format!("the plan is {:?}", catalog.tip().map(|tip| tip.plan)))?;
-    let report = tip.operations.last().context("no report of the grow")?;
-    let grown = tip.spec.shards == before.spec.shards + 1;
-    ensure!(
-        grown == (report.outcome == OperationOutcome::Done),
-        "{} shards, yet {report:?}",
-        tip.spec.shards
-    );
-    ensure!(grown || tip.spec.shards == before.spec.shards, "half a grow: {tip:?}");
-    println!("{what}: {:?}, {}", report.outcome, resized(&serde_json::to_value(report)?));
-    Ok(grown)
+/// Waits for the end of a grow; returns whether it took effect.
+async fn ended(grow: &Resizing, what: &str) -> Result<bool> {
+    let report = grow.ended().await.with_context(|| what.to_owned())?;
+    println!("{what}: {:?}, {}", report.outcome, resized(&serde_json::to_value(&report)?));
+    Ok(report.outcome == OperationOutcome::Done)
 }
 
 /// The time of a kill: when a step is reached, or this many acknowledged writes later.
@@ -190,28 +176,21 @@ fn moments(more: usize, numbers: &mut Numbers) -> Vec<KillTime> {
     STEPS.into_iter().map(|step| KillTime { step, acks_later: 0 }).chain(drawn).collect()
 }
 
-/// Starts growing by one shard and waits for the point in time; returns the versions before the
-/// plan and at its start.
+/// Starts growing by one shard and waits for the point in time.
 async fn grow_until(
     cluster: &Cluster,
     keyspace: &str,
     load: &Load,
-    catalog: &CatalogDir,
     moment: KillTime,
-) -> Result<(Catalog, Catalog)> {
+) -> Result<Resizing> {
     load.goes_on(3).await?;
-    let before = catalog.tip()?;
-    let shards = (before.spec.shards + 1).to_string();
-    cluster.json(&["keyspace", "resize", keyspace, "--shards", &shards, "--no-wait"]).await?;
-    let began = catalog.step(&before, Step::Prepare, DEADLINE).await?.context("no plan")?;
-    if moment.step != Step::Prepare {
-        let reached = catalog.step(&began, moment.step, DEADLINE).await?;
-        ensure!(reached.is_some(), "{:?} was never there", moment.step);
-    }
+    let shards = cluster.catalog(keyspace).await?.tip()?.spec.shards + 1;
+    let grow = Resizing::start(cluster, keyspace, shards).await?;
+    grow.reaches(moment.step).await?;
     if moment.acks_later > 0 {
         load.acks(moment.acks_later).await?;
     }
-    Ok((before, began))
+    Ok(grow)
 }
 
 /// Grows of one keyspace before the next keyspace is used: few shards keep the grows quick.
@@ -223,18 +202,18 @@ async fn master_killed_during_a_resize() -> Result<()> {
     let moments = moments(8, &mut Numbers::new(4));
     for (group, moments) in moments.chunks(GROWS).enumerate() {
         let name = format!("orphan{group}");
-        let (_, load, catalog) = busy(&cluster, &name, 10_000).await?;
+        let (_, load) = busy(&cluster, &name, 10_000).await?;
         for moment in moments {
-            let (before, _) = grow_until(&cluster, &name, &load, &catalog, *moment).await?;
+            let grow = grow_until(&cluster, &name, &load, *moment).await?;
             cluster.kill9_master().await?;
-            let left_in = catalog.tip()?.plan.map(|plan| plan.step);
+            let left_in = grow.step()?;
             let what = format!("{moment:?}, left in {left_in:?}");
             // Reads and writes do not need the master, except for keys under a seal.
             if left_in != Some(Step::Sealing) && left_in != Some(Step::Committed) {
                 load.goes_on(20).await.with_context(|| what.clone())?;
             }
             cluster.start_master(Port::Same).await?;
-            let grown = ended(&catalog, &before, &what).await?;
+            let grown = ended(&grow, &what).await?;
             ensure!(grown || left_in != Some(Step::Committed), "a committed grow was undone");
             load.goes_on(10).await.with_context(|| what.clone())?;
         }
@@ -265,10 +244,10 @@ async fn node_killed_during_a_resize() -> Result<()> {
         .collect();
     for (group, rounds) in rounds.chunks(GROWS).enumerate() {
         let name = format!("victim{group}");
-        let (_, load, catalog) = busy(&cluster, &name, 10_000).await?;
+        let (_, load) = busy(&cluster, &name, 10_000).await?;
         for (moment, target) in rounds {
-            let (before, began) = grow_until(&cluster, &name, &load, &catalog, *moment).await?;
-            let plan = began.plan.as_ref().context("no plan")?;
+            let grow = grow_until(&cluster, &name, &load, *moment).await?;
+            let plan = &grow.plan;
             let node = if *target {
                 plan.targets[0].node
             } else {
@@ -276,11 +255,11 @@ async fn node_killed_during_a_resize() -> Result<()> {
             };
             let victim = cluster.node_of(&node.to_string())?;
             cluster.kill9_node(victim).await?;
-            let left_in = catalog.tip()?.plan.map(|plan| plan.step);
+            let left_in = grow.step()?;
             cluster.start_node(victim, Port::New).await?;
             let victim = if *target { "target" } else { "source" };
             let what = format!("{victim} killed, {moment:?}, left in {left_in:?}");
-            let grown = ended(&catalog, &before, &what).await?;
+            let grown = ended(&grow, &what).await?;
             ensure!(grown || left_in != Some(Step::Committed), "a committed grow was undone");
             load.goes_on(10).await.with_context(|| what.clone())?;
         }
@@ -306,15 +285,14 @@ async fn a_target_that_stands_still_during_the_seal_is_not_opened_too_early() ->
         cluster.create(&name, 1, &["--quarantine", "1s"]).await?;
         let history = Arc::new(History::default());
         let load = Load::start(&cluster.master(), &name, &history, LoadSpec::default()).await?;
-        let catalog = cluster.catalog(&name).await?;
         let moment = KillTime { step: Step::Sealing, acks_later: 0 };
-        let (before, began) = grow_until(&cluster, &name, &load, &catalog, moment).await?;
-        let target = began.plan.as_ref().context("no plan")?.targets[0].node;
+        let grow = grow_until(&cluster, &name, &load, moment).await?;
+        let target = grow.plan.targets[0].node;
         let target = cluster.node_of(&target.to_string())?;
         cluster.node_process(target)?.signal(Signal::STOP);
         // Either the target had received all records already, or the seal must be undone.
         let decided = until("the seal to be decided", DEADLINE, async || {
-            let plan = catalog.tip().ok()?.plan;
+            let plan = grow.tip().ok()?.plan;
             let step = plan.as_ref().map(|plan| plan.step);
             (step != Some(Step::Sealing)).then_some(plan)
         })
@@ -323,7 +301,7 @@ async fn a_target_that_stands_still_during_the_seal_is_not_opened_too_early() ->
         let plan = decided?;
         println!("{name}: {:?}", plan.as_ref().map(|plan| (plan.step, plan.seals_undone)));
         undone += plan.map_or(0, |plan| plan.seals_undone);
-        ended(&catalog, &before, &name).await?;
+        ended(&grow, &name).await?;
         load.goes_on(10).await?;
         let summary = load.stop().await?;
         ensure!(
@@ -339,10 +317,9 @@ async fn a_target_that_stands_still_during_the_seal_is_not_opened_too_early() ->
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_whole_cluster_killed_at_once_comes_back() -> Result<()> {
     let mut cluster = Cluster::builder().start().await?;
-    let (keyspace, load, catalog) = busy(&cluster, "dark", 5_000).await?;
-    let before = catalog.tip()?;
-    cluster.json(&["keyspace", "resize", "dark", "--shards", "2", "--no-wait"]).await?;
-    catalog.step(&before, Step::Tail, DEADLINE).await?;
+    let (keyspace, load) = busy(&cluster, "dark", 5_000).await?;
+    let grow = Resizing::start(&cluster, "dark", 2).await?;
+    grow.reaches(Step::Tail).await?;
     let (_, history) = load.stop_with_history().await?;
     cluster.kill9_master().await?;
     for node in 0..cluster.nodes() {
@@ -352,7 +329,7 @@ async fn a_whole_cluster_killed_at_once_comes_back() -> Result<()> {
     for node in 0..cluster.nodes() {
         cluster.start_node(node, Port::New).await?;
     }
-    ended(&catalog, &before, "everything killed").await?;
+    ended(&grow, "everything killed").await?;
     verify(&cluster.master(), "dark", &history).await?;
     // A client from before the kills finds the new addresses by itself.
     let rows = keyspace.scan().prefix("s:").stream().count().await;

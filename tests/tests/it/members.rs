@@ -4,29 +4,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use vasto_client::{ErrorKind, Keyspace};
-use vasto_core::catalog::Catalog;
 use vasto_tests::replicas::converged;
 use vasto_tests::{
     Cluster, DEADLINE, History, Load, LoadSpec, Port, missing, preload, put_all, until, verify,
 };
-
-/// Waits until the keyspace has all its replicas again and no replica is draining.
-async fn whole(cluster: &Cluster, name: &str) -> Result<Catalog> {
-    let catalog = cluster.catalog(name).await?;
-    until("all replicas to be there again", DEADLINE, async || {
-        let tip = catalog.tip().ok()?;
-        let whole =
-            tip.placement.iter().all(|shard| shard.replicas.len() == tip.spec.replicas as usize);
-        (whole && tip.draining.is_empty() && tip.plan.is_none()).then_some(tip)
-    })
-    .await
-    .with_context(|| format!("{:?}", catalog.tip()))
-}
-
-/// Returns whether a replica still has files on a node.
-fn files(cluster: &Cluster, node: usize, catalog: &Catalog, replica: u64) -> bool {
-    cluster.node_dir(node).join("replicas").join(format!("{}-{replica}", catalog.keyspace)).exists()
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_evicted_replica_is_drained_and_made_anew_under_load() -> Result<()> {
@@ -45,14 +26,13 @@ async fn an_evicted_replica_is_drained_and_made_anew_under_load() -> Result<()> 
             .json(&["keyspace", "evict", "evict", "--replica", &victim.replica.to_string()])
             .await?;
         ensure!(answer["state"] == "draining", "{answer}");
-        let tip = whole(&cluster, "evict").await?;
+        let tip = cluster.whole("evict").await?;
         ensure!(tip.removed.contains(&victim.replica) && !tip.is_placed(victim.replica), "{tip:?}");
-        ensure!(!files(
-            &cluster,
-            cluster.node_of(&victim.node.to_string())?,
-            &tip,
-            victim.replica.0
-        ));
+        ensure!(
+            !cluster
+                .replica_dir(cluster.node_of(&victim.node.to_string())?, &tip, victim.replica)
+                .exists()
+        );
         println!("{:?}", tip.operations.last().context("no report")?);
     }
     load.goes_on(50).await?;
@@ -91,11 +71,11 @@ async fn what_only_an_evicted_replica_has_is_drained_when_it_returns() -> Result
     grow.refused(1, &["start its node so that it is drained"])?;
     let node = cluster.node_of(&alone.node.to_string())?;
     cluster.start_node(node, Port::Same).await?;
-    let tip = whole(&cluster, "drain").await?;
+    let tip = cluster.whole("drain").await?;
     ensure!(tip.removed.contains(&alone.replica));
     ensure!(missing(&keyspace, "alone", 100).await? == 0, "acknowledged writes were not drained");
     until("its files to be removed", DEADLINE, async || {
-        (!files(&cluster, node, &tip, alone.replica.0)).then_some(())
+        (!cluster.replica_dir(node, &tip, alone.replica).exists()).then_some(())
     })
     .await?;
     ensure!(converged(&cluster, "drain").await? == 200);
@@ -114,11 +94,11 @@ async fn an_accepted_loss_stays_lost() -> Result<()> {
         .json(&["keyspace", "evict", "loss", "--replica", &id, "--accept-loss", "--yes"])
         .await?;
     ensure!(left["state"] == "removed", "{left}");
-    let tip = whole(&cluster, "loss").await?;
+    let tip = cluster.whole("loss").await?;
     let node = cluster.node_of(&alone.node.to_string())?;
     cluster.start_node(node, Port::Same).await?;
     until("its files to be removed", DEADLINE, async || {
-        (!files(&cluster, node, &tip, alone.replica.0)).then_some(())
+        (!cluster.replica_dir(node, &tip, alone.replica).exists()).then_some(())
     })
     .await?;
     ensure!(missing(&keyspace, "both", 100).await? == 0);
@@ -176,9 +156,7 @@ async fn a_replica_that_fails_on_a_live_node_is_replaced() -> Result<()> {
         let before = catalog.tip()?;
         let failed = before.placement[0].replicas[0];
         let node = cluster.node_of(&failed.node.to_string())?;
-        let log = cluster
-            .node_dir(node)
-            .join(format!("replicas/{}-{}/log", before.keyspace, failed.replica));
+        let log = cluster.replica_dir(node, &before, failed.replica).join("log");
         if at_the_start {
             cluster.kill9_node(node).await?;
             std::fs::rename(&log, log.with_extension("away"))?;
@@ -224,9 +202,9 @@ async fn a_replica_that_fails_on_a_live_node_is_replaced() -> Result<()> {
                 .await?;
         }
         // A closed replica is drained like any other, and removed automatically.
-        let tip = whole(&cluster, "broken").await?;
+        let tip = cluster.whole("broken").await?;
         until("its files to be removed", DEADLINE, async || {
-            (!files(&cluster, node, &tip, failed.replica.0)).then_some(())
+            (!cluster.replica_dir(node, &tip, failed.replica).exists()).then_some(())
         })
         .await?;
         put_all(&keyspace, "at last", 100).await?;
@@ -288,7 +266,7 @@ async fn a_member_that_is_away_until_the_log_is_full_is_replaced_by_a_copy() -> 
     .await?;
     put_all(&keyspace, "later", 500).await?;
     cluster.start_node(node, Port::Same).await?;
-    let tip = whole(&cluster, "full").await?;
+    let tip = cluster.whole("full").await?;
     ensure!(tip.removed.contains(&away.replica));
     ensure!(tip.placement[0].replicas.iter().any(|one| one.node == away.node), "{tip:?}");
     ensure!(converged(&cluster, "full").await? == 1_040);

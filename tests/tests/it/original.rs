@@ -216,7 +216,7 @@ async fn original_08_missing_keys_of_a_batch_are_none() -> Result<()> {
 }
 
 /// #9: growing with two replicas lost half the keys when idle, and acknowledged writes under load.
-/// (Shrinking is not there yet.)
+/// Shrinking is in `shrinks`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn original_09_growing_with_two_replicas_loses_nothing() -> Result<()> {
     let cluster = three_nodes().start().await?;

@@ -13,7 +13,7 @@ use vasto_core::ids::ShardId;
 use vasto_core::record::{FILE_HEADER_BYTES, Record, frame_at, positions_at};
 use vasto_proto::v1::request::Op;
 use vasto_proto::v1::{Delete, KeyRef, Put, WriteOp, WriteRequest, reply, write_op};
-use vasto_tests::replicas::{Direct, converged};
+use vasto_tests::replicas::{Direct, converged, floors_on};
 use vasto_tests::{Cluster, DEADLINE, Port, missing, put_all, until};
 
 /// Returns the node that is primary of a shard.
@@ -236,31 +236,6 @@ async fn clocks_half_a_second_apart_lose_nothing() -> Result<()> {
         }
     }
     cluster.finish().await
-}
-
-/// Returns the gc floors of the replicas on these nodes.
-async fn floors_on(cluster: &Cluster, name: &str, nodes: &[usize]) -> Result<Vec<u64>> {
-    use vasto_proto::v1::PositionRequest;
-    use vasto_proto::v1::replication_client::ReplicationClient;
-    let tip = cluster.catalog(name).await?.tip()?;
-    let mut floors = Vec::new();
-    for shard in &tip.placement {
-        for one in &shard.replicas {
-            let node = cluster.node_of(&one.node.to_string())?;
-            if !nodes.contains(&node) {
-                continue;
-            }
-            let port = cluster.port(node);
-            let mut client = ReplicationClient::connect(format!("http://127.0.0.1:{port}")).await?;
-            let request = PositionRequest {
-                keyspace_id: tip.keyspace.0,
-                replica_id: one.replica.0,
-                ..PositionRequest::default()
-            };
-            floors.push(client.position(request).await?.into_inner().floor);
-        }
-    }
-    Ok(floors)
 }
 
 async fn floors(cluster: &Cluster, name: &str) -> Result<Vec<u64>> {

@@ -1,59 +1,17 @@
 //! Replicas, nodes and keyspaces that are recovered from the bucket.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use futures::StreamExt;
 use rustix::process::Signal;
 use serde_json::Value;
-use vasto_client::{Keyspace, ReadFrom};
+use vasto_client::ReadFrom;
 use vasto_tests::replicas::converged;
 use vasto_tests::{
-    Cluster, DEADLINE, History, Load, LoadSpec, Port, missing, preload, put_all, until, verify,
+    Cluster, DEADLINE, History, Load, LoadSpec, Port, missing, preload, put_all, rows, same, until,
+    verify,
 };
-
-/// Returns all rows of a keyspace: key to value, event time and expiry.
-async fn rows(keyspace: &Keyspace) -> Result<BTreeMap<Vec<u8>, (Vec<u8>, u64)>> {
-    let mut all = BTreeMap::new();
-    let mut stream = keyspace.scan().stream();
-    while let Some(row) = stream.next().await {
-        let row = row?;
-        let value = row.value.context("a row without a value")?;
-        all.insert(row.key.to_vec(), (value.bytes().to_vec(), value.event_time));
-    }
-    Ok(all)
-}
-
-/// Maximum age of a report.
-const REPORT_AGE: Duration = Duration::from_millis(1_200);
-
-/// Waits until all records of the nodes are in the bucket: until reports are unchanged for longer
-/// than the age of a report.
-async fn shipped(cluster: &Cluster, name: &str) -> Result<()> {
-    let mut since: Option<(Vec<Value>, Instant)> = None;
-    until("everything to be shipped", DEADLINE, async || {
-        let described = cluster.json(&["keyspace", "describe", name]).await.ok()?;
-        let shards = described["placement"].as_array()?.clone();
-        let lsns: Vec<Value> =
-            shards.iter().map(|shard| shard["replicas"][0]["lsn"].clone()).collect();
-        let done =
-            |shard: &Value| shard["replicas"][0]["lsn"] == shard["replicas"][0]["shipped_lsn"];
-        if !shards.iter().all(done) {
-            since = None;
-            return None;
-        }
-        match &since {
-            Some((before, at)) if *before == lsns => (at.elapsed() > REPORT_AGE).then_some(()),
-            _ => {
-                since = Some((lsns, Instant::now()));
-                None
-            }
-        }
-    })
-    .await
-}
 
 fn node_id(cluster: &Cluster, index: usize) -> String {
     cluster.node_id(index).unwrap()
@@ -97,7 +55,7 @@ async fn a_dead_node_is_replaced_from_the_bucket_alone() -> Result<()> {
             cluster.json(&["keyspace", "checkpoint", "alone"]).await?;
         }
         put_all(&keyspace, "b", 500).await?;
-        shipped(&cluster, "alone").await?;
+        cluster.shipped("alone").await?;
         let before = rows(&keyspace).await?;
         let lost = holder(&cluster, "alone", 0).await?;
         let id = node_id(&cluster, lost);
@@ -128,7 +86,7 @@ async fn a_dead_node_is_replaced_from_the_bucket_alone() -> Result<()> {
             .json(&["keyspace", "evict", "alone", "--replica", &gone, "--accept-loss", "--yes"])
             .await?;
         // The replacement is complete: it can be lost too.
-        shipped(&cluster, "alone").await?;
+        cluster.shipped("alone").await?;
         let next = cluster.add_node().await?;
         let second = node_id(&cluster, 1 - lost);
         let before = rows(&keyspace).await?;
@@ -313,13 +271,7 @@ async fn a_keyspace_is_restored_after_every_node_is_lost() -> Result<()> {
     let shipper = tip.placement[0].replicas[0].replica.to_string();
     cluster.json(&["keyspace", "evict", "source", "--replica", &shipper]).await?;
     cluster.settled("source").await?;
-    let catalog = cluster.catalog("source").await?;
-    until("the evicted replica to be made anew", DEADLINE, async || {
-        let tip = catalog.tip().ok()?;
-        let whole = tip.placement.iter().all(|shard| shard.replicas.len() == 2);
-        (whole && tip.draining.is_empty() && tip.plan.is_none()).then_some(())
-    })
-    .await?;
+    cluster.whole("source").await?;
     cluster.resize("source", 3).await?;
     cluster.settled("source").await?;
     for n in 0..3_000 {
@@ -327,7 +279,7 @@ async fn a_keyspace_is_restored_after_every_node_is_lost() -> Result<()> {
     }
     put_all(&keyspace, "c", 500).await?;
     converged(&cluster, "source").await?;
-    shipped(&cluster, "source").await?;
+    cluster.shipped("source").await?;
     let last = rows(&keyspace).await?;
     ensure!(last.len() == 1_000 + 2 + 600 + 500, "{}", last.len());
     for node in 0..3 {
@@ -352,16 +304,10 @@ async fn a_keyspace_is_restored_after_every_node_is_lost() -> Result<()> {
     // A restored keyspace is a keyspace like any other: it gets its second replicas, grows, and can
     // be lost.
     cluster.settled("last").await?;
-    let catalog = cluster.catalog("last").await?;
-    until("the second replicas", DEADLINE, async || {
-        let tip = catalog.tip().ok()?;
-        (tip.plan.is_none() && tip.placement.iter().all(|shard| shard.replicas.len() == 2))
-            .then_some(())
-    })
-    .await?;
+    cluster.whole("last").await?;
     converged(&cluster, "last").await?;
     cluster.resize("last", 4).await?;
-    shipped(&cluster, "last").await?;
+    cluster.shipped("last").await?;
     let again = rows(&restored).await?;
     cluster.json(&["keyspace", "delete", "last", "--yes"]).await?;
     check_report(&cluster.json(&["keyspace", "restore", "last", "--into", "undeleted"]).await?)?;
@@ -374,29 +320,6 @@ async fn a_keyspace_is_restored_after_every_node_is_lost() -> Result<()> {
 fn now() -> String {
     #[allow(clippy::disallowed_methods)]
     jiff::Timestamp::now().to_string()
-}
-
-fn same(
-    found: &BTreeMap<Vec<u8>, (Vec<u8>, u64)>,
-    wanted: &BTreeMap<Vec<u8>, (Vec<u8>, u64)>,
-    what: &str,
-) -> Result<()> {
-    let text = |key: &[u8]| String::from_utf8_lossy(key).into_owned();
-    let wrong: Vec<String> = wanted
-        .iter()
-        .filter(|(key, value)| found.get(*key) != Some(value))
-        .map(|(key, value)| format!("{}: {:?} instead of {value:?}", text(key), found.get(key)))
-        .chain(
-            found
-                .keys()
-                .filter(|key| !wanted.contains_key(*key))
-                .map(|key| format!("{} is too much", text(key))),
-        )
-        .collect();
-    let shown: Vec<&String> = wrong.iter().take(10).collect();
-    ensure!(wrong.is_empty(), "{what}: {} rows are wrong: {shown:?}", wrong.len());
-    println!("{what}: {} rows, byte for byte", found.len());
-    Ok(())
 }
 
 /// A node is away, and no write acknowledged since is in the bucket yet: a restore contains all of
@@ -530,9 +453,7 @@ async fn the_bucket_is_clean_and_garbage_goes() -> Result<()> {
     let cluster = Cluster::builder()
         .nodes(3)
         .set("node.ship_interval=200ms")
-        .env("VASTO_BUCKET__MIN_AGE", "0s")
-        .env("VASTO_BUCKET__KEEP_FOR", "0s")
-        .env("VASTO_BUCKET__KEEP_CHECKPOINTS", "1")
+        .keeps_no_garbage()
         .start()
         .await?;
     cluster.create("clean", 2, &["--replicas", "2", "--quarantine", "1s"]).await?;
@@ -545,13 +466,9 @@ async fn the_bucket_is_clean_and_garbage_goes() -> Result<()> {
     }
     cluster.resize("clean", 3).await?;
     cluster.settled("clean").await?;
-    shipped(&cluster, "clean").await?;
+    cluster.shipped("clean").await?;
     let before = rows(&keyspace).await?;
-    let checked = cluster.json(&["bucket", "fsck", "--deep"]).await?;
-    ensure!(
-        checked["missing"] == serde_json::json!([]) && checked["corrupt"] == serde_json::json!([]),
-        "{checked}"
-    );
+    let checked = cluster.fsck().await?;
     let planned = cluster.json(&["bucket", "gc", "--dry-run"]).await?;
     let done = cluster.json(&["bucket", "gc"]).await?;
     println!(
@@ -562,11 +479,7 @@ async fn the_bucket_is_clean_and_garbage_goes() -> Result<()> {
         planned["deleted"] == done["deleted"] && done["deleted"].as_u64() > Some(4),
         "{planned} {done}"
     );
-    let checked = cluster.json(&["bucket", "fsck", "--deep"]).await?;
-    ensure!(
-        checked["missing"] == serde_json::json!([]) && checked["corrupt"] == serde_json::json!([]),
-        "{checked}"
-    );
+    cluster.fsck().await?;
     check_report(&cluster.json(&["keyspace", "restore", "clean", "--into", "copy"]).await?)?;
     same(&rows(&cluster.keyspace("copy").await?).await?, &before, "after a collection")?;
     // Damage is found, named, and reported with an exit code.

@@ -2,85 +2,15 @@
 //!
 //! `VASTO_STORM_KILLS` sets the number of kills (20 by default, to keep the suite short).
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use parking_lot::Mutex;
-use tokio::task::JoinSet;
-use vasto_client::{ErrorKind, Keyspace};
 use vasto_tests::replicas::converged;
 use vasto_tests::{
-    CatalogDir, Cluster, DEADLINE, History, Load, LoadSpec, Numbers, Port, setting, until, verify,
+    CatalogDir, Cluster, Compared, Counters, DEADLINE, History, Load, LoadSpec, Numbers, Port,
+    setting, until, verify,
 };
-
-/// Increments of one counter: acknowledged, and of unknown outcome.
-#[derive(Debug, Clone, Copy, Default)]
-struct Counted {
-    acked: i64,
-    unknown: i64,
-}
-
-/// Clients that increment counters until stopped.
-struct Counters {
-    stop: Arc<AtomicBool>,
-    counted: Arc<Mutex<BTreeMap<String, Counted>>>,
-    tasks: JoinSet<()>,
-}
-
-impl Counters {
-    fn start(keyspace: &Keyspace, clients: u64) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let counted = Arc::new(Mutex::new(BTreeMap::new()));
-        let mut tasks = JoinSet::new();
-        for client in 0..clients {
-            let (stop, counted, keyspace) = (stop.clone(), counted.clone(), keyspace.clone());
-            tasks.spawn(async move {
-                let mut numbers = Numbers::new(client);
-                while !stop.load(Ordering::Relaxed) {
-                    // Several clients share each counter.
-                    let key = format!("counter:{}", numbers.below(20));
-                    let outcome = keyspace.add_i64(key.as_str(), 1).await;
-                    let mut counted = counted.lock();
-                    let one: &mut Counted = counted.entry(key).or_default();
-                    match outcome {
-                        Ok(_) => one.acked += 1,
-                        Err(error) if error.kind() == ErrorKind::Unknown => one.unknown += 1,
-                        Err(_) => {}
-                    }
-                }
-            });
-        }
-        Self { stop, counted, tasks }
-    }
-
-    async fn stop(mut self) -> Result<BTreeMap<String, Counted>> {
-        self.stop.store(true, Ordering::Relaxed);
-        while let Some(ended) = self.tasks.join_next().await {
-            ended?;
-        }
-        Ok(self.counted.lock().clone())
-    }
-}
-
-/// Returns `(acknowledged, unknown, lost, too many)` over all counters.
-async fn compare(
-    keyspace: &Keyspace,
-    counted: &BTreeMap<String, Counted>,
-) -> Result<(i64, i64, i64, i64)> {
-    let mut sums = (0, 0, 0, 0);
-    for (key, one) in counted {
-        let stands =
-            keyspace.get(key.as_str()).await?.and_then(|value| value.as_i64()).unwrap_or(0);
-        sums.0 += one.acked;
-        sums.1 += one.unknown;
-        sums.2 += (one.acked - stands).max(0);
-        sums.3 += (stands - one.acked - one.unknown).max(0);
-    }
-    Ok(sums)
-}
 
 async fn primaries_are_home(cluster: &Cluster, name: &str) -> Result<()> {
     let catalog = cluster.catalog(name).await?;
@@ -102,7 +32,7 @@ async fn storm(ack: &str, replicas: &str) -> Result<()> {
     // No readers: after a failover a read may be stale for a short time.
     let spec = LoadSpec { writers: 6, readers: 0, ..LoadSpec::default() };
     let load = Load::start(&cluster.master(), "storm", &history, spec).await?;
-    let counters = Counters::start(&cluster.keyspace("counts").await?, 4);
+    let counters = Counters::start(&cluster.keyspace("counts").await?, 4, Duration::ZERO);
     let mut numbers = Numbers::new(200);
     // With one of two nodes gone, no peer can confirm the other's writes.
     let alone_is_not_enough = ack == "replica" && replicas == "2";
@@ -132,14 +62,14 @@ async fn storm(ack: &str, replicas: &str) -> Result<()> {
     converged(&cluster, "storm").await?;
     primaries_are_home(&cluster, "counts").await?;
     converged(&cluster, "counts").await?;
-    let (acked, unknown, lost, over) =
-        compare(&cluster.keyspace("counts").await?, &counted).await?;
+    let compared = counted.compare(&cluster.keyspace("counts").await?).await?;
+    let Compared { acked, unknown, lost, over, ref wrong } = compared;
     println!(
         "{ack}, {replicas} replicas: {acked} increments acknowledged, {unknown} unknown, {lost} lost, {over} too many"
     );
     ensure!(acked > 0 && over == 0, "increments were applied twice");
     if ack == "replica" && replicas == "2" {
-        ensure!(lost == 0, "{lost} acknowledged increments are lost: {counted:?}");
+        ensure!(lost == 0, "{lost} acknowledged increments are lost: {wrong:?}");
     }
     cluster.finish().await
 }
@@ -205,7 +135,7 @@ async fn counters_are_exact_through_restarts_and_planned_hand_overs() -> Result<
     let mut cluster = Cluster::builder().nodes(3).start().await?;
     cluster.create("exact", 3, &["--replicas", "2", "--ack", "replica"]).await?;
     let (keyspace, catalog) = (cluster.keyspace("exact").await?, cluster.catalog("exact").await?);
-    let counters = Counters::start(&keyspace, 4);
+    let counters = Counters::start(&keyspace, 4, Duration::ZERO);
     for node in 0..3 {
         cluster.stop_node(node).await?;
         another_acts(&catalog).await?;
@@ -215,9 +145,9 @@ async fn counters_are_exact_through_restarts_and_planned_hand_overs() -> Result<
     }
     let counted = counters.stop().await?;
     converged(&cluster, "exact").await?;
-    let (acked, unknown, lost, over) = compare(&keyspace, &counted).await?;
+    let Compared { acked, unknown, lost, over, wrong } = counted.compare(&keyspace).await?;
     println!("{acked} increments acknowledged, {unknown} unknown, {lost} lost, {over} too many");
-    ensure!(acked > 100 && lost == 0 && over == 0, "{counted:?}");
+    ensure!(acked > 100 && lost == 0 && over == 0, "{wrong:?}");
     cluster.finish().await
 }
 
@@ -228,7 +158,7 @@ async fn counters_are_exact_with_fsync_when_primaries_stop_and_leave() -> Result
     let mut cluster = Cluster::builder().nodes(3).start().await?;
     cluster.create("calm", 3, &["--replicas", "2", "--ack", "fsync"]).await?;
     let (keyspace, catalog) = (cluster.keyspace("calm").await?, cluster.catalog("calm").await?);
-    let counters = Counters::start(&keyspace, 4);
+    let counters = Counters::start(&keyspace, 4, Duration::ZERO);
     for node in 0..3 {
         cluster.stop_node(node).await?;
         another_acts(&catalog).await?;
@@ -249,8 +179,8 @@ async fn counters_are_exact_with_fsync_when_primaries_stop_and_leave() -> Result
     }
     let counted = counters.stop().await?;
     converged(&cluster, "calm").await?;
-    let (acked, unknown, lost, over) = compare(&keyspace, &counted).await?;
+    let Compared { acked, unknown, lost, over, wrong } = counted.compare(&keyspace).await?;
     println!("{acked} increments acknowledged, {unknown} unknown, {lost} lost, {over} too many");
-    ensure!(acked > 100 && lost == 0 && over == 0, "{counted:?}");
+    ensure!(acked > 100 && lost == 0 && over == 0, "{wrong:?}");
     cluster.finish().await
 }
