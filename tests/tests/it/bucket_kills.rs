@@ -20,7 +20,7 @@ use vasto_tests::{
 };
 
 /// Kills in a run of all tests, which leaves time for few.
-const KILLS: u64 = 24;
+const KILLS: u64 = 16;
 /// Rounds between two checks of the bucket and of every key.
 const CHECK_EVERY: u64 = 4;
 /// Time limit of a command while its server is killed and restarted.

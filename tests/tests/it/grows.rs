@@ -13,11 +13,13 @@ use vasto_testkit::http_store::{Ask, Fault, HttpStore};
 use vasto_tests::replicas::converged;
 use vasto_tests::{
     Cluster, DEADLINE, History, Kept, Load, LoadSpec, Port, Process, Proxy, Resizing, key_of,
-    missing, number_of, preload, put_each, records, resized, tool, until, verify,
+    missing, number_of, preload, put_each, records, resized, setting, tool, until, verify,
 };
 
+/// `VASTO_GROWS` sets the shard count that is reached.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn twenty_one_step_grows_lose_nothing() -> Result<()> {
+async fn one_step_grows_lose_nothing() -> Result<()> {
+    let last: u32 = setting("VASTO_GROWS", 9);
     let cluster = Cluster::builder().start().await?;
     cluster.create("grows", 1, &["--quarantine", "1s"]).await?;
     let history = Arc::new(History::default());
@@ -25,7 +27,7 @@ async fn twenty_one_step_grows_lose_nothing() -> Result<()> {
     let spec = LoadSpec { writers: 6, pace: Duration::from_millis(2), ..LoadSpec::default() };
     let load = Load::start(&cluster.master(), "grows", &history, spec).await?;
     let mut peers = 0;
-    for shards in 2..=21 {
+    for shards in 2..=last {
         load.goes_on(3).await?;
         let report = cluster.resize("grows", shards).await?;
         println!("{}", resized(&report));
@@ -42,7 +44,8 @@ async fn twenty_one_step_grows_lose_nothing() -> Result<()> {
     println!("{:?}", verify(&cluster.master(), "grows", &history).await?);
     let described = cluster.json(&["keyspace", "describe", "grows"]).await?;
     ensure!(
-        described["shards"] == 21 && described["placement"].as_array().unwrap().len() == 21,
+        described["shards"] == last
+            && described["placement"].as_array().unwrap().len() == last as usize,
         "{described}"
     );
     cluster.finish().await

@@ -5,7 +5,7 @@
 //! has begun, and all its resizes end within a bound from then on. After each walk nothing is lost,
 //! no delete is undone, replicas are the same, and the bucket is complete and holds no garbage.
 //!
-//! `VASTO_RESIZES` sets the number of resizes (10); `VASTO_RESIZES_SEED` repeats the choices of a
+//! `VASTO_RESIZES` sets the number of resizes (5); `VASTO_RESIZES_SEED` repeats the choices of a
 //! seed, which is printed, but not their interleaving with the processes.
 
 use std::sync::Arc;
@@ -243,7 +243,7 @@ fn seed() -> u64 {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn random_resizes_under_faults_lose_nothing_and_end() -> Result<()> {
-    let resizes: u64 = setting("VASTO_RESIZES", 10);
+    let resizes: u64 = setting("VASTO_RESIZES", 5);
     let rounds = resizes.div_ceil(KEYSPACES.len() as u64);
     let seed = seed();
     println!("{resizes} resizes, VASTO_RESIZES_SEED={seed}");

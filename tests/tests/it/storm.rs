@@ -1,6 +1,6 @@
 //! Nodes that are killed repeatedly under load, with two and three replicas.
 //!
-//! `VASTO_STORM_KILLS` sets the number of kills (20 by default, to keep the suite short).
+//! `VASTO_STORM_KILLS` sets the number of kills (12 by default, to keep the suite short).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,7 +36,7 @@ async fn storm(ack: &str, replicas: &str) -> Result<()> {
     let mut numbers = Numbers::new(200);
     // With one of two nodes gone, no peer can confirm the other's writes.
     let alone_is_not_enough = ack == "replica" && replicas == "2";
-    let kills = setting("VASTO_STORM_KILLS", 20);
+    let kills = setting("VASTO_STORM_KILLS", 12);
     for kill in 0..kills {
         load.acks(200 + numbers.below(1_500)).await?;
         let node = numbers.below(3) as usize;
