@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 use vasto_core::Band;
-use vasto_core::plan::{Plan, Step};
+use vasto_core::plan::Plan;
 use vasto_core::record::{BandRange, RangeState};
 
 use super::cleanup::clean_up;
@@ -112,7 +112,7 @@ impl Hosted {
             // A build of this plan or of an earlier one was interrupted.
             self.clear_stale(range).await?;
         }
-        if cancel.is_cancelled() || plan.step == Step::Committed {
+        if cancel.is_cancelled() {
             return Err(BuildError::Cancelled);
         }
         if !replica.ranges().all_are(range, RangeState::Arriving) {

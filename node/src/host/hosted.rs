@@ -17,7 +17,7 @@ use super::shared::{RETRY, RETRY_MAX, Shared};
 use crate::replica::Replica;
 use crate::replica::authority::Standing;
 use crate::replication::replicator::Replicator;
-use crate::ship::ShipHandle;
+use crate::ship::{ShipError, ShipHandle};
 
 /// An open replica under its host.
 pub(super) struct Hosted {
@@ -82,6 +82,28 @@ impl Hosted {
         leases.seat(replica, &self.replicator, catalog).await;
     }
 
+    /// Repeats a request to the shipper until it succeeds, with `failed` as the warning; false when
+    /// the host is cancelled before.
+    pub(super) async fn until_shipped<T, F>(
+        &self,
+        failed: &'static str,
+        request: impl Fn() -> F,
+    ) -> bool
+    where
+        F: Future<Output = Result<T, ShipError>>,
+    {
+        let mut pause = RETRY;
+        loop {
+            match self.shared.cancel.run_until_cancelled(request()).await {
+                None => return false,
+                Some(Ok(_)) => return true,
+                Some(Err(error)) => tracing::warn!(%error, "{failed}"),
+            }
+            self.shared.pause(pause).await;
+            pause = (pause * 2).min(RETRY_MAX);
+        }
+    }
+
     /// Makes checkpoints until a manifest covers the LSN.
     pub(super) fn cover_by_a_manifest(self: &Arc<Self>, lsn: Lsn) {
         if self.ship.status().manifest >= lsn
@@ -90,21 +112,10 @@ impl Hosted {
             return;
         }
         let this = self.clone();
-        let mut pause = RETRY;
         tokio::spawn(async move {
-            loop {
-                let result = tokio::select! {
-                    () = this.shared.cancel.cancelled() => return,
-                    result = this.ship.checkpoint(None) => result,
-                };
-                match result {
-                    Ok(_) => break,
-                    Err(error) => {
-                        tracing::warn!(%error, "a checkpoint that is waited for failed; it is tried again")
-                    }
-                }
-                this.shared.pause(pause).await;
-                pause = (pause * 2).min(RETRY_MAX);
+            let failed = "a checkpoint that is waited for failed; it is tried again";
+            if !this.until_shipped(failed, || this.ship.checkpoint(None)).await {
+                return;
             }
             // A later version may have asked for a higher LSN meanwhile: that checkpoint is still
             // under way.

@@ -32,22 +32,21 @@ impl Hosted {
             ship.set_need(LogNeed::NONE);
             return;
         };
+        let source = plan.sources.iter().find(|source| source.replica == replica.id);
+        let ships_to_the_end = source.is_some() && plan.shrinks() && plan.step == Step::Committed;
         {
             let mut status = shared.status.lock();
-            let source = status.source_of(plan.id);
+            let progress = status.source_of(plan.id);
             if plan.step == Step::Prepare {
                 let _ = replica.take_pauses(); // those of an earlier plan
             }
-            let of_source = plan.sources.iter().any(|source| source.replica == replica.id);
-            if plan.step == Step::Committed && !source.released {
-                source.pauses_us.extend(replica.take_pauses());
-                source.released = !(plan.shrinks() && of_source);
+            if plan.step == Step::Committed && !progress.released {
+                progress.pauses_us.extend(replica.take_pauses());
+                progress.released = !ships_to_the_end;
             }
         }
-        let Some(source) = plan.sources.iter().find(|source| source.replica == replica.id) else {
-            return;
-        };
-        if plan.shrinks() && plan.step == Step::Committed {
+        let Some(source) = source else { return };
+        if ships_to_the_end {
             self.ship_to_the_end(plan);
         }
         // The targets read the log from the pinned manifest on; before that exists, from anywhere.
@@ -69,14 +68,9 @@ impl Hosted {
         }
         let (this, id) = (self.clone(), plan.id);
         tokio::spawn(async move {
-            let mut pause = RETRY;
-            while let Err(error) = this.ship.log().await {
-                if this.shared.cancel.is_cancelled() || this.replica.is_closed() {
-                    return;
-                }
-                tracing::warn!(%error, plan = id.0, "the last log of a retired shard is not shipped yet; it is tried again");
-                this.shared.pause(pause).await;
-                pause = (pause * 2).min(RETRY_MAX);
+            let failed = "the last log of a retired shard is not shipped yet; it is tried again";
+            if !this.until_shipped(failed, || this.ship.log()).await {
+                return;
             }
             if let Some(source) =
                 this.shared.status.lock().source.as_mut().filter(|source| source.plan == id)
