@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{CatalogVersion, KeyspaceId};
 use vasto_core::limits::SEAL_LOOK_AGAIN;
-use vasto_core::reconcile::{Look, Undecided, look, undo_undecided};
+use vasto_core::reconcile::{Look, Undecided, is_decided, look, undo_undecided};
 use vasto_shipping::bucket::Bucket;
 use vasto_shipping::{CatalogError, CatalogStore, CatalogWrite, RetryBudget};
 
@@ -176,7 +176,7 @@ impl Looks {
         let stored = self.store.stored(catalog.keyspace, catalog.version).await?;
         let stored = stored.ok_or(LookError::Missing(catalog.version))?;
         if let Some(later) = self.store.later_than(stored.catalog()).await? {
-            return Ok(found(later));
+            return Ok(is_decided(catalog, &later).then_some(later).and_then(found));
         }
         let Some(plan) = catalog.plan.as_ref().filter(|_| undo) else { return Ok(None) };
         let sealing = (plan.id, catalog.version);

@@ -60,6 +60,15 @@ pub fn look(catalog: &Catalog, node: NodeId, undecided: Undecided) -> Option<Loo
     })
 }
 
+/// Returns true when a node that has applied `known` applies the last version in the bucket without
+/// being told. One that still believes in `tail` does not begin to seal by itself: those who have
+/// sealed wait for the decision, and undo the seal when there is none.
+pub fn is_decided(known: &Catalog, last: &Catalog) -> bool {
+    let step = |catalog: &Catalog| catalog.plan.as_ref().map(|plan| plan.step);
+    last.version > known.version
+        && (step(known), step(last)) != (Some(Step::Tail), Some(Step::Sealing))
+}
+
 /// Returns the version that undoes the seal of a plan that `sealing` wrote; `None` when `last`, the
 /// last version in the bucket, is another one: that one is applied instead.
 ///
@@ -209,6 +218,27 @@ mod tests {
             assert_eq!((plan.step, plan.seals_undone), (Step::Tail, 1));
             (plan.step, plan.seals_undone) = (Step::Sealing, 0);
             assert_eq!(back, sealing);
+        }
+    }
+
+    #[test]
+    fn a_seal_is_never_found_but_everything_else_is() {
+        let next = |known: &Catalog, step: Option<Step>| {
+            let mut next = known.next(3_000_000, 3);
+            next.plan = next.plan.filter(|_| step.is_some());
+            if let (Some(plan), Some(step)) = (&mut next.plan, step) {
+                plan.step = step;
+            }
+            next
+        };
+        let (tail, sealing) = (resizing(3, Step::Tail), resizing(3, Step::Sealing));
+        assert!(!is_decided(&tail, &next(&tail, Some(Step::Sealing))), "it would seal late");
+        assert!(is_decided(&sealing, &next(&sealing, Some(Step::Sealing))), "it is sealed anyway");
+        for known in [&tail, &sealing] {
+            for step in [Some(Step::Tail), Some(Step::Committed), None] {
+                assert!(is_decided(known, &next(known, step)), "{step:?}");
+            }
+            assert!(!is_decided(known, known));
         }
     }
 
