@@ -76,8 +76,7 @@ pub(crate) async fn run(
     let outcomes = opentelemetry::global::meter("vasto-node")
         .u64_counter("vasto_undecided_seals")
         .with_description(
-            "Looks of this node for the decision of a seal, by result: decided (a later version was there), undone (by \
-             this node), none, or failed",
+            "Looks for the decision of a seal, by result: decided, undone, none or failed",
         )
         .build();
     let store = CatalogStore::new(bucket.with_retry(PATIENCE));
