@@ -184,6 +184,17 @@ pub const SEALED_WRITES_WAIT: Duration = Duration::from_secs(3);
 pub const SEALING_WRITE_MAX: Duration = Duration::from_millis(200);
 /// Time within which all sources must have sealed and all targets caught up, else the plan unseals.
 pub const SEAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time after which the nodes of a plan look for themselves whether a seal was decided, and those
+/// that are sealed undo it. Longer than a master needs to decide, also at a bucket that takes 300 ms
+/// for each request: until [`SEAL_TIMEOUT`], then a write and a read. Shorter than writes wait, so
+/// that those which waited go on.
+pub const SEAL_UNDECIDED: Duration = Duration::from_secs(2);
+/// Pause after a node looked in vain for the decision of a seal, and the longest: each pause is
+/// twice as long as the one before.
+pub const SEAL_LOOK_AGAIN: (Duration, Duration) =
+    (Duration::from_millis(500), Duration::from_secs(5));
+const _: () = assert!(SEAL_TIMEOUT.as_millis() + 2 * 300 < SEAL_UNDECIDED.as_millis());
+const _: () = assert!(SEAL_UNDECIDED.as_millis() < SEALED_WRITES_WAIT.as_millis());
 /// Greatest lag at which a tail is close enough to seal.
 pub const TAIL_LAG_LSNS_MAX: u64 = 64;
 /// Deadline of a whole SIGTERM shutdown: drain, then exit.

@@ -53,7 +53,11 @@ pub(crate) async fn run(
             };
             let warning = trouble(
                 registry.is_disk_low(),
-                failures.iter().map(fails).chain(waits_for_disk(&registry, now_ms())),
+                failures
+                    .iter()
+                    .map(fails)
+                    .chain(waits_for_disk(&registry, now_ms()))
+                    .chain(registry.undecided()),
             );
             troubled = warning.is_some();
             registry.set_trouble(warning);

@@ -23,6 +23,7 @@ mod session;
 mod ship;
 mod shortage;
 mod stall;
+mod undecided;
 
 pub use engine::EngineBudget;
 pub use node::{Node, NodeConfig, NodeError, RunningNode};

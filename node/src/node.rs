@@ -35,7 +35,7 @@ use crate::session::{
     Joined, NODES_FILE, Session, SessionConfig, SessionContext, SessionError, join, keep,
 };
 use crate::ship::Pace;
-use crate::{caretaker, counting, flusher, open_files, stall};
+use crate::{caretaker, counting, flusher, open_files, stall, undecided};
 
 /// Configuration of a node.
 #[derive(Debug, Clone)]
@@ -378,6 +378,9 @@ async fn serve(running: Running) -> Result<(), NodeError> {
         caretaker::run(registry.clone(), manager.clone(), data_dir.clone(), stop_serving.clone());
     let caretaker = tokio::spawn(caretaker);
     let counting = tokio::spawn(counting::run(registry.clone(), stop_serving.clone()));
+    let undecided =
+        undecided::run(registry.clone(), manager.clone(), bucket.clone(), stop_serving.clone());
+    let undecided = tokio::spawn(undecided);
     let watched = (registry.clone(), stop_serving.clone());
     let span = tracing::Span::current();
     // Ends with the service; runs on its own thread, because all tasks may be busy.
@@ -415,6 +418,7 @@ async fn serve(running: Running) -> Result<(), NodeError> {
     let _ = flusher.await;
     let _ = counting.await;
     let _ = caretaker.await;
+    let _ = undecided.await;
     manager.stop().await;
     leases_end.cancel();
     session_cancel.cancel();

@@ -4,9 +4,10 @@
 //! **Invariant:** a catalog is in [`NodeRegistry::catalog`] before any replica acts on it, so a
 //! `WrongEpoch` reply carries the topology whenever that of the caller is older.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
@@ -14,6 +15,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{Epoch, KeyspaceId, NodeId, ReplicaId, ShardId};
 use vasto_core::limits::MASTER_WORD;
+use vasto_core::plan::{Plan, Step};
 use vasto_core::topology::{NodeAddress, Topology};
 
 use crate::clock::{SharedClock, now_ms};
@@ -50,6 +52,11 @@ pub(crate) struct NodeRegistry {
     not_open: ArcSwap<HashMap<(KeyspaceId, ShardId), String>>,
     /// The free space is needed for data that is written already.
     disk_low: AtomicBool,
+    /// Boot time since which the node has had no session with a master, milliseconds; 0 while it
+    /// has one.
+    alone_since_ms: AtomicU64,
+    /// Keyspaces with a seal here whose decision cannot be found out, and why.
+    undecided: Mutex<BTreeMap<KeyspaceId, String>>,
     /// Warning for clients and operators of this node.
     trouble: watch::Sender<Option<String>>,
     /// Counts the replicas that are not idle.
@@ -77,6 +84,8 @@ impl NodeRegistry {
             addresses: ArcSwap::default(),
             not_open: ArcSwap::default(),
             disk_low: AtomicBool::new(false),
+            alone_since_ms: AtomicU64::new(now_ms()),
+            undecided: Mutex::default(),
             trouble: watch::Sender::new(None),
             update: Mutex::new(()),
             changed: watch::channel(0).0,
@@ -180,6 +189,48 @@ impl NodeRegistry {
     /// Returns the last version known of every keyspace.
     pub(crate) fn catalogs(&self) -> HashMap<KeyspaceId, Arc<Catalog>> {
         HashMap::clone(&self.catalogs.load())
+    }
+
+    /// Returns the last version known of every keyspace that changes its number of shards, in a step
+    /// in which this node may wait for the decision.
+    pub(crate) fn resizing(&self) -> Vec<Arc<Catalog>> {
+        let waits = |plan: &Plan| {
+            plan.resize().is_some() && matches!(plan.step, Step::Tail | Step::Sealing)
+        };
+        let catalogs = self.catalogs.load();
+        catalogs
+            .values()
+            .filter(|catalog| catalog.plan.as_ref().is_some_and(waits))
+            .cloned()
+            .collect()
+    }
+
+    /// Records whether the node has a session with a master.
+    pub(crate) fn set_joined(&self, joined: bool) {
+        let since_ms = if joined { 0 } else { now_ms() };
+        self.alone_since_ms.store(since_ms, Ordering::Release);
+    }
+
+    /// Returns for how long the node has had no session with a master; `None` while it has one.
+    pub(crate) fn without_master(&self) -> Option<Duration> {
+        match self.alone_since_ms.load(Ordering::Acquire) {
+            0 => None,
+            since_ms => Some(Duration::from_millis(now_ms().saturating_sub(since_ms))),
+        }
+    }
+
+    /// Records why the decision of a seal cannot be found out; `None` when it can, or is known.
+    pub(crate) fn set_undecided(&self, keyspace: KeyspaceId, why: Option<String>) {
+        let mut undecided = self.undecided.lock();
+        match why {
+            Some(why) => drop(undecided.insert(keyspace, why)),
+            None => drop(undecided.remove(&keyspace)),
+        }
+    }
+
+    /// Returns why decisions of seals cannot be found out.
+    pub(crate) fn undecided(&self) -> Vec<String> {
+        self.undecided.lock().values().cloned().collect()
     }
 
     /// Stores a version; false when it is not newer than the known one.

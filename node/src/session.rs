@@ -225,10 +225,12 @@ pub(crate) async fn keep(
                 pause = Duration::from_millis(50);
                 refused.clear();
                 tracing::info!(master = config.master, "joined the master");
+                context.registry.set_joined(true);
                 tokio::select! {
                     () = cancel.cancelled() => return,
                     reason = run(&context, session) => tracing::info!(reason, "the session with the master ended"),
                 }
+                context.registry.set_joined(false);
             }
             Err(error) if error.is_fatal() => {
                 let _ = fatal.send(error);

@@ -14,6 +14,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -108,6 +109,10 @@ struct Shared {
     throttled: Mutex<Option<HashMap<(Ask, String), u32>>>,
     /// The fault of every request that follows a PUT of a body that contains the text.
     awaited: Mutex<Option<(String, Fault)>>,
+    /// The fault of every PUT of a body that contains the text.
+    unwanted: Mutex<Option<(String, Fault)>>,
+    /// Such a PUT has failed.
+    met: AtomicBool,
     /// Time by which every answer is sent later.
     late: Mutex<Duration>,
     served: Mutex<Vec<Served>>,
@@ -247,6 +252,17 @@ impl HttpStore {
         *self.shared.awaited.lock().unwrap() = Some((text.to_owned(), fault));
     }
 
+    /// Injects the fault into every PUT of a body that contains the text.
+    pub fn fail_puts_of(&self, text: &str, fault: Fault) {
+        self.shared.met.store(false, Ordering::SeqCst);
+        *self.shared.unwanted.lock().unwrap() = Some((text.to_owned(), fault));
+    }
+
+    /// Returns true once such a PUT has failed; what it did to the objects is done.
+    pub fn has_failed_a_put(&self) -> bool {
+        self.shared.met.load(Ordering::SeqCst)
+    }
+
     /// Returns true while every request fails.
     pub fn fails_everything(&self) -> bool {
         self.shared.everything.lock().unwrap().is_some()
@@ -261,6 +277,7 @@ impl HttpStore {
     pub fn heal(&self) {
         self.shared.faults.lock().unwrap().clear();
         *self.shared.awaited.lock().unwrap() = None;
+        *self.shared.unwanted.lock().unwrap() = None;
         *self.shared.throttled.lock().unwrap() = None;
         *self.shared.everything.lock().unwrap() = None;
         self.answer_later(Duration::ZERO);
@@ -308,6 +325,13 @@ impl HttpStore {
 }
 
 impl Shared {
+    /// Returns the fault of a PUT of a body that is to fail.
+    fn fault_of_body(&self, request: &Request) -> Option<Fault> {
+        let unwanted = self.unwanted.lock().unwrap();
+        let is_it = |text: &str| request.ask == Ask::Put && contains(&request.body, text);
+        unwanted.as_ref().filter(|(text, _)| is_it(text)).map(|(_, fault)| *fault)
+    }
+
     /// Returns the fault to inject into this request.
     fn fault(&self, request: &Request) -> Option<Fault> {
         if let Some(fault) = *self.everything.lock().unwrap() {
@@ -334,15 +358,15 @@ impl Shared {
     /// Begins the outage that waits for this body.
     fn notice(&self, body: &[u8]) {
         let mut awaited = self.awaited.lock().unwrap();
-        let contains = |text: &str| body.windows(text.len()).any(|part| part == text.as_bytes());
-        if let Some((_, fault)) = awaited.take_if(|(text, _)| contains(text)) {
+        if let Some((_, fault)) = awaited.take_if(|(text, _)| contains(body, text)) {
             *self.everything.lock().unwrap() = Some(fault);
         }
     }
 
     /// Returns the answer, and the fault to inject into it.
     async fn answer(&self, request: &mut Request) -> std::io::Result<(HttpReply, Option<Fault>)> {
-        let fault = self.fault(request);
+        let of_body = self.fault_of_body(request);
+        let fault = of_body.or_else(|| self.fault(request));
         let sent = request.body.clone();
         if fault == Some(Fault::FlipSent) {
             request.body = flipped(&sent);
@@ -393,6 +417,9 @@ impl Shared {
         if request.ask == Ask::Put && answer.status == 200 {
             self.notice(&request.body);
         }
+        if of_body.is_some() {
+            self.met.store(true, Ordering::SeqCst);
+        }
         let whole = answer.body.clone();
         match fault {
             Some(Fault::Flip) => answer.body = flipped(&whole),
@@ -412,6 +439,10 @@ impl Shared {
         });
         Ok((answer, fault))
     }
+}
+
+fn contains(body: &[u8], text: &str) -> bool {
+    body.windows(text.len()).any(|part| part == text.as_bytes())
 }
 
 /// Returns an error in S3's format.

@@ -21,6 +21,7 @@ use vasto_testkit::{DEADLINE, Process, free_port, tail};
 
 use crate::binary::vasto_binary;
 use crate::command::Ran;
+use crate::front::Front;
 use crate::logs;
 
 pub use builder::ClusterBuilder;
@@ -68,6 +69,10 @@ pub struct Cluster {
     allowed: Vec<String>,
     logs: Vec<PathBuf>,
     master: Server,
+    /// Another master of the same cluster.
+    second: Server,
+    /// Where nodes and clients find the master, when that may change.
+    front: Option<Arc<Front>>,
     nodes: Vec<Server>,
     finished: bool,
     // Last field: removed after the processes have ended.
@@ -80,9 +85,12 @@ impl Cluster {
         ClusterBuilder::default()
     }
 
-    /// Returns the URL of the master.
+    /// Returns the URL of the master: of the front, when there is one.
     pub fn master(&self) -> String {
-        format!("http://127.0.0.1:{}", self.master.port)
+        match &self.front {
+            Some(front) => format!("http://{}", front.address()),
+            None => format!("http://127.0.0.1:{}", self.master.port),
+        }
     }
 
     /// Returns the URL of the bucket.
@@ -158,6 +166,32 @@ impl Cluster {
             "the ready line is {ready}"
         );
         self.master.port = port;
+        if let Some(front) = &self.front {
+            front.lead_to(port);
+        }
+        Ok(())
+    }
+
+    /// Starts a second master of the same cluster, which nobody is led to.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub async fn start_second_master(&mut self) -> Result<()> {
+        let port = free_port();
+        let listen = format!("127.0.0.1:{port}");
+        let args = ["serve", "master", "--bucket", &self.bucket, "--listen", &listen];
+        Self::launch(&mut self.second, &args, &self.env, self.dir.path(), &mut self.logs).await?;
+        self.second.port = port;
+        Ok(())
+    }
+
+    /// Leads nodes and clients to the second master, or back to the first.
+    ///
+    /// # Errors
+    /// Without a front.
+    pub fn lead_to_second(&self, second: bool) -> Result<()> {
+        let master = if second { &self.second } else { &self.master };
+        self.front.as_ref().context("the cluster has no front")?.lead_to(master.port);
         Ok(())
     }
 
@@ -352,6 +386,9 @@ impl Cluster {
         }
         if self.master.process.is_some() {
             self.stop_master().await?;
+        }
+        if let Some(second) = self.second.process.take() {
+            Self::stop(second).await?;
         }
         let mut found = Vec::new();
         for log in &self.logs {

@@ -13,9 +13,9 @@ use vasto_core::catalog::{KeyspaceSpec, Quarantine};
 use vasto_core::ids::{Epoch, Incarnation, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use vasto_core::limits::SEALING_WRITE_MAX;
 use vasto_core::plan::{PinnedManifest, Step};
-use vasto_core::reconcile::start_resize;
+use vasto_core::reconcile::{start_resize, undo_seal};
 use vasto_core::report::{
-    ReplicaPhase, ReplicaReport, SourceProgress, TargetProgress, TargetStage,
+    ReplicaPhase, ReplicaReport, Sealed, SourceProgress, TargetProgress, TargetStage,
 };
 use vasto_proto::v1;
 use vasto_shipping::{Bucket, CatalogWrite, RetryBudget};
@@ -346,6 +346,38 @@ async fn a_lost_race_adopts_the_winners_tip_and_decides_again() {
         (5, Some(2)),
         "it went on from the winner's tip"
     );
+    fixture.cluster.shutdown.cancel();
+}
+
+#[tokio::test]
+async fn a_commit_behind_which_a_node_has_undone_the_seal_loses_and_the_plan_goes_on() {
+    let fixture = driven().await;
+    fixture.ask(CatalogChange::Resize { to: 2 }).await.unwrap();
+    fixture.report(fixture.ready_to_seal());
+    let is_sealing = |keyspace: &crate::state::Keyspace| {
+        keyspace.catalog.plan.as_ref().is_some_and(|plan| plan.step == Step::Sealing)
+    };
+    fixture.until("the seal", is_sealing).await;
+    let sealing = fixture.cluster.state().keyspaces[&fixture.keyspace].catalog.clone();
+    let plan = sealing.plan.as_ref().unwrap();
+    let undone = undo_seal(&sealing, plan, sealing.written_at_us + 2_000_000, 99);
+    assert!(matches!(fixture.cluster.store.write(&undone).await.unwrap(), CatalogWrite::Won));
+    // Only now this master learns that all are sealed: it decides to commit.
+    let mut reports = fixture.ready_to_seal();
+    reports[0].source.as_mut().unwrap().sealed =
+        Some(Sealed { version: sealing.version, lsn: Lsn(20) });
+    reports[1].target.as_mut().unwrap().cursors.insert(ReplicaId(1), Lsn(20));
+    fixture.report(reports);
+    fixture
+        .until("the next seal", |keyspace| {
+            is_sealing(keyspace) && keyspace.catalog.version > undone.version
+        })
+        .await;
+    let next = fixture.cluster.state().keyspaces[&fixture.keyspace].catalog.clone();
+    assert_eq!((next.version.0, next.epoch), (undone.version.0 + 1, sealing.epoch));
+    assert_eq!(next.plan.as_ref().unwrap().seals_undone, 1);
+    let stored = fixture.cluster.store.version(fixture.keyspace, undone.version).await.unwrap();
+    assert_eq!(stored, Some(undone));
     fixture.cluster.shutdown.cancel();
 }
 

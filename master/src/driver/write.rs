@@ -50,7 +50,7 @@ impl KeyspaceDriver {
                 self.cluster.metrics.catalog_write("lost");
                 tracing::info!(
                     keyspace = next.name, %version, winner = %other.version,
-                    "another master wrote first; going on from its version"
+                    "another master wrote first, or a node undid a seal; going on from that version"
                 );
                 // The hint is a version that this master knows for certain; the tip may be higher.
                 self.settle(&next, *other, started).await

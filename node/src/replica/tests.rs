@@ -26,4 +26,5 @@ mod shrink;
 mod size;
 pub(crate) mod support;
 mod ties;
+mod undecided;
 mod writes;

@@ -5,8 +5,9 @@
 //! monotonic, and the tip is found by galloping upward from any version known to exist.
 //!
 //! `store` reads and writes versions, on which `cluster` (the claim of the prefix), `names`,
-//! `keyspaces` and `settings` are built. The master decides what a version contains; the nodes
-//! apply it.
+//! `keyspaces` and `settings` are built. `succession` writes a version behind one that a newer program
+//! may have written. The master decides what a version contains; the nodes apply it, and undo a seal
+//! that no master decides.
 
 mod cluster;
 mod error;
@@ -14,7 +15,9 @@ mod keyspaces;
 mod names;
 mod settings;
 mod store;
+mod succession;
 
 pub use error::CatalogError;
 pub use settings::ClusterSettings;
 pub use store::{CatalogStore, CatalogWrite, decode_catalog, encode_catalog};
+pub use succession::StoredCatalog;

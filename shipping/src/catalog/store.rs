@@ -13,7 +13,7 @@ use crate::bucket::{Bucket, Create};
 use crate::envelope::{self, EnvelopeError};
 use crate::layout;
 
-const CATALOG: &str = "catalog";
+pub(super) const CATALOG: &str = "catalog";
 
 /// The outcome of writing a version.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,7 +54,16 @@ impl CatalogStore {
     /// # Errors
     /// After an error the outcome is unknown: find the tip and compare its nonce.
     pub async fn write(&self, catalog: &Catalog) -> Result<CatalogWrite, CatalogError> {
-        match self.claim(catalog).await? {
+        self.write_document(catalog, catalog).await
+    }
+
+    /// Writes one version as this document, from which readers make it.
+    pub(super) async fn write_document<T: Serialize>(
+        &self,
+        catalog: &Catalog,
+        document: &T,
+    ) -> Result<CatalogWrite, CatalogError> {
+        match self.claim_as(catalog, document).await? {
             CatalogWrite::Won => {}
             lost => return Ok(lost),
         }
@@ -138,8 +147,16 @@ impl CatalogStore {
 
     /// Creates the version; the nonce decides whether an existing object is the caller's.
     pub(super) async fn claim(&self, catalog: &Catalog) -> Result<CatalogWrite, CatalogError> {
+        self.claim_as(catalog, catalog).await
+    }
+
+    async fn claim_as<T: Serialize>(
+        &self,
+        catalog: &Catalog,
+        document: &T,
+    ) -> Result<CatalogWrite, CatalogError> {
         let key = layout::catalog_version(catalog.keyspace, catalog.version);
-        let Some(existing) = self.create(&key, CATALOG, catalog).await? else {
+        let Some(existing) = self.create(&key, CATALOG, document).await? else {
             return Ok(CatalogWrite::Won);
         };
         let existing = read_catalog(&key, &existing, catalog.keyspace, catalog.version)?;
@@ -206,7 +223,7 @@ pub(super) fn decode<T: serde::de::DeserializeOwned>(
         .map_err(|source| CatalogError::Document { key: key.to_owned(), source })
 }
 
-fn read_catalog(
+pub(super) fn read_catalog(
     key: &str,
     bytes: &[u8],
     keyspace: KeyspaceId,

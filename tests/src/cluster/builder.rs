@@ -8,6 +8,7 @@ use vasto_testkit::S3Server;
 use vasto_testkit::http_store::HttpStore;
 
 use super::{Cluster, Port, Server};
+use crate::front::Front;
 
 /// Settings of a cluster to start.
 #[derive(Debug, Clone)]
@@ -18,6 +19,7 @@ pub struct ClusterBuilder {
     env: Vec<(String, String)>,
     settings: Vec<String>,
     allowed: Vec<String>,
+    front: Option<Arc<Front>>,
     dir: Option<PathBuf>,
 }
 
@@ -33,6 +35,7 @@ impl Default for ClusterBuilder {
                 .map(str::to_owned)
                 .to_vec(),
             allowed: Vec::new(),
+            front: None,
             dir: None,
         }
     }
@@ -95,6 +98,12 @@ impl ClusterBuilder {
         self.allow("\"level\":\"WARN\"")
     }
 
+    /// Lets nodes and clients find the master behind this front.
+    pub fn behind(mut self, front: &Arc<Front>) -> Self {
+        self.front = Some(Arc::clone(front));
+        self
+    }
+
     /// Creates the temporary directory inside `dir`.
     pub fn inside(mut self, dir: &Path) -> Self {
         self.dir = Some(dir.to_owned());
@@ -126,6 +135,8 @@ impl ClusterBuilder {
             allowed: self.allowed,
             logs: Vec::new(),
             master: Server::new("master"),
+            second: Server::new("second"),
+            front: self.front,
             nodes: Vec::new(),
             finished: false,
             dir,

@@ -30,4 +30,5 @@ mod shortage;
 mod shrink_faults;
 mod shrinks;
 mod storm;
+mod undone;
 mod visibility;

@@ -27,6 +27,7 @@ mod resize_tests;
 mod shrink;
 #[cfg(test)]
 mod shrink_tests;
+mod undecided;
 mod view;
 mod waits;
 
@@ -45,5 +46,6 @@ pub use quarantine::{end_quarantines, in_the_way};
 pub use refusal::PlanError;
 pub use repair::{AVOID_NODE_US, COPY_AGAIN_MAX_US, COPY_AGAIN_US, nodes_to_avoid};
 pub use resize::{start_resize, undo_seal};
+pub use undecided::{Look, Undecided, is_decided, look, undo_undecided};
 pub use view::Around;
 pub use waits::waits_for;
