@@ -17,6 +17,7 @@ mod kills;
 mod lag;
 mod linearizable;
 mod many_replicas;
+mod matrix;
 mod members;
 mod original;
 mod outage;
