@@ -13,6 +13,7 @@ mod conditions;
 mod drains;
 mod examples;
 mod grows;
+mod held;
 mod kills;
 mod lag;
 mod linearizable;
