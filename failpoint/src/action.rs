@@ -123,10 +123,10 @@ mod tests {
                 Order { keyspace: Some(KeyspaceId(3)), ..Order::from(action) },
                 Order { action, keyspace: Some(KeyspaceId(3)), replica: Some(ReplicaId(0)) },
             ] {
-                assert_eq!(order.to_string().parse(), Ok(order));
+                assert_eq!(order.to_string().parse::<Order>(), Ok(order));
             }
         }
-        assert_eq!("pause\n".parse(), Ok(Order::from(Action::Pause)));
+        assert_eq!("pause\n".parse::<Order>(), Ok(Order::from(Action::Pause)));
     }
 
     #[test]

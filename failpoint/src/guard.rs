@@ -16,7 +16,7 @@ struct Entry {
     point: Point,
     order: Order,
     fired: AtomicBool,
-    /// How often the point was reached by one that is meant.
+    /// Whether the point has fired.
     reached: watch::Sender<bool>,
     released: watch::Sender<bool>,
 }

@@ -164,7 +164,7 @@ async fn a_source_that_is_held_before_its_seal_has_not_sealed_and_seals_when_it_
     let (hosted, catalog) = (Hosted::new(), shard_on(1));
     let host = hosted.start(&catalog);
     let replica = hosted.replica().await;
-    let order = |action| Order {
+    let order = |action: Action| Order {
         keyspace: Some(KEYSPACE),
         replica: Some(replica.id),
         ..Order::from(action)

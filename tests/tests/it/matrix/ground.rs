@@ -169,9 +169,8 @@ impl Ground {
         order.keyspace = (cell.change != Change::Restore).then_some(keyspace);
         self.failpoints.arm(point, order)?;
         let running = Running::start(&self.cluster, cell.change, self.cells).await?;
-        let held = until(&format!("{} to be reached", point.name()), STEP_MAX, async || {
-            self.failpoints.reached(point).ok()?
-        });
+        let what = format!("{} to be reached", point.name());
+        let held = until(&what, STEP_MAX, async || self.failpoints.reached(point).ok()?);
         let pid = held.await.with_context(|| format!("{:?}", running.catalog.tip()))?;
         let struck = self.struck(cell, point, pid, &running)?;
         let time = self.lasting.of(cell.fault);
