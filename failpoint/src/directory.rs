@@ -13,7 +13,9 @@ use std::sync::OnceLock;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::{ARMED, Action, Order, Passer, Point};
+use crate::action::{Action, Order};
+use crate::points::Point;
+use crate::{ARMED, Passer};
 
 /// The environment variable that names the directory to servers.
 pub const DIRECTORY_VARIABLE: &str = "VASTO_FAILPOINTS";

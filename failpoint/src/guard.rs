@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use crate::{ARMED, Action, Order, Passer, Point};
+use crate::action::{Action, Order};
+use crate::points::Point;
+use crate::{ARMED, Passer};
 
 static TABLE: Mutex<Vec<Arc<Entry>>> = Mutex::new(Vec::new());
 
