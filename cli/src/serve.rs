@@ -221,6 +221,7 @@ impl Server {
             otlp_endpoint: None,
         })
         .map_err(advice)?;
+        vasto_failpoint::watch_environment();
         if config.security.insecure {
             tracing::warn!(
                 "--insecure: whoever reaches these ports can read and change everything"

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::ids::{KeyspaceId, ReplicaId, ShardId};
 use vasto_core::report::{ReplicaPhase, ReplicaReport};
+use vasto_failpoint::{Injected, points};
 
 use crate::host::{Host, HostContext, ReplicaSpec};
 use crate::node_dir::{DirError, NodeDir, Registered};
@@ -268,8 +269,13 @@ impl Manager {
                 version = catalog.version.0,
                 "removing a replica"
             );
+            let passes =
+                |point| vasto_failpoint::at(point, registered.keyspace, registered.replica);
+            let cut_off = |error: Injected| DirError::CutOff(error.to_string());
+            passes(points::REMOVAL_BEFORE).await.map_err(cut_off)?;
             let dir = self.dir.clone();
             on_disk(move || dir.lock().discard(registered.keyspace, registered.replica)).await?;
+            passes(points::REMOVAL_AFTER).await.map_err(cut_off)?;
             self.failed.lock().remove(&(registered.keyspace, registered.replica));
         }
         Ok(())

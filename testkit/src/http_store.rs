@@ -142,6 +142,11 @@ impl HttpStore {
         Self::serve(Shared::default()).await
     }
 
+    /// Starts such a store on an address of this machine, for processes in other networks.
+    pub async fn start_on(ip: &str) -> HttpStore {
+        Self::serve_on(ip, Shared::default()).await
+    }
+
     /// Starts a store that accepts the keys of a role until they expire.
     pub async fn with_keys(keys: &Arc<Keys>) -> HttpStore {
         Self::serve(Shared { keys: Some(Arc::clone(keys)), ..Shared::default() }).await
@@ -160,7 +165,11 @@ impl HttpStore {
     }
 
     async fn serve(shared: Shared) -> HttpStore {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::serve_on("127.0.0.1", shared).await
+    }
+
+    async fn serve_on(ip: &str, shared: Shared) -> HttpStore {
+        let listener = TcpListener::bind((ip, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
         let shared = Arc::new(shared);
         let of_server = Arc::clone(&shared);

@@ -16,6 +16,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use vasto_client::{Keyspace, Vasto};
 use vasto_core::limits::SHUTDOWN_DEADLINE;
+use vasto_failpoint::Directory;
 use vasto_testkit::http_store::HttpStore;
 use vasto_testkit::{DEADLINE, Process, free_port, tail};
 
@@ -23,8 +24,33 @@ use crate::binary::vasto_binary;
 use crate::command::Ran;
 use crate::front::Front;
 use crate::logs;
+use crate::netns::Network;
 
 pub use builder::ClusterBuilder;
+
+/// The directory in which failpoints are armed, below that of the cluster.
+const FAILPOINTS: &str = "failpoints";
+
+/// A host of a network.
+type Place<'a> = (&'a Network, usize);
+
+/// Starts a program, on a host if one is named.
+fn spawn(
+    place: Option<Place<'_>>,
+    name: &str,
+    program: &Path,
+    args: &[&str],
+    env: &[(String, String)],
+    dir: &Path,
+) -> Result<Process> {
+    let Some((network, host)) = place else {
+        return Process::spawn(name, program, args, env, dir);
+    };
+    let (namespace, path) = (network.namespace(host), program.display().to_string());
+    let before = ["netns", "exec", &namespace, &path];
+    let all = before.into_iter().chain(args.iter().copied());
+    Process::spawn(name, Path::new("ip"), all, env, dir)
+}
 
 /// The port of a restarted server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +100,9 @@ pub struct Cluster {
     /// Where nodes and clients find the master, when that may change.
     front: Option<Arc<Front>>,
     nodes: Vec<Server>,
+    network: Option<Arc<Network>>,
+    /// The directory outlives a cluster that was not finished.
+    keep: bool,
     finished: bool,
     // Last field: removed after the processes have ended.
     dir: TempDir,
@@ -89,8 +118,48 @@ impl Cluster {
     pub fn master(&self) -> String {
         match &self.front {
             Some(front) => format!("http://{}", front.address()),
-            None => format!("http://127.0.0.1:{}", self.master.port),
+            None => {
+                format!("http://{}:{}", self.address(Some(self.master_host())), self.master.port)
+            }
         }
+    }
+
+    /// Returns the host of the master, of a cluster on a network.
+    pub fn master_host(&self) -> usize {
+        self.network.as_ref().map_or(0, |network| network.hosts() - 2)
+    }
+
+    /// Returns the host of clients, of a cluster on a network.
+    pub fn client_host(&self) -> usize {
+        self.master_host() + 1
+    }
+
+    /// Returns the address of a host, or loopback without a network.
+    fn address(&self, host: Option<usize>) -> String {
+        match &self.network {
+            Some(network) => network.address(host),
+            None => "127.0.0.1".to_owned(),
+        }
+    }
+
+    /// Returns where failpoints of the servers are armed.
+    pub fn failpoints(&self) -> Directory {
+        Directory::new(&self.dir.path().join(FAILPOINTS))
+    }
+
+    /// Returns the index of the node that runs as this process.
+    pub fn node_of_pid(&self, pid: u32) -> Option<usize> {
+        let is_it = |node: &Server| node.process.as_ref().is_some_and(|one| one.pid() == pid);
+        self.nodes.iter().position(is_it)
+    }
+
+    /// Starts a program on the host of clients, with its output beside the logs of the servers.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn spawn_client(&self, name: &str, program: &Path, args: &[&str]) -> Result<Process> {
+        let place = self.network.as_deref().map(|network| (network, self.client_host()));
+        spawn(place, name, program, args, &self.env, &self.dir.path().join("logs"))
     }
 
     /// Returns the URL of the bucket.
@@ -156,11 +225,13 @@ impl Cluster {
     /// When the master does not start.
     pub async fn start_master(&mut self, port: Port) -> Result<()> {
         let port = if port == Port::New { free_port() } else { self.master.port };
-        let listen = format!("127.0.0.1:{port}");
-        let args = ["serve", "master", "--bucket", &self.bucket, "--listen", &listen];
-        let ready =
-            Self::launch(&mut self.master, &args, &self.env, self.dir.path(), &mut self.logs)
-                .await?;
+        let host = self.master_host();
+        let listen = format!("{}:{port}", self.address(Some(host)));
+        let mut args = vec!["serve", "master", "--bucket", &self.bucket, "--listen", &listen];
+        let place = self.network.as_deref().map(|network| (network, host));
+        args.extend(place.map(|_| "--insecure"));
+        let at = (self.dir.path(), place);
+        let ready = Self::launch(&mut self.master, &args, &self.env, at, &mut self.logs).await?;
         ensure!(
             ready["role"] == "master" && ready["listen"] == listen.as_str(),
             "the ready line is {ready}"
@@ -180,7 +251,8 @@ impl Cluster {
         let port = free_port();
         let listen = format!("127.0.0.1:{port}");
         let args = ["serve", "master", "--bucket", &self.bucket, "--listen", &listen];
-        Self::launch(&mut self.second, &args, &self.env, self.dir.path(), &mut self.logs).await?;
+        let at = (self.dir.path(), None);
+        Self::launch(&mut self.second, &args, &self.env, at, &mut self.logs).await?;
         self.second.port = port;
         Ok(())
     }
@@ -230,14 +302,18 @@ impl Cluster {
     pub async fn start_node(&mut self, index: usize, port: Port) -> Result<()> {
         let master = self.master();
         let dir = self.node_dir(index).display().to_string();
+        let ip = self.address(Some(index));
+        let place = self.network.as_deref().map(|network| (network, index));
         let node = &mut self.nodes[index];
         let port = if port == Port::New { free_port() } else { node.port };
-        let listen = format!("127.0.0.1:{port}");
+        let listen = format!("{ip}:{port}");
         let mut args =
             vec!["serve", "node", "--master", &master, "--dir", &dir, "--listen", &listen];
         let own = node.settings.clone();
         args.extend(self.settings.iter().chain(&own).flat_map(|setting| ["--set", setting]));
-        let ready = Self::launch(node, &args, &self.env, self.dir.path(), &mut self.logs).await?;
+        args.extend(place.map(|_| "--insecure"));
+        let at = (self.dir.path(), place);
+        let ready = Self::launch(node, &args, &self.env, at, &mut self.logs).await?;
         ensure!(
             ready["role"] == "node" && ready["listen"] == listen.as_str(),
             "the ready line is {ready}"
@@ -256,13 +332,13 @@ impl Cluster {
         server: &mut Server,
         args: &[&str],
         env: &[(String, String)],
-        dir: &Path,
+        (dir, place): (&Path, Option<Place<'_>>),
         all_logs: &mut Vec<PathBuf>,
     ) -> Result<Value> {
         ensure!(server.process.is_none(), "{} runs already", server.name);
         server.starts += 1;
         let name = format!("{}.{}", server.name, server.starts);
-        let mut process = Process::spawn(&name, vasto_binary(), args, env, &dir.join("logs"))?;
+        let mut process = spawn(place, &name, vasto_binary(), args, env, &dir.join("logs"))?;
         all_logs.push(process.log().to_owned());
         let ready = process.ready_line(DEADLINE).await?;
         server.process = Some(process);
@@ -419,7 +495,7 @@ impl Drop for Cluster {
         for log in &self.logs {
             eprintln!("--- {}\n{}", log.display(), tail(log, 25));
         }
-        if std::env::var_os("VASTO_TEST_KEEP").is_some() {
+        if self.keep || std::env::var_os("VASTO_TEST_KEEP").is_some() {
             self.dir.disable_cleanup(true);
             eprintln!("kept: {}", self.dir.path().display());
         }

@@ -88,6 +88,11 @@ impl Network {
         Ok(network)
     }
 
+    /// Returns the number of hosts besides the caller.
+    pub fn hosts(&self) -> usize {
+        self.hosts
+    }
+
     /// Returns the namespace of a host, for `ip netns exec`.
     pub fn namespace(&self, host: usize) -> String {
         format!("{}h{host}", self.bridge)

@@ -4,15 +4,17 @@
 //! write is known to have won. A write that lost, or whose outcome is not known, is settled by
 //! reading the tip, the newest version in the bucket, for as long as that takes.
 
+use std::error::Error;
 use std::time::{Duration, Instant};
 
 use rand::RngExt;
 use vasto_core::catalog::Catalog;
-use vasto_core::ids::CatalogVersion;
+use vasto_core::ids::{CatalogVersion, ReplicaId};
 use vasto_core::limits::SEALING_WRITE_MAX;
 use vasto_core::operation::operation_id;
 use vasto_core::plan::Step;
 use vasto_core::reconcile::{LeadershipChanges, leadership_changes_between};
+use vasto_failpoint::{Point, points};
 use vasto_shipping::{CatalogError, CatalogWrite};
 
 use super::KeyspaceDriver;
@@ -39,7 +41,7 @@ impl KeyspaceDriver {
     pub(super) async fn write(&mut self, next: Catalog) -> Written {
         let started = Instant::now();
         let version = next.version;
-        match self.cluster.shutdown.run_until_cancelled(self.cluster.store.write(&next)).await {
+        match self.cluster.shutdown.run_until_cancelled(self.put(&next)).await {
             None => Written::Stopping,
             Some(Ok(CatalogWrite::Won)) => {
                 self.cluster.metrics.catalog_write("won");
@@ -61,6 +63,15 @@ impl KeyspaceDriver {
                 self.read_tip(&next, started).await
             }
         }
+    }
+
+    /// Puts a version into the bucket, between the failpoints of its step.
+    async fn put(&self, next: &Catalog) -> Result<CatalogWrite, Box<dyn Error + Send + Sync>> {
+        let (before, after) = failpoints_of(next);
+        vasto_failpoint::at(before, next.keyspace, ReplicaId(0)).await?;
+        let written = self.cluster.store.write(next).await?;
+        vasto_failpoint::at(after, next.keyspace, ReplicaId(0)).await?;
+        Ok(written)
     }
 
     /// Settles a lost race: the tip is at or beyond `other`.
@@ -160,6 +171,22 @@ impl KeyspaceDriver {
         if adopt(&self.cluster, tip) {
             tracing::info!(keyspace = name, %version, "adopted the tip of the catalog");
         }
+    }
+}
+
+/// Returns the failpoints before and after the write of a version.
+fn failpoints_of(next: &Catalog) -> (Point, Point) {
+    match &next.plan {
+        Some(plan) => match plan.step {
+            Step::Prepare => (points::MASTER_PREPARE_BEFORE, points::MASTER_PREPARE_AFTER),
+            Step::Tail => (points::MASTER_TAIL_BEFORE, points::MASTER_TAIL_AFTER),
+            Step::Sealing => (points::MASTER_SEALING_BEFORE, points::MASTER_SEALING_AFTER),
+            Step::Committed => (points::MASTER_COMMITTED_BEFORE, points::MASTER_COMMITTED_AFTER),
+        },
+        None if next.quarantines.iter().any(|quarantine| quarantine.dropping) => {
+            (points::MASTER_DROPPING_BEFORE, points::MASTER_DROPPING_AFTER)
+        }
+        None => (points::MASTER_REST_BEFORE, points::MASTER_REST_AFTER),
     }
 }
 

@@ -4,6 +4,7 @@ use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use vasto_core::ids::{Lsn, ReplicaId, ShardId};
+use vasto_failpoint::Injected;
 use vasto_shipping::CatalogError;
 use vasto_shipping::archive::{ArchiveError, ArchivedCheckpoint};
 use vasto_shipping::bucket::BucketError;
@@ -139,6 +140,9 @@ pub(crate) enum BuildError {
     /// The thread that worked on the disk ended early.
     #[error("the work on the disk ended early: {0}")]
     Worker(#[from] tokio::task::JoinError),
+    /// A test lets the step fail.
+    #[error(transparent)]
+    Injected(#[from] Injected),
     /// The node is stopping, or the plan is over.
     #[error("the build was cancelled")]
     Cancelled,
@@ -175,7 +179,7 @@ impl From<CatalogError> for BuildError {
 impl BuildError {
     /// Returns true when a retry can succeed.
     pub(crate) fn is_transient(&self) -> bool {
-        matches!(self, BuildError::Bucket(_) | BuildError::Ship(_))
+        matches!(self, BuildError::Bucket(_) | BuildError::Ship(_) | BuildError::Injected(_))
     }
 
     /// Returns true when objects in the bucket are missing or damaged and nothing is wrong on this
@@ -203,6 +207,7 @@ impl BuildError {
             | BuildError::Replica(_)
             | BuildError::Ship(_)
             | BuildError::Worker(_)
+            | BuildError::Injected(_)
             | BuildError::Cancelled => false,
         }
     }

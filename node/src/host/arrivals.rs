@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::Band;
 use vasto_core::plan::Plan;
 use vasto_core::record::{BandRange, RangeState};
+use vasto_failpoint::points;
 
 use super::cleanup::clean_up;
 use super::hosted::Hosted;
@@ -119,6 +120,7 @@ impl Hosted {
             let (epoch, version) = (replica.epoch(), replica.version());
             let state = RangeState::Arriving;
             replica.control(Control::SetRange { epoch, version, range, state }).await?;
+            self.passes(points::TARGET_ARRIVING).await?;
         }
         Ok(())
     }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::CatalogVersion;
 use vasto_core::record::{BandRange, RangeState};
+use vasto_failpoint::{Point, points};
 
 use super::hosted::Hosted;
 use super::shared::{RETRY, RETRY_MAX};
@@ -73,6 +74,10 @@ impl Hosted {
     }
 }
 
+async fn passes(replica: &Replica, point: Point) -> Result<(), ReplicaError> {
+    Ok(vasto_failpoint::at(point, replica.keyspace, replica.id).await?)
+}
+
 /// Removes a range that was given away, or that arrived for a plan that was undone.
 ///
 /// Whole files first; then one record with the range delete and the state; then a flush and a
@@ -94,6 +99,7 @@ pub(crate) async fn clean_up(
     {
         let files = replica.clone();
         blocking(move || files.engine().delete_files_in(range)).await?;
+        passes(replica, points::CLEANUP_FILES).await?;
         replica
             .control(Control::SetRange { epoch, version, range, state: RangeState::Clearing })
             .await
@@ -103,6 +109,7 @@ pub(crate) async fn clean_up(
             "the range to remove is neither one that was given away nor one that arrives".into(),
         ));
     }
+    passes(replica, points::CLEANUP_CLEARING).await?;
     let compacted = replica.clone();
     blocking(move || {
         compacted.engine().flush()?;
@@ -117,6 +124,7 @@ pub(crate) async fn clean_up(
         Ok(())
     })
     .await?;
+    passes(replica, points::CLEANUP_COMPACTED).await?;
     replica
         .control(Control::SetRange { epoch, version, range, state: RangeState::Empty })
         .await

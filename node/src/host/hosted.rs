@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{Lsn, PlanId, ReplicaId};
+use vasto_failpoint::{Injected, Point};
 
 use super::HostContext;
 use super::shared::{RETRY, RETRY_MAX, Shared};
@@ -68,6 +69,11 @@ impl Background {
 }
 
 impl Hosted {
+    /// Passes a failpoint.
+    pub(super) async fn passes(&self, point: Point) -> Result<(), Injected> {
+        self.shared.passes(point).await
+    }
+
     /// Passes the placement of the replica to the leases. A replica that is not registered yet is
     /// published as not serving first: with peers, it serves nothing before the leases grant it
     /// authority.

@@ -12,6 +12,7 @@ use vasto_core::ids::{CatalogVersion, Lsn};
 use vasto_core::plan::{Plan, PlanKind, Step};
 use vasto_core::record::{BandRange, RangeState};
 use vasto_core::report::{TargetProgress, TargetStage};
+use vasto_failpoint::points;
 use vasto_shipping::layout::Owner;
 use vasto_shipping::{CatalogStore, archive};
 
@@ -172,6 +173,7 @@ impl Shared {
                         epoch: catalog.epoch,
                     };
                     bootstrap.take(base, adoption, log).await?;
+                    self.passes(points::COPY_ADOPTED).await?;
                 }
                 // The log of the other replicas is at any time longer than what this replica has
                 // shipped.
@@ -197,6 +199,7 @@ impl Shared {
             reached = ?bootstrap.progress.lock().reached,
             "took over what the bucket holds"
         );
+        self.passes(points::COPY_JOINED).await?;
         bootstrap.progress.lock().stage = TargetStage::Tailing;
         Ok(())
     }

@@ -12,6 +12,7 @@ use vasto_core::ids::{CatalogVersion, Epoch};
 use vasto_core::plan::{Plan, PlanKind, Step};
 use vasto_core::record::{BandRange, RangeState};
 use vasto_core::report::{ReplicaPhase, Sealed};
+use vasto_failpoint::points;
 
 use super::hosted::Hosted;
 use crate::replica::Replica;
@@ -134,10 +135,12 @@ impl Hosted {
                 replica.close(NOT_FILLED.into());
                 return Err(ReplicaError::Closed(NOT_FILLED.into()));
             }
+            self.passes(points::TARGET_OPEN_BEFORE).await?;
             let state = RangeState::Owned;
             replica
                 .control(Control::SetRange { epoch: catalog.epoch, version, range, state })
                 .await?;
+            self.passes(points::TARGET_OPEN_AFTER).await?;
             tracing::info!(
                 keyspace = replica.keyspace.0,
                 shard = replica.shard.0,
@@ -150,6 +153,7 @@ impl Hosted {
         match sealing.and_then(|plan| Some((plan, plan.leaving()?))) {
             Some((plan, range)) => self.seal(catalog, plan, range).await,
             None if replica.ranges().seal.is_some() => {
+                self.passes(points::SOURCE_UNSEAL_BEFORE).await?;
                 replica.control(Control::Unseal { version }).await?;
                 if let Some(source) = &mut self.shared.status.lock().source {
                     source.sealed = None;
@@ -171,8 +175,10 @@ impl Hosted {
         let Some(range) = range_of(ranges.owned().filter(|band| !stays(*band))) else {
             return Ok(());
         };
+        self.passes(points::SOURCE_RELEASE_BEFORE).await?;
         let (epoch, version, state) = (catalog.epoch, catalog.version, RangeState::Leaving);
         replica.control(Control::SetRange { epoch, version, range, state }).await?;
+        self.passes(points::SOURCE_RELEASE_AFTER).await?;
         tracing::info!(
             keyspace = replica.keyspace.0,
             shard = replica.shard.0,
@@ -191,7 +197,9 @@ impl Hosted {
         range: BandRange,
     ) -> Result<(), ReplicaError> {
         let (replica, version, plan_id) = (&self.replica, catalog.version, plan.id);
+        self.passes(points::SOURCE_SEAL_BEFORE).await?;
         let lsn = replica.control(Control::Seal { plan: plan_id, version, range }).await?;
+        self.passes(points::SOURCE_SEAL_RECORDED).await?;
         let is_source = plan.sources.iter().any(|source| source.replica == replica.id);
         let waits =
             is_source && catalog.shard(replica.shard).is_some_and(|shard| shard.replicas.len() > 1);

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::ids::{PlanId, ReplicaId};
 use vasto_core::plan::Plan;
 use vasto_core::report::{ReplicaPhase, Sealed, SourceProgress, TargetProgress};
+use vasto_failpoint::{Injected, Point};
 
 use super::{HostContext, ReplicaSpec};
 use crate::replication::replicator::Replicator;
@@ -101,6 +102,11 @@ impl Shared {
             cancel: CancellationToken::new(),
             discard: AtomicBool::new(false),
         }
+    }
+
+    /// Passes a failpoint.
+    pub(super) async fn passes(&self, point: Point) -> Result<(), Injected> {
+        vasto_failpoint::at(point, self.spec.keyspace, self.spec.replica).await
     }
 
     /// Wakes the reporter: something that the master waits for has happened.

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use vasto_core::ids::Lsn;
 use vasto_core::plan::{PinnedManifest, Plan, Step};
+use vasto_failpoint::points;
 
 use super::hosted::{Hosted, Preparation};
 use super::shared::{RETRY, RETRY_MAX};
@@ -72,6 +73,8 @@ impl Hosted {
             if !this.until_shipped(failed, || this.ship.log()).await {
                 return;
             }
+            // Nothing can fail any more: an injected error is passed over.
+            let _ = this.passes(points::SOURCE_SHIPPED).await;
             if let Some(source) =
                 this.shared.status.lock().source.as_mut().filter(|source| source.plan == id)
             {
@@ -141,6 +144,7 @@ impl Hosted {
         let read = plan.leaving().filter(|_| !plan.exports());
         let checkpoint = self.ship.checkpoint(read).await;
         let manifest = checkpoint.map_err(|error| format!("the checkpoint failed: {error}"))?;
+        self.passes(points::SOURCE_CHECKPOINT_MADE).await.map_err(|error| error.to_string())?;
         if !plan.exports() {
             return Ok((manifest, None));
         }

@@ -302,6 +302,9 @@ pub enum ReplicaError {
     /// The database failed.
     #[error(transparent)]
     Engine(#[from] crate::engine::EngineError),
+    /// A test lets the step fail.
+    #[error(transparent)]
+    Injected(#[from] vasto_failpoint::Injected),
 }
 
 impl From<ReplicaError> for VastoError {
@@ -312,7 +315,7 @@ impl From<ReplicaError> for VastoError {
             }
             ReplicaError::Stopped | ReplicaError::Closed(_) => ErrorCode::Unavailable,
             ReplicaError::Refused(_) | ReplicaError::Gap { .. } => ErrorCode::FailedPrecondition,
-            ReplicaError::Engine(_) => ErrorCode::Unavailable,
+            ReplicaError::Engine(_) | ReplicaError::Injected(_) => ErrorCode::Unavailable,
         };
         VastoError::new(code, error.to_string()).retry_after_ms(100)
     }

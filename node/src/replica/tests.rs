@@ -11,6 +11,7 @@ mod crashes;
 mod dated;
 mod failures;
 mod grow;
+mod hosted_plans;
 mod hosts;
 mod moments;
 mod replay;

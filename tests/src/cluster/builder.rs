@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
+use vasto_failpoint::DIRECTORY_VARIABLE;
 use vasto_testkit::S3Server;
 use vasto_testkit::http_store::HttpStore;
 
-use super::{Cluster, Port, Server};
+use super::{Cluster, FAILPOINTS, Port, Server};
 use crate::front::Front;
+use crate::netns::Network;
 
 /// Settings of a cluster to start.
 #[derive(Debug, Clone)]
@@ -21,6 +23,9 @@ pub struct ClusterBuilder {
     allowed: Vec<String>,
     front: Option<Arc<Front>>,
     dir: Option<PathBuf>,
+    network: Option<Arc<Network>>,
+    failpoints: bool,
+    keep: bool,
 }
 
 impl Default for ClusterBuilder {
@@ -37,6 +42,9 @@ impl Default for ClusterBuilder {
             allowed: Vec::new(),
             front: None,
             dir: None,
+            network: None,
+            failpoints: false,
+            keep: false,
         }
     }
 }
@@ -104,6 +112,25 @@ impl ClusterBuilder {
         self
     }
 
+    /// Starts every process on a host of this network: the nodes on the first ones, the master on
+    /// the last but one, clients on the last.
+    pub fn on(mut self, network: &Arc<Network>) -> Self {
+        self.network = Some(Arc::clone(network));
+        self.allow("--insecure")
+    }
+
+    /// Lets the test arm failpoints in all servers: see [`Cluster::failpoints`].
+    pub fn failpoints(mut self) -> Self {
+        self.failpoints = true;
+        self.allow("failpoint")
+    }
+
+    /// Keeps the directory of a cluster that was not finished, with its logs.
+    pub fn keep_when_unfinished(mut self) -> Self {
+        self.keep = true;
+        self
+    }
+
     /// Creates the temporary directory inside `dir`.
     pub fn inside(mut self, dir: &Path) -> Self {
         self.dir = Some(dir.to_owned());
@@ -114,15 +141,19 @@ impl ClusterBuilder {
     ///
     /// # Errors
     /// When a process does not start.
-    pub async fn start(self) -> Result<Cluster> {
+    pub async fn start(mut self) -> Result<Cluster> {
         let mut builder = tempfile::Builder::new();
         builder.prefix("vasto-");
         let dir = match &self.dir {
             Some(dir) => builder.tempdir_in(dir)?,
             None => builder.tempdir()?,
         };
-        for part in ["bucket", "logs"] {
+        for part in ["bucket", "logs", FAILPOINTS] {
             std::fs::create_dir(dir.path().join(part))?;
+        }
+        if self.failpoints {
+            let watched = dir.path().join(FAILPOINTS).display().to_string();
+            self.env.push((DIRECTORY_VARIABLE.to_owned(), watched));
         }
         let bucket = self
             .bucket
@@ -138,6 +169,8 @@ impl ClusterBuilder {
             second: Server::new("second"),
             front: self.front,
             nodes: Vec::new(),
+            network: self.network,
+            keep: self.keep,
             finished: false,
             dir,
         };

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use vasto_failpoint::points;
 use vasto_testkit::sources;
 
 /// Lines of code of one file, its tests not counted.
@@ -21,11 +22,24 @@ fn crates_depend_downward_only() {
         ("proto", &["core"][..]),
         ("shipping", &["core"][..]),
         ("client", &["proto", "core"][..]),
-        ("master", &["proto", "shipping", "core"][..]),
-        ("node", &["proto", "shipping", "core"][..]),
+        ("failpoint", &["core"][..]),
+        ("master", &["proto", "shipping", "core", "failpoint"][..]),
+        ("node", &["proto", "shipping", "core", "failpoint"][..]),
         ("observability", &[][..]),
         ("testkit", &["shipping", "core"][..]),
-        ("cli", &["core", "client", "master", "node", "observability", "proto", "shipping"][..]),
+        (
+            "cli",
+            &[
+                "core",
+                "client",
+                "failpoint",
+                "master",
+                "node",
+                "observability",
+                "proto",
+                "shipping",
+            ][..],
+        ),
     ]);
     for (member, may) in &allowed {
         let text =
@@ -169,6 +183,31 @@ fn no_files_import_each_other_in_a_circle() {
             let found = circle(&uses, module, &mut Vec::new(), &mut checked);
             assert_eq!(found, None, "{member}: these files import each other");
         }
+    }
+}
+
+#[test]
+fn failpoints_are_where_the_list_and_the_document_say() {
+    let servers = ["master/src", "node/src"].map(sources::below);
+    let code: String = servers.iter().flat_map(BTreeMap::values).map(String::as_str).collect();
+    let text = std::fs::read_to_string(sources::checkout().join("docs/faults.md")).unwrap();
+    let (_, rest) = text.split_once("\n## Failpoints\n").unwrap();
+    let documented = rest.split("\n## ").next().unwrap();
+    let rows: BTreeSet<&str> = documented
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `")?.split_once("` |").map(|(name, _)| name))
+        .collect();
+    let names: BTreeSet<&str> = points::ALL.iter().map(|point| point.name()).collect();
+    assert_eq!(rows, names, "docs/faults.md and failpoint/src/points.rs");
+    for point in points::ALL {
+        let constant = point.name().replace('.', "_").to_uppercase();
+        let uses = code.split("points::").skip(1).filter(|rest| {
+            rest.strip_prefix(constant.as_str())
+                .is_some_and(|rest| !rest.starts_with(|c: char| c.is_alphanumeric() || c == '_'))
+        });
+        assert_eq!(uses.count(), 1, "{} is passed at one place", point.name());
+        let row = format!("| `{}` | {} |", point.name(), point.moment());
+        assert!(documented.contains(&row), "docs/faults.md says something else than {row}");
     }
 }
 

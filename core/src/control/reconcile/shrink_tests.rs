@@ -316,6 +316,28 @@ fn a_quarantine_that_is_in_the_way_ends_at_once_and_is_cleared_as_any_other() {
     assert!(matches!(end_quarantines(&busy, 3, 3_000, 9), Err(PlanError::Busy(_))));
 }
 
+/// A replica that cannot be reached has not sealed: it may accept what nobody else has.
+#[test]
+fn nothing_commits_while_a_replica_of_a_source_has_not_sealed() {
+    for (to, count) in [(2, 2), (4, 6)] {
+        let sealing = until(resized(&keyspace(3, 2), to, 2_000).unwrap(), Step::Sealing);
+        let (all, soon) = (done(&sealing), sealing.written_at_us + 1);
+        let gives = all.iter().filter(|(_, report)| report.source.is_some());
+        let givers: Vec<ReplicaId> = gives.map(|(id, _)| *id).collect();
+        assert_eq!(givers.len(), count, "sources and their followers");
+        for giver in givers {
+            let missing = format!("replica {giver} of shard");
+            let mut reports = all.clone();
+            reports.get_mut(&giver).unwrap().source.as_mut().unwrap().sealed = None;
+            assert!(waits(decided(&sealing, &reports, soon)).contains(&missing), "not sealed");
+            reports.remove(&giver);
+            assert!(waits(decided(&sealing, &reports, soon)).contains(&missing), "never heard of");
+        }
+        let committed = write(decided(&sealing, &all, soon));
+        assert_eq!(committed.plan.unwrap().step, Step::Committed);
+    }
+}
+
 #[test]
 fn an_abort_at_any_step_before_the_commit_restores_everything() {
     let five = keyspace(5, 2);

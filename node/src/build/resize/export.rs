@@ -24,6 +24,7 @@ use vasto_core::hash::{jump, partition_hash};
 use vasto_core::ids::Lsn;
 use vasto_core::merge::is_collected;
 use vasto_core::plan::Plan;
+use vasto_failpoint::{Injected, Point, points};
 use vasto_shipping::bucket::{Bucket, Create};
 use vasto_shipping::export::{ExportManifest, ExportedTable};
 use vasto_shipping::layout;
@@ -92,6 +93,7 @@ impl Export {
     ) -> Result<String, BuildError> {
         let shape = Shape::of(plan)?;
         let floor = self.replica.floor();
+        self.passes(points::SOURCE_EXPORT_BEGUN).await?;
         let (replica, cancel, out) = (self.replica.clone(), self.cancel.clone(), dir.to_owned());
         let write = move || write_tables(&replica, shape, floor, &out, &cancel);
         let Written { tables, event_time_max, end } = tokio::task::spawn_blocking(write).await??;
@@ -101,14 +103,21 @@ impl Export {
             }
             tokio::time::sleep(POLL).await;
         }
+        self.passes(points::SOURCE_EXPORT_WRITTEN).await?;
         let Replica { keyspace, shard, .. } = self.replica;
         let mut uploads = Vec::with_capacity(tables.len());
         for ((to, table), n) in tables.iter().zip(1..) {
             let key = layout::export_table(keyspace, plan.id, shard, *to, n, attempt);
             uploads.push(self.upload(*to, table, key));
         }
-        let files: Vec<ExportedTable> =
+        let rest = uploads.split_off(uploads.len() / 2);
+        let mut files: Vec<ExportedTable> =
             futures::stream::iter(uploads).buffered(UPLOADS).try_collect().await?;
+        self.passes(points::SOURCE_EXPORT_HALF).await?;
+        let rest: Vec<ExportedTable> =
+            futures::stream::iter(rest).buffered(UPLOADS).try_collect().await?;
+        files.extend(rest);
+        self.passes(points::SOURCE_EXPORT_UPLOADED).await?;
         let manifest = ExportManifest {
             keyspace: self.replica.keyspace,
             plan: plan.id,
@@ -128,6 +137,10 @@ impl Export {
                 Err(BuildError::Unusable { key, reason })
             }
         }
+    }
+
+    async fn passes(&self, point: Point) -> Result<(), Injected> {
+        vasto_failpoint::at(point, self.replica.keyspace, self.replica.id).await
     }
 
     async fn upload(

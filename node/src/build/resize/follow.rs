@@ -16,6 +16,7 @@ use vasto_core::limits::{
 };
 use vasto_core::plan::{Plan, Source};
 use vasto_core::record::{Body, FeedProgress, KeyEntry, Record};
+use vasto_failpoint::points;
 use vasto_proto::v1;
 use vasto_proto::v1::replication_client::ReplicationClient;
 use vasto_shipping::archive;
@@ -210,6 +211,9 @@ impl Follower<'_> {
         }
         self.apply(entries, Lsn(frame.covered_lsn)).await?;
         self.build.progress.lock().bytes_from_peers += bytes;
+        if frame.head_lsn <= self.cursor.0 {
+            self.build.passes(points::TARGET_CAUGHT_UP).await?;
+        }
         self.set_lag(frame.head_lsn.saturating_sub(self.cursor.0));
         Ok(())
     }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use vasto_core::plan::{PinnedManifest, Plan, Source};
 use vasto_core::record::{FeedProgress, IngestedObject};
 use vasto_core::report::TargetStage;
+use vasto_failpoint::points;
 use vasto_shipping::download::Wanted;
 
 use super::rewrite::{Files, Rewritten, SourceFiles, rewrite};
@@ -54,6 +55,7 @@ async fn load_in(build: &Build, plan: &Plan, work: &Path) -> Result<(), BuildErr
     }
     for Chosen { source, wanted, .. } in &chosen {
         build.reader().download(wanted, &download_dir(work, source)).await?;
+        build.passes(points::TARGET_DOWNLOAD_HALF).await?;
     }
     build.progress.lock().stage = TargetStage::Rewriting;
     build.registry.report.notify_one();
@@ -186,7 +188,9 @@ async fn ingest(
     if build.cancel.is_cancelled() {
         return Err(BuildError::Cancelled);
     }
+    build.passes(points::TARGET_INGEST_BEFORE).await?;
     build.replica.control(order).await?;
+    build.passes(points::TARGET_INGEST_AFTER).await?;
     let mut progress = build.progress.lock();
     progress.keys_moved = rewritten.rows;
     progress.bytes_moved = bytes_moved;

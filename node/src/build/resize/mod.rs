@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::plan::Plan;
 use vasto_core::record::BandRange;
 use vasto_core::report::{TargetProgress, TargetStage};
+use vasto_failpoint::{Injected, Point, points};
 use vasto_shipping::bucket::Bucket;
 
 use super::error::BuildError;
@@ -86,6 +87,10 @@ impl Build {
         }
     }
 
+    async fn passes(&self, point: Point) -> Result<(), Injected> {
+        vasto_failpoint::at(point, self.replica.keyspace, self.replica.id).await
+    }
+
     /// Runs until the plan is over: loads, ships the first manifest, follows the sources.
     pub(crate) async fn run(self, plan: Plan) -> Result<(), BuildError> {
         if self.replica.ranges().filled_by() != Some(plan.id) {
@@ -104,6 +109,7 @@ impl Build {
             progress.lag_lsns = u64::MAX;
         }
         self.registry.report.notify_one();
+        self.passes(points::TARGET_MANIFEST_SHIPPED).await?;
         follow::follow_all(&self, &plan).await
     }
 }

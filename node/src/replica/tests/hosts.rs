@@ -22,14 +22,14 @@ use crate::replica::command::Role;
 use crate::ship::Pace;
 
 /// A node that hosts replica 1 and cannot reach any peer.
-struct Hosted {
+pub(super) struct Hosted {
     rig: Rig,
-    context: Arc<HostContext>,
+    pub context: Arc<HostContext>,
     tmp: tempfile::TempDir,
 }
 
 impl Hosted {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let rig = Rig::new();
         let registry = Arc::new(NodeRegistry::new(NodeId(1), rig.clock.clone(), 2));
         let context = HostContext {
@@ -46,21 +46,31 @@ impl Hosted {
         Self { rig, context: Arc::new(context), tmp: memory_dir() }
     }
 
-    fn start(&self, catalog: &Catalog) -> Host {
+    pub(super) fn start(&self, catalog: &Catalog) -> Host {
+        self.start_as(catalog, ShardId(0), ReplicaId(1))
+    }
+
+    /// Hosts another replica instead.
+    pub(super) fn start_as(&self, catalog: &Catalog, shard: ShardId, replica: ReplicaId) -> Host {
         let spec = ReplicaSpec {
             keyspace: KEYSPACE,
-            shard: ShardId(0),
-            replica: ReplicaId(1),
+            shard,
+            replica,
             dir: self.rig.path.clone(),
             tmp: self.tmp.path().to_owned(),
         };
         Host::start(self.context.clone(), spec, Arc::new(catalog.clone()))
     }
 
-    async fn replica(&self) -> Replica {
+    pub(super) async fn replica(&self) -> Replica {
+        self.opened(ReplicaId(1)).await
+    }
+
+    /// Waits until a replica is open.
+    pub(super) async fn opened(&self, replica: ReplicaId) -> Replica {
         let opened = async {
             loop {
-                match self.context.registry.replica(KEYSPACE, ReplicaId(1)) {
+                match self.context.registry.replica(KEYSPACE, replica) {
                     Some(replica) => return replica,
                     // No pause: the replica is seen as early as others can see it.
                     None => tokio::task::yield_now().await,
@@ -71,11 +81,11 @@ impl Hosted {
     }
 }
 
-fn left(catalog: &Catalog) -> Catalog {
+pub(super) fn left(catalog: &Catalog) -> Catalog {
     evict(catalog, ReplicaId(1), false, START_US, 2).unwrap()
 }
 
-fn placed_again(catalog: &Catalog) -> Catalog {
+pub(super) fn placed_again(catalog: &Catalog) -> Catalog {
     let mut next = catalog.next(START_US, 3);
     next.epoch = Epoch(catalog.epoch.0 + 1);
     next.draining.clear();

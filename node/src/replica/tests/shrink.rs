@@ -9,19 +9,21 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::Band;
 use vasto_core::entry::Entry;
 use vasto_core::hash::{jump, partition_hash};
-use vasto_core::ids::{Epoch, Lsn, NodeId, OwnSeq, PlanId, ReplicaId, ShardId};
+use vasto_core::ids::{CatalogVersion, Epoch, Lsn, NodeId, OwnSeq, PlanId, ReplicaId, ShardId};
 use vasto_core::plan::{Plan, PlanKind, Source, Step};
 use vasto_core::record::{BandRange, Body, RangeState, Record};
 use vasto_core::report::{TargetProgress, TargetStage};
 use vasto_core::stored_key::data_key;
-use vasto_shipping::Bucket;
 use vasto_shipping::export::ExportManifest;
+use vasto_shipping::{Bucket, layout};
 
+use super::restore::{bootstrap_into, restore_from};
 use super::shipping::{Shipping, bucket};
 use super::support::*;
-use crate::build::BuildError;
 use crate::build::resize::Build;
 use crate::build::resize::export::Export;
+use crate::build::sources::{self, Without};
+use crate::build::{Adoption, BuildError, Log};
 use crate::clock::SharedClock;
 use crate::engine::TableSet;
 use crate::host::clean_up;
@@ -315,4 +317,71 @@ async fn a_replica_that_gave_everything_away_is_not_taken_for_a_new_one() {
     assert!(opened.ranges().all_are(Band::owned(BEFORE).into(), RangeState::Leaving));
     assert_eq!(data_rows(&opened), rows);
     opened.control(Control::Stop).await.unwrap();
+}
+
+/// Ships the log of a survivor to its end, behind a checkpoint if one is asked for.
+async fn ship(rig: &Rig, replica: &Replica, bucket: &Bucket, checkpoint: bool) {
+    let shipping = Shipping::start(rig, &rig.path, replica, bucket, HOUR);
+    if checkpoint {
+        shipping.handle.checkpoint(None).await.unwrap();
+    }
+    shipping.stop().await;
+}
+
+async fn manifests(bucket: &Bucket, replica: &Replica) -> Vec<String> {
+    let prefix = layout::replica_prefix(replica.keyspace, replica.shard, replica.id);
+    let keys = bucket.list(&prefix).await.unwrap().into_iter().map(|object| object.key);
+    keys.filter(|key| key.contains("/checkpoint/")).collect()
+}
+
+/// Makes a replica in the place of a lost survivor, from the bucket alone.
+async fn recover(bucket: &Bucket, lost: ReplicaId) -> Result<(Rig, Replica), BuildError> {
+    let rig = Rig::of(ShardId(0), ReplicaId(20), AFTER, RangeState::Owned);
+    let candidates =
+        sources::candidates(bucket, KEYSPACE, rig.shard, &[lost], Without::default(), None).await?;
+    let bootstrap = bootstrap_into(&rig, bucket, &rig.path);
+    let base = candidates.all[0].base.as_ref().unwrap();
+    let adoption = Adoption {
+        keyspace: KEYSPACE,
+        replica: rig.replica,
+        owned: Band::owned(AFTER).into(),
+        version: CatalogVersion(1),
+        epoch: Epoch(1),
+    };
+    bootstrap.take(base, adoption, Log::Replicate).await?;
+    let replica = tokio::task::block_in_place(|| rig.open(&rig.path, true)).unwrap();
+    bootstrap.join_all(&replica, &candidates, lost, AFTER).await?;
+    Ok((rig, replica))
+}
+
+/// The rows of an ingest are in no record: a log that holds one behind the base of a reader gives
+/// an error and not the shard without these rows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_crosses_an_ingest_is_an_error_until_a_checkpoint_holds_it() {
+    let shrink = Shrink::prepare().await;
+    let (rig, replica) = tokio::task::spawn_blocking(|| survivor(0)).await.unwrap();
+    let bucket = shrink.bucket.clone();
+    ship(&rig, &replica, &bucket, true).await;
+    let before = manifests(&bucket, &replica).await;
+    assert_eq!(before.len(), 1);
+    set_range(&replica, arriving(), RangeState::Arriving);
+    shrink.load_into(&rig, &replica).await.unwrap();
+    // The manifest that the survivor has shipped behind its ingest is lost.
+    let behind = manifests(&bucket, &replica).await;
+    assert_eq!(behind.len(), 2);
+    for key in behind.iter().filter(|key| !before.contains(key)) {
+        bucket.delete(key).await.unwrap();
+    }
+    let own = replica.clone();
+    tokio::task::spawn_blocking(move || load(&own, "later")).await.unwrap();
+    ship(&rig, &replica, &bucket, false).await;
+    let refused = restore_from(&rig, &bucket, Without::default(), AFTER, None).await.err().unwrap();
+    assert!(matches!(refused, BuildError::CrossesIngest { .. }), "{refused}");
+    let refused = recover(&bucket, replica.id).await.err().unwrap();
+    assert!(matches!(refused, BuildError::CrossesIngest { .. }), "{refused}");
+    ship(&rig, &replica, &bucket, true).await;
+    let rows = data_rows(&replica);
+    restore_from(&rig, &bucket, Without::default(), AFTER, None).await.unwrap().close().await;
+    let (_recovered, again) = recover(&bucket, replica.id).await.unwrap();
+    assert_eq!(data_rows(&again), rows);
 }
