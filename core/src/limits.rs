@@ -180,12 +180,34 @@ pub const SEALED_READS: Duration = Duration::from_secs(2);
 /// retry.
 pub const SEALED_WRITES_WAIT: Duration = Duration::from_secs(3);
 /// Time within which the `sealing` version must be written, else the bucket is too slow to seal
-/// now.
-pub const SEALING_WRITE_MAX: Duration = Duration::from_millis(200);
-/// Time within which all sources must have sealed and all targets caught up, else the plan unseals.
+/// now: the commit, which writers wait for, would take as long. A version takes two requests to the
+/// bucket; 300 ms each is usual for some. A plan whose seals were undone waits longer, see
+/// [`crate::reconcile::sealing_write_max`] ...
+pub const SEALING_WRITE_MAX: Duration = Duration::from_secs(1);
+/// ... and in the end for this long: less than [`SEALED_WRITES_WAIT`], so that the writers that wait
+/// meanwhile are sent on by the commit, and [`SEALED_READS`] at most.
+pub const SEALING_WRITE_MAX_LAST: Duration = Duration::from_secs(2);
+const _: () = assert!(SEALING_WRITE_MAX_LAST.as_millis() < SEALED_WRITES_WAIT.as_millis());
+const _: () = assert!(SEALING_WRITE_MAX_LAST.as_millis() <= SEALED_READS.as_millis());
+/// Time within which all sources must have sealed and all targets caught up, else the plan unseals;
+/// counted from the moment at which the nodes are told to seal.
 pub const SEAL_TIMEOUT: Duration = Duration::from_secs(1);
-/// Greatest lag at which a tail is close enough to seal.
+/// Greatest lag at which a tail is close enough to seal, in records, of a source that does not tell
+/// bytes; and of a follower that is close enough to take over.
 pub const TAIL_LAG_LSNS_MAX: u64 = 64;
+/// Greatest lag at which the tails of a target are close enough to seal, in bytes of log for each
+/// of its sources: half a frame, which is some milliseconds of work.
+pub const TAIL_LAG_BYTES_MAX: u64 = 512 * KIB as u64;
+/// Bytes of log that a tail may be behind without writers being slowed down for it: less than one
+/// frame is sent at once.
+pub const TAIL_BACKLOG_BYTES: u64 = MIB as u64;
+/// Longest time for which a write of a moving key is held back so that a tail catches up: shorter
+/// than [`ATTEMPT_PATIENCE`], after which a write by choice has gone to another replica.
+pub const THROTTLED_WRITE_MAX: Duration = Duration::from_millis(500);
+const _: () = assert!(THROTTLED_WRITE_MAX.as_millis() * 2 <= ATTEMPT_PATIENCE.as_millis());
+/// Least rate to which the writers of moving keys are slowed down, bytes of keys and values a
+/// second.
+pub const THROTTLED_BYTES_PER_S_MIN: u64 = 256 * KIB as u64;
 /// Deadline of a whole SIGTERM shutdown: drain, then exit.
 pub const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
 /// Time into a stop of the master after which its remaining connections are closed: all requests

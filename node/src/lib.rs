@@ -23,6 +23,7 @@ mod session;
 mod ship;
 mod shortage;
 mod stall;
+mod throttle;
 
 pub use engine::EngineBudget;
 pub use node::{Node, NodeConfig, NodeError, RunningNode};

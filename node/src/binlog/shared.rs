@@ -62,6 +62,8 @@ struct LogState {
     segments: VecDeque<Segment>,
     active: Option<Arc<File>>,
     appended: Lsn,
+    /// Bytes of the records that were appended since the log was opened.
+    written: u64,
     synced: Lsn,
     failed: Option<String>,
 }
@@ -121,7 +123,8 @@ impl LogShared {
         active: Option<Arc<File>>,
         last: Lsn,
     ) -> Self {
-        let state = LogState { segments, active, appended: last, synced: last, failed: None };
+        let state =
+            LogState { segments, active, appended: last, written: 0, synced: last, failed: None };
         LogShared {
             dir,
             state: Mutex::new(state),
@@ -165,6 +168,11 @@ impl LogShared {
     /// Returns the bytes of all files.
     pub(crate) fn bytes(&self) -> u64 {
         self.state.lock().segments.iter().map(|segment| segment.bytes).sum()
+    }
+
+    /// Returns the bytes of the records that were appended since the log was opened.
+    pub(crate) fn written(&self) -> u64 {
+        self.state.lock().written
     }
 
     /// Returns the bytes of the records after `lsn`, too high by less than one step of the sparse
@@ -293,6 +301,7 @@ impl LogShared {
     pub(super) fn appended(&self, lsn: Lsn, offset: u64, end: u64) {
         let mut state = self.state.lock();
         state.appended = lsn;
+        state.written += end - offset;
         state
             .segments
             .back_mut()
