@@ -24,6 +24,7 @@ mod service;
 mod shipping;
 mod shrink;
 mod size;
+mod slowed;
 pub(crate) mod support;
 mod ties;
 mod writes;

@@ -6,12 +6,12 @@ use std::time::Duration;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use vasto_core::ErrorCode;
 use vasto_core::catalog::{Ack, Catalog, KeyspaceSpec};
-use vasto_core::ids::{CatalogVersion, Epoch, NodeId, ReplicaId, ShardId};
+use vasto_core::ids::{CatalogVersion, Epoch, NodeId, PlanId, ReplicaId, ShardId};
 use vasto_core::reconcile::evict;
 use vasto_core::record::RangeState;
 use vasto_core::topology::NodeAddress;
+use vasto_core::{Band, ErrorCode};
 use vasto_proto::v1::replication_server::ReplicationServer;
 
 use super::support::*;
@@ -178,6 +178,40 @@ async fn a_replica_that_hears_of_a_higher_epoch_modifies_nothing_before_it_has_a
     write_one(&old.replica, put("any", "replica takes puts"));
     apply_catalog(old, 2, Role::Primary);
     write_one(&old.replica, add("c", 1));
+}
+
+/// The targets of a resize read the log of the source up to its seal.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_peer_took_before_its_own_seal_is_in_the_log_of_the_source_up_to_its_seal() {
+    let all = members(2).await;
+    let (source, peer) = (&all[0], &all[1]);
+    let catalog = Arc::new(shard_on(2));
+    apply_catalog(source, catalog.version.0, Role::Primary);
+    apply_catalog(peer, catalog.version.0, Role::Secondary);
+    let range = Band::owned(1).into();
+    let seal = |member: &Member| {
+        let (plan, version) = (PlanId(1), catalog.version);
+        control(&member.replica, Control::Seal { plan, version, range }).unwrap()
+    };
+    write_one(&peer.replica, put("before", "v"));
+    let own = seal(source);
+    let waiting = tokio::spawn({
+        let (replicator, catalog) = (source.replicator.clone(), catalog.clone());
+        async move { replicator.sealed_by_all(&catalog).await }
+    });
+    write_one(&peer.replica, put("after the seal of the source", "v"));
+    seal(peer);
+    let waits = send(&peer.replica, vec![put("after its own", "v")], Ack::Fsync);
+    source.replicator.follow(&catalog);
+    let sealed = waiting.await.unwrap().unwrap();
+    assert!(sealed > own);
+    let all_records = records(&source.replica);
+    let read = all_records.iter().filter(|record| record.lsn <= sealed);
+    let keys: Vec<String> = read.flat_map(data_keys).collect();
+    for key in ["before", "after the seal of the source"] {
+        assert!(keys.iter().any(|read| read == key), "{key}: {keys:?}");
+    }
+    assert!(waits.recv_timeout(Duration::ZERO).is_err(), "a sealed replica takes nothing");
 }
 
 /// A replica serves replication in every state.
