@@ -37,7 +37,7 @@ pub(crate) struct Sample {
     pub backlog: u64,
     /// Bytes of log ever written.
     pub written: u64,
-    /// Bytes of keys and values of moving keys ever taken from writers.
+    /// Bytes of keys and values of moving keys ever taken, here and at the other replicas.
     pub taken: u64,
 }
 

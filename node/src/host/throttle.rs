@@ -2,10 +2,11 @@
 //! not catch up with them, and while the log that the plan needs fills its room faster than it is
 //! shipped.
 //!
-//! **Invariant:** only the source of a resize slows anybody down, and only before its seal.
+//! **Invariant:** only the source of a resize decides to slow writers down, and only before its seal;
+//! the other replicas of its shard do as it does.
 
 use vasto_core::catalog::Catalog;
-use vasto_core::plan::{Plan, Step};
+use vasto_core::plan::{Plan, Source, Step};
 use vasto_core::report::ThrottleReport;
 
 use super::hosted::Hosted;
@@ -17,12 +18,12 @@ impl Hosted {
     /// Decides anew to what rate writers of moving keys are slowed down.
     pub(super) fn slow_writers(&self, catalog: &Catalog) {
         let Self { shared, replica, throttle, .. } = self;
-        let gives = |plan: &&Plan| {
-            matches!(plan.step, Step::Prepare | Step::Tail)
-                && plan.sources.iter().any(|source| source.replica == replica.id)
-        };
-        let plan = catalog.plan.as_ref().filter(gives);
-        let Some((plan, range)) = plan.and_then(|plan| Some((plan.id, plan.leaving()?))) else {
+        let runs = |plan: &&Plan| matches!(plan.step, Step::Prepare | Step::Tail);
+        let moving = catalog.plan.as_ref().filter(runs).and_then(|plan| {
+            let of_shard = |source: &&Source| source.shard == replica.shard;
+            Some((plan.id, plan.leaving()?, plan.sources.iter().find(of_shard)?.replica))
+        });
+        let Some((plan, range, source)) = moving else {
             throttle.lock().next(None);
             replica.throttle().set(None);
             if let Some(source) = &mut shared.status.lock().source {
@@ -30,7 +31,11 @@ impl Hosted {
             }
             return;
         };
-        let bytes_per_s = throttle.lock().next(self.sample());
+        let bytes_per_s = match source == replica.id {
+            true => throttle.lock().next(self.sample()),
+            // What comes here comes to the log of the source, too.
+            false => replica.throttle().rate_of(source),
+        };
         let was_slow = replica.throttle().slows();
         replica.throttle().set(Some(Moving { range, bytes_per_s }));
         let held_back_ms = replica.throttle().held_back().as_millis() as u64;

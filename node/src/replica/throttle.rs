@@ -4,9 +4,11 @@
 //! **Invariant:** without a plan that moves keys away nothing is counted and nothing slowed down.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
+use parking_lot::Mutex;
+use vasto_core::ids::ReplicaId;
 use vasto_core::record::BandRange;
 
 /// The moving keys of a plan.
@@ -18,10 +20,23 @@ pub(crate) struct Moving {
     pub bytes_per_s: Option<u64>,
 }
 
+/// Time for which the rate that a peer has named counts: it names it again with every frame.
+const HEARD_FOR: Duration = Duration::from_secs(1);
+
+/// What a peer has said about its own writers.
+#[derive(Debug, Clone, Copy)]
+struct Heard {
+    peer: ReplicaId,
+    bytes_per_s: u64,
+    at: Instant,
+}
+
 /// What the writer counts, and obeys.
 #[derive(Default)]
 pub(crate) struct WriteThrottle {
     moving: ArcSwapOption<Moving>,
+    /// Rate that a peer has named last, and when.
+    peer: Mutex<Option<Heard>>,
     taken: AtomicU64,
     held_back_us: AtomicU64,
 }
@@ -39,12 +54,33 @@ impl WriteThrottle {
         self.moving.load().as_deref().copied()
     }
 
-    /// Returns true while writes of moving keys are slowed down.
-    pub(crate) fn slows(&self) -> bool {
-        self.moving().is_some_and(|moving| moving.bytes_per_s.is_some())
+    /// Returns the rate to which writes of moving keys are slowed down.
+    pub(crate) fn bytes_per_s(&self) -> Option<u64> {
+        self.moving()?.bytes_per_s
     }
 
-    /// Returns the bytes of keys and values of moving keys that were ever taken.
+    /// Returns true while writes of moving keys are slowed down.
+    pub(crate) fn slows(&self) -> bool {
+        self.bytes_per_s().is_some()
+    }
+
+    /// Notes the rate that a peer has named for its own writers of moving keys.
+    pub(crate) fn heard(&self, peer: ReplicaId, bytes_per_s: Option<u64>) {
+        let mut last = self.peer.lock();
+        match bytes_per_s {
+            Some(bytes_per_s) => *last = Some(Heard { peer, bytes_per_s, at: Instant::now() }),
+            None => drop(last.take_if(|heard| heard.peer == peer)),
+        }
+    }
+
+    /// Returns the rate that this peer named a moment ago.
+    pub(crate) fn rate_of(&self, peer: ReplicaId) -> Option<u64> {
+        let heard = (*self.peer.lock())?;
+        (heard.peer == peer && heard.at.elapsed() < HEARD_FOR).then_some(heard.bytes_per_s)
+    }
+
+    /// Returns the bytes of keys and values of moving keys that were ever taken, from writers and
+    /// from peers.
     pub(crate) fn taken(&self) -> u64 {
         self.taken.load(Ordering::Relaxed)
     }
