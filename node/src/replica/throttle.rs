@@ -98,3 +98,35 @@ impl WriteThrottle {
         self.held_back_us.fetch_add(time.as_micros() as u64, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use vasto_core::Band;
+
+    use super::*;
+
+    #[test]
+    fn the_rate_of_a_peer_counts_until_it_takes_it_back() {
+        let throttle = WriteThrottle::default();
+        throttle.heard(ReplicaId(1), Some(7));
+        assert_eq!(throttle.rate_of(ReplicaId(1)), Some(7));
+        assert_eq!(throttle.rate_of(ReplicaId(2)), None, "it is not the source");
+        throttle.heard(ReplicaId(2), None);
+        assert_eq!(throttle.rate_of(ReplicaId(1)), Some(7));
+        throttle.heard(ReplicaId(1), None);
+        assert_eq!(throttle.rate_of(ReplicaId(1)), None);
+    }
+
+    #[test]
+    fn moving_keys_without_a_rate_are_not_slowed_down() {
+        let throttle = WriteThrottle::default();
+        assert!(!throttle.slows());
+        let range = (Band(1)..=Band(2)).into();
+        throttle.set(Some(Moving { range, bytes_per_s: None }));
+        assert!(!throttle.slows() && throttle.moving().is_some());
+        throttle.set(Some(Moving { range, bytes_per_s: Some(1) }));
+        assert!(throttle.slows());
+        throttle.set(None);
+        assert!(!throttle.slows() && throttle.moving().is_none());
+    }
+}

@@ -18,6 +18,7 @@ use super::support::*;
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 use crate::replica::command::{Control, OpKind, Role, WriteOp};
+use crate::replica::throttle::Moving;
 use crate::replication::ReplicationService;
 use crate::replication::replicator::Replicator;
 
@@ -212,6 +213,27 @@ async fn what_a_peer_took_before_its_own_seal_is_in_the_log_of_the_source_up_to_
         assert!(keys.iter().any(|read| read == key), "{key}: {keys:?}");
     }
     assert!(waits.recv_timeout(Duration::ZERO).is_err(), "a sealed replica takes nothing");
+}
+
+/// Its writes come to the log of the source, and count there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_hears_how_far_the_source_slows_writers_down() {
+    let all = members(2).await;
+    let (source, other) = (&all[0], &all[1]);
+    let catalog = shard_on(2);
+    let moving = Moving { range: Band::owned(1).into(), bytes_per_s: Some(7_000_000) };
+    source.replica.throttle().set(Some(moving));
+    source.replicator.follow(&catalog);
+    other.replicator.follow(&catalog);
+    write_one(&source.replica, put("k", "v"));
+    let rate = || other.replica.throttle().rate_of(source.replica.id);
+    until("the rate to be heard", || rate() == moving.bytes_per_s).await;
+    let taken = source.replica.throttle().taken();
+    write_one(&other.replica, put("other", "v"));
+    until("a write at the follower to count", || source.replica.throttle().taken() > taken).await;
+    source.replica.throttle().set(None);
+    write_one(&source.replica, put("k", "later"));
+    until("the rate to be taken back", || rate().is_none()).await;
 }
 
 /// A replica serves replication in every state.
