@@ -215,6 +215,9 @@ pub const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
 pub const MASTER_DRAIN: Duration = Duration::from_secs(1);
 /// Interval of the background sync of log that was acknowledged as `os`.
 pub const OS_SYNC_INTERVAL: Duration = Duration::from_millis(200);
+/// The same while another shard reads the log: only what is synced is streamed, and what is not when
+/// a source seals lengthens the pause of its writers.
+pub const TAILED_SYNC_INTERVAL: Duration = Duration::from_millis(40);
 /// Time for which an opened replica waits for its peers to report what they hold; silent peers are
 /// skipped.
 pub const CATCH_UP_PATIENCE: Duration = Duration::from_secs(2);

@@ -74,8 +74,11 @@ impl Seen {
 /// The controller of one source.
 #[derive(Debug, Default)]
 pub(crate) struct Throttle {
-    /// Where the window began.
+    /// Where the window began, with the least backlog of the one before.
     since: Option<Sample>,
+    /// Least backlog in the window: log becomes readable in bursts, and what is left between them is
+    /// what a reader is behind.
+    least: Option<u64>,
     /// Windows in a row without enough progress.
     stuck: u32,
     /// Bytes of keys and values a second.
@@ -92,8 +95,11 @@ impl Throttle {
         };
         let since = *self.since.get_or_insert(sample);
         let elapsed = sample.at.saturating_sub(since.at);
+        let least = self.least.map_or(sample.backlog, |least| least.min(sample.backlog));
+        self.least = Some(least);
         if elapsed >= WINDOW {
-            self.since = Some(sample);
+            let sample = Sample { backlog: least, ..sample };
+            (self.since, self.least) = (Some(sample), None);
             self.rate = self.decide(Seen::between(since, sample, elapsed.as_secs_f64()));
         }
         self.rate.map(|rate| rate as u64)
@@ -250,6 +256,24 @@ mod tests {
                 model.tick();
             }
             prop_assert_eq!(model.rate, None, "{:.0} MiB behind", model.backlog / MIB);
+        }
+    }
+
+    /// Log becomes readable with each sync: a reader that takes all of it before the next one is
+    /// not behind, however much it is.
+    #[test]
+    fn bursts_that_a_reader_takes_in_time_slow_nobody_down() {
+        let mut throttle = Throttle::default();
+        for tick in 0..600u32 {
+            let burst = [40.0 * MIB, 20.0 * MIB, 0.0][tick as usize % 3];
+            let written = (f64::from(tick) * 20.0 * MIB) as u64;
+            let rate = throttle.next(Some(Sample {
+                at: Duration::from_secs_f64(f64::from(tick) * TICK),
+                backlog: burst as u64,
+                written,
+                taken: written,
+            }));
+            assert_eq!(rate, None);
         }
     }
 

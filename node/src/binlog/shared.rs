@@ -76,6 +76,11 @@ impl LogState {
         }
     }
 
+    fn bytes_after(&self, lsn: Lsn) -> u64 {
+        let later = self.segments.iter().rev().take_while(|segment| segment.last > lsn);
+        later.map(|segment| segment.bytes - segment.near(lsn.next()).1).sum()
+    }
+
     fn first_lsn(&self) -> Lsn {
         let oldest = self.segments.front().filter(|segment| segment.first <= segment.last);
         oldest.map_or(self.appended.next(), |segment| segment.first)
@@ -178,9 +183,17 @@ impl LogShared {
     /// Returns the bytes of the records after `lsn`, too high by less than one step of the sparse
     /// index and a record.
     pub(crate) fn bytes_after(&self, lsn: Lsn) -> u64 {
+        self.state.lock().bytes_after(lsn)
+    }
+
+    /// Returns the bytes of the durable records after `lsn`, which a reader could be sent now; wrong
+    /// by less than one step of the sparse index and a record, but 0 when there are none.
+    pub(crate) fn synced_bytes_after(&self, lsn: Lsn) -> u64 {
         let state = self.state.lock();
-        let later = state.segments.iter().rev().take_while(|segment| segment.last > lsn);
-        later.map(|segment| segment.bytes - segment.near(lsn.next()).1).sum()
+        match lsn < state.synced {
+            true => state.bytes_after(lsn).saturating_sub(state.bytes_after(state.synced)),
+            false => 0,
+        }
     }
 
     /// Makes everything appended so far durable and returns the LSN up to which it is.

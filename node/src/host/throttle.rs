@@ -61,7 +61,7 @@ impl Hosted {
     fn sample(&self) -> Option<Sample> {
         let Self { replica, ship, .. } = self;
         let log = replica.log();
-        let unread = replica.tails().slowest().map(|sent| log.bytes_after(sent));
+        let unread = replica.tails().slowest().map(|sent| log.synced_bytes_after(sent));
         // Half of the room is left for what cannot be slowed down.
         let room = self.shared.context.log_cap / 2;
         let unshipped = log.bytes_after(ship.plan_needs_after()).checked_sub(room);

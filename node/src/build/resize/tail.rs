@@ -92,7 +92,7 @@ async fn stream(
         records: Vec::new(),
         covered_lsn: reader.position().0,
         head_lsn: replica.log().synced_lsn().0,
-        lag_bytes: Some(replica.log().bytes_after(reader.position())),
+        lag_bytes: Some(replica.log().synced_bytes_after(reader.position())),
     };
     if frames.send(Ok(hello)).await.is_err() {
         return Ok(());
@@ -110,17 +110,12 @@ async fn stream(
         let batch = batch?;
         if batch.covered > Lsn(0) {
             open.sent(batch.covered);
-            let head = head.max(batch.covered);
-            let is_behind = head > batch.covered;
             let quiet = batch.records.is_empty() && !batch.control;
             let frame = v1::TailFrame {
                 records: batch.records,
                 covered_lsn: batch.covered.0,
-                head_lsn: head.0,
-                lag_bytes: Some(match is_behind {
-                    true => replica.log().bytes_after(batch.covered),
-                    false => 0,
-                }),
+                head_lsn: head.0.max(batch.covered.0),
+                lag_bytes: Some(replica.log().synced_bytes_after(batch.covered)),
             };
             if frames.send(Ok(frame)).await.is_err() {
                 return Ok(());

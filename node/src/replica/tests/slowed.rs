@@ -206,7 +206,7 @@ async fn a_source_knows_how_far_its_slowest_reader_is_behind() {
         }
     };
     tokio::task::spawn_blocking(write_all).await.unwrap();
-    let unread = || replica.tails().slowest().map(|sent| replica.log().bytes_after(sent));
+    let unread = || replica.tails().slowest().map(|sent| replica.log().synced_bytes_after(sent));
     assert_eq!(unread(), None, "nobody reads");
     let mut frames = tail::serve(&registry, &tail_of(&replica, begin)).unwrap();
     // Nobody takes the frames: few are read ahead.
