@@ -180,8 +180,8 @@ pub const SEALED_READS: Duration = Duration::from_secs(2);
 /// retry.
 pub const SEALED_WRITES_WAIT: Duration = Duration::from_secs(3);
 /// Time within which the `sealing` version must be written, else the bucket is too slow to seal
-/// now: the commit, which writers wait for, would take as long. A version takes two requests to the
-/// bucket; 300 ms each is usual for some. A plan whose seals were undone waits longer, see
+/// now: the commit, which writers wait for, would take as long. 300 ms for a request
+/// is usual for some. A plan whose seals were undone waits longer, see
 /// [`crate::reconcile::sealing_write_max`] ...
 pub const SEALING_WRITE_MAX: Duration = Duration::from_secs(1);
 /// ... and in the end for this long: less than [`SEALED_WRITES_WAIT`], so that the writers that wait

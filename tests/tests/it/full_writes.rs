@@ -174,7 +174,7 @@ async fn resizes_under_full_writes_to_the_moving_keys_lose_nothing_and_fail_nobo
     cluster.finish().await
 }
 
-/// A version of the catalog takes two requests, so each pause takes a little more than 600 ms.
+/// Writers wait for the commit, one request: each pause takes a little more than 300 ms.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_bucket_of_300_ms_a_request_grows_and_shrinks() -> Result<()> {
     let store = Arc::new(HttpStore::start().await);

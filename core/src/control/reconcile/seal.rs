@@ -39,8 +39,8 @@ mod tests {
 
     #[test]
     fn a_bucket_of_300_ms_a_request_seals_at_once() {
-        // The version, and the look whether there is a next one already.
-        assert!(Duration::from_millis(2 * 300) < sealing_write_max(0));
+        // The write may fail once, and is looked at then.
+        assert!(Duration::from_millis(3 * 300) < sealing_write_max(0));
     }
 
     proptest! {
