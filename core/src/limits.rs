@@ -180,9 +180,17 @@ pub const SEALED_READS: Duration = Duration::from_secs(2);
 /// retry.
 pub const SEALED_WRITES_WAIT: Duration = Duration::from_secs(3);
 /// Time within which the `sealing` version must be written, else the bucket is too slow to seal
-/// now.
-pub const SEALING_WRITE_MAX: Duration = Duration::from_millis(200);
-/// Time within which all sources must have sealed and all targets caught up, else the plan unseals.
+/// now: the commit, which writers wait for, would take as long. 300 ms for a request
+/// is usual for some. A plan whose seals were undone waits longer, see
+/// [`crate::reconcile::sealing_write_max`] ...
+pub const SEALING_WRITE_MAX: Duration = Duration::from_secs(1);
+/// ... and in the end for this long: less than [`SEALED_WRITES_WAIT`], so that the writers that wait
+/// meanwhile are sent on by the commit, and [`SEALED_READS`] at most.
+pub const SEALING_WRITE_MAX_LAST: Duration = Duration::from_secs(2);
+const _: () = assert!(SEALING_WRITE_MAX_LAST.as_millis() < SEALED_WRITES_WAIT.as_millis());
+const _: () = assert!(SEALING_WRITE_MAX_LAST.as_millis() <= SEALED_READS.as_millis());
+/// Time within which all sources must have sealed and all targets caught up, else the plan unseals;
+/// counted from the moment at which the nodes are told to seal.
 pub const SEAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time after which the nodes of a plan look for themselves whether a seal was decided, and those
 /// that are sealed undo it. Longer than a master needs to decide, also at a bucket that takes 300 ms
@@ -195,8 +203,22 @@ pub const SEAL_LOOK_AGAIN: (Duration, Duration) =
     (Duration::from_millis(500), Duration::from_secs(5));
 const _: () = assert!(SEAL_TIMEOUT.as_millis() + 2 * 300 < SEAL_UNDECIDED.as_millis());
 const _: () = assert!(SEAL_UNDECIDED.as_millis() < SEALED_WRITES_WAIT.as_millis());
-/// Greatest lag at which a tail is close enough to seal.
+/// Greatest lag at which a tail is close enough to seal, in records, of a source that does not tell
+/// bytes; and of a follower that is close enough to take over.
 pub const TAIL_LAG_LSNS_MAX: u64 = 64;
+/// Greatest lag at which the tails of a target are close enough to seal, in bytes of log for each
+/// of its sources: half a frame, which is some milliseconds of work.
+pub const TAIL_LAG_BYTES_MAX: u64 = 512 * KIB as u64;
+/// Bytes of log that a tail may be behind without writers being slowed down for it: less than one
+/// frame is sent at once.
+pub const TAIL_BACKLOG_BYTES: u64 = MIB as u64;
+/// Longest time for which a write of a moving key is held back so that a tail catches up: shorter
+/// than [`ATTEMPT_PATIENCE`], after which a write by choice has gone to another replica.
+pub const THROTTLED_WRITE_MAX: Duration = Duration::from_millis(500);
+const _: () = assert!(THROTTLED_WRITE_MAX.as_millis() * 2 <= ATTEMPT_PATIENCE.as_millis());
+/// Least rate to which the writers of moving keys are slowed down, bytes of keys and values a
+/// second.
+pub const THROTTLED_BYTES_PER_S_MIN: u64 = 256 * KIB as u64;
 /// Deadline of a whole SIGTERM shutdown: drain, then exit.
 pub const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
 /// Time into a stop of the master after which its remaining connections are closed: all requests
@@ -204,6 +226,9 @@ pub const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(10);
 pub const MASTER_DRAIN: Duration = Duration::from_secs(1);
 /// Interval of the background sync of log that was acknowledged as `os`.
 pub const OS_SYNC_INTERVAL: Duration = Duration::from_millis(200);
+/// The same while another shard reads the log: only what is synced is streamed, and what is not when
+/// a source seals lengthens the pause of its writers.
+pub const TAILED_SYNC_INTERVAL: Duration = Duration::from_millis(40);
 /// Time for which an opened replica waits for its peers to report what they hold; silent peers are
 /// skipped.
 pub const CATCH_UP_PATIENCE: Duration = Duration::from_secs(2);

@@ -23,6 +23,7 @@ mod session;
 mod ship;
 mod shortage;
 mod stall;
+mod throttle;
 mod undecided;
 
 pub use engine::EngineBudget;

@@ -161,6 +161,16 @@ pub struct Sealed {
     pub lsn: Lsn,
 }
 
+/// How a source slows the writers of moving keys down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThrottleReport {
+    /// Bytes of keys and values of moving keys that it takes in a second.
+    pub bytes_per_s: u64,
+    /// Time for which writes have been held back since the replica was opened, all together,
+    /// milliseconds.
+    pub held_back_ms: u64,
+}
+
 /// Progress of a source in a plan.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourceProgress {
@@ -181,6 +191,9 @@ pub struct SourceProgress {
     /// Times for which writes of the moving range waited, microseconds; the pause itself first.
     #[serde(default)]
     pub pauses_us: Vec<u64>,
+    /// The writers of moving keys are slowed down so that the targets catch up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttle: Option<ThrottleReport>,
     /// Reason why the source cannot go on.
     #[serde(default)]
     pub failed: Option<String>,
@@ -212,6 +225,10 @@ pub struct TargetProgress {
     pub cursors: BTreeMap<ReplicaId, Lsn>,
     /// Log records that the sources had and the target had not, at the last check.
     pub lag_lsns: u64,
+    /// Bytes of log that the sources had and had not sent, at the last check; `None` when they do
+    /// not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lag_bytes: Option<u64>,
     /// Bytes to take from the bucket.
     pub bytes_total: u64,
     /// Bytes taken so far.
@@ -244,6 +261,7 @@ impl TargetProgress {
             stage: TargetStage::Downloading,
             cursors: BTreeMap::new(),
             lag_lsns: 0,
+            lag_bytes: None,
             bytes_total: 0,
             bytes_done: 0,
             keys_moved: 0,

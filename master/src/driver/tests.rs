@@ -266,6 +266,7 @@ impl Fixture {
             sealed: None,
             released: false,
             pauses_us: Vec::new(),
+            throttle: None,
             failed: None,
         };
         let target = TargetProgress {

@@ -10,10 +10,9 @@ use std::time::{Duration, Instant};
 use rand::RngExt;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{CatalogVersion, ReplicaId};
-use vasto_core::limits::SEALING_WRITE_MAX;
 use vasto_core::operation::operation_id;
 use vasto_core::plan::Step;
-use vasto_core::reconcile::{LeadershipChanges, leadership_changes_between};
+use vasto_core::reconcile::{LeadershipChanges, leadership_changes_between, sealing_write_max};
 use vasto_failpoint::{Point, points};
 use vasto_shipping::{CatalogError, CatalogWrite};
 
@@ -193,8 +192,11 @@ fn failpoints_of(next: &Catalog) -> (Point, Point) {
 /// Returns how a version that this master wrote is delivered: one that seals and took too long to
 /// write is undone instead, since writes would wait for longer than was promised.
 pub(super) fn delivery_of(next: &Catalog, took: Duration) -> Delivery {
-    let sealing = next.plan.as_ref().is_some_and(|plan| plan.step == Step::Sealing);
-    if sealing && took > SEALING_WRITE_MAX { Delivery::Undo } else { Delivery::Push }
+    let sealing = next.plan.as_ref().filter(|plan| plan.step == Step::Sealing);
+    match sealing {
+        Some(plan) if took > sealing_write_max(plan.seals_undone) => Delivery::Undo,
+        Some(_) | None => Delivery::Push,
+    }
 }
 
 fn log_version(next: &Catalog, delivery: Delivery, took: Duration) {

@@ -12,8 +12,8 @@ use vasto_core::ids::{KeyspaceId, NodeId};
 use vasto_core::limits::{ACCEPTED_LOSS_AWAY, COPIES_PER_NODE_MAX};
 use vasto_core::plan::{Plan, SEALS_UNDONE_MAX, Step};
 use vasto_core::reconcile::{
-    Advance, Around, Presence, abort, advance, advance_members, advance_primaries, give_up_on,
-    undo_seal, waits_for,
+    Advance, Around, Presence, abort, advance_members, advance_primaries, advance_shown,
+    give_up_on, undo_seal, waits_for,
 };
 
 use super::ClusterState;
@@ -38,6 +38,7 @@ impl ClusterState {
         let in_force_us =
             u64::try_from(keyspace.installed.elapsed().as_micros()).unwrap_or(u64::MAX);
         let now_us = now_us.max(catalog.written_at_us.saturating_add(in_force_us));
+        let shown_us = keyspace.shown_us(now_us, in_force_us);
         if let Some(next) = without_slow_seal(keyspace, now_us, nonce) {
             return Advance::Write(Box::new(next));
         }
@@ -75,8 +76,8 @@ impl ClusterState {
             Presence::Here(since_us) => since_us,
             Presence::Away | Presence::Gone => 0,
         };
-        match advance(catalog, reports, |node| self.away_us(node, mono_us), here_us, now_us, nonce)
-        {
+        let away_us = |node| self.away_us(node, mono_us);
+        match advance_shown(catalog, shown_us, reports, away_us, here_us, now_us, nonce) {
             Advance::Idle => {
                 waits_for(catalog, reports, &around, now_us).map_or(Advance::Idle, Advance::Wait)
             }

@@ -96,6 +96,16 @@ impl Keyspace {
         self.notify();
     }
 
+    /// Returns when the nodes were told of the last version, microseconds since 1970. Another
+    /// master may have told them as soon as it was written.
+    pub(super) fn shown_us(&self, now_us: u64, in_force_us: u64) -> u64 {
+        let written_at_us = self.catalog.written_at_us;
+        match self.delivery {
+            Delivery::Push => now_us.saturating_sub(in_force_us).max(written_at_us),
+            Delivery::Hold | Delivery::Undo => written_at_us,
+        }
+    }
+
     /// Subscribes to the newest topology, and every later one.
     pub(crate) fn topology(&self) -> watch::Receiver<v1::Topology> {
         self.topology.subscribe()

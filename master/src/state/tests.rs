@@ -268,6 +268,7 @@ fn sealed_reports(sealing: &Catalog) -> Vec<ReplicaReport> {
         sealed: Some(Sealed { version: sealing.version, lsn: Lsn(20) }),
         released: false,
         pauses_us: Vec::new(),
+        throttle: None,
         failed: None,
     };
     let target = TargetProgress {

@@ -4,8 +4,8 @@ use serde::Serialize;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{NodeId, ReplicaId, ShardId};
 use vasto_core::operation::{OperationKind, operation_id};
-use vasto_core::plan::{Plan, Step, Target};
-use vasto_core::report::{TargetProgress, TargetStage};
+use vasto_core::plan::{Plan, Source, Step, Target};
+use vasto_core::report::{TargetProgress, TargetStage, ThrottleReport};
 
 use crate::state::Keyspace;
 
@@ -25,6 +25,19 @@ pub(crate) struct RunningDoc {
     keys_moved: u64,
     pub(super) started_at_us: u64,
     targets: Vec<TargetDoc>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    throttled: Vec<ThrottledDoc>,
+}
+
+/// A source that slows the writers of moving keys down so that the targets catch up.
+#[derive(Serialize)]
+struct ThrottledDoc {
+    shard: ShardId,
+    node_id: NodeId,
+    /// Bytes of keys and values of moving keys that it takes in a second.
+    bytes_per_s: u64,
+    /// Time for which writes were held back, all together.
+    held_back_ms: u64,
 }
 
 #[derive(Serialize)]
@@ -48,6 +61,8 @@ pub(crate) fn running(keyspace: &Keyspace) -> Option<RunningDoc> {
             doc.keys_moved += progress.keys_moved;
         }
     }
+    doc.throttled =
+        plan.sources.iter().filter_map(|source| throttled(keyspace, plan, source)).collect();
     Some(doc)
 }
 
@@ -75,7 +90,15 @@ pub(crate) fn running_of(catalog: &Catalog) -> Option<RunningDoc> {
         keys_moved: 0,
         started_at_us: plan.started_at_us,
         targets: plan.targets.iter().map(target).collect(),
+        throttled: Vec::new(),
     })
+}
+
+fn throttled(keyspace: &Keyspace, plan: &Plan, source: &Source) -> Option<ThrottledDoc> {
+    let progress = keyspace.reports.get(&source.replica)?.source.as_ref();
+    let ThrottleReport { bytes_per_s, held_back_ms } =
+        progress.filter(|progress| progress.plan == plan.id)?.throttle?;
+    Some(ThrottledDoc { shard: source.shard, node_id: source.node, bytes_per_s, held_back_ms })
 }
 
 fn progress_of<'a>(

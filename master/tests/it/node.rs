@@ -317,6 +317,7 @@ fn source(
         sealed: done(Step::Sealing).then_some(Sealed { version: catalog.version, lsn: SEAL_LSN }),
         released: done(Step::Committed),
         pauses_us: vec![5_000],
+        throttle: None,
         failed: None,
     })
 }
@@ -335,6 +336,7 @@ fn target(plan: &Plan, replica: ReplicaId, hold: Option<Step>) -> Option<TargetP
         stage,
         cursors: plan.sources.iter().map(|source| (source.replica, reached)).collect(),
         lag_lsns: 0,
+        lag_bytes: None,
         bytes_total: 100,
         bytes_done: 60,
         keys_moved: 7,

@@ -62,6 +62,8 @@ struct LogState {
     segments: VecDeque<Segment>,
     active: Option<Arc<File>>,
     appended: Lsn,
+    /// Bytes of the records that were appended since the log was opened.
+    written: u64,
     synced: Lsn,
     failed: Option<String>,
 }
@@ -72,6 +74,11 @@ impl LogState {
             Some(reason) => Err(BinlogError::Poisoned { reason: reason.clone() }),
             None => Ok(()),
         }
+    }
+
+    fn bytes_after(&self, lsn: Lsn) -> u64 {
+        let later = self.segments.iter().rev().take_while(|segment| segment.last > lsn);
+        later.map(|segment| segment.bytes - segment.near(lsn.next()).1).sum()
     }
 
     fn first_lsn(&self) -> Lsn {
@@ -121,7 +128,8 @@ impl LogShared {
         active: Option<Arc<File>>,
         last: Lsn,
     ) -> Self {
-        let state = LogState { segments, active, appended: last, synced: last, failed: None };
+        let state =
+            LogState { segments, active, appended: last, written: 0, synced: last, failed: None };
         LogShared {
             dir,
             state: Mutex::new(state),
@@ -167,12 +175,25 @@ impl LogShared {
         self.state.lock().segments.iter().map(|segment| segment.bytes).sum()
     }
 
+    /// Returns the bytes of the records that were appended since the log was opened.
+    pub(crate) fn written(&self) -> u64 {
+        self.state.lock().written
+    }
+
     /// Returns the bytes of the records after `lsn`, too high by less than one step of the sparse
     /// index and a record.
     pub(crate) fn bytes_after(&self, lsn: Lsn) -> u64 {
+        self.state.lock().bytes_after(lsn)
+    }
+
+    /// Returns the bytes of the durable records after `lsn`, which a reader could be sent now; wrong
+    /// by less than one step of the sparse index and a record, but 0 when there are none.
+    pub(crate) fn synced_bytes_after(&self, lsn: Lsn) -> u64 {
         let state = self.state.lock();
-        let later = state.segments.iter().rev().take_while(|segment| segment.last > lsn);
-        later.map(|segment| segment.bytes - segment.near(lsn.next()).1).sum()
+        match lsn < state.synced {
+            true => state.bytes_after(lsn).saturating_sub(state.bytes_after(state.synced)),
+            false => 0,
+        }
     }
 
     /// Makes everything appended so far durable and returns the LSN up to which it is.
@@ -293,6 +314,7 @@ impl LogShared {
     pub(super) fn appended(&self, lsn: Lsn, offset: u64, end: u64) {
         let mut state = self.state.lock();
         state.appended = lsn;
+        state.written += end - offset;
         state
             .segments
             .back_mut()

@@ -19,6 +19,7 @@ use crate::replica::Replica;
 use crate::replica::authority::Standing;
 use crate::replication::replicator::Replicator;
 use crate::ship::{ShipError, ShipHandle};
+use crate::throttle::Throttle;
 
 /// An open replica under its host.
 pub(super) struct Hosted {
@@ -27,6 +28,8 @@ pub(super) struct Hosted {
     pub(super) ship: ShipHandle,
     pub(super) replicator: Arc<Replicator>,
     pub(super) background: Mutex<Background>,
+    /// Decides how far the writers of moving keys are slowed down.
+    pub(super) throttle: Mutex<Throttle>,
     /// Held while bands that arrive are cleared, or begin to be filled.
     pub(super) filling: tokio::sync::Mutex<()>,
 }

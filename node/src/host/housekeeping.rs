@@ -34,6 +34,7 @@ impl Hosted {
                 shared.notify();
             }
         }
+        self.slow_writers(catalog);
         replica.followers().expire();
         replica.bucket_acks().expire();
         replicator.measure();

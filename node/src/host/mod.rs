@@ -19,6 +19,7 @@ mod runner;
 mod shared;
 mod source;
 mod target;
+mod throttle;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -92,6 +92,7 @@ async fn start(shared: Arc<Shared>, replica: Replica, first: &Catalog) -> (Arc<H
         ship,
         replicator,
         background: Mutex::default(),
+        throttle: Mutex::default(),
         filling: tokio::sync::Mutex::default(),
     });
     let Hosted { shared, replica, replicator, .. } = &*hosted;

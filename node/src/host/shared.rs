@@ -89,6 +89,7 @@ fn fresh_source(plan: PlanId) -> SourceProgress {
         sealed: None,
         released: false,
         pauses_us: Vec::new(),
+        throttle: None,
         failed: None,
     }
 }

@@ -69,6 +69,8 @@ pub(crate) struct WriteCommand {
     pub until: Option<Duration>,
     /// Term of authority under which it was admitted; `None` when its sender chose this replica.
     pub term: Option<u64>,
+    /// It has been held back so that the tails of a plan catch up; once is enough.
+    pub(super) was_slowed: bool,
     /// Authority that decides, once the write is done, whether it may be acknowledged.
     pub(super) authority: Option<Arc<Authority>>,
     done: Option<Completion>,
@@ -92,6 +94,7 @@ impl WriteCommand {
             sent: since_boot(),
             until: None,
             term: None,
+            was_slowed: false,
             authority: None,
             done: Some(done),
             _permit: permit,

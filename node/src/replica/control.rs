@@ -69,6 +69,7 @@ impl Committer {
         let sealed_at = Instant::now();
         let lsn = self.store.log_control(Body::Seal { plan, version, range })?;
         self.held.sealed_at(sealed_at);
+        self.hold_slowed();
         Ok(lsn)
     }
 
@@ -84,6 +85,7 @@ impl Committer {
     /// Ends the writer; queued commands are not executed any more.
     pub(super) fn stop(&mut self) {
         self.held.clear();
+        self.slowed.clear();
         let shared = self.store.shared.clone();
         shared.abandon_acknowledgements();
         if !shared.is_closed() {

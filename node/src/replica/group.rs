@@ -21,6 +21,7 @@ use super::command::{ApplyCommand, Command, OpOutcome, ReplicaError, WriteComman
 use super::held::HeldWrites;
 use super::merge::key_entry_bytes;
 use super::metrics;
+use super::slowed::SlowedWrites;
 use super::store::Store;
 use super::write_group::WriteGroup;
 
@@ -82,11 +83,12 @@ struct OpenGroup {
 pub(super) struct Committer {
     pub store: Store,
     pub held: HeldWrites,
+    pub slowed: SlowedWrites,
 }
 
 impl Committer {
     pub(super) fn new(store: Store) -> Self {
-        Self { store, held: HeldWrites::default() }
+        Self { store, held: HeldWrites::default(), slowed: SlowedWrites::default() }
     }
 
     /// Executes the commands, in as many group commits as they need.
@@ -99,13 +101,16 @@ impl Committer {
             match self.store.admit(&mut command) {
                 Err(error) => command.answer(Err(error)),
                 Ok(Admission::Wait) => self.held.hold(command),
-                Ok(Admission::Ready) => match self.do_once(&command, &mut open.group, times) {
-                    Ok(done) => {
-                        open.must_sync |= command.ack != Ack::Os;
-                        open.answers.push((command, done));
+                Ok(Admission::Ready) => {
+                    let Some(command) = self.slowed.pass(command, &self.store) else { continue };
+                    match self.do_once(&command, &mut open.group, times) {
+                        Ok(done) => {
+                            open.must_sync |= command.ack != Ack::Os;
+                            open.answers.push((command, done));
+                        }
+                        Err(error) => command.answer(Err(error)),
                     }
-                    Err(error) => command.answer(Err(error)),
-                },
+                }
             }
         }
         for command in applies {
@@ -130,6 +135,21 @@ impl Committer {
         let (commands, pauses) = self.held.release();
         self.store.shared.add_pauses(pauses);
         self.commit(CommandGroup::of(commands));
+    }
+
+    /// Executes the writes that were held back long enough.
+    pub(super) fn release_slowed(&mut self) {
+        let due = self.slowed.take_due(&self.store.shared.throttle);
+        if !due.is_empty() {
+            self.commit(CommandGroup::of(due));
+        }
+    }
+
+    /// Lets the writes that are held back for the sake of the tails wait for the outcome of a seal
+    /// instead.
+    pub(super) fn hold_slowed(&mut self) {
+        let slowed = self.slowed.take_all(&self.store.shared.throttle);
+        self.commit(CommandGroup::of(slowed));
     }
 
     /// Returns an empty group commit.

@@ -71,17 +71,31 @@ impl Replica {
         }
         let weight = (bytes + 64).min(WRITE_QUEUE_BYTES_MAX) as u32;
         let Ok(permit) = self.queue_bytes.clone().try_acquire_many_owned(weight) else {
-            done(Err(VastoError::new(
-                ErrorCode::Overloaded,
-                "the replica's write queue is full; slow down",
-            )
-            .retry_after_ms(20)));
+            done(Err(self.queue_is_full()));
             return;
         };
         // A command that is refused because the writer has ended answers itself when it is dropped.
         let _ = self.commands.send(Command::Write(
             WriteCommand::new(ops, ack, done, Some(permit)).with_context(context),
         ));
+    }
+
+    /// Returns the refusal of a write for which the queue has no room. What fills it because writes
+    /// wait for a change of shards costs a client no budget of retries: it only waits, too.
+    fn queue_is_full(&self) -> VastoError {
+        let waits = self.shared.view.load().ranges.seal.is_some() || self.shared.throttle.slows();
+        match waits {
+            true => VastoError::new(
+                ErrorCode::NodeBehind,
+                "keys of the replica are changing their shard, and as many writes wait for that as may; try again",
+            )
+            .retry_after_ms(50),
+            false => VastoError::new(
+                ErrorCode::Overloaded,
+                "the replica's write queue is full; slow down",
+            )
+            .retry_after_ms(20),
+        }
     }
 
     /// Merges entries of another log, at most a batch; returns once they are durable here.

@@ -16,6 +16,7 @@ struct Instruments {
     given_away: Counter<u64>,
     ahead: Counter<u64>,
     refused_times: Counter<u64>,
+    throttled: Counter<f64>,
 }
 
 fn instruments() -> &'static Instruments {
@@ -56,6 +57,13 @@ fn instruments() -> &'static Instruments {
             refused_times: meter
                 .u64_counter("vasto_refused_event_times")
                 .with_description("Writes of clients refused because of their event time")
+                .build(),
+            throttled: meter
+                .f64_counter("vasto_writes_throttled")
+                .with_unit("s")
+                .with_description(
+                    "Time for which writes of moving keys were held back so that a plan catches up",
+                )
                 .build(),
             sync_seconds: meter
                 .f64_histogram("vasto_log_sync")
@@ -106,6 +114,11 @@ pub(super) fn given_away() {
 /// Counts an entry of another replica that is too far ahead of the clock.
 pub(super) fn event_time_ahead() {
     instruments().ahead.add(1, &[]);
+}
+
+/// Counts time for which writes of moving keys were held back.
+pub(super) fn throttled(time: Duration) {
+    instruments().throttled.add(time.as_secs_f64(), &[]);
 }
 
 /// Counts a refused event time of a client.

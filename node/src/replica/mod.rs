@@ -30,9 +30,12 @@ mod replicate;
 mod rmw;
 mod shared;
 pub(crate) mod size;
+mod slowed;
 pub(crate) mod state;
 mod store;
 mod superseded;
+pub(crate) mod tails;
+pub(crate) mod throttle;
 mod write_group;
 mod writer;
 

@@ -16,6 +16,8 @@ use super::followers::Followers;
 use super::handle::Replica;
 use super::shared::View;
 use super::state::{Head, Ranges};
+use super::tails::Tails;
+use super::throttle::WriteThrottle;
 use crate::binlog::LogShared;
 use crate::engine::{Engine, EngineError};
 
@@ -122,6 +124,16 @@ impl Replica {
     /// Returns the followers that pull its log.
     pub(crate) fn followers(&self) -> &Followers {
         &self.shared.followers
+    }
+
+    /// Returns the open tails of its log.
+    pub(crate) fn tails(&self) -> &Arc<Tails> {
+        &self.shared.tails
+    }
+
+    /// Returns the throttle of its writes of moving keys.
+    pub(crate) fn throttle(&self) -> &WriteThrottle {
+        &self.shared.throttle
     }
 
     /// Returns the writes that wait for the bucket.

@@ -18,7 +18,7 @@ use vasto_core::stored_key::data_key;
 
 use super::apply::{add_record, band_of};
 use super::command::ReplicaError;
-use super::merge::decode_streamed;
+use super::merge::{decode_streamed, key_entry_bytes};
 use super::metrics;
 use super::store::Store;
 use super::write_group::WriteGroup;
@@ -131,6 +131,7 @@ impl Store {
         group: &mut WriteGroup,
     ) -> Result<(Vec<KeyEntry>, bool), ReplicaError> {
         let ahead = self.now_us().saturating_add(MAX_CLOCK_AHEAD.as_micros() as u64);
+        let moving = self.shared.throttle.moving();
         let mut winners = Vec::with_capacity(entries.len());
         let mut lost = false;
         for incoming in entries {
@@ -143,6 +144,9 @@ impl Store {
                 .ok_or_else(|| {
                     ReplicaError::Refused("a streamed entry can never live in this shard".into())
                 })?;
+            if moving.is_some_and(|moving| moving.range.contains(band)) {
+                self.shared.throttle.note_taken(key_entry_bytes(&incoming) as u64);
+            }
             if !self.meta.ranges.takes(band) {
                 // Given away: before that was decided, the new owner had everything that any
                 // replica of this shard had accepted. Or arriving and not ingested yet: this

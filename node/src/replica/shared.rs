@@ -22,6 +22,8 @@ use super::command::{ReplicaError, Role};
 use super::followers::Followers;
 use super::state::Ranges;
 use super::superseded::SupersededRecords;
+use super::tails::Tails;
+use super::throttle::WriteThrottle;
 use crate::binlog::LogShared;
 use crate::clock::SharedClock;
 use crate::engine::Engine;
@@ -100,6 +102,10 @@ pub(super) struct Shared {
     /// The log is far over its cap: writes are refused.
     pub(super) shed: AtomicBool,
     pub(super) pauses_us: Mutex<Vec<u64>>,
+    /// Readers of the log for other shards.
+    pub(super) tails: Arc<Tails>,
+    /// Writes of moving keys.
+    pub(super) throttle: WriteThrottle,
     /// Number of stored results of read-modify-writes.
     pub(super) results: AtomicU64,
     /// Last count of the keys.
@@ -141,6 +147,8 @@ impl Shared {
             followers_epoch: AtomicU64::new(0),
             shed: AtomicBool::new(false),
             pauses_us: Mutex::default(),
+            tails: Arc::default(),
+            throttle: WriteThrottle::default(),
             results: AtomicU64::new(0),
             key_count: Mutex::default(),
             ended: AtomicBool::new(false),

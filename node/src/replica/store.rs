@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use vasto_core::clock::HybridClock;
 use vasto_core::ids::{Lsn, OwnSeq};
-use vasto_core::limits::{GROUP_BYTES_MAX, OS_SYNC_INTERVAL};
+use vasto_core::limits::{GROUP_BYTES_MAX, OS_SYNC_INTERVAL, TAILED_SYNC_INTERVAL};
 use vasto_core::record::{Body, FeedProgress, OpResult, Record};
 use vasto_core::stored_key::MetaKey;
 
@@ -220,7 +220,10 @@ impl Store {
 
     /// Makes durable what has waited for long enough. A failure closes the replica.
     pub(super) fn sync_overdue(&mut self) {
-        if self.unsynced_since.is_some_and(|since| since.elapsed() >= OS_SYNC_INTERVAL) {
+        let Some(waited) = self.unsynced_since.map(|since| since.elapsed()) else { return };
+        if waited >= OS_SYNC_INTERVAL
+            || (waited >= TAILED_SYNC_INTERVAL && self.shared.tails.slowest().is_some())
+        {
             let _ = self.sync();
         }
     }

@@ -25,6 +25,7 @@ mod service;
 mod shipping;
 mod shrink;
 mod size;
+mod slowed;
 pub(crate) mod support;
 mod ties;
 mod undecided;

@@ -17,6 +17,9 @@ use super::group::{CommandGroup, Committer};
 use super::shared::Shared;
 use super::store::Store;
 
+/// Longest wait for a command while something else waits.
+const LOOK: Duration = Duration::from_millis(50);
+
 /// State that the writer thread owns.
 pub(super) struct Writer {
     committer: Committer,
@@ -41,12 +44,14 @@ impl Writer {
     /// `patience`: then it returns itself.
     pub(super) fn run(mut self, patience: Duration) -> Option<Self> {
         loop {
-            let is_idle = self.committer.held.is_empty() && self.committer.store.is_synced();
-            let first = match self.commands.recv_timeout(if is_idle {
-                patience
-            } else {
-                Duration::from_millis(50)
-            }) {
+            let Committer { store, held, slowed } = &self.committer;
+            let is_idle = held.is_empty() && slowed.is_empty() && store.is_synced();
+            let wait = match (is_idle, slowed.first_due_in()) {
+                (true, _) => patience,
+                (false, Some(due)) => due.min(LOOK),
+                (false, None) => LOOK,
+            };
+            let first = match self.commands.recv_timeout(wait) {
                 Ok(command) => Some(command),
                 Err(RecvTimeoutError::Timeout) if is_idle => return Some(self),
                 Err(RecvTimeoutError::Timeout) => None,
@@ -57,6 +62,7 @@ impl Writer {
             {
                 return None;
             }
+            self.committer.release_slowed();
             self.committer.held.answer_overdue();
             self.committer.store.sync_overdue();
         }

@@ -152,6 +152,7 @@ async fn stream(
         head_lsn: position.lsn.0,
         from_lsn: from.0,
         vector: vector_to_wire(&position.vector),
+        moving_bytes_per_s: None,
     };
     if frames.send(Ok(hello)).await.is_err() {
         return Ok(());
@@ -185,6 +186,7 @@ async fn stream(
             head_lsn: head.0.max(covered.0),
             from_lsn: 0,
             vector: Vec::new(),
+            moving_bytes_per_s: replica.throttle().bytes_per_s(),
         };
         if frames.send(Ok(frame)).await.is_err() {
             return Ok(());

@@ -245,6 +245,7 @@ impl Puller {
 
     async fn take(&self, frame: v1::PullFrame, cursor: &mut Lsn) -> Result<(), Ended> {
         let covered = Lsn(frame.covered_lsn);
+        self.replica.throttle().heard(self.source.replica, frame.moving_bytes_per_s);
         let mut records = Vec::with_capacity(frame.records.len());
         for bytes in &frame.records {
             let record = Record::decode(bytes).map_err(|error| {

@@ -1,6 +1,7 @@
 //! Handle to a replica's shipper, for the other modules of the node.
 
 use tokio::sync::{mpsc, oneshot, watch};
+use vasto_core::ids::Lsn;
 use vasto_core::plan::PinnedManifest;
 use vasto_core::record::BandRange;
 
@@ -96,6 +97,13 @@ impl ShipHandle {
     /// Returns the last published status.
     pub(crate) fn status(&self) -> ShipStatus {
         *self.status.borrow()
+    }
+
+    /// Returns the LSN after which a running plan needs the log and the bucket does not hold it;
+    /// `u64::MAX` when no plan needs it.
+    pub(crate) fn plan_needs_after(&self) -> Lsn {
+        let (need, status) = (self.duty.borrow().need, self.status());
+        need.here(true, status.chained_from, status.shipped)
     }
 
     fn set(&self, change: impl FnOnce(&mut Duty)) {

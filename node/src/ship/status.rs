@@ -32,6 +32,15 @@ pub(crate) struct LogNeed {
 impl LogNeed {
     /// No plan needs the log.
     pub(crate) const NONE: Self = Self { after: Lsn(u64::MAX), from_bucket: false };
+
+    /// Returns the LSN after which the plan needs the log and cannot get it elsewhere. At the cap
+    /// (`full`), a plan that reads missing log from the bucket needs nothing that chunks without a
+    /// gap cover. 0 is a plan whose checkpoint is still being made: it will hold everything that is
+    /// shipped by now.
+    pub(super) fn here(self, full: bool, chained_from: Lsn, shipped: Lsn) -> Lsn {
+        let is_chained = self.after == Lsn(0) || chained_from <= self.after;
+        if full && self.from_bucket && is_chained { self.after.max(shipped) } else { self.after }
+    }
 }
 
 /// Duty that the host of a replica sets for its shipper.

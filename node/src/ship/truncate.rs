@@ -16,7 +16,7 @@ use vasto_core::limits::LOG_KEPT_FOR_SHIPPING;
 
 use super::context::ShipContext;
 use super::error::{ShipError, blocking};
-use super::status::{Duty, LogNeed, ShipStatus};
+use super::status::{Duty, ShipStatus};
 use crate::clock::with_others;
 use crate::replica::Replica;
 
@@ -165,7 +165,7 @@ fn truncate(
 ) -> Result<bool, ShipError> {
     let log = replica.log();
     let full = log.bytes() > cap;
-    let needed = needed_here(duty.need, full, published.chained_from, published.shipped);
+    let needed = duty.need.here(full, published.chained_from, published.shipped);
     let followed = replica.followers().covered_by_all().unwrap_or(Lsn(u64::MAX));
     if full && log.bytes_after(replica.persisted_lsn()?) > FLUSH_WORTH_BYTES.min(cap / 4) {
         replica.engine().flush()?;
@@ -189,28 +189,16 @@ fn publish_kept(status: &watch::Sender<ShipStatus>, over_cap: bool, held_back: b
     status.send_modify(|status| (status.over_cap, status.held_back) = (over_cap, held_back));
 }
 
-/// Returns the LSN after which a plan needs the log and cannot get it elsewhere. At the cap, a plan
-/// that reads missing log from the bucket needs nothing that chunks without a gap cover. 0 is a
-/// plan whose checkpoint is still being made: it will hold everything that is shipped by now.
-fn needed_here(need: LogNeed, full: bool, chained_from: Lsn, shipped: Lsn) -> Lsn {
-    let is_chained = need.after == Lsn(0) || chained_from <= need.after;
-    if full && need.from_bucket && is_chained { need.after.max(shipped) } else { need.after }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::status::LogNeed;
     use super::*;
 
     #[test]
     fn at_the_cap_a_plan_needs_only_what_the_bucket_does_not_hold() {
         let here = |needed, from_bucket, chained_from, shipped| {
-            needed_here(
-                LogNeed { after: Lsn(needed), from_bucket },
-                true,
-                Lsn(chained_from),
-                Lsn(shipped),
-            )
-            .0
+            let need = LogNeed { after: Lsn(needed), from_bucket };
+            need.here(true, Lsn(chained_from), Lsn(shipped)).0
         };
         assert_eq!(here(10, true, 0, 90), 90);
         assert_eq!(here(10, true, 10, 90), 90);
@@ -218,7 +206,7 @@ mod tests {
         assert_eq!(here(0, true, 11, 90), 90);
         assert_eq!(here(10, false, 0, 90), 10, "it is not read from there");
         let need = LogNeed { after: Lsn(10), from_bucket: true };
-        assert_eq!(needed_here(need, false, Lsn(0), Lsn(90)), Lsn(10), "the log is not at its cap");
+        assert_eq!(need.here(false, Lsn(0), Lsn(90)), Lsn(10), "the log is not at its cap");
         assert_eq!(here(10, true, 0, 5), 10);
         assert_eq!(here(u64::MAX, true, 0, 90), u64::MAX, "nobody needs it");
     }

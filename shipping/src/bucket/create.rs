@@ -23,6 +23,20 @@ impl Bucket {
     /// # Errors
     /// After an error the outcome is unknown: read before deciding anything.
     pub async fn create(&self, key: &str, body: Bytes) -> Result<Create, BucketError> {
+        self.create_or_find(key, body).await.map(|(outcome, _)| outcome)
+    }
+
+    /// Does the same as [`Self::create`], and returns true when the request whose answer arrived has
+    /// created the object: there was none before. False when it was found, also when it is the
+    /// caller's.
+    ///
+    /// # Errors
+    /// As of [`Self::create`].
+    pub async fn create_or_find(
+        &self,
+        key: &str,
+        body: Bytes,
+    ) -> Result<(Create, bool), BucketError> {
         let path = self.path(key)?;
         let bytes = body.len() as u64;
         let limit = self.budget.limit_for(bytes);
@@ -35,12 +49,12 @@ impl Bucket {
                 self.inner.store.put_opts(&path, PutPayload::from(body.clone()), options).await
             };
             let mut failure = match self.once(&retry, limit, bytes, put).await {
-                Ok(_) => return Ok(Create::Created),
+                Ok(_) => return Ok((Create::Created, true)),
                 Err(failure) => failure,
             };
             if failure.kind == Kind::Taken {
                 match self.read_back(key, &body).await? {
-                    Ok(outcome) => return Ok(outcome),
+                    Ok(outcome) => return Ok((outcome, false)),
                     Err(undecided) => failure = undecided,
                 }
             }

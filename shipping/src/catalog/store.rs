@@ -63,12 +63,14 @@ impl CatalogStore {
         catalog: &Catalog,
         document: &T,
     ) -> Result<CatalogWrite, CatalogError> {
-        match self.claim_as(catalog, document).await? {
-            CatalogWrite::Won => {}
-            lost => return Ok(lost),
+        match self.claim_or_find(catalog, document).await? {
+            // Nobody writes a version before the one before it is there.
+            (CatalogWrite::Won, true) => return Ok(CatalogWrite::Won),
+            (CatalogWrite::Won, false) => {}
+            (lost, _) => return Ok(lost),
         }
-        // An earlier call whose reply was lost may have written this version, and another master
-        // may have written the next one since.
+        // An earlier call whose reply was lost has written this version, and another master may
+        // have written the next one since.
         let next = CatalogVersion(catalog.version.0 + 1);
         Ok(match self.version(catalog.keyspace, next).await? {
             Some(next) => CatalogWrite::Lost(Box::new(next)),
@@ -147,21 +149,24 @@ impl CatalogStore {
 
     /// Creates the version; the nonce decides whether an existing object is the caller's.
     pub(super) async fn claim(&self, catalog: &Catalog) -> Result<CatalogWrite, CatalogError> {
-        self.claim_as(catalog, catalog).await
+        self.claim_or_find(catalog, catalog).await.map(|(written, _)| written)
     }
 
-    async fn claim_as<T: Serialize>(
+    /// Does the same as [`Self::claim`] with this document, and returns true when the version was
+    /// not there before this call.
+    async fn claim_or_find<T: Serialize>(
         &self,
         catalog: &Catalog,
         document: &T,
-    ) -> Result<CatalogWrite, CatalogError> {
+    ) -> Result<(CatalogWrite, bool), CatalogError> {
         let key = layout::catalog_version(catalog.keyspace, catalog.version);
-        let Some(existing) = self.create(&key, CATALOG, document).await? else {
-            return Ok(CatalogWrite::Won);
-        };
+        let body = envelope::encode(CATALOG, document);
+        let (created, is_new) = self.bucket.create_or_find(&key, body).await?;
+        let Create::Exists(existing) = created else { return Ok((CatalogWrite::Won, is_new)) };
         let existing = read_catalog(&key, &existing, catalog.keyspace, catalog.version)?;
         let ours = existing.nonce == catalog.nonce;
-        Ok(if ours { CatalogWrite::Won } else { CatalogWrite::Lost(Box::new(existing)) })
+        let written = if ours { CatalogWrite::Won } else { CatalogWrite::Lost(Box::new(existing)) };
+        Ok((written, false))
     }
 
     /// Creates a document; `None` when the caller's bytes are there, else the bytes found instead.

@@ -12,6 +12,7 @@ mod bucket_kills;
 mod conditions;
 mod drains;
 mod examples;
+mod full_writes;
 mod grows;
 mod held;
 mod kills;

@@ -23,10 +23,8 @@ use crate::control::report::{ReplicaPhase, Reports};
 use crate::ids::{NodeId, ReplicaId};
 use crate::limits::SEAL_TIMEOUT;
 
-/// Decides the next catalog version of a keyspace.
-///
-/// `away_us` returns how long a node has been unreachable (0 for a live one), `here_us` how long a
-/// live one has been there.
+/// Decides the next catalog version of a keyspace whose last one was shown when it was decided on.
+/// See [`advance_shown`].
 pub fn advance(
     catalog: &Catalog,
     reports: &Reports,
@@ -35,9 +33,27 @@ pub fn advance(
     now_us: u64,
     nonce: u64,
 ) -> Advance {
+    advance_shown(catalog, catalog.written_at_us, reports, away_us, here_us, now_us, nonce)
+}
+
+/// Decides the next catalog version of a keyspace.
+///
+/// `shown_us` is when the nodes were told of the last version: its write may have taken a while.
+/// `away_us` returns how long a node has been unreachable (0 for a live one), `here_us` how long a
+/// live one has been there.
+pub fn advance_shown(
+    catalog: &Catalog,
+    shown_us: u64,
+    reports: &Reports,
+    away_us: impl Fn(NodeId) -> u64,
+    here_us: impl Fn(NodeId) -> u64,
+    now_us: u64,
+    nonce: u64,
+) -> Advance {
     match &catalog.plan {
         Some(plan) => {
-            advance_plan(Running { catalog, plan, reports, now_us, nonce }, away_us, here_us)
+            let running = Running { catalog, plan, reports, shown_us, now_us, nonce };
+            advance_plan(running, away_us, here_us)
         }
         None => advance_quarantines(catalog, reports, now_us, nonce),
     }

@@ -100,7 +100,7 @@ fn retire(next: &mut Catalog, to: u32, plan: &Plan, quarantine: &Quarantine) {
 /// Ends a plan that has committed. A replica that is away for long, or has failed, applies the
 /// newest version once it is back: it opens or gives away then, and sends on the waiting requests.
 pub(super) fn advance_committed(running: Running<'_>, away_us: impl Fn(NodeId) -> u64) -> Advance {
-    let Running { catalog, plan, reports, now_us, nonce } = running;
+    let Running { catalog, plan, reports, now_us, nonce, .. } = running;
     let is_out = |replica: ReplicaId, node: NodeId| {
         away_us(node) > NODE_AWAY_MAX_US
             || reports.get(&replica).is_some_and(ReplicaReport::has_failed)

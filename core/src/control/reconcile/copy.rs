@@ -40,7 +40,7 @@ pub(super) fn begun<'a>(
     role: &str,
     here_us: impl Fn(NodeId) -> u64,
 ) -> Result<&'a TargetProgress, Advance> {
-    let Running { catalog, plan, reports, now_us, nonce } = running;
+    let Running { catalog, plan, reports, now_us, nonce, .. } = running;
     if let Some(progress) = target_progress(plan, target.replica, reports) {
         return Ok(progress);
     }
@@ -80,7 +80,7 @@ pub fn give_up_on(
 /// the bucket: until then garbage collection keeps all of the source keyspace, whose objects these
 /// checkpoints name.
 pub(super) fn advance_restore(running: Running<'_>) -> Advance {
-    let Running { catalog, plan, reports, now_us, nonce } = running;
+    let Running { catalog, plan, reports, now_us, nonce, .. } = running;
     for target in &plan.targets {
         let Some(progress) = target_progress(plan, target.replica, reports) else {
             return Advance::Wait(format!("shard {} to be restored", target.shard));

@@ -24,6 +24,7 @@ mod repair;
 mod resize;
 #[cfg(test)]
 mod resize_tests;
+mod seal;
 mod shrink;
 #[cfg(test)]
 mod shrink_tests;
@@ -31,7 +32,7 @@ mod undecided;
 mod view;
 mod waits;
 
-pub use advance::advance;
+pub use advance::{advance, advance_shown};
 pub use copy::give_up_on;
 pub use drain::{cancel_drain, concerns, drain_node, so_far};
 pub use evict::{EvictError, evict, evict_on_request};
@@ -46,6 +47,7 @@ pub use quarantine::{end_quarantines, in_the_way};
 pub use refusal::PlanError;
 pub use repair::{AVOID_NODE_US, COPY_AGAIN_MAX_US, COPY_AGAIN_US, nodes_to_avoid};
 pub use resize::{start_resize, undo_seal};
+pub use seal::sealing_write_max;
 pub use undecided::{Look, Undecided, is_decided, look, undo_undecided};
 pub use view::Around;
 pub use waits::waits_for;

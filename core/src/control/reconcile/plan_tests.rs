@@ -14,12 +14,12 @@ use crate::control::plan::{
 };
 use crate::control::report::{
     PauseMs, ReplicaPhase, ReplicaReport, ReplicationReport, Reports, Sealed, SourceProgress,
-    TargetProgress, TargetStage,
+    TargetProgress, TargetStage, ThrottleReport,
 };
 use crate::ids::{
     CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId,
 };
-use crate::limits::TARGET_SILENT_MAX;
+use crate::limits::{SEAL_TIMEOUT, TAIL_LAG_BYTES_MAX, TAIL_LAG_LSNS_MAX, TARGET_SILENT_MAX};
 
 const NODE: fn(u64) -> NodeId = NodeId;
 
@@ -64,6 +64,7 @@ fn source_progress_of(sealed: Option<Sealed>) -> SourceProgress {
         sealed,
         released: false,
         pauses_us: vec![5_000],
+        throttle: None,
         failed: None,
     }
 }
@@ -74,6 +75,7 @@ fn target(stage: TargetStage, cursors: &[(u64, u64)]) -> (ReplicaId, ReplicaRepo
         stage,
         cursors: cursors.iter().map(|(r, l)| (ReplicaId(*r), Lsn(*l))).collect(),
         lag_lsns: 0,
+        lag_bytes: None,
         bytes_total: 10,
         bytes_done: 10,
         keys_moved: 3,
@@ -178,6 +180,57 @@ fn seals_of_another_version_or_plan_do_not_count() {
         }
     }
     assert!(matches!(advance(&sealing, &foreign, |_| 0, 2_001, 3), Advance::Wait(_)));
+}
+
+#[test]
+fn the_time_of_a_seal_counts_from_when_the_nodes_were_told() {
+    let sealing = at(Step::Sealing);
+    let timeout_us = SEAL_TIMEOUT.as_micros() as u64;
+    // The bucket took a second for the version.
+    let shown_us = sealing.written_at_us + 1_000_000;
+    let decided = |now_us| {
+        let reports = Reports::new();
+        super::advance_shown(&sealing, shown_us, &reports, |_| 0, |_| u64::MAX, now_us, 3)
+    };
+    assert!(matches!(decided(shown_us + timeout_us), Advance::Wait(_)));
+    let back = write(decided(shown_us + timeout_us + 1));
+    assert_eq!(back.plan.unwrap().step, Step::Tail);
+}
+
+#[test]
+fn a_tail_is_close_by_its_bytes_where_they_are_told() {
+    let tail = at(Step::Tail);
+    let decided = |lag_lsns, lag_bytes| {
+        let (id, mut of_target) = target(TargetStage::Tailing, &[]);
+        let progress = of_target.target.as_mut().unwrap();
+        (progress.lag_lsns, progress.lag_bytes) = (lag_lsns, lag_bytes);
+        let reports = Reports::from([
+            source(1, source_progress_of(None)),
+            source(2, source_progress_of(None)),
+            (id, of_target),
+        ]);
+        advance(&tail, &reports, |_| 0, 9_000, 3)
+    };
+    let seals = |lag_lsns, lag_bytes| matches!(decided(lag_lsns, lag_bytes), Advance::Write(_));
+    assert!(seals(TAIL_LAG_LSNS_MAX, None) && !seals(TAIL_LAG_LSNS_MAX + 1, None));
+    assert!(seals(9_999, Some(2 * TAIL_LAG_BYTES_MAX)), "many records of few bytes");
+    assert!(!seals(1, Some(2 * TAIL_LAG_BYTES_MAX + 1)), "one long record");
+    assert!(!seals(u64::MAX, Some(0)), "another source is not followed yet");
+}
+
+#[test]
+fn a_plan_that_slows_writers_down_says_so() {
+    let tail = at(Step::Tail);
+    let throttle = Some(ThrottleReport { bytes_per_s: 2 << 20, held_back_ms: 7 });
+    let (id, mut of_target) = target(TargetStage::Tailing, &[]);
+    of_target.target.as_mut().unwrap().lag_bytes = Some(1 << 30);
+    let reports = Reports::from([
+        source(1, SourceProgress { throttle, ..source_progress_of(None) }),
+        source(2, source_progress_of(None)),
+        (id, of_target),
+    ]);
+    let Advance::Wait(what) = advance(&tail, &reports, |_| 0, 9_000, 3) else { panic!("it seals") };
+    assert!(what.contains("slowed down: shard 0 to 2048 KiB/s"), "{what}");
 }
 
 #[test]
@@ -341,8 +394,14 @@ fn the_commit_of_a_shrink_tells_the_replicas_of_its_retired_shards_from_later_on
     let mut sealing = start_resize(&first, 1, &[], 2_000, 2).unwrap();
     sealing.plan.as_mut().unwrap().step = Step::Sealing;
     let (plan, reports) = (sealing.plan.as_ref().unwrap(), Reports::new());
-    let committed =
-        commit(Running { catalog: &sealing, plan, reports: &reports, now_us: 3_000, nonce: 3 });
+    let committed = commit(Running {
+        catalog: &sealing,
+        plan,
+        reports: &reports,
+        shown_us: 3_000,
+        now_us: 3_000,
+        nonce: 3,
+    });
     assert!(committed.is_retired(ReplicaId(2)) && !committed.is_placed(ReplicaId(2)));
     let retirement = Retirement {
         first: ShardId(1),

@@ -16,6 +16,8 @@ pub(super) struct Running<'a> {
     pub(super) plan: &'a Plan,
     /// Newest reports of the keyspace's replicas.
     pub(super) reports: &'a Reports,
+    /// When the nodes were told of the last version, microseconds since 1970.
+    pub(super) shown_us: u64,
     /// Microseconds since 1970.
     pub(super) now_us: u64,
     /// Nonce of the next version.

@@ -14,13 +14,14 @@ use super::progress::{
     Advance, Running, others_of_sources, shipping_targets, source_progress, target_progress,
 };
 use super::refusal::PlanError;
+use super::seal::is_overdue;
 use super::shrink::{agree_on_floor, start_shrink};
 use crate::band::check_shard_count;
 use crate::catalog::{Catalog, KeyspaceState};
-use crate::control::plan::{Plan, Step};
-use crate::control::report::TargetStage;
+use crate::control::plan::{Plan, Step, Target};
+use crate::control::report::{TargetProgress, TargetStage};
 use crate::ids::{NodeId, ReplicaId, ShardId};
-use crate::limits::{SEAL_TIMEOUT, TAIL_LAG_LSNS_MAX};
+use crate::limits::{TAIL_LAG_BYTES_MAX, TAIL_LAG_LSNS_MAX};
 
 /// Returns the version that starts changing `catalog` to `to` shards. `target_nodes` has the nodes
 /// for the replicas of each new shard of a grow, in the order of the shards, the preferred primary
@@ -44,7 +45,7 @@ pub fn start_resize(
 }
 
 pub(super) fn advance_prepare(running: Running<'_>) -> Advance {
-    let Running { catalog, plan, reports, now_us, nonce } = running;
+    let Running { catalog, plan, reports, now_us, nonce, .. } = running;
     if plan.shrinks()
         && let Some(decision) = agree_on_floor(running)
     {
@@ -92,11 +93,8 @@ pub(super) fn advance_tail(running: Running<'_>, here_us: impl Fn(NodeId) -> u64
                 false => format!("the first manifest of shard {}", target.shard),
             });
         }
-        if progress.lag_lsns > TAIL_LAG_LSNS_MAX {
-            return Advance::Wait(format!(
-                "shard {} to catch up ({} records behind)",
-                target.shard, progress.lag_lsns
-            ));
+        if !is_close(plan, progress) {
+            return Advance::Wait(catching_up(running, target, progress));
         }
     }
     // After an undone seal the next one waits a little longer each time.
@@ -109,16 +107,43 @@ pub(super) fn advance_tail(running: Running<'_>, here_us: impl Fn(NodeId) -> u64
     Advance::Write(Box::new(next))
 }
 
+/// Returns true when the rest of the tails is taken within a moment once the sources have sealed.
+/// Records may be of any length: their number counts only where their bytes are not told.
+fn is_close(plan: &Plan, progress: &TargetProgress) -> bool {
+    match progress.lag_bytes {
+        Some(bytes) => {
+            let close = TAIL_LAG_BYTES_MAX * plan.sources.len() as u64;
+            progress.lag_lsns != u64::MAX && bytes <= close
+        }
+        None => progress.lag_lsns <= TAIL_LAG_LSNS_MAX,
+    }
+}
+
+/// Says how far a target is behind, and which sources slow their writers down for it.
+fn catching_up(running: Running<'_>, target: &Target, progress: &TargetProgress) -> String {
+    let Running { plan, reports, .. } = running;
+    let behind = match (progress.lag_lsns, progress.lag_bytes) {
+        (u64::MAX, _) => "it reads what the bucket has".to_owned(),
+        (lsns, Some(bytes)) => format!("{lsns} records, {bytes} bytes behind"),
+        (lsns, None) => format!("{lsns} records behind"),
+    };
+    let slowed = plan.sources.iter().filter_map(|source| {
+        let throttle = source_progress(plan, source.replica, reports)?.throttle?;
+        Some(format!("shard {} to {} KiB/s", source.shard, throttle.bytes_per_s / 1024))
+    });
+    let slowed: Vec<String> = slowed.collect();
+    let slowed = match slowed.is_empty() {
+        true => String::new(),
+        false => format!("; the writers of moving keys are slowed down: {}", slowed.join(", ")),
+    };
+    format!("shard {} to catch up ({behind}){slowed}", target.shard)
+}
+
 /// Advances the step `sealing`; `None` when the seal took too long.
 pub(super) fn advance_sealing(running: Running<'_>) -> Option<Advance> {
     match sealed_and_caught_up(running) {
         Ok(()) => Some(Advance::Write(Box::new(commit(running)))),
-        Err(_)
-            if running.now_us.saturating_sub(running.catalog.written_at_us)
-                > SEAL_TIMEOUT.as_micros() as u64 =>
-        {
-            None
-        }
+        Err(_) if is_overdue(running) => None,
         Err(missing) => Some(Advance::Wait(missing)),
     }
 }

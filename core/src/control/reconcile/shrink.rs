@@ -76,7 +76,7 @@ pub(super) fn start_shrink(
 /// It is not waited for without limit: a replica that cannot follow the others is made anew, and
 /// that waits for the end of the plan.
 pub(super) fn agree_on_floor(running: Running<'_>) -> Option<Advance> {
-    let Running { catalog, plan, reports, now_us, nonce } = running;
+    let Running { catalog, plan, reports, now_us, nonce, .. } = running;
     let give_up = |reason: String| {
         abort(catalog, &reason, reports, now_us, nonce).map(|next| Advance::Write(Box::new(next)))
     };

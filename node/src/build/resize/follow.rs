@@ -30,6 +30,9 @@ use crate::build::groups::apply_in_groups;
 
 /// Pause between two attempts to reach a source.
 const RETRY: Duration = Duration::from_millis(100);
+/// Age below which a chunk, when reading began, is left to the live stream: a source that ships as
+/// fast as the bucket is read would never be caught up with.
+const CHASED: Duration = Duration::from_secs(1);
 
 /// Runs until the plan is over.
 pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildError> {
@@ -37,7 +40,7 @@ pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildEr
     build.progress.lock().cursors = cursors.clone();
     let filter = ShardFilter { shard: build.replica.shard, shards: Shape::of(plan)?.shards };
     let lags = Arc::new(parking_lot::Mutex::new(
-        plan.sources.iter().map(|source| (source.replica, u64::MAX)).collect(),
+        plan.sources.iter().map(|source| (source.replica, Lag::UNKNOWN)).collect(),
     ));
     let followers = plan.sources.iter().map(|source| {
         let cursor = cursors.get(&source.replica).copied();
@@ -68,11 +71,29 @@ pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildEr
     try_join_all(followers).await.map(|_| ())
 }
 
+/// How far a source was ahead, at the last frame.
+#[derive(Debug, Clone, Copy)]
+struct Lag {
+    lsns: u64,
+    /// `None` when the source does not tell.
+    bytes: Option<u64>,
+}
+
+impl Lag {
+    const UNKNOWN: Self = Self { lsns: u64::MAX, bytes: None };
+
+    /// Returns the lag behind both sources.
+    fn and(self, other: Self) -> Self {
+        let bytes = self.bytes.zip(other.bytes).map(|(one, other)| one.saturating_add(other));
+        Self { lsns: self.lsns.saturating_add(other.lsns), bytes }
+    }
+}
+
 struct Follower<'a> {
     build: &'a Build,
     source: &'a Source,
     filter: ShardFilter,
-    lags: Arc<parking_lot::Mutex<BTreeMap<ReplicaId, u64>>>,
+    lags: Arc<parking_lot::Mutex<BTreeMap<ReplicaId, Lag>>>,
     cursor: Lsn,
     /// The source's log in the bucket. Its position is after the pinned manifest or a chunk, where
     /// the next chunk begins; the cursor may be further.
@@ -97,20 +118,29 @@ impl Follower<'_> {
                     reason,
                     "the tail is interrupted; the source is asked again"
                 );
-                self.set_lag(u64::MAX);
+                self.set_lag(Lag::UNKNOWN);
             }
             tokio::time::sleep(RETRY).await;
         }
     }
 
-    /// Applies the chunks after the position of `chunks`; what the stream has brought meanwhile is
-    /// skipped.
+    /// Applies the chunks after the position of `chunks`, as far as they were written when it
+    /// begins; what the stream has brought meanwhile is skipped.
     async fn read_chunks(&mut self) -> Result<(), BuildError> {
+        let began_us = self.build.registry.clock.now_us();
+        let chased_us = began_us + CHASED.as_micros() as u64;
         while let Some(chunk) = self.chunks.next(&self.build.reader()).await? {
             self.chunks.at = self.chunks.at.max(self.cursor);
-            let entries = self.chunks.entries(&chunk, self.filter);
+            let mut written_us = 0;
+            let records = self.chunks.records(&chunk).inspect(|record| {
+                written_us = written_us.max(record.commit_time);
+            });
+            let entries = records.flat_map(|record| self.filter.pick(record)).collect();
             self.chunks.at = chunk.last_lsn;
             self.apply(entries, chunk.last_lsn).await?;
+            if written_us > chased_us {
+                break;
+            }
         }
         Ok(())
     }
@@ -139,13 +169,17 @@ impl Follower<'_> {
         Ok(())
     }
 
-    fn set_lag(&self, lag: u64) {
+    fn set_lag(&self, lag: Lag) {
         let total = {
             let mut lags = self.lags.lock();
             lags.insert(self.source.replica, lag);
-            lags.values().fold(0u64, |sum, lag| sum.saturating_add(*lag))
+            let none = Lag { lsns: 0, bytes: Some(0) };
+            lags.values().fold(none, |sum, lag| sum.and(*lag))
         };
-        self.build.progress.lock().lag_lsns = total;
+        {
+            let mut progress = self.build.progress.lock();
+            (progress.lag_lsns, progress.lag_bytes) = (total.lsns, total.bytes);
+        }
         self.build.registry.report.notify_one();
     }
 
@@ -214,7 +248,8 @@ impl Follower<'_> {
         if frame.head_lsn <= self.cursor.0 {
             self.build.passes(points::TARGET_CAUGHT_UP).await?;
         }
-        self.set_lag(frame.head_lsn.saturating_sub(self.cursor.0));
+        let lsns = frame.head_lsn.saturating_sub(self.cursor.0);
+        self.set_lag(Lag { lsns, bytes: frame.lag_bytes });
         Ok(())
     }
 }

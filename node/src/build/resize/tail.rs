@@ -21,15 +21,17 @@ use vasto_core::{ErrorCode, VastoError};
 use vasto_proto::convert::status_of;
 use vasto_proto::v1;
 
-use crate::binlog::LogReader;
+use crate::binlog::{BinlogError, LogReader};
 use crate::build::filter::ShardFilter;
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
+use crate::replica::tails::OpenTail;
 
 /// Bytes read from the log for one frame.
 const FRAME_BYTES: usize = 1 << 20;
-/// Frames that may be buffered for a slow reader.
-const FRAMES_AHEAD: usize = 4;
+/// Frames that may be buffered for a slow reader. Few: they are behind the position up to which the
+/// log counts as sent, and a reader takes them all while the source is sealed.
+const FRAMES_AHEAD: usize = 2;
 /// Minimum interval of progress frames without records.
 const QUIET_FRAME: Duration = Duration::from_millis(10);
 
@@ -58,13 +60,19 @@ pub(crate) fn serve(
             format!("replica {id} of keyspace {keyspace} is not open on this node"),
         ))
     })?;
-    let reader =
-        replica.log().reader(Lsn(request.after_lsn)).map_err(|error| status_of(&error.into()))?;
+    let after = Lsn(request.after_lsn);
+    let reader = replica.log().reader(after).map_err(|error| {
+        if matches!(error, BinlogError::TooOld { .. }) {
+            replica.tails().came_late();
+        }
+        status_of(&error.into())
+    })?;
+    let open = replica.tails().open(after);
     let filter = ShardFilter { shard: ShardId(request.final_shard), shards: request.final_shards };
     let (frames, receiver) = channel(FRAMES_AHEAD);
     // Ends when the reader disconnects: sending fails then, also while the log is idle.
     tokio::spawn(async move {
-        if let Err(status) = stream(replica, reader, filter, &frames).await {
+        if let Err(status) = stream(replica, reader, open, filter, &frames).await {
             let _ = frames.send(Err(status)).await;
         }
     });
@@ -74,6 +82,7 @@ pub(crate) fn serve(
 async fn stream(
     replica: Replica,
     mut reader: LogReader,
+    open: OpenTail,
     filter: ShardFilter,
     frames: &Sender<Result<v1::TailFrame, Status>>,
 ) -> Result<(), Status> {
@@ -83,6 +92,7 @@ async fn stream(
         records: Vec::new(),
         covered_lsn: reader.position().0,
         head_lsn: replica.log().synced_lsn().0,
+        lag_bytes: Some(replica.log().synced_bytes_after(reader.position())),
     };
     if frames.send(Ok(hello)).await.is_err() {
         return Ok(());
@@ -99,11 +109,13 @@ async fn stream(
         reader = back;
         let batch = batch?;
         if batch.covered > Lsn(0) {
+            open.sent(batch.covered);
             let quiet = batch.records.is_empty() && !batch.control;
             let frame = v1::TailFrame {
                 records: batch.records,
                 covered_lsn: batch.covered.0,
                 head_lsn: head.0.max(batch.covered.0),
+                lag_bytes: Some(replica.log().synced_bytes_after(batch.covered)),
             };
             if frames.send(Ok(frame)).await.is_err() {
                 return Ok(());

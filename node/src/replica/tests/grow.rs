@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::Stream;
 use parking_lot::Mutex;
@@ -37,6 +37,8 @@ use crate::replica::command::{Control, WriteOp};
 
 const SHARDS: u32 = 3;
 const HOUR: Duration = Duration::from_secs(3600);
+/// Time in which a target that goes on would read another chunk.
+const SETTLES: Duration = Duration::from_millis(300);
 
 /// Returns the shard of a key at this number of shards.
 fn home(key: &str, shards: u32) -> u32 {
@@ -193,7 +195,7 @@ impl Grow {
         &self,
         rig: &Rig,
         replica: &Replica,
-        reached: impl Fn(&TargetProgress) -> bool,
+        mut reached: impl FnMut(&TargetProgress) -> bool,
     ) -> TargetProgress {
         let shipping = Shipping::start(rig, &rig.path, replica, &self.bucket, HOUR);
         let tmp = memory_dir();
@@ -293,6 +295,34 @@ async fn the_tail_brings_what_was_written_behind_the_manifest() {
     let (_dir, again) = rig.crash(&target);
     assert_eq!(again.tail_cursors().unwrap(), heads.into_iter().collect::<Vec<_>>());
     assert_eq!(data_rows(&again), grow.model());
+}
+
+/// A source that ships as fast as its chunks are read is not chased through the bucket for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn chunks_that_are_written_while_a_target_reads_are_left_to_the_live_log() {
+    let grow = Grow::prepare().await;
+    let mut reached = BTreeMap::new();
+    for (rig, replica) in &grow.sources {
+        // To the target, whose clock stands still, both chunks are of the future.
+        rig.clock.set(START_US + 10_000_000);
+        for round in ["first", "second"] {
+            let loaded = replica.clone();
+            tokio::task::spawn_blocking(move || load(&loaded, round)).await.unwrap();
+            let shipping = Shipping::start(rig, &rig.path, replica, &grow.bucket, Duration::ZERO);
+            shipping.stop().await; // ships the chunk that is due
+            reached.entry(replica.id).or_insert(replica.settled_lsn());
+        }
+    }
+    let rig = target_rig();
+    let target = rig.create();
+    let mut since = None;
+    let shown = grow
+        .build(&rig, &target, |progress| {
+            let is_there = tailing(progress) && progress.cursors >= reached;
+            is_there && since.get_or_insert_with(Instant::now).elapsed() > SETTLES
+        })
+        .await;
+    assert_eq!(shown.cursors, reached, "the second chunks were read too");
 }
 
 /// A crash between the upload of a chunk and its note has left a manifest that ends inside a chunk.

@@ -245,3 +245,19 @@ fn records_keep_what_their_origin_said() {
     }
     assert_eq!(theirs.len(), streamed(&a).len());
 }
+
+/// Before the bands were given away, their new owner had every write that any replica of the shard
+/// had taken; what comes later by replication is one of these.
+#[test]
+fn an_entry_of_bands_that_were_given_away_is_passed_over_and_a_writer_is_sent_on() {
+    let (rig_a, rig_b) = (member(1), member(2));
+    let (a, b) = (rig_a.create(), rig_b.create());
+    let key = keys_in(Band(1), "k", 1).remove(0);
+    write_one(&b, put(&key, "late"));
+    set_range(&a, (Band(1)..=Band(1)).into(), RangeState::Leaving);
+    pull(&a, &b);
+    assert!(rows(&a).is_empty(), "the entry was stored at the old owner");
+    assert!(vasto_core::ids::covers(&a.vector(), &b.vector()), "its record is not asked for again");
+    let refused = try_write(&a, vec![put(&key, "later")]).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::WrongEpoch);
+}

@@ -6,18 +6,19 @@ use std::time::Duration;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
-use vasto_core::ErrorCode;
 use vasto_core::catalog::{Ack, Catalog, KeyspaceSpec};
-use vasto_core::ids::{CatalogVersion, Epoch, NodeId, ReplicaId, ShardId};
+use vasto_core::ids::{CatalogVersion, Epoch, NodeId, PlanId, ReplicaId, ShardId};
 use vasto_core::reconcile::evict;
 use vasto_core::record::RangeState;
 use vasto_core::topology::NodeAddress;
+use vasto_core::{Band, ErrorCode};
 use vasto_proto::v1::replication_server::ReplicationServer;
 
 use super::support::*;
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 use crate::replica::command::{Control, OpKind, Role, WriteOp};
+use crate::replica::throttle::Moving;
 use crate::replication::ReplicationService;
 use crate::replication::replicator::Replicator;
 
@@ -178,6 +179,61 @@ async fn a_replica_that_hears_of_a_higher_epoch_modifies_nothing_before_it_has_a
     write_one(&old.replica, put("any", "replica takes puts"));
     apply_catalog(old, 2, Role::Primary);
     write_one(&old.replica, add("c", 1));
+}
+
+/// The targets of a resize read the log of the source up to its seal.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_peer_took_before_its_own_seal_is_in_the_log_of_the_source_up_to_its_seal() {
+    let all = members(2).await;
+    let (source, peer) = (&all[0], &all[1]);
+    let catalog = Arc::new(shard_on(2));
+    apply_catalog(source, catalog.version.0, Role::Primary);
+    apply_catalog(peer, catalog.version.0, Role::Secondary);
+    let range = Band::owned(1).into();
+    let seal = |member: &Member| {
+        let (plan, version) = (PlanId(1), catalog.version);
+        control(&member.replica, Control::Seal { plan, version, range }).unwrap()
+    };
+    write_one(&peer.replica, put("before", "v"));
+    let own = seal(source);
+    let waiting = tokio::spawn({
+        let (replicator, catalog) = (source.replicator.clone(), catalog.clone());
+        async move { replicator.sealed_by_all(&catalog).await }
+    });
+    write_one(&peer.replica, put("after the seal of the source", "v"));
+    seal(peer);
+    let waits = send(&peer.replica, vec![put("after its own", "v")], Ack::Fsync);
+    source.replicator.follow(&catalog);
+    let sealed = waiting.await.unwrap().unwrap();
+    assert!(sealed > own);
+    let all_records = records(&source.replica);
+    let read = all_records.iter().filter(|record| record.lsn <= sealed);
+    let keys: Vec<String> = read.flat_map(data_keys).collect();
+    for key in ["before", "after the seal of the source"] {
+        assert!(keys.iter().any(|read| read == key), "{key}: {keys:?}");
+    }
+    assert!(waits.recv_timeout(Duration::ZERO).is_err(), "a sealed replica takes nothing");
+}
+
+/// Its writes come to the log of the source, and count there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_hears_how_far_the_source_slows_writers_down() {
+    let all = members(2).await;
+    let (source, other) = (&all[0], &all[1]);
+    let catalog = shard_on(2);
+    let moving = Moving { range: Band::owned(1).into(), bytes_per_s: Some(7_000_000) };
+    source.replica.throttle().set(Some(moving));
+    source.replicator.follow(&catalog);
+    other.replicator.follow(&catalog);
+    write_one(&source.replica, put("k", "v"));
+    let rate = || other.replica.throttle().rate_of(source.replica.id);
+    until("the rate to be heard", || rate() == moving.bytes_per_s).await;
+    let taken = source.replica.throttle().taken();
+    write_one(&other.replica, put("other", "v"));
+    until("a write at the follower to count", || source.replica.throttle().taken() > taken).await;
+    source.replica.throttle().set(None);
+    write_one(&source.replica, put("k", "later"));
+    until("the rate to be taken back", || rate().is_none()).await;
 }
 
 /// A replica serves replication in every state.
