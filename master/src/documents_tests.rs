@@ -149,6 +149,8 @@ fn users(drain: &NodeDrain) -> Catalog {
         targets: vec![Target { shard: ShardId(0), replica: ReplicaId(2), node: NodeId(2) }],
         seals_undone: 0,
         floor: None,
+        paused: false,
+        max_rate: None,
     });
     catalog
 }

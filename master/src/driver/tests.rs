@@ -262,11 +262,7 @@ impl Fixture {
         let source = SourceProgress {
             plan: PlanId(1),
             manifest: Some(PinnedManifest { key: "m".into(), lsn: Lsn(10) }),
-            export: None,
-            sealed: None,
-            released: false,
-            pauses_us: Vec::new(),
-            failed: None,
+            ..SourceProgress::new(PlanId(1))
         };
         let target = TargetProgress {
             stage: TargetStage::Tailing,

@@ -76,7 +76,7 @@ pub(super) fn done(catalog: &Catalog) -> Reports {
                 .then_some(Sealed { version: catalog.version, lsn: SEAL }),
             released: plan.step == Step::Committed,
             pauses_us: vec![5_000],
-            failed: None,
+            ..SourceProgress::new(plan.id)
         });
         let receives = plan.targets.iter().any(|target| target.replica == replica);
         report.target = receives.then(|| TargetProgress {

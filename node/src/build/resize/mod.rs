@@ -133,6 +133,8 @@ mod tests {
             targets: Vec::new(),
             seals_undone: 0,
             floor: None,
+            paused: false,
+            max_rate: None,
         }
     }
 

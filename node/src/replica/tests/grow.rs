@@ -180,6 +180,8 @@ impl Grow {
             targets: vec![Target { shard: ShardId(SHARDS - 1), replica: ReplicaId(3), node }],
             seals_undone: 0,
             floor: None,
+            paused: false,
+            max_rate: None,
         };
         Self { sources, bucket, plan, addresses: HashMap::new() }
     }

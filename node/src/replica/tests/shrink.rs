@@ -97,6 +97,8 @@ impl Shrink {
             targets: Vec::new(),
             seals_undone: 0,
             floor: Some(1),
+            paused: false,
+            max_rate: None,
         };
         let export = Export {
             replica: source.clone(),
