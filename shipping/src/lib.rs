@@ -26,7 +26,7 @@ pub mod metrics;
 pub use bucket::download::{self, DownloadError, DownloadProgress, Wanted, download};
 pub use bucket::{
     Bucket, BucketError, BucketOptions, Create, Listing, ObjectInfo, RequestCounts, RetryBudget,
-    Uploaded, Usage,
+    Throttle, Uploaded, Usage,
 };
 pub use catalog::{CatalogError, CatalogStore, CatalogWrite, ClusterSettings};
 pub use chunk::{Chunk, ChunkError};

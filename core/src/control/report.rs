@@ -219,6 +219,12 @@ impl SourceProgress {
             last_error: None,
         }
     }
+
+    /// Records a failed attempt that is repeated.
+    pub fn failed_for_now(&mut self, error: &impl ToString) {
+        self.failures = self.failures.saturating_add(1);
+        self.last_error = Some(error.to_string());
+    }
 }
 
 /// Stage of a target.
@@ -302,6 +308,12 @@ impl TargetProgress {
             failures: 0,
             last_error: None,
         }
+    }
+
+    /// Records a failed attempt that is repeated.
+    pub fn failed_for_now(&mut self, error: &impl ToString) {
+        self.failures = self.failures.saturating_add(1);
+        self.last_error = Some(error.to_string());
     }
 }
 

@@ -12,6 +12,7 @@ use super::breaker::Breaker;
 use super::counts::{Counters, RequestCounts, Usage};
 use super::error::BucketError;
 use super::retry::RetryBudget;
+use super::throttle::Throttled;
 use super::wire::Learned;
 
 /// A handle to one bucket prefix; cheap to clone, all clones share the counts.
@@ -19,6 +20,7 @@ use super::wire::Learned;
 pub struct Bucket {
     pub(super) inner: Arc<Inner>,
     pub(super) budget: RetryBudget,
+    pub(super) throttled: Throttled,
 }
 
 pub(super) struct Inner {
@@ -91,12 +93,16 @@ impl Bucket {
         let (counters, breaker) = (Arc::default(), Breaker::default());
         let inner =
             Inner { url, store, root, counters, opened: Instant::now(), source, learned, breaker };
-        Bucket { inner: Arc::new(inner), budget: RetryBudget::default() }
+        Bucket {
+            inner: Arc::new(inner),
+            budget: RetryBudget::default(),
+            throttled: Throttled::default(),
+        }
     }
 
     /// Returns the same bucket (and counts) with another retry budget.
     pub fn with_retry(&self, budget: RetryBudget) -> Bucket {
-        Bucket { inner: Arc::clone(&self.inner), budget }
+        Bucket { budget, ..self.clone() }
     }
 
     /// Returns the underlying store, which bypasses all checks and counts and expects the prefix

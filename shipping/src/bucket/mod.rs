@@ -5,8 +5,8 @@
 //! lost.
 //!
 //! From the bottom up: the data (`options`, `object`, `counts`, `error`), what a failure means
-//! (`failure`), how often a request is repeated (`retry`) and when none is sent (`breaker`), the
-//! open bucket and its single attempts (`handle`, `attempt`), the operations (`read`, `create`,
+//! (`failure`), how often a request is repeated (`retry`) and when none is sent (`breaker`), what
+//! holds bulk bytes back (`throttle`), the open bucket and its single attempts (`handle`, `attempt`), the operations (`read`, `create`,
 //! `delete`, `listing`, `probe`, `upload`, [`mod@download`]), and `open`, which turns a URL into a
 //! bucket.
 
@@ -30,6 +30,7 @@ mod probe;
 mod read;
 mod retry;
 mod strangers;
+mod throttle;
 mod upload;
 mod wire;
 
@@ -39,5 +40,6 @@ pub use handle::Bucket;
 pub use object::{Create, GET_BYTES_MAX, Listing, ObjectInfo, Uploaded};
 pub use options::BucketOptions;
 pub use retry::RetryBudget;
+pub use throttle::Throttle;
 
 pub(crate) use directory::staged_for;
