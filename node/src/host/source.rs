@@ -176,10 +176,10 @@ impl Hosted {
             tmp: self.shared.spec.tmp.clone(),
             cancel: cancel.clone(),
         };
+        let report = |done: Exported| self.exported(plan.id, done);
         let (mut pause, mut failed) = (RETRY, 0);
         loop {
-            let exported = export.run(plan, manifest.lsn, &|done| self.exported(plan.id, done));
-            match exported.await {
+            match export.run(plan, manifest.lsn, &report).await {
                 Ok(key) => return Ok((manifest, Some(key))),
                 // Each upload was repeated for as long as the bucket's own patience lasts.
                 Err(error @ BuildError::Bucket(_)) if failed < EXPORTS_FAILED_MAX => {

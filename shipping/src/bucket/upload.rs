@@ -61,7 +61,6 @@ impl Bucket {
             return Err(file.changed());
         }
         let uploaded = Uploaded { bytes: body.len() as u64, crc32c: crc32c::crc32c(&body) };
-        self.pass(uploaded.bytes).await;
         match self.create(key, body).await? {
             Create::Created => Ok(uploaded),
             Create::Exists(_) => Err(BucketError::Exists { key: key.to_owned() }),
@@ -166,16 +165,6 @@ impl Bucket {
             sent += part.len() as u64;
             if in_flight.len() >= PARTS_IN_FLIGHT {
                 let done: Option<Result<(), Failure>> = in_flight.next().await;
-                done.transpose().map_err(|failure| failure.into_error(self.url(), key))?;
-            }
-            let mut pass = std::pin::pin!(self.pass(part.len() as u64));
-            // The parts in flight go on meanwhile.
-            loop {
-                let done: Option<Result<(), Failure>> = tokio::select! {
-                    biased;
-                    _ = &mut pass => break,
-                    done = in_flight.next(), if !in_flight.is_empty() => done,
-                };
                 done.transpose().map_err(|failure| failure.into_error(self.url(), key))?;
             }
             self.inner.counters.put();

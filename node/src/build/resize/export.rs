@@ -131,7 +131,8 @@ impl Export {
             bytes_total: tables.iter().map(|(_, table)| table.bytes).sum(),
             bytes_done: 0,
         });
-        report(*progress.lock());
+        let written = *progress.lock();
+        report(written);
         let mut uploads = Vec::with_capacity(tables.len());
         for ((to, table), n) in tables.iter().zip(1..) {
             let key = layout::export_table(keyspace, plan.id, shard, *to, n, attempt);
@@ -204,6 +205,8 @@ impl Export {
         table: &WrittenTable,
         key: String,
     ) -> Result<ExportedTable, BuildError> {
+        // Whoever waits here has no turn yet: others go on.
+        self.bucket.pass(table.bytes).await;
         let _turn = self.pace.turn(table.bytes).await;
         let uploaded = self.bucket.upload_file(&key, &table.path).await?;
         // The space is needed for nothing else.
