@@ -145,6 +145,8 @@ pub(crate) fn trouble(facts: &Facts<'_>) -> Option<Trouble> {
     let mut nodes = facts.nodes().into_iter();
     let cut_off = nodes.find_map(|node| Some((node, (facts.bucket_trouble)(node)?)));
     if let Some((node, why)) = cut_off {
+        // A time in it would make another text of it each second.
+        let why = why.split_once(" s: ").map_or(why.as_str(), |(_, cause)| cause);
         return found(format!("{node} does not reach the bucket: {why}"), bucket);
     }
     if let Some((who, failures, error)) = facts.failing() {

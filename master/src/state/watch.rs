@@ -87,7 +87,7 @@ fn marks(catalog: &Catalog, plan: &Plan, reports: &Reports) -> Vec<u64> {
     }
     for progress in targets(plan, reports) {
         marks.extend([progress.stage as u64, u64::from(progress.manifest_shipped)]);
-        marks.extend([progress.bytes_done, progress.rows_done, progress.objects_read]);
+        marks.extend([progress.bytes_done, progress.rows_done]);
         marks.extend(progress.cursors.values().map(|lsn| lsn.0));
     }
     // A replica that is added reads the log like any other; every one takes over the versions.
