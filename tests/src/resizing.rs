@@ -46,8 +46,9 @@ impl Resizing {
         let catalog = cluster.catalog(name).await?;
         let before = catalog.tip()?;
         let shards = to.to_string();
+        let asked = ["keyspace", "resize", name, "--shards", &shards, "--no-wait"];
         let started = cluster
-            .json(&[&["keyspace", "resize", name, "--shards", &shards, "--no-wait"], more].concat())
+            .json(&[&asked[..], more].concat())
             .await
             .with_context(|| format!("{name}: {} -> {to}", before.spec.shards))?;
         let id = started["id"].as_str().with_context(|| format!("no id: {started}"))?.to_owned();

@@ -103,7 +103,7 @@ async fn a_paused_grow_stands_still_outlives_its_master_and_ends_when_it_is_resu
     kept.end(&cluster).await?.completely()?;
     ensure!(missing(&cluster.keyspace("ks").await?, "bulk", 4_000).await? == 0);
     for change in [&["pause", id][..], &["resume", id], &["rate", id, "1MiB"]] {
-        let args = [&["operation"], change].concat();
+        let args = [&["operation"][..], change].concat();
         cluster.vasto(&args).await?.refused(1, &["has ended already"])?;
     }
     cluster.finish().await
@@ -113,8 +113,7 @@ async fn a_paused_grow_stands_still_outlives_its_master_and_ends_when_it_is_resu
 /// comes before the export is one too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_paused_shrink_is_cancelled_and_leaves_nothing() -> Result<()> {
-    let mut cluster =
-        Cluster::builder().nodes(2).keeps_no_garbage().allow_warnings().start().await?;
+    let mut cluster = Cluster::builder().nodes(2).allow_warnings().start().await?;
     cluster.create("ks", 3, &["--replicas", "2", "--quarantine", "1s"]).await?;
     load(&cluster, "ks", 1_000).await?;
     for pause_in in [Step::Prepare, Step::Tail] {
@@ -136,7 +135,7 @@ async fn a_paused_shrink_is_cancelled_and_leaves_nothing() -> Result<()> {
         ensure!(missing(&cluster.keyspace("ks").await?, "bulk", 1_000).await? == 0);
     }
     ensure!(converged(&cluster, "ks").await? == 1_000);
-    cluster.collect().await?;
+    cluster.fsck().await?;
     cluster.finish().await
 }
 
