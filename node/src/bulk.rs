@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use opentelemetry::KeyValue;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -36,16 +37,24 @@ const POLL: Duration = Duration::from_millis(50);
 
 /// The gate of one process.
 pub(crate) struct BulkGate {
-    budget: Arc<Mutex<Debt>>,
+    shared: Arc<Shared>,
     plans: Mutex<BTreeMap<(KeyspaceId, PlanId), Arc<PlanGate>>>,
+}
+
+/// What all plans of the process share.
+struct Shared {
+    budget: Mutex<Debt>,
+    /// Bytes that have passed, of all plans.
+    moved: AtomicU64,
 }
 
 /// The entry of one plan.
 pub(crate) struct PlanGate {
     pace: watch::Sender<Pace>,
     debt: Mutex<Debt>,
-    budget: Arc<Mutex<Debt>>,
+    /// Bytes that have passed for the plan.
     moved: AtomicU64,
+    shared: Arc<Shared>,
 }
 
 /// What a plan asks of this node.
@@ -115,15 +124,16 @@ impl Debt {
 
 impl Default for BulkGate {
     fn default() -> Self {
-        let budget = Arc::new(Mutex::new(Debt::new(None, Instant::now())));
-        Self { budget, plans: Mutex::default() }
+        let budget = Mutex::new(Debt::new(None, Instant::now()));
+        let shared = Arc::new(Shared { budget, moved: AtomicU64::new(0) });
+        Self { shared, plans: Mutex::default() }
     }
 }
 
 impl BulkGate {
     /// Bounds the bulk bytes of the process, bytes a second; 0 sets no bound.
     pub(crate) fn set_budget(&self, rate: u64) {
-        self.budget.lock().set_rate((rate > 0).then_some(rate), Instant::now());
+        self.shared.budget.lock().set_rate((rate > 0).then_some(rate), Instant::now());
     }
 
     /// Takes over the pace of the running plan of a keyspace, and lets through what others have
@@ -135,13 +145,15 @@ impl BulkGate {
             let stays = *keyspace != catalog.keyspace || running.is_some_and(|plan| plan.id == *id);
             if !stays {
                 gate.set(Pace::default());
+                let moved = gate.moved.load(Ordering::Relaxed);
+                tracing::debug!(keyspace = keyspace.0, plan = id.0, moved, "a plan has ended here");
             }
             stays
         });
         if let Some(plan) = running {
             let gate = plans
                 .entry((catalog.keyspace, plan.id))
-                .or_insert_with(|| Arc::new(PlanGate::new(self.budget.clone())));
+                .or_insert_with(|| Arc::new(PlanGate::new(self.shared.clone())));
             gate.set(Pace::of(plan, catalog));
         }
     }
@@ -149,7 +161,7 @@ impl BulkGate {
     /// Returns the entry of a plan; that of a plan that does not run holds nothing back.
     pub(crate) fn of(&self, keyspace: KeyspaceId, plan: PlanId) -> Arc<PlanGate> {
         let found = self.plans.lock().get(&(keyspace, plan)).cloned();
-        found.unwrap_or_else(|| Arc::new(PlanGate::new(self.budget.clone())))
+        found.unwrap_or_else(|| Arc::new(PlanGate::new(self.shared.clone())))
     }
 
     /// Returns what holds back the file uploads of a replica: the plan that makes it, while one
@@ -162,6 +174,22 @@ impl BulkGate {
         Arc::new(Uploads { gate: self.clone(), keyspace, replica })
     }
 
+    /// Registers the bytes that have passed, `vasto_bulk_moved`, to be read at each export.
+    pub(crate) fn observe(&self, labels: &[KeyValue]) {
+        let (shared, labels) = (Arc::downgrade(&self.shared), labels.to_vec());
+        opentelemetry::global::meter("vasto-node")
+            .u64_observable_counter("vasto_bulk_moved")
+            .with_unit("By")
+            .with_description(
+                "Bytes that structural changes have read from the bucket and written to it, but for logs and manifests",
+            )
+            .with_callback(move |observer| {
+                let Some(shared) = shared.upgrade() else { return };
+                observer.observe(shared.moved.load(Ordering::Relaxed), &labels);
+            })
+            .build();
+    }
+
     fn maker_of(&self, keyspace: KeyspaceId, replica: ReplicaId) -> Option<Arc<PlanGate>> {
         let plans = self.plans.lock();
         let mut of_keyspace = plans.iter().filter(|((of, _), _)| *of == keyspace);
@@ -172,12 +200,12 @@ impl BulkGate {
 }
 
 impl PlanGate {
-    fn new(budget: Arc<Mutex<Debt>>) -> Self {
+    fn new(shared: Arc<Shared>) -> Self {
         Self {
             pace: watch::Sender::default(),
             debt: Mutex::new(Debt::new(None, Instant::now())),
-            budget,
             moved: AtomicU64::new(0),
+            shared,
         }
     }
 
@@ -190,20 +218,16 @@ impl PlanGate {
         });
     }
 
-    /// Returns the bytes that have passed for the plan, of all its replicas on this node.
-    pub(crate) fn moved(&self) -> u64 {
-        self.moved.load(Ordering::Relaxed)
-    }
-
     /// Takes the bytes when both bounds let them pass, else returns how long they wait.
     fn take(&self, bytes: u64) -> Duration {
-        let (mut debt, mut budget) = (self.debt.lock(), self.budget.lock());
+        let (mut debt, mut budget) = (self.debt.lock(), self.shared.budget.lock());
         let now = Instant::now();
         let wait = debt.wait(now).max(budget.wait(now));
         if wait.is_zero() {
             debt.add(bytes);
             budget.add(bytes);
             self.moved.fetch_add(bytes, Ordering::Relaxed);
+            self.shared.moved.fetch_add(bytes, Ordering::Relaxed);
         }
         wait
     }
@@ -337,10 +361,12 @@ mod tests {
         let others = gate.uploads_of(KEYSPACE, ReplicaId(1));
         assert!(!others.is_paused() && !others.pass(10).await, "a source ships on");
         assert!(!gate.of(KeyspaceId(2), PLAN).pass(10).await);
-        assert_eq!(plan.moved(), 10);
+        let moved =
+            || (plan.moved.load(Ordering::Relaxed), gate.shared.moved.load(Ordering::Relaxed));
+        assert_eq!(moved(), (10, 20), "10 bytes were of another plan");
         gate.apply(&running);
         assert!(held.await, "it says that it waited for the end of a pause");
-        assert_eq!(plan.moved(), 20);
+        assert_eq!(moved(), (20, 30));
     }
 
     #[tokio::test]

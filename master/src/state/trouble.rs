@@ -74,7 +74,9 @@ impl Facts<'_> {
 
     /// Returns true while a part of the plan may be at work that reports nothing.
     fn works_in_silence(&self) -> bool {
+        let waits_for_floor = self.plan.shrinks() && self.plan.floor.is_none();
         let makes_checkpoint = self.plan.step == Step::Prepare
+            && !waits_for_floor
             && self.plan.sources.iter().any(|source| {
                 self.source(source.replica)
                     .is_none_or(|progress| progress.manifest.is_none() && progress.export.is_none())

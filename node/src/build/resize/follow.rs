@@ -52,6 +52,7 @@ pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildEr
             filter,
             lags: Arc::clone(&lags),
             cursor: cursor.unwrap_or_default(),
+            failed: None,
             chunks: ChunkReader::after(owner, Vec::new(), pinned.unwrap_or_default()),
         };
         async move {
@@ -73,6 +74,8 @@ struct Follower<'a> {
     filter: ShardFilter,
     lags: Arc<parking_lot::Mutex<BTreeMap<ReplicaId, u64>>>,
     cursor: Lsn,
+    /// Why the stream was interrupted, until it goes on.
+    failed: Option<String>,
     /// The source's log in the bucket. Its position is after the pinned manifest or a chunk, where
     /// the next chunk begins; the cursor may be further.
     chunks: ChunkReader,
@@ -96,6 +99,8 @@ impl Follower<'_> {
                     reason,
                     "the tail is interrupted; the source is asked again"
                 );
+                self.build.progress.lock().failed_for_now(&reason);
+                self.failed = Some(reason);
                 self.set_lag(u64::MAX);
             }
             tokio::time::sleep(RETRY).await;
@@ -209,7 +214,16 @@ impl Follower<'_> {
             }
         }
         self.apply(entries, Lsn(frame.covered_lsn)).await?;
-        self.build.progress.lock().bytes_from_peers += bytes;
+        {
+            let mut progress = self.build.progress.lock();
+            progress.bytes_from_peers += bytes;
+            // Another source may have failed since.
+            if let Some(failed) = self.failed.take()
+                && progress.last_error.as_ref() == Some(&failed)
+            {
+                progress.last_error = None;
+            }
+        }
         self.set_lag(frame.head_lsn.saturating_sub(self.cursor.0));
         Ok(())
     }
