@@ -87,7 +87,8 @@ async fn a_paused_grow_stands_still_outlives_its_master_and_ends_when_it_is_resu
     cluster.start_master(Port::Same).await?;
     until("the nodes to report to the new master", DEADLINE, async || {
         let shown = show(&cluster, id).await.ok()?;
-        (shown["bytes_total"].as_u64()? > 0).then_some(())
+        let waiting = shown["waiting_for"].as_str()?;
+        (shown["bytes_total"].as_u64()? > 0 && waiting.contains("is paused")).then_some(())
     })
     .await?;
     ensure!(stands_still(&cluster, id).await? == done, "it moved under the new master");

@@ -140,7 +140,8 @@ fn obstacle(running: Running<'_>, away_us: impl Fn(NodeId) -> u64) -> Option<Adv
         return Some(abort_with(running, reason));
     }
     // The last report of a node that is away says nothing about its present state.
-    let away = nodes.into_iter().find(|node| plan.step == Step::Tail && away_us(*node) > 0)?;
+    let waits = plan.step == Step::Tail && !plan.paused;
+    let away = nodes.into_iter().find(|node| waits && away_us(*node) > 0)?;
     Some(Advance::Wait(format!("node {away} to come back")))
 }
 
