@@ -236,7 +236,7 @@ pub(crate) struct KeyspaceResize {
     /// Remove at once the kept keys of an earlier grow that are in the way of a shrink
     #[arg(long, conflicts_with = "plan")]
     pub end_quarantine: bool,
-    /// Bytes a second that all nodes together read from the bucket and write to it for this
+    /// The most bytes a second that all nodes together read and write at the bucket for this
     #[arg(long, value_name = "BYTES", value_parser = parse_rate, conflicts_with = "plan")]
     pub max_rate: Option<u64>,
     /// Start it and return; follow it with `vasto operation show`
@@ -441,7 +441,7 @@ pub(crate) enum OperationCommand {
     Resume(OperationId),
     /// Bound the bytes a second that an operation moves, or lift the bound
     #[command(
-        after_help = "All nodes together read so many bytes from the bucket and write so many to it.\n\n\
+        after_help = "All nodes together read and write at most so many bytes at the bucket.\n\n\
         Examples:\n  \
         vasto operation rate op-1-3 20MiB\n  \
         vasto operation rate op-1-3 none"

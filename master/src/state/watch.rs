@@ -63,8 +63,8 @@ pub(crate) fn sources<'a>(
     plan: &'a Plan,
     reports: &'a Reports,
 ) -> impl Iterator<Item = &'a SourceProgress> {
-    let reported = plan.sources.iter().filter_map(|source| reports.get(&source.replica));
-    reported.filter_map(|report| report.source.as_ref().filter(|found| found.plan == plan.id))
+    let reported = plan.sources.iter().filter_map(move |source| reports.get(&source.replica));
+    reported.filter_map(move |report| report.source.as_ref().filter(|found| found.plan == plan.id))
 }
 
 /// Returns what the targets of a plan have reported of it.
@@ -72,8 +72,8 @@ pub(crate) fn targets<'a>(
     plan: &'a Plan,
     reports: &'a Reports,
 ) -> impl Iterator<Item = &'a TargetProgress> {
-    let reported = plan.targets.iter().filter_map(|target| reports.get(&target.replica));
-    reported.filter_map(|report| report.target.as_ref().filter(|found| found.plan == plan.id))
+    let reported = plan.targets.iter().filter_map(move |target| reports.get(&target.replica));
+    reported.filter_map(move |report| report.target.as_ref().filter(|found| found.plan == plan.id))
 }
 
 /// Returns numbers of which some change while a plan goes on.

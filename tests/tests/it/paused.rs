@@ -114,7 +114,7 @@ async fn a_paused_grow_stands_still_outlives_its_master_and_ends_when_it_is_resu
 /// comes before the export is one too.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_paused_shrink_is_cancelled_and_leaves_nothing() -> Result<()> {
-    let mut cluster = Cluster::builder().nodes(2).allow_warnings().start().await?;
+    let cluster = Cluster::builder().nodes(2).allow_warnings().start().await?;
     cluster.create("ks", 3, &["--replicas", "2", "--quarantine", "1s"]).await?;
     load(&cluster, "ks", 1_000).await?;
     for pause_in in [Step::Prepare, Step::Tail] {
@@ -146,7 +146,7 @@ async fn a_rate_bounds_what_all_nodes_of_a_grow_move_together() -> Result<()> {
     const RATE: u64 = 1 << 20;
     /// Each of two targets may pass one piece at once.
     const AHEAD: u64 = 2 << 20;
-    let mut cluster = Cluster::builder().nodes(2).allow_warnings().start().await?;
+    let cluster = Cluster::builder().nodes(2).allow_warnings().start().await?;
     cluster.create("ks", 1, &["--replicas", "2", "--quarantine", "1s"]).await?;
     load(&cluster, "ks", 4_000).await?;
     let grow = Resizing::start_with(&cluster, "ks", 2, &["--max-rate", "1MiB"]).await?;
@@ -183,7 +183,7 @@ async fn a_rate_bounds_what_all_nodes_of_a_grow_move_together() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_bucket_that_is_away_is_told_within_ten_seconds_and_no_longer_than_it_is() -> Result<()> {
     let store = Arc::new(HttpStore::start().await);
-    let mut cluster = Cluster::builder().nodes(2).http(&store).allow_warnings().start().await?;
+    let cluster = Cluster::builder().nodes(2).http(&store).allow_warnings().start().await?;
     cluster.create("ks", 2, &["--quarantine", "1s"]).await?;
     load(&cluster, "ks", 500).await?;
     let well = cluster.vasto(&["cluster", "check"]).await?;
