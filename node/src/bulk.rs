@@ -32,8 +32,6 @@ use vasto_shipping::bucket::Bucket;
 const AHEAD: f64 = 0.05;
 /// Longest sleep of a waiting piece, after which it looks at the budget of the process again.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
-/// Interval at which work on the disk looks whether a pause has ended.
-const POLL: Duration = Duration::from_millis(50);
 
 /// The gate of one process.
 pub(crate) struct BulkGate {
@@ -282,11 +280,12 @@ impl Throttle for Uploads {
     }
 }
 
-/// Waits on a thread for work on the disk until the plan behind the bucket is not paused, or the
-/// work is cancelled.
+/// Waits until the plan behind the bucket is not paused, or the work is cancelled; for work on the
+/// disk, on a blocking thread of the runtime.
 pub(crate) fn wait_while_paused(bucket: &Bucket, cancel: &CancellationToken) {
-    while bucket.is_paused() && !cancel.is_cancelled() {
-        std::thread::sleep(POLL);
+    if bucket.is_paused() {
+        let resumed = cancel.run_until_cancelled(bucket.pass(0));
+        tokio::runtime::Handle::current().block_on(resumed);
     }
 }
 
