@@ -15,7 +15,9 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use self::parse::{parse_assignment, parse_duration, parse_ttl};
+use self::parse::{
+    RateBound, parse_assignment, parse_duration, parse_rate, parse_rate_bound, parse_ttl,
+};
 pub(crate) use self::{data::*, server::*};
 use crate::output::OutputFormat;
 
@@ -69,7 +71,7 @@ pub(crate) enum Command {
     Node(Node),
     /// Look at the cluster as a whole
     Cluster(Cluster),
-    /// Follow and cancel long operations
+    /// Follow, pause, slow down and cancel long operations
     Operation(Operation),
     /// Check the bucket, and delete what is not needed any more
     Bucket(Bucket),
@@ -219,6 +221,7 @@ pub(crate) struct KeyspaceEvict {
     Examples:\n  \
     vasto keyspace resize users --shards 5 --plan\n  \
     vasto keyspace resize users --shards 5\n  \
+    vasto keyspace resize users --shards 5 --max-rate 20MiB\n  \
     vasto keyspace resize users --shards 2 --end-quarantine"
 )]
 pub(crate) struct KeyspaceResize {
@@ -233,6 +236,9 @@ pub(crate) struct KeyspaceResize {
     /// Remove at once the kept keys of an earlier grow that are in the way of a shrink
     #[arg(long, conflicts_with = "plan")]
     pub end_quarantine: bool,
+    /// The most bytes a second that all nodes together read and write at the bucket for this
+    #[arg(long, value_name = "BYTES", value_parser = parse_rate, conflicts_with = "plan")]
+    pub max_rate: Option<u64>,
     /// Start it and return; follow it with `vasto operation show`
     #[arg(long)]
     pub no_wait: bool,
@@ -349,6 +355,11 @@ pub(crate) struct Cluster {
 pub(crate) enum ClusterCommand {
     /// Show nodes, keyspaces and warnings
     Status,
+    /// Check that everything is well: nodes, replicas, shipping, running operations
+    #[command(after_help = "Exits with 1 when there is anything to warn of.\n\n\
+        Examples:\n  \
+        vasto cluster check")]
+    Check,
 }
 
 /// `vasto bucket`
@@ -417,6 +428,25 @@ pub(crate) enum OperationCommand {
     Show(OperationId),
     /// Cancel an operation that is not committed yet
     Cancel(OperationId),
+    /// Stop the bulk work of an operation for a while; it changes no ownership meanwhile
+    #[command(
+        after_help = "Reads, writes and the tails of the logs go on. An operation that is in its cutover\n\
+        is not paused: that takes a moment.\n\n\
+        Examples:\n  \
+        vasto operation pause op-1-3"
+    )]
+    Pause(OperationId),
+    /// Let a paused operation go on
+    #[command(after_help = "Examples:\n  vasto operation resume op-1-3")]
+    Resume(OperationId),
+    /// Bound the bytes a second that an operation moves, or lift the bound
+    #[command(
+        after_help = "All nodes together read and write at most so many bytes at the bucket.\n\n\
+        Examples:\n  \
+        vasto operation rate op-1-3 20MiB\n  \
+        vasto operation rate op-1-3 none"
+    )]
+    Rate(OperationRate),
 }
 
 /// An operation by its id.
@@ -424,6 +454,16 @@ pub(crate) enum OperationCommand {
 pub(crate) struct OperationId {
     /// The id, as `vasto operation list` shows it
     pub id: String,
+}
+
+/// `vasto operation rate`
+#[derive(Debug, Args)]
+pub(crate) struct OperationRate {
+    /// The id, as `vasto operation list` shows it
+    pub id: String,
+    /// Bytes a second, or none
+    #[arg(value_name = "BYTES", value_parser = parse_rate_bound)]
+    pub rate: RateBound,
 }
 
 // ---------------------------------------------------------------------- configuration

@@ -172,6 +172,7 @@ fn node_config(config: &Config, dir: &Path) -> NodeConfig {
         max_replicas: node.max_replicas,
         log_cap: node.max_log.as_u64(),
         ship_rate: node.ship_rate.as_u64(),
+        bulk_rate: node.bulk_rate.as_u64(),
         clock_shift_ms: node.clock_shift_ms,
         bucket_options: bucket_options(config),
     }

@@ -17,14 +17,17 @@ use std::ops::Deref;
 use serde::de::DeserializeOwned;
 
 pub use bucket::{BucketCheck, BucketRepair, GarbageCollection, Orphan};
-pub use cluster::{Bill, BillPerMonth, ClusterStatus, MasterStatus, NodeStatus};
+pub use cluster::{
+    Bill, BillPerMonth, ClusterCheck, ClusterStatus, Finding, MasterStatus, NodeStatus,
+};
 pub use keyspace::{
     CommandedNodes, DeletedKeyspace, EvictedReplica, KeyspaceDescription, KeyspaceSummary,
     Quarantine, QuarantinesLeft, ReplicaStatus, RetiredReplica, ShardPlacement,
 };
 pub use operation::{
-    AbsentNode, NodeDisk, Operation, OperationState, ReachedLog, ResizeCost, ResizePlan,
-    ResizeRequests, ResizeSource, ShardsOrNode, WritePauseMs,
+    AbsentNode, NodeDisk, Operation, OperationSource, OperationState, OperationTarget,
+    OperationTrouble, ReachedLog, ResizeCost, ResizePlan, ResizeRequests, ResizeSource,
+    ShardsOrNode, WritePauseMs,
 };
 
 use crate::error::{Error, ErrorKind};

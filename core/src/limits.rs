@@ -160,6 +160,8 @@ pub const TOMBSTONE_GRACE: Duration = Duration::from_secs(24 * 3600);
 pub const QUARANTINE: Duration = Duration::from_secs(24 * 3600);
 /// Silence of its stream after which a node counts as dead.
 pub const NODE_SILENCE: Duration = Duration::from_secs(10);
+/// Least bound of the bulk bytes of an operation, bytes a second.
+pub const BULK_RATE_MIN: u64 = 1 << 10;
 /// Interval of a node's reports to the master when nothing changes.
 pub const REPORT_INTERVAL: Duration = Duration::from_millis(500);
 /// HTTP/2 keepalive interval: finds half-open connections in seconds instead of 15 minutes.

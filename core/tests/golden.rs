@@ -343,6 +343,8 @@ fn catalog() -> Catalog {
         targets: vec![Target { shard: ShardId(2), replica: ReplicaId(5), node: two }],
         seals_undone: 1,
         floor: None,
+        paused: false,
+        max_rate: None,
     });
     catalog.quarantines = vec![Quarantine {
         plan: PlanId(2),

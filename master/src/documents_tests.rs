@@ -149,6 +149,8 @@ fn users(drain: &NodeDrain) -> Catalog {
         targets: vec![Target { shard: ShardId(0), replica: ReplicaId(2), node: NodeId(2) }],
         seals_undone: 0,
         floor: None,
+        paused: false,
+        max_rate: None,
     });
     catalog
 }
@@ -344,7 +346,8 @@ async fn documents_are_what_scripts_know() {
     let [running, done, aborted] = rich(&cluster);
     cluster.bucket_holds(10 << 30);
     cluster.note_refused(NodeId(9), "c-9");
-    let plan = v1::ResizeRequest { name: "idle".into(), shards: 3, plan_only: true };
+    let plan =
+        v1::ResizeRequest { name: "idle".into(), shards: 3, plan_only: true, max_rate: None };
     let cordoned = json(&crate::view::node::node(&cluster.state(), NodeId(2), cluster.mono_us()));
     let pid = format!("\"master\":{{\"pid\":{},", std::process::id());
     let timed = |document: &str| {

@@ -1,6 +1,6 @@
 //! The instruments that the exporter reads from the state, through the global OpenTelemetry meter:
 //! `vasto_master_nodes{state}`, `vasto_master_plan_step{keyspace}` (0 none, 1 prepare, 2 tail, 3
-//! sealing, 4 committed). Requests to the bucket are in [`vasto_shipping::metrics`].
+//! sealing, 4 committed), `vasto_master_plans_stuck`. Requests to the bucket are in [`vasto_shipping::metrics`].
 //!
 //! **Invariant:** a stopped master reports nothing.
 
@@ -57,6 +57,22 @@ pub(crate) fn observe(cluster: &Arc<Cluster>) {
             for (keyspace, step) in steps {
                 observer.observe(step, &[KeyValue::new("keyspace", keyspace)]);
             }
+        })
+        .build();
+    let weak = Arc::downgrade(cluster);
+    meter
+        .u64_observable_gauge("vasto_master_plans_stuck")
+        .with_description(
+            "Running operations that do not go on; `vasto cluster status` says why and what to do",
+        )
+        .with_callback(move |observer| {
+            let Some(cluster) = running(&weak) else { return };
+            let stuck = {
+                let state = cluster.state();
+                let watched = state.active().filter_map(|keyspace| keyspace.watch.as_ref());
+                watched.filter(|watch| watch.trouble.is_some()).count()
+            };
+            observer.observe(stuck as u64, &[]);
         })
         .build();
 }

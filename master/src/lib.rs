@@ -14,7 +14,7 @@
 //! `placement` (which node gets which replica), `forecast` (what a resize moves and needs).
 //!
 //! Modules import downwards only: `placement`, `loads`, `metrics` < `state` < `forecast`, `cluster`
-//! < `driver`, `upkeep`, `view` < `api` < `service`, `session`, `gauges` < `server`.
+//! < `driver`, `upkeep`, `observer`, `view` < `api` < `service`, `session`, `gauges` < `server`.
 
 mod api;
 mod cluster;
@@ -25,6 +25,7 @@ mod forecast;
 mod gauges;
 mod loads;
 mod metrics;
+mod observer;
 mod placement;
 mod server;
 mod service;

@@ -26,7 +26,7 @@ use crate::cluster::{Cluster, Settings};
 use crate::driver::adopt;
 use crate::service::MasterService;
 use crate::session::MembershipService;
-use crate::{gauges, upkeep};
+use crate::{gauges, observer, upkeep};
 
 /// The configuration of a master.
 #[derive(Debug, Clone)]
@@ -157,6 +157,7 @@ impl Master {
         gauges::observe(&cluster);
         tracing::info!(%listen, cluster = cluster_id, bucket = cluster.bucket.url(), keyspaces = loaded, "master serves");
 
+        cluster.tasks.spawn(observer::observe_regularly(cluster.clone()));
         if !config.gc_interval.is_zero() {
             cluster.tasks.spawn(upkeep::collect_regularly(cluster.clone(), config.gc_interval));
         }

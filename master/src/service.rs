@@ -179,12 +179,20 @@ impl master_server::Master for MasterService {
             .await
     }
 
+    async fn pace_operation(&self, request: Request<v1::PaceOperationRequest>) -> Reply {
+        self.run("pace_operation", operation::pace(&self.cluster, request.into_inner())).await
+    }
+
     async fn list_nodes(&self, _: Request<v1::Empty>) -> Reply {
         reply(Ok(node::list(&self.cluster)))
     }
 
     async fn cluster_status(&self, _: Request<v1::Empty>) -> Reply {
         reply(Ok(node::status(&self.cluster)))
+    }
+
+    async fn check_cluster(&self, _: Request<v1::Empty>) -> Reply {
+        reply(Ok(node::check(&self.cluster)))
     }
 }
 

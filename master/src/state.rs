@@ -13,10 +13,13 @@ mod keyspace;
 mod node;
 mod presence;
 mod sessions;
+mod speed;
 mod targets;
 #[cfg(test)]
 pub(crate) mod tests;
+mod trouble;
 mod versions;
+mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -30,6 +33,8 @@ pub(crate) use self::change::{CatalogChange, ChangeRequest};
 pub(crate) use self::keyspace::{Delivery, Keyspace};
 pub(crate) use self::node::{Done, Node};
 pub(crate) use self::sessions::{Odd, Registration, Sent};
+pub(crate) use self::trouble::Trouble;
+pub(crate) use self::watch::{PlanWatch, StepBytes, sources, targets};
 use crate::loads::Loads;
 
 /// The whole state of the master.

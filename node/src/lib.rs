@@ -2,6 +2,7 @@
 
 mod binlog;
 mod build;
+mod bulk;
 mod caretaker;
 mod clock;
 mod command;

@@ -62,6 +62,9 @@ pub struct NodeConfig {
     pub log_cap: u64,
     /// Upper bound of the upload rate of all checkpoints together, bytes a second; 0 sets no limit.
     pub ship_rate: u64,
+    /// Upper bound of the bytes that all plans together read from the bucket and write to it on
+    /// this node, bytes a second; 0 sets no limit.
+    pub bulk_rate: u64,
     /// Offset added to the machine's clock, milliseconds: to test wrong clocks.
     pub clock_shift_ms: i64,
     /// Credentials and endpoint of the bucket.
@@ -174,6 +177,8 @@ impl Node {
         }
         let clock: SharedClock = Arc::new(SystemClock { shift_ms: config.clock_shift_ms });
         let registry = Arc::new(NodeRegistry::new(node_id, clock.clone(), config.read_threads));
+        registry.bulk.set_budget(config.bulk_rate);
+        registry.bulk.observe(&labels);
         let leases_end = CancellationToken::new();
         let ended = leases_end.clone();
         let leases =

@@ -18,6 +18,7 @@ use vasto_core::limits::MASTER_WORD;
 use vasto_core::plan::{Plan, Step};
 use vasto_core::topology::{NodeAddress, Topology};
 
+use crate::bulk::BulkGate;
 use crate::clock::{SharedClock, now_ms};
 use crate::replica::Replica;
 use crate::replica::authority::Belief;
@@ -33,6 +34,8 @@ pub(crate) struct NodeRegistry {
     pub clock: SharedClock,
     /// Limit of concurrent blocking reads.
     pub readers: Arc<Semaphore>,
+    /// The gate of bulk work; it follows the catalogs.
+    pub bulk: Arc<BulkGate>,
     /// Wakes the reporter when something that the master waits for has happened.
     pub report: Notify,
     /// Detects that the process stood still.
@@ -72,6 +75,7 @@ impl NodeRegistry {
             node_id,
             clock,
             readers: Arc::new(Semaphore::new(read_threads.max(1))),
+            bulk: Arc::default(),
             report: Notify::new(),
             stall: StallDetector::default(),
             pulse: Arc::new(AtomicU64::new(now_ms())),
@@ -241,6 +245,7 @@ impl NodeRegistry {
         {
             return false;
         }
+        self.bulk.apply(&catalog);
         let mut next = HashMap::clone(&catalogs);
         next.insert(catalog.keyspace, catalog);
         self.catalogs.store(Arc::new(next));

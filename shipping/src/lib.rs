@@ -25,8 +25,8 @@ pub mod metrics;
 
 pub use bucket::download::{self, DownloadError, DownloadProgress, Wanted, download};
 pub use bucket::{
-    Bucket, BucketError, BucketOptions, Create, Listing, ObjectInfo, RequestCounts, RetryBudget,
-    Uploaded, Usage,
+    Bucket, BucketError, BucketOptions, Create, Listing, ObjectInfo, Pacer, RequestCounts,
+    RetryBudget, Uploaded, Usage,
 };
 pub use catalog::{CatalogError, CatalogStore, CatalogWrite, ClusterSettings, StoredCatalog};
 pub use chunk::{Chunk, ChunkError};

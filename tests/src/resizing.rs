@@ -35,11 +35,20 @@ impl Resizing {
     /// # Errors
     /// When it is refused.
     pub async fn start(cluster: &Cluster, name: &str, to: u32) -> Result<Self> {
+        Self::start_with(cluster, name, to, &[]).await
+    }
+
+    /// Starts a resize as [`Self::start`] does, with more options.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub async fn start_with(cluster: &Cluster, name: &str, to: u32, more: &[&str]) -> Result<Self> {
         let catalog = cluster.catalog(name).await?;
         let before = catalog.tip()?;
         let shards = to.to_string();
+        let asked = ["keyspace", "resize", name, "--shards", &shards, "--no-wait"];
         let started = cluster
-            .json(&["keyspace", "resize", name, "--shards", &shards, "--no-wait"])
+            .json(&[&asked[..], more].concat())
             .await
             .with_context(|| format!("{name}: {} -> {to}", before.spec.shards))?;
         let id = started["id"].as_str().with_context(|| format!("no id: {started}"))?.to_owned();

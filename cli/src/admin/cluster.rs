@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use vasto_client::{
     Vasto,
-    answer::{Bill, ClusterStatus, NodeStatus},
+    answer::{Bill, ClusterCheck, ClusterStatus, Finding, NodeStatus},
 };
 
 use super::{bytes, keyspace, print, resize, text};
 use crate::{
     args::{Cluster, ClusterCommand, Node, NodeCommand},
     connect,
-    output::{OutputFormat, format_duration, table},
+    output::{Failure, OutputFormat, format_duration, table},
 };
 
 /// Runs one command of `vasto node`.
@@ -58,10 +58,33 @@ async fn list_nodes(vasto: &Vasto, format: OutputFormat) -> anyhow::Result<()> {
 /// # Errors
 /// An error of the cluster.
 pub(crate) async fn cluster(args: &Cluster, format: OutputFormat) -> anyhow::Result<()> {
-    let ClusterCommand::Status = args.command;
-    let status =
-        connect::connect(&args.connect).await?.cluster_status().await.map_err(connect::failure)?;
-    print(&status, format, overview)
+    let vasto = connect::connect(&args.connect).await?;
+    match args.command {
+        ClusterCommand::Status => {
+            let status = vasto.cluster_status().await.map_err(connect::failure)?;
+            print(&status, format, overview)
+        }
+        ClusterCommand::Check => check(&vasto, format).await,
+    }
+}
+
+async fn check(vasto: &Vasto, format: OutputFormat) -> anyhow::Result<()> {
+    let checked = vasto.check_cluster().await.map_err(connect::failure)?;
+    print(&checked, format, findings)?;
+    if checked.ok {
+        return Ok(());
+    }
+    let bad = checked.findings.iter().filter(|finding| !finding.ok).count();
+    let failure = Failure::new(format!("{bad} findings need attention"));
+    Err(failure.hint("each of them says what to do").into())
+}
+
+fn findings(checked: &ClusterCheck) -> String {
+    let line = |finding: &Finding| {
+        let state = if finding.ok { "ok" } else { "NOT OK" };
+        format!("{:<12} {state:<7} {}\n", finding.check, finding.message)
+    };
+    checked.findings.iter().map(line).collect()
 }
 
 fn listing(nodes: &[NodeStatus]) -> String {
@@ -121,6 +144,18 @@ mod tests {
 
     fn overview_of(status: &Value) -> String {
         overview(&from_value(status.clone()).unwrap())
+    }
+
+    #[test]
+    fn a_check_names_what_is_wrong_and_what_is_well() {
+        let checked = json!({"ok": false, "findings": [
+            {"check": "nodes", "ok": true, "message": "nothing to warn of"},
+            {"check": "operations", "ok": false, "message": "operation op-1-1 has not gone on"}]});
+        assert_eq!(
+            findings(&from_value(checked).unwrap()),
+            "nodes        ok      nothing to warn of\n\
+             operations   NOT OK  operation op-1-1 has not gone on\n"
+        );
     }
 
     #[test]

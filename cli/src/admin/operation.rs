@@ -8,7 +8,7 @@ use super::{bytes, count, print, text};
 use crate::{
     args::{self, OperationCommand},
     connect,
-    output::{OutputFormat, format_bytes, format_duration, table},
+    output::{OutputFormat, format_bytes, format_count, format_duration, table},
 };
 
 /// Runs one command of `vasto operation`.
@@ -31,6 +31,16 @@ pub(crate) async fn run(args: &args::Operation, format: OutputFormat) -> anyhow:
             format,
             cancelled,
         ),
+        OperationCommand::Pause(which) => {
+            print(&vasto.pause_operation(&which.id).await.map_err(connect::failure)?, format, show)
+        }
+        OperationCommand::Resume(which) => {
+            print(&vasto.resume_operation(&which.id).await.map_err(connect::failure)?, format, show)
+        }
+        OperationCommand::Rate(which) => {
+            let limited = vasto.limit_operation(&which.id, which.rate.0).await;
+            print(&limited.map_err(connect::failure)?, format, show)
+        }
     }
 }
 
@@ -67,9 +77,69 @@ fn milliseconds(value: Option<u64>) -> String {
 }
 
 fn show(operation: &Operation) -> String {
-    match operation.state {
-        OperationState::Running => line(operation) + "\n",
-        _ => report(operation),
+    match operation.state.is_under_way() {
+        true => line(operation) + "\n" + &details(operation),
+        false => report(operation),
+    }
+}
+
+/// Formats what is known of a running operation beyond its line: one line for each figure, each
+/// source and each target.
+fn details(operation: &Operation) -> String {
+    let a_second = |rate: u64| format!("{}/s", format_bytes(rate));
+    let mut rows: Vec<(&str, String)> = Vec::new();
+    if let Some(rate) = operation.rate {
+        let left = operation.seconds_left.map(Duration::from_secs).map(format_duration);
+        let left = left.map_or_else(String::new, |left| format!(", {left} left"));
+        rows.push(("rate", a_second(rate) + &left));
+    }
+    rows.extend(operation.max_rate.map(|rate| ("at most", a_second(rate))));
+    for source in &operation.sources {
+        let does = match (source.prepared, source.bytes_total) {
+            (true, _) => "prepared".to_owned(),
+            (false, 0) => "preparing".to_owned(),
+            (false, total) => exported(source.bytes_done, total),
+        };
+        let tried = tried(source.retries, source.last_error.as_ref());
+        rows.push((
+            "source",
+            format!("shard {} on {}: {does}{tried}", source.shard, source.node_id),
+        ));
+    }
+    for target in &operation.targets {
+        let mut does = text(target.stage.as_ref());
+        if target.bytes_total > 0 {
+            let (done, total) = (format_bytes(target.bytes_done), format_bytes(target.bytes_total));
+            does += &format!(", {done} of {total} read");
+        }
+        let tried = tried(target.retries, target.last_error.as_ref());
+        rows.push((
+            "target",
+            format!("shard {} on {}: {does}{tried}", target.shard, target.node_id),
+        ));
+    }
+    rows.extend(operation.retries.filter(|n| *n > 0).map(|n| ("retries", format_count(n))));
+    if let Some(pause) = operation.write_pause_ms.filter(|pause| pause.max > 0.0) {
+        rows.push(("write pause", format!("p50 {:?} ms, max {:?} ms", pause.p50, pause.max)));
+    }
+    if let Some(trouble) = &operation.trouble {
+        let since = format_duration(Duration::from_millis(trouble.since_ms));
+        rows.push(("held up", format!("for {since}: {}", trouble.what)));
+        rows.push(("what to do", trouble.next.clone()));
+    }
+    rows.into_iter().map(|(name, value)| format!("  {name:<14} {value}\n")).collect()
+}
+
+fn exported(done: u64, total: u64) -> String {
+    format!("{} of {} exported", format_bytes(done), format_bytes(total))
+}
+
+/// Formats how often a part was tried again, and why.
+fn tried(retries: u64, error: Option<&String>) -> String {
+    match (retries, error) {
+        (0, _) => String::new(),
+        (retries, None) => format!(", tried again {retries} times"),
+        (retries, Some(error)) => format!(", tried again {retries} times: {error}"),
     }
 }
 
@@ -82,7 +152,10 @@ pub(crate) fn line(operation: &Operation) -> String {
         text(operation.keyspace.as_ref()),
         text(operation.from.as_ref()),
         text(operation.to.as_ref()),
-        text(operation.step.as_ref()),
+        match operation.state {
+            OperationState::Paused => format!("paused in {}", text(operation.step.as_ref())),
+            _ => text(operation.step.as_ref()),
+        },
     );
     if let Some(total) = operation.bytes_total.filter(|total| *total > 0) {
         out += &format!(", {} of {} read", bytes(operation.bytes_done), format_bytes(total));
@@ -190,6 +263,25 @@ mod tests {
         assert_eq!(
             show(&running),
             "op-1-2 grow users from 3 to 4: tail, 1.0 MiB of 2.0 MiB read, waiting for n-1 to catch up\n"
+        );
+        let paused = operation(
+            json!({"id": "op-1-2", "kind": "grow", "keyspace": "users", "from": 3, "to": 4, "state": "paused",
+            "step": "tail", "rate": 1_048_576, "seconds_left": 90, "max_rate": 2_097_152, "retries": 2,
+            "sources": [{"shard": 0, "node_id": "n-1", "prepared": true}],
+            "targets": [{"shard": 3, "node_id": "n-2", "stage": "downloading", "bytes_done": 1_024,
+                "bytes_total": 2_048, "retries": 2, "last_error": "timed out"}],
+            "trouble": {"since_ms": 12_000, "what": "n-2 is away", "next": "start it"}}),
+        );
+        assert_eq!(
+            show(&paused),
+            "op-1-2 grow users from 3 to 4: paused in tail\n\
+             \x20 rate           1.0 MiB/s, 1 min 30 s left\n\
+             \x20 at most        2.0 MiB/s\n\
+             \x20 source         shard 0 on n-1: prepared\n\
+             \x20 target         shard 3 on n-2: downloading, 1.0 KiB of 2.0 KiB read, tried again 2 times: timed out\n\
+             \x20 retries        2\n\
+             \x20 held up        for 12.0 s: n-2 is away\n\
+             \x20 what to do     start it\n"
         );
         let shrink = Operation { kind: Some("shrink".to_owned()), ..finished() };
         assert!(show(&shrink).contains("what             shrink users from 2 to 3 shards\n"));

@@ -49,7 +49,8 @@ pub(crate) async fn run(
             }
         }
     }
-    let started = vasto.start_resize(&args.name, args.shards).await.map_err(connect::failure)?;
+    let started = vasto.start_resize_at(&args.name, args.shards, args.max_rate).await;
+    let started = started.map_err(connect::failure)?;
     wait(vasto, started, args.no_wait, format).await
 }
 
@@ -187,7 +188,7 @@ async fn follow(vasto: &Vasto, started: &Operation) -> anyhow::Result<Answer<Ope
             }
         };
         away_since = None;
-        if now.state != OperationState::Running {
+        if !now.state.is_under_way() {
             progress.finish(&summary(&name, &now));
             return Ok(now);
         }
@@ -207,6 +208,12 @@ fn set_step(progress: &mut ProgressLine, step: &mut String, name: &str, now: &st
 /// Formats the current step, and what the step waits for while no bytes are moving.
 fn doing(now: &Operation) -> String {
     let step = text(now.step.as_ref());
+    if now.state == OperationState::Paused {
+        return format!("{step}, paused; go on with `vasto operation resume {}`", now.id);
+    }
+    if let Some(trouble) = &now.trouble {
+        return format!("{step}, held up: {}; {}", trouble.what, trouble.next);
+    }
     let moves = now.bytes_done < now.bytes_total;
     match &now.waiting_for {
         Some(what) if !moves => format!("{step}, waiting for {what}"),
@@ -313,6 +320,10 @@ mod tests {
         assert_eq!(doing(&operation(&now)), "2 replicas left, waiting for a node");
         now["bytes_total"] = json!(9);
         assert_eq!(doing(&operation(&now)), "2 replicas left", "it moves");
+        now["trouble"] = json!({"since_ms": 9_000, "what": "n-1 is away", "next": "start it"});
+        assert_eq!(doing(&operation(&now)), "2 replicas left, held up: n-1 is away; start it");
+        now["state"] = json!("paused");
+        assert!(doing(&operation(&now)).ends_with("`vasto operation resume node-n-1-2`"));
         let tail = json!({"id": "op-1-1", "state": "running", "step": "tail", "waiting_for": null});
         assert_eq!(doing(&operation(&tail)), "tail");
     }

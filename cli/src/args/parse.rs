@@ -36,6 +36,30 @@ pub(super) fn parse_size(text: &str) -> Result<usize, String> {
     usize::try_from(size.as_u64()).map_err(|_| "this is more than fits into memory".to_owned())
 }
 
+/// Parses a rate: bytes a second, at least 1.
+pub(super) fn parse_rate(text: &str) -> Result<u64, String> {
+    let bytes = text.strip_suffix("/s").unwrap_or(text);
+    match bytes.parse::<ByteSize>().map(|size| size.as_u64()) {
+        Ok(0) => Err("nothing moves at 0 bytes a second".to_owned()),
+        Ok(rate) => Ok(rate),
+        Err(error) => Err(format!("{error}; write bytes a second, for example 500KiB or 20MiB")),
+    }
+}
+
+/// A bound of a rate, or none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RateBound(pub Option<u64>);
+
+/// Parses a bound of a rate; `none` lifts it.
+pub(super) fn parse_rate_bound(text: &str) -> Result<RateBound, String> {
+    match text {
+        "none" => Ok(RateBound(None)),
+        _ => parse_rate(text)
+            .map(|rate| RateBound(Some(rate)))
+            .map_err(|error| format!("{error}; `none` lifts the bound")),
+    }
+}
+
 /// Bytes that were given as escaped text; [`crate::output::printable`] is the inverse.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Escaped(pub Vec<u8>);
@@ -121,6 +145,17 @@ mod tests {
             assert!(!printed.chars().any(char::is_control), "{printed:?}");
             assert_eq!(unescape(OsStr::new(&printed)).unwrap(), Escaped(key.to_vec()), "{printed}");
         }
+    }
+
+    #[test]
+    fn a_rate_is_a_size_and_never_nothing() {
+        assert_eq!(parse_rate("20MiB"), Ok(20 << 20));
+        assert_eq!((parse_rate("500KiB/s"), parse_rate("1024")), (Ok(500 << 10), Ok(1024)));
+        assert!(parse_rate("fast").unwrap_err().contains("20MiB"));
+        assert!(parse_rate("0").is_err());
+        assert_eq!(parse_rate_bound("none"), Ok(RateBound(None)));
+        assert_eq!(parse_rate_bound("1KiB"), Ok(RateBound(Some(1024))));
+        assert!(parse_rate_bound("all").unwrap_err().contains("`none`"));
     }
 
     #[test]

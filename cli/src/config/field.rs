@@ -63,6 +63,7 @@ pub(super) const FIELDS: &[Field] = &[
     field("node.rate_limit", Kind::Size),
     field("node.ship_interval", Kind::Duration),
     field("node.ship_rate", Kind::Size),
+    field("node.bulk_rate", Kind::Size),
     field("node.read_threads", Kind::Count),
     field("node.max_replicas", Kind::Count),
     field("node.max_log", Kind::Size),

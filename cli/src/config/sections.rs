@@ -139,6 +139,10 @@ pub(crate) struct NodeSection {
     /// no limit.
     #[serde(with = "values::size")]
     pub ship_rate: ByteSize,
+    /// Bytes a second that structural changes read from the bucket and write to it, all of the node
+    /// together; 0 sets no limit.
+    #[serde(with = "values::size")]
+    pub bulk_rate: ByteSize,
     /// Threads for reads that wait for the disk.
     #[serde(with = "values::count")]
     pub read_threads: usize,
@@ -167,6 +171,7 @@ impl Default for NodeSection {
             rate_limit: ByteSize::b(0),
             ship_interval: Duration::from_secs(10),
             ship_rate: ByteSize::b(0),
+            bulk_rate: ByteSize::b(0),
             read_threads: 4,
             max_replicas: vasto_core::limits::NODE_REPLICAS_MAX,
             max_log: ByteSize::b(vasto_core::limits::BINLOG_BYTES_MAX),

@@ -3,7 +3,7 @@
 use vasto_proto::v1;
 
 use crate::answer::{
-    Answer, BucketCheck, BucketRepair, ClusterStatus, GarbageCollection, NodeStatus,
+    Answer, BucketCheck, BucketRepair, ClusterCheck, ClusterStatus, GarbageCollection, NodeStatus,
 };
 use crate::client::Vasto;
 use crate::error::Error;
@@ -42,6 +42,16 @@ impl Vasto {
         let request = v1::CordonNodeRequest { node_id: node.to_owned(), cordoned };
         self.master
             .call(Call::Change, |mut master| async move { master.cordon_node(request).await })
+            .await
+    }
+
+    /// Checks the cluster: everything that [`Vasto::cluster_status`] warns of, check by check.
+    ///
+    /// # Errors
+    /// When the master does not answer.
+    pub async fn check_cluster(&self) -> Result<Answer<ClusterCheck>, Error> {
+        self.master
+            .call(Call::Ask, |mut master| async move { master.check_cluster(v1::Empty {}).await })
             .await
     }
 

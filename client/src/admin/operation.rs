@@ -1,9 +1,9 @@
-//! Calls that start, follow and cancel structural changes.
+//! Calls that start, follow, pause, slow down and cancel structural changes.
 
 use tokio::time::Instant;
 use vasto_core::band::check_shard_count;
 use vasto_core::limits::{ADMIN_DEADLINE, check_keyspace_name};
-use vasto_proto::v1;
+use vasto_proto::v1::{self, pace_operation_request::Pace};
 
 use crate::answer::{Answer, Operation, OperationState, QuarantinesLeft, ResizePlan};
 use crate::client::Vasto;
@@ -35,9 +35,64 @@ impl Vasto {
     /// and when the shards that stay keep keys of an earlier grow in quarantine (see
     /// [`Vasto::end_quarantine`]).
     pub async fn start_resize(&self, name: &str, shards: u32) -> Result<Answer<Operation>, Error> {
-        let request = resize_request(name, shards, false)?;
+        self.start_resize_at(name, shards, None).await
+    }
+
+    /// Starts a resize as [`Vasto::start_resize`] does, with a bound of the bytes that all nodes
+    /// together read from the bucket and write to it for the operation, bytes a second.
+    ///
+    /// # Errors
+    /// As of [`Vasto::start_resize`]; `InvalidArgument` for a rate at which nothing would end.
+    pub async fn start_resize_at(
+        &self,
+        name: &str,
+        shards: u32,
+        max_rate: Option<u64>,
+    ) -> Result<Answer<Operation>, Error> {
+        let request = v1::ResizeRequest { max_rate, ..resize_request(name, shards, false)? };
         self.master
             .call(Call::Change, |mut master| async move { master.resize_keyspace(request).await })
+            .await
+    }
+
+    /// Pauses a running operation: it reads and writes no bulk bytes, and changes no ownership,
+    /// until [`Vasto::resume_operation`]. Returns the operation.
+    ///
+    /// # Errors
+    /// `NotFound`; `FailedPrecondition` when it has ended, is in its cutover or has committed.
+    pub async fn pause_operation(&self, id: &str) -> Result<Answer<Operation>, Error> {
+        self.pace_operation(id, Pace::Paused(true)).await
+    }
+
+    /// Lets a paused operation go on. Returns the operation.
+    ///
+    /// # Errors
+    /// As of [`Vasto::pause_operation`].
+    pub async fn resume_operation(&self, id: &str) -> Result<Answer<Operation>, Error> {
+        self.pace_operation(id, Pace::Paused(false)).await
+    }
+
+    /// Bounds the bytes that all nodes together read from the bucket and write to it for a running
+    /// operation, bytes a second; `None` lifts the bound. Returns the operation.
+    ///
+    /// # Errors
+    /// As of [`Vasto::pause_operation`]; `InvalidArgument` for a rate at which nothing would end.
+    pub async fn limit_operation(
+        &self,
+        id: &str,
+        max_rate: Option<u64>,
+    ) -> Result<Answer<Operation>, Error> {
+        if max_rate == Some(0) {
+            let message = "nothing moves at 0 bytes a second; pause the operation instead";
+            return Err(Error::new(ErrorKind::InvalidArgument, message.to_owned()));
+        }
+        self.pace_operation(id, Pace::MaxRate(max_rate.unwrap_or(0))).await
+    }
+
+    async fn pace_operation(&self, id: &str, pace: Pace) -> Result<Answer<Operation>, Error> {
+        let request = v1::PaceOperationRequest { id: id.to_owned(), pace: Some(pace) };
+        self.master
+            .call(Call::Change, |mut master| async move { master.pace_operation(request).await })
             .await
     }
 
@@ -175,7 +230,7 @@ impl Vasto {
         mut operation: Answer<Operation>,
     ) -> Result<Answer<Operation>, Error> {
         let mut heard = Instant::now();
-        while operation.state == OperationState::Running {
+        while operation.state.is_under_way() {
             tokio::time::sleep(OPERATION_POLL).await;
             match self.show_operation(&operation.id).await {
                 Ok(now) => {
@@ -202,7 +257,9 @@ impl Vasto {
                 );
                 Err(Error::new(ErrorKind::Internal, message))
             }
-            OperationState::Running | OperationState::Done => Ok(operation),
+            OperationState::Running | OperationState::Paused | OperationState::Done => {
+                Ok(operation)
+            }
         }
     }
 
@@ -242,5 +299,5 @@ impl Vasto {
 fn resize_request(name: &str, shards: u32, plan_only: bool) -> Result<v1::ResizeRequest, Error> {
     check_keyspace_name(name)?;
     check_shard_count(shards)?;
-    Ok(v1::ResizeRequest { name: name.to_owned(), shards, plan_only })
+    Ok(v1::ResizeRequest { name: name.to_owned(), shards, plan_only, max_rate: None })
 }

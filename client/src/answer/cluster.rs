@@ -24,6 +24,28 @@ pub struct ClusterStatus {
     pub bill: Option<Bill>,
 }
 
+/// The result of a check of the cluster.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct ClusterCheck {
+    /// There is nothing to warn of.
+    pub ok: bool,
+    /// Every warning, and every check without one.
+    pub findings: Vec<Finding>,
+}
+
+/// One finding of a check.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Finding {
+    /// What was checked: `bucket`, `nodes`, `shards`, `shipping`, `replicas`, `operations`.
+    pub check: String,
+    /// There was nothing to warn of.
+    pub ok: bool,
+    /// The warning, with a remedy.
+    pub message: String,
+}
+
 /// A node.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]

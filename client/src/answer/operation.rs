@@ -11,6 +11,8 @@ use serde::Deserialize;
 pub enum OperationState {
     /// The operation is in progress.
     Running,
+    /// The operation stands still at somebody's request.
+    Paused,
     /// The operation is done.
     Done,
     /// The operation was aborted; nothing has changed.
@@ -20,10 +22,18 @@ pub enum OperationState {
     Other(String),
 }
 
+impl OperationState {
+    /// Returns true before the end of an operation.
+    pub fn is_under_way(&self) -> bool {
+        matches!(self, OperationState::Running | OperationState::Paused)
+    }
+}
+
 impl fmt::Display for OperationState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             OperationState::Running => "running",
+            OperationState::Paused => "paused",
             OperationState::Done => "done",
             OperationState::Aborted => "aborted",
             OperationState::Other(name) => name,
@@ -51,10 +61,29 @@ pub struct Operation {
     pub step: Option<String>,
     /// Cause of the step's wait.
     pub waiting_for: Option<String>,
-    /// Bytes that the step has read, while it runs.
+    /// Bytes that the step has moved, while it runs: those that the sources export, or those that
+    /// the targets read.
     pub bytes_done: Option<u64>,
-    /// Bytes that the step has to read, as far as that is known; while it runs.
+    /// Bytes that the step has to move, as far as that is known; while it runs.
     pub bytes_total: Option<u64>,
+    /// Bytes a second of the last seconds, while it runs.
+    pub rate: Option<u64>,
+    /// Seconds until the bytes of the step are done, at that rate.
+    pub seconds_left: Option<u64>,
+    /// Upper bound of the rate, bytes a second.
+    pub max_rate: Option<u64>,
+    /// Attempts of its parts that failed and were repeated, and seals that were undone.
+    pub retries: Option<u64>,
+    /// Why the last attempt failed, while it is repeated.
+    pub last_error: Option<String>,
+    /// Why it does not go on, and what to do.
+    pub trouble: Option<OperationTrouble>,
+    /// The replicas that give, while it runs.
+    #[serde(default)]
+    pub sources: Vec<OperationSource>,
+    /// The replicas that receive, while it runs.
+    #[serde(default)]
+    pub targets: Vec<OperationTarget>,
     /// Why it was aborted.
     pub reason: Option<String>,
     /// When it started, microseconds since 1970.
@@ -83,6 +112,58 @@ pub struct Operation {
     /// Ends of the logs that were read from the bucket; later records are missing from the result.
     #[serde(default)]
     pub reached: Vec<ReachedLog>,
+}
+
+/// Why an operation does not go on.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct OperationTrouble {
+    /// How long that has lasted, milliseconds.
+    pub since_ms: u64,
+    /// What holds it up.
+    pub what: String,
+    /// What to do.
+    pub next: String,
+}
+
+/// A replica that gives in a running operation.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct OperationSource {
+    /// Its shard.
+    pub shard: u32,
+    /// Its node, `n-…`.
+    pub node_id: String,
+    /// It has made what the targets take.
+    pub prepared: bool,
+    /// Bytes of its export that are in the bucket.
+    pub bytes_done: u64,
+    /// Bytes of its export, as far as they are known; 0 when there is none.
+    pub bytes_total: u64,
+    /// Attempts that failed and were repeated.
+    pub retries: u64,
+    /// Why the last attempt failed, while it is repeated.
+    pub last_error: Option<String>,
+}
+
+/// A replica that receives in a running operation.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct OperationTarget {
+    /// Its shard.
+    pub shard: u32,
+    /// Its node, `n-…`.
+    pub node_id: String,
+    /// What it does: `downloading`, `rewriting`, `tailing`, `open`; `None` before it begins.
+    pub stage: Option<String>,
+    /// Bytes that it has taken from the bucket.
+    pub bytes_done: u64,
+    /// Bytes that it takes, as far as they are known.
+    pub bytes_total: u64,
+    /// Attempts that failed and were repeated.
+    pub retries: u64,
+    /// Why the last attempt failed, while it is repeated.
+    pub last_error: Option<String>,
 }
 
 /// Subject of an operation: the number of shards of a keyspace, or the node whose replicas move or

@@ -630,6 +630,8 @@ json_calls! {
     list_operations(v1::Empty);
     show_operation(v1::OperationRequest);
     cancel_operation(v1::OperationRequest);
+    pace_operation(v1::PaceOperationRequest);
     list_nodes(v1::Empty);
     cluster_status(v1::Empty);
+    check_cluster(v1::Empty);
 }

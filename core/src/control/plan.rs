@@ -2,6 +2,8 @@
 //!
 //! **Invariant:** the JSON of a plan is persisted in the bucket: its names never change.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use crate::band::Band;
@@ -128,6 +130,17 @@ pub struct Plan {
     /// shrink exports; `None` until the present ones are known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub floor: Option<u64>,
+    /// The plan stands still at an administrator's request: no bulk work, no seal, no commit.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub paused: bool,
+    /// Upper bound of the bulk bytes that all its nodes together read from the bucket and write to
+    /// it for the plan, bytes a second; `None` sets none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_rate: Option<u64>,
+}
+
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 impl Plan {
@@ -189,6 +202,20 @@ impl Plan {
         sources.chain(self.targets.iter().map(|target| (target.shard, target.replica)))
     }
 
+    /// Returns the part of the plan's [`max_rate`](Self::max_rate) that each node has which does
+    /// bulk work in the present step: the nodes of the sources in `prepare`, those of the targets
+    /// later. Bytes a second, at least 1.
+    pub fn rate_of_each_node(&self) -> Option<u64> {
+        let max_rate = self.max_rate?;
+        let nodes: BTreeSet<NodeId> = match self.step {
+            Step::Prepare => self.sources.iter().map(|source| source.node).collect(),
+            Step::Tail | Step::Sealing | Step::Committed => {
+                self.targets.iter().map(|target| target.node).collect()
+            }
+        };
+        Some((max_rate / nodes.len().max(1) as u64).max(1))
+    }
+
     /// Returns the shard counts before and after, of a plan that changes them.
     pub fn resize(&self) -> Option<(u32, u32)> {
         match self.kind {
@@ -212,3 +239,58 @@ pub const SEALS_UNDONE_MAX: u32 = 20;
 /// Time away after which a node aborts a plan that has not committed, and is not waited for by one
 /// that has, microseconds.
 pub const NODE_AWAY_MAX_US: u64 = 60_000_000;
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn plan(step: Step) -> Plan {
+        let source = |shard: u32, node: u64| Source {
+            shard: ShardId(shard),
+            replica: ReplicaId(u64::from(shard) + 1),
+            node: NodeId(node),
+            manifest: None,
+            export: None,
+        };
+        let target = |replica: u64| Target {
+            shard: ShardId(3),
+            replica: ReplicaId(replica),
+            node: NodeId(9),
+        };
+        Plan {
+            id: PlanId(1),
+            kind: PlanKind::Grow { from: 3, to: 4 },
+            from_epoch: Epoch(1),
+            started_at_us: 1,
+            step,
+            sources: vec![source(0, 1), source(1, 2), source(2, 2)],
+            targets: vec![target(7), target(8)],
+            seals_undone: 0,
+            floor: None,
+            paused: false,
+            max_rate: Some(1_000),
+        }
+    }
+
+    #[test]
+    fn the_nodes_of_a_step_share_the_rate_of_the_plan() {
+        assert_eq!(plan(Step::Prepare).rate_of_each_node(), Some(500), "two nodes have sources");
+        assert_eq!(plan(Step::Tail).rate_of_each_node(), Some(1_000), "one node has both targets");
+        let alone = Plan { targets: Vec::new(), max_rate: Some(0), ..plan(Step::Tail) };
+        assert_eq!(alone.rate_of_each_node(), Some(1), "never a division by nothing, never none");
+        assert_eq!(Plan { max_rate: None, ..alone }.rate_of_each_node(), None);
+    }
+
+    #[test]
+    fn a_plan_that_runs_freely_has_the_bytes_of_older_versions_and_they_are_read() {
+        let free = Plan { max_rate: None, ..plan(Step::Tail) };
+        let text = serde_json::to_string(&free).unwrap();
+        assert!(!text.contains("paused") && !text.contains("max_rate"), "{text}");
+        assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), free);
+        let held = Plan { paused: true, ..plan(Step::Tail) };
+        let text = serde_json::to_string(&held).unwrap();
+        assert!(text.ends_with(r#""paused":true,"max_rate":1000}"#), "{text}");
+        assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), held);
+    }
+}

@@ -197,6 +197,48 @@ pub struct SourceProgress {
     /// Reason why the source cannot go on.
     #[serde(default)]
     pub failed: Option<String>,
+    /// Bytes of its export, as far as they are known; 0 of a source that exports nothing.
+    #[serde(default)]
+    pub bytes_total: u64,
+    /// Bytes of the export that are in the bucket.
+    #[serde(default)]
+    pub bytes_done: u64,
+    /// Rows that the export has written to local tables: they tell that it goes on.
+    #[serde(default)]
+    pub rows_done: u64,
+    /// Attempts that failed and were repeated.
+    #[serde(default)]
+    pub failures: u32,
+    /// Why the last attempt failed, while it is repeated.
+    #[serde(default)]
+    pub last_error: Option<String>,
+}
+
+impl SourceProgress {
+    /// Creates a progress with nothing done yet.
+    pub fn new(plan: PlanId) -> Self {
+        Self {
+            plan,
+            manifest: None,
+            export: None,
+            sealed: None,
+            released: false,
+            pauses_us: Vec::new(),
+            throttle: None,
+            failed: None,
+            bytes_total: 0,
+            bytes_done: 0,
+            rows_done: 0,
+            failures: 0,
+            last_error: None,
+        }
+    }
+
+    /// Records a failed attempt that is repeated.
+    pub fn failed_for_now(&mut self, error: &impl ToString) {
+        self.failures = self.failures.saturating_add(1);
+        self.last_error = Some(error.to_string());
+    }
 }
 
 /// Stage of a target.
@@ -251,6 +293,15 @@ pub struct TargetProgress {
     /// Reason why the target cannot go on.
     #[serde(default)]
     pub failed: Option<String>,
+    /// Rows that it has rewritten so far: they tell that it goes on.
+    #[serde(default)]
+    pub rows_done: u64,
+    /// Attempts that failed and were repeated.
+    #[serde(default)]
+    pub failures: u32,
+    /// Why the last attempt failed, while it is repeated.
+    #[serde(default)]
+    pub last_error: Option<String>,
 }
 
 impl TargetProgress {
@@ -272,7 +323,16 @@ impl TargetProgress {
             manifest_shipped: false,
             reached: Vec::new(),
             failed: None,
+            rows_done: 0,
+            failures: 0,
+            last_error: None,
         }
+    }
+
+    /// Records a failed attempt that is repeated.
+    pub fn failed_for_now(&mut self, error: &impl ToString) {
+        self.failures = self.failures.saturating_add(1);
+        self.last_error = Some(error.to_string());
     }
 }
 

@@ -207,7 +207,7 @@ pub(crate) async fn delete(cluster: &Arc<Cluster>, name: &str) -> Answer {
 
 /// Starts a resize, or only plans it: the plan says what the resize itself would be answered.
 pub(crate) async fn resize(cluster: &Arc<Cluster>, request: v1::ResizeRequest) -> Answer {
-    let change = CatalogChange::Resize { to: request.shards };
+    let change = CatalogChange::Resize { to: request.shards, max_rate: request.max_rate };
     if request.plan_only {
         return plan_resize(cluster, &request, &change);
     }

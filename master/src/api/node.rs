@@ -1,4 +1,4 @@
-//! Nodes: list and cordon, and the status of the cluster.
+//! Nodes: list and cordon, and the status and the check of the cluster.
 
 use std::sync::Arc;
 
@@ -27,6 +27,12 @@ pub(crate) fn status(cluster: &Cluster) -> String {
     let state = cluster.state();
     let bill = cost(&state, own, stored, &cluster.settings.prices, bucket, mono_us);
     json(&status::cluster(&state, cluster.cluster_id(), bucket, own, bill, warnings, mono_us))
+}
+
+/// Returns what the status warns of, check by check.
+pub(crate) fn check(cluster: &Cluster) -> String {
+    let warnings = cluster.warnings();
+    json(&status::check(&cluster.state(), warnings, cluster.mono_us()))
 }
 
 /// Cordons a node, so that it gets no new replicas, or uncordons it. Its present replicas stay.

@@ -1,10 +1,14 @@
-//! Operations: list, show, cancel. A drain of a node is one operation across all keyspaces.
+//! Operations: list, show, cancel, pause, slow down. A drain of a node is one operation across all keyspaces.
 
 use std::sync::Arc;
 
+use vasto_core::error::VastoError;
+use vasto_core::ids::{KeyspaceId, PlanId};
 use vasto_core::operation::operation_id;
+use vasto_core::reconcile::Pace;
+use vasto_proto::v1::{self, pace_operation_request::Pace as Wanted};
 
-use super::answer::{Answer, no_operation};
+use super::answer::{Answer, invalid, no_operation, refused};
 use super::{ask, drain};
 use crate::cluster::{Cluster, now_us};
 use crate::driver::has_ended;
@@ -33,27 +37,59 @@ pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
     if is_drain(id) {
         return drain::cancel(cluster, id).await;
     }
-    let (keyspace, plan) = {
-        let state = cluster.state();
-        let running = state.keyspaces.values().find_map(|keyspace| {
-            let catalog = &keyspace.catalog;
-            let plan = catalog.plan.as_ref()?;
-            (operation_id(catalog.keyspace, plan.id) == id).then_some((catalog.keyspace, plan.id))
-        });
-        match running {
-            Some(running) => running,
-            None => {
-                let mut ended =
-                    state.keyspaces.values().flat_map(|keyspace| &keyspace.catalog.operations);
-                return Err(match ended.any(|report| report.id == id) {
-                    true => has_ended(id),
-                    false => no_operation(id),
-                });
-            }
-        }
-    };
+    let (keyspace, plan) = running_plan(cluster, id)?;
     let cancelled = ask::change(cluster, keyspace, CatalogChange::Cancel { plan }).await?;
     tracing::info!(operation = id, "cancelled an operation");
     let report = cancelled.operations.iter().rev().find(|report| report.id == id);
     Ok(json(&report.map(finished)))
+}
+
+/// Returns the keyspace and the plan of a running operation.
+fn running_plan(cluster: &Cluster, id: &str) -> Result<(KeyspaceId, PlanId), VastoError> {
+    let state = cluster.state();
+    let running = state.keyspaces.values().find_map(|keyspace| {
+        let catalog = &keyspace.catalog;
+        let plan = catalog.plan.as_ref()?;
+        (operation_id(catalog.keyspace, plan.id) == id).then_some((catalog.keyspace, plan.id))
+    });
+    running.ok_or_else(|| {
+        let mut ended = state.keyspaces.values().flat_map(|keyspace| &keyspace.catalog.operations);
+        match ended.any(|report| report.id == id) {
+            true => has_ended(id),
+            false => no_operation(id),
+        }
+    })
+}
+
+/// Pauses, resumes or slows down a running operation; answers the operation. What is so already is
+/// not written again.
+pub(crate) async fn pace(cluster: &Arc<Cluster>, request: v1::PaceOperationRequest) -> Answer {
+    let id = request.id.as_str();
+    if is_drain(id) {
+        let message = format!(
+            "operation {id} moves the replicas of a node one by one; `vasto operation list` shows the operations that \
+             move them: pause, resume or slow down these"
+        );
+        return Err(refused(message));
+    }
+    let pace = match request.pace {
+        Some(Wanted::Paused(true)) => Pace::Pause,
+        Some(Wanted::Paused(false)) => Pace::Resume,
+        Some(Wanted::MaxRate(rate)) => Pace::Rate((rate > 0).then_some(rate)),
+        None => return Err(invalid("the request says neither a pause nor a rate")),
+    };
+    let (keyspace, plan) = running_plan(cluster, id)?;
+    let is_so = {
+        let state = cluster.state();
+        let catalog = state.keyspaces.get(&keyspace).map(|keyspace| keyspace.catalog.clone());
+        catalog.filter(|catalog| {
+            let running = catalog.plan.as_ref().filter(|running| running.id == plan);
+            running.is_some_and(|running| pace.is_of(running))
+        })
+    };
+    if is_so.is_none() {
+        ask::change(cluster, keyspace, CatalogChange::Pace { plan, pace }).await?;
+        tracing::info!(operation = id, ?pace, "changed the pace of an operation");
+    }
+    show(cluster, id)
 }

@@ -135,6 +135,8 @@ fn restoring(
         targets: targets.collect(),
         seals_undone: 0,
         floor: None,
+        paused: false,
+        max_rate: None,
     });
     catalog.next_plan = PlanId(catalog.next_plan.0 + 1);
     catalog
@@ -265,6 +267,8 @@ mod tests {
             targets: Vec::new(),
             seals_undone: 0,
             floor: None,
+            paused: false,
+            max_rate: None,
         });
         let undone = abort(&half, "a node is away", &Reports::new(), 2_000, 2).unwrap();
         assert_eq!(undone.state, KeyspaceState::Deleted);

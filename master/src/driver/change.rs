@@ -9,8 +9,8 @@ use vasto_core::ids::{Epoch, PlanId, ReplicaId};
 use vasto_core::operation::operation_id;
 use vasto_core::plan::{Plan, PlanKind};
 use vasto_core::reconcile::{
-    EvictError, PlanError, Presence, abort, cancel_drain, drain_node, end_quarantines,
-    evict_on_request, start_resize, transfer_leadership,
+    EvictError, PaceError, PlanError, Presence, abort, cancel_drain, check_rate, drain_node,
+    end_quarantines, evict_on_request, set_pace, start_resize, transfer_leadership,
 };
 
 use crate::forecast::Forecast;
@@ -30,7 +30,12 @@ pub(crate) fn changed(
 ) -> Result<Catalog, VastoError> {
     let (catalog, reports) = (&*keyspace.catalog, &keyspace.reports);
     match *change {
-        CatalogChange::Resize { to } => resized(state, keyspace, to, now_us, nonce),
+        CatalogChange::Resize { to, max_rate } => {
+            let max_rate = check_rate(max_rate).map_err(pace_error)?;
+            let mut next = resized(state, keyspace, to, now_us, nonce)?;
+            next.plan = next.plan.map(|plan| Plan { max_rate, ..plan });
+            Ok(next)
+        }
         CatalogChange::EndQuarantines { to } => {
             let ended = end_quarantines(catalog, to, now_us, nonce).map_err(plan_error)?;
             ended.ok_or_else(|| {
@@ -39,6 +44,9 @@ pub(crate) fn changed(
             })
         }
         CatalogChange::Cancel { plan } => cancelled(keyspace, plan, now_us, nonce),
+        CatalogChange::Pace { plan, pace } => {
+            set_pace(catalog, plan, pace, now_us, nonce).map_err(pace_error)
+        }
         CatalogChange::TransferLeadership { from, to } => transfer_leadership(
             catalog, from, to, now_us, nonce,
         )
@@ -164,6 +172,16 @@ fn deleted(catalog: &Catalog, now_us: u64, nonce: u64) -> Result<Catalog, VastoE
 
 pub(crate) fn has_ended(id: &str) -> VastoError {
     VastoError::new(ErrorCode::FailedPrecondition, format!("operation {id} has ended already"))
+}
+
+fn pace_error(error: PaceError) -> VastoError {
+    let code = match &error {
+        PaceError::TooSlow(_) => ErrorCode::InvalidArgument,
+        PaceError::Ended(_) | PaceError::Sealed(_) | PaceError::Committed(_) => {
+            ErrorCode::FailedPrecondition
+        }
+    };
+    VastoError::new(code, error.to_string())
 }
 
 fn plan_error(error: PlanError) -> VastoError {

@@ -88,32 +88,36 @@ fn changes_that_are_refused_say_what_to_do() {
         |catalog: &Catalog, change, nodes: &[NodeId]| asked(catalog, &change, nodes).unwrap_err();
     let idle = first(KeyspaceId(1));
     assert_eq!(
-        refused(&idle, CatalogChange::Resize { to: 1 }, &[NodeId(1)]).code,
+        refused(&idle, CatalogChange::Resize { to: 1, max_rate: None }, &[NodeId(1)]).code,
         ErrorCode::InvalidArgument
     );
     assert_eq!(
-        refused(&idle, CatalogChange::Resize { to: 5000 }, &[NodeId(1)]).code,
+        refused(&idle, CatalogChange::Resize { to: 5000, max_rate: None }, &[NodeId(1)]).code,
         ErrorCode::InvalidArgument
     );
     assert_eq!(
-        refused(&idle, CatalogChange::Resize { to: 72 }, &[NodeId(1)]).code,
+        refused(&idle, CatalogChange::Resize { to: 72, max_rate: None }, &[NodeId(1)]).code,
         ErrorCode::FailedPrecondition
     );
     assert!(
-        asked(&idle, &CatalogChange::Resize { to: 3 }, &[NodeId(1)]).is_ok(),
+        asked(&idle, &CatalogChange::Resize { to: 3, max_rate: None }, &[NodeId(1)]).is_ok(),
         "several shards at once"
     );
     assert!(
-        refused(&idle, CatalogChange::Resize { to: 2 }, &[]).message.contains("vasto serve node")
+        refused(&idle, CatalogChange::Resize { to: 2, max_rate: None }, &[])
+            .message
+            .contains("vasto serve node")
     );
     assert_eq!(
         refused(&idle, CatalogChange::Cancel { plan: PlanId(1) }, &[]).code,
         ErrorCode::FailedPrecondition
     );
     let busy = growing(Step::Tail);
-    for change in
-        [CatalogChange::Resize { to: 2 }, CatalogChange::Resize { to: 3 }, CatalogChange::Delete]
-    {
+    for change in [
+        CatalogChange::Resize { to: 2, max_rate: None },
+        CatalogChange::Resize { to: 3, max_rate: None },
+        CatalogChange::Delete,
+    ] {
         assert_eq!(
             refused(&busy, change.clone(), &[NodeId(1)]).code,
             ErrorCode::FailedPrecondition,
@@ -153,7 +157,7 @@ fn a_resize_that_a_node_has_no_disk_for_is_refused_with_the_figures() {
         let given = ReplicaReport { bytes, ..crate::state::tests::replica_report(2, 1) };
         state.report(NodeId(1), first, &disk(free[0]), Vec::new(), 2);
         state.report(NodeId(2), second, &disk(free[1]), vec![given], 2);
-        let change = CatalogChange::Resize { to: 1 };
+        let change = CatalogChange::Resize { to: 1, max_rate: None };
         changed(&state, &state.keyspaces[&KeyspaceId(1)], &change, 9, 9, 9)
     };
     // A survivor needs twice what it receives, a source once what it exports; 1 GiB is reserved.
@@ -262,12 +266,7 @@ impl Fixture {
         let source = SourceProgress {
             plan: PlanId(1),
             manifest: Some(PinnedManifest { key: "m".into(), lsn: Lsn(10) }),
-            export: None,
-            sealed: None,
-            released: false,
-            pauses_us: Vec::new(),
-            throttle: None,
-            failed: None,
+            ..SourceProgress::new(PlanId(1))
         };
         let target = TargetProgress {
             stage: TargetStage::Tailing,
@@ -295,7 +294,7 @@ async fn a_slow_bucket_never_makes_a_node_seal() {
         });
         catalogs.collect()
     };
-    fixture.ask(CatalogChange::Resize { to: 2 }).await.unwrap();
+    fixture.ask(CatalogChange::Resize { to: 2, max_rate: None }).await.unwrap();
     shown(&mut sent);
     fixture.store.config_mut(|config| {
         config.wait_put_per_call = SEALING_WRITE_MAX + Duration::from_millis(20)
@@ -341,7 +340,7 @@ async fn a_lost_race_adopts_the_winners_tip_and_decides_again() {
         tip.spec.ttl_ms = Some(round);
         assert!(matches!(fixture.cluster.store.write(&tip).await.unwrap(), CatalogWrite::Won));
     }
-    let grown = fixture.ask(CatalogChange::Resize { to: 2 }).await.unwrap();
+    let grown = fixture.ask(CatalogChange::Resize { to: 2, max_rate: None }).await.unwrap();
     assert_eq!(
         (grown.version.0, grown.spec.ttl_ms),
         (5, Some(2)),
@@ -398,7 +397,7 @@ async fn a_node_that_is_ahead_makes_the_master_read_the_tip() {
 #[tokio::test]
 async fn a_cancelled_plan_cannot_be_cancelled_twice() {
     let fixture = driven().await;
-    fixture.ask(CatalogChange::Resize { to: 2 }).await.unwrap();
+    fixture.ask(CatalogChange::Resize { to: 2, max_rate: None }).await.unwrap();
     let cancelled = fixture.ask(CatalogChange::Cancel { plan: PlanId(1) }).await.unwrap();
     assert!(cancelled.plan.is_none());
     assert_eq!(
@@ -406,7 +405,14 @@ async fn a_cancelled_plan_cannot_be_cancelled_twice() {
         ErrorCode::FailedPrecondition
     );
     assert_eq!(
-        fixture.ask(CatalogChange::Resize { to: 2 }).await.unwrap().plan.as_ref().unwrap().id,
+        fixture
+            .ask(CatalogChange::Resize { to: 2, max_rate: None })
+            .await
+            .unwrap()
+            .plan
+            .as_ref()
+            .unwrap()
+            .id,
         PlanId(2)
     );
     fixture.cluster.shutdown.cancel();
@@ -436,7 +442,8 @@ async fn a_write_whose_outcome_is_unknown_is_settled_by_the_tip() {
             assert_eq!(shown, 1, "no version is shown before its write is known to have won");
             store.heal();
         };
-        let (grown, ()) = tokio::join!(fixture.ask(CatalogChange::Resize { to: 2 }), end);
+        let (grown, ()) =
+            tokio::join!(fixture.ask(CatalogChange::Resize { to: 2, max_rate: None }), end);
         let grown = grown.unwrap();
         assert_eq!(
             (grown.version.0, grown.plan.as_ref().unwrap().id),

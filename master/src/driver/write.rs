@@ -128,6 +128,8 @@ impl KeyspaceDriver {
                 }
                 Some(Err(error)) => {
                     tracing::warn!(keyspace = ours.name, %error, "cannot read the tip of the catalog; trying again");
+                    let what = format!("the bucket to answer about the catalog: {error}");
+                    self.note_waiting(&mut self.cluster.state(), Some(what));
                 }
             }
         }

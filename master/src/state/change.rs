@@ -6,16 +6,19 @@ use tokio::sync::oneshot;
 use vasto_core::catalog::{Catalog, NodeDrain};
 use vasto_core::error::VastoError;
 use vasto_core::ids::{PlanId, ReplicaId};
+use vasto_core::reconcile::Pace;
 
 /// A change that an administrator can request of a keyspace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum CatalogChange {
-    /// Change the number of shards, up or down.
-    Resize { to: u32 },
+    /// Change the number of shards, up or down, at most at this rate, bytes a second.
+    Resize { to: u32, max_rate: Option<u64> },
     /// End the quarantines that keep the keyspace from shrinking to so many shards.
     EndQuarantines { to: u32 },
     /// Undo the running plan.
     Cancel { plan: PlanId },
+    /// Pause, resume or slow down the running plan.
+    Pace { plan: PlanId, pace: Pace },
     /// Transfer leadership to another replica of the shard.
     TransferLeadership { from: ReplicaId, to: ReplicaId },
     /// Evict a replica from its placement; with `accept_loss`, for good.

@@ -15,6 +15,7 @@ use vasto_core::report::{ReplicaReport, Reports};
 use vasto_proto::v1;
 
 use super::change::ChangeRequest;
+use super::watch::PlanWatch;
 
 /// The most requests that may wait for one driver.
 const REQUESTS_MAX: usize = 16;
@@ -43,6 +44,8 @@ pub(crate) struct Keyspace {
     pub(crate) behind: bool,
     /// The condition that the plan waits for.
     pub(crate) waiting_for: Option<String>,
+    /// What is observed of the running plan.
+    pub(crate) watch: Option<PlanWatch>,
     pub(super) topology: watch::Sender<v1::Topology>,
     /// Raised by every change; for tasks that wait for a condition.
     changed: watch::Sender<u64>,
@@ -68,6 +71,7 @@ impl Keyspace {
             reporters: BTreeMap::new(),
             behind: false,
             waiting_for: None,
+            watch: None,
             topology: watch::Sender::new(topology),
             changed: watch::Sender::new(0),
             wake: Arc::new(Notify::new()),

@@ -264,12 +264,8 @@ fn sealed_reports(sealing: &Catalog) -> Vec<ReplicaReport> {
     let progress = SourceProgress {
         plan: PlanId(1),
         manifest: Some(PinnedManifest { key: "m".into(), lsn: Lsn(10) }),
-        export: None,
         sealed: Some(Sealed { version: sealing.version, lsn: Lsn(20) }),
-        released: false,
-        pauses_us: Vec::new(),
-        throttle: None,
-        failed: None,
+        ..SourceProgress::new(PlanId(1))
     };
     let target = TargetProgress {
         stage: TargetStage::Tailing,

@@ -10,7 +10,7 @@ use vasto_core::operation::{OperationOutcome, OperationReport};
 use vasto_core::reconcile::so_far;
 use vasto_core::report::PauseMs;
 
-use super::plan::{RunningDoc, running};
+use super::plan::{RunningDoc, TroubleDoc, running};
 use crate::state::{ClusterState, Keyspace};
 
 /// The drain of a node.
@@ -41,8 +41,18 @@ pub(crate) struct DrainDoc {
 #[derive(Serialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 enum DrainProgress {
-    Running { step: String, waiting_for: Option<String>, bytes_done: u64, bytes_total: u64 },
-    Aborted { reason: Option<String> },
+    Running {
+        step: String,
+        waiting_for: Option<String>,
+        bytes_done: u64,
+        bytes_total: u64,
+        /// Bytes a second of all operations that move its replicas.
+        rate: Option<u64>,
+        trouble: Option<TroubleDoc>,
+    },
+    Aborted {
+        reason: Option<String>,
+    },
     Done,
 }
 
@@ -149,6 +159,8 @@ fn progress(
             waiting_for: running_in.iter().find_map(|keyspace| keyspace.waiting_for.clone()),
             bytes_done: plans.iter().map(|plan| plan.bytes_done).sum(),
             bytes_total: plans.iter().map(|plan| plan.bytes_total).sum(),
+            rate: plans.iter().filter_map(|plan| plan.rate).reduce(|sum, rate| sum + rate),
+            trouble: plans.iter().find_map(|plan| plan.trouble.clone()),
         };
     }
     match ended.iter().find(|report| report.outcome == OperationOutcome::Aborted) {

@@ -1,4 +1,6 @@
-//! The cluster as a whole, with warnings for the operator: `cluster status`.
+//! The cluster as a whole, with warnings for the operator: `cluster status` and `cluster check`.
+//!
+//! **Invariant:** both say the same: a check fails exactly when the status warns.
 
 use std::collections::BTreeSet;
 
@@ -9,6 +11,7 @@ use vasto_shipping::Usage;
 use super::cost::CostDoc;
 use super::keyspace::{KeyspaceSummary, not_serving, summary};
 use super::node::{NodeDoc, RequestsDoc, nodes, requests};
+use super::plan::{TroubleDoc, running};
 use crate::state::{ClusterState, Keyspace};
 
 /// A node with less free disk than this gets a warning.
@@ -35,6 +38,69 @@ struct MasterDoc {
     bucket_requests: RequestsDoc,
 }
 
+/// What a warning is about.
+#[derive(Serialize, Debug, Clone, Copy, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+enum Check {
+    /// The bucket, as this master sees it.
+    Bucket,
+    /// Nodes: here, reachable, with disk.
+    Nodes,
+    /// Every shard has a live node.
+    Shards,
+    /// The nodes reach the bucket.
+    Shipping,
+    /// Every replica serves, and every shard has all of its replicas.
+    Replicas,
+    /// Running operations go on.
+    Operations,
+}
+
+impl Check {
+    const ALL: [Check; 6] = [
+        Check::Bucket,
+        Check::Nodes,
+        Check::Shards,
+        Check::Shipping,
+        Check::Replicas,
+        Check::Operations,
+    ];
+}
+
+/// `cluster check`.
+#[derive(Serialize)]
+pub(crate) struct CheckDoc {
+    ok: bool,
+    findings: Vec<FindingDoc>,
+}
+
+/// One warning, or a check that found none.
+#[derive(Serialize)]
+struct FindingDoc {
+    check: Check,
+    ok: bool,
+    message: String,
+}
+
+/// Returns the document of `cluster check`: every warning of `cluster status`, check by check.
+/// `of_bucket`: the warnings that do not come from the state.
+pub(crate) fn check(state: &ClusterState, of_bucket: Vec<String>, mono_us: u64) -> CheckDoc {
+    let of_bucket = of_bucket.into_iter().map(|text| (Check::Bucket, text));
+    let found: Vec<(Check, String)> =
+        of_bucket.chain(warnings(state, &nodes(state, mono_us))).collect();
+    let findings = Check::ALL.into_iter().flat_map(|check| {
+        let of_check = found.iter().filter(|(of, _)| *of == check);
+        let mut findings: Vec<FindingDoc> = of_check
+            .map(|(_, message)| FindingDoc { check, ok: false, message: message.clone() })
+            .collect();
+        if findings.is_empty() {
+            findings.push(FindingDoc { check, ok: true, message: "nothing to warn of".into() });
+        }
+        findings
+    });
+    CheckDoc { ok: found.is_empty(), findings: findings.collect() }
+}
+
 /// Returns the document of `cluster status`; the warnings `first` come before those that the state
 /// gives.
 pub(crate) fn cluster(
@@ -47,7 +113,8 @@ pub(crate) fn cluster(
     mono_us: u64,
 ) -> ClusterDoc {
     let nodes = nodes(state, mono_us);
-    let warnings = first.into_iter().chain(warnings(state, &nodes)).collect();
+    let of_state = warnings(state, &nodes).into_iter().map(|(_, text)| text);
+    let warnings = first.into_iter().chain(of_state).collect();
     ClusterDoc {
         cluster_id,
         term: 0,
@@ -63,20 +130,25 @@ pub(crate) fn cluster(
     }
 }
 
-fn warnings(state: &ClusterState, nodes: &[NodeDoc]) -> Vec<String> {
-    let mut warnings: Vec<String> = nodes.iter().flat_map(of_node).collect();
-    warnings.extend(lost_shards(state));
-    for node in nodes.iter().filter(|node| node.state == "live") {
-        warnings.extend(
-            node.bucket_trouble
-                .iter()
-                .map(|trouble| format!("{} does not ship: {trouble}", node.node_id)),
-        );
-    }
+/// Returns the warnings that the state gives, each with its check.
+fn warnings(state: &ClusterState, nodes: &[NodeDoc]) -> Vec<(Check, String)> {
+    let mut warnings: Vec<(Check, String)> = Vec::new();
+    let mut add = |check: Check, texts: Vec<String>| {
+        warnings.extend(texts.into_iter().map(|text| (check, text)));
+    };
+    add(Check::Nodes, nodes.iter().flat_map(of_node).collect());
+    add(Check::Shards, lost_shards(state).into_iter().collect());
+    let live = nodes.iter().filter(|node| node.state == "live");
+    let cut_off = live.filter_map(|node| {
+        let trouble = node.bucket_trouble.as_ref()?;
+        Some(format!("{} does not ship: {trouble}", node.node_id))
+    });
+    add(Check::Shipping, cut_off.collect());
     // A node that is away is reported once, not once per replica.
     let replicas = state.active().flat_map(|keyspace| not_serving(state, keyspace));
-    warnings.extend(replicas.filter(|text| !text.ends_with(" is away")));
-    warnings.extend(state.active().flat_map(of_members));
+    add(Check::Replicas, replicas.filter(|text| !text.ends_with(" is away")).collect());
+    add(Check::Replicas, state.active().flat_map(of_members).collect());
+    add(Check::Operations, state.active().filter_map(of_plan).collect());
     warnings
 }
 
@@ -132,6 +204,14 @@ fn lost_shards(state: &ClusterState) -> Option<String> {
         shards.join(", "),
         nodes.join(" or ")
     ))
+}
+
+/// Returns the warning about a running operation that does not go on.
+fn of_plan(keyspace: &Keyspace) -> Option<String> {
+    let doc = running(keyspace)?;
+    let TroubleDoc { since_ms, what, next } = doc.trouble.as_ref()?;
+    let (id, name, seconds) = (&doc.id, &keyspace.catalog.name, since_ms / 1000);
+    Some(format!("operation {id} on {name} has not gone on for {seconds} s: {what}; {next}"))
 }
 
 /// Returns the warnings about draining replicas of a keyspace, and shards with too few replicas.

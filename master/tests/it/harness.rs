@@ -81,7 +81,7 @@ impl TestMaster {
         shards: u32,
         plan_only: bool,
     ) -> Result<Value, tonic::Status> {
-        let request = v1::ResizeRequest { name: name.into(), shards, plan_only };
+        let request = v1::ResizeRequest { name: name.into(), shards, plan_only, max_rate: None };
         json(within("a resize", self.client.clone().resize_keyspace(request)).await)
     }
 

@@ -317,8 +317,7 @@ fn source(
         sealed: done(Step::Sealing).then_some(Sealed { version: catalog.version, lsn: SEAL_LSN }),
         released: done(Step::Committed),
         pauses_us: vec![5_000],
-        throttle: None,
-        failed: None,
+        ..SourceProgress::new(plan.id)
     })
 }
 
@@ -345,7 +344,6 @@ fn target(plan: &Plan, replica: ReplicaId, hold: Option<Step>) -> Option<TargetP
         objects_read: 3,
         bytes_from_peers: 4,
         manifest_shipped: true,
-        reached: Vec::new(),
-        failed: None,
+        ..TargetProgress::new(plan.id)
     })
 }

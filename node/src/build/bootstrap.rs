@@ -10,7 +10,10 @@ use vasto_core::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, ReplicaId};
 use vasto_core::record::BandRange;
 use vasto_core::report::TargetProgress;
 use vasto_shipping::bucket::Bucket;
+use vasto_shipping::chunk::Chunk;
 
+use super::chunks::ChunkReader;
+use super::error::BuildError;
 use super::reader::BucketReader;
 use crate::engine::{EngineError, EngineShared};
 use crate::registry::NodeRegistry;
@@ -35,6 +38,19 @@ pub(crate) struct Bootstrap {
 }
 
 impl Bootstrap {
+    /// Reads the next listed chunk of a log, once the plan is not paused.
+    ///
+    /// # Errors
+    /// `Cancelled`; those of the read.
+    pub(super) async fn next_listed(
+        &self,
+        log: &mut ChunkReader,
+    ) -> Result<Option<Chunk>, BuildError> {
+        let pass = self.cancel.run_until_cancelled(self.bucket.pass(0)).await;
+        pass.ok_or(BuildError::Cancelled)?;
+        log.next_listed(&self.reader()).await
+    }
+
     pub(super) fn reader(&self) -> BucketReader<'_> {
         BucketReader {
             bucket: &self.bucket,

@@ -118,7 +118,7 @@ impl Bootstrap {
         ingests: Ingests,
         needs_others: &mut bool,
     ) -> Result<Ended, BuildError> {
-        while let Some(chunk) = log.next_listed(&self.reader()).await? {
+        while let Some(chunk) = self.next_listed(log).await? {
             *needs_others |= archive::goes_on_behind_another(&chunk);
             for record in log.records(&chunk) {
                 ingests.filter.check_ingest(&record, ingests.held)?;

@@ -126,7 +126,7 @@ impl Bootstrap {
                 taken.passed |= log.gapless;
                 log.at = later.lsn;
             }
-            let Some(chunk) = log.next_listed(&self.reader()).await? else {
+            let Some(chunk) = self.next_listed(log).await? else {
                 // The log is complete up to a checkpoint that is newer than the target time: the
                 // target is reached.
                 taken.passed |=

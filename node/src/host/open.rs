@@ -110,8 +110,9 @@ impl Shared {
         let progress = Arc::new(Mutex::new(TargetProgress::new(plan.id)));
         self.status.lock().target = Some(progress.clone());
         let spec = &self.spec;
+        let bulk = self.context.registry.bulk.of(spec.keyspace, plan.id);
         let bootstrap = Bootstrap {
-            bucket: self.context.bucket.clone(),
+            bucket: self.context.bucket.with_pacer(bulk),
             engines: self.context.engines.clone(),
             dir: spec.dir.clone(),
             side: spec.dir.join("bootstrap"),
@@ -123,7 +124,10 @@ impl Shared {
         let mut pause = RETRY;
         loop {
             match self.take_from_bucket(&bootstrap, &catalog, plan, &mut opened).await {
-                Ok(()) => return Ok(opened.map(|replica| (replica, catalog.clone()))),
+                Ok(()) => {
+                    progress.lock().last_error = None;
+                    return Ok(opened.map(|replica| (replica, catalog.clone())));
+                }
                 Err(_) if self.cancel.is_cancelled() => {
                     if let Some(replica) = opened {
                         replica.stop().await;
@@ -132,6 +136,8 @@ impl Shared {
                 }
                 Err(error) if error.is_transient() => {
                     tracing::warn!(%error, plan = plan.id.0, "building from the bucket is interrupted; it goes on");
+                    progress.lock().failed_for_now(&error);
+                    self.notify();
                     self.pause(pause).await;
                     pause = (pause * 2).min(RETRY_MAX);
                 }

@@ -66,9 +66,11 @@ async fn stay_closed(shared: &Shared, reason: String) {
 async fn start(shared: Arc<Shared>, replica: Replica, first: &Catalog) -> (Arc<Hosted>, Tasks) {
     let context = &shared.context;
     let shipping = CancellationToken::new();
+    // While a plan makes the replica, its files go up for the plan alone.
+    let uploads = context.registry.bulk.uploads_of(replica.keyspace, replica.id);
     let ship_context = ShipContext {
         replica: replica.clone(),
-        bucket: context.bucket.clone(),
+        bucket: context.bucket.with_pacer(uploads),
         dir: shared.spec.dir.clone(),
         tmp: shared.spec.tmp.clone(),
         engines: context.engines.clone(),

@@ -59,7 +59,7 @@ impl HostStatus {
     /// Returns the progress of a plan as its source; progress of an earlier plan is dropped.
     pub(super) fn source_of(&mut self, plan: PlanId) -> &mut SourceProgress {
         let current = self.source.take().filter(|source| source.plan == plan);
-        self.source.insert(current.unwrap_or_else(|| fresh_source(plan)))
+        self.source.insert(current.unwrap_or_else(|| SourceProgress::new(plan)))
     }
 
     /// Returns the progress of a plan as its target; progress of an earlier plan is dropped.
@@ -78,19 +78,6 @@ impl HostStatus {
                 source.sealed = Some(sealed);
             }
         }
-    }
-}
-
-fn fresh_source(plan: PlanId) -> SourceProgress {
-    SourceProgress {
-        plan,
-        manifest: None,
-        export: None,
-        sealed: None,
-        released: false,
-        pauses_us: Vec::new(),
-        throttle: None,
-        failed: None,
     }
 }
 

@@ -8,14 +8,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
-use vasto_core::ids::Lsn;
+use vasto_core::ids::{Lsn, PlanId};
 use vasto_core::plan::{PinnedManifest, Plan, Step};
+use vasto_core::report::SourceProgress;
 use vasto_failpoint::points;
 
 use super::hosted::{Hosted, Preparation};
 use super::shared::{RETRY, RETRY_MAX};
 use crate::build::BuildError;
-use crate::build::resize::export::Export;
+use crate::build::resize::export::{Export, Exported};
 use crate::ship::LogNeed;
 
 /// Interval of polls until the replica has the floor of the plan.
@@ -102,6 +103,7 @@ impl Hosted {
             let mut status = self.shared.status.lock();
             let source = status.source_of(plan.id);
             (source.manifest, source.export) = (None, None);
+            (source.bytes_total, source.bytes_done, source.rows_done) = (0, 0, 0);
         }
         let (this, plan) = (self.clone(), plan.clone());
         tokio::spawn(async move {
@@ -116,12 +118,31 @@ impl Hosted {
                 match result {
                     Ok((manifest, export)) => {
                         (source.manifest, source.export) = (Some(manifest), export);
+                        source.last_error = None;
                     }
                     Err(reason) => source.failed = Some(reason),
                 }
             }
             this.shared.notify();
         });
+    }
+
+    /// Reports how far the export of a plan is.
+    fn exported(&self, plan: PlanId, done: Exported) {
+        self.progress_of(plan, |source| {
+            (source.bytes_total, source.bytes_done) = (done.bytes_total, done.bytes_done);
+            source.rows_done = done.rows;
+        });
+    }
+
+    /// Changes the progress of a plan as its source, unless the plan has ended.
+    fn progress_of(&self, plan: PlanId, change: impl FnOnce(&mut SourceProgress)) {
+        if let Some(source) =
+            self.shared.status.lock().source.as_mut().filter(|source| source.plan == plan)
+        {
+            change(source);
+        }
+        self.shared.notify();
     }
 
     /// Ends the checkpoint and the export of a plan that is over.
@@ -140,6 +161,10 @@ impl Hosted {
         while plan.floor.is_some_and(|floor| self.replica.floor() < floor) {
             tokio::time::sleep(POLL).await;
         }
+        let bulk = self.shared.context.registry.bulk.of(self.replica.keyspace, plan.id);
+        let bucket = self.shared.context.bucket.with_pacer(bulk);
+        // A checkpoint that is under way goes on in a pause: the log is cut behind it.
+        bucket.pass(0).await;
         // The files of the checkpoint are what the targets read, unless there is an export.
         let read = plan.leaving().filter(|_| !plan.exports());
         let checkpoint = self.ship.checkpoint(read).await;
@@ -150,19 +175,21 @@ impl Hosted {
         }
         let export = Export {
             replica: self.replica.clone(),
-            bucket: self.shared.context.bucket.clone(),
+            bucket,
             pace: self.shared.context.pace.clone(),
             tmp: self.shared.spec.tmp.clone(),
             cancel: cancel.clone(),
         };
+        let report = |done: Exported| self.exported(plan.id, done);
         let (mut pause, mut failed) = (RETRY, 0);
         loop {
-            match export.run(plan, manifest.lsn).await {
+            match export.run(plan, manifest.lsn, &report).await {
                 Ok(key) => return Ok((manifest, Some(key))),
                 // Each upload was repeated for as long as the bucket's own patience lasts.
                 Err(error @ BuildError::Bucket(_)) if failed < EXPORTS_FAILED_MAX => {
                     failed += 1;
                     tracing::warn!(%error, plan = plan.id.0, "the export is interrupted; it begins again");
+                    self.progress_of(plan.id, |source| source.failed_for_now(&error));
                     self.shared.pause(pause).await;
                     pause = (pause * 2).min(RETRY_MAX);
                 }

@@ -68,11 +68,12 @@ impl Hosted {
         progress: Arc<Mutex<TargetProgress>>,
         cancel: CancellationToken,
     ) {
+        let bulk = self.shared.context.registry.bulk.of(self.replica.keyspace, plan.id);
         while !cancel.is_cancelled() {
             let build = Build {
                 replica: self.replica.clone(),
                 ship: self.ship.clone(),
-                bucket: self.shared.context.bucket.clone(),
+                bucket: self.shared.context.bucket.with_pacer(bulk.clone()),
                 registry: self.shared.context.registry.clone(),
                 tmp: self.shared.spec.tmp.clone(),
                 progress: progress.clone(),
@@ -88,6 +89,8 @@ impl Hosted {
             }
             if error.is_transient() {
                 tracing::warn!(%error, plan = plan.id.0, "building the target is interrupted; it goes on");
+                progress.lock().failed_for_now(&error);
+                self.shared.notify();
                 let _ = cancel.run_until_cancelled(tokio::time::sleep(RETRY)).await;
             } else {
                 tracing::error!(%error, plan = plan.id.0, "the target cannot be built");

@@ -11,6 +11,7 @@ use object_store::path::Path as ObjectPath;
 use super::breaker::Breaker;
 use super::counts::{Counters, RequestCounts, Usage};
 use super::error::BucketError;
+use super::pacer::Paced;
 use super::retry::RetryBudget;
 use super::wire::Learned;
 
@@ -19,6 +20,7 @@ use super::wire::Learned;
 pub struct Bucket {
     pub(super) inner: Arc<Inner>,
     pub(super) budget: RetryBudget,
+    pub(super) paced: Paced,
 }
 
 pub(super) struct Inner {
@@ -91,12 +93,12 @@ impl Bucket {
         let (counters, breaker) = (Arc::default(), Breaker::default());
         let inner =
             Inner { url, store, root, counters, opened: Instant::now(), source, learned, breaker };
-        Bucket { inner: Arc::new(inner), budget: RetryBudget::default() }
+        Bucket { inner: Arc::new(inner), budget: RetryBudget::default(), paced: Paced::default() }
     }
 
     /// Returns the same bucket (and counts) with another retry budget.
     pub fn with_retry(&self, budget: RetryBudget) -> Bucket {
-        Bucket { inner: Arc::clone(&self.inner), budget }
+        Bucket { budget, ..self.clone() }
     }
 
     /// Returns the underlying store, which bypasses all checks and counts and expects the prefix

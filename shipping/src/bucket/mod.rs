@@ -5,8 +5,8 @@
 //! lost.
 //!
 //! From the bottom up: the data (`options`, `object`, `counts`, `error`), what a failure means
-//! (`failure`), how often a request is repeated (`retry`) and when none is sent (`breaker`), the
-//! open bucket and its single attempts (`handle`, `attempt`), the operations (`read`, `create`,
+//! (`failure`), how often a request is repeated (`retry`) and when none is sent (`breaker`), what
+//! holds bulk bytes back (`pacer`), the open bucket and its single attempts (`handle`, `attempt`), the operations (`read`, `create`,
 //! `delete`, `listing`, `probe`, `upload`, [`mod@download`]), and `open`, which turns a URL into a
 //! bucket.
 
@@ -25,6 +25,7 @@ mod listing;
 mod object;
 mod open;
 mod options;
+mod pacer;
 mod page;
 mod probe;
 mod read;
@@ -38,6 +39,7 @@ pub use error::BucketError;
 pub use handle::Bucket;
 pub use object::{Create, GET_BYTES_MAX, Listing, ObjectInfo, Uploaded};
 pub use options::BucketOptions;
+pub use pacer::Pacer;
 pub use retry::RetryBudget;
 
 pub(crate) use directory::staged_for;

@@ -32,6 +32,8 @@ fn running(catalog: &Catalog, export: Option<&str>) -> Catalog {
         targets: Vec::new(),
         seals_undone: 0,
         floor: None,
+        paused: false,
+        max_rate: None,
     });
     next.next_plan = PlanId(catalog.next_plan.0 + 1);
     next

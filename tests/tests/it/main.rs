@@ -24,6 +24,7 @@ mod members;
 mod original;
 mod outage;
 mod partition;
+mod paused;
 mod programs;
 mod replication;
 mod resizes;

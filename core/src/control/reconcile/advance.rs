@@ -5,7 +5,8 @@
 //!
 //! **Invariant:** [`advance`] is a pure function of the last catalog version, the nodes' reports
 //! and the time, so any master can continue at any step; a commit is decided by one create-only
-//! version, and only reports that name the running plan and the sealing version count. Before
+//! version, and only reports that name the running plan and the sealing version count. A paused
+//! plan goes no further than `tail`, and none of its time-outs runs out. Before
 //! the commit a missing report never advances a plan: the plan waits, unseals or is aborted. After
 //! the commit nothing is left to decide, and a node that does not come back is not waited for.
 
@@ -16,6 +17,7 @@ use super::progress::{Advance, Running, others_of_sources, source_progress, targ
 use super::quarantine::advance_quarantines;
 use super::resize::{advance_prepare, advance_sealing, advance_tail, placement_change, undo_seal};
 use crate::catalog::Catalog;
+use crate::control::operation::operation_id;
 use crate::control::plan::{
     NODE_AWAY_MAX_US, Plan, PlanKind, SEALS_UNDONE_MAX, Source, Step, Target,
 };
@@ -70,6 +72,9 @@ fn advance_plan(
     {
         return decision;
     }
+    if plan.paused && plan.step == Step::Tail {
+        return Advance::Wait(resume_of(running));
+    }
     match plan.step {
         Step::Tail if plan.adds_member() => advance_copy(running, here_us),
         Step::Tail if matches!(plan.kind, PlanKind::Restore { .. }) => advance_restore(running),
@@ -86,6 +91,12 @@ fn advance_plan(
         }),
         Step::Committed => advance_committed(running, away_us),
     }
+}
+
+/// Returns what a paused plan waits for.
+fn resume_of(running: Running<'_>) -> String {
+    let id = operation_id(running.catalog.keyspace, running.plan.id);
+    format!("`vasto operation resume {id}`: it is paused")
 }
 
 fn abort_with(running: Running<'_>, reason: String) -> Advance {
@@ -138,12 +149,15 @@ fn obstacle(running: Running<'_>, away_us: impl Fn(NodeId) -> u64) -> Option<Adv
     }
     let nodes: Vec<NodeId> =
         plan.nodes().chain(others.iter().map(|(_, member)| member.node)).collect();
-    if let Some(node) = nodes.iter().copied().find(|node| away_us(*node) > NODE_AWAY_MAX_US) {
+    // A paused plan loses no time: it waits for a node as long as it is paused.
+    let too_long = |node: &NodeId| !plan.paused && away_us(*node) > NODE_AWAY_MAX_US;
+    if let Some(node) = nodes.iter().copied().find(too_long) {
         let reason = format!("node {node} has been away for {} s", away_us(node) / 1_000_000);
         return Some(abort_with(running, reason));
     }
     // The last report of a node that is away says nothing about its present state.
-    let away = nodes.into_iter().find(|node| plan.step == Step::Tail && away_us(*node) > 0)?;
+    let waits = plan.step == Step::Tail && !plan.paused;
+    let away = nodes.into_iter().find(|node| waits && away_us(*node) > 0)?;
     Some(Advance::Wait(format!("node {away} to come back")))
 }
 

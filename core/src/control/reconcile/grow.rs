@@ -57,6 +57,8 @@ pub(super) fn start_grow(
         targets,
         seals_undone: 0,
         floor: None,
+        paused: false,
+        max_rate: None,
     });
     next.next_plan = PlanId(catalog.next_plan.0 + 1);
     Ok(next)

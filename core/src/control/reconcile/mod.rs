@@ -14,6 +14,7 @@ mod members;
 #[cfg(test)]
 mod members_tests;
 mod outcome;
+mod pace;
 mod placement;
 #[cfg(test)]
 mod plan_tests;
@@ -42,9 +43,10 @@ pub use failover::{
 };
 pub use members::{advance_members, is_incomplete};
 pub use outcome::{abort, report_of};
+pub use pace::{Pace, check_rate, set_pace};
 pub use progress::Advance;
 pub use quarantine::{end_quarantines, in_the_way};
-pub use refusal::PlanError;
+pub use refusal::{PaceError, PlanError};
 pub use repair::{AVOID_NODE_US, COPY_AGAIN_MAX_US, COPY_AGAIN_US, nodes_to_avoid};
 pub use resize::{start_resize, undo_seal};
 pub use seal::sealing_write_max;

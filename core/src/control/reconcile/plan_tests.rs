@@ -3,6 +3,7 @@
 
 use super::commit::commit;
 use super::outcome::abort;
+use super::pace::{Pace, set_pace};
 use super::progress::{Advance, Running};
 use super::refusal::PlanError;
 use super::resize::start_resize;
@@ -64,8 +65,7 @@ fn source_progress_of(sealed: Option<Sealed>) -> SourceProgress {
         sealed,
         released: false,
         pauses_us: vec![5_000],
-        throttle: None,
-        failed: None,
+        ..SourceProgress::new(PlanId(1))
     }
 }
 
@@ -84,8 +84,7 @@ fn target(stage: TargetStage, cursors: &[(u64, u64)]) -> (ReplicaId, ReplicaRepo
         objects_read: 2,
         bytes_from_peers: 1,
         manifest_shipped: true,
-        reached: Vec::new(),
-        failed: None,
+        ..TargetProgress::new(PlanId(1))
     };
     (ReplicaId(3), ReplicaReport { target: Some(progress), ..report(3) })
 }
@@ -266,6 +265,38 @@ fn a_failure_or_a_lost_node_aborts_before_the_commit_and_never_after_it() {
 }
 
 #[test]
+fn a_paused_plan_pins_what_was_prepared_and_goes_no_further() {
+    let pause = |mut catalog: Catalog| {
+        catalog.plan.as_mut().unwrap().paused = true;
+        catalog
+    };
+    let mut reports =
+        Reports::from([source(1, source_progress_of(None)), source(2, source_progress_of(None))]);
+    let tail = write(advance(&pause(at(Step::Prepare)), &reports, |_| 0, 3_000, 3));
+    let plan = tail.plan.clone().unwrap();
+    assert_eq!((plan.step, plan.paused, tail.pins.len()), (Step::Tail, true, 2));
+    reports.extend([target(TargetStage::Tailing, &[(1, 10), (2, 10)])]);
+    // No time-out runs out: neither that of a silent target nor that of an absent node.
+    let late_us = 3_000 + 1_000 * NODE_AWAY_MAX_US;
+    for (reports, away_us) in [(&reports, 0), (&Reports::new(), 0)] {
+        let Advance::Wait(what) = advance(&tail, reports, |_| away_us, late_us, 4) else {
+            panic!("a paused plan went on")
+        };
+        assert!(what.contains("vasto operation resume op-7-1"), "{what}");
+    }
+    let away = advance(&tail, &reports, |_| 1_000 * NODE_AWAY_MAX_US, late_us, 4);
+    assert!(matches!(away, Advance::Wait(_)), "{away:?}");
+    let failed = SourceProgress { failed: Some("disk full".into()), ..source_progress_of(None) };
+    let mut broken = reports.clone();
+    broken.extend([source(1, failed)]);
+    assert_eq!(write(advance(&tail, &broken, |_| 0, late_us, 4)).plan, None);
+    assert!(abort(&tail, "cancelled", &reports, late_us, 4).is_some());
+    let resumed = set_pace(&tail, PlanId(1), Pace::Resume, late_us, 4).unwrap();
+    let sealing = write(advance(&resumed, &reports, |_| 0, late_us + 1, 5));
+    assert_eq!(sealing.plan.as_ref().unwrap().step, Step::Sealing);
+}
+
+#[test]
 fn a_committed_plan_finishes_without_those_who_do_not_come_back() {
     let committed = at(Step::Committed);
     let released = |id| source(id, SourceProgress { released: true, ..source_progress_of(None) });
@@ -327,6 +358,8 @@ fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
         targets: vec![Target { shard: ShardId(0), replica: ReplicaId(3), node: NODE(3) }],
         seals_undone: 0,
         floor: None,
+        paused: false,
+        max_rate: None,
     });
     let gone = |node| if node == NODE(1) { NODE_AWAY_MAX_US + 1 } else { 0 };
     let taken = write(advance(
@@ -547,6 +580,8 @@ fn a_restore_ends_when_the_bucket_holds_what_was_restored() {
         targets: vec![target(1), target(2)],
         seals_undone: 0,
         floor: None,
+        paused: false,
+        max_rate: None,
     });
     let reports = |shipped: bool| -> Reports {
         let progress = TargetProgress {
@@ -584,6 +619,8 @@ fn taking_over() -> Catalog {
         targets: vec![Target { shard: ShardId(0), replica: ReplicaId(3), node: NODE(3) }],
         seals_undone: 0,
         floor: None,
+        paused: false,
+        max_rate: None,
     });
     catalog
 }

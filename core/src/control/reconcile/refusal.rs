@@ -1,4 +1,5 @@
-//! Reasons why a resize, or the early end of a quarantine, is refused; each text names the remedy.
+//! Reasons why a resize, the early end of a quarantine, or a change of the pace of a plan is
+//! refused; each text names the remedy.
 //!
 //! **Invariant:** a resize never begins while another plan runs or a replica is draining.
 
@@ -6,7 +7,7 @@ use crate::band::ShardCountError;
 use crate::catalog::Catalog;
 use crate::control::operation::operation_id;
 use crate::ids::{NodeId, ReplicaId, ShardId};
-use crate::limits::SHARDS_SERVED_MAX;
+use crate::limits::{BULK_RATE_MIN, SHARDS_SERVED_MAX};
 
 /// Reasons why a resize is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -46,6 +47,27 @@ pub enum PlanError {
         "replica {0} of shard {1} has left its placement and may hold writes that nobody else has; start its node so that it is drained, or give up what {2} alone holds with `vasto node replace {2} --accept-loss --yes`"
     )]
     DrainingReplica(ReplicaId, ShardId, NodeId),
+}
+
+/// Reasons why the pace of an operation is not changed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PaceError {
+    /// The plan does not run any more.
+    #[error("operation {0} has ended already")]
+    Ended(String),
+    /// The sources are sealed.
+    #[error(
+        "operation {0} is in its cutover, which takes a moment and cannot be held up; try again, or see `vasto operation show {0}`"
+    )]
+    Sealed(String),
+    /// The plan has committed.
+    #[error("operation {0} has changed ownership already; it ends by itself")]
+    Committed(String),
+    /// Nothing would end at this rate, bytes a second.
+    #[error(
+        "a rate of {0} bytes a second is too low; use at least {BULK_RATE_MIN}, or stop the operation for a while with `vasto operation pause`"
+    )]
+    TooSlow(u64),
 }
 
 fn remedy_in(seconds: u64) -> String {

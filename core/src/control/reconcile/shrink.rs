@@ -37,6 +37,8 @@ pub(super) fn start_shrink(
         targets: Vec::new(),
         seals_undone: 0,
         floor: None,
+        paused: false,
+        max_rate: None,
     };
     let until_us = in_the_way(catalog, to).map(|quarantine| quarantine.until_us).max();
     if let Some(until_us) = until_us {
@@ -81,7 +83,8 @@ pub(super) fn agree_on_floor(running: Running<'_>) -> Option<Advance> {
         abort(catalog, &reason, reports, now_us, nonce).map(|next| Advance::Write(Box::new(next)))
     };
     let waits = |what: String| {
-        if now_us.saturating_sub(catalog.written_at_us) > FLOOR_PATIENCE_US {
+        let waited_us = now_us.saturating_sub(catalog.written_at_us);
+        if !plan.paused && waited_us > FLOOR_PATIENCE_US {
             let seconds = FLOOR_PATIENCE_US / 1_000_000;
             return give_up(format!("waited {seconds} s for {what}; see `vasto cluster status`"));
         }

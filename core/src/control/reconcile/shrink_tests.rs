@@ -76,8 +76,7 @@ pub(super) fn done(catalog: &Catalog) -> Reports {
                 .then_some(Sealed { version: catalog.version, lsn: SEAL }),
             released: plan.step == Step::Committed,
             pauses_us: vec![5_000],
-            throttle: None,
-            failed: None,
+            ..SourceProgress::new(plan.id)
         });
         let receives = plan.targets.iter().any(|target| target.replica == replica);
         report.target = receives.then(|| TargetProgress {
@@ -222,6 +221,12 @@ fn all_replicas_of_all_shards_agree_on_one_floor_before_anything_is_exported() {
     );
     reports.remove(&ReplicaId(2));
     assert!(waits(decided(&first, &reports, 2_001)).contains("replica 2 of shard 0"));
+    // It is not waited for without limit, unless the plan is paused.
+    let late_us = 2_001 + 121_000_000;
+    assert_eq!(write(decided(&first, &reports, late_us)).plan, None);
+    let mut paused = first.clone();
+    paused.plan.as_mut().unwrap().paused = true;
+    assert!(waits(decided(&paused, &reports, late_us)).contains("replica 2 of shard 0"));
     let named = write(decided(&first, &done(&first), 2_001));
     assert_eq!(named.plan.as_ref().unwrap().floor, Some(61));
     assert_eq!(named.plan.as_ref().unwrap().step, Step::Prepare);

@@ -1,7 +1,8 @@
 //! The export of a source: its leaving rows, in SSTs for each shard that they belong to afterwards.
 //!
 //! The rows keep their stored keys, and so their order: one pass over the leaving bands writes one
-//! table after the other for each shard.
+//! table after the other for each shard. While the plan is paused the pass stands still, with the
+//! view of the database that it reads: files that are compacted meanwhile stay until it goes on.
 //!
 //! **Invariants**
 //! - An export holds every row that the source held at the LSN of its checkpoint. What it holds
@@ -14,9 +15,11 @@ use std::collections::BTreeMap;
 use std::collections::btree_map;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt};
+use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 use vasto_core::ShardId;
 use vasto_core::entry::Entry;
@@ -31,6 +34,7 @@ use vasto_shipping::layout;
 
 use super::Shape;
 use crate::build::error::{BuildError, io};
+use crate::bulk::wait_while_paused;
 use crate::engine::{TableRun, WrittenTable};
 use crate::replica::Replica;
 use crate::ship::Pace;
@@ -39,7 +43,9 @@ use crate::ship::Pace;
 const UPLOADS: usize = 4;
 /// Interval at which the log is asked whether it has synced what was exported.
 const POLL: Duration = Duration::from_millis(20);
-/// Rows between two looks at the cancellation.
+/// Interval at which the rows that were written are reported.
+const REPORT: Duration = Duration::from_millis(200);
+/// Rows between two looks at the pause and the cancellation.
 const ROWS_AT_ONCE: u64 = 1024;
 
 /// The inputs of an export.
@@ -56,6 +62,20 @@ pub(crate) struct Export {
     pub cancel: CancellationToken,
 }
 
+/// How far an export is.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Exported {
+    /// Rows written to local tables.
+    pub rows: u64,
+    /// Bytes of all tables; 0 before they are written.
+    pub bytes_total: u64,
+    /// Bytes of the tables in the bucket.
+    pub bytes_done: u64,
+}
+
+/// Receives how far an export is.
+type Report<'a> = &'a (dyn Fn(Exported) + Sync);
+
 /// The tables of an export on the local disk.
 struct Written {
     tables: Vec<(ShardId, WrittenTable)>,
@@ -66,16 +86,21 @@ struct Written {
 
 impl Export {
     /// Exports the leaving rows of a plan; returns the key of the export's manifest. `lsn`: the LSN
-    /// of the checkpoint that the plan pins.
+    /// of the checkpoint that the plan pins. `report` is told how far it is.
     ///
     /// # Errors
     /// `Cancelled` when the plan is over; `Bucket` when the bucket fails, then it can be repeated.
-    pub(crate) async fn run(&self, plan: &Plan, lsn: Lsn) -> Result<String, BuildError> {
+    pub(crate) async fn run(
+        &self,
+        plan: &Plan,
+        lsn: Lsn,
+        report: Report<'_>,
+    ) -> Result<String, BuildError> {
         // Drawn for every attempt: one that was cancelled may still be writing.
         let attempt = format!("{:08x}", rand::random::<u32>());
         let Replica { keyspace, id, .. } = self.replica;
         let dir = self.tmp.join(format!("export-{keyspace}-{id}-{}-{attempt}", plan.id));
-        let run = self.run_in(plan, lsn, &attempt, &dir);
+        let run = self.run_in(plan, lsn, &attempt, &dir, report);
         let result = match self.cancel.run_until_cancelled(run).await {
             Some(result) => result,
             None => Err(BuildError::Cancelled),
@@ -90,13 +115,12 @@ impl Export {
         lsn: Lsn,
         attempt: &str,
         dir: &Path,
+        report: Report<'_>,
     ) -> Result<String, BuildError> {
         let shape = Shape::of(plan)?;
         let floor = self.replica.floor();
         self.passes(points::SOURCE_EXPORT_BEGUN).await?;
-        let (replica, cancel, out) = (self.replica.clone(), self.cancel.clone(), dir.to_owned());
-        let write = move || write_tables(&replica, shape, floor, &out, &cancel);
-        let Written { tables, event_time_max, end } = tokio::task::spawn_blocking(write).await??;
+        let Written { tables, event_time_max, end } = self.write(shape, floor, dir, report).await?;
         while self.replica.log().synced_lsn() < end {
             if let Some(reason) = self.replica.closed() {
                 return Err(BuildError::Mismatch(reason));
@@ -105,10 +129,27 @@ impl Export {
         }
         self.passes(points::SOURCE_EXPORT_WRITTEN).await?;
         let Replica { keyspace, shard, .. } = self.replica;
+        let progress = Mutex::new(Exported {
+            rows: tables.iter().map(|(_, table)| table.rows).sum(),
+            bytes_total: tables.iter().map(|(_, table)| table.bytes).sum(),
+            bytes_done: 0,
+        });
+        let written = *progress.lock();
+        report(written);
         let mut uploads = Vec::with_capacity(tables.len());
         for ((to, table), n) in tables.iter().zip(1..) {
             let key = layout::export_table(keyspace, plan.id, shard, *to, n, attempt);
-            uploads.push(self.upload(*to, table, key));
+            let (progress, upload) = (&progress, self.upload(*to, table, key));
+            uploads.push(async move {
+                let uploaded = upload.await?;
+                let now = {
+                    let mut progress = progress.lock();
+                    progress.bytes_done += table.bytes;
+                    *progress
+                };
+                report(now);
+                Ok::<_, BuildError>(uploaded)
+            });
         }
         let rest = uploads.split_off(uploads.len() / 2);
         let mut files: Vec<ExportedTable> =
@@ -143,12 +184,42 @@ impl Export {
         vasto_failpoint::at(point, self.replica.keyspace, self.replica.id).await
     }
 
+    /// Writes the tables on the local disk.
+    async fn write(
+        &self,
+        shape: Shape,
+        floor: u64,
+        dir: &Path,
+        report: Report<'_>,
+    ) -> Result<Written, BuildError> {
+        let work = Work {
+            replica: self.replica.clone(),
+            bucket: self.bucket.clone(),
+            cancel: self.cancel.clone(),
+            rows: Arc::default(),
+        };
+        let (rows, out) = (work.rows.clone(), dir.to_owned());
+        let mut written =
+            tokio::task::spawn_blocking(move || write_tables(&work, shape, floor, &out));
+        let mut tick = tokio::time::interval(REPORT);
+        loop {
+            tokio::select! {
+                written = &mut written => return written?,
+                _ = tick.tick() => {
+                    report(Exported { rows: rows.load(Ordering::Relaxed), ..Exported::default() });
+                }
+            }
+        }
+    }
+
     async fn upload(
         &self,
         to: ShardId,
         table: &WrittenTable,
         key: String,
     ) -> Result<ExportedTable, BuildError> {
+        // Whoever waits here has no turn yet: others go on.
+        self.bucket.pass(table.bytes).await;
         let _turn = self.pace.turn(table.bytes).await;
         let uploaded = self.bucket.upload_file(&key, &table.path).await?;
         // The space is needed for nothing else.
@@ -158,14 +229,17 @@ impl Export {
     }
 }
 
-/// Writes the leaving rows to tables. Blocks on the disk.
-fn write_tables(
-    replica: &Replica,
-    shape: Shape,
-    floor: u64,
-    out: &Path,
-    cancel: &CancellationToken,
-) -> Result<Written, BuildError> {
+/// The source of the rows, what holds the work up or ends it, and the rows that are done.
+struct Work {
+    replica: Replica,
+    bucket: Bucket,
+    cancel: CancellationToken,
+    rows: Arc<AtomicU64>,
+}
+
+/// Writes the leaving rows to tables. Blocks on the disk; stands still while the plan is paused.
+fn write_tables(work: &Work, shape: Shape, floor: u64, out: &Path) -> Result<Written, BuildError> {
+    let Work { replica, bucket, cancel, rows: done } = work;
     if out.exists() {
         std::fs::remove_dir_all(out).map_err(io(out))?;
     }
@@ -192,8 +266,12 @@ fn write_tables(
         }
         rows.advance();
         count += 1;
-        if count.is_multiple_of(ROWS_AT_ONCE) && cancel.is_cancelled() {
-            return Err(BuildError::Cancelled);
+        if count.is_multiple_of(ROWS_AT_ONCE) {
+            done.store(count, Ordering::Relaxed);
+            wait_while_paused(bucket, cancel);
+            if cancel.is_cancelled() {
+                return Err(BuildError::Cancelled);
+            }
         }
     }
     let mut tables = Vec::new();

@@ -56,6 +56,7 @@ pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildEr
             filter,
             lags: Arc::clone(&lags),
             cursor: cursor.unwrap_or_default(),
+            failed: None,
             chunks: ChunkReader::after(owner, Vec::new(), pinned.unwrap_or_default()),
         };
         async move {
@@ -95,6 +96,8 @@ struct Follower<'a> {
     filter: ShardFilter,
     lags: Arc<parking_lot::Mutex<BTreeMap<ReplicaId, Lag>>>,
     cursor: Lsn,
+    /// Why the stream was interrupted, until it goes on.
+    failed: Option<String>,
     /// The source's log in the bucket. Its position is after the pinned manifest or a chunk, where
     /// the next chunk begins; the cursor may be further.
     chunks: ChunkReader,
@@ -118,6 +121,8 @@ impl Follower<'_> {
                     reason,
                     "the tail is interrupted; the source is asked again"
                 );
+                self.build.progress.lock().failed_for_now(&reason);
+                self.failed = Some(reason);
                 self.set_lag(Lag::UNKNOWN);
             }
             tokio::time::sleep(RETRY).await;
@@ -244,7 +249,16 @@ impl Follower<'_> {
             }
         }
         self.apply(entries, Lsn(frame.covered_lsn)).await?;
-        self.build.progress.lock().bytes_from_peers += bytes;
+        {
+            let mut progress = self.build.progress.lock();
+            progress.bytes_from_peers += bytes;
+            // Another source may have failed since.
+            if let Some(failed) = self.failed.take()
+                && progress.last_error.as_ref() == Some(&failed)
+            {
+                progress.last_error = None;
+            }
+        }
         if frame.head_lsn <= self.cursor.0 {
             self.build.passes(points::TARGET_CAUGHT_UP).await?;
         }

@@ -10,7 +10,7 @@ use vasto_core::report::TargetStage;
 use vasto_failpoint::points;
 use vasto_shipping::download::Wanted;
 
-use super::rewrite::{Files, Rewritten, SourceFiles, rewrite};
+use super::rewrite::{Files, Rewriting, Rewritten, SourceFiles, rewrite};
 use super::{Build, Shape};
 use crate::build::error::BuildError;
 use crate::build::files;
@@ -161,8 +161,14 @@ async fn rewrite_chosen(
             files,
         })
         .collect();
-    let (replica, out) = (build.replica.clone(), work.join("tables"));
-    tokio::task::spawn_blocking(move || rewrite(&replica, &sources, shape, floor, &out)).await?
+    let rewriting = Rewriting {
+        replica: build.replica.clone(),
+        bucket: build.bucket.clone(),
+        progress: build.progress.clone(),
+        cancel: build.cancel.clone(),
+    };
+    let out = work.join("tables");
+    tokio::task::spawn_blocking(move || rewrite(&rewriting, &sources, shape, floor, &out)).await?
 }
 
 async fn ingest(
@@ -185,9 +191,7 @@ async fn ingest(
     // The writer flushes before it ingests: a replica that serves has little left to flush then.
     let flushed = build.replica.clone();
     tokio::task::spawn_blocking(move || flushed.engine().flush()).await??;
-    if build.cancel.is_cancelled() {
-        return Err(BuildError::Cancelled);
-    }
+    build.unless_paused().await?;
     build.passes(points::TARGET_INGEST_BEFORE).await?;
     build.replica.control(order).await?;
     build.passes(points::TARGET_INGEST_AFTER).await?;

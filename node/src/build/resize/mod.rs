@@ -91,6 +91,18 @@ impl Build {
         vasto_failpoint::at(point, self.replica.keyspace, self.replica.id).await
     }
 
+    /// Waits until the plan is not paused: what comes next makes the disk or the bucket busy.
+    ///
+    /// # Errors
+    /// `Cancelled`.
+    async fn unless_paused(&self) -> Result<(), BuildError> {
+        let pass = self.cancel.run_until_cancelled(self.bucket.pass(0)).await;
+        match self.cancel.is_cancelled() {
+            true => Err(BuildError::Cancelled),
+            false => pass.map(drop).ok_or(BuildError::Cancelled),
+        }
+    }
+
     /// Runs until the plan is over: loads, ships the first manifest, follows the sources.
     pub(crate) async fn run(self, plan: Plan) -> Result<(), BuildError> {
         if self.replica.ranges().filled_by() != Some(plan.id) {
@@ -99,11 +111,13 @@ impl Build {
         // One target of a shard ships; the others take part without a manifest of their own.
         let ships = self.ship.ships();
         if ships {
+            self.unless_paused().await?;
             self.ship.checkpoint(None).await?;
         }
         {
             let mut progress = self.progress.lock();
             progress.manifest_shipped = ships;
+            progress.last_error = None;
             progress.stage = TargetStage::Tailing;
             // Not caught up until the followers report so.
             progress.lag_lsns = u64::MAX;
@@ -139,6 +153,8 @@ mod tests {
             targets: Vec::new(),
             seals_undone: 0,
             floor: None,
+            paused: false,
+            max_rate: None,
         }
     }
 

@@ -10,14 +10,20 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
 use vasto_core::entry::Entry;
 use vasto_core::hash::{jump, partition_hash};
 use vasto_core::merge::merge;
+use vasto_core::report::TargetProgress;
 use vasto_core::{Band, ShardId};
+use vasto_shipping::bucket::Bucket;
 
 use super::Shape;
 use crate::build::error::{BuildError, io};
+use crate::bulk::wait_while_paused;
 use crate::engine::{BandRows, EngineError, ImportFile, Scratch, TableSet, WrittenTable};
 use crate::replica::Replica;
 
@@ -56,6 +62,17 @@ const READAHEAD_ALL: usize = 64 << 20;
 /// Most bytes that one cursor reads ahead, and the fewest.
 const READAHEAD: (usize, usize) = (2 << 20, 32 << 10);
 
+/// Keys between two looks at the pause and the cancellation.
+const KEYS_AT_ONCE: u64 = 1024;
+
+/// Whose rows are rewritten, where that is reported, and what holds it up or ends it.
+pub(super) struct Rewriting {
+    pub replica: Replica,
+    pub bucket: Bucket,
+    pub progress: Arc<Mutex<TargetProgress>>,
+    pub cancel: CancellationToken,
+}
+
 /// The result of a rewrite.
 pub(super) struct Rewritten {
     pub tables: Vec<WrittenTable>,
@@ -63,13 +80,15 @@ pub(super) struct Rewritten {
     pub event_time_max: u64,
 }
 
+/// Rewrites the rows of the sources; blocks on the disk. Stands still while the plan is paused.
 pub(super) fn rewrite(
-    replica: &Replica,
+    build: &Rewriting,
     sources: &[SourceFiles],
     shape: Shape,
     floor: u64,
     out: &Path,
 ) -> Result<Rewritten, BuildError> {
+    let replica = &build.replica;
     // Left over from an interrupted attempt; the scratch databases only link to the downloads, so
     // these are still there.
     for dir in sources.iter().map(|source| source.scratch_dir.as_path()).chain([out]) {
@@ -86,8 +105,16 @@ pub(super) fn rewrite(
         .flat_map(|scratch| shape.bands.bands().map(move |band| scratch.rows(band, readahead)));
     let mut rows = MergedRows::new(cursors.collect())?;
     let mut tables = TableSet::new(replica.engine(), out);
-    let mut event_time_max = 0;
+    let (mut event_time_max, mut keys) = (0, 0u64);
     while let Some(winners) = rows.next_key(shape, replica.shard, floor)? {
+        keys += 1;
+        if keys.is_multiple_of(KEYS_AT_ONCE) {
+            build.progress.lock().rows_done = keys;
+            wait_while_paused(&build.bucket, &build.cancel);
+            if build.cancel.is_cancelled() {
+                return Err(BuildError::Cancelled);
+            }
+        }
         for (band, key, entry) in winners {
             event_time_max =
                 event_time_max.max(vasto_core::entry::event_time_of(&entry).unwrap_or(0));

@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 use vasto_core::Band;
+use vasto_core::catalog::{Catalog, KeyspaceSpec};
 use vasto_core::entry::Entry;
 use vasto_core::hash::{jump, partition_hash};
 use vasto_core::ids::{CatalogVersion, Epoch, Lsn, NodeId, PlanId, ReplicaId, ShardId};
@@ -29,6 +30,7 @@ use super::shipping::{Shipping, bucket};
 use super::support::*;
 use crate::build::BuildError;
 use crate::build::resize::Build;
+use crate::bulk::BulkGate;
 use crate::clock::SharedClock;
 use crate::engine::TableSet;
 use crate::registry::NodeRegistry;
@@ -182,6 +184,8 @@ impl Grow {
             targets: vec![Target { shard: ShardId(SHARDS - 1), replica: ReplicaId(3), node }],
             seals_undone: 0,
             floor: None,
+            paused: false,
+            max_rate: None,
         };
         Self { sources, bucket, plan, addresses: HashMap::new() }
     }
@@ -275,6 +279,29 @@ async fn a_target_holds_what_the_model_says() {
         write_one(&target, put(key, "after"));
         assert_eq!(get(&target, key).as_deref(), Some("after"), "{key}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_build_of_a_paused_plan_downloads_nothing_before_it_is_resumed() {
+    let mut grow = Grow::prepare().await;
+    let expected = grow.model();
+    let gate = BulkGate::default();
+    let spec = KeyspaceSpec { shards: SHARDS - 1, ..KeyspaceSpec::default() };
+    let nodes = [vec![NodeId(1)], vec![NodeId(1)]];
+    let mut catalog = Catalog::first(KEYSPACE, "ks", spec, &nodes, START_US, 1);
+    catalog.plan = Some(Plan { paused: true, ..grow.plan.clone() });
+    gate.apply(&catalog);
+    grow.bucket = grow.bucket.with_pacer(gate.of(KEYSPACE, grow.plan.id));
+    let rig = target_rig();
+    let target = rig.create();
+    let resume = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        assert!(data_rows(&target).is_empty(), "it went on in a pause");
+        catalog.plan = Some(grow.plan.clone());
+        gate.apply(&catalog);
+    };
+    tokio::join!(grow.build(&rig, &target, tailing), resume);
+    assert_eq!(data_rows(&target), expected);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

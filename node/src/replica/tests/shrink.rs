@@ -99,6 +99,8 @@ impl Shrink {
             targets: Vec::new(),
             seals_undone: 0,
             floor: Some(1),
+            paused: false,
+            max_rate: None,
         };
         let export = Export {
             replica: source.clone(),
@@ -107,7 +109,7 @@ impl Shrink {
             tmp: rig.path.join("tmp"),
             cancel: CancellationToken::new(),
         };
-        let key = export.run(&plan, pinned.lsn).await.unwrap();
+        let key = export.run(&plan, pinned.lsn, &|_| ()).await.unwrap();
         let left = std::fs::read_dir(rig.path.join("tmp")).unwrap().count();
         assert_eq!(left, 0, "its tables are removed");
         plan.sources.push(Source {

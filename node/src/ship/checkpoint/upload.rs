@@ -94,6 +94,8 @@ impl Upload {
                 let (key, crc32c) = match in_the_bucket {
                     Some(uploaded) => uploaded,
                     None => {
+                        // Whoever waits here has no turn yet: others go on.
+                        self.context.bucket.pass(file.bytes).await;
                         let _turn = self.context.pace.turn(file.bytes).await;
                         let uploaded = self.context.bucket.upload_file(&key, &path).await?;
                         self.uploaded.add(&file, key.clone(), uploaded.crc32c);

@@ -1,0 +1,119 @@
+//! What holds back the bulk bytes of one handle of the bucket: a pause, or a bound of the rate.
+//!
+//! Downloads wait by themselves, piece by piece. Whoever uploads a file asks before, with
+//! [`Bucket::pass`], so that nobody waits here while he holds what others need.
+//!
+//! **Invariant:** requests for small objects (catalog, manifests, chunks of the log) never wait.
+
+use std::fmt;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+
+use super::handle::Bucket;
+
+/// Holds back bulk bytes.
+#[async_trait]
+pub trait Pacer: Send + Sync {
+    /// Waits until so many bytes may pass; returns true when it has waited for the end of a pause.
+    async fn pass(&self, bytes: u64) -> bool;
+
+    /// Returns true while nothing passes.
+    fn is_paused(&self) -> bool;
+}
+
+/// The pacer of a handle; without one everything passes at once.
+#[derive(Clone, Default)]
+pub(super) struct Paced(Option<Arc<dyn Pacer>>);
+
+impl fmt::Debug for Paced {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Paced").field(&self.0.is_some()).finish()
+    }
+}
+
+impl Bucket {
+    /// Returns the same bucket (and counts) with its downloads held back.
+    pub fn with_pacer(&self, pacer: Arc<dyn Pacer>) -> Bucket {
+        Bucket { paced: Paced(Some(pacer)), ..self.clone() }
+    }
+
+    /// Returns true while no bulk bytes pass.
+    pub fn is_paused(&self) -> bool {
+        self.paced.0.as_ref().is_some_and(|pacer| pacer.is_paused())
+    }
+
+    /// Waits until so many bulk bytes may pass, besides those of downloads, which wait by
+    /// themselves; returns true when it has waited for the end of a pause.
+    pub async fn pass(&self, bytes: u64) -> bool {
+        match &self.paced.0 {
+            Some(pacer) => pacer.pass(bytes).await,
+            None => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::atomic::Ordering;
+    use std::time::Duration;
+
+    use object_store::memory::InMemory;
+    use tokio::sync::watch;
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::bucket::download::{DownloadProgress, Wanted, download};
+
+    /// Lets so many bytes pass, and no more until that is raised.
+    struct Upto {
+        most: watch::Sender<u64>,
+        passed: watch::Sender<u64>,
+    }
+
+    #[async_trait]
+    impl Pacer for Upto {
+        async fn pass(&self, bytes: u64) -> bool {
+            let mut most = self.most.subscribe();
+            let waits = *self.passed.borrow() + bytes > *most.borrow_and_update();
+            let _ = most.wait_for(|most| *self.passed.borrow() + bytes <= *most).await;
+            self.passed.send_modify(|passed| *passed += bytes);
+            waits
+        }
+
+        fn is_paused(&self) -> bool {
+            *self.passed.borrow() >= *self.most.borrow()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_download_takes_what_passes_and_goes_on_where_it_stood() {
+        let open = Bucket::from_store("memory://b", Arc::new(InMemory::new()));
+        let body: Vec<u8> = (0..3_000_000u32).map(|n| (n % 251) as u8).collect();
+        let crc32c = crc32c::crc32c(&body);
+        open.create("data/one", body.clone().into()).await.unwrap();
+        open.create("data/two", body.clone().into()).await.unwrap();
+        let wanted = ["one", "two"].map(|name| Wanted {
+            key: format!("data/{name}"),
+            bytes: 3_000_000,
+            crc32c,
+            file_name: format!("{name}.sst"),
+        });
+        let gate =
+            Arc::new(Upto { most: watch::Sender::new(3_000_000), passed: watch::Sender::new(0) });
+        let bucket = open.with_pacer(gate.clone());
+        let dir = vasto_testkit::memory_dir();
+        let (progress, cancel) = (DownloadProgress::default(), CancellationToken::new());
+        let mut fetch =
+            std::pin::pin!(download(&bucket, &wanted, dir.path(), 1, &progress, &cancel));
+        let held = tokio::time::timeout(Duration::from_millis(300), &mut fetch).await;
+        assert!(held.is_err(), "half of it has passed");
+        assert!(bucket.is_paused() && !open.is_paused());
+        assert_eq!(progress.bytes.load(Ordering::Relaxed), 3_000_000, "and is counted, no more");
+        gate.most.send_replace(u64::MAX);
+        fetch.await.unwrap();
+        assert_eq!(std::fs::read(dir.path().join("two.sst")).unwrap(), body);
+        assert_eq!(progress.bytes.load(Ordering::Relaxed), 6_000_000);
+    }
+}
