@@ -389,10 +389,8 @@ impl Catalog {
             .iter()
             .flat_map(|shard| &shard.replicas)
             .map(|member| (member.replica, member.node));
-        let targets = self
-            .plans()
-            .flat_map(|plan| &plan.targets)
-            .map(|target| (target.replica, target.node));
+        let targets =
+            self.plans().flat_map(|plan| &plan.targets).map(|target| (target.replica, target.node));
         let draining = self.draining.iter().map(|draining| (draining.replica, draining.node));
         let retired = self.retired.iter().map(|retired| (retired.replica, retired.node));
         placed

@@ -29,9 +29,8 @@ pub fn advance_members(
         return None;
     }
     let view = View { catalog, reports, around };
-    let may_go = |draining: &DrainingReplica| {
-        !catalog.is_moving(draining.shard) && view.may_go(draining)
-    };
+    let may_go =
+        |draining: &DrainingReplica| !catalog.is_moving(draining.shard) && view.may_go(draining);
     if catalog.draining.iter().any(may_go) {
         let mut next = catalog.next(now_us, nonce);
         let going: Vec<&DrainingReplica> =

@@ -15,9 +15,7 @@ use super::progress::{Advance, Running};
 use super::repair::begin;
 use super::view::{Around, View};
 use crate::catalog::{Catalog, KeyspaceState, Placed, Rebalanced, ReplicaMove, ShardPlacement};
-use crate::control::operation::{
-    OperationKind, OperationOutcome, OperationReport, operation_id,
-};
+use crate::control::operation::{OperationKind, OperationOutcome, OperationReport, operation_id};
 use crate::control::plan::{NODE_AWAY_MAX_US, PlanKind, Step};
 use crate::control::report::Reports;
 use crate::ids::{Epoch, NodeId, PlanId, ReplicaId, ShardId};
@@ -125,9 +123,10 @@ pub fn start_moves(
 fn source_of(catalog: &Catalog, order: &MoveOrder) -> Option<Placed> {
     let shard = catalog.shard(order.shard)?;
     let has = |node: NodeId| {
-        let mut of_shard = catalog.members().into_iter().filter(|(of, member, _)| {
-            *of == order.shard && !catalog.is_retired(member.replica)
-        });
+        let mut of_shard = catalog
+            .members()
+            .into_iter()
+            .filter(|(of, member, _)| *of == order.shard && !catalog.is_retired(member.replica));
         of_shard.any(|(_, member, _)| member.node == node)
     };
     let is_placed = shard.replicas.iter().any(|member| member.replica == order.replica);
@@ -290,8 +289,7 @@ fn replace(
         (Some(_), Some(_), None) => return end(next(), None),
         _ => return end(next(), Some("its new replica has left the shard")),
     };
-    let is_lost =
-        away_us(new.node) > NODE_AWAY_MAX_US || view.has_failed_for_good(new.replica);
+    let is_lost = away_us(new.node) > NODE_AWAY_MAX_US || view.has_failed_for_good(new.replica);
     let (leaves, why) = match is_lost {
         true => (new, Some("its new replica does not serve any more")),
         false if !view.serves(&new) => {
@@ -305,10 +303,9 @@ fn replace(
         // Leadership is transferred first.
         Some(next) if next.is_placed(leaves.replica) => Advance::Write(Box::new(next)),
         Some(next) => end(next, why),
-        None => Advance::Wait(format!(
-            "shard {} of {} to be handed over",
-            shard.shard, catalog.name
-        )),
+        None => {
+            Advance::Wait(format!("shard {} of {} to be handed over", shard.shard, catalog.name))
+        }
     }
 }
 
@@ -374,9 +371,8 @@ pub fn give_up_moves_to(
     now_us: u64,
     nonce: u64,
 ) -> Option<Catalog> {
-    let to_it = |moving: &&ReplicaMove| {
-        moving.to() == Some(node) && moving.plan.step != Step::Committed
-    };
+    let to_it =
+        |moving: &&ReplicaMove| moving.to() == Some(node) && moving.plan.step != Step::Committed;
     let moving = catalog.moves.iter().find(to_it)?;
     let undone = give_up_on(&alone(catalog, moving), reason, node, reports, now_us, nonce)?;
     Some(beside(undone, moving))
