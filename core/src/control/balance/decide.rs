@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 
 use super::cluster::{Balance, Move};
-use super::tension::{HYSTERESIS, PRIMARY_HYSTERESIS, Tension};
+use super::tension::{Gain, HYSTERESIS, PRIMARY_HYSTERESIS, Tension};
 use crate::ids::{KeyspaceId, NodeId, ShardId};
 
 /// The most moves that a plan of all of them names.
@@ -15,7 +15,7 @@ pub const MOVES_PLANNED_MAX: usize = 2_000;
 /// A move with its gain.
 struct Candidate {
     made: Move,
-    gain: f64,
+    gain: Gain,
 }
 
 /// Returns the moves that are to begin now, at most `cap`, each of another shard: the best first.
@@ -91,10 +91,11 @@ impl<'a> Search<'a> {
             let of_node = self.of_nodes[giver].iter();
             let all = of_node.flat_map(|(shard, place)| {
                 let moves = self.moves_of(*shard, *place, giver);
-                let moves =
-                    moves.into_iter().filter(|(zones, one)| *zones == 0 && one.gain > HYSTERESIS);
+                let moves = moves
+                    .into_iter()
+                    .filter(|(zones, one)| *zones == 0 && one.gain.average > HYSTERESIS);
                 let primaries = self.primaries_of(*shard, *place, giver).into_iter();
-                let primaries = primaries.filter(|one| one.gain > PRIMARY_HYSTERESIS);
+                let primaries = primaries.filter(|one| one.gain.average > PRIMARY_HYSTERESIS);
                 moves.map(|(_, one)| one).chain(primaries)
             });
             better_of(all).map(|best| best.made)
@@ -197,7 +198,7 @@ impl<'a> Search<'a> {
 /// Returns the candidate that gains most, the first of several.
 fn better_of(all: impl Iterator<Item = Candidate>) -> Option<Candidate> {
     all.fold(None, |best: Option<Candidate>, one| match best {
-        Some(best) if best.gain >= one.gain => Some(best),
+        Some(best) if best.gain.whole >= one.gain.whole => Some(best),
         _ => Some(one),
     })
 }

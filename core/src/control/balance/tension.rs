@@ -23,10 +23,19 @@ const REPLICA_LOAD: u64 = 16;
 
 /// Bytes, load, preferred primaries.
 const QUANTITIES: usize = 3;
-const WEIGHTS: [f64; QUANTITIES] = [1.0, 0.5, 0.5];
+const WEIGHTS: [f64; QUANTITIES] = [1.0, 0.25, 0.25];
 
 /// An amount of each quantity, as parts of that of the whole cluster.
 pub(super) type Parts = [f64; QUANTITIES];
+
+/// By how much a change lowers the tension.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Gain {
+    /// In all.
+    pub(super) whole: f64,
+    /// Over twice the parts that the change moves.
+    pub(super) average: f64,
+}
 
 /// What each node has.
 pub(super) struct Tension {
@@ -81,10 +90,10 @@ impl Tension {
         weighed / self.capacity[at] / WEIGHTS.iter().sum::<f64>()
     }
 
-    /// Returns by how much less the tension is after a change than before, over twice what the
-    /// change moves: the average difference of the fullness of the nodes between which it moves.
+    /// Returns by how much a change lowers the tension, as a whole and over twice what it moves:
+    /// the latter is the average difference of the fullness of the nodes between which it moves.
     /// `changes` are the parts that nodes gain (or lose, below 0).
-    pub(super) fn gain(&self, changes: &[(usize, Parts)]) -> f64 {
+    pub(super) fn gain(&self, changes: &[(usize, Parts)]) -> Gain {
         let (mut lower, mut moved) = (0.0, 0.0);
         let mut nodes: Vec<usize> = changes.iter().map(|(at, _)| *at).collect();
         nodes.sort_unstable();
@@ -98,7 +107,7 @@ impl Tension {
                 moved += WEIGHTS[q] * change.max(0.0);
             }
         }
-        if moved > 0.0 { lower / (2.0 * moved) } else { 0.0 }
+        Gain { whole: lower, average: if moved > 0.0 { lower / (2.0 * moved) } else { 0.0 } }
     }
 
     /// Returns what changes when the replica at a place of a shard moves from one node to another;
