@@ -55,14 +55,28 @@ pub struct Rebalanced {
     /// Moves that failed.
     #[serde(default)]
     pub failed: u64,
+    /// Shards that got another preferred primary.
+    #[serde(default)]
+    pub primaries: u64,
 }
 
 impl Rebalanced {
-    /// Counts the end of a move; the totals of an earlier rebalance are replaced.
-    pub(crate) fn count(&mut self, rebalance_us: u64, report: &OperationReport, done: bool) {
+    /// Replaces the totals of an earlier rebalance.
+    fn begin(&mut self, rebalance_us: u64) {
         if self.since_us != rebalance_us {
             *self = Self { since_us: rebalance_us, ..Self::default() };
         }
+    }
+
+    /// Counts another preferred primary.
+    pub(crate) fn count_primary(&mut self, rebalance_us: u64) {
+        self.begin(rebalance_us);
+        self.primaries += 1;
+    }
+
+    /// Counts the end of a move.
+    pub(crate) fn count(&mut self, rebalance_us: u64, report: &OperationReport, done: bool) {
+        self.begin(rebalance_us);
         match done {
             true => self.moved.add(report),
             false => self.failed += 1,

@@ -41,6 +41,17 @@ pub struct BalanceReplica {
     pub load: u64,
 }
 
+/// When something may begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum When {
+    /// Now.
+    Now,
+    /// Once what is under way has ended: it belongs to the moves that are still to be made.
+    Later,
+    /// Nobody knows when: no move of it is waited for.
+    Never,
+}
+
 /// A shard.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BalanceShard {
@@ -52,10 +63,10 @@ pub struct BalanceShard {
     pub replicas: Vec<BalanceReplica>,
     /// Further nodes that hold, or are getting, something of it: nothing of it moves there.
     pub elsewhere: Vec<NodeId>,
-    /// Its replicas may move now.
-    pub may_move: bool,
-    /// Another of its replicas may become the preferred primary now.
-    pub may_prefer: bool,
+    /// When its replicas may move.
+    pub moves: When,
+    /// When another of its replicas may become the preferred primary.
+    pub prefers: When,
 }
 
 /// The nodes and shards of a cluster.

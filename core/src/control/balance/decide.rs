@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use super::cluster::{Balance, Move};
+use super::cluster::{Balance, Move, When};
 use super::tension::{Gain, HYSTERESIS, PRIMARY_HYSTERESIS, Tension};
 use crate::ids::{KeyspaceId, NodeId, ShardId};
 
@@ -46,6 +46,11 @@ pub fn all_moves(cluster: &Balance) -> Vec<Move> {
         made.push(next);
     }
     made
+}
+
+/// Returns true when no move is left to be made.
+pub fn is_balanced(cluster: &Balance) -> bool {
+    Search::new(cluster, false, &BTreeSet::new()).best().is_none()
 }
 
 fn shard_of(made: &Move) -> (KeyspaceId, ShardId) {
@@ -127,7 +132,7 @@ impl<'a> Search<'a> {
     fn moves_of(&self, at: usize, place: usize, giver: usize) -> Vec<(usize, Candidate)> {
         let cluster = self.cluster;
         let shard = &cluster.shards[at];
-        if !self.may(at, shard.may_move) {
+        if !self.may(at, shard.moves) {
             return Vec::new();
         }
         let replica = shard.replicas[place];
@@ -166,7 +171,7 @@ impl<'a> Search<'a> {
     /// Returns the other replicas that could be the preferred primary in the place of this one.
     fn primaries_of(&self, at: usize, place: usize, giver: usize) -> Vec<Candidate> {
         let shard = &self.cluster.shards[at];
-        if place != 0 || !self.may(at, shard.may_prefer) {
+        if place != 0 || !self.may(at, shard.prefers) {
             return Vec::new();
         }
         let others = shard.replicas.iter().enumerate().skip(1);
@@ -189,9 +194,13 @@ impl<'a> Search<'a> {
     }
 
     /// Returns true when something of the shard may begin.
-    fn may(&self, at: usize, may: bool) -> bool {
+    fn may(&self, at: usize, when: When) -> bool {
         let shard = &self.cluster.shards[at];
-        !self.now || (may && !self.begun.contains(&(shard.keyspace, shard.shard)))
+        match when {
+            When::Now => !self.now || !self.begun.contains(&(shard.keyspace, shard.shard)),
+            When::Later => !self.now,
+            When::Never => false,
+        }
     }
 }
 

@@ -20,6 +20,6 @@ mod tension;
 #[cfg(test)]
 mod tests;
 
-pub use cluster::{Balance, BalanceNode, BalanceReplica, BalanceShard, Move};
-pub use decide::{MOVES_PLANNED_MAX, all_moves, next_moves};
+pub use cluster::{Balance, BalanceNode, BalanceReplica, BalanceShard, Move, When};
+pub use decide::{MOVES_PLANNED_MAX, all_moves, is_balanced, next_moves};
 pub use tension::{HYSTERESIS, PRIMARY_HYSTERESIS};

@@ -35,8 +35,8 @@ fn shard(number: u32, nodes: &[u64], mib: u64) -> BalanceShard {
         shard: ShardId(number),
         replicas: nodes.iter().enumerate().map(replica).collect(),
         elsewhere: Vec::new(),
-        may_move: true,
-        may_prefer: true,
+        moves: When::Now,
+        prefers: When::Now,
     }
 }
 
@@ -107,11 +107,14 @@ fn permits_and_room_bound_what_begins_and_a_cordoned_node_takes_and_gives_nothin
         assert!(from != NodeId(1) && to == NodeId(4), "{one:?}");
     }
     let mut busy = two_have_joined();
-    busy.shards.iter_mut().for_each(|shard| (shard.may_move, shard.may_prefer) = (false, false));
-    busy.shards[1].may_move = true;
-    assert_eq!(next_moves(&busy, 9).len(), 1);
+    busy.shards.iter_mut().for_each(|shard| shard.moves = When::Later);
+    busy.shards[1].moves = When::Now;
+    assert_eq!((next_moves(&busy, 9).len(), all_moves(&busy).len()), (1, 6));
+    busy.shards.iter_mut().skip(2).for_each(|shard| shard.moves = When::Never);
+    assert!(all_moves(&busy).len() <= 2 && !is_balanced(&busy));
+    busy.shards[0].moves = When::Never;
     busy.shards[1].elsewhere = vec![NodeId(4), NodeId(5)];
-    assert!(next_moves(&busy, 9).is_empty());
+    assert!(next_moves(&busy, 9).is_empty() && is_balanced(&busy));
 }
 
 #[test]

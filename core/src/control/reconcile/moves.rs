@@ -14,7 +14,7 @@ use super::outcome::{abort, report_of};
 use super::progress::{Advance, Running};
 use super::repair::begin;
 use super::view::{Around, View};
-use crate::catalog::{Catalog, KeyspaceState, Placed, Rebalanced, ReplicaMove, ShardPlacement};
+use crate::catalog::{Catalog, KeyspaceState, Placed, ReplicaMove, ShardPlacement};
 use crate::control::operation::{OperationKind, OperationOutcome, OperationReport, operation_id};
 use crate::control::plan::{NODE_AWAY_MAX_US, PlanKind, Step};
 use crate::control::report::Reports;
@@ -145,7 +145,13 @@ fn source_of(catalog: &Catalog, order: &MoveOrder) -> Option<Placed> {
 /// The preferred primary ships: what it has not shipped goes up as a checkpoint. Moved bands of which
 /// the old one's manifests are to cover the move would wait for ever, so none is preferred while a
 /// quarantine runs.
-pub fn prefer(catalog: &Catalog, replica: ReplicaId, now_us: u64, nonce: u64) -> Option<Catalog> {
+pub fn prefer(
+    catalog: &Catalog,
+    replica: ReplicaId,
+    rebalance_us: u64,
+    now_us: u64,
+    nonce: u64,
+) -> Option<Catalog> {
     let is_calm = catalog.state == KeyspaceState::Active
         && in_the_way_of_moves(catalog).is_none()
         && catalog.quarantines.is_empty();
@@ -159,6 +165,7 @@ pub fn prefer(catalog: &Catalog, replica: ReplicaId, now_us: u64, nonce: u64) ->
     let at = position(shard, replica).filter(|at| may && *at > 0)?;
     shard.primary = shard.shipper().map(|acting| acting.replica);
     shard.replicas.swap(0, at);
+    next.rebalanced.get_or_insert_default().count_primary(rebalance_us);
     next.epoch = Epoch(catalog.epoch.0 + 1);
     Some(next)
 }
@@ -235,7 +242,7 @@ fn beside(mut next: Catalog, moving: &ReplicaMove) -> Catalog {
 /// Counts the move whose report the version ends with.
 fn count(next: &mut Catalog, moving: &ReplicaMove, done: bool) {
     let Some(report) = next.operations.last().cloned() else { return };
-    let totals = next.rebalanced.get_or_insert_with(Rebalanced::default);
+    let totals = next.rebalanced.get_or_insert_default();
     totals.count(moving.rebalance_us, &report, done);
 }
 

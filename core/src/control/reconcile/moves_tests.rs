@@ -304,7 +304,7 @@ fn a_move_that_fails_is_undone_by_itself_and_put_off() {
 #[test]
 fn another_preferred_primary_gets_the_leadership_by_a_transfer() {
     let two = catalog(2);
-    let asked = prefer(&two, ReplicaId(2), NOW, 2).unwrap();
+    let asked = prefer(&two, ReplicaId(2), SINCE, NOW, 2).unwrap();
     let shard = &asked.placement[0];
     assert_eq!(shard.shipper().unwrap().replica, ReplicaId(2));
     assert_eq!(shard.primary().unwrap().replica, ReplicaId(1), "it acts until then");
@@ -312,13 +312,14 @@ fn another_preferred_primary_gets_the_leadership_by_a_transfer() {
     let done = settle(asked.clone());
     assert_eq!(done.placement[0].primary().unwrap().replica, ReplicaId(2));
     assert_eq!(done.placement[0].primary, None);
+    assert_eq!(done.rebalanced.as_ref().unwrap().primaries, 1);
     // Not for the one that is it, an unknown one, or while something else is under way.
-    assert_eq!(prefer(&two, ReplicaId(1), NOW, 2), None);
-    assert_eq!(prefer(&two, ReplicaId(99), NOW, 2), None);
-    assert_eq!(prefer(&asked, ReplicaId(1), NOW, 2), None);
+    assert_eq!(prefer(&two, ReplicaId(1), SINCE, NOW, 2), None);
+    assert_eq!(prefer(&two, ReplicaId(99), SINCE, NOW, 2), None);
+    assert_eq!(prefer(&asked, ReplicaId(1), SINCE, NOW, 2), None);
     let moving = started(&two, &[order(0, 1, 4)]);
-    assert_eq!(prefer(&moving, ReplicaId(2), NOW, 2), None);
-    assert!(prefer(&moving, ReplicaId(4), NOW, 2).is_some(), "another shard");
+    assert_eq!(prefer(&moving, ReplicaId(2), SINCE, NOW, 2), None);
+    assert!(prefer(&moving, ReplicaId(4), SINCE, NOW, 2).is_some(), "another shard");
     let mut kept = two.clone();
     kept.quarantines.push(Quarantine {
         plan: PlanId(1),
@@ -329,7 +330,7 @@ fn another_preferred_primary_gets_the_leadership_by_a_transfer() {
         until_us: 0,
         dropping: false,
     });
-    assert_eq!(prefer(&kept, ReplicaId(2), NOW, 2), None);
+    assert_eq!(prefer(&kept, ReplicaId(2), SINCE, NOW, 2), None);
 }
 
 #[test]
