@@ -23,8 +23,9 @@ pub use keyspace::{
     Quarantine, QuarantinesLeft, ReplicaStatus, RetiredReplica, ShardPlacement,
 };
 pub use operation::{
-    AbsentNode, NodeDisk, Operation, OperationState, ReachedLog, ResizeCost, ResizePlan,
-    ResizeRequests, ResizeSource, ShardsOrNode, WritePauseMs,
+    AbsentNode, NodeDisk, Operation, OperationState, PlannedMove, ReachedLog, RebalancePlan,
+    RebalanceSource, ResizeCost, ResizePlan, ResizeRequests, ResizeSource, ShardsOrNode,
+    WritePauseMs,
 };
 
 use crate::error::{Error, ErrorKind};

@@ -28,7 +28,7 @@ pub use bucket::{
     Bucket, BucketError, BucketOptions, Create, Listing, ObjectInfo, RequestCounts, RetryBudget,
     Uploaded, Usage,
 };
-pub use catalog::{CatalogError, CatalogStore, CatalogWrite, ClusterSettings};
+pub use catalog::{CatalogError, CatalogStore, CatalogWrite, ClusterSettings, Rebalance};
 pub use chunk::{Chunk, ChunkError};
 pub use cost::Prices;
 pub use envelope::EnvelopeError;

@@ -7,7 +7,7 @@ use vasto_client::{
     answer::{Bill, ClusterStatus, NodeStatus},
 };
 
-use super::{bytes, keyspace, print, resize, text};
+use super::{bytes, keyspace, print, rebalance, resize, text};
 use crate::{
     args::{Cluster, ClusterCommand, Node, NodeCommand},
     connect,
@@ -58,10 +58,13 @@ async fn list_nodes(vasto: &Vasto, format: OutputFormat) -> anyhow::Result<()> {
 /// # Errors
 /// An error of the cluster.
 pub(crate) async fn cluster(args: &Cluster, format: OutputFormat) -> anyhow::Result<()> {
-    let ClusterCommand::Status = args.command;
-    let status =
-        connect::connect(&args.connect).await?.cluster_status().await.map_err(connect::failure)?;
-    print(&status, format, overview)
+    let vasto = connect::connect(&args.connect).await?;
+    match &args.command {
+        ClusterCommand::Status => {
+            print(&vasto.cluster_status().await.map_err(connect::failure)?, format, overview)
+        }
+        ClusterCommand::Rebalance(which) => rebalance::run(&vasto, which, format).await,
+    }
 }
 
 fn listing(nodes: &[NodeStatus]) -> String {

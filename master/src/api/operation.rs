@@ -1,16 +1,19 @@
-//! Operations: list, show, cancel. A drain of a node is one operation across all keyspaces.
+//! Operations: list, show, cancel. A drain of a node is one operation across all keyspaces, and so is
+//! a rebalance.
 
 use std::sync::Arc;
 
 use vasto_core::operation::operation_id;
+use vasto_core::plan::Plan;
 
 use super::answer::{Answer, no_operation};
-use super::{ask, drain};
+use super::{ask, drain, rebalance};
 use crate::cluster::{Cluster, now_us};
 use crate::driver::has_ended;
 use crate::state::CatalogChange;
 use crate::view::drain::is_drain;
 use crate::view::operation::{all_operations, finished, operations};
+use crate::view::rebalance::is_rebalance;
 use crate::view::{Sorted, json};
 
 pub(crate) fn list(cluster: &Cluster) -> String {
@@ -20,6 +23,9 @@ pub(crate) fn list(cluster: &Cluster) -> String {
 pub(crate) fn show(cluster: &Cluster, id: &str) -> Answer {
     if is_drain(id) {
         return drain::show(cluster, id);
+    }
+    if is_rebalance(id) {
+        return rebalance::show(cluster, id);
     }
     let state = cluster.state();
     let mut all = state.keyspaces.values().flat_map(operations);
@@ -33,12 +39,15 @@ pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
     if is_drain(id) {
         return drain::cancel(cluster, id).await;
     }
+    if is_rebalance(id) {
+        return rebalance::cancel(cluster, id).await;
+    }
     let (keyspace, plan) = {
         let state = cluster.state();
         let running = state.keyspaces.values().find_map(|keyspace| {
             let catalog = &keyspace.catalog;
-            let plan = catalog.plan.as_ref()?;
-            (operation_id(catalog.keyspace, plan.id) == id).then_some((catalog.keyspace, plan.id))
+            let has_id = |plan: &&Plan| operation_id(catalog.keyspace, plan.id) == id;
+            catalog.plans().find(has_id).map(|plan| (catalog.keyspace, plan.id))
         });
         match running {
             Some(running) => running,

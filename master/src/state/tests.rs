@@ -41,6 +41,7 @@ pub(crate) fn replica_report(replica: u64, version: u64) -> ReplicaReport {
         manifest_lsn: Lsn(80),
         keys: 1000,
         bytes: 1 << 20,
+        load: 0,
         source: None,
         target: None,
         cleaned: Vec::new(),

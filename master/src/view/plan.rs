@@ -37,9 +37,24 @@ struct TargetDoc {
 
 /// Returns the running operation of a keyspace.
 pub(crate) fn running(keyspace: &Keyspace) -> Option<RunningDoc> {
-    let mut doc = running_of(&keyspace.catalog)?;
+    let doc = running_of(&keyspace.catalog)?;
+    Some(with_progress(keyspace, keyspace.catalog.plan.as_ref()?, doc))
+}
+
+/// Returns the replicas of a keyspace that move, each an operation of its own.
+pub(crate) fn moving(keyspace: &Keyspace) -> Vec<RunningDoc> {
+    let moves = keyspace.catalog.moves.iter().map(|moving| {
+        let doc = RunningDoc {
+            kind: OperationKind::Move,
+            ..running_plan(&keyspace.catalog, &moving.plan)
+        };
+        with_progress(keyspace, &moving.plan, doc)
+    });
+    moves.collect()
+}
+
+fn with_progress(keyspace: &Keyspace, plan: &Plan, mut doc: RunningDoc) -> RunningDoc {
     doc.waiting_for = keyspace.waiting_for.clone();
-    let plan = keyspace.catalog.plan.as_ref()?;
     for (target, described) in plan.targets.iter().zip(&mut doc.targets) {
         if let Some(progress) = progress_of(keyspace, plan, target.replica) {
             described.stage = Some(progress.stage);
@@ -48,12 +63,15 @@ pub(crate) fn running(keyspace: &Keyspace) -> Option<RunningDoc> {
             doc.keys_moved += progress.keys_moved;
         }
     }
-    Some(doc)
+    doc
 }
 
 /// Returns the running operation from a catalog alone, before anything is reported.
 pub(crate) fn running_of(catalog: &Catalog) -> Option<RunningDoc> {
-    let plan = catalog.plan.as_ref()?;
+    catalog.plan.as_ref().map(|plan| running_plan(catalog, plan))
+}
+
+fn running_plan(catalog: &Catalog, plan: &Plan) -> RunningDoc {
     let (from, to) = plan.resize().unwrap_or((catalog.spec.shards, catalog.spec.shards));
     let target = |target: &Target| TargetDoc {
         shard: target.shard,
@@ -61,7 +79,7 @@ pub(crate) fn running_of(catalog: &Catalog) -> Option<RunningDoc> {
         node_id: target.node,
         stage: None,
     };
-    Some(RunningDoc {
+    RunningDoc {
         id: operation_id(catalog.keyspace, plan.id),
         kind: plan.kind.into(),
         keyspace: catalog.name.clone(),
@@ -75,7 +93,7 @@ pub(crate) fn running_of(catalog: &Catalog) -> Option<RunningDoc> {
         keys_moved: 0,
         started_at_us: plan.started_at_us,
         targets: plan.targets.iter().map(target).collect(),
-    })
+    }
 }
 
 fn progress_of<'a>(

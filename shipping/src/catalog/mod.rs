@@ -16,5 +16,5 @@ mod settings;
 mod store;
 
 pub use error::CatalogError;
-pub use settings::ClusterSettings;
+pub use settings::{ClusterSettings, Rebalance};
 pub use store::{CatalogStore, CatalogWrite, decode_catalog, encode_catalog};
