@@ -22,8 +22,8 @@ use crate::state::CatalogChange;
 
 /// Interval at which a running rebalance is looked at.
 const ROUND: Duration = Duration::from_millis(500);
-/// Interval at which it is asked whether a rebalance is due, or was requested of another master.
-const LOOK: Duration = Duration::from_secs(15);
+/// Interval at which it is asked whether a rebalance is due.
+const LOOK: Duration = Duration::from_secs(5);
 /// Interval at which the moves that are left are counted.
 const COUNT: Duration = Duration::from_secs(3);
 /// Interval at which a master asks the bucket whether another one has cancelled the rebalance.

@@ -22,6 +22,7 @@ mod original;
 mod outage;
 mod partition;
 mod programs;
+mod rebalances;
 mod replication;
 mod resizes;
 mod s3_bucket;
