@@ -8,6 +8,8 @@
 //! Other modules write versions (`driver`) and speak gRPC (`session`, `service`).
 
 mod balance;
+#[cfg(test)]
+mod balance_tests;
 mod change;
 mod decide;
 mod keyspace;
