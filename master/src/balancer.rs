@@ -124,7 +124,12 @@ impl Balancer {
             }
         }
         if moves.is_empty() && waits.is_none() && is_balanced(&picture) {
-            end(&cluster, running, false).await;
+            if let Err(error) = end(&cluster, running, false).await {
+                tracing::info!(
+                    error = error.message,
+                    "the rebalance has not ended; it is tried again"
+                );
+            }
         }
     }
 

@@ -171,8 +171,8 @@ impl ClusterState {
     /// can be told.
     pub(crate) fn has_heard_of_all(&self, mono_us: u64) -> bool {
         self.active().all(|keyspace| {
-            let placed = keyspace.catalog.placement.iter().flat_map(|shard| &shard.replicas);
-            placed.into_iter().all(|placed| {
+            let mut placed = keyspace.catalog.placement.iter().flat_map(|shard| &shard.replicas);
+            placed.all(|placed| {
                 keyspace.reports.contains_key(&placed.replica)
                     || self.presence(placed.node, mono_us) == Presence::Gone
             })

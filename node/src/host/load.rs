@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 /// Time over which the work is counted.
-pub(super) const WINDOW: Duration = Duration::from_secs(5);
+const WINDOW: Duration = Duration::from_secs(5);
 
 /// The load of a replica.
 #[derive(Debug, Default)]

@@ -99,12 +99,11 @@ impl Tension {
         nodes.sort_unstable();
         nodes.dedup();
         for at in nodes {
-            for q in 0..QUANTITIES {
-                let of_node = changes.iter().filter(|(node, _)| *node == at);
-                let change: f64 = of_node.map(|(_, parts)| parts[q]).sum();
-                let before = self.has[at][q];
-                lower += WEIGHTS[q] * -change * (2.0 * before + change) / self.capacity[at];
-                moved += WEIGHTS[q] * change.max(0.0);
+            let of_node = || changes.iter().filter(|(node, _)| *node == at);
+            let change: Parts = std::array::from_fn(|q| of_node().map(|(_, parts)| parts[q]).sum());
+            for ((weight, change), before) in WEIGHTS.iter().zip(change).zip(self.has[at]) {
+                lower -= weight * change * (2.0 * before + change) / self.capacity[at];
+                moved += weight * change.max(0.0);
             }
         }
         Gain { whole: lower, average: if moved > 0.0 { lower / (2.0 * moved) } else { 0.0 } }

@@ -22,10 +22,10 @@ use crate::ids::{Epoch, NodeId, PlanId, ReplicaId, ShardId};
 
 /// Pause before a replica of a shard moves again after a move failed, microseconds; doubled by each
 /// further failure in a row.
-pub const MOVE_AGAIN_US: u64 = 10_000_000;
+pub(super) const MOVE_AGAIN_US: u64 = 10_000_000;
 
 /// Longest such pause, microseconds.
-pub const MOVE_AGAIN_MAX_US: u64 = 600_000_000;
+const MOVE_AGAIN_MAX_US: u64 = 600_000_000;
 
 /// A move that is to begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
