@@ -32,6 +32,10 @@ const ASK_BUCKET: Duration = Duration::from_secs(10);
 /// microseconds.
 const CANCELLED_FOR_US: u64 = 3_600_000_000;
 
+/// What a rebalance waits for when moves are left and none may begin.
+const LATER: &str =
+    "changes of keyspaces to end, a node to have room, or the pause after a move that failed";
+
 /// Rebalances whenever that is asked for, until the master stops.
 pub(crate) async fn rebalance_always(cluster: Arc<Cluster>) {
     let mut balancer =
@@ -86,7 +90,7 @@ impl Balancer {
             let last = state.settings.rebalance.filter(|last| last.cancelled);
             let again_us = last.and_then(|last| last.ended_us).map(|at| at + CANCELLED_FOR_US);
             let may = again_us.is_none_or(|again_us| now_us >= again_us);
-            let may = may && state.has_heard_of_all(mono_us) && state.moving() == 0;
+            let may = may && state.has_heard_of_all(mono_us) && state.moving(mono_us) == 0;
             may.then(|| state.balance(mono_us, now_us))
         };
         let uneven = picture.is_some_and(|picture| !is_balanced(&picture));
@@ -111,19 +115,22 @@ impl Balancer {
             return;
         }
         let Some((picture, waits)) = picture_of(&cluster) else { return };
-        let free = cluster.settings.moves_at_once.saturating_sub(cluster.state().moving());
+        let moving = cluster.state().moving(cluster.mono_us());
+        let free = cluster.settings.moves_at_once.saturating_sub(moving);
         let moves = next_moves(&picture, free);
         // Which nodes are cordoned is decided by the newest settings.
         if !moves.is_empty() && !is_old && self.ask_bucket().await {
             return;
         }
-        self.note(&picture, waits.clone()).await;
+        let is_over = moves.is_empty() && waits.is_none() && is_balanced(&picture);
+        let other = || (moves.is_empty() && !is_over).then(|| LATER.to_owned());
+        self.note(&picture, waits.or_else(other)).await;
         for (keyspace, changes) in changes_of(&moves, running.since_us) {
             for change in changes {
                 begin_moves(&cluster, keyspace, change).await;
             }
         }
-        if moves.is_empty() && waits.is_none() && is_balanced(&picture) {
+        if is_over {
             if let Err(error) = end(&cluster, running, false).await {
                 tracing::info!(
                     error = error.message,
@@ -147,7 +154,8 @@ impl Balancer {
         };
         let primaries = left.iter().filter(|one| matches!(one, Move::Primary { .. })).count();
         let mut state = self.cluster.state();
-        state.rebalance.replicas_left = left.len() - primaries + state.moving();
+        let moving: usize = state.active().map(|keyspace| keyspace.catalog.moves.len()).sum();
+        state.rebalance.replicas_left = left.len() - primaries + moving;
         state.rebalance.primaries_left = primaries;
     }
 

@@ -141,9 +141,24 @@ impl ClusterState {
         (moves, prefers)
     }
 
-    /// Returns the number of replicas whose move has not ended.
-    pub(crate) fn moving(&self) -> usize {
-        self.active().map(|keyspace| keyspace.catalog.moves.len()).sum()
+    /// Returns the number of replicas whose move has not ended, and of shards that are handed over
+    /// to their preferred primary.
+    pub(crate) fn moving(&self, mono_us: u64) -> usize {
+        let of_keyspace = |keyspace: &Keyspace| {
+            let shards = keyspace.catalog.placement.iter();
+            let handed = shards.filter(|shard| {
+                !keyspace.catalog.is_moving(shard.shard) && self.is_handed_over(shard, mono_us)
+            });
+            keyspace.catalog.moves.len() + handed.count()
+        };
+        self.active().map(of_keyspace).sum()
+    }
+
+    /// Returns true while a shard is handed over to its preferred primary, whose node is there.
+    fn is_handed_over(&self, shard: &ShardPlacement, mono_us: u64) -> bool {
+        let home = shard.shipper().map(|home| self.presence(home.node, mono_us));
+        shard.transferring_to.is_some()
+            || (shard.primary.is_some() && matches!(home, Some(Presence::Here(_))))
     }
 
     /// Returns what a rebalance waits for although it has no more moves to begin.
@@ -162,8 +177,12 @@ impl ClusterState {
                 let what = format!("replica {replica} of {name} {place}");
                 return Some(keyspace.waiting_for.clone().unwrap_or(what));
             }
-            let draining = catalog.draining.iter().find(|draining| here(draining.node))?;
-            Some(format!("replica {} of {name} to be drained", draining.replica))
+            if let Some(draining) = catalog.draining.iter().find(|one| here(one.node)) {
+                return Some(format!("replica {} of {name} to be drained", draining.replica));
+            }
+            let mut shards = catalog.placement.iter();
+            let shard = shards.find(|shard| self.is_handed_over(shard, mono_us))?;
+            Some(format!("shard {} of {name} to be handed over", shard.shard))
         })
     }
 

@@ -63,7 +63,7 @@ fn nothing_is_told_before_the_nodes_have_reported() {
     assert!(picture.nodes.iter().all(|node| node.takes_part && node.capacity == 100 << 30));
     let replica = picture.shards[0].replicas[0];
     assert_eq!((replica.bytes, replica.load, replica.node), (64 * MIB, 8, NodeId(1)));
-    assert!(!is_balanced(&picture) && state.moving() == 0);
+    assert!(!is_balanced(&picture) && state.moving(MONO) == 0);
     // A node that is gone is not waited for, and nothing of it moves.
     state.disconnect(NodeId(2), sessions[1], 30);
     let gone = state.balance(MONO, NOW);
@@ -95,7 +95,7 @@ fn what_moves_counts_where_it_goes_to_and_holds_its_place() {
     state.loads.give_back(hold);
     state.install(next, Delivery::Push);
     let moving = picture(&state);
-    assert_eq!((moving.nodes[2].permits, state.moving()), (COPIES_PER_NODE_MAX - 1, 2));
+    assert_eq!((moving.nodes[2].permits, state.moving(MONO)), (COPIES_PER_NODE_MAX - 1, 2));
     let at = |order: &MoveOrder| &moving.shards[order.shard.0 as usize];
     for order in &orders {
         let shard = at(order);
