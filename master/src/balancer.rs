@@ -130,13 +130,8 @@ impl Balancer {
                 begin_moves(&cluster, keyspace, change).await;
             }
         }
-        if is_over {
-            if let Err(error) = end(&cluster, running, false).await {
-                tracing::info!(
-                    error = error.message,
-                    "the rebalance has not ended; it is tried again"
-                );
-            }
+        if is_over && let Err(error) = end(&cluster, running, false).await {
+            tracing::info!(error = error.message, "the rebalance has not ended; it is tried again");
         }
     }
 

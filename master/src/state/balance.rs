@@ -126,8 +126,9 @@ impl ClusterState {
         if runs || moving {
             return (When::Later, When::Later);
         }
+        let is_whole = shard.replicas.len() == catalog.spec.replicas as usize;
         let all_serve = shard.replicas.iter().all(serves);
-        if in_the_way_of_moves(catalog).is_some() || waits || !all_serve {
+        if in_the_way_of_moves(catalog).is_some() || waits || !is_whole || !all_serve {
             return (When::Never, When::Never);
         }
         if shard.transferring_to.is_some() || shard.primary.is_some() {

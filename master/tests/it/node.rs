@@ -262,7 +262,7 @@ pub(crate) fn reports(catalog: &Catalog, node: NodeId, hold: Option<Step>) -> Ve
     let members = catalog.members_on(node).into_iter();
     members
         .map(|(shard, replica, placed)| {
-            let plan = catalog.plan.as_ref();
+            let plan = catalog.plan_of(replica);
             ReplicaReport {
                 keyspace: catalog.keyspace,
                 shard,
