@@ -16,7 +16,8 @@
 //! The primary then logs the floor, and it is replicated like a write.
 //!
 //! **Invariant:** no floor is raised without the answers of every placed replica, or while a replica
-//! that left the placement is still draining; while a plan runs, none but that which the plan names.
+//! that left the placement is still draining; while a plan runs, none but that which the plan names;
+//! none in a shard of which a replica moves.
 //! A missing answer only delays the purge.
 
 use std::sync::Arc;
