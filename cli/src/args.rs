@@ -360,6 +360,28 @@ pub(crate) enum ClusterCommand {
         Examples:\n  \
         vasto cluster check")]
     Check,
+    /// Move replicas between nodes until all hold and do alike
+    #[command(
+        after_help = "By bytes, load and preferred primaries; replicas of a shard stay in as many zones as they are\n\
+        in. Reads and writes go on: what moves comes from the bucket. Cordoned nodes give and get\n\
+        nothing. With master.rebalance = \"on\" the master begins this by itself; master.moves_at_once\n\
+        replicas move at a time.\n\n\
+        Examples:\n  \
+        vasto cluster rebalance --plan\n  \
+        vasto cluster rebalance"
+    )]
+    Rebalance(ClusterRebalance),
+}
+
+/// `vasto cluster rebalance`
+#[derive(Debug, Args)]
+pub(crate) struct ClusterRebalance {
+    /// Only tell what would move, and what it takes
+    #[arg(long, conflicts_with = "no_wait")]
+    pub plan: bool,
+    /// Start it and return; follow it with `vasto operation show`
+    #[arg(long)]
+    pub no_wait: bool,
 }
 
 /// `vasto bucket`

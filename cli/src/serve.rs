@@ -136,6 +136,8 @@ fn master_config(config: &Config) -> Result<MasterConfig, Failure> {
         node_silence: config.master.node_silence,
         dial_back: true,
         replace_after: config.master.replace_after,
+        rebalance: config.master.rebalance.is_on(),
+        moves_at_once: config.master.moves_at_once,
         retention: Retention {
             keep_checkpoints: config.bucket.keep_checkpoints,
             keep_for: config.bucket.keep_for,

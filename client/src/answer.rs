@@ -26,8 +26,8 @@ pub use keyspace::{
 };
 pub use operation::{
     AbsentNode, NodeDisk, Operation, OperationSource, OperationState, OperationTarget,
-    OperationTrouble, ReachedLog, ResizeCost, ResizePlan, ResizeRequests, ResizeSource,
-    ShardsOrNode, WritePauseMs,
+    OperationTrouble, PlannedMove, ReachedLog, RebalancePlan, RebalanceSource, ResizeCost,
+    ResizePlan, ResizeRequests, ResizeSource, ShardsOrNode, WritePauseMs,
 };
 
 use crate::error::{Error, ErrorKind};

@@ -170,6 +170,25 @@ async fn a_resize_is_waited_for() {
 }
 
 #[tokio::test]
+async fn a_rebalance_is_planned_and_begun() {
+    let cluster = Cluster::start(0).await;
+    let vasto = cluster.vasto().await;
+    cluster.answer(
+        "rebalance",
+        Ok(r#"{"balanced":false,"moves":[{"keyspace":"ks1","shard":2,"from":"n-1","to":"n-2","bytes":7}],
+            "sources":[{"keyspace":"ks1","shard":2,"node_id":"n-1","bytes":7}],"bytes_moved":7,"requests":{"get":2}}"#),
+    );
+    let plan = vasto.plan_rebalance().await.unwrap();
+    assert_eq!((plan.moves[0].shard, plan.moves[0].to.as_str(), plan.bytes_moved), (2, "n-2", 7));
+    assert!(!plan.balanced && plan.primaries.is_empty());
+    assert!(cluster.state.lock().calls.last().unwrap().contains("plan_only: true"));
+    cluster.answer("rebalance", Ok(r#"{"id":"rebalance-9","state":"done","balanced":true}"#));
+    let begun = vasto.start_rebalance().await.unwrap();
+    assert_eq!((begun.id.as_str(), begun.balanced), ("rebalance-9", Some(true)));
+    assert!(cluster.state.lock().calls.last().unwrap().contains("plan_only: false"));
+}
+
+#[tokio::test]
 async fn a_call_without_an_answer_is_unknown_only_if_it_changes_something() {
     let mut cluster = Cluster::start(0).await;
     let vasto = cluster.vasto().await;

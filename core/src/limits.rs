@@ -72,6 +72,8 @@ pub const NODE_REPLICAS_MAX: usize = 512;
 /// Replicas under construction on one node at a time: more would share its disk and network and
 /// finish no sooner.
 pub const COPIES_PER_NODE_MAX: usize = 4;
+/// Replicas that a rebalance moves at a time, unless `master.moves_at_once` says otherwise.
+pub const MOVES_AT_ONCE: usize = 4;
 /// A node gets no new replicas when less than one part in this many of its disk is free ...
 pub const DISK_RESERVE_PART: u64 = 20;
 /// ... but this much is enough on any disk: compactions and the log need room of their own.

@@ -12,8 +12,9 @@ pub(crate) mod evict;
 pub(crate) mod keyspace;
 pub(crate) mod node;
 pub(crate) mod operation;
+pub(crate) mod rebalance;
 pub(crate) mod restore;
 pub(crate) mod ship;
 
 pub(crate) use self::answer::{Answer, STOPPED_MEANWHILE, find, stopping, unsure};
-pub(crate) use self::ask::command;
+pub(crate) use self::ask::{change, command};

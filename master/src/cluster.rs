@@ -32,6 +32,10 @@ pub(crate) struct Settings {
     pub(crate) node_silence: Duration,
     pub(crate) retention: Retention,
     pub(crate) prices: Prices,
+    /// Begin a rebalance without a request when the cluster is out of balance.
+    pub(crate) rebalance: bool,
+    /// The most replicas that a rebalance moves at a time.
+    pub(crate) moves_at_once: usize,
 }
 
 /// The result of a listing of the whole bucket.
@@ -64,6 +68,8 @@ pub(crate) struct Cluster {
     state: Mutex<ClusterState>,
     stored: Mutex<Option<Stored>>,
     looked_up: Mutex<HashMap<KeyspaceId, Instant>>,
+    /// Raised by every request for a rebalance.
+    rebalance_requests: watch::Sender<u64>,
     started: Instant,
 }
 
@@ -89,6 +95,7 @@ impl Cluster {
             state: Mutex::new(ClusterState::default()),
             stored: Mutex::new(None),
             looked_up: Mutex::new(HashMap::new()),
+            rebalance_requests: watch::Sender::new(0),
             started: Instant::now(),
         })
     }
@@ -226,6 +233,16 @@ impl Cluster {
             state.keyspaces.values().for_each(|keyspace| keyspace.notify());
         }
         is_news
+    }
+
+    /// Subscribes to requests for a rebalance.
+    pub(crate) fn rebalance_requests(&self) -> watch::Receiver<u64> {
+        self.rebalance_requests.subscribe()
+    }
+
+    /// Wakes the task that rebalances.
+    pub(crate) fn request_rebalance(&self) {
+        self.rebalance_requests.send_modify(|count| *count += 1);
     }
 
     /// Returns true when a keyspace that this master does not know may be looked up now; the next

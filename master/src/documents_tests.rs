@@ -44,6 +44,8 @@ fn cluster() -> Arc<Cluster> {
         node_silence: Duration::from_secs(10),
         retention: Default::default(),
         prices: Default::default(),
+        rebalance: false,
+        moves_at_once: 4,
     };
     let bucket = Bucket::from_store("memory://documents", Arc::new(InMemory::new()));
     Cluster::new("c-1".into(), bucket, settings, CancellationToken::new())

@@ -205,7 +205,7 @@ impl KeyspaceDriver {
             if request.reply.is_closed() {
                 return;
             }
-            if matches!(request.change, CatalogChange::Resize { .. }) {
+            if matches!(request.change, CatalogChange::Resize { .. } | CatalogChange::Move { .. }) {
                 self.cluster.refresh_settings().await;
             }
             let next = {
@@ -250,7 +250,7 @@ fn next_check(catalog: &Catalog, now_us: u64) -> Option<Duration> {
     if catalog.state == KeyspaceState::Deleted {
         return Some(CHECK_DELETED);
     }
-    if catalog.plan.is_some() {
+    if catalog.plans().next().is_some() {
         return Some(TICK);
     }
     let waits = catalog.quarantines.iter().map(|quarantine| match quarantine.dropping {

@@ -16,7 +16,7 @@ use crate::state::ClusterState;
 
 /// The assumed rate at which the moving bytes are read, rewritten and ingested, or exported, bytes
 /// a second.
-const ASSUMED_BYTES_PER_SECOND: u64 = 50 << 20;
+pub(crate) const ASSUMED_BYTES_PER_SECOND: u64 = 50 << 20;
 /// Fixed costs of a resize: checkpoint, tail, seal.
 const ASSUMED_SECONDS: f64 = 2.0;
 /// The most bytes of an object that one request takes.
@@ -196,7 +196,7 @@ fn moving_part(catalog: &Catalog, replica: ReplicaId, to: u32) -> f64 {
 }
 
 /// Returns the requests that move so many bytes.
-fn requests(bytes: u64) -> u64 {
+pub(crate) fn requests(bytes: u64) -> u64 {
     bytes.div_ceil(BYTES_PER_REQUEST)
 }
 

@@ -11,12 +11,15 @@
 //! Where to start reading: [`Master::start`] in `server`, then `state` (synchronous; what the
 //! master knows and decides), `driver` (one task per keyspace, the only writer of its catalog),
 //! `session` (nodes), `service` and `api` (people), `view` (the JSON for scripts), `loads` and
-//! `placement` (which node gets which replica), `forecast` (what a resize moves and needs).
+//! `placement` (which node gets which replica), `balancer` (moves until the nodes are even),
+//! `forecast` and `moves_forecast` (what a resize and a rebalance move and need).
 //!
-//! Modules import downwards only: `placement`, `loads`, `metrics` < `state` < `forecast`, `cluster`
-//! < `driver`, `upkeep`, `observer`, `view` < `api` < `service`, `session`, `gauges` < `server`.
+//! Modules import downwards only: `placement`, `loads`, `metrics` < `state` < `forecast`,
+//! `moves_forecast`, `cluster` < `driver`, `upkeep`, `observer`, `view` < `api` < `balancer`,
+//! `service`, `session`, `gauges` < `server`.
 
 mod api;
+mod balancer;
 mod cluster;
 #[cfg(test)]
 mod documents_tests;
@@ -25,6 +28,7 @@ mod forecast;
 mod gauges;
 mod loads;
 mod metrics;
+mod moves_forecast;
 mod observer;
 mod placement;
 mod server;

@@ -58,15 +58,16 @@ impl Loads {
         self.shares.remove(&keyspace).into_iter().flatten().for_each(|share| self.subtract(share));
     }
 
-    /// Holds places on these nodes until they are given back; returns the id of the hold.
+    /// Holds places on these nodes, with the bytes that are promised there, until they are given
+    /// back; returns the id of the hold.
     pub(crate) fn hold(
         &mut self,
-        nodes: impl IntoIterator<Item = NodeId>,
+        places: impl IntoIterator<Item = (NodeId, u64)>,
         copying: bool,
-        promised: u64,
     ) -> u64 {
+        let shares = places.into_iter();
         let shares: Vec<Share> =
-            nodes.into_iter().map(|node| Share { node, copying, promised }).collect();
+            shares.map(|(node, promised)| Share { node, copying, promised }).collect();
         shares.iter().for_each(|share| self.add(*share));
         self.last_hold += 1;
         self.held.insert(self.last_hold, shares);
@@ -107,10 +108,9 @@ pub(crate) fn shard_bytes(
 }
 
 fn shares_of(catalog: &Catalog, reports: &Reports) -> Vec<Share> {
-    let plan =
-        catalog.plan.as_ref().filter(|plan| plan.adds_member() && plan.step != Step::Committed);
-    let is_target =
-        |id| plan.is_some_and(|plan| plan.targets.iter().any(|target| target.replica == id));
+    let adding =
+        || catalog.plans().filter(|plan| plan.adds_member() && plan.step != Step::Committed);
+    let is_target = |id| adding().flat_map(|plan| &plan.targets).any(|target| target.replica == id);
     let members = catalog.members().into_iter();
     members
         .map(|(shard, member, _)| match is_target(member.replica) {
@@ -141,7 +141,7 @@ mod tests {
         loads.count(&catalog(1, &[1, 2]), &Reports::new());
         loads.count(&catalog(2, &[2]), &Reports::new());
         assert_eq!(replicas(&loads), [1, 2, 0]);
-        let hold = loads.hold([NodeId(3), NodeId(2)], true, 7);
+        let hold = loads.hold([(NodeId(3), 7), (NodeId(2), 7)], true);
         assert_eq!(loads.of(NodeId(3)), Load { replicas: 1, copying: 1, promised: 7 });
         loads.count(&catalog(1, &[1, 3]), &Reports::new());
         assert_eq!(replicas(&loads), [1, 2, 2]);

@@ -57,6 +57,12 @@ impl Disk {
 }
 
 impl NodeCandidate {
+    /// Returns true when the node takes one more replica of so many bytes: it is not cordoned, and
+    /// has a place and the disk for it.
+    pub(crate) fn takes(&self, bytes: u64) -> bool {
+        self.room() > 0 && self.disk.room() > bytes
+    }
+
     /// Returns how many more replicas the node takes.
     pub(crate) fn room(&self) -> usize {
         match self.cordoned || self.disk.room() == 0 {

@@ -26,7 +26,7 @@ use crate::cluster::{Cluster, Settings};
 use crate::driver::adopt;
 use crate::service::MasterService;
 use crate::session::MembershipService;
-use crate::{gauges, observer, upkeep};
+use crate::{balancer, gauges, observer, upkeep};
 
 /// The configuration of a master.
 #[derive(Debug, Clone)]
@@ -52,6 +52,10 @@ pub struct MasterConfig {
     pub gc_interval: Duration,
     /// The prices of the bucket's provider, to estimate the cost.
     pub prices: Prices,
+    /// Whether replicas move without a request when the cluster is out of balance.
+    pub rebalance: bool,
+    /// The most replicas that a rebalance moves at a time; at least one.
+    pub moves_at_once: usize,
 }
 
 /// Why a master does not start.
@@ -142,6 +146,8 @@ impl Master {
             node_silence: config.node_silence,
             retention: config.retention,
             prices: config.prices,
+            rebalance: config.rebalance,
+            moves_at_once: config.moves_at_once.max(1),
         };
         let cluster = Cluster::new(cluster_id.clone(), bucket, settings, shutdown.clone());
         restricted.into_iter().for_each(|why| cluster.restrict(why));
@@ -161,6 +167,7 @@ impl Master {
         if !config.gc_interval.is_zero() {
             cluster.tasks.spawn(upkeep::collect_regularly(cluster.clone(), config.gc_interval));
         }
+        cluster.tasks.spawn(balancer::rebalance_always(cluster.clone()));
         let trouble = cluster.trouble();
         let supervisor = tokio::spawn(supervise(cluster, listener, shutdown));
         Ok(RunningMaster { listen, cluster_id, trouble, supervisor })

@@ -13,7 +13,9 @@ use vasto_core::error::{ErrorCode, VastoError};
 use vasto_proto::convert::status_of;
 use vasto_proto::v1::{self, command::Kind, master_server};
 
-use crate::api::{self, Answer, bucket, drain, evict, keyspace, node, operation, restore, ship};
+use crate::api::{
+    self, Answer, bucket, drain, evict, keyspace, node, operation, rebalance, restore, ship,
+};
 use crate::cluster::Cluster;
 
 /// The service for people and clients.
@@ -148,6 +150,10 @@ impl master_server::Master for MasterService {
         self.run("cordon_node", node::cordon_node(&self.cluster, request.into_inner())).await
     }
 
+    async fn rebalance(&self, request: Request<v1::RebalanceRequest>) -> Reply {
+        self.run("rebalance", rebalance::rebalance(&self.cluster, request.into_inner())).await
+    }
+
     async fn check_bucket(&self, request: Request<v1::CheckBucketRequest>) -> Reply {
         self.run_always("check_bucket", bucket::check(&self.cluster, request.into_inner().deep))
             .await
@@ -216,6 +222,8 @@ mod tests {
             node_silence: Duration::from_secs(10),
             retention: Default::default(),
             prices: Default::default(),
+            rebalance: false,
+            moves_at_once: 4,
         };
         let bucket = vasto_shipping::Bucket::from_store("memory://b", Faulty::in_memory());
         let service = MasterService {

@@ -7,6 +7,9 @@
 //!
 //! Other modules write versions (`driver`) and speak gRPC (`session`, `service`).
 
+mod balance;
+#[cfg(test)]
+mod balance_tests;
 mod change;
 mod decide;
 mod keyspace;
@@ -29,6 +32,7 @@ use vasto_core::catalog::KeyspaceState;
 use vasto_core::ids::{KeyspaceId, NodeId};
 use vasto_shipping::ClusterSettings;
 
+pub(crate) use self::balance::RebalanceLook;
 pub(crate) use self::change::{CatalogChange, ChangeRequest};
 pub(crate) use self::keyspace::{Delivery, Keyspace};
 pub(crate) use self::node::{Done, Node};
@@ -55,6 +59,8 @@ pub(crate) struct ClusterState {
     pub(crate) loads: Loads,
     /// Decisions about nodes, not about keyspaces.
     pub(crate) settings: Arc<ClusterSettings>,
+    /// How far the running rebalance has come.
+    pub(crate) rebalance: RebalanceLook,
     /// Nodes examined for decisions, so that a test can count the work.
     #[cfg(test)]
     pub(crate) examined: std::cell::Cell<u64>,

@@ -12,6 +12,7 @@ pub(crate) mod node;
 pub(crate) mod operation;
 pub(crate) mod outcome;
 pub(crate) mod plan;
+pub(crate) mod rebalance;
 pub(crate) mod status;
 #[cfg(test)]
 mod tests;

@@ -328,8 +328,7 @@ impl Manager {
         let registry = &self.context.registry;
         let Some(catalog) = registry.catalog(key.0) else { return };
         // The plan detects that its target has failed, and begins anew itself.
-        if catalog.plan.iter().flat_map(|plan| &plan.targets).any(|target| target.replica == key.1)
-        {
+        if catalog.plans().flat_map(|plan| &plan.targets).any(|target| target.replica == key.1) {
             return;
         }
         let Some(host) = self.hosts.lock().remove(&key) else { return };
@@ -455,8 +454,7 @@ impl Manager {
             let ReplicaSpec { keyspace, replica, .. } = *host.spec();
             registry.catalog(keyspace).is_some_and(|catalog| {
                 let is_target = catalog
-                    .plan
-                    .iter()
+                    .plans()
                     .flat_map(|plan| &plan.targets)
                     .any(|target| target.replica == replica);
                 catalog.is_placed(replica) && !is_target

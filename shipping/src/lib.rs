@@ -28,7 +28,9 @@ pub use bucket::{
     Bucket, BucketError, BucketOptions, Create, Listing, ObjectInfo, Pacer, RequestCounts,
     RetryBudget, Uploaded, Usage,
 };
-pub use catalog::{CatalogError, CatalogStore, CatalogWrite, ClusterSettings, StoredCatalog};
+pub use catalog::{
+    CatalogError, CatalogStore, CatalogWrite, ClusterSettings, Rebalance, StoredCatalog,
+};
 pub use chunk::{Chunk, ChunkError};
 pub use cost::Prices;
 pub use envelope::EnvelopeError;

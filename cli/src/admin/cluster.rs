@@ -7,7 +7,7 @@ use vasto_client::{
     answer::{Bill, ClusterCheck, ClusterStatus, Finding, NodeStatus},
 };
 
-use super::{bytes, keyspace, print, resize, text};
+use super::{bytes, keyspace, print, rebalance, resize, text};
 use crate::{
     args::{Cluster, ClusterCommand, Node, NodeCommand},
     connect,
@@ -59,12 +59,13 @@ async fn list_nodes(vasto: &Vasto, format: OutputFormat) -> anyhow::Result<()> {
 /// An error of the cluster.
 pub(crate) async fn cluster(args: &Cluster, format: OutputFormat) -> anyhow::Result<()> {
     let vasto = connect::connect(&args.connect).await?;
-    match args.command {
+    match &args.command {
         ClusterCommand::Status => {
             let status = vasto.cluster_status().await.map_err(connect::failure)?;
             print(&status, format, overview)
         }
         ClusterCommand::Check => check(&vasto, format).await,
+        ClusterCommand::Rebalance(which) => rebalance::run(&vasto, which, format).await,
     }
 }
 

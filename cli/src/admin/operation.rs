@@ -182,6 +182,12 @@ pub(crate) fn report(operation: &Operation) -> String {
                 Some(kind @ ("grow" | "shrink")) => {
                     format!("{kind} {keyspace} from {from} to {to} shards")
                 }
+                Some("rebalance") => format!(
+                    "{} replicas moved, {} other primaries, {} moves failed",
+                    text(operation.replicas_moved),
+                    text(operation.primaries_moved),
+                    text(operation.moves_failed),
+                ),
                 Some("replace") => {
                     format!("{} replicas of node {from}", text(operation.replicas_moved))
                 }

@@ -157,6 +157,7 @@ async fn follow(vasto: &Vasto, started: &Operation) -> anyhow::Result<Answer<Ope
     let name = match started.kind.as_deref() {
         Some("restore") => format!("restore of {keyspace}"),
         Some("replace") => format!("replacement of {from}"),
+        Some("rebalance") => "rebalance".to_owned(),
         _ => format!("{keyspace} {from} -> {to}"),
     };
     let mut step = text(started.step.as_ref());
@@ -270,7 +271,7 @@ fn estimate(plan: &ResizePlan) -> String {
 }
 
 /// Formats an amount of money, which may be far below a cent.
-fn amount(amount: f64) -> String {
+pub(super) fn amount(amount: f64) -> String {
     if amount == 0.0 || amount >= 0.01 { format!("{amount:.2}") } else { format!("{amount:.6}") }
 }
 

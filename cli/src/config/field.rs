@@ -20,6 +20,7 @@ pub(super) enum Kind {
     Duration,
     Period,
     Address,
+    OnOff,
     LogFormat,
 }
 
@@ -51,6 +52,8 @@ pub(super) const FIELDS: &[Field] = &[
     field("master.admin_listen", Kind::Address),
     field("master.node_silence", Kind::Duration),
     field("master.replace_after", Kind::Period),
+    field("master.rebalance", Kind::OnOff),
+    field("master.moves_at_once", Kind::Count),
     field("node.master", Kind::Url),
     field("node.dir", Kind::Text),
     field("node.listen", Kind::Address),
@@ -93,6 +96,7 @@ impl Kind {
             Kind::Duration => "a duration above zero such as \"10s\" or \"1h 30m\"",
             Kind::Period => "a duration such as \"10s\" or \"1h 30m\", or \"0s\"",
             Kind::Address => "an IP address and a port such as \"127.0.0.1:8278\"",
+            Kind::OnOff => "\"off\" or \"on\"",
             Kind::LogFormat => "\"auto\", \"human\" or \"json\"",
         }
     }

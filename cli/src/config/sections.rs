@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use vasto_observability::LogFormat;
 use vasto_shipping::Prices;
 
-use super::values::{self, Secret};
+use super::values::{self, OnOff, Secret};
 
 /// All configuration sections.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -91,6 +91,12 @@ pub(crate) struct MasterSection {
     /// Absence of a node after which other nodes rebuild its replicas; 0s: never.
     #[serde(with = "values::period")]
     pub replace_after: Duration,
+    /// Whether replicas move between nodes without a request while the cluster is out of balance.
+    #[serde(with = "values::word")]
+    pub rebalance: OnOff,
+    /// Maximum number of replicas that a rebalance moves at a time.
+    #[serde(with = "values::count")]
+    pub moves_at_once: usize,
 }
 
 impl Default for MasterSection {
@@ -100,6 +106,8 @@ impl Default for MasterSection {
             admin_listen: loopback(0),
             node_silence: Duration::from_secs(10),
             replace_after: Duration::from_secs(600),
+            rebalance: OnOff::Off,
+            moves_at_once: vasto_core::limits::MOVES_AT_ONCE,
         }
     }
 }

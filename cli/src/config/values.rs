@@ -47,6 +47,39 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Secret<T> {
     }
 }
 
+/// A choice between `off` and `on`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum OnOff {
+    #[default]
+    Off,
+    On,
+}
+
+impl OnOff {
+    /// Returns true for `on`.
+    pub(crate) fn is_on(self) -> bool {
+        self == OnOff::On
+    }
+}
+
+impl fmt::Display for OnOff {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.is_on() { "on" } else { "off" })
+    }
+}
+
+impl FromStr for OnOff {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "off" => Ok(OnOff::Off),
+            "on" => Ok(OnOff::On),
+            other => Err(format!("`{other}` is neither off nor on")),
+        }
+    }
+}
+
 /// Sizes: a number of bytes, or text such as `256MiB`.
 pub(super) mod size {
     use super::*;

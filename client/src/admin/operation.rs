@@ -5,7 +5,9 @@ use vasto_core::band::check_shard_count;
 use vasto_core::limits::{ADMIN_DEADLINE, check_keyspace_name};
 use vasto_proto::v1::{self, pace_operation_request::Pace};
 
-use crate::answer::{Answer, Operation, OperationState, QuarantinesLeft, ResizePlan};
+use crate::answer::{
+    Answer, Operation, OperationState, QuarantinesLeft, RebalancePlan, ResizePlan,
+};
 use crate::client::Vasto;
 use crate::error::{Error, ErrorKind};
 use crate::master::Call;
@@ -217,6 +219,30 @@ impl Vasto {
             v1::EmptyNodeRequest { node_id: node.to_owned(), to_node_id, replace, accept_loss };
         self.master
             .call(Call::Change, |mut master| async move { master.empty_node(request).await })
+            .await
+    }
+
+    /// Starts to move replicas, and the roles of primaries, until the nodes hold and do alike, and
+    /// returns the running operation at once; the one that runs already, if one does. A cluster that
+    /// is in balance answers an operation that is done.
+    ///
+    /// # Errors
+    /// `Unavailable` while not all nodes have reported to the master.
+    pub async fn start_rebalance(&self) -> Result<Answer<Operation>, Error> {
+        let request = v1::RebalanceRequest { plan_only: false };
+        self.master
+            .call(Call::Change, |mut master| async move { master.rebalance(request).await })
+            .await
+    }
+
+    /// Returns what a rebalance would move and take, without starting it.
+    ///
+    /// # Errors
+    /// As of [`Vasto::start_rebalance`].
+    pub async fn plan_rebalance(&self) -> Result<Answer<RebalancePlan>, Error> {
+        let request = v1::RebalanceRequest { plan_only: true };
+        self.master
+            .call(Call::Ask, |mut master| async move { master.rebalance(request).await })
             .await
     }
 

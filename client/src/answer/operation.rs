@@ -49,7 +49,7 @@ pub struct Operation {
     pub id: String,
     /// Its state.
     pub state: OperationState,
-    /// `grow`, `shrink`, `restore`, `replace` and others.
+    /// `grow`, `shrink`, `restore`, `replace`, `rebalance` and others.
     pub kind: Option<String>,
     /// The name of the keyspace; several, separated by commas, of an operation on a node.
     pub keyspace: Option<String>,
@@ -102,10 +102,16 @@ pub struct Operation {
     pub objects_read: Option<u64>,
     /// Time for which writes of moving keys waited.
     pub write_pause_ms: Option<WritePauseMs>,
-    /// Number of replicas that have left the node that is emptied.
+    /// Number of replicas that have left the node that is emptied, or that a rebalance has moved.
     pub replicas_moved: Option<u64>,
-    /// Number of replicas that are still on it.
+    /// Number of replicas that are still on it, or are still to move.
     pub replicas_left: Option<u64>,
+    /// Number of shards to which a rebalance gave another preferred primary.
+    pub primaries_moved: Option<u64>,
+    /// Number of moves of a rebalance that failed.
+    pub moves_failed: Option<u64>,
+    /// The cluster was in balance when the rebalance was asked for: nothing moves.
+    pub balanced: Option<bool>,
     /// Of a restore: nodes that could not ship what they alone hold.
     #[serde(default)]
     pub without: Vec<AbsentNode>,
@@ -250,6 +256,68 @@ pub struct ResizePlan {
     pub cost: ResizeCost,
     /// Why the resize would be refused now; `None` when it would begin.
     pub refused: Option<String>,
+}
+
+/// What a rebalance would move and take, by estimates.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct RebalancePlan {
+    /// `rebalance`.
+    pub kind: String,
+    /// The cluster is in balance: nothing would move.
+    pub balanced: bool,
+    /// The replicas that move, in their order.
+    pub moves: Vec<PlannedMove>,
+    /// The replicas that become preferred primaries.
+    pub primaries: Vec<PlannedMove>,
+    /// What is read of each shard.
+    pub sources: Vec<RebalanceSource>,
+    /// Bytes of the replicas that move, compressed.
+    pub bytes_moved: u64,
+    /// Bytes that are read from the bucket.
+    pub bytes_from_bucket: u64,
+    /// Requests to the bucket.
+    pub requests: ResizeRequests,
+    /// Disk that nodes need for it.
+    pub disk_needed: Vec<NodeDisk>,
+    /// How long it takes.
+    pub seconds: f64,
+    /// What the bucket's provider charges for it, at the configured prices.
+    pub cost: ResizeCost,
+    /// Why it would be refused now; `None` when it would begin.
+    pub refused: Option<String>,
+}
+
+/// A step of a rebalance.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct PlannedMove {
+    /// The name of the keyspace.
+    pub keyspace: String,
+    /// The shard.
+    pub shard: u32,
+    /// The replica that moves, or becomes the preferred primary.
+    pub replica_id: u64,
+    /// The node that gives it, or the role, away, `n-…`.
+    pub from: String,
+    /// The node that gets it, `n-…`.
+    pub to: String,
+    /// The bytes of the replica.
+    pub bytes: u64,
+}
+
+/// What a rebalance reads of one shard.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct RebalanceSource {
+    /// The name of the keyspace.
+    pub keyspace: String,
+    /// The shard.
+    pub shard: u32,
+    /// The node that has shipped it, `n-…`.
+    pub node_id: String,
+    /// The bytes that are read.
+    pub bytes: u64,
 }
 
 /// Requests to the bucket that a resize sends.

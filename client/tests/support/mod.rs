@@ -617,6 +617,7 @@ json_calls! {
     restore_keyspace(v1::RestoreRequest);
     empty_node(v1::EmptyNodeRequest);
     cordon_node(v1::CordonNodeRequest);
+    rebalance(v1::RebalanceRequest);
     check_bucket(v1::CheckBucketRequest);
     collect_garbage(v1::CollectGarbageRequest);
     repair_bucket(v1::RepairBucketRequest);

@@ -9,11 +9,12 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use crate::band::Band;
-use crate::control::operation::{OperationOutcome, OperationReport, Reached};
+use crate::control::operation::{OperationOutcome, OperationReport};
 use crate::control::plan::Plan;
 use crate::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use crate::record::BandRange;
 
+pub use crate::control::moving::{Moved, Rebalanced, ReplicaMove};
 pub use crate::control::retirement::Retirement;
 pub use crate::control::spec::{Ack, KeyspaceSpec, NotAnAck};
 
@@ -107,39 +108,6 @@ pub struct RetiredReplica {
     pub node: NodeId,
     /// The plan that retired the shard.
     pub plan: PlanId,
-}
-
-/// Totals of the finished plans that added or recovered a replica.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Moved {
-    /// Replicas that were placed.
-    pub copies: u64,
-    /// Keys that moved.
-    pub keys: u64,
-    /// Compressed bytes of the SSTs that these replicas hold for the keys.
-    pub bytes: u64,
-    /// Body bytes of every GET.
-    pub bytes_from_bucket: u64,
-    /// Bytes of log records streamed by nodes.
-    pub bytes_from_peers: u64,
-    /// Number of GETs.
-    pub objects_read: u64,
-    /// Ends of the logs that were read from the bucket.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub reached: Vec<Reached>,
-}
-
-impl Moved {
-    fn add(&mut self, report: &OperationReport) {
-        self.copies += 1;
-        self.keys += report.keys_moved;
-        self.bytes += report.bytes_moved;
-        self.bytes_from_bucket += report.bytes_from_bucket;
-        self.bytes_from_peers += report.bytes_from_peers;
-        self.objects_read += report.objects_read;
-        self.reached.extend(report.reached.iter().copied());
-    }
 }
 
 /// A node that is drained of all its replicas of the keyspace.
@@ -269,6 +237,12 @@ pub struct Catalog {
     /// The running structural change.
     #[serde(default)]
     pub plan: Option<Plan>,
+    /// Replicas that move to other nodes, of distinct shards; none while `plan` runs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub moves: Vec<ReplicaMove>,
+    /// What the last rebalance has moved in this keyspace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rebalanced: Option<Rebalanced>,
     /// Moved ranges in quarantine, until their removal.
     #[serde(default)]
     pub quarantines: Vec<Quarantine>,
@@ -328,6 +302,8 @@ impl Catalog {
             discarded: Vec::new(),
             draining_nodes: Vec::new(),
             plan: None,
+            moves: Vec::new(),
+            rebalanced: None,
             quarantines: Vec::new(),
             pins: Vec::new(),
             next_replica: ReplicaId(next_replica),
@@ -351,6 +327,24 @@ impl Catalog {
         Band::owned(self.spec.shards).into()
     }
 
+    /// Returns the running plans: that of the keyspace, or those of the replicas that move.
+    pub fn plans(&self) -> impl Iterator<Item = &Plan> {
+        self.plan.iter().chain(self.moves.iter().map(|moving| &moving.plan))
+    }
+
+    /// Returns the running plan that concerns a replica: that of the keyspace, or that of the move
+    /// in which the replica gives or receives.
+    pub fn plan_of(&self, replica: ReplicaId) -> Option<&Plan> {
+        let takes_part = |plan: &&Plan| plan.members().any(|(_, member)| member == replica);
+        let moving = || self.moves.iter().map(|moving| &moving.plan).find(takes_part);
+        self.plan.as_ref().or_else(moving)
+    }
+
+    /// Returns true while a replica of the shard moves to another node.
+    pub fn is_moving(&self, shard: ShardId) -> bool {
+        self.moves.iter().any(|moving| moving.shard() == Some(shard))
+    }
+
     /// Returns the placed replicas, the targets under construction, the draining replicas and those
     /// that the running plan has retired, each once, as `(shard, replica, placed)`. A deleted keyspace has none.
     pub fn members(&self) -> Vec<(ShardId, Placed, bool)> {
@@ -360,7 +354,7 @@ impl Catalog {
         let placed = self.placement.iter().flat_map(|shard| {
             shard.replicas.iter().map(move |member| (shard.shard, *member, true))
         });
-        let targets = self.plan.iter().flat_map(|plan| &plan.targets).map(|target| {
+        let targets = self.plans().flat_map(|plan| &plan.targets).map(|target| {
             (target.shard, Placed { replica: target.replica, node: target.node }, false)
         });
         let draining = self.draining.iter().map(|draining| {
@@ -395,11 +389,8 @@ impl Catalog {
             .iter()
             .flat_map(|shard| &shard.replicas)
             .map(|member| (member.replica, member.node));
-        let targets = self
-            .plan
-            .iter()
-            .flat_map(|plan| &plan.targets)
-            .map(|target| (target.replica, target.node));
+        let targets =
+            self.plans().flat_map(|plan| &plan.targets).map(|target| (target.replica, target.node));
         let draining = self.draining.iter().map(|draining| (draining.replica, draining.node));
         let retired = self.retired.iter().map(|retired| (retired.replica, retired.node));
         placed
@@ -456,7 +447,7 @@ impl Catalog {
     /// draining ones. A replica that is not placed pulls only while a plan builds it from other
     /// replicas of its own shard.
     pub fn sources_of(&self, shard: ShardId, replica: ReplicaId) -> Vec<Placed> {
-        let rebuilt = self.plan.as_ref().is_some_and(|plan| {
+        let rebuilt = self.plans().any(|plan| {
             plan.adds_member() && plan.targets.iter().any(|target| target.replica == replica)
         });
         if !self.is_placed(replica) && !rebuilt {
@@ -481,7 +472,7 @@ impl Catalog {
             .into_iter()
             .flat_map(|placement| &placement.replicas)
             .map(|member| member.replica);
-        let rebuilt = self.plan.iter().filter(|plan| plan.adds_member());
+        let rebuilt = self.plans().filter(|plan| plan.adds_member());
         let rebuilt = rebuilt
             .flat_map(|plan| &plan.targets)
             .filter(|target| target.shard == shard)

@@ -1,10 +1,13 @@
 //! The control plane, pure: what a keyspace is to be (`spec`, `catalog`, `plan`), what replicas
 //! report (`report`), how operations ended (`operation`), and the rules that make the next catalog
-//! version of these (`reconcile`). `retirement` tells retired shards from later ones.
+//! version of these (`reconcile`). `balance` decides which replicas move to even out the nodes.
+//! `retirement` tells retired shards from later ones.
 //!
 //! **Invariant:** no data module depends on `reconcile`, which depends on all of them.
 
+pub mod balance;
 pub mod catalog;
+mod moving;
 pub mod operation;
 pub mod plan;
 pub mod reconcile;

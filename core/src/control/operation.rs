@@ -28,6 +28,8 @@ pub enum OperationKind {
     /// A node is drained of its replicas.
     #[serde(rename = "replace")]
     DrainNode,
+    /// A replica moves to another node.
+    Move,
     /// A kind that only a later version knows; its name is kept.
     #[serde(untagged)]
     Other(String),
@@ -115,6 +117,11 @@ impl OperationReport {
         matches!(self.kind, OperationKind::AddReplica | OperationKind::RecoverReplica)
     }
 
+    /// Returns true when the operation moved, or was to move, a replica to another node.
+    pub fn is_move(&self) -> bool {
+        self.kind == OperationKind::Move
+    }
+
     /// Returns the end time, microseconds since 1970.
     pub fn ended_at_us(&self) -> u64 {
         self.started_at_us.saturating_add(self.duration_ms.saturating_mul(1000))
@@ -151,6 +158,7 @@ mod tests {
             (OperationKind::RecoverReplica, "takeover"),
             (OperationKind::Restore, "restore"),
             (OperationKind::DrainNode, "replace"),
+            (OperationKind::Move, "move"),
             (OperationKind::Other("of_a_later_version".into()), "of_a_later_version"),
         ] {
             let text = serde_json::to_string(name).unwrap();

@@ -49,6 +49,10 @@ pub struct ReplicaReport {
     pub keys: u64,
     /// Bytes of its SSTs.
     pub bytes: u64,
+    /// Requests that it answers and records that it takes from others, a second, rounded and
+    /// averaged over some time; 0 from a node that does not say.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub load: u64,
     /// Its progress as a source of the running plan.
     #[serde(default)]
     pub source: Option<SourceProgress>,
@@ -84,6 +88,7 @@ impl ReplicaReport {
             manifest_lsn: Lsn(0),
             keys: 0,
             bytes: 0,
+            load: 0,
             source: None,
             target: None,
             cleaned: Vec::new(),

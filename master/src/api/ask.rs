@@ -31,7 +31,7 @@ pub(super) fn places(
 ) -> Result<(Vec<Vec<NodeId>>, Held), VastoError> {
     let mut state = cluster.state();
     let nodes = place(shards, replicas, &state.candidates(None))?;
-    let hold = state.loads.hold(nodes.iter().flatten().copied(), false, 0);
+    let hold = state.loads.hold(nodes.iter().flatten().map(|node| (*node, 0)), false);
     Ok((nodes, cluster.hold_places(hold)))
 }
 
@@ -56,7 +56,7 @@ pub(super) async fn first_version(
 }
 
 /// Sends a change to the keyspace's driver and waits for its version.
-pub(super) async fn change(
+pub(crate) async fn change(
     cluster: &Arc<Cluster>,
     keyspace: KeyspaceId,
     change: CatalogChange,

@@ -1,20 +1,23 @@
-//! Operations: list, show, cancel, pause, slow down. A drain of a node is one operation across all keyspaces.
+//! Operations: list, show, cancel, pause, slow down. A drain of a node is one operation across all
+//! keyspaces, and so is a rebalance.
 
 use std::sync::Arc;
 
 use vasto_core::error::VastoError;
 use vasto_core::ids::{KeyspaceId, PlanId};
 use vasto_core::operation::operation_id;
+use vasto_core::plan::Plan;
 use vasto_core::reconcile::Pace;
 use vasto_proto::v1::{self, pace_operation_request::Pace as Wanted};
 
 use super::answer::{Answer, invalid, no_operation, refused};
-use super::{ask, drain};
+use super::{ask, drain, rebalance};
 use crate::cluster::{Cluster, now_us};
 use crate::driver::has_ended;
 use crate::state::CatalogChange;
 use crate::view::drain::is_drain;
 use crate::view::operation::{all_operations, finished, operations};
+use crate::view::rebalance::is_rebalance;
 use crate::view::{Sorted, json};
 
 pub(crate) fn list(cluster: &Cluster) -> String {
@@ -24,6 +27,9 @@ pub(crate) fn list(cluster: &Cluster) -> String {
 pub(crate) fn show(cluster: &Cluster, id: &str) -> Answer {
     if is_drain(id) {
         return drain::show(cluster, id);
+    }
+    if is_rebalance(id) {
+        return rebalance::show(cluster, id);
     }
     let state = cluster.state();
     let mut all = state.keyspaces.values().flat_map(operations);
@@ -37,6 +43,9 @@ pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
     if is_drain(id) {
         return drain::cancel(cluster, id).await;
     }
+    if is_rebalance(id) {
+        return rebalance::cancel(cluster, id).await;
+    }
     let (keyspace, plan) = running_plan(cluster, id)?;
     let cancelled = ask::change(cluster, keyspace, CatalogChange::Cancel { plan }).await?;
     tracing::info!(operation = id, "cancelled an operation");
@@ -49,8 +58,8 @@ fn running_plan(cluster: &Cluster, id: &str) -> Result<(KeyspaceId, PlanId), Vas
     let state = cluster.state();
     let running = state.keyspaces.values().find_map(|keyspace| {
         let catalog = &keyspace.catalog;
-        let plan = catalog.plan.as_ref()?;
-        (operation_id(catalog.keyspace, plan.id) == id).then_some((catalog.keyspace, plan.id))
+        let has_id = |plan: &&Plan| operation_id(catalog.keyspace, plan.id) == id;
+        catalog.plans().find(has_id).map(|plan| (catalog.keyspace, plan.id))
     });
     running.ok_or_else(|| {
         let mut ended = state.keyspaces.values().flat_map(|keyspace| &keyspace.catalog.operations);
@@ -69,6 +78,13 @@ pub(crate) async fn pace(cluster: &Arc<Cluster>, request: v1::PaceOperationReque
         let message = format!(
             "operation {id} moves the replicas of a node one by one; `vasto operation list` shows the operations that \
              move them: pause, resume or slow down these"
+        );
+        return Err(refused(message));
+    }
+    if is_rebalance(id) || is_move(cluster, id) {
+        let message = format!(
+            "operation {id} belongs to a rebalance, whose pace is `master.moves_at_once`; to stop it, cancel it \
+             (`vasto operation cancel {id}`)"
         );
         return Err(refused(message));
     }
@@ -92,4 +108,13 @@ pub(crate) async fn pace(cluster: &Arc<Cluster>, request: v1::PaceOperationReque
         tracing::info!(operation = id, ?pace, "changed the pace of an operation");
     }
     show(cluster, id)
+}
+
+/// Returns true for the running move of one replica.
+fn is_move(cluster: &Cluster, id: &str) -> bool {
+    cluster.state().keyspaces.values().any(|keyspace| {
+        let catalog = &keyspace.catalog;
+        let is_it = |plan: &Plan| operation_id(catalog.keyspace, plan.id) == id;
+        catalog.moves.iter().any(|moving| is_it(&moving.plan))
+    })
 }

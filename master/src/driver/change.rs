@@ -9,8 +9,9 @@ use vasto_core::ids::{Epoch, PlanId, ReplicaId};
 use vasto_core::operation::operation_id;
 use vasto_core::plan::{Plan, PlanKind};
 use vasto_core::reconcile::{
-    EvictError, PaceError, PlanError, Presence, abort, cancel_drain, check_rate, drain_node,
-    end_quarantines, evict_on_request, set_pace, start_resize, transfer_leadership,
+    EvictError, MoveError, PaceError, PlanError, Presence, abort, cancel_drain, cancel_move,
+    cancel_moves, check_rate, drain_node, end_quarantines, evict_on_request, prefer, set_pace,
+    start_moves, start_resize, transfer_leadership,
 };
 
 use crate::forecast::Forecast;
@@ -69,6 +70,21 @@ pub(crate) fn changed(
             cancel_drain(catalog, operation, CANCELLED, reports, now_us, nonce)
                 .ok_or_else(|| has_ended(operation))
         }
+        CatalogChange::Move { ref orders, rebalance_us } => {
+            start_moves(catalog, orders, rebalance_us, now_us, nonce).map_err(move_error)
+        }
+        CatalogChange::Prefer { replica, rebalance_us } => {
+            prefer(catalog, replica, rebalance_us, now_us, nonce).ok_or_else(|| {
+                let message =
+                    format!("replica {replica} of {} cannot be preferred now", catalog.name);
+                VastoError::new(ErrorCode::FailedPrecondition, message)
+            })
+        }
+        CatalogChange::CancelMoves => cancel_moves(catalog, CANCELLED, reports, now_us, nonce)
+            .ok_or_else(|| {
+                let message = format!("no replica of keyspace {} is on its way", catalog.name);
+                VastoError::new(ErrorCode::NotFound, message)
+            }),
         CatalogChange::Delete => deleted(catalog, now_us, nonce),
     }
 }
@@ -115,14 +131,20 @@ fn cancelled(
 ) -> Result<Catalog, VastoError> {
     let catalog = &keyspace.catalog;
     let id = operation_id(catalog.keyspace, plan);
+    let committed = || {
+        let message = format!(
+            "operation {id} has changed ownership already and cannot be cancelled; it ends by itself"
+        );
+        VastoError::new(ErrorCode::FailedPrecondition, message)
+    };
+    if catalog.moves.iter().any(|moving| moving.id() == plan) {
+        return cancel_move(catalog, plan, CANCELLED, &keyspace.reports, now_us, nonce)
+            .ok_or_else(committed);
+    }
     if catalog.plan.as_ref().is_none_or(|running| running.id != plan) {
         return Err(has_ended(&id));
     }
-    abort(catalog, CANCELLED, &keyspace.reports, now_us, nonce).ok_or_else(|| {
-        let message =
-            format!("operation {id} has changed ownership already and cannot be cancelled; it ends by itself");
-        VastoError::new(ErrorCode::FailedPrecondition, message)
-    })
+    abort(catalog, CANCELLED, &keyspace.reports, now_us, nonce).ok_or_else(committed)
 }
 
 fn evicted(
@@ -167,6 +189,7 @@ fn deleted(catalog: &Catalog, now_us: u64, nonce: u64) -> Result<Catalog, VastoE
     next.epoch = Epoch(catalog.epoch.0 + 1);
     next.quarantines.clear();
     next.pins.clear();
+    next.moves.clear();
     Ok(next)
 }
 
@@ -180,6 +203,14 @@ fn pace_error(error: PaceError) -> VastoError {
         PaceError::Ended(_) | PaceError::Sealed(_) | PaceError::Committed(_) => {
             ErrorCode::FailedPrecondition
         }
+    };
+    VastoError::new(code, error.to_string())
+}
+
+fn move_error(error: MoveError) -> VastoError {
+    let code = match &error {
+        MoveError::Deleted => ErrorCode::NotFound,
+        MoveError::Busy(_) | MoveError::Outdated => ErrorCode::FailedPrecondition,
     };
     VastoError::new(code, error.to_string())
 }

@@ -206,6 +206,8 @@ async fn driven_in(bucket: Bucket, store: Arc<ThrottledStore<InMemory>>) -> Fixt
         node_silence: Duration::from_secs(10),
         retention: Default::default(),
         prices: Default::default(),
+        rebalance: false,
+        moves_at_once: 4,
     };
     let cluster = Cluster::new("c-1".into(), bucket, settings, CancellationToken::new());
     let created = cluster.store.create_keyspace(first).await.unwrap();

@@ -6,7 +6,7 @@ use tokio::sync::oneshot;
 use vasto_core::catalog::{Catalog, NodeDrain};
 use vasto_core::error::VastoError;
 use vasto_core::ids::{PlanId, ReplicaId};
-use vasto_core::reconcile::Pace;
+use vasto_core::reconcile::{MoveOrder, Pace};
 
 /// A change that an administrator can request of a keyspace.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +27,12 @@ pub(crate) enum CatalogChange {
     DrainNode(NodeDrain),
     /// Cancel the operation that drains a node: the node keeps the replicas that it still has.
     CancelDrain { operation: String },
+    /// Move replicas to other nodes, for the rebalance that began then.
+    Move { orders: Vec<MoveOrder>, rebalance_us: u64 },
+    /// Make another replica of its shard the preferred primary, for that rebalance.
+    Prefer { replica: ReplicaId, rebalance_us: u64 },
+    /// Undo the moves whose new replicas are not placed yet.
+    CancelMoves,
     /// Drop the keyspace.
     Delete,
 }

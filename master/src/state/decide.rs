@@ -12,8 +12,8 @@ use vasto_core::ids::{KeyspaceId, NodeId};
 use vasto_core::limits::{ACCEPTED_LOSS_AWAY, COPIES_PER_NODE_MAX};
 use vasto_core::plan::{Plan, SEALS_UNDONE_MAX, Step};
 use vasto_core::reconcile::{
-    Advance, Around, Presence, abort, advance_members, advance_primaries, advance_shown,
-    give_up_on, undo_seal, waits_for,
+    Advance, Around, Presence, abort, advance_members, advance_moves, advance_primaries,
+    advance_shown, give_up_moves_to, give_up_on, undo_seal, waits_for,
 };
 
 use super::ClusterState;
@@ -43,7 +43,7 @@ impl ClusterState {
             return Advance::Write(Box::new(next));
         }
         if self.live().next().is_none() {
-            return match catalog.plan {
+            return match catalog.plans().next() {
                 Some(_) => Advance::Wait("a node to report to this master".into()),
                 None => Advance::Idle,
             };
@@ -77,11 +77,15 @@ impl ClusterState {
             Presence::Away | Presence::Gone => 0,
         };
         let away_us = |node| self.away_us(node, mono_us);
-        match advance_shown(catalog, shown_us, reports, away_us, here_us, now_us, nonce) {
-            Advance::Idle => {
-                waits_for(catalog, reports, &around, now_us).map_or(Advance::Idle, Advance::Wait)
-            }
-            other => other,
+        let moves = advance_moves(catalog, reports, &around, away_us, here_us, now_us, nonce);
+        if let Advance::Write(next) = moves {
+            return Advance::Write(next);
+        }
+        let advanced = advance_shown(catalog, shown_us, reports, away_us, here_us, now_us, nonce);
+        match (advanced, moves) {
+            (Advance::Write(next), _) => Advance::Write(next),
+            (_, Advance::Wait(what)) | (Advance::Wait(what), _) => Advance::Wait(what),
+            _ => waits_for(catalog, reports, &around, now_us).map_or(Advance::Idle, Advance::Wait),
         }
     }
 
@@ -89,18 +93,25 @@ impl ClusterState {
     /// exports. A restore from the bucket is not aborted for that: the keyspace that it makes would
     /// be lost.
     fn without_disk(&self, keyspace: &Keyspace, now_us: u64, nonce: u64) -> Option<Catalog> {
+        let full =
+            |node: NodeId| self.nodes.get(&node).is_some_and(|node| node.disk().is_exhausted());
+        let reason =
+            |node: NodeId| format!("{node} has no disk left for it; free some, or add a node");
+        let catalog = &keyspace.catalog;
+        let mut moving = catalog.moves.iter().filter(|one| one.plan.step != Step::Committed);
+        if let Some(node) = moving.find_map(|one| one.to().filter(|to| full(*to))) {
+            let reports = &keyspace.reports;
+            return give_up_moves_to(catalog, &reason(node), node, reports, now_us, nonce);
+        }
         let goes_on = |plan: &&Plan| {
             (plan.adds_member() || plan.resize().is_some())
                 && matches!(plan.step, Step::Prepare | Step::Tail)
         };
-        let plan = keyspace.catalog.plan.as_ref().filter(goes_on)?;
-        let full =
-            |node: NodeId| self.nodes.get(&node).is_some_and(|node| node.disk().is_exhausted());
+        let plan = catalog.plan.as_ref().filter(goes_on)?;
         let exporting = plan.sources.iter().filter(|_| plan.exports()).map(|source| source.node);
         let mut nodes = plan.targets.iter().map(|target| target.node).chain(exporting);
         let node = nodes.find(|node| full(*node))?;
-        let reason = format!("{node} has no disk left for it; free some, or add a node");
-        give_up_on(&keyspace.catalog, &reason, node, &keyspace.reports, now_us, nonce)
+        give_up_on(catalog, &reason(node), node, &keyspace.reports, now_us, nonce)
     }
 }
 

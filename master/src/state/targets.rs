@@ -90,9 +90,7 @@ impl ClusterState {
         let bytes = reports.map(|reports| shard_bytes(catalog, shard, reports)).unwrap_or_default();
         let avoided = nodes_to_avoid(catalog, now_us);
         candidates
-            .filter(|node| {
-                node.room() > 0 && !has(node.node) && !leaves(node.node) && node.disk.room() > bytes
-            })
+            .filter(|node| node.takes(bytes) && !has(node.node) && !leaves(node.node))
             .min_by_key(|node| {
                 let zone_used =
                     placed.iter().any(|other| zone_of(other.node) == Some(node.zone.as_str()));
@@ -120,14 +118,17 @@ impl ClusterState {
         let keyspace = self.keyspaces.get(&next.keyspace)?;
         let before: Vec<ReplicaId> =
             keyspace.catalog.members().iter().map(|(_, member, _)| member.replica).collect();
-        let new: Vec<_> = next
+        let copying = next.plans().any(Plan::adds_member);
+        let promised = |shard| match copying {
+            true => shard_bytes(next, shard, &keyspace.reports),
+            false => 0,
+        };
+        let new: Vec<(NodeId, u64)> = next
             .members()
             .into_iter()
             .filter(|(_, member, _)| !before.contains(&member.replica))
+            .map(|(shard, member, _)| (member.node, promised(shard)))
             .collect();
-        let (shard, ..) = *new.first()?;
-        let copying = next.plan.as_ref().is_some_and(Plan::adds_member);
-        let promised = if copying { shard_bytes(next, shard, &keyspace.reports) } else { 0 };
-        Some(self.loads.hold(new.iter().map(|(_, member, _)| member.node), copying, promised))
+        (!new.is_empty()).then(|| self.loads.hold(new, copying))
     }
 }

@@ -41,6 +41,7 @@ pub(crate) fn replica_report(replica: u64, version: u64) -> ReplicaReport {
         manifest_lsn: Lsn(80),
         keys: 1000,
         bytes: 1 << 20,
+        load: 0,
         source: None,
         target: None,
         cleaned: Vec::new(),
@@ -376,7 +377,7 @@ fn a_copy_goes_to_a_node_whose_disk_has_room_for_it() {
     disk(&mut state, 3, sessions[2], 100 * GIB, 5 * GIB);
     assert_eq!(target(&state, 5_000), Some(NodeId(3)));
     // The bytes of a replica under construction there are promised.
-    let hold = state.loads.hold([NodeId(3)], true, 3 * GIB);
+    let hold = state.loads.hold([(NodeId(3), 3 * GIB)], true);
     assert_eq!(target(&state, 5_000), None);
     state.loads.give_back(hold);
     assert_eq!(target(&state, 5_000), Some(NodeId(3)));
@@ -530,7 +531,7 @@ fn a_node_makes_few_copies_at_a_time() {
     assert!(matches!(state.decide(KeyspaceId(50), 100, 5_000, 3), Advance::Write(_)));
     // A drain is not refused because its replicas have to wait.
     let busy =
-        state.loads.hold((3..=7).flat_map(|node| [NodeId(node); COPIES_PER_NODE_MAX]), true, 0);
+        state.loads.hold((3..=7).flat_map(|node| [(NodeId(node), 0); COPIES_PER_NODE_MAX]), true);
     assert!(matches!(state.decide(KeyspaceId(50), 100, 5_000, 3), Advance::Wait(_)));
     let catalog = state.keyspaces[&KeyspaceId(50)].catalog.clone();
     assert!(state.copy_target(&catalog, ShardId(0), 5_000).is_some());

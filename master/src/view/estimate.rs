@@ -41,25 +41,33 @@ struct SourceDoc {
 }
 
 #[derive(Serialize)]
-struct RequestsDoc {
-    get: u64,
-    put: u64,
+pub(super) struct RequestsDoc {
+    pub(super) get: u64,
+    pub(super) put: u64,
 }
 
-/// Disk that a node needs while the resize runs.
+/// Disk that a node needs while the change runs.
 #[derive(Serialize)]
-struct DiskDoc {
-    node_id: NodeId,
-    bytes: u64,
+pub(super) struct DiskDoc {
+    pub(super) node_id: NodeId,
+    pub(super) bytes: u64,
     /// Its free disk; `null` while it has not reported.
-    free: Option<u64>,
+    pub(super) free: Option<u64>,
 }
 
 /// The price of the requests, and of what is read.
 #[derive(Serialize)]
-struct AmountDoc {
+pub(super) struct AmountDoc {
     currency: String,
     amount: f64,
+}
+
+impl AmountDoc {
+    /// Returns the price of so many requests, and of what they read.
+    pub(super) fn of(get: u64, put: u64, bytes_read: u64, prices: &Prices) -> Self {
+        let amount = amount(get, put, bytes_read, prices);
+        Self { currency: prices.currency.clone(), amount }
+    }
 }
 
 /// Estimates from the reports what changing to `to` shards moves, and what that takes. `plan` is
@@ -102,10 +110,7 @@ pub(crate) fn estimate(
         requests: RequestsDoc { get, put },
         disk_needed: disk_needed.collect(),
         seconds: forecast.seconds(),
-        cost: AmountDoc {
-            currency: prices.currency.clone(),
-            amount: amount(get, put, bytes_moved, prices),
-        },
+        cost: AmountDoc::of(get, put, bytes_moved, prices),
         refused,
     }
 }

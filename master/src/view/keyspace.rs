@@ -7,7 +7,7 @@ use vasto_core::operation::operation_id;
 use vasto_core::reconcile::in_the_way;
 use vasto_core::report::{ReplicaPhase, ReplicaReport};
 
-use super::plan::{RunningDoc, running};
+use super::plan::{RunningDoc, moving, running};
 use crate::state::{ClusterState, Keyspace};
 
 /// `keyspace describe`.
@@ -134,7 +134,7 @@ pub(crate) fn describe(state: &ClusterState, keyspace: &Keyspace) -> KeyspaceDoc
         ack: catalog.spec.ack,
         state: catalog.state,
         placement: placement.collect(),
-        operation: running(keyspace),
+        operation: running(keyspace).or_else(|| moving(keyspace).into_iter().next()),
         keyspace_id: catalog.keyspace,
         version: catalog.version,
         ttl_ms: catalog.spec.ttl_ms,
@@ -252,7 +252,7 @@ pub(crate) fn summary(keyspace: &Keyspace) -> KeyspaceSummary {
         keys,
         keys_estimate: keys,
         bytes,
-        operation: catalog.plan.as_ref().map(|plan| operation_id(catalog.keyspace, plan.id)),
+        operation: catalog.plans().next().map(|plan| operation_id(catalog.keyspace, plan.id)),
         retired_replicas: catalog.retired.len(),
     }
 }

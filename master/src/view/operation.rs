@@ -6,7 +6,8 @@ use serde::Serialize;
 use vasto_core::operation::{OperationOutcome, OperationReport};
 
 use super::drain::{DrainDoc, drains, is_drain};
-use super::plan::{RunningDoc, running};
+use super::plan::{RunningDoc, moving, running};
+use super::rebalance::{RebalanceDoc, last};
 use crate::state::{ClusterState, Keyspace};
 
 /// A finished operation.
@@ -24,14 +25,17 @@ pub(crate) enum OperationDoc {
     Running(RunningDoc),
     Finished(FinishedDoc),
     Drain(DrainDoc),
+    Rebalance(RebalanceDoc),
 }
 
-/// Returns all operations, newest first. A drain of a node is a single one, across all keyspaces.
+/// Returns all operations, newest first. A drain of a node, and a rebalance, is a
+/// single one, across all keyspaces.
 pub(crate) fn all_operations(state: &ClusterState, now_us: u64) -> Vec<OperationDoc> {
     let of_keyspaces =
         state.keyspaces.values().flat_map(operations).filter(|operation| !is_drain(operation.id()));
     let of_nodes = drains(state, now_us).into_iter().map(OperationDoc::Drain);
-    let mut all: Vec<OperationDoc> = of_keyspaces.chain(of_nodes).collect();
+    let of_cluster = last(state, now_us).map(OperationDoc::Rebalance);
+    let mut all: Vec<OperationDoc> = of_keyspaces.chain(of_nodes).chain(of_cluster).collect();
     all.sort_by_key(|operation| Reverse(operation.started_at_us()));
     all
 }
@@ -44,7 +48,8 @@ pub(crate) fn operations(keyspace: &Keyspace) -> Vec<OperationDoc> {
         .iter()
         .rev()
         .map(|report| OperationDoc::Finished(finished(report)));
-    running(keyspace).map(OperationDoc::Running).into_iter().chain(finished).collect()
+    let running = running(keyspace).into_iter().chain(moving(keyspace));
+    running.map(OperationDoc::Running).chain(finished).collect()
 }
 
 /// Returns the document of a finished operation.
@@ -63,6 +68,7 @@ impl OperationDoc {
             OperationDoc::Running(doc) => &doc.id,
             OperationDoc::Finished(doc) => &doc.report.id,
             OperationDoc::Drain(doc) => &doc.id,
+            OperationDoc::Rebalance(doc) => &doc.id,
         }
     }
 
@@ -72,6 +78,7 @@ impl OperationDoc {
             OperationDoc::Running(doc) => doc.started_at_us,
             OperationDoc::Finished(doc) => doc.report.started_at_us,
             OperationDoc::Drain(doc) => doc.started_at_us,
+            OperationDoc::Rebalance(doc) => doc.started_at_us,
         }
     }
 }

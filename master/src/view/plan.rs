@@ -103,10 +103,25 @@ impl From<&Trouble> for TroubleDoc {
 
 /// Returns the running operation of a keyspace.
 pub(crate) fn running(keyspace: &Keyspace) -> Option<RunningDoc> {
+    let doc = running_of(&keyspace.catalog)?;
+    Some(with_progress(keyspace, keyspace.catalog.plan.as_ref()?, doc))
+}
+
+/// Returns the replicas of a keyspace that move, each an operation of its own.
+pub(crate) fn moving(keyspace: &Keyspace) -> Vec<RunningDoc> {
+    let moves = keyspace.catalog.moves.iter().map(|moving| {
+        let doc = RunningDoc {
+            kind: OperationKind::Move,
+            ..running_plan(&keyspace.catalog, &moving.plan)
+        };
+        with_progress(keyspace, &moving.plan, doc)
+    });
+    moves.collect()
+}
+
+fn with_progress(keyspace: &Keyspace, plan: &Plan, mut doc: RunningDoc) -> RunningDoc {
     let (catalog, reports) = (&keyspace.catalog, &keyspace.reports);
-    let mut doc = running_of(catalog)?;
     doc.waiting_for = keyspace.waiting_for.clone();
-    let plan = catalog.plan.as_ref()?;
     for (target, described) in plan.targets.iter().zip(&mut doc.targets) {
         let report = reports.get(&target.replica).and_then(|report| report.target.as_ref());
         if let Some(progress) = report.filter(|progress| progress.plan == plan.id) {
@@ -137,17 +152,22 @@ pub(crate) fn running(keyspace: &Keyspace) -> Option<RunningDoc> {
         doc.retries += u64::from(failures);
         doc.last_error = doc.last_error.or_else(|| error.cloned());
     }
-    if let Some(watch) = &keyspace.watch {
+    let watch = keyspace.watch.as_ref();
+    if let Some(watch) = watch.filter(|_| catalog.plan.as_ref().is_some_and(|of| of.id == plan.id))
+    {
         doc.observe(watch, bytes);
     }
-    Some(doc)
+    doc
 }
 
 /// Returns the running operation from a catalog alone, before anything is reported.
 pub(crate) fn running_of(catalog: &Catalog) -> Option<RunningDoc> {
-    let plan = catalog.plan.as_ref()?;
+    catalog.plan.as_ref().map(|plan| running_plan(catalog, plan))
+}
+
+fn running_plan(catalog: &Catalog, plan: &Plan) -> RunningDoc {
     let (from, to) = plan.resize().unwrap_or((catalog.spec.shards, catalog.spec.shards));
-    Some(RunningDoc {
+    RunningDoc {
         id: operation_id(catalog.keyspace, plan.id),
         kind: plan.kind.into(),
         keyspace: catalog.name.clone(),
@@ -174,7 +194,7 @@ pub(crate) fn running_of(catalog: &Catalog) -> Option<RunningDoc> {
         write_pause_ms: PauseMs::default(),
         trouble: None,
         throttled: Vec::new(),
-    })
+    }
 }
 
 fn throttled(keyspace: &Keyspace, plan: &Plan, source: &Source) -> Option<ThrottledDoc> {

@@ -26,6 +26,8 @@ pub(crate) fn config(bucket_url: &str) -> MasterConfig {
         retention: Default::default(),
         gc_interval: Duration::ZERO,
         prices: Default::default(),
+        rebalance: false,
+        moves_at_once: 4,
     }
 }
 

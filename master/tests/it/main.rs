@@ -7,5 +7,6 @@ mod harness;
 mod keyspaces;
 mod membership;
 mod node;
+mod rebalance;
 mod repair;
 mod shrink;

@@ -262,7 +262,7 @@ pub(crate) fn reports(catalog: &Catalog, node: NodeId, hold: Option<Step>) -> Ve
     let members = catalog.members_on(node).into_iter();
     members
         .map(|(shard, replica, placed)| {
-            let plan = catalog.plan.as_ref();
+            let plan = catalog.plan_of(replica);
             ReplicaReport {
                 keyspace: catalog.keyspace,
                 shard,
@@ -275,6 +275,7 @@ pub(crate) fn reports(catalog: &Catalog, node: NodeId, hold: Option<Step>) -> Ve
                 manifest_lsn: Lsn(100),
                 keys: 1000,
                 bytes: 1 << 20,
+                load: 0,
                 source: plan.and_then(|plan| source(catalog, plan, replica, hold)),
                 target: plan.and_then(|plan| target(plan, replica, hold)),
                 cleaned: catalog

@@ -98,6 +98,7 @@ fn execute(
     if let Err(error) = caller.check_time() {
         return answer(registry, caller, Err(error), sink);
     }
+    replica.count_request();
     let result = match op {
         Op::Get(get) => match decode::keys(get) {
             Ok(keys) => return execute_get(registry, caller, replica, keys, sink),

@@ -60,7 +60,7 @@ impl Hosted {
 
     /// Returns the running plan, if it makes this replica one more member of its shard.
     fn copy_plan<'a>(&self, catalog: &'a Catalog) -> Option<&'a Plan> {
-        let plan = catalog.plan.as_ref()?;
+        let plan = catalog.plan_of(self.replica.id)?;
         let mine = plan.targets.iter().any(|target| target.replica == self.replica.id);
         (mine && plan.adds_member()).then_some(plan)
     }
@@ -71,7 +71,8 @@ impl Hosted {
     /// epoch, version, closure, readiness) and of its authority.
     pub(super) fn is_idle(&self, catalog: &Catalog) -> bool {
         let Hosted { replica, ship, .. } = self;
-        catalog.plan.is_none()
+        catalog.plan_of(replica.id).is_none()
+            && !catalog.is_moving(replica.shard)
             && catalog.draining.is_empty()
             && replica.is_ready()
             // An acting primary reports for how long it has acted, and only housekeeping reads

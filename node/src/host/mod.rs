@@ -12,6 +12,7 @@ mod cleanup;
 mod drain;
 mod hosted;
 mod housekeeping;
+mod load;
 mod open;
 mod reconcile;
 mod report;
@@ -35,6 +36,7 @@ use vasto_shipping::bucket::Bucket;
 
 #[cfg(test)]
 pub(crate) use self::cleanup::clean_up;
+use self::load::Load;
 #[cfg(test)]
 pub(crate) use self::open::open_or_begin_again;
 use self::report::KnownSize;
@@ -88,6 +90,7 @@ pub(crate) struct Host {
     shared: Arc<Shared>,
     catalogs: watch::Sender<Arc<Catalog>>,
     size: Mutex<Option<KnownSize>>,
+    load: Mutex<Load>,
     task: JoinHandle<()>,
 }
 
@@ -101,7 +104,7 @@ impl Host {
         let (catalogs, receiver) = watch::channel(catalog);
         let shared = Arc::new(Shared::new(context, spec));
         let task = tokio::spawn(runner::run(shared.clone(), receiver));
-        Self { shared, catalogs, size: Mutex::default(), task }
+        Self { shared, catalogs, size: Mutex::default(), load: Mutex::default(), task }
     }
 
     /// Returns the hosted replica.

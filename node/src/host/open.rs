@@ -82,7 +82,8 @@ fn drop_blocking(replica: Replica) {
 impl Shared {
     /// Returns the running plan, if this replica begins with objects of the bucket.
     fn bucket_plan<'a>(&self, catalog: &'a Catalog) -> Option<&'a Plan> {
-        let plan = catalog.plan.as_ref().filter(|plan| plan.step != Step::Committed)?;
+        let plan = catalog.plan_of(self.spec.replica);
+        let plan = plan.filter(|plan| plan.step != Step::Committed)?;
         let mine = plan.targets.iter().any(|target| target.replica == self.spec.replica);
         (mine && plan.resize().is_none()).then_some(plan)
     }

@@ -71,7 +71,7 @@ impl Hosted {
         }
         let placed = catalog.is_placed(replica.id);
         let retired = catalog.is_retired(replica.id);
-        let plan = catalog.plan.as_ref();
+        let plan = catalog.plan_of(replica.id);
         self.set_shipper(catalog);
         replicator.follow(catalog);
         let role = replicator.role(catalog);

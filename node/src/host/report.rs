@@ -111,6 +111,8 @@ impl Host {
             report.version = replica.version();
             report.lsn = replica.settled_lsn();
             (report.keys, report.bytes) = (keys, bytes);
+            let done = replica.requests().saturating_add(report.lsn.0);
+            report.load = self.load.lock().at(Instant::now(), done);
             if let Some(reason) = replica.closed() {
                 report.phase = ReplicaPhase::Failed(reason);
             }

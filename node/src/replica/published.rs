@@ -111,6 +111,16 @@ impl Replica {
         covers(&self.shared.vector.lock(), vector)
     }
 
+    /// Counts a request of a client.
+    pub(crate) fn count_request(&self) {
+        self.shared.requests.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Returns the number of requests of clients since the opening.
+    pub(crate) fn requests(&self) -> u64 {
+        self.shared.requests.load(Ordering::Relaxed)
+    }
+
     /// Returns the gc floor, a commit time.
     pub(crate) fn floor(&self) -> u64 {
         self.shared.floor.load(Ordering::Acquire)

@@ -111,6 +111,8 @@ pub(super) struct Shared {
     /// Last count of the keys.
     pub(super) key_count: Mutex<Option<KeyCount>>,
     pub(super) ended: AtomicBool,
+    /// Requests of clients since the opening.
+    pub(super) requests: AtomicU64,
     pub(super) authority: Arc<Authority>,
     /// Boot time since which the writer waits for its disk, milliseconds; 0 while it does not.
     pub(super) busy_since_ms: AtomicU64,
@@ -152,6 +154,7 @@ impl Shared {
             results: AtomicU64::new(0),
             key_count: Mutex::default(),
             ended: AtomicBool::new(false),
+            requests: AtomicU64::new(0),
             authority: Arc::default(),
             busy_since_ms: AtomicU64::new(0),
             logged_own_seq: AtomicU64::new(0),

@@ -16,7 +16,8 @@
 //! The primary then logs the floor, and it is replicated like a write.
 //!
 //! **Invariant:** no floor is raised without the answers of every placed replica, or while a replica
-//! that left the placement is still draining; while a plan runs, none but that which the plan names.
+//! that left the placement is still draining; while a plan runs, none but that which the plan names;
+//! none in a shard of which a replica moves.
 //! A missing answer only delays the purge.
 
 use std::sync::Arc;
@@ -67,7 +68,8 @@ impl FloorRound {
         if let Some(floor) = Self::floor_of_plan(catalog) {
             return (may && floor > replica.floor()).then_some(floor);
         }
-        let due = may && catalog.plan.is_none();
+        // A replica that is being made for the shard is not asked.
+        let due = may && catalog.plan.is_none() && !catalog.is_moving(replica.shard);
         let candidate = self.registry.clock.now_us().saturating_sub(catalog.spec.grace_ms() * 1000);
         // `data_commit_time` is that of the last record with entries. Once it is at or below the
         // floor, a greater floor would purge nothing more: an idle replica logs none and stays

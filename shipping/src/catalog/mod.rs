@@ -18,6 +18,6 @@ mod store;
 mod succession;
 
 pub use error::CatalogError;
-pub use settings::ClusterSettings;
+pub use settings::{ClusterSettings, Rebalance};
 pub use store::{CatalogStore, CatalogWrite, decode_catalog, encode_catalog};
 pub use succession::StoredCatalog;

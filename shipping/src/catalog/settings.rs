@@ -26,12 +26,70 @@ pub struct ClusterSettings {
     /// Nodes that get no new replicas, in the order in which they were cordoned.
     #[serde(default)]
     pub cordoned: Vec<NodeId>,
+    /// The rebalance that runs, or the last one that ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rebalance: Option<Rebalance>,
+}
+
+/// A rebalance of the cluster: replicas move until the nodes are even.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rebalance {
+    /// Start time, microseconds since 1970; forms its operation id.
+    pub since_us: u64,
+    /// End time, microseconds since 1970; `None` while it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_us: Option<u64>,
+    /// It was cancelled.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cancelled: bool,
+}
+
+impl Rebalance {
+    /// Returns its operation id.
+    pub fn operation_id(&self) -> String {
+        format!("rebalance-{}", self.since_us)
+    }
 }
 
 impl ClusterSettings {
     /// Returns true when the node is to get no replicas.
     pub fn is_cordoned(&self, node: NodeId) -> bool {
         self.cordoned.contains(&node)
+    }
+
+    /// Returns the rebalance that runs.
+    pub fn running_rebalance(&self) -> Option<Rebalance> {
+        self.rebalance.filter(|rebalance| rebalance.ended_us.is_none())
+    }
+
+    /// Returns the next version, in which a rebalance has begun; `None` while one runs.
+    pub fn with_rebalance(&self, now_us: u64, nonce: u64) -> Option<Self> {
+        if self.running_rebalance().is_some() {
+            return None;
+        }
+        // Two of them never have the same id.
+        let last = self.rebalance.map_or(0, |rebalance| rebalance.since_us);
+        let since_us = now_us.max(last + 1);
+        let rebalance = Some(Rebalance { since_us, ended_us: None, cancelled: false });
+        Some(Self { rebalance, ..self.next(now_us, nonce) })
+    }
+
+    /// Returns the next version, in which a rebalance has ended; `None` when it does not run.
+    pub fn without_rebalance(
+        &self,
+        since_us: u64,
+        cancelled: bool,
+        now_us: u64,
+        nonce: u64,
+    ) -> Option<Self> {
+        let running = self.running_rebalance().filter(|running| running.since_us == since_us)?;
+        let ended_us = Some(now_us.max(since_us));
+        let rebalance = Some(Rebalance { ended_us, cancelled, ..running });
+        Some(Self { rebalance, ..self.next(now_us, nonce) })
+    }
+
+    fn next(&self, now_us: u64, nonce: u64) -> Self {
+        Self { version: self.version + 1, nonce, written_at_us: now_us, ..self.clone() }
     }
 
     /// Returns the next version, with the node cordoned or not; `None` when nothing changes. Above
@@ -46,12 +104,7 @@ impl ClusterSettings {
         if self.is_cordoned(node) == cordoned {
             return None;
         }
-        let mut next = Self {
-            version: self.version + 1,
-            nonce,
-            written_at_us: now_us,
-            cordoned: self.cordoned.clone(),
-        };
+        let mut next = self.next(now_us, nonce);
         next.cordoned.retain(|cordoned| *cordoned != node);
         if cordoned {
             next.cordoned.push(node);
@@ -134,6 +187,24 @@ mod tests {
         assert_eq!((free.version, &free.cordoned[..]), (3, &[NodeId(2)][..]));
         let checked = crate::gc::fsck(store.bucket(), false).await.unwrap();
         assert!(checked.orphans.is_empty(), "{:?}", checked.orphans);
+    }
+
+    #[test]
+    fn one_rebalance_runs_at_a_time_and_the_last_one_is_remembered() {
+        let nothing = ClusterSettings::default().with_cordon(NodeId(7), true, 1, 1).unwrap();
+        let begun = nothing.with_rebalance(100, 2).unwrap();
+        assert_eq!((begun.version, begun.is_cordoned(NodeId(7))), (2, true));
+        assert_eq!(begun.running_rebalance().unwrap().operation_id(), "rebalance-100");
+        assert_eq!(begun.with_rebalance(101, 3), None);
+        assert_eq!(begun.without_rebalance(99, false, 200, 3), None, "another one");
+        let ended = begun.without_rebalance(100, true, 200, 3).unwrap();
+        assert_eq!(ended.running_rebalance(), None);
+        assert_eq!(ended.rebalance.unwrap().ended_us, Some(200));
+        assert_eq!(ended.without_rebalance(100, false, 201, 4), None);
+        // Also after the clock was set back.
+        assert_eq!(ended.with_rebalance(50, 4).unwrap().rebalance.unwrap().since_us, 101);
+        let text = serde_json::to_string(&nothing).unwrap();
+        assert!(!text.contains("rebalance"), "{text}");
     }
 
     #[test]

@@ -55,7 +55,7 @@ impl Cluster {
         let catalog = self.catalog(name).await?;
         until(&format!("plans and quarantines of {name} to end"), DEADLINE, async || {
             let tip = catalog.tip().ok()?;
-            (tip.plan.is_none() && tip.quarantines.is_empty() && tip.retired.is_empty())
+            (tip.plans().next().is_none() && tip.quarantines.is_empty() && tip.retired.is_empty())
                 .then_some(())
         })
         .await
@@ -72,7 +72,8 @@ impl Cluster {
             let tip = catalog.tip().ok()?;
             let wanted = tip.spec.replicas as usize;
             let whole = tip.placement.iter().all(|shard| shard.replicas.len() == wanted);
-            (whole && tip.draining.is_empty() && tip.plan.is_none()).then_some(tip)
+            let calm = tip.draining.is_empty() && tip.plans().next().is_none();
+            (whole && calm).then_some(tip)
         })
         .await
         .with_context(|| format!("{:?}", catalog.tip()))

@@ -26,6 +26,7 @@ mod outage;
 mod partition;
 mod paused;
 mod programs;
+mod rebalances;
 mod replication;
 mod resizes;
 mod s3_bucket;

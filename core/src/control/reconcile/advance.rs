@@ -61,7 +61,7 @@ pub fn advance_shown(
     }
 }
 
-fn advance_plan(
+pub(super) fn advance_plan(
     running: Running<'_>,
     away_us: impl Fn(NodeId) -> u64,
     here_us: impl Fn(NodeId) -> u64,

@@ -8,7 +8,7 @@
 //! accepted.
 
 use super::quarantine::remove_from_quarantines;
-use crate::catalog::{Catalog, DrainingReplica, GivenUp, KeyspaceState, Placed};
+use crate::catalog::{Catalog, DrainingReplica, GivenUp, KeyspaceState, Placed, ReplicaMove};
 use crate::control::operation::operation_id;
 use crate::ids::{Epoch, ReplicaId, ShardId};
 
@@ -131,6 +131,14 @@ pub fn evict_on_request(
     now_us: u64,
     nonce: u64,
 ) -> Result<Catalog, EvictError> {
+    let touches = |moving: &&ReplicaMove| {
+        let shard = moving.shard().and_then(|shard| catalog.shard(shard));
+        let mut members = shard.into_iter().flat_map(|shard| &shard.replicas);
+        members.any(|member| member.replica == replica)
+    };
+    if let Some(moving) = catalog.moves.iter().find(touches) {
+        return Err(EvictError::Busy(operation_id(catalog.keyspace, moving.id())));
+    }
     let next = evict(catalog, replica, accept_loss, now_us, nonce)?;
     let shard = catalog
         .placement

@@ -79,7 +79,7 @@ pub fn advance_primaries(
                 changes.failovers += 1;
                 changed = true;
             }
-            Decision::Begin(to) if step.is_none() => {
+            Decision::Begin(to) if step.is_none() && !catalog.is_moving(shard.shard) => {
                 shard.transferring_to = Some(to);
                 changed = true;
             }

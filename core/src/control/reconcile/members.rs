@@ -5,7 +5,8 @@
 //! while another one has authority and has received everything that was decided, and it stays
 //! recorded until a serving replica holds everything it has, or until its loss is accepted; only
 //! then may its files be deleted. A replica that is stalled does not count as serving. No
-//! membership change happens while another plan runs.
+//! membership change happens while another plan runs, none but its own in a shard of which a replica
+//! moves.
 //!
 //! For a change that cannot go on, [`waits_for`](super::waits_for) returns the cause and the
 //! remedy.
@@ -28,10 +29,12 @@ pub fn advance_members(
         return None;
     }
     let view = View { catalog, reports, around };
-    if catalog.draining.iter().any(|draining| view.may_go(draining)) {
+    let may_go =
+        |draining: &DrainingReplica| !catalog.is_moving(draining.shard) && view.may_go(draining);
+    if catalog.draining.iter().any(may_go) {
         let mut next = catalog.next(now_us, nonce);
         let going: Vec<&DrainingReplica> =
-            catalog.draining.iter().filter(|draining| view.may_go(draining)).collect();
+            catalog.draining.iter().filter(|draining| may_go(draining)).collect();
         next.draining.retain(|draining| !going.contains(&draining));
         next.remove_for_good(going.iter().map(|draining| draining.replica));
         // Data of undrained replicas that no other replica took over is given up.
@@ -40,7 +43,7 @@ pub fn advance_members(
         next.given_up.extend(lost.map(|draining| GivenUp { replica: draining.replica, version }));
         return Some(next);
     }
-    for shard in &catalog.placement {
+    for shard in catalog.placement.iter().filter(|shard| !catalog.is_moving(shard.shard)) {
         for member in &shard.replicas {
             let another_serves = shard
                 .replicas
@@ -73,16 +76,22 @@ pub fn advance_members(
             }
         }
     }
+    // Moves that have not placed their replica give way; the others end soon.
+    if !catalog.moves.is_empty() {
+        return None;
+    }
     if let Some(next) = start_copy(&view, now_us, nonce) {
         return Some(next);
     }
     drain_nodes(&view, now_us, nonce)
 }
 
-/// Returns true when a shard has too few replicas, or a replica or a node is draining.
+/// Returns true when a shard has too few replicas, a replica or a node is draining, or a replica
+/// moves.
 pub fn is_incomplete(catalog: &Catalog) -> bool {
     catalog.state == KeyspaceState::Active
         && (!catalog.draining.is_empty()
+            || !catalog.moves.is_empty()
             || !catalog.draining_nodes.is_empty()
             || catalog
                 .placement

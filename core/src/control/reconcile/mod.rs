@@ -13,6 +13,9 @@ mod grow;
 mod members;
 #[cfg(test)]
 mod members_tests;
+mod moves;
+#[cfg(test)]
+mod moves_tests;
 mod outcome;
 mod pace;
 mod placement;
@@ -42,6 +45,10 @@ pub use failover::{
     leadership_changes_between, successor, transfer_leadership,
 };
 pub use members::{advance_members, is_incomplete};
+pub use moves::{
+    MoveError, MoveOrder, advance_moves, cancel_move, cancel_moves, give_up_moves_to,
+    in_the_way_of_moves, move_not_before, prefer, start_moves,
+};
 pub use outcome::{abort, report_of};
 pub use pace::{Pace, check_rate, set_pace};
 pub use progress::Advance;

@@ -79,10 +79,14 @@ fn remedy_in(seconds: u64) -> String {
     }
 }
 
-/// Checks what every resize needs: no plan is running, no replica is draining.
+/// Checks what every resize needs: no plan is running, no replica moves
+/// or is draining.
 pub(super) fn check_start(catalog: &Catalog) -> Result<(), PlanError> {
     if let Some(plan) = &catalog.plan {
         return Err(PlanError::Busy(operation_id(catalog.keyspace, plan.id)));
+    }
+    if let Some(moving) = catalog.moves.first() {
+        return Err(PlanError::Busy(operation_id(catalog.keyspace, moving.id())));
     }
     match catalog.draining.first() {
         Some(held) => Err(PlanError::DrainingReplica(held.replica, held.shard, held.node)),

@@ -44,7 +44,7 @@ pub(super) fn may_copy(catalog: &Catalog, shard: ShardId, now_us: u64) -> bool {
 /// Returns the nodes on which a new replica of this keyspace has failed lately: they are chosen
 /// only when no other node can take the next one.
 pub fn nodes_to_avoid(catalog: &Catalog, now_us: u64) -> Vec<NodeId> {
-    let copies = catalog.operations.iter().filter(|report| report.is_copy());
+    let copies = catalog.operations.iter().filter(|report| report.is_copy() || report.is_move());
     let lately =
         copies.filter(|report| now_us < report.ended_at_us().saturating_add(AVOID_NODE_US));
     lately.flat_map(|report| report.failed_on.iter().copied()).collect()

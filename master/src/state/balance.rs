@@ -1,0 +1,201 @@
+//! The cluster as the balance sees it, from the catalogs, the reports and the presence of nodes.
+//!
+//! **Invariant:** what moves counts on the node that it moves to, by the catalogs and by the
+//! decisions that are not written yet, so any master rebuilds the same picture.
+
+use std::collections::BTreeSet;
+
+use vasto_core::balance::{Balance, BalanceNode, BalanceReplica, BalanceShard, When};
+use vasto_core::catalog::{Catalog, Placed, ShardPlacement};
+use vasto_core::ids::NodeId;
+use vasto_core::limits::COPIES_PER_NODE_MAX;
+use vasto_core::plan::Step;
+use vasto_core::reconcile::{Presence, in_the_way_of_moves, move_not_before, nodes_to_avoid};
+
+use super::ClusterState;
+use super::keyspace::Keyspace;
+use crate::loads::shard_bytes;
+use crate::placement::NodeCandidate;
+
+/// How far the running rebalance has come, by the last look at it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct RebalanceLook {
+    /// Replicas that are still to move, those that are moving included.
+    pub(crate) replicas_left: usize,
+    /// Shards that are still to get another preferred primary.
+    pub(crate) primaries_left: usize,
+    /// The condition that it waits for.
+    pub(crate) waiting_for: Option<String>,
+}
+
+impl ClusterState {
+    /// Returns the nodes and shards of the cluster, with what is on its way where it goes to.
+    pub(crate) fn balance(&self, mono_us: u64, now_us: u64) -> Balance {
+        let draining: BTreeSet<NodeId> = self
+            .active()
+            .flat_map(|keyspace| &keyspace.catalog.draining_nodes)
+            .map(|drain| drain.node)
+            .collect();
+        let candidates = self.candidates(None);
+        let node = |id: NodeId| {
+            let candidate = candidates.iter().find(|candidate| candidate.node == id);
+            let takes_part = candidate.is_some_and(|candidate| !candidate.cordoned)
+                && !draining.contains(&id)
+                && matches!(self.presence(id, mono_us), Presence::Here(_));
+            BalanceNode {
+                node: id,
+                zone: self.nodes.get(&id).map(|node| node.zone.clone()).unwrap_or_default(),
+                capacity: candidate.map_or(0, |candidate| candidate.disk.bytes),
+                room: candidate.map_or(0, |candidate| candidate.disk.room()),
+                places: candidate.map_or(0, NodeCandidate::room),
+                permits: candidate
+                    .map_or(0, |candidate| COPIES_PER_NODE_MAX.saturating_sub(candidate.copying)),
+                takes_part,
+            }
+        };
+        let shards = self.active().flat_map(|keyspace| {
+            let placement = keyspace.catalog.placement.iter();
+            placement.map(|shard| self.shard_in_balance(keyspace, shard, mono_us, now_us))
+        });
+        Balance { nodes: self.node_ids().into_iter().map(node).collect(), shards: shards.collect() }
+    }
+
+    fn shard_in_balance(
+        &self,
+        keyspace: &Keyspace,
+        shard: &ShardPlacement,
+        mono_us: u64,
+        now_us: u64,
+    ) -> BalanceShard {
+        let (catalog, reports) = (&*keyspace.catalog, &keyspace.reports);
+        let bytes = shard_bytes(catalog, shard.shard, reports);
+        let of = |placed: &Placed| {
+            let report = reports.get(&placed.replica).filter(|report| report.bytes > 0);
+            BalanceReplica {
+                replica: placed.replica,
+                node: placed.node,
+                bytes: report.map_or(bytes, |report| report.bytes),
+                load: report.map_or(0, |report| report.load),
+            }
+        };
+        let leaves = |placed: &&Placed| {
+            !catalog.moves.iter().any(|moving| moving.replaces == placed.replica)
+        };
+        let targets = catalog.plans().filter(|plan| plan.adds_member());
+        let coming: Vec<Placed> = targets
+            .flat_map(|plan| &plan.targets)
+            .filter(|target| target.shard == shard.shard && !catalog.is_placed(target.replica))
+            .map(|target| Placed { replica: target.replica, node: target.node })
+            .collect();
+        let replicas: Vec<BalanceReplica> =
+            shard.replicas.iter().filter(leaves).chain(&coming).map(of).collect();
+        let members = catalog.members().into_iter();
+        let elsewhere = members
+            .filter(|(of, member, _)| *of == shard.shard && !catalog.is_retired(member.replica))
+            .map(|(_, member, _)| member.node)
+            .filter(|node| !replicas.iter().any(|replica| replica.node == *node))
+            .chain(nodes_to_avoid(catalog, now_us));
+        let (moves, prefers) = self.when(keyspace, shard, mono_us, now_us);
+        BalanceShard {
+            keyspace: catalog.keyspace,
+            shard: shard.shard,
+            elsewhere: elsewhere.collect(),
+            replicas,
+            moves,
+            prefers,
+        }
+    }
+
+    /// Returns when replicas of a shard may move, and when another may be its preferred primary.
+    fn when(
+        &self,
+        keyspace: &Keyspace,
+        shard: &ShardPlacement,
+        mono_us: u64,
+        now_us: u64,
+    ) -> (When, When) {
+        let catalog = &keyspace.catalog;
+        let serves = |placed: &Placed| {
+            let report = keyspace.reports.get(&placed.replica);
+            matches!(self.presence(placed.node, mono_us), Presence::Here(_))
+                && report.is_some_and(|report| report.replication.ready && !report.has_failed())
+        };
+        let waits = catalog.draining.iter().any(|draining| draining.shard == shard.shard);
+        let moving = catalog.is_moving(shard.shard);
+        let runs = catalog.plan.is_some();
+        if runs || moving {
+            return (When::Later, When::Later);
+        }
+        let is_whole = shard.replicas.len() == catalog.spec.replicas as usize;
+        let all_serve = shard.replicas.iter().all(serves);
+        if in_the_way_of_moves(catalog).is_some() || waits || !is_whole || !all_serve {
+            return (When::Never, When::Never);
+        }
+        if shard.transferring_to.is_some() || shard.primary.is_some() {
+            return (When::Later, When::Later);
+        }
+        let moves = match now_us < move_not_before(catalog, shard.shard) {
+            true => When::Later,
+            false => When::Now,
+        };
+        let prefers = if catalog.quarantines.is_empty() { When::Now } else { When::Never };
+        (moves, prefers)
+    }
+
+    /// Returns the number of replicas whose move has not ended, and of shards that are handed over
+    /// to their preferred primary.
+    pub(crate) fn moving(&self, mono_us: u64) -> usize {
+        let of_keyspace = |keyspace: &Keyspace| {
+            let shards = keyspace.catalog.placement.iter();
+            let handed = shards.filter(|shard| {
+                !keyspace.catalog.is_moving(shard.shard) && self.is_handed_over(shard, mono_us)
+            });
+            keyspace.catalog.moves.len() + handed.count()
+        };
+        self.active().map(of_keyspace).sum()
+    }
+
+    /// Returns true while a shard is handed over to its preferred primary, whose node is there.
+    fn is_handed_over(&self, shard: &ShardPlacement, mono_us: u64) -> bool {
+        let home = shard.shipper().map(|home| self.presence(home.node, mono_us));
+        shard.transferring_to.is_some()
+            || (shard.primary.is_some() && matches!(home, Some(Presence::Here(_))))
+    }
+
+    /// Returns what a rebalance waits for although it has no more moves to begin.
+    pub(crate) fn rebalance_waits(&self, mono_us: u64) -> Option<String> {
+        let here = |node: NodeId| matches!(self.presence(node, mono_us), Presence::Here(_));
+        self.active().find_map(|keyspace| {
+            let catalog: &Catalog = &keyspace.catalog;
+            let name = &catalog.name;
+            if let Some(moving) = catalog.moves.first() {
+                let replica = moving.replaces;
+                let place = match (moving.plan.step, moving.to()) {
+                    (Step::Committed, _) => "to hand over".to_owned(),
+                    (_, Some(to)) => format!("to be copied to {to}"),
+                    (_, None) => "to be copied".to_owned(),
+                };
+                let what = format!("replica {replica} of {name} {place}");
+                return Some(keyspace.waiting_for.clone().unwrap_or(what));
+            }
+            if let Some(draining) = catalog.draining.iter().find(|one| here(one.node)) {
+                return Some(format!("replica {} of {name} to be drained", draining.replica));
+            }
+            let mut shards = catalog.placement.iter();
+            let shard = shards.find(|shard| self.is_handed_over(shard, mono_us))?;
+            Some(format!("shard {} of {name} to be handed over", shard.shard))
+        })
+    }
+
+    /// Returns true when every replica on a node that is not gone has been reported: the balance
+    /// can be told.
+    pub(crate) fn has_heard_of_all(&self, mono_us: u64) -> bool {
+        self.active().all(|keyspace| {
+            let mut placed = keyspace.catalog.placement.iter().flat_map(|shard| &shard.replicas);
+            placed.all(|placed| {
+                keyspace.reports.contains_key(&placed.replica)
+                    || self.presence(placed.node, mono_us) == Presence::Gone
+            })
+        })
+    }
+}
