@@ -136,15 +136,8 @@ impl World {
                     ..TargetProgress::new(PLAN)
                 });
             } else {
-                report.source = Some(SourceProgress {
-                    plan: PLAN,
-                    manifest: None,
-                    export: None,
-                    sealed: self.sealed[node],
-                    released: false,
-                    pauses_us: Vec::new(),
-                    failed: None,
-                });
+                report.source =
+                    Some(SourceProgress { sealed: self.sealed[node], ..SourceProgress::new(PLAN) });
             }
             (id, report)
         };

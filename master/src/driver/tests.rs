@@ -354,7 +354,7 @@ async fn a_lost_race_adopts_the_winners_tip_and_decides_again() {
 #[tokio::test]
 async fn a_commit_behind_which_a_node_has_undone_the_seal_loses_and_the_plan_goes_on() {
     let fixture = driven().await;
-    fixture.ask(CatalogChange::Resize { to: 2 }).await.unwrap();
+    fixture.ask(CatalogChange::Resize { to: 2, max_rate: None }).await.unwrap();
     fixture.report(fixture.ready_to_seal());
     let is_sealing = |keyspace: &crate::state::Keyspace| {
         keyspace.catalog.plan.as_ref().is_some_and(|plan| plan.step == Step::Sealing)

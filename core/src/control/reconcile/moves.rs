@@ -263,7 +263,9 @@ fn add(
     nonce: u64,
 ) -> Advance {
     let alone = alone(catalog, moving);
-    let running = Running { catalog: &alone, plan: &moving.plan, reports, now_us, nonce };
+    // A move seals nothing, so nothing is counted from when the nodes were told.
+    let shown_us = catalog.written_at_us;
+    let running = Running { catalog: &alone, plan: &moving.plan, reports, shown_us, now_us, nonce };
     match advance_plan(running, away_us, here_us) {
         Advance::Write(next) => Advance::Write(Box::new(beside(*next, moving))),
         other => other,

@@ -56,13 +56,8 @@ fn perfect(catalog: &Catalog) -> Reports {
                 version: catalog.version,
                 replication: ReplicationReport { ready: placed, ..Default::default() },
                 source: source.map(|plan| SourceProgress {
-                    plan: plan.id,
                     manifest: Some(PinnedManifest { key: format!("m{id}"), lsn: Lsn(5) }),
-                    export: None,
-                    sealed: None,
-                    released: false,
-                    pauses_us: Vec::new(),
-                    failed: None,
+                    ..SourceProgress::new(plan.id)
                 }),
                 target: target.map(|plan| TargetProgress {
                     stage: if placed { TargetStage::Open } else { TargetStage::Tailing },
