@@ -5,7 +5,7 @@ use super::cost::cost;
 use super::estimate::estimate;
 use super::keyspace::{describe, summary};
 use super::operation::{OperationDoc, operations};
-use super::status::cluster;
+use super::status::{check, cluster};
 use super::*;
 use crate::state::ClusterState;
 use crate::state::Delivery;
@@ -216,4 +216,46 @@ fn the_cluster_warns_of_what_a_person_must_look_at() {
     let said = warnings(&away);
     assert!(said[0].contains("away for 5 s"), "{said:?}");
     assert_eq!(said.iter().filter(|text| text.contains("away")).count(), 1, "{said:?}");
+}
+
+#[test]
+fn a_check_has_a_finding_for_each_warning_and_for_each_check_without_one() {
+    let well = parsed(&check(&ClusterState::default(), Vec::new(), 20));
+    assert_eq!(well["ok"], true);
+    let findings = well["findings"].as_array().unwrap();
+    let checks: Vec<&str> =
+        findings.iter().map(|finding| finding["check"].as_str().unwrap()).collect();
+    assert_eq!(checks, ["bucket", "nodes", "shards", "shipping", "replicas", "operations"]);
+    assert!(findings.iter().all(|finding| finding["ok"] == true));
+
+    // A running operation that a node which is away holds up.
+    let (mut state, first, second) = two_nodes();
+    let growing =
+        start_resize(&state.keyspaces[&KS].catalog, 3, &[vec![NodeId(1)]], 5_000, 2).unwrap();
+    state.install(growing, Delivery::Push);
+    for (node, session, replica) in [(1, first, 1), (2, second, 2)] {
+        let replicas = vec![replica_report(replica, 2)];
+        state.report(NodeId(node), session, &v1::Report::default(), replicas, 20);
+    }
+    state.observe(20, None);
+    state.disconnect(NodeId(2), second, 30);
+    state.observe(9_000_000, None);
+    let bad = parsed(&check(&state, vec!["the bucket is odd".into()], 9_000_000));
+    assert_eq!(bad["ok"], false);
+    let of = |check: &str| -> Vec<String> {
+        let findings = bad["findings"].as_array().unwrap().iter();
+        let of_check = findings.filter(|finding| finding["check"] == check);
+        of_check.map(|finding| finding["message"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(of("bucket"), ["the bucket is odd"]);
+    assert!(of("nodes")[0].contains("has been away for 8 s"), "{:?}", of("nodes"));
+    assert!(of("shards")[0].contains("shard 1 of ks1"), "{:?}", of("shards"));
+    let held_up = of("operations");
+    assert!(
+        held_up[0].starts_with(
+            "operation op-1-1 on ks1 has not gone on for 8 s: n-0000000000000002 is away"
+        ),
+        "{held_up:?}"
+    );
+    assert_eq!(of("shipping"), ["nothing to warn of"]);
 }
