@@ -343,6 +343,7 @@ fn catalog() -> Catalog {
         targets: vec![Target { shard: ShardId(2), replica: ReplicaId(5), node: two }],
         seals_undone: 1,
         floor: None,
+        estimate: None,
     });
     catalog.quarantines = vec![Quarantine {
         plan: PlanId(2),

@@ -79,6 +79,7 @@ fn ended(
         copies: 0,
         shard: None,
         failed_on: Vec::new(),
+        estimate: None,
     }
 }
 
@@ -149,6 +150,7 @@ fn users(drain: &NodeDrain) -> Catalog {
         targets: vec![Target { shard: ShardId(0), replica: ReplicaId(2), node: NodeId(2) }],
         seals_undone: 0,
         floor: None,
+        estimate: None,
     });
     catalog
 }

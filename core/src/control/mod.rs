@@ -1,13 +1,16 @@
 //! The control plane, pure: what a keyspace is to be (`spec`, `catalog`, `plan`), what replicas
-//! report (`report`), how operations ended (`operation`), and the rules that make the next catalog
+//! report (`report`, `stored`), what was expected of operations (`estimate`) and how they ended
+//! (`operation`), and the rules that make the next catalog
 //! version of these (`reconcile`). `retirement` tells retired shards from later ones.
 //!
 //! **Invariant:** no data module depends on `reconcile`, which depends on all of them.
 
 pub mod catalog;
+pub mod estimate;
 pub mod operation;
 pub mod plan;
 pub mod reconcile;
 pub mod report;
 mod retirement;
 mod spec;
+pub mod stored;

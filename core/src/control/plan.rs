@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::band::Band;
+use crate::control::estimate::Estimate;
 use crate::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use crate::record::BandRange;
 
@@ -128,6 +129,9 @@ pub struct Plan {
     /// shrink exports; `None` until the present ones are known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub floor: Option<u64>,
+    /// What was estimated when the plan began; `None` of a plan that began by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub estimate: Option<Estimate>,
 }
 
 impl Plan {

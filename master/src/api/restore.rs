@@ -135,6 +135,7 @@ fn restoring(
         targets: targets.collect(),
         seals_undone: 0,
         floor: None,
+        estimate: None,
     });
     catalog.next_plan = PlanId(catalog.next_plan.0 + 1);
     catalog
@@ -265,6 +266,7 @@ mod tests {
             targets: Vec::new(),
             seals_undone: 0,
             floor: None,
+            estimate: None,
         });
         let undone = abort(&half, "a node is away", &Reports::new(), 2_000, 2).unwrap();
         assert_eq!(undone.state, KeyspaceState::Deleted);

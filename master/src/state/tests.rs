@@ -45,6 +45,7 @@ pub(crate) fn replica_report(replica: u64, version: u64) -> ReplicaReport {
         target: None,
         cleaned: Vec::new(),
         replication: vasto_core::report::ReplicationReport { ready: true, ..Default::default() },
+        stored: None,
     }
 }
 

@@ -32,6 +32,7 @@ fn running(catalog: &Catalog, export: Option<&str>) -> Catalog {
         targets: Vec::new(),
         seals_undone: 0,
         floor: None,
+        estimate: None,
     });
     next.next_plan = PlanId(catalog.next_plan.0 + 1);
     next

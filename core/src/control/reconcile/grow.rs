@@ -57,6 +57,7 @@ pub(super) fn start_grow(
         targets,
         seals_undone: 0,
         floor: None,
+        estimate: None,
     });
     next.next_plan = PlanId(catalog.next_plan.0 + 1);
     Ok(next)

@@ -274,6 +274,7 @@ fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
         targets: vec![Target { shard: ShardId(0), replica: ReplicaId(3), node: NODE(3) }],
         seals_undone: 0,
         floor: None,
+        estimate: None,
     });
     let gone = |node| if node == NODE(1) { NODE_AWAY_MAX_US + 1 } else { 0 };
     let taken = write(advance(
@@ -488,6 +489,7 @@ fn a_restore_ends_when_the_bucket_holds_what_was_restored() {
         targets: vec![target(1), target(2)],
         seals_undone: 0,
         floor: None,
+        estimate: None,
     });
     let reports = |shipped: bool| -> Reports {
         let progress = TargetProgress {
@@ -525,6 +527,7 @@ fn taking_over() -> Catalog {
         targets: vec![Target { shard: ShardId(0), replica: ReplicaId(3), node: NODE(3) }],
         seals_undone: 0,
         floor: None,
+        estimate: None,
     });
     catalog
 }

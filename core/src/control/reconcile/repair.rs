@@ -106,6 +106,7 @@ pub(super) fn begin(
         targets: vec![Target { shard, replica: catalog.next_replica, node }],
         seals_undone: 0,
         floor: None,
+        estimate: None,
     });
     next.next_plan = PlanId(catalog.next_plan.0 + 1);
     next.next_replica = ReplicaId(catalog.next_replica.0 + 1);

@@ -37,6 +37,7 @@ pub(super) fn start_shrink(
         targets: Vec::new(),
         seals_undone: 0,
         floor: None,
+        estimate: None,
     };
     let until_us = in_the_way(catalog, to).map(|quarantine| quarantine.until_us).max();
     if let Some(until_us) = until_us {

@@ -133,6 +133,7 @@ mod tests {
             targets: Vec::new(),
             seals_undone: 0,
             floor: None,
+            estimate: None,
         }
     }
 

@@ -90,6 +90,7 @@ async fn restored<F: Future<Output = ()>>(
         targets: Vec::new(),
         seals_undone: 0,
         floor: None,
+        estimate: None,
     };
     let log = Log::Fork { shards: 1, until_us: None };
     let owned: BandRange = Band::owned(1).into();

@@ -180,6 +180,7 @@ impl Grow {
             targets: vec![Target { shard: ShardId(SHARDS - 1), replica: ReplicaId(3), node }],
             seals_undone: 0,
             floor: None,
+            estimate: None,
         };
         Self { sources, bucket, plan, addresses: HashMap::new() }
     }

@@ -97,6 +97,7 @@ impl Shrink {
             targets: Vec::new(),
             seals_undone: 0,
             floor: Some(1),
+            estimate: None,
         };
         let export = Export {
             replica: source.clone(),
