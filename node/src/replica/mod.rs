@@ -32,6 +32,7 @@ mod shared;
 pub(crate) mod size;
 pub(crate) mod state;
 mod store;
+mod stored;
 mod superseded;
 mod write_group;
 mod writer;

@@ -31,6 +31,7 @@ use vasto_shipping::layout;
 use super::Shape;
 use crate::build::error::{BuildError, io};
 use crate::engine::{TableRun, WrittenTable};
+use crate::rates;
 use crate::replica::Replica;
 use crate::ship::Pace;
 
@@ -92,6 +93,7 @@ impl Export {
     ) -> Result<String, BuildError> {
         let shape = Shape::of(plan)?;
         let floor = self.replica.floor();
+        let work = rates::EXPORTS.begin();
         let (replica, cancel, out) = (self.replica.clone(), self.cancel.clone(), dir.to_owned());
         let write = move || write_tables(&replica, shape, floor, &out, &cancel);
         let Written { tables, event_time_max, end } = tokio::task::spawn_blocking(write).await??;
@@ -109,6 +111,7 @@ impl Export {
         }
         let files: Vec<ExportedTable> =
             futures::stream::iter(uploads).buffered(UPLOADS).try_collect().await?;
+        work.end(files.iter().map(|table| table.bytes).sum());
         let manifest = ExportManifest {
             keyspace: self.replica.keyspace,
             plan: plan.id,
