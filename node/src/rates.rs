@@ -3,10 +3,9 @@
 //! **Invariant:** a rate counts the time in which any work of its kind was under way, so that work
 //! side by side counts as what it moves together.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use tokio::time::Instant;
 
 /// Fewer bytes say more of the requests than of the rate.
 const BYTES_MIN: u64 = 1 << 20;
@@ -41,6 +40,28 @@ pub(crate) struct Work<'a> {
     bytes: u64,
 }
 
+impl State {
+    fn begin(&mut self, now: Instant) {
+        self.running += 1;
+        self.since.get_or_insert(now);
+    }
+
+    fn end(&mut self, bytes: u64, now: Instant) {
+        self.bytes += bytes;
+        self.running -= 1;
+        if self.running > 0 {
+            return;
+        }
+        let took = self.since.take().map_or(Duration::ZERO, |since| now - since);
+        let bytes = std::mem::take(&mut self.bytes);
+        if bytes >= BYTES_MIN && !took.is_zero() {
+            let rate = bytes as f64 / took.as_secs_f64();
+            let before = self.rate.unwrap_or(rate);
+            self.rate = Some(before + (rate - before) * NEW_PART);
+        }
+    }
+}
+
 impl Meter {
     const fn new() -> Self {
         Self(Mutex::new(State { running: 0, since: None, bytes: 0, rate: None }))
@@ -48,9 +69,7 @@ impl Meter {
 
     /// Begins some work.
     pub(crate) fn begin(&self) -> Work<'_> {
-        let mut state = self.0.lock();
-        state.running += 1;
-        state.since.get_or_insert_with(Instant::now);
+        self.0.lock().begin(Instant::now());
         Work { meter: self, bytes: 0 }
     }
 
@@ -69,19 +88,7 @@ impl Work<'_> {
 
 impl Drop for Work<'_> {
     fn drop(&mut self) {
-        let mut state = self.meter.0.lock();
-        state.bytes += self.bytes;
-        state.running -= 1;
-        if state.running > 0 {
-            return;
-        }
-        let took = state.since.take().map_or(Duration::ZERO, |since| since.elapsed());
-        let bytes = std::mem::take(&mut state.bytes);
-        if bytes >= BYTES_MIN && !took.is_zero() {
-            let now = bytes as f64 / took.as_secs_f64();
-            let before = state.rate.unwrap_or(now);
-            state.rate = Some(before + (now - before) * NEW_PART);
-        }
+        self.meter.0.lock().end(self.bytes, Instant::now());
     }
 }
 
@@ -91,27 +98,33 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    #[tokio::test(start_paused = true)]
-    async fn work_side_by_side_counts_together_and_a_little_work_not_at_all() {
+    #[test]
+    fn work_side_by_side_counts_together_and_a_little_work_not_at_all() {
+        let began = Instant::now();
+        let at = |seconds| began + Duration::from_secs(seconds);
+        let mut state = State { running: 0, since: None, bytes: 0, rate: None };
+        let rate = |state: &State| state.rate.map(|rate| rate as u64 / MIB);
+        state.begin(at(0));
+        state.begin(at(0));
+        state.end(10 * MIB, at(1));
+        assert_eq!(rate(&state), None, "the other one goes on");
+        state.end(30 * MIB, at(2));
+        assert_eq!(rate(&state), Some(20));
+        for bytes in [MIB - 1, 0] {
+            state.begin(at(3));
+            state.end(bytes, at(4));
+        }
+        assert_eq!(rate(&state), Some(20));
+        state.begin(at(5));
+        state.end(40 * MIB, at(6));
+        assert_eq!(rate(&state), Some(30));
+    }
+
+    #[test]
+    fn work_that_is_given_up_moves_nothing() {
         let meter = Meter::new();
-        let second = Duration::from_secs(1);
-        let (one, two) = (meter.begin(), meter.begin());
-        tokio::time::advance(second).await;
-        one.end(10 * MIB);
-        assert_eq!(meter.rate(), 0, "the other one goes on");
-        tokio::time::advance(second).await;
-        two.end(30 * MIB);
-        assert_eq!(meter.rate(), 20 * MIB);
-        let little = meter.begin();
-        tokio::time::advance(second).await;
-        little.end(MIB - 1);
-        let given_up = meter.begin();
-        tokio::time::advance(second).await;
-        drop(given_up);
-        assert_eq!(meter.rate(), 20 * MIB);
-        let faster = meter.begin();
-        tokio::time::advance(second).await;
-        faster.end(40 * MIB);
-        assert_eq!(meter.rate(), 30 * MIB);
+        drop(meter.begin());
+        meter.begin().end(0);
+        assert_eq!((meter.rate(), meter.0.lock().running), (0, 0));
     }
 }
