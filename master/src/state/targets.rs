@@ -3,7 +3,7 @@
 //! **Invariant:** places that a decision assigns are held until its write is known, so that no
 //! other decision counts on them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{NodeId, ReplicaId, ShardId};
@@ -53,14 +53,22 @@ impl ClusterState {
     }
 
     /// Returns the live node that could take one more replica of a shard, even if other copies to
-    /// it come first.
+    /// it come first; `taken` are the replicas and bytes that each node is to get before.
     pub(crate) fn copy_target(
         &self,
         catalog: &Catalog,
         shard: ShardId,
+        taken: &BTreeMap<NodeId, (usize, u64)>,
         now_us: u64,
     ) -> Option<NodeId> {
-        self.best(self.candidates(Some(catalog)).iter(), catalog, shard, now_us)
+        let mut candidates = self.candidates(Some(catalog));
+        for candidate in &mut candidates {
+            if let Some((replicas, bytes)) = taken.get(&candidate.node) {
+                candidate.replicas += replicas;
+                candidate.disk.promised = candidate.disk.promised.saturating_add(*bytes);
+            }
+        }
+        self.best(candidates.iter(), catalog, shard, now_us)
     }
 
     /// Returns the best candidate for one more replica of a shard: a node that has none of it, has
@@ -114,8 +122,8 @@ impl ClusterState {
         place(added, catalog.spec.replicas, &self.candidates(Some(catalog)))
     }
 
-    /// Holds the places that the next version assigns: until its write is known, other decisions
-    /// must not count on them. Returns `None` when it assigns none.
+    /// Holds the places and the disk that the next version assigns: until its write is known, other
+    /// decisions must not count on them. Returns `None` when it assigns none.
     pub(crate) fn hold_places(&mut self, next: &Catalog) -> Option<u64> {
         let keyspace = self.keyspaces.get(&next.keyspace)?;
         let before: Vec<ReplicaId> =
@@ -125,9 +133,20 @@ impl ClusterState {
             .into_iter()
             .filter(|(_, member, _)| !before.contains(&member.replica))
             .collect();
-        let (shard, ..) = *new.first()?;
+        let id_of = |catalog: &Catalog| catalog.plan.as_ref().map(|plan| plan.id);
+        let begins = id_of(next) != id_of(&keyspace.catalog);
+        let begun = next.plan.as_ref().filter(|_| begins);
+        let disk = begun.and_then(|plan| plan.estimate.as_ref());
+        let disk = disk.map(|estimate| estimate.disk.as_slice()).unwrap_or_default();
+        if new.is_empty() && disk.is_empty() {
+            return None;
+        }
+        let shard = new.first().map(|(shard, ..)| *shard);
         let copying = next.plan.as_ref().is_some_and(Plan::adds_member);
-        let promised = if copying { shard_bytes(next, shard, &keyspace.reports) } else { 0 };
-        Some(self.loads.hold(new.iter().map(|(_, member, _)| member.node), copying, promised))
+        let promised = shard
+            .filter(|_| copying)
+            .map_or(0, |shard| shard_bytes(next, shard, &keyspace.reports));
+        let nodes = new.iter().map(|(_, member, _)| member.node);
+        Some(self.loads.hold_with_disk(nodes, copying, promised, disk))
     }
 }

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 use vasto_core::catalog::Catalog;
+use vasto_core::estimate::Estimate;
 use vasto_core::ids::{NodeId, ReplicaId, ShardId};
 use vasto_core::operation::{OperationKind, operation_id};
 use vasto_core::plan::{Plan, Step, Target};
@@ -25,6 +26,9 @@ pub(crate) struct RunningDoc {
     keys_moved: u64,
     pub(super) started_at_us: u64,
     targets: Vec<TargetDoc>,
+    /// What was estimated before it began.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    estimate: Option<Estimate>,
 }
 
 #[derive(Serialize)]
@@ -75,6 +79,7 @@ pub(crate) fn running_of(catalog: &Catalog) -> Option<RunningDoc> {
         keys_moved: 0,
         started_at_us: plan.started_at_us,
         targets: plan.targets.iter().map(target).collect(),
+        estimate: plan.estimate.clone(),
     })
 }
 
