@@ -5,6 +5,7 @@ pub(crate) mod bucket;
 pub(crate) mod cluster;
 pub(crate) mod keyspace;
 pub(crate) mod operation;
+mod plan;
 pub(crate) mod resize;
 
 use serde_json::Value;

@@ -32,6 +32,7 @@ pub struct Estimate {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskNeed {
     /// The node.
+    #[serde(rename = "node_id")]
     pub node: NodeId,
     /// Bytes.
     pub bytes: u64,
