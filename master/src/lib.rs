@@ -11,7 +11,7 @@
 //! Where to start reading: [`Master::start`] in `server`, then `state` (synchronous; what the
 //! master knows and decides), `driver` (one task per keyspace, the only writer of its catalog),
 //! `session` (nodes), `service` and `api` (people), `view` (the JSON for scripts), `loads` and
-//! `placement` (which node gets which replica), `forecast` (what a resize moves and needs).
+//! `placement` (which node gets which replica), `forecast` (what a change moves and needs).
 //!
 //! Modules import downwards only: `placement`, `loads`, `metrics` < `state` < `forecast`, `cluster`
 //! < `driver`, `upkeep`, `view` < `api` < `service`, `session`, `gauges` < `server`.
