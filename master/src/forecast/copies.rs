@@ -30,7 +30,7 @@ pub(crate) struct DrainForecast {
 }
 
 /// One replica that is made anew.
-struct Copy<'a> {
+struct Copying<'a> {
     keyspace: &'a Keyspace,
     shard: &'a ShardPlacement,
     /// The live replica that gives its checkpoint, if there is one.
@@ -76,7 +76,7 @@ pub(crate) fn drain(
             }
             let source = source_of(state, keyspace, shard);
             let weight = weighed.get(&(then.keyspace, shard.shard));
-            let copy = Copy { keyspace, shard, source, weight, to, leaving: drain.node };
+            let copy = Copying { keyspace, shard, source, weight, to, leaving: drain.node };
             copy.add_to(&mut part, paces);
             if let Some(to) = to {
                 let of_node: &mut (usize, u64) = taken.entry(to).or_default();
@@ -151,7 +151,7 @@ impl Copied {
     }
 }
 
-impl Copy<'_> {
+impl Copying<'_> {
     /// Adds this replica to the part of its keyspace.
     fn add_to(&self, part: &mut Forecast, paces: &Paces) {
         let Self { keyspace, shard, source, weight, to, leaving } = *self;

@@ -79,8 +79,9 @@ impl Engine {
             }
             keeps
         };
-        let spots = self.spots()?;
-        let each = |all: usize| all.div_ceil(spots.len().max(1));
+        // The beginning too: all of the data may lie before the second place.
+        let spots: Vec<Vec<u8>> = std::iter::once(Vec::new()).chain(self.spots()?).collect();
+        let each = |all: usize| all.div_ceil(spots.len());
         let (walk, _) = self.walk_at(&spots, each(rows), each(bytes), take)?;
         Ok(Sample { rows: taken.into_inner(), walk })
     }
