@@ -135,7 +135,7 @@ async fn forecast(
 ) -> Forecast {
     let as_it_is = request.from_bucket || request.at_us.is_some();
     let restored = Restored { tip, then, nodes, as_it_is };
-    let shards = restored.from_the_bucket(&cluster.state());
+    let shards = restored.known_by_the_bucket(&cluster.state());
     let deadline = tokio::time::Instant::now() + WEIGHING_PATIENCE;
     let mut weighed = Weighed::new();
     for shard in shards {

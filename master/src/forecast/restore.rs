@@ -46,7 +46,7 @@ impl Restored<'_> {
     }
 
     /// Returns the shards of which only the bucket says what a restore reads.
-    pub(crate) fn from_the_bucket(&self, state: &ClusterState) -> Vec<ShardId> {
+    pub(crate) fn known_by_the_bucket(&self, state: &ClusterState) -> Vec<ShardId> {
         let shards = self.then.placement.iter().map(|shard| shard.shard);
         shards.filter(|shard| self.ships_first(state, *shard).is_none()).collect()
     }

@@ -285,14 +285,14 @@ fn a_restore_reads_what_its_nodes_ship_first_or_what_the_bucket_holds() {
     let (state, _) = state(&catalog, &reports, 3, 50 * GIB);
     let nodes = [vec![NodeId(3)], vec![NodeId(2)]];
     let restored = |as_it_is| Restored { tip: &catalog, then: &catalog, nodes: &nodes, as_it_is };
-    assert_eq!(restored(false).from_the_bucket(&state), []);
+    assert_eq!(restored(false).known_by_the_bucket(&state), []);
     let now = restore(&state, &restored(false), &Weighed::new(), &Paces::default());
     let list = 2_000 + 10 * 150;
     assert_eq!(now.bytes_moved, 60 * MIB + list + 120 * MIB);
     assert_eq!((now.bytes_from_bucket, now.sources.len()), (now.bytes_moved, 2));
     assert_eq!(now.disk[&NodeId(3)], 60 * MIB + list);
 
-    assert_eq!(restored(true).from_the_bucket(&state), [ShardId(0), ShardId(1)]);
+    assert_eq!(restored(true).known_by_the_bucket(&state), [ShardId(0), ShardId(1)]);
     let weight = Weight { files: 3, file_bytes: 10 * MIB, chunks: 5, chunk_bytes: MIB };
     let weighed: Weighed = [((KeyspaceId(1), ShardId(1)), weight)].into();
     let then = restore(&state, &restored(true), &weighed, &Paces::default());

@@ -108,7 +108,7 @@ impl Engine {
             else {
                 continue;
             };
-            if first >= META_PREFIX {
+            if first == META_PREFIX {
                 continue;
             }
             let entries = file.num_entries.saturating_sub(2 * file.num_deletions);
