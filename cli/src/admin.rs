@@ -5,6 +5,7 @@ pub(crate) mod bucket;
 pub(crate) mod cluster;
 pub(crate) mod keyspace;
 pub(crate) mod operation;
+mod plan;
 mod rebalance;
 pub(crate) mod resize;
 

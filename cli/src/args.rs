@@ -265,6 +265,9 @@ pub(crate) struct KeyspaceRestore {
     /// What the bucket holds is enough: no node is asked to ship first what it has
     #[arg(long)]
     pub from_bucket: bool,
+    /// Only tell what would be read, what it takes, and whether it would be refused
+    #[arg(long, conflicts_with = "no_wait")]
+    pub plan: bool,
     /// Start it and return; follow it with `vasto operation show`
     #[arg(long)]
     pub no_wait: bool,
@@ -326,6 +329,9 @@ pub(crate) struct NodeReplace {
     /// Say that you mean it
     #[arg(long)]
     pub yes: bool,
+    /// Only tell what would move, what it takes, and whether it would be refused
+    #[arg(long, conflicts_with_all = ["no_wait", "accept_loss"])]
+    pub plan: bool,
     /// Start it and return; follow it with `vasto operation show`
     #[arg(long)]
     pub no_wait: bool,
@@ -336,6 +342,9 @@ pub(crate) struct NodeReplace {
 pub(crate) struct NodeDrain {
     /// The node, as `vasto node list` names it
     pub node: String,
+    /// Only tell what would move, what it takes, and whether it would be refused
+    #[arg(long, conflicts_with = "no_wait")]
+    pub plan: bool,
     /// Start it and return; follow it with `vasto operation show`
     #[arg(long)]
     pub no_wait: bool,

@@ -25,9 +25,9 @@ pub use keyspace::{
     Quarantine, QuarantinesLeft, ReplicaStatus, RetiredReplica, ShardPlacement,
 };
 pub use operation::{
-    AbsentNode, NodeDisk, Operation, OperationSource, OperationState, OperationTarget,
-    OperationTrouble, PlannedMove, ReachedLog, RebalancePlan, RebalanceSource, ResizeCost,
-    ResizePlan, ResizeRequests, ResizeSource, ShardsOrNode, WritePauseMs,
+    AbsentNode, ChangeCost, ChangePlan, ChangeRequests, ChangeSource, NodeDisk, Operation,
+    OperationEstimate, OperationSource, OperationState, OperationTarget, OperationTrouble,
+    PlannedMove, ReachedLog, RebalancePlan, RebalanceSource, ShardsOrNode, WritePauseMs,
 };
 
 use crate::error::{Error, ErrorKind};
@@ -117,17 +117,20 @@ mod tests {
         assert_eq!(orders.operation.unwrap().bytes_total, Some(1_000));
         assert_eq!(pinned::<KeyspaceDescription>("keyspace describe, idle").operation, None);
         assert_eq!(pinned::<Vec<KeyspaceSummary>>("keyspace list").len(), 4);
-        let plan = pinned::<ResizePlan>("keyspace resize --plan");
+        let plan = pinned::<ChangePlan>("keyspace resize --plan");
         assert_eq!(
             (plan.kind.as_str(), plan.sources[1].bytes_to_read, plan.requests.get),
             ("grow", 349_525, 4)
         );
         assert_eq!((plan.disk_needed[0].free, plan.refused), (None, None));
+        assert_eq!(plan.from, Some(ShardsOrNode::Shards(2)));
         assert_eq!(pinned::<CommandedNodes>("keyspace compact").nodes.len(), 2);
         assert_eq!(pinned::<CommandedNodes>("keyspace checkpoint").keyspace, "one");
         assert_eq!(pinned::<EvictedReplica>("keyspace evict").state, "draining");
         assert!(pinned::<DeletedKeyspace>("keyspace delete").shipped);
-        assert_eq!(pinned::<Operation>("keyspace restore").without[0].shards, [0]);
+        let restore = pinned::<Operation>("keyspace restore");
+        assert_eq!(restore.without[0].shards, [0]);
+        assert_eq!(restore.estimate.map(|estimate| estimate.objects_read), Some(2));
 
         let nodes: Vec<NodeStatus> = pinned("node list");
         assert_eq!((nodes.len(), nodes[0].disk_free, &nodes[3].address), (5, Some(1 << 20), &None));

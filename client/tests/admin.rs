@@ -166,6 +166,13 @@ async fn a_resize_is_waited_for() {
     let plan = vasto.plan_resize("ks1", 5).await.unwrap();
     assert!(plan.moving_fraction == 0.2 && plan.json().contains("moving_fraction"));
     assert!(cluster.state.lock().calls.last().unwrap().contains("plan_only: true"));
+    cluster.answer("restore_keyspace", Ok(r#"{"kind":"restore","bytes_moved":7}"#));
+    assert_eq!(vasto.plan_restore("ks1", "ks2", None, true).await.unwrap().bytes_moved, 7);
+    cluster
+        .answer("empty_node", Ok(r#"{"kind":"replace","from":"n-1","to":null,"refused":"full"}"#));
+    let plan = vasto.plan_emptying_node("n-1", None, false).await.unwrap();
+    assert_eq!((plan.refused.as_deref(), &plan.to), (Some("full"), &None));
+    assert!(cluster.state.lock().calls.last().unwrap().contains("plan_only: true"));
     assert_eq!(vasto.plan_resize("ks1", 65).await.unwrap_err().kind(), ErrorKind::InvalidArgument);
 }
 

@@ -67,6 +67,19 @@ impl Band {
         next_jump_from(partition_hash, shard).map(Band::of_next_jump)
     }
 
+    /// Returns the share of a shard's keys that lie in this band while the keyspace has `shards`
+    /// shards; 0 of a band whose keys have left. A key leaves at the count `n` with a probability
+    /// of `1/n`, so `shards/n` of them are still there at `n` shards.
+    pub fn share(self, shards: u32) -> f64 {
+        let first = Band::of_next_jump(u64::from(shards));
+        let left = |edge: u32| f64::from(shards.max(1)) / f64::from(edge.max(shards).max(1));
+        match self {
+            band if band < first => 0.0,
+            Band::LAST => left(Band::LAST.low_edge()),
+            band => left(band.low_edge()) - left(Band(band.0 + 1).low_edge()),
+        }
+    }
+
     /// Iterates over all bands, in order.
     pub fn all() -> impl DoubleEndedIterator<Item = Band> {
         (Self::FIRST.0..=Self::LAST.0).map(Band)
@@ -196,6 +209,23 @@ mod tests {
             Err(ShardCountError::NotABandEdge { asked: 3000, below: 2048, above: 4096 })
         );
         assert_eq!(check_shard_count(80), Ok(80));
+    }
+
+    #[test]
+    fn the_shares_of_a_shard_add_up_and_hold_for_real_keys() {
+        for shards in [1, 3, 5, 16, 64, 128] {
+            let sum: f64 = Band::all().map(|band| band.share(shards)).sum();
+            assert!((sum - 1.0).abs() < 1e-9, "{shards}: {sum}");
+        }
+        assert_eq!(Band(5).share(5), 1.0 / 6.0);
+        assert_eq!(Band(4).share(5), 0.0);
+        let hashes = (0..40_000u64).map(|n| crate::hash::partition_hash(&n.to_le_bytes()));
+        let bands: Vec<Band> = hashes.map(|hash| Band::of_next_jump(jump(hash, 5).next)).collect();
+        for band in [5, 6, 9, 20, 70, 98] {
+            let found = bands.iter().filter(|of| of.0 == band).count() as f64 / bands.len() as f64;
+            let share = Band(band).share(5);
+            assert!((found - share).abs() < 0.01, "band {band}: {found} for {share}");
+        }
     }
 
     proptest! {

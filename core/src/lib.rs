@@ -19,7 +19,7 @@ pub mod limits;
 pub mod topology;
 
 pub use band::Band;
-pub use control::{balance, catalog, operation, plan, reconcile, report};
+pub use control::{balance, catalog, estimate, operation, plan, reconcile, report, stored};
 pub use error::{ErrorCode, VastoError};
 pub use format::{codec, entry, merge, record, stored_key};
 pub use ids::{

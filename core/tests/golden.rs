@@ -345,6 +345,7 @@ fn catalog() -> Catalog {
         floor: None,
         paused: false,
         max_rate: None,
+        estimate: None,
     });
     catalog.quarantines = vec![Quarantine {
         plan: PlanId(2),

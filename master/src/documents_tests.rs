@@ -81,6 +81,7 @@ fn ended(
         copies: 0,
         shard: None,
         failed_on: Vec::new(),
+        estimate: None,
     }
 }
 
@@ -153,6 +154,7 @@ fn users(drain: &NodeDrain) -> Catalog {
         floor: None,
         paused: false,
         max_rate: None,
+        estimate: None,
     });
     catalog
 }

@@ -12,11 +12,11 @@
 //! master knows and decides), `driver` (one task per keyspace, the only writer of its catalog),
 //! `session` (nodes), `service` and `api` (people), `view` (the JSON for scripts), `loads` and
 //! `placement` (which node gets which replica), `balancer` (moves until the nodes are even),
-//! `forecast` and `moves_forecast` (what a resize and a rebalance move and need).
+//! `forecast` (what a change moves and needs).
 //!
-//! Modules import downwards only: `placement`, `loads`, `metrics` < `state` < `forecast`,
-//! `moves_forecast`, `cluster` < `driver`, `upkeep`, `observer`, `view` < `api` < `balancer`,
-//! `service`, `session`, `gauges` < `server`.
+//! Modules import downwards only: `placement`, `loads`, `metrics` < `state` < `forecast`, `cluster`
+//! < `driver`, `upkeep`, `observer`, `view` < `api` < `balancer`, `service`, `session`, `gauges`
+//! < `server`.
 
 mod api;
 mod balancer;
@@ -28,7 +28,6 @@ mod forecast;
 mod gauges;
 mod loads;
 mod metrics;
-mod moves_forecast;
 mod observer;
 mod placement;
 mod server;

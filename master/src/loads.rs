@@ -6,7 +6,8 @@
 
 use std::collections::BTreeMap;
 
-use vasto_core::catalog::Catalog;
+use vasto_core::catalog::{Catalog, KeyspaceState};
+use vasto_core::estimate::DiskNeed;
 use vasto_core::ids::{KeyspaceId, NodeId};
 use vasto_core::plan::Step;
 use vasto_core::report::Reports;
@@ -18,16 +19,23 @@ pub(crate) struct Load {
     pub(crate) replicas: usize,
     /// Replicas under construction among them.
     pub(crate) copying: usize,
-    /// Upper bound of the bytes that the replicas under construction will have.
+    /// Upper bound of the bytes that running plans will take there.
     pub(crate) promised: u64,
 }
 
-/// The part of a load that one replica causes.
+/// The part of a load that one replica causes, or the disk that a plan takes meanwhile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Share {
     node: NodeId,
+    replicas: usize,
     copying: bool,
     promised: u64,
+}
+
+impl Share {
+    fn of_disk(need: &DiskNeed) -> Self {
+        Self { node: need.node, replicas: 0, copying: false, promised: need.bytes }
+    }
 }
 
 /// The loads of all nodes.
@@ -65,9 +73,19 @@ impl Loads {
         places: impl IntoIterator<Item = (NodeId, u64)>,
         copying: bool,
     ) -> u64 {
-        let shares = places.into_iter();
-        let shares: Vec<Share> =
-            shares.map(|(node, promised)| Share { node, copying, promised }).collect();
+        self.hold_with_disk(places, copying, &[])
+    }
+
+    /// Holds places as [`Self::hold`] does, and the disk that a plan takes while it runs.
+    pub(crate) fn hold_with_disk(
+        &mut self,
+        places: impl IntoIterator<Item = (NodeId, u64)>,
+        copying: bool,
+        disk: &[DiskNeed],
+    ) -> u64 {
+        let places = places.into_iter();
+        let places = places.map(|(node, promised)| Share { node, replicas: 1, copying, promised });
+        let shares: Vec<Share> = places.chain(disk.iter().map(Share::of_disk)).collect();
         shares.iter().for_each(|share| self.add(*share));
         self.last_hold += 1;
         self.held.insert(self.last_hold, shares);
@@ -81,17 +99,17 @@ impl Loads {
 
     fn add(&mut self, share: Share) {
         let load = self.nodes.entry(share.node).or_default();
-        load.replicas += 1;
+        load.replicas += share.replicas;
         load.copying += usize::from(share.copying);
         load.promised = load.promised.saturating_add(share.promised);
     }
 
     fn subtract(&mut self, share: Share) {
         let Some(load) = self.nodes.get_mut(&share.node) else { return };
-        load.replicas -= 1;
+        load.replicas -= share.replicas;
         load.copying -= usize::from(share.copying);
         load.promised = load.promised.saturating_sub(share.promised);
-        if load.replicas == 0 {
+        if *load == Load::default() {
             self.nodes.remove(&share.node);
         }
     }
@@ -111,23 +129,33 @@ fn shares_of(catalog: &Catalog, reports: &Reports) -> Vec<Share> {
     let adding =
         || catalog.plans().filter(|plan| plan.adds_member() && plan.step != Step::Committed);
     let is_target = |id| adding().flat_map(|plan| &plan.targets).any(|target| target.replica == id);
+    // In the catalog, so that it counts before any node has reported to this master.
+    let runs = catalog
+        .plan
+        .iter()
+        .filter(|plan| catalog.state == KeyspaceState::Active && plan.step != Step::Committed);
+    let disk = runs.filter_map(|plan| plan.estimate.as_ref()).flat_map(|estimate| &estimate.disk);
     let members = catalog.members().into_iter();
     members
         .map(|(shard, member, _)| match is_target(member.replica) {
             true => Share {
                 node: member.node,
+                replicas: 1,
                 copying: true,
                 promised: shard_bytes(catalog, shard, reports),
             },
-            false => Share { node: member.node, copying: false, promised: 0 },
+            false => Share { node: member.node, replicas: 1, copying: false, promised: 0 },
         })
+        .chain(disk.map(Share::of_disk))
         .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vasto_core::catalog::{KeyspaceSpec, KeyspaceState};
+    use vasto_core::catalog::KeyspaceSpec;
+    use vasto_core::estimate::Estimate;
+    use vasto_core::reconcile::start_resize;
 
     fn catalog(id: u64, nodes: &[u64]) -> Catalog {
         let nodes: Vec<NodeId> = nodes.iter().map(|id| NodeId(*id)).collect();
@@ -153,6 +181,28 @@ mod tests {
             &Reports::new(),
         );
         loads.forget(KeyspaceId(2));
+        assert!(loads.nodes.is_empty());
+    }
+
+    #[test]
+    fn the_disk_of_a_running_resize_is_promised_until_it_has_committed() {
+        let mut loads = Loads::default();
+        let disk = |bytes| DiskNeed { node: NodeId(1), bytes };
+        let mut growing =
+            start_resize(&catalog(1, &[1]), 2, &[vec![NodeId(2)]], 9, 9).expect("it may grow");
+        let plan = growing.plan.as_mut().expect("it has begun");
+        plan.estimate = Some(Estimate { disk: vec![disk(70)], ..Estimate::default() });
+        let hold = loads.hold_with_disk([(NodeId(2), 0)], false, &[disk(70)]);
+        assert_eq!((loads.of(NodeId(1)).promised, loads.of(NodeId(1)).replicas), (70, 0));
+        loads.count(&growing, &Reports::new());
+        loads.give_back(hold);
+        assert_eq!(loads.of(NodeId(1)), Load { replicas: 1, copying: 0, promised: 70 });
+        if let Some(plan) = &mut growing.plan {
+            plan.step = Step::Committed;
+        }
+        loads.count(&growing, &Reports::new());
+        assert_eq!(loads.of(NodeId(1)).promised, 0);
+        loads.forget(KeyspaceId(1));
         assert!(loads.nodes.is_empty());
     }
 }

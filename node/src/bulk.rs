@@ -27,6 +27,8 @@ use vasto_core::plan::Plan;
 use vasto_shipping::Pacer;
 use vasto_shipping::bucket::Bucket;
 
+use crate::rates;
+
 /// Part of a second for which bytes may pass ahead of the rate: pieces are smaller than a timer is
 /// exact.
 const AHEAD: f64 = 0.05;
@@ -220,7 +222,11 @@ impl PlanGate {
     fn take(&self, bytes: u64) -> Duration {
         let (mut debt, mut budget) = (self.debt.lock(), self.shared.budget.lock());
         let now = Instant::now();
-        let wait = debt.wait(now).max(budget.wait(now));
+        let own = debt.wait(now);
+        if !own.is_zero() {
+            rates::held_up();
+        }
+        let wait = own.max(budget.wait(now));
         if wait.is_zero() {
             debt.add(bytes);
             budget.add(bytes);
@@ -239,6 +245,7 @@ impl Pacer for PlanGate {
         loop {
             if pace.borrow_and_update().paused {
                 was_paused = true;
+                rates::held_up();
                 // An error would mean that the sender is dropped, and `self` owns it.
                 let _ = pace.changed().await;
                 continue;

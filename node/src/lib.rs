@@ -16,6 +16,7 @@ mod manager;
 mod node;
 mod node_dir;
 mod open_files;
+mod rates;
 mod registry;
 mod reopen;
 mod replica;

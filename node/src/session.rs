@@ -33,6 +33,7 @@ use crate::clock::now_ms;
 use crate::command;
 use crate::manager::Manager;
 use crate::node_dir::{DirError, NodeDir, write_json};
+use crate::rates;
 use crate::registry::NodeRegistry;
 
 /// Longest pause between two attempts to reach the master.
@@ -342,10 +343,9 @@ async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessag
         let is_polled = !sparse.skips(context.registry.is_at_rest());
         for report in is_polled.then(|| context.manager.reports()).into_iter().flatten() {
             let key = (report.keyspace, report.replica);
-            if last.get(&key) != Some(&report) {
-                replicas.push(
-                    serde_json::to_string(&report).expect("plain data always has a JSON form"),
-                );
+            let before = last.get(&key);
+            if before != Some(&report) {
+                replicas.push(text_of(&report, before));
                 last.insert(key, report);
             }
         }
@@ -374,6 +374,12 @@ async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessag
             bucket: Some(bucket),
             bucket_trouble,
             sent_ms: now_ms(),
+            rates: Some(v1::Rates {
+                download: rates::DOWNLOADS.rate(),
+                rewrite: rates::REWRITES.rate(),
+                export: rates::EXPORTS.rate(),
+                upload: rates::UPLOADS.rate(),
+            }),
         };
         if to_master
             .send(v1::NodeMessage { message: Some(ToMaster::Report(report)) })
@@ -388,6 +394,16 @@ async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessag
             () = tokio::time::sleep(REPORT_INTERVAL) => {}
         }
     }
+}
+
+/// Returns the JSON of a report that follows another one of its session: the contents by band, most
+/// of it, are left out when they are the same.
+fn text_of(report: &ReplicaReport, before: Option<&ReplicaReport>) -> String {
+    let text = match before.is_some_and(|before| before.stored == report.stored) {
+        true => serde_json::to_string(&ReplicaReport { stored: None, ..report.clone() }),
+        false => serde_json::to_string(report),
+    };
+    text.expect("plain data always has a JSON form")
 }
 
 /// Returns the `(used, free)` bytes of the file system that holds the directory.

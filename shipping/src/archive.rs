@@ -12,7 +12,7 @@ use futures::{StreamExt, TryStreamExt};
 use vasto_core::ids::Vector;
 use vasto_core::{KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
 
-use crate::bucket::{Bucket, BucketError};
+use crate::bucket::{Bucket, BucketError, ObjectInfo};
 use crate::chunk::{self, Chunk, ChunkError, Says};
 use crate::envelope::EnvelopeError;
 use crate::layout::{self, Owner, Shipped};
@@ -105,8 +105,13 @@ pub async fn archives(
     keyspace: KeyspaceId,
     shard: ShardId,
 ) -> Result<BTreeMap<ReplicaId, ReplicaArchive>, ArchiveError> {
+    Ok(by_replica(&bucket.list(&layout::shard_prefix(keyspace, shard)).await?))
+}
+
+/// Divides the objects of a shard among its replicas.
+pub(crate) fn by_replica(objects: &[ObjectInfo]) -> BTreeMap<ReplicaId, ReplicaArchive> {
     let mut archives: BTreeMap<ReplicaId, ReplicaArchive> = BTreeMap::new();
-    for object in bucket.list(&layout::shard_prefix(keyspace, shard)).await? {
+    for object in objects {
         let Some((owner, shipped)) = layout::parse_shipped(&object.key) else { continue };
         let archive = archives.entry(owner.replica).or_default();
         match shipped {
@@ -125,7 +130,7 @@ pub async fn archives(
         archive.manifests.sort_unstable();
         archive.chunks.sort_unstable();
     }
-    Ok(archives)
+    archives
 }
 
 /// Reads the manifest under a key.

@@ -22,6 +22,7 @@ pub mod gc;
 pub mod layout;
 pub mod manifest;
 pub mod metrics;
+pub mod weight;
 
 pub use bucket::download::{self, DownloadError, DownloadProgress, Wanted, download};
 pub use bucket::{
@@ -36,3 +37,4 @@ pub use cost::Prices;
 pub use envelope::EnvelopeError;
 pub use export::{ExportManifest, ExportedTable};
 pub use manifest::{DatabaseFile, Manifest, ManifestFile};
+pub use weight::Weight;

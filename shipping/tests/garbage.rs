@@ -283,6 +283,7 @@ async fn what_is_young_or_in_use_is_never_deleted() {
         floor: None,
         paused: false,
         max_rate: None,
+        estimate: None,
     };
     let mut next = rig.catalog.next(2, 2);
     next.plan = Some(plan.clone());
@@ -329,6 +330,7 @@ async fn a_restore_that_was_cut_off_does_not_keep_its_source_for_ever() {
         floor: None,
         paused: false,
         max_rate: None,
+        estimate: None,
     });
     assert_eq!(rig.store.write(&copy).await.unwrap(), CatalogWrite::Won);
     // The name may be about to be bound.

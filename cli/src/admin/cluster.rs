@@ -7,7 +7,7 @@ use vasto_client::{
     answer::{Bill, ClusterCheck, ClusterStatus, Finding, NodeStatus},
 };
 
-use super::{bytes, keyspace, print, rebalance, resize, text};
+use super::{bytes, keyspace, plan, print, rebalance, resize, text};
 use crate::{
     args::{Cluster, ClusterCommand, Node, NodeCommand},
     connect,
@@ -24,6 +24,15 @@ pub(crate) async fn node(args: &Node, format: OutputFormat) -> anyhow::Result<()
         NodeCommand::List => return list_nodes(&vasto, format).await,
         NodeCommand::Cordon(which) => return cordon(&vasto, &which.node, true, format).await,
         NodeCommand::Uncordon(which) => return cordon(&vasto, &which.node, false, format).await,
+        NodeCommand::Replace(replace) if replace.plan => {
+            let with = replace.with.as_deref();
+            let planned = vasto.plan_emptying_node(&replace.node, with, true).await;
+            return print(&planned.map_err(connect::failure)?, format, plan::text_of);
+        }
+        NodeCommand::Drain(drain) if drain.plan => {
+            let planned = vasto.plan_emptying_node(&drain.node, None, false).await;
+            return print(&planned.map_err(connect::failure)?, format, plan::text_of);
+        }
         NodeCommand::Replace(replace) if replace.accept_loss => (
             vasto.start_giving_up_node(&replace.node, replace.with.as_deref()).await,
             replace.no_wait,

@@ -7,7 +7,7 @@ use vasto_client::{
     answer::{KeyspaceDescription, KeyspaceSummary},
 };
 
-use super::{bytes, count, operation, print, resize, text};
+use super::{bytes, count, operation, plan, print, resize, text};
 use crate::{
     args::{Keyspace, KeyspaceCommand, KeyspaceCreate, KeyspaceRestore},
     connect,
@@ -79,6 +79,10 @@ async fn restore(
     format: OutputFormat,
 ) -> anyhow::Result<()> {
     let at_us = args.at.map(|at| u64::try_from(at.as_microsecond()).unwrap_or_default());
+    if args.plan {
+        let planned = vasto.plan_restore(&args.name, &args.into, at_us, args.from_bucket).await;
+        return print(&planned.map_err(connect::failure)?, format, plan::text_of);
+    }
     let started = match args.from_bucket {
         true => vasto.start_restore_from_bucket(&args.name, &args.into, at_us).await,
         false => vasto.start_restore(&args.name, &args.into, at_us).await,

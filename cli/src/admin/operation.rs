@@ -223,11 +223,21 @@ pub(crate) fn report(operation: &Operation) -> String {
             ),
         ),
     ];
+    let estimated = operation.estimate.iter().map(|estimate| {
+        let (moved, read) =
+            (bytes(Some(estimate.bytes_moved)), bytes(Some(estimate.bytes_from_bucket)));
+        let time = milliseconds(Some(estimate.duration_ms));
+        ("estimated", format!("{moved} moved, {read} from the bucket, {time}"))
+    });
     // Records after this LSN that had not been shipped are missing from the result.
     let reached = operation.reached.iter().map(|log| {
         ("log reached", format!("shard {}: LSN {} of replica {}", log.shard, log.lsn, log.replica))
     });
-    rows.into_iter().chain(reached).map(|(name, value)| format!("{name:<16} {value}\n")).collect()
+    rows.into_iter()
+        .chain(estimated)
+        .chain(reached)
+        .map(|(name, value)| format!("{name:<16} {value}\n"))
+        .collect()
 }
 
 #[cfg(test)]
@@ -245,7 +255,8 @@ mod tests {
         operation(
             json!({"id": "op-1-1", "kind": "grow", "keyspace": "users", "from": 2, "to": 3, "state": "done",
             "keys_moved": 372_553, "bytes_moved": 10_485_760, "bytes_from_bucket": 11_010_048, "bytes_from_peers": 2_048,
-            "objects_read": 12, "write_pause_ms": {"p50": 20.5, "p99": 31.0, "max": 35.25}, "duration_ms": 4_200}),
+            "objects_read": 12, "estimate": {"bytes_moved": 10_000_000, "bytes_from_bucket": 10_500_000, "duration_ms": 4_000},
+            "write_pause_ms": {"p50": 20.5, "p99": 31.0, "max": 35.25}, "duration_ms": 4_200}),
         )
     }
 
@@ -297,6 +308,7 @@ mod tests {
             "keys moved       372,553\n",
             "from the bucket  10.5 MiB in 12 reads\n",
             "write pause      p50 20.5 ms, p99 31.0 ms, max 35.25 ms\n",
+            "estimated        9.5 MiB moved, 10.0 MiB from the bucket, 4.00 s\n",
         ] {
             assert!(text.contains(part), "{part:?} is not in:\n{text}");
         }

@@ -7,7 +7,7 @@ use vasto_client::{
     answer::{PlannedMove, RebalancePlan},
 };
 
-use super::{print, resize, text};
+use super::{plan::amount, print, resize, text};
 use crate::{
     args::ClusterRebalance,
     connect,
@@ -64,7 +64,7 @@ fn estimate(plan: &RebalancePlan) -> String {
         format_count(plan.requests.get),
         format_count(plan.requests.put),
         text(Duration::try_from_secs_f64(plan.seconds).ok().map(format_duration)),
-        resize::amount(plan.cost.amount),
+        amount(plan.cost.amount),
         plan.cost.currency,
     );
     if let Some(reason) = &plan.refused {

@@ -7,19 +7,13 @@
 
 use std::time::{Duration, Instant};
 
-use vasto_client::{
-    Answer, ErrorKind, Operation, OperationState, Vasto,
-    answer::{QuarantinesLeft, ResizePlan},
-};
+use vasto_client::{Answer, ErrorKind, Operation, OperationState, Vasto, answer::QuarantinesLeft};
 
-use super::{operation, print, text};
+use super::{operation, plan, print, text};
 use crate::{
     args::KeyspaceResize,
     connect,
-    output::{
-        Failure, OutputFormat, ProgressLine, Unit, format_bytes, format_count, format_duration,
-        table,
-    },
+    output::{Failure, OutputFormat, ProgressLine, Unit, format_duration},
 };
 
 /// Interval between polls of the operation.
@@ -37,8 +31,8 @@ pub(crate) async fn run(
     format: OutputFormat,
 ) -> anyhow::Result<()> {
     if args.plan {
-        let plan = vasto.plan_resize(&args.name, args.shards).await.map_err(connect::failure)?;
-        return print(&plan, format, estimate);
+        let planned = vasto.plan_resize(&args.name, args.shards).await.map_err(connect::failure)?;
+        return print(&planned, format, plan::text_of);
     }
     if args.end_quarantine {
         tokio::select! {
@@ -227,54 +221,6 @@ fn summary(name: &str, ended: &Operation) -> String {
     format!("{name} {} after {}", ended.state, format_duration(took))
 }
 
-/// Formats a plan: the keys that move, the disk that is needed meanwhile, and what it costs.
-fn estimate(plan: &ResizePlan) -> String {
-    let rows = plan.sources.iter().map(|source| {
-        vec![
-            source.shard.to_string(),
-            source.node_id.clone(),
-            format_count(source.keys),
-            format_bytes(source.bytes),
-            format_bytes(source.bytes_to_read),
-        ]
-    });
-    let mut out = format!(
-        "{} from {} to {} shards: {:.1} % of the keys move; nothing was changed\n\n{}",
-        plan.keyspace,
-        plan.from,
-        plan.to,
-        plan.moving_fraction * 100.0,
-        table(&[">SHARD", "NODE", ">KEYS", ">BYTES", ">BYTES TO MOVE"], rows),
-    );
-    if !plan.disk_needed.is_empty() {
-        let rows = plan.disk_needed.iter().map(|disk| {
-            let free = text(disk.free.map(format_bytes));
-            vec![disk.node_id.clone(), format_bytes(disk.bytes), free]
-        });
-        out += &format!("\n{}", table(&["NODE", ">DISK NEEDED", ">FREE"], rows));
-    }
-    let requests = plan.requests;
-    out += &format!(
-        "\nin all about {} to the targets, {} from the bucket, {} reads and {} writes there, {}; {} {}\n",
-        format_bytes(plan.bytes_moved),
-        format_bytes(plan.bytes_from_bucket),
-        format_count(requests.get),
-        format_count(requests.put),
-        text(Duration::try_from_secs_f64(plan.seconds).ok().map(format_duration)),
-        amount(plan.cost.amount),
-        plan.cost.currency,
-    );
-    if let Some(reason) = &plan.refused {
-        out += &format!("it would be refused: {reason}\n");
-    }
-    out
-}
-
-/// Formats an amount of money, which may be far below a cent.
-pub(super) fn amount(amount: f64) -> String {
-    if amount == 0.0 || amount >= 0.01 { format!("{amount:.2}") } else { format!("{amount:.6}") }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -284,34 +230,6 @@ mod tests {
 
     fn operation(document: &Value) -> Operation {
         from_value(document.clone()).unwrap()
-    }
-
-    #[test]
-    fn an_estimate_names_what_each_source_gives() {
-        let plan = json!({"keyspace": "users", "from": 2, "to": 3, "moving_fraction": 0.3333,
-            "sources": [{"shard": 0, "node_id": "n-1", "keys": 1000, "bytes": 4096, "bytes_to_read": 1366},
-                        {"shard": 1, "node_id": "n-2", "keys": 1000, "bytes": 4096, "bytes_to_read": 1366}],
-            "bytes_moved": 2732, "bytes_from_bucket": 2732, "requests": {"get": 4, "put": 3}, "seconds": 2.0,
-            "disk_needed": [{"node_id": "n-3", "bytes": 5464, "free": 1_048_576}, {"node_id": "n-4", "bytes": 1}],
-            "cost": {"currency": "EUR", "amount": 0.000_017}, "refused": "n-3 needs more disk"});
-        let text = estimate(&from_value(plan.clone()).unwrap());
-        for part in [
-            "users from 2 to 3 shards: 33.3 % of the keys move; nothing was changed\n",
-            "SHARD  NODE   KEYS    BYTES  BYTES TO MOVE\n",
-            "    1  n-2   1,000  4.0 KiB        1.3 KiB\n",
-            "NODE  DISK NEEDED     FREE\n",
-            "n-3       5.3 KiB  1.0 MiB\n",
-            "n-4           1 B        -\n",
-            "in all about 2.7 KiB to the targets, 2.7 KiB from the bucket, 4 reads and 3 writes there, 2.00 s; \
-             0.000017 EUR\n",
-            "it would be refused: n-3 needs more disk\n",
-        ] {
-            assert!(text.contains(part), "{part:?} is not in:\n{text}");
-        }
-        let mut begins = plan;
-        begins["refused"] = Value::Null;
-        assert!(!estimate(&from_value(begins).unwrap()).contains("refused"));
-        assert_eq!([0.0, 0.01, 12.5].map(amount), ["0.00", "0.01", "12.50"]);
     }
 
     #[test]

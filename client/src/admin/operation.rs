@@ -6,7 +6,7 @@ use vasto_core::limits::{ADMIN_DEADLINE, check_keyspace_name};
 use vasto_proto::v1::{self, pace_operation_request::Pace};
 
 use crate::answer::{
-    Answer, Operation, OperationState, QuarantinesLeft, RebalancePlan, ResizePlan,
+    Answer, ChangePlan, Operation, OperationState, QuarantinesLeft, RebalancePlan,
 };
 use crate::client::Vasto;
 use crate::error::{Error, ErrorKind};
@@ -103,7 +103,7 @@ impl Vasto {
     ///
     /// # Errors
     /// `InvalidArgument` for a count that is illegal or that the keyspace has, `NotFound`.
-    pub async fn plan_resize(&self, name: &str, shards: u32) -> Result<Answer<ResizePlan>, Error> {
+    pub async fn plan_resize(&self, name: &str, shards: u32) -> Result<Answer<ChangePlan>, Error> {
         let request = resize_request(name, shards, true)?;
         self.master
             .call(Call::Ask, |mut master| async move { master.resize_keyspace(request).await })
@@ -161,6 +161,31 @@ impl Vasto {
         self.restore(name, into, at_us, true).await
     }
 
+    /// Returns what a restore would move and take, and whether it would be refused, without
+    /// starting it; with `from_bucket` that of [`Vasto::start_restore_from_bucket`].
+    ///
+    /// # Errors
+    /// `NotFound` and `AlreadyExists` as of [`Vasto::start_restore`]; `Unavailable` when the bucket
+    /// does not answer.
+    pub async fn plan_restore(
+        &self,
+        name: &str,
+        into: &str,
+        at_us: Option<u64>,
+        from_bucket: bool,
+    ) -> Result<Answer<ChangePlan>, Error> {
+        let request = v1::RestoreRequest {
+            name: name.to_owned(),
+            into: into.to_owned(),
+            at_us,
+            from_bucket,
+            plan_only: true,
+        };
+        self.master
+            .call(Call::AskLong, |mut master| async move { master.restore_keyspace(request).await })
+            .await
+    }
+
     async fn restore(
         &self,
         name: &str,
@@ -168,8 +193,13 @@ impl Vasto {
         at_us: Option<u64>,
         from_bucket: bool,
     ) -> Result<Answer<Operation>, Error> {
-        let request =
-            v1::RestoreRequest { name: name.to_owned(), into: into.to_owned(), at_us, from_bucket };
+        let request = v1::RestoreRequest {
+            name: name.to_owned(),
+            into: into.to_owned(),
+            at_us,
+            from_bucket,
+            plan_only: false,
+        };
         self.master
             .call(
                 Call::ChangeLong,
@@ -207,6 +237,29 @@ impl Vasto {
         self.empty_node(node, to, true, true).await
     }
 
+    /// Returns what [`Vasto::start_emptying_node`] would move and take, and whether it would be
+    /// refused, without starting it.
+    ///
+    /// # Errors
+    /// `NotFound` when the node has no replicas; `InvalidArgument` for what is no id of a node.
+    pub async fn plan_emptying_node(
+        &self,
+        node: &str,
+        to: Option<&str>,
+        replace: bool,
+    ) -> Result<Answer<ChangePlan>, Error> {
+        let request = v1::EmptyNodeRequest {
+            node_id: node.to_owned(),
+            to_node_id: to.unwrap_or_default().to_owned(),
+            replace,
+            accept_loss: false,
+            plan_only: true,
+        };
+        self.master
+            .call(Call::Ask, |mut master| async move { master.empty_node(request).await })
+            .await
+    }
+
     async fn empty_node(
         &self,
         node: &str,
@@ -215,8 +268,13 @@ impl Vasto {
         accept_loss: bool,
     ) -> Result<Answer<Operation>, Error> {
         let to_node_id = to.unwrap_or_default().to_owned();
-        let request =
-            v1::EmptyNodeRequest { node_id: node.to_owned(), to_node_id, replace, accept_loss };
+        let request = v1::EmptyNodeRequest {
+            node_id: node.to_owned(),
+            to_node_id,
+            replace,
+            accept_loss,
+            plan_only: false,
+        };
         self.master
             .call(Call::Change, |mut master| async move { master.empty_node(request).await })
             .await

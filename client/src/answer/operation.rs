@@ -118,6 +118,24 @@ pub struct Operation {
     /// Ends of the logs that were read from the bucket; later records are missing from the result.
     #[serde(default)]
     pub reached: Vec<ReachedLog>,
+    /// What was estimated before it began.
+    pub estimate: Option<OperationEstimate>,
+}
+
+/// What was estimated of an operation before it began, beside what has happened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct OperationEstimate {
+    /// Of [`Operation::bytes_moved`].
+    pub bytes_moved: u64,
+    /// Of [`Operation::bytes_from_bucket`].
+    pub bytes_from_bucket: u64,
+    /// Of [`Operation::objects_read`].
+    pub objects_read: u64,
+    /// Number of PUTs.
+    pub objects_written: u64,
+    /// Of [`Operation::duration_ms`], milliseconds.
+    pub duration_ms: u64,
 }
 
 /// Why an operation does not go on.
@@ -226,35 +244,35 @@ pub struct ReachedLog {
     pub lsn: u64,
 }
 
-/// What a resize would move and take, by estimates.
+/// What a structural change would move and take, by estimates.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default)]
-pub struct ResizePlan {
-    /// The name of the keyspace.
+pub struct ChangePlan {
+    /// The name of the keyspace; several, separated by commas, of a change of a node.
     pub keyspace: String,
-    /// `grow` or `shrink`.
+    /// `grow`, `shrink`, `restore` or `replace`.
     pub kind: String,
-    /// Number of shards before.
-    pub from: u32,
-    /// Number of shards after.
-    pub to: u32,
-    /// The share of the keys that move, in `0.0..=1.0`.
+    /// The number of shards before, or the node that is emptied.
+    pub from: Option<ShardsOrNode>,
+    /// The number of shards after, or the node that takes the replicas, if it was named.
+    pub to: Option<ShardsOrNode>,
+    /// Of a resize: the share of the keys that move, in `0.0..=1.0`.
     pub moving_fraction: f64,
-    /// The shards that keys move from.
-    pub sources: Vec<ResizeSource>,
-    /// Bytes of the moved keys that all replicas hold that receive them, compressed.
+    /// The shards that bytes come from.
+    pub sources: Vec<ChangeSource>,
+    /// Compressed bytes that the targets hold of what moves.
     pub bytes_moved: u64,
     /// Bytes that are read from the bucket.
     pub bytes_from_bucket: u64,
     /// Requests to the bucket.
-    pub requests: ResizeRequests,
+    pub requests: ChangeRequests,
     /// Disk that nodes need while it runs.
     pub disk_needed: Vec<NodeDisk>,
     /// How long it takes.
     pub seconds: f64,
     /// What the bucket's provider charges for it, at the configured prices.
-    pub cost: ResizeCost,
-    /// Why the resize would be refused now; `None` when it would begin.
+    pub cost: ChangeCost,
+    /// Why the change would be refused now; `None` when it would begin.
     pub refused: Option<String>,
 }
 
@@ -277,13 +295,13 @@ pub struct RebalancePlan {
     /// Bytes that are read from the bucket.
     pub bytes_from_bucket: u64,
     /// Requests to the bucket.
-    pub requests: ResizeRequests,
+    pub requests: ChangeRequests,
     /// Disk that nodes need for it.
     pub disk_needed: Vec<NodeDisk>,
     /// How long it takes.
     pub seconds: f64,
     /// What the bucket's provider charges for it, at the configured prices.
-    pub cost: ResizeCost,
+    pub cost: ChangeCost,
     /// Why it would be refused now; `None` when it would begin.
     pub refused: Option<String>,
 }
@@ -320,17 +338,17 @@ pub struct RebalanceSource {
     pub bytes: u64,
 }
 
-/// Requests to the bucket that a resize sends.
+/// Requests to the bucket that a change sends.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
-pub struct ResizeRequests {
+pub struct ChangeRequests {
     /// Requests that read.
     pub get: u64,
     /// Requests that write.
     pub put: u64,
 }
 
-/// Disk that a node needs while a resize runs.
+/// Disk that a node needs while a change runs.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct NodeDisk {
@@ -342,29 +360,31 @@ pub struct NodeDisk {
     pub free: Option<u64>,
 }
 
-/// What a resize costs.
+/// What a change costs.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default)]
-pub struct ResizeCost {
+pub struct ChangeCost {
     /// The currency, as configured.
     pub currency: String,
     /// The amount.
     pub amount: f64,
 }
 
-/// Share of one shard in a resize: the keys and bytes that it gives away.
+/// Share of one shard in a change.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
-pub struct ResizeSource {
+pub struct ChangeSource {
+    /// The name of its keyspace.
+    pub keyspace: String,
     /// Its number.
     pub shard: u32,
-    /// The node that gives them away, `n-…`.
-    pub node_id: String,
+    /// The node that gives the bytes, `n-…`; `None` when the bucket alone has them.
+    pub node_id: Option<String>,
     /// The estimated number of its keys.
     pub keys: u64,
     /// Its bytes on disk.
     pub bytes: u64,
-    /// Bytes that must be read for the keys that move.
+    /// Bytes that must be read of it.
     pub bytes_to_read: u64,
 }
 

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use crate::band::Band;
+use crate::control::estimate::Estimate;
 use crate::control::operation::{OperationOutcome, OperationReport};
 use crate::control::plan::Plan;
 use crate::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
@@ -132,6 +133,9 @@ pub struct NodeDrain {
     /// those in time.
     #[serde(default, skip_serializing_if = "is_nothing")]
     pub moved: Moved,
+    /// What was estimated of the drain in this keyspace when it began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub estimate: Option<Estimate>,
 }
 
 fn is_zero(replica: &ReplicaId) -> bool {
@@ -145,7 +149,15 @@ fn is_nothing(moved: &Moved) -> bool {
 impl NodeDrain {
     /// Creates the drain of a node, beginning at `since_us`.
     pub fn new(node: NodeId, replace: bool, since_us: u64) -> Self {
-        Self { node, to: None, replace, since_us, accept_loss: false, moved: Moved::default() }
+        Self {
+            node,
+            to: None,
+            replace,
+            since_us,
+            accept_loss: false,
+            moved: Moved::default(),
+            estimate: None,
+        }
     }
 
     /// Returns the id of the operation that drains the node, the same in every keyspace.

@@ -1,12 +1,14 @@
 //! The control plane, pure: what a keyspace is to be (`spec`, `catalog`, `plan`), what replicas
-//! report (`report`), how operations ended (`operation`), and the rules that make the next catalog
-//! version of these (`reconcile`). `balance` decides which replicas move to even out the nodes.
-//! `retirement` tells retired shards from later ones.
+//! report (`report`, `stored`), what was expected of operations (`estimate`) and how they ended
+//! (`operation`), and the rules that make the next catalog version of these (`reconcile`). `balance`
+//! decides which replicas move to even out the nodes. `retirement` tells retired shards from later
+//! ones.
 //!
 //! **Invariant:** no data module depends on `reconcile`, which depends on all of them.
 
 pub mod balance;
 pub mod catalog;
+pub mod estimate;
 mod moving;
 pub mod operation;
 pub mod plan;
@@ -14,3 +16,4 @@ pub mod reconcile;
 pub mod report;
 mod retirement;
 mod spec;
+pub mod stored;

@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::control::estimate::Estimate;
 use crate::control::plan::PlanKind;
 use crate::control::report::PauseMs;
 use crate::ids::{KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
@@ -103,6 +104,9 @@ pub struct OperationReport {
     /// Nodes on which the operation failed: the next attempt is made elsewhere, if possible.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub failed_on: Vec<NodeId>,
+    /// What was estimated before it began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub estimate: Option<Estimate>,
 }
 
 impl Eq for OperationReport {}

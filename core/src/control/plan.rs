@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use crate::band::Band;
+use crate::control::estimate::Estimate;
 use crate::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use crate::record::BandRange;
 
@@ -137,6 +138,9 @@ pub struct Plan {
     /// it for the plan, bytes a second; `None` sets none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_rate: Option<u64>,
+    /// What was estimated when the plan began; `None` of a plan that began by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub estimate: Option<Estimate>,
 }
 
 fn is_false(value: &bool) -> bool {
@@ -270,6 +274,7 @@ mod tests {
             floor: None,
             paused: false,
             max_rate: Some(1_000),
+            estimate: None,
         }
     }
 

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::control::plan::PinnedManifest;
+use crate::control::stored::Stored;
 use crate::ids::{CatalogVersion, Incarnation, KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
 
 /// Phase of a replica.
@@ -65,6 +66,10 @@ pub struct ReplicaReport {
     /// Its replication state among the replicas of its shard.
     #[serde(default)]
     pub replication: ReplicationReport,
+    /// Its contents by band, for forecasts. `None` when nothing was measured yet, and in a report
+    /// that follows another one with the same contents.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored: Option<Stored>,
 }
 
 impl ReplicaReport {
@@ -93,6 +98,7 @@ impl ReplicaReport {
             target: None,
             cleaned: Vec::new(),
             replication: ReplicationReport::default(),
+            stored: None,
         }
     }
 

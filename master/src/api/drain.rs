@@ -3,25 +3,35 @@
 //! **Invariant:** the drain is in the catalogs of the keyspaces, and nowhere else, so any master
 //! continues it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
-use vasto_core::catalog::{Catalog, NodeDrain};
+use tokio::time::{Instant, timeout_at};
+use vasto_core::catalog::NodeDrain;
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::KeyspaceId;
-use vasto_core::reconcile::concerns;
+use vasto_core::operation::OperationKind;
 use vasto_proto::v1;
+use vasto_shipping::weight::{Reading, weigh};
 
 use super::answer::{Answer, no_operation, not_found, refused};
 use super::ask;
 use super::node::{cordon, node_of};
 use crate::cluster::{Cluster, now_us};
 use crate::driver::has_ended;
-use crate::placement::Shut;
+use crate::forecast::Forecast;
+use crate::forecast::copies::{DrainForecast, Weighed, drain as forecast_of, from_the_bucket};
+use crate::forecast::time::Paces;
 use crate::state::{CatalogChange, ClusterState};
 use crate::view::drain::drain_by;
+use crate::view::estimate::{Asked, ShardsOrNode, estimate};
 use crate::view::{self, Sorted, json};
 
-/// Begins to move all replicas of a node elsewhere.
+/// How long the bucket has to list and read what a forecast needs.
+const WEIGHING_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Begins to move all replicas of a node elsewhere, or only plans it.
 pub(crate) async fn drain(cluster: &Arc<Cluster>, request: v1::EmptyNodeRequest) -> Answer {
     let node = node_of(&request.node_id)?;
     let to =
@@ -29,17 +39,31 @@ pub(crate) async fn drain(cluster: &Arc<Cluster>, request: v1::EmptyNodeRequest)
     let accept_loss = request.accept_loss && request.replace;
     let drain = NodeDrain { to, accept_loss, ..NodeDrain::new(node, request.replace, now_us()) };
     cluster.refresh_settings().await;
-    let concerned = check(&cluster.state(), &drain, now_us())?;
-    if concerned.is_empty() {
+    let possible = check(&cluster.state(), &drain);
+    if !request.plan_only {
+        possible.clone()?;
+    }
+    let DrainForecast { parts, refused } = forecast(cluster, &drain).await;
+    if parts.is_empty() {
         let message = format!(
             "node {node} has no replicas; there is nothing to move; keep it so with `vasto node cordon {node}`"
         );
         return Err(not_found(message));
     }
+    let mut all = Forecast::default();
+    parts.values().cloned().for_each(|part| all.add(part));
+    let room = || all.check_room(&cluster.state()).map_err(VastoError::from);
+    let possible = possible.and_then(|()| refused.map_or(Ok(()), Err)).and_then(|()| room());
+    if request.plan_only {
+        let refused = possible.err().map(|error| error.message);
+        return Ok(planned(cluster, &drain, &parts, &all, refused));
+    }
+    possible?;
     // The drained node must not get new replicas: neither of new keyspaces nor copies of others.
     cordon(cluster, node, true).await?;
-    for keyspace in concerned {
-        ask::change(cluster, keyspace, CatalogChange::DrainNode(drain.clone())).await?;
+    for (keyspace, part) in parts {
+        let drain = NodeDrain { estimate: Some(part.estimate()), ..drain.clone() };
+        ask::change(cluster, keyspace, CatalogChange::DrainNode(drain)).await?;
     }
     tracing::info!(%node, ?to, "moving all replicas of a node");
     let id = drain.operation_id();
@@ -47,12 +71,8 @@ pub(crate) async fn drain(cluster: &Arc<Cluster>, request: v1::EmptyNodeRequest)
         .ok_or_else(|| VastoError::new(ErrorCode::Internal, "the operation is not known any more"))
 }
 
-/// Returns the keyspaces with replicas on the node, when there is a target for each of them.
-fn check(
-    state: &ClusterState,
-    drain: &NodeDrain,
-    now_us: u64,
-) -> Result<Vec<KeyspaceId>, VastoError> {
+/// Checks the nodes that a drain names.
+fn check(state: &ClusterState, drain: &NodeDrain) -> Result<(), VastoError> {
     let NodeDrain { node, to, replace, .. } = *drain;
     if !replace && !state.is_live(node) {
         return Err(refused(format!(
@@ -71,29 +91,59 @@ fn check(
         );
         return Err(refused(message));
     }
-    let mut concerned = Vec::new();
-    for keyspace in state.active() {
-        let catalog = &keyspace.catalog;
-        let mut then = Catalog::clone(catalog);
-        then.draining_nodes.push(drain.clone());
-        for shard in &catalog.placement {
-            let staying = shard.replicas.iter().filter(|placed| placed.node != node).count();
-            let needs_copy =
-                staying < shard.replicas.len() && staying < then.spec.replicas as usize;
-            if needs_copy && state.copy_target(&then, shard.shard, now_us).is_none() {
-                return Err(refused(format!(
-                    "no other live node has room for shard {} of {}; start one with `vasto serve node`{}",
-                    shard.shard,
-                    then.name,
-                    Shut::of(&state.candidates(Some(&then)))
-                )));
+    Ok(())
+}
+
+/// Returns the forecast of a drain. What no replica can give is weighed in the bucket; when that
+/// does not answer in time, it counts as nothing.
+async fn forecast(cluster: &Cluster, drain: &NodeDrain) -> DrainForecast {
+    let lost = from_the_bucket(&cluster.state(), drain);
+    let deadline = Instant::now() + WEIGHING_PATIENCE;
+    let mut weighed = Weighed::new();
+    for (keyspace, shard, shipper) in lost {
+        let discarded = {
+            let state = cluster.state();
+            state.keyspaces.get(&keyspace).map(|keyspace| keyspace.catalog.discarded.clone())
+        };
+        let reading = Reading {
+            preferred: shipper.map(|placed| placed.replica),
+            discarded: discarded.as_deref().unwrap_or_default(),
+            ..Reading::default()
+        };
+        let weight = weigh(cluster.store.bucket(), keyspace, shard, reading);
+        match timeout_at(deadline, weight).await {
+            Ok(Ok(weight)) => drop(weighed.insert((keyspace, shard), weight)),
+            Ok(Err(error)) => tracing::info!(%error, %keyspace, "an archive cannot be weighed"),
+            Err(_) => {
+                tracing::info!(%keyspace, "the bucket is too slow to weigh archives");
+                break;
             }
         }
-        if concerns(catalog, drain) {
-            concerned.push(catalog.keyspace);
-        }
     }
-    Ok(concerned)
+    let state = cluster.state();
+    forecast_of(&state, drain, &weighed, now_us(), &Paces::of(&state))
+}
+
+/// Returns the plan of a drain.
+fn planned(
+    cluster: &Cluster,
+    drain: &NodeDrain,
+    parts: &BTreeMap<KeyspaceId, Forecast>,
+    all: &Forecast,
+    refused: Option<String>,
+) -> String {
+    let state = cluster.state();
+    let concerned = parts.keys().filter_map(|keyspace| state.keyspaces.get(keyspace));
+    let mut names: Vec<&str> = concerned.map(|keyspace| keyspace.catalog.name.as_str()).collect();
+    names.sort_unstable();
+    let asked = Asked {
+        keyspace: names.join(","),
+        kind: OperationKind::DrainNode,
+        from: Some(ShardsOrNode::Node(drain.node)),
+        to: drain.to.map(ShardsOrNode::Node),
+        refused,
+    };
+    json(&estimate(&state, asked, all, &cluster.settings.prices))
 }
 
 /// Cancels a drain: the node keeps the replicas that it still has.

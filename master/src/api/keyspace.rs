@@ -11,6 +11,7 @@ use vasto_core::ids::KeyspaceId;
 use vasto_core::limits::{
     KEPT_MS_MAX, REPLICAS_MAX, SHARDS_SERVED_MAX, check_keyspace_name, check_ttl_ms,
 };
+use vasto_core::operation::OperationKind;
 use vasto_core::reconcile::in_the_way;
 use vasto_core::report::ReplicaPhase;
 use vasto_proto::convert::ack_from_wire;
@@ -20,7 +21,10 @@ use super::answer::{ANSWER_WITHIN, Answer, find, invalid, not_found, refused, ta
 use super::{ask, ship};
 use crate::cluster::{Cluster, nonce, now_us};
 use crate::driver::{changed, install, start};
+use crate::forecast::resize::resize as forecast_of;
+use crate::forecast::time::Paces;
 use crate::state::{CatalogChange, Delivery};
+use crate::view::estimate::{Asked, ShardsOrNode, estimate};
 use crate::view::keyspace::{not_serving, summary};
 use crate::view::outcome::DeletedDoc;
 use crate::view::plan::running_of;
@@ -228,8 +232,19 @@ fn plan_resize(cluster: &Cluster, request: &v1::ResizeRequest, change: &CatalogC
     };
     let next = start(&state, keyspace, request.shards, now_us, 0).ok();
     let plan = next.as_ref().and_then(|next| next.plan.as_ref());
-    let prices = &cluster.settings.prices;
-    Ok(json(&view::estimate::estimate(&state, keyspace, request.shards, plan, refused, prices)))
+    let (catalog, to) = (&keyspace.catalog, request.shards);
+    let forecast = forecast_of(catalog, &keyspace.reports, to, plan, &Paces::of(&state));
+    let asked = Asked {
+        keyspace: catalog.name.clone(),
+        kind: match to < catalog.spec.shards {
+            true => OperationKind::Shrink,
+            false => OperationKind::Grow,
+        },
+        from: Some(ShardsOrNode::Shards(catalog.spec.shards)),
+        to: Some(ShardsOrNode::Shards(to)),
+        refused,
+    };
+    Ok(json(&estimate(&state, asked, &forecast, &cluster.settings.prices)))
 }
 
 /// Ends the quarantines that keep a keyspace from shrinking, and answers those that are still

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 use vasto_core::catalog::{Catalog, KeyspaceState, Placed};
 use vasto_core::error::VastoError;
 use vasto_core::ids::{KeyspaceId, NodeId, PlanId};
@@ -13,13 +13,20 @@ use vasto_core::limits::{ADMIN_DEADLINE, check_keyspace_name};
 use vasto_core::operation::{OperationKind, OperationOutcome};
 use vasto_core::plan::{Plan, PlanKind, Step, Target};
 use vasto_proto::v1;
+use vasto_shipping::weight::{Reading, weigh};
 
 use super::answer::{Answer, invalid, not_found, refused, taken, unavailable};
 use super::ship::{Absent, Shipped};
 use super::{ask, ship};
 use crate::cluster::{Cluster, nonce, now_us};
 use crate::driver::install;
+use crate::forecast::Forecast;
+use crate::forecast::copies::Weighed;
+use crate::forecast::restore::{Restored, restore as forecast_of};
+use crate::forecast::time::Paces;
+use crate::placement::place;
 use crate::state::{ClusterState, Delivery};
+use crate::view::estimate::{Asked, ShardsOrNode, estimate};
 use crate::view::outcome::RestoreDoc;
 use crate::view::plan::running_of;
 use crate::view::{Sorted, json};
@@ -29,7 +36,10 @@ const CHECKPOINT_FIRST: Duration = Duration::from_secs(20);
 /// The age of a restore time from which no node needs to ship first.
 const SHIPPED_AFTER: Duration = Duration::from_secs(600);
 
-/// Starts a new keyspace from the archive of another one.
+/// How long the bucket has to list and read what a forecast needs.
+const WEIGHING_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Starts a new keyspace from the archive of another one, or only plans it.
 pub(crate) async fn restore(cluster: &Arc<Cluster>, request: v1::RestoreRequest) -> Answer {
     check_keyspace_name(&request.into)?;
     if cluster.state().named(&request.into).is_some() {
@@ -43,6 +53,9 @@ pub(crate) async fn restore(cluster: &Arc<Cluster>, request: v1::RestoreRequest)
         );
         return Err(invalid(message));
     }
+    if request.plan_only {
+        return plan_restore(cluster, &request, &tip).await;
+    }
     let mut absent = Absent::default();
     if tip.state == KeyspaceState::Active && !request.from_bucket {
         absent = ship_first(cluster, &request).await?;
@@ -54,8 +67,22 @@ pub(crate) async fn restore(cluster: &Arc<Cluster>, request: v1::RestoreRequest)
     interrupted.map_err(|cause| unavailable(cause.to_string()))?;
     // One replica of each shard from the bucket; more are copied from it once it serves.
     let (nodes, held) = ask::places(cluster, then.spec.shards, 1)?;
+    let forecast = forecast(cluster, &request, &tip, &then, &nodes).await;
+    let estimate = forecast.estimate();
+    let disk = {
+        let mut state = cluster.state();
+        forecast.check_room(&state)?;
+        state.loads.hold_with_disk([], false, &estimate.disk)
+    };
+    let held_disk = cluster.hold_places(disk);
     let (started_at_us, drawn) = (now_us(), nonce());
-    let build = |id: KeyspaceId| restoring(id, &request, &then, &nodes, started_at_us, drawn);
+    let build = |id: KeyspaceId| {
+        let mut first = restoring(id, &request, &then, &nodes, started_at_us, drawn);
+        if let Some(plan) = &mut first.plan {
+            plan.estimate = Some(estimate.clone());
+        }
+        first
+    };
     let what = format!("restoring {} into {}", request.name, request.into);
     let created = ask::first_version(cluster, &request.into, &what, ADMIN_DEADLINE, build).await?;
     tracing::info!(
@@ -66,8 +93,72 @@ pub(crate) async fn restore(cluster: &Arc<Cluster>, request: v1::RestoreRequest)
     );
     let started = RestoreDoc { operation: running_of(&created), without: absent.document() };
     install(cluster, created, Delivery::Push);
-    drop(held);
+    drop((held, held_disk));
     Ok(json(&Sorted(started)))
+}
+
+/// Answers what a restore would move and take. No node ships anything for it, so that the log which
+/// is not in the bucket yet counts as its nodes report it, or not at all of a time that is past.
+async fn plan_restore(
+    cluster: &Arc<Cluster>,
+    request: &v1::RestoreRequest,
+    tip: &Arc<Catalog>,
+) -> Answer {
+    let then = catalog_then(cluster, tip, request).await?;
+    cluster.refresh_settings().await;
+    let placed = place(then.spec.shards, 1, &cluster.state().candidates(None));
+    let nodes = placed.as_deref().unwrap_or_default();
+    let forecast = forecast(cluster, request, tip, &then, nodes).await;
+    let state = cluster.state();
+    let room = || forecast.check_room(&state).map_err(VastoError::from);
+    let possible =
+        placed.as_ref().map_err(|error| VastoError::from(error.clone())).and_then(|_| room());
+    let shards = then.spec.shards;
+    let asked = Asked {
+        keyspace: request.into.clone(),
+        kind: OperationKind::Restore,
+        from: Some(ShardsOrNode::Shards(shards)),
+        to: Some(ShardsOrNode::Shards(shards)),
+        refused: possible.err().map(|error| error.message),
+    };
+    Ok(json(&estimate(&state, asked, &forecast, &cluster.settings.prices)))
+}
+
+/// Returns the forecast of a restore. What only the bucket holds is weighed there; when that does
+/// not answer in time, it counts as nothing.
+async fn forecast(
+    cluster: &Cluster,
+    request: &v1::RestoreRequest,
+    tip: &Catalog,
+    then: &Catalog,
+    nodes: &[Vec<NodeId>],
+) -> Forecast {
+    let as_it_is = request.from_bucket || request.at_us.is_some();
+    let restored = Restored { tip, then, nodes, as_it_is };
+    let shards = restored.known_by_the_bucket(&cluster.state());
+    let deadline = tokio::time::Instant::now() + WEIGHING_PATIENCE;
+    let mut weighed = Weighed::new();
+    for shard in shards {
+        let reading = Reading {
+            preferred: None,
+            discarded: &tip.discarded,
+            retirements: &then.retirements,
+            until_us: request.at_us,
+        };
+        let weight = weigh(cluster.store.bucket(), then.keyspace, shard, reading);
+        match timeout_at(deadline, weight).await {
+            Ok(Ok(weight)) => drop(weighed.insert((then.keyspace, shard), weight)),
+            Ok(Err(error)) => {
+                tracing::info!(%error, keyspace = then.name, "an archive cannot be weighed");
+            }
+            Err(_) => {
+                tracing::info!(keyspace = then.name, "the bucket is too slow to weigh archives");
+                break;
+            }
+        }
+    }
+    let state = cluster.state();
+    forecast_of(&state, &restored, &weighed, &Paces::of(&state))
 }
 
 /// Returns the catalog of the keyspace at the time of the restore.
@@ -137,6 +228,7 @@ fn restoring(
         floor: None,
         paused: false,
         max_rate: None,
+        estimate: None,
     });
     catalog.next_plan = PlanId(catalog.next_plan.0 + 1);
     catalog
@@ -269,6 +361,7 @@ mod tests {
             floor: None,
             paused: false,
             max_rate: None,
+            estimate: None,
         });
         let undone = abort(&half, "a node is away", &Reports::new(), 2_000, 2).unwrap();
         assert_eq!(undone.state, KeyspaceState::Deleted);

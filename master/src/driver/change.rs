@@ -14,7 +14,8 @@ use vasto_core::reconcile::{
     start_moves, start_resize, transfer_leadership,
 };
 
-use crate::forecast::Forecast;
+use crate::forecast::resize::resize;
+use crate::forecast::time::Paces;
 use crate::state::{CatalogChange, ClusterState, Keyspace};
 
 /// The reason of an operation that an administrator cancelled.
@@ -89,7 +90,8 @@ pub(crate) fn changed(
     }
 }
 
-/// Returns the version that starts a resize; refuses one that a node has no disk for.
+/// Returns the version that starts a resize, with its estimate; refuses one that a node has no disk
+/// for.
 fn resized(
     state: &ClusterState,
     keyspace: &Keyspace,
@@ -97,8 +99,13 @@ fn resized(
     now_us: u64,
     nonce: u64,
 ) -> Result<Catalog, VastoError> {
-    let next = start(state, keyspace, to, now_us, nonce)?;
-    Forecast::of(&keyspace.catalog, &keyspace.reports, to, next.plan.as_ref()).check_room(state)?;
+    let mut next = start(state, keyspace, to, now_us, nonce)?;
+    let Keyspace { catalog, reports, .. } = keyspace;
+    let forecast = resize(catalog, reports, to, next.plan.as_ref(), &Paces::of(state));
+    forecast.check_room(state)?;
+    if let Some(plan) = &mut next.plan {
+        plan.estimate = Some(forecast.estimate());
+    }
     Ok(next)
 }
 

@@ -137,13 +137,22 @@ impl Keyspace {
     }
 
     /// Takes a report; returns the replica when the catalog places it on another node.
-    pub(super) fn take(&mut self, node: NodeId, report: ReplicaReport) -> Result<(), ReplicaId> {
+    pub(super) fn take(
+        &mut self,
+        node: NodeId,
+        mut report: ReplicaReport,
+    ) -> Result<(), ReplicaId> {
         let replica = report.replica;
         if self.catalog.node_of(replica).is_some_and(|placed| placed != node) {
             return Err(replica);
         }
         self.behind |= report.version > self.catalog.version;
-        self.reporters.insert(replica, node);
+        let before = self.reporters.insert(replica, node);
+        // What is left out is what the same node said before.
+        if report.stored.is_none() && before == Some(node) {
+            report.stored =
+                self.reports.get_mut(&replica).and_then(|earlier| earlier.stored.take());
+        }
         self.reports.insert(replica, report);
         Ok(())
     }

@@ -20,6 +20,8 @@ pub(crate) struct Node {
     pub(crate) disk_used: u64,
     pub(crate) disk_free: u64,
     pub(crate) bucket: v1::BucketRequests,
+    /// How fast it moved bytes lately.
+    pub(crate) rates: v1::Rates,
     /// The fault that keeps the node from shipping; empty when there is none.
     pub(crate) bucket_trouble: String,
     /// The cluster that the node says it belongs to; empty when there is none yet.
@@ -63,6 +65,7 @@ impl Node {
             disk_used: 0,
             disk_free: 0,
             bucket: v1::BucketRequests::default(),
+            rates: v1::Rates::default(),
             bucket_trouble: String::new(),
             cluster_id: String::new(),
             heard_us: now_us,

@@ -159,6 +159,9 @@ impl ClusterState {
         if let Some(bucket) = &report.bucket {
             node.bucket = *bucket;
         }
+        if let Some(rates) = &report.rates {
+            node.rates = *rates;
+        }
         let mut odd = Vec::new();
         let mut touched = Vec::new();
         for replica in replicas {

@@ -3,7 +3,7 @@
 //! **Invariant:** places that a decision assigns are held until its write is known, so that no
 //! other decision counts on them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{NodeId, ReplicaId, ShardId};
@@ -53,14 +53,22 @@ impl ClusterState {
     }
 
     /// Returns the live node that could take one more replica of a shard, even if other copies to
-    /// it come first.
+    /// it come first; `taken` are the replicas and bytes that each node is to get before.
     pub(crate) fn copy_target(
         &self,
         catalog: &Catalog,
         shard: ShardId,
+        taken: &BTreeMap<NodeId, (usize, u64)>,
         now_us: u64,
     ) -> Option<NodeId> {
-        self.best(self.candidates(Some(catalog)).iter(), catalog, shard, now_us)
+        let mut candidates = self.candidates(Some(catalog));
+        for candidate in &mut candidates {
+            if let Some((replicas, bytes)) = taken.get(&candidate.node) {
+                candidate.replicas += replicas;
+                candidate.disk.promised = candidate.disk.promised.saturating_add(*bytes);
+            }
+        }
+        self.best(candidates.iter(), catalog, shard, now_us)
     }
 
     /// Returns the best candidate for one more replica of a shard: a node that has none of it, has
@@ -112,8 +120,8 @@ impl ClusterState {
         place(added, catalog.spec.replicas, &self.candidates(Some(catalog)))
     }
 
-    /// Holds the places that the next version assigns: until its write is known, other decisions
-    /// must not count on them. Returns `None` when it assigns none.
+    /// Holds the places and the disk that the next version assigns: until its write is known, other
+    /// decisions must not count on them. Returns `None` when it assigns none.
     pub(crate) fn hold_places(&mut self, next: &Catalog) -> Option<u64> {
         let keyspace = self.keyspaces.get(&next.keyspace)?;
         let before: Vec<ReplicaId> =
@@ -129,6 +137,12 @@ impl ClusterState {
             .filter(|(_, member, _)| !before.contains(&member.replica))
             .map(|(shard, member, _)| (member.node, promised(shard)))
             .collect();
-        (!new.is_empty()).then(|| self.loads.hold(new, copying))
+        let id_of = |catalog: &Catalog| catalog.plan.as_ref().map(|plan| plan.id);
+        let begins = id_of(next) != id_of(&keyspace.catalog);
+        let begun = next.plan.as_ref().filter(|_| begins);
+        let disk = begun.and_then(|plan| plan.estimate.as_ref());
+        let disk = disk.map(|estimate| estimate.disk.as_slice()).unwrap_or_default();
+        let holds = !new.is_empty() || !disk.is_empty();
+        holds.then(|| self.loads.hold_with_disk(new, copying, disk))
     }
 }

@@ -46,6 +46,7 @@ pub(crate) fn replica_report(replica: u64, version: u64) -> ReplicaReport {
         target: None,
         cleaned: Vec::new(),
         replication: vasto_core::report::ReplicationReport { ready: true, ..Default::default() },
+        stored: None,
     }
 }
 
@@ -322,13 +323,13 @@ fn a_node_gets_no_more_replicas_than_its_maximum() {
     let full = v1::Hello { max_replicas: 1, ..hello(3, "a:3") };
     state.connect(&full, false, 10).unwrap();
     let catalog = state.keyspaces[&KS].catalog.clone();
-    assert_eq!(state.copy_target(&catalog, ShardId(0), 1), Some(NodeId(3)));
+    assert_eq!(state.copy_target(&catalog, ShardId(0), &BTreeMap::new(), 1), Some(NodeId(3)));
     let mut more =
         Catalog::first(KeyspaceId(2), "ks2", KeyspaceSpec::default(), &[vec![NodeId(3)]], 1_000, 1);
     more.version = CatalogVersion(2);
     state.install(more, Delivery::Push);
     assert_eq!(
-        state.copy_target(&catalog, ShardId(0), 1),
+        state.copy_target(&catalog, ShardId(0), &BTreeMap::new(), 1),
         Some(NodeId(2)),
         "the other one is full"
     );
@@ -534,7 +535,7 @@ fn a_node_makes_few_copies_at_a_time() {
         state.loads.hold((3..=7).flat_map(|node| [(NodeId(node), 0); COPIES_PER_NODE_MAX]), true);
     assert!(matches!(state.decide(KeyspaceId(50), 100, 5_000, 3), Advance::Wait(_)));
     let catalog = state.keyspaces[&KeyspaceId(50)].catalog.clone();
-    assert!(state.copy_target(&catalog, ShardId(0), 5_000).is_some());
+    assert!(state.copy_target(&catalog, ShardId(0), &BTreeMap::new(), 5_000).is_some());
     state.loads.give_back(busy);
 }
 

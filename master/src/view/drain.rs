@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 use vasto_core::catalog::{Catalog, KeyspaceState, NodeDrain};
+use vasto_core::estimate::Estimate;
 use vasto_core::ids::{Lsn, NodeId, ReplicaId, ShardId};
 use vasto_core::operation::{OperationOutcome, OperationReport};
 use vasto_core::reconcile::so_far;
@@ -36,6 +37,9 @@ pub(crate) struct DrainDoc {
     duration_ms: u64,
     pub(super) started_at_us: u64,
     reached: Vec<ReachedDoc>,
+    /// What was estimated before it began, of all keyspaces together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    estimate: Option<Estimate>,
 }
 
 #[derive(Serialize)]
@@ -143,6 +147,7 @@ pub(crate) fn drain(state: &ClusterState, id: &str, now_us: u64) -> Option<Drain
         duration_ms: until_us.saturating_sub(since_us) / 1000,
         started_at_us: since_us,
         reached: figures.iter().flat_map(reached).collect(),
+        estimate: estimate_of(&figures),
     })
 }
 
@@ -167,6 +172,26 @@ fn progress(
         Some(aborted) => DrainProgress::Aborted { reason: aborted.reason.clone() },
         None => DrainProgress::Done,
     }
+}
+
+/// Adds the estimates of the keyspaces; they are drained side by side.
+fn estimate_of(figures: &[OperationReport]) -> Option<Estimate> {
+    let mut parts = figures.iter().filter_map(|report| report.estimate.clone());
+    let first = parts.next()?;
+    Some(parts.fold(first, |mut all, part| {
+        all.bytes_moved += part.bytes_moved;
+        all.bytes_from_bucket += part.bytes_from_bucket;
+        all.objects_read += part.objects_read;
+        all.objects_written += part.objects_written;
+        all.duration_ms = all.duration_ms.max(part.duration_ms);
+        for need in part.disk {
+            match all.disk.iter_mut().find(|other| other.node == need.node) {
+                Some(other) => other.bytes += need.bytes,
+                None => all.disk.push(need),
+            }
+        }
+        all
+    }))
 }
 
 fn ended_in<'a>(catalog: &'a Catalog, id: &str) -> Option<&'a OperationReport> {

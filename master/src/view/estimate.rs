@@ -1,25 +1,26 @@
-//! The plan of a resize, from what the nodes have reported: `keyspace resize --plan`.
+//! The plan of a structural change, from what is known before it begins: `--plan` of `keyspace
+//! resize`, `keyspace restore`, `node drain` and `node replace`.
 
 use std::time::Duration;
 
 use serde::Serialize;
 use vasto_core::ids::{NodeId, ShardId};
 use vasto_core::operation::OperationKind;
-use vasto_core::plan::Plan;
 use vasto_shipping::cost::{MONTH, estimate as cost_of};
 use vasto_shipping::{Prices, RequestCounts, Usage};
 
 use crate::forecast::Forecast;
-use crate::state::{ClusterState, Keyspace};
+use crate::state::ClusterState;
 
-/// `keyspace resize --plan`.
+/// The plan of a change.
 #[derive(Serialize)]
 pub(crate) struct EstimateDoc {
     keyspace: String,
     kind: OperationKind,
-    from: u32,
-    to: u32,
-    moving_fraction: f64,
+    from: Option<ShardsOrNode>,
+    to: Option<ShardsOrNode>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    moving_fraction: Option<f64>,
     sources: Vec<SourceDoc>,
     bytes_moved: u64,
     bytes_from_bucket: u64,
@@ -27,14 +28,35 @@ pub(crate) struct EstimateDoc {
     disk_needed: Vec<DiskDoc>,
     seconds: f64,
     cost: AmountDoc,
-    /// What the resize itself would be answered now.
+    /// What the change itself would be answered now.
     refused: Option<String>,
+}
+
+/// What changes: the number of shards, or the node that has the replicas.
+#[derive(Serialize)]
+#[serde(untagged)]
+pub(crate) enum ShardsOrNode {
+    Shards(u32),
+    Node(NodeId),
+}
+
+/// The change that was asked for.
+pub(crate) struct Asked {
+    /// The keyspace, or the names of all that have a part in it.
+    pub(crate) keyspace: String,
+    pub(crate) kind: OperationKind,
+    pub(crate) from: Option<ShardsOrNode>,
+    pub(crate) to: Option<ShardsOrNode>,
+    /// The error that it would be answered.
+    pub(crate) refused: Option<String>,
 }
 
 #[derive(Serialize)]
 struct SourceDoc {
+    keyspace: String,
     shard: ShardId,
-    node_id: NodeId,
+    /// `null` when the bytes come from the bucket alone.
+    node_id: Option<NodeId>,
     keys: u64,
     bytes: u64,
     bytes_to_read: u64,
@@ -70,48 +92,41 @@ impl AmountDoc {
     }
 }
 
-/// Estimates from the reports what changing to `to` shards moves, and what that takes. `plan` is
-/// the plan that would begin, `refused` the error that the change would be answered.
+/// Shows what a change would move and take.
 pub(crate) fn estimate(
     state: &ClusterState,
-    keyspace: &Keyspace,
-    to: u32,
-    plan: Option<&Plan>,
-    refused: Option<String>,
+    asked: Asked,
+    forecast: &Forecast,
     prices: &Prices,
 ) -> EstimateDoc {
-    let catalog = &keyspace.catalog;
-    let forecast = Forecast::of(catalog, &keyspace.reports, to, plan);
-    let (get, put, bytes_moved) = (forecast.gets(), forecast.puts(), forecast.bytes_moved());
+    let Forecast { bytes_moved, bytes_from_bucket, gets: get, puts: put, .. } = *forecast;
     let sources = forecast.sources.iter().map(|source| SourceDoc {
+        keyspace: source.keyspace.clone(),
         shard: source.shard,
         node_id: source.node,
         keys: source.keys,
         bytes: source.bytes,
         bytes_to_read: source.moves,
     });
-    let disk_needed = forecast.disk_needed().into_iter().map(|(node, bytes)| DiskDoc {
-        node_id: node,
-        bytes,
-        free: state.disk_of(node).filter(|disk| disk.bytes > 0).map(|disk| disk.free),
+    let disk_needed = forecast.disk.iter().map(|(node, bytes)| DiskDoc {
+        node_id: *node,
+        bytes: *bytes,
+        free: state.disk_of(*node).filter(|disk| disk.bytes > 0).map(|disk| disk.free),
     });
     EstimateDoc {
-        keyspace: catalog.name.clone(),
-        kind: match to < catalog.spec.shards {
-            true => OperationKind::Shrink,
-            false => OperationKind::Grow,
-        },
-        from: catalog.spec.shards,
-        to,
+        keyspace: asked.keyspace,
+        kind: asked.kind,
+        from: asked.from,
+        to: asked.to,
         moving_fraction: forecast.moving_fraction,
         sources: sources.collect(),
         bytes_moved,
-        bytes_from_bucket: bytes_moved,
+        bytes_from_bucket,
         requests: RequestsDoc { get, put },
         disk_needed: disk_needed.collect(),
-        seconds: forecast.seconds(),
-        cost: AmountDoc::of(get, put, bytes_moved, prices),
-        refused,
+        seconds: (forecast.seconds * 1000.0).round() / 1000.0,
+        cost: AmountDoc::of(get, put, bytes_from_bucket, prices),
+        refused: asked.refused,
     }
 }
 

@@ -3,6 +3,7 @@
 
 use serde::Serialize;
 use vasto_core::catalog::Catalog;
+use vasto_core::estimate::Estimate;
 use vasto_core::ids::{NodeId, ReplicaId, ShardId};
 use vasto_core::operation::{OperationKind, OperationOutcome, operation_id};
 use vasto_core::plan::{Plan, Source, Step, Target};
@@ -46,6 +47,9 @@ pub(crate) struct RunningDoc {
     pub(super) trouble: Option<TroubleDoc>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     throttled: Vec<ThrottledDoc>,
+    /// What was estimated before it began.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    estimate: Option<Estimate>,
 }
 
 /// A source that slows the writers of moving keys down so that the targets catch up.
@@ -194,6 +198,7 @@ fn running_plan(catalog: &Catalog, plan: &Plan) -> RunningDoc {
         write_pause_ms: PauseMs::default(),
         trouble: None,
         throttled: Vec::new(),
+        estimate: plan.estimate.clone(),
     }
 }
 

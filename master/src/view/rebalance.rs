@@ -12,7 +12,8 @@ use vasto_shipping::{Prices, Rebalance};
 
 use super::estimate::{AmountDoc, DiskDoc, RequestsDoc};
 use super::plan::moving;
-use crate::moves_forecast::MovesForecast;
+use crate::forecast::moves::moves as forecast_of;
+use crate::forecast::time::Paces;
 use crate::state::ClusterState;
 
 const KIND: &str = "rebalance";
@@ -175,7 +176,7 @@ struct SourceDoc {
 
 /// Returns the plan of a rebalance that makes these moves.
 pub(crate) fn plan(state: &ClusterState, moves: &[Move], prices: &Prices) -> RebalancePlanDoc {
-    let forecast = MovesForecast::of(moves);
+    let forecast = forecast_of(moves, &Paces::of(state));
     let name = |keyspace: KeyspaceId| {
         state.keyspaces.get(&keyspace).map(|keyspace| keyspace.catalog.name.clone())
     };
@@ -206,7 +207,7 @@ pub(crate) fn plan(state: &ClusterState, moves: &[Move], prices: &Prices) -> Reb
         let node_id = catalog.shard(shard)?.shipper()?.node;
         Some(SourceDoc { keyspace: catalog.name.clone(), shard, node_id, bytes })
     };
-    let disk = forecast.disk_needed.iter().map(|(node, bytes)| {
+    let disk = forecast.disk.iter().map(|(node, bytes)| {
         let free = state.disk_of(*node).filter(|disk| disk.bytes > 0).map(|disk| disk.free);
         DiskDoc { node_id: *node, bytes: *bytes, free }
     });
@@ -220,11 +221,11 @@ pub(crate) fn plan(state: &ClusterState, moves: &[Move], prices: &Prices) -> Reb
         primaries,
         sources: sources.into_iter().filter_map(source).collect(),
         bytes_moved: forecast.bytes_moved,
-        bytes_from_bucket: forecast.bytes_moved,
+        bytes_from_bucket: forecast.bytes_from_bucket,
         requests: RequestsDoc { get, put },
         disk_needed: disk.collect(),
-        seconds: forecast.seconds,
-        cost: AmountDoc::of(get, put, forecast.bytes_moved, prices),
+        seconds: (forecast.seconds * 1000.0).round() / 1000.0,
+        cost: AmountDoc::of(get, put, forecast.bytes_from_bucket, prices),
         refused: None,
     }
 }

@@ -2,18 +2,19 @@
 
 #![allow(clippy::unwrap_used)]
 use super::cost::cost;
-use super::estimate::estimate;
+use super::estimate::{Asked, ShardsOrNode, estimate};
 use super::keyspace::{describe, summary};
 use super::operation::{OperationDoc, operations};
 use super::status::{check, cluster};
 use super::*;
-use crate::state::ClusterState;
-use crate::state::Delivery;
+use crate::forecast::resize::resize;
+use crate::forecast::time::Paces;
 use crate::state::tests::{replica_report, two_nodes};
+use crate::state::{ClusterState, Delivery, Keyspace};
 use serde_json::{Value, json as value};
 use vasto_core::catalog::{Quarantine, RetiredReplica};
 use vasto_core::ids::{KeyspaceId, NodeId, PlanId};
-use vasto_core::operation::{OperationOutcome, operation_id};
+use vasto_core::operation::{OperationKind, OperationOutcome, operation_id};
 use vasto_core::reconcile::start_resize;
 use vasto_core::report::ReplicaPhase;
 use vasto_proto::v1;
@@ -146,7 +147,16 @@ fn an_estimate_adds_up() {
     state.report(NodeId(1), first, &v1::Report::default(), vec![big(1)], 20);
     state.report(NodeId(2), second, &v1::Report::default(), vec![big(2)], 20);
     let prices = Prices { currency: "EUR".into(), egress_gib: 0.5, ..Prices::default() };
-    let estimate = parsed(&estimate(&state, &state.keyspaces[&KS], 3, None, None, &prices));
+    let Keyspace { catalog, reports, .. } = &state.keyspaces[&KS];
+    let forecast = resize(catalog, reports, 3, None, &Paces::of(&state));
+    let asked = Asked {
+        keyspace: "ks1".into(),
+        kind: OperationKind::Grow,
+        from: Some(ShardsOrNode::Shards(2)),
+        to: Some(ShardsOrNode::Shards(3)),
+        refused: None,
+    };
+    let estimate = parsed(&estimate(&state, asked, &forecast, &prices));
     has(
         &estimate,
         &["keyspace", "from", "to", "moving_fraction", "sources", "requests", "seconds"],
@@ -158,10 +168,11 @@ fn an_estimate_adds_up() {
     has(&estimate["sources"][0], &["node_id"]);
     assert_eq!((&estimate["kind"], &estimate["refused"]), (&value!("grow"), &Value::Null));
     assert_eq!(estimate["bytes_moved"], 200 << 20);
-    assert_eq!(estimate["requests"], value!({"get": 2 * (1 + 13), "put": 2 + (1 + 25)}));
-    // 28 reads and 28 writes, and 200 of 1,024 MiB read at 0.50.
-    assert_eq!(estimate["cost"], value!({"currency": "EUR", "amount": 0.097807}));
-    assert_eq!(estimate["seconds"], 2.0 + 4.0);
+    assert_eq!(estimate["requests"], value!({"get": 2 * (1 + 13), "put": 2 * (2 + 8) + (2 + 25)}));
+    // 28 reads and 47 writes, and 200 of 1,024 MiB read at 0.50.
+    assert_eq!(estimate["cost"], value!({"currency": "EUR", "amount": 0.097902}));
+    // A fifth of 300 MiB is shipped first; 200 MiB are read, rewritten and shipped.
+    assert_eq!(estimate["seconds"], 1.0 + 0.3 + 4.5);
 }
 
 #[test]

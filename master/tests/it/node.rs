@@ -289,6 +289,7 @@ pub(crate) fn reports(catalog: &Catalog, node: NodeId, hold: Option<Step>) -> Ve
                     floor: plan.and_then(|plan| plan.floor).unwrap_or_default(),
                     ..Default::default()
                 },
+                stored: None,
             }
         })
         .collect()

@@ -21,6 +21,7 @@ use vasto_shipping::export::ExportManifest;
 use vasto_shipping::layout::Owner;
 
 use super::error::BuildError;
+use crate::rates;
 use crate::registry::NodeRegistry;
 
 /// Parallel ranged requests of a download.
@@ -80,6 +81,7 @@ impl BucketReader<'_> {
     /// Downloads objects; files that an earlier attempt has downloaded are kept and count as done.
     pub(super) async fn download(&self, wanted: &[Wanted], dir: &Path) -> Result<(), BuildError> {
         let fetched = DownloadProgress::default();
+        let work = rates::DOWNLOADS.begin();
         let before = self.progress.lock().clone();
         let show = || {
             let mut progress = self.progress.lock();
@@ -104,6 +106,7 @@ impl BucketReader<'_> {
         };
         show();
         result?;
+        work.end(fetched.bytes.load(Ordering::Relaxed));
         let total: u64 = wanted.iter().map(|object| object.bytes).sum();
         let mut progress = self.progress.lock();
         progress.bytes_done = (before.bytes_done + total).min(progress.bytes_total);

@@ -13,6 +13,7 @@ mod cursor;
 mod sample;
 mod scratch;
 mod tables;
+mod trial;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -39,6 +40,9 @@ pub(crate) use cursor::cursors_opened;
 pub(crate) use cursor::{Cursor, View};
 pub(crate) use scratch::{BandRows, ImportFile, Scratch};
 pub(crate) use tables::{TableRun, TableSet, WrittenTable};
+#[cfg(test)]
+pub(crate) use trial::BandFiles;
+pub(crate) use trial::Files;
 
 /// Error of the database.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -151,8 +155,14 @@ impl EngineShared {
 }
 
 fn table_options(cache: &Cache) -> BlockBasedOptions {
-    let mut table = BlockBasedOptions::default();
+    let mut table = table_format();
     table.set_block_cache(cache);
+    table
+}
+
+/// Returns the format of all tables.
+fn table_format() -> BlockBasedOptions {
+    let mut table = BlockBasedOptions::default();
     table.set_bloom_filter(10.0, false);
     table.set_block_size(8 << 10);
     table.set_cache_index_and_filter_blocks(true);
@@ -383,10 +393,7 @@ impl Engine {
     /// counts once for each version that is not compacted away yet. The first number excludes the
     /// second, and includes metadata that is stored among data.
     pub(crate) fn size(&self) -> (u64, u64, u64) {
-        let number =
-            |name: &'static str| self.db.property_int_value(name).ok().flatten().unwrap_or(0);
-        let in_memory = number("rocksdb.num-entries-active-mem-table")
-            + number("rocksdb.num-entries-imm-mem-tables");
+        let in_memory = self.entries_in_memory();
         let files = self.db.live_files().unwrap_or_default();
         let (mut stored, mut metadata) = (0, 0);
         for file in &files {
@@ -396,7 +403,16 @@ impl Engine {
                 _ => metadata += entries,
             }
         }
-        (stored + in_memory, metadata, number("rocksdb.total-sst-files-size"))
+        (stored + in_memory, metadata, self.number("rocksdb.total-sst-files-size"))
+    }
+
+    fn entries_in_memory(&self) -> u64 {
+        self.number("rocksdb.num-entries-active-mem-table")
+            + self.number("rocksdb.num-entries-imm-mem-tables")
+    }
+
+    fn number(&self, name: &'static str) -> u64 {
+        self.db.property_int_value(name).ok().flatten().unwrap_or(0)
     }
 
     /// Returns true when a data key exists in the bands.

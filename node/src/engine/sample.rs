@@ -34,21 +34,22 @@ impl Engine {
         rows: usize,
         is_live: impl Fn(&[u8], &[u8]) -> bool,
     ) -> Result<Walk, EngineError> {
-        let (walk, at_end) = self.walk_at(&[Vec::new()], rows, &is_live)?;
+        let (walk, at_end) = self.walk_at(&[Vec::new()], rows, usize::MAX, &is_live)?;
         if at_end {
             return Ok(Walk { complete: true, ..walk });
         }
         let spots = self.spots()?;
         let each = rows.div_ceil(spots.len().max(1));
-        Ok(self.walk_at(&spots, each, &is_live)?.0)
+        Ok(self.walk_at(&spots, each, usize::MAX, &is_live)?.0)
     }
 
-    /// Walks over `each` rows from each of these keys; also returns whether the last walk reached
-    /// the end.
-    fn walk_at(
+    /// Walks over `each` rows from each of these keys, and over not many more than `bytes_each`
+    /// bytes; also returns whether the last walk reached the end.
+    pub(super) fn walk_at(
         &self,
         spots: &[Vec<u8>],
         each: usize,
+        bytes_each: usize,
         is_live: impl Fn(&[u8], &[u8]) -> bool,
     ) -> Result<(Walk, bool), EngineError> {
         let mut options = ReadOptions::default();
@@ -60,11 +61,16 @@ impl Engine {
         let mut passed = 0;
         for spot in spots {
             cursor.seek(spot);
+            let mut bytes = 0;
             for _ in 0..each {
                 let Some((key, value)) = cursor.item() else { break };
+                bytes += key.len() + value.len();
                 walk.live += u64::from(is_live(key, value));
                 passed += 1;
                 cursor.next();
+                if bytes >= bytes_each {
+                    break;
+                }
             }
             cursor.status().map_err(failed("walk over the rows"))?;
         }
@@ -74,7 +80,7 @@ impl Engine {
     }
 
     /// Returns places spread over the data, as the SSTs divide it.
-    fn spots(&self) -> Result<Vec<Vec<u8>>, EngineError> {
+    pub(super) fn spots(&self) -> Result<Vec<Vec<u8>>, EngineError> {
         let files = self.live_files()?;
         let mut starts: Vec<Vec<u8>> =
             files.into_iter().filter_map(|file| file.start_key).collect();

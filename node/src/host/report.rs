@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use vasto_core::ids::Lsn;
 use vasto_core::report::{ReplicaPhase, ReplicaReport, TargetStage};
+use vasto_core::stored::Stored;
 
 use super::Host;
 use super::shared::Shared;
@@ -16,43 +17,39 @@ use crate::replica::size::SizeVersion;
 /// Maximum age of the reported size of a replica.
 const SIZE_AGE: Duration = Duration::from_millis(400);
 
-/// Maximum age of the size while there are no writes: then only compactions change it.
+/// Maximum age of the size while nothing is written, compacted or counted.
 const IDLE_SIZE_AGE: Duration = Duration::from_secs(20);
 
 /// The size of a replica at a point in time.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(super) struct KnownSize {
     pub(super) at: Instant,
     pub(super) manifest: Lsn,
-    /// Inputs of the size, except for the background work of RocksDB.
+    /// Inputs of the size.
     pub(super) version: SizeVersion,
     pub(super) keys_and_bytes: (u64, u64),
+    pub(super) stored: Option<Stored>,
 }
 
 impl Host {
     /// Returns a cached size while it is fresh: a busy tail causes hundreds of reports a second,
     /// too many to scan all files. A new checkpoint always refreshes it, so that a report that
     /// shows the checkpoint shows its size too.
-    fn size_of(&self, replica: &Replica, manifest: Lsn) -> (u64, u64) {
+    fn size_of(&self, replica: &Replica, manifest: Lsn) -> KnownSize {
         let mut size = self.size.lock();
-        match *size {
-            Some(cached) if cached.manifest == manifest && cached.at.elapsed() < SIZE_AGE => {
-                cached.keys_and_bytes
-            }
-            Some(cached)
-                if cached.manifest == manifest
-                    && cached.version == replica.size_version()
-                    && cached.at.elapsed() < IDLE_SIZE_AGE =>
-            {
-                cached.keys_and_bytes
-            }
-            _ => {
-                let version = replica.size_version();
-                let keys_and_bytes = replica.size();
-                *size = Some(KnownSize { at: Instant::now(), manifest, version, keys_and_bytes });
-                keys_and_bytes
-            }
+        let is_fresh = |known: &&KnownSize| {
+            let age = known.at.elapsed();
+            known.manifest == manifest
+                && (age < SIZE_AGE
+                    || (age < IDLE_SIZE_AGE && known.version == replica.size_version()))
+        };
+        if let Some(known) = size.as_ref().filter(is_fresh) {
+            return known.clone();
         }
+        let version = replica.size_version();
+        let (keys_and_bytes, stored) = (replica.size(), replica.stored_by_band());
+        let known = KnownSize { at: Instant::now(), manifest, version, keys_and_bytes, stored };
+        size.insert(known).clone()
     }
 
     /// Returns why the replica does not serve, if it does not.
@@ -106,11 +103,13 @@ impl Host {
             target.manifest_shipped |= report.manifest_lsn.0 > 0;
         }
         if let Some(replica) = self.hosted() {
-            let (keys, bytes) = self.size_of(&replica, report.manifest_lsn);
+            let KnownSize { keys_and_bytes, stored, .. } =
+                self.size_of(&replica, report.manifest_lsn);
             report.incarnation = replica.incarnation();
             report.version = replica.version();
             report.lsn = replica.settled_lsn();
-            (report.keys, report.bytes) = (keys, bytes);
+            (report.keys, report.bytes) = keys_and_bytes;
+            report.stored = stored;
             let done = replica.requests().saturating_add(report.lsn.0);
             report.load = self.load.lock().at(Instant::now(), done);
             if let Some(reason) = replica.closed() {

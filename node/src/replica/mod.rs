@@ -33,6 +33,7 @@ pub(crate) mod size;
 mod slowed;
 pub(crate) mod state;
 mod store;
+mod stored;
 mod superseded;
 pub(crate) mod tails;
 pub(crate) mod throttle;

@@ -74,6 +74,30 @@ pub(super) struct KeyCount {
     pub stored: u64,
 }
 
+/// What rows of the replica take in tables, by the last trial.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Trial {
+    pub at: Instant,
+    /// Stored entries at that time, as [`KeyCount::stored`].
+    pub entries: u64,
+    /// Entries among them that an export would hold.
+    pub kept: f64,
+    /// Bytes of a table beside its rows.
+    pub table: u64,
+    /// Bytes of a row in a table of the bottom level.
+    pub settled: f64,
+    /// Bytes of a row in a table that a flush writes.
+    pub flushed: f64,
+}
+
+/// The last trial, and the state for which it was found good enough.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Trials {
+    pub last: Option<Trial>,
+    /// Last applied record, and version of the files.
+    pub checked: Option<(Lsn, u64)>,
+}
+
 /// State of one replica that all threads share.
 pub(super) struct Shared {
     pub(super) engine: Engine,
@@ -110,6 +134,8 @@ pub(super) struct Shared {
     pub(super) results: AtomicU64,
     /// Last count of the keys.
     pub(super) key_count: Mutex<Option<KeyCount>>,
+    /// What its rows take in tables.
+    pub(super) trials: Mutex<Trials>,
     pub(super) ended: AtomicBool,
     /// Requests of clients since the opening.
     pub(super) requests: AtomicU64,
@@ -153,6 +179,7 @@ impl Shared {
             throttle: WriteThrottle::default(),
             results: AtomicU64::new(0),
             key_count: Mutex::default(),
+            trials: Mutex::default(),
             ended: AtomicBool::new(false),
             requests: AtomicU64::new(0),
             authority: Arc::default(),

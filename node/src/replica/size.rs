@@ -18,8 +18,8 @@ const META_ROWS: u64 = 3;
 /// Rows that a count examines: a few milliseconds.
 const ROWS_WALKED: usize = 5_000;
 
-/// Inputs of a size, except for the background work of RocksDB.
-pub(crate) type SizeVersion = (Lsn, Option<Instant>);
+/// Inputs of a size: the last record, the files of the database, the last count and trial.
+pub(crate) type SizeVersion = (Lsn, u64, Option<Instant>, Option<Instant>);
 
 impl Replica {
     /// Returns `(keys, bytes of SSTs)`. The number of keys is exact for a small replica without
@@ -35,24 +35,29 @@ impl Replica {
         (keys, bytes)
     }
 
-    /// Returns a version that changes whenever something was written or counted.
+    /// Returns a version that changes whenever something was written, compacted or counted.
     pub(crate) fn size_version(&self) -> SizeVersion {
-        (self.applied_lsn(), self.shared.key_count.lock().map(|count| count.at))
+        let counted = self.shared.key_count.lock().map(|count| count.at);
+        let tried = self.shared.trials.lock().last.map(|trial| trial.at);
+        (self.applied_lsn(), self.shared.engine.files_version(), counted, tried)
     }
 
     /// Returns `(stored entries, bytes of SSTs)`: an entry counts once for each version that is not
     /// compacted away yet.
     fn stored(&self) -> (u64, u64) {
         let (keys, apart, bytes) = self.shared.engine.size();
-        // The memtables also hold the head and the vector entry that every unflushed record has
-        // written.
-        let unflushed =
-            self.applied_lsn().0.saturating_sub(self.persisted_lsn().unwrap_or_default().0);
         // Counted, not read: every report requests it.
         let origins = self.shared.vector.lock().len() as u64;
         let metadata = META_ROWS + origins + self.shared.results.load(Ordering::Relaxed);
         let among_data = metadata.saturating_sub(apart);
-        (keys.saturating_sub(unflushed * 2).saturating_sub(among_data), bytes)
+        (keys.saturating_sub(self.metadata_in_memory()).saturating_sub(among_data), bytes)
+    }
+
+    /// Returns the entries of the memtables that are metadata: the head and the vector entry that
+    /// every unflushed record has written.
+    pub(super) fn metadata_in_memory(&self) -> u64 {
+        let persisted = self.persisted_lsn().unwrap_or_default();
+        2 * self.applied_lsn().0.saturating_sub(persisted.0)
     }
 
     /// Returns true when a record was applied since the last count, which is at least `age` old.

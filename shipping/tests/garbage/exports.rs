@@ -34,6 +34,7 @@ fn running(catalog: &Catalog, export: Option<&str>) -> Catalog {
         floor: None,
         paused: false,
         max_rate: None,
+        estimate: None,
     });
     next.next_plan = PlanId(catalog.next_plan.0 + 1);
     next

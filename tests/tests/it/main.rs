@@ -11,6 +11,7 @@ mod bad_input;
 mod bucket_kills;
 mod conditions;
 mod drains;
+mod estimates;
 mod examples;
 mod full_writes;
 mod grows;

@@ -101,6 +101,7 @@ pub(super) fn end_of(
         copies: moved.copies,
         shard: None,
         failed_on: Vec::new(),
+        estimate: drain.estimate.clone(),
     }
 }
 

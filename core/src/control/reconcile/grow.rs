@@ -59,6 +59,7 @@ pub(super) fn start_grow(
         floor: None,
         paused: false,
         max_rate: None,
+        estimate: None,
     });
     next.next_plan = PlanId(catalog.next_plan.0 + 1);
     Ok(next)

@@ -104,5 +104,6 @@ pub fn report_of(
             })
             .map(|target| target.node)
             .collect(),
+        estimate: plan.estimate.clone(),
     }
 }

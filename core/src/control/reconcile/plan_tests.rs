@@ -360,6 +360,7 @@ fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
         floor: None,
         paused: false,
         max_rate: None,
+        estimate: None,
     });
     let gone = |node| if node == NODE(1) { NODE_AWAY_MAX_US + 1 } else { 0 };
     let taken = write(advance(
@@ -582,6 +583,7 @@ fn a_restore_ends_when_the_bucket_holds_what_was_restored() {
         floor: None,
         paused: false,
         max_rate: None,
+        estimate: None,
     });
     let reports = |shipped: bool| -> Reports {
         let progress = TargetProgress {
@@ -621,6 +623,7 @@ fn taking_over() -> Catalog {
         floor: None,
         paused: false,
         max_rate: None,
+        estimate: None,
     });
     catalog
 }

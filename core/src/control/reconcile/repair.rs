@@ -108,6 +108,7 @@ pub(super) fn begin(
         floor: None,
         paused: false,
         max_rate: None,
+        estimate: None,
     });
     next.next_plan = PlanId(catalog.next_plan.0 + 1);
     next.next_replica = ReplicaId(catalog.next_replica.0 + 1);

@@ -39,6 +39,7 @@ pub(super) fn start_shrink(
         floor: None,
         paused: false,
         max_rate: None,
+        estimate: None,
     };
     let until_us = in_the_way(catalog, to).map(|quarantine| quarantine.until_us).max();
     if let Some(until_us) = until_us {

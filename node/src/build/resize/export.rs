@@ -36,6 +36,7 @@ use super::Shape;
 use crate::build::error::{BuildError, io};
 use crate::bulk::wait_while_paused;
 use crate::engine::{TableRun, WrittenTable};
+use crate::rates;
 use crate::replica::Replica;
 use crate::ship::Pace;
 
@@ -120,6 +121,7 @@ impl Export {
         let shape = Shape::of(plan)?;
         let floor = self.replica.floor();
         self.passes(points::SOURCE_EXPORT_BEGUN).await?;
+        let work = rates::EXPORTS.begin();
         let Written { tables, event_time_max, end } = self.write(shape, floor, dir, report).await?;
         while self.replica.log().synced_lsn() < end {
             if let Some(reason) = self.replica.closed() {
@@ -159,6 +161,7 @@ impl Export {
             futures::stream::iter(rest).buffered(UPLOADS).try_collect().await?;
         files.extend(rest);
         self.passes(points::SOURCE_EXPORT_UPLOADED).await?;
+        work.end(files.iter().map(|table| table.bytes).sum());
         let manifest = ExportManifest {
             keyspace: self.replica.keyspace,
             plan: plan.id,

@@ -14,6 +14,7 @@ use super::rewrite::{Files, Rewriting, Rewritten, SourceFiles, rewrite};
 use super::{Build, Shape};
 use crate::build::error::BuildError;
 use crate::build::files;
+use crate::rates;
 use crate::replica::Replica;
 use crate::replica::command::Control;
 
@@ -60,7 +61,9 @@ async fn load_in(build: &Build, plan: &Plan, work: &Path) -> Result<(), BuildErr
     build.progress.lock().stage = TargetStage::Rewriting;
     build.registry.report.notify_one();
     let (objects, cursors) = (objects(&chosen), cursors(&chosen));
+    let rewriting = rates::REWRITES.begin();
     let rewritten = rewrite_chosen(build, shape, chosen, work).await?;
+    rewriting.end(rewritten.tables.iter().map(|table| table.bytes).sum());
     ingest(build, plan, shape, objects, cursors, rewritten).await
 }
 

@@ -155,6 +155,7 @@ mod tests {
             floor: None,
             paused: false,
             max_rate: None,
+            estimate: None,
         }
     }
 

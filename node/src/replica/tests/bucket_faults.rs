@@ -92,6 +92,7 @@ async fn restored<F: Future<Output = ()>>(
         floor: None,
         paused: false,
         max_rate: None,
+        estimate: None,
     };
     let log = Log::Fork { shards: 1, until_us: None };
     let owned: BandRange = Band::owned(1).into();

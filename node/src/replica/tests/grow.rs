@@ -186,6 +186,7 @@ impl Grow {
             floor: None,
             paused: false,
             max_rate: None,
+            estimate: None,
         };
         Self { sources, bucket, plan, addresses: HashMap::new() }
     }

@@ -101,6 +101,7 @@ impl Shrink {
             floor: Some(1),
             paused: false,
             max_rate: None,
+            estimate: None,
         };
         let export = Export {
             replica: source.clone(),

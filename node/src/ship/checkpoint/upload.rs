@@ -21,6 +21,7 @@ use vasto_shipping::manifest::{DatabaseFile, ManifestFile};
 use super::super::context::ShipContext;
 use super::super::error::ShipError;
 use crate::clock::since_boot;
+use crate::rates;
 
 /// Files of one checkpoint that wait for an upload turn concurrently.
 const UPLOADS: usize = 4;
@@ -97,7 +98,9 @@ impl Upload {
                         // Whoever waits here has no turn yet: others go on.
                         self.context.bucket.pass(file.bytes).await;
                         let _turn = self.context.pace.turn(file.bytes).await;
+                        let work = rates::UPLOADS.begin();
                         let uploaded = self.context.bucket.upload_file(&key, &path).await?;
+                        work.end(uploaded.bytes);
                         self.uploaded.add(&file, key.clone(), uploaded.crc32c);
                         (key, uploaded.crc32c)
                     }

@@ -1,0 +1,123 @@
+//! How long work takes: at the rates that the nodes have measured, side by side on all of them.
+//!
+//! **Invariant:** a rate that a node has not measured is that of the others; one that none has
+//! measured is assumed.
+
+use std::collections::BTreeMap;
+
+use vasto_core::ids::NodeId;
+
+use crate::state::ClusterState;
+
+/// Rates of one node, bytes a second.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Rates {
+    pub(super) download: f64,
+    pub(super) rewrite: f64,
+    pub(super) export: f64,
+    pub(super) upload: f64,
+}
+
+/// What is assumed before anything was measured: what two cores reach that do nothing else, with a
+/// bucket nearby.
+const ASSUMED: Rates = Rates {
+    download: (200 << 20) as f64,
+    rewrite: (80 << 20) as f64,
+    export: (100 << 20) as f64,
+    upload: (200 << 20) as f64,
+};
+
+/// The versions, rounds and looks of a grow; of a shrink, which agrees on a floor first.
+pub(super) const GROW_SECONDS: f64 = 1.0;
+pub(super) const SHRINK_SECONDS: f64 = 2.0;
+/// Those of one more replica, and of a replica that leaves then.
+pub(super) const COPY_SECONDS: f64 = 1.0;
+pub(super) const LEAVE_SECONDS: f64 = 1.0;
+/// Those of a replica that moves in a rebalance: its checkpoint, the log behind it, the hand-over.
+pub(super) const MOVE_SECONDS: f64 = 3.0;
+/// Those of a restore.
+pub(super) const RESTORE_SECONDS: f64 = 1.0;
+
+/// The rates of all nodes.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Paces {
+    nodes: BTreeMap<NodeId, [Option<f64>; 4]>,
+}
+
+impl Paces {
+    /// Returns the rates that nodes have reported.
+    pub(crate) fn of(state: &ClusterState) -> Self {
+        let measured = |rate: u64| (rate > 0).then_some(rate as f64);
+        let nodes = state.nodes.iter().map(|(id, node)| {
+            let rates = node.rates;
+            (*id, [rates.download, rates.rewrite, rates.export, rates.upload].map(measured))
+        });
+        Self { nodes: nodes.collect() }
+    }
+
+    /// Returns the rates of a node; of one that is not chosen yet, those of the others.
+    pub(super) fn at(&self, node: Option<NodeId>) -> Rates {
+        let own = node.and_then(|node| self.nodes.get(&node)).copied().unwrap_or_default();
+        let of =
+            |kind: usize, assumed: f64| own[kind].or_else(|| self.mean(kind)).unwrap_or(assumed);
+        Rates {
+            download: of(0, ASSUMED.download),
+            rewrite: of(1, ASSUMED.rewrite),
+            export: of(2, ASSUMED.export),
+            upload: of(3, ASSUMED.upload),
+        }
+    }
+
+    fn mean(&self, kind: usize) -> Option<f64> {
+        let measured: Vec<f64> = self.nodes.values().filter_map(|rates| rates[kind]).collect();
+        (!measured.is_empty()).then(|| measured.iter().sum::<f64>() / measured.len() as f64)
+    }
+}
+
+/// Work that nodes do side by side; that of one node comes one after the other.
+#[derive(Debug, Clone, Default)]
+pub(super) struct SideBySide {
+    nodes: BTreeMap<NodeId, f64>,
+    /// The longest work of a node that is not chosen yet.
+    elsewhere: f64,
+}
+
+impl SideBySide {
+    pub(super) fn add(&mut self, node: Option<NodeId>, seconds: f64) {
+        match node {
+            Some(node) => *self.nodes.entry(node).or_default() += seconds,
+            None => self.elsewhere = self.elsewhere.max(seconds),
+        }
+    }
+
+    pub(super) fn seconds(&self) -> f64 {
+        self.nodes.values().copied().fold(self.elsewhere, f64::max)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_is_measured_by_the_node_or_by_others_or_assumed() {
+        let mut paces = Paces::default();
+        assert_eq!(paces.at(Some(NodeId(1))), ASSUMED);
+        paces.nodes.insert(NodeId(1), [Some(10.0), None, None, None]);
+        paces.nodes.insert(NodeId(2), [Some(30.0), Some(5.0), None, None]);
+        assert_eq!(paces.at(Some(NodeId(1))), Rates { download: 10.0, rewrite: 5.0, ..ASSUMED });
+        assert_eq!(paces.at(None).download, 20.0);
+    }
+
+    #[test]
+    fn nodes_work_side_by_side() {
+        let mut work = SideBySide::default();
+        for (node, seconds) in [(1, 2.0), (2, 2.5), (1, 1.0)] {
+            work.add(Some(NodeId(node)), seconds);
+        }
+        assert_eq!(work.seconds(), 3.0);
+        work.add(None, 4.0);
+        work.add(None, 3.5);
+        assert_eq!(work.seconds(), 4.0);
+    }
+}

@@ -1,0 +1,153 @@
+//! The rates at which this process moved bytes lately: for the master's forecasts.
+//!
+//! **Invariant:** a rate counts the time in which any work of its kind was under way, so that work
+//! side by side counts as what it moves together; work that a pause or a bound of its plan held up
+//! says nothing of the node, and counts as none.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+/// Fewer bytes say more of the requests than of the rate.
+const BYTES_MIN: u64 = 1 << 20;
+/// The part of a new measurement in the rate.
+const NEW_PART: f64 = 0.5;
+
+/// Downloads from the bucket.
+pub(crate) static DOWNLOADS: Meter = Meter::new();
+/// The rewriting of downloaded rows into tables of a target.
+pub(crate) static REWRITES: Meter = Meter::new();
+/// Exports: the reading of leaving rows, and their way into the bucket.
+pub(crate) static EXPORTS: Meter = Meter::new();
+/// Uploads of the files of checkpoints.
+pub(crate) static UPLOADS: Meter = Meter::new();
+
+/// How often a plan's pause, or the bound of its rate, held work up.
+static HELD_UP: AtomicU64 = AtomicU64::new(0);
+
+/// Notes that a plan's pause, or the bound of its rate, holds work up.
+pub(crate) fn held_up() {
+    HELD_UP.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Measures one kind of work.
+pub(crate) struct Meter(Mutex<State>);
+
+#[derive(Debug, Clone, Copy)]
+struct State {
+    /// Work under way, since when some has been, and what has ended since then.
+    running: u32,
+    since: Option<Instant>,
+    bytes: u64,
+    /// Bytes a second.
+    rate: Option<f64>,
+}
+
+/// Work under way; what is dropped without an end moved nothing.
+pub(crate) struct Work<'a> {
+    meter: &'a Meter,
+    bytes: u64,
+    /// How often work had been held up when this began.
+    held_up: u64,
+}
+
+impl State {
+    fn begin(&mut self, now: Instant) {
+        self.running += 1;
+        self.since.get_or_insert(now);
+    }
+
+    fn end(&mut self, bytes: u64, now: Instant) {
+        self.bytes += bytes;
+        self.running -= 1;
+        if self.running > 0 {
+            return;
+        }
+        let took = self.since.take().map_or(Duration::ZERO, |since| now - since);
+        let bytes = std::mem::take(&mut self.bytes);
+        if bytes >= BYTES_MIN && !took.is_zero() {
+            let rate = bytes as f64 / took.as_secs_f64();
+            let before = self.rate.unwrap_or(rate);
+            self.rate = Some(before + (rate - before) * NEW_PART);
+        }
+    }
+}
+
+impl Meter {
+    const fn new() -> Self {
+        Self(Mutex::new(State { running: 0, since: None, bytes: 0, rate: None }))
+    }
+
+    /// Begins some work.
+    pub(crate) fn begin(&self) -> Work<'_> {
+        self.0.lock().begin(Instant::now());
+        Work { meter: self, bytes: 0, held_up: HELD_UP.load(Ordering::Relaxed) }
+    }
+
+    /// Returns the rate, bytes a second; 0 while nothing was measured.
+    pub(crate) fn rate(&self) -> u64 {
+        self.0.lock().rate.map_or(0, |rate| rate.round() as u64)
+    }
+}
+
+impl Work<'_> {
+    /// Ends the work, which has moved so many bytes.
+    pub(crate) fn end(mut self, bytes: u64) {
+        if HELD_UP.load(Ordering::Relaxed) == self.held_up {
+            self.bytes = bytes;
+        }
+    }
+}
+
+impl Drop for Work<'_> {
+    fn drop(&mut self) {
+        self.meter.0.lock().end(self.bytes, Instant::now());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn work_side_by_side_counts_together_and_a_little_work_not_at_all() {
+        let began = Instant::now();
+        let at = |seconds| began + Duration::from_secs(seconds);
+        let mut state = State { running: 0, since: None, bytes: 0, rate: None };
+        let rate = |state: &State| state.rate.map(|rate| rate as u64 / MIB);
+        state.begin(at(0));
+        state.begin(at(0));
+        state.end(10 * MIB, at(1));
+        assert_eq!(rate(&state), None, "the other one goes on");
+        state.end(30 * MIB, at(2));
+        assert_eq!(rate(&state), Some(20));
+        for bytes in [MIB - 1, 0] {
+            state.begin(at(3));
+            state.end(bytes, at(4));
+        }
+        assert_eq!(rate(&state), Some(20));
+        state.begin(at(5));
+        state.end(40 * MIB, at(6));
+        assert_eq!(rate(&state), Some(30));
+    }
+
+    #[test]
+    fn work_that_was_held_up_measures_nothing() {
+        let meter = Meter::new();
+        let work = meter.begin();
+        held_up();
+        work.end(64 * MIB);
+        assert_eq!((meter.rate(), meter.0.lock().running), (0, 0));
+    }
+
+    #[test]
+    fn work_that_is_given_up_moves_nothing() {
+        let meter = Meter::new();
+        drop(meter.begin());
+        meter.begin().end(0);
+        assert_eq!((meter.rate(), meter.0.lock().running), (0, 0));
+    }
+}
