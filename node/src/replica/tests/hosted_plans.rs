@@ -152,7 +152,7 @@ async fn a_lower_version_is_not_remembered_by_a_node() {
     let remembered = || dir.lock().catalogs().unwrap().0;
     for catalog in [&second, &first] {
         manager.apply_catalog(Arc::new(catalog.clone()), false).await.unwrap();
-        assert_eq!(remembered(), [second.clone()]);
+        assert_eq!(remembered(), std::slice::from_ref(&second));
     }
     manager.opened().await;
     manager.stop().await;
