@@ -20,9 +20,9 @@ use vasto_core::report::{
 };
 
 /// Different runs.
-const RUNS: u64 = 20_000;
+const RUNS: u64 = 5_000;
 /// Things that happen in a run before all masters are gone for good.
-const MOMENTS: u64 = 60;
+const MOMENTS: u64 = 200;
 const PLAN: PlanId = PlanId(1);
 /// The target among the nodes; the sources come before it.
 const TARGET: usize = 2;
@@ -222,7 +222,7 @@ impl World {
     }
 
     fn happens(&mut self, draw: &mut Draw, seen: &mut Seen) {
-        self.now_ms += draw.below(400);
+        self.now_ms += draw.below(200);
         let (master, node, source) =
             (draw.below(2) as usize, draw.below(3) as usize, draw.below(2) as usize);
         match draw.below(10) {

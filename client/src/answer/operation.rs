@@ -400,10 +400,12 @@ mod tests {
             read(r#"{"id":"op-1-1","state":"aborted","reason":"cancelled","more":[1]}"#).unwrap();
         assert_eq!((aborted.id.as_str(), aborted.state), ("op-1-1", OperationState::Aborted));
         assert_eq!(aborted.reason.as_deref(), Some("cancelled"));
-        let later = read(r#"{"id":"a","state":"paused"}"#).unwrap();
+        let paused = read(r#"{"id":"a","state":"paused"}"#).unwrap();
+        assert_eq!(paused.state, OperationState::Paused);
+        let later = read(r#"{"id":"a","state":"resting"}"#).unwrap();
         assert_eq!(
             (later.state.to_string().as_str(), later.state),
-            ("paused", OperationState::Other("paused".into()))
+            ("resting", OperationState::Other("resting".into()))
         );
         for bad in ["", "{}", r#"{"id":"a"}"#, r#"{"id":"a","state":1}"#, "[]"] {
             assert!(read(bad).is_err(), "{bad}");

@@ -11,7 +11,7 @@ use object_store::path::Path as ObjectPath;
 use super::breaker::Breaker;
 use super::counts::{Counters, RequestCounts, Usage};
 use super::error::BucketError;
-use super::pacer::Paced;
+use super::pacer::{Paced, Pacer};
 use super::retry::RetryBudget;
 use super::wire::Learned;
 
@@ -162,6 +162,22 @@ impl Bucket {
             ("", key) => parse_path(key),
             (root, key) => parse_path(&format!("{root}/{key}")),
         }
+    }
+
+    /// Returns the same bucket (and counts) with its downloads held back.
+    pub fn with_pacer(&self, pacer: Arc<dyn Pacer>) -> Bucket {
+        Bucket { paced: Paced::by(pacer), ..self.clone() }
+    }
+
+    /// Returns true while no bulk bytes pass.
+    pub fn is_paused(&self) -> bool {
+        self.paced.is_paused()
+    }
+
+    /// Waits until so many bulk bytes may pass, besides those of downloads, which wait by
+    /// themselves; returns true when it has waited for the end of a pause.
+    pub async fn pass(&self, bytes: u64) -> bool {
+        self.paced.pass(bytes).await
     }
 }
 

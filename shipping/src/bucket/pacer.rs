@@ -1,7 +1,7 @@
 //! What holds back the bulk bytes of one handle of the bucket: a pause, or a bound of the rate.
 //!
 //! Downloads wait by themselves, piece by piece. Whoever uploads a file asks before, with
-//! [`Bucket::pass`], so that nobody waits here while he holds what others need.
+//! `Bucket::pass`, so that nobody waits here while he holds what others need.
 //!
 //! **Invariant:** requests for small objects (catalog, manifests, chunks of the log) never wait.
 
@@ -9,8 +9,6 @@ use std::fmt;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-
-use super::handle::Bucket;
 
 /// Holds back bulk bytes.
 #[async_trait]
@@ -32,21 +30,17 @@ impl fmt::Debug for Paced {
     }
 }
 
-impl Bucket {
-    /// Returns the same bucket (and counts) with its downloads held back.
-    pub fn with_pacer(&self, pacer: Arc<dyn Pacer>) -> Bucket {
-        Bucket { paced: Paced(Some(pacer)), ..self.clone() }
+impl Paced {
+    pub(super) fn by(pacer: Arc<dyn Pacer>) -> Self {
+        Self(Some(pacer))
     }
 
-    /// Returns true while no bulk bytes pass.
-    pub fn is_paused(&self) -> bool {
-        self.paced.0.as_ref().is_some_and(|pacer| pacer.is_paused())
+    pub(super) fn is_paused(&self) -> bool {
+        self.0.as_ref().is_some_and(|pacer| pacer.is_paused())
     }
 
-    /// Waits until so many bulk bytes may pass, besides those of downloads, which wait by
-    /// themselves; returns true when it has waited for the end of a pause.
-    pub async fn pass(&self, bytes: u64) -> bool {
-        match &self.paced.0 {
+    pub(super) async fn pass(&self, bytes: u64) -> bool {
+        match &self.0 {
             Some(pacer) => pacer.pass(bytes).await,
             None => false,
         }
@@ -64,6 +58,7 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
+    use crate::bucket::Bucket;
     use crate::bucket::download::{DownloadProgress, Wanted, download};
 
     /// Lets so many bytes pass, and no more until that is raised.

@@ -40,9 +40,12 @@ fn shard(number: u32, nodes: &[u64], mib: u64) -> BalanceShard {
     }
 }
 
+/// Begins moves and lets them end, which gives the permits of their nodes back.
 fn made(cluster: &mut Balance, cap: usize) -> Vec<Move> {
+    let permits: Vec<usize> = cluster.nodes.iter().map(|node| node.permits).collect();
     let moves = next_moves(cluster, cap);
     moves.iter().for_each(|one| cluster.apply(one));
+    cluster.nodes.iter_mut().zip(permits).for_each(|(node, permits)| node.permits = permits);
     moves
 }
 
