@@ -13,10 +13,7 @@ use super::{operation, plan, print, text};
 use crate::{
     args::KeyspaceResize,
     connect,
-    output::{
-        Failure, OutputFormat, ProgressLine, Unit, format_bytes, format_count, format_duration,
-        table,
-    },
+    output::{Failure, OutputFormat, ProgressLine, Unit, format_duration},
 };
 
 /// Interval between polls of the operation.
