@@ -36,6 +36,8 @@ pub struct Kept {
     counters: Counters,
     /// Event time and expiry of the lasting rows.
     lasting: Vec<(u64, Option<u64>)>,
+    /// Beginnings of keys that the test itself has written.
+    others: Vec<&'static str>,
 }
 
 /// What a load and its counters saw.
@@ -80,7 +82,14 @@ impl Kept {
             load,
             counters,
             lasting,
+            others: vec![COUNTER, LASTING, PASSING],
         })
+    }
+
+    /// Passes over keys that begin like this: the test has written them, and checks them itself.
+    pub fn beside(mut self, prefix: &'static str) -> Self {
+        self.others.push(prefix);
+        self
     }
 
     /// Returns the clients that put and delete.
@@ -102,8 +111,7 @@ impl Kept {
         let increments = self.counters.stop().await?;
         converged(cluster, &self.name).await?;
         let keyspace = cluster.keyspace(&self.name).await?;
-        let others = [COUNTER, LASTING, PASSING];
-        let verified = verify_beside(&self.master, &self.name, &self.history, &others).await?;
+        let verified = verify_beside(&self.master, &self.name, &self.history, &self.others).await?;
         let compared = increments.compare(&keyspace).await?;
         ensure!(compared.over == 0, "increments were applied twice: {:?}", compared.wrong);
         ensure!(missing(&keyspace, GONE, ROWS).await? as u64 == ROWS, "a deleted row is back");

@@ -70,7 +70,7 @@ async fn a_paused_grow_stands_still_outlives_its_master_and_ends_when_it_is_resu
     let mut cluster = Cluster::builder().nodes(2).allow_warnings().start().await?;
     cluster.create("ks", 2, &["--quarantine", "1s"]).await?;
     load(&cluster, "ks", 4_000).await?;
-    let kept = Kept::start(&cluster, "ks", 500, PACE).await?;
+    let kept = Kept::start(&cluster, "ks", 500, PACE).await?.beside("bulk");
     let grow = Resizing::start_with(&cluster, "ks", 3, &["--max-rate", "512KiB"]).await?;
     let id = grow.id.as_str();
     let shown = midway(&cluster, id).await?;
@@ -166,7 +166,7 @@ async fn a_rate_bounds_what_all_nodes_of_a_grow_move_together() -> Result<()> {
     cluster
         .vasto(&["operation", "rate", &grow.id, "1"])
         .await?
-        .refused(1, &["vasto operation pause"])?;
+        .refused(2, &["vasto operation pause"])?;
     let free = cluster.json(&["operation", "rate", &grow.id, "none"]).await?;
     ensure!(free["max_rate"].is_null(), "{free}");
     grow.done().await?;

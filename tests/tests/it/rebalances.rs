@@ -88,7 +88,7 @@ async fn nodes_that_join_are_filled_evenly_while_clients_write() -> Result<()> {
     cluster.create("wide", 15, &[]).await?;
     let keyspace = cluster.keyspace("wide").await?;
     fill(&keyspace).await?;
-    let kept = Kept::start(&cluster, "wide", 1_000, PACE).await?;
+    let kept = Kept::start(&cluster, "wide", 1_000, PACE).await?.beside("row");
     cluster.json(&["keyspace", "checkpoint", "wide"]).await?;
     for _ in 0..2 {
         cluster.add_node().await?;
@@ -176,7 +176,7 @@ async fn a_rebalance_survives_the_kill_of_a_target_and_of_the_master() -> Result
     let keyspace = cluster.keyspace("wide").await?;
     fill(&keyspace).await?;
     cluster.json(&["keyspace", "checkpoint", "wide"]).await?;
-    let kept = Kept::start(&cluster, "wide", 500, PACE).await?;
+    let kept = Kept::start(&cluster, "wide", 500, PACE).await?.beside("row");
     for _ in 0..2 {
         cluster.add_node().await?;
     }
