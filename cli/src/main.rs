@@ -24,6 +24,8 @@ use args::{Cli, Command, ConfigCommand, Serve};
 
 /// Time that the runtime may take to drop its threads; all durable work is done by then.
 const RUNTIME_END: Duration = Duration::from_millis(200);
+/// Threads for what blocks, at most: they are started when they are needed.
+const BLOCKING_THREADS_MAX: usize = 4_096;
 
 fn main() {
     let code = match run(&Cli::parse()) {
@@ -52,7 +54,12 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
             Ok(())
         }
         _ => {
-            let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+            // A pause keeps a thread for each export and each target of a node; reads, and the version
+            // that ends the pause, need threads beside them.
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .max_blocking_threads(BLOCKING_THREADS_MAX)
+                .enable_all()
+                .build();
             let runtime = runtime.context("cannot start the threads of the runtime")?;
             let result = runtime.block_on(command(cli));
             runtime.shutdown_timeout(RUNTIME_END);

@@ -40,6 +40,8 @@ struct State {
     running: u32,
     since: Option<Instant>,
     bytes: u64,
+    /// Some of it failed or was held up, so that its time says nothing.
+    spoiled: bool,
     /// Bytes a second.
     rate: Option<f64>,
 }
@@ -47,7 +49,8 @@ struct State {
 /// Work under way; what is dropped without an end moved nothing.
 pub(crate) struct Work<'a> {
     meter: &'a Meter,
-    bytes: u64,
+    /// `None` until it has ended without being held up.
+    bytes: Option<u64>,
     /// How often work had been held up when this began.
     held_up: u64,
 }
@@ -58,15 +61,17 @@ impl State {
         self.since.get_or_insert(now);
     }
 
-    fn end(&mut self, bytes: u64, now: Instant) {
-        self.bytes += bytes;
+    fn end(&mut self, bytes: Option<u64>, now: Instant) {
+        self.bytes += bytes.unwrap_or_default();
+        self.spoiled |= bytes.is_none();
         self.running -= 1;
         if self.running > 0 {
             return;
         }
         let took = self.since.take().map_or(Duration::ZERO, |since| now - since);
         let bytes = std::mem::take(&mut self.bytes);
-        if bytes >= BYTES_MIN && !took.is_zero() {
+        let spoiled = std::mem::take(&mut self.spoiled);
+        if bytes >= BYTES_MIN && !took.is_zero() && !spoiled {
             let rate = bytes as f64 / took.as_secs_f64();
             let before = self.rate.unwrap_or(rate);
             self.rate = Some(before + (rate - before) * NEW_PART);
@@ -76,13 +81,13 @@ impl State {
 
 impl Meter {
     const fn new() -> Self {
-        Self(Mutex::new(State { running: 0, since: None, bytes: 0, rate: None }))
+        Self(Mutex::new(State { running: 0, since: None, bytes: 0, spoiled: false, rate: None }))
     }
 
     /// Begins some work.
     pub(crate) fn begin(&self) -> Work<'_> {
         self.0.lock().begin(Instant::now());
-        Work { meter: self, bytes: 0, held_up: HELD_UP.load(Ordering::Relaxed) }
+        Work { meter: self, bytes: None, held_up: HELD_UP.load(Ordering::Relaxed) }
     }
 
     /// Returns the rate, bytes a second; 0 while nothing was measured.
@@ -95,7 +100,7 @@ impl Work<'_> {
     /// Ends the work, which has moved so many bytes.
     pub(crate) fn end(mut self, bytes: u64) {
         if HELD_UP.load(Ordering::Relaxed) == self.held_up {
-            self.bytes = bytes;
+            self.bytes = Some(bytes);
         }
     }
 }
@@ -116,21 +121,21 @@ mod tests {
     fn work_side_by_side_counts_together_and_a_little_work_not_at_all() {
         let began = Instant::now();
         let at = |seconds| began + Duration::from_secs(seconds);
-        let mut state = State { running: 0, since: None, bytes: 0, rate: None };
+        let mut state = State { running: 0, since: None, bytes: 0, spoiled: false, rate: None };
         let rate = |state: &State| state.rate.map(|rate| rate as u64 / MIB);
         state.begin(at(0));
         state.begin(at(0));
-        state.end(10 * MIB, at(1));
+        state.end(Some(10 * MIB), at(1));
         assert_eq!(rate(&state), None, "the other one goes on");
-        state.end(30 * MIB, at(2));
+        state.end(Some(30 * MIB), at(2));
         assert_eq!(rate(&state), Some(20));
         for bytes in [MIB - 1, 0] {
             state.begin(at(3));
-            state.end(bytes, at(4));
+            state.end(Some(bytes), at(4));
         }
         assert_eq!(rate(&state), Some(20));
         state.begin(at(5));
-        state.end(40 * MIB, at(6));
+        state.end(Some(40 * MIB), at(6));
         assert_eq!(rate(&state), Some(30));
     }
 
@@ -141,6 +146,21 @@ mod tests {
         held_up();
         work.end(64 * MIB);
         assert_eq!((meter.rate(), meter.0.lock().running), (0, 0));
+    }
+
+    #[test]
+    fn the_time_of_work_that_was_held_up_counts_for_nobody_beside_it() {
+        let began = Instant::now();
+        let at = |seconds| began + Duration::from_secs(seconds);
+        let mut state = State { running: 0, since: None, bytes: 0, spoiled: false, rate: None };
+        state.begin(at(0));
+        state.begin(at(1));
+        state.end(Some(100 * MIB), at(2));
+        state.end(None, at(3_600));
+        assert_eq!((state.rate, state.bytes), (None, 0));
+        state.begin(at(4_000));
+        state.end(Some(100 * MIB), at(4_001));
+        assert_eq!(state.rate, Some((100 * MIB) as f64));
     }
 
     #[test]

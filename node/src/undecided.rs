@@ -33,8 +33,8 @@ use crate::replica::state::Seal;
 /// comes soon.
 const PATIENCE: RetryBudget = RetryBudget {
     total: Duration::from_secs(2),
-    attempt: Duration::from_secs(4),
-    transfer: Duration::from_secs(4),
+    attempt: Duration::from_secs(10),
+    transfer: Duration::from_secs(10),
     backoff_first: Duration::from_millis(50),
     backoff_max: Duration::from_millis(500),
 };
@@ -173,6 +173,8 @@ impl Looks {
     ) -> Result<Option<Found>, LookError> {
         let found = |later| Some(Found { later, undone: false });
         let stored = self.store.stored(catalog.keyspace, catalog.version).await?;
+        // A bucket that was rolled back, or is another cluster's, may have a version of this number.
+        let stored = stored.filter(|stored| stored.catalog().nonce == catalog.nonce);
         let stored = stored.ok_or(LookError::Missing(catalog.version))?;
         if let Some(later) = self.store.later_than(stored.catalog()).await? {
             return Ok(is_decided(catalog, &later).then_some(later).and_then(found));

@@ -24,6 +24,10 @@ const CAUSE_TOLD_US: u64 = 2_000_000;
 /// and the buffers of a download later.
 const PIECES: (u64, u64) = (64 << 20, 8 << 20);
 
+/// Rate at which a target uploads its first manifest at least, bytes a second; its reports do not
+/// tell how far it is.
+const UPLOAD_RATE_MIN: u64 = 4 << 20;
+
 /// Why a plan does not go on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Trouble {
@@ -94,8 +98,22 @@ impl Facts<'_> {
     fn patience_us(&self) -> u64 {
         let silent = if self.works_in_silence() { SILENT_MAX_US } else { TOLD_WITHIN_US };
         let piece = if self.plan.step == Step::Prepare { PIECES.0 } else { PIECES.1 };
-        let waits = self.plan.rate_of_each_node().map_or(0, |rate| piece * 1_000_000 / rate.max(1));
-        silent.saturating_add(waits)
+        let rate = self.plan.rate_of_each_node().unwrap_or(u64::MAX).max(1);
+        let waits = piece.saturating_mul(1_000_000) / rate;
+        let uploads = self.uploads().saturating_mul(1_000_000) / rate.min(UPLOAD_RATE_MIN);
+        silent.saturating_add(waits).saturating_add(uploads)
+    }
+
+    /// Returns the bytes of the first manifests that targets may be uploading: no report tells how
+    /// far they are.
+    fn uploads(&self) -> u64 {
+        let targets = self.plan.targets.iter().filter_map(|target| self.target(target.replica));
+        let uploading = targets.filter(|progress| {
+            self.plan.resize().is_some()
+                && !progress.manifest_shipped
+                && matches!(progress.stage, TargetStage::Rewriting | TargetStage::Tailing)
+        });
+        uploading.map(|progress| progress.bytes_total).sum()
     }
 
     /// Returns the part that fails again and again: what it is, how often it failed, and why.

@@ -21,10 +21,12 @@ impl Hosted {
         let runs = |plan: &&Plan| matches!(plan.step, Step::Prepare | Step::Tail);
         let moving = catalog.plan.as_ref().filter(runs).and_then(|plan| {
             let of_shard = |source: &&Source| source.shard == replica.shard;
-            Some((plan.id, plan.leaving()?, plan.sources.iter().find(of_shard)?.replica))
+            let source = plan.sources.iter().find(of_shard)?.replica;
+            Some((plan.id, plan.leaving()?, source, plan.paused))
         });
-        let Some((plan, range, source)) = moving else {
+        let Some((plan, range, source, paused)) = moving else {
             throttle.lock().next(None);
+            replica.tails().forget_late();
             replica.throttle().set(None);
             if let Some(source) = &mut shared.status.lock().source {
                 source.throttle = None;
@@ -32,7 +34,7 @@ impl Hosted {
             return;
         };
         let bytes_per_s = match source == replica.id {
-            true => throttle.lock().next(self.sample()),
+            true => throttle.lock().next(self.sample(paused)),
             // What comes here comes to the log of the source, too.
             false => replica.throttle().rate_of(source),
         };
@@ -57,11 +59,13 @@ impl Hosted {
         }
     }
 
-    /// Returns how far the plan is behind; `None` when nothing is.
-    fn sample(&self) -> Option<Sample> {
+    /// Returns how far the plan is behind; `None` when nothing is. Nobody is slowed down for the tails
+    /// of a paused plan, which does not seal: only for its log.
+    fn sample(&self, paused: bool) -> Option<Sample> {
         let Self { replica, ship, .. } = self;
         let log = replica.log();
-        let unread = replica.tails().slowest().map(|sent| log.synced_bytes_after(sent));
+        let slowest = replica.tails().slowest().filter(|_| !paused);
+        let unread = slowest.map(|sent| log.synced_bytes_after(sent));
         // Half of the room is left for what cannot be slowed down.
         let room = self.shared.context.log_cap / 2;
         let unshipped = log.bytes_after(ship.plan_needs_after()).checked_sub(room);

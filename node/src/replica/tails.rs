@@ -47,6 +47,11 @@ impl Tails {
         self.0.lock().late = Some(Instant::now());
     }
 
+    /// Forgets such a reader: the plan for which it came has ended.
+    pub(crate) fn forget_late(&self) {
+        self.0.lock().late = None;
+    }
+
     /// Returns the last record that the slowest reader has been sent; `None` without a reader.
     pub(crate) fn slowest(&self) -> Option<Lsn> {
         let state = self.0.lock();

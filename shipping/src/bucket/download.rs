@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -233,22 +233,20 @@ impl Task<'_> {
         range: Range<u64>,
     ) -> Result<(u32, u64), DownloadError> {
         let _permit = self.permits.acquire().await.map_err(|_| DownloadError::Cancelled)?;
+        // Waited for before the request: a body that stands open meanwhile runs into the time-outs of
+        // the store and of the client.
+        self.bucket.pass(range.end - range.start).await;
         let mut retry = Retry::new(self.bucket.budget);
         loop {
-            // A request that would wait for its first byte is not sent; that takes no patience.
+            // Nothing is asked for in a pause; that takes no patience.
             if self.bucket.pass(0).await {
                 retry = Retry::new(self.bucket.budget);
             }
-            let paused = AtomicBool::new(false);
-            let failure = match self.try_part(&retry, &object, range.clone(), &paused).await {
+            let failure = match self.try_part(&retry, &object, range.clone()).await {
                 Ok(crc) => return Ok((crc, range.end - range.start)),
                 Err(Attempt::Failed(failure)) => failure,
                 Err(Attempt::Ended(error)) => return Err(error),
             };
-            if paused.into_inner() {
-                // The store may have closed the connection meanwhile: no time was lost here.
-                retry = Retry::new(self.bucket.budget);
-            }
             if failure.transient && retry.pause().await {
                 continue;
             }
@@ -272,7 +270,6 @@ impl Task<'_> {
         retry: &Retry,
         object: &Object,
         range: Range<u64>,
-        paused: &AtomicBool,
     ) -> Result<u32, Attempt> {
         self.progress.requests.fetch_add(1, Ordering::Relaxed);
         let whole = range == (0..object.wanted.bytes);
@@ -288,7 +285,7 @@ impl Task<'_> {
         }
         match result.payload {
             GetResultPayload::File(source, _) => self.copy_file(object, source, range).await,
-            GetResultPayload::Stream(body) => self.copy_stream(object, body, range, paused).await,
+            GetResultPayload::Stream(body) => self.copy_stream(object, body, range).await,
         }
     }
 
@@ -304,7 +301,6 @@ impl Task<'_> {
         while at < range.end {
             let (source, file) = (Arc::clone(&source), Arc::clone(&object.file));
             let length = (range.end - at).min(BUFFER_BYTES as u64) as usize;
-            self.bucket.pass(length as u64).await;
             let copied = tokio::task::spawn_blocking(move || {
                 let mut buffer = vec![0; length];
                 source.read_exact_at(&mut buffer, at).map_err(CopyError::Read)?;
@@ -336,7 +332,6 @@ impl Task<'_> {
         object: &Object,
         mut body: futures::stream::BoxStream<'static, object_store::Result<Bytes>>,
         range: Range<u64>,
-        paused: &AtomicBool,
     ) -> Result<u32, Attempt> {
         let (mut crc, mut written) = (0, range.start);
         let mut buffer: Vec<u8> = Vec::new();
@@ -347,9 +342,6 @@ impl Task<'_> {
                 Ok(Some(chunk)) => Some(chunk.map_err(Failure::from)?),
             };
             if let Some(chunk) = &chunk {
-                if self.bucket.pass(chunk.len() as u64).await {
-                    paused.store(true, Ordering::Relaxed);
-                }
                 self.received(chunk.len());
                 crc = crc32c::crc32c_append(crc, chunk);
                 buffer.extend_from_slice(chunk);

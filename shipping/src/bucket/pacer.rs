@@ -106,6 +106,7 @@ mod tests {
         assert!(held.is_err(), "half of it has passed");
         assert!(bucket.is_paused() && !open.is_paused());
         assert_eq!(progress.bytes.load(Ordering::Relaxed), 3_000_000, "and is counted, no more");
+        assert_eq!(progress.requests.load(Ordering::Relaxed), 1, "what waits is not asked for");
         gate.most.send_replace(u64::MAX);
         fetch.await.unwrap();
         assert_eq!(std::fs::read(dir.path().join("two.sst")).unwrap(), body);

@@ -144,11 +144,12 @@ async fn a_paused_shrink_is_cancelled_and_leaves_nothing() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rate_bounds_what_all_nodes_of_a_grow_move_together() -> Result<()> {
     const RATE: u64 = 1 << 20;
-    /// Each of two targets may have one piece ahead of the rate, and one that is not reported yet.
-    const AHEAD: u64 = 4 << 20;
+    /// Each of two targets may have one piece ahead of the rate; and some is not reported yet.
+    const AHEAD: u64 = 17 << 20;
+    const ROWS: u64 = 12_000;
     let cluster = Cluster::builder().nodes(2).allow_warnings().start().await?;
     cluster.create("ks", 1, &["--replicas", "2", "--quarantine", "1s"]).await?;
-    load(&cluster, "ks", 4_000).await?;
+    load(&cluster, "ks", ROWS).await?;
     let grow = Resizing::start_with(&cluster, "ks", 2, &["--max-rate", "1MiB"]).await?;
     let first = midway(&cluster, &grow.id).await?;
     let began = Instant::now();
@@ -170,7 +171,7 @@ async fn a_rate_bounds_what_all_nodes_of_a_grow_move_together() -> Result<()> {
     let free = cluster.json(&["operation", "rate", &grow.id, "none"]).await?;
     ensure!(free["max_rate"].is_null(), "{free}");
     grow.done().await?;
-    ensure!(missing(&cluster.keyspace("ks").await?, "bulk", 4_000).await? == 0);
+    ensure!(missing(&cluster.keyspace("ks").await?, "bulk", ROWS).await? == 0);
     cluster
         .vasto(&["operation", "pause", "op-9-9"])
         .await?

@@ -259,6 +259,27 @@ async fn while_the_bucket_is_away_the_seal_stays_and_the_node_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bucket_with_another_history_is_not_believed() {
+    let (bucket, dir) = (Faulty::in_memory(), memory_dir());
+    let store = CatalogStore::new(bucket.without_faults());
+    let first = keyspace(1);
+    let sealed = sealing(&first);
+    // The same number and plan, written by somebody else, who has gone on.
+    let mut foreign = sealed.clone();
+    foreign.nonce = 77;
+    write_all(&store, &[&first, &foreign, &committed(&foreign)]).await;
+    let node = Member::start(1, dir.path(), bucket.bucket()).await;
+    node.apply(&first).await;
+    let replica = node.replica(1).await;
+    node.seal(&sealed, &replica).await;
+    until("a warning", || !node.registry.undecided().is_empty()).await;
+    assert_eq!(node.version(), 2);
+    assert!(replica.ranges().seal.is_some(), "nothing is opened on a guess");
+    assert_eq!(version(&store, 4).await, None);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_undo_with_an_unknown_outcome_is_settled_by_the_bucket() {
     for fault in [Fault::UnknownAfter, Fault::UnknownBefore, Fault::ResetAfter] {
         let (bucket, dir) = (Faulty::in_memory(), memory_dir());
