@@ -205,7 +205,8 @@ impl KeyspaceDriver {
             if request.reply.is_closed() {
                 return;
             }
-            if matches!(request.change, CatalogChange::Resize { .. } | CatalogChange::Move { .. }) {
+            let of_rebalance = request.change.is_of_rebalance();
+            if of_rebalance || matches!(request.change, CatalogChange::Resize { .. }) {
                 self.cluster.refresh_settings().await;
             }
             let next = {
@@ -236,6 +237,8 @@ impl KeyspaceDriver {
                     let _ = request.reply.send(Ok(Arc::new(next)));
                     return;
                 }
+                // Another master may have begun the same: the next look decides anew.
+                Written::Overtaken if of_rebalance => break,
                 Written::Overtaken => {}
                 Written::Stopping => return,
             }

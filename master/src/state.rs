@@ -33,7 +33,7 @@ use vasto_core::ids::{KeyspaceId, NodeId};
 use vasto_shipping::ClusterSettings;
 
 pub(crate) use self::balance::RebalanceLook;
-pub(crate) use self::change::{CatalogChange, ChangeRequest};
+pub(crate) use self::change::{CANCELLED, CatalogChange, ChangeRequest};
 pub(crate) use self::keyspace::{Delivery, Keyspace};
 pub(crate) use self::node::{Done, Node};
 pub(crate) use self::sessions::{Odd, Registration, Sent};

@@ -1,8 +1,9 @@
 //! Moves of replicas as data of a catalog, and the totals of what has moved.
 //!
-//! **Invariant:** the JSON is persisted in the bucket: its names never change. A version of the
-//! catalog that an older program reads loses nothing by the moves that it passes over: their targets
-//! are not placed before they have caught up, and what they replace serves until then.
+//! **Invariant:** the JSON is persisted in the bucket: its names never change. An older program that
+//! only reads a catalog passes the moves over and makes nothing. An older master that writes one
+//! leaves the moves out: what they replace goes on serving, copies that are not placed are lost, and
+//! a shard whose new replica is placed keeps one replica more than it is to have.
 
 use serde::{Deserialize, Serialize};
 

@@ -78,15 +78,20 @@ pub(super) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
         let moving = state.active().filter(|keyspace| !keyspace.catalog.moves.is_empty());
         moving.map(|keyspace| keyspace.catalog.keyspace).collect()
     };
+    // What cannot be undone at once is undone by the drivers: the settings say that it is to be.
+    let mut failed = None;
     for keyspace in concerned {
         match ask::change(cluster, keyspace, CatalogChange::CancelMoves).await {
             Ok(_) => {}
             // The new replicas are placed: these moves end by themselves.
             Err(error) if error.code == ErrorCode::NotFound => {}
-            Err(error) => return Err(error),
+            Err(error) => failed = failed.or(Some(error)),
         }
     }
-    show(cluster, id)
+    match failed {
+        Some(error) => Err(error),
+        None => show(cluster, id),
+    }
 }
 
 /// Begins a rebalance, unless one runs; returns the one that runs then.

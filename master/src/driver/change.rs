@@ -13,13 +13,11 @@ use vasto_core::reconcile::{
     cancel_moves, check_rate, drain_node, end_quarantines, evict_on_request, prefer, set_pace,
     start_moves, start_resize, transfer_leadership,
 };
+use vasto_shipping::Rebalance;
 
 use crate::forecast::resize::resize;
 use crate::forecast::time::Paces;
-use crate::state::{CatalogChange, ClusterState, Keyspace};
-
-/// The reason of an operation that an administrator cancelled.
-const CANCELLED: &str = "cancelled by an administrator";
+use crate::state::{CANCELLED, CatalogChange, ClusterState, Keyspace};
 
 /// Returns the version that makes a change.
 pub(crate) fn changed(
@@ -72,9 +70,12 @@ pub(crate) fn changed(
                 .ok_or_else(|| has_ended(operation))
         }
         CatalogChange::Move { ref orders, rebalance_us } => {
-            start_moves(catalog, orders, rebalance_us, now_us, nonce).map_err(move_error)
+            check_rebalance(state, rebalance_us)?;
+            let orders = state.orders_that_fit(keyspace, orders);
+            start_moves(catalog, &orders, rebalance_us, now_us, nonce).map_err(move_error)
         }
         CatalogChange::Prefer { replica, rebalance_us } => {
+            check_rebalance(state, rebalance_us)?;
             prefer(catalog, replica, rebalance_us, now_us, nonce).ok_or_else(|| {
                 let message =
                     format!("replica {replica} of {} cannot be preferred now", catalog.name);
@@ -128,6 +129,18 @@ pub(crate) fn start(
             (error, _) => plan_error(error),
         }
     })
+}
+
+/// Checks that the rebalance runs: nothing begins for one that has ended meanwhile.
+fn check_rebalance(state: &ClusterState, rebalance_us: u64) -> Result<(), VastoError> {
+    let running = state.settings.running_rebalance();
+    match running.is_some_and(|running| running.since_us == rebalance_us) {
+        true => Ok(()),
+        false => {
+            let rebalance = Rebalance { since_us: rebalance_us, ended_us: None, cancelled: false };
+            Err(has_ended(&rebalance.operation_id()))
+        }
+    }
 }
 
 fn cancelled(

@@ -13,12 +13,12 @@ use vasto_core::catalog::{KeyspaceSpec, Quarantine};
 use vasto_core::ids::{Epoch, Incarnation, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use vasto_core::limits::SEALING_WRITE_MAX;
 use vasto_core::plan::{PinnedManifest, Step};
-use vasto_core::reconcile::{start_resize, undo_seal};
+use vasto_core::reconcile::{MoveOrder, start_resize, undo_seal};
 use vasto_core::report::{
     ReplicaPhase, ReplicaReport, Sealed, SourceProgress, TargetProgress, TargetStage,
 };
 use vasto_proto::v1;
-use vasto_shipping::{Bucket, CatalogWrite, RetryBudget};
+use vasto_shipping::{Bucket, CatalogWrite, ClusterSettings, RetryBudget};
 use vasto_testkit::faulty::{Call, Fault, Faulty};
 
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -135,6 +135,68 @@ fn changes_that_are_refused_say_what_to_do() {
         refused(&busy, other, &[]).message.contains("ended"),
         "only the operation that was named"
     );
+}
+
+/// The settings in which the rebalance 7 runs.
+fn rebalancing() -> ClusterSettings {
+    ClusterSettings::default().with_rebalance(7, 1).unwrap()
+}
+
+#[test]
+fn moves_begin_only_while_their_rebalance_runs_and_where_there_is_a_place() {
+    let hello = crate::state::tests::hello;
+    let spec = KeyspaceSpec { replicas: 2, ..KeyspaceSpec::default() };
+    let catalog =
+        Catalog::first(KeyspaceId(1), "ks1", spec, &[vec![NodeId(1), NodeId(2)]], 1_000, 1);
+    let mut state = ClusterState::default();
+    for node in 1..=3 {
+        state.connect(&hello(node, &format!("a:{node}")), false, 1).unwrap();
+    }
+    state.install(catalog, Delivery::Push);
+    let order = MoveOrder { shard: ShardId(0), replica: ReplicaId(1), to: NodeId(3) };
+    let moves = CatalogChange::Move { orders: vec![order], rebalance_us: 7 };
+    let prefer = CatalogChange::Prefer { replica: ReplicaId(2), rebalance_us: 7 };
+    let begin = |state: &ClusterState, change: &CatalogChange| {
+        changed(state, &state.keyspaces[&KeyspaceId(1)], change, 9, 9, 9)
+    };
+    let ended = rebalancing().without_rebalance(7, true, 8, 2).unwrap();
+    let another = ended.with_rebalance(9, 3).unwrap();
+    for settings in [ClusterSettings::default(), ended, another] {
+        state.settings = Arc::new(settings);
+        for change in [&moves, &prefer] {
+            let refused = begin(&state, change).unwrap_err();
+            assert!(refused.message.contains("rebalance-7 has ended"), "{refused:?}");
+        }
+    }
+    state.settings = Arc::new(rebalancing());
+    assert!(begin(&state, &prefer).is_ok());
+    assert_eq!(begin(&state, &moves).unwrap().moves.len(), 1);
+    // Another master has given all permits of the node away.
+    let copies = vasto_core::limits::COPIES_PER_NODE_MAX;
+    let hold = state.loads.hold((0..copies).map(|_| (NodeId(3), 0)), true);
+    assert!(begin(&state, &moves).is_err());
+    state.loads.give_back(hold);
+    assert!(begin(&state, &moves).is_ok());
+    state.settings = Arc::new(rebalancing().with_cordon(NodeId(3), true, 8, 2).unwrap());
+    assert!(begin(&state, &moves).is_err());
+}
+
+#[tokio::test]
+async fn a_move_that_another_master_overtakes_is_decided_anew() {
+    let fixture = driven().await;
+    let hello = crate::state::tests::hello(2, "a:2");
+    fixture.cluster.state().connect(&hello, false, 0).unwrap();
+    let nothing = ClusterSettings::default();
+    let store = &fixture.cluster.store;
+    store.change_settings(&nothing, |_| Some(rebalancing())).await.unwrap();
+    let first = fixture.cluster.state().keyspaces[&fixture.keyspace].catalog.as_ref().clone();
+    store.write(&first.next(5_000, 77)).await.unwrap();
+    let order = MoveOrder { shard: ShardId(0), replica: ReplicaId(1), to: NodeId(2) };
+    let moves = CatalogChange::Move { orders: vec![order], rebalance_us: 7 };
+    let overtaken = fixture.ask(moves.clone()).await.unwrap_err();
+    assert_eq!(overtaken.code, ErrorCode::Unavailable);
+    assert_eq!(fixture.ask(moves).await.unwrap().moves.len(), 1, "as the next look decides");
+    fixture.cluster.shutdown.cancel();
 }
 
 #[test]

@@ -10,7 +10,9 @@ use vasto_core::catalog::{Catalog, Placed, ShardPlacement};
 use vasto_core::ids::NodeId;
 use vasto_core::limits::COPIES_PER_NODE_MAX;
 use vasto_core::plan::Step;
-use vasto_core::reconcile::{Presence, in_the_way_of_moves, move_not_before, nodes_to_avoid};
+use vasto_core::reconcile::{
+    MoveOrder, Presence, in_the_way_of_moves, move_not_before, nodes_to_avoid,
+};
 
 use super::ClusterState;
 use super::keyspace::Keyspace;
@@ -31,11 +33,7 @@ pub(crate) struct RebalanceLook {
 impl ClusterState {
     /// Returns the nodes and shards of the cluster, with what is on its way where it goes to.
     pub(crate) fn balance(&self, mono_us: u64, now_us: u64) -> Balance {
-        let draining: BTreeSet<NodeId> = self
-            .active()
-            .flat_map(|keyspace| &keyspace.catalog.draining_nodes)
-            .map(|drain| drain.node)
-            .collect();
+        let draining = self.draining();
         let candidates = self.candidates(None);
         let node = |id: NodeId| {
             let candidate = candidates.iter().find(|candidate| candidate.node == id);
@@ -45,7 +43,8 @@ impl ClusterState {
             BalanceNode {
                 node: id,
                 zone: self.nodes.get(&id).map(|node| node.zone.clone()).unwrap_or_default(),
-                capacity: candidate.map_or(0, |candidate| candidate.disk.bytes),
+                // Of a node that is away, by its last report: the parts of the others stay.
+                capacity: self.disk_of(id).map_or(0, |disk| disk.bytes),
                 room: candidate.map_or(0, |candidate| candidate.disk.room()),
                 places: candidate.map_or(0, NodeCandidate::room),
                 permits: candidate
@@ -58,6 +57,41 @@ impl ClusterState {
             placement.map(|shard| self.shard_in_balance(keyspace, shard, mono_us, now_us))
         });
         Balance { nodes: self.node_ids().into_iter().map(node).collect(), shards: shards.collect() }
+    }
+
+    /// Returns the nodes that any keyspace drains.
+    fn draining(&self) -> BTreeSet<NodeId> {
+        let drains = self.active().flat_map(|keyspace| &keyspace.catalog.draining_nodes);
+        drains.map(|drain| drain.node).collect()
+    }
+
+    /// Returns the orders whose nodes can take the replicas by what is known now: since they were
+    /// decided, another master may have given the same places away.
+    pub(crate) fn orders_that_fit(
+        &self,
+        keyspace: &Keyspace,
+        orders: &[MoveOrder],
+    ) -> Vec<MoveOrder> {
+        let (catalog, reports) = (&*keyspace.catalog, &keyspace.reports);
+        let draining = self.draining();
+        let mut candidates = self.candidates(None);
+        let mut fits = |order: &&MoveOrder| {
+            let report = reports.get(&order.replica).filter(|report| report.bytes > 0);
+            let bytes = report
+                .map_or_else(|| shard_bytes(catalog, order.shard, reports), |report| report.bytes);
+            let takes = |node: &&mut NodeCandidate| {
+                node.node == order.to
+                    && !draining.contains(&node.node)
+                    && node.copying < COPIES_PER_NODE_MAX
+                    && node.takes(bytes)
+            };
+            let Some(node) = candidates.iter_mut().find(takes) else { return false };
+            node.replicas += 1;
+            node.copying += 1;
+            node.disk.promised = node.disk.promised.saturating_add(bytes);
+            true
+        };
+        orders.iter().filter(|order| fits(order)).copied().collect()
     }
 
     fn shard_in_balance(

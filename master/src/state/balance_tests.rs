@@ -69,6 +69,7 @@ fn nothing_is_told_before_the_nodes_have_reported() {
     let gone = state.balance(MONO, NOW);
     assert!(state.has_heard_of_all(MONO) && !gone.nodes[1].takes_part);
     assert_eq!((gone.shards[0].moves, gone.shards[1].moves), (When::Now, When::Never));
+    assert_eq!(gone.nodes[1].capacity, 100 << 30, "the parts of the others stay");
 }
 
 #[test]
@@ -142,4 +143,25 @@ fn cordoned_and_draining_nodes_and_shards_in_repair_take_no_part() {
     state.install(next, Delivery::Push);
     let drains = picture(&state);
     assert!(!drains.nodes[0].takes_part && next_moves(&drains, 9).is_empty());
+}
+
+#[test]
+fn moves_of_a_cancelled_rebalance_are_undone_whenever_they_began() {
+    let (mut state, sessions) = uneven();
+    reported(&mut state, &sessions);
+    let running = ClusterSettings::default().with_rebalance(7, 1).unwrap();
+    let order = MoveOrder { shard: ShardId(0), replica: ReplicaId(1), to: NodeId(3) };
+    let begun = start_moves(&state.keyspaces[&KS].catalog, &[order], 7, NOW, 2).unwrap();
+    state.install(begun, Delivery::Push);
+    let cancelled = running.without_rebalance(7, true, 8, 2).unwrap();
+    let later = cancelled.with_rebalance(9, 3).unwrap();
+    for goes_on in [running, later] {
+        state.settings = std::sync::Arc::new(goes_on);
+        assert!(matches!(state.decide(KS, MONO, NOW, 3), Advance::Wait(_)));
+    }
+    state.settings = std::sync::Arc::new(cancelled);
+    let Advance::Write(next) = state.decide(KS, MONO, NOW, 3) else { panic!("it goes on") };
+    assert!(next.moves.is_empty());
+    let reason = next.operations[0].reason.as_ref().unwrap();
+    assert!(reason.contains("cancelled"), "{reason}");
 }

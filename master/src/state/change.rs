@@ -8,6 +8,9 @@ use vasto_core::error::VastoError;
 use vasto_core::ids::{PlanId, ReplicaId};
 use vasto_core::reconcile::{MoveOrder, Pace};
 
+/// The reason of an operation that an administrator cancelled.
+pub(crate) const CANCELLED: &str = "cancelled by an administrator";
+
 /// A change that an administrator can request of a keyspace.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum CatalogChange {
@@ -35,6 +38,14 @@ pub(crate) enum CatalogChange {
     CancelMoves,
     /// Drop the keyspace.
     Delete,
+}
+
+impl CatalogChange {
+    /// Returns true for what was decided by a picture of the whole cluster, the newest settings
+    /// included: once another master has changed the keyspace, it is decided anew.
+    pub(crate) fn is_of_rebalance(&self) -> bool {
+        matches!(self, Self::Move { .. } | Self::Prefer { .. })
+    }
 }
 
 /// A change, and the channel that waits for its version.

@@ -13,10 +13,11 @@ use vasto_core::limits::{ACCEPTED_LOSS_AWAY, COPIES_PER_NODE_MAX};
 use vasto_core::plan::{Plan, SEALS_UNDONE_MAX, Step};
 use vasto_core::reconcile::{
     Advance, Around, Presence, abort, advance_members, advance_moves, advance_primaries,
-    advance_shown, give_up_moves_to, give_up_on, undo_seal, waits_for,
+    advance_shown, cancel_moves, give_up_moves_to, give_up_on, undo_seal, waits_for,
 };
 
 use super::ClusterState;
+use super::change::CANCELLED;
 use super::keyspace::{Delivery, Keyspace};
 
 impl ClusterState {
@@ -72,6 +73,9 @@ impl ClusterState {
         if let Some(next) = advance_members(catalog, reports, &around, now_us, nonce) {
             return Advance::Write(Box::new(next));
         }
+        if let Some(next) = self.without_cancelled_moves(keyspace, now_us, nonce) {
+            return Advance::Write(Box::new(next));
+        }
         let here_us = |node| match presence(node) {
             Presence::Here(since_us) => since_us,
             Presence::Away | Presence::Gone => 0,
@@ -87,6 +91,21 @@ impl ClusterState {
             (_, Advance::Wait(what)) | (Advance::Wait(what), _) => Advance::Wait(what),
             _ => waits_for(catalog, reports, &around, now_us).map_or(Advance::Idle, Advance::Wait),
         }
+    }
+
+    /// Returns the version that undoes the moves of a cancelled rebalance whose new replicas are not
+    /// placed: they may have begun after the request to cancel, or with another master.
+    fn without_cancelled_moves(
+        &self,
+        keyspace: &Keyspace,
+        now_us: u64,
+        nonce: u64,
+    ) -> Option<Catalog> {
+        let cancelled = self.settings.rebalance.filter(|rebalance| rebalance.cancelled)?;
+        let catalog = &keyspace.catalog;
+        let mut moves = catalog.moves.iter().filter(|moving| moving.plan.step != Step::Committed);
+        moves.find(|moving| moving.rebalance_us == cancelled.since_us)?;
+        cancel_moves(catalog, CANCELLED, &keyspace.reports, now_us, nonce)
     }
 
     /// Returns the version that aborts a plan for which a target has no disk left, or a source that

@@ -49,9 +49,20 @@ pub(super) struct Tension {
 impl Tension {
     pub(super) fn of(cluster: &Balance) -> Self {
         let nodes = cluster.nodes.len();
-        // What is not known of one is not compared with the others.
-        let known = cluster.nodes.iter().all(|node| node.capacity > 0);
-        let capacity = |node: &BalanceNode| if known { node.capacity as f64 } else { 1.0 };
+        // One whose disk is not known counts as an average one, so the parts of the others do not
+        // change because of it.
+        let known: Vec<f64> = cluster
+            .nodes
+            .iter()
+            .filter(|node| node.capacity > 0)
+            .map(|node| node.capacity as f64)
+            .collect();
+        let mean =
+            if known.is_empty() { 1.0 } else { known.iter().sum::<f64>() / known.len() as f64 };
+        let capacity = |node: &BalanceNode| match node.capacity {
+            0 => mean,
+            bytes => bytes as f64,
+        };
         let whole: f64 = cluster.nodes.iter().map(capacity).sum();
         let mut tension = Self {
             has: vec![[0.0; QUANTITIES]; nodes],

@@ -153,6 +153,17 @@ fn bytes_count_more_than_numbers_and_larger_disks_get_more() {
 }
 
 #[test]
+fn a_node_whose_disk_is_not_known_does_not_change_what_the_others_are_to_have() {
+    let mut cluster = two_have_joined();
+    cluster.nodes[4].capacity *= 3;
+    while !made(&mut cluster, 4).is_empty() {}
+    // Another one is away, and this master has not heard of it.
+    let unknown = BalanceNode { capacity: 0, takes_part: false, ..node(6, "") };
+    cluster.nodes.push(unknown);
+    assert_eq!(all_moves(&cluster), [], "the large disk keeps its part");
+}
+
+#[test]
 fn what_is_small_or_nearly_even_stays() {
     let nodes = || vec![node(1, ""), node(2, "")];
     let even = |first: u64, second: u64| Balance {

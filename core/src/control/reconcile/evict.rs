@@ -10,6 +10,7 @@
 use super::quarantine::remove_from_quarantines;
 use crate::catalog::{Catalog, DrainingReplica, GivenUp, KeyspaceState, Placed, ReplicaMove};
 use crate::control::operation::operation_id;
+use crate::control::plan::Step;
 use crate::ids::{Epoch, ReplicaId, ShardId};
 
 /// Reasons why a replica is not evicted from its placement.
@@ -131,7 +132,17 @@ pub fn evict_on_request(
     now_us: u64,
     nonce: u64,
 ) -> Result<Catalog, EvictError> {
+    // A move that has placed its new replica waits for the others of its shard; with one of them
+    // evicted it ends, and the one that was to move stays.
+    let is_third = |moving: &ReplicaMove| {
+        moving.plan.step == Step::Committed
+            && moving.replaces != replica
+            && !moving.plan.targets.iter().any(|target| target.replica == replica)
+    };
     let touches = |moving: &&ReplicaMove| {
+        if is_third(moving) {
+            return false;
+        }
         let shard = moving.shard().and_then(|shard| catalog.shard(shard));
         let mut members = shard.into_iter().flat_map(|shard| &shard.replicas);
         members.any(|member| member.replica == replica)

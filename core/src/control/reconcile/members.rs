@@ -54,10 +54,14 @@ pub fn advance_members(
             }
             // A replica that cannot catch up, or keeps others' logs from being truncated, is
             // evicted; one that does not serve any more is evicted when a new replica can take its
-            // place.
-            let has_room = || (around.room)(catalog, shard.shard).is_some();
+            // place, or has: a move leaves one replica more when it ends for the loss of another.
+            let staying = || shard.replicas.iter().filter(|other| !view.leaves(other)).count();
+            let has_room = || {
+                staying() > catalog.spec.replicas as usize
+                    || (around.room)(catalog, shard.shard).is_some()
+            };
             let failed = view.has_failed_for_good(member.replica) && has_room();
-            let too_old = view.replication(member.replica).is_some_and(|report| report.too_old);
+            let too_old = view.is_too_old(member.replica);
             let asks_to_evict = |other: &Placed| {
                 other.replica != member.replica
                     && view

@@ -3,22 +3,23 @@
 //!
 //! **Invariants**
 //! - Pure. A shard never has fewer replicas because one of them moves: the old one leaves its
-//!   placement only while the new one serves, and nothing moves into a shard that the node has a
-//!   replica of already.
+//!   placement only while the new one serves, and while no other one of the shard is lost or away;
+//!   nothing moves into a shard that the node has a replica of already.
 //! - Moves of distinct shards do not touch each other. Where replicas lack or a node drains, moves
 //!   that have not placed their new replica yet are given up: that comes first.
 
 use super::advance::advance_plan;
 use super::copy::give_up_on;
 use super::outcome::{abort, report_of};
-use super::progress::{Advance, Running};
+use super::progress::{Advance, Running, source_progress};
 use super::repair::begin;
 use super::view::{Around, View};
 use crate::catalog::{Catalog, KeyspaceState, Placed, ReplicaMove, ShardPlacement};
 use crate::control::operation::{OperationKind, OperationOutcome, OperationReport, operation_id};
-use crate::control::plan::{NODE_AWAY_MAX_US, PlanKind, Step};
-use crate::control::report::Reports;
+use crate::control::plan::{NODE_AWAY_MAX_US, PlanKind, Source, Step};
+use crate::control::report::{ReplicaPhase, Reports};
 use crate::ids::{Epoch, NodeId, PlanId, ReplicaId, ShardId};
+use crate::limits::TARGET_SILENT_MAX;
 
 /// Pause before a replica of a shard moves again after a move failed, microseconds; doubled by each
 /// further failure in a row.
@@ -197,12 +198,10 @@ pub fn advance_moves(
     for moving in &catalog.moves {
         let decision = match (moving.plan.step, &first) {
             (Step::Committed, _) => replace(&view, moving, &away_us, now_us, nonce),
-            (_, Some(what)) => {
-                let reason = format!("{what} comes first");
-                match cancel_move(catalog, moving.id(), &reason, reports, now_us, nonce) {
-                    Some(next) => Advance::Write(Box::new(next)),
-                    None => Advance::Idle,
-                }
+            (_, Some(what)) => undo(&view, moving, &format!("{what} comes first"), now_us, nonce),
+            _ if has_lost_one(&view, moving) => {
+                let reason = "a replica of the shard was lost; its repair comes first";
+                undo(&view, moving, reason, now_us, nonce)
             }
             _ => add(catalog, moving, reports, (&away_us, &here_us), now_us, nonce),
         };
@@ -213,6 +212,29 @@ pub fn advance_moves(
         }
     }
     waits.map_or(Advance::Idle, Advance::Wait)
+}
+
+/// Gives up a move whose new replica is not placed.
+fn undo(view: &View<'_>, moving: &ReplicaMove, reason: &str, now_us: u64, nonce: u64) -> Advance {
+    let undone = cancel_move(view.catalog, moving.id(), reason, view.reports, now_us, nonce);
+    undone.map_or(Advance::Idle, |next| Advance::Write(Box::new(next)))
+}
+
+/// Returns true when a replica of the shard is not expected to serve again: it is to be evicted and
+/// replaced.
+fn is_broken(view: &View<'_>, member: &Placed) -> bool {
+    view.has_failed_for_good(member.replica)
+        || view.is_given_up(member)
+        || (view.around.lost)(member.node)
+        || view.is_too_old(member.replica)
+}
+
+/// Returns true when a placed replica of the shard of a move is broken: members of the shard do not
+/// change while it runs, and a copy may take hours.
+fn has_lost_one(view: &View<'_>, moving: &ReplicaMove) -> bool {
+    let shard = moving.shard().and_then(|shard| view.catalog.shard(shard));
+    let mut members = shard.into_iter().flat_map(|shard| &shard.replicas);
+    members.any(|member| is_broken(view, member))
 }
 
 /// Returns the catalog as the rules for a single plan see it: with the plan of this move only.
@@ -266,10 +288,56 @@ fn add(
     // A move seals nothing, so nothing is counted from when the nodes were told.
     let shown_us = catalog.written_at_us;
     let running = Running { catalog: &alone, plan: &moving.plan, reports, shown_us, now_us, nonce };
+    if let Some(node) = silent_source(&running, here_us) {
+        let silent_s = TARGET_SILENT_MAX.as_secs();
+        let reason = format!("{node} has not begun its checkpoint within {silent_s} s");
+        if let Some(next) = give_up_on(&alone, &reason, node, reports, now_us, nonce) {
+            return Advance::Write(Box::new(beside(next, moving)));
+        }
+    }
     match advance_plan(running, away_us, here_us) {
         Advance::Write(next) => Advance::Write(Box::new(beside(*next, moving))),
         other => other,
     }
+}
+
+/// Returns the node of a source that is there and does not begin its checkpoint. A node of an
+/// earlier version passes moves over, so it is not waited for without limit; one that has only just
+/// come back, or opens the replica, is.
+fn silent_source(running: &Running<'_>, here_us: &dyn Fn(NodeId) -> u64) -> Option<NodeId> {
+    let Running { plan, reports, now_us, .. } = *running;
+    let is_silent = |source: &&Source| {
+        let report = reports.get(&source.replica);
+        let opens = report.is_some_and(|report| report.phase == ReplicaPhase::Opening);
+        let silent_us = now_us.saturating_sub(plan.started_at_us).min(here_us(source.node));
+        !opens
+            && source_progress(plan, source.replica, reports).is_none()
+            && silent_us > TARGET_SILENT_MAX.as_micros() as u64
+    };
+    let mut sources = plan.sources.iter().filter(|_| plan.step == Step::Prepare);
+    sources.find(is_silent).map(|source| source.node)
+}
+
+/// What the other replicas of a shard decide of the old one, before it leaves.
+enum Others {
+    /// They are there.
+    AreThere,
+    /// One is away, and may come back.
+    Away(Placed),
+    /// One does not come back: the old one stays in its place.
+    Lost,
+}
+
+/// Returns the state of the replicas of a shard other than the old and the new one. One of them may
+/// have been evicted on request meanwhile.
+fn others(view: &View<'_>, shard: &ShardPlacement, new: &Placed, old: &Placed) -> Others {
+    let others = || shard.replicas.iter().filter(|member| *member != new && *member != old);
+    let lacks = shard.replicas.len() <= view.catalog.spec.replicas as usize;
+    if lacks || others().any(|member| is_broken(view, member)) {
+        return Others::Lost;
+    }
+    let away = others().find(|member| !view.around.is_here(member.node));
+    away.map_or(Others::AreThere, |member| Others::Away(*member))
 }
 
 /// Lets the old replica leave once the new one serves. A new replica that does not come back leaves
@@ -298,14 +366,28 @@ fn replace(
         (Some(_), Some(_), None) => return end(next(), None),
         _ => return end(next(), Some("its new replica has left the shard")),
     };
-    let is_lost = away_us(new.node) > NODE_AWAY_MAX_US || view.has_failed_for_good(new.replica);
+    if shard.replicas.iter().all(|member| view.is_given_up(member)) {
+        return end(next(), Some("all replicas of the shard are given up"));
+    }
+    let is_lost = away_us(new.node) > NODE_AWAY_MAX_US
+        || view.has_failed_for_good(new.replica)
+        || view.is_given_up(&new)
+        || view.is_too_old(new.replica);
     let (leaves, why) = match is_lost {
         true => (new, Some("its new replica does not serve any more")),
         false if !view.serves(&new) => {
             let Placed { replica, node } = new;
             return Advance::Wait(format!("replica {replica} on {node} to serve"));
         }
-        false => (old, None),
+        false => match others(view, shard, &new, &old) {
+            Others::AreThere => (old, None),
+            Others::Away(Placed { replica, node }) => {
+                return Advance::Wait(format!("replica {replica} on {node} to come back"));
+            }
+            Others::Lost => {
+                return end(next(), Some("another replica was lost; the old one stays"));
+            }
+        },
     };
     let stays = |other: &Placed| other.replica != leaves.replica && view.serves(other);
     match view.take_out(shard, &leaves, stays, now_us, nonce) {

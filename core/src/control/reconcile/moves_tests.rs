@@ -20,6 +20,7 @@ use crate::control::report::{
     TargetStage,
 };
 use crate::ids::{CatalogVersion, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
+use crate::limits::TARGET_SILENT_MAX;
 
 const NOW: u64 = 1_000_000_000;
 const SINCE: u64 = 77;
@@ -73,10 +74,20 @@ fn perfect(catalog: &Catalog) -> Reports {
 }
 
 fn advance(catalog: &Catalog, reports: &Reports, away_us: fn(NodeId) -> u64) -> Advance {
+    advance_around(catalog, reports, HERE, |_| false, away_us)
+}
+
+fn advance_around(
+    catalog: &Catalog,
+    reports: &Reports,
+    presence: fn(NodeId) -> Presence,
+    lost: fn(NodeId) -> bool,
+    away_us: fn(NodeId) -> u64,
+) -> Advance {
     let around = Around {
-        presence: &HERE,
+        presence: &presence,
         long_gone: &|_| false,
-        lost: &|_| false,
+        lost: &lost,
         room: &|_, _| Some(NodeId(9)),
     };
     advance_moves(catalog, reports, &around, away_us, |_| u64::MAX, NOW + 1, 3)
@@ -338,4 +349,127 @@ fn a_catalog_with_moves_survives_json_and_is_read_without_them() {
     assert_eq!(serde_json::from_str::<Catalog>(&text).unwrap(), begun);
     let plain = serde_json::to_string(&catalog(1)).unwrap();
     assert!(!plain.contains("moves") && !plain.contains("rebalanced"), "{plain}");
+}
+
+/// Replica 1 of shard 0 moves from node 1 to node 4; with `committed` its new replica is placed.
+fn one_moving(replicas: u32, committed: bool) -> Catalog {
+    let mut moving = started(&catalog(replicas), &[order(0, 1, 4)]);
+    for _ in 0..if committed { 2 } else { 1 } {
+        moving = written(advance(&moving, &perfect(&moving), LIVE));
+    }
+    let step = if committed { Step::Committed } else { Step::Tail };
+    assert_eq!(moving.moves[0].plan.step, step);
+    moving
+}
+
+fn reason(next: &Catalog) -> &str {
+    next.operations.last().unwrap().reason.as_deref().unwrap()
+}
+
+#[test]
+fn a_shard_that_loses_another_replica_keeps_the_one_that_was_to_move() {
+    type Broken = fn(&mut ReplicaReport);
+    let failed: Broken = |report| report.phase = ReplicaPhase::Failed("no disk".into());
+    let too_old: Broken = |report| report.replication.too_old = true;
+    // Of shard 0, replica 2 is on node 2.
+    let on_2: fn(NodeId) -> bool = |node| node == NodeId(2);
+    let cases: [(Broken, fn(NodeId) -> bool); 3] =
+        [(failed, |_| false), (too_old, |_| false), (|_| {}, on_2)];
+    for (breaks, lost) in cases {
+        let copying = one_moving(2, false);
+        let mut reports = perfect(&copying);
+        breaks(reports.get_mut(&ReplicaId(2)).unwrap());
+        reports.values_mut().for_each(|report| {
+            report.target.iter_mut().for_each(|target| target.lag_lsns = 1 << 40);
+        });
+        let undone = written(advance_around(&copying, &reports, HERE, lost, LIVE));
+        assert!(undone.moves.is_empty() && reason(&undone).contains("its repair comes first"));
+
+        let placed = one_moving(2, true);
+        let mut reports = perfect(&placed);
+        breaks(reports.get_mut(&ReplicaId(2)).unwrap());
+        let ended = written(advance_around(&placed, &reports, HERE, lost, LIVE));
+        assert!(ended.moves.is_empty() && reason(&ended).contains("the old one stays"));
+        assert_eq!(ended.placement[0].replicas.len(), 3);
+        // Two are left, although there is room for no further one.
+        reports.values_mut().for_each(|report| report.version = ended.version);
+        let around =
+            Around { presence: &HERE, long_gone: &|_| false, lost: &lost, room: &|_, _| None };
+        let left = advance_members(&ended, &reports, &around, NOW, 3).unwrap();
+        assert!(!left.is_placed(ReplicaId(2)) && left.is_placed(ReplicaId(1)));
+        assert_eq!(left.placement[0].replicas.len(), 2);
+    }
+}
+
+#[test]
+fn a_placed_move_waits_for_another_replica_that_is_away_until_it_is_evicted() {
+    let placed = one_moving(2, true);
+    let away: fn(NodeId) -> Presence = |node| match node {
+        NodeId(2) => Presence::Away,
+        _ => Presence::Here(u64::MAX),
+    };
+    let waits = advance_around(&placed, &perfect(&placed), away, |_| false, LIVE);
+    assert!(
+        matches!(&waits, Advance::Wait(what) if what.contains("replica 2 on") && what.contains("to come back")),
+        "{waits:?}"
+    );
+    let serves = |_: &Placed| true;
+    let new = placed.moves[0].plan.targets[0].replica;
+    for of_move in [ReplicaId(1), new] {
+        let refused = evict_on_request(&placed, of_move, false, serves, NOW, 4);
+        assert!(matches!(refused, Err(EvictError::Busy(_))), "{refused:?}");
+    }
+    let evicted = evict_on_request(&placed, ReplicaId(2), false, serves, NOW, 4).unwrap();
+    let ended = written(advance(&evicted, &perfect(&evicted), LIVE));
+    assert!(ended.moves.is_empty() && ended.is_placed(ReplicaId(1)) && ended.is_placed(new));
+}
+
+#[test]
+fn a_placed_move_ends_when_its_replicas_are_given_up_or_the_new_one_is_too_old() {
+    let mut placed = one_moving(1, true);
+    for node in [1, 4] {
+        placed.draining_nodes.push(NodeDrain::new(NodeId(node), true, NOW));
+    }
+    let gone: fn(NodeId) -> Presence = |_| Presence::Gone;
+    let away: fn(NodeId) -> u64 = |_| NODE_AWAY_MAX_US + 1;
+    let ended = written(advance_around(&placed, &Reports::new(), gone, |_| false, away));
+    assert!(ended.moves.is_empty() && reason(&ended).contains("given up"));
+    assert_eq!(ended.placement[0].replicas.len(), 2, "the recovery replaces both");
+
+    let placed = one_moving(2, true);
+    let new = placed.moves[0].plan.targets[0].replica;
+    let mut reports = perfect(&placed);
+    let of_new = &mut reports.get_mut(&new).unwrap().replication;
+    (of_new.ready, of_new.too_old) = (false, true);
+    let back = written(advance(&placed, &reports, LIVE));
+    assert!(back.moves.is_empty() && back.is_placed(ReplicaId(1)) && !back.is_placed(new));
+}
+
+#[test]
+fn a_source_that_passes_the_move_over_is_not_waited_for_without_limit() {
+    let begun = started(&catalog(1), &[order(0, 1, 4)]);
+    let around = Around {
+        presence: &HERE,
+        long_gone: &|_| false,
+        lost: &|_| false,
+        room: &|_, _| Some(NodeId(9)),
+    };
+    let at = |reports: &Reports, here_us: u64, silent_us: u64| {
+        let started_at_us = begun.moves[0].plan.started_at_us;
+        advance_moves(&begun, reports, &around, LIVE, |_| here_us, started_at_us + silent_us, 3)
+    };
+    let silent_us = TARGET_SILENT_MAX.as_micros() as u64;
+    let mut silent = perfect(&begun);
+    silent.values_mut().for_each(|report| report.source = None);
+    assert!(matches!(at(&silent, u64::MAX, silent_us), Advance::Wait(_)));
+    assert!(matches!(at(&silent, silent_us, silent_us + 1), Advance::Wait(_)), "it is just back");
+    let undone = written(at(&silent, u64::MAX, silent_us + 1));
+    assert!(undone.moves.is_empty() && reason(&undone).contains("has not begun its checkpoint"));
+    assert_eq!(undone.operations[0].failed_on, [NodeId(1)]);
+    silent.get_mut(&ReplicaId(1)).unwrap().phase = ReplicaPhase::Opening;
+    assert!(matches!(at(&silent, u64::MAX, silent_us + 1), Advance::Wait(_)), "it opens");
+    let mut slow = perfect(&begun);
+    let of_source = slow.get_mut(&ReplicaId(1)).unwrap().source.as_mut().unwrap();
+    of_source.manifest = None;
+    assert!(matches!(at(&slow, u64::MAX, silent_us + 1), Advance::Wait(_)), "it uploads");
 }

@@ -50,6 +50,11 @@ impl View<'_> {
         self.has_failed(replica) && !self.replication(replica).is_some_and(|report| report.passing)
     }
 
+    /// Returns true when the replica cannot catch up with the others any more.
+    pub(super) fn is_too_old(&self, replica: ReplicaId) -> bool {
+        self.replication(replica).is_some_and(|report| report.too_old)
+    }
+
     /// Returns true when the replica serves, by its last report.
     pub(super) fn is_ready(&self, member: &Placed) -> bool {
         self.around.is_here(member.node)
