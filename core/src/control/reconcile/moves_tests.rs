@@ -369,12 +369,12 @@ fn reason(next: &Catalog) -> &str {
 #[test]
 fn a_shard_that_loses_another_replica_keeps_the_one_that_was_to_move() {
     type Broken = fn(&mut ReplicaReport);
+    type Lost = fn(NodeId) -> bool;
     let failed: Broken = |report| report.phase = ReplicaPhase::Failed("no disk".into());
     let too_old: Broken = |report| report.replication.too_old = true;
     // Of shard 0, replica 2 is on node 2.
-    let on_2: fn(NodeId) -> bool = |node| node == NodeId(2);
-    let cases: [(Broken, fn(NodeId) -> bool); 3] =
-        [(failed, |_| false), (too_old, |_| false), (|_| {}, on_2)];
+    let on_2: Lost = |node| node == NodeId(2);
+    let cases: [(Broken, Lost); 3] = [(failed, |_| false), (too_old, |_| false), (|_| {}, on_2)];
     for (breaks, lost) in cases {
         let copying = one_moving(2, false);
         let mut reports = perfect(&copying);
