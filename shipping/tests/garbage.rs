@@ -621,6 +621,11 @@ async fn what_is_known_to_be_there_is_looked_for() {
         replicas: vec![KnownReplica { owner, manifest_lsn: Lsn(30), shipped_lsn: Lsn(35) }],
     };
     assert!(check(&rig.bucket, false, &known, now_us()).await.unwrap().is_clean());
+    // Another replica has begun to ship behind this one, and has shipped nothing yet.
+    let other = layout::Owner { replica: ReplicaId(REPLICA.0 + 1), ..owner };
+    let mut begun = known.clone();
+    begun.replicas.push(KnownReplica { owner: other, manifest_lsn: Lsn(0), shipped_lsn: Lsn(12) });
+    assert!(check(&rig.bucket, false, &begun, now_us()).await.unwrap().is_clean());
     let chunk = layout::chunk(rig.keyspace(), SHARD, REPLICA, Lsn(31));
     let manifest = layout::manifest(rig.keyspace(), SHARD, REPLICA, Lsn(30));
     let catalog = layout::catalog_version(rig.keyspace(), CatalogVersion(1));

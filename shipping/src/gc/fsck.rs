@@ -333,6 +333,16 @@ async fn read_chunk(
     Ok(Read::Chunk { range, good })
 }
 
+/// Returns true when another replica of the shard has an archive.
+fn others_have_shipped(survey: &Survey, logs: &Logs, owner: &Owner) -> bool {
+    let is_other = |other: &Owner| {
+        (other.keyspace, other.shard) == (owner.keyspace, owner.shard) && other != owner
+    };
+    let manifests = survey.manifests.iter().filter(|(_, all)| !all.is_empty());
+    let chunks = logs.iter().filter(|(_, all)| !all.is_empty());
+    manifests.map(|(other, _)| other).chain(chunks.map(|(other, _)| other)).any(is_other)
+}
+
 /// Finds the missing checkpoints and chunks of each replica.
 fn find_holes(survey: &Survey, logs: &Logs, known: &Known, found: &mut Fsck) {
     let is_kept = |owner: &Owner| {
@@ -360,6 +370,12 @@ fn find_holes(survey: &Survey, logs: &Logs, known: &Known, found: &mut Fsck) {
                 found.missing.push(owner.chunk(at.next()));
             }
             at = at.max(range.last);
+        }
+        // A replica that begins to ship behind another one counts what that one has shipped, before
+        // it has an object of its own.
+        let begins = newest.is_none() && logs.get(&owner).is_none_or(BTreeMap::is_empty);
+        if begins && others_have_shipped(survey, logs, &owner) {
+            continue;
         }
         if report.is_some_and(|report| at < report.shipped_lsn) {
             found.missing.push(owner.chunk(at.next()));
