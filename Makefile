@@ -9,6 +9,9 @@ export CARGO_TARGET_DIR ?= $(HOME)/.cache/vasto/target
 # Where the tests of the bucket find the S3 servers that scripts/setup.sh installs.
 export VASTO_TEST_WEED ?= $(HOME)/.cache/vasto/venv/bin/weed
 export VASTO_TEST_MOTO ?= $(HOME)/.cache/vasto/venv/bin/moto_server
+# Which cells of the matrix of faults `make test` takes: those of another seed are others, and
+# `make soak` takes all.
+export VASTO_MATRIX_SEED ?= 1
 
 built := $(abspath $(CARGO_TARGET_DIR))/release
 selection := --release --workspace --locked
