@@ -96,6 +96,13 @@ pub struct Source {
     pub export: Option<String>,
 }
 
+impl Source {
+    /// Creates a source that has prepared nothing yet.
+    pub fn new(shard: ShardId, replica: ReplicaId, node: NodeId) -> Self {
+        Self { shard, replica, node, manifest: None, export: None }
+    }
+}
+
 /// A replica under construction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Target {
@@ -250,12 +257,8 @@ mod tests {
     use super::*;
 
     fn plan(step: Step) -> Plan {
-        let source = |shard: u32, node: u64| Source {
-            shard: ShardId(shard),
-            replica: ReplicaId(u64::from(shard) + 1),
-            node: NodeId(node),
-            manifest: None,
-            export: None,
+        let source = |shard: u32, node: u64| {
+            Source::new(ShardId(shard), ReplicaId(u64::from(shard) + 1), NodeId(node))
         };
         let target = |replica: u64| Target {
             shard: ShardId(3),

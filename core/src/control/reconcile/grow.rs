@@ -32,13 +32,7 @@ pub(super) fn start_grow(
         .placement
         .iter()
         .filter_map(|shard| Some((shard.shard, shard.shipper()?)))
-        .map(|(shard, member)| Source {
-            shard,
-            replica: member.replica,
-            node: member.node,
-            manifest: None,
-            export: None,
-        })
+        .map(|(shard, member)| Source::new(shard, member.replica, member.node))
         .collect();
     let of_shards = target_nodes.iter().zip(from..);
     let targets: Vec<Target> = of_shards

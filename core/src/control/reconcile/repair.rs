@@ -83,13 +83,7 @@ pub(super) fn begin(
     now_us: u64,
     nonce: u64,
 ) -> Catalog {
-    let source = |member: &Placed| Source {
-        shard,
-        replica: member.replica,
-        node: member.node,
-        manifest: None,
-        export: None,
-    };
+    let source = |member: &Placed| Source::new(shard, member.replica, member.node);
     let mut next = catalog.next(now_us, nonce);
     next.plan = Some(Plan {
         id: catalog.next_plan,

@@ -55,13 +55,8 @@ pub(super) fn start_shrink(
             };
             plan.targets.extend(shard.replicas.iter().map(target));
         } else {
-            plan.sources.extend(shard.shipper().map(|member| Source {
-                shard: shard.shard,
-                replica: member.replica,
-                node: member.node,
-                manifest: None,
-                export: None,
-            }));
+            let source = |member: Placed| Source::new(shard.shard, member.replica, member.node);
+            plan.sources.extend(shard.shipper().map(source));
         }
     }
     let mut next = catalog.next(now_us, nonce);
