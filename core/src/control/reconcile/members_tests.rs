@@ -367,7 +367,7 @@ fn a_drain_does_not_take_the_only_replica_out_that_serves() {
 }
 
 #[test]
-fn what_is_drained_goes_only_while_one_serves_that_holds_everything() {
+fn what_is_drained_goes_only_while_the_primary_serves_and_holds_everything() {
     let left = evict(&catalog(), ReplicaId(1), false, NOW, 2).unwrap();
     let drained = |by: &[u64]| {
         let by: Vec<ReplicaId> = by.iter().map(|id| ReplicaId(*id)).collect();
@@ -381,8 +381,13 @@ fn what_is_drained_goes_only_while_one_serves_that_holds_everything() {
     };
     let without_two = |node: NodeId| if node == NodeId(2) { Presence::Gone } else { HERE(node) };
     assert!(goes(&drained(&[2]), &HERE));
+    assert!(!goes(&drained(&[3]), &HERE), "the primary would answer reads without it");
     assert!(!goes(&drained(&[2]), &without_two), "only the one that is away holds everything");
-    assert!(goes(&drained(&[2, 3]), &without_two));
+    assert!(!goes(&drained(&[2, 3]), &without_two), "nobody has taken the place of the primary");
+    let mut acting = left.clone();
+    acting.placement[0].primary = Some(ReplicaId(3));
+    let next = next(&acting, &drained(&[2, 3]), without_two, NOWHERE).unwrap();
+    assert!(next.is_removed(ReplicaId(1)));
     assert!(!goes(&drained(&[9]), &HERE), "one that is not placed counts for nothing");
     assert!(goes(&drained(&[]), &HERE), "an older node does not say who");
     let mut still = drained(&[2]);

@@ -128,28 +128,30 @@ impl View<'_> {
         self.replication(replica).is_some_and(|report| report.drained)
     }
 
-    /// Returns true when deleting its files loses nothing: another replica serves and holds
-    /// everything it has, or its loss was accepted and everything that it had shipped was
+    /// Returns true when deleting its files loses nothing and hides nothing: the primary serves and
+    /// holds everything it has, or its loss was accepted and everything that it had shipped was
     /// recovered.
     pub(super) fn may_go(&self, draining: &DrainingReplica) -> bool {
-        let others =
-            || self.catalog.shard(draining.shard).into_iter().flat_map(|shard| &shard.replicas);
         if let Some(report) =
             self.replication(draining.replica).filter(|_| self.is_drained(draining.replica))
         {
             // A node of an older version does not report which replicas hold the data.
             let holds =
                 |id: ReplicaId| report.drained_by.is_empty() || report.drained_by.contains(&id);
-            return others().any(|other| holds(other.replica) && self.serves(other));
+            // A follower that holds it is not enough: reads go to the primary.
+            let primary = self.catalog.shard(draining.shard).and_then(ShardPlacement::primary);
+            return primary.is_some_and(|other| holds(other.replica) && self.serves(&other));
         }
         let gone = Placed { replica: draining.replica, node: draining.node };
         let accepted = self.drain_of(draining.node).is_some_and(|drain| drain.accept_loss);
         // A replica that is cut off only briefly is still drained when it is back.
         let is_over = (self.around.long_gone)(draining.node)
             || (self.around.is_here(draining.node) && self.is_given_up(&gone));
+        let mut others =
+            self.catalog.shard(draining.shard).into_iter().flat_map(|shard| &shard.replicas);
         accepted
             && is_over
-            && others().any(|other| {
+            && others.any(|other| {
                 self.serves(other)
                     && self
                         .replication(other.replica)
