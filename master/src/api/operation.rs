@@ -21,7 +21,8 @@ use crate::view::rebalance::is_rebalance;
 use crate::view::{Sorted, json};
 
 pub(crate) fn list(cluster: &Cluster) -> String {
-    json(&Sorted(all_operations(&cluster.state(), now_us())))
+    let all = all_operations(&cluster.state(), now_us());
+    json(&Sorted(all))
 }
 
 pub(crate) fn show(cluster: &Cluster, id: &str) -> Answer {
