@@ -214,7 +214,7 @@ impl ReplicationReport {
             stalled,
             acting_ms: _,
             passing,
-            floor: _,
+            floor,
         } = self;
         let is_close = |report: &Self| report.lag_lsns <= TAIL_LAG_LSNS_MAX;
         let acts = |report: &Self| report.acting_ms >= ACTING_PRIMARY_AFTER.as_millis() as u64;
@@ -230,6 +230,7 @@ impl ReplicationReport {
             || *stalled != earlier.stalled
             || acts(self) != acts(earlier)
             || *passing != earlier.passing
+            || *floor != earlier.floor
     }
 }
 
@@ -458,7 +459,7 @@ mod tests {
         let (keyspace, shard, replica) = (KeyspaceId(1), ShardId(0), ReplicaId(1));
         let calm = ReplicaReport::new(keyspace, shard, replica, ReplicaPhase::Serving);
         assert!(!calm.is_news_after(&calm));
-        let figures: [fn(&mut ReplicaReport); 10] = [
+        let figures: [fn(&mut ReplicaReport); 9] = [
             |report| report.lsn = Lsn(9),
             |report| report.shipped_lsn = Lsn(9),
             |report| report.manifest_lsn = Lsn(9),
@@ -468,14 +469,13 @@ mod tests {
             |report| report.replication.lag_lsns = TAIL_LAG_LSNS_MAX,
             |report| report.replication.lag_ms = 9,
             |report| report.replication.acting_ms = 9,
-            |report| report.replication.floor = 9,
         ];
         for (n, change) in figures.iter().enumerate() {
             let mut busy = calm.clone();
             change(&mut busy);
             assert!(busy != calm && !busy.is_news_after(&calm), "figure {n}");
         }
-        let news: [fn(&mut ReplicaReport); 18] = [
+        let news: [fn(&mut ReplicaReport); 19] = [
             |report| report.incarnation = Incarnation(9),
             |report| report.version = CatalogVersion(9),
             |report| report.phase = ReplicaPhase::Failed("rot".into()),
@@ -494,6 +494,7 @@ mod tests {
             |report| report.replication.stalled = true,
             |report| report.replication.acting_ms = ACTING_PRIMARY_AFTER.as_millis() as u64,
             |report| report.replication.passing = true,
+            |report| report.replication.floor = 9,
         ];
         for (n, change) in news.iter().enumerate() {
             let mut now = calm.clone();

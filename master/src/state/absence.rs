@@ -8,10 +8,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use vasto_core::ids::{KeyspaceId, NodeId};
+use vasto_core::catalog::KeyspaceState;
+use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId};
 use vasto_core::limits::{ACCEPTED_LOSS_AWAY, FAILOVER_AWAY, NODE_SILENCE};
 use vasto_core::plan::NODE_AWAY_MAX_US;
 use vasto_core::reconcile::is_incomplete;
+use vasto_core::report::ReplicaReport;
 
 use super::ClusterState;
 use super::keyspace::Keyspace;
@@ -60,13 +62,13 @@ impl ClusterState {
         }
     }
 
-    /// Returns when a keyspace that has not all its replicas is looked at again although nothing is
-    /// reported; `None` for one that has them.
+    /// Returns when a keyspace that has not all its replicas, or is to replace one, is looked at again
+    /// although nothing is reported; `None` for one that has them.
     pub(crate) fn look_again(&mut self, keyspace: KeyspaceId, mono_us: u64) -> Option<Duration> {
         let found = self.keyspaces.get(&keyspace);
         let lacks = found.is_some_and(|found| {
             is_incomplete(&found.catalog, |node| self.is_live(node))
-                || self.has_lost(found, mono_us)
+                || self.waits_for_room(found, mono_us)
         });
         match lacks {
             true => self.lacking.insert(keyspace),
@@ -76,11 +78,17 @@ impl ClusterState {
         lacks.then(|| LOOK_MIN.max(LOOKS_APART.saturating_mul(lacking)))
     }
 
-    /// Returns true when a node of a placed replica is not expected back: the replica is replaced as
-    /// soon as there is room for another one.
-    fn has_lost(&self, keyspace: &Keyspace, mono_us: u64) -> bool {
-        let Some(after_us) = self.replace_after_us else { return false };
-        let mut placed = keyspace.catalog.placement.iter().flat_map(|shard| &shard.replicas);
-        placed.any(|member| self.away_us(member.node, mono_us) > after_us)
+    /// Returns true when a placed replica has failed, or its node is not expected back: it is replaced
+    /// as soon as there is room for another one, of which nothing is reported.
+    fn waits_for_room(&self, keyspace: &Keyspace, mono_us: u64) -> bool {
+        let Keyspace { catalog, reports, .. } = keyspace;
+        let is_lost = |node: NodeId| {
+            self.replace_after_us.is_some_and(|after_us| self.away_us(node, mono_us) > after_us)
+        };
+        let has_failed =
+            |replica: ReplicaId| reports.get(&replica).is_some_and(ReplicaReport::has_failed);
+        let mut placed = catalog.placement.iter().flat_map(|shard| &shard.replicas);
+        catalog.state == KeyspaceState::Active
+            && placed.any(|member| is_lost(member.node) || has_failed(member.replica))
     }
 }

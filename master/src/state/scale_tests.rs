@@ -10,7 +10,7 @@ use vasto_core::catalog::{Catalog, KeyspaceSpec, KeyspaceState};
 use vasto_core::ids::{KeyspaceId, Lsn, NodeId, ReplicaId, ShardId};
 use vasto_core::limits::{COPIES_PER_NODE_MAX, FAILOVER_AWAY};
 use vasto_core::reconcile::{Advance, start_resize};
-use vasto_core::report::{ReplicaReport, ReplicationReport};
+use vasto_core::report::{ReplicaPhase, ReplicaReport, ReplicationReport};
 use vasto_proto::v1;
 
 use super::tests::{hello, replica_report, two_nodes};
@@ -166,6 +166,16 @@ fn however_many_keyspaces_lack_replicas_as_many_are_looked_at_in_a_second() {
     let pauses: Vec<_> = with.iter().map(|id| look(&mut state, *id, 2 * SECOND)).collect();
     assert_eq!((pauses.len(), pauses[0], pauses[89]), (90, Some(500), Some(900)));
     assert_eq!(look(&mut state, with[0], 2 * SECOND), Some(900));
+    assert_eq!(look(&mut state, without[0], 2 * SECOND), None);
+    // One that has failed is replaced when there is room, too.
+    let failed = ReplicaPhase::Failed("rot".into());
+    let (keyspace, node) = (KeyspaceId(without[0]), nodes_of(without[0])[0]);
+    let report = ReplicaReport { keyspace, phase: failed, ..replica_report(1, 1) };
+    let session = sessions[&node];
+    assert!(state.report(node, session, &v1::Report::default(), vec![report], 20).is_empty());
+    assert_eq!(look(&mut state, without[0], 2 * SECOND), Some(910));
+    let report = ReplicaReport { keyspace, ..replica_report(1, 1) };
+    assert!(state.report(node, session, &v1::Report::default(), vec![report], 20).is_empty());
     assert_eq!(look(&mut state, without[0], 2 * SECOND), None);
     state.connect(&hello(3, "a:3"), false, 2 * SECOND).unwrap();
     assert!(with.iter().all(|id| look(&mut state, *id, 3 * SECOND).is_none()));
