@@ -24,8 +24,11 @@ use crate::state::CatalogChange;
 const ROUND: Duration = Duration::from_millis(500);
 /// Interval at which it is asked whether a rebalance is due.
 const LOOK: Duration = Duration::from_secs(5);
-/// Interval at which the moves that are left are counted.
+/// Shortest interval at which the moves that are left are counted.
 const COUNT: Duration = Duration::from_secs(3);
+/// How many times longer than a count itself the pause before the next one is: counting the moves of
+/// a large cluster takes seconds of a core.
+const COUNT_PART: u32 = 20;
 /// Interval at which a master asks the bucket whether another one has cancelled the rebalance.
 const ASK_BUCKET: Duration = Duration::from_secs(10);
 /// Time for which a rebalance that was cancelled is not begun again without a request,
@@ -39,7 +42,7 @@ const LATER: &str =
 /// Rebalances whenever that is asked for, until the master stops.
 pub(crate) async fn rebalance_always(cluster: Arc<Cluster>) {
     let mut balancer =
-        Balancer { cluster: cluster.clone(), asked: None, counted: None, uneven: false };
+        Balancer { cluster: cluster.clone(), asked: None, count_at: None, uneven: false };
     let mut requests = cluster.rebalance_requests();
     loop {
         let pause = balancer.look().await;
@@ -55,8 +58,8 @@ struct Balancer {
     cluster: Arc<Cluster>,
     /// When the bucket was asked for the settings.
     asked: Option<Instant>,
-    /// When the moves that are left were counted.
-    counted: Option<Instant>,
+    /// When the moves that are left are counted again; at once when `None`.
+    count_at: Option<Instant>,
     /// The cluster was out of balance at the last look too.
     uneven: bool,
 }
@@ -138,15 +141,16 @@ impl Balancer {
     /// Records how far the rebalance has come.
     async fn note(&mut self, picture: &Balance, waits: Option<String>) {
         self.cluster.state().rebalance.waiting_for = waits;
-        if self.counted.is_some_and(|at| at.elapsed() < COUNT) {
+        let began = Instant::now();
+        if self.count_at.is_some_and(|at| began < at) {
             return;
         }
-        self.counted = Some(Instant::now());
         let picture = picture.clone();
         // Of a large cluster this takes a while.
-        let Ok(left) = tokio::task::spawn_blocking(move || all_moves(&picture)).await else {
-            return;
-        };
+        let counted = tokio::task::spawn_blocking(move || all_moves(&picture)).await;
+        let took = began.elapsed();
+        self.count_at = Some(Instant::now() + COUNT.max(took.saturating_mul(COUNT_PART)));
+        let Ok(left) = counted else { return };
         let primaries = left.iter().filter(|one| matches!(one, Move::Primary { .. })).count();
         let mut state = self.cluster.state();
         let moving: usize = state.active().map(|keyspace| keyspace.catalog.moves.len()).sum();

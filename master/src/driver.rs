@@ -32,9 +32,9 @@ use crate::state::{CatalogChange, ChangeRequest, ClusterState};
 
 /// The interval at which a running plan or a due quarantine is checked when nothing is reported.
 const TICK: Duration = Duration::from_millis(100);
-/// The same for a keyspace that lacks members: all that ends this state is reported, except the
-/// passing of time.
-const CHECK_INCOMPLETE: Duration = Duration::from_millis(500);
+/// The same while the only plans are those that make a replica: hundreds may run, and all that ends
+/// their steps is reported, except time-outs of a minute.
+const CHECK_COPIES: Duration = Duration::from_millis(500);
 /// The interval at which a deleted keyspace is checked for whether it can be forgotten.
 const CHECK_DELETED: Duration = Duration::from_secs(3_600);
 /// The shortest time that a deleted keyspace is known: nodes that hold replicas of it must learn of
@@ -101,17 +101,14 @@ impl KeyspaceDriver {
 
     async fn select(&mut self) -> Event {
         let look_in = {
-            let state = self.cluster.state();
-            let unsettled = state.is_unsettled(self.keyspace, self.cluster.mono_us());
-            let incomplete = state.is_incomplete(self.keyspace);
+            let (mut state, mono_us) = (self.cluster.state(), self.cluster.mono_us());
+            let unsettled = state.is_unsettled(self.keyspace, mono_us);
+            let look_again = state.look_again(self.keyspace, mono_us);
             state.keyspaces.get(&self.keyspace).and_then(|keyspace| match keyspace.behind {
                 true => Some(REFRESH_INTERVAL),
                 false if unsettled => Some(TICK),
                 false => {
-                    let checks = [
-                        next_check(&keyspace.catalog, now_us()),
-                        incomplete.then_some(CHECK_INCOMPLETE),
-                    ];
+                    let checks = [next_check(&keyspace.catalog, now_us()), look_again];
                     checks.into_iter().flatten().min()
                 }
             })
@@ -253,8 +250,9 @@ fn next_check(catalog: &Catalog, now_us: u64) -> Option<Duration> {
     if catalog.state == KeyspaceState::Deleted {
         return Some(CHECK_DELETED);
     }
-    if catalog.plans().next().is_some() {
-        return Some(TICK);
+    let ticks = catalog.plans().map(|plan| if plan.adds_member() { CHECK_COPIES } else { TICK });
+    if let Some(tick) = ticks.min() {
+        return Some(tick);
     }
     let waits = catalog.quarantines.iter().map(|quarantine| match quarantine.dropping {
         true => TICK,

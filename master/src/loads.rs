@@ -53,6 +53,11 @@ impl Loads {
         self.nodes.get(&node).copied().unwrap_or_default()
     }
 
+    /// Returns the nodes that have a load.
+    pub(crate) fn nodes(&self) -> impl Iterator<Item = NodeId> {
+        self.nodes.keys().copied()
+    }
+
     /// Counts a keyspace's newest version instead of the previous one.
     pub(crate) fn count(&mut self, catalog: &Catalog, reports: &Reports) {
         let shares = shares_of(catalog, reports);

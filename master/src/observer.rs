@@ -1,4 +1,5 @@
-//! The regular look at the running plans: how fast they move, and what holds them up.
+//! The regular look at the running plans: how fast they move, and what holds them up; and at the
+//! nodes that are away: drivers are woken when rules have waited long enough for one.
 //!
 //! **Invariant:** it decides nothing, and goes on while drivers wait for the bucket.
 
@@ -18,6 +19,8 @@ pub(crate) async fn observe_regularly(cluster: Arc<Cluster>) {
     tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
     while cluster.shutdown.run_until_cancelled(tick.tick()).await.is_some() {
         let outage = cluster.bucket.outage().map(|(_, why)| why);
-        cluster.state().observe(cluster.mono_us(), outage.as_deref());
+        let (mut state, mono_us) = (cluster.state(), cluster.mono_us());
+        state.note_absences(mono_us);
+        state.observe(mono_us, outage.as_deref());
     }
 }

@@ -175,7 +175,7 @@ async fn read(
                     (
                         odd,
                         if report.sent_ms > 0 {
-                            state.gone_peers_of(node, now_us)
+                            state.gone_besides(node, now_us)
                         } else {
                             Vec::new()
                         },

@@ -7,6 +7,7 @@
 //!
 //! Other modules write versions (`driver`) and speak gRPC (`session`, `service`).
 
+mod absence;
 mod balance;
 #[cfg(test)]
 mod balance_tests;
@@ -15,6 +16,9 @@ mod decide;
 mod keyspace;
 mod node;
 mod presence;
+mod revisions;
+#[cfg(test)]
+mod scale_tests;
 mod sessions;
 mod speed;
 mod targets;
@@ -36,6 +40,7 @@ pub(crate) use self::balance::RebalanceLook;
 pub(crate) use self::change::{CANCELLED, CatalogChange, ChangeRequest};
 pub(crate) use self::keyspace::{Delivery, Keyspace};
 pub(crate) use self::node::{Done, Node};
+use self::revisions::Revisions;
 pub(crate) use self::sessions::{Odd, Registration, Sent};
 pub(crate) use self::trouble::Trouble;
 pub(crate) use self::watch::{PlanWatch, StepBytes, sources, targets};
@@ -48,6 +53,12 @@ pub(crate) struct ClusterState {
     pub(crate) keyspaces: BTreeMap<KeyspaceId, Keyspace>,
     /// Raised when a node appears or its address changes.
     nodes_revision: u64,
+    /// The order in which keyspaces have changed.
+    revisions: Revisions,
+    /// How many of the times that rules wait for each node has been away.
+    absences: BTreeMap<NodeId, usize>,
+    /// Keyspaces that have not all their replicas.
+    lacking: BTreeSet<KeyspaceId>,
     last_session: u64,
     last_command: u64,
     /// How long a node may be away before its replicas are replaced elsewhere, microseconds.
@@ -64,6 +75,9 @@ pub(crate) struct ClusterState {
     /// Nodes examined for decisions, so that a test can count the work.
     #[cfg(test)]
     pub(crate) examined: std::cell::Cell<u64>,
+    /// Keyspaces examined for sessions, the same.
+    #[cfg(test)]
+    pub(crate) offered: std::cell::Cell<u64>,
 }
 
 impl ClusterState {

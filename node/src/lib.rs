@@ -21,6 +21,7 @@ mod registry;
 mod reopen;
 mod replica;
 mod replication;
+mod reported;
 mod session;
 mod ship;
 mod shortage;

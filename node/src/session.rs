@@ -3,10 +3,9 @@
 //! **Invariant:** losing the master changes nothing for readers and writers; the session is
 //! re-established with jittered pauses, and both sides send everything again.
 
-use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
@@ -15,11 +14,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 use vasto_core::catalog::Catalog;
 use vasto_core::error::ErrorCode;
-use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId};
+use vasto_core::ids::NodeId;
 use vasto_core::limits::{
     CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX, REPORT_INTERVAL,
 };
-use vasto_core::report::ReplicaReport;
 use vasto_core::topology::NodeAddress;
 use vasto_proto::v1;
 use vasto_proto::v1::master_message::Message as FromMaster;
@@ -35,6 +33,7 @@ use crate::manager::Manager;
 use crate::node_dir::{DirError, NodeDir, write_json};
 use crate::rates;
 use crate::registry::NodeRegistry;
+use crate::reported::Reported;
 
 /// Longest pause between two attempts to reach the master.
 const RETRY_MAX: Duration = Duration::from_secs(2);
@@ -336,19 +335,14 @@ async fn handle(
 
 /// Reports changes, at once when something that the master waits for has happened.
 async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessage>) -> String {
-    let mut last: HashMap<(KeyspaceId, ReplicaId), ReplicaReport> = HashMap::new();
+    let mut reported = Reported::new(Instant::now());
     let mut sparse = Sparse::one_in(POLLS_WHILE_IDLE);
     loop {
-        let mut replicas = Vec::new();
         let is_polled = !sparse.skips(context.registry.is_at_rest());
-        for report in is_polled.then(|| context.manager.reports()).into_iter().flatten() {
-            let key = (report.keyspace, report.replica);
-            let before = last.get(&key);
-            if before != Some(&report) {
-                replicas.push(text_of(&report, before));
-                last.insert(key, report);
-            }
-        }
+        let replicas = match is_polled {
+            true => reported.due(context.manager.reports(), Instant::now()),
+            false => Vec::new(),
+        };
         let (disk_used, disk_free) = disk(&context.dir);
         let Usage { counts, elapsed } = context.bucket.usage();
         let bucket = v1::BucketRequests {
@@ -394,16 +388,6 @@ async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessag
             () = tokio::time::sleep(REPORT_INTERVAL) => {}
         }
     }
-}
-
-/// Returns the JSON of a report that follows another one of its session: the contents by band, most
-/// of it, are left out when they are the same.
-fn text_of(report: &ReplicaReport, before: Option<&ReplicaReport>) -> String {
-    let text = match before.is_some_and(|before| before.stored == report.stored) {
-        true => serde_json::to_string(&ReplicaReport { stored: None, ..report.clone() }),
-        false => serde_json::to_string(report),
-    };
-    text.expect("plain data always has a JSON form")
 }
 
 /// Returns the `(used, free)` bytes of the file system that holds the directory.

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::control::plan::PinnedManifest;
 use crate::control::stored::Stored;
 use crate::ids::{CatalogVersion, Incarnation, KeyspaceId, Lsn, PlanId, ReplicaId, ShardId};
+use crate::limits::{ACTING_PRIMARY_AFTER, TAIL_LAG_LSNS_MAX};
 
 /// Phase of a replica.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -113,6 +114,41 @@ impl ReplicaReport {
     pub fn has_failed(&self) -> bool {
         matches!(self.phase, ReplicaPhase::Failed(_))
     }
+
+    /// Returns true when a rule may decide otherwise by this report than by an earlier one of the
+    /// same replica. What changes with every write does not count: positions in logs, sizes and
+    /// rates. Only plans and quarantines wait for these.
+    pub fn is_news_after(&self, earlier: &Self) -> bool {
+        let Self {
+            keyspace,
+            shard,
+            replica,
+            incarnation,
+            version,
+            phase,
+            lsn: _,
+            shipped_lsn: _,
+            manifest_lsn: _,
+            keys: _,
+            bytes: _,
+            load: _,
+            source,
+            target,
+            cleaned,
+            replication,
+            stored: _,
+        } = self;
+        *keyspace != earlier.keyspace
+            || *shard != earlier.shard
+            || *replica != earlier.replica
+            || *incarnation != earlier.incarnation
+            || *version != earlier.version
+            || *phase != earlier.phase
+            || *source != earlier.source
+            || *target != earlier.target
+            || *cleaned != earlier.cleaned
+            || replication.is_news_after(&earlier.replication)
+    }
 }
 
 /// Replication state of a replica among the others of its shard.
@@ -157,6 +193,45 @@ pub struct ReplicationReport {
     /// The replica's gc floor, a commit time in microseconds.
     #[serde(skip_serializing_if = "is_zero")]
     pub floor: u64,
+}
+
+impl ReplicationReport {
+    /// Returns true when a rule may decide otherwise by this report than by an earlier one; see
+    /// [`ReplicaReport::is_news_after`]. How far the replica is behind counts only as whether it is
+    /// close, and how long it has been acting only as whether that is long enough.
+    fn is_news_after(&self, earlier: &Self) -> bool {
+        let Self {
+            ready,
+            lag_lsns: _,
+            lag_ms: _,
+            took_over,
+            drained,
+            drained_by,
+            took_from_bucket,
+            too_old,
+            evict,
+            serving,
+            stalled,
+            acting_ms: _,
+            passing,
+            floor,
+        } = self;
+        let is_close = |report: &Self| report.lag_lsns <= TAIL_LAG_LSNS_MAX;
+        let acts = |report: &Self| report.acting_ms >= ACTING_PRIMARY_AFTER.as_millis() as u64;
+        *ready != earlier.ready
+            || is_close(self) != is_close(earlier)
+            || *took_over != earlier.took_over
+            || *drained != earlier.drained
+            || *drained_by != earlier.drained_by
+            || *took_from_bucket != earlier.took_from_bucket
+            || *too_old != earlier.too_old
+            || *evict != earlier.evict
+            || *serving != earlier.serving
+            || *stalled != earlier.stalled
+            || acts(self) != acts(earlier)
+            || *passing != earlier.passing
+            || *floor != earlier.floor
+    }
 }
 
 fn is_zero(number: &u64) -> bool {
@@ -374,3 +449,57 @@ impl PauseMs {
 
 /// Newest report of each replica of the keyspace.
 pub type Reports = BTreeMap<ReplicaId, ReplicaReport>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_no_news_and_what_rules_ask_for_is() {
+        let (keyspace, shard, replica) = (KeyspaceId(1), ShardId(0), ReplicaId(1));
+        let calm = ReplicaReport::new(keyspace, shard, replica, ReplicaPhase::Serving);
+        assert!(!calm.is_news_after(&calm));
+        let figures: [fn(&mut ReplicaReport); 9] = [
+            |report| report.lsn = Lsn(9),
+            |report| report.shipped_lsn = Lsn(9),
+            |report| report.manifest_lsn = Lsn(9),
+            |report| report.keys = 9,
+            |report| report.bytes = 9,
+            |report| report.load = 9,
+            |report| report.replication.lag_lsns = TAIL_LAG_LSNS_MAX,
+            |report| report.replication.lag_ms = 9,
+            |report| report.replication.acting_ms = 9,
+        ];
+        for (n, change) in figures.iter().enumerate() {
+            let mut busy = calm.clone();
+            change(&mut busy);
+            assert!(busy != calm && !busy.is_news_after(&calm), "figure {n}");
+        }
+        let news: [fn(&mut ReplicaReport); 19] = [
+            |report| report.incarnation = Incarnation(9),
+            |report| report.version = CatalogVersion(9),
+            |report| report.phase = ReplicaPhase::Failed("rot".into()),
+            |report| report.source = Some(SourceProgress::new(PlanId(1))),
+            |report| report.target = Some(TargetProgress::new(PlanId(1))),
+            |report| report.cleaned.push(PlanId(1)),
+            |report| report.replication.ready = true,
+            |report| report.replication.lag_lsns = TAIL_LAG_LSNS_MAX + 1,
+            |report| report.replication.took_over = Some(CatalogVersion(9)),
+            |report| report.replication.drained = true,
+            |report| report.replication.drained_by.push(ReplicaId(2)),
+            |report| report.replication.took_from_bucket.push(ReplicaId(2)),
+            |report| report.replication.too_old = true,
+            |report| report.replication.evict = Some(ReplicaId(2)),
+            |report| report.replication.serving = Some(true),
+            |report| report.replication.stalled = true,
+            |report| report.replication.acting_ms = ACTING_PRIMARY_AFTER.as_millis() as u64,
+            |report| report.replication.passing = true,
+            |report| report.replication.floor = 9,
+        ];
+        for (n, change) in news.iter().enumerate() {
+            let mut now = calm.clone();
+            change(&mut now);
+            assert!(now.is_news_after(&calm) && calm.is_news_after(&now), "news {n}");
+        }
+    }
+}

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 use vasto_core::catalog::Catalog;
@@ -21,6 +22,10 @@ use crate::placement::place;
 use crate::state::{CatalogChange, ChangeRequest};
 use crate::view::json;
 use crate::view::outcome::ExecutedDoc;
+
+/// Keyspaces that are changed at once by a call that concerns many: each is a write to the bucket, and
+/// the caller waits for all.
+const CHANGES_AT_ONCE: usize = 32;
 
 /// Chooses the nodes for the replicas of a new keyspace, and holds the places until the guard is
 /// dropped.
@@ -73,6 +78,23 @@ pub(crate) async fn change(
     timeout(ANSWER_WITHIN, asked)
         .await
         .unwrap_or_else(|_| Err(unsure("writing the catalog", "the bucket did not answer in time")))
+}
+
+/// Makes changes of several keyspaces as [`change`] does; the first error ends it, and what was begun
+/// may take effect all the same.
+pub(super) async fn change_all(
+    cluster: &Arc<Cluster>,
+    changes: Vec<(KeyspaceId, CatalogChange)>,
+) -> Result<(), VastoError> {
+    let mut asked = Vec::with_capacity(changes.len());
+    for (keyspace, wanted) in changes {
+        asked.push(change(cluster, keyspace, wanted));
+    }
+    let mut asked = futures::stream::iter(asked).buffer_unordered(CHANGES_AT_ONCE);
+    while let Some(changed) = asked.next().await {
+        changed?;
+    }
+    Ok(())
 }
 
 /// Sends a command to every node with replicas of a keyspace and waits for all of them, as long as

@@ -61,10 +61,11 @@ pub(crate) async fn drain(cluster: &Arc<Cluster>, request: v1::EmptyNodeRequest)
     possible?;
     // The drained node must not get new replicas: neither of new keyspaces nor copies of others.
     cordon(cluster, node, true).await?;
-    for (keyspace, part) in parts {
+    let changes = parts.into_iter().map(|(keyspace, part)| {
         let drain = NodeDrain { estimate: Some(part.estimate()), ..drain.clone() };
-        ask::change(cluster, keyspace, CatalogChange::DrainNode(drain)).await?;
-    }
+        (keyspace, CatalogChange::DrainNode(drain))
+    });
+    ask::change_all(cluster, changes.collect()).await?;
     tracing::info!(%node, ?to, "moving all replicas of a node");
     let id = drain.operation_id();
     document(cluster, &id)
@@ -160,10 +161,8 @@ pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
         show(cluster, id)?;
         return Err(has_ended(id));
     }
-    for keyspace in concerned {
-        ask::change(cluster, keyspace, CatalogChange::CancelDrain { operation: id.to_owned() })
-            .await?;
-    }
+    let cancel = |keyspace| (keyspace, CatalogChange::CancelDrain { operation: id.to_owned() });
+    ask::change_all(cluster, concerned.into_iter().map(cancel).collect()).await?;
     tracing::info!(operation = id, "cancelled an operation");
     show(cluster, id)
 }

@@ -164,10 +164,13 @@ async fn serving(cluster: &Arc<Cluster>, keyspace: KeyspaceId) -> Result<(), Vas
 }
 
 pub(crate) fn list(cluster: &Cluster) -> String {
-    let state = cluster.state();
-    let mut all: Vec<_> = state.active().collect();
-    all.sort_by(|a, b| a.catalog.name.cmp(&b.catalog.name));
-    json(&all.into_iter().map(summary).collect::<Vec<_>>())
+    let lines: Vec<_> = {
+        let state = cluster.state();
+        let mut all: Vec<_> = state.active().collect();
+        all.sort_by(|a, b| a.catalog.name.cmp(&b.catalog.name));
+        all.into_iter().map(summary).collect()
+    };
+    json(&lines)
 }
 
 pub(crate) fn describe(cluster: &Cluster, name: &str) -> Answer {

@@ -14,7 +14,8 @@ use crate::view::cost::cost;
 use crate::view::{self, json, status};
 
 pub(crate) fn list(cluster: &Cluster) -> String {
-    json(&view::node::nodes(&cluster.state(), cluster.mono_us()))
+    let nodes = view::node::nodes(&cluster.state(), cluster.mono_us());
+    json(&nodes)
 }
 
 /// Returns the status of the cluster, with the warnings about the bucket first.
@@ -24,15 +25,20 @@ pub(crate) fn status(cluster: &Cluster) -> String {
     let mono_us = cluster.mono_us();
     let stored = cluster.stored();
     let warnings = cluster.warnings();
-    let state = cluster.state();
-    let bill = cost(&state, own, stored, &cluster.settings.prices, bucket, mono_us);
-    json(&status::cluster(&state, cluster.cluster_id(), bucket, own, bill, warnings, mono_us))
+    // The text of a large cluster takes a while: it is made without the lock.
+    let document = {
+        let state = cluster.state();
+        let bill = cost(&state, own, stored, &cluster.settings.prices, bucket, mono_us);
+        status::cluster(&state, cluster.cluster_id(), bucket, own, bill, warnings, mono_us)
+    };
+    json(&document)
 }
 
 /// Returns what the status warns of, check by check.
 pub(crate) fn check(cluster: &Cluster) -> String {
     let warnings = cluster.warnings();
-    json(&status::check(&cluster.state(), warnings, cluster.mono_us()))
+    let document = status::check(&cluster.state(), warnings, cluster.mono_us());
+    json(&document)
 }
 
 /// Cordons a node, so that it gets no new replicas, or uncordons it. Its present replicas stay.

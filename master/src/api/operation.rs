@@ -21,7 +21,8 @@ use crate::view::rebalance::is_rebalance;
 use crate::view::{Sorted, json};
 
 pub(crate) fn list(cluster: &Cluster) -> String {
-    json(&Sorted(all_operations(&cluster.state(), now_us())))
+    let all = all_operations(&cluster.state(), now_us());
+    json(&Sorted(all))
 }
 
 pub(crate) fn show(cluster: &Cluster, id: &str) -> Answer {
@@ -32,10 +33,18 @@ pub(crate) fn show(cluster: &Cluster, id: &str) -> Answer {
         return rebalance::show(cluster, id);
     }
     let state = cluster.state();
-    let mut all = state.keyspaces.values().flat_map(operations);
+    // Whoever waits for an operation asks again and again: only its keyspace is looked at.
+    let keyspace = keyspace_of(id).and_then(|keyspace| state.keyspaces.get(&keyspace));
+    let mut all = keyspace.into_iter().flat_map(operations);
     all.find(|operation| operation.id() == id)
         .map(|operation| json(&operation))
         .ok_or_else(|| no_operation(id))
+}
+
+/// Returns the keyspace of an operation by the id that [`operation_id`] makes.
+fn keyspace_of(id: &str) -> Option<KeyspaceId> {
+    let (keyspace, _) = id.strip_prefix("op-")?.split_once('-')?;
+    keyspace.parse().ok().map(KeyspaceId)
 }
 
 /// Undoes a running operation that has not changed ownership.
@@ -117,4 +126,17 @@ fn is_move(cluster: &Cluster, id: &str) -> bool {
         let is_it = |plan: &Plan| operation_id(catalog.keyspace, plan.id) == id;
         catalog.moves.iter().any(|moving| is_it(&moving.plan))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_operation_is_looked_for_in_its_keyspace() {
+        assert_eq!(keyspace_of(&operation_id(KeyspaceId(17), PlanId(4))), Some(KeyspaceId(17)));
+        for other in ["", "op-", "op-17", "op-x-4", "node-n-0000000000000001-5", "rebalance-7"] {
+            assert_eq!(keyspace_of(other), None, "{other}");
+        }
+    }
 }

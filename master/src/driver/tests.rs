@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{KeyspaceSpec, Quarantine};
 use vasto_core::ids::{Epoch, Incarnation, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use vasto_core::limits::SEALING_WRITE_MAX;
-use vasto_core::plan::{PinnedManifest, Step};
+use vasto_core::plan::{PinnedManifest, PlanKind, Step};
 use vasto_core::reconcile::{MoveOrder, start_resize, undo_seal};
 use vasto_core::report::{
     ReplicaPhase, ReplicaReport, Sealed, SourceProgress, TargetProgress, TargetStage,
@@ -49,6 +49,9 @@ fn idle_keyspaces_are_not_looked_at() {
     let mut catalog = first(KeyspaceId(1));
     assert_eq!(next_check(&catalog, 5), None);
     assert_eq!(next_check(&growing(Step::Tail), 5), Some(TICK));
+    let mut copying = growing(Step::Tail);
+    copying.plan.as_mut().unwrap().kind = PlanKind::AddReplica { shard: ShardId(0) };
+    assert_eq!(next_check(&copying, 5), Some(CHECK_COPIES), "hundreds may run");
     catalog.quarantines.push(Quarantine {
         plan: PlanId(1),
         range: catalog.owned_bands(),

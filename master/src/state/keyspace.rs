@@ -4,6 +4,7 @@
 //! **Invariant:** a report of a replica that the catalog places on another node is refused. A
 //! replica that the catalog does not place is reported by whichever node has it.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
@@ -19,6 +20,9 @@ use super::watch::PlanWatch;
 
 /// The most requests that may wait for one driver.
 const REQUESTS_MAX: usize = 16;
+/// The most replicas of which a report is kept although the catalog has no part for them: targets of
+/// plans that were undone.
+const STRANGERS_MAX: usize = 64;
 
 /// How nodes may receive a version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +39,8 @@ pub(crate) enum Delivery {
 /// The state of one keyspace.
 pub(crate) struct Keyspace {
     pub(crate) catalog: Arc<Catalog>,
+    /// The catalog as JSON, once a session has been sent it.
+    text: OnceCell<String>,
     /// When this master learned of this version.
     pub(super) installed: Instant,
     pub(crate) delivery: Delivery,
@@ -65,6 +71,7 @@ impl Keyspace {
         let (requests, waiting) = mpsc::channel(REQUESTS_MAX);
         let keyspace = Self {
             catalog,
+            text: OnceCell::new(),
             installed: Instant::now(),
             delivery,
             reports: Reports::new(),
@@ -91,7 +98,14 @@ impl Keyspace {
         let is_gone = |replica: &ReplicaId| catalog.is_removed(*replica);
         self.reports.retain(|replica, _| !is_gone(replica));
         self.reporters.retain(|replica, _| !is_gone(replica));
+        let is_stranger = |replica: &ReplicaId| catalog.node_of(*replica).is_none();
+        let strangers: Vec<ReplicaId> = self.reports.keys().copied().filter(is_stranger).collect();
+        for replica in &strangers[..strangers.len().saturating_sub(STRANGERS_MAX)] {
+            self.reports.remove(replica);
+            self.reporters.remove(replica);
+        }
         self.catalog = catalog;
+        self.text = OnceCell::new();
         self.installed = Instant::now();
         self.delivery = delivery;
         self.behind = false;
@@ -123,7 +137,25 @@ impl Keyspace {
     /// Wakes the driver and the tasks that wait for a condition.
     pub(crate) fn notify(&self) {
         self.wake.notify_one();
+        self.tell();
+    }
+
+    /// Wakes the tasks that wait for a condition, and not the driver: no rule decides otherwise.
+    pub(super) fn tell(&self) {
         self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Returns the catalog as JSON, the same text for every session.
+    pub(super) fn text(&self) -> &str {
+        self.text.get_or_init(|| {
+            serde_json::to_string(&*self.catalog)
+                .expect("a catalog has only string keys and finite numbers")
+        })
+    }
+
+    /// Returns true while rules wait for positions in logs, or a plan shows how far it is.
+    fn needs_figures(&self) -> bool {
+        self.catalog.plans().next().is_some() || !self.catalog.quarantines.is_empty()
     }
 
     /// Returns true when the keyspace concerns the node. A serving keyspace concerns every node
@@ -136,25 +168,30 @@ impl Keyspace {
             || self.reporters.values().any(|reporter| *reporter == node)
     }
 
-    /// Takes a report; returns the replica when the catalog places it on another node.
+    /// Takes a report; returns true when a rule may decide otherwise by it. Fails with the replica
+    /// when the catalog places it on another node.
     pub(super) fn take(
         &mut self,
         node: NodeId,
         mut report: ReplicaReport,
-    ) -> Result<(), ReplicaId> {
+    ) -> Result<bool, ReplicaId> {
         let replica = report.replica;
         if self.catalog.node_of(replica).is_some_and(|placed| placed != node) {
             return Err(replica);
         }
         self.behind |= report.version > self.catalog.version;
         let before = self.reporters.insert(replica, node);
-        // What is left out is what the same node said before.
-        if report.stored.is_none() && before == Some(node) {
-            report.stored =
-                self.reports.get_mut(&replica).and_then(|earlier| earlier.stored.take());
+        let earlier = self.reports.get_mut(&replica).filter(|_| before == Some(node));
+        let mut is_news = true;
+        if let Some(earlier) = earlier {
+            is_news = report.is_news_after(earlier);
+            // What is left out is what the same node said before.
+            if report.stored.is_none() {
+                report.stored = earlier.stored.take();
+            }
         }
         self.reports.insert(replica, report);
-        Ok(())
+        Ok(is_news || self.needs_figures())
     }
 
     /// Forgets what a node has reported.

@@ -6,11 +6,9 @@
 //!
 //! All times (`mono_us`) are microseconds since the master started.
 
-use std::collections::BTreeSet;
-
 use vasto_core::ids::{KeyspaceId, NodeId};
 use vasto_core::limits::{FAILOVER_AWAY, NODE_FORGOTTEN_AFTER, NODE_SILENCE};
-use vasto_core::reconcile::{Presence, is_incomplete, is_unsettled};
+use vasto_core::reconcile::{Presence, is_unsettled};
 
 use super::ClusterState;
 
@@ -38,18 +36,11 @@ impl ClusterState {
         if away_us >= timeout.as_micros() as u64 { Presence::Gone } else { Presence::Away }
     }
 
-    /// Returns the nodes that are gone among those that share a keyspace with this node.
-    pub(crate) fn gone_peers_of(&self, node: NodeId, mono_us: u64) -> Vec<NodeId> {
-        let concerned = self.keyspaces.values().filter(|keyspace| keyspace.concerns(node));
-        let placed = concerned
-            .flat_map(|keyspace| &keyspace.catalog.placement)
-            .flat_map(|shard| &shard.replicas);
-        let others: BTreeSet<NodeId> =
-            placed.map(|replica| replica.node).filter(|other| *other != node).collect();
-        others
-            .into_iter()
-            .filter(|other| self.presence(*other, mono_us) == Presence::Gone)
-            .collect()
+    /// Returns the nodes besides this one that are gone. Asked at every report of every node: it looks
+    /// at nodes, and not at the keyspaces that they may share.
+    pub(crate) fn gone_besides(&self, node: NodeId, mono_us: u64) -> Vec<NodeId> {
+        let others = self.known_nodes().into_iter().filter(|other| *other != node);
+        others.filter(|other| self.presence(*other, mono_us) == Presence::Gone).collect()
     }
 
     /// Returns true when the primaries of the keyspace must be checked soon.
@@ -58,12 +49,6 @@ impl ClusterState {
         keyspace.is_some_and(|keyspace| {
             is_unsettled(&keyspace.catalog, |node| self.presence(node, mono_us))
         })
-    }
-
-    /// Returns true when a shard of the keyspace lacks replicas: it must be checked although
-    /// nothing is reported.
-    pub(crate) fn is_incomplete(&self, keyspace: KeyspaceId) -> bool {
-        self.keyspaces.get(&keyspace).is_some_and(|keyspace| is_incomplete(&keyspace.catalog))
     }
 
     /// Forgets nodes that have been away for long, unless a catalog refers to them.

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use tokio::sync::{Notify, oneshot};
 use tokio_util::sync::CancellationToken;
+use vasto_core::catalog::KeyspaceState;
 use vasto_core::ids::{CatalogVersion, KeyspaceId, NodeId, ReplicaId};
 use vasto_core::limits::NODE_REPLICAS_MAX;
 use vasto_core::report::ReplicaReport;
@@ -53,6 +54,8 @@ pub(crate) enum Odd {
 #[derive(Default)]
 pub(crate) struct Sent {
     versions: BTreeMap<KeyspaceId, CatalogVersion>,
+    /// Nothing that changed up to this revision has to be looked at again.
+    revision: u64,
     nodes_revision: Option<u64>,
 }
 
@@ -163,20 +166,29 @@ impl ClusterState {
             node.rates = *rates;
         }
         let mut odd = Vec::new();
-        let mut touched = Vec::new();
+        // The keyspaces of which something was reported, and whether that is news to their drivers.
+        let mut touched: BTreeMap<KeyspaceId, bool> = BTreeMap::new();
         for replica in replicas {
             let id = replica.keyspace;
             match self.keyspaces.get_mut(&id) {
                 None => odd.push(Odd::UnknownKeyspace(id)),
                 Some(keyspace) => match keyspace.take(node_id, replica) {
-                    Ok(()) => touched.push(id),
+                    Ok(is_news) => *touched.entry(id).or_default() |= is_news,
                     Err(replica) => odd.push(Odd::NotItsReplica(id, replica)),
                 },
             }
         }
-        touched.dedup();
-        for keyspace in touched {
-            self.keyspaces[&keyspace].notify();
+        for (id, is_news) in touched {
+            let keyspace = &self.keyspaces[&id];
+            match is_news {
+                true => keyspace.notify(),
+                false => keyspace.tell(),
+            }
+            // Whoever has replicas of a deleted keyspace is told so, wherever it was placed.
+            if is_news && keyspace.catalog.state == KeyspaceState::Deleted {
+                self.revisions.touch(id);
+                self.wake_sessions();
+            }
         }
         odd
     }
@@ -255,21 +267,28 @@ impl ClusterState {
             });
             out.push(Message::Nodes(v1::Nodes { nodes: nodes.collect() }));
         }
-        for (id, keyspace) in &self.keyspaces {
+        for id in self.revisions.after(sent.revision) {
+            #[cfg(test)]
+            self.offered.set(self.offered.get() + 1);
+            let Some(keyspace) = self.keyspaces.get(&id) else { continue };
             let version = keyspace.catalog.version;
             if keyspace.delivery != Delivery::Push
-                || sent.versions.get(id).is_some_and(|sent| *sent >= version)
+                || sent.versions.get(&id).is_some_and(|sent| *sent >= version)
                 || !keyspace.concerns(node_id)
             {
                 continue;
             }
-            sent.versions.insert(*id, version);
+            sent.versions.insert(id, version);
             out.push(Message::Keyspace(v1::KeyspaceVersion {
                 keyspace_id: id.0,
                 version: version.0,
-                catalog_json: serde_json::to_string(&*keyspace.catalog)
-                    .expect("a catalog has only string keys and finite numbers"),
+                catalog_json: keyspace.text().to_owned(),
             }));
+        }
+        sent.revision = self.revisions.last();
+        // Of those that are forgotten, most have been sent.
+        if sent.versions.len() > 2 * self.keyspaces.len() {
+            sent.versions.retain(|id, _| self.keyspaces.contains_key(id));
         }
         if let Some(live) = self.served_by(node_id, session).and_then(|node| node.session.as_mut())
         {

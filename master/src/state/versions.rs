@@ -27,9 +27,10 @@ impl ClusterState {
         delivery: Delivery,
     ) -> (bool, Option<mpsc::Receiver<ChangeRequest>>) {
         let catalog = Arc::new(catalog);
+        let id = catalog.keyspace;
         let topology = self.topology_of(&catalog);
         let mut receiver = None;
-        match self.keyspaces.get_mut(&catalog.keyspace) {
+        match self.keyspaces.get_mut(&id) {
             Some(keyspace) if keyspace.catalog.version >= catalog.version => return (false, None),
             Some(keyspace) => {
                 self.loads.count(&catalog, &keyspace.reports);
@@ -37,12 +38,12 @@ impl ClusterState {
             }
             None => {
                 self.loads.count(&catalog, &Reports::new());
-                let id = catalog.keyspace;
                 let (keyspace, requests) = Keyspace::new(catalog, delivery, topology);
                 self.keyspaces.insert(id, keyspace);
                 receiver = Some(requests);
             }
         }
+        self.revisions.touch(id);
         self.wake_sessions();
         (true, receiver)
     }
@@ -65,6 +66,8 @@ impl ClusterState {
         if over {
             self.keyspaces.remove(&keyspace);
             self.loads.forget(keyspace);
+            self.revisions.forget(keyspace);
+            self.lacking.remove(&keyspace);
         }
         over
     }

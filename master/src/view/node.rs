@@ -1,5 +1,7 @@
 //! Nodes, and the requests that a process has sent to the bucket.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 use vasto_core::ids::NodeId;
 use vasto_shipping::Usage;
@@ -42,11 +44,22 @@ pub(super) struct RequestsDoc {
 
 /// Returns the documents of all nodes.
 pub(crate) fn nodes(state: &ClusterState, mono_us: u64) -> Vec<NodeDoc> {
-    state.node_ids().into_iter().map(|id| node(state, id, mono_us)).collect()
+    // In one pass: a cluster may have thousands of keyspaces.
+    let mut replicas: BTreeMap<NodeId, usize> = BTreeMap::new();
+    for (_, member, _) in state.active().flat_map(|keyspace| keyspace.catalog.members()) {
+        *replicas.entry(member.node).or_default() += 1;
+    }
+    let of = |id: NodeId| replicas.get(&id).copied().unwrap_or_default();
+    state.node_ids().into_iter().map(|id| described(state, id, of(id), mono_us)).collect()
 }
 
 /// Returns the document of one node.
 pub(crate) fn node(state: &ClusterState, id: NodeId, mono_us: u64) -> NodeDoc {
+    let replicas = state.active().map(|keyspace| keyspace.catalog.members_on(id).len()).sum();
+    described(state, id, replicas, mono_us)
+}
+
+fn described(state: &ClusterState, id: NodeId, replicas: usize, mono_us: u64) -> NodeDoc {
     let node = state.nodes.get(&id);
     let away_us = state.away_us(id, mono_us);
     NodeDoc {
@@ -57,7 +70,7 @@ pub(crate) fn node(state: &ClusterState, id: NodeId, mono_us: u64) -> NodeDoc {
         disk_used: node.map(|node| node.disk_used),
         disk_free: node.map(|node| node.disk_free),
         pid: node.map(|node| node.pid),
-        replicas: state.active().map(|keyspace| keyspace.catalog.members_on(id).len()).sum(),
+        replicas,
         away_ms: away_us / 1000,
         cordoned: state.settings.is_cordoned(id),
         unreachable: node.and_then(|node| node.unreachable.clone()),

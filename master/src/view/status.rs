@@ -18,6 +18,9 @@ use crate::state::{ClusterState, Keyspace};
 const DISK_FREE_MIN: u64 = 1 << 30;
 /// The most shards that a warning names.
 const SHARDS_NAMED: usize = 5;
+/// The most warnings of one kind that are told one by one: the loss of a node concerns hundreds of
+/// replicas.
+const TOLD_OF_A_KIND: usize = 20;
 
 /// `cluster status`.
 #[derive(Serialize)]
@@ -134,7 +137,7 @@ pub(crate) fn cluster(
 fn warnings(state: &ClusterState, nodes: &[NodeDoc]) -> Vec<(Check, String)> {
     let mut warnings: Vec<(Check, String)> = Vec::new();
     let mut add = |check: Check, texts: Vec<String>| {
-        warnings.extend(texts.into_iter().map(|text| (check, text)));
+        warnings.extend(few_of(texts).into_iter().map(|text| (check, text)));
     };
     add(Check::Nodes, nodes.iter().flat_map(of_node).collect());
     add(Check::Shards, lost_shards(state).into_iter().collect());
@@ -147,9 +150,22 @@ fn warnings(state: &ClusterState, nodes: &[NodeDoc]) -> Vec<(Check, String)> {
     // A node that is away is reported once, not once per replica.
     let replicas = state.active().flat_map(|keyspace| not_serving(state, keyspace));
     add(Check::Replicas, replicas.filter(|text| !text.ends_with(" is away")).collect());
-    add(Check::Replicas, state.active().flat_map(of_members).collect());
+    add(Check::Replicas, state.active().flat_map(of_draining).collect());
+    add(Check::Replicas, state.active().flat_map(of_shards).collect());
     add(Check::Operations, state.active().filter_map(of_plan).collect());
     warnings
+}
+
+/// Returns the first warnings of a kind, and one that says how many more there are.
+fn few_of(mut texts: Vec<String>) -> Vec<String> {
+    let more = texts.len().saturating_sub(TOLD_OF_A_KIND);
+    if more > 0 {
+        texts.truncate(TOLD_OF_A_KIND);
+        texts.push(format!(
+            "and {more} more warnings like the last one; `vasto keyspace describe` tells those of a keyspace"
+        ));
+    }
+    texts
 }
 
 /// Returns the warnings about a node itself.
@@ -214,8 +230,8 @@ fn of_plan(keyspace: &Keyspace) -> Option<String> {
     Some(format!("operation {id} on {name} has not gone on for {seconds} s: {what}; {next}"))
 }
 
-/// Returns the warnings about draining replicas of a keyspace, and shards with too few replicas.
-fn of_members(keyspace: &Keyspace) -> Vec<String> {
+/// Returns the warnings about draining replicas of a keyspace.
+fn of_draining(keyspace: &Keyspace) -> Vec<String> {
     let catalog = &keyspace.catalog;
     let name = &catalog.name;
     let draining = catalog.draining.iter().map(|draining| {
@@ -227,10 +243,17 @@ fn of_members(keyspace: &Keyspace) -> Vec<String> {
              are remembered until then"
         )
     });
+    draining.collect()
+}
+
+/// Returns the warnings about shards of a keyspace with too few replicas.
+fn of_shards(keyspace: &Keyspace) -> Vec<String> {
+    let catalog = &keyspace.catalog;
+    let name = &catalog.name;
     let wanted = catalog.spec.replicas as usize;
     let few = catalog.placement.iter().filter(|shard| shard.replicas.len() < wanted).map(|shard| {
         let (shard, there) = (shard.shard, shard.replicas.len());
         format!("shard {shard} of {name} has {there} of {wanted} replicas; a live node without one of it gets a copy")
     });
-    draining.chain(few).collect()
+    few.collect()
 }

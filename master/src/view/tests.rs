@@ -270,3 +270,23 @@ fn a_check_has_a_finding_for_each_warning_and_for_each_check_without_one() {
     );
     assert_eq!(of("shipping"), ["nothing to warn of"]);
 }
+
+#[test]
+fn hundreds_of_warnings_of_a_kind_are_told_as_a_few_and_a_number() {
+    let (mut state, ..) = two_nodes();
+    let spec = vasto_core::catalog::KeyspaceSpec { replicas: 2, ..Default::default() };
+    for id in 2..=200 {
+        let (id, name, nodes) = (KeyspaceId(id), format!("ks{id}"), [vec![NodeId(1)]]);
+        let catalog =
+            vasto_core::catalog::Catalog::first(id, &name, spec.clone(), &nodes, 1_000, 1);
+        state.install(catalog, Delivery::Push);
+    }
+    let bad = parsed(&check(&state, Vec::new(), 20));
+    let findings = bad["findings"].as_array().unwrap();
+    let texts: Vec<&str> =
+        findings.iter().map(|finding| finding["message"].as_str().unwrap()).collect();
+    let lack = texts.iter().filter(|text| text.contains("has 1 of 2 replicas")).count();
+    assert_eq!((bad["ok"].as_bool(), lack), (Some(false), 20));
+    assert!(texts.iter().any(|text| text.contains("and 179 more warnings")), "{texts:?}");
+    assert!(texts.len() < 60, "{}", texts.len());
+}

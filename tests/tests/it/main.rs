@@ -36,5 +36,6 @@ mod shortage;
 mod shrink_faults;
 mod shrinks;
 mod storm;
+mod thousand;
 mod undone;
 mod visibility;

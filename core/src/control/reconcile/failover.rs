@@ -60,11 +60,14 @@ pub fn advance_primaries(
     if catalog.state != KeyspaceState::Active || step == Some(Step::Sealing) {
         return None;
     }
-    let mut next = catalog.next(now_us, nonce);
     let age_us = now_us.saturating_sub(catalog.written_at_us);
     let mut changes = LeadershipChanges::default();
-    let mut changed = false;
-    for shard in next.placement.iter_mut().filter(|shard| shard.replicas.len() > 1) {
+    // Most looks change nothing, and a copy of the catalog costs more than the look.
+    let mut next: Option<Catalog> = None;
+    for (at, shard) in catalog.placement.iter().enumerate() {
+        if shard.replicas.len() < 2 {
+            continue;
+        }
         let ready = |id: ReplicaId| {
             reports.get(&id).is_some_and(|report| {
                 report.replication.ready
@@ -72,33 +75,34 @@ pub fn advance_primaries(
                     && report.version <= catalog.version
             })
         };
-        match decide(shard, catalog, reports, &presence, ready, age_us) {
+        let decision = decide(shard, catalog, reports, &presence, ready, age_us);
+        let may_begin = step.is_none() && !catalog.is_moving(shard.shard);
+        if matches!(decision, Decision::Keep)
+            || (matches!(decision, Decision::Begin(_)) && !may_begin)
+        {
+            continue;
+        }
+        let written = next.get_or_insert_with(|| catalog.next(now_us, nonce));
+        let shard = &mut written.placement[at];
+        match decision {
             Decision::Keep => {}
             Decision::Replace(by) => {
                 set_primary(shard, by);
                 changes.failovers += 1;
-                changed = true;
             }
-            Decision::Begin(to) if step.is_none() && !catalog.is_moving(shard.shard) => {
-                shard.transferring_to = Some(to);
-                changed = true;
-            }
-            Decision::Begin(_) => {}
+            Decision::Begin(to) => shard.transferring_to = Some(to),
             Decision::End(to) => {
                 set_primary(shard, to);
                 changes.handovers += 1;
-                changed = true;
             }
-            Decision::Undo => {
-                shard.transferring_to = None;
-                changed = true;
-            }
+            Decision::Undo => shard.transferring_to = None,
         }
     }
+    let mut next = next?;
     if changes != LeadershipChanges::default() {
         next.epoch = Epoch(catalog.epoch.0 + 1);
     }
-    changed.then_some((next, changes))
+    Some((next, changes))
 }
 
 /// Returns the changes of primaries from one version to the next.
@@ -117,12 +121,18 @@ pub fn leadership_changes_between(before: &Catalog, after: &Catalog) -> Leadersh
     changes
 }
 
-/// Returns true when the primaries must be checked again soon although no report arrives.
+/// Returns true when the primaries must be checked again soon although no report arrives. An acting
+/// primary alone is no reason: leadership returns to a node that has been back for some time, and one
+/// that is gone reports when it is back.
 pub fn is_unsettled(catalog: &Catalog, presence: impl Fn(NodeId) -> Presence) -> bool {
+    let may_return = |shard: &ShardPlacement| {
+        shard.primary.is_some()
+            && shard.shipper().is_some_and(|home| presence(home.node) != Presence::Gone)
+    };
     catalog.state == KeyspaceState::Active
         && catalog.placement.iter().filter(|shard| shard.replicas.len() > 1).any(|shard| {
             shard.transferring_to.is_some()
-                || shard.primary.is_some()
+                || may_return(shard)
                 || shard.primary().is_some_and(|primary| presence(primary.node) == Presence::Away)
         })
 }
@@ -408,7 +418,8 @@ mod tests {
     fn home_gets_the_primary_back_in_two_versions() {
         let (away, _) =
             advance_primaries(&catalog(), &all_ready(), presence(&[1]), NOW, 2).unwrap();
-        assert!(is_unsettled(&away, HERE));
+        assert!(is_unsettled(&away, HERE) && is_unsettled(&away, |_| Presence::Away));
+        assert!(!is_unsettled(&away, presence(&[1])), "its node may be gone for ever");
         let mut reports = all_ready();
         assert_eq!(
             advance_primaries(&away, &reports, HERE, NOW + QUIET_US - 1, 3),

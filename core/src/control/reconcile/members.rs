@@ -16,6 +16,7 @@ use super::repair::start_copy;
 use super::view::{Around, View};
 use crate::catalog::{Catalog, DrainingReplica, GivenUp, KeyspaceState, Placed};
 use crate::control::report::Reports;
+use crate::ids::NodeId;
 
 /// Returns the version that is due because of the replicas' reports, or because a node is draining.
 pub fn advance_members(
@@ -76,7 +77,7 @@ pub fn advance_members(
             if (failed || too_old || asked_to_evict || lost || view.is_given_up(member))
                 && let Some(next) = view.take_out(shard, member, may_follow, now_us, nonce)
             {
-                return Some(next);
+                return Some(with_copy(&view, member, next, now_us, nonce));
             }
         }
     }
@@ -90,11 +91,27 @@ pub fn advance_members(
     drain_nodes(&view, now_us, nonce)
 }
 
-/// Returns true when a shard has too few replicas, a replica or a node is draining, or a replica
-/// moves.
-pub fn is_incomplete(catalog: &Catalog) -> bool {
+/// Adds the begin of a copy to the version that evicts a replica. One version does both: of the many
+/// keyspaces of a lost node no more lose their replica than nodes make copies, and each costs a write
+/// less.
+fn with_copy(view: &View<'_>, member: &Placed, next: Catalog, now_us: u64, nonce: u64) -> Catalog {
+    // Leadership is transferred first.
+    if next.is_placed(member.replica) || !next.moves.is_empty() {
+        return next;
+    }
+    let after = View { catalog: &next, reports: view.reports, around: view.around };
+    match start_copy(&after, now_us, nonce) {
+        Some(copying) => Catalog { version: next.version, ..copying },
+        None => next,
+    }
+}
+
+/// Returns true when time alone may bring a keyspace further that has not all its replicas: a shard
+/// has too few, a node is draining, a replica moves, or one drains on a node that is here. What drains
+/// on a node that is away waits for its return, which is reported.
+pub fn is_incomplete(catalog: &Catalog, is_here: impl Fn(NodeId) -> bool) -> bool {
     catalog.state == KeyspaceState::Active
-        && (!catalog.draining.is_empty()
+        && (catalog.draining.iter().any(|draining| is_here(draining.node))
             || !catalog.moves.is_empty()
             || !catalog.draining_nodes.is_empty()
             || catalog

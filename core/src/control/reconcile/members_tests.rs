@@ -65,7 +65,11 @@ fn a_replica_that_leaves_is_drained_removed_and_made_anew() {
     assert_eq!(left.placement[0].primary().unwrap().replica, ReplicaId(2));
     assert_eq!(left.sources_of(ShardId(0), ReplicaId(2)).len(), 2, "the others still pull its log");
     assert_eq!(left.members_on(NodeId(1)), [(ShardId(0), ReplicaId(1), false)]);
-    assert!(is_incomplete(&left));
+    assert!(is_incomplete(&left, |_| true) && is_incomplete(&left, |_| false));
+    let mut whole = left.clone();
+    whole.spec.replicas = 2;
+    assert!(is_incomplete(&whole, |_| true), "it may be drained at any time");
+    assert!(!is_incomplete(&whole, |_| false), "its node may be gone for ever");
     assert_eq!(next(&left, &calm, HERE, NOWHERE), None);
     let drained = reports(|id, report| report.drained = id == 1);
     let gone = next(&left, &drained, HERE, NOWHERE).unwrap();
@@ -158,8 +162,11 @@ fn a_replica_that_has_failed_leaves_when_another_serves_and_a_copy_has_room() {
     failed.get_mut(&ReplicaId(2)).unwrap().replication.passing = false;
     let left = next(&catalog(), &failed, HERE, to_four).unwrap();
     assert_eq!((ids(&left), left.draining[0].replica), (vec![1, 3], ReplicaId(2)));
-    let copying = next(&left, &failed, HERE, to_four).unwrap();
-    assert_eq!(copying.plan.unwrap().targets[0].node, NodeId(4));
+    // The same version begins the copy.
+    assert_eq!((left.version, left.epoch), (CatalogVersion(2), Epoch(2)));
+    let plan = left.plan.as_ref().unwrap();
+    assert_eq!((plan.targets[0].node, plan.from_epoch), (NodeId(4), Epoch(2)));
+    assert_eq!(next(&left, &failed, HERE, to_four), None, "one plan at a time");
     for report in failed.values_mut() {
         report.replication.ready = false;
     }
@@ -252,6 +259,10 @@ fn a_live_node_that_leaves_is_copied_first_and_a_dead_one_is_drained_later() {
     let dead = |node: NodeId| if node == NodeId(1) { Presence::Gone } else { Presence::Here(0) };
     let left = next(&leaving, &calm, dead, to_four).unwrap();
     assert_eq!((ids(&left), left.draining.len()), (vec![2, 3], 1));
+    assert_eq!(left.plan.unwrap().targets[0].node, NodeId(4), "and a copy begins at once");
+    // Without room the dead one leaves all the same, and the copy comes later.
+    let left = next(&leaving, &calm, dead, NOWHERE).unwrap();
+    assert_eq!((ids(&left), left.plan.is_none()), (vec![2, 3], true));
     let copying = next(&left, &calm, dead, to_four).unwrap();
     assert_eq!(copying.plan.unwrap().targets[0].node, NodeId(4));
 }

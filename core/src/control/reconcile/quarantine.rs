@@ -23,6 +23,10 @@ pub(super) fn advance_quarantines(
     now_us: u64,
     nonce: u64,
 ) -> Advance {
+    // Asked at each look at a keyspace: most have none, and a copy of the catalog costs more.
+    if catalog.quarantines.is_empty() {
+        return Advance::Idle;
+    }
     let mut next = catalog.next(now_us, nonce);
     let mut changed = false;
     let mut waiting = None;
