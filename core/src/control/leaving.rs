@@ -61,6 +61,14 @@ pub struct NodeDrain {
     /// What was estimated of the drain in this keyspace when it began.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub estimate: Option<Estimate>,
+    /// The drain stands still at an administrator's request: nothing more of it begins, and it
+    /// changes no placement.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paused: bool,
+    /// Upper bound of the bulk bytes of all copies of the drain together, in every keyspace, bytes
+    /// a second; `None` sets none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_rate: Option<u64>,
 }
 
 fn is_nothing(moved: &Moved) -> bool {
@@ -78,6 +86,8 @@ impl NodeDrain {
             accept_loss: false,
             moved: Moved::default(),
             estimate: None,
+            paused: false,
+            max_rate: None,
         }
     }
 

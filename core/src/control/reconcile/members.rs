@@ -8,11 +8,14 @@
 //! membership change happens while another plan runs, none but its own in a shard of which a replica
 //! moves.
 //!
+//! A shard that has more replicas than it is to have loses one (`trim`).
+//!
 //! For a change that cannot go on, [`waits_for`](super::waits_for) returns the cause and the
 //! remedy.
 
 use super::drain::drain_nodes;
 use super::repair::start_copy;
+use super::trim::trim;
 use super::view::{Around, View};
 use crate::catalog::{Catalog, DrainingReplica, GivenUp, KeyspaceState, Placed};
 use crate::control::report::Reports;
@@ -80,6 +83,9 @@ pub fn advance_members(
             }
         }
     }
+    if let Some(next) = trim(&view, now_us, nonce) {
+        return Some(next);
+    }
     // Moves that have not placed their replica give way; the others end soon.
     if !catalog.moves.is_empty() {
         return None;
@@ -90,8 +96,8 @@ pub fn advance_members(
     drain_nodes(&view, now_us, nonce)
 }
 
-/// Returns true when a shard has too few replicas, a replica or a node is draining, or a replica
-/// moves.
+/// Returns true when a shard has too few replicas or too many, a replica or a node is draining, or a
+/// replica moves.
 pub fn is_incomplete(catalog: &Catalog) -> bool {
     catalog.state == KeyspaceState::Active
         && (!catalog.draining.is_empty()
@@ -100,5 +106,5 @@ pub fn is_incomplete(catalog: &Catalog) -> bool {
             || catalog
                 .placement
                 .iter()
-                .any(|shard| shard.replicas.len() < catalog.spec.replicas as usize))
+                .any(|shard| shard.replicas.len() != catalog.spec.replicas as usize))
 }
