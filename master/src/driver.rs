@@ -24,7 +24,7 @@ use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::KeyspaceId;
 use vasto_core::reconcile::Advance;
 
-pub(crate) use self::change::{changed, has_ended, start};
+pub(crate) use self::change::{changed, has_ended, pace_error, start};
 pub(crate) use self::entry::{adopt, adopt_all, install, look_up};
 use self::write::Written;
 use crate::cluster::{Cluster, nonce, now_us};
@@ -220,7 +220,8 @@ impl KeyspaceDriver {
                     now_us(),
                     nonce(),
                 );
-                next.map(|next| {
+                next.map(|mut next| {
+                    state.follow_wholes(&mut next);
                     let hold = state.hold_places(&next);
                     (next, hold)
                 })

@@ -12,7 +12,7 @@ use crate::node::Crew;
 const JOINED: &str = "n-0000000000000003";
 
 async fn rebalance(master: &TestMaster, plan_only: bool) -> Result<Value, tonic::Status> {
-    json(master.client.clone().rebalance(v1::RebalanceRequest { plan_only }).await)
+    json(master.client.clone().rebalance(v1::RebalanceRequest { plan_only, max_rate: None }).await)
 }
 
 async fn cancel(master: &TestMaster, id: &str) -> Result<Value, tonic::Status> {
