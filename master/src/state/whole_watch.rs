@@ -18,7 +18,7 @@ use super::watch::log_change;
 #[derive(Debug, Default)]
 pub(crate) struct WholeWatch {
     marks: Vec<u64>,
-    /// When the marks changed last, or something else than its own parts ran.
+    /// When the marks changed last, or something ran that tells of itself.
     moved_us: u64,
     /// Why it does not go on.
     pub(crate) trouble: Option<Trouble>,
@@ -70,8 +70,15 @@ impl ClusterState {
         plans + self.stuck_drains().len() + usize::from(self.rebalance_watch.trouble.is_some())
     }
 
-    /// Observes the drains of a keyspace.
-    pub(super) fn observe_drains(&mut self, id: KeyspaceId, mono_us: u64, outage: Option<&str>) {
+    /// Observes the drains of a keyspace. While a replica is copied anywhere (`copies`), the others
+    /// may wait for their turn.
+    pub(super) fn observe_drains(
+        &mut self,
+        id: KeyspaceId,
+        copies: bool,
+        mono_us: u64,
+        outage: Option<&str>,
+    ) {
         let Some(keyspace) = self.keyspaces.get_mut(&id) else { return };
         let mut before = std::mem::take(&mut keyspace.drains);
         let catalog = keyspace.catalog.clone();
@@ -82,11 +89,9 @@ impl ClusterState {
         for drain in &catalog.draining_nodes {
             let operation = drain.operation_id();
             let mut watch = before.remove(&operation).unwrap_or_default();
-            let waits_its_turn = catalog.plan.as_ref().is_some_and(|plan| !plan.adds_member());
-            let is_calm = drain.paused || waits_its_turn;
+            let is_calm = drain.paused || copies || catalog.plan.is_some();
             let still_us = watch.note(marks_of_drain(&catalog, drain), is_calm, mono_us);
-            let tells_itself = is_calm || catalog.plans().next().is_some();
-            let found = match tells_itself {
+            let found = match is_calm {
                 true => None,
                 false => trouble_of_whole(&operation, waiting_for, still_us, outage),
             };
@@ -126,6 +131,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use std::sync::Arc;
 
+    use vasto_core::catalog::KeyspaceSpec;
     use vasto_core::ids::{NodeId, ReplicaId, ShardId};
     use vasto_core::reconcile::{
         MoveOrder, Pace, drain_node, pace_drain, start_moves, start_resize,
@@ -180,6 +186,28 @@ mod tests {
         next(&mut state, ended);
         state.observe(2_001 * SECOND, None);
         assert!(state.keyspaces[&KS].drains.is_empty());
+    }
+
+    #[test]
+    fn a_keyspace_whose_turn_has_not_come_is_in_no_trouble() {
+        let (mut state, ..) = two_nodes();
+        let catalog = state.keyspaces[&KS].catalog.clone();
+        let drain = NodeDrain::new(NodeId(1), false, 7);
+        let id = drain.operation_id();
+        next(&mut state, drain_node(&catalog, drain, 2_000, 2).unwrap());
+        let spec = KeyspaceSpec::default();
+        let other = Catalog::first(KeyspaceId(2), "ks2", spec, &[vec![NodeId(1)]], 1_000, 1);
+        let order = MoveOrder { shard: ShardId(0), replica: ReplicaId(1), to: NodeId(2) };
+        next(&mut state, start_moves(&other, &[order], 7, 2_000, 2).unwrap());
+        for second in [1, 100, 200] {
+            state.observe(second * SECOND, None);
+            assert_eq!(state.keyspaces[&KS].drains[&id].trouble, None);
+        }
+        let mut ended = state.keyspaces[&KeyspaceId(2)].catalog.next(3_000, 3);
+        ended.moves.clear();
+        next(&mut state, ended);
+        state.observe(209 * SECOND, None);
+        assert!(state.keyspaces[&KS].drains[&id].trouble.is_some());
     }
 
     #[test]

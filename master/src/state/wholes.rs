@@ -4,7 +4,7 @@
 //! **Invariant:** whatever version a driver writes, and whenever it looks, the parts in it have the
 //! pace of their whole, so that any master keeps it; those of other keyspaces share its rate.
 
-use vasto_core::catalog::{Catalog, KeyspaceState};
+use vasto_core::catalog::{Catalog, KeyspaceState, NodeDrain};
 use vasto_core::ids::{KeyspaceId, NodeId, PlanId};
 use vasto_core::operation::operation_id;
 use vasto_core::reconcile::{
@@ -44,8 +44,14 @@ impl ClusterState {
     ) -> Option<Catalog> {
         let catalog = &self.keyspaces.get(&keyspace)?.catalog;
         // Without any live node another master may be driving.
-        let may = catalog.state == KeyspaceState::Active && self.live().next().is_some();
-        if !may || parts_of_wholes(catalog).is_empty() {
+        if catalog.state != KeyspaceState::Active || self.live().next().is_none() {
+            return None;
+        }
+        let is_asked = |whole: Whole| {
+            let asked = self.asked_of(catalog, whole);
+            asked.is_some_and(|(_, pace)| pace != WholePace::default())
+        };
+        if !parts_of_wholes(catalog).into_iter().any(|(_, whole)| is_asked(whole)) {
             return None;
         }
         let mut next = catalog.next(now_us.max(catalog.written_at_us), nonce);
@@ -63,21 +69,26 @@ impl ClusterState {
         pace: Pace,
     ) -> Result<(), PaceError> {
         let part = parts_of_wholes(catalog).into_iter().find(|(id, _)| *id == plan);
-        let asked: Option<(String, WholePace)> = match part {
-            Some((_, Whole::Rebalance(since_us))) => {
-                let running = self.settings.running_rebalance();
-                let running = running.filter(|running| running.since_us == since_us);
-                running.map(|running| (running.operation_id(), running.pace()))
-            }
-            Some((_, Whole::Drain(node, since_us))) => {
-                let mut drains = catalog.draining_nodes.iter();
-                let drain = drains.find(|drain| (drain.node, drain.since_us) == (node, since_us));
-                drain.map(|drain| (drain.operation_id(), WholePace::from(drain)))
-            }
-            None => None,
-        };
+        let asked = part.and_then(|(_, whole)| self.asked_of(catalog, whole));
         let id = operation_id(catalog.keyspace, plan);
         asked.map_or(Ok(()), |(whole_id, whole)| check_part(pace, id, whole_id, whole))
+    }
+
+    /// Returns the operation that is a whole, and its pace; `None` when it does not run.
+    fn asked_of(&self, catalog: &Catalog, whole: Whole) -> Option<(String, WholePace)> {
+        match whole {
+            Whole::Rebalance(since_us) => {
+                let running = self.settings.running_rebalance();
+                let running = running.filter(|running| running.since_us == since_us)?;
+                Some((running.operation_id(), running.pace()))
+            }
+            Whole::Drain(node, since_us) => {
+                let mut drains = catalog.draining_nodes.iter();
+                let is_it = |drain: &&NodeDrain| (drain.node, drain.since_us) == (node, since_us);
+                let drain = drains.find(is_it)?;
+                Some((drain.operation_id(), WholePace::from(drain)))
+            }
+        }
     }
 
     /// Returns what a node is like as a place for a replica.
@@ -100,7 +111,7 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use std::sync::Arc;
 
-    use vasto_core::catalog::{KeyspaceSpec, NodeDrain};
+    use vasto_core::catalog::KeyspaceSpec;
     use vasto_core::ids::{ReplicaId, ShardId};
     use vasto_core::reconcile::{Advance, MoveOrder, drain_node, pace_drain, start_moves};
     use vasto_core::report::ReplicaReport;

@@ -269,7 +269,7 @@ mod tests {
     use super::*;
     use crate::catalog::KeyspaceSpec;
     use crate::control::reconcile::start_resize;
-    use crate::ids::{KeyspaceId, NodeId};
+    use crate::ids::KeyspaceId;
 
     fn growing(step: Step) -> Catalog {
         let spec = KeyspaceSpec::default();
