@@ -179,8 +179,9 @@ impl KeyspaceDriver {
                 }
             };
             let held = hold.map(|hold| self.cluster.hold_places(hold));
-            // The newest settings decide which nodes may get a replica.
-            if held.is_some() && self.cluster.refresh_settings().await {
+            // The newest settings decide which nodes may get a replica, and the pace of a rebalance.
+            let decides = held.is_some() || !next.moves.is_empty();
+            if decides && self.cluster.refresh_settings().await {
                 continue;
             }
             if self.write(*next).await == Written::Stopping {
