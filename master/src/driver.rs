@@ -161,12 +161,13 @@ impl KeyspaceDriver {
     /// Writes the next version until there is none.
     async fn drive(&mut self) -> Written {
         loop {
-            let (next, hold) = {
+            let (next, hold, pauses) = {
                 let mut state = self.cluster.state();
                 match state.decide(self.keyspace, self.cluster.mono_us(), now_us(), nonce()) {
                     Advance::Write(next) => {
                         let hold = state.hold_places(&next);
-                        (next, hold)
+                        let pauses = state.pauses_moves(&next);
+                        (next, hold, pauses)
                     }
                     Advance::Idle => {
                         self.note_waiting(&mut state, None);
@@ -179,9 +180,9 @@ impl KeyspaceDriver {
                 }
             };
             let held = hold.map(|hold| self.cluster.hold_places(hold));
-            // The newest settings decide which nodes may get a replica, and the pace of a rebalance.
-            let decides = held.is_some() || !next.moves.is_empty();
-            if decides && self.cluster.refresh_settings().await {
+            // The newest settings decide which nodes may get a replica, and whether a rebalance is
+            // paused: another master may have resumed it.
+            if (held.is_some() || pauses) && self.cluster.refresh_settings().await {
                 continue;
             }
             if self.write(*next).await == Written::Stopping {

@@ -35,6 +35,14 @@ impl ClusterState {
         follow_wholes(next, rebalance, running)
     }
 
+    /// Returns true when a version pauses moves that are not paused yet.
+    pub(crate) fn pauses_moves(&self, next: &Catalog) -> bool {
+        let paused =
+            |catalog: &Catalog| catalog.moves.iter().filter(|moving| moving.plan.paused).count();
+        let before = self.keyspaces.get(&next.keyspace);
+        before.is_some_and(|before| paused(next) > paused(&before.catalog))
+    }
+
     /// Returns the version that a keyspace needs for nothing but the pace of wholes.
     pub(super) fn with_pace_of_wholes(
         &self,
@@ -243,6 +251,8 @@ mod tests {
         assert_eq!((rates(&state), paused(&state)), (vec![Some(MIB / 2); 2], vec![false; 2]));
         let asked = WholePace { paused: true, max_rate: Some(MIB) };
         state.settings = Arc::new(begun.with_pace(7, asked, 8, 2).unwrap());
+        let Advance::Write(next) = state.decide(KEYSPACES[0], MONO, NOW, 9) else { panic!() };
+        assert!(state.pauses_moves(&next), "the newest settings are asked for first");
         drive(&mut state, session);
         assert_eq!(paused(&state), [true; 2]);
         let catalog = state.keyspaces[&KEYSPACES[0]].catalog.clone();
